@@ -1,0 +1,262 @@
+"""Checkpoints: a directory that says what it is, and is whole or is not there.
+
+    WORKDIR/checkpoints/400/
+      config.json      the full configuration
+      tokenizer/       the tokenizer's files
+      arrays/          params and optimizer state, by Orbax
+      record.json      format version, step, held-out loss; names, kinds, shapes and dtypes of the params
+      manifest.json    the sha256 of every other file
+
+A checkpoint is written under a temporary name and renamed when the manifest stands, so a killed
+save leaves the earlier ones as they were. Nothing is restored before the manifest is verified: Orbax
+casts dtypes and returns flipped bits without a word.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import threading
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from llm_jax import config as config_lib
+from llm_jax import tokenizers, trees
+from llm_jax.errors import UserError
+from llm_jax.model.stages import layout
+from llm_jax.model.transformer import Transformer
+from llm_jax.tokenizers import Tokenizer
+
+FORMAT = 1
+_PARTIAL = ".partial-"
+
+
+class Loaded(NamedTuple):
+    """A checkpoint ready for use."""
+
+    model: Transformer
+    params: dict[str, Any]
+    tokenizer: Tokenizer
+
+
+def load(path: str | os.PathLike[str], scan_layers: bool = False) -> Loaded:
+    """The model, its parameters on the default device, and the tokenizer of a checkpoint.
+
+    Args:
+      path: a run (its last checkpoint is taken) or one checkpoint of it.
+      scan_layers: the layout of the parameters; False, one entry per layer, is the fast one for decoding.
+
+    Raises:
+      UserError: no checkpoint there, another format version, or a file that is damaged or missing.
+    """
+    directory = find(path)
+    record = verify(directory)
+    config = read_config(directory)
+    model = Transformer(config.model)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), abstract_params(model)
+    )
+    params = restore(directory, record, abstract)
+    target = model.clone(config=dataclasses.replace(config.model, scan_layers=scan_layers))
+    params = trees.restage(params, layout(target.config))
+    return Loaded(target, params, tokenizers.load(directory / "tokenizer"))
+
+
+def abstract_params(model: Transformer) -> dict[str, Any]:
+    """Shapes and dtypes of the model's dense parameters, without computing them."""
+    variables = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))
+    return variables["params"]
+
+
+def steps(workdir: pathlib.Path) -> list[int]:
+    """The steps of the finished checkpoints of a run, in order."""
+    directory = workdir / "checkpoints"
+    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit()) if directory.is_dir() else []
+
+
+def find(path: str | os.PathLike[str]) -> pathlib.Path:
+    """The directory of one checkpoint, from itself or its run (the last one).
+
+    Raises:
+      UserError: there is none.
+    """
+    given = pathlib.Path(path).expanduser()
+    if (given / "record.json").is_file():
+        return given
+    if not given.is_dir():
+        raise UserError(f"--checkpoint={path}: no such directory; expected a run or one of its checkpoints")
+    if not (found := steps(given)):
+        raise UserError(f"{path}: no finished checkpoint here; expected a run or one of its checkpoints")
+    return given / "checkpoints" / str(found[-1])
+
+
+def read_config(directory: pathlib.Path) -> config_lib.Config:
+    """The configuration of a checkpoint (or of a run, which has the same file)."""
+    return config_lib.build(_read_json(directory / "config.json"))
+
+
+def verify(directory: pathlib.Path) -> dict[str, Any]:
+    """Checks every file of a checkpoint against its manifest, and returns its record.
+
+    Raises:
+      UserError: a file is missing, added or changed, or the format is another version; it names the file.
+    """
+    manifest = _read_json(directory / "manifest.json")
+    record = _read_json(directory / "record.json")
+    if record.get("format") != FORMAT:
+        raise UserError(f"{directory}: checkpoint format {record.get('format')}; this version reads format {FORMAT}")
+    present = _files(directory)
+    for name in sorted(set(manifest) | set(present)):
+        if name not in present:
+            raise UserError(f"{directory}: the file '{name}' is missing{_others(directory)}")
+        if name not in manifest:
+            raise UserError(f"{directory}: the file '{name}' does not belong to this checkpoint; remove it")
+        if _sha256(present[name]) != manifest[name]:
+            raise UserError(f"{directory}: the file '{name}' is damaged (sha256 differs){_others(directory)}")
+    return record
+
+
+def restore(directory: pathlib.Path, record: Mapping[str, Any], params: Any) -> Any:
+    """The params of a verified checkpoint, with the dtypes and shardings that the abstract tree names.
+
+    Raises:
+      UserError: names, kinds, shapes or dtypes differ from those of the checkpoint.
+    """
+    trees.check(record["params"], params, str(directory))
+    return _read_arrays(directory, params=params)["params"]
+
+
+def restore_state(directory: pathlib.Path, record: Mapping[str, Any], params: Any, optimizer: Any) -> tuple[Any, Any]:
+    """(params, optimizer state) of a verified checkpoint; see `restore`."""
+    trees.check(record["params"], params, str(directory))
+    if record["optimizer"] != _leaves(optimizer):
+        raise UserError(f"{directory}: the optimizer state is not that of the config's optim section")
+    arrays = _read_arrays(directory, params=params, optimizer=optimizer)
+    return arrays["params"], arrays["optimizer"]
+
+
+class Writer:
+    """Writes the checkpoints of one run in the background, and removes those that are not to be kept."""
+
+    def __init__(self, workdir: pathlib.Path, config: config_lib.Config, tokenizer: Tokenizer):
+        self.directory = workdir / "checkpoints"
+        self._config, self._tokenizer = config, tokenizer
+        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for leftover in self.directory.glob(f"{_PARTIAL}*"):
+            shutil.rmtree(leftover)
+
+    def save(self, step: int, params: Any, optimizer: Any, validation_loss: float | None) -> None:
+        """Starts writing checkpoint `step`, once the one before is finished. The arrays may be donated after."""
+        self.wait()
+        partial = self.directory / f"{_PARTIAL}{step}"
+        partial.mkdir()
+        record = {
+            "format": FORMAT,
+            "step": step,
+            "validation_loss": validation_loss,
+            "params": trees.describe(params),
+            "optimizer": _leaves(optimizer),
+        }
+        if jax.default_backend() == "cpu":  # there Orbax reads the very buffers that the next step is given
+            params, optimizer = jax.tree.map(jnp.copy, (params, optimizer))
+        self._orbax.save(
+            partial.absolute() / "arrays",
+            args=ocp.args.Composite(params=ocp.args.StandardSave(params), optimizer=ocp.args.StandardSave(optimizer)),
+        )
+        self._thread = threading.Thread(target=self._finish, args=(partial, record))
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Waits for the checkpoint under way.
+
+        Raises:
+          UserError: it could not be written.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise UserError(f"{self.directory}: the checkpoint cannot be written ({error})") from error
+
+    def close(self) -> None:
+        """Waits, and ends Orbax's threads."""
+        self.wait()
+        self._orbax.close()
+
+    def _finish(self, partial: pathlib.Path, record: dict[str, Any]) -> None:
+        try:
+            self._orbax.wait_until_finished()
+            tokenizers.save(self._tokenizer, partial / "tokenizer")
+            write_json(partial / "config.json", config_lib.as_dict(self._config))
+            write_json(partial / "record.json", record)
+            write_json(partial / "manifest.json", {name: _sha256(path) for name, path in _files(partial).items()})
+            os.sync()
+            os.rename(partial, self.directory / str(record["step"]))
+            self._prune()
+        except BaseException as error:  # raised again by `wait`, in the caller's thread
+            self._error = error
+
+    def _prune(self) -> None:
+        keep = self._config.checkpoint
+        found = steps(self.directory.parent)
+        losses = {step: _read_json(self.directory / str(step) / "record.json")["validation_loss"] for step in found}
+        best = sorted((s for s in found if losses[s] is not None), key=lambda s: (losses[s], s))[: keep.keep_best]
+        for step in set(found) - set(found[-max(keep.keep_last, 1) :]) - set(best):
+            doomed = self.directory / f"{_PARTIAL}{step}-old"
+            os.rename(self.directory / str(step), doomed)
+            shutil.rmtree(doomed)
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes JSON under a temporary name and renames it, so that the file is whole or as it was."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}){_others(path.parent)}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: damaged, not JSON ({error}){_others(path.parent)}") from error
+
+
+def _others(directory: pathlib.Path) -> str:
+    """A phrase that names the checkpoint to fall back on."""
+    run = directory.parent.parent
+    others = [s for s in steps(run) if str(s) != directory.name] if directory.name.isdigit() else []
+    return f"; delete this directory to go on from checkpoint {others[-1]}" if others else ""
+
+
+def _read_arrays(directory: pathlib.Path, **items: Any) -> Any:
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as orbax:
+        wanted = {name: ocp.args.StandardRestore(tree) for name, tree in items.items()}
+        return orbax.restore(directory.absolute() / "arrays", args=ocp.args.Composite(**wanted))
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path): [list(leaf.shape), str(leaf.dtype)] for path, leaf in leaves}
+
+
+def _files(directory: pathlib.Path) -> dict[str, pathlib.Path]:
+    found = sorted(p for p in directory.rglob("*") if p.is_file() and p != directory / "manifest.json")
+    return {p.relative_to(directory).as_posix(): p for p in found}
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

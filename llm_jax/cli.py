@@ -1,0 +1,73 @@
+"""What every command does around its `main`: flags, one-line errors, exit codes.
+
+Exit codes: 0 done, 2 bad input (one line on stderr), 130 interrupted.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import app, flags, logging
+
+from llm_jax import config as config_lib
+from llm_jax.errors import UserError
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parses the flags, calls `main`, and turns `UserError` into one line and exit code 2."""
+
+    def guarded(argv: Sequence[str]) -> None:
+        logging.set_verbosity(logging.WARNING)  # libraries tell of every file they write
+        if len(argv) > 1:
+            raise UserError(f"unexpected argument '{argv[1]}'; options are written --name=value")
+        main()
+
+    try:
+        app.run(guarded, flags_parser=_parse)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def load_config() -> config_lib.Config:
+    """The checked configuration of the `--config` flag."""
+    return config_lib.build(flags.FLAGS.config)
+
+
+def use_devices(count: int) -> None:
+    """Simulates `count` CPU devices (0: whatever the machine has). Call before JAX is used."""
+    if count < 0:
+        raise UserError(f"--devices is {count}; expected a positive number of simulated CPU devices")
+    if count:
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", count)
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    for argument in argv[1:]:
+        override = re.match(r"--config\.([^=\[]+)", argument)
+        if override and override[1] not in set(config_lib.keys()):
+            raise UserError(f"unknown config key '{override[1]}'; {config_lib.nearest(override[1])}")
+        file = re.match(r"--config=(.*)", argument)
+        if file and not os.path.isfile(file[1].split(":")[0]):
+            raise UserError(f"--config={file[1]}: no such file; expected a Python file with get_config()")
+    try:
+        return flags.FLAGS(list(argv))
+    except SystemExit:  # --help prints and exits with 1; asking for help is no failure
+        sys.exit(0)
+    except flags.Error as error:
+        raise UserError(_one_line(error)) from error
+    except Exception as error:  # a config file runs as Python and may raise anything
+        raise UserError(f"the configuration cannot be read: {_one_line(error)}") from error
+
+
+def _one_line(error: Any) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__

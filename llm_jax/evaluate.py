@@ -1,0 +1,51 @@
+"""Held-out figures of a checkpoint: `python -m llm_jax.evaluate --checkpoint=runs/x`."""
+
+import dataclasses
+import json
+
+from absl import flags
+
+from llm_jax import cli
+from llm_jax.errors import UserError
+
+flags.DEFINE_string("checkpoint", None, "a run, or one of its checkpoints", required=True)
+flags.DEFINE_string("data", "", "text to evaluate on; by default the held-out part of the run's own corpus")
+flags.DEFINE_integer("seq_len", 0, "tokens a window; by default as in training")
+flags.DEFINE_integer("batch_size", 16, "windows at a time")
+flags.DEFINE_boolean("json", False, "print one JSON object and nothing else")
+
+
+def main() -> None:
+    import jax
+
+    from llm_jax import checkpoint
+    from llm_jax.data import corpus
+    from llm_jax.data.rows import Rows
+    from llm_jax.model import transformer
+    from llm_jax.training import evaluation, losses
+
+    f = flags.FLAGS
+    if f.batch_size < 1 or f.seq_len < 0:
+        raise UserError(f"--batch_size={f.batch_size} --seq_len={f.seq_len}; expected positive numbers")
+    model, params, tokenizer = checkpoint.load(f.checkpoint, scan_layers=True)
+    config = checkpoint.read_config(checkpoint.find(f.checkpoint))
+    length = f.seq_len or config.train.seq_len
+    transformer.check_length(model.config, length)
+    source = corpus.Source(dataclasses.replace(config.data, source=f.data) if f.data else config.data, whole=bool(f.data))
+    split = source.corpus(tokenizer).validation
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    loss = jax.jit(lambda params, batch: losses.language_model(model, params, batch, 0))
+    found = evaluation.evaluate(loss, params, Rows(split, length), f.batch_size, device)
+    if f.json:
+        print(json.dumps({**found, "compressed_bits_per_byte": source.compressed_bits_per_byte()}))
+        return
+    packed = ", ".join(f"{name} {value:.3f}" for name, value in source.compressed_bits_per_byte().items())
+    print(
+        f"{f.data or config.data.source}: {split.num_bytes:,} bytes, {found['tokens']:,.0f} tokens in windows of {length}\n"
+        f"loss {found['loss']:.4f} nats a token, perplexity {found['perplexity']:.2f}\n"
+        f"{found['bits_per_byte']:.3f} bits per byte ({packed})"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

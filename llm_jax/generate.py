@@ -1,0 +1,37 @@
+"""Continues a prompt: `python -m llm_jax.generate --checkpoint=runs/x --prompt="def "`."""
+
+from absl import flags
+
+from llm_jax import cli
+from llm_jax.errors import UserError
+
+flags.DEFINE_string("checkpoint", None, "a run, or one of its checkpoints", required=True)
+flags.DEFINE_multi_string("prompt", None, "text to continue; may be given several times", required=True)
+flags.DEFINE_integer("max_new_tokens", 128, "tokens at most")
+flags.DEFINE_float("temperature", 0.8, "0 is greedy")
+flags.DEFINE_integer("top_k", 0, "draw from the k most likely tokens; 0: all")
+flags.DEFINE_float("top_p", None, "draw from the most likely tokens of this total probability")
+flags.DEFINE_integer("seed", 0, "of the draws; row i uses seed + i")
+
+
+def main() -> None:
+    from llm_jax import checkpoint
+    from llm_jax.decoding import loop, samplers
+    from llm_jax.tokenizers import BOS
+
+    f = flags.FLAGS
+    if f.seed < 0:
+        raise UserError(f"--seed={f.seed}; expected a number from 0")
+    sampler = samplers.make(f.temperature, f.top_k, 1.0 if f.top_p is None else f.top_p)
+    model, params, tokenizer = checkpoint.load(f.checkpoint)
+    prompts = [[BOS, *tokenizer.encode(text)] for text in f.prompt]
+    seeds = [f.seed + i for i in range(len(prompts))]
+    made = loop.generate(model, params, prompts, sampler, max_new_tokens=f.max_new_tokens, seeds=seeds)
+    for i, (prompt, one) in enumerate(zip(prompts, made, strict=True)):
+        if i:
+            print("-" * 40)
+        print(tokenizer.decode(prompt + one.ids))
+
+
+if __name__ == "__main__":
+    cli.run(main)

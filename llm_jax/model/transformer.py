@@ -1,0 +1,222 @@
+"""The decoder: tokens -> features -> logits.
+
+    model = Transformer(config.model)
+    params = model.init(key, tokens)["params"]
+    logits = model.apply({"params": params}, tokens)
+
+`params` may be in any layout that `config.scan_layers` names (`trees.restage` converts) and hold any
+kind of weight: the code below never asks.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from llm_jax import trees, weights
+from llm_jax.config import ModelConfig, choice
+from llm_jax.errors import UserError
+from llm_jax.model import positions
+from llm_jax.model.attention import Attention, Cache, Tokens
+from llm_jax.model.layers import MLP, Module, Norm
+from llm_jax.model.stages import layout, stages
+
+# Letters of shapes: B batch, T time, S cache slots, D width, V vocabulary, N heads, K kv heads, H head width.
+
+REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Layer(Module):
+    """One pre-norm block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    kind: str = "global"
+
+    @nn.compact
+    def __call__(self, x_BTD, queries, keys, bias, cache, index):
+        c = self.config
+        window = c.window if self.kind == "local" else None
+        update, cache = Attention(c, window, name="attention")(
+            Norm(c, name="attention_norm")(x_BTD), queries, keys, bias, cache, index
+        )
+        x_BTD = x_BTD + update
+        return x_BTD + MLP(c, name="mlp")(Norm(c, name="mlp_norm")(x_BTD)), cache
+
+
+class Block(Module):
+    """One of each kind of a stage: the body of its scan. Names: see `trees`."""
+
+    kinds: tuple[str, ...] = ()
+
+    @nn.compact
+    def __call__(self, x_BTD, cache, queries, keys, bias, index):
+        layer, caches = rematerialized(self.config), {}
+        for i, kind in enumerate(self.kinds):
+            name = f"{i}::{len(self.kinds)}"
+            x_BTD, caches[name] = layer(self.config, kind, name=name)(
+                x_BTD, queries, keys, bias, cache and cache[name], index
+            )
+        return x_BTD, (caches if cache is not None else None)
+
+
+class Layers(Module):
+    """All layers, scanned stage by stage or one after the other."""
+
+    @nn.compact
+    def __call__(self, x_BTD, queries, keys, bias, cache, index):
+        c, caches, start = self.config, {}, 0
+        layer = rematerialized(c)
+        for kinds, repeats in stages(c):
+            stop = start + len(kinds) * repeats
+            if c.scan_layers:
+                name = f"{start}:{stop}"
+                scan = nn.scan(
+                    Block,
+                    variable_axes={"params": 0},
+                    split_rngs={"params": True},
+                    in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+                    length=repeats,
+                )
+                x_BTD, caches[name] = scan(c, kinds, name=name)(x_BTD, cache and cache[name], queries, keys, bias, index)
+            else:
+                for i, kind in enumerate(kinds * repeats, start):
+                    x_BTD, caches[str(i)] = layer(c, kind, name=str(i))(
+                        x_BTD, queries, keys, bias, cache and cache[str(i)], index
+                    )
+            start = stop
+        return x_BTD, (caches if cache is not None else None)
+
+
+class Embed(Module):
+    """Token embeddings, and what the position scheme does to them."""
+
+    def setup(self) -> None:
+        c = self.config
+        normal = nn.initializers.normal(0.02)
+        self.scheme = positions.make(c)
+        self.table = self.weight("table", normal, (c.vocab_size, c.width))
+        self.own = {name: self.weight(f"position_{name}", normal, shape) for name, shape in self.scheme.declare().items()}
+
+    def __call__(self, tokens_BT: jax.Array, where: Tokens) -> jax.Array:
+        x_BTD = weights.take(self.table, tokens_BT).astype(self.config.precision.compute)
+        return self.scheme.embed(x_BTD, where.positions, self.own)
+
+    def bias(self, queries: Tokens, keys: Tokens) -> jax.Array | None:
+        return self.scheme.bias(queries.positions, keys.positions, self.own)
+
+
+class Head(Module):
+    """The output head of a model whose head is not its embedding table."""
+
+    def setup(self) -> None:
+        c = self.config
+        self.kernel = self.weight("kernel", nn.initializers.normal(0.02), (c.width, c.vocab_size))
+
+
+class Transformer(Module):
+    """A decoder-only language model (Vaswani et al. 2017, arXiv:1706.03762; pre-norm as in GPT-2)."""
+
+    def setup(self) -> None:
+        c = self.config
+        self.embed = Embed(c)
+        self.layers = Layers(c)
+        self.final_norm = Norm(c)
+        if not c.tie_head:
+            self.head = Head(c)
+
+    def __call__(self, tokens_BT: jax.Array, where: Tokens | None = None, cache: Cache | None = None) -> Any:
+        """int32 (B, T) -> logits (B, T, V); with a cache, (logits, updated cache). See `features`."""
+        x_BTD, updated = self.features(tokens_BT, where, cache)
+        logits = self.logits(x_BTD)
+        return logits if cache is None else (logits, updated)
+
+    def features(
+        self, tokens_BT: jax.Array, where: Tokens | None = None, cache: Cache | None = None
+    ) -> tuple[jax.Array, Cache | None]:
+        """int32 (B, T) -> (final normed features (B, T, D) in the compute dtype, updated cache or None).
+
+        Args:
+          where: positions and segments of the tokens; by default one segment from position 0.
+          cache: from `init_cache` or an earlier call; the tokens go to its next slots. The caller
+            sees to it that they fit, here and in `positions.max_length`.
+        """
+        where = consecutive(tokens_BT) if where is None else where
+        keys, index = where, None
+        if cache is not None:
+            index = cache.index
+            keys = jax.tree.map(
+                lambda slots, new: jax.lax.dynamic_update_slice(slots, new, (0, index)), cache.tokens, where
+            )
+        x_BTD = self.embed(tokens_BT, where)
+        bias = self.embed.bias(where, keys)
+        x_BTD, layers = self.layers(x_BTD, where, keys, bias, cache and cache.layers, index)
+        updated = None if cache is None else Cache(keys, index + tokens_BT.shape[1], layers)
+        return self.final_norm(x_BTD), updated
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """Features (B, T, D) -> logits (B, T, V) in the output dtype."""
+        c = self.config
+        tied = c.tie_head
+        table = self.embed.table if tied else self.head.kernel
+        return weights.dot(
+            x_BTD, table, transposed=tied, out_dtype=c.precision.output, accumulate=c.precision.accumulate
+        )
+
+
+def consecutive(tokens_BT: jax.Array) -> Tokens:
+    """Where tokens stand that are one segment each row, from position 0."""
+    count = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
+    return Tokens(count, jnp.ones_like(count))
+
+
+def init_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
+    """An empty cache for `batch` rows of up to `slots` tokens, keys and values in the compute dtype."""
+    shape = (batch, slots, config.num_kv_heads, positions.head_width(config))
+
+    def layer(*leading: int) -> dict[str, jax.Array]:
+        return {name: jnp.zeros((*leading, *shape), config.precision.compute) for name in ("key", "value")}
+
+    layers: dict[str, Any] = {}
+    for i in range(config.num_layers):
+        if config.scan_layers:
+            keys, _ = trees.stack_path(layout(config), i)
+            stage, kind = keys.split("/")
+            layers.setdefault(stage, {})[kind] = layer(len(trees.layers_of(keys) or ()))
+        else:
+            layers[str(i)] = layer()
+    nothing = jnp.zeros((batch, slots), jnp.int32)
+    return Cache(Tokens(nothing, nothing), jnp.int32(0), layers)
+
+
+def check_length(config: ModelConfig, length: int) -> None:
+    """Raises UserError where sequences of `length` go past the positions that the scheme has."""
+    bound = positions.make(config).max_length()
+    if bound is not None and length > bound:
+        raise UserError(
+            f"sequences of {length} tokens go past the {bound} positions of model.position.kind="
+            f"{config.position.kind}; raise model.position.max_length or shorten them"
+        )
+
+
+def matmul_parameters(config: ModelConfig) -> int:
+    """Entries of the matrices that every token is multiplied by, the head included."""
+    c, h = config, positions.head_width(config)
+    attention = c.width * h * (2 * c.num_heads + 2 * c.num_kv_heads)
+    mlp = c.width * c.mlp_width * (3 if c.mlp == "gated" else 2)
+    return c.num_layers * (attention + mlp) + c.width * c.vocab_size
+
+
+def flops_per_token(config: ModelConfig, length: int) -> float:
+    """Model flops of a training step per token: 6 N + 12 L N_h H T (Chowdhery et al. 2022, PaLM, appendix B)."""
+    attention = 12 * config.num_layers * config.num_heads * positions.head_width(config) * length
+    return 6.0 * matmul_parameters(config) + attention
+
+
+def rematerialized(config: ModelConfig) -> Any:
+    """`Layer`, or `Layer` whose backward pass recomputes what `model.remat` says."""
+    policy = choice("model.remat", config.remat, REMAT)
+    return nn.remat(Layer, prevent_cse=not config.scan_layers, policy=policy) if policy else Layer

@@ -1,0 +1,66 @@
+"""The one protocol of all tokenizers, and its form on disk."""
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import ClassVar, Protocol, Self
+
+# Ids that every kind shares. Text never encodes to them, and they decode to nothing.
+PAD, BOS, EOS, UNK = 0, 1, 2, 3
+SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
+
+
+class Tokenizer(Protocol):
+    """Text <-> ids. Immutable: it is what its files say, and `base.digest` is their hash.
+
+    Attributes:
+      kind: the name it is registered under (`tokenizers.KINDS`).
+      exact: whether decode(encode(text)) == text for every text that encodes to UTF-8.
+      vocab_size: ids run from 0 to vocab_size - 1, the special ones included.
+    """
+
+    kind: ClassVar[str]
+    exact: ClassVar[bool]
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> Self:
+        """A tokenizer for text like `texts`, with at most `vocab_size` ids.
+
+        Raises:
+          UserError: `vocab_size` is too small, or larger than the text allows.
+        """
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, without BOS or EOS. Raises UserError for unpaired surrogates."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`; special ids give nothing, broken UTF-8 gives U+FFFD."""
+
+    def piece(self, index: int) -> str:
+        """How the id is shown to a reader."""
+
+    def files(self) -> dict[str, bytes]:
+        """All it is made of, by file name; `from_files` is the inverse."""
+
+    @classmethod
+    def from_files(cls, files: dict[str, bytes]) -> Self: ...
+
+
+def digest(tokenizer: Tokenizer) -> str:
+    """sha256 over kind and files: equal if and only if two tokenizers are the same."""
+    h = hashlib.sha256(tokenizer.kind.encode())
+    for name, content in sorted(tokenizer.files().items()):
+        h.update(f"\0{name}\0{len(content)}\0".encode() + content)
+    return h.hexdigest()
+
+
+def save(tokenizer: Tokenizer, directory: pathlib.Path) -> None:
+    """Writes its files and `kind.json` into `directory` (made if need be)."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, content in tokenizer.files().items():
+        (directory / name).write_bytes(content)
+    (directory / "kind.json").write_text(json.dumps({"kind": tokenizer.kind, "sha256": digest(tokenizer)}) + "\n")

@@ -1,0 +1,91 @@
+"""Byte-pair encoding by sentencepiece (Kudo and Richardson 2018, arXiv:1808.06226), bytes as fallback."""
+
+import io
+from collections.abc import Iterable, Sequence
+from typing import ClassVar, Self
+
+import sentencepiece
+
+from llm_jax.errors import UserError
+from llm_jax.tokenizers.base import BOS, EOS, PAD, SPECIAL, UNK
+from llm_jax.tokenizers.byte import utf8
+
+# sentencepiece writes a space as this character, so the character itself is spelled out in bytes.
+_SPACE = "\u2581"
+_SMALLEST = len(SPECIAL) + 256 + 1
+# Sentences end at a line break, which no merge could then contain: the frequent ones are given.
+_BREAKS = tuple("\n" * n + " " * indent for n in (1, 2) for indent in (0, 4, 8, 12, 16)) + ("\t",)
+_SENTENCE_BYTES = 4096
+
+
+class BpeTokenizer:
+    kind: ClassVar[str] = "bpe"
+    exact: ClassVar[bool] = True
+
+    def __init__(self, model: bytes):
+        self._model = model
+        try:
+            self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise UserError(f"the sentencepiece model cannot be read: {error}") from error
+        self._space = [self._pieces.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
+
+    @property
+    def vocab_size(self) -> int:
+        return self._pieces.vocab_size()
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> Self:
+        if vocab_size < _SMALLEST + len(_BREAKS):
+            raise UserError(
+                f"a byte-pair vocabulary of {vocab_size} is too small; the special ids, bytes and "
+                f"line breaks take {_SMALLEST + len(_BREAKS)}"
+            )
+        model = io.BytesIO()
+        sentences = (line[i : i + _SENTENCE_BYTES // 4] for text in texts for line in text.splitlines()
+                     for i in range(0, len(line), _SENTENCE_BYTES // 4))
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=sentences,
+                model_writer=model,
+                model_type="bpe",
+                vocab_size=vocab_size,
+                hard_vocab_limit=True,
+                byte_fallback=True,
+                character_coverage=1.0,
+                normalization_rule_name="identity",
+                remove_extra_whitespaces=False,
+                add_dummy_prefix=False,
+                allow_whitespace_only_pieces=True,
+                split_digits=True,
+                user_defined_symbols=list(_BREAKS),
+                max_sentence_length=_SENTENCE_BYTES,
+                input_sentence_size=200_000,
+                shuffle_input_sentence=True,
+                pad_id=PAD, bos_id=BOS, eos_id=EOS, unk_id=UNK,
+                pad_piece=SPECIAL[PAD], bos_piece=SPECIAL[BOS], eos_piece=SPECIAL[EOS], unk_piece=SPECIAL[UNK],
+                num_threads=1,
+                minloglevel=2,
+            )
+        except (RuntimeError, OSError) as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise UserError(f"no byte-pair vocabulary of {vocab_size} can be trained on this text: {reason}") from error
+        return cls(model.getvalue())
+
+    def encode(self, text: str) -> list[int]:
+        utf8(text)
+        first, *others = self._pieces.encode(text.split(_SPACE))
+        return first + [i for ids in others for i in self._space + ids]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._pieces.decode([int(i) for i in ids if i > UNK])
+
+    def piece(self, index: int) -> str:
+        return self._pieces.id_to_piece(int(index)).replace(_SPACE, " ").replace("\n", "\\n").replace("\t", "\\t")
+
+    def files(self) -> dict[str, bytes]:
+        return {"bpe.model": self._model}
+
+    @classmethod
+    def from_files(cls, files: dict[str, bytes]) -> Self:
+        return cls(files["bpe.model"])

@@ -1,0 +1,42 @@
+"""Held-out loss, perplexity and bits per byte."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from llm_jax.data.rows import Batch, Rows, batches
+
+LossFunction = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
+
+
+def evaluate(
+    loss: LossFunction, params: Any, rows: Rows, batch_size: int, sharding: jax.sharding.Sharding, limit: int = 0
+) -> dict[str, float]:
+    """Figures over the first `limit` rows (0: all), whose windows do not overlap.
+
+    Args:
+      loss: (params, batch) -> (sum of nats, number of targets), jitted.
+
+    Returns:
+      loss: nats per token. perplexity: its exponential. tokens: targets counted, EOS included.
+      bits_per_byte: all nats in bits over the bytes of the text; exact for all rows, and for a part
+      of them by the bytes per token of the whole. This one compares across tokenizers.
+    """
+    count_rows = min(limit, len(rows)) if limit else len(rows)
+    steps = -(-count_rows // batch_size)
+    sums = []
+    for batch in tqdm(batches(rows, 0, steps, batch_size, sharding), "evaluating", steps, leave=False, delay=2):
+        sums.append(loss(params, batch))
+    nats, tokens = (float(sum(float(x) for x in part)) for part in zip(*jax.device_get(sums), strict=True))
+    counted = len(rows.split.tokens) - (len(rows.split.offsets) - 1)  # every token but BOS is one target
+    num_bytes = rows.split.num_bytes * tokens / counted
+    mean = nats / tokens
+    return {
+        "loss": mean,
+        "perplexity": math.exp(min(mean, 700.0)),
+        "bits_per_byte": nats / math.log(2) / num_bytes,
+        "tokens": tokens,
+    }
