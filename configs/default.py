@@ -54,9 +54,9 @@ def get_config() -> ConfigDict:
                 "clip_norm": 1.0,
             },
             "train": {
-                "steps": 400,
+                "steps": 700,
                 "seed": 0,
-                "batch_size": 16,
+                "batch_size": 8,
                 "seq_len": 256,
                 "grad_accumulation": 1,
                 "loss_chunk": 0,
@@ -67,7 +67,7 @@ def get_config() -> ConfigDict:
                 "prompts": ("def ", "import os\n\nclass "),
                 "max_new_tokens": 64,
             },
-            "checkpoint": {"every": 100, "keep_last": 2, "keep_best": 1},
+            "checkpoint": {"every": 350, "keep_last": 2, "keep_best": 1},
             "mesh": {
                 "data": -1,
                 "fsdp": 1,

@@ -1,6 +1,6 @@
 """llm_jax: every concept of a large language model as a part that one config override swaps.
 
-    model, params, tokenizer = llm_jax.load("runs/default")
+model, params, tokenizer = llm_jax.load("runs/default")
 """
 
 from typing import TYPE_CHECKING, Any

@@ -3,6 +3,7 @@
 Exit codes: 0 done, 2 bad input (one line on stderr), 130 interrupted.
 """
 
+import ctypes
 import os
 import re
 import sys
@@ -48,6 +49,20 @@ def use_devices(count: int) -> None:
 
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", count)
+
+
+def keep_memory() -> None:
+    """Asks glibc's malloc to keep what it has freed, for this process. Does nothing elsewhere.
+
+    XLA on CPU allocates its buffers anew for every step. Given back and mapped again each time, the
+    page faults take about a quarter of a training step.
+    """
+    # From glibc's malloc.h: trim threshold, padding at the top, number of mapped blocks, arenas.
+    options = {-1: 2**31 - 1, -2: 2**28, -4: 0, -8: 1}
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        for option, value in options.items():
+            mallopt(option, value)
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

@@ -202,7 +202,10 @@ def _convert(value: Any, kind: Any, key: str) -> Any:
         inner = typing.get_args(kind)[0]
         deep = inner is not str
         converted = tuple(tuple(map(_freeze, v)) if deep and isinstance(v, (list, tuple)) else v for v in value)
-        well = all((isinstance(v, tuple) and len(v) == 2 and isinstance(v[0], str)) if deep else isinstance(v, str) for v in converted)
+        well = all(
+            (isinstance(v, tuple) and len(v) == 2 and isinstance(v[0], str)) if deep else isinstance(v, str)
+            for v in converted
+        )
         if well:
             return converted
     elif origin is float and isinstance(value, (int, float)) and not isinstance(value, bool):

@@ -31,7 +31,9 @@ def main() -> None:
     config = checkpoint.read_config(checkpoint.find(f.checkpoint))
     length = f.seq_len or config.train.seq_len
     transformer.check_length(model.config, length)
-    source = corpus.Source(dataclasses.replace(config.data, source=f.data) if f.data else config.data, whole=bool(f.data))
+    source = corpus.Source(
+        dataclasses.replace(config.data, source=f.data) if f.data else config.data, whole=bool(f.data)
+    )
     split = source.corpus(tokenizer).validation
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     loss = jax.jit(lambda params, batch: losses.language_model(model, params, batch, 0))
@@ -41,7 +43,8 @@ def main() -> None:
         return
     packed = ", ".join(f"{name} {value:.3f}" for name, value in source.compressed_bits_per_byte().items())
     print(
-        f"{f.data or config.data.source}: {split.num_bytes:,} bytes, {found['tokens']:,.0f} tokens in windows of {length}\n"
+        f"{f.data or config.data.source}: {split.num_bytes:,} bytes, "
+        f"{found['tokens']:,.0f} tokens in windows of {length}\n"
         f"loss {found['loss']:.4f} nats a token, perplexity {found['perplexity']:.2f}\n"
         f"{found['bits_per_byte']:.3f} bits per byte ({packed})"
     )

@@ -25,6 +25,7 @@ _FREE = ("train.steps", "eval.", "checkpoint.", "mesh.", "data.cache_dir")
 
 
 def main() -> None:
+    cli.keep_memory()
     cli.use_devices(flags.FLAGS.devices)
     import jax
     import jax.numpy as jnp
@@ -57,7 +58,9 @@ def main() -> None:
     source = Source(config.data)
     tokenizer = tokenizers.load(origin / "tokenizer") if origin else source.tokenizer(config.tokenizer)
     if tokenizer.kind != config.tokenizer.kind:
-        raise UserError(f"{origin}: trained on '{tokenizer.kind}' tokens; config key 'tokenizer.kind' is '{config.tokenizer.kind}'")
+        raise UserError(
+            f"{origin}: trained on '{tokenizer.kind}' tokens; config key 'tokenizer.kind' is '{config.tokenizer.kind}'"
+        )
     corpus = source.corpus(tokenizer)
     train_rows, held_rows = Shuffled(Rows(corpus.train, c.seq_len), c.seed), Rows(corpus.validation, c.seq_len)
     print(
@@ -93,7 +96,10 @@ def main() -> None:
         lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), abstract_state, state_shardings
     )
     print(report.parameter_table(abstract_state.params))
-    print(f"mesh {dict(mesh.shape)} of {jax.device_count()} {jax.devices()[0].device_kind} device(s); jax {jax.__version__}")
+    print(
+        f"mesh {dict(mesh.shape)} of {jax.device_count()} {jax.devices()[0].device_kind} device(s), "
+        f"jax {jax.__version__}"
+    )
     if flags.FLAGS.dry_run:
         return
 
@@ -140,7 +146,11 @@ def main() -> None:
     def sample(title: str) -> None:
         prompts = [[BOS, *tokenizer.encode(text)] for text in config.eval.prompts]
         made = loop.generate(
-            decoder, unstack(state.params), prompts, samplers.make(0.8, top_p=0.95), max_new_tokens=config.eval.max_new_tokens
+            decoder,
+            unstack(state.params),
+            prompts,
+            samplers.make(0.8, top_p=0.95),
+            max_new_tokens=config.eval.max_new_tokens,
         )
         for prompt, one in zip(prompts, made, strict=True):
             print(f"----- {title}\n{tokenizer.decode(prompt + one.ids)}")
@@ -163,9 +173,13 @@ def main() -> None:
         progress.step(done, metrics)
         held = {}
         if due(config.eval.every, done):
+            progress.collect()
             held = evaluate(0 if done == c.steps else config.eval.rows)
             progress.flush(**held)
-            progress.write(f"step {done}: held-out loss {held['validation_loss']:.4f}, {held['validation_bits_per_byte']:.3f} bits per byte")
+            progress.write(
+                f"step {done}: held-out loss {held['validation_loss']:.4f}, "
+                f"{held['validation_bits_per_byte']:.3f} bits per byte"
+            )
         if due(config.checkpoint.every, done):
             progress.flush()
             writer.save(done, state.params, state.optimizer, held.get("validation_loss"))

@@ -164,9 +164,10 @@ class Adapted(Node):
 
     def partition(self, spec: P) -> "Adapted":
         *layer, rows, columns = spec
+        copies: Any = P()
         return Adapted(
             partition(self.base, spec),
             partition(self.a, P(*layer, rows, None)),
             partition(self.b, P(*layer, None, columns)),
-            P(),
+            copies,
         )

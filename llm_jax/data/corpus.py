@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import lzma
 import os
 import pathlib
 import shutil
 import tempfile
 import zlib
-import lzma
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -82,7 +83,7 @@ class Source:
 
     def compressed_bits_per_byte(self) -> dict[str, float]:
         """What general compressors at their best reach on the held-out text, as one stream of bytes."""
-        packers = {"gzip -9": zlib.compressobj(9, wbits=31), "xz -9": lzma.LZMACompressor(preset=9)}
+        packers: dict[str, Any] = {"gzip -9": zlib.compressobj(9, wbits=31), "xz -9": lzma.LZMACompressor(preset=9)}
         sizes = dict.fromkeys(packers, 0)
         total = 0
         for text in _texts(self.validation):
@@ -125,9 +126,16 @@ def _write(directory: pathlib.Path, found: Sequence[sources.Document], tokenizer
     directory.mkdir()
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     offsets, num_bytes = [0], 0
-    with (directory / "tokens.bin").open("wb") as file, tqdm(
-        total=sum(d.size for d in found), desc=f"tokenizing {directory.name}", unit="B", unit_scale=True, leave=False
-    ) as bar:
+    with (
+        (directory / "tokens.bin").open("wb") as file,
+        tqdm(
+            total=sum(d.size for d in found),
+            desc=f"tokenizing {directory.name}",
+            unit="B",
+            unit_scale=True,
+            leave=False,
+        ) as bar,
+    ):
         for document in found:
             text = document.read()
             ids = np.asarray([BOS, *tokenizer.encode(text), EOS], dtype)

@@ -75,6 +75,10 @@ class Shuffled:
     def _order(self) -> grain.MapDataset:
         return grain.MapDataset.range(self.rows.full).shuffle(seed=self.seed).repeat()
 
+    @property
+    def seq_len(self) -> int:
+        return self.rows.seq_len
+
     def __getitem__(self, index: int) -> Row:
         return self.rows[self._order[index]]
 
@@ -86,11 +90,9 @@ def batch(rows: Rows | Shuffled, step: int, size: int, sharding: jax.sharding.Sh
     def part(name: str, index: tuple[slice, ...]) -> np.ndarray:
         return np.stack([row(i)[name] for i in range(*index[0].indices(size))])[:, index[1]]
 
-    first = row(next(iter(sharding.addressable_devices_indices_map((size, 1)).values()))[0].indices(size)[0])
-    return {
-        name: jax.make_array_from_callback((size, len(value)), sharding, functools.partial(part, name))
-        for name, value in first.items()
-    }
+    names = ("inputs", "targets", "positions", "segments", "mask")
+    shape = (size, rows.seq_len)
+    return {name: jax.make_array_from_callback(shape, sharding, functools.partial(part, name)) for name in names}
 
 
 def batches(

@@ -1,6 +1,7 @@
 """Where text comes from: a list of documents, and which of them are held out."""
 
 import dataclasses
+import functools
 import glob
 import hashlib
 import pathlib
@@ -107,7 +108,7 @@ def _stdlib() -> Iterator[Document]:
             text = _read_source(path)
         except (SyntaxError, UnicodeDecodeError):  # an encoding that its first line does not declare
             continue
-        yield Document(name.as_posix(), name.parts[0], len(text.encode()), lambda path=path: _read_source(path))
+        yield Document(name.as_posix(), name.parts[0], len(text.encode()), functools.partial(_read_source, path))
 
 
 def _read_source(path: pathlib.Path) -> str:
@@ -120,7 +121,7 @@ def _visible(path: pathlib.Path, root: pathlib.Path) -> bool:
 
 
 def _file(path: pathlib.Path, name: str) -> Document:
-    return Document(name, name, _size(path), lambda: _decode(_slice(path, 0, -1), str(path), 0))
+    return Document(name, name, _size(path), functools.partial(_read_piece, path, 0, -1))
 
 
 def _pieces(path: pathlib.Path) -> Iterator[Document]:
@@ -131,9 +132,7 @@ def _pieces(path: pathlib.Path) -> Iterator[Document]:
         block = _slice(path, start, target)
         end = size if start + len(block) >= size else start + (block.rfind(b"\n") + 1 or _whole_characters(block))
         name = f"{path.name}:{start}"
-        yield Document(
-            name, name, end - start, lambda a=start, b=end: _decode(_slice(path, a, b - a), str(path), a)
-        )
+        yield Document(name, name, end - start, functools.partial(_read_piece, path, start, end - start))
         start = end
 
 
@@ -160,8 +159,8 @@ def _slice(path: pathlib.Path, start: int, length: int) -> bytes:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _decode(content: bytes, path: str, offset: int) -> str:
+def _read_piece(path: pathlib.Path, offset: int, length: int) -> str:
     try:
-        return content.decode()
+        return _slice(path, offset, length).decode()
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text at byte {offset + error.start}; convert it or leave it out") from error

@@ -102,22 +102,33 @@ def _prefill(model: Transformer, slots: int, params: Any, prompts_BP: jax.Array,
     count = jnp.broadcast_to(jnp.arange(p, dtype=jnp.int32), (b, p))
     real = count < lengths[:, None]
     where = Tokens(count, real.astype(jnp.int32))
-    x_BPD, cache = model.apply(
-        {"params": params}, prompts_BP, where, init_cache(model.config, b, slots), method="features"
-    )
+    x_BPD, cache = _apply(model, params, prompts_BP, where, init_cache(model.config, b, slots), method="features")
     last_B1D = jnp.take_along_axis(x_BPD, lengths[:, None, None] - 1, axis=1)
-    logits = model.apply({"params": params}, last_B1D, method="logits")[:, 0]
+    logits = _apply(model, params, last_B1D, method="logits")[:, 0]
     history = History(jnp.pad(prompts_BP, ((0, 0), (0, slots - p))), jnp.pad(real, ((0, 0), (0, slots - p))))
     room = slots - p
     return _Decoding(
-        cache, history, logits, lengths, jnp.int32(0), jnp.zeros((b, room), jnp.int32),
-        jnp.zeros((b, room), jnp.float32), jnp.zeros(b, jnp.int32), jnp.zeros(b, bool),
+        cache,
+        history,
+        logits,
+        lengths,
+        jnp.int32(0),
+        jnp.zeros((b, room), jnp.int32),
+        jnp.zeros((b, room), jnp.float32),
+        jnp.zeros(b, jnp.int32),
+        jnp.zeros(b, bool),
     )
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
 def _continue(
-    model: Transformer, params: Any, sampler: Sampler, start: _Decoding, keys: jax.Array, limit: jax.Array, eos: jax.Array
+    model: Transformer,
+    params: Any,
+    sampler: Sampler,
+    start: _Decoding,
+    keys: jax.Array,
+    limit: jax.Array,
+    eos: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     def going(state: _Decoding) -> jax.Array:
         return (state.time < limit) & ~jnp.all(state.done)
@@ -127,15 +138,26 @@ def _continue(
         logs = jnp.take_along_axis(jax.nn.log_softmax(s.logits.astype(jnp.float32)), ids[:, None], -1)[:, 0]
         where = Tokens((s.lengths + s.time)[:, None], (~s.done).astype(jnp.int32)[:, None])
         slot = s.cache.index
-        logits, cache = model.apply({"params": params}, ids[:, None], where, s.cache)
+        logits, cache = _apply(model, params, ids[:, None], where, s.cache)
         history = History(s.history.ids.at[:, slot].set(ids), s.history.valid.at[:, slot].set(~s.done))
         return _Decoding(
-            cache, history, logits[:, 0], s.lengths, s.time + 1, s.ids.at[:, s.time].set(ids),
-            s.log_probabilities.at[:, s.time].set(logs), s.count + ~s.done, s.done | (ids == eos),
+            cache,
+            history,
+            logits[:, 0],
+            s.lengths,
+            s.time + 1,
+            s.ids.at[:, s.time].set(ids),
+            s.log_probabilities.at[:, s.time].set(logs),
+            s.count + ~s.done,
+            s.done | (ids == eos),
         )
 
     end = jax.lax.while_loop(going, step, start)
     return end.ids, end.log_probabilities, end.count
+
+
+def _apply(model: Transformer, params: Any, *inputs: Any, method: str = "__call__") -> Any:
+    return model.apply({"params": params}, *inputs, method=method)
 
 
 def _bucket(length: int) -> int:

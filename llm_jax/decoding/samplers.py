@@ -56,7 +56,7 @@ class TopK:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TopP:
-    """Keeps the smallest set of the most likely tokens with mass at least p (Holtzman et al. 2020, arXiv:1904.09751)."""
+    """Keeps the smallest set of likely tokens with mass at least p (Holtzman et al. 2020, arXiv:1904.09751)."""
 
     p: float | jax.Array
 

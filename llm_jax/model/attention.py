@@ -52,24 +52,84 @@ def visible(queries: Tokens, keys: Tokens, window: int | None) -> jax.Array:
     return seen & (distance < window) if window is not None else seen
 
 
+@jax.custom_vjp
 def attend(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array, bias_BNTS: jax.Array | None
 ) -> jax.Array:
     """softmax(q k / sqrt(H) + bias) v under the mask -> (B, T, N, H); scores and softmax in float32.
 
-    A query that sees nothing (padding) gets the mean of all values, which nobody reads.
+    The backward pass computes the scores again from the row sums (Dao et al. 2022, FlashAttention,
+    arXiv:2205.14135, appendix B), so that nothing of size T x S is kept between the passes. The
+    leading axis of the bias is B or 1. A query that sees nothing (padding) gets the mean of all
+    values, which nobody reads.
     """
-    b, t, n, h = q_BTNH.shape
-    s, k = k_BSKH.shape[1:3]
-    wide = jnp.promote_types(jnp.float32, q_BTNH.dtype)
-    q_BTKGH = q_BTNH.reshape(b, t, k, n // k, h)
-    scores = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=wide) * h**-0.5
+    return _attend_forward(q_BTNH, k_BSKH, v_BSKH, mask_BTS, bias_BNTS)[0]
+
+
+def _attend_forward(q_BTNH, k_BSKH, v_BSKH, mask_BTS, bias_BNTS):
+    length, groups = q_BTNH.shape[1], k_BSKH.shape[2]
+    q, k, v = (_by_group(x, groups) for x in (q_BTNH, k_BSKH, v_BSKH))
+    scores = _scores(q, k, mask_BTS, bias_BNTS)
+    top = jnp.max(scores, -1, keepdims=True)
+    weights = jnp.exp(scores - top)
+    total = jnp.sum(weights, -1, keepdims=True)
+    out = (_batched(weights.astype(v.dtype), v, 3, 2) / total).astype(q_BTNH.dtype)
+    return _by_token(out, length), (q, k, v, mask_BTS, bias_BNTS, out, top + jnp.log(total))
+
+
+def _attend_backward(saved, g_BTNH):
+    q, k, v, mask_BTS, bias_BNTS, out, log_total = saved
+    g = _by_group(g_BTNH, k.shape[1])
+    shares = jnp.exp(_scores(q, k, mask_BTS, bias_BNTS) - log_total)
+    wide = shares.dtype
+    d_shares = _batched(g, v, 3, 3)
+    d_scores = shares * (d_shares - jnp.sum(g.astype(wide) * out.astype(wide), -1, keepdims=True))
+    d_bias = None
     if bias_BNTS is not None:
-        scores += bias_BNTS.reshape(-1, k, n // k, t, s)
-    scores = jnp.where(mask_BTS[:, None, None], scores, jnp.finfo(wide).min)
-    shares = jax.nn.softmax(scores, -1).astype(v_BSKH.dtype)
-    out = jnp.einsum("bkgts,bskh->btkgh", shares, v_BSKH, preferred_element_type=wide)
-    return out.reshape(b, t, n, h).astype(q_BTNH.dtype)
+        per_row = d_scores.reshape(mask_BTS.shape[0], -1, *mask_BTS.shape[1:])
+        d_bias = (per_row if bias_BNTS.shape[0] > 1 else jnp.sum(per_row, 0, keepdims=True)).astype(bias_BNTS.dtype)
+    d_scores = (d_scores * q.shape[-1] ** -0.5).astype(g.dtype)
+    dq, dk = _batched(d_scores, k, 3, 2), _batched(d_scores, q, 2, 2)
+    dv = _batched(shares.astype(g.dtype), g, 2, 2)
+    queries, keys = mask_BTS.shape[1:]
+    return (
+        _by_token(dq, queries).astype(q.dtype),
+        _by_token(dk, keys).astype(k.dtype),
+        _by_token(dv, keys).astype(v.dtype),
+        None,
+        d_bias,
+    )
+
+
+attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _scores(q, k, mask_BTS, bias_BNTS):
+    """(B, K, G T, S) in float32 (or wider): what a query may not see is far below what it may."""
+    b, t, s = mask_BTS.shape
+    scores = (_batched(q, k, 3, 3) * q.shape[-1] ** -0.5).reshape(b, -1, t, s)
+    if bias_BNTS is not None:
+        scores += bias_BNTS
+    return (scores + jnp.where(mask_BTS, 0.0, -1e30)[:, None]).reshape(b, k.shape[1], -1, s)
+
+
+def _batched(a, b, a_axis, b_axis):
+    """A product over one axis each, batched over the first two, with float32 (or wider) sums."""
+    wide = jnp.promote_types(jnp.float32, a.dtype)
+    return jax.lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((0, 1), (0, 1))), preferred_element_type=wide)
+
+
+def _by_group(x_BTNH, groups):
+    """(B, T, N, H) -> (B, K, G T, H): plain batched matrices, three times as fast on CPU as an einsum."""
+    b, t, n, h = x_BTNH.shape
+    return x_BTNH.reshape(b, t, groups, n // groups, h).transpose(0, 2, 3, 1, 4).reshape(b, groups, -1, h)
+
+
+def _by_token(x, length):
+    """The inverse of `_by_group`."""
+    b, groups, rows, h = x.shape
+    per_group = rows // length
+    return x.reshape(b, groups, per_group, length, h).transpose(0, 3, 1, 2, 4).reshape(b, length, -1, h)
 
 
 class Attention(Module):
@@ -104,7 +164,7 @@ class Attention(Module):
             q, k = Norm(c, kind="rms", name="query_norm")(q), Norm(c, kind="rms", name="key_norm")(k)
         q, k = scheme.rotate(q, queries.positions), scheme.rotate(k, queries.positions)
         if cache is not None:
-            start = (0, index, 0, 0)
+            start = (0, jnp.asarray(index), 0, 0)
             cache = {
                 "key": jax.lax.dynamic_update_slice(cache["key"], k.astype(cache["key"].dtype), start),
                 "value": jax.lax.dynamic_update_slice(cache["value"], v.astype(cache["value"].dtype), start),

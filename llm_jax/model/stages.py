@@ -20,7 +20,9 @@ def stages(config: ModelConfig) -> tuple[tuple[tuple[str, ...], int], ...]:
     if layers < 1:
         raise UserError(f"config key 'model.num_layers' is {layers}; expected at least 1")
     if not pattern or not set(pattern) <= set(LAYER_KINDS):
-        raise UserError(f"config key 'model.layer_pattern' is {pattern}; expected kinds out of {', '.join(LAYER_KINDS)}")
+        raise UserError(
+            f"config key 'model.layer_pattern' is {pattern}; expected kinds out of {', '.join(LAYER_KINDS)}"
+        )
     if len(set(pattern)) == 1:
         pattern = pattern[:1]
     repeats, rest = divmod(layers, len(pattern))

@@ -81,7 +81,9 @@ class Layers(Module):
                     in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
                     length=repeats,
                 )
-                x_BTD, caches[name] = scan(c, kinds, name=name)(x_BTD, cache and cache[name], queries, keys, bias, index)
+                x_BTD, caches[name] = scan(c, kinds, name=name)(
+                    x_BTD, cache and cache[name], queries, keys, bias, index
+                )
             else:
                 for i, kind in enumerate(kinds * repeats, start):
                     x_BTD, caches[str(i)] = layer(c, kind, name=str(i))(
@@ -99,7 +101,9 @@ class Embed(Module):
         normal = nn.initializers.normal(0.02)
         self.scheme = positions.make(c)
         self.table = self.weight("table", normal, (c.vocab_size, c.width))
-        self.own = {name: self.weight(f"position_{name}", normal, shape) for name, shape in self.scheme.declare().items()}
+        self.own = {
+            name: self.weight(f"position_{name}", normal, shape) for name, shape in self.scheme.declare().items()
+        }
 
     def __call__(self, tokens_BT: jax.Array, where: Tokens) -> jax.Array:
         x_BTD = weights.take(self.table, tokens_BT).astype(self.config.precision.compute)
@@ -145,17 +149,15 @@ class Transformer(Module):
             sees to it that they fit, here and in `positions.max_length`.
         """
         where = consecutive(tokens_BT) if where is None else where
-        keys, index = where, None
+        keys = where
         if cache is not None:
-            index = cache.index
-            keys = jax.tree.map(
-                lambda slots, new: jax.lax.dynamic_update_slice(slots, new, (0, index)), cache.tokens, where
-            )
-        x_BTD = self.embed(tokens_BT, where)
-        bias = self.embed.bias(where, keys)
-        x_BTD, layers = self.layers(x_BTD, where, keys, bias, cache and cache.layers, index)
-        updated = None if cache is None else Cache(keys, index + tokens_BT.shape[1], layers)
-        return self.final_norm(x_BTD), updated
+            start = (0, cache.index)
+            keys = jax.tree.map(lambda slots, new: jax.lax.dynamic_update_slice(slots, new, start), cache.tokens, where)
+        x_BTD, bias = self.embed(tokens_BT, where), self.embed.bias(where, keys)
+        if cache is None:
+            return self.final_norm(self.layers(x_BTD, where, keys, bias, None, None)[0]), None
+        x_BTD, layers = self.layers(x_BTD, where, keys, bias, cache.layers, cache.index)
+        return self.final_norm(x_BTD), Cache(keys, cache.index + tokens_BT.shape[1], layers)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Features (B, T, D) -> logits (B, T, V) in the output dtype."""

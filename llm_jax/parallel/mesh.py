@@ -55,7 +55,9 @@ def shardings(tree: Any, rules: trees.Rules, mesh: Mesh, source: str = "mesh.rul
         specs = weights.partition(weight, P(*axes))
         return jax.tree.map(
             lambda spec, leaf: NamedSharding(mesh, _fitting(spec, leaf.shape, mesh)),
-            specs, weight, is_leaf=lambda s: isinstance(s, P),
+            specs,
+            weight,
+            is_leaf=lambda s: isinstance(s, P),
         )
 
     return trees.map_weights(place, tree)

@@ -14,7 +14,7 @@ from llm_jax.tokenizers.byte import utf8
 _SPACE = "\u2581"
 _SMALLEST = len(SPECIAL) + 256 + 1
 # Sentences end at a line break, which no merge could then contain: the frequent ones are given.
-_BREAKS = tuple("\n" * n + " " * indent for n in (1, 2) for indent in (0, 4, 8, 12, 16)) + ("\t",)
+_BREAKS = ("\t", *("\n" * n + " " * indent for n in (1, 2) for indent in (0, 4, 8, 12, 16)))
 _SENTENCE_BYTES = 4096
 
 
@@ -42,8 +42,12 @@ class BpeTokenizer:
                 f"line breaks take {_SMALLEST + len(_BREAKS)}"
             )
         model = io.BytesIO()
-        sentences = (line[i : i + _SENTENCE_BYTES // 4] for text in texts for line in text.splitlines()
-                     for i in range(0, len(line), _SENTENCE_BYTES // 4))
+        sentences = (
+            line[i : i + _SENTENCE_BYTES // 4]
+            for text in texts
+            for line in text.splitlines()
+            for i in range(0, len(line), _SENTENCE_BYTES // 4)
+        )
         try:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=sentences,
@@ -62,8 +66,14 @@ class BpeTokenizer:
                 max_sentence_length=_SENTENCE_BYTES,
                 input_sentence_size=200_000,
                 shuffle_input_sentence=True,
-                pad_id=PAD, bos_id=BOS, eos_id=EOS, unk_id=UNK,
-                pad_piece=SPECIAL[PAD], bos_piece=SPECIAL[BOS], eos_piece=SPECIAL[EOS], unk_piece=SPECIAL[UNK],
+                pad_id=PAD,
+                bos_id=BOS,
+                eos_id=EOS,
+                unk_id=UNK,
+                pad_piece=SPECIAL[PAD],
+                bos_piece=SPECIAL[BOS],
+                eos_piece=SPECIAL[EOS],
+                unk_piece=SPECIAL[UNK],
                 num_threads=1,
                 minloglevel=2,
             )

@@ -31,7 +31,7 @@ def language_model(model: Transformer, params: Any, batch: Batch, chunk: int) ->
     x_BTD, _ = model.apply({"params": params}, batch["inputs"], where, method="features")
 
     def part(x_BCD: jax.Array, targets_BC: jax.Array, mask_BC: jax.Array) -> jax.Array:
-        logits_BCV = model.apply({"params": params}, x_BCD, method="logits")
+        logits_BCV: Any = model.apply({"params": params}, x_BCD, method="logits")
         return jnp.sum(cross_entropy(logits_BCV, targets_BC) * mask_BC)
 
     count = jnp.sum(batch["mask"]).astype(jnp.float32)

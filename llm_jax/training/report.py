@@ -24,7 +24,7 @@ def parameter_table(params: Any) -> str:
             size += leaf.size * leaf.dtype.itemsize
             spec = tuple(leaf.sharding.spec)
             split = " x ".join(str(axis) for axis in spec if axis) or "copies"
-            lines.append(f"{name:<44} {str(leaf.shape):<20} {leaf.dtype!s:<10} {split:<16} {leaf.size:>12,}")
+            lines.append(f"{name:<44} {leaf.shape!s:<20} {leaf.dtype!s:<10} {split:<16} {leaf.size:>12,}")
     head = f"{'parameter':<44} {'shape':<20} {'dtype':<10} {'split over':<16} {'entries':>12}"
     return "\n".join([head, *lines, f"{total:,} parameters, {size / 2**20:,.1f} MiB"])
 
@@ -52,22 +52,26 @@ class Progress:
     def __init__(self, workdir: pathlib.Path, start: int, steps: int, flops_per_token: float, peak: float):
         self._file = _reopen(workdir / "metrics.jsonl", start)
         self._bar = tqdm(
-            total=steps, initial=start, desc="training", unit="step", dynamic_ncols=True,
+            total=steps,
+            initial=start,
+            desc="training",
+            unit="step",
+            dynamic_ncols=True,
             mininterval=0.5 if sys.stderr.isatty() else 10,
         )
         self._flops_per_token, self._peak = flops_per_token, peak
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._clock = time.perf_counter()
         self.rates: list[float] = []  # tokens per second of every step
-        self.last: dict[str, float] = {}
+        self._line: dict[str, float] = {}
 
     def step(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Takes the metrics of step `step` and writes those of the step before."""
         self.flush()
         self._pending = (step, metrics)
 
-    def flush(self, **extra: float) -> None:
-        """Waits for the step in hand and writes its line, `extra` figures included."""
+    def collect(self) -> None:
+        """Waits for the step in hand and reads its metrics."""
         if self._pending is None:
             return
         step, metrics = self._pending
@@ -77,13 +81,18 @@ class Progress:
         rate = values["tokens"] / max(now - self._clock, 1e-9)
         self._clock = now
         self.rates.append(rate)
-        self.last = values | {"tokens_per_second": rate, "mfu": rate * self._flops_per_token / self._peak} | extra
-        self._file.write(json.dumps({"step": step} | self.last) + "\n")
-        self._file.flush()
-        self._bar.set_postfix_str(
-            f"loss {values['loss']:.3f}, {rate:,.0f} tokens/s, MFU {self.last['mfu']:.0%}", refresh=False
-        )
+        mfu = rate * self._flops_per_token / self._peak
+        self._line = {"step": step} | values | {"tokens_per_second": rate, "mfu": mfu}
+        self._bar.set_postfix_str(f"loss {values['loss']:.3f}, {rate:,.0f} tokens/s, MFU {mfu:.0%}", refresh=False)
         self._bar.update(1)
+
+    def flush(self, **extra: float) -> None:
+        """Writes the line of the step in hand, `extra` figures included."""
+        self.collect()
+        if self._line:
+            self._file.write(json.dumps(self._line | extra) + "\n")
+            self._file.flush()
+            self._line = {}
 
     def pause(self) -> None:
         """Restarts the clock after work that is not training."""

@@ -30,7 +30,7 @@ class State(flax.struct.PyTreeNode):
       optimizer: the state of the optimizer.
     """
 
-    step: jax.Array
+    step: Any
     params: Any
     optimizer: Any
 

@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# ./launch.sh [FLAGS]   set up .venv and train, evaluate and sample the default model (CPU, a few minutes);
+#                       flags go to the trainer, e.g. --config.train.seed=1
+# ./launch.sh test      set up .venv and run the tests
+# PYTHON=/path/python3  chooses the interpreter
+set -euo pipefail
+cd "$(dirname "$0")"
+
+usable() { # the version of an interpreter that starts, is 3.11 or newer and can make environments
+  "$1" -c 'import sys, venv, ensurepip; assert sys.version_info >= (3, 11); print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null
+}
+
+setup() { # setup NAME REQUIREMENTS...: .venv with these installed, made anew when they change
+  local stamp
+  stamp=$(cat "$@" | cksum)
+  if [ ! -x .venv/bin/python ] || ! .venv/bin/python -c '' 2>/dev/null; then
+    local python="" version=""
+    for name in ${PYTHON:-python3.15 python3.14 python3.13 python3.12 python3.11 python3}; do
+      if version=$(usable "$name"); then python=$name; break; fi
+    done
+    if [ -z "$python" ]; then
+      echo "error: no usable Python 3.11 or newer (with venv) among ${PYTHON:-python3.15 ... python3.11 python3}; install one or set PYTHON" >&2
+      exit 2
+    fi
+    echo "using $(command -v "$python") (Python $version)"
+    rm -rf .venv
+    "$python" -m venv .venv
+  fi
+  if [ "$(cat .venv/installed 2>/dev/null)" != "$stamp" ]; then
+    echo "installing $*"
+    local files=()
+    for file in "$@"; do files+=(-r "$file"); done
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check "${files[@]}"
+    echo "$stamp" > .venv/installed
+  fi
+}
+
+case "${1:-}" in
+  "" | --*)
+    [ -f .venv/tests ] && setup requirements.txt requirements-test.txt || setup requirements.txt
+    exec .venv/bin/python -m llm_jax.train --config=configs/default.py --workdir=runs/default "$@"
+    ;;
+  test)
+    shift
+    setup requirements.txt requirements-test.txt
+    touch .venv/tests
+    exec .venv/bin/python -m pytest -q -m "not slow" "$@"
+    ;;
+  *)
+    echo "error: unknown job '$1'; expected nothing, test, or --flags of the trainer" >&2
+    exit 2
+    ;;
+esac
