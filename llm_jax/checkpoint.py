@@ -109,6 +109,8 @@ def verify(directory: pathlib.Path) -> dict[str, Any]:
       UserError: a file is missing, added or changed, or the format is another version; it names the file.
     """
     manifest = _read_json(directory / "manifest.json")
+    if (directory / "manifest.json").read_text() != _dump(manifest):
+        raise UserError(f"{directory}: the file 'manifest.json' is damaged{_others(directory)}")
     record = _read_json(directory / "record.json")
     if record.get("format") != FORMAT:
         raise UserError(f"{directory}: checkpoint format {record.get('format')}; this version reads format {FORMAT}")
@@ -221,8 +223,12 @@ class Writer:
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes JSON under a temporary name and renames it, so that the file is whole or as it was."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
+    partial.write_text(_dump(value))
     os.replace(partial, path)
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, indent=1) + "\n"
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:

@@ -182,8 +182,8 @@ def keys(cls: Any = Config, prefix: str = "") -> Iterator[str]:
 def nearest(key: str) -> str:
     """A phrase that names the existing key nearest to `key`."""
     options = list(keys())
-    by_last = [o for o in options if o.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-    found = by_last or difflib.get_close_matches(key, options, 1, 0.0)
+    ends = [o for o in options if o.endswith(f".{key}")]  # a section left out
+    found = ends or difflib.get_close_matches(key, options, 1, 0.0)
     return f"did you mean '{found[0]}'?"
 
 

@@ -90,7 +90,7 @@ def match(rules: Rules, tree: Tree, source: str) -> dict[str, Any]:
       UserError: a rule matches no name, a name is matched by no rule, or the layers stacked in one
         weight would get different values.
     """
-    patterns = [re.compile(pattern) for pattern, _ in rules]
+    patterns = [_compile(pattern, source) for pattern, _ in rules]
     used: set[int] = set()
     names: list[str] = []
 
@@ -117,6 +117,13 @@ def match(rules: Rules, tree: Tree, source: str) -> dict[str, Any]:
             near = difflib.get_close_matches(pattern.replace(".*", ""), names, 1, 0.0) or ["(none)"]
             raise UserError(f"{source}: the rule '{pattern}' matches no parameter; a near name is '{near[0]}'")
     return matched
+
+
+def _compile(pattern: str, source: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"{source}: the rule '{pattern}' is no regular expression ({error})") from error
 
 
 def unstack(tree: Tree) -> dict[str, Any]:

@@ -71,6 +71,9 @@ class Shuffled:
     rows: Rows
     seed: int
 
+    def __post_init__(self) -> None:
+        self.rows.full  # noqa: B018 (raises where there is none)
+
     @functools.cached_property
     def _order(self) -> grain.MapDataset:
         return grain.MapDataset.range(self.rows.full).shuffle(seed=self.seed).repeat()

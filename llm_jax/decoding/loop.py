@@ -120,7 +120,7 @@ def _prefill(model: Transformer, slots: int, params: Any, prompts_BP: jax.Array,
     )
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+@functools.partial(jax.jit, static_argnums=0)
 def _continue(
     model: Transformer,
     params: Any,

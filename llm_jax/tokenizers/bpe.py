@@ -56,7 +56,7 @@ class BpeTokenizer:
                 vocab_size=vocab_size,
                 hard_vocab_limit=True,
                 byte_fallback=True,
-                character_coverage=1.0,
+                character_coverage=0.9995,  # rarer characters are spelled out in bytes
                 normalization_rule_name="identity",
                 remove_extra_whitespaces=False,
                 add_dummy_prefix=False,

@@ -1,0 +1,85 @@
+import dataclasses
+import functools
+import os
+import pathlib
+import random
+import runpy
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from llm_jax import config as config_lib
+from llm_jax.model.transformer import Transformer
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def tiny() -> config_lib.Config:
+    """The checked configuration of tests/tiny.py, with the byte tokenizer's vocabulary."""
+    config = config_lib.build(runpy.run_path(str(ROOT / "tests" / "tiny.py"))["get_config"]())
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=259))
+
+
+@pytest.fixture(scope="session")
+def make(tiny):
+    """make(**changes of the model's config) -> (model, parameters)."""
+
+    @functools.cache
+    def build(**changes):
+        model = Transformer(dataclasses.replace(tiny.model, **changes))
+        return model, jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> pathlib.Path:
+    """A text of 40 kB whose next characters can be learned."""
+    words = "the model reads a token and then the token after it returns one line of text".split()
+    draw = random.Random(0)
+    lines = (" ".join(draw.choice(words) for _ in range(8)) for _ in range(1000))
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory) -> pathlib.Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def command(text_file, cache):
+    """command("train", *flags) runs a command of llm_jax in a process of its own and returns it."""
+
+    def run(name: str, *flags: str, code: int | None = 0, start: bool = False):
+        if name == "train":
+            flags = (
+                f"--config={ROOT / 'tests' / 'tiny.py'}",
+                f"--config.data.source={text_file}",
+                f"--config.data.cache_dir={cache}",
+                *flags,
+            )
+        full = [sys.executable, "-m", f"llm_jax.{name}", *flags]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+        if start:
+            return subprocess.Popen(
+                full, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        done = subprocess.run(full, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        assert code is None or done.returncode == code, done.stdout + done.stderr
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained(command, tmp_path_factory) -> pathlib.Path:
+    """A finished run of the tiny model."""
+    workdir = tmp_path_factory.mktemp("runs") / "trained"
+    command("train", f"--workdir={workdir}")
+    return workdir

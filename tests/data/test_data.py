@@ -1,0 +1,169 @@
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from llm_jax import tokenizers
+from llm_jax.config import DataConfig, TokenizerConfig
+from llm_jax.data import sources
+from llm_jax.data.corpus import Source, Split
+from llm_jax.data.rows import Rows, Shuffled, batch, batches
+from llm_jax.errors import UserError
+from llm_jax.tokenizers import BOS, EOS
+
+
+def stream(*lengths: int) -> Split:
+    """Documents whose token k is 100 * document + k, between BOS and EOS."""
+    documents = [[BOS, *(100 * (i + 1) + k for k in range(n - 2)), EOS] for i, n in enumerate(lengths)]
+    offsets = np.cumsum([0, *lengths])
+    return Split(np.concatenate(documents).astype(np.uint16), offsets, int(sum(lengths)))
+
+
+def test_rows_restart_positions_and_never_ask_across_documents():
+    rows = Rows(stream(5, 4, 9), 6)
+    first = rows[0]
+    np.testing.assert_array_equal(first["inputs"], [BOS, 100, 101, 102, EOS, BOS])
+    np.testing.assert_array_equal(first["targets"], [100, 101, 102, EOS, BOS, 200])
+    np.testing.assert_array_equal(first["positions"], [0, 1, 2, 3, 4, 0])
+    np.testing.assert_array_equal(first["segments"], [1, 1, 1, 1, 1, 2])
+    np.testing.assert_array_equal(first["mask"], [1, 1, 1, 1, 0, 1])
+    np.testing.assert_array_equal(rows[1]["positions"], [0, 1, 2, 0, 1, 2])
+
+
+def test_every_token_but_bos_is_a_target_exactly_once():
+    split = stream(5, 4, 9, 30, 3)
+    rows = Rows(split, 7)
+    targets = np.concatenate([rows[i]["targets"][rows[i]["mask"] == 1] for i in range(len(rows))])
+    np.testing.assert_array_equal(targets, split.tokens[split.tokens != BOS])
+    assert not rows[len(rows) + 3]["mask"].any() and rows[len(rows) + 3]["inputs"].shape == (7,)
+
+
+def test_each_epoch_is_another_permutation_and_a_function_of_the_seed():
+    rows = Rows(stream(201), 4)
+    epoch = lambda e, seed: [int(Shuffled(rows, seed)[50 * e + i]["inputs"][0]) for i in range(50)]  # noqa: E731
+    everything = sorted(int(rows[i]["inputs"][0]) for i in range(50))
+    assert sorted(epoch(0, 1)) == sorted(epoch(1, 1)) == everything
+    assert epoch(0, 1) == epoch(0, 1) != epoch(1, 1)
+    assert epoch(0, 1) != epoch(0, 2)
+
+
+def test_a_batch_is_a_function_of_the_step():
+    rows = Shuffled(Rows(stream(400), 8), 3)
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    streamed = list(batches(rows, 2, 6, 4, sharding))
+    for step, got in enumerate(streamed, 2):
+        jax.tree.map(np.testing.assert_array_equal, got, batch(rows, step, 4, sharding))
+        np.testing.assert_array_equal(got["inputs"][1], rows[4 * step + 1]["inputs"])
+
+
+def config(path, cache, fraction=0.1) -> DataConfig:
+    return DataConfig(str(path), fraction, str(cache))
+
+
+def test_a_file_is_cut_into_documents_and_nothing_is_lost(tmp_path):
+    path = tmp_path / "text"
+    text = "\r\n".join(f"line {i} é😀" for i in range(3000)) + "x" * 5000 + "é" * 5000
+    path.write_bytes(text.encode())
+    found = sorted(sources.documents(str(path)), key=lambda d: int(d.name.split(":")[1]))
+    assert len(found) > 10 and b"".join(d.read().encode() for d in found) == text.encode()
+
+
+def test_the_split_holds_out_whole_groups_of_about_the_share():
+    def document(i: int) -> sources.Document:
+        return sources.Document(f"{i}", f"group{i // 3}", 100, str)
+
+    found = [document(i) for i in range(600)]
+    train, held = sources.split(found, 0.1)
+    assert {d.group for d in train}.isdisjoint(d.group for d in held)
+    assert len(train) + len(held) == 600 and 50 <= len(held) <= 60
+    assert sources.split(found[::-1], 0.1)[1] == held[::-1]
+
+
+def test_stdlib_has_no_tests_in_it():
+    found = sources.documents("stdlib")
+    names = {d.name for d in found}
+    assert "argparse.py" in names and len(names) == len(found) > 400
+    assert not any("test" in n.split("/")[:-1] for n in names)
+
+
+@pytest.mark.parametrize("kind", ["byte", "char", "bpe"])
+def test_the_cache_holds_what_the_tokenizer_says_and_is_used_again(tmp_path, text_file, kind, monkeypatch):
+    source = Source(config(text_file, tmp_path))
+    tokenizer = source.tokenizer(TokenizerConfig(kind, 300))
+    corpus = source.corpus(tokenizer)
+    texts = sorted((d.name, d.read()) for d in source.train)
+    expected = [i for _, text in texts for i in (BOS, *tokenizer.encode(text), EOS)]
+    np.testing.assert_array_equal(corpus.train.tokens, expected)
+    assert corpus.train.num_bytes == sum(len(t.encode()) for _, t in texts)
+    monkeypatch.setattr(type(tokenizer), "encode", None)
+    monkeypatch.setattr(type(tokenizer), "train", None)
+    again = Source(config(text_file, tmp_path))
+    assert tokenizers.digest(again.tokenizer(TokenizerConfig(kind, 300))) == tokenizers.digest(tokenizer)
+    np.testing.assert_array_equal(again.corpus(tokenizer).train.tokens, expected)
+
+
+def test_a_changed_text_is_another_cache(tmp_path):
+    path = tmp_path / "text"
+    path.write_text("one line\n" * 2000)
+    first = Source(config(path, tmp_path / "c")).corpus(tokenizers.get("byte").train([], 0))
+    path.write_text("one life\n" * 2000)
+    second = Source(config(path, tmp_path / "c")).corpus(tokenizers.get("byte").train([], 0))
+    assert first.sha256 != second.sha256 and (first.train.tokens[:9] != second.train.tokens[:9]).any()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file"),
+        (b"", "no text"),
+        (b"abc\xff\xfe" * 2000, "not UTF-8 text at byte 3"),
+        (b"short", "one document"),
+    ],
+)
+def test_bad_text_is_one_clear_error(tmp_path, content, message):
+    path = tmp_path / "text"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        Source(config(path, tmp_path / "cache"))
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("fraction", [0, 1, -0.5, 2])
+def test_a_fraction_outside_0_to_1_is_refused(tmp_path, text_file, fraction):
+    with pytest.raises(UserError, match="validation_fraction"):
+        Source(config(text_file, tmp_path, fraction))
+
+
+def test_a_damaged_cache_says_what_to_delete(tmp_path, text_file):
+    source = Source(config(text_file, tmp_path))
+    tokenizer = tokenizers.get("byte").train([], 0)
+    source.corpus(tokenizer)
+    (file,) = tmp_path.glob("corpora/*/train/tokens.bin")
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match="cut short; delete this directory"):
+        source.corpus(tokenizer)
+
+
+def test_a_killed_build_leaves_no_cache(tmp_path, text_file, monkeypatch):
+    source = Source(config(text_file, tmp_path))
+    tokenizer = tokenizers.get("byte").train([], 0)
+    calls = []
+
+    def fail(self, text):
+        calls.append(text)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return [5]
+
+    monkeypatch.setattr(type(tokenizer), "encode", fail)
+    with pytest.raises(KeyboardInterrupt):
+        source.corpus(tokenizer)
+    assert not list((tmp_path / "corpora").iterdir())
+
+
+def test_too_little_text_for_a_sequence_is_refused():
+    with pytest.raises(UserError, match="fewer than one sequence of train.seq_len=64"):
+        Shuffled(Rows(stream(10), 64), 0)
+    assert dataclasses.replace(Rows(stream(10), 64), seq_len=8).full == 1

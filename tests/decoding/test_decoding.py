@@ -1,0 +1,141 @@
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from llm_jax.decoding import loop, samplers
+from llm_jax.errors import UserError
+from llm_jax.tokenizers import EOS
+
+PROBABILITIES = np.array([0.4, 0.3, 0.2, 0.1])
+NOTHING = samplers.History(jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1), bool))
+
+
+def draws(sampler, count=20_000):
+    logits = jnp.broadcast_to(jnp.log(PROBABILITIES), (count, 4))
+    keys = jax.random.split(jax.random.key(0), count)
+    return np.bincount(jax.jit(sampler)(logits, keys, NOTHING), minlength=4)
+
+
+def renormalized(keep, power=1.0):
+    p = np.where(keep, PROBABILITIES**power, 0)
+    return p / p.sum()
+
+
+@pytest.mark.parametrize(
+    ("sampler", "expected"),
+    [
+        (samplers.make(), PROBABILITIES),
+        (samplers.make(0), np.array([1.0, 0, 0, 0])),
+        (samplers.make(0.5), renormalized([1, 1, 1, 1], 2)),
+        (samplers.make(2.0), renormalized([1, 1, 1, 1], 0.5)),
+        (samplers.make(top_k=2), renormalized([1, 1, 0, 0])),
+        (samplers.make(top_k=9), PROBABILITIES),
+        (samplers.make(top_p=0.7), renormalized([1, 1, 0, 0])),
+        (samplers.make(top_p=0.71), renormalized([1, 1, 1, 0])),
+        (samplers.make(top_p=0.01), renormalized([1, 0, 0, 0])),
+        (samplers.make(0.5, top_k=3, top_p=0.5), renormalized([1, 0, 0, 0])),
+    ],
+    ids=str,
+)
+def test_samplers_have_the_support_and_the_frequencies(sampler, expected):
+    counts = draws(sampler)
+    assert set(np.flatnonzero(counts)) == set(np.flatnonzero(expected))
+    kept = expected > 0
+    if kept.sum() > 1:
+        assert stats.chisquare(counts[kept], counts.sum() * expected[kept]).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"temperature": -1},
+        {"top_k": -1},
+        {"top_p": 0},
+        {"top_p": 1.1},
+        {"temperature": 0, "top_k": 3},
+        {"temperature": math.nan},
+    ],
+)
+def test_options_out_of_range_are_refused(bad):
+    with pytest.raises(UserError, match="--"):
+        samplers.make(**bad)
+
+
+@pytest.fixture(params=["rope", "learned", "alibi"])
+def model_and_params(request, make, tiny):
+    return make(position=dataclasses.replace(tiny.model.position, kind=request.param), scan_layers=False)
+
+
+def plain_greedy(model, params, prompt, count):
+    """The whole sequence anew for every token, without a cache."""
+    forward = jax.jit(lambda p, ids: model.apply({"params": p}, ids))
+    ids, logs = list(prompt), []
+    for _ in range(count):
+        padded = jnp.asarray([ids + [0] * (64 - len(ids))])  # what comes after is not seen
+        logits = forward(params, padded)[0, len(ids) - 1]
+        ids.append(int(jnp.argmax(logits)))
+        logs.append(float(jax.nn.log_softmax(logits)[ids[-1]]))
+    return ids[len(prompt) :], logs
+
+
+def test_batched_cached_bucketed_greedy_equals_the_plain_loop(model_and_params):
+    model, params = model_and_params
+    prompts = [[5], [7, 8, 9, 10, 11], list(range(20, 60))]
+    made = loop.generate(model, params, prompts, samplers.make(0), max_new_tokens=6, eos=-1)
+    for prompt, one in zip(prompts, made, strict=True):
+        ids, logs = plain_greedy(model, params, prompt, 6)
+        assert one.ids == ids and one.stop == "length"
+        np.testing.assert_allclose(one.log_probabilities, logs, atol=1e-4)
+
+
+def test_eos_ends_a_row_and_not_its_neighbours(make):
+    model, params = make(scan_layers=False)
+    free = loop.generate(model, params, [[5], [9]], samplers.make(), max_new_tokens=8, eos=-1, seeds=[1, 2])
+    eos = free[0].ids[2]
+    cut = loop.generate(model, params, [[5], [9]], samplers.make(), max_new_tokens=8, eos=eos, seeds=[1, 2])
+    first = free[0].ids.index(eos)
+    assert (cut[0].ids, cut[0].stop) == (free[0].ids[:first], "eos")
+    if eos not in free[1].ids:
+        assert (cut[1].ids, cut[1].stop) == (free[1].ids, "length")
+
+
+def test_a_rows_text_depends_on_its_seed_only(make):
+    model, params = make(scan_layers=False)
+    alone = loop.generate(model, params, [[5, 6]], samplers.make(), max_new_tokens=8, seeds=[3])
+    among = loop.generate(model, params, [[9], [5, 6], [7]], samplers.make(), max_new_tokens=8, seeds=[1, 3, 2])
+    other = loop.generate(model, params, [[5, 6]], samplers.make(), max_new_tokens=8, seeds=[4])
+    assert among[1].ids == alone[0].ids != other[0].ids
+
+
+def test_other_lengths_and_settings_do_not_compile_again(make):
+    model, params = make(scan_layers=False)
+
+    def call(length, count, **options):
+        loop.generate(model, params, [[5] * length], samplers.make(**options), max_new_tokens=count)
+
+    call(3, 4, temperature=0.5, top_p=0.9)
+    compiled = loop._prefill._cache_size(), loop._continue._cache_size()
+    call(30, 31, temperature=0.7, top_p=0.8)
+    call(1, 1, temperature=0.9, top_p=0.5)
+    assert (loop._prefill._cache_size(), loop._continue._cache_size()) == compiled
+
+
+@pytest.mark.parametrize(("prompts", "count"), [([[]], 4), ([[5], []], 4), ([[259]], 4), ([[5]], 0), ([], 4)])
+def test_bad_requests_are_refused(make, prompts, count):
+    model, params = make(scan_layers=False)
+    with pytest.raises(UserError):
+        loop.generate(model, params, prompts, samplers.make(), max_new_tokens=count)
+
+
+def test_generating_past_a_learned_table_is_refused(make, tiny):
+    model, params = make(
+        position=dataclasses.replace(tiny.model.position, kind="learned", max_length=8), scan_layers=False
+    )
+    with pytest.raises(UserError, match="past the 8 positions"):
+        loop.generate(model, params, [[5] * 5], samplers.make(), max_new_tokens=4)
+    assert loop.generate(model, params, [[5] * 5], samplers.make(), max_new_tokens=3, eos=EOS)

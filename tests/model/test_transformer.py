@@ -1,0 +1,205 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llm_jax import trees
+from llm_jax.model import positions
+from llm_jax.model.attention import Tokens, attend, visible
+from llm_jax.model.stages import stages
+from llm_jax.model.transformer import Transformer, init_cache, matmul_parameters
+
+LENGTH = 12
+LAYOUTS = {
+    "uniform": {},
+    "local": {"num_layers": 5, "layer_pattern": ("local", "local", "global"), "window": 4},
+    "plain": {"mlp": "plain", "activation": "gelu", "norm": "layer", "bias": True, "tie_head": False, "qk_norm": False},
+}
+
+
+@pytest.fixture(
+    params=[*((kind, "uniform") for kind in positions.SCHEMES), ("alibi", "local"), ("rope", "plain")], ids="-".join
+)
+def any_model(request, make, tiny):
+    kind, layout = request.param
+    return make(position=dataclasses.replace(tiny.model.position, kind=kind), **LAYOUTS[layout])
+
+
+@pytest.fixture
+def tokens():
+    return jax.random.randint(jax.random.key(1), (2, LENGTH), 3, 259)
+
+
+def logits(model, params, *inputs):
+    return jax.jit(lambda p, *i: model.apply({"params": p}, *i))(params, *inputs)
+
+
+def test_causality_by_gradient(any_model, tokens):
+    model, params = any_model
+    x = jnp.zeros((1, LENGTH, model.config.width))
+
+    def at(x, t):  # the embeddings are an input, so that one can ask who depends on whom
+        table = jnp.concatenate([x[0], params["embed"]["table"][LENGTH:]])
+        changed = params | {"embed": params["embed"] | {"table": table}}
+        return jnp.sum(
+            jnp.square(model.apply({"params": changed}, jnp.arange(LENGTH)[None], method="features")[0][0, t])
+        )
+
+    x += jax.random.normal(jax.random.key(2), x.shape)
+    reach = jax.jit(jax.vmap(jax.grad(at), (None, 0)))(x, jnp.arange(LENGTH))[:, 0]
+    depends = jnp.max(jnp.abs(reach), -1) > 0
+    np.testing.assert_array_equal(np.triu(depends, 1), False)
+    assert np.diag(depends).all() and depends[-1, 0 if "local" not in model.config.layer_pattern else -2]
+
+
+def test_cached_decode_equals_the_full_forward(any_model, tokens):
+    model, params = any_model
+    full = logits(model, params, tokens)
+    step = jax.jit(lambda p, t, w, c: model.apply({"params": p}, t, w, c))
+    got, cache = step(
+        params,
+        tokens[:, :5],
+        Tokens(jnp.arange(5)[None].repeat(2, 0), jnp.ones((2, 5), int)),
+        init_cache(model.config, 2, 20),
+    )
+    np.testing.assert_allclose(got, full[:, :5], atol=2e-5)
+    for t in range(5, LENGTH):
+        where = Tokens(jnp.full((2, 1), t), jnp.ones((2, 1), int))
+        got, cache = step(params, tokens[:, t : t + 1], where, cache)
+        np.testing.assert_allclose(got[:, 0], full[:, t], atol=2e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_and_packing_change_nothing(any_model, tokens, side):
+    model, params = any_model
+    alone = logits(model, params, tokens)
+    pad = ((0, 0), (3, 0) if side == "left" else (0, 3))
+    where = Tokens(jnp.pad(jnp.arange(LENGTH)[None].repeat(2, 0), pad), jnp.pad(jnp.ones_like(tokens), pad))
+    got = logits(model, params, jnp.pad(tokens, pad), where)
+    real = slice(3, None) if side == "left" else slice(None, -3)
+    np.testing.assert_allclose(got[:, real], alone, atol=2e-5)
+
+    packed = tokens.reshape(1, -1)
+    where = Tokens(jnp.tile(jnp.arange(LENGTH), 2)[None], jnp.repeat(jnp.arange(1, 3), LENGTH)[None])
+    np.testing.assert_allclose(logits(model, params, packed, where).reshape(alone.shape), alone, atol=2e-5)
+
+
+def test_scanned_and_single_layers_are_one_model(any_model, tokens):
+    model, params = any_model
+    assert trees.layers_of(next(p for p in trees.flatten(params) if "attention" in p))
+    single = model.clone(config=dataclasses.replace(model.config, scan_layers=False))
+    np.testing.assert_allclose(logits(single, trees.restage(params), tokens), logits(model, params, tokens), atol=2e-5)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_changes_no_gradient(make, tokens, remat):
+    def gradient(model, params):
+        return jax.jit(jax.grad(lambda p: jnp.var(model.apply({"params": p}, tokens))))(params)
+
+    model, params = make()
+    other, _ = make(remat=remat)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7),
+        gradient(model, params),
+        gradient(other, params),
+    )
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_attention_and_its_gradients_equal_the_formula(bias):
+    b, t, s, n, k, h = 2, 5, 7, 6, 2, 4
+    draw = lambda i, *shape: jax.random.normal(jax.random.key(i), shape)  # noqa: E731
+    q, key, value = draw(0, b, t, n, h), draw(1, b, s, k, h), draw(2, b, s, k, h)
+    added = draw(3, 1, n, t, s) if bias else None
+    mask = jax.random.bernoulli(jax.random.key(4), 0.6, (b, t, s)).at[:, :, 0].set(True)
+
+    def formula(q, key, value, added):
+        key, value = (jnp.repeat(x, n // k, 2) for x in (key, value))
+        scores = jnp.einsum("btnh,bsnh->bnts", q, key) / jnp.sqrt(h) + (0 if added is None else added)
+        return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf)), value)
+
+    def ours(q, key, value, added):
+        return attend(q, key, value, mask, added)
+
+    def both(function):
+        total = lambda *a: jnp.sum(jnp.sin(function(*a)))  # noqa: E731
+        return function(q, key, value, added), jax.grad(total, (0, 1, 2, 3) if bias else (0, 1, 2))(
+            q, key, value, added
+        )
+
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), both(ours), both(formula))
+
+
+def test_visible_is_causal_windowed_and_within_the_segment():
+    where = Tokens(jnp.array([[0, 1, 2, 0, 1, 0]]), jnp.array([[1, 1, 1, 2, 2, 0]]))
+    seen = np.asarray(visible(where, where, 2)[0]).astype(int)
+    np.testing.assert_array_equal(
+        seen,
+        [
+            [1, 0, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0, 0],
+            [0, 1, 1, 0, 0, 0],
+            [0, 0, 0, 1, 0, 0],
+            [0, 0, 0, 1, 1, 0],
+            [0, 0, 0, 0, 0, 0],
+        ],
+    )
+
+
+def test_rope_follows_the_rotation_matrices_of_the_paper(tiny):
+    scheme = positions.make(tiny.model)
+    x = jax.random.normal(jax.random.key(0), (1, 3, 1, 8))
+    where = np.array([[0, 5, 1000]])
+    got = scheme.rotate(x, jnp.asarray(where))[0, :, 0]
+    for t, m in enumerate(where[0]):
+        for i in range(4):
+            angle = m * 10000.0 ** (-2 * i / 8)
+            pair = np.asarray(x[0, t, 0, [i, i + 4]], np.float64)
+            turned = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]] @ pair
+            np.testing.assert_allclose(got[t, [i, i + 4]], turned, atol=3e-4)
+
+
+def test_alibi_slopes_are_those_of_the_paper():
+    np.testing.assert_allclose(positions.alibi_slopes(8), [2.0**-i for i in range(1, 9)])
+    np.testing.assert_allclose(
+        positions.alibi_slopes(12), [2.0**-i for i in range(1, 9)] + [2.0**-0.5, 2.0**-1.5, 2.0**-2.5, 2.0**-3.5]
+    )
+
+
+def test_stages_of_a_pattern_that_does_not_divide_the_depth(tiny):
+    config = dataclasses.replace(tiny.model, num_layers=26, layer_pattern=("local",) * 5 + ("global",))
+    assert stages(config) == ((("local",) * 5 + ("global",), 4), (("local", "local"), 1))
+
+
+def test_bf16_compute_keeps_f32_parameters_and_logits(make, tiny, tokens):
+    model, params = make(precision=dataclasses.replace(tiny.model.precision, compute="bfloat16"))
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    assert model.apply({"params": params}, tokens, method="features")[0].dtype == jnp.bfloat16
+    got = logits(model, params, tokens)
+    assert got.dtype == jnp.float32
+    exact, _ = make()
+    np.testing.assert_allclose(got, logits(exact, params, tokens), atol=0.05)
+
+
+def test_flops_count_every_matrix(make):
+    model, params = make(tie_head=False)
+    assert matmul_parameters(model.config) == sum(
+        w.size for p, w in trees.flatten(params).items() if w.ndim > 1 and "norm" not in p and p != "embed/table"
+    )
+
+
+def test_positions_past_a_learned_table_are_refused(make, tiny):
+    from llm_jax.errors import UserError
+    from llm_jax.model.transformer import check_length
+
+    config = dataclasses.replace(
+        tiny.model, position=dataclasses.replace(tiny.model.position, kind="learned", max_length=8)
+    )
+    check_length(config, 8)
+    with pytest.raises(UserError, match="go past the 8 positions"):
+        check_length(config, 9)
+    model = Transformer(config)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 1), int))["params"]
+    assert jnp.isnan(model.apply({"params": params}, jnp.zeros((1, 9), int))[0, 8]).all()

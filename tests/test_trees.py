@@ -1,0 +1,88 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llm_jax import trees
+from llm_jax.errors import UserError
+from llm_jax.weights import Adapted
+
+
+def tree_of(layers: int) -> dict:
+    flat = {f"layers/{i}/mlp/up": jnp.full((2, 3), i) for i in range(layers)}
+    return trees.unflatten(flat | {"embed/table": jnp.zeros((5, 2))})
+
+
+def test_stacked_paths_expand_to_the_layers_they_hold():
+    assert trees.expand("layers/0:24/5::6/mlp/up") == [f"layers/{i}/mlp/up" for i in (5, 11, 17, 23)]
+    assert trees.expand("layers/24:26/1::2/mlp/up") == ["layers/25/mlp/up"]
+    assert trees.expand("layers/3/mlp/up") == ["layers/3/mlp/up"]
+
+
+@pytest.mark.parametrize("stages", [((1, 7),), ((3, 2), (1, 1)), ((2, 3), (1, 1)), ((7, 1),)])
+def test_restage_there_and_back_is_the_identity(stages):
+    tree = tree_of(7)
+    stacked = trees.restage(tree, stages)
+    for path, weight in trees.flatten(stacked).items():
+        if layers := trees.layers_of(path):
+            assert weight[:, 0, 0].tolist() == layers
+    jax.tree.map(np.testing.assert_array_equal, trees.restage(stacked), tree)
+
+
+def test_restage_moves_the_leaves_of_nodes_and_traces():
+    node = Adapted(jnp.ones((2, 3)), jnp.ones((2, 1)), jnp.ones((1, 3)), jnp.float32(2))
+    tree = trees.unflatten({f"layers/{i}/mlp/up": jax.tree.map(lambda x, i=i: x * i, node) for i in range(4)})
+    stacked = jax.eval_shape(lambda t: trees.restage(t, ((2, 2),)), tree)
+    assert stacked["layers"]["0:4"]["1::2"]["mlp"]["up"].scale.shape == (2,)
+    back = trees.restage(trees.restage(tree, ((2, 2),)))
+    jax.tree.map(np.testing.assert_array_equal, back, tree)
+
+
+def test_restage_refuses_a_missing_layer():
+    tree = tree_of(4)
+    del tree["layers"]["2"]
+    with pytest.raises(ValueError, match="3 of its 4 layers"):
+        trees.restage(tree, ((1, 4),))
+
+
+def test_first_match_wins_and_sees_per_layer_names():
+    tree = trees.restage(tree_of(4), ((2, 2),))
+    rules = ((r"layers/[02]/.*", "even"), (r"layers/.*", "odd"), (r".*", "rest"))
+    assert trees.match(rules, tree, "r") == {
+        "embed/table": "rest",
+        "layers/0:4/0::2/mlp/up": "even",
+        "layers/0:4/1::2/mlp/up": "odd",
+    }
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        (((r"layers/.*/mlp/down", 1), (r".*", 2)), "rule 'layers/.*/mlp/down' matches no parameter"),
+        (((r"layers/.*", 1),), "no rule matches the parameter 'embed/table'"),
+        (((r"layers/1/.*", 1), (r".*", 2)), "different values but are stacked"),
+        (((r"layers/(", 1), (r".*", 2)), r"rule 'layers/\(' is no regular expression"),
+    ],
+)
+def test_bad_rules_are_errors_that_name_themselves(rules, message):
+    with pytest.raises(UserError, match=message):
+        trees.match(rules, trees.restage(tree_of(2), ((1, 2),)), "some.rules")
+
+
+def test_check_lists_what_lacks_what_is_left_and_what_differs():
+    have, want = tree_of(2), tree_of(2)
+    trees.check(have, want, "here")
+    trees.check(trees.describe(have), jax.eval_shape(lambda: want), "here")
+    del have["layers"]["0"]
+    have["head"] = jnp.zeros(3)
+    have["embed"]["table"] = jnp.zeros((5, 2), jnp.bfloat16)
+    with pytest.raises(UserError) as error:
+        trees.check(have, want, "here")
+    for part in ("here: ", "-layers/0/mlp/up", "+head", "!embed/table is bfloat16[5, 2], expected float32[5, 2]"):
+        assert part in str(error.value)
+
+
+def test_check_tells_kinds_apart():
+    node = Adapted(jnp.ones((2, 3)), jnp.ones((2, 1)), jnp.ones((1, 3)), jnp.float32(2))
+    with pytest.raises(UserError, match="Adapted"):
+        trees.check({"w": node}, {"w": jnp.ones((2, 3))}, "here")

@@ -1,0 +1,96 @@
+import functools
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from llm_jax import weights
+from llm_jax.weights import Adapted
+
+
+def normal(i: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(i), shape)
+
+
+def adapted(rows: int | None = None) -> Adapted:
+    scale = jnp.float32(0.5) if rows is None else normal(4, rows, 2)
+    return Adapted(normal(1, 6, 8), normal(2, 6, 2), normal(3, 2, 8), scale)
+
+
+@hypothesis.settings(max_examples=20, deadline=None)
+@hypothesis.given(st.lists(st.integers(1, 4), min_size=0, max_size=3), st.booleans())
+def test_dot_and_its_gradients_equal_plain_matmul(leading, transposed):
+    x, w = normal(0, *leading, 5), normal(1, *((7, 5) if transposed else (5, 7)))
+    plain = lambda x, w: jnp.sum(jnp.sin(x @ (w.T if transposed else w)))  # noqa: E731
+    ours = lambda x, w: jnp.sum(jnp.sin(weights.dot(x, w, transposed)))  # noqa: E731
+    for a, b in zip(jax.value_and_grad(ours, (0, 1))(x, w), jax.value_and_grad(plain, (0, 1))(x, w), strict=True):
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), a, b)
+
+
+def test_bf16_products_are_summed_in_f32_and_the_weight_gradient_keeps_it():
+    x, w = normal(0, 4096, 1).T.astype(jnp.bfloat16), normal(1, 4096, 1)
+    exact = np.asarray(x, np.float64) @ np.asarray(w.astype(jnp.bfloat16), np.float64)
+    got = weights.dot(x, w, out_dtype=jnp.float32)
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, exact, rtol=1e-4)
+    assert weights.dot(x, w).dtype == jnp.bfloat16
+    x = jnp.ones((1024, 2), jnp.bfloat16)
+    gradient = jax.grad(lambda w: jnp.sum(weights.dot(x, w, out_dtype=jnp.float32) * 1.0))(jnp.ones((2, 3)))
+    assert gradient.dtype == jnp.float32
+    np.testing.assert_array_equal(gradient, 1024.0)  # bf16 sums would stop at 256
+
+
+@pytest.mark.parametrize("rows", [None, 3])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_adapted_dot_equals_the_dense_sum(rows, transposed):
+    w = adapted(rows)
+    x = normal(5, 3, 4, 8 if transposed else 6)
+    scales = jnp.broadcast_to(w.scale, (3, 2))
+    dense = jnp.stack([w.base + (w.a * s) @ w.b for s in scales])
+    expected = jnp.einsum("bto,bio->bti" if transposed else "bti,bio->bto", x, dense)
+    np.testing.assert_allclose(weights.dot(x, w, transposed), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [None, 3])
+def test_adapted_take_equals_rows_of_the_dense_sum(rows):
+    w, ids = adapted(rows), jnp.array([[0, 5], [2, 2], [1, 4]])
+    scales = jnp.broadcast_to(w.scale, (3, 2))
+    expected = jnp.stack([(w.base + (w.a * s) @ w.b)[i] for s, i in zip(scales, ids, strict=True)])
+    np.testing.assert_allclose(weights.take(w, ids), expected, rtol=1e-5, atol=1e-5)
+    if rows is None:
+        np.testing.assert_allclose(weights.dense(w)[ids], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_zero_b_equals_the_base_bit_for_bit():
+    w = adapted()
+    zero = Adapted(w.base, w.a, jnp.zeros_like(w.b), w.scale)
+    x = normal(6, 2, 3, 6)
+    np.testing.assert_array_equal(weights.dot(x, zero), weights.dot(x, w.base))
+
+
+def test_nodes_nest_and_only_the_asked_gradient_comes():
+    inner = adapted()
+    outer = Adapted(inner, normal(7, 6, 3), normal(8, 3, 8), jnp.float32(1))
+    x = normal(9, 2, 6)
+    np.testing.assert_allclose(weights.dot(x, outer), x @ weights.dense(outer), rtol=1e-4, atol=1e-4)
+
+    def loss(b):
+        return jnp.sum(weights.dot(x, Adapted(inner, outer.a, b, outer.scale)))
+
+    # (x a)^T 1: the gradient of b alone, with no product of the frozen weight's shape (6, 8) in it.
+    np.testing.assert_allclose(jax.grad(loss)(outer.b), (x @ outer.a).T @ jnp.ones((2, 8)), rtol=1e-5)
+    text = jax.jit(jax.grad(loss)).lower(outer.b).compile().as_text()
+    assert not [line for line in text.splitlines() if "f32[6,8]" in line and " dot(" in line]
+
+
+def test_take_out_of_range_is_nan_and_not_clamped():
+    assert jnp.isnan(weights.take(jnp.ones((3, 2)), jnp.array([3]))).all()
+
+
+def test_partition_splits_factors_with_their_side_of_the_base():
+    spec = weights.partition(adapted(), P(None, "fsdp", "tensor"))
+    assert (spec.base, spec.a, spec.b) == (P(None, "fsdp", "tensor"), P(None, "fsdp", None), P(None, None, "tensor"))

@@ -1,0 +1,91 @@
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+
+from llm_jax import tokenizers
+from llm_jax.errors import UserError
+from llm_jax.tokenizers import BOS, EOS, PAD, UNK
+
+TEXT = ["The tokenizer reads text.\n\n    def token(text):\n\treturn 42\n" * 20, "Größe: 3 µm, naïve café 😀\r\n" * 20]
+
+
+@pytest.fixture(scope="module", params=sorted(tokenizers.KINDS))
+def tokenizer(request):
+    return tokenizers.get(request.param).train(TEXT, 320)
+
+
+def test_the_texts_it_was_trained_on_come_back(tokenizer):
+    for text in [*TEXT, ""]:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert all(0 <= i < tokenizer.vocab_size for i in ids) and not {PAD, BOS, EOS} & set(ids)
+
+
+@hypothesis.settings(max_examples=200, deadline=None)
+@hypothesis.given(text=st.text(st.characters(exclude_categories=["Cs"])))
+@hypothesis.example(text="\u2581 a\u2581\u2581 b")
+@hypothesis.example(text="\x00\x1b[0m \r\n  \n\n\n\t ")
+@hypothesis.example(text="👩‍👩‍👧 e\u0301 \ufeff\ufffd")
+def test_any_text_comes_back_from_the_exact_kinds(tokenizer, text):
+    ids = tokenizer.encode(text)
+    if tokenizer.exact:
+        assert tokenizer.decode(ids) == text
+    else:
+        assert len(ids) == len(text)
+
+
+def test_unpaired_surrogates_are_refused(tokenizer):
+    with pytest.raises(UserError, match="unpaired surrogate at character 2"):
+        tokenizer.encode("ab\ud800c")
+
+
+def test_special_ids_decode_to_nothing_and_broken_bytes_to_a_mark(tokenizer):
+    ids = tokenizer.encode("text")
+    assert tokenizer.decode([BOS, *ids, EOS, PAD]) == "text"
+    if tokenizer.exact:
+        broken = tokenizer.encode("🦜")[:-1]
+        assert "\ufffd" in tokenizer.decode(broken)
+    assert tokenizer.piece(BOS) == "<bos>" and tokenizer.piece(tokenizer.encode("T")[0]) == "T"
+
+
+def test_characters_never_seen_are_unknown():
+    tokenizer = tokenizers.get("char").train(["abc"], 100)
+    assert tokenizer.encode("axb")[1] == UNK and tokenizer.decode(tokenizer.encode("axb")) == "a\ufffdb"
+
+
+def test_saved_and_loaded_is_the_same(tokenizer, tmp_path):
+    tokenizers.save(tokenizer, tmp_path)
+    again = tokenizers.load(tmp_path)
+    assert tokenizers.digest(again) == tokenizers.digest(tokenizer)
+    assert again.encode(TEXT[0]) == tokenizer.encode(TEXT[0])
+
+
+@pytest.mark.parametrize("harm", ["kind.json", "bpe.model", "kind"])
+def test_a_changed_file_is_refused(tmp_path, harm):
+    tokenizers.save(tokenizers.get("bpe").train(TEXT, 320), tmp_path)
+    if harm == "kind":
+        (tmp_path / "kind.json").write_text('{"kind": "wordz", "sha256": ""}')
+    else:
+        (tmp_path / harm).write_bytes((tmp_path / harm).read_bytes()[:-3])
+    with pytest.raises(UserError):
+        tokenizers.load(tmp_path)
+
+
+def test_digests_tell_vocabularies_apart():
+    train = tokenizers.get("bpe").train
+    assert tokenizers.digest(train(TEXT, 320)) != tokenizers.digest(train(TEXT, 325))
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "texts"),
+    [("bpe", 100, TEXT), ("bpe", 5000, TEXT), ("bpe", 300, []), ("char", 4, TEXT), ("char", 9, [])],
+)
+def test_impossible_vocabularies_are_one_clear_error(kind, size, texts):
+    with pytest.raises(UserError, match="vocabulary") as error:
+        tokenizers.get(kind).train(texts, size)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_kind_names_the_choices():
+    with pytest.raises(UserError, match="expected one of bpe, byte, char"):
+        tokenizers.get("words")
