@@ -4,7 +4,7 @@
       config.json      the full configuration
       tokenizer/       the tokenizer's files
       arrays/          params and optimizer state, by Orbax
-      record.json      format version, step, held-out loss; names, kinds, shapes and dtypes of the params
+      record.json      format version, step, held-out loss, hash of the corpus; what the params are
       manifest.json    the sha256 of every other file
 
 A checkpoint is written under a temporary name and renamed when the manifest stands, so a killed
@@ -19,7 +19,7 @@ import os
 import pathlib
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from llm_jax import config as config_lib
-from llm_jax import tokenizers, trees
+from llm_jax import tokenizers, trees, weights
 from llm_jax.errors import UserError
 from llm_jax.model.stages import layout
 from llm_jax.model.transformer import Transformer
@@ -57,16 +57,11 @@ def load(path: str | os.PathLike[str], scan_layers: bool = False) -> Loaded:
     """
     directory = find(path)
     record = verify(directory)
-    config = read_config(directory)
-    model = Transformer(config.model)
+    config = read_config(directory).model
+    model = Transformer(dataclasses.replace(config, scan_layers=scan_layers))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), abstract_params(model)
-    )
-    params = restore(directory, record, abstract)
-    target = model.clone(config=dataclasses.replace(config.model, scan_layers=scan_layers))
-    params = trees.restage(params, layout(target.config))
-    return Loaded(target, params, tokenizers.load(directory / "tokenizer"))
+    params = restore(directory, record, config, lambda tree: jax.tree.map(lambda _: device, tree))
+    return Loaded(model, trees.restage(params, layout(model.config)), tokenizers.load(directory / "tokenizer"))
 
 
 def abstract_params(model: Transformer) -> dict[str, Any]:
@@ -78,7 +73,8 @@ def abstract_params(model: Transformer) -> dict[str, Any]:
 def steps(workdir: pathlib.Path) -> list[int]:
     """The steps of the finished checkpoints of a run, in order."""
     directory = workdir / "checkpoints"
-    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit()) if directory.is_dir() else []
+    names = [p.name for p in directory.iterdir()] if directory.is_dir() else []
+    return sorted(int(name) for name in names if name.isascii() and name.isdigit())
 
 
 def find(path: str | os.PathLike[str]) -> pathlib.Path:
@@ -99,7 +95,10 @@ def find(path: str | os.PathLike[str]) -> pathlib.Path:
 
 def read_config(directory: pathlib.Path) -> config_lib.Config:
     """The configuration of a checkpoint (or of a run, which has the same file)."""
-    return config_lib.build(_read_json(directory / "config.json"))
+    try:
+        return config_lib.build(config_lib.upgrade(_read_json(directory / "config.json")))
+    except UserError as error:
+        raise UserError(f"{directory / 'config.json'}: {error}") from error
 
 
 def verify(directory: pathlib.Path) -> dict[str, Any]:
@@ -112,12 +111,16 @@ def verify(directory: pathlib.Path) -> dict[str, Any]:
     if (directory / "manifest.json").read_text() != _dump(manifest):
         raise UserError(f"{directory}: the file 'manifest.json' is damaged{_others(directory)}")
     record = _read_json(directory / "record.json")
+    if not isinstance(record, dict) or not isinstance(manifest, dict):
+        raise UserError(f"{directory}: record.json or manifest.json is damaged{_others(directory)}")
     if record.get("format") != FORMAT:
         raise UserError(f"{directory}: checkpoint format {record.get('format')}; this version reads format {FORMAT}")
     present = _files(directory)
     for name in sorted(set(manifest) | set(present)):
         if name not in present:
             raise UserError(f"{directory}: the file '{name}' is missing{_others(directory)}")
+        if name not in manifest and name.rsplit("/", 1)[-1].startswith("."):
+            continue  # what file managers leave behind
         if name not in manifest:
             raise UserError(f"{directory}: the file '{name}' does not belong to this checkpoint; remove it")
         if _sha256(present[name]) != manifest[name]:
@@ -125,19 +128,34 @@ def verify(directory: pathlib.Path) -> dict[str, Any]:
     return record
 
 
-def restore(directory: pathlib.Path, record: Mapping[str, Any], params: Any) -> Any:
-    """The params of a verified checkpoint, with the dtypes and shardings that the abstract tree names.
+def restore(
+    directory: pathlib.Path,
+    record: Mapping[str, Any],
+    config: config_lib.ModelConfig,
+    shardings: Callable[[Any], Any],
+) -> Any:
+    """The params of a verified checkpoint, in the layout and of the kinds that they were saved in.
+
+    Args:
+      config: of the model they are for; its layout may be another one.
+      shardings: gives the wanted sharding of every leaf of an abstract tree.
 
     Raises:
-      UserError: names, kinds, shapes or dtypes differ from those of the checkpoint.
+      UserError: names or shapes do not fit the model.
     """
-    trees.check(record["params"], params, str(directory))
-    return _read_arrays(directory, params=params)["params"]
+    saved = trees.unflatten({path: weights.abstract(r) for path, r in record["params"].items()})
+    fitting = dataclasses.replace(config, scan_layers=any(trees.layers_of(path) for path in record["params"]))
+    trees.check(_shapes(saved), _shapes(abstract_params(Transformer(fitting))), str(directory))
+    return _read_arrays(directory, params=_placed(saved, shardings(saved)))["params"]
 
 
 def restore_state(directory: pathlib.Path, record: Mapping[str, Any], params: Any, optimizer: Any) -> tuple[Any, Any]:
-    """(params, optimizer state) of a verified checkpoint; see `restore`."""
-    trees.check(record["params"], params, str(directory))
+    """(params, optimizer state) of a verified checkpoint, exactly as the abstract trees say.
+
+    Raises:
+      UserError: names, kinds, static fields, shapes or dtypes differ from those of the checkpoint.
+    """
+    trees.check(record["params"], trees.describe(params), str(directory))
     if record["optimizer"] != _leaves(optimizer):
         raise UserError(f"{directory}: the optimizer state is not that of the config's optim section")
     arrays = _read_arrays(directory, params=params, optimizer=optimizer)
@@ -145,11 +163,15 @@ def restore_state(directory: pathlib.Path, record: Mapping[str, Any], params: An
 
 
 class Writer:
-    """Writes the checkpoints of one run in the background, and removes those that are not to be kept."""
+    """Writes the checkpoints of one run in the background, and removes those that are not to be kept.
 
-    def __init__(self, workdir: pathlib.Path, config: config_lib.Config, tokenizer: Tokenizer):
+    Args:
+      corpus: sha256 of the text that the run trains on, kept in the records.
+    """
+
+    def __init__(self, workdir: pathlib.Path, config: config_lib.Config, tokenizer: Tokenizer, corpus: str):
         self.directory = workdir / "checkpoints"
-        self._config, self._tokenizer = config, tokenizer
+        self._config, self._tokenizer, self._corpus = config, tokenizer, corpus
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -165,6 +187,7 @@ class Writer:
         record = {
             "format": FORMAT,
             "step": step,
+            "corpus": self._corpus,
             "validation_loss": validation_loss,
             "params": trees.describe(params),
             "optimizer": _leaves(optimizer),
@@ -251,6 +274,14 @@ def _read_arrays(directory: pathlib.Path, **items: Any) -> Any:
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as orbax:
         wanted = {name: ocp.args.StandardRestore(tree) for name, tree in items.items()}
         return orbax.restore(directory.absolute() / "arrays", args=ocp.args.Composite(**wanted))
+
+
+def _shapes(tree: Any) -> dict[str, Any]:
+    return {path: {"shape": weight.shape} for path, weight in trees.flatten(tree).items()}
+
+
+def _placed(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), tree, shardings)
 
 
 def _leaves(tree: Any) -> dict[str, Any]:

@@ -4,61 +4,71 @@ The dataclasses have no defaults: the values stand in `configs/default.py`, in o
 is unknown, missing or of another type is an error that names it and the nearest existing key.
 """
 
+import copy
 import dataclasses
 import difflib
-import types
 import typing
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from llm_jax.errors import UserError
 
 Rules = tuple[tuple[str, Any], ...]
 
+# Numbers and their ranges: (from, to, both inclusive). Infinite and undefined numbers are in none.
+Count = Annotated[int, (1, 2**62)]
+CountOrZero = Annotated[int, (0, 2**62)]
+Positive = Annotated[float, (1e-30, 1e30)]
+PositiveOrZero = Annotated[float, (0.0, 1e30)]
+Share = Annotated[float, (0.0, 1.0)]
+Seed = Annotated[int, (0, 2**32 - 1)]
+MeshSize = Annotated[int, (-1, 2**31)]
+Dtype = Annotated[str, ("float32", "bfloat16", "float16", "float64")]
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     source: str  # "stdlib" (the running Python's own source text), or a text file, directory or glob
-    validation_fraction: float  # share of the bytes held out, by whole groups of documents
+    validation_fraction: Share  # share of the bytes held out, by whole groups of documents
     cache_dir: str  # tokenized corpora and trained tokenizers; "" is ~/.cache/llm_jax
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
     kind: str  # "char", "byte", "bpe" (sentencepiece)
-    vocab_size: int  # special ids included; ignored by "byte"
+    vocab_size: CountOrZero  # special ids included; ignored by "byte"
 
 
 @dataclasses.dataclass(frozen=True)
 class PositionConfig:
     kind: str  # "none", "learned", "rope", "alibi"
-    base: float  # rope: the wavelengths run from 2 pi to 2 pi * base
-    max_length: int  # learned: rows of the table
+    base: Positive  # rope: the wavelengths run from 2 pi to 2 pi * base
+    max_length: Count  # learned: rows of the table
 
 
 @dataclasses.dataclass(frozen=True)
 class PrecisionConfig:
-    params: str  # dtype the weights and the optimizer's state are kept in
-    compute: str  # dtype of activations and of the operands of products
-    accumulate: str  # dtype of the sums inside products
-    output: str  # dtype of the logits
+    params: Dtype  # dtype the weights and the optimizer's state are kept in
+    compute: Dtype  # dtype of activations and of the operands of products
+    accumulate: Dtype  # dtype of the sums inside products
+    output: Dtype  # dtype of the logits
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    vocab_size: int  # 0: the tokenizer's
-    width: int
-    num_layers: int
+    vocab_size: CountOrZero  # 0: the tokenizer's
+    width: Count
+    num_layers: Count
     layer_pattern: tuple[str, ...]  # kinds of layer, repeated over the depth: "global", "local"
-    window: int  # "local" layers see this many last positions, the own one included
-    num_heads: int
-    num_kv_heads: int  # divides num_heads
-    head_width: int  # 0: width // num_heads
+    window: Count  # "local" layers see this many last positions, the own one included
+    num_heads: Count
+    num_kv_heads: Count  # divides num_heads
+    head_width: CountOrZero  # 0: width // num_heads
     mlp: str  # "gated" or "plain"
-    mlp_width: int
+    mlp_width: Count
     activation: str  # "silu", "gelu" (tanh form), "gelu_exact", "relu"
     norm: str  # "rms" or "layer"
-    norm_eps: float
+    norm_eps: PositiveOrZero
     qk_norm: bool  # RMS-normalize queries and keys per head (Henry et al. 2020, arXiv:2010.04245)
     bias: bool  # biases in attention and MLP
     tie_head: bool  # the output head is the embedding table
@@ -71,48 +81,48 @@ class ModelConfig:
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
     kind: str  # "adamw" or "sgd"
-    lr: float  # the peak
-    warmup_steps: int
+    lr: PositiveOrZero  # the peak
+    warmup_steps: CountOrZero
     schedule: str  # after the warm-up: "cosine", "linear" or "constant"
-    final_lr_fraction: float  # of the peak, reached at the last step
-    weight_decay: float
+    final_lr_fraction: Share  # of the peak, reached at the last step
+    weight_decay: PositiveOrZero
     decay_rules: Rules  # (regular expression, factor on weight_decay) over parameter names
-    beta1: float  # adamw; momentum of sgd
-    beta2: float
-    eps: float
-    clip_norm: float  # of the global gradient; 0: no clipping
+    beta1: Share  # adamw; momentum of sgd
+    beta2: Share
+    eps: PositiveOrZero
+    clip_norm: PositiveOrZero  # of the global gradient; 0: no clipping
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    steps: int
-    seed: int
-    batch_size: int  # sequences per step, over all devices and micro-batches
-    seq_len: int
-    grad_accumulation: int  # micro-batches a step
-    loss_chunk: int  # positions whose logits exist at a time; 0: all of seq_len
+    steps: Count
+    seed: Seed
+    batch_size: Count  # sequences per step, over all devices and micro-batches
+    seq_len: Count
+    grad_accumulation: Count  # micro-batches a step
+    loss_chunk: CountOrZero  # positions whose logits exist at a time; 0: all of seq_len
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    every: int  # steps; 0: at the end only
-    rows: int  # held-out sequences per evaluation while training; 0: all
+    every: CountOrZero  # steps; 0: at the end only
+    rows: CountOrZero  # held-out sequences per evaluation while training; 0: all
     prompts: tuple[str, ...]  # continued before and after training
-    max_new_tokens: int
+    max_new_tokens: Count
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    every: int  # steps; 0: at the end only
-    keep_last: int
-    keep_best: int  # by held-out loss, besides the last
+    every: CountOrZero  # steps; 0: at the end only
+    keep_last: Count
+    keep_best: CountOrZero  # by held-out loss, besides the last
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    data: int  # copies of the model; -1: all remaining devices
-    fsdp: int  # shards of weights, optimizer state and batch
-    tensor: int  # shards of heads, MLP and vocabulary
+    data: MeshSize  # copies of the model; -1: all remaining devices
+    fsdp: MeshSize  # shards of weights, optimizer state and batch
+    tensor: MeshSize  # shards of heads, MLP and vocabulary
     rules: Rules  # (regular expression, (axis of rows, axis of columns)) over parameter names
 
 
@@ -135,7 +145,7 @@ def build(mapping: Mapping[str, Any], cls: Any = Config, prefix: str = "") -> An
     Raises:
       UserError: an unknown or missing key, or a value of another type; it names the dotted key.
     """
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     for key in mapping:
         if key not in hints:
             raise UserError(f"unknown config key '{prefix}{key}'; {nearest(prefix + str(key))}")
@@ -151,6 +161,22 @@ def build(mapping: Mapping[str, Any], cls: Any = Config, prefix: str = "") -> An
         else:
             values[key] = _convert(value, kind, prefix + key)
     return cls(**values)
+
+
+# Keys that came after checkpoint format 1, with the value that means what there was before.
+ADDED: dict[str, Any] = {}
+
+
+def upgrade(mapping: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of an earlier checkpoint with the keys that have been added since."""
+    upgraded = copy.deepcopy(mapping)
+    for dotted, value in ADDED.items():
+        *sections, key = dotted.split(".")
+        section = upgraded
+        for name in sections:
+            section = section.setdefault(name, {})
+        section.setdefault(key, value)
+    return upgraded
 
 
 def as_dict(config: Any) -> dict[str, Any]:
@@ -195,26 +221,31 @@ def choice(key: str, value: str, options: Mapping[str, Any] | tuple[str, ...]) -
 
 
 def _convert(value: Any, kind: Any, key: str) -> Any:
-    origin = typing.get_origin(kind) or kind
-    if isinstance(origin, types.UnionType):
-        raise TypeError(f"{key}: an option has one type")
-    if origin is tuple and isinstance(value, (list, tuple)):
-        inner = typing.get_args(kind)[0]
-        deep = inner is not str
-        converted = tuple(tuple(map(_freeze, v)) if deep and isinstance(v, (list, tuple)) else v for v in value)
-        well = all(
-            (isinstance(v, tuple) and len(v) == 2 and isinstance(v[0], str)) if deep else isinstance(v, str)
-            for v in converted
-        )
-        if well:
-            return converted
-    elif origin is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    elif origin is not float and isinstance(value, origin) and (origin is bool or not isinstance(value, bool)):
+    if typing.get_origin(kind) is Annotated:
+        plain, allowed = typing.get_args(kind)
+        value = _convert(value, plain, key)
+        if plain is str:
+            return choice(key, value, allowed)
+        if not allowed[0] <= value <= allowed[1]:
+            bound = f"at least {allowed[0]}" if value < allowed[0] else f"at most {allowed[1]}"
+            raise UserError(f"config key '{key}' is {value}; expected a number of {bound}")
         return value
-    expected = "a list of (regular expression, value)" if kind == Rules else getattr(kind, "__name__", str(kind))
+    if kind == Rules:
+        rules = _freeze(value)
+        if isinstance(rules, tuple) and all(
+            isinstance(r, tuple) and len(r) == 2 and isinstance(r[0], str) for r in rules
+        ):
+            return rules
+    elif typing.get_origin(kind) is tuple:
+        if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
+            return tuple(value)
+    elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    elif kind in (int, str, bool) and type(value) is kind:
+        return value
+    expected = {Rules: "a list of (regular expression, value)"}.get(kind, getattr(kind, "__name__", str(kind)))
     raise UserError(f"config key '{key}' is {value!r}; expected {expected}")
 
 
 def _freeze(value: Any) -> Any:
-    return tuple(map(_freeze, value)) if isinstance(value, list) else value
+    return tuple(map(_freeze, value)) if isinstance(value, (list, tuple)) else value

@@ -15,18 +15,26 @@ flags.DEFINE_integer("seed", 0, "of the draws; row i uses seed + i")
 
 
 def main() -> None:
-    from llm_jax import checkpoint
+    from llm_jax import checkpoint, tokenizers
     from llm_jax.decoding import loop, samplers
-    from llm_jax.tokenizers import BOS
 
     f = flags.FLAGS
     if f.seed < 0:
         raise UserError(f"--seed={f.seed}; expected a number from 0")
     sampler = samplers.make(f.temperature, f.top_k, 1.0 if f.top_p is None else f.top_p)
     model, params, tokenizer = checkpoint.load(f.checkpoint)
-    prompts = [[BOS, *tokenizer.encode(text)] for text in f.prompt]
+    prompts = [tokenizers.prompt(tokenizer, text) for text in f.prompt]
     seeds = [f.seed + i for i in range(len(prompts))]
-    made = loop.generate(model, params, prompts, sampler, max_new_tokens=f.max_new_tokens, seeds=seeds)
+    made = loop.generate(
+        model,
+        params,
+        prompts,
+        sampler,
+        max_new_tokens=f.max_new_tokens,
+        seeds=seeds,
+        eos=tokenizer.eos,
+        vocab_size=tokenizer.vocab_size,
+    )
     for i, (prompt, one) in enumerate(zip(prompts, made, strict=True)):
         if i:
             print("-" * 40)

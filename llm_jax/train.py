@@ -36,8 +36,8 @@ def main() -> None:
     from llm_jax.data.rows import Rows, Shuffled, batches
     from llm_jax.decoding import loop, samplers
     from llm_jax.model import transformer
+    from llm_jax.model.stages import layout
     from llm_jax.parallel import mesh as mesh_lib
-    from llm_jax.tokenizers import BOS, digest
     from llm_jax.training import evaluation, losses, optim, report
     from llm_jax.training import step as step_lib
 
@@ -61,12 +61,17 @@ def main() -> None:
         raise UserError(
             f"{origin}: trained on '{tokenizer.kind}' tokens; config key 'tokenizer.kind' is '{config.tokenizer.kind}'"
         )
+    if resumed and record and record["corpus"] != source.sha256:
+        raise UserError(
+            f"data.source={config.data.source}: its text has changed since {workdir} was started "
+            f"(sha256 {record['corpus'][:12]}, now {source.sha256[:12]}); bring it back or give another --workdir"
+        )
     corpus = source.corpus(tokenizer)
     train_rows, held_rows = Shuffled(Rows(corpus.train, c.seq_len), c.seed), Rows(corpus.validation, c.seq_len)
     print(
         f"{config.data.source}: {source.num_bytes:,} bytes (sha256 {corpus.sha256[:12]}), {len(corpus.train.tokens):,} "
         f"training tokens, {len(held_rows.split.tokens):,} held out; tokenizer {tokenizer.kind}, "
-        f"{tokenizer.vocab_size} ids ({digest(tokenizer)[:12]})"
+        f"{tokenizer.vocab_size} ids ({tokenizers.digest(tokenizer)[:12]})"
     )
 
     # ---------------------------------------------------------------- model, optimizer, shardings
@@ -111,8 +116,13 @@ def main() -> None:
         state = step_lib.State(jax.device_put(jnp.int32(start), copies), params, optimizer_state)
         print(f"going on from {origin}")
     elif origin and record:
-        params = checkpoint.restore(origin, record, abstract_state.params)
-        state = jax.jit(lambda p: step_lib.init(optimizer, p), out_shardings=state_shardings)(params)
+        params = checkpoint.restore(
+            origin, record, config.model, lambda tree: mesh_lib.shardings(tree, config.mesh.rules, mesh)
+        )
+        begin = jax.jit(
+            lambda p: step_lib.init(optimizer, trees.restage(p, layout(config.model))), out_shardings=state_shardings
+        )
+        state = begin(params)
         print(f"weights from {origin}")
     else:
         tokens = jnp.zeros((1, 1), jnp.int32)
@@ -125,8 +135,12 @@ def main() -> None:
 
     # ---------------------------------------------------------------- compiled functions
     rate = optim.schedule(config.optim, c.steps)
+
+    def loss(trained, frozen, batch, step, key):  # all parameters are trained, and nothing is drawn
+        return losses.language_model(model, trained, batch, c.loss_chunk)
+
     train_step = jax.jit(
-        step_lib.make(model, optimizer, rate, step_lib.everything, c.grad_accumulation, c.loss_chunk),
+        step_lib.make(loss, optimizer, rate, c.seed, c.grad_accumulation),
         donate_argnums=0,
         in_shardings=(state_shardings, None, batch_sharding),
         out_shardings=(state_shardings, copies),
@@ -144,13 +158,15 @@ def main() -> None:
         return {f"validation_{name}": value for name, value in found.items()}
 
     def sample(title: str) -> None:
-        prompts = [[BOS, *tokenizer.encode(text)] for text in config.eval.prompts]
+        prompts = [tokenizers.prompt(tokenizer, text) for text in config.eval.prompts]
         made = loop.generate(
             decoder,
             unstack(state.params),
             prompts,
             samplers.make(0.8, top_p=0.95),
             max_new_tokens=config.eval.max_new_tokens,
+            eos=tokenizer.eos,
+            vocab_size=tokenizer.vocab_size,
         )
         for prompt, one in zip(prompts, made, strict=True):
             print(f"----- {title}\n{tokenizer.decode(prompt + one.ids)}")
@@ -160,7 +176,7 @@ def main() -> None:
 
     # ---------------------------------------------------------------- the loop
     peak = report.matmul_peak(config.model.precision.compute)
-    writer = checkpoint.Writer(workdir, config, tokenizer)
+    writer = checkpoint.Writer(workdir, config, tokenizer, corpus.sha256)
     progress = report.Progress(workdir, start, c.steps, transformer.flops_per_token(config.model, c.seq_len), peak)
 
     def due(every: int, done: int) -> bool:

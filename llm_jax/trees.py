@@ -15,6 +15,7 @@ per-layer names that `expand` gives.
 
 import dataclasses
 import difflib
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -177,38 +178,36 @@ def restage(tree: Tree, stages: Stages = ()) -> dict[str, Any]:
     return unflatten(out)
 
 
-def describe(tree: Tree) -> dict[str, dict[str, Any]]:
-    """A JSON-able record of names, kinds, static fields, shapes and dtypes: {path: {kind, leaves}}."""
+def describe(tree: Tree) -> dict[str, Any]:
+    """A JSON-able record of every weight: {path: record}.
 
-    def record(weight: Any) -> dict[str, Any]:
-        leaves, _ = jax.tree_util.tree_flatten_with_path(weight)
-        return {
-            "kind": _kind(weight),
-            "leaves": {jax.tree_util.keystr(k): [list(leaf.shape), str(leaf.dtype)] for k, leaf in leaves},
-        }
-
-    return {path: record(weight) for path, weight in flatten(tree).items()}
+    An array's record is {"shape", "dtype"}; that of a node is {"node": its class, "static": {name:
+    value}, "fields": {name: record}}, from which `weights.abstract` makes it again.
+    """
+    return {path: _record(weight) for path, weight in flatten(tree).items()}
 
 
-def _kind(weight: Any) -> str:
+def _record(weight: Any) -> dict[str, Any]:
     if not dataclasses.is_dataclass(weight):
-        return "array" if hasattr(weight, "dtype") else repr(weight)
-    parts = (f"{f.name}={_kind(getattr(weight, f.name))}" for f in dataclasses.fields(weight))
-    return f"{type(weight).__name__}({', '.join(parts)})"
+        return {"shape": list(weight.shape), "dtype": str(weight.dtype)}
+    fields = {f.name: (getattr(weight, f.name), f.metadata.get("static", False)) for f in dataclasses.fields(weight)}
+    return {
+        "node": type(weight).__name__,
+        "static": {name: value for name, (value, static) in fields.items() if static},
+        "fields": {name: _record(value) for name, (value, static) in fields.items() if not static},
+    }
 
 
-def check(tree: Tree, expected: Tree, source: str) -> None:
-    """Raises unless both trees have the same names, kinds, static fields, shapes and dtypes.
+def check(have: Mapping[str, Any], want: Mapping[str, Any], source: str) -> None:
+    """Raises unless two records of `describe` agree in names, kinds, static fields, shapes and dtypes.
 
     Args:
-      tree: what there is: parameters (abstract or not), or a record made by `describe`.
-      expected: what there should be, likewise.
-      source: the file or directory `tree` came from, for the error.
+      source: the file or directory that `have` came from, for the error.
 
     Raises:
       UserError: one line with what lacks (-), what is left over (+) and what differs (!).
     """
-    have, want = (_record(t) for t in (tree, expected))
+    have, want = (json.loads(json.dumps(record)) for record in (have, want))
     faults = [f"-{p}" for p in want if p not in have] + [f"+{p}" for p in have if p not in want]
     faults += [f"!{p} is {_say(have[p])}, expected {_say(want[p])}" for p in want if p in have and have[p] != want[p]]
     if faults:
@@ -216,11 +215,9 @@ def check(tree: Tree, expected: Tree, source: str) -> None:
         raise UserError(f"{source}: parameters do not fit the model: {'; '.join(faults[:8])}{more}")
 
 
-def _record(tree: Tree) -> dict[str, Any]:
-    described = all(isinstance(v, Mapping) and set(v) == {"kind", "leaves"} for v in tree.values())
-    return dict(tree) if described and tree else describe(tree)
-
-
 def _say(record: Mapping[str, Any]) -> str:
-    leaves = ", ".join(f"{name}{dtype}{shape}" for name, (shape, dtype) in record["leaves"].items())
-    return leaves if record["kind"] == "array" else f"{record['kind']}({leaves})"
+    if "node" not in record:
+        return f"{record.get('dtype', '')}{record['shape']}"
+    parts = [f"{name}={value}" for name, value in record["static"].items()]
+    parts += [f"{name}={_say(field)}" for name, field in record["fields"].items()]
+    return f"{record['node']}({', '.join(parts)})"

@@ -17,18 +17,32 @@ To add a kind: subclass `Node`, implement its five methods here, and call kernel
 import abc
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
+
+from llm_jax.errors import UserError
 
 # Letters of shapes: B batch, I in, O out, R rank.
 
 
+NODES: dict[str, type["Node"]] = {}
+
+
 class Node(abc.ABC):
-    """A weight that is more than one array. Shapes below are those of one layer's slice."""
+    """A weight that is more than one array. Shapes below are those of one layer's slice.
+
+    A subclass is a frozen dataclass registered with JAX, whose static fields are JSON values marked
+    `metadata={"static": True}`.
+    """
+
+    def __init_subclass__(cls) -> None:
+        NODES[cls.__name__] = cls
 
     @property
     @abc.abstractmethod
@@ -68,22 +82,39 @@ def dot(
     accumulate = jnp.promote_types(accumulate, x.dtype)
     if isinstance(w, Node):
         return w.dot(x, transposed, out_dtype, accumulate)
-    return _dense_dot(x, w, transposed, out_dtype, accumulate)
+    # The name is what a remat policy can keep: the product itself is hidden by its custom gradient.
+    return checkpoint_name(_dense_dot(x, w, transposed, out_dtype, accumulate), "dot")
 
 
 def take(w: Weight, ids: jax.Array) -> jax.Array:
-    """Rows `ids` (...) of w (rows, out) -> (..., out) in w's dtype; NaN where an id is out of range."""
+    """Rows `ids` (...) of w (rows, out) -> (..., out) in w's dtype; NaN for ids past the end."""
     return w.take(ids) if isinstance(w, Node) else jnp.take(w, ids, axis=0, mode="fill")
 
 
 def dense(w: Weight) -> jax.Array:
-    """The array (in, out) that `w` stands for."""
-    return w.dense() if isinstance(w, Node) else w
+    """The array (in, out) that `w` stands for; (layers, in, out) where its layers are stacked."""
+    if not isinstance(w, Node):
+        return w
+    return jax.vmap(dense)(w) if len(w.shape) > 2 else w.dense()
 
 
 def partition(w: Weight, spec: P) -> Any:
     """`w`'s structure with a PartitionSpec for every leaf, from that of the dense array."""
     return w.partition(spec) if isinstance(w, Node) else spec
+
+
+def abstract(record: Mapping[str, Any]) -> Any:
+    """The weight that a record of `trees.describe` stands for, with `jax.ShapeDtypeStruct` leaves.
+
+    Raises:
+      UserError: a kind of node that this version does not know.
+    """
+    if "node" not in record:
+        return jax.ShapeDtypeStruct(tuple(record["shape"]), record["dtype"])
+    if record["node"] not in NODES:
+        raise UserError(f"weights of the kind '{record['node']}' are unknown to this version of llm_jax")
+    static = {name: tuple(v) if isinstance(v, list) else v for name, v in record["static"].items()}
+    return NODES[record["node"]](**static, **{name: abstract(field) for name, field in record["fields"].items()})
 
 
 # Why a custom gradient: under autodiff a bf16 product with f32 sums is differentiated as an f32

@@ -23,6 +23,8 @@ def test_default_states_every_option_and_no_other():
         ("stepz", 3, r"unknown config key 'train.stepz'; did you mean 'train.steps'\?"),
         ("steps", 2.5, "'train.steps' is 2.5; expected int"),
         ("steps", True, "'train.steps' is True; expected int"),
+        ("steps", 0, "'train.steps' is 0; expected a number of at least 1"),
+        ("seed", 2**32, "'train.seed' is 4294967296; expected a number of at most 4294967295"),
         ("steps", None, "'train.steps' is None; expected int"),
     ],
 )
@@ -52,6 +54,8 @@ def test_a_missing_key_is_named():
         ("--config.model.mlp=wide", "'model.mlp' is 'wide'; expected one of gated, plain"),
         ("--config.model.num_heads=3", "does not divide model.num_heads=3"),
         ("--config.model.layer_pattern=('far',)", "expected kinds out of global, local"),
+        ("--config.optim.lr=nan", "'optim.lr' is nan"),
+        ("--config.model.precision.compute=floatx", "expected one of bfloat16, float16, float32, float64"),
         ("--config.mesh.fsdp=3", "does not fit 1 device"),
         ("--config.train.loss_chunk=5", "must divide train.seq_len=32"),
         ("--config.optim.decay_rules=(('x',0.0),('.*',1.0))", "the rule 'x' matches no parameter"),

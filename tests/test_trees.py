@@ -1,9 +1,11 @@
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax import trees
+from llm_jax import trees, weights
 from llm_jax.errors import UserError
 from llm_jax.weights import Adapted
 
@@ -71,18 +73,20 @@ def test_bad_rules_are_errors_that_name_themselves(rules, message):
 
 def test_check_lists_what_lacks_what_is_left_and_what_differs():
     have, want = tree_of(2), tree_of(2)
-    trees.check(have, want, "here")
-    trees.check(trees.describe(have), jax.eval_shape(lambda: want), "here")
+    trees.check(trees.describe(have), trees.describe(jax.eval_shape(lambda: want)), "here")
     del have["layers"]["0"]
     have["head"] = jnp.zeros(3)
     have["embed"]["table"] = jnp.zeros((5, 2), jnp.bfloat16)
     with pytest.raises(UserError) as error:
-        trees.check(have, want, "here")
+        trees.check(trees.describe(have), trees.describe(want), "here")
     for part in ("here: ", "-layers/0/mlp/up", "+head", "!embed/table is bfloat16[5, 2], expected float32[5, 2]"):
         assert part in str(error.value)
 
 
-def test_check_tells_kinds_apart():
+def test_records_tell_kinds_apart_and_make_them_again():
     node = Adapted(jnp.ones((2, 3)), jnp.ones((2, 1)), jnp.ones((1, 3)), jnp.float32(2))
+    record = json.loads(json.dumps(trees.describe({"w": node})))
     with pytest.raises(UserError, match="Adapted"):
-        trees.check({"w": node}, {"w": jnp.ones((2, 3))}, "here")
+        trees.check(record, trees.describe({"w": jnp.ones((2, 3))}), "here")
+    again = weights.abstract(record["w"])
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), again) == jax.tree.map(lambda x: (x.shape, x.dtype), node)

@@ -18,14 +18,14 @@ from llm_jax import tokenizers
 from llm_jax.config import DataConfig, TokenizerConfig
 from llm_jax.data import sources
 from llm_jax.errors import UserError
-from llm_jax.tokenizers import BOS, EOS, Tokenizer
+from llm_jax.tokenizers import Tokenizer
 
 _FORMAT = 1  # of the cache; part of its key
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """One side of a corpus as a stream of tokens: every document is BOS, its text, EOS.
+    """One side of a corpus as a stream of tokens: documents as `tokenizers.document`.
 
     Attributes:
       tokens: (tokens,), uint16 or uint32, mapped from disk.
@@ -138,7 +138,7 @@ def _write(directory: pathlib.Path, found: Sequence[sources.Document], tokenizer
     ):
         for document in found:
             text = document.read()
-            ids = np.asarray([BOS, *tokenizer.encode(text), EOS], dtype)
+            ids = np.asarray(tokenizers.document(tokenizer, text), dtype)
             file.write(ids.tobytes())
             offsets.append(offsets[-1] + len(ids))
             num_bytes += len(text.encode())

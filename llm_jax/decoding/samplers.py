@@ -19,10 +19,17 @@ from llm_jax.errors import UserError
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class History:
-    """The tokens so far, prompt included: ids int32 (B, S), and bool (B, S) which slots hold one."""
+    """The tokens so far.
+
+    Attributes:
+      ids: int32 (B, S); the first `length` of a row are its prompt and what was drawn, without gaps.
+      length: int32 (B,).
+      prompt: int32 (B,), how many of them are the prompt.
+    """
 
     ids: jax.Array
-    valid: jax.Array
+    length: jax.Array
+    prompt: jax.Array
 
 
 class Filter(Protocol):

@@ -26,7 +26,7 @@ from llm_jax.model.stages import layout, stages
 
 REMAT = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names("dot"),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

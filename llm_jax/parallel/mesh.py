@@ -47,11 +47,14 @@ def shardings(tree: Any, rules: trees.Rules, mesh: Mesh, source: str = "mesh.rul
     matched = trees.match(rules, tree, source)
 
     def place(path: str, weight: Any) -> Any:
-        axes = tuple(matched[path])
-        if unknown := [a for a in axes if a not in (*AXES, None)]:
-            raise UserError(f"{source}: '{unknown[0]}' is no mesh axis; expected one of {', '.join(AXES)} or None")
-        stacked = trees.layers_of(path) is not None
-        axes = (*(None,) * stacked, *axes) if axes else (None,) * len(weight.shape)
+        axes, stacked = matched[path], trees.layers_of(path) is not None
+        rank = len(weight.shape) - stacked
+        named = [a for a in axes if a is not None] if isinstance(axes, tuple) else [axes]
+        if not isinstance(axes, tuple) or len(axes) not in (0, rank) or len(set(named)) < len(named):
+            raise UserError(f"{source}: {axes!r} for '{path}'; expected () or {rank} different axes (or None)")
+        if unknown := set(named) - set(AXES):
+            raise UserError(f"{source}: {unknown.pop()!r} is no mesh axis; expected one of {', '.join(AXES)} or None")
+        axes = (None,) * stacked + (axes or (None,) * rank)
         specs = weights.partition(weight, P(*axes))
         return jax.tree.map(
             lambda spec, leaf: NamedSharding(mesh, _fitting(spec, leaf.shape, mesh)),

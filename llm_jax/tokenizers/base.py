@@ -6,8 +6,7 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import ClassVar, Protocol, Self
 
-# Ids that every kind shares. Text never encodes to them, and they decode to nothing.
-PAD, BOS, EOS, UNK = 0, 1, 2, 3
+# The special ids of the kinds that are trained here, by id.
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
 
 
@@ -18,6 +17,9 @@ class Tokenizer(Protocol):
       kind: the name it is registered under (`tokenizers.KINDS`).
       exact: whether decode(encode(text)) == text for every text that encodes to UTF-8.
       vocab_size: ids run from 0 to vocab_size - 1, the special ones included.
+      bos, eos: what a document begins and ends with; None where the vocabulary has no such id.
+        Text never encodes to them, and they decode to nothing.
+      unk: what stands for text that the vocabulary cannot hold; None where it can hold all.
     """
 
     kind: ClassVar[str]
@@ -25,6 +27,15 @@ class Tokenizer(Protocol):
 
     @property
     def vocab_size(self) -> int: ...
+
+    @property
+    def bos(self) -> int | None: ...
+
+    @property
+    def eos(self) -> int | None: ...
+
+    @property
+    def unk(self) -> int | None: ...
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Self:
@@ -56,6 +67,16 @@ def digest(tokenizer: Tokenizer) -> str:
     for name, content in sorted(tokenizer.files().items()):
         h.update(f"\0{name}\0{len(content)}\0".encode() + content)
     return h.hexdigest()
+
+
+def document(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a whole document: BOS, the text, EOS, as far as the vocabulary has them."""
+    return [*prompt(tokenizer, text), *([] if tokenizer.eos is None else [tokenizer.eos])]
+
+
+def prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of text to be continued: BOS where the vocabulary has it, then the text."""
+    return [*([] if tokenizer.bos is None else [tokenizer.bos]), *tokenizer.encode(text)]
 
 
 def save(tokenizer: Tokenizer, directory: pathlib.Path) -> None:

@@ -2,12 +2,12 @@
 
 import io
 from collections.abc import Iterable, Sequence
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import sentencepiece
 
 from llm_jax.errors import UserError
-from llm_jax.tokenizers.base import BOS, EOS, PAD, SPECIAL, UNK
+from llm_jax.tokenizers.base import SPECIAL
 from llm_jax.tokenizers.byte import utf8
 
 # sentencepiece writes a space as this character, so the character itself is spelled out in bytes.
@@ -16,11 +16,15 @@ _SMALLEST = len(SPECIAL) + 256 + 1
 # Sentences end at a line break, which no merge could then contain: the frequent ones are given.
 _BREAKS = ("\t", *("\n" * n + " " * indent for n in (1, 2) for indent in (0, 4, 8, 12, 16)))
 _SENTENCE_BYTES = 4096
+_SPECIAL_OPTIONS: dict[str, Any] = {f"{name.strip('<>')}_id": i for i, name in enumerate(SPECIAL)} | {
+    f"{name.strip('<>')}_piece": name for name in SPECIAL
+}
 
 
 class BpeTokenizer:
     kind: ClassVar[str] = "bpe"
     exact: ClassVar[bool] = True
+    bos, eos, unk = 1, 2, None  # what no piece covers is spelled out in bytes
 
     def __init__(self, model: bytes):
         self._model = model
@@ -66,14 +70,7 @@ class BpeTokenizer:
                 max_sentence_length=_SENTENCE_BYTES,
                 input_sentence_size=200_000,
                 shuffle_input_sentence=True,
-                pad_id=PAD,
-                bos_id=BOS,
-                eos_id=EOS,
-                unk_id=UNK,
-                pad_piece=SPECIAL[PAD],
-                bos_piece=SPECIAL[BOS],
-                eos_piece=SPECIAL[EOS],
-                unk_piece=SPECIAL[UNK],
+                **_SPECIAL_OPTIONS,
                 num_threads=1,
                 minloglevel=2,
             )
@@ -88,7 +85,7 @@ class BpeTokenizer:
         return first + [i for ids in others for i in self._space + ids]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._pieces.decode([int(i) for i in ids if i > UNK])
+        return self._pieces.decode([int(i) for i in ids if len(SPECIAL) <= i < self.vocab_size])
 
     def piece(self, index: int) -> str:
         return self._pieces.id_to_piece(int(index)).replace(_SPACE, " ").replace("\n", "\\n").replace("\t", "\\t")

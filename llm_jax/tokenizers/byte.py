@@ -21,6 +21,7 @@ class ByteTokenizer:
     kind: ClassVar[str] = "byte"
     exact: ClassVar[bool] = True
     vocab_size = _FIRST + 256
+    bos, eos, unk = 1, 2, None
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Self:
@@ -30,7 +31,7 @@ class ByteTokenizer:
         return [_FIRST + b for b in utf8(text)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return bytes(i - _FIRST for i in ids if i >= _FIRST).decode(errors="replace")
+        return bytes(i - _FIRST for i in ids if _FIRST <= i < self.vocab_size).decode(errors="replace")
 
     def piece(self, index: int) -> str:
         return SPECIAL[index] if index < _FIRST else repr(bytes([index - _FIRST]))[2:-1]

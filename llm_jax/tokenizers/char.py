@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import ClassVar, Self
 
 from llm_jax.errors import UserError
-from llm_jax.tokenizers.base import SPECIAL, UNK
+from llm_jax.tokenizers.base import SPECIAL
 from llm_jax.tokenizers.byte import utf8
 
 
@@ -15,6 +15,7 @@ class CharTokenizer:
 
     kind: ClassVar[str] = "char"
     exact: ClassVar[bool] = False
+    bos, eos, unk = 1, 2, 3
 
     def __init__(self, characters: Sequence[str]):
         self._characters = tuple(characters)
@@ -37,11 +38,11 @@ class CharTokenizer:
 
     def encode(self, text: str) -> list[int]:
         utf8(text)
-        return [self._ids.get(c, UNK) for c in text]
+        return [self._ids.get(c, self.unk) for c in text]
 
     def decode(self, ids: Sequence[int]) -> str:
-        first = len(SPECIAL)
-        return "".join(self._characters[i - first] if i >= first else "\ufffd" for i in ids if i >= UNK)
+        kept = (i - len(SPECIAL) for i in ids if self.unk <= i < self.vocab_size)
+        return "".join(self._characters[i] if i >= 0 else "\ufffd" for i in kept)
 
     def piece(self, index: int) -> str:
         return SPECIAL[index] if index < len(SPECIAL) else repr(self._characters[index - len(SPECIAL)])[1:-1]

@@ -31,7 +31,7 @@ def evaluate(
     for batch in tqdm(batches(rows, 0, steps, batch_size, sharding), "evaluating", steps, leave=False, delay=2):
         sums.append(loss(params, batch))
     nats, tokens = (float(sum(float(x) for x in part)) for part in zip(*jax.device_get(sums), strict=True))
-    counted = len(rows.split.tokens) - (len(rows.split.offsets) - 1)  # every token but BOS is one target
+    counted = len(rows.split.tokens) - (len(rows.split.offsets) - 1)  # a document's first is no target
     num_bytes = rows.split.num_bytes * tokens / counted
     mean = nats / tokens
     return {

@@ -51,6 +51,8 @@ def make(config: OptimConfig, steps: int, params: Any) -> optax.GradientTransfor
     parts.append(choice("optim.kind", config.kind, OPTIMIZERS)(config))
     if config.weight_decay:
         factors = trees.match(config.decay_rules, params, "optim.decay_rules")
+        if wrong := [f for f in factors.values() if not isinstance(f, (int, float))]:
+            raise UserError(f"optim.decay_rules: {wrong[0]!r} is no factor; expected a number")
         parts.append(_decay({path: config.weight_decay * f for path, f in factors.items()}))
     parts.append(optax.scale_by_learning_rate(schedule(config, steps)))
     return optax.chain(*parts)

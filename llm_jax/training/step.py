@@ -1,8 +1,8 @@
 """The training state and the one step that all kinds of training share.
 
-What is trained is a tree of its own: `bind(frozen, trained)` gives the parameters that the model
-sees. In pretraining and full fine-tuning the trained tree is all of them and nothing is frozen;
-adapters train a small tree over a frozen base, and the gradient is taken with respect to that alone.
+What is trained is a tree of its own, and the gradient is taken with respect to that alone: the loss
+makes the parameters that the model sees from it and from what is frozen. In pretraining and full
+fine-tuning the trained tree is all of them; adapters train a small tree over a frozen base.
 """
 
 from collections.abc import Callable
@@ -15,10 +15,10 @@ import optax
 
 from llm_jax.data.rows import Batch
 from llm_jax.errors import UserError
-from llm_jax.model.transformer import Transformer
-from llm_jax.training import losses
 
-Bind = Callable[[Any, Any], Any]
+# (trained, frozen, batch, step, key) -> (sum over the counted targets, their number), float32 () each.
+# `step` counts the updates done; `key` is the micro-batch's own, a function of (seed, step, micro-batch).
+Loss = Callable[[Any, Any, Batch, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
 class State(flax.struct.PyTreeNode):
@@ -35,53 +35,44 @@ class State(flax.struct.PyTreeNode):
     optimizer: Any
 
 
-def everything(frozen: Any, trained: Any) -> Any:
-    """The `bind` of full training: the trained tree is the parameters."""
-    return trained
-
-
 def init(optimizer: optax.GradientTransformation, params: Any) -> State:
     """The state before the first step."""
     return State(jnp.int32(0), params, optimizer.init(params))
 
 
 def make(
-    model: Transformer,
-    optimizer: optax.GradientTransformation,
-    schedule: optax.Schedule,
-    bind: Bind,
-    grad_accumulation: int,
-    loss_chunk: int,
+    loss: Loss, optimizer: optax.GradientTransformation, schedule: optax.Schedule, seed: int, grad_accumulation: int
 ) -> Callable[[State, Any, Batch], tuple[State, dict[str, jax.Array]]]:
     """A pure function (state, frozen, batch) -> (state, metrics), to be jitted with the state donated.
 
-    Micro-batches add up sums of losses and gradients, which are divided by the number of all counted
-    targets: the same update, up to rounding, as the batch in one piece.
+    Micro-batches add up sums of losses and gradients (in float32 or wider), which are divided by the
+    number of all counted targets: the same update, up to rounding, as the batch in one piece.
     """
-
-    def total(trained: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        return losses.language_model(model, bind(frozen, trained), batch, loss_chunk)
-
-    gradient = jax.value_and_grad(total, has_aux=True)
+    gradient = jax.value_and_grad(loss, has_aux=True)
 
     def step(state: State, frozen: Any, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
         if grad_accumulation == 1:
-            (loss, count), grads = gradient(state.params, frozen, batch)
+            (total, count), grads = gradient(state.params, frozen, batch, state.step, jax.random.fold_in(key, 0))
         else:
             # Row r goes to micro-batch r % A, so that each is spread over all devices.
             micro = jax.tree.map(lambda a: jnp.swapaxes(a.reshape(-1, grad_accumulation, *a.shape[1:]), 0, 1), batch)
 
-            def add(sums: Any, part: Batch) -> tuple[Any, None]:
-                return jax.tree.map(jnp.add, sums, gradient(state.params, frozen, part)), None
+            def add(sums: Any, part: tuple[jax.Array, Batch]) -> tuple[Any, None]:
+                found = gradient(state.params, frozen, part[1], state.step, jax.random.fold_in(key, part[0]))
+                return jax.tree.map(jnp.add, sums, found), None
 
-            zero = jax.tree.map(jnp.zeros_like, ((jnp.float32(0), jnp.float32(0)), state.params))
-            ((loss, count), grads), _ = jax.lax.scan(add, zero, micro)
+            def zero(leaf: jax.Array) -> jax.Array:
+                return jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32))
+
+            sums = ((jnp.float32(0), jnp.float32(0)), jax.tree.map(zero, state.params))
+            ((total, count), grads), _ = jax.lax.scan(add, sums, (jnp.arange(grad_accumulation), micro))
         count = jnp.maximum(count, 1)
-        grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
+        grads = jax.tree.map(lambda g, p: (g / count.astype(g.dtype)).astype(p.dtype), grads, state.params)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {
-            "loss": loss / count,
+            "loss": total / count,
             "tokens": count,
             "grad_norm": optax.tree.norm(grads),
             "lr": jnp.asarray(schedule(state.step), jnp.float32),

@@ -9,10 +9,9 @@ from scipy import stats
 
 from llm_jax.decoding import loop, samplers
 from llm_jax.errors import UserError
-from llm_jax.tokenizers import EOS
 
 PROBABILITIES = np.array([0.4, 0.3, 0.2, 0.1])
-NOTHING = samplers.History(jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1), bool))
+NOTHING = samplers.History(jnp.zeros((1, 1), jnp.int32), jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32))
 
 
 def draws(sampler, count=20_000):
@@ -71,12 +70,12 @@ def model_and_params(request, make, tiny):
     return make(position=dataclasses.replace(tiny.model.position, kind=request.param), scan_layers=False)
 
 
-def plain_greedy(model, params, prompt, count):
+def plain_greedy(model, params, prompt, count, length=64):
     """The whole sequence anew for every token, without a cache."""
     forward = jax.jit(lambda p, ids: model.apply({"params": p}, ids))
     ids, logs = list(prompt), []
     for _ in range(count):
-        padded = jnp.asarray([ids + [0] * (64 - len(ids))])  # what comes after is not seen
+        padded = jnp.asarray([ids + [0] * (length - len(ids))])  # what comes after is not seen
         logits = forward(params, padded)[0, len(ids) - 1]
         ids.append(int(jnp.argmax(logits)))
         logs.append(float(jax.nn.log_softmax(logits)[ids[-1]]))
@@ -86,7 +85,7 @@ def plain_greedy(model, params, prompt, count):
 def test_batched_cached_bucketed_greedy_equals_the_plain_loop(model_and_params):
     model, params = model_and_params
     prompts = [[5], [7, 8, 9, 10, 11], list(range(20, 60))]
-    made = loop.generate(model, params, prompts, samplers.make(0), max_new_tokens=6, eos=-1)
+    made = loop.generate(model, params, prompts, samplers.make(0), max_new_tokens=6)
     for prompt, one in zip(prompts, made, strict=True):
         ids, logs = plain_greedy(model, params, prompt, 6)
         assert one.ids == ids and one.stop == "length"
@@ -95,7 +94,7 @@ def test_batched_cached_bucketed_greedy_equals_the_plain_loop(model_and_params):
 
 def test_eos_ends_a_row_and_not_its_neighbours(make):
     model, params = make(scan_layers=False)
-    free = loop.generate(model, params, [[5], [9]], samplers.make(), max_new_tokens=8, eos=-1, seeds=[1, 2])
+    free = loop.generate(model, params, [[5], [9]], samplers.make(), max_new_tokens=8, seeds=[1, 2])
     eos = free[0].ids[2]
     cut = loop.generate(model, params, [[5], [9]], samplers.make(), max_new_tokens=8, eos=eos, seeds=[1, 2])
     first = free[0].ids.index(eos)
@@ -138,4 +137,40 @@ def test_generating_past_a_learned_table_is_refused(make, tiny):
     )
     with pytest.raises(UserError, match="past the 8 positions"):
         loop.generate(model, params, [[5] * 5], samplers.make(), max_new_tokens=4)
-    assert loop.generate(model, params, [[5] * 5], samplers.make(), max_new_tokens=3, eos=EOS)
+    assert loop.generate(model, params, [[5] * 5], samplers.make(), max_new_tokens=3)[0].ids
+
+
+def test_padding_goes_past_no_table(make, tiny):
+    position = dataclasses.replace(tiny.model.position, kind="learned", max_length=16)  # less than a bucket
+    model, params = make(position=position, scan_layers=False)
+    prompts = [[5, 6, 7], [8] * 12]
+    made = loop.generate(model, params, prompts, samplers.make(0), max_new_tokens=4)
+    for prompt, one in zip(prompts, made, strict=True):
+        ids, logs = plain_greedy(model, params, prompt, 4, length=16)
+        assert one.ids == ids
+        np.testing.assert_allclose(one.log_probabilities, logs, atol=1e-4)
+
+
+def test_ids_past_the_tokenizers_vocabulary_are_never_drawn(make):
+    model, params = make(scan_layers=False)
+    (one,) = loop.generate(model, params, [[5]], samplers.make(50.0), max_new_tokens=200, vocab_size=9)
+    assert max(one.ids) < 9
+
+
+def test_log_probabilities_sum_to_the_score_of_the_sequence_eos_included(make):
+    model, params = make(scan_layers=False)
+    free = loop.generate(model, params, [[5]], samplers.make(), max_new_tokens=8)[0].ids
+    eos = free[4]
+    (one,) = loop.generate(model, params, [[5]], samplers.make(), max_new_tokens=8, eos=eos)
+    ids = [5, *one.ids, eos]
+    scores = jax.nn.log_softmax(model.apply({"params": params}, jnp.asarray([ids]))[0])
+    expected = sum(float(scores[t, ids[t + 1]]) for t in range(len(ids) - 1))
+    assert len(one.log_probabilities) == len(one.ids) + 1
+    np.testing.assert_allclose(sum(one.log_probabilities), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("seeds", [[-1], [2**32], [1, 2]])
+def test_bad_seeds_are_refused(make, seeds):
+    model, params = make(scan_layers=False)
+    with pytest.raises(UserError, match="seeds"):
+        loop.generate(model, params, [[5]], samplers.make(), max_new_tokens=2, seeds=seeds)

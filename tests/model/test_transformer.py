@@ -93,18 +93,27 @@ def test_scanned_and_single_layers_are_one_model(any_model, tokens):
     np.testing.assert_allclose(logits(single, trees.restage(params), tokens), logits(model, params, tokens), atol=2e-5)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
-def test_remat_changes_no_gradient(make, tokens, remat):
-    def gradient(model, params):
-        return jax.jit(jax.grad(lambda p: jnp.var(model.apply({"params": p}, tokens))))(params)
+@pytest.fixture(scope="module")
+def gradients(make):
+    """{remat: compiled gradient}"""
+    tokens = jax.random.randint(jax.random.key(1), (2, LENGTH), 3, 259)
 
-    model, params = make()
-    other, _ = make(remat=remat)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7),
-        gradient(model, params),
-        gradient(other, params),
-    )
+    def compiled(remat):
+        model, params = make(remat=remat)
+        return jax.jit(jax.grad(lambda p: jnp.var(model.apply({"params": p}, tokens)))).lower(params).compile()
+
+    return {remat: compiled(remat) for remat in ("none", "dots", "full")}
+
+
+def test_remat_changes_no_gradient_and_each_policy_recomputes_more(make, gradients):
+    _, params = make()
+    expected = gradients["none"](params)
+    for remat in ("dots", "full"):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), gradients[remat](params), expected
+        )
+    flops = {remat: compiled.cost_analysis()["flops"] for remat, compiled in gradients.items()}
+    assert flops["none"] < flops["dots"] < flops["full"]
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -4,7 +4,6 @@ import pytest
 
 from llm_jax import tokenizers
 from llm_jax.errors import UserError
-from llm_jax.tokenizers import BOS, EOS, PAD, UNK
 
 TEXT = ["The tokenizer reads text.\n\n    def token(text):\n\treturn 42\n" * 20, "Größe: 3 µm, naïve café 😀\r\n" * 20]
 
@@ -18,7 +17,7 @@ def test_the_texts_it_was_trained_on_come_back(tokenizer):
     for text in [*TEXT, ""]:
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
-        assert all(0 <= i < tokenizer.vocab_size for i in ids) and not {PAD, BOS, EOS} & set(ids)
+        assert all(0 <= i < tokenizer.vocab_size for i in ids) and not {0, tokenizer.bos, tokenizer.eos} & set(ids)
 
 
 @hypothesis.settings(max_examples=200, deadline=None)
@@ -40,17 +39,16 @@ def test_unpaired_surrogates_are_refused(tokenizer):
 
 
 def test_special_ids_decode_to_nothing_and_broken_bytes_to_a_mark(tokenizer):
-    ids = tokenizer.encode("text")
-    assert tokenizer.decode([BOS, *ids, EOS, PAD]) == "text"
+    assert tokenizer.decode([*tokenizers.document(tokenizer, "text"), 0]) == "text"
     if tokenizer.exact:
         broken = tokenizer.encode("🦜")[:-1]
         assert "\ufffd" in tokenizer.decode(broken)
-    assert tokenizer.piece(BOS) == "<bos>" and tokenizer.piece(tokenizer.encode("T")[0]) == "T"
+    assert tokenizer.piece(tokenizer.bos) == "<bos>" and tokenizer.piece(tokenizer.encode("T")[0]) == "T"
 
 
 def test_characters_never_seen_are_unknown():
     tokenizer = tokenizers.get("char").train(["abc"], 100)
-    assert tokenizer.encode("axb")[1] == UNK and tokenizer.decode(tokenizer.encode("axb")) == "a\ufffdb"
+    assert tokenizer.encode("axb")[1] == tokenizer.unk and tokenizer.decode(tokenizer.encode("axb")) == "a\ufffdb"
 
 
 def test_saved_and_loaded_is_the_same(tokenizer, tmp_path):

@@ -31,9 +31,13 @@ def batch():
     }
 
 
+def loss_of(model, chunk=0):
+    return lambda trained, frozen, batch, count, key: losses.language_model(model, trained, batch, chunk)
+
+
 def run(model, params, config, batch, count=3, accumulation=1, chunk=0):
     optimizer = optim.make(config.optim, 8, params)
-    one = jax.jit(step.make(model, optimizer, optim.schedule(config.optim, 8), step.everything, accumulation, chunk))
+    one = jax.jit(step.make(loss_of(model, chunk), optimizer, optim.schedule(config.optim, 8), 0, accumulation))
     state, seen = step.init(optimizer, params), []
     for _ in range(count):
         state, metrics = one(state, None, batch)
@@ -90,7 +94,7 @@ def test_chunked_loss_holds_no_full_logits(make, batch):
     assert "8,32,8192]" not in compiled(8) and "f32[8,8,8192]" in compiled(8)
 
 
-def test_a_step_trains_what_bind_leaves_trainable(make, tiny, batch):
+def test_a_step_trains_a_small_tree_over_a_frozen_base(make, tiny, batch):
     """Adapters over a frozen base through the same step: the contract that LoRA will use."""
     model, params = make()
     path = "layers/0:2/0::1/attention/query"
@@ -99,12 +103,12 @@ def test_a_step_trains_what_bind_leaves_trainable(make, tiny, batch):
     adapters = {"a": jnp.ones((layers, rows, 2)) / rows, "b": jnp.zeros((layers, 2, columns))}
     scale = jnp.ones(layers)
 
-    def bind(frozen, trained):
+    def loss(trained, frozen, batch, count, key):
         node = Adapted(trees.flatten(frozen)[path], trained["a"], trained["b"], scale)
-        return trees.unflatten(trees.flatten(frozen) | {path: node})
+        return losses.language_model(model, trees.unflatten(trees.flatten(frozen) | {path: node}), batch, 0)
 
     optimizer = optax.adam(1e-2)
-    one = jax.jit(step.make(model, optimizer, lambda _: 1e-2, bind, 1, 0))
+    one = jax.jit(step.make(loss, optimizer, lambda _: 1e-2, 0, 1))
     state = step.init(optimizer, adapters)
     assert sum(x.size for x in jax.tree.leaves(state.optimizer)) < 3 * sum(x.size for x in jax.tree.leaves(adapters))
     first, metrics = one(state, params, batch)
