@@ -41,9 +41,24 @@ class TokenizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PositionConfig:
-    kind: str  # "none", "learned", "rope", "alibi"
-    base: Positive  # rope: the wavelengths run from 2 pi to 2 pi * base
+    kind: str  # "none", "sinusoidal", "learned", "shaw", "t5", "alibi", "rope"
+    base: Positive  # rope, sinusoidal: the wavelengths run from 2 pi to 2 pi * base
+    combine: str  # sinusoidal, learned: "add" to the token embeddings, or "concatenate"
+    width: CountOrZero  # of the vectors that are concatenated
     max_length: Count  # learned: rows of the table
+    clip: Count  # shaw: the largest distance that has a vector of its own
+    shaw: str  # shaw: vectors for "keys", "values" or "both"
+    buckets: Count  # t5
+    max_distance: Count  # t5: where the last bucket begins
+    fraction: Share  # rope: share of the head width that is turned
+    interleaved: bool  # rope: pairs of neighbours instead of halves
+    scaling: str  # rope: "none", "linear", "ntk", "dynamic", "yarn", "llama3"
+    factor: Positive  # of the scaling
+    original_length: CountOrZero  # the trained length (dynamic, yarn, llama3)
+    beta_fast: Positive  # yarn: pairs with more turns over the trained length stay
+    beta_slow: Positive  # yarn: pairs with fewer turns are divided by the factor
+    low_frequency: Positive  # llama3: as beta_slow
+    high_frequency: Positive  # llama3: as beta_fast
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +74,9 @@ class ModelConfig:
     vocab_size: CountOrZero  # 0: the tokenizer's
     width: Count
     num_layers: Count
+    causal: bool  # a token sees what is before it (decoder), or all of its document (encoder)
     layer_pattern: tuple[str, ...]  # kinds of layer, repeated over the depth: "global", "local"
-    window: Count  # "local" layers see this many last positions, the own one included
+    window: Count  # "local" layers see this many last positions, the own one included (encoder: on each side)
     num_heads: Count
     num_kv_heads: Count  # divides num_heads
     head_width: CountOrZero  # 0: width // num_heads

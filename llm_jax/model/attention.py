@@ -6,6 +6,7 @@ segment (0 is nothing: padding, or an empty slot) at its own position or before,
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -44,12 +45,19 @@ class Cache:
     layers: dict[str, Any]
 
 
-def visible(queries: Tokens, keys: Tokens, window: int | None) -> jax.Array:
+def visible(queries: Tokens, keys: Tokens, window: int | None, causal: bool = True) -> jax.Array:
     """bool (B, T, S): may query t see key s?"""
     distance = queries.positions[:, :, None] - keys.positions[:, None, :]
-    same = (queries.segments[:, :, None] == keys.segments[:, None, :]) & (keys.segments[:, None, :] > 0)
-    seen = same & (distance >= 0)
-    return seen & (distance < window) if window is not None else seen
+    seen = (queries.segments[:, :, None] == keys.segments[:, None, :]) & (keys.segments[:, None, :] > 0)
+    if causal:
+        seen &= distance >= 0
+    return seen & (jnp.abs(distance) < window) if window is not None else seen
+
+
+def lengths_so_far(tokens: Tokens, keys: Tokens) -> jax.Array:
+    """int32 (B, T): one past the last position among the keys of each token's segment."""
+    same = tokens.segments[:, :, None] == keys.segments[:, None, :]
+    return jnp.max(jnp.where(same, keys.positions[:, None, :], 0), -1) + 1
 
 
 @jax.custom_vjp
@@ -102,6 +110,22 @@ def _attend_backward(saved, g_BTNH):
 
 
 attend.defvjp(_attend_forward, _attend_backward)
+
+
+def attend_adding(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    mask_BTS: jax.Array,
+    bias_BNTS: jax.Array | None,
+    add: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """`attend` plus what `add` makes of the attention shares (B, N, T, S); it keeps the shares for the gradient."""
+    b, t, n, _ = q_BTNH.shape
+    q, k, v = (_by_group(x, k_BSKH.shape[2]) for x in (q_BTNH, k_BSKH, v_BSKH))
+    shares = jax.nn.softmax(_scores(q, k, mask_BTS, bias_BNTS), -1).astype(v.dtype)
+    out = _by_token(_batched(shares, v, 3, 2).astype(q_BTNH.dtype), t)
+    return out + add(shares.reshape(b, n, t, -1)).astype(out.dtype)
 
 
 def _scores(q, k, mask_BTS, bias_BNTS):
@@ -162,7 +186,10 @@ class Attention(Module):
         v = self.linear(x_BTD, "value", c.num_kv_heads * h).reshape(*x_BTD.shape[:2], c.num_kv_heads, h)
         if c.qk_norm:
             q, k = Norm(c, kind="rms", name="query_norm")(q), Norm(c, kind="rms", name="key_norm")(k)
-        q, k = scheme.rotate(q, queries.positions), scheme.rotate(k, queries.positions)
+        lengths = lengths_so_far(queries, keys) if scheme.rotates_cache else None
+        q = scheme.rotate(q, queries.positions, lengths)
+        if not scheme.rotates_cache:
+            k = scheme.rotate(k, queries.positions, None)
         if cache is not None:
             start = (0, jnp.asarray(index), 0, 0)
             cache = {
@@ -170,5 +197,17 @@ class Attention(Module):
                 "value": jax.lax.dynamic_update_slice(cache["value"], v.astype(cache["value"].dtype), start),
             }
             k, v = cache["key"].astype(q.dtype), cache["value"].astype(q.dtype)
-        out = attend(q, k, v, visible(queries, keys, self.window), bias_BNTS)
+        if scheme.rotates_cache:
+            k = scheme.rotate(k, keys.positions, lengths_so_far(keys, keys))
+        shapes = scheme.declare_layer().items()
+        table = {name: self.weight(f"position_{name}", nn.initializers.normal(0.02), shape) for name, shape in shapes}
+        own = scheme.keys(q, queries.positions, keys.positions, table)
+        if own is not None:
+            bias_BNTS = own if bias_BNTS is None else own + bias_BNTS
+        mask = visible(queries, keys, self.window, c.causal)
+        add_values = scheme.values(queries.positions, keys.positions, table)
+        if add_values is None:
+            out = attend(q, k, v, mask, bias_BNTS)
+        else:
+            out = attend_adding(q, k, v, mask, bias_BNTS, add_values)
         return self.linear(out.reshape(*x_BTD.shape[:2], -1), "out", c.width, depth_scale=True), cache

@@ -5,8 +5,9 @@ A scheme is a small frozen dataclass with hooks, each the identity by default. P
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,11 @@ import numpy as np
 from llm_jax import weights
 from llm_jax.config import ModelConfig, choice
 from llm_jax.errors import UserError
+from llm_jax.model import rope
 
-# Letters of shapes: B batch, T queries, S keys, D width, N heads, H head width.
+# Letters of shapes: B batch, T queries, S keys, D width, N heads, H head width, R distances.
+
+Table = Mapping[str, Any]  # the scheme's own weights by name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,62 +29,210 @@ class Position:
 
     config: ModelConfig
 
-    def declare(self) -> dict[str, tuple[int, int]]:
-        """Names and shapes of the scheme's own weights, which the hooks get as `table`."""
+    # Whether keys are cached as they come and rotated whenever they are read (their phases change
+    # as the sequence grows), instead of once before they are cached.
+    rotates_cache: ClassVar[bool] = False
+
+    def check(self) -> None:
+        """Raises UserError where the scheme and the shape of the model do not go together."""
+
+    def declare(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of weights that the whole model shares; `embed` and `bias` get them."""
         return {}
+
+    def declare_layer(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of weights that every layer has of its own; `keys` and `values` get them."""
+        return {}
+
+    def token_width(self) -> int:
+        """The width of the token embeddings, before `embed`."""
+        return self.config.width
 
     def max_length(self) -> int | None:
         """The number of positions there are, or None for no bound."""
         return None
 
-    def embed(self, x: jax.Array, positions: jax.Array, table: Mapping[str, Any]) -> jax.Array:
-        """Token embeddings (B, T, D) -> embeddings with positions."""
+    def embed(self, x: jax.Array, positions: jax.Array, table: Table) -> jax.Array:
+        """Token embeddings (B, T, token width) -> embeddings with positions (B, T, D)."""
         return x
 
-    def rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-        """Queries or keys (B, T, N, H) -> the same, rotated. Cached keys are stored rotated."""
+    def rotate(self, x: jax.Array, positions: jax.Array, length: jax.Array | None) -> jax.Array:
+        """Queries or keys (B, T, N, H) -> the same, rotated.
+
+        `length`: int32 (B, T), that of the document of each so far, for a scheme that `rotates_cache`.
+        """
         return x
 
-    def bias(self, q_positions: jax.Array, k_positions: jax.Array, table: Mapping[str, Any]) -> jax.Array | None:
-        """What is added to the scores: float32 (B, N, T, S) from positions (B, T) and (B, S), or None."""
+    def bias(self, q_positions: jax.Array, k_positions: jax.Array, table: Table) -> jax.Array | None:
+        """What is added to the scores in all layers: float32 (B or 1, N, T, S), or None."""
+        return None
+
+    def keys(self, q: jax.Array, q_positions: jax.Array, k_positions: jax.Array, table: Table) -> jax.Array | None:
+        """What is added to the scores in one layer, from its queries (B, T, N, H): (B, N, T, S), or None."""
+        return None
+
+    def values(self, q_positions: jax.Array, k_positions: jax.Array, table: Table) -> Any:
+        """A function from attention shares (B, N, T, S) to what is added to the output (B, T, N, H), or None."""
         return None
 
 
 @dataclasses.dataclass(frozen=True)
-class Learned(Position):
-    """A trained vector for every position, added to the embedding (Gehring et al. 2017, arXiv:1705.03122)."""
+class Absolute(Position):
+    """What the schemes that give every position a vector have in common: it is added or concatenated."""
 
-    def declare(self) -> dict[str, tuple[int, int]]:
-        return {"table": (self.config.position.max_length, self.config.width)}
+    def check(self) -> None:
+        p = self.config.position
+        if choice("model.position.combine", p.combine, ("add", "concatenate")) == "add":
+            return
+        if not 0 < p.width < self.config.width:
+            raise UserError(f"model.position.width={p.width}; to concatenate, it must be between 0 and model.width")
+        if self.config.tie_head:
+            raise UserError("model.position.combine=concatenate needs model.tie_head=False: the table is narrower")
+
+    def own_width(self) -> int:
+        """The width of the vectors."""
+        return self.config.position.width if self.config.position.combine == "concatenate" else self.config.width
+
+    def token_width(self) -> int:
+        return self.config.width - (self.own_width() if self.config.position.combine == "concatenate" else 0)
+
+    def vectors(self, positions: jax.Array, table: Table) -> jax.Array:
+        """(B, T) -> (B, T, own width)."""
+        raise NotImplementedError
+
+    def embed(self, x: jax.Array, positions: jax.Array, table: Table) -> jax.Array:
+        vectors = self.vectors(positions, table).astype(x.dtype)
+        return x + vectors if self.config.position.combine == "add" else jnp.concatenate([x, vectors], -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sinusoidal(Absolute):
+    """sin and cos at wavelengths from 2 pi to 2 pi base (Vaswani et al. 2017, arXiv:1706.03762, 3.5)."""
+
+    def check(self) -> None:
+        super().check()
+        if self.own_width() % 2:
+            raise UserError(f"model.position.kind=sinusoidal pairs sin and cos; the width {self.own_width()} is odd")
+
+    def vectors(self, positions: jax.Array, table: Table) -> jax.Array:
+        return sinusoids(positions, self.own_width(), self.config.position.base)
+
+
+@dataclasses.dataclass(frozen=True)
+class Learned(Absolute):
+    """A trained vector for every position (Gehring et al. 2017, arXiv:1705.03122)."""
+
+    def declare(self) -> dict[str, tuple[int, ...]]:
+        return {"table": (self.config.position.max_length, self.own_width())}
 
     def max_length(self) -> int:
         return self.config.position.max_length
 
-    def embed(self, x: jax.Array, positions: jax.Array, table: Mapping[str, Any]) -> jax.Array:
-        return x + weights.take(table["table"], positions).astype(x.dtype)
+    def vectors(self, positions: jax.Array, table: Table) -> jax.Array:
+        return weights.take(table["table"], positions)
 
 
 @dataclasses.dataclass(frozen=True)
 class Rope(Position):
-    """Rotary positions, half-split pairs (Su et al. 2021, arXiv:2104.09864, equation 34)."""
+    """Rotary positions (Su et al. 2021, arXiv:2104.09864, equation 34) and their scalings: see `rope`."""
 
-    def rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-        half = x.shape[-1] // 2
-        frequencies = self.config.position.base ** -(np.arange(half, dtype=np.float64) / half)
-        angles_BTH = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
-        sin, cos = jnp.sin(angles_BTH)[:, :, None], jnp.cos(angles_BTH)[:, :, None]
-        first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-        return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
+    def check(self) -> None:
+        rope.check(self.config.position, head_width(self.config))
+
+    def rotate(self, x: jax.Array, positions: jax.Array, length: jax.Array | None) -> jax.Array:
+        return rope.rotate(self.config.position, x, positions, length)
+
+
+@dataclasses.dataclass(frozen=True)
+class DynamicRope(Rope):
+    """Rotary positions whose base grows with the sequence: keys that are cached must be rotated anew."""
+
+    rotates_cache: ClassVar[bool] = True
 
 
 @dataclasses.dataclass(frozen=True)
 class Alibi(Position):
     """A penalty linear in the distance, one slope a head (Press et al. 2021, arXiv:2108.12409, section 3)."""
 
-    def bias(self, q_positions: jax.Array, k_positions: jax.Array, table: Mapping[str, Any]) -> jax.Array:
-        distance = q_positions[:, None, :, None] - k_positions[:, None, None, :]
+    def bias(self, q_positions: jax.Array, k_positions: jax.Array, table: Table) -> jax.Array:
+        distance = jnp.abs(q_positions[:, None, :, None] - k_positions[:, None, None, :])
         slopes = jnp.asarray(alibi_slopes(self.config.num_heads), jnp.float32)
-        return -slopes[None, :, None, None] * jnp.abs(distance).astype(jnp.float32)
+        return -slopes[None, :, None, None] * distance.astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class T5(Position):
+    """A trained bias per head and bucket of distances (Raffel et al. 2020, arXiv:1910.10683, section 2.1)."""
+
+    def check(self) -> None:
+        p = self.config.position
+        if p.buckets < 4 or p.buckets % 4 or p.max_distance <= p.buckets:
+            raise UserError(
+                f"model.position.buckets={p.buckets}, max_distance={p.max_distance}; expected a multiple of 4 "
+                "and a larger distance"
+            )
+
+    def declare(self) -> dict[str, tuple[int, ...]]:
+        return {"bias": (self.config.position.buckets, self.config.num_heads)}
+
+    def bias(self, q_positions: jax.Array, k_positions: jax.Array, table: Table) -> jax.Array:
+        p = self.config.position
+        offset_BTS = k_positions[:, None, :] - q_positions[:, :, None]
+        buckets = t5_buckets(offset_BTS, p.buckets, p.max_distance, self.config.causal)
+        return jnp.moveaxis(weights.take(table["bias"], buckets).astype(jnp.float32), -1, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shaw(Position):
+    """Trained vectors per clipped distance, added to keys, values or both (Shaw et al. 2018, arXiv:1803.02155).
+
+    The products are with the 2 clip + 1 vectors and are then spread over the positions (as in the
+    paper's section 3.3), so that nothing of size T x S x H exists.
+    """
+
+    def check(self) -> None:
+        choice("model.position.shaw", self.config.position.shaw, ("keys", "values", "both"))
+
+    def declare_layer(self) -> dict[str, tuple[int, ...]]:
+        shape = (2 * self.config.position.clip + 1, head_width(self.config))
+        names = ("keys", "values") if self.config.position.shaw == "both" else (self.config.position.shaw,)
+        return dict.fromkeys(names, shape)
+
+    def _places(self, q_positions: jax.Array, k_positions: jax.Array) -> jax.Array:
+        clip = self.config.position.clip
+        return jnp.clip(k_positions[:, None, :] - q_positions[:, :, None], -clip, clip) + clip
+
+    def keys(self, q: jax.Array, q_positions: jax.Array, k_positions: jax.Array, table: Table) -> jax.Array | None:
+        if "keys" not in table:
+            return None
+        scores_BTNR = weights.dot(q, table["keys"], transposed=True, out_dtype=jnp.float32) * q.shape[-1] ** -0.5
+        scores_BNTR = jnp.moveaxis(scores_BTNR, 2, 1)
+        places = jnp.broadcast_to(
+            self._places(q_positions, k_positions)[:, None], (*scores_BNTR.shape[:3], k_positions.shape[1])
+        )
+        return jnp.take_along_axis(scores_BNTR, places, -1)
+
+    def values(self, q_positions: jax.Array, k_positions: jax.Array, table: Table) -> Any:
+        if "values" not in table:
+            return None
+        places = self._places(q_positions, k_positions)
+        distances = 2 * self.config.position.clip + 1
+
+        def spread(places_S: jax.Array, shares_NS: jax.Array) -> jax.Array:
+            return jnp.zeros((shares_NS.shape[0], distances), shares_NS.dtype).at[:, places_S].add(shares_NS)
+
+        def add(shares_BNTS: jax.Array) -> jax.Array:
+            shares_BTNR = jax.vmap(jax.vmap(spread))(places, jnp.moveaxis(shares_BNTS, 1, 2))
+            return weights.dot(shares_BTNR, table["values"])
+
+        return add
+
+
+def sinusoids(positions: jax.Array, width: int, base: float) -> jax.Array:
+    """PE(p, 2i) = sin(p / base^(2i/width)), PE(p, 2i + 1) = cos(the same): (...) -> float32 (..., width)."""
+    frequencies = jnp.asarray(base ** (-np.arange(0, width, 2) / width), jnp.float32)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    return jnp.stack([jnp.sin(angles), jnp.cos(angles)], -1).reshape(*positions.shape, width)
 
 
 def alibi_slopes(heads: int) -> np.ndarray:
@@ -92,7 +244,31 @@ def alibi_slopes(heads: int) -> np.ndarray:
     return np.concatenate([slopes, extra])
 
 
-SCHEMES = {"none": Position, "learned": Learned, "rope": Rope, "alibi": Alibi}
+def t5_buckets(offset: jax.Array, buckets: int, max_distance: int, causal: bool) -> jax.Array:
+    """The bucket of key position - query position: one each for near ones, logarithmic up to `max_distance`.
+
+    Source: the T5 code, relative_position_bucket. A bidirectional model has half of them for each side.
+    """
+    start = jnp.int32(0)
+    if not causal:
+        buckets //= 2
+        start = jnp.where(offset > 0, buckets, 0)
+    distance = jnp.maximum(-offset, 0) if causal else jnp.abs(offset)
+    exact = buckets // 2
+    ratio = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact) / math.log(max_distance / exact)
+    far = jnp.minimum(exact + (ratio * (buckets - exact)).astype(jnp.int32), buckets - 1)
+    return start + jnp.where(distance < exact, distance, far)
+
+
+SCHEMES: dict[str, type[Position]] = {
+    "none": Position,
+    "sinusoidal": Sinusoidal,
+    "learned": Learned,
+    "shaw": Shaw,
+    "t5": T5,
+    "alibi": Alibi,
+    "rope": Rope,
+}
 
 
 def make(config: ModelConfig) -> Position:
@@ -101,10 +277,12 @@ def make(config: ModelConfig) -> Position:
     Raises:
       UserError: an unknown kind, or a scheme that the model's shape does not admit.
     """
-    scheme = choice("model.position.kind", config.position.kind, SCHEMES)(config)
-    if isinstance(scheme, Rope) and head_width(config) % 2:
-        raise UserError(f"model.position.kind=rope rotates pairs; the head width {head_width(config)} is odd")
-    return scheme
+    scheme = choice("model.position.kind", config.position.kind, SCHEMES)
+    if scheme is Rope and config.position.scaling == "dynamic":
+        scheme = DynamicRope
+    made = scheme(config)
+    made.check()
+    return made
 
 
 def head_width(config: ModelConfig) -> int:
@@ -113,7 +291,7 @@ def head_width(config: ModelConfig) -> int:
     Raises:
       UserError: the heads do not divide the width, or the key/value heads the heads.
     """
-    if config.num_kv_heads < 1 or config.num_heads % config.num_kv_heads:
+    if config.num_heads % config.num_kv_heads:
         raise UserError(f"model.num_kv_heads={config.num_kv_heads} does not divide model.num_heads={config.num_heads}")
     if config.head_width:
         return config.head_width

@@ -100,7 +100,7 @@ class Embed(Module):
         c = self.config
         normal = nn.initializers.normal(0.02)
         self.scheme = positions.make(c)
-        self.table = self.weight("table", normal, (c.vocab_size, c.width))
+        self.table = self.weight("table", normal, (c.vocab_size, self.scheme.token_width()))
         self.own = {
             name: self.weight(f"position_{name}", normal, shape) for name, shape in self.scheme.declare().items()
         }

@@ -19,12 +19,27 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(
-    params=[*((kind, "uniform") for kind in positions.SCHEMES), ("alibi", "local"), ("rope", "plain")], ids="-".join
-)
+VARIANTS = {
+    **{kind: {"kind": kind} for kind in positions.SCHEMES},
+    "half": {"kind": "rope", "fraction": 0.5, "interleaved": True},
+    "yarn": {"kind": "rope", "scaling": "yarn", "factor": 2.0, "original_length": 6},
+    "dynamic": {"kind": "rope", "scaling": "dynamic", "factor": 2.0, "original_length": 6},
+    "shaw-keys": {"kind": "shaw", "shaw": "keys", "clip": 3},
+    "concatenate": {"kind": "sinusoidal", "combine": "concatenate", "width": 8},
+}
+CASES = [
+    *((name, "plain" if name == "concatenate" else "uniform") for name in VARIANTS),
+    ("t5", "local"),
+    ("rope", "plain"),
+]
+
+
+@pytest.fixture(params=CASES, ids="-".join)
 def any_model(request, make, tiny):
-    kind, layout = request.param
-    return make(position=dataclasses.replace(tiny.model.position, kind=kind), **LAYOUTS[layout])
+    variant, layout = request.param
+    model, params = make(position=dataclasses.replace(tiny.model.position, **VARIANTS[variant]), **LAYOUTS[layout])
+    # Position weights start small: bring them up to where a mistake shows.
+    return model, trees.map_weights(lambda path, w: w * 30 if "position" in path else w, params)
 
 
 @pytest.fixture
@@ -54,21 +69,22 @@ def test_causality_by_gradient(any_model, tokens):
     assert np.diag(depends).all() and depends[-1, 0 if "local" not in model.config.layer_pattern else -2]
 
 
-def test_cached_decode_equals_the_full_forward(any_model, tokens):
+def test_cached_decode_equals_the_full_forward_of_the_prefix(any_model, tokens):
     model, params = any_model
-    full = logits(model, params, tokens)
+    counts = jnp.arange(LENGTH)[None].repeat(2, 0)
+
+    @jax.jit
+    def full(params, t):  # what comes after position t is padding
+        return model.apply({"params": params}, tokens, Tokens(counts, (counts <= t).astype(int)))
+
     step = jax.jit(lambda p, t, w, c: model.apply({"params": p}, t, w, c))
-    got, cache = step(
-        params,
-        tokens[:, :5],
-        Tokens(jnp.arange(5)[None].repeat(2, 0), jnp.ones((2, 5), int)),
-        init_cache(model.config, 2, 20),
-    )
-    np.testing.assert_allclose(got, full[:, :5], atol=2e-5)
+    start = Tokens(counts[:, :5], jnp.ones((2, 5), int))
+    got, cache = step(params, tokens[:, :5], start, init_cache(model.config, 2, 20))
+    np.testing.assert_allclose(got, full(params, 4)[:, :5], atol=5e-5)
     for t in range(5, LENGTH):
-        where = Tokens(jnp.full((2, 1), t), jnp.ones((2, 1), int))
+        where = Tokens(counts[:, t : t + 1], jnp.ones((2, 1), int))
         got, cache = step(params, tokens[:, t : t + 1], where, cache)
-        np.testing.assert_allclose(got[:, 0], full[:, t], atol=2e-5)
+        np.testing.assert_allclose(got[:, 0], full(params, t)[:, t], atol=5e-5)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -79,18 +95,18 @@ def test_padding_and_packing_change_nothing(any_model, tokens, side):
     where = Tokens(jnp.pad(jnp.arange(LENGTH)[None].repeat(2, 0), pad), jnp.pad(jnp.ones_like(tokens), pad))
     got = logits(model, params, jnp.pad(tokens, pad), where)
     real = slice(3, None) if side == "left" else slice(None, -3)
-    np.testing.assert_allclose(got[:, real], alone, atol=2e-5)
+    np.testing.assert_allclose(got[:, real], alone, atol=5e-5)
 
     packed = tokens.reshape(1, -1)
     where = Tokens(jnp.tile(jnp.arange(LENGTH), 2)[None], jnp.repeat(jnp.arange(1, 3), LENGTH)[None])
-    np.testing.assert_allclose(logits(model, params, packed, where).reshape(alone.shape), alone, atol=2e-5)
+    np.testing.assert_allclose(logits(model, params, packed, where).reshape(alone.shape), alone, atol=5e-5)
 
 
 def test_scanned_and_single_layers_are_one_model(any_model, tokens):
     model, params = any_model
     assert trees.layers_of(next(p for p in trees.flatten(params) if "attention" in p))
     single = model.clone(config=dataclasses.replace(model.config, scan_layers=False))
-    np.testing.assert_allclose(logits(single, trees.restage(params), tokens), logits(model, params, tokens), atol=2e-5)
+    np.testing.assert_allclose(logits(single, trees.restage(params), tokens), logits(model, params, tokens), atol=5e-5)
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +177,7 @@ def test_rope_follows_the_rotation_matrices_of_the_paper(tiny):
     scheme = positions.make(tiny.model)
     x = jax.random.normal(jax.random.key(0), (1, 3, 1, 8))
     where = np.array([[0, 5, 1000]])
-    got = scheme.rotate(x, jnp.asarray(where))[0, :, 0]
+    got = scheme.rotate(x, jnp.asarray(where), None)[0, :, 0]
     for t, m in enumerate(where[0]):
         for i in range(4):
             angle = m * 10000.0 ** (-2 * i / 8)

@@ -1,0 +1,191 @@
+"""Position schemes against their papers' formulas in plain numpy, and the properties P1, P3, P6."""
+
+import dataclasses
+import json
+import math
+import pathlib
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llm_jax.errors import UserError
+from llm_jax.model import positions, rope
+from llm_jax.model.attention import Tokens
+
+GOLDEN = json.loads(pathlib.Path(__file__).with_name("rope_golden.json").read_text())
+
+
+@pytest.fixture
+def position(tiny):
+    return lambda **changes: dataclasses.replace(tiny.model.position, **changes)
+
+
+def rotated(config, x, where):
+    return np.asarray(rope.rotate(config, jnp.asarray(x), jnp.asarray(where), None))
+
+
+@pytest.mark.parametrize("case", GOLDEN, ids=lambda case: case["scaling"])
+def test_frequencies_equal_those_of_transformers(position, case):
+    """tests/model/make_rope_golden.py made the golden with transformers."""
+    config = position(kind="rope", **case["ours"])
+    width = int(case["head_width"] * config.fraction)
+    got = rope.frequencies(config, width, jnp.asarray([[case["length"]]])).reshape(-1)
+    np.testing.assert_allclose(got, case["inv_freq"], rtol=2e-6)
+    assert rope.attention_factor(config) == pytest.approx(case["attention_factor"], rel=1e-6)
+
+
+@hypothesis.settings(max_examples=50, deadline=None)
+@hypothesis.given(st.integers(0, 3000), st.integers(0, 500), st.sampled_from([2, 8, 64]), st.booleans())
+def test_p6_rope_scores_depend_on_the_offset_only(shift, offset, width, interleaved):
+    config = DEFAULT(fraction=1.0, interleaved=interleaved)
+    q, k = np.random.default_rng(shift).normal(size=(2, 1, 1, 1, width)).astype(np.float32)
+
+    def score(start):
+        return float(np.sum(rotated(config, q, [[start + offset]]) * rotated(config, k, [[start]])))
+
+    # Phases are float32: an angle of s radians is off by up to s 2^-24.
+    assert score(shift) == pytest.approx(score(0), abs=float(2e-3 * np.linalg.norm(q) * np.linalg.norm(k)))
+
+
+def DEFAULT(**changes):
+    from llm_jax import config as config_lib
+    from tests.test_config import default
+
+    return dataclasses.replace(config_lib.build(default()).model.position, **changes)
+
+
+def test_phases_are_f32_whatever_the_compute_dtype(position):
+    config, where = position(kind="rope"), [[1023]]
+    x = np.random.default_rng(0).normal(size=(1, 1, 1, 64)).astype(np.float32)
+    low = np.asarray(rope.rotate(config, jnp.asarray(x, jnp.bfloat16), jnp.asarray(where), None), np.float32)
+    # bf16 angles would be off by up to 4 radians here; rounding the result is off by 2^-8.
+    np.testing.assert_allclose(low, rotated(config, x, where), atol=0.04)
+
+
+def test_interleaved_pairs_are_neighbours_and_the_rest_stays(position):
+    config = position(kind="rope", interleaved=True, fraction=0.5)
+    x = np.random.default_rng(0).normal(size=(1, 1, 1, 16)).astype(np.float32)
+    got = rotated(config, x, [[7]])[0, 0, 0]
+    np.testing.assert_array_equal(got[8:], x[0, 0, 0, 8:])
+    z = x[0, 0, 0, :8:2] + 1j * x[0, 0, 0, 1:8:2]
+    turned = z * np.exp(7j * 10000.0 ** (-np.arange(4) / 4))
+    np.testing.assert_allclose(got[:8:2] + 1j * got[1:8:2], turned, atol=1e-5)
+
+
+@hypothesis.settings(max_examples=30, deadline=None)
+@hypothesis.given(st.integers(0, 2000), st.integers(0, 2000), st.sampled_from([2, 16, 128]))
+def test_p3_an_offset_is_a_linear_map_of_sinusoids(p, k, width):
+    at = lambda n: np.asarray(positions.sinusoids(jnp.asarray([n]), width, 10000.0), np.float64)[0]  # noqa: E731
+    angles = k * 10000.0 ** (-np.arange(0, width, 2) / width)
+    moved = np.empty(width)
+    moved[::2] = at(p)[::2] * np.cos(angles) + at(p)[1::2] * np.sin(angles)
+    moved[1::2] = at(p)[1::2] * np.cos(angles) - at(p)[::2] * np.sin(angles)
+    np.testing.assert_allclose(at(p + k), moved, atol=1e-3)
+
+
+def test_p1_without_positions_a_bidirectional_model_sees_no_order_and_a_causal_one_does(make, tiny):
+    tokens = jax.random.randint(jax.random.key(0), (2, 9), 3, 259)
+    order = jax.random.permutation(jax.random.key(1), 9)
+    none = dataclasses.replace(tiny.model.position, kind="none")
+
+    def error(causal, position):
+        model, params = make(causal=causal, position=position)
+        straight = model.apply({"params": params}, tokens)
+        return float(jnp.max(jnp.abs(model.apply({"params": params}, tokens[:, order]) - straight[:, order])))
+
+    assert error(False, none) < 1e-5
+    assert error(True, none) > 0.1
+    assert error(False, tiny.model.position) > 0.1
+
+
+def t5_bucket_of_the_paper(offset, causal, buckets=32, far=128):
+    """One number at a time, from the text of section 2.1 and the code it points to."""
+    start = 0
+    if not causal:
+        buckets //= 2
+        start = buckets if offset > 0 else 0
+        n = abs(offset)
+    else:
+        n = max(-offset, 0)
+    exact = buckets // 2
+    if n < exact:
+        return start + n
+    return start + min(buckets - 1, exact + int(math.log(n / exact) / math.log(far / exact) * (buckets - exact)))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_t5_buckets_are_those_of_the_paper(causal):
+    offsets = np.arange(-300, 301)
+    # Exact powers fall on a rounding edge of the logarithm; the reference implementation's is float32 too.
+    got = np.asarray(positions.t5_buckets(jnp.asarray(offsets), 32, 128, causal))
+    expected = np.array([t5_bucket_of_the_paper(int(o), causal) for o in offsets])
+    assert np.mean(got == expected) > 0.98 and np.max(np.abs(got - expected)) <= 1
+
+
+def test_alibi_penalizes_by_slope_and_distance(tiny):
+    scheme = positions.Alibi(tiny.model)
+    got = scheme.bias(jnp.asarray([[3, 4]]), jnp.asarray([[0, 3, 4]]), {})
+    slopes = np.array([2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8])
+    np.testing.assert_allclose(got[0], -slopes[:, None, None] * [[3, 0, 1], [4, 1, 0]])
+
+
+@pytest.mark.parametrize("which", ["keys", "values", "both"])
+def test_shaw_equals_the_formula_with_every_vector_written_out(make, tiny, which):
+    position = dataclasses.replace(tiny.model.position, kind="shaw", shaw=which, clip=2)
+    model, _ = make(position=position)
+    scheme, clip = positions.make(model.config), 2
+    draw = np.random.default_rng(0)
+    q, k, v = draw.normal(size=(3, 1, 5, 2, 8)).astype(np.float32)
+    table = {name: draw.normal(size=shape).astype(np.float32) for name, shape in scheme.declare_layer().items()}
+    where = Tokens(jnp.arange(5)[None], jnp.ones((1, 5), int))
+    from llm_jax.model.attention import attend_adding, visible
+
+    add = scheme.values(where.positions, where.positions, table) or (lambda shares: 0 * jnp.asarray(v))
+    own = scheme.keys(jnp.asarray(q), where.positions, where.positions, table)
+    mask = visible(where, where, None)
+    got = attend_adding(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), mask, own, add)
+
+    index = np.clip(np.arange(5)[None] - np.arange(5)[:, None], -clip, clip) + clip
+    key = table.get("keys", np.zeros((5, 8)))[index]  # (T, S, H), which the model never forms
+    value = table.get("values", np.zeros((5, 8)))[index]
+    for n in range(2):
+        scores = (q[0, :, n] @ k[0, :, n].T + np.einsum("th,tsh->ts", q[0, :, n], key)) / np.sqrt(8)
+        scores = np.where(np.tril(np.ones((5, 5))), scores, -np.inf)
+        shares = np.exp(scores - scores.max(-1, keepdims=True))
+        shares /= shares.sum(-1, keepdims=True)
+        expected = shares @ v[0, :, n] + np.einsum("ts,tsh->th", shares, value)
+        np.testing.assert_allclose(got[0, :, n], expected, atol=1e-5)
+
+
+def test_shaw_forms_nothing_of_size_time_by_time_by_head(make, tiny):
+    position = dataclasses.replace(tiny.model.position, kind="shaw", clip=5)
+    model, params = make(position=position)
+    tokens = jnp.zeros((1, 48), int)
+    text = jax.jit(jax.grad(lambda p: jnp.var(model.apply({"params": p}, tokens)))).lower(params).compile().as_text()
+    assert "48,48]" in text and "48,48,8]" not in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "rotary"}, "expected one of alibi, learned, none, rope, shaw, sinusoidal, t5"),
+        ({"fraction": 0.3}, r"fraction=0.3 of the head width 8 is 2.4"),
+        ({"fraction": 0.125}, "is 1; rope turns pairs"),
+        ({"scaling": "magic"}, "expected one of dynamic, linear, llama3, none, ntk, yarn"),
+        ({"scaling": "yarn", "factor": 2.0}, "scaling=yarn needs model.position.original_length"),
+        ({"scaling": "linear", "factor": 0.5}, "'model.position.factor' is 0.5"),
+        ({"scaling": "llama3", "factor": 2.0, "original_length": 8, "low_frequency": 4.0}, "must be below"),
+        ({"kind": "learned", "combine": "concatenate", "width": 32}, "model.position.width=32"),
+        ({"kind": "learned", "combine": "concatenate", "width": 8}, "needs model.tie_head=False"),
+        ({"kind": "shaw", "shaw": "queries"}, "expected one of both, keys, values"),
+        ({"kind": "t5", "buckets": 6}, "model.position.buckets=6"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(tiny, position, changes, message):
+    config = dataclasses.replace(tiny.model, position=position(**changes))
+    with pytest.raises(UserError, match=message):
+        positions.make(config)
