@@ -145,7 +145,12 @@ class Rope(Position):
 
 @dataclasses.dataclass(frozen=True)
 class DynamicRope(Rope):
-    """Rotary positions whose base grows with the sequence: keys that are cached must be rotated anew."""
+    """Rotary positions whose base grows with the sequence: keys that are cached must be rotated anew.
+
+    A cached decode equals the full forward of each prefix in the first layer only: above it, the keys
+    come from outputs that were computed while the sequence was shorter, and the full forward has
+    computed those anew as well. That is the scheme's, whoever implements it.
+    """
 
     rotates_cache: ClassVar[bool] = True
 

@@ -13,6 +13,7 @@ from llm_jax.model.transformer import Transformer, init_cache, matmul_parameters
 
 LENGTH = 12
 LAYOUTS = {
+    "single": {"num_layers": 1},
     "uniform": {},
     "local": {"num_layers": 5, "layer_pattern": ("local", "local", "global"), "window": 4},
     "plain": {"mlp": "plain", "activation": "gelu", "norm": "layer", "bias": True, "tie_head": False, "qk_norm": False},
@@ -28,7 +29,7 @@ VARIANTS = {
     "concatenate": {"kind": "sinusoidal", "combine": "concatenate", "width": 8},
 }
 CASES = [
-    *((name, "plain" if name == "concatenate" else "uniform") for name in VARIANTS),
+    *((name, {"concatenate": "plain", "dynamic": "single"}.get(name, "uniform")) for name in VARIANTS),
     ("t5", "local"),
     ("rope", "plain"),
 ]
@@ -53,7 +54,7 @@ def logits(model, params, *inputs):
 
 def test_causality_by_gradient(any_model, tokens):
     model, params = any_model
-    x = jnp.zeros((1, LENGTH, model.config.width))
+    x = jnp.zeros((1, LENGTH, params["embed"]["table"].shape[1]))
 
     def at(x, t):  # the embeddings are an input, so that one can ask who depends on whom
         table = jnp.concatenate([x[0], params["embed"]["table"][LENGTH:]])
