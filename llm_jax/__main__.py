@@ -1,5 +1,7 @@
 """`python -m llm_jax`: the commands."""
 
+import sys
+
 COMMANDS = {
     "train": "train a model, or go on with a run",
     "evaluate": "held-out loss, perplexity and bits per byte of a checkpoint",
@@ -7,6 +9,9 @@ COMMANDS = {
 }
 
 if __name__ == "__main__":
+    if sys.argv[1:] and sys.argv[1:] != ["--help"]:
+        print(f"error: commands are modules: python -m llm_jax.{sys.argv[1]}", file=sys.stderr)
+        sys.exit(2)
     print("python -m llm_jax.COMMAND --help\n")
     for name, what in COMMANDS.items():
         print(f"  {name:<10} {what}")

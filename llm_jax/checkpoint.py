@@ -87,7 +87,7 @@ def find(path: str | os.PathLike[str]) -> pathlib.Path:
     if (given / "record.json").is_file():
         return given
     if not given.is_dir():
-        raise UserError(f"--checkpoint={path}: no such directory; expected a run or one of its checkpoints")
+        raise UserError(f"{path}: no such directory; expected a run or one of its checkpoints")
     if not (found := steps(given)):
         raise UserError(f"{path}: no finished checkpoint here; expected a run or one of its checkpoints")
     return given / "checkpoints" / str(found[-1])
@@ -175,7 +175,7 @@ class Writer:
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self.directory.mkdir(parents=True, exist_ok=True)
+        make_directory(self.directory)
         for leftover in self.directory.glob(f"{_PARTIAL}*"):
             shutil.rmtree(leftover)
 
@@ -241,6 +241,17 @@ class Writer:
             doomed = self.directory / f"{_PARTIAL}{step}-old"
             os.rename(self.directory / str(step), doomed)
             shutil.rmtree(doomed)
+
+
+def make_directory(directory: pathlib.Path) -> None:
+    """Makes it with its parents; UserError where that cannot be done or it cannot be written to."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be written to ({error.strerror})") from error
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

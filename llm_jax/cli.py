@@ -5,15 +5,19 @@ Exit codes: 0 done, 2 bad input (one line on stderr), 130 interrupted.
 
 import ctypes
 import os
+import pathlib
 import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import app, flags, logging
+from ml_collections import config_flags
 
 from llm_jax import config as config_lib
 from llm_jax.errors import UserError
+
+_DEFAULT = pathlib.Path(__file__).parents[1] / "configs" / "default.py"
 
 
 def run(main: Callable[[], None]) -> None:
@@ -31,8 +35,16 @@ def run(main: Callable[[], None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(130)  # threads of the data pipeline and of Orbax would be cut off with tracebacks
+
+
+def define_config() -> None:
+    """Defines `--config`: a Python file with get_config(), and overrides as --config.KEY=VALUE."""
+    # No default here: it would have the overrides parsed, and fail, at import (see `_parse`).
+    config_flags.DEFINE_config_file("config", None, "a file with get_config(); override with --config.KEY=VALUE")
 
 
 def load_config() -> config_lib.Config:
@@ -66,6 +78,13 @@ def keep_memory() -> None:
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
+    argv = list(argv)
+    if "config" in flags.FLAGS and not any(re.match(r"--?config(=|$)", argument) for argument in argv):
+        if not _DEFAULT.is_file():
+            raise UserError(
+                "--config=FILE is needed: a file with get_config(), such as the repository's configs/default.py"
+            )
+        argv.insert(1, f"--config={_DEFAULT}")
     for argument in argv[1:]:
         override = re.match(r"--config\.([^=\[]+)", argument)
         if override and override[1] not in set(config_lib.keys()):
@@ -74,7 +93,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
         if file and not os.path.isfile(file[1].split(":")[0]):
             raise UserError(f"--config={file[1]}: no such file; expected a Python file with get_config()")
     try:
-        return flags.FLAGS(list(argv))
+        return flags.FLAGS(argv)
     except SystemExit:  # --help prints and exits with 1; asking for help is no failure
         sys.exit(0)
     except flags.Error as error:

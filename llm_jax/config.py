@@ -35,7 +35,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-    kind: str  # "char", "byte", "bpe" (sentencepiece)
+    kind: str  # "char", "byte" or "bpe"
     vocab_size: CountOrZero  # special ids included; ignored by "byte"
 
 

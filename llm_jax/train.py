@@ -9,13 +9,12 @@ import statistics
 import time
 
 from absl import flags
-from ml_collections import config_flags
 
 from llm_jax import cli
 from llm_jax import config as config_lib
 from llm_jax.errors import UserError
 
-config_flags.DEFINE_config_file("config", "configs/default.py", "what to train; override with --config.KEY=VALUE")
+cli.define_config()
 flags.DEFINE_string("workdir", None, "where the run is kept (config, metrics, checkpoints)", required=True)
 flags.DEFINE_integer("devices", 0, "simulate this many CPU devices")
 flags.DEFINE_boolean("dry_run", False, "print the parameters and their shardings, and stop")
@@ -49,6 +48,8 @@ def main() -> None:
     # ---------------------------------------------------------------- where the run starts from
     # 1. the last checkpoint of the workdir; 2. the run named by init_from; 3. random weights.
     _refuse_another_run(workdir, config)
+    if not flags.FLAGS.dry_run:
+        checkpoint.make_directory(workdir)
     resumed = checkpoint.find(workdir) if checkpoint.steps(workdir) else None
     origin = resumed or (checkpoint.find(config.init_from) if config.init_from else None)
     record = checkpoint.verify(origin) if origin else None
@@ -124,13 +125,14 @@ def main() -> None:
         )
         state = begin(params)
         print(f"weights from {origin}")
+        for key, before in _differences(checkpoint.read_config(origin).model, config.model):
+            print(f"note: {key} was {before} there")
     else:
         tokens = jnp.zeros((1, 1), jnp.int32)
         fresh = jax.jit(
             lambda key: step_lib.init(optimizer, model.init(key, tokens)["params"]), out_shardings=state_shardings
         )
         state = fresh(jax.random.key(c.seed))
-    workdir.mkdir(parents=True, exist_ok=True)
     checkpoint.write_json(workdir / "config.json", config_lib.as_dict(config))
 
     # ---------------------------------------------------------------- compiled functions
@@ -227,6 +229,13 @@ def main() -> None:
         f"checkpoint: {workdir / 'checkpoints' / str(c.steps)}\n"
         f'next: python -m llm_jax.generate --checkpoint={workdir} --prompt="def "'
     )
+
+
+def _differences(before: config_lib.ModelConfig, now: config_lib.ModelConfig) -> list[tuple[str, str]]:
+    """What about a model has changed, beside how it is laid out: (key, what it was)."""
+    free = ("model.scan_layers", "model.remat", "model.vocab_size")
+    old, new = config_lib.flat(before, "model."), config_lib.flat(now, "model.")
+    return [(key, repr(old[key])) for key in new if old[key] != new[key] and key not in free]
 
 
 def _refuse_another_run(workdir: pathlib.Path, config: config_lib.Config) -> None:

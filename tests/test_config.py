@@ -83,3 +83,36 @@ def test_help_costs_no_jax(command):
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert not {"jax", "flax", "orbax", "sentencepiece", "grain"} & set(listed.stdout.split())
+
+
+def test_a_mistyped_key_is_one_line_without_a_config_file_too(tmp_path):
+    import subprocess
+    import sys
+
+    done = subprocess.run(
+        [sys.executable, "-m", "llm_jax.train", f"--workdir={tmp_path / 'x'}", "--config.train.step=3"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == "error: unknown config key 'train.step'; did you mean 'train.steps'?\n"
+
+
+@pytest.mark.parametrize("what", ["file", "/proc/nowhere"])
+def test_a_workdir_that_cannot_be_written_is_one_line(command, tmp_path, what):
+    if what == "file":
+        what = tmp_path / "file"
+        what.write_text("")
+    done = command("train", f"--workdir={what}", code=2)
+    assert done.stderr.strip().splitlines()[-1].startswith(f"error: {what}")
+
+
+def test_an_interrupt_says_so_and_leaves_no_traceback(command, tmp_path):
+    import signal
+
+    process = command("train", f"--workdir={tmp_path}", "--config.train.steps=100000", start=True)
+    metrics = tmp_path / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text()):
+        pass
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors and "interrupted" in errors

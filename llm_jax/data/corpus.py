@@ -67,7 +67,9 @@ class Source:
         kind = tokenizers.get(config.kind)
         directory = self.cache / "tokenizers" / f"{config.kind}-{config.vocab_size}-{self._key}"
         if not directory.exists():
-            tokenizer = kind.train(tqdm(_texts(self.train), "training the tokenizer", leave=False), config.vocab_size)
+            tokenizer = kind.train(
+                tqdm(_texts(self.train), "training the tokenizer", leave=False, disable=None), config.vocab_size
+            )
             with _appearing(directory) as partial:
                 tokenizers.save(tokenizer, partial)
         return tokenizers.load(directory)
@@ -134,6 +136,7 @@ def _write(directory: pathlib.Path, found: Sequence[sources.Document], tokenizer
             unit="B",
             unit_scale=True,
             leave=False,
+            disable=None,
         ) as bar,
     ):
         for document in found:

@@ -27,8 +27,11 @@ def evaluate(
     """
     count_rows = min(limit, len(rows)) if limit else len(rows)
     steps = -(-count_rows // batch_size)
-    sums = []
-    for batch in tqdm(batches(rows, 0, steps, batch_size, sharding), "evaluating", steps, leave=False, delay=2):
+    sums: list[tuple[jax.Array, jax.Array]] = []
+    stream = batches(rows, 0, steps, batch_size, sharding)
+    for batch in tqdm(stream, "evaluating", steps, leave=False, delay=2, disable=None):
+        # One at a time: programs with collectives that run at once starve each other of CPU threads.
+        jax.block_until_ready(sums[-1:])
         sums.append(loss(params, batch))
     nats, tokens = (float(sum(float(x) for x in part)) for part in zip(*jax.device_get(sums), strict=True))
     counted = len(rows.split.tokens) - (len(rows.split.offsets) - 1)  # a document's first is no target

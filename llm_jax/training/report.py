@@ -52,13 +52,9 @@ class Progress:
     def __init__(self, workdir: pathlib.Path, start: int, steps: int, flops_per_token: float, peak: float):
         self._file = _reopen(workdir / "metrics.jsonl", start)
         self._bar = tqdm(
-            total=steps,
-            initial=start,
-            desc="training",
-            unit="step",
-            dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 10,
+            total=steps, initial=start, desc="training", unit="step", dynamic_ncols=True, mininterval=0.5, disable=None
         )
+        self._steps, self._said = steps, time.perf_counter()
         self._flops_per_token, self._peak = flops_per_token, peak
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._clock = time.perf_counter()
@@ -83,8 +79,12 @@ class Progress:
         self.rates.append(rate)
         mfu = rate * self._flops_per_token / self._peak
         self._line = {"step": step} | values | {"tokens_per_second": rate, "mfu": mfu}
-        self._bar.set_postfix_str(f"loss {values['loss']:.3f}, {rate:,.0f} tokens/s, MFU {mfu:.0%}", refresh=False)
+        text = f"loss {values['loss']:.3f}, {rate:,.0f} tokens/s, MFU {mfu:.0%}"
+        self._bar.set_postfix_str(text, refresh=False)
         self._bar.update(1)
+        if self._bar.disable and now - self._said > 10:  # no terminal: a line now and then
+            self._said = now
+            print(f"step {step} of {self._steps}: {text}", flush=True)
 
     def flush(self, **extra: float) -> None:
         """Writes the line of the step in hand, `extra` figures included."""
@@ -101,6 +101,7 @@ class Progress:
     def write(self, text: str) -> None:
         """Prints a line above the bar."""
         self._bar.write(text)
+        sys.stdout.flush()
 
     def close(self) -> None:
         self._bar.close()

@@ -1,0 +1,129 @@
+"""What each position scheme costs: its training step and its decode step beside those of rope, in one run.
+
+    python experiments/benchmarks/positions.py [--length=2048] [--rounds=5]
+
+The kinds take turns round by round, so that a machine whose speed drifts slows all of them alike; the
+table shows medians of the ratio to the rope step of the same round. It is written to positions.json.
+"""
+
+import dataclasses
+import json
+import pathlib
+import runpy
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+
+from llm_jax import cli
+from llm_jax import config as config_lib
+from llm_jax.model import positions
+from llm_jax.model.attention import Tokens
+from llm_jax.model.transformer import Transformer, init_cache
+from llm_jax.training import losses, optim, step
+
+HERE = pathlib.Path(__file__).parent
+SHAPE = {"vocab_size": 2048, "width": 512, "num_layers": 4, "num_heads": 8, "num_kv_heads": 8, "mlp_width": 1408}
+
+flags.DEFINE_integer("length", 2048, "tokens in a sequence, and slots of the cache")
+flags.DEFINE_integer("rounds", 5, "turns that are counted")
+
+
+def main() -> None:
+    cli.keep_memory()
+    length = flags.FLAGS.length
+    default = config_lib.build(runpy.run_path(str(HERE.parents[1] / "configs" / "default.py"))["get_config"]())
+    runs = {
+        kind: {"train": training(default, kind, length), "decode": decoding(default, kind, length)}
+        for kind in positions.SCHEMES
+    }
+    seconds: dict[str, dict[str, list[float]]] = {k: {"train": [], "decode": []} for k in runs}
+    for turn in range(flags.FLAGS.rounds + 1):
+        for kind, jobs in runs.items():
+            for job, run in jobs.items():
+                start = time.perf_counter()
+                run()
+                if turn:  # the first turn warms up
+                    seconds[kind][job].append(time.perf_counter() - start)
+        print(f"turn {turn} of {flags.FLAGS.rounds}", flush=True)
+    table = {}
+    print(f"{'kind':<12} {'train step':>12} {'x rope':>8} {'decode step':>14} {'x rope':>8}")
+    for kind, found in seconds.items():
+        row = {}
+        for job, times in found.items():
+            row[job] = {
+                "seconds": statistics.median(times),
+                "ratio": statistics.median(a / b for a, b in zip(times, seconds["rope"][job], strict=True)),
+            }
+        table[kind] = row
+        print(
+            f"{kind:<12} {row['train']['seconds']:>10.3f} s {row['train']['ratio']:>8.2f} "
+            f"{row['decode']['seconds'] * 1e3 / STEPS:>11.2f} ms {row['decode']['ratio']:>8.2f}"
+        )
+    (HERE / "positions.json").write_text(
+        json.dumps({"length": length, "jax": jax.__version__, "table": table}, indent=1) + "\n"
+    )
+
+
+def model_of(default: config_lib.Config, kind: str, **changes):
+    position = dataclasses.replace(default.model.position, kind=kind, max_length=flags.FLAGS.length)
+    model = Transformer(dataclasses.replace(default.model, **SHAPE, position=position, **changes))
+    return model, jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def training(default: config_lib.Config, kind: str, length: int):
+    """A function that takes one optimizer step on one sequence and waits for it."""
+    model, params = model_of(default, kind)
+    optimizer = optim.make(default.optim, 1000, params)
+
+    def loss(trained, frozen, batch, count, key):
+        return losses.language_model(model, trained, batch, 0)
+
+    one = jax.jit(step.make(loss, optimizer, optim.schedule(default.optim, 1000), 0, 1), donate_argnums=0)
+    tokens = jax.random.randint(jax.random.key(1), (1, length), 0, SHAPE["vocab_size"])
+    batch = {
+        "inputs": tokens,
+        "targets": tokens,
+        "positions": jnp.arange(length)[None],
+        "segments": jnp.ones_like(tokens),
+        "mask": jnp.ones_like(tokens),
+    }
+    state = step.init(optimizer, params)
+
+    def run() -> None:
+        nonlocal state
+        state, metrics = one(state, None, batch)
+        jax.block_until_ready(metrics)
+
+    return run
+
+
+STEPS = 16
+
+
+def decoding(default: config_lib.Config, kind: str, length: int):
+    """A function that decodes the last `STEPS` tokens of a full cache."""
+    model, params = model_of(default, kind, scan_layers=False)
+    empty = init_cache(model.config, 1, length)
+    slots = jnp.arange(length)[None]
+    full = dataclasses.replace(
+        empty, tokens=Tokens(slots, (slots < length - STEPS).astype(jnp.int32)), index=jnp.int32(length - STEPS)
+    )
+
+    @jax.jit
+    def many(params, cache):
+        def body(i, carry):
+            cache, ids = carry
+            where = Tokens(cache.index[None, None], jnp.ones((1, 1), jnp.int32))
+            logits, cache = model.apply({"params": params}, ids, where, cache)
+            return cache, jnp.argmax(logits, -1).astype(jnp.int32)
+
+        return jax.lax.fori_loop(0, STEPS, body, (cache, jnp.zeros((1, 1), jnp.int32)))[1]
+
+    return lambda: jax.block_until_ready(many(params, full))
+
+
+if __name__ == "__main__":
+    cli.run(main)
