@@ -48,8 +48,6 @@ def main() -> None:
     # ---------------------------------------------------------------- where the run starts from
     # 1. the last checkpoint of the workdir; 2. the run named by init_from; 3. random weights.
     _refuse_another_run(workdir, config)
-    if not flags.FLAGS.dry_run:
-        checkpoint.make_directory(workdir)
     resumed = checkpoint.find(workdir) if checkpoint.steps(workdir) else None
     origin = resumed or (checkpoint.find(config.init_from) if config.init_from else None)
     record = checkpoint.verify(origin) if origin else None
@@ -108,6 +106,7 @@ def main() -> None:
     )
     if flags.FLAGS.dry_run:
         return
+    checkpoint.make_directory(workdir)
 
     # ---------------------------------------------------------------- state
     if resumed and record:
