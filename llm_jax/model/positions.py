@@ -184,7 +184,8 @@ class T5(Position):
         p = self.config.position
         offset_BTS = k_positions[:, None, :] - q_positions[:, :, None]
         buckets = t5_buckets(offset_BTS, p.buckets, p.max_distance, self.config.causal)
-        return jnp.moveaxis(weights.take(table["bias"], buckets).astype(jnp.float32), -1, 1)
+        bias_BNTS = jnp.moveaxis(weights.take(table["bias"], buckets).astype(jnp.float32), -1, 1)
+        return jax.lax.optimization_barrier(bias_BNTS)  # or every layer's scores would look it up anew
 
 
 @dataclasses.dataclass(frozen=True)
