@@ -1,6 +1,7 @@
 """Byte-pair encoding by sentencepiece (Kudo and Richardson 2018, arXiv:1808.06226), bytes as fallback."""
 
 import io
+import random
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Self
 
@@ -16,9 +17,24 @@ _SMALLEST = len(SPECIAL) + 256 + 1
 # Sentences end at a line break, which no merge could then contain: the frequent ones are given.
 _BREAKS = ("\t", *("\n" * n + " " * indent for n in (1, 2) for indent in (0, 4, 8, 12, 16)))
 _SENTENCE_BYTES = 4096
+_SENTENCES = 1_000_000  # the most that a vocabulary is learned from
 _SPECIAL_OPTIONS: dict[str, Any] = {f"{name.strip('<>')}_id": i for i, name in enumerate(SPECIAL)} | {
     f"{name.strip('<>')}_piece": name for name in SPECIAL
 }
+
+
+def sample(lines: Iterable[str], count: int) -> list[str]:
+    """`count` of the lines, or all: a reservoir (Vitter 1985, algorithm R) with a seed of its own.
+
+    Not sentencepiece's sampling: that gives another vocabulary in every process.
+    """
+    draw, kept = random.Random(0), []
+    for i, line in enumerate(lines):
+        if i < count:
+            kept.append(line)
+        elif (place := draw.randrange(i + 1)) < count:
+            kept[place] = line
+    return kept
 
 
 class BpeTokenizer:
@@ -46,7 +62,7 @@ class BpeTokenizer:
                 f"line breaks take {_SMALLEST + len(_BREAKS)}"
             )
         model = io.BytesIO()
-        sentences = (
+        lines = (
             line[i : i + _SENTENCE_BYTES // 4]
             for text in texts
             for line in text.splitlines()
@@ -54,7 +70,7 @@ class BpeTokenizer:
         )
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=sentences,
+                sentence_iterator=iter(sample(lines, _SENTENCES)),
                 model_writer=model,
                 model_type="bpe",
                 vocab_size=vocab_size,
@@ -68,8 +84,6 @@ class BpeTokenizer:
                 split_digits=True,
                 user_defined_symbols=list(_BREAKS),
                 max_sentence_length=_SENTENCE_BYTES,
-                input_sentence_size=200_000,
-                shuffle_input_sentence=True,
                 **_SPECIAL_OPTIONS,
                 num_threads=1,
                 minloglevel=2,

@@ -87,3 +87,28 @@ def test_impossible_vocabularies_are_one_clear_error(kind, size, texts):
 def test_an_unknown_kind_names_the_choices():
     with pytest.raises(UserError, match="expected one of bpe, byte, char"):
         tokenizers.get("words")
+
+
+def test_the_same_text_gives_the_same_vocabulary_in_another_process():
+    import subprocess
+    import sys
+
+    code = (
+        "from llm_jax import tokenizers as t; import sys; print(t.digest(t.get('bpe').train([sys.stdin.read()], 400)))"
+    )
+    text = "".join(f"def function_{i}(argument):\n    return argument * {i} + value_{i % 7}\n" for i in range(300))
+    digests = {
+        subprocess.run([sys.executable, "-c", code], input=text, capture_output=True, text=True, check=True).stdout
+        for _ in range(3)
+    }
+    assert len(digests) == 1
+
+
+def test_the_sample_is_fair_and_the_same_every_time():
+    from llm_jax.tokenizers.bpe import sample
+
+    lines = [str(i) for i in range(10_000)]
+    kept = sample(iter(lines), 1000)
+    assert len(set(kept)) == 1000 and kept == sample(iter(lines), 1000)
+    assert 4500 < sum(map(int, kept)) / 1000 < 5500
+    assert sample(iter(lines), 20_000) == lines
