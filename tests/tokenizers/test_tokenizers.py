@@ -94,7 +94,7 @@ def test_the_same_text_gives_the_same_vocabulary_in_another_process():
     import sys
 
     code = (
-        "from llm_jax import tokenizers as t; import sys; print(t.digest(t.get('bpe').train([sys.stdin.read()], 400)))"
+        "from llm_jax import tokenizers as t; import sys; print(t.digest(t.get('bpe').train([sys.stdin.read()], 320)))"
     )
     text = "".join(f"def function_{i}(argument):\n    return argument * {i} + value_{i % 7}\n" for i in range(300))
     digests = {
