@@ -33,6 +33,14 @@ def test_any_text_comes_back_from_the_exact_kinds(tokenizer, text):
         assert len(ids) == len(text)
 
 
+@pytest.mark.slow
+@hypothesis.settings(max_examples=10_000, deadline=None)
+@hypothesis.given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=20))
+def test_many_more_texts_come_back_from_the_exact_kinds(tokenizer, text):
+    if tokenizer.exact:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
 def test_unpaired_surrogates_are_refused(tokenizer):
     with pytest.raises(UserError, match="unpaired surrogate at character 2"):
         tokenizer.encode("ab\ud800c")
