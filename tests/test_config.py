@@ -1,4 +1,5 @@
 import runpy
+import time
 
 import pytest
 
@@ -112,7 +113,7 @@ def test_an_interrupt_says_so_and_leaves_no_traceback(command, tmp_path):
     process = command("train", f"--workdir={tmp_path}", "--config.train.steps=100000", start=True)
     metrics = tmp_path / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.read_text()):
-        pass
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in errors and "interrupted" in errors
