@@ -52,6 +52,8 @@ def main() -> None:
     origin = resumed or (checkpoint.find(config.init_from) if config.init_from else None)
     record = checkpoint.verify(origin) if origin else None
     start = record["step"] if resumed and record else 0
+    if start > c.steps:
+        raise UserError(f"{workdir} is at step {start}, past train.steps={c.steps}; raise it or give another --workdir")
 
     # ---------------------------------------------------------------- data
     source = Source(config.data)

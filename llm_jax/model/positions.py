@@ -4,6 +4,7 @@ A scheme is a small frozen dataclass with hooks, each the identity by default. P
 (B, T) and count from 0 in every document. Phases are computed in float32 whatever the compute dtype.
 """
 
+import abc
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -77,7 +78,7 @@ class Position:
 
 
 @dataclasses.dataclass(frozen=True)
-class Absolute(Position):
+class Absolute(Position, abc.ABC):
     """What the schemes that give every position a vector have in common: it is added or concatenated."""
 
     def check(self) -> None:
@@ -96,9 +97,9 @@ class Absolute(Position):
     def token_width(self) -> int:
         return self.config.width - (self.own_width() if self.config.position.combine == "concatenate" else 0)
 
+    @abc.abstractmethod
     def vectors(self, positions: jax.Array, table: Table) -> jax.Array:
         """(B, T) -> (B, T, own width)."""
-        raise NotImplementedError
 
     def embed(self, x: jax.Array, positions: jax.Array, table: Table) -> jax.Array:
         vectors = self.vectors(positions, table).astype(x.dtype)
