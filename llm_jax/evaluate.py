@@ -11,6 +11,7 @@ from llm_jax.errors import UserError
 flags.DEFINE_string("checkpoint", None, "a run, or one of its checkpoints", required=True)
 flags.DEFINE_string("data", "", "text to evaluate on; by default the held-out part of the run's own corpus")
 flags.DEFINE_integer("seq_len", 0, "tokens a window; by default as in training")
+flags.DEFINE_integer("stride", 0, "targets counted in each window, the last ones (a sliding window); 0: all of it")
 flags.DEFINE_integer("batch_size", 16, "windows at a time")
 flags.DEFINE_boolean("json", False, "print one JSON object and nothing else")
 
@@ -31,20 +32,22 @@ def main() -> None:
     config = checkpoint.read_config(checkpoint.find(f.checkpoint))
     length = f.seq_len or config.train.seq_len
     transformer.check_length(model.config, length)
+    if not 0 <= f.stride <= length:
+        raise UserError(f"--stride={f.stride}; expected 0 to the window of {length} tokens")
     source = corpus.Source(
         dataclasses.replace(config.data, source=f.data) if f.data else config.data, whole=bool(f.data)
     )
     split = source.corpus(tokenizer).validation
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     loss = jax.jit(lambda params, batch: losses.language_model(model, params, batch, 0))
-    found = evaluation.evaluate(loss, params, Rows(split, length), f.batch_size, device)
+    found = evaluation.evaluate(loss, params, Rows(split, length, f.stride), f.batch_size, device)
     if f.json:
         print(json.dumps({**found, "compressed_bits_per_byte": source.compressed_bits_per_byte()}))
         return
     packed = ", ".join(f"{name} {value:.3f}" for name, value in source.compressed_bits_per_byte().items())
     print(
         f"{f.data or config.data.source}: {split.num_bytes:,} bytes, "
-        f"{found['tokens']:,.0f} tokens in windows of {length}\n"
+        f"{found['tokens']:,.0f} tokens in windows of {length}{f', {f.stride} counted in each' if f.stride else ''}\n"
         f"loss {found['loss']:.4f} nats a token, perplexity {found['perplexity']:.2f}\n"
         f"{found['bits_per_byte']:.3f} bits per byte ({packed})"
     )

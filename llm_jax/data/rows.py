@@ -22,14 +22,24 @@ Batch = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """A split cut into chunks of `seq_len` targets; each chunk is one row."""
+    """A split cut into chunks of `seq_len` targets; each chunk is one row.
+
+    With a `stride` below `seq_len` rows overlap (a sliding window): each counts the next `stride`
+    targets only, and what stands before them in the row is context.
+    """
 
     split: Split
     seq_len: int
+    stride: int = 0  # 0: seq_len
+
+    @property
+    def step(self) -> int:
+        """Targets from one row to the next."""
+        return self.stride or self.seq_len
 
     def __len__(self) -> int:
         """Chunks, the last of which may be partly padding."""
-        return -(-(len(self.split.tokens) - 1) // self.seq_len)
+        return -(-(len(self.split.tokens) - 1) // self.step)
 
     @property
     def full(self) -> int:
@@ -48,8 +58,9 @@ class Rows:
 
     def __getitem__(self, index: int) -> Row:
         """Row `index`; past the end, a row of padding."""
-        length, start = self.seq_len, index * self.seq_len
-        tokens = self.split.tokens[start : start + length + 1].astype(np.int32)
+        length, counted = self.seq_len, index * self.step
+        start = max(0, counted + self.step - length)
+        tokens = self.split.tokens[start : min(start + length, counted + self.step) + 1].astype(np.int32)
         places = start + np.arange(len(tokens))
         documents = np.searchsorted(self.split.offsets, places, side="right") - 1
         begins = np.maximum(self.split.offsets[documents], start)
@@ -59,7 +70,7 @@ class Rows:
             "targets": tokens[1:],
             "positions": (places - begins)[:-1],
             "segments": segments[:-1],
-            "mask": segments[1:] == segments[:-1],
+            "mask": (segments[1:] == segments[:-1]) & (places[:-1] >= counted),
         }
         return {name: np.pad(v.astype(np.int32), (0, length - len(v))) for name, v in row.items()}
 

@@ -40,6 +40,18 @@ def test_every_token_but_bos_is_a_target_exactly_once():
     assert not rows[len(rows) + 3]["mask"].any() and rows[len(rows) + 3]["inputs"].shape == (7,)
 
 
+@pytest.mark.parametrize("stride", [1, 3, 7])
+def test_a_sliding_window_counts_each_target_once_with_context_before_it(stride):
+    split = stream(5, 4, 9, 30, 3)
+    rows = Rows(split, 7, stride)
+    found = [rows[i] for i in range(len(rows))]
+    targets = np.concatenate([row["targets"][row["mask"] == 1] for row in found])
+    np.testing.assert_array_equal(targets, split.tokens[split.tokens != BOS])
+    far = next(row for row in found if 415 in row["targets"][row["mask"] == 1])
+    end = int(np.flatnonzero(far["mask"])[-1])
+    assert end == 6 and far["mask"].sum() == stride  # full rows of context once the stream is that long
+
+
 def test_each_epoch_is_another_permutation_and_a_function_of_the_seed():
     rows = Rows(stream(201), 4)
     epoch = lambda e, seed: [int(Shuffled(rows, seed)[50 * e + i]["inputs"][0]) for i in range(50)]  # noqa: E731
