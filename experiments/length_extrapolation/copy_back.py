@@ -1,0 +1,115 @@
+"""P8: copy the token k places back, where k is told in two digits, by one position scheme and one seed.
+
+    PYTHONPATH=. python experiments/length_extrapolation/copy_back.py --kind=rope --seed=0 --output=FILE
+
+A sequence is two digits of k (in base 5) and 40 random symbols; at symbol t the target is symbol t - k.
+Three groups of targets tell learning from knowing how places relate:
+
+    seen        offsets that were trained at all places
+    new_place   offsets that were trained at the first 20 symbols only, asked at the last 20: both the
+                offset and the places (by other offsets) were trained, the pair was not
+    new_offset  offsets that were never trained; their digits were, in other pairs
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import runpy
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from llm_jax import checkpoint, cli
+from llm_jax import config as config_lib
+from llm_jax.model.attention import Tokens
+from llm_jax.model.transformer import Transformer
+from llm_jax.training import losses, optim, step
+
+SYMBOLS, BASE, LENGTH, HALF = 16, 5, 40, 20
+OFFSETS = np.arange(1, 16)
+NEW_PLACE, NEW_OFFSET = np.array([3, 6, 9, 12]), np.array([4, 8, 13])
+BATCH = 32
+
+flags.DEFINE_string("kind", "rope", "model.position.kind")
+flags.DEFINE_integer("seed", 0, "of weights and data")
+flags.DEFINE_integer("steps", 1600, "of training")
+flags.DEFINE_string("output", "", "a JSON file for the accuracies; by default they are printed")
+
+
+def sequences(key: jax.Array, offsets: jax.Array, size: int) -> dict[str, jax.Array]:
+    """Random sequences whose offsets are drawn from `offsets`, as a batch; `mask` counts what can be asked."""
+    draw, pick = jax.random.split(key)
+    k = jax.random.choice(pick, offsets, (size,))
+    symbols = jax.random.randint(draw, (size, LENGTH), BASE, BASE + SYMBOLS)
+    inputs = jnp.concatenate([k[:, None] // BASE, k[:, None] % BASE, symbols], 1)
+    t = jnp.arange(LENGTH) - k[:, None]
+    targets = jnp.take_along_axis(symbols, jnp.maximum(t, 0), 1)
+    pad = ((0, 0), (2, 0))
+    count = jnp.broadcast_to(jnp.arange(LENGTH + 2), inputs.shape)
+    return {
+        "inputs": inputs,
+        "targets": jnp.pad(targets, pad),
+        "mask": jnp.pad((t >= 0).astype(jnp.int32), pad),
+        "positions": count,
+        "segments": jnp.ones_like(count),
+        "k": k,
+    }
+
+
+def training_batch(key: jax.Array) -> dict[str, jax.Array]:
+    batch = sequences(key, jnp.asarray(np.setdiff1d(OFFSETS, NEW_OFFSET)), BATCH)
+    hidden = jnp.isin(batch.pop("k"), NEW_PLACE)[:, None] & (batch["positions"] >= 2 + HALF)
+    return batch | {"mask": jnp.where(hidden, 0, batch["mask"])}
+
+
+def main() -> None:
+    cli.keep_memory()
+    f = flags.FLAGS
+    default = config_lib.build(runpy.run_path(str(pathlib.Path(__file__).with_name("config.py")))["get_config"]())
+    position = dataclasses.replace(default.model.position, kind=f.kind)
+    shape = {"vocab_size": BASE + SYMBOLS, "num_layers": 2, "width": 64, "mlp_width": 128}
+    model = Transformer(dataclasses.replace(default.model, **shape, position=position))
+    params = jax.jit(model.init)(jax.random.key(f.seed), jnp.zeros((1, 1), jnp.int32))["params"]
+    settings = dataclasses.replace(default.optim, weight_decay=0.01, lr=3e-3)
+    optimizer = optim.make(settings, f.steps, params)
+
+    def loss(trained, frozen, batch, count, key):
+        return losses.language_model(model, trained, batch, 0)
+
+    one = step.make(loss, optimizer, optim.schedule(settings, f.steps), f.seed, 1)
+
+    @functools.partial(jax.jit, static_argnums=1, donate_argnums=0)
+    def some(state, count):
+        def body(state, i):
+            key = jax.random.fold_in(jax.random.key(1000 + f.seed), i)
+            state, metrics = one(state, None, training_batch(key))
+            return state, metrics["loss"]
+
+        return jax.lax.scan(body, state, state.step + jnp.arange(count))
+
+    def accuracy(params, offsets, late):
+        batch = sequences(jax.random.key(7), offsets, 512)
+        where = Tokens(batch["positions"], batch["segments"])
+        right = jnp.argmax(model.apply({"params": params}, batch["inputs"], where), -1) == batch["targets"]
+        asked = batch["mask"] * (batch["positions"] >= 2 + HALF if late else 1)
+        return jnp.sum(right * asked) / jnp.sum(asked)
+
+    state = step.init(optimizer, params)
+    for done in range(0, f.steps, 100):
+        state, found = some(state, 100)
+        print(f"{f.kind} seed {f.seed}: step {done + 100} of {f.steps}, loss {found[-1]:.3f}", flush=True)
+    seen = np.setdiff1d(OFFSETS, np.concatenate([NEW_PLACE, NEW_OFFSET]))
+    ask = jax.jit(accuracy, static_argnums=2)
+    groups = {"seen": seen, "new_place": NEW_PLACE, "new_offset": NEW_OFFSET}
+    # The last symbols in all groups, so that they differ in what was trained alone.
+    table = {name: float(ask(state.params, jnp.asarray(offsets), True)) for name, offsets in groups.items()}
+    if f.output:
+        checkpoint.write_json(pathlib.Path(f.output), table)
+    print(json.dumps(table))
+
+
+if __name__ == "__main__":
+    cli.run(main)

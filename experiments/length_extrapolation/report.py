@@ -1,0 +1,208 @@
+"""The verdicts, the tables and the picture of the length experiment. The rules below were fixed before the run.
+
+A *rise* is the loss at 8 times the trained length minus the loss at 1 time, of the same targets, by the
+sliding window, in nats a token. Every comparison is paired by seed and judged by the 95 % t-interval of
+its mean over the seeds.
+
+P2  holds if sinusoidal and learned vectors, added and concatenated, each have a lower loss at the trained
+    length than no positions (the interval of the difference lies below 0).
+P4  a kind *fails* past its length if the interval of its rise lies above MARGIN and *stays* if it lies
+    below. Holds if sinusoidal and learned fail and Shaw, T5, ALiBi and rope stay; holds when the kind is
+    one of those relative kinds that stay, if the absolute ones fail and some relative kinds stay; fails if
+    all relative kinds fail or an absolute kind stays; else undecided.
+P5  holds if keys alone and values alone each have a lower loss at the trained length than no positions.
+P7  fails if rope's rise lies above MARGIN, holds if it lies below; "holds when" names the scalings, at
+    test time or after the fine-tuning, whose rise from the *unscaled* loss at 1 time lies below MARGIN.
+P8  of the kinds that learn the task (mean accuracy on seen offsets of at least 0.9): holds if every
+    relative kind is more accurate than every absolute one on new_place (the interval of the difference
+    above 0); holds when the kind is one of those that are, if some are; else fails. Undecided if no
+    absolute or no relative kind learns it.
+"""
+
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from llm_jax import checkpoint
+
+MARGIN = 0.05  # nats a token
+LEARNED = 0.9
+ABSOLUTE, RELATIVE = ("sinusoidal", "learned"), ("shaw", "t5", "alibi", "rope")
+COMMAND = "PYTHONPATH=. python experiments/length_extrapolation/sweep.py"
+FACTORS = ("1", "2", "4", "8")
+BEGIN, END = "<!-- results: written by sweep.py -->\n", "<!-- end of results -->"
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean, and the ends of its 95 % t-interval."""
+    mean, error = float(np.mean(values)), float(stats.sem(values))
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * error
+    return mean, mean - half, mean + half
+
+
+def write(here: pathlib.Path, root: pathlib.Path, seeds: int, kinds, scalings, copying) -> str:
+    """Writes results.json, lengths.png and the tables in README.md; returns the verdicts as text."""
+
+    def read(run: str, name: str = "lengths") -> list[Any]:
+        paths = [root / f"{run}-{seed}".replace(" ", "_") / f"{name}.json" for seed in range(seeds)]
+        return [json.loads(path.read_text()) for path in paths]
+
+    loss = {kind: [t["as trained"] for t in read(kind)] for kind in kinds}
+    for scaling in scalings[1:]:
+        at_once = [t[scaling] for t in read("rope", "scalings")]
+        for table, plain in zip(at_once, loss["rope"], strict=True):
+            for protocol in table:  # at the trained length, a factor of 1: no scaling
+                table[protocol]["1"] = plain[protocol]["1"]
+        loss[f"rope, {scaling} at test time"] = at_once
+    for scaling in scalings:
+        loss[f"rope, {scaling}, fine-tuned"] = [t["as trained"] for t in read(f"tuned_{scaling}")]
+    copied = {
+        kind: [json.loads((root / f"copy_{kind}-{seed}.json").read_text()) for seed in range(seeds)] for kind in copying
+    }
+    results = judge(loss, copied, seeds)
+    checkpoint.write_json(here / "results.json", results)
+    draw(loss, here / "lengths.png")
+    readme = here / "README.md"
+    before, rest = readme.read_text().split(BEGIN)
+    readme.write_text(before + BEGIN + "\n".join(tables(loss, copied, results)) + "\n" + END + rest.split(END)[1])
+    return "\n".join(f"{r['claim']}: {r['verdict']}" for r in results)
+
+
+def rise(runs: list[Any], base: list[Any] | None = None) -> tuple[float, float, float]:
+    """The interval of loss at 8 times - loss at 1 time (of `base`, by default the same run)."""
+    base = base or runs
+    return interval([r["sliding"]["8"] - b["sliding"]["1"] for r, b in zip(runs, base, strict=True)])
+
+
+def judge(loss: dict[str, list[Any]], copied: dict[str, list[Any]], seeds: int) -> list[dict[str, Any]]:
+    """The verdicts by the rules above."""
+
+    def gain(kind: str) -> tuple[float, float, float]:  # over no positions, at the trained length
+        pairs = zip(loss[kind], loss["none"], strict=True)
+        return interval([a["windows"]["1"] - b["windows"]["1"] for a, b in pairs])
+
+    def entry(claim: str, value: dict[str, tuple[float, float, float]], verdict: str) -> dict[str, Any]:
+        return {
+            "claim": claim,
+            "value": {k: v[0] for k, v in value.items()},
+            "spread": {k: [v[1], v[2]] for k, v in value.items()},
+            "seeds": seeds,
+            "verdict": verdict,
+            "command": COMMAND,
+        }
+
+    def beats(names: Sequence[str]) -> tuple[dict[str, tuple[float, float, float]], str]:
+        value = {name: gain(name) for name in names}
+        better = [name for name in names if value[name][2] < 0]
+        if len(better) == len(names):
+            return value, "holds"
+        return value, f"holds when {' or '.join(better)}" if better else "fails"
+
+    p2 = beats([k + c for k in ABSOLUTE for c in ("", " concatenated")])
+    p5 = beats(["shaw keys", "shaw values"])
+    value, verdict = p5
+    p5 = value | {"shaw": gain("shaw")}, verdict
+
+    rises = {kind: rise(loss[kind]) for kind in ("none", *ABSOLUTE, *RELATIVE)}
+    fail = {kind for kind, (_, low, _) in rises.items() if low > MARGIN}
+    stay = {kind for kind, (_, _, high) in rises.items() if high < MARGIN}
+    staying = [k for k in RELATIVE if k in stay]
+    if set(ABSOLUTE) & stay or not (staying or set(RELATIVE) - fail):
+        p4 = "fails"
+    elif set(ABSOLUTE) <= fail and staying:
+        p4 = "holds" if len(staying) == len(RELATIVE) else f"holds when the relative kind is {' or '.join(staying)}"
+    else:
+        p4 = "undecided"
+
+    ropes = {k: rise(v, loss["rope"]) for k, v in loss.items() if k == "rope" or k.startswith("rope,")}
+    low, high = ropes["rope"][1:]
+    scaled = [k.removeprefix("rope, ") for k, v in ropes.items() if k != "rope" and v[2] < MARGIN]
+    if high < MARGIN:
+        p7 = "holds"
+    elif scaled:
+        p7 = ("fails without scaling; " if low > MARGIN else "undecided without; ") + f"holds when: {'; '.join(scaled)}"
+    else:
+        p7 = "fails" if low > MARGIN else "undecided"
+
+    able = [k for k, runs in copied.items() if np.mean([r["seen"] for r in runs]) >= LEARNED]
+    absolute, relative = [k for k in able if k in ABSOLUTE], [k for k in able if k in RELATIVE]
+
+    def above(a: str, b: str) -> tuple[float, float, float]:
+        return interval([x["new_place"] - y["new_place"] for x, y in zip(copied[a], copied[b], strict=True)])
+
+    differences = {f"{a} - {b}": above(a, b) for a in relative for b in absolute}
+    knows = [a for a in relative if all(differences[f"{a} - {b}"][1] > 0 for b in absolute)]
+    if not absolute or not relative:
+        p8 = f"undecided: the task was learned by {', '.join(able) or 'no kind'} only"
+    elif len(knows) == len(relative):
+        p8 = f"holds for the kinds that learn the task ({', '.join(able)})"
+    else:
+        p8 = f"holds when the relative kind is {' or '.join(knows)}" if knows else "fails"
+    accuracies = {
+        f"{kind}, {group}": interval([r[group] for r in runs])
+        for kind, runs in copied.items()
+        for group in ("seen", "new_place", "new_offset")
+    }
+    return [
+        entry("P2 (loss at 1x minus that of no positions, nats a token)", *p2),
+        entry("P4 (rise of the loss from 1x to 8x, nats a token)", rises, p4),
+        entry("P5 (loss at 1x minus that of no positions, nats a token)", *p5),
+        entry("P7 (loss at 8x minus the loss of unscaled rope at 1x, nats a token)", ropes, p7),
+        entry("P8 (accuracy of copying; differences on new_place)", accuracies | differences, p8),
+    ]
+
+
+def tables(loss: dict[str, list[Any]], copied: dict[str, list[Any]], results: list[dict[str, Any]]) -> list[str]:
+    """Markdown."""
+
+    def cell(values: list[float], exponent: bool = False) -> str:
+        values = [float(np.exp(v)) for v in values] if exponent else values
+        digits = 1 if exponent else 2
+        return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}"
+
+    lines = ["", "Perplexity, mean ± standard deviation over the seeds:", ""]
+    heads = [f"{protocol} {factor}×" for protocol in ("windows", "sliding") for factor in FACTORS]
+    lines += ["| kind | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    for kind, runs in loss.items():
+        cells = [cell([r[p][f] for r in runs], exponent=True) for p in ("windows", "sliding") for f in FACTORS]
+        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
+    lines += ["", "Accuracy of copying the token k back, last half of the sequence:", ""]
+    groups = ("seen", "new_place", "new_offset")
+    lines += ["| kind | " + " | ".join(groups) + " |", "|---" * (len(groups) + 1) + "|"]
+    lines += [f"| {k} | " + " | ".join(cell([r[g] for r in runs]) for g in groups) + " |" for k, runs in copied.items()]
+    lines += ["", "| claim | verdict |", "|---|---|"]
+    lines += [f"| {r['claim']} | **{r['verdict']}** |" for r in results]
+    return [*lines, ""]
+
+
+def draw(loss: dict[str, list[Any]], path: pathlib.Path) -> None:
+    """Loss against length by the sliding window: the kinds, and rope's scalings at once and fine-tuned."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    plain = {k: v for k, v in loss.items() if "concatenated" not in k and "," not in k}
+    panels = {
+        "every kind": plain,
+        "rope scaled at test time": {k: v for k, v in loss.items() if k == "rope" or "test time" in k},
+        "rope fine-tuned at 8×": {k: v for k, v in loss.items() if k == "rope" or "fine-tuned" in k},
+    }
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(14, 4.2), sharey=True, layout="constrained")
+    x = [int(f) for f in FACTORS]
+    for axis, (title, runs_by_name) in zip(axes, panels.items(), strict=True):
+        for name, runs in runs_by_name.items():
+            y = np.array([[r["sliding"][f] for f in FACTORS] for r in runs])
+            label = name.removeprefix("rope, ").removesuffix(" at test time").removesuffix(", fine-tuned")
+            axis.errorbar(x, y.mean(0), y.std(0, ddof=1), marker="o", markersize=3, capsize=2, label=label)
+        axis.set(title=title, xscale="log", xlabel="length / trained length")
+        axis.set_xticks(x, [f"{f}×" for f in FACTORS])
+        axis.legend(fontsize=7)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("held-out loss, nats a token (sliding window)")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

@@ -1,0 +1,185 @@
+"""Every position scheme trained at one length and asked at 1, 2, 4 and 8 times that length: P2, P4, P5, P7, P8.
+
+    PYTHONPATH=. python experiments/length_extrapolation/sweep.py [--size=full] [--seeds=3] [--jobs=2]
+
+Trains, fine-tunes, measures, draws and judges. What is done is kept under --runs and not done again: the
+same command goes on where it was stopped. Writes results.json, table.md and lengths.png beside this file.
+"""
+
+import concurrent.futures
+import dataclasses
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+from absl import flags
+from tqdm import tqdm
+
+from experiments.length_extrapolation import report
+from llm_jax import checkpoint, cli
+from llm_jax.errors import UserError
+
+HERE = pathlib.Path(__file__).parent
+
+flags.DEFINE_string("size", "cpu", "cpu, or full (an accelerator)")
+flags.DEFINE_integer("seeds", 3, "runs of each kind")
+flags.DEFINE_integer("jobs", 0, "processes at a time, each on its share of the cores; 0: one a core, or one with a GPU")
+flags.DEFINE_string("runs", "runs/length_extrapolation", "where the runs are kept")
+
+# What a run changes: overrides of config.py below `model.position`.
+KINDS = {
+    "none": {"kind": "none"},
+    "sinusoidal": {"kind": "sinusoidal"},
+    "sinusoidal concatenated": {"kind": "sinusoidal", "combine": "concatenate"},
+    "learned": {"kind": "learned"},
+    "learned concatenated": {"kind": "learned", "combine": "concatenate"},
+    "shaw": {"kind": "shaw"},
+    "shaw keys": {"kind": "shaw", "shaw": "keys"},
+    "shaw values": {"kind": "shaw", "shaw": "values"},
+    "t5": {"kind": "t5"},
+    "alibi": {"kind": "alibi"},
+    "rope": {"kind": "rope"},
+}
+SCALINGS = ("none", "linear", "ntk", "dynamic", "yarn", "llama3")
+COPYING = ("none", "sinusoidal", "learned", "shaw", "t5", "alibi", "rope")
+
+# Overrides of all runs by size, and of the fine-tuning at 8 times the length.
+SIZES = {
+    "cpu": (64, {}, {"train.steps": 60, "train.batch_size": 4, "optim.lr": 1e-3, "optim.warmup_steps": 10}),
+    "full": (
+        512,
+        {
+            "data.source": "stdlib",
+            "tokenizer.vocab_size": 8192,
+            "model.width": 768,
+            "model.num_layers": 12,
+            "model.num_heads": 12,
+            "model.num_kv_heads": 12,
+            "model.mlp_width": 2048,
+            "model.precision.compute": "bfloat16",
+            "model.position.max_length": 4096,
+            "model.position.width": 192,
+            "train.steps": 20000,
+            "train.batch_size": 64,
+            "train.seq_len": 512,
+            "optim.lr": 6e-4,
+            "optim.warmup_steps": 1000,
+        },
+        {"train.steps": 1000, "train.batch_size": 8, "optim.lr": 1e-4, "optim.warmup_steps": 100},
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A command, done when the file `done` is there."""
+
+    name: str
+    command: tuple[str, ...]
+    done: pathlib.Path
+
+
+def main() -> None:
+    f = flags.FLAGS
+    if f.size not in SIZES or f.seeds < 2:
+        raise UserError(f"--size={f.size} --seeds={f.seeds}; expected one of {', '.join(SIZES)} and at least 2 seeds")
+    root = pathlib.Path(f.runs).expanduser() / f.size
+    checkpoint.make_directory(root)
+    phases = plan(root, f.size, f.seeds)
+    waiting = [[job for job in phase if not job.done.exists()] for phase in phases]
+    with tqdm(total=sum(map(len, phases)), initial=sum(map(len, phases)) - sum(map(len, waiting))) as bar:
+        for phase in waiting:
+            run(phase, f.jobs or len(os.sched_getaffinity(0)), root / "logs", bar)
+    print(report.write(HERE, root, f.seeds, list(KINDS), SCALINGS, COPYING))
+
+
+def plan(root: pathlib.Path, size: str, seeds: int) -> list[list[Job]]:
+    """The jobs, in phases of which each needs the one before."""
+    length, all_runs, tuning = SIZES[size]
+    trains, tunes, measures, copies = [], [], [], []
+    for seed in range(seeds):
+        for name, position in KINDS.items():
+            run = root / f"{name}-{seed}".replace(" ", "_")
+            changes = all_runs | {f"model.position.{k}": v for k, v in position.items()} | {"train.seed": seed}
+            trains.append(train(f"train {name}, seed {seed}", run, changes))
+            measures.append(measure(run, length))
+        base = root / f"rope-{seed}"
+        measures.append(measure(base, length, "scalings"))
+        for scaling in SCALINGS:
+            run = root / f"tuned_{scaling}-{seed}"
+            changes = all_runs | tuning | {"train.seed": seed, "train.seq_len": 8 * length, "init_from": str(base)}
+            if scaling != "none":
+                changes |= {
+                    "model.position.scaling": scaling,
+                    "model.position.factor": 1.0 if scaling == "dynamic" else 8.0,
+                    "model.position.original_length": length,
+                }
+            tunes.append(train(f"fine-tune rope with scaling {scaling}, seed {seed}", run, changes))
+            measures.append(measure(run, length))
+        for kind in COPYING:
+            output = root / f"copy_{kind}-{seed}.json"
+            command = (str(HERE / "copy_back.py"), f"--kind={kind}", f"--seed={seed}", f"--output={output}")
+            copies.append(Job(f"copy back by {kind}, seed {seed}", command, output))
+    return [trains + copies, tunes, measures]
+
+
+def train(name: str, workdir: pathlib.Path, changes: dict) -> Job:
+    command = ("-m", "llm_jax.train", f"--config={HERE / 'config.py'}", f"--workdir={workdir}")
+    return Job(name, (*command, *(f"--config.{k}={v}" for k, v in changes.items())), workdir / "summary.json")
+
+
+def measure(run: pathlib.Path, length: int, what: str = "lengths") -> Job:
+    output = run / f"{what}.json"
+    command = (str(HERE / "measure.py"), f"--checkpoint={run}", f"--original_length={length}", f"--output={output}")
+    extra = ("--scalings",) if what == "scalings" else ()
+    return Job(f"measure {what} of {run.name}", command + extra, output)
+
+
+def run(jobs: list[Job], width: int, logs: pathlib.Path, bar: tqdm) -> None:
+    """Runs the jobs, `width` at a time, each pinned to its share of the cores; the first that fails stops all.
+
+    Raises:
+      UserError: a job failed; its last line and its log are named.
+    """
+    logs.mkdir(exist_ok=True)
+    cores = sorted(os.sched_getaffinity(0))
+    free = [cores[i::width] or cores for i in range(width)]
+    started: list[subprocess.Popen] = []
+
+    def one(job: Job) -> Job:
+        mine = free.pop()
+        log = logs / f"{job.name.replace(' ', '_').replace(',', '')}.log"
+        with log.open("w") as out:
+            process = subprocess.Popen(
+                [sys.executable, *job.command],
+                stdout=out,
+                stderr=out,
+                env=os.environ | {"PYTHONPATH": str(HERE.parents[1])},
+                preexec_fn=lambda: os.sched_setaffinity(0, mine),
+            )
+            started.append(process)
+            code = process.wait()
+        free.append(mine)
+        if code or not job.done.exists():
+            last = (log.read_text().strip().splitlines() or ["no output"])[-1]
+            raise UserError(f"{job.name} failed with exit code {code}: {last} ({log})")
+        return job
+
+    with concurrent.futures.ThreadPoolExecutor(width) as pool:
+        futures = [pool.submit(one, job) for job in jobs]
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                bar.set_description(future.result().name)
+                bar.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in started:
+                if process.poll() is None:
+                    process.send_signal(signal.SIGTERM)
+            raise
+
+
+if __name__ == "__main__":
+    cli.run(main)
