@@ -29,6 +29,7 @@ def get_config() -> ConfigDict:
                 "norm_eps": 1e-5,
                 "qk_norm": True,
                 "bias": False,
+                "scale_embeddings": False,
                 "tie_head": True,
                 "causal": True,
                 "position": {

@@ -87,6 +87,7 @@ class ModelConfig:
     norm_eps: PositiveOrZero
     qk_norm: bool  # RMS-normalize queries and keys per head (Henry et al. 2020, arXiv:2010.04245)
     bias: bool  # biases in attention and MLP
+    scale_embeddings: bool  # multiply token embeddings by sqrt(width) (Vaswani et al. 2017, section 3.4)
     tie_head: bool  # the output head is the embedding table
     position: PositionConfig
     precision: PrecisionConfig
@@ -180,7 +181,7 @@ def build(mapping: Mapping[str, Any], cls: Any = Config, prefix: str = "") -> An
 
 
 # Keys that came after checkpoint format 1, with the value that means what there was before.
-ADDED: dict[str, Any] = {}
+ADDED: dict[str, Any] = {"model.scale_embeddings": False}
 
 
 def upgrade(mapping: dict[str, Any]) -> dict[str, Any]:

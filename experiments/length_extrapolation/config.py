@@ -16,10 +16,12 @@ default = runpy.run_path(str(Path(__file__).parents[2] / "configs" / "default.py
 def get_config() -> ConfigDict:
     config = default["get_config"]()
     config.tokenizer.vocab_size = 1024
-    # The head is untied in all runs because concatenated positions need it so.
-    config.model.update({"width": 128, "num_layers": 3, "mlp_width": 256, "tie_head": False})
+    config.data.validation_fraction = 0.02
+    # In all runs: the head is untied because concatenated positions need it so, and token embeddings are
+    # scaled because sinusoids, whose entries are of size 1, would drown them.
+    config.model.update({"width": 128, "num_layers": 3, "mlp_width": 256, "tie_head": False, "scale_embeddings": True})
     config.model.position.update({"max_length": 512, "width": 32})
-    config.train.update({"steps": 400, "batch_size": 32, "seq_len": 64})
+    config.train.update({"steps": 500, "batch_size": 16, "seq_len": 64})
     config.eval.update({"every": 0, "prompts": ()})
     config.checkpoint.update({"every": 100, "keep_last": 1, "keep_best": 0})
     return config

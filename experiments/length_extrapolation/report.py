@@ -4,8 +4,8 @@ A *rise* is the loss at 8 times the trained length minus the loss at 1 time, of 
 sliding window, in nats a token. Every comparison is paired by seed and judged by the 95 % t-interval of
 its mean over the seeds.
 
-P2  holds if sinusoidal and learned vectors, added and concatenated, each have a lower loss at the trained
-    length than no positions (the interval of the difference lies below 0).
+P2  holds if sinusoidal vectors, added and concatenated, and learned ones, added, each have a lower loss at
+    the trained length than no positions (the interval of the difference lies below 0).
 P4  a kind *fails* past its length if the interval of its rise lies above MARGIN and *stays* if it lies
     below. Holds if sinusoidal and learned fail and Shaw, T5, ALiBi and rope stay; holds when the kind is
     one of those relative kinds that stay, if the absolute ones fail and some relative kinds stay; fails if
@@ -102,7 +102,7 @@ def judge(loss: dict[str, list[Any]], copied: dict[str, list[Any]], seeds: int) 
             return value, "holds"
         return value, f"holds when {' or '.join(better)}" if better else "fails"
 
-    p2 = beats([k + c for k in ABSOLUTE for c in ("", " concatenated")])
+    p2 = beats(["sinusoidal", "sinusoidal concatenated", "learned"])
     p5 = beats(["shaw keys", "shaw values"])
     value, verdict = p5
     p5 = value | {"shaw": gain("shaw")}, verdict

@@ -34,7 +34,6 @@ KINDS = {
     "sinusoidal": {"kind": "sinusoidal"},
     "sinusoidal concatenated": {"kind": "sinusoidal", "combine": "concatenate"},
     "learned": {"kind": "learned"},
-    "learned concatenated": {"kind": "learned", "combine": "concatenate"},
     "shaw": {"kind": "shaw"},
     "shaw keys": {"kind": "shaw", "shaw": "keys"},
     "shaw values": {"kind": "shaw", "shaw": "values"},

@@ -184,8 +184,11 @@ class T5(Position):
     def bias(self, q_positions: jax.Array, k_positions: jax.Array, table: Table) -> jax.Array:
         p = self.config.position
         offset_BTS = k_positions[:, None, :] - q_positions[:, :, None]
-        buckets = t5_buckets(offset_BTS, p.buckets, p.max_distance, self.config.causal)
-        bias_BNTS = jnp.moveaxis(weights.take(table["bias"], buckets).astype(jnp.float32), -1, 1)
+        # Past max_distance every offset has the bucket of max_distance: a short list of biases by offset.
+        far = p.max_distance
+        buckets = t5_buckets(jnp.arange(-far, far + 1), p.buckets, far, self.config.causal)
+        by_offset_NR = weights.take(table["bias"], buckets).astype(jnp.float32).T
+        bias_BNTS = jnp.moveaxis(by_offset_NR[:, jnp.clip(offset_BTS, -far, far) + far], 0, 1)
         return jax.lax.optimization_barrier(bias_BNTS)  # or every layer's scores would look it up anew
 
 

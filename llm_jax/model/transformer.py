@@ -107,6 +107,8 @@ class Embed(Module):
 
     def __call__(self, tokens_BT: jax.Array, where: Tokens) -> jax.Array:
         x_BTD = weights.take(self.table, tokens_BT).astype(self.config.precision.compute)
+        if self.config.scale_embeddings:
+            x_BTD *= self.config.width**0.5
         return self.scheme.embed(x_BTD, where.positions, self.own)
 
     def bias(self, queries: Tokens, keys: Tokens) -> jax.Array | None:
