@@ -188,7 +188,8 @@ class T5(Position):
         far = p.max_distance
         buckets = t5_buckets(jnp.arange(-far, far + 1), p.buckets, far, self.config.causal)
         by_offset_NR = weights.take(table["bias"], buckets).astype(jnp.float32).T
-        bias_BNTS = jnp.moveaxis(by_offset_NR[:, jnp.clip(offset_BTS, -far, far) + far], 0, 1)
+        places_BTS = jax.lax.optimization_barrier(jnp.clip(offset_BTS, -far, far) + far)
+        bias_BNTS = jnp.moveaxis(by_offset_NR.at[:, places_BTS].get(mode="promise_in_bounds"), 0, 1)
         return jax.lax.optimization_barrier(bias_BNTS)  # or every layer's scores would look it up anew
 
 
