@@ -32,6 +32,7 @@ def get_config() -> ConfigDict:
                 "scale_embeddings": False,
                 "tie_head": True,
                 "causal": True,
+                "attention": "auto",
                 "position": {
                     "kind": "rope",
                     "base": 10000.0,

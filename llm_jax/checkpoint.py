@@ -58,7 +58,8 @@ def load(path: str | os.PathLike[str], scan_layers: bool = False) -> Loaded:
     directory = find(path)
     record = verify(directory)
     config = read_config(directory).model
-    model = Transformer(dataclasses.replace(config, scan_layers=scan_layers))
+    # How attention is computed is the machine's affair, not the checkpoint's.
+    model = Transformer(dataclasses.replace(config, scan_layers=scan_layers, attention="auto"))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     params = restore(directory, record, config, lambda tree: jax.tree.map(lambda _: device, tree))
     return Loaded(model, trees.restage(params, layout(model.config)), tokenizers.load(directory / "tokenizer"))

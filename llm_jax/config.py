@@ -89,6 +89,7 @@ class ModelConfig:
     bias: bool  # biases in attention and MLP
     scale_embeddings: bool  # multiply token embeddings by sqrt(width) (Vaswani et al. 2017, section 3.4)
     tie_head: bool  # the output head is the embedding table
+    attention: str  # who computes it: "auto", "plain", "xla", "cudnn", "splash"; see model/product.py
     position: PositionConfig
     precision: PrecisionConfig
     scan_layers: bool  # one compiled layer per stage (training); else one per layer
@@ -181,7 +182,7 @@ def build(mapping: Mapping[str, Any], cls: Any = Config, prefix: str = "") -> An
 
 
 # Keys that came after checkpoint format 1, with the value that means what there was before.
-ADDED: dict[str, Any] = {"model.scale_embeddings": False}
+ADDED: dict[str, Any] = {"model.scale_embeddings": False, "model.attention": "auto"}
 
 
 def upgrade(mapping: dict[str, Any]) -> dict[str, Any]:

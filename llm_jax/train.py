@@ -20,7 +20,7 @@ flags.DEFINE_integer("devices", 0, "simulate this many CPU devices")
 flags.DEFINE_boolean("dry_run", False, "print the parameters and their shardings, and stop")
 
 # What may change when a run goes on; any other difference is another run.
-_FREE = ("train.steps", "eval.", "checkpoint.", "mesh.", "data.cache_dir")
+_FREE = ("train.steps", "model.attention", "eval.", "checkpoint.", "mesh.", "data.cache_dir")
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def main() -> None:
     from llm_jax.data.corpus import Source
     from llm_jax.data.rows import Rows, Shuffled, batches
     from llm_jax.decoding import loop, samplers
-    from llm_jax.model import transformer
+    from llm_jax.model import product, transformer
     from llm_jax.model.stages import layout
     from llm_jax.parallel import mesh as mesh_lib
     from llm_jax.training import evaluation, losses, optim, report
@@ -86,6 +86,9 @@ def main() -> None:
     step_lib.check_accumulation(c.batch_size, c.grad_accumulation, mesh.shape["data"] * mesh.shape["fsdp"])
     model = transformer.Transformer(config.model)
     transformer.check_length(config.model, c.seq_len)
+    attention = product.describe(
+        config.model, jax.default_backend(), c.batch_size // c.grad_accumulation, c.seq_len, dict(mesh.shape)
+    )
     abstract = checkpoint.abstract_params(model)
     optimizer = optim.make(config.optim, c.steps, abstract)
     copies = mesh_lib.replicated(mesh)
@@ -104,7 +107,7 @@ def main() -> None:
     print(report.parameter_table(abstract_state.params))
     print(
         f"mesh {dict(mesh.shape)} of {jax.device_count()} {jax.devices()[0].device_kind} device(s), "
-        f"jax {jax.__version__}"
+        f"attention {attention}, jax {jax.__version__}"
     )
     if flags.FLAGS.dry_run:
         return
@@ -143,13 +146,13 @@ def main() -> None:
         return losses.language_model(model, trained, batch, c.loss_chunk)
 
     train_step = jax.jit(
-        step_lib.make(loss, optimizer, rate, c.seed, c.grad_accumulation),
+        mesh_lib.within(mesh, step_lib.make(loss, optimizer, rate, c.seed, c.grad_accumulation)),
         donate_argnums=0,
         in_shardings=(state_shardings, None, batch_sharding),
         out_shardings=(state_shardings, copies),
     )
     eval_loss = jax.jit(
-        lambda params, batch: losses.language_model(model, params, batch, c.loss_chunk),
+        mesh_lib.within(mesh, lambda params, batch: losses.language_model(model, params, batch, c.loss_chunk)),
         in_shardings=(param_shardings, batch_sharding),
         out_shardings=copies,
     )
@@ -234,7 +237,7 @@ def main() -> None:
 
 def _differences(before: config_lib.ModelConfig, now: config_lib.ModelConfig) -> list[tuple[str, str]]:
     """What about a model has changed, beside how it is laid out: (key, what it was)."""
-    free = ("model.scan_layers", "model.remat", "model.vocab_size")
+    free = ("model.scan_layers", "model.remat", "model.vocab_size", "model.attention")
     old, new = config_lib.flat(before, "model."), config_lib.flat(now, "model.")
     return [(key, repr(old[key])) for key in new if old[key] != new[key] and key not in free]
 

@@ -34,6 +34,12 @@ class Position:
     # as the sequence grows), instead of once before they are cached.
     rotates_cache: ClassVar[bool] = False
 
+    @property
+    def adds_to_scores(self) -> bool:
+        """Whether attention needs more than queries, keys and a mask."""
+        changed = (getattr(type(self), name) is not getattr(Position, name) for name in ("bias", "keys", "values"))
+        return any(changed)
+
     def check(self) -> None:
         """Raises UserError where the scheme and the shape of the model do not go together."""
 

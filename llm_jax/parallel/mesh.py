@@ -1,6 +1,7 @@
 """The mesh of devices and the shardings of weights and batches on it."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from llm_jax.config import MeshConfig
 from llm_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
+BATCH, HEADS = ("data", "fsdp"), "tensor"  # what splits the rows of a batch, and the heads of attention
 
 
 def make(config: MeshConfig) -> Mesh:
@@ -33,6 +35,21 @@ def make(config: MeshConfig) -> Mesh:
         raise UserError(f"{said} does not fit {devices} device{'s' * (devices > 1)}; the axes must multiply to it")
     # Explicit axes, the default, would make plain products of sharded arrays an error.
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def within(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, traced so that kernels which run one per device (`shard_map`) know the mesh."""
+
+    def known(*arguments: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*arguments)
+
+    return known
+
+
+def in_use() -> dict[str, int]:
+    """Sizes of the axes, by name, of the mesh that the function being traced is `within`; {} outside."""
+    return dict(jax.sharding.get_abstract_mesh().shape)
 
 
 def shardings(tree: Any, rules: trees.Rules, mesh: Mesh, source: str = "mesh.rules") -> Any:
@@ -85,4 +102,4 @@ def batch_sharding(mesh: Mesh, size: int) -> NamedSharding:
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     if size % ways:
         raise UserError(f"a batch of {size} sequences cannot be split over mesh data x fsdp = {ways} devices")
-    return NamedSharding(mesh, P(("data", "fsdp")))
+    return NamedSharding(mesh, P(BATCH))

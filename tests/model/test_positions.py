@@ -142,7 +142,8 @@ def test_shaw_equals_the_formula_with_every_vector_written_out(make, tiny, which
     q, k, v = draw.normal(size=(3, 1, 5, 2, 8)).astype(np.float32)
     table = {name: draw.normal(size=shape).astype(np.float32) for name, shape in scheme.declare_layer().items()}
     where = Tokens(jnp.arange(5)[None], jnp.ones((1, 5), int))
-    from llm_jax.model.attention import attend_adding, visible
+    from llm_jax.model.attention import visible
+    from llm_jax.model.product import attend_adding
 
     add = scheme.values(where.positions, where.positions, table) or (lambda shares: 0 * jnp.asarray(v))
     own = scheme.keys(jnp.asarray(q), where.positions, where.positions, table)

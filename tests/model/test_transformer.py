@@ -7,7 +7,8 @@ import pytest
 
 from llm_jax import trees
 from llm_jax.model import positions
-from llm_jax.model.attention import Tokens, attend, visible
+from llm_jax.model.attention import Tokens, visible
+from llm_jax.model.product import attend
 from llm_jax.model.stages import stages
 from llm_jax.model.transformer import Transformer, init_cache, matmul_parameters
 
