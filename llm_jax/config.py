@@ -45,6 +45,7 @@ class PositionConfig:
     base: Positive  # rope, sinusoidal: the wavelengths run from 2 pi to 2 pi * base
     combine: str  # sinusoidal, learned: "add" to the token embeddings, or "concatenate"
     width: CountOrZero  # of the vectors that are concatenated
+    local_base: PositiveOrZero  # rope: base of "local" layers, which are then not scaled; 0: as the others
     max_length: Count  # learned: rows of the table
     clip: Count  # shaw: the largest distance that has a vector of its own
     shaw: str  # shaw: vectors for "keys", "values" or "both"
@@ -85,8 +86,18 @@ class ModelConfig:
     activation: str  # "silu", "gelu" (tanh form), "gelu_exact", "relu"
     norm: str  # "rms" or "layer"
     norm_eps: PositiveOrZero
+    norm_place: str  # "pre": before attention and MLP; "post": after their sums; "both": before, and after each
+    parallel: bool  # attention and MLP side by side on one norm, instead of one after the other
+    embed_norm: bool  # a norm after the embeddings
+    num_types: CountOrZero  # embeddings of token types (BERT's two sentences); 0: none
+    pooler: bool  # tanh(W x + b) of the first token (BERT), see `Transformer.pooled`
     qk_norm: bool  # RMS-normalize queries and keys per head (Henry et al. 2020, arXiv:2010.04245)
     bias: bool  # biases in attention and MLP
+    qkv_bias: bool  # biases of queries, keys and values only
+    head_bias: bool  # a bias of the output head, which is then not tied
+    attention_scale: PositiveOrZero  # of the scores; 0: 1 / sqrt(head width)
+    attention_softcap: PositiveOrZero  # scores become cap tanh(scores / cap) (arXiv:2408.00118); 0: none
+    logit_softcap: PositiveOrZero  # the same of logits
     scale_embeddings: bool  # multiply token embeddings by sqrt(width) (Vaswani et al. 2017, section 3.4)
     tie_head: bool  # the output head is the embedding table
     attention: str  # who computes it: "auto", "plain", "xla", "cudnn", "splash"; see model/product.py
@@ -182,7 +193,21 @@ def build(mapping: Mapping[str, Any], cls: Any = Config, prefix: str = "") -> An
 
 
 # Keys that came after checkpoint format 1, with the value that means what there was before.
-ADDED: dict[str, Any] = {"model.scale_embeddings": False, "model.attention": "auto"}
+ADDED: dict[str, Any] = {
+    "model.scale_embeddings": False,
+    "model.attention": "auto",
+    "model.position.local_base": 0.0,
+    "model.norm_place": "pre",
+    "model.parallel": False,
+    "model.embed_norm": False,
+    "model.num_types": 0,
+    "model.pooler": False,
+    "model.qkv_bias": False,
+    "model.head_bias": False,
+    "model.attention_scale": 0.0,
+    "model.attention_softcap": 0.0,
+    "model.logit_softcap": 0.0,
+}
 
 
 def upgrade(mapping: dict[str, Any]) -> dict[str, Any]:

@@ -84,12 +84,16 @@ class Attention(Module):
           index: int32 (), the slot that the first token of x goes to.
         """
         c = self.config
-        scheme, h = positions.make(c), positions.head_width(c)
-        q = self.linear(x_BTD, "query", c.num_heads * h).reshape(*x_BTD.shape[:2], c.num_heads, h)
-        k = self.linear(x_BTD, "key", c.num_kv_heads * h).reshape(*x_BTD.shape[:2], c.num_kv_heads, h)
-        v = self.linear(x_BTD, "value", c.num_kv_heads * h).reshape(*x_BTD.shape[:2], c.num_kv_heads, h)
+        scheme, h = positions.make(c, local=self.window is not None), positions.head_width(c)
+        q = self.linear(x_BTD, "query", c.num_heads * h, bias=c.qkv_bias).reshape(*x_BTD.shape[:2], c.num_heads, h)
+        k = self.linear(x_BTD, "key", c.num_kv_heads * h, bias=c.qkv_bias).reshape(*x_BTD.shape[:2], c.num_kv_heads, h)
+        v = self.linear(x_BTD, "value", c.num_kv_heads * h, bias=c.qkv_bias).reshape(
+            *x_BTD.shape[:2], c.num_kv_heads, h
+        )
         if c.qk_norm:
             q, k = Norm(c, kind="rms", name="query_norm")(q), Norm(c, kind="rms", name="key_norm")(k)
+        if c.attention_scale:  # the product divides by sqrt(h)
+            q = (q * (c.attention_scale * h**0.5)).astype(q.dtype)
         lengths = lengths_so_far(queries, keys) if scheme.rotates_cache else None
         q = scheme.rotate(q, queries.positions, lengths)
         if not scheme.rotates_cache:
@@ -113,7 +117,7 @@ class Attention(Module):
         if not self.is_initializing():  # which is on one token
             name, _ = product.choose(c, jax.default_backend(), q, k, cache is not None, mesh_lib.in_use())
         if name == "splash":
-            out = product.splash(q, k, v, queries.segments, self.window, c.causal)
+            out = product.splash(q, k, v, queries.segments, self.window, c.causal, c.attention_softcap)
         else:
             mask = visible(queries, keys, self.window, c.causal)
             if add_values is not None:
@@ -121,5 +125,5 @@ class Attention(Module):
             elif name in ("xla", "cudnn"):
                 out = product.fused(name, q, k, v, mask, bias_BNTS)
             else:
-                out = product.attend(q, k, v, mask, bias_BNTS)
+                out = product.attend(q, k, v, mask, bias_BNTS, c.attention_softcap)
         return self.linear(out.reshape(*x_BTD.shape[:2], -1), "out", c.width, depth_scale=True), cache

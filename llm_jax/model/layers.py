@@ -35,10 +35,13 @@ class Module(nn.Module):
             return self.get_variable("params", name)
         return self.param(name, init, shape, jnp.dtype(self.config.precision.params))
 
-    def linear(self, x: jax.Array, name: str, features: int, depth_scale: bool = False) -> jax.Array:
+    def linear(
+        self, x: jax.Array, name: str, features: int, depth_scale: bool = False, bias: bool = False
+    ) -> jax.Array:
         """x (..., in) -> (..., features) by the weight `name`, and `name_bias` where the model has biases.
 
         Args:
+          bias: a bias even where the model has none elsewhere.
           depth_scale: start smaller by sqrt(2 layers), for what is added to the residual stream
             (Radford et al. 2019, GPT-2, section 2.3).
         """
@@ -46,7 +49,7 @@ class Module(nn.Module):
         init = nn.initializers.variance_scaling(scale, "fan_in", "normal")
         kernel = self.weight(name, init, (x.shape[-1], features))
         y = weights.dot(x, kernel, accumulate=self.config.precision.accumulate)
-        if self.config.bias:
+        if self.config.bias or bias:
             y += weights.dense(self.weight(f"{name}_bias", nn.initializers.zeros, (features,))).astype(y.dtype)
         return y
 

@@ -288,12 +288,15 @@ SCHEMES: dict[str, type[Position]] = {
 }
 
 
-def make(config: ModelConfig) -> Position:
-    """The scheme that `config.position` names.
+def make(config: ModelConfig, local: bool = False) -> Position:
+    """The scheme that `config.position` names, as "local" layers have it or as the others do.
 
     Raises:
       UserError: an unknown kind, or a scheme that the model's shape does not admit.
     """
+    if local and config.position.local_base:
+        position = dataclasses.replace(config.position, base=config.position.local_base, scaling="none")
+        config = dataclasses.replace(config, position=position)
     scheme = choice("model.position.kind", config.position.kind, SCHEMES)
     if scheme is Rope and config.position.scaling == "dynamic":
         scheme = DynamicRope

@@ -7,6 +7,7 @@ splash   JAX's fused kernel for TPUs: no bias, no cache, lengths in multiples of
 auto     the fused kernel of the device where it serves, else plain
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -58,7 +59,11 @@ def choose(
 def _against(name: str, config: ModelConfig, platform: str, q, k, cached: bool, devices) -> str:
     """Why an implementation does not serve, or ""."""
     batch, length, _, width = q.shape
-    if name in ("plain", "xla"):
+    if name == "plain":
+        return ""
+    if config.attention_softcap and name != "splash":
+        return "it has no model.attention_softcap"
+    if name == "xla":
         return ""
     if positions.make(config).adds_to_scores:
         return f"model.position.kind={config.position.kind} adds to the scores"
@@ -111,6 +116,7 @@ def splash(
     segments_BT: jax.Array,
     window: int | None,
     causal: bool,
+    softcap: float = 0.0,
     interpret: bool = False,
 ) -> jax.Array:
     """`attend` by JAX's splash kernel, one per device of the mesh in use.
@@ -133,6 +139,7 @@ def splash(
         block_sizes=kernels.BlockSizes(block, block, block, block, block, block, block, block),
         head_shards=1,
         q_seq_shards=1,
+        attn_logits_soft_cap=softcap or None,
         interpret=interpret,
     )
 
@@ -152,24 +159,29 @@ def splash(
     )(q_BTNH, k_BTKH, v_BTKH, segments_BT)
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def attend(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array, bias_BNTS: jax.Array | None
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    mask_BTS: jax.Array,
+    bias_BNTS: jax.Array | None,
+    softcap: float = 0.0,
 ) -> jax.Array:
     """softmax(q k / sqrt(H) + bias) v under the mask -> (B, T, N, H); scores and softmax in float32.
 
     The backward pass computes the scores again from the row sums (Dao et al. 2022, FlashAttention,
     arXiv:2205.14135, appendix B), so that nothing of size T x S is kept between the passes. The
-    leading axis of the bias is B or 1. A query that sees nothing (padding) gets the mean of all
-    values, which nobody reads.
+    leading axis of the bias is B or 1. With a `softcap` q k / sqrt(H) becomes cap tanh(that / cap). A
+    query that sees nothing (padding) gets the mean of all values, which nobody reads.
     """
-    return _attend_forward(q_BTNH, k_BSKH, v_BSKH, mask_BTS, bias_BNTS)[0]
+    return _attend_forward(q_BTNH, k_BSKH, v_BSKH, mask_BTS, bias_BNTS, softcap)[0]
 
 
-def _attend_forward(q_BTNH, k_BSKH, v_BSKH, mask_BTS, bias_BNTS):
+def _attend_forward(q_BTNH, k_BSKH, v_BSKH, mask_BTS, bias_BNTS, softcap):
     length, groups = q_BTNH.shape[1], k_BSKH.shape[2]
     q, k, v = (_by_group(x, groups) for x in (q_BTNH, k_BSKH, v_BSKH))
-    scores = _scores(q, k, mask_BTS, bias_BNTS)
+    scores, _ = _scores(q, k, mask_BTS, bias_BNTS, softcap)
     top = jnp.max(scores, -1, keepdims=True)
     weights = jnp.exp(scores - top)
     total = jnp.sum(weights, -1, keepdims=True)
@@ -177,10 +189,11 @@ def _attend_forward(q_BTNH, k_BSKH, v_BSKH, mask_BTS, bias_BNTS):
     return _by_token(out, length), (q, k, v, mask_BTS, bias_BNTS, out, top + jnp.log(total))
 
 
-def _attend_backward(saved, g_BTNH):
+def _attend_backward(softcap, saved, g_BTNH):
     q, k, v, mask_BTS, bias_BNTS, out, log_total = saved
     g = _by_group(g_BTNH, k.shape[1])
-    shares = jnp.exp(_scores(q, k, mask_BTS, bias_BNTS) - log_total)
+    scores, slope = _scores(q, k, mask_BTS, bias_BNTS, softcap)
+    shares = jnp.exp(scores - log_total)
     wide = shares.dtype
     d_shares = _batched(g, v, 3, 3)
     d_scores = shares * (d_shares - jnp.sum(g.astype(wide) * out.astype(wide), -1, keepdims=True))
@@ -188,6 +201,8 @@ def _attend_backward(saved, g_BTNH):
     if bias_BNTS is not None:
         per_row = d_scores.reshape(mask_BTS.shape[0], -1, *mask_BTS.shape[1:])
         d_bias = (per_row if bias_BNTS.shape[0] > 1 else jnp.sum(per_row, 0, keepdims=True)).astype(bias_BNTS.dtype)
+    if slope is not None:
+        d_scores *= slope
     d_scores = (d_scores * q.shape[-1] ** -0.5).astype(g.dtype)
     dq, dk = _batched(d_scores, k, 3, 2), _batched(d_scores, q, 2, 2)
     dv = _batched(shares.astype(g.dtype), g, 2, 2)
@@ -215,18 +230,25 @@ def attend_adding(
     """`attend` plus what `add` makes of the attention shares (B, N, T, S); it keeps the shares for the gradient."""
     b, t, n, _ = q_BTNH.shape
     q, k, v = (_by_group(x, k_BSKH.shape[2]) for x in (q_BTNH, k_BSKH, v_BSKH))
-    shares = jax.nn.softmax(_scores(q, k, mask_BTS, bias_BNTS), -1).astype(v.dtype)
+    shares = jax.nn.softmax(_scores(q, k, mask_BTS, bias_BNTS)[0], -1).astype(v.dtype)
     out = _by_token(_batched(shares, v, 3, 2).astype(q_BTNH.dtype), t)
     return out + add(shares.reshape(b, n, t, -1)).astype(out.dtype)
 
 
-def _scores(q, k, mask_BTS, bias_BNTS):
-    """(B, K, G T, S) in float32 (or wider): what a query may not see is far below what it may."""
+def _scores(q, k, mask_BTS, bias_BNTS, softcap=0.0):
+    """(B, K, G T, S) in float32 (or wider), and their slope by q k / sqrt(H), or None for 1.
+
+    What a query may not see is far below what it may.
+    """
     b, t, s = mask_BTS.shape
-    scores = (_batched(q, k, 3, 3) * q.shape[-1] ** -0.5).reshape(b, -1, t, s)
+    products, slope = _batched(q, k, 3, 3) * q.shape[-1] ** -0.5, None
+    if softcap:
+        share = jnp.tanh(products / softcap)
+        products, slope = softcap * share, 1 - jnp.square(share)
+    scores = products.reshape(b, -1, t, s)
     if bias_BNTS is not None:
         scores += bias_BNTS
-    return (scores + jnp.where(mask_BTS, 0.0, -1e30)[:, None]).reshape(b, k.shape[1], -1, s)
+    return (scores + jnp.where(mask_BTS, 0.0, -1e30)[:, None]).reshape(b, k.shape[1], -1, s), slope
 
 
 def _batched(a, b, a_axis, b_axis):

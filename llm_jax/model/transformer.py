@@ -32,7 +32,7 @@ REMAT = {
 
 
 class Layer(Module):
-    """One pre-norm block: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """One block: attention, then the MLP, each added to what comes in; `model.norm_place` says where norms stand."""
 
     kind: str = "global"
 
@@ -40,11 +40,26 @@ class Layer(Module):
     def __call__(self, x_BTD, queries, keys, bias, cache, index):
         c = self.config
         window = c.window if self.kind == "local" else None
-        update, cache = Attention(c, window, name="attention")(
-            Norm(c, name="attention_norm")(x_BTD), queries, keys, bias, cache, index
-        )
+        attention, mlp = Attention(c, window, name="attention"), MLP(c, name="mlp")
+        place = choice("model.norm_place", c.norm_place, ("pre", "post", "both"))
+        if c.parallel:
+            if place != "pre":
+                raise UserError(f"model.parallel=True needs model.norm_place=pre, not {place}")
+            normed = Norm(c, name="attention_norm")(x_BTD)
+            update, cache = attention(normed, queries, keys, bias, cache, index)
+            return x_BTD + update + mlp(normed), cache
+        if place == "post":
+            update, cache = attention(x_BTD, queries, keys, bias, cache, index)
+            x_BTD = Norm(c, name="attention_norm")(x_BTD + update)
+            return Norm(c, name="mlp_norm")(x_BTD + mlp(x_BTD)), cache
+        update, cache = attention(Norm(c, name="attention_norm")(x_BTD), queries, keys, bias, cache, index)
+        if place == "both":
+            update = Norm(c, name="attention_post_norm")(update)
         x_BTD = x_BTD + update
-        return x_BTD + MLP(c, name="mlp")(Norm(c, name="mlp_norm")(x_BTD)), cache
+        update = mlp(Norm(c, name="mlp_norm")(x_BTD))
+        if place == "both":
+            update = Norm(c, name="mlp_post_norm")(update)
+        return x_BTD + update, cache
 
 
 class Block(Module):
@@ -104,12 +119,20 @@ class Embed(Module):
         self.own = {
             name: self.weight(f"position_{name}", normal, shape) for name, shape in self.scheme.declare().items()
         }
+        if c.num_types:
+            self.types = self.weight("types", normal, (c.num_types, c.width))
+        if c.embed_norm:
+            self.norm = Norm(c)
 
-    def __call__(self, tokens_BT: jax.Array, where: Tokens) -> jax.Array:
+    def __call__(self, tokens_BT: jax.Array, where: Tokens, types_BT: jax.Array | None) -> jax.Array:
         x_BTD = weights.take(self.table, tokens_BT).astype(self.config.precision.compute)
         if self.config.scale_embeddings:
             x_BTD *= self.config.width**0.5
-        return self.scheme.embed(x_BTD, where.positions, self.own)
+        x_BTD = self.scheme.embed(x_BTD, where.positions, self.own)
+        if self.config.num_types:
+            types_BT = jnp.zeros_like(tokens_BT) if types_BT is None else types_BT
+            x_BTD += weights.take(self.types, types_BT).astype(x_BTD.dtype)
+        return self.norm(x_BTD) if self.config.embed_norm else x_BTD
 
     def bias(self, queries: Tokens, keys: Tokens) -> jax.Array | None:
         return self.scheme.bias(queries.positions, keys.positions, self.own)
@@ -121,6 +144,16 @@ class Head(Module):
     def setup(self) -> None:
         c = self.config
         self.kernel = self.weight("kernel", nn.initializers.normal(0.02), (c.width, c.vocab_size))
+        if c.head_bias:
+            self.bias = self.weight("kernel_bias", nn.initializers.zeros, (c.vocab_size,))
+
+
+class Pooler(Module):
+    """tanh(W x + b) of the first token (Devlin et al. 2019, arXiv:1810.04805)."""
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        return jnp.tanh(self.linear(x_BTD[:, 0], "kernel", self.config.width, bias=True))
 
 
 class Transformer(Module):
@@ -130,18 +163,29 @@ class Transformer(Module):
         c = self.config
         self.embed = Embed(c)
         self.layers = Layers(c)
-        self.final_norm = Norm(c)
+        if c.norm_place != "post":
+            self.final_norm = Norm(c)
         if not c.tie_head:
             self.head = Head(c)
+        elif c.head_bias:
+            raise UserError("model.head_bias=True needs model.tie_head=False")
+        if c.pooler:
+            self.pooler = Pooler(c)
 
     def __call__(self, tokens_BT: jax.Array, where: Tokens | None = None, cache: Cache | None = None) -> Any:
         """int32 (B, T) -> logits (B, T, V); with a cache, (logits, updated cache). See `features`."""
         x_BTD, updated = self.features(tokens_BT, where, cache)
         logits = self.logits(x_BTD)
+        if self.is_initializing() and self.config.pooler:
+            self.pooler(x_BTD)
         return logits if cache is None else (logits, updated)
 
     def features(
-        self, tokens_BT: jax.Array, where: Tokens | None = None, cache: Cache | None = None
+        self,
+        tokens_BT: jax.Array,
+        where: Tokens | None = None,
+        cache: Cache | None = None,
+        types_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """int32 (B, T) -> (final normed features (B, T, D) in the compute dtype, updated cache or None).
 
@@ -149,26 +193,35 @@ class Transformer(Module):
           where: positions and segments of the tokens; by default one segment from position 0.
           cache: from `init_cache` or an earlier call; the tokens go to its next slots. The caller
             sees to it that they fit, here and in `positions.max_length`.
+          types_BT: int32, which sentence a token is of, in a model with `num_types`; by default the first.
         """
         where = consecutive(tokens_BT) if where is None else where
         keys = where
         if cache is not None:
             start = (0, cache.index)
             keys = jax.tree.map(lambda slots, new: jax.lax.dynamic_update_slice(slots, new, start), cache.tokens, where)
-        x_BTD, bias = self.embed(tokens_BT, where), self.embed.bias(where, keys)
-        if cache is None:
-            return self.final_norm(self.layers(x_BTD, where, keys, bias, None, None)[0]), None
-        x_BTD, layers = self.layers(x_BTD, where, keys, bias, cache.layers, cache.index)
-        return self.final_norm(x_BTD), Cache(keys, cache.index + tokens_BT.shape[1], layers)
+        x_BTD, bias = self.embed(tokens_BT, where, types_BT), self.embed.bias(where, keys)
+        of_layers, index = (cache.layers, cache.index) if cache is not None else (None, None)
+        x_BTD, of_layers = self.layers(x_BTD, where, keys, bias, of_layers, index)
+        if self.config.norm_place != "post":
+            x_BTD = self.final_norm(x_BTD)
+        return x_BTD, cache and Cache(keys, cache.index + tokens_BT.shape[1], of_layers)
+
+    def pooled(self, x_BTD: jax.Array) -> jax.Array:
+        """Features (B, T, D) -> what the pooler makes of the first token, (B, D)."""
+        return self.pooler(x_BTD)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Features (B, T, D) -> logits (B, T, V) in the output dtype."""
         c = self.config
         tied = c.tie_head
         table = self.embed.table if tied else self.head.kernel
-        return weights.dot(
+        logits = weights.dot(
             x_BTD, table, transposed=tied, out_dtype=c.precision.output, accumulate=c.precision.accumulate
         )
+        if c.head_bias:
+            logits += weights.dense(self.head.bias).astype(logits.dtype)
+        return c.logit_softcap * jnp.tanh(logits / c.logit_softcap) if c.logit_softcap else logits
 
 
 def consecutive(tokens_BT: jax.Array) -> Tokens:

@@ -1,0 +1,1 @@
+"""Other people's checkpoints: Hugging Face directories and GGUF files, in and out."""

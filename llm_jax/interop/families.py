@@ -1,0 +1,547 @@
+"""Model families of Hugging Face: what their config.json means, and one bijective table of names each.
+
+To add a family: write its table of names (ours -> theirs), a function from config.json to changes of
+`ModelConfig`, and name both in `FAMILIES`; `tests/interop` then wants a golden of a tiny model.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from llm_jax import config as config_lib
+from llm_jax.config import ModelConfig
+from llm_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Their:
+    """A tensor of theirs, and how ours is made of it.
+
+    Attributes:
+      name: "{i}" is the layer.
+      turned: theirs is (out, in).
+      plus: ours is theirs plus this (Gemma's norms multiply by 1 + w).
+      part: (i, n): ours is the i-th of n equal parts of the last axis.
+    """
+
+    name: str
+    turned: bool = False
+    plus: float = 0.0
+    part: tuple[int, int] = (0, 1)
+
+
+Names = Mapping[str, Their]
+
+
+def _linear(pairs: Mapping[str, str], turned: bool = True) -> dict[str, Their]:
+    """Weights and biases: ours -> the stem of theirs."""
+    weights = {ours: Their(f"{theirs}.weight", turned) for ours, theirs in pairs.items()}
+    return weights | {f"{ours}_bias": Their(f"{theirs}.bias") for ours, theirs in pairs.items()}
+
+
+def _norms(pairs: Mapping[str, str], plus: float = 0.0) -> dict[str, Their]:
+    scales = {f"{ours}/scale": Their(f"{theirs}.weight", plus=plus) for ours, theirs in pairs.items()}
+    return scales | {f"{ours}/bias": Their(f"{theirs}.bias") for ours, theirs in pairs.items()}
+
+
+_LAYER, _THEIRS = "layers/{i}", "model.layers.{i}"
+_PROJECTIONS = {f"{_LAYER}/attention/{n}": f"{_THEIRS}.self_attn.{n[0]}_proj" for n in ("query", "key", "value")}
+_GATED = {f"{_LAYER}/mlp/{n}": f"{_THEIRS}.mlp.{n}_proj" for n in ("gate", "up", "down")}
+_LLAMA: Names = {
+    "embed/table": Their("model.embed_tokens.weight"),
+    **_linear(_PROJECTIONS | {f"{_LAYER}/attention/out": f"{_THEIRS}.self_attn.o_proj"} | _GATED),
+    **_norms(
+        {
+            f"{_LAYER}/attention_norm": f"{_THEIRS}.input_layernorm",
+            f"{_LAYER}/mlp_norm": f"{_THEIRS}.post_attention_layernorm",
+            f"{_LAYER}/attention/query_norm": f"{_THEIRS}.self_attn.q_norm",
+            f"{_LAYER}/attention/key_norm": f"{_THEIRS}.self_attn.k_norm",
+            "final_norm": "model.norm",
+        }
+    ),
+    "head/kernel": Their("lm_head.weight", turned=True),
+}
+_GEMMA: Names = dict(_LLAMA) | _norms(
+    {
+        f"{_LAYER}/attention_norm": f"{_THEIRS}.input_layernorm",
+        f"{_LAYER}/attention_post_norm": f"{_THEIRS}.post_attention_layernorm",
+        f"{_LAYER}/mlp_norm": f"{_THEIRS}.pre_feedforward_layernorm",
+        f"{_LAYER}/mlp_post_norm": f"{_THEIRS}.post_feedforward_layernorm",
+        f"{_LAYER}/attention/query_norm": f"{_THEIRS}.self_attn.q_norm",
+        f"{_LAYER}/attention/key_norm": f"{_THEIRS}.self_attn.k_norm",
+        "final_norm": "model.norm",
+    },
+    plus=1.0,
+)
+_PHI: Names = {
+    "embed/table": Their("model.embed_tokens.weight"),
+    **_linear(
+        _PROJECTIONS
+        | {
+            f"{_LAYER}/attention/out": f"{_THEIRS}.self_attn.dense",
+            f"{_LAYER}/mlp/up": f"{_THEIRS}.mlp.fc1",
+            f"{_LAYER}/mlp/down": f"{_THEIRS}.mlp.fc2",
+            "head/kernel": "lm_head",
+        }
+    ),
+    **_norms({f"{_LAYER}/attention_norm": f"{_THEIRS}.input_layernorm", "final_norm": "model.final_layernorm"}),
+}
+_QKV = ("query", "key", "value")
+_GPT2: Names = {
+    "embed/table": Their("transformer.wte.weight"),
+    "embed/position_table": Their("transformer.wpe.weight"),
+    **{
+        f"{_LAYER}/attention/{n}{ours}": Their(f"transformer.h.{{i}}.attn.c_attn.{theirs}", part=(i, 3))
+        for i, n in enumerate(_QKV)
+        for ours, theirs in (("", "weight"), ("_bias", "bias"))
+    },
+    **_linear(
+        {
+            f"{_LAYER}/attention/out": "transformer.h.{i}.attn.c_proj",
+            f"{_LAYER}/mlp/up": "transformer.h.{i}.mlp.c_fc",
+            f"{_LAYER}/mlp/down": "transformer.h.{i}.mlp.c_proj",
+        },
+        turned=False,
+    ),
+    **_norms(
+        {
+            f"{_LAYER}/attention_norm": "transformer.h.{i}.ln_1",
+            f"{_LAYER}/mlp_norm": "transformer.h.{i}.ln_2",
+            "final_norm": "transformer.ln_f",
+        }
+    ),
+    "head/kernel": Their("lm_head.weight", turned=True),
+}
+_BERT: Names = {
+    "embed/table": Their("embeddings.word_embeddings.weight"),
+    "embed/position_table": Their("embeddings.position_embeddings.weight"),
+    "embed/types": Their("embeddings.token_type_embeddings.weight"),
+    **_linear(
+        {f"{_LAYER}/attention/{n}": f"encoder.layer.{{i}}.attention.self.{n}" for n in _QKV}
+        | {
+            f"{_LAYER}/attention/out": "encoder.layer.{i}.attention.output.dense",
+            f"{_LAYER}/mlp/up": "encoder.layer.{i}.intermediate.dense",
+            f"{_LAYER}/mlp/down": "encoder.layer.{i}.output.dense",
+            "pooler/kernel": "pooler.dense",
+        }
+    ),
+    **_norms(
+        {
+            "embed/norm": "embeddings.LayerNorm",
+            f"{_LAYER}/attention_norm": "encoder.layer.{i}.attention.output.LayerNorm",
+            f"{_LAYER}/mlp_norm": "encoder.layer.{i}.output.LayerNorm",
+        }
+    ),
+}
+
+# Theirs -> ours; the first of theirs is what is written.
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu",
+    "gelu_new": "gelu",
+    "gelu": "gelu_exact",
+    "relu": "relu",
+}
+LAYERS = {"full_attention": "global", "sliding_attention": "local"}
+
+Read = Callable[[Mapping[str, Any]], dict[str, Any]]
+Write = Callable[[ModelConfig], dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """How a model_type of Hugging Face is read and written.
+
+    Attributes:
+      architecture: the class that `transformers` builds.
+      names: our paths -> their tensors.
+      read: config.json -> changes of the neutral `ModelConfig` ("position.x" for what is below it).
+      write: the inverse.
+      prefix: what stands before the names of theirs in files of a head-less or a whole model; either is read.
+    """
+
+    architecture: str
+    names: Names
+    read: Read
+    write: Write
+    prefix: str = ""
+
+
+def _period(kinds: list[str]) -> tuple[str, ...]:
+    """The shortest pattern that gives `kinds` when repeated."""
+    return next(
+        tuple(kinds[:p]) for p in range(1, len(kinds) + 1) if all(k == kinds[i % p] for i, k in enumerate(kinds))
+    )
+
+
+def _pattern(c: Mapping[str, Any], kinds: list[str]) -> dict[str, Any]:
+    """Which layers slide: by `layer_types` if config.json has it, else `kinds`."""
+    said = c.get("layer_types")
+    try:
+        kinds = [LAYERS[kind] for kind in said] if said else kinds
+    except KeyError as error:
+        raise UserError(f"config.json: layer_types has {error}; expected {' or '.join(LAYERS)}") from error
+    window = c.get("sliding_window")
+    return {"layer_pattern": _period(kinds)} | ({"window": window} if "local" in kinds else {})
+
+
+def rope(c: Mapping[str, Any], said: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The rotary settings of config.json: rope_theta and rope_scaling, or all in rope_parameters."""
+    said = dict(said or c.get("rope_parameters") or c.get("rope_scaling") or {})
+    kind = said.get("rope_type", said.get("type", "default"))
+    base = said.get("rope_theta", c.get("rope_theta", 10000.0))
+    found = {"position.kind": "rope", "position.base": float(base)}
+    fraction = said.get("partial_rotary_factor", c.get("partial_rotary_factor"))
+    if fraction is not None:
+        found["position.fraction"] = float(fraction)
+    original = said.get("original_max_position_embeddings") or c.get("max_position_embeddings")
+    settings: dict[str, dict[str, Any]] = {
+        "default": {},
+        "linear": {"scaling": "linear"},
+        "dynamic": {"scaling": "dynamic", "original_length": c.get("max_position_embeddings")},
+        "yarn": {
+            "scaling": "yarn",
+            "original_length": original,
+            "beta_fast": float(said.get("beta_fast") or 32.0),
+            "beta_slow": float(said.get("beta_slow") or 1.0),
+        },
+        "llama3": {
+            "scaling": "llama3",
+            "original_length": original,
+            "low_frequency": float(said.get("low_freq_factor", 1.0)),
+            "high_frequency": float(said.get("high_freq_factor", 4.0)),
+        },
+    }
+    if kind not in settings:
+        raise UserError(f"config.json: rope_type is {kind!r}; expected one of {', '.join(settings)}")
+    if kind != "default":
+        found["position.factor"] = float(said.get("factor", 1.0))
+    if kind == "yarn" and said.get("attention_factor") is not None:
+        raise UserError("config.json: yarn with an attention_factor of its own is not supported")
+    return found | {f"position.{key}": value for key, value in settings[kind].items()}
+
+
+def write_rope(m: ModelConfig) -> dict[str, Any]:
+    """The inverse of `rope`, in the older form, which every version of transformers reads."""
+    p = m.position
+    found: dict[str, Any] = {"rope_theta": p.base}
+    if p.scaling == "none":
+        return found
+    said: dict[str, Any] = {"rope_type": p.scaling, "factor": p.factor}
+    if p.scaling == "dynamic":
+        found["max_position_embeddings"] = p.original_length
+    if p.scaling in ("yarn", "llama3"):
+        said["original_max_position_embeddings"] = p.original_length
+    if p.scaling == "yarn":
+        said |= {"beta_fast": p.beta_fast, "beta_slow": p.beta_slow}
+    if p.scaling == "llama3":
+        said |= {"low_freq_factor": p.low_frequency, "high_freq_factor": p.high_frequency}
+    if p.scaling == "ntk":
+        raise UserError("model.position.scaling=ntk has no name in Hugging Face's config.json; it cannot be written")
+    return found | {"rope_scaling": said}
+
+
+def _llama(c: Mapping[str, Any]) -> dict[str, Any]:
+    if bool(c.get("attention_bias")) != bool(c.get("mlp_bias")):
+        raise UserError("config.json: attention_bias without mlp_bias (or the reverse) is not supported")
+    return {
+        "width": c["hidden_size"],
+        "num_layers": c["num_hidden_layers"],
+        "num_heads": c["num_attention_heads"],
+        "num_kv_heads": c.get("num_key_value_heads") or c["num_attention_heads"],
+        "head_width": c.get("head_dim") or 0,
+        "mlp_width": c["intermediate_size"],
+        "activation": c.get("hidden_act") or c.get("hidden_activation") or "silu",
+        "norm_eps": float(c.get("rms_norm_eps", 1e-6)),
+        "bias": bool(c.get("attention_bias")),
+        "position.max_length": c.get("max_position_embeddings", 2048),
+        **rope(c),
+    }
+
+
+def _mistral(c: Mapping[str, Any]) -> dict[str, Any]:
+    kind = "local" if c.get("sliding_window") else "global"
+    return _llama(c) | _pattern(c, [kind] * c["num_hidden_layers"])
+
+
+def _qwen2(c: Mapping[str, Any]) -> dict[str, Any]:
+    layers, full = c["num_hidden_layers"], c.get("max_window_layers", c["num_hidden_layers"])
+    slides = bool(c.get("use_sliding_window")) and bool(c.get("sliding_window"))
+    kinds = ["local" if slides and i >= full else "global" for i in range(layers)]
+    return _llama(c) | _pattern(c, kinds) | {"qkv_bias": True}
+
+
+def _qwen3(c: Mapping[str, Any]) -> dict[str, Any]:
+    return _qwen2(c) | {"qkv_bias": False, "qk_norm": True, "head_width": c.get("head_dim") or 128}
+
+
+def _gemma(c: Mapping[str, Any]) -> dict[str, Any]:
+    return _llama(c) | {
+        "activation": c.get("hidden_activation") or "gelu_pytorch_tanh",
+        "head_width": c.get("head_dim") or 256,
+        "scale_embeddings": True,
+        "norm_place": "both",
+        "attention_scale": float(c.get("query_pre_attn_scalar", 256)) ** -0.5,
+        "logit_softcap": float(c.get("final_logit_softcapping") or 0.0),
+        "attention_softcap": float(c.get("attn_logit_softcapping") or 0.0),
+    }
+
+
+def _gemma2(c: Mapping[str, Any]) -> dict[str, Any]:
+    kinds = ["local" if i % 2 == 0 else "global" for i in range(c["num_hidden_layers"])]
+    return _gemma(c) | _pattern(c, kinds)
+
+
+def _gemma3(c: Mapping[str, Any]) -> dict[str, Any]:
+    every = c.get("sliding_window_pattern") or c.get("_sliding_window_pattern") or 6
+    kinds = ["global" if (i + 1) % every == 0 else "local" for i in range(c["num_hidden_layers"])]
+    said = c.get("rope_parameters") or {}
+    if "full_attention" in said:
+        whole = rope(c, said["full_attention"])
+        local = said["sliding_attention"]["rope_theta"]
+    else:
+        whole, local = rope({"rope_theta": 1e6} | dict(c)), c.get("rope_local_base_freq", 10000.0)
+    return (
+        _gemma({**c, "rope_parameters": {}, "rope_scaling": {}})
+        | _pattern(c, kinds)
+        | whole
+        | {
+            "qk_norm": True,
+            "position.local_base": float(local),
+        }
+    )
+
+
+def _phi(c: Mapping[str, Any]) -> dict[str, Any]:
+    if c.get("qk_layernorm"):
+        raise UserError("config.json: phi with qk_layernorm is not supported")
+    return {
+        **_llama(c),
+        "mlp": "plain",
+        "norm": "layer",
+        "norm_eps": float(c.get("layer_norm_eps", 1e-5)),
+        "parallel": True,
+        "bias": True,
+        "head_bias": True,
+        "position.fraction": 0.5,
+        **rope(c),
+    }
+
+
+def _gpt2(c: Mapping[str, Any]) -> dict[str, Any]:
+    if c.get("scale_attn_by_inverse_layer_idx") or not c.get("scale_attn_weights", True):
+        raise UserError("config.json: scores that are not scaled by 1 / sqrt(head width) are not supported")
+    return {
+        "width": c["n_embd"],
+        "num_layers": c["n_layer"],
+        "num_heads": c["n_head"],
+        "num_kv_heads": c["n_head"],
+        "mlp": "plain",
+        "mlp_width": c.get("n_inner") or 4 * c["n_embd"],
+        "activation": c.get("activation_function", "gelu_new"),
+        "norm": "layer",
+        "norm_eps": float(c.get("layer_norm_epsilon", 1e-5)),
+        "bias": True,
+        "position.kind": "learned",
+        "position.max_length": c["n_positions"],
+    }
+
+
+def _bert(c: Mapping[str, Any]) -> dict[str, Any]:
+    if c.get("position_embedding_type", "absolute") != "absolute":
+        raise UserError("config.json: only position_embedding_type=absolute is supported")
+    return {
+        "width": c["hidden_size"],
+        "num_layers": c["num_hidden_layers"],
+        "num_heads": c["num_attention_heads"],
+        "num_kv_heads": c["num_attention_heads"],
+        "mlp": "plain",
+        "mlp_width": c["intermediate_size"],
+        "activation": c["hidden_act"],
+        "norm": "layer",
+        "norm_eps": float(c["layer_norm_eps"]),
+        "norm_place": "post",
+        "embed_norm": True,
+        "num_types": c["type_vocab_size"],
+        "pooler": True,
+        "bias": True,
+        "causal": False,
+        "tie_head": True,
+        "position.kind": "learned",
+        "position.max_length": c["max_position_embeddings"],
+    }
+
+
+def _write_common(m: ModelConfig) -> dict[str, Any]:
+    from llm_jax.model import stages
+
+    kinds = [{ours: theirs for theirs, ours in LAYERS.items()}[kind] for kind in stages.layer_kinds(m)]
+    return {
+        "hidden_size": m.width,
+        "num_hidden_layers": m.num_layers,
+        "num_attention_heads": m.num_heads,
+        "num_key_value_heads": m.num_kv_heads,
+        "intermediate_size": m.mlp_width,
+        "hidden_act": _their_activation(m),
+        "rms_norm_eps": m.norm_eps,
+        "layer_types": kinds,
+        "sliding_window": m.window if "sliding_attention" in kinds else None,
+        "max_position_embeddings": m.position.max_length,
+        **({"head_dim": m.head_width} if m.head_width else {}),
+        **write_rope(m),
+    }
+
+
+def _their_activation(m: ModelConfig) -> str:
+    return next(theirs for theirs, ours in ACTIVATIONS.items() if ours == m.activation)
+
+
+def _write_llama(m: ModelConfig) -> dict[str, Any]:
+    return _write_common(m) | {"attention_bias": m.bias, "mlp_bias": m.bias}
+
+
+def _write_qwen(m: ModelConfig) -> dict[str, Any]:
+    slides = "local" in m.layer_pattern
+    return _write_common(m) | {"use_sliding_window": slides, "attention_bias": False}
+
+
+def _write_gemma(m: ModelConfig) -> dict[str, Any]:
+    common = _write_common(m)
+    if m.position.local_base:
+        common |= {"rope_local_base_freq": m.position.local_base}
+    return common | {
+        "hidden_activation": common.pop("hidden_act"),
+        "query_pre_attn_scalar": round(m.attention_scale**-2, 6),
+        "final_logit_softcapping": m.logit_softcap or None,
+        "attn_logit_softcapping": m.attention_softcap or None,
+        "attention_bias": False,
+    }
+
+
+def _write_phi(m: ModelConfig) -> dict[str, Any]:
+    return _write_common(m) | {"partial_rotary_factor": m.position.fraction, "layer_norm_eps": m.norm_eps}
+
+
+def _write_gpt2(m: ModelConfig) -> dict[str, Any]:
+    return {
+        "n_embd": m.width,
+        "n_layer": m.num_layers,
+        "n_head": m.num_heads,
+        "n_inner": m.mlp_width,
+        "n_positions": m.position.max_length,
+        "activation_function": "gelu_new" if m.activation == "gelu" else _their_activation(m),
+        "layer_norm_epsilon": m.norm_eps,
+    }
+
+
+def _write_bert(m: ModelConfig) -> dict[str, Any]:
+    return {
+        "hidden_size": m.width,
+        "num_hidden_layers": m.num_layers,
+        "num_attention_heads": m.num_heads,
+        "intermediate_size": m.mlp_width,
+        "hidden_act": _their_activation(m),
+        "layer_norm_eps": m.norm_eps,
+        "type_vocab_size": m.num_types,
+        "max_position_embeddings": m.position.max_length,
+    }
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family("LlamaForCausalLM", _LLAMA, _llama, _write_llama),
+    "mistral": Family("MistralForCausalLM", _LLAMA, _mistral, _write_common),
+    "qwen2": Family("Qwen2ForCausalLM", _LLAMA, _qwen2, _write_qwen),
+    "qwen3": Family("Qwen3ForCausalLM", _LLAMA, _qwen3, _write_qwen),
+    "gemma2": Family("Gemma2ForCausalLM", _GEMMA, _gemma2, _write_gemma),
+    "gemma3_text": Family("Gemma3ForCausalLM", _GEMMA, _gemma3, _write_gemma),
+    "phi": Family("PhiForCausalLM", _PHI, _phi, _write_phi),
+    "gpt2": Family("GPT2LMHeadModel", _GPT2, _gpt2, _write_gpt2, "transformer."),
+    "bert": Family("BertModel", _BERT, _bert, _write_bert, "bert."),
+}
+
+# What the families leave as it is unless they say otherwise.
+NEUTRAL: dict[str, Any] = {
+    "layer_pattern": ("global",),
+    "head_width": 0,
+    "mlp": "gated",
+    "norm": "rms",
+    "norm_place": "pre",
+    "parallel": False,
+    "embed_norm": False,
+    "num_types": 0,
+    "pooler": False,
+    "qk_norm": False,
+    "bias": False,
+    "qkv_bias": False,
+    "head_bias": False,
+    "attention_scale": 0.0,
+    "attention_softcap": 0.0,
+    "logit_softcap": 0.0,
+    "scale_embeddings": False,
+    "causal": True,
+    "scan_layers": False,
+}
+_TIED = {"gpt2": True, "gemma2": True, "gemma3_text": True, "bert": True}  # where config.json does not say
+
+
+def model_config(c: Mapping[str, Any], default: ModelConfig) -> tuple[str, ModelConfig]:
+    """config.json -> (family, the model's config).
+
+    Args:
+      default: what no family has an opinion on (precision, remat, attention) is taken from it.
+
+    Raises:
+      UserError: an unknown family, a key that is missing, or something that the model does not do.
+    """
+    kind = c.get("model_type")
+    if kind not in FAMILIES:
+        raise UserError(f"config.json: model_type is {kind!r}; expected one of {', '.join(FAMILIES)}")
+    try:
+        found = NEUTRAL | {"vocab_size": c["vocab_size"]} | FAMILIES[kind].read(c)
+        found.setdefault("tie_head", c.get("tie_word_embeddings", _TIED.get(kind, False)))
+        activation = found["activation"]
+        found["activation"] = ACTIVATIONS[activation]
+    except KeyError as error:
+        raise UserError(f"config.json of a {kind}: {error} is missing, or not known here") from error
+    below = {key.split(".")[1]: value for key, value in found.items() if "." in key}
+    position = dataclasses.replace(default.position, **_NEUTRAL_POSITION | below)
+    plain = {key: value for key, value in found.items() if "." not in key}
+    # Built anew, so that values of another type or out of range are refused with their names.
+    return kind, config_lib.build(
+        config_lib.as_dict(dataclasses.replace(default, **plain, position=position)), ModelConfig, "model."
+    )
+
+
+_NEUTRAL_POSITION: dict[str, Any] = {
+    "combine": "add",
+    "fraction": 1.0,
+    "interleaved": False,
+    "scaling": "none",
+    "factor": 1.0,
+    "original_length": 0,
+    "local_base": 0.0,
+}
+
+
+def their_config(kind: str, m: ModelConfig) -> dict[str, Any]:
+    """The inverse of `model_config`: what config.json says of the model.
+
+    Raises:
+      UserError: the family cannot hold this model; the first key in which they differ is named.
+    """
+    family = FAMILIES[kind]
+    written = {
+        "model_type": kind,
+        "architectures": [family.architecture],
+        "vocab_size": m.vocab_size,
+        "tie_word_embeddings": m.tie_head,
+        **family.write(m),
+    }
+    _, again = model_config(written, m)
+    before, after = config_lib.flat(m, "model."), config_lib.flat(again, "model.")
+    free = ("model.scan_layers", "model.window")
+    for key, value in before.items():
+        if after[key] != value and key not in free:
+            raise UserError(f"{kind} cannot hold {key}={value!r} (it would be {after[key]!r}); choose another family")
+    return written

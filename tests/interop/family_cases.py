@@ -1,0 +1,24 @@
+"""Weights and inputs of the tiny models, from a frozen generator: what the golden's script and the tests share."""
+
+import numpy as np
+
+LENGTH = 12
+MASK = np.array([[1] * LENGTH, [1] * 9 + [0] * 3])
+
+
+def _draws(name: str) -> np.random.RandomState:
+    return np.random.RandomState(sum(map(ord, name)) % 2**31)
+
+
+def tensors(family: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """{name: float32 array}; norms are near what leaves things as they are."""
+    found = {}
+    for name, shape in sorted(shapes.items()):
+        values = _draws(family + name).standard_normal(shape).astype(np.float32) * np.float32(0.2)
+        norm = name.endswith("weight") and len(shape) == 1
+        found[name] = values + np.float32(norm and "gemma" not in family)
+    return found
+
+
+def ids(family: str) -> np.ndarray:
+    return _draws(family).randint(3, 64, (2, LENGTH))
