@@ -8,7 +8,9 @@ from absl import flags
 from llm_jax import cli
 from llm_jax.errors import UserError
 
-flags.DEFINE_string("checkpoint", None, "a run, or one of its checkpoints", required=True)
+flags.DEFINE_string(
+    "checkpoint", None, "a run, a Hugging Face directory, a .gguf file, asset:NAME or hf:ORG/NAME", required=True
+)
 flags.DEFINE_string("data", "", "text to evaluate on; by default the held-out part of the run's own corpus")
 flags.DEFINE_integer("seq_len", 0, "tokens a window; by default as in training")
 flags.DEFINE_integer("stride", 0, "targets counted in each window, the last ones (a sliding window); 0: all of it")
@@ -19,7 +21,8 @@ flags.DEFINE_boolean("json", False, "print one JSON object and nothing else")
 def main() -> None:
     import jax
 
-    from llm_jax import checkpoint
+    from llm_jax import checkpoint, pretrained
+    from llm_jax.config import DataConfig
     from llm_jax.data import corpus
     from llm_jax.data.rows import Rows
     from llm_jax.model import transformer
@@ -28,15 +31,19 @@ def main() -> None:
     f = flags.FLAGS
     if f.batch_size < 1 or f.seq_len < 0:
         raise UserError(f"--batch_size={f.batch_size} --seq_len={f.seq_len}; expected positive numbers")
-    model, params, tokenizer = checkpoint.load(f.checkpoint, scan_layers=True)
-    config = checkpoint.read_config(checkpoint.find(f.checkpoint))
-    length = f.seq_len or config.train.seq_len
+    path = pretrained.locate(f.checkpoint)
+    model, params, tokenizer = pretrained.load(path, scan_layers=True)
+    if pretrained.is_foreign(path):
+        if not f.data:
+            raise UserError(f"{f.checkpoint} names no corpus of its own; give --data=FILE")
+        data, length = DataConfig(f.data, 0.0, ""), f.seq_len or 512
+    else:
+        config = checkpoint.read_config(checkpoint.find(path))
+        data, length = config.data, f.seq_len or config.train.seq_len
     transformer.check_length(model.config, length)
     if not 0 <= f.stride <= length:
         raise UserError(f"--stride={f.stride}; expected 0 to the window of {length} tokens")
-    source = corpus.Source(
-        dataclasses.replace(config.data, source=f.data) if f.data else config.data, whole=bool(f.data)
-    )
+    source = corpus.Source(dataclasses.replace(data, source=f.data) if f.data else data, whole=bool(f.data))
     split = source.corpus(tokenizer).validation
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     loss = jax.jit(lambda params, batch: losses.language_model(model, params, batch, 0))
@@ -46,7 +53,7 @@ def main() -> None:
         return
     packed = ", ".join(f"{name} {value:.3f}" for name, value in source.compressed_bits_per_byte().items())
     print(
-        f"{f.data or config.data.source}: {split.num_bytes:,} bytes, "
+        f"{f.data or data.source}: {split.num_bytes:,} bytes, "
         f"{found['tokens']:,.0f} tokens in windows of {length}{f', {f.stride} counted in each' if f.stride else ''}\n"
         f"loss {found['loss']:.4f} nats a token, perplexity {found['perplexity']:.2f}\n"
         f"{found['bits_per_byte']:.3f} bits per byte ({packed})"

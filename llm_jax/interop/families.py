@@ -1,6 +1,6 @@
-"""Model families of Hugging Face: what their config.json means, and one bijective table of names each.
+"""Model families of Hugging Face: what their config.json means.
 
-To add a family: write its table of names (ours -> theirs), a function from config.json to changes of
+To add a family: write its table of names (ours -> theirs, in `names.py`), a function from config.json to changes of
 `ModelConfig`, and name both in `FAMILIES`; `tests/interop` then wants a golden of a tiny model.
 """
 
@@ -9,130 +9,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from llm_jax import config as config_lib
-from llm_jax.config import ModelConfig
+from llm_jax.config import ModelConfig, PositionConfig, PrecisionConfig
 from llm_jax.errors import UserError
-
-
-@dataclasses.dataclass(frozen=True)
-class Their:
-    """A tensor of theirs, and how ours is made of it.
-
-    Attributes:
-      name: "{i}" is the layer.
-      turned: theirs is (out, in).
-      plus: ours is theirs plus this (Gemma's norms multiply by 1 + w).
-      part: (i, n): ours is the i-th of n equal parts of the last axis.
-    """
-
-    name: str
-    turned: bool = False
-    plus: float = 0.0
-    part: tuple[int, int] = (0, 1)
-
-
-Names = Mapping[str, Their]
-
-
-def _linear(pairs: Mapping[str, str], turned: bool = True) -> dict[str, Their]:
-    """Weights and biases: ours -> the stem of theirs."""
-    weights = {ours: Their(f"{theirs}.weight", turned) for ours, theirs in pairs.items()}
-    return weights | {f"{ours}_bias": Their(f"{theirs}.bias") for ours, theirs in pairs.items()}
-
-
-def _norms(pairs: Mapping[str, str], plus: float = 0.0) -> dict[str, Their]:
-    scales = {f"{ours}/scale": Their(f"{theirs}.weight", plus=plus) for ours, theirs in pairs.items()}
-    return scales | {f"{ours}/bias": Their(f"{theirs}.bias") for ours, theirs in pairs.items()}
-
-
-_LAYER, _THEIRS = "layers/{i}", "model.layers.{i}"
-_PROJECTIONS = {f"{_LAYER}/attention/{n}": f"{_THEIRS}.self_attn.{n[0]}_proj" for n in ("query", "key", "value")}
-_GATED = {f"{_LAYER}/mlp/{n}": f"{_THEIRS}.mlp.{n}_proj" for n in ("gate", "up", "down")}
-_LLAMA: Names = {
-    "embed/table": Their("model.embed_tokens.weight"),
-    **_linear(_PROJECTIONS | {f"{_LAYER}/attention/out": f"{_THEIRS}.self_attn.o_proj"} | _GATED),
-    **_norms(
-        {
-            f"{_LAYER}/attention_norm": f"{_THEIRS}.input_layernorm",
-            f"{_LAYER}/mlp_norm": f"{_THEIRS}.post_attention_layernorm",
-            f"{_LAYER}/attention/query_norm": f"{_THEIRS}.self_attn.q_norm",
-            f"{_LAYER}/attention/key_norm": f"{_THEIRS}.self_attn.k_norm",
-            "final_norm": "model.norm",
-        }
-    ),
-    "head/kernel": Their("lm_head.weight", turned=True),
-}
-_GEMMA: Names = dict(_LLAMA) | _norms(
-    {
-        f"{_LAYER}/attention_norm": f"{_THEIRS}.input_layernorm",
-        f"{_LAYER}/attention_post_norm": f"{_THEIRS}.post_attention_layernorm",
-        f"{_LAYER}/mlp_norm": f"{_THEIRS}.pre_feedforward_layernorm",
-        f"{_LAYER}/mlp_post_norm": f"{_THEIRS}.post_feedforward_layernorm",
-        f"{_LAYER}/attention/query_norm": f"{_THEIRS}.self_attn.q_norm",
-        f"{_LAYER}/attention/key_norm": f"{_THEIRS}.self_attn.k_norm",
-        "final_norm": "model.norm",
-    },
-    plus=1.0,
-)
-_PHI: Names = {
-    "embed/table": Their("model.embed_tokens.weight"),
-    **_linear(
-        _PROJECTIONS
-        | {
-            f"{_LAYER}/attention/out": f"{_THEIRS}.self_attn.dense",
-            f"{_LAYER}/mlp/up": f"{_THEIRS}.mlp.fc1",
-            f"{_LAYER}/mlp/down": f"{_THEIRS}.mlp.fc2",
-            "head/kernel": "lm_head",
-        }
-    ),
-    **_norms({f"{_LAYER}/attention_norm": f"{_THEIRS}.input_layernorm", "final_norm": "model.final_layernorm"}),
-}
-_QKV = ("query", "key", "value")
-_GPT2: Names = {
-    "embed/table": Their("transformer.wte.weight"),
-    "embed/position_table": Their("transformer.wpe.weight"),
-    **{
-        f"{_LAYER}/attention/{n}{ours}": Their(f"transformer.h.{{i}}.attn.c_attn.{theirs}", part=(i, 3))
-        for i, n in enumerate(_QKV)
-        for ours, theirs in (("", "weight"), ("_bias", "bias"))
-    },
-    **_linear(
-        {
-            f"{_LAYER}/attention/out": "transformer.h.{i}.attn.c_proj",
-            f"{_LAYER}/mlp/up": "transformer.h.{i}.mlp.c_fc",
-            f"{_LAYER}/mlp/down": "transformer.h.{i}.mlp.c_proj",
-        },
-        turned=False,
-    ),
-    **_norms(
-        {
-            f"{_LAYER}/attention_norm": "transformer.h.{i}.ln_1",
-            f"{_LAYER}/mlp_norm": "transformer.h.{i}.ln_2",
-            "final_norm": "transformer.ln_f",
-        }
-    ),
-    "head/kernel": Their("lm_head.weight", turned=True),
-}
-_BERT: Names = {
-    "embed/table": Their("embeddings.word_embeddings.weight"),
-    "embed/position_table": Their("embeddings.position_embeddings.weight"),
-    "embed/types": Their("embeddings.token_type_embeddings.weight"),
-    **_linear(
-        {f"{_LAYER}/attention/{n}": f"encoder.layer.{{i}}.attention.self.{n}" for n in _QKV}
-        | {
-            f"{_LAYER}/attention/out": "encoder.layer.{i}.attention.output.dense",
-            f"{_LAYER}/mlp/up": "encoder.layer.{i}.intermediate.dense",
-            f"{_LAYER}/mlp/down": "encoder.layer.{i}.output.dense",
-            "pooler/kernel": "pooler.dense",
-        }
-    ),
-    **_norms(
-        {
-            "embed/norm": "embeddings.LayerNorm",
-            f"{_LAYER}/attention_norm": "encoder.layer.{i}.attention.output.LayerNorm",
-            f"{_LAYER}/mlp_norm": "encoder.layer.{i}.output.LayerNorm",
-        }
-    ),
-}
+from llm_jax.interop import names
 
 # Theirs -> ours; the first of theirs is what is written.
 ACTIVATIONS = {
@@ -162,7 +41,7 @@ class Family:
     """
 
     architecture: str
-    names: Names
+    names: names.Names
     read: Read
     write: Write
     prefix: str = ""
@@ -449,47 +328,78 @@ def _write_bert(m: ModelConfig) -> dict[str, Any]:
 
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family("LlamaForCausalLM", _LLAMA, _llama, _write_llama),
-    "mistral": Family("MistralForCausalLM", _LLAMA, _mistral, _write_common),
-    "qwen2": Family("Qwen2ForCausalLM", _LLAMA, _qwen2, _write_qwen),
-    "qwen3": Family("Qwen3ForCausalLM", _LLAMA, _qwen3, _write_qwen),
-    "gemma2": Family("Gemma2ForCausalLM", _GEMMA, _gemma2, _write_gemma),
-    "gemma3_text": Family("Gemma3ForCausalLM", _GEMMA, _gemma3, _write_gemma),
-    "phi": Family("PhiForCausalLM", _PHI, _phi, _write_phi),
-    "gpt2": Family("GPT2LMHeadModel", _GPT2, _gpt2, _write_gpt2, "transformer."),
-    "bert": Family("BertModel", _BERT, _bert, _write_bert, "bert."),
+    "llama": Family("LlamaForCausalLM", names.LLAMA, _llama, _write_llama),
+    "mistral": Family("MistralForCausalLM", names.LLAMA, _mistral, _write_common),
+    "qwen2": Family("Qwen2ForCausalLM", names.LLAMA, _qwen2, _write_qwen),
+    "qwen3": Family("Qwen3ForCausalLM", names.LLAMA, _qwen3, _write_qwen),
+    "gemma2": Family("Gemma2ForCausalLM", names.GEMMA, _gemma2, _write_gemma),
+    "gemma3_text": Family("Gemma3ForCausalLM", names.GEMMA, _gemma3, _write_gemma),
+    "phi": Family("PhiForCausalLM", names.PHI, _phi, _write_phi),
+    "gpt2": Family("GPT2LMHeadModel", names.GPT2, _gpt2, _write_gpt2, "transformer."),
+    "bert": Family("BertModel", names.BERT, _bert, _write_bert, "bert."),
 }
 
-# What the families leave as it is unless they say otherwise.
-NEUTRAL: dict[str, Any] = {
-    "layer_pattern": ("global",),
-    "head_width": 0,
-    "mlp": "gated",
-    "norm": "rms",
-    "norm_place": "pre",
-    "parallel": False,
-    "embed_norm": False,
-    "num_types": 0,
-    "pooler": False,
-    "qk_norm": False,
-    "bias": False,
-    "qkv_bias": False,
-    "head_bias": False,
-    "attention_scale": 0.0,
-    "attention_softcap": 0.0,
-    "logit_softcap": 0.0,
-    "scale_embeddings": False,
-    "causal": True,
-    "scan_layers": False,
-}
+# What a model is where its family does not say otherwise.
+NEUTRAL = ModelConfig(
+    vocab_size=0,
+    width=1,
+    num_layers=1,
+    causal=True,
+    layer_pattern=("global",),
+    window=1,
+    num_heads=1,
+    num_kv_heads=1,
+    head_width=0,
+    mlp="gated",
+    mlp_width=1,
+    activation="silu",
+    norm="rms",
+    norm_eps=1e-6,
+    norm_place="pre",
+    parallel=False,
+    embed_norm=False,
+    num_types=0,
+    pooler=False,
+    qk_norm=False,
+    bias=False,
+    qkv_bias=False,
+    head_bias=False,
+    attention_scale=0.0,
+    attention_softcap=0.0,
+    logit_softcap=0.0,
+    scale_embeddings=False,
+    tie_head=False,
+    attention="auto",
+    position=PositionConfig(
+        kind="rope",
+        base=10000.0,
+        local_base=0.0,
+        combine="add",
+        width=0,
+        max_length=2048,
+        clip=16,
+        shaw="both",
+        buckets=32,
+        max_distance=128,
+        fraction=1.0,
+        interleaved=False,
+        scaling="none",
+        factor=1.0,
+        original_length=0,
+        beta_fast=32.0,
+        beta_slow=1.0,
+        low_frequency=1.0,
+        high_frequency=4.0,
+    ),
+    precision=PrecisionConfig(params="float32", compute="float32", accumulate="float32", output="float32"),
+    scan_layers=False,
+    remat="none",
+)
 _TIED = {"gpt2": True, "gemma2": True, "gemma3_text": True, "bert": True}  # where config.json does not say
 
 
-def model_config(c: Mapping[str, Any], default: ModelConfig) -> tuple[str, ModelConfig]:
+def model_config(c: Mapping[str, Any]) -> tuple[str, ModelConfig]:
     """config.json -> (family, the model's config).
-
-    Args:
-      default: what no family has an opinion on (precision, remat, attention) is taken from it.
 
     Raises:
       UserError: an unknown family, a key that is missing, or something that the model does not do.
@@ -498,30 +408,19 @@ def model_config(c: Mapping[str, Any], default: ModelConfig) -> tuple[str, Model
     if kind not in FAMILIES:
         raise UserError(f"config.json: model_type is {kind!r}; expected one of {', '.join(FAMILIES)}")
     try:
-        found = NEUTRAL | {"vocab_size": c["vocab_size"]} | FAMILIES[kind].read(c)
+        found = {"vocab_size": c["vocab_size"]} | FAMILIES[kind].read(c)
         found.setdefault("tie_head", c.get("tie_word_embeddings", _TIED.get(kind, False)))
         activation = found["activation"]
         found["activation"] = ACTIVATIONS[activation]
     except KeyError as error:
         raise UserError(f"config.json of a {kind}: {error} is missing, or not known here") from error
     below = {key.split(".")[1]: value for key, value in found.items() if "." in key}
-    position = dataclasses.replace(default.position, **_NEUTRAL_POSITION | below)
+    position = dataclasses.replace(NEUTRAL.position, **below)
     plain = {key: value for key, value in found.items() if "." not in key}
     # Built anew, so that values of another type or out of range are refused with their names.
     return kind, config_lib.build(
-        config_lib.as_dict(dataclasses.replace(default, **plain, position=position)), ModelConfig, "model."
+        config_lib.as_dict(dataclasses.replace(NEUTRAL, **plain, position=position)), ModelConfig, "model."
     )
-
-
-_NEUTRAL_POSITION: dict[str, Any] = {
-    "combine": "add",
-    "fraction": 1.0,
-    "interleaved": False,
-    "scaling": "none",
-    "factor": 1.0,
-    "original_length": 0,
-    "local_base": 0.0,
-}
 
 
 def their_config(kind: str, m: ModelConfig) -> dict[str, Any]:
@@ -538,10 +437,29 @@ def their_config(kind: str, m: ModelConfig) -> dict[str, Any]:
         "tie_word_embeddings": m.tie_head,
         **family.write(m),
     }
-    _, again = model_config(written, m)
+    _, again = model_config(written)
     before, after = config_lib.flat(m, "model."), config_lib.flat(again, "model.")
-    free = ("model.scan_layers", "model.window")
+    free = ("model.scan_layers", "model.window", "model.remat", "model.attention", "model.precision.")
+    unused = _unused(m)
     for key, value in before.items():
-        if after[key] != value and key not in free:
+        if after[key] != value and not key.startswith(free) and key not in unused:
             raise UserError(f"{kind} cannot hold {key}={value!r} (it would be {after[key]!r}); choose another family")
     return written
+
+
+def _unused(m: ModelConfig) -> set[str]:
+    """Keys of `model.position` that say nothing about this model."""
+    p = m.position
+    used = {"kind"} | {
+        "rope": {"base", "local_base", "fraction", "interleaved", "scaling"},
+        "learned": {"combine", "max_length"},
+        "sinusoidal": {"combine", "base"},
+    }.get(p.kind, set())
+    if p.scaling != "none":
+        used |= {"factor"}
+    used |= {
+        "dynamic": {"original_length"},
+        "yarn": {"original_length", "beta_fast", "beta_slow"},
+        "llama3": {"original_length", "low_frequency", "high_frequency"},
+    }.get(p.scaling, set())
+    return {f"model.position.{f.name}" for f in dataclasses.fields(p) if f.name not in used}

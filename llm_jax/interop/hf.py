@@ -5,10 +5,9 @@ import pathlib
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import jax
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -18,7 +17,8 @@ from tqdm import tqdm
 from llm_jax import trees, weights
 from llm_jax.config import ModelConfig
 from llm_jax.errors import UserError
-from llm_jax.interop.families import FAMILIES, Family, Their, model_config, their_config
+from llm_jax.interop import assemble
+from llm_jax.interop.families import FAMILIES, model_config, their_config
 
 # Tensors of theirs that hold no weights, and heads that are not ours.
 _IGNORED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.(masked_)?bias|position_ids)|cls\..*")
@@ -31,8 +31,6 @@ _DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 
-Shardings = Callable[[Any], Any]
-
 
 def is_directory_of(path: pathlib.Path) -> bool:
     """Whether a directory is of this kind (it has a config.json that names a model_type)."""
@@ -42,7 +40,7 @@ def is_directory_of(path: pathlib.Path) -> bool:
         return False
 
 
-def read_config(directory: pathlib.Path, default: ModelConfig) -> tuple[str, ModelConfig]:
+def read_config(directory: pathlib.Path) -> tuple[str, ModelConfig]:
     """(family, the model's config) of a directory. Raises UserError: see `families.model_config`."""
     try:
         said = json.loads((directory / "config.json").read_text())
@@ -51,12 +49,12 @@ def read_config(directory: pathlib.Path, default: ModelConfig) -> tuple[str, Mod
     except (OSError, ValueError) as error:
         raise UserError(f"{directory / 'config.json'}: cannot be read ({error})") from error
     try:
-        return model_config(said, default)
+        return model_config(said)
     except (UserError, TypeError, ValueError) as error:
         raise UserError(f"{directory}: {error}") from error
 
 
-def load_params(directory: pathlib.Path, kind: str, abstract: Any, shardings: Shardings) -> Any:
+def load_params(directory: pathlib.Path, kind: str, abstract: Any, shardings: assemble.Shardings) -> Any:
     """The parameters of a directory, each tensor read when its turn comes and straight to its shards.
 
     Args:
@@ -67,42 +65,16 @@ def load_params(directory: pathlib.Path, kind: str, abstract: Any, shardings: Sh
     Raises:
       UserError: tensors are missing, left over or of another shape (all are named), or a file is damaged.
     """
-    files = _Files(directory)
+    source = _Files(directory)
     family = FAMILIES[kind]
-    wanted = names(family, abstract)
-    known = files.renamed(family.prefix, {their.name for their in wanted.values()})
-    flat, placed = trees.flatten(abstract), trees.flatten(shardings(abstract))
-    tied = {"lm_head.weight"} if "head/kernel" not in flat else set()
-    left = {n for n in known if not _IGNORED.fullmatch(n)} - {their.name for their in wanted.values()} - tied
-    problems = [f"- {their.name} (for {ours})" for ours, their in wanted.items() if their.name not in known]
-    problems += [f"+ {name} {known[name].shape}" for name in sorted(left)]
-    for ours, their in wanted.items():
-        if their.name in known and known[their.name].shape != (shape := _their_shape(their, flat[ours].shape)):
-            problems.append(f"! {their.name} is {known[their.name].shape}, expected {shape} for {ours}")
-    if problems:
-        more = f"\n... and {len(problems) - 40} more" if len(problems) > 40 else ""
-        raise UserError(
-            f"{directory}: the tensors are not those of a {kind} of this config.json (- missing, + left over, "
-            "! another shape):\n" + "\n".join(problems[:40]) + more
-        )
-    found = {}
-    for ours, leaf in tqdm(flat.items(), "reading weights", leave=False, delay=2, disable=None):
-        found[ours] = files.array(known[wanted[ours].name], wanted[ours], leaf, placed[ours])
-    return trees.unflatten(found)
+    wanted = assemble.names(family.names, abstract)
+    source.rename(family.prefix, {their.name for their in wanted.values()})
+    tied = "head/kernel" not in trees.flatten(abstract)
 
+    def ignored(name: str) -> bool:
+        return bool(_IGNORED.fullmatch(name)) or (tied and name == "lm_head.weight")
 
-def names(family: Family, abstract: Any) -> dict[str, Their]:
-    """Our path -> their tensor, for every parameter (one entry per layer)."""
-    found = {}
-    for path in trees.flatten(abstract):
-        layer = re.fullmatch(r"layers/(\d+)/(.*)", path)
-        template = f"layers/{{i}}/{layer[2]}" if layer else path
-        if template not in family.names:
-            raise UserError(f"{family.architecture} has no tensor for '{path}'")
-        their = family.names[template]
-        name = their.name.replace("{i}", layer[1]) if layer else their.name
-        found[path] = Their(name, their.turned, their.plus, their.part)
-    return found
+    return assemble.load(source, wanted, abstract, shardings, ignored)
 
 
 def save(directory: pathlib.Path, kind: str, config: ModelConfig, params: Any, files: dict[str, bytes]) -> None:
@@ -118,11 +90,8 @@ def save(directory: pathlib.Path, kind: str, config: ModelConfig, params: Any, f
     if directory.exists():
         raise UserError(f"--output={directory} exists; give another, or remove it")
     said = their_config(kind, config) | {"torch_dtype": config.precision.params}
-    wanted = names(FAMILIES[kind], params)
-    flat = trees.flatten(params)
-    parts: dict[str, list[tuple[Their, str]]] = {}
-    for ours, their in wanted.items():
-        parts.setdefault(their.name, []).append((their, ours))
+    parts = assemble.by_tensor(assemble.names(FAMILIES[kind].names, params))
+    flat = {path: weights.dense(weight) for path, weight in trees.flatten(params).items()}
     sizes = {name: sum(flat[ours].size * flat[ours].dtype.itemsize for _, ours in of) for name, of in parts.items()}
     shards: list[list[str]] = [[]]
     for name, size in sizes.items():
@@ -136,7 +105,7 @@ def save(directory: pathlib.Path, kind: str, config: ModelConfig, params: Any, f
         with tqdm(total=sum(sizes.values()), desc="writing weights", unit="B", unit_scale=True, disable=None) as bar:
             for i, shard in enumerate(shards, 1):
                 one = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
-                tensors = {name: _theirs(parts[name], flat) for name in shard}
+                tensors = {name: assemble.theirs([(t, flat[ours]) for t, ours in parts[name]]) for name in shard}
                 save_file(tensors, partial / one, metadata={"format": "pt"})
                 index |= dict.fromkeys(shard, one)
                 bar.update(sum(sizes[name] for name in shard))
@@ -152,20 +121,6 @@ def save(directory: pathlib.Path, kind: str, config: ModelConfig, params: Any, f
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _theirs(parts: list[tuple[Their, str]], flat: dict[str, Any]) -> np.ndarray:
-    arrays = []
-    for their, ours in sorted(parts, key=lambda part: part[0].part):
-        array = np.asarray(jax.device_get(weights.dense(flat[ours])))
-        array = (array.astype(np.float32) - their.plus).astype(array.dtype) if their.plus else array
-        arrays.append(array.T if their.turned else array)
-    return np.ascontiguousarray(np.concatenate(arrays, -1) if len(arrays) > 1 else arrays[0])
-
-
-def _their_shape(their: Their, ours: tuple[int, ...]) -> tuple[int, ...]:
-    shape = ours[::-1] if their.turned else ours
-    return (*shape[:-1], shape[-1] * their.part[1])
-
-
 class _Tensor:
     """Where a tensor lies: the file it is in, its name there, its shape."""
 
@@ -177,7 +132,9 @@ class _Files:
     """The safetensors files of a directory. Raises UserError where one is missing or damaged."""
 
     def __init__(self, directory: pathlib.Path):
+        self.what = str(directory)
         self.handles: dict[pathlib.Path, Any] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
         self.tensors: dict[str, _Tensor] = {}
         for path in self._paths(directory):
             try:
@@ -218,27 +175,14 @@ class _Files:
                 raise UserError(f"{path}: named in {index.name}, and not there")
             yield path
 
-    def renamed(self, prefix: str, wanted: set[str]) -> dict[str, _Tensor]:
-        """The tensors by the names that the table has: with or without the prefix of a head-less or a whole model."""
+    def rename(self, prefix: str, wanted: set[str]) -> None:
+        """Names as the table has them: files have or lack the prefix of a head-less or a whole model."""
         found = {}
         for name, tensor in self.tensors.items():
             other = name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
             found[other if name not in wanted and other in wanted else name] = tensor
-        return found
+        self.tensors, self.shapes = found, {name: tensor.shape for name, tensor in found.items()}
 
-    def array(self, tensor: _Tensor, their: Their, leaf: Any, sharding: Any) -> jax.Array:
-        """Our array: each shard is read from the file, turned, and put on its device."""
-        part = self.handles[tensor.file].get_slice(tensor.name)
-        i, n = their.part
-
-        def shard(index: Any) -> np.ndarray:
-            bounds = [range(*s.indices(size)) for s, size in zip(index, leaf.shape, strict=True)]
-            bounds = bounds[::-1] if their.turned else bounds
-            begin = i * leaf.shape[-1] if n > 1 else 0
-            slices = [slice(b.start, b.stop) for b in bounds]
-            slices[-1] = slice(slices[-1].start + begin, slices[-1].stop + begin)
-            values = part[tuple(slices)]
-            values = values.T if their.turned else values
-            return np.asarray(values.astype(np.float32) + their.plus if their.plus else values).astype(leaf.dtype)
-
-        return jax.make_array_from_callback(leaf.shape, sharding, shard)
+    def read(self, name: str, slices: tuple[slice, ...]) -> np.ndarray:
+        tensor = self.tensors[name]
+        return self.handles[tensor.file].get_slice(tensor.name)[slices]

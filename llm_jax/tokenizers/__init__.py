@@ -11,7 +11,12 @@ from llm_jax.tokenizers.base import Tokenizer, digest, document, prompt, save
 __all__ = ["KINDS", "Tokenizer", "digest", "document", "get", "load", "prompt", "save"]
 
 # kind -> where its class stands, imported when it is used (sentencepiece is slow to import).
-KINDS = {"bpe": "bpe.BpeTokenizer", "byte": "byte.ByteTokenizer", "char": "char.CharTokenizer"}
+KINDS = {
+    "bpe": "bpe.BpeTokenizer",
+    "byte": "byte.ByteTokenizer",
+    "char": "char.CharTokenizer",
+    "hub": "hub.HubTokenizer",
+}
 
 
 def get(kind: str) -> type[Tokenizer]:

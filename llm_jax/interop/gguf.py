@@ -1,0 +1,229 @@
+"""The GGUF container: metadata and tensors, in and out (the format: ggml's docs/gguf.md, versions 2 and 3).
+
+The reader believes nothing that the file says of sizes: every count is held against the bytes that are
+left before anything is allocated.
+"""
+
+import dataclasses
+import math
+import os
+import pathlib
+import struct
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from llm_jax.errors import UserError
+from llm_jax.kernels import blocks
+
+_MAGIC = b"GGUF"
+# Value types by number: struct letters; 8 is a string, 9 an array.
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+_DEEPEST, _MOST_DIMENSIONS = 2, 4
+_BY_CODE = {f.code: name for name, f in blocks.FORMATS.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor of a file.
+
+    Attributes:
+      shape: rows first (the reverse of the order in the file).
+      format: its block format, a name of `blocks.FORMATS`.
+      rows: uint8 (product of all axes but the last, bytes of a row), mapped from the file.
+    """
+
+    shape: tuple[int, ...]
+    format: str
+    rows: np.ndarray
+
+    def read(self, indexes: np.ndarray | slice | None = None) -> np.ndarray:
+        """Its rows as float32, those of `indexes` or all of them, in the shape (rows, numbers)."""
+        return blocks.decode(self.format, np.asarray(self.rows if indexes is None else self.rows[indexes]))
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+    """What a file holds: `metadata` by key, `tensors` by name."""
+
+    metadata: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+class _Reader:
+    """Reads values in order and never past the end."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+        try:
+            empty = path.stat().st_size == 0
+            self.data = np.zeros(0, np.uint8) if empty else np.memmap(path, np.uint8, mode="r")
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+        self.place = 0
+
+    def bad(self, what: str) -> UserError:
+        return UserError(f"{self.path}: not a sound GGUF file: {what} (at byte {self.place:,})")
+
+    def take(self, count: int, what: str) -> np.ndarray:
+        if count > len(self.data) - self.place:
+            raise self.bad(f"{what} of {count:,} bytes goes past the end of the file of {len(self.data):,} bytes")
+        self.place += count
+        return self.data[self.place - count : self.place]
+
+    def number(self, letter: str, what: str = "a number") -> Any:
+        return struct.unpack("<" + letter, self.take(struct.calcsize("<" + letter), what).tobytes())[0]
+
+    def string(self, what: str) -> str:
+        raw = self.take(self.number("Q"), what).tobytes()
+        try:
+            return raw.decode()
+        except UnicodeDecodeError as error:
+            raise self.bad(f"{what} is not UTF-8") from error
+
+    def value(self, kind: int, depth: int = 0) -> Any:
+        if kind in _SCALARS:
+            return self.number(_SCALARS[kind])
+        if kind == _STRING:
+            return self.string("a string")
+        if kind != _ARRAY or depth >= _DEEPEST:
+            raise self.bad(f"a value of type {kind}" + (" nested too deep" if kind == _ARRAY else ", which is unknown"))
+        inner, count = self.number("I"), self.number("Q")
+        if inner in _SCALARS:
+            size = struct.calcsize(_SCALARS[inner])
+            return np.frombuffer(self.take(count * size, "an array").tobytes(), f"<{_SCALARS[inner]}").tolist()
+        least = 8 if inner == _STRING else 12
+        if count * least > len(self.data) - self.place:
+            raise self.bad(f"an array of {count:,} values goes past the end of the file")
+        return [self.value(inner, depth + 1) for _ in range(count)]
+
+
+def read(path: str | os.PathLike[str]) -> File:
+    """The metadata of a file, and its tensors, which are mapped and not read.
+
+    Raises:
+      UserError: not a GGUF file, or one that is cut short or says what cannot be.
+    """
+    r = _Reader(pathlib.Path(path))
+    if r.take(4, "the magic number").tobytes() != _MAGIC:
+        raise UserError(f"{path}: not a GGUF file (it does not begin with 'GGUF')")
+    if (version := r.number("I")) not in (2, 3):
+        raise UserError(f"{path}: GGUF version {version}; expected 2 or 3 (little-endian)")
+    tensors, pairs = r.number("Q"), r.number("Q")
+    left = len(r.data) - r.place
+    if tensors * 24 > left or pairs * 12 > left:
+        raise r.bad(f"{tensors:,} tensors and {pairs:,} metadata keys cannot be in {left:,} bytes")
+    metadata: dict[str, Any] = {}
+    for _ in range(pairs):
+        key = r.string("a key")
+        if key in metadata:
+            raise r.bad(f"the key {key[:80]!r} stands twice")
+        metadata[key] = r.value(r.number("I"))
+    described: dict[str, tuple[tuple[int, ...], str, int]] = {}
+    for _ in range(tensors):
+        name = r.string("the name of a tensor")
+        if name in described:
+            raise r.bad(f"the tensor {name[:80]!r} stands twice")
+        if not 1 <= (rank := r.number("I")) <= _MOST_DIMENSIONS:
+            raise r.bad(f"the tensor {name[:80]!r} has {rank} dimensions")
+        shape = tuple(r.number("Q") for _ in range(rank))[::-1]
+        code, offset = r.number("I"), r.number("Q")
+        if code not in _BY_CODE:
+            raise r.bad(f"the tensor {name[:80]!r} is of type {code}; expected one of {', '.join(blocks.FORMATS)}")
+        described[name] = (shape, _BY_CODE[code], offset)
+    align = metadata.get("general.alignment", 32)
+    if not isinstance(align, int) or not 1 <= align <= 2**20 or align & (align - 1):
+        raise r.bad(f"general.alignment is {align!r}; expected a power of two")
+    begin = -(-r.place // align) * align
+    found = {}
+    for name, (shape, kind, offset) in described.items():
+        f = blocks.FORMATS[kind]
+        size = math.prod(shape)
+        if not size or shape[-1] % f.numbers or offset % align:
+            raise r.bad(f"the tensor {name[:80]!r} of {kind} has shape {shape} at {offset:,}, which do not fit blocks")
+        num_bytes, start = size // f.numbers * f.size, begin + offset
+        if start + num_bytes > len(r.data):
+            raise r.bad(f"the tensor {name[:80]!r} {shape} of {num_bytes:,} bytes goes past the end of the file")
+        rows = r.data[start : start + num_bytes].reshape(-1, shape[-1] // f.numbers * f.size)
+        found[name] = Tensor(shape, kind, rows)
+    return File(metadata, found)
+
+
+def write(
+    path: pathlib.Path,
+    metadata: Mapping[str, Any],
+    tensors: Mapping[str, tuple[tuple[int, ...], str]],
+    values: Iterable[np.ndarray],
+) -> None:
+    """Writes a file, which appears whole or not at all.
+
+    Args:
+      metadata: strings, booleans, integers, floats and lists of one of these; numpy scalars keep their type.
+      tensors: name -> (shape with rows first, format).
+      values: float32 arrays in the order of `tensors`, taken one at a time.
+
+    Raises:
+      UserError: the directory cannot be written, or a row does not divide into blocks of its format.
+    """
+    head = [_MAGIC, struct.pack("<IQQ", 3, len(tensors), len(metadata))]
+    for key, value in metadata.items():
+        head += [_string(key), *_value(value)]
+    offset = 0
+    for name, (shape, kind) in tensors.items():
+        f = blocks.FORMATS[kind]
+        if shape[-1] % f.numbers:
+            raise UserError(f"'{name}' has rows of {shape[-1]} numbers; {kind} needs a multiple of {f.numbers}")
+        head += [_string(name), struct.pack(f"<I{len(shape)}Q", len(shape), *shape[::-1])]
+        head += [struct.pack("<IQ", f.code, offset)]
+        offset += -(-math.prod(shape) // f.numbers * f.size // 32) * 32
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, partial = tempfile.mkstemp(prefix=".partial-", dir=path.parent)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(b"".join(head))
+            for (_, kind), array in zip(tensors.values(), values, strict=True):
+                file.write(b"\0" * (-file.tell() % 32))
+                file.write(blocks.encode(kind, np.asarray(array, np.float32)).tobytes())
+            file.write(b"\0" * (-file.tell() % 32))
+        pathlib.Path(partial).chmod(0o644)
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+    finally:
+        pathlib.Path(partial).unlink(missing_ok=True)
+
+
+def _string(text: str) -> bytes:
+    raw = text.encode()
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def _kind(value: Any) -> int:
+    if isinstance(value, str):
+        return _STRING
+    if isinstance(value, (bool, np.bool_)):
+        return 7
+    if isinstance(value, np.generic):
+        return next(k for k, letter in _SCALARS.items() if np.dtype(letter) == value.dtype)
+    return 6 if isinstance(value, float) else 5 if value < 0 else 4
+
+
+def _value(value: Any) -> Iterator[bytes]:
+    """The type and the bytes of a metadata value."""
+    items = value if isinstance(value, (list, tuple)) else [value]
+    kind = _kind(items[0]) if items else 4
+    kind = 5 if kind == 4 and any(not isinstance(v, str) and v < 0 for v in items) else kind
+    if items is value:
+        yield struct.pack("<IIQ", _ARRAY, kind, len(items))
+    else:
+        yield struct.pack("<I", kind)
+    if kind == _STRING:
+        yield from map(_string, items)
+    else:
+        yield struct.pack(f"<{len(items)}{_SCALARS[kind]}", *items)

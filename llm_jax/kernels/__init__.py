@@ -1,0 +1,1 @@
+"""Number formats and kernels: arrays in, arrays out."""

@@ -1,0 +1,184 @@
+"""The block formats of GGUF files: bytes <-> float32, in numpy.
+
+A row of a tensor is a run of blocks; a block holds 32 (or 256) numbers as integers with float16 scales.
+Layouts: ggml's block_q4_0 ... block_q6_K (ggml-common.h); d is the scale, m or dmin what is added or
+subtracted, sub-block scales of the K formats are integers of 6 or 8 bits.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import ml_dtypes
+import numpy as np
+
+# Letters of shapes: ... any leading axes, B bytes of a row, K blocks of a row, W numbers of a row.
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """One format.
+
+    Attributes:
+      code: its number in a GGUF file.
+      numbers, size: of one block: how many numbers, how many bytes.
+      decode: uint8 (..., K, size) -> float32 (..., K, numbers).
+      encode: the inverse, rounding as ggml does, or None where none is written here.
+    """
+
+    code: int
+    numbers: int
+    size: int
+    decode: Callable[[np.ndarray], np.ndarray]
+    encode: Callable[[np.ndarray], np.ndarray] | None = None
+
+
+def decode(name: str, rows: np.ndarray) -> np.ndarray:
+    """uint8 (..., B) -> float32 (..., W)."""
+    f = FORMATS[name]
+    blocks = rows.reshape(*rows.shape[:-1], -1, f.size)
+    return f.decode(blocks).reshape(*rows.shape[:-1], -1)
+
+
+def encode(name: str, values: np.ndarray) -> np.ndarray:
+    """float32 (..., W) -> uint8 (..., B); W is a multiple of the block."""
+    f = FORMATS[name]
+    assert f.encode is not None
+    blocks = values.astype(np.float32).reshape(*values.shape[:-1], -1, f.numbers)
+    return f.encode(blocks).reshape(*values.shape[:-1], -1)
+
+
+def _half(x: np.ndarray) -> np.ndarray:
+    """uint8 (..., 2) -> float32 (..., 1)."""
+    return np.ascontiguousarray(x).view(np.float16).astype(np.float32)
+
+
+def _nibbles(x: np.ndarray) -> np.ndarray:
+    """uint8 (..., n) -> uint8 (..., 2 n): all low ones, then all high ones."""
+    return np.concatenate([x & 15, x >> 4], -1)
+
+
+def _fifth_bits(x: np.ndarray) -> np.ndarray:
+    """uint8 (..., 4) -> (..., 32): bit i, moved to the value 16."""
+    return np.unpackbits(np.ascontiguousarray(x), axis=-1, bitorder="little") << 4
+
+
+def _q4_0(b: np.ndarray) -> np.ndarray:
+    return _half(b[..., :2]) * (_nibbles(b[..., 2:]).astype(np.float32) - 8)
+
+
+def _q4_1(b: np.ndarray) -> np.ndarray:
+    return _half(b[..., :2]) * _nibbles(b[..., 4:]) + _half(b[..., 2:4])
+
+
+def _q5_0(b: np.ndarray) -> np.ndarray:
+    q = _nibbles(b[..., 6:]) | _fifth_bits(b[..., 2:6])
+    return _half(b[..., :2]) * (q.astype(np.float32) - 16)
+
+
+def _q5_1(b: np.ndarray) -> np.ndarray:
+    q = _nibbles(b[..., 8:]) | _fifth_bits(b[..., 4:8])
+    return _half(b[..., :2]) * q + _half(b[..., 2:4])
+
+
+def _q8_0(b: np.ndarray) -> np.ndarray:
+    return _half(b[..., :2]) * np.ascontiguousarray(b[..., 2:]).view(np.int8)
+
+
+def _six_bits(s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 (..., 12) -> eight scales and eight minima, (..., 8, 1) each."""
+    low, high, mixed = s[..., :4], s[..., 4:8], s[..., 8:]
+    scales = np.concatenate([low & 63, (mixed & 15) | ((low >> 6) << 4)], -1)
+    minima = np.concatenate([high & 63, (mixed >> 4) | ((high >> 6) << 4)], -1)
+    return scales[..., None].astype(np.float32), minima[..., None].astype(np.float32)
+
+
+def _k_quants(b: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """d scale code - dmin minimum, for codes (..., 8, 32)."""
+    scales, minima = _six_bits(b[..., 4:16])
+    d, dmin = _half(b[..., :2])[..., None], _half(b[..., 2:4])[..., None]
+    return (d * scales * codes - dmin * minima).reshape(*b.shape[:-1], 256)
+
+
+def _pairs_of_32(q: np.ndarray) -> np.ndarray:
+    """uint8 (..., 128) -> (..., 8, 32): each 32 bytes hold 32 low nibbles, then 32 high ones."""
+    q = q.reshape(*q.shape[:-1], 4, 32)
+    return np.stack([q & 15, q >> 4], -2).reshape(*q.shape[:-2], 8, 32)
+
+
+def _q4_k(b: np.ndarray) -> np.ndarray:
+    return _k_quants(b, _pairs_of_32(b[..., 16:]))
+
+
+def _q5_k(b: np.ndarray) -> np.ndarray:
+    fifth = (b[..., 16:48][..., None, :] >> np.arange(8, dtype=np.uint8)[:, None]) & 1
+    return _k_quants(b, _pairs_of_32(b[..., 48:]) | (fifth << 4))
+
+
+def _q6_k(b: np.ndarray) -> np.ndarray:
+    low = b[..., :128].reshape(*b.shape[:-1], 2, 2, 32)  # half, part, place
+    low = np.concatenate([low & 15, low >> 4], -2)  # half, 4, place
+    high = b[..., 128:192].reshape(*b.shape[:-1], 2, 1, 32)
+    high = (high >> np.array([0, 2, 4, 6], np.uint8)[:, None]) & 3
+    codes = (low | (high << 4)).astype(np.float32).reshape(*b.shape[:-1], 16, 16) - 32
+    scales = np.ascontiguousarray(b[..., 192:208]).view(np.int8).astype(np.float32)[..., None]
+    return (_half(b[..., 208:])[..., None] * scales * codes).reshape(*b.shape[:-1], 256)
+
+
+def _round_away(x: np.ndarray) -> np.ndarray:
+    """Halves away from 0, as C's roundf."""
+    return np.trunc(x + np.copysign(np.float32(0.5), x))
+
+
+def _inverse(d: np.ndarray) -> np.ndarray:
+    # Scales so small that their inverse overflows are 0 in float16 as well.
+    return np.divide(1, d, out=np.zeros_like(d), where=np.abs(d) >= np.finfo(np.float32).tiny)
+
+
+def _to_q8_0(x: np.ndarray) -> np.ndarray:
+    d = np.max(np.abs(x), -1, keepdims=True) / np.float32(127)
+    q = _round_away(x * _inverse(d)).astype(np.int8)
+    return np.concatenate([d.astype(np.float16).view(np.uint8), q.view(np.uint8)], -1)
+
+
+def _packed(codes: np.ndarray) -> np.ndarray:
+    q = codes.astype(np.uint8)
+    return q[..., :16] | (q[..., 16:] << 4)
+
+
+def _to_q4_0(x: np.ndarray) -> np.ndarray:
+    extreme = np.take_along_axis(x, np.argmax(np.abs(x), -1, keepdims=True), -1)
+    d = extreme / np.float32(-8)
+    q = np.clip(np.trunc(x * _inverse(d) + np.float32(8.5)), 0, 15)
+    return np.concatenate([d.astype(np.float16).view(np.uint8), _packed(q)], -1)
+
+
+def _to_q4_1(x: np.ndarray) -> np.ndarray:
+    low = np.min(x, -1, keepdims=True)
+    d = (np.max(x, -1, keepdims=True) - low) / np.float32(15)
+    q = np.clip(np.trunc((x - low) * _inverse(d) + np.float32(0.5)), 0, 15)
+    return np.concatenate([d.astype(np.float16).view(np.uint8), low.astype(np.float16).view(np.uint8), _packed(q)], -1)
+
+
+def _plain(code: int, dtype: type | np.dtype) -> Format:
+    def read(b: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(b).view(dtype).astype(np.float32)
+
+    def write(x: np.ndarray) -> np.ndarray:
+        return x.astype(dtype).view(np.uint8)
+
+    return Format(code, 1, np.dtype(dtype).itemsize, read, write)
+
+
+FORMATS = {
+    "F32": _plain(0, np.float32),
+    "F16": _plain(1, np.float16),
+    "BF16": _plain(30, ml_dtypes.bfloat16),
+    "Q4_0": Format(2, 32, 18, _q4_0, _to_q4_0),
+    "Q4_1": Format(3, 32, 20, _q4_1, _to_q4_1),
+    "Q5_0": Format(6, 32, 22, _q5_0),
+    "Q5_1": Format(7, 32, 24, _q5_1),
+    "Q8_0": Format(8, 32, 34, _q8_0, _to_q8_0),
+    "Q4_K": Format(12, 256, 144, _q4_k),
+    "Q5_K": Format(13, 256, 176, _q5_k),
+    "Q6_K": Format(14, 256, 210, _q6_k),
+}

@@ -1,0 +1,214 @@
+"""Tokenizers of other people, by the `tokenizers` library: tokenizer.json, and the vocabulary of a GGUF file."""
+
+import functools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+import tokenizers as library
+
+from llm_jax.errors import UserError
+from llm_jax.tokenizers.byte import utf8
+
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+# What ggml calls the splitting of text before byte-pair merges: (single digits first, regular expression or "").
+SPLITS = {
+    "default": (False, ""),
+    "gpt-2": (False, ""),
+    "smollm": (True, ""),
+    "llama-bpe": (False, _LLAMA3),
+    "qwen2": (False, _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")),
+}
+_CONTROL, _USER_DEFINED = 3, 4  # token types of GGUF
+_SPECIAL_IDS = (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
+
+
+class HubTokenizer:
+    """A tokenizer.json with the names of its special tokens and its chat template.
+
+    Attributes:
+      chat_template: Jinja source, or "" where there is none.
+    """
+
+    kind: ClassVar[str] = "hub"
+    exact: ClassVar[bool] = False  # some normalize
+
+    def __init__(self, text: str, special: Mapping[str, Any]):
+        try:
+            self._tokenizer = library.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises Exception itself
+            raise UserError(f"tokenizer.json cannot be read ({error})") from error
+        self._text, self._special = text, dict(special)
+        self.chat_template: str = special.get("chat_template") or ""
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+
+    def _id(self, name: str) -> int | None:
+        token = self._special.get(name)
+        return None if token is None else self._tokenizer.token_to_id(token)
+
+    @property
+    def vocab_size(self) -> int:
+        return max(self._tokenizer.get_vocab().values(), default=-1) + 1
+
+    @property
+    def bos(self) -> int | None:
+        return self._id("bos_token") if self._special.get("add_bos_token") else None
+
+    @property
+    def eos(self) -> int | None:
+        return self._id("eos_token")
+
+    @property
+    def unk(self) -> int | None:
+        return self._id("unk_token")
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> Self:
+        raise UserError("tokenizer.kind=hub is read from other people's files, not trained; choose bpe, char or byte")
+
+    def encode(self, text: str) -> list[int]:
+        utf8(text)
+        self._tokenizer.encode_special_tokens = True  # text that looks like a special token is text
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_chat(self, text: str) -> list[int]:
+        """The ids of a rendered chat template, whose special tokens are meant."""
+        utf8(text)
+        self._tokenizer.encode_special_tokens = False
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_marked(self, text: str) -> list[int]:
+        """The ids of `text` between the special tokens that the tokenizer itself puts around it ([CLS] text [SEP])."""
+        utf8(text)
+        self._tokenizer.encode_special_tokens = True
+        return self._tokenizer.encode(text).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def piece(self, index: int) -> str:
+        return self._tokenizer.id_to_token(index) or ""
+
+    @functools.cached_property
+    def special(self) -> dict[str, Any]:
+        """Names of special tokens ("bos_token", ...), the chat template, and whether text begins with BOS."""
+        return dict(self._special)
+
+    def files(self) -> dict[str, bytes]:
+        return {"tokenizer.json": self._text.encode(), "tokenizer_config.json": json.dumps(self._special).encode()}
+
+    @classmethod
+    def from_files(cls, files: dict[str, bytes]) -> Self:
+        """From tokenizer.json, and tokenizer_config.json and chat_template.jinja if they are there."""
+        if "tokenizer.json" not in files:
+            raise UserError("no tokenizer.json here")
+        said = json.loads(files.get("tokenizer_config.json", b"{}"))
+        names = ("bos_token", "eos_token", "unk_token", "pad_token")
+        special: dict[str, Any] = {name: _text_of(said.get(name)) for name in names}
+        template = (
+            files["chat_template.jinja"].decode() if "chat_template.jinja" in files else said.get("chat_template")
+        )
+        if isinstance(template, list):  # several by name
+            template = next((t["template"] for t in template if t.get("name") == "default"), None)
+        special |= {"chat_template": template, "add_bos_token": bool(said.get("add_bos_token"))}
+        return cls(files["tokenizer.json"].decode(), special)
+
+    def to_gguf(self, vocab_size: int) -> dict[str, Any]:
+        """The inverse of `from_gguf`; ids that the vocabulary lacks up to `vocab_size` are marked unused.
+
+        Raises:
+          UserError: not a byte-level byte-pair tokenizer whose splitting has a name.
+        """
+        said = json.loads(self._text)
+        model = said["model"]
+        pre = _name_of_split(said.get("pre_tokenizer"))
+        if model.get("type") != "BPE" or pre is None:
+            raise UserError("GGUF holds byte-level byte-pair vocabularies here; this tokenizer.json is of another kind")
+        tokens = [self._tokenizer.id_to_token(i) or f"[PAD{i}]" for i in range(vocab_size)]
+        added = {t["id"]: _CONTROL if t["special"] else _USER_DEFINED for t in said.get("added_tokens", [])}
+        types = [added.get(i, 1 if self._tokenizer.id_to_token(i) is not None else 5) for i in range(vocab_size)]
+        merges = [" ".join(m) if isinstance(m, list) else m for m in model["merges"]]
+        key = "tokenizer.ggml."
+        found: dict[str, Any] = {
+            key + "model": "gpt2",
+            key + "pre": pre,
+            key + "tokens": tokens,
+            key + "token_type": types,
+            key + "merges": merges,
+            key + "add_bos_token": bool(self._special.get("add_bos_token")),
+        }
+        for name, theirs in _SPECIAL_IDS:
+            if (index := self._id(f"{name}_token")) is not None:
+                found[f"{key}{theirs}_token_id"] = index
+        return found | ({"tokenizer.chat_template": self.chat_template} if self.chat_template else {})
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any]) -> Self:
+        """The byte-level byte-pair vocabulary of a GGUF file.
+
+        Raises:
+          UserError: a vocabulary of another kind, or one that is not whole.
+        """
+        key = "tokenizer.ggml."
+        if (kind := metadata.get(key + "model")) != "gpt2":
+            raise UserError(f"{key}model is {kind!r}; only 'gpt2', byte-level byte pairs, is read")
+        pre = metadata.get(key + "pre", "default")
+        if pre not in SPLITS:
+            raise UserError(f"{key}pre is {pre!r}; expected one of {', '.join(SPLITS)}")
+        tokens, merges = metadata.get(key + "tokens"), metadata.get(key + "merges")
+        if not isinstance(tokens, list) or not isinstance(merges, list) or len(set(tokens)) != len(tokens):
+            raise UserError(f"{key}tokens and {key}merges are missing, or a token stands twice")
+        pairs = [tuple(merge.split(" ")) for merge in merges]
+        known = set(tokens)
+        if any(len(pair) != 2 or not known >= {pair[0], pair[1], "".join(pair)} for pair in pairs):
+            raise UserError(f"{key}merges has a merge of what is not in the vocabulary")
+        made = library.Tokenizer(library.models.BPE({t: i for i, t in enumerate(tokens)}, pairs))
+        made.pre_tokenizer = _split(pre)
+        made.decoder = library.decoders.ByteLevel()
+        types = metadata.get(key + "token_type") or [1] * len(tokens)
+        control = [t for t, kind in zip(tokens, types, strict=False) if kind == _CONTROL]
+        made.add_special_tokens([library.AddedToken(t, special=True, normalized=False) for t in control])
+        own = [t for t, kind in zip(tokens, types, strict=False) if kind == _USER_DEFINED]
+        made.add_tokens([library.AddedToken(t, normalized=False) for t in own])
+        special: dict[str, Any] = {
+            "chat_template": metadata.get("tokenizer.chat_template"),
+            "add_bos_token": bool(metadata.get(key + "add_bos_token", False)),
+        }
+        for name, theirs in _SPECIAL_IDS:
+            index = metadata.get(f"{key}{theirs}_token_id")
+            if isinstance(index, int) and 0 <= index < len(tokens):
+                special[f"{name}_token"] = tokens[index]
+        return cls(made.to_str(), special)
+
+
+def _text_of(token: Any) -> str | None:
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _split(name: str) -> Any:
+    """The pre-tokenizer of a name of `SPLITS`."""
+    digits, expression = SPLITS[name]
+    steps: list[Any] = [library.pre_tokenizers.Digits(individual_digits=True)] if digits else []
+    if expression:
+        steps.append(library.pre_tokenizers.Split(library.Regex(expression), "isolated"))
+    steps.append(library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not expression))
+    return library.pre_tokenizers.Sequence(steps)
+
+
+def _name_of_split(said: Any) -> str | None:
+    """The name of `SPLITS` that the pre_tokenizer of a tokenizer.json has, or None."""
+
+    def steps(part: Any) -> list[Any]:
+        parts = part["pretokenizers"] if part and part.get("type") == "Sequence" else [part]
+        return [{k: v for k, v in p.items() if k != "trim_offsets"} for p in parts if p]
+
+    for name in SPLITS:
+        blank = library.Tokenizer(library.models.BPE())
+        blank.pre_tokenizer = _split(name)
+        if steps(json.loads(blank.to_str())["pre_tokenizer"]) == steps(said):
+            return name
+    return None
