@@ -115,7 +115,8 @@ def save(directory: pathlib.Path, kind: str, config: ModelConfig, params: Any, f
         (partial / "config.json").write_text(json.dumps(said, indent=1) + "\n")
         for name, content in files.items():
             (partial / name).write_bytes(content)
-        partial.chmod(0o755)
+        for path in (partial, *partial.iterdir()):
+            path.chmod(0o755 if path.is_dir() else 0o644)
         partial.rename(directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

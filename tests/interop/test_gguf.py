@@ -1,0 +1,186 @@
+"""GGUF files: what is written is read back, and no damage ends in anything but one clear error."""
+
+import contextlib
+import dataclasses
+import json
+import struct
+
+import jax
+import numpy as np
+import pytest
+import tokenizers as library
+
+from llm_jax import pretrained, trees
+from llm_jax.errors import UserError
+from llm_jax.interop import gguf, gguf_model
+from llm_jax.interop.families import NEUTRAL
+from llm_jax.model.transformer import Transformer
+from llm_jax.tokenizers.hub import HubTokenizer
+
+
+@pytest.fixture(scope="module")
+def vocabulary():
+    """A byte-level byte-pair tokenizer with a special token and a chat template."""
+    made = library.Tokenizer(library.models.BPE())
+    made.pre_tokenizer = library.pre_tokenizers.Sequence(
+        [
+            library.pre_tokenizers.Digits(individual_digits=True),
+            library.pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    made.decoder = library.decoders.ByteLevel()
+    alphabet = library.pre_tokenizers.ByteLevel.alphabet()
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False
+    )
+    made.train_from_iterator(["the model reads the text and the text reads 1234"] * 9, trainer)
+    return HubTokenizer(made.to_str(), {"eos_token": "<end>", "chat_template": "{{ messages[0]['content'] }}<end>"})
+
+
+def small(arch, vocab_size):
+    changes = {"llama": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}[arch]
+    shape = {"width": 64, "head_width": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "mlp_width": 96}
+    config = dataclasses.replace(NEUTRAL, vocab_size=vocab_size, **shape, **changes)
+    params = jax.jit(Transformer(config).init)(jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
+    draw = lambda path, w: jax.random.normal(jax.random.key(len(path)), w.shape)  # noqa: E731
+    return config, trees.map_weights(draw, params)
+
+
+@pytest.fixture(scope="module", params=gguf_model.ARCHITECTURES)
+def written(request, vocabulary, tmp_path_factory):
+    """(path, config, parameters) of a file in F32."""
+    config, params = small(request.param, vocabulary.vocab_size + 3)
+    path = tmp_path_factory.mktemp(request.param) / "model.gguf"
+    gguf_model.save(path, config, params, vocabulary, "F32")
+    return path, config, params
+
+
+def test_a_model_comes_out_as_it_went_in(written, vocabulary):
+    path, config, params = written
+    model, again, tokenizer = pretrained.load(path)
+    assert model.config == config
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+    text = "the model 12 é😀<end>"
+    assert tokenizer.encode(text) == vocabulary.encode(text) and tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.eos == vocabulary.eos and tokenizer.chat_template == vocabulary.chat_template
+    assert tokenizer.encode_chat("<end>") == [tokenizer.eos]
+
+
+@pytest.mark.parametrize(("kind", "error"), [("F16", 2e-3), ("Q8_0", 0.02), ("Q4_0", 0.25), ("Q4_1", 0.2)])
+def test_formats_keep_what_they_can(vocabulary, tmp_path, kind, error):
+    config, params = small("llama", vocabulary.vocab_size)
+    formats = gguf_model.save(tmp_path / "m.gguf", config, params, vocabulary, kind)
+    assert formats["blk.0.attn_q.weight"] == kind and formats["blk.1.ffn_norm.weight"] == "F32"
+    assert formats["token_embd.weight"] == ("Q8_0" if kind.startswith("Q4") else kind)
+    _, again, _ = pretrained.load(tmp_path / "m.gguf")
+    for path, weight in trees.flatten(params).items():
+        got = trees.flatten(again)[path]
+        assert float(abs(got - weight).max()) <= error * float(abs(weight).max()), path
+
+
+def test_what_exists_is_not_overwritten(written, vocabulary):
+    path, config, params = written
+    with pytest.raises(UserError, match="exists; give another"):
+        gguf_model.save(path, config, params, vocabulary, "F32")
+
+
+@pytest.fixture
+def header(tmp_path):
+    """header(metadata bytes, tensor bytes, counts) -> the path of a file made of them."""
+
+    def make(pairs=b"", tensors=b"", counts=(0, 0), magic=b"GGUF", version=3, rest=b"\0" * 64):
+        path = tmp_path / "made.gguf"
+        path.write_bytes(magic + struct.pack("<IQQ", version, *counts) + pairs + tensors + rest)
+        return path
+
+    return make
+
+
+def text(value):
+    return struct.pack("<Q", len(value)) + value.encode()
+
+
+def tensor(name="t", dims=(32,), code=0, offset=0):
+    return text(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, code, offset)
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        ({"magic": b"GGML"}, "does not begin with 'GGUF'"),
+        ({"version": 1}, "GGUF version 1; expected 2 or 3"),
+        ({"counts": (2**60, 0)}, "tensors and 0 metadata keys cannot be in"),
+        ({"counts": (0, 2**62)}, "metadata keys cannot be in"),
+        ({"counts": (0, 1), "pairs": struct.pack("<Q", 2**61)}, "a key of 2,305,843,009,213,693,952 bytes goes past"),
+        ({"counts": (0, 1), "pairs": text("k") + struct.pack("<I", 77)}, "a value of type 77, which is unknown"),
+        ({"counts": (0, 1), "pairs": text("k") + struct.pack("<IIQ", 9, 4, 2**61)}, "an array of .* goes past the end"),
+        ({"counts": (0, 1), "pairs": text("k") + struct.pack("<IIQ", 9, 8, 2**59)}, "an array of .* goes past the end"),
+        ({"counts": (0, 1), "pairs": text("k") + struct.pack("<IIQIQIQ", 9, 9, 1, 9, 1, 9, 1)}, "nested too deep"),
+        ({"counts": (0, 2), "pairs": 2 * (text("k") + struct.pack("<IB", 0, 1))}, "the key 'k' stands twice"),
+        ({"counts": (0, 1), "pairs": text("general.alignment") + struct.pack("<II", 4, 3)}, "expected a power of two"),
+        ({"counts": (2, 0), "tensors": tensor() * 2}, "the tensor 't' stands twice"),
+        ({"counts": (1, 0), "tensors": tensor(dims=(2**40, 2**40))}, "goes past the end of the file"),
+        ({"counts": (1, 0), "tensors": tensor(dims=(1,) * 9)}, "has 9 dimensions"),
+        ({"counts": (1, 0), "tensors": tensor(dims=(0,))}, "do not fit blocks"),
+        ({"counts": (1, 0), "tensors": tensor(dims=(31,), code=2)}, "do not fit blocks"),
+        ({"counts": (1, 0), "tensors": tensor(code=99)}, "is of type 99; expected one of F32, F16"),
+        ({"counts": (1, 0), "tensors": tensor(offset=2**62)}, "goes past the end of the file"),
+        ({"counts": (1, 0), "tensors": tensor(offset=7)}, "do not fit blocks"),
+    ],
+)
+def test_headers_that_lie_are_refused(header, made, message):
+    with pytest.raises(UserError, match=message):
+        gguf.read(header(**made))
+
+
+def test_an_empty_file_and_a_missing_one_are_refused(tmp_path):
+    (tmp_path / "empty.gguf").write_bytes(b"")
+    with pytest.raises(UserError, match="goes past the end of the file of 0 bytes"):
+        gguf.read(tmp_path / "empty.gguf")
+    with pytest.raises(UserError, match="cannot be read"):
+        gguf.read(tmp_path / "none.gguf")
+
+
+def test_mutated_and_truncated_files_end_in_clear_errors(written, tmp_path):
+    whole = written[0].read_bytes()
+    draw, path = np.random.default_rng(0), tmp_path / "damaged.gguf"
+    for _ in range(300):
+        damaged = bytearray(whole[: draw.integers(1, len(whole))] if draw.random() < 0.3 else whole)
+        for place in draw.integers(0, min(len(damaged), 12000), draw.integers(1, 6)):
+            damaged[place] = draw.integers(0, 256)
+        path.write_bytes(damaged)
+        with contextlib.suppress(UserError):
+            file = gguf.read(path)
+            gguf_model.read_config(file, str(path))
+            HubTokenizer.from_gguf(file.metadata)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"general.architecture": "mamba"}, "general.architecture is 'mamba'; expected one of llama, qwen2, qwen3"),
+        ({"llama.block_count": 3}, r"(?s)- blk.2.attn_k.weight"),
+        ({"llama.block_count": "two"}, "'model.num_layers' is 'two'"),
+        ({"llama.attention.head_count": 5}, "does not divide"),
+        ({"tokenizer.ggml.model": "llama"}, "is 'llama'; only 'gpt2'"),
+        ({"tokenizer.ggml.pre": "other"}, "pre is 'other'; expected one of"),
+        ({"tokenizer.ggml.merges": ["a b c"]}, "a merge of what is not in the vocabulary"),
+        ({"tokenizer.ggml.tokens": ["a", "a"]}, "or a token stands twice"),
+        ({"llama.rope.scaling.type": "longrope"}, "rope scaling 'longrope'"),
+    ],
+)
+def test_what_a_sound_file_says_wrongly_is_named(vocabulary, tmp_path, change, message):
+    config, params = small("llama", vocabulary.vocab_size)
+    gguf_model.save(tmp_path / "m.gguf", config, params, vocabulary, "F32")
+    file = gguf.read(tmp_path / "m.gguf")
+    tensors = {name: (t.shape, t.format) for name, t in file.tensors.items()}
+    values = (t.read().reshape(t.shape) for t in file.tensors.values())
+    gguf.write(tmp_path / "n.gguf", file.metadata | change, tensors, values)
+    with pytest.raises(UserError, match=message):
+        pretrained.load(tmp_path / "n.gguf")
+
+
+def test_metadata_of_every_type_survives(tmp_path):
+    said = {"s": "é", "b": True, "i": -5, "u": 7, "f": 0.5, "list": ["a", ""], "numbers": [1, -2], "none": []}
+    gguf.write(tmp_path / "m.gguf", said, {}, [])
+    assert json.dumps(gguf.read(tmp_path / "m.gguf").metadata) == json.dumps(said)
