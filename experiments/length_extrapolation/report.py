@@ -201,6 +201,7 @@ def draw(loss: dict[str, list[Any]], path: pathlib.Path) -> None:
             axis.errorbar(x, y.mean(0), y.std(0, ddof=1), marker="o", markersize=3, capsize=2, label=label)
         axis.set(title=title, xscale="log", xlabel="length / trained length")
         axis.set_xticks(x, [f"{f}×" for f in FACTORS])
+        axis.set_xticks([], minor=True)
         axis.legend(fontsize=7)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("held-out loss, nats a token (sliding window)")
