@@ -5,7 +5,9 @@ import sys
 COMMANDS = {
     "train": "train a model, or go on with a run",
     "evaluate": "held-out loss, perplexity and bits per byte of a checkpoint",
-    "generate": "continue a prompt with a checkpoint",
+    "generate": "continue a prompt, or answer it, with a checkpoint",
+    "convert": "a checkpoint into Hugging Face's form or a GGUF file",
+    "data.assets": "real models and texts: list, fetch, verify",
 }
 
 if __name__ == "__main__":
@@ -14,4 +16,4 @@ if __name__ == "__main__":
         sys.exit(2)
     print("python -m llm_jax.COMMAND --help\n")
     for name, what in COMMANDS.items():
-        print(f"  {name:<10} {what}")
+        print(f"  {name:<12} {what}")

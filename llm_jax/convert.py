@@ -23,9 +23,10 @@ flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "hf: o
 def main() -> None:
     import jax
 
-    from llm_jax import pretrained
+    from llm_jax import pretrained, tokenizers
     from llm_jax.interop import gguf_model, hf
     from llm_jax.interop.families import FAMILIES, their_config
+    from llm_jax.tokenizers.hub import HubTokenizer
 
     f = flags.FLAGS
     output, source = pathlib.Path(f.output).expanduser(), pretrained.locate(f.input)
@@ -47,8 +48,14 @@ def main() -> None:
     if kind not in FAMILIES:
         raise UserError(f"--family={kind} is unknown; expected one of {', '.join(FAMILIES)}")
     their_config(kind, config)
-    hf.save(output, kind, config, params, tokenizer.files())
-    size = sum(p.stat().st_size for p in output.iterdir())
+    if isinstance(tokenizer, HubTokenizer):
+        hf.save(output, kind, config, params, tokenizer.files(), tokenizer.special_ids)
+    else:
+        files = {f"tokenizer/{name}": content for name, content in tokenizers.all_files(tokenizer).items()}
+        ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
+        hf.save(output, kind, config, params, files, {name: i for name, i in ids.items() if i is not None})
+        print(f"note: transformers reads no {tokenizer.kind} tokenizer; llm_jax finds it in {output}/tokenizer")
+    size = sum(p.stat().st_size for p in output.rglob("*") if p.is_file())
     print(f"wrote {output}: {kind} ({FAMILIES[kind].architecture}) in {f.dtype}; {size / 2**20:.1f} MiB")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from llm_jax import checkpoint, trees
+from llm_jax import checkpoint, tokenizers, trees
 from llm_jax.checkpoint import Loaded
 from llm_jax.config import ModelConfig
 from llm_jax.data import assets
@@ -77,12 +77,15 @@ def _hf(path: pathlib.Path, scan_layers: bool, dtype: str) -> Loaded:
     from llm_jax.tokenizers.hub import HubTokenizer
 
     kind, config = hf.read_config(path)
-    files = {p.name: p.read_bytes() for p in path.glob("tokenizer*.json")}
-    files |= {p.name: p.read_bytes() for p in path.glob("chat_template.jinja")}
-    try:
-        tokenizer = HubTokenizer.from_files(files)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+    tokenizer: Any
+    if (path / "tokenizer" / "kind.json").is_file():  # written by `convert` from a run of ours
+        tokenizer = tokenizers.load(path / "tokenizer")
+    else:
+        files = {p.name: p.read_bytes() for p in [*path.glob("tokenizer*.json"), *path.glob("chat_template.jinja")]}
+        try:
+            tokenizer = HubTokenizer.from_files(files)
+        except (UserError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: the tokenizer cannot be read ({error})") from error
     config, abstract, shardings = _prepared(config, dtype)
     params = hf.load_params(path, kind, abstract, shardings)
     return _finished(config, params, tokenizer, scan_layers)

@@ -291,15 +291,32 @@ def _write_gemma(m: ModelConfig) -> dict[str, Any]:
         common |= {"rope_local_base_freq": m.position.local_base}
     return common | {
         "hidden_activation": common.pop("hidden_act"),
-        "query_pre_attn_scalar": round(m.attention_scale**-2, 6),
+        "query_pre_attn_scalar": _whole(round(m.attention_scale**-2, 6)) if m.attention_scale else 0,
         "final_logit_softcapping": m.logit_softcap or None,
         "attn_logit_softcapping": m.attention_softcap or None,
         "attention_bias": False,
     }
 
 
+def _whole(value: float) -> int | float:
+    """As an int where it is one: config.json is read with strict types."""
+    return int(value) if value == int(value) else value
+
+
+def _write_mistral(m: ModelConfig) -> dict[str, Any]:
+    common = _write_common(m)
+    del common["layer_types"]  # with which transformers would make another model_type of it
+    return common
+
+
+def _gelu_new(m: ModelConfig) -> str:
+    """The name that GPT-2 and Phi have for the tanh form."""
+    return "gelu_new" if m.activation == "gelu" else _their_activation(m)
+
+
 def _write_phi(m: ModelConfig) -> dict[str, Any]:
-    return _write_common(m) | {"partial_rotary_factor": m.position.fraction, "layer_norm_eps": m.norm_eps}
+    said = {"hidden_act": _gelu_new(m), "partial_rotary_factor": m.position.fraction, "layer_norm_eps": m.norm_eps}
+    return _write_common(m) | said
 
 
 def _write_gpt2(m: ModelConfig) -> dict[str, Any]:
@@ -307,9 +324,9 @@ def _write_gpt2(m: ModelConfig) -> dict[str, Any]:
         "n_embd": m.width,
         "n_layer": m.num_layers,
         "n_head": m.num_heads,
-        "n_inner": m.mlp_width,
+        "n_inner": None if m.mlp_width == 4 * m.width else m.mlp_width,
         "n_positions": m.position.max_length,
-        "activation_function": "gelu_new" if m.activation == "gelu" else _their_activation(m),
+        "activation_function": _gelu_new(m),
         "layer_norm_epsilon": m.norm_eps,
     }
 
@@ -329,7 +346,7 @@ def _write_bert(m: ModelConfig) -> dict[str, Any]:
 
 FAMILIES: dict[str, Family] = {
     "llama": Family("LlamaForCausalLM", names.LLAMA, _llama, _write_llama),
-    "mistral": Family("MistralForCausalLM", names.LLAMA, _mistral, _write_common),
+    "mistral": Family("MistralForCausalLM", names.LLAMA, _mistral, _write_mistral),
     "qwen2": Family("Qwen2ForCausalLM", names.LLAMA, _qwen2, _write_qwen),
     "qwen3": Family("Qwen3ForCausalLM", names.LLAMA, _qwen3, _write_qwen),
     "gemma2": Family("Gemma2ForCausalLM", names.GEMMA, _gemma2, _write_gemma),

@@ -77,19 +77,27 @@ def load_params(directory: pathlib.Path, kind: str, abstract: Any, shardings: as
     return assemble.load(source, wanted, abstract, shardings, ignored)
 
 
-def save(directory: pathlib.Path, kind: str, config: ModelConfig, params: Any, files: dict[str, bytes]) -> None:
+def save(
+    directory: pathlib.Path,
+    kind: str,
+    config: ModelConfig,
+    params: Any,
+    files: dict[str, bytes],
+    special_ids: dict[str, int] | None = None,
+) -> None:
     """Writes a directory that `transformers` loads; it appears whole or not at all.
 
     Args:
       params: one entry per layer.
       files: the tokenizer's files by name.
+      special_ids: "bos_token_id", "eos_token_id", ... for config.json, by which transformers ends a text.
 
     Raises:
       UserError: the directory exists, or the family cannot hold the model.
     """
     if directory.exists():
         raise UserError(f"--output={directory} exists; give another, or remove it")
-    said = their_config(kind, config) | {"torch_dtype": config.precision.params}
+    said = their_config(kind, config) | {"torch_dtype": config.precision.params} | (special_ids or {})
     parts = assemble.by_tensor(assemble.names(FAMILIES[kind].names, params))
     flat = {path: weights.dense(weight) for path, weight in trees.flatten(params).items()}
     sizes = {name: sum(flat[ours].size * flat[ours].dtype.itemsize for _, ours in of) for name, of in parts.items()}
@@ -114,8 +122,9 @@ def save(directory: pathlib.Path, kind: str, config: ModelConfig, params: Any, f
             (partial / "model.safetensors.index.json").write_text(json.dumps(total, indent=1))
         (partial / "config.json").write_text(json.dumps(said, indent=1) + "\n")
         for name, content in files.items():
+            (partial / name).parent.mkdir(exist_ok=True)
             (partial / name).write_bytes(content)
-        for path in (partial, *partial.iterdir()):
+        for path in (partial, *partial.rglob("*")):
             path.chmod(0o755 if path.is_dir() else 0o644)
         partial.rename(directory)
     finally:

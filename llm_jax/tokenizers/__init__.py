@@ -6,9 +6,9 @@ import pathlib
 
 from llm_jax.config import choice
 from llm_jax.errors import UserError
-from llm_jax.tokenizers.base import Tokenizer, digest, document, prompt, save
+from llm_jax.tokenizers.base import Tokenizer, all_files, digest, document, prompt, save
 
-__all__ = ["KINDS", "Tokenizer", "digest", "document", "get", "load", "prompt", "save"]
+__all__ = ["KINDS", "Tokenizer", "all_files", "digest", "document", "get", "load", "prompt", "save"]
 
 # kind -> where its class stands, imported when it is used (sentencepiece is slow to import).
 KINDS = {

@@ -82,6 +82,11 @@ def prompt(tokenizer: Tokenizer, text: str) -> list[int]:
 def save(tokenizer: Tokenizer, directory: pathlib.Path) -> None:
     """Writes its files and `kind.json` into `directory` (made if need be)."""
     directory.mkdir(parents=True, exist_ok=True)
-    for name, content in tokenizer.files().items():
+    for name, content in all_files(tokenizer).items():
         (directory / name).write_bytes(content)
-    (directory / "kind.json").write_text(json.dumps({"kind": tokenizer.kind, "sha256": digest(tokenizer)}) + "\n")
+
+
+def all_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """Its files and `kind.json`, by which `tokenizers.load` knows and checks them."""
+    said = json.dumps({"kind": tokenizer.kind, "sha256": digest(tokenizer)}) + "\n"
+    return tokenizer.files() | {"kind.json": said.encode()}

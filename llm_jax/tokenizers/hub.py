@@ -98,6 +98,12 @@ class HubTokenizer:
         """Names of special tokens ("bos_token", ...), the chat template, and whether text begins with BOS."""
         return dict(self._special)
 
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """ "bos_token_id", "eos_token_id", ... as config.json has them."""
+        found = {f"{name}_token_id": self._id(f"{name}_token") for name, _ in _SPECIAL_IDS}
+        return {name: index for name, index in found.items() if index is not None and name != "unk_token_id"}
+
     def files(self) -> dict[str, bytes]:
         return {"tokenizer.json": self._text.encode(), "tokenizer_config.json": json.dumps(self._special).encode()}
 

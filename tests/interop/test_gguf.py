@@ -37,9 +37,9 @@ def vocabulary():
     return HubTokenizer(made.to_str(), {"eos_token": "<end>", "chat_template": "{{ messages[0]['content'] }}<end>"})
 
 
-def small(arch, vocab_size):
+def small(arch, vocab_size, head_width=32):
     changes = {"llama": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}[arch]
-    shape = {"width": 64, "head_width": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "mlp_width": 96}
+    shape = {"width": 64, "head_width": head_width, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "mlp_width": 96}
     config = dataclasses.replace(NEUTRAL, vocab_size=vocab_size, **shape, **changes)
     params = jax.jit(Transformer(config).init)(jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
     draw = lambda path, w: jax.random.normal(jax.random.key(len(path)), w.shape)  # noqa: E731
