@@ -12,6 +12,7 @@ from llm_jax import config as config_lib
 from llm_jax.config import ModelConfig, PositionConfig, PrecisionConfig
 from llm_jax.errors import UserError
 from llm_jax.interop import names
+from llm_jax.model import positions, stages
 
 # Theirs -> ours; the first of theirs is what is written.
 ACTIVATIONS = {
@@ -156,12 +157,14 @@ def _qwen3(c: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _gemma(c: Mapping[str, Any]) -> dict[str, Any]:
+    if (scalar := c.get("query_pre_attn_scalar", 256)) <= 0:
+        raise UserError(f"config.json: query_pre_attn_scalar is {scalar}; expected a positive number")
     return _llama(c) | {
         "activation": c.get("hidden_activation") or "gelu_pytorch_tanh",
         "head_width": c.get("head_dim") or 256,
         "scale_embeddings": True,
         "norm_place": "both",
-        "attention_scale": float(c.get("query_pre_attn_scalar", 256)) ** -0.5,
+        "attention_scale": float(scalar) ** -0.5,
         "logit_softcap": float(c.get("final_logit_softcapping") or 0.0),
         "attention_softcap": float(c.get("attn_logit_softcapping") or 0.0),
     }
@@ -253,8 +256,6 @@ def _bert(c: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write_common(m: ModelConfig) -> dict[str, Any]:
-    from llm_jax.model import stages
-
     kinds = [{ours: theirs for theirs, ours in LAYERS.items()}[kind] for kind in stages.layer_kinds(m)]
     return {
         "hidden_size": m.width,
@@ -291,7 +292,7 @@ def _write_gemma(m: ModelConfig) -> dict[str, Any]:
         common |= {"rope_local_base_freq": m.position.local_base}
     return common | {
         "hidden_activation": common.pop("hidden_act"),
-        "query_pre_attn_scalar": _whole(round(m.attention_scale**-2, 6)) if m.attention_scale else 0,
+        "query_pre_attn_scalar": _whole(round((m.attention_scale or 1.0) ** -2, 6)),
         "final_logit_softcapping": m.logit_softcap or None,
         "attn_logit_softcapping": m.attention_softcap or None,
         "attention_bias": False,
@@ -412,6 +413,7 @@ NEUTRAL = ModelConfig(
     scan_layers=False,
     remat="none",
 )
+_OWN_HEAD_WIDTH = ("qwen3", "gemma2", "gemma3_text")  # no head_dim means a number of theirs, not width // heads
 _TIED = {"gpt2": True, "gemma2": True, "gemma3_text": True, "bert": True}  # where config.json does not say
 
 
@@ -447,6 +449,8 @@ def their_config(kind: str, m: ModelConfig) -> dict[str, Any]:
       UserError: the family cannot hold this model; the first key in which they differ is named.
     """
     family = FAMILIES[kind]
+    if kind in _OWN_HEAD_WIDTH:
+        m = dataclasses.replace(m, head_width=positions.head_width(m))
     written = {
         "model_type": kind,
         "architectures": [family.architecture],

@@ -1,0 +1,38 @@
+import pytest
+
+from llm_jax.errors import UserError
+from llm_jax.prompting import chat
+
+TEMPLATE = """{% for m in messages %}{% if m.role == 'robot' %}{{ raise_exception('no robots') }}{% endif %}
+<|{{ m.role }}|>{{ m.content }}{{ eos_token }}
+{% endfor %}
+{% if add_generation_prompt %}<|assistant|>{% endif %}"""
+HI = [{"role": "user", "content": "Hi {{ 7 * 7 }}"}]
+
+
+def test_messages_are_rendered_as_text():
+    special = {"chat_template": TEMPLATE, "eos_token": "</s>"}
+    assert chat.render(special, HI) == "<|user|>Hi {{ 7 * 7 }}</s>\n<|assistant|>"
+    assert chat.render(special, HI, answer=False) == "<|user|>Hi {{ 7 * 7 }}</s>\n"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "has no chat template"),
+        ("", "has no chat template"),
+        ("{% for", "the chat template fails .TemplateSyntaxError"),
+        ("{{ ''.__class__.__mro__ }}{{ ''.__class__.__mro__[1].__subclasses__() }}", "fails .SecurityError"),
+        ("{{ messages.append(1) }}", "fails .SecurityError"),
+        ("{% for i in range(10 ** 9) %}x{% endfor %}", "fails .OverflowError"),
+        ("{{ messages + 1 }}", "fails .TypeError"),
+    ],
+)
+def test_templates_that_fail_or_reach_out_end_in_one_line(template, message):
+    with pytest.raises(UserError, match=message):
+        chat.render({"chat_template": template}, HI)
+
+
+def test_what_a_template_refuses_is_said():
+    with pytest.raises(UserError, match="refuses these messages: no robots"):
+        chat.render({"chat_template": TEMPLATE}, [{"role": "robot", "content": ""}])
