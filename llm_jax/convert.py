@@ -32,7 +32,7 @@ def main() -> None:
     output, source = pathlib.Path(f.output).expanduser(), pretrained.locate(f.input)
     if output.exists():
         raise UserError(f"--output={output} exists; give another, or remove it")
-    model, params, tokenizer = pretrained.load(source, dtype=f.dtype if f.to == "hf" else "float32")
+    model, params, tokenizer = pretrained.load(source)
     precision = dataclasses.replace(model.config.precision, params=f.dtype)
     config = dataclasses.replace(model.config, precision=precision) if f.to == "hf" else model.config
     count = sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -40,6 +40,8 @@ def main() -> None:
     else:
         config = checkpoint.read_config(checkpoint.find(path))
         data, length = config.data, f.seq_len or config.train.seq_len
+    if not model.config.causal:
+        raise UserError(f"{f.checkpoint} is a bidirectional model (model.causal=False); it sees what it would predict")
     transformer.check_length(model.config, length)
     if not 0 <= f.stride <= length:
         raise UserError(f"--stride={f.stride}; expected 0 to the window of {length} tokens")

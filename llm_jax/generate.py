@@ -30,6 +30,8 @@ def main() -> None:
         raise UserError(f"--seed={f.seed}; expected a number from 0")
     sampler = samplers.make(f.temperature, f.top_k, 1.0 if f.top_p is None else f.top_p)
     model, params, tokenizer = pretrained.load(f.checkpoint, dtype=f.dtype)
+    if not model.config.causal:
+        raise UserError(f"{f.checkpoint} is a bidirectional model (model.causal=False); it does not continue text")
     if f.chat:
         if not isinstance(tokenizer, HubTokenizer):
             raise UserError(f"--chat needs a tokenizer with a chat template; this checkpoint's is {tokenizer.kind}")
@@ -38,6 +40,8 @@ def main() -> None:
         prompts = [tokenizer.encode_chat(text) for text in texts]
     else:
         prompts = [tokenizers.prompt(tokenizer, text) for text in f.prompt]
+    if any(i >= model.config.vocab_size for prompt in prompts for i in prompt):
+        raise UserError(f"the prompt has a token that the model lacks (its ids end at {model.config.vocab_size - 1})")
     seeds = [f.seed + i for i in range(len(prompts))]
     made = loop.generate(
         model,
@@ -47,7 +51,7 @@ def main() -> None:
         max_new_tokens=f.max_new_tokens,
         seeds=seeds,
         eos=tokenizer.eos,
-        vocab_size=tokenizer.vocab_size,
+        vocab_size=min(tokenizer.vocab_size, model.config.vocab_size),
     )
     for i, (prompt, one) in enumerate(zip(prompts, made, strict=True)):
         if i:

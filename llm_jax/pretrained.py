@@ -15,6 +15,8 @@ from llm_jax.errors import UserError
 from llm_jax.model.stages import layout
 from llm_jax.model.transformer import Transformer
 
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
 
 def load(path: str | os.PathLike[str], scan_layers: bool = False, dtype: str = "float32") -> Loaded:
     """The model, its parameters on the default device, and the tokenizer.
@@ -43,7 +45,12 @@ def locate(path: str | os.PathLike[str]) -> pathlib.Path:
         return assets.path(name.removeprefix("asset:"))
     if name.startswith("hf:"):
         return _from_hub(name.removeprefix("hf:"))
-    return pathlib.Path(name).expanduser()
+    try:
+        path = pathlib.Path(name).expanduser()
+        path.exists()
+    except (RuntimeError, OSError, ValueError) as error:
+        raise UserError(f"{name[:80]}: no such file or directory ({error})") from error
+    return path
 
 
 def is_foreign(path: pathlib.Path) -> bool:
@@ -81,7 +88,7 @@ def _hf(path: pathlib.Path, scan_layers: bool, dtype: str) -> Loaded:
     if (path / "tokenizer" / "kind.json").is_file():  # written by `convert` from a run of ours
         tokenizer = tokenizers.load(path / "tokenizer")
     else:
-        files = {p.name: p.read_bytes() for p in [*path.glob("tokenizer*.json"), *path.glob("chat_template.jinja")]}
+        files = {p.name: p.read_bytes() for p in path.iterdir() if p.name in _TOKENIZER_FILES and p.is_file()}
         try:
             tokenizer = HubTokenizer.from_files(files)
         except (UserError, ValueError, TypeError, AttributeError) as error:
@@ -100,8 +107,9 @@ def _prepared(config: ModelConfig, dtype: str) -> tuple[ModelConfig, Any, Any]:
 
 
 def _finished(config: ModelConfig, params: Any, tokenizer: Any, scan_layers: bool) -> Loaded:
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, the model only {config.vocab_size}")
+    regular = getattr(tokenizer, "regular_size", tokenizer.vocab_size)
+    if regular > config.vocab_size:  # special tokens past the model's ids (images, say) may stand in the file
+        raise UserError(f"the tokenizer has {regular} ids, the model only {config.vocab_size}")
     model = Transformer(dataclasses.replace(config, scan_layers=scan_layers))
     return Loaded(model, trees.restage(params, layout(model.config)), tokenizer)
 

@@ -96,9 +96,12 @@ def rope(c: Mapping[str, Any], said: Mapping[str, Any] | None = None) -> dict[st
     if kind not in settings:
         raise UserError(f"config.json: rope_type is {kind!r}; expected one of {', '.join(settings)}")
     if kind != "default":
-        found["position.factor"] = float(said.get("factor", 1.0))
-    if kind == "yarn" and said.get("attention_factor") is not None:
-        raise UserError("config.json: yarn with an attention_factor of its own is not supported")
+        found["position.factor"] = float(said["factor"])
+    refused = [k for k in ("attention_factor", "mscale", "mscale_all_dim") if said.get(k) is not None]
+    if kind == "yarn" and (refused or said.get("truncate") is False):
+        raise UserError(f"config.json: yarn with {', '.join(refused) or 'truncate: false'} is not supported")
+    if kind == "dynamic" and original != c.get("max_position_embeddings"):
+        raise UserError("config.json: dynamic rope with an original length of its own is not supported")
     return found | {f"position.{key}": value for key, value in settings[kind].items()}
 
 
@@ -141,7 +144,8 @@ def _llama(c: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _mistral(c: Mapping[str, Any]) -> dict[str, Any]:
-    kind = "local" if c.get("sliding_window") else "global"
+    c = {"sliding_window": 4096, **c}
+    kind = "local" if c["sliding_window"] else "global"
     return _llama(c) | _pattern(c, [kind] * c["num_hidden_layers"])
 
 
@@ -159,6 +163,8 @@ def _qwen3(c: Mapping[str, Any]) -> dict[str, Any]:
 def _gemma(c: Mapping[str, Any]) -> dict[str, Any]:
     if (scalar := c.get("query_pre_attn_scalar", 256)) <= 0:
         raise UserError(f"config.json: query_pre_attn_scalar is {scalar}; expected a positive number")
+    if c.get("use_bidirectional_attention"):
+        raise UserError("config.json: use_bidirectional_attention is not supported")
     return _llama(c) | {
         "activation": c.get("hidden_activation") or "gelu_pytorch_tanh",
         "head_width": c.get("head_dim") or 256,
@@ -172,6 +178,7 @@ def _gemma(c: Mapping[str, Any]) -> dict[str, Any]:
 
 def _gemma2(c: Mapping[str, Any]) -> dict[str, Any]:
     kinds = ["local" if i % 2 == 0 else "global" for i in range(c["num_hidden_layers"])]
+    c = {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0, "sliding_window": 4096, **c}
     return _gemma(c) | _pattern(c, kinds)
 
 
@@ -182,6 +189,8 @@ def _gemma3(c: Mapping[str, Any]) -> dict[str, Any]:
     if "full_attention" in said:
         whole = rope(c, said["full_attention"])
         local = said["sliding_attention"]["rope_theta"]
+        if said["sliding_attention"].get("rope_type", "default") != "default":
+            raise UserError("config.json: scaled rope in sliding layers is not supported")
     else:
         whole, local = rope({"rope_theta": 1e6} | dict(c)), c.get("rope_local_base_freq", 10000.0)
     return (
@@ -199,7 +208,7 @@ def _phi(c: Mapping[str, Any]) -> dict[str, Any]:
     if c.get("qk_layernorm"):
         raise UserError("config.json: phi with qk_layernorm is not supported")
     return {
-        **_llama(c),
+        **_llama({"hidden_act": "gelu_new", **c}),
         "mlp": "plain",
         "norm": "layer",
         "norm_eps": float(c.get("layer_norm_eps", 1e-5)),
@@ -233,6 +242,8 @@ def _gpt2(c: Mapping[str, Any]) -> dict[str, Any]:
 def _bert(c: Mapping[str, Any]) -> dict[str, Any]:
     if c.get("position_embedding_type", "absolute") != "absolute":
         raise UserError("config.json: only position_embedding_type=absolute is supported")
+    if c.get("is_decoder"):
+        raise UserError("config.json: a bert with is_decoder is not supported")
     return {
         "width": c["hidden_size"],
         "num_layers": c["num_hidden_layers"],
@@ -458,14 +469,18 @@ def their_config(kind: str, m: ModelConfig) -> dict[str, Any]:
         "tie_word_embeddings": m.tie_head,
         **family.write(m),
     }
-    _, again = model_config(written)
-    before, after = config_lib.flat(m, "model."), config_lib.flat(again, "model.")
-    free = ("model.scan_layers", "model.window", "model.remat", "model.attention", "model.precision.")
-    unused = _unused(m)
-    for key, value in before.items():
-        if after[key] != value and not key.startswith(free) and key not in unused:
-            raise UserError(f"{kind} cannot hold {key}={value!r} (it would be {after[key]!r}); choose another family")
+    refuse_difference(kind, m, model_config(written)[1])
     return written
+
+
+def refuse_difference(what: str, m: ModelConfig, again: ModelConfig) -> None:
+    """Raises UserError, naming the first key, where a model is another when it is read again."""
+    before, after = config_lib.flat(m, "model."), config_lib.flat(again, "model.")
+    free = {"model.scan_layers", "model.remat", "model.attention", *_unused(m)}
+    free |= {"model.window"} if "local" not in m.layer_pattern else set()
+    for key, value in before.items():
+        if after[key] != value and key not in free and not key.startswith("model.precision."):
+            raise UserError(f"{what} cannot hold {key}={value!r} (it would be {after[key]!r}); choose another family")
 
 
 def _unused(m: ModelConfig) -> set[str]:

@@ -211,7 +211,9 @@ def _kind(value: Any) -> int:
         return 7
     if isinstance(value, np.generic):
         return next(k for k, letter in _SCALARS.items() if np.dtype(letter) == value.dtype)
-    return 6 if isinstance(value, float) else 5 if value < 0 else 4
+    if isinstance(value, float):
+        return 6
+    return (5 if value >= -(2**31) else 11) if value < 0 else 4 if value < 2**32 else 10
 
 
 def _value(value: Any) -> Iterator[bytes]:

@@ -1,5 +1,6 @@
 """Models in GGUF files: ggml's llama, qwen2 and qwen3 architectures, in and out."""
 
+import dataclasses
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +11,7 @@ from llm_jax import trees, weights
 from llm_jax.config import ModelConfig
 from llm_jax.errors import UserError
 from llm_jax.interop import assemble, gguf, names
-from llm_jax.interop.families import model_config, their_config
+from llm_jax.interop.families import model_config, refuse_difference, their_config
 from llm_jax.kernels import blocks
 from llm_jax.model import positions
 from llm_jax.tokenizers.hub import HubTokenizer
@@ -29,13 +30,32 @@ _KEYS = {
     "context_length": "max_position_embeddings",
     "rope.freq_base": "rope_theta",
 }
+# Keys that are read otherwise, or that say nothing about the numbers.
+_OTHER_KEYS = (
+    "vocab_size",
+    "attention.value_length",
+    "rope.dimension_count",
+    "rope.scaling.type",
+    "rope.scaling.factor",
+    "rope.scaling.original_context_length",
+    "rope.scaling.finetuned",
+)
 
 
 def read_config(file: gguf.File, what: str) -> tuple[str, ModelConfig]:
     """(architecture, the model's config) of a file. Raises UserError for what is missing or not known."""
+    try:
+        return _read_config(file, what)
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{what}: its metadata make no sense ({error})") from error
+
+
+def _read_config(file: gguf.File, what: str) -> tuple[str, ModelConfig]:
     said = file.metadata
     arch = said.get("general.architecture")
-    if arch not in ARCHITECTURES:
+    if not isinstance(arch, str) or arch not in ARCHITECTURES:
         raise UserError(f"{what}: general.architecture is {arch!r}; expected one of {', '.join(ARCHITECTURES)}")
     table = file.tensors.get("token_embd.weight")
     if table is None:
@@ -44,6 +64,13 @@ def read_config(file: gguf.File, what: str) -> tuple[str, ModelConfig]:
     for key in ("rms_norm_eps", "rope_theta"):
         if key in c:
             c[key] = _shortest(c[key])
+    known = {f"{arch}.{key}" for key in (*_KEYS, *_OTHER_KEYS)}
+    if unknown := [key for key in said if key.startswith(f"{arch}.") and key not in known]:
+        raise UserError(f"{what}: {unknown[0]}={said[unknown[0]]!r} is not known here")
+    width = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
+    if said.get(f"{arch}.attention.value_length", width) != width:
+        raise UserError(f"{what}: values of another width than keys are not supported")
+    c["partial_rotary_factor"] = said.get(f"{arch}.rope.dimension_count", width) / width
     c |= {"model_type": arch, "vocab_size": table.shape[0], "tie_word_embeddings": "output.weight" not in file.tensors}
     scaling = said.get(f"{arch}.rope.scaling.type", "none")
     if scaling in ("linear", "yarn"):
@@ -56,7 +83,7 @@ def read_config(file: gguf.File, what: str) -> tuple[str, ModelConfig]:
         raise UserError(f"{what}: rope scaling {scaling!r} (or rope_freqs.weight) is not read from GGUF files")
     try:
         return arch, model_config(c)[1]
-    except (UserError, TypeError, ValueError) as error:
+    except UserError as error:
         raise UserError(f"{what}: {error}") from error
 
 
@@ -129,6 +156,10 @@ def save(path: pathlib.Path, config: ModelConfig, params: Any, tokenizer: Any, k
     shapes = {name: _shape(of, flat) for name, of in parts.items()}
     tensors = {name: (shape, stored(name, shape)) for name, shape in shapes.items()}
     metadata = _metadata(arch, said, config) | _vocabulary(tokenizer, config.vocab_size)
+    nothing = np.zeros((0, 0), np.uint8)
+    described = {name: gguf.Tensor(shape, stored_as, nothing) for name, (shape, stored_as) in tensors.items()}
+    again = read_config(gguf.File(metadata, described), "what would be written")[1]
+    refuse_difference(f"a GGUF file of a {arch}", dataclasses.replace(config, head_width=again.head_width), again)
     gguf.write(path, metadata, tensors, (values(name) for name in tensors))
     return {name: stored_as for name, (_, stored_as) in tensors.items()}
 

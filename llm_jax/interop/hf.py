@@ -23,6 +23,7 @@ from llm_jax.interop.families import FAMILIES, model_config, their_config
 # Tensors of theirs that hold no weights, and heads that are not ours.
 _IGNORED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.(masked_)?bias|position_ids)|cls\..*")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+_NAMES = {"bfloat16": ml_dtypes.bfloat16}  # which numpy does not know by name
 _SHARD_BYTES = 5 * 10**9
 _DTYPES = {
     "F64": np.dtype("float64"),
@@ -35,8 +36,11 @@ _DTYPES = {
 def is_directory_of(path: pathlib.Path) -> bool:
     """Whether a directory is of this kind (it has a config.json that names a model_type)."""
     try:
-        return "model_type" in json.loads((path / "config.json").read_text())
-    except (OSError, ValueError):
+        said = json.loads((path / "config.json").read_text())
+        return not isinstance(said, dict) or "model_type" in said or not said.keys() & {"tokenizer", "train"}
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, RecursionError):
         return False
 
 
@@ -46,11 +50,11 @@ def read_config(directory: pathlib.Path) -> tuple[str, ModelConfig]:
         said = json.loads((directory / "config.json").read_text())
         if not isinstance(said, dict):
             raise ValueError("not an object")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{directory / 'config.json'}: cannot be read ({error})") from error
     try:
         return model_config(said)
-    except (UserError, TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise UserError(f"{directory}: {error}") from error
 
 
@@ -97,6 +101,7 @@ def save(
     """
     if directory.exists():
         raise UserError(f"--output={directory} exists; give another, or remove it")
+    dtype = np.dtype(_NAMES.get(config.precision.params, config.precision.params))
     said = their_config(kind, config) | {"torch_dtype": config.precision.params} | (special_ids or {})
     parts = assemble.by_tensor(assemble.names(FAMILIES[kind].names, params))
     flat = {path: weights.dense(weight) for path, weight in trees.flatten(params).items()}
@@ -106,14 +111,18 @@ def save(
         if shards[-1] and sum(sizes[n] for n in shards[-1]) + size > _SHARD_BYTES:
             shards.append([])
         shards[-1].append(name)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = pathlib.Path(tempfile.mkdtemp(prefix=".partial-", dir=directory.parent))
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        partial = pathlib.Path(tempfile.mkdtemp(prefix=".partial-", dir=directory.parent))
+    except OSError as error:
+        raise UserError(f"--output={directory} cannot be written ({error.strerror})") from error
     try:
         index: dict[str, str] = {}
         with tqdm(total=sum(sizes.values()), desc="writing weights", unit="B", unit_scale=True, disable=None) as bar:
             for i, shard in enumerate(shards, 1):
                 one = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
-                tensors = {name: assemble.theirs([(t, flat[ours]) for t, ours in parts[name]]) for name in shard}
+                arrays = {name: assemble.theirs([(t, flat[ours]) for t, ours in parts[name]]) for name in shard}
+                tensors = {name: array.astype(dtype) for name, array in arrays.items()}
                 save_file(tensors, partial / one, metadata={"format": "pt"})
                 index |= dict.fromkeys(shard, one)
                 bar.update(sum(sizes[name] for name in shard))
@@ -127,6 +136,8 @@ def save(
         for path in (partial, *partial.rglob("*")):
             path.chmod(0o755 if path.is_dir() else 0o644)
         partial.rename(directory)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--output={directory} cannot be written ({error})") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

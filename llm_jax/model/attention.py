@@ -121,7 +121,7 @@ class Attention(Module):
         else:
             mask = visible(queries, keys, self.window, c.causal)
             if add_values is not None:
-                out = product.attend_adding(q, k, v, mask, bias_BNTS, add_values)
+                out = product.attend_adding(q, k, v, mask, bias_BNTS, add_values, c.attention_softcap)
             elif name in ("xla", "cudnn"):
                 out = product.fused(name, q, k, v, mask, bias_BNTS)
             else:

@@ -226,11 +226,12 @@ def attend_adding(
     mask_BTS: jax.Array,
     bias_BNTS: jax.Array | None,
     add: Callable[[jax.Array], jax.Array],
+    softcap: float = 0.0,
 ) -> jax.Array:
     """`attend` plus what `add` makes of the attention shares (B, N, T, S); it keeps the shares for the gradient."""
     b, t, n, _ = q_BTNH.shape
     q, k, v = (_by_group(x, k_BSKH.shape[2]) for x in (q_BTNH, k_BSKH, v_BSKH))
-    shares = jax.nn.softmax(_scores(q, k, mask_BTS, bias_BNTS)[0], -1).astype(v.dtype)
+    shares = jax.nn.softmax(_scores(q, k, mask_BTS, bias_BNTS, softcap)[0], -1).astype(v.dtype)
     out = _by_token(_batched(shares, v, 3, 2).astype(q_BTNH.dtype), t)
     return out + add(shares.reshape(b, n, t, -1)).astype(out.dtype)
 

@@ -16,12 +16,12 @@ _LLAMA3 = (
 )
 # What ggml calls the splitting of text before byte-pair merges: (single digits first, regular expression or "").
 SPLITS = {
-    "default": (False, ""),
     "gpt-2": (False, ""),
     "smollm": (True, ""),
     "llama-bpe": (False, _LLAMA3),
     "qwen2": (False, _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")),
 }
+_WHOLE_FIRST = ("llama-bpe",)  # a word that is a token is that token, whatever the merges say
 _CONTROL, _USER_DEFINED = 3, 4  # token types of GGUF
 _SPECIAL_IDS = (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
 
@@ -53,6 +53,11 @@ class HubTokenizer:
     @property
     def vocab_size(self) -> int:
         return max(self._tokenizer.get_vocab().values(), default=-1) + 1
+
+    @property
+    def regular_size(self) -> int:
+        """Ids without those of added tokens."""
+        return self._tokenizer.get_vocab_size(with_added_tokens=False)
 
     @property
     def bos(self) -> int | None:
@@ -120,8 +125,11 @@ class HubTokenizer:
         )
         if isinstance(template, list):  # several by name
             template = next((t["template"] for t in template if t.get("name") == "default"), None)
-        special |= {"chat_template": template, "add_bos_token": bool(said.get("add_bos_token"))}
-        return cls(files["tokenizer.json"].decode(), special)
+        made = cls(files["tokenizer.json"].decode(), special | {"chat_template": template, "add_bos_token": True})
+        adds = said.get("add_bos_token")
+        if adds is None:  # then the post-processor says
+            adds = made.bos is not None and made.encode_marked("")[:1] == [made.bos]
+        return cls(made._text, {**made._special, "add_bos_token": bool(adds)})
 
     def to_gguf(self, vocab_size: int) -> dict[str, Any]:
         """The inverse of `from_gguf`; ids that the vocabulary lacks up to `vocab_size` are marked unused.
@@ -132,7 +140,8 @@ class HubTokenizer:
         said = json.loads(self._text)
         model = said["model"]
         pre = _name_of_split(said.get("pre_tokenizer"))
-        if model.get("type") != "BPE" or pre is None:
+        whole_first = bool(model.get("ignore_merges"))
+        if model.get("type") != "BPE" or pre is None or said.get("normalizer") or whole_first != (pre in _WHOLE_FIRST):
             raise UserError("GGUF holds byte-level byte-pair vocabularies here; this tokenizer.json is of another kind")
         tokens = [self._tokenizer.id_to_token(i) or f"[PAD{i}]" for i in range(vocab_size)]
         added = {t["id"]: _CONTROL if t["special"] else _USER_DEFINED for t in said.get("added_tokens", [])}
@@ -159,11 +168,20 @@ class HubTokenizer:
         Raises:
           UserError: a vocabulary of another kind, or one that is not whole.
         """
+        try:
+            return cls._from_gguf(metadata)
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"the vocabulary in the metadata makes no sense ({error})") from error
+
+    @classmethod
+    def _from_gguf(cls, metadata: Mapping[str, Any]) -> Self:
         key = "tokenizer.ggml."
         if (kind := metadata.get(key + "model")) != "gpt2":
             raise UserError(f"{key}model is {kind!r}; only 'gpt2', byte-level byte pairs, is read")
-        pre = metadata.get(key + "pre", "default")
-        if pre not in SPLITS:
+        pre = metadata.get(key + "pre")
+        if not isinstance(pre, str) or pre not in SPLITS:
             raise UserError(f"{key}pre is {pre!r}; expected one of {', '.join(SPLITS)}")
         tokens, merges = metadata.get(key + "tokens"), metadata.get(key + "merges")
         if not isinstance(tokens, list) or not isinstance(merges, list) or len(set(tokens)) != len(tokens):
@@ -172,7 +190,9 @@ class HubTokenizer:
         known = set(tokens)
         if any(len(pair) != 2 or not known >= {pair[0], pair[1], "".join(pair)} for pair in pairs):
             raise UserError(f"{key}merges has a merge of what is not in the vocabulary")
-        made = library.Tokenizer(library.models.BPE({t: i for i, t in enumerate(tokens)}, pairs))
+        made = library.Tokenizer(
+            library.models.BPE({t: i for i, t in enumerate(tokens)}, pairs, ignore_merges=pre in _WHOLE_FIRST)
+        )
         made.pre_tokenizer = _split(pre)
         made.decoder = library.decoders.ByteLevel()
         types = metadata.get(key + "token_type") or [1] * len(tokens)
@@ -182,7 +202,7 @@ class HubTokenizer:
         made.add_tokens([library.AddedToken(t, normalized=False) for t in own])
         special: dict[str, Any] = {
             "chat_template": metadata.get("tokenizer.chat_template"),
-            "add_bos_token": bool(metadata.get(key + "add_bos_token", False)),
+            "add_bos_token": bool(metadata.get(key + "add_bos_token", pre == "llama-bpe")),
         }
         for name, theirs in _SPECIAL_IDS:
             index = metadata.get(f"{key}{theirs}_token_id")
@@ -192,7 +212,8 @@ class HubTokenizer:
 
 
 def _text_of(token: Any) -> str | None:
-    return token.get("content") if isinstance(token, dict) else token
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
 
 
 def _split(name: str) -> Any:

@@ -26,11 +26,21 @@ def test_messages_are_rendered_as_text():
         ("{{ messages.append(1) }}", "fails .SecurityError"),
         ("{% for i in range(10 ** 9) %}x{% endfor %}", "fails .OverflowError"),
         ("{{ messages + 1 }}", "fails .TypeError"),
+        ("{{ 1 / 0 }}", "fails .ZeroDivisionError"),
+        ("{{ '{a}'.format() }}", "fails .KeyError"),
+        ("{{ (" + "(" * 4000, "fails ."),
+        ("{{ ('a' * 2000000000) | length }}", "fails .MemoryError|too much time or memory"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "did not end|too much time"),
     ],
 )
 def test_templates_that_fail_or_reach_out_end_in_one_line(template, message):
     with pytest.raises(UserError, match=message):
         chat.render({"chat_template": template}, HI)
+
+
+def test_loops_can_be_left():
+    template = "{% for i in range(9) %}{% if i > 2 %}{% break %}{% endif %}{{ i }}{% endfor %}"
+    assert chat.render({"chat_template": template}, HI) == "012"
 
 
 def test_what_a_template_refuses_is_said():
