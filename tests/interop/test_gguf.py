@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tokenizers as library
 
-from llm_jax import pretrained, trees
+from llm_jax import checkpoint, pretrained, trees
 from llm_jax.errors import UserError
 from llm_jax.interop import gguf, gguf_model
 from llm_jax.interop.families import NEUTRAL
@@ -178,6 +178,79 @@ def test_what_a_sound_file_says_wrongly_is_named(vocabulary, tmp_path, change, m
     gguf.write(tmp_path / "n.gguf", file.metadata | change, tensors, values)
     with pytest.raises(UserError, match=message):
         pretrained.load(tmp_path / "n.gguf")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"activation": "gelu"}, "cannot hold model.activation"),
+        ({"bias": True}, "cannot hold model.bias"),
+        ({"attention_softcap": 5.0}, "cannot hold model.attention_softcap"),
+        (
+            {
+                "position": dataclasses.replace(
+                    NEUTRAL.position, scaling="yarn", factor=2.0, original_length=8, beta_fast=16.0
+                )
+            },
+            "beta_fast",
+        ),
+        ({"position": dataclasses.replace(NEUTRAL.position, kind="alibi")}, "cannot hold model.position.kind"),
+    ],
+)
+def test_a_model_that_a_file_cannot_hold_is_not_written(vocabulary, tmp_path, change, message):
+    config, _ = small("llama", vocabulary.vocab_size)
+    config = dataclasses.replace(config, **change)
+    params = jax.tree.map(lambda w: np.zeros(w.shape, w.dtype), checkpoint.abstract_params(Transformer(config)))
+    with pytest.raises(UserError, match=message):
+        gguf_model.save(tmp_path / "m.gguf", config, params, vocabulary, "F32")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"llama.rope.scale_linear": 4.0}, "llama.rope.scale_linear=4.0 is not known here"),
+        ({"llama.attention.causal": False}, "llama.attention.causal=False is not known here"),
+        ({"llama.attention.layer_norm_rms_epsilon": "abc"}, "make no sense"),
+        ({"general.architecture": ["llama"]}, "general.architecture is"),
+        ({"tokenizer.ggml.pre": ["a"]}, "tokenizer.ggml.pre is"),
+        ({"tokenizer.ggml.merges": [1, 2]}, "makes no sense"),
+        ({"tokenizer.ggml.tokens": [1, 2]}, "in the vocabulary|makes no sense"),
+        ({"tokenizer.ggml.token_type": 5}, "makes no sense"),
+    ],
+)
+def test_metadata_that_are_not_known_or_of_another_type_are_refused(vocabulary, tmp_path, change, message):
+    config, params = small("llama", vocabulary.vocab_size)
+    gguf_model.save(tmp_path / "m.gguf", config, params, vocabulary, "F32")
+    file = gguf.read(tmp_path / "m.gguf")
+    changed = gguf.File(file.metadata | change, file.tensors)
+    with pytest.raises(UserError, match=message):
+        gguf_model.read_config(changed, "file")
+        HubTokenizer.from_gguf(changed.metadata)
+
+
+def test_a_part_of_the_head_that_is_turned_is_read(vocabulary, tmp_path):
+    config, params = small("llama", vocabulary.vocab_size)
+    gguf_model.save(tmp_path / "m.gguf", config, params, vocabulary, "F32")
+    file = gguf.read(tmp_path / "m.gguf")
+    half = gguf.File(file.metadata | {"llama.rope.dimension_count": 16}, file.tensors)
+    assert gguf_model.read_config(half, "file")[1].position.fraction == 0.5
+
+
+def test_vocabularies_that_would_change_are_not_written(vocabulary):
+    said = json.loads(vocabulary.files()["tokenizer.json"])
+    for change in ({"normalizer": {"type": "Lowercase"}}, {"model": said["model"] | {"ignore_merges": True}}):
+        with pytest.raises(UserError, match="of another kind"):
+            HubTokenizer(json.dumps(said | change), {}).to_gguf(300)
+
+
+def test_bos_is_what_the_post_processor_adds(vocabulary):
+    made = library.Tokenizer.from_str(vocabulary.files()["tokenizer.json"].decode())
+    made.post_processor = library.processors.TemplateProcessing(single="<end> $A", special_tokens=[("<end>", 0)])
+    said = json.dumps({"bos_token": "<end>"}).encode()
+    with_it = HubTokenizer.from_files({"tokenizer.json": made.to_str().encode(), "tokenizer_config.json": said})
+    without = HubTokenizer.from_files(vocabulary.files() | {"tokenizer_config.json": said})
+    assert with_it.bos == 0 and without.bos is None
 
 
 def test_metadata_of_every_type_survives(tmp_path):

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from llm_jax import checkpoint, trees
 from llm_jax.errors import UserError
 from llm_jax.interop import hf
-from llm_jax.interop.families import FAMILIES, model_config, their_config
+from llm_jax.interop.families import FAMILIES, NEUTRAL, model_config, their_config
 from llm_jax.model.attention import Tokens
 from llm_jax.model.transformer import Transformer, init_cache
 from tests.interop import family_cases as cases
@@ -184,7 +184,47 @@ def test_shards_are_read_as_one(llama):
     jax.tree.map(np.testing.assert_array_equal, read(path)[2], expected)
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention is not supported"),
+        ("bert", {"is_decoder": True}, "is_decoder is not supported"),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "mscale": 1.0}}, "yarn with mscale"),
+        ("llama", {"rope_parameters": {"rope_type": "llama3"}}, "'factor' is missing"),
+        ("llama", {"attention_bias": True}, "attention_bias without mlp_bias"),
+        ("phi", {"qk_layernorm": True}, "qk_layernorm is not supported"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "are not supported"),
+        ("gemma2", {"query_pre_attn_scalar": 0}, "expected a positive number"),
+    ],
+)
+def test_settings_that_would_change_the_numbers_are_refused(name, change, message):
+    with pytest.raises(UserError, match=message):
+        model_config(GOLDEN[name]["config"] | change)
+
+
+def test_what_config_json_leaves_out_is_what_the_class_would_take():
+    without = lambda name, *keys: {k: v for k, v in GOLDEN[name]["config"].items() if k not in keys}  # noqa: E731
+    gemma = model_config(without("gemma2", "final_logit_softcapping", "attn_logit_softcapping"))[1]
+    assert (gemma.logit_softcap, gemma.attention_softcap) == (30.0, 50.0)
+    assert model_config(without("mistral", "sliding_window", "layer_types"))[1].window == 4096
+    assert model_config(GOLDEN["mistral"]["config"] | {"sliding_window": None})[1].layer_pattern == ("global",)
+    assert model_config(without("phi", "hidden_act"))[1].activation == "gelu"
+
+
+def test_tensors_are_written_in_the_dtype_that_config_json_names(llama, tmp_path):
+    kind, model, params = read(llama[0])
+    precision = dataclasses.replace(model.config.precision, params="bfloat16")
+    hf.save(tmp_path / "out", kind, dataclasses.replace(model.config, precision=precision), params, {})
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert {str(array.dtype) for array in written.values()} == {"bfloat16"}
+
+
 def test_a_family_refuses_a_model_that_it_cannot_hold():
+    _, gemma = model_config(GOLDEN["gemma2"]["config"])
+    for key in ("attention_softcap", "attention_scale", "logit_softcap"):
+        with pytest.raises(UserError, match=f"llama cannot hold model.{key}"):
+            their_config("llama", dataclasses.replace(NEUTRAL, **{key: getattr(gemma, key)}))
     _, config = model_config(GOLDEN["llama"]["config"])
     with pytest.raises(UserError, match="llama cannot hold model.qk_norm=True"):
         their_config("llama", dataclasses.replace(config, qk_norm=True))

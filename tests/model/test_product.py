@@ -48,6 +48,26 @@ def test_results_and_gradients_equal_those_of_plain(packed, name, window, causal
     )
 
 
+def test_a_softcap_and_its_gradients_are_the_formula(packed):
+    q, k, v, where, real = packed
+    mask = visible(where, where, None)
+
+    def formula(q, k, v):
+        scores = jnp.einsum("btnh,bsnh->bnts", q, jnp.repeat(k, 2, 2)) / 4
+        shares = jax.nn.softmax(jnp.where(mask[:, None], 0.5 * jnp.tanh(scores / 0.5), -1e30), -1)
+        return jnp.einsum("bnts,bsnh->btnh", shares, jnp.repeat(v, 2, 2)) * real
+
+    def both(function):
+        total = lambda *a: jnp.sum(jnp.sin(function(*a)))  # noqa: E731
+        return function(q, k, v), jax.grad(total, (0, 1, 2))(q, k, v)
+
+    plain = lambda q, k, v: product.attend(q, k, v, mask, None, 0.5) * real  # noqa: E731
+    adding = lambda q, k, v: product.attend_adding(q, k, v, mask, None, lambda s: 0 * q, 0.5) * real  # noqa: E731
+    expected = both(formula)
+    for ours in (plain, adding):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), both(ours), expected)
+
+
 def test_the_choice_follows_the_device(tiny):
     def found(kind="rope", attention="auto", compute="bfloat16", **shape):
         position = dataclasses.replace(tiny.model.position, kind=kind)
