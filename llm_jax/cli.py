@@ -7,7 +7,9 @@ import ctypes
 import os
 import pathlib
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +19,7 @@ from ml_collections import config_flags
 from llm_jax import config as config_lib
 from llm_jax.errors import UserError
 
+_PATIENCE = 5.0  # seconds from an interrupt to the end
 _DEFAULT = pathlib.Path(__file__).parents[1] / "configs" / "default.py"
 
 
@@ -29,16 +32,29 @@ def run(main: Callable[[], None]) -> None:
             raise UserError(f"unexpected argument '{argv[1]}'; options are written --name=value")
         main()
 
+    signal.signal(signal.SIGINT, _interrupt)
     try:
         app.run(guarded, flags_parser=_parse)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(130)  # threads of the data pipeline and of Orbax would be cut off with tracebacks
+        _leave()
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    """Raises KeyboardInterrupt; where that is lost (in a callback of the garbage collector), leaves a little later."""
+    last = threading.Timer(_PATIENCE, _leave)
+    last.daemon = True
+    last.start()
+    raise KeyboardInterrupt
+
+
+def _leave() -> None:
+    print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(130)  # threads of the data pipeline and of Orbax would be cut off with tracebacks
 
 
 def define_config() -> None:

@@ -108,8 +108,11 @@ def read(path: str | os.PathLike[str]) -> File:
       UserError: not a GGUF file, or one that is cut short or says what cannot be.
     """
     r = _Reader(pathlib.Path(path))
-    if r.take(4, "the magic number").tobytes() != _MAGIC:
-        raise UserError(f"{path}: not a GGUF file (it does not begin with 'GGUF')")
+    if len(r.data) < 4 or r.take(4, "the magic number").tobytes() != _MAGIC:
+        raise UserError(
+            f"{path}: not a GGUF file (it does not begin with 'GGUF'); expected a run, a Hugging Face directory or a "
+            ".gguf file"
+        )
     if (version := r.number("I")) not in (2, 3):
         raise UserError(f"{path}: GGUF version {version}; expected 2 or 3 (little-endian)")
     tensors, pairs = r.number("Q"), r.number("Q")
