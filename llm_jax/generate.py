@@ -48,7 +48,8 @@ def read_options() -> Options:
     """What the flags say."""
     said: dict[str, Any] = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Options)}
     said["logit_bias"] = [parse_bias(text) for text in said["logit_bias"]]
-    return Options(**{name: tuple(value) if isinstance(value, list) else value for name, value in said.items()})
+    frozen: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in said.items()}
+    return Options(**frozen)
 
 
 def main() -> None:
