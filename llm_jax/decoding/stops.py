@@ -21,7 +21,7 @@ def finder(tokenizer: Tokenizer, stops: Sequence[str], max_new_tokens: int) -> S
         ids = tokenizer.encode(text)
         if text not in tokenizer.decode(ids):
             raise UserError(f"--stop={text!r} can never come: the tokenizer cannot write it")
-        if len(ids) > max_new_tokens and len(text.encode()) > max_new_tokens * _longest(tokenizer):
+        if len(ids) > max_new_tokens and len(text) > max_new_tokens * _longest(tokenizer):
             raise UserError(f"--stop={text!r} can never come: it does not fit in --max_new_tokens={max_new_tokens}")
 
     def find(row: int, ids: list[int]) -> int | None:
@@ -59,5 +59,5 @@ def ready(text: str, stops: Sequence[str]) -> str:
 
 
 def _longest(tokenizer: Tokenizer) -> int:
-    """Bytes of the longest token."""
-    return max(len(tokenizer.decode([i]).encode()) for i in range(tokenizer.vocab_size))
+    """Characters of the longest token; a part of one counts as one."""
+    return max(len(tokenizer.decode([i])) for i in range(tokenizer.vocab_size))
