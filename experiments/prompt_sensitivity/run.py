@@ -7,7 +7,6 @@ README.md and spread.png.
 """
 
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
