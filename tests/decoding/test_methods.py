@@ -155,7 +155,9 @@ def test_speculative_greedy_is_greedy(small, other, who):
             np.testing.assert_allclose(one.log_probabilities, same.log_probabilities, atol=1e-4)
 
 
-@pytest.mark.parametrize("options", [Options(), Options(top_k=3, temperature=1.5, repetition_penalty=1.3)], ids=str)
+@pytest.mark.parametrize(
+    "options", [Options(), Options(top_k=3, temperature=1.5, repetition_penalty=1.3)], ids=["plain", "filtered"]
+)
 @pytest.mark.parametrize("who", ["draft", "look-up"])
 def test_speculative_draws_have_the_models_own_distribution(small, other, who, options):
     """Over all texts of three tokens, for two prompts in one batch: a round of two guesses and one more."""
