@@ -91,12 +91,11 @@ def main() -> None:
             print(explain.table(tokenizer, number, step), flush=True)
         return
     shown = [] if f.chat else [tokenizer.decode(prompt) for prompt in prompts]
-    if f.stream:
-        print("".join(shown), end="", flush=True)
-    show = (lambda row, text: print(text, end="", flush=True)) if f.stream else None
+    head = iter(shown)  # printed with the first text, when nothing can be wrong with the request any more
+    show = (lambda row, text: print(next(head, "") + text, end="", flush=True)) if f.stream else None
     made = complete.complete(model, params, tokenizer, prompts, options, draft=draft, show=show)
     if f.stream:
-        print()
+        print(next(head, ""))
         return
     for i, several in enumerate(made):
         for j, one in enumerate(several):
