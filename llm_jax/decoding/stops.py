@@ -40,6 +40,11 @@ def finder(tokenizer: Tokenizer, stops: Sequence[str], max_new_tokens: int) -> S
     return find
 
 
+def possible(tokenizer: Tokenizer, stops: Sequence[str], max_new_tokens: int) -> tuple[str, ...]:
+    """Those of a task's stop strings that so short an answer has room for."""
+    return tuple(s for s in stops if s and len(tokenizer.encode(s)) <= max_new_tokens)
+
+
 def cut(text: str, stops: Sequence[str]) -> str:
     """The text before the first stop string."""
     return text[: min((text.find(s) for s in stops if s in text), default=len(text))]

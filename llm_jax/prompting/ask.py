@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from llm_jax import tokenizers
-from llm_jax.decoding import score
+from llm_jax.decoding import score, stops
 from llm_jax.decoding.complete import complete, fit
 from llm_jax.decoding.options import Options
 from llm_jax.errors import UserError
@@ -186,6 +186,7 @@ def _write(
 ) -> tuple[list[str], list[int]]:
     """What the model writes after each text, greedily, and how many tokens."""
     model, params, tokenizer = of
+    stop = stops.possible(tokenizer, stop, limit)
     options = Options(temperature=0, max_new_tokens=limit, stop=stop, context=manner.context, truncate="left")
     rows = [_encoded(of, text, manner) for text in texts]
     rows += [rows[-1]] * (batch_size - len(rows))  # a last, smaller batch does not compile again

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from llm_jax.decoding import score
+from llm_jax.decoding import score, stops
 from llm_jax.decoding.complete import complete
 from llm_jax.decoding.options import Options
 from llm_jax.errors import UserError
@@ -68,12 +68,12 @@ def language_model(
             found: list[str] = []
             for request in requests:
                 text, how = request.args
-                until = how.get("until") or []
+                until, limit = how.get("until") or [], min(how.get("max_gen_toks", 256), context - 1)
                 options = Options(
                     temperature=how.get("temperature", 0.0) if how.get("do_sample") else 0.0,
                     top_p=how.get("top_p", 1.0) if how.get("do_sample") else 1.0,
-                    max_new_tokens=min(how.get("max_gen_toks", 256), context - 1),
-                    stop=tuple([until] if isinstance(until, str) else [u for u in until if u]),
+                    max_new_tokens=limit,
+                    stop=stops.possible(tokenizer, [until] if isinstance(until, str) else until, limit),
                     context=context,
                     truncate="left",
                 )
