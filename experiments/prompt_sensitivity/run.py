@@ -1,6 +1,6 @@
 """How much do answers depend on how one asks? Tasks x paraphrases x prompt types x models: M1 to M4.
 
-    PYTHONPATH=. python experiments/prompt_sensitivity/run.py [--reference=RUN] [--examples=16]
+    PYTHONPATH=. python experiments/prompt_sensitivity/run.py [--reference=RUN] [--examples=8]
 
 Every record is kept under --runs; the same command goes on where it was stopped. Writes results.json, the tables of
 README.md and spread.png.
@@ -25,9 +25,9 @@ STYLES = ("zero_shot", "few_shot", "expert", "cot_zero_shot", "cot_few_shot")
 
 flags.DEFINE_string("model", "asset:smollm2-135m-instruct", "the instruct model")
 flags.DEFINE_string("reference", "", "a run of configs/reference_lm.py, asked too if given")
-flags.DEFINE_integer("examples", 16, "of each task")
+flags.DEFINE_integer("examples", 8, "of each task")
 flags.DEFINE_integer("shots", 2, "solved examples in few-shot prompts")
-flags.DEFINE_integer("reasoning_tokens", 32, "of a chain of thought at most")
+flags.DEFINE_integer("reasoning_tokens", 24, "of a chain of thought at most")
 flags.DEFINE_integer("paraphrases", 10, "ways to put each question")
 flags.DEFINE_string("runs", "runs/prompt_sensitivity", "where records are kept")
 
@@ -63,7 +63,7 @@ def asked(of, path: str, task, manner: Manner, file: pathlib.Path) -> dict[str, 
     log = ask.Log(file, {"checkpoint": path, "task": task.digest(), **dataclasses.asdict(manner)})
     done = {record["index"] for record in log.records}
     rest = [i for i in range(len(task.examples)) if i not in done]
-    for record in ask.records(of, task, manner, rest, batch_size=16):
+    for record in ask.records(of, task, manner, rest, batch_size=8):
         log.add(record)
     return ask.summary(log.records) | {"right": [bool(r["right"]) for r in log.records]}
 
