@@ -24,8 +24,8 @@ def ask(make):
     """ask(prompts, **options) -> completions of the tiny model with the byte tokenizer."""
     model, params = make(scan_layers=False)
 
-    def call(prompts, show=None, draft=None, **options):
-        return complete(model, params, BYTES, prompts, Options(**options), show=show, draft=draft)
+    def call(prompts, show=None, **options):
+        return complete(model, params, BYTES, prompts, Options(**options), show=show)
 
     return call
 
