@@ -28,9 +28,8 @@ def main() -> None:
     cli.use_devices(flags.FLAGS.devices)
     import jax
     import jax.numpy as jnp
-    import optax
 
-    from llm_jax import checkpoint, tokenizers, trees
+    from llm_jax import checkpoint, pretrained, tokenizers, trees
     from llm_jax.data.corpus import Source
     from llm_jax.data.rows import Rows, Shuffled, batches
     from llm_jax.decoding import loop, samplers
@@ -82,28 +81,47 @@ def main() -> None:
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab))
     mesh = mesh_lib.make(config.mesh)
     batch_sharding = mesh_lib.batch_sharding(mesh, c.batch_size)
-    losses.check_chunk(c.loss_chunk, c.seq_len)
-    step_lib.check_accumulation(c.batch_size, c.grad_accumulation, mesh.shape["data"] * mesh.shape["fsdp"])
+    losses.check(config)
+    together = losses.rows_together(config.loss)
+    step_lib.check_accumulation(c.batch_size, c.grad_accumulation, mesh.shape["data"] * mesh.shape["fsdp"], together)
     model = transformer.Transformer(config.model)
     transformer.check_length(config.model, c.seq_len)
     attention = product.describe(
         config.model, jax.default_backend(), c.batch_size // c.grad_accumulation, c.seq_len, dict(mesh.shape)
     )
     abstract = checkpoint.abstract_params(model)
-    optimizer = optim.make(config.optim, c.steps, abstract)
+    optimizer = optim.make(config.optim, c.steps, abstract, transformer.width_ratio(config.model))
     copies = mesh_lib.replicated(mesh)
     param_shardings = mesh_lib.shardings(abstract, config.mesh.rules, mesh)
-    abstract_state = jax.eval_shape(lambda p: step_lib.init(optimizer, p), abstract)
+
+    def begun(params):
+        return step_lib.init(optimizer, params, ema=bool(config.optim.ema_decay))
+
+    abstract_state = jax.eval_shape(begun, abstract)
     state_shardings = step_lib.State(
         copies,
         param_shardings,
-        optax.tree.map_params(
-            optimizer, lambda _, s: s, abstract_state.optimizer, param_shardings, transform_non_params=lambda _: copies
-        ),
+        optim.shardings(abstract_state.optimizer, abstract, param_shardings, copies),
+        param_shardings if config.optim.ema_decay else None,
     )
     abstract_state = jax.tree.map(
         lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), abstract_state, state_shardings
     )
+    # ---------------------------------------------------------------- the frozen model of the loss
+    # A teacher, or for DPO the weights that the run started from.
+    other, frozen, fingerprint = None, None, ""
+    if name := config.loss.teacher or (config.init_from if config.loss.kind == "dpo" else ""):
+        loaded = pretrained.load(name, scan_layers=config.model.scan_layers, dtype=config.model.precision.params)
+        losses.check_other(name, loaded.model.config, config.model, tokenizers.digest(loaded.tokenizer), tokenizer)
+        other = loaded.model if config.loss.teacher else model
+        frozen = {"other": jax.device_put(loaded.params, mesh_lib.shardings(loaded.params, config.mesh.rules, mesh))}
+        fingerprint = trees.fingerprint(loaded.params)
+        transformer.check_length(other.config, c.seq_len)
+        if resumed and record and record["other"] != fingerprint:
+            raise UserError(f"{name}: its weights have changed since {workdir} was started; give another --workdir")
+        del loaded
+
+    # ---------------------------------------------------------------- what will be trained
     print(report.parameter_table(abstract_state.params))
     print(
         f"mesh {dict(mesh.shape)} of {jax.device_count()} {jax.devices()[0].device_kind} device(s), "
@@ -115,38 +133,33 @@ def main() -> None:
 
     # ---------------------------------------------------------------- state
     if resumed and record:
-        params, optimizer_state = checkpoint.restore_state(
-            resumed, record, abstract_state.params, abstract_state.optimizer
-        )
-        state = step_lib.State(jax.device_put(jnp.int32(start), copies), params, optimizer_state)
+        a = abstract_state
+        found = checkpoint.restore_state(resumed, record, a.params, a.optimizer, a.ema)
+        state = step_lib.State(jax.device_put(jnp.int32(start), copies), *found)
         print(f"going on from {origin}")
     elif origin and record:
         params = checkpoint.restore(
             origin, record, config.model, lambda tree: mesh_lib.shardings(tree, config.mesh.rules, mesh)
         )
-        begin = jax.jit(
-            lambda p: step_lib.init(optimizer, trees.restage(p, layout(config.model))), out_shardings=state_shardings
-        )
+        begin = jax.jit(lambda p: begun(trees.restage(p, layout(config.model))), out_shardings=state_shardings)
         state = begin(params)
         print(f"weights from {origin}")
         for key, before in _differences(checkpoint.read_config(origin).model, config.model):
             print(f"note: {key} was {before} there")
     else:
         tokens = jnp.zeros((1, 1), jnp.int32)
-        fresh = jax.jit(
-            lambda key: step_lib.init(optimizer, model.init(key, tokens)["params"]), out_shardings=state_shardings
-        )
+        fresh = jax.jit(lambda key: begun(model.init(key, tokens)["params"]), out_shardings=state_shardings)
         state = fresh(jax.random.key(c.seed))
     checkpoint.write_json(workdir / "config.json", config_lib.as_dict(config))
 
     # ---------------------------------------------------------------- compiled functions
     rate = optim.schedule(config.optim, c.steps)
-
-    def loss(trained, frozen, batch, step, key):  # all parameters are trained, and nothing is drawn
-        return losses.language_model(model, trained, batch, c.loss_chunk)
-
+    loss = losses.make(config.loss, model, c.loss_chunk, other)
     train_step = jax.jit(
-        mesh_lib.within(mesh, step_lib.make(loss, optimizer, rate, c.seed, c.grad_accumulation)),
+        mesh_lib.within(
+            mesh,
+            step_lib.make(loss, optimizer, rate, c.seed, c.grad_accumulation, config.optim.ema_decay, together),
+        ),
         donate_argnums=0,
         in_shardings=(state_shardings, None, batch_sharding),
         out_shardings=(state_shardings, copies),
@@ -160,14 +173,14 @@ def main() -> None:
     unstack = jax.jit(trees.unstack, out_shardings=copies)
 
     def evaluate(limit: int) -> dict[str, float]:
-        found = evaluation.evaluate(eval_loss, state.params, held_rows, c.batch_size, batch_sharding, limit)
+        found = evaluation.evaluate(eval_loss, state.model, held_rows, c.batch_size, batch_sharding, limit)
         return {f"validation_{name}": value for name, value in found.items()}
 
     def sample(title: str) -> None:
         prompts = [tokenizers.prompt(tokenizer, text) for text in config.eval.prompts]
         made = loop.generate(
             decoder,
-            unstack(state.params),
+            unstack(state.model),
             prompts,
             samplers.make(0.8, top_p=0.95),
             max_new_tokens=config.eval.max_new_tokens,
@@ -182,7 +195,7 @@ def main() -> None:
 
     # ---------------------------------------------------------------- the loop
     peak = report.matmul_peak(config.model.precision.compute)
-    writer = checkpoint.Writer(workdir, config, tokenizer, corpus.sha256)
+    writer = checkpoint.Writer(workdir, config, tokenizer, corpus.sha256, fingerprint)
     progress = report.Progress(workdir, start, c.steps, transformer.flops_per_token(config.model, c.seq_len), peak)
 
     def due(every: int, done: int) -> bool:
@@ -190,7 +203,7 @@ def main() -> None:
 
     held: dict[str, float] = {}
     for index, batch in enumerate(batches(train_rows, start, c.steps, c.batch_size, batch_sharding), start):
-        state, metrics = train_step(state, None, batch)
+        state, metrics = train_step(state, frozen, batch)
         done = index + 1
         progress.step(done, metrics)
         held = {}
@@ -204,7 +217,7 @@ def main() -> None:
             )
         if due(config.checkpoint.every, done):
             progress.flush()
-            writer.save(done, state.params, state.optimizer, held.get("validation_loss"))
+            writer.save(done, state.params, state.optimizer, held.get("validation_loss"), state.ema)
         if held:
             progress.pause()
     progress.close()
