@@ -64,7 +64,9 @@ def training(default: config_lib.Config, kind: str):
     model = Transformer(dataclasses.replace(default.model, vocab_size=default.tokenizer.vocab_size))
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     optimizer = optim.make(rule, 1000, params)
-    made = step.make(losses.make(default.loss, model, 0), optimizer, optim.schedule(rule, 1000), 0, 1, rule.ema_decay)
+    made = step.make(
+        losses.make(default.loss, model, 0), optimizer, optim.schedule(rule, 1000), 0, 1, ema_decay=rule.ema_decay
+    )
     one = jax.jit(made, donate_argnums=0)
     tokens = jax.random.randint(jax.random.key(1), (ROWS, LENGTH), 0, default.tokenizer.vocab_size)
     ones = jnp.ones_like(tokens)

@@ -42,7 +42,9 @@ def compare(config, rule, loss, model, params, other):
     copies, placed = mesh_lib.replicated(mesh), mesh_lib.shardings(params, config.mesh.rules, mesh)
     optimizer = optim.make(rule, 8, params)
     objective = losses.make(loss, model, 8, model if loss.kind in ("distillation", "dpo") else None)
-    one = step.make(objective, optimizer, optim.schedule(rule, 8), 0, 2, 0.9, losses.rows_together(loss))
+    one = step.make(
+        objective, optimizer, optim.schedule(rule, 8), 0, 2, ema_decay=0.9, rows_together=losses.rows_together(loss)
+    )
     state = step.init(optimizer, params, ema=True)
     state_shardings = step.State(copies, placed, optim.shardings(state.optimizer, params, placed, copies), placed)
     on_mesh = jax.jit(

@@ -137,7 +137,7 @@ def test_micro_batches_add_up(make, tiny, other, batch, kind):
     seen = []
     for accumulation in (1, 2):
         optimizer = optax.sgd(1.0)
-        one = step.make(loss, optimizer, lambda _: 1.0, 0, accumulation, 0.0, losses.rows_together(config))
+        one = step.make(loss, optimizer, lambda _: 1.0, 0, accumulation, rows_together=losses.rows_together(config))
         _, metrics = jax.jit(one)(step.init(optimizer, params), {"other": other}, batch)
         seen.append([float(metrics[k]) for k in ("loss", "grad_norm", "tokens")])
     np.testing.assert_allclose(*seen, rtol=1e-4)

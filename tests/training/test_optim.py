@@ -140,7 +140,7 @@ def run(model, params, config, batch, states, steps, resume=None):
     """Training steps, each state appended to `states`."""
     optimizer = optim.make(config.optim, 8, params)
     decay = config.optim.ema_decay
-    one = jax.jit(step.make(loss_of(model), optimizer, optim.schedule(config.optim, 8), 0, 1, decay))
+    one = jax.jit(step.make(loss_of(model), optimizer, optim.schedule(config.optim, 8), 0, 1, ema_decay=decay))
     state = resume or step.init(optimizer, params, bool(decay))
     for _ in range(steps):
         state, _ = one(state, None, batch)
@@ -154,7 +154,7 @@ def test_resume_is_bitwise(make, tiny, batch, tmp_path, kind):
     whole: list[step.State] = []
     run(model, params, config, batch, whole, 3)
     writer = checkpoint.Writer(tmp_path, config, ByteTokenizer(), "")
-    writer.save(2, whole[1].params, whole[1].optimizer, None, whole[1].ema)
+    writer.save(2, whole[1].params, whole[1].optimizer, None, ema=whole[1].ema)
     writer.close()
     directory = checkpoint.find(tmp_path)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -176,7 +176,7 @@ def test_the_average_is_its_formula(tiny):
     def loss(trained, frozen, batch, count, key):
         return sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(trained)), jnp.float32(1)
 
-    one = jax.jit(step.make(loss, optimizer, lambda _: 0.1, 0, 1, decay))
+    one = jax.jit(step.make(loss, optimizer, lambda _: 0.1, 0, 1, ema_decay=decay))
     state, batch = step.init(optimizer, params, ema=True), {"mask": jnp.ones((1, 1))}
     want = draw(0)
     for t in range(5):
