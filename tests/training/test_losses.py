@@ -1,6 +1,8 @@
 """Every loss against its paper's formula in numpy float64, whole and in chunks, micro-batches and on a mesh."""
 
 import dataclasses
+import json
+import shutil
 
 import hypothesis
 import hypothesis.extra.numpy as arrays
@@ -11,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 
+from llm_jax import checkpoint
 from llm_jax import config as config_lib
 from llm_jax.errors import UserError
 from llm_jax.model.attention import Tokens
@@ -215,3 +218,22 @@ def test_a_model_of_another_vocabulary_is_refused(tiny):
     larger = dataclasses.replace(tiny.model, vocab_size=512)
     with pytest.raises(UserError, match="512 ids"):
         losses.check_other("runs/t", larger, tiny.model, tokenizers.digest(mine), mine)
+
+
+def test_a_run_learns_from_a_teacher_and_is_its_average(command, trained, tmp_path):
+    """From the command line: the figures are those of the average, and another teacher is noticed."""
+    teacher, workdir = tmp_path / "teacher", tmp_path / "run"
+    shutil.copytree(trained, teacher)
+    flags = (
+        f"--workdir={workdir}", "--config.loss.kind=distillation", f"--config.loss.teacher={teacher}",
+        "--config.optim.ema_decay=0.9",
+    )  # fmt: skip
+    command("train", *flags)
+    found = json.loads((workdir / "summary.json").read_text())["validation_loss"]
+    text = command("evaluate", f"--checkpoint={workdir}", "--json").stdout
+    assert json.loads(text)["loss"] == pytest.approx(found, rel=1e-5)
+    record = checkpoint.verify(checkpoint.find(workdir))
+    assert sorted(record["ema"]) == sorted(record["params"])
+    shutil.rmtree(teacher / "checkpoints" / "8")
+    done = command("train", *flags, "--config.train.steps=9", code=2)
+    assert f"{teacher}: its weights have changed since {workdir} was started" in done.stderr

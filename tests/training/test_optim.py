@@ -262,7 +262,7 @@ def test_schedules_are_their_formulas(tiny):
         ({"lr_rules": ((r"embed/.*", 2.0),)}, "optim.lr_rules: no rule matches the parameter 'layers/0/"),
         ({"lr_rules": ((r".*", "fast"),)}, "optim.lr_rules: 'fast' is no factor"),
         ({"lr_rules": ((r".*", -1.0),)}, "optim.lr_rules: -1.0 is no factor"),
-        ({"weight_decay": 1.0, "decay_rules": ((r".*", float("nan")),)}, "optim.decay_rules: nan is no factor"),
+        ({"weight_decay": 1.0, "decay_rules": ((r".*", float("inf")),)}, "optim.decay_rules: inf is no factor"),
     ],
 )
 def test_what_cannot_be_is_refused(tiny, changes, message):
