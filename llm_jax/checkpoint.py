@@ -13,6 +13,7 @@ casts dtypes and returns flipped bits without a word.
 """
 
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import json
@@ -266,11 +267,12 @@ class Writer:
 
     def _unwritten(self, partial: pathlib.Path, error: BaseException) -> UserError:
         shutil.rmtree(partial, ignore_errors=True)
-        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        reason = next((line for line in lines if "No space left" in line or "Errno" in line), lines[0])
+        full = "RESOURCE_EXHAUSTED" in str(error) or getattr(error, "errno", 0) == errno.ENOSPC
+        lines = [line.strip()[:200] for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        reason = "no space left on the device" if full else lines[0]
         left = steps(self.directory.parent)
         said = f"the last one is of step {left[-1]}" if left else "there is none before it"
-        return UserError(f"{self.directory}: the checkpoint cannot be written ({reason.strip()[:200]}); {said}")
+        return UserError(f"{self.directory}: the checkpoint cannot be written ({reason}); {said}")
 
     def _prune(self) -> None:
         keep = self._config.checkpoint
