@@ -39,8 +39,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         app.run(guarded, flags_parser=_parse)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _end(2, f"error: {error}")
     except KeyboardInterrupt:
         leave(signal.SIGINT, _INTERRUPTED)
 
@@ -79,10 +78,14 @@ def _interrupt(number: int, frame: Any) -> None:
 
 def leave(number: int, text: str) -> None:
     """Ends the process because of signal `number`, with the exit code 128 + number that shells give it."""
-    print(f"\n{text}", file=sys.stderr)
+    _end(128 + number, f"\n{text}")
+
+
+def _end(code: int, text: str) -> None:
+    print(text, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(128 + number)  # threads of the data pipeline and of Orbax would be cut off with tracebacks
+    os._exit(code)  # threads of the data pipeline and of Orbax would be cut off with tracebacks
 
 
 def define_config() -> None:
