@@ -1,6 +1,6 @@
 """The table of the nucleus paper on a real model and a held-out human text: D2, D4, D5.
 
-    PYTHONPATH=. python experiments/decoding_quality/run.py [--prompts=32] [--new_tokens=64] [--batch_size=16]
+    PYTHONPATH=. python experiments/decoding_quality/run.py [--prompts=16] [--new_tokens=48] [--batch_size=16]
 
 Every method of `METHODS` continues the same prompts. What is done is kept under --runs and not done again.
 Writes results.json, the table of README.md and sizes.png.
@@ -28,9 +28,9 @@ HERE = pathlib.Path(__file__).parent
 
 flags.DEFINE_string("checkpoint", "asset:smollm2-135m-instruct", "the model")
 flags.DEFINE_string("text", "", "human text, a file; by default sentences of editorials (asset:nyt)")
-flags.DEFINE_integer("prompts", 32, "texts continued")
+flags.DEFINE_integer("prompts", 16, "texts continued")
 flags.DEFINE_integer("prompt_tokens", 32, "of each")
-flags.DEFINE_integer("new_tokens", 64, "of each")
+flags.DEFINE_integer("new_tokens", 48, "of each")
 flags.DEFINE_integer("batch_size", 16, "texts at a time")
 flags.DEFINE_string("runs", "runs/decoding_quality", "where what is done is kept")
 

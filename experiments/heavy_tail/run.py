@@ -1,6 +1,6 @@
 """Is the tail of a model's distribution too heavy, and does the loss make it so? D3, D6.
 
-    PYTHONPATH=. python experiments/heavy_tail/run.py [--seeds=3] [--steps=600]
+    PYTHONPATH=. python experiments/heavy_tail/run.py [--seeds=3] [--steps=400]
 
 A small decoder is trained on text from a source whose distribution is known: after each token, a third of the
 vocabulary can come, with probabilities that fall as a power of the rank. What the model gives to each next token
@@ -44,7 +44,7 @@ BEGIN, END = "<!-- results: written by run.py -->\n", "<!-- end of results -->"
 VOCAB, LENGTH, BATCH, RECENT, RARE = 96, 64, 16, 8, 0.01
 
 flags.DEFINE_integer("seeds", 3, "sources and models")
-flags.DEFINE_integer("steps", 600, "of training")
+flags.DEFINE_integer("steps", 400, "of training")
 flags.DEFINE_integer("width", 48, "of the model")
 flags.DEFINE_string("runs", "runs/heavy_tail", "where what is done is kept")
 
