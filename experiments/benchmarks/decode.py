@@ -62,13 +62,13 @@ def main() -> None:
             runners["llama.cpp Q4_1"], names["llama.cpp"] = peer(
                 f.llama_python, "llama.cpp", assets.path("smollm2-135m-instruct"), "Q4_1"
             )
-        seconds = measure(runners, products, f.rounds, f.batches)
-    report(seconds, names)
+        measure(runners, products, names)
 
 
-def measure(runners, products, rounds: int, batches) -> dict[str, list[float]]:
-    """{name of a figure: its values, round by round}."""
+def measure(runners: dict[str, Run], products: dict[str, Callable[[], float]], names: dict[str, str]) -> None:
+    """Takes turns, and writes what was found after each, so that an interrupted run has its figures."""
     seconds: dict[str, list[float]] = {}
+    rounds = flags.FLAGS.rounds
     for turn in range(rounds + 1):
 
         def keep(name: str, value: float, counted: bool = turn > 0) -> None:
@@ -77,16 +77,17 @@ def measure(runners, products, rounds: int, batches) -> dict[str, list[float]]:
 
         keep("bandwidth", bandwidth())
         for name, run in runners.items():
-            for batch in batches:
+            for batch in flags.FLAGS.batches:
                 if "llama" in name and batch > 1:
                     continue
                 one = run(batch, PROMPT, 1)
                 keep(f"{name} decode {batch}", batch * NEW / max(run(batch, PROMPT, NEW + 1) - one, 1e-9))
             keep(f"{name} prefill", LONG / run(1, LONG, 1))
-        for dtype, run in products.items():
-            keep(f"products {dtype}", run())
+        for dtype, alone in products.items():
+            keep(f"products {dtype}", alone())
         print(f"turn {turn} of {rounds}", flush=True)
-    return seconds
+        if turn:
+            report(seconds, names)
 
 
 def report(seconds: dict[str, list[float]], names: dict[str, str]) -> None:
