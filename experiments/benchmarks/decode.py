@@ -6,10 +6,13 @@
 All take turns, round by round, so that a machine whose speed drifts slows all of them alike. Decoding is
 greedy, from a prompt of 16 tokens; its time is that of 33 new tokens minus that of one. The bandwidth is that
 of adding up half a gigabyte. "products" are the matrix products of one token and nothing else, so the step
-minus the products is what everything beside them costs. Writes decode.json.
+minus the products is what everything beside them costs. Where other work shares the cores, times on the clock say
+little: figures "by CPU time" count the processor's own seconds, and --cores=1 keeps them free of threads that
+wait for each other. Writes decode.json.
 """
 
 import json
+import os
 import pathlib
 import statistics
 import subprocess
@@ -17,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,28 +35,34 @@ from llm_jax.errors import UserError
 HERE = pathlib.Path(__file__).parent
 MODEL = "asset:smollm2-135m-instruct"
 PROMPT, NEW, LONG = 16, 32, 512
+_SIZE = 1 << 29
 
 flags.DEFINE_string("peer_python", "", "an interpreter with torch and transformers; empty: without them")
 flags.DEFINE_string("llama_python", "", "an interpreter with llama_cpp; empty: without it")
+flags.DEFINE_string("peer_model", "", "where the model for transformers is kept; empty: converted for this run only")
+flags.DEFINE_integer("cores", 0, "cores that all run on; 0: as many as there are")
 flags.DEFINE_integer("rounds", 5, "turns that are counted")
 flags.DEFINE_multi_string("dtypes", ["float32", "bfloat16"], "of the model")
 flags.DEFINE_multi_integer("batches", [1, 8], "rows decoded at a time")
 
-Run = Callable[[int, int, int], float]
+Times = tuple[float, float]  # seconds on the clock, and of the processor
+Run = Callable[[int, int, int], Times]
 
 
 def main() -> None:
     f = flags.FLAGS
     cli.keep_memory()
+    if f.cores:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: f.cores])  # before JAX counts them
     runners: dict[str, Run] = {}
     names: dict[str, str] = {"llm_jax": f"jax {jax.__version__}"}
-    products: dict[str, Callable[[], float]] = {}
+    products: dict[str, Callable[[], Times]] = {}
     with tempfile.TemporaryDirectory() as directory:
         for dtype in f.dtypes:
             loaded = pretrained.load(MODEL, dtype=dtype)
             runners[f"llm_jax {dtype}"], products[dtype] = ours(loaded), bare(loaded)
             if f.peer_python:
-                where = pathlib.Path(directory) / "hf"
+                where = pathlib.Path(f.peer_model or directory) / "hf"
                 if not where.exists():
                     convert(where)
                 runners[f"transformers {dtype}"], names["transformers"] = peer(
@@ -65,69 +75,76 @@ def main() -> None:
         measure(runners, products, names)
 
 
-def measure(runners: dict[str, Run], products: dict[str, Callable[[], float]], names: dict[str, str]) -> None:
+def measure(runners: dict[str, Run], products: dict[str, Callable[[], Times]], names: dict[str, str]) -> None:
     """Takes turns, and writes what was found after each, so that an interrupted run has its figures."""
     seconds: dict[str, list[float]] = {}
     rounds = flags.FLAGS.rounds
     for turn in range(rounds + 1):
 
-        def keep(name: str, value: float, counted: bool = turn > 0) -> None:
-            if counted:  # the first turn warms up
-                seconds.setdefault(name, []).append(value)
+        def keep(name: str, work: float, times: Times, counted: bool = turn > 0) -> None:
+            for kind, time_ in zip(("", ", by CPU time"), times, strict=True):
+                if counted:  # the first turn warms up
+                    seconds.setdefault(name + kind, []).append(work / max(time_, 1e-9))
 
-        keep("bandwidth", bandwidth())
+        keep("bandwidth", _SIZE / 1e9, bandwidth())
         for name, run in runners.items():
             for batch in flags.FLAGS.batches:
                 if "llama" in name and batch > 1:
                     continue
                 one = run(batch, PROMPT, 1)
-                keep(f"{name} decode {batch}", batch * NEW / max(run(batch, PROMPT, NEW + 1) - one, 1e-9))
-            keep(f"{name} prefill", LONG / run(1, LONG, 1))
+                many = run(batch, PROMPT, NEW + 1)
+                keep(f"{name} decode {batch}", batch * NEW, (many[0] - one[0], many[1] - one[1]))
+            keep(f"{name} prefill", LONG, run(1, LONG, 1))
         for dtype, alone in products.items():
-            keep(f"products {dtype}", alone())
+            keep(f"products {dtype}", NEW, alone())
         print(f"turn {turn} of {rounds}", flush=True)
         if turn:
             report(seconds, names)
 
 
 def report(seconds: dict[str, list[float]], names: dict[str, str]) -> None:
-    bound = statistics.median(seconds["bandwidth"])
-    print(f"{'':<34} {'median':>10} {'x transformers':>15}")
+    print(f"{'':<46} {'median':>10} {'x transformers':>15}")
     table = {}
     for name, values in seconds.items():
-        peers = seconds.get(name.replace("llm_jax", "transformers"), []) if name.startswith("llm_jax") else []
-        ratios = [a / b for a, b in zip(values, peers, strict=False)]
-        row = {"median": statistics.median(values), "values": values}
-        if ratios:
-            row |= {"ratio": statistics.median(ratios), "ratios": ratios}
+        row: dict[str, Any] = {"median": statistics.median(values), "values": values}
+        if name.startswith("llm_jax") and (peers := seconds.get(name.replace("llm_jax", "transformers"))):
+            row["ratios"] = [a / b for a, b in zip(values, peers, strict=False)]
+            row["ratio"] = statistics.median(row["ratios"])
         table[name] = row
-        unit = "GB/s" if name == "bandwidth" else "ms a token" if name.startswith("products") else "tokens/s"
-        shown = row["median"] * (1e3 if name.startswith("products") else 1)
-        print(f"{name:<34} {shown:>10.2f} {unit:<10} {row.get('ratio', float('nan')):>6.2f}")
-    for dtype in ("float32", "bfloat16"):
-        steps, bare = seconds.get(f"llm_jax {dtype} decode 1"), seconds.get(f"products {dtype}")
-        if steps and bare:
-            over = [1e3 / a - 1e3 * b for a, b in zip(steps, bare, strict=True)]
-            table[f"overhead {dtype}"] = {"median": statistics.median(over), "values": over}
-            print(f"beside the products, {dtype}: {statistics.median(over):.2f} ms a token")
-    (HERE / "decode.json").write_text(json.dumps({"names": names, "bandwidth": bound, "table": table}, indent=1) + "\n")
+        unit = "GB/s" if name.startswith("bandwidth") else "tokens/s"
+        print(f"{name:<46} {row['median']:>10.2f} {unit:<8} {row.get('ratio', float('nan')):>6.2f}")
+    for dtype in flags.FLAGS.dtypes if 1 in flags.FLAGS.batches else ():
+        for kind in ("", ", by CPU time"):
+            whole, alone = (seconds[f"{name}{kind}"] for name in (f"llm_jax {dtype} decode 1", f"products {dtype}"))
+            over = [1e3 / a - 1e3 / b for a, b in zip(whole, alone, strict=True)]
+            table[f"milliseconds beside the products, {dtype}{kind}"] = {
+                "median": statistics.median(over),
+                "values": over,
+            }
+            print(f"beside the products, {dtype}{kind}: {statistics.median(over):.2f} ms a token")
+    cores = len(os.sched_getaffinity(0))
+    (HERE / "decode.json").write_text(json.dumps({"names": names, "cores": cores, "table": table}, indent=1) + "\n")
 
 
 def ours(loaded) -> Run:
     model, params, _ = loaded
     sampler = Options(temperature=0).sampler()
 
-    def run(batch: int, prompt: int, new: int) -> float:
+    def run(batch: int, prompt: int, new: int) -> Times:
         rows = [list(range(100, 100 + prompt))] * batch
-        start = time.perf_counter()
-        loop.generate(model, params, rows, sampler, max_new_tokens=new)
-        return time.perf_counter() - start
+        return timed(lambda: loop.generate(model, params, rows, sampler, max_new_tokens=new))
 
     return run
 
 
-def bare(loaded) -> Callable[[], float]:
-    """A function that gives the seconds a token that its matrix products alone take."""
+def timed(work: Callable[[], Any]) -> Times:
+    start, worked = time.perf_counter(), time.process_time()
+    jax.block_until_ready(work())
+    return time.perf_counter() - start, time.process_time() - worked
+
+
+def bare(loaded) -> Callable[[], Times]:
+    """A function that gives the seconds that the matrix products alone of `NEW` tokens take."""
     model, params, _ = loaded
     flat = {path: w for path, w in trees.flatten(params).items() if w.ndim == 2}
 
@@ -142,22 +159,19 @@ def bare(loaded) -> Callable[[], float]:
 
         return jax.lax.fori_loop(0, NEW, token, x)
 
-    def run() -> float:
-        start = time.perf_counter()
-        jax.block_until_ready(products(flat, jnp.ones((), model.config.precision.compute)))
-        return (time.perf_counter() - start) / NEW
-
-    return run
+    return lambda: timed(lambda: products(flat, jnp.ones((), model.config.precision.compute)))
 
 
-def bandwidth() -> float:
-    """Gigabytes a second that the cores read from memory."""
-    data = jnp.ones((1 << 10, 1 << 17), jnp.float32)
-    add = jax.jit(lambda x: jnp.sum(x, 0))
-    jax.block_until_ready(add(data))
-    start = time.perf_counter()
-    jax.block_until_ready(add(data))
-    return data.nbytes / (time.perf_counter() - start) / 1e9
+def bandwidth() -> Times:
+    """The times of reading `_SIZE` bytes from memory."""
+    data = jnp.ones((1 << 10, _SIZE >> 12), jnp.float32)
+    jax.block_until_ready(_add(data))
+    return timed(lambda: _add(data))
+
+
+@jax.jit
+def _add(data: jax.Array) -> jax.Array:
+    return jnp.sum(data, 0)
 
 
 def convert(directory: pathlib.Path) -> None:
@@ -179,9 +193,10 @@ def peer(python: str, kind: str, path: pathlib.Path, dtype: str) -> tuple[Run, s
     if not said.startswith("ready"):
         raise UserError(f"{python} cannot run {kind}; expected an interpreter that has it")
 
-    def run(batch: int, prompt: int, new: int) -> float:
+    def run(batch: int, prompt: int, new: int) -> Times:
         print(batch, prompt, new, file=process.stdin, flush=True)
-        return float(process.stdout.readline())
+        on_the_clock, of_the_processor = map(float, process.stdout.readline().split())
+        return on_the_clock, of_the_processor
 
     return run, said.removeprefix("ready ")
 
