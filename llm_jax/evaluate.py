@@ -36,7 +36,7 @@ def main() -> None:
     if pretrained.is_foreign(path):
         if not f.data:
             raise UserError(f"{f.checkpoint} names no corpus of its own; give --data=FILE")
-        data, length = DataConfig(f.data, 0.0, ""), f.seq_len or 512
+        data, length = DataConfig(f.data, "text", "text", 0.0, "", 0), f.seq_len or 512
     else:
         config = checkpoint.read_config(checkpoint.find(path))
         data, length = config.data, f.seq_len or config.train.seq_len

@@ -20,7 +20,7 @@ flags.DEFINE_integer("devices", 0, "simulate this many CPU devices")
 flags.DEFINE_boolean("dry_run", False, "print the parameters and their shardings, and stop")
 
 # What may change when a run goes on: whole keys, and sections by their dot. Any other difference is another run.
-_FREE = ("train.steps", "model.attention", "eval.", "checkpoint.", "mesh.", "data.cache_dir")
+_FREE = ("train.steps", "model.attention", "eval.", "checkpoint.", "mesh.", "data.cache_dir", "data.workers")
 
 
 def main() -> None:
