@@ -31,8 +31,8 @@ class DataConfig:
     source: (
         str  # "stdlib", asset:NAME, hf:NAME, a file, directory or glob; A,B,... or A@WEIGHT,B@WEIGHT,...; sources.py
     )
-    kind: str  # what a document is: "text"
-    field: str  # the text of records (JSON lines, Parquet, hf:NAME)
+    kind: str  # what is learned from: "text", "instructions" (the answers), "preferences" (pairs); see data/encode.py
+    field: str  # the text of a record (JSON lines, Parquet, hf:NAME) where the kind is "text"
     validation_fraction: Share  # share of the bytes held out, by whole groups of documents
     cache_dir: str  # tokenized corpora and trained tokenizers; "" is ~/.cache/llm_jax
     workers: CountOrZero  # processes that read and tokenize; 0: by the size of the text

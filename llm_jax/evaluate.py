@@ -24,7 +24,7 @@ def main() -> None:
     from llm_jax import checkpoint, pretrained
     from llm_jax.config import DataConfig
     from llm_jax.data import corpus
-    from llm_jax.data.rows import Rows
+    from llm_jax.data.rows import ROWS, Rows
     from llm_jax.model import transformer
     from llm_jax.training import evaluation, losses
 
@@ -49,7 +49,10 @@ def main() -> None:
     split = source.corpus(tokenizer).validation
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     loss = jax.jit(lambda params, batch: losses.language_model(model, params, batch, 0))
-    found = evaluation.evaluate(loss, params, Rows(split, length, f.stride), f.batch_size, device)
+    if f.stride and data.kind != "text":
+        raise UserError(f"--stride={f.stride}; examples (data.kind={data.kind}) are never cut")
+    windows = Rows(split, length, f.stride) if f.stride else ROWS[data.kind](split, length)
+    found = evaluation.evaluate(loss, params, windows, f.batch_size, device)
     if f.json:
         print(json.dumps({**found, "compressed_bits_per_byte": source.compressed_bits_per_byte()}))
         return
@@ -58,7 +61,7 @@ def main() -> None:
         f"{f.data or data.source}: {split.num_bytes:,} bytes, "
         f"{found['tokens']:,.0f} tokens in windows of {length}{f', {f.stride} counted in each' if f.stride else ''}\n"
         f"loss {found['loss']:.4f} nats a token, perplexity {found['perplexity']:.2f}\n"
-        f"{found['bits_per_byte']:.3f} bits per byte ({packed})"
+        f"{found['bits_per_byte']:.3f} bits per byte{packed and f' ({packed})'}"
     )
 
 

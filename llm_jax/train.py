@@ -31,8 +31,8 @@ def main() -> None:
     import optax
 
     from llm_jax import checkpoint, tokenizers, trees
+    from llm_jax.data import rows
     from llm_jax.data.corpus import Source
-    from llm_jax.data.rows import Rows, Shuffled, batches
     from llm_jax.decoding import loop, samplers
     from llm_jax.model import product, transformer
     from llm_jax.model.stages import layout
@@ -68,7 +68,8 @@ def main() -> None:
             f"(sha256 {record['corpus'][:12]}, now {source.sha256[:12]}); bring it back or give another --workdir"
         )
     corpus = source.corpus(tokenizer)
-    train_rows, held_rows = Shuffled(Rows(corpus.train, c.seq_len), c.seed), Rows(corpus.validation, c.seq_len)
+    train_rows = rows.training(config, corpus)
+    held_rows, held_parts = rows.held_out(config.data, corpus, c.seq_len)
     print(
         f"{config.data.source}: {source.num_bytes:,} bytes (sha256 {corpus.sha256[:12]}), {len(corpus.train.tokens):,} "
         f"training tokens, {len(held_rows.split.tokens):,} held out; tokenizer {tokenizer.kind}, "
@@ -160,8 +161,12 @@ def main() -> None:
     unstack = jax.jit(trees.unstack, out_shardings=copies)
 
     def evaluate(limit: int) -> dict[str, float]:
-        found = evaluation.evaluate(eval_loss, state.params, held_rows, c.batch_size, batch_sharding, limit)
-        return {f"validation_{name}": value for name, value in found.items()}
+        figures: dict[str, float] = {}
+        for source_name, part in {"": held_rows, **held_parts}.items():
+            found = evaluation.evaluate(eval_loss, state.params, part, c.batch_size, batch_sharding, limit)
+            suffix = f"/{source_name}" if source_name else ""
+            figures |= {f"validation_{name}{suffix}": value for name, value in found.items()}
+        return figures
 
     def sample(title: str) -> None:
         prompts = [tokenizers.prompt(tokenizer, text) for text in config.eval.prompts]
@@ -189,7 +194,7 @@ def main() -> None:
         return done == c.steps or bool(every and done % every == 0)
 
     held: dict[str, float] = {}
-    for index, batch in enumerate(batches(train_rows, start, c.steps, c.batch_size, batch_sharding), start):
+    for index, batch in enumerate(rows.batches(train_rows, start, c.steps, c.batch_size, batch_sharding), start):
         state, metrics = train_step(state, None, batch)
         done = index + 1
         progress.step(done, metrics)
@@ -229,8 +234,9 @@ def main() -> None:
     others = ", ".join(f"{name} {value:.3f}" for name, value in packed.items())
     print(
         f"held-out: loss {final['validation_loss']:.4f}, perplexity {final['validation_perplexity']:.2f}, "
-        f"{final['validation_bits_per_byte']:.3f} bits per byte ({others})\n"
-        f"checkpoint: {workdir / 'checkpoints' / str(c.steps)}\n"
+        f"{final['validation_bits_per_byte']:.3f} bits per byte{others and f' ({others})'}\n"
+        + "".join(f"of {name}: {final[f'validation_bits_per_byte/{name}']:.3f}\n" for name in held_parts)
+        + f"checkpoint: {workdir / 'checkpoints' / str(c.steps)}\n"
         f'next: python -m llm_jax.generate --checkpoint={workdir} --prompt="def "'
     )
 

@@ -36,12 +36,14 @@ class Split:
       offsets: int64 (documents + 1,), where each document begins; the last is the length.
       num_bytes: in UTF-8 of the text that counts.
       mask: uint8 (tokens,), 1 where a token counts as a target; None: all but the first of a document.
+      directory: where to keep what is computed of it; None: nowhere.
     """
 
     tokens: np.ndarray
     offsets: np.ndarray
     num_bytes: int
     mask: np.ndarray | None = None
+    directory: pathlib.Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +173,7 @@ def _open(directory: pathlib.Path) -> tuple[Split, np.ndarray]:
         raise UserError(f"{directory.parent}: the token cache is damaged ({error}); delete this directory") from error
     if len(tokens) != offsets[-1] or (mask is not None and len(mask) != len(tokens)):
         raise UserError(f"{directory.parent}: the token cache is cut short; delete this directory")
-    return Split(tokens, offsets, int(sizes.sum()), mask), sizes
+    return Split(tokens, offsets, int(sizes.sum()), mask, directory), sizes
 
 
 def _map(path: pathlib.Path, dtype: str) -> np.ndarray:
@@ -183,4 +185,6 @@ def _part(split: Split, sizes: np.ndarray, first: int, end: int) -> Split:
     """Documents `first` to `end` of a split."""
     begin, stop = split.offsets[first], split.offsets[end]
     mask = None if split.mask is None else split.mask[begin:stop]
-    return Split(split.tokens[begin:stop], split.offsets[first : end + 1] - begin, int(sizes[first:end].sum()), mask)
+    directory = split.directory and split.directory / f"{first}-{end}"
+    num_bytes = int(sizes[first:end].sum())
+    return Split(split.tokens[begin:stop], split.offsets[first : end + 1] - begin, num_bytes, mask, directory)

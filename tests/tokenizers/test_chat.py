@@ -1,7 +1,7 @@
 import pytest
 
 from llm_jax.errors import UserError
-from llm_jax.prompting import chat
+from llm_jax.tokenizers import chat
 
 TEMPLATE = """{% for m in messages %}{% if m.role == 'robot' %}{{ raise_exception('no robots') }}{% endif %}
 <|{{ m.role }}|>{{ m.content }}{{ eos_token }}
