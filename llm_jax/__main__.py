@@ -7,6 +7,7 @@ COMMANDS = {
     "evaluate": "held-out loss, perplexity and bits per byte of a checkpoint",
     "generate": "continue a prompt, or answer it, with a checkpoint",
     "convert": "a checkpoint into Hugging Face's form or a GGUF file",
+    "data.show": "rows as the model sees them: segments, and what the loss counts",
     "data.assets": "real models and texts: list, fetch, verify",
 }
 

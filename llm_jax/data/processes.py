@@ -44,6 +44,7 @@ def each(
                 yield i, work(*job)
                 bar.update(costs[i])
             return
+        others = set(multiprocessing.active_children())
         pool = concurrent.futures.ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _begin)
         try:
             places = {pool.submit(work, *job): i for i, job in enumerate(jobs)}
@@ -51,6 +52,8 @@ def each(
                 yield places[done], done.result()
                 bar.update(costs[places[done]])
         except BrokenProcessPool as error:
+            for child in set(multiprocessing.active_children()) - others:
+                child.kill()  # one that was started while the pool broke would wait for work for ever
             raise UserError(
                 f"{title}: a process was killed or could not start (out of memory?); started again it goes on; "
                 "data.workers=1 takes the least memory"
