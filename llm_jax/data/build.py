@@ -130,16 +130,19 @@ def _part(
     saved = parts / "tokenizer"
     tokenizer = _tokenizer(saved, saved.stat().st_ino)
     lengths, sizes = [], []
-    texts = (text for run in runs for text in catalog_lib.texts(run[0], field, run[1], run[2]))
     with _writing(parts.parent), contextlib.ExitStack() as files:
         tokens = files.enter_context((parts / f"{name}.tokens").open("wb"))
         mask = files.enter_context((parts / f"{name}.mask").open("wb")) if encoder.masks else None
-        for example in encoder.encode(tokenizer, texts):
-            tokens.write(np.asarray(example.ids, dtype).tobytes())
-            if mask:
-                mask.write(bytes(example.mask))
-            lengths.append(len(example.ids))
-            sizes.append(example.size)
+        for file, starts, bytes_of in runs:
+            try:
+                for example in encoder.encode(tokenizer, catalog_lib.texts(file, field, starts, bytes_of)):
+                    tokens.write(np.asarray(example.ids, dtype).tobytes())
+                    if mask:
+                        mask.write(example.mask)
+                    lengths.append(len(example.ids))
+                    sizes.append(example.size)
+            except UserError as error:  # what is wrong with a record is found without knowing its file
+                raise UserError(str(error) if file.path in str(error) else f"{file.path}: {error}") from error
         partial = files.enter_context((parts / f"{name}.partial").open("wb"))
         np.savez(partial, lengths=np.asarray(lengths, np.int64), sizes=np.asarray(sizes, np.int64))
         files.close()

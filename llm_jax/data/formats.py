@@ -13,6 +13,7 @@ import gzip
 import hashlib
 import importlib
 import json
+import logging
 import lzma
 import pathlib
 import tokenize
@@ -282,6 +283,8 @@ def data_set(name: str) -> Any:
         raise UserError(f"hf:{name} needs a package; pip install datasets") from error
     path, _, split = name.partition(":")
     datasets.disable_progress_bars()
+    for library in ("datasets", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.ERROR)  # retries; what comes of them is said below
     try:
         return datasets.load_dataset(path, split=split or "train")
     except Exception as error:  # of many kinds: network, builders, files

@@ -267,6 +267,12 @@ def test_instructions_are_trained_on_end_to_end(tmp_path, command):
     assert "never cut" in command("evaluate", f"--checkpoint={tmp_path / 'run'}", "--stride=8", code=2).stderr
 
 
+def test_a_record_of_another_form_is_named_with_its_file(tmp_path):
+    a, _ = two(tmp_path)
+    with pytest.raises(UserError, match=r"a.jsonl: the record '.*' has text; expected 'messages'"):
+        made(tmp_path, a, kind="instructions")
+
+
 def test_held_out_figures_are_given_by_source(tmp_path, command):
     a, b = two(tmp_path)
     command("train", f"--workdir={tmp_path / 'run'}", f"--config.data.source={a}@0.5,{b}@0.5")
