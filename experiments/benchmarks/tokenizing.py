@@ -67,8 +67,8 @@ def directly(path: str, begin: int, end: int, vocabulary: str) -> None:
     with pathlib.Path(path).open("rb") as file:
         file.seek(begin)
         while file.tell() < end:
-            texts = [json.loads(line)["text"] for line, _ in zip(file, range(64), strict=False)]
-            tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            texts = [json.loads(line)["text"] for _, line in zip(range(64), file, strict=False)]
+            _ = [found.ids for found in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def in_processes(work, jobs) -> None:
