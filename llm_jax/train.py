@@ -247,7 +247,7 @@ def main() -> None:
         return (restored(at, checkpoint.verify(at)) if at else first()), to
 
     held: dict[str, float] = {}
-    done, jumped = start, record["jumped"] if resumed and record else 0
+    done, jumped = start, record.get("jumped", 0) if resumed and record else 0
     stream, stopping = ahead(), 0
     with cli.signals_noted() as stopped:
         while done < c.steps and not stopping:
