@@ -8,7 +8,7 @@ import os
 import pathlib
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -97,9 +97,9 @@ def read(source: str, field: str, memory: pathlib.Path, workers: int) -> tuple[C
         names=names,
         files=tuple(f for r in records for f in r.files),
         file=np.concatenate([r.file + base for r, base in zip(records, bases, strict=False)], dtype=np.int32),
-        start=np.concatenate([r.start for r in records]),
-        size=np.concatenate([r.size for r in records]),
-        group=np.concatenate([r.group for r in records]),
+        start=_joined([r.start for r in records]),
+        size=_joined([r.size for r in records]),
+        group=_joined([r.group for r in records]),
         ends=tuple(ends.tolist()),
         field=field,
         sha256=digest.hexdigest(),
@@ -145,9 +145,9 @@ class Record:
             stamps,
             list(digests),
             np.repeat(np.arange(len(files), dtype=np.int32), [len(s) for s in starts]),
-            np.concatenate(starts),
-            np.concatenate(sizes),
-            np.concatenate(groups),
+            _joined(starts),
+            _joined(sizes),
+            _joined(groups),
             path,
             bool(todo) or len(known) != len(files),
         )
@@ -187,6 +187,11 @@ class Record:
     def changed(self) -> str:
         """The path of a file that is no longer what was scanned, or ""."""
         return next((f.path for f, s in zip(self.files, self.stamps, strict=True) if f.stamp() != s), "")
+
+
+def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """One after the other; a single one is not copied."""
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 _Part = tuple[str, np.ndarray, np.ndarray, np.ndarray]  # sha256, start, size, group
