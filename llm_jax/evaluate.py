@@ -12,6 +12,8 @@ flags.DEFINE_string(
     "checkpoint", None, "a run, a Hugging Face directory, a .gguf file, asset:NAME or hf:ORG/NAME", required=True
 )
 flags.DEFINE_string("data", "", "text to evaluate on; by default the held-out part of the run's own corpus")
+flags.DEFINE_string("kind", "", "of --data: text, instructions, preferences; by default as in training, or text")
+flags.DEFINE_string("field", "", "the text of the records of --data; by default as in training, or text")
 flags.DEFINE_integer("seq_len", 0, "tokens a window; by default as in training")
 flags.DEFINE_integer("stride", 0, "targets counted in each window, the last ones (a sliding window); 0: all of it")
 flags.DEFINE_integer("batch_size", 16, "windows at a time")
@@ -31,6 +33,8 @@ def main() -> None:
     f = flags.FLAGS
     if f.batch_size < 1 or f.seq_len < 0:
         raise UserError(f"--batch_size={f.batch_size} --seq_len={f.seq_len}; expected positive numbers")
+    if (f.kind or f.field) and not f.data:
+        raise UserError(f"--kind={f.kind} --field={f.field}: they are of --data, which is not given")
     path = pretrained.locate(f.checkpoint)
     model, params, tokenizer = pretrained.load(path, scan_layers=True)
     if pretrained.is_foreign(path):
@@ -45,7 +49,9 @@ def main() -> None:
     transformer.check_length(model.config, length)
     if not 0 <= f.stride <= length:
         raise UserError(f"--stride={f.stride}; expected 0 to the window of {length} tokens")
-    source = corpus.Source(dataclasses.replace(data, source=f.data) if f.data else data, whole=bool(f.data))
+    if f.data:
+        data = dataclasses.replace(data, source=f.data, kind=f.kind or data.kind, field=f.field or data.field)
+    source = corpus.Source(data, whole=bool(f.data))
     split = source.corpus(tokenizer).validation
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     loss = jax.jit(lambda params, batch: losses.language_model(model, params, batch, 0))

@@ -264,6 +264,13 @@ def test_instructions_are_trained_on_end_to_end(tmp_path, command):
     assert "do not fit train.seq_len=32: left out" in done.stderr and summary["validation_tokens"] > 0
     found = json.loads(command("evaluate", f"--checkpoint={tmp_path / 'run'}", "--json").stdout)
     assert found["loss"] == pytest.approx(summary["validation_loss"], rel=1e-5)
+    asked = ("--json", f"--data={path}", "--seq_len=128")
+    whole = json.loads(command("evaluate", f"--checkpoint={tmp_path / 'run'}", *asked).stdout)
+    text = json.loads(
+        command("evaluate", f"--checkpoint={tmp_path / 'run'}", *asked, "--kind=text", "--field=answer").stdout
+    )
+    assert whole["tokens"] > found["tokens"] and text["tokens"] == whole["tokens"]  # EOS after every answer
+    assert "not given" in command("evaluate", f"--checkpoint={tmp_path / 'run'}", "--kind=text", code=2).stderr
     assert "never cut" in command("evaluate", f"--checkpoint={tmp_path / 'run'}", "--stride=8", code=2).stderr
 
 
