@@ -72,6 +72,12 @@ def directly(path: str, begin: int, end: int, vocabulary: str, call: str) -> Non
             _ = [found.ids for found in getattr(tokenizer, call)(texts, add_special_tokens=False)]
 
 
+def processor_seconds() -> float:
+    """Of all processes that have ended: on a machine shared with others, what the work itself takes."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def in_processes(work, jobs) -> None:
     context = multiprocessing.get_context("spawn")
     running = [context.Process(target=work, args=job) for job in jobs]
@@ -110,6 +116,7 @@ def main() -> None:
         bounds.append(path.stat().st_size)
         shares = [(str(path), *bounds[i : i + 2], vocabulary) for i in range(f.processes)]
         seconds: dict[str, list[float]] = {"cache": [], "encode_batch": [], "encode_batch_fast": []}
+        busy: dict[str, list[float]] = {name: [] for name in seconds}
         memory = {}
         for name, corpus in (("a tenth", small), ("whole", path)):
             said = root / "said.json"
@@ -119,21 +126,28 @@ def main() -> None:
             for name in seconds:
                 cache = root / f"cache {turn}"
                 job = (str(path), str(cache), f.processes, vocabulary, str(root / "said.json"))
-                start = time.perf_counter()
+                start, used = time.perf_counter(), processor_seconds()
                 if name == "cache":
                     in_processes(cached, [job])
                 else:
                     in_processes(directly, [(*share, name) for share in shares])
                 seconds[name].append(time.perf_counter() - start)
-            print(f"turn {turn}: " + ", ".join(f"{name} {s[-1]:.1f} s" for name, s in seconds.items()), flush=True)
+                busy[name].append(processor_seconds() - used)
+            print(
+                f"turn {turn}: "
+                + ", ".join(f"{name} {s[-1]:.1f} s ({busy[name][-1]:.1f} busy)" for name, s in seconds.items()),
+                flush=True,
+            )
     ratios = {
-        name: statistics.median(a / b for a, b in zip(seconds["cache"], seconds[name], strict=True))
+        f"{name}, {what}": statistics.median(a / b for a, b in zip(of["cache"], of[name], strict=True))
         for name in ("encode_batch", "encode_batch_fast")
+        for what, of in (("clock", seconds), ("processor", busy))
     }
     found = {
         "megabytes": f.megabytes,
         "processes": f.processes,
         "seconds": seconds,
+        "processor seconds": busy,
         "cache / library": ratios,
         "peak_mebibytes": memory,
         "python": sys.version.split()[0],
