@@ -40,7 +40,8 @@ def main() -> None:
     from llm_jax import checkpoint, pretrained, tokenizers, trees
     from llm_jax.data import rows
     from llm_jax.data.corpus import Source
-    from llm_jax.decoding import loop, samplers
+    from llm_jax.decoding import loop
+    from llm_jax.decoding.options import Options
     from llm_jax.model import product, transformer
     from llm_jax.model.stages import layout
     from llm_jax.parallel import mesh as mesh_lib
@@ -213,7 +214,7 @@ def main() -> None:
             decoder,
             unstack(state.model),
             prompts,
-            samplers.make(0.8, top_p=0.95),
+            Options(temperature=0.8, top_p=0.95).sampler(),
             max_new_tokens=config.eval.max_new_tokens,
             eos=tokenizer.eos,
             vocab_size=tokenizer.vocab_size,

@@ -36,7 +36,7 @@ class Cache:
 
     Attributes:
       tokens: where the token of each slot stands, (B, slots); segment 0 marks an empty slot.
-      index: int32 (), the next slot to be written, the same in every row.
+      index: int32 (), the next slot to be written, the same in every row; or (B,), one for each.
       layers: {"key", "value"} of (B, slots, K, H) per layer, in the layout of the parameters.
     """
 
@@ -60,6 +60,14 @@ def lengths_so_far(tokens: Tokens, keys: Tokens) -> jax.Array:
     return jnp.max(jnp.where(same, keys.positions[:, None, :], 0), -1) + 1
 
 
+def write(slots: jax.Array, new: jax.Array, index: jax.Array | None) -> jax.Array:
+    """Puts new (B, T, ...) into slots (B, S, ...) from `index` on: int32 () or (B,)."""
+    start, rest, new = jnp.asarray(index), (0,) * (slots.ndim - 2), new.astype(slots.dtype)
+    if start.ndim == 0:
+        return jax.lax.dynamic_update_slice(slots, new, (0, start, *rest))
+    return jax.vmap(lambda s, n, i: jax.lax.dynamic_update_slice(s, n, (i, *rest)))(slots, new, start)
+
+
 class Attention(Module):
     """Grouped-query self-attention (Ainslie et al. 2023, arXiv:2305.13245)."""
 
@@ -81,7 +89,7 @@ class Attention(Module):
           queries: where the tokens of x stand.
           keys: where all keys stand: `queries` itself without a cache, else the cache's slots.
           cache: {"key", "value"} of (B, S, K, H), or None.
-          index: int32 (), the slot that the first token of x goes to.
+          index: int32 () or (B,), the slot that the first token of x goes to.
         """
         c = self.config
         scheme, h = positions.make(c, local=self.window is not None), positions.head_width(c)
@@ -99,11 +107,7 @@ class Attention(Module):
         if not scheme.rotates_cache:
             k = scheme.rotate(k, queries.positions, None)
         if cache is not None:
-            start = (0, jnp.asarray(index), 0, 0)
-            cache = {
-                "key": jax.lax.dynamic_update_slice(cache["key"], k.astype(cache["key"].dtype), start),
-                "value": jax.lax.dynamic_update_slice(cache["value"], v.astype(cache["value"].dtype), start),
-            }
+            cache = {"key": write(cache["key"], k, index), "value": write(cache["value"], v, index)}
             k, v = cache["key"].astype(q.dtype), cache["value"].astype(q.dtype)
         if scheme.rotates_cache:
             k = scheme.rotate(k, keys.positions, lengths_so_far(keys, keys))

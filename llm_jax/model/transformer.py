@@ -18,7 +18,7 @@ from llm_jax import trees, weights
 from llm_jax.config import ModelConfig, choice
 from llm_jax.errors import UserError
 from llm_jax.model import positions
-from llm_jax.model.attention import Attention, Cache, Tokens
+from llm_jax.model.attention import Attention, Cache, Tokens, write
 from llm_jax.model.layers import MLP, Module, Norm
 from llm_jax.model.stages import layout, stages
 
@@ -208,8 +208,7 @@ class Transformer(Module):
         where = consecutive(tokens_BT) if where is None else where
         keys = where
         if cache is not None:
-            start = (0, cache.index)
-            keys = jax.tree.map(lambda slots, new: jax.lax.dynamic_update_slice(slots, new, start), cache.tokens, where)
+            keys = jax.tree.map(lambda slots, new: write(slots, new, cache.index), cache.tokens, where)
         x_BTD, bias = self.embed(tokens_BT, where, types_BT), self.embed.bias(where, keys)
         of_layers, index = (cache.layers, cache.index) if cache is not None else (None, None)
         x_BTD, of_layers = self.layers(x_BTD, where, keys, bias, of_layers, index)
