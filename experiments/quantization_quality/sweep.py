@@ -32,18 +32,21 @@ flags.DEFINE_integer("calibration", 32, "training sequences that methods calibra
 flags.DEFINE_integer("sentences", 200, "for MiniLM")
 flags.DEFINE_boolean("smollm2", True, "also SmolLM2 in 8 bits (slow: 135 M parameters)")
 
-_MODEL = ("awq", "gptq")
 CELLS = [
-    *(Cell(s, m) for s in ("int8", "int8:32") for m in ("absmax", "percentile", "mse")),
+    *(Cell("int8", m) for m in ("absmax", "percentile", "mse")),
     *(Cell(s, m) for s in ("w8a8", "w8a8_static") for m in ("absmax", "percentile", "mse", "smoothquant")),
-    *(Cell(s, "absmax") for s in ("int8_affine", "fp8_e4m3", "fp8_e5m2")),
-    *(Cell(s, m) for s in ("int4", "int4:64", "int4:128", "int4_affine") for m in ("absmax", "mse", *_MODEL)),
-    *(Cell(s, m) for s in ("nf4", "mxfp4", "int4_affine:128") for m in ("absmax", *_MODEL)),
-    *(Cell(s, m) for s in ("int4:channel",) for m in ("absmax", "percentile", "mse", "gptq")),
-    *(Cell(s, m) for s in ("int2", "int2_affine") for m in ("mse", *_MODEL)),
+    *(Cell(s, "absmax") for s in ("int8:32", "int8_affine", "fp8_e4m3", "fp8_e5m2")),
+    *(Cell(s, m) for s in ("int4", "int4_affine") for m in ("absmax", "mse", "awq", "gptq")),
+    *(Cell(s, m) for s in ("int4:64", "int4:128", "nf4") for m in ("absmax", "awq", "gptq")),
+    *(Cell("mxfp4", m) for m in ("absmax", "mse", "gptq")),
+    *(Cell(s, m) for s in ("int4:channel", "int2", "int2_affine") for m in ("mse", "gptq")),
     *(Cell(f"ggml {s}", "") for s in ("Q8_0", "Q4_1", "Q4_0")),
 ]
-SENTENCE_CELLS = [c for c in CELLS if c.scheme.split(":")[0] not in ("int2", "int2_affine") and c.method != "mse"]
+SENTENCE_CELLS = [
+    *(Cell(s, "absmax") for s in ("int8", "int8:32", "fp8_e4m3", "fp8_e5m2", "mxfp4")),
+    *(Cell(s, m) for s in ("w8a8", "w8a8_static") for m in ("absmax", "percentile", "smoothquant")),
+    *(Cell(s, m) for s in ("int4", "int4_affine", "nf4") for m in ("absmax", "awq", "gptq")),
+]
 SPEEDS = ("int8", "w8a8", "int4", "nf4")
 LABELLED = (Cell("int8", "absmax"), Cell("w8a8", "absmax"))
 
