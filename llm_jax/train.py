@@ -7,6 +7,8 @@ import dataclasses
 import pathlib
 import statistics
 import time
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from absl import flags
 
@@ -18,9 +20,15 @@ cli.define_config()
 flags.DEFINE_string("workdir", None, "where the run is kept (config, metrics, checkpoints)", required=True)
 flags.DEFINE_integer("devices", 0, "simulate this many CPU devices")
 flags.DEFINE_boolean("dry_run", False, "print the parameters and their shardings, and stop")
+flags.DEFINE_boolean(
+    "profile", False, "trace steps 4 to 6 of this start into WORKDIR/profile, for TensorBoard or xprof"
+)
 
-# What may change when a run goes on; any other difference is another run.
-_FREE = ("train.steps", "model.attention", "eval.", "checkpoint.", "mesh.", "data.cache_dir")
+# What may change when a run goes on: whole keys, and sections by their dot. Any other difference is another run.
+_FREE = (
+    *("eval.", "report.", "checkpoint.", "mesh."),
+    *("train.steps", "train.on_bad_step", "train.spike_factor", "model.attention", "data.cache_dir"),
+)
 
 
 def main() -> None:
@@ -32,12 +40,12 @@ def main() -> None:
 
     from llm_jax import checkpoint, tokenizers, trees
     from llm_jax.data.corpus import Source
-    from llm_jax.data.rows import Rows, Shuffled, batches
+    from llm_jax.data.rows import Batch, Rows, Shuffled, batches
     from llm_jax.decoding import loop, samplers
     from llm_jax.model import product, transformer
     from llm_jax.model.stages import layout
     from llm_jax.parallel import mesh as mesh_lib
-    from llm_jax.training import evaluation, losses, optim, report
+    from llm_jax.training import evaluation, losses, optim, report, sinks, watch
     from llm_jax.training import step as step_lib
 
     config = cli.load_config()
@@ -83,6 +91,7 @@ def main() -> None:
     mesh = mesh_lib.make(config.mesh)
     batch_sharding = mesh_lib.batch_sharding(mesh, c.batch_size)
     losses.check_chunk(c.loss_chunk, c.seq_len)
+    sinks.check(config.report.to)
     step_lib.check_accumulation(c.batch_size, c.grad_accumulation, mesh.shape["data"] * mesh.shape["fsdp"])
     model = transformer.Transformer(config.model)
     transformer.check_length(config.model, c.seq_len)
@@ -90,6 +99,8 @@ def main() -> None:
         config.model, jax.default_backend(), c.batch_size // c.grad_accumulation, c.seq_len, dict(mesh.shape)
     )
     abstract = checkpoint.abstract_params(model)
+    weights = watch.names(abstract)
+    guard = watch.Watch(c, weights, workdir / "metrics.jsonl", start)
     optimizer = optim.make(config.optim, c.steps, abstract)
     copies = mesh_lib.replicated(mesh)
     param_shardings = mesh_lib.shardings(abstract, config.mesh.rules, mesh)
@@ -112,31 +123,36 @@ def main() -> None:
     if flags.FLAGS.dry_run:
         return
     checkpoint.make_directory(workdir)
+    lock = checkpoint.lock(workdir)
 
     # ---------------------------------------------------------------- state
-    if resumed and record:
+    def restored(directory: pathlib.Path, record: Mapping[str, Any]) -> step_lib.State:
         params, optimizer_state = checkpoint.restore_state(
-            resumed, record, abstract_state.params, abstract_state.optimizer
+            directory, record, abstract_state.params, abstract_state.optimizer
         )
-        state = step_lib.State(jax.device_put(jnp.int32(start), copies), params, optimizer_state)
-        print(f"going on from {origin}")
-    elif origin and record:
-        params = checkpoint.restore(
-            origin, record, config.model, lambda tree: mesh_lib.shardings(tree, config.mesh.rules, mesh)
-        )
-        begin = jax.jit(
-            lambda p: step_lib.init(optimizer, trees.restage(p, layout(config.model))), out_shardings=state_shardings
-        )
-        state = begin(params)
-        print(f"weights from {origin}")
-        for key, before in _differences(checkpoint.read_config(origin).model, config.model):
-            print(f"note: {key} was {before} there")
-    else:
+        print(f"going on from {directory}")
+        return step_lib.State(jax.device_put(jnp.int32(record["step"]), copies), params, optimizer_state)
+
+    def first() -> step_lib.State:
+        if origin and record and not resumed:
+            params = checkpoint.restore(
+                origin, record, config.model, lambda tree: mesh_lib.shardings(tree, config.mesh.rules, mesh)
+            )
+            begin = jax.jit(
+                lambda p: step_lib.init(optimizer, trees.restage(p, layout(config.model))),
+                out_shardings=state_shardings,
+            )
+            print(f"weights from {origin}")
+            for key, before in _differences(checkpoint.read_config(origin).model, config.model):
+                print(f"note: {key} was {before} there")
+            return begin(params)
         tokens = jnp.zeros((1, 1), jnp.int32)
         fresh = jax.jit(
             lambda key: step_lib.init(optimizer, model.init(key, tokens)["params"]), out_shardings=state_shardings
         )
-        state = fresh(jax.random.key(c.seed))
+        return fresh(jax.random.key(c.seed))
+
+    state = restored(resumed, record) if resumed and record else first()
     checkpoint.write_json(workdir / "config.json", config_lib.as_dict(config))
 
     # ---------------------------------------------------------------- compiled functions
@@ -146,9 +162,20 @@ def main() -> None:
         return losses.language_model(model, trained, batch, c.loss_chunk)
 
     train_step = jax.jit(
-        mesh_lib.within(mesh, step_lib.make(loss, optimizer, rate, c.seed, c.grad_accumulation)),
+        mesh_lib.within(
+            mesh,
+            step_lib.make(
+                loss,
+                optimizer,
+                rate,
+                c.seed,
+                c.grad_accumulation,
+                skip_bad=c.on_bad_step == "skip",
+                update_norms=config.report.norms_every > 0,
+            ),
+        ),
         donate_argnums=0,
-        in_shardings=(state_shardings, None, batch_sharding),
+        in_shardings=(state_shardings, None, batch_sharding, None),
         out_shardings=(state_shardings, copies),
     )
     eval_loss = jax.jit(
@@ -156,6 +183,7 @@ def main() -> None:
         in_shardings=(param_shardings, batch_sharding),
         out_shardings=copies,
     )
+    activation_norms = jax.jit(mesh_lib.within(mesh, report.activation_norms(model)))
     decoder = model.clone(config=dataclasses.replace(config.model, scan_layers=False))
     unstack = jax.jit(trees.unstack, out_shardings=copies)
 
@@ -163,7 +191,7 @@ def main() -> None:
         found = evaluation.evaluate(eval_loss, state.params, held_rows, c.batch_size, batch_sharding, limit)
         return {f"validation_{name}": value for name, value in found.items()}
 
-    def sample(title: str) -> None:
+    def sample(title: str) -> str:
         prompts = [tokenizers.prompt(tokenizer, text) for text in config.eval.prompts]
         made = loop.generate(
             decoder,
@@ -174,45 +202,91 @@ def main() -> None:
             eos=tokenizer.eos,
             vocab_size=tokenizer.vocab_size,
         )
-        for prompt, one in zip(prompts, made, strict=True):
-            print(f"----- {title}\n{tokenizer.decode(prompt + one.ids)}")
+        texts = [tokenizer.decode(prompt + one.ids) for prompt, one in zip(prompts, made, strict=True)]
+        return "\n".join(f"----- {title}\n{text}" for text in texts)
 
     if config.eval.prompts and not start:
-        sample("before training")
+        print(sample("before training"))
 
     # ---------------------------------------------------------------- the loop
     peak = report.matmul_peak(config.model.precision.compute)
+    opened = sinks.open_all(config.report.to, workdir, config_lib.flat(config), start)
     writer = checkpoint.Writer(workdir, config, tokenizer, corpus.sha256)
-    progress = report.Progress(workdir, start, c.steps, transformer.flops_per_token(config.model, c.seq_len), peak)
+    flops = transformer.flops_per_token(config.model, c.seq_len)
+    progress = report.Progress(workdir, start, c.steps, flops, peak, guard, weights, opened, config.report.norms_every)
+    report.begin_attempt(workdir, start)
+    rollbacks, tracer = watch.Rollbacks(), report.Tracer(workdir, start + 3 if flags.FLAGS.profile else None)
+    periods = {
+        "evaluate": config.eval.every,
+        "sample": config.report.samples_every if config.eval.prompts else 0,
+        "norms": config.report.norms_every,
+        "save": config.checkpoint.every,
+    }
 
-    def due(every: int, done: int) -> bool:
-        return done == c.steps or bool(every and done % every == 0)
+    def ahead() -> Iterator[Batch]:
+        return batches(train_rows, done + jumped, c.steps + jumped, c.batch_size, batch_sharding)
+
+    def go_back(bad: watch.BadStep) -> tuple[step_lib.State, int]:
+        """The state and step of the last checkpoint, or of the start."""
+        writer.wait()
+        kept = checkpoint.steps(workdir)
+        if c.on_bad_step != "rollback":
+            cure = "lower optim.lr, or set train.on_bad_step to skip or rollback"
+            raise UserError(f"step {bad.step}: {bad.what}; {f'step {kept[-1]} is saved; ' if kept else ''}{cure}")
+        to = kept[-1] if kept else 0
+        rollbacks.count(to, bad)
+        guard.rewind(to)
+        progress.rewind(to)
+        progress.write(f"step {bad.step}: {bad.what}; going back to step {to} and over the batches up to there")
+        at = checkpoint.find(workdir) if kept else None
+        return (restored(at, checkpoint.verify(at)) if at else first()), to
 
     held: dict[str, float] = {}
-    for index, batch in enumerate(batches(train_rows, start, c.steps, c.batch_size, batch_sharding), start):
-        state, metrics = train_step(state, None, batch)
-        done = index + 1
-        progress.step(done, metrics)
-        held = {}
-        if due(config.eval.every, done):
-            progress.collect()
-            held = evaluate(0 if done == c.steps else config.eval.rows)
-            progress.flush(**held)
-            progress.write(
-                f"step {done}: held-out loss {held['validation_loss']:.4f}, "
-                f"{held['validation_bits_per_byte']:.3f} bits per byte"
-            )
-        if due(config.checkpoint.every, done):
-            progress.flush()
-            writer.save(done, state.params, state.optimizer, held.get("validation_loss"))
-        if held:
+    done, jumped = start, record["jumped"] if resumed and record else 0
+    stream, stopping = ahead(), 0
+    with cli.signals_noted() as stopped:
+        while done < c.steps and not stopping:
+            tracer.at(done, state)
+            batch = next(stream)
+            state, metrics = train_step(state, None, batch, jnp.float32(guard.limit(done + 1)))
+            done, stopping, held = done + 1, stopped(), {}
+            due = {name for name, every in periods.items() if every and done % every == 0}
+            due = {"save"} if stopping else due | {"evaluate", "save"} if done == c.steps else due
+            try:
+                progress.step(done, metrics)
+                if due:
+                    progress.collect()
+            except watch.BadStep as bad:
+                (state, to), jumped = go_back(bad), jumped + bad.step
+                done, jumped = to, jumped - to
+                stream = ahead()
+                continue
+            if not due:
+                continue
+            norms = jax.device_get(activation_norms(state.params, batch)) if "norms" in due else {}
+            if "evaluate" in due:
+                held = evaluate(0 if done == c.steps else config.eval.rows)
+                progress.write(
+                    f"step {done}: held-out loss {held['validation_loss']:.4f}, "
+                    f"{held['validation_bits_per_byte']:.3f} bits per byte"
+                )
+            progress.flush(norms, **held)
+            if "sample" in due and done < c.steps:
+                progress.text(done, "samples", sample(f"after {done} steps"))
+            if "save" in due:
+                writer.save(done, state.params, state.optimizer, held.get("validation_loss"), jumped)
             progress.pause()
-    progress.close()
+    tracer.close(state)
     writer.close()
+    if config.eval.prompts and not stopping:
+        progress.text(done, "samples", sample("after training"))
+    progress.close()
+    report.end_attempt(workdir)
+    lock.close()
+    if stopping and done < c.steps:
+        cli.leave(stopping, f"saved at step {done} of {c.steps}; the same command goes on from there")
 
     # ---------------------------------------------------------------- what came of it
-    if config.eval.prompts:
-        sample("after training")
     final = held or evaluate(0)
     packed = source.compressed_bits_per_byte()
     summary = {
@@ -223,6 +297,8 @@ def main() -> None:
         "tokens_per_second": statistics.median(progress.rates) if progress.rates else None,
         "corpus": {"source": config.data.source, "sha256": corpus.sha256, "bytes": source.num_bytes},
         "seconds": time.perf_counter() - began,
+        "goodput": report.goodput(workdir),
+        **report.peak_memory(),
         "jax": jax.__version__,
     }
     checkpoint.write_json(workdir / "summary.json", summary)
@@ -242,6 +318,10 @@ def _differences(before: config_lib.ModelConfig, now: config_lib.ModelConfig) ->
     return [(key, repr(old[key])) for key in new if old[key] != new[key] and key not in free]
 
 
+def _is_free(key: str) -> bool:
+    return key in _FREE or f"{key.split('.')[0]}." in _FREE
+
+
 def _refuse_another_run(workdir: pathlib.Path, config: config_lib.Config) -> None:
     """Raises UserError where the workdir holds a run of a configuration that differs in what matters."""
     from llm_jax import checkpoint
@@ -249,7 +329,7 @@ def _refuse_another_run(workdir: pathlib.Path, config: config_lib.Config) -> Non
     if not (workdir / "config.json").exists():
         return
     before, now = (config_lib.flat(c) for c in (checkpoint.read_config(workdir), config))
-    changed = [k for k in now if now[k] != before[k] and not k.startswith(_FREE)]
+    changed = [k for k in now if now[k] != before[k] and not _is_free(k)]
     if not now["model.vocab_size"]:  # 0 means the tokenizer's, which the file names
         changed = [k for k in changed if k != "model.vocab_size"]
     if changed:
