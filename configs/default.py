@@ -43,6 +43,7 @@ def get_config() -> ConfigDict:
                 "tie_head": True,
                 "causal": True,
                 "attention": "auto",
+                "cache": "compute",
                 "position": {
                     "kind": "rope",
                     "base": 10000.0,
@@ -85,6 +86,12 @@ def get_config() -> ConfigDict:
                 "beta2": 0.95,
                 "eps": 1e-8,
                 "clip_norm": 1.0,
+            },
+            "quant": {
+                "scheme": "",
+                "head": "int8",
+                "rules": (),
+                "qat": {"scheme": "", "start_step": 0, "learned_step": False},
             },
             "train": {
                 "steps": 700,

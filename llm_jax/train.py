@@ -27,7 +27,7 @@ flags.DEFINE_boolean(
 # What may change when a run goes on: whole keys, and sections by their dot. Any other difference is another run.
 _FREE = (
     *("eval.", "report.", "checkpoint.", "mesh."),
-    *("train.steps", "train.on_bad_step", "train.spike_factor", "model.attention", "data.cache_dir"),
+    *("train.steps", "train.on_bad_step", "train.spike_factor", "model.attention", "model.cache", "data.cache_dir"),
 )
 
 
@@ -45,6 +45,7 @@ def main() -> None:
     from llm_jax.model import product, transformer
     from llm_jax.model.stages import layout
     from llm_jax.parallel import mesh as mesh_lib
+    from llm_jax.quant import qat
     from llm_jax.training import evaluation, losses, optim, report, sinks, watch
     from llm_jax.training import step as step_lib
 
@@ -62,6 +63,9 @@ def main() -> None:
     start = record["step"] if resumed and record else 0
     if start > c.steps:
         raise UserError(f"{workdir} is at step {start}, past train.steps={c.steps}; raise it or give another --workdir")
+
+    if config.quant.scheme:
+        raise UserError(f"config key 'quant.scheme' is '{config.quant.scheme}'; it is of the frozen base of adapters")
 
     # ---------------------------------------------------------------- data
     source = Source(config.data)
@@ -98,7 +102,7 @@ def main() -> None:
     attention = product.describe(
         config.model, jax.default_backend(), c.batch_size // c.grad_accumulation, c.seq_len, dict(mesh.shape)
     )
-    abstract = checkpoint.abstract_params(model)
+    abstract = jax.eval_shape(lambda p: qat.prepare(p, config.quant), checkpoint.abstract_params(model))
     weights = watch.names(abstract)
     guard = watch.Watch(c, weights, workdir / "metrics.jsonl", start)
     optimizer = optim.make(config.optim, c.steps, abstract)
@@ -139,7 +143,7 @@ def main() -> None:
                 origin, record, config.model, lambda tree: mesh_lib.shardings(tree, config.mesh.rules, mesh)
             )
             begin = jax.jit(
-                lambda p: step_lib.init(optimizer, trees.restage(p, layout(config.model))),
+                lambda p: step_lib.init(optimizer, qat.prepare(trees.restage(p, layout(config.model)), config.quant)),
                 out_shardings=state_shardings,
             )
             print(f"weights from {origin}")
@@ -148,7 +152,8 @@ def main() -> None:
             return begin(params)
         tokens = jnp.zeros((1, 1), jnp.int32)
         fresh = jax.jit(
-            lambda key: step_lib.init(optimizer, model.init(key, tokens)["params"]), out_shardings=state_shardings
+            lambda key: step_lib.init(optimizer, qat.prepare(model.init(key, tokens)["params"], config.quant)),
+            out_shardings=state_shardings,
         )
         return fresh(jax.random.key(c.seed))
 
@@ -159,7 +164,8 @@ def main() -> None:
     rate = optim.schedule(config.optim, c.steps)
 
     def loss(trained, frozen, batch, step, key):  # all parameters are trained, and nothing is drawn
-        return losses.language_model(model, trained, batch, c.loss_chunk)
+        params = qat.delayed(trained, step, config.quant.qat.start_step)
+        return losses.language_model(model, params, batch, c.loss_chunk)
 
     train_step = jax.jit(
         mesh_lib.within(
@@ -313,7 +319,7 @@ def main() -> None:
 
 def _differences(before: config_lib.ModelConfig, now: config_lib.ModelConfig) -> list[tuple[str, str]]:
     """What about a model has changed, beside how it is laid out: (key, what it was)."""
-    free = ("model.scan_layers", "model.remat", "model.vocab_size", "model.attention")
+    free = ("model.scan_layers", "model.remat", "model.vocab_size", "model.attention", "model.cache")
     old, new = config_lib.flat(before, "model."), config_lib.flat(now, "model.")
     return [(key, repr(old[key])) for key in new if old[key] != new[key] and key not in free]
 

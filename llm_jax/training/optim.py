@@ -1,5 +1,6 @@
 """Optimizers and schedules by name, on optax."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import optax
 from llm_jax import trees
 from llm_jax.config import OptimConfig, choice
 from llm_jax.errors import UserError
+from llm_jax.quantized import FakeQuant
 
 OPTIMIZERS: dict[str, Callable[[OptimConfig], optax.GradientTransformation]] = {
     "adamw": lambda c: optax.scale_by_adam(c.beta1, c.beta2, c.eps),
@@ -62,6 +64,8 @@ def _decay(rates: dict[str, float]) -> optax.GradientTransformation:
     """Adds rate * parameter to the updates (Loshchilov and Hutter 2019, arXiv:1711.05101)."""
 
     def add(path: str, update: Any, params: Any) -> Any:
+        if isinstance(params, FakeQuant):  # steps that are learned do not decay
+            return dataclasses.replace(update, weight=add(path, update.weight, params.weight))
         return jax.tree.map(lambda u, p: u + rates[path] * p, update, params) if rates[path] else update
 
     def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
