@@ -36,9 +36,8 @@ def main() -> None:
     cli.use_devices(flags.FLAGS.devices)
     import jax
     import jax.numpy as jnp
-    import optax
 
-    from llm_jax import checkpoint, tokenizers, trees
+    from llm_jax import checkpoint, pretrained, tokenizers, trees
     from llm_jax.data.corpus import Source
     from llm_jax.data.rows import Batch, Rows, Shuffled, batches
     from llm_jax.decoding import loop, samplers
@@ -94,9 +93,10 @@ def main() -> None:
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab))
     mesh = mesh_lib.make(config.mesh)
     batch_sharding = mesh_lib.batch_sharding(mesh, c.batch_size)
-    losses.check_chunk(c.loss_chunk, c.seq_len)
+    losses.check(config)
     sinks.check(config.report.to)
-    step_lib.check_accumulation(c.batch_size, c.grad_accumulation, mesh.shape["data"] * mesh.shape["fsdp"])
+    together = losses.rows_together(config.loss)
+    step_lib.check_accumulation(c.batch_size, c.grad_accumulation, mesh.shape["data"] * mesh.shape["fsdp"], together)
     model = transformer.Transformer(config.model)
     transformer.check_length(config.model, c.seq_len)
     attention = product.describe(
@@ -105,20 +105,38 @@ def main() -> None:
     abstract = jax.eval_shape(lambda p: qat.prepare(p, config.quant), checkpoint.abstract_params(model))
     weights = watch.names(abstract)
     guard = watch.Watch(c, weights, workdir / "metrics.jsonl", start)
-    optimizer = optim.make(config.optim, c.steps, abstract)
+    optimizer = optim.make(config.optim, c.steps, abstract, transformer.width_ratio(config.model))
     copies = mesh_lib.replicated(mesh)
     param_shardings = mesh_lib.shardings(abstract, config.mesh.rules, mesh)
-    abstract_state = jax.eval_shape(lambda p: step_lib.init(optimizer, p), abstract)
+
+    def begun(params):
+        return step_lib.init(optimizer, params, ema=bool(config.optim.ema_decay))
+
+    abstract_state = jax.eval_shape(begun, abstract)
     state_shardings = step_lib.State(
         copies,
         param_shardings,
-        optax.tree.map_params(
-            optimizer, lambda _, s: s, abstract_state.optimizer, param_shardings, transform_non_params=lambda _: copies
-        ),
+        optim.shardings(abstract_state.optimizer, abstract, param_shardings, copies),
+        param_shardings if config.optim.ema_decay else None,
     )
     abstract_state = jax.tree.map(
         lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), abstract_state, state_shardings
     )
+    # ---------------------------------------------------------------- the frozen model of the loss
+    # A teacher, or for DPO the weights that the run started from.
+    other, frozen, fingerprint = None, None, ""
+    if name := config.loss.teacher or (config.init_from if config.loss.kind == "dpo" else ""):
+        loaded = pretrained.load(name, scan_layers=config.model.scan_layers, dtype=config.model.precision.params)
+        losses.check_other(name, loaded.model.config, config.model, tokenizers.digest(loaded.tokenizer), tokenizer)
+        other = loaded.model if config.loss.teacher else model
+        frozen = {"other": jax.device_put(loaded.params, mesh_lib.shardings(loaded.params, config.mesh.rules, mesh))}
+        fingerprint = trees.fingerprint(loaded.params)
+        transformer.check_length(other.config, c.seq_len)
+        if resumed and record and record["other"] != fingerprint:
+            raise UserError(f"{name}: its weights have changed since {workdir} was started; give another --workdir")
+        del loaded
+
+    # ---------------------------------------------------------------- what will be trained
     print(report.parameter_table(abstract_state.params))
     print(
         f"mesh {dict(mesh.shape)} of {jax.device_count()} {jax.devices()[0].device_kind} device(s), "
@@ -131,11 +149,10 @@ def main() -> None:
 
     # ---------------------------------------------------------------- state
     def restored(directory: pathlib.Path, record: Mapping[str, Any]) -> step_lib.State:
-        params, optimizer_state = checkpoint.restore_state(
-            directory, record, abstract_state.params, abstract_state.optimizer
-        )
+        a = abstract_state
+        found = checkpoint.restore_state(directory, record, a.params, a.optimizer, a.ema)
         print(f"going on from {directory}")
-        return step_lib.State(jax.device_put(jnp.int32(record["step"]), copies), params, optimizer_state)
+        return step_lib.State(jax.device_put(jnp.int32(record["step"]), copies), *found)
 
     def first() -> step_lib.State:
         if origin and record and not resumed:
@@ -143,7 +160,7 @@ def main() -> None:
                 origin, record, config.model, lambda tree: mesh_lib.shardings(tree, config.mesh.rules, mesh)
             )
             begin = jax.jit(
-                lambda p: step_lib.init(optimizer, qat.prepare(trees.restage(p, layout(config.model)), config.quant)),
+                lambda p: begun(qat.prepare(trees.restage(p, layout(config.model)), config.quant)),
                 out_shardings=state_shardings,
             )
             print(f"weights from {origin}")
@@ -152,7 +169,7 @@ def main() -> None:
             return begin(params)
         tokens = jnp.zeros((1, 1), jnp.int32)
         fresh = jax.jit(
-            lambda key: step_lib.init(optimizer, qat.prepare(model.init(key, tokens)["params"], config.quant)),
+            lambda key: begun(qat.prepare(model.init(key, tokens)["params"], config.quant)),
             out_shardings=state_shardings,
         )
         return fresh(jax.random.key(c.seed))
@@ -162,10 +179,10 @@ def main() -> None:
 
     # ---------------------------------------------------------------- compiled functions
     rate = optim.schedule(config.optim, c.steps)
+    objective = losses.make(config.loss, model, c.loss_chunk, other)
 
-    def loss(trained, frozen, batch, step, key):  # all parameters are trained, and nothing is drawn
-        params = qat.delayed(trained, step, config.quant.qat.start_step)
-        return losses.language_model(model, params, batch, c.loss_chunk)
+    def loss(trained, frozen, batch, step, key):
+        return objective(qat.delayed(trained, step, config.quant.qat.start_step), frozen, batch, step, key)
 
     train_step = jax.jit(
         mesh_lib.within(
@@ -178,6 +195,8 @@ def main() -> None:
                 c.grad_accumulation,
                 skip_bad=c.on_bad_step == "skip",
                 update_norms=config.report.norms_every > 0,
+                ema_decay=config.optim.ema_decay,
+                rows_together=together,
             ),
         ),
         donate_argnums=0,
@@ -194,14 +213,14 @@ def main() -> None:
     unstack = jax.jit(trees.unstack, out_shardings=copies)
 
     def evaluate(limit: int) -> dict[str, float]:
-        found = evaluation.evaluate(eval_loss, state.params, held_rows, c.batch_size, batch_sharding, limit)
+        found = evaluation.evaluate(eval_loss, state.model, held_rows, c.batch_size, batch_sharding, limit)
         return {f"validation_{name}": value for name, value in found.items()}
 
     def sample(title: str) -> str:
         prompts = [tokenizers.prompt(tokenizer, text) for text in config.eval.prompts]
         made = loop.generate(
             decoder,
-            unstack(state.params),
+            unstack(state.model),
             prompts,
             samplers.make(0.8, top_p=0.95),
             max_new_tokens=config.eval.max_new_tokens,
@@ -217,7 +236,7 @@ def main() -> None:
     # ---------------------------------------------------------------- the loop
     peak = report.matmul_peak(config.model.precision.compute)
     opened = sinks.open_all(config.report.to, workdir, config_lib.flat(config), start)
-    writer = checkpoint.Writer(workdir, config, tokenizer, corpus.sha256)
+    writer = checkpoint.Writer(workdir, config, tokenizer, corpus.sha256, fingerprint)
     flops = transformer.flops_per_token(config.model, c.seq_len)
     progress = report.Progress(workdir, start, c.steps, flops, peak, guard, weights, opened, config.report.norms_every)
     report.begin_attempt(workdir, start)
@@ -248,13 +267,13 @@ def main() -> None:
         return (restored(at, checkpoint.verify(at)) if at else first()), to
 
     held: dict[str, float] = {}
-    done, jumped = start, record["jumped"] if resumed and record else 0
+    done, jumped = start, record.get("jumped", 0) if resumed and record else 0
     stream, stopping = ahead(), 0
     with cli.signals_noted() as stopped:
         while done < c.steps and not stopping:
             tracer.at(done, state)
             batch = next(stream)
-            state, metrics = train_step(state, None, batch, jnp.float32(guard.limit(done + 1)))
+            state, metrics = train_step(state, frozen, batch, jnp.float32(guard.limit(done + 1)))
             done, stopping, held = done + 1, stopped(), {}
             due = {name for name, every in periods.items() if every and done % every == 0}
             due = {"save"} if stopping else due | {"evaluate", "save"} if done == c.steps else due
@@ -280,7 +299,7 @@ def main() -> None:
             if "sample" in due and done < c.steps:
                 progress.text(done, "samples", sample(f"after {done} steps"))
             if "save" in due:
-                writer.save(done, state.params, state.optimizer, held.get("validation_loss"), jumped)
+                writer.save(done, state.params, state.optimizer, held.get("validation_loss"), jumped, state.ema)
             progress.pause()
     tracer.close(state)
     writer.close()
