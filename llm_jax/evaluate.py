@@ -23,6 +23,7 @@ flags.DEFINE_string("field", "", "the text of the records of --data; by default 
 flags.DEFINE_integer("seq_len", 0, "tokens a window; by default as in training")
 flags.DEFINE_integer("stride", 0, "targets counted in each window, the last ones (a sliding window); 0: all of it")
 flags.DEFINE_integer("batch_size", 16, "windows, or examples of a task, at a time")
+flags.DEFINE_boolean("as_stored", False, "keep quantized tensors of a .gguf file as they are, unexpanded")
 flags.DEFINE_boolean("json", False, "print one JSON object and nothing else")
 flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "of other people's checkpoints, in tasks")
 flags.DEFINE_string("task", "", "arithmetic, copying, sentiment, or a JSONL file")
@@ -70,7 +71,7 @@ def on_text() -> None:
     if (f.kind or f.field) and not f.data:
         raise UserError(f"--kind={f.kind} --field={f.field}: they are of --data, which is not given")
     path = pretrained.locate(f.checkpoint)
-    model, params, tokenizer = pretrained.load(path, scan_layers=True)
+    model, params, tokenizer = pretrained.load(path, scan_layers=True, as_stored=f.as_stored)
     if pretrained.is_foreign(path):
         if not f.data:
             raise UserError(f"{f.checkpoint} names no corpus of its own; give --data=FILE")

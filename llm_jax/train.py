@@ -27,7 +27,8 @@ flags.DEFINE_boolean(
 # What may change when a run goes on: whole keys, and sections by their dot. Any other difference is another run.
 _FREE = (
     *("eval.", "report.", "checkpoint.", "mesh."),
-    *("train.steps", "train.on_bad_step", "train.spike_factor", "model.attention", "data.cache_dir", "data.workers"),
+    *("train.steps", "train.on_bad_step", "train.spike_factor", "model.attention", "model.cache"),
+    *("data.cache_dir", "data.workers"),
 )
 
 
@@ -45,6 +46,7 @@ def main() -> None:
     from llm_jax.model import product, transformer
     from llm_jax.model.stages import layout
     from llm_jax.parallel import mesh as mesh_lib
+    from llm_jax.quant import qat
     from llm_jax.training import evaluation, losses, optim, report, sinks, watch
     from llm_jax.training import step as step_lib
 
@@ -62,6 +64,9 @@ def main() -> None:
     start = record["step"] if resumed and record else 0
     if start > c.steps:
         raise UserError(f"{workdir} is at step {start}, past train.steps={c.steps}; raise it or give another --workdir")
+
+    if config.quant.scheme:
+        raise UserError(f"config key 'quant.scheme' is '{config.quant.scheme}'; it is of the frozen base of adapters")
 
     # ---------------------------------------------------------------- data
     source = Source(config.data)
@@ -100,7 +105,7 @@ def main() -> None:
     attention = product.describe(
         config.model, jax.default_backend(), c.batch_size // c.grad_accumulation, c.seq_len, dict(mesh.shape)
     )
-    abstract = checkpoint.abstract_params(model)
+    abstract = jax.eval_shape(lambda p: qat.prepare(p, config.quant), checkpoint.abstract_params(model))
     weights = watch.names(abstract)
     guard = watch.Watch(c, weights, workdir / "metrics.jsonl", start)
     optimizer = optim.make(config.optim, c.steps, abstract, transformer.width_ratio(config.model))
@@ -157,13 +162,19 @@ def main() -> None:
             params = checkpoint.restore(
                 origin, record, config.model, lambda tree: mesh_lib.shardings(tree, config.mesh.rules, mesh)
             )
-            begin = jax.jit(lambda p: begun(trees.restage(p, layout(config.model))), out_shardings=state_shardings)
+            begin = jax.jit(
+                lambda p: begun(qat.prepare(trees.restage(p, layout(config.model)), config.quant)),
+                out_shardings=state_shardings,
+            )
             print(f"weights from {origin}")
             for key, before in _differences(checkpoint.read_config(origin).model, config.model):
                 print(f"note: {key} was {before} there")
             return begin(params)
         tokens = jnp.zeros((1, 1), jnp.int32)
-        fresh = jax.jit(lambda key: begun(model.init(key, tokens)["params"]), out_shardings=state_shardings)
+        fresh = jax.jit(
+            lambda key: begun(qat.prepare(model.init(key, tokens)["params"], config.quant)),
+            out_shardings=state_shardings,
+        )
         return fresh(jax.random.key(c.seed))
 
     state = restored(resumed, record) if resumed and record else first()
@@ -171,7 +182,11 @@ def main() -> None:
 
     # ---------------------------------------------------------------- compiled functions
     rate = optim.schedule(config.optim, c.steps)
-    loss = losses.make(config.loss, model, c.loss_chunk, other)
+    objective = losses.make(config.loss, model, c.loss_chunk, other)
+
+    def loss(trained, frozen, batch, step, key):
+        return objective(qat.delayed(trained, step, config.quant.qat.start_step), frozen, batch, step, key)
+
     train_step = jax.jit(
         mesh_lib.within(
             mesh,
@@ -331,7 +346,7 @@ def main() -> None:
 
 def _differences(before: config_lib.ModelConfig, now: config_lib.ModelConfig) -> list[tuple[str, str]]:
     """What about a model has changed, beside how it is laid out: (key, what it was)."""
-    free = ("model.scan_layers", "model.remat", "model.vocab_size", "model.attention")
+    free = ("model.scan_layers", "model.remat", "model.vocab_size", "model.attention", "model.cache")
     old, new = config_lib.flat(before, "model."), config_lib.flat(now, "model.")
     return [(key, repr(old[key])) for key in new if old[key] != new[key] and key not in free]
 
