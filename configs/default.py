@@ -11,7 +11,14 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     return ConfigDict(
         {
-            "data": {"source": "stdlib", "validation_fraction": 0.05, "cache_dir": ""},
+            "data": {
+                "source": "stdlib",
+                "kind": "text",
+                "field": "text",
+                "validation_fraction": 0.05,
+                "cache_dir": "",
+                "workers": 0,
+            },
             "tokenizer": {"kind": "bpe", "vocab_size": 2048},
             "model": {
                 "vocab_size": 0,
@@ -44,6 +51,7 @@ def get_config() -> ConfigDict:
                 "tie_head": True,
                 "causal": True,
                 "attention": "auto",
+                "cache": "compute",
                 "position": {
                     "kind": "rope",
                     "base": 10000.0,
@@ -100,6 +108,12 @@ def get_config() -> ConfigDict:
                 "temperature": 2.0,
                 "teacher_weight": 0.5,
                 "beta": 0.1,
+            },
+            "quant": {
+                "scheme": "",
+                "head": "int8",
+                "rules": (),
+                "qat": {"scheme": "", "start_step": 0, "learned_step": False},
             },
             "train": {
                 "steps": 700,

@@ -6,7 +6,9 @@ COMMANDS = {
     "train": "train a model, or go on with a run",
     "evaluate": "held-out loss, perplexity and bits per byte of a checkpoint, or its accuracy in a task",
     "generate": "continue a prompt, or answer it, with a checkpoint",
+    "quantize": "a checkpoint with weights of 8 bits or fewer",
     "convert": "a checkpoint into Hugging Face's form or a GGUF file",
+    "data.show": "rows as the model sees them: segments, and what the loss counts",
     "data.assets": "real models and texts: list, fetch, verify",
 }
 

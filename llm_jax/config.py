@@ -28,9 +28,14 @@ Dtype = Annotated[str, ("float32", "bfloat16", "float16", "float64")]
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    source: str  # "stdlib" (the running Python's own source text), asset:NAME, a text file, directory or glob; A,B,...
+    source: (
+        str  # "stdlib", asset:NAME, hf:NAME, a file, directory or glob; A,B,... or A@WEIGHT,B@WEIGHT,...; sources.py
+    )
+    kind: str  # what is learned from: "text", "instructions" (the answers), "preferences" (pairs); see data/encode.py
+    field: str  # the text of a record (JSON lines, Parquet, hf:NAME) where the kind is "text"
     validation_fraction: Share  # share of the bytes held out, by whole groups of documents
     cache_dir: str  # tokenized corpora and trained tokenizers; "" is ~/.cache/llm_jax
+    workers: CountOrZero  # processes that read and tokenize; 0: by the size of the text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +107,7 @@ class ModelConfig:
     scale_embeddings: bool  # multiply token embeddings by sqrt(width) (Vaswani et al. 2017, section 3.4)
     tie_head: bool  # the output head is the embedding table
     attention: str  # who computes it: "auto", "plain", "xla", "cudnn", "splash"; see model/product.py
+    cache: Annotated[str, ("compute", "int8")]  # of keys and values in decoding: the compute dtype, or int8 by head
     position: PositionConfig
     precision: PrecisionConfig
     scan_layers: bool  # one compiled layer per stage (training); else one per layer
@@ -137,6 +143,21 @@ class LossConfig:
     temperature: Positive  # distillation: of both models
     teacher_weight: Share  # distillation: of the divergence from the teacher; the cross-entropy has the rest
     beta: Positive  # dpo: how dear it is to leave the reference
+
+
+@dataclasses.dataclass(frozen=True)
+class QATConfig:
+    scheme: str  # what weights (and activations) are rounded to in training; "": none
+    start_step: CountOrZero  # from which step on
+    learned_step: bool  # train the scales too (LSQ, arXiv:1902.08153)
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantConfig:
+    scheme: str  # of the frozen base of adapters; "": as it comes
+    head: str  # the scheme of embeddings and head, in both; "": not quantized
+    rules: Rules  # (regular expression, scheme or "") over parameter names, before the usual ones
+    qat: QATConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +208,7 @@ class Config:
     tokenizer: TokenizerConfig
     model: ModelConfig
     optim: OptimConfig
+    quant: QuantConfig
     loss: LossConfig
     train: TrainConfig
     eval: EvalConfig
@@ -222,6 +244,9 @@ def build(mapping: Mapping[str, Any], cls: Any = Config, prefix: str = "") -> An
 
 # Keys that came after checkpoint format 1, with the value that means what there was before.
 ADDED: dict[str, Any] = {
+    "data.kind": "text",
+    "data.field": "text",
+    "data.workers": 0,
     "model.scale_embeddings": False,
     "model.attention": "auto",
     "model.position.local_base": 0.0,
@@ -253,6 +278,13 @@ ADDED: dict[str, Any] = {
     "report.to": (),
     "report.norms_every": 0,
     "report.samples_every": 0,
+    "model.cache": "compute",
+    "quant.scheme": "",
+    "quant.head": "int8",
+    "quant.rules": (),
+    "quant.qat.scheme": "",
+    "quant.qat.start_step": 0,
+    "quant.qat.learned_step": False,
 }
 
 

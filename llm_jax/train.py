@@ -27,7 +27,8 @@ flags.DEFINE_boolean(
 # What may change when a run goes on: whole keys, and sections by their dot. Any other difference is another run.
 _FREE = (
     *("eval.", "report.", "checkpoint.", "mesh."),
-    *("train.steps", "train.on_bad_step", "train.spike_factor", "model.attention", "data.cache_dir"),
+    *("train.steps", "train.on_bad_step", "train.spike_factor", "model.attention", "model.cache"),
+    *("data.cache_dir", "data.workers"),
 )
 
 
@@ -38,13 +39,14 @@ def main() -> None:
     import jax.numpy as jnp
 
     from llm_jax import checkpoint, pretrained, tokenizers, trees
+    from llm_jax.data import rows
     from llm_jax.data.corpus import Source
-    from llm_jax.data.rows import Batch, Rows, Shuffled, batches
     from llm_jax.decoding import loop
     from llm_jax.decoding.options import Options
     from llm_jax.model import product, transformer
     from llm_jax.model.stages import layout
     from llm_jax.parallel import mesh as mesh_lib
+    from llm_jax.quant import qat
     from llm_jax.training import evaluation, losses, optim, report, sinks, watch
     from llm_jax.training import step as step_lib
 
@@ -63,6 +65,9 @@ def main() -> None:
     if start > c.steps:
         raise UserError(f"{workdir} is at step {start}, past train.steps={c.steps}; raise it or give another --workdir")
 
+    if config.quant.scheme:
+        raise UserError(f"config key 'quant.scheme' is '{config.quant.scheme}'; it is of the frozen base of adapters")
+
     # ---------------------------------------------------------------- data
     source = Source(config.data)
     tokenizer = tokenizers.load(origin / "tokenizer") if origin else source.tokenizer(config.tokenizer)
@@ -76,7 +81,8 @@ def main() -> None:
             f"(sha256 {record['corpus'][:12]}, now {source.sha256[:12]}); bring it back or give another --workdir"
         )
     corpus = source.corpus(tokenizer)
-    train_rows, held_rows = Shuffled(Rows(corpus.train, c.seq_len), c.seed), Rows(corpus.validation, c.seq_len)
+    train_rows = rows.training(config, corpus)
+    held_rows, held_parts = rows.held_out(config.data, corpus, c.seq_len)
     print(
         f"{config.data.source}: {source.num_bytes:,} bytes (sha256 {corpus.sha256[:12]}), {len(corpus.train.tokens):,} "
         f"training tokens, {len(held_rows.split.tokens):,} held out; tokenizer {tokenizer.kind}, "
@@ -99,7 +105,7 @@ def main() -> None:
     attention = product.describe(
         config.model, jax.default_backend(), c.batch_size // c.grad_accumulation, c.seq_len, dict(mesh.shape)
     )
-    abstract = checkpoint.abstract_params(model)
+    abstract = jax.eval_shape(lambda p: qat.prepare(p, config.quant), checkpoint.abstract_params(model))
     weights = watch.names(abstract)
     guard = watch.Watch(c, weights, workdir / "metrics.jsonl", start)
     optimizer = optim.make(config.optim, c.steps, abstract, transformer.width_ratio(config.model))
@@ -156,13 +162,19 @@ def main() -> None:
             params = checkpoint.restore(
                 origin, record, config.model, lambda tree: mesh_lib.shardings(tree, config.mesh.rules, mesh)
             )
-            begin = jax.jit(lambda p: begun(trees.restage(p, layout(config.model))), out_shardings=state_shardings)
+            begin = jax.jit(
+                lambda p: begun(qat.prepare(trees.restage(p, layout(config.model)), config.quant)),
+                out_shardings=state_shardings,
+            )
             print(f"weights from {origin}")
             for key, before in _differences(checkpoint.read_config(origin).model, config.model):
                 print(f"note: {key} was {before} there")
             return begin(params)
         tokens = jnp.zeros((1, 1), jnp.int32)
-        fresh = jax.jit(lambda key: begun(model.init(key, tokens)["params"]), out_shardings=state_shardings)
+        fresh = jax.jit(
+            lambda key: begun(qat.prepare(model.init(key, tokens)["params"], config.quant)),
+            out_shardings=state_shardings,
+        )
         return fresh(jax.random.key(c.seed))
 
     state = restored(resumed, record) if resumed and record else first()
@@ -170,7 +182,11 @@ def main() -> None:
 
     # ---------------------------------------------------------------- compiled functions
     rate = optim.schedule(config.optim, c.steps)
-    loss = losses.make(config.loss, model, c.loss_chunk, other)
+    objective = losses.make(config.loss, model, c.loss_chunk, other)
+
+    def loss(trained, frozen, batch, step, key):
+        return objective(qat.delayed(trained, step, config.quant.qat.start_step), frozen, batch, step, key)
+
     train_step = jax.jit(
         mesh_lib.within(
             mesh,
@@ -200,8 +216,12 @@ def main() -> None:
     unstack = jax.jit(trees.unstack, out_shardings=copies)
 
     def evaluate(limit: int) -> dict[str, float]:
-        found = evaluation.evaluate(eval_loss, state.model, held_rows, c.batch_size, batch_sharding, limit)
-        return {f"validation_{name}": value for name, value in found.items()}
+        figures: dict[str, float] = {}
+        for source_name, part in {"": held_rows, **held_parts}.items():
+            found = evaluation.evaluate(eval_loss, state.model, part, c.batch_size, batch_sharding, limit)
+            suffix = f"/{source_name}" if source_name else ""
+            figures |= {f"validation_{name}{suffix}": value for name, value in found.items()}
+        return figures
 
     def sample(title: str) -> str:
         prompts = [tokenizers.prompt(tokenizer, text) for text in config.eval.prompts]
@@ -235,8 +255,8 @@ def main() -> None:
         "save": config.checkpoint.every,
     }
 
-    def ahead() -> Iterator[Batch]:
-        return batches(train_rows, done + jumped, c.steps + jumped, c.batch_size, batch_sharding)
+    def ahead() -> Iterator[rows.Batch]:
+        return rows.batches(train_rows, done + jumped, c.steps + jumped, c.batch_size, batch_sharding)
 
     def go_back(bad: watch.BadStep) -> tuple[step_lib.State, int]:
         """The state and step of the last checkpoint, or of the start."""
@@ -317,15 +337,16 @@ def main() -> None:
     others = ", ".join(f"{name} {value:.3f}" for name, value in packed.items())
     print(
         f"held-out: loss {final['validation_loss']:.4f}, perplexity {final['validation_perplexity']:.2f}, "
-        f"{final['validation_bits_per_byte']:.3f} bits per byte ({others})\n"
-        f"checkpoint: {workdir / 'checkpoints' / str(c.steps)}\n"
+        f"{final['validation_bits_per_byte']:.3f} bits per byte{others and f' ({others})'}\n"
+        + "".join(f"of {name}: {final[f'validation_bits_per_byte/{name}']:.3f}\n" for name in held_parts)
+        + f"checkpoint: {workdir / 'checkpoints' / str(c.steps)}\n"
         f'next: python -m llm_jax.generate --checkpoint={workdir} --prompt="def "'
     )
 
 
 def _differences(before: config_lib.ModelConfig, now: config_lib.ModelConfig) -> list[tuple[str, str]]:
     """What about a model has changed, beside how it is laid out: (key, what it was)."""
-    free = ("model.scan_layers", "model.remat", "model.vocab_size", "model.attention")
+    free = ("model.scan_layers", "model.remat", "model.vocab_size", "model.attention", "model.cache")
     old, new = config_lib.flat(before, "model."), config_lib.flat(now, "model.")
     return [(key, repr(old[key])) for key in new if old[key] != new[key] and key not in free]
 

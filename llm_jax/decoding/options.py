@@ -2,13 +2,12 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax.numpy as jnp
-
-from llm_jax.decoding import penalties, samplers
-from llm_jax.decoding.samplers import Filter, Sampler
 from llm_jax.errors import UserError
+
+if TYPE_CHECKING:  # the flags of `generate` come from here, and --help costs no JAX
+    from llm_jax.decoding.samplers import Filter, Sampler
 
 PROMPT = "prompt"  # the draft of speculative decoding that looks back in the text itself
 METHODS = ("sample", "beam", "contrastive", "speculative")
@@ -130,8 +129,12 @@ class Options:
         if self.alternatives and self.method != "sample":
             raise UserError(f"--alternatives is for drawing and greedy decoding, not for {self.method}")
 
-    def sampler(self) -> Sampler:
+    def sampler(self) -> "Sampler":
         """The chain of filters; temperature 0 is greedy."""
+        import jax.numpy as jnp
+
+        from llm_jax.decoding import penalties, samplers
+
         chain: list[Filter] = []
         if self.logit_bias:
             ids, biases = zip(*self.logit_bias, strict=True)
@@ -143,7 +146,7 @@ class Options:
         if self.no_repeat_ngram:
             chain.append(penalties.NoRepeatNgram(self.no_repeat_ngram))
         if self.temperature == 0:
-            return Sampler(tuple(chain), greedy=True)
+            return samplers.Sampler(tuple(chain), greedy=True)
         if self.temperature != 1:
             chain.append(samplers.Temperature(self.temperature))
         if self.top_k and not self.contrastive:
@@ -158,7 +161,7 @@ class Options:
             chain.append(samplers.Epsilon(self.epsilon))
         if self.eta:
             chain.append(samplers.Eta(self.eta))
-        return Sampler(tuple(chain), greedy=False)
+        return samplers.Sampler(tuple(chain), greedy=False)
 
 
 def parse_bias(text: str) -> tuple[int, float]:

@@ -14,9 +14,10 @@ from llm_jax.decoding.complete import complete, fit
 from llm_jax.decoding.options import Options
 from llm_jax.errors import UserError
 from llm_jax.model.transformer import Transformer
-from llm_jax.prompting import chat, templates
+from llm_jax.prompting import templates
 from llm_jax.prompting.tasks import Task
 from llm_jax.prompting.templates import STYLES, Example, Prompt, Template
+from llm_jax.tokenizers import chat
 from llm_jax.tokenizers.base import Tokenizer
 from llm_jax.tokenizers.hub import HubTokenizer
 

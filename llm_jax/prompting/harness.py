@@ -13,7 +13,8 @@ from llm_jax.decoding.options import Options
 from llm_jax.errors import UserError
 from llm_jax.model import positions
 from llm_jax.model.transformer import Transformer
-from llm_jax.prompting import ask, chat
+from llm_jax.prompting import ask
+from llm_jax.tokenizers import chat
 from llm_jax.tokenizers.base import Tokenizer
 from llm_jax.tokenizers.hub import HubTokenizer
 

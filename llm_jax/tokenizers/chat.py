@@ -41,7 +41,7 @@ def render_all(
     job = json.dumps({"special": dict(special), "conversations": [list(c) for c in conversations], "answer": answer})
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "llm_jax.prompting.chat"],
+            [sys.executable, "-m", "llm_jax.tokenizers.chat"],
             input=job,
             env=os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])},
             capture_output=True,
