@@ -11,7 +11,14 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     return ConfigDict(
         {
-            "data": {"source": "stdlib", "validation_fraction": 0.05, "cache_dir": ""},
+            "data": {
+                "source": "stdlib",
+                "kind": "text",
+                "field": "text",
+                "validation_fraction": 0.05,
+                "cache_dir": "",
+                "workers": 0,
+            },
             "tokenizer": {"kind": "bpe", "vocab_size": 2048},
             "model": {
                 "vocab_size": 0,

@@ -8,6 +8,7 @@ COMMANDS = {
     "generate": "continue a prompt, or answer it, with a checkpoint",
     "quantize": "a checkpoint with weights of 8 bits or fewer",
     "convert": "a checkpoint into Hugging Face's form or a GGUF file",
+    "data.show": "rows as the model sees them: segments, and what the loss counts",
     "data.assets": "real models and texts: list, fetch, verify",
 }
 

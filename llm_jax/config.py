@@ -28,9 +28,14 @@ Dtype = Annotated[str, ("float32", "bfloat16", "float16", "float64")]
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    source: str  # "stdlib" (the running Python's own source text), asset:NAME, a text file, directory or glob; A,B,...
+    source: (
+        str  # "stdlib", asset:NAME, hf:NAME, a file, directory or glob; A,B,... or A@WEIGHT,B@WEIGHT,...; sources.py
+    )
+    kind: str  # what is learned from: "text", "instructions" (the answers), "preferences" (pairs); see data/encode.py
+    field: str  # the text of a record (JSON lines, Parquet, hf:NAME) where the kind is "text"
     validation_fraction: Share  # share of the bytes held out, by whole groups of documents
     cache_dir: str  # tokenized corpora and trained tokenizers; "" is ~/.cache/llm_jax
+    workers: CountOrZero  # processes that read and tokenize; 0: by the size of the text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,6 +244,9 @@ def build(mapping: Mapping[str, Any], cls: Any = Config, prefix: str = "") -> An
 
 # Keys that came after checkpoint format 1, with the value that means what there was before.
 ADDED: dict[str, Any] = {
+    "data.kind": "text",
+    "data.field": "text",
+    "data.workers": 0,
     "model.scale_embeddings": False,
     "model.attention": "auto",
     "model.position.local_base": 0.0,

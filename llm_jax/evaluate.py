@@ -12,6 +12,8 @@ flags.DEFINE_string(
     "checkpoint", None, "a run, a Hugging Face directory, a .gguf file, asset:NAME or hf:ORG/NAME", required=True
 )
 flags.DEFINE_string("data", "", "text to evaluate on; by default the held-out part of the run's own corpus")
+flags.DEFINE_string("kind", "", "of --data: text, instructions, preferences; by default as in training, or text")
+flags.DEFINE_string("field", "", "the text of the records of --data; by default as in training, or text")
 flags.DEFINE_integer("seq_len", 0, "tokens a window; by default as in training")
 flags.DEFINE_integer("stride", 0, "targets counted in each window, the last ones (a sliding window); 0: all of it")
 flags.DEFINE_integer("batch_size", 16, "windows at a time")
@@ -25,19 +27,21 @@ def main() -> None:
     from llm_jax import checkpoint, pretrained
     from llm_jax.config import DataConfig
     from llm_jax.data import corpus
-    from llm_jax.data.rows import Rows
+    from llm_jax.data.rows import ROWS, Rows
     from llm_jax.model import transformer
     from llm_jax.training import evaluation, losses
 
     f = flags.FLAGS
     if f.batch_size < 1 or f.seq_len < 0:
         raise UserError(f"--batch_size={f.batch_size} --seq_len={f.seq_len}; expected positive numbers")
+    if (f.kind or f.field) and not f.data:
+        raise UserError(f"--kind={f.kind} --field={f.field}: they are of --data, which is not given")
     path = pretrained.locate(f.checkpoint)
     model, params, tokenizer = pretrained.load(path, scan_layers=True, as_stored=f.as_stored)
     if pretrained.is_foreign(path):
         if not f.data:
             raise UserError(f"{f.checkpoint} names no corpus of its own; give --data=FILE")
-        data, length = DataConfig(f.data, 0.0, ""), f.seq_len or 512
+        data, length = DataConfig(f.data, "text", "text", 0.0, "", 0), f.seq_len or 512
     else:
         config = checkpoint.read_config(checkpoint.find(path))
         data, length = config.data, f.seq_len or config.train.seq_len
@@ -46,11 +50,16 @@ def main() -> None:
     transformer.check_length(model.config, length)
     if not 0 <= f.stride <= length:
         raise UserError(f"--stride={f.stride}; expected 0 to the window of {length} tokens")
-    source = corpus.Source(dataclasses.replace(data, source=f.data) if f.data else data, whole=bool(f.data))
+    if f.data:
+        data = dataclasses.replace(data, source=f.data, kind=f.kind or data.kind, field=f.field or data.field)
+    source = corpus.Source(data, whole=bool(f.data))
     split = source.corpus(tokenizer).validation
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     loss = jax.jit(lambda params, batch: losses.language_model(model, params, batch, 0))
-    found = evaluation.evaluate(loss, params, Rows(split, length, f.stride), f.batch_size, device)
+    if f.stride and data.kind != "text":
+        raise UserError(f"--stride={f.stride}; examples (data.kind={data.kind}) are never cut")
+    windows = Rows(split, length, f.stride) if f.stride else ROWS[data.kind](split, length)
+    found = evaluation.evaluate(loss, params, windows, f.batch_size, device)
     if f.json:
         print(json.dumps({**found, "compressed_bits_per_byte": source.compressed_bits_per_byte()}))
         return
@@ -59,7 +68,7 @@ def main() -> None:
         f"{f.data or data.source}: {split.num_bytes:,} bytes, "
         f"{found['tokens']:,.0f} tokens in windows of {length}{f', {f.stride} counted in each' if f.stride else ''}\n"
         f"loss {found['loss']:.4f} nats a token, perplexity {found['perplexity']:.2f}\n"
-        f"{found['bits_per_byte']:.3f} bits per byte ({packed})"
+        f"{found['bits_per_byte']:.3f} bits per byte{packed and f' ({packed})'}"
     )
 
 

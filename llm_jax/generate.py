@@ -26,7 +26,7 @@ flags.DEFINE_integer("seed", 0, "of the draws; row i uses seed + i")
 def main() -> None:
     from llm_jax import pretrained, tokenizers
     from llm_jax.decoding import loop, samplers
-    from llm_jax.prompting import chat
+    from llm_jax.tokenizers import chat
     from llm_jax.tokenizers.hub import HubTokenizer
 
     f = flags.FLAGS

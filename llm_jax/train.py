@@ -27,7 +27,8 @@ flags.DEFINE_boolean(
 # What may change when a run goes on: whole keys, and sections by their dot. Any other difference is another run.
 _FREE = (
     *("eval.", "report.", "checkpoint.", "mesh."),
-    *("train.steps", "train.on_bad_step", "train.spike_factor", "model.attention", "model.cache", "data.cache_dir"),
+    *("train.steps", "train.on_bad_step", "train.spike_factor", "model.attention", "model.cache"),
+    *("data.cache_dir", "data.workers"),
 )
 
 
@@ -38,8 +39,8 @@ def main() -> None:
     import jax.numpy as jnp
 
     from llm_jax import checkpoint, pretrained, tokenizers, trees
+    from llm_jax.data import rows
     from llm_jax.data.corpus import Source
-    from llm_jax.data.rows import Batch, Rows, Shuffled, batches
     from llm_jax.decoding import loop, samplers
     from llm_jax.model import product, transformer
     from llm_jax.model.stages import layout
@@ -79,7 +80,8 @@ def main() -> None:
             f"(sha256 {record['corpus'][:12]}, now {source.sha256[:12]}); bring it back or give another --workdir"
         )
     corpus = source.corpus(tokenizer)
-    train_rows, held_rows = Shuffled(Rows(corpus.train, c.seq_len), c.seed), Rows(corpus.validation, c.seq_len)
+    train_rows = rows.training(config, corpus)
+    held_rows, held_parts = rows.held_out(config.data, corpus, c.seq_len)
     print(
         f"{config.data.source}: {source.num_bytes:,} bytes (sha256 {corpus.sha256[:12]}), {len(corpus.train.tokens):,} "
         f"training tokens, {len(held_rows.split.tokens):,} held out; tokenizer {tokenizer.kind}, "
@@ -213,8 +215,12 @@ def main() -> None:
     unstack = jax.jit(trees.unstack, out_shardings=copies)
 
     def evaluate(limit: int) -> dict[str, float]:
-        found = evaluation.evaluate(eval_loss, state.model, held_rows, c.batch_size, batch_sharding, limit)
-        return {f"validation_{name}": value for name, value in found.items()}
+        figures: dict[str, float] = {}
+        for source_name, part in {"": held_rows, **held_parts}.items():
+            found = evaluation.evaluate(eval_loss, state.model, part, c.batch_size, batch_sharding, limit)
+            suffix = f"/{source_name}" if source_name else ""
+            figures |= {f"validation_{name}{suffix}": value for name, value in found.items()}
+        return figures
 
     def sample(title: str) -> str:
         prompts = [tokenizers.prompt(tokenizer, text) for text in config.eval.prompts]
@@ -248,8 +254,8 @@ def main() -> None:
         "save": config.checkpoint.every,
     }
 
-    def ahead() -> Iterator[Batch]:
-        return batches(train_rows, done + jumped, c.steps + jumped, c.batch_size, batch_sharding)
+    def ahead() -> Iterator[rows.Batch]:
+        return rows.batches(train_rows, done + jumped, c.steps + jumped, c.batch_size, batch_sharding)
 
     def go_back(bad: watch.BadStep) -> tuple[step_lib.State, int]:
         """The state and step of the last checkpoint, or of the start."""
@@ -330,8 +336,9 @@ def main() -> None:
     others = ", ".join(f"{name} {value:.3f}" for name, value in packed.items())
     print(
         f"held-out: loss {final['validation_loss']:.4f}, perplexity {final['validation_perplexity']:.2f}, "
-        f"{final['validation_bits_per_byte']:.3f} bits per byte ({others})\n"
-        f"checkpoint: {workdir / 'checkpoints' / str(c.steps)}\n"
+        f"{final['validation_bits_per_byte']:.3f} bits per byte{others and f' ({others})'}\n"
+        + "".join(f"of {name}: {final[f'validation_bits_per_byte/{name}']:.3f}\n" for name in held_parts)
+        + f"checkpoint: {workdir / 'checkpoints' / str(c.steps)}\n"
         f'next: python -m llm_jax.generate --checkpoint={workdir} --prompt="def "'
     )
 

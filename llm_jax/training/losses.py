@@ -277,6 +277,10 @@ def check(config: Config) -> None:
         raise UserError("loss.kind=dpo starts from a trained model, its reference: set init_from")
     if kind == "dpo" and config.train.batch_size % 2:
         raise UserError(f"loss.kind=dpo takes rows in pairs; train.batch_size={config.train.batch_size} is odd")
+    if (kind == "dpo") != (config.data.kind == "preferences"):
+        raise UserError(
+            f"loss.kind={kind} with data.kind={config.data.kind}: dpo learns from preferences, and nothing else does"
+        )
 
 
 def check_other(name: str, its: ModelConfig, ours: ModelConfig, digest: str, tokenizer: Tokenizer) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from llm_jax import pretrained
 from llm_jax.decoding import loop, samplers
-from llm_jax.prompting import chat
+from llm_jax.tokenizers import chat
 
 GOLDEN = json.loads(pathlib.Path(__file__).with_name("smollm2_golden.json").read_text())["cases"]
 pytestmark = pytest.mark.slow  # fetches 90 MB once, and runs 135 M parameters
