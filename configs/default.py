@@ -94,6 +94,16 @@ def get_config() -> ConfigDict:
                 "grad_accumulation": 1,
                 "loss_chunk": 0,
             },
+            "lora": {
+                "rank": 0,
+                "ranks": (),
+                "alpha": 16.0,
+                "rank_stabilized": False,
+                "variant": "lora",
+                "targets": ("linear",),
+                "dropout": 0.0,
+                "b_lr_ratio": 1.0,
+            },
             "eval": {
                 "every": 100,
                 "rows": 64,

@@ -4,7 +4,8 @@
       config.json      the full configuration
       tokenizer/       the tokenizer's files
       arrays/          params and optimizer state, by Orbax
-      record.json      format version, step, held-out loss, hash of the corpus; what the params are
+      record.json      format version, step, held-out loss, hash of the corpus; what the params are; of adapters
+                       also where their base is, and its hash
       manifest.json    the sha256 of every other file
 
 A checkpoint is written under a temporary name and renamed when the manifest stands, so a killed
@@ -58,6 +59,8 @@ def load(path: str | os.PathLike[str], scan_layers: bool = False) -> Loaded:
     directory = find(path)
     record = verify(directory)
     config = read_config(directory).model
+    if "base" in record:
+        raise UserError(f"{directory} holds adapters of {record['base']['path']}; llm_jax.load reads both")
     # How attention is computed is the machine's affair, not the checkpoint's.
     model = Transformer(dataclasses.replace(config, scan_layers=scan_layers, attention="auto"))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -150,6 +153,22 @@ def restore(
     return _read_arrays(directory, params=_placed(saved, shardings(saved)))["params"]
 
 
+def restore_adapters(directory: pathlib.Path, record: Mapping[str, Any]) -> Any:
+    """The adapter tree of a verified checkpoint, on the default device, in the layout it was saved in."""
+    saved = trees.unflatten({path: weights.abstract(r) for path, r in record["params"].items()})
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return _read_arrays(directory, params=_placed(saved, jax.tree.map(lambda _: device, saved)))["params"]
+
+
+def check_base(source: pathlib.Path, record: Mapping[str, Any], base: Any) -> None:
+    """Raises UserError unless the weights `base` are those that the adapters in `source` were trained on."""
+    if (found := trees.fingerprint(base)) != record["base"]["sha256"]:
+        raise UserError(
+            f"{source}: adapters of the base with sha256 {record['base']['sha256'][:12]}, "
+            f"but {record['base']['path']} has {found[:12]}"
+        )
+
+
 def restore_state(directory: pathlib.Path, record: Mapping[str, Any], params: Any, optimizer: Any) -> tuple[Any, Any]:
     """(params, optimizer state) of a verified checkpoint, exactly as the abstract trees say.
 
@@ -168,11 +187,19 @@ class Writer:
 
     Args:
       corpus: sha256 of the text that the run trains on, kept in the records.
+      base: of adapters: {"path", "sha256"} of the weights that they adapt, kept in the records.
     """
 
-    def __init__(self, workdir: pathlib.Path, config: config_lib.Config, tokenizer: Tokenizer, corpus: str):
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        config: config_lib.Config,
+        tokenizer: Tokenizer,
+        corpus: str,
+        base: dict[str, str] | None = None,
+    ):
         self.directory = workdir / "checkpoints"
-        self._config, self._tokenizer, self._corpus = config, tokenizer, corpus
+        self._config, self._tokenizer, self._corpus, self._base = config, tokenizer, corpus, base
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -192,7 +219,7 @@ class Writer:
             "validation_loss": validation_loss,
             "params": trees.describe(params),
             "optimizer": _leaves(optimizer),
-        }
+        } | ({"base": self._base} if self._base else {})
         if jax.default_backend() == "cpu":  # there Orbax reads the very buffers that the next step is given
             params, optimizer = jax.tree.map(jnp.copy, (params, optimizer))
         self._orbax.save(

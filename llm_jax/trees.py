@@ -15,6 +15,7 @@ per-layer names that `expand` gives.
 
 import dataclasses
 import difflib
+import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llm_jax.errors import UserError
 
@@ -196,6 +198,20 @@ def _record(weight: Any) -> dict[str, Any]:
         "static": {name: value for name, (value, static) in fields.items() if static},
         "fields": {name: _record(value) for name, (value, static) in fields.items() if not static},
     }
+
+
+def fingerprint(tree: Tree) -> str:
+    """The sha256 of all weights: per-layer names, shapes, dtypes and bits, whatever the layout."""
+    digest = hashlib.sha256()
+    flat = flatten(tree)
+    named = sorted((name, path, i) for path in flat for i, name in enumerate(expand(path)))
+    for name, path, i in named:
+        stacked = layers_of(path) is not None
+        for leaf in jax.tree.leaves(flat[path]):
+            array = np.ascontiguousarray(jax.device_get(leaf[i] if stacked else leaf))
+            digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+            digest.update(array.reshape(-1).view(np.uint8))
+    return digest.hexdigest()
 
 
 def check(have: Mapping[str, Any], want: Mapping[str, Any], source: str) -> None:

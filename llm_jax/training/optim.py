@@ -38,11 +38,16 @@ def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, after(config, steps - config.warmup_steps)], [config.warmup_steps])
 
 
-def make(config: OptimConfig, steps: int, params: Any) -> optax.GradientTransformation:
+def make(
+    config: OptimConfig, steps: int, params: Any, adapters: Any = None, b_lr_ratio: float = 1.0
+) -> optax.GradientTransformation:
     """Clipping, the optimizer, decoupled weight decay by rules, and the learning rate, in this order.
 
     Args:
-      params: the trained tree (or its abstract form); its names decide the decay.
+      params: the tree of the model's weights (or its abstract form); its names decide the decay.
+      adapters: the trained tree where that is not `params`: the parts (`a`, `b`, ...) of adapters, which
+        decay as the weight that they adapt.
+      b_lr_ratio: what the learning rate of the parts `b` is multiplied by.
 
     Raises:
       UserError: an unknown kind, or a decay rule that matches nothing.
@@ -53,7 +58,11 @@ def make(config: OptimConfig, steps: int, params: Any) -> optax.GradientTransfor
         factors = trees.match(config.decay_rules, params, "optim.decay_rules")
         if wrong := [f for f in factors.values() if not isinstance(f, (int, float))]:
             raise UserError(f"optim.decay_rules: {wrong[0]!r} is no factor; expected a number")
+        if adapters is not None:
+            factors = {path: factors[path.rsplit("/", 1)[0]] for path in trees.flatten(adapters)}
         parts.append(_decay({path: config.weight_decay * f for path, f in factors.items()}))
+    if b_lr_ratio != 1.0:
+        parts.append(_faster_b(b_lr_ratio))
     parts.append(optax.scale_by_learning_rate(schedule(config, steps)))
     return optax.chain(*parts)
 
@@ -66,5 +75,14 @@ def _decay(rates: dict[str, float]) -> optax.GradientTransformation:
 
     def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
         return trees.map_weights(add, updates, params), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def _faster_b(ratio: float) -> optax.GradientTransformation:
+    """Multiplies the updates of the parts `b` of adapters (LoRA+: Hayou et al. 2024, arXiv:2402.12354)."""
+
+    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
+        return trees.map_weights(lambda path, u: u * ratio if path.endswith("/b") else u, updates), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
