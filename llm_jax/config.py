@@ -29,7 +29,7 @@ Dtype = Annotated[str, ("float32", "bfloat16", "float16", "float64")]
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    source: str  # "stdlib" (the running Python's own source text), or a text file, directory or glob
+    source: str  # "stdlib" (the running Python's own source text), asset:NAME, a text file, directory or glob; A,B,...
     validation_fraction: Share  # share of the bytes held out, by whole groups of documents
     cache_dir: str  # tokenized corpora and trained tokenizers; "" is ~/.cache/llm_jax
 

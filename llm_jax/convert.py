@@ -25,7 +25,7 @@ def main() -> None:
 
     from llm_jax import pretrained, tokenizers
     from llm_jax.interop import gguf_model, hf
-    from llm_jax.interop.families import FAMILIES, their_config
+    from llm_jax.interop.families import FAMILIES
     from llm_jax.tokenizers.hub import HubTokenizer
 
     f = flags.FLAGS
@@ -47,7 +47,6 @@ def main() -> None:
     kind = f.family or (pretrained.family(source) if pretrained.is_foreign(source) else _first_that_fits(config))
     if kind not in FAMILIES:
         raise UserError(f"--family={kind} is unknown; expected one of {', '.join(FAMILIES)}")
-    their_config(kind, config)
     if isinstance(tokenizer, HubTokenizer):
         hf.save(output, kind, config, params, tokenizer.files(), tokenizer.special_ids)
     else:

@@ -19,7 +19,7 @@ flags.DEFINE_string("workdir", None, "where the run is kept (config, metrics, ch
 flags.DEFINE_integer("devices", 0, "simulate this many CPU devices")
 flags.DEFINE_boolean("dry_run", False, "print the parameters and their shardings, and stop")
 
-# What may change when a run goes on; any other difference is another run.
+# What may change when a run goes on: whole keys, and sections by their dot. Any other difference is another run.
 _FREE = ("train.steps", "model.attention", "eval.", "checkpoint.", "mesh.", "data.cache_dir")
 
 
@@ -242,6 +242,10 @@ def _differences(before: config_lib.ModelConfig, now: config_lib.ModelConfig) ->
     return [(key, repr(old[key])) for key in new if old[key] != new[key] and key not in free]
 
 
+def _is_free(key: str) -> bool:
+    return key in _FREE or f"{key.split('.')[0]}." in _FREE
+
+
 def _refuse_another_run(workdir: pathlib.Path, config: config_lib.Config) -> None:
     """Raises UserError where the workdir holds a run of a configuration that differs in what matters."""
     from llm_jax import checkpoint
@@ -249,7 +253,7 @@ def _refuse_another_run(workdir: pathlib.Path, config: config_lib.Config) -> Non
     if not (workdir / "config.json").exists():
         return
     before, now = (config_lib.flat(c) for c in (checkpoint.read_config(workdir), config))
-    changed = [k for k in now if now[k] != before[k] and not k.startswith(_FREE)]
+    changed = [k for k in now if now[k] != before[k] and not _is_free(k)]
     if not now["model.vocab_size"]:  # 0 means the tokenizer's, which the file names
         changed = [k for k in changed if k != "model.vocab_size"]
     if changed:

@@ -101,6 +101,8 @@ def test_fine_tuning_starts_from_the_weights_and_keeps_the_tokenizer(command, tr
 def test_another_configuration_in_the_same_workdir_is_refused(command, trained):
     done = command("train", f"--workdir={trained}", "--config.optim.lr=0.5", code=2)
     assert "optim.lr was 0.01, now 0.5" in done.stderr and "another --workdir" in done.stderr
+    done = command("train", f"--workdir={trained}", "--config.model.attention_softcap=9.0", code=2)
+    assert "model.attention_softcap was 0.0, now 9.0" in done.stderr
     done = command("train", f"--workdir={trained}", "--config.train.steps=5", code=2)
     assert "is at step 8, past train.steps=5" in done.stderr
 

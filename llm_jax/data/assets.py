@@ -23,7 +23,7 @@ from llm_jax.errors import UserError
 
 flags.DEFINE_multi_string("fetch", [], "assets to fetch; their paths are printed")
 flags.DEFINE_boolean("verify", False, "compare what is in the cache with what was fetched")
-_MANIFEST = "sha256.json"
+_MANIFEST = ".sha256.json"
 
 
 @dataclasses.dataclass(frozen=True)

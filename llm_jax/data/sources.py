@@ -9,6 +9,7 @@ import sysconfig
 import tokenize
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from llm_jax.data import assets
 from llm_jax.errors import UserError
 
 # Not the library's own text: tests and vendored or installed packages.
@@ -34,19 +35,25 @@ class Document:
 
 
 def documents(source: str) -> list[Document]:
-    """The documents of `data.source`, sorted by name.
+    """The documents of `data.source`, source by source, those of each sorted by name.
 
-    "stdlib" is the source text of the running Python's standard library, each file a document, each
-    package a group. A directory or glob gives a document per file; a single file is cut at line
+    Several sources are separated by commas. "stdlib" is the source text of the running Python's
+    standard library, each file a document, each package a group; "asset:NAME" is one of
+    `llm_jax.data.assets`. A directory or glob gives a document per file; a single file is cut at line
     breaks into documents of about 64 KiB.
 
     Raises:
       UserError: nothing there, unreadable, not UTF-8, or empty.
     """
+    names = source.split(",")
+    return [document for name in names for document in _of_one(name.strip(), prefix=len(names) > 1)]
+
+
+def _of_one(source: str, prefix: bool) -> list[Document]:
     if source == "stdlib":
         found = list(_stdlib())
     else:
-        path = pathlib.Path(source).expanduser()
+        path = assets.path(source[6:]) if source.startswith("asset:") else pathlib.Path(source).expanduser()
         if path.is_file():
             found = list(_pieces(path))
         elif path.is_dir():
@@ -59,7 +66,9 @@ def documents(source: str) -> list[Document]:
     found = sorted((d for d in found if d.size), key=lambda d: d.name)
     if not found:
         raise UserError(f"data.source={source}: there is no text in it")
-    return found
+    if not prefix:
+        return found
+    return [dataclasses.replace(d, name=f"{source}/{d.name}", group=f"{source}/{d.group}") for d in found]
 
 
 def split(found: Sequence[Document], fraction: float) -> tuple[list[Document], list[Document]]:

@@ -1,5 +1,6 @@
 """Parameters out of a table of names and a source of tensors, each tensor read when its turn comes."""
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -43,8 +44,7 @@ def names(table: Names, abstract: Any) -> dict[str, Their]:
         if template not in table:
             raise UserError(f"this family has no tensor for '{path}'")
         their = table[template]
-        name = their.name.replace("{i}", layer[1]) if layer else their.name
-        found[path] = Their(name, their.turned, their.plus, their.part)
+        found[path] = dataclasses.replace(their, name=their.name.replace("{i}", layer[1])) if layer else their
     return found
 
 

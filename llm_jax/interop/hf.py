@@ -6,7 +6,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -34,14 +34,14 @@ _DTYPES = {
 
 
 def is_directory_of(path: pathlib.Path) -> bool:
-    """Whether a directory is of this kind (it has a config.json that names a model_type)."""
+    """Whether a directory has a config.json that is not one of ours; a broken one counts beside safetensors."""
     try:
         said = json.loads((path / "config.json").read_text())
-        return not isinstance(said, dict) or "model_type" in said or not said.keys() & {"tokenizer", "train"}
-    except FileNotFoundError:
+    except OSError:
         return False
-    except (OSError, ValueError, RecursionError):
-        return False
+    except (ValueError, RecursionError):
+        return any(path.glob("*.safetensors*"))
+    return not isinstance(said, dict) or "model_type" in said or not said.keys() & {"tokenizer", "train"}
 
 
 def read_config(directory: pathlib.Path) -> tuple[str, ModelConfig]:
@@ -142,11 +142,13 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-class _Tensor:
-    """Where a tensor lies: the file it is in, its name there, its shape."""
+class _Tensor(NamedTuple):
+    """Where a tensor lies: the file it is in, and its name there; of what shape and type it is."""
 
-    def __init__(self, file: pathlib.Path, name: str, shape: tuple[int, ...], dtype: str):
-        self.file, self.name, self.shape, self.dtype = file, name, shape, dtype
+    file: pathlib.Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
 
 
 class _Files:

@@ -6,6 +6,7 @@ A scheme is a small frozen dataclass with hooks, each the identity by default. P
 
 import abc
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -189,14 +190,12 @@ class T5(Position):
 
     def bias(self, q_positions: jax.Array, k_positions: jax.Array, table: Table) -> jax.Array:
         p = self.config.position
-        offset_BTS = k_positions[:, None, :] - q_positions[:, :, None]
         # Past max_distance every offset has the bucket of max_distance: a short list of biases by offset.
         far = p.max_distance
         buckets = t5_buckets(jnp.arange(-far, far + 1), p.buckets, far, self.config.causal)
         by_offset_NR = weights.take(table["bias"], buckets).astype(jnp.float32).T
-        places_BTS = jax.lax.optimization_barrier(jnp.clip(offset_BTS, -far, far) + far)
-        bias_BNTS = jnp.moveaxis(by_offset_NR.at[:, places_BTS].get(mode="promise_in_bounds"), 0, 1)
-        return jax.lax.optimization_barrier(bias_BNTS)  # or every layer's scores would look it up anew
+        # Without the barrier every layer's scores would look it up anew.
+        return jax.lax.optimization_barrier(_by_offset(by_offset_NR, q_positions, k_positions))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,6 +242,53 @@ class Shaw(Position):
             return weights.dot(shares_BTNR, table["values"])
 
         return add
+
+
+def _by_offset(table_NR: jax.Array, q_positions: jax.Array, k_positions: jax.Array) -> jax.Array:
+    """(B, N, T, S) of table_NR[n, offset + far], R = 2 far + 1, where offset is k - q cut to [-far, far].
+
+    Where the queries are the keys and positions go up by one (or start again at 0, in a segment of its own),
+    offsets are those of the places: rows of a matrix of diagonals, far faster than looking up every entry.
+    """
+    far = table_NR.shape[1] // 2
+
+    def looked_up() -> jax.Array:
+        places_BTS = jnp.clip(k_positions[:, None, :] - q_positions[:, :, None], -far, far) + far
+        places_BTS = jax.lax.optimization_barrier(places_BTS)
+        return jnp.moveaxis(table_NR.at[:, places_BTS].get(mode="promise_in_bounds"), 0, 1)
+
+    if q_positions is not k_positions:
+        return looked_up()
+    batch, length = q_positions.shape
+    offsets = jnp.clip(jnp.arange(1 - length, length), -far, far) + far
+
+    def diagonals() -> jax.Array:
+        return jnp.broadcast_to(_diagonals(table_NR[:, offsets]), (batch, table_NR.shape[0], length, length))
+
+    before, after = k_positions[:, :-1], k_positions[:, 1:]
+    return jax.lax.cond(jnp.all((after == before + 1) | (after == 0)), diagonals, looked_up)
+
+
+@jax.custom_vjp
+def _diagonals(values_NR: jax.Array) -> jax.Array:
+    """(N, 2 T - 1) -> (N, T, T) whose entry (t, s) is values[s - t + T - 1]."""
+    length = (values_NR.shape[1] + 1) // 2
+    row = functools.partial(jax.lax.dynamic_slice_in_dim, values_NR, slice_size=length, axis=1)
+    return jax.vmap(lambda t: row(length - 1 - t), out_axes=1)(jnp.arange(length))
+
+
+def _sum_diagonals(saved: None, g_NTT: jax.Array) -> tuple[jax.Array]:
+    heads, length, _ = g_NTT.shape
+
+    def add(t: jax.Array, total: jax.Array) -> jax.Array:  # row by row: a scatter would go entry by entry
+        old = jax.lax.dynamic_slice_in_dim(total, length - 1 - t, length, 1)
+        row = jax.lax.dynamic_index_in_dim(g_NTT, t, 1, keepdims=False)
+        return jax.lax.dynamic_update_slice_in_dim(total, old + row, length - 1 - t, 1)
+
+    return (jax.lax.fori_loop(0, length, add, jnp.zeros((heads, 2 * length - 1), g_NTT.dtype)),)
+
+
+_diagonals.defvjp(lambda values_NR: (_diagonals(values_NR), None), _sum_diagonals)
 
 
 def sinusoids(positions: jax.Array, width: int, base: float) -> jax.Array:

@@ -1,6 +1,5 @@
 """Tokenizers of other people, by the `tokenizers` library: tokenizer.json, and the vocabulary of a GGUF file."""
 
-import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self
@@ -30,6 +29,7 @@ class HubTokenizer:
     """A tokenizer.json with the names of its special tokens and its chat template.
 
     Attributes:
+      special: names of special tokens ("bos_token", ...), the chat template, and whether text begins with BOS.
       chat_template: Jinja source, or "" where there is none.
     """
 
@@ -41,13 +41,13 @@ class HubTokenizer:
             self._tokenizer = library.Tokenizer.from_str(text)
         except Exception as error:  # the library raises Exception itself
             raise UserError(f"tokenizer.json cannot be read ({error})") from error
-        self._text, self._special = text, dict(special)
+        self._text, self.special = text, dict(special)
         self.chat_template: str = special.get("chat_template") or ""
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
 
     def _id(self, name: str) -> int | None:
-        token = self._special.get(name)
+        token = self.special.get(name)
         return None if token is None else self._tokenizer.token_to_id(token)
 
     @property
@@ -61,7 +61,7 @@ class HubTokenizer:
 
     @property
     def bos(self) -> int | None:
-        return self._id("bos_token") if self._special.get("add_bos_token") else None
+        return self._id("bos_token") if self.special.get("add_bos_token") else None
 
     @property
     def eos(self) -> int | None:
@@ -98,11 +98,6 @@ class HubTokenizer:
     def piece(self, index: int) -> str:
         return self._tokenizer.id_to_token(index) or ""
 
-    @functools.cached_property
-    def special(self) -> dict[str, Any]:
-        """Names of special tokens ("bos_token", ...), the chat template, and whether text begins with BOS."""
-        return dict(self._special)
-
     @property
     def special_ids(self) -> dict[str, int]:
         """ "bos_token_id", "eos_token_id", ... as config.json has them."""
@@ -110,7 +105,7 @@ class HubTokenizer:
         return {name: index for name, index in found.items() if index is not None and name != "unk_token_id"}
 
     def files(self) -> dict[str, bytes]:
-        return {"tokenizer.json": self._text.encode(), "tokenizer_config.json": json.dumps(self._special).encode()}
+        return {"tokenizer.json": self._text.encode(), "tokenizer_config.json": json.dumps(self.special).encode()}
 
     @classmethod
     def from_files(cls, files: dict[str, bytes]) -> Self:
@@ -129,7 +124,8 @@ class HubTokenizer:
         adds = said.get("add_bos_token")
         if adds is None:  # then the post-processor says
             adds = made.bos is not None and made.encode_marked("")[:1] == [made.bos]
-        return cls(made._text, {**made._special, "add_bos_token": bool(adds)})
+        made.special["add_bos_token"] = bool(adds)
+        return made
 
     def to_gguf(self, vocab_size: int) -> dict[str, Any]:
         """The inverse of `from_gguf`; ids that the vocabulary lacks up to `vocab_size` are marked unused.
@@ -154,7 +150,7 @@ class HubTokenizer:
             key + "tokens": tokens,
             key + "token_type": types,
             key + "merges": merges,
-            key + "add_bos_token": bool(self._special.get("add_bos_token")),
+            key + "add_bos_token": bool(self.special.get("add_bos_token")),
         }
         for name, theirs in _SPECIAL_IDS:
             if (index := self._id(f"{name}_token")) is not None:

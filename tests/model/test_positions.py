@@ -138,6 +138,31 @@ def test_t5_buckets_are_those_of_the_paper(causal):
     assert np.mean(got == expected) > 0.98 and np.max(np.abs(got - expected)) <= 1
 
 
+@pytest.mark.parametrize(
+    "where", [[0, 1, 2, 3, 4, 5], [0, 1, 0, 1, 2, 0], [7, 8, 9, 10, 0, 0], [0, 2, 3, 7, 8, 40], [3, 2, 1, 0, 9, 4]]
+)
+def test_t5_looks_up_the_offset_of_positions_whatever_they_are(tiny, where):
+    """By diagonals where positions are consecutive, entry by entry where they are not; with the same gradient."""
+    position = dataclasses.replace(tiny.model.position, kind="t5", buckets=8, max_distance=9)
+    scheme = positions.T5(dataclasses.replace(tiny.model, position=position))
+    table = jax.random.normal(jax.random.key(0), (8, tiny.model.num_heads))
+    rows = jnp.asarray([where, where])
+    offsets = np.asarray(where)[None, :] - np.asarray(where)[:, None]
+    segments = np.cumsum([0] + [after == 0 for after in where[1:]])
+    same = segments[:, None] == segments[None, :]
+    weight = np.random.default_rng(0).normal(size=(2, tiny.model.num_heads, 6, 6)) * same
+
+    def summed(table, bucket_of=None):
+        bias = scheme.bias(rows, rows, {"bias": table}) if bucket_of is None else jnp.moveaxis(table[bucket_of], -1, 0)
+        return jnp.sum(bias * weight)
+
+    buckets = positions.t5_buckets(jnp.asarray(offsets), 8, 9, tiny.model.causal)
+    got, gradient = jax.jit(jax.value_and_grad(summed))(table)
+    expected, expected_gradient = jax.value_and_grad(summed)(table, buckets)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+    np.testing.assert_allclose(gradient, expected_gradient, atol=1e-5)
+
+
 def test_alibi_penalizes_by_slope_and_distance(tiny):
     scheme = positions.Alibi(tiny.model)
     got = scheme.bias(jnp.asarray([[3, 4]]), jnp.asarray([[0, 3, 4]]), {})

@@ -1,0 +1,27 @@
+"""The reference model: 13.8 M parameters, trained from scratch on the standard library's text and Shakespeare.
+
+    python -m llm_jax.train --config=configs/reference_lm.py --workdir=runs/reference_lm
+
+Started again, the same command goes on where it was. What is measured on quantization,
+decoding and prompting takes it as the full-precision model.
+"""
+
+import runpy
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+default = runpy.run_path(str(Path(__file__).with_name("default.py")))
+
+
+def get_config() -> ConfigDict:
+    config = default["get_config"]()
+    config.data.source = "stdlib,asset:shakespeare"
+    config.tokenizer.vocab_size = 8192
+    # Widths that groups of 32, 64 and 128 divide, so that every quantization scheme applies to every matrix.
+    config.model.update({"width": 384, "num_layers": 6, "num_heads": 6, "num_kv_heads": 6, "mlp_width": 1024})
+    config.train.update({"steps": 2400, "batch_size": 8, "seq_len": 256})
+    config.optim.update({"lr": 2e-3, "warmup_steps": 100})
+    config.eval.update({"every": 250, "prompts": ("def ", "KING. My lord, "), "max_new_tokens": 96})
+    config.checkpoint.update({"every": 100, "keep_last": 2, "keep_best": 1})
+    return config
