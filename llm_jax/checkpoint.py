@@ -160,12 +160,13 @@ def restore_adapters(directory: pathlib.Path, record: Mapping[str, Any]) -> Any:
     return _read_arrays(directory, params=_placed(saved, jax.tree.map(lambda _: device, saved)))["params"]
 
 
-def check_base(source: pathlib.Path, record: Mapping[str, Any], base: Any) -> None:
-    """Raises UserError unless the weights `base` are those that the adapters in `source` were trained on."""
-    if (found := trees.fingerprint(base)) != record["base"]["sha256"]:
+def check_base(source: pathlib.Path | None, record: Mapping[str, Any], found: str) -> None:
+    """Raises UserError unless `found`, the `trees.fingerprint` of a base, is what the adapters were trained on."""
+    base = record["base"]
+    if found != base["sha256"]:
         raise UserError(
-            f"{source}: adapters of the base with sha256 {record['base']['sha256'][:12]}, "
-            f"but {record['base']['path']} has {found[:12]}"
+            f"{source}: its adapters are for the base of sha256 {base['sha256'][:12]}, which was {base['path']}; "
+            f"now that has {found[:12]}"
         )
 
 

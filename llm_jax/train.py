@@ -30,7 +30,7 @@ def main() -> None:
     import jax.numpy as jnp
     import optax
 
-    from llm_jax import checkpoint, tokenizers, trees
+    from llm_jax import checkpoint, lora, pretrained, tokenizers, trees
     from llm_jax.data.corpus import Source
     from llm_jax.data.rows import Rows, Shuffled, batches
     from llm_jax.decoding import loop, samplers
@@ -46,23 +46,39 @@ def main() -> None:
     began = time.perf_counter()
 
     # ---------------------------------------------------------------- where the run starts from
-    # 1. the last checkpoint of the workdir; 2. the run named by init_from; 3. random weights.
+    # 1. the last checkpoint of the workdir; 2. the weights named by init_from; 3. random weights.
+    # Adapters (lora.rank) are restored or begun in the same way, always over the weights of init_from.
+    adapting = config.lora.rank > 0
+    if adapting and not config.init_from:
+        raise UserError("lora.rank adapts pretrained weights; name them by init_from")
     _refuse_another_run(workdir, config)
     resumed = checkpoint.find(workdir) if checkpoint.steps(workdir) else None
-    origin = resumed or (checkpoint.find(config.init_from) if config.init_from else None)
-    record = checkpoint.verify(origin) if origin else None
-    start = record["step"] if resumed and record else 0
+    record = checkpoint.verify(resumed) if resumed else None
+    origin = pretrained.locate(config.init_from) if config.init_from and (adapting or not resumed) else None
+    foreign = origin is not None and pretrained.is_foreign(origin)
+    given = pretrained.load(origin, dtype=config.model.precision.params) if origin and foreign else None
+    said = config.init_from
+    if origin and not foreign:
+        origin = checkpoint.find(origin)
+    if origin and not said.startswith(("asset:", "hf:")):
+        said = str(origin.absolute())
+    start = record["step"] if record else 0
     if start > c.steps:
         raise UserError(f"{workdir} is at step {start}, past train.steps={c.steps}; raise it or give another --workdir")
 
     # ---------------------------------------------------------------- data
     source = Source(config.data)
-    tokenizer = tokenizers.load(origin / "tokenizer") if origin else source.tokenizer(config.tokenizer)
+    if given and not resumed:
+        tokenizer = given.tokenizer
+    else:
+        saved = resumed or origin
+        tokenizer = tokenizers.load(saved / "tokenizer") if saved else source.tokenizer(config.tokenizer)
     if tokenizer.kind != config.tokenizer.kind:
         raise UserError(
-            f"{origin}: trained on '{tokenizer.kind}' tokens; config key 'tokenizer.kind' is '{config.tokenizer.kind}'"
+            f"{resumed or config.init_from}: trained on '{tokenizer.kind}' tokens; config key 'tokenizer.kind' is "
+            f"'{config.tokenizer.kind}'"
         )
-    if resumed and record and record["corpus"] != source.sha256:
+    if record and record["corpus"] != source.sha256:
         raise UserError(
             f"data.source={config.data.source}: its text has changed since {workdir} was started "
             f"(sha256 {record['corpus'][:12]}, now {source.sha256[:12]}); bring it back or give another --workdir"
@@ -90,20 +106,39 @@ def main() -> None:
         config.model, jax.default_backend(), c.batch_size // c.grad_accumulation, c.seq_len, dict(mesh.shape)
     )
     abstract = checkpoint.abstract_params(model)
-    optimizer = optim.make(config.optim, c.steps, abstract)
     copies = mesh_lib.replicated(mesh)
     param_shardings = mesh_lib.shardings(abstract, config.mesh.rules, mesh)
-    abstract_state = jax.eval_shape(lambda p: step_lib.init(optimizer, p), abstract)
+    abstract_trained, trained_shardings, frozen_shardings, abstract_fixed = abstract, param_shardings, None, {}
+    if adapting:
+
+        def begin_adapters(base):
+            return lora.split(lora.init(jax.random.key(c.seed), base, config.lora), config.lora.variant)
+
+        abstract_trained, abstract_fixed = jax.eval_shape(begin_adapters, abstract)
+        trained_shardings = jax.tree.map(lambda _: copies, abstract_trained)  # they are small
+        frozen_shardings = {"base": param_shardings, "fixed": jax.tree.map(lambda _: copies, abstract_fixed)}
+    optimizer = optim.make(
+        config.optim, c.steps, abstract, abstract_trained if adapting else None, config.lora.b_lr_ratio
+    )
+    abstract_state = jax.eval_shape(lambda p: step_lib.init(optimizer, p), abstract_trained)
     state_shardings = step_lib.State(
         copies,
-        param_shardings,
+        trained_shardings,
         optax.tree.map_params(
-            optimizer, lambda _, s: s, abstract_state.optimizer, param_shardings, transform_non_params=lambda _: copies
+            optimizer,
+            lambda _, s: s,
+            abstract_state.optimizer,
+            trained_shardings,
+            transform_non_params=lambda _: copies,
         ),
     )
     abstract_state = jax.tree.map(
         lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), abstract_state, state_shardings
     )
+    abstract_saved = abstract_state.params
+    if adapting:
+        fixed_too = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=copies), abstract_fixed)
+        abstract_saved = lora.join(abstract_state.params, fixed_too)
     print(report.parameter_table(abstract_state.params))
     print(
         f"mesh {dict(mesh.shape)} of {jax.device_count()} {jax.devices()[0].device_kind} device(s), "
@@ -114,60 +149,82 @@ def main() -> None:
     checkpoint.make_directory(workdir)
 
     # ---------------------------------------------------------------- state
+    base, frozen, named = None, None, None
+    if origin:
+        if given:
+            trees.check(trees.describe(given.params), trees.describe(jax.eval_shape(trees.unstack, abstract)), said)
+            base = jax.device_put(trees.restage(given.params, layout(config.model)), param_shardings)
+            before, given = given.model.config, None  # whose arrays would stay beside ours
+        else:
+            base = checkpoint.restore(
+                origin,
+                checkpoint.verify(origin),
+                config.model,
+                lambda tree: mesh_lib.shardings(tree, config.mesh.rules, mesh),
+            )
+            base = jax.jit(lambda p: trees.restage(p, layout(config.model)), out_shardings=param_shardings)(base)
+            before = checkpoint.read_config(origin).model
+        print(f"weights from {said}")
+        for key, value in _differences(before, config.model):
+            print(f"note: {key} was {value} there")
+    if adapting and base is not None:
+        named = {"path": said, "sha256": trees.fingerprint(base)}
+        if resumed and record:
+            checkpoint.check_base(resumed, record, named["sha256"])
     if resumed and record:
-        params, optimizer_state = checkpoint.restore_state(
-            resumed, record, abstract_state.params, abstract_state.optimizer
-        )
+        saved, optimizer_state = checkpoint.restore_state(resumed, record, abstract_saved, abstract_state.optimizer)
+        params, fixed = lora.split(saved, config.lora.variant) if adapting else (saved, {})
         state = step_lib.State(jax.device_put(jnp.int32(start), copies), params, optimizer_state)
-        print(f"going on from {origin}")
-    elif origin and record:
-        params = checkpoint.restore(
-            origin, record, config.model, lambda tree: mesh_lib.shardings(tree, config.mesh.rules, mesh)
-        )
-        begin = jax.jit(
-            lambda p: step_lib.init(optimizer, trees.restage(p, layout(config.model))), out_shardings=state_shardings
-        )
-        state = begin(params)
-        print(f"weights from {origin}")
-        for key, before in _differences(checkpoint.read_config(origin).model, config.model):
-            print(f"note: {key} was {before} there")
+        print(f"going on from {resumed}")
     else:
-        tokens = jnp.zeros((1, 1), jnp.int32)
-        fresh = jax.jit(
-            lambda key: step_lib.init(optimizer, model.init(key, tokens)["params"]), out_shardings=state_shardings
-        )
-        state = fresh(jax.random.key(c.seed))
+        tokens, fixed = jnp.zeros((1, 1), jnp.int32), {}
+        if adapting:
+            params, fixed = jax.jit(begin_adapters, out_shardings=copies)(base)
+        elif origin:
+            params = base
+        else:
+            fresh = jax.jit(lambda key: model.init(key, tokens)["params"], out_shardings=param_shardings)
+            params = fresh(jax.random.key(c.seed))
+        state = jax.jit(lambda p: step_lib.init(optimizer, p), out_shardings=state_shardings, donate_argnums=0)(params)
+    if adapting:
+        frozen = {"base": jax.jit(lora.rebase, donate_argnums=0)(base, fixed), "fixed": fixed}
+    del base
     checkpoint.write_json(workdir / "config.json", config_lib.as_dict(config))
 
     # ---------------------------------------------------------------- compiled functions
     rate = optim.schedule(config.optim, c.steps)
 
-    def loss(trained, frozen, batch, step, key):  # all parameters are trained, and nothing is drawn
-        return losses.language_model(model, trained, batch, c.loss_chunk)
+    def whole(trained, frozen, **dropout):  # the parameters that the model sees
+        return lora.with_base(frozen, trained, **dropout) if adapting else trained
+
+    def loss(trained, frozen, batch, step, key):
+        dropout = {"dropout": config.lora.dropout, "key": key} if config.lora.dropout else {}
+        return losses.language_model(model, whole(trained, frozen, **dropout), batch, c.loss_chunk)
 
     train_step = jax.jit(
         mesh_lib.within(mesh, step_lib.make(loss, optimizer, rate, c.seed, c.grad_accumulation)),
         donate_argnums=0,
-        in_shardings=(state_shardings, None, batch_sharding),
+        in_shardings=(state_shardings, frozen_shardings, batch_sharding),
         out_shardings=(state_shardings, copies),
     )
-    eval_loss = jax.jit(
-        mesh_lib.within(mesh, lambda params, batch: losses.language_model(model, params, batch, c.loss_chunk)),
-        in_shardings=(param_shardings, batch_sharding),
+    held_loss = jax.jit(
+        mesh_lib.within(mesh, lambda t, f, batch: losses.language_model(model, whole(t, f), batch, c.loss_chunk)),
+        in_shardings=(trained_shardings, frozen_shardings, batch_sharding),
         out_shardings=copies,
     )
     decoder = model.clone(config=dataclasses.replace(config.model, scan_layers=False))
-    unstack = jax.jit(trees.unstack, out_shardings=copies)
+    unstack = jax.jit(lambda trained, frozen: trees.unstack(whole(trained, frozen)), out_shardings=copies)
 
     def evaluate(limit: int) -> dict[str, float]:
-        found = evaluation.evaluate(eval_loss, state.params, held_rows, c.batch_size, batch_sharding, limit)
+        one = lambda trained, batch: held_loss(trained, frozen, batch)  # noqa: E731
+        found = evaluation.evaluate(one, state.params, held_rows, c.batch_size, batch_sharding, limit)
         return {f"validation_{name}": value for name, value in found.items()}
 
     def sample(title: str) -> None:
         prompts = [tokenizers.prompt(tokenizer, text) for text in config.eval.prompts]
         made = loop.generate(
             decoder,
-            unstack(state.params),
+            unstack(state.params, frozen),
             prompts,
             samplers.make(0.8, top_p=0.95),
             max_new_tokens=config.eval.max_new_tokens,
@@ -182,7 +239,7 @@ def main() -> None:
 
     # ---------------------------------------------------------------- the loop
     peak = report.matmul_peak(config.model.precision.compute)
-    writer = checkpoint.Writer(workdir, config, tokenizer, corpus.sha256)
+    writer = checkpoint.Writer(workdir, config, tokenizer, corpus.sha256, named)
     progress = report.Progress(workdir, start, c.steps, transformer.flops_per_token(config.model, c.seq_len), peak)
 
     def due(every: int, done: int) -> bool:
@@ -190,7 +247,7 @@ def main() -> None:
 
     held: dict[str, float] = {}
     for index, batch in enumerate(batches(train_rows, start, c.steps, c.batch_size, batch_sharding), start):
-        state, metrics = train_step(state, None, batch)
+        state, metrics = train_step(state, frozen, batch)
         done = index + 1
         progress.step(done, metrics)
         held = {}
@@ -204,7 +261,8 @@ def main() -> None:
             )
         if due(config.checkpoint.every, done):
             progress.flush()
-            writer.save(done, state.params, state.optimizer, held.get("validation_loss"))
+            kept = lora.join(state.params, frozen["fixed"]) if frozen else state.params
+            writer.save(done, kept, state.optimizer, held.get("validation_loss"))
         if held:
             progress.pause()
     progress.close()
@@ -220,6 +278,7 @@ def main() -> None:
         "compressed_bits_per_byte": packed,
         "steps": c.steps,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(abstract)),
+        "trained_parameters": sum(leaf.size for leaf in jax.tree.leaves(abstract_trained)),
         "tokens_per_second": statistics.median(progress.rates) if progress.rates else None,
         "corpus": {"source": config.data.source, "sha256": corpus.sha256, "bytes": source.num_bytes},
         "seconds": time.perf_counter() - began,

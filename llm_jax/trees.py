@@ -210,7 +210,7 @@ def fingerprint(tree: Tree) -> str:
         for leaf in jax.tree.leaves(flat[path]):
             array = np.ascontiguousarray(jax.device_get(leaf[i] if stacked else leaf))
             digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-            digest.update(array.reshape(-1).view(np.uint8))
+            digest.update(array.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 

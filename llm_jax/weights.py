@@ -271,7 +271,9 @@ class Decomposed(Node):
         crossed = jnp.sum(dot(a.T, w.base, accumulate=a.dtype) * b, 0)
         own = jnp.sum(b * dot(dot(a.T, a), b), 0)
         squares = jax.lax.stop_gradient(self.squares + 2 * w.scale * crossed + w.scale**2 * own)
-        return self.magnitude / jnp.sqrt(jnp.maximum(squares, jnp.finfo(squares.dtype).tiny))
+        length = jnp.sqrt(jnp.maximum(squares, jnp.finfo(squares.dtype).tiny))
+        # Exactly 1 where they are equal: XLA makes of magnitude / length a product with 1 / length.
+        return 1 + (self.magnitude - length) / length
 
     def dot(self, x: jax.Array, transposed: bool, out_dtype: Any, accumulate: Any) -> jax.Array:
         stretch = self._stretch()
@@ -289,5 +291,5 @@ class Decomposed(Node):
         return (base * self._stretch()).astype(base.dtype)
 
     def partition(self, spec: P) -> "Decomposed":
-        columns = P(*spec[:-2], spec[-1])
+        columns: Any = P(*spec[:-2], spec[-1])
         return Decomposed(self.weight.partition(spec), columns, columns)

@@ -48,7 +48,7 @@ TRAINED = {
 
 
 def ranks(base: trees.Tree, config: LoraConfig) -> dict[str, dict[str, int]]:
-    """{path: {per-layer name: rank}} of the weights that are adapted; 0 for stacked layers that are not.
+    """{path: {per-layer name: rank}} of the weights that are adapted; 0 where only other layers' are.
 
     Raises:
       UserError: a target or rank rule that matches nothing, targets that overlap, a target that is no
@@ -69,12 +69,13 @@ def ranks(base: trees.Tree, config: LoraConfig) -> dict[str, dict[str, int]]:
             used.update(hits)
             shape = weight.shape[trees.layers_of(path) is not None :]
             own[name] = _rank(name, shape, hits[0], by_rank, config.rank, used) if hits else 0
-        if any(own.values()):
-            found[path] = own
+        found[path] = own
     for source, patterns in (("lora.targets", config.targets), ("lora.ranks", [p for p, _ in config.ranks])):
         if unused := [pattern for pattern in patterns if pattern not in used]:
             raise UserError(f"{source}: '{unused[0]}' matches no {'weight' if 'targets' in source else 'target'}")
-    return found
+    # All layers or none, so that any layout can be made of any other.
+    adapted = {_template(name) for own in found.values() for name, rank in own.items() if rank}
+    return {path: own for path, own in found.items() if any(_template(name) in adapted for name in own)}
 
 
 def _rank(name: str, shape: tuple[int, ...], target: str, rules: Any, default: int, used: set[str]) -> int:
@@ -118,7 +119,7 @@ def init(key: jax.Array, base: trees.Tree, config: LoraConfig, original: trees.T
     flat, originals = trees.flatten(base), trees.flatten(base if original is None else original)
     found = ranks(base, config)
     widest: dict[str, int] = {}
-    for own in found.values():  # one for all layers, so that any layout can be made of any other
+    for own in found.values():
         for name, rank in own.items():
             widest[_template(name)] = max(rank, widest.get(_template(name), 0))
     adapters: dict[str, Any] = {}
@@ -183,7 +184,8 @@ def _dtype(weight: Any) -> Any:
 
 def split(adapters: trees.Tree, variant: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """(what is trained, the rest) of an adapter tree; `join` is the inverse."""
-    trained, fixed = {}, {}
+    trained: dict[str, Any] = {}
+    fixed: dict[str, Any] = {}
     for path, leaf in trees.flatten(adapters).items():
         (trained if path.rsplit("/", 1)[1] in TRAINED[variant] else fixed)[path] = leaf
     return trees.unflatten(trained), trees.unflatten(fixed)

@@ -51,4 +51,5 @@ def unmerge(params: trees.Tree, adapters: trees.Tree) -> dict[str, Any]:
     added = {path: parts | {"scale": -parts["scale"]} for path, parts in by_path(adapters).items()}
     if lost := [path for path, parts in added.items() if "magnitude" in parts]:
         raise UserError(f"'{lost[0]}' has a magnitude (DoRA) and cannot be unmerged; keep the base")
-    return materialize(params, trees.unflatten({f"{p}/{n}": leaf for p, own in added.items() for n, leaf in own.items()}))
+    flat = {f"{path}/{name}": leaf for path, parts in added.items() for name, leaf in parts.items()}
+    return materialize(params, trees.unflatten(flat))

@@ -20,7 +20,7 @@ def plain(adapters: trees.Tree) -> dict[str, Any]:
     Raises:
       UserError: DoRA, whose update is no matrix of low rank.
     """
-    found = {}
+    found: dict[str, Any] = {}
     for path, parts in by_path(adapters).items():
         if "magnitude" in parts:
             raise UserError(f"'{path}' has a magnitude (DoRA); its update is not of low rank and cannot be combined")
@@ -46,9 +46,7 @@ def combine(*adapters: trees.Tree) -> dict[str, Any]:
         own = [(i, one[path]) for i, one in enumerate(several) if path in one]
         widths = [parts["a"].shape[-1] for _, parts in own]
         lead = own[0][1]["scale"].shape
-        scales = [
-            jnp.broadcast_to(p["scale"][..., None], (*lead, w)) for (_, p), w in zip(own, widths, strict=True)
-        ]
+        scales = [jnp.broadcast_to(p["scale"][..., None], (*lead, w)) for (_, p), w in zip(own, widths, strict=True)]
         owner = jnp.concatenate([jnp.full((*lead, w), i, jnp.int32) for (i, _), w in zip(own, widths, strict=True)], -1)
         found |= {
             f"{path}/a": jnp.concatenate([parts["a"] for _, parts in own], -1),
@@ -66,7 +64,7 @@ def mix(combined: trees.Tree, mixture: jax.Array) -> dict[str, Any]:
       mixture: float (N,), a weight for each of N adapters (one-hot: a switch); or (B, N), such weights
         for every row of a batch of B.
     """
-    found = {}
+    found: dict[str, Any] = {}
     for path, parts in by_path(combined).items():
         strength = jnp.asarray(mixture)[..., parts["owner"]]  # (*B, *L, R)
         scale = parts["scale"]

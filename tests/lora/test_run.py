@@ -1,0 +1,104 @@
+"""Adapters from the command line: trained, resumed, loaded, refused."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import llm_jax
+from llm_jax import checkpoint, trees, weights
+from llm_jax.errors import UserError
+from tests.test_checkpoint import metrics
+
+LORA = (
+    "--config.lora.rank=4",
+    "--config.lora.targets=('linear', 'embeddings')",
+    "--config.lora.dropout=0.1",
+    "--config.model.qk_norm=True",
+)
+
+
+@pytest.fixture(scope="module")
+def run(command, trained, tmp_path_factory):
+    """Eight steps of adapters over the run `trained`."""
+    workdir = tmp_path_factory.mktemp("runs") / "adapters"
+    before = {p: p.stat().st_mtime_ns for p in trained.rglob("*")}
+    done = command("train", f"--workdir={workdir}", f"--config.init_from={trained}", *LORA)
+    assert "weights from" in done.stdout and {p: p.stat().st_mtime_ns for p in trained.rglob("*")} == before
+    return workdir
+
+
+def arrays(workdir):
+    directory = checkpoint.find(workdir)
+    return checkpoint.restore_adapters(directory, checkpoint.verify(directory))
+
+
+def test_the_run_learns_and_its_checkpoint_is_small_and_names_its_base(run, trained):
+    seen, base = metrics(run), checkpoint.find(trained)
+    assert seen[-1]["validation_loss"] < metrics(trained)[-1]["validation_loss"]
+    record = checkpoint.verify(checkpoint.find(run))
+    assert record["base"] == {"path": str(base), "sha256": trees.fingerprint(llm_jax.load(trained).params)}
+    summary = json.loads((run / "summary.json").read_text())
+    optimizer = sum(int(np.prod(shape)) for shape, _ in record["optimizer"].values())
+    assert optimizer <= 2 * summary["trained_parameters"] + 4 and summary["trained_parameters"] < summary["parameters"]
+    assert {path.rsplit("/", 1)[1] for path in record["params"]} == {"a", "b", "scale"}
+
+
+def test_resume_is_bitwise(run, command, trained, tmp_path):
+    shutil.copytree(run, tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "8")
+    done = command("train", f"--workdir={tmp_path / 'again'}", f"--config.init_from={trained}", *LORA)
+    assert "going on from" in done.stdout
+    assert metrics(tmp_path / "again") == metrics(run)
+    jax.tree.map(np.testing.assert_array_equal, arrays(tmp_path / "again"), arrays(run))
+
+
+def test_every_command_takes_it(run, command, text_file, tmp_path):
+    model, params, tokenizer = llm_jax.load(run)
+    assert isinstance(trees.flatten(params)["layers/0/mlp/up"], weights.Adapted)
+    ids = jnp.asarray([tokenizer.encode("the model reads")])
+    logits = jax.jit(lambda p: model.apply({"params": p}, ids))(params)
+    found = json.loads(command("evaluate", f"--checkpoint={run}", "--json").stdout)
+    assert found["loss"] == pytest.approx(metrics(run)[-1]["validation_loss"], rel=1e-5)
+    assert command("generate", f"--checkpoint={run}", "--prompt=the ", "--max_new_tokens=3").stdout
+    command("convert", f"--input={run}", f"--output={tmp_path / 'hf'}", "--to=hf")  # merged
+    again = llm_jax.load(tmp_path / "hf")
+    np.testing.assert_allclose(again.model.apply({"params": again.params}, ids), logits, atol=2e-5)
+
+
+def test_another_base_is_refused(run, command, trained, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    directory = checkpoint.find(tmp_path / "run")
+    record = json.loads((directory / "record.json").read_text())
+    record["base"]["sha256"] = "0" * 64
+    manifest = json.loads((directory / "manifest.json").read_text())
+    checkpoint.write_json(directory / "record.json", record)
+    checkpoint.write_json(
+        directory / "manifest.json", manifest | {"record.json": checkpoint._sha256(directory / "record.json")}
+    )
+    with pytest.raises(UserError, match="adapters are for the base of sha256 000000000000, which was .*; now that has"):
+        llm_jax.load(tmp_path / "run")
+    done = command(
+        "train",
+        f"--workdir={tmp_path / 'run'}",
+        f"--config.init_from={trained}",
+        "--config.train.steps=9",
+        *LORA,
+        code=2,
+    )
+    assert "for the base of sha256 000000000000" in done.stderr
+
+
+def test_what_cannot_be_adapted_ends_in_one_line(command, trained, tmp_path):
+    def said(*flags):
+        done = command("train", f"--workdir={tmp_path / 'x'}", *flags, code=2)
+        assert len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "x").exists()
+        return done.stderr
+
+    base = f"--config.init_from={trained}"
+    assert "name them by init_from" in said("--config.lora.rank=4")
+    assert "lora.rank is 99 for" in said(base, "--config.lora.rank=99")
+    assert "matches no weight" in said(base, "--config.lora.rank=2", "--config.lora.targets=('mlp/q',)")
