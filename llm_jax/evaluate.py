@@ -11,7 +11,9 @@ from llm_jax.errors import UserError
 flags.DEFINE_string(
     "checkpoint", None, "a run, a Hugging Face directory, a .gguf file, asset:NAME or hf:ORG/NAME", required=True
 )
-flags.DEFINE_string("data", "", "text to evaluate on; by default the held-out part of the run's own corpus")
+flags.DEFINE_string(
+    "data", "", "text to evaluate on, or sentiment:NAME; by default the held-out part of the run's own corpus"
+)
 flags.DEFINE_integer("seq_len", 0, "tokens a window; by default as in training")
 flags.DEFINE_integer("stride", 0, "targets counted in each window, the last ones (a sliding window); 0: all of it")
 flags.DEFINE_integer("batch_size", 16, "windows at a time")
@@ -26,7 +28,8 @@ def main() -> None:
     from llm_jax.data import corpus
     from llm_jax.data.rows import Rows
     from llm_jax.model import transformer
-    from llm_jax.training import evaluation, losses
+    from llm_jax.prompting import sentiment
+    from llm_jax.training import classify, evaluation, losses
 
     f = flags.FLAGS
     if f.batch_size < 1 or f.seq_len < 0:
@@ -45,6 +48,14 @@ def main() -> None:
     transformer.check_length(model.config, length)
     if not 0 <= f.stride <= length:
         raise UserError(f"--stride={f.stride}; expected 0 to the window of {length} tokens")
+    if (f.data or data.source).startswith(sentiment.PREFIX):
+        asked = sentiment.Source(dataclasses.replace(data, source=f.data or data.source))
+        rows = asked.rows(tokenizer, "test", length)
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        found = classify.accuracy(model, params, rows, f.batch_size, device)
+        said = f"{f.data or data.source}: {classify.say(found)}"
+        print(json.dumps(found) if f.json else said)
+        return
     source = corpus.Source(dataclasses.replace(data, source=f.data) if f.data else data, whole=bool(f.data))
     split = source.corpus(tokenizer).validation
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])

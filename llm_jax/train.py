@@ -32,12 +32,13 @@ def main() -> None:
 
     from llm_jax import checkpoint, lora, pretrained, tokenizers, trees
     from llm_jax.data.corpus import Source
-    from llm_jax.data.rows import Rows, Shuffled, batches
+    from llm_jax.data.rows import Finite, Rows, Shuffled, batches
     from llm_jax.decoding import loop, samplers
     from llm_jax.model import product, transformer
     from llm_jax.model.stages import layout
     from llm_jax.parallel import mesh as mesh_lib
-    from llm_jax.training import evaluation, losses, optim, report
+    from llm_jax.prompting import sentiment
+    from llm_jax.training import classify, evaluation, losses, optim, report
     from llm_jax.training import step as step_lib
 
     config = cli.load_config()
@@ -67,7 +68,8 @@ def main() -> None:
         raise UserError(f"{workdir} is at step {start}, past train.steps={c.steps}; raise it or give another --workdir")
 
     # ---------------------------------------------------------------- data
-    source = Source(config.data)
+    asked = config.data.source.startswith(sentiment.PREFIX)
+    source = sentiment.Source(config.data) if asked else Source(config.data)
     if given and not resumed:
         tokenizer = given.tokenizer
     else:
@@ -83,11 +85,19 @@ def main() -> None:
             f"data.source={config.data.source}: its text has changed since {workdir} was started "
             f"(sha256 {record['corpus'][:12]}, now {source.sha256[:12]}); bring it back or give another --workdir"
         )
-    corpus = source.corpus(tokenizer)
-    train_rows, held_rows = Shuffled(Rows(corpus.train, c.seq_len), c.seed), Rows(corpus.validation, c.seq_len)
+    test_rows = source.rows(tokenizer, "test", c.seq_len) if isinstance(source, sentiment.Source) else None
+    whole_rows: Finite
+    held_rows: Finite
+    if isinstance(source, sentiment.Source):
+        whole_rows, held_rows = (source.rows(tokenizer, part, c.seq_len) for part in ("train", "validation"))
+    else:
+        corpus = source.corpus(tokenizer)
+        whole_rows, held_rows = Rows(corpus.train, c.seq_len), Rows(corpus.validation, c.seq_len)
+    train_rows = Shuffled(whole_rows, c.seed)
     print(
-        f"{config.data.source}: {source.num_bytes:,} bytes (sha256 {corpus.sha256[:12]}), {len(corpus.train.tokens):,} "
-        f"training tokens, {len(held_rows.split.tokens):,} held out; tokenizer {tokenizer.kind}, "
+        f"{config.data.source}: {source.num_bytes:,} bytes (sha256 {source.sha256[:12]}), "
+        f"{len(whole_rows.split.tokens):,} training tokens, {len(held_rows.split.tokens):,} held out; tokenizer "
+        f"{tokenizer.kind}, "
         f"{tokenizer.vocab_size} ids ({tokenizers.digest(tokenizer)[:12]})"
     )
 
@@ -239,7 +249,7 @@ def main() -> None:
 
     # ---------------------------------------------------------------- the loop
     peak = report.matmul_peak(config.model.precision.compute)
-    writer = checkpoint.Writer(workdir, config, tokenizer, corpus.sha256, named)
+    writer = checkpoint.Writer(workdir, config, tokenizer, source.sha256, named)
     progress = report.Progress(workdir, start, c.steps, transformer.flops_per_token(config.model, c.seq_len), peak)
 
     def due(every: int, done: int) -> bool:
@@ -280,10 +290,14 @@ def main() -> None:
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(abstract)),
         "trained_parameters": sum(leaf.size for leaf in jax.tree.leaves(abstract_trained)),
         "tokens_per_second": statistics.median(progress.rates) if progress.rates else None,
-        "corpus": {"source": config.data.source, "sha256": corpus.sha256, "bytes": source.num_bytes},
+        "corpus": {"source": config.data.source, "sha256": source.sha256, "bytes": source.num_bytes},
         "seconds": time.perf_counter() - began,
         "jax": jax.__version__,
     }
+    if test_rows:
+        found = classify.accuracy(model, whole(state.params, frozen), test_rows, c.batch_size, batch_sharding)
+        summary |= {f"test_{name}": value for name, value in found.items()}
+        print(f"test: {classify.say(found)}")
     checkpoint.write_json(workdir / "summary.json", summary)
     others = ", ".join(f"{name} {value:.3f}" for name, value in packed.items())
     print(

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterator
+from typing import Protocol
 
 import grain
 import jax
@@ -18,6 +19,32 @@ from llm_jax.errors import UserError
 #   mask               1 where the target counts: it belongs to the input's document
 Row = dict[str, np.ndarray]
 Batch = dict[str, jax.Array]
+
+
+class Table(Protocol):
+    """A row for every index."""
+
+    @property
+    def seq_len(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Row: ...
+
+
+class Finite(Table, Protocol):
+    """Rows that end. Past the end, rows of padding.
+
+    Attributes:
+      split: the tokens that are counted, for figures per byte.
+      full: how many rows are trained on.
+    """
+
+    @property
+    def split(self) -> Split: ...
+
+    @property
+    def full(self) -> int: ...
+
+    def __len__(self) -> int: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +106,7 @@ class Rows:
 class Shuffled:
     """Row i of an endless stream: every epoch is another permutation of the whole chunks, by `seed`."""
 
-    rows: Rows
+    rows: Finite
     seed: int
 
     def __post_init__(self) -> None:
@@ -97,7 +124,7 @@ class Shuffled:
         return self.rows[self._order[index]]
 
 
-def batch(rows: Rows | Shuffled, step: int, size: int, sharding: jax.sharding.Sharding) -> Batch:
+def batch(rows: Table, step: int, size: int, sharding: jax.sharding.Sharding) -> Batch:
     """Rows step * size ... step * size + size - 1; each process builds only what its devices hold."""
     row = functools.cache(lambda i: rows[step * size + i])
 
@@ -109,9 +136,7 @@ def batch(rows: Rows | Shuffled, step: int, size: int, sharding: jax.sharding.Sh
     return {name: jax.make_array_from_callback(shape, sharding, functools.partial(part, name)) for name in names}
 
 
-def batches(
-    rows: Rows | Shuffled, start: int, stop: int, size: int, sharding: jax.sharding.Sharding
-) -> Iterator[Batch]:
+def batches(rows: Table, start: int, stop: int, size: int, sharding: jax.sharding.Sharding) -> Iterator[Batch]:
     """`batch(step)` for the steps from `start` to `stop`, built ahead of use in the background."""
     ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     steps = grain.MapDataset.range(start, stop).map(lambda step: batch(rows, int(step), size, sharding))

@@ -142,7 +142,9 @@ def save(
     if any(path.endswith("/start_a") for path in trees.flatten(adapters)):
         adapters = plain(adapters)
     tensors: dict[str, np.ndarray] = {}
-    ranks, alphas, dora = {}, {}, False
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    dora = False
     for path, parts in by_path(adapters).items():
         module, their = module_of[path]
         if their.part[1] > 1:
@@ -150,9 +152,10 @@ def save(
         _refuse_table(f"'{path}'", path, tied, "magnitude" in parts)
         a, b, scale = (np.asarray(parts[name], np.float32) for name in ("a", "b", "scale"))
         kept = a.any(0) | b.any(1)  # the rest is padding
-        if not (rank := int(kept.sum())):
+        if not kept.any():
             continue
-        ranks[module], alphas[module] = rank, float(scale) * (rank**0.5 if rank_stabilized else rank)
+        own = int(kept.sum())
+        ranks[module], alphas[module] = own, float(scale) * (own**0.5 if rank_stabilized else own)
         ends = ("lora_embedding_A", "lora_embedding_B") if path == "embed/table" else ("lora_A.weight", "lora_B.weight")
         for end, factor in zip(ends, (a[:, kept], b[kept]), strict=True):
             tensors[f"{_ROOT}{module}.{end}"] = np.ascontiguousarray(factor.T)
@@ -161,7 +164,8 @@ def save(
             tensors[f"{_ROOT}{module}.lora_magnitude_vector"] = np.asarray(parts["magnitude"], np.float32)
     if not ranks:
         raise UserError("the adapters are all zero; there is nothing to write")
-    rank, alpha = (max(set(v.values()), key=list(v.values()).count) for v in (ranks, alphas))
+    rank = max(set(ranks.values()), key=list(ranks.values()).count)  # the most frequent
+    alpha = max(set(alphas.values()), key=list(alphas.values()).count)
     config = {
         "peft_type": "LORA",
         "task_type": None if kind == "bert" else "CAUSAL_LM",
@@ -247,8 +251,11 @@ def _config(directory: pathlib.Path) -> dict[str, Any]:
             raise UserError(f"{source}: {key}={said[key]!r} is not supported")
     for key in ("rank_pattern", "alpha_pattern"):
         table = said.get(key) or {}
-        if not isinstance(table, dict) or not all(isinstance(v, (int, float)) and v > 0 for v in table.values()):
-            raise UserError(f"{source}: {key} is {table!r}; expected patterns and positive numbers")
+        # Ends of names, "^" and "\\d" are what peft's users write; other expressions could run for ever.
+        if not isinstance(table, dict) or not all(
+            re.fullmatch(r"(\w|[.^]|\\[.d])+", k) and isinstance(v, (int, float)) and v > 0 for k, v in table.items()
+        ):
+            raise UserError(f"{source}: {key} is {table!r}; expected ends of modules' names and positive numbers")
     return said
 
 

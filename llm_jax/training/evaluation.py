@@ -7,13 +7,13 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from llm_jax.data.rows import Batch, Rows, batches
+from llm_jax.data.rows import Batch, Finite, batches
 
 LossFunction = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
 
 
 def evaluate(
-    loss: LossFunction, params: Any, rows: Rows, batch_size: int, sharding: jax.sharding.Sharding, limit: int = 0
+    loss: LossFunction, params: Any, rows: Finite, batch_size: int, sharding: jax.sharding.Sharding, limit: int = 0
 ) -> dict[str, float]:
     """Figures over the first `limit` rows (0: all), whose windows do not overlap.
 

@@ -92,6 +92,7 @@ def test_padding_is_not_written_and_a_start_becomes_rank(bases, tiny, tmp_path):
         ({"peft_type": "IA3"}, "peft_type is 'IA3'; expected 'LORA'"),
         ({"bias": "all"}, "bias='all' is not supported"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\] is not supported"),
+        ({"rank_pattern": {"(a+)+": 2}}, "expected ends of modules' names and positive numbers"),
         ({"use_dora": True}, "has a, b; expected a, b, magnitude"),
     ],
     ids=str,
@@ -105,7 +106,7 @@ def test_what_is_not_known_is_refused_in_one_line(bases, tmp_path, changes, mess
 
 
 def test_damaged_and_foreign_directories_are_refused(bases, tmp_path):
-    _, kind, model, params = bases["llama"]
+    _, kind, _, params = bases["llama"]
 
     def said(directory, parameters=params, tied=False):
         with pytest.raises(UserError) as error:
