@@ -7,6 +7,7 @@ COMMANDS = {
     "evaluate": "held-out loss, perplexity and bits per byte of a checkpoint",
     "generate": "continue a prompt, or answer it, with a checkpoint",
     "convert": "a checkpoint into Hugging Face's form or a GGUF file",
+    "plan": "what a run would take, before it runs",
     "data.assets": "real models and texts: list, fetch, verify",
 }
 

@@ -118,6 +118,11 @@ def init(key: jax.Array, base: trees.Tree, config: LoraConfig, original: trees.T
         raise UserError("lora.variant=loftq starts from what quantization lost; set quant.scheme")
     flat, originals = trees.flatten(base), trees.flatten(base if original is None else original)
     found = ranks(base, config)
+    some = [name for own in found.values() for name, rank in own.items() if not rank]
+    if config.variant == "dora" and some:  # its magnitude would be trained all the same
+        raise UserError(
+            f"lora.targets: '{some[0]}' is left out; lora.variant=dora adapts a weight in all layers or none"
+        )
     widest: dict[str, int] = {}
     for own in found.values():
         for name, rank in own.items():

@@ -218,6 +218,7 @@ def test_dropout_keeps_the_mean_and_its_share():
         ({"ranks": ((".*", "many"),)}, "is 'many' for"),
         ({"ranks": (("layers/7/.*", 2),)}, "lora.ranks: 'layers/7/.*' matches no target"),
         ({"variant": "loftq"}, "set quant.scheme"),
+        ({"variant": "dora", "targets": ("layers/1/mlp/up",)}, "'layers/0/mlp/up' is left out; .* all layers or none"),
     ],
     ids=str,
 )

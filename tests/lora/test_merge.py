@@ -12,8 +12,8 @@ from tests.lora import cases
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-5), ("bfloat16", 6e-2)])
-def test_merged_equals_attached(make, tiny, dtype, tolerance, variant):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_merged_equals_attached_up_to_rounding(make, tiny, dtype, variant):
     precision = dataclasses.replace(tiny.model.precision, params=dtype, compute=dtype)
     model, base = make(precision=precision)
     adapters = cases.made(base, cases.config(tiny, variant=variant, targets=("linear", "embeddings")))
@@ -21,8 +21,10 @@ def test_merged_equals_attached(make, tiny, dtype, tolerance, variant):
     assert {w.dtype for w in jax.tree.leaves(merged)} == {jnp.dtype(dtype)}
     logits = jax.jit(lambda p: model.apply({"params": p}, cases.IDS))
     attached, plain = logits(lora.attach(base, adapters)), logits(base)
-    np.testing.assert_allclose(logits(merged), attached, atol=tolerance)
-    assert np.abs(attached - plain).max() > 4 * tolerance  # the tolerance tells them apart
+    size = lambda x: float(jnp.sqrt(jnp.mean(jnp.square(x))))  # noqa: E731
+    rounding = float(jnp.finfo(dtype).eps)  # two layers of some ten roundings each
+    assert size(logits(merged) - attached) < 8 * rounding * size(attached)
+    assert size(attached - plain) > 0.5 * size(attached)
 
 
 def test_unmerge_gives_the_base_again(make, tiny):

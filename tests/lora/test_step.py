@@ -1,5 +1,6 @@
 """What a step over a frozen base computes, and what it does not."""
 
+import dataclasses
 import re
 
 import jax
@@ -8,8 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from llm_jax import lora, trees
-from llm_jax.training import losses, optim, step
+from llm_jax import checkpoint, lora, trees
+from llm_jax.model.transformer import Transformer
+from llm_jax.training import losses, memory, optim, step
 from tests.lora import cases
 
 IDS = jnp.asarray(np.random.RandomState(1).randint(3, 259, (3, 8)))
@@ -88,8 +90,6 @@ def test_the_optimizer_holds_adapters_only_and_the_base_is_not_touched(make, tin
 
 
 def test_lora_plus_gives_b_its_own_rate_and_adapters_decay_as_their_weights(tiny):
-    import dataclasses
-
     base = {"embed": {"table": jnp.zeros((4, 3))}, "mlp": {"up": jnp.zeros((3, 2))}}
     adapters = {
         "embed": {"table": {"a": jnp.ones((4, 1)), "b": jnp.ones((1, 3))}},
@@ -104,3 +104,28 @@ def test_lora_plus_gives_b_its_own_rate_and_adapters_decay_as_their_weights(tiny
     expected = {"embed/table/a": -1.0, "embed/table/b": -4.0, "mlp/up/a": -1.05, "mlp/up/b": -4.2}
     for path, update in trees.flatten(updates).items():
         np.testing.assert_allclose(update, expected[path], rtol=1e-6)
+
+
+def test_lora_fa_keeps_no_inputs_for_the_gradient(tiny):
+    """Of `down`, LoRA keeps the hidden activations of every layer; LoRA-FA only their products with a."""
+    config = dataclasses.replace(tiny.model, vocab_size=64, mlp_width=512, num_layers=4, qk_norm=False)
+    changes = {"targets": ("layers/.*/down",), "rank": 4}
+    lora_, fa = (
+        memory.compiled(
+            config, cases.config(tiny, variant=variant, **changes), tiny.optim, (4, 64), kind="adapters"
+        ).temporaries
+        for variant in ("lora", "fa")
+    )
+    hidden = 4 * 4 * 64 * 512 * 4  # layers x rows x tokens x MLP width, float32
+    assert 0.9 * hidden < lora_ - fa < 1.2 * hidden
+
+
+def test_memory_of_a_step_is_what_its_arrays_take(tiny):
+    config = dataclasses.replace(tiny.model, vocab_size=64)
+    settings = cases.config(tiny)
+    found = {kind: memory.compiled(config, settings, tiny.optim, (4, 16), kind=kind) for kind in memory.KINDS}
+    weights = found["forward"].arguments - 5 * 4 * 16 * 4  # besides the batch
+    entries = sum(w.size for w in jax.tree.leaves(checkpoint.abstract_params(Transformer(config))))
+    assert weights == 4 * entries
+    assert found["full"].optimizer == 2 * 4 * entries + 4 and found["forward"].optimizer == 0
+    assert found["adapters"].optimizer < 0.5 * found["full"].optimizer

@@ -1,0 +1,86 @@
+"""What a training step takes, as it is compiled and without running it."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llm_jax import checkpoint, lora
+from llm_jax.config import LoraConfig, ModelConfig, OptimConfig
+from llm_jax.model.transformer import Transformer
+from llm_jax.training import losses, optim, step
+
+KINDS = ("forward", "full", "adapters")
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of a compiled function.
+
+    Attributes:
+      arguments: weights, optimizer state and batch.
+      temporaries: activations, gradients and the rest.
+      outputs: those that do not take the place of an argument.
+      optimizer: its state, which is part of the arguments.
+    """
+
+    arguments: int
+    temporaries: int
+    outputs: int
+    optimizer: int
+
+    @property
+    def peak(self) -> int:
+        return self.arguments + self.temporaries + self.outputs
+
+
+def compiled(
+    model_config: ModelConfig,
+    lora_config: LoraConfig,
+    optim_config: OptimConfig,
+    batch: tuple[int, int],
+    *,
+    kind: str,
+    loss_chunk: int = 0,
+) -> Memory:
+    """The memory of one step on one device of this machine.
+
+    Args:
+      batch: (sequences, tokens).
+      kind: "forward" (the loss alone), "full" (all weights trained) or "adapters" (those of `lora_config`).
+    """
+    model = Transformer(model_config)
+    base = checkpoint.abstract_params(model)
+    names = ("inputs", "targets", "positions", "segments", "mask")
+    rows = {name: jax.ShapeDtypeStruct(batch, jnp.int32) for name in names}
+    if kind == "forward":
+        plain = jax.jit(lambda params, rows: losses.language_model(model, params, rows, loss_chunk))
+        return _of(plain.lower(base, rows), 0)
+    frozen: Any = None
+    trained, bind = base, lambda trained, frozen: trained
+    if kind == "adapters":
+
+        def begin(base: Any) -> Any:
+            return lora.split(lora.init(jax.random.key(0), base, lora_config), lora_config.variant)
+
+        trained, fixed = jax.eval_shape(begin, base)
+        frozen, bind = {"base": base, "fixed": fixed}, lambda trained, frozen: lora.with_base(frozen, trained)
+
+    def loss(trained, frozen, rows, count, key):
+        return losses.language_model(model, bind(trained, frozen), rows, loss_chunk)
+
+    optimizer = optim.make(optim_config, 10**9, base, None if trained is base else trained)
+    state = jax.eval_shape(lambda trained: step.init(optimizer, trained), trained)
+    one = jax.jit(step.make(loss, optimizer, lambda _: 0.0, 0, 1), donate_argnums=0)
+    return _of(one.lower(state, frozen, rows), _bytes(state.optimizer))
+
+
+def _of(lowered: Any, optimizer: int) -> Memory:
+    found = lowered.compile().memory_analysis()
+    outputs = found.output_size_in_bytes - found.alias_size_in_bytes
+    return Memory(found.argument_size_in_bytes, found.temp_size_in_bytes, max(outputs, 0), optimizer)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
