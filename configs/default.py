@@ -93,6 +93,8 @@ def get_config() -> ConfigDict:
                 "seq_len": 256,
                 "grad_accumulation": 1,
                 "loss_chunk": 0,
+                "on_bad_step": "stop",
+                "spike_factor": 0.0,
             },
             "lora": {
                 "rank": 0,
@@ -110,6 +112,7 @@ def get_config() -> ConfigDict:
                 "prompts": ("def ", "import os\n\nclass "),
                 "max_new_tokens": 64,
             },
+            "report": {"to": (), "norms_every": 0, "samples_every": 0},
             "checkpoint": {"every": 350, "keep_last": 2, "keep_best": 1},
             "mesh": {
                 "data": -1,

@@ -14,11 +14,14 @@ casts dtypes and returns flipped bits without a word.
 """
 
 import dataclasses
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import pathlib
 import shutil
+import socket
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -208,25 +211,34 @@ class Writer:
         for leftover in self.directory.glob(f"{_PARTIAL}*"):
             shutil.rmtree(leftover)
 
-    def save(self, step: int, params: Any, optimizer: Any, validation_loss: float | None) -> None:
-        """Starts writing checkpoint `step`, once the one before is finished. The arrays may be donated after."""
+    def save(self, step: int, params: Any, optimizer: Any, validation_loss: float | None, jumped: int = 0) -> None:
+        """Starts writing checkpoint `step`, once the one before is finished. The arrays may be donated after.
+
+        Args:
+          jumped: batches that have been passed over so far.
+
+        Raises:
+          UserError: this one or the one before cannot be written.
+        """
         self.wait()
         partial = self.directory / f"{_PARTIAL}{step}"
-        partial.mkdir()
         record = {
             "format": FORMAT,
             "step": step,
             "corpus": self._corpus,
+            "jumped": jumped,
             "validation_loss": validation_loss,
             "params": trees.describe(params),
             "optimizer": _leaves(optimizer),
         } | ({"base": self._base} if self._base else {})
         if jax.default_backend() == "cpu":  # there Orbax reads the very buffers that the next step is given
             params, optimizer = jax.tree.map(jnp.copy, (params, optimizer))
-        self._orbax.save(
-            partial.absolute() / "arrays",
-            args=ocp.args.Composite(params=ocp.args.StandardSave(params), optimizer=ocp.args.StandardSave(optimizer)),
-        )
+        parts = {"params": ocp.args.StandardSave(params), "optimizer": ocp.args.StandardSave(optimizer)}
+        try:
+            partial.mkdir()
+            self._orbax.save(partial.absolute() / "arrays", args=ocp.args.Composite(**parts))
+        except (OSError, ValueError) as error:  # ValueError is TensorStore's
+            raise self._unwritten(partial, error) from error
         self._thread = threading.Thread(target=self._finish, args=(partial, record))
         self._thread.start()
 
@@ -241,7 +253,7 @@ class Writer:
             self._thread = None
         if self._error is not None:
             error, self._error = self._error, None
-            raise UserError(f"{self.directory}: the checkpoint cannot be written ({error})") from error
+            raise error
 
     def close(self) -> None:
         """Waits, and ends Orbax's threads."""
@@ -258,8 +270,17 @@ class Writer:
             os.sync()
             os.rename(partial, self.directory / str(record["step"]))
             self._prune()
-        except BaseException as error:  # raised again by `wait`, in the caller's thread
-            self._error = error
+        except BaseException as error:  # raised by `wait`, in the caller's thread
+            self._error = self._unwritten(partial, error)
+
+    def _unwritten(self, partial: pathlib.Path, error: BaseException) -> UserError:
+        shutil.rmtree(partial, ignore_errors=True)
+        full = "RESOURCE_EXHAUSTED" in str(error) or getattr(error, "errno", 0) == errno.ENOSPC
+        lines = [line.strip()[:200] for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        reason = "no space left on the device" if full else lines[0]
+        left = steps(self.directory.parent)
+        said = f"the last one is of step {left[-1]}" if left else "there is none before it"
+        return UserError(f"{self.directory}: the checkpoint cannot be written ({reason}); {said}")
 
     def _prune(self) -> None:
         keep = self._config.checkpoint
@@ -270,6 +291,26 @@ class Writer:
             doomed = self.directory / f"{_PARTIAL}{step}-old"
             os.rename(self.directory / str(step), doomed)
             shutil.rmtree(doomed)
+
+
+def lock(workdir: pathlib.Path) -> Any:
+    """Holds the directory for this process until it ends, however it ends. Keep what is returned.
+
+    Raises:
+      UserError: another process holds it.
+    """
+    file = (workdir / ".lock").open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        raise UserError(f"{workdir}: another trainer is at work here ({file.read().strip()}); end it first") from error
+    except OSError:  # a file system without locks
+        return file
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
 
 
 def make_directory(directory: pathlib.Path) -> None:

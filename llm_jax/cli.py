@@ -1,8 +1,10 @@
 """What every command does around its `main`: flags, one-line errors, exit codes.
 
-Exit codes: 0 done, 2 bad input (one line on stderr), 130 interrupted.
+Exit codes: 0 done; 2 bad input (one line on stderr); 130 ended by SIGINT, 143 by SIGTERM (the trainer
+saves before).
 """
 
+import contextlib
 import ctypes
 import os
 import pathlib
@@ -10,7 +12,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from absl import app, flags, logging
@@ -20,6 +22,7 @@ from llm_jax import config as config_lib
 from llm_jax.errors import UserError
 
 _PATIENCE = 5.0  # seconds from an interrupt to the end
+_INTERRUPTED = "interrupted; the same command goes on from the last checkpoint"
 _DEFAULT = pathlib.Path(__file__).parents[1] / "configs" / "default.py"
 
 
@@ -36,25 +39,53 @@ def run(main: Callable[[], None]) -> None:
     try:
         app.run(guarded, flags_parser=_parse)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _end(2, f"error: {error}")
     except KeyboardInterrupt:
-        _leave()
+        leave(signal.SIGINT, _INTERRUPTED)
+
+
+@contextlib.contextmanager
+def signals_noted() -> Iterator[Callable[[], int]]:
+    """Within, SIGINT and SIGTERM are noted, for the caller to end at a good place; a second one ends at once.
+
+    Gives a function that returns the number of the signal that has come, or 0.
+    """
+    seen = 0
+
+    def note(number: int, frame: Any) -> None:
+        nonlocal seen
+        if seen:
+            leave(number, "ended at once; the same command goes on from the last checkpoint")
+        seen = number
+        # os.write, because the signal may have come in the middle of a print.
+        os.write(2, f"\n{signal.Signals(number).name}: saving after this step; once more to end at once\n".encode())
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _interrupt(number: int, frame: Any) -> None:
     """Raises KeyboardInterrupt; where that is lost (in a callback of the garbage collector), leaves a little later."""
-    last = threading.Timer(_PATIENCE, _leave)
+    last = threading.Timer(_PATIENCE, leave, (signal.SIGINT, _INTERRUPTED))
     last.daemon = True
     last.start()
     raise KeyboardInterrupt
 
 
-def _leave() -> None:
-    print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+def leave(number: int, text: str) -> None:
+    """Ends the process because of signal `number`, with the exit code 128 + number that shells give it."""
+    _end(128 + number, f"\n{text}")
+
+
+def _end(code: int, text: str) -> None:
+    print(text, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(130)  # threads of the data pipeline and of Orbax would be cut off with tracebacks
+    os._exit(code)  # threads of the data pipeline and of Orbax would be cut off with tracebacks
 
 
 def define_config() -> None:

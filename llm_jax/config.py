@@ -131,6 +131,8 @@ class TrainConfig:
     seq_len: Count
     grad_accumulation: Count  # micro-batches a step
     loss_chunk: CountOrZero  # positions whose logits exist at a time; 0: all of seq_len
+    on_bad_step: str  # a loss that is not finite, or a spike: "stop", "skip" its update, or "rollback" and jump over it
+    spike_factor: PositiveOrZero  # a loss above this many times the median of the last 50 is a spike; 0: none is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +153,13 @@ class EvalConfig:
     rows: CountOrZero  # held-out sequences per evaluation while training; 0: all
     prompts: tuple[str, ...]  # continued before and after training
     max_new_tokens: Count
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportConfig:
+    to: tuple[str, ...]  # beside metrics.jsonl: "tensorboard", "wandb", "mlflow"
+    norms_every: CountOrZero  # steps between norms of gradients, updates and activations per layer; 0: never
+    samples_every: CountOrZero  # steps between continuations of eval.prompts; 0: before and after only
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +186,7 @@ class Config:
     train: TrainConfig
     lora: LoraConfig
     eval: EvalConfig
+    report: ReportConfig
     checkpoint: CheckpointConfig
     mesh: MeshConfig
     init_from: str  # a run whose weights training starts from; "": random
@@ -229,6 +239,11 @@ ADDED: dict[str, Any] = {
     "lora.targets": ("linear",),
     "lora.dropout": 0.0,
     "lora.b_lr_ratio": 1.0,
+    "train.on_bad_step": "stop",
+    "train.spike_factor": 0.0,
+    "report.to": (),
+    "report.norms_every": 0,
+    "report.samples_every": 0,
 }
 
 

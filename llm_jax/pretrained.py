@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -43,6 +44,46 @@ def load(path: str | os.PathLike[str], scan_layers: bool = False, dtype: str = "
     if peft.is_directory_of(found):
         return _peft(found, scan_layers, dtype)
     return _hf(found, scan_layers, dtype)
+
+
+class Origin:
+    """The weights of `init_from`: what fine-tuning starts from, or what adapters adapt.
+
+    Attributes:
+      name: how a record names it: absolute, for a file or directory.
+      tokenizer: its tokenizer.
+      config: of its model.
+    """
+
+    def __init__(self, name: str, dtype: str):
+        path = locate(name)
+        self._dtype = dtype
+        self._run: pathlib.Path | None = None
+        self._loaded = load(name, dtype=dtype) if is_foreign(path) else None
+        if self._loaded:
+            self.tokenizer, self.config = self._loaded.tokenizer, self._loaded.model.config
+        else:
+            self._run = path = checkpoint.find(path)
+            whole = checkpoint.read_config(path)
+            if whole.lora.rank:
+                raise UserError(f"init_from={name} holds adapters; merge them first (convert --to=hf)")
+            self.tokenizer, self.config = tokenizers.load(path / "tokenizer"), whole.model
+        self.name = name if name.startswith(("asset:", "hf:")) else str(path.absolute())
+
+    def params(self, config: ModelConfig, shardings: Callable[[Any], Any]) -> Any:
+        """Its weights in the layout of `config`, on the devices of `shardings` (of an abstract tree).
+
+        Raises:
+          UserError: they do not fit the model of `config`, or are damaged.
+        """
+        abstract = checkpoint.abstract_params(Transformer(config))
+        if self._run:
+            found = checkpoint.restore(self._run, checkpoint.verify(self._run), config, shardings)
+            return jax.jit(lambda p: trees.restage(p, layout(config)), out_shardings=shardings(abstract))(found)
+        found = (self._loaded or load(self.name, dtype=self._dtype)).params
+        self._loaded = None  # or its arrays would stay beside those on the mesh
+        trees.check(trees.describe(found), trees.describe(jax.eval_shape(trees.unstack, abstract)), self.name)
+        return jax.device_put(trees.restage(found, layout(config)), shardings(abstract))
 
 
 def locate(path: str | os.PathLike[str]) -> pathlib.Path:

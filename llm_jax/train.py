@@ -7,6 +7,8 @@ import dataclasses
 import pathlib
 import statistics
 import time
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from absl import flags
 
@@ -18,9 +20,15 @@ cli.define_config()
 flags.DEFINE_string("workdir", None, "where the run is kept (config, metrics, checkpoints)", required=True)
 flags.DEFINE_integer("devices", 0, "simulate this many CPU devices")
 flags.DEFINE_boolean("dry_run", False, "print the parameters and their shardings, and stop")
+flags.DEFINE_boolean(
+    "profile", False, "trace steps 4 to 6 of this start into WORKDIR/profile, for TensorBoard or xprof"
+)
 
 # What may change when a run goes on: whole keys, and sections by their dot. Any other difference is another run.
-_FREE = ("train.steps", "model.attention", "eval.", "checkpoint.", "mesh.", "data.cache_dir")
+_FREE = (
+    *("eval.", "report.", "checkpoint.", "mesh."),
+    *("train.steps", "train.on_bad_step", "train.spike_factor", "model.attention", "data.cache_dir"),
+)
 
 
 def main() -> None:
@@ -30,15 +38,14 @@ def main() -> None:
     import jax.numpy as jnp
     import optax
 
-    from llm_jax import checkpoint, lora, pretrained, tokenizers, trees
+    from llm_jax import checkpoint, pretrained, tokenizers, trees
     from llm_jax.data.corpus import Source
-    from llm_jax.data.rows import Finite, Rows, Shuffled, batches
+    from llm_jax.data.rows import Batch, Finite, Rows, Shuffled, batches
     from llm_jax.decoding import loop, samplers
     from llm_jax.model import product, transformer
-    from llm_jax.model.stages import layout
     from llm_jax.parallel import mesh as mesh_lib
     from llm_jax.prompting import sentiment
-    from llm_jax.training import classify, evaluation, losses, optim, report
+    from llm_jax.training import classify, evaluation, losses, optim, report, sinks, trained, watch
     from llm_jax.training import step as step_lib
 
     config = cli.load_config()
@@ -48,21 +55,13 @@ def main() -> None:
 
     # ---------------------------------------------------------------- where the run starts from
     # 1. the last checkpoint of the workdir; 2. the weights named by init_from; 3. random weights.
-    # Adapters (lora.rank) are restored or begun in the same way, always over the weights of init_from.
-    adapting = config.lora.rank > 0
-    if adapting and not config.init_from:
-        raise UserError("lora.rank adapts pretrained weights; name them by init_from")
+    # Adapters begin or go on in the same way, over the weights of init_from.
+    kind = trained.kind(config)
     _refuse_another_run(workdir, config)
     resumed = checkpoint.find(workdir) if checkpoint.steps(workdir) else None
     record = checkpoint.verify(resumed) if resumed else None
-    origin = pretrained.locate(config.init_from) if config.init_from and (adapting or not resumed) else None
-    foreign = origin is not None and pretrained.is_foreign(origin)
-    given = pretrained.load(origin, dtype=config.model.precision.params) if origin and foreign else None
-    said = config.init_from
-    if origin and not foreign:
-        origin = checkpoint.find(origin)
-    if origin and not said.startswith(("asset:", "hf:")):
-        said = str(origin.absolute())
+    named = bool(config.init_from) and (kind.adapts or not resumed)
+    origin = pretrained.Origin(config.init_from, config.model.precision.params) if named else None
     start = record["step"] if record else 0
     if start > c.steps:
         raise UserError(f"{workdir} is at step {start}, past train.steps={c.steps}; raise it or give another --workdir")
@@ -70,11 +69,10 @@ def main() -> None:
     # ---------------------------------------------------------------- data
     asked = config.data.source.startswith(sentiment.PREFIX)
     source = sentiment.Source(config.data) if asked else Source(config.data)
-    if given and not resumed:
-        tokenizer = given.tokenizer
+    if resumed:
+        tokenizer = tokenizers.load(resumed / "tokenizer")
     else:
-        saved = resumed or origin
-        tokenizer = tokenizers.load(saved / "tokenizer") if saved else source.tokenizer(config.tokenizer)
+        tokenizer = origin.tokenizer if origin else source.tokenizer(config.tokenizer)
     if tokenizer.kind != config.tokenizer.kind:
         raise UserError(
             f"{resumed or config.init_from}: trained on '{tokenizer.kind}' tokens; config key 'tokenizer.kind' is "
@@ -85,20 +83,18 @@ def main() -> None:
             f"data.source={config.data.source}: its text has changed since {workdir} was started "
             f"(sha256 {record['corpus'][:12]}, now {source.sha256[:12]}); bring it back or give another --workdir"
         )
-    test_rows = source.rows(tokenizer, "test", c.seq_len) if isinstance(source, sentiment.Source) else None
-    whole_rows: Finite
-    held_rows: Finite
+    test_rows: sentiment.Examples | None = None
     if isinstance(source, sentiment.Source):
-        whole_rows, held_rows = (source.rows(tokenizer, part, c.seq_len) for part in ("train", "validation"))
+        parts: list[Finite] = [source.rows(tokenizer, part, c.seq_len) for part in ("train", "validation")]
+        test_rows = source.rows(tokenizer, "test", c.seq_len)
     else:
         corpus = source.corpus(tokenizer)
-        whole_rows, held_rows = Rows(corpus.train, c.seq_len), Rows(corpus.validation, c.seq_len)
-    train_rows = Shuffled(whole_rows, c.seed)
+        parts = [Rows(split, c.seq_len) for split in (corpus.train, corpus.validation)]
+    train_rows, held_rows = Shuffled(parts[0], c.seed), parts[1]
     print(
         f"{config.data.source}: {source.num_bytes:,} bytes (sha256 {source.sha256[:12]}), "
-        f"{len(whole_rows.split.tokens):,} training tokens, {len(held_rows.split.tokens):,} held out; tokenizer "
-        f"{tokenizer.kind}, "
-        f"{tokenizer.vocab_size} ids ({tokenizers.digest(tokenizer)[:12]})"
+        f"{len(parts[0].split.tokens):,} training tokens, {len(held_rows.split.tokens):,} held out; "
+        f"tokenizer {tokenizer.kind}, {tokenizer.vocab_size} ids ({tokenizers.digest(tokenizer)[:12]})"
     )
 
     # ---------------------------------------------------------------- model, optimizer, shardings
@@ -109,6 +105,7 @@ def main() -> None:
     mesh = mesh_lib.make(config.mesh)
     batch_sharding = mesh_lib.batch_sharding(mesh, c.batch_size)
     losses.check_chunk(c.loss_chunk, c.seq_len)
+    sinks.check(config.report.to)
     step_lib.check_accumulation(c.batch_size, c.grad_accumulation, mesh.shape["data"] * mesh.shape["fsdp"])
     model = transformer.Transformer(config.model)
     transformer.check_length(config.model, c.seq_len)
@@ -118,17 +115,15 @@ def main() -> None:
     abstract = checkpoint.abstract_params(model)
     copies = mesh_lib.replicated(mesh)
     param_shardings = mesh_lib.shardings(abstract, config.mesh.rules, mesh)
-    abstract_trained, trained_shardings, frozen_shardings, abstract_fixed = abstract, param_shardings, None, {}
-    if adapting:
-
-        def begin_adapters(base):
-            return lora.split(lora.init(jax.random.key(c.seed), base, config.lora), config.lora.variant)
-
-        abstract_trained, abstract_fixed = jax.eval_shape(begin_adapters, abstract)
-        trained_shardings = jax.tree.map(lambda _: copies, abstract_trained)  # they are small
-        frozen_shardings = {"base": param_shardings, "fixed": jax.tree.map(lambda _: copies, abstract_fixed)}
+    abstract_trained, abstract_fixed = jax.eval_shape(kind.begin, abstract)
+    # Adapters are small: a copy on every device.
+    trained_shardings = jax.tree.map(lambda _: copies, abstract_trained) if kind.adapts else param_shardings
+    fixed_shardings = jax.tree.map(lambda _: copies, abstract_fixed)
+    frozen_shardings = kind.freeze_shardings(param_shardings, fixed_shardings)
+    weights = watch.names(abstract_trained)
+    guard = watch.Watch(c, weights, workdir / "metrics.jsonl", start)
     optimizer = optim.make(
-        config.optim, c.steps, abstract, abstract_trained if adapting else None, config.lora.b_lr_ratio
+        config.optim, c.steps, abstract, abstract_trained if kind.adapts else None, config.lora.b_lr_ratio
     )
     abstract_state = jax.eval_shape(lambda p: step_lib.init(optimizer, p), abstract_trained)
     state_shardings = step_lib.State(
@@ -145,10 +140,6 @@ def main() -> None:
     abstract_state = jax.tree.map(
         lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), abstract_state, state_shardings
     )
-    abstract_saved = abstract_state.params
-    if adapting:
-        fixed_too = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=copies), abstract_fixed)
-        abstract_saved = lora.join(abstract_state.params, fixed_too)
     print(report.parameter_table(abstract_state.params))
     print(
         f"mesh {dict(mesh.shape)} of {jax.device_count()} {jax.devices()[0].device_kind} device(s), "
@@ -157,80 +148,94 @@ def main() -> None:
     if flags.FLAGS.dry_run:
         return
     checkpoint.make_directory(workdir)
+    lock = checkpoint.lock(workdir)
 
     # ---------------------------------------------------------------- state
-    base, frozen, named = None, None, None
+    donated = () if kind.adapts else 0
+    begin = jax.jit(kind.begin, out_shardings=(trained_shardings, fixed_shardings), donate_argnums=donated)
+    with_optimizer = jax.jit(lambda p: step_lib.init(optimizer, p), out_shardings=state_shardings, donate_argnums=0)
+    fixed_too = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract_fixed, fixed_shardings
+    )
+    abstract_saved = kind.saved(abstract_state.params, {"fixed": fixed_too})
+
+    def restored(directory: pathlib.Path, record: Mapping[str, Any]) -> tuple[step_lib.State, Any]:
+        """The state of a checkpoint, and the parts of adapters that are not trained."""
+        saved, optimizer_state = checkpoint.restore_state(directory, record, abstract_saved, abstract_state.optimizer)
+        params, fixed = kind.split(saved)
+        print(f"going on from {directory}")
+        return step_lib.State(jax.device_put(jnp.int32(record["step"]), copies), params, optimizer_state), fixed
+
+    def original() -> Any:
+        """The weights of init_from, or random ones."""
+        if origin:
+            return origin.params(config.model, lambda tree: mesh_lib.shardings(tree, config.mesh.rules, mesh))
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        return jax.jit(lambda key: model.init(key, tokens)["params"], out_shardings=param_shardings)(
+            jax.random.key(c.seed)
+        )
+
+    def first() -> step_lib.State:
+        return with_optimizer(begin(original())[0])
+
+    base, of_base = (original(), None) if kind.adapts or not resumed else (None, None)
     if origin:
-        if given:
-            trees.check(trees.describe(given.params), trees.describe(jax.eval_shape(trees.unstack, abstract)), said)
-            base = jax.device_put(trees.restage(given.params, layout(config.model)), param_shardings)
-            before, given = given.model.config, None  # whose arrays would stay beside ours
-        else:
-            base = checkpoint.restore(
-                origin,
-                checkpoint.verify(origin),
-                config.model,
-                lambda tree: mesh_lib.shardings(tree, config.mesh.rules, mesh),
-            )
-            base = jax.jit(lambda p: trees.restage(p, layout(config.model)), out_shardings=param_shardings)(base)
-            before = checkpoint.read_config(origin).model
-        print(f"weights from {said}")
-        for key, value in _differences(before, config.model):
-            print(f"note: {key} was {value} there")
-    if adapting and base is not None:
-        named = {"path": said, "sha256": trees.fingerprint(base)}
+        print(f"weights from {origin.name}")
+        for key, before in _differences(origin.config, config.model):
+            print(f"note: {key} was {before} there")
+    if kind.adapts and origin:
+        of_base = {"path": origin.name, "sha256": trees.fingerprint(base)}
         if resumed and record:
-            checkpoint.check_base(resumed, record, named["sha256"])
+            checkpoint.check_base(resumed, record, of_base["sha256"])
     if resumed and record:
-        saved, optimizer_state = checkpoint.restore_state(resumed, record, abstract_saved, abstract_state.optimizer)
-        params, fixed = lora.split(saved, config.lora.variant) if adapting else (saved, {})
-        state = step_lib.State(jax.device_put(jnp.int32(start), copies), params, optimizer_state)
-        print(f"going on from {resumed}")
+        state, fixed = restored(resumed, record)
     else:
-        tokens, fixed = jnp.zeros((1, 1), jnp.int32), {}
-        if adapting:
-            params, fixed = jax.jit(begin_adapters, out_shardings=copies)(base)
-        elif origin:
-            params = base
-        else:
-            fresh = jax.jit(lambda key: model.init(key, tokens)["params"], out_shardings=param_shardings)
-            params = fresh(jax.random.key(c.seed))
-        state = jax.jit(lambda p: step_lib.init(optimizer, p), out_shardings=state_shardings, donate_argnums=0)(params)
-    if adapting:
-        frozen = {"base": jax.jit(lora.rebase, donate_argnums=0)(base, fixed), "fixed": fixed}
+        params, fixed = begin(base)
+        state = with_optimizer(params)
+    frozen = jax.jit(kind.freeze, out_shardings=frozen_shardings, donate_argnums=0)(base, fixed) if kind.adapts else {}
     del base
     checkpoint.write_json(workdir / "config.json", config_lib.as_dict(config))
 
     # ---------------------------------------------------------------- compiled functions
     rate = optim.schedule(config.optim, c.steps)
 
-    def whole(trained, frozen, **dropout):  # the parameters that the model sees
-        return lora.with_base(frozen, trained, **dropout) if adapting else trained
-
     def loss(trained, frozen, batch, step, key):
-        dropout = {"dropout": config.lora.dropout, "key": key} if config.lora.dropout else {}
-        return losses.language_model(model, whole(trained, frozen, **dropout), batch, c.loss_chunk)
+        return losses.language_model(model, kind.whole(trained, frozen, key), batch, c.loss_chunk)
 
     train_step = jax.jit(
-        mesh_lib.within(mesh, step_lib.make(loss, optimizer, rate, c.seed, c.grad_accumulation)),
+        mesh_lib.within(
+            mesh,
+            step_lib.make(
+                loss,
+                optimizer,
+                rate,
+                c.seed,
+                c.grad_accumulation,
+                skip_bad=c.on_bad_step == "skip",
+                update_norms=config.report.norms_every > 0,
+            ),
+        ),
         donate_argnums=0,
-        in_shardings=(state_shardings, frozen_shardings, batch_sharding),
+        in_shardings=(state_shardings, frozen_shardings, batch_sharding, None),
         out_shardings=(state_shardings, copies),
     )
     held_loss = jax.jit(
-        mesh_lib.within(mesh, lambda t, f, batch: losses.language_model(model, whole(t, f), batch, c.loss_chunk)),
+        mesh_lib.within(mesh, lambda t, f, b: losses.language_model(model, kind.whole(t, f), b, c.loss_chunk)),
         in_shardings=(trained_shardings, frozen_shardings, batch_sharding),
         out_shardings=copies,
     )
+    activation_norms = jax.jit(
+        mesh_lib.within(mesh, lambda t, f, b: report.activation_norms(model)(kind.whole(t, f), b))
+    )
     decoder = model.clone(config=dataclasses.replace(config.model, scan_layers=False))
-    unstack = jax.jit(lambda trained, frozen: trees.unstack(whole(trained, frozen)), out_shardings=copies)
+    unstack = jax.jit(lambda t, f: trees.unstack(kind.whole(t, f)), out_shardings=copies)
 
     def evaluate(limit: int) -> dict[str, float]:
-        one = lambda trained, batch: held_loss(trained, frozen, batch)  # noqa: E731
-        found = evaluation.evaluate(one, state.params, held_rows, c.batch_size, batch_sharding, limit)
+        loss_of = lambda params, batch: held_loss(params, frozen, batch)  # noqa: E731
+        found = evaluation.evaluate(loss_of, state.params, held_rows, c.batch_size, batch_sharding, limit)
         return {f"validation_{name}": value for name, value in found.items()}
 
-    def sample(title: str) -> None:
+    def sample(title: str) -> str:
         prompts = [tokenizers.prompt(tokenizer, text) for text in config.eval.prompts]
         made = loop.generate(
             decoder,
@@ -241,46 +246,92 @@ def main() -> None:
             eos=tokenizer.eos,
             vocab_size=tokenizer.vocab_size,
         )
-        for prompt, one in zip(prompts, made, strict=True):
-            print(f"----- {title}\n{tokenizer.decode(prompt + one.ids)}")
+        texts = [tokenizer.decode(prompt + one.ids) for prompt, one in zip(prompts, made, strict=True)]
+        return "\n".join(f"----- {title}\n{text}" for text in texts)
 
     if config.eval.prompts and not start:
-        sample("before training")
+        print(sample("before training"))
 
     # ---------------------------------------------------------------- the loop
     peak = report.matmul_peak(config.model.precision.compute)
-    writer = checkpoint.Writer(workdir, config, tokenizer, source.sha256, named)
-    progress = report.Progress(workdir, start, c.steps, transformer.flops_per_token(config.model, c.seq_len), peak)
+    opened = sinks.open_all(config.report.to, workdir, config_lib.flat(config), start)
+    writer = checkpoint.Writer(workdir, config, tokenizer, source.sha256, of_base)
+    flops = transformer.flops_per_token(config.model, c.seq_len)
+    progress = report.Progress(workdir, start, c.steps, flops, peak, guard, weights, opened, config.report.norms_every)
+    report.begin_attempt(workdir, start)
+    rollbacks, tracer = watch.Rollbacks(), report.Tracer(workdir, start + 3 if flags.FLAGS.profile else None)
+    periods = {
+        "evaluate": config.eval.every,
+        "sample": config.report.samples_every if config.eval.prompts else 0,
+        "norms": config.report.norms_every,
+        "save": config.checkpoint.every,
+    }
 
-    def due(every: int, done: int) -> bool:
-        return done == c.steps or bool(every and done % every == 0)
+    def ahead() -> Iterator[Batch]:
+        return batches(train_rows, done + jumped, c.steps + jumped, c.batch_size, batch_sharding)
+
+    def go_back(bad: watch.BadStep) -> tuple[step_lib.State, int]:
+        """The state and step of the last checkpoint, or of the start."""
+        writer.wait()
+        kept = checkpoint.steps(workdir)
+        if c.on_bad_step != "rollback":
+            cure = "lower optim.lr, or set train.on_bad_step to skip or rollback"
+            raise UserError(f"step {bad.step}: {bad.what}; {f'step {kept[-1]} is saved; ' if kept else ''}{cure}")
+        to = kept[-1] if kept else 0
+        rollbacks.count(to, bad)
+        guard.rewind(to)
+        progress.rewind(to)
+        progress.write(f"step {bad.step}: {bad.what}; going back to step {to} and over the batches up to there")
+        at = checkpoint.find(workdir) if kept else None
+        return (restored(at, checkpoint.verify(at))[0] if at else first()), to
 
     held: dict[str, float] = {}
-    for index, batch in enumerate(batches(train_rows, start, c.steps, c.batch_size, batch_sharding), start):
-        state, metrics = train_step(state, frozen, batch)
-        done = index + 1
-        progress.step(done, metrics)
-        held = {}
-        if due(config.eval.every, done):
-            progress.collect()
-            held = evaluate(0 if done == c.steps else config.eval.rows)
-            progress.flush(**held)
-            progress.write(
-                f"step {done}: held-out loss {held['validation_loss']:.4f}, "
-                f"{held['validation_bits_per_byte']:.3f} bits per byte"
-            )
-        if due(config.checkpoint.every, done):
-            progress.flush()
-            kept = lora.join(state.params, frozen["fixed"]) if frozen else state.params
-            writer.save(done, kept, state.optimizer, held.get("validation_loss"))
-        if held:
+    done, jumped = start, record["jumped"] if resumed and record else 0
+    stream, stopping = ahead(), 0
+    with cli.signals_noted() as stopped:
+        while done < c.steps and not stopping:
+            tracer.at(done, state)
+            batch = next(stream)
+            state, metrics = train_step(state, frozen, batch, jnp.float32(guard.limit(done + 1)))
+            done, stopping, held = done + 1, stopped(), {}
+            due = {name for name, every in periods.items() if every and done % every == 0}
+            due = {"save"} if stopping else due | {"evaluate", "save"} if done == c.steps else due
+            try:
+                progress.step(done, metrics)
+                if due:
+                    progress.collect()
+            except watch.BadStep as bad:
+                (state, to), jumped = go_back(bad), jumped + bad.step
+                done, jumped = to, jumped - to
+                stream = ahead()
+                continue
+            if not due:
+                continue
+            norms = jax.device_get(activation_norms(state.params, frozen, batch)) if "norms" in due else {}
+            if "evaluate" in due:
+                held = evaluate(0 if done == c.steps else config.eval.rows)
+                progress.write(
+                    f"step {done}: held-out loss {held['validation_loss']:.4f}, "
+                    f"{held['validation_bits_per_byte']:.3f} bits per byte"
+                )
+            progress.flush(norms, **held)
+            if "sample" in due and done < c.steps:
+                progress.text(done, "samples", sample(f"after {done} steps"))
+            if "save" in due:
+                saved = kind.saved(state.params, frozen)
+                writer.save(done, saved, state.optimizer, held.get("validation_loss"), jumped)
             progress.pause()
-    progress.close()
+    tracer.close(state)
     writer.close()
+    if config.eval.prompts and not stopping:
+        progress.text(done, "samples", sample("after training"))
+    progress.close()
+    report.end_attempt(workdir)
+    lock.close()
+    if stopping and done < c.steps:
+        cli.leave(stopping, f"saved at step {done} of {c.steps}; the same command goes on from there")
 
     # ---------------------------------------------------------------- what came of it
-    if config.eval.prompts:
-        sample("after training")
     final = held or evaluate(0)
     packed = source.compressed_bits_per_byte()
     summary = {
@@ -292,10 +343,13 @@ def main() -> None:
         "tokens_per_second": statistics.median(progress.rates) if progress.rates else None,
         "corpus": {"source": config.data.source, "sha256": source.sha256, "bytes": source.num_bytes},
         "seconds": time.perf_counter() - began,
+        "goodput": report.goodput(workdir),
+        **report.peak_memory(),
         "jax": jax.__version__,
     }
     if test_rows:
-        found = classify.accuracy(model, whole(state.params, frozen), test_rows, c.batch_size, batch_sharding)
+        whole = kind.whole(state.params, frozen)
+        found = classify.accuracy(model, whole, test_rows, c.batch_size, batch_sharding)
         summary |= {f"test_{name}": value for name, value in found.items()}
         print(f"test: {classify.say(found)}")
     checkpoint.write_json(workdir / "summary.json", summary)

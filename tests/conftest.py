@@ -15,6 +15,14 @@ from llm_jax import config as config_lib
 from llm_jax.model.transformer import Transformer
 
 ROOT = pathlib.Path(__file__).parents[1]
+LIMITED = """
+import resource, runpy, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+_, limit, module, *flags = sys.argv
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
+sys.argv = [module, *flags]
+runpy.run_module(module, run_name="__main__")
+"""
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +64,7 @@ def cache(tmp_path_factory) -> pathlib.Path:
 def command(text_file, cache):
     """command("train", *flags) runs a command of llm_jax in a process of its own and returns it."""
 
-    def run(name: str, *flags: str, code: int | None = 0, start: bool = False):
+    def run(name: str, *flags: str, code: int | None = 0, start: bool = False, largest_file: int = 0):
         if name == "train":
             flags = (
                 f"--config={ROOT / 'tests' / 'tiny.py'}",
@@ -65,6 +73,8 @@ def command(text_file, cache):
                 *flags,
             )
         full = [sys.executable, "-m", f"llm_jax.{name}", *flags]
+        if largest_file:  # in bytes: what is written beyond is an error, as on a full disk
+            full = [sys.executable, "-c", LIMITED, str(largest_file), f"llm_jax.{name}", *flags]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
         if start:
             return subprocess.Popen(

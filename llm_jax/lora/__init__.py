@@ -11,7 +11,7 @@ At every adapted path the adapter tree has `a` (I, R), `b` (R, O) and `scale` ()
 layer axis of the weight: the update is scale * a b. Variants add entries; see `adapt`.
 """
 
-from llm_jax.lora.adapt import attach, init, join, ranks, rebase, split, with_base
+from llm_jax.lora.adapt import attach, init, join, ranks, rebase, split
 from llm_jax.lora.merge import materialize, merge, unmerge
 from llm_jax.lora.several import combine, mix, plain
 
@@ -28,5 +28,4 @@ __all__ = [
     "rebase",
     "split",
     "unmerge",
-    "with_base",
 ]

@@ -17,7 +17,7 @@ past a layer's own are zero, and so are their gradients.
 
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -267,8 +267,3 @@ def attach(
         node: Any = Adapted(flat[path], a, parts["b"], parts["scale"])
         flat[path] = Decomposed(node, parts["magnitude"], parts["squares"]) if "magnitude" in parts else node
     return trees.unflatten(flat)
-
-
-def with_base(frozen: Mapping[str, Any], trained: trees.Tree, **dropout: Any) -> dict[str, Any]:
-    """`attach`, of what a training step is given: {"base", "fixed"} and the trained part."""
-    return attach(frozen["base"], join(trained, frozen["fixed"]), **dropout)

@@ -24,6 +24,7 @@ from llm_jax.model.stages import layout, stages
 
 # Letters of shapes: B batch, T time, S cache slots, D width, V vocabulary, N heads, K kv heads, H head width.
 
+ACTIVATIONS = "activations"  # a collection, filled for callers that make it mutable
 REMAT = {
     "none": None,
     "dots": jax.checkpoint_policies.save_only_these_names("dot"),
@@ -32,12 +33,21 @@ REMAT = {
 
 
 class Layer(Module):
-    """One block: attention, then the MLP, each added to what comes in; `model.norm_place` says where norms stand."""
+    """One block: attention, then the MLP, each added to what comes in; `model.norm_place` says where norms stand.
+
+    In the collection `ACTIVATIONS` it keeps "rms", the root mean square of what it gives.
+    """
 
     kind: str = "global"
 
     @nn.compact
     def __call__(self, x_BTD, queries, keys, bias, cache, index):
+        x_BTD, cache = self._through(x_BTD, queries, keys, bias, cache, index)
+        if self.is_mutable_collection(ACTIVATIONS) and not self.is_initializing():
+            self.sow(ACTIVATIONS, "rms", jnp.sqrt(jnp.mean(jnp.square(x_BTD.astype(jnp.float32)))))
+        return x_BTD, cache
+
+    def _through(self, x_BTD, queries, keys, bias, cache, index):
         c = self.config
         window = c.window if self.kind == "local" else None
         attention, mlp = Attention(c, window, name="attention"), MLP(c, name="mlp")
@@ -91,7 +101,7 @@ class Layers(Module):
                 name = f"{start}:{stop}"
                 scan = nn.scan(
                     Block,
-                    variable_axes={"params": 0},
+                    variable_axes={"params": 0, ACTIVATIONS: 0},
                     split_rngs={"params": True},
                     in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
                     length=repeats,

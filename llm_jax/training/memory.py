@@ -6,10 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llm_jax import checkpoint, lora
+from llm_jax import checkpoint
 from llm_jax.config import LoraConfig, ModelConfig, OptimConfig
 from llm_jax.model.transformer import Transformer
 from llm_jax.training import losses, optim, step
+from llm_jax.training.trained import Adapters, AllWeights
 
 KINDS = ("forward", "full", "adapters")
 
@@ -57,20 +58,14 @@ def compiled(
     if kind == "forward":
         plain = jax.jit(lambda params, rows: losses.language_model(model, params, rows, loss_chunk))
         return _of(plain.lower(base, rows), 0)
-    frozen: Any = None
-    trained, bind = base, lambda trained, frozen: trained
-    if kind == "adapters":
-
-        def begin(base: Any) -> Any:
-            return lora.split(lora.init(jax.random.key(0), base, lora_config), lora_config.variant)
-
-        trained, fixed = jax.eval_shape(begin, base)
-        frozen, bind = {"base": base, "fixed": fixed}, lambda trained, frozen: lora.with_base(frozen, trained)
+    what = Adapters(lora_config, 0) if kind == "adapters" else AllWeights()
+    trained, fixed = jax.eval_shape(what.begin, base)
+    frozen = jax.eval_shape(what.freeze, base, fixed)
 
     def loss(trained, frozen, rows, count, key):
-        return losses.language_model(model, bind(trained, frozen), rows, loss_chunk)
+        return losses.language_model(model, what.whole(trained, frozen), rows, loss_chunk)
 
-    optimizer = optim.make(optim_config, 10**9, base, None if trained is base else trained)
+    optimizer = optim.make(optim_config, 10**9, base, trained if what.adapts else None)
     state = jax.eval_shape(lambda trained: step.init(optimizer, trained), trained)
     one = jax.jit(step.make(loss, optimizer, lambda _: 0.0, 0, 1), donate_argnums=0)
     return _of(one.lower(state, frozen, rows), _bytes(state.optimizer))

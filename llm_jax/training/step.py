@@ -5,6 +5,7 @@ makes the parameters that the model sees from it and from what is frozen. In pre
 fine-tuning the trained tree is all of them; adapters train a small tree over a frozen base.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ import optax
 
 from llm_jax.data.rows import Batch
 from llm_jax.errors import UserError
+from llm_jax.training import watch
 
 # (trained, frozen, batch, step, key) -> (sum over the counted targets, their number), float32 () each.
 # `step` counts the updates done; `key` is the micro-batch's own, a function of (seed, step, micro-batch).
@@ -41,16 +43,30 @@ def init(optimizer: optax.GradientTransformation, params: Any) -> State:
 
 
 def make(
-    loss: Loss, optimizer: optax.GradientTransformation, schedule: optax.Schedule, seed: int, grad_accumulation: int
-) -> Callable[[State, Any, Batch], tuple[State, dict[str, jax.Array]]]:
-    """A pure function (state, frozen, batch) -> (state, metrics), to be jitted with the state donated.
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    seed: int,
+    grad_accumulation: int,
+    skip_bad: bool = False,
+    update_norms: bool = False,
+) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
+    """A pure function (state, frozen, batch, limit=inf) -> (state, metrics), to be jitted with the state donated.
+
+    A step is bad where the loss or the gradient is not finite, or the loss is above `limit`, float32 ().
+
+    Args:
+      skip_bad: a bad step changes nothing but the count of steps.
+      update_norms: metrics hold the norms of the updates, too.
 
     Micro-batches add up sums of losses and gradients (in float32 or wider), which are divided by the
     number of all counted targets: the same update, up to rounding, as the batch in one piece.
     """
     gradient = jax.value_and_grad(loss, has_aux=True)
 
-    def step(state: State, frozen: Any, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+    def step(
+        state: State, frozen: Any, batch: Batch, limit: float | jax.Array = math.inf
+    ) -> tuple[State, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         if grad_accumulation == 1:
             (total, count), grads = gradient(state.params, frozen, batch, state.step, jax.random.fold_in(key, 0))
@@ -71,13 +87,23 @@ def make(
         grads = jax.tree.map(lambda g, p: (g / count.astype(g.dtype)).astype(p.dtype), grads, state.params)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
+        norm = optax.tree.norm(grads)
+        mean = total / count
+        bad = ~(jnp.isfinite(norm) & (mean <= limit))
         metrics = {
-            "loss": total / count,
+            "loss": mean,
             "tokens": count,
-            "grad_norm": optax.tree.norm(grads),
+            "grad_norm": norm,
             "lr": jnp.asarray(schedule(state.step), jnp.float32),
+            "bad": bad,
+            "gradient_norms": watch.norms(grads),
         }
-        return State(state.step + 1, params, optimizer_state), metrics
+        if update_norms:
+            metrics["update_norms"] = watch.norms(updates)
+        new = State(state.step + 1, params, optimizer_state)
+        if skip_bad:
+            new = jax.tree.map(lambda new, old: jnp.where(bad, old, new), new, state.replace(step=new.step))
+        return new, metrics
 
     return step
 

@@ -9,9 +9,10 @@ import numpy as np
 import optax
 import pytest
 
-from llm_jax import checkpoint, lora, trees
+from llm_jax import checkpoint, trees
 from llm_jax.model.transformer import Transformer
 from llm_jax.training import losses, memory, optim, step
+from llm_jax.training.trained import Adapters
 from tests.lora import cases
 
 IDS = jnp.asarray(np.random.RandomState(1).randint(3, 259, (3, 8)))
@@ -19,7 +20,8 @@ IDS = jnp.asarray(np.random.RandomState(1).randint(3, 259, (3, 8)))
 
 def parts(model, base, settings):
     """(step, state, frozen, batch); three rows of seven tokens, so that no activation is shaped like a weight."""
-    trained, fixed = lora.split(lora.init(jax.random.key(0), base, settings), settings.variant)
+    what = Adapters(settings, 0)
+    trained, fixed = what.begin(base)
     ones = jnp.ones((3, 7), jnp.int32)
     batch = {
         "inputs": IDS[:, :-1],
@@ -30,11 +32,11 @@ def parts(model, base, settings):
     }
 
     def loss(trained, frozen, batch, count, key):
-        return losses.language_model(model, lora.with_base(frozen, trained), batch, 0)
+        return losses.language_model(model, what.whole(trained, frozen, key), batch, 0)
 
     optimizer = optax.adam(1e-2)
     one = jax.jit(step.make(loss, optimizer, lambda _: 1e-2, 0, 1))
-    return one, step.init(optimizer, trained), {"base": base, "fixed": fixed}, batch
+    return one, step.init(optimizer, trained), what.freeze(base, fixed), batch
 
 
 def products_like(text: str, base) -> list[str]:
@@ -75,7 +77,6 @@ def test_the_optimizer_holds_adapters_only_and_the_base_is_not_touched(make, tin
     model, base = make()
     before = trees.fingerprint(base)
     one, state, frozen, batch = parts(model, base, cases.config(tiny, variant=variant))
-    frozen = frozen | {"base": lora.rebase(base, lora.join(state.params, frozen["fixed"]))}
     rebased = trees.fingerprint(frozen["base"])
     size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))  # noqa: E731
     assert size(state.optimizer) <= 2 * size(state.params) + 8 and size(state.params) < 0.5 * size(base)

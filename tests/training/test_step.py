@@ -41,7 +41,7 @@ def run(model, params, config, batch, count=3, accumulation=1, chunk=0):
     state, seen = step.init(optimizer, params), []
     for _ in range(count):
         state, metrics = one(state, None, batch)
-        seen.append({name: float(value) for name, value in metrics.items()})
+        seen.append({name: float(value) for name, value in metrics.items() if value.ndim == 0})
     return state, seen
 
 

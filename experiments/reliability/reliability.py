@@ -1,0 +1,217 @@
+"""What is lost when a run is killed, its checkpoints damaged, its disk full: real processes, real signals.
+
+    PYTHONPATH=. python experiments/reliability/reliability.py [--kills=50 --flips=400 --output=runs/reliability]
+
+Every part compares with one undisturbed run of `config.py`. Writes results.json and prints the table of the README.
+The full disk is a tmpfs of a few MiB; where it cannot be mounted (that takes root), the part says so.
+"""
+
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+from absl import flags
+
+from llm_jax import checkpoint, cli
+from llm_jax.errors import UserError
+
+HERE = pathlib.Path(__file__).parent
+# What must be the same in a disturbed run; times differ.
+KEPT = ("step", "loss", "grad_norm", "lr", "validation_loss")
+
+flags.DEFINE_integer("kills", 50, "processes to kill")
+flags.DEFINE_integer("flips", 400, "bits to flip")
+flags.DEFINE_integer("seed", 0, "of the moments and the bits")
+flags.DEFINE_string("output", "runs/reliability", "where the runs are kept; made anew")
+
+
+def main() -> None:
+    f = flags.FLAGS
+    output = pathlib.Path(f.output).expanduser()
+    shutil.rmtree(output, ignore_errors=True)
+    whole = output / "undisturbed"
+    seconds = finish(whole)
+    print(f"undisturbed: {seconds:.1f} s", flush=True)
+    found = {
+        "kills": kills(output, whole, f.kills, seconds, random.Random(f.seed)),
+        "flips": flips(whole, output / "flips", f.flips, random.Random(f.seed)),
+        "full_disk": full_disk(output / "disk", whole),
+    }
+    command = f"PYTHONPATH=. python experiments/reliability/reliability.py --kills={f.kills} --flips={f.flips}"
+    said = {"spread": None, "seeds": [f.seed], "command": command}
+    results = [{"claim": name, "value": value, "verdict": verdict(value)} | said for name, value in found.items()]
+    checkpoint.write_json(HERE / "results.json", results)
+    for result in results:
+        print(f"{result['claim']}: {result['verdict']}; {json.dumps(result['value'])}")
+
+
+def verdict(value: dict[str, Any] | None) -> str:
+    if value is None:
+        return "not run here: a tmpfs cannot be mounted"
+    return "nothing lost" if not value["lost"] else "LOST"
+
+
+def train(workdir: pathlib.Path) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": str(HERE.parents[1]), "JAX_PLATFORMS": "cpu"}
+    full = [sys.executable, "-m", "llm_jax.train", f"--config={HERE / 'config.py'}", f"--workdir={workdir}"]
+    return subprocess.Popen(full, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def finish(workdir: pathlib.Path) -> float:
+    """Trains to the end; the seconds it took. Raises UserError if it does not get there."""
+    began = time.perf_counter()
+    process = train(workdir)
+    _, errors = process.communicate()
+    if process.returncode:
+        raise UserError(f"{workdir}: the trainer ended with {process.returncode}: {errors.strip()[-300:]}")
+    return time.perf_counter() - began
+
+
+def same(a: pathlib.Path, b: pathlib.Path) -> bool:
+    """Whether two finished runs have the same metrics and the same bytes of parameters and optimizer state."""
+
+    def metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
+        lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+        return [{key: line[key] for key in KEPT if key in line} for line in lines]
+
+    return metrics(a) == metrics(b) and arrays(a) == arrays(b)
+
+
+def arrays(workdir: pathlib.Path) -> dict[str, bytes]:
+    """Every array of the last checkpoint, optimizer state included, as bytes by name."""
+    import jax
+    import numpy as np
+    import orbax.checkpoint as ocp
+
+    directory = checkpoint.find(workdir)
+    checkpoint.verify(directory)
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as orbax:
+        wanted = {"params": ocp.args.StandardRestore(), "optimizer": ocp.args.StandardRestore()}
+        tree = orbax.restore((directory / "arrays").absolute(), args=ocp.args.Composite(**wanted))
+    leaves = jax.tree_util.tree_flatten_with_path({name: tree[name] for name in wanted})[0]
+    return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
+
+
+def kills(output: pathlib.Path, whole: pathlib.Path, count: int, seconds: float, draw: random.Random) -> dict[str, Any]:
+    """Kills runs at random moments (four in five by SIGKILL, the rest by SIGTERM) until `count` were hit."""
+    hit: list[dict[str, Any]] = []
+    runs = differing = unreadable = 0
+    while len(hit) < count:
+        workdir = output / f"killed-{runs}"
+        runs += 1
+        while True:
+            number = signal.SIGKILL if draw.random() < 0.8 else signal.SIGTERM
+            process = train(workdir)
+            wait = draw.uniform(0.2, 1.0) * seconds if len(hit) < count else None
+            try:
+                process.communicate(timeout=wait)
+            except subprocess.TimeoutExpired:
+                saving = bool(list((workdir / "checkpoints").glob(".partial-*")))
+                process.send_signal(number)
+                process.communicate()
+            if process.returncode == 0:
+                break
+            reached = last_step(workdir)
+            kept = checkpoint.steps(workdir)
+            hit.append({"signal": number.name, "reached": reached, "kept": kept[-1] if kept else 0, "saving": saving})
+            for step in kept:
+                try:
+                    checkpoint.verify(workdir / "checkpoints" / str(step))
+                except UserError:
+                    unreadable += 1
+            print(f"kill {len(hit)} of {count}: {hit[-1]}", flush=True)
+        differing += not same(workdir, whole)
+    ends = {name: [h for h in hit if h["signal"] == name] for name in ("SIGKILL", "SIGTERM")}
+    return {
+        "lost": differing + unreadable,
+        "killed": {name: len(of) for name, of in ends.items()},
+        "while_saving": sum(h["saving"] for h in hit),
+        "in_training": sum(h["reached"] > 0 for h in hit),
+        "unreadable_checkpoints": unreadable,
+        "runs": runs,
+        "runs_that_differ_from_the_undisturbed_one": differing,
+        "steps_done_again_at_most": {
+            name: max((h["reached"] - h["kept"] for h in of), default=0) for name, of in ends.items()
+        },
+    }
+
+
+def last_step(workdir: pathlib.Path) -> int:
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    for line in reversed(lines):
+        try:
+            return json.loads(line)["step"]
+        except ValueError:  # what the killed process was writing
+            continue
+    return 0
+
+
+def flips(whole: pathlib.Path, scratch: pathlib.Path, count: int, draw: random.Random) -> dict[str, Any]:
+    """Flips one bit at a time, anywhere in a checkpoint, and cuts every file short: is each found?"""
+    shutil.copytree(checkpoint.find(whole), scratch)
+    files = sorted(path for path in scratch.rglob("*") if path.is_file() and path.stat().st_size)
+    sizes = [path.stat().st_size for path in files]
+    missed = 0
+
+    def is_found() -> bool:
+        try:
+            checkpoint.verify(scratch)
+        except UserError:
+            return True
+        return False
+
+    for i in range(count):  # half of them by size, half of them file by file
+        path = draw.choices(files, sizes)[0] if i % 2 else draw.choice(files)
+        before = path.read_bytes()
+        where = draw.randrange(len(before))
+        path.write_bytes(before[:where] + bytes([before[where] ^ 1 << draw.randrange(8)]) + before[where + 1 :])
+        missed += not is_found()
+        path.write_bytes(before)
+    cut = 0
+    for path in files:
+        before = path.read_bytes()
+        path.write_bytes(before[: draw.randrange(len(before))])
+        missed += not is_found()
+        cut += 1
+        path.write_bytes(before)
+    checkpoint.verify(scratch)  # the damage was undone, so what was found was the damage
+    return {"lost": missed, "bits_flipped": count, "files_cut_short": cut, "missed": missed, "bytes": sum(sizes)}
+
+
+def full_disk(disk: pathlib.Path, whole: pathlib.Path) -> dict[str, Any] | None:
+    """Trains on disks of several sizes until they are full, makes room, and goes on."""
+    size = sum(path.stat().st_size for path in checkpoint.find(whole).rglob("*") if path.is_file())
+    codes, messages, readable, lost = [], [], 0, 0
+    for share in (0.5, 1.2, 1.7, 2.3, 2.8):
+        disk.mkdir(parents=True, exist_ok=True)
+        limit = int(share * size) // 4096 * 4096
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={limit}", "tmpfs", str(disk)]
+        if subprocess.run(mount, capture_output=True, check=False).returncode:
+            return None
+        try:
+            process = train(disk / "run")
+            _, errors = process.communicate()
+            codes.append(process.returncode)
+            messages.append(errors.strip().splitlines()[-1].replace(str(disk), "DISK")[:160])
+            for step in checkpoint.steps(disk / "run"):
+                checkpoint.verify(disk / "run" / "checkpoints" / str(step))
+                readable += 1
+            subprocess.run(["mount", "-o", f"remount,size={20 * size}", str(disk)], check=True)
+            finish(disk / "run")
+            lost += not same(disk / "run", whole)
+        finally:
+            subprocess.run(["umount", str(disk)], check=True)
+        print(f"disk of {limit:,} bytes: exit code {codes[-1]}, {messages[-1]}", flush=True)
+    return {"lost": lost, "disks": len(codes), "exit_codes": codes, "checkpoints_left": readable, "messages": messages}
+
+
+if __name__ == "__main__":
+    cli.run(main)

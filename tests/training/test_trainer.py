@@ -1,0 +1,134 @@
+"""The trainer as a process: what it tells, and what it does when something goes wrong."""
+
+import json
+import os
+import signal
+import struct
+import time
+
+import pytest
+
+from llm_jax import checkpoint
+from llm_jax.errors import UserError
+from llm_jax.training import report
+
+
+def wait_for_step(process, workdir, step):
+    metrics = workdir / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) >= step):
+        time.sleep(0.01)
+
+
+def lines(workdir):
+    clock = ("seconds", "tokens_per_second", "mfu")
+    found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in clock} for line in found]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_ends_with_a_code_of_its_own(command, tmp_path, number):
+    process = command("train", f"--workdir={tmp_path}", "--config.train.steps=100000", start=True)
+    wait_for_step(process, tmp_path, 2)
+    other = command("train", f"--workdir={tmp_path}", "--config.train.steps=100000", code=2)
+    assert f"another trainer is at work here (process {process.pid} on " in other.stderr
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "Traceback" not in errors
+    step = checkpoint.steps(tmp_path)[-1]
+    assert f"saved at step {step} of 100000" in errors and lines(tmp_path)[-1]["step"] == step
+    checkpoint.verify(checkpoint.find(tmp_path))
+    attempts = [json.loads(line) for line in (tmp_path / "attempts.jsonl").read_text().splitlines()]
+    assert len(attempts) == 1 and attempts[0]["ended"] > attempts[0]["began"]
+    assert 0 < report.goodput(tmp_path) < 1
+
+
+def test_spikes_are_jumped_over_the_same_way_when_the_run_is_interrupted(command, tmp_path):
+    # Nothing is learned at this rate: losses go up and down around ln 259, by which batch it is.
+    flags = ("--config.train.steps=60", "--config.train.batch_size=2", "--config.optim.lr=1e-9")
+    flags += (
+        "--config.train.on_bad_step=rollback",
+        "--config.train.spike_factor=1.0045",
+        "--config.checkpoint.every=6",
+    )
+    command("train", f"--workdir={tmp_path / 'a'}", *flags)
+    process = command("train", f"--workdir={tmp_path / 'b'}", *flags, start=True)
+    wait_for_step(process, tmp_path / "b", 33)
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    if process.returncode:  # or it had gone through already
+        assert process.returncode == 143
+        command("train", f"--workdir={tmp_path / 'b'}", *flags)
+    assert checkpoint.verify(checkpoint.find(tmp_path / "a"))["jumped"] > 0
+    assert lines(tmp_path / "a") == lines(tmp_path / "b")
+    assert [line["step"] for line in lines(tmp_path / "a")] == list(range(1, 61))
+
+
+def test_a_loss_that_is_not_finite_is_told_with_its_step_and_its_weights(command, tmp_path):
+    flags = ("train", f"--workdir={tmp_path}", "--config.optim.lr=1e30", "--config.optim.clip_norm=0.0")
+    error = command(*flags, code=2).stderr.strip().splitlines()[-1]
+    assert error.startswith("error: step 2: the loss is 5.5") and "the gradient of embed/table, layers/0" in error
+    assert "set train.on_bad_step to skip or rollback" in error
+    error = command(*flags, "--config.train.on_bad_step=rollback", code=2).stderr.strip().splitlines()[-1]
+    assert "gone back to step 0 3 times, giving up" in error
+
+
+def test_a_disk_that_fills_up_loses_nothing(command, tmp_path):
+    """A limit on the size of files stands for the full disk: arrays do not fit, small files do."""
+    command("train", f"--workdir={tmp_path}", "--config.train.steps=4")
+    before = checkpoint.verify(checkpoint.find(tmp_path))
+    flags = ("train", f"--workdir={tmp_path}", "--config.train.steps=8")
+    done = command(*flags, code=2, largest_file=20_000)
+    error = done.stderr.strip().splitlines()[-1]
+    assert "the checkpoint cannot be written" in error and "the last one is of step 4" in error
+    assert checkpoint.steps(tmp_path) == [4] and checkpoint.verify(checkpoint.find(tmp_path)) == before
+    assert not list((tmp_path / "checkpoints").glob(".partial*"))
+    command(*flags)
+
+
+def test_tensorboard_gets_figures_norms_and_samples(command, tmp_path):
+    from tensorboardX.proto.event_pb2 import Event
+
+    flags = ("--config.report.to=('tensorboard',)", "--config.report.norms_every=4", "--config.report.samples_every=4")
+    command("train", f"--workdir={tmp_path}", *flags, "--config.eval.prompts=('the ',)", "--profile")
+    seen: dict[str, list[int]] = {}
+    for path in (tmp_path / "tensorboard").iterdir():
+        data = path.read_bytes()
+        while data:  # a record: length, checksum, event, checksum
+            (length,) = struct.unpack("<Q", data[:8])
+            event, data = Event.FromString(data[12 : 12 + length]), data[16 + length :]
+            for value in event.summary.value:
+                seen.setdefault(value.tag, []).append(event.step)
+    assert seen["loss"] == list(range(1, 9)) and seen["validation_loss"] == [4, 8]
+    for kind in ("gradient_norm/layers/1/mlp/up", "update_norm/embed/table", "activation_norm/layers/0"):
+        assert seen[kind] == ([1, 4, 8] if "activation" not in kind else [4, 8])
+    assert seen["samples/text_summary"] == [4, 8]
+    assert list((tmp_path / "profile" / "plugins" / "profile").glob("*/*.xplane.pb"))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert 0 < summary["goodput"] < 1 and summary["peak_host_bytes"] > 10**8
+
+
+def test_reports_that_cannot_be_had_are_one_line(command, tmp_path):
+    from llm_jax.training import sinks
+
+    done = command("train", f"--workdir={tmp_path / 'x'}", "--config.report.to=('tensorbord',)", code=2)
+    assert "'report.to' is 'tensorbord'; expected one of mlflow, tensorboard, wandb" in done.stderr
+    assert not (tmp_path / "x").exists()
+    try:
+        import wandb  # noqa: F401
+    except ImportError:
+        with pytest.raises(UserError, match="report.to=wandb needs a package; pip install wandb"):
+            sinks.open_all(("wandb",), tmp_path, {}, 0)
+
+
+def test_goodput_counts_the_time_of_killed_attempts(tmp_path, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(time, "time", lambda: clock[0])
+    metrics = tmp_path / "metrics.jsonl"
+    report.begin_attempt(tmp_path, 0)
+    metrics.write_text("".join(json.dumps({"step": s, "seconds": 9.0 if s == 1 else 1.0}) + "\n" for s in range(1, 6)))
+    os.utime(metrics, (120.0, 120.0))  # killed 20 seconds after it began
+    clock[0] = 500.0
+    report.begin_attempt(tmp_path, 5)
+    clock[0] = 530.0
+    report.end_attempt(tmp_path)
+    assert report.goodput(tmp_path) == pytest.approx(5 * 1.0 / (20 + 30))
