@@ -178,7 +178,8 @@ def main() -> None:
     def first() -> step_lib.State:
         return with_optimizer(begin(original())[0])
 
-    base, of_base = (original(), None) if kind.adapts or not resumed else (None, None)
+    base: Any = original() if kind.adapts or not resumed else None
+    of_base: dict[str, str] | None = None
     if origin:
         print(f"weights from {origin.name}")
         for key, before in _differences(origin.config, config.model):
