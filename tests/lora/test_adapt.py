@@ -101,6 +101,20 @@ def test_pissa_starts_from_the_leading_singular_vectors_and_takes_them_out_of_th
     )
 
 
+def test_loftq_starts_from_what_quantization_lost(make, tiny):
+    _, original = make()
+    path = "layers/0:2/0::1/mlp/up"
+    base = jax.tree.map(lambda w: jnp.round(8 * w) / 8, original)  # quantized, as far as this start can see
+    settings = cases.config(tiny, variant="loftq")
+    adapters = jax.jit(lambda q, w: lora.init(jax.random.key(0), q, settings, original=w))(base, original)
+    merged, q, w = (
+        np.asarray(trees.flatten(t)[path], np.float64) for t in (lora.merge(base, adapters), base, original)
+    )
+    lost, left = np.linalg.svd(w - q, compute_uv=False), np.linalg.svd(w - merged, compute_uv=False)
+    np.testing.assert_allclose(left[:, :-3], lost[:, 3:], atol=1e-5)  # the best that rank 3 can do (Eckart, Young)
+    assert (np.linalg.norm(w - merged, axis=(1, 2)) < 0.97 * np.linalg.norm(w - q, axis=(1, 2))).all()
+
+
 def test_the_gradient_equals_that_of_a_dense_reference(make, tiny):
     """The reference forms W + B A by plain matmuls and is differentiated by autodiff."""
     model, base = make()
