@@ -17,7 +17,6 @@ LORA = (
     "--config.lora.rank=4",
     "--config.lora.targets=('linear', 'embeddings')",
     "--config.lora.dropout=0.1",
-    "--config.model.qk_norm=True",
 )
 
 
