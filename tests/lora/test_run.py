@@ -68,6 +68,29 @@ def test_every_command_takes_it(run, command, text_file, tmp_path):
     np.testing.assert_allclose(again.model.apply({"params": again.params}, ids), logits, atol=2e-5)
 
 
+def test_peft_and_back_over_a_base_of_hugging_faces(trained, command, tmp_path):
+    """init_from takes anyone's checkpoint, --to=peft names it, and every command takes what was written."""
+    command("convert", f"--input={trained}", f"--output={tmp_path / 'base'}", "--to=hf")
+    flags = (f"--config.init_from={tmp_path / 'base'}", "--config.lora.rank=3", "--config.train.steps=3")
+    command("train", f"--workdir={tmp_path / 'run'}", *flags)
+    command("convert", f"--input={tmp_path / 'run'}", f"--output={tmp_path / 'peft'}", "--to=peft")
+    ours, theirs = llm_jax.load(tmp_path / "run"), llm_jax.load(tmp_path / "peft")
+    ids = jnp.asarray([ours.tokenizer.encode("the model reads")])
+    logits = [jax.jit(one.model.apply)({"params": one.params}, ids) for one in (ours, theirs, llm_jax.load(trained))]
+    np.testing.assert_allclose(logits[1], logits[0], atol=1e-5)
+    assert np.abs(logits[2] - logits[0]).max() > 1e-3
+    done = command("convert", f"--input={trained}", f"--output={tmp_path / 'x'}", "--to=peft", code=2)
+    assert "--to=peft writes adapters" in done.stderr
+
+
+def test_adapters_train_over_a_base_that_is_split(run, command, trained, tmp_path):
+    mesh = ("--devices=4", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
+    command("train", f"--workdir={tmp_path / 'run'}", f"--config.init_from={trained}", *LORA, *mesh)
+    assert metrics(tmp_path / "run")[-1]["validation_loss"] == pytest.approx(
+        metrics(run)[-1]["validation_loss"], rel=1e-4
+    )
+
+
 def test_another_base_is_refused(run, command, trained, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     directory = checkpoint.find(tmp_path / "run")
