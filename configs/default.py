@@ -103,6 +103,7 @@ def get_config() -> ConfigDict:
                 "rank_stabilized": False,
                 "variant": "lora",
                 "targets": ("linear",),
+                "factors": "",
                 "dropout": 0.0,
                 "b_lr_ratio": 1.0,
             },

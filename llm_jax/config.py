@@ -143,6 +143,7 @@ class LoraConfig:
     rank_stabilized: bool  # alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv:2312.03732)
     variant: LoraVariant  # see lora/adapt.py
     targets: tuple[str, ...]  # "attention", "linear", "embeddings", or regular expressions over names
+    factors: str  # the scheme that a and b are rounded to in every use, straight-through, such as int8; "": none
     dropout: Annotated[float, (0.0, 0.99)]  # of the inputs of adapters
     b_lr_ratio: Positive  # learning rate of b over that of a (LoRA+: Hayou et al. 2024, arXiv:2402.12354)
 
@@ -237,6 +238,7 @@ ADDED: dict[str, Any] = {
     "lora.rank_stabilized": False,
     "lora.variant": "lora",
     "lora.targets": ("linear",),
+    "lora.factors": "",
     "lora.dropout": 0.0,
     "lora.b_lr_ratio": 1.0,
     "train.on_bad_step": "stop",

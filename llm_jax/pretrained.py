@@ -120,14 +120,15 @@ def family(path: pathlib.Path) -> str:
 def _adapters(directory: pathlib.Path, scan_layers: bool) -> Loaded:
     """A run of adapters: its base, wherever that is, with the adapters attached."""
     record = checkpoint.verify(directory)
-    config = checkpoint.read_config(directory).model
+    whole = checkpoint.read_config(directory)
+    config = whole.model
     try:
         base = load(record["base"]["path"], dtype=config.precision.params).params
     except UserError as error:
         raise UserError(f"{directory}: the base of its adapters cannot be read: {error}") from error
     checkpoint.check_base(directory, record, trees.fingerprint(base))
     adapters = trees.unstack(checkpoint.restore_adapters(directory, record))
-    params = lora.attach(lora.rebase(base, adapters), adapters)
+    params = lora.attach(lora.rebase(base, adapters), adapters, factors=whole.lora.factors)
     model = Transformer(dataclasses.replace(config, scan_layers=scan_layers, attention="auto"))
     return Loaded(model, trees.restage(params, layout(model.config)), tokenizers.load(directory / "tokenizer"))
 

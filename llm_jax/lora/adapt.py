@@ -17,7 +17,7 @@ past a layer's own are zero, and so are their gradients.
 
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +27,8 @@ import numpy as np
 from llm_jax import trees, weights
 from llm_jax.config import LoraConfig
 from llm_jax.errors import UserError
+from llm_jax.kernels import formats
+from llm_jax.quantized import IN, FakeQuant
 from llm_jax.weights import Adapted, Decomposed, Dropped
 
 # Letters of shapes: L layers (where stacked), I in, O out, R rank.
@@ -123,6 +125,8 @@ def init(key: jax.Array, base: trees.Tree, config: LoraConfig, original: trees.T
         raise UserError(
             f"lora.targets: '{some[0]}' is left out; lora.variant=dora adapts a weight in all layers or none"
         )
+    if config.factors:
+        _check_factors(config.factors, flat, found)
     widest: dict[str, int] = {}
     for own in found.values():
         for name, rank in own.items():
@@ -136,6 +140,17 @@ def init(key: jax.Array, base: trees.Tree, config: LoraConfig, original: trees.T
         parts = starts[0] if trees.layers_of(path) is None else jax.tree.map(lambda *x: jnp.stack(x), *starts)
         adapters |= {f"{path}/{part}": leaf for part, leaf in parts.items()}
     return trees.unflatten(adapters)
+
+
+def _check_factors(name: str, flat: Mapping[str, Any], found: Mapping[str, Mapping[str, int]]) -> None:
+    s = formats.scheme(name)
+    if s.activations:
+        raise UserError(f"lora.factors={name}: it quantizes activations too; expected a scheme of weights")
+    for path, own in found.items():
+        rows, _ = _matrix(flat[path].shape[trees.layers_of(path) is not None :])
+        for size in (rows, max(own.values())):
+            if reason := formats.misfit(s, size):
+                raise UserError(f"lora.factors={name} for the adapter of '{path}': {reason}")
 
 
 def _layer(weight: Any, index: int) -> Any:
@@ -243,12 +258,18 @@ def _per_layer(scale: jax.Array, rank: int) -> jax.Array:
 
 
 def attach(
-    base: trees.Tree, adapters: trees.Tree, *, dropout: float = 0.0, key: jax.Array | None = None
+    base: trees.Tree,
+    adapters: trees.Tree,
+    *,
+    factors: str = "",
+    dropout: float = 0.0,
+    key: jax.Array | None = None,
 ) -> dict[str, Any]:
     """The parameters that the model sees: `base`, with a node of `weights` wherever there is an adapter.
 
     Args:
       base: weights of any kind, those of `rebase`.
+      factors: the scheme that a and b are rounded to in every use (straight-through); "": none.
       dropout: of the inputs of the low-rank path, drawn by `key`.
 
     Raises:
@@ -260,10 +281,20 @@ def attach(
         stacked = trees.layers_of(path)
         if len(flat[path].shape) - (stacked is not None) != 2:
             raise UserError(f"'{path}' of shape {flat[path].shape} is no matrix; use lora.materialize")
-        a = parts["a"]
+        keys = None
         if dropout and key is not None:
             own = _key(key, path)
-            a = Dropped(a, own if stacked is None else jax.random.split(own, len(stacked)), dropout)
-        node: Any = Adapted(flat[path], a, parts["b"], parts["scale"])
-        flat[path] = Decomposed(node, parts["magnitude"], parts["squares"]) if "magnitude" in parts else node
+            keys = own if stacked is None else jax.random.split(own, len(stacked))
+        flat[path] = node(flat[path], parts, factors, dropout, keys)
     return trees.unflatten(flat)
+
+
+def node(base: Any, parts: Mapping[str, Any], factors: str, dropout: float = 0.0, key: Any = None) -> Any:
+    """The weight (I, O) that a base and its adapter's entries make."""
+    a, b = parts["a"], parts["b"]
+    if factors:
+        a, b = (FakeQuant(factor, None, None, None, factors, IN) for factor in (a, b))
+    if key is not None:
+        a = Dropped(a, key, dropout)
+    adapted = Adapted(base, a, b, parts["scale"])
+    return Decomposed(adapted, parts["magnitude"], parts["squares"]) if "magnitude" in parts else adapted

@@ -1,22 +1,27 @@
-"""Adapters folded into dense weights, and out of them again."""
+"""Adapters folded into dense weights, and out of them again; and into quantized ones, at a price that is told."""
 
+import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from llm_jax import trees, weights
+from llm_jax import quantized, trees, weights
 from llm_jax.errors import UserError
-from llm_jax.lora.adapt import by_path, check
-from llm_jax.weights import Adapted, Decomposed
+from llm_jax.lora.adapt import by_path, check, node
+from llm_jax.quantized import QTensor
 
 
-def materialize(base: trees.Tree, adapters: trees.Tree) -> dict[str, Any]:
+def materialize(base: trees.Tree, adapters: trees.Tree, *, factors: str = "") -> dict[str, Any]:
     """The base with W + scale * a b, as an array of W's shape and dtype, wherever there is an adapter.
 
     Works on the parameters of any Flax model, convolutions included: a kernel (..., O) is the matrix
     (I, O) of its flattened axes, so that `a` is the kernel of a convolution to R channels and `b` one
     of size 1 (the last axis is what comes out). Inside a jitted function it can be differentiated with
     respect to the adapters; the gradient of a dense W + a b is then formed, which `attach` avoids.
+
+    Args:
+      factors: as of `attach`.
 
     Raises:
       UserError: the adapters are for another model.
@@ -25,20 +30,36 @@ def materialize(base: trees.Tree, adapters: trees.Tree) -> dict[str, Any]:
     flat = trees.flatten(base)
     for path, parts in by_path(adapters).items():
         stacked = trees.layers_of(path) is not None
-        flat[path] = (jax.vmap(_dense) if stacked else _dense)(weights.dense(flat[path]), parts)
+        one = functools.partial(_dense, factors=factors)
+        flat[path] = (jax.vmap(one) if stacked else one)(weights.dense(flat[path]), parts)
     return trees.unflatten(flat)
 
 
-merge = jax.jit(materialize)
+merge = jax.jit(materialize, static_argnames="factors")
 
 
-def _dense(base: jax.Array, parts: dict[str, Any]) -> jax.Array:
-    return _node(base, parts).dense().reshape(base.shape)
+def _dense(base: jax.Array, parts: dict[str, Any], factors: str) -> jax.Array:
+    return node(base.reshape(-1, base.shape[-1]), parts, factors).dense().reshape(base.shape)
 
 
-def _node(base: jax.Array, parts: dict[str, Any]) -> Any:
-    node = Adapted(base.reshape(-1, base.shape[-1]), parts["a"], parts["b"], parts["scale"])
-    return Decomposed(node, parts["magnitude"], parts["squares"]) if "magnitude" in parts else node
+def requantize(base: trees.Tree, adapters: trees.Tree, *, factors: str = "") -> tuple[dict[str, Any], dict[str, float]]:
+    """`merge`d parameters whose quantized weights are quantized again, each by its own scheme; and what that costs.
+
+    Returns:
+      (parameters, {path: error}): of every weight that was merged into a QTensor, the norm of the difference to
+      the merged weight before rounding, over the norm of what the adapter added: at 1 nothing is left of it.
+    """
+    merged, flat = trees.flatten(merge(base, adapters, factors=factors)), trees.flatten(base)
+    out, costs = dict(merged), {}
+    for path in by_path(adapters):
+        q = flat[path]
+        if isinstance(q, QTensor):
+            out[path] = quantized.quantize(merged[path], q.scheme, q.axis)
+            lost, added = weights.dense(out[path]) - merged[path], merged[path] - weights.dense(q)
+            costs[path] = float(
+                jnp.linalg.norm(lost) / jnp.maximum(jnp.linalg.norm(added), jnp.finfo(added.dtype).tiny)
+            )
+    return trees.unflatten(out), costs
 
 
 @jax.jit

@@ -62,7 +62,8 @@ class Adapters:
 
     def whole(self, trained: Any, frozen: Any, key: jax.Array | None = None) -> Any:
         adapters = lora.join(trained, frozen["fixed"])
-        return lora.attach(frozen["base"], adapters, dropout=self.config.dropout, key=key)
+        c = self.config
+        return lora.attach(frozen["base"], adapters, factors=c.factors, dropout=c.dropout, key=key)
 
     def saved(self, trained: Any, frozen: Any) -> Any:
         return lora.join(trained, frozen["fixed"])
