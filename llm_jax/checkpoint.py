@@ -3,7 +3,7 @@
     WORKDIR/checkpoints/400/
       config.json      the full configuration
       tokenizer/       the tokenizer's files
-      arrays/          params and optimizer state, by Orbax
+      arrays/          params, their average where the run keeps one, and optimizer state, by Orbax
       record.json      format version, step, held-out loss, hash of the corpus; what the params are; of adapters
                        also where their base is, and its hash
       manifest.json    the sha256 of every other file
@@ -141,7 +141,9 @@ def restore(
     config: config_lib.ModelConfig,
     shardings: Callable[[Any], Any],
 ) -> Any:
-    """The params of a verified checkpoint, in the layout and of the kinds that they were saved in.
+    """The model of a verified checkpoint, in the layout and of the kinds that it was saved in.
+
+    It is the moving average of the params where the run kept one, else the params.
 
     Args:
       config: of the model they are for; its layout may be another one.
@@ -153,14 +155,26 @@ def restore(
     saved = trees.unflatten({path: weights.abstract(r) for path, r in record["params"].items()})
     fitting = dataclasses.replace(config, scan_layers=any(trees.layers_of(path) for path in record["params"]))
     trees.check(_shapes(saved), _shapes(abstract_params(Transformer(fitting))), str(directory))
-    return _read_arrays(directory, params=_placed(saved, shardings(saved)))["params"]
+    if "ema" not in record:
+        return _read_arrays(directory, params=_placed(saved, shardings(saved)))["params"]
+    wide = trees.unflatten({path: weights.abstract(r) for path, r in record["ema"].items()})
+    average = _read_arrays(directory, ema=_placed(wide, shardings(saved)))["ema"]
+    return jax.tree.map(lambda leaf, p: leaf.astype(p.dtype), average, saved)
 
 
 def restore_adapters(directory: pathlib.Path, record: Mapping[str, Any]) -> Any:
     """The adapter tree of a verified checkpoint, on the default device, in the layout it was saved in."""
-    saved = trees.unflatten({path: weights.abstract(r) for path, r in record["params"].items()})
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return _read_arrays(directory, params=_placed(saved, jax.tree.map(lambda _: device, saved)))["params"]
+
+    def read(name: str, key: str) -> dict[str, Any]:
+        saved = trees.unflatten({path: weights.abstract(r) for path, r in record[key].items()})
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        return trees.flatten(
+            _read_arrays(directory, **{name: _placed(saved, jax.tree.map(lambda _: device, saved))})[name]
+        )
+
+    found = read("params", "params")
+    averages = read("ema", "ema") if "ema" in record else {}  # of what is trained
+    return trees.unflatten(found | {path: leaf.astype(found[path].dtype) for path, leaf in averages.items()})
 
 
 def check_base(source: pathlib.Path | None, record: Mapping[str, Any], found: str) -> None:
@@ -173,8 +187,10 @@ def check_base(source: pathlib.Path | None, record: Mapping[str, Any], found: st
         )
 
 
-def restore_state(directory: pathlib.Path, record: Mapping[str, Any], params: Any, optimizer: Any) -> tuple[Any, Any]:
-    """(params, optimizer state) of a verified checkpoint, exactly as the abstract trees say.
+def restore_state(
+    directory: pathlib.Path, record: Mapping[str, Any], params: Any, optimizer: Any, ema: Any = None
+) -> tuple[Any, Any, Any]:
+    """(params, optimizer state, average or None) of a verified checkpoint, exactly as the abstract trees say.
 
     Raises:
       UserError: names, kinds, static fields, shapes or dtypes differ from those of the checkpoint.
@@ -182,8 +198,9 @@ def restore_state(directory: pathlib.Path, record: Mapping[str, Any], params: An
     trees.check(record["params"], trees.describe(params), str(directory))
     if record["optimizer"] != _leaves(optimizer):
         raise UserError(f"{directory}: the optimizer state is not that of the config's optim section")
-    arrays = _read_arrays(directory, params=params, optimizer=optimizer)
-    return arrays["params"], arrays["optimizer"]
+    trees.check(record.get("ema", {}), trees.describe(ema or {}), str(directory))
+    arrays = _read_arrays(directory, params=params, optimizer=optimizer, **({} if ema is None else {"ema": ema}))
+    return arrays["params"], arrays["optimizer"], arrays["ema"] if ema is not None else None
 
 
 class Writer:
@@ -191,6 +208,7 @@ class Writer:
 
     Args:
       corpus: sha256 of the text that the run trains on, kept in the records.
+      other: `trees.fingerprint` of the loss's frozen model, or "", kept in the records.
       base: of adapters: {"path", "sha256"} of the weights that they adapt, kept in the records.
     """
 
@@ -200,10 +218,11 @@ class Writer:
         config: config_lib.Config,
         tokenizer: Tokenizer,
         corpus: str,
+        other: str = "",
         base: dict[str, str] | None = None,
     ):
         self.directory = workdir / "checkpoints"
-        self._config, self._tokenizer, self._corpus, self._base = config, tokenizer, corpus, base
+        self._config, self._tokenizer, self._corpus, self._other, self._base = config, tokenizer, corpus, other, base
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -211,11 +230,14 @@ class Writer:
         for leftover in self.directory.glob(f"{_PARTIAL}*"):
             shutil.rmtree(leftover)
 
-    def save(self, step: int, params: Any, optimizer: Any, validation_loss: float | None, jumped: int = 0) -> None:
+    def save(
+        self, step: int, params: Any, optimizer: Any, validation_loss: float | None, jumped: int = 0, ema: Any = None
+    ) -> None:
         """Starts writing checkpoint `step`, once the one before is finished. The arrays may be donated after.
 
         Args:
           jumped: batches that have been passed over so far.
+          ema: the average of params, where the run keeps one.
 
         Raises:
           UserError: this one or the one before cannot be written.
@@ -230,10 +252,17 @@ class Writer:
             "validation_loss": validation_loss,
             "params": trees.describe(params),
             "optimizer": _leaves(optimizer),
-        } | ({"base": self._base} if self._base else {})
+        }
+        arrays = {"params": params, "optimizer": optimizer}
+        if ema is not None:
+            arrays["ema"], record["ema"] = ema, trees.describe(ema)
+        if self._other:
+            record["other"] = self._other
+        if self._base:
+            record["base"] = self._base
         if jax.default_backend() == "cpu":  # there Orbax reads the very buffers that the next step is given
-            params, optimizer = jax.tree.map(jnp.copy, (params, optimizer))
-        parts = {"params": ocp.args.StandardSave(params), "optimizer": ocp.args.StandardSave(optimizer)}
+            arrays = jax.tree.map(jnp.copy, arrays)
+        parts = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
         try:
             partial.mkdir()
             self._orbax.save(partial.absolute() / "arrays", args=ocp.args.Composite(**parts))

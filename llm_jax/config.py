@@ -75,6 +75,7 @@ class PrecisionConfig:
 class ModelConfig:
     vocab_size: CountOrZero  # 0: the tokenizer's
     width: Count
+    base_width: CountOrZero  # rates and logits keep the sizes they have at this width (μP); 0: no transfer
     num_layers: Count
     causal: bool  # a token sees what is before it (decoder), or all of its document (encoder)
     layer_pattern: tuple[str, ...]  # kinds of layer, repeated over the depth: "global", "local"
@@ -110,17 +111,33 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    kind: str  # "adamw" or "sgd"
+    kind: str  # "adamw", "lion", "adafactor", "muon" (hidden matrices; adamw for the rest) or "sgd"
     lr: PositiveOrZero  # the peak
+    lr_rules: Rules  # (regular expression, factor on the rate) over parameter names
     warmup_steps: CountOrZero
-    schedule: str  # after the warm-up: "cosine", "linear" or "constant"
-    final_lr_fraction: Share  # of the peak, reached at the last step
+    schedule: str  # after the warm-up: "cosine", "linear", "constant", "wsd" or "inverse_sqrt"
+    final_lr_fraction: Share  # of the peak, reached at the last step (cosine, linear, wsd)
+    decay_fraction: Share  # wsd: the share of all steps in which the rate falls, the last ones
     weight_decay: PositiveOrZero
     decay_rules: Rules  # (regular expression, factor on weight_decay) over parameter names
-    beta1: Share  # adamw; momentum of sgd
-    beta2: Share
-    eps: PositiveOrZero
+    beta1: Share  # adamw, lion; momentum of sgd
+    beta2: Share  # adamw, lion
+    eps: PositiveOrZero  # adamw
+    momentum: Share  # muon
     clip_norm: PositiveOrZero  # of the global gradient; 0: no clipping
+    ema_decay: Share  # of a moving average of the weights, which is then what is evaluated and loaded; 0: none
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    kind: str  # "cross_entropy", "unlikelihood", "entmax", "distillation" or "dpo"; see training/losses.py
+    z_loss: PositiveOrZero  # weight of log(sum exp(logits))^2
+    label_smoothing: Share  # of the target's probability, shared by all ids
+    unlikelihood: PositiveOrZero  # its weight beside the cross-entropy
+    teacher: str  # distillation: a checkpoint (as --checkpoint takes it) with the run's vocabulary
+    temperature: Positive  # distillation: of both models
+    teacher_weight: Share  # distillation: of the divergence from the teacher; the cross-entropy has the rest
+    beta: Positive  # dpo: how dear it is to leave the reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,6 +201,7 @@ class Config:
     tokenizer: TokenizerConfig
     model: ModelConfig
     optim: OptimConfig
+    loss: LossConfig
     train: TrainConfig
     lora: LoraConfig
     eval: EvalConfig
@@ -241,6 +259,19 @@ ADDED: dict[str, Any] = {
     "lora.factors": "",
     "lora.dropout": 0.0,
     "lora.b_lr_ratio": 1.0,
+    "optim.lr_rules": ((r".*", 1.0),),
+    "optim.decay_fraction": 0.2,
+    "optim.momentum": 0.95,
+    "optim.ema_decay": 0.0,
+    "loss.kind": "cross_entropy",
+    "loss.z_loss": 0.0,
+    "loss.label_smoothing": 0.0,
+    "loss.unlikelihood": 1.0,
+    "loss.teacher": "",
+    "loss.temperature": 2.0,
+    "loss.teacher_weight": 0.5,
+    "loss.beta": 0.1,
+    "model.base_width": 0,
     "train.on_bad_step": "stop",
     "train.spike_factor": 0.0,
     "report.to": (),

@@ -36,7 +36,6 @@ def main() -> None:
     cli.use_devices(flags.FLAGS.devices)
     import jax
     import jax.numpy as jnp
-    import optax
 
     from llm_jax import checkpoint, pretrained, tokenizers, trees
     from llm_jax.data.corpus import Source
@@ -104,9 +103,10 @@ def main() -> None:
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab))
     mesh = mesh_lib.make(config.mesh)
     batch_sharding = mesh_lib.batch_sharding(mesh, c.batch_size)
-    losses.check_chunk(c.loss_chunk, c.seq_len)
+    losses.check(config)
     sinks.check(config.report.to)
-    step_lib.check_accumulation(c.batch_size, c.grad_accumulation, mesh.shape["data"] * mesh.shape["fsdp"])
+    together = losses.rows_together(config.loss)
+    step_lib.check_accumulation(c.batch_size, c.grad_accumulation, mesh.shape["data"] * mesh.shape["fsdp"], together)
     model = transformer.Transformer(config.model)
     transformer.check_length(config.model, c.seq_len)
     attention = product.describe(
@@ -119,27 +119,45 @@ def main() -> None:
     # Adapters are small: a copy on every device.
     trained_shardings = jax.tree.map(lambda _: copies, abstract_trained) if kind.adapts else param_shardings
     fixed_shardings = jax.tree.map(lambda _: copies, abstract_fixed)
-    frozen_shardings = kind.freeze_shardings(param_shardings, fixed_shardings)
     weights = watch.names(abstract_trained)
     guard = watch.Watch(c, weights, workdir / "metrics.jsonl", start)
     optimizer = optim.make(
-        config.optim, c.steps, abstract, abstract_trained if kind.adapts else None, config.lora.b_lr_ratio
+        config.optim,
+        c.steps,
+        abstract,
+        transformer.width_ratio(config.model),
+        abstract_trained if kind.adapts else None,
+        config.lora.b_lr_ratio,
     )
-    abstract_state = jax.eval_shape(lambda p: step_lib.init(optimizer, p), abstract_trained)
+
+    def begun(params):
+        return step_lib.init(optimizer, params, ema=bool(config.optim.ema_decay))
+
+    abstract_state = jax.eval_shape(begun, abstract_trained)
     state_shardings = step_lib.State(
         copies,
         trained_shardings,
-        optax.tree.map_params(
-            optimizer,
-            lambda _, s: s,
-            abstract_state.optimizer,
-            trained_shardings,
-            transform_non_params=lambda _: copies,
-        ),
+        optim.shardings(abstract_state.optimizer, abstract_trained, trained_shardings, copies),
+        trained_shardings if config.optim.ema_decay else None,
     )
     abstract_state = jax.tree.map(
         lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), abstract_state, state_shardings
     )
+    # ---------------------------------------------------------------- the frozen model of the loss
+    # A teacher, or for DPO the weights that the run started from.
+    other, frozen, fingerprint = None, {}, ""
+    if name := config.loss.teacher or (config.init_from if config.loss.kind == "dpo" else ""):
+        loaded = pretrained.load(name, scan_layers=config.model.scan_layers, dtype=config.model.precision.params)
+        losses.check_other(name, loaded.model.config, config.model, tokenizers.digest(loaded.tokenizer), tokenizer)
+        other = loaded.model if config.loss.teacher else model
+        frozen = {"other": jax.device_put(loaded.params, mesh_lib.shardings(loaded.params, config.mesh.rules, mesh))}
+        fingerprint = trees.fingerprint(loaded.params)
+        transformer.check_length(other.config, c.seq_len)
+        if resumed and record and record["other"] != fingerprint:
+            raise UserError(f"{name}: its weights have changed since {workdir} was started; give another --workdir")
+        del loaded
+
+    # ---------------------------------------------------------------- what will be trained
     print(report.parameter_table(abstract_state.params))
     print(
         f"mesh {dict(mesh.shape)} of {jax.device_count()} {jax.devices()[0].device_kind} device(s), "
@@ -153,7 +171,7 @@ def main() -> None:
     # ---------------------------------------------------------------- state
     donated = () if kind.adapts else 0
     begin = jax.jit(kind.begin, out_shardings=(trained_shardings, fixed_shardings), donate_argnums=donated)
-    with_optimizer = jax.jit(lambda p: step_lib.init(optimizer, p), out_shardings=state_shardings, donate_argnums=0)
+    with_optimizer = jax.jit(begun, out_shardings=state_shardings, donate_argnums=0)
     fixed_too = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract_fixed, fixed_shardings
     )
@@ -161,10 +179,11 @@ def main() -> None:
 
     def restored(directory: pathlib.Path, record: Mapping[str, Any]) -> tuple[step_lib.State, Any]:
         """The state of a checkpoint, and the parts of adapters that are not trained."""
-        saved, optimizer_state = checkpoint.restore_state(directory, record, abstract_saved, abstract_state.optimizer)
+        a = abstract_state
+        saved, *rest = checkpoint.restore_state(directory, record, abstract_saved, a.optimizer, a.ema)
         params, fixed = kind.split(saved)
         print(f"going on from {directory}")
-        return step_lib.State(jax.device_put(jnp.int32(record["step"]), copies), params, optimizer_state), fixed
+        return step_lib.State(jax.device_put(jnp.int32(record["step"]), copies), params, *rest), fixed
 
     def original() -> Any:
         """The weights of init_from, or random ones."""
@@ -193,15 +212,18 @@ def main() -> None:
     else:
         params, fixed = begin(base)
         state = with_optimizer(params)
-    frozen = jax.jit(kind.freeze, out_shardings=frozen_shardings, donate_argnums=0)(base, fixed) if kind.adapts else {}
+    if kind.adapts:
+        placed = {"base": param_shardings, "fixed": fixed_shardings}
+        frozen = jax.jit(kind.freeze, out_shardings=placed, donate_argnums=0)(base, fixed) | frozen
     del base
     checkpoint.write_json(workdir / "config.json", config_lib.as_dict(config))
 
     # ---------------------------------------------------------------- compiled functions
     rate = optim.schedule(config.optim, c.steps)
+    loss_of = losses.make(config.loss, model, c.loss_chunk, other)
 
     def loss(trained, frozen, batch, step, key):
-        return losses.language_model(model, kind.whole(trained, frozen, key), batch, c.loss_chunk)
+        return loss_of(kind.whole(trained, frozen, key), frozen, batch, step, key)
 
     train_step = jax.jit(
         mesh_lib.within(
@@ -214,15 +236,17 @@ def main() -> None:
                 c.grad_accumulation,
                 skip_bad=c.on_bad_step == "skip",
                 update_norms=config.report.norms_every > 0,
+                ema_decay=config.optim.ema_decay,
+                rows_together=together,
             ),
         ),
         donate_argnums=0,
-        in_shardings=(state_shardings, frozen_shardings, batch_sharding, None),
+        in_shardings=(state_shardings, None, batch_sharding, None),
         out_shardings=(state_shardings, copies),
     )
     held_loss = jax.jit(
         mesh_lib.within(mesh, lambda t, f, b: losses.language_model(model, kind.whole(t, f), b, c.loss_chunk)),
-        in_shardings=(trained_shardings, frozen_shardings, batch_sharding),
+        in_shardings=(trained_shardings, None, batch_sharding),
         out_shardings=copies,
     )
     activation_norms = jax.jit(
@@ -232,15 +256,15 @@ def main() -> None:
     unstack = jax.jit(lambda t, f: trees.unstack(kind.whole(t, f)), out_shardings=copies)
 
     def evaluate(limit: int) -> dict[str, float]:
-        loss_of = lambda params, batch: held_loss(params, frozen, batch)  # noqa: E731
-        found = evaluation.evaluate(loss_of, state.params, held_rows, c.batch_size, batch_sharding, limit)
+        one = lambda model_, batch: held_loss(model_, frozen, batch)  # noqa: E731
+        found = evaluation.evaluate(one, state.model, held_rows, c.batch_size, batch_sharding, limit)
         return {f"validation_{name}": value for name, value in found.items()}
 
     def sample(title: str) -> str:
         prompts = [tokenizers.prompt(tokenizer, text) for text in config.eval.prompts]
         made = loop.generate(
             decoder,
-            unstack(state.params, frozen),
+            unstack(state.model, frozen),
             prompts,
             samplers.make(0.8, top_p=0.95),
             max_new_tokens=config.eval.max_new_tokens,
@@ -256,7 +280,7 @@ def main() -> None:
     # ---------------------------------------------------------------- the loop
     peak = report.matmul_peak(config.model.precision.compute)
     opened = sinks.open_all(config.report.to, workdir, config_lib.flat(config), start)
-    writer = checkpoint.Writer(workdir, config, tokenizer, source.sha256, of_base)
+    writer = checkpoint.Writer(workdir, config, tokenizer, source.sha256, fingerprint, of_base)
     flops = transformer.flops_per_token(config.model, c.seq_len)
     progress = report.Progress(workdir, start, c.steps, flops, peak, guard, weights, opened, config.report.norms_every)
     report.begin_attempt(workdir, start)
@@ -287,7 +311,7 @@ def main() -> None:
         return (restored(at, checkpoint.verify(at))[0] if at else first()), to
 
     held: dict[str, float] = {}
-    done, jumped = start, record["jumped"] if resumed and record else 0
+    done, jumped = start, record.get("jumped", 0) if resumed and record else 0
     stream, stopping = ahead(), 0
     with cli.signals_noted() as stopped:
         while done < c.steps and not stopping:
@@ -320,7 +344,7 @@ def main() -> None:
                 progress.text(done, "samples", sample(f"after {done} steps"))
             if "save" in due:
                 saved = kind.saved(state.params, frozen)
-                writer.save(done, saved, state.optimizer, held.get("validation_loss"), jumped)
+                writer.save(done, saved, state.optimizer, held.get("validation_loss"), jumped, state.ema)
             progress.pause()
     tracer.close(state)
     writer.close()
@@ -349,8 +373,7 @@ def main() -> None:
         "jax": jax.__version__,
     }
     if test_rows:
-        whole = kind.whole(state.params, frozen)
-        found = classify.accuracy(model, whole, test_rows, c.batch_size, batch_sharding)
+        found = classify.accuracy(model, kind.whole(state.model, frozen), test_rows, c.batch_size, batch_sharding)
         summary |= {f"test_{name}": value for name, value in found.items()}
         print(f"test: {classify.say(found)}")
     checkpoint.write_json(workdir / "summary.json", summary)

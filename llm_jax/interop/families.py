@@ -53,6 +53,7 @@ FAMILIES: dict[str, Family] = {
 NEUTRAL = ModelConfig(
     vocab_size=0,
     width=1,
+    base_width=0,
     num_layers=1,
     causal=True,
     layer_pattern=("global",),

@@ -226,6 +226,8 @@ class Transformer(Module):
         c = self.config
         tied = c.tie_head
         table = self.embed.table if tied else self.head.kernel
+        if (ratio := width_ratio(c)) != 1:
+            x_BTD *= ratio
         logits = weights.dot(
             x_BTD, table, transposed=tied, out_dtype=c.precision.output, accumulate=c.precision.accumulate
         )
@@ -267,6 +269,24 @@ def check_length(config: ModelConfig, length: int) -> None:
             f"sequences of {length} tokens go past the {bound} positions of model.position.kind="
             f"{config.position.kind}; raise model.position.max_length or shorten them"
         )
+
+
+def width_ratio(config: ModelConfig) -> float:
+    """base width / width, what width transfer multiplies logits and rates with; 1 where it is off.
+
+    Yang et al. 2022 (arXiv:2203.03466), table 8: embeddings, head and all vectors start alike at every
+    width and keep their rates; logits are divided by the width; the Adam rates of hidden matrices, too
+    (`optim.make`). In this form the head may be the embedding table. Heads are to keep their width and
+    grow in number; then 1 / sqrt(head width) is a constant, and the scores need no scale of their own.
+
+    Raises:
+      UserError: the embeddings are scaled by the width as well.
+    """
+    if not config.base_width:
+        return 1.0
+    if config.scale_embeddings:
+        raise UserError("model.base_width keeps embeddings alike at every width; set model.scale_embeddings=False")
+    return config.base_width / config.width
 
 
 def matmul_parameters(config: ModelConfig) -> int:

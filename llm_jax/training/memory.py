@@ -65,7 +65,7 @@ def compiled(
     def loss(trained, frozen, rows, count, key):
         return losses.language_model(model, what.whole(trained, frozen), rows, loss_chunk)
 
-    optimizer = optim.make(optim_config, 10**9, base, trained if what.adapts else None)
+    optimizer = optim.make(optim_config, 10**9, base, adapters=trained if what.adapts else None)
     state = jax.eval_shape(lambda trained: step.init(optimizer, trained), trained)
     one = jax.jit(step.make(loss, optimizer, lambda _: 0.0, 0, 1), donate_argnums=0)
     return _of(one.lower(state, frozen, rows), _bytes(state.optimizer))

@@ -30,9 +30,6 @@ class AllWeights:
     def freeze(self, base: Any, fixed: Any) -> Any:
         return {}
 
-    def freeze_shardings(self, base: Any, fixed: Any) -> Any:
-        return {}
-
     def whole(self, trained: Any, frozen: Any, key: jax.Array | None = None) -> Any:
         return trained
 
@@ -56,9 +53,6 @@ class Adapters:
 
     def freeze(self, base: Any, fixed: Any) -> Any:
         return {"base": lora.rebase(base, fixed), "fixed": fixed}
-
-    def freeze_shardings(self, base: Any, fixed: Any) -> Any:
-        return {"base": base, "fixed": fixed}
 
     def whole(self, trained: Any, frozen: Any, key: jax.Array | None = None) -> Any:
         adapters = lora.join(trained, frozen["fixed"])

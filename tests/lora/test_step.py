@@ -100,7 +100,7 @@ def test_lora_plus_gives_b_its_own_rate_and_adapters_decay_as_their_weights(tiny
         tiny.optim, weight_decay=0.1, clip_norm=0.0, kind="sgd", schedule="constant", lr=1.0, warmup_steps=0,
         decay_rules=((r"embed/.*", 0.0), (r".*", 0.5)),
     )  # fmt: skip
-    optimizer = optim.make(config, 8, base, adapters, b_lr_ratio=4.0)
+    optimizer = optim.make(config, 8, base, adapters=adapters, b_lr_ratio=4.0)
     updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, adapters), optimizer.init(adapters), adapters)
     expected = {"embed/table/a": -1.0, "embed/table/b": -4.0, "mlp/up/a": -1.05, "mlp/up/b": -4.2}
     for path, update in trees.flatten(updates).items():
