@@ -44,6 +44,7 @@ def get_config() -> ConfigDict:
                 "tie_head": True,
                 "causal": True,
                 "attention": "auto",
+                "cache": "compute",
                 "position": {
                     "kind": "rope",
                     "base": 10000.0,
@@ -100,6 +101,12 @@ def get_config() -> ConfigDict:
                 "temperature": 2.0,
                 "teacher_weight": 0.5,
                 "beta": 0.1,
+            },
+            "quant": {
+                "scheme": "",
+                "head": "int8",
+                "rules": (),
+                "qat": {"scheme": "", "start_step": 0, "learned_step": False},
             },
             "train": {
                 "steps": 700,

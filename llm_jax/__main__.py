@@ -6,6 +6,7 @@ COMMANDS = {
     "train": "train a model, or go on with a run",
     "evaluate": "held-out loss, perplexity and bits per byte of a checkpoint",
     "generate": "continue a prompt, or answer it, with a checkpoint",
+    "quantize": "a checkpoint with weights of 8 bits or fewer",
     "convert": "a checkpoint into Hugging Face's form or a GGUF file",
     "plan": "what a run would take, before it runs",
     "data.assets": "real models and texts: list, fetch, verify",

@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from llm_jax import config as config_lib
+from llm_jax import quantized as quantized  # whose kinds of weights a checkpoint may hold
 from llm_jax import tokenizers, trees, weights
 from llm_jax.errors import UserError
 from llm_jax.model.stages import layout
@@ -54,7 +55,8 @@ def load(path: str | os.PathLike[str], scan_layers: bool = False) -> Loaded:
 
     Args:
       path: a run (its last checkpoint is taken) or one checkpoint of it.
-      scan_layers: the layout of the parameters; False, one entry per layer, is the fast one for decoding.
+      scan_layers: the layout of the parameters; False, one entry per layer, is the fast one for decoding, and
+        taken in any case where layers hold weights of different kinds.
 
     Raises:
       UserError: no checkpoint there, another format version, or a file that is damaged or missing.
@@ -68,6 +70,8 @@ def load(path: str | os.PathLike[str], scan_layers: bool = False) -> Loaded:
     model = Transformer(dataclasses.replace(config, scan_layers=scan_layers, attention="auto"))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     params = restore(directory, record, config, lambda tree: jax.tree.map(lambda _: device, tree))
+    if not trees.stackable(params, layout(model.config)):
+        model = model.clone(config=dataclasses.replace(model.config, scan_layers=False))
     return Loaded(model, trees.restage(params, layout(model.config)), tokenizers.load(directory / "tokenizer"))
 
 
@@ -103,7 +107,7 @@ def find(path: str | os.PathLike[str]) -> pathlib.Path:
 def read_config(directory: pathlib.Path) -> config_lib.Config:
     """The configuration of a checkpoint (or of a run, which has the same file)."""
     try:
-        return config_lib.build(config_lib.upgrade(_read_json(directory / "config.json")))
+        return config_lib.build(config_lib.upgrade(read_json(directory / "config.json")))
     except UserError as error:
         raise UserError(f"{directory / 'config.json'}: {error}") from error
 
@@ -114,10 +118,10 @@ def verify(directory: pathlib.Path) -> dict[str, Any]:
     Raises:
       UserError: a file is missing, added or changed, or the format is another version; it names the file.
     """
-    manifest = _read_json(directory / "manifest.json")
+    manifest = read_json(directory / "manifest.json")
     if (directory / "manifest.json").read_text() != _dump(manifest):
         raise UserError(f"{directory}: the file 'manifest.json' is damaged{_others(directory)}")
-    record = _read_json(directory / "record.json")
+    record = read_json(directory / "record.json")
     if not isinstance(record, dict) or not isinstance(manifest, dict):
         raise UserError(f"{directory}: record.json or manifest.json is damaged{_others(directory)}")
     if record.get("format") != FORMAT:
@@ -236,6 +240,7 @@ class Writer:
         """Starts writing checkpoint `step`, once the one before is finished. The arrays may be donated after.
 
         Args:
+          optimizer: its state; {} for weights that are not in training.
           jumped: batches that have been passed over so far.
           ema: the average of params, where the run keeps one.
 
@@ -262,7 +267,7 @@ class Writer:
             record["base"] = self._base
         if jax.default_backend() == "cpu":  # there Orbax reads the very buffers that the next step is given
             arrays = jax.tree.map(jnp.copy, arrays)
-        parts = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
+        parts = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items() if jax.tree.leaves(tree)}
         try:
             partial.mkdir()
             self._orbax.save(partial.absolute() / "arrays", args=ocp.args.Composite(**parts))
@@ -314,7 +319,7 @@ class Writer:
     def _prune(self) -> None:
         keep = self._config.checkpoint
         found = steps(self.directory.parent)
-        losses = {step: _read_json(self.directory / str(step) / "record.json")["validation_loss"] for step in found}
+        losses = {step: read_json(self.directory / str(step) / "record.json")["validation_loss"] for step in found}
         best = sorted((s for s in found if losses[s] is not None), key=lambda s: (losses[s], s))[: keep.keep_best]
         for step in set(found) - set(found[-max(keep.keep_last, 1) :]) - set(best):
             doomed = self.directory / f"{_PARTIAL}{step}-old"
@@ -364,7 +369,8 @@ def _dump(value: Any) -> str:
     return json.dumps(value, indent=1) + "\n"
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """What a JSON file says. Raises UserError where it cannot be read or is damaged."""
     try:
         return json.loads(path.read_text())
     except OSError as error:

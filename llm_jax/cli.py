@@ -9,6 +9,7 @@ import ctypes
 import os
 import pathlib
 import re
+import runpy
 import signal
 import sys
 import threading
@@ -97,6 +98,13 @@ def define_config() -> None:
 def load_config() -> config_lib.Config:
     """The checked configuration of the `--config` flag."""
     return config_lib.build(flags.FLAGS.config)
+
+
+def default_config() -> Any:
+    """What configs/default.py says. Raises UserError where it is not there (the package without the repository)."""
+    if not _DEFAULT.is_file():
+        raise UserError(f"{_DEFAULT} is not there; this command needs the repository's configs/default.py")
+    return runpy.run_path(str(_DEFAULT))["get_config"]()
 
 
 def use_devices(count: int) -> None:

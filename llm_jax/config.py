@@ -103,6 +103,7 @@ class ModelConfig:
     scale_embeddings: bool  # multiply token embeddings by sqrt(width) (Vaswani et al. 2017, section 3.4)
     tie_head: bool  # the output head is the embedding table
     attention: str  # who computes it: "auto", "plain", "xla", "cudnn", "splash"; see model/product.py
+    cache: Annotated[str, ("compute", "int8")]  # of keys and values in decoding: the compute dtype, or int8 by head
     position: PositionConfig
     precision: PrecisionConfig
     scan_layers: bool  # one compiled layer per stage (training); else one per layer
@@ -138,6 +139,21 @@ class LossConfig:
     temperature: Positive  # distillation: of both models
     teacher_weight: Share  # distillation: of the divergence from the teacher; the cross-entropy has the rest
     beta: Positive  # dpo: how dear it is to leave the reference
+
+
+@dataclasses.dataclass(frozen=True)
+class QATConfig:
+    scheme: str  # what weights (and activations) are rounded to in training; "": none
+    start_step: CountOrZero  # from which step on
+    learned_step: bool  # train the scales too (LSQ, arXiv:1902.08153)
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantConfig:
+    scheme: str  # of the frozen base of adapters; "": as it comes
+    head: str  # the scheme of embeddings and head, in both; "": not quantized
+    rules: Rules  # (regular expression, scheme or "") over parameter names, before the usual ones
+    qat: QATConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,6 +218,7 @@ class Config:
     model: ModelConfig
     optim: OptimConfig
     loss: LossConfig
+    quant: QuantConfig
     train: TrainConfig
     lora: LoraConfig
     eval: EvalConfig
@@ -277,6 +294,13 @@ ADDED: dict[str, Any] = {
     "report.to": (),
     "report.norms_every": 0,
     "report.samples_every": 0,
+    "model.cache": "compute",
+    "quant.scheme": "",
+    "quant.head": "int8",
+    "quant.rules": (),
+    "quant.qat.scheme": "",
+    "quant.qat.start_step": 0,
+    "quant.qat.learned_step": False,
 }
 
 

@@ -17,6 +17,7 @@ flags.DEFINE_string(
 flags.DEFINE_integer("seq_len", 0, "tokens a window; by default as in training")
 flags.DEFINE_integer("stride", 0, "targets counted in each window, the last ones (a sliding window); 0: all of it")
 flags.DEFINE_integer("batch_size", 16, "windows at a time")
+flags.DEFINE_boolean("as_stored", False, "keep quantized tensors of a .gguf file as they are, unexpanded")
 flags.DEFINE_boolean("json", False, "print one JSON object and nothing else")
 
 
@@ -35,7 +36,7 @@ def main() -> None:
     if f.batch_size < 1 or f.seq_len < 0:
         raise UserError(f"--batch_size={f.batch_size} --seq_len={f.seq_len}; expected positive numbers")
     path = pretrained.locate(f.checkpoint)
-    model, params, tokenizer = pretrained.load(path, scan_layers=True)
+    model, params, tokenizer = pretrained.load(path, scan_layers=True, as_stored=f.as_stored)
     if pretrained.is_foreign(path):
         if not f.data:
             raise UserError(f"{f.checkpoint} names no corpus of its own; give --data=FILE")

@@ -1,5 +1,7 @@
 """Continues a prompt: `python -m llm_jax.generate --checkpoint=runs/x --prompt="def "`."""
 
+import dataclasses
+
 from absl import flags
 
 from llm_jax import cli
@@ -12,6 +14,8 @@ flags.DEFINE_multi_string("prompt", None, "text to continue; may be given severa
 flags.DEFINE_boolean("chat", False, "ask through the model's chat template; the answer alone is printed")
 flags.DEFINE_string("system", "", "with --chat: the system message")
 flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "of other people's checkpoints")
+flags.DEFINE_boolean("as_stored", False, "keep quantized tensors of a .gguf file as they are, unexpanded")
+flags.DEFINE_enum("cache", "", ["", "compute", "int8"], "of keys and values; by default the checkpoint's model.cache")
 flags.DEFINE_integer("max_new_tokens", 128, "tokens at most")
 flags.DEFINE_float("temperature", 0.8, "0 is greedy")
 flags.DEFINE_integer("top_k", 0, "draw from the k most likely tokens; 0: all")
@@ -29,7 +33,9 @@ def main() -> None:
     if f.seed < 0:
         raise UserError(f"--seed={f.seed}; expected a number from 0")
     sampler = samplers.make(f.temperature, f.top_k, 1.0 if f.top_p is None else f.top_p)
-    model, params, tokenizer = pretrained.load(f.checkpoint, dtype=f.dtype)
+    model, params, tokenizer = pretrained.load(f.checkpoint, dtype=f.dtype, as_stored=f.as_stored)
+    if f.cache:
+        model = model.clone(config=dataclasses.replace(model.config, cache=f.cache))
     if not model.config.causal:
         raise UserError(f"{f.checkpoint} is a bidirectional model (model.causal=False); it does not continue text")
     if f.chat:

@@ -1,10 +1,8 @@
 """What a run would take, before it runs: `python -m llm_jax.plan --memory --config=configs/sentiment_lora.py`.
 
-Compiles the step of the configuration and its relatives (forward, full, LoRA, LoRA-FA, each with and without
+Compiles the step of the configuration and its relatives (forward, full, LoRA, LoRA-FA, QLoRA, each with and without
 rematerialization) for one device of this machine, from shapes alone: nothing is loaded or computed.
 """
-
-import dataclasses
 
 from absl import flags
 
@@ -23,16 +21,12 @@ def main() -> None:
         raise UserError("give --memory: what a step takes")
     if not config.model.vocab_size:
         raise UserError("config key 'model.vocab_size' is 0, the tokenizer's; give --config.model.vocab_size=N")
-    adapters = dataclasses.replace(config.lora, rank=config.lora.rank or 8)
     batch = (config.train.batch_size // config.train.grad_accumulation, config.train.seq_len)
     print(f"{batch[0]} x {batch[1]} tokens, {config.model.precision.params} weights; MiB")
     print(f"{'step':<12}{'remat':<8}{'arguments':>12}{'optimizer':>12}{'temporaries':>14}{'outputs':>10}{'peak':>10}")
-    for name in ("forward", "full", "lora", "fa"):
-        kind = name if name in memory.KINDS else "adapters"
-        settings = dataclasses.replace(adapters, variant=name) if kind == "adapters" else adapters
+    for name, kind in memory.STEPS.items():
         for remat in ("none",) if kind == "forward" else ("none", "full"):
-            model = dataclasses.replace(config.model, remat=remat)
-            found = memory.compiled(model, settings, config.optim, batch, kind=kind, loss_chunk=config.train.loss_chunk)
+            found = memory.compiled(memory.variant(config, name, remat), kind)
             parts = (found.arguments, found.optimizer, found.temporaries, found.outputs, found.peak)
             widths = (12, 12, 14, 10, 10)
             print(

@@ -15,11 +15,14 @@ from llm_jax.data import assets
 from llm_jax.errors import UserError
 from llm_jax.model.stages import layout
 from llm_jax.model.transformer import Transformer
+from llm_jax.quant import quantize
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
-def load(path: str | os.PathLike[str], scan_layers: bool = False, dtype: str = "float32") -> Loaded:
+def load(
+    path: str | os.PathLike[str], scan_layers: bool = False, dtype: str = "float32", as_stored: bool = False
+) -> Loaded:
     """The model, its parameters on the default device, and the tokenizer.
 
     Args:
@@ -28,6 +31,7 @@ def load(path: str | os.PathLike[str], scan_layers: bool = False, dtype: str = "
         the package huggingface_hub are reachable; or adapters of peft, which name such a base.
       scan_layers: the layout of the parameters; False, one entry per layer, is the fast one for decoding.
       dtype: of the parameters and of the computation of other people's checkpoints; ours keep their own.
+      as_stored: quantized tensors of a .gguf file stay so, where a scheme of ours corresponds.
 
     Raises:
       UserError: nothing there that can be read, in one line that says what was expected.
@@ -40,7 +44,7 @@ def load(path: str | os.PathLike[str], scan_layers: bool = False, dtype: str = "
         adapts = bool(checkpoint.read_config(directory).lora.rank)
         return _adapters(directory, scan_layers) if adapts else checkpoint.load(directory, scan_layers)
     if found.is_file():
-        return _gguf(found, scan_layers, dtype)
+        return _gguf(found, scan_layers, dtype, as_stored)
     if peft.is_directory_of(found):
         return _peft(found, scan_layers, dtype)
     return _hf(found, scan_layers, dtype)
@@ -79,7 +83,8 @@ class Origin:
         abstract = checkpoint.abstract_params(Transformer(config))
         if self._run:
             found = checkpoint.restore(self._run, checkpoint.verify(self._run), config, shardings)
-            return jax.jit(lambda p: trees.restage(p, layout(config)), out_shardings=shardings(abstract))(found)
+            restaged = lambda p: trees.restage(p, layout(config))  # noqa: E731
+            return jax.jit(restaged, out_shardings=shardings(jax.eval_shape(restaged, found)))(found)
         found = (self._loaded or load(self.name, dtype=self._dtype)).params
         self._loaded = None  # or its arrays would stay beside those on the mesh
         trees.check(trees.describe(found), trees.describe(jax.eval_shape(trees.unstack, abstract)), self.name)
@@ -128,12 +133,13 @@ def _adapters(directory: pathlib.Path, scan_layers: bool) -> Loaded:
         raise UserError(f"{directory}: the base of its adapters cannot be read: {error}") from error
     checkpoint.check_base(directory, record, trees.fingerprint(base))
     adapters = trees.unstack(checkpoint.restore_adapters(directory, record))
-    params = lora.attach(lora.rebase(base, adapters), adapters, factors=whole.lora.factors)
+    frozen = quantize.base(lora.rebase(base, adapters), whole.quant)
+    params = lora.attach(frozen, adapters, factors=whole.lora.factors)
     model = Transformer(dataclasses.replace(config, scan_layers=scan_layers, attention="auto"))
     return Loaded(model, trees.restage(params, layout(model.config)), tokenizers.load(directory / "tokenizer"))
 
 
-def _gguf(path: pathlib.Path, scan_layers: bool, dtype: str) -> Loaded:
+def _gguf(path: pathlib.Path, scan_layers: bool, dtype: str, as_stored: bool) -> Loaded:
     from llm_jax.interop import gguf, gguf_model
     from llm_jax.tokenizers.hub import HubTokenizer
 
@@ -141,7 +147,7 @@ def _gguf(path: pathlib.Path, scan_layers: bool, dtype: str) -> Loaded:
     _, config = gguf_model.read_config(file, str(path))
     tokenizer = HubTokenizer.from_gguf(file.metadata)
     config, abstract, shardings = _prepared(config, dtype)
-    params = gguf_model.load_params(path, file, config, abstract, shardings)
+    params = gguf_model.load_params(path, file, config, abstract, shardings, as_stored)
     return _finished(config, params, tokenizer, scan_layers)
 
 

@@ -27,7 +27,7 @@ flags.DEFINE_boolean(
 # What may change when a run goes on: whole keys, and sections by their dot. Any other difference is another run.
 _FREE = (
     *("eval.", "report.", "checkpoint.", "mesh."),
-    *("train.steps", "train.on_bad_step", "train.spike_factor", "model.attention", "data.cache_dir"),
+    *("train.steps", "train.on_bad_step", "train.spike_factor", "model.attention", "model.cache", "data.cache_dir"),
 )
 
 
@@ -117,14 +117,18 @@ def main() -> None:
     param_shardings = mesh_lib.shardings(abstract, config.mesh.rules, mesh)
     abstract_trained, abstract_fixed = jax.eval_shape(kind.begin, abstract)
     # Adapters are small: a copy on every device.
-    trained_shardings = jax.tree.map(lambda _: copies, abstract_trained) if kind.adapts else param_shardings
+    trained_shardings = (
+        jax.tree.map(lambda _: copies, abstract_trained)
+        if kind.adapts
+        else mesh_lib.shardings(abstract_trained, config.mesh.rules, mesh)
+    )
     fixed_shardings = jax.tree.map(lambda _: copies, abstract_fixed)
     weights = watch.names(abstract_trained)
     guard = watch.Watch(c, weights, workdir / "metrics.jsonl", start)
     optimizer = optim.make(
         config.optim,
         c.steps,
-        abstract,
+        abstract if kind.adapts else abstract_trained,
         transformer.width_ratio(config.model),
         abstract_trained if kind.adapts else None,
         config.lora.b_lr_ratio,
@@ -213,8 +217,9 @@ def main() -> None:
         params, fixed = begin(base)
         state = with_optimizer(params)
     if kind.adapts:
-        placed = {"base": param_shardings, "fixed": fixed_shardings}
-        frozen = jax.jit(kind.freeze, out_shardings=placed, donate_argnums=0)(base, fixed) | frozen
+        seen = jax.eval_shape(kind.freeze, base, fixed)
+        placed = {"base": mesh_lib.shardings(seen["base"], config.mesh.rules, mesh), "fixed": fixed_shardings}
+        frozen = jax.jit(kind.freeze, out_shardings=placed)(base, fixed) | frozen
     del base
     checkpoint.write_json(workdir / "config.json", config_lib.as_dict(config))
 
@@ -223,7 +228,7 @@ def main() -> None:
     loss_of = losses.make(config.loss, model, c.loss_chunk, other)
 
     def loss(trained, frozen, batch, step, key):
-        return loss_of(kind.whole(trained, frozen, key), frozen, batch, step, key)
+        return loss_of(kind.whole(trained, frozen, key, step), frozen, batch, step, key)
 
     train_step = jax.jit(
         mesh_lib.within(
@@ -388,7 +393,7 @@ def main() -> None:
 
 def _differences(before: config_lib.ModelConfig, now: config_lib.ModelConfig) -> list[tuple[str, str]]:
     """What about a model has changed, beside how it is laid out: (key, what it was)."""
-    free = ("model.scan_layers", "model.remat", "model.vocab_size", "model.attention")
+    free = ("model.scan_layers", "model.remat", "model.vocab_size", "model.attention", "model.cache")
     old, new = config_lib.flat(before, "model."), config_lib.flat(now, "model.")
     return [(key, repr(old[key])) for key in new if old[key] != new[key] and key not in free]
 

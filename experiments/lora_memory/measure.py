@@ -33,7 +33,6 @@ HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
 COMMAND = "PYTHONPATH=. python experiments/lora_memory/measure.py"
 BEGIN, END = "<!-- results: written by measure.py -->\n", "<!-- end of results -->"
-BATCH = (4, 256)
 
 
 def main() -> None:
@@ -50,13 +49,11 @@ def main() -> None:
 
 def steps(config: config_lib.Config) -> dict[str, memory.Memory]:
     """{"kind, remat": its memory}"""
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, loss_chunk=0))
     found = {}
-    for name in ("forward", "full", "lora", "fa"):
-        kind = name if name in memory.KINDS else "adapters"
-        settings = dataclasses.replace(config.lora, variant="lora" if kind != "adapters" else name)
+    for name, kind in memory.STEPS.items():
         for remat in ("none",) if kind == "forward" else ("none", "full"):
-            model = dataclasses.replace(config.model, remat=remat)
-            found[f"{name}, remat {remat}"] = memory.compiled(model, settings, config.optim, BATCH, kind=kind)
+            found[f"{name}, remat {remat}"] = memory.compiled(memory.variant(config, name, remat), kind)
             print(f"{name}, remat {remat}: {found[f'{name}, remat {remat}'].peak / 2**20:,.0f} MiB", flush=True)
     return found
 

@@ -243,11 +243,18 @@ def consecutive(tokens_BT: jax.Array) -> Tokens:
 
 
 def init_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
-    """An empty cache for `batch` rows of up to `slots` tokens, keys and values in the compute dtype."""
-    shape = (batch, slots, config.num_kv_heads, positions.head_width(config))
+    """An empty cache for `batch` rows of up to `slots` tokens, in the form of `model.cache`."""
+    shape = (batch, slots, config.num_kv_heads)
+    parts = {"": (positions.head_width(config), config.precision.compute)}
+    if config.cache == "int8":
+        parts = {"": (positions.head_width(config), "int8"), "_scale": (1, "float16")}
 
     def layer(*leading: int) -> dict[str, jax.Array]:
-        return {name: jnp.zeros((*leading, *shape), config.precision.compute) for name in ("key", "value")}
+        return {
+            name + part: jnp.zeros((*leading, *shape, width), dtype)
+            for name in ("key", "value")
+            for part, (width, dtype) in parts.items()
+        }
 
     layers: dict[str, Any] = {}
     for i in range(config.num_layers):
@@ -259,6 +266,12 @@ def init_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
             layers[str(i)] = layer()
     nothing = jnp.zeros((batch, slots), jnp.int32)
     return Cache(Tokens(nothing, nothing), jnp.int32(0), layers)
+
+
+def cache_bytes(config: ModelConfig, batch: int, slots: int) -> int:
+    """What the keys and values of such a cache take, scales and all (the 8 bytes a slot that say where it is aside)."""
+    layers = jax.eval_shape(lambda: init_cache(config, batch, slots)).layers
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(layers))
 
 
 def check_length(config: ModelConfig, length: int) -> None:

@@ -91,6 +91,28 @@ def test_adapters_train_over_a_base_that_is_split(run, command, trained, tmp_pat
     )
 
 
+def test_qlora_of_both_kinds_resumes_bitwise_and_is_read_as_it_was_trained(command, trained, tmp_path):
+    flags = (
+        f"--config.init_from={trained}",
+        "--config.lora.rank=4",
+        "--config.lora.factors=int8",
+        "--config.quant.scheme=nf4:16",
+        "--config.checkpoint.every=4",
+    )
+    command("train", f"--workdir={tmp_path / 'run'}", *flags)
+    seen = metrics(tmp_path / "run")
+    assert seen[-1]["loss"] < seen[0]["loss"]
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "8")
+    command("train", f"--workdir={tmp_path / 'again'}", *flags)
+    assert metrics(tmp_path / "again") == seen
+    jax.tree.map(np.testing.assert_array_equal, arrays(tmp_path / "again"), arrays(tmp_path / "run"))
+    found = json.loads(command("evaluate", f"--checkpoint={tmp_path / 'run'}", "--json").stdout)
+    assert found["loss"] == pytest.approx(seen[-1]["validation_loss"], rel=1e-5)
+    node = trees.flatten(llm_jax.load(tmp_path / "run").params)["layers/0/mlp/up"]
+    assert type(node.base).__name__ == "QTensor" and type(node.a).__name__ == "FakeQuant"
+
+
 def test_another_base_is_refused(run, command, trained, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     directory = checkpoint.find(tmp_path / "run")

@@ -18,9 +18,9 @@ from tests.lora import cases
 IDS = jnp.asarray(np.random.RandomState(1).randint(3, 259, (3, 8)))
 
 
-def parts(model, base, settings):
+def parts(model, base, settings, quant):
     """(step, state, frozen, batch); three rows of seven tokens, so that no activation is shaped like a weight."""
-    what = Adapters(settings, 0)
+    what = Adapters(settings, quant, 0)
     trained, fixed = what.begin(base)
     ones = jnp.ones((3, 7), jnp.int32)
     batch = {
@@ -61,7 +61,7 @@ def products_like(text: str, base) -> list[str]:
 def test_no_dense_gradient_is_computed(make, tiny, scan):
     model, base = make(scan_layers=scan)
     settings = cases.config(tiny, targets=("linear", "embeddings"))
-    one, state, frozen, batch = parts(model, base, settings)
+    one, state, frozen, batch = parts(model, base, settings, tiny.quant)
     assert not products_like(one.lower(state, frozen, batch).compile().as_text(), base)
 
 
@@ -76,7 +76,7 @@ def test_the_check_above_finds_the_dense_gradients_of_full_training(make):
 def test_the_optimizer_holds_adapters_only_and_the_base_is_not_touched(make, tiny, variant):
     model, base = make()
     before = trees.fingerprint(base)
-    one, state, frozen, batch = parts(model, base, cases.config(tiny, variant=variant))
+    one, state, frozen, batch = parts(model, base, cases.config(tiny, variant=variant), tiny.quant)
     rebased = trees.fingerprint(frozen["base"])
     size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))  # noqa: E731
     assert size(state.optimizer) <= 2 * size(state.params) + 8 and size(state.params) < 0.5 * size(base)
@@ -109,24 +109,25 @@ def test_lora_plus_gives_b_its_own_rate_and_adapters_decay_as_their_weights(tiny
 
 def test_lora_fa_keeps_no_inputs_for_the_gradient(tiny):
     """Of `down`, LoRA keeps the hidden activations of every layer; LoRA-FA only their products with a."""
-    config = dataclasses.replace(tiny.model, vocab_size=64, mlp_width=512, num_layers=4, qk_norm=False)
-    changes = {"targets": ("layers/.*/down",), "rank": 4}
+    model = dataclasses.replace(tiny.model, vocab_size=64, mlp_width=512, num_layers=4, qk_norm=False)
+    train = dataclasses.replace(tiny.train, batch_size=4, seq_len=64)
+    config = dataclasses.replace(tiny, model=model, train=train)
+    settings = cases.config(tiny, targets=("layers/.*/down",), rank=4)
     lora_, fa = (
         memory.compiled(
-            config, cases.config(tiny, variant=variant, **changes), tiny.optim, (4, 64), kind="adapters"
+            dataclasses.replace(config, lora=dataclasses.replace(settings, variant=v)), "adapters"
         ).temporaries
-        for variant in ("lora", "fa")
+        for v in ("lora", "fa")
     )
     hidden = 4 * 4 * 64 * 512 * 4  # layers x rows x tokens x MLP width, float32
     assert 0.9 * hidden < lora_ - fa < 1.2 * hidden
 
 
 def test_memory_of_a_step_is_what_its_arrays_take(tiny):
-    config = dataclasses.replace(tiny.model, vocab_size=64)
-    settings = cases.config(tiny)
-    found = {kind: memory.compiled(config, settings, tiny.optim, (4, 16), kind=kind) for kind in memory.KINDS}
-    weights = found["forward"].arguments - 5 * 4 * 16 * 4  # besides the batch
-    entries = sum(w.size for w in jax.tree.leaves(checkpoint.abstract_params(Transformer(config))))
+    config = dataclasses.replace(tiny, lora=cases.config(tiny), train=dataclasses.replace(tiny.train, batch_size=4))
+    found = {kind: memory.compiled(config, kind) for kind in memory.KINDS}
+    weights = found["forward"].arguments - 5 * 4 * tiny.train.seq_len * 4  # besides the batch
+    entries = sum(w.size for w in jax.tree.leaves(checkpoint.abstract_params(Transformer(config.model))))
     assert weights == 4 * entries
     assert found["full"].optimizer == 2 * 4 * entries + 8 and found["forward"].optimizer == 0
     assert found["adapters"].optimizer < 0.5 * found["full"].optimizer
