@@ -7,6 +7,10 @@ L1   holds if LoRA r=8 trains at most 2 % of the parameters and the interval of 
      fine-tuning lies above -MARGIN; fails if it lies below -MARGIN; else undecided.
 L5   holds if the interval of PiSSA's difference to LoRA, both of rank 8, lies above 0; fails if below; else
      undecided.
+L8   (low-rank factors in 8 bits, trained straight-through) and L9 (NF4 base with double quantization): hold if
+     the interval of the difference to LoRA r=8 lies above -MARGIN; fail if it lies below; else undecided. Of L8:
+     the trained masters stay float32, so that training takes no fewer bytes for them. Of L9: the base is of
+     Q4_1 numbers already, so that this is no measure of what NF4 costs full-precision weights.
 L10  holds if the interval of LoRA r=8 lies above that of zero-shot and of few-shot prompting.
 L12  holds if a product that has the shape of the weight is a b with a (in, r) and b (r, out), which is the
      text's "A is d x r, B is r x d" with ΔW = A B; its "ΔW = B A" would be r x r. Read off the trained arrays.
@@ -99,6 +103,15 @@ def judge(asked, runs, shapes, seeds: int, size: str) -> list[dict[str, Any]]:
     l1 = "holds" if share <= 2 and low > -MARGIN else "fails" if high < -MARGIN else "undecided"
     pissa = difference("PiSSA r=8", "LoRA r=8")
     l5 = "holds" if pissa[1] > 0 else "fails" if pissa[2] < 0 else "undecided"
+    kept = {
+        claim: difference(name, "LoRA r=8")
+        for claim, name in (
+            ("L8", "LoRA r=8, factors in int8"),
+            ("L9", "QLoRA r=8, NF4 base"),
+            ("both", "QLoRA r=8, both"),
+        )
+    }
+    near = {c: "holds" if d[1] > -MARGIN else "fails" if d[2] < -MARGIN else "undecided" for c, d in kept.items()}
     best = interval(points["LoRA r=8"])
     ceiling = max(100 * asked[kind]["high"] for kind in ("zero-shot", "few-shot"))
     l10 = "holds" if best[1] > ceiling else "fails" if best[2] < ceiling else "undecided"
@@ -111,6 +124,18 @@ def judge(asked, runs, shapes, seeds: int, size: str) -> list[dict[str, Any]]:
             decided(l1),
         ),
         entry("L5 (accuracy of PiSSA minus LoRA, r=8, points)", pissa[0], list(pissa[1:]), decided(l5)),
+        entry(
+            "L8 (accuracy with factors in int8 minus LoRA, r=8, points)",
+            kept["L8"][0],
+            list(kept["L8"][1:]),
+            decided(near["L8"]),
+        ),
+        entry(
+            "L9 (accuracy over an NF4 base minus LoRA, r=8, points; both quantized beside it)",
+            {"NF4 base": kept["L9"][0], "both": kept["both"][0]},
+            {"NF4 base": list(kept["L9"][1:]), "both": list(kept["both"][1:])},
+            decided(near["L9"]),
+        ),
         entry(
             "L10 (accuracy of LoRA r=8 against prompting, %)",
             {"LoRA r=8": best[0]} | {k: 100 * v["accuracy"] for k, v in asked.items()},

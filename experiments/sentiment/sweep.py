@@ -1,4 +1,4 @@
-"""Sentiment by SmolLM2-135M: prompted, probed, adapted, fully fine-tuned. L1, L5, L7, L10, L12.
+"""Sentiment by SmolLM2-135M: prompted, probed, adapted, fully fine-tuned. L1, L5, L8, L9, L10, L12.
 
     PYTHONPATH=. python experiments/sentiment/sweep.py [--size=cpu|smoke] [--seeds=3]
 
@@ -36,6 +36,9 @@ TRAINED = {
     "DoRA r=8": {"lora.variant": "dora"},
     "PiSSA r=8": {"lora.variant": "pissa", "lora.alpha": 8.0, "optim.lr": 2e-4},
     "LoRA-FA r=8": {"lora.variant": "fa", "optim.lr": 2e-3},
+    "QLoRA r=8, NF4 base": {"quant.scheme": "nf4"},
+    "LoRA r=8, factors in int8": {"lora.factors": "int8"},
+    "QLoRA r=8, both": {"quant.scheme": "nf4", "lora.factors": "int8"},
     "full": {"lora.rank": 0, "optim.lr": 2e-5},
 }
 SIZES = {"cpu": ({}, ()), "smoke": ({"train.steps": 12, "optim.warmup_steps": 2}, ("--test=64", "--train=64"))}
