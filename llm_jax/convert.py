@@ -64,7 +64,7 @@ def main() -> None:
 
 def _peft(source: pathlib.Path, output: pathlib.Path, kind: str) -> None:
     """Writes the adapters of a run as a directory of peft."""
-    from llm_jax import checkpoint, pretrained, trees
+    from llm_jax import checkpoint, lora, pretrained, trees
     from llm_jax.interop import hf, peft
     from llm_jax.interop.families import FAMILIES
     from llm_jax.model.transformer import Transformer
@@ -77,7 +77,11 @@ def _peft(source: pathlib.Path, output: pathlib.Path, kind: str) -> None:
     kind = kind or (pretrained.family(named) if pretrained.is_foreign(named) else _first_that_fits(config.model))
     if kind not in FAMILIES:
         raise UserError(f"--family={kind} is unknown; expected one of {', '.join(FAMILIES)}")
-    adapters = trees.unstack(checkpoint.restore_adapters(directory, record))
+    adapters = lora.rounded(trees.unstack(checkpoint.restore_adapters(directory, record)), config.lora.factors)
+    if config.quant.scheme:
+        print(
+            f"note: they were trained over a base in {config.quant.scheme}; peft will put them on the one it is given"
+        )
     abstract = checkpoint.abstract_params(Transformer(dataclasses.replace(config.model, scan_layers=False)))
     readable = named.is_dir() and hf.is_directory_of(named)
     peft.save(

@@ -12,7 +12,7 @@ layer axis of the weight: the update is scale * a b. Variants add entries; see `
 """
 
 from llm_jax.lora.adapt import attach, init, join, ranks, rebase, split
-from llm_jax.lora.merge import materialize, merge, requantize, unmerge
+from llm_jax.lora.merge import materialize, merge, requantize, rounded, unmerge
 from llm_jax.lora.several import combine, mix, plain
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "ranks",
     "rebase",
     "requantize",
+    "rounded",
     "split",
     "unmerge",
 ]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from llm_jax import quantized, trees, weights
 from llm_jax.errors import UserError
 from llm_jax.lora.adapt import by_path, check, node
-from llm_jax.quantized import QTensor
+from llm_jax.quantized import IN, FakeQuant, QTensor
 
 
 def materialize(base: trees.Tree, adapters: trees.Tree, *, factors: str = "") -> dict[str, Any]:
@@ -40,6 +40,18 @@ merge = jax.jit(materialize, static_argnames="factors")
 
 def _dense(base: jax.Array, parts: dict[str, Any], factors: str) -> jax.Array:
     return node(base.reshape(-1, base.shape[-1]), parts, factors).dense().reshape(base.shape)
+
+
+def rounded(adapters: trees.Tree, factors: str) -> dict[str, Any]:
+    """The adapters with a and b as the scheme `factors` rounds them in every use (see `attach`)."""
+    if not factors:
+        return trees.unflatten(trees.flatten(adapters))
+
+    def one(path: str, leaf: Any) -> Any:
+        is_factor = path.endswith(("/a", "/b"))
+        return weights.dense(FakeQuant(leaf, None, None, None, factors, IN)) if is_factor else leaf
+
+    return trees.map_weights(one, adapters)
 
 
 def requantize(base: trees.Tree, adapters: trees.Tree, *, factors: str = "") -> tuple[dict[str, Any], dict[str, float]]:
