@@ -61,16 +61,20 @@ def requantize(base: trees.Tree, adapters: trees.Tree, *, factors: str = "") -> 
       (parameters, {path: error}): of every weight that was merged into a QTensor, the norm of the difference to
       the merged weight before rounding, over the norm of what the adapter added: at 1 nothing is left of it.
     """
-    merged, flat = trees.flatten(merge(base, adapters, factors=factors)), trees.flatten(base)
+    params, costs = _requantized(base, adapters, factors=factors)
+    return params, {path: float(cost) for path, cost in costs.items()}
+
+
+@functools.partial(jax.jit, static_argnames="factors")
+def _requantized(base: trees.Tree, adapters: trees.Tree, *, factors: str) -> tuple[Any, dict[str, jax.Array]]:
+    merged, flat = trees.flatten(materialize(base, adapters, factors=factors)), trees.flatten(base)
     out, costs = dict(merged), {}
     for path in by_path(adapters):
         q = flat[path]
         if isinstance(q, QTensor):
             out[path] = quantized.quantize(merged[path], q.scheme, q.axis)
             lost, added = weights.dense(out[path]) - merged[path], merged[path] - weights.dense(q)
-            costs[path] = float(
-                jnp.linalg.norm(lost) / jnp.maximum(jnp.linalg.norm(added), jnp.finfo(added.dtype).tiny)
-            )
+            costs[path] = jnp.linalg.norm(lost) / jnp.maximum(jnp.linalg.norm(added), jnp.finfo(added.dtype).tiny)
     return trees.unflatten(out), costs
 
 
