@@ -1,6 +1,6 @@
 """Does the best learning rate of a narrow model stay the best when it grows wider, with and without μP?
 
-    PYTHONPATH=. python experiments/width_transfer/sweep.py [--widths=16,32,64,128] [--seeds=3]
+    PYTHONPATH=. python experiments/width_transfer/sweep.py [--widths=32,64,128,256] [--seeds=3]
 
 Trains every width at every rate from every seed, twice: with model.base_width (μP) and without. What is
 done is kept in --runs and not done again: the same command goes on where it was stopped. Writes
@@ -29,7 +29,7 @@ from llm_jax.training import losses, optim, step
 
 HERE = pathlib.Path(__file__).parent
 
-flags.DEFINE_list("widths", ["16", "32", "64", "128"], "the first is the base width")
+flags.DEFINE_list("widths", ["32", "64", "128", "256"], "the first is the base width")
 flags.DEFINE_list("powers", ["-9", "-8", "-7", "-6", "-5", "-4", "-3"], "the rates, as powers of two")
 flags.DEFINE_integer("seeds", 3, "runs of each kind")
 flags.DEFINE_integer("held_rows", 256, "rows of held-out text that a run is judged by")
