@@ -9,6 +9,7 @@ COMMANDS = {
     "quantize": "a checkpoint with weights of 8 bits or fewer",
     "convert": "a checkpoint into Hugging Face's form or a GGUF file",
     "data.show": "rows as the model sees them: segments, and what the loss counts",
+    "plan": "what a run would take, before it runs",
     "data.assets": "real models and texts: list, fetch, verify",
 }
 
