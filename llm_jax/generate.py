@@ -23,7 +23,6 @@ def main() -> None:
     from llm_jax import pretrained, tokenizers
     from llm_jax.decoding import loop, samplers
     from llm_jax.prompting import chat
-    from llm_jax.tokenizers.hub import HubTokenizer
 
     f = flags.FLAGS
     if f.seed < 0:
@@ -33,7 +32,7 @@ def main() -> None:
     if not model.config.causal:
         raise UserError(f"{f.checkpoint} is a bidirectional model (model.causal=False); it does not continue text")
     if f.chat:
-        if not isinstance(tokenizer, HubTokenizer):
+        if not isinstance(tokenizer, tokenizers.Foreign):
             raise UserError(f"--chat needs a tokenizer with a chat template; this checkpoint's is {tokenizer.kind}")
         system = [{"role": "system", "content": f.system}] if f.system else []
         texts = [chat.render(tokenizer.special, [*system, {"role": "user", "content": text}]) for text in f.prompt]
