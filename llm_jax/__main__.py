@@ -7,6 +7,10 @@ COMMANDS = {
     "evaluate": "held-out loss, perplexity and bits per byte of a checkpoint",
     "generate": "continue a prompt, or answer it, with a checkpoint",
     "convert": "a checkpoint into Hugging Face's form or a GGUF file",
+    "tokenizers.train": "a tokenizer of any kind from text",
+    "tokenizers.show": "a text cut into tokens by one or several tokenizers",
+    "embeddings.train": "word vectors by word2vec or GloVe",
+    "embeddings.probe": "neighbours, analogies, agreement with people, a map of word vectors",
     "data.assets": "real models and texts: list, fetch, verify",
 }
 
@@ -16,4 +20,4 @@ if __name__ == "__main__":
         sys.exit(2)
     print("python -m llm_jax.COMMAND --help\n")
     for name, what in COMMANDS.items():
-        print(f"  {name:<12} {what}")
+        print(f"  {name:<16} {what}")
