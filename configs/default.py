@@ -11,11 +11,19 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     return ConfigDict(
         {
-            "data": {"source": "stdlib", "validation_fraction": 0.05, "cache_dir": ""},
+            "data": {
+                "source": "stdlib",
+                "kind": "text",
+                "field": "text",
+                "validation_fraction": 0.05,
+                "cache_dir": "",
+                "workers": 0,
+            },
             "tokenizer": {"kind": "bpe", "vocab_size": 2048},
             "model": {
                 "vocab_size": 0,
                 "width": 256,
+                "base_width": 0,
                 "num_layers": 4,
                 "layer_pattern": ("global",),
                 "window": 128,
@@ -43,6 +51,7 @@ def get_config() -> ConfigDict:
                 "tie_head": True,
                 "causal": True,
                 "attention": "auto",
+                "cache": "compute",
                 "position": {
                     "kind": "rope",
                     "base": 10000.0,
@@ -76,15 +85,35 @@ def get_config() -> ConfigDict:
             "optim": {
                 "kind": "adamw",
                 "lr": 3e-3,
+                "lr_rules": ((r".*", 1.0),),
                 "warmup_steps": 50,
                 "schedule": "cosine",
                 "final_lr_fraction": 0.05,
+                "decay_fraction": 0.2,
                 "weight_decay": 0.1,
                 "decay_rules": ((r".*(norm|_bias|embed|position).*", 0.0), (r".*", 1.0)),
                 "beta1": 0.9,
                 "beta2": 0.95,
                 "eps": 1e-8,
+                "momentum": 0.95,
                 "clip_norm": 1.0,
+                "ema_decay": 0.0,
+            },
+            "loss": {
+                "kind": "cross_entropy",
+                "z_loss": 0.0,
+                "label_smoothing": 0.0,
+                "unlikelihood": 1.0,
+                "teacher": "",
+                "temperature": 2.0,
+                "teacher_weight": 0.5,
+                "beta": 0.1,
+            },
+            "quant": {
+                "scheme": "",
+                "head": "int8",
+                "rules": (),
+                "qat": {"scheme": "", "start_step": 0, "learned_step": False},
             },
             "train": {
                 "steps": 700,

@@ -3,7 +3,7 @@
     WORKDIR/checkpoints/400/
       config.json      the full configuration
       tokenizer/       the tokenizer's files
-      arrays/          params and optimizer state, by Orbax
+      arrays/          params, their average where the run keeps one, and optimizer state, by Orbax
       record.json      format version, step, held-out loss, hash of the corpus; what the params are
       manifest.json    the sha256 of every other file
 
@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from llm_jax import config as config_lib
+from llm_jax import quantized as quantized  # whose kinds of weights a checkpoint may hold
 from llm_jax import tokenizers, trees, weights
 from llm_jax.errors import UserError
 from llm_jax.model.stages import layout
@@ -53,7 +54,8 @@ def load(path: str | os.PathLike[str], scan_layers: bool = False) -> Loaded:
 
     Args:
       path: a run (its last checkpoint is taken) or one checkpoint of it.
-      scan_layers: the layout of the parameters; False, one entry per layer, is the fast one for decoding.
+      scan_layers: the layout of the parameters; False, one entry per layer, is the fast one for decoding, and
+        taken in any case where layers hold weights of different kinds.
 
     Raises:
       UserError: no checkpoint there, another format version, or a file that is damaged or missing.
@@ -65,6 +67,8 @@ def load(path: str | os.PathLike[str], scan_layers: bool = False) -> Loaded:
     model = Transformer(dataclasses.replace(config, scan_layers=scan_layers, attention="auto"))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     params = restore(directory, record, config, lambda tree: jax.tree.map(lambda _: device, tree))
+    if not trees.stackable(params, layout(model.config)):
+        model = model.clone(config=dataclasses.replace(model.config, scan_layers=False))
     return Loaded(model, trees.restage(params, layout(model.config)), tokenizers.load(directory / "tokenizer"))
 
 
@@ -100,7 +104,7 @@ def find(path: str | os.PathLike[str]) -> pathlib.Path:
 def read_config(directory: pathlib.Path) -> config_lib.Config:
     """The configuration of a checkpoint (or of a run, which has the same file)."""
     try:
-        return config_lib.build(config_lib.upgrade(_read_json(directory / "config.json")))
+        return config_lib.build(config_lib.upgrade(read_json(directory / "config.json")))
     except UserError as error:
         raise UserError(f"{directory / 'config.json'}: {error}") from error
 
@@ -111,10 +115,10 @@ def verify(directory: pathlib.Path) -> dict[str, Any]:
     Raises:
       UserError: a file is missing, added or changed, or the format is another version; it names the file.
     """
-    manifest = _read_json(directory / "manifest.json")
+    manifest = read_json(directory / "manifest.json")
     if (directory / "manifest.json").read_text() != _dump(manifest):
         raise UserError(f"{directory}: the file 'manifest.json' is damaged{_others(directory)}")
-    record = _read_json(directory / "record.json")
+    record = read_json(directory / "record.json")
     if not isinstance(record, dict) or not isinstance(manifest, dict):
         raise UserError(f"{directory}: record.json or manifest.json is damaged{_others(directory)}")
     if record.get("format") != FORMAT:
@@ -138,7 +142,9 @@ def restore(
     config: config_lib.ModelConfig,
     shardings: Callable[[Any], Any],
 ) -> Any:
-    """The params of a verified checkpoint, in the layout and of the kinds that they were saved in.
+    """The model of a verified checkpoint, in the layout and of the kinds that it was saved in.
+
+    It is the moving average of the params where the run kept one, else the params.
 
     Args:
       config: of the model they are for; its layout may be another one.
@@ -150,11 +156,17 @@ def restore(
     saved = trees.unflatten({path: weights.abstract(r) for path, r in record["params"].items()})
     fitting = dataclasses.replace(config, scan_layers=any(trees.layers_of(path) for path in record["params"]))
     trees.check(_shapes(saved), _shapes(abstract_params(Transformer(fitting))), str(directory))
-    return _read_arrays(directory, params=_placed(saved, shardings(saved)))["params"]
+    if "ema" not in record:
+        return _read_arrays(directory, params=_placed(saved, shardings(saved)))["params"]
+    wide = trees.unflatten({path: weights.abstract(r) for path, r in record["ema"].items()})
+    average = _read_arrays(directory, ema=_placed(wide, shardings(saved)))["ema"]
+    return jax.tree.map(lambda leaf, p: leaf.astype(p.dtype), average, saved)
 
 
-def restore_state(directory: pathlib.Path, record: Mapping[str, Any], params: Any, optimizer: Any) -> tuple[Any, Any]:
-    """(params, optimizer state) of a verified checkpoint, exactly as the abstract trees say.
+def restore_state(
+    directory: pathlib.Path, record: Mapping[str, Any], params: Any, optimizer: Any, ema: Any = None
+) -> tuple[Any, Any, Any]:
+    """(params, optimizer state, average or None) of a verified checkpoint, exactly as the abstract trees say.
 
     Raises:
       UserError: names, kinds, static fields, shapes or dtypes differ from those of the checkpoint.
@@ -162,8 +174,9 @@ def restore_state(directory: pathlib.Path, record: Mapping[str, Any], params: An
     trees.check(record["params"], trees.describe(params), str(directory))
     if record["optimizer"] != _leaves(optimizer):
         raise UserError(f"{directory}: the optimizer state is not that of the config's optim section")
-    arrays = _read_arrays(directory, params=params, optimizer=optimizer)
-    return arrays["params"], arrays["optimizer"]
+    trees.check(record.get("ema", {}), trees.describe(ema or {}), str(directory))
+    arrays = _read_arrays(directory, params=params, optimizer=optimizer, **({} if ema is None else {"ema": ema}))
+    return arrays["params"], arrays["optimizer"], arrays["ema"] if ema is not None else None
 
 
 class Writer:
@@ -171,11 +184,14 @@ class Writer:
 
     Args:
       corpus: sha256 of the text that the run trains on, kept in the records.
+      other: `trees.fingerprint` of the loss's frozen model, or "", kept in the records.
     """
 
-    def __init__(self, workdir: pathlib.Path, config: config_lib.Config, tokenizer: Tokenizer, corpus: str):
+    def __init__(
+        self, workdir: pathlib.Path, config: config_lib.Config, tokenizer: Tokenizer, corpus: str, other: str = ""
+    ):
         self.directory = workdir / "checkpoints"
-        self._config, self._tokenizer, self._corpus = config, tokenizer, corpus
+        self._config, self._tokenizer, self._corpus, self._other = config, tokenizer, corpus, other
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -183,11 +199,15 @@ class Writer:
         for leftover in self.directory.glob(f"{_PARTIAL}*"):
             shutil.rmtree(leftover)
 
-    def save(self, step: int, params: Any, optimizer: Any, validation_loss: float | None, jumped: int = 0) -> None:
+    def save(
+        self, step: int, params: Any, optimizer: Any, validation_loss: float | None, jumped: int = 0, ema: Any = None
+    ) -> None:
         """Starts writing checkpoint `step`, once the one before is finished. The arrays may be donated after.
 
         Args:
+          optimizer: its state; {} for weights that are not in training.
           jumped: batches that have been passed over so far.
+          ema: the average of params, where the run keeps one.
 
         Raises:
           UserError: this one or the one before cannot be written.
@@ -203,9 +223,14 @@ class Writer:
             "params": trees.describe(params),
             "optimizer": _leaves(optimizer),
         }
+        arrays = {"params": params, "optimizer": optimizer}
+        if ema is not None:
+            arrays["ema"], record["ema"] = ema, trees.describe(ema)
+        if self._other:
+            record["other"] = self._other
         if jax.default_backend() == "cpu":  # there Orbax reads the very buffers that the next step is given
-            params, optimizer = jax.tree.map(jnp.copy, (params, optimizer))
-        parts = {"params": ocp.args.StandardSave(params), "optimizer": ocp.args.StandardSave(optimizer)}
+            arrays = jax.tree.map(jnp.copy, arrays)
+        parts = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items() if jax.tree.leaves(tree)}
         try:
             partial.mkdir()
             self._orbax.save(partial.absolute() / "arrays", args=ocp.args.Composite(**parts))
@@ -257,7 +282,7 @@ class Writer:
     def _prune(self) -> None:
         keep = self._config.checkpoint
         found = steps(self.directory.parent)
-        losses = {step: _read_json(self.directory / str(step) / "record.json")["validation_loss"] for step in found}
+        losses = {step: read_json(self.directory / str(step) / "record.json")["validation_loss"] for step in found}
         best = sorted((s for s in found if losses[s] is not None), key=lambda s: (losses[s], s))[: keep.keep_best]
         for step in set(found) - set(found[-max(keep.keep_last, 1) :]) - set(best):
             doomed = self.directory / f"{_PARTIAL}{step}-old"
@@ -307,7 +332,8 @@ def _dump(value: Any) -> str:
     return json.dumps(value, indent=1) + "\n"
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """What a JSON file says. Raises UserError where it cannot be read or is damaged."""
     try:
         return json.loads(path.read_text())
     except OSError as error:

@@ -9,6 +9,7 @@ import ctypes
 import os
 import pathlib
 import re
+import runpy
 import signal
 import sys
 import threading
@@ -106,6 +107,14 @@ def define_config(cls: Any = config_lib.Config, default: str = "default.py") -> 
 def load_config() -> Any:
     """The checked configuration of the `--config` flag."""
     return config_lib.build(flags.FLAGS.config, _schema)
+
+
+def default_config() -> Any:
+    """What configs/default.py says. Raises UserError where it is not there (the package without the repository)."""
+    path = _CONFIGS / "default.py"
+    if not path.is_file():
+        raise UserError(f"{path} is not there; this command needs the repository's configs/default.py")
+    return runpy.run_path(str(path))["get_config"]()
 
 
 def use_devices(count: int) -> None:

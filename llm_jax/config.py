@@ -28,9 +28,14 @@ Dtype = Annotated[str, ("float32", "bfloat16", "float16", "float64")]
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    source: str  # "stdlib" (the running Python's own source text), asset:NAME, a text file, directory or glob; A,B,...
+    source: (
+        str  # "stdlib", asset:NAME, hf:NAME, a file, directory or glob; A,B,... or A@WEIGHT,B@WEIGHT,...; sources.py
+    )
+    kind: str  # what is learned from: "text", "instructions" (the answers), "preferences" (pairs); see data/encode.py
+    field: str  # the text of a record (JSON lines, Parquet, hf:NAME) where the kind is "text"
     validation_fraction: Share  # share of the bytes held out, by whole groups of documents
     cache_dir: str  # tokenized corpora and trained tokenizers; "" is ~/.cache/llm_jax
+    workers: CountOrZero  # processes that read and tokenize; 0: by the size of the text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +79,7 @@ class PrecisionConfig:
 class ModelConfig:
     vocab_size: CountOrZero  # 0: the tokenizer's
     width: Count
+    base_width: CountOrZero  # rates and logits keep the sizes they have at this width (μP); 0: no transfer
     num_layers: Count
     causal: bool  # a token sees what is before it (decoder), or all of its document (encoder)
     layer_pattern: tuple[str, ...]  # kinds of layer, repeated over the depth: "global", "local"
@@ -101,6 +107,7 @@ class ModelConfig:
     scale_embeddings: bool  # multiply token embeddings by sqrt(width) (Vaswani et al. 2017, section 3.4)
     tie_head: bool  # the output head is the embedding table
     attention: str  # who computes it: "auto", "plain", "xla", "cudnn", "splash"; see model/product.py
+    cache: Annotated[str, ("compute", "int8")]  # of keys and values in decoding: the compute dtype, or int8 by head
     position: PositionConfig
     precision: PrecisionConfig
     scan_layers: bool  # one compiled layer per stage (training); else one per layer
@@ -109,17 +116,48 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    kind: str  # "adamw" or "sgd"
+    kind: str  # "adamw", "lion", "adafactor", "muon" (hidden matrices; adamw for the rest) or "sgd"
     lr: PositiveOrZero  # the peak
+    lr_rules: Rules  # (regular expression, factor on the rate) over parameter names
     warmup_steps: CountOrZero
-    schedule: str  # after the warm-up: "cosine", "linear" or "constant"
-    final_lr_fraction: Share  # of the peak, reached at the last step
+    schedule: str  # after the warm-up: "cosine", "linear", "constant", "wsd" or "inverse_sqrt"
+    final_lr_fraction: Share  # of the peak, reached at the last step (cosine, linear, wsd)
+    decay_fraction: Share  # wsd: the share of all steps in which the rate falls, the last ones
     weight_decay: PositiveOrZero
     decay_rules: Rules  # (regular expression, factor on weight_decay) over parameter names
-    beta1: Share  # adamw; momentum of sgd
-    beta2: Share
-    eps: PositiveOrZero
+    beta1: Share  # adamw, lion; momentum of sgd
+    beta2: Share  # adamw, lion
+    eps: PositiveOrZero  # adamw
+    momentum: Share  # muon
     clip_norm: PositiveOrZero  # of the global gradient; 0: no clipping
+    ema_decay: Share  # of a moving average of the weights, which is then what is evaluated and loaded; 0: none
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    kind: str  # "cross_entropy", "unlikelihood", "entmax", "distillation" or "dpo"; see training/losses.py
+    z_loss: PositiveOrZero  # weight of log(sum exp(logits))^2
+    label_smoothing: Share  # of the target's probability, shared by all ids
+    unlikelihood: PositiveOrZero  # its weight beside the cross-entropy
+    teacher: str  # distillation: a checkpoint (as --checkpoint takes it) with the run's vocabulary
+    temperature: Positive  # distillation: of both models
+    teacher_weight: Share  # distillation: of the divergence from the teacher; the cross-entropy has the rest
+    beta: Positive  # dpo: how dear it is to leave the reference
+
+
+@dataclasses.dataclass(frozen=True)
+class QATConfig:
+    scheme: str  # what weights (and activations) are rounded to in training; "": none
+    start_step: CountOrZero  # from which step on
+    learned_step: bool  # train the scales too (LSQ, arXiv:1902.08153)
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantConfig:
+    scheme: str  # of the frozen base of adapters; "": as it comes
+    head: str  # the scheme of embeddings and head, in both; "": not quantized
+    rules: Rules  # (regular expression, scheme or "") over parameter names, before the usual ones
+    qat: QATConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,6 +208,8 @@ class Config:
     tokenizer: TokenizerConfig
     model: ModelConfig
     optim: OptimConfig
+    quant: QuantConfig
+    loss: LossConfig
     train: TrainConfig
     eval: EvalConfig
     report: ReportConfig
@@ -204,6 +244,9 @@ def build(mapping: Mapping[str, Any], cls: Any = Config, prefix: str = "") -> An
 
 # Keys that came after checkpoint format 1, with the value that means what there was before.
 ADDED: dict[str, Any] = {
+    "data.kind": "text",
+    "data.field": "text",
+    "data.workers": 0,
     "model.scale_embeddings": False,
     "model.attention": "auto",
     "model.position.local_base": 0.0,
@@ -217,11 +260,31 @@ ADDED: dict[str, Any] = {
     "model.attention_scale": 0.0,
     "model.attention_softcap": 0.0,
     "model.logit_softcap": 0.0,
+    "optim.lr_rules": ((r".*", 1.0),),
+    "optim.decay_fraction": 0.2,
+    "optim.momentum": 0.95,
+    "optim.ema_decay": 0.0,
+    "loss.kind": "cross_entropy",
+    "loss.z_loss": 0.0,
+    "loss.label_smoothing": 0.0,
+    "loss.unlikelihood": 1.0,
+    "loss.teacher": "",
+    "loss.temperature": 2.0,
+    "loss.teacher_weight": 0.5,
+    "loss.beta": 0.1,
+    "model.base_width": 0,
     "train.on_bad_step": "stop",
     "train.spike_factor": 0.0,
     "report.to": (),
     "report.norms_every": 0,
     "report.samples_every": 0,
+    "model.cache": "compute",
+    "quant.scheme": "",
+    "quant.head": "int8",
+    "quant.rules": (),
+    "quant.qat.scheme": "",
+    "quant.qat.start_step": 0,
+    "quant.qat.learned_step": False,
 }
 
 

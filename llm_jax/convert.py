@@ -1,6 +1,7 @@
 """Turns a checkpoint into another form: `python -m llm_jax.convert --input=PATH --output=PATH --to=hf|gguf`."""
 
 import dataclasses
+import math
 import pathlib
 
 from absl import flags
@@ -16,14 +17,14 @@ flags.DEFINE_string(
 )
 flags.DEFINE_enum("to", None, ["hf", "gguf"], "the form to write", required=True)
 flags.DEFINE_string("family", "", "hf: the model_type to write; by default that of the input, or the first that fits")
-flags.DEFINE_string("format", "F16", "gguf: of the matrices: F32, F16, BF16, Q8_0, Q4_0 or Q4_1")
+flags.DEFINE_string(
+    "format", "F16", "gguf: of matrices that have no block format yet: F32, F16, BF16, Q8_0, Q4_0, Q4_1"
+)
 flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "hf: of the tensors")
 
 
 def main() -> None:
-    import jax
-
-    from llm_jax import pretrained, tokenizers
+    from llm_jax import pretrained, tokenizers, trees
     from llm_jax.interop import gguf_model, hf
     from llm_jax.interop.families import FAMILIES
 
@@ -34,7 +35,7 @@ def main() -> None:
     model, params, tokenizer = pretrained.load(source)
     precision = dataclasses.replace(model.config.precision, params=f.dtype)
     config = dataclasses.replace(model.config, precision=precision) if f.to == "hf" else model.config
-    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    count = sum(math.prod(weight.shape) for weight in trees.flatten(params).values())
     said = f"read {f.input}: {config.num_layers} layers, width {config.width}, {count:,} parameters"
     print(f"{said}, tokenizer {tokenizer.kind} of {tokenizer.vocab_size} ids", flush=True)
     if f.to == "gguf":

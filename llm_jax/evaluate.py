@@ -1,7 +1,13 @@
-"""Held-out figures of a checkpoint: `python -m llm_jax.evaluate --checkpoint=runs/x`."""
+"""Held-out figures of a checkpoint: `python -m llm_jax.evaluate --checkpoint=runs/x`.
+
+With --task=NAME or --task=FILE.jsonl, its accuracy in a task (`llm_jax.prompting.tasks` describes the file);
+with --harness=NAMES, what lm-eval finds.
+"""
 
 import dataclasses
 import json
+import pathlib
+from typing import Any
 
 from absl import flags
 
@@ -12,31 +18,64 @@ flags.DEFINE_string(
     "checkpoint", None, "a run, a Hugging Face directory, a .gguf file, asset:NAME or hf:ORG/NAME", required=True
 )
 flags.DEFINE_string("data", "", "text to evaluate on; by default the held-out part of the run's own corpus")
+flags.DEFINE_string("kind", "", "of --data: text, instructions, preferences; by default as in training, or text")
+flags.DEFINE_string("field", "", "the text of the records of --data; by default as in training, or text")
 flags.DEFINE_integer("seq_len", 0, "tokens a window; by default as in training")
 flags.DEFINE_integer("stride", 0, "targets counted in each window, the last ones (a sliding window); 0: all of it")
-flags.DEFINE_integer("batch_size", 16, "windows at a time")
+flags.DEFINE_integer("batch_size", 16, "windows, or examples of a task, at a time")
+flags.DEFINE_boolean("as_stored", False, "keep quantized tensors of a .gguf file as they are, unexpanded")
 flags.DEFINE_boolean("json", False, "print one JSON object and nothing else")
+flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "of other people's checkpoints, in tasks")
+flags.DEFINE_string("task", "", "arithmetic, copying, sentiment, or a JSONL file")
+flags.DEFINE_string("style", "zero_shot", "zero_shot, few_shot, expert, cot_zero_shot or cot_few_shot; 'all' for each")
+flags.DEFINE_integer("template", 0, "which of the task's paraphrases; -1: each")
+flags.DEFINE_integer("shots", -1, "solved examples shown; -1: as many as the style has")
+flags.DEFINE_string("select", "random", "which are shown: first, random or balanced")
+flags.DEFINE_integer("shot_seed", 0, "of that choice and its order")
+flags.DEFINE_boolean("chat", False, "ask through the model's chat template")
+flags.DEFINE_string("normalize", "none", "log-probabilities of choices are divided by: none, tokens or bytes")
+flags.DEFINE_integer("context", 0, "tokens of a prompt and its answer at most; 0: as many as the model has positions")
+flags.DEFINE_integer("limit", 0, "examples asked; 0: all")
+flags.DEFINE_string("output", "", "a directory for the records of every example; the same command goes on from them")
+flags.DEFINE_string("harness", "", "tasks of lm-eval, separated by commas (pip install lm-eval)")
+flags.DEFINE_string("harness_path", "", "a directory with more tasks of lm-eval")
 
 
 def main() -> None:
+    f = flags.FLAGS
+    if f.batch_size < 1 or f.seq_len < 0 or f.limit < 0:
+        raise UserError(
+            f"--batch_size={f.batch_size} --seq_len={f.seq_len} --limit={f.limit}; expected positive numbers"
+        )
+    if bool(f.task) + bool(f.harness) + bool(f.data) > 1:
+        raise UserError("--task, --harness and --data are different evaluations; choose one")
+    if f.task:
+        on_task()
+    elif f.harness:
+        on_harness()
+    else:
+        on_text()
+
+
+def on_text() -> None:
     import jax
 
     from llm_jax import checkpoint, pretrained
     from llm_jax.config import DataConfig
     from llm_jax.data import corpus
-    from llm_jax.data.rows import Rows
+    from llm_jax.data.rows import ROWS, Rows
     from llm_jax.model import transformer
     from llm_jax.training import evaluation, losses
 
     f = flags.FLAGS
-    if f.batch_size < 1 or f.seq_len < 0:
-        raise UserError(f"--batch_size={f.batch_size} --seq_len={f.seq_len}; expected positive numbers")
+    if (f.kind or f.field) and not f.data:
+        raise UserError(f"--kind={f.kind} --field={f.field}: they are of --data, which is not given")
     path = pretrained.locate(f.checkpoint)
-    model, params, tokenizer = pretrained.load(path, scan_layers=True)
+    model, params, tokenizer = pretrained.load(path, scan_layers=True, as_stored=f.as_stored)
     if pretrained.is_foreign(path):
         if not f.data:
             raise UserError(f"{f.checkpoint} names no corpus of its own; give --data=FILE")
-        data, length = DataConfig(f.data, 0.0, ""), f.seq_len or 512
+        data, length = DataConfig(f.data, "text", "text", 0.0, "", 0), f.seq_len or 512
     else:
         config = checkpoint.read_config(checkpoint.find(path))
         data, length = config.data, f.seq_len or config.train.seq_len
@@ -45,11 +84,16 @@ def main() -> None:
     transformer.check_length(model.config, length)
     if not 0 <= f.stride <= length:
         raise UserError(f"--stride={f.stride}; expected 0 to the window of {length} tokens")
-    source = corpus.Source(dataclasses.replace(data, source=f.data) if f.data else data, whole=bool(f.data))
+    if f.data:
+        data = dataclasses.replace(data, source=f.data, kind=f.kind or data.kind, field=f.field or data.field)
+    source = corpus.Source(data, whole=bool(f.data))
     split = source.corpus(tokenizer).validation
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     loss = jax.jit(lambda params, batch: losses.language_model(model, params, batch, 0))
-    found = evaluation.evaluate(loss, params, Rows(split, length, f.stride), f.batch_size, device)
+    if f.stride and data.kind != "text":
+        raise UserError(f"--stride={f.stride}; examples (data.kind={data.kind}) are never cut")
+    windows = Rows(split, length, f.stride) if f.stride else ROWS[data.kind](split, length)
+    found = evaluation.evaluate(loss, params, windows, f.batch_size, device)
     if f.json:
         print(json.dumps({**found, "compressed_bits_per_byte": source.compressed_bits_per_byte()}))
         return
@@ -58,8 +102,75 @@ def main() -> None:
         f"{f.data or data.source}: {split.num_bytes:,} bytes, "
         f"{found['tokens']:,.0f} tokens in windows of {length}{f', {f.stride} counted in each' if f.stride else ''}\n"
         f"loss {found['loss']:.4f} nats a token, perplexity {found['perplexity']:.2f}\n"
-        f"{found['bits_per_byte']:.3f} bits per byte ({packed})"
+        f"{found['bits_per_byte']:.3f} bits per byte{packed and f' ({packed})'}"
     )
+
+
+def on_task() -> None:
+    from tqdm import tqdm
+
+    from llm_jax import pretrained
+    from llm_jax.prompting import ask, tasks
+    from llm_jax.prompting.builtin import TASKS
+    from llm_jax.prompting.templates import STYLES
+
+    f = flags.FLAGS
+    path = pathlib.Path(f.task)
+    if f.task not in TASKS and not path.is_file():
+        raise UserError(f"--task={f.task}: no such file, and not one of {', '.join(TASKS)}")
+    task = TASKS[f.task](200) if f.task in TASKS else tasks.read(path)
+    templates = range(len(task.templates)) if f.template == -1 else [f.template]
+    manners = [
+        ask.Manner(style, template, f.shots, f.select, f.shot_seed, f.chat, f.normalize, f.context)
+        for style in (STYLES if f.style == "all" else [f.style])
+        for template in templates
+    ]
+    for manner in manners:
+        manner.check(task)
+    count = min(f.limit or len(task.examples), len(task.examples))
+    loaded = pretrained.load(f.checkpoint, dtype=f.dtype)
+    found: list[dict[str, Any]] = []
+    with tqdm(total=count * len(manners), desc=task.name, leave=False, delay=2, disable=None) as bar:
+        for manner in manners:
+            name = f"{task.name}-{manner.style}-{manner.template}.jsonl"
+            settings = {"checkpoint": f.checkpoint, "task": task.digest(), **dataclasses.asdict(manner)}
+            log = ask.Log(pathlib.Path(f.output) / name if f.output else None, settings)
+            done = {record["index"] for record in log.records}
+            bar.update(len(done))
+            for record in ask.records(loaded, task, manner, [i for i in range(count) if i not in done], f.batch_size):
+                log.add(record)
+                bar.update()
+            asked = [record for record in log.records if record["index"] < count]
+            found.append({"task": task.name, **dataclasses.asdict(manner), **ask.summary(asked)})
+    if f.json:
+        print(json.dumps(found))
+        return
+    print(f"{'style':<14} {'template':>8} {'examples':>8} {'accuracy':>8}  {'95 % interval':<14} {'tokens':>6}")
+    for one in found:
+        tokens = one["reasoning_tokens"] + one["tokens"]
+        print(
+            f"{one['style']:<14} {one['template']:>8} {one['examples']:>8} {one['accuracy']:>8.3f}  "
+            f"{one['low']:.3f} to {one['high']:.3f} {tokens:>6.1f}"
+        )
+
+
+def on_harness() -> None:
+    from llm_jax import pretrained
+    from llm_jax.prompting import harness
+
+    f = flags.FLAGS
+    path = pathlib.Path(f.harness_path) if f.harness_path else None
+    if path and not path.is_dir():
+        raise UserError(f"--harness_path={path}: no such directory")
+    model, params, tokenizer = pretrained.load(f.checkpoint, dtype=f.dtype)
+    found = harness.run(model, params, tokenizer, f.harness.split(","), path, f.batch_size, f.limit)
+    if f.json:
+        print(json.dumps(found, default=str))
+        return
+    for name, metrics in found.items():
+        for metric, value in metrics.items():
+            if isinstance(value, float):
+                print(f"{name:<24} {metric:<24} {value:.4f}")
 
 
 if __name__ == "__main__":

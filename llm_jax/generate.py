@@ -1,8 +1,16 @@
-"""Continues a prompt: `python -m llm_jax.generate --checkpoint=runs/x --prompt="def "`."""
+"""Continues a prompt: `python -m llm_jax.generate --checkpoint=runs/x --prompt="def "`.
+
+The flags of decoding are the fields of `llm_jax.decoding.options.Options`.
+"""
+
+import dataclasses
+import json
+from typing import Any
 
 from absl import flags
 
 from llm_jax import cli
+from llm_jax.decoding.options import PROMPT, Options, parse_bias
 from llm_jax.errors import UserError
 
 flags.DEFINE_string(
@@ -12,25 +20,63 @@ flags.DEFINE_multi_string("prompt", None, "text to continue; may be given severa
 flags.DEFINE_boolean("chat", False, "ask through the model's chat template; the answer alone is printed")
 flags.DEFINE_string("system", "", "with --chat: the system message")
 flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "of other people's checkpoints")
-flags.DEFINE_integer("max_new_tokens", 128, "tokens at most")
-flags.DEFINE_float("temperature", 0.8, "0 is greedy")
-flags.DEFINE_integer("top_k", 0, "draw from the k most likely tokens; 0: all")
-flags.DEFINE_float("top_p", None, "draw from the most likely tokens of this total probability")
-flags.DEFINE_integer("seed", 0, "of the draws; row i uses seed + i")
+flags.DEFINE_boolean("as_stored", False, "keep quantized tensors of a .gguf file as they are, unexpanded")
+flags.DEFINE_enum("cache", "", ["", "compute", "int8"], "of keys and values; by default the checkpoint's model.cache")
+flags.DEFINE_boolean("stream", False, "print the text of the one prompt as it comes")
+flags.DEFINE_boolean("explain", False, "print, token by token, the candidates and what each filter removed")
+flags.DEFINE_boolean("json", False, "print one JSON object a continuation, with the log-probability of every token")
+
+
+def define_options() -> None:
+    """A flag for every field of `Options`."""
+    kinds: dict[type, Any] = {
+        bool: flags.DEFINE_boolean,
+        int: flags.DEFINE_integer,
+        float: flags.DEFINE_float,
+        str: flags.DEFINE_string,
+    }
+    for field in dataclasses.fields(Options):
+        if isinstance(field.default, tuple):
+            define = flags.DEFINE_multi_integer if field.name == "eos" else flags.DEFINE_multi_string
+            define(field.name, [], field.metadata["about"])
+        else:
+            kinds[type(field.default)](field.name, field.default, field.metadata["about"])
+
+
+define_options()
+
+
+def read_options() -> Options:
+    """What the flags say."""
+    said: dict[str, Any] = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Options)}
+    said["logit_bias"] = [parse_bias(text) for text in said["logit_bias"]]
+    frozen: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in said.items()}
+    return Options(**frozen)
 
 
 def main() -> None:
     from llm_jax import pretrained, tokenizers
-    from llm_jax.decoding import loop, samplers
-    from llm_jax.prompting import chat
+    from llm_jax.decoding import complete, explain
+    from llm_jax.tokenizers import chat
+    from llm_jax.tokenizers.base import digest
 
-    f = flags.FLAGS
-    if f.seed < 0:
-        raise UserError(f"--seed={f.seed}; expected a number from 0")
-    sampler = samplers.make(f.temperature, f.top_k, 1.0 if f.top_p is None else f.top_p)
-    model, params, tokenizer = pretrained.load(f.checkpoint, dtype=f.dtype)
+    f, options = flags.FLAGS, read_options()
+    if f.stream + f.explain + f.json > 1:
+        raise UserError("--stream, --explain and --json print different things; choose one")
+    if (f.stream or f.explain) and (len(f.prompt) > 1 or options.n > 1):
+        raise UserError(f"--{'stream' if f.stream else 'explain'} shows one continuation of one --prompt")
+    model, params, tokenizer = pretrained.load(f.checkpoint, dtype=f.dtype, as_stored=f.as_stored)
+    if f.cache:
+        model = model.clone(config=dataclasses.replace(model.config, cache=f.cache))
     if not model.config.causal:
         raise UserError(f"{f.checkpoint} is a bidirectional model (model.causal=False); it does not continue text")
+    options.check(min(tokenizer.vocab_size, model.config.vocab_size))
+    draft = None
+    if options.draft not in ("", PROMPT):
+        guesser = pretrained.load(options.draft, dtype=f.dtype)
+        if digest(guesser.tokenizer) != digest(tokenizer):
+            raise UserError(f"--draft={options.draft} has another tokenizer than {f.checkpoint}")
+        draft = guesser.model, guesser.params
     if f.chat:
         if not isinstance(tokenizer, tokenizers.Foreign):
             raise UserError(f"--chat needs a tokenizer with a chat template; this checkpoint's is {tokenizer.kind}")
@@ -39,23 +85,30 @@ def main() -> None:
         prompts = [tokenizer.encode_chat(text) for text in texts]
     else:
         prompts = [tokenizers.prompt(tokenizer, text) for text in f.prompt]
-    if any(i >= model.config.vocab_size for prompt in prompts for i in prompt):
-        raise UserError(f"the prompt has a token that the model lacks (its ids end at {model.config.vocab_size - 1})")
-    seeds = [f.seed + i for i in range(len(prompts))]
-    made = loop.generate(
-        model,
-        params,
-        prompts,
-        sampler,
-        max_new_tokens=f.max_new_tokens,
-        seeds=seeds,
-        eos=tokenizer.eos,
-        vocab_size=min(tokenizer.vocab_size, model.config.vocab_size),
-    )
-    for i, (prompt, one) in enumerate(zip(prompts, made, strict=True)):
-        if i:
-            print("-" * 40)
-        print(tokenizer.decode(one.ids if f.chat else prompt + one.ids))
+    if f.explain:
+        ids = complete.fit(model, complete.encoded(tokenizer, prompts[0]), options)
+        eos = complete.ends(tokenizer, options)
+        vocab = min(tokenizer.vocab_size, model.config.vocab_size)
+        steps = explain.explain(model, params, ids, options, seed=options.seed, eos=eos, vocab_size=vocab)
+        for number, step in enumerate(steps, 1):
+            print(explain.table(tokenizer, number, step), flush=True)
+        return
+    shown = [] if f.chat else [tokenizer.decode(prompt) for prompt in prompts]
+    head = iter(shown)  # printed with the first text, when nothing can be wrong with the request any more
+    show = (lambda row, text: print(next(head, "") + text, end="", flush=True)) if f.stream else None
+    made = complete.complete(model, params, tokenizer, prompts, options, draft=draft, show=show)
+    if f.stream:
+        print(next(head, ""))
+        return
+    for i, several in enumerate(made):
+        for j, one in enumerate(several):
+            if f.json:
+                said = {"prompt": f.prompt[i], "text": one.text, "score": one.score, **dataclasses.asdict(one.made)}
+                print(json.dumps(said))
+                continue
+            if i or j:
+                print("-" * 40)
+            print("".join(shown[i : i + 1]) + one.text)
 
 
 if __name__ == "__main__":

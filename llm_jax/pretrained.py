@@ -19,7 +19,9 @@ from llm_jax.tokenizers import Tokenizer
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
 
 
-def load(path: str | os.PathLike[str], scan_layers: bool = False, dtype: str = "float32") -> Loaded:
+def load(
+    path: str | os.PathLike[str], scan_layers: bool = False, dtype: str = "float32", as_stored: bool = False
+) -> Loaded:
     """The model, its parameters on the default device, and the tokenizer.
 
     Args:
@@ -27,6 +29,7 @@ def load(path: str | os.PathLike[str], scan_layers: bool = False, dtype: str = "
         (`llm_jax.data.assets`); or "hf:ORG/NAME", where a hub and the package huggingface_hub are reachable.
       scan_layers: the layout of the parameters; False, one entry per layer, is the fast one for decoding.
       dtype: of the parameters and of the computation of other people's checkpoints; ours keep their own.
+      as_stored: quantized tensors of a .gguf file stay so, where a scheme of ours corresponds.
 
     Raises:
       UserError: nothing there that can be read, in one line that says what was expected.
@@ -35,7 +38,7 @@ def load(path: str | os.PathLike[str], scan_layers: bool = False, dtype: str = "
     if (found.is_dir() and not is_foreign(found)) or not found.exists():
         return checkpoint.load(found, scan_layers)
     if found.is_file():
-        return _gguf(found, scan_layers, dtype)
+        return _gguf(found, scan_layers, dtype, as_stored)
     return _hf(found, scan_layers, dtype)
 
 
@@ -84,14 +87,14 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     return _tokenizer_of(found)
 
 
-def _gguf(path: pathlib.Path, scan_layers: bool, dtype: str) -> Loaded:
+def _gguf(path: pathlib.Path, scan_layers: bool, dtype: str, as_stored: bool) -> Loaded:
     from llm_jax.interop import gguf, gguf_model
 
     file = gguf.read(path)
     _, config = gguf_model.read_config(file, str(path))
     tokenizer = tokenizers.from_gguf(file.metadata)
     config, abstract, shardings = _prepared(config, dtype)
-    params = gguf_model.load_params(path, file, config, abstract, shardings)
+    params = gguf_model.load_params(path, file, config, abstract, shardings, as_stored)
     return _finished(config, params, tokenizer, scan_layers)
 
 

@@ -27,7 +27,8 @@ flags.DEFINE_boolean(
 # What may change when a run goes on: whole keys, and sections by their dot. Any other difference is another run.
 _FREE = (
     *("eval.", "report.", "checkpoint.", "mesh."),
-    *("train.steps", "train.on_bad_step", "train.spike_factor", "model.attention", "data.cache_dir"),
+    *("train.steps", "train.on_bad_step", "train.spike_factor", "model.attention", "model.cache"),
+    *("data.cache_dir", "data.workers"),
 )
 
 
@@ -36,15 +37,16 @@ def main() -> None:
     cli.use_devices(flags.FLAGS.devices)
     import jax
     import jax.numpy as jnp
-    import optax
 
-    from llm_jax import checkpoint, tokenizers, trees
+    from llm_jax import checkpoint, pretrained, tokenizers, trees
+    from llm_jax.data import rows
     from llm_jax.data.corpus import Source
-    from llm_jax.data.rows import Batch, Rows, Shuffled, batches
-    from llm_jax.decoding import loop, samplers
+    from llm_jax.decoding import loop
+    from llm_jax.decoding.options import Options
     from llm_jax.model import product, transformer
     from llm_jax.model.stages import layout
     from llm_jax.parallel import mesh as mesh_lib
+    from llm_jax.quant import qat
     from llm_jax.training import evaluation, losses, optim, report, sinks, watch
     from llm_jax.training import step as step_lib
 
@@ -63,6 +65,9 @@ def main() -> None:
     if start > c.steps:
         raise UserError(f"{workdir} is at step {start}, past train.steps={c.steps}; raise it or give another --workdir")
 
+    if config.quant.scheme:
+        raise UserError(f"config key 'quant.scheme' is '{config.quant.scheme}'; it is of the frozen base of adapters")
+
     # ---------------------------------------------------------------- data
     source = Source(config.data)
     tokenizer = tokenizers.load(origin / "tokenizer") if origin else source.tokenizer(config.tokenizer)
@@ -76,7 +81,8 @@ def main() -> None:
             f"(sha256 {record['corpus'][:12]}, now {source.sha256[:12]}); bring it back or give another --workdir"
         )
     corpus = source.corpus(tokenizer)
-    train_rows, held_rows = Shuffled(Rows(corpus.train, c.seq_len), c.seed), Rows(corpus.validation, c.seq_len)
+    train_rows = rows.training(config, corpus)
+    held_rows, held_parts = rows.held_out(config.data, corpus, c.seq_len)
     print(
         f"{config.data.source}: {source.num_bytes:,} bytes (sha256 {corpus.sha256[:12]}), {len(corpus.train.tokens):,} "
         f"training tokens, {len(held_rows.split.tokens):,} held out; tokenizer {tokenizer.kind}, "
@@ -90,31 +96,50 @@ def main() -> None:
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab))
     mesh = mesh_lib.make(config.mesh)
     batch_sharding = mesh_lib.batch_sharding(mesh, c.batch_size)
-    losses.check_chunk(c.loss_chunk, c.seq_len)
+    losses.check(config)
     sinks.check(config.report.to)
-    step_lib.check_accumulation(c.batch_size, c.grad_accumulation, mesh.shape["data"] * mesh.shape["fsdp"])
+    together = losses.rows_together(config.loss)
+    step_lib.check_accumulation(c.batch_size, c.grad_accumulation, mesh.shape["data"] * mesh.shape["fsdp"], together)
     model = transformer.Transformer(config.model)
     transformer.check_length(config.model, c.seq_len)
     attention = product.describe(
         config.model, jax.default_backend(), c.batch_size // c.grad_accumulation, c.seq_len, dict(mesh.shape)
     )
-    abstract = checkpoint.abstract_params(model)
+    abstract = jax.eval_shape(lambda p: qat.prepare(p, config.quant), checkpoint.abstract_params(model))
     weights = watch.names(abstract)
     guard = watch.Watch(c, weights, workdir / "metrics.jsonl", start)
-    optimizer = optim.make(config.optim, c.steps, abstract)
+    optimizer = optim.make(config.optim, c.steps, abstract, transformer.width_ratio(config.model))
     copies = mesh_lib.replicated(mesh)
     param_shardings = mesh_lib.shardings(abstract, config.mesh.rules, mesh)
-    abstract_state = jax.eval_shape(lambda p: step_lib.init(optimizer, p), abstract)
+
+    def begun(params):
+        return step_lib.init(optimizer, params, ema=bool(config.optim.ema_decay))
+
+    abstract_state = jax.eval_shape(begun, abstract)
     state_shardings = step_lib.State(
         copies,
         param_shardings,
-        optax.tree.map_params(
-            optimizer, lambda _, s: s, abstract_state.optimizer, param_shardings, transform_non_params=lambda _: copies
-        ),
+        optim.shardings(abstract_state.optimizer, abstract, param_shardings, copies),
+        param_shardings if config.optim.ema_decay else None,
     )
     abstract_state = jax.tree.map(
         lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), abstract_state, state_shardings
     )
+    # ---------------------------------------------------------------- the frozen model of the loss
+    # A teacher, or for DPO the weights that the run started from.
+    other, frozen, fingerprint = None, None, ""
+    if name := config.loss.teacher or (config.init_from if config.loss.kind == "dpo" else ""):
+        loaded = pretrained.load(name, scan_layers=config.model.scan_layers, dtype=config.model.precision.params)
+        losses.check_other(name, loaded.model.config, config.model, tokenizers.digest(loaded.tokenizer), tokenizer)
+        other = loaded.model if config.loss.teacher else model
+        frozen = {"other": jax.device_put(loaded.params, mesh_lib.shardings(loaded.params, config.mesh.rules, mesh))}
+        fingerprint = trees.fingerprint(loaded.params)
+        transformer.check_length(other.config, c.seq_len)
+        if resumed and record and record["other"] != fingerprint:
+            raise UserError(f"{name}: its weights have changed since {workdir} was started; give another --workdir")
+        del loaded
+
+    # ---------------------------------------------------------------- what will be trained
     print(report.parameter_table(abstract_state.params))
     print(
         f"mesh {dict(mesh.shape)} of {jax.device_count()} {jax.devices()[0].device_kind} device(s), "
@@ -127,11 +152,10 @@ def main() -> None:
 
     # ---------------------------------------------------------------- state
     def restored(directory: pathlib.Path, record: Mapping[str, Any]) -> step_lib.State:
-        params, optimizer_state = checkpoint.restore_state(
-            directory, record, abstract_state.params, abstract_state.optimizer
-        )
+        a = abstract_state
+        found = checkpoint.restore_state(directory, record, a.params, a.optimizer, a.ema)
         print(f"going on from {directory}")
-        return step_lib.State(jax.device_put(jnp.int32(record["step"]), copies), params, optimizer_state)
+        return step_lib.State(jax.device_put(jnp.int32(record["step"]), copies), *found)
 
     def first() -> step_lib.State:
         if origin and record and not resumed:
@@ -139,7 +163,7 @@ def main() -> None:
                 origin, record, config.model, lambda tree: mesh_lib.shardings(tree, config.mesh.rules, mesh)
             )
             begin = jax.jit(
-                lambda p: step_lib.init(optimizer, trees.restage(p, layout(config.model))),
+                lambda p: begun(qat.prepare(trees.restage(p, layout(config.model)), config.quant)),
                 out_shardings=state_shardings,
             )
             print(f"weights from {origin}")
@@ -148,7 +172,8 @@ def main() -> None:
             return begin(params)
         tokens = jnp.zeros((1, 1), jnp.int32)
         fresh = jax.jit(
-            lambda key: step_lib.init(optimizer, model.init(key, tokens)["params"]), out_shardings=state_shardings
+            lambda key: begun(qat.prepare(model.init(key, tokens)["params"], config.quant)),
+            out_shardings=state_shardings,
         )
         return fresh(jax.random.key(c.seed))
 
@@ -157,9 +182,10 @@ def main() -> None:
 
     # ---------------------------------------------------------------- compiled functions
     rate = optim.schedule(config.optim, c.steps)
+    objective = losses.make(config.loss, model, c.loss_chunk, other)
 
-    def loss(trained, frozen, batch, step, key):  # all parameters are trained, and nothing is drawn
-        return losses.language_model(model, trained, batch, c.loss_chunk)
+    def loss(trained, frozen, batch, step, key):
+        return objective(qat.delayed(trained, step, config.quant.qat.start_step), frozen, batch, step, key)
 
     train_step = jax.jit(
         mesh_lib.within(
@@ -172,6 +198,8 @@ def main() -> None:
                 c.grad_accumulation,
                 skip_bad=c.on_bad_step == "skip",
                 update_norms=config.report.norms_every > 0,
+                ema_decay=config.optim.ema_decay,
+                rows_together=together,
             ),
         ),
         donate_argnums=0,
@@ -188,16 +216,20 @@ def main() -> None:
     unstack = jax.jit(trees.unstack, out_shardings=copies)
 
     def evaluate(limit: int) -> dict[str, float]:
-        found = evaluation.evaluate(eval_loss, state.params, held_rows, c.batch_size, batch_sharding, limit)
-        return {f"validation_{name}": value for name, value in found.items()}
+        figures: dict[str, float] = {}
+        for source_name, part in {"": held_rows, **held_parts}.items():
+            found = evaluation.evaluate(eval_loss, state.model, part, c.batch_size, batch_sharding, limit)
+            suffix = f"/{source_name}" if source_name else ""
+            figures |= {f"validation_{name}{suffix}": value for name, value in found.items()}
+        return figures
 
     def sample(title: str) -> str:
         prompts = [tokenizers.prompt(tokenizer, text) for text in config.eval.prompts]
         made = loop.generate(
             decoder,
-            unstack(state.params),
+            unstack(state.model),
             prompts,
-            samplers.make(0.8, top_p=0.95),
+            Options(temperature=0.8, top_p=0.95).sampler(),
             max_new_tokens=config.eval.max_new_tokens,
             eos=tokenizer.eos,
             vocab_size=tokenizer.vocab_size,
@@ -211,7 +243,7 @@ def main() -> None:
     # ---------------------------------------------------------------- the loop
     peak = report.matmul_peak(config.model.precision.compute)
     opened = sinks.open_all(config.report.to, workdir, config_lib.flat(config), start)
-    writer = checkpoint.Writer(workdir, config, tokenizer, corpus.sha256)
+    writer = checkpoint.Writer(workdir, config, tokenizer, corpus.sha256, fingerprint)
     flops = transformer.flops_per_token(config.model, c.seq_len)
     progress = report.Progress(workdir, start, c.steps, flops, peak, guard, weights, opened, config.report.norms_every)
     report.begin_attempt(workdir, start)
@@ -223,8 +255,8 @@ def main() -> None:
         "save": config.checkpoint.every,
     }
 
-    def ahead() -> Iterator[Batch]:
-        return batches(train_rows, done + jumped, c.steps + jumped, c.batch_size, batch_sharding)
+    def ahead() -> Iterator[rows.Batch]:
+        return rows.batches(train_rows, done + jumped, c.steps + jumped, c.batch_size, batch_sharding)
 
     def go_back(bad: watch.BadStep) -> tuple[step_lib.State, int]:
         """The state and step of the last checkpoint, or of the start."""
@@ -242,13 +274,13 @@ def main() -> None:
         return (restored(at, checkpoint.verify(at)) if at else first()), to
 
     held: dict[str, float] = {}
-    done, jumped = start, record["jumped"] if resumed and record else 0
+    done, jumped = start, record.get("jumped", 0) if resumed and record else 0
     stream, stopping = ahead(), 0
     with cli.signals_noted() as stopped:
         while done < c.steps and not stopping:
             tracer.at(done, state)
             batch = next(stream)
-            state, metrics = train_step(state, None, batch, jnp.float32(guard.limit(done + 1)))
+            state, metrics = train_step(state, frozen, batch, jnp.float32(guard.limit(done + 1)))
             done, stopping, held = done + 1, stopped(), {}
             due = {name for name, every in periods.items() if every and done % every == 0}
             due = {"save"} if stopping else due | {"evaluate", "save"} if done == c.steps else due
@@ -274,7 +306,7 @@ def main() -> None:
             if "sample" in due and done < c.steps:
                 progress.text(done, "samples", sample(f"after {done} steps"))
             if "save" in due:
-                writer.save(done, state.params, state.optimizer, held.get("validation_loss"), jumped)
+                writer.save(done, state.params, state.optimizer, held.get("validation_loss"), jumped, state.ema)
             progress.pause()
     tracer.close(state)
     writer.close()
@@ -305,15 +337,16 @@ def main() -> None:
     others = ", ".join(f"{name} {value:.3f}" for name, value in packed.items())
     print(
         f"held-out: loss {final['validation_loss']:.4f}, perplexity {final['validation_perplexity']:.2f}, "
-        f"{final['validation_bits_per_byte']:.3f} bits per byte ({others})\n"
-        f"checkpoint: {workdir / 'checkpoints' / str(c.steps)}\n"
+        f"{final['validation_bits_per_byte']:.3f} bits per byte{others and f' ({others})'}\n"
+        + "".join(f"of {name}: {final[f'validation_bits_per_byte/{name}']:.3f}\n" for name in held_parts)
+        + f"checkpoint: {workdir / 'checkpoints' / str(c.steps)}\n"
         f'next: python -m llm_jax.generate --checkpoint={workdir} --prompt="def "'
     )
 
 
 def _differences(before: config_lib.ModelConfig, now: config_lib.ModelConfig) -> list[tuple[str, str]]:
     """What about a model has changed, beside how it is laid out: (key, what it was)."""
-    free = ("model.scan_layers", "model.remat", "model.vocab_size", "model.attention")
+    free = ("model.scan_layers", "model.remat", "model.vocab_size", "model.attention", "model.cache")
     old, new = config_lib.flat(before, "model."), config_lib.flat(now, "model.")
     return [(key, repr(old[key])) for key in new if old[key] != new[key] and key not in free]
 

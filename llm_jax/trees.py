@@ -15,6 +15,7 @@ per-layer names that `expand` gives.
 
 import dataclasses
 import difflib
+import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llm_jax.errors import UserError
 
@@ -157,6 +159,9 @@ def restage(tree: Tree, stages: Stages = ()) -> dict[str, Any]:
     Args:
       tree: parameters in any layout (the paths tell which).
       stages: the layout wanted; `()` gives one entry per layer.
+
+    Raises:
+      UserError: layers to be stacked hold weights of different kinds.
     """
     flat = flatten(unstack(tree))
     if not stages:
@@ -174,8 +179,21 @@ def restage(tree: Tree, stages: Stages = ()) -> dict[str, Any]:
         expected = len(layers_of(path) or ())
         if sorted(parts) != list(range(expected)):
             raise ValueError(f"cannot stack '{path}': {len(parts)} of its {expected} layers are here")
+        if any(_record(part) != _record(parts[0]) for part in parts.values()):
+            raise UserError(f"'{path}' is of different kinds in its layers; set model.scan_layers=False")
         out[path] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(parts[i] for i in range(expected)))
     return unflatten(out)
+
+
+def stackable(tree: Tree, stages: Stages) -> bool:
+    """Whether `restage` can bring the weights into this layout: those of stacked layers are of one kind."""
+    kinds: dict[str, Any] = {}
+    for path, weight in flatten(jax.eval_shape(unstack, tree)).items():
+        if stages and (single := _SINGLE.fullmatch(path)):
+            place = single["head"] + stack_path(stages, int(single["layer"]))[0] + single["tail"]
+            if kinds.setdefault(place, _record(weight)) != _record(weight):
+                return False
+    return True
 
 
 def describe(tree: Tree) -> dict[str, Any]:
@@ -187,7 +205,9 @@ def describe(tree: Tree) -> dict[str, Any]:
     return {path: _record(weight) for path, weight in flatten(tree).items()}
 
 
-def _record(weight: Any) -> dict[str, Any]:
+def _record(weight: Any) -> dict[str, Any] | None:
+    if weight is None:  # a field that a node does without
+        return None
     if not dataclasses.is_dataclass(weight):
         return {"shape": list(weight.shape), "dtype": str(weight.dtype)}
     fields = {f.name: (getattr(weight, f.name), f.metadata.get("static", False)) for f in dataclasses.fields(weight)}
@@ -196,6 +216,20 @@ def _record(weight: Any) -> dict[str, Any]:
         "static": {name: value for name, (value, static) in fields.items() if static},
         "fields": {name: _record(value) for name, (value, static) in fields.items() if not static},
     }
+
+
+def fingerprint(tree: Tree) -> str:
+    """The sha256 of all weights: per-layer names, shapes, dtypes and bits, whatever the layout."""
+    digest = hashlib.sha256()
+    flat = flatten(tree)
+    named = sorted((name, path, i) for path in flat for i, name in enumerate(expand(path)))
+    for name, path, i in named:
+        stacked = layers_of(path) is not None
+        for leaf in jax.tree.leaves(flat[path]):
+            array = np.ascontiguousarray(jax.device_get(leaf[i] if stacked else leaf))
+            digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+            digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def check(have: Mapping[str, Any], want: Mapping[str, Any], source: str) -> None:
@@ -215,7 +249,9 @@ def check(have: Mapping[str, Any], want: Mapping[str, Any], source: str) -> None
         raise UserError(f"{source}: parameters do not fit the model: {'; '.join(faults[:8])}{more}")
 
 
-def _say(record: Mapping[str, Any]) -> str:
+def _say(record: Mapping[str, Any] | None) -> str:
+    if record is None:
+        return "nothing"
     if "node" not in record:
         return f"{record.get('dtype', '')}{record['shape']}"
     parts = [f"{name}={value}" for name, value in record["static"].items()]

@@ -10,6 +10,9 @@ may hold other nodes, so kinds compose as values and the model has no code for a
 
     array                     full training
     Adapted(array, a, b)      LoRA
+    QTensor(codes, scale)     quantized after training (`quantized.py`, which also has the next)
+    FakeQuant(array)          quantization-aware training
+    Adapted(QTensor, a, b)    QLoRA
 
 To add a kind: subclass `Node`, implement its five methods here, and call kernels that take arrays.
 """
@@ -103,12 +106,14 @@ def partition(w: Weight, spec: P) -> Any:
     return w.partition(spec) if isinstance(w, Node) else spec
 
 
-def abstract(record: Mapping[str, Any]) -> Any:
+def abstract(record: Mapping[str, Any] | None) -> Any:
     """The weight that a record of `trees.describe` stands for, with `jax.ShapeDtypeStruct` leaves.
 
     Raises:
       UserError: a kind of node that this version does not know.
     """
+    if record is None:
+        return None
     if "node" not in record:
         return jax.ShapeDtypeStruct(tuple(record["shape"]), record["dtype"])
     if record["node"] not in NODES:

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from llm_jax import checkpoint, cli, pretrained
 from llm_jax import config as config_lib
 from llm_jax.data import assets
-from llm_jax.embeddings import corpus, glove, measure, probe, vectors, word2vec
+from llm_jax.embeddings import corpus, glove, measure, picture, vectors, word2vec
 from llm_jax.embeddings.config import EmbeddingsConfig
 from llm_jax.errors import UserError
 
@@ -87,7 +87,7 @@ def main() -> None:
     results = judge(table, benchmark)
     checkpoint.write_json(HERE / "results.json", results)
     shown = vectors.load(root / "skipgram-0.bin")
-    probe.draw(shown, [w for w in MAP.split() if w in shown], HERE / "map.png")
+    picture.draw(shown, [w for w in MAP.split() if w in shown], HERE / "map.png")
     lines = [
         f"{text.num_words:,} words of {len(text.words):,} kinds, sha256 {text.sha256[:12]}.",
         *tables(table, results),

@@ -1,4 +1,4 @@
-"""The token cache: every document tokenized once, into files that are mapped and not read."""
+"""A corpus as tokens: every document tokenized once, into files that are mapped and not read."""
 
 import dataclasses
 import json
@@ -8,95 +8,131 @@ import pathlib
 import shutil
 import tempfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from llm_jax import tokenizers
-from llm_jax.config import DataConfig, TokenizerConfig
-from llm_jax.data import sources
+from llm_jax.config import DataConfig, TokenizerConfig, choice
+from llm_jax.data import catalog
+from llm_jax.data.build import build
+from llm_jax.data.encode import ENCODERS
 from llm_jax.errors import UserError
 from llm_jax.tokenizers import Tokenizer
 
-_FORMAT = 1  # of the cache; part of its key
+_FORMAT = 2  # of the cache; part of its key
+_SAMPLE = 128 * 2**20  # bytes of text that a tokenizer is trained on, at most
+_COMPRESSED = 16 * 2**20  # bytes of held-out text that compressors are given, at most
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """One side of a corpus as a stream of tokens: documents as `tokenizers.document`.
+    """One side of a corpus as a stream of tokens, of documents as `tokenizers.document` or of examples.
 
     Attributes:
       tokens: (tokens,), uint16 or uint32, mapped from disk.
       offsets: int64 (documents + 1,), where each document begins; the last is the length.
-      num_bytes: of the text in UTF-8.
+      num_bytes: in UTF-8 of the text that counts.
+      mask: uint8 (tokens,), 1 where a token counts as a target; None: all but the first of a document.
+      directory: where to keep what is computed of it; None: nowhere.
     """
 
     tokens: np.ndarray
     offsets: np.ndarray
     num_bytes: int
+    mask: np.ndarray | None = None
+    directory: pathlib.Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """A tokenized source. `sha256` is of all its documents."""
+    """A tokenized source. `sha256` is of all its documents; `parts` are its sources by name, if there are several."""
 
     train: Split
     validation: Split
     sha256: str
+    parts: dict[str, "Corpus"] = dataclasses.field(default_factory=dict)
 
 
 class Source:
-    """The documents of a data config, read and hashed once.
+    """The documents of a data config, scanned once and remembered.
 
     Args:
       whole: hold everything out and train on nothing, for text that is only evaluated on.
     """
 
     def __init__(self, config: DataConfig, whole: bool = False):
-        found = sources.documents(config.source)
-        self.train, self.validation = ([], found) if whole else sources.split(found, config.validation_fraction)
-        self.sha256 = sources.fingerprint(found)
-        self.num_bytes = sum(d.size for d in found)
+        self._encoder = choice("data.kind", config.kind, ENCODERS)
+        self.config = config
         self.cache = pathlib.Path(config.cache_dir or "~/.cache/llm_jax").expanduser()
+        field = config.field if config.kind == "text" else ""
+        self.catalog, self._records = catalog.read(config.source, field, self.cache / "scans", config.workers)
+        everything = np.ones(len(self.catalog), bool)
+        self.held = everything if whole else catalog.held_out(self.catalog, config.validation_fraction)
+        for record in self._records:
+            record.write()
+        self.sha256 = self.catalog.sha256
+        self.num_bytes = int(self.catalog.size.sum())
         self._key = f"{self.sha256[:24]}-{'whole' if whole else f'{config.validation_fraction:g}'}"
+        if config.kind != "text":
+            self._key = f"{config.kind}-{self._key}"
+
+    def texts(self, held: bool, limit: int) -> Iterator[str]:
+        """The texts of one side, in their order; a sample of documents where they have more than `limit` bytes."""
+        which = np.flatnonzero(self.held == held)
+        if self.catalog.size[which].sum() > limit:
+            drawn = np.random.default_rng(0).permutation(which)
+            which = np.sort(drawn[: max(1, np.searchsorted(np.cumsum(self.catalog.size[drawn]), limit))])
+        return map(self._encoder.plain, self.catalog.texts(which))
 
     def tokenizer(self, config: TokenizerConfig) -> Tokenizer:
         """The tokenizer of a config, trained on the training documents (once: it is kept in the cache)."""
         kind = tokenizers.get(config.kind)
         directory = self.cache / "tokenizers" / f"{config.kind}-{config.vocab_size}-{self._key}"
         if not directory.exists():
-            tokenizer = kind.train(
-                tqdm(_texts(self.train), "training the tokenizer", leave=False, disable=None), config.vocab_size
-            )
+            texts = tqdm(self.texts(False, _SAMPLE), "training the tokenizer", leave=False, disable=None)
+            tokenizer = kind.train(texts, config.vocab_size)
             with _appearing(directory) as partial:
                 tokenizers.save(tokenizer, partial)
         return tokenizers.load(directory)
 
     def corpus(self, tokenizer: Tokenizer) -> Corpus:
-        """All documents as tokens, from the cache if they are there."""
+        """All documents as tokens, from the cache if they are there.
+
+        Raises:
+          UserError: text that cannot be encoded or has changed since it was scanned, a cache that cannot be
+            written or is damaged.
+        """
         directory = self.cache / "corpora" / f"{self._key}-{tokenizers.digest(tokenizer)[:24]}-{_FORMAT}"
         if not directory.exists():
-            with _appearing(directory) as partial:
-                for name, found in (("train", self.train), ("validation", self.validation)):
-                    _write(partial / name, found, tokenizer)
-        return Corpus(_open(directory / "train"), _open(directory / "validation"), self.sha256)
+            build(directory, self.catalog, self.held, tokenizer, self.config.kind, self.config.workers)
+            if changed := next(filter(None, (record.changed() for record in self._records)), ""):
+                shutil.rmtree(directory, ignore_errors=True)
+                raise UserError(f"{changed}: changed while it was being tokenized; start again")
+        (train, trained), (validation, held) = _open(directory / "train"), _open(directory / "validation")
+        parts, begin = {}, 0
+        for name, end in zip(self.catalog.names, self.catalog.ends, strict=True):
+            # Examples up to where the source begins and ends, on the held-out side and on the other.
+            place = self._encoder.examples * np.array([np.count_nonzero(self.held[:n]) for n in (begin, end)])
+            other = self._encoder.examples * np.array([begin, end]) - place
+            parts[name] = Corpus(_part(train, trained, *other), _part(validation, held, *place), self.sha256)
+            begin = end
+        return Corpus(train, validation, self.sha256, parts if len(parts) > 1 else {})
 
     def compressed_bits_per_byte(self) -> dict[str, float]:
         """What general compressors at their best reach on the held-out text, as one stream of bytes."""
+        if self.config.kind != "text":
+            return {}  # the answers alone are what a model's figure is of
         packers: dict[str, Any] = {"gzip -9": zlib.compressobj(9, wbits=31), "xz -9": lzma.LZMACompressor(preset=9)}
         sizes = dict.fromkeys(packers, 0)
         total = 0
-        for text in _texts(self.validation):
+        for text in self.texts(True, _COMPRESSED):
             total += len(text.encode())
             for name, packer in packers.items():
                 sizes[name] += len(packer.compress(text.encode()))
         return {name: 8 * (sizes[name] + len(packer.flush())) / total for name, packer in packers.items()}
-
-
-def _texts(found: Sequence[sources.Document]):
-    return (document.read() for document in found)
 
 
 class _appearing:
@@ -122,42 +158,33 @@ class _appearing:
                 raise
         finally:
             shutil.rmtree(self.partial, ignore_errors=True)
+        if isinstance(value, OSError):
+            raise UserError(f"data.cache_dir: {self.final.parent} cannot be written ({value.strerror})") from value
 
 
-def _write(directory: pathlib.Path, found: Sequence[sources.Document], tokenizer: Tokenizer) -> None:
-    directory.mkdir()
-    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    offsets, num_bytes = [0], 0
-    with (
-        (directory / "tokens.bin").open("wb") as file,
-        tqdm(
-            total=sum(d.size for d in found),
-            desc=f"tokenizing {directory.name}",
-            unit="B",
-            unit_scale=True,
-            leave=False,
-            disable=None,
-        ) as bar,
-    ):
-        for document in found:
-            text = document.read()
-            ids = np.asarray(tokenizers.document(tokenizer, text), dtype)
-            file.write(ids.tobytes())
-            offsets.append(offsets[-1] + len(ids))
-            num_bytes += len(text.encode())
-            bar.update(document.size)
-    np.save(directory / "offsets.npy", np.asarray(offsets, np.int64))
-    (directory / "split.json").write_text(json.dumps({"dtype": np.dtype(dtype).name, "num_bytes": num_bytes}))
-
-
-def _open(directory: pathlib.Path) -> Split:
+def _open(directory: pathlib.Path) -> tuple[Split, np.ndarray]:
+    """A side of the cache, and the bytes of each of its documents."""
     try:
-        said = json.loads((directory / "split.json").read_text())
-        offsets = np.load(directory / "offsets.npy")
-        empty = not (directory / "tokens.bin").stat().st_size  # which cannot be mapped
-        tokens = np.zeros(0, said["dtype"]) if empty else np.memmap(directory / "tokens.bin", said["dtype"], mode="r")
+        dtype = json.loads((directory / "split.json").read_text())["dtype"]
+        offsets, sizes = (np.load(directory / f"{name}.npy", mmap_mode="r") for name in ("offsets", "bytes"))
+        tokens = _map(directory / "tokens.bin", dtype)
+        mask = _map(directory / "mask.bin", "uint8") if (directory / "mask.bin").exists() else None
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{directory.parent}: the token cache is damaged ({error}); delete this directory") from error
-    if len(tokens) != offsets[-1]:
+    if len(tokens) != offsets[-1] or (mask is not None and len(mask) != len(tokens)):
         raise UserError(f"{directory.parent}: the token cache is cut short; delete this directory")
-    return Split(tokens, offsets, said["num_bytes"])
+    return Split(tokens, offsets, int(sizes.sum()), mask, directory), sizes
+
+
+def _map(path: pathlib.Path, dtype: str) -> np.ndarray:
+    empty = not path.stat().st_size  # which cannot be mapped
+    return np.zeros(0, dtype) if empty else np.memmap(path, dtype, mode="r")
+
+
+def _part(split: Split, sizes: np.ndarray, first: int, end: int) -> Split:
+    """Documents `first` to `end` of a split."""
+    begin, stop = split.offsets[first], split.offsets[end]
+    mask = None if split.mask is None else split.mask[begin:stop]
+    directory = split.directory and split.directory / f"{first}-{end}"
+    num_bytes = int(sizes[first:end].sum())
+    return Split(split.tokens[begin:stop], split.offsets[first : end + 1] - begin, num_bytes, mask, directory)

@@ -1,21 +1,28 @@
 """Rows and batches. A batch is a function of (seed, step): there is no iterator state to save."""
 
+import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator
+from typing import ClassVar
 
 import grain
 import jax
 import numpy as np
 
-from llm_jax.data.corpus import Split
+from llm_jax.config import Config, DataConfig
+from llm_jax.data import packing
+from llm_jax.data.corpus import Corpus, Split
+from llm_jax.data.sources import weights
 from llm_jax.errors import UserError
 
 # What a row or a batch holds; every value is int32 of shape (seq_len,) or (batch, seq_len).
 #   inputs, targets    token ids
 #   positions          of the inputs, from 0 where a document or the row begins
 #   segments           of the inputs: 1, 2, ... per document in the row, 0 for padding
-#   mask               1 where the target counts: it belongs to the input's document
+#   mask               1 where the target counts: it belongs to the input's document, and to an answer where
+#                      answers alone are learned from
 Row = dict[str, np.ndarray]
 Batch = dict[str, jax.Array]
 
@@ -31,6 +38,12 @@ class Rows:
     split: Split
     seq_len: int
     stride: int = 0  # 0: seq_len
+    together: ClassVar[int] = 1  # rows that follow each other in every batch
+
+    @property
+    def bytes_per_target(self) -> float:
+        """Of all the text over all targets."""
+        return self.split.num_bytes / (len(self.split.tokens) - (len(self.split.offsets) - 1))
 
     @property
     def step(self) -> int:
@@ -75,29 +88,198 @@ class Rows:
         return {name: np.pad(v.astype(np.int32), (0, length - len(v))) for name, v in row.items()}
 
 
+class _Examples:
+    """What rows of examples have in common: an example is never cut, and has its own segment and positions.
+
+    Raises:
+      UserError: all examples are too long.
+    """
+
+    split: Split
+    seq_len: int
+
+    @functools.cached_property
+    def _lengths(self) -> np.ndarray:
+        """Of the examples as rows take them: inputs, which are one less than tokens."""
+        return np.maximum(np.diff(self.split.offsets) - 1, 0)
+
+    @functools.cached_property
+    def bytes_per_target(self) -> float:
+        assert self.split.mask is not None
+        return self.split.num_bytes / max(int(np.sum(self.split.mask, dtype=np.int64)), 1)
+
+    def _row(self, examples: np.ndarray) -> Row:
+        split, parts = self.split, []
+        assert split.mask is not None
+        for segment, example in enumerate(examples.tolist(), 1):
+            begin, end = split.offsets[example : example + 2].tolist()
+            tokens = split.tokens[begin:end].astype(np.int32)
+            places = np.arange(end - begin - 1)
+            mask = split.mask[begin + 1 : end]
+            parts.append((tokens[:-1], tokens[1:], places, np.full_like(places, segment), mask))
+        columns = [np.concatenate(p) for p in zip(*parts, strict=True)] if parts else [np.zeros(0)] * 5
+        names = ("inputs", "targets", "positions", "segments", "mask")
+        return {
+            name: np.pad(v.astype(np.int32), (0, self.seq_len - len(v))) for name, v in zip(names, columns, strict=True)
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed(_Examples):
+    """Examples of a split, packed into rows by best fit. Which do not fit `seq_len` are left out, and that is said."""
+
+    split: Split
+    seq_len: int
+    together: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        packing.check_fit(len(self._packing.examples), self._lengths, self.seq_len, "examples")
+
+    @functools.cached_property
+    def _packing(self) -> packing.Packing:
+        return packing.kept(self.split.directory, self._lengths, self.seq_len)
+
+    def __len__(self) -> int:
+        return len(self._packing.starts) - 1
+
+    @property
+    def full(self) -> int:
+        return len(self)
+
+    def __getitem__(self, index: int) -> Row:
+        """Row `index`; past the end, a row of padding."""
+        begin, end = self._packing.starts[index : index + 2] if index < len(self) else (0, 0)
+        return self._row(self._packing.examples[begin:end])
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs(_Examples):
+    """Pairs of answers, an example a row: row 2i is the chosen one, row 2i + 1 the rejected one of the same prompt.
+
+    Their masks count the answer alone. A pair of which one does not fit `seq_len` is left out, which is
+    said. In every batch pairs stand together, the chosen ones in even rows.
+    """
+
+    split: Split
+    seq_len: int
+    together: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        longest = self._lengths.reshape(-1, 2).max(1)
+        packing.check_fit(len(self._kept), longest, self.seq_len, "pairs")
+
+    @functools.cached_property
+    def _kept(self) -> np.ndarray:
+        lengths = self._lengths.reshape(-1, 2)
+        return np.flatnonzero((lengths.max(1) <= self.seq_len) & (lengths.min(1) > 0))
+
+    def __len__(self) -> int:
+        return 2 * len(self._kept)
+
+    @property
+    def full(self) -> int:
+        return len(self)
+
+    def __getitem__(self, index: int) -> Row:
+        """Row `index`; past the end, a row of padding."""
+        pair = self._kept[index // 2 : index // 2 + 1]
+        return self._row(2 * pair + index % 2)
+
+
+AnyRows = Rows | Packed | Pairs
+ROWS: dict[str, type[Rows] | type[Packed] | type[Pairs]] = {
+    "text": Rows,
+    "instructions": Packed,
+    "preferences": Pairs,
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Shuffled:
     """Row i of an endless stream: every epoch is another permutation of the whole chunks, by `seed`."""
 
-    rows: Rows
+    rows: AnyRows
     seed: int
 
     def __post_init__(self) -> None:
         self.rows.full  # noqa: B018 (raises where there is none)
 
     @functools.cached_property
-    def _order(self) -> grain.MapDataset:
-        return grain.MapDataset.range(self.rows.full).shuffle(seed=self.seed).repeat()
+    def order(self) -> grain.MapDataset:
+        """Of the rows, or of the groups of rows that stay together; endless."""
+        return grain.MapDataset.range(self.rows.full // self.rows.together).shuffle(seed=self.seed).repeat()
 
     @property
     def seq_len(self) -> int:
         return self.rows.seq_len
 
     def __getitem__(self, index: int) -> Row:
-        return self.rows[self._order[index]]
+        together = self.rows.together
+        return self.rows[self.order[index // together] * together + index % together]
 
 
-def batch(rows: Rows | Shuffled, step: int, size: int, sharding: jax.sharding.Sharding) -> Batch:
+@dataclasses.dataclass(frozen=True)
+class Mixed:
+    """Row i of an endless stream that takes its rows from several by their weights, as evenly as can be."""
+
+    parts: tuple[Shuffled, ...]
+    weights: tuple[float, ...]
+
+    @functools.cached_property
+    def _order(self) -> grain.MapDataset:
+        return grain.MapDataset.mix(
+            [part.order.map(functools.partial(_of, k)) for k, part in enumerate(self.parts)], self.weights
+        )
+
+    @property
+    def seq_len(self) -> int:
+        return self.parts[0].seq_len
+
+    def __getitem__(self, index: int) -> Row:
+        together = self.parts[0].rows.together
+        part, place = self._order[index // together]
+        return self.parts[part].rows[place * together + index % together]
+
+
+def _of(part: int, place: int) -> tuple[int, int]:
+    return part, place
+
+
+def training(config: Config, corpus: Corpus) -> Shuffled | Mixed:
+    """The rows that training takes, by the kind of data and the weights of its sources.
+
+    Raises:
+      UserError: too little text for a row, in all or in a source that has a weight; as the rows do; a batch
+        that would divide a pair.
+    """
+    kind, seed, shares = ROWS[config.data.kind], config.train.seed, weights(config.data.source)
+    if config.train.batch_size % kind.together:
+        raise UserError(
+            f"config key 'train.batch_size' is {config.train.batch_size}; data.kind={config.data.kind} has rows in "
+            f"groups of {kind.together}, which must divide it"
+        )
+    if not corpus.parts or any(map(math.isnan, shares.values())):
+        return Shuffled(kind(corpus.train, config.train.seq_len), seed)
+    parts = []
+    for name in shares:
+        try:
+            parts.append(Shuffled(kind(corpus.parts[name].train, config.train.seq_len), seed))
+        except UserError as error:
+            raise UserError(f"data.source: {name}: {error}") from error
+    return Mixed(tuple(parts), tuple(shares.values()))
+
+
+def held_out(config: DataConfig, corpus: Corpus, seq_len: int) -> tuple[AnyRows, dict[str, AnyRows]]:
+    """The held-out rows of all, and those of each source that has any, where there are several."""
+    parts = {}
+    for name, part in corpus.parts.items():
+        if len(part.validation.tokens) > 1:
+            with contextlib.suppress(UserError):  # none of its few examples fits
+                parts[name] = ROWS[config.kind](part.validation, seq_len)
+    return ROWS[config.kind](corpus.validation, seq_len), parts
+
+
+def batch(rows: AnyRows | Shuffled | Mixed, step: int, size: int, sharding: jax.sharding.Sharding) -> Batch:
     """Rows step * size ... step * size + size - 1; each process builds only what its devices hold."""
     row = functools.cache(lambda i: rows[step * size + i])
 
@@ -110,7 +292,7 @@ def batch(rows: Rows | Shuffled, step: int, size: int, sharding: jax.sharding.Sh
 
 
 def batches(
-    rows: Rows | Shuffled, start: int, stop: int, size: int, sharding: jax.sharding.Sharding
+    rows: AnyRows | Shuffled | Mixed, start: int, stop: int, size: int, sharding: jax.sharding.Sharding
 ) -> Iterator[Batch]:
     """`batch(step)` for the steps from `start` to `stop`, built ahead of use in the background."""
     ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)

@@ -1,8 +1,9 @@
 """Samplers: (logits, keys) -> ids, as chains of filters.
 
 A filter is a frozen dataclass, (logits, history) -> logits, that rules tokens out by setting their
-logit to -inf. Numeric settings are leaves, so that changing them does not recompile. A chain runs in
-the order: penalties, temperature, top-k, top-p, draw.
+logit to -inf, or shifts them. Numeric settings are leaves, so that changing them does not recompile. A
+chain runs in the order: penalties (`penalties.py`), temperature, top-k, top-p, min-p, typical, epsilon,
+eta, draw.
 """
 
 import dataclasses
@@ -11,9 +12,9 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
-from llm_jax.errors import UserError
-
 # Letters of shapes: B batch, S slots, V vocabulary.
+
+_BLOCK = 256  # a draw chooses a block of tokens, then a token of it
 
 
 @jax.tree_util.register_dataclass
@@ -53,27 +54,80 @@ class Temperature:
 class TopK:
     """Keeps the k largest logits (Fan et al. 2018, arXiv:1805.04833), and what ties with the last."""
 
-    k: int = dataclasses.field(metadata={"static": True})
+    k: int | jax.Array
 
     def __call__(self, logits: jax.Array, history: History) -> jax.Array:
-        least = jax.lax.top_k(logits, min(self.k, logits.shape[-1]))[0][:, -1:]
-        return jnp.where(logits < least, -jnp.inf, logits)
+        return jnp.where(_best(logits, jnp.ones_like(logits), self.k), logits, -jnp.inf)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TopP:
-    """Keeps the smallest set of likely tokens with mass at least p (Holtzman et al. 2020, arXiv:1904.09751)."""
+    """Keeps the smallest set of likely tokens with mass at least p (Holtzman et al. 2020, arXiv:1904.09751).
+
+    What ties with the last is kept too.
+    """
 
     p: float | jax.Array
 
     def __call__(self, logits: jax.Array, history: History) -> jax.Array:
-        order = jnp.argsort(-logits, axis=-1, stable=True)
-        probabilities = jnp.take_along_axis(jax.nn.softmax(logits, -1), order, -1)
-        before = jnp.cumsum(probabilities, -1) - probabilities
-        keep = (before < self.p).at[:, 0].set(True)
-        rows = jnp.arange(logits.shape[0])[:, None]
-        return jnp.where(jnp.zeros_like(keep).at[rows, order].set(keep), logits, -jnp.inf)
+        return jnp.where(_best(logits, jax.nn.softmax(logits, -1), self.p), logits, -jnp.inf)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MinP:
+    """Keeps tokens at least p times as likely as the likeliest (Nguyen et al. 2024, arXiv:2407.01082)."""
+
+    p: float | jax.Array
+
+    def __call__(self, logits: jax.Array, history: History) -> jax.Array:
+        return _only(logits - jnp.max(logits, -1, keepdims=True) >= jnp.log(self.p), logits)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Typical:
+    """Keeps the tokens whose surprise is nearest to the entropy, with mass at least p.
+
+    Meister et al. 2022, arXiv:2202.00666, equation 11.
+    """
+
+    p: float | jax.Array
+
+    def __call__(self, logits: jax.Array, history: History) -> jax.Array:
+        logs = jax.nn.log_softmax(logits, -1)
+        probabilities = jnp.exp(logs)
+        distance = jnp.abs(_entropy(logs, probabilities) + jnp.where(probabilities > 0, logs, -jnp.inf))
+        return jnp.where(_best(-distance, probabilities, self.p), logits, -jnp.inf)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Epsilon:
+    """Keeps tokens of at least this probability, and the likeliest (Hewitt et al. 2022, arXiv:2210.15191, 4.1)."""
+
+    epsilon: float | jax.Array
+
+    def __call__(self, logits: jax.Array, history: History) -> jax.Array:
+        return _only(jax.nn.softmax(logits, -1) >= self.epsilon, logits)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Eta:
+    """Keeps tokens of probability at least min(epsilon, sqrt(epsilon) exp(-entropy)), and the likeliest.
+
+    Hewitt et al. 2022, arXiv:2210.15191, equation 5.
+    """
+
+    epsilon: float | jax.Array
+
+    def __call__(self, logits: jax.Array, history: History) -> jax.Array:
+        logs = jax.nn.log_softmax(logits, -1)
+        probabilities = jnp.exp(logs)
+        least = jnp.minimum(self.epsilon, jnp.sqrt(self.epsilon) * jnp.exp(-_entropy(logs, probabilities)))
+        return _only(probabilities >= least, logits)
 
 
 @jax.tree_util.register_dataclass
@@ -84,33 +138,76 @@ class Sampler:
     filters: tuple[Filter, ...] = ()
     greedy: bool = dataclasses.field(default=False, metadata={"static": True})
 
+    def stages(self, logits: jax.Array, history: History) -> list[jax.Array]:
+        """The logits (B, V) as they come, in float32, and after each filter."""
+        found = [logits.astype(jnp.float32)]
+        for one in self.filters:
+            found.append(one(found[-1], history))
+        return found
+
+    def log_probabilities(self, logits: jax.Array, history: History) -> jax.Array:
+        """What the sampler draws from: (B, V), -inf for what it rules out."""
+        last = self.stages(logits, history)[-1]
+        if self.greedy:
+            return jnp.where(jnp.arange(last.shape[-1]) == argmax(last)[:, None], 0.0, -jnp.inf)
+        return jax.nn.log_softmax(last, -1)
+
     def __call__(self, logits: jax.Array, keys: jax.Array, history: History) -> jax.Array:
         """Logits (B, V), keys (B,) -> ids int32 (B,)."""
-        logits = logits.astype(jnp.float32)
-        for one in self.filters:
-            logits = one(logits, history)
-        if self.greedy:
-            return jnp.argmax(logits, -1).astype(jnp.int32)
-        return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+        last = self.stages(logits, history)[-1]
+        return argmax(last) if self.greedy else draw(last, keys)
 
 
-def make(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Sampler:
-    """The chain for the options of `generate`; temperature 0 is greedy, top_k 0 and top_p 1 are off.
+def argmax(logits: jax.Array) -> jax.Array:
+    """The first largest entry of each row: (B, V) -> int32 (B,). Twice as fast on CPU as jnp.argmax of floats."""
+    return jnp.argmax(logits == jnp.max(logits, -1, keepdims=True), -1).astype(jnp.int32)
 
-    Raises:
-      UserError: an option out of its range, or a filter beside greedy decoding, where it does nothing.
+
+def draw(logits: jax.Array, keys: jax.Array) -> jax.Array:
+    """Draws from softmax(logits): (B, V), keys (B,) -> int32 (B,).
+
+    By two uniforms for a block of tokens and a token of it, both by inversion: a draw of Gumbel noise for
+    every token (jax.random.categorical) costs a millisecond a row on CPU.
     """
-    if not 0 <= temperature < float("inf"):
-        raise UserError(f"--temperature={temperature}; expected 0 (greedy) or a positive number")
-    if top_k < 0:
-        raise UserError(f"--top_k={top_k}; expected 0 (off) or a positive number")
-    if not 0 < top_p <= 1:
-        raise UserError(f"--top_p={top_p}; expected a number in (0, 1]")
-    if temperature == 0:
-        if top_k or top_p < 1:
-            raise UserError("--temperature=0 is greedy and leaves nothing for --top_k or --top_p to choose from")
-        return Sampler(greedy=True)
-    filters: list[Filter] = [Temperature(temperature)] if temperature != 1 else []
-    filters += [TopK(top_k)] if top_k else []
-    filters += [TopP(top_p)] if top_p < 1 else []
-    return Sampler(tuple(filters))
+    rest = -logits.shape[-1] % _BLOCK
+    padded = jnp.pad(logits, ((0, 0), (0, rest)), constant_values=-jnp.inf)
+    weights = jnp.exp(padded - jnp.max(padded, -1, keepdims=True)).reshape(len(logits), -1, _BLOCK)
+    uniforms = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
+    block = _invert(jnp.sum(weights, -1), uniforms[:, 0])
+    within = _invert(jnp.take_along_axis(weights, block[:, None, None], 1)[:, 0], uniforms[:, 1])
+    return (block * _BLOCK + within).astype(jnp.int32)
+
+
+def _invert(weights: jax.Array, uniform: jax.Array) -> jax.Array:
+    """The index where the cumulated weights (B, N) pass `uniform` (B,) of their sum; never one of weight 0."""
+    total = jnp.cumsum(weights, -1)
+    passed = (total > uniform[:, None] * total[:, -1:]) & (weights > 0)
+    last = weights.shape[-1] - 1 - jnp.argmax(weights[:, ::-1] > 0, -1)  # rounding may let none pass
+    return jnp.where(jnp.any(passed, -1), jnp.argmax(passed, -1), last)
+
+
+def _only(keep: jax.Array, logits: jax.Array) -> jax.Array:
+    """Rules out what is not kept; what is likeliest always is."""
+    return jnp.where(keep | (logits == jnp.max(logits, -1, keepdims=True)), logits, -jnp.inf)
+
+
+def _entropy(logs: jax.Array, probabilities: jax.Array) -> jax.Array:
+    return -jnp.sum(jnp.where(probabilities > 0, probabilities * logs, 0.0), -1, keepdims=True)
+
+
+def _best(values: jax.Array, weights: jax.Array, need: float | int | jax.Array) -> jax.Array:
+    """bool (B, V): the smallest set of largest values whose weights sum to at least `need`, ties included.
+
+    The least value kept is found bit by bit from the order of floats as integers: 32 sums over the row,
+    thirty times as fast on CPU as sorting it.
+    """
+    bits = jax.lax.bitcast_convert_type(jnp.where(values == 0, 0.0, values), jnp.int32)  # -0.0 is 0.0
+    order = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # as integers they order as the floats do
+
+    def one_bit(i: jax.Array, least: jax.Array) -> jax.Array:
+        raised = least ^ (jnp.uint32(1 << 31) >> i.astype(jnp.uint32)).astype(jnp.int32)
+        enough = jnp.sum(jnp.where(order >= raised[:, None], weights, 0.0), -1) >= need
+        return jnp.where(enough, raised, least)
+
+    least = jax.lax.fori_loop(0, 32, one_bit, jnp.full(len(values), -(2**31), jnp.int32))
+    return order >= least[:, None]

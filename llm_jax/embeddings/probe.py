@@ -7,12 +7,10 @@ the words of --words (by default the 150 most frequent of more than three letter
 
 import pathlib
 
-import numpy as np
 from absl import flags
 
 from llm_jax import cli
-from llm_jax.embeddings import measure, vectors
-from llm_jax.embeddings.vectors import WordVectors
+from llm_jax.embeddings import measure, picture, vectors
 from llm_jax.errors import UserError
 
 flags.DEFINE_string("vectors", None, "a file of word2vec's text or (.bin) binary form", required=True)
@@ -47,43 +45,8 @@ def main() -> None:
         print(f"analogies: {right} of {asked} right ({right / max(asked, 1):.1%})")
     if f.map:
         words = f.words or [w for w in found.words if len(w) > 3][:150]
-        draw(found, words, pathlib.Path(f.map).expanduser())
+        picture.draw(found, words, pathlib.Path(f.map).expanduser())
         print(f"wrote {f.map}")
-
-
-def plane(found: WordVectors, words: list[str]) -> np.ndarray:
-    """The directions of the words on their first two principal axes, (words, 2)."""
-    rows = np.stack([found[word] for word in words])
-    rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-    centred = rows - rows.mean(0)
-    return centred @ np.linalg.svd(centred, full_matrices=False)[2][:2].T
-
-
-def draw(found: WordVectors, words: list[str], path: pathlib.Path) -> None:
-    """Writes a picture of the words on their plane.
-
-    Raises:
-      UserError: fewer than three words, a word without a vector, or a file that cannot be written.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    if len(words) < 3:
-        raise UserError(f"a map of {len(words)} words shows nothing; give at least three")
-    places = plane(found, words)
-    figure, axis = pyplot.subplots(figsize=(11, 8), layout="constrained")
-    axis.scatter(places[:, 0], places[:, 1], s=6)
-    for word, place in zip(words, places, strict=True):
-        axis.annotate(word, place, fontsize=7, xytext=(2, 2), textcoords="offset points")
-    axis.set(xticks=[], yticks=[])
-    try:
-        figure.savefig(path, dpi=110)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--map={path} cannot be written ({error})") from error
-    finally:
-        pyplot.close(figure)
 
 
 def _listed(found: list[tuple[str, float]]) -> str:

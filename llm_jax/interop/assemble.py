@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 from llm_jax import trees
 from llm_jax.errors import UserError
 from llm_jax.interop.names import Names, Their
+from llm_jax.weights import Node
 
 Shardings = Callable[[Any], Any]
 
@@ -49,7 +51,12 @@ def names(table: Names, abstract: Any) -> dict[str, Their]:
 
 
 def load(
-    source: Source, wanted: Mapping[str, Their], abstract: Any, shardings: Shardings, ignored: Callable[[str], bool]
+    source: Source,
+    wanted: Mapping[str, Their],
+    abstract: Any,
+    shardings: Shardings,
+    ignored: Callable[[str], bool],
+    node: Callable[[Their], Node | None] | None = None,
 ) -> Any:
     """The parameters, each shard read and put on its device.
 
@@ -58,6 +65,7 @@ def load(
       abstract: shapes and dtypes of the parameters, one entry per layer.
       shardings: abstract parameters -> their shardings.
       ignored: whether a tensor of this name may be left over.
+      node: a tensor as a weight that is no array, or None where it is to be one.
 
     Raises:
       UserError: tensors are missing, left over or of another shape; all are named.
@@ -78,7 +86,8 @@ def load(
         )
     made = {}
     for ours, leaf in tqdm(flat.items(), "reading weights", leave=False, delay=2, disable=None):
-        made[ours] = _array(source, wanted[ours], leaf, placed[ours])
+        kept = node(wanted[ours]) if node else None
+        made[ours] = jax.tree.map(jnp.asarray, kept) if kept else _array(source, wanted[ours], leaf, placed[ours])
     return trees.unflatten(made)
 
 

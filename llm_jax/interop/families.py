@@ -53,6 +53,7 @@ FAMILIES: dict[str, Family] = {
 NEUTRAL = ModelConfig(
     vocab_size=0,
     width=1,
+    base_width=0,
     num_layers=1,
     causal=True,
     layer_pattern=("global",),
@@ -80,6 +81,7 @@ NEUTRAL = ModelConfig(
     scale_embeddings=False,
     tie_head=False,
     attention="auto",
+    cache="compute",
     position=PositionConfig(
         kind="rope",
         base=10000.0,
@@ -157,7 +159,7 @@ def their_config(kind: str, m: ModelConfig) -> dict[str, Any]:
 def refuse_difference(what: str, m: ModelConfig, again: ModelConfig) -> None:
     """Raises UserError, naming the first key, where a model is another when it is read again."""
     before, after = config_lib.flat(m, "model."), config_lib.flat(again, "model.")
-    free = {"model.scan_layers", "model.remat", "model.attention", *_unused(m)}
+    free = {"model.scan_layers", "model.remat", "model.attention", "model.cache", *_unused(m)}
     free |= {"model.window"} if "local" not in m.layer_pattern else set()
     for key, value in before.items():
         if after[key] != value and key not in free and not key.startswith("model.precision."):

@@ -166,7 +166,7 @@ def write(
     Args:
       metadata: strings, booleans, integers, floats and lists of one of these; numpy scalars keep their type.
       tensors: name -> (shape with rows first, format).
-      values: float32 arrays in the order of `tensors`, taken one at a time.
+      values: float32 arrays in the order of `tensors`, taken one at a time; or uint8, rows of blocks as they are.
 
     Raises:
       UserError: the directory cannot be written, or a row does not divide into blocks of its format.
@@ -192,7 +192,8 @@ def write(
             file.write(b"".join(head))
             for (_, kind), array in zip(tensors.values(), values, strict=True):
                 file.write(b"\0" * (-file.tell() % 32))
-                file.write(blocks.encode(kind, np.asarray(array, np.float32)).tobytes())
+                encoded = array if array.dtype == np.uint8 else blocks.encode(kind, np.asarray(array, np.float32))
+                file.write(encoded.tobytes())
             file.write(b"\0" * (-file.tell() % 32))
         pathlib.Path(partial).chmod(0o644)
         os.replace(partial, path)

@@ -10,10 +10,11 @@ import numpy as np
 from llm_jax import trees, weights
 from llm_jax.config import ModelConfig
 from llm_jax.errors import UserError
-from llm_jax.interop import assemble, gguf, names
+from llm_jax.interop import assemble, gguf, gguf_blocks, names
 from llm_jax.interop.families import model_config, refuse_difference, their_config
 from llm_jax.kernels import blocks
 from llm_jax.model import positions
+from llm_jax.quantized import QTensor
 from llm_jax.tokenizers import Foreign
 
 # Architecture -> whether queries and keys are stored with the halves of a head interleaved.
@@ -98,10 +99,19 @@ class _Tensors:
         tensor = self.file.tensors[name]
         if len(tensor.shape) == 1:
             return tensor.read()[0][slices[0]]
-        rows = np.arange(tensor.shape[0])[slices[0]]
-        if heads := self.heads.get(name.split(".")[-2]):
-            rows = _interleaved(tensor.shape[0], heads)[rows]
-        return tensor.read(rows)[:, slices[1]]
+        return tensor.read(self._rows(name)[slices[0]])[:, slices[1]]
+
+    def as_stored(self, their: names.Their) -> QTensor | None:
+        """A tensor with its codes, or None where no scheme of ours corresponds."""
+        tensor = self.file.tensors[their.name]
+        if tensor.format not in gguf_blocks.SCHEMES or len(tensor.shape) != 2:
+            return None
+        return gguf_blocks.from_rows(tensor.format, np.asarray(tensor.rows[self._rows(their.name)]), their.turned)
+
+    def _rows(self, name: str) -> np.ndarray:
+        """Our row -> their row."""
+        rows, heads = self.file.tensors[name].shape[0], self.heads.get(name.split(".")[-2])
+        return _interleaved(rows, heads) if heads else np.arange(rows)
 
 
 def _interleaved(rows: int, heads: int) -> np.ndarray:
@@ -109,10 +119,18 @@ def _interleaved(rows: int, heads: int) -> np.ndarray:
     return np.arange(rows).reshape(heads, -1, 2).transpose(0, 2, 1).reshape(-1)
 
 
-def load_params(path: pathlib.Path, file: gguf.File, config: ModelConfig, abstract: Any, shardings: Any) -> Any:
-    """The parameters of a file, expanded. Raises UserError: see `assemble.load`."""
+def load_params(
+    path: pathlib.Path, file: gguf.File, config: ModelConfig, abstract: Any, shardings: Any, as_stored: bool = False
+) -> Any:
+    """The parameters of a file, expanded. Raises UserError: see `assemble.load`.
+
+    Args:
+      as_stored: tensors in Q8_0, Q4_0 and Q4_1 are not expanded but come as QTensors, on one device.
+    """
     source = _Tensors(str(path), file, _heads(file.metadata["general.architecture"], config))
-    return assemble.load(source, assemble.names(names.GGUF, abstract), abstract, shardings, lambda name: False)
+    wanted = assemble.names(names.GGUF, abstract)
+    node = source.as_stored if as_stored else None
+    return assemble.load(source, wanted, abstract, shardings, lambda name: False, node)
 
 
 def _heads(arch: str, config: ModelConfig) -> dict[str, int]:
@@ -125,7 +143,8 @@ def save(path: pathlib.Path, config: ModelConfig, params: Any, tokenizer: Any, k
     Args:
       params: one entry per layer.
       kind: the format of matrices, "F32", "F16", "Q8_0", "Q4_0" or "Q4_1"; rows that its blocks do not
-        divide stay F16, norms and biases F32, and the embeddings of a 4-bit file Q8_0.
+        divide stay F16, norms and biases F32, and the embeddings of a 4-bit file Q8_0. Weights whose codes
+        a block format holds as they are keep them.
 
     Raises:
       UserError: the file exists, no architecture holds the model, or the tokenizer is not of its kind.
@@ -136,11 +155,15 @@ def save(path: pathlib.Path, config: ModelConfig, params: Any, tokenizer: Any, k
         raise UserError(f"--format={kind} cannot be written; expected one of F32, F16, BF16, Q8_0, Q4_0, Q4_1")
     arch, said = _architecture(config)
     parts = assemble.by_tensor(assemble.names(names.GGUF, params))
-    flat = {ours: weights.dense(weight) for ours, weight in trees.flatten(params).items()}
+    flat = trees.flatten(params)
     heads = _heads(arch, config)
+    kept = {name: _as_stored([(their, flat[ours]) for their, ours in of]) for name, of in parts.items()}
 
     def values(name: str) -> np.ndarray:
-        array = assemble.theirs([(their, flat[ours]) for their, ours in parts[name]])
+        if kept[name]:
+            array = gguf_blocks.to_rows(flat[parts[name][0][1]])
+        else:
+            array = assemble.theirs([(their, weights.dense(flat[ours])) for their, ours in parts[name]])
         if count := heads.get(name.split(".")[-2]):
             order = np.empty(array.shape[0], np.int64)
             order[_interleaved(array.shape[0], count)] = np.arange(array.shape[0])
@@ -150,6 +173,8 @@ def save(path: pathlib.Path, config: ModelConfig, params: Any, tokenizer: Any, k
     def stored(name: str, shape: tuple[int, ...]) -> str:
         if len(shape) == 1:
             return "F32"
+        if kept[name]:
+            return kept[name]
         wanted = "Q8_0" if kind.startswith("Q4") and name in ("token_embd.weight", "output.weight") else kind
         return wanted if shape[-1] % blocks.FORMATS[wanted].numbers == 0 else "F16"
 
@@ -162,6 +187,14 @@ def save(path: pathlib.Path, config: ModelConfig, params: Any, tokenizer: Any, k
     refuse_difference(f"a GGUF file of a {arch}", dataclasses.replace(config, head_width=again.head_width), again)
     gguf.write(path, metadata, tensors, (values(name) for name in tensors))
     return {name: stored_as for name, (_, stored_as) in tensors.items()}
+
+
+def _as_stored(parts: list[tuple[names.Their, Any]]) -> str:
+    """The block format that holds a weight as it is, or ""."""
+    (their, weight), *others = parts
+    if others or not isinstance(weight, QTensor):
+        return ""
+    return gguf_blocks.corresponding(weight, their.turned) or ""
 
 
 def _shape(parts: list[Any], flat: Mapping[str, Any]) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from llm_jax.kernels import quantized
 from llm_jax.model import positions, product
 from llm_jax.model.layers import Module, Norm
 from llm_jax.parallel import mesh as mesh_lib
@@ -36,8 +37,9 @@ class Cache:
 
     Attributes:
       tokens: where the token of each slot stands, (B, slots); segment 0 marks an empty slot.
-      index: int32 (), the next slot to be written, the same in every row.
-      layers: {"key", "value"} of (B, slots, K, H) per layer, in the layout of the parameters.
+      index: int32 (), the next slot to be written, the same in every row; or (B,), one for each.
+      layers: {"key", "value"} of (B, slots, K, H) per layer, in the layout of the parameters: in the compute
+        dtype; or (`model.cache=int8`) int8 codes, and {"key_scale", "value_scale"}, float16 (B, slots, K, 1).
     """
 
     tokens: Tokens
@@ -60,6 +62,35 @@ def lengths_so_far(tokens: Tokens, keys: Tokens) -> jax.Array:
     return jnp.max(jnp.where(same, keys.positions[:, None, :], 0), -1) + 1
 
 
+def write(slots: jax.Array, new: jax.Array, index: jax.Array | None) -> jax.Array:
+    """Puts new (B, T, ...) into slots (B, S, ...) from `index` on: int32 () or (B,)."""
+    start, rest, new = jnp.asarray(index), (0,) * (slots.ndim - 2), new.astype(slots.dtype)
+    if start.ndim == 0:
+        return jax.lax.dynamic_update_slice(slots, new, (0, start, *rest))
+    return jax.vmap(lambda s, n, i: jax.lax.dynamic_update_slice(s, n, (i, *rest)))(slots, new, start)
+
+
+def remember(cache: dict[str, jax.Array], new: dict[str, jax.Array], index: jax.Array | None) -> dict[str, jax.Array]:
+    """One layer's cache with `new` arrays (B, T, K, H) by name in the slots from `index` on."""
+    parts = {}
+    for name, values in new.items():
+        if f"{name}_scale" in cache:
+            scale = (jnp.max(jnp.abs(values.astype(jnp.float32)), -1, keepdims=True) / 127).astype(jnp.float16)
+            parts[name] = quantized.round_to_int8(values, scale.astype(jnp.float32))
+            parts[f"{name}_scale"] = scale
+        else:
+            parts[name] = values.astype(cache[name].dtype)
+    return {name: write(cache[name], part, index) for name, part in parts.items()}
+
+
+def recall(cache: dict[str, jax.Array], name: str, dtype: Any) -> jax.Array:
+    """(B, S, K, H) of a layer's cache, in `dtype`."""
+    values = cache[name]
+    if f"{name}_scale" in cache:
+        values = values.astype(jnp.float32) * cache[f"{name}_scale"].astype(jnp.float32)
+    return values.astype(dtype)
+
+
 class Attention(Module):
     """Grouped-query self-attention (Ainslie et al. 2023, arXiv:2305.13245)."""
 
@@ -80,8 +111,8 @@ class Attention(Module):
         Args:
           queries: where the tokens of x stand.
           keys: where all keys stand: `queries` itself without a cache, else the cache's slots.
-          cache: {"key", "value"} of (B, S, K, H), or None.
-          index: int32 (), the slot that the first token of x goes to.
+          cache: keys and values of (B, S, K, H), see `Cache`, or None.
+          index: int32 () or (B,), the slot that the first token of x goes to.
         """
         c = self.config
         scheme, h = positions.make(c, local=self.window is not None), positions.head_width(c)
@@ -99,12 +130,8 @@ class Attention(Module):
         if not scheme.rotates_cache:
             k = scheme.rotate(k, queries.positions, None)
         if cache is not None:
-            start = (0, jnp.asarray(index), 0, 0)
-            cache = {
-                "key": jax.lax.dynamic_update_slice(cache["key"], k.astype(cache["key"].dtype), start),
-                "value": jax.lax.dynamic_update_slice(cache["value"], v.astype(cache["value"].dtype), start),
-            }
-            k, v = cache["key"].astype(q.dtype), cache["value"].astype(q.dtype)
+            cache = remember(cache, {"key": k, "value": v}, index)
+            k, v = recall(cache, "key", q.dtype), recall(cache, "value", q.dtype)
         if scheme.rotates_cache:
             k = scheme.rotate(k, keys.positions, lengths_so_far(keys, keys))
         shapes = scheme.declare_layer().items()

@@ -18,7 +18,7 @@ from llm_jax import trees, weights
 from llm_jax.config import ModelConfig, choice
 from llm_jax.errors import UserError
 from llm_jax.model import positions
-from llm_jax.model.attention import Attention, Cache, Tokens
+from llm_jax.model.attention import Attention, Cache, Tokens, write
 from llm_jax.model.layers import MLP, Module, Norm
 from llm_jax.model.stages import layout, stages
 
@@ -208,8 +208,7 @@ class Transformer(Module):
         where = consecutive(tokens_BT) if where is None else where
         keys = where
         if cache is not None:
-            start = (0, cache.index)
-            keys = jax.tree.map(lambda slots, new: jax.lax.dynamic_update_slice(slots, new, start), cache.tokens, where)
+            keys = jax.tree.map(lambda slots, new: write(slots, new, cache.index), cache.tokens, where)
         x_BTD, bias = self.embed(tokens_BT, where, types_BT), self.embed.bias(where, keys)
         of_layers, index = (cache.layers, cache.index) if cache is not None else (None, None)
         x_BTD, of_layers = self.layers(x_BTD, where, keys, bias, of_layers, index)
@@ -226,6 +225,8 @@ class Transformer(Module):
         c = self.config
         tied = c.tie_head
         table = self.embed.table if tied else self.head.kernel
+        if (ratio := width_ratio(c)) != 1:
+            x_BTD *= ratio
         logits = weights.dot(
             x_BTD, table, transposed=tied, out_dtype=c.precision.output, accumulate=c.precision.accumulate
         )
@@ -241,11 +242,18 @@ def consecutive(tokens_BT: jax.Array) -> Tokens:
 
 
 def init_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
-    """An empty cache for `batch` rows of up to `slots` tokens, keys and values in the compute dtype."""
-    shape = (batch, slots, config.num_kv_heads, positions.head_width(config))
+    """An empty cache for `batch` rows of up to `slots` tokens, in the form of `model.cache`."""
+    shape = (batch, slots, config.num_kv_heads)
+    parts = {"": (positions.head_width(config), config.precision.compute)}
+    if config.cache == "int8":
+        parts = {"": (positions.head_width(config), "int8"), "_scale": (1, "float16")}
 
     def layer(*leading: int) -> dict[str, jax.Array]:
-        return {name: jnp.zeros((*leading, *shape), config.precision.compute) for name in ("key", "value")}
+        return {
+            name + part: jnp.zeros((*leading, *shape, width), dtype)
+            for name in ("key", "value")
+            for part, (width, dtype) in parts.items()
+        }
 
     layers: dict[str, Any] = {}
     for i in range(config.num_layers):
@@ -259,6 +267,12 @@ def init_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
     return Cache(Tokens(nothing, nothing), jnp.int32(0), layers)
 
 
+def cache_bytes(config: ModelConfig, batch: int, slots: int) -> int:
+    """What the keys and values of such a cache take, scales and all (the 8 bytes a slot that say where it is aside)."""
+    layers = jax.eval_shape(lambda: init_cache(config, batch, slots)).layers
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(layers))
+
+
 def check_length(config: ModelConfig, length: int) -> None:
     """Raises UserError where sequences of `length` go past the positions that the scheme has."""
     bound = positions.make(config).max_length()
@@ -267,6 +281,24 @@ def check_length(config: ModelConfig, length: int) -> None:
             f"sequences of {length} tokens go past the {bound} positions of model.position.kind="
             f"{config.position.kind}; raise model.position.max_length or shorten them"
         )
+
+
+def width_ratio(config: ModelConfig) -> float:
+    """base width / width, what width transfer multiplies logits and rates with; 1 where it is off.
+
+    Yang et al. 2022 (arXiv:2203.03466), table 8: embeddings, head and all vectors start alike at every
+    width and keep their rates; logits are divided by the width; the Adam rates of hidden matrices, too
+    (`optim.make`). In this form the head may be the embedding table. Heads are to keep their width and
+    grow in number; then 1 / sqrt(head width) is a constant, and the scores need no scale of their own.
+
+    Raises:
+      UserError: the embeddings are scaled by the width as well.
+    """
+    if not config.base_width:
+        return 1.0
+    if config.scale_embeddings:
+        raise UserError("model.base_width keeps embeddings alike at every width; set model.scale_embeddings=False")
+    return config.base_width / config.width
 
 
 def matmul_parameters(config: ModelConfig) -> int:

@@ -74,7 +74,7 @@ def shardings(tree: Any, rules: trees.Rules, mesh: Mesh, source: str = "mesh.rul
         axes = (None,) * stacked + (axes or (None,) * rank)
         specs = weights.partition(weight, P(*axes))
         return jax.tree.map(
-            lambda spec, leaf: NamedSharding(mesh, _fitting(spec, leaf.shape, mesh)),
+            lambda spec, leaf: NamedSharding(mesh, fitting(spec, leaf.shape, mesh)),
             specs,
             weight,
             is_leaf=lambda s: isinstance(s, P),
@@ -83,7 +83,8 @@ def shardings(tree: Any, rules: trees.Rules, mesh: Mesh, source: str = "mesh.rul
     return trees.map_weights(place, tree)
 
 
-def _fitting(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
+def fitting(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """`spec` without the mesh axes that do not divide the axis of an array of this shape."""
     kept = [a if a and shape[i] % mesh.shape[a] == 0 else None for i, a in enumerate(spec)]
     return P(*kept)
 

@@ -23,6 +23,7 @@ SPLITS = {
 }
 _WHOLE_FIRST = ("llama-bpe",)  # a word that is a token is that token, whatever the merges say
 _CONTROL, _USER_DEFINED = 3, 4  # token types of GGUF
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 _SPECIAL_IDS = (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
 
 
@@ -42,7 +43,10 @@ class HubTokenizer:
             self._tokenizer = library.Tokenizer.from_str(text)
         except Exception as error:  # the library raises Exception itself
             raise UserError(f"tokenizer.json cannot be read ({error})") from error
-        self._text, self.special = text, dict(special)
+        # All names, in one order: what is saved is loaded as the same tokenizer (`base.digest`).
+        self.special: dict[str, Any] = {name: special.get(name) for name in (*_SPECIAL_TOKENS, "chat_template")}
+        self.special["add_bos_token"] = bool(special.get("add_bos_token"))
+        self._text = text
         self.chat_template: str = special.get("chat_template") or ""
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -81,7 +85,8 @@ class HubTokenizer:
     def encode(self, text: str) -> list[int]:
         utf8(text)
         self._tokenizer.encode_special_tokens = True  # text that looks like a special token is text
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        # Without offsets into the text, which take a quarter of the time.
+        return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def encode_chat(self, text: str) -> list[int]:
         """The ids of a rendered chat template, whose special tokens are meant."""
@@ -210,8 +215,7 @@ class HubTokenizer:
 def read_special(files: Mapping[str, bytes]) -> dict[str, Any]:
     """Special tokens, chat template and add_bos_token (or None) of tokenizer_config.json and chat_template.jinja."""
     said = json.loads(files.get("tokenizer_config.json", b"{}"))
-    names = ("bos_token", "eos_token", "unk_token", "pad_token")
-    special: dict[str, Any] = {name: _text_of(said.get(name)) for name in names}
+    special: dict[str, Any] = {name: _text_of(said.get(name)) for name in _SPECIAL_TOKENS}
     template = files["chat_template.jinja"].decode() if "chat_template.jinja" in files else said.get("chat_template")
     if isinstance(template, list):  # several by name
         template = next((t["template"] for t in template if t.get("name") == "default"), None)

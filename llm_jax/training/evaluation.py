@@ -7,13 +7,13 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from llm_jax.data.rows import Batch, Rows, batches
+from llm_jax.data.rows import AnyRows, Batch, batches
 
 LossFunction = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
 
 
 def evaluate(
-    loss: LossFunction, params: Any, rows: Rows, batch_size: int, sharding: jax.sharding.Sharding, limit: int = 0
+    loss: LossFunction, params: Any, rows: AnyRows, batch_size: int, sharding: jax.sharding.Sharding, limit: int = 0
 ) -> dict[str, float]:
     """Figures over the first `limit` rows (0: all), whose windows do not overlap.
 
@@ -34,8 +34,7 @@ def evaluate(
         jax.block_until_ready(sums[-1:])
         sums.append(loss(params, batch))
     nats, tokens = (float(sum(float(x) for x in part)) for part in zip(*jax.device_get(sums), strict=True))
-    counted = len(rows.split.tokens) - (len(rows.split.offsets) - 1)  # a document's first is no target
-    num_bytes = rows.split.num_bytes * tokens / counted
+    num_bytes = rows.bytes_per_target * tokens
     mean = nats / tokens
     return {
         "loss": mean,

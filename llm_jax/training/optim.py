@@ -1,24 +1,77 @@
-"""Optimizers and schedules by name, on optax."""
+"""Optimizers and schedules by name, on optax.
 
+    gradients -> clipped -> the rule of `optim.kind` -> x width transfer -> + decay -> x lr_rules -> x rate
+
+Layers that are scanned are stacked in one array, and every rule treats each of them as a weight of its
+own: what it does never depends on `model.scan_layers`.
+"""
+
+import dataclasses
+import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
+from optax import contrib
 
 from llm_jax import trees
 from llm_jax.config import OptimConfig, choice
 from llm_jax.errors import UserError
+from llm_jax.parallel import mesh as mesh_lib
+from llm_jax.quantized import FakeQuant
 
-OPTIMIZERS: dict[str, Callable[[OptimConfig], optax.GradientTransformation]] = {
-    "adamw": lambda c: optax.scale_by_adam(c.beta1, c.beta2, c.eps),
-    "sgd": lambda c: optax.trace(c.beta1),
+
+class Rule(NamedTuple):
+    """How an optimizer is made, and how its rates change with the width of the model.
+
+    Attributes:
+      make: its updates, before the learning rate.
+      hidden: the rates of hidden matrices are multiplied by (base width / width) to this power,
+      vectors: and those of all other weights to this one (Yang et al. 2022, arXiv:2203.03466, table 8).
+    """
+
+    make: Callable[[OptimConfig], optax.GradientTransformation]
+    hidden: float
+    vectors: float
+
+
+OPTIMIZERS: dict[str, Rule] = {
+    # Loshchilov and Hutter 2019, arXiv:1711.05101
+    "adamw": Rule(lambda c: optax.scale_by_adam(c.beta1, c.beta2, c.eps), 1, 0),
+    # Chen et al. 2023, arXiv:2302.06675; entries of one size, as Adam's, so table 8 holds as for Adam
+    "lion": Rule(lambda c: optax.scale_by_lion(c.beta1, c.beta2), 1, 0),
+    "adafactor": Rule(lambda c: _adafactor(), 1, 0),
+    # An orthogonal update times sqrt(width) moves features by that much: half of Adam's power undoes it.
+    "muon": Rule(lambda c: _muon(c), 0.5, 0),
+    "sgd": Rule(lambda c: optax.trace(c.beta1), 0, -1),
 }
+
+
+def _inverse_sqrt(c: OptimConfig, steps: int) -> optax.Schedule:
+    warm = max(c.warmup_steps, 1)
+    return lambda step: c.lr * jnp.sqrt(warm / (step + c.warmup_steps + 1))
+
+
+def _wsd(c: OptimConfig, steps: int) -> optax.Schedule:
+    falling = round(c.decay_fraction * (steps + c.warmup_steps))
+    if falling > steps:
+        raise UserError(
+            f"optim.decay_fraction={c.decay_fraction} of {steps + c.warmup_steps} steps and "
+            f"optim.warmup_steps={c.warmup_steps} are more than all steps; lower one of them"
+        )
+    down = optax.linear_schedule(c.lr, c.lr * c.final_lr_fraction, falling)
+    return optax.join_schedules([optax.constant_schedule(c.lr), down], [steps - falling])
+
 
 SCHEDULES: dict[str, Callable[[OptimConfig, int], optax.Schedule]] = {
     "cosine": lambda c, steps: optax.cosine_decay_schedule(c.lr, steps, c.final_lr_fraction),
     "linear": lambda c, steps: optax.linear_schedule(c.lr, c.lr * c.final_lr_fraction, steps),
     "constant": lambda c, steps: optax.constant_schedule(c.lr),
+    "wsd": _wsd,  # Hu et al. 2024, MiniCPM, arXiv:2404.06395, with a linear fall
+    "inverse_sqrt": _inverse_sqrt,  # Vaswani et al. 2017, arXiv:1706.03762, equation 3
 }
 
 
@@ -38,33 +91,171 @@ def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, after(config, steps - config.warmup_steps)], [config.warmup_steps])
 
 
-def make(config: OptimConfig, steps: int, params: Any) -> optax.GradientTransformation:
+def make(config: OptimConfig, steps: int, params: Any, width_ratio: float = 1.0) -> optax.GradientTransformation:
     """Clipping, the optimizer, decoupled weight decay by rules, and the learning rate, in this order.
 
     Args:
-      params: the trained tree (or its abstract form); its names decide the decay.
+      params: the trained tree (or its abstract form); its names decide decay and rates.
+      width_ratio: base width / width (`transformer.width_ratio`). It scales what the rule makes of the
+        gradients and not the decay, which shrinks weights by the same share at every width.
 
     Raises:
-      UserError: an unknown kind, or a decay rule that matches nothing.
+      UserError: an unknown kind, or a rule that matches nothing or names no number.
     """
+    rule = choice("optim.kind", config.kind, OPTIMIZERS)
     parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
-    parts.append(choice("optim.kind", config.kind, OPTIMIZERS)(config))
+    parts.append(rule.make(config))
+    if width_ratio != 1:
+        powers = _map(lambda path, leaf: rule.hidden if _is_hidden(path, leaf) else rule.vectors, params)
+        parts.append(_scaled(jax.tree.map(lambda power: width_ratio**power, powers)))
     if config.weight_decay:
-        factors = trees.match(config.decay_rules, params, "optim.decay_rules")
-        if wrong := [f for f in factors.values() if not isinstance(f, (int, float))]:
-            raise UserError(f"optim.decay_rules: {wrong[0]!r} is no factor; expected a number")
+        factors = _factors(config.decay_rules, params, "optim.decay_rules")
         parts.append(_decay({path: config.weight_decay * f for path, f in factors.items()}))
+    rates = _factors(config.lr_rules, params, "optim.lr_rules")
+    if set(rates.values()) != {1.0}:
+        parts.append(_scaled(_map(lambda path, leaf: rates[path], params)))
     parts.append(optax.scale_by_learning_rate(schedule(config, steps)))
     return optax.chain(*parts)
+
+
+def shardings(state: Any, params: Any, placed: Any, copies: NamedSharding) -> Any:
+    """Where a state of the optimizer lies: what it keeps for a weight lies as the weight does.
+
+    A state holds trees like the parameters, some with axes of size 1 (factored moments) or without
+    the weights that another rule takes; which weight a leaf is for is told by the end of its path.
+
+    Args:
+      state, params: abstract.
+      placed: the shardings of the parameters.
+      copies: the sharding of everything else (counts).
+    """
+    weights, _ = jax.tree_util.tree_flatten_with_path(params)
+    known = {keys: (len(leaf.shape), s) for (keys, leaf), s in zip(weights, jax.tree.leaves(placed), strict=True)}
+
+    def place(keys: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        for start in range(len(keys)):
+            rank, sharding = known.get(keys[start:], (-1, copies))
+            if rank == len(leaf.shape):
+                return NamedSharding(sharding.mesh, mesh_lib.fitting(sharding.spec, leaf.shape, sharding.mesh))
+        return copies
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def _is_hidden(path: str, leaf: Any) -> bool:
+    """Is it a matrix between two hidden layers: neither embedding, head, bias, norm nor position table?"""
+    name, rank = trees.expand(path)[0], len(leaf.shape) - (trees.layers_of(path) is not None)
+    return rank == 2 and re.fullmatch(r"(.*/)?layers/\d+/(?!.*position_).*", name) is not None
+
+
+def _map(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """`function(path of the weight, leaf, *others)` on every leaf of every weight."""
+    return trees.map_weights(lambda path, *w: jax.tree.map(lambda *leaf: function(path, *leaf), *w), tree, *rest)
+
+
+def _factors(rules: trees.Rules, params: Any, source: str) -> dict[str, float]:
+    factors = trees.match(rules, params, source)
+    for factor in factors.values():
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 <= factor < float("inf"):
+            raise UserError(f"{source}: {factor!r} is no factor; expected a number from 0")
+    return {path: float(factor) for path, factor in factors.items()}
+
+
+def _scaled(factors: Any) -> optax.GradientTransformation:
+    """Multiplies every leaf by its factor."""
+    return optax.stateless(lambda updates, _: jax.tree.map(lambda u, f: u * f, updates, factors))
 
 
 def _decay(rates: dict[str, float]) -> optax.GradientTransformation:
     """Adds rate * parameter to the updates (Loshchilov and Hutter 2019, arXiv:1711.05101)."""
 
     def add(path: str, update: Any, params: Any) -> Any:
+        if isinstance(params, FakeQuant):  # steps that are learned do not decay
+            return dataclasses.replace(update, weight=add(path, update.weight, params.weight))
         return jax.tree.map(lambda u, p: u + rates[path] * p, update, params) if rates[path] else update
 
-    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
-        return trees.map_weights(add, updates, params), state
+    return optax.stateless(lambda updates, params: trees.map_weights(add, updates, params))
 
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+def _muon(c: OptimConfig) -> optax.GradientTransformation:
+    """Momentum of the hidden matrices made orthogonal by Newton-Schulz, and AdamW for the rest.
+
+    Jordan et al. 2024 (kellerjordan.github.io/posts/muon). The update of an (in, out) matrix is
+    multiplied by 0.2 sqrt(max(in, out)), so that its entries are of the size of AdamW's and rates and
+    decay may be the same (Liu et al. 2025, arXiv:2502.16982, equation 4).
+    """
+
+    def axes(updates: Any) -> Any:  # all others are batch axes: the one of the layers
+        return jax.tree.map(lambda leaf: contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1), updates)
+
+    def resized(updates: Any, _: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf * (0.2 * max(leaf.shape[-2:]) ** 0.5), updates)
+
+    matrices = optax.chain(
+        contrib.scale_by_muon(beta=c.momentum, weight_dimension_numbers=axes), optax.stateless(resized)
+    )
+    return optax.partition(
+        {"matrices": matrices, "others": optax.scale_by_adam(c.beta1, c.beta2, c.eps)},
+        lambda params: _map(lambda path, leaf: "matrices" if _is_hidden(path, leaf) else "others", params),
+    )
+
+
+class FactoredMoments(NamedTuple):
+    """The state of Adafactor.
+
+    Attributes:
+      steps: int32 (), updates done.
+      rows: of matrices (..., in, out) the moving mean square of every row, (..., in, 1), else of every entry.
+      columns: of matrices that of every column, (..., 1, out), else nothing, of size 1.
+    """
+
+    steps: jax.Array
+    rows: Any
+    columns: Any
+
+
+def _adafactor() -> optax.GradientTransformation:
+    """Adam without momentum whose second moments are a row times a column.
+
+    Algorithm 4 of Shazeer and Stern 2018 (arXiv:1804.04235), with the decay 1 - t^-0.8 and the clipping
+    of updates to an RMS of 1 of its sections 6 and 7.2. Rates are absolute. Not optax's, which takes the
+    two longest axes for rows and columns and so mixes the layers of a scan.
+    """
+
+    def own(path: str, leaf: Any) -> tuple[int, ...]:
+        """The axes of one layer's weight."""
+        return tuple(range(trees.layers_of(path) is not None, leaf.ndim))
+
+    def rows_of(path: str, square: jax.Array) -> jax.Array:
+        return jnp.mean(square, -1, keepdims=True) if len(own(path, square)) > 1 else square
+
+    def columns_of(path: str, square: jax.Array) -> jax.Array:
+        axes = own(path, square)
+        return jnp.mean(square, -2, keepdims=True) if len(axes) > 1 else jnp.zeros((1,) * square.ndim, square.dtype)
+
+    def init(params: Any) -> FactoredMoments:
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return FactoredMoments(jnp.int32(0), _map(rows_of, zeros), _map(columns_of, zeros))
+
+    def divided(path: str, gradient: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
+        axes = own(path, gradient)
+        if len(axes) > 1:  # root by root: the product of two small moments would be 0
+            update = gradient * jax.lax.rsqrt(rows / jnp.mean(rows, -2, keepdims=True)) * jax.lax.rsqrt(columns)
+        else:
+            update = gradient * jax.lax.rsqrt(rows)
+        rms = jnp.sqrt(jnp.mean(jnp.square(update), axes, keepdims=True))
+        return update / jnp.maximum(rms, 1.0)
+
+    def update(updates: Any, state: FactoredMoments, params: Any = None) -> tuple[Any, FactoredMoments]:
+        steps = state.steps + 1
+        beta = 1.0 - steps.astype(jnp.float32) ** -0.8
+
+        def follow(mean: Callable[..., jax.Array], path: str, old: jax.Array, gradient: jax.Array) -> jax.Array:
+            new = mean(path, jnp.square(gradient) + 1e-30)
+            return (beta * old + (1 - beta) * new).astype(old.dtype)
+
+        rows = _map(lambda *a: follow(rows_of, *a), state.rows, updates)
+        columns = _map(lambda *a: follow(columns_of, *a), state.columns, updates)
+        return _map(divided, updates, rows, columns), FactoredMoments(steps, rows, columns)
+
+    return optax.GradientTransformation(init, update)

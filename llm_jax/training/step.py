@@ -30,16 +30,40 @@ class State(flax.struct.PyTreeNode):
       step: int32 (), updates done.
       params: the trained tree.
       optimizer: the state of the optimizer.
+      ema: the moving average of `params`, in float32 or wider, or None.
     """
 
     step: Any
     params: Any
     optimizer: Any
+    ema: Any = None
+
+    @property
+    def model(self) -> Any:
+        """What is evaluated: the average, where there is one, in the dtypes of the trained tree."""
+        return self.params if self.ema is None else jax.tree.map(lambda e, p: e.astype(p.dtype), self.ema, self.params)
 
 
-def init(optimizer: optax.GradientTransformation, params: Any) -> State:
+def init(optimizer: optax.GradientTransformation, params: Any, ema: bool = False) -> State:
     """The state before the first step."""
-    return State(jnp.int32(0), params, optimizer.init(params))
+
+    def copy(leaf: jax.Array) -> jax.Array:
+        return jnp.array(leaf, jnp.promote_types(leaf.dtype, jnp.float32), copy=True)
+
+    return State(jnp.int32(0), params, optimizer.init(params), jax.tree.map(copy, params) if ema else None)
+
+
+def average(ema: Any, params: Any, decay: float, step: jax.Array) -> Any:
+    """d ema + (1 - d) params, where d = min(decay, (1 + step) / (10 + step)).
+
+    The smaller d of the first steps lets the average forget where it started (the rule of TensorFlow's
+    ExponentialMovingAverage).
+
+    Args:
+      step: updates done before this one.
+    """
+    d = jnp.minimum(decay, (1 + step) / (10 + step))
+    return jax.tree.map(lambda e, p: (d * e + (1 - d) * p.astype(e.dtype)).astype(e.dtype), ema, params)
 
 
 def make(
@@ -50,6 +74,8 @@ def make(
     grad_accumulation: int,
     skip_bad: bool = False,
     update_norms: bool = False,
+    ema_decay: float = 0.0,
+    rows_together: int = 1,
 ) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
     """A pure function (state, frozen, batch, limit=inf) -> (state, metrics), to be jitted with the state donated.
 
@@ -58,6 +84,8 @@ def make(
     Args:
       skip_bad: a bad step changes nothing but the count of steps.
       update_norms: metrics hold the norms of the updates, too.
+      ema_decay: of the state's average, see `average`; unused where it has none.
+      rows_together: neighbouring rows that go into the same micro-batch.
 
     Micro-batches add up sums of losses and gradients (in float32 or wider), which are divided by the
     number of all counted targets: the same update, up to rounding, as the batch in one piece.
@@ -71,8 +99,13 @@ def make(
         if grad_accumulation == 1:
             (total, count), grads = gradient(state.params, frozen, batch, state.step, jax.random.fold_in(key, 0))
         else:
-            # Row r goes to micro-batch r % A, so that each is spread over all devices.
-            micro = jax.tree.map(lambda a: jnp.swapaxes(a.reshape(-1, grad_accumulation, *a.shape[1:]), 0, 1), batch)
+
+            def split(array: jax.Array) -> jax.Array:
+                # Group r goes to micro-batch r % A, so that each is spread over all devices.
+                groups = array.reshape(-1, grad_accumulation, rows_together, *array.shape[1:])
+                return jnp.swapaxes(groups, 0, 1).reshape(grad_accumulation, -1, *array.shape[1:])
+
+            micro = jax.tree.map(split, batch)
 
             def add(sums: Any, part: tuple[jax.Array, Batch]) -> tuple[Any, None]:
                 found = gradient(state.params, frozen, part[1], state.step, jax.random.fold_in(key, part[0]))
@@ -92,7 +125,7 @@ def make(
         bad = ~(jnp.isfinite(norm) & (mean <= limit))
         metrics = {
             "loss": mean,
-            "tokens": count,
+            "tokens": jnp.sum(batch["mask"]).astype(jnp.float32),
             "grad_norm": norm,
             "lr": jnp.asarray(schedule(state.step), jnp.float32),
             "bad": bad,
@@ -100,7 +133,8 @@ def make(
         }
         if update_norms:
             metrics["update_norms"] = watch.norms(updates)
-        new = State(state.step + 1, params, optimizer_state)
+        ema = None if state.ema is None else average(state.ema, params, ema_decay, state.step)
+        new = State(state.step + 1, params, optimizer_state, ema)
         if skip_bad:
             new = jax.tree.map(lambda new, old: jnp.where(bad, old, new), new, state.replace(step=new.step))
         return new, metrics
@@ -108,10 +142,10 @@ def make(
     return step
 
 
-def check_accumulation(batch_size: int, grad_accumulation: int, ways: int) -> None:
+def check_accumulation(batch_size: int, grad_accumulation: int, ways: int, rows_together: int = 1) -> None:
     """Raises UserError unless a batch splits into micro-batches that each split over the devices."""
-    if grad_accumulation < 1 or batch_size % (grad_accumulation * ways):
+    if grad_accumulation < 1 or batch_size % (grad_accumulation * ways * rows_together):
         raise UserError(
             f"train.batch_size={batch_size} cannot be split into train.grad_accumulation={grad_accumulation} "
-            f"micro-batches over {ways} devices"
+            f"micro-batches over {ways} devices{f', {rows_together} rows together' if rows_together > 1 else ''}"
         )

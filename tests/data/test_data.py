@@ -1,12 +1,16 @@
+import collections
 import dataclasses
+import hashlib
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import numpy as np
 import pytest
 
 from llm_jax import tokenizers
 from llm_jax.config import DataConfig, TokenizerConfig
-from llm_jax.data import sources
+from llm_jax.data import catalog, sources
 from llm_jax.data.corpus import Source, Split
 from llm_jax.data.rows import Rows, Shuffled, batch, batches
 from llm_jax.errors import UserError
@@ -70,33 +74,69 @@ def test_a_batch_is_a_function_of_the_step():
         np.testing.assert_array_equal(got["inputs"][1], rows[4 * step + 1]["inputs"])
 
 
-def config(path, cache, fraction=0.1) -> DataConfig:
-    return DataConfig(str(path), fraction, str(cache))
+def config(path, cache, fraction=0.1, workers=0) -> DataConfig:
+    return DataConfig(str(path), "text", "text", fraction, str(cache), workers)
+
+
+def read(source: str, cache) -> catalog.Catalog:
+    return catalog.read(source, "text", cache / "scans", 1)[0]
 
 
 def test_a_file_is_cut_into_documents_and_nothing_is_lost(tmp_path):
     path = tmp_path / "text"
     text = "\r\n".join(f"line {i} é😀" for i in range(3000)) + "x" * 5000 + "é" * 5000
     path.write_bytes(text.encode())
-    found = sorted(sources.documents(str(path)), key=lambda d: int(d.name.split(":")[1]))
-    assert len(found) > 10 and b"".join(d.read().encode() for d in found) == text.encode()
+    found = read(str(path), tmp_path)
+    in_place = np.argsort(found.start)
+    texts = list(found.texts(np.arange(len(found))))
+    assert len(found) > 10 and "".join(texts[i] for i in in_place) == text
+
+
+def groups(sizes: list[int], names: list[str]) -> catalog.Catalog:
+    """Documents of these sizes and groups, in files of one each."""
+    files = tuple(sources.File(f"{i}", name, "", "text") for i, name in enumerate(names))
+    hashes = [int.from_bytes(hashlib.sha256(n.encode()).digest()[:8]) for n in names]
+    count, zeros = len(sizes), np.zeros(len(sizes), np.int64)
+    return catalog.Catalog(
+        ("x",), files, np.arange(count), zeros, np.array(sizes), np.array(hashes, np.uint64), (count,), "text", ""
+    )
 
 
 def test_the_split_holds_out_whole_groups_of_about_the_share():
-    def document(i: int) -> sources.Document:
-        return sources.Document(f"{i}", f"group{i // 3}", 100, str)
+    names = [f"group{i // 3}" for i in range(600)]
+    held = catalog.held_out(groups([100] * 600, names), 0.1)
+    assert {n for n, h in zip(names, held, strict=True) if h}.isdisjoint(
+        n for n, h in zip(names, held, strict=True) if not h
+    )
+    assert 50 <= held.sum() <= 60
+    assert (catalog.held_out(groups([100] * 600, names[::-1]), 0.1) == held[::-1]).all()
 
-    found = [document(i) for i in range(600)]
-    train, held = sources.split(found, 0.1)
-    assert {d.group for d in train}.isdisjoint(d.group for d in held)
-    assert len(train) + len(held) == 600 and 50 <= len(held) <= 60
-    assert sources.split(found[::-1], 0.1)[1] == held[::-1]
+
+@hypothesis.given(
+    st.lists(
+        st.tuples(st.integers(1, 50), st.sampled_from("abcdefg")),
+        min_size=2,
+        max_size=30,
+    ).filter(lambda found: len({g for _, g in found}) > 1),
+    st.floats(0.001, 0.9),
+)
+def test_the_split_takes_groups_one_by_one_in_the_order_of_their_hash(found, fraction):
+    total = collections.Counter()
+    for size, group in found:
+        total[group] += size
+    room, expected = fraction * sum(total.values()), set()
+    for group in sorted(total, key=lambda g: hashlib.sha256(g.encode()).digest()):
+        if total[group] <= room:
+            expected.add(group)
+            room -= total[group]
+    expected = expected or {min(total, key=lambda g: (total[g], g))}
+    held = catalog.held_out(groups(*map(list, zip(*found, strict=True))), fraction)
+    assert held.tolist() == [group in expected for _, group in found]
 
 
 def test_stdlib_has_no_tests_in_it():
-    found = sources.documents("stdlib")
-    names = {d.name for d in found}
-    assert "argparse.py" in names and len(names) == len(found) > 400
+    names = [f.name for f in sources.files("stdlib", prefix=False)]
+    assert "argparse.py" in names and len(set(names)) == len(names) > 400
     assert not any("test" in n.split("/")[:-1] for n in names)
 
 
@@ -105,10 +145,10 @@ def test_the_cache_holds_what_the_tokenizer_says_and_is_used_again(tmp_path, tex
     source = Source(config(text_file, tmp_path))
     tokenizer = source.tokenizer(TokenizerConfig(kind, 300))
     corpus = source.corpus(tokenizer)
-    texts = sorted((d.name, d.read()) for d in source.train)
-    expected = [i for _, text in texts for i in (BOS, *tokenizer.encode(text), EOS)]
+    texts = list(source.texts(held=False, limit=10**9))
+    expected = [i for text in texts for i in (BOS, *tokenizer.encode(text), EOS)]
     np.testing.assert_array_equal(corpus.train.tokens, expected)
-    assert corpus.train.num_bytes == sum(len(t.encode()) for _, t in texts)
+    assert corpus.train.num_bytes == sum(len(t.encode()) for t in texts)
     monkeypatch.setattr(type(tokenizer), "encode", None)
     monkeypatch.setattr(type(tokenizer), "train", None)
     again = Source(config(text_file, tmp_path))
@@ -173,7 +213,7 @@ def test_a_killed_build_leaves_no_cache(tmp_path, text_file, monkeypatch):
     monkeypatch.setattr(type(tokenizer), "encode", fail)
     with pytest.raises(KeyboardInterrupt):
         source.corpus(tokenizer)
-    assert not list((tmp_path / "corpora").iterdir())
+    assert not [p for p in (tmp_path / "corpora").iterdir() if not p.name.startswith(".")]
 
 
 def test_too_little_text_for_a_sequence_is_refused():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from llm_jax.data import wiki
-from llm_jax.embeddings import measure, probe, vectors
+from llm_jax.embeddings import measure, picture, vectors
 from llm_jax.embeddings.vectors import WordVectors
 from llm_jax.errors import UserError
 
@@ -113,7 +113,7 @@ def test_one_hot_vectors_know_no_similarity(tmp_path):
 
 def test_the_plane_keeps_the_widest_directions():
     matrix = np.array([[1, 0.05, 0], [-1, 0, 0.05], [0, 1, 0], [0, -1, 0]], np.float32)
-    places = probe.plane(WordVectors(("a", "b", "c", "d"), matrix), ["a", "b", "c", "d"])
+    places = picture.plane(WordVectors(("a", "b", "c", "d"), matrix), ["a", "b", "c", "d"])
     assert np.linalg.norm(places[0] - places[1]) == pytest.approx(2, abs=0.01)
     assert np.linalg.norm(places[2] - places[3]) == pytest.approx(2, abs=0.01)
 

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import tokenizers as library
 
-from llm_jax import checkpoint, pretrained, trees
+from llm_jax import checkpoint, pretrained, trees, weights
 from llm_jax.errors import UserError
 from llm_jax.interop import gguf, gguf_model
 from llm_jax.interop.families import NEUTRAL
 from llm_jax.model.transformer import Transformer
+from llm_jax.quant import quantize
 from llm_jax.tokenizers.hub import HubTokenizer
 
 
@@ -76,6 +77,29 @@ def test_formats_keep_what_they_can(vocabulary, tmp_path, kind, error):
     for path, weight in trees.flatten(params).items():
         got = trees.flatten(again)[path]
         assert float(abs(got - weight).max()) <= error * float(abs(weight).max()), path
+
+
+@pytest.mark.parametrize(("scheme", "kind"), [("int8:32", "Q8_0"), ("int4", "Q4_0"), ("int4_affine", "Q4_1")])
+def test_codes_go_into_blocks_and_come_back_as_they_are(vocabulary, tmp_path, scheme, kind):
+    config, params = small("llama", vocabulary.vocab_size)
+    codes = quantize.quantize(params, quantize.rules(scheme, "int8:32"), "here")
+    formats = gguf_model.save(tmp_path / "m.gguf", config, codes, vocabulary, "F16")
+    assert formats["blk.0.attn_q.weight"] == kind and formats["token_embd.weight"] == "Q8_0"
+    kept = pretrained.load(tmp_path / "m.gguf", as_stored=True).params
+    assert trees.describe(kept) == trees.describe(codes)
+    jax.tree.map(np.testing.assert_array_equal, kept, codes)
+    expanded = trees.flatten(pretrained.load(tmp_path / "m.gguf").params)
+    for path, weight in trees.flatten(codes).items():
+        np.testing.assert_allclose(expanded[path], weights.dense(weight), rtol=1e-6, atol=1e-7)
+
+
+def test_codes_that_no_block_holds_are_expanded(vocabulary, tmp_path):
+    config, params = small("llama", vocabulary.vocab_size)
+    codes = quantize.quantize(params, quantize.rules("nf4:32", "int8"), "here")
+    assert set(gguf_model.save(tmp_path / "m.gguf", config, codes, vocabulary, "F32").values()) == {"F32"}
+    again = trees.flatten(pretrained.load(tmp_path / "m.gguf", as_stored=True).params)
+    for path, weight in trees.flatten(codes).items():
+        np.testing.assert_allclose(again[path], weights.dense(weight), rtol=1e-6, atol=1e-7)
 
 
 def test_what_exists_is_not_overwritten(written, vocabulary):

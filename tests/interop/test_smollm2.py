@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from llm_jax import pretrained
-from llm_jax.decoding import loop, samplers
-from llm_jax.prompting import chat
+from llm_jax.decoding import loop
+from llm_jax.decoding.options import Options
+from llm_jax.tokenizers import chat
 
 GOLDEN = json.loads(pathlib.Path(__file__).with_name("smollm2_golden.json").read_text())["cases"]
 pytestmark = pytest.mark.slow  # fetches 90 MB once, and runs 135 M parameters
@@ -34,7 +35,7 @@ def test_logits_equal_those_of_transformers(loaded):
 
 
 def test_greedy_continuations_are_those_of_transformers(loaded):
-    greedy = samplers.make(0.0)
+    greedy = Options(temperature=0).sampler()
     prompts = [case["ids"] for case in GOLDEN]
     made = loop.generate(loaded.model, loaded.params, prompts, greedy, max_new_tokens=64, eos=None)
     for case, one in zip(GOLDEN, made, strict=True):

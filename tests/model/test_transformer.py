@@ -7,10 +7,10 @@ import pytest
 
 from llm_jax import trees
 from llm_jax.model import positions
-from llm_jax.model.attention import Tokens, visible
+from llm_jax.model.attention import Tokens, recall, visible
 from llm_jax.model.product import attend
 from llm_jax.model.stages import stages
-from llm_jax.model.transformer import Transformer, init_cache, matmul_parameters
+from llm_jax.model.transformer import Transformer, cache_bytes, init_cache, matmul_parameters
 
 LENGTH = 12
 LAYOUTS = {
@@ -87,6 +87,38 @@ def test_cached_decode_equals_the_full_forward_of_the_prefix(any_model, tokens):
         where = Tokens(counts[:, t : t + 1], jnp.ones((2, 1), int))
         got, cache = step(params, tokens[:, t : t + 1], where, cache)
         np.testing.assert_allclose(got[:, 0], full(params, t)[:, t], atol=5e-5)
+
+
+def test_an_int8_cache_rounds_every_head_and_token_and_nothing_else(make, tokens):
+    model, params = make(cache="int8")
+    counts = jnp.arange(LENGTH)[None].repeat(2, 0)
+    step = jax.jit(lambda p, t, w, c: model.apply({"params": p}, t, w, c))
+    where = Tokens(counts, jnp.ones((2, LENGTH), int))
+    _, exact = jax.jit(lambda p: make()[0].apply({"params": p}, tokens, where, init_cache(make()[0].config, 2, 16)))(
+        params
+    )
+    full, cache = step(params, tokens, where, init_cache(model.config, 2, 16))
+    (layer,), (of_exact,) = (next(iter(c.layers.values())).values() for c in (cache, exact))
+    for name in ("key", "value"):
+        kept, scale = layer[name][0], layer[f"{name}_scale"][0].astype(jnp.float32)  # the first layer sees no rounding
+        assert kept.dtype == jnp.int8 and jnp.abs(kept).max() == 127
+        values = of_exact[name][0]
+        np.testing.assert_allclose(scale[..., 0] * 127, jnp.abs(values).max(-1), rtol=1e-3)
+        assert (jnp.abs(recall({"x": kept, "x_scale": scale}, "x", jnp.float32) - values) <= scale * 0.56 + 1e-9).all()
+    # Token by token it is what it is in one go, and both are near the unrounded model.
+    one = init_cache(model.config, 2, 16)
+    for t in range(LENGTH):
+        got, one = step(params, tokens[:, t : t + 1], Tokens(counts[:, t : t + 1], jnp.ones((2, 1), int)), one)
+    np.testing.assert_allclose(got[:, 0], full[:, -1], atol=1e-4)
+    plain = logits(make()[0], params, tokens)
+    assert 1e-6 < jnp.abs(full - plain).max() < 0.05 * jnp.abs(plain).max()
+
+
+def test_cache_bytes_count_scales(tiny):
+    """2 layers, keys and values, 2 heads of 8: 4 bytes a number, or 1 and two for the scale of each head."""
+    config = dataclasses.replace(tiny.model, num_layers=2, num_kv_heads=2, head_width=8)
+    assert cache_bytes(config, 3, 100) == 2 * 2 * 3 * 100 * 2 * 8 * 4
+    assert cache_bytes(dataclasses.replace(config, cache="int8"), 3, 100) == 2 * 2 * 3 * 100 * 2 * (8 + 2)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

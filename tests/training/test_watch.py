@@ -61,7 +61,7 @@ def test_a_bad_step_changes_nothing_but_the_count(make, tiny):
     optimizer = optim.make(tiny.optim, 8, params)
 
     def loss(trained, frozen, batch, count, key):
-        total, number = losses.language_model(model, trained, batch["rows"], 0)
+        total, number = losses.language_model(model, trained, batch, 0)
         return total * batch["factor"], number
 
     one = jax.jit(step.make(loss, optimizer, optim.schedule(tiny.optim, 8), 0, 1, skip_bad=True))
@@ -71,7 +71,7 @@ def test_a_bad_step_changes_nothing_but_the_count(make, tiny):
     rows["mask"] = ones
     state = step.init(optimizer, params)
     for factor, limit, bad in ((math.nan, math.inf, True), (1.0, 2.0, True), (1.0, 20.0, False)):
-        after, metrics = one(state, None, {"rows": rows, "factor": jnp.float32(factor)}, jnp.float32(limit))
+        after, metrics = one(state, None, rows | {"factor": jnp.float32(factor)}, jnp.float32(limit))
         assert bool(metrics["bad"]) is bad and int(after.step) == int(state.step) + 1
         same = [
             bool(jnp.array_equal(a, b))

@@ -1,7 +1,7 @@
 import pytest
 
 from llm_jax.errors import UserError
-from llm_jax.prompting import chat
+from llm_jax.tokenizers import chat
 
 TEMPLATE = """{% for m in messages %}{% if m.role == 'robot' %}{{ raise_exception('no robots') }}{% endif %}
 <|{{ m.role }}|>{{ m.content }}{{ eos_token }}
@@ -46,3 +46,19 @@ def test_loops_can_be_left():
 def test_what_a_template_refuses_is_said():
     with pytest.raises(UserError, match="refuses these messages: no robots"):
         chat.render({"chat_template": TEMPLATE}, [{"role": "robot", "content": ""}])
+
+
+@pytest.mark.parametrize(
+    "special", [{}, {"eos_token": "b"}, {"add_bos_token": True, "bos_token": "a", "chat_template": ""}]
+)
+def test_a_tokenizer_with_any_special_tokens_is_loaded_as_it_was_saved(tmp_path, special):
+    import tokenizers as library
+
+    from llm_jax import tokenizers
+    from llm_jax.tokenizers.hub import HubTokenizer
+
+    model = library.models.WordLevel({"a": 0, "b": 1}, unk_token="a")
+    made = HubTokenizer(library.Tokenizer(model).to_str(), special)
+    tokenizers.save(made, tmp_path)
+    loaded = tokenizers.load(tmp_path)
+    assert (loaded.bos, loaded.eos) == (made.bos, made.eos)

@@ -29,12 +29,19 @@ def render(special: Mapping[str, Any], messages: Sequence[Mapping[str, str]], an
     Raises:
       UserError: no template, or one that fails, refuses the messages, or takes too long or too much memory.
     """
+    return render_all(special, [messages], answer)[0]
+
+
+def render_all(
+    special: Mapping[str, Any], conversations: Sequence[Sequence[Mapping[str, str]]], answer: bool = True
+) -> list[str]:
+    """`render` of several conversations, in one process."""
     if not special.get("chat_template"):
         raise UserError("this model's tokenizer has no chat template; leave --chat out")
-    job = json.dumps({"special": dict(special), "messages": list(messages), "answer": answer})
+    job = json.dumps({"special": dict(special), "conversations": [list(c) for c in conversations], "answer": answer})
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "llm_jax.prompting.chat"],
+            [sys.executable, "-m", "llm_jax.tokenizers.chat"],
             input=job,
             env=os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])},
             capture_output=True,
@@ -49,14 +56,14 @@ def render(special: Mapping[str, Any], messages: Sequence[Mapping[str, str]], an
     said = json.loads(done.stdout)
     if "error" in said:
         raise UserError(said["error"])
-    return said["text"]
+    return said["texts"]
 
 
 class _RefusedError(Exception):
     """Raised by a template."""
 
 
-def _render(special: Mapping[str, Any], messages: list[Any], answer: bool) -> str:
+def _render(special: Mapping[str, Any], conversations: list[Any], answer: bool) -> list[str]:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def refuse(reason: str) -> None:
@@ -72,7 +79,7 @@ def _render(special: Mapping[str, Any], messages: list[Any], answer: bool) -> st
     }
     tokens = {name: token for name, token in special.items() if name.endswith("_token") and isinstance(token, str)}
     template = environment.from_string(special["chat_template"])
-    return template.render(messages=messages, add_generation_prompt=answer, **tokens)
+    return [template.render(messages=messages, add_generation_prompt=answer, **tokens) for messages in conversations]
 
 
 def _child() -> None:
@@ -86,7 +93,7 @@ def _child() -> None:
     except (ImportError, ValueError, OSError):
         pass  # not on every system
     try:
-        said = {"text": _render(**job)}
+        said: dict[str, Any] = {"texts": _render(**job)}
     except _RefusedError as error:
         said = {"error": f"the chat template refuses these messages: {error}"}
     except Exception as error:  # whatever a template can raise

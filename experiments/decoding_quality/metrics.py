@@ -1,0 +1,64 @@
+"""What the texts of one method of decoding are like, from token ids alone."""
+
+import collections
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+Ids = Sequence[int]
+
+
+def ngrams(ids: Ids, n: int) -> list[tuple[int, ...]]:
+    return [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+
+
+def distinct(texts: Sequence[Ids], n: int) -> float:
+    """Share of all n-grams that are different ones (Li et al. 2016, arXiv:1510.03055, section 5.3)."""
+    found = [g for text in texts for g in ngrams(text, n)]
+    return len(set(found)) / len(found)
+
+
+def loops(ids: Ids, times: int = 3, shortest: int = 2) -> bool:
+    """Whether a text ends in a phrase of two tokens or more that stands there three times in a row.
+
+    The repetition of Holtzman et al. 2020, arXiv:1904.09751, section 5.
+    """
+    tail = list(ids)
+    return any(tail[-n:] * times == tail[-n * times :] for n in range(shortest, len(tail) // times + 1))
+
+
+def repeated(ids: Ids, n: int = 4) -> float:
+    """Share of a text's n-grams that stood in it before."""
+    found = ngrams(ids, n)
+    return 1 - len(set(found)) / len(found)
+
+
+def bleu(candidate: Ids, references: Sequence[Ids], longest: int = 4) -> float:
+    """BLEU of one text (Papineni et al. 2002, equation 3), 1 added to counts above single tokens (Lin and Och 2004)."""
+    logs = 0.0
+    for n in range(1, longest + 1):
+        own = collections.Counter(ngrams(candidate, n))
+        most: collections.Counter = collections.Counter()
+        for reference in references:
+            most |= collections.Counter(ngrams(reference, n))
+        hits, total = sum((own & most).values()), sum(own.values())
+        add = int(n > 1)
+        if not hits + add:
+            return 0.0
+        logs += math.log((hits + add) / (total + add)) / longest
+    nearest = min((abs(len(r) - len(candidate)), len(r)) for r in references)[1]
+    return math.exp(logs + min(0.0, 1 - nearest / len(candidate)))
+
+
+def self_bleu(texts: Sequence[Ids]) -> list[float]:
+    """BLEU of every text against all others (Zhu et al. 2018, arXiv:1802.01886): high where texts are alike."""
+    return [bleu(text, [*texts[:i], *texts[i + 1 :]]) for i, text in enumerate(texts)]
+
+
+def interval(values: Sequence[float], seed: int = 0, draws: int = 2000) -> tuple[float, float, float]:
+    """Mean and its 95 % interval by bootstrap over the texts."""
+    x = np.asarray(values, float)
+    means = x[np.random.default_rng(seed).integers(0, len(x), (draws, len(x)))].mean(1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(x.mean()), float(low), float(high)

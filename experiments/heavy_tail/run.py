@@ -1,0 +1,218 @@
+"""Is the tail of a model's distribution too heavy, and does the loss make it so? D3, D6.
+
+    PYTHONPATH=. python experiments/heavy_tail/run.py [--seeds=3] [--steps=400]
+
+A small decoder is trained on text from a source whose distribution is known: after each token, a third of the
+vocabulary can come, with probabilities that fall as a power of the rank. What the model gives to each next token
+is then compared with the truth, by loss and seed. What is done is kept under --runs and not done again.
+
+The rules, fixed before the run (95 % t-intervals over the seeds, comparisons paired by seed):
+
+D3  "cross-entropy with softmax makes unlikely tokens too likely": holds if the mass that the model gives to tokens of
+    true probability below .01, minus their true mass, lies above .005.
+D6  "softmax with cross-entropy causes the heavy tail and the repetition; its loss grows exponentially for linearly
+    lower scores": the growth is exponential if the increments of the loss, as the right token's score falls by 1 at
+    a time from 0 to -20, keep growing by half or more. The tail is the loss's doing if another loss has less excess in
+    the tail, interval below 0; the repetition, if cross-entropy gives the last 8 tokens more than .005 beyond the
+    truth and another loss gives them less. The claim holds if all three do, else it fails, and the verdict names what
+    each came to.
+"""
+
+import dataclasses
+import itertools
+import json
+import pathlib
+import runpy
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import flags
+from scipy import stats
+from tqdm import tqdm
+
+from llm_jax import checkpoint, cli
+from llm_jax import config as config_lib
+from llm_jax.errors import UserError
+from llm_jax.model.transformer import Transformer
+from llm_jax.training import losses
+
+HERE = pathlib.Path(__file__).parent
+BEGIN, END = "<!-- results: written by run.py -->\n", "<!-- end of results -->"
+VOCAB, LENGTH, BATCH, RECENT, RARE = 96, 64, 16, 8, 0.01
+
+flags.DEFINE_integer("seeds", 3, "sources and models")
+flags.DEFINE_integer("steps", 400, "of training")
+flags.DEFINE_integer("width", 48, "of the model")
+flags.DEFINE_string("runs", "runs/heavy_tail", "where what is done is kept")
+
+LOSSES: dict[str, dict[str, Any]] = {
+    "cross-entropy": {},
+    "label smoothing 0.1": {"label_smoothing": 0.1},
+    "unlikelihood": {"kind": "unlikelihood", "unlikelihood": 1.0},
+    "entmax 1.5": {"kind": "entmax"},
+}
+FIGURES = {
+    "tail": "mass of rare tokens, minus the truth",
+    "impossible": "mass of tokens that never come",
+    "recent": "mass of the last 8 tokens, minus the truth",
+    "distance": "total variation distance to the truth",
+}
+
+
+def main() -> None:
+    f = flags.FLAGS
+    if f.seeds < 2 or f.steps < 1:
+        raise UserError(f"--seeds={f.seeds} --steps={f.steps}; expected at least 2 seeds and 1 step")
+    root = pathlib.Path(f.runs).expanduser() / f"{f.width}-{f.steps}"
+    checkpoint.make_directory(root)
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in LOSSES}
+    for seed in tqdm(range(f.seeds), "seeds"):
+        for name, changes in LOSSES.items():
+            path = root / f"{name.replace(' ', '_')}-{seed}.json"
+            if not path.exists():
+                checkpoint.write_json(path, one(changes, seed, f.steps, f.width))
+            found[name].append(json.loads(path.read_text()))
+    print(write(found, f"PYTHONPATH=. python experiments/heavy_tail/run.py --seeds={f.seeds} --steps={f.steps}"))
+
+
+def source(key: jax.Array) -> jax.Array:
+    """Next-token probabilities (VOCAB, VOCAB): a third can follow, p as rank^-1.5, in each one's own order."""
+    ranks = jnp.argsort(jax.random.uniform(key, (VOCAB, VOCAB)), axis=-1) + 1.0
+    p = jnp.where(ranks <= VOCAB // 3, ranks**-1.5, 0.0)
+    return p / jnp.sum(p, -1, keepdims=True)
+
+
+def texts(key: jax.Array, p: jax.Array, count: int) -> jax.Array:
+    """int32 (count, LENGTH + 1) from the source."""
+    first, rest = jax.random.split(key)
+
+    def step(last: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        new = jax.random.categorical(key, jnp.log(p)[last])
+        return new, new
+
+    start = jax.random.randint(first, (count,), 0, VOCAB)
+    _, more = jax.lax.scan(step, start, jax.random.split(rest, LENGTH))
+    return jnp.concatenate([start[:, None], more.T], 1).astype(jnp.int32)
+
+
+def one(changes: dict[str, Any], seed: int, steps: int, width: int) -> dict[str, float]:
+    """Trains a model with one loss and compares it with its source."""
+    config = config_lib.build(runpy.run_path(str(HERE.parents[1] / "configs" / "default.py"))["get_config"]())
+    shape = {
+        "vocab_size": VOCAB,
+        "width": width,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 4,
+        "mlp_width": 2 * width,
+    }
+    model = Transformer(dataclasses.replace(config.model, **shape))
+    loss = losses.make(dataclasses.replace(config.loss, **changes), model, 0)
+    keys = jax.random.split(jax.random.key(seed), 4)
+    p = source(keys[0])
+    params = jax.jit(model.init)(keys[1], jnp.zeros((1, 1), jnp.int32))["params"]
+    optimizer = optax.adamw(optax.cosine_decay_schedule(3e-3, steps), weight_decay=0.01)
+    spread = jnp.broadcast_to(jnp.arange(LENGTH, dtype=jnp.int32), (BATCH, LENGTH))
+
+    def mean(params: Any, ids: jax.Array, step: jax.Array) -> jax.Array:
+        batch = {"inputs": ids[:, :-1], "targets": ids[:, 1:], "positions": spread, "segments": jnp.ones_like(spread)}
+        total, count = loss(params, None, batch | {"mask": jnp.ones_like(spread)}, step, keys[2])
+        return total / count
+
+    def step(carry: Any, index: jax.Array) -> tuple[Any, jax.Array]:
+        params, state = carry
+        ids = texts(jax.random.fold_in(keys[2], index), p, BATCH)
+        value, gradient = jax.value_and_grad(mean)(params, ids, index)
+        updates, state = optimizer.update(gradient, state, params)
+        return (optax.apply_updates(params, updates), state), value
+
+    (params, _), _ = jax.jit(lambda carry: jax.lax.scan(step, carry, jnp.arange(steps)))(
+        (params, optimizer.init(params))
+    )
+    return jax.device_get(jax.jit(lambda params: compare(model, params, p, keys[3], "entmax" in str(changes)))(params))
+
+
+def compare(model: Transformer, params: Any, p: jax.Array, key: jax.Array, sparse: bool) -> dict[str, jax.Array]:
+    """The figures over fresh texts, from their 16th token on."""
+    ids = texts(key, p, 64)[:, :-1]
+    logits: Any = model.apply({"params": params}, ids)
+    q = losses.entmax15(logits) if sparse else jax.nn.softmax(logits)
+    truth = p[ids]
+    before = jnp.stack([jnp.roll(ids, i, 1) for i in range(RECENT)], -1)
+    recent = jnp.max(jax.nn.one_hot(before, VOCAB), 2)
+    kept = slice(16, None)
+    rare = truth < RARE
+    found = {
+        "tail": jnp.sum(jnp.where(rare, q - truth, 0), -1),
+        "impossible": jnp.sum(jnp.where(truth == 0, q, 0), -1),
+        "recent": jnp.sum(recent * (q - truth), -1),
+        "distance": 0.5 * jnp.sum(jnp.abs(q - truth), -1),
+    }
+    return {name: jnp.mean(value[:, kept]) for name, value in found.items()}
+
+
+def growth() -> list[float]:
+    """Increments of the cross-entropy as the right token's score falls from 0 to -20, one at a time."""
+    scores = jnp.arange(21.0)
+    logits = jnp.zeros((21, VOCAB)).at[:, 0].set(-scores)
+    return np.diff(np.asarray(losses.cross_entropy(logits, jnp.zeros(21, jnp.int32)))).tolist()
+
+
+def interval(values: Any) -> tuple[float, float, float]:
+    """Mean, and the ends of its 95 % t-interval."""
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * float(stats.sem(values))
+    return float(np.mean(values)), float(np.mean(values)) - half, float(np.mean(values)) + half
+
+
+def write(found: dict[str, list[dict[str, float]]], command: str) -> str:
+    """Writes results.json and the tables of README.md by the rules above; returns the verdicts as text."""
+    table = {loss: {k: interval([r[k] for r in runs]) for k in FIGURES} for loss, runs in found.items()}
+    base = found["cross-entropy"]
+    others = [name for name in LOSSES if name != "cross-entropy"]
+
+    def less(figure: str) -> dict[str, tuple[float, float, float]]:
+        return {o: interval([a[figure] - b[figure] for a, b in zip(found[o], base, strict=True)]) for o in others}
+
+    tail, recent, rises = less("tail"), less("recent"), growth()
+    exponential = all(b >= 1.5 * a for a, b in itertools.pairwise(rises))
+    lighter = [o for o in others if tail[o][2] < 0]
+    rarer = [o for o in others if recent[o][2] < 0]
+    repeats = table["cross-entropy"]["recent"][1] > 0.005
+    d3 = "holds" if table["cross-entropy"]["tail"][1] > 0.005 else "fails"
+    parts = [
+        f"the growth is {'exponential' if exponential else 'not exponential (at most 1 a step: linear)'}",
+        f"a lighter tail with {' and '.join(lighter) or 'none'}",
+        f"repetition {'is in excess' if repeats else 'is not in excess'}, less with {' and '.join(rarer) or 'none'}",
+    ]
+    d6 = f"{'holds' if exponential and lighter and repeats and rarer else 'fails'}: {'; '.join(parts)}"
+    results = []
+    for claim, values, verdict in (
+        ("D3 (mass of tokens of probability below .01, minus the truth)", {k: v["tail"] for k, v in table.items()}, d3),
+        (
+            "D6 (the same, minus that of cross-entropy)",
+            tail | {f"{k}, last 8 tokens": v for k, v in recent.items()},
+            d6,
+        ),
+    ):
+        value, spread = {k: v[0] for k, v in values.items()}, {k: list(v[1:]) for k, v in values.items()}
+        seeds = len(base)
+        results.append(
+            {"claim": claim, "value": value, "spread": spread, "seeds": seeds, "verdict": verdict, "command": command}
+        )
+    checkpoint.write_json(HERE / "results.json", results)
+    lines = ["", "| loss | " + " | ".join(FIGURES.values()) + " |", "|---" * (len(FIGURES) + 1) + "|"]
+    for loss, row in table.items():
+        cells = (f"{m:.4f} ± {high - m:.4f}" for m, _, high in row.values())
+        lines.append(f"| {loss} | " + " | ".join(cells) + " |")
+    lines += ["", "| claim | verdict |", "|---|---|", *(f"| {r['claim']} | **{r['verdict']}** |" for r in results), ""]
+    readme = HERE / "README.md"
+    before, rest = readme.read_text().split(BEGIN)
+    readme.write_text(before + BEGIN + "\n".join(lines) + "\n" + END + rest.split(END)[1])
+    return "\n".join(f"{r['claim']}: {r['verdict']}" for r in results)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,110 @@
+"""The verdict, the table and the picture of the QAT experiment. The rule below was fixed before the run.
+
+The *lost* loss of a scheme is the held-out loss of the best method after training minus that of the full model
+(both trained for the same steps in all). The *gain* is the loss of that method minus that of the model trained
+with quantization in the loop, as integers. Both are paired by seed and judged by the 95 % t-interval of the mean
+over the seeds; the best method is the one with the least mean loss.
+
+Q2  holds for a scheme if the interval of the gain lies above 0, fails for it if it lies below, else undecided.
+    Holds if it holds for all schemes; "holds when" names those for which it does, if there are some; else fails
+    if it fails for all, else undecided.
+The share recovered is the mean gain over the mean lost loss. The aim of this project, two thirds, is judged for
+4 bits and below: it is given beside the verdict.
+"""
+
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from llm_jax import checkpoint
+
+COMMAND = "PYTHONPATH=. python experiments/qat/sweep.py"
+BEGIN, END = "<!-- results: written by sweep.py -->\n", "<!-- end of results -->"
+Found = dict[str, list[dict[str, float]]]
+
+
+def interval(values) -> tuple[float, float, float]:
+    """Mean, and the ends of its 95 % t-interval."""
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * float(stats.sem(values))
+    return float(np.mean(values)), float(np.mean(values)) - half, float(np.mean(values)) + half
+
+
+def best(runs: list[dict[str, float]]) -> str:
+    """The method after training with the least mean loss."""
+    return min((m for m in runs[0] if m not in ("full", "qat")), key=lambda m: np.mean([r[m] for r in runs]))
+
+
+def judge(found: Found, seeds: int) -> list[dict[str, Any]]:
+    """The verdict by the rule above."""
+    value, spread, holds, fails = {}, {}, [], []
+    for name, runs in found.items():
+        method = best(runs)
+        gain = interval([r[method] - r["qat"] for r in runs])
+        lost = interval([r[method] - r["full"] for r in runs])
+        value |= {f"{name}: lost by {method}": lost[0], f"{name}: gain": gain[0], f"{name}: share": gain[0] / lost[0]}
+        spread |= {f"{name}: lost by {method}": lost[1:], f"{name}: gain": gain[1:]}
+        holds += [name] if gain[1] > 0 else []
+        fails += [name] if gain[2] < 0 else []
+    if len(holds) == len(found):
+        verdict = "holds"
+    elif holds:
+        verdict = f"holds when the scheme is {' or '.join(holds)}"
+    else:
+        verdict = "fails" if len(fails) == len(found) else "undecided"
+    claim = "Q2 (held-out loss, nats a token)"
+    return [{"claim": claim, "value": value, "spread": spread, "seeds": seeds, "verdict": verdict, "command": COMMAND}]
+
+
+def write(here: pathlib.Path, found: Found, seeds: int) -> str:
+    """Writes results.json, the picture and the table in README.md; returns the verdict as text."""
+    results = judge(found, seeds)
+    checkpoint.write_json(here / "results.json", results)
+    draw(found, here / "qat.png")
+    readme = here / "README.md"
+    before, rest = readme.read_text().split(BEGIN)
+    readme.write_text(before + BEGIN + "\n".join(table(found, results)) + "\n" + END + rest.split(END)[1])
+    return "\n".join(f"{r['claim']}: {r['verdict']}" for r in results)
+
+
+def table(found: Found, results: list[dict[str, Any]]) -> list[str]:
+    """Markdown."""
+    methods = list(dict.fromkeys(m for runs in found.values() for m in runs[0]))
+    lines = ["", "Held-out loss in nats a token, mean ± standard deviation over the seeds:", ""]
+    lines += ["| scheme | " + " | ".join(methods) + " | share recovered |", "|---" * (len(methods) + 2) + "|"]
+    for name, runs in found.items():
+        cells = []
+        for method in methods:
+            values = [r[method] for r in runs if method in r]
+            cells.append(f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}" if values else "-")
+        lines.append(f"| {name} | {' | '.join(cells)} | {results[0]['value'][f'{name}: share']:.0%} |")
+    lines += ["", "| claim | verdict |", "|---|---|"]
+    return [*lines, *(f"| {r['claim']} | **{r['verdict']}** |" for r in results), ""]
+
+
+def draw(found: Found, path: pathlib.Path) -> None:
+    """What each scheme loses to full precision: by the best method after training, and trained in the loop."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    x = np.arange(len(found))
+    for shift, label in ((-0.2, "best after training"), (0.2, "in the loop")):
+        methods = [best(runs) if shift < 0 else "qat" for runs in found.values()]
+        values = [[r[m] - r["full"] for r in runs] for m, runs in zip(methods, found.values(), strict=True)]
+        axis.bar(x + shift, np.mean(values, 1), 0.4, yerr=np.std(values, 1, ddof=1), capsize=3, label=label)
+    axis.set_xticks(x, list(found))
+    axis.set(ylabel="loss above full precision, nats a token")
+    axis.axhline(0, color="black", linewidth=0.5)
+    axis.legend()
+    axis.grid(alpha=0.3, axis="y")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def read(path: pathlib.Path) -> Any:
+    return json.loads(path.read_text())

@@ -1,0 +1,136 @@
+"""Quantizing after training against training with quantization in the loop, for the same budget: Q2.
+
+    PYTHONPATH=. python experiments/qat/sweep.py [--size=full] [--seeds=3]
+
+A start is trained in full precision from every seed. From there, for the same steps on the same batches: once
+more in full precision, quantized after that by several methods; and with every scheme in the loop. What is done
+is kept under --runs and not done again: the same command goes on where it was stopped. Writes results.json,
+qat.png and the tables in README.md.
+"""
+
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+from experiments.qat import report
+from llm_jax import checkpoint, cli, trees
+from llm_jax.data.corpus import Source
+from llm_jax.data.rows import Rows, Shuffled
+from llm_jax.errors import UserError
+from llm_jax.model.transformer import Transformer
+from llm_jax.quant import calibrate, quantize
+from llm_jax.training import evaluation, losses
+
+HERE = pathlib.Path(__file__).parent
+
+flags.DEFINE_string("size", "cpu", "cpu, or full (an accelerator)")
+flags.DEFINE_integer("seeds", 3, "starts")
+flags.DEFINE_string("runs", "runs/qat", "where the runs are kept")
+
+# Name -> (scheme, learned steps, methods of quantizing after training). Tables are in 8 bits.
+SCHEMES = {
+    "int8": ("int8", False, ("absmax", "mse", "gptq")),
+    "w8a8": ("w8a8", False, ("absmax", "mse", "smoothquant", "gptq")),
+    "int4": ("int4", False, ("absmax", "mse", "awq", "gptq")),
+    "int4:channel": ("int4:channel", True, ("absmax", "mse", "awq", "gptq")),
+    "int2": ("int2", True, ("absmax", "mse", "awq", "gptq")),
+}
+
+# Overrides of all runs by size, and of what follows the start.
+SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "cpu": ({}, {"train.steps": 200, "optim.lr": 5e-4, "optim.warmup_steps": 20}),
+    "full": (
+        {
+            "tokenizer.vocab_size": 8192,
+            "model.width": 768,
+            "model.num_layers": 12,
+            "model.num_heads": 12,
+            "model.num_kv_heads": 12,
+            "model.mlp_width": 2048,
+            "model.precision.compute": "bfloat16",
+            "train.steps": 20000,
+            "train.batch_size": 64,
+            "train.seq_len": 512,
+            "optim.lr": 6e-4,
+            "optim.warmup_steps": 1000,
+        },
+        {"train.steps": 4000, "optim.lr": 1e-4, "optim.warmup_steps": 200},
+    ),
+}
+
+
+def main() -> None:
+    f = flags.FLAGS
+    if f.size not in SIZES or f.seeds < 2:
+        raise UserError(f"--size={f.size} --seeds={f.seeds}; expected one of {', '.join(SIZES)} and at least 2 seeds")
+    root = pathlib.Path(f.runs).expanduser() / f.size
+    checkpoint.make_directory(root)
+    everywhere, after = SIZES[f.size]
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in SCHEMES}
+    with tqdm(total=f.seeds * (2 + 2 * len(SCHEMES))) as bar:
+        for seed in range(f.seeds):
+            start, plain = root / f"start-{seed}", root / f"plain-{seed}"
+            train(start, everywhere | {"train.seed": seed}, bar)
+            follow = everywhere | after | {"train.seed": seed + 1000, "init_from": str(start)}
+            train(plain, follow, bar)
+            for name, (scheme, learned, methods) in SCHEMES.items():
+                run = root / f"{name.replace(':', '-')}-{seed}"
+                train(run, follow | {"quant.qat.scheme": scheme, "quant.qat.learned_step": learned}, bar)
+                place = run / "compared.json"
+                if not place.exists():
+                    checkpoint.write_json(place, compare(plain, run, scheme, methods))
+                found[name].append(report.read(place))
+                bar.set_description(f"compared {name}, seed {seed}")
+                bar.update()
+    print(report.write(HERE, found, f.seeds))
+
+
+def train(workdir: pathlib.Path, changes: dict[str, Any], bar: tqdm) -> None:
+    """Trains, unless it is done. Raises UserError with the last line of what went wrong."""
+    bar.set_description(f"training {workdir.name}")
+    if not (workdir / "summary.json").exists():
+        command = [sys.executable, "-m", "llm_jax.train", f"--config={HERE / 'config.py'}", f"--workdir={workdir}"]
+        done = subprocess.run(
+            [*command, *(f"--config.{k}={v}" for k, v in changes.items())], capture_output=True, text=True
+        )
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+            raise UserError(f"{workdir.name} failed with exit code {done.returncode}: {last}")
+    bar.update()
+
+
+def compare(plain: pathlib.Path, trained: pathlib.Path, scheme: str, methods: tuple[str, ...]) -> dict[str, float]:
+    """Held-out losses, nats a token: of the full model, of each method after training, and of the trained integers."""
+    model, params, tokenizer = checkpoint.load(plain)
+    config = checkpoint.read_config(checkpoint.find(plain))
+    corpus = Source(config.data).corpus(tokenizer)
+    held = Rows(corpus.validation, config.train.seq_len)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def loss(params: Any, model: Transformer = model) -> float:
+        one = jax.jit(lambda params, batch: losses.language_model(model, params, batch, 0))
+        rows = min(len(held), 1024)
+        return evaluation.evaluate(one, params, held, 32, device, rows)["loss"]
+
+    shuffled = Shuffled(Rows(corpus.train, config.train.seq_len), 0)
+    planned = quantize.plan(params, quantize.rules(scheme, "int8"), "the experiment")
+    found = {"full": loss(params)}
+    for method in methods:
+        rows = [shuffled[i] for i in range(128)] if calibrate.needs_text(planned, method) else []
+        kept = trained / f"after-{method}"
+        made, _ = calibrate.run(model, trees.flatten(params), planned, rows, calibrate.Options(method, True, 32), kept)
+        found[method] = loss(made)
+    found["qat"] = loss(quantize.finish(checkpoint.load(trained).params))
+    if not all(np.isfinite(list(found.values()))):
+        raise UserError(f"{trained}: a loss is not finite ({found})")
+    return found
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,205 @@
+"""The verdicts, the tables and the picture of the quantization experiment. The rules below were fixed before the run.
+
+A *loss difference* is the loss of the quantized model minus that of the full one, in nats a token, paired by
+row of held-out text, and judged by the 95 % t-interval of its mean over the rows.
+
+Q1  A way to quantize weights and activations to 8 bits has little loss if its interval lies below MARGIN (a
+    perplexity 1 % higher) on the reference model, and its sentence vectors keep a mean cosine of at least COSINE
+    on MiniLM. Holds if that is so of w8a8 (dynamic) and w8a8_static by absmax; "holds when" names the
+    schemes and methods of 8 bits for both of which it is so, if some are; else fails.
+Q1b (an aim of this project) at 4 bits: int4 by its best method against ggml's Q4_0, and int4_affine against
+    Q4_1, of equal size: holds if neither interval of the difference of losses lies above 0.
+Q3  smaller: fewer bytes than float32. less memory: weights and temporaries of one token's pass together.
+    faster: the interval of the log ratio of tokens a second, paired by repeat, lies above 0. Holds if all
+    three are so of int8, w8a8 and int4; "holds when" says of which; else fails.
+"""
+
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from llm_jax import checkpoint
+
+MARGIN = float(np.log(1.01))
+COSINE = 0.99
+COMMAND = "PYTHONPATH=. python experiments/quantization_quality/sweep.py"
+EIGHT = ("int8", "int8:32", "w8a8", "w8a8_static", "fp8_e4m3", "fp8_e5m2")
+BEGIN, END = "<!-- results: written by sweep.py -->\n", "<!-- end of results -->"
+
+
+def interval(values) -> tuple[float, float, float]:
+    """Mean, and the ends of its 95 % t-interval."""
+    values = np.asarray(values)
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * float(stats.sem(values))
+    return float(values.mean()), float(values.mean()) - half, float(values.mean()) + half
+
+
+def loss_difference(found: dict[str, Any]) -> tuple[float, float, float]:
+    return interval(np.subtract(found["loss"], found["full_loss"]))
+
+
+def write(here: pathlib.Path, language: dict, sentences: dict, speed: dict, labelled: dict, full: dict) -> str:
+    """Writes results.json, the picture and the tables in README.md; returns the verdicts as text."""
+    results = judge(language, sentences, speed)
+    checkpoint.write_json(
+        here / "results.json",
+        [
+            *results,
+            {
+                "claim": "figures",
+                "value": {
+                    "reference model": language,
+                    "MiniLM": sentences,
+                    "speed": speed,
+                    "SmolLM2 (already Q4_1)": labelled,
+                },
+                "spread": None,
+                "seeds": 1,
+                "verdict": None,
+                "command": COMMAND,
+            },
+        ],
+    )
+    draw(language, full, here / "quality.png")
+    readme = here / "README.md"
+    before, rest = readme.read_text().split(BEGIN)
+    text = "\n".join(tables(language, sentences, speed, labelled, full, results))
+    readme.write_text(before + BEGIN + text + "\n" + END + rest.split(END)[1])
+    return "\n".join(f"{r['claim']}: {r['verdict']}" for r in results)
+
+
+def judge(language: dict, sentences: dict, speed: dict) -> list[dict[str, Any]]:
+    """The verdicts by the rules above."""
+
+    def entry(claim: str, value: dict[str, tuple[float, float, float]], verdict: str) -> dict[str, Any]:
+        return {
+            "claim": claim,
+            "value": {k: v[0] for k, v in value.items()},
+            "spread": {k: [v[1], v[2]] for k, v in value.items()},
+            "seeds": 1,
+            "verdict": verdict,
+            "command": COMMAND,
+        }
+
+    costs = {name: loss_difference(found) for name, found in language.items()}
+    eight = [name for name in costs if name.split()[0] in EIGHT]
+    little = [n for n in eight if costs[n][2] < MARGIN and sentences.get(n, {"cosine": 0})["cosine"] >= COSINE]
+    wanted = ("w8a8 absmax", "w8a8_static absmax")
+    if all(name in little for name in wanted):
+        q1 = "holds"
+    else:
+        q1 = f"holds when {', '.join(little)}" if little else "fails"
+
+    def best(scheme: str) -> str:
+        return min((n for n in costs if n.split()[0] == scheme), key=lambda n: costs[n][0])
+
+    pairs = {}
+    for ours, theirs in (("int4", "ggml Q4_0"), ("int4_affine", "ggml Q4_1")):
+        name = best(ours)
+        pairs[f"{name} - {theirs}"] = interval(np.subtract(language[name]["loss"], language[theirs]["loss"]))
+    q1b = "holds" if all(low <= 0 for _, low, _ in pairs.values()) else "fails"
+
+    plain = speed["float32"]
+    ratios, good = {}, []
+    for name, found in speed.items():
+        if name == "float32":
+            continue
+        faster = interval(np.log(np.divide(found["tokens_per_second"], plain["tokens_per_second"])))
+        memory = [found["bytes"] + found["temporary_bytes"], plain["bytes"] + plain["temporary_bytes"]]
+        ratios[f"{name}: log ratio of tokens a second"] = faster
+        ratios[f"{name}: bytes over those of float32"] = (found["bytes"] / plain["bytes"],) * 3
+        ratios[f"{name}: memory over that of float32"] = (memory[0] / memory[1],) * 3
+        parts = {
+            "smaller": found["bytes"] < plain["bytes"],
+            "less memory": memory[0] < memory[1],
+            "faster": faster[1] > 0,
+        }
+        good.append((name, [part for part, yes in parts.items() if yes]))
+    judged = [(name, parts) for name, parts in good if name in ("int8", "w8a8", "int4")]
+    if all(len(parts) == 3 for _, parts in judged):
+        q3 = "holds"
+    elif any(parts for _, parts in good):
+        q3 = "holds when " + "; ".join(f"{name}: {', '.join(parts) or 'nothing'}" for name, parts in good)
+    else:
+        q3 = "fails"
+    return [
+        entry("Q1 (loss difference, nats a token)", costs, q1),
+        entry("Q1b (difference to ggml's formats of equal size, nats a token)", pairs, q1b),
+        entry("Q3 (ratios to float32)", ratios, q3),
+    ]
+
+
+def tables(language, sentences, speed, labelled, full, results) -> list[str]:
+    """Markdown."""
+    lines = ["", f"Reference model, full precision: perplexity {full['perplexity']:.3f}, {full['bytes']:,} bytes.", ""]
+    lines += [
+        "| scheme and method | bits a weight | bytes | perplexity | loss difference (95 %) | KL | same greedy token "
+        "| MiniLM cosine | order |",
+        "|---" * 9 + "|",
+    ]
+    for name, found in sorted(language.items(), key=lambda item: (-item[1]["bits"], item[0])):
+        mean, low, high = loss_difference(found)
+        vector = sentences.get(name)
+        ends = f"{vector['cosine']:.5f} | {vector['order']:.5f}" if vector else "- | -"
+        lines.append(
+            f"| {name} | {found['bits']:.3f} | {found['bytes']:,} | {found['perplexity']:.3f} | {mean:+.4f} "
+            f"({low:+.4f}, {high:+.4f}) | {found['kl']:.5f} | {found['agreement']:.4f} | {ends} |"
+        )
+    lines += ["", "| weights | bytes | temporaries | tokens/s (median) | over float32 |", "|---|---|---|---|---|"]
+    for name, found in speed.items():
+        ratio = found["median"] / speed["float32"]["median"]
+        lines.append(
+            f"| {name} | {found['bytes']:,} | {found['temporary_bytes']:,} | {found['median']:.1f} | {ratio:.2f} |"
+        )
+    if labelled:
+        lines += [
+            "",
+            "SmolLM2-135M, *already Q4_1* (so 8 bits only):",
+            "",
+            "| scheme | loss difference | KL | same |",
+            "|---" * 4 + "|",
+        ]
+        for name, found in labelled.items():
+            mean, low, high = loss_difference(found)
+            lines.append(
+                f"| {name} | {mean:+.4f} ({low:+.4f}, {high:+.4f}) | {found['kl']:.5f} | {found['agreement']:.4f} |"
+            )
+    lines += ["", "| claim | verdict |", "|---|---|"]
+    return [*lines, *(f"| {r['claim']} | **{r['verdict']}** |" for r in results), ""]
+
+
+def draw(language: dict, full: dict, path: pathlib.Path) -> None:
+    """Perplexity over that of the full model against bits a weight, a point per scheme and method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(9, 5), layout="constrained")
+    methods = list(dict.fromkeys(name.split()[-1] if not name.startswith("ggml") else "ggml" for name in language))
+    for method, marker in zip(methods, "osv^D*P", strict=False):
+        points = {n: f for n, f in language.items() if ("ggml" if n.startswith("ggml") else n.split()[-1]) == method}
+        x = [f["bits"] for f in points.values()]
+        y = [f["perplexity"] / full["perplexity"] - 1 for f in points.values()]
+        axis.scatter(x, np.maximum(y, 1e-5), marker=marker, label=method, alpha=0.7)
+    best: dict[str, tuple[float, float]] = {}
+    for name, found in language.items():
+        y = max(found["perplexity"] / full["perplexity"] - 1, 1e-5)
+        scheme = name if name.startswith("ggml") else name.split()[0]
+        best[scheme] = min(best.get(scheme, (found["bits"], y)), (found["bits"], y), key=lambda p: p[1])
+    for scheme, (x, y) in best.items():
+        axis.annotate(scheme, (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
+    axis.set(
+        xlabel="bits a weight, scales and 8-bit tables included", ylabel="rise of perplexity, relative", yscale="log"
+    )
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def read(path: pathlib.Path) -> Any:
+    return json.loads(path.read_text())

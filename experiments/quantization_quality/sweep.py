@@ -1,0 +1,160 @@
+"""Schemes x methods x groups after training, on full-precision weights: Q1 and Q3.
+
+    PYTHONPATH=. python experiments/quantization_quality/sweep.py --checkpoint=runs/reference_lm [--rows=64]
+
+Quantizes, measures, draws and judges. Cells that are done are kept under --runs and not done again: the same
+command goes on where it was stopped. Writes results.json, quality.png and the tables in README.md.
+"""
+
+import dataclasses
+import hashlib
+import pathlib
+
+import jax
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+from experiments.quantization_quality import measure, report
+from experiments.quantization_quality.measure import Cell
+from llm_jax import checkpoint, cli, pretrained, quantized, tokenizers, trees
+from llm_jax.data.corpus import Source
+from llm_jax.data.rows import Rows, Shuffled
+from llm_jax.errors import UserError
+from llm_jax.quant import quantize
+
+HERE = pathlib.Path(__file__).parent
+
+flags.DEFINE_string("checkpoint", None, "a run of configs/reference_lm.py", required=True)
+flags.DEFINE_string("runs", "runs/quantization_quality", "where finished cells are kept")
+flags.DEFINE_integer("rows", 64, "held-out sequences, spread over the text")
+flags.DEFINE_integer("calibration", 32, "training sequences that methods calibrate on")
+flags.DEFINE_integer("sentences", 200, "for MiniLM")
+flags.DEFINE_boolean("smollm2", True, "also SmolLM2 in 8 bits (slow: 135 M parameters)")
+
+CELLS = [
+    *(Cell("int8", m) for m in ("absmax", "percentile", "mse")),
+    *(Cell(s, m) for s in ("w8a8", "w8a8_static") for m in ("absmax", "percentile", "mse", "smoothquant")),
+    *(Cell(s, "absmax") for s in ("int8:32", "int8_affine", "fp8_e4m3", "fp8_e5m2")),
+    *(Cell(s, m) for s in ("int4", "int4_affine") for m in ("absmax", "mse", "awq", "gptq")),
+    *(Cell(s, m) for s in ("int4:64", "int4:128", "nf4") for m in ("absmax", "awq", "gptq")),
+    *(Cell("mxfp4", m) for m in ("absmax", "mse", "gptq")),
+    *(Cell(s, m) for s in ("int4:channel", "int2", "int2_affine") for m in ("mse", "gptq")),
+    *(Cell(f"ggml {s}", "") for s in ("Q8_0", "Q4_1", "Q4_0")),
+]
+SENTENCE_CELLS = [
+    *(Cell(s, "absmax") for s in ("int8", "int8:32", "fp8_e4m3", "fp8_e5m2", "mxfp4")),
+    *(Cell(s, m) for s in ("w8a8", "w8a8_static") for m in ("absmax", "percentile", "smoothquant")),
+    *(Cell(s, m) for s in ("int4", "int4_affine", "nf4") for m in ("absmax", "awq", "gptq")),
+]
+SPEEDS = ("int8", "w8a8", "int4", "nf4")
+LABELLED = (Cell("int8", "absmax"), Cell("w8a8", "absmax"))
+
+
+def main() -> None:
+    cli.keep_memory()
+    f = flags.FLAGS
+    if f.rows < 3 or f.calibration < 1 or f.sentences < 3:
+        raise UserError("--rows and --sentences are at least 3, --calibration at least 1")
+    path = pretrained.locate(f.checkpoint)
+    model, params, tokenizer = pretrained.load(path)
+    config = checkpoint.read_config(checkpoint.find(path))
+    corpus = Source(config.data).corpus(tokenizer)
+    seen, held = Shuffled(Rows(corpus.train, config.train.seq_len), 0), Rows(corpus.validation, config.train.seq_len)
+    rows = [held[int(i)] for i in np.linspace(0, held.full - 1, f.rows).astype(int)]
+    rows = [row for row in rows if row["mask"].sum()]
+    calibration = [seen[i] for i in range(f.calibration)]
+    digest = hashlib.sha256((checkpoint.find(path) / "manifest.json").read_bytes()).hexdigest()[:12]
+    root = pathlib.Path(f.runs).expanduser() / f"{digest}-{f.rows}-{f.calibration}-{f.sentences}"
+    checkpoint.make_directory(root)
+
+    language = {}
+    for cell in tqdm(CELLS, "reference model"):
+        language[cell.name] = kept(
+            root / "language", cell.name, lambda c=cell: one(model, params, c, calibration, rows)
+        )
+    full = kept(
+        root, "full", lambda: measure.against(model, params, params, rows) | {"bytes": quantized.num_bytes(params)}
+    )
+    sentences = of_sentences(root, f.sentences)
+    speed = kept(root, "speed", lambda: of_speed(model, params, calibration, tokenizer))
+    labelled = of_smollm2(root, config) if f.smollm2 else {}
+    print(report.write(HERE, language, sentences, speed, labelled, full))
+
+
+def kept(root: pathlib.Path, name: str, make):
+    """What `make` gives, or gave in an earlier run of this command."""
+    place = root / f"{name.replace(' ', '_').replace(':', '-')}.json"
+    if not place.exists():
+        checkpoint.make_directory(root)
+        checkpoint.write_json(place, make())
+    return report.read(place)
+
+
+def one(model, params, cell: Cell, calibration, rows) -> dict:
+    made, size = measure.quantize_model(model, params, cell, calibration)
+    matrices = [w for w in trees.flatten(made).values() if isinstance(w, quantized.QTensor)]
+    bits = 8 * sum(map(quantized.num_bytes, matrices)) / sum(int(np.prod(w.shape)) for w in matrices)
+    return measure.against(model, params, measure.expanded(made), rows) | {"bytes": size, "bits": bits}
+
+
+def of_sentences(root: pathlib.Path, count: int) -> dict:
+    """MiniLM's vectors of movie reviews; calibrated on sentences that are not measured."""
+    model, params, tokenizer = pretrained.load("asset:minilm-l6-v2")
+    lines = pretrained.locate("asset:movie-reviews").read_text(errors="replace").splitlines()
+    texts = [line.split("\t")[-1] for line in lines]
+    picked = [texts[i] for i in np.random.default_rng(0).permutation(len(texts))[: count + 32]]
+    ids = [tokenizers.prompt(tokenizer, text)[:64] for text in picked]
+    if tokenizer.eos is not None:
+        ids = [[*i, tokenizer.eos] if i[-1] != tokenizer.eos else i for i in ids]
+    calibration = [padded(i, 64) for i in ids[count:]]
+    whole = measure.vectors(model, params, ids[:count])
+    found = {}
+    for cell in tqdm(SENTENCE_CELLS, "MiniLM"):
+
+        def figures(cell=cell) -> dict:
+            made, size = measure.quantize_model(model, params, cell, calibration)
+            vectors = measure.vectors(model, measure.expanded(made), ids[:count])
+            return measure.compare_vectors(whole, vectors) | {"bytes": size}
+
+        found[cell.name] = kept(root / "sentences", cell.name, figures)
+    return found
+
+
+def padded(ids, length: int) -> dict[str, np.ndarray]:
+    """A row of one segment."""
+    ids = np.asarray(ids[:length], np.int32)
+    full = np.pad(ids, (0, length - len(ids)))
+    there = (np.arange(length) < len(ids)).astype(np.int32)
+    return {
+        "inputs": full,
+        "targets": full,
+        "positions": np.arange(length, dtype=np.int32),
+        "segments": there,
+        "mask": there,
+    }
+
+
+def of_speed(model, params, calibration, tokenizer) -> dict:
+    by_name = {"float32": params}
+    for scheme in SPEEDS:
+        chosen = quantize.rules(scheme, "int8")
+        by_name[scheme] = jax.jit(lambda p, chosen=chosen: quantize.quantize(p, chosen, "the experiment"))(params)
+    return measure.speeds(model, by_name, calibration[0]["inputs"][:32].tolist(), 64, 5)
+
+
+def of_smollm2(root: pathlib.Path, config) -> dict:
+    """Its file is Q4_1: 8 bits only, and labelled so."""
+    found = {cell.name: root / "smollm2" / f"{cell.name.replace(' ', '_')}.json" for cell in LABELLED}
+    if not all(place.exists() for place in found.values()):
+        model, params, tokenizer = pretrained.load("asset:smollm2-135m-instruct")
+        source = Source(dataclasses.replace(config.data, source="asset:shakespeare"), whole=True)
+        held = Rows(source.corpus(tokenizer).validation, 256)
+        rows = [held[int(i)] for i in np.linspace(0, held.full - 1, 16).astype(int)]
+        for cell in LABELLED:
+            kept(root / "smollm2", cell.name, lambda c=cell: one(model, params, c, [], rows))
+    return {name: report.read(place) for name, place in found.items()}
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,27 @@
+"""A decoder of width 32 to 256 on bytes of the standard library: what every run of this experiment starts from.
+
+    python -m llm_jax.train --config=experiments/width_transfer/config.py --workdir=runs/one --config.model.width=64
+
+A few seconds on two CPU cores. `sweep.py` says what is changed from run to run.
+"""
+
+import runpy
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+default = runpy.run_path(str(Path(__file__).parents[2] / "configs" / "default.py"))
+HEAD_WIDTH = 8  # of every width: wider models have more heads
+
+
+def get_config() -> ConfigDict:
+    config = default["get_config"]()
+    config.tokenizer.kind = "byte"
+    config.data.validation_fraction = 0.02
+    config.model.update({"width": 32, "base_width": 32, "num_layers": 2, "mlp_width": 64})
+    config.model.update({"num_heads": 4, "num_kv_heads": 4, "head_width": HEAD_WIDTH})
+    config.optim.update({"warmup_steps": 10})
+    config.train.update({"steps": 400, "batch_size": 8, "seq_len": 32})
+    config.eval.update({"every": 0, "prompts": ()})
+    config.checkpoint.update({"every": 0})
+    return config

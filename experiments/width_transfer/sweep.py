@@ -1,0 +1,104 @@
+"""Does the best learning rate of a narrow model stay the best when it grows wider, with and without μP?
+
+    PYTHONPATH=. python experiments/width_transfer/sweep.py [--widths=32,64,128,256] [--seeds=3]
+
+Trains every width at every rate from every seed, twice: with model.base_width (μP) and without. What is
+done is kept in --runs and not done again: the same command goes on where it was stopped. Writes
+results.json and the tables in README.md.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+import runpy
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+from experiments.width_transfer import report
+from llm_jax import checkpoint, cli
+from llm_jax import config as config_lib
+from llm_jax.data.corpus import Source
+from llm_jax.data.rows import Rows, Shuffled
+from llm_jax.model.transformer import Transformer, width_ratio
+from llm_jax.training import losses, optim, step
+
+HERE = pathlib.Path(__file__).parent
+
+flags.DEFINE_list("widths", ["32", "64", "128", "256"], "the first is the base width")
+flags.DEFINE_list("powers", ["-9", "-8", "-7", "-6", "-5", "-4", "-3"], "the rates, as powers of two")
+flags.DEFINE_integer("seeds", 3, "runs of each kind")
+flags.DEFINE_integer("held_rows", 256, "rows of held-out text that a run is judged by")
+flags.DEFINE_string("runs", "runs/width_transfer.json", "where finished runs are kept")
+
+
+def main() -> None:
+    cli.keep_memory()
+    f = flags.FLAGS
+    widths, powers = [int(w) for w in f.widths], [int(p) for p in f.powers]
+    recipe = runpy.run_path(str(HERE / "config.py"))
+    base = config_lib.build(recipe["get_config"]())
+    source = Source(base.data)
+    tokenizer = source.tokenizer(base.tokenizer)
+    corpus = source.corpus(tokenizer)
+    c, kept = base.train, pathlib.Path(f.runs)
+    held = stacked(Rows(corpus.validation, c.seq_len), f.held_rows)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    found = json.loads(kept.read_text()) if kept.exists() else {}
+    batches = [
+        jax.tree.map(
+            lambda a: a.reshape(c.steps, c.batch_size, -1),
+            stacked(Shuffled(Rows(corpus.train, c.seq_len), seed), c.steps * c.batch_size),
+        )
+        for seed in range(f.seeds)
+    ]
+    bar = tqdm(total=2 * len(widths) * len(powers) * f.seeds, desc="runs", disable=None)
+    for width in widths:
+        for transfer in report.KINDS:
+            heads = width // recipe["HEAD_WIDTH"]
+            model = dataclasses.replace(
+                base.model, vocab_size=tokenizer.vocab_size, width=width, mlp_width=2 * width, num_heads=heads,
+                num_kv_heads=heads, base_width=widths[0] if transfer == "μP" else 0,
+            )  # fmt: skip
+            run = jax.jit(training(dataclasses.replace(base, model=model)))
+            for seed in range(f.seeds):
+                for power in powers:
+                    key = f"{transfer} {width} {power} {seed}"
+                    if key not in found:
+                        loss = float(run(2.0**power, jax.random.key(seed), batches[seed], held))
+                        found[key] = loss if math.isfinite(loss) else None  # diverged
+                        checkpoint.write_json(kept, found)
+                    bar.update()
+    bar.close()
+    print(report.write(HERE, found, widths, powers, f.seeds))
+
+
+def stacked(rows, count: int):
+    """The first rows, as arrays (count, T)."""
+    made = [rows[i] for i in range(count)]
+    return {name: np.stack([row[name] for row in made]) for name in made[0]}
+
+
+def training(config: config_lib.Config):
+    """A function (rate, key, batches, held-out rows) -> held-out loss after training, nats a token."""
+    model = Transformer(config.model)
+
+    def run(rate, key, batches, held):
+        params = model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+        rule = dataclasses.replace(config.optim, lr=rate)
+        optimizer = optim.make(rule, config.train.steps, params, width_ratio(config.model))
+        loss = losses.make(config.loss, model, 0)
+        one = step.make(loss, optimizer, optim.schedule(rule, config.train.steps), 0, 1)
+        state, _ = jax.lax.scan(lambda s, b: (one(s, None, b)[0], None), step.init(optimizer, params), batches)
+        total, count = losses.language_model(model, state.params, held, 0)
+        return total / count
+
+    return run
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,348 @@
+"""Files as documents: text, JSON lines, Parquet and the data sets of `datasets`, plain or compressed.
+
+A format scans a file once, which checks all of it and says where its documents are, and then reads any
+of them. Neither holds more than a document, a line or a batch of rows in memory.
+"""
+
+import array
+import bz2
+import contextlib
+import dataclasses
+import functools
+import gzip
+import hashlib
+import importlib
+import json
+import logging
+import lzma
+import pathlib
+import tokenize
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from llm_jax.errors import UserError
+
+_PIECE = 64 * 1024  # bytes; a single text file is cut into documents of about this size
+_ROWS = 256  # of a table, read at a time
+_NOT_THERE = "is not in it; it has {}. Name the field of the text with data.field"
+
+
+class Scan(NamedTuple):
+    """What is in a file.
+
+    Attributes:
+      sha256: of its content, unpacked; of a table, of the field that is read.
+      starts: int64 (documents,), the byte of the unpacked file, or the row, where each begins, in their order.
+      sizes: int64 (documents,), of their texts in UTF-8.
+    """
+
+    sha256: str
+    starts: np.ndarray
+    sizes: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A way to cut a file into documents.
+
+    Attributes:
+      scan: (path, field) -> Scan. Raises UserError for what cannot be read, naming the place.
+      read: (path, field, starts, sizes) -> the texts that are there.
+      whole: the file is one document.
+    """
+
+    scan: Callable[[str, str], Scan]
+    read: Callable[[str, str, np.ndarray, np.ndarray], Iterator[str]]
+    whole: bool = False
+
+
+def of(path: pathlib.Path, alone: bool) -> str:
+    """The name of a file's format. Text is one document; where it is the whole source (`alone`) it is cut."""
+    return _BY_SUFFIX.get(plain_name(path).suffix.lower(), "pieces" if alone else "text")
+
+
+def plain_name(path: pathlib.PurePath) -> pathlib.PurePath:
+    """The path without the suffix of a compression."""
+    return path.with_suffix("") if path.suffix in _PACKED else path
+
+
+def seekable(path: str) -> bool:
+    """Whether a part of the file can be read without all that stands before it."""
+    return pathlib.Path(path).suffix not in _PACKED
+
+
+# ---------------------------------------------------------------- bytes
+
+
+def _zstd(path: str, mode: str) -> Any:
+    for name in ("compression.zstd", "backports.zstd"):  # Python 3.14 has it itself
+        try:
+            return importlib.import_module(name).open(path, mode)
+        except ImportError:
+            continue
+    raise UserError(f"{path}: reading .zst needs a package; pip install backports.zstd")
+
+
+_PACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _zstd}
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[Any]:
+    """The file as a stream of unpacked bytes, what goes wrong with it in one line."""
+    try:
+        with _PACKED.get(pathlib.Path(path).suffix, open)(path, "rb") as stream:
+            yield stream
+    except Exception as error:
+        known = isinstance(error, OSError | EOFError | zlib.error | lzma.LZMAError)
+        if not known and type(error).__name__ != "ZstdError":  # whose class is there only where it can be read
+            raise
+        if isinstance(error, OSError) and error.strerror:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+        raise UserError(f"{path}: cut short or damaged ({error})") from error
+
+
+def _decode(path: str, data: bytes, start: int = 0) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text at byte {start + error.start}; convert it or leave it out") from error
+
+
+# ---------------------------------------------------------------- text
+
+
+def _scan_text(path: str, field: str) -> Scan:
+    with _opened(path) as stream:
+        data = stream.read()
+    _decode(path, data)
+    return Scan(hashlib.sha256(data).hexdigest(), _ints([0]), _ints([len(data)]))
+
+
+def _read_text(path: str, field: str, starts: np.ndarray, sizes: np.ndarray) -> Iterator[str]:
+    with _opened(path) as stream:
+        for start, size in zip(starts.tolist(), sizes.tolist(), strict=True):
+            stream.seek(start)
+            yield _decode(path, stream.read(size), start)
+
+
+def _scan_pieces(path: str, field: str) -> Scan:
+    """Cuts at line breaks, into documents of about 64 KiB and at least fifty of them.
+
+    A plain file's documents stand in the order of their starts as text ("0", "1024", "131072", "2048"),
+    one that can only be read from its beginning has them as they come.
+    """
+    size = 0
+    with _opened(path) as stream:
+        if seekable(path):
+            size = stream.seek(0, 2)
+        else:
+            while block := stream.read(2**20):
+                size += len(block)
+    target = min(_PIECE, max(1024, size // 50))
+    digest, starts, sizes = hashlib.sha256(), array.array("q"), array.array("q")
+    with _opened(path) as stream:
+        start, rest = 0, b""
+        while start < size:
+            block = rest + stream.read(target - len(rest))
+            end = len(block) if start + len(block) >= size else block.rfind(b"\n") + 1 or _whole_characters(block)
+            piece, rest = block[:end], block[end:]
+            if not piece:
+                raise UserError(f"{path}: changed while it was being read; start again")
+            _decode(path, piece, start)
+            digest.update(piece)
+            starts.append(start)
+            sizes.append(end)
+            start += end
+    order = np.argsort(_ints(starts).astype("S20"), kind="stable") if seekable(path) else slice(None)
+    return Scan(digest.hexdigest(), _ints(starts)[order], _ints(sizes)[order])
+
+
+def _whole_characters(block: bytes) -> int:
+    end = len(block)
+    while end > 1 and block[end - 1] & 0xC0 == 0x80:
+        end -= 1
+    return max(end - 1, 1)
+
+
+def _scan_python(path: str, field: str) -> Scan:
+    """One document, or none where the encoding is another than the file declares."""
+    try:
+        data = _source(path).encode()
+    except (SyntaxError, UnicodeDecodeError):
+        return Scan("", _ints([]), _ints([]))
+    return Scan(hashlib.sha256(data).hexdigest(), _ints([0]), _ints([len(data)]))
+
+
+def _read_python(path: str, field: str, starts: np.ndarray, sizes: np.ndarray) -> Iterator[str]:
+    yield from (_source(path) for _ in starts)
+
+
+def _source(path: str) -> str:
+    try:
+        with tokenize.open(path) as file:  # obeys the encoding that the file declares
+            return file.read()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+# ---------------------------------------------------------------- JSON lines
+
+
+def _scan_lines(path: str, field: str) -> Scan:
+    digest, starts, sizes, place = hashlib.sha256(), array.array("q"), array.array("q"), 0
+    with _opened(path) as stream:
+        for number, line in enumerate(stream, 1):
+            digest.update(line)
+            if line.strip():
+                starts.append(place)
+                sizes.append(_utf8_size(f"{path}, line {number}", _of_line(path, number, place, line, field)))
+            place += len(line)
+    return Scan(digest.hexdigest(), _ints(starts), _ints(sizes))
+
+
+def _read_lines(path: str, field: str, starts: np.ndarray, sizes: np.ndarray) -> Iterator[str]:
+    with _opened(path) as stream:
+        for start in starts.tolist():
+            stream.seek(start)
+            yield _of_line(path, 0, start, stream.readline(), field)
+
+
+def _of_line(path: str, number: int, place: int, line: bytes, field: str) -> str:
+    text = _decode(path, line, place)
+    where = f"{path}, line {number}" if number else f"{path}, byte {place}"
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: expected a JSON object, found {type(record).__name__}")
+    if not field:
+        return text.strip()
+    if field not in record:
+        raise UserError(f"{where}: the field '{field}' {_NOT_THERE.format(', '.join(record) or 'none')}")
+    return _text(where, field, record[field])
+
+
+def _text(where: str, field: str, value: Any) -> str:
+    if not isinstance(value, str | None):
+        raise UserError(f"{where}: the field '{field}' is {type(value).__name__}; expected text")
+    return value or ""
+
+
+def _utf8_size(where: str, text: str) -> int:
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: an unpaired surrogate at character {error.start}; UTF-8 cannot hold it") from error
+
+
+# ---------------------------------------------------------------- tables
+
+# (path, field, rows or None for all) -> (first row, values of the field, or whole records) of runs of rows.
+_Table = Callable[[str, str, np.ndarray | None], Iterator[tuple[int, list[Any]]]]
+
+
+def _parquet(path: str, field: str, rows: np.ndarray | None) -> Iterator[tuple[int, list[Any]]]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise UserError(f"{path}: reading Parquet needs a package; pip install pyarrow") from error
+    try:
+        if seekable(path):
+            file = parquet.ParquetFile(path)
+        else:
+            with _opened(path) as stream:
+                file = parquet.ParquetFile(pyarrow.BufferReader(stream.read()))
+        with file:
+            _check_columns(path, field, file.schema_arrow.names)
+            first = 0
+            for group in range(file.num_row_groups):
+                end = first + file.metadata.row_group(group).num_rows
+                if rows is None or _any_in(rows, first, end):
+                    for batch in file.iter_batches(_ROWS, [group], [field] if field else None):
+                        yield first, batch.column(0).to_pylist() if field else batch.to_pylist()
+                        first += batch.num_rows
+                first = end
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path}: no readable Parquet file ({str(error).splitlines()[0]})") from error
+
+
+def data_set(name: str) -> Any:
+    """The data set of `datasets` called NAME or NAME:SPLIT (by default, train).
+
+    Raises:
+      UserError: `datasets` is not installed, or has no such data set.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(f"hf:{name} needs a package; pip install datasets") from error
+    path, _, split = name.partition(":")
+    datasets.disable_progress_bars()
+    for library in ("datasets", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.ERROR)  # retries; what comes of them is said below
+    try:
+        return datasets.load_dataset(path, split=split or "train")
+    except Exception as error:  # of many kinds: network, builders, files
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"data.source: hf:{name} cannot be loaded ({said})") from error
+
+
+def _hub(path: str, field: str, rows: np.ndarray | None) -> Iterator[tuple[int, list[Any]]]:
+    found = data_set(path)
+    _check_columns(f"hf:{path}", field, found.column_names)
+    if field:
+        found = found.select_columns([field])
+    for first in range(0, len(found), _ROWS):
+        if rows is None or _any_in(rows, first, first + _ROWS):
+            table = found.with_format("arrow")[first : first + _ROWS]
+            yield first, table.column(0).to_pylist() if field else table.to_pylist()
+
+
+def _check_columns(path: str, field: str, names: list[str]) -> None:
+    if field and field not in names:
+        raise UserError(f"{path}: the column '{field}' {_NOT_THERE.format(', '.join(names))}")
+
+
+def _any_in(rows: np.ndarray, first: int, end: int) -> bool:
+    return bool(np.searchsorted(rows, first) < np.searchsorted(rows, end))
+
+
+def _scan_table(table: _Table, path: str, field: str) -> Scan:
+    digest, sizes = hashlib.sha256(), array.array("q")
+    for first, values in table(path, field, None):
+        for row, value in enumerate(values, first):
+            text = _of_row(path, row, field, value)
+            sizes.append(_utf8_size(f"{path}, row {row}", text))
+            digest.update(b"%d\0" % sizes[-1] + text.encode())
+    return Scan(digest.hexdigest(), np.arange(len(sizes)), _ints(sizes))
+
+
+def _read_table(table: _Table, path: str, field: str, starts: np.ndarray, sizes: np.ndarray) -> Iterator[str]:
+    for first, values in table(path, field, starts):
+        begin, end = np.searchsorted(starts, (first, first + len(values)))
+        for row in starts[begin:end].tolist():
+            yield _of_row(path, row, field, values[row - first])
+
+
+def _of_row(path: str, row: int, field: str, value: Any) -> str:
+    return _text(f"{path}, row {row}", field, value) if field else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _ints(values: Any) -> np.ndarray:
+    return np.asarray(values, np.int64)
+
+
+FORMATS = {
+    "text": Format(_scan_text, _read_text, whole=True),
+    "pieces": Format(_scan_pieces, _read_text),
+    "python": Format(_scan_python, _read_python, whole=True),
+    "jsonl": Format(_scan_lines, _read_lines),
+    "parquet": Format(functools.partial(_scan_table, _parquet), functools.partial(_read_table, _parquet)),
+    "hf": Format(functools.partial(_scan_table, _hub), functools.partial(_read_table, _hub)),
+}
+_BY_SUFFIX = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".pq": "parquet"}

@@ -1,0 +1,90 @@
+"""Filters that look at the tokens so far: they make what was said less likely, or rule it out."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from llm_jax.decoding.samplers import History
+
+# Letters of shapes: B batch, S slots, V vocabulary, N biased tokens.
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Repetition:
+    """Divides the positive logits of tokens that were there, prompt included, by this; multiplies the negative.
+
+    Keskar et al. 2019, arXiv:1909.05858, section 4.1, in the form that works for negative logits.
+    """
+
+    penalty: float | jax.Array
+
+    def __call__(self, logits: jax.Array, history: History) -> jax.Array:
+        there = _counts(logits, history, prompt=True) > 0
+        return jnp.where(there, jnp.where(logits > 0, logits / self.penalty, logits * self.penalty), logits)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PresenceFrequency:
+    """Subtracts `presence` from tokens that were drawn, and `frequency` for each time; the prompt does not count.
+
+    The formula of OpenAI's API reference ("frequency and presence penalties").
+    """
+
+    presence: float | jax.Array
+    frequency: float | jax.Array
+
+    def __call__(self, logits: jax.Array, history: History) -> jax.Array:
+        counts = _counts(logits, history, prompt=False)
+        return logits - self.presence * (counts > 0) - self.frequency * counts
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NoRepeatNgram:
+    """Rules out what would repeat an n-gram, prompt included (Paulus et al. 2017, arXiv:1705.04304, 2.5).
+
+    Where that is every token, none is.
+    """
+
+    n: int | jax.Array
+
+    def __call__(self, logits: jax.Array, history: History) -> jax.Array:
+        rows, slots = history.ids.shape
+        places = jnp.arange(slots)
+
+        def same(i: jax.Array, match: jax.Array) -> jax.Array:
+            # Is the token i before each place the one i before the end?
+            last = jnp.take_along_axis(history.ids, jnp.maximum(history.length - i, 0)[:, None], 1)
+            return match & (jnp.roll(history.ids, i, axis=1) == last)
+
+        # A place whose n - 1 predecessors are the last n - 1 tokens repeats an n-gram.
+        inside = (places >= self.n - 1) & (places < history.length[:, None])
+        repeats = jax.lax.fori_loop(1, jnp.asarray(self.n), same, inside)
+        banned = jnp.zeros(logits.shape, bool).at[jnp.arange(rows)[:, None], history.ids].max(repeats)
+        left = jnp.where(banned, -jnp.inf, logits)
+        return jnp.where(jnp.any(left > -jnp.inf, -1, keepdims=True), left, logits)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Bias:
+    """Adds `biases` float32 (N,) to the logits of the tokens `ids` int32 (N,)."""
+
+    ids: jax.Array
+    biases: jax.Array
+
+    def __call__(self, logits: jax.Array, history: History) -> jax.Array:
+        return logits.at[:, self.ids].add(self.biases)
+
+
+def _counts(logits: jax.Array, history: History, prompt: bool) -> jax.Array:
+    """float32 (B, V): how often each token was there, in the prompt too or only since."""
+    places = jnp.arange(history.ids.shape[1])
+    counted = places < history.length[:, None]
+    if not prompt:
+        counted &= places >= history.prompt[:, None]
+    rows = jnp.arange(len(logits))[:, None]
+    return jnp.zeros(logits.shape, jnp.float32).at[rows, history.ids].add(counted.astype(jnp.float32))

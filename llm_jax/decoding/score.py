@@ -1,0 +1,85 @@
+"""How likely given continuations are: log P(w1 ... wT) as the sum of its conditionals, by one forward pass."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llm_jax.decoding import loop
+from llm_jax.errors import UserError
+from llm_jax.model.attention import Tokens
+from llm_jax.model.transformer import Transformer, check_length
+
+# Letters of shapes: B batch, T time, C chunk of time, V vocabulary.
+
+_CHUNK = 32  # positions whose logits exist at a time; it divides every bucket
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """Natural log-probabilities of the tokens of a continuation, and whether each is the most likely one."""
+
+    log_probabilities: list[float]
+    greedy: bool
+
+
+def score(
+    model: Transformer,
+    params: Any,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    batch_size: int = 8,
+    progress: Callable[[int], None] | None = None,
+) -> list[Scored]:
+    """Scores every (prompt, continuation), both of ids, at least one each.
+
+    Args:
+      params: in any layout of `model.config`.
+      batch_size: rows at a time; batches are padded, so that no number of pairs compiles again.
+      progress: is told how many pairs each batch did.
+
+    Raises:
+      UserError: an empty prompt or continuation, or one that goes past the model's positions.
+    """
+    if any(not len(prompt) or not len(answer) for prompt, answer in pairs):
+        raise UserError("a prompt or a continuation to score is empty; expected at least one token each")
+    check_length(model.config, max((len(p) + len(a) for p, a in pairs), default=0))
+    order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
+    found: dict[int, Scored] = {}
+    for first in range(0, len(order), batch_size):
+        batch = order[first : first + batch_size]
+        rows = [[*pairs[i][0], *pairs[i][1]] for i in batch]
+        ids_BT, lengths = loop.padded(rows + [[0]] * (batch_size - len(batch)))
+        logs, best = jax.device_get(_score(model, params, ids_BT, lengths))
+        for row, i in enumerate(batch):
+            answer = slice(len(pairs[i][0]) - 1, len(rows[row]) - 1)  # the logits before a token predict it
+            found[i] = Scored(logs[row, answer].tolist(), bool(np.all(best[row, answer])))
+        if progress:
+            progress(len(batch))
+    return [found[i] for i in range(len(pairs))]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _score(model: Transformer, params: Any, ids_BT: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Log-probability of the next token at every place, and whether it is the most likely: both (B, T)."""
+    b, t = ids_BT.shape
+    count = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
+    where = Tokens(jnp.minimum(count, lengths[:, None] - 1), (count < lengths[:, None]).astype(jnp.int32))
+    x_BTD, _ = loop.apply(model, params, ids_BT, where, method="features")
+    next_BT = jnp.roll(ids_BT, -1, axis=1)
+
+    def chunk(parts: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        x_BCD, ids_BC = parts
+        logs = jax.nn.log_softmax(loop.apply(model, params, x_BCD, method="logits").astype(jnp.float32))
+        picked = jnp.take_along_axis(logs, ids_BC[..., None], -1)[..., 0]
+        return picked, picked >= jnp.max(logs, -1)
+
+    def split(array: jax.Array) -> jax.Array:
+        return jnp.moveaxis(array.reshape(b, t // _CHUNK, _CHUNK, *array.shape[2:]), 1, 0)
+
+    parts = jax.lax.map(chunk, (split(x_BTD), split(next_BT)))
+    logs_BT, best_BT = (jnp.moveaxis(part, 0, 1).reshape(b, t) for part in parts)
+    return logs_BT, best_BT

@@ -1,0 +1,308 @@
+"""Number formats: arrays of codes with a scale for every group of numbers.
+
+A weight (..., I, O) is cut along `axis` (-2 or -1, the one that its product contracts) into groups,
+and each number of a group stands for
+
+    value(code) * scale + offset
+
+A *format* says which values codes have; a *scheme* is a format with its group, the form of its
+scales, its offset, and how activations are quantized. Schemes have names, `SCHEMES`, to which a
+group may be added: "int4:64", "int8:channel", "int8:tensor".
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llm_jax.errors import UserError
+
+# Letters of shapes: I in, O out, G groups, N numbers of a group.
+
+CHANNEL, TENSOR = 0, -1  # groups that are the whole axis, and the whole weight
+_GROUPS = {"channel": CHANNEL, "tensor": TENSOR}
+
+
+def _normal_float() -> tuple[float, ...]:
+    """NF4 as published (Dettmers et al. 2023, arXiv:2305.14314, appendix E): quantiles of a normal, 0 included."""
+    return (
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+        *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+        *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    )
+
+
+def _dynamic_tree() -> tuple[float, ...]:
+    """Dynamic tree quantization in 8 bits (Dettmers et al. 2022, arXiv:2110.02861, section 1.3 and appendix).
+
+    Seven decades of magnitudes, the k-th of which (from the smallest) has 2^k of them, the middles of
+    equal parts of [0.1, 1], of either sign; 0 and 1.
+    """
+    magnitudes = []
+    for k in range(7):
+        ends = np.linspace(0.1, 1.0, 2**k + 1, dtype=np.float64)
+        magnitudes += list((ends[:-1] + ends[1:]) / 2 * 10.0 ** (k - 6))
+    return tuple(sorted([*magnitudes, *(-m for m in magnitudes), 0.0, 1.0]))
+
+
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """The values that codes have.
+
+    Attributes:
+      bits: of a code; below 8, codes are packed into bytes.
+      low, high: of the values. A scale is the largest magnitude of its group over `high`.
+      values: by code; () for integers from low to high, and for floats.
+      dtype: of codes of 8 bits.
+    """
+
+    bits: int
+    low: float
+    high: float
+    values: tuple[float, ...] = ()
+    dtype: str = "uint8"
+
+    @property
+    def integers(self) -> bool:
+        return not self.values and "float" not in self.dtype
+
+
+FORMATS = {
+    "int8": Format(8, -128, 127, dtype="int8"),
+    "int4": Format(4, -8, 7),
+    "int2": Format(2, -2, 1),
+    "uint8": Format(8, 0, 255),
+    "uint4": Format(4, 0, 15),
+    "uint2": Format(2, 0, 3),
+    "nf4": Format(4, -1, 1, _normal_float()),
+    "dynamic8": Format(8, -1, 1, _dynamic_tree()),
+    "e2m1": Format(4, -6, 6, (*_E2M1, *(-v for v in _E2M1))),
+    "e4m3": Format(8, -448, 448, dtype="float8_e4m3fn"),
+    "e5m2": Format(8, -57344, 57344, dtype="float8_e5m2"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """How a weight is stored and multiplied.
+
+    Attributes:
+      format: a name of `FORMATS`.
+      group: numbers that share a scale; `CHANNEL` or `TENSOR`.
+      scale: "float32", "float16", "e8m0" (a power of two, one byte), or the scheme that scales are quantized by.
+      offset: "" (none), "minimum" of the group, or "mean" of the weight.
+      activations: "" (as they are), or int8: "dynamic" (a scale per token) or "static" (one, from calibration).
+    """
+
+    format: str
+    group: int
+    scale: str = "float32"
+    offset: str = ""
+    activations: str = ""
+
+
+SCHEMES = {
+    "int8": Scheme("int8", CHANNEL),
+    "int8_affine": Scheme("uint8", CHANNEL, offset="minimum"),
+    "w8a8": Scheme("int8", CHANNEL, activations="dynamic"),
+    "w8a8_static": Scheme("int8", CHANNEL, activations="static"),
+    "int4": Scheme("int4", 32, "float16"),
+    "int4_affine": Scheme("uint4", 32, "float16", "minimum"),
+    "int2": Scheme("int2", 32, "float16"),
+    "int2_affine": Scheme("uint2", 32, "float16", "minimum"),
+    "nf4": Scheme("nf4", 64, "double"),
+    "fp8_e4m3": Scheme("e4m3", CHANNEL),
+    "fp8_e5m2": Scheme("e5m2", CHANNEL),
+    "mxfp4": Scheme("e2m1", 32, "e8m0"),  # OCP Microscaling Formats 1.0, section 5
+    "double": Scheme("dynamic8", 256, offset="mean"),  # of scales (QLoRA, section 3)
+}
+FOR_WEIGHTS = tuple(name for name in SCHEMES if name != "double")
+
+
+@functools.cache
+def scheme(name: str) -> Scheme:
+    """The scheme that "NAME" or "NAME:GROUP" means.
+
+    Raises:
+      UserError: no such scheme, or a group that is no number of 2 or more, "channel" or "tensor".
+    """
+    stem, colon, said = name.partition(":")
+    if stem not in SCHEMES:
+        raise UserError(f"the scheme '{name}' is unknown; expected one of {', '.join(FOR_WEIGHTS)}, or NAME:GROUP")
+    found = SCHEMES[stem]
+    if not colon:
+        return found
+    if said not in _GROUPS and not (said.isascii() and said.isdigit() and int(said) > 1):
+        raise UserError(f"the scheme '{name}' has the group '{said}'; expected a number, channel or tensor")
+    group = _GROUPS[said] if said in _GROUPS else int(said)
+    if found.activations and group > 0:
+        raise UserError(f"the scheme '{name}': integer products want one scale per channel or tensor, not groups")
+    # A float32 for every few numbers would weigh too much, and those of integers fit a float16.
+    half = group > 0 and found.scale == "float32" and FORMATS[found.format].integers
+    return dataclasses.replace(found, group=group, scale="float16" if half else found.scale)
+
+
+def misfit(s: Scheme, size: int) -> str:
+    """Why an axis of `size` numbers cannot be cut into the scheme's groups, or ""."""
+    group, per_byte = s.group if s.group > 0 else size, 8 // FORMATS[s.format].bits
+    if size % group:
+        return f"the group {group} does not divide its {size} inputs"
+    return f"groups of {group} do not pack {per_byte} to a byte" if group % per_byte else ""
+
+
+def scales(w: jax.Array, s: Scheme, axis: int, shrink: jax.Array | float = 1.0) -> tuple[jax.Array, jax.Array | None]:
+    """(scale, offset) that reach the largest numbers of every group, times `shrink`, in float32.
+
+    Args:
+      w: (..., I, O).
+      shrink: below 1 the largest are clipped for smaller steps; () or the shape of the scales.
+
+    Returns:
+      (..., G, O) for axis -2 and (..., I, G) for axis -1, with 1 in place of an axis that shares one;
+      a "mean" offset is (..., 1, 1); no offset is None.
+    """
+    f, w = FORMATS[s.format], w.astype(jnp.float32)
+    if s.offset == "minimum":
+        low, high = over_groups(jnp.min, w, s, axis), over_groups(jnp.max, w, s, axis)
+        middle = (low + high) / 2
+        return (high - low) / (f.high - f.low) * shrink, middle + (low - middle) * shrink
+    mean = jnp.mean(w, (-2, -1), keepdims=True) if s.offset == "mean" else None
+    largest = over_groups(jnp.max, jnp.abs(w if mean is None else w - mean), s, axis)
+    return largest / f.high * shrink, mean
+
+
+def over_groups(function: Callable[..., jax.Array], w: jax.Array, s: Scheme, axis: int) -> jax.Array:
+    """`function(numbers, axis=..., keepdims=True)` of those of w (..., I, O) that share a scale, in its shape."""
+    over = (axis, {-2: -1, -1: -3}[axis]) if s.group == TENSOR else axis
+    return jnp.squeeze(function(split(w, s.group, axis), axis=over, keepdims=True), axis)
+
+
+def stored(scale: jax.Array, s: Scheme) -> jax.Array:
+    """Scales in the form they are kept in: a float dtype, or the exponent byte of e8m0 (nested ones stay float32)."""
+    if s.scale == "e8m0":
+        _, exponent = jnp.frexp(scale * FORMATS[s.format].high)  # of a fraction in [0.5, 1)
+        return jnp.clip(exponent - 3 + 127, 1, 254).astype(jnp.uint8)  # the largest e2m1 has the exponent 2
+    return scale.astype("float32" if s.scale in SCHEMES else s.scale)
+
+
+def scale_values(scale: jax.Array) -> jax.Array:
+    """Kept scales or offsets as float32."""
+    if scale.dtype == jnp.uint8:
+        return jax.lax.bitcast_convert_type(scale.astype(jnp.uint32) << 23, jnp.float32)
+    return scale.astype(jnp.float32)
+
+
+def encode(w: jax.Array, scale: jax.Array, offset: jax.Array | None, s: Scheme, axis: int) -> jax.Array:
+    """The codes nearest to w (..., I, O), given kept scales (ties go to even codes).
+
+    Returns:
+      the format's dtype in w's shape; codes below 8 bits are packed along the axis: a byte holds the
+      same place of each half (quarter) of its group, lowest bits first.
+    """
+    f = FORMATS[s.format]
+    scaled = in_units(w, scale, offset, s, axis)
+    if f.values:
+        codes = _nearest(scaled, f.values)
+    elif f.integers:
+        codes = jnp.clip(jnp.round(scaled), f.low, f.high) - (f.low if f.bits < 8 else 0)
+    else:
+        codes = jnp.clip(scaled, f.low, f.high)
+    codes = codes.astype(f.dtype)
+    if f.bits < 8:
+        places = jnp.split(codes, 8 // f.bits, axis)
+        codes = functools.reduce(jnp.bitwise_or, (part << (i * f.bits) for i, part in enumerate(places)))
+    return joined(codes, axis)
+
+
+def decode(codes: jax.Array, scale: jax.Array, offset: jax.Array | None, s: Scheme, axis: int) -> jax.Array:
+    """The numbers (..., I, O) that codes stand for, in float32: the inverse of `encode`."""
+    f = FORMATS[s.format]
+    values = _values(_unpacked(codes, s, axis), f) * jnp.expand_dims(scale_values(scale), axis)
+    if offset is not None:
+        values = values + jnp.expand_dims(scale_values(offset), axis)
+    return joined(values, axis)
+
+
+def in_units(w: jax.Array, scale: jax.Array, offset: jax.Array | None, s: Scheme, axis: int) -> jax.Array:
+    """w (..., I, O) in units of its scales, by groups: (..., G, N, O) or (..., I, G, N). 0 scales count as 1."""
+    grouped = split(w.astype(jnp.float32), s.group, axis)
+    if offset is not None:
+        grouped = grouped - jnp.expand_dims(scale_values(offset), axis)
+    unit = jnp.expand_dims(scale_values(scale), axis)
+    return grouped / jnp.where(jnp.abs(unit) < np.finfo(np.float32).tiny, 1.0, unit)
+
+
+def joined(grouped: jax.Array, axis: int) -> jax.Array:
+    """Groups (..., G, N, O) or (..., I, G, N) -> (..., I, O)."""
+    place = grouped.ndim + axis
+    shape = grouped.shape
+    return grouped.reshape(*shape[: place - 1], shape[place - 1] * shape[place], *shape[place + 1 :])
+
+
+def snap(x: jax.Array, name: str) -> jax.Array:
+    """The values of a format nearest to numbers in units of their scale, in float32."""
+    f = FORMATS[name]
+    if f.values:
+        return jnp.asarray(f.values, jnp.float32)[_nearest(x, f.values)]
+    if f.integers:
+        return jnp.clip(jnp.round(x), f.low, f.high)
+    return jnp.clip(x, f.low, f.high).astype(f.dtype).astype(jnp.float32)
+
+
+def logical_shape(shape: tuple[int, ...], s: Scheme, axis: int) -> tuple[int, ...]:
+    """The shape of the weight whose codes have `shape`."""
+    whole = list(shape)
+    whole[axis] *= 8 // FORMATS[s.format].bits
+    return tuple(whole)
+
+
+def nested(s: Scheme, size: int) -> str:
+    """The name of the scheme that the scales of `s` are quantized by, fitted to an axis of `size` scales.
+
+    Where 256 does not divide the axis, groups are its largest common part of at least 32, or the axis.
+    """
+    group = math.gcd(size, SCHEMES[s.scale].group)
+    return f"{s.scale}:{group if group >= 32 else 'channel'}"
+
+
+def split(w: jax.Array, group: int, axis: int) -> jax.Array:
+    """(..., I, O) -> (..., G, N, O) for axis -2, (..., I, G, N) for axis -1: N stands at `axis`."""
+    place, size = w.ndim + axis, w.shape[axis]
+    group = group if group > 0 else size
+    return w.reshape(*w.shape[:place], size // group, group, *w.shape[place + 1 :])
+
+
+def _unpacked(codes: jax.Array, s: Scheme, axis: int) -> jax.Array:
+    """Codes in groups, one to an element."""
+    bits = FORMATS[s.format].bits
+    if bits == 8:
+        return split(codes, s.group, axis)
+    per_byte = 8 // bits
+    grouped = split(codes, s.group // per_byte if s.group > 0 else s.group, axis)
+    return jnp.concatenate([(grouped >> (i * bits)) & (2**bits - 1) for i in range(per_byte)], axis)
+
+
+def _values(codes: jax.Array, f: Format) -> jax.Array:
+    if f.values:
+        return jnp.asarray(f.values, jnp.float32)[codes]
+    return codes.astype(jnp.float32) + (f.low if f.bits < 8 else 0.0)
+
+
+def _nearest(x: jax.Array, values: tuple[float, ...]) -> jax.Array:
+    """The codes of the values nearest to x, the even one of two as near; uint8 of x's shape."""
+    codes = sorted(set(range(len(values))), key=lambda code: values[code])
+    codes = [c for c in codes if not (values[c] == 0 and math.copysign(1, values[c]) < 0)]  # no -0
+    ordered = np.asarray([values[c] for c in codes], np.float32)
+    middles = jnp.asarray((ordered[:-1] + ordered[1:]) / 2)
+    method = "compare_all" if len(codes) <= 16 else "scan_unrolled"
+    below = jnp.searchsorted(middles, x, side="left", method=method)
+    above = jnp.searchsorted(middles, x, side="right", method=method)
+    table = jnp.asarray(codes, jnp.uint8)
+    return jnp.where(table[below] % 2 == 0, table[below], table[above])

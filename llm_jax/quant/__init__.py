@@ -1,0 +1,1 @@
+"""Quantization: rules over names, and how scales and codes are found."""

@@ -1,0 +1,241 @@
+"""How scales and codes of one weight are found: absmax, percentile, mse, smoothquant, awq, gptq.
+
+A method takes a weight w (I, O), its scheme and axis, and what calibration has seen of its inputs
+(`Inputs`, or None), and gives a QTensor. Pure array functions, to be jitted.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llm_jax import quantized
+from llm_jax.kernels import formats
+from llm_jax.kernels.formats import Scheme
+from llm_jax.quantized import IN, QTensor
+
+# Letters of shapes: I in, O out, G groups.
+
+_SHRINKS = np.linspace(1.0, 0.5, 26, dtype=np.float32)  # of the scales, tried by "mse"
+_ALPHAS = np.linspace(0.0, 0.95, 20, dtype=np.float32)  # of the smoothing, tried by "awq"
+_PERCENTILE = 0.999
+_DAMPING = 0.01  # of gptq, times the mean of the diagonal
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Sums over the inputs x (tokens, I) of a weight; two of them add up.
+
+    Attributes:
+      gram: (I, I), of x^T x.
+      largest: (I,), largest |x|.
+      total: (I,), of |x|.
+      clipped: (), of the percentile of |x| in every batch.
+      tokens, batches: ().
+    """
+
+    gram: jax.Array
+    largest: jax.Array
+    total: jax.Array
+    clipped: jax.Array
+    tokens: jax.Array
+    batches: jax.Array
+
+
+def observe(x: jax.Array, mask: jax.Array) -> Inputs:
+    """Inputs of one batch: x (B, T, I), and bool (B, T), which of its tokens count."""
+    x = x.astype(jnp.float32) * mask[..., None]
+    size = jnp.abs(x)
+    return Inputs(
+        jnp.einsum("bti,btj->ij", x, x),
+        jnp.max(size, (0, 1)),
+        jnp.sum(size, (0, 1)),
+        jnp.quantile(size, _PERCENTILE),
+        jnp.sum(mask).astype(jnp.float32),
+        jnp.float32(1),
+    )
+
+
+def add(a: Inputs, b: Inputs) -> Inputs:
+    """Those of both."""
+    return dataclasses.replace(jax.tree.map(jnp.add, a, b), largest=jnp.maximum(a.largest, b.largest))
+
+
+def objective(w: jax.Array, q: QTensor, inputs: Inputs) -> jax.Array:
+    """|| x (W - Q) ||^2 over the calibration text, per output: (O,)."""
+    change = w - q.dense()
+    return jnp.sum((inputs.gram @ change) * change, 0)
+
+
+def absmax(w: jax.Array, scheme: str, axis: int, inputs: Inputs | None, act_order: bool) -> QTensor:
+    """Scales that reach the largest number of every group."""
+    return quantized.quantize(w, scheme, axis, input_scale=_input_scale(scheme, inputs))
+
+
+def percentile(w: jax.Array, scheme: str, axis: int, inputs: Inputs | None, act_order: bool) -> QTensor:
+    """Scales that reach the 99.9th percentile of magnitudes, of weights and activations; what lies past is clipped."""
+    s = formats.scheme(scheme)
+    f = formats.FORMATS[s.format]
+
+    def quantile(share: float) -> Callable[..., jax.Array]:
+        return lambda a, axis, keepdims: jnp.quantile(a, share, axis, keepdims=keepdims)
+
+    if s.offset == "minimum":
+        low = formats.over_groups(quantile(1 - _PERCENTILE), w, s, axis)
+        high = formats.over_groups(quantile(_PERCENTILE), w, s, axis)
+        scale, offset = (high - low) / (f.high - f.low), low
+    else:
+        scale, offset = formats.over_groups(quantile(_PERCENTILE), jnp.abs(w), s, axis) / f.high, None
+    clipped = None
+    if s.activations == "static" and inputs is not None:
+        clipped = inputs.clipped / inputs.batches / 127
+    return quantized.quantize(w, scheme, axis, scale=scale, offset=offset, input_scale=clipped)
+
+
+def mse(w: jax.Array, scheme: str, axis: int, inputs: Inputs | None, act_order: bool) -> QTensor:
+    """Scales with the least squared error of every group, by search over clipping."""
+    scale, offset = clip(w, formats.scheme(scheme), axis)
+    return quantized.quantize(w, scheme, axis, scale=scale, offset=offset, input_scale=_input_scale(scheme, inputs))
+
+
+def clip(
+    w: jax.Array, s: Scheme, axis: int, importance: jax.Array | float = 1.0, signed: bool = True
+) -> tuple[jax.Array, jax.Array | None]:
+    """(scale, offset) with the least weighted squared error per group, of absmax scales times 1 to 0.5.
+
+    Symmetric integers have one value more below 0 than above, so scales of either sign that map the
+    largest number to it are tried as well, if `signed`.
+
+    Args:
+      importance: weights of the squares, broadcast to w (I, O).
+    """
+    f = formats.FORMATS[s.format]
+    scale, offset = formats.scales(w, s, axis)
+    starts = [scale]
+    if signed and f.integers and not s.offset:
+        high, low = formats.over_groups(jnp.max, w, s, axis), formats.over_groups(jnp.min, w, s, axis)
+        starts.append(jnp.where(high > -low, high, low) / f.low)
+
+    def error(scale: jax.Array, offset: jax.Array | None) -> jax.Array:
+        kept = formats.stored(scale, s)
+        offset = offset if offset is None or s.offset == "mean" else formats.stored(offset, s)
+        found = formats.decode(formats.encode(w, kept, offset, s, axis), kept, offset, s, axis)
+        return formats.over_groups(jnp.sum, importance * jnp.square(found - w), s, axis)
+
+    def better(best, candidate):
+        smaller = candidate[0] < best[0]
+        return jax.tree.map(lambda new, old: jnp.where(smaller, new, old), candidate, best), None
+
+    best = (error(scale, offset), scale, offset)
+    for start in starts:
+
+        def attempt(best, shrink, start=start):
+            scale, offset = formats.scales(w, s, axis, shrink)
+            scale = scale if start is starts[0] else start * shrink
+            return better(best, (error(scale, offset), scale, offset))
+
+        best, _ = jax.lax.scan(attempt, best, jnp.asarray(_SHRINKS))
+    return best[1], best[2]
+
+
+def smoothquant(w: jax.Array, scheme: str, axis: int, inputs: Inputs | None, act_order: bool) -> QTensor:
+    """Outliers of the inputs moved into the weight: x / t and t W, with the t of alpha 0.5.
+
+    (Xiao et al. 2022, arXiv:2211.10438, equations 3 and 4.)
+    """
+    assert inputs is not None
+    t = jnp.sqrt(jnp.maximum(inputs.largest, 1e-5)) / jnp.sqrt(jnp.maximum(jnp.max(jnp.abs(w), 1), 1e-5))
+    smooth = _smooth(t)
+    return quantized.quantize(w, scheme, axis, smooth=smooth, input_scale=_input_scale(scheme, inputs, smooth))
+
+
+def awq(w: jax.Array, scheme: str, axis: int, inputs: Inputs | None, act_order: bool) -> QTensor:
+    """Inputs that are large on average get finer steps: t = mean|x|^alpha, then clipping.
+
+    alpha has the least error of the layer's outputs on the calibration text (Lin et al. 2023,
+    arXiv:2306.00978, equations 4 and 5).
+    """
+    assert inputs is not None
+    mean = jnp.maximum(inputs.total / jnp.maximum(inputs.tokens, 1), 1e-5)
+
+    def smoothed(alpha: jax.Array, clipped: bool) -> QTensor:
+        smooth = _smooth(mean**alpha)
+        scale = offset = None
+        if clipped:
+            s, squared = formats.scheme(scheme), jnp.square(smooth.astype(jnp.float32))
+            importance = (jnp.diag(inputs.gram) * squared)[:, None] + 1e-12
+            scale, offset = clip(w / smooth.astype(jnp.float32)[:, None], s, axis, importance)
+        input_scale = _input_scale(scheme, inputs, smooth)
+        return quantized.quantize(w, scheme, axis, scale=scale, offset=offset, smooth=smooth, input_scale=input_scale)
+
+    errors = jax.lax.map(lambda a: jnp.sum(objective(w, smoothed(a, False), inputs)), jnp.asarray(_ALPHAS))
+    alpha = jnp.asarray(_ALPHAS)[jnp.argmin(errors)]
+    plain, clipped = smoothed(alpha, False), smoothed(alpha, True)
+    helps = jnp.sum(objective(w, clipped, inputs)) < jnp.sum(objective(w, plain, inputs))
+    return jax.tree.map(lambda a, b: jnp.where(helps, a, b), clipped, plain)
+
+
+def gptq(w: jax.Array, scheme: str, axis: int, inputs: Inputs | None, act_order: bool) -> QTensor:
+    """Rounds one input after the other; those to come make up for the error.
+
+    Frantar et al. 2022 (arXiv:2210.17323, algorithm 1).
+    Scales are those of "mse" for all groups beforehand, so that inputs may come in any order: with
+    `act_order` the largest diagonal first. An output for which plain rounding to these scales is better keeps it.
+    """
+    assert inputs is not None and axis == IN
+    plain = mse(w, scheme, axis, inputs, act_order)
+    s = formats.scheme(scheme)
+    diagonal = jnp.diag(inputs.gram)
+    unseen = diagonal <= 0
+    hessian = inputs.gram + jnp.diag(jnp.where(unseen, 1.0, 0.0) + _DAMPING * jnp.mean(diagonal))
+    order = jnp.argsort(-diagonal) if act_order else jnp.arange(w.shape[0])
+    inverse = jnp.linalg.inv(hessian[order][:, order])
+    upper = jnp.linalg.cholesky((inverse + inverse.T) / 2).T  # inverse = upper^T upper
+
+    def per_input(kept: jax.Array) -> jax.Array:
+        values = formats.scale_values(kept)
+        return jnp.repeat(jnp.broadcast_to(values, (values.shape[0], w.shape[1])), w.shape[0] // values.shape[0], 0)
+
+    codes, kept, kept_offset = plain._codes()
+    scale = per_input(kept)[order]
+    offset = jnp.zeros_like(scale) if kept_offset is None else per_input(kept_offset)[order]
+
+    def one(i: jax.Array, left: jax.Array) -> jax.Array:
+        unit = jnp.where(jnp.abs(scale[i]) < np.finfo(np.float32).tiny, 1.0, scale[i])
+        rounded = formats.snap((left[i] - offset[i]) / unit, s.format) * scale[i] + offset[i]
+        # Rows before i have zeros in upper[i]; row i becomes what it is rounded to.
+        return left - upper[i][:, None] * ((left[i] - rounded) / upper[i, i])
+
+    found = jax.lax.fori_loop(0, w.shape[0], one, w[order])[jnp.argsort(order)]
+    compensated = formats.encode(found, kept, kept_offset, s, axis)
+    other = dataclasses.replace(plain, codes=compensated)
+    better = objective(w, other, inputs) < objective(w, plain, inputs)  # false where the factors are not finite
+    return dataclasses.replace(plain, codes=jnp.where(better, compensated, codes))
+
+
+# Name -> (method, whether it takes calibration).
+METHODS: dict[str, tuple[Callable[..., QTensor], bool]] = {
+    "absmax": (absmax, False),
+    "percentile": (percentile, False),
+    "mse": (mse, False),
+    "smoothquant": (smoothquant, True),
+    "awq": (awq, True),
+    "gptq": (gptq, True),
+}
+
+
+def _smooth(t: jax.Array) -> jax.Array:
+    """What x is multiplied by: 1 / t, centred on 1, in float16."""
+    t = t / jnp.sqrt(jnp.max(t) * jnp.min(t))
+    return (1 / jnp.clip(t, 2.0**-10, 2.0**10)).astype(jnp.float16)
+
+
+def _input_scale(scheme: str, inputs: Inputs | None, smooth: jax.Array | None = None) -> jax.Array | None:
+    """The static scale of int8 activations that reaches the largest input seen, or None where there is none."""
+    if formats.scheme(scheme).activations != "static" or inputs is None:
+        return None
+    largest = inputs.largest if smooth is None else inputs.largest * smooth.astype(jnp.float32)
+    return jnp.maximum(jnp.max(largest), 1e-12) / 127

@@ -1,0 +1,61 @@
+"""Quantization-aware training: the trained tree holds `FakeQuant` nodes, which round in every use as QTensors do.
+
+`quant.finish` (python -m llm_jax.quantize) turns what has been trained into the integers.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llm_jax import trees
+from llm_jax.config import QuantConfig
+from llm_jax.errors import UserError
+from llm_jax.kernels import formats
+from llm_jax.quant import methods
+from llm_jax.quant.quantize import axis, plan, rules
+from llm_jax.quantized import FakeQuant
+
+
+def prepare(params: Any, config: QuantConfig) -> Any:
+    """The tree to be trained under `quant.qat`: dense parameters with what is rounded as FakeQuant. Works under `jit`.
+
+    Learned steps start where the squared error is least.
+
+    Raises:
+      UserError: see `quantize.plan`; or a scheme that cannot be trained.
+    """
+    if not config.qat.scheme:
+        return params
+    source = "quant.qat"
+    planned = plan(params, rules(config.qat.scheme, config.head, config.rules), source)
+
+    def one(path: str, w: Any) -> Any:
+        name = planned[path]
+        if not name:
+            return w
+        s = formats.scheme(name)
+        if s.activations == "static":
+            raise UserError(f"{source}: {name} for '{path}': its activations need calibration; choose w8a8")
+        step = None
+        if config.qat.learned_step:
+            if not formats.FORMATS[s.format].integers or s.offset:
+                raise UserError(f"{source}: {name} for '{path}' has no step to learn; choose int8, int4, int2 or w8a8")
+            step, _ = methods.clip(w, s, axis(path), signed=False)
+        return FakeQuant(w, step, None, None, name, axis(path))
+
+    return trees.map_weights(one, params)
+
+
+def delayed(params: Any, step: jax.Array, start: int) -> Any:
+    """`params` with rounding switched on from step `start` on."""
+    if not start:
+        return params
+
+    def one(node: Any) -> Any:
+        if not isinstance(node, FakeQuant):
+            return node
+        return dataclasses.replace(node, active=jnp.broadcast_to(step >= start, node.shape[:-2]))
+
+    return jax.tree.map(one, params, is_leaf=lambda node: isinstance(node, FakeQuant))

@@ -1,0 +1,154 @@
+"""Quantizes a checkpoint: `python -m llm_jax.quantize --checkpoint=runs/x --output=runs/x-int4 --scheme=int4`.
+
+Interrupted, the same command goes on with the next layer.
+"""
+
+import dataclasses
+import os
+import pathlib
+import shutil
+
+from absl import flags
+
+from llm_jax import cli
+from llm_jax.errors import UserError
+
+flags.DEFINE_string(
+    "checkpoint", None, "a run, a Hugging Face directory, a .gguf file, asset:NAME or hf:ORG/NAME", required=True
+)
+flags.DEFINE_string("output", None, "the run directory to write; it must not exist", required=True)
+flags.DEFINE_string(
+    "scheme", "", "int8, w8a8, int4, nf4, ... or with a group, int4:64; needed unless trained with quant.qat"
+)
+flags.DEFINE_enum(
+    "method", "absmax", ["absmax", "percentile", "mse", "smoothquant", "awq", "gptq"], "how scales and codes are found"
+)
+flags.DEFINE_string("head", "int8", "the scheme of embeddings and head; none leaves them as they are")
+flags.DEFINE_multi_string("rule", [], "REGEX=SCHEME (or none) over weights' names, before the others; may be repeated")
+flags.DEFINE_string("fallback", "", "the scheme for what this backend cannot run; by default that is an error")
+flags.DEFINE_string("data", "", "calibration text; by default the training text of the run")
+flags.DEFINE_integer("sequences", 64, "of calibration")
+flags.DEFINE_integer("seq_len", 0, "tokens of each; by default as in training (512 for other people's checkpoints)")
+flags.DEFINE_integer("batch_size", 8, "sequences at a time")
+flags.DEFINE_boolean("act_order", True, "gptq: round the inputs of most weight first")
+
+
+def main() -> None:
+    cli.keep_memory()
+    from llm_jax import checkpoint, config, pretrained, quantized, trees
+    from llm_jax.data.rows import Row
+    from llm_jax.model import transformer
+    from llm_jax.quant import calibrate
+    from llm_jax.quant import quantize as quant
+
+    f = flags.FLAGS
+    output = pathlib.Path(f.output).expanduser()
+    if output.exists():
+        raise UserError(f"--output={output} exists; give another, or remove it")
+    if f.sequences < 1 or f.batch_size < 1 or f.seq_len < 0:
+        said = f"--sequences={f.sequences} --batch_size={f.batch_size} --seq_len={f.seq_len}"
+        raise UserError(f"{said}; expected positive numbers")
+
+    # ---------------------------------------------------------------- the model, and what becomes of each weight
+    path = pretrained.locate(f.checkpoint)
+    model, params, tokenizer = pretrained.load(path)
+    quant.check_finite(params, f.checkpoint)
+    if pretrained.is_foreign(path):
+        whole = config.build(cli.default_config())
+        whole = dataclasses.replace(whole, tokenizer=dataclasses.replace(whole.tokenizer, kind=tokenizer.kind))
+        run_config, length = dataclasses.replace(whole, model=model.config), f.seq_len or 512
+    else:
+        run_config = checkpoint.read_config(checkpoint.find(path))
+        length = f.seq_len or run_config.train.seq_len
+    before = quantized.num_bytes(params)
+    if trained := any(isinstance(w, quantized.FakeQuant) for w in trees.flatten(params).values()):
+        if f.scheme:
+            raise UserError(f"--scheme={f.scheme}: {f.checkpoint} was trained as integers already; leave --scheme out")
+        planned = dict.fromkeys(trees.flatten(params), "")
+    elif not f.scheme:
+        raise UserError("--scheme is needed; one of " + ", ".join(quantized.formats.FOR_WEIGHTS))
+    else:
+        planned = quant.plan(params, quant.rules(_none(f.scheme), _none(f.head), _rules(f.rule)), "--scheme, --rule")
+        planned = quant.runnable(params, planned, f.fallback)
+
+    # ---------------------------------------------------------------- the calibration text
+    rows: list[Row] = []
+    text = ""
+    if not trained and calibrate.needs_text(planned, f.method):
+        if pretrained.is_foreign(path) and not f.data:
+            raise UserError(f"--method={f.method} needs calibration text; {f.checkpoint} names none, give --data=FILE")
+        transformer.check_length(model.config, length)
+        rows, text = calibrate.text(run_config.data, f.data, tokenizer, length, f.sequences)
+        print(f"calibrating on {len(rows)} sequences of {length} tokens", flush=True)
+
+    # ---------------------------------------------------------------- layer by layer, and written
+    partial = output.with_name(f".{output.name}.partial")
+    _claim(partial, {**_request(f), "from": _identity(path), "planned": planned, "text": text})
+    if trained:
+        params = quant.finish(params)
+        lines = quant.lines(params)
+    else:
+        options = calibrate.Options(f.method, f.act_order, f.batch_size)
+        flat, params = trees.flatten(params), {}  # each weight goes when it has been quantized
+        params, lines = calibrate.run(model, flat, planned, rows, options, partial)
+    quant.check_finite(params, f"{f.checkpoint}, quantized: a float16 scale cannot hold it")
+    saved = dataclasses.replace(run_config, model=dataclasses.replace(model.config, scan_layers=False))
+    no_training = dataclasses.replace(saved.quant.qat, scheme="")
+    saved = dataclasses.replace(saved, quant=dataclasses.replace(saved.quant, qat=no_training))
+    writer = checkpoint.Writer(partial / "run", saved, tokenizer, text)
+    writer.save(0, params, {}, None)
+    writer.close()
+    checkpoint.write_json(partial / "run" / "config.json", config.as_dict(saved))
+    os.rename(partial / "run", output)
+    shutil.rmtree(partial)
+    print(quant.table(lines))
+    after = quantized.num_bytes(params)
+    print(f"{before:,} bytes -> {after:,}: {before / after:.2f} times smaller")
+    print(f"wrote {output}; next: python -m llm_jax.evaluate --checkpoint={output}")
+
+
+def _none(name: str) -> str:
+    return "" if name == "none" else name
+
+
+def _rules(said: list[str]) -> tuple[tuple[str, str], ...]:
+    found = []
+    for rule in said:
+        pattern, equals, scheme = rule.rpartition("=")
+        if not equals or not pattern:
+            raise UserError(f"--rule={rule}; expected REGEX=SCHEME")
+        found.append((pattern, _none(scheme)))
+    return tuple(found)
+
+
+def _request(f) -> dict[str, object]:
+    names = ("scheme", "method", "head", "rule", "fallback", "sequences", "seq_len", "batch_size", "act_order")
+    return {name: f[name].value for name in names}
+
+
+def _identity(path: pathlib.Path) -> str:
+    """What tells one checkpoint from another: its manifest, or the name, size and time of its files."""
+    from llm_jax import checkpoint, pretrained
+
+    if not pretrained.is_foreign(path):
+        return (checkpoint.find(path) / "manifest.json").read_text()
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
+    return "; ".join(f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files)
+
+
+def _claim(partial: pathlib.Path, request: dict[str, object]) -> None:
+    """The directory of an unfinished command, if it is this very one; else made anew."""
+    from llm_jax import checkpoint
+
+    said = partial / "request.json"
+    if said.exists() and checkpoint.read_json(said) == request:
+        print(f"going on from {partial}")
+        shutil.rmtree(partial / "run", ignore_errors=True)
+        return
+    shutil.rmtree(partial, ignore_errors=True)
+    checkpoint.make_directory(partial)
+    checkpoint.write_json(said, request)
+
+
+if __name__ == "__main__":
+    cli.run(main)

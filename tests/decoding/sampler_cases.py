@@ -1,0 +1,37 @@
+"""Options of ours, and the class of transformers and its arguments that mean the same."""
+
+import numpy as np
+
+from llm_jax.decoding.options import Options
+
+CASES = {
+    "temperature": (Options(temperature=0.7), "TemperatureLogitsWarper", {"temperature": 0.7}),
+    "top_k": (Options(top_k=7), "TopKLogitsWarper", {"top_k": 7}),
+    "top_k_1": (Options(top_k=1), "TopKLogitsWarper", {"top_k": 1}),
+    "top_p": (Options(top_p=0.9), "TopPLogitsWarper", {"top_p": 0.9}),
+    "top_p_small": (Options(top_p=0.05), "TopPLogitsWarper", {"top_p": 0.05}),
+    "min_p": (Options(min_p=0.1), "MinPLogitsWarper", {"min_p": 0.1}),
+    "typical": (Options(typical_p=0.6), "TypicalLogitsWarper", {"mass": 0.6}),
+    "typical_small": (Options(typical_p=0.1), "TypicalLogitsWarper", {"mass": 0.1}),
+    "epsilon": (Options(epsilon=0.02), "EpsilonLogitsWarper", {"epsilon": 0.02}),
+    "epsilon_all": (Options(epsilon=0.99), "EpsilonLogitsWarper", {"epsilon": 0.99}),
+    "eta": (Options(eta=0.05), "EtaLogitsWarper", {"epsilon": 0.05}),
+    "repetition": (Options(repetition_penalty=1.3), "RepetitionPenaltyLogitsProcessor", {"penalty": 1.3}),
+    "no_repeat_1": (Options(no_repeat_ngram=1), "NoRepeatNGramLogitsProcessor", {"ngram_size": 1}),
+    "no_repeat_2": (Options(no_repeat_ngram=2), "NoRepeatNGramLogitsProcessor", {"ngram_size": 2}),
+    "no_repeat_3": (Options(no_repeat_ngram=3), "NoRepeatNGramLogitsProcessor", {"ngram_size": 3}),
+    "bias": (
+        Options(logit_bias=((3, 2.5), (40, -7.0))),
+        "SequenceBiasLogitsProcessor",
+        {"sequence_bias": {(3,): 2.5, (40,): -7.0}},
+    ),
+}
+
+
+def tokens_and_logits():
+    """ids int32 (8, 24) of few kinds, so that n-grams repeat; lengths (8,); logits float32 (8, 50), flat to steep."""
+    draw = np.random.default_rng(0)
+    ids = draw.integers(0, 4, (8, 24)).astype(np.int32)
+    lengths = draw.integers(2, 25, 8).astype(np.int32)
+    logits = (draw.normal(size=(8, 50)) * np.linspace(0.1, 6, 8)[:, None]).astype(np.float32)
+    return ids, lengths, logits

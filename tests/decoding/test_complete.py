@@ -1,0 +1,198 @@
+"""Texts in, texts out: stops, streaming, seeds, truncation, the table of --explain."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llm_jax.decoding import explain, stops
+from llm_jax.decoding.complete import complete
+from llm_jax.decoding.options import Options
+from llm_jax.errors import UserError
+from llm_jax.tokenizers.byte import ByteTokenizer
+
+BYTES = ByteTokenizer()
+# Letters only, so that texts are readable: every other id is made impossible.
+LETTERS = tuple((i, -1e9) for i in range(259) if not 97 <= i - 3 <= 100)
+
+
+@pytest.fixture(scope="module")
+def ask(make):
+    """ask(prompts, **options) -> completions of the tiny model with the byte tokenizer."""
+    model, params = make(scan_layers=False)
+
+    def call(prompts, show=None, **options):
+        return complete(model, params, BYTES, prompts, Options(**options), show=show)
+
+    return call
+
+
+def test_a_stop_string_ends_a_text_also_when_tokens_cut_it_and_not_its_neighbours(ask):
+    common = {"logit_bias": LETTERS, "max_new_tokens": 40, "ignore_eos": True}
+    free = [c[0] for c in ask(["a", "bcd"], **common)]
+    stop = free[0].text[20:23]  # three tokens of the byte tokenizer; past the first look at the text
+    cut = [c[0] for c in ask(["a", "bcd"], stop=(stop, "never"), **common)]
+    end = free[0].text.find(stop)
+    assert (cut[0].text, cut[0].made.stop) == (free[0].text[:end], "stop")
+    assert cut[0].made.ids == free[0].made.ids[: end + 3] and len(cut[0].made.log_probabilities) == end + 3
+    other = free[1].text.find(stop)
+    assert cut[1].text == (free[1].text if other < 0 else free[1].text[:other])
+
+
+def test_streaming_shows_the_text_piece_by_piece_and_nothing_that_changes(ask):
+    for options in ({"stop": ("ab", "dd")}, {}, {"draft": "prompt"}, {"contrastive": 0.5, "top_k": 3}):
+        pieces: dict[int, list[str]] = {0: [], 1: []}
+        common = {"logit_bias": LETTERS, "max_new_tokens": 24, "ignore_eos": True, **options}
+        made = ask(["a", "bcd"], show=lambda row, text, to=pieces: to[row].append(text), **common)
+        for row in pieces:
+            assert "".join(pieces[row]) == made[row][0].text
+        if "stop" not in options:
+            assert max(map(len, pieces.values())) > 5  # not all at the end
+
+
+TEXTS = st.text(st.sampled_from("ab\n é漢😀"), max_size=12)
+
+
+@given(TEXTS, st.lists(st.text(st.sampled_from("ab\né😀"), min_size=1, max_size=3), max_size=2))
+def test_what_is_ready_is_never_taken_back_and_never_broken(text, stop_strings):
+    data, shown = text.encode(), ""
+    for n in range(len(data) + 1):
+        so_far = stops.ready(data[:n].decode(errors="replace"), stop_strings)
+        assert so_far.startswith(shown) and "�" not in so_far
+        shown = so_far
+    whole = stops.cut(text, stop_strings)
+    assert whole.startswith(shown) and len(whole) - len(shown) < max([1, *map(len, stop_strings)])
+
+
+@given(TEXTS, st.lists(st.text(st.sampled_from("ab\né"), min_size=1, max_size=3), min_size=1, max_size=2))
+def test_a_stop_is_found_at_the_token_that_completes_it(text, stop_strings):
+    ids = BYTES.encode(text)
+    found = stops.finder(BYTES, stop_strings, 100)(0, ids)
+    plain = next((n for n in range(len(ids) + 1) if any(s in BYTES.decode(ids[:n]) for s in stop_strings)), None)
+    assert found == plain
+
+
+def test_text_that_a_broken_byte_stays_in_is_shown_in_the_end():
+    data = b"a\xffb"
+    assert [stops.ready(data[:n].decode(errors="replace"), []) for n in range(4)] == ["", "a", "a", "a�b"]
+
+
+def test_alternatives_are_the_most_likely_tokens_of_each_step(ask):
+    ((greedy,),) = ask(["a"], temperature=0, alternatives=3, max_new_tokens=5, ignore_eos=True)
+    for index, log, others in zip(
+        greedy.made.ids, greedy.made.log_probabilities, greedy.made.alternatives, strict=True
+    ):
+        assert len(others) == 3 and max(others.values()) == pytest.approx(log) and index in others
+
+
+def test_n_draws_are_those_of_their_seeds(ask):
+    common = {"max_new_tokens": 8, "ignore_eos": True}
+    three = ask(["ab"], n=3, seed=5, **common)[0]
+    alone = [ask(["ab"], seed=5 + i, **common)[0][0] for i in range(3)]
+    assert [t.text for t in three] == [t.text for t in alone] and len({tuple(t.made.ids) for t in three}) == 3
+
+
+def test_ends_may_be_several(ask):
+    free = ask(["ab"], max_new_tokens=8, ignore_eos=True)[0][0].made.ids
+    cut = ask(["ab"], max_new_tokens=8, eos=(free[5], free[3]))[0][0].made
+    first = min(free.index(free[5]), free.index(free[3]))
+    assert (cut.ids, cut.stop) == (free[:first], "eos")
+
+
+def test_a_prompt_too_long_is_refused_or_cut_where_it_is_said(ask):
+    common = {"max_new_tokens": 4, "temperature": 0, "ignore_eos": True}
+    with pytest.raises(UserError, match="7 tokens.*leaves 6.*--truncate"):
+        ask(["abcdef"], context=10, **common)  # BOS is the seventh
+    left, short = ask(["abcdef"], context=8, truncate="left", **common), ask([BYTES.encode("cdef")], **common)
+    right, begun = ask(["abcdef"], context=8, truncate="right", **common), ask(["abc"], **common)
+    assert left[0][0].made.ids == short[0][0].made.ids and right[0][0].made.ids == begun[0][0].made.ids
+    with pytest.raises(UserError, match="fills the context"):
+        ask(["a"], context=4, truncate="left", **common)
+
+
+def test_prompts_that_cannot_be_continued_are_refused(ask, make):
+    with pytest.raises(UserError, match="empty"):
+        ask([[]])
+    with pytest.raises(UserError, match="lacks"):
+        ask([[300]])
+    with pytest.raises(UserError, match="does not fit"):
+        ask(["a"], stop=("abc",), max_new_tokens=2)
+    with pytest.raises(UserError, match="no text before its end"):
+        ask(["a"], beams=2, show=print)
+    with pytest.raises(UserError, match="draft="):
+        ask(["a"], draft="some/model")
+
+
+class Upper(ByteTokenizer):
+    """Cannot write small letters."""
+
+    def encode(self, text):
+        return super().encode(text.upper())
+
+
+def test_a_stop_string_that_the_vocabulary_cannot_write_is_refused():
+    with pytest.raises(UserError, match="cannot write"):
+        stops.finder(Upper(), ["ab"], 10)
+    assert stops.finder(Upper(), ["AB"], 10)
+
+
+def test_explain_says_what_each_filter_removed(make):
+    model, params = make(scan_layers=False)
+    options = Options(top_k=20, top_p=0.5, max_new_tokens=3)
+    steps = list(explain.explain(model, params, [5, 6], options, seed=3, candidates=30))
+    (same,) = complete(model, params, BYTES, [[5, 6]], dataclasses.replace(options, seed=3, ignore_eos=True))[0]
+    assert [s.chosen for s in steps] == same.made.ids
+    for step, log in zip(steps, same.made.log_probabilities, strict=True):
+        first, second = step.removed
+        assert (first.filter, first.tokens, second.filter) == ("TopK", 259 - 20, "TopP")
+        model_p, final = np.array(step.model), np.array(step.final)
+        assert (np.diff(model_p[:-1]) <= 0).all()
+        assert model_p[step.candidates.index(step.chosen)] == pytest.approx(np.exp(log), rel=1e-3)
+        assert list(step.fate[20:]) == ["TopK"] * 10
+        kept = np.array([not f for f in step.fate])
+        assert kept.sum() == 20 - second.tokens and (final[~kept] == 0).all() and final.sum() == pytest.approx(1)
+        top = model_p[:20] / model_p[:20].sum()
+        assert second.mass == pytest.approx(top[~kept[:20]].sum(), rel=1e-3)
+        text = explain.table(BYTES, 1, step)
+        assert "removed by TopK" in text and f"TopK removed 239 tokens of probability {first.mass:.4f}" in text
+
+
+def test_explain_refuses_a_beam_search(make):
+    with pytest.raises(UserError, match="not beam"):
+        next(explain.explain(*make(scan_layers=False), [5], Options(beams=2)))
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--top_p=1.5"], "--top_p=1.5; expected a number in (0, 1]"),
+        (["--top_k=1000"], "--top_k=1000 is more than the 259 tokens"),
+        (["--temperature=0", "--top_p=0.5"], "--temperature=0 is greedy and leaves nothing for --top_p"),
+        (["--beams=2", "--stream"], "no text before its end"),
+        (["--stream", "--json"], "choose one"),
+        (["--logit_bias=x"], "expected ID:BIAS"),
+        (["--context=20"], "fills the context"),
+    ],
+)
+def test_the_command_says_what_is_wrong_in_one_line(trained, command, flags, says):
+    done = command("generate", f"--checkpoint={trained}", "--prompt=ab", *flags, code=2)
+    assert says in done.stderr and done.stderr.count("\n") == 1 and not done.stdout
+
+
+def test_the_command_and_the_library_give_the_same(trained, command):
+    import llm_jax
+
+    model, params, tokenizer = llm_jax.load(trained)
+    options = Options(max_new_tokens=8, top_k=40, n=2, seed=3, alternatives=2)
+    flags = ["--max_new_tokens=8", "--top_k=40", "--n=2", "--seed=3", "--alternatives=2"]
+    done = command("generate", f"--checkpoint={trained}", "--prompt=the model", "--prompt=a", *flags, "--json")
+    said = [json.loads(line) for line in done.stdout.splitlines()]
+    ours = [c for several in complete(model, params, tokenizer, ["the model", "a"], options) for c in several]
+    assert [(s["text"], s["ids"]) for s in said] == [(c.text, c.made.ids) for c in ours]
+    assert len(said[0]["alternatives"][0]) == 2
+    streamed = command("generate", f"--checkpoint={trained}", "--prompt=a", "--max_new_tokens=8", "--stream")
+    plain = command("generate", f"--checkpoint={trained}", "--prompt=a", "--max_new_tokens=8")
+    assert streamed.stdout == plain.stdout

@@ -1,0 +1,76 @@
+"""Steps on a simulated mesh beside steps on one device: `python -m tests.training.on_mesh optimizers|losses`.
+
+Prints a JSON object: for every optimizer or loss the losses of both, and the share of the optimizer's
+state that is split over devices. A process of its own, because the number of devices cannot be changed.
+"""
+
+import dataclasses
+import json
+import runpy
+import sys
+
+import jax
+import jax.numpy as jnp
+
+from llm_jax import config as config_lib
+from llm_jax.model.transformer import Transformer
+from llm_jax.parallel import mesh as mesh_lib
+from llm_jax.training import losses, optim, step
+
+STEPS = 3
+# AdamW and the cross-entropy are trained on meshes by tests/parallel; SGD's state is one tree, as Lion's.
+KINDS = {
+    "optimizers": ("lion", "adafactor", "muon"),
+    "losses": ("unlikelihood", "entmax", "distillation", "dpo"),
+}
+
+
+def main() -> None:
+    jax.config.update("jax_num_cpu_devices", 4)
+    config = config_lib.build(runpy.run_path("tests/tiny.py")["get_config"]())
+    model = Transformer(dataclasses.replace(config.model, vocab_size=256, num_layers=1))
+    start, other = (jax.jit(model.init)(jax.random.key(i), jnp.zeros((1, 1), jnp.int32))["params"] for i in (0, 1))
+    found = {}
+    for kind in KINDS[sys.argv[1]]:
+        rule, loss = config.optim, config.loss
+        if kind in optim.OPTIMIZERS:
+            rule = dataclasses.replace(rule, kind=kind)
+        else:
+            loss = dataclasses.replace(loss, kind=kind)
+        found[kind] = compare(config, rule, loss, model, start, other)
+    print(json.dumps(found))
+
+
+def compare(config, rule, loss, model, params, other):
+    mesh = mesh_lib.make(dataclasses.replace(config.mesh, data=1, fsdp=2, tensor=2))
+    copies, placed = mesh_lib.replicated(mesh), mesh_lib.shardings(params, config.mesh.rules, mesh)
+    optimizer = optim.make(rule, 8, params)
+    objective = losses.make(loss, model, 8, model if loss.kind in ("distillation", "dpo") else None)
+    one = step.make(
+        objective, optimizer, optim.schedule(rule, 8), 0, 2, ema_decay=0.9, rows_together=losses.rows_together(loss)
+    )
+    state = step.init(optimizer, params, ema=True)
+    state_shardings = step.State(copies, placed, optim.shardings(state.optimizer, params, placed, copies), placed)
+    on_mesh = jax.jit(
+        mesh_lib.within(mesh, one),
+        in_shardings=(state_shardings, {"other": placed}, mesh_lib.batch_sharding(mesh, 8)),
+        out_shardings=(state_shardings, copies),
+    )
+    tokens = jax.random.randint(jax.random.key(5), (8, 17), 0, 256)
+    ones = jnp.ones((8, 16), jnp.int32)
+    batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "segments": ones, "mask": ones}
+    batch["positions"] = jnp.cumsum(ones, 1) - 1
+    runs = []
+    for function in (jax.jit(one), on_mesh):
+        now, seen = state, []
+        for _ in range(STEPS):
+            now, metrics = function(now, {"other": other}, batch)
+            seen.append(float(metrics["loss"]))
+        runs.append(seen)
+    leaves = jax.tree.leaves(now.optimizer)
+    split = sum(leaf.size for leaf in leaves if not leaf.sharding.is_fully_replicated)
+    return {"losses": runs, "split": split / sum(leaf.size for leaf in leaves)}
+
+
+if __name__ == "__main__":
+    main()
