@@ -125,6 +125,17 @@ def get_config() -> ConfigDict:
                 "on_bad_step": "stop",
                 "spike_factor": 0.0,
             },
+            "lora": {
+                "rank": 0,
+                "ranks": (),
+                "alpha": 16.0,
+                "rank_stabilized": False,
+                "variant": "lora",
+                "targets": ("linear",),
+                "factors": "",
+                "dropout": 0.0,
+                "b_lr_ratio": 1.0,
+            },
             "eval": {
                 "every": 100,
                 "rows": 64,

@@ -13,6 +13,7 @@ COMMANDS = {
     "embeddings.train": "word vectors by word2vec or GloVe",
     "embeddings.probe": "neighbours, analogies, agreement with people, a map of word vectors",
     "data.show": "rows as the model sees them: segments, and what the loss counts",
+    "plan": "what a run would take, before it runs",
     "data.assets": "real models and texts: list, fetch, verify",
 }
 

@@ -4,7 +4,8 @@
       config.json      the full configuration
       tokenizer/       the tokenizer's files
       arrays/          params, their average where the run keeps one, and optimizer state, by Orbax
-      record.json      format version, step, held-out loss, hash of the corpus; what the params are
+      record.json      format version, step, held-out loss, hash of the corpus; what the params are; of adapters
+                       also where their base is, and its hash
       manifest.json    the sha256 of every other file
 
 A checkpoint is written under a temporary name and renamed when the manifest stands, so a killed
@@ -63,6 +64,8 @@ def load(path: str | os.PathLike[str], scan_layers: bool = False) -> Loaded:
     directory = find(path)
     record = verify(directory)
     config = read_config(directory).model
+    if "base" in record:
+        raise UserError(f"{directory} holds adapters of {record['base']['path']}; llm_jax.load reads both")
     # How attention is computed is the machine's affair, not the checkpoint's.
     model = Transformer(dataclasses.replace(config, scan_layers=scan_layers, attention="auto"))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -163,6 +166,31 @@ def restore(
     return jax.tree.map(lambda leaf, p: leaf.astype(p.dtype), average, saved)
 
 
+def restore_adapters(directory: pathlib.Path, record: Mapping[str, Any]) -> Any:
+    """The adapter tree of a verified checkpoint, on the default device, in the layout it was saved in."""
+
+    def read(name: str, key: str) -> dict[str, Any]:
+        saved = trees.unflatten({path: weights.abstract(r) for path, r in record[key].items()})
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        return trees.flatten(
+            _read_arrays(directory, **{name: _placed(saved, jax.tree.map(lambda _: device, saved))})[name]
+        )
+
+    found = read("params", "params")
+    averages = read("ema", "ema") if "ema" in record else {}  # of what is trained
+    return trees.unflatten(found | {path: leaf.astype(found[path].dtype) for path, leaf in averages.items()})
+
+
+def check_base(source: pathlib.Path | None, record: Mapping[str, Any], found: str) -> None:
+    """Raises UserError unless `found`, the `trees.fingerprint` of a base, is what the adapters were trained on."""
+    base = record["base"]
+    if found != base["sha256"]:
+        raise UserError(
+            f"{source}: its adapters are for the base of sha256 {base['sha256'][:12]}, which was {base['path']}; "
+            f"now that has {found[:12]}"
+        )
+
+
 def restore_state(
     directory: pathlib.Path, record: Mapping[str, Any], params: Any, optimizer: Any, ema: Any = None
 ) -> tuple[Any, Any, Any]:
@@ -185,13 +213,20 @@ class Writer:
     Args:
       corpus: sha256 of the text that the run trains on, kept in the records.
       other: `trees.fingerprint` of the loss's frozen model, or "", kept in the records.
+      base: of adapters: {"path", "sha256"} of the weights that they adapt, kept in the records.
     """
 
     def __init__(
-        self, workdir: pathlib.Path, config: config_lib.Config, tokenizer: Tokenizer, corpus: str, other: str = ""
+        self,
+        workdir: pathlib.Path,
+        config: config_lib.Config,
+        tokenizer: Tokenizer,
+        corpus: str,
+        other: str = "",
+        base: dict[str, str] | None = None,
     ):
         self.directory = workdir / "checkpoints"
-        self._config, self._tokenizer, self._corpus, self._other = config, tokenizer, corpus, other
+        self._config, self._tokenizer, self._corpus, self._other, self._base = config, tokenizer, corpus, other, base
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -228,6 +263,8 @@ class Writer:
             arrays["ema"], record["ema"] = ema, trees.describe(ema)
         if self._other:
             record["other"] = self._other
+        if self._base:
+            record["base"] = self._base
         if jax.default_backend() == "cpu":  # there Orbax reads the very buffers that the next step is given
             arrays = jax.tree.map(jnp.copy, arrays)
         parts = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items() if jax.tree.leaves(tree)}

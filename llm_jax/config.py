@@ -23,6 +23,7 @@ PositiveOrZero = Annotated[float, (0.0, 1e30)]
 Share = Annotated[float, (0.0, 1.0)]
 Seed = Annotated[int, (0, 2**32 - 1)]
 MeshSize = Annotated[int, (-1, 2**31)]
+LoraVariant = Annotated[str, ("lora", "fa", "dora", "pissa", "loftq")]
 Dtype = Annotated[str, ("float32", "bfloat16", "float16", "float64")]
 
 
@@ -173,6 +174,19 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    rank: CountOrZero  # of the adapters trained over the frozen weights of init_from; 0: all weights are trained
+    ranks: Rules  # (regular expression, rank) over names of adapted weights, where ranks differ; (): `rank` everywhere
+    alpha: Positive  # the update is a b times alpha / rank
+    rank_stabilized: bool  # alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv:2312.03732)
+    variant: LoraVariant  # see lora/adapt.py
+    targets: tuple[str, ...]  # "attention", "linear", "embeddings", or regular expressions over names
+    factors: str  # the scheme that a and b are rounded to in every use, straight-through, such as int8; "": none
+    dropout: Annotated[float, (0.0, 0.99)]  # of the inputs of adapters
+    b_lr_ratio: Positive  # learning rate of b over that of a (LoRA+: Hayou et al. 2024, arXiv:2402.12354)
+
+
+@dataclasses.dataclass(frozen=True)
 class EvalConfig:
     every: CountOrZero  # steps; 0: at the end only
     rows: CountOrZero  # held-out sequences per evaluation while training; 0: all
@@ -211,6 +225,7 @@ class Config:
     quant: QuantConfig
     loss: LossConfig
     train: TrainConfig
+    lora: LoraConfig
     eval: EvalConfig
     report: ReportConfig
     checkpoint: CheckpointConfig
@@ -260,6 +275,15 @@ ADDED: dict[str, Any] = {
     "model.attention_scale": 0.0,
     "model.attention_softcap": 0.0,
     "model.logit_softcap": 0.0,
+    "lora.rank": 0,
+    "lora.ranks": (),
+    "lora.alpha": 16.0,
+    "lora.rank_stabilized": False,
+    "lora.variant": "lora",
+    "lora.targets": ("linear",),
+    "lora.factors": "",
+    "lora.dropout": 0.0,
+    "lora.b_lr_ratio": 1.0,
     "optim.lr_rules": ((r".*", 1.0),),
     "optim.decay_fraction": 0.2,
     "optim.momentum": 0.95,

@@ -1,4 +1,4 @@
-"""Turns a checkpoint into another form: `python -m llm_jax.convert --input=PATH --output=PATH --to=hf|gguf`."""
+"""Turns a checkpoint into another form: `python -m llm_jax.convert --input=PATH --output=PATH --to=hf|gguf|peft`."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ flags.DEFINE_string(
 flags.DEFINE_string(
     "output", None, "what is written: a directory (hf) or a file (gguf); it must not exist", required=True
 )
-flags.DEFINE_enum("to", None, ["hf", "gguf"], "the form to write", required=True)
+flags.DEFINE_enum("to", None, ["hf", "gguf", "peft"], "the form to write", required=True)
 flags.DEFINE_string("family", "", "hf: the model_type to write; by default that of the input, or the first that fits")
 flags.DEFINE_string(
     "format", "F16", "gguf: of matrices that have no block format yet: F32, F16, BF16, Q8_0, Q4_0, Q4_1"
@@ -32,6 +32,9 @@ def main() -> None:
     output, source = pathlib.Path(f.output).expanduser(), pretrained.locate(f.input)
     if output.exists():
         raise UserError(f"--output={output} exists; give another, or remove it")
+    if f.to == "peft":
+        _peft(source, output, f.family)
+        return
     model, params, tokenizer = pretrained.load(source)
     precision = dataclasses.replace(model.config.precision, params=f.dtype)
     config = dataclasses.replace(model.config, precision=precision) if f.to == "hf" else model.config
@@ -56,6 +59,43 @@ def main() -> None:
         print(f"note: transformers reads no {tokenizer.kind} tokenizer; llm_jax finds it in {output}/tokenizer")
     size = sum(p.stat().st_size for p in output.rglob("*") if p.is_file())
     print(f"wrote {output}: {kind} ({FAMILIES[kind].architecture}) in {f.dtype}; {size / 2**20:.1f} MiB")
+
+
+def _peft(source: pathlib.Path, output: pathlib.Path, kind: str) -> None:
+    """Writes the adapters of a run as a directory of peft."""
+    from llm_jax import checkpoint, lora, pretrained, trees
+    from llm_jax.interop import hf, peft
+    from llm_jax.interop.families import FAMILIES
+    from llm_jax.model.transformer import Transformer
+
+    config = None if pretrained.is_foreign(source) else checkpoint.read_config(directory := checkpoint.find(source))
+    if config is None or not config.lora.rank:
+        raise UserError(f"--to=peft writes adapters; {source} is no run with lora.rank above 0")
+    record = checkpoint.verify(directory)
+    named = pretrained.locate(record["base"]["path"])
+    kind = kind or (pretrained.family(named) if pretrained.is_foreign(named) else _first_that_fits(config.model))
+    if kind not in FAMILIES:
+        raise UserError(f"--family={kind} is unknown; expected one of {', '.join(FAMILIES)}")
+    adapters = lora.rounded(trees.unstack(checkpoint.restore_adapters(directory, record)), config.lora.factors)
+    if config.quant.scheme:
+        print(
+            f"note: they were trained over a base in {config.quant.scheme}; peft will put them on the one it is given"
+        )
+    abstract = checkpoint.abstract_params(Transformer(dataclasses.replace(config.model, scan_layers=False)))
+    readable = named.is_dir() and hf.is_directory_of(named)
+    peft.save(
+        output,
+        kind,
+        adapters,
+        abstract,
+        config.model.tie_head,
+        rank_stabilized=config.lora.rank_stabilized,
+        dropout=config.lora.dropout,
+        base_name=str(named) if readable else None,
+    )
+    if not readable:
+        print(f"note: transformers cannot read the base {record['base']['path']}; convert that with --to=hf for peft")
+    print(f"wrote {output}: adapters of a {kind}; {sum(p.stat().st_size for p in output.iterdir()) / 2**20:.1f} MiB")
 
 
 def _first_that_fits(config) -> str:

@@ -17,7 +17,9 @@ from llm_jax.errors import UserError
 flags.DEFINE_string(
     "checkpoint", None, "a run, a Hugging Face directory, a .gguf file, asset:NAME or hf:ORG/NAME", required=True
 )
-flags.DEFINE_string("data", "", "text to evaluate on; by default the held-out part of the run's own corpus")
+flags.DEFINE_string(
+    "data", "", "text to evaluate on, or sentiment:NAME; by default the held-out part of the run's own corpus"
+)
 flags.DEFINE_string("kind", "", "of --data: text, instructions, preferences; by default as in training, or text")
 flags.DEFINE_string("field", "", "the text of the records of --data; by default as in training, or text")
 flags.DEFINE_integer("seq_len", 0, "tokens a window; by default as in training")
@@ -65,7 +67,8 @@ def on_text() -> None:
     from llm_jax.data import corpus
     from llm_jax.data.rows import ROWS, Rows
     from llm_jax.model import transformer
-    from llm_jax.training import evaluation, losses
+    from llm_jax.prompting import sentiment
+    from llm_jax.training import classify, evaluation, losses
 
     f = flags.FLAGS
     if (f.kind or f.field) and not f.data:
@@ -86,6 +89,14 @@ def on_text() -> None:
         raise UserError(f"--stride={f.stride}; expected 0 to the window of {length} tokens")
     if f.data:
         data = dataclasses.replace(data, source=f.data, kind=f.kind or data.kind, field=f.field or data.field)
+    if data.source.startswith(sentiment.PREFIX):
+        asked = sentiment.Source(data)
+        rows = asked.rows(tokenizer, "test", length)
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        found = classify.accuracy(model, params, rows, f.batch_size, device)
+        said = f"{data.source}: {classify.say(found)}"
+        print(json.dumps(found) if f.json else said)
+        return
     source = corpus.Source(data, whole=bool(f.data))
     split = source.corpus(tokenizer).validation
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])

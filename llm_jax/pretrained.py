@@ -3,17 +3,19 @@
 import dataclasses
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from llm_jax import checkpoint, tokenizers, trees
+from llm_jax import checkpoint, lora, tokenizers, trees
 from llm_jax.checkpoint import Loaded
 from llm_jax.config import ModelConfig
 from llm_jax.data import assets
 from llm_jax.errors import UserError
 from llm_jax.model.stages import layout
 from llm_jax.model.transformer import Transformer
+from llm_jax.quant import quantize
 from llm_jax.tokenizers import Tokenizer
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
@@ -25,8 +27,9 @@ def load(
     """The model, its parameters on the default device, and the tokenizer.
 
     Args:
-      path: a run or one of its checkpoints; a Hugging Face directory; a .gguf file; "asset:NAME"
-        (`llm_jax.data.assets`); or "hf:ORG/NAME", where a hub and the package huggingface_hub are reachable.
+      path: a run or one of its checkpoints (of adapters: over their base, whose hash is checked); a Hugging
+        Face directory; a .gguf file; "asset:NAME" (`llm_jax.data.assets`); or "hf:ORG/NAME", where a hub and
+        the package huggingface_hub are reachable; or adapters of peft, which name such a base.
       scan_layers: the layout of the parameters; False, one entry per layer, is the fast one for decoding.
       dtype: of the parameters and of the computation of other people's checkpoints; ours keep their own.
       as_stored: quantized tensors of a .gguf file stay so, where a scheme of ours corresponds.
@@ -34,12 +37,59 @@ def load(
     Raises:
       UserError: nothing there that can be read, in one line that says what was expected.
     """
+    from llm_jax.interop import peft
+
     found = locate(path)
     if (found.is_dir() and not is_foreign(found)) or not found.exists():
-        return checkpoint.load(found, scan_layers)
+        directory = checkpoint.find(found)
+        adapts = bool(checkpoint.read_config(directory).lora.rank)
+        return _adapters(directory, scan_layers) if adapts else checkpoint.load(directory, scan_layers)
     if found.is_file():
         return _gguf(found, scan_layers, dtype, as_stored)
+    if peft.is_directory_of(found):
+        return _peft(found, scan_layers, dtype)
     return _hf(found, scan_layers, dtype)
+
+
+class Origin:
+    """The weights of `init_from`: what fine-tuning starts from, or what adapters adapt.
+
+    Attributes:
+      name: how a record names it: absolute, for a file or directory.
+      tokenizer: its tokenizer.
+      config: of its model.
+    """
+
+    def __init__(self, name: str, dtype: str):
+        path = locate(name)
+        self._dtype = dtype
+        self._run: pathlib.Path | None = None
+        self._loaded = load(name, dtype=dtype) if is_foreign(path) else None
+        if self._loaded:
+            self.tokenizer, self.config = self._loaded.tokenizer, self._loaded.model.config
+        else:
+            self._run = path = checkpoint.find(path)
+            whole = checkpoint.read_config(path)
+            if whole.lora.rank:
+                raise UserError(f"init_from={name} holds adapters; merge them first (convert --to=hf)")
+            self.tokenizer, self.config = tokenizers.load(path / "tokenizer"), whole.model
+        self.name = name if name.startswith(("asset:", "hf:")) else str(path.absolute())
+
+    def params(self, config: ModelConfig, shardings: Callable[[Any], Any]) -> Any:
+        """Its weights in the layout of `config`, on the devices of `shardings` (of an abstract tree).
+
+        Raises:
+          UserError: they do not fit the model of `config`, or are damaged.
+        """
+        abstract = checkpoint.abstract_params(Transformer(config))
+        if self._run:
+            found = checkpoint.restore(self._run, checkpoint.verify(self._run), config, shardings)
+            restaged = lambda p: trees.restage(p, layout(config))  # noqa: E731
+            return jax.jit(restaged, out_shardings=shardings(jax.eval_shape(restaged, found)))(found)
+        found = (self._loaded or load(self.name, dtype=self._dtype)).params
+        self._loaded = None  # or its arrays would stay beside those on the mesh
+        trees.check(trees.describe(found), trees.describe(jax.eval_shape(trees.unstack, abstract)), self.name)
+        return jax.device_put(trees.restage(found, layout(config)), shardings(abstract))
 
 
 def locate(path: str | os.PathLike[str]) -> pathlib.Path:
@@ -58,16 +108,18 @@ def locate(path: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def is_foreign(path: pathlib.Path) -> bool:
-    """Whether a path is a GGUF file or a Hugging Face directory, not a run of ours."""
-    from llm_jax.interop import hf
+    """Whether a path is a GGUF file, or a directory of Hugging Face or peft, not a run of ours."""
+    from llm_jax.interop import hf, peft
 
-    return path.is_file() or (path.is_dir() and hf.is_directory_of(path))
+    return path.is_file() or (path.is_dir() and (hf.is_directory_of(path) or peft.is_directory_of(path)))
 
 
 def family(path: pathlib.Path) -> str:
-    """The family of a Hugging Face directory, or the architecture of a GGUF file."""
-    from llm_jax.interop import gguf, gguf_model, hf
+    """The family of a Hugging Face directory (or of the base of adapters), or the architecture of a GGUF file."""
+    from llm_jax.interop import gguf, gguf_model, hf, peft
 
+    if peft.is_directory_of(path):
+        return family(_named_base(path))
     return gguf_model.read_config(gguf.read(path), str(path))[0] if path.is_file() else hf.read_config(path)[0]
 
 
@@ -77,14 +129,33 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     Raises:
       UserError: as `load`.
     """
+    from llm_jax.interop import gguf, peft
+
     found = locate(path)
+    if peft.is_directory_of(found):
+        return load_tokenizer(_named_base(found))
     if not is_foreign(found):
         return tokenizers.load(checkpoint.find(found) / "tokenizer")
     if found.is_file():
-        from llm_jax.interop import gguf
-
         return tokenizers.from_gguf(gguf.read(found).metadata)
     return _tokenizer_of(found)
+
+
+def _adapters(directory: pathlib.Path, scan_layers: bool) -> Loaded:
+    """A run of adapters: its base, wherever that is, with the adapters attached."""
+    record = checkpoint.verify(directory)
+    whole = checkpoint.read_config(directory)
+    config = whole.model
+    try:
+        base = load(record["base"]["path"], dtype=config.precision.params).params
+    except UserError as error:
+        raise UserError(f"{directory}: the base of its adapters cannot be read: {error}") from error
+    checkpoint.check_base(directory, record, trees.fingerprint(base))
+    adapters = trees.unstack(checkpoint.restore_adapters(directory, record))
+    frozen = quantize.base(lora.rebase(base, adapters), whole.quant)
+    params = lora.attach(frozen, adapters, factors=whole.lora.factors)
+    model = Transformer(dataclasses.replace(config, scan_layers=scan_layers, attention="auto"))
+    return Loaded(model, trees.restage(params, layout(model.config)), tokenizers.load(directory / "tokenizer"))
 
 
 def _gguf(path: pathlib.Path, scan_layers: bool, dtype: str, as_stored: bool) -> Loaded:
@@ -96,6 +167,26 @@ def _gguf(path: pathlib.Path, scan_layers: bool, dtype: str, as_stored: bool) ->
     config, abstract, shardings = _prepared(config, dtype)
     params = gguf_model.load_params(path, file, config, abstract, shardings, as_stored)
     return _finished(config, params, tokenizer, scan_layers)
+
+
+def _peft(path: pathlib.Path, scan_layers: bool, dtype: str) -> Loaded:
+    from llm_jax.interop import peft
+
+    try:
+        base = load(_named_base(path), dtype=dtype)
+    except UserError as error:
+        raise UserError(f"{path}: the base of its adapters cannot be read: {error}") from error
+    adapters = peft.load(path, family(_named_base(path)), base.params, base.model.config.tie_head)
+    params = lora.attach(base.params, adapters)
+    return _finished(base.model.config, params, base.tokenizer, scan_layers)
+
+
+def _named_base(path: pathlib.Path) -> pathlib.Path:
+    """The base that adapters of peft name: a path, or else a name on the hub."""
+    from llm_jax.interop import peft
+
+    name = peft.base_of(path)
+    return locate(name if name.startswith(("asset:", "hf:")) or pathlib.Path(name).exists() else f"hf:{name}")
 
 
 def _hf(path: pathlib.Path, scan_layers: bool, dtype: str) -> Loaded:

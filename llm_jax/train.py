@@ -44,10 +44,9 @@ def main() -> None:
     from llm_jax.decoding import loop
     from llm_jax.decoding.options import Options
     from llm_jax.model import product, transformer
-    from llm_jax.model.stages import layout
     from llm_jax.parallel import mesh as mesh_lib
-    from llm_jax.quant import qat
-    from llm_jax.training import evaluation, losses, optim, report, sinks, watch
+    from llm_jax.prompting import sentiment
+    from llm_jax.training import classify, evaluation, losses, optim, report, sinks, trained, watch
     from llm_jax.training import step as step_lib
 
     config = cli.load_config()
@@ -56,37 +55,50 @@ def main() -> None:
     began = time.perf_counter()
 
     # ---------------------------------------------------------------- where the run starts from
-    # 1. the last checkpoint of the workdir; 2. the run named by init_from; 3. random weights.
+    # 1. the last checkpoint of the workdir; 2. the weights named by init_from; 3. random weights.
+    # Adapters begin or go on in the same way, over the weights of init_from.
+    kind = trained.kind(config)
     _refuse_another_run(workdir, config)
     resumed = checkpoint.find(workdir) if checkpoint.steps(workdir) else None
-    origin = resumed or (checkpoint.find(config.init_from) if config.init_from else None)
-    record = checkpoint.verify(origin) if origin else None
-    start = record["step"] if resumed and record else 0
+    record = checkpoint.verify(resumed) if resumed else None
+    named = bool(config.init_from) and (kind.adapts or not resumed)
+    origin = pretrained.Origin(config.init_from, config.model.precision.params) if named else None
+    start = record["step"] if record else 0
     if start > c.steps:
         raise UserError(f"{workdir} is at step {start}, past train.steps={c.steps}; raise it or give another --workdir")
 
-    if config.quant.scheme:
-        raise UserError(f"config key 'quant.scheme' is '{config.quant.scheme}'; it is of the frozen base of adapters")
-
     # ---------------------------------------------------------------- data
-    source = Source(config.data)
-    tokenizer = tokenizers.load(origin / "tokenizer") if origin else source.tokenizer(config.tokenizer)
+    asked = config.data.source.startswith(sentiment.PREFIX)
+    source = sentiment.Source(config.data) if asked else Source(config.data)
+    if resumed:
+        tokenizer = tokenizers.load(resumed / "tokenizer")
+    else:
+        tokenizer = origin.tokenizer if origin else source.tokenizer(config.tokenizer)
     if tokenizer.kind != config.tokenizer.kind:
         raise UserError(
-            f"{origin}: trained on '{tokenizer.kind}' tokens; config key 'tokenizer.kind' is '{config.tokenizer.kind}'"
+            f"{resumed or config.init_from}: trained on '{tokenizer.kind}' tokens; config key 'tokenizer.kind' is "
+            f"'{config.tokenizer.kind}'"
         )
-    if resumed and record and record["corpus"] != source.sha256:
+    if record and record["corpus"] != source.sha256:
         raise UserError(
             f"data.source={config.data.source}: its text has changed since {workdir} was started "
             f"(sha256 {record['corpus'][:12]}, now {source.sha256[:12]}); bring it back or give another --workdir"
         )
-    corpus = source.corpus(tokenizer)
-    train_rows = rows.training(config, corpus)
-    held_rows, held_parts = rows.held_out(config.data, corpus, c.seq_len)
+    test_rows: sentiment.Examples | None = None
+    train_rows: rows.Shuffled | rows.Mixed
+    held_rows: rows.AnyRows
+    held_parts: dict[str, rows.AnyRows] = {}
+    if isinstance(source, sentiment.Source):
+        train, held_rows, test_rows = (source.rows(tokenizer, p, c.seq_len) for p in ("train", "validation", "test"))
+        train_rows, num_tokens = rows.Shuffled(train, c.seed), len(train.split.tokens)
+    else:
+        corpus = source.corpus(tokenizer)
+        train_rows, num_tokens = rows.training(config, corpus), len(corpus.train.tokens)
+        held_rows, held_parts = rows.held_out(config.data, corpus, c.seq_len)
     print(
-        f"{config.data.source}: {source.num_bytes:,} bytes (sha256 {corpus.sha256[:12]}), {len(corpus.train.tokens):,} "
-        f"training tokens, {len(held_rows.split.tokens):,} held out; tokenizer {tokenizer.kind}, "
-        f"{tokenizer.vocab_size} ids ({tokenizers.digest(tokenizer)[:12]})"
+        f"{config.data.source}: {source.num_bytes:,} bytes (sha256 {source.sha256[:12]}), "
+        f"{num_tokens:,} training tokens, {len(held_rows.split.tokens):,} held out; "
+        f"tokenizer {tokenizer.kind}, {tokenizer.vocab_size} ids ({tokenizers.digest(tokenizer)[:12]})"
     )
 
     # ---------------------------------------------------------------- model, optimizer, shardings
@@ -105,29 +117,44 @@ def main() -> None:
     attention = product.describe(
         config.model, jax.default_backend(), c.batch_size // c.grad_accumulation, c.seq_len, dict(mesh.shape)
     )
-    abstract = jax.eval_shape(lambda p: qat.prepare(p, config.quant), checkpoint.abstract_params(model))
-    weights = watch.names(abstract)
-    guard = watch.Watch(c, weights, workdir / "metrics.jsonl", start)
-    optimizer = optim.make(config.optim, c.steps, abstract, transformer.width_ratio(config.model))
+    abstract = checkpoint.abstract_params(model)
     copies = mesh_lib.replicated(mesh)
     param_shardings = mesh_lib.shardings(abstract, config.mesh.rules, mesh)
+    abstract_trained, abstract_fixed = jax.eval_shape(kind.begin, abstract)
+    # Adapters are small: a copy on every device.
+    trained_shardings = (
+        jax.tree.map(lambda _: copies, abstract_trained)
+        if kind.adapts
+        else mesh_lib.shardings(abstract_trained, config.mesh.rules, mesh)
+    )
+    fixed_shardings = jax.tree.map(lambda _: copies, abstract_fixed)
+    weights = watch.names(abstract_trained)
+    guard = watch.Watch(c, weights, workdir / "metrics.jsonl", start)
+    optimizer = optim.make(
+        config.optim,
+        c.steps,
+        abstract if kind.adapts else abstract_trained,
+        transformer.width_ratio(config.model),
+        abstract_trained if kind.adapts else None,
+        config.lora.b_lr_ratio,
+    )
 
     def begun(params):
         return step_lib.init(optimizer, params, ema=bool(config.optim.ema_decay))
 
-    abstract_state = jax.eval_shape(begun, abstract)
+    abstract_state = jax.eval_shape(begun, abstract_trained)
     state_shardings = step_lib.State(
         copies,
-        param_shardings,
-        optim.shardings(abstract_state.optimizer, abstract, param_shardings, copies),
-        param_shardings if config.optim.ema_decay else None,
+        trained_shardings,
+        optim.shardings(abstract_state.optimizer, abstract_trained, trained_shardings, copies),
+        trained_shardings if config.optim.ema_decay else None,
     )
     abstract_state = jax.tree.map(
         lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), abstract_state, state_shardings
     )
     # ---------------------------------------------------------------- the frozen model of the loss
     # A teacher, or for DPO the weights that the run started from.
-    other, frozen, fingerprint = None, None, ""
+    other, frozen, fingerprint = None, {}, ""
     if name := config.loss.teacher or (config.init_from if config.loss.kind == "dpo" else ""):
         loaded = pretrained.load(name, scan_layers=config.model.scan_layers, dtype=config.model.precision.params)
         losses.check_other(name, loaded.model.config, config.model, tokenizers.digest(loaded.tokenizer), tokenizer)
@@ -151,41 +178,62 @@ def main() -> None:
     lock = checkpoint.lock(workdir)
 
     # ---------------------------------------------------------------- state
-    def restored(directory: pathlib.Path, record: Mapping[str, Any]) -> step_lib.State:
+    donated = () if kind.adapts else 0
+    begin = jax.jit(kind.begin, out_shardings=(trained_shardings, fixed_shardings), donate_argnums=donated)
+    with_optimizer = jax.jit(begun, out_shardings=state_shardings, donate_argnums=0)
+    fixed_too = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract_fixed, fixed_shardings
+    )
+    abstract_saved = kind.saved(abstract_state.params, {"fixed": fixed_too})
+
+    def restored(directory: pathlib.Path, record: Mapping[str, Any]) -> tuple[step_lib.State, Any]:
+        """The state of a checkpoint, and the parts of adapters that are not trained."""
         a = abstract_state
-        found = checkpoint.restore_state(directory, record, a.params, a.optimizer, a.ema)
+        saved, *rest = checkpoint.restore_state(directory, record, abstract_saved, a.optimizer, a.ema)
+        params, fixed = kind.split(saved)
         print(f"going on from {directory}")
-        return step_lib.State(jax.device_put(jnp.int32(record["step"]), copies), *found)
+        return step_lib.State(jax.device_put(jnp.int32(record["step"]), copies), params, *rest), fixed
+
+    def original() -> Any:
+        """The weights of init_from, or random ones."""
+        if origin:
+            return origin.params(config.model, lambda tree: mesh_lib.shardings(tree, config.mesh.rules, mesh))
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        return jax.jit(lambda key: model.init(key, tokens)["params"], out_shardings=param_shardings)(
+            jax.random.key(c.seed)
+        )
 
     def first() -> step_lib.State:
-        if origin and record and not resumed:
-            params = checkpoint.restore(
-                origin, record, config.model, lambda tree: mesh_lib.shardings(tree, config.mesh.rules, mesh)
-            )
-            begin = jax.jit(
-                lambda p: begun(qat.prepare(trees.restage(p, layout(config.model)), config.quant)),
-                out_shardings=state_shardings,
-            )
-            print(f"weights from {origin}")
-            for key, before in _differences(checkpoint.read_config(origin).model, config.model):
-                print(f"note: {key} was {before} there")
-            return begin(params)
-        tokens = jnp.zeros((1, 1), jnp.int32)
-        fresh = jax.jit(
-            lambda key: begun(qat.prepare(model.init(key, tokens)["params"], config.quant)),
-            out_shardings=state_shardings,
-        )
-        return fresh(jax.random.key(c.seed))
+        return with_optimizer(begin(original())[0])
 
-    state = restored(resumed, record) if resumed and record else first()
+    base: Any = original() if kind.adapts or not resumed else None
+    of_base: dict[str, str] | None = None
+    if origin:
+        print(f"weights from {origin.name}")
+        for key, before in _differences(origin.config, config.model):
+            print(f"note: {key} was {before} there")
+    if kind.adapts and origin:
+        of_base = {"path": origin.name, "sha256": trees.fingerprint(base)}
+        if resumed and record:
+            checkpoint.check_base(resumed, record, of_base["sha256"])
+    if resumed and record:
+        state, fixed = restored(resumed, record)
+    else:
+        params, fixed = begin(base)
+        state = with_optimizer(params)
+    if kind.adapts:
+        seen = jax.eval_shape(kind.freeze, base, fixed)
+        placed = {"base": mesh_lib.shardings(seen["base"], config.mesh.rules, mesh), "fixed": fixed_shardings}
+        frozen = jax.jit(kind.freeze, out_shardings=placed)(base, fixed) | frozen
+    del base
     checkpoint.write_json(workdir / "config.json", config_lib.as_dict(config))
 
     # ---------------------------------------------------------------- compiled functions
     rate = optim.schedule(config.optim, c.steps)
-    objective = losses.make(config.loss, model, c.loss_chunk, other)
+    loss_of = losses.make(config.loss, model, c.loss_chunk, other)
 
     def loss(trained, frozen, batch, step, key):
-        return objective(qat.delayed(trained, step, config.quant.qat.start_step), frozen, batch, step, key)
+        return loss_of(kind.whole(trained, frozen, key, step), frozen, batch, step, key)
 
     train_step = jax.jit(
         mesh_lib.within(
@@ -206,19 +254,22 @@ def main() -> None:
         in_shardings=(state_shardings, None, batch_sharding, None),
         out_shardings=(state_shardings, copies),
     )
-    eval_loss = jax.jit(
-        mesh_lib.within(mesh, lambda params, batch: losses.language_model(model, params, batch, c.loss_chunk)),
-        in_shardings=(param_shardings, batch_sharding),
+    held_loss = jax.jit(
+        mesh_lib.within(mesh, lambda t, f, b: losses.language_model(model, kind.whole(t, f), b, c.loss_chunk)),
+        in_shardings=(trained_shardings, None, batch_sharding),
         out_shardings=copies,
     )
-    activation_norms = jax.jit(mesh_lib.within(mesh, report.activation_norms(model)))
+    activation_norms = jax.jit(
+        mesh_lib.within(mesh, lambda t, f, b: report.activation_norms(model)(kind.whole(t, f), b))
+    )
     decoder = model.clone(config=dataclasses.replace(config.model, scan_layers=False))
-    unstack = jax.jit(trees.unstack, out_shardings=copies)
+    unstack = jax.jit(lambda t, f: trees.unstack(kind.whole(t, f)), out_shardings=copies)
 
     def evaluate(limit: int) -> dict[str, float]:
+        one = lambda model_, batch: held_loss(model_, frozen, batch)  # noqa: E731
         figures: dict[str, float] = {}
         for source_name, part in {"": held_rows, **held_parts}.items():
-            found = evaluation.evaluate(eval_loss, state.model, part, c.batch_size, batch_sharding, limit)
+            found = evaluation.evaluate(one, state.model, part, c.batch_size, batch_sharding, limit)
             suffix = f"/{source_name}" if source_name else ""
             figures |= {f"validation_{name}{suffix}": value for name, value in found.items()}
         return figures
@@ -227,7 +278,7 @@ def main() -> None:
         prompts = [tokenizers.prompt(tokenizer, text) for text in config.eval.prompts]
         made = loop.generate(
             decoder,
-            unstack(state.model),
+            unstack(state.model, frozen),
             prompts,
             Options(temperature=0.8, top_p=0.95).sampler(),
             max_new_tokens=config.eval.max_new_tokens,
@@ -243,7 +294,7 @@ def main() -> None:
     # ---------------------------------------------------------------- the loop
     peak = report.matmul_peak(config.model.precision.compute)
     opened = sinks.open_all(config.report.to, workdir, config_lib.flat(config), start)
-    writer = checkpoint.Writer(workdir, config, tokenizer, corpus.sha256, fingerprint)
+    writer = checkpoint.Writer(workdir, config, tokenizer, source.sha256, fingerprint, of_base)
     flops = transformer.flops_per_token(config.model, c.seq_len)
     progress = report.Progress(workdir, start, c.steps, flops, peak, guard, weights, opened, config.report.norms_every)
     report.begin_attempt(workdir, start)
@@ -271,7 +322,7 @@ def main() -> None:
         progress.rewind(to)
         progress.write(f"step {bad.step}: {bad.what}; going back to step {to} and over the batches up to there")
         at = checkpoint.find(workdir) if kept else None
-        return (restored(at, checkpoint.verify(at)) if at else first()), to
+        return (restored(at, checkpoint.verify(at))[0] if at else first()), to
 
     held: dict[str, float] = {}
     done, jumped = start, record.get("jumped", 0) if resumed and record else 0
@@ -295,7 +346,7 @@ def main() -> None:
                 continue
             if not due:
                 continue
-            norms = jax.device_get(activation_norms(state.params, batch)) if "norms" in due else {}
+            norms = jax.device_get(activation_norms(state.params, frozen, batch)) if "norms" in due else {}
             if "evaluate" in due:
                 held = evaluate(0 if done == c.steps else config.eval.rows)
                 progress.write(
@@ -306,7 +357,8 @@ def main() -> None:
             if "sample" in due and done < c.steps:
                 progress.text(done, "samples", sample(f"after {done} steps"))
             if "save" in due:
-                writer.save(done, state.params, state.optimizer, held.get("validation_loss"), jumped, state.ema)
+                saved = kind.saved(state.params, frozen)
+                writer.save(done, saved, state.optimizer, held.get("validation_loss"), jumped, state.ema)
             progress.pause()
     tracer.close(state)
     writer.close()
@@ -326,13 +378,18 @@ def main() -> None:
         "compressed_bits_per_byte": packed,
         "steps": c.steps,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(abstract)),
+        "trained_parameters": sum(leaf.size for leaf in jax.tree.leaves(abstract_trained)),
         "tokens_per_second": statistics.median(progress.rates) if progress.rates else None,
-        "corpus": {"source": config.data.source, "sha256": corpus.sha256, "bytes": source.num_bytes},
+        "corpus": {"source": config.data.source, "sha256": source.sha256, "bytes": source.num_bytes},
         "seconds": time.perf_counter() - began,
         "goodput": report.goodput(workdir),
         **report.peak_memory(),
         "jax": jax.__version__,
     }
+    if test_rows:
+        found = classify.accuracy(model, kind.whole(state.model, frozen), test_rows, c.batch_size, batch_sharding)
+        summary |= {f"test_{name}": value for name, value in found.items()}
+        print(f"test: {classify.say(found)}")
     checkpoint.write_json(workdir / "summary.json", summary)
     others = ", ".join(f"{name} {value:.3f}" for name, value in packed.items())
     print(

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from llm_jax import weights
-from llm_jax.weights import Adapted
+from llm_jax.weights import Adapted, Decomposed, Dropped
 
 
 def normal(i: int, *shape: int) -> jax.Array:
@@ -94,3 +94,26 @@ def test_take_out_of_range_is_nan_and_not_clamped():
 def test_partition_splits_factors_with_their_side_of_the_base():
     spec = weights.partition(adapted(), P(None, "fsdp", "tensor"))
     assert (spec.base, spec.a, spec.b) == (P(None, "fsdp", "tensor"), P(None, "fsdp", None), P(None, None, "tensor"))
+
+
+def test_partition_of_what_is_around_an_adapted_weight():
+    spec = weights.partition(Decomposed(adapted(), normal(5, 8), normal(6, 8)), P(None, "fsdp", "tensor"))
+    assert (spec.weight.a, spec.magnitude, spec.squares) == (
+        P(None, "fsdp", None),
+        P(None, "tensor"),
+        P(None, "tensor"),
+    )
+    dropped = weights.partition(Dropped(normal(1, 6, 2), jax.random.key(0), 0.5), P("fsdp", None))
+    assert (dropped.weight, dropped.key, dropped.rate) == (P("fsdp", None), P(), 0.5)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_decomposed_weights_are_columns_of_their_own_length(transposed):
+    inner, magnitude = adapted(), jnp.abs(normal(5, 8)) + 0.5
+    w = Decomposed(inner, magnitude, jnp.sum(inner.base**2, 0))
+    dense = np.asarray(inner.base + 0.5 * inner.a @ inner.b, np.float64)
+    expected = dense / np.linalg.norm(dense, axis=0) * np.asarray(magnitude)
+    np.testing.assert_allclose(weights.dense(w), expected, rtol=1e-5, atol=1e-6)
+    x = normal(6, 3, 8 if transposed else 6)
+    np.testing.assert_allclose(weights.dot(x, w, transposed), x @ (expected.T if transposed else expected), atol=1e-5)
+    np.testing.assert_allclose(weights.take(w, jnp.array([0, 5])), expected[[0, 5]], rtol=1e-5, atol=1e-6)

@@ -132,7 +132,8 @@ def one(changes: dict[str, Any], seed: int, steps: int, width: int) -> dict[str,
     (params, _), _ = jax.jit(lambda carry: jax.lax.scan(step, carry, jnp.arange(steps)))(
         (params, optimizer.init(params))
     )
-    return jax.device_get(jax.jit(lambda params: compare(model, params, p, keys[3], "entmax" in str(changes)))(params))
+    found = jax.jit(lambda params: compare(model, params, p, keys[3], "entmax" in str(changes)))(params)
+    return {name: float(value) for name, value in found.items()}
 
 
 def compare(model: Transformer, params: Any, p: jax.Array, key: jax.Array, sparse: bool) -> dict[str, jax.Array]:

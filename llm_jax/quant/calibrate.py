@@ -19,7 +19,7 @@ from tqdm import tqdm
 from llm_jax import quantized, trees, weights
 from llm_jax.config import DataConfig, ModelConfig
 from llm_jax.data.corpus import Source
-from llm_jax.data.rows import Row, Rows, Shuffled
+from llm_jax.data.rows import ROWS, Row, Shuffled
 from llm_jax.errors import UserError
 from llm_jax.kernels import formats
 from llm_jax.model.attention import Tokens
@@ -67,14 +67,14 @@ def text(config: DataConfig, given: str, tokenizer: Tokenizer, length: int, coun
     source = Source(dataclasses.replace(config, source=given) if given else config, whole=bool(given))
     corpus = source.corpus(tokenizer)
     split = corpus.validation if given else corpus.train
-    there = (len(split.tokens) - 1) // length
-    if there < 1:
+    if len(split.tokens) <= length:
         raise UserError(
             f"{given or config.source} has {len(split.tokens)} tokens, fewer than one calibration sequence of "
             f"{length}; lower --seq_len or bring more text"
         )
-    shuffled = Shuffled(Rows(split, length), 0)
-    return [shuffled[i] for i in range(min(count, there))], corpus.sha256
+    rows = ROWS[config.kind](split, length)
+    shuffled = Shuffled(rows, 0)
+    return [shuffled[i] for i in range(min(count, rows.full))], corpus.sha256
 
 
 def run(

@@ -91,29 +91,47 @@ def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, after(config, steps - config.warmup_steps)], [config.warmup_steps])
 
 
-def make(config: OptimConfig, steps: int, params: Any, width_ratio: float = 1.0) -> optax.GradientTransformation:
+def make(
+    config: OptimConfig,
+    steps: int,
+    params: Any,
+    width_ratio: float = 1.0,
+    adapters: Any = None,
+    b_lr_ratio: float = 1.0,
+) -> optax.GradientTransformation:
     """Clipping, the optimizer, decoupled weight decay by rules, and the learning rate, in this order.
 
     Args:
-      params: the trained tree (or its abstract form); its names decide decay and rates.
+      params: the tree of the model's weights (or its abstract form); its names decide decay and rates.
       width_ratio: base width / width (`transformer.width_ratio`). It scales what the rule makes of the
         gradients and not the decay, which shrinks weights by the same share at every width.
+      adapters: the trained tree where that is not `params`: parts (a, b, ...) of adapters, which decay and
+        are rated as the weight that they adapt.
+      b_lr_ratio: what the rate of the parts b is multiplied by (LoRA+: Hayou et al. 2024, arXiv:2402.12354).
 
     Raises:
       UserError: an unknown kind, or a rule that matches nothing or names no number.
     """
+
+    def factors_of(rules: trees.Rules, source: str) -> dict[str, float]:
+        found = _factors(rules, params, source)
+        return found if adapters is None else {p: found[p.rsplit("/", 1)[0]] for p in trees.flatten(adapters)}
+
+    trained = params if adapters is None else adapters
     rule = choice("optim.kind", config.kind, OPTIMIZERS)
     parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     parts.append(rule.make(config))
-    if width_ratio != 1:
+    if width_ratio != 1 and adapters is None:
         powers = _map(lambda path, leaf: rule.hidden if _is_hidden(path, leaf) else rule.vectors, params)
         parts.append(_scaled(jax.tree.map(lambda power: width_ratio**power, powers)))
     if config.weight_decay:
-        factors = _factors(config.decay_rules, params, "optim.decay_rules")
+        factors = factors_of(config.decay_rules, "optim.decay_rules")
         parts.append(_decay({path: config.weight_decay * f for path, f in factors.items()}))
-    rates = _factors(config.lr_rules, params, "optim.lr_rules")
+    rates = factors_of(config.lr_rules, "optim.lr_rules")
+    if b_lr_ratio != 1:
+        rates = {path: rate * (b_lr_ratio if path.endswith("/b") else 1.0) for path, rate in rates.items()}
     if set(rates.values()) != {1.0}:
-        parts.append(_scaled(_map(lambda path, leaf: rates[path], params)))
+        parts.append(_scaled(_map(lambda path, leaf: rates[path], trained)))
     parts.append(optax.scale_by_learning_rate(schedule(config, steps)))
     return optax.chain(*parts)
 

@@ -22,3 +22,12 @@ def tensors(family: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.nda
 
 def ids(family: str) -> np.ndarray:
     return _draws(family).randint(3, 64, (2, LENGTH))
+
+
+def adapters(name: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """{name: float32 array} of an adapter of peft; lengths of columns are near 1."""
+    found = {}
+    for tensor, shape in sorted(shapes.items()):
+        values = _draws(name + tensor).standard_normal(shape).astype(np.float32) * np.float32(0.2)
+        found[tensor] = values + np.float32(tensor.endswith("magnitude_vector"))
+    return found

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from llm_jax.interop import gguf_model
+from llm_jax.model.transformer import Transformer
 from tests.interop import family_cases as cases
 from tests.interop.test_gguf import small
 from tests.interop.test_gguf import vocabulary as vocabulary
@@ -72,3 +73,29 @@ def test_transformers_reads_our_gguf_files_as_we_do(vocabulary, tmp_path, arch, 
         expected = theirs.eval()(input_ids=torch.tensor(ids)).logits.numpy()
     got = jax.jit(lambda p: model.apply({"params": p}, jnp.asarray(ids)))(again)
     np.testing.assert_allclose(got, expected, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "pissa"])
+def test_peft_loads_our_adapters_and_gives_our_logits(tiny, tmp_path, variant):
+    import peft as theirs
+    import torch
+    import transformers
+
+    from llm_jax import lora
+    from llm_jax.interop import hf, peft
+    from tests.lora.cases import config, made
+
+    model, params = small("llama", 64)
+    params = jax.tree.map(lambda w: 0.3 * w, params)
+    settings = config(tiny, variant=variant, rank_stabilized=variant == "lora", ranks=((".*/up", 5),))
+    adapters = made(params, settings)
+    hf.save(tmp_path / "base", "llama", model, params, {})
+    peft.save(tmp_path / "out", "llama", adapters, params, model.tie_head, rank_stabilized=settings.rank_stabilized)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
+    wrapped = theirs.PeftModel.from_pretrained(base, tmp_path / "out").eval()
+    ids = np.arange(3, 23)[None]
+    with torch.no_grad():
+        expected = wrapped(input_ids=torch.tensor(ids)).logits.numpy()
+    attached = lora.attach(lora.rebase(params, adapters), adapters)
+    got = jax.jit(lambda p: Transformer(model).apply({"params": p}, jnp.asarray(ids)))(attached)
+    np.testing.assert_allclose(got, expected, atol=2e-5, rtol=1e-5)

@@ -1,0 +1,191 @@
+"""LoRA on architectures that are not ours: a ConvNeXt V2 block and a small denoising diffusion model. L11.
+
+    PYTHONPATH=. python experiments/architectures/measure.py
+
+Both are plain Flax modules; `lora.materialize` adapts their kernels inside the jitted loss. A base is trained on one
+task, frozen, and adapted to another; three seeds. Writes results.json and the table in README.md beside this file.
+
+- `convnext`: classify which of four orientations a grating has; then the same gratings with black and white exchanged
+  in one half of the picture. A block as in Woo et al. 2023 (arXiv:2301.00808): depthwise 7 x 7, LayerNorm, 1 x 1,
+  GELU, global response normalization, 1 x 1.
+- `diffusion`: predict the noise (Ho et al. 2020, arXiv:2006.11239) of points on a ring; then of points on a line.
+
+The rule, fixed before the run: L11 holds for an architecture if, in every seed, the adapted model takes back at least
+half of the test loss between the frozen base and full fine-tuning on the new task, with at most a quarter of the
+parameters trained, and the base is the same bit for bit after; fails if in every seed it takes back less than a tenth;
+else undecided.
+"""
+
+import dataclasses
+import pathlib
+import runpy
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from llm_jax import checkpoint, cli, lora, trees
+from llm_jax import config as config_lib
+
+HERE = pathlib.Path(__file__).parent
+COMMAND = "PYTHONPATH=. python experiments/architectures/measure.py"
+BEGIN, END = "<!-- results: written by measure.py -->\n", "<!-- end of results -->"
+SEEDS, STEPS = 3, {"base": 400, "new": 200}
+CLASSES, SIZE, NOISES = 4, 12, 32
+
+
+class ConvNeXt(nn.Module):
+    """A stem, one ConvNeXt V2 block and a head: pictures (B, H, W, 1) -> logits (B, classes)."""
+
+    width: int = 32
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(self.width, (2, 2), strides=(2, 2), name="stem")(x)
+        y = nn.Conv(self.width, (7, 7), feature_group_count=self.width, name="depthwise")(x)
+        y = nn.gelu(nn.Dense(4 * self.width, name="expand")(nn.LayerNorm()(y)))
+        norm = jnp.sqrt(jnp.sum(y**2, (1, 2), keepdims=True) + 1e-6)  # global response normalization
+        scale, shift = (self.param(n, nn.initializers.zeros, (4 * self.width,)) for n in ("gamma", "beta"))
+        y = scale * (y * norm / (jnp.mean(norm, -1, keepdims=True) + 1e-6)) + shift + y
+        x = x + nn.Dense(self.width, name="reduce")(y)
+        return nn.Dense(CLASSES, name="head")(nn.LayerNorm()(x.mean((1, 2))))
+
+
+class Denoiser(nn.Module):
+    """Noisy points (B, 2) and times (B,) in 0 to 1 -> the noise (B, 2)."""
+
+    width: int = 96
+
+    @nn.compact
+    def __call__(self, x, time):
+        waves = time[:, None] * 2.0 ** jnp.arange(6)
+        x = jnp.concatenate([x, jnp.sin(waves), jnp.cos(waves)], -1)
+        for i in range(3):
+            x = nn.silu(nn.Dense(self.width, name=f"hidden_{i}")(x))
+        return nn.Dense(2, name="out")(x)
+
+
+def gratings(key, new):
+    """Pictures and the number of their orientation."""
+    a, b, c = jax.random.split(key, 3)
+    label = jax.random.randint(a, (64,), 0, CLASSES)
+    angle = jnp.pi * label / CLASSES
+    phase = 2 * jnp.pi * jax.random.uniform(b, (64,))
+    y, x = jnp.meshgrid(jnp.arange(SIZE), jnp.arange(SIZE), indexing="ij")
+    wave = jnp.cos(angle)[:, None, None] * x + jnp.sin(angle)[:, None, None] * y
+    picture = jnp.sin(1.2 * wave + phase[:, None, None])
+    if new:
+        picture = picture * jnp.where(jnp.arange(SIZE) < SIZE // 2, 1, -1)
+    return picture[..., None] + 0.8 * jax.random.normal(c, (64, SIZE, SIZE, 1)), label
+
+
+def classify(params, key, new):
+    picture, label = gratings(key, new)
+    logits = ConvNeXt().apply({"params": params}, picture)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, label).mean()
+
+
+def denoise(params, key, new):
+    a, b, c = jax.random.split(key, 3)
+    turn = jax.random.uniform(a, (256,))
+    ring = jnp.stack([jnp.cos(2 * jnp.pi * turn), jnp.sin(2 * jnp.pi * turn)], -1)
+    points = jnp.stack([3 * turn - 1.5, 0.5 - turn], -1) if new else ring
+    level = jax.random.randint(b, (256,), 1, NOISES) / NOISES
+    kept = jnp.cos(level * jnp.pi / 2)[:, None]  # the cosine schedule
+    noise = jax.random.normal(c, points.shape)
+    said = Denoiser().apply({"params": params}, kept * points + jnp.sqrt(1 - kept**2) * noise, level)
+    return jnp.mean((said - noise) ** 2)
+
+
+# name -> (loss, model, inputs to initialize it with, targets, rank)
+CASES = {
+    "convnext": (classify, ConvNeXt(), (jnp.zeros((1, SIZE, SIZE, 1)),), r"(depthwise|expand|reduce)/kernel", 4),
+    "diffusion": (denoise, Denoiser(), (jnp.zeros((1, 2)), jnp.zeros(1)), r"hidden_\d/kernel", 8),
+}
+
+
+def main() -> None:
+    whole = config_lib.build(runpy.run_path(str(HERE.parents[1] / "configs" / "default.py"))["get_config"]())
+    found = {name: [run(name, whole.lora, seed) for seed in range(SEEDS)] for name in CASES}
+    results = [entry(name, runs) for name, runs in found.items()]
+    checkpoint.write_json(HERE / "results.json", results)
+    readme = HERE / "README.md"
+    before, rest = readme.read_text().split(BEGIN)
+    readme.write_text(before + BEGIN + "\n".join(table(found, results)) + "\n" + END + rest.split(END)[1])
+    print("\n".join(f"{r['claim']}: {r['verdict']}" for r in results))
+
+
+def run(name: str, settings: config_lib.LoraConfig, seed: int) -> dict[str, float]:
+    """Test losses on the new task of the frozen base, the adapted and the fully fine-tuned model."""
+    loss, model, inputs, targets, rank = CASES[name]
+    settings = dataclasses.replace(settings, rank=rank, alpha=2.0 * rank, targets=(targets,))
+    key = jax.random.key(seed)
+    start = model.init(key, *inputs)["params"]
+    base = train(lambda p, k: loss(p, k, False), start, jax.random.fold_in(key, 1), STEPS["base"])
+    before = trees.fingerprint(base)
+    trained, fixed = lora.split(lora.init(jax.random.fold_in(key, 2), base, settings), settings.variant)
+
+    def bind(trained):
+        return lora.materialize(base, lora.join(trained, fixed))
+
+    new = lambda p, k: loss(p, k, True)  # noqa: E731
+    again = jax.random.fold_in(key, 3)
+    adapted = train(lambda t, k: new(bind(t), k), trained, again, STEPS["new"])
+    full = train(new, base, again, STEPS["new"])
+    size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
+    test = jax.jit(lambda p: jnp.mean(jax.vmap(lambda k: new(p, k))(jax.random.split(jax.random.key(99), 32))))
+    losses = {"frozen": float(test(base)), "adapted": float(test(bind(adapted))), "full": float(test(full))}
+    gained = (losses["frozen"] - losses["adapted"]) / (losses["frozen"] - losses["full"])
+    return losses | {
+        "taken back": gained,
+        "trained share": size(trained) / size(base),
+        "base unchanged": float(trees.fingerprint(base) == before),
+    }
+
+
+def train(loss, params, key, steps: int):
+    """`steps` of Adam."""
+    optimizer = optax.adam(3e-3)
+
+    def step(carry, i):
+        params, state = carry
+        gradient = jax.grad(loss)(params, jax.random.fold_in(key, i))
+        updates, state = optimizer.update(gradient, state)
+        return (optax.apply_updates(params, updates), state), None
+
+    whole = jax.jit(lambda p: jax.lax.scan(step, (p, optimizer.init(p)), jnp.arange(steps))[0][0])
+    return whole(params)
+
+
+def entry(name: str, runs: list[dict[str, float]]) -> dict:
+    """The verdict by the rule above."""
+    gained = [r["taken back"] for r in runs]
+    cheap = all(r["trained share"] <= 0.25 and r["base unchanged"] for r in runs)
+    verdict = "holds" if cheap and min(gained) >= 0.5 else "fails" if max(gained) < 0.1 else "undecided"
+    return {
+        "claim": f"L11, {name} (share of the loss between frozen and full that adapters take back)",
+        "value": float(np.mean(gained)),
+        "spread": [min(gained), max(gained)],
+        "seeds": SEEDS,
+        "verdict": verdict,
+        "command": COMMAND,
+    }
+
+
+def table(found, results) -> list[str]:
+    """Markdown."""
+    heads = list(next(iter(found.values()))[0])
+    lines = ["", "Test loss on the new task, mean (least to most) of the seeds:", ""]
+    lines += ["| model | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    for name, runs in found.items():
+        cells = [[r[h] for r in runs] for h in heads]
+        said = [f"{np.mean(c):.3f} ({min(c):.3f} to {max(c):.3f})" for c in cells]
+        lines.append(f"| {name} | " + " | ".join(said) + " |")
+    lines += ["", "| claim | verdict |", "|---|---|"]
+    return [*lines, *(f"| {r['claim']} | **{r['verdict']}** |" for r in results), ""]
+
+
+if __name__ == "__main__":
+    cli.run(main)

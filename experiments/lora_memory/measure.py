@@ -1,0 +1,128 @@
+"""What a training step takes, and what merging costs: L4, L6, L7.
+
+    PYTHONPATH=. python experiments/lora_memory/measure.py
+
+Memory is that of compiled steps (`llm_jax.plan --memory`), from shapes alone: the SmolLM2-135M geometry, 4 x 256
+tokens, float32, scanned layers. Merging is run on a small model of random weights. Writes results.json and the tables
+in README.md beside this file. The rules, fixed before the run:
+
+L4  holds if merged and attached logits differ by less than 8 roundings of the dtype in root mean square, relative to
+    the logits, in float32 and bfloat16, and the merged forward pass takes no longer than the plain one (the ratio of
+    the medians of alternating runs at most 1.05).
+L6  "full updating needs about 3x the memory of the forward pass": holds if peak(full) / peak(forward) lies from 2.5
+    to 3.5, without rematerialization; the ratio with it, and of the adapters, is given beside it.
+L7  "LoRA's weakness: large input activations are stored": holds if LoRA-FA, which keeps x a alone, has at most 80 %
+    of LoRA's temporaries without rematerialization; fails if it has 95 % or more; else undecided.
+"""
+
+import dataclasses
+import pathlib
+import runpy
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llm_jax import checkpoint, cli, lora
+from llm_jax import config as config_lib
+from llm_jax.model.transformer import Transformer
+from llm_jax.training import memory
+
+HERE = pathlib.Path(__file__).parent
+ROOT = HERE.parents[1]
+COMMAND = "PYTHONPATH=. python experiments/lora_memory/measure.py"
+BEGIN, END = "<!-- results: written by measure.py -->\n", "<!-- end of results -->"
+
+
+def main() -> None:
+    config = config_lib.build(runpy.run_path(str(ROOT / "configs" / "sentiment_lora.py"))["get_config"]())
+    taken = steps(config)
+    merged = {dtype: merging(config, dtype) for dtype in ("float32", "bfloat16")}
+    results = judge(taken, merged)
+    checkpoint.write_json(HERE / "results.json", results)
+    readme = HERE / "README.md"
+    before, rest = readme.read_text().split(BEGIN)
+    readme.write_text(before + BEGIN + "\n".join(tables(taken, merged, results)) + "\n" + END + rest.split(END)[1])
+    print("\n".join(f"{r['claim']}: {r['verdict']}" for r in results))
+
+
+def steps(config: config_lib.Config) -> dict[str, memory.Memory]:
+    """{"kind, remat": its memory}"""
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, loss_chunk=0))
+    found = {}
+    for name, kind in memory.STEPS.items():
+        for remat in ("none",) if kind == "forward" else ("none", "full"):
+            found[f"{name}, remat {remat}"] = memory.compiled(memory.variant(config, name, remat), kind)
+            print(f"{name}, remat {remat}: {found[f'{name}, remat {remat}'].peak / 2**20:,.0f} MiB", flush=True)
+    return found
+
+
+def merging(config: config_lib.Config, dtype: str) -> dict[str, float]:
+    """Differences of logits, and times of a forward pass relative to the plain base."""
+    shape = {"width": 192, "num_layers": 4, "num_heads": 3, "num_kv_heads": 3, "mlp_width": 512, "vocab_size": 1024}
+    precision = dataclasses.replace(config.model.precision, params=dtype, compute=dtype)
+    model = Transformer(dataclasses.replace(config.model, precision=precision, **shape))
+    ids = jax.random.randint(jax.random.key(0), (4, 128), 0, 1024)
+    base = jax.jit(model.init)(jax.random.key(1), ids[:1, :1])["params"]
+    trained, fixed = lora.split(lora.init(jax.random.key(2), base, config.lora), "lora")
+    trained = jax.tree.map(lambda x: x + 0.02 * jax.random.normal(jax.random.key(x.size), x.shape), trained)
+    adapters = lora.join(trained, fixed)
+    forms = {"plain": base, "attached": lora.attach(base, adapters), "merged": lora.merge(base, adapters)}
+    logits = jax.jit(lambda params: model.apply({"params": params}, ids))
+    made = {name: np.asarray(logits(params), np.float64) for name, params in forms.items()}
+    times: dict[str, list[float]] = {name: [] for name in forms}
+    for _ in range(20):
+        for name, params in forms.items():
+            start = time.perf_counter()
+            logits(params).block_until_ready()
+            times[name].append(time.perf_counter() - start)
+    plain = float(np.median(times["plain"]))
+    size = lambda x: float(np.sqrt(np.mean(x**2)))  # noqa: E731
+    return {
+        "roundings": size(made["merged"] - made["attached"]) / size(made["attached"]) / float(jnp.finfo(dtype).eps),
+        "moved": size(made["attached"] - made["plain"]) / size(made["plain"]),
+        "attached time": float(np.median(times["attached"])) / plain,
+        "merged time": float(np.median(times["merged"])) / plain,
+    }
+
+
+def judge(taken: dict[str, memory.Memory], merged: dict[str, dict[str, float]]) -> list[dict]:
+    """The verdicts by the rules above."""
+    forward = taken["forward, remat none"].peak
+    ratios = {name: m.peak / forward for name, m in taken.items()}
+    full = ratios["full, remat none"]
+    share = taken["fa, remat none"].temporaries / taken["lora, remat none"].temporaries
+    close = all(m["roundings"] < 8 for m in merged.values())
+    quick = all(m["merged time"] <= 1.05 for m in merged.values())
+    l4 = "holds" if close and quick else "fails" if not close else "holds for the outputs; its cost is undecided here"
+    l7 = "holds" if share <= 0.8 else "fails" if share >= 0.95 else "undecided"
+
+    def entry(claim, value, verdict):
+        return {"claim": claim, "value": value, "spread": None, "seeds": 1, "verdict": verdict, "command": COMMAND}
+
+    return [
+        entry("L4 (merged against attached: roundings of the dtype, times over the plain base)", merged, l4),
+        entry("L6 (peak memory over that of the forward pass)", ratios, "holds" if 2.5 <= full <= 3.5 else "fails"),
+        entry("L7 (temporaries of LoRA-FA over those of LoRA)", share, l7),
+    ]
+
+
+def tables(taken, merged, results) -> list[str]:
+    """Markdown."""
+    forward = taken["forward, remat none"].peak
+    lines = ["", "MiB, SmolLM2-135M, 4 x 256 tokens, float32, rank 8 on all linear layers:", ""]
+    lines += ["| step | arguments | of these the optimizer | temporaries | outputs | peak | over forward |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    for name, m in taken.items():
+        cells = [f"{b / 2**20:,.0f}" for b in (m.arguments, m.optimizer, m.temporaries, m.outputs, m.peak)]
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {m.peak / forward:.2f} |")
+    heads = next(iter(merged.values()))
+    lines += ["", "| dtype | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    lines += [f"| {d} | " + " | ".join(f"{v:.2f}" for v in m.values()) + " |" for d, m in merged.items()]
+    lines += ["", "| claim | verdict |", "|---|---|"]
+    return [*lines, *(f"| {r['claim']} | **{r['verdict']}** |" for r in results), ""]
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,178 @@
+"""The table and the verdicts of the sentiment experiment. The rules below were fixed before the run.
+
+Accuracies are those on the test sentences, in points of 100. Of what is trained, the mean over the seeds with
+its 95 % t-interval, and differences are paired by seed; of what is not, the 95 % interval of Wilson.
+
+L1   holds if LoRA r=8 trains at most 2 % of the parameters and the interval of its difference to full
+     fine-tuning lies above -MARGIN; fails if it lies below -MARGIN; else undecided.
+L5   holds if the interval of PiSSA's difference to LoRA, both of rank 8, lies above 0; fails if below; else
+     undecided.
+L8   (low-rank factors in 8 bits, trained straight-through) and L9 (NF4 base with double quantization): hold if
+     the interval of the difference to LoRA r=8 lies above -MARGIN; fail if it lies below; else undecided. Of L8:
+     the trained masters stay float32, so that training takes no fewer bytes for them. Of L9: the base is of
+     Q4_1 numbers already, so that this is no measure of what NF4 costs full-precision weights.
+L10  holds if the interval of LoRA r=8 lies above that of zero-shot and of few-shot prompting.
+L12  holds if a product that has the shape of the weight is a b with a (in, r) and b (r, out), which is the
+     text's "A is d x r, B is r x d" with ΔW = A B; its "ΔW = B A" would be r x r. Read off the trained arrays.
+
+With fewer than three seeds every verdict on what is trained is "untested here".
+"""
+
+import json
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from llm_jax import checkpoint, trees
+
+MARGIN = 1.0  # points
+COMMAND = "PYTHONPATH=. python experiments/sentiment/sweep.py"
+BEGIN, END = "<!-- results: written by sweep.py -->\n", "<!-- end of results -->"
+
+
+def slug(name: str) -> str:
+    """A file's name."""
+    return re.sub(r"[^a-z0-9+]+", "-", name.lower()).strip("-")
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean, and the ends of its 95 % t-interval (undefined for one value)."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, float("nan"), float("nan")
+    half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
+    return mean, mean - half, mean + half
+
+
+def write(here: pathlib.Path, root: pathlib.Path, size: str, seeds: int, prompted, trained) -> str:
+    """Writes results.json and the table in README.md; returns the verdicts as text."""
+    asked = {kind: json.loads((root / f"{kind}.json").read_text()) for kind in prompted}
+    runs = {
+        name: [json.loads((root / f"{slug(name)}-{seed}" / "summary.json").read_text()) for seed in range(seeds)]
+        for name in trained
+    }
+    other = {name: [root / f"{slug(name)}-{seed}" / "amazon.json" for seed in range(seeds)] for name in trained}
+    abroad = {name: [json.loads(p.read_text()) for p in paths if p.exists()] for name, paths in other.items()}
+    shapes = factor_shapes(root / f"{slug('LoRA r=8')}-0")
+    results = judge(asked, runs, shapes, seeds, size)
+    checkpoint.write_json(here / "results.json", results)
+    readme = here / "README.md"
+    before, rest = readme.read_text().split(BEGIN)
+    said = "\n".join(table(asked, runs, abroad, results, size, seeds))
+    readme.write_text(before + BEGIN + said + "\n" + END + rest.split(END)[1])
+    return "\n".join(f"{r['claim']}: {r['verdict']}" for r in results)
+
+
+def factor_shapes(run: pathlib.Path) -> dict[str, Any]:
+    """Shapes of one weight's a and b in a checkpoint, one layer's."""
+    directory = checkpoint.find(run)
+    record = checkpoint.verify(directory)["params"]
+    path = next(p.rsplit("/", 1)[0] for p in record if "/mlp/up/" in p)
+    lead = trees.layers_of(path) is not None
+    return {part: record[f"{path}/{part}"]["shape"][lead:] for part in ("a", "b")}
+
+
+def judge(asked, runs, shapes, seeds: int, size: str) -> list[dict[str, Any]]:
+    """The verdicts by the rules above."""
+    points = {name: [100 * r["test_accuracy"] for r in found] for name, found in runs.items()}
+    enough = seeds >= 3 and size == "cpu"
+
+    def difference(a: str, b: str) -> tuple[float, float, float]:
+        return interval([x - y for x, y in zip(points[a], points[b], strict=True)])
+
+    def entry(claim: str, value: Any, spread: Any, verdict: str) -> dict[str, Any]:
+        command = f"{COMMAND} --size={size} --seeds={seeds}"
+        return {
+            "claim": claim,
+            "value": value,
+            "spread": spread,
+            "seeds": seeds,
+            "verdict": verdict,
+            "command": command,
+        }
+
+    def decided(verdict: str) -> str:
+        return verdict if enough else f"untested here (wants {COMMAND}, three seeds)"
+
+    share = 100 * runs["LoRA r=8"][0]["trained_parameters"] / runs["LoRA r=8"][0]["parameters"]
+    mean, low, high = difference("LoRA r=8", "full")
+    l1 = "holds" if share <= 2 and low > -MARGIN else "fails" if high < -MARGIN else "undecided"
+    pissa = difference("PiSSA r=8", "LoRA r=8")
+    l5 = "holds" if pissa[1] > 0 else "fails" if pissa[2] < 0 else "undecided"
+    kept = {
+        claim: difference(name, "LoRA r=8")
+        for claim, name in (
+            ("L8", "LoRA r=8, factors in int8"),
+            ("L9", "QLoRA r=8, NF4 base"),
+            ("both", "QLoRA r=8, both"),
+        )
+    }
+    near = {c: "holds" if d[1] > -MARGIN else "fails" if d[2] < -MARGIN else "undecided" for c, d in kept.items()}
+    best = interval(points["LoRA r=8"])
+    ceiling = max(100 * asked[kind]["high"] for kind in ("zero-shot", "few-shot"))
+    l10 = "holds" if best[1] > ceiling else "fails" if best[2] < ceiling else "undecided"
+    (i, r), (r2, o) = shapes["a"], shapes["b"]
+    return [
+        entry(
+            "L1 (accuracy of LoRA r=8 minus full fine-tuning, points; share trained, %)",
+            {"difference": mean, "share": share},
+            [low, high],
+            decided(l1),
+        ),
+        entry("L5 (accuracy of PiSSA minus LoRA, r=8, points)", pissa[0], list(pissa[1:]), decided(l5)),
+        entry(
+            "L8 (accuracy with factors in int8 minus LoRA, r=8, points)",
+            kept["L8"][0],
+            list(kept["L8"][1:]),
+            decided(near["L8"]),
+        ),
+        entry(
+            "L9 (accuracy over an NF4 base minus LoRA, r=8, points; both quantized beside it)",
+            {"NF4 base": kept["L9"][0], "both": kept["both"][0]},
+            {"NF4 base": list(kept["L9"][1:]), "both": list(kept["both"][1:])},
+            decided(near["L9"]),
+        ),
+        entry(
+            "L10 (accuracy of LoRA r=8 against prompting, %)",
+            {"LoRA r=8": best[0]} | {k: 100 * v["accuracy"] for k, v in asked.items()},
+            {"LoRA r=8": list(best[1:])} | {k: [100 * v["low"], 100 * v["high"]] for k, v in asked.items()},
+            decided(l10),
+        ),
+        entry(
+            "L12 (A is d x r, B is r x d and dW = B A)",
+            {"a": shapes["a"], "b": shapes["b"], "a b": [i, o], "b a": f"needs {o} = {i}; {r2} x {r}"},
+            None,
+            "fails as written: of these shapes A B is the update, B A at best r x r",
+        ),
+    ]
+
+
+def table(asked, runs, abroad, results, size: str, seeds: int) -> list[str]:
+    """Markdown."""
+
+    def percent(mean: float, low: float, high: float) -> str:
+        return f"{mean:.1f}" if np.isnan(low) else f"{mean:.1f} ({low:.1f} to {high:.1f})"
+
+    lines = ["", f"Size `{size}`, {seeds} seed{'s' * (seeds > 1)}:", ""]
+    heads = ("kind", "accuracy, %", "product reviews, %", "trained", "adapter, MiB", "tokens/s", "peak memory, GiB")
+    lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for kind, found in asked.items():
+        said = percent(*(100 * found[k] for k in ("accuracy", "low", "high")))
+        lines.append(f"| {kind} | {said} | | {found.get('trained_parameters', 0):,} | | | |")
+    for name, found in runs.items():
+        accuracy = percent(*interval([100 * r["test_accuracy"] for r in found]))
+        far = percent(*interval([100 * r["accuracy"] for r in abroad[name]])) if abroad[name] else ""
+        first = found[0]
+        peak = first["peak_host_bytes"] / 2**30
+        rate = np.median([r["tokens_per_second"] for r in found])
+        lines.append(
+            f"| {name} | {accuracy} | {far} | {first['trained_parameters']:,} | "
+            f"{4 * first['trained_parameters'] / 2**20:.2f} | {rate:.0f} | {peak:.2f} |"
+        )
+    lines += ["", "| claim | verdict |", "|---|---|"]
+    lines += [f"| {r['claim']} | **{r['verdict']}** |" for r in results]
+    return [*lines, ""]

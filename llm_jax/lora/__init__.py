@@ -1,0 +1,33 @@
+"""Low-rank adapters over frozen weights: pure functions on trees.
+
+    adapters = lora.init(key, base, config.lora)       a tree of its own, keyed by the weights it adapts
+    trained, fixed = lora.split(adapters, variant)     what the gradient and the optimizer see, and the rest
+    params = lora.attach(base, adapters)               what the model sees; no copies, no products
+    params = lora.materialize(base, adapters)          dense arrays, for any Flax model and for merging
+    base = lora.unmerge(params, adapters)
+    several = lora.combine(one, other); lora.mix(several, mixture)
+
+At every adapted path the adapter tree has `a` (I, R), `b` (R, O) and `scale` (), each with the leading
+layer axis of the weight: the update is scale * a b. Variants add entries; see `adapt`.
+"""
+
+from llm_jax.lora.adapt import attach, init, join, ranks, rebase, split
+from llm_jax.lora.merge import materialize, merge, requantize, rounded, unmerge
+from llm_jax.lora.several import combine, mix, plain
+
+__all__ = [
+    "attach",
+    "combine",
+    "init",
+    "join",
+    "materialize",
+    "merge",
+    "mix",
+    "plain",
+    "ranks",
+    "rebase",
+    "requantize",
+    "rounded",
+    "split",
+    "unmerge",
+]

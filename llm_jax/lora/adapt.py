@@ -1,0 +1,300 @@
+"""Adapters made, taken apart and put on: `init`, `split` and `join`, `rebase`, `attach`.
+
+Variants, and what each has at an adapted path besides `a`, `b` and `scale`:
+
+    lora    a Gaussian, b zero: step 0 equals the base bit for bit (Hu et al. 2021, arXiv:2106.09685)
+    fa      the same with a frozen: of the inputs x only x a is kept for the gradient (LoRA-FA: Zhang et
+            al. 2023, arXiv:2308.03303)
+    dora    magnitude (O,), trained, and squares (O,): see `weights.Decomposed`
+    pissa   a b starts as the leading singular vectors of the weight, which are taken out of the base
+            (Meng et al. 2024, arXiv:2404.02948): start_a and start_b, which `rebase` subtracts
+    loftq   a b starts as the leading singular vectors of what quantization lost of the weight (Li et al.
+            2023, arXiv:2310.08659, algorithm 1 with one iteration, which leaves the quantized base as it is)
+
+Ranks may differ by layer: in a scan all factors have the largest rank, the columns of `a` and rows of `b`
+past a layer's own are zero, and so are their gradients.
+"""
+
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llm_jax import trees, weights
+from llm_jax.config import LoraConfig
+from llm_jax.errors import UserError
+from llm_jax.kernels import formats
+from llm_jax.quantized import IN, FakeQuant
+from llm_jax.weights import Adapted, Decomposed, Dropped
+
+# Letters of shapes: L layers (where stacked), I in, O out, R rank.
+
+_ATTENTION = r"layers/\d+/attention/(query|key|value|out)"
+_EMBEDDINGS = r"embed/table"
+PRESETS = {
+    "attention": _ATTENTION,
+    "linear": rf"{_ATTENTION}|layers/\d+/mlp/(gate|up|down)",
+    "embeddings": _EMBEDDINGS,
+}
+TRAINED = {
+    "lora": ("a", "b"),
+    "fa": ("b",),
+    "dora": ("a", "b", "magnitude"),
+    "pissa": ("a", "b"),
+    "loftq": ("a", "b"),
+}
+
+
+def ranks(base: trees.Tree, config: LoraConfig) -> dict[str, dict[str, int]]:
+    """{path: {per-layer name: rank}} of the weights that are adapted; 0 where only other layers' are.
+
+    Raises:
+      UserError: a target or rank rule that matches nothing, targets that overlap, a target that is no
+        matrix, or a rank of 0 or above the matrix.
+    """
+    if not config.targets:
+        raise UserError("lora.targets is empty; expected presets (attention, linear, embeddings) or patterns")
+    rules = [(target, _compile(PRESETS.get(target, target), "lora.targets")) for target in config.targets]
+    by_rank = [(pattern, _compile(pattern, "lora.ranks"), rank) for pattern, rank in config.ranks]
+    used: set[str] = set()
+    found: dict[str, dict[str, int]] = {}
+    for path, weight in trees.flatten(base).items():
+        own = {}
+        for name in trees.expand(path):
+            hits = [target for target, rule in rules if rule.fullmatch(name)]
+            if len(hits) > 1:
+                raise UserError(f"lora.targets: '{hits[0]}' and '{hits[1]}' overlap; both match '{name}'")
+            used.update(hits)
+            shape = weight.shape[trees.layers_of(path) is not None :]
+            own[name] = _rank(name, shape, hits[0], by_rank, config.rank, used) if hits else 0
+        found[path] = own
+    for source, patterns in (("lora.targets", config.targets), ("lora.ranks", [p for p, _ in config.ranks])):
+        if unused := [pattern for pattern in patterns if pattern not in used]:
+            raise UserError(f"{source}: '{unused[0]}' matches no {'weight' if 'targets' in source else 'target'}")
+    # All layers or none, so that any layout can be made of any other.
+    adapted = {_template(name) for own in found.values() for name, rank in own.items() if rank}
+    return {path: own for path, own in found.items() if any(_template(name) in adapted for name in own)}
+
+
+def _rank(name: str, shape: tuple[int, ...], target: str, rules: Any, default: int, used: set[str]) -> int:
+    if len(shape) < 2:
+        raise UserError(f"lora.targets: '{target}' matches '{name}' of shape {shape}; only matrices are adapted")
+    hits = [(pattern, rank) for pattern, rule, rank in rules if rule.fullmatch(name)]
+    used.update(pattern for pattern, _ in hits[:1])
+    key, rank = (f"lora.ranks: '{hits[0][0]}'", hits[0][1]) if hits else ("lora.rank", default)
+    rows, columns = _matrix(shape)
+    if type(rank) is not int or not 1 <= rank <= min(rows, columns):
+        raise UserError(f"{key} is {rank!r} for '{name}' of shape {shape}; expected 1 to {min(rows, columns)}")
+    return rank
+
+
+def _matrix(shape: Sequence[int]) -> tuple[int, int]:
+    """(I, O) of a kernel of any rank: the last axis is what comes out, the others what goes in."""
+    return int(np.prod(shape[:-1])), shape[-1]
+
+
+def _compile(pattern: str, source: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"{source}: '{pattern}' is no regular expression ({error})") from error
+
+
+def init(key: jax.Array, base: trees.Tree, config: LoraConfig, original: trees.Tree | None = None) -> dict[str, Any]:
+    """The adapter tree at its start, in float32 (or the base's dtype where that is wider). Works under `jax.jit`.
+
+    A layer's start depends on the key and its name only, not on how layers are stacked.
+
+    Args:
+      base: the weights that will be frozen, in any layout and of any kind.
+      original: for "loftq", the weights that `base` was quantized from.
+
+    Raises:
+      UserError: see `ranks`; or "loftq" without `original`.
+    """
+    if config.variant == "loftq" and original is None:
+        raise UserError("lora.variant=loftq starts from what quantization lost; set quant.scheme")
+    flat, originals = trees.flatten(base), trees.flatten(base if original is None else original)
+    found = ranks(base, config)
+    some = [name for own in found.values() for name, rank in own.items() if not rank]
+    if config.variant == "dora" and some:  # its magnitude would be trained all the same
+        raise UserError(
+            f"lora.targets: '{some[0]}' is left out; lora.variant=dora adapts a weight in all layers or none"
+        )
+    if config.factors:
+        _check_factors(config.factors, flat, found)
+    widest: dict[str, int] = {}
+    for own in found.values():
+        for name, rank in own.items():
+            widest[_template(name)] = max(rank, widest.get(_template(name), 0))
+    adapters: dict[str, Any] = {}
+    for path, own in found.items():
+        starts = []
+        for i, (name, rank) in enumerate(own.items()):
+            here, whole = (w if trees.layers_of(path) is None else _layer(w, i) for w in (flat[path], originals[path]))
+            starts.append(_start(_key(key, name), name, here, whole, rank, widest[_template(name)], config))
+        parts = starts[0] if trees.layers_of(path) is None else jax.tree.map(lambda *x: jnp.stack(x), *starts)
+        adapters |= {f"{path}/{part}": leaf for part, leaf in parts.items()}
+    return trees.unflatten(adapters)
+
+
+def _check_factors(name: str, flat: Mapping[str, Any], found: Mapping[str, Mapping[str, int]]) -> None:
+    s = formats.scheme(name)
+    if s.activations:
+        raise UserError(f"lora.factors={name}: it quantizes activations too; expected a scheme of weights")
+    for path, own in found.items():
+        rows, _ = _matrix(flat[path].shape[trees.layers_of(path) is not None :])
+        for size in (rows, max(own.values())):
+            if reason := formats.misfit(s, size):
+                raise UserError(f"lora.factors={name} for the adapter of '{path}': {reason}")
+
+
+def _layer(weight: Any, index: int) -> Any:
+    return jax.tree.map(lambda leaf: leaf[index], weight)
+
+
+def _template(name: str) -> str:
+    return re.sub(r"(^|/)layers/\d+/", r"\1layers/*/", name)
+
+
+def _key(key: jax.Array, name: str) -> jax.Array:
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+def _start(key: Any, name: str, base: Any, original: Any, rank: int, width: int, config: LoraConfig) -> dict[str, Any]:
+    """The entries of one layer's weight."""
+    rows, columns = _matrix(base.shape)
+    dtype = jnp.promote_types(jnp.float32, _dtype(base))
+    own = jnp.arange(width) < rank
+    scale = config.alpha / max(rank, 1) ** (0.5 if config.rank_stabilized else 1.0)
+    parts = {"scale": jnp.asarray(scale, dtype)}
+    if config.variant in ("pissa", "loftq"):
+        whole = weights.dense(original).reshape(rows, columns).astype(dtype)
+        if config.variant == "loftq":
+            whole -= weights.dense(base).reshape(rows, columns).astype(dtype)
+        a, b = _leading(whole / scale, width)
+        parts |= {"a": a * own, "b": b * own[:, None]}
+        if config.variant == "pissa":
+            parts |= {"start_a": parts["a"], "start_b": parts["b"]}
+        return parts
+    # x a is then about as large as x; of a one-hot input, a row of a table, one entry is not zero.
+    entries = 1 if re.fullmatch(_EMBEDDINGS, name) else rows
+    a = jax.random.normal(key, (rows, width), dtype) * (own / entries**0.5).astype(dtype)
+    parts |= {"a": a, "b": jnp.zeros((width, columns), dtype)}
+    if config.variant == "dora":
+        squares = jnp.sum(weights.dense(base).reshape(rows, columns).astype(dtype) ** 2, 0)
+        parts |= {"squares": squares, "magnitude": jnp.sqrt(squares)}
+    return parts
+
+
+def _leading(matrix: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
+    """a (I, R), b (R, O): U sqrt(S), sqrt(S) V of the largest singular values."""
+    u, s, v = jnp.linalg.svd(matrix, full_matrices=False)
+    root = jnp.sqrt(s[:rank])
+    return u[:, :rank] * root, root[:, None] * v[:rank]
+
+
+def _dtype(weight: Any) -> Any:
+    return jax.eval_shape(weights.dense, weight).dtype
+
+
+def split(adapters: trees.Tree, variant: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(what is trained, the rest) of an adapter tree; `join` is the inverse."""
+    trained: dict[str, Any] = {}
+    fixed: dict[str, Any] = {}
+    for path, leaf in trees.flatten(adapters).items():
+        (trained if path.rsplit("/", 1)[1] in TRAINED[variant] else fixed)[path] = leaf
+    return trees.unflatten(trained), trees.unflatten(fixed)
+
+
+def join(trained: trees.Tree, fixed: trees.Tree) -> dict[str, Any]:
+    """The adapter tree out of its two parts."""
+    return trees.unflatten(trees.flatten(trained) | trees.flatten(fixed))
+
+
+def by_path(adapters: trees.Tree) -> dict[str, dict[str, Any]]:
+    """{path of the adapted weight: its entries}."""
+    found: dict[str, dict[str, Any]] = {}
+    for path, leaf in trees.flatten(adapters).items():
+        weight, part = path.rsplit("/", 1)
+        found.setdefault(weight, {})[part] = leaf
+    return found
+
+
+def check(base: trees.Tree, adapters: trees.Tree, source: str) -> None:
+    """Raises UserError, which begins with `source`, unless the adapters are for weights of these names and shapes."""
+    flat = trees.flatten(base)
+    for path, parts in by_path(adapters).items():
+        if path not in flat:
+            raise UserError(f"{source}: adapts '{path}', which the base lacks; it is for another model")
+        if not {"a", "b", "scale"} <= parts.keys():
+            raise UserError(f"{source}: '{path}' needs a, b and scale; it has {', '.join(sorted(parts))}")
+        stacked = trees.layers_of(path) is not None
+        lead, (rows, columns) = flat[path].shape[:stacked], _matrix(flat[path].shape[stacked:])
+        a, b = parts["a"].shape, parts["b"].shape
+        if a != (*lead, rows, a[-1]) or b != (*lead, a[-1], columns):
+            raise UserError(
+                f"{source}: a {a} and b {b} do not fit '{path}' of shape {flat[path].shape}; it is for another model"
+            )
+
+
+def rebase(base: trees.Tree, adapters: trees.Tree) -> dict[str, Any]:
+    """The base without what its adapters started from (PiSSA); any other base as it is. Before it is quantized."""
+    flat = trees.flatten(base)
+    for path, parts in by_path(adapters).items():
+        if "start_a" in parts:
+            taken = jnp.matmul(parts["start_a"] * _per_layer(parts["scale"], 2), parts["start_b"])
+            flat[path] = (flat[path] - taken.reshape(flat[path].shape)).astype(flat[path].dtype)
+    return trees.unflatten(flat)
+
+
+def _per_layer(scale: jax.Array, rank: int) -> jax.Array:
+    """A scale () or (L,) against arrays of `rank` axes after the leading one."""
+    return scale.reshape(*scale.shape, *(1,) * rank)
+
+
+def attach(
+    base: trees.Tree,
+    adapters: trees.Tree,
+    *,
+    factors: str = "",
+    dropout: float = 0.0,
+    key: jax.Array | None = None,
+) -> dict[str, Any]:
+    """The parameters that the model sees: `base`, with a node of `weights` wherever there is an adapter.
+
+    Args:
+      base: weights of any kind, those of `rebase`.
+      factors: the scheme that a and b are rounded to in every use (straight-through); "": none.
+      dropout: of the inputs of the low-rank path, drawn by `key`.
+
+    Raises:
+      UserError: the adapters are for another model.
+    """
+    check(base, adapters, "adapters")
+    flat = trees.flatten(base)
+    for path, parts in by_path(adapters).items():
+        stacked = trees.layers_of(path)
+        if len(flat[path].shape) - (stacked is not None) != 2:
+            raise UserError(f"'{path}' of shape {flat[path].shape} is no matrix; use lora.materialize")
+        keys = None
+        if dropout and key is not None:
+            own = _key(key, path)
+            keys = own if stacked is None else jax.random.split(own, len(stacked))
+        flat[path] = node(flat[path], parts, factors, dropout, keys)
+    return trees.unflatten(flat)
+
+
+def node(base: Any, parts: Mapping[str, Any], factors: str, dropout: float = 0.0, key: Any = None) -> Any:
+    """The weight (I, O) that a base and its adapter's entries make."""
+    a, b = parts["a"], parts["b"]
+    if factors:
+        a, b = (FakeQuant(factor, None, None, None, factors, IN) for factor in (a, b))
+    if key is not None:
+        a = Dropped(a, key, dropout)
+    adapted = Adapted(base, a, b, parts["scale"])
+    return Decomposed(adapted, parts["magnitude"], parts["squares"]) if "magnitude" in parts else adapted

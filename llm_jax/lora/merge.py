@@ -1,0 +1,92 @@
+"""Adapters folded into dense weights, and out of them again; and into quantized ones, at a price that is told."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llm_jax import quantized, trees, weights
+from llm_jax.errors import UserError
+from llm_jax.lora.adapt import by_path, check, node
+from llm_jax.quantized import IN, FakeQuant, QTensor
+
+
+def materialize(base: trees.Tree, adapters: trees.Tree, *, factors: str = "") -> dict[str, Any]:
+    """The base with W + scale * a b, as an array of W's shape and dtype, wherever there is an adapter.
+
+    Works on the parameters of any Flax model, convolutions included: a kernel (..., O) is the matrix
+    (I, O) of its flattened axes, so that `a` is the kernel of a convolution to R channels and `b` one
+    of size 1 (the last axis is what comes out). Inside a jitted function it can be differentiated with
+    respect to the adapters; the gradient of a dense W + a b is then formed, which `attach` avoids.
+
+    Args:
+      factors: as of `attach`.
+
+    Raises:
+      UserError: the adapters are for another model.
+    """
+    check(base, adapters, "adapters")
+    flat = trees.flatten(base)
+    for path, parts in by_path(adapters).items():
+        stacked = trees.layers_of(path) is not None
+        one = functools.partial(_dense, factors=factors)
+        flat[path] = (jax.vmap(one) if stacked else one)(weights.dense(flat[path]), parts)
+    return trees.unflatten(flat)
+
+
+merge = jax.jit(materialize, static_argnames="factors")
+
+
+def _dense(base: jax.Array, parts: dict[str, Any], factors: str) -> jax.Array:
+    return node(base.reshape(-1, base.shape[-1]), parts, factors).dense().reshape(base.shape)
+
+
+def rounded(adapters: trees.Tree, factors: str) -> dict[str, Any]:
+    """The adapters with a and b as the scheme `factors` rounds them in every use (see `attach`)."""
+    if not factors:
+        return trees.unflatten(trees.flatten(adapters))
+
+    def one(path: str, leaf: Any) -> Any:
+        is_factor = path.endswith(("/a", "/b"))
+        return weights.dense(FakeQuant(leaf, None, None, None, factors, IN)) if is_factor else leaf
+
+    return trees.map_weights(one, adapters)
+
+
+def requantize(base: trees.Tree, adapters: trees.Tree, *, factors: str = "") -> tuple[dict[str, Any], dict[str, float]]:
+    """`merge`d parameters whose quantized weights are quantized again, each by its own scheme; and what that costs.
+
+    Returns:
+      (parameters, {path: error}): of every weight that was merged into a QTensor, the norm of the difference to
+      the merged weight before rounding, over the norm of what the adapter added: at 1 nothing is left of it.
+    """
+    params, costs = _requantized(base, adapters, factors=factors)
+    return params, {path: float(cost) for path, cost in costs.items()}
+
+
+@functools.partial(jax.jit, static_argnames="factors")
+def _requantized(base: trees.Tree, adapters: trees.Tree, *, factors: str) -> tuple[Any, dict[str, jax.Array]]:
+    merged, flat = trees.flatten(materialize(base, adapters, factors=factors)), trees.flatten(base)
+    out, costs = dict(merged), {}
+    for path in by_path(adapters):
+        q = flat[path]
+        if isinstance(q, QTensor):
+            out[path] = quantized.quantize(merged[path], q.scheme, q.axis)
+            lost, added = weights.dense(out[path]) - merged[path], merged[path] - weights.dense(q)
+            costs[path] = jnp.linalg.norm(lost) / jnp.maximum(jnp.linalg.norm(added), jnp.finfo(added.dtype).tiny)
+    return trees.unflatten(out), costs
+
+
+@jax.jit
+def unmerge(params: trees.Tree, adapters: trees.Tree) -> dict[str, Any]:
+    """The base again out of `merge`d parameters, up to the rounding of both in the weights' dtype.
+
+    Raises:
+      UserError: DoRA, which forgets how long the columns of the base were.
+    """
+    added = {path: parts | {"scale": -parts["scale"]} for path, parts in by_path(adapters).items()}
+    if lost := [path for path, parts in added.items() if "magnitude" in parts]:
+        raise UserError(f"'{lost[0]}' has a magnitude (DoRA) and cannot be unmerged; keep the base")
+    flat = {f"{path}/{name}": leaf for path, parts in added.items() for name, leaf in parts.items()}
+    return materialize(params, trees.unflatten(flat))

@@ -1,0 +1,83 @@
+"""What a training step takes, as it is compiled and without running it."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llm_jax import checkpoint
+from llm_jax.config import Config
+from llm_jax.model.transformer import Transformer
+from llm_jax.training import losses, optim, step
+from llm_jax.training.trained import Adapters, AllWeights
+
+KINDS = ("forward", "full", "adapters")
+STEPS = {"forward": "forward", "full": "full", "lora": "adapters", "fa": "adapters", "qlora": "adapters"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of a compiled function.
+
+    Attributes:
+      arguments: weights, optimizer state and batch.
+      temporaries: activations, gradients and the rest.
+      outputs: those that do not take the place of an argument.
+      optimizer: its state, which is part of the arguments.
+    """
+
+    arguments: int
+    temporaries: int
+    outputs: int
+    optimizer: int
+
+    @property
+    def peak(self) -> int:
+        return self.arguments + self.temporaries + self.outputs
+
+
+def compiled(config: Config, kind: str) -> Memory:
+    """The memory of one step of a micro-batch on one device of this machine.
+
+    Args:
+      kind: "forward" (the loss alone), "full" (all weights trained) or "adapters" (those of `config.lora`, over
+        a base of `config.quant`).
+    """
+    c = config.train
+    batch = (c.batch_size // c.grad_accumulation, c.seq_len)
+    model = Transformer(config.model)
+    base = checkpoint.abstract_params(model)
+    names = ("inputs", "targets", "positions", "segments", "mask")
+    rows = {name: jax.ShapeDtypeStruct(batch, jnp.int32) for name in names}
+    if kind == "forward":
+        plain = jax.jit(lambda params, rows: losses.language_model(model, params, rows, c.loss_chunk))
+        return _of(plain.lower(base, rows), 0)
+    what = Adapters(config.lora, config.quant, 0) if kind == "adapters" else AllWeights(config.quant)
+    trained, fixed = jax.eval_shape(what.begin, base)
+    frozen = jax.eval_shape(what.freeze, base, fixed)
+
+    def loss(trained, frozen, rows, count, key):
+        return losses.language_model(model, what.whole(trained, frozen), rows, c.loss_chunk)
+
+    optimizer = optim.make(config.optim, 10**9, base, adapters=trained if what.adapts else None)
+    state = jax.eval_shape(lambda trained: step.init(optimizer, trained), trained)
+    one = jax.jit(step.make(loss, optimizer, lambda _: 0.0, 0, 1), donate_argnums=0)
+    return _of(one.lower(state, frozen, rows), _bytes(state.optimizer))
+
+
+def variant(config: Config, name: str, remat: str) -> Config:
+    """The configuration of one of `STEPS`: "qlora" has an NF4 base; adapters have rank 8 where none is said."""
+    adapters = dataclasses.replace(config.lora, rank=config.lora.rank or 8, variant="fa" if name == "fa" else "lora")
+    quant = dataclasses.replace(config.quant, scheme="nf4" if name == "qlora" else "")
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat), lora=adapters, quant=quant)
+
+
+def _of(lowered: Any, optimizer: int) -> Memory:
+    found = lowered.compile().memory_analysis()
+    outputs = found.output_size_in_bytes - found.alias_size_in_bytes
+    return Memory(found.argument_size_in_bytes, found.temp_size_in_bytes, max(outputs, 0), optimizer)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

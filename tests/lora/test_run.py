@@ -1,0 +1,148 @@
+"""Adapters from the command line: trained, resumed, loaded, refused."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import llm_jax
+from llm_jax import checkpoint, trees, weights
+from llm_jax.errors import UserError
+from tests.test_checkpoint import metrics
+
+LORA = (
+    "--config.lora.rank=4",
+    "--config.lora.targets=('linear', 'embeddings')",
+    "--config.lora.dropout=0.1",
+)
+
+
+@pytest.fixture(scope="module")
+def run(command, trained, tmp_path_factory):
+    """Eight steps of adapters over the run `trained`."""
+    workdir = tmp_path_factory.mktemp("runs") / "adapters"
+    before = {p: p.stat().st_mtime_ns for p in trained.rglob("*")}
+    done = command("train", f"--workdir={workdir}", f"--config.init_from={trained}", *LORA)
+    assert "weights from" in done.stdout and {p: p.stat().st_mtime_ns for p in trained.rglob("*")} == before
+    return workdir
+
+
+def arrays(workdir):
+    directory = checkpoint.find(workdir)
+    return checkpoint.restore_adapters(directory, checkpoint.verify(directory))
+
+
+def test_the_run_learns_and_its_checkpoint_is_small_and_names_its_base(run, trained):
+    seen, base = metrics(run), checkpoint.find(trained)
+    assert seen[-1]["validation_loss"] < metrics(trained)[-1]["validation_loss"]
+    record = checkpoint.verify(checkpoint.find(run))
+    assert record["base"] == {"path": str(base), "sha256": trees.fingerprint(llm_jax.load(trained).params)}
+    summary = json.loads((run / "summary.json").read_text())
+    optimizer = sum(int(np.prod(shape)) for shape, _ in record["optimizer"].values())
+    assert optimizer <= 2 * summary["trained_parameters"] + 4 and summary["trained_parameters"] < summary["parameters"]
+    assert {path.rsplit("/", 1)[1] for path in record["params"]} == {"a", "b", "scale"}
+
+
+def test_resume_is_bitwise(run, command, trained, tmp_path):
+    shutil.copytree(run, tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "8")
+    done = command("train", f"--workdir={tmp_path / 'again'}", f"--config.init_from={trained}", *LORA)
+    assert "going on from" in done.stdout
+    assert metrics(tmp_path / "again") == metrics(run)
+    jax.tree.map(np.testing.assert_array_equal, arrays(tmp_path / "again"), arrays(run))
+
+
+def test_every_command_takes_it(run, command, text_file, tmp_path):
+    model, params, tokenizer = llm_jax.load(run)
+    assert isinstance(trees.flatten(params)["layers/0/mlp/up"], weights.Adapted)
+    ids = jnp.asarray([tokenizer.encode("the model reads")])
+    logits = jax.jit(lambda p: model.apply({"params": p}, ids))(params)
+    found = json.loads(command("evaluate", f"--checkpoint={run}", "--json").stdout)
+    assert found["loss"] == pytest.approx(metrics(run)[-1]["validation_loss"], rel=1e-5)
+    assert command("generate", f"--checkpoint={run}", "--prompt=the ", "--max_new_tokens=3").stdout
+    command("convert", f"--input={run}", f"--output={tmp_path / 'hf'}", "--to=hf")  # merged
+    again = llm_jax.load(tmp_path / "hf")
+    np.testing.assert_allclose(again.model.apply({"params": again.params}, ids), logits, atol=2e-5)
+
+
+def test_peft_and_back_over_a_base_of_hugging_faces(trained, command, tmp_path):
+    """init_from takes anyone's checkpoint, --to=peft names it, and every command takes what was written."""
+    command("convert", f"--input={trained}", f"--output={tmp_path / 'base'}", "--to=hf")
+    flags = (f"--config.init_from={tmp_path / 'base'}", "--config.lora.rank=3", "--config.train.steps=3")
+    command("train", f"--workdir={tmp_path / 'run'}", *flags)
+    command("convert", f"--input={tmp_path / 'run'}", f"--output={tmp_path / 'peft'}", "--to=peft")
+    ours, theirs = llm_jax.load(tmp_path / "run"), llm_jax.load(tmp_path / "peft")
+    ids = jnp.asarray([ours.tokenizer.encode("the model reads")])
+    logits = [jax.jit(one.model.apply)({"params": one.params}, ids) for one in (ours, theirs, llm_jax.load(trained))]
+    np.testing.assert_allclose(logits[1], logits[0], atol=1e-5)
+    assert np.abs(logits[2] - logits[0]).max() > 1e-3
+    done = command("convert", f"--input={trained}", f"--output={tmp_path / 'x'}", "--to=peft", code=2)
+    assert "--to=peft writes adapters" in done.stderr
+
+
+def test_adapters_train_over_a_base_that_is_split(run, command, trained, tmp_path):
+    mesh = ("--devices=4", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
+    command("train", f"--workdir={tmp_path / 'run'}", f"--config.init_from={trained}", *LORA, *mesh)
+    assert metrics(tmp_path / "run")[-1]["validation_loss"] == pytest.approx(
+        metrics(run)[-1]["validation_loss"], rel=1e-4
+    )
+
+
+def test_qlora_of_both_kinds_resumes_bitwise_and_is_read_as_it_was_trained(command, trained, tmp_path):
+    flags = (
+        f"--config.init_from={trained}",
+        "--config.lora.rank=4",
+        "--config.lora.factors=int8",
+        "--config.quant.scheme=nf4:16",
+        "--config.checkpoint.every=4",
+    )
+    command("train", f"--workdir={tmp_path / 'run'}", *flags)
+    seen = metrics(tmp_path / "run")
+    assert seen[-1]["loss"] < seen[0]["loss"]
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "8")
+    command("train", f"--workdir={tmp_path / 'again'}", *flags)
+    assert metrics(tmp_path / "again") == seen
+    jax.tree.map(np.testing.assert_array_equal, arrays(tmp_path / "again"), arrays(tmp_path / "run"))
+    found = json.loads(command("evaluate", f"--checkpoint={tmp_path / 'run'}", "--json").stdout)
+    assert found["loss"] == pytest.approx(seen[-1]["validation_loss"], rel=1e-5)
+    node = trees.flatten(llm_jax.load(tmp_path / "run").params)["layers/0/mlp/up"]
+    assert type(node.base).__name__ == "QTensor" and type(node.a).__name__ == "FakeQuant"
+
+
+def test_another_base_is_refused(run, command, trained, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    directory = checkpoint.find(tmp_path / "run")
+    record = json.loads((directory / "record.json").read_text())
+    record["base"]["sha256"] = "0" * 64
+    manifest = json.loads((directory / "manifest.json").read_text())
+    checkpoint.write_json(directory / "record.json", record)
+    checkpoint.write_json(
+        directory / "manifest.json", manifest | {"record.json": checkpoint._sha256(directory / "record.json")}
+    )
+    with pytest.raises(UserError, match="adapters are for the base of sha256 000000000000, which was .*; now that has"):
+        llm_jax.load(tmp_path / "run")
+    done = command(
+        "train",
+        f"--workdir={tmp_path / 'run'}",
+        f"--config.init_from={trained}",
+        "--config.train.steps=9",
+        *LORA,
+        code=2,
+    )
+    assert "for the base of sha256 000000000000" in done.stderr
+
+
+def test_what_cannot_be_adapted_ends_in_one_line(command, trained, tmp_path):
+    def said(*flags):
+        done = command("train", f"--workdir={tmp_path / 'x'}", *flags, code=2)
+        assert len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "x").exists()
+        return done.stderr
+
+    base = f"--config.init_from={trained}"
+    assert "name them by init_from" in said("--config.lora.rank=4")
+    assert "lora.rank is 99 for" in said(base, "--config.lora.rank=99")
+    assert "matches no weight" in said(base, "--config.lora.rank=2", "--config.lora.targets=('mlp/q',)")

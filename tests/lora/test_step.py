@@ -1,0 +1,133 @@
+"""What a step over a frozen base computes, and what it does not."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from llm_jax import checkpoint, trees
+from llm_jax.model.transformer import Transformer
+from llm_jax.training import losses, memory, optim, step
+from llm_jax.training.trained import Adapters
+from tests.lora import cases
+
+IDS = jnp.asarray(np.random.RandomState(1).randint(3, 259, (3, 8)))
+
+
+def parts(model, base, settings, quant):
+    """(step, state, frozen, batch); three rows of seven tokens, so that no activation is shaped like a weight."""
+    what = Adapters(settings, quant, 0)
+    trained, fixed = what.begin(base)
+    ones = jnp.ones((3, 7), jnp.int32)
+    batch = {
+        "inputs": IDS[:, :-1],
+        "targets": IDS[:, 1:],
+        "positions": jnp.broadcast_to(jnp.arange(7), (3, 7)),
+        "segments": ones,
+        "mask": ones,
+    }
+
+    def loss(trained, frozen, batch, count, key):
+        return losses.language_model(model, what.whole(trained, frozen, key), batch, 0)
+
+    optimizer = optax.adam(1e-2)
+    one = jax.jit(step.make(loss, optimizer, lambda _: 1e-2, 0, 1))
+    return one, step.init(optimizer, trained), what.freeze(base, fixed), batch
+
+
+def products_like(text: str, base) -> list[str]:
+    """Instructions of compiled HLO that produce an array of the shape of a weight (or its transpose) by arithmetic."""
+    shapes = set()
+    for path, w in trees.flatten(base).items():
+        stacked = trees.layers_of(path) is not None
+        if w.ndim - stacked == 2:
+            lead, (i, o) = w.shape[:stacked], w.shape[stacked:]
+            for pair in ((i, o), (o, i)):
+                shapes |= {pair, (*lead, *pair), (1, *pair)}
+    made = re.compile(r"= \w+\[([\d,]*)\]\S* (dot|scatter|convolution|dynamic-update-slice|custom-call)\(")
+    found = []
+    for line in text.splitlines():
+        hit = made.search(line)
+        if hit and tuple(int(n) for n in hit[1].split(",") if n) in shapes:
+            found.append(line.strip()[:160])
+    return found
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_no_dense_gradient_is_computed(make, tiny, scan):
+    model, base = make(scan_layers=scan)
+    settings = cases.config(tiny, targets=("linear", "embeddings"))
+    one, state, frozen, batch = parts(model, base, settings, tiny.quant)
+    assert not products_like(one.lower(state, frozen, batch).compile().as_text(), base)
+
+
+def test_the_check_above_finds_the_dense_gradients_of_full_training(make):
+    model, base = make()
+    full = jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(model.apply({"params": p}, IDS)))))
+    found = " ".join(products_like(full.lower(base).compile().as_text(), base))
+    assert "[259,32]" in found and "48" in found
+
+
+@pytest.mark.parametrize("variant", ["lora", "fa", "dora", "pissa"])
+def test_the_optimizer_holds_adapters_only_and_the_base_is_not_touched(make, tiny, variant):
+    model, base = make()
+    before = trees.fingerprint(base)
+    one, state, frozen, batch = parts(model, base, cases.config(tiny, variant=variant), tiny.quant)
+    rebased = trees.fingerprint(frozen["base"])
+    size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))  # noqa: E731
+    assert size(state.optimizer) <= 2 * size(state.params) + 8 and size(state.params) < 0.5 * size(base)
+    start, losses_seen = state.params, []
+    for _ in range(4):
+        state, metrics = one(state, frozen, batch)
+        losses_seen.append(float(metrics["loss"]))
+    assert losses_seen[-1] < losses_seen[0]
+    assert all(bool((a != b).any()) for a, b in zip(*map(jax.tree.leaves, (state.params, start)), strict=True))
+    assert trees.fingerprint(base) == before and trees.fingerprint(frozen["base"]) == rebased
+    assert (rebased == before) == (variant != "pissa")
+
+
+def test_lora_plus_gives_b_its_own_rate_and_adapters_decay_as_their_weights(tiny):
+    base = {"embed": {"table": jnp.zeros((4, 3))}, "mlp": {"up": jnp.zeros((3, 2))}}
+    adapters = {
+        "embed": {"table": {"a": jnp.ones((4, 1)), "b": jnp.ones((1, 3))}},
+        "mlp": {"up": {"a": jnp.ones((3, 1)), "b": jnp.ones((1, 2))}},
+    }
+    config = dataclasses.replace(
+        tiny.optim, weight_decay=0.1, clip_norm=0.0, kind="sgd", schedule="constant", lr=1.0, warmup_steps=0,
+        decay_rules=((r"embed/.*", 0.0), (r".*", 0.5)),
+    )  # fmt: skip
+    optimizer = optim.make(config, 8, base, adapters=adapters, b_lr_ratio=4.0)
+    updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, adapters), optimizer.init(adapters), adapters)
+    expected = {"embed/table/a": -1.0, "embed/table/b": -4.0, "mlp/up/a": -1.05, "mlp/up/b": -4.2}
+    for path, update in trees.flatten(updates).items():
+        np.testing.assert_allclose(update, expected[path], rtol=1e-6)
+
+
+def test_lora_fa_keeps_no_inputs_for_the_gradient(tiny):
+    """Of `down`, LoRA keeps the hidden activations of every layer; LoRA-FA only their products with a."""
+    model = dataclasses.replace(tiny.model, vocab_size=64, mlp_width=512, num_layers=4, qk_norm=False)
+    train = dataclasses.replace(tiny.train, batch_size=4, seq_len=64)
+    config = dataclasses.replace(tiny, model=model, train=train)
+    settings = cases.config(tiny, targets=("layers/.*/down",), rank=4)
+    lora_, fa = (
+        memory.compiled(
+            dataclasses.replace(config, lora=dataclasses.replace(settings, variant=v)), "adapters"
+        ).temporaries
+        for v in ("lora", "fa")
+    )
+    hidden = 4 * 4 * 64 * 512 * 4  # layers x rows x tokens x MLP width, float32
+    assert 0.9 * hidden < lora_ - fa < 1.2 * hidden
+
+
+def test_memory_of_a_step_is_what_its_arrays_take(tiny):
+    config = dataclasses.replace(tiny, lora=cases.config(tiny), train=dataclasses.replace(tiny.train, batch_size=4))
+    found = {kind: memory.compiled(config, kind) for kind in memory.KINDS}
+    weights = found["forward"].arguments - 5 * 4 * tiny.train.seq_len * 4  # besides the batch
+    entries = sum(w.size for w in jax.tree.leaves(checkpoint.abstract_params(Transformer(config.model))))
+    assert weights == 4 * entries
+    assert found["full"].optimizer == 2 * 4 * entries + 8 and found["forward"].optimizer == 0
+    assert found["adapters"].optimizer < 0.5 * found["full"].optimizer
