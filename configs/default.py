@@ -141,6 +141,8 @@ def get_config() -> ConfigDict:
                 "rows": 64,
                 "prompts": ("def ", "import os\n\nclass "),
                 "max_new_tokens": 64,
+                "tasks": (),
+                "task_examples": 50,
             },
             "report": {"to": (), "norms_every": 0, "samples_every": 0},
             "checkpoint": {"every": 350, "keep_last": 2, "keep_best": 1},

@@ -191,6 +191,8 @@ class EvalConfig:
     every: CountOrZero  # steps; 0: at the end only
     rows: CountOrZero  # held-out sequences per evaluation while training; 0: all
     prompts: tuple[str, ...]  # continued before and after training
+    tasks: tuple[str, ...]  # asked zero-shot whenever held-out text is: names or JSONL files, see prompting/tasks.py
+    task_examples: CountOrZero  # of each while training; 0, and at the end: all
     max_new_tokens: Count
 
 
@@ -299,6 +301,8 @@ ADDED: dict[str, Any] = {
     "model.base_width": 0,
     "train.on_bad_step": "stop",
     "train.spike_factor": 0.0,
+    "eval.tasks": (),
+    "eval.task_examples": 0,
     "report.to": (),
     "report.norms_every": 0,
     "report.samples_every": 0,

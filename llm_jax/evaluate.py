@@ -121,15 +121,11 @@ def on_task() -> None:
     from tqdm import tqdm
 
     from llm_jax import pretrained
-    from llm_jax.prompting import ask, tasks
-    from llm_jax.prompting.builtin import TASKS
+    from llm_jax.prompting import ask, builtin
     from llm_jax.prompting.templates import STYLES
 
     f = flags.FLAGS
-    path = pathlib.Path(f.task)
-    if f.task not in TASKS and not path.is_file():
-        raise UserError(f"--task={f.task}: no such file, and not one of {', '.join(TASKS)}")
-    task = TASKS[f.task](200) if f.task in TASKS else tasks.read(path)
+    task = builtin.named(f.task)
     templates = range(len(task.templates)) if f.template == -1 else [f.template]
     manners = [
         ask.Manner(style, template, f.shots, f.select, f.shot_seed, f.chat, f.normalize, f.context)

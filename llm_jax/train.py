@@ -24,13 +24,6 @@ flags.DEFINE_boolean(
     "profile", False, "trace steps 4 to 6 of this start into WORKDIR/profile, for TensorBoard or xprof"
 )
 
-# What may change when a run goes on: whole keys, and sections by their dot. Any other difference is another run.
-_FREE = (
-    *("eval.", "report.", "checkpoint.", "mesh."),
-    *("train.steps", "train.on_bad_step", "train.spike_factor", "model.attention", "model.cache"),
-    *("data.cache_dir", "data.workers"),
-)
-
 
 def main() -> None:
     cli.keep_memory()
@@ -45,8 +38,8 @@ def main() -> None:
     from llm_jax.decoding.options import Options
     from llm_jax.model import product, transformer
     from llm_jax.parallel import mesh as mesh_lib
-    from llm_jax.prompting import sentiment
-    from llm_jax.training import classify, evaluation, losses, optim, report, sinks, trained, watch
+    from llm_jax.prompting import ask, builtin, sentiment
+    from llm_jax.training import classify, evaluation, losses, optim, report, resume, sinks, trained, watch
     from llm_jax.training import step as step_lib
 
     config = cli.load_config()
@@ -58,7 +51,7 @@ def main() -> None:
     # 1. the last checkpoint of the workdir; 2. the weights named by init_from; 3. random weights.
     # Adapters begin or go on in the same way, over the weights of init_from.
     kind = trained.kind(config)
-    _refuse_another_run(workdir, config)
+    resume.refuse_another(workdir, config)
     resumed = checkpoint.find(workdir) if checkpoint.steps(workdir) else None
     record = checkpoint.verify(resumed) if resumed else None
     named = bool(config.init_from) and (kind.adapts or not resumed)
@@ -109,6 +102,7 @@ def main() -> None:
     mesh = mesh_lib.make(config.mesh)
     batch_sharding = mesh_lib.batch_sharding(mesh, c.batch_size)
     losses.check(config)
+    tasks = {pathlib.Path(name).stem: builtin.named(name) for name in config.eval.tasks}
     sinks.check(config.report.to)
     together = losses.rows_together(config.loss)
     step_lib.check_accumulation(c.batch_size, c.grad_accumulation, mesh.shape["data"] * mesh.shape["fsdp"], together)
@@ -210,7 +204,7 @@ def main() -> None:
     of_base: dict[str, str] | None = None
     if origin:
         print(f"weights from {origin.name}")
-        for key, before in _differences(origin.config, config.model):
+        for key, before in resume.differences(origin.config, config.model):
             print(f"note: {key} was {before} there")
     if kind.adapts and origin:
         of_base = {"path": origin.name, "sha256": trees.fingerprint(base)}
@@ -272,6 +266,11 @@ def main() -> None:
             found = evaluation.evaluate(one, state.model, part, c.batch_size, batch_sharding, limit)
             suffix = f"/{source_name}" if source_name else ""
             figures |= {f"validation_{name}{suffix}": value for name, value in found.items()}
+        for name, task in tasks.items():
+            which = range(min((limit and config.eval.task_examples) or len(task.examples), len(task.examples)))
+            reader = (decoder, unstack(state.model, frozen), tokenizer)
+            answers = list(ask.records(reader, task, ask.Manner(), which))
+            figures[f"task_{name}"] = ask.summary(answers)["accuracy"]
         return figures
 
     def sample(title: str) -> str:
@@ -352,6 +351,7 @@ def main() -> None:
                 progress.write(
                     f"step {done}: held-out loss {held['validation_loss']:.4f}, "
                     f"{held['validation_bits_per_byte']:.3f} bits per byte"
+                    + "".join(f", {name} {held[f'task_{name}']:.1%} right" for name in tasks)
                 )
             progress.flush(norms, **held)
             if "sample" in due and done < c.steps:
@@ -399,32 +399,6 @@ def main() -> None:
         + f"checkpoint: {workdir / 'checkpoints' / str(c.steps)}\n"
         f'next: python -m llm_jax.generate --checkpoint={workdir} --prompt="def "'
     )
-
-
-def _differences(before: config_lib.ModelConfig, now: config_lib.ModelConfig) -> list[tuple[str, str]]:
-    """What about a model has changed, beside how it is laid out: (key, what it was)."""
-    free = ("model.scan_layers", "model.remat", "model.vocab_size", "model.attention", "model.cache")
-    old, new = config_lib.flat(before, "model."), config_lib.flat(now, "model.")
-    return [(key, repr(old[key])) for key in new if old[key] != new[key] and key not in free]
-
-
-def _is_free(key: str) -> bool:
-    return key in _FREE or f"{key.split('.')[0]}." in _FREE
-
-
-def _refuse_another_run(workdir: pathlib.Path, config: config_lib.Config) -> None:
-    """Raises UserError where the workdir holds a run of a configuration that differs in what matters."""
-    from llm_jax import checkpoint
-
-    if not (workdir / "config.json").exists():
-        return
-    before, now = (config_lib.flat(c) for c in (checkpoint.read_config(workdir), config))
-    changed = [k for k in now if now[k] != before[k] and not _is_free(k)]
-    if not now["model.vocab_size"]:  # 0 means the tokenizer's, which the file names
-        changed = [k for k in changed if k != "model.vocab_size"]
-    if changed:
-        said = "; ".join(f"{k} was {before[k]!r}, now {now[k]!r}" for k in changed[:4])
-        raise UserError(f"{workdir} holds another run ({said}); give another --workdir")
 
 
 if __name__ == "__main__":

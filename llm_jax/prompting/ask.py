@@ -112,7 +112,7 @@ def summary(found: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {"examples": n, "accuracy": right / n, "low": low, "high": high, **mean}
 
 
-def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson(right: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
     """The interval of a proportion: Wilson 1927, "Probable inference", equation for the limits."""
     p, half = right / n, z * math.sqrt(right / n * (1 - right / n) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n

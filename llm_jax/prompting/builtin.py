@@ -1,9 +1,12 @@
 """Tasks that come with the code: sums, copying, and the sentiment of film reviews (an asset)."""
 
+import pathlib
 import random
 from collections.abc import Callable
 
 from llm_jax.data import assets
+from llm_jax.errors import UserError
+from llm_jax.prompting import tasks
 from llm_jax.prompting.tasks import Task
 from llm_jax.prompting.templates import Example, Template
 
@@ -84,3 +87,12 @@ def sentiment(count: int = 200) -> Task:
 
 
 TASKS: dict[str, Callable[[int], Task]] = {"arithmetic": arithmetic, "copying": copying, "sentiment": sentiment}
+
+
+def named(name: str) -> Task:
+    """A task of `TASKS`, or that of a JSONL file. Raises UserError where it is neither."""
+    if name in TASKS:
+        return TASKS[name](200)
+    if not pathlib.Path(name).is_file():
+        raise UserError(f"the task '{name}' is unknown; expected one of {', '.join(TASKS)}, or a JSONL file")
+    return tasks.read(pathlib.Path(name))

@@ -1,6 +1,5 @@
 """Accuracy of a language model that answers with one of a few words."""
 
-import math
 from typing import Any
 
 import jax
@@ -10,6 +9,7 @@ from tqdm import tqdm
 from llm_jax.data.rows import Batch, batches
 from llm_jax.model.attention import Tokens
 from llm_jax.model.transformer import Transformer
+from llm_jax.prompting.ask import wilson
 from llm_jax.prompting.sentiment import Examples
 
 # Letters of shapes: B batch, T time, N examples in a row, D width, V vocabulary.
@@ -56,11 +56,3 @@ def say(found: dict[str, float]) -> str:
     """What `accuracy` found, in words."""
     interval = f"95 % interval {found['low']:.1%} to {found['high']:.1%}"
     return f"{found['accuracy']:.1%} of {found['count']:,} right, {interval}"
-
-
-def wilson(right: int, count: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """The ends of the 95 % interval of a share (Wilson 1927)."""
-    share, extra = right / count, z * z / count
-    middle = (share + extra / 2) / (1 + extra)
-    half = z * math.sqrt(share * (1 - share) / count + extra / (4 * count)) / (1 + extra)
-    return middle - half, middle + half

@@ -10,7 +10,7 @@ from llm_jax.config import DataConfig, TokenizerConfig
 from llm_jax.data import assets
 from llm_jax.data.rows import Shuffled
 from llm_jax.errors import UserError
-from llm_jax.prompting import sentiment
+from llm_jax.prompting import ask, sentiment
 from llm_jax.tokenizers.byte import ByteTokenizer
 from llm_jax.tokenizers.hub import HubTokenizer
 from llm_jax.training import classify
@@ -122,4 +122,4 @@ def test_accuracy_is_that_of_the_first_answer_token_among_the_options():
 )
 def test_wilson_intervals_are_the_published_ones(right, count, interval):
     """Newcombe 1998, table I, method 3."""
-    np.testing.assert_allclose(classify.wilson(right, count), interval, atol=6e-5)
+    np.testing.assert_allclose(ask.wilson(right, count), interval, atol=6e-5)

@@ -107,6 +107,19 @@ def test_tensorboard_gets_figures_norms_and_samples(command, tmp_path):
     assert 0 < summary["goodput"] < 1 and summary["peak_host_bytes"] > 10**8
 
 
+def test_a_task_is_asked_while_training_and_at_the_end(command, tmp_path):
+    examples = [{"question": f"{i} + {i} =", "answer": 2 * i} for i in range(5)]
+    file = tmp_path / "sums.jsonl"
+    file.write_text("\n".join(map(json.dumps, examples)))
+    flags = ("--config.eval.tasks=('FILE',)".replace("FILE", str(file)), "--config.eval.task_examples=2")
+    done = command("train", f"--workdir={tmp_path / 'run'}", *flags)
+    said = [line["task_sums"] for line in lines(tmp_path / "run") if "task_sums" in line]
+    assert len(said) == 2 and all(0 <= share <= 1 for share in said) and "sums" in done.stdout
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["task_sums"] == said[-1]
+    flags = ("--config.eval.tasks=('summing',)",)
+    assert "the task 'summing' is unknown" in command("train", f"--workdir={tmp_path / 'x'}", *flags, code=2).stderr
+
+
 def test_reports_that_cannot_be_had_are_one_line(command, tmp_path):
     from llm_jax.training import sinks
 
