@@ -8,6 +8,10 @@ COMMANDS = {
     "generate": "continue a prompt, or answer it, with a checkpoint",
     "quantize": "a checkpoint with weights of 8 bits or fewer",
     "convert": "a checkpoint into Hugging Face's form or a GGUF file",
+    "tokenizers.train": "a tokenizer of any kind from text",
+    "tokenizers.show": "a text cut into tokens by one or several tokenizers",
+    "embeddings.train": "word vectors by word2vec or GloVe",
+    "embeddings.probe": "neighbours, analogies, agreement with people, a map of word vectors",
     "data.show": "rows as the model sees them: segments, and what the loss counts",
     "plan": "what a run would take, before it runs",
     "data.assets": "real models and texts: list, fetch, verify",
@@ -19,4 +23,4 @@ if __name__ == "__main__":
         sys.exit(2)
     print("python -m llm_jax.COMMAND --help\n")
     for name, what in COMMANDS.items():
-        print(f"  {name:<12} {what}")
+        print(f"  {name:<16} {what}")

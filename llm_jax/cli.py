@@ -24,7 +24,9 @@ from llm_jax.errors import UserError
 
 _PATIENCE = 5.0  # seconds from an interrupt to the end
 _INTERRUPTED = "interrupted; the same command goes on from the last checkpoint"
-_DEFAULT = pathlib.Path(__file__).parents[1] / "configs" / "default.py"
+_CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+_schema: Any = config_lib.Config  # of `--config`, and the file that is its default: see `define_config`
+_default = _CONFIGS / "default.py"
 
 
 def run(main: Callable[[], None]) -> None:
@@ -89,22 +91,30 @@ def _end(code: int, text: str) -> None:
     os._exit(code)  # threads of the data pipeline and of Orbax would be cut off with tracebacks
 
 
-def define_config() -> None:
-    """Defines `--config`: a Python file with get_config(), and overrides as --config.KEY=VALUE."""
+def define_config(cls: Any = config_lib.Config, default: str = "default.py") -> None:
+    """Defines `--config`: a Python file with get_config(), and overrides as --config.KEY=VALUE.
+
+    Args:
+      cls: the dataclass that it fills.
+      default: the file in configs that is taken where none is given.
+    """
+    global _schema, _default
+    _schema, _default = cls, _CONFIGS / default
     # No default here: it would have the overrides parsed, and fail, at import (see `_parse`).
     config_flags.DEFINE_config_file("config", None, "a file with get_config(); override with --config.KEY=VALUE")
 
 
-def load_config() -> config_lib.Config:
+def load_config() -> Any:
     """The checked configuration of the `--config` flag."""
-    return config_lib.build(flags.FLAGS.config)
+    return config_lib.build(flags.FLAGS.config, _schema)
 
 
 def default_config() -> Any:
     """What configs/default.py says. Raises UserError where it is not there (the package without the repository)."""
-    if not _DEFAULT.is_file():
-        raise UserError(f"{_DEFAULT} is not there; this command needs the repository's configs/default.py")
-    return runpy.run_path(str(_DEFAULT))["get_config"]()
+    path = _CONFIGS / "default.py"
+    if not path.is_file():
+        raise UserError(f"{path} is not there; this command needs the repository's configs/default.py")
+    return runpy.run_path(str(path))["get_config"]()
 
 
 def use_devices(count: int) -> None:
@@ -135,15 +145,15 @@ def keep_memory() -> None:
 def _parse(argv: Sequence[str]) -> list[str]:
     argv = list(argv)
     if "config" in flags.FLAGS and not any(re.match(r"--?config(=|$)", argument) for argument in argv):
-        if not _DEFAULT.is_file():
+        if not _default.is_file():
             raise UserError(
                 "--config=FILE is needed: a file with get_config(), such as the repository's configs/default.py"
             )
-        argv.insert(1, f"--config={_DEFAULT}")
+        argv.insert(1, f"--config={_default}")
     for argument in argv[1:]:
         override = re.match(r"--config\.([^=\[]+)", argument)
-        if override and override[1] not in set(config_lib.keys()):
-            raise UserError(f"unknown config key '{override[1]}'; {config_lib.nearest(override[1])}")
+        if override and override[1] not in set(config_lib.keys(_schema)):
+            raise UserError(f"unknown config key '{override[1]}'; {config_lib.nearest(override[1], _schema)}")
         file = re.match(r"--config=(.*)", argument)
         if file and not os.path.isfile(file[1].split(":")[0]):
             raise UserError(f"--config={file[1]}: no such file; expected a Python file with get_config()")

@@ -41,8 +41,8 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-    kind: str  # "char", "byte" or "bpe"
-    vocab_size: CountOrZero  # special ids included; ignored by "byte"
+    kind: str  # "word", "char", "byte", "bpe", "char_bpe", "byte_bpe", "wordpiece", "unigram"
+    vocab_size: CountOrZero  # special ids included; the most that "char" takes; ignored by "byte"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -354,9 +354,9 @@ def keys(cls: Any = Config, prefix: str = "") -> Iterator[str]:
             yield prefix + key
 
 
-def nearest(key: str) -> str:
+def nearest(key: str, cls: Any = Config) -> str:
     """A phrase that names the existing key nearest to `key`."""
-    options = list(keys())
+    options = list(keys(cls))
     ends = [o for o in options if o.endswith(f".{key}")]  # a section left out
     found = ends or difflib.get_close_matches(key, options, 1, 0.0)
     return f"did you mean '{found[0]}'?"

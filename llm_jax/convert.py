@@ -27,7 +27,6 @@ def main() -> None:
     from llm_jax import pretrained, tokenizers, trees
     from llm_jax.interop import gguf_model, hf
     from llm_jax.interop.families import FAMILIES
-    from llm_jax.tokenizers.hub import HubTokenizer
 
     f = flags.FLAGS
     output, source = pathlib.Path(f.output).expanduser(), pretrained.locate(f.input)
@@ -51,7 +50,7 @@ def main() -> None:
     kind = f.family or (pretrained.family(source) if pretrained.is_foreign(source) else _first_that_fits(config))
     if kind not in FAMILIES:
         raise UserError(f"--family={kind} is unknown; expected one of {', '.join(FAMILIES)}")
-    if isinstance(tokenizer, HubTokenizer):
+    if isinstance(tokenizer, tokenizers.Foreign):
         hf.save(output, kind, config, params, tokenizer.files(), tokenizer.special_ids)
     else:
         files = {f"tokenizer/{name}": content for name, content in tokenizers.all_files(tokenizer).items()}

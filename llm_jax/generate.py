@@ -59,7 +59,6 @@ def main() -> None:
     from llm_jax.decoding import complete, explain
     from llm_jax.tokenizers import chat
     from llm_jax.tokenizers.base import digest
-    from llm_jax.tokenizers.hub import HubTokenizer
 
     f, options = flags.FLAGS, read_options()
     if f.stream + f.explain + f.json > 1:
@@ -79,7 +78,7 @@ def main() -> None:
             raise UserError(f"--draft={options.draft} has another tokenizer than {f.checkpoint}")
         draft = guesser.model, guesser.params
     if f.chat:
-        if not isinstance(tokenizer, HubTokenizer):
+        if not isinstance(tokenizer, tokenizers.Foreign):
             raise UserError(f"--chat needs a tokenizer with a chat template; this checkpoint's is {tokenizer.kind}")
         system = [{"role": "system", "content": f.system}] if f.system else []
         texts = [chat.render(tokenizer.special, [*system, {"role": "user", "content": text}]) for text in f.prompt]

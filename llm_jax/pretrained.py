@@ -16,8 +16,9 @@ from llm_jax.errors import UserError
 from llm_jax.model.stages import layout
 from llm_jax.model.transformer import Transformer
 from llm_jax.quant import quantize
+from llm_jax.tokenizers import Tokenizer
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
 
 
 def load(
@@ -122,6 +123,24 @@ def family(path: pathlib.Path) -> str:
     return gguf_model.read_config(gguf.read(path), str(path))[0] if path.is_file() else hf.read_config(path)[0]
 
 
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer of what `load` reads, without the model.
+
+    Raises:
+      UserError: as `load`.
+    """
+    from llm_jax.interop import gguf, peft
+
+    found = locate(path)
+    if peft.is_directory_of(found):
+        return load_tokenizer(_named_base(found))
+    if not is_foreign(found):
+        return tokenizers.load(checkpoint.find(found) / "tokenizer")
+    if found.is_file():
+        return tokenizers.from_gguf(gguf.read(found).metadata)
+    return _tokenizer_of(found)
+
+
 def _adapters(directory: pathlib.Path, scan_layers: bool) -> Loaded:
     """A run of adapters: its base, wherever that is, with the adapters attached."""
     record = checkpoint.verify(directory)
@@ -141,11 +160,10 @@ def _adapters(directory: pathlib.Path, scan_layers: bool) -> Loaded:
 
 def _gguf(path: pathlib.Path, scan_layers: bool, dtype: str, as_stored: bool) -> Loaded:
     from llm_jax.interop import gguf, gguf_model
-    from llm_jax.tokenizers.hub import HubTokenizer
 
     file = gguf.read(path)
     _, config = gguf_model.read_config(file, str(path))
-    tokenizer = HubTokenizer.from_gguf(file.metadata)
+    tokenizer = tokenizers.from_gguf(file.metadata)
     config, abstract, shardings = _prepared(config, dtype)
     params = gguf_model.load_params(path, file, config, abstract, shardings, as_stored)
     return _finished(config, params, tokenizer, scan_layers)
@@ -173,21 +191,23 @@ def _named_base(path: pathlib.Path) -> pathlib.Path:
 
 def _hf(path: pathlib.Path, scan_layers: bool, dtype: str) -> Loaded:
     from llm_jax.interop import hf
-    from llm_jax.tokenizers.hub import HubTokenizer
 
     kind, config = hf.read_config(path)
-    tokenizer: Any
-    if (path / "tokenizer" / "kind.json").is_file():  # written by `convert` from a run of ours
-        tokenizer = tokenizers.load(path / "tokenizer")
-    else:
-        files = {p.name: p.read_bytes() for p in path.iterdir() if p.name in _TOKENIZER_FILES and p.is_file()}
-        try:
-            tokenizer = HubTokenizer.from_files(files)
-        except (UserError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: the tokenizer cannot be read ({error})") from error
+    tokenizer = _tokenizer_of(path)
     config, abstract, shardings = _prepared(config, dtype)
     params = hf.load_params(path, kind, abstract, shardings)
     return _finished(config, params, tokenizer, scan_layers)
+
+
+def _tokenizer_of(path: pathlib.Path) -> Tokenizer:
+    """The tokenizer of a Hugging Face directory."""
+    if (path / "tokenizer" / "kind.json").is_file():  # written by `convert` from a run of ours
+        return tokenizers.load(path / "tokenizer")
+    files = {p.name: p.read_bytes() for p in path.iterdir() if p.name in _TOKENIZER_FILES and p.is_file()}
+    try:
+        return tokenizers.from_files(files)
+    except (UserError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: the tokenizer cannot be read ({error})") from error
 
 
 def _prepared(config: ModelConfig, dtype: str) -> tuple[ModelConfig, Any, Any]:

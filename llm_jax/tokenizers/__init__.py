@@ -3,26 +3,69 @@
 import importlib
 import json
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 from llm_jax.config import choice
 from llm_jax.errors import UserError
-from llm_jax.tokenizers.base import Tokenizer, all_files, digest, document, prompt, save
+from llm_jax.tokenizers.base import Foreign, Tokenizer, all_files, digest, document, prompt, save
 
-__all__ = ["KINDS", "Tokenizer", "all_files", "digest", "document", "get", "load", "prompt", "save"]
+__all__ = [
+    "KINDS",
+    "TRAINED",
+    "Foreign",
+    "Tokenizer",
+    "all_files",
+    "digest",
+    "document",
+    "from_files",
+    "from_gguf",
+    "get",
+    "load",
+    "prompt",
+    "save",
+]
 
 # kind -> where its class stands, imported when it is used (sentencepiece is slow to import).
 KINDS = {
-    "bpe": "bpe.BpeTokenizer",
+    "bpe": "pieces.BpeTokenizer",
     "byte": "byte.ByteTokenizer",
+    "byte_bpe": "words.ByteBpeTokenizer",
     "char": "char.CharTokenizer",
+    "char_bpe": "words.CharBpeTokenizer",
     "hub": "hub.HubTokenizer",
+    "sentencepiece": "model.ModelTokenizer",
+    "unigram": "pieces.UnigramTokenizer",
+    "word": "words.WordTokenizer",
+    "wordpiece": "words.WordPieceTokenizer",
 }
+TRAINED = tuple(kind for kind in KINDS if kind not in ("hub", "sentencepiece"))  # those are read from others' files
 
 
 def get(kind: str) -> type[Tokenizer]:
     """The class of a kind. Raises UserError that names the choices."""
     module, name = choice("tokenizer.kind", kind, KINDS).split(".")
     return getattr(importlib.import_module(f"llm_jax.tokenizers.{module}"), name)
+
+
+def from_files(files: dict[str, bytes]) -> Foreign:
+    """Other people's tokenizer: tokenizer.json, or else sentencepiece's tokenizer.model, and what stands beside it.
+
+    Raises:
+      UserError: neither is there, or it cannot be read.
+    """
+    found: Any = get("sentencepiece" if "tokenizer.json" not in files and "tokenizer.model" in files else "hub")
+    return found.from_files(files)
+
+
+def from_gguf(metadata: Mapping[str, Any]) -> Foreign:
+    """The vocabulary of a GGUF file: sentencepiece's ("llama") or of byte-level byte pairs ("gpt2").
+
+    Raises:
+      UserError: a vocabulary of another kind, or one that is not whole.
+    """
+    found: Any = get("sentencepiece" if metadata.get("tokenizer.ggml.model") == "llama" else "hub")
+    return found.from_gguf(metadata)
 
 
 def load(directory: pathlib.Path) -> Tokenizer:

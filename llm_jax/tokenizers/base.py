@@ -1,10 +1,11 @@
 """The one protocol of all tokenizers, and its form on disk."""
 
 import hashlib
+import itertools
 import json
 import pathlib
 from collections.abc import Iterable, Sequence
-from typing import ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 # The special ids of the kinds that are trained here, by id.
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
@@ -41,6 +42,8 @@ class Tokenizer(Protocol):
     def train(cls, texts: Iterable[str], vocab_size: int) -> Self:
         """A tokenizer for text like `texts`, with at most `vocab_size` ids.
 
+        `texts` may be held in memory: bound them.
+
         Raises:
           UserError: `vocab_size` is too small, or larger than the text allows.
         """
@@ -51,6 +54,9 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; special ids give nothing, broken UTF-8 gives U+FFFD."""
 
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """For each of the ids of `text`, the bytes of its UTF-8 that it stands for: (begin, end)."""
+
     def piece(self, index: int) -> str:
         """How the id is shown to a reader."""
 
@@ -59,6 +65,46 @@ class Tokenizer(Protocol):
 
     @classmethod
     def from_files(cls, files: dict[str, bytes]) -> Self: ...
+
+
+@runtime_checkable
+class Foreign(Tokenizer, Protocol):
+    """A tokenizer of other people, read from their files.
+
+    Attributes:
+      special: names of special tokens ("bos_token", ...), the chat template, and whether text begins with BOS.
+      regular_size: ids without those of added tokens.
+      special_ids: "bos_token_id", "eos_token_id", ... as config.json has them.
+    """
+
+    special: dict[str, Any]
+
+    @property
+    def regular_size(self) -> int: ...
+
+    @property
+    def special_ids(self) -> dict[str, int]: ...
+
+    def encode_chat(self, text: str) -> list[int]:
+        """The ids of a rendered chat template, whose special tokens are meant."""
+
+    def to_gguf(self, vocab_size: int) -> dict[str, Any]:
+        """The metadata of a GGUF file; ids that the vocabulary lacks up to `vocab_size` are marked unused.
+
+        Raises:
+          UserError: GGUF cannot hold such a tokenizer.
+        """
+
+
+def laid_out(lengths: Iterable[int]) -> list[tuple[int, int]]:
+    """Spans (begin, end) of these lengths, one after the other from 0."""
+    return list(itertools.pairwise(itertools.accumulate(lengths, initial=0)))
+
+
+def in_bytes(text: str, spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Spans of characters of `text` as spans of its UTF-8."""
+    places = [0, *itertools.accumulate(len(c.encode()) for c in text)]
+    return [(places[begin], places[end]) for begin, end in spans]
 
 
 def digest(tokenizer: Tokenizer) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import ClassVar, Self
 
 from llm_jax.errors import UserError
-from llm_jax.tokenizers.base import SPECIAL
+from llm_jax.tokenizers.base import SPECIAL, laid_out
 from llm_jax.tokenizers.byte import utf8
 
 
@@ -43,6 +43,9 @@ class CharTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         kept = (i - len(SPECIAL) for i in ids if self.unk <= i < self.vocab_size)
         return "".join(self._characters[i] if i >= 0 else "\ufffd" for i in kept)
+
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        return laid_out(len(c.encode()) for c in text)
 
     def piece(self, index: int) -> str:
         return SPECIAL[index] if index < len(SPECIAL) else repr(self._characters[index - len(SPECIAL)])[1:-1]

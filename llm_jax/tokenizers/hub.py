@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Self
 import tokenizers as library
 
 from llm_jax.errors import UserError
+from llm_jax.tokenizers.base import in_bytes
 from llm_jax.tokenizers.byte import utf8
 
 _LLAMA3 = (
@@ -77,7 +78,9 @@ class HubTokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Self:
-        raise UserError("tokenizer.kind=hub is read from other people's files, not trained; choose bpe, char or byte")
+        raise UserError(
+            "tokenizer.kind=hub is read from other people's files, not trained; choose bpe, unigram, byte, ..."
+        )
 
     def encode(self, text: str) -> list[int]:
         utf8(text)
@@ -100,6 +103,10 @@ class HubTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        self._tokenizer.encode_special_tokens = True
+        return in_bytes(text, self._tokenizer.encode(text, add_special_tokens=False).offsets)
+
     def piece(self, index: int) -> str:
         return self._tokenizer.id_to_token(index) or ""
 
@@ -117,15 +124,9 @@ class HubTokenizer:
         """From tokenizer.json, and tokenizer_config.json and chat_template.jinja if they are there."""
         if "tokenizer.json" not in files:
             raise UserError("no tokenizer.json here")
-        said = json.loads(files.get("tokenizer_config.json", b"{}"))
-        special: dict[str, Any] = {name: _text_of(said.get(name)) for name in _SPECIAL_TOKENS}
-        template = (
-            files["chat_template.jinja"].decode() if "chat_template.jinja" in files else said.get("chat_template")
-        )
-        if isinstance(template, list):  # several by name
-            template = next((t["template"] for t in template if t.get("name") == "default"), None)
-        made = cls(files["tokenizer.json"].decode(), special | {"chat_template": template, "add_bos_token": True})
-        adds = said.get("add_bos_token")
+        special = read_special(files)
+        adds = special["add_bos_token"]
+        made = cls(files["tokenizer.json"].decode(), special | {"add_bos_token": True})
         if adds is None:  # then the post-processor says
             adds = made.bos is not None and made.encode_marked("")[:1] == [made.bos]
         made.special["add_bos_token"] = bool(adds)
@@ -209,6 +210,16 @@ class HubTokenizer:
             if isinstance(index, int) and 0 <= index < len(tokens):
                 special[f"{name}_token"] = tokens[index]
         return cls(made.to_str(), special)
+
+
+def read_special(files: Mapping[str, bytes]) -> dict[str, Any]:
+    """Special tokens, chat template and add_bos_token (or None) of tokenizer_config.json and chat_template.jinja."""
+    said = json.loads(files.get("tokenizer_config.json", b"{}"))
+    special: dict[str, Any] = {name: _text_of(said.get(name)) for name in _SPECIAL_TOKENS}
+    template = files["chat_template.jinja"].decode() if "chat_template.jinja" in files else said.get("chat_template")
+    if isinstance(template, list):  # several by name
+        template = next((t["template"] for t in template if t.get("name") == "default"), None)
+    return special | {"chat_template": template, "add_bos_token": said.get("add_bos_token")}
 
 
 def _text_of(token: Any) -> str | None:

@@ -5,13 +5,18 @@ import pytest
 from llm_jax import tokenizers
 from llm_jax.errors import UserError
 
+SIZES = {"word": 28, "wordpiece": 127, "char_bpe": 88, "unigram": 311}  # what TEXT allows; others: 320
 TEXT = ["The tokenizer reads text.\n\n    def token(text):\n\treturn 42\n" * 20, "Größe: 3 µm, naïve café 😀\r\n" * 20]
 
 
-# Other people's, which are not trained here: tests/interop.
-@pytest.fixture(scope="module", params=sorted(set(tokenizers.KINDS) - {"hub"}))
+# Other people's, which are not trained here: tests/interop and test_foreign.py.
+@pytest.fixture(scope="module", params=tokenizers.TRAINED)
 def tokenizer(request):
-    return tokenizers.get(request.param).train(TEXT, 320)
+    return train(request.param)
+
+
+def train(kind: str):
+    return tokenizers.get(kind).train(TEXT, SIZES.get(kind, 320))
 
 
 def test_the_texts_it_was_trained_on_come_back(tokenizer):
@@ -28,10 +33,23 @@ def test_the_texts_it_was_trained_on_come_back(tokenizer):
 @hypothesis.example(text="👩‍👩‍👧 e\u0301 \ufeff\ufffd")
 def test_any_text_comes_back_from_the_exact_kinds(tokenizer, text):
     ids = tokenizer.encode(text)
-    if tokenizer.exact:
+    assert not {0, tokenizer.bos, tokenizer.eos} & set(ids)
+    if tokenizer.exact or tokenizer.unk not in ids:
         assert tokenizer.decode(ids) == text
-    else:
-        assert len(ids) == len(text)
+    if tokenizer.exact:
+        assert tokenizer.unk is None
+
+
+@hypothesis.settings(max_examples=200, deadline=None)
+@hypothesis.given(text=st.text(st.characters(exclude_categories=["Cs"])))
+@hypothesis.example(text="\u2581 a\u2581\u2581 b \x00 \r\n\n 👩‍👩‍👧 <unk><bos> ##a")
+def test_spans_tile_the_text_and_are_what_the_tokens_decode_to(tokenizer, text):
+    ids, spans, whole = tokenizer.encode(text), tokenizer.spans(text), text.encode()
+    assert len(ids) == len(spans)
+    assert [0, *(end for _, end in spans)] == [*(begin for begin, _ in spans), len(whole)]
+    for index, (begin, end) in zip(ids, spans, strict=True):
+        if index != tokenizer.unk:
+            assert tokenizer.decode([index]) == whole[begin:end].decode(errors="replace")
 
 
 @pytest.mark.slow
@@ -52,7 +70,7 @@ def test_special_ids_decode_to_nothing_and_broken_bytes_to_a_mark(tokenizer):
     if tokenizer.exact:
         broken = tokenizer.encode("🦜")[:-1]
         assert "\ufffd" in tokenizer.decode(broken)
-    assert tokenizer.piece(tokenizer.bos) == "<bos>" and tokenizer.piece(tokenizer.encode("T")[0]) == "T"
+    assert tokenizer.piece(tokenizer.bos) == "<bos>" and tokenizer.piece(tokenizer.encode("The")[0]).startswith("T")
 
 
 def test_characters_never_seen_are_unknown():
@@ -83,9 +101,22 @@ def test_digests_tell_vocabularies_apart():
     assert tokenizers.digest(train(TEXT, 320)) != tokenizers.digest(train(TEXT, 325))
 
 
+LEARNED = [kind for kind in tokenizers.TRAINED if kind not in ("byte", "char")]
+
+
 @pytest.mark.parametrize(
     ("kind", "size", "texts"),
-    [("bpe", 100, TEXT), ("bpe", 5000, TEXT), ("bpe", 300, []), ("char", 4, TEXT), ("char", 9, [])],
+    [
+        ("char", 4, TEXT),
+        ("char", 9, []),
+        ("word", 4, TEXT),
+        ("wordpiece", 7, TEXT),
+        ("char_bpe", 5, TEXT),
+        ("bpe", 100, TEXT),
+        ("unigram", 100, TEXT),
+        ("byte_bpe", 259, TEXT),
+        *((kind, size, texts) for kind in LEARNED for size, texts in ((5000, TEXT), (300, []), (300, ["word"] * 9))),
+    ],
 )
 def test_impossible_vocabularies_are_one_clear_error(kind, size, texts):
     with pytest.raises(UserError, match="vocabulary") as error:
@@ -94,7 +125,7 @@ def test_impossible_vocabularies_are_one_clear_error(kind, size, texts):
 
 
 def test_an_unknown_kind_names_the_choices():
-    with pytest.raises(UserError, match="expected one of bpe, byte, char"):
+    with pytest.raises(UserError, match="expected one of bpe, byte, byte_bpe, char"):
         tokenizers.get("words")
 
 
@@ -103,9 +134,10 @@ def test_the_same_text_gives_the_same_vocabulary_in_another_process():
     import sys
 
     code = (
-        "from llm_jax import tokenizers as t; import sys; print(t.digest(t.get('bpe').train([sys.stdin.read()], 320)))"
+        "from llm_jax import tokenizers as t; import sys; text = [sys.stdin.read()];"
+        f"print([t.digest(t.get(kind).train(text, 306)) for kind in {LEARNED}])"
     )
-    text = "".join(f"def function_{i}(argument):\n    return argument * {i} + value_{i % 7}\n" for i in range(300))
+    text = "".join(f"def function_{i}(argument):\n    return argument * {i} + välue_{i % 7}\n" for i in range(300))
     digests = {
         subprocess.run([sys.executable, "-c", code], input=text, capture_output=True, text=True, check=True).stdout
         for _ in range(3)
@@ -114,7 +146,7 @@ def test_the_same_text_gives_the_same_vocabulary_in_another_process():
 
 
 def test_the_sample_is_fair_and_the_same_every_time():
-    from llm_jax.tokenizers.bpe import sample
+    from llm_jax.tokenizers.pieces import sample
 
     lines = [str(i) for i in range(10_000)]
     kept = sample(iter(lines), 1000)
@@ -123,6 +155,30 @@ def test_the_sample_is_fair_and_the_same_every_time():
     assert sample(iter(lines), 20_000) == lines
 
 
-def test_other_peoples_tokenizers_are_not_trained():
-    with pytest.raises(UserError, match="tokenizer.kind=hub is read from other people's files, not trained"):
-        tokenizers.get("hub").train(TEXT, 320)
+@pytest.mark.parametrize("kind", ["hub", "sentencepiece"])
+def test_other_peoples_tokenizers_are_not_trained(kind):
+    with pytest.raises(UserError, match=f"tokenizer.kind={kind} is read from other people's files"):
+        tokenizers.get(kind).train(TEXT, 320)
+
+
+def pieces(tokenizer, text: str) -> list[str]:
+    return [tokenizer.piece(i).strip() for i in tokenizer.encode(text)]
+
+
+def test_the_worked_examples_of_t4():
+    corpus = ["Tokenization is essential.", "Fine-tuning is fun"] * 10
+    word = tokenizers.get("word").train(corpus, 10)
+    assert pieces(word, "Tokenization is essential.") == ["Tokenization", "is", "essential", "."]
+    assert pieces(word, "Fine-tuning is fun") == ["Fine-tuning", "is", "fun"]
+    for kind, size in (("wordpiece", 69), ("char_bpe", 51)):
+        subword = tokenizers.get(kind).train(corpus, size)
+        assert pieces(subword, "Fine-tuning is fun") == ["Fine", "-", "tuning", "is", "fun"]
+        assert pieces(subword, "Tokenization is essential.") == ["Tokenization", "is", "essential", "."]
+
+
+def test_a_word_never_seen_is_unknown_to_words_only(tokenizer):
+    """T3: pieces hold words out of the vocabulary, here of letters that TEXT has."""
+    word = "tokenreaders"
+    ids = tokenizer.encode(word)
+    assert (tokenizer.unk in ids) == (tokenizer.kind == "word")
+    assert (tokenizer.decode(ids) == word) == (tokenizer.kind != "word")

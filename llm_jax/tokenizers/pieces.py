@@ -1,4 +1,4 @@
-"""Byte-pair encoding by sentencepiece (Kudo and Richardson 2018, arXiv:1808.06226), bytes as fallback."""
+"""Byte pairs and unigram pieces by sentencepiece (Kudo and Richardson 2018, arXiv:1808.06226), bytes as fallback."""
 
 import io
 import random
@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 import sentencepiece
 
 from llm_jax.errors import UserError
-from llm_jax.tokenizers.base import SPECIAL
+from llm_jax.tokenizers.base import SPECIAL, laid_out
 from llm_jax.tokenizers.byte import utf8
 
 # sentencepiece writes a space as this character, so the character itself is spelled out in bytes.
@@ -38,6 +38,8 @@ def sample(lines: Iterable[str], count: int) -> list[str]:
 
 
 class BpeTokenizer:
+    """Merges of characters, the most frequent pair first (Sennrich et al. 2016, arXiv:1508.07909)."""
+
     kind: ClassVar[str] = "bpe"
     exact: ClassVar[bool] = True
     bos, eos, unk = 1, 2, None  # what no piece covers is spelled out in bytes
@@ -58,7 +60,7 @@ class BpeTokenizer:
     def train(cls, texts: Iterable[str], vocab_size: int) -> Self:
         if vocab_size < _SMALLEST + len(_BREAKS):
             raise UserError(
-                f"a byte-pair vocabulary of {vocab_size} is too small; the special ids, bytes and "
+                f"a {cls.kind} vocabulary of {vocab_size} is too small; the special ids, bytes and "
                 f"line breaks take {_SMALLEST + len(_BREAKS)}"
             )
         model = io.BytesIO()
@@ -72,7 +74,7 @@ class BpeTokenizer:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=iter(sample(lines, _SENTENCES)),
                 model_writer=model,
-                model_type="bpe",
+                model_type=cls.kind,
                 vocab_size=vocab_size,
                 hard_vocab_limit=True,
                 byte_fallback=True,
@@ -90,7 +92,9 @@ class BpeTokenizer:
             )
         except (RuntimeError, OSError) as error:
             reason = str(error).strip().splitlines()[-1]
-            raise UserError(f"no byte-pair vocabulary of {vocab_size} can be trained on this text: {reason}") from error
+            raise UserError(
+                f"no {cls.kind} vocabulary of {vocab_size} can be trained on this text: {reason}"
+            ) from error
         return cls(model.getvalue())
 
     def encode(self, text: str) -> list[int]:
@@ -101,12 +105,26 @@ class BpeTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return self._pieces.decode([int(i) for i in ids if len(SPECIAL) <= i < self.vocab_size])
 
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        ids = self.encode(text)
+        return laid_out(1 if self._pieces.is_byte(i) else len(_text(self._pieces.id_to_piece(i)).encode()) for i in ids)
+
     def piece(self, index: int) -> str:
-        return self._pieces.id_to_piece(int(index)).replace(_SPACE, " ").replace("\n", "\\n").replace("\t", "\\t")
+        return _text(self._pieces.id_to_piece(int(index))).replace("\n", "\\n").replace("\t", "\\t")
 
     def files(self) -> dict[str, bytes]:
-        return {"bpe.model": self._model}
+        return {f"{self.kind}.model": self._model}
 
     @classmethod
     def from_files(cls, files: dict[str, bytes]) -> Self:
-        return cls(files["bpe.model"])
+        return cls(files[f"{cls.kind}.model"])
+
+
+class UnigramTokenizer(BpeTokenizer):
+    """The likeliest pieces under a unigram model of them (Kudo 2018, arXiv:1804.10959)."""
+
+    kind: ClassVar[str] = "unigram"
+
+
+def _text(piece: str) -> str:
+    return piece.replace(_SPACE, " ")

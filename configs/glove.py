@@ -1,0 +1,17 @@
+"""GloVe vectors of the Wikipedia sample and Shakespeare: 1.5 M words, 15 epochs over their co-occurrences.
+
+python -m llm_jax.embeddings.train --config=configs/glove.py --output=vectors.txt
+"""
+
+import runpy
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+word2vec = runpy.run_path(str(Path(__file__).with_name("word2vec.py")))
+
+
+def get_config() -> ConfigDict:
+    config = word2vec["get_config"]()
+    config.update({"kind": "glove", "epochs": 15})
+    return config

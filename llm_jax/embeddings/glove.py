@@ -1,0 +1,168 @@
+"""GloVe (Pennington et al. 2014): words whose products are the logarithms of their co-occurrences.
+
+Counts are gathered in memory up to a bound, written to disk as sorted runs, and merged by ranges of cells, so
+neither the text nor its co-occurrences need to fit into memory.
+"""
+
+import functools
+import pathlib
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llm_jax.embeddings.config import EmbeddingsConfig
+from llm_jax.embeddings.corpus import BREAK, Corpus
+from llm_jax.embeddings.vectors import WordVectors
+
+# Letters of shapes: P cells of a step, T steps of one call of the compiled scan, D width.
+
+_STEPS = 128
+_CELL = np.dtype([("cell", "<i8"), ("count", "<f4")])  # cell: word * words + context
+_PIECE = 2**20  # words of text that are counted at a time
+
+Told = Callable[[int], None]
+
+
+def train(corpus: Corpus, config: EmbeddingsConfig, counted: pathlib.Path, told: Told = lambda n: None) -> WordVectors:
+    """The vectors of the words of a corpus: the sum of each word's two vectors (section 4.2 of the paper).
+
+    Weighted least squares, f(X) (w . c + b_w + b_c - log X)^2 with f(X) = min(1, (X / x_max)^alpha) (equation 8),
+    by AdaGrad. Gradients of one cell's step that fall on the same word are added up.
+
+    Args:
+      counted: the file of `cooccurrences`.
+      told: is called with the number of cells that have been gone through since the last call.
+    """
+    cells = np.memmap(counted, _CELL, "r")
+    rng = np.random.default_rng(config.seed)
+    words, width = len(corpus.words), config.width
+    # Rows of words, then rows of the words as contexts: vector and bias, and beside them AdaGrad's sums of squares,
+    # which begin at 1 as in the authors' program.
+    start = (rng.random((2 * words, width + 1)) - 0.5) / width
+    table = jnp.asarray(np.concatenate([start, np.ones_like(start)], 1).astype(np.float32))
+    g = config.glove
+    many = jax.jit(functools.partial(_many, g.x_max, g.alpha, g.lr), donate_argnums=0)
+    for _ in range(config.epochs):
+        for read, cell, count in _batches(cells, g.batch_size, rng):
+            word, context = np.divmod(cell, words)
+            table = many(table, word.astype(np.int32), (words + context).astype(np.int32), count)
+            told(read)
+    found = np.asarray(table[:, :width])
+    return WordVectors(corpus.words, found[:words] + found[words:])
+
+
+def cooccurrences(corpus: Corpus, window: int, memory: int, scratch: pathlib.Path) -> pathlib.Path:
+    """Writes how often words stand near each other, a pair at distance d counting 1/d, as a sorted array of `_CELL`.
+
+    Args:
+      window: on each side; no pair reaches across a `BREAK`.
+      memory: bytes of counts that are held at a time, about.
+    """
+    runs: list[pathlib.Path] = []
+    held: list[np.ndarray] = []
+    size = 0
+    for found in _counted(corpus, window):
+        held.append(found)
+        size += found.nbytes
+        if size > memory // 4:  # sorting takes as much again, twice
+            runs.append(_write(_summed(held), scratch / f"run-{len(runs)}"))
+            held, size = [], 0
+    if held:
+        runs.append(_write(_summed(held), scratch / f"run-{len(runs)}"))
+    return _merged(runs, memory, scratch / "cooccurrences")
+
+
+def _counted(corpus: Corpus, window: int) -> Iterator[np.ndarray]:
+    """Cells of one piece of text after the other; pieces overlap by the window."""
+    words = len(corpus.words)
+    for begin in range(0, len(corpus.ids), _PIECE):
+        ids = np.asarray(corpus.ids[begin : begin + _PIECE + window], np.int64)
+        paragraph = np.cumsum(ids == BREAK)
+        parts = []
+        for distance in range(1, window + 1):
+            end = min(_PIECE, len(ids) - distance)  # what begins in the overlap is of the next piece
+            a, b = ids[:end], ids[distance : distance + end]
+            near = (a != BREAK) & (b != BREAK) & (paragraph[:end] == paragraph[distance : distance + end])
+            a, b = a[near], b[near]
+            cells = np.concatenate([a * words + b, b * words + a])
+            part = np.empty(len(cells), _CELL)
+            part["cell"], part["count"] = cells, 1 / distance
+            parts.append(part)
+        yield _summed(parts)
+
+
+def _summed(parts: list[np.ndarray]) -> np.ndarray:
+    """Cells in order, the counts of equal ones added up."""
+    together = np.concatenate(parts)
+    if not len(together):
+        return together
+    order = np.argsort(together["cell"], kind="stable")
+    cells = together["cell"][order]
+    begins = np.flatnonzero(np.concatenate([[True], cells[1:] != cells[:-1]]))
+    found = np.empty(len(begins), _CELL)
+    found["cell"], found["count"] = cells[begins], np.add.reduceat(together["count"][order], begins, dtype=np.float64)
+    return found
+
+
+def _write(cells: np.ndarray, path: pathlib.Path) -> pathlib.Path:
+    cells.tofile(path)
+    return path
+
+
+def _merged(runs: list[pathlib.Path], memory: int, output: pathlib.Path) -> pathlib.Path:
+    """One sorted array of several: range by range of cells, each range short enough for the memory."""
+    opened = [np.memmap(run, _CELL, "r") for run in runs]
+    total = sum(map(len, opened))
+    ranges = max(1, -(-total * _CELL.itemsize * 4 // memory))
+    # Quantiles of a draw from all runs: ranges of about the same length.
+    drawn = np.sort(np.concatenate([run["cell"][:: max(1, total // 10_000)] for run in opened]))
+    bounds = drawn[np.linspace(0, len(drawn) - 1, ranges + 1).astype(int)[1:-1]]
+    with output.open("wb") as file:
+        starts = [0] * len(opened)
+        for bound in [*bounds, np.iinfo(np.int64).max]:
+            ends = [int(np.searchsorted(run["cell"], bound)) for run in opened]
+            _summed([run[a:b] for run, a, b in zip(opened, starts, ends, strict=True)]).tofile(file)
+            starts = ends
+    for run in runs:
+        run.unlink()
+    return output
+
+
+def _batches(cells: np.ndarray, size: int, rng: np.random.Generator) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """(cells read, cell numbers (T, P), counts (T, P)); a count of 0 is padding.
+
+    Slices from all over the array are mixed and then shuffled: random access to a mapped file would be slow.
+    """
+    many = _STEPS * size
+    pieces = max(1, -(-len(cells) // many))
+    length = max(1, many // 64)
+    slices = rng.permutation(-(-len(cells) // length))
+    for part in np.array_split(slices, pieces):
+        found = np.concatenate([cells[i * length : (i + 1) * length] for i in part])
+        found = found[rng.permutation(len(found))]
+        for start in range(0, len(found), many):
+            block = np.zeros(many, _CELL)
+            piece = found[start : start + many]
+            block[: len(piece)] = piece
+            yield len(piece), block["cell"].reshape(_STEPS, size), block["count"].reshape(_STEPS, size)
+
+
+def _many(x_max: float, alpha: float, lr: float, table, word_TP, context_TP, count_TP) -> jax.Array:
+    width = table.shape[1] // 2 - 1
+
+    def body(table: jax.Array, step: tuple) -> tuple[jax.Array, None]:
+        word_P, context_P, count_P = step
+        places = jnp.concatenate([word_P, context_P])
+        rows = table[places]
+        values, squares = rows[:, : width + 1], rows[:, width + 1 :]
+        w_PD, c_PD = jnp.split(values, 2)
+        error = (w_PD[:, :-1] * c_PD[:, :-1]).sum(1) + w_PD[:, -1] + c_PD[:, -1] - jnp.log(jnp.maximum(count_P, 1e-30))
+        slope = jnp.minimum(1.0, (count_P / x_max) ** alpha) * error * (count_P > 0)
+        gradient = jnp.concatenate([c_PD, w_PD]).at[:, -1].set(1.0) * jnp.concatenate([slope, slope])[:, None]
+        # Each cell is divided by the sums as they stood, and adds its own square.
+        update = jnp.concatenate([-lr * gradient * jax.lax.rsqrt(squares), gradient**2], 1)
+        return table.at[places].add(update), None
+
+    return jax.lax.scan(body, table, (word_TP, context_TP, count_TP))[0]

@@ -1,0 +1,100 @@
+"""A table of word vectors, and the text and binary forms of word2vec, which gensim and others read."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from llm_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class WordVectors:
+    """A vector for each word.
+
+    Attributes:
+      words: as a rule the most frequent first.
+      matrix: float32 (words, width).
+    """
+
+    words: tuple[str, ...]
+    matrix: np.ndarray
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "index", {word: i for i, word in reversed(list(enumerate(self.words)))})
+
+    index: dict[str, int] = dataclasses.field(init=False, compare=False, repr=False)
+
+    def __contains__(self, word: str) -> bool:
+        return word in self.index
+
+    def __getitem__(self, word: str) -> np.ndarray:
+        """The vector of a word, (width,). Raises UserError for one that it lacks."""
+        if word not in self.index:
+            raise UserError(f"'{word}' is not among the {len(self.words):,} words of these vectors")
+        return self.matrix[self.index[word]]
+
+    def directions(self) -> np.ndarray:
+        """The vectors at length 1, (words, width); a zero vector stays zero."""
+        return self.matrix / np.maximum(np.linalg.norm(self.matrix, axis=1, keepdims=True), 1e-12)
+
+
+def save(vectors: WordVectors, path: pathlib.Path) -> None:
+    """Writes word2vec's binary form where the name ends in .bin, else its text form.
+
+    Raises:
+      UserError: it cannot be written, or a word has a space in it.
+    """
+    if bad := next((w for w in vectors.words if not w or any(c.isspace() for c in w)), None):
+        raise UserError(f"the word {bad!r} cannot be written: words end at spaces in this form")
+    partial = path.with_name(f".partial-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            file.write(f"{len(vectors.words)} {vectors.matrix.shape[1]}\n".encode())
+            for word, row in zip(vectors.words, vectors.matrix.astype("<f4"), strict=True):
+                numbers = row.tobytes() if path.suffix == ".bin" else " ".join(map(str, row)).encode()
+                file.write(word.encode() + b" " + numbers + b"\n")
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def load(path: pathlib.Path) -> WordVectors:
+    """What `save` wrote, or another's file of either form (.bin is the binary one).
+
+    Raises:
+      UserError: it cannot be read or is of another form.
+    """
+    try:
+        content = path.read_bytes()
+        head, _, body = content.partition(b"\n")
+        count, width = map(int, head.split())
+        read = _binary if path.suffix == ".bin" else _text
+        words, matrix = read(body, count, width)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, IndexError) as error:
+        raise UserError(f"{path}: not word vectors in word2vec's {path.suffix or 'text'} form ({error})") from error
+    return WordVectors(tuple(words), matrix)
+
+
+def _text(body: bytes, count: int, width: int) -> tuple[Sequence[str], np.ndarray]:
+    lines = [line.rstrip(b"\r").split(b" ") for line in body.split(b"\n") if line]
+    if len(lines) != count or any(len(line) != width + 1 for line in lines):
+        raise ValueError(f"expected {count} lines of a word and {width} numbers")
+    return [line[0].decode() for line in lines], np.array([line[1:] for line in lines], np.float32).reshape(-1, width)
+
+
+def _binary(body: bytes, count: int, width: int) -> tuple[Sequence[str], np.ndarray]:
+    if count * (4 * width + 2) > len(body):
+        raise ValueError(f"too short for {count} words of {width} numbers")
+    words, matrix, place = [], np.empty((count, width), np.float32), 0
+    for i in range(count):
+        end = body.index(b" ", place)
+        words.append(body[place:end].lstrip(b"\n").decode())
+        place = end + 1 + 4 * width
+        matrix[i] = np.frombuffer(body, "<f4", width, end + 1)
+    return words, matrix

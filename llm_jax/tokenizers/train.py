@@ -1,0 +1,110 @@
+"""A tokenizer from text: `python -m llm_jax.tokenizers.train --kind=bpe --vocab_size=8192 --input=FILE --output=DIR`.
+
+Prints a line with what was made. `tokenizers.load(DIR)` reads it, `tokenizers.show --tokenizer=DIR` shows it.
+"""
+
+import glob
+import pathlib
+import random
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+
+from absl import flags
+from tqdm import tqdm
+
+from llm_jax import cli, tokenizers
+from llm_jax.errors import UserError
+
+_BLOCK = 2**20
+
+flags.DEFINE_enum("kind", None, tokenizers.TRAINED, "of the tokenizer", required=True)
+flags.DEFINE_integer("vocab_size", 0, "ids, the special ones included; not needed by byte")
+flags.DEFINE_multi_string("input", None, "a text file, directory, glob or asset:NAME; several times", required=True)
+flags.DEFINE_string("output", None, "the directory to write; it must not exist", required=True)
+flags.DEFINE_integer("sample", 128, "MiB of text to learn from at most; of more, blocks are drawn")
+
+
+def main() -> None:
+    f = flags.FLAGS
+    output = pathlib.Path(f.output).expanduser()
+    if output.exists():
+        raise UserError(f"--output={output} exists; give another, or remove it")
+    if f.sample < 1 or (f.vocab_size < 1 and f.kind != "byte"):
+        raise UserError(f"--vocab_size={f.vocab_size} --sample={f.sample}; expected positive numbers")
+    paths = files(f.input)
+    size = min(sum(p.stat().st_size for p in paths), f.sample * 2**20)
+    with tqdm(total=size, desc="reading", unit="B", unit_scale=True, disable=None) as bar:
+
+        def told() -> Iterator[str]:
+            for text in texts(paths, f.sample * 2**20):
+                yield text
+                bar.update(len(text.encode()))
+            bar.set_description("training")
+
+        tokenizer = tokenizers.get(f.kind).train(told(), f.vocab_size)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partial = pathlib.Path(tempfile.mkdtemp(prefix=".partial-", dir=output.parent))
+        try:
+            tokenizers.save(tokenizer, partial)
+            partial.rename(output)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"--output={output} cannot be written ({error.strerror})") from error
+    print(f"wrote {output}: {f.kind}, {tokenizer.vocab_size:,} ids, sha256 {tokenizers.digest(tokenizer)[:12]}")
+
+
+def files(inputs: Sequence[str]) -> list[pathlib.Path]:
+    """The files that `--input` names, sorted within each.
+
+    Raises:
+      UserError: one names nothing.
+    """
+    from llm_jax.data import assets
+
+    found: list[pathlib.Path] = []
+    for name in inputs:
+        path = assets.path(name[6:]) if name.startswith("asset:") else pathlib.Path(name).expanduser()
+        inside = path.rglob("*") if path.is_dir() else map(pathlib.Path, glob.glob(str(path), recursive=True))
+        own = sorted(p for p in inside if p.is_file() and not p.name.startswith("."))
+        if not own:
+            raise UserError(f"--input={name}: no such file or directory, and no file matches it as a glob")
+        found += own
+    return found
+
+
+def texts(paths: Sequence[pathlib.Path], limit: int) -> Iterator[str]:
+    """The text of files in blocks of a MiB, cut between characters; of more than `limit` bytes, a fair draw of blocks.
+
+    Raises:
+      UserError: a file that cannot be read or is not UTF-8.
+    """
+    blocks = [(path, start) for path in paths for start in range(0, path.stat().st_size, _BLOCK)]
+    if sum(path.stat().st_size for path in paths) > limit:
+        drawn = random.Random(0).sample(range(len(blocks)), max(1, limit // _BLOCK))
+        blocks = [blocks[i] for i in sorted(drawn)]
+    for path, start in blocks:
+        try:
+            with path.open("rb") as file:
+                file.seek(start)
+                block = file.read(_BLOCK + 3)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+        begin = _boundary(block, 0) if start else 0
+        end = _boundary(block, _BLOCK) if len(block) > _BLOCK else len(block)
+        try:
+            yield block[begin:end].decode()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8 text at byte {start + begin + error.start}") from error
+
+
+def _boundary(block: bytes, place: int) -> int:
+    """The first place from `place` on, at most three bytes later, at which a character may begin."""
+    after = range(place, min(place + 3, len(block)))
+    return next((i for i in after if block[i] & 0xC0 != 0x80), min(place + 3, len(block)))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,198 @@
+"""Words and pieces of words by the `tokenizers` library: word, WordPiece, character-level and byte-level byte pairs.
+
+A token keeps the space before it, so tokens laid side by side are the text again; what the vocabulary
+cannot hold becomes the unknown id, which decodes to U+FFFD. Only byte-level pieces hold everything.
+"""
+
+import collections
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, Self
+
+import tokenizers as library
+
+from llm_jax.errors import UserError
+from llm_jax.tokenizers.base import SPECIAL, in_bytes, laid_out
+from llm_jax.tokenizers.byte import utf8
+
+_HYPHENATED = r" ?\w+(?:[-'’]\w+)*| ?[^\w\s]|\s"  # "Fine-tuning" is one word
+_PARTED = r" ?\w+| ?[^\w\s]|\s"  # every punctuation mark stands alone
+_CONTINUES = "##"  # begins a WordPiece that does not begin a word
+_UNKNOWN = SPECIAL[3]
+
+
+class WordTokenizer:
+    """The most frequent words, hyphenated ones whole, and punctuation marks."""
+
+    kind: ClassVar[str] = "word"
+    exact: ClassVar[bool] = False
+    bos: ClassVar[int] = 1
+    eos: ClassVar[int] = 2
+    unk: ClassVar[int | None] = 3
+
+    def __init__(self, text: str):
+        try:
+            self._tokenizer = library.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises Exception itself
+            raise UserError(f"the {self.kind} vocabulary cannot be read ({error})") from error
+        self._text = text
+        self._tokenizer.encode_special_tokens = True  # text that looks like a special token is text
+        self._pieces = [self._tokenizer.id_to_token(i) or "" for i in range(self.vocab_size)]
+        self._bytes = [b"" if i < len(SPECIAL) else self._bytes_of(piece) for i, piece in enumerate(self._pieces)]
+        if self.unk is not None:
+            self._bytes[self.unk] = "\ufffd".encode()
+
+    @property
+    def vocab_size(self) -> int:
+        return self._tokenizer.get_vocab_size()
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> Self:
+        kept = list(texts)
+        blank, trainer = cls._untrained(kept, vocab_size)
+        blank.train_from_iterator(kept, trainer, length=len(kept))
+        blank = _with_special_only(blank)
+        if (found := blank.get_vocab_size()) != vocab_size:
+            raise UserError(
+                f"tokenizer.vocab_size is {vocab_size}; this text gives a {cls.kind} vocabulary of {found} ids, "
+                f"{len(SPECIAL)} special ones included"
+            )
+        return cls(blank.to_str())
+
+    @classmethod
+    def _untrained(cls, texts: Sequence[str], vocab_size: int) -> tuple[library.Tokenizer, Any]:
+        """The tokenizer without a vocabulary, and what trains one."""
+        if vocab_size <= len(SPECIAL):
+            raise UserError(f"a word vocabulary of {vocab_size} is too small; the special ids take {len(SPECIAL)}")
+        blank = library.Tokenizer(library.models.WordLevel(unk_token=_UNKNOWN))
+        blank.pre_tokenizer = library.pre_tokenizers.Split(library.Regex(_HYPHENATED), "isolated")
+        return blank, library.trainers.WordLevelTrainer(vocab_size=vocab_size, **_SHOWN)
+
+    @classmethod
+    def _bytes_of(cls, piece: str) -> bytes:
+        return piece.encode()
+
+    def encode(self, text: str) -> list[int]:
+        utf8(text)
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return b"".join(self._bytes[i] for i in ids if 0 <= i < len(self._bytes)).decode(errors="replace")
+
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        utf8(text)
+        return in_bytes(text, self._tokenizer.encode(text, add_special_tokens=False).offsets)
+
+    def piece(self, index: int) -> str:
+        if index < len(SPECIAL):
+            return SPECIAL[index]
+        return repr(self._pieces[index])[1:-1]
+
+    def files(self) -> dict[str, bytes]:
+        return {f"{self.kind}.json": self._text.encode()}
+
+    @classmethod
+    def from_files(cls, files: dict[str, bytes]) -> Self:
+        return cls(files[f"{cls.kind}.json"].decode())
+
+
+class WordPieceTokenizer(WordTokenizer):
+    """The longest piece first, from the left (Wu et al. 2016, arXiv:1609.08144; as in BERT)."""
+
+    kind: ClassVar[str] = "wordpiece"
+
+    @classmethod
+    def _untrained(cls, texts: Sequence[str], vocab_size: int) -> tuple[library.Tokenizer, Any]:
+        alphabet = _alphabet(cls.kind, texts, (vocab_size - len(SPECIAL)) // 2)
+        # Given in order as well: the library numbers continuations as it meets them, which differs from run to run.
+        given = [*SPECIAL, *(_CONTINUES + c for c in sorted(alphabet))]
+        blank = library.Tokenizer(library.models.WordPiece(unk_token=_UNKNOWN, continuing_subword_prefix=_CONTINUES))
+        blank.pre_tokenizer = library.pre_tokenizers.Split(library.Regex(_PARTED), "isolated")
+        return blank, library.trainers.WordPieceTrainer(
+            vocab_size=vocab_size,
+            initial_alphabet=alphabet,
+            limit_alphabet=len(alphabet),
+            continuing_subword_prefix=_CONTINUES,
+            **_SHOWN | {"special_tokens": given},
+        )
+
+    @classmethod
+    def _bytes_of(cls, piece: str) -> bytes:
+        return piece.removeprefix(_CONTINUES).encode()
+
+
+class CharBpeTokenizer(WordTokenizer):
+    """Merges of characters within words (Sennrich et al. 2016, arXiv:1508.07909); rare characters are unknown."""
+
+    kind: ClassVar[str] = "char_bpe"
+
+    @classmethod
+    def _untrained(cls, texts: Sequence[str], vocab_size: int) -> tuple[library.Tokenizer, Any]:
+        alphabet = _alphabet(cls.kind, texts, (vocab_size - len(SPECIAL)) // 2)
+        blank = library.Tokenizer(library.models.BPE(unk_token=_UNKNOWN))
+        blank.pre_tokenizer = library.pre_tokenizers.Split(library.Regex(_PARTED), "isolated")
+        return blank, library.trainers.BpeTrainer(
+            vocab_size=vocab_size, initial_alphabet=alphabet, limit_alphabet=len(alphabet), **_SHOWN
+        )
+
+
+class ByteBpeTokenizer(WordTokenizer):
+    """Merges of the bytes of UTF-8 (Radford et al. 2019, GPT-2), within GPT-2's splitting of text."""
+
+    kind: ClassVar[str] = "byte_bpe"
+    exact: ClassVar[bool] = True
+    unk: ClassVar[int | None] = None
+
+    @classmethod
+    def _untrained(cls, texts: Sequence[str], vocab_size: int) -> tuple[library.Tokenizer, Any]:
+        if vocab_size < len(SPECIAL) + 256:
+            smallest = len(SPECIAL) + 256
+            raise UserError(
+                f"a byte_bpe vocabulary of {vocab_size} is too small; special ids and bytes take {smallest}"
+            )
+        blank = library.Tokenizer(library.models.BPE())
+        blank.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        return blank, library.trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=list(_BYTES), **_SHOWN)
+
+    @classmethod
+    def _bytes_of(cls, piece: str) -> bytes:
+        return bytes(_BYTES[c] for c in piece)
+
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        return laid_out(len(self._bytes[i]) for i in self.encode(text))
+
+    def piece(self, index: int) -> str:
+        if index < len(SPECIAL):
+            return SPECIAL[index]
+        try:
+            return repr(self._bytes[index].decode())[1:-1]
+        except UnicodeDecodeError:
+            return repr(self._bytes[index])[2:-1]
+
+
+def _byte_names() -> dict[str, int]:
+    """The character that stands for each byte: itself where it prints, else the next from U+0100 (GPT-2)."""
+    printing = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in printing]
+    return {chr(b): b for b in printing} | {chr(0x100 + i): b for i, b in enumerate(others)}
+
+
+_BYTES = _byte_names()
+_SHOWN: dict[str, Any] = {"special_tokens": list(SPECIAL), "show_progress": False}
+
+
+def _with_special_only(trained: library.Tokenizer) -> library.Tokenizer:
+    """The tokenizer with the special tokens of `SPECIAL` and no others."""
+    said = json.loads(trained.to_str())
+    said["added_tokens"] = [token for token in said["added_tokens"] if token["content"] in SPECIAL]
+    return library.Tokenizer.from_str(json.dumps(said))
+
+
+def _alphabet(kind: str, texts: Iterable[str], room: int) -> list[str]:
+    """The `room` most frequent characters. The library's own choice among equals differs from run to run."""
+    counts: collections.Counter[str] = collections.Counter()
+    for text in texts:
+        counts.update(text)
+    if room < 1 or not counts:
+        raise UserError(f"no {kind} vocabulary can be trained: {len(counts)} characters of text, room for {room}")
+    return sorted(counts, key=lambda c: (-counts[c], c))[:room]

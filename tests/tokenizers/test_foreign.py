@@ -1,0 +1,128 @@
+"""Other people's vocabularies: sentencepiece models and GGUF's "llama" kind; the assets' beside transformers."""
+
+import io
+import json
+import pathlib
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import sentencepiece
+
+from llm_jax import pretrained, tokenizers
+from llm_jax.errors import UserError
+from llm_jax.tokenizers.model import ModelTokenizer
+
+GOLDEN = json.loads(pathlib.Path(__file__).with_name("real_golden.json").read_text())["cases"]
+CONFIG = {
+    "add_bos_token": True,
+    "chat_template": "{{ bos_token }}{{ messages[0].content }}",
+    "bos_token": "<s>",
+    "added_tokens_decoder": {"320": {"content": "<|turn|>"}},
+}
+
+
+def model(**options) -> bytes:
+    made = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["hello world " * 5, "the quick brown fox, größe"] * 50),
+        model_writer=made,
+        vocab_size=320,
+        minloglevel=2,
+        num_threads=1,
+        **{"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity"} | options,
+    )
+    return made.getvalue()
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tokenizers.from_files({"tokenizer.model": model(), "tokenizer_config.json": json.dumps(CONFIG).encode()})
+
+
+def test_a_sentencepiece_model_gives_what_sentencepiece_gives(llama):
+    own = sentencepiece.SentencePieceProcessor(model_proto=model())
+    for text in ("hello quick fox", "  two  spaces", "größe\nnew 🦜", "<s> hello", ""):
+        assert llama.encode(text) == own.encode(text)
+        assert llama.decode(llama.encode(text)) == own.decode(own.encode(text))
+    assert (llama.bos, llama.eos, llama.unk, llama.vocab_size, llama.regular_size) == (1, 2, None, 321, 320)
+    assert llama.special_ids == {"bos_token_id": 1, "eos_token_id": 2}
+
+
+def test_marks_of_a_chat_are_meant_and_marks_in_text_are_text(llama):
+    assert llama.encode_chat("<s>hello<|turn|>") == [1, *llama.encode("hello"), 320]
+    assert not {1, 320} & set(llama.encode("<s>hello<|turn|>"))
+    assert llama.decode(llama.encode("<s>hello<|turn|>")) == "<s>hello<|turn|>"
+    assert llama.decode([1, *llama.encode("hello"), 320, 2, 999]) == "hello" and llama.piece(320) == "<|turn|>"
+
+
+@hypothesis.settings(max_examples=200, deadline=None)
+@hypothesis.given(text=st.text(st.characters(exclude_categories=["Cs"])))
+@hypothesis.example(text="  a  \u2581 b\n")
+def test_the_vocabulary_in_a_gguf_file_is_the_same(llama, text):
+    again = tokenizers.from_gguf(llama.to_gguf(330))
+    assert again.encode(text) == llama.encode(text)
+    assert again.decode(again.encode(text)) == llama.decode(llama.encode(text))
+
+
+def test_bos_chat_template_and_unused_ids_go_through_a_gguf_file(llama):
+    again = tokenizers.from_gguf(llama.to_gguf(330))
+    assert (again.bos, again.eos, again.vocab_size) == (1, 2, 330)
+    assert again.special["chat_template"] == CONFIG["chat_template"]
+    assert again.encode_chat("<|turn|>") == [320]
+
+
+def test_saved_and_loaded_is_the_same(llama, tmp_path):
+    tokenizers.save(llama, tmp_path)
+    again = tokenizers.load(tmp_path)
+    assert tokenizers.digest(again) == tokenizers.digest(llama) and again.encode_chat("<|turn|>a") == llama.encode_chat(
+        "<|turn|>a"
+    )
+
+
+def test_what_gguf_cannot_hold_is_refused():
+    for options in ({"model_type": "unigram"}, {"normalization_rule_name": "nmt_nfkc"}):
+        with pytest.raises(UserError, match="this model is of another kind"):
+            ModelTokenizer(model(hard_vocab_limit=False, **options), {}).to_gguf(320)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scores": None}, "tokens, scores and token_type are needed"),
+        ({"scores": [0.0]}, "tokens, scores and token_type are 320, 1, 320 long"),
+        ({"tokens": [3] * 320}, "makes no sense"),
+        ({"token_type": [99] * 320}, "makes no sense|cannot be read"),
+        ({"tokens": ["a"] * 320}, "cannot be read"),
+        ({"model": "bert"}, "tokenizer.ggml.model is 'bert'; only 'gpt2'"),
+    ],
+)
+def test_damaged_vocabularies_are_one_clear_error(llama, change, message):
+    metadata = llama.to_gguf(320) | {f"tokenizer.ggml.{name}": value for name, value in change.items()}
+    with pytest.raises(UserError, match=message) as error:
+        tokenizers.from_gguf(metadata)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"no model", model()[:500]])
+def test_a_file_that_is_no_model_is_one_clear_error(content):
+    with pytest.raises(UserError, match="sentencepiece model cannot be read") as error:
+        tokenizers.from_files({"tokenizer.model": content})
+    assert "\n" not in str(error.value)
+
+
+def test_neither_file_is_an_error():
+    with pytest.raises(UserError, match="no tokenizer.json"):
+        tokenizers.from_files({})
+
+
+@pytest.mark.slow  # fetches the assets once
+@pytest.mark.parametrize("name", GOLDEN)
+def test_real_vocabularies_cut_text_as_transformers_does(name):
+    tokenizer = pretrained.load_tokenizer(f"asset:{name}")
+    for case in GOLDEN[name]:
+        ids = tokenizer.encode(case["text"])
+        assert ids == case["ids"], case["text"]
+        assert [tokenizer.piece(i) for i in ids] == case["pieces"]
+        spans = tokenizer.spans(case["text"])
+        assert len(spans) == len(ids) and all(0 <= a <= b <= len(case["text"].encode()) for a, b in spans)
