@@ -90,13 +90,12 @@ def test_cached_decode_equals_the_full_forward_of_the_prefix(any_model, tokens):
 
 
 def test_an_int8_cache_rounds_every_head_and_token_and_nothing_else(make, tokens):
-    model, params = make(cache="int8")
+    (model, params), (unrounded, _) = make(cache="int8"), make()
     counts = jnp.arange(LENGTH)[None].repeat(2, 0)
     step = jax.jit(lambda p, t, w, c: model.apply({"params": p}, t, w, c))
     where = Tokens(counts, jnp.ones((2, LENGTH), int))
-    _, exact = jax.jit(lambda p: make()[0].apply({"params": p}, tokens, where, init_cache(make()[0].config, 2, 16)))(
-        params
-    )
+    whole = jax.jit(lambda p, c: unrounded.apply({"params": p}, tokens, where, c))
+    _, exact = whole(params, init_cache(unrounded.config, 2, 16))
     full, cache = step(params, tokens, where, init_cache(model.config, 2, 16))
     (layer,), (of_exact,) = (next(iter(c.layers.values())).values() for c in (cache, exact))
     for name in ("key", "value"):
@@ -110,7 +109,7 @@ def test_an_int8_cache_rounds_every_head_and_token_and_nothing_else(make, tokens
     for t in range(LENGTH):
         got, one = step(params, tokens[:, t : t + 1], Tokens(counts[:, t : t + 1], jnp.ones((2, 1), int)), one)
     np.testing.assert_allclose(got[:, 0], full[:, -1], atol=1e-4)
-    plain = logits(make()[0], params, tokens)
+    plain = logits(unrounded, params, tokens)
     assert 1e-6 < jnp.abs(full - plain).max() < 0.05 * jnp.abs(plain).max()
 
 
