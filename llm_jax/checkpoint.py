@@ -322,9 +322,19 @@ class Writer:
         losses = {step: read_json(self.directory / str(step) / "record.json")["validation_loss"] for step in found}
         best = sorted((s for s in found if losses[s] is not None), key=lambda s: (losses[s], s))[: keep.keep_best]
         for step in set(found) - set(found[-max(keep.keep_last, 1) :]) - set(best):
-            doomed = self.directory / f"{_PARTIAL}{step}-old"
-            os.rename(self.directory / str(step), doomed)
-            shutil.rmtree(doomed)
+            self._remove(step)
+
+    def discard(self, after: int) -> None:
+        """Removes the checkpoints of later steps than `after`, which are not gone on from."""
+        self.wait()
+        for step in steps(self.directory.parent):
+            if step > after:
+                self._remove(step)
+
+    def _remove(self, step: int) -> None:
+        doomed = self.directory / f"{_PARTIAL}{step}-old"
+        os.rename(self.directory / str(step), doomed)
+        shutil.rmtree(doomed)
 
 
 def lock(workdir: pathlib.Path) -> Any:

@@ -309,18 +309,19 @@ def main() -> None:
         return rows.batches(train_rows, done + jumped, c.steps + jumped, c.batch_size, batch_sharding)
 
     def go_back(bad: watch.BadStep) -> tuple[step_lib.State, int]:
-        """The state and step of the last checkpoint, or of the start."""
+        """The state and step of the last checkpoint that every run has (not saved for a signal), or of the start."""
         writer.wait()
         kept = checkpoint.steps(workdir)
         if c.on_bad_step != "rollback":
             cure = "lower optim.lr, or set train.on_bad_step to skip or rollback"
             raise UserError(f"step {bad.step}: {bad.what}; {f'step {kept[-1]} is saved; ' if kept else ''}{cure}")
-        to = kept[-1] if kept else 0
+        to = ([s for s in kept if s % (config.checkpoint.every or 1) == 0] or kept or [0])[-1]
         rollbacks.count(to, bad)
+        writer.discard(to)
         guard.rewind(to)
         progress.rewind(to)
         progress.write(f"step {bad.step}: {bad.what}; going back to step {to} and over the batches up to there")
-        at = checkpoint.find(workdir) if kept else None
+        at = checkpoint.find(workdir) if to else None
         return (restored(at, checkpoint.verify(at))[0] if at else first()), to
 
     held: dict[str, float] = {}

@@ -74,7 +74,7 @@ def test_rows_of_one_decoded_batch_use_different_adapters(make, tiny, pair):
     import dataclasses
 
     model = Transformer(dataclasses.replace(tiny.model, scan_layers=False))
-    base, greedy = trees.unstack(base), samplers.make(0)
+    base, greedy = trees.unstack(base), samplers.Sampler(greedy=True)
     adapters = [trees.unstack(one) for one in pair]
     prompts = [[1, 5, 9], [1, 70, 71, 72], [1, 5]]
 

@@ -215,7 +215,7 @@ def test_the_command_asks_a_file_and_goes_on(trained, command, tmp_path):
     table = command("evaluate", *flags).stdout
     assert len(table.splitlines()) == 6 and "95 % interval" in table
     bad = command("evaluate", *flags[:1], "--task=nothing", code=2)
-    assert "--task=nothing: no such file" in bad.stderr and bad.stderr.count("\n") == 1
+    assert "the task 'nothing' is unknown" in bad.stderr and bad.stderr.count("\n") == 1
 
 
 def test_a_digest_changes_with_the_task():
