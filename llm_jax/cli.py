@@ -85,9 +85,10 @@ def leave(number: int, text: str) -> None:
 
 
 def _end(code: int, text: str) -> None:
-    print(text, file=sys.stderr)
+    threading.excepthook = lambda failed: None  # what other threads make of the end helps nobody
     sys.stdout.flush()
     sys.stderr.flush()
+    os.write(2, f"{text}\n".encode())
     os._exit(code)  # threads of the data pipeline and of Orbax would be cut off with tracebacks
 
 

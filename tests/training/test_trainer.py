@@ -78,7 +78,7 @@ def test_a_disk_that_fills_up_loses_nothing(command, tmp_path):
     before = checkpoint.verify(checkpoint.find(tmp_path))
     flags = ("train", f"--workdir={tmp_path}", "--config.train.steps=8")
     done = command(*flags, code=2, largest_file=20_000)
-    error = done.stderr.strip().splitlines()[-1]
+    (error,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
     assert "the checkpoint cannot be written" in error and "the last one is of step 4" in error
     assert checkpoint.steps(tmp_path) == [4] and checkpoint.verify(checkpoint.find(tmp_path)) == before
     assert not list((tmp_path / "checkpoints").glob(".partial*"))
