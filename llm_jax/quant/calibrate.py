@@ -249,4 +249,4 @@ class _Watched(Node):
         return weights.dense(self.weight)
 
     def partition(self, spec: Any) -> "_Watched":
-        raise NotImplementedError("it lives within one trace")
+        return _Watched(weights.partition(self.weight, spec), self.note)

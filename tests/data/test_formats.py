@@ -1,5 +1,6 @@
 import bz2
 import gzip
+import importlib
 import json
 import lzma
 import sys
@@ -18,7 +19,9 @@ PACK = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
 
 
 def zstd(data: bytes) -> bytes:
-    return pytest.importorskip("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd").compress(data)
+    return importlib.import_module("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd").compress(
+        data
+    )
 
 
 def config(path, tmp_path, **changes) -> DataConfig:
@@ -38,7 +41,7 @@ def json_lines(found=TEXTS, field="text") -> bytes:
 
 
 def parquet(path, found=TEXTS, **options) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow
     from pyarrow import parquet
 
     parquet.write_table(pyarrow.table({"id": range(len(found)), "text": found}), path, **options)
@@ -130,10 +133,6 @@ def test_a_data_set_of_datasets_gives_its_column(tmp_path):
     ],
 )
 def test_what_cannot_be_read_is_said_in_one_line_and_leaves_nothing(tmp_path, name, content, message):
-    if name.endswith("parquet"):
-        pytest.importorskip("pyarrow")
-    if name.endswith("zst"):
-        zstd(b"")
     (tmp_path / name).write_bytes(content if content is not None else zstd(b"text\n" * 10**5)[:-9])
     with pytest.raises(UserError, match=message) as error:
         Source(config(tmp_path / name, tmp_path))
