@@ -47,7 +47,10 @@ def each(
         others = set(multiprocessing.active_children())
         pool = concurrent.futures.ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _begin)
         try:
-            places = {pool.submit(work, *job): i for i, job in enumerate(jobs)}
+            try:
+                places = {pool.submit(work, *job): i for i, job in enumerate(jobs)}
+            except (OSError, ValueError) as error:  # of the pipes of a pool that breaks while it starts
+                raise BrokenProcessPool(str(error)) from error
             for done in concurrent.futures.as_completed(places):
                 yield places[done], done.result()
                 bar.update(costs[places[done]])
