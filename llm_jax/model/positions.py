@@ -255,7 +255,8 @@ def _by_offset(table_NR: jax.Array, q_positions: jax.Array, k_positions: jax.Arr
     def looked_up() -> jax.Array:
         places_BTS = jnp.clip(k_positions[:, None, :] - q_positions[:, :, None], -far, far) + far
         places_BTS = jax.lax.optimization_barrier(places_BTS)
-        return jnp.moveaxis(table_NR.at[:, places_BTS].get(mode="promise_in_bounds"), 0, 1)
+        # All heads of an offset are copied at once: a gather goes entry by entry.
+        return jnp.moveaxis(table_NR.T.at[places_BTS].get(mode="promise_in_bounds"), -1, 1)
 
     if q_positions is not k_positions:
         return looked_up()
