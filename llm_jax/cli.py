@@ -135,8 +135,8 @@ def keep_memory() -> None:
     XLA on CPU allocates its buffers anew for every step. Given back and mapped again each time, the
     page faults take about a quarter of a training step.
     """
-    # From glibc's malloc.h: trim threshold, padding at the top, number of mapped blocks, arenas.
-    options = {-1: 2**31 - 1, -2: 2**28, -4: 0, -8: 1}
+    # From glibc's malloc.h: trim threshold (-1: never), padding at the top, number of mapped blocks, arenas.
+    options = {-1: -1, -2: 2**28, -4: 0, -8: 1}
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         for option, value in options.items():

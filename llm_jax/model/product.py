@@ -199,12 +199,14 @@ def _attend_backward(softcap, saved, g_BTNH):
     d_scores = shares * (d_shares - jnp.sum(g.astype(wide) * out.astype(wide), -1, keepdims=True))
     d_bias = None
     if bias_BNTS is not None:
+        if d_scores.dtype == g.dtype:  # the array that the products below read; else XLA computes it twice
+            d_scores = jax.lax.optimization_barrier(d_scores)
         per_row = d_scores.reshape(mask_BTS.shape[0], -1, *mask_BTS.shape[1:])
         d_bias = (per_row if bias_BNTS.shape[0] > 1 else jnp.sum(per_row, 0, keepdims=True)).astype(bias_BNTS.dtype)
     if slope is not None:
         d_scores *= slope
-    d_scores = (d_scores * q.shape[-1] ** -0.5).astype(g.dtype)
-    dq, dk = _batched(d_scores, k, 3, 2), _batched(d_scores, q, 2, 2)
+    d_scores, scale = d_scores.astype(g.dtype), q.shape[-1] ** -0.5
+    dq, dk = _batched(d_scores, k, 3, 2) * scale, _batched(d_scores, q, 2, 2) * scale
     dv = _batched(shares.astype(g.dtype), g, 2, 2)
     queries, keys = mask_BTS.shape[1:]
     return (
