@@ -34,7 +34,7 @@ flags.DEFINE_string("runs", "runs/quantization_quality", "where finished cells a
 flags.DEFINE_integer("rows", 64, "held-out sequences, spread over the text")
 flags.DEFINE_integer("calibration", 32, "training sequences that methods calibrate on")
 flags.DEFINE_integer("sentences", 200, "for MiniLM")
-flags.DEFINE_string("llama_python", "", "an interpreter with llama_cpp, whose quantizer is measured too; empty: without")
+flags.DEFINE_string("llama_python", "", "an interpreter with llama_cpp, whose quantizer is measured too")
 flags.DEFINE_boolean("smollm2", True, "also SmolLM2 in 8 bits (slow: 135 M parameters)")
 
 CELLS = [

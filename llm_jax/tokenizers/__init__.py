@@ -70,7 +70,7 @@ def from_gguf(metadata: Mapping[str, Any]) -> Foreign:
 
 
 def foreign(tokenizer: Tokenizer) -> Tokenizer:
-    """The same vocabulary in the form of other people's, where it has one: pieces as sentencepiece's tokenizer.model."""
+    """The same vocabulary as other people write it, where they do: pieces as sentencepiece's tokenizer.model."""
     if tokenizer.kind not in ("bpe", "unigram"):
         return tokenizer
     (model,) = tokenizer.files().values()
