@@ -42,7 +42,7 @@ def main() -> None:
     said = f"read {f.input}: {config.num_layers} layers, width {config.width}, {count:,} parameters"
     print(f"{said}, tokenizer {tokenizer.kind} of {tokenizer.vocab_size} ids", flush=True)
     if f.to == "gguf":
-        formats = gguf_model.save(output, config, params, tokenizer, f.format)
+        formats = gguf_model.save(output, config, params, tokenizers.foreign(tokenizer), f.format)
         used = {kind: sum(1 for k in formats.values() if k == kind) for kind in sorted(set(formats.values()))}
         size = output.stat().st_size
         print(f"wrote {output}: {', '.join(f'{n} tensors {kind}' for kind, n in used.items())}; {size / 2**20:.1f} MiB")
