@@ -1,6 +1,6 @@
 """Tokens a second of adapters merged, attached, and over quantized bases; energy where a counter is readable. L13.
 
-    PYTHONPATH=. python experiments/adapter_inference/measure.py [--rounds=5] [--tokens=8]
+    PYTHONPATH=. python experiments/adapter_inference/measure.py [--rounds=3] [--tokens=8]
 
 SmolLM2-135M in float32 and an adapter of rank 8 on all linear layers, moved away from its start; greedy, one row, a
 prompt of 16 tokens. A rate is that of the tokens after the first. All forms take turns, round by round; where other
@@ -35,7 +35,7 @@ BEGIN, END = "<!-- results: written by measure.py -->\n", "<!-- end of results -
 MODEL, PROMPT = "asset:smollm2-135m-instruct", list(range(100, 116))
 MERGED, QLORA = "dense, merged", "NF4 base, attached (QLoRA)"
 
-flags.DEFINE_integer("rounds", 5, "turns that are counted")
+flags.DEFINE_integer("rounds", 3, "turns that are counted")
 flags.DEFINE_integer("tokens", 8, "new tokens that are timed")
 
 
