@@ -20,7 +20,10 @@ from llm_jax.quant import quantize
 from llm_jax.tokenizers import Tokenizer
 
 Shardings = Callable[[Any], Any]  # of an abstract tree
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja"),
+    *("generation_config.json", "config.json"),  # which name the ids that end a text
+)
 
 
 def load(
