@@ -20,8 +20,8 @@ def get_config() -> ConfigDict:
     config.model.update({"norm_place": "post", "qk_norm": False, "bias": True})
     config.model.update({"mlp": "plain", "mlp_width": 1024, "activation": "gelu_exact"})
     config.model.position.update({"kind": "learned", "max_length": 512})
-    config.train.update({"steps": 1500, "batch_size": 16, "seq_len": 128})
-    config.optim.update({"lr": 1e-3, "warmup_steps": 150, "schedule": "linear", "weight_decay": 0.01, "beta2": 0.999})
-    config.eval.update({"every": 250, "rows": 0, "prompts": ()})
-    config.checkpoint.update({"every": 250})
+    config.train.update({"steps": 1000, "batch_size": 16, "seq_len": 128})
+    config.optim.update({"lr": 1e-3, "warmup_steps": 100, "schedule": "linear", "weight_decay": 0.01, "beta2": 0.999})
+    config.eval.update({"every": 250, "rows": 128, "prompts": ()})
+    config.checkpoint.update({"every": 100})
     return config
