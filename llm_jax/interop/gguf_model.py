@@ -274,7 +274,7 @@ def _architecture(config: ModelConfig) -> tuple[str, dict[str, Any]]:
         try:
             return arch, their_config(ARCHITECTURES[arch].kind, config)
         except UserError as error:
-            reasons.append(str(error))
+            reasons.append(str(error).split(";")[0])
     raise UserError("no GGUF architecture written here holds this model: " + "; ".join(reasons))
 
 
