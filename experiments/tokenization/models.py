@@ -71,7 +71,7 @@ def main() -> None:
     source, kept = Source(config.data), pathlib.Path(f.runs)
     kept.parent.mkdir(parents=True, exist_ok=True)
     found = json.loads(kept.read_text()) if kept.exists() else {}
-    jobs = [(kind, seed) for seed in range(f.seeds) for kind in KINDS] + [(kind, "refusals") for kind in NEXT]
+    jobs = [(kind, seed) for kind in KINDS for seed in range(f.seeds)] + [(kind, "refusals") for kind in NEXT]
     for kind, seed in tqdm(jobs, "runs", disable=None):
         key = f"{kind} {seed} {f.steps} {f.tune}"
         if key not in found:
@@ -138,6 +138,7 @@ def _stacked(rows: list, size: int) -> dict[str, np.ndarray]:
     return {name: np.stack([row[name] for row in rows]).reshape(-1, size, len(rows[0][name])) for name in rows[0]}
 
 
+@functools.cache
 def functions(config: config_lib.Config, model: Transformer):
     """(params, batches) -> trained params, and (params, batches) -> nats."""
 
