@@ -8,6 +8,7 @@ import pathlib
 import runpy
 import subprocess
 import sys
+import tracemalloc
 
 import hypothesis
 import hypothesis.strategies as st
@@ -206,6 +207,40 @@ def test_a_corpus_counts_lower_case_words_by_paragraphs(tmp_path):
     assert found.words == ("the", "hat", "cat's") and found.counts.tolist() == [4, 3, 2] and found.num_words == 9
     assert found.ids.tolist() == [0, 2, 1, 0, 1, BREAK, 0, BREAK, 0, 1, 2, BREAK]
     assert corpora.build(str(tmp_path / "*.txt"), 1, 2, tmp_path).words == ("the", "hat")
+
+
+@hypothesis.settings(
+    max_examples=60, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+)
+@hypothesis.given(text=st.text("ab' \n\t", max_size=120), longest=st.sampled_from([5, 30, 1000]))
+def test_paragraphs_end_at_blank_lines_and_long_ones_between_words(text, longest, tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text(text)
+    monkeypatch.setattr(corpora, "_LONGEST", longest)
+    words = [p for p in corpora.paragraphs(str(tmp_path / "a.txt")) if p]
+    expected, paragraph = [], []
+    for line in [*text.split("\n"), ""]:
+        paragraph += corpora._WORD.findall(line)
+        if not line.strip() and paragraph:
+            expected.append(paragraph)
+            paragraph = []
+    if longest == 1000:
+        assert words == expected
+    elif max(map(len, text.split()), default=0) < longest:
+        assert [w for p in words for w in p] == [w for p in expected for w in p]
+
+
+def test_memory_does_not_grow_with_the_text(tmp_path):
+    """A file of one line, as the usual corpora are."""
+    peaks = []
+    for megabytes in (1, 4):
+        path = tmp_path / f"{megabytes}.txt"
+        path.write_text(" ".join(f"word{'abcdefghij'[i % 10]}" for i in range(megabytes * 170_000)))
+        tracemalloc.start()
+        found = corpora.build(str(path), 1, 0, tmp_path)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert found.num_words == megabytes * 170_000
+    assert peaks[1] < 1.2 * peaks[0], peaks
 
 
 @pytest.mark.parametrize(("content", "message"), [(b"word", "fewer than two words"), (b"a\xff b", "not UTF-8")])
