@@ -1,6 +1,7 @@
 """Turns a checkpoint into another form: `python -m llm_jax.convert --input=PATH --output=PATH --to=hf|gguf|peft`."""
 
 import dataclasses
+import json
 import math
 import pathlib
 
@@ -42,7 +43,7 @@ def main() -> None:
     said = f"read {f.input}: {config.num_layers} layers, width {config.width}, {count:,} parameters"
     print(f"{said}, tokenizer {tokenizer.kind} of {tokenizer.vocab_size} ids", flush=True)
     if f.to == "gguf":
-        formats = gguf_model.save(output, config, params, tokenizer, f.format)
+        formats = gguf_model.save(output, config, params, tokenizers.foreign(tokenizer), f.format)
         used = {kind: sum(1 for k in formats.values() if k == kind) for kind in sorted(set(formats.values()))}
         size = output.stat().st_size
         print(f"wrote {output}: {', '.join(f'{n} tensors {kind}' for kind, n in used.items())}; {size / 2**20:.1f} MiB")
@@ -51,7 +52,10 @@ def main() -> None:
     if kind not in FAMILIES:
         raise UserError(f"--family={kind} is unknown; expected one of {', '.join(FAMILIES)}")
     if isinstance(tokenizer, tokenizers.Foreign):
-        hf.save(output, kind, config, params, tokenizer.files(), tokenizer.special_ids)
+        files = tokenizer.files()
+        if len(ends := tokenizers.ends(tokenizer)) > 1:
+            files["generation_config.json"] = json.dumps(tokenizer.special_ids | {"eos_token_id": ends}).encode()
+        hf.save(output, kind, config, params, files, tokenizer.special_ids)
     else:
         files = {f"tokenizer/{name}": content for name, content in tokenizers.all_files(tokenizer).items()}
         ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}

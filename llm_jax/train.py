@@ -286,7 +286,7 @@ def main() -> None:
             prompts,
             Options(temperature=0.8, top_p=0.95).sampler(),
             max_new_tokens=config.eval.max_new_tokens,
-            eos=tokenizer.eos,
+            eos=tokenizers.ends(tokenizer),
             vocab_size=tokenizer.vocab_size,
         )
         texts = [tokenizer.decode(prompt + one.ids) for prompt, one in zip(prompts, made, strict=True)]

@@ -106,7 +106,7 @@ class _Tensors:
         tensor = self.file.tensors[their.name]
         if tensor.format not in gguf_blocks.SCHEMES or len(tensor.shape) != 2:
             return None
-        return gguf_blocks.from_rows(tensor.format, np.asarray(tensor.rows[self._rows(their.name)]), their.turned)
+        return gguf_blocks.from_rows(tensor.format, tensor.rows(self._rows(their.name)), their.turned)
 
     def _rows(self, name: str) -> np.ndarray:
         """Our row -> their row."""
@@ -181,8 +181,7 @@ def save(path: pathlib.Path, config: ModelConfig, params: Any, tokenizer: Any, k
     shapes = {name: _shape(of, flat) for name, of in parts.items()}
     tensors = {name: (shape, stored(name, shape)) for name, shape in shapes.items()}
     metadata = _metadata(arch, said, config) | _vocabulary(tokenizer, config.vocab_size)
-    nothing = np.zeros((0, 0), np.uint8)
-    described = {name: gguf.Tensor(shape, stored_as, nothing) for name, (shape, stored_as) in tensors.items()}
+    described = {name: gguf.Tensor(shape, stored_as, path, 0) for name, (shape, stored_as) in tensors.items()}
     again = read_config(gguf.File(metadata, described), "what would be written")[1]
     refuse_difference(f"a GGUF file of a {arch}", dataclasses.replace(config, head_width=again.head_width), again)
     gguf.write(path, metadata, tensors, (values(name) for name in tensors))

@@ -12,7 +12,7 @@ class Their:
       name: "{i}" is the layer.
       turned: theirs is (out, in).
       plus: ours is theirs plus this (Gemma's norms multiply by 1 + w).
-      part: (i, n): ours is the i-th of n equal parts of the last axis.
+      part: (i, n): ours is the i-th of n equal parts along our last axis.
     """
 
     name: str

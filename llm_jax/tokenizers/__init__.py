@@ -8,7 +8,7 @@ from typing import Any
 
 from llm_jax.config import choice
 from llm_jax.errors import UserError
-from llm_jax.tokenizers.base import Foreign, Tokenizer, all_files, digest, document, prompt, save
+from llm_jax.tokenizers.base import Foreign, Tokenizer, all_files, digest, document, ends, prompt, save
 
 __all__ = [
     "KINDS",
@@ -18,6 +18,8 @@ __all__ = [
     "all_files",
     "digest",
     "document",
+    "ends",
+    "foreign",
     "from_files",
     "from_gguf",
     "get",
@@ -66,6 +68,14 @@ def from_gguf(metadata: Mapping[str, Any]) -> Foreign:
     """
     found: Any = get("sentencepiece" if metadata.get("tokenizer.ggml.model") == "llama" else "hub")
     return found.from_gguf(metadata)
+
+
+def foreign(tokenizer: Tokenizer) -> Tokenizer:
+    """The same vocabulary as other people write it, where they do: pieces as sentencepiece's tokenizer.model."""
+    if tokenizer.kind not in ("bpe", "unigram"):
+        return tokenizer
+    (model,) = tokenizer.files().values()
+    return from_files({"tokenizer.model": model})
 
 
 def load(directory: pathlib.Path) -> Tokenizer:

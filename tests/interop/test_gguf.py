@@ -262,6 +262,20 @@ def test_a_part_of_the_head_that_is_turned_is_read(vocabulary, tmp_path):
     assert gguf_model.read_config(half, "file")[1].position.fraction == 0.5
 
 
+def test_other_names_of_a_splitting_and_none_at_all(vocabulary):
+    said = vocabulary.to_gguf(vocabulary.vocab_size)
+    key, text = "tokenizer.ggml.pre", "ab12.34  (text)...\n"
+
+    def pieces(**changes):
+        kept = {k: v for k, v in said.items() if k != key}
+        tokenizer = HubTokenizer.from_gguf(kept | changes)
+        return [tokenizer.piece(i) for i in tokenizer.encode(text)], tokenizer.to_gguf(tokenizer.vocab_size)[key]
+
+    assert said[key] == "smollm" and pieces(**{key: "starcoder"}) == pieces(**{key: "smollm"})
+    assert pieces(**{key: "phi-2"}) == pieces(**{key: "gpt-2"}) and pieces()[1] == "default"
+    assert pieces() == pieces(**{key: "default"})
+
+
 def test_vocabularies_that_would_change_are_not_written(vocabulary):
     said = json.loads(vocabulary.files()["tokenizer.json"])
     for change in ({"normalizer": {"type": "Lowercase"}}, {"model": said["model"] | {"ignore_merges": True}}):

@@ -10,6 +10,8 @@ import pytest
 import sentencepiece
 
 from llm_jax import pretrained, tokenizers
+from llm_jax.decoding import complete
+from llm_jax.decoding.options import Options
 from llm_jax.errors import UserError
 from llm_jax.tokenizers.model import ModelTokenizer
 
@@ -63,6 +65,15 @@ def test_the_vocabulary_in_a_gguf_file_is_the_same(llama, text):
     again = tokenizers.from_gguf(llama.to_gguf(330))
     assert again.encode(text) == llama.encode(text)
     assert again.decode(again.encode(text)) == llama.decode(llama.encode(text))
+
+
+def test_pieces_of_ours_go_through_a_gguf_file():
+    ours = tokenizers.get("bpe").train(["def main(self):\n    return 1, größe\n"] * 50, 320)
+    again = tokenizers.from_gguf(tokenizers.foreign(ours).to_gguf(330))
+    for text in ("def main(x):\n        return  größe", " a  🦜\n\n", ""):
+        assert again.encode(text) == ours.encode(text) and again.decode(again.encode(text)) == text
+    assert (again.bos, again.eos) == (ours.bos, ours.eos)
+    assert tokenizers.prompt(again, "def") == tokenizers.prompt(ours, "def")
 
 
 def test_bos_chat_template_and_unused_ids_go_through_a_gguf_file(llama):
@@ -126,3 +137,32 @@ def test_real_vocabularies_cut_text_as_transformers_does(name):
         assert [tokenizer.piece(i) for i in ids] == case["pieces"]
         spans = tokenizer.spans(case["text"])
         assert len(spans) == len(ids) and all(0 <= a <= b <= len(case["text"].encode()) for a, b in spans)
+
+
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+def test_several_ids_end_a_text(llama, file, tmp_path):
+    said = {file: json.dumps({"eos_token_id": [2, 320, 7]}).encode()}
+    made = tokenizers.from_files(llama.files() | said)
+    assert tokenizers.ends(llama) == [2] and tokenizers.ends(made) == [2, 320, 7]
+    assert complete.ends(made, Options()) == [2, 320, 7]
+    tokenizers.save(made, tmp_path)  # a run of ours keeps them
+    assert tokenizers.ends(tokenizers.load(tmp_path)) == [2, 320, 7]
+    assert tokenizers.ends(tokenizers.from_gguf(made.to_gguf(330))) == [2, 320, 7]
+
+
+def test_one_end_is_no_other_tokenizer(llama):
+    said = {"generation_config.json": b'{"eos_token_id": 2}'}
+    assert tokenizers.digest(tokenizers.from_files(llama.files() | said)) == tokenizers.digest(llama)
+
+
+@pytest.mark.parametrize("said", ['"</s>"', "[2, null]", "[true]", "2.5"])
+def test_ends_that_are_no_ids_are_refused(llama, said):
+    files = llama.files() | {"generation_config.json": f'{{"eos_token_id": {said}}}'.encode()}
+    with pytest.raises(UserError, match="generation_config.json: eos_token_id is .*; expected an id or a list of ids"):
+        tokenizers.from_files(files)
+
+
+def test_gguf_names_three_ends(llama):
+    files = llama.files() | {"generation_config.json": b'{"eos_token_id": [2, 3, 4, 5]}'}
+    with pytest.raises(UserError, match="names for 3 ids that end a text; this tokenizer has 4"):
+        tokenizers.from_files(files).to_gguf(330)
