@@ -1,6 +1,7 @@
 """One `load` for every kind of checkpoint: our runs, Hugging Face directories, GGUF files, assets, hub names."""
 
 import dataclasses
+import functools
 import os
 import pathlib
 from collections.abc import Callable
@@ -18,7 +19,11 @@ from llm_jax.model.transformer import Transformer
 from llm_jax.quant import quantize
 from llm_jax.tokenizers import Tokenizer
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
+Shardings = Callable[[Any], Any]  # of an abstract tree
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja"),
+    *("generation_config.json", "config.json"),  # which name the ids that end a text
+)
 
 
 def load(
@@ -44,11 +49,14 @@ def load(
         directory = checkpoint.find(found)
         adapts = bool(checkpoint.read_config(directory).lora.rank)
         return _adapters(directory, scan_layers) if adapts else checkpoint.load(directory, scan_layers)
-    if found.is_file():
-        return _gguf(found, scan_layers, dtype, as_stored)
     if peft.is_directory_of(found):
         return _peft(found, scan_layers, dtype)
-    return _hf(found, scan_layers, dtype)
+    config, tokenizer, read = _opened(found, dtype, as_stored)
+    model = Transformer(dataclasses.replace(config, scan_layers=scan_layers))
+    # Weights that stay as they are stored come layer by layer.
+    abstract = checkpoint.abstract_params(Transformer(config) if as_stored else model)
+    params = read(abstract, _on_default_device)
+    return Loaded(model, trees.restage(params, layout(model.config)) if as_stored else params, tokenizer)
 
 
 class Origin:
@@ -61,22 +69,27 @@ class Origin:
     """
 
     def __init__(self, name: str, dtype: str):
+        from llm_jax.interop import peft
+
         path = locate(name)
         self._dtype = dtype
         self._run: pathlib.Path | None = None
-        self._loaded = load(name, dtype=dtype) if is_foreign(path) else None
-        if self._loaded:
-            self.tokenizer, self.config = self._loaded.tokenizer, self._loaded.model.config
-        else:
+        self._read: Callable[[Any, Shardings], Any] | None = None
+        if not is_foreign(path):
             self._run = path = checkpoint.find(path)
             whole = checkpoint.read_config(path)
             if whole.lora.rank:
                 raise UserError(f"init_from={name} holds adapters; merge them first (convert --to=hf)")
             self.tokenizer, self.config = tokenizers.load(path / "tokenizer"), whole.model
+        elif peft.is_directory_of(path):
+            loaded = load(name, dtype=dtype)
+            self.tokenizer, self.config = loaded.tokenizer, loaded.model.config
+        else:
+            self.config, self.tokenizer, self._read = _opened(path, dtype)
         self.name = name if name.startswith(("asset:", "hf:")) else str(path.absolute())
 
-    def params(self, config: ModelConfig, shardings: Callable[[Any], Any]) -> Any:
-        """Its weights in the layout of `config`, on the devices of `shardings` (of an abstract tree).
+    def params(self, config: ModelConfig, shardings: Shardings) -> Any:
+        """Its weights in the layout of `config`, on the devices of `shardings`.
 
         Raises:
           UserError: they do not fit the model of `config`, or are damaged.
@@ -86,9 +99,12 @@ class Origin:
             found = checkpoint.restore(self._run, checkpoint.verify(self._run), config, shardings)
             restaged = lambda p: trees.restage(p, layout(config))  # noqa: E731
             return jax.jit(restaged, out_shardings=shardings(jax.eval_shape(restaged, found)))(found)
-        found = (self._loaded or load(self.name, dtype=self._dtype)).params
-        self._loaded = None  # or its arrays would stay beside those on the mesh
-        trees.check(trees.describe(found), trees.describe(jax.eval_shape(trees.unstack, abstract)), self.name)
+        wanted = trees.describe(jax.eval_shape(trees.unstack, abstract))
+        if self._read:
+            trees.check(trees.describe(checkpoint.abstract_params(Transformer(self.config))), wanted, self.name)
+            return self._read(abstract, shardings)
+        found = load(self.name, dtype=self._dtype).params
+        trees.check(trees.describe(found), wanted, self.name)
         return jax.device_put(trees.restage(found, layout(config)), shardings(abstract))
 
 
@@ -115,7 +131,7 @@ def is_foreign(path: pathlib.Path) -> bool:
 
 
 def family(path: pathlib.Path) -> str:
-    """The family of a Hugging Face directory (or of the base of adapters), or the architecture of a GGUF file."""
+    """The family of a Hugging Face directory, of a GGUF file, or of the base of adapters."""
     from llm_jax.interop import gguf, gguf_model, hf, peft
 
     if peft.is_directory_of(path):
@@ -158,15 +174,28 @@ def _adapters(directory: pathlib.Path, scan_layers: bool) -> Loaded:
     return Loaded(model, trees.restage(params, layout(model.config)), tokenizers.load(directory / "tokenizer"))
 
 
-def _gguf(path: pathlib.Path, scan_layers: bool, dtype: str, as_stored: bool) -> Loaded:
-    from llm_jax.interop import gguf, gguf_model
+def _opened(
+    path: pathlib.Path, dtype: str, as_stored: bool = False
+) -> tuple[ModelConfig, Tokenizer, Callable[[Any, Shardings], Any]]:
+    """Of a Hugging Face directory or a GGUF file: the model's config with one entry per layer, the tokenizer, and
+    a function that reads the parameters: (abstract ones in any layout, shardings) -> their arrays."""
+    from llm_jax.interop import gguf, gguf_model, hf
 
-    file = gguf.read(path)
-    _, config = gguf_model.read_config(file, str(path))
-    tokenizer = tokenizers.from_gguf(file.metadata)
-    config, abstract, shardings = _prepared(config, dtype)
-    params = gguf_model.load_params(path, file, config, abstract, shardings, as_stored)
-    return _finished(config, params, tokenizer, scan_layers)
+    tokenizer: Tokenizer
+    if path.is_file():
+        file = gguf.read(path)
+        _, config = gguf_model.read_config(file, str(path))
+        tokenizer = tokenizers.from_gguf(file.metadata)
+        read: Any = functools.partial(gguf_model.load_params, path, file, config, as_stored=as_stored)
+    else:
+        kind, config = hf.read_config(path)
+        tokenizer = _tokenizer_of(path)
+        read = functools.partial(hf.load_params, path, kind)
+    regular = getattr(tokenizer, "regular_size", tokenizer.vocab_size)
+    if regular > config.vocab_size:  # special tokens past the model's ids (images, say) may stand in the file
+        raise UserError(f"{path}: the tokenizer has {regular} ids, the model only {config.vocab_size}")
+    precision = dataclasses.replace(config.precision, params=dtype, compute=dtype)
+    return dataclasses.replace(config, precision=precision), tokenizer, read
 
 
 def _peft(path: pathlib.Path, scan_layers: bool, dtype: str) -> Loaded:
@@ -177,8 +206,9 @@ def _peft(path: pathlib.Path, scan_layers: bool, dtype: str) -> Loaded:
     except UserError as error:
         raise UserError(f"{path}: the base of its adapters cannot be read: {error}") from error
     adapters = peft.load(path, family(_named_base(path)), base.params, base.model.config.tie_head)
-    params = lora.attach(base.params, adapters)
-    return _finished(base.model.config, params, base.tokenizer, scan_layers)
+    model = Transformer(dataclasses.replace(base.model.config, scan_layers=scan_layers))
+    params = trees.restage(lora.attach(base.params, adapters), layout(model.config))
+    return Loaded(model, params, base.tokenizer)
 
 
 def _named_base(path: pathlib.Path) -> pathlib.Path:
@@ -187,16 +217,6 @@ def _named_base(path: pathlib.Path) -> pathlib.Path:
 
     name = peft.base_of(path)
     return locate(name if name.startswith(("asset:", "hf:")) or pathlib.Path(name).exists() else f"hf:{name}")
-
-
-def _hf(path: pathlib.Path, scan_layers: bool, dtype: str) -> Loaded:
-    from llm_jax.interop import hf
-
-    kind, config = hf.read_config(path)
-    tokenizer = _tokenizer_of(path)
-    config, abstract, shardings = _prepared(config, dtype)
-    params = hf.load_params(path, kind, abstract, shardings)
-    return _finished(config, params, tokenizer, scan_layers)
 
 
 def _tokenizer_of(path: pathlib.Path) -> Tokenizer:
@@ -210,20 +230,9 @@ def _tokenizer_of(path: pathlib.Path) -> Tokenizer:
         raise UserError(f"{path}: the tokenizer cannot be read ({error})") from error
 
 
-def _prepared(config: ModelConfig, dtype: str) -> tuple[ModelConfig, Any, Any]:
-    precision = dataclasses.replace(config.precision, params=dtype, compute=dtype)
-    config = dataclasses.replace(config, precision=precision, scan_layers=False)
+def _on_default_device(tree: Any) -> Any:
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = checkpoint.abstract_params(Transformer(config))
-    return config, abstract, lambda tree: jax.tree.map(lambda _: device, tree)
-
-
-def _finished(config: ModelConfig, params: Any, tokenizer: Any, scan_layers: bool) -> Loaded:
-    regular = getattr(tokenizer, "regular_size", tokenizer.vocab_size)
-    if regular > config.vocab_size:  # special tokens past the model's ids (images, say) may stand in the file
-        raise UserError(f"the tokenizer has {regular} ids, the model only {config.vocab_size}")
-    model = Transformer(dataclasses.replace(config, scan_layers=scan_layers))
-    return Loaded(model, trees.restage(params, layout(model.config)), tokenizer)
+    return jax.tree.map(lambda _: device, tree)
 
 
 def _from_hub(name: str) -> pathlib.Path:

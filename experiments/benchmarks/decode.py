@@ -7,8 +7,8 @@ All take turns, round by round, so that a machine whose speed drifts slows all o
 greedy, from a prompt of 16 tokens; its time is that of 33 new tokens minus that of one. The bandwidth is that
 of a vector times a matrix of half a gigabyte. "products" are the products of one token with the weights and nothing
 else, so the step minus the products is what everything beside them costs. Where other work shares the cores, times
-on the clock say little: figures "by CPU time" count the processor's own seconds, and --cores=1 keeps them free of threads that
-wait for each other. Writes decode.json.
+on the clock say little: figures "by CPU time" count the processor's own seconds, and --cores=1 keeps them free of
+threads that wait for each other. Writes decode.json.
 """
 
 import json

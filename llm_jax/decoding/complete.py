@@ -88,7 +88,7 @@ def encoded(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
 
 def ends(tokenizer: Tokenizer, options: Options) -> list[int]:
     """The ids that end a text."""
-    return [] if options.ignore_eos else [*options.eos, *([] if tokenizer.eos is None else [tokenizer.eos])]
+    return [] if options.ignore_eos else [*options.eos, *tokenizers.ends(tokenizer)]
 
 
 def fit(model: Transformer, ids: list[int], options: Options) -> list[int]:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from llm_jax.errors import UserError
 from llm_jax.kernels import blocks
@@ -33,16 +34,27 @@ class Tensor:
     Attributes:
       shape: rows first (the reverse of the order in the file).
       format: its block format, a name of `blocks.FORMATS`.
-      rows: uint8 (product of all axes but the last, bytes of a row), mapped from the file.
+      path, offset: where it begins.
     """
 
     shape: tuple[int, ...]
     format: str
-    rows: np.ndarray
+    path: pathlib.Path
+    offset: int
 
-    def read(self, indexes: np.ndarray | slice | None = None) -> np.ndarray:
-        """Its rows as float32, those of `indexes` or all of them, in the shape (rows, numbers)."""
-        return blocks.decode(self.format, np.asarray(self.rows if indexes is None else self.rows[indexes]))
+    def rows(self, indexes: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """uint8 (rows, bytes of a row): a copy of those of `indexes`; a row is a run of numbers along the last axis."""
+        f = blocks.FORMATS[self.format]
+        shape = math.prod(self.shape[:-1]), self.shape[-1] // f.numbers * f.size
+        try:
+            # Mapped for this call only: pages of a mapping that stays would count as memory of the process.
+            return np.array(np.memmap(self.path, np.uint8, "r", self.offset, shape)[indexes])
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.path}: changed while it was being read ({error})") from error
+
+    def read(self, indexes: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """Rows as float32 (rows, numbers)."""
+        return blocks.decode(self.format, self.rows(indexes))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +114,7 @@ class _Reader:
 
 
 def read(path: str | os.PathLike[str]) -> File:
-    """The metadata of a file, and its tensors, which are mapped and not read.
+    """The metadata of a file, and where its tensors are.
 
     Raises:
       UserError: not a GGUF file, or one that is cut short or says what cannot be.
@@ -150,8 +162,7 @@ def read(path: str | os.PathLike[str]) -> File:
         num_bytes, start = size // f.numbers * f.size, begin + offset
         if start + num_bytes > len(r.data):
             raise r.bad(f"the tensor {name[:80]!r} {shape} of {num_bytes:,} bytes goes past the end of the file")
-        rows = r.data[start : start + num_bytes].reshape(-1, shape[-1] // f.numbers * f.size)
-        found[name] = Tensor(shape, kind, rows)
+        found[name] = Tensor(shape, kind, r.path, start)
     return File(metadata, found)
 
 
@@ -190,7 +201,8 @@ def write(
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(b"".join(head))
-            for (_, kind), array in zip(tensors.values(), values, strict=True):
+            bar = tqdm(tensors.values(), "writing tensors", leave=False, disable=None)
+            for (_, kind), array in zip(bar, values, strict=True):
                 file.write(b"\0" * (-file.tell() % 32))
                 encoded = array if array.dtype == np.uint8 else blocks.encode(kind, np.asarray(array, np.float32))
                 file.write(encoded.tobytes())
@@ -224,7 +236,8 @@ def _value(value: Any) -> Iterator[bytes]:
     """The type and the bytes of a metadata value."""
     items = value if isinstance(value, (list, tuple)) else [value]
     kind = _kind(items[0]) if items else 4
-    kind = 5 if kind == 4 and any(not isinstance(v, str) and v < 0 for v in items) else kind
+    if items is value and kind == 4 and max(items, default=0) < 2**31:
+        kind = 5  # llama.cpp wants tokenizer.ggml.token_type so
     if items is value:
         yield struct.pack("<IIQ", _ARRAY, kind, len(items))
     else:

@@ -121,11 +121,13 @@ def save(
         with tqdm(total=sum(sizes.values()), desc="writing weights", unit="B", unit_scale=True, disable=None) as bar:
             for i, shard in enumerate(shards, 1):
                 one = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
-                arrays = {name: assemble.theirs([(t, flat[ours]) for t, ours in parts[name]]) for name in shard}
-                tensors = {name: array.astype(dtype) for name, array in arrays.items()}
+                tensors = {}
+                for name in shard:
+                    array = assemble.theirs([(t, flat[ours]) for t, ours in parts[name]])
+                    tensors[name] = array.astype(dtype, copy=False)
+                    bar.update(sizes[name])
                 save_file(tensors, partial / one, metadata={"format": "pt"})
                 index |= dict.fromkeys(shard, one)
-                bar.update(sum(sizes[name] for name in shard))
         if len(shards) > 1:
             total = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index}
             (partial / "model.safetensors.index.json").write_text(json.dumps(total, indent=1))
@@ -143,10 +145,10 @@ def save(
 
 
 class _Tensor(NamedTuple):
-    """Where a tensor lies: the file it is in, and its name there; of what shape and type it is."""
+    """Where a tensor lies: the file it is in, and at what byte; of what shape and type it is."""
 
     file: pathlib.Path
-    name: str
+    offset: int
     shape: tuple[int, ...]
     dtype: str
 
@@ -156,20 +158,13 @@ class _Files:
 
     def __init__(self, directory: pathlib.Path):
         self.what = str(directory)
-        self.handles: dict[pathlib.Path, Any] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.tensors: dict[str, _Tensor] = {}
         for path in self._paths(directory):
-            try:
-                handle = safe_open(path, framework="numpy")
-                for name in handle.keys():  # noqa: SIM118 (not a dict)
-                    part = handle.get_slice(name)
-                    if name in self.tensors:
-                        raise UserError(f"{path}: the tensor '{name}' is in {self.tensors[name].file.name} as well")
-                    self.tensors[name] = _Tensor(path, name, tuple(part.get_shape()), part.get_dtype())
-            except (SafetensorError, OSError, ValueError) as error:
-                raise UserError(f"{path}: not a whole safetensors file ({error})") from error
-            self.handles[path] = handle
+            for name, tensor in _described(path).items():
+                if name in self.tensors:
+                    raise UserError(f"{path}: the tensor '{name}' is in {self.tensors[name].file.name} as well")
+                self.tensors[name] = tensor
         for name, tensor in self.tensors.items():
             if tensor.dtype not in _DTYPES and not _IGNORED.fullmatch(name):
                 raise UserError(
@@ -208,4 +203,25 @@ class _Files:
 
     def read(self, name: str, slices: tuple[slice, ...]) -> np.ndarray:
         tensor = self.tensors[name]
-        return self.handles[tensor.file].get_slice(tensor.name)[slices]
+        try:
+            # Mapped for this call only: pages of a mapping that stays would count as memory of the process.
+            return np.array(np.memmap(tensor.file, _DTYPES[tensor.dtype], "r", tensor.offset, tensor.shape)[slices])
+        except (OSError, ValueError) as error:
+            raise UserError(f"{tensor.file}: changed while it was being read ({error})") from error
+
+
+def _described(path: pathlib.Path) -> dict[str, _Tensor]:
+    """The tensors of a safetensors file by name. Raises UserError where it is damaged."""
+    try:
+        with safe_open(path, framework="numpy"):  # which checks the header against the file
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        return {
+            name: _Tensor(path, 8 + length + said["data_offsets"][0], tuple(said["shape"]), said["dtype"])
+            for name, said in header.items()
+        }
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error})") from error

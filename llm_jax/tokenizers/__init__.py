@@ -8,7 +8,7 @@ from typing import Any
 
 from llm_jax.config import choice
 from llm_jax.errors import UserError
-from llm_jax.tokenizers.base import Foreign, Tokenizer, all_files, digest, document, prompt, save
+from llm_jax.tokenizers.base import Foreign, Tokenizer, all_files, digest, document, ends, prompt, save
 
 __all__ = [
     "KINDS",
@@ -18,6 +18,7 @@ __all__ = [
     "all_files",
     "digest",
     "document",
+    "ends",
     "foreign",
     "from_files",
     "from_gguf",

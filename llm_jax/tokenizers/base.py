@@ -72,7 +72,8 @@ class Foreign(Tokenizer, Protocol):
     """A tokenizer of other people, read from their files.
 
     Attributes:
-      special: names of special tokens ("bos_token", ...), the chat template, and whether text begins with BOS.
+      special: names of special tokens ("bos_token", ...), the chat template, whether text begins with BOS, and
+        "eos_ids", where more ids than EOS end a text.
       regular_size: ids without those of added tokens.
       special_ids: "bos_token_id", "eos_token_id", ... as config.json has them.
     """
@@ -123,6 +124,12 @@ def document(tokenizer: Tokenizer, text: str) -> list[int]:
 def prompt(tokenizer: Tokenizer, text: str) -> list[int]:
     """The ids of text to be continued: BOS where the vocabulary has it, then the text."""
     return [*([] if tokenizer.bos is None else [tokenizer.bos]), *tokenizer.encode(text)]
+
+
+def ends(tokenizer: Tokenizer) -> list[int]:
+    """The ids that end a text: EOS, and what else other people's files name (the end of a turn, say)."""
+    more = tokenizer.special.get("eos_ids", ()) if isinstance(tokenizer, Foreign) else ()
+    return list(dict.fromkeys([*([] if tokenizer.eos is None else [tokenizer.eos]), *more]))
 
 
 def save(tokenizer: Tokenizer, directory: pathlib.Path) -> None:

@@ -7,19 +7,33 @@ from typing import Any, ClassVar, Self
 import tokenizers as library
 
 from llm_jax.errors import UserError
-from llm_jax.tokenizers.base import in_bytes
+from llm_jax.tokenizers.base import ends, in_bytes
 from llm_jax.tokenizers.byte import utf8
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
-# What ggml calls the splitting of text before byte-pair merges: (single digits first, regular expression or "").
-SPLITS = {
-    "gpt-2": (False, ""),
-    "smollm": (True, ""),
-    "llama-bpe": (False, _LLAMA3),
-    "qwen2": (False, _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")),
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# What ggml calls the splitting of text before byte-pair merges: (single digits first, regular expressions that cut
+# one after the other; without any, GPT-2's).
+SPLITS: dict[str, tuple[bool, tuple[str, ...]]] = {
+    "gpt-2": (False, ()),
+    "smollm": (True, ()),
+    "llama-bpe": (False, (_LLAMA3,)),
+    "qwen2": (False, (_LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"),)),
+    "default": (False, (r"[\p{P}$+<=>^~|]+", _GPT2, r"\p{N}+", "[0-9]{3}")),
+}
+# Other names that llama.cpp has for the same.
+_SAME = {
+    "phi-2": "gpt-2",
+    "olmo": "gpt-2",
+    "mpt": "gpt-2",
+    "starcoder": "smollm",
+    "llama3": "llama-bpe",
+    "llama-v3": "llama-bpe",
+    "deepseek-r1-qwen": "qwen2",
+    "stablelm2": "qwen2",
 }
 _WHOLE_FIRST = ("llama-bpe",)  # a word that is a token is that token, whatever the merges say
 _CONTROL, _USER_DEFINED = 3, 4  # token types of GGUF
@@ -46,6 +60,7 @@ class HubTokenizer:
         # All names, in one order: what is saved is loaded as the same tokenizer (`base.digest`).
         self.special: dict[str, Any] = {name: special.get(name) for name in (*_SPECIAL_TOKENS, "chat_template")}
         self.special["add_bos_token"] = bool(special.get("add_bos_token"))
+        self.special |= other_ends(special, self.eos)
         self._text = text
         self.chat_template: str = special.get("chat_template") or ""
         self._tokenizer.no_truncation()
@@ -75,6 +90,12 @@ class HubTokenizer:
     @property
     def unk(self) -> int | None:
         return self._id("unk_token")
+
+    @property
+    def mask(self) -> int | None:
+        """The id that stands for a hidden token, by its names in BERT's and RoBERTa's vocabularies."""
+        found = (self._tokenizer.token_to_id(token) for token in ("[MASK]", "<mask>"))
+        return next((index for index in found if index is not None), None)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Self:
@@ -121,7 +142,7 @@ class HubTokenizer:
 
     @classmethod
     def from_files(cls, files: dict[str, bytes]) -> Self:
-        """From tokenizer.json, and tokenizer_config.json and chat_template.jinja if they are there."""
+        """From tokenizer.json, and what `read_special` finds beside it."""
         if "tokenizer.json" not in files:
             raise UserError("no tokenizer.json here")
         special = read_special(files)
@@ -160,6 +181,7 @@ class HubTokenizer:
         for name, theirs in _SPECIAL_IDS:
             if (index := self._id(f"{name}_token")) is not None:
                 found[f"{key}{theirs}_token_id"] = index
+        found |= write_ends(ends(self))
         return found | ({"tokenizer.chat_template": self.chat_template} if self.chat_template else {})
 
     @classmethod
@@ -181,9 +203,10 @@ class HubTokenizer:
         key = "tokenizer.ggml."
         if (kind := metadata.get(key + "model")) != "gpt2":
             raise UserError(f"{key}model is {kind!r}; only 'gpt2', byte-level byte pairs, is read")
-        pre = metadata.get(key + "pre")
+        pre = metadata.get(key + "pre", "default")
+        pre = _SAME.get(pre, pre) if isinstance(pre, str) else pre
         if not isinstance(pre, str) or pre not in SPLITS:
-            raise UserError(f"{key}pre is {pre!r}; expected one of {', '.join(SPLITS)}")
+            raise UserError(f"{key}pre is {pre!r}; expected one of {', '.join([*SPLITS, *_SAME])}")
         tokens, merges = metadata.get(key + "tokens"), metadata.get(key + "merges")
         if not isinstance(tokens, list) or not isinstance(merges, list) or len(set(tokens)) != len(tokens):
             raise UserError(f"{key}tokens and {key}merges are missing, or a token stands twice")
@@ -209,17 +232,58 @@ class HubTokenizer:
             index = metadata.get(f"{key}{theirs}_token_id")
             if isinstance(index, int) and 0 <= index < len(tokens):
                 special[f"{name}_token"] = tokens[index]
-        return cls(made.to_str(), special)
+        return cls(made.to_str(), special | read_ends(metadata))
+
+
+def other_ends(special: Mapping[str, Any], eos: int | None) -> dict[str, list[int]]:
+    """ "eos_ids" of `special` without EOS itself, where there are any."""
+    found = [i for i in special.get("eos_ids") or () if i != eos]
+    return {"eos_ids": found} if found else {}
 
 
 def read_special(files: Mapping[str, bytes]) -> dict[str, Any]:
-    """Special tokens, chat template and add_bos_token (or None) of tokenizer_config.json and chat_template.jinja."""
+    """What `base.Foreign.special` says, by the files that are there; add_bos_token is None where none says it.
+
+    tokenizer_config.json, chat_template.jinja; generation_config.json, or else config.json, may name several ids
+    that end a text.
+
+    Raises:
+      UserError: such an id is no number.
+    """
     said = json.loads(files.get("tokenizer_config.json", b"{}"))
     special: dict[str, Any] = {name: _text_of(said.get(name)) for name in _SPECIAL_TOKENS}
     template = files["chat_template.jinja"].decode() if "chat_template.jinja" in files else said.get("chat_template")
     if isinstance(template, list):  # several by name
         template = next((t["template"] for t in template if t.get("name") == "default"), None)
-    return special | {"chat_template": template, "add_bos_token": said.get("add_bos_token")}
+    special |= {"chat_template": template, "add_bos_token": said.get("add_bos_token")}
+    for name in ("generation_config.json", "config.json"):
+        if found := said.get("eos_ids") or _ids(name, json.loads(files.get(name, b"{}")).get("eos_token_id")):
+            return special | {"eos_ids": found}
+    return special
+
+
+def _ids(name: str, said: Any) -> list[int]:
+    ids = said if isinstance(said, list) else [] if said is None else [said]
+    if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
+        raise UserError(f"{name}: eos_token_id is {said!r}; expected an id or a list of ids")
+    return [i for i in ids if i >= 0]
+
+
+# GGUF's names of what ends a text besides EOS: the end of a turn, and of a message.
+_ENDS = tuple(f"tokenizer.ggml.{name}_token_id" for name in ("eot", "eom"))
+
+
+def read_ends(metadata: Mapping[str, Any]) -> dict[str, list[int]]:
+    """ "eos_ids" of a GGUF file's metadata, where it names others than EOS."""
+    found = [metadata[key] for key in _ENDS if isinstance(metadata.get(key), int)]
+    return {"eos_ids": found} if found else {}
+
+
+def write_ends(ids: Sequence[int]) -> dict[str, int]:
+    """The inverse of `read_ends`, of EOS and at most two others. Raises UserError for more."""
+    if len(ids) > 1 + len(_ENDS):
+        raise UserError(f"GGUF has names for {1 + len(_ENDS)} ids that end a text; this tokenizer has {len(ids)}")
+    return dict(zip(_ENDS, ids[1:], strict=False))
 
 
 def _text_of(token: Any) -> str | None:
@@ -229,11 +293,10 @@ def _text_of(token: Any) -> str | None:
 
 def _split(name: str) -> Any:
     """The pre-tokenizer of a name of `SPLITS`."""
-    digits, expression = SPLITS[name]
+    digits, expressions = SPLITS[name]
     steps: list[Any] = [library.pre_tokenizers.Digits(individual_digits=True)] if digits else []
-    if expression:
-        steps.append(library.pre_tokenizers.Split(library.Regex(expression), "isolated"))
-    steps.append(library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not expression))
+    steps += [library.pre_tokenizers.Split(library.Regex(expression), "isolated") for expression in expressions]
+    steps.append(library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not expressions))
     return library.pre_tokenizers.Sequence(steps)
 
 

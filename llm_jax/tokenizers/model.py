@@ -9,9 +9,9 @@ import sentencepiece
 import sentencepiece.sentencepiece_model_pb2
 
 from llm_jax.errors import UserError
-from llm_jax.tokenizers.base import in_bytes
+from llm_jax.tokenizers.base import ends, in_bytes
 from llm_jax.tokenizers.byte import utf8
-from llm_jax.tokenizers.hub import read_special
+from llm_jax.tokenizers.hub import other_ends, read_ends, read_special, write_ends
 
 proto: Any = sentencepiece.sentencepiece_model_pb2  # made at import, so unknown to type checkers
 
@@ -42,6 +42,7 @@ class ModelTokenizer:
         self._shown = {i: token for token, i in self._marks.items()}
         marks = "|".join(map(re.escape, sorted(self._marks, key=len, reverse=True)))
         self._cut = re.compile(f"({marks})" if marks else r"(?!)()")
+        self.special = {k: v for k, v in special.items() if k != "eos_ids"} | other_ends(special, self.eos)
 
     def _id(self, name: str) -> int | None:
         token = self.special.get(f"{name}_token")
@@ -108,7 +109,7 @@ class ModelTokenizer:
 
     @classmethod
     def from_files(cls, files: dict[str, bytes]) -> Self:
-        """From tokenizer.model, and tokenizer_config.json and chat_template.jinja if they are there."""
+        """From tokenizer.model, and what `read_special` finds beside it."""
         said = json.loads(files.get("tokenizer_config.json", b"{}"))
         special = read_special(files)
         adds = special["add_bos_token"]
@@ -143,6 +144,7 @@ class ModelTokenizer:
         for name, theirs in _SPECIAL:
             if (index := self._id(name)) is not None:
                 found[f"{_GGML}{theirs}_token_id"] = index
+        found |= write_ends(ends(self))
         template = self.special.get("chat_template")
         return found | ({"tokenizer.chat_template": template} if template else {})
 
@@ -185,4 +187,4 @@ class ModelTokenizer:
             )
         except (TypeError, ValueError) as error:
             raise UserError(f"the vocabulary in the metadata makes no sense ({error})") from error
-        return cls(made.SerializeToString(), special)
+        return cls(made.SerializeToString(), special | read_ends(metadata))

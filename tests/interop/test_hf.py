@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from llm_jax import checkpoint, trees
 from llm_jax.errors import UserError
-from llm_jax.interop import hf
+from llm_jax.interop import assemble, hf
 from llm_jax.interop.families import FAMILIES, NEUTRAL, model_config, their_config
 from llm_jax.model.attention import Tokens
 from llm_jax.model.transformer import Transformer, init_cache
@@ -93,8 +93,22 @@ def test_scanned_parameters_are_the_same_model(directory):
     scanned = Transformer(dataclasses.replace(model.config, scan_layers=True))
     ids = jnp.asarray(cases.ids("x"))
     features = lambda m, p: jax.jit(lambda p: m.apply({"params": p}, ids, method="features")[0])(p)  # noqa: E731
-    stacked = trees.restage(params, layout(scanned.config))
+    _, _, stacked = read(directory, scan_layers=True)
+    jax.tree.map(np.testing.assert_array_equal, stacked, trees.restage(params, layout(scanned.config)))
     np.testing.assert_allclose(features(scanned, stacked), features(model, params), atol=2e-5)
+
+
+def test_a_shard_is_its_part_of_the_parameter(directory, monkeypatch):
+    kind, _, params = read(directory)
+    source = hf._Files(directory)
+    wanted = assemble.names(FAMILIES[kind].names, params)
+    source.rename(FAMILIES[kind].prefix, {their.name for their in wanted.values()})
+    monkeypatch.setattr(assemble, "_AT_ONCE", 500)  # several reads for one shard
+    for path, leaf in trees.flatten(params).items():
+        spans = [range(size // 4, size // 4 * 3) for size in leaf.shape]
+        out = np.empty(tuple(map(len, spans)), np.float32)
+        assemble._fill(out, source, wanted[path], spans, leaf.shape[-1])
+        np.testing.assert_array_equal(out, leaf[tuple(slice(s.start, s.stop) for s in spans)])
 
 
 @pytest.fixture

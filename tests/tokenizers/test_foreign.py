@@ -10,6 +10,8 @@ import pytest
 import sentencepiece
 
 from llm_jax import pretrained, tokenizers
+from llm_jax.decoding import complete
+from llm_jax.decoding.options import Options
 from llm_jax.errors import UserError
 from llm_jax.tokenizers.model import ModelTokenizer
 
@@ -135,3 +137,32 @@ def test_real_vocabularies_cut_text_as_transformers_does(name):
         assert [tokenizer.piece(i) for i in ids] == case["pieces"]
         spans = tokenizer.spans(case["text"])
         assert len(spans) == len(ids) and all(0 <= a <= b <= len(case["text"].encode()) for a, b in spans)
+
+
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+def test_several_ids_end_a_text(llama, file, tmp_path):
+    said = {file: json.dumps({"eos_token_id": [2, 320, 7]}).encode()}
+    made = tokenizers.from_files(llama.files() | said)
+    assert tokenizers.ends(llama) == [2] and tokenizers.ends(made) == [2, 320, 7]
+    assert complete.ends(made, Options()) == [2, 320, 7]
+    tokenizers.save(made, tmp_path)  # a run of ours keeps them
+    assert tokenizers.ends(tokenizers.load(tmp_path)) == [2, 320, 7]
+    assert tokenizers.ends(tokenizers.from_gguf(made.to_gguf(330))) == [2, 320, 7]
+
+
+def test_one_end_is_no_other_tokenizer(llama):
+    said = {"generation_config.json": b'{"eos_token_id": 2}'}
+    assert tokenizers.digest(tokenizers.from_files(llama.files() | said)) == tokenizers.digest(llama)
+
+
+@pytest.mark.parametrize("said", ['"</s>"', "[2, null]", "[true]", "2.5"])
+def test_ends_that_are_no_ids_are_refused(llama, said):
+    files = llama.files() | {"generation_config.json": f'{{"eos_token_id": {said}}}'.encode()}
+    with pytest.raises(UserError, match="generation_config.json: eos_token_id is .*; expected an id or a list of ids"):
+        tokenizers.from_files(files)
+
+
+def test_gguf_names_three_ends(llama):
+    files = llama.files() | {"generation_config.json": b'{"eos_token_id": [2, 3, 4, 5]}'}
+    with pytest.raises(UserError, match="names for 3 ids that end a text; this tokenizer has 4"):
+        tokenizers.from_files(files).to_gguf(330)
