@@ -101,6 +101,8 @@ def get_config() -> ConfigDict:
             },
             "loss": {
                 "kind": "cross_entropy",
+                "masked": "none",
+                "masked_share": 0.15,
                 "z_loss": 0.0,
                 "label_smoothing": 0.0,
                 "unlikelihood": 1.0,

@@ -137,6 +137,8 @@ class OptimConfig:
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
     kind: str  # "cross_entropy", "unlikelihood", "entmax", "distillation" or "dpo"; see training/losses.py
+    masked: Annotated[str, ("none", "tokens", "words")]  # what is hidden, to be found again; "none": the next token is
+    masked_share: Share  # of the tokens or words that are hidden; see data/masking.py
     z_loss: PositiveOrZero  # weight of log(sum exp(logits))^2
     label_smoothing: Share  # of the target's probability, shared by all ids
     unlikelihood: PositiveOrZero  # its weight beside the cross-entropy
@@ -291,6 +293,8 @@ ADDED: dict[str, Any] = {
     "optim.momentum": 0.95,
     "optim.ema_decay": 0.0,
     "loss.kind": "cross_entropy",
+    "loss.masked": "none",
+    "loss.masked_share": 0.15,
     "loss.z_loss": 0.0,
     "loss.label_smoothing": 0.0,
     "loss.unlikelihood": 1.0,

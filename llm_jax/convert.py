@@ -49,7 +49,7 @@ def main() -> None:
         if f.format in blocks.FORMATS:
             block = blocks.FORMATS[f.format]
             _announce(output, f.format, count * block.size // block.numbers)
-        formats = gguf_model.save(output, config, params, tokenizer, f.format)
+        formats = gguf_model.save(output, config, params, tokenizers.foreign(tokenizer), f.format)
         used = {kind: sum(1 for k in formats.values() if k == kind) for kind in sorted(set(formats.values()))}
         size = output.stat().st_size
         print(f"wrote {output}: {', '.join(f'{n} tensors {kind}' for kind, n in used.items())}; {size / 2**20:.1f} MiB")

@@ -64,7 +64,7 @@ def on_text() -> None:
 
     from llm_jax import checkpoint, pretrained
     from llm_jax.config import DataConfig
-    from llm_jax.data import corpus
+    from llm_jax.data import corpus, masking
     from llm_jax.data.rows import ROWS, Rows
     from llm_jax.model import transformer
     from llm_jax.prompting import sentiment
@@ -78,17 +78,19 @@ def on_text() -> None:
     if pretrained.is_foreign(path):
         if not f.data:
             raise UserError(f"{f.checkpoint} names no corpus of its own; give --data=FILE")
-        data, length = DataConfig(f.data, "text", "text", 0.0, "", 0), f.seq_len or 512
+        data, length, hides = DataConfig(f.data, "text", "text", 0.0, "", 0), f.seq_len or 512, False
     else:
         config = checkpoint.read_config(checkpoint.find(path))
-        data, length = config.data, f.seq_len or config.train.seq_len
-    if not model.config.causal:
+        data, length, hides = config.data, f.seq_len or config.train.seq_len, config.loss.masked != "none"
+    if not model.config.causal and not hides:
         raise UserError(f"{f.checkpoint} is a bidirectional model (model.causal=False); it sees what it would predict")
     transformer.check_length(model.config, length)
     if not 0 <= f.stride <= length:
         raise UserError(f"--stride={f.stride}; expected 0 to the window of {length} tokens")
     if f.data:
         data = dataclasses.replace(data, source=f.data, kind=f.kind or data.kind, field=f.field or data.field)
+    if hides and (f.stride or data.kind != "text" or data.source.startswith(sentiment.PREFIX)):
+        raise UserError(f"{f.checkpoint} finds hidden tokens (loss.masked); it takes text, without --stride")
     if data.source.startswith(sentiment.PREFIX):
         asked = sentiment.Source(data)
         rows = asked.rows(tokenizer, "test", length)
@@ -104,11 +106,14 @@ def on_text() -> None:
     if f.stride and data.kind != "text":
         raise UserError(f"--stride={f.stride}; examples (data.kind={data.kind}) are never cut")
     windows = Rows(split, length, f.stride) if f.stride else ROWS[data.kind](split, length)
+    if hides:
+        windows = masking.hider(config.loss, tokenizer)(windows, 0)
     found = evaluation.evaluate(loss, params, windows, f.batch_size, device)
+    compressed = {} if hides else source.compressed_bits_per_byte()
     if f.json:
-        print(json.dumps({**found, "compressed_bits_per_byte": source.compressed_bits_per_byte()}))
+        print(json.dumps({**found, "compressed_bits_per_byte": compressed}))
         return
-    packed = ", ".join(f"{name} {value:.3f}" for name, value in source.compressed_bits_per_byte().items())
+    packed = ", ".join(f"{name} {value:.3f}" for name, value in compressed.items())
     print(
         f"{f.data or data.source}: {split.num_bytes:,} bytes, "
         f"{found['tokens']:,.0f} tokens in windows of {length}{f', {f.stride} counted in each' if f.stride else ''}\n"

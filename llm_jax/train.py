@@ -32,7 +32,7 @@ def main() -> None:
     import jax.numpy as jnp
 
     from llm_jax import checkpoint, pretrained, tokenizers, trees
-    from llm_jax.data import rows
+    from llm_jax.data import masking, rows
     from llm_jax.data.corpus import Source
     from llm_jax.decoding import loop
     from llm_jax.decoding.options import Options
@@ -94,10 +94,15 @@ def main() -> None:
         f"tokenizer {tokenizer.kind}, {tokenizer.vocab_size} ids ({tokenizers.digest(tokenizer)[:12]})"
     )
 
+    hide = masking.hider(config.loss, tokenizer)
+    train_rows, held_rows = hide(train_rows, c.seed), hide(held_rows, 0)
+    held_parts = {name: hide(part, 0) for name, part in held_parts.items()}
+
     # ---------------------------------------------------------------- model, optimizer, shardings
-    vocab = config.model.vocab_size or tokenizer.vocab_size
-    if vocab < tokenizer.vocab_size:
-        raise UserError(f"config key 'model.vocab_size' is {vocab}; the tokenizer has {tokenizer.vocab_size} ids")
+    ids = masking.vocab_size(config.loss, tokenizer)
+    vocab = config.model.vocab_size or ids
+    if vocab < ids:
+        raise UserError(f"config key 'model.vocab_size' is {vocab}; the tokenizer has {ids} ids")
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab))
     mesh = mesh_lib.make(config.mesh)
     batch_sharding = mesh_lib.batch_sharding(mesh, c.batch_size)
@@ -373,7 +378,7 @@ def main() -> None:
 
     # ---------------------------------------------------------------- what came of it
     final = held or evaluate(0)
-    packed = source.compressed_bits_per_byte()
+    packed = source.compressed_bits_per_byte() if config.loss.masked == "none" else {}
     summary = {
         **final,
         "compressed_bits_per_byte": packed,
@@ -398,7 +403,11 @@ def main() -> None:
         f"{final['validation_bits_per_byte']:.3f} bits per byte{others and f' ({others})'}\n"
         + "".join(f"of {name}: {final[f'validation_bits_per_byte/{name}']:.3f}\n" for name in held_parts)
         + f"checkpoint: {workdir / 'checkpoints' / str(c.steps)}\n"
-        f'next: python -m llm_jax.generate --checkpoint={workdir} --prompt="def "'
+        + (
+            f'next: python -m llm_jax.generate --checkpoint={workdir} --prompt="def "'
+            if config.model.causal
+            else f"next: python -m llm_jax.evaluate --checkpoint={workdir} --data=FILE"
+        )
     )
 
 

@@ -186,7 +186,10 @@ class Adapted(Node):
             scale = scale.reshape(scale.shape[0], *(1,) * (x.ndim - 2), scale.shape[1])
         low = dot(x, first, transposed, accumulate=accumulate) * scale
         update = dot(low, second, transposed, out_dtype=out_dtype, accumulate=accumulate)
-        return dot(x, self.base, transposed, out_dtype=out_dtype, accumulate=accumulate) + update
+        # Named again: a remat policy then keeps the sum, and neither of its parts.
+        return checkpoint_name(
+            dot(x, self.base, transposed, out_dtype=out_dtype, accumulate=accumulate) + update, "dot"
+        )
 
     def take(self, ids: jax.Array) -> jax.Array:
         rows = take(self.base, ids)
@@ -286,7 +289,8 @@ class Decomposed(Node):
         if transposed:
             x = (x * stretch).astype(x.dtype)
             return dot(x, self.weight, True, out_dtype=out_dtype, accumulate=accumulate)
-        return (dot(x, self.weight, out_dtype=out_dtype, accumulate=accumulate) * stretch).astype(out_dtype)
+        y = dot(x, self.weight, out_dtype=out_dtype, accumulate=accumulate) * stretch
+        return checkpoint_name(y.astype(out_dtype), "dot")
 
     def take(self, ids: jax.Array) -> jax.Array:
         rows = take(self.weight, ids)

@@ -5,10 +5,10 @@
 
 All take turns, round by round, so that a machine whose speed drifts slows all of them alike. Decoding is
 greedy, from a prompt of 16 tokens; its time is that of 33 new tokens minus that of one. The bandwidth is that
-of adding up half a gigabyte. "products" are the matrix products of one token and nothing else, so the step
-minus the products is what everything beside them costs. Where other work shares the cores, times on the clock say
-little: figures "by CPU time" count the processor's own seconds, and --cores=1 keeps them free of threads that
-wait for each other. Writes decode.json.
+of a vector times a matrix of half a gigabyte. "products" are the products of one token with the weights and nothing
+else, so the step minus the products is what everything beside them costs. Where other work shares the cores, times
+on the clock say little: figures "by CPU time" count the processor's own seconds, and --cores=1 keeps them free of
+threads that wait for each other. Writes decode.json.
 """
 
 import json
@@ -164,14 +164,12 @@ def bare(loaded) -> Callable[[], Times]:
 
 def bandwidth() -> Times:
     """The times of reading `_SIZE` bytes from memory."""
-    data = jnp.ones((1 << 10, _SIZE >> 12), jnp.float32)
-    jax.block_until_ready(_add(data))
-    return timed(lambda: _add(data))
+    data, row = jnp.ones((1 << 10, _SIZE >> 12), jnp.float32), jnp.ones((1, 1 << 10), jnp.float32)
+    jax.block_until_ready(_product(row, data))
+    return timed(lambda: _product(row, data))
 
 
-@jax.jit
-def _add(data: jax.Array) -> jax.Array:
-    return jnp.sum(data, 0)
+_product = jax.jit(weights.dot)
 
 
 def convert(directory: pathlib.Path) -> None:

@@ -8,7 +8,8 @@ Q1  A way to quantize weights and activations to 8 bits has little loss if its i
     on MiniLM. Holds if that is so of w8a8 (dynamic) and w8a8_static by absmax; "holds when" names the
     schemes and methods of 8 bits for both of which it is so, if some are; else fails.
 Q1b (an aim of this project) at 4 bits: int4 by its best method against ggml's Q4_0, and int4_affine against
-    Q4_1, of equal size: holds if neither interval of the difference of losses lies above 0.
+    Q4_1, of equal size (and against llama.cpp's files of those formats, where they were made): holds if no
+    interval of the difference of losses lies above 0.
 Q3  smaller: fewer bytes than float32. less memory: weights and temporaries of one token's pass together.
     faster: the interval of the log ratio of tokens a second, paired by repeat, lies above 0. Holds if all
     three are so of int8, w8a8 and int4; "holds when" says of which; else fails.
@@ -26,6 +27,7 @@ from llm_jax import checkpoint
 MARGIN = float(np.log(1.01))
 COSINE = 0.99
 COMMAND = "PYTHONPATH=. python experiments/quantization_quality/sweep.py"
+OTHERS = ("ggml", "llama.cpp")
 EIGHT = ("int8", "int8:32", "w8a8", "w8a8_static", "fp8_e4m3", "fp8_e5m2")
 BEGIN, END = "<!-- results: written by sweep.py -->\n", "<!-- end of results -->"
 
@@ -97,9 +99,10 @@ def judge(language: dict, sentences: dict, speed: dict) -> list[dict[str, Any]]:
         return min((n for n in costs if n.split()[0] == scheme), key=lambda n: costs[n][0])
 
     pairs = {}
-    for ours, theirs in (("int4", "ggml Q4_0"), ("int4_affine", "ggml Q4_1")):
+    for ours, format_ in (("int4", "Q4_0"), ("int4_affine", "Q4_1")):
         name = best(ours)
-        pairs[f"{name} - {theirs}"] = interval(np.subtract(language[name]["loss"], language[theirs]["loss"]))
+        for theirs in (f"{maker} {format_}" for maker in OTHERS if f"{maker} {format_}" in language):
+            pairs[f"{name} - {theirs}"] = interval(np.subtract(language[name]["loss"], language[theirs]["loss"]))
     q1b = "holds" if all(low <= 0 for _, low, _ in pairs.values()) else "fails"
 
     plain = speed["float32"]
@@ -179,16 +182,16 @@ def draw(language: dict, full: dict, path: pathlib.Path) -> None:
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(9, 5), layout="constrained")
-    methods = list(dict.fromkeys(name.split()[-1] if not name.startswith("ggml") else "ggml" for name in language))
-    for method, marker in zip(methods, "osv^D*P", strict=False):
-        points = {n: f for n, f in language.items() if ("ggml" if n.startswith("ggml") else n.split()[-1]) == method}
+    methods = {name: name.split()[0 if name.startswith(OTHERS) else -1] for name in language}
+    for method, marker in zip(dict.fromkeys(methods.values()), "osv^D*PX", strict=False):
+        points = {n: f for n, f in language.items() if methods[n] == method}
         x = [f["bits"] for f in points.values()]
         y = [f["perplexity"] / full["perplexity"] - 1 for f in points.values()]
         axis.scatter(x, np.maximum(y, 1e-5), marker=marker, label=method, alpha=0.7)
     best: dict[str, tuple[float, float]] = {}
     for name, found in language.items():
         y = max(found["perplexity"] / full["perplexity"] - 1, 1e-5)
-        scheme = name if name.startswith("ggml") else name.split()[0]
+        scheme = name if name.startswith(OTHERS) else name.split()[0]
         best[scheme] = min(best.get(scheme, (found["bits"], y)), (found["bits"], y), key=lambda p: p[1])
     for scheme, (x, y) in best.items():
         axis.annotate(scheme, (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")

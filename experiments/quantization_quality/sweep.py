@@ -8,7 +8,10 @@ command goes on where it was stopped. Writes results.json, quality.png and the t
 
 import dataclasses
 import hashlib
+import math
 import pathlib
+import subprocess
+import tempfile
 
 import jax
 import numpy as np
@@ -21,6 +24,7 @@ from llm_jax import checkpoint, cli, pretrained, quantized, tokenizers, trees
 from llm_jax.data.corpus import Source
 from llm_jax.data.rows import Rows, Shuffled
 from llm_jax.errors import UserError
+from llm_jax.interop import gguf, gguf_model
 from llm_jax.quant import quantize
 
 HERE = pathlib.Path(__file__).parent
@@ -30,6 +34,7 @@ flags.DEFINE_string("runs", "runs/quantization_quality", "where finished cells a
 flags.DEFINE_integer("rows", 64, "held-out sequences, spread over the text")
 flags.DEFINE_integer("calibration", 32, "training sequences that methods calibrate on")
 flags.DEFINE_integer("sentences", 200, "for MiniLM")
+flags.DEFINE_string("llama_python", "", "an interpreter with llama_cpp, whose quantizer is measured too")
 flags.DEFINE_boolean("smollm2", True, "also SmolLM2 in 8 bits (slow: 135 M parameters)")
 
 CELLS = [
@@ -48,6 +53,7 @@ SENTENCE_CELLS = [
     *(Cell(s, m) for s in ("int4", "int4_affine", "nf4") for m in ("absmax", "awq", "gptq")),
 ]
 SPEEDS = ("int8", "w8a8", "int4", "nf4")
+LLAMA = ("Q8_0", "Q4_0", "Q4_1", "Q4_K_M")
 LABELLED = (Cell("int8", "absmax"), Cell("w8a8", "absmax"))
 
 
@@ -72,6 +78,10 @@ def main() -> None:
     for cell in tqdm(CELLS, "reference model"):
         language[cell.name] = kept(
             root / "language", cell.name, lambda c=cell: one(model, params, c, calibration, rows)
+        )
+    for kind in LLAMA if f.llama_python else ():
+        language[f"llama.cpp {kind}"] = kept(
+            root / "language", f"llama.cpp {kind}", lambda k=kind: of_llama(model, params, tokenizer, k, rows)
         )
     full = kept(
         root, "full", lambda: measure.against(model, params, params, rows) | {"bytes": quantized.num_bytes(params)}
@@ -98,9 +108,26 @@ def one(model, params, cell: Cell, calibration, rows) -> dict:
     return measure.against(model, params, measure.expanded(made), rows) | {"bytes": size, "bits": bits}
 
 
+def of_llama(model, params, tokenizer, kind: str, rows) -> dict:
+    """llama.cpp quantizes the exported model; we read its file."""
+    with tempfile.TemporaryDirectory() as directory:
+        whole, made = (pathlib.Path(directory) / f"{name}.gguf" for name in ("whole", "made"))
+        gguf_model.save(whole, model.config, params, tokenizers.foreign(tokenizer), "F32")
+        command = [flags.FLAGS.llama_python, str(HERE / "llama.py"), str(whole), str(made), kind]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise UserError(f"{command[0]} did not quantize to {kind}: {done.stderr.strip().splitlines()[-1:]}")
+        tensors = gguf.read(made).tensors.values()
+        matrices = [t for t in tensors if len(t.shape) == 2]
+        bits = 8 * sum(t.rows().nbytes for t in matrices) / sum(math.prod(t.shape) for t in matrices)
+        figures = measure.against(model, params, pretrained.load(made).params, rows)
+        return figures | {"bytes": sum(t.rows().nbytes for t in tensors), "bits": bits}
+
+
 def of_sentences(root: pathlib.Path, count: int) -> dict:
     """MiniLM's vectors of movie reviews; calibrated on sentences that are not measured."""
     model, params, tokenizer = pretrained.load("asset:minilm-l6-v2")
+    params = {name: part for name, part in params.items() if name != "pooler"}  # the vectors are means over tokens
     lines = pretrained.locate("asset:movie-reviews").read_text(errors="replace").splitlines()
     texts = [line.split("\t")[-1] for line in lines]
     picked = [texts[i] for i in np.random.default_rng(0).permutation(len(texts))[: count + 32]]

@@ -20,8 +20,8 @@ def get_config() -> ConfigDict:
     config.data.validation_fraction = 0.02
     config.model.update({"width": 32, "base_width": 32, "num_layers": 2, "mlp_width": 64})
     config.model.update({"num_heads": 4, "num_kv_heads": 4, "head_width": HEAD_WIDTH})
-    config.optim.update({"warmup_steps": 10})
-    config.train.update({"steps": 400, "batch_size": 8, "seq_len": 32})
+    config.optim.update({"warmup_steps": 20})
+    config.train.update({"steps": 300, "batch_size": 16, "seq_len": 64})
     config.eval.update({"every": 0, "prompts": ()})
     config.checkpoint.update({"every": 0})
     return config

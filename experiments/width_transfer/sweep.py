@@ -29,8 +29,8 @@ from llm_jax.training import losses, optim, step
 
 HERE = pathlib.Path(__file__).parent
 
-flags.DEFINE_list("widths", ["32", "64", "128", "256"], "the first is the base width")
-flags.DEFINE_list("powers", ["-9", "-8", "-7", "-6", "-5", "-4", "-3"], "the rates, as powers of two")
+flags.DEFINE_list("widths", ["32", "128", "256"], "the first is the base width")
+flags.DEFINE_list("powers", ["-9", "-8", "-7", "-6", "-5", "-4", "-3", "-2", "-1"], "the rates, as powers of two")
 flags.DEFINE_integer("seeds", 3, "runs of each kind")
 flags.DEFINE_integer("held_rows", 256, "rows of held-out text that a run is judged by")
 flags.DEFINE_string("runs", "runs/width_transfer.json", "where finished runs are kept")

@@ -25,10 +25,17 @@ flags.DEFINE_boolean("held_out", False, "held-out rows, in their order, instead 
 _COUNTED, _NOT = ("\033[32m", "\033[36m"), "\033[90m"  # green and cyan by turns; grey
 
 
-def segments(row: dict[str, np.ndarray]) -> Iterator[list[tuple[int, bool]]]:
-    """The tokens of each segment of a row, and whether each counts as a target. Padding is left out."""
+def segments(row: dict[str, np.ndarray], masked: bool = False) -> Iterator[list[tuple[int, bool]]]:
+    """The tokens of each segment of a row, and whether each counts as a target. Padding is left out.
+
+    Args:
+      masked: targets are the tokens at the places of the inputs, not those after them.
+    """
     for segment in range(1, int(row["segments"].max()) + 1):
         where = np.flatnonzero(row["segments"] == segment)
+        if masked:
+            yield [(int(row["targets"][i]), bool(row["mask"][i])) for i in where]
+            continue
         found = [(int(row["inputs"][where[0]]), False)]
         found += [(int(row["targets"][i]), bool(row["mask"][i])) for i in where[:-1]]
         if row["mask"][where[-1]]:  # else it begins the next document
@@ -55,7 +62,7 @@ def lines(tokenizer: Tokenizer, tokens: list[tuple[int, bool]], colours: tuple[s
 
 def main() -> None:
     from llm_jax import checkpoint, tokenizers
-    from llm_jax.data import rows
+    from llm_jax.data import masking, rows
     from llm_jax.data.corpus import Source
 
     f = flags.FLAGS
@@ -70,10 +77,11 @@ def main() -> None:
     if f.held_out:
         found, _ = rows.held_out(config.data, corpus, config.train.seq_len)
         f.rows = min(f.rows, len(found) - f.first)
+    found = masking.hider(config.loss, tokenizer)(found, 0 if f.held_out else config.train.seed)
     coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for index in range(f.first, f.first + f.rows):
         row = found[index]
-        shown = list(segments(row))
+        shown = list(segments(row, config.loss.masked != "none"))
         padding = int((row["segments"] == 0).sum())
         print(
             f"row {index}: {config.train.seq_len - padding} tokens in {len(shown)} segments, "

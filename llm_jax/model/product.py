@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from llm_jax.config import ModelConfig, choice
@@ -186,7 +187,9 @@ def _attend_forward(q_BTNH, k_BSKH, v_BSKH, mask_BTS, bias_BNTS, softcap):
     weights = jnp.exp(scores - top)
     total = jnp.sum(weights, -1, keepdims=True)
     out = (_batched(weights.astype(v.dtype), v, 3, 2) / total).astype(q_BTNH.dtype)
-    return _by_token(out, length), (q, k, v, mask_BTS, bias_BNTS, out, top + jnp.log(total))
+    # Products, too, for a remat policy: what keeps them need not attend again.
+    out, log_total = (checkpoint_name(kept, "dot") for kept in (out, top + jnp.log(total)))
+    return _by_token(out, length), (q, k, v, mask_BTS, bias_BNTS, out, log_total)
 
 
 def _attend_backward(softcap, saved, g_BTNH):

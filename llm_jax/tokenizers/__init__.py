@@ -19,6 +19,7 @@ __all__ = [
     "digest",
     "document",
     "ends",
+    "foreign",
     "from_files",
     "from_gguf",
     "get",
@@ -67,6 +68,14 @@ def from_gguf(metadata: Mapping[str, Any]) -> Foreign:
     """
     found: Any = get("sentencepiece" if metadata.get("tokenizer.ggml.model") == "llama" else "hub")
     return found.from_gguf(metadata)
+
+
+def foreign(tokenizer: Tokenizer) -> Tokenizer:
+    """The same vocabulary as other people write it, where they do: pieces as sentencepiece's tokenizer.model."""
+    if tokenizer.kind not in ("bpe", "unigram"):
+        return tokenizer
+    (model,) = tokenizer.files().values()
+    return from_files({"tokenizer.model": model})
 
 
 def load(directory: pathlib.Path) -> Tokenizer:

@@ -91,6 +91,12 @@ class HubTokenizer:
     def unk(self) -> int | None:
         return self._id("unk_token")
 
+    @property
+    def mask(self) -> int | None:
+        """The id that stands for a hidden token, by its names in BERT's and RoBERTa's vocabularies."""
+        found = (self._tokenizer.token_to_id(token) for token in ("[MASK]", "<mask>"))
+        return next((index for index in found if index is not None), None)
+
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Self:
         raise UserError(

@@ -17,6 +17,7 @@ from llm_jax.data.rows import Batch
 from llm_jax.errors import UserError
 from llm_jax.model.attention import Tokens
 from llm_jax.model.transformer import Transformer
+from llm_jax.prompting import sentiment
 from llm_jax.tokenizers import Tokenizer
 from llm_jax.training.step import Loss
 
@@ -277,6 +278,17 @@ def check(config: Config) -> None:
         raise UserError("loss.kind=dpo starts from a trained model, its reference: set init_from")
     if kind == "dpo" and config.train.batch_size % 2:
         raise UserError(f"loss.kind=dpo takes rows in pairs; train.batch_size={config.train.batch_size} is odd")
+    if c.masked != "none":
+        if config.model.causal:
+            raise UserError(f"loss.masked={c.masked}: what is hidden is found from both sides; set model.causal=False")
+        if config.eval.prompts or config.eval.tasks:
+            raise UserError(f"loss.masked={c.masked}: encoders continue no text; set eval.prompts and eval.tasks to ()")
+        if kind in ("unlikelihood", "dpo"):
+            raise UserError(f"loss.kind={kind} is of what comes next; with loss.masked={c.masked} it has no meaning")
+        if config.data.kind != "text" or config.data.source.startswith(sentiment.PREFIX):
+            raise UserError(f"loss.masked={c.masked} hides tokens of text; data.kind or data.source is of answers")
+    elif not config.model.causal:
+        raise UserError("model.causal=False sees the next token; set loss.masked to tokens or words to hide some")
     if (kind == "dpo") != (config.data.kind == "preferences"):
         raise UserError(
             f"loss.kind={kind} with data.kind={config.data.kind}: dpo learns from preferences, and nothing else does"

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from llm_jax import checkpoint, trees
+from llm_jax import checkpoint, lora, trees
 from llm_jax.model.transformer import Transformer
 from llm_jax.training import losses, memory, optim, step
 from llm_jax.training.trained import Adapters
@@ -121,6 +121,34 @@ def test_lora_fa_keeps_no_inputs_for_the_gradient(tiny):
     )
     hidden = 4 * 4 * 64 * 512 * 4  # layers x rows x tokens x MLP width, float32
     assert 0.9 * hidden < lora_ - fa < 1.2 * hidden
+
+
+def test_a_policy_that_keeps_products_computes_none_again_and_keeps_each_once(tiny, make):
+    settings = cases.config(tiny)
+
+    def products(remat):
+        model, base = make(remat=remat)
+        adapters = lora.init(jax.random.key(0), base, settings)
+        loss = lambda a: jnp.var(model.apply({"params": lora.attach(base, a)}, IDS))  # noqa: E731
+        return str(jax.make_jaxpr(jax.grad(loss))(adapters)).count("dot_general")
+
+    assert products("none") == products("dots") < products("full")
+    shape = {"vocab_size": 64, "width": 64, "mlp_width": 512, "num_layers": 6, "qk_norm": False}
+    rows, length, rank = 4, 64, settings.rank
+    train = dataclasses.replace(tiny.train, batch_size=rows, seq_len=length)
+    taken = {}
+    for layers in (6, 12):
+        model = dataclasses.replace(tiny.model, **shape | {"num_layers": layers, "remat": "dots"})
+        config = dataclasses.replace(tiny, model=model, train=train, lora=settings)
+        taken[layers] = memory.compiled(config, "adapters").temporaries
+    m = model
+    key_width = m.width // m.num_heads * m.num_kv_heads
+    # What comes in; queries, keys, values; what attention gives, and its sums; `out`; gate and up; x a of all seven.
+    kept = m.width + (m.width + 2 * key_width) + m.width + m.num_heads + m.width + 2 * m.mlp_width + 7 * rank
+    # Beside these, gradients of a and b.
+    pairs = 2 * (m.width + m.width) + 2 * (m.width + key_width) + 3 * (m.width + m.mlp_width)
+    expected = 6 * 4 * (rows * length * kept + pairs * rank)
+    assert 0.97 * expected < taken[12] - taken[6] < 1.03 * expected
 
 
 def test_memory_of_a_step_is_what_its_arrays_take(tiny):

@@ -67,6 +67,15 @@ def test_the_vocabulary_in_a_gguf_file_is_the_same(llama, text):
     assert again.decode(again.encode(text)) == llama.decode(llama.encode(text))
 
 
+def test_pieces_of_ours_go_through_a_gguf_file():
+    ours = tokenizers.get("bpe").train(["def main(self):\n    return 1, größe\n"] * 50, 320)
+    again = tokenizers.from_gguf(tokenizers.foreign(ours).to_gguf(330))
+    for text in ("def main(x):\n        return  größe", " a  🦜\n\n", ""):
+        assert again.encode(text) == ours.encode(text) and again.decode(again.encode(text)) == text
+    assert (again.bos, again.eos) == (ours.bos, ours.eos)
+    assert tokenizers.prompt(again, "def") == tokenizers.prompt(ours, "def")
+
+
 def test_bos_chat_template_and_unused_ids_go_through_a_gguf_file(llama):
     again = tokenizers.from_gguf(llama.to_gguf(330))
     assert (again.bos, again.eos, again.vocab_size) == (1, 2, 330)

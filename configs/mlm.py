@@ -1,0 +1,27 @@
+"""An encoder of BERT's geometry (learned positions, segment embeddings, post-norm) that finds hidden words again.
+
+python -m llm_jax.train --config=configs/mlm.py --workdir=runs/mlm
+"""
+
+import runpy
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+default = runpy.run_path(str(Path(__file__).with_name("default.py")))
+
+
+def get_config() -> ConfigDict:
+    config = default["get_config"]()
+    config.data.source = "asset:shakespeare"
+    config.tokenizer.update({"kind": "wordpiece", "vocab_size": 4096})
+    config.loss.update({"masked": "words", "masked_share": 0.15})
+    config.model.update({"causal": False, "num_types": 2, "embed_norm": True, "norm": "layer", "norm_eps": 1e-12})
+    config.model.update({"norm_place": "post", "qk_norm": False, "bias": True})
+    config.model.update({"mlp": "plain", "mlp_width": 1024, "activation": "gelu_exact"})
+    config.model.position.update({"kind": "learned", "max_length": 512})
+    config.train.update({"steps": 1000, "batch_size": 16, "seq_len": 128})
+    config.optim.update({"lr": 1e-3, "warmup_steps": 100, "schedule": "linear", "weight_decay": 0.01, "beta2": 0.999})
+    config.eval.update({"every": 250, "rows": 128, "prompts": ()})
+    config.checkpoint.update({"every": 100})
+    return config

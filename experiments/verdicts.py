@@ -1,0 +1,77 @@
+"""Statements that textbooks make, and what the experiments here found: writes the table of README.md beside this file.
+
+PYTHONPATH=. python experiments/verdicts.py
+
+A verdict is read from the results.json that names its statement first in `claim`; several entries of one
+statement are all shown.
+"""
+
+import json
+import pathlib
+
+from llm_jax import cli
+
+HERE = pathlib.Path(__file__).parent
+BEGIN, END = "<!-- verdicts: written by verdicts.py -->\n", "<!-- end of verdicts -->\n"
+
+STATEMENTS = {
+    "T1": "Word, subword and character tokens trade vocabulary against length.",
+    "T2": "One vocabulary is made once, and then fixed for pretraining and fine-tuning.",
+    "T3": "Subword pieces handle words that the vocabulary lacks.",
+    "E1": "Dense vectors capture similarity, one-hot vectors cannot.",
+    "E2": "word2vec and GloVe learn them from co-occurrence.",
+    "E3": "cat is closer to mat than to sat.",
+    "E4": "king and queen are close.",
+    "E5": "A contextual vector depends on the sentence: the bank of a river, the bank that lends.",
+    "P2": "Positions are added to embeddings, or concatenated.",
+    "P4": "Absolute encodings fail past the trained length, relative ones do not.",
+    "P5": "Relative encodings change keys and values.",
+    "P7": "RoPE generalizes to longer sequences.",
+    "P8": "Absolute encodings do not know how tokens relate, relative ones do.",
+    "Q1": "Weights and activations go from 32 to 8 bits after training with little loss.",
+    "Q2": "Training with quantization in the loop ends better than quantizing afterwards.",
+    "Q3": "A quantized model is smaller, faster and needs less memory.",
+    "L1": "LoRA trains a small part of the parameters and matches full fine-tuning.",
+    "L4": "Folding the low-rank product into the weight costs nothing and changes no output.",
+    "L5": "Starting from the weight's own low-rank part (PiSSA) is better than from zero.",
+    "L6": "Full updating takes about three times the memory of the forward pass.",
+    "L7": "LoRA still stores large input activations.",
+    "L8": "Low-rank factors may be held in 8 bits.",
+    "L9": "QLoRA over an NF4 base loses nothing.",
+    "L10": "Fine-tuning a pretrained model beats prompting it, for sentiment.",
+    "L11": "LoRA serves other architectures too.",
+    "L12": "With A (d, r) and B (r, d) the update is A B; B A would be (r, r).",
+    "L13": "QLoRA makes inference faster and saves power.",
+    "L14": "An encoder is fine-tuned for sentiment with its own tokenizer.",
+    "D2": "Greedy decoding is repetitive, and only locally optimal.",
+    "D3": "Cross-entropy with softmax makes unlikely tokens too likely.",
+    "D4": "A fixed k leaves good choices out.",
+    "D5": "The nucleus covers a mass p with a k that changes.",
+    "D6": "The loss causes repetition and heavy tail; it grows exponentially for linearly lower scores.",
+    "M1": "Models are highly sensitive to the prompt.",
+    "M2": "Zero-shot, few-shot, expert and chain-of-thought prompts differ.",
+    "M3": "Asking for steps gives longer outputs.",
+    "M4": "Chain of thought pays for large models.",
+}
+
+
+def main() -> None:
+    found: dict[str, list[tuple[str, str, str]]] = {name: [] for name in STATEMENTS}
+    for path in sorted(HERE.glob("*/results.json")):
+        for entry in json.loads(path.read_text()):
+            name, _, rest = entry["claim"].partition(" ")
+            if name.rstrip(",") in found and entry["verdict"]:
+                found[name.rstrip(",")].append((rest.strip("()"), entry["verdict"], path.parent.name))
+    lines = ["| | statement | measured | verdict | in |", "|---|---|---|---|---|"]
+    for name, statement in STATEMENTS.items():
+        for measure, verdict, where in found[name] or [("", "not measured yet", "")]:
+            place = f"[{where}]({where}/README.md)" if where else ""
+            lines.append(f"| {name} | {statement} | {measure} | **{verdict}** | {place} |")
+    readme = HERE / "README.md"
+    before, rest = readme.read_text().split(BEGIN)
+    readme.write_text(before + BEGIN + "\n".join(lines) + "\n" + END + rest.split(END)[1])
+    print(f"{sum(map(bool, found.values()))} of {len(found)} statements are measured; the table is in {readme}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
