@@ -41,6 +41,7 @@ def test_what_cannot_be_converted_ends_in_one_line_and_writes_nothing(trained, c
     (tmp_path / "there").write_text("keep")
     assert "there exists; give another" in said(output=tmp_path / "there")
     assert "no such directory" in said(input=tmp_path / "nothing")
+    assert "none.gguf: no such file or directory (expected a GGUF file)" in said(input=tmp_path / "none.gguf")
     assert "there: not a GGUF file" in said(input=tmp_path / "there")
     assert "gpt2 cannot hold model." in said("--family=gpt2")
     assert "tokenizer.kind=hub" in said(to="gguf")
