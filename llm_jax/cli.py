@@ -152,6 +152,24 @@ def keep_memory() -> None:
             mallopt(option, value)
 
 
+def one_step_at_a_time() -> None:
+    """Has a CPU finish a computation before it takes the next. Call before JAX is used.
+
+    XLA allocates what a step needs when it is handed over: with the next one waiting, a CPU would hold two
+    steps' temporaries. Several devices have to run side by side, and this changes nothing for accelerators.
+    """
+    import jax
+
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+def trim_memory() -> None:
+    """Gives back what has been freed so far and `keep_memory` keeps: loading leaves holes that no step fits into."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
 def _parse(argv: Sequence[str]) -> list[str]:
     argv = list(argv)
     if "config" in flags.FLAGS and not any(re.match(r"--?config(=|$)", argument) for argument in argv):

@@ -138,7 +138,7 @@ class OptimConfig:
 class LossConfig:
     kind: str  # "cross_entropy", "unlikelihood", "entmax", "distillation" or "dpo"; see training/losses.py
     masked: Annotated[str, ("none", "tokens", "words")]  # what is hidden, to be found again; "none": the next token is
-    masked_share: Share  # of the tokens or words that are hidden; see data/masking.py
+    masked_share: Annotated[float, (0.001, 1.0)]  # of the tokens or words that are hidden; see data/masking.py
     z_loss: PositiveOrZero  # weight of log(sum exp(logits))^2
     label_smoothing: Share  # of the target's probability, shared by all ids
     unlikelihood: PositiveOrZero  # its weight beside the cross-entropy

@@ -5,7 +5,7 @@
 A decoder of 128 x 2 layers is trained on the same number of tokens of Shakespeare for every kind (so those with short
 tokens see less text) and asked for held-out text. That of byte pairs is then given other vocabularies of the same size,
 as they are and after --tune more steps, beside --tune more steps with its own. What is done is kept in --runs and not
-done again. Writes models.json and the second tables in README.md.
+done again. Writes results.json and the second tables in README.md.
 
 The rules of the verdicts were fixed before the run. Every interval is the 95 % t-interval of a mean over the seeds.
 
@@ -33,6 +33,7 @@ import tempfile
 import jax
 import jax.numpy as jnp
 import numpy as np
+import sweep
 from absl import flags
 from scipy import stats
 from tqdm import tqdm
@@ -71,7 +72,7 @@ def main() -> None:
     source, kept = Source(config.data), pathlib.Path(f.runs)
     kept.parent.mkdir(parents=True, exist_ok=True)
     found = json.loads(kept.read_text()) if kept.exists() else {}
-    jobs = [(kind, seed) for seed in range(f.seeds) for kind in KINDS] + [(kind, "refusals") for kind in NEXT]
+    jobs = [(kind, seed) for kind in KINDS for seed in range(f.seeds)] + [(kind, "refusals") for kind in NEXT]
     for kind, seed in tqdm(jobs, "runs", disable=None):
         key = f"{kind} {seed} {f.steps} {f.tune}"
         if key not in found:
@@ -80,7 +81,7 @@ def main() -> None:
     table = {kind: [found[f"{kind} {s} {f.steps} {f.tune}"] for s in range(f.seeds)] for kind in KINDS}
     refused = {kind: found[f"{kind} refusals {f.steps} {f.tune}"] for kind in NEXT}
     results = judge(table, refused)
-    checkpoint.write_json(HERE / "models.json", results)
+    sweep.save(results)
     lines = markdown(table, refused, results)
     before, _, rest = (HERE / "README.md").read_text().partition(BEGIN)
     (HERE / "README.md").write_text(before + BEGIN + "\n" + "\n".join(lines) + "\n" + END + rest.partition(END)[2])
@@ -138,6 +139,7 @@ def _stacked(rows: list, size: int) -> dict[str, np.ndarray]:
     return {name: np.stack([row[name] for row in rows]).reshape(-1, size, len(rows[0][name])) for name in rows[0]}
 
 
+@functools.cache
 def functions(config: config_lib.Config, model: Transformer):
     """(params, batches) -> trained params, and (params, batches) -> nats."""
 

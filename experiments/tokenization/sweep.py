@@ -11,6 +11,7 @@ T3  holds if at the largest size every kind of pieces brings back at least 99 % 
 """
 
 import itertools
+import json
 import pathlib
 import re
 
@@ -43,7 +44,7 @@ def main() -> None:
     jobs = [(kind, size) for kind in ("word", *PIECES) for size in SIZES] + [(kind, SIZES[-1]) for kind in SINGLE]
     table = {(kind, size): figures(kind, size, train, held, new) for kind, size in tqdm(jobs)}
     results = judge(table)
-    checkpoint.write_json(HERE / "results.json", results)
+    save(results)
     draw(table, HERE / "tradeoff.png")
     sizes = f"{sum(map(len, train)):,} characters of training text, {sum(map(len, held)):,} held out, "
     sizes += f"with {len(new):,} new words."
@@ -51,6 +52,14 @@ def main() -> None:
     before, _, rest = (HERE / "README.md").read_text().partition(BEGIN)
     (HERE / "README.md").write_text(before + BEGIN + "\n" + "\n".join(lines) + "\n" + END + rest.partition(END)[2])
     print("\n".join(f"{r['claim']}: {r['verdict']}" for r in results))
+
+
+def save(results: list[dict]) -> None:
+    """Into results.json, beside what the other script of this folder has found."""
+    path = HERE / "results.json"
+    kept = json.loads(path.read_text()) if path.exists() else []
+    kept = [one for one in kept if one["command"] != results[0]["command"]]
+    checkpoint.write_json(path, sorted(kept + results, key=lambda one: one["claim"]))
 
 
 def figures(kind: str, size: int, train: list[str], held: list[str], new: list[str]) -> dict[str, float]:

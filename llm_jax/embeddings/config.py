@@ -12,7 +12,7 @@ class Word2VecConfig:
     sample: PositiveOrZero  # words with a larger share of the text are thinned out; 0: none
     lr: Positive  # falls linearly
     final_lr: Positive
-    chunk: Count  # words a step, a multiple of 16; their gradients are summed
+    chunk: Count  # words a step over all devices, a multiple of 16 on each; their gradients are summed
     shared_negatives: Count  # drawn for 16 words, and weighted so that each of their pairs sees `negatives`
 
 

@@ -15,6 +15,8 @@ from llm_jax.data import assets, wiki
 from llm_jax.errors import UserError
 
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
+_BLANK = re.compile(r"\n\s*\n")
+_LONGEST = 2**18  # characters of a paragraph; a longer one (a file may be one line) is cut between words
 BREAK = -1  # between paragraphs; no window reaches across
 
 
@@ -67,14 +69,16 @@ def _texts(path: pathlib.Path) -> Iterator[str]:
         return
     try:
         with path.open(encoding="utf-8") as file:
-            held: list[str] = []
-            for line in file:
-                if line.strip():
-                    held.append(line)
-                elif held:
-                    yield "".join(held)
-                    held = []
-            yield "".join(held)
+            held = ""
+            while block := file.read(_LONGEST):
+                *ended, held = _BLANK.split(held + block)
+                yield from filter(str.strip, ended)
+                if len(held) > _LONGEST:
+                    place = max(held.rfind(" "), held.rfind("\n"))
+                    place = place if place > 0 else len(held)
+                    yield held[:place]
+                    held = held[place:]
+            yield held
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llm_jax.embeddings import devices
 from llm_jax.embeddings.config import EmbeddingsConfig
 from llm_jax.embeddings.corpus import BREAK, Corpus
 from llm_jax.embeddings.vectors import WordVectors
@@ -34,7 +35,12 @@ def train(corpus: Corpus, config: EmbeddingsConfig, counted: pathlib.Path, told:
     Args:
       counted: the file of `cooccurrences`.
       told: is called with the number of cells that have been gone through since the last call.
+
+    Raises:
+      UserError: a `batch_size` that the devices do not divide.
     """
+    g = config.glove
+    devices.check("glove.batch_size", g.batch_size)
     cells = np.memmap(counted, _CELL, "r")
     rng = np.random.default_rng(config.seed)
     words, width = len(corpus.words), config.width
@@ -42,8 +48,7 @@ def train(corpus: Corpus, config: EmbeddingsConfig, counted: pathlib.Path, told:
     # which begin at 1 as in the authors' program.
     start = (rng.random((2 * words, width + 1)) - 0.5) / width
     table = jnp.asarray(np.concatenate([start, np.ones_like(start)], 1).astype(np.float32))
-    g = config.glove
-    many = jax.jit(functools.partial(_many, g.x_max, g.alpha, g.lr), donate_argnums=0)
+    many = devices.compiled(functools.partial(_many, g.x_max, g.alpha, g.lr), (True, True, True))
     for _ in range(config.epochs):
         for read, cell, count in _batches(cells, g.batch_size, rng):
             word, context = np.divmod(cell, words)
@@ -149,7 +154,9 @@ def _batches(cells: np.ndarray, size: int, rng: np.random.Generator) -> Iterator
             yield len(piece), block["cell"].reshape(_STEPS, size), block["count"].reshape(_STEPS, size)
 
 
-def _many(x_max: float, alpha: float, lr: float, table, word_TP, context_TP, count_TP) -> jax.Array:
+def _many(
+    x_max: float, alpha: float, lr: float, gather: devices.Gather, table, word_TP, context_TP, count_TP
+) -> jax.Array:
     width = table.shape[1] // 2 - 1
 
     def body(table: jax.Array, step: tuple) -> tuple[jax.Array, None]:
@@ -163,6 +170,6 @@ def _many(x_max: float, alpha: float, lr: float, table, word_TP, context_TP, cou
         gradient = jnp.concatenate([c_PD, w_PD]).at[:, -1].set(1.0) * jnp.concatenate([slope, slope])[:, None]
         # Each cell is divided by the sums as they stood, and adds its own square.
         update = jnp.concatenate([-lr * gradient * jax.lax.rsqrt(squares), gradient**2], 1)
-        return table.at[places].add(update), None
+        return table.at[gather(places)].add(gather(update)), None
 
     return jax.lax.scan(body, table, (word_TP, context_TP, count_TP))[0]

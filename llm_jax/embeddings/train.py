@@ -16,9 +16,11 @@ from llm_jax.errors import UserError
 
 cli.define_config(EmbeddingsConfig, "word2vec.py")
 flags.DEFINE_string("output", None, "the file to write; it must not exist", required=True)
+flags.DEFINE_integer("devices", 0, "simulate this many CPU devices")
 
 
 def main() -> None:
+    cli.use_devices(flags.FLAGS.devices)
     from llm_jax.config import choice
     from llm_jax.embeddings import corpus, glove, vectors, word2vec
 

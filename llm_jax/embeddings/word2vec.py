@@ -4,7 +4,8 @@ One step takes a stretch of text, and every word of it is centre and context at 
 by side in one row, gathered once and scattered once. The pairs inside the windows of a block of words are a
 band of the block's product with the words around it; the negatives are drawn for the block, shared by its pairs
 (and weighted, so that a pair sees `negatives` of them), and are more columns of the same product. So gathers and
-scatters are two rows a word, and the rest is matrix products.
+scatters are two rows a word, and the rest is matrix products. Several devices take a stretch each, and the words
+around it that its windows reach.
 """
 
 import functools
@@ -15,13 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.config import choice
+from llm_jax.embeddings import devices
 from llm_jax.embeddings.config import EmbeddingsConfig, Word2VecConfig
 from llm_jax.embeddings.corpus import BREAK, Corpus
 from llm_jax.embeddings.vectors import WordVectors
 from llm_jax.errors import UserError
 
-# Letters of shapes: T steps, S words of a step, G blocks, B words of a block, C = B + 2 windows, N negatives of a
-# block, D width.
+# Letters of shapes: T steps, S words of a step on a device, E = S + 2 windows, G blocks, B words of a block,
+# C = B + 2 windows, N negatives of a block, D width.
 
 _BLOCK = 16
 _STEPS = 256  # in one call of the compiled scan
@@ -37,23 +39,23 @@ def train(corpus: Corpus, config: EmbeddingsConfig, told: Told = lambda words: N
       told: is called with the number of words of the text that have been gone through since the last call.
 
     Raises:
-      UserError: an unknown kind, a `chunk` that is no multiple of the blocks, or vectors that grow without bound:
-        the gradients of a step's words are summed, so few different words allow short steps only.
+      UserError: an unknown kind; a `chunk` that is no multiple of the blocks and devices; or vectors that grow without
+        bound: the gradients of a step's words are summed, so few different words allow short steps only.
     """
     w = config.word2vec
     choice("kind", config.kind, ("skipgram", "cbow"))
-    if w.chunk % _BLOCK:
-        raise UserError(f"config key 'word2vec.chunk' is {w.chunk}; expected a multiple of {_BLOCK}")
+    devices.check("word2vec.chunk", w.chunk, _BLOCK)
     rng = np.random.default_rng(config.seed)
     start = (rng.random((len(corpus.words), config.width)) - 0.5) / config.width
     table = jnp.asarray(np.concatenate([start, np.zeros_like(start)], 1).astype(np.float32))
-    many = jax.jit(functools.partial(_many, config.kind, w.window, w.negatives), donate_argnums=0)
+    many = devices.compiled(functools.partial(_many, config.kind, w.window, w.negatives), (True, True, True, False))
     total, done = config.epochs * len(corpus.ids), 0
     for _ in range(config.epochs):
         for read, ids_TS, negatives_TGN, windows_TS in _steps(corpus, w, rng):
             share = (done + read * np.arange(len(ids_TS)) / len(ids_TS)) / total
             rates = w.lr + (w.final_lr - w.lr) * share
-            table = many(table, ids_TS, negatives_TGN, windows_TS, rates.astype(np.float32))
+            ids_TE = stretches(ids_TS, w.window, jax.device_count())
+            table = many(table, ids_TE, negatives_TGN, windows_TS, rates.astype(np.float32))
             done += read
             told(read)
     found = np.asarray(table[:, : config.width])
@@ -88,6 +90,13 @@ def _steps(
             read = 0
 
 
+def stretches(ids_TS: np.ndarray, window: int, count: int) -> np.ndarray:
+    """The words of each of `count` devices and `window` words on both sides, `BREAK` past the ends: (T, count * E)."""
+    padded = np.pad(ids_TS, ((0, 0), (window, window)), constant_values=BREAK)
+    size = ids_TS.shape[1] // count
+    return np.concatenate([padded[:, i * size : (i + 1) * size + 2 * window] for i in range(count)], 1)
+
+
 def keep_probability(counts: np.ndarray, sample: float) -> np.ndarray:
     """How often a word stays, min(1, sqrt(t/f) + t/f) of its share f of the text, as word2vec's program has it."""
     if not sample:
@@ -96,76 +105,91 @@ def keep_probability(counts: np.ndarray, sample: float) -> np.ndarray:
     return np.minimum(1.0, np.sqrt(ratio) + ratio)
 
 
-def _many(kind: str, window: int, negatives: int, table, ids_TS, negatives_TGN, windows_TS, rates_T) -> jax.Array:
+def _many(
+    kind: str,
+    window: int,
+    negatives: int,
+    gather: devices.Gather,
+    table: jax.Array,
+    ids_TE: jax.Array,
+    negatives_TGN: jax.Array,
+    windows_TS: jax.Array,
+    rates_T: jax.Array,
+) -> jax.Array:
     gradient = {"skipgram": _skipgram, "cbow": _cbow}[kind]
     width = table.shape[1] // 2
 
     def body(table: jax.Array, step: tuple) -> tuple[jax.Array, None]:
-        ids_S, negatives_GN, windows_S, rate = step
-        places = jnp.concatenate([jnp.maximum(ids_S, 0), negatives_GN.reshape(-1)])
+        ids_E, negatives_GN, windows_S, rate = step
+        places = jnp.concatenate([jnp.maximum(ids_E, 0), negatives_GN.reshape(-1)])
         rows = table[places]
-        x_SD, y_SD = rows[: len(ids_S), :width], rows[: len(ids_S), width:]
-        n_GND = rows[len(ids_S) :, width:].reshape(*negatives_GN.shape, width)
-        x, y, n = gradient(x_SD, y_SD, n_GND, band(ids_S, windows_S, window), negatives)
+        x_ED, y_ED = rows[: len(ids_E), :width], rows[: len(ids_E), width:]
+        n_GND = rows[len(ids_E) :, width:].reshape(*negatives_GN.shape, width)
+        x, y, n = gradient(x_ED, y_ED, n_GND, band(ids_E, windows_S, window), negatives)
         against = jnp.pad(n.reshape(-1, width), ((0, 0), (width, 0)))
-        return table.at[places].add(rate * jnp.concatenate([jnp.concatenate([x, y], 1), against])), None
+        update = rate * jnp.concatenate([jnp.concatenate([x, y], 1), against])
+        return table.at[gather(places)].add(gather(update)), None
 
-    return jax.lax.scan(body, table, (ids_TS, negatives_TGN, windows_TS, rates_T))[0]
+    return jax.lax.scan(body, table, (ids_TE, negatives_TGN, windows_TS, rates_T))[0]
 
 
-def band(ids_S: jax.Array, windows_S: jax.Array, window: int) -> jax.Array:
+def band(ids_E: jax.Array, windows_S: jax.Array, window: int) -> jax.Array:
     """Which words are context of which: bool (G, B, C), C counted from `window` before the block.
 
     A context is another word of the same paragraph, at most the centre's own window away.
     """
-    paragraph = jnp.cumsum(ids_S == BREAK)
-    centre = jnp.where(ids_S == BREAK, -1, paragraph)  # a break is nothing's context, and has none
-    around = _with_halo(jnp.where(ids_S == BREAK, -2, paragraph)[:, None], window, fill=-2)[..., 0]
+    paragraph = jnp.cumsum(ids_E == BREAK)
+    centre = jnp.where(ids_E == BREAK, -1, paragraph)[window:-window]  # a break is nothing's context, and has none
+    around = _with_halo(jnp.where(ids_E == BREAK, -2, paragraph)[:, None], window)[..., 0]
     distance = jnp.abs(jnp.arange(_BLOCK + 2 * window) - window - jnp.arange(_BLOCK)[:, None])
     near = (distance <= windows_S.reshape(-1, _BLOCK, 1)) & (distance > 0)
     return near & (centre.reshape(-1, _BLOCK, 1) == around[:, None])
 
 
-def _skipgram(x_SD, y_SD, n_GND, band_GBC, negatives: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _skipgram(x_ED, y_ED, n_GND, band_GBC, negatives: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients (ascending) of log s(x y) for pairs and log s(-x n) for negatives, by x, y and n."""
     context, window = band_GBC.shape[2], (band_GBC.shape[2] - _BLOCK) // 2
-    x_GBD = x_SD.reshape(-1, _BLOCK, x_SD.shape[1])
-    targets = jnp.concatenate([_with_halo(y_SD, window), n_GND], 1)
+    x_GBD = x_ED[window:-window].reshape(-1, _BLOCK, x_ED.shape[1])
+    targets = jnp.concatenate([_with_halo(y_ED, window), n_GND], 1)
     weight = band_GBC.sum(-1, keepdims=True) * (negatives / n_GND.shape[1])
     score = _product("gbd,gcd->gbc", x_GBD, targets)
     g = jnp.concatenate(
         [band_GBC * jax.nn.sigmoid(-score[..., :context]), -weight * jax.nn.sigmoid(score[..., context:])], -1
     )
     x, y = _product("gbc,gcd->gbd", g, targets), _product("gbc,gbd->gcd", g, x_GBD)
-    return x.reshape(x_SD.shape), _without_halo(y[:, :context], window), y[:, context:]
+    return _of_centres(x, window), _without_halo(y[:, :context], window), y[:, context:]
 
 
-def _cbow(x_SD, y_SD, n_GND, band_GBC, negatives: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _cbow(x_ED, y_ED, n_GND, band_GBC, negatives: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The same with the mean of the contexts' x in place of x, against the centre's y."""
     window = (band_GBC.shape[2] - _BLOCK) // 2
     count = band_GBC.sum(-1, keepdims=True)
     mean_GBC = band_GBC / jnp.maximum(count, 1)
-    h_GBD = _product("gbc,gcd->gbd", mean_GBC, _with_halo(x_SD, window))
-    y_GBD = y_SD.reshape(h_GBD.shape)
+    h_GBD = _product("gbc,gcd->gbd", mean_GBC, _with_halo(x_ED, window))
+    y_GBD = y_ED[window:-window].reshape(h_GBD.shape)
     g_GB1 = jax.nn.sigmoid(-(h_GBD * y_GBD).sum(-1, keepdims=True)) * (count > 0)
     g_GBN = -jax.nn.sigmoid(_product("gbd,gnd->gbn", h_GBD, n_GND)) * (count > 0) * (negatives / n_GND.shape[1])
     error = g_GB1 * y_GBD + _product("gbn,gnd->gbd", g_GBN, n_GND)
     # All of it to every context, as word2vec's program has it; the gradient of the mean would be a share each.
-    x = _without_halo(_product("gbc,gbd->gcd", band_GBC.astype(x_SD.dtype), error), window)
-    return x, (g_GB1 * h_GBD).reshape(x_SD.shape), _product("gbn,gbd->gnd", g_GBN, h_GBD)
+    x = _without_halo(_product("gbc,gbd->gcd", band_GBC.astype(x_ED.dtype), error), window)
+    return x, _of_centres(g_GB1 * h_GBD, window), _product("gbn,gbd->gnd", g_GBN, h_GBD)
 
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-def _with_halo(a_SD: jax.Array, window: int, fill: int = 0) -> jax.Array:
-    """(S, D) -> (G, C, D): each block with `window` rows before and after it."""
-    padded = jnp.pad(a_SD, ((window, window), (0, 0)), constant_values=fill)
-    return jnp.stack([padded[i : i + _BLOCK + 2 * window] for i in range(0, len(a_SD), _BLOCK)])
+def _with_halo(a_ED: jax.Array, window: int) -> jax.Array:
+    """(E, D) -> (G, C, D): each block with `window` rows before and after it."""
+    return jnp.stack([a_ED[i : i + _BLOCK + 2 * window] for i in range(0, len(a_ED) - 2 * window, _BLOCK)])
+
+
+def _of_centres(a_GBD: jax.Array, window: int) -> jax.Array:
+    """Rows of the blocks as rows of all words, those around being 0: (E, D)."""
+    return jnp.pad(a_GBD.reshape(-1, a_GBD.shape[-1]), ((window, window), (0, 0)))
 
 
 def _without_halo(a_GCD: jax.Array, window: int) -> jax.Array:
-    """The transpose of `_with_halo`: rows that stand for the same word are added up, (S, D)."""
+    """The transpose of `_with_halo`: rows that stand for the same word are added up, (E, D)."""
     groups, _, width = a_GCD.shape
     total = jnp.zeros((groups * _BLOCK + 2 * window, width), a_GCD.dtype)
     reach = -(-2 * window // _BLOCK) + 1  # blocks that a halo's row can fall into
@@ -174,4 +198,4 @@ def _without_halo(a_GCD: jax.Array, window: int) -> jax.Array:
         part = jnp.pad(part, ((0, 0), (0, _BLOCK - part.shape[1]), (0, 0))).reshape(-1, width)
         part = part[: len(total) - i * _BLOCK]
         total += jnp.pad(part, ((i * _BLOCK, len(total) - i * _BLOCK - len(part)), (0, 0)))
-    return total[window : window + groups * _BLOCK]
+    return total

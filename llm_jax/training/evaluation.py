@@ -8,6 +8,7 @@ import jax
 from tqdm import tqdm
 
 from llm_jax.data.rows import AnyRows, Batch, batches
+from llm_jax.errors import UserError
 
 LossFunction = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
 
@@ -24,6 +25,9 @@ def evaluate(
       loss: nats per token. perplexity: its exponential. tokens: targets counted, EOS included.
       bits_per_byte: all nats in bits over the bytes of the text; exact for all rows, and for a part
       of them by the bytes per token of the whole. This one compares across tokenizers.
+
+    Raises:
+      UserError: no target counts.
     """
     count_rows = min(limit, len(rows)) if limit else len(rows)
     steps = -(-count_rows // batch_size)
@@ -34,6 +38,8 @@ def evaluate(
         jax.block_until_ready(sums[-1:])
         sums.append(loss(params, batch))
     nats, tokens = (float(sum(float(x) for x in part)) for part in zip(*jax.device_get(sums), strict=True))
+    if not tokens:
+        raise UserError("no held-out token counts; hold out more text (data.validation_fraction)")
     num_bytes = rows.bytes_per_target * tokens
     mean = nats / tokens
     return {

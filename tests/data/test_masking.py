@@ -197,6 +197,7 @@ def test_a_run_goes_on_bit_for_bit_and_is_evaluated(command, tmp_path, text_file
         ({"causal": False, "masked": "words", "data": "instructions"}, "loss.masked=words hides tokens of text"),
         ({"masked": "letters"}, "'loss.masked' is 'letters'; expected one of none, tokens, words"),
         ({"masked_share": 1.5}, "'loss.masked_share' is 1.5; expected a number of at most 1.0"),
+        ({"masked_share": 0.0}, "'loss.masked_share' is 0.0; expected a number of at least 0.001"),
     ],
 )
 def test_what_contradicts_itself_is_refused(tiny, changes, message):

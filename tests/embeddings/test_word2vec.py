@@ -2,8 +2,13 @@
 
 import dataclasses
 import functools
+import json
+import os
 import pathlib
 import runpy
+import subprocess
+import sys
+import tracemalloc
 
 import hypothesis
 import hypothesis.strategies as st
@@ -22,9 +27,13 @@ from llm_jax.errors import UserError
 ROOT = pathlib.Path(__file__).parents[2]
 
 
+def load() -> EmbeddingsConfig:
+    return config_lib.build(runpy.run_path(str(ROOT / "configs" / "word2vec.py"))["get_config"](), EmbeddingsConfig)
+
+
 @pytest.fixture(scope="module")
 def config() -> EmbeddingsConfig:
-    return config_lib.build(runpy.run_path(str(ROOT / "configs" / "word2vec.py"))["get_config"](), EmbeddingsConfig)
+    return load()
 
 
 def topics(seed: int = 0, sentences: int = 3000) -> Corpus:
@@ -78,8 +87,8 @@ def test_a_step_is_the_sum_of_the_gradients_of_its_pairs(kind, window):
                 for owner in owners:
                     expected[owner, :width] += g * y[word]
                 expected[word, width:] += g * h
-    many = jax.jit(functools.partial(word2vec._many, kind, window, negatives))
-    found = many(table, ids[None], against[None], windows[None], rate[None])
+    many = jax.jit(functools.partial(word2vec._many, kind, window, negatives, lambda array: array))
+    found = many(table, word2vec.stretches(ids[None], window, 1), against[None], windows[None], rate[None])
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
@@ -89,7 +98,8 @@ def test_the_band_holds_the_pairs_of_the_definition_and_no_others(seed, window):
     draw = np.random.default_rng(seed)
     ids = np.where(draw.random(48) < 0.2, BREAK, draw.integers(0, 5, 48)).astype(np.int32)
     windows = draw.integers(1, window + 1, 48).astype(np.int32)
-    band = np.asarray(word2vec.band(jnp.asarray(ids), jnp.asarray(windows), window))
+    (around,) = word2vec.stretches(ids[None], window, 1)
+    band = np.asarray(word2vec.band(jnp.asarray(around), jnp.asarray(windows), window))
     found = {(g * 16 + b, g * 16 + c - window) for g, b, c in np.argwhere(band)}
     assert found == set(pairs(ids, windows))
 
@@ -115,6 +125,22 @@ def test_words_that_stand_together_come_together(config, kind, tmp_path):
     assert within > across + 0.5
     again = glove.train(corpus, settings, counted) if kind == "glove" else word2vec.train(corpus, settings)
     np.testing.assert_array_equal(found.matrix, again.matrix)
+
+
+def test_several_devices_give_the_vectors_of_one_and_exchange_rows_only():
+    full = [sys.executable, "-m", "tests.embeddings.on_devices"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(full, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert not done.returncode, done.stderr
+    found = json.loads(done.stdout)
+    exchanged = found.pop("exchanged")
+    for kind, seen in found.items():
+        assert seen["apart"] < 1e-4 * seen["largest"], kind
+    # 4 devices x (16 words + 10 around them + 16 negatives); the table has 5000 rows.
+    assert {what for _, what in exchanged} == {"all-gather"} and {s.split("{")[0] for s, _ in exchanged} <= {
+        "s32[168]",
+        "f32[168,16]",
+    }, exchanged
 
 
 def test_frequent_words_are_thinned_out_and_rare_ones_stay():
@@ -170,7 +196,7 @@ def test_a_step_of_glove_is_that_of_the_paper():
             gradient = slope * np.append(other, 1.0)
             expected[row, : width + 1] -= 0.05 * gradient / np.sqrt(table[row, width + 1 :])
             expected[row, width + 1 :] += gradient**2
-    many = jax.jit(functools.partial(glove._many, 10.0, 0.75, 0.05))
+    many = jax.jit(functools.partial(glove._many, 10.0, 0.75, 0.05, lambda array: array))
     np.testing.assert_allclose(many(table, word[None], context[None], count[None]), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -181,6 +207,40 @@ def test_a_corpus_counts_lower_case_words_by_paragraphs(tmp_path):
     assert found.words == ("the", "hat", "cat's") and found.counts.tolist() == [4, 3, 2] and found.num_words == 9
     assert found.ids.tolist() == [0, 2, 1, 0, 1, BREAK, 0, BREAK, 0, 1, 2, BREAK]
     assert corpora.build(str(tmp_path / "*.txt"), 1, 2, tmp_path).words == ("the", "hat")
+
+
+@hypothesis.settings(
+    max_examples=60, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+)
+@hypothesis.given(text=st.text("ab' \n\t", max_size=120), longest=st.sampled_from([5, 30, 1000]))
+def test_paragraphs_end_at_blank_lines_and_long_ones_between_words(text, longest, tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text(text)
+    monkeypatch.setattr(corpora, "_LONGEST", longest)
+    words = [p for p in corpora.paragraphs(str(tmp_path / "a.txt")) if p]
+    expected, paragraph = [], []
+    for line in [*text.split("\n"), ""]:
+        paragraph += corpora._WORD.findall(line)
+        if not line.strip() and paragraph:
+            expected.append(paragraph)
+            paragraph = []
+    if longest == 1000:
+        assert words == expected
+    elif max(map(len, text.split()), default=0) < longest:
+        assert [w for p in words for w in p] == [w for p in expected for w in p]
+
+
+def test_memory_does_not_grow_with_the_text(tmp_path):
+    """A file of one line, as the usual corpora are."""
+    peaks = []
+    for megabytes in (1, 4):
+        path = tmp_path / f"{megabytes}.txt"
+        path.write_text(" ".join(f"word{'abcdefghij'[i % 10]}" for i in range(megabytes * 170_000)))
+        tracemalloc.start()
+        found = corpora.build(str(path), 1, 0, tmp_path)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert found.num_words == megabytes * 170_000
+    assert peaks[1] < 1.2 * peaks[0], peaks
 
 
 @pytest.mark.parametrize(("content", "message"), [(b"word", "fewer than two words"), (b"a\xff b", "not UTF-8")])

@@ -1,0 +1,39 @@
+"""Steps of word vectors on all devices: each computes the gradients of its part of a step, and applies those of all.
+
+What the devices tell each other are the rows that a step changes, and not the table, of which each has a copy.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec as P
+
+from llm_jax.config import MeshConfig
+from llm_jax.errors import UserError
+from llm_jax.parallel import mesh as mesh_lib
+
+Gather = Callable[[jax.Array], jax.Array]  # (n, ...) of this device -> (devices * n, ...) of all
+
+
+def compiled(many: Callable[..., jax.Array], split: tuple[bool, ...]) -> Callable[..., Any]:
+    """(table, *arrays) -> table, jitted; the table is donated.
+
+    Args:
+      many: (gather, table, *arrays) -> table.
+      split: for each of the arrays, whether every device gets its part of the second axis.
+    """
+    if jax.device_count() == 1:
+        return jax.jit(functools.partial(many, lambda array: array), donate_argnums=0)
+    gather = functools.partial(jax.lax.all_gather, axis_name="data", tiled=True)
+    specs = (P(), *(P(None, "data") if parts else P() for parts in split))
+    mesh = mesh_lib.make(MeshConfig(data=-1, fsdp=1, tensor=1, rules=()))
+    run = jax.shard_map(functools.partial(many, gather), mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
+    return jax.jit(run, donate_argnums=0)
+
+
+def check(key: str, size: int, unit: int = 1) -> None:
+    """Raises UserError unless the option `key` is a multiple of `unit` on every device."""
+    if size % (count := unit * jax.device_count()):
+        raise UserError(f"config key '{key}' is {size}; expected a multiple of {count}")
