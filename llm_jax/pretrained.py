@@ -123,7 +123,8 @@ def locate(path: str | os.PathLike[str]) -> pathlib.Path:
         return _from_hub(name.removeprefix("hf:"))
     try:
         path = pathlib.Path(name).expanduser()
-        path.exists()
+        if not path.exists() and path.suffix == ".gguf":
+            raise OSError("expected a GGUF file")
     except (RuntimeError, OSError, ValueError) as error:
         raise UserError(f"{name[:80]}: no such file or directory ({error})") from error
     return path
