@@ -4,8 +4,8 @@
 
 Every step runs in a process of its own. Measured is what the steps add to what the process held when they began (the
 kernel's high-water mark is reset there), and the arrays that it held then: weights, optimizer and batch. The rest of
-the process (interpreter, libraries, compiler and what it leaves) stands beside it. Writes measured.json and the
-table in README.md beside this file.
+the process (interpreter, libraries, compiler and what it leaves) stands beside it. Writes measured.json and the table
+in README.md beside this file.
 """
 
 import gc
@@ -27,7 +27,7 @@ from llm_jax.training import memory
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
 BEGIN, END = "<!-- measured: written by measured.py -->\n", "<!-- end of measured -->"
-CASES = (("lora", "none"), ("lora", "dots"), ("lora", "full"), ("qlora", "full"), ("full", "full"))
+CASES = (("lora", "dots"), ("lora", "none"), ("lora", "full"), ("qlora", "full"))
 STEPS = 2
 
 flags.DEFINE_string("case", "", "one of them, such as lora-dots; empty: all")
@@ -43,6 +43,11 @@ def main() -> None:
         said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         found[case] = json.loads(said.splitlines()[-1])
         print(case, {k: f"{v / 2**20:,.0f} MiB" for k, v in found[case].items()}, flush=True)
+        write(found)
+
+
+def write(found: dict[str, dict[str, int]]) -> None:
+    """What there is so far."""
     checkpoint.write_json(HERE / "measured.json", found)
     heads = ("step", "planned, MiB", "measured, MiB", "measured / planned", "the rest of the process, MiB")
     lines = ["", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]

@@ -1,0 +1,136 @@
+"""Tokens a second of adapters merged, attached, and over quantized bases; energy where a counter is readable. L13.
+
+    PYTHONPATH=. python experiments/adapter_inference/measure.py [--rounds=3] [--tokens=8]
+
+SmolLM2-135M in float32 and an adapter of rank 8 on all linear layers, moved away from its start; greedy, one row, a
+prompt of 16 tokens. A rate is that of the tokens after the first. All forms take turns, round by round; where other
+work shares the cores, the processor's own seconds say more than the clock's. Writes results.json and the table in
+README.md beside this file.
+
+The rule, fixed before the run: the speed half of L13 ("QLoRA gives faster inference") holds if in every round the NF4
+base with its adapter gives more tokens per second of CPU time than the dense merged model; fails if in every round it
+gives fewer; else undecided. The power half wants a counter of energy (Linux: /sys/class/powercap/*/energy_uj): it holds
+if joules a token are lower in every round, fails if higher in every round; without one it is untested here.
+"""
+
+import dataclasses
+import pathlib
+import runpy
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from llm_jax import checkpoint, cli, lora, pretrained, quantized
+from llm_jax import config as config_lib
+from llm_jax.decoding import loop
+from llm_jax.decoding.options import Options
+from llm_jax.quant import quantize
+
+HERE = pathlib.Path(__file__).parent
+COMMAND = "PYTHONPATH=. python experiments/adapter_inference/measure.py"
+BEGIN, END = "<!-- results: written by measure.py -->\n", "<!-- end of results -->"
+MODEL, PROMPT = "asset:smollm2-135m-instruct", list(range(100, 116))
+MERGED, QLORA = "dense, merged", "NF4 base, attached (QLoRA)"
+
+flags.DEFINE_integer("rounds", 3, "turns that are counted")
+flags.DEFINE_integer("tokens", 8, "new tokens that are timed")
+
+
+def main() -> None:
+    cli.keep_memory()
+    model, base, _ = pretrained.load(MODEL)
+    made = forms(base)
+    del base
+    sampler = Options(temperature=0).sampler()
+
+    def once(params: Any, new: int) -> np.ndarray:
+        """Seconds on the clock, of the processor, and joules (0 without a counter)."""
+        start, worked, spent = time.perf_counter(), time.process_time(), joules()
+        loop.generate(model, params, [PROMPT], sampler, max_new_tokens=new)
+        return np.asarray([time.perf_counter() - start, time.process_time() - worked, (joules() or 0) - (spent or 0)])
+
+    seen: dict[str, list[np.ndarray]] = {name: [] for name in made}
+    for turn in range(flags.FLAGS.rounds + 1):
+        for name, params in made.items():
+            one = once(params, 1)
+            found = once(params, flags.FLAGS.tokens + 1) - one
+            if turn:  # the first compiles
+                seen[name].append(found / flags.FLAGS.tokens)
+        print(f"turn {turn} of {flags.FLAGS.rounds}", flush=True)
+    sizes = {name: quantized.num_bytes(params) for name, params in made.items()}
+    results = judged(seen)
+    checkpoint.write_json(HERE / "results.json", results)
+    readme = HERE / "README.md"
+    before, rest = readme.read_text().split(BEGIN)
+    readme.write_text(before + BEGIN + "\n".join(table(seen, sizes, results)) + "\n" + END + rest.split(END)[1])
+    print("\n".join(f"{r['claim']}: {r['verdict']}" for r in results))
+
+
+def forms(base: Any) -> dict[str, Any]:
+    """{name: parameters}"""
+    default = config_lib.build(runpy.run_path(str(HERE.parents[1] / "configs" / "default.py"))["get_config"]())
+    adapters = lora.init(jax.random.key(0), base, dataclasses.replace(default.lora, rank=8))
+    trained, fixed = lora.split(adapters, "lora")
+    move = lambda x: x + 0.01 * jax.random.normal(jax.random.key(x.size), x.shape)  # noqa: E731
+    adapters = lora.join(jax.tree.map(move, trained), fixed)
+    coded = {s: quantize.base(base, dataclasses.replace(default.quant, scheme=s)) for s in ("nf4", "int8")}
+    return {
+        MERGED: lora.merge(base, adapters),
+        "dense, attached": lora.attach(base, adapters),
+        QLORA: lora.attach(coded["nf4"], adapters),
+        "NF4 base, merged into its codes": lora.requantize(coded["nf4"], adapters)[0],
+        "int8 base, attached": lora.attach(coded["int8"], adapters),
+    }
+
+
+def joules() -> float | None:
+    """What the processor's packages have used so far, or None where no counter can be read."""
+    try:
+        found = [int(p.read_text()) for p in pathlib.Path("/sys/class/powercap").glob("intel-rapl:?/energy_uj")]
+    except OSError:
+        return None
+    return sum(found) / 1e6 if found else None
+
+
+def judged(seen: dict[str, list[np.ndarray]]) -> list[dict[str, Any]]:
+    """The verdicts by the rule above."""
+
+    def entry(half: str, column: int) -> dict[str, Any]:
+        ratios = [float(a[column] / b[column]) for a, b in zip(seen[MERGED], seen[QLORA], strict=True)]
+        verdict = "holds" if min(ratios) > 1 else "fails" if max(ratios) < 1 else "undecided"
+        return {
+            "claim": f"L13, {half}",
+            "value": float(np.median(ratios)),
+            "spread": [min(ratios), max(ratios)],
+            "seeds": 1,
+            "verdict": verdict,
+            "command": COMMAND,
+        }
+
+    results = [entry("speed (tokens per second of CPU time, NF4 base with adapter over dense merged)", 1)]
+    if joules() is not None:
+        return [*results, entry("power (joules a token, dense merged over NF4 base with adapter)", 2)]
+    no = {"value": None, "spread": None, "seeds": 0, "verdict": "untested here (no energy counter can be read)"}
+    return [*results, {"claim": "L13, power (joules a token)", **no, "command": COMMAND}]
+
+
+def table(seen: dict[str, list[np.ndarray]], sizes: dict[str, int], results: list[dict[str, Any]]) -> list[str]:
+    """Markdown."""
+    heads = ("form", "weights, MiB", "tokens/s of CPU time", "on the clock", "CPU rate over dense merged")
+    lines = ["", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for name, found in seen.items():
+        clock, worked = np.median([1 / f[:2] for f in found], 0)
+        ratios = [a[1] / b[1] for a, b in zip(seen[MERGED], found, strict=True)]
+        lines.append(
+            f"| {name} | {sizes[name] / 2**20:,.0f} | {worked:.1f} | {clock:.1f} | "
+            f"{np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) |"
+        )
+    lines += ["", "| claim | verdict |", "|---|---|"]
+    return [*lines, *(f"| {r['claim']} | **{r['verdict']}** |" for r in results), ""]
+
+
+if __name__ == "__main__":
+    cli.run(main)
