@@ -6,6 +6,7 @@ saves before).
 
 import contextlib
 import ctypes
+import functools
 import os
 import pathlib
 import re
@@ -29,8 +30,12 @@ _schema: Any = config_lib.Config  # of `--config`, and the file that is its defa
 _default = _CONFIGS / "default.py"
 
 
-def run(main: Callable[[], None]) -> None:
-    """Parses the flags, calls `main`, and turns `UserError` into one line and exit code 2."""
+def run(main: Callable[[], None], interrupted: str = _INTERRUPTED) -> None:
+    """Parses the flags, calls `main`, and turns `UserError` into one line and exit code 2.
+
+    Args:
+      interrupted: what is said at SIGINT.
+    """
 
     def guarded(argv: Sequence[str]) -> None:
         logging.set_verbosity(logging.WARNING)  # libraries tell of every file they write
@@ -38,13 +43,13 @@ def run(main: Callable[[], None]) -> None:
             raise UserError(f"unexpected argument '{argv[1]}'; options are written --name=value")
         main()
 
-    signal.signal(signal.SIGINT, _interrupt)
+    signal.signal(signal.SIGINT, functools.partial(_interrupt, interrupted))
     try:
         app.run(guarded, flags_parser=_parse)
     except UserError as error:
         _end(2, f"error: {error}")
     except KeyboardInterrupt:
-        leave(signal.SIGINT, _INTERRUPTED)
+        leave(signal.SIGINT, interrupted)
 
 
 @contextlib.contextmanager
@@ -71,9 +76,13 @@ def signals_noted() -> Iterator[Callable[[], int]]:
             signal.signal(number, handler)
 
 
-def _interrupt(number: int, frame: Any) -> None:
-    """Raises KeyboardInterrupt; where that is lost (in a callback of the garbage collector), leaves a little later."""
-    last = threading.Timer(_PATIENCE, leave, (signal.SIGINT, _INTERRUPTED))
+def _interrupt(text: str, number: int, frame: Any) -> None:
+    """Raises KeyboardInterrupt; should that be lost, leaves a little later."""
+    if frame is not None and frame.f_code.co_name == "_xla_gc_callback":  # whatever is raised there is lost
+        signal.signal(signal.SIGALRM, functools.partial(_interrupt, text))
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+        return
+    last = threading.Timer(_PATIENCE, leave, (signal.SIGINT, text))
     last.daemon = True
     last.start()
     raise KeyboardInterrupt
@@ -141,6 +150,24 @@ def keep_memory() -> None:
     if mallopt is not None:
         for option, value in options.items():
             mallopt(option, value)
+
+
+def one_step_at_a_time() -> None:
+    """Has a CPU finish a computation before it takes the next. Call before JAX is used.
+
+    XLA allocates what a step needs when it is handed over: with the next one waiting, a CPU would hold two
+    steps' temporaries. Several devices have to run side by side, and this changes nothing for accelerators.
+    """
+    import jax
+
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+def trim_memory() -> None:
+    """Gives back what has been freed so far and `keep_memory` keeps: loading leaves holes that no step fits into."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

@@ -25,9 +25,12 @@ flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "hf: o
 
 
 def main() -> None:
+    import jax
+
     from llm_jax import pretrained, tokenizers, trees
     from llm_jax.interop import gguf_model, hf
     from llm_jax.interop.families import FAMILIES
+    from llm_jax.kernels import blocks
 
     f = flags.FLAGS
     output, source = pathlib.Path(f.output).expanduser(), pretrained.locate(f.input)
@@ -43,6 +46,9 @@ def main() -> None:
     said = f"read {f.input}: {config.num_layers} layers, width {config.width}, {count:,} parameters"
     print(f"{said}, tokenizer {tokenizer.kind} of {tokenizer.vocab_size} ids", flush=True)
     if f.to == "gguf":
+        if f.format in blocks.FORMATS:
+            block = blocks.FORMATS[f.format]
+            _announce(output, f.format, count * block.size // block.numbers)
         formats = gguf_model.save(output, config, params, tokenizers.foreign(tokenizer), f.format)
         used = {kind: sum(1 for k in formats.values() if k == kind) for kind in sorted(set(formats.values()))}
         size = output.stat().st_size
@@ -51,6 +57,7 @@ def main() -> None:
     kind = f.family or (pretrained.family(source) if pretrained.is_foreign(source) else _first_that_fits(config))
     if kind not in FAMILIES:
         raise UserError(f"--family={kind} is unknown; expected one of {', '.join(FAMILIES)}")
+    _announce(output, f"{kind} in {f.dtype}", count * jax.numpy.dtype(f.dtype).itemsize)
     if isinstance(tokenizer, tokenizers.Foreign):
         files = tokenizer.files()
         if len(ends := tokenizers.ends(tokenizer)) > 1:
@@ -63,6 +70,10 @@ def main() -> None:
         print(f"note: transformers reads no {tokenizer.kind} tokenizer; llm_jax finds it in {output}/tokenizer")
     size = sum(p.stat().st_size for p in output.rglob("*") if p.is_file())
     print(f"wrote {output}: {kind} ({FAMILIES[kind].architecture}) in {f.dtype}; {size / 2**20:.1f} MiB")
+
+
+def _announce(output: pathlib.Path, what: str, size: int) -> None:
+    print(f"writing {output}: {what}, about {size / 2**20:,.0f} MiB", flush=True)
 
 
 def _peft(source: pathlib.Path, output: pathlib.Path, kind: str) -> None:
@@ -117,4 +128,4 @@ def _first_that_fits(config) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, "interrupted; --output is not written")

@@ -131,7 +131,7 @@ def is_foreign(path: pathlib.Path) -> bool:
 
 
 def family(path: pathlib.Path) -> str:
-    """The family of a Hugging Face directory (or of the base of adapters), or the architecture of a GGUF file."""
+    """The family of a Hugging Face directory, of a GGUF file, or of the base of adapters."""
     from llm_jax.interop import gguf, gguf_model, hf, peft
 
     if peft.is_directory_of(path):

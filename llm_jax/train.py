@@ -28,6 +28,8 @@ flags.DEFINE_boolean(
 def main() -> None:
     cli.keep_memory()
     cli.use_devices(flags.FLAGS.devices)
+    if flags.FLAGS.devices <= 1:
+        cli.one_step_at_a_time()
     import jax
     import jax.numpy as jnp
 
@@ -223,8 +225,10 @@ def main() -> None:
     if kind.adapts:
         seen = jax.eval_shape(kind.freeze, base, fixed)
         placed = {"base": mesh_lib.shardings(seen["base"], config.mesh.rules, mesh), "fixed": fixed_shardings}
-        frozen = jax.jit(kind.freeze, out_shardings=placed)(base, fixed) | frozen
+        same = () if config.quant.scheme else 0  # a base that is frozen as it is needs no second copy
+        frozen = jax.jit(kind.freeze, out_shardings=placed, donate_argnums=same)(base, fixed) | frozen
     del base
+    cli.trim_memory()
     checkpoint.write_json(workdir / "config.json", config_lib.as_dict(config))
 
     # ---------------------------------------------------------------- compiled functions

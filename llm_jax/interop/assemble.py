@@ -83,7 +83,7 @@ def load(
     problems += [f"+ {name} {source.shapes[name]}" for name in sorted(left)]
     for ours, their in wanted.items():
         found = source.shapes.get(their.name)
-        if found and found != (shape := _their_shape(their, shapes[ours])):
+        if found and found != (shape := their_shape(their, shapes[ours])):
             problems.append(f"! {their.name} is {found}, expected {shape} for {ours}")
     if problems:
         more = f"\n... and {len(problems) - 40} more" if len(problems) > 40 else ""
@@ -139,7 +139,8 @@ def _fill(out: np.ndarray, source: Source, their: Their, spans: list[range], wid
         out[begin:end] = values.astype(np.float32) + their.plus if their.plus else values
 
 
-def _their_shape(their: Their, ours: tuple[int, ...]) -> tuple[int, ...]:
+def their_shape(their: Their, ours: tuple[int, ...]) -> tuple[int, ...]:
+    """Of the whole tensor that a parameter of ours is, or is a part of."""
     shape = (*ours[:-1], ours[-1] * their.part[1])
     return shape[::-1] if their.turned else shape
 

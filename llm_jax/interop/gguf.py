@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from llm_jax.errors import UserError
 from llm_jax.kernels import blocks
@@ -200,7 +201,8 @@ def write(
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(b"".join(head))
-            for (_, kind), array in zip(tensors.values(), values, strict=True):
+            bar = tqdm(tensors.values(), "writing tensors", leave=False, disable=None)
+            for (_, kind), array in zip(bar, values, strict=True):
                 file.write(b"\0" * (-file.tell() % 32))
                 encoded = array if array.dtype == np.uint8 else blocks.encode(kind, np.asarray(array, np.float32))
                 file.write(encoded.tobytes())

@@ -1,4 +1,4 @@
-"""Models in GGUF files: ggml's llama, qwen2 and qwen3 architectures, in and out."""
+"""Models in GGUF files, in and out: those of ggml's architectures that are named in `ARCHITECTURES`."""
 
 import dataclasses
 import pathlib
@@ -13,14 +13,11 @@ from llm_jax.errors import UserError
 from llm_jax.interop import assemble, gguf, gguf_blocks, names
 from llm_jax.interop.families import model_config, refuse_difference, their_config
 from llm_jax.kernels import blocks
-from llm_jax.model import positions
+from llm_jax.model import positions, stages
 from llm_jax.quantized import QTensor
 from llm_jax.tokenizers import Foreign
 
-# Architecture -> whether queries and keys are stored with the halves of a head interleaved.
-ARCHITECTURES = {"llama": True, "qwen2": False, "qwen3": False}
-# Keys below the architecture's name -> keys of a Hugging Face config.json.
-_KEYS = {
+_SIZES = {
     "block_count": "num_hidden_layers",
     "embedding_length": "hidden_size",
     "feed_forward_length": "intermediate_size",
@@ -31,10 +28,64 @@ _KEYS = {
     "context_length": "max_position_embeddings",
     "rope.freq_base": "rope_theta",
 }
+_PHI = {"attention.layer_norm_epsilon": "layer_norm_eps"} | {
+    key: theirs
+    for key, theirs in _SIZES.items()
+    if key not in ("attention.layer_norm_rms_epsilon", "attention.key_length")
+}
+_GPT2 = {
+    "block_count": "n_layer",
+    "embedding_length": "n_embd",
+    "feed_forward_length": "n_inner",
+    "attention.head_count": "n_head",
+    "attention.layer_norm_epsilon": "layer_norm_epsilon",
+    "context_length": "n_positions",
+}
+_GEMMA = _SIZES | {
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "attention.sliding_window": "sliding_window",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """One of ggml's architectures (llama.cpp's src/models).
+
+    Attributes:
+      kind: the family of Hugging Face whose config.json says the same.
+      keys: below the architecture's name in the metadata -> in that config.json.
+      interleaved: queries and keys are stored with the halves of a head interleaved.
+      free_heads: the width of a head may be another than width / heads.
+      fused: queries, keys and values are written as one tensor. (Either form is read.)
+      every: which layers see all of the text where others see a window: each n-th. 0: no windows.
+      largest: the number of layers of the one model whose scores are scaled by the width / heads.
+    """
+
+    kind: str
+    keys: Mapping[str, str]
+    interleaved: bool = False
+    free_heads: bool = True
+    fused: bool = False
+    every: int = 0
+    largest: int = 0
+
+
+ARCHITECTURES = {
+    "llama": Architecture("llama", _SIZES, interleaved=True),
+    "qwen2": Architecture("qwen2", _SIZES, free_heads=False),
+    "qwen3": Architecture("qwen3", _SIZES),
+    "gemma2": Architecture("gemma2", _GEMMA, every=2, largest=46),
+    "gemma3": Architecture("gemma3_text", _GEMMA | {"rope.freq_base_swa": "rope_local_base_freq"}, every=6, largest=62),
+    "phi2": Architecture("phi", _PHI, free_heads=False),
+    "gpt2": Architecture("gpt2", _GPT2, free_heads=False, fused=True),
+}
+_PATTERN = "attention.sliding_window_pattern"
 # Keys that are read otherwise, or that say nothing about the numbers.
 _OTHER_KEYS = (
     "vocab_size",
     "attention.value_length",
+    "attention.head_count_kv",
     "rope.dimension_count",
     "rope.scaling.type",
     "rope.scaling.factor",
@@ -44,7 +95,7 @@ _OTHER_KEYS = (
 
 
 def read_config(file: gguf.File, what: str) -> tuple[str, ModelConfig]:
-    """(architecture, the model's config) of a file. Raises UserError for what is missing or not known."""
+    """(family, the model's config) of a file. Raises UserError for what is missing or not known."""
     try:
         return _read_config(file, what)
     except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
@@ -61,18 +112,31 @@ def _read_config(file: gguf.File, what: str) -> tuple[str, ModelConfig]:
     table = file.tensors.get("token_embd.weight")
     if table is None:
         raise UserError(f"{what}: the tensor token_embd.weight is missing")
-    c: dict[str, Any] = {theirs: said[f"{arch}.{key}"] for key, theirs in _KEYS.items() if f"{arch}.{key}" in said}
-    for key in ("rms_norm_eps", "rope_theta"):
-        if key in c:
-            c[key] = _shortest(c[key])
-    known = {f"{arch}.{key}" for key in (*_KEYS, *_OTHER_KEYS)}
+    a = ARCHITECTURES[arch]
+    c: dict[str, Any] = {theirs: said[f"{arch}.{key}"] for key, theirs in a.keys.items() if f"{arch}.{key}" in said}
+    c |= {key: _shortest(value) for key, value in c.items() if isinstance(value, float)}
+    known = {f"{arch}.{key}" for key in (*a.keys, *_OTHER_KEYS, *([_PATTERN] if a.every else []))}
     if unknown := [key for key in said if key.startswith(f"{arch}.") and key not in known]:
         raise UserError(f"{what}: {unknown[0]}={said[unknown[0]]!r} is not known here")
-    width = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
+    heads, layers = said[f"{arch}.attention.head_count"], said[f"{arch}.block_count"]
+    width = c.get("head_dim") or said[f"{arch}.embedding_length"] // heads
+    if said.get(f"{arch}.attention.head_count_kv", heads) != heads and "num_key_value_heads" not in a.keys.values():
+        raise UserError(f"{what}: fewer key-value heads than heads are not supported in a {arch}")
     if said.get(f"{arch}.attention.value_length", width) != width:
         raise UserError(f"{what}: values of another width than keys are not supported")
-    c["partial_rotary_factor"] = said.get(f"{arch}.rope.dimension_count", width) / width
-    c |= {"model_type": arch, "vocab_size": table.shape[0], "tie_word_embeddings": "output.weight" not in file.tensors}
+    if "rope.freq_base" in a.keys:
+        c = {
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": said.get(f"{arch}.rope.dimension_count", width) / width,
+        } | c
+    if a.every:
+        c |= _windows(a, c, said.get(f"{arch}.{_PATTERN}", a.every), layers)
+        c["query_pre_attn_scalar"] = c["hidden_size"] // heads if layers == a.largest else width
+    c |= {
+        "model_type": a.kind,
+        "vocab_size": table.shape[0],
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+    }
     scaling = said.get(f"{arch}.rope.scaling.type", "none")
     if scaling in ("linear", "yarn"):
         c["rope_scaling"] = {
@@ -83,9 +147,17 @@ def _read_config(file: gguf.File, what: str) -> tuple[str, ModelConfig]:
     elif scaling != "none" or "rope_freqs.weight" in file.tensors:
         raise UserError(f"{what}: rope scaling {scaling!r} (or rope_freqs.weight) is not read from GGUF files")
     try:
-        return arch, model_config(c)[1]
+        return model_config(c)
     except UserError as error:
         raise UserError(f"{what}: {error}") from error
+
+
+def _windows(a: Architecture, c: Mapping[str, Any], pattern: Any, layers: int) -> dict[str, Any]:
+    """What config.json would say of sliding windows; `pattern` is a period, or whether each layer has one."""
+    window = c.get("sliding_window", 4096 if a.kind == "gemma2" else None)
+    slides = pattern if isinstance(pattern, list) else [not pattern or (i + 1) % pattern != 0 for i in range(layers)]
+    kinds = ["sliding_attention" if window and local else "full_attention" for local in slides]
+    return {"layer_types": kinds, "sliding_window": window}
 
 
 class _Tensors:
@@ -104,7 +176,7 @@ class _Tensors:
     def as_stored(self, their: names.Their) -> QTensor | None:
         """A tensor with its codes, or None where no scheme of ours corresponds."""
         tensor = self.file.tensors[their.name]
-        if tensor.format not in gguf_blocks.SCHEMES or len(tensor.shape) != 2:
+        if tensor.format not in gguf_blocks.SCHEMES or len(tensor.shape) != 2 or their.part[1] > 1:
             return None
         return gguf_blocks.from_rows(tensor.format, tensor.rows(self._rows(their.name)), their.turned)
 
@@ -128,13 +200,13 @@ def load_params(
       as_stored: tensors in Q8_0, Q4_0 and Q4_1 are not expanded but come as QTensors, on one device.
     """
     source = _Tensors(str(path), file, _heads(file.metadata["general.architecture"], config))
-    wanted = assemble.names(names.GGUF, abstract)
+    wanted = assemble.names(names.gguf(fused="blk.0.attn_qkv.weight" in file.tensors), abstract)
     node = source.as_stored if as_stored else None
     return assemble.load(source, wanted, abstract, shardings, lambda name: False, node)
 
 
 def _heads(arch: str, config: ModelConfig) -> dict[str, int]:
-    return {"attn_q": config.num_heads, "attn_k": config.num_kv_heads} if ARCHITECTURES[arch] else {}
+    return {"attn_q": config.num_heads, "attn_k": config.num_kv_heads} if ARCHITECTURES[arch].interleaved else {}
 
 
 def save(path: pathlib.Path, config: ModelConfig, params: Any, tokenizer: Any, kind: str) -> dict[str, str]:
@@ -154,7 +226,7 @@ def save(path: pathlib.Path, config: ModelConfig, params: Any, tokenizer: Any, k
     if kind not in blocks.FORMATS or blocks.FORMATS[kind].encode is None:
         raise UserError(f"--format={kind} cannot be written; expected one of F32, F16, BF16, Q8_0, Q4_0, Q4_1")
     arch, said = _architecture(config)
-    parts = assemble.by_tensor(assemble.names(names.GGUF, params))
+    parts = assemble.by_tensor(assemble.names(names.gguf(ARCHITECTURES[arch].fused), params))
     flat = trees.flatten(params)
     heads = _heads(arch, config)
     kept = {name: _as_stored([(their, flat[ours]) for their, ours in of]) for name, of in parts.items()}
@@ -178,7 +250,7 @@ def save(path: pathlib.Path, config: ModelConfig, params: Any, tokenizer: Any, k
         wanted = "Q8_0" if kind.startswith("Q4") and name in ("token_embd.weight", "output.weight") else kind
         return wanted if shape[-1] % blocks.FORMATS[wanted].numbers == 0 else "F16"
 
-    shapes = {name: _shape(of, flat) for name, of in parts.items()}
+    shapes = {name: assemble.their_shape(of[0][0], flat[of[0][1]].shape) for name, of in parts.items()}
     tensors = {name: (shape, stored(name, shape)) for name, shape in shapes.items()}
     metadata = _metadata(arch, said, config) | _vocabulary(tokenizer, config.vocab_size)
     described = {name: gguf.Tensor(shape, stored_as, path, 0) for name, (shape, stored_as) in tensors.items()}
@@ -196,30 +268,38 @@ def _as_stored(parts: list[tuple[names.Their, Any]]) -> str:
     return gguf_blocks.corresponding(weight, their.turned) or ""
 
 
-def _shape(parts: list[Any], flat: Mapping[str, Any]) -> tuple[int, ...]:
-    their, ours = parts[0]
-    shape = flat[ours].shape
-    return shape[::-1] if their.turned else shape
-
-
 def _architecture(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     reasons = []
     for arch in ARCHITECTURES:
         try:
-            return arch, their_config(arch, config)
+            return arch, their_config(ARCHITECTURES[arch].kind, config)
         except UserError as error:
-            reasons.append(str(error))
+            reasons.append(str(error).split(";")[0])
     raise UserError("no GGUF architecture written here holds this model: " + "; ".join(reasons))
 
 
 def _metadata(arch: str, said: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
-    p = config.position
-    if p.scaling not in ("none", "linear", "yarn") or "local" in config.layer_pattern:
-        raise UserError(f"rope scaling {p.scaling} and sliding windows are not written to GGUF files")
+    p, a = config.position, ARCHITECTURES[arch]
+    local = "local" in config.layer_pattern
+    if p.scaling not in ("none", "linear", "yarn") or (local and not a.every):
+        raise UserError(f"rope scaling {p.scaling} and sliding windows are not written to GGUF files of a {arch}")
     width = positions.head_width(config)
-    found = {f"{arch}.{key}": said[theirs] for key, theirs in _KEYS.items() if theirs in said}
-    found |= {f"{arch}.rope.dimension_count": width, f"{arch}.vocab_size": config.vocab_size}
-    found |= {f"{arch}.attention.key_length": width, f"{arch}.attention.value_length": width}
+    if not a.free_heads and width * config.num_heads != config.width:
+        raise UserError(
+            f"a GGUF file of a {arch} cannot hold model.head_width={width}; its heads are {config.width} / "
+            f"{config.num_heads} wide (model.width / model.num_heads)"
+        )
+    found = {f"{arch}.{key}": said[theirs] for key, theirs in a.keys.items() if said.get(theirs) is not None}
+    found |= {f"{arch}.feed_forward_length": config.mlp_width, f"{arch}.vocab_size": config.vocab_size}
+    if a.free_heads:
+        found |= {f"{arch}.attention.key_length": width, f"{arch}.attention.value_length": width}
+    if p.kind == "rope":
+        found[f"{arch}.rope.dimension_count"] = round(width * p.fraction)
+    if a.every:
+        kinds = stages.layer_kinds(config)
+        every = kinds.index("global") + 1 if "global" in kinds else 0
+        if kinds != ["global" if (i + 1) % a.every == 0 else "local" for i in range(len(kinds))] and local:
+            found[f"{arch}.{_PATTERN}"] = every
     if p.scaling != "none":
         found |= {f"{arch}.rope.scaling.type": p.scaling, f"{arch}.rope.scaling.factor": p.factor}
         if p.original_length:

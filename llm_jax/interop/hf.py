@@ -121,11 +121,13 @@ def save(
         with tqdm(total=sum(sizes.values()), desc="writing weights", unit="B", unit_scale=True, disable=None) as bar:
             for i, shard in enumerate(shards, 1):
                 one = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
-                arrays = {name: assemble.theirs([(t, flat[ours]) for t, ours in parts[name]]) for name in shard}
-                tensors = {name: array.astype(dtype) for name, array in arrays.items()}
+                tensors = {}
+                for name in shard:
+                    array = assemble.theirs([(t, flat[ours]) for t, ours in parts[name]])
+                    tensors[name] = array.astype(dtype, copy=False)
+                    bar.update(sizes[name])
                 save_file(tensors, partial / one, metadata={"format": "pt"})
                 index |= dict.fromkeys(shard, one)
-                bar.update(sum(sizes[name] for name in shard))
         if len(shards) > 1:
             total = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index}
             (partial / "model.safetensors.index.json").write_text(json.dumps(total, indent=1))

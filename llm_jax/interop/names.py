@@ -125,29 +125,42 @@ BERT: Names = {
     ),
 }
 
-# GGUF files of ggml's "llama", "qwen2" and "qwen3" architectures.
-_GGUF = "blk.{i}"
-GGUF: Names = {
+# GGUF files of all of ggml's architectures that are read here.
+_BLOCK = "blk.{i}"
+_GGUF: Names = {
     "embed/table": Their("token_embd.weight"),
+    "embed/position_table": Their("position_embd.weight"),
     **_linear(
         {
-            f"{_LAYER}/attention/query": f"{_GGUF}.attn_q",
-            f"{_LAYER}/attention/key": f"{_GGUF}.attn_k",
-            f"{_LAYER}/attention/value": f"{_GGUF}.attn_v",
-            f"{_LAYER}/attention/out": f"{_GGUF}.attn_output",
-            f"{_LAYER}/mlp/gate": f"{_GGUF}.ffn_gate",
-            f"{_LAYER}/mlp/up": f"{_GGUF}.ffn_up",
-            f"{_LAYER}/mlp/down": f"{_GGUF}.ffn_down",
+            f"{_LAYER}/attention/query": f"{_BLOCK}.attn_q",
+            f"{_LAYER}/attention/key": f"{_BLOCK}.attn_k",
+            f"{_LAYER}/attention/value": f"{_BLOCK}.attn_v",
+            f"{_LAYER}/attention/out": f"{_BLOCK}.attn_output",
+            f"{_LAYER}/mlp/gate": f"{_BLOCK}.ffn_gate",
+            f"{_LAYER}/mlp/up": f"{_BLOCK}.ffn_up",
+            f"{_LAYER}/mlp/down": f"{_BLOCK}.ffn_down",
+            "head/kernel": "output",
         }
     ),
     **_norms(
         {
-            f"{_LAYER}/attention_norm": f"{_GGUF}.attn_norm",
-            f"{_LAYER}/mlp_norm": f"{_GGUF}.ffn_norm",
-            f"{_LAYER}/attention/query_norm": f"{_GGUF}.attn_q_norm",
-            f"{_LAYER}/attention/key_norm": f"{_GGUF}.attn_k_norm",
+            f"{_LAYER}/attention_norm": f"{_BLOCK}.attn_norm",
+            f"{_LAYER}/attention_post_norm": f"{_BLOCK}.post_attention_norm",
+            f"{_LAYER}/mlp_norm": f"{_BLOCK}.ffn_norm",
+            f"{_LAYER}/mlp_post_norm": f"{_BLOCK}.post_ffw_norm",
+            f"{_LAYER}/attention/query_norm": f"{_BLOCK}.attn_q_norm",
+            f"{_LAYER}/attention/key_norm": f"{_BLOCK}.attn_k_norm",
             "final_norm": "output_norm",
         }
     ),
-    "head/kernel": Their("output.weight", turned=True),
 }
+
+
+def gguf(fused: bool) -> Names:
+    """The names in a GGUF file, where queries, keys and values are one tensor (`fused`) or three."""
+    together = {
+        f"{_LAYER}/attention/{n}{ours}": Their(f"{_BLOCK}.attn_qkv.{theirs}", turned=not ours, part=(i, 3))
+        for i, n in enumerate(_QKV)
+        for ours, theirs in (("", "weight"), ("_bias", "bias"))
+    }
+    return dict(_GGUF) | (together if fused else {})

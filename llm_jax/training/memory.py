@@ -1,6 +1,7 @@
 """What a training step takes, as it is compiled and without running it."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -44,26 +45,41 @@ def compiled(config: Config, kind: str) -> Memory:
       kind: "forward" (the loss alone), "full" (all weights trained) or "adapters" (those of `config.lora`, over
         a base of `config.quant`).
     """
+    base, rows = checkpoint.abstract_params(Transformer(config.model)), batch(config)
+    if kind == "forward":
+        model = Transformer(config.model)
+        plain = jax.jit(lambda params, rows: losses.language_model(model, params, rows, config.train.loss_chunk))
+        return of(plain.lower(base, rows).compile(), 0)
+    one, begin = training_step(config, kind)
+    state, frozen = jax.eval_shape(begin, base)
+    return of(one.lower(state, frozen, rows).compile(), _bytes(state.optimizer))
+
+
+def batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
+    """A micro-batch's shapes."""
     c = config.train
-    batch = (c.batch_size // c.grad_accumulation, c.seq_len)
+    names = ("inputs", "targets", "positions", "segments", "mask")
+    shape = (c.batch_size // c.grad_accumulation, c.seq_len)
+    return {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
+
+
+def training_step(config: Config, kind: str) -> tuple[Any, Callable[[Any], tuple[step.State, Any]]]:
+    """(the jitted step of a micro-batch, base weights -> (state, frozen)); see `training.step`."""
     model = Transformer(config.model)
     base = checkpoint.abstract_params(model)
-    names = ("inputs", "targets", "positions", "segments", "mask")
-    rows = {name: jax.ShapeDtypeStruct(batch, jnp.int32) for name in names}
-    if kind == "forward":
-        plain = jax.jit(lambda params, rows: losses.language_model(model, params, rows, c.loss_chunk))
-        return _of(plain.lower(base, rows), 0)
     what = Adapters(config.lora, config.quant, 0) if kind == "adapters" else AllWeights(config.quant)
-    trained, fixed = jax.eval_shape(what.begin, base)
-    frozen = jax.eval_shape(what.freeze, base, fixed)
 
     def loss(trained, frozen, rows, count, key):
-        return losses.language_model(model, what.whole(trained, frozen), rows, c.loss_chunk)
+        return losses.language_model(model, what.whole(trained, frozen), rows, config.train.loss_chunk)
 
-    optimizer = optim.make(config.optim, 10**9, base, adapters=trained if what.adapts else None)
-    state = jax.eval_shape(lambda trained: step.init(optimizer, trained), trained)
-    one = jax.jit(step.make(loss, optimizer, lambda _: 0.0, 0, 1), donate_argnums=0)
-    return _of(one.lower(state, frozen, rows), _bytes(state.optimizer))
+    abstract = jax.eval_shape(what.begin, base)[0]
+    optimizer = optim.make(config.optim, 10**9, base, adapters=abstract if what.adapts else None)
+
+    def begin(base):
+        trained, fixed = what.begin(base)
+        return step.init(optimizer, trained), what.freeze(base, fixed)
+
+    return jax.jit(step.make(loss, optimizer, lambda _: 0.0, 0, 1), donate_argnums=0), begin
 
 
 def variant(config: Config, name: str, remat: str) -> Config:
@@ -73,8 +89,9 @@ def variant(config: Config, name: str, remat: str) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat), lora=adapters, quant=quant)
 
 
-def _of(lowered: Any, optimizer: int) -> Memory:
-    found = lowered.compile().memory_analysis()
+def of(executable: Any, optimizer: int) -> Memory:
+    """What a compiled function takes, of which `optimizer` bytes are the optimizer's."""
+    found = executable.memory_analysis()
     outputs = found.output_size_in_bytes - found.alias_size_in_bytes
     return Memory(found.argument_size_in_bytes, found.temp_size_in_bytes, max(outputs, 0), optimizer)
 

@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import struct
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers as library
@@ -38,13 +40,36 @@ def vocabulary():
     return HubTokenizer(made.to_str(), {"eos_token": "<end>", "chat_template": "{{ messages[0]['content'] }}<end>"})
 
 
-def small(arch, vocab_size, head_width=32):
-    changes = {"llama": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}[arch]
-    shape = {"width": 64, "head_width": head_width, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "mlp_width": 96}
-    config = dataclasses.replace(NEUTRAL, vocab_size=vocab_size, **shape, **changes)
-    params = jax.jit(Transformer(config).init)(jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
-    draw = lambda path, w: jax.random.normal(jax.random.key(len(path)), w.shape)  # noqa: E731
-    return config, trees.map_weights(draw, params)
+ROPE = NEUTRAL.position
+GEMMA = {
+    "norm_place": "both",
+    "scale_embeddings": True,
+    "activation": "gelu",
+    "attention_scale": 32**-0.5,
+    "logit_softcap": 4.0,
+    "layer_pattern": ("local", "global"),
+    "window": 6,
+    "tie_head": True,
+}
+PLAIN = {"mlp": "plain", "norm": "layer", "bias": True, "activation": "gelu", "num_kv_heads": 4, "head_width": 0}
+CHANGES = {
+    "llama": {},
+    "qwen2": {"qkv_bias": True, "head_width": 0},
+    "qwen3": {"qk_norm": True},
+    "gemma2": GEMMA | {"attention_softcap": 3.0},
+    "gemma3": GEMMA | {"qk_norm": True, "position": dataclasses.replace(ROPE, base=1e6, local_base=1e4)},
+    "phi2": PLAIN | {"parallel": True, "head_bias": True, "position": dataclasses.replace(ROPE, fraction=0.5)},
+    "gpt2": PLAIN | {"tie_head": True, "position": dataclasses.replace(ROPE, kind="learned", max_length=1024)},
+}
+
+
+def small(arch, vocab_size, **changes):
+    """(config, parameters) of a tiny model that an architecture of ggml holds."""
+    shape = {"width": 64, "head_width": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "mlp_width": 96}
+    config = dataclasses.replace(NEUTRAL, vocab_size=vocab_size, **shape | CHANGES[arch] | changes)
+    abstract = checkpoint.abstract_params(Transformer(config))
+    draw = np.random.RandomState(0)
+    return config, jax.tree.map(lambda w: jnp.asarray(draw.standard_normal(w.shape).astype(np.float32)), abstract)
 
 
 @pytest.fixture(scope="module", params=gguf_model.ARCHITECTURES)
@@ -100,6 +125,54 @@ def test_codes_that_no_block_holds_are_expanded(vocabulary, tmp_path):
     again = trees.flatten(pretrained.load(tmp_path / "m.gguf", as_stored=True).params)
     for path, weight in trees.flatten(codes).items():
         np.testing.assert_allclose(again[path], weights.dense(weight), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("arch", "change", "message"),
+    [
+        ("qwen2", {"head_width": 32}, "qwen2 cannot hold model.head_width=32; its heads are 64 / 4 wide"),
+        ("gemma2", {"attention_scale": 0.5}, "gemma2 cannot hold model.attention_scale=0.5"),
+        ("gemma2", {"attention_softcap": 0.0}, "cannot hold model.attention_softcap=0.0 .it would be 50.0."),
+        ("gemma3", {"num_layers": 4, "layer_pattern": ("global", "local")}, "cannot hold model.layer_pattern"),
+        ("qwen2", {"layer_pattern": ("local",)}, "sliding windows are not written to GGUF files of a qwen2"),
+        ("gpt2", {"num_kv_heads": 2}, "gpt2 cannot hold model.num_kv_heads=2"),
+    ],
+)
+def test_what_an_architecture_cannot_say_is_not_written(vocabulary, tmp_path, arch, change, message):
+    config, params = small(arch, vocabulary.vocab_size, **change)
+    with pytest.raises(UserError, match=message):
+        gguf_model.save(tmp_path / "m.gguf", config, params, vocabulary, "F32")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_windows_by_layer_are_read(vocabulary, tmp_path):
+    config, params = small("gemma3", vocabulary.vocab_size, num_layers=3, layer_pattern=("local", "local", "global"))
+    gguf_model.save(tmp_path / "m.gguf", config, params, vocabulary, "F32")
+    file = gguf.read(tmp_path / "m.gguf")
+    key = "gemma3.attention.sliding_window_pattern"
+    assert file.metadata[key] == 3
+    for pattern, expected in (
+        ([True, True, False], ("local", "local", "global")),
+        (2, ("local", "global")),
+        (0, ("local",)),
+    ):
+        read = gguf_model.read_config(gguf.File(file.metadata | {key: pattern}, file.tensors), "file")[1]
+        assert read.layer_pattern == expected
+    without = {k: v for k, v in file.metadata.items() if not k.endswith("sliding_window")}
+    assert gguf_model.read_config(gguf.File(without, file.tensors), "file")[1].layer_pattern == ("global",)
+
+
+def test_a_fused_tensor_is_three_of_ours(vocabulary, tmp_path):
+    config, params = small("phi2", vocabulary.vocab_size)
+    gguf_model.save(tmp_path / "m.gguf", config, params, vocabulary, "F32")
+    file = gguf.read(tmp_path / "m.gguf")
+    arrays = {name: t.read().reshape(t.shape) for name, t in file.tensors.items()}
+    for layer, end in itertools.product(range(2), ("weight", "bias")):
+        parts = [arrays.pop(f"blk.{layer}.attn_{n}.{end}") for n in "qkv"]
+        arrays[f"blk.{layer}.attn_qkv.{end}"] = np.concatenate(parts)
+    tensors = {name: (array.shape, "F32") for name, array in arrays.items()}
+    gguf.write(tmp_path / "fused.gguf", file.metadata, tensors, arrays.values())
+    jax.tree.map(np.testing.assert_array_equal, pretrained.load(tmp_path / "fused.gguf").params, params)
 
 
 def test_what_exists_is_not_overwritten(written, vocabulary):
@@ -168,7 +241,7 @@ def test_an_empty_file_and_a_missing_one_are_refused(tmp_path):
 def test_mutated_and_truncated_files_end_in_clear_errors(written, tmp_path):
     whole = written[0].read_bytes()
     draw, path = np.random.default_rng(0), tmp_path / "damaged.gguf"
-    for _ in range(300):
+    for _ in range(100):
         damaged = bytearray(whole[: draw.integers(1, len(whole))] if draw.random() < 0.3 else whole)
         for place in draw.integers(0, min(len(damaged), 12000), draw.integers(1, 6)):
             damaged[place] = draw.integers(0, 256)
@@ -182,7 +255,10 @@ def test_mutated_and_truncated_files_end_in_clear_errors(written, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"general.architecture": "mamba"}, "general.architecture is 'mamba'; expected one of llama, qwen2, qwen3"),
+        (
+            {"general.architecture": "mamba"},
+            "general.architecture is 'mamba'; expected one of llama, qwen2, qwen3, gemma2",
+        ),
         ({"llama.block_count": 3}, r"(?s)- blk.2.attn_k.weight"),
         ({"llama.block_count": "two"}, "'model.num_layers' is 'two'"),
         ({"llama.attention.head_count": 5}, "does not divide"),

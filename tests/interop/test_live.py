@@ -1,6 +1,5 @@
 """What we write, read by its owners: transformers and the gguf package (requirements-peers.txt). Run by .ci/full."""
 
-import dataclasses
 import json
 
 import jax
@@ -55,7 +54,9 @@ def test_configs_say_the_same_to_transformers(directory, tmp_path):
     assert not {k: v for k, v in differ.items() if k not in (*free, *special)}, json.dumps(differ, default=str)
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen2"])  # it reads no head width, which qwen3 needs
+# It reads no head width, which qwen3 needs, no scale of scores, which Gemma needs, no width of GPT-2's MLP, and no
+# phi2: test_llama_cpp.py has them all.
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "gpt2"])
 @pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0", "Q4_0"])
 def test_transformers_reads_our_gguf_files_as_we_do(vocabulary, tmp_path, arch, kind):
     import torch
@@ -63,8 +64,9 @@ def test_transformers_reads_our_gguf_files_as_we_do(vocabulary, tmp_path, arch, 
 
     from llm_jax import pretrained
 
-    config, params = small(arch, vocabulary.vocab_size, head_width=16)
-    config = dataclasses.replace(config, position=dataclasses.replace(config.position, max_length=64))
+    config, params = small(
+        arch, vocabulary.vocab_size, **{"llama": {"head_width": 16}, "gpt2": {"mlp_width": 256}}.get(arch, {})
+    )
     gguf_model.save(tmp_path / "m.gguf", config, jax.tree.map(lambda w: 0.2 * w, params), vocabulary, kind)
     model, again, _ = pretrained.load(tmp_path / "m.gguf")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)

@@ -82,11 +82,11 @@ def test_the_real_file_has_llama_cpps_perplexity(smollm2, texts):
     model = opened(path, vocab_only=True)
     for text in (*texts, loaded.tokenizer.decode(range(0, 49152, 17)), "x1234 é  \n\n\t  ½ 語 don't"):
         assert model.tokenize(text.encode(), add_bos=False) == loaded.tokenizer.encode(text)
-    # llama.cpp rounds activations to 8 bits before it multiplies them with weights of 4.
     assert abs(compare("SmolLM2-135M-Instruct, Q4_1 as it comes", path, rows)) < 0.005
 
 
-@pytest.mark.parametrize(("kind", "tolerance"), [("F32", 5e-4), ("F16", 5e-4), ("Q8_0", 0.005), ("Q4_0", 0.005)])
+# llama.cpp rounds activations to 8 bits where weights are of 8 or fewer: that costs it up to half a percent.
+@pytest.mark.parametrize(("kind", "tolerance"), [("F32", 5e-4), ("F16", 5e-4), ("Q8_0", 0.01), ("Q4_0", 0.01)])
 def test_llama_cpp_runs_what_we_write_of_the_real_model(smollm2, tmp_path, kind, tolerance):
     loaded, rows = smollm2
     path = tmp_path / "model.gguf"
@@ -96,13 +96,14 @@ def test_llama_cpp_runs_what_we_write_of_the_real_model(smollm2, tmp_path, kind,
 
 @pytest.mark.parametrize("arch", gguf_model.ARCHITECTURES)
 def test_llama_cpp_gives_our_logits_of_every_architecture(vocabulary, tmp_path, arch):
-    config, params = small(arch, vocabulary.vocab_size + 3, head_width=16)  # its qwen2 has no other
+    config, params = small(arch, vocabulary.vocab_size + 3)
     path = tmp_path / "model.gguf"
     gguf_model.save(path, config, jax.tree.map(lambda w: 0.2 * w, params), vocabulary, "F32")
     rows = [np.random.default_rng(i).integers(0, config.vocab_size, 24).tolist() for i in range(2)]
     got, expected = ours(pretrained.load(path), rows), theirs(path, rows, type_k=F32, type_v=F32)
     print(f"\n{arch}: logits within {np.abs(got - expected).max():.1e} of a deviation of {expected.std():.2f}")
-    np.testing.assert_allclose(got, expected, atol=1e-4, rtol=1e-4)
+    exact = config.activation != "gelu"  # which it looks up in a table of float16
+    np.testing.assert_allclose(got, expected, atol=1e-5 if exact else 1e-3, rtol=1e-5)
 
 
 def test_llama_cpp_reads_our_vocabularies(vocabulary, tmp_path):
