@@ -279,8 +279,6 @@ def check(config: Config) -> None:
     if kind == "dpo" and config.train.batch_size % 2:
         raise UserError(f"loss.kind=dpo takes rows in pairs; train.batch_size={config.train.batch_size} is odd")
     if c.masked != "none":
-        if not c.masked_share:
-            raise UserError(f"loss.masked={c.masked} with loss.masked_share=0 hides nothing, and nothing is learned")
         if config.model.causal:
             raise UserError(f"loss.masked={c.masked}: what is hidden is found from both sides; set model.causal=False")
         if config.eval.prompts or config.eval.tasks:

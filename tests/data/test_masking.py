@@ -198,7 +198,6 @@ def test_a_run_goes_on_bit_for_bit_and_is_evaluated(command, tmp_path, text_file
         ({"causal": False, "masked": "words", "prompts": ("a",)}, "set eval.prompts and eval.tasks to ()"),
         ({"causal": False, "masked": "words", "kind": "unlikelihood"}, "loss.kind=unlikelihood is of what comes next"),
         ({"causal": False, "masked": "words", "data": "instructions"}, "loss.masked=words hides tokens of text"),
-        ({"causal": False, "masked": "words", "masked_share": 0.0}, "loss.masked_share=0 hides nothing"),
         ({"masked": "letters"}, "'loss.masked' is 'letters'; expected one of none, tokens, words"),
         ({"masked_share": 1.5}, "'loss.masked_share' is 1.5; expected a number of at most 1.0"),
         ({"masked_share": 0.0}, "'loss.masked_share' is 0.0; expected a number of at least 0.001"),
