@@ -1,6 +1,10 @@
 """An encoder of BERT's geometry (learned positions, segment embeddings, post-norm) that finds hidden words again.
 
-python -m llm_jax.train --config=configs/mlm.py --workdir=runs/mlm
+    python -m llm_jax.train --config=configs/mlm.py --workdir=runs/mlm
+
+4.3 M parameters, 15 % of the words of Shakespeare hidden whole. Held-out loss, nats a hidden token: 5.99, 5.84 and 5.80
+after 250, 500 and 750 steps, where a guess by frequency has 6.36. By its fastest steps all 1,000 take 10 minutes of two
+CPU cores. So little training learns a little; `loss.masked=tokens` hides single pieces, which is easier.
 """
 
 import runpy

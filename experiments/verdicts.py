@@ -61,7 +61,8 @@ def main() -> None:
         for entry in json.loads(path.read_text()):
             name, _, rest = entry["claim"].partition(" ")
             if name.rstrip(",") in found and entry["verdict"]:
-                found[name.rstrip(",")].append((rest.strip("()"), entry["verdict"], path.parent.name))
+                measure = rest[1:-1] if rest.startswith("(") and rest.endswith(")") else rest
+                found[name.rstrip(",")].append((measure, entry["verdict"], path.parent.name))
     lines = ["| | statement | measured | verdict | in |", "|---|---|---|---|---|"]
     for name, statement in STATEMENTS.items():
         for measure, verdict, where in found[name] or [("", "not measured yet", "")]:

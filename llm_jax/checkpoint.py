@@ -70,9 +70,14 @@ def load(path: str | os.PathLike[str], scan_layers: bool = False) -> Loaded:
     model = Transformer(dataclasses.replace(config, scan_layers=scan_layers, attention="auto"))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     params = restore(directory, record, config, lambda tree: jax.tree.map(lambda _: device, tree))
+    return laid_out(model, params, tokenizers.load(directory / "tokenizer"))
+
+
+def laid_out(model: Transformer, params: Any, tokenizer: Tokenizer) -> Loaded:
+    """Parameters of any layout in that of the model; one entry per layer where layers hold different kinds."""
     if not trees.stackable(params, layout(model.config)):
         model = model.clone(config=dataclasses.replace(model.config, scan_layers=False))
-    return Loaded(model, trees.restage(params, layout(model.config)), tokenizers.load(directory / "tokenizer"))
+    return Loaded(model, trees.restage(params, layout(model.config)), tokenizer)
 
 
 def abstract_params(model: Transformer) -> dict[str, Any]:

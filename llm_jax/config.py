@@ -234,7 +234,7 @@ class Config:
     report: ReportConfig
     checkpoint: CheckpointConfig
     mesh: MeshConfig
-    init_from: str  # a run whose weights training starts from; "": random
+    init_from: str  # whose weights training starts from: a run, or what else --checkpoint takes; "": random
 
 
 def build(mapping: Mapping[str, Any], cls: Any = Config, prefix: str = "") -> Any:

@@ -14,7 +14,7 @@ flags.DEFINE_string(
     "input", None, "a run, a Hugging Face directory, a .gguf file, asset:NAME or hf:ORG/NAME", required=True
 )
 flags.DEFINE_string(
-    "output", None, "what is written: a directory (hf) or a file (gguf); it must not exist", required=True
+    "output", None, "what is written: a directory (hf, peft) or a file (gguf); it must not exist", required=True
 )
 flags.DEFINE_enum("to", None, ["hf", "gguf", "peft"], "the form to write", required=True)
 flags.DEFINE_string("family", "", "hf: the model_type to write; by default that of the input, or the first that fits")

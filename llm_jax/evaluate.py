@@ -5,6 +5,7 @@ with --harness=NAMES, what lm-eval finds.
 """
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 from typing import Any
@@ -140,13 +141,15 @@ def on_task() -> None:
     for manner in manners:
         manner.check(task)
     count = min(f.limit or len(task.examples), len(task.examples))
-    loaded = pretrained.load(f.checkpoint, dtype=f.dtype)
+    loaded = pretrained.load(f.checkpoint, dtype=f.dtype, as_stored=f.as_stored)
+    weights = hashlib.sha256(pretrained.identity(pretrained.locate(f.checkpoint)).encode()).hexdigest()[:16]
+    asked_of = {"checkpoint": f.checkpoint, "weights": weights, "task": task.digest()}
+    asked_of |= {"dtype": f.dtype, "as_stored": f.as_stored}
     found: list[dict[str, Any]] = []
     with tqdm(total=count * len(manners), desc=task.name, leave=False, delay=2, disable=None) as bar:
         for manner in manners:
             name = f"{task.name}-{manner.style}-{manner.template}.jsonl"
-            settings = {"checkpoint": f.checkpoint, "task": task.digest(), **dataclasses.asdict(manner)}
-            log = ask.Log(pathlib.Path(f.output) / name if f.output else None, settings)
+            log = ask.Log(pathlib.Path(f.output) / name if f.output else None, asked_of | dataclasses.asdict(manner))
             done = {record["index"] for record in log.records}
             bar.update(len(done))
             for record in ask.records(loaded, task, manner, [i for i in range(count) if i not in done], f.batch_size):
@@ -174,7 +177,7 @@ def on_harness() -> None:
     path = pathlib.Path(f.harness_path) if f.harness_path else None
     if path and not path.is_dir():
         raise UserError(f"--harness_path={path}: no such directory")
-    model, params, tokenizer = pretrained.load(f.checkpoint, dtype=f.dtype)
+    model, params, tokenizer = pretrained.load(f.checkpoint, dtype=f.dtype, as_stored=f.as_stored)
     found = harness.run(model, params, tokenizer, f.harness.split(","), path, f.batch_size, f.limit)
     if f.json:
         print(json.dumps(found, default=str))

@@ -18,6 +18,7 @@ from llm_jax.model.stages import layout
 from llm_jax.model.transformer import Transformer
 from llm_jax.quant import quantize
 from llm_jax.tokenizers import Tokenizer
+from llm_jax.weights import Node
 
 Shardings = Callable[[Any], Any]  # of an abstract tree
 _TOKENIZER_FILES = (
@@ -35,7 +36,8 @@ def load(
       path: a run or one of its checkpoints (of adapters: over their base, whose hash is checked); a Hugging
         Face directory; a .gguf file; "asset:NAME" (`llm_jax.data.assets`); or "hf:ORG/NAME", where a hub and
         the package huggingface_hub are reachable; or adapters of peft, which name such a base.
-      scan_layers: the layout of the parameters; False, one entry per layer, is the fast one for decoding.
+      scan_layers: the layout of the parameters; False, one entry per layer, is the fast one for decoding, and
+        taken in any case where layers hold weights of different kinds.
       dtype: of the parameters and of the computation of other people's checkpoints; ours keep their own.
       as_stored: quantized tensors of a .gguf file stay so, where a scheme of ours corresponds.
 
@@ -56,11 +58,15 @@ def load(
     # Weights that stay as they are stored come layer by layer.
     abstract = checkpoint.abstract_params(Transformer(config) if as_stored else model)
     params = read(abstract, _on_default_device)
-    return Loaded(model, trees.restage(params, layout(model.config)) if as_stored else params, tokenizer)
+    return checkpoint.laid_out(model, params, tokenizer) if as_stored else Loaded(model, params, tokenizer)
 
 
 class Origin:
     """The weights of `init_from`: what fine-tuning starts from, or what adapters adapt.
+
+    Args:
+      name: as `load` takes it.
+      dtype: of the parameters, whatever they are kept in; numbers that are quantized stay so.
 
     Attributes:
       name: how a record names it: absolute, for a file or directory.
@@ -97,7 +103,7 @@ class Origin:
         abstract = checkpoint.abstract_params(Transformer(config))
         if self._run:
             found = checkpoint.restore(self._run, checkpoint.verify(self._run), config, shardings)
-            restaged = lambda p: trees.restage(p, layout(config))  # noqa: E731
+            restaged = lambda p: trees.restage(_cast(p, self._dtype), layout(config))  # noqa: E731
             return jax.jit(restaged, out_shardings=shardings(jax.eval_shape(restaged, found)))(found)
         wanted = trees.describe(jax.eval_shape(trees.unstack, abstract))
         if self._read:
@@ -117,10 +123,19 @@ def locate(path: str | os.PathLike[str]) -> pathlib.Path:
         return _from_hub(name.removeprefix("hf:"))
     try:
         path = pathlib.Path(name).expanduser()
-        path.exists()
+        if not path.exists() and path.suffix == ".gguf":
+            raise OSError("expected a GGUF file")
     except (RuntimeError, OSError, ValueError) as error:
         raise UserError(f"{name[:80]}: no such file or directory ({error})") from error
     return path
+
+
+def identity(path: pathlib.Path) -> str:
+    """What tells one checkpoint from another: its manifest, or the name, size and time of its files."""
+    if not is_foreign(path):
+        return (checkpoint.find(path) / "manifest.json").read_text()
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
+    return "; ".join(f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files)
 
 
 def is_foreign(path: pathlib.Path) -> bool:
@@ -163,7 +178,7 @@ def _adapters(directory: pathlib.Path, scan_layers: bool) -> Loaded:
     whole = checkpoint.read_config(directory)
     config = whole.model
     try:
-        base = load(record["base"]["path"], dtype=config.precision.params).params
+        base = _cast(load(record["base"]["path"], dtype=config.precision.params).params, config.precision.params)
     except UserError as error:
         raise UserError(f"{directory}: the base of its adapters cannot be read: {error}") from error
     checkpoint.check_base(directory, record, trees.fingerprint(base))
@@ -171,7 +186,12 @@ def _adapters(directory: pathlib.Path, scan_layers: bool) -> Loaded:
     frozen = quantize.base(lora.rebase(base, adapters), whole.quant)
     params = lora.attach(frozen, adapters, factors=whole.lora.factors)
     model = Transformer(dataclasses.replace(config, scan_layers=scan_layers, attention="auto"))
-    return Loaded(model, trees.restage(params, layout(model.config)), tokenizers.load(directory / "tokenizer"))
+    return checkpoint.laid_out(model, params, tokenizers.load(directory / "tokenizer"))
+
+
+def _cast(params: Any, dtype: str) -> dict[str, Any]:
+    """The parameters with their arrays in another dtype, nodes as they are."""
+    return trees.map_weights(lambda _, w: w if isinstance(w, Node) else w.astype(dtype), params)
 
 
 def _opened(
@@ -207,8 +227,7 @@ def _peft(path: pathlib.Path, scan_layers: bool, dtype: str) -> Loaded:
         raise UserError(f"{path}: the base of its adapters cannot be read: {error}") from error
     adapters = peft.load(path, family(_named_base(path)), base.params, base.model.config.tie_head)
     model = Transformer(dataclasses.replace(base.model.config, scan_layers=scan_layers))
-    params = trees.restage(lora.attach(base.params, adapters), layout(model.config))
-    return Loaded(model, params, base.tokenizer)
+    return checkpoint.laid_out(model, lora.attach(base.params, adapters), base.tokenizer)
 
 
 def _named_base(path: pathlib.Path) -> pathlib.Path:

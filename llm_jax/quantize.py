@@ -83,7 +83,7 @@ def main() -> None:
 
     # ---------------------------------------------------------------- layer by layer, and written
     partial = output.with_name(f".{output.name}.partial")
-    _claim(partial, {**_request(f), "from": _identity(path), "planned": planned, "text": text})
+    _claim(partial, {**_request(f), "from": pretrained.identity(path), "planned": planned, "text": text})
     if trained:
         params = quant.finish(params)
         lines = quant.lines(params)
@@ -124,16 +124,6 @@ def _rules(said: list[str]) -> tuple[tuple[str, str], ...]:
 def _request(f) -> dict[str, object]:
     names = ("scheme", "method", "head", "rule", "fallback", "sequences", "seq_len", "batch_size", "act_order")
     return {name: f[name].value for name in names}
-
-
-def _identity(path: pathlib.Path) -> str:
-    """What tells one checkpoint from another: its manifest, or the name, size and time of its files."""
-    from llm_jax import checkpoint, pretrained
-
-    if not pretrained.is_foreign(path):
-        return (checkpoint.find(path) / "manifest.json").read_text()
-    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
-    return "; ".join(f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files)
 
 
 def _claim(partial: pathlib.Path, request: dict[str, object]) -> None:

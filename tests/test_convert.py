@@ -1,15 +1,26 @@
 """A run of our own as a Hugging Face directory, and back."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import llm_jax
+from tests.conftest import ROOT
 
 
 def test_a_run_becomes_a_hugging_face_directory_that_every_command_takes(trained, command, text_file, tmp_path):
     done = command("convert", f"--input={trained}", f"--output={tmp_path / 'hf'}", "--to=hf")
-    assert "qwen3 (Qwen3ForCausalLM)" in done.stdout and "transformers reads no byte tokenizer" in done.stdout
+    assert (
+        "qwen3 (Qwen3ForCausalLM)" in done.stdout
+        and "writing " in done.stdout
+        and "transformers reads no byte tokenizer" in done.stdout
+    )
     before, after = llm_jax.load(trained), llm_jax.load(tmp_path / "hf")
     ids = jnp.asarray([before.tokenizer.encode("the model")])
     assert after.tokenizer.encode("the model") == ids[0].tolist()
@@ -30,8 +41,55 @@ def test_what_cannot_be_converted_ends_in_one_line_and_writes_nothing(trained, c
     (tmp_path / "there").write_text("keep")
     assert "there exists; give another" in said(output=tmp_path / "there")
     assert "no such directory" in said(input=tmp_path / "nothing")
+    assert "none.gguf: no such file or directory (expected a GGUF file)" in said(input=tmp_path / "none.gguf")
     assert "there: not a GGUF file" in said(input=tmp_path / "there")
     assert "gpt2 cannot hold model." in said("--family=gpt2")
     assert "tokenizer.kind=hub" in said(to="gguf")
     assert "--format=Q5_K cannot be written" in said("--format=Q5_K", to="gguf")
     assert (tmp_path / "there").read_text() == "keep"
+
+
+INTERRUPTED = """
+import os, signal, time
+from llm_jax import cli
+
+def _xla_gc_callback():
+    os.kill(os.getpid(), signal.SIGINT)
+    return time.monotonic()
+
+def main():
+    try:
+        _xla_gc_callback()
+    except KeyboardInterrupt:
+        print("lost")  # as it is in the garbage collector
+    time.sleep(60)
+
+cli.run(main, "told")
+"""
+
+
+def test_an_interrupt_in_the_garbage_collectors_callback_is_not_lost():
+    begin = time.monotonic()
+    run = [sys.executable, "-c", INTERRUPTED]
+    done = subprocess.run(run, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "\ntold\n") and time.monotonic() - begin < 45
+
+
+def test_an_interrupted_conversion_leaves_nothing(trained, tmp_path):
+    given = [f"--input={trained}", f"--output={tmp_path / 'out' / 'hf'}", "--to=hf"]
+    child = subprocess.Popen(
+        [sys.executable, "-m", "llm_jax.convert", *given],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdout is not None
+    assert "parameters" in child.stdout.readline()  # it has been read, and is about to be written
+    child.send_signal(signal.SIGINT)
+    out, err = child.communicate(timeout=60)
+    if child.returncode:  # else it was written before the signal came
+        assert child.returncode == 130 and err.endswith("interrupted; --output is not written\n")
+        assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []
+    else:
+        assert "wrote" in out

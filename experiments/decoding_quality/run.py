@@ -6,6 +6,7 @@ Every method of `METHODS` continues the same prompts. What is done is kept under
 Writes results.json, the table of README.md and sizes.png.
 """
 
+import hashlib
 import json
 import pathlib
 from typing import Any
@@ -53,7 +54,8 @@ def main() -> None:
     f = flags.FLAGS
     if min(f.prompts, f.prompt_tokens, f.new_tokens, f.batch_size) < 2:
         raise UserError("--prompts, --prompt_tokens, --new_tokens and --batch_size must be 2 or more")
-    root = pathlib.Path(f.runs).expanduser() / f"{f.prompts}-{f.prompt_tokens}-{f.new_tokens}"
+    asked = hashlib.sha256(f"{f.checkpoint} {f.text}".encode()).hexdigest()[:8]
+    root = pathlib.Path(f.runs).expanduser() / f"{asked}-{f.prompts}-{f.prompt_tokens}-{f.new_tokens}"
     checkpoint.make_directory(root)
     model, params, tokenizer = pretrained.load(f.checkpoint)
     prompts, human = texts(tokenizer, f.prompts, f.prompt_tokens, f.new_tokens)

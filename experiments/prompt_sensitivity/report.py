@@ -96,7 +96,7 @@ def judge(cells: Cells, tokens: Cells, command: str) -> list[dict[str, Any]]:
     m2 = "holds" if better == styles else f"holds when {' or '.join(better)}" if better else "fails"
     written = [t for t in tasks if t != "sentiment"]
     longer = interval(
-        np.concatenate([(tokens[main, t, "cot_zero_shot"] - tokens[main, t, "zero_shot"]).ravel() for t in written])
+        np.concatenate([(tokens[main, t, "cot_zero_shot"] - tokens[main, t, "zero_shot"]).mean(0) for t in written])
     )
     sums = {model: gain(model, "cot_zero_shot", ["arithmetic"]) for model in models}
     m3 = "holds" if longer[1] > 0 and sums[main][1] > 0 else "holds for the length only" if longer[1] > 0 else "fails"

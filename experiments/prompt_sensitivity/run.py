@@ -59,13 +59,13 @@ def main() -> None:
 
 
 def asked(of, path: str, task, manner: Manner, file: pathlib.Path) -> dict[str, Any]:
-    """The summary of one cell of the grid, from the records there and those still to be made."""
+    """Example by example what one cell of the grid came to, from the records there and those still to be made."""
     log = ask.Log(file, {"checkpoint": path, "task": task.digest(), **dataclasses.asdict(manner)})
     done = {record["index"] for record in log.records}
     rest = [i for i in range(len(task.examples)) if i not in done]
     for record in ask.records(of, task, manner, rest, batch_size=8):
         log.add(record)
-    return ask.summary(log.records) | {"right": [bool(r["right"]) for r in log.records]}
+    return {key: [record[key] for record in log.records] for key in ("right", "tokens", "reasoning_tokens")}
 
 
 if __name__ == "__main__":

@@ -70,7 +70,8 @@ def main() -> None:
     rows = [held[int(i)] for i in np.linspace(0, held.full - 1, f.rows).astype(int)]
     rows = [row for row in rows if row["mask"].sum()]
     calibration = [seen[i] for i in range(f.calibration)]
-    digest = hashlib.sha256((checkpoint.find(path) / "manifest.json").read_bytes()).hexdigest()[:12]
+    measured = b"".join(row["inputs"].tobytes() for row in [*rows, *calibration])
+    digest = hashlib.sha256((checkpoint.find(path) / "manifest.json").read_bytes() + measured).hexdigest()[:12]
     root = pathlib.Path(f.runs).expanduser() / f"{digest}-{f.rows}-{f.calibration}-{f.sentences}"
     checkpoint.make_directory(root)
 

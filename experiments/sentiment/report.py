@@ -11,7 +11,8 @@ L8   (low-rank factors in 8 bits, trained straight-through) and L9 (NF4 base wit
      the interval of the difference to LoRA r=8 lies above -MARGIN; fail if it lies below; else undecided. Of L8:
      the trained masters stay float32, so that training takes no fewer bytes for them. Of L9: the base is of
      Q4_1 numbers already, so that this is no measure of what NF4 costs full-precision weights.
-L10  holds if the interval of LoRA r=8 lies above that of zero-shot and of few-shot prompting.
+L10  holds if the interval of LoRA r=8 lies above that of zero-shot and of few-shot prompting; fails if it lies below
+     that of one of them; else undecided.
 L12  holds if a product that has the shape of the weight is a b with a (in, r) and b (r, out), which is the
      text's "A is d x r, B is r x d" with ΔW = A B; its "ΔW = B A" would be r x r. Read off the trained arrays.
 
@@ -113,8 +114,9 @@ def judge(asked, runs, shapes, seeds: int, size: str) -> list[dict[str, Any]]:
     }
     near = {c: "holds" if d[1] > -MARGIN else "fails" if d[2] < -MARGIN else "undecided" for c, d in kept.items()}
     best = interval(points["LoRA r=8"])
-    ceiling = max(100 * asked[kind]["high"] for kind in ("zero-shot", "few-shot"))
-    l10 = "holds" if best[1] > ceiling else "fails" if best[2] < ceiling else "undecided"
+    prompts = [asked[kind] for kind in ("zero-shot", "few-shot")]
+    above, below = (100 * max(prompt[end] for prompt in prompts) for end in ("high", "low"))
+    l10 = "holds" if best[1] > above else "fails" if best[2] < below else "undecided"
     (i, r), (r2, o) = shapes["a"], shapes["b"]
     return [
         entry(

@@ -10,6 +10,7 @@ if TYPE_CHECKING:  # the flags of `generate` come from here, and --help costs no
     from llm_jax.decoding.samplers import Filter, Sampler
 
 PROMPT = "prompt"  # the draft of speculative decoding that looks back in the text itself
+_LEAST, _MOST = 1e-30, 1e30
 METHODS = ("sample", "beam", "contrastive", "speculative")
 
 
@@ -75,6 +76,8 @@ class Options:
                     left = "(" if field.metadata["open_low"] or low == -math.inf else "["
                     right = ")" if high == math.inf else "]"
                     raise UserError(f"--{field.name}={value}; expected a number in {left}{low:g}, {high:g}{right}")
+                if not _held(value):
+                    raise UserError(f"--{field.name}={value}; expected 0, or a size from {_LEAST:g} to {_MOST:g}")
         if self.top_k > vocab_size:
             raise UserError(f"--top_k={self.top_k} is more than the {vocab_size} tokens of the vocabulary")
         if self.alternatives > vocab_size:
@@ -85,8 +88,8 @@ class Options:
             bad = [i for i in ids if not 0 <= i < vocab_size]
             if bad:
                 raise UserError(f"--{name} names the id {bad[0]}; the vocabulary's run from 0 to {vocab_size - 1}")
-        if any(not math.isfinite(bias) for _, bias in self.logit_bias):
-            raise UserError("--logit_bias has a bias that is no finite number")
+        if any(not _held(bias) for _, bias in self.logit_bias):
+            raise UserError(f"--logit_bias has a bias that is not 0, or of a size from {_LEAST:g} to {_MOST:g}")
         if self.truncate not in ("", "left", "right"):
             raise UserError(f"--truncate={self.truncate}; expected left or right, or nothing")
         if "" in self.stop:
@@ -162,6 +165,11 @@ class Options:
         if self.eta:
             chain.append(samplers.Eta(self.eta))
         return samplers.Sampler(tuple(chain), greedy=False)
+
+
+def _held(value: float) -> bool:
+    """Whether what is made of a number and of logits fits float32; what does not would draw just any token."""
+    return not value or _LEAST <= abs(value) <= _MOST
 
 
 def parse_bias(text: str) -> tuple[int, float]:

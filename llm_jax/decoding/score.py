@@ -42,8 +42,11 @@ def score(
       progress: is told how many pairs each batch did.
 
     Raises:
-      UserError: an empty prompt or continuation, or one that goes past the model's positions.
+      UserError: an empty prompt or continuation, or one that goes past the model's positions; or a bidirectional
+        model, which sees what it would predict.
     """
+    if not model.config.causal:
+        raise UserError("a bidirectional model (model.causal=False) gives no text a probability; it sees all of it")
     if any(not len(prompt) or not len(answer) for prompt, answer in pairs):
         raise UserError("a prompt or a continuation to score is empty; expected at least one token each")
     check_length(model.config, max((len(p) + len(a) for p, a in pairs), default=0))

@@ -48,6 +48,8 @@ _REFUSED = (
     "trainable_token_indices",
     "megatron_config",
 )
+# Starts that leave the base as it is; others (pissa, olora, loftq, corda, ...) put back what they took out of it.
+_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 def is_directory_of(path: pathlib.Path) -> bool:
@@ -91,6 +93,8 @@ def load(directory: pathlib.Path, kind: str, base: trees.Tree, tied: bool) -> di
         expected = {"a", "b", "magnitude"} if said.get("use_dora") else {"a", "b"}
         if set(parts) != expected:
             raise UserError(f"{source} has {', '.join(sorted(parts))}; expected {', '.join(sorted(expected))}")
+        if any(parts[name].ndim != 2 for name in ("a", "b")):
+            raise UserError(f"{source} has a {parts['a'].shape} and b {parts['b'].shape}; expected matrices")
         rank = parts["a"].shape[-1]
         if rank != (stated := _pattern(said, "rank_pattern", module, "r")):
             raise UserError(f"{source} has rank {rank}, but {CONFIG} says {stated}")
@@ -106,6 +110,8 @@ def load(directory: pathlib.Path, kind: str, base: trees.Tree, tied: bool) -> di
             mine = slice(i * columns, (i + 1) * columns)
             own: dict[str, Any] = {"a": parts["a"], "b": parts["b"][:, mine], "scale": np.float32(scale)}
             if "magnitude" in parts:
+                if parts["magnitude"].size != n * columns:
+                    raise UserError(f"{source} has {parts['magnitude'].size} lengths for {n * columns} columns")
                 squares = jnp.sum(jnp.square(weights.dense(flat[path]).astype(jnp.float32)), 0)
                 own |= {"magnitude": parts["magnitude"].reshape(-1)[mine], "squares": squares}
             adapters |= {f"{path}/{part}": jnp.asarray(leaf) for part, leaf in own.items()}
@@ -249,6 +255,11 @@ def _config(directory: pathlib.Path) -> dict[str, Any]:
     for key in _REFUSED:
         if said.get(key):
             raise UserError(f"{source}: {key}={said[key]!r} is not supported")
+    if said.get("init_lora_weights", True) not in _PLAIN_STARTS:
+        raise UserError(
+            f"{source}: init_lora_weights={said['init_lora_weights']!r} changes the base; have peft convert it "
+            "(save_pretrained with path_initial_model_for_weight_conversion)"
+        )
     for key in ("rank_pattern", "alpha_pattern"):
         table = said.get(key) or {}
         # Ends of names, "^" and "\\d" are what peft's users write; other expressions could run for ever.

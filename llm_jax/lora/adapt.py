@@ -29,7 +29,7 @@ from llm_jax.config import LoraConfig
 from llm_jax.errors import UserError
 from llm_jax.kernels import formats
 from llm_jax.quantized import IN, FakeQuant
-from llm_jax.weights import Adapted, Decomposed, Dropped
+from llm_jax.weights import Adapted, Decomposed, Dropped, Node
 
 # Letters of shapes: L layers (where stacked), I in, O out, R rank.
 
@@ -243,10 +243,18 @@ def check(base: trees.Tree, adapters: trees.Tree, source: str) -> None:
 
 
 def rebase(base: trees.Tree, adapters: trees.Tree) -> dict[str, Any]:
-    """The base without what its adapters started from (PiSSA); any other base as it is. Before it is quantized."""
+    """The base without what its adapters started from (PiSSA); any other base as it is. Before it is quantized.
+
+    Raises:
+      UserError: a start would have to be taken out of a weight that is quantized.
+    """
     flat = trees.flatten(base)
     for path, parts in by_path(adapters).items():
         if "start_a" in parts:
+            if isinstance(flat[path], Node):
+                raise UserError(
+                    f"'{path}' is a {type(flat[path]).__name__}; lora.variant=pissa takes its start out of full weights"
+                )
             taken = jnp.matmul(parts["start_a"] * _per_layer(parts["scale"], 2), parts["start_b"])
             flat[path] = (flat[path] - taken.reshape(flat[path].shape)).astype(flat[path].dtype)
     return trees.unflatten(flat)

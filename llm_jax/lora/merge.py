@@ -78,9 +78,12 @@ def _requantized(base: trees.Tree, adapters: trees.Tree, *, factors: str) -> tup
     return trees.unflatten(out), costs
 
 
-@jax.jit
-def unmerge(params: trees.Tree, adapters: trees.Tree) -> dict[str, Any]:
+@functools.partial(jax.jit, static_argnames="factors")
+def unmerge(params: trees.Tree, adapters: trees.Tree, *, factors: str = "") -> dict[str, Any]:
     """The base again out of `merge`d parameters, up to the rounding of both in the weights' dtype.
+
+    Args:
+      factors: those that were merged with.
 
     Raises:
       UserError: DoRA, which forgets how long the columns of the base were.
@@ -89,4 +92,4 @@ def unmerge(params: trees.Tree, adapters: trees.Tree) -> dict[str, Any]:
     if lost := [path for path, parts in added.items() if "magnitude" in parts]:
         raise UserError(f"'{lost[0]}' has a magnitude (DoRA) and cannot be unmerged; keep the base")
     flat = {f"{path}/{name}": leaf for path, parts in added.items() for name, leaf in parts.items()}
-    return materialize(params, trees.unflatten(flat))
+    return materialize(params, trees.unflatten(flat), factors=factors)

@@ -212,6 +212,8 @@ def _choose(of, task: Task, template: Template, manner: Manner, examples, texts,
     for example, text in zip(examples, texts, strict=True):
         for choice in example.choices:
             answer = template.solve(example, choice)
+            if manner.chat and not STYLES[manner.style].reason:  # a turn begins with its text, as those of shots do
+                answer = answer.lstrip()
             head, tail = split(tokenizer, text, answer, manner.chat)
             head = fit(model, head, Options(max_new_tokens=len(tail), context=manner.context, truncate="left"))
             pairs.append((head, tail))

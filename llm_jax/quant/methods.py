@@ -53,7 +53,7 @@ def observe(x: jax.Array, mask: jax.Array) -> Inputs:
         jnp.einsum("bti,btj->ij", x, x),
         jnp.max(size, (0, 1)),
         jnp.sum(size, (0, 1)),
-        jnp.quantile(size, _PERCENTILE),
+        jnp.nan_to_num(jnp.nanquantile(jnp.where(mask[..., None], size, jnp.nan), _PERCENTILE)),
         jnp.sum(mask).astype(jnp.float32),
         jnp.float32(1),
     )

@@ -11,10 +11,11 @@ from typing import Any, ClassVar
 
 import jax
 
-from llm_jax import lora
+from llm_jax import lora, trees
 from llm_jax.config import Config, LoraConfig, QuantConfig
 from llm_jax.errors import UserError
 from llm_jax.quant import qat, quantize
+from llm_jax.weights import Node
 
 Trees = tuple[Any, Any]
 
@@ -27,6 +28,12 @@ class AllWeights:
     adapts: ClassVar[bool] = False
 
     def begin(self, base: Any) -> Trees:
+        for path, weight in trees.flatten(base).items():
+            if isinstance(weight, Node):
+                raise UserError(
+                    f"init_from: '{path}' is a {type(weight).__name__} there, not full weights; start from what it was "
+                    "made of, or set lora.rank to train adapters over it"
+                )
         return qat.prepare(base, self.quant), {}
 
     def freeze(self, base: Any, fixed: Any) -> Any:

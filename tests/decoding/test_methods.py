@@ -243,3 +243,8 @@ def test_d1_step_log_probabilities_sum_to_the_teacher_forced_score(make):
     scored = score.score(model, params, [(p, one.ids) for p, one in zip(prompts, made, strict=True)])
     for one, whole in zip(made, scored, strict=True):
         np.testing.assert_allclose(sum(one.log_probabilities), sum(whole.log_probabilities), atol=1e-3)
+
+
+def test_a_bidirectional_model_gives_no_text_a_probability(make):
+    with pytest.raises(UserError, match="a bidirectional model"):
+        score.score(*make(causal=False), [([2], [3])])

@@ -159,6 +159,7 @@ def test_other_numbers_do_not_compile_again(pair):
         {"repetition_penalty": 0}, {"no_repeat_ngram": -1}, {"max_new_tokens": 0}, {"seed": -1}, {"seed": 2**32},
         {"stop": ("",)}, {"eos": (50,)}, {"logit_bias": ((50, 1.0),)}, {"logit_bias": ((1, float("nan")),)},
         {"truncate": "middle"}, {"alternatives": 51}, {"n": 0},
+        {"temperature": 1e-40}, {"top_p": 1e-40}, {"presence_penalty": 1e39}, {"logit_bias": ((1, 1e39),)},
         {"temperature": 0, "top_k": 3}, {"temperature": 0, "min_p": 0.1}, {"temperature": 0, "n": 2},
         {"beams": 2, "temperature": 0.5}, {"beams": 2, "top_p": 0.5}, {"beams": 2, "n": 3},
         {"beams": 2, "seed": 3}, {"beams": 3, "beam_groups": 2}, {"diversity": 1.0, "beams": 2}, {"early_stop": True},

@@ -118,6 +118,14 @@ def test_codes_go_into_blocks_and_come_back_as_they_are(vocabulary, tmp_path, sc
         np.testing.assert_allclose(expanded[path], weights.dense(weight), rtol=1e-6, atol=1e-7)
 
 
+def test_layers_in_other_formats_come_one_by_one(vocabulary, tmp_path):
+    config, params = small("llama", vocabulary.vocab_size)
+    chosen = quantize.rules("int4", "int8:32", ((r"layers/0/mlp/.*", "int8:32"),))
+    gguf_model.save(tmp_path / "m.gguf", config, quantize.quantize(params, chosen, "here"), vocabulary, "F16")
+    model, kept, _ = pretrained.load(tmp_path / "m.gguf", scan_layers=True, as_stored=True)
+    assert not model.config.scan_layers and kept["layers"]["0"]["mlp"]["up"].scheme == "int8:32"
+
+
 def test_codes_that_no_block_holds_are_expanded(vocabulary, tmp_path):
     config, params = small("llama", vocabulary.vocab_size)
     codes = quantize.quantize(params, quantize.rules("nf4:32", "int8"), "here")

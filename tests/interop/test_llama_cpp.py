@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax import pretrained
+from llm_jax import pretrained, tokenizers
 from llm_jax.data import assets
 from llm_jax.interop import gguf, gguf_model
 from llm_jax.tokenizers.hub import SPLITS, HubTokenizer
@@ -115,6 +115,19 @@ def test_llama_cpp_reads_our_vocabularies(vocabulary, tmp_path):
         assert model.tokenize(text.encode(), add_bos=False) == vocabulary.encode(text)
     assert model.tokenize(b"the<end>", add_bos=False, special=True) == vocabulary.encode_chat("the<end>")
     assert model.token_eos() == vocabulary.eos
+
+
+def test_llama_cpp_cuts_text_as_a_run_of_ours_does(tmp_path):
+    text = "def the return self import for x in range 10 while True print hello"
+    made = tokenizers.get("bpe").train([f"{text}\n    {text[::-1]}\n"] * 50, 400)
+    config, params = small("llama", made.vocab_size)
+    gguf_model.save(tmp_path / "model.gguf", config, params, tokenizers.foreign(made), "F16")
+    model = opened(tmp_path / "model.gguf", vocab_only=True)
+    draw = random.Random(0)
+    for _ in range(300):
+        some = "".join(draw.choices("abcdefgh  \n\t.,1234(é语😀", k=20)) + " ".join(draw.choices(text.split(), k=5))
+        assert model.tokenize(some.encode(), add_bos=False) == made.encode(some), some
+    assert (model.token_bos(), model.token_eos()) == (made.bos, made.eos)
 
 
 @pytest.mark.parametrize("pre", SPLITS)

@@ -92,6 +92,7 @@ def test_padding_is_not_written_and_a_start_becomes_rank(bases, tiny, tmp_path):
         ({"peft_type": "IA3"}, "peft_type is 'IA3'; expected 'LORA'"),
         ({"bias": "all"}, "bias='all' is not supported"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\] is not supported"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' changes the base"),
         ({"rank_pattern": {"(a+)+": 2}}, "expected ends of modules' names and positive numbers"),
         ({"use_dora": True}, "has a, b; expected a, b, magnitude"),
     ],
@@ -127,3 +128,20 @@ def test_damaged_and_foreign_directories_are_refused(bases, tmp_path):
     directory = written(tmp_path / "d", "plain")
     save_file(cases.adapters("plain", shapes), directory / peft.TENSORS)
     assert "layers.9.mlp.up_proj.lora_A.weight' is of no matrix of this llama" in said(directory)
+
+
+@pytest.mark.parametrize(
+    ("name", "end", "shape", "message"),
+    [
+        ("plain", "lora_A.weight", (4,), r"has a \(4,\) and b .*; expected matrices"),
+        ("dora", "lora_magnitude_vector", (1,), "has 1 lengths for"),
+    ],
+)
+def test_tensors_of_another_rank_or_too_few_lengths_are_refused(bases, tmp_path, name, end, shape, message):
+    _, kind, model, params = bases[GOLDEN[name]["family"]]
+    directory = written(tmp_path / "a", name)
+    tensors = load_file(directory / peft.TENSORS)
+    key = next(k for k in tensors if k.endswith(end))
+    save_file(tensors | {key: np.ones(shape, np.float32)}, directory / peft.TENSORS)
+    with pytest.raises(UserError, match=message):
+        peft.load(directory, kind, params, model.config.tie_head)

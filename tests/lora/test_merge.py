@@ -34,6 +34,9 @@ def test_unmerge_gives_the_base_again(make, tiny):
     moved = max(float(jnp.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (merged, base)), strict=True))
     assert moved > 0.1
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), lora.unmerge(merged, adapters), base)
+    coarse = lora.merge(base, adapters, factors="int8")
+    again = lora.unmerge(coarse, adapters, factors="int8")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), again, base)
     with pytest.raises(UserError, match=r"DoRA\) and cannot be unmerged"):
         lora.unmerge(merged, cases.made(base, cases.config(tiny, variant="dora")))
 

@@ -7,7 +7,8 @@ import pytest
 
 from llm_jax import lora, quantized, trees, weights
 from llm_jax.errors import UserError
-from llm_jax.quantized import IN, QTensor
+from llm_jax.quantized import IN, FakeQuant, QTensor
+from llm_jax.training import trained
 from tests.lora import cases
 
 SCHEME = "nf4:16"  # with double quantization of the scales; 16 divides the tiny widths
@@ -110,3 +111,14 @@ def test_what_factors_cannot_be_is_one_line(make, tiny):
     ):
         with pytest.raises(UserError, match=message):
             lora.init(jax.random.key(0), base, cases.config(tiny, factors=name))
+
+
+def test_full_weights_are_wanted_where_all_are_trained_or_a_start_is_taken_out(make, tiny, base):
+    with pytest.raises(UserError, match="is a QTensor there, not full weights"):
+        trained.AllWeights(tiny.quant).begin(base)
+    rounded = trees.map_weights(lambda _, w: FakeQuant(w, None, None, None, "int8", IN), make()[1])
+    with pytest.raises(UserError, match="is a FakeQuant there, not full weights"):  # it would be trained so, untold
+        trained.AllWeights(tiny.quant).begin(rounded)
+    pissa = cases.made(make(**SHAPE)[1], cases.config(tiny, variant="pissa"))
+    with pytest.raises(UserError, match="is a QTensor; lora.variant=pissa takes its start out of full weights"):
+        lora.rebase(base, pissa)

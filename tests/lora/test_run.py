@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import llm_jax
-from llm_jax import checkpoint, trees, weights
+from llm_jax import checkpoint, pretrained, trees, weights
 from llm_jax.errors import UserError
 from tests.test_checkpoint import metrics
 
@@ -146,3 +146,22 @@ def test_what_cannot_be_adapted_ends_in_one_line(command, trained, tmp_path):
     assert "name them by init_from" in said("--config.lora.rank=4")
     assert "lora.rank is 99 for" in said(base, "--config.lora.rank=99")
     assert "matches no weight" in said(base, "--config.lora.rank=2", "--config.lora.targets=('mlp/q',)")
+
+
+def test_a_base_of_other_kinds_in_its_layers_is_read_one_by_one(command, trained, tmp_path):
+    flags = ("--config.quant.scheme=int8", "--config.quant.rules=(('layers/0/.*', ''),)", "--config.train.steps=3")
+    flags += ("--config.lora.rank=2", f"--config.init_from={trained}", "--config.model.scan_layers=False")
+    command("train", f"--workdir={tmp_path / 'run'}", *flags)
+    model, params, _ = pretrained.load(tmp_path / "run", scan_layers=True)
+    kinds = [type(params["layers"][layer]["mlp"]["up"].base).__name__ for layer in "01"]
+    assert not model.config.scan_layers and kinds == ["ArrayImpl", "QTensor"]
+
+
+def test_weights_of_a_run_come_in_the_dtype_that_is_asked_for(command, trained, tmp_path):
+    """So that what is trained is what the configuration says, and a resumed run finds it so."""
+    flags = (f"--config.init_from={trained}", "--config.model.precision.params=bfloat16")
+    command("train", f"--workdir={tmp_path / 'all'}", *flags, "--config.train.steps=3")
+    command("train", f"--workdir={tmp_path / 'all'}", *flags, "--config.train.steps=4")
+    assert {str(w.dtype) for w in jax.tree.leaves(llm_jax.load(tmp_path / "all").params)} == {"bfloat16"}
+    command("train", f"--workdir={tmp_path / 'low'}", *flags, "--config.train.steps=3", "--config.lora.rank=2")
+    assert trees.flatten(llm_jax.load(tmp_path / "low").params)["layers/0/mlp/up"].base.dtype == "bfloat16"

@@ -9,8 +9,11 @@ import tokenizers as library
 from llm_jax.config import DataConfig, TokenizerConfig
 from llm_jax.data import assets
 from llm_jax.data.rows import Shuffled
+from llm_jax.decoding import score
 from llm_jax.errors import UserError
 from llm_jax.prompting import ask, sentiment
+from llm_jax.prompting.tasks import Task
+from llm_jax.prompting.templates import Example, Template
 from llm_jax.tokenizers.byte import ByteTokenizer
 from llm_jax.tokenizers.hub import HubTokenizer
 from llm_jax.training import classify
@@ -19,6 +22,7 @@ TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m.role }}: {{ m.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant: {% endif %}"
 )
+SAID = score.Scored([0.0], True)
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +100,18 @@ def test_what_cannot_be_asked_is_refused(tokenizer, reviews):
         sentiment.Source(data("sentiment:any")).tokenizer(TokenizerConfig("bpe", 99))
     with pytest.raises(UserError, match="none of the 1 examples fits train.seq_len=2"):
         len(sentiment.examples((((1, 2, 3), (4,)),), 2, (4, 5)))
+
+
+def test_a_choice_begins_its_turn_as_answered_examples_do(tokenizer, make, monkeypatch):
+    """Without the space that stands between a plain question and its answer."""
+    asked = []
+    monkeypatch.setattr(score, "score", lambda model, params, pairs, size: asked.extend(pairs) or [SAID] * len(pairs))
+    examples = tuple(Example({"text": t}, t, ("good", "bad")) for t in ("good", "bad"))
+    task = Task("t", (Template("Is it {text}?\nA:"),), examples[:1], examples[1:], scoring="likelihood")
+    list(ask.records((*make(), tokenizer), task, ask.Manner("few_shot", shots=1, chat=True), [0]))
+    texts = [tokenizer._tokenizer.decode([*head, *tail], skip_special_tokens=False) for head, tail in asked]
+    begun = "<|start|>user: Is it bad?\nA:<|end|><|start|>assistant: bad<|end|><|start|>user: Is it good?\nA:<|end|>"
+    assert texts == [f"{begun}<|start|>assistant: {said}" for said in ("good", "bad")]
 
 
 def test_accuracy_is_that_of_the_first_answer_token_among_the_options():

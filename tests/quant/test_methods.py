@@ -42,6 +42,8 @@ def test_statistics_are_those_of_the_tokens_that_count_and_add_up():
     np.testing.assert_allclose(got.gram, seen.T @ seen, rtol=1e-3, atol=1e-2)
     np.testing.assert_allclose(got.largest, np.abs(seen).max(0), rtol=1e-6)
     np.testing.assert_allclose(got.total, np.abs(seen).sum(0), rtol=1e-4)
+    np.testing.assert_allclose(got.clipped, np.quantile(np.abs(seen), 0.999), rtol=1e-5)
+    assert float(methods.observe(x, jnp.zeros((2, 100), bool)).clipped) == 0
     assert float(got.tokens) == 170
     twice = methods.add(got, got)
     np.testing.assert_allclose(twice.gram, 2 * got.gram)
