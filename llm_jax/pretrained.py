@@ -126,7 +126,8 @@ def locate(path: str | os.PathLike[str]) -> pathlib.Path:
         if not path.exists() and path.suffix == ".gguf":
             raise OSError("expected a GGUF file")
     except (RuntimeError, OSError, ValueError) as error:
-        raise UserError(f"{name[:80]}: no such file or directory ({error})") from error
+        shown = name if len(name) <= 300 else f"{name[:80]}..."
+        raise UserError(f"{shown}: no such file or directory ({error})") from error
     return path
 
 

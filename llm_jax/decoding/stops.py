@@ -46,8 +46,9 @@ def possible(tokenizer: Tokenizer, stops: Sequence[str], max_new_tokens: int) ->
 
 
 def cut(text: str, stops: Sequence[str]) -> str:
-    """The text before the first stop string."""
-    return text[: min((text.find(s) for s in stops if s in text), default=len(text))]
+    """The text before the stop string that is whole first, however the text came; of several, the longest."""
+    places = [(text.find(s) + len(s), text.find(s)) for s in stops if s in text]
+    return text[: min(places)[1]] if places else text
 
 
 def ready(text: str, stops: Sequence[str]) -> str:

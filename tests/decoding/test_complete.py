@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from llm_jax.decoding import explain, stops
@@ -57,6 +57,7 @@ TEXTS = st.text(st.sampled_from("ab\n é漢😀"), max_size=12)
 
 
 @given(TEXTS, st.lists(st.text(st.sampled_from("ab\né😀"), min_size=1, max_size=3), max_size=2))
+@example("a😀a", ["😀", "a😀a"])  # the one that begins later is whole first
 def test_what_is_ready_is_never_taken_back_and_never_broken(text, stop_strings):
     data, shown = text.encode(), ""
     for n in range(len(data) + 1):
