@@ -8,8 +8,9 @@ over the seeds; the best method is the one with the least mean loss.
 Q2  holds for a scheme if the interval of the gain lies above 0, fails for it if it lies below, else undecided.
     Holds if it holds for all schemes; "holds when" names those for which it does, if there are some; else fails
     if it fails for all, else undecided.
-The share recovered is the mean gain over the mean lost loss. The aim of this project, two thirds, is judged for
-4 bits and below: it is given beside the verdict.
+The share recovered is the mean gain over the mean lost loss: of the best method, and, as torchao counts it, of
+plain rounding (absmax). The aim of this project, two thirds, is judged for 4 bits and below: it is given beside the
+verdict.
 """
 
 import json
@@ -45,6 +46,8 @@ def judge(found: Found, seeds: int) -> list[dict[str, Any]]:
         gain = interval([r[method] - r["qat"] for r in runs])
         lost = interval([r[method] - r["full"] for r in runs])
         value |= {f"{name}: lost by {method}": lost[0], f"{name}: gain": gain[0], f"{name}: share": gain[0] / lost[0]}
+        rounding, trained, full = (np.mean([r[kind] for r in runs]) for kind in ("absmax", "qat", "full"))
+        value[f"{name}: share of rounding"] = float((rounding - trained) / (rounding - full))
         spread |= {f"{name}: lost by {method}": lost[1:], f"{name}: gain": gain[1:]}
         holds += [name] if gain[1] > 0 else []
         fails += [name] if gain[2] < 0 else []
@@ -73,13 +76,16 @@ def table(found: Found, results: list[dict[str, Any]]) -> list[str]:
     """Markdown."""
     methods = list(dict.fromkeys(m for runs in found.values() for m in runs[0]))
     lines = ["", "Held-out loss in nats a token, mean ± standard deviation over the seeds:", ""]
-    lines += ["| scheme | " + " | ".join(methods) + " | share recovered |", "|---" * (len(methods) + 2) + "|"]
+    heads = ["scheme", *methods, "recovered of the best", "recovered of absmax"]
+    lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, runs in found.items():
         cells = []
         for method in methods:
             values = [r[method] for r in runs if method in r]
             cells.append(f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}" if values else "-")
-        lines.append(f"| {name} | {' | '.join(cells)} | {results[0]['value'][f'{name}: share']:.0%} |")
+        value = results[0]["value"]
+        shares = [f"{value[f'{name}: {share}']:.0%}" for share in ("share", "share of rounding")]
+        lines.append(f"| {' | '.join([name, *cells, *shares])} |")
     lines += ["", "| claim | verdict |", "|---|---|"]
     return [*lines, *(f"| {r['claim']} | **{r['verdict']}** |" for r in results), ""]
 

@@ -18,14 +18,23 @@ from llm_jax.errors import UserError
 from tests.conftest import ROOT
 
 BUILD = """
+import itertools
 import sys
+import time
+import types
 from llm_jax import tokenizers
 from llm_jax.config import DataConfig
-from llm_jax.data import build
+from llm_jax.data import build, processes
 from llm_jax.data.corpus import Source
+
+def stuck(*given, **options):
+    yield from itertools.islice(processes.each(*given, **options), int(sys.argv[4]))
+    time.sleep(600)
 
 if __name__ == "__main__":
     build._SMALLEST = 20_000
+    if len(sys.argv) > 4:
+        build.processes = types.SimpleNamespace(each=stuck)  # of the tokenizing, not of the scan
     source = Source(DataConfig(sys.argv[1], "text", "text", 0.1, sys.argv[2], int(sys.argv[3])))
     print("scanned", flush=True)
     source.corpus(tokenizers.get("byte").train([], 0))
@@ -64,10 +73,11 @@ def test_several_processes_and_smaller_parts_make_the_same_cache(lines, tmp_path
     assert not [p.name for p in (tmp_path / "two" / "corpora").iterdir() if p.name.endswith(".parts")]
 
 
-def run(lines, cache, workers: int) -> subprocess.Popen:
+def run(lines, cache, workers: int, *parts: int) -> subprocess.Popen:
+    """A build, or one that sleeps when so many `parts` are finished."""
+    given = map(str, (lines, cache, workers, *parts))
     return subprocess.Popen(
-        [sys.executable, "-c", BUILD, str(lines), str(cache), str(workers)] if workers == 1 else
-        [sys.executable, str(script(cache)), str(lines), str(cache), str(workers)],
+        [sys.executable, "-c", BUILD, *given] if workers == 1 else [sys.executable, str(script(cache)), *given],
         env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -90,14 +100,12 @@ def parts(cache) -> dict[str, int]:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_killed_build_goes_on_from_its_finished_parts(lines, tmp_path, workers):
-    process = run(lines, tmp_path, workers)
-    while not len(parts(tmp_path)) > 5 and process.poll() is None:
+    process = run(lines, tmp_path, workers, 6)
+    while len(parts(tmp_path)) < 6:
+        assert process.poll() is None, process.communicate()
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    kept = parts(tmp_path)
-    if not kept:
-        pytest.skip("the build was over before it could be killed")
     time.sleep(0.5)  # processes of the killed one end
     kept = parts(tmp_path)
     (directory,) = tmp_path.glob("corpora/.*.parts")
