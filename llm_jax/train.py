@@ -233,7 +233,8 @@ def main() -> None:
 
     # ---------------------------------------------------------------- compiled functions
     rate = optim.schedule(config.optim, c.steps)
-    loss_of = losses.make(config.loss, model, c.loss_chunk, other)
+    sparse = losses.is_sparse(config)
+    loss_of = losses.make(config.loss, model, c.loss_chunk, other, sparse=sparse)
 
     def loss(trained, frozen, batch, step, key):
         return loss_of(kind.whole(trained, frozen, key, step), frozen, batch, step, key)
@@ -258,7 +259,7 @@ def main() -> None:
         out_shardings=(state_shardings, copies),
     )
     held_loss = jax.jit(
-        mesh_lib.within(mesh, lambda t, f, b: losses.language_model(model, kind.whole(t, f), b, c.loss_chunk)),
+        mesh_lib.within(mesh, lambda t, f, b: losses.language_model(model, kind.whole(t, f), b, c.loss_chunk, sparse)),
         in_shardings=(trained_shardings, None, batch_sharding),
         out_shardings=copies,
     )

@@ -11,7 +11,7 @@ from llm_jax.kernels.formats import Scheme
 
 # Letters of shapes: ... leading axes of x, C the contracted axis of the weight, F its free one.
 
-_TILE = 2**18  # numbers of a tile that stays in a core's cache once it is expanded
+_TILE = 2**16  # numbers of a tile that stays in a core's cache once it is expanded
 _FEW = 16  # rows of x up to which a product is bound by reading the weight
 
 Codes = tuple[jax.Array, jax.Array, jax.Array | None]  # codes, scale, offset
@@ -78,7 +78,7 @@ def _tiles(codes: Codes, s: Scheme, contracted: int) -> int:
     if rows * columns < 2 * _TILE or units == 1:
         return 0
     wanted = rows * columns // _TILE
-    return next((n for n in range(wanted, units + 1) if units % n == 0), 0)
+    return next((n for n in range(wanted, units) if units % n == 0), units)
 
 
 def _tiled(x, codes, s, axis, contracted, accumulate, tiles):

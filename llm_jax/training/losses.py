@@ -5,7 +5,7 @@ up to the batch in one piece. A model trained with entmax gives its probabilitie
 softmax, and is to be sampled so.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -20,6 +20,8 @@ from llm_jax.model.transformer import Transformer
 from llm_jax.prompting import sentiment
 from llm_jax.tokenizers import Tokenizer
 from llm_jax.training.step import Loss
+
+Chunk = Mapping[str, jax.Array]  # of the positions of some rows
 
 # Letters of shapes: B batch, T time, C chunk of time, D width, V vocabulary, P pairs.
 
@@ -167,41 +169,64 @@ def head(model: Transformer, params: Any, x_BCD: jax.Array) -> jax.Array:
     return logits
 
 
-def sum_of_rows(part: Callable[..., jax.Array], chunk: int, *arrays: Any) -> jax.Array:
-    """The sum of part(*arrays), float32 (B,), over chunks of their second axis, `chunk` long; 0: at once.
+def sum_of_rows(
+    part: Callable[[Chunk], jax.Array], chunk: int, tokens: Mapping[str, jax.Array], sparse: bool = False
+) -> jax.Array:
+    """The sum of part(tokens), float32 (B,), over chunks of their second axis, `chunk` long; 0: at once.
 
     A chunk is computed again in the backward pass: what `part` makes of it is not kept.
+
+    Args:
+      tokens: arrays (B, T, ...), "mask" among them.
+      sparse: few positions count. They go to the front of their rows, and chunks in which none does are not computed.
     """
-    rows, length = jax.tree.leaves(arrays)[0].shape[:2]
+    rows, length = tokens["mask"].shape
     if chunk in (0, length):
-        return part(*arrays)
+        return part(tokens)
+    some = part
+    if sparse:
+        order = jnp.argsort(1 - tokens["mask"], 1)
+        tokens = {k: jnp.take_along_axis(a, jnp.expand_dims(order, range(2, a.ndim)), 1) for k, a in tokens.items()}
+
+        def some(tokens: Chunk) -> jax.Array:
+            return jax.lax.cond(jnp.any(tokens["mask"]), part, lambda _: jnp.zeros(rows, jnp.float32), tokens)
 
     def chunked(array: jax.Array) -> jax.Array:
         return jnp.moveaxis(array.reshape(rows, length // chunk, chunk, *array.shape[2:]), 1, 0)
 
-    def body(total: jax.Array, parts: Any) -> tuple[jax.Array, None]:
-        return total + jax.checkpoint(part)(*parts), None
+    def body(total: jax.Array, tokens: Chunk) -> tuple[jax.Array, None]:
+        return total + jax.checkpoint(some)(tokens), None
 
-    return jax.lax.scan(body, jnp.zeros(rows, jnp.float32), jax.tree.map(chunked, arrays))[0]
+    return jax.lax.scan(body, jnp.zeros(rows, jnp.float32), jax.tree.map(chunked, dict(tokens)))[0]
 
 
-def language_model(model: Transformer, params: Any, batch: Batch, chunk: int) -> tuple[jax.Array, jax.Array]:
+def language_model(
+    model: Transformer, params: Any, batch: Batch, chunk: int, sparse: bool = False
+) -> tuple[jax.Array, jax.Array]:
     """(sum of the cross-entropy over the counted targets, number of these), both float32 ().
 
     Args:
       chunk: positions whose logits exist at a time, forward and backward (they are computed again
         there); it divides T. 0: all at once.
+      sparse: few targets count; see `sum_of_rows`.
     """
-    return jnp.sum(row_losses(model, params, batch, chunk)), _count(batch)
+    return jnp.sum(row_losses(model, params, batch, chunk, sparse)), _count(batch)
 
 
-def row_losses(model: Transformer, params: Any, batch: Batch, chunk: int) -> jax.Array:
+def row_losses(model: Transformer, params: Any, batch: Batch, chunk: int, sparse: bool = False) -> jax.Array:
     """The cross-entropy of every row over its counted targets, float32 (B,)."""
 
-    def part(x_BCD: jax.Array, targets_BC: jax.Array, mask_BC: jax.Array) -> jax.Array:
-        return jnp.sum(cross_entropy(head(model, params, x_BCD), targets_BC) * mask_BC, -1)
+    def part(some: Chunk) -> jax.Array:
+        return jnp.sum(cross_entropy(head(model, params, some["x"]), some["targets"]) * some["mask"], -1)
 
-    return sum_of_rows(part, chunk, features(model, params, batch), batch["targets"], batch["mask"])
+    tokens = {"x": features(model, params, batch), "targets": batch["targets"], "mask": batch["mask"]}
+    return sum_of_rows(part, chunk, tokens, sparse)
+
+
+def is_sparse(config: Config) -> bool:
+    """Whether few targets of a row count: answers, or what is hidden."""
+    answers = config.data.kind != "text" or config.data.source.startswith(sentiment.PREFIX)
+    return answers or config.loss.masked != "none"
 
 
 def make(
@@ -210,11 +235,12 @@ def make(
     chunk: int,
     other: Transformer | None = None,
     whole: Callable[[Any, Any, jax.Array], Any] = lambda trained, frozen, key: trained,
+    sparse: bool = False,
 ) -> Loss:
     """The loss that `loss.kind` names, for `training.step.make`.
 
     Args:
-      chunk: see `language_model`.
+      chunk, sparse: see `language_model`.
       other: the frozen model, whose parameters are `frozen["other"]`: the teacher, or the reference of
         DPO (the model as it was at the start).
       whole: (trained, frozen, key) -> the parameters that the model sees.
@@ -230,7 +256,7 @@ def make(
         if other is not None:
             tokens["teacher"] = features(other, frozen["other"], batch)
 
-        def part(some: dict[str, jax.Array]) -> jax.Array:
+        def part(some: Chunk) -> jax.Array:
             logits, targets = head(model, params, some["x"]), some["targets"]
             if c.kind == "entmax":
                 loss = entmax_loss(logits, targets)
@@ -243,12 +269,12 @@ def make(
                 loss = (1 - c.teacher_weight) * loss + c.teacher_weight * divergence(logits, teacher, c.temperature)
             return jnp.sum(loss * some["mask"], -1)
 
-        return jnp.sum(sum_of_rows(part, chunk, tokens)), _count(batch)
+        return jnp.sum(sum_of_rows(part, chunk, tokens, sparse)), _count(batch)
 
     def dpo(trained: Any, frozen: Any, batch: Batch, step: jax.Array, key: jax.Array):
         assert other is not None
-        scores = -row_losses(model, whole(trained, frozen, key), batch, chunk)
-        reference = -row_losses(other, frozen["other"], batch, chunk)
+        scores = -row_losses(model, whole(trained, frozen, key), batch, chunk, sparse)
+        reference = -row_losses(other, frozen["other"], batch, chunk, sparse)
         counted = jnp.any(batch["mask"].reshape(scores.shape[0] // 2, -1), -1)  # pairs of padding do not count
         return jnp.sum(preference(scores, reference, c.beta) * counted), jnp.sum(counted).astype(jnp.float32)
 

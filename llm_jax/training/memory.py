@@ -48,7 +48,8 @@ def compiled(config: Config, kind: str) -> Memory:
     base, rows = checkpoint.abstract_params(Transformer(config.model)), batch(config)
     if kind == "forward":
         model = Transformer(config.model)
-        plain = jax.jit(lambda params, rows: losses.language_model(model, params, rows, config.train.loss_chunk))
+        chunk, sparse = config.train.loss_chunk, losses.is_sparse(config)
+        plain = jax.jit(lambda params, rows: losses.language_model(model, params, rows, chunk, sparse))
         return of(plain.lower(base, rows).compile(), 0)
     one, begin = training_step(config, kind)
     state, frozen = jax.eval_shape(begin, base)
@@ -70,7 +71,8 @@ def training_step(config: Config, kind: str) -> tuple[Any, Callable[[Any], tuple
     what = Adapters(config.lora, config.quant, 0) if kind == "adapters" else AllWeights(config.quant)
 
     def loss(trained, frozen, rows, count, key):
-        return losses.language_model(model, what.whole(trained, frozen), rows, config.train.loss_chunk)
+        chunk, sparse = config.train.loss_chunk, losses.is_sparse(config)
+        return losses.language_model(model, what.whole(trained, frozen), rows, chunk, sparse)
 
     abstract = jax.eval_shape(what.begin, base)[0]
     optimizer = optim.make(config.optim, 10**9, base, adapters=abstract if what.adapts else None)

@@ -111,9 +111,10 @@ def batch(batch):
     return batch | ids | {"mask": batch["mask"].at[6:].set(0)}
 
 
-def built(tiny, model, kind, chunk=0):
+def built(tiny, model, kind, chunk=0, sparse=False):
     config = dataclasses.replace(tiny.loss, kind=kind, **EXTRAS.get(kind, {}))
-    return losses.make(config, model, chunk, model if kind in ("distillation", "dpo") else None), config
+    other = model if kind in ("distillation", "dpo") else None
+    return losses.make(config, model, chunk, other, sparse=sparse), config
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -124,13 +125,27 @@ def test_the_sum_is_that_of_numpy_whole_and_in_chunks(make, tiny, other, batch, 
     logits, others = (np.asarray(apply(p), np.float64) for p in (params, other))
     want = numpy_loss(kind, logits, others, batch)
     found = []
-    for chunk in (0, 8):
-        loss, _ = built(tiny, model, kind, chunk)
+    for chunk, sparse in ((0, False), (8, False), (8, True)):
+        loss, _ = built(tiny, model, kind, chunk, sparse)
         one = jax.jit(jax.value_and_grad(lambda p, loss=loss: loss(p, {"other": other}, batch, 0, None), has_aux=True))
         (total, count), gradient = one(params)
         np.testing.assert_allclose([total, count], want, rtol=2e-5)
         found.append(gradient)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), *found)
+    for other_way in found[1:]:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), found[0], other_way)
+
+
+def test_chunks_in_which_nothing_counts_are_not_computed():
+    mask = np.zeros((2, 32), np.int32)
+    mask[0, [3, 30]] = mask[1, 17] = 1  # in four chunks of 8, and after sorting in one
+    tokens = {"mask": jnp.asarray(mask), "x": jnp.arange(64.0).reshape(2, 32)}
+
+    def part(some):
+        number = jnp.sum(some["x"] * some["mask"], -1)
+        return jnp.where(jnp.any(some["mask"]), number, jnp.nan)
+
+    np.testing.assert_array_equal(jax.jit(lambda t: losses.sum_of_rows(part, 8, t, True))(tokens), [33, 49])
+    assert np.all(np.isnan(losses.sum_of_rows(part, 4, tokens)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
