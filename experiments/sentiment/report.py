@@ -19,7 +19,6 @@ L12  holds if a product that has the shape of the weight is a b with a (in, r) a
 With fewer than three seeds every verdict on what is trained is "untested here".
 """
 
-import json
 import pathlib
 import re
 from collections.abc import Sequence
@@ -49,21 +48,18 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
-def write(here: pathlib.Path, root: pathlib.Path, size: str, seeds: int, prompted, trained) -> str:
-    """Writes results.json and the table in README.md; returns the verdicts as text."""
-    asked = {kind: json.loads((root / f"{kind}.json").read_text()) for kind in prompted}
-    runs = {
-        name: [json.loads((root / f"{slug(name)}-{seed}" / "summary.json").read_text()) for seed in range(seeds)]
-        for name in trained
-    }
-    other = {name: [root / f"{slug(name)}-{seed}" / "amazon.json" for seed in range(seeds)] for name in trained}
-    abroad = {name: [json.loads(p.read_text()) for p in paths if p.exists()] for name, paths in other.items()}
-    shapes = factor_shapes(root / f"{slug('LoRA r=8')}-0")
-    results = judge(asked, runs, shapes, seeds, size)
+def write(here: pathlib.Path, asked, runs, size: str, seeds: int) -> str:
+    """Writes results.json and the table in README.md; returns the verdicts as text.
+
+    Args:
+      asked: what was found by each way of prompting.
+      runs: what was found by each kind of training, seed by seed.
+    """
+    results = judge(asked, runs, runs["LoRA r=8"][0]["factors"], seeds, size)
     checkpoint.write_json(here / "results.json", results)
     readme = here / "README.md"
     before, rest = readme.read_text().split(BEGIN)
-    said = "\n".join(table(asked, runs, abroad, results, size, seeds))
+    said = "\n".join(table(asked, runs, results, size, seeds))
     readme.write_text(before + BEGIN + said + "\n" + END + rest.split(END)[1])
     return "\n".join(f"{r['claim']}: {r['verdict']}" for r in results)
 
@@ -153,27 +149,27 @@ def judge(asked, runs, shapes, seeds: int, size: str) -> list[dict[str, Any]]:
     ]
 
 
-def table(asked, runs, abroad, results, size: str, seeds: int) -> list[str]:
+def table(asked, runs, results, size: str, seeds: int) -> list[str]:
     """Markdown."""
 
     def percent(mean: float, low: float, high: float) -> str:
         return f"{mean:.1f}" if np.isnan(low) else f"{mean:.1f} ({low:.1f} to {high:.1f})"
 
     lines = ["", f"Size `{size}`, {seeds} seed{'s' * (seeds > 1)}:", ""]
-    heads = ("kind", "accuracy, %", "product reviews, %", "trained", "adapter, MiB", "tokens/s", "peak memory, GiB")
+    heads = ("kind", "accuracy, %", "product reviews, %", "trained", "adapter, MiB", "step, s", "peak memory, GiB")
     lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for kind, found in asked.items():
         said = percent(*(100 * found[k] for k in ("accuracy", "low", "high")))
         lines.append(f"| {kind} | {said} | | {found.get('trained_parameters', 0):,} | | | |")
     for name, found in runs.items():
         accuracy = percent(*interval([100 * r["test_accuracy"] for r in found]))
-        far = percent(*interval([100 * r["accuracy"] for r in abroad[name]])) if abroad[name] else ""
+        far = percent(*interval([100 * r["product_accuracy"] for r in found])) if size == "cpu" else ""
         first = found[0]
         peak = first["peak_host_bytes"] / 2**30
-        rate = np.median([r["tokens_per_second"] for r in found])
+        seconds = np.median([r["step_seconds"] for r in found])
         lines.append(
             f"| {name} | {accuracy} | {far} | {first['trained_parameters']:,} | "
-            f"{4 * first['trained_parameters'] / 2**20:.2f} | {rate:.0f} | {peak:.2f} |"
+            f"{4 * first['trained_parameters'] / 2**20:.2f} | {seconds:.1f} | {peak:.2f} |"
         )
     lines += ["", "| claim | verdict |", "|---|---|"]
     lines += [f"| {r['claim']} | **{r['verdict']}** |" for r in results]

@@ -1,16 +1,22 @@
 """Sentiment by SmolLM2-135M: prompted, probed, adapted, fully fine-tuned. L1, L5, L8, L9, L10, L12.
 
-    PYTHONPATH=. python experiments/sentiment/sweep.py [--size=cpu|smoke] [--seeds=3]
+    PYTHONPATH=. python experiments/sentiment/sweep.py [--size=cpu|smoke] [--seeds=3] [--part=1/2]
 
-One job after the other; what is done is kept under --runs and not done again: the same command goes on
-where it was stopped. Writes results.json and the table in README.md beside this file.
+One job after the other. What a finished job found is a line of runs.jsonl beside this file, which is committed: the
+same command goes on where it was stopped, on this machine or another, and a job whose recipe has changed is done again.
+Writes results.json and the table in README.md when all are done.
 """
 
+import hashlib
+import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
+from typing import Any
 
+import numpy as np
 from absl import flags
 from tqdm import tqdm
 
@@ -23,7 +29,8 @@ ROOT = HERE.parents[1]
 
 flags.DEFINE_string("size", "cpu", "cpu: 2,000 training and 1,000 test sentences; smoke: a few steps, to try it")
 flags.DEFINE_integer("seeds", 3, "runs of each kind that is trained")
-flags.DEFINE_string("runs", "runs/sentiment", "where the runs are kept")
+flags.DEFINE_string("runs", "runs/sentiment", "where the runs themselves are kept")
+flags.DEFINE_string("part", "1/1", "2/3: the second of every three jobs, beside processes that do the others")
 
 PROMPTED = ("zero-shot", "few-shot", "probe")
 # What a run changes below the recipe configs/sentiment_lora.py (LoRA of rank 8 on all linear layers).
@@ -41,43 +48,91 @@ TRAINED = {
     "QLoRA r=8, both": {"quant.scheme": "nf4", "lora.factors": "int8"},
     "full": {"lora.rank": 0, "optim.lr": 2e-5},
 }
-SIZES = {"cpu": ({}, ()), "smoke": ({"train.steps": 12, "optim.warmup_steps": 2}, ("--test=64", "--train=64"))}
+# Layers one after the other: XLA's CPU backend stacks what a scan keeps of bfloat16 layers at the cost of all layers.
+FAST = {"model.precision.compute": "bfloat16", "model.scan_layers": False}
+SIZES = {
+    "cpu": (FAST, ()),
+    "smoke": (FAST | {"train.steps": 12, "optim.warmup_steps": 2}, ("--test=64", "--train=64")),
+}
+RECIPE = ROOT / "configs" / "sentiment_lora.py"
+OTHER = "sentiment:amazon-reviews"
 
 
 def main() -> None:
     f = flags.FLAGS
+    part = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", f.part)
     if f.size not in SIZES or f.seeds < 1:
         raise UserError(f"--size={f.size} --seeds={f.seeds}; expected one of {', '.join(SIZES)} and at least 1 seed")
+    if not part or int(part[1]) > int(part[2]):
+        raise UserError(f"--part={f.part}; expected 1/2 or 2/2, say")
     root = pathlib.Path(f.runs).expanduser() / f.size
     checkpoint.make_directory(root)
-    changes, limits = SIZES[f.size]
-    jobs: list[tuple[pathlib.Path, list[str]]] = []
-    for kind in PROMPTED:
-        done = root / f"{kind}.json"
-        jobs.append((done, [str(HERE / "measure.py"), f"--kind={kind}", f"--output={done}", *limits]))
-    for seed in range(f.seeds):
-        for name, own in TRAINED.items():
-            run = root / f"{report.slug(name)}-{seed}"
-            overrides = {f"config.{k}": v for k, v in (changes | own | {"train.seed": seed}).items()}
-            flags_ = [f"--{key}={value}" for key, value in overrides.items()]
-            recipe = f"--config={ROOT / 'configs' / 'sentiment_lora.py'}"
-            jobs.append((run / "summary.json", ["-m", "llm_jax.train", recipe, f"--workdir={run}", *flags_]))
-            if f.size == "cpu":
-                other = ["-m", "llm_jax.evaluate", f"--checkpoint={run}", "--data=sentiment:amazon-reviews", "--json"]
-                jobs.append((run / "amazon.json", other))
-    waiting = [job for job in jobs if not job[0].exists()]
-    with tqdm(total=len(jobs), initial=len(jobs) - len(waiting)) as bar:
-        for done, command in waiting:
-            bar.set_description(done.parent.name if done.name != f"{done.stem}.json" else done.stem)
-            run_one(done, command)
+    jobs = [(kind, 0) for kind in PROMPTED] + [(name, seed) for seed in range(f.seeds) for name in TRAINED]
+    file = HERE / "runs.jsonl" if f.size == "cpu" else root / "runs.jsonl"
+    mine = [job for job in jobs[int(part[1]) - 1 :: int(part[2])] if job not in finished(file, f.size)]
+    with tqdm(total=len(jobs), initial=len(jobs) - len(mine)) as bar:
+        for name, seed in mine:
+            bar.set_description(f"{name}, seed {seed}")
+            found = asked(root, name, f.size) if name in PROMPTED else trained(root, name, seed, f.size)
+            line = {"job": name, "seed": seed, "recipe": recipe(name, f.size), **found}
+            with file.open("a") as lines:
+                lines.write(json.dumps(line) + "\n")
             bar.update()
-    print(report.write(HERE, root, f.size, f.seeds, PROMPTED, TRAINED))
+    done = finished(file, f.size)
+    if missing := [job for job in jobs if job not in done]:
+        print(f"{len(missing)} of {len(jobs)} jobs are not done yet; started again without --part it goes on")
+        return
+    of = {name: [done[name, seed] for seed in range(f.seeds)] for name in TRAINED}
+    print(report.write(HERE, {kind: done[kind, 0] for kind in PROMPTED}, of, f.size, f.seeds))
 
 
-def run_one(done: pathlib.Path, command: list[str]) -> None:
-    """Runs a job; what it prints goes beside its result. Raises UserError where it fails."""
-    done.parent.mkdir(exist_ok=True)
-    log = done.with_suffix(".log")
+def recipe(name: str, size: str) -> str:
+    """A digest of what a job's figures follow from, beside its seed."""
+    parts = [SIZES[size], TRAINED.get(name), RECIPE.read_text() if name in TRAINED else ""]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+
+
+def finished(file: pathlib.Path, size: str) -> dict[tuple[str, int], dict[str, Any]]:
+    """What is on record of jobs as they are now."""
+    lines = map(json.loads, file.read_text().splitlines()) if file.exists() else ()
+    return {(one["job"], one["seed"]): one for one in lines if one["recipe"] == recipe(one["job"], size)}
+
+
+def asked(root: pathlib.Path, kind: str, size: str) -> dict[str, Any]:
+    """The figures of what needs no training of the model."""
+    place = root / f"{kind}.json"
+    run([str(HERE / "measure.py"), f"--kind={kind}", f"--output={place}", *SIZES[size][1]], root / f"{kind}.log")
+    found: dict[str, Any] = json.loads(place.read_text())
+    return found
+
+
+def trained(root: pathlib.Path, name: str, seed: int, size: str) -> dict[str, Any]:
+    """Trains (on, where it was stopped), asks about product reviews too, and gives the figures."""
+    workdir = root / f"{report.slug(name)}-{seed}-{recipe(name, size)}"
+    changes = SIZES[size][0] | TRAINED[name] | {"train.seed": seed}
+    overrides = [f"--config.{key}={value}" for key, value in changes.items()]
+    train = ["-m", "llm_jax.train", f"--config={RECIPE}", f"--workdir={workdir}", *overrides]
+    run(train, root / f"{workdir.name}.log")
+    summary = json.loads((workdir / "summary.json").read_text())
+    keys = ("test_accuracy", "test_right", "test_count", "trained_parameters", "parameters", "validation_loss")
+    found = {key: summary[key] for key in (*keys, "tokens_per_second", "seconds", "peak_host_bytes", "jax")}
+    found["step_seconds"] = step_seconds(workdir)
+    if name != "full":
+        found["factors"] = report.factor_shapes(workdir)
+    if size == "cpu":
+        ask = ["-m", "llm_jax.evaluate", f"--checkpoint={workdir}", f"--data={OTHER}", "--json"]
+        found["product_accuracy"] = json.loads(run(ask, root / f"{workdir.name}-products.log"))["accuracy"]
+    return found
+
+
+def step_seconds(workdir: pathlib.Path) -> float:
+    """The median of a training step."""
+    steps = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return float(np.median([step["seconds"] for step in steps]))
+
+
+def run(command: list[str], log: pathlib.Path) -> str:
+    """Runs a command; what it prints goes to `log`, the last line is given. Raises UserError where it fails."""
     with log.open("w") as out:
         process = subprocess.run(
             [sys.executable, *command], stdout=out, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONPATH": str(ROOT)}
@@ -85,8 +140,7 @@ def run_one(done: pathlib.Path, command: list[str]) -> None:
     lines = log.read_text().strip().splitlines() or ["no output"]
     if process.returncode:
         raise UserError(f"{' '.join(command[:3])} failed with exit code {process.returncode}: {lines[-1]} ({log})")
-    if not done.exists():  # a command that prints its result
-        done.write_text(lines[-1] + "\n")
+    return lines[-1]
 
 
 if __name__ == "__main__":
