@@ -78,7 +78,7 @@ def main() -> None:
         if pretrained.is_foreign(path) and not f.data:
             raise UserError(f"--method={f.method} needs calibration text; {f.checkpoint} names none, give --data=FILE")
         transformer.check_length(model.config, length)
-        rows, text = calibrate.text(run_config.data, f.data, tokenizer, length, f.sequences)
+        rows, text = calibrate.text(run_config, f.data, tokenizer, length, f.sequences)
         print(f"calibrating on {len(rows)} sequences of {length} tokens", flush=True)
 
     # ---------------------------------------------------------------- layer by layer, and written
