@@ -23,6 +23,7 @@ flags.DEFINE_boolean("dry_run", False, "print the parameters and their shardings
 flags.DEFINE_boolean(
     "profile", False, "trace steps 4 to 6 of this start into WORKDIR/profile, for TensorBoard or xprof"
 )
+NEEDS: cli.Needs = ((("profile",), "--dry_run is given", lambda f: not f.dry_run),)
 
 
 def main() -> None:
@@ -416,4 +417,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, "interrupted; the same command goes on from the last checkpoint", NEEDS)
