@@ -39,6 +39,7 @@ def main() -> None:
     from llm_jax.data.corpus import Source
     from llm_jax.decoding import loop
     from llm_jax.decoding.options import Options
+    from llm_jax.directory import lock
     from llm_jax.model import product, transformer
     from llm_jax.parallel import mesh as mesh_lib
     from llm_jax.prompting import ask, builtin, sentiment
@@ -177,7 +178,7 @@ def main() -> None:
     if flags.FLAGS.dry_run:
         return
     checkpoint.make_directory(workdir)
-    lock = checkpoint.lock(workdir)
+    mine = lock(workdir)
 
     # ---------------------------------------------------------------- state
     donated = () if kind.adapts else 0
@@ -377,7 +378,7 @@ def main() -> None:
         progress.text(done, "samples", sample("after training"))
     progress.close()
     report.end_attempt(workdir)
-    lock.close()
+    mine.close()
     if stopping and done < c.steps:
         cli.leave(stopping, f"saved at step {done} of {c.steps}; the same command goes on from there")
 
