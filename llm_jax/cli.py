@@ -24,23 +24,28 @@ from llm_jax import config as config_lib
 from llm_jax.errors import UserError
 
 _PATIENCE = 5.0  # seconds from an interrupt to the end
-_INTERRUPTED = "interrupted; the same command goes on from the last checkpoint"
 _CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 _schema: Any = config_lib.Config  # of `--config`, and the file that is its default: see `define_config`
 _default = _CONFIGS / "default.py"
 
 
-def run(main: Callable[[], None], interrupted: str = _INTERRUPTED) -> None:
+# Rows (flags, where they have no effect, whether the flags' values leave them one) of a command.
+Needs = Sequence[tuple[tuple[str, ...], str, Callable[[Any], Any]]]
+
+
+def run(main: Callable[[], None], interrupted: str = "interrupted", needs: Needs = ()) -> None:
     """Parses the flags, calls `main`, and turns `UserError` into one line and exit code 2.
 
     Args:
       interrupted: what is said at SIGINT.
+      needs: flags that have no effect on their own; one that is given in vain is an error.
     """
 
     def guarded(argv: Sequence[str]) -> None:
         logging.set_verbosity(logging.WARNING)  # libraries tell of every file they write
         if len(argv) > 1:
             raise UserError(f"unexpected argument '{argv[1]}'; options are written --name=value")
+        _refuse_vain(needs)
         main()
 
     signal.signal(signal.SIGINT, functools.partial(_interrupt, interrupted))
@@ -50,6 +55,15 @@ def run(main: Callable[[], None], interrupted: str = _INTERRUPTED) -> None:
         _end(2, f"error: {error}")
     except KeyboardInterrupt:
         leave(signal.SIGINT, interrupted)
+
+
+def _refuse_vain(needs: Needs) -> None:
+    """Raises UserError for a flag that was given, be it with its default, and has no effect beside the others."""
+    for names, where, has_effect in needs:
+        given = [flags.FLAGS[name] for name in names if flags.FLAGS[name].present]
+        if given and not has_effect(flags.FLAGS):
+            said = " ".join(given[0].serialize().split())
+            raise UserError(f"{said} has no effect where {where}")
 
 
 @contextlib.contextmanager

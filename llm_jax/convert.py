@@ -17,11 +17,18 @@ flags.DEFINE_string(
     "output", None, "what is written: a directory (hf, peft) or a file (gguf); it must not exist", required=True
 )
 flags.DEFINE_enum("to", None, ["hf", "gguf", "peft"], "the form to write", required=True)
-flags.DEFINE_string("family", "", "hf: the model_type to write; by default that of the input, or the first that fits")
+flags.DEFINE_string(
+    "family", "", "hf, peft: the model_type to write; by default that of the input, or the first that fits"
+)
 flags.DEFINE_string(
     "format", "F16", "gguf: of matrices that have no block format yet: F32, F16, BF16, Q8_0, Q4_0, Q4_1"
 )
 flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "hf: of the tensors")
+NEEDS: cli.Needs = (
+    (("format",), "--to=gguf is not given", lambda f: f.to == "gguf"),
+    (("dtype",), "--to=hf is not given", lambda f: f.to == "hf"),
+    (("family",), "neither --to=hf nor --to=peft is given", lambda f: f.to in ("hf", "peft")),
+)
 
 
 def main() -> None:
@@ -128,4 +135,4 @@ def _first_that_fits(config) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main, "interrupted; --output is not written")
+    cli.run(main, "interrupted; --output is not written", NEEDS)

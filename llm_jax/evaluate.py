@@ -43,6 +43,15 @@ flags.DEFINE_string("output", "", "a directory for the records of every example;
 flags.DEFINE_string("harness", "", "tasks of lm-eval, separated by commas (pip install lm-eval)")
 flags.DEFINE_string("harness_path", "", "a directory with more tasks of lm-eval")
 
+_OF_TASKS = ("style", "template", "shots", "select", "shot_seed", "chat", "normalize", "context", "output")
+NEEDS: cli.Needs = (
+    (_OF_TASKS, "--task is not given", lambda f: f.task),
+    (("limit", "dtype"), "neither --task nor --harness is given", lambda f: f.task or f.harness),
+    (("harness_path",), "--harness is not given", lambda f: f.harness),
+    (("kind", "field"), "--data is not given", lambda f: f.data),
+    (("seq_len", "stride"), "--task or --harness is given", lambda f: not (f.task or f.harness)),
+)
+
 
 def main() -> None:
     f = flags.FLAGS
@@ -72,8 +81,6 @@ def on_text() -> None:
     from llm_jax.training import classify, evaluation, losses
 
     f = flags.FLAGS
-    if (f.kind or f.field) and not f.data:
-        raise UserError(f"--kind={f.kind} --field={f.field}: they are of --data, which is not given")
     path = pretrained.locate(f.checkpoint)
     model, params, tokenizer = pretrained.load(path, scan_layers=True, as_stored=f.as_stored)
     if pretrained.is_foreign(path):
@@ -189,4 +196,4 @@ def on_harness() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, needs=NEEDS)

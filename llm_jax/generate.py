@@ -10,6 +10,7 @@ from typing import Any
 from absl import flags
 
 from llm_jax import cli
+from llm_jax.decoding import options as decoding
 from llm_jax.decoding.options import PROMPT, Options, parse_bias
 from llm_jax.errors import UserError
 
@@ -44,6 +45,12 @@ def define_options() -> None:
 
 
 define_options()
+NEEDS: cli.Needs = (
+    *decoding.NEEDS,
+    (("system",), "--chat is not given", lambda f: f.chat),
+    (("alternatives",), "--json is not given", lambda f: f.json),
+    (("stop",), "--explain is given", lambda f: not f.explain),
+)
 
 
 def read_options() -> Options:
@@ -112,4 +119,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, needs=NEEDS)

@@ -47,6 +47,8 @@ def load(
     from llm_jax.interop import peft
 
     found = locate(path)
+    if as_stored and found.exists() and not found.is_file():
+        raise UserError(f"--as_stored keeps the tensors of a .gguf file as they are; {path} is none")
     if (found.is_dir() and not is_foreign(found)) or not found.exists():
         directory = checkpoint.find(found)
         adapts = bool(checkpoint.read_config(directory).lora.rank)

@@ -32,6 +32,17 @@ flags.DEFINE_integer("seq_len", 0, "tokens of each; by default as in training (5
 flags.DEFINE_integer("batch_size", 8, "sequences at a time")
 flags.DEFINE_boolean("act_order", True, "gptq: round the inputs of most weight first")
 
+_CALIBRATED = ("smoothquant", "awq", "gptq")
+NEEDS: cli.Needs = (
+    (("method", "head", "rule", "fallback"), "--scheme is not given", lambda f: f.scheme),
+    (("act_order",), "--method=gptq is not given", lambda f: f.method == "gptq"),
+    (
+        ("data", "sequences", "seq_len", "batch_size"),
+        f"neither a static scheme nor --method={', '.join(_CALIBRATED)} is given",
+        lambda f: f.method in _CALIBRATED or any("_static" in name for name in (f.scheme, f.fallback, *f.rule)),
+    ),
+)
+
 
 def main() -> None:
     cli.keep_memory()
@@ -78,7 +89,7 @@ def main() -> None:
         if pretrained.is_foreign(path) and not f.data:
             raise UserError(f"--method={f.method} needs calibration text; {f.checkpoint} names none, give --data=FILE")
         transformer.check_length(model.config, length)
-        rows, text = calibrate.text(run_config.data, f.data, tokenizer, length, f.sequences)
+        rows, text = calibrate.text(run_config, f.data, tokenizer, length, f.sequences)
         print(f"calibrating on {len(rows)} sequences of {length} tokens", flush=True)
 
     # ---------------------------------------------------------------- layer by layer, and written
@@ -141,4 +152,4 @@ def _claim(partial: pathlib.Path, request: dict[str, object]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, "interrupted; the same command goes on with the next layer", NEEDS)

@@ -23,6 +23,7 @@ flags.DEFINE_boolean("dry_run", False, "print the parameters and their shardings
 flags.DEFINE_boolean(
     "profile", False, "trace steps 4 to 6 of this start into WORKDIR/profile, for TensorBoard or xprof"
 )
+NEEDS: cli.Needs = ((("profile",), "--dry_run is given", lambda f: not f.dry_run),)
 
 
 def main() -> None:
@@ -38,6 +39,7 @@ def main() -> None:
     from llm_jax.data.corpus import Source
     from llm_jax.decoding import loop
     from llm_jax.decoding.options import Options
+    from llm_jax.directory import lock
     from llm_jax.model import product, transformer
     from llm_jax.parallel import mesh as mesh_lib
     from llm_jax.prompting import ask, builtin, sentiment
@@ -176,7 +178,7 @@ def main() -> None:
     if flags.FLAGS.dry_run:
         return
     checkpoint.make_directory(workdir)
-    lock = checkpoint.lock(workdir)
+    mine = lock(workdir)
 
     # ---------------------------------------------------------------- state
     donated = () if kind.adapts else 0
@@ -377,7 +379,7 @@ def main() -> None:
         progress.text(done, "samples", sample("after training"))
     progress.close()
     report.end_attempt(workdir)
-    lock.close()
+    mine.close()
     if stopping and done < c.steps:
         cli.leave(stopping, f"saved at step {done} of {c.steps}; the same command goes on from there")
 
@@ -417,4 +419,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, "interrupted; the same command goes on from the last checkpoint", NEEDS)

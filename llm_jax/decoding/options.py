@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from llm_jax.errors import UserError
@@ -12,6 +13,16 @@ if TYPE_CHECKING:  # the flags of `generate` come from here, and --help costs no
 PROMPT = "prompt"  # the draft of speculative decoding that looks back in the text itself
 _LEAST, _MOST = 1e-30, 1e30
 METHODS = ("sample", "beam", "contrastive", "speculative")
+# Rows (options, where they have no effect, whether they have one) of `Options`, or of flags of the same names.
+NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
+    (
+        ("length_penalty", "early_stop", "beam_groups", "diversity"),
+        "--beams=2 or more is not given",
+        lambda o: o.beams > 1,
+    ),
+    (("diversity",), "--beam_groups=2 or more is not given", lambda o: o.beam_groups > 1),
+    (("draft_tokens",), "--draft=CHECKPOINT or --draft=prompt is not given", lambda o: bool(o.draft)),
+)
 
 
 def _option(default: Any, about: str, low: float = -math.inf, high: float = math.inf, open_low: bool = False) -> Any:
@@ -108,9 +119,9 @@ class Options:
         asked = changed & {"beams", "contrastive", "draft"}
         if len(asked) > 1:
             raise UserError(f"{_flags(asked)} are different ways to decode; choose one")
-        others = changed & {"length_penalty", "early_stop", "beam_groups", "diversity"}
-        if others and self.beams == 1:
-            raise UserError(f"{_flags(others)} without --beams; give --beams=2 or more")
+        for names, where, have_effect in NEEDS:
+            if (vain := changed & set(names)) and not have_effect(self):
+                raise UserError(f"--{min(vain)} has no effect where {where}")
         if self.beams > 1:
             if useless := drawing | changed & {"temperature", "top_k", "seed"}:
                 raise UserError(f"a beam search draws nothing; --beams leaves nothing for {_flags(useless)} to do")
@@ -118,8 +129,6 @@ class Options:
                 raise UserError(f"--n={self.n} is more than --beams={self.beams}")
             if self.beams % self.beam_groups:
                 raise UserError(f"--beams={self.beams} does not split into --beam_groups={self.beam_groups}")
-            if self.diversity and self.beam_groups == 1:
-                raise UserError("--diversity without --beam_groups; give --beam_groups=2 or more")
         if self.contrastive:
             if self.top_k < 2:
                 raise UserError(
@@ -127,8 +136,6 @@ class Options:
                 )
             if useless := drawing | changed & {"temperature", "seed", "n"}:
                 raise UserError(f"contrastive search draws nothing; it leaves nothing for {_flags(useless)} to do")
-        if "draft_tokens" in changed and not self.draft:
-            raise UserError("--draft_tokens without --draft; give --draft=CHECKPOINT or --draft=prompt")
         if self.alternatives and self.method != "sample":
             raise UserError(f"--alternatives is for drawing and greedy decoding, not for {self.method}")
 

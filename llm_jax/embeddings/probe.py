@@ -20,6 +20,10 @@ flags.DEFINE_integer("count", 10, "neighbours and answers to print")
 flags.DEFINE_boolean("all", False, "agreement with people's ratings, and analogies")
 flags.DEFINE_string("map", "", "a picture to write")
 flags.DEFINE_list("words", [], "the words on the map")
+NEEDS: cli.Needs = (
+    (("count",), "neither --neighbours nor --analogy is given", lambda f: f.neighbours or f.analogy),
+    (("words",), "--map is not given", lambda f: f.map),
+)
 
 
 def main() -> None:
@@ -54,4 +58,4 @@ def _listed(found: list[tuple[str, float]]) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, needs=NEEDS)

@@ -162,7 +162,11 @@ def _template(name: str) -> str:
 
 
 def _key(key: jax.Array, name: str) -> jax.Array:
-    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+    return jax.random.fold_in(key, _hash(name))
+
+
+def _hash(name: str) -> int:
+    return zlib.crc32(name.encode())
 
 
 def _start(key: Any, name: str, base: Any, original: Any, rank: int, width: int, config: LoraConfig) -> dict[str, Any]:
@@ -278,7 +282,8 @@ def attach(
     Args:
       base: weights of any kind, those of `rebase`.
       factors: the scheme that a and b are rounded to in every use (straight-through); "": none.
-      dropout: of the inputs of the low-rank path, drawn by `key`.
+      dropout: of the inputs of the low-rank path. What is dropped depends on `key` and the name of the layer's own
+        weight (`layers/17/attention/query`), not on how layers are stacked.
 
     Raises:
       UserError: the adapters are for another model.
@@ -291,8 +296,9 @@ def attach(
             raise UserError(f"'{path}' of shape {flat[path].shape} is no matrix; use lora.materialize")
         keys = None
         if dropout and key is not None:
-            own = _key(key, path)
-            keys = own if stacked is None else jax.random.split(own, len(stacked))
+            own = np.array([_hash(name) for name in trees.expand(path)], np.uint32)
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, own)
+            keys = keys[0] if stacked is None else keys
         flat[path] = node(flat[path], parts, factors, dropout, keys)
     return trees.unflatten(flat)
 

@@ -17,7 +17,8 @@ import numpy as np
 from tqdm import tqdm
 
 from llm_jax import quantized, trees, weights
-from llm_jax.config import DataConfig, ModelConfig
+from llm_jax.config import Config, ModelConfig
+from llm_jax.data import masking
 from llm_jax.data.corpus import Source
 from llm_jax.data.rows import ROWS, Row, Shuffled
 from llm_jax.errors import UserError
@@ -55,25 +56,27 @@ def needs_text(planned: Mapping[str, str], method: str) -> bool:
     return methods.METHODS[method][1] or any(n and formats.scheme(n).activations == "static" for n in planned.values())
 
 
-def text(config: DataConfig, given: str, tokenizer: Tokenizer, length: int, count: int) -> tuple[list[Row], str]:
+def text(config: Config, given: str, tokenizer: Tokenizer, length: int, count: int) -> tuple[list[Row], str]:
     """(up to `count` rows of `length` tokens, sha256 of the text they are from).
 
     Args:
-      config: of a run, whose training text is taken unless another is `given`.
+      config: of a run, whose training text is taken unless another is `given`. The rows are as its training and
+        evaluation see them: an encoder that finds hidden tokens is calibrated on text with hidden tokens.
 
     Raises:
       UserError: the text has fewer tokens than one row.
     """
-    source = Source(dataclasses.replace(config, source=given) if given else config, whole=bool(given))
+    data = dataclasses.replace(config.data, source=given) if given else config.data
+    source = Source(data, whole=bool(given))
     corpus = source.corpus(tokenizer)
     split = corpus.validation if given else corpus.train
     if len(split.tokens) <= length:
         raise UserError(
-            f"{given or config.source} has {len(split.tokens)} tokens, fewer than one calibration sequence of "
+            f"{data.source} has {len(split.tokens)} tokens, fewer than one calibration sequence of "
             f"{length}; lower --seq_len or bring more text"
         )
-    rows = ROWS[config.kind](split, length)
-    shuffled = Shuffled(rows, 0)
+    rows = ROWS[data.kind](split, length)
+    shuffled = masking.hider(config.loss, tokenizer)(Shuffled(rows, 0), 0)
     return [shuffled[i] for i in range(min(count, rows.full))], corpus.sha256
 
 

@@ -9,7 +9,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from llm_jax import trees, weights
-from llm_jax.checkpoint import make_directory, read_json, write_json
+from llm_jax.directory import make_directory, read_json, write_json
 
 
 def write(directory: pathlib.Path, tree: Any, notes: Any) -> None:

@@ -19,10 +19,11 @@ from llm_jax.errors import UserError
 _BLOCK = 2**20
 
 flags.DEFINE_enum("kind", None, tokenizers.TRAINED, "of the tokenizer", required=True)
-flags.DEFINE_integer("vocab_size", 0, "ids, the special ones included; not needed by byte")
+flags.DEFINE_integer("vocab_size", 0, "ids, the special ones included; not of byte")
 flags.DEFINE_multi_string("input", None, "a text file, directory, glob or asset:NAME; several times", required=True)
 flags.DEFINE_string("output", None, "the directory to write; it must not exist", required=True)
 flags.DEFINE_integer("sample", 128, "MiB of text to learn from at most; of more, blocks are drawn")
+NEEDS: cli.Needs = ((("vocab_size", "sample"), "--kind=byte is given", lambda f: f.kind != "byte"),)
 
 
 def main() -> None:
@@ -107,4 +108,4 @@ def _boundary(block: bytes, place: int) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, needs=NEEDS)

@@ -10,6 +10,7 @@ from llm_jax import lora, trees
 from llm_jax.config import build
 from llm_jax.errors import UserError
 from llm_jax.lora.adapt import TRAINED
+from llm_jax.model.stages import layout
 from tests.lora import cases
 
 GAUSSIAN = ("lora", "fa", "dora")
@@ -207,6 +208,29 @@ def test_dropout_drops_inputs_of_the_low_rank_path_only_and_differs_by_layer_and
     keys = [jax.random.key_data(n.a.key).tolist() for p, n in nodes.items() if hasattr(n, "a")]
     flat = [tuple(k) for stacked in keys for k in stacked]
     assert len(flat) == 14 and len(set(flat)) == 14
+
+
+def test_dropout_is_the_same_however_layers_are_stacked(make, tiny):
+    model, base = make(num_layers=4)
+    adapters, key = cases.made(base, cases.config(tiny, targets=("linear", "embeddings"))), jax.random.key(7)
+    attach = functools.partial(lora.attach, dropout=0.5, key=key)
+
+    def keys(params):
+        flat = trees.flatten(trees.unstack(params))
+        return {p: jax.random.key_data(n.a.key).tolist() for p, n in flat.items() if hasattr(n, "a")}
+
+    expected = keys(attach(trees.unstack(base), trees.unstack(adapters)))
+    assert len(expected) == 4 * 7 + 1
+    for stages in (((1, 4),), ((2, 2),), ((2, 1), (1, 2))):
+        assert keys(attach(trees.restage(base, stages), trees.restage(adapters, stages))) == expected
+    out = {}
+    for scan in (False, True):
+        laid = model.clone(config=dataclasses.replace(model.config, scan_layers=scan))
+        params = attach(*(trees.restage(tree, layout(laid.config)) for tree in (base, adapters)))
+        out[scan] = jax.jit(lambda p, laid=laid: laid.apply({"params": p}, cases.IDS))(params)
+    np.testing.assert_allclose(out[False], out[True], atol=1e-5)
+    plain = jax.jit(lambda p: model.apply({"params": p}, cases.IDS))(lora.attach(base, adapters))
+    assert np.abs(out[True] - plain).max() > 1e-2
 
 
 def test_dropout_keeps_the_mean_and_its_share():

@@ -12,6 +12,7 @@ import pytest
 import llm_jax
 from llm_jax import checkpoint, quantized, trees, weights
 from llm_jax.config import QATConfig, QuantConfig
+from llm_jax.data import masking
 from llm_jax.errors import UserError
 from llm_jax.model.transformer import Transformer
 from llm_jax.quant import calibrate, methods, qat, quantize
@@ -162,11 +163,26 @@ def test_the_command_writes_what_evaluate_and_load_take(command, trained, tmp_pa
 
 def test_calibration_text_that_is_too_short_is_refused(trained, tmp_path, text_file):
     (tmp_path / "short.txt").write_text("too short")
-    config, tokenizer = checkpoint.read_config(trained).data, llm_jax.load(trained).tokenizer
+    config, tokenizer = checkpoint.read_config(trained), llm_jax.load(trained).tokenizer
     with pytest.raises(UserError, match=r"short.txt has 11 tokens, fewer than one calibration sequence of 32"):
         calibrate.text(config, str(tmp_path / "short.txt"), tokenizer, 32, 4)
     found, _ = calibrate.text(config, str(text_file), tokenizer, 32, 4)
     assert len(found) == 4 and all(len(row["inputs"]) == 32 for row in found)
+
+
+def test_an_encoder_of_hidden_tokens_is_calibrated_on_text_with_hidden_tokens(trained, text_file):
+    config, tokenizer = checkpoint.read_config(trained), llm_jax.load(trained).tokenizer
+    masked = dataclasses.replace(config, loss=dataclasses.replace(config.loss, masked="words", masked_share=0.3))
+    for given in ("", str(text_file)):
+        plain, _ = calibrate.text(config, given, tokenizer, 32, 40)
+        found, _ = calibrate.text(masked, given, tokenizer, 32, 40)
+        for row, same in zip(found, plain, strict=True):
+            np.testing.assert_array_equal(row["targets"], same["inputs"])  # the same text, hidden
+        inputs, chosen = (np.stack([row[name] for row in found]) for name in ("inputs", "mask"))
+        hidden = inputs == masking.mask_id(tokenizer)
+        assert 0.15 < chosen.mean() < 0.35 and not hidden[chosen == 0].any()
+        assert 0.7 < hidden[chosen == 1].mean() < 0.9
+        assert not any((row["inputs"] == masking.mask_id(tokenizer)).any() for row in plain)
 
 
 def test_what_the_backend_cannot_run_falls_back_only_if_asked(single, monkeypatch):
