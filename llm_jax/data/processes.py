@@ -66,6 +66,7 @@ def each(
 
 
 def _begin() -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores have processes of their own
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and says so
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -49,7 +49,7 @@ class Tokenizer(Protocol):
         """
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, without BOS or EOS. Raises UserError for unpaired surrogates."""
+        """The ids of `text`, without BOS or EOS, in a new list. Raises UserError for unpaired surrogates."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; special ids give nothing, broken UTF-8 gives U+FFFD."""
@@ -118,12 +118,16 @@ def digest(tokenizer: Tokenizer) -> str:
 
 def document(tokenizer: Tokenizer, text: str) -> list[int]:
     """The ids of a whole document: BOS, the text, EOS, as far as the vocabulary has them."""
-    return [*prompt(tokenizer, text), *([] if tokenizer.eos is None else [tokenizer.eos])]
+    ids = prompt(tokenizer, text)
+    if tokenizer.eos is not None:
+        ids.append(tokenizer.eos)
+    return ids
 
 
 def prompt(tokenizer: Tokenizer, text: str) -> list[int]:
     """The ids of text to be continued: BOS where the vocabulary has it, then the text."""
-    return [*([] if tokenizer.bos is None else [tokenizer.bos]), *tokenizer.encode(text)]
+    ids = tokenizer.encode(text)
+    return ids if tokenizer.bos is None else [tokenizer.bos, *ids]
 
 
 def ends(tokenizer: Tokenizer) -> list[int]:

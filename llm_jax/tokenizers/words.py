@@ -74,7 +74,8 @@ class WordTokenizer:
 
     def encode(self, text: str) -> list[int]:
         utf8(text)
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        # Without offsets into the text, which take a quarter of the time.
+        return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def decode(self, ids: Sequence[int]) -> str:
         return b"".join(self._bytes[i] for i in ids if 0 <= i < len(self._bytes)).decode(errors="replace")
