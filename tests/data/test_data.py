@@ -10,7 +10,7 @@ import pytest
 
 from llm_jax import tokenizers
 from llm_jax.config import DataConfig, TokenizerConfig
-from llm_jax.data import catalog, sources
+from llm_jax.data import catalog, holdout, sources
 from llm_jax.data.corpus import Source, Split
 from llm_jax.data.rows import Rows, Shuffled, batch, batches
 from llm_jax.errors import UserError
@@ -87,7 +87,7 @@ def test_a_file_is_cut_into_documents_and_nothing_is_lost(tmp_path):
     text = "\r\n".join(f"line {i} é😀" for i in range(3000)) + "x" * 5000 + "é" * 5000
     path.write_bytes(text.encode())
     found = read(str(path), tmp_path)
-    in_place = np.argsort(found.start)
+    in_place = np.argsort(found[np.arange(len(found))]["start"])
     texts = list(found.texts(np.arange(len(found))))
     assert len(found) > 10 and "".join(texts[i] for i in in_place) == text
 
@@ -96,20 +96,23 @@ def groups(sizes: list[int], names: list[str]) -> catalog.Catalog:
     """Documents of these sizes and groups, in files of one each."""
     files = tuple(sources.File(f"{i}", name, "", "text") for i, name in enumerate(names))
     hashes = [int.from_bytes(hashlib.sha256(n.encode()).digest()[:8]) for n in names]
-    count, zeros = len(sizes), np.zeros(len(sizes), np.int64)
-    return catalog.Catalog(
-        ("x",), files, np.arange(count), zeros, np.array(sizes), np.array(hashes, np.uint64), (count,), "text", ""
-    )
+    count, records = len(sizes), np.zeros(len(sizes), catalog.RECORD)
+    records["size"], records["group"] = sizes, hashes
+    return catalog.Catalog(("x",), files, np.arange(1, count + 1), (records,), (count,), "text", "")
+
+
+def held_out(found: catalog.Catalog, fraction: float) -> np.ndarray:
+    return holdout.held_out(found, fraction)(found[np.arange(len(found))])
 
 
 def test_the_split_holds_out_whole_groups_of_about_the_share():
     names = [f"group{i // 3}" for i in range(600)]
-    held = catalog.held_out(groups([100] * 600, names), 0.1)
+    held = held_out(groups([100] * 600, names), 0.1)
     assert {n for n, h in zip(names, held, strict=True) if h}.isdisjoint(
         n for n, h in zip(names, held, strict=True) if not h
     )
     assert 50 <= held.sum() <= 60
-    assert (catalog.held_out(groups([100] * 600, names[::-1]), 0.1) == held[::-1]).all()
+    assert (held_out(groups([100] * 600, names[::-1]), 0.1) == held[::-1]).all()
 
 
 @hypothesis.given(
@@ -130,7 +133,7 @@ def test_the_split_takes_groups_one_by_one_in_the_order_of_their_hash(found, fra
             expected.add(group)
             room -= total[group]
     expected = expected or {min(total, key=lambda g: (total[g], g))}
-    held = catalog.held_out(groups(*map(list, zip(*found, strict=True))), fraction)
+    held = held_out(groups(*map(list, zip(*found, strict=True))), fraction)
     assert held.tolist() == [group in expected for _, group in found]
 
 
