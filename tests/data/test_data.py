@@ -1,6 +1,7 @@
 import collections
 import dataclasses
 import hashlib
+import unittest.mock
 
 import hypothesis
 import hypothesis.strategies as st
@@ -117,24 +118,40 @@ def test_the_split_holds_out_whole_groups_of_about_the_share():
 
 @hypothesis.given(
     st.lists(
-        st.tuples(st.integers(1, 50), st.sampled_from("abcdefg")),
+        st.tuples(st.integers(1, 50), st.sampled_from("abcdefg"), st.booleans()),
         min_size=2,
-        max_size=30,
-    ).filter(lambda found: len({g for _, g in found}) > 1),
+        max_size=60,
+    ).filter(lambda found: len({g if shared else i for i, (_, g, shared) in enumerate(found)}) > 1),
     st.floats(0.001, 0.9),
+    st.sampled_from([2, 8, 2**16]),
+    st.sampled_from([1, 3, 2**17]),
+    st.sampled_from([1, 7, 2**14]),
 )
-def test_the_split_takes_groups_one_by_one_in_the_order_of_their_hash(found, fraction):
+@hypothesis.settings(deadline=None)
+def test_the_split_takes_groups_one_by_one_in_the_order_of_their_hash(found, fraction, bins, few, block):
+    names = [g if shared else f"own{i}" for i, (_, g, shared) in enumerate(found)]
     total = collections.Counter()
-    for size, group in found:
+    for (size, *_), group in zip(found, names, strict=True):
         total[group] += size
     room, expected = fraction * sum(total.values()), set()
     for group in sorted(total, key=lambda g: hashlib.sha256(g.encode()).digest()):
         if total[group] <= room:
             expected.add(group)
             room -= total[group]
+    corpus = groups([size for size, *_ in found], names)
+    # A group of one document is one that its file does not name, or does; the hash is the same.
+    files = [
+        f if shared else dataclasses.replace(f, group="", name=f.group)
+        for f, (*_, shared) in zip(corpus.files, found, strict=True)
+    ]
+    corpus = dataclasses.replace(corpus, files=tuple(files))
     expected = expected or {min(total, key=lambda g: (total[g], g))}
-    held = held_out(groups(*map(list, zip(*found, strict=True))), fraction)
-    assert held.tolist() == [group in expected for _, group in found]
+    with (
+        unittest.mock.patch.multiple(holdout, _BINS=bins, _FEW=few),
+        unittest.mock.patch.object(catalog, "_BLOCK", block),
+    ):
+        held = held_out(corpus, fraction)
+    assert held.tolist() == [name in expected for name in names]
 
 
 def test_stdlib_has_no_tests_in_it():
