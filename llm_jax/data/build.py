@@ -2,14 +2,16 @@
 
 import array
 import contextlib
+import dataclasses
 import fcntl
 import functools
+import itertools
 import json
 import os
 import pathlib
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -18,6 +20,7 @@ from llm_jax.data import catalog as catalog_lib
 from llm_jax.data import formats, processes
 from llm_jax.data.catalog import Catalog
 from llm_jax.data.encode import ENCODERS
+from llm_jax.data.holdout import HeldOut
 from llm_jax.data.sources import File
 from llm_jax.errors import UserError
 from llm_jax.tokenizers import Tokenizer
@@ -26,11 +29,12 @@ _PAYS = 16 * 2**20  # bytes of text for which a process is worth its start
 _PARTS = 512  # of about the same size, of these bytes at least and at most
 _SMALLEST, _LARGEST = 2**20, 64 * 2**20
 
-_Job = tuple[pathlib.Path, str, str, str, str, list[tuple[File, np.ndarray, np.ndarray]]]
+_Run = tuple[File, np.ndarray, np.ndarray]  # documents of a file: starts, sizes
+_Job = tuple[pathlib.Path, str, str, str, str, Iterable[_Run]]
 
 
 def build(
-    directory: pathlib.Path, catalog: Catalog, held: np.ndarray, tokenizer: Tokenizer, kind: str, workers: int
+    directory: pathlib.Path, catalog: Catalog, held: HeldOut, tokenizer: Tokenizer, kind: str, workers: int
 ) -> None:
     """Writes the tokens of all documents into `directory`, which appears when it is whole.
 
@@ -50,23 +54,24 @@ def build(
                 return
             parts.mkdir(exist_ok=True)
             tokenizers.save(tokenizer, parts / "tokenizer")
-            sides = {"train": np.flatnonzero(~held), "validation": np.flatnonzero(held)}
-            names: dict[str, list[str]] = {side: [] for side in sides}
+            sides = _divided(parts, catalog, held)
+            names: dict[str, list[str]] = {side.name: [] for side in sides}
             jobs: list[_Job] = []
             costs: list[int] = []
-            for side, which in sides.items():
-                for shard in _shards(catalog, which):
-                    name = f"{side}-{len(names[side]):06}"
-                    names[side].append(name)
+            for side in sides:
+                for first, end, size in _shards(side, catalog.files):
+                    name = f"{side.name}-{len(names[side.name]):06}"
+                    names[side.name].append(name)
                     if not (parts / f"{name}.npz").exists():
-                        jobs.append((parts, name, dtype.name, kind, catalog.field, _runs(catalog, shard)))
-                        costs.append(int(catalog.size[shard].sum()))
+                        places = _Places(side.path, _runs(side, catalog.files, first, end))
+                        jobs.append((parts, name, dtype.name, kind, catalog.field, places))
+                        costs.append(size)
             for _ in processes.each(_part, jobs, costs, "tokenizing", workers=workers, pays=_PAYS):
                 pass
             whole = parts / "whole"
             shutil.rmtree(whole, ignore_errors=True)
             for side in sides:
-                _join(whole / side, parts, names[side], dtype)
+                _join(whole / side.name, parts, names[side.name], dtype)
             whole.rename(directory)
             shutil.rmtree(parts, ignore_errors=True)
 
@@ -94,23 +99,87 @@ def _alone(path: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def _shards(catalog: Catalog, which: np.ndarray) -> list[np.ndarray]:
-    """Documents in runs of about the same size; a file that is read from its beginning only is never divided."""
-    if not len(which):
-        return []
-    file, sizes = catalog.file[which], catalog.size[which]
-    target = min(max(int(sizes.sum()) // _PARTS, _SMALLEST), _LARGEST)
-    shard = (np.cumsum(sizes) - sizes) // target
-    first = np.searchsorted(file, np.arange(len(catalog.files)))  # of each file
-    divisible = np.array([formats.seekable(f.path) for f in catalog.files])
-    shard = np.where(divisible[file], shard, shard[np.minimum(first[file], len(which) - 1)])
-    return np.split(which, np.flatnonzero(np.diff(shard)) + 1)
+@dataclasses.dataclass(frozen=True)
+class _Side:
+    """One side of the corpus. Beside the parts, its documents' places stand in two files, `path` and an ending.
+
+    Attributes:
+      until: int64 (files,), its documents up to the end of each file.
+      bytes_until: int64 (files,), their bytes.
+    """
+
+    name: str
+    path: pathlib.Path
+    until: np.ndarray
+    bytes_until: np.ndarray
 
 
-def _runs(catalog: Catalog, which: np.ndarray) -> list[tuple[File, np.ndarray, np.ndarray]]:
-    """Documents file by file: (file, starts, sizes)."""
-    cuts = np.split(which, np.flatnonzero(np.diff(catalog.file[which])) + 1)
-    return [(catalog.files[catalog.file[run[0]]], catalog.start[run], catalog.size[run]) for run in cuts]
+@dataclasses.dataclass(frozen=True)
+class _Places:
+    """Documents, by file and where they stand in the files of their side: all that a process is told of them."""
+
+    path: pathlib.Path
+    runs: tuple[tuple[File, int, int], ...]
+
+    def __iter__(self) -> Iterator[_Run]:
+        starts, sizes = _starts(self.path), _sizes(self.path)
+        return ((file, starts[first:end], sizes[first:end]) for file, first, end in self.runs)
+
+
+def _starts(path: pathlib.Path) -> np.ndarray:
+    return catalog_lib.mapped(path.with_suffix(".starts"), np.int64)
+
+
+def _sizes(path: pathlib.Path) -> np.ndarray:
+    return catalog_lib.mapped(path.with_suffix(".sizes"), np.int64)
+
+
+def _divided(parts: pathlib.Path, catalog: Catalog, held: HeldOut) -> list[_Side]:
+    """Writes which documents are on which side."""
+    found = []
+    for name, is_held in (("train", False), ("validation", True)):
+        count, size = np.zeros((2, len(catalog.files)), np.int64)
+        path = parts / name
+        with path.with_suffix(".starts").open("wb") as starts, path.with_suffix(".sizes").open("wb") as sizes:
+            for which in catalog.blocks():
+                records = catalog[which]
+                chosen = held(records) == is_held
+                file, records = catalog.file(which)[chosen], records[chosen]
+                np.add.at(count, file, 1)
+                np.add.at(size, file, records["size"])
+                starts.write(records["start"].tobytes())
+                sizes.write(records["size"].tobytes())
+        found.append(_Side(name, path, np.cumsum(count), np.cumsum(size)))
+    return found
+
+
+def _shards(side: _Side, files: tuple[File, ...]) -> Iterator[tuple[int, int, int]]:
+    """Documents in runs of about the same size: (first, end, bytes).
+
+    A file that is read from its beginning only is never divided.
+    """
+    sizes, before, last = _sizes(side.path), 0, -1
+    target = min(max(int(side.bytes_until[-1]) // _PARTS, _SMALLEST), _LARGEST)
+    divisible = np.array([formats.seekable(f.path) for f in files])
+    first_of = np.concatenate([[0], side.bytes_until[:-1]]) // target  # the shard in which each file begins
+    cuts: list[tuple[int, int]] = []  # (document, the bytes before it)
+    for some in catalog_lib.slices(0, len(sizes)):
+        file = np.searchsorted(side.until, np.arange(some.start, some.stop), side="right")
+        begins = before + np.cumsum(sizes[some]) - sizes[some]
+        shard = np.where(divisible[file], begins // target, first_of[file])
+        new = np.flatnonzero(np.diff(shard, prepend=last))
+        cuts += zip((some.start + new).tolist(), begins[new].tolist(), strict=True)
+        before, last = int(begins[-1] + sizes[some][-1]), shard[-1]
+    cuts.append((len(sizes), before))
+    return ((first, end, until - start) for (first, start), (end, until) in itertools.pairwise(cuts))
+
+
+def _runs(side: _Side, files: tuple[File, ...], first: int, end: int) -> tuple[tuple[File, int, int], ...]:
+    """Documents file by file: (file, first, end)."""
+    low, high = np.searchsorted(side.until, (first, end - 1), side="right").tolist()
+    bounds = [first, *side.until[low:high].tolist(), end]
+    found = zip(files[low : high + 1], itertools.pairwise(bounds), strict=True)
+    return tuple((file, begin, until) for file, (begin, until) in found if begin < until)
 
 
 @functools.lru_cache(1)
@@ -124,13 +193,13 @@ def _part(
     dtype: str,
     kind: str,
     field: str,
-    runs: list[tuple[File, np.ndarray, np.ndarray]],
+    runs: Iterable[_Run],
 ) -> None:
     """Tokenizes documents into NAME.tokens and NAME.mask; NAME.npz says that they are finished."""
     encoder = ENCODERS[kind]
     saved = parts / "tokenizer"
     tokenizer = _tokenizer(saved, saved.stat().st_ino)
-    lengths, sizes = [], []
+    lengths, sizes = array.array("q"), array.array("q")
     with _writing(parts.parent), contextlib.ExitStack() as files:
         tokens = files.enter_context((parts / f"{name}.tokens").open("wb"))
         mask = files.enter_context((parts / f"{name}.mask").open("wb")) if encoder.masks else None
@@ -154,8 +223,6 @@ def _part(
 def _join(directory: pathlib.Path, parts: pathlib.Path, names: list[str], dtype: np.dtype) -> None:
     """Puts the parts of one side together."""
     directory.mkdir(parents=True)
-    said = [np.load(parts / f"{name}.npz") for name in names]
-    lengths, sizes = (np.concatenate([np.zeros(0, np.int64), *(s[key] for s in said)]) for key in ("lengths", "sizes"))
     for ending in ("tokens", "mask"):
         if ending == "tokens" or any((parts / f"{name}.mask").exists() for name in names):
             with (directory / f"{ending}.bin").open("wb") as joined:
@@ -164,6 +231,16 @@ def _join(directory: pathlib.Path, parts: pathlib.Path, names: list[str], dtype:
                         shutil.copyfileobj(part, joined, 2**20)
                 joined.flush()
                 os.fsync(joined.fileno())
-    np.save(directory / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]))
-    np.save(directory / "bytes.npy", sizes)
+    offsets, sizes, end = parts / "offsets", parts / "bytes", 0
+    with offsets.open("wb") as ends, sizes.open("wb") as joined:
+        ends.write(np.zeros(1, np.int64).tobytes())
+        for name in names:
+            with np.load(parts / f"{name}.npz") as said:
+                found = end + np.cumsum(said["lengths"])
+                ends.write(found.tobytes())
+                joined.write(said["sizes"].tobytes())
+                end = found[-1]
+    for path in (offsets, sizes):
+        np.save(directory / f"{path.name}.npy", catalog_lib.mapped(path, np.int64))
+        path.unlink()
     (directory / "split.json").write_text(json.dumps({"dtype": dtype.name}))

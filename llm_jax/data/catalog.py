@@ -1,25 +1,37 @@
-"""What is in a corpus: the place, size and group of every document in arrays, and which of them are held out."""
+"""What is in a corpus: the place, size and group of every document, in files that are mapped and not read.
+
+A scan goes through memory a block at a time and is kept on disk, so that what it takes does not grow with the number
+of documents (it does with that of files).
+"""
 
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import pathlib
+import tempfile
 import time
-import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from typing import IO
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from llm_jax.data import processes, sources
-from llm_jax.data.formats import FORMATS
+from llm_jax.data.formats import FORMATS, one_by_one
 from llm_jax.data.sources import File
 from llm_jax.errors import UserError
 
-_FORMAT = 1  # of the remembered scans
+_FORMAT = 2  # of the remembered scans
 _PAYS = 256 * 2**20  # bytes to scan for which a process is worth its start
 _RACE = 2 * 10**9  # nanoseconds; a file that has just changed may change again under the same time
+_BLOCK = 2**14  # documents in memory at a time
+
+# A document: where it begins in its file (`formats.Scan`), the bytes of its text in UTF-8, and a hash of the name of
+# its group.
+RECORD = np.dtype([("start", np.int64), ("size", np.int64), ("group", np.uint64)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,10 +41,8 @@ class Catalog:
     Attributes:
       names: of the sources.
       files: all of them.
-      file: int32 (documents,), whose document it is.
-      start: int64 (documents,), where it begins in its file (`formats.Scan`).
-      size: int64 (documents,), bytes of its text in UTF-8.
-      group: uint64 (documents,), a hash of the name of its group.
+      until: int64 (files,), the documents up to the end of each file.
+      records: of each source, RECORD (documents,).
       ends: int (sources,), the documents up to the end of each source.
       field: what the text is called in records.
       sha256: of all names and texts.
@@ -40,19 +50,39 @@ class Catalog:
 
     names: tuple[str, ...]
     files: tuple[File, ...]
-    file: np.ndarray
-    start: np.ndarray
-    size: np.ndarray
-    group: np.ndarray
+    until: np.ndarray
+    records: tuple[np.ndarray, ...]
     ends: tuple[int, ...]
     field: str
     sha256: str
 
     def __len__(self) -> int:
-        return len(self.file)
+        return self.ends[-1]
+
+    def __getitem__(self, which: np.ndarray) -> np.ndarray:
+        """RECORD of documents, int (n,) by index."""
+        source = np.searchsorted(self.ends, which, side="right")
+        found = np.empty(len(which), RECORD)
+        for i, begin in enumerate((0, *self.ends[:-1])):
+            inside = source == i
+            found[inside] = self.records[i][which[inside] - begin]
+        return found
+
+    def file(self, which: np.ndarray) -> np.ndarray:
+        """Whose documents these are, by index in `files`."""
+        return np.searchsorted(self.until, which, side="right")
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """The indices of all documents, some at a time."""
+        return (np.arange(s.start, s.stop) for s in slices(0, len(self)))
+
+    def num_bytes(self) -> int:
+        """Of all texts."""
+        return sum(int(records["size"].sum()) for records in self.records)
 
     def name(self, document: int) -> str:
-        return self.files[self.file[document]].document(int(self.start[document]))
+        which = np.array([document])
+        return self.files[self.file(which)[0]].document(int(self[which]["start"][0]))
 
     def texts(self, which: np.ndarray) -> Iterator[str]:
         """The texts of documents, by ascending indices.
@@ -60,15 +90,17 @@ class Catalog:
         Raises:
           UserError: a file that cannot be read, or has changed since it was scanned.
         """
-        file = self.file[which]
+        file = self.file(which)
         for part in np.split(which, np.flatnonzero(np.diff(file)) + 1) if len(which) else ():
-            yield from texts(self.files[self.file[part[0]]], self.field, self.start[part], self.size[part])
+            records = self[part]
+            places = (np.ascontiguousarray(records[name]) for name in ("start", "size"))
+            yield from texts(self.files[self.file(part[:1])[0]], self.field, *places)
 
 
 def texts(file: File, field: str, starts: np.ndarray, sizes: np.ndarray) -> Iterator[str]:
     """The texts of one file's documents, which must have the sizes that they had."""
     found = FORMATS[file.format].read(file.path, field, starts, sizes)
-    for size, text in zip(sizes.tolist(), found, strict=True):
+    for size, text in zip(one_by_one(sizes), found, strict=True):
         if len(text.encode()) != size:
             raise UserError(f"{file.path}: changed while it was being read; start again")
         yield text
@@ -81,12 +113,10 @@ def read(source: str, field: str, memory: pathlib.Path, workers: int) -> tuple[C
       memory: where scans are remembered, by the sizes and times of files.
 
     Raises:
-      UserError: a source that is not there, cannot be read, or has no text.
+      UserError: a source that is not there, cannot be read, or has no text; no room to write the scan.
     """
     names = tuple(sources.weights(source))
     records = [Record.make(name, len(names) > 1, field, memory, workers) for name in names]
-    bases = np.cumsum([0, *(len(r.files) for r in records)])
-    ends = np.cumsum([len(r.start) for r in records])
     digest = hashlib.sha256()
     for record in records:
         for file, found in zip(record.files, record.digests, strict=True):
@@ -96,11 +126,9 @@ def read(source: str, field: str, memory: pathlib.Path, workers: int) -> tuple[C
     catalog = Catalog(
         names=names,
         files=tuple(f for r in records for f in r.files),
-        file=np.concatenate([r.file + base for r, base in zip(records, bases, strict=False)], dtype=np.int32),
-        start=_joined([r.start for r in records]),
-        size=_joined([r.size for r in records]),
-        group=_joined([r.group for r in records]),
-        ends=tuple(ends.tolist()),
+        until=np.cumsum([n for r in records for n in r.counts]),
+        records=tuple(r.records for r in records),
+        ends=tuple(itertools.accumulate(len(r.records) for r in records)),
         field=field,
         sha256=digest.hexdigest(),
     )
@@ -109,15 +137,22 @@ def read(source: str, field: str, memory: pathlib.Path, workers: int) -> tuple[C
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """The scan of one source: as `Catalog`, with the sizes and times of its files. `is_new`: not (all) from memory."""
+    """The scan of one source.
+
+    Attributes:
+      stamps: the sizes and times of its files.
+      digests: sha256 of each file.
+      counts: documents of each file.
+      records: RECORD of all of them, mapped from disk.
+      path: where it is remembered.
+      is_new: not (all) from memory.
+    """
 
     files: list[File]
     stamps: list[tuple[int | str, int]]
     digests: list[str]
-    file: np.ndarray
-    start: np.ndarray
-    size: np.ndarray
-    group: np.ndarray
+    counts: list[int]
+    records: np.ndarray
     path: pathlib.Path
     is_new: bool
 
@@ -127,133 +162,132 @@ class Record:
         files = sources.files(name, prefix)
         stamps = [file.stamp() for file in files]
         key = json.dumps([name, str(pathlib.Path.cwd()), prefix, field, _FORMAT])
-        path = memory / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
-        known = _remembered(path)
+        path = memory / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.scan"
+        known, records = _remembered(path)
         wanted = [_key(file, stamp) for file, stamp in zip(files, stamps, strict=True)]
-        todo = [i for i, key in enumerate(wanted) if key not in known]
         found = {i: known[key] for i, key in enumerate(wanted) if key in known}
-        jobs = [(files[i], field) for i in todo]
-        costs = [s if isinstance(s, int) else n for s, n in (stamps[i] for i in todo)]
-        for i, scan in processes.each(_scan, jobs, costs, f"reading {name}", workers=workers, pays=_PAYS):
-            found[todo[i]] = scan
-        parts = [found[i] for i in range(len(files))]
-        if not sum(len(part[1]) for part in parts):
+        is_new = list(known) != wanted
+        if is_new:
+            with _scratch(memory) as scratch:
+                todo = [i for i in range(len(files)) if i not in found]
+                jobs = [(files[i], field, scratch) for i in todo]
+                costs = [s if isinstance(s, int) else n for s, n in (stamps[i] for i in todo)]
+                said = dict(processes.each(_scan, jobs, costs, f"reading {name}", workers=workers, pays=_PAYS))
+                maps = {part.name: mapped(part, RECORD) for part in scratch.iterdir()}
+                found |= {todo[i]: (digest, maps[part][at]) for i, (digest, part, at) in said.items()}
+                with tempfile.TemporaryFile(dir=memory) as joined:
+                    for i in range(len(files)):
+                        _append(joined, found[i][1])
+                    joined.flush()
+                    records = mapped(joined, RECORD)  # which keeps what has no name any more
+        if not len(records):
             raise UserError(f"data.source={name}: there is no text in it")
-        digests, starts, sizes, groups = zip(*parts, strict=True)
-        return cls(
-            files,
-            stamps,
-            list(digests),
-            np.repeat(np.arange(len(files), dtype=np.int32), [len(s) for s in starts]),
-            _joined(starts),
-            _joined(sizes),
-            _joined(groups),
-            path,
-            bool(todo) or len(known) != len(files),
-        )
+        digests, parts = zip(*(found[i] for i in range(len(files))), strict=True)
+        return cls(files, stamps, list(digests), [len(p) for p in parts], records, path, is_new)
 
     def write(self) -> None:
         """Remembers what is new, but for files that changed just now. Raises UserError where it cannot be written."""
         if not self.is_new:
             return
         now = time.time_ns()
-        sure = np.array([isinstance(s[0], str) or s[1] + _RACE < now for s in self.stamps])
-        counts = np.bincount(self.file, minlength=len(self.files))
-        table = [
-            [_key(file, stamp), digest, int(count)]
-            for file, stamp, digest, count, kept in zip(
-                self.files, self.stamps, self.digests, counts, sure, strict=True
-            )
-            if kept
-        ]
-        kept = sure[self.file]
+        sure = [isinstance(s[0], str) or s[1] + _RACE < now for s in self.stamps]
+        said = zip(self.files, self.stamps, self.digests, self.counts, strict=True)
+        table = [[_key(file, stamp), digest, count] for file, stamp, digest, count in itertools.compress(said, sure)]
+        header = json.dumps(table).encode()
         partial = self.path.with_suffix(f".{os.getpid()}.partial")
-        try:
+        with _written(self.path.parent):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as opened:
-                np.savez(
-                    opened,
-                    table=np.frombuffer(json.dumps(table).encode(), np.uint8),
-                    start=self.start[kept],
-                    size=self.size[kept],
-                    group=self.group[kept],
-                )
-            partial.rename(self.path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                partial.unlink()
-            raise UserError(f"data.cache_dir: {self.path.parent} cannot be written ({error.strerror})") from error
+            try:
+                with partial.open("wb") as opened:
+                    opened.write(header + b" " * (-len(header) - 1 & 7) + b"\n")  # records stand at multiples of 8
+                    for end, count, kept in zip(itertools.accumulate(self.counts), self.counts, sure, strict=True):
+                        _append(opened, self.records[end - count : end * kept])
+                partial.rename(self.path)
+            except OSError:
+                partial.unlink(missing_ok=True)
+                raise
 
     def changed(self) -> str:
         """The path of a file that is no longer what was scanned, or ""."""
         return next((f.path for f, s in zip(self.files, self.stamps, strict=True) if f.stamp() != s), "")
 
 
-def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """One after the other; a single one is not copied."""
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+def mapped(file: pathlib.Path | IO[bytes], dtype: DTypeLike, offset: int = 0) -> np.ndarray:
+    """A file from `offset` to its end as an array that is not read; an empty one, which cannot be mapped, too."""
+    size = os.stat(file if isinstance(file, pathlib.Path) else file.fileno()).st_size
+    return np.memmap(file, dtype, "r", offset).view(np.ndarray) if size > offset else np.zeros(0, dtype)
 
 
-_Part = tuple[str, np.ndarray, np.ndarray, np.ndarray]  # sha256, start, size, group
+def slices(begin: int, end: int) -> Iterator[slice]:
+    return (slice(i, min(i + _BLOCK, end)) for i in range(begin, end, _BLOCK))
+
+
+def _append(file: IO[bytes], values: np.ndarray) -> None:
+    for some in slices(0, len(values)):
+        file.write(values[some].tobytes())
+
+
+@contextlib.contextmanager
+def _written(directory: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"data.cache_dir: {directory} cannot be written ({error.strerror})") from error
+
+
+@contextlib.contextmanager
+def _scratch(directory: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A new directory in `directory`, and at the end none, nor those above it that are new and have nothing in them."""
+    new = [parent for parent in (directory, *directory.parents) if not parent.exists()]
+    try:
+        with _written(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".partial-", dir=directory) as scratch:
+                yield pathlib.Path(scratch)
+    finally:
+        with contextlib.suppress(OSError):
+            for parent in new:
+                parent.rmdir()
 
 
 def _key(file: File, stamp: tuple[int | str, int]) -> str:
     return json.dumps([file.name, file.path, file.format, *stamp])
 
 
-def _remembered(path: pathlib.Path) -> dict[str, _Part]:
+def _remembered(path: pathlib.Path) -> tuple[dict[str, tuple[str, np.ndarray]], np.ndarray]:
+    """(sha256, RECORD) of each file, and RECORD of all."""
     try:
-        with np.load(path) as saved:
-            table = json.loads(saved["table"].tobytes())
-            start, size, group = saved["start"], saved["size"], saved["group"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return {}  # none, or one that was cut short
+        with path.open("rb") as opened:
+            table = json.loads(opened.readline())
+            records = mapped(opened, RECORD, opened.tell())
+    except (OSError, ValueError):
+        return {}, np.zeros(0, RECORD)  # none, or one that was cut short
     found, begin = {}, 0
     for key, digest, count in table:
-        part = slice(begin, begin + count)
-        found[key] = (digest, start[part], size[part], group[part])
+        found[key] = (digest, records[begin : begin + count])
         begin += count
-    return found if begin == len(start) else {}
+    return (found, records) if begin == len(records) else ({}, np.zeros(0, RECORD))
 
 
-def _scan(file: File, field: str) -> _Part:
-    digest, starts, sizes = FORMATS[file.format].scan(file.path, field)
-    some = sizes > 0
-    starts, sizes = starts[some], sizes[some]
-    names = (file.group or file.document(start) for start in starts.tolist())
-    return digest, starts, sizes, np.fromiter((int.from_bytes(_hash(n)[:8]) for n in names), np.uint64, len(starts))
+def _scan(file: File, field: str, scratch: pathlib.Path) -> tuple[str, str, slice]:
+    """Adds the documents of a file to what this process has written. (sha256, name of that, where in it they are)."""
+    digest = ""
+
+    def found() -> Iterator[tuple[int, int]]:
+        nonlocal digest
+        digest = yield from FORMATS[file.format].scan(file.path, field)
+
+    path = scratch / str(os.getpid())
+    documents = (place for place in found() if place[1])
+    with path.open("ab") as written:
+        first = written.tell() // RECORD.itemsize
+        while some := list(itertools.islice(documents, _BLOCK)):
+            records = np.empty(len(some), RECORD)
+            records["start"], records["size"] = zip(*some, strict=True)
+            records["group"] = [int.from_bytes(_hash(file.group or file.document(start))[:8]) for start, _ in some]
+            written.write(records.tobytes())
+        return digest, path.name, slice(first, written.tell() // RECORD.itemsize)
 
 
 def _hash(group: str) -> bytes:
     return hashlib.sha256(group.encode()).digest()
-
-
-def held_out(catalog: Catalog, fraction: float) -> np.ndarray:
-    """Which documents are held out, bool (documents,): whole groups in the order of their hash, up to `fraction`
-    of the bytes.
-
-    Groups that alone would exceed the rest of the share are passed over; at least one group is held
-    out and one is trained on.
-
-    Raises:
-      UserError: the fraction is not inside (0, 1), or there is one group only.
-    """
-    if not 0 < fraction < 1:
-        raise UserError(f"config key 'data.validation_fraction' is {fraction}; expected a number between 0 and 1")
-    groups, which = np.unique(catalog.group, return_inverse=True)
-    if len(groups) < 2:
-        raise UserError(f"the corpus is one document ({catalog.name(0)}); at least two are needed to hold one out")
-    sizes = np.zeros(len(groups), np.int64)
-    np.add.at(sizes, which, catalog.size)
-    room, held, rest = fraction * int(sizes.sum()), np.zeros(len(groups), bool), np.arange(len(groups))
-    while len(rest := rest[sizes[rest] <= room]):
-        total = np.cumsum(sizes[rest])
-        fit = int(np.searchsorted(total, room, side="right"))
-        held[rest[:fit]] = True
-        room -= int(total[fit - 1])
-        rest = rest[fit:]
-    if not held.any():
-        least = np.flatnonzero((sizes == sizes.min())[which])
-        names = {catalog.files[catalog.file[i]].group or catalog.name(i): which[i] for i in least.tolist()}
-        held[names[min(names)]] = True
-    return held[which]

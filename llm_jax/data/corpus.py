@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from llm_jax import tokenizers
 from llm_jax.config import DataConfig, TokenizerConfig, choice
-from llm_jax.data import catalog
+from llm_jax.data import catalog, holdout
 from llm_jax.data.build import build
 from llm_jax.data.encode import ENCODERS
 from llm_jax.errors import UserError
@@ -33,7 +33,8 @@ class Split:
 
     Attributes:
       tokens: (tokens,), uint16 or uint32, mapped from disk.
-      offsets: int64 (documents + 1,), where each document begins; the last is the length.
+      offsets: int64 (documents + 1,), where each document begins, and the end. Of a part of a stream they are
+        places in that stream: the first is where `tokens` begin.
       num_bytes: in UTF-8 of the text that counts.
       mask: uint8 (tokens,), 1 where a token counts as a target; None: all but the first of a document.
       directory: where to keep what is computed of it; None: nowhere.
@@ -69,23 +70,42 @@ class Source:
         self.cache = pathlib.Path(config.cache_dir or "~/.cache/llm_jax").expanduser()
         field = config.field if config.kind == "text" else ""
         self.catalog, self._records = catalog.read(config.source, field, self.cache / "scans", config.workers)
-        everything = np.ones(len(self.catalog), bool)
-        self.held = everything if whole else catalog.held_out(self.catalog, config.validation_fraction)
+        self.held = holdout.EVERYTHING if whole else holdout.held_out(self.catalog, config.validation_fraction)
         for record in self._records:
             record.write()
         self.sha256 = self.catalog.sha256
-        self.num_bytes = int(self.catalog.size.sum())
+        self.num_bytes = self.catalog.num_bytes()
         self._key = f"{self.sha256[:24]}-{'whole' if whole else f'{config.validation_fraction:g}'}"
         if config.kind != "text":
             self._key = f"{config.kind}-{self._key}"
 
     def texts(self, held: bool, limit: int) -> Iterator[str]:
-        """The texts of one side, in their order; a sample of documents where they have more than `limit` bytes."""
-        which = np.flatnonzero(self.held == held)
-        if self.catalog.size[which].sum() > limit:
-            drawn = np.random.default_rng(0).permutation(which)
-            which = np.sort(drawn[: max(1, np.searchsorted(np.cumsum(self.catalog.size[drawn]), limit))])
+        """The texts of one side, in their order; a sample of documents where they have more than `limit` bytes.
+
+        The list of them takes memory by document, 4 bytes up to 4 billion, and twice that while it is made.
+        """
+        found, total = [], 0
+        for which in self.catalog.blocks():
+            records = self.catalog[which]
+            chosen = self.held(records) == held
+            found.append(which[chosen].astype(np.min_scalar_type(len(self.catalog))))
+            total += int(records["size"][chosen].sum())
+        which = np.concatenate(found)
+        if total > limit:
+            np.random.default_rng(0).shuffle(which)
+            which = np.sort(which[: max(1, self._fitting(which, limit))])
         return map(self._encoder.plain, self.catalog.texts(which))
+
+    def _fitting(self, which: np.ndarray, limit: int) -> int:
+        """How many of these documents, from the first on, have less than `limit` bytes together."""
+        count = total = 0
+        for some in catalog.slices(0, len(which)):
+            ends = total + np.cumsum(self.catalog[which[some]]["size"])
+            count += (fit := int(np.searchsorted(ends, limit)))
+            if fit < len(ends):
+                break
+            total = int(ends[-1])
+        return count
 
     def tokenizer(self, config: TokenizerConfig) -> Tokenizer:
         """The tokenizer of a config, trained on the training documents (once: it is kept in the cache)."""
@@ -112,14 +132,17 @@ class Source:
                 shutil.rmtree(directory, ignore_errors=True)
                 raise UserError(f"{changed}: changed while it was being tokenized; start again")
         (train, trained), (validation, held) = _open(directory / "train"), _open(directory / "validation")
-        parts, begin = {}, 0
-        for name, end in zip(self.catalog.names, self.catalog.ends, strict=True):
-            # Examples up to where the source begins and ends, on the held-out side and on the other.
-            place = self._encoder.examples * np.array([np.count_nonzero(self.held[:n]) for n in (begin, end)])
-            other = self._encoder.examples * np.array([begin, end]) - place
-            parts[name] = Corpus(_part(train, trained, *other), _part(validation, held, *place), self.sha256)
-            begin = end
-        return Corpus(train, validation, self.sha256, parts if len(parts) > 1 else {})
+        parts: dict[str, Corpus] = {}
+        if len(self.catalog.names) == 1:
+            return Corpus(train, validation, self.sha256, parts)
+        # Examples up to where the sources begin and end, on the held-out side and on the other.
+        ends = np.array([0, *self.catalog.ends])
+        place = sum(np.searchsorted(which[self.held(self.catalog[which])], ends) for which in self.catalog.blocks())
+        place, every = self._encoder.examples * place, self._encoder.examples * ends
+        for i, name in enumerate(self.catalog.names):
+            sides = _part(train, trained, *(every - place)[i : i + 2]), _part(validation, held, *place[i : i + 2])
+            parts[name] = Corpus(*sides, self.sha256)
+        return Corpus(train, validation, self.sha256, parts)
 
     def compressed_bits_per_byte(self) -> dict[str, float]:
         """What general compressors at their best reach on the held-out text, as one stream of bytes."""
@@ -167,8 +190,8 @@ def _open(directory: pathlib.Path) -> tuple[Split, np.ndarray]:
     try:
         dtype = json.loads((directory / "split.json").read_text())["dtype"]
         offsets, sizes = (np.load(directory / f"{name}.npy", mmap_mode="r") for name in ("offsets", "bytes"))
-        tokens = _map(directory / "tokens.bin", dtype)
-        mask = _map(directory / "mask.bin", "uint8") if (directory / "mask.bin").exists() else None
+        tokens = catalog.mapped(directory / "tokens.bin", dtype)
+        mask = catalog.mapped(directory / "mask.bin", np.uint8) if (directory / "mask.bin").exists() else None
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{directory.parent}: the token cache is damaged ({error}); delete this directory") from error
     if len(tokens) != offsets[-1] or (mask is not None and len(mask) != len(tokens)):
@@ -176,15 +199,10 @@ def _open(directory: pathlib.Path) -> tuple[Split, np.ndarray]:
     return Split(tokens, offsets, int(sizes.sum()), mask, directory), sizes
 
 
-def _map(path: pathlib.Path, dtype: str) -> np.ndarray:
-    empty = not path.stat().st_size  # which cannot be mapped
-    return np.zeros(0, dtype) if empty else np.memmap(path, dtype, mode="r")
-
-
 def _part(split: Split, sizes: np.ndarray, first: int, end: int) -> Split:
     """Documents `first` to `end` of a split."""
-    begin, stop = split.offsets[first], split.offsets[end]
+    begin, stop = split.offsets[[first, end]] - split.offsets[0]
     mask = None if split.mask is None else split.mask[begin:stop]
     directory = split.directory and split.directory / f"{first}-{end}"
     num_bytes = int(sizes[first:end].sum())
-    return Split(split.tokens[begin:stop], split.offsets[first : end + 1] - begin, num_bytes, mask, directory)
+    return Split(split.tokens[begin:stop], split.offsets[first : end + 1], num_bytes, mask, directory)

@@ -18,8 +18,8 @@ import lzma
 import pathlib
 import tokenize
 import zlib
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -27,21 +27,14 @@ from llm_jax.errors import UserError
 
 _PIECE = 64 * 1024  # bytes; a single text file is cut into documents of about this size
 _ROWS = 256  # of a table, read at a time
+_AT_ONCE = 2**12  # numbers made of an array at a time
 _NOT_THERE = "is not in it; it has {}. Name the field of the text with data.field"
 
 
-class Scan(NamedTuple):
-    """What is in a file.
-
-    Attributes:
-      sha256: of its content, unpacked; of a table, of the field that is read.
-      starts: int64 (documents,), the byte of the unpacked file, or the row, where each begins, in their order.
-      sizes: int64 (documents,), of their texts in UTF-8.
-    """
-
-    sha256: str
-    starts: np.ndarray
-    sizes: np.ndarray
+# (start, size) of each document that is found, in their order: the byte of the unpacked file, or the row, where it
+# begins, and the bytes of its text in UTF-8. What it returns in the end is the sha256 of the file's content,
+# unpacked; of a table, of the field that is read.
+Scan = Generator[tuple[int, int], None, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +42,7 @@ class Format:
     """A way to cut a file into documents.
 
     Attributes:
-      scan: (path, field) -> Scan. Raises UserError for what cannot be read, naming the place.
+      scan: (path, field) -> its documents (`Scan`). Raises UserError for what cannot be read, naming the place.
       read: (path, field, starts, sizes) -> the texts that are there.
       whole: the file is one document.
     """
@@ -118,12 +111,13 @@ def _scan_text(path: str, field: str) -> Scan:
     with _opened(path) as stream:
         data = stream.read()
     _decode(path, data)
-    return Scan(hashlib.sha256(data).hexdigest(), _ints([0]), _ints([len(data)]))
+    yield 0, len(data)
+    return hashlib.sha256(data).hexdigest()
 
 
 def _read_text(path: str, field: str, starts: np.ndarray, sizes: np.ndarray) -> Iterator[str]:
     with _opened(path) as stream:
-        for start, size in zip(starts.tolist(), sizes.tolist(), strict=True):
+        for start, size in zip(one_by_one(starts), one_by_one(sizes), strict=True):
             stream.seek(start)
             yield _decode(path, stream.read(size), start)
 
@@ -156,8 +150,9 @@ def _scan_pieces(path: str, field: str) -> Scan:
             starts.append(start)
             sizes.append(end)
             start += end
-    order = np.argsort(_ints(starts).astype("S20"), kind="stable") if seekable(path) else slice(None)
-    return Scan(digest.hexdigest(), _ints(starts)[order], _ints(sizes)[order])
+    order = sorted(range(len(starts)), key=lambda i: str(starts[i])) if seekable(path) else range(len(starts))
+    yield from ((starts[i], sizes[i]) for i in order)
+    return digest.hexdigest()
 
 
 def _whole_characters(block: bytes) -> int:
@@ -172,8 +167,9 @@ def _scan_python(path: str, field: str) -> Scan:
     try:
         data = _source(path).encode()
     except (SyntaxError, UnicodeDecodeError):
-        return Scan("", _ints([]), _ints([]))
-    return Scan(hashlib.sha256(data).hexdigest(), _ints([0]), _ints([len(data)]))
+        return ""
+    yield 0, len(data)
+    return hashlib.sha256(data).hexdigest()
 
 
 def _read_python(path: str, field: str, starts: np.ndarray, sizes: np.ndarray) -> Iterator[str]:
@@ -192,20 +188,19 @@ def _source(path: str) -> str:
 
 
 def _scan_lines(path: str, field: str) -> Scan:
-    digest, starts, sizes, place = hashlib.sha256(), array.array("q"), array.array("q"), 0
+    digest, place = hashlib.sha256(), 0
     with _opened(path) as stream:
         for number, line in enumerate(stream, 1):
             digest.update(line)
             if line.strip():
-                starts.append(place)
-                sizes.append(_utf8_size(f"{path}, line {number}", _of_line(path, number, place, line, field)))
+                yield place, _utf8_size(f"{path}, line {number}", _of_line(path, number, place, line, field))
             place += len(line)
-    return Scan(digest.hexdigest(), _ints(starts), _ints(sizes))
+    return digest.hexdigest()
 
 
 def _read_lines(path: str, field: str, starts: np.ndarray, sizes: np.ndarray) -> Iterator[str]:
     with _opened(path) as stream:
-        for start in starts.tolist():
+        for start in one_by_one(starts):
             stream.seek(start)
             yield _of_line(path, 0, start, stream.readline(), field)
 
@@ -313,13 +308,14 @@ def _any_in(rows: np.ndarray, first: int, end: int) -> bool:
 
 
 def _scan_table(table: _Table, path: str, field: str) -> Scan:
-    digest, sizes = hashlib.sha256(), array.array("q")
+    digest = hashlib.sha256()
     for first, values in table(path, field, None):
         for row, value in enumerate(values, first):
             text = _of_row(path, row, field, value)
-            sizes.append(_utf8_size(f"{path}, row {row}", text))
-            digest.update(b"%d\0" % sizes[-1] + text.encode())
-    return Scan(digest.hexdigest(), np.arange(len(sizes)), _ints(sizes))
+            size = _utf8_size(f"{path}, row {row}", text)
+            digest.update(b"%d\0" % size + text.encode())
+            yield row, size
+    return digest.hexdigest()
 
 
 def _read_table(table: _Table, path: str, field: str, starts: np.ndarray, sizes: np.ndarray) -> Iterator[str]:
@@ -333,8 +329,10 @@ def _of_row(path: str, row: int, field: str, value: Any) -> str:
     return _text(f"{path}, row {row}", field, value) if field else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def _ints(values: Any) -> np.ndarray:
-    return np.asarray(values, np.int64)
+def one_by_one(values: np.ndarray) -> Iterator[int]:
+    """The values of a long (mapped) array, of which few are numbers of Python at a time."""
+    for begin in range(0, len(values), _AT_ONCE):
+        yield from values[begin : begin + _AT_ONCE].tolist()
 
 
 FORMATS = {

@@ -1,13 +1,16 @@
 """Examples into rows without cutting any: best fit, by decreasing length (Johnson 1973)."""
 
+import array
 import contextlib
-import os
 import pathlib
 import sys
+import tempfile
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
+from llm_jax.data.formats import one_by_one
 from llm_jax.errors import UserError
 
 
@@ -29,12 +32,13 @@ def best_fit(lengths: np.ndarray, capacity: int) -> Packing:
     Args:
       lengths: int (examples,), each at least 0; those of 0 are left out as well.
     """
-    which = np.flatnonzero((lengths > 0) & (lengths <= capacity))
-    which = which[np.argsort(-lengths[which], kind="stable")]
+    fit = (lengths > 0) & (lengths <= capacity)
+    which = np.argsort(np.where(fit, -lengths, 1), kind="stable")[: np.count_nonzero(fit)]
     row_of, rows = np.zeros(len(which), np.int64), 0
-    open_rows: list[list[int]] = [[] for _ in range(capacity + 1)]  # by the room in them
+    open_rows = [array.array("q") for _ in range(capacity + 1)]  # by the room in them
     rooms = 0  # bit r: there is a row with room r
-    for place, length in enumerate(lengths[which].tolist()):
+    for place, example in enumerate(one_by_one(which)):
+        length = int(lengths[example])
         if enough := rooms >> length:
             room = length + (enough & -enough).bit_length() - 1
             row = open_rows[room].pop()
@@ -46,31 +50,39 @@ def best_fit(lengths: np.ndarray, capacity: int) -> Packing:
         open_rows[room - length].append(row)
         rooms |= (room > length) << (room - length)  # a full row is done with
     row_of = np.random.default_rng(0).permutation(rows)[row_of]
-    starts = np.searchsorted(np.sort(row_of), np.arange(rows + 1))
+    starts = np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=rows))])
     return Packing(which[np.argsort(row_of, kind="stable")], starts)
 
 
-def kept(directory: pathlib.Path | None, lengths: np.ndarray, capacity: int) -> Packing:
-    """`best_fit`, computed once where there is a directory to keep it in."""
+def kept(directory: pathlib.Path | None, name: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The arrays that `make` gives: made once, and mapped, where there is a directory to keep them in."""
     if directory is None:
-        return best_fit(lengths, capacity)
-    path = directory / f"rows-{capacity}.npz"
-    with contextlib.suppress(OSError, ValueError, KeyError, EOFError), np.load(path) as saved:
-        return Packing(saved["examples"], saved["starts"])
-    found = best_fit(lengths, capacity)
-    with contextlib.suppress(OSError):  # where nothing can be written it is computed again
+        return make()
+    with contextlib.suppress(OSError, ValueError):
+        return _mapped(directory / name)
+    found = make()
+    with contextlib.suppress(OSError, ValueError):  # where nothing can be written they are made again
         directory.mkdir(exist_ok=True)
-        partial = directory / f".{os.getpid()}.partial"
-        with partial.open("wb") as file:
-            np.savez(file, **found._asdict())
-        partial.rename(path)
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=directory) as partial:
+            whole = pathlib.Path(partial) / name
+            whole.mkdir()
+            for part, values in found.items():
+                np.save(whole / f"{part}.npy", values)
+            whole.rename(directory / name)
+        return _mapped(directory / name)
     return found
 
 
-def check_fit(fit: int, lengths: np.ndarray, seq_len: int, what: str) -> None:
-    """Says how many of the examples (or pairs) do not fit `train.seq_len`. Raises UserError where none does."""
+def _mapped(directory: pathlib.Path) -> dict[str, np.ndarray]:
+    if not (found := {path.stem: np.load(path, mmap_mode="r") for path in directory.iterdir()}):
+        raise ValueError(f"{directory} is empty")
+    return found
+
+
+def check_fit(fit: int, count: int, lengths: Callable[[], np.ndarray], seq_len: int, what: str) -> None:
+    """Says how many of `count` examples (or pairs) do not fit `train.seq_len`. Raises UserError where none does."""
     if not fit:
-        least = f"the shortest takes {lengths.min()}" if len(lengths) else "there are none"
-        raise UserError(f"none of the {len(lengths)} {what} fits train.seq_len={seq_len}; {least}")
-    if left := len(lengths) - fit:
-        print(f"{left:,} of {len(lengths):,} {what} do not fit train.seq_len={seq_len}: left out", file=sys.stderr)
+        least = f"the shortest takes {lengths().min()}" if count else "there are none"
+        raise UserError(f"none of the {count} {what} fits train.seq_len={seq_len}; {least}")
+    if left := count - fit:
+        print(f"{left:,} of {count:,} {what} do not fit train.seq_len={seq_len}: left out", file=sys.stderr)

@@ -13,6 +13,7 @@ import numpy as np
 
 from llm_jax.config import Config, DataConfig
 from llm_jax.data import packing
+from llm_jax.data.catalog import slices
 from llm_jax.data.corpus import Corpus, Split
 from llm_jax.data.sources import weights
 from llm_jax.errors import UserError
@@ -74,9 +75,9 @@ class Rows:
         length, counted = self.seq_len, index * self.step
         start = max(0, counted + self.step - length)
         tokens = self.split.tokens[start : min(start + length, counted + self.step) + 1].astype(np.int32)
-        places = start + np.arange(len(tokens))
-        documents = np.searchsorted(self.split.offsets, places, side="right") - 1
-        begins = np.maximum(self.split.offsets[documents], start)
+        places, origin = start + np.arange(len(tokens)), self.split.offsets[0]
+        documents = np.searchsorted(self.split.offsets, origin + places, side="right") - 1
+        begins = np.maximum(self.split.offsets[documents] - origin, start)
         segments = documents - documents[:1] + 1
         row = {
             "inputs": tokens[:-1],
@@ -98,10 +99,13 @@ class _Examples:
     split: Split
     seq_len: int
 
-    @functools.cached_property
     def _lengths(self) -> np.ndarray:
-        """Of the examples as rows take them: inputs, which are one less than tokens."""
-        return np.maximum(np.diff(self.split.offsets) - 1, 0)
+        """int32: of the examples as rows take them: inputs, which are one less than tokens."""
+        ends = self.split.offsets
+        found = np.empty(len(ends) - 1, np.int32)
+        for some in slices(0, len(found)):
+            found[some] = np.maximum(np.diff(ends[some.start : some.stop + 1]) - 1, 0)
+        return found
 
     @functools.cached_property
     def bytes_per_target(self) -> float:
@@ -112,7 +116,7 @@ class _Examples:
         split, parts = self.split, []
         assert split.mask is not None
         for segment, example in enumerate(examples.tolist(), 1):
-            begin, end = split.offsets[example : example + 2].tolist()
+            begin, end = (split.offsets[example : example + 2] - split.offsets[0]).tolist()
             tokens = split.tokens[begin:end].astype(np.int32)
             places = np.arange(end - begin - 1)
             mask = split.mask[begin + 1 : end]
@@ -133,11 +137,13 @@ class Packed(_Examples):
     together: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        packing.check_fit(len(self._packing.examples), self._lengths, self.seq_len, "examples")
+        count = len(self.split.offsets) - 1
+        packing.check_fit(len(self._packing.examples), count, self._lengths, self.seq_len, "examples")
 
     @functools.cached_property
     def _packing(self) -> packing.Packing:
-        return packing.kept(self.split.directory, self._lengths, self.seq_len)
+        make = lambda: packing.best_fit(self._lengths(), self.seq_len)._asdict()  # noqa: E731
+        return packing.Packing(**packing.kept(self.split.directory, f"rows-{self.seq_len}", make))
 
     def __len__(self) -> int:
         return len(self._packing.starts) - 1
@@ -165,13 +171,20 @@ class Pairs(_Examples):
     together: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
-        longest = self._lengths.reshape(-1, 2).max(1)
-        packing.check_fit(len(self._kept), longest, self.seq_len, "pairs")
+        count = (len(self.split.offsets) - 1) // 2
+        packing.check_fit(len(self._kept), count, lambda: self._both().max(1), self.seq_len, "pairs")
+
+    def _both(self) -> np.ndarray:
+        """int32 (pairs, 2): the lengths of the chosen and of the rejected ones."""
+        return self._lengths().reshape(-1, 2)
+
+    def _fitting(self) -> dict[str, np.ndarray]:
+        both = self._both()
+        return {"pairs": np.flatnonzero((both.max(1) <= self.seq_len) & (both.min(1) > 0))}
 
     @functools.cached_property
     def _kept(self) -> np.ndarray:
-        lengths = self._lengths.reshape(-1, 2)
-        return np.flatnonzero((lengths.max(1) <= self.seq_len) & (lengths.min(1) > 0))
+        return packing.kept(self.split.directory, f"pairs-{self.seq_len}", self._fitting)["pairs"]
 
     def __len__(self) -> int:
         return 2 * len(self._kept)

@@ -1,6 +1,7 @@
 import collections
 import dataclasses
 import hashlib
+import unittest.mock
 
 import hypothesis
 import hypothesis.strategies as st
@@ -10,7 +11,7 @@ import pytest
 
 from llm_jax import tokenizers
 from llm_jax.config import DataConfig, TokenizerConfig
-from llm_jax.data import catalog, sources
+from llm_jax.data import catalog, holdout, sources
 from llm_jax.data.corpus import Source, Split
 from llm_jax.data.rows import Rows, Shuffled, batch, batches
 from llm_jax.errors import UserError
@@ -87,7 +88,7 @@ def test_a_file_is_cut_into_documents_and_nothing_is_lost(tmp_path):
     text = "\r\n".join(f"line {i} é😀" for i in range(3000)) + "x" * 5000 + "é" * 5000
     path.write_bytes(text.encode())
     found = read(str(path), tmp_path)
-    in_place = np.argsort(found.start)
+    in_place = np.argsort(found[np.arange(len(found))]["start"])
     texts = list(found.texts(np.arange(len(found))))
     assert len(found) > 10 and "".join(texts[i] for i in in_place) == text
 
@@ -96,42 +97,61 @@ def groups(sizes: list[int], names: list[str]) -> catalog.Catalog:
     """Documents of these sizes and groups, in files of one each."""
     files = tuple(sources.File(f"{i}", name, "", "text") for i, name in enumerate(names))
     hashes = [int.from_bytes(hashlib.sha256(n.encode()).digest()[:8]) for n in names]
-    count, zeros = len(sizes), np.zeros(len(sizes), np.int64)
-    return catalog.Catalog(
-        ("x",), files, np.arange(count), zeros, np.array(sizes), np.array(hashes, np.uint64), (count,), "text", ""
-    )
+    count, records = len(sizes), np.zeros(len(sizes), catalog.RECORD)
+    records["size"], records["group"] = sizes, hashes
+    return catalog.Catalog(("x",), files, np.arange(1, count + 1), (records,), (count,), "text", "")
+
+
+def held_out(found: catalog.Catalog, fraction: float) -> np.ndarray:
+    return holdout.held_out(found, fraction)(found[np.arange(len(found))])
 
 
 def test_the_split_holds_out_whole_groups_of_about_the_share():
     names = [f"group{i // 3}" for i in range(600)]
-    held = catalog.held_out(groups([100] * 600, names), 0.1)
+    held = held_out(groups([100] * 600, names), 0.1)
     assert {n for n, h in zip(names, held, strict=True) if h}.isdisjoint(
         n for n, h in zip(names, held, strict=True) if not h
     )
     assert 50 <= held.sum() <= 60
-    assert (catalog.held_out(groups([100] * 600, names[::-1]), 0.1) == held[::-1]).all()
+    assert (held_out(groups([100] * 600, names[::-1]), 0.1) == held[::-1]).all()
 
 
 @hypothesis.given(
     st.lists(
-        st.tuples(st.integers(1, 50), st.sampled_from("abcdefg")),
+        st.tuples(st.integers(1, 50), st.sampled_from("abcdefg"), st.booleans()),
         min_size=2,
-        max_size=30,
-    ).filter(lambda found: len({g for _, g in found}) > 1),
+        max_size=60,
+    ).filter(lambda found: len({g if shared else i for i, (_, g, shared) in enumerate(found)}) > 1),
     st.floats(0.001, 0.9),
+    st.sampled_from([2, 8, 2**16]),
+    st.sampled_from([1, 3, 2**17]),
+    st.sampled_from([1, 7, 2**14]),
 )
-def test_the_split_takes_groups_one_by_one_in_the_order_of_their_hash(found, fraction):
+@hypothesis.settings(deadline=None)
+def test_the_split_takes_groups_one_by_one_in_the_order_of_their_hash(found, fraction, bins, few, block):
+    names = [g if shared else f"own{i}" for i, (_, g, shared) in enumerate(found)]
     total = collections.Counter()
-    for size, group in found:
+    for (size, *_), group in zip(found, names, strict=True):
         total[group] += size
     room, expected = fraction * sum(total.values()), set()
     for group in sorted(total, key=lambda g: hashlib.sha256(g.encode()).digest()):
         if total[group] <= room:
             expected.add(group)
             room -= total[group]
+    corpus = groups([size for size, *_ in found], names)
+    # A group of one document is one that its file does not name, or does; the hash is the same.
+    files = [
+        f if shared else dataclasses.replace(f, group="", name=f.group)
+        for f, (*_, shared) in zip(corpus.files, found, strict=True)
+    ]
+    corpus = dataclasses.replace(corpus, files=tuple(files))
     expected = expected or {min(total, key=lambda g: (total[g], g))}
-    held = catalog.held_out(groups(*map(list, zip(*found, strict=True))), fraction)
-    assert held.tolist() == [group in expected for _, group in found]
+    with (
+        unittest.mock.patch.multiple(holdout, _BINS=bins, _FEW=few),
+        unittest.mock.patch.object(catalog, "_BLOCK", block),
+    ):
+        held = held_out(corpus, fraction)
+    assert held.tolist() == [name in expected for name in names]
 
 
 def test_stdlib_has_no_tests_in_it():

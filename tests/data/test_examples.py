@@ -137,7 +137,7 @@ def test_packed_rows_hold_whole_examples_each_for_itself(tmp_path, capsys):
     made = split(5, 9, 4, 3, 20, directory=tmp_path / "side")
     found = Packed(made, 8)
     assert "1 of 5 examples do not fit train.seq_len=8: left out" in capsys.readouterr().err
-    assert len(found) == found.full == 3 and (tmp_path / "side" / "rows-8.npz").exists()
+    assert len(found) == found.full == 3 and (tmp_path / "side" / "rows-8").exists()
     seen = {}
     for i in range(len(found)):
         row = found[i]
@@ -220,7 +220,7 @@ def test_weights_choose_the_rows_and_change_nothing_else(tmp_path, tiny):
         whole = getattr(corpus, side)
         np.testing.assert_array_equal(np.concatenate([j.tokens for j in joined]), whole.tokens)
         assert sum(j.num_bytes for j in joined) == whole.num_bytes
-        assert all(j.offsets[0] == 0 and j.offsets[-1] == len(j.tokens) for j in joined)
+        assert all(j.offsets[-1] - j.offsets[0] == len(j.tokens) for j in joined)
         assert not (joined[0].tokens == 3 + ord("b")).any() and not (joined[1].tokens == 3 + ord("a")).any()
     train = dataclasses.replace(tiny.train, seq_len=8)
     mixed = rows.training(dataclasses.replace(tiny, data=config, train=train), corpus)
