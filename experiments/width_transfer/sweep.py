@@ -1,6 +1,6 @@
 """Does the best learning rate of a narrow model stay the best when it grows wider, with and without μP?
 
-    PYTHONPATH=. python experiments/width_transfer/sweep.py [--widths=32,64,128,256] [--seeds=3]
+    PYTHONPATH=. python experiments/width_transfer/sweep.py [--widths=32,128,256] [--seeds=5]
 
 Trains every width at every rate from every seed, twice: with model.base_width (μP) and without. What is
 done is kept in --runs and not done again: the same command goes on where it was stopped. Writes
@@ -30,8 +30,8 @@ from llm_jax.training import losses, optim, step
 HERE = pathlib.Path(__file__).parent
 
 flags.DEFINE_list("widths", ["32", "128", "256"], "the first is the base width")
-flags.DEFINE_list("powers", ["-9", "-8", "-7", "-6", "-5", "-4", "-3", "-2", "-1"], "the rates, as powers of two")
-flags.DEFINE_integer("seeds", 3, "runs of each kind")
+flags.DEFINE_list("powers", ["-9", "-8", "-7", "-6", "-5", "-4", "-3", "-2"], "the rates, as powers of two")
+flags.DEFINE_integer("seeds", 5, "runs of each kind")
 flags.DEFINE_integer("held_rows", 256, "rows of held-out text that a run is judged by")
 flags.DEFINE_string("runs", "runs/width_transfer.json", "where finished runs are kept")
 
@@ -68,6 +68,9 @@ def main() -> None:
             for seed in range(f.seeds):
                 for power in powers:
                     key = f"{transfer} {width} {power} {seed}"
+                    if width == widths[0]:  # nothing is scaled there: both are one run
+                        twin = f"{report.KINDS[0]} {width} {power} {seed}"
+                        found |= {key: found[twin]} if twin in found else {}
                     if key not in found:
                         loss = float(run(2.0**power, jax.random.key(seed), batches[seed], held))
                         found[key] = loss if math.isfinite(loss) else None  # diverged
