@@ -7,6 +7,7 @@ import runpy
 import subprocess
 import sys
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import pytest
@@ -15,6 +16,8 @@ from llm_jax import config as config_lib
 from llm_jax.model.transformer import Transformer
 
 ROOT = pathlib.Path(__file__).parents[1]
+hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no fault
+hypothesis.settings.load_profile("untimed")
 LIMITED = """
 import resource, runpy, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

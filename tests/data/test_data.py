@@ -127,7 +127,6 @@ def test_the_split_holds_out_whole_groups_of_about_the_share():
     st.sampled_from([1, 3, 2**17]),
     st.sampled_from([1, 7, 2**14]),
 )
-@hypothesis.settings(deadline=None)
 def test_the_split_takes_groups_one_by_one_in_the_order_of_their_hash(found, fraction, bins, few, block):
     names = [g if shared else f"own{i}" for i, (_, g, shared) in enumerate(found)]
     total = collections.Counter()

@@ -102,7 +102,7 @@ def test_the_chain_runs_in_the_order_that_is_promised():
 best = jax.jit(lambda one, logits: one(logits, NOTHING))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(-6, 6), min_size=1, max_size=40), st.integers(1, 45), st.floats(0.01, 1.0))
 def test_top_k_and_top_p_keep_what_sorting_would(values, k, p):
     logits = np.asarray(values + [-np.inf] * (40 - len(values)), np.float32)[None]

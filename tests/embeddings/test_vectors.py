@@ -13,9 +13,7 @@ FOUND = WordVectors(("the", "größe", "🦜", "cat's"), DRAW.normal(size=(4, 5)
 
 
 @pytest.mark.parametrize("name", ["v.txt", "v.bin"])
-@hypothesis.settings(
-    max_examples=30, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
-)
+@hypothesis.settings(max_examples=30, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 @hypothesis.given(
     words=st.lists(
         st.text(st.characters(exclude_categories=["Cs", "Z", "Cc"]), min_size=1), min_size=1, max_size=9, unique=True
@@ -90,7 +88,7 @@ def test_agreement_is_spearmans(tmp_path):
     assert np.isnan(measure.agreement(WordVectors(("a",), np.ones((1, 2), np.float32)), path).correlation)
 
 
-@hypothesis.settings(max_examples=50, deadline=None)
+@hypothesis.settings(max_examples=50)
 @hypothesis.given(values=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=2, max_size=30))
 def test_spearman_with_ties_is_the_correlation_of_mean_ranks(values):
     def ranks(x):

@@ -92,7 +92,7 @@ def test_a_step_is_the_sum_of_the_gradients_of_its_pairs(kind, window):
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-@hypothesis.settings(max_examples=30, deadline=None)
+@hypothesis.settings(max_examples=30)
 @hypothesis.given(seed=st.integers(0, 2**32 - 1), window=st.integers(1, 20))
 def test_the_band_holds_the_pairs_of_the_definition_and_no_others(seed, window):
     draw = np.random.default_rng(seed)
@@ -209,9 +209,7 @@ def test_a_corpus_counts_lower_case_words_by_paragraphs(tmp_path):
     assert corpora.build(str(tmp_path / "*.txt"), 1, 2, tmp_path).words == ("the", "hat")
 
 
-@hypothesis.settings(
-    max_examples=60, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
-)
+@hypothesis.settings(max_examples=60, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 @hypothesis.given(text=st.text("ab' \n\t", max_size=120), longest=st.sampled_from([5, 30, 1000]))
 def test_paragraphs_end_at_blank_lines_and_long_ones_between_words(text, longest, tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text(text)

@@ -53,7 +53,7 @@ NUMBERS = st.one_of(st.floats(-4, 4, width=32), st.sampled_from([0.0, 1.0, -1.0,
 WEIGHTS = arrays.arrays(np.float32, st.sampled_from([(64, 3), (2, 64, 4)]), elements=NUMBERS)
 
 
-@hypothesis.settings(max_examples=15, deadline=None)
+@hypothesis.settings(max_examples=15)
 @hypothesis.given(WEIGHTS, st.sampled_from([-2, -1]))
 @pytest.mark.parametrize("name", BOUND)
 def test_symmetric_round_trips_are_off_by_half_a_gap(name, w, axis):
@@ -66,7 +66,7 @@ def test_symmetric_round_trips_are_off_by_half_a_gap(name, w, axis):
     assert (error <= largest * BOUND[name] * (1 + 1e-5) + 1e-6).all()
 
 
-@hypothesis.settings(max_examples=15, deadline=None)
+@hypothesis.settings(max_examples=15)
 @hypothesis.given(WEIGHTS, st.sampled_from([-2, -1]))
 @pytest.mark.parametrize("name", AFFINE)
 def test_affine_round_trips_are_off_by_half_a_step_of_the_range(name, w, axis):

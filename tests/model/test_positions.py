@@ -38,7 +38,7 @@ def test_frequencies_equal_those_of_transformers(position, case):
     assert rope.attention_factor(config) == pytest.approx(case["attention_factor"], rel=1e-6)
 
 
-@hypothesis.settings(max_examples=50, deadline=None)
+@hypothesis.settings(max_examples=50)
 @hypothesis.given(
     st.integers(0, 3000),
     st.integers(0, 500),
@@ -85,7 +85,7 @@ def test_interleaved_pairs_are_neighbours_and_the_rest_stays(position):
     np.testing.assert_allclose(got[:8:2] + 1j * got[1:8:2], turned, atol=1e-5)
 
 
-@hypothesis.settings(max_examples=30, deadline=None)
+@hypothesis.settings(max_examples=30)
 @hypothesis.given(st.integers(0, 2000), st.integers(0, 2000), st.sampled_from([2, 16, 128]))
 def test_p3_an_offset_is_a_linear_map_of_sinusoids(p, k, width):
     at = lambda n: np.asarray(positions.sinusoids(jnp.asarray([n]), width, 10000.0), np.float64)[0]  # noqa: E731
@@ -96,7 +96,7 @@ def test_p3_an_offset_is_a_linear_map_of_sinusoids(p, k, width):
     np.testing.assert_allclose(at(p + k), moved, atol=1e-3)
 
 
-@hypothesis.settings(max_examples=6, deadline=None)
+@hypothesis.settings(max_examples=6)
 @hypothesis.given(st.integers(1, 3), st.integers(5, 20), st.integers(0, 2**31))
 def test_p1_without_positions_a_bidirectional_model_sees_no_order_and_a_causal_one_does(make, tiny, rows, length, seed):
     tokens = jax.random.randint(jax.random.key(seed), (rows, length), 3, 259)

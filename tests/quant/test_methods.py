@@ -50,7 +50,7 @@ def test_statistics_are_those_of_the_tokens_that_count_and_add_up():
     np.testing.assert_array_equal(twice.largest, got.largest)
 
 
-@hypothesis.settings(max_examples=10, deadline=None)
+@hypothesis.settings(max_examples=10)
 @hypothesis.given(st.integers(0, 2**31), st.booleans(), st.sampled_from(["int4", "nf4:32", "int2_affine"]))
 def test_gptq_is_never_worse_than_rounding_on_its_own_objective(seed, act_order, scheme):
     w, _, inputs = problem(seed)

@@ -58,7 +58,7 @@ def test_marks_of_a_chat_are_meant_and_marks_in_text_are_text(llama):
     assert llama.decode([1, *llama.encode("hello"), 320, 2, 999]) == "hello" and llama.piece(320) == "<|turn|>"
 
 
-@hypothesis.settings(max_examples=200, deadline=None)
+@hypothesis.settings(max_examples=200)
 @hypothesis.given(text=st.text(st.characters(exclude_categories=["Cs"])))
 @hypothesis.example(text="  a  \u2581 b\n")
 def test_the_vocabulary_in_a_gguf_file_is_the_same(llama, text):

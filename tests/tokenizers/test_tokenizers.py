@@ -26,7 +26,7 @@ def test_the_texts_it_was_trained_on_come_back(tokenizer):
         assert all(0 <= i < tokenizer.vocab_size for i in ids) and not {0, tokenizer.bos, tokenizer.eos} & set(ids)
 
 
-@hypothesis.settings(max_examples=200, deadline=None)
+@hypothesis.settings(max_examples=200)
 @hypothesis.given(text=st.text(st.characters(exclude_categories=["Cs"])))
 @hypothesis.example(text="\u2581 a\u2581\u2581 b")
 @hypothesis.example(text="\x00\x1b[0m \r\n  \n\n\n\t ")
@@ -40,7 +40,7 @@ def test_any_text_comes_back_from_the_exact_kinds(tokenizer, text):
         assert tokenizer.unk is None
 
 
-@hypothesis.settings(max_examples=200, deadline=None)
+@hypothesis.settings(max_examples=200)
 @hypothesis.given(text=st.text(st.characters(exclude_categories=["Cs"])))
 @hypothesis.example(text="\u2581 a\u2581\u2581 b \x00 \r\n\n 👩‍👩‍👧 <unk><bos> ##a")
 def test_spans_tile_the_text_and_are_what_the_tokens_decode_to(tokenizer, text):
@@ -53,7 +53,7 @@ def test_spans_tile_the_text_and_are_what_the_tokens_decode_to(tokenizer, text):
 
 
 @pytest.mark.slow
-@hypothesis.settings(max_examples=10_000, deadline=None)
+@hypothesis.settings(max_examples=10_000)
 @hypothesis.given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=20))
 def test_many_more_texts_come_back_from_the_exact_kinds(tokenizer, text):
     if tokenizer.exact:

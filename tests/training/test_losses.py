@@ -42,7 +42,7 @@ def entmax_by_bisection(z):
 rows = arrays.arrays(np.float32, draws.integers(1, 60), elements=draws.floats(-30, 30, width=32))
 
 
-@hypothesis.settings(deadline=None, max_examples=60)
+@hypothesis.settings(max_examples=60)
 @hypothesis.given(rows)
 def test_entmax_is_that_of_bisection(z):
     padded = np.concatenate([z, np.full(60 - len(z), -1e9, np.float32)])  # one shape: one compilation
@@ -58,7 +58,7 @@ def test_entmax_of_equal_logits_is_uniform(size):
     np.testing.assert_allclose(p * size, 1, rtol=1e-4)
 
 
-@hypothesis.settings(deadline=None, max_examples=30)
+@hypothesis.settings(max_examples=30)
 @hypothesis.given(rows, draws.integers(0, 59))
 def test_the_entmax_loss_and_its_gradient(z, target):
     target %= len(z)
