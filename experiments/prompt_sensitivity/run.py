@@ -54,7 +54,8 @@ def main() -> None:
                         one = asked(of, path, task, manner, root / f"{name}-{task_name}-{style}-{template}.jsonl")
                         found.append({"model": name, "task": task_name, "style": style, "template": template, **one})
                         bar.update()
-    command = f"--examples={f.examples}" + (" --reference=RUN" if f.reference else "")
+    sizes = f"--examples={f.examples} --shots={f.shots} --reasoning_tokens={f.reasoning_tokens}"
+    command = sizes + (" --reference=RUN" if f.reference else "")
     print(report.write(HERE, found, command))
 
 
