@@ -10,6 +10,7 @@ import pytest
 
 import llm_jax
 from llm_jax import checkpoint, pretrained, trees, weights
+from llm_jax.directory import write_manifest
 from llm_jax.errors import UserError
 from tests.test_checkpoint import metrics
 
@@ -118,11 +119,8 @@ def test_another_base_is_refused(run, command, trained, tmp_path):
     directory = checkpoint.find(tmp_path / "run")
     record = json.loads((directory / "record.json").read_text())
     record["base"]["sha256"] = "0" * 64
-    manifest = json.loads((directory / "manifest.json").read_text())
     checkpoint.write_json(directory / "record.json", record)
-    checkpoint.write_json(
-        directory / "manifest.json", manifest | {"record.json": checkpoint._sha256(directory / "record.json")}
-    )
+    write_manifest(directory)
     with pytest.raises(UserError, match="adapters are for the base of sha256 000000000000, which was .*; now that has"):
         llm_jax.load(tmp_path / "run")
     done = command(
