@@ -106,6 +106,7 @@ def main() -> None:
         name: {
             stage: round((found[str(more)][name][stage] - found[str(less)][name][stage]) / (more - less), 2)
             for stage in STAGES
+            if found[str(more)][name][stage] and found[str(less)][name][stage]  # 0: it was over before it was looked at
         }
         for name in ("first start", "second start")
     }
