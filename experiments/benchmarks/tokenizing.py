@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 
+import numpy as np
 import tokenizers as library
 from absl import flags
 
@@ -42,7 +43,7 @@ def write_corpus(path: pathlib.Path, size: int) -> None:
     with path.open("w") as file:
         while written < size:
             for i in range(len(found)):
-                (text,) = found.texts(found.file[i : i + 1] * 0 + i)
+                (text,) = found.texts(np.array([i]))
                 for begin in range(0, len(text), 2000):
                     line = json.dumps({"text": f"{number}\n{text[begin : begin + 2000]}"}) + "\n"
                     number, written = number + 1, written + len(line)
