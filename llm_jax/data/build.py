@@ -207,7 +207,7 @@ def _part(
             try:
                 for example in encoder.encode(tokenizer, catalog_lib.texts(file, field, starts, bytes_of)):
                     ids = array.array("I", example.ids)  # which takes half the time of numpy's
-                    tokens.write(np.asarray(ids, dtype))
+                    tokens.write(np.asarray(ids, dtype).data)
                     if mask:
                         mask.write(example.mask)
                     lengths.append(len(example.ids))
