@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
     config.model.update({"mlp_width": 1536, "qk_norm": False})
     config.model.position.update({"base": 100000.0, "max_length": 8192})
     config.lora.update({"rank": 8, "alpha": 16.0, "targets": ("linear",)})
-    config.train.update({"steps": 110, "batch_size": 4, "seq_len": 256, "loss_chunk": 16})
+    config.train.update({"steps": 115, "batch_size": 8, "seq_len": 128, "loss_chunk": 16})
     config.optim.update({"lr": 1e-3, "warmup_steps": 10, "schedule": "linear", "weight_decay": 0.0})
     config.eval.update({"every": 0, "rows": 0, "prompts": ()})
     config.checkpoint.update({"every": 20, "keep_last": 1, "keep_best": 0})

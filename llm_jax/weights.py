@@ -185,11 +185,12 @@ class Adapted(Node):
         if scale.ndim == 2:  # a row of scales per batch row of x (B, ..., I)
             scale = scale.reshape(scale.shape[0], *(1,) * (x.ndim - 2), scale.shape[1])
         low = dot(x, first, transposed, accumulate=accumulate) * scale
-        update = dot(low, second, transposed, out_dtype=out_dtype, accumulate=accumulate)
-        # Named again: a remat policy then keeps the sum, and neither of its parts.
-        return checkpoint_name(
-            dot(x, self.base, transposed, out_dtype=out_dtype, accumulate=accumulate) + update, "dot"
+        base, update = (
+            dot(rows, w, transposed, out_dtype=accumulate, accumulate=accumulate)
+            for rows, w in ((x, self.base), (low, second))
         )
+        # Named again: a remat policy then keeps the sum, and neither of its parts.
+        return checkpoint_name((base + update).astype(out_dtype), "dot")
 
     def take(self, ids: jax.Array) -> jax.Array:
         rows = take(self.base, ids)

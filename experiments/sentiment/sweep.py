@@ -132,10 +132,14 @@ def step_seconds(workdir: pathlib.Path) -> float:
 
 
 def run(command: list[str], log: pathlib.Path) -> str:
-    """Runs a command; what it prints goes to `log`, the last line is given. Raises UserError where it fails."""
+    """Runs a command; what it prints goes to `log`, the last line is given. Raises UserError where it fails.
+
+    What runs of one kind compile is compiled once.
+    """
+    environment = {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(log.parent / "compiled")}
     with log.open("w") as out:
         process = subprocess.run(
-            [sys.executable, *command], stdout=out, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONPATH": str(ROOT)}
+            [sys.executable, *command], stdout=out, stderr=subprocess.STDOUT, env=os.environ | environment
         )
     lines = log.read_text().strip().splitlines() or ["no output"]
     if process.returncode:
