@@ -69,15 +69,16 @@ def main() -> None:
     checkpoint.make_directory(root)
     jobs = [(kind, 0) for kind in PROMPTED] + [(name, seed) for seed in range(f.seeds) for name in TRAINED]
     file = HERE / "runs.jsonl" if f.size == "cpu" else root / "runs.jsonl"
-    mine = [job for job in jobs[int(part[1]) - 1 :: int(part[2])] if job not in finished(file, f.size)]
-    with tqdm(total=len(jobs), initial=len(jobs) - len(mine)) as bar:
-        for name, seed in mine:
+    mine = jobs[int(part[1]) - 1 :: int(part[2])]
+    with tqdm(mine) as bar:
+        for name, seed in bar:
+            if (name, seed) in finished(file, f.size):  # perhaps by another process, since this one began
+                continue
             bar.set_description(f"{name}, seed {seed}")
             found = asked(root, name, f.size) if name in PROMPTED else trained(root, name, seed, f.size)
             line = {"job": name, "seed": seed, "recipe": recipe(name, f.size), **found}
             with file.open("a") as lines:
                 lines.write(json.dumps(line) + "\n")
-            bar.update()
     done = finished(file, f.size)
     if missing := [job for job in jobs if job not in done]:
         print(f"{len(missing)} of {len(jobs)} jobs are not done yet; started again without --part it goes on")
@@ -107,7 +108,7 @@ def asked(root: pathlib.Path, kind: str, size: str) -> dict[str, Any]:
 
 
 def trained(root: pathlib.Path, name: str, seed: int, size: str) -> dict[str, Any]:
-    """Trains (on, where it was stopped), asks about product reviews too, and gives the figures."""
+    """Trains (on, where it was stopped), asks one seed's run about product reviews too, and gives the figures."""
     workdir = root / f"{report.slug(name)}-{seed}-{recipe(name, size)}"
     changes = SIZES[size][0] | TRAINED[name] | {"train.seed": seed}
     overrides = [f"--config.{key}={value}" for key, value in changes.items()]
@@ -119,9 +120,9 @@ def trained(root: pathlib.Path, name: str, seed: int, size: str) -> dict[str, An
     found["step_seconds"] = step_seconds(workdir)
     if name != "full":
         found["factors"] = report.factor_shapes(workdir)
-    if size == "cpu":
+    if size == "cpu" and seed == 0:
         ask = ["-m", "llm_jax.evaluate", f"--checkpoint={workdir}", f"--data={OTHER}", "--json"]
-        found["product_accuracy"] = json.loads(run(ask, root / f"{workdir.name}-products.log"))["accuracy"]
+        found["products"] = json.loads(run(ask, root / f"{workdir.name}-products.log"))
     return found
 
 
