@@ -223,7 +223,7 @@ def _sum_of_first_forward(part, chunks, captured):
 
 def _sum_of_first_backward(part, saved, g):
     moving, fixed = saved
-    mask = _joined(moving[0], fixed[0])
+    chunks = _joined(moving[0], fixed[0])
 
     def body(i, sums):
         def one(chunk, captured):
@@ -235,8 +235,8 @@ def _sum_of_first_backward(part, saved, g):
             jax.tree.map(jnp.add, sums[1], d_captured),
         )
 
-    d_chunks, d_captured = jax.lax.fori_loop(0, _counting(mask), body, jax.tree.map(jnp.zeros_like, tuple(moving)))
-    return ({k: d_chunks.get(k) for k in mask}, {k: d_captured.get(k) for k in _joined(moving[1], fixed[1])})
+    d_chunks, d_captured = jax.lax.fori_loop(0, _counting(chunks), body, jax.tree.map(jnp.zeros_like, tuple(moving)))
+    return ({k: d_chunks.get(k) for k in chunks}, {k: d_captured.get(k) for k in _joined(moving[1], fixed[1])})
 
 
 _sum_of_first.defvjp(_sum_of_first_forward, _sum_of_first_backward, symbolic_zeros=True)
