@@ -4,6 +4,7 @@ Started again with the same command it goes on where it was, bit for bit.
 """
 
 import dataclasses
+import functools
 import pathlib
 import statistics
 import time
@@ -123,7 +124,7 @@ def main() -> None:
     abstract = checkpoint.abstract_params(model)
     copies = mesh_lib.replicated(mesh)
     param_shardings = mesh_lib.shardings(abstract, config.mesh.rules, mesh)
-    abstract_trained, abstract_fixed = jax.eval_shape(kind.begin, abstract)
+    abstract_trained, abstract_fixed = jax.eval_shape(kind.begin, abstract, jax.random.key(0))
     # Adapters are small: a copy on every device.
     trained_shardings = (
         jax.tree.map(lambda _: copies, abstract_trained)
@@ -182,7 +183,11 @@ def main() -> None:
 
     # ---------------------------------------------------------------- state
     donated = () if kind.adapts else 0
-    begin = jax.jit(kind.begin, out_shardings=(trained_shardings, fixed_shardings), donate_argnums=donated)
+    # The key is an argument, so that runs of other seeds compile nothing new.
+    begin = functools.partial(
+        jax.jit(kind.begin, out_shardings=(trained_shardings, fixed_shardings), donate_argnums=donated),
+        key=jax.random.key(c.seed),
+    )
     with_optimizer = jax.jit(begun, out_shardings=state_shardings, donate_argnums=0)
     fixed_too = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract_fixed, fixed_shardings

@@ -51,7 +51,7 @@ def ours(directory: str, rows: int, length: int, rank: int, remat: str, chunk: s
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     origin = pretrained.Origin(directory, c.model.precision.params)
     base = origin.params(c.model, lambda tree: jax.tree.map(lambda _: device, tree))
-    params, fixed = jax.jit(kind.begin)(base)
+    params, fixed = jax.jit(kind.begin)(base, jax.random.key(c.train.seed))
     frozen = kind.freeze(base, fixed)
     optimizer = optim.make(c.optim, 10**6, base, adapters=params)
     del base

@@ -68,17 +68,18 @@ def training_step(config: Config, kind: str) -> tuple[Any, Callable[[Any], tuple
     """(the jitted step of a micro-batch, base weights -> (state, frozen)); see `training.step`."""
     model = Transformer(config.model)
     base = checkpoint.abstract_params(model)
-    what = Adapters(config.lora, config.quant, 0) if kind == "adapters" else AllWeights(config.quant)
+    what = Adapters(config.lora, config.quant) if kind == "adapters" else AllWeights(config.quant)
 
     def loss(trained, frozen, rows, count, key):
         chunk, sparse = config.train.loss_chunk, losses.is_sparse(config)
         return losses.language_model(model, what.whole(trained, frozen), rows, chunk, sparse)
 
-    abstract = jax.eval_shape(what.begin, base)[0]
+    key = jax.random.key(0)
+    abstract = jax.eval_shape(what.begin, base, key)[0]
     optimizer = optim.make(config.optim, 10**9, base, adapters=abstract if what.adapts else None)
 
     def begin(base):
-        trained, fixed = what.begin(base)
+        trained, fixed = what.begin(base, key)
         return step.init(optimizer, trained), what.freeze(base, fixed)
 
     return jax.jit(step.make(loss, optimizer, lambda _: 0.0, 0, 1), donate_argnums=0), begin

@@ -1,6 +1,6 @@
 """What a run trains: all weights, or adapters over frozen ones.
 
-trained, fixed = kind.begin(base)              `fixed` are the parts of adapters that are not trained
+trained, fixed = kind.begin(base, key)         `fixed` are the parts of adapters that are not trained
 frozen = kind.freeze(base, fixed)
 params = kind.whole(trained, frozen, key)      what the model sees
 saved = kind.saved(trained, frozen)            what a checkpoint holds; kind.split is the inverse
@@ -27,7 +27,7 @@ class AllWeights:
     quant: QuantConfig
     adapts: ClassVar[bool] = False
 
-    def begin(self, base: Any) -> Trees:
+    def begin(self, base: Any, key: jax.Array) -> Trees:
         for path, weight in trees.flatten(base).items():
             if isinstance(weight, Node):
                 raise UserError(
@@ -55,14 +55,13 @@ class Adapters:
 
     config: LoraConfig
     quant: QuantConfig
-    seed: int
     adapts: ClassVar[bool] = True
 
-    def begin(self, base: Any) -> Trees:
+    def begin(self, base: Any, key: jax.Array) -> Trees:
         # PiSSA takes its start out of the full weights; others begin from what will be frozen.
         seen = base if self.config.variant == "pissa" else quantize.base(base, self.quant)
         original = base if self.quant.scheme else None
-        return self.split(lora.init(jax.random.key(self.seed), seen, self.config, original))
+        return self.split(lora.init(key, seen, self.config, original))
 
     def freeze(self, base: Any, fixed: Any) -> Any:
         return {"base": quantize.base(lora.rebase(base, fixed), self.quant), "fixed": fixed}
@@ -89,4 +88,4 @@ def kind(config: Config) -> AllWeights | Adapters:
         raise UserError("lora.rank adapts pretrained weights; name them by init_from")
     if config.quant.qat.scheme:
         raise UserError(f"quant.qat.scheme={config.quant.qat.scheme} rounds trained weights; see lora.factors")
-    return Adapters(config.lora, config.quant, config.train.seed)
+    return Adapters(config.lora, config.quant)

@@ -20,8 +20,8 @@ IDS = jnp.asarray(np.random.RandomState(1).randint(3, 259, (3, 8)))
 
 def parts(model, base, settings, quant):
     """(step, state, frozen, batch); three rows of seven tokens, so that no activation is shaped like a weight."""
-    what = Adapters(settings, quant, 0)
-    trained, fixed = what.begin(base)
+    what = Adapters(settings, quant)
+    trained, fixed = what.begin(base, jax.random.key(0))
     ones = jnp.ones((3, 7), jnp.int32)
     batch = {
         "inputs": IDS[:, :-1],
