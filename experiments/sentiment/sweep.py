@@ -38,7 +38,6 @@ TRAINED = {
     "LoRA r=1": {"lora.rank": 1, "lora.alpha": 2.0},
     "LoRA r=8": {},
     "LoRA r=64": {"lora.rank": 64, "lora.alpha": 128.0},
-    "LoRA r=8, rank-stabilized": {"lora.rank_stabilized": True, "lora.alpha": 2 * 8**0.5},
     "LoRA+ r=8": {"lora.b_lr_ratio": 16.0, "optim.lr": 2e-4},
     "DoRA r=8": {"lora.variant": "dora"},
     "PiSSA r=8": {"lora.variant": "pissa", "lora.alpha": 8.0, "optim.lr": 2e-4},
