@@ -31,6 +31,14 @@ from scipy import stats
 from llm_jax import checkpoint, trees
 
 MARGIN = 1.0  # points
+JUDGED = (
+    "LoRA r=8",
+    "PiSSA r=8",
+    "QLoRA r=8, NF4 base",
+    "LoRA r=8, factors in int8",
+    "QLoRA r=8, both",
+    "full",
+)
 COMMAND = "PYTHONPATH=. python experiments/sentiment/sweep.py"
 BEGIN, END = "<!-- results: written by sweep.py -->\n", "<!-- end of results -->"
 
@@ -157,19 +165,30 @@ def table(asked, runs, results, size: str, seeds: int) -> list[str]:
         return f"{mean:.1f}" if np.isnan(low) else f"{mean:.1f} ({low:.1f} to {high:.1f})"
 
     lines = ["", f"Size `{size}`, {seeds} seed{'s' * (seeds > 1)}:", ""]
-    heads = ("kind", "accuracy, %", "product reviews, %", "trained", "adapter, MiB", "step, s", "peak memory, GiB")
+    heads = (
+        "kind",
+        "seeds",
+        "accuracy, %",
+        "product reviews, %",
+        "trained",
+        "adapter, MiB",
+        "step, s",
+        "peak memory, GiB",
+    )
     lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for kind, found in asked.items():
         said = percent(*(100 * found[k] for k in ("accuracy", "low", "high")))
-        lines.append(f"| {kind} | {said} | | {found.get('trained_parameters', 0):,} | | | |")
+        lines.append(f"| {kind} | | {said} | | {found.get('trained_parameters', 0):,} | | | |")
     for name, found in runs.items():
+        if not found:
+            continue
         accuracy = percent(*interval([100 * r["test_accuracy"] for r in found]))
         first = found[0]
         far = percent(*(100 * first["products"][k] for k in ("accuracy", "low", "high"))) if size == "cpu" else ""
         peak = first["peak_host_bytes"] / 2**30
         seconds = np.median([r["step_seconds"] for r in found])
         lines.append(
-            f"| {name} | {accuracy} | {far} | {first['trained_parameters']:,} | "
+            f"| {name} | {len(found)} | {accuracy} | {far} | {first['trained_parameters']:,} | "
             f"{4 * first['trained_parameters'] / 2**20:.2f} | {seconds:.1f} | {peak:.2f} |"
         )
     lines += ["", "| claim | verdict |", "|---|---|"]

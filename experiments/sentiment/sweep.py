@@ -4,7 +4,7 @@
 
 One job after the other. What a finished job found is a line of runs.jsonl beside this file, which is committed: the
 same command goes on where it was stopped, on this machine or another, and a job whose recipe has changed is done again.
-Writes results.json and the table in README.md when all are done.
+What the verdicts are of comes first; then results.json and the table in README.md are written, of what there is.
 """
 
 import hashlib
@@ -66,7 +66,8 @@ def main() -> None:
         raise UserError(f"--part={f.part}; expected 1/2 or 2/2, say")
     root = pathlib.Path(f.runs).expanduser() / f.size
     checkpoint.make_directory(root)
-    jobs = [(kind, 0) for kind in PROMPTED] + [(name, seed) for seed in range(f.seeds) for name in TRAINED]
+    jobs = [(name, seed) for seed in range(f.seeds) for name in TRAINED]
+    jobs = [(kind, 0) for kind in PROMPTED] + sorted(jobs, key=lambda job: job[0] not in report.JUDGED)
     file = HERE / "runs.jsonl" if f.size == "cpu" else root / "runs.jsonl"
     mine = jobs[int(part[1]) - 1 :: int(part[2])]
     with tqdm(mine) as bar:
@@ -79,10 +80,12 @@ def main() -> None:
             with file.open("a") as lines:
                 lines.write(json.dumps(line) + "\n")
     done = finished(file, f.size)
-    if missing := [job for job in jobs if job not in done]:
+    missing = [name for name, seed in jobs if (name, seed) not in done]
+    if missing:
         print(f"{len(missing)} of {len(jobs)} jobs are not done yet; started again without --part it goes on")
+    if {*PROMPTED, *report.JUDGED}.intersection(missing):
         return
-    of = {name: [done[name, seed] for seed in range(f.seeds)] for name in TRAINED}
+    of = {name: [done[name, seed] for seed in range(f.seeds) if (name, seed) in done] for name in TRAINED}
     print(report.write(HERE, {kind: done[kind, 0] for kind in PROMPTED}, of, f.size, f.seeds))
 
 
