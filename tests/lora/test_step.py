@@ -18,7 +18,7 @@ from tests.lora import cases
 IDS = jnp.asarray(np.random.RandomState(1).randint(3, 259, (3, 8)))
 
 
-def parts(model, base, settings, quant):
+def parts(model, base, settings, quant, chunk=0, sparse=False):
     """(step, state, frozen, batch); three rows of seven tokens, so that no activation is shaped like a weight."""
     what = Adapters(settings, quant)
     trained, fixed = what.begin(base, jax.random.key(0))
@@ -32,7 +32,7 @@ def parts(model, base, settings, quant):
     }
 
     def loss(trained, frozen, batch, count, key):
-        return losses.language_model(model, what.whole(trained, frozen, key), batch, 0)
+        return losses.language_model(model, what.whole(trained, frozen, key), batch, chunk, sparse)
 
     optimizer = optax.adam(1e-2)
     one = jax.jit(step.make(loss, optimizer, lambda _: 1e-2, 0, 1))
@@ -40,7 +40,7 @@ def parts(model, base, settings, quant):
 
 
 def products_like(text: str, base) -> list[str]:
-    """Instructions of compiled HLO that produce an array of the shape of a weight (or its transpose) by arithmetic."""
+    """Instructions of compiled HLO that produce an array of the shape of a weight (or its transpose) by arithmetic, or as zeros."""
     shapes = set()
     for path, w in trees.flatten(base).items():
         stacked = trees.layers_of(path) is not None
@@ -48,7 +48,7 @@ def products_like(text: str, base) -> list[str]:
             lead, (i, o) = w.shape[:stacked], w.shape[stacked:]
             for pair in ((i, o), (o, i)):
                 shapes |= {pair, (*lead, *pair), (1, *pair)}
-    made = re.compile(r"= \w+\[([\d,]*)\]\S* (dot|scatter|convolution|dynamic-update-slice|custom-call)\(")
+    made = re.compile(r"= \w+\[([\d,]*)\]\S* (dot|scatter|convolution|dynamic-update-slice|custom-call|broadcast)\(")
     found = []
     for line in text.splitlines():
         hit = made.search(line)
@@ -57,11 +57,12 @@ def products_like(text: str, base) -> list[str]:
     return found
 
 
+@pytest.mark.parametrize(("chunk", "sparse"), [(0, False), (1, False), (1, True)])
 @pytest.mark.parametrize("scan", [True, False])
-def test_no_dense_gradient_is_computed(make, tiny, scan):
+def test_no_dense_gradient_is_computed(make, tiny, scan, chunk, sparse):
     model, base = make(scan_layers=scan)
     settings = cases.config(tiny, targets=("linear", "embeddings"))
-    one, state, frozen, batch = parts(model, base, settings, tiny.quant)
+    one, state, frozen, batch = parts(model, base, settings, tiny.quant, chunk, sparse)
     assert not products_like(one.lower(state, frozen, batch).compile().as_text(), base)
 
 
