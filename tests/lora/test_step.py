@@ -40,7 +40,7 @@ def parts(model, base, settings, quant, chunk=0, sparse=False):
 
 
 def products_like(text: str, base) -> list[str]:
-    """Instructions of compiled HLO that produce an array of the shape of a weight (or its transpose) by arithmetic, or as zeros."""
+    """Instructions of compiled HLO that make an array of the shape of a weight (or its transpose): sums, or zeros."""
     shapes = set()
     for path, w in trees.flatten(base).items():
         stacked = trees.layers_of(path) is not None
