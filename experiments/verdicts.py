@@ -36,7 +36,7 @@ STATEMENTS = {
     "L5": "Starting from the weight's own low-rank part (PiSSA) is better than from zero.",
     "L6": "Full updating takes about three times the memory of the forward pass.",
     "L7": "LoRA still stores large input activations.",
-    "L8": "Low-rank factors may be held in 8 bits.",
+    "L8": "Low-rank factors may be rounded to 8 bits in every use (the trained masters stay float32).",
     "L9": "QLoRA over an NF4 base loses nothing.",
     "L10": "Fine-tuning a pretrained model beats prompting it, for sentiment.",
     "L11": "LoRA serves other architectures too.",

@@ -1,5 +1,6 @@
 """Quantizes a checkpoint: `python -m llm_jax.quantize --checkpoint=runs/x --output=runs/x-int4 --scheme=int4`.
 
+Adapters are merged first: into full weights, or into the codes of a quantized base, at a price that is printed.
 Interrupted, the same command goes on with the next layer.
 """
 
@@ -18,7 +19,9 @@ flags.DEFINE_string(
 )
 flags.DEFINE_string("output", None, "the run directory to write; it must not exist", required=True)
 flags.DEFINE_string(
-    "scheme", "", "int8, w8a8, int4, nf4, ... or with a group, int4:64; needed unless trained with quant.qat"
+    "scheme",
+    "",
+    "int8, w8a8, int4, nf4, ... or with a group, int4:64; needed unless trained with quant.qat or over quant.scheme",
 )
 flags.DEFINE_enum(
     "method", "absmax", ["absmax", "percentile", "mse", "smoothquant", "awq", "gptq"], "how scales and codes are found"
@@ -46,7 +49,7 @@ NEEDS: cli.Needs = (
 
 def main() -> None:
     cli.keep_memory()
-    from llm_jax import checkpoint, config, pretrained, quantized, trees
+    from llm_jax import checkpoint, config, lora, pretrained, quantized, trees
     from llm_jax.data.rows import Row
     from llm_jax.model import transformer
     from llm_jax.quant import calibrate
@@ -72,9 +75,13 @@ def main() -> None:
         run_config = checkpoint.read_config(checkpoint.find(path))
         length = f.seq_len or run_config.train.seq_len
     before = quantized.num_bytes(params)
-    if trained := any(isinstance(w, quantized.FakeQuant) for w in trees.flatten(params).values()):
+    params, costs = lora.fold(params)
+    made = "has adapters over a quantized base, which go into its own codes" if costs else ""
+    if any(isinstance(w, quantized.FakeQuant) for w in trees.flatten(params).values()):
+        made = "was trained as integers already"
+    if made:
         if f.scheme:
-            raise UserError(f"--scheme={f.scheme}: {f.checkpoint} was trained as integers already; leave --scheme out")
+            raise UserError(f"--scheme={f.scheme}: {f.checkpoint} {made}; leave --scheme out")
         planned = dict.fromkeys(trees.flatten(params), "")
     elif not f.scheme:
         raise UserError("--scheme is needed; one of " + ", ".join(quantized.formats.FOR_WEIGHTS))
@@ -85,7 +92,7 @@ def main() -> None:
     # ---------------------------------------------------------------- the calibration text
     rows: list[Row] = []
     text = ""
-    if not trained and calibrate.needs_text(planned, f.method):
+    if not made and calibrate.needs_text(planned, f.method):
         if pretrained.is_foreign(path) and not f.data:
             raise UserError(f"--method={f.method} needs calibration text; {f.checkpoint} names none, give --data=FILE")
         transformer.check_length(model.config, length)
@@ -95,7 +102,7 @@ def main() -> None:
     # ---------------------------------------------------------------- layer by layer, and written
     partial = output.with_name(f".{output.name}.partial")
     _claim(partial, {**_request(f), "from": pretrained.identity(path), "planned": planned, "text": text})
-    if trained:
+    if made:
         params = quant.finish(params)
         lines = quant.lines(params)
     else:
@@ -104,8 +111,8 @@ def main() -> None:
         params, lines = calibrate.run(model, flat, planned, rows, options, partial)
     quant.check_finite(params, f"{f.checkpoint}, quantized: a float16 scale cannot hold it")
     saved = dataclasses.replace(run_config, model=dataclasses.replace(model.config, scan_layers=False))
-    no_training = dataclasses.replace(saved.quant.qat, scheme="")
-    saved = dataclasses.replace(saved, quant=dataclasses.replace(saved.quant, qat=no_training))
+    no_training = dataclasses.replace(saved.quant, scheme="", qat=dataclasses.replace(saved.quant.qat, scheme=""))
+    saved = dataclasses.replace(saved, quant=no_training, lora=config.build(cli.default_config()).lora)
     writer = checkpoint.Writer(partial / "run", saved, tokenizer, text)
     writer.save(0, params, {}, None)
     writer.close()
@@ -115,6 +122,12 @@ def main() -> None:
     print(quant.table(lines))
     after = quantized.num_bytes(params)
     print(f"{before:,} bytes -> {after:,}: {before / after:.2f} times smaller")
+    if costs:
+        worst = max(costs, key=lambda path: costs[path])
+        print(
+            f"rounding the merged weights lost {sum(costs.values()) / len(costs):.3f} of what the adapters had added, "
+            f"in the mean of {len(costs)} weights; at worst {costs[worst]:.3f} ({worst})"
+        )
     print(f"wrote {output}; next: python -m llm_jax.evaluate --checkpoint={output}")
 
 

@@ -232,8 +232,8 @@ def main() -> None:
     if kind.adapts:
         seen = jax.eval_shape(kind.freeze, base, fixed)
         placed = {"base": mesh_lib.shardings(seen["base"], config.mesh.rules, mesh), "fixed": fixed_shardings}
-        same = () if config.quant.scheme else 0  # a base that is frozen as it is needs no second copy
-        frozen = jax.jit(kind.freeze, out_shardings=placed, donate_argnums=same)(base, fixed) | frozen
+        # A weight after the other, not in one function that would round them all at once.
+        frozen = jax.device_put(kind.freeze(base, fixed), placed) | frozen
     del base
     cli.trim_memory()
     checkpoint.write_json(workdir / "config.json", config_lib.as_dict(config))

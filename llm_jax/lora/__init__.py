@@ -12,12 +12,13 @@ layer axis of the weight: the update is scale * a b. Variants add entries; see `
 """
 
 from llm_jax.lora.adapt import attach, init, join, ranks, rebase, split
-from llm_jax.lora.merge import materialize, merge, requantize, rounded, unmerge
+from llm_jax.lora.merge import fold, materialize, merge, requantize, rounded, unmerge
 from llm_jax.lora.several import combine, mix, plain
 
 __all__ = [
     "attach",
     "combine",
+    "fold",
     "init",
     "join",
     "materialize",

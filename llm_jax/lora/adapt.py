@@ -2,7 +2,8 @@
 
 Variants, and what each has at an adapted path besides `a`, `b` and `scale`:
 
-    lora    a Gaussian, b zero: step 0 equals the base bit for bit (Hu et al. 2021, arXiv:2106.09685)
+    lora    a Gaussian, b zero: step 0 equals the base bit for bit (Hu et al. 2021, arXiv:2106.09685); under `jit`
+            with `model.qk_norm` to 1e-6, where XLA sums the norms of keys in another order
     fa      the same with a frozen: of the inputs x only x a is kept for the gradient (LoRA-FA: Zhang et
             al. 2023, arXiv:2308.03303)
     dora    magnitude (O,), trained, and squares (O,): see `weights.Decomposed`

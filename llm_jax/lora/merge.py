@@ -1,6 +1,8 @@
 """Adapters folded into dense weights, and out of them again; and into quantized ones, at a price that is told."""
 
 import functools
+import math
+import sys
 from typing import Any
 
 import jax
@@ -8,8 +10,9 @@ import jax.numpy as jnp
 
 from llm_jax import quantized, trees, weights
 from llm_jax.errors import UserError
-from llm_jax.lora.adapt import by_path, check, node
+from llm_jax.lora.adapt import attach, by_path, check, node
 from llm_jax.quantized import IN, FakeQuant, QTensor
+from llm_jax.weights import Adapted, Decomposed
 
 
 def materialize(base: trees.Tree, adapters: trees.Tree, *, factors: str = "") -> dict[str, Any]:
@@ -55,27 +58,40 @@ def rounded(adapters: trees.Tree, factors: str) -> dict[str, Any]:
 
 
 def requantize(base: trees.Tree, adapters: trees.Tree, *, factors: str = "") -> tuple[dict[str, Any], dict[str, float]]:
-    """`merge`d parameters whose quantized weights are quantized again, each by its own scheme; and what that costs.
+    """`merge`d parameters whose quantized weights are quantized again; see `fold`."""
+    return fold(attach(base, adapters, factors=factors))
+
+
+def fold(params: trees.Tree) -> tuple[dict[str, Any], dict[str, float]]:
+    """Attached adapters folded into their weights: dense ones, and quantized ones each by its own scheme again.
 
     Returns:
-      (parameters, {path: error}): of every weight that was merged into a QTensor, the norm of the difference to
+      (parameters, {path: error}): of every QTensor that an adapter was folded into, the norm of the difference to
       the merged weight before rounding, over the norm of what the adapter added: at 1 nothing is left of it.
     """
-    params, costs = _requantized(base, adapters, factors=factors)
-    return params, {path: float(cost) for path, cost in costs.items()}
+    flat, costs = trees.flatten(params), {}
+    for path, weight in flat.items():
+        if isinstance(weight, (Adapted, Decomposed)):
+            stacked = trees.layers_of(path) is not None
+            flat[path], squares = (_folded_layers if stacked else _folded)(weight)
+            if squares:
+                lost, added = (float(jnp.sum(square)) for square in squares)
+                costs[path] = math.sqrt(lost / max(added, sys.float_info.min))
+    return trees.unflatten(flat), costs
 
 
-@functools.partial(jax.jit, static_argnames="factors")
-def _requantized(base: trees.Tree, adapters: trees.Tree, *, factors: str) -> tuple[Any, dict[str, jax.Array]]:
-    merged, flat = trees.flatten(materialize(base, adapters, factors=factors)), trees.flatten(base)
-    out, costs = dict(merged), {}
-    for path in by_path(adapters):
-        q = flat[path]
-        if isinstance(q, QTensor):
-            out[path] = quantized.quantize(merged[path], q.scheme, q.axis)
-            lost, added = weights.dense(out[path]) - merged[path], merged[path] - weights.dense(q)
-            costs[path] = jnp.linalg.norm(lost) / jnp.maximum(jnp.linalg.norm(added), jnp.finfo(added.dtype).tiny)
-    return trees.unflatten(out), costs
+@jax.jit
+def _folded(weight: Adapted | Decomposed) -> tuple[Any, tuple[jax.Array, ...]]:
+    """The weight, and the squares of what rounding it lost and of what the adapter added."""
+    merged, q = weight.dense(), (weight.weight if isinstance(weight, Decomposed) else weight).base
+    if not isinstance(q, QTensor):
+        return merged, ()
+    again = quantized.quantize(merged, q.scheme, q.axis)
+    lost, added = weights.dense(again) - merged, merged - weights.dense(q)
+    return again, (jnp.sum(jnp.square(lost)), jnp.sum(jnp.square(added)))
+
+
+_folded_layers = jax.jit(jax.vmap(_folded))
 
 
 @functools.partial(jax.jit, static_argnames="factors")

@@ -19,6 +19,17 @@ from llm_jax.weights import Node
 
 Trees = tuple[Any, Any]
 
+# What would be ignored where there are no adapters, and the value that asks for nothing. (Not targets and alpha, which
+# a recipe for adapters keeps when it is run over all weights.)
+_IDLE = {
+    "ranks": (),
+    "rank_stabilized": False,
+    "variant": "lora",
+    "factors": "",
+    "dropout": 0.0,
+    "b_lr_ratio": 1.0,
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class AllWeights:
@@ -81,6 +92,9 @@ class Adapters:
 def kind(config: Config) -> AllWeights | Adapters:
     """By `lora.rank`. Raises UserError where adapters have no base."""
     if not config.lora.rank:
+        for name, idle in _IDLE.items():
+            if (value := getattr(config.lora, name)) != idle:
+                raise UserError(f"lora.{name}={value} is of adapters, and lora.rank=0 trains all weights")
         if config.quant.scheme:
             raise UserError(f"quant.scheme={config.quant.scheme} is of the frozen base of adapters; set lora.rank")
         return AllWeights(config.quant)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import llm_jax
-from llm_jax import checkpoint, pretrained, trees, weights
+from llm_jax import checkpoint, pretrained, quantized, trees, weights
 from llm_jax.directory import write_manifest
 from llm_jax.errors import UserError
 from tests.test_checkpoint import metrics
@@ -92,11 +92,13 @@ def test_adapters_train_over_a_base_that_is_split(run, command, trained, tmp_pat
     )
 
 
-def test_qlora_of_both_kinds_resumes_bitwise_and_is_read_as_it_was_trained(command, trained, tmp_path):
+@pytest.mark.parametrize(("variant", "factors"), [("lora", "int8"), ("loftq", ""), ("pissa", "")])
+def test_qlora_resumes_bitwise_and_is_read_as_it_was_trained(command, trained, tmp_path, variant, factors):
     flags = (
         f"--config.init_from={trained}",
         "--config.lora.rank=4",
-        "--config.lora.factors=int8",
+        f"--config.lora.variant={variant}",
+        f"--config.lora.factors={factors}",
         "--config.quant.scheme=nf4:16",
         "--config.checkpoint.every=4",
     )
@@ -111,7 +113,33 @@ def test_qlora_of_both_kinds_resumes_bitwise_and_is_read_as_it_was_trained(comma
     found = json.loads(command("evaluate", f"--checkpoint={tmp_path / 'run'}", "--json").stdout)
     assert found["loss"] == pytest.approx(seen[-1]["validation_loss"], rel=1e-5)
     node = trees.flatten(llm_jax.load(tmp_path / "run").params)["layers/0/mlp/up"]
-    assert type(node.base).__name__ == "QTensor" and type(node.a).__name__ == "FakeQuant"
+    assert isinstance(node.base, quantized.QTensor) and isinstance(node.a, quantized.FakeQuant) == bool(factors)
+
+
+def test_adapters_are_merged_into_the_codes_of_their_base_at_a_price_that_is_told(command, trained, tmp_path):
+    flags = (
+        f"--config.init_from={trained}",
+        "--config.lora.rank=4",
+        "--config.quant.scheme=int8",
+        "--config.optim.lr=0.1",
+    )
+    command("train", f"--workdir={tmp_path / 'run'}", *flags)
+    to = (f"--checkpoint={tmp_path / 'run'}", f"--output={tmp_path / 'merged'}")
+    assert "has adapters over a quantized base" in command("quantize", *to, "--scheme=int4:16", code=2).stderr
+    done = command("quantize", *to)
+    assert "of what the adapters had added" in done.stdout
+    ours, merged = llm_jax.load(tmp_path / "run"), llm_jax.load(tmp_path / "merged")
+    node = trees.flatten(merged.params)["layers/0/mlp/up"]
+    assert isinstance(node, quantized.QTensor) and node.scheme == "int8"
+    base = trees.flatten(ours.params)["layers/0/mlp/up"].base
+    ids = jnp.asarray([ours.tokenizer.encode("the model reads")])
+    ours, merged = (jax.jit(one.model.apply)({"params": one.params}, ids) for one in (ours, merged))
+    assert not np.array_equal(node.codes, base.codes) and np.abs(ours - merged).mean() < 0.1 * np.abs(ours).mean()
+
+
+def test_adapters_over_full_weights_are_merged_and_quantized(run, command, tmp_path):
+    command("quantize", f"--checkpoint={run}", f"--output={tmp_path / 'int8'}", "--scheme=int8")
+    assert isinstance(trees.flatten(llm_jax.load(tmp_path / "int8").params)["layers/0/mlp/up"], quantized.QTensor)
 
 
 def test_another_base_is_refused(run, command, trained, tmp_path):
@@ -142,6 +170,8 @@ def test_what_cannot_be_adapted_ends_in_one_line(command, trained, tmp_path):
 
     base = f"--config.init_from={trained}"
     assert "name them by init_from" in said("--config.lora.rank=4")
+    assert "lora.variant=dora is of adapters" in said(base, "--config.lora.variant=dora")
+    assert "lora.factors=int8 is of adapters" in said("--config.lora.factors=int8")
     assert "lora.rank is 99 for" in said(base, "--config.lora.rank=99")
     assert "matches no weight" in said(base, "--config.lora.rank=2", "--config.lora.targets=('mlp/q',)")
 

@@ -76,6 +76,21 @@ def test_rules_that_do_not_fit_are_refused(make, chosen, said):
         quantize.quantize(make()[1], chosen, "here")
 
 
+@pytest.mark.parametrize("scheme", ["nf4:32", "int4:32", "int8"])
+def test_stacked_layers_are_rounded_one_after_the_other(scheme):
+    """To the same numbers, with a copy of the stack at most (at once NF4 takes two)."""
+    layers = jax.random.normal(jax.random.key(0), (16, 64, 96))
+    path = "layers/0:16/0::1/mlp/up"
+    stacked = trees.flatten(quantize.quantize(trees.unflatten({path: layers}), ((".*", scheme),), "rules"))[path]
+    at_once = jax.jit(quantized.quantize, static_argnums=(1, 2))(layers, scheme, quantized.IN)
+    jax.tree.map(np.testing.assert_array_equal, stacked, at_once)
+    taken = [
+        quantize._rounded.lower(layers, scheme, quantized.IN, stacked).compile().memory_analysis().temp_size_in_bytes
+        for stacked in (True, False)
+    ]
+    assert taken[0] < 1.25 * layers.nbytes
+
+
 def test_what_is_quantized_already_and_what_is_no_number_is_refused(make):
     _, params = make()
     once = quantize.quantize(params, quantize.rules("int8", "int8"), "here")
