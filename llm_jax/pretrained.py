@@ -21,10 +21,6 @@ from llm_jax.tokenizers import Tokenizer
 from llm_jax.weights import Node
 
 Shardings = Callable[[Any], Any]  # of an abstract tree
-_TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja"),
-    *("generation_config.json", "config.json"),  # which name the ids that end a text
-)
 
 
 def load(
@@ -172,7 +168,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         return tokenizers.load(checkpoint.find(found) / "tokenizer")
     if found.is_file():
         return tokenizers.from_gguf(gguf.read(found).metadata)
-    return _tokenizer_of(found)
+    return tokenizers.from_directory(found)
 
 
 def _adapters(directory: pathlib.Path, scan_layers: bool) -> Loaded:
@@ -212,7 +208,7 @@ def _opened(
         read: Any = functools.partial(gguf_model.load_params, path, file, config, as_stored=as_stored)
     else:
         kind, config = hf.read_config(path)
-        tokenizer = _tokenizer_of(path)
+        tokenizer = tokenizers.from_directory(path)
         read = functools.partial(hf.load_params, path, kind)
     regular = getattr(tokenizer, "regular_size", tokenizer.vocab_size)
     if regular > config.vocab_size:  # special tokens past the model's ids (images, say) may stand in the file
@@ -239,17 +235,6 @@ def _named_base(path: pathlib.Path) -> pathlib.Path:
 
     name = peft.base_of(path)
     return locate(name if name.startswith(("asset:", "hf:")) or pathlib.Path(name).exists() else f"hf:{name}")
-
-
-def _tokenizer_of(path: pathlib.Path) -> Tokenizer:
-    """The tokenizer of a Hugging Face directory."""
-    if (path / "tokenizer" / "kind.json").is_file():  # written by `convert` from a run of ours
-        return tokenizers.load(path / "tokenizer")
-    files = {p.name: p.read_bytes() for p in path.iterdir() if p.name in _TOKENIZER_FILES and p.is_file()}
-    try:
-        return tokenizers.from_files(files)
-    except (UserError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: the tokenizer cannot be read ({error})") from error
 
 
 def _on_default_device(tree: Any) -> Any:

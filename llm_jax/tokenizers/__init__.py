@@ -41,6 +41,9 @@ KINDS = {
     "word": "words.WordTokenizer",
     "wordpiece": "words.WordPieceTokenizer",
 }
+# Files of other people's tokenizers, and those beside them that tell of special tokens and of ids that end a text.
+FOREIGN = ("tokenizer.json", "tokenizer.model")
+_BESIDE = ("tokenizer_config.json", "chat_template.jinja", "generation_config.json", "config.json")
 TRAINED = tuple(kind for kind in KINDS if kind not in ("hub", "sentencepiece"))  # those are read from others' files
 
 
@@ -58,6 +61,24 @@ def from_files(files: dict[str, bytes]) -> Foreign:
     """
     found: Any = get("sentencepiece" if "tokenizer.json" not in files and "tokenizer.model" in files else "hub")
     return found.from_files(files)
+
+
+def from_directory(directory: pathlib.Path, name: str = "") -> Tokenizer:
+    """Other people's tokenizer (or ours that `convert` put there) with the files that say more of it.
+
+    Args:
+      name: of `FOREIGN`, where only this one is meant.
+
+    Raises:
+      UserError: there is none, or it cannot be read.
+    """
+    if (directory / "tokenizer" / "kind.json").is_file():
+        return load(directory / "tokenizer")
+    chosen = ({name} if name else {*FOREIGN}) | {*_BESIDE}
+    try:
+        return from_files({p.name: p.read_bytes() for p in directory.iterdir() if p.name in chosen and p.is_file()})
+    except (UserError, OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{directory}: the tokenizer cannot be read ({error})") from error
 
 
 def from_gguf(metadata: Mapping[str, Any]) -> Foreign:
@@ -88,11 +109,11 @@ def load(directory: pathlib.Path) -> Tokenizer:
     try:
         said = json.loads(record.read_text())
         files = {p.name: p.read_bytes() for p in directory.iterdir() if p.name != record.name}
-        tokenizer = get(said["kind"]).from_files(files)
+        tokenizer, saved = get(said["kind"]).from_files(files), said["sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{directory}: no readable tokenizer here ({error})") from error
-    if digest(tokenizer) != said["sha256"]:
+    if digest(tokenizer) != saved:
         raise UserError(f"{directory}: the tokenizer's files have changed since they were saved; restore them")
     return tokenizer

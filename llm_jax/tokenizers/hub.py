@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 import tokenizers as library
 
 from llm_jax.errors import UserError
-from llm_jax.tokenizers.base import ends, in_bytes
+from llm_jax.tokenizers.base import ends, in_bytes, laid_out
 from llm_jax.tokenizers.byte import utf8
 
 _LLAMA3 = (
@@ -63,6 +63,7 @@ class HubTokenizer:
         self.special |= other_ends(special, self.eos)
         self._text = text
         self.chat_template: str = special.get("chat_template") or ""
+        self._by_bytes = '"ByteLevel"' in json.dumps(json.loads(text).get("pre_tokenizer"))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
 
@@ -125,8 +126,18 @@ class HubTokenizer:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def spans(self, text: str) -> list[tuple[int, int]]:
+        size = len(utf8(text))
         self._tokenizer.encode_special_tokens = True
-        return in_bytes(text, self._tokenizer.encode(text, add_special_tokens=False).offsets)
+        found = self._tokenizer.encode(text, add_special_tokens=False)
+        if (
+            self._by_bytes
+        ):  # a piece has a character for every byte; the offsets of its part of a character are the whole
+            added = self._tokenizer.get_added_tokens_decoder()
+            pieces = zip(found.ids, found.tokens, strict=True)
+            laid = laid_out(len(utf8(added[i].content)) if i in added else len(piece) for i, piece in pieces)
+            if (laid[-1][1] if laid else 0) == size:  # no space was put before the text
+                return laid
+        return in_bytes(text, found.offsets)
 
     def piece(self, index: int) -> str:
         return self._tokenizer.id_to_token(index) or ""

@@ -2,6 +2,7 @@
 
 import io
 import random
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Self
 
@@ -18,6 +19,11 @@ _SMALLEST = len(SPECIAL) + 256 + 1
 _BREAKS = ("\t", *("\n" * n + " " * indent for n in (1, 2) for indent in (0, 4, 8, 12, 16)))
 _SENTENCE_BYTES = 4096
 _SENTENCES = 1_000_000  # the most that a vocabulary is learned from
+# What sentencepiece says of a size that is wrong, and what is said here. (Its advice names options that are not ours.)
+_SIZES = (
+    (re.compile(r"Please set it to a value <= (\d+)"), "larger than this text allows, which is {}"),
+    (re.compile(r"\d+ vs (\d+)"), "smaller than the characters of this text need, which is {}"),
+)
 _SPECIAL_OPTIONS: dict[str, Any] = {f"{name.strip('<>')}_id": i for i, name in enumerate(SPECIAL)} | {
     f"{name.strip('<>')}_piece": name for name in SPECIAL
 }
@@ -35,6 +41,37 @@ def sample(lines: Iterable[str], count: int) -> list[str]:
         elif (place := draw.randrange(i + 1)) < count:
             kept[place] = line
     return kept
+
+
+def _trained(kind: str, sentences: list[str], vocab_size: int, **more: Any) -> bytes:
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences),
+            model_writer=model,
+            model_type=kind,
+            vocab_size=vocab_size,
+            hard_vocab_limit=True,
+            byte_fallback=True,
+            character_coverage=0.9995,  # rarer characters are spelled out in bytes
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            user_defined_symbols=list(_BREAKS),
+            max_sentence_length=_SENTENCE_BYTES,
+            num_threads=1,
+            minloglevel=2,
+            **_SPECIAL_OPTIONS,
+            **more,
+        )
+    except (RuntimeError, OSError) as error:
+        said = str(error).strip().splitlines()[-1]
+        found = ((pattern.search(said), reason) for pattern, reason in _SIZES)
+        reason = next((reason.format(hit[1]) for hit, reason in found if hit), f"not possible with this text ({said})")
+        raise UserError(f"a {kind} vocabulary of {vocab_size} is {reason}") from error
+    return model.getvalue()
 
 
 class BpeTokenizer:
@@ -63,39 +100,19 @@ class BpeTokenizer:
                 f"a {cls.kind} vocabulary of {vocab_size} is too small; the special ids, bytes and "
                 f"line breaks take {_SMALLEST + len(_BREAKS)}"
             )
-        model = io.BytesIO()
         lines = (
             line[i : i + _SENTENCE_BYTES // 4]
             for text in texts
             for line in text.splitlines()
             for i in range(0, len(line), _SENTENCE_BYTES // 4)
         )
-        try:
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(sample(lines, _SENTENCES)),
-                model_writer=model,
-                model_type=cls.kind,
-                vocab_size=vocab_size,
-                hard_vocab_limit=True,
-                byte_fallback=True,
-                character_coverage=0.9995,  # rarer characters are spelled out in bytes
-                normalization_rule_name="identity",
-                remove_extra_whitespaces=False,
-                add_dummy_prefix=False,
-                allow_whitespace_only_pieces=True,
-                split_digits=True,
-                user_defined_symbols=list(_BREAKS),
-                max_sentence_length=_SENTENCE_BYTES,
-                **_SPECIAL_OPTIONS,
-                num_threads=1,
-                minloglevel=2,
-            )
-        except (RuntimeError, OSError) as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise UserError(
-                f"no {cls.kind} vocabulary of {vocab_size} can be trained on this text: {reason}"
-            ) from error
-        return cls(model.getvalue())
+        if not (sentences := sample(lines, _SENTENCES)):
+            raise UserError(f"no {cls.kind} vocabulary can be trained: the text is empty")
+        made = cls(_trained(cls.kind, sentences, vocab_size))
+        if made._pieces.piece_to_id(_SPACE) == made._pieces.unk_id():
+            # Spaces are too rare here to have a piece, and their bytes would be those of _SPACE itself.
+            made = cls(_trained(cls.kind, sentences, vocab_size, required_chars=_SPACE))
+        return made
 
     def encode(self, text: str) -> list[int]:
         utf8(text)

@@ -55,8 +55,10 @@ def read(name: str) -> tokenizers.Tokenizer:
     path = pathlib.Path(name).expanduser()
     if (path / "kind.json").is_file():
         return tokenizers.load(path)
-    if path.is_file() and path.name in ("tokenizer.json", "tokenizer.model"):
-        return tokenizers.from_files({path.name: path.read_bytes()})
+    if path.is_file() and path.name in tokenizers.FOREIGN:
+        return tokenizers.from_directory(path.parent, path.name)
+    if any((path / name).is_file() for name in tokenizers.FOREIGN):
+        return tokenizers.from_directory(path)
     from llm_jax import pretrained
 
     return pretrained.load_tokenizer(name)
@@ -70,20 +72,20 @@ def painted(text: str, tokenizer: tokenizers.Tokenizer, colour: bool) -> str:
     whole, parts, last = utf8(text), [], 0
     for k, (index, (begin, end)) in enumerate(zip(tokenizer.encode(text), tokenizer.spans(text), strict=True)):
         begin = max(begin, last)
-        between, own = whole[last:begin].decode(errors="replace"), _shown(whole[begin:end]) or tokenizer.piece(index)
+        between, own = _shown(whole[last:begin]), _shown(whole[begin:end]) or _shown(tokenizer.piece(index).encode())
         if colour:
             start = _RED if index == tokenizer.unk else f"\x1b[{_COLOURS[k % len(_COLOURS)]}m"
             parts.append(between + start + own + _END)
         else:
             parts.append(between + "|" + (f"[{own}]" if index == tokenizer.unk else own))
         last = max(last, end)
-    return "".join(parts) + ("" if colour else "|") + whole[last:].decode(errors="replace")
+    return "".join(parts) + ("" if colour else "|") + _shown(whole[last:])
 
 
 def table(text: str, tokenizer: tokenizers.Tokenizer) -> list[str]:
     """A line per token: id, span in bytes, piece."""
     both = zip(tokenizer.encode(text), tokenizer.spans(text), strict=True)
-    return [f"{i:>7} {begin:>5}-{end:<5} {tokenizer.piece(i)}" for i, (begin, end) in both]
+    return [f"{i:>7} {begin:>5}-{end:<5} {_shown(tokenizer.piece(i).encode())}" for i, (begin, end) in both]
 
 
 def side_by_side(columns: Sequence[Sequence[str]], width: int) -> str:

@@ -19,7 +19,7 @@ from llm_jax.errors import UserError
 _BLOCK = 2**20
 
 flags.DEFINE_enum("kind", None, tokenizers.TRAINED, "of the tokenizer", required=True)
-flags.DEFINE_integer("vocab_size", 0, "ids, the special ones included; not of byte")
+flags.DEFINE_integer("vocab_size", 0, "ids, the special ones included (of char at most so many); not of byte")
 flags.DEFINE_multi_string("input", None, "a text file, directory, glob or asset:NAME; several times", required=True)
 flags.DEFINE_string("output", None, "the directory to write; it must not exist", required=True)
 flags.DEFINE_integer("sample", 128, "MiB of text to learn from at most; of more, blocks are drawn")
@@ -34,6 +34,8 @@ def main() -> None:
     if f.sample < 1 or (f.vocab_size < 1 and f.kind != "byte"):
         raise UserError(f"--vocab_size={f.vocab_size} --sample={f.sample}; expected positive numbers")
     paths = files(f.input)
+    if not any(p.stat().st_size for p in paths):
+        raise UserError(f"--input={f.input[0]}: there is no text in it")
     size = min(sum(p.stat().st_size for p in paths), f.sample * 2**20)
     with tqdm(total=size, desc="reading", unit="B", unit_scale=True, disable=None) as bar:
 

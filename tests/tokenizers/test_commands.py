@@ -1,6 +1,7 @@
 import re
 
 import pytest
+import tokenizers as library
 
 from llm_jax import tokenizers
 from llm_jax.errors import UserError
@@ -45,7 +46,11 @@ def test_more_text_than_the_sample_is_drawn_in_blocks_between_characters(tmp_pat
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "no such file or directory"), (b"ab\xff" + b"c" * 50, "not UTF-8 text at byte 2"), (b"", "vocabulary")],
+    [
+        (None, "no such file or directory"),
+        (b"ab\xff" + b"c" * 50, "not UTF-8 text at byte 2"),
+        (b"", "there is no text in it"),
+    ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(command, tmp_path, content, message):
     if content is not None:
@@ -65,6 +70,48 @@ def test_bad_input_is_one_line_and_nothing_is_written(command, tmp_path, content
 def test_a_shown_name_that_is_no_tokenizer_is_an_error(tmp_path):
     with pytest.raises(UserError):
         show.read(str(tmp_path / "none"))
+
+
+def of_bytes(tmp_path, normalizer=None):
+    """A directory of a byte-level tokenizer.json with an added token."""
+    made = library.Tokenizer(library.models.BPE())
+    made.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.normalizer = normalizer
+    letters = library.pre_tokenizers.ByteLevel.alphabet()
+    trainer = library.trainers.BpeTrainer(vocab_size=270, show_progress=False, initial_alphabet=letters)
+    made.train_from_iterator(["the reader reads the text"] * 9, trainer)
+    made.add_tokens(["größe"])
+    (tmp_path / "tokenizer.json").write_text(made.to_str())
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "größe"}')
+    return tmp_path
+
+
+def test_spans_of_byte_pairs_tile_the_text(tmp_path):
+    tokenizer = show.read(str(of_bytes(tmp_path)))  # a directory of nothing else, with what stands beside it
+    text = "naïve 🦜 the größe 日本"
+    spans = tokenizer.spans(text)
+    assert tokenizer.eos is not None and len(spans) == len(tokenizer.encode(text))
+    assert [0, *(end for _, end in spans)] == [*(begin for begin, _ in spans), len(text.encode())]
+    assert "\\xf0|" in show.painted(text, tokenizer, False)
+    with pytest.raises(UserError, match="surrogate"):
+        tokenizer.spans("a\ud800")
+
+
+def test_a_terminal_is_sent_no_control_characters(tmp_path):
+    dropping = library.normalizers.BertNormalizer(lowercase=False)
+    text = "\x1b]0;x\x07the\x1b text\x1b"
+    for tokenizer in (show.read(str(of_bytes(tmp_path, dropping))), tokenizers.get("bpe").train([text * 9] * 9, 290)):
+        for shown in (show.painted(text, tokenizer, False), "\n".join(show.table(text, tokenizer))):
+            assert "\x1b" not in shown and "\x07" not in shown
+
+
+def test_broken_files_are_one_line(tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="cannot be read"):
+        show.read(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "kind.json").write_text('{"kind": "byte"}')
+    with pytest.raises(UserError, match="no readable tokenizer here .'sha256'"):
+        tokenizers.load(tmp_path)
 
 
 def test_train_takes_every_kind(command, text_file, tmp_path):

@@ -52,6 +52,26 @@ def test_spans_tile_the_text_and_are_what_the_tokens_decode_to(tokenizer, text):
             assert tokenizer.decode([index]) == whole[begin:end].decode(errors="replace")
 
 
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_spaces_that_the_training_text_lacks_come_back(kind):
+    """Without a piece of its own a space would be spelled in the bytes of the character that stands for it."""
+    texts = ["".join(chr(0x4E00 + (i * j) % 97) for j in range(200)) for i in range(1, 40)]
+    tokenizer, text = tokenizers.get(kind).train(texts, 420), "\u4e00 \u4e01 hello  \u2581 world "
+    assert tokenizer.decode(tokenizer.encode(text)) == text and tokenizer.encode(" ") != tokenizer.encode("\u2581")
+    assert tokenizer.spans(text)[-1][1] == len(text.encode())
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_a_size_that_the_text_does_not_allow_is_told_with_one_that_it_does(kind):
+    with pytest.raises(
+        UserError, match=f"a {kind} vocabulary of 5000 is larger than this text allows, which is"
+    ) as error:
+        tokenizers.get(kind).train(TEXT, 5000)
+    assert tokenizers.get(kind).train(TEXT, int(str(error.value).split()[-1])).vocab_size < 5000
+    with pytest.raises(UserError, match="the text is empty"):
+        tokenizers.get(kind).train([], 400)
+
+
 @pytest.mark.slow
 @hypothesis.settings(max_examples=10_000)
 @hypothesis.given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=20))
