@@ -1,0 +1,22 @@
+"""Planning from the command line."""
+
+TINY = (
+    "--config.model.vocab_size=64",
+    "--config.model.width=64",
+    "--config.model.mlp_width=128",
+    "--config.model.num_layers=2",
+    "--config.train.seq_len=32",
+    "--config.train.batch_size=4",
+)
+
+
+def test_the_step_as_given_stands_above_its_relatives(command):
+    said = command("plan", "--memory", *TINY, "--config.lora.rank=4", "--config.lora.variant=fa").stdout.splitlines()
+    rows = {(line[:12].strip(), line[12:20].strip()): line[20:] for line in said[2:]}
+    assert len(rows) == 10 and next(iter(rows)) == ("as given", "none")
+    assert rows["as given", "none"] == rows["fa", "none"] != rows["lora", "none"]
+
+
+def test_a_configuration_that_cannot_be_is_refused_before_the_table(command):
+    done = command("plan", "--memory", *TINY, "--config.lora.rank=99", code=2)
+    assert "lora.rank is 99" in done.stderr and not done.stdout
