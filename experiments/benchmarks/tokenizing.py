@@ -3,11 +3,11 @@
     PYTHONPATH=. python experiments/benchmarks/tokenizing.py [--megabytes=100] [--processes=2] [--rounds=3]
 
 The corpus is the standard library's text, over and over, as JSON lines of about 2 kB. "cache" is all that a
-first start does: scan, split, tokenize, put together. "library" has as many processes that each read their share
-of the same lines, call `encode_batch` on 64 of them at a time (single-threaded), take the ids and keep nothing; once
-more with `encode_batch_fast`, which finds no offsets into the text and is what our tokenizers call. They take turns;
-ratios are medians over rounds. Peak memory is that of the largest process of the cache's builds at
-a tenth of the size and at the whole. The table is written to tokenizing.json.
+first start does: scan, split, tokenize, put together, by this process and those that it starts. "library" has as
+many processes that each read their share of the same lines, call `encode_batch` on 64 of them at a time
+(single-threaded), take the ids and keep nothing; once more with `encode_batch_fast`, which finds no offsets into the
+text and is what our tokenizers call. They take turns; ratios are medians over rounds. Peak memory is that of the
+largest process of the cache's builds at a tenth of the size and at the whole. The table is written to tokenizing.json.
 """
 
 import json
@@ -74,9 +74,9 @@ def directly(path: str, begin: int, end: int, vocabulary: str, call: str) -> Non
 
 
 def processor_seconds() -> float:
-    """Of all processes that have ended: on a machine shared with others, what the work itself takes."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    """Of this process and all that have ended: on a machine shared with others, what the work itself takes."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 def in_processes(work, jobs) -> None:
@@ -90,11 +90,14 @@ def in_processes(work, jobs) -> None:
             raise SystemExit(f"a process ended with {process.exitcode}")
 
 
-def cached(path: str, cache: str, processes: int, vocabulary: str, said: str) -> None:
-    """Builds the cache, and notes the peak memory of the largest process."""
+def cached(path: str, cache: str, processes: int, vocabulary: str) -> None:
     tokenizer = HubTokenizer(vocabulary, {"eos_token": "<eos>"})
-    source = Source(DataConfig(path, "text", "text", 0.05, cache, processes))
-    source.corpus(tokenizer)
+    Source(DataConfig(path, "text", "text", 0.05, cache, processes)).corpus(tokenizer)
+
+
+def noted(said: str, *job) -> None:
+    """Builds the cache, and notes the peak memory of the largest process."""
+    cached(*job)
     peaks = [resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     pathlib.Path(said).write_text(json.dumps({"parent": peaks[0], "largest child": peaks[1]}))
 
@@ -121,15 +124,13 @@ def main() -> None:
         memory = {}
         for name, corpus in (("a tenth", small), ("whole", path)):
             said = root / "said.json"
-            in_processes(cached, [(str(corpus), str(root / f"peak {name}"), f.processes, vocabulary, str(said))])
+            in_processes(noted, [(str(said), str(corpus), str(root / f"peak {name}"), f.processes, vocabulary)])
             memory[name] = json.loads(said.read_text())
         for turn in range(f.rounds):
             for name in seconds:
-                cache = root / f"cache {turn}"
-                job = (str(path), str(cache), f.processes, vocabulary, str(root / "said.json"))
                 start, used = time.perf_counter(), processor_seconds()
                 if name == "cache":
-                    in_processes(cached, [job])
+                    cached(str(path), str(root / f"cache {turn}"), f.processes, vocabulary)
                 else:
                     in_processes(directly, [(*share, name) for share in shares])
                 seconds[name].append(time.perf_counter() - start)

@@ -135,12 +135,13 @@ def _start(
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
 def _advance(model: Transformer, params: Any, rules: Rules, goal: Goal, state: State, until: jax.Array) -> State:
     """Goes on until the texts have `until` tokens or no better can come."""
+    b, groups, beams = state.running.total.shape
+    params = loop.repeated(params, groups * beams)
 
     def going(s: State) -> jax.Array:
         return (s.time < until) & ~jnp.all(_finished(s, goal))
 
     def step(s: State) -> State:
-        b, groups, beams = s.running.total.shape
         logs_RV = jax.nn.log_softmax(s.logits.astype(jnp.float32))
         scores = rules.sampler.log_probabilities(rules.allow(s.logits), s.history)
         scores = scores.reshape(b, groups, beams, -1)

@@ -66,6 +66,7 @@ def complete(
         )
     else:
         rows = [prompt for prompt in ids for _ in range(options.n)]
+        params = loop.repeated(params, options.n)
         common["seeds"] = [(options.seed + i) % 2**32 for i in range(len(rows))]
         if options.method == "speculative":
             if options.draft != PROMPT and draft is None:

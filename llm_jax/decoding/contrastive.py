@@ -73,6 +73,8 @@ def _start(model: Transformer, room: int, params: Any, prompts_BP: jax.Array, le
 def _advance(
     model: Transformer, params: Any, rules: Rules, k: int, alpha: jax.Array, state: State, until: jax.Array
 ) -> State:
+    repeated = loop.repeated(params, k)
+
     def going(s: State) -> jax.Array:
         return (s.decoding.time < until) & ~jnp.all(s.decoding.done)
 
@@ -85,7 +87,7 @@ def _advance(
         slots, layers = jax.tree.map(lambda x: x[every], (d.cache.tokens, d.cache.layers))
         where = Tokens(d.history.length[every][:, None], (~d.done).astype(jnp.int32)[every][:, None])
         x_RD, cache = loop.apply(
-            model, params, candidates.reshape(-1, 1), where, Cache(slots, d.cache.index, layers), method="features"
+            model, repeated, candidates.reshape(-1, 1), where, Cache(slots, d.cache.index, layers), method="features"
         )
         new_BKD = _unit(x_RD[:, 0]).reshape(b, k, -1)
         likeness = jnp.einsum("bkd,bsd->bks", new_BKD, s.said)

@@ -22,6 +22,7 @@ from llm_jax.decoding.samplers import History, Sampler
 from llm_jax.errors import UserError
 from llm_jax.model.attention import Cache, Tokens
 from llm_jax.model.transformer import Transformer, check_length, init_cache
+from llm_jax.weights import Adapted
 
 # Letters of shapes: B batch, P padded prompt, S slots, N new tokens, A alternatives, V vocabulary.
 
@@ -169,6 +170,21 @@ def unrolled(model: Transformer, params: Any) -> tuple[Transformer, Any]:
     if not model.config.scan_layers:
         return model, params
     return model.clone(config=dataclasses.replace(model.config, scan_layers=False)), trees.unstack(params)
+
+
+def repeated(params: Any, count: int) -> Any:
+    """Parameters for `count` rows in place of each one: rows of a batch may use different adapters (`lora.mix`).
+
+    Args:
+      params: those of `unrolled`.
+    """
+
+    def one(w: Any) -> Any:
+        if not isinstance(w, Adapted) or w.scale.ndim < 2:
+            return w
+        return dataclasses.replace(w, scale=jnp.repeat(w.scale, count, 0))
+
+    return jax.tree.map(one, params, is_leaf=lambda w: isinstance(w, Adapted))
 
 
 def make_rules(

@@ -15,7 +15,8 @@ import numpy as np
 from llm_jax.embeddings import devices
 from llm_jax.embeddings.config import EmbeddingsConfig
 from llm_jax.embeddings.corpus import BREAK, Corpus
-from llm_jax.embeddings.vectors import WordVectors
+from llm_jax.embeddings.vectors import WordVectors, finite
+from llm_jax.errors import UserError
 
 # Letters of shapes: P cells of a step, T steps of one call of the compiled scan, D width.
 
@@ -37,7 +38,7 @@ def train(corpus: Corpus, config: EmbeddingsConfig, counted: pathlib.Path, told:
       told: is called with the number of cells that have been gone through since the last call.
 
     Raises:
-      UserError: a `batch_size` that the devices do not divide.
+      UserError: a `batch_size` that the devices do not divide; or vectors that grow without bound.
     """
     g = config.glove
     devices.check("glove.batch_size", g.batch_size)
@@ -55,7 +56,7 @@ def train(corpus: Corpus, config: EmbeddingsConfig, counted: pathlib.Path, told:
             table = many(table, word.astype(np.int32), (words + context).astype(np.int32), count)
             told(read)
     found = np.asarray(table[:, :width])
-    return WordVectors(corpus.words, found[:words] + found[words:])
+    return WordVectors(corpus.words, finite(found[:words] + found[words:], f"lower glove.lr={g.lr}"))
 
 
 def cooccurrences(corpus: Corpus, window: int, memory: int, scratch: pathlib.Path) -> pathlib.Path:
@@ -64,6 +65,9 @@ def cooccurrences(corpus: Corpus, window: int, memory: int, scratch: pathlib.Pat
     Args:
       window: on each side; no pair reaches across a `BREAK`.
       memory: bytes of counts that are held at a time, about.
+
+    Raises:
+      UserError: no two words stand near each other.
     """
     runs: list[pathlib.Path] = []
     held: list[np.ndarray] = []
@@ -74,8 +78,10 @@ def cooccurrences(corpus: Corpus, window: int, memory: int, scratch: pathlib.Pat
         if size > memory // 4:  # sorting takes as much again, twice
             runs.append(_write(_summed(held), scratch / f"run-{len(runs)}"))
             held, size = [], 0
-    if held:
+    if size:  # an empty file cannot be mapped
         runs.append(_write(_summed(held), scratch / f"run-{len(runs)}"))
+    if not runs:
+        raise UserError("no two of the words that are kept stand in one paragraph; GloVe learns from such pairs only")
     return _merged(runs, memory, scratch / "cooccurrences")
 
 
@@ -87,7 +93,8 @@ def _counted(corpus: Corpus, window: int) -> Iterator[np.ndarray]:
         paragraph = np.cumsum(ids == BREAK)
         parts = []
         for distance in range(1, window + 1):
-            end = min(_PIECE, len(ids) - distance)  # what begins in the overlap is of the next piece
+            # What begins in the overlap is of the next piece; the last one may be shorter than the window.
+            end = max(0, min(_PIECE, len(ids) - distance))
             a, b = ids[:end], ids[distance : distance + end]
             near = (a != BREAK) & (b != BREAK) & (paragraph[:end] == paragraph[distance : distance + end])
             a, b = a[near], b[near]

@@ -40,6 +40,13 @@ class WordVectors:
         return self.matrix / np.maximum(np.linalg.norm(self.matrix, axis=1, keepdims=True), 1e-12)
 
 
+def finite(matrix: np.ndarray, cure: str) -> np.ndarray:
+    """The matrix (words, width) of a training that went well. Raises UserError, with the cure, where it diverged."""
+    if not np.isfinite(matrix).all():
+        raise UserError(f"the vectors diverged; {cure}")
+    return matrix
+
+
 def save(vectors: WordVectors, path: pathlib.Path) -> None:
     """Writes word2vec's binary form where the name ends in .bin, else its text form.
 

@@ -19,8 +19,7 @@ from llm_jax.config import choice
 from llm_jax.embeddings import devices
 from llm_jax.embeddings.config import EmbeddingsConfig, Word2VecConfig
 from llm_jax.embeddings.corpus import BREAK, Corpus
-from llm_jax.embeddings.vectors import WordVectors
-from llm_jax.errors import UserError
+from llm_jax.embeddings.vectors import WordVectors, finite
 
 # Letters of shapes: T steps, S words of a step on a device, E = S + 2 windows, G blocks, B words of a block,
 # C = B + 2 windows, N negatives of a block, D width.
@@ -58,13 +57,8 @@ def train(corpus: Corpus, config: EmbeddingsConfig, told: Told = lambda words: N
             table = many(table, ids_TE, negatives_TGN, windows_TS, rates.astype(np.float32))
             done += read
             told(read)
-    found = np.asarray(table[:, : config.width])
-    if not np.isfinite(found).all():
-        raise UserError(
-            f"the vectors diverged; lower word2vec.chunk={w.chunk} (words whose gradients are summed) or "
-            f"word2vec.lr={w.lr}"
-        )
-    return WordVectors(corpus.words, found)
+    cure = f"lower word2vec.chunk={w.chunk} (words whose gradients are summed) or word2vec.lr={w.lr}"
+    return WordVectors(corpus.words, finite(np.asarray(table[:, : config.width]), cure))
 
 
 def _steps(

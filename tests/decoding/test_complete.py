@@ -3,16 +3,19 @@
 import dataclasses
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from llm_jax import lora
 from llm_jax.decoding import explain, stops
 from llm_jax.decoding.complete import complete
 from llm_jax.decoding.options import Options
 from llm_jax.errors import UserError
 from llm_jax.tokenizers.byte import ByteTokenizer
+from tests.lora import cases
 
 BYTES = ByteTokenizer()
 # Letters only, so that texts are readable: every other id is made impossible.
@@ -94,6 +97,20 @@ def test_n_draws_are_those_of_their_seeds(ask):
     three = ask(["ab"], n=3, seed=5, **common)[0]
     alone = [ask(["ab"], seed=5 + i, **common)[0][0] for i in range(3)]
     assert [t.text for t in three] == [t.text for t in alone] and len({tuple(t.made.ids) for t in three}) == 3
+
+
+def test_continuations_of_one_prompt_use_its_adapter(make, tiny):
+    model, base = make(num_layers=1)
+    combined = lora.combine(cases.made(base, cases.config(tiny)))
+
+    def texts(mixture):
+        params = lora.attach(base, lora.mix(combined, jnp.array(mixture)))
+        made = complete(model, params, BYTES, ["ab", "ab"], Options(n=2, seed=3, max_new_tokens=6))
+        return [[one.text for one in row] for row in made]
+
+    adapted, plain = texts([1.0]), texts([0.0])
+    assert texts([[1.0], [0.0]]) == [adapted[0], plain[1]]
+    assert adapted[0] != plain[0] and adapted[1] != plain[1]
 
 
 def test_ends_may_be_several(ask):

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from llm_jax import lora
 from llm_jax.decoding import beam, contrastive, loop, score, speculative
 from llm_jax.decoding.options import Options
 from llm_jax.errors import UserError
+from tests.lora import cases
 
 VOCAB, EOS, LIMIT = 5, 1, 4
 GREEDY = Options(temperature=0).sampler()
@@ -134,6 +136,25 @@ def test_contrastive_search_is_that_of_the_formula(make):
     plain = loop.generate(model, params, prompts, GREEDY, max_new_tokens=6)
     no_penalty = contrastive.search(model, params, prompts, Options().sampler(), k=k, alpha=0.0, max_new_tokens=6)
     assert [o.ids for o in no_penalty] == [o.ids for o in plain] != [o.ids for o in made]
+
+
+def test_rows_with_adapters_of_their_own_are_searched_as_if_alone(make, tiny):
+    model, base = make(num_layers=1)
+    settings = [cases.config(tiny), cases.config(tiny, rank=2, targets=("attention", "embeddings"))]
+    combined = lora.combine(*(cases.made(base, one, seed) for seed, one in enumerate(settings)))
+    beams = Options(beams=4, n=2, beam_groups=2, diversity=0.5, max_new_tokens=6)
+
+    def found(mixture, prompts):
+        params = lora.attach(base, lora.mix(combined, mixture))
+        searched = beam.search(model, params, prompts, beams)
+        contrasted = contrastive.search(model, params, prompts, GREEDY, k=3, alpha=0.6, max_new_tokens=6)
+        return [[*(b.made.ids for b in row), one.ids] for row, one in zip(searched, contrasted, strict=True)]
+
+    mixtures = jnp.array([[1.0, 0], [0, 1.0], [0, 0]])
+    first, second, neither = expected = [found(mixture, [[1, 5, 9]])[0] for mixture in mixtures]
+    assert found(mixtures, [[1, 5, 9]] * 3) == expected
+    for i in range(3):  # each text of each method depends on the adapter
+        assert first[i] != neither[i] and second[i] != neither[i] and first[i] != second[i]
 
 
 @pytest.fixture(scope="module")

@@ -158,6 +158,13 @@ def test_vectors_that_diverge_are_an_error_that_says_what_to_lower(config):
         word2vec.train(topics(), wild)
 
 
+def test_glove_that_diverges_is_an_error_that_says_what_to_lower(config, tmp_path):
+    corpus = topics(sentences=100)
+    wild = dataclasses.replace(config, width=16, epochs=3, glove=dataclasses.replace(config.glove, lr=1e6))
+    with pytest.raises(UserError, match=r"the vectors diverged; lower glove.lr=1000000.0"):
+        glove.train(corpus, wild, glove.cooccurrences(corpus, 5, 2**20, tmp_path))
+
+
 def test_a_chunk_that_is_no_multiple_of_the_blocks_is_refused(config):
     with pytest.raises(UserError, match=r"'word2vec.chunk' is 100; expected a multiple of 16"):
         word2vec.train(topics(), dataclasses.replace(config, word2vec=dataclasses.replace(config.word2vec, chunk=100)))
@@ -177,6 +184,21 @@ def test_cooccurrences_are_those_of_a_loop_however_little_memory(memory, tmp_pat
     assert cells["cell"].tolist() == sorted(expected)
     np.testing.assert_allclose(cells["count"], [expected[c] for c in sorted(expected)], rtol=1e-5)
     assert [p.name for p in tmp_path.iterdir()] == ["cooccurrences"]
+
+
+def test_a_text_without_pairs_is_one_clear_error(tmp_path):
+    (tmp_path / "a.txt").write_text("a\n\nb\n")
+    with pytest.raises(UserError, match="no two of the words that are kept stand in one paragraph"):
+        glove.cooccurrences(corpora.build(str(tmp_path / "a.txt"), 1, 0, tmp_path), 10, 2**20, tmp_path)
+
+
+@pytest.mark.parametrize("piece", [3, 4, 2**20])
+def test_the_last_piece_may_be_shorter_than_the_window_and_have_no_pairs(piece, tmp_path, monkeypatch):
+    monkeypatch.setattr(glove, "_PIECE", piece)
+    corpus = Corpus(("a", "b"), np.array([2, 1]), np.array([0, 1, BREAK, 0, BREAK], np.int32), "")
+    # So little memory that the counts of a piece are a run of their own.
+    cells = np.fromfile(glove.cooccurrences(corpus, 10, 1, tmp_path), glove._CELL)
+    assert cells.tolist() == [(1, 1.0), (2, 1.0)]
 
 
 def test_a_step_of_glove_is_that_of_the_paper():
