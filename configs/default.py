@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
                 "cache_dir": "",
                 "workers": 0,
             },
-            "tokenizer": {"kind": "bpe", "vocab_size": 2048},
+            "tokenizer": {"kind": "bpe", "vocab_size": 2048, "path": ""},
             "model": {
                 "vocab_size": 0,
                 "width": 256,

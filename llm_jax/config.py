@@ -43,6 +43,9 @@ class DataConfig:
 class TokenizerConfig:
     kind: str  # "word", "char", "byte", "bpe", "char_bpe", "byte_bpe", "wordpiece", "unigram"
     vocab_size: CountOrZero  # special ids included; the most that "char" takes; ignored by "byte"
+    path: (
+        str  # one that is there, whose kind and size then count: what `pretrained.load_tokenizer` takes; "": train one
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,6 +275,7 @@ ADDED: dict[str, Any] = {
     "model.norm_place": "pre",
     "model.parallel": False,
     "model.embed_norm": False,
+    "tokenizer.path": "",
     "model.num_types": 0,
     "model.pooler": False,
     "model.qkv_bias": False,

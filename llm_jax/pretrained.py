@@ -154,7 +154,11 @@ def family(path: pathlib.Path) -> str:
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer of what `load` reads, without the model.
+    """The tokenizer of what `load` reads, without the model; or one by itself.
+
+    Args:
+      path: beside what `load` takes, a directory of `tokenizers.train`, a tokenizer.json or tokenizer.model, or a
+        directory that holds one.
 
     Raises:
       UserError: as `load`.
@@ -162,6 +166,12 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     from llm_jax.interop import gguf, peft
 
     found = locate(path)
+    if (found / "kind.json").is_file():
+        return tokenizers.load(found)
+    if found.is_file() and found.name in tokenizers.FOREIGN:
+        return tokenizers.from_directory(found.parent, found.name)
+    if any((found / name).is_file() for name in tokenizers.FOREIGN) and not peft.is_directory_of(found):
+        return tokenizers.from_directory(found)
     if peft.is_directory_of(found):
         return load_tokenizer(_named_base(found))
     if not is_foreign(found):
@@ -171,20 +181,51 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     return tokenizers.from_directory(found)
 
 
-def _adapters(directory: pathlib.Path, scan_layers: bool) -> Loaded:
-    """A run of adapters: its base, wherever that is, with the adapters attached."""
-    record = checkpoint.verify(directory)
+def adapters(path: str | os.PathLike[str]) -> tuple[Loaded, dict[str, Any]]:
+    """The base of a run of adapters (or of adapters of peft) without them, and the adapters by themselves.
+
+    Both have one entry per layer. Those of several runs of one base become one by `lora.combine`, for `lora.mix`.
+    What `lora.factors` rounded is not rounded here.
+
+    Raises:
+      UserError: as `load`; no adapters; or a base that was quantized less what its adapters started from.
+    """
+    from llm_jax.interop import peft
+
+    found = locate(path)
+    if peft.is_directory_of(found):
+        return _peft_apart(found, "float32")
+    directory = checkpoint.find(found)
     whole = checkpoint.read_config(directory)
-    config = whole.model
+    if not whole.lora.rank:
+        raise UserError(f"{path}: a run without adapters; lora.rank is 0")
+    base, apart = _apart(directory)
+    if whole.quant.scheme and any(name.endswith("/start_a") for name in trees.flatten(apart)):
+        said = "its base was quantized less what its adapters started from (lora.variant=pissa)"
+        raise UserError(f"{path}: {said}; they cannot be taken apart")
+    model = Transformer(dataclasses.replace(whole.model, scan_layers=False, attention="auto"))
+    return Loaded(model, quantize.base(base, whole.quant), tokenizers.load(directory / "tokenizer")), apart
+
+
+def _apart(directory: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(full weights of the base of a run of adapters, the adapters), the base from wherever it is."""
+    record = checkpoint.verify(directory)
+    dtype = checkpoint.read_config(directory).model.precision.params
     try:
-        base = _cast(load(record["base"]["path"], dtype=config.precision.params).params, config.precision.params)
+        base = _cast(load(record["base"]["path"], dtype=dtype).params, dtype)
     except UserError as error:
         raise UserError(f"{directory}: the base of its adapters cannot be read: {error}") from error
     checkpoint.check_base(directory, record, trees.fingerprint(base))
-    adapters = trees.unstack(checkpoint.restore_adapters(directory, record))
-    frozen = quantize.base(lora.rebase(base, adapters), whole.quant)
-    params = lora.attach(frozen, adapters, factors=whole.lora.factors)
-    model = Transformer(dataclasses.replace(config, scan_layers=scan_layers, attention="auto"))
+    return base, trees.unstack(checkpoint.restore_adapters(directory, record))
+
+
+def _adapters(directory: pathlib.Path, scan_layers: bool) -> Loaded:
+    """A run of adapters: its base with the adapters attached."""
+    whole = checkpoint.read_config(directory)
+    base, apart = _apart(directory)
+    frozen = quantize.base(lora.rebase(base, apart), whole.quant)
+    params = lora.attach(frozen, apart, factors=whole.lora.factors)
+    model = Transformer(dataclasses.replace(whole.model, scan_layers=scan_layers, attention="auto"))
     return checkpoint.laid_out(model, params, tokenizers.load(directory / "tokenizer"))
 
 
@@ -217,16 +258,20 @@ def _opened(
     return dataclasses.replace(config, precision=precision), tokenizer, read
 
 
-def _peft(path: pathlib.Path, scan_layers: bool, dtype: str) -> Loaded:
+def _peft_apart(path: pathlib.Path, dtype: str) -> tuple[Loaded, dict[str, Any]]:
     from llm_jax.interop import peft
 
     try:
         base = load(_named_base(path), dtype=dtype)
     except UserError as error:
         raise UserError(f"{path}: the base of its adapters cannot be read: {error}") from error
-    adapters = peft.load(path, family(_named_base(path)), base.params, base.model.config.tie_head)
+    return base, peft.load(path, family(_named_base(path)), base.params, base.model.config.tie_head)
+
+
+def _peft(path: pathlib.Path, scan_layers: bool, dtype: str) -> Loaded:
+    base, apart = _peft_apart(path, dtype)
     model = Transformer(dataclasses.replace(base.model.config, scan_layers=scan_layers))
-    return checkpoint.laid_out(model, lora.attach(base.params, adapters), base.tokenizer)
+    return checkpoint.laid_out(model, lora.attach(base.params, apart), base.tokenizer)
 
 
 def _named_base(path: pathlib.Path) -> pathlib.Path:

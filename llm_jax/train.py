@@ -48,6 +48,10 @@ def main() -> None:
     from llm_jax.training import step as step_lib
 
     config = cli.load_config()
+    given = pretrained.load_tokenizer(config.tokenizer.path) if config.tokenizer.path else None
+    if given:
+        its = dataclasses.replace(config.tokenizer, kind=given.kind, vocab_size=given.vocab_size)
+        config = dataclasses.replace(config, tokenizer=its)
     workdir = pathlib.Path(flags.FLAGS.workdir).expanduser()
     c = config.train
     began = time.perf_counter()
@@ -71,7 +75,12 @@ def main() -> None:
     if resumed:
         tokenizer = tokenizers.load(resumed / "tokenizer")
     else:
-        tokenizer = origin.tokenizer if origin else source.tokenizer(config.tokenizer)
+        tokenizer = origin.tokenizer if origin else given or source.tokenizer(config.tokenizer)
+    if given and tokenizers.digest(given) != tokenizers.digest(tokenizer):
+        raise UserError(
+            f"tokenizer.path={config.tokenizer.path} is another tokenizer ({tokenizers.digest(given)[:12]}) than "
+            f"that of {resumed or config.init_from} ({tokenizers.digest(tokenizer)[:12]}), which stays"
+        )
     if tokenizer.kind != config.tokenizer.kind:
         raise UserError(
             f"{resumed or config.init_from}: trained on '{tokenizer.kind}' tokens; config key 'tokenizer.kind' is "

@@ -61,7 +61,7 @@ def lines(tokenizer: Tokenizer, tokens: list[tuple[int, bool]], colours: tuple[s
 
 
 def main() -> None:
-    from llm_jax import checkpoint, tokenizers
+    from llm_jax import pretrained
     from llm_jax.data import masking, rows
     from llm_jax.data.corpus import Source
 
@@ -70,8 +70,8 @@ def main() -> None:
         raise UserError(f"--rows={f.rows} --first={f.first}; expected at least 1 row, from 0")
     config = cli.load_config()
     source = Source(config.data)
-    start = checkpoint.find(config.init_from) if config.init_from else None
-    tokenizer = tokenizers.load(start / "tokenizer") if start else source.tokenizer(config.tokenizer)
+    named = config.init_from or config.tokenizer.path
+    tokenizer = pretrained.load_tokenizer(named) if named else source.tokenizer(config.tokenizer)
     corpus = source.corpus(tokenizer)
     found: Any = rows.training(config, corpus)
     if f.held_out:

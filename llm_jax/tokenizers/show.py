@@ -5,7 +5,6 @@ bars, unknowns in brackets. `--ids` adds a table: id, bytes of the text, piece.
 """
 
 import os
-import pathlib
 import shutil
 import sys
 from collections.abc import Sequence
@@ -52,13 +51,6 @@ def read(name: str) -> tokenizers.Tokenizer:
     """
     if name == "byte":
         return tokenizers.get("byte").train([], 0)
-    path = pathlib.Path(name).expanduser()
-    if (path / "kind.json").is_file():
-        return tokenizers.load(path)
-    if path.is_file() and path.name in tokenizers.FOREIGN:
-        return tokenizers.from_directory(path.parent, path.name)
-    if any((path / name).is_file() for name in tokenizers.FOREIGN):
-        return tokenizers.from_directory(path)
     from llm_jax import pretrained
 
     return pretrained.load_tokenizer(name)

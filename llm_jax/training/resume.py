@@ -10,7 +10,7 @@ from llm_jax.errors import UserError
 _FREE = (
     *("eval.", "report.", "checkpoint.", "mesh."),
     *("train.steps", "train.on_bad_step", "train.spike_factor", "model.attention", "model.cache"),
-    *("data.cache_dir", "data.workers"),
+    *("data.cache_dir", "data.workers", "tokenizer.path"),  # the tokenizer itself is compared
 )
 # About a model, what concerns neither its weights nor what it computes.
 _LAYOUT = ("model.scan_layers", "model.remat", "model.vocab_size", "model.attention", "model.cache")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import llm_jax
-from llm_jax import checkpoint, pretrained, quantized, trees, weights
+from llm_jax import checkpoint, lora, pretrained, quantized, trees, weights
 from llm_jax.directory import write_manifest
 from llm_jax.errors import UserError
 from tests.test_checkpoint import metrics
@@ -90,6 +90,22 @@ def test_adapters_train_over_a_base_that_is_split(run, command, trained, tmp_pat
     assert metrics(tmp_path / "run")[-1]["validation_loss"] == pytest.approx(
         metrics(run)[-1]["validation_loss"], rel=1e-4
     )
+
+
+def test_runs_over_one_base_are_mixed(run, command, trained, tmp_path):
+    flags = (f"--config.init_from={trained}", "--config.lora.rank=2", "--config.lora.variant=pissa")
+    command("train", f"--workdir={tmp_path / 'other'}", *flags, "--config.train.steps=3")
+    (base, one), (_, other) = pretrained.adapters(run), pretrained.adapters(tmp_path / "other")
+    several = lora.combine(one, other)
+    ids = jnp.asarray([base.tokenizer.encode("the model")] * 3)
+    each = lora.attach(base.params, lora.mix(several, jnp.array([[1.0, 0], [0, 1.0], [0, 0]])))
+    logits = base.model.apply({"params": each}, ids)
+    for row, path in zip(logits, (run, tmp_path / "other", trained), strict=True):
+        alone = llm_jax.load(path)
+        np.testing.assert_allclose(row, alone.model.apply({"params": alone.params}, ids[:1])[0], atol=2e-5)
+    assert np.abs(logits[0] - logits[2]).max() > 1e-3 and np.abs(logits[1] - logits[2]).max() > 1e-3
+    with pytest.raises(UserError, match=r"a run without adapters; lora.rank is 0"):
+        pretrained.adapters(trained)
 
 
 @pytest.mark.parametrize(("variant", "factors"), [("lora", "int8"), ("loftq", ""), ("pissa", "")])

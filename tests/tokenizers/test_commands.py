@@ -3,7 +3,7 @@ import re
 import pytest
 import tokenizers as library
 
-from llm_jax import tokenizers
+from llm_jax import pretrained, tokenizers
 from llm_jax.errors import UserError
 from llm_jax.tokenizers import show, train
 
@@ -24,6 +24,28 @@ def test_a_tokenizer_is_trained_and_shown(command, text_file, tmp_path):
         "tokenizers.train", "--kind=byte", f"--input={text_file}", f"--output={tmp_path / 'w'}", code=2
     ).stderr
     assert "exists; give another" in again
+
+
+def test_a_run_takes_a_tokenizer_and_goes_on_with_no_other(command, text_file, tmp_path):
+    words = tmp_path / "words.txt"
+    words.write_text("the model reads a token and then the token after it returns one line of text " * 9)
+    flags = ("--kind=word", "--vocab_size=18")
+    command("tokenizers.train", *flags, f"--input={words}", f"--output={tmp_path / 'w'}")
+    own = tokenizers.load(tmp_path / "w")
+    run = (f"--workdir={tmp_path / 'run'}", f"--config.tokenizer.path={tmp_path / 'w'}")
+    said = command("train", *run, "--config.train.steps=4").stdout
+    assert f"tokenizer word, 18 ids ({tokenizers.digest(own)[:12]})" in said
+    assert tokenizers.digest(pretrained.load_tokenizer(tmp_path / "run")) == tokenizers.digest(own)
+    assert "going on from" in command("train", *run, "--config.train.steps=6").stdout
+    (tmp_path / "w").rename(tmp_path / "old")
+    words.write_text(
+        "another text of other words that no one reads or returns after the other line of tokens it is " * 9
+    )
+    command("tokenizers.train", *flags, f"--input={words}", f"--output={tmp_path / 'w'}")
+    refused = command("train", *run, "--config.train.steps=8", code=2).stderr
+    assert "is another tokenizer" in refused and len(refused.strip().splitlines()) == 1
+    nothing = command("train", run[0] + "2", f"--config.tokenizer.path={tmp_path / 'no'}", code=2).stderr
+    assert str(tmp_path / "no") in nothing and len(nothing.strip().splitlines()) == 1
 
 
 def test_colours_tell_neighbours_apart_and_unknowns_are_red():
