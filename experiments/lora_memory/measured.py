@@ -27,7 +27,18 @@ from llm_jax.training import memory
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
 BEGIN, END = "<!-- measured: written by measured.py -->\n", "<!-- end of measured -->"
-CASES = (("lora", "dots"), ("lora", "none"), ("lora", "full"), ("qlora", "full"))
+CASES = (
+    ("forward", "none"),
+    ("full", "none"),
+    ("full", "full"),
+    ("lora", "none"),
+    ("lora", "full"),
+    ("lora", "dots"),
+    ("fa", "none"),
+    ("fa", "full"),
+    ("qlora", "none"),
+    ("qlora", "full"),
+)
 STEPS = 2
 
 flags.DEFINE_string("case", "", "one of them, such as lora-dots; empty: all")
@@ -70,17 +81,21 @@ def one(name: str, remat: str) -> dict[str, int]:
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     origin = pretrained.Origin(config.init_from, config.model.precision.params)
     base = origin.params(config.model, lambda tree: jax.tree.map(lambda _: device, tree))
-    step, begin = memory.training_step(config, kind)
-    state, frozen = jax.jit(begin, donate_argnums=() if config.quant.scheme else 0)(base)
+    if kind == "forward":
+        step, held = memory.forward(config), (base,)
+    else:
+        step, begin = memory.training_step(config, kind)
+        held = jax.jit(begin, donate_argnums=() if config.quant.scheme else 0)(base)
     del base, origin
     rows = {name: jnp.ones(leaf.shape, leaf.dtype) for name, leaf in memory.batch(config).items()}
-    compiled = step.lower(state, frozen, rows).compile()
+    compiled = step.lower(*held, rows).compile()
     gc.collect()
     cli.trim_memory()
     before, arrays = resident("VmRSS"), sum(array.nbytes for array in jax.live_arrays())
     pathlib.Path("/proc/self/clear_refs").write_text("5")
     for _ in range(STEPS):
-        state, _ = jax.block_until_ready(compiled(state, frozen, rows))
+        out = jax.block_until_ready(compiled(*held, rows))
+        held = held if kind == "forward" else (out[0], held[1])
     measured = resident("VmHWM") - before + arrays
     return {"planned": memory.of(compiled, 0).peak, "measured": measured, "rest": before - arrays}
 

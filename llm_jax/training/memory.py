@@ -47,13 +47,17 @@ def compiled(config: Config, kind: str) -> Memory:
     """
     base, rows = checkpoint.abstract_params(Transformer(config.model)), batch(config)
     if kind == "forward":
-        model = Transformer(config.model)
-        chunk, sparse = config.train.loss_chunk, losses.is_sparse(config)
-        plain = jax.jit(lambda params, rows: losses.language_model(model, params, rows, chunk, sparse))
-        return of(plain.lower(base, rows).compile(), 0)
+        return of(forward(config).lower(base, rows).compile(), 0)
     one, begin = training_step(config, kind)
     state, frozen = jax.eval_shape(begin, base)
     return of(one.lower(state, frozen, rows).compile(), _bytes(state.optimizer))
+
+
+def forward(config: Config) -> Any:
+    """The jitted loss of a micro-batch alone: (weights, batch) -> its sums."""
+    model = Transformer(config.model)
+    chunk, sparse = config.train.loss_chunk, losses.is_sparse(config)
+    return jax.jit(lambda params, rows: losses.language_model(model, params, rows, chunk, sparse))
 
 
 def batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
