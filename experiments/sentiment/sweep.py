@@ -23,6 +23,7 @@ from tqdm import tqdm
 from experiments.sentiment import report
 from llm_jax import checkpoint, cli
 from llm_jax.errors import UserError
+from llm_jax.prompting import sentiment
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -43,6 +44,7 @@ TRAINED = {
     "PiSSA r=8": {"lora.variant": "pissa", "lora.alpha": 8.0, "optim.lr": 2e-4},
     "LoRA-FA r=8": {"lora.variant": "fa", "optim.lr": 2e-3},
     "QLoRA r=8, NF4 base": {"quant.scheme": "nf4"},
+    "LoftQ r=8, NF4 base": {"quant.scheme": "nf4", "lora.variant": "loftq"},
     "LoRA r=8, factors in int8": {"lora.factors": "int8"},
     "QLoRA r=8, both": {"quant.scheme": "nf4", "lora.factors": "int8"},
     "full": {"lora.rank": 0, "optim.lr": 2e-5},
@@ -54,7 +56,7 @@ SIZES = {
     "smoke": (FAST | {"train.steps": 12, "optim.warmup_steps": 2}, ("--test=64", "--train=64")),
 }
 RECIPE = ROOT / "configs" / "sentiment_lora.py"
-OTHER = "sentiment:amazon-reviews"
+OTHER = "amazon-reviews"
 
 
 def main() -> None:
@@ -91,7 +93,7 @@ def main() -> None:
 
 def recipe(name: str, size: str) -> str:
     """A digest of what a job's figures follow from, beside its seed."""
-    parts = [SIZES[size], TRAINED.get(name), RECIPE.read_text() if name in TRAINED else ""]
+    parts = [SIZES[size], TRAINED.get(name, OTHER), RECIPE.read_text() if name in TRAINED else ""]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
@@ -104,7 +106,8 @@ def finished(file: pathlib.Path, size: str) -> dict[tuple[str, int], dict[str, A
 def asked(root: pathlib.Path, kind: str, size: str) -> dict[str, Any]:
     """The figures of what needs no training of the model."""
     place = root / f"{kind}.json"
-    run([str(HERE / "measure.py"), f"--kind={kind}", f"--output={place}", *SIZES[size][1]], root / f"{kind}.log")
+    flags = (f"--kind={kind}", f"--output={place}", f"--other={OTHER if size == 'cpu' else ''}", *SIZES[size][1])
+    run([str(HERE / "measure.py"), *flags], root / f"{kind}.log")
     found: dict[str, Any] = json.loads(place.read_text())
     return found
 
@@ -123,7 +126,7 @@ def trained(root: pathlib.Path, name: str, seed: int, size: str) -> dict[str, An
     if name != "full":
         found["factors"] = report.factor_shapes(workdir)
     if size == "cpu" and seed == 0:
-        ask = ["-m", "llm_jax.evaluate", f"--checkpoint={workdir}", f"--data={OTHER}", "--json"]
+        ask = ["-m", "llm_jax.evaluate", f"--checkpoint={workdir}", f"--data={sentiment.PREFIX}{OTHER}", "--json"]
         found["products"] = json.loads(run(ask, root / f"{workdir.name}-products.log"))
     return found
 
