@@ -181,15 +181,56 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     return tokenizers.from_directory(found)
 
 
-def adapters(path: str | os.PathLike[str]) -> tuple[Loaded, dict[str, Any]]:
-    """The base of a run of adapters (or of adapters of peft) without them, and the adapters by themselves.
+def named_tokenizer(name: str, own: Tokenizer | None) -> Tokenizer:
+    """The tokenizer that tokenizer.path names.
 
-    Both have one entry per layer. Those of several runs of one base become one by `lora.combine`, for `lora.mix`.
-    What `lora.factors` rounded is not rounded here.
+    Args:
+      own: that of the checkpoint that a run goes on from, which it keeps: if the named one has gone, this is it.
 
     Raises:
-      UserError: as `load`; no adapters; or a base that was quantized less what its adapters started from.
+      UserError: there is none, or not the one of the checkpoint.
     """
+    if own and not name.startswith(("asset:", "hf:")) and not pathlib.Path(name).expanduser().exists():
+        return own
+    try:
+        found = load_tokenizer(name)
+    except UserError as error:
+        expected = "a directory of tokenizers.train, tokenizer.json or tokenizer.model or where it is, or a checkpoint"
+        raise UserError(f"tokenizer.path={name}: {error}; expected {expected}") from error
+    check_tokenizer(name, found, own)
+    return found
+
+
+def check_tokenizer(name: str, named: Tokenizer, own: Tokenizer | None) -> None:
+    """Raises UserError where weights come with a tokenizer, `own`, and tokenizer.path names another."""
+    if own and tokenizers.digest(named) != tokenizers.digest(own):
+        raise UserError(
+            f"tokenizer.path={name} is another tokenizer ({tokenizers.digest(named)[:12]}) than that of the weights "
+            f"({tokenizers.digest(own)[:12]}), which they keep"
+        )
+
+
+def adapters(*paths: str | os.PathLike[str]) -> tuple[Loaded, list[dict[str, Any]]]:
+    """The base of runs of adapters (or of adapters of peft) without them, and the adapters of each by themselves.
+
+    `lora.attach` takes one of these, `lora.combine` several. They are as they are used (`lora.factors` rounds them),
+    over the unchanged base (`lora.plain`), with one entry per layer.
+
+    Raises:
+      UserError: as `load`; a run without adapters; runs over different bases; or adapters of which the base was
+        quantized less what they started from.
+    """
+    base, first = _base_and_adapters(paths[0])
+    found, own = [first], trees.fingerprint(base.params)
+    for path in paths[1:]:
+        another, more = _base_and_adapters(path)
+        if trees.fingerprint(another.params) != own:
+            raise UserError(f"{path}: its adapters are over another base than those of {paths[0]}")
+        found.append(more)
+    return base, found
+
+
+def _base_and_adapters(path: str | os.PathLike[str]) -> tuple[Loaded, dict[str, Any]]:
     from llm_jax.interop import peft
 
     found = locate(path)
@@ -200,9 +241,12 @@ def adapters(path: str | os.PathLike[str]) -> tuple[Loaded, dict[str, Any]]:
     if not whole.lora.rank:
         raise UserError(f"{path}: a run without adapters; lora.rank is 0")
     base, apart = _apart(directory)
-    if whole.quant.scheme and any(name.endswith("/start_a") for name in trees.flatten(apart)):
-        said = "its base was quantized less what its adapters started from (lora.variant=pissa)"
-        raise UserError(f"{path}: {said}; they cannot be taken apart")
+    apart = lora.rounded(apart, whole.lora.factors)
+    if any(name.endswith("/start_a") for name in trees.flatten(apart)):
+        if whole.quant.scheme:
+            said = "its base was quantized less what its adapters started from (lora.variant=pissa)"
+            raise UserError(f"{path}: {said}; they cannot be taken apart")
+        apart = lora.plain(apart)
     model = Transformer(dataclasses.replace(whole.model, scan_layers=False, attention="auto"))
     return Loaded(model, quantize.base(base, whole.quant), tokenizers.load(directory / "tokenizer")), apart
 

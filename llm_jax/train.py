@@ -48,11 +48,14 @@ def main() -> None:
     from llm_jax.training import step as step_lib
 
     config = cli.load_config()
-    given = pretrained.load_tokenizer(config.tokenizer.path) if config.tokenizer.path else None
-    if given:
+    workdir = pathlib.Path(flags.FLAGS.workdir).expanduser()
+    resumed = checkpoint.find(workdir) if checkpoint.steps(workdir) else None
+    given = None
+    if config.tokenizer.path:
+        kept = tokenizers.load(resumed / "tokenizer") if resumed else None
+        given = pretrained.named_tokenizer(config.tokenizer.path, kept)
         its = dataclasses.replace(config.tokenizer, kind=given.kind, vocab_size=given.vocab_size)
         config = dataclasses.replace(config, tokenizer=its)
-    workdir = pathlib.Path(flags.FLAGS.workdir).expanduser()
     c = config.train
     began = time.perf_counter()
 
@@ -61,7 +64,6 @@ def main() -> None:
     # Adapters begin or go on in the same way, over the weights of init_from.
     kind = trained.kind(config)
     resume.refuse_another(workdir, config)
-    resumed = checkpoint.find(workdir) if checkpoint.steps(workdir) else None
     record = checkpoint.verify(resumed) if resumed else None
     named = bool(config.init_from) and (kind.adapts or not resumed)
     origin = pretrained.Origin(config.init_from, config.model.precision.params) if named else None
@@ -76,11 +78,8 @@ def main() -> None:
         tokenizer = tokenizers.load(resumed / "tokenizer")
     else:
         tokenizer = origin.tokenizer if origin else given or source.tokenizer(config.tokenizer)
-    if given and tokenizers.digest(given) != tokenizers.digest(tokenizer):
-        raise UserError(
-            f"tokenizer.path={config.tokenizer.path} is another tokenizer ({tokenizers.digest(given)[:12]}) than "
-            f"that of {resumed or config.init_from} ({tokenizers.digest(tokenizer)[:12]}), which stays"
-        )
+    if given:
+        pretrained.check_tokenizer(config.tokenizer.path, given, tokenizer)
     if tokenizer.kind != config.tokenizer.kind:
         raise UserError(
             f"{resumed or config.init_from}: trained on '{tokenizer.kind}' tokens; config key 'tokenizer.kind' is "

@@ -32,6 +32,7 @@ from llm_jax.training import memory
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
 COMMAND = "PYTHONPATH=. python experiments/lora_memory/measure.py"
+SHAPE = {"batch_size": 4, "seq_len": 256}
 BEGIN, END = "<!-- results: written by measure.py -->\n", "<!-- end of results -->"
 
 
@@ -49,7 +50,7 @@ def main() -> None:
 
 def steps(config: config_lib.Config) -> dict[str, memory.Memory]:
     """{"kind, remat": its memory}"""
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, loss_chunk=0))
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, loss_chunk=0, **SHAPE))
     found = {}
     for name, kind in memory.STEPS.items():
         for remat in ("none",) if kind == "forward" else ("none", "full"):

@@ -15,6 +15,7 @@ lies below 0; else undecided. With fewer than three seeds it is untested.
 
 import dataclasses
 import functools
+import hashlib
 import json
 import pathlib
 import runpy
@@ -64,10 +65,11 @@ def main() -> None:
     )
     chosen = {"train": films["train"], "test": films["test"], "products": products["test"]}
     parts = {name: encoded(loaded, sentences) for name, sentences in chosen.items()}
+    recipe = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()[:12]
     jobs = [(kind, seed) for seed in range(f.seeds) for kind in KINDS]
     found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
     for kind, seed in tqdm(jobs):
-        kept = root / f"{kind.replace(' ', '-').lower()}-{seed}.json"
+        kept = root / f"{kind.replace(' ', '-').lower()}-{seed}-{recipe}.json"
         if not kept.exists():
             checkpoint.write_json(kept, run(loaded, parts, kind, seed))
         found[kind].append(json.loads(kept.read_text()))

@@ -72,7 +72,7 @@ def from_directory(directory: pathlib.Path, name: str = "") -> Tokenizer:
     Raises:
       UserError: there is none, or it cannot be read.
     """
-    if (directory / "tokenizer" / "kind.json").is_file():
+    if not name and (directory / "tokenizer" / "kind.json").is_file():
         return load(directory / "tokenizer")
     chosen = ({name} if name else {*FOREIGN}) | {*_BESIDE}
     try:

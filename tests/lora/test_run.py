@@ -93,19 +93,33 @@ def test_adapters_train_over_a_base_that_is_split(run, command, trained, tmp_pat
 
 
 def test_runs_over_one_base_are_mixed(run, command, trained, tmp_path):
-    flags = (f"--config.init_from={trained}", "--config.lora.rank=2", "--config.lora.variant=pissa")
-    command("train", f"--workdir={tmp_path / 'other'}", *flags, "--config.train.steps=3")
-    (base, one), (_, other) = pretrained.adapters(run), pretrained.adapters(tmp_path / "other")
-    several = lora.combine(one, other)
+    """A PiSSA run, which trained over another base, and one whose factors are rounded are as they are alone."""
+    other = ("--config.lora.rank=2", "--config.lora.variant=pissa", "--config.lora.factors=int8")
+    paths = (run, tmp_path / "other", tmp_path / "elsewhere")
+    command("train", f"--workdir={paths[1]}", f"--config.init_from={trained}", *other, "--config.train.steps=3")
+    command(
+        "train",
+        f"--workdir={paths[2]}",
+        f"--config.init_from={trained}",
+        *other,
+        "--config.train.steps=3",
+        "--config.lora.variant=lora",
+        "--config.quant.scheme=nf4:16",
+    )
+    base, found = pretrained.adapters(*paths[:2])
     ids = jnp.asarray([base.tokenizer.encode("the model")] * 3)
-    each = lora.attach(base.params, lora.mix(several, jnp.array([[1.0, 0], [0, 1.0], [0, 0]])))
-    logits = base.model.apply({"params": each}, ids)
-    for row, path in zip(logits, (run, tmp_path / "other", trained), strict=True):
-        alone = llm_jax.load(path)
-        np.testing.assert_allclose(row, alone.model.apply({"params": alone.params}, ids[:1])[0], atol=2e-5)
-    assert np.abs(logits[0] - logits[2]).max() > 1e-3 and np.abs(logits[1] - logits[2]).max() > 1e-3
+    mixture = jnp.array([[1.0, 0], [0, 1.0], [0, 0]])
+    forms = [lora.attach(base.params, lora.mix(lora.combine(*found), mixture)), lora.attach(base.params, found[1])]
+    together, second = (base.model.apply({"params": params}, ids) for params in forms)
+    alone = [llm_jax.load(path) for path in (*paths[:2], trained)]
+    expected = [one.model.apply({"params": one.params}, ids)[0] for one in alone]
+    np.testing.assert_allclose(together, expected, atol=2e-5)
+    np.testing.assert_allclose(second[0], expected[1], atol=2e-5)
+    assert all(np.abs(expected[i] - expected[2]).max() > 1e-3 for i in (0, 1))
     with pytest.raises(UserError, match=r"a run without adapters; lora.rank is 0"):
         pretrained.adapters(trained)
+    with pytest.raises(UserError, match=r"elsewhere: its adapters are over another base than those of"):
+        pretrained.adapters(run, paths[2])
 
 
 @pytest.mark.parametrize(("variant", "factors"), [("lora", "int8"), ("loftq", ""), ("pissa", "")])

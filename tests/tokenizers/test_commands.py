@@ -43,9 +43,15 @@ def test_a_run_takes_a_tokenizer_and_goes_on_with_no_other(command, text_file, t
     )
     command("tokenizers.train", *flags, f"--input={words}", f"--output={tmp_path / 'w'}")
     refused = command("train", *run, "--config.train.steps=8", code=2).stderr
+    (tmp_path / "w").rename(tmp_path / "new")  # the checkpoint has its own
+    assert "going on from" in command("train", *run, "--config.train.steps=8").stdout
     assert "is another tokenizer" in refused and len(refused.strip().splitlines()) == 1
     nothing = command("train", run[0] + "2", f"--config.tokenizer.path={tmp_path / 'no'}", code=2).stderr
-    assert str(tmp_path / "no") in nothing and len(nothing.strip().splitlines()) == 1
+    assert (
+        f"tokenizer.path={tmp_path / 'no'}: " in nothing
+        and "tokenizers.train" in nothing
+        and len(nothing.strip().splitlines()) == 1
+    )
 
 
 def test_colours_tell_neighbours_apart_and_unknowns_are_red():
