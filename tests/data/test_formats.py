@@ -101,6 +101,7 @@ def test_a_directory_holds_files_of_every_format(tmp_path):
     assert texts(tmp_path / "in" / "*.jsonl", tmp_path) == TEXTS[9:20]
 
 
+@pytest.mark.live
 def test_a_data_set_of_datasets_gives_its_column(tmp_path):
     pytest.importorskip("datasets")
     (tmp_path / "set").mkdir()
