@@ -2,7 +2,7 @@
 
     python -m llm_jax.train --config=configs/default.py --workdir=runs/default
 
-Every option stands here; `llm_jax/config.py` says what each one means.
+Every option stands here; `llm_jax/schema.py` says what each one means.
 """
 
 from ml_collections import ConfigDict
@@ -29,9 +29,9 @@ def get_config() -> ConfigDict:
                 "window": 128,
                 "num_heads": 4,
                 "num_kv_heads": 4,
-                "head_width": 0,
+                "head_dim": 0,
                 "mlp": "gated",
-                "mlp_width": 704,
+                "mlp_dim": 704,
                 "activation": "silu",
                 "norm": "rms",
                 "norm_eps": 1e-5,
@@ -50,8 +50,8 @@ def get_config() -> ConfigDict:
                 "scale_embeddings": False,
                 "tie_head": True,
                 "causal": True,
-                "attention": "auto",
-                "cache": "compute",
+                "attention_kernel": "auto",
+                "kv_cache": "compute",
                 "position": {
                     "kind": "rope",
                     "base": 10000.0,
@@ -102,7 +102,7 @@ def get_config() -> ConfigDict:
             "loss": {
                 "kind": "cross_entropy",
                 "masked": "none",
-                "masked_share": 0.15,
+                "mask_prob": 0.15,
                 "z_loss": 0.0,
                 "label_smoothing": 0.0,
                 "unlikelihood": 1.0,

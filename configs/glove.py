@@ -6,15 +6,12 @@ With `--config.glove.window=5 --config.epochs=10` its rank correlation with Word
 three seeds (`experiments/word_vectors`, whose twelve trainings take 8 minutes of two shared cores).
 """
 
-import runpy
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
-word2vec = runpy.run_path(str(Path(__file__).with_name("word2vec.py")))
+from llm_jax import configuration
 
 
 def get_config() -> ConfigDict:
-    config = word2vec["get_config"]()
+    config = configuration.recipe("word2vec")
     config.update({"kind": "glove", "epochs": 15})
     return config

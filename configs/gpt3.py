@@ -3,21 +3,18 @@
     python -m llm_jax.train --config=configs/gpt3.py --workdir=runs/gpt3 --dry_run --devices=8 --config.mesh.fsdp=8
 
 GPT-2's layers, all of them dense: the paper's sparse pattern in every other layer is not published. Other sizes of its
-table are overrides: Small (125M) is width 768, 12 layers, 12 heads, mlp_width 3072.
+table are overrides: Small (125M) is width 768, 12 layers, 12 heads, mlp_dim 3072.
 """
-
-import runpy
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
-default = runpy.run_path(str(Path(__file__).with_name("default.py")))
+from llm_jax import configuration
 
 
 def get_config() -> ConfigDict:
-    config = default["get_config"]()
+    config = configuration.recipe("default")
     config.model.update({"vocab_size": 50257, "width": 12288, "num_layers": 96, "num_heads": 96, "num_kv_heads": 96})
-    config.model.update({"mlp_width": 4 * 12288, "norm": "layer", "bias": True, "qk_norm": False})
+    config.model.update({"mlp_dim": 4 * 12288, "norm": "layer", "bias": True, "qk_norm": False})
     config.model.update({"mlp": "plain", "activation": "gelu", "tie_head": True})
     config.model.position.update({"kind": "learned", "max_length": 2048})
     config.train.update({"seq_len": 2048})

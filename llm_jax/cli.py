@@ -20,12 +20,13 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from llm_jax import config as config_lib
+from llm_jax import configuration as config_lib
+from llm_jax import schema
 from llm_jax.errors import UserError
 
 _PATIENCE = 5.0  # seconds from an interrupt to the end
 _CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
-_schema: Any = config_lib.Config  # of `--config`, and the file that is its default: see `define_config`
+_schema: Any = schema.Config  # of `--config`, and the file that is its default: see `define_config`
 _default = _CONFIGS / "default.py"
 
 
@@ -115,7 +116,7 @@ def _end(code: int, text: str) -> None:
     os._exit(code)  # threads of the data pipeline and of Orbax would be cut off with tracebacks
 
 
-def define_config(cls: Any = config_lib.Config, default: str = "default.py") -> None:
+def define_config(cls: Any = schema.Config, default: str = "default.py") -> None:
     """Defines `--config`: a Python file with get_config(), and overrides as --config.KEY=VALUE.
 
     Args:

@@ -34,9 +34,9 @@ NEEDS: cli.Needs = (
 def main() -> None:
     import jax
 
-    from llm_jax import pretrained, tokenizers, trees
-    from llm_jax.interop import gguf_model, hf
-    from llm_jax.interop.families import FAMILIES
+    from llm_jax import tokenizers, trees
+    from llm_jax.checkpoints import gguf_model, hf, pretrained
+    from llm_jax.checkpoints.families import FAMILIES
     from llm_jax.kernels import blocks
 
     f = flags.FLAGS
@@ -85,9 +85,9 @@ def _announce(output: pathlib.Path, what: str, size: int) -> None:
 
 def _peft(source: pathlib.Path, output: pathlib.Path, kind: str) -> None:
     """Writes the adapters of a run as a directory of peft."""
-    from llm_jax import checkpoint, lora, pretrained, trees
-    from llm_jax.interop import hf, peft
-    from llm_jax.interop.families import FAMILIES
+    from llm_jax import lora, trees
+    from llm_jax.checkpoints import checkpoint, hf, peft, pretrained
+    from llm_jax.checkpoints.families import FAMILIES
     from llm_jax.model.transformer import Transformer
 
     config = None if pretrained.is_foreign(source) else checkpoint.read_config(directory := checkpoint.find(source))
@@ -122,7 +122,7 @@ def _peft(source: pathlib.Path, output: pathlib.Path, kind: str) -> None:
 
 def _first_that_fits(config) -> str:
     """The family that can hold a model of ours. Raises UserError with every family's reason."""
-    from llm_jax.interop.families import FAMILIES, their_config
+    from llm_jax.checkpoints.families import FAMILIES, their_config
 
     reasons = []
     for kind in FAMILIES:

@@ -1,6 +1,6 @@
 """Held-out figures of a checkpoint: `python -m llm_jax.evaluate --checkpoint=runs/x`.
 
-With --task=NAME or --task=FILE.jsonl, its accuracy in a task (`llm_jax.prompting.tasks` describes the file);
+With --task=NAME or --task=FILE.jsonl, its accuracy in a task (`llm_jax.evaluation.tasks` describes the file);
 with --harness=NAMES, what lm-eval finds.
 """
 
@@ -72,13 +72,13 @@ def main() -> None:
 def on_text() -> None:
     import jax
 
-    from llm_jax import checkpoint, pretrained
-    from llm_jax.config import DataConfig
+    from llm_jax.checkpoints import checkpoint, pretrained
     from llm_jax.data import corpus, masking
     from llm_jax.data.rows import ROWS, Rows
+    from llm_jax.evaluation import classification, held_out, sentiment
     from llm_jax.model import transformer
-    from llm_jax.prompting import sentiment
-    from llm_jax.training import classify, evaluation, losses
+    from llm_jax.schema import DataConfig
+    from llm_jax.training import losses
 
     f = flags.FLAGS
     path = pretrained.locate(f.checkpoint)
@@ -103,8 +103,8 @@ def on_text() -> None:
         asked = sentiment.Source(data)
         rows = asked.rows(tokenizer, "test", length)
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        found = classify.accuracy(model, params, rows, f.batch_size, device)
-        said = f"{data.source}: {classify.say(found)}"
+        found = classification.accuracy(model, params, rows, f.batch_size, device)
+        said = f"{data.source}: {classification.say(found)}"
         print(json.dumps(found) if f.json else said)
         return
     source = corpus.Source(data, whole=bool(f.data))
@@ -116,7 +116,7 @@ def on_text() -> None:
     windows = Rows(split, length, f.stride) if f.stride else ROWS[data.kind](split, length)
     if hides:
         windows = masking.hider(config.loss, tokenizer)(windows, 0)
-    found = evaluation.evaluate(loss, params, windows, f.batch_size, device)
+    found = held_out.evaluate(loss, params, windows, f.batch_size, device)
     compressed = {} if hides else source.compressed_bits_per_byte()
     if f.json:
         print(json.dumps({**found, "compressed_bits_per_byte": compressed}))
@@ -133,9 +133,9 @@ def on_text() -> None:
 def on_task() -> None:
     from tqdm import tqdm
 
-    from llm_jax import pretrained
-    from llm_jax.prompting import ask, builtin
-    from llm_jax.prompting.templates import STYLES
+    from llm_jax.checkpoints import pretrained
+    from llm_jax.evaluation import ask, builtin
+    from llm_jax.evaluation.templates import STYLES
 
     f = flags.FLAGS
     task = builtin.named(f.task)
@@ -177,8 +177,8 @@ def on_task() -> None:
 
 
 def on_harness() -> None:
-    from llm_jax import pretrained
-    from llm_jax.prompting import harness
+    from llm_jax.checkpoints import pretrained
+    from llm_jax.evaluation import harness
 
     f = flags.FLAGS
     path = pathlib.Path(f.harness_path) if f.harness_path else None

@@ -22,7 +22,9 @@ flags.DEFINE_boolean("chat", False, "ask through the model's chat template; the 
 flags.DEFINE_string("system", "", "with --chat: the system message")
 flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "of other people's checkpoints")
 flags.DEFINE_boolean("as_stored", False, "keep quantized tensors of a .gguf file as they are, unexpanded")
-flags.DEFINE_enum("cache", "", ["", "compute", "int8"], "of keys and values; by default the checkpoint's model.cache")
+flags.DEFINE_enum(
+    "cache", "", ["", "compute", "int8"], "of keys and values; by default the checkpoint's model.kv_cache"
+)
 flags.DEFINE_boolean("stream", False, "print the text of the one prompt as it comes")
 flags.DEFINE_boolean("explain", False, "print, token by token, the candidates and what each filter removed")
 flags.DEFINE_boolean("json", False, "print one JSON object a continuation, with the log-probability of every token")
@@ -62,7 +64,8 @@ def read_options() -> Options:
 
 
 def main() -> None:
-    from llm_jax import pretrained, tokenizers
+    from llm_jax import tokenizers
+    from llm_jax.checkpoints import pretrained
     from llm_jax.decoding import complete, explain
     from llm_jax.tokenizers import chat
     from llm_jax.tokenizers.base import digest
@@ -74,7 +77,7 @@ def main() -> None:
         raise UserError(f"--{'stream' if f.stream else 'explain'} shows one continuation of one --prompt")
     model, params, tokenizer = pretrained.load(f.checkpoint, dtype=f.dtype, as_stored=f.as_stored)
     if f.cache:
-        model = model.clone(config=dataclasses.replace(model.config, cache=f.cache))
+        model = model.clone(config=dataclasses.replace(model.config, kv_cache=f.cache))
     if not model.config.causal:
         raise UserError(f"{f.checkpoint} is a bidirectional model (model.causal=False); it does not continue text")
     options.check(min(tokenizer.vocab_size, model.config.vocab_size))

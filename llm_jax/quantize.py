@@ -49,11 +49,13 @@ NEEDS: cli.Needs = (
 
 def main() -> None:
     cli.keep_memory()
-    from llm_jax import checkpoint, config, lora, pretrained, quantized, trees
+    from llm_jax import configuration, lora, trees, weights
+    from llm_jax.checkpoints import checkpoint, pretrained
     from llm_jax.data.rows import Row
+    from llm_jax.kernels import number_formats
     from llm_jax.model import transformer
     from llm_jax.quant import calibrate
-    from llm_jax.quant import quantize as quant
+    from llm_jax.quant import post_training as quant
 
     f = flags.FLAGS
     output = pathlib.Path(f.output).expanduser()
@@ -68,23 +70,23 @@ def main() -> None:
     model, params, tokenizer = pretrained.load(path)
     quant.check_finite(params, f.checkpoint)
     if pretrained.is_foreign(path):
-        whole = config.build(cli.default_config())
+        whole = configuration.build(cli.default_config())
         whole = dataclasses.replace(whole, tokenizer=dataclasses.replace(whole.tokenizer, kind=tokenizer.kind))
         run_config, length = dataclasses.replace(whole, model=model.config), f.seq_len or 512
     else:
         run_config = checkpoint.read_config(checkpoint.find(path))
         length = f.seq_len or run_config.train.seq_len
-    before = quantized.num_bytes(params)
+    before = weights.num_bytes(params)
     params, costs = lora.fold(params)
     made = "has adapters over a quantized base, which go into its own codes" if costs else ""
-    if any(isinstance(w, quantized.FakeQuant) for w in trees.flatten(params).values()):
+    if any(isinstance(w, weights.FakeQuant) for w in trees.flatten(params).values()):
         made = "was trained as integers already"
     if made:
         if f.scheme:
             raise UserError(f"--scheme={f.scheme}: {f.checkpoint} {made}; leave --scheme out")
         planned = dict.fromkeys(trees.flatten(params), "")
     elif not f.scheme:
-        raise UserError("--scheme is needed; one of " + ", ".join(quantized.formats.FOR_WEIGHTS))
+        raise UserError("--scheme is needed; one of " + ", ".join(number_formats.FOR_WEIGHTS))
     else:
         planned = quant.plan(params, quant.rules(_none(f.scheme), _none(f.head), _rules(f.rule)), "--scheme, --rule")
         planned = quant.runnable(params, planned, f.fallback)
@@ -112,15 +114,15 @@ def main() -> None:
     quant.check_finite(params, f"{f.checkpoint}, quantized: a float16 scale cannot hold it")
     saved = dataclasses.replace(run_config, model=dataclasses.replace(model.config, scan_layers=False))
     no_training = dataclasses.replace(saved.quant, scheme="", qat=dataclasses.replace(saved.quant.qat, scheme=""))
-    saved = dataclasses.replace(saved, quant=no_training, lora=config.build(cli.default_config()).lora)
+    saved = dataclasses.replace(saved, quant=no_training, lora=configuration.build(cli.default_config()).lora)
     writer = checkpoint.Writer(partial / "run", saved, tokenizer, text)
     writer.save(0, params, {}, None)
     writer.close()
-    checkpoint.write_json(partial / "run" / "config.json", config.as_dict(saved))
+    checkpoint.write_json(partial / "run" / "config.json", configuration.as_dict(saved))
     os.rename(partial / "run", output)
     shutil.rmtree(partial)
     print(quant.table(lines))
-    after = quantized.num_bytes(params)
+    after = weights.num_bytes(params)
     print(f"{before:,} bytes -> {after:,}: {before / after:.2f} times smaller")
     if costs:
         worst = max(costs, key=lambda path: costs[path])
@@ -152,7 +154,7 @@ def _request(f) -> dict[str, object]:
 
 def _claim(partial: pathlib.Path, request: dict[str, object]) -> None:
     """The directory of an unfinished command, if it is this very one; else made anew."""
-    from llm_jax import checkpoint
+    from llm_jax.checkpoints import checkpoint
 
     said = partial / "request.json"
     if said.exists() and checkpoint.read_json(said) == request:

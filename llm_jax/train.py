@@ -14,7 +14,7 @@ from typing import Any
 from absl import flags
 
 from llm_jax import cli
-from llm_jax import config as config_lib
+from llm_jax import configuration as config_lib
 from llm_jax.errors import UserError
 
 cli.define_config()
@@ -35,16 +35,17 @@ def main() -> None:
     import jax
     import jax.numpy as jnp
 
-    from llm_jax import checkpoint, pretrained, tokenizers, trees
+    from llm_jax import tokenizers, trees
+    from llm_jax.checkpoints import checkpoint, pretrained
+    from llm_jax.checkpoints.directory import lock
     from llm_jax.data import masking, rows
     from llm_jax.data.corpus import Source
     from llm_jax.decoding import loop
     from llm_jax.decoding.options import Options
-    from llm_jax.directory import lock
-    from llm_jax.model import product, transformer
+    from llm_jax.evaluation import ask, builtin, classification, held_out, sentiment
+    from llm_jax.model import attention_kernels, transformer
     from llm_jax.parallel import mesh as mesh_lib
-    from llm_jax.prompting import ask, builtin, sentiment
-    from llm_jax.training import classify, evaluation, losses, optim, report, resume, sinks, trained, watch
+    from llm_jax.training import bad_steps, losses, optim, report, resume, sinks, trainable
     from llm_jax.training import step as step_lib
 
     config = cli.load_config()
@@ -62,7 +63,7 @@ def main() -> None:
     # ---------------------------------------------------------------- where the run starts from
     # 1. the last checkpoint of the workdir; 2. the weights named by init_from; 3. random weights.
     # Adapters begin or go on in the same way, over the weights of init_from.
-    kind = trained.kind(config)
+    kind = trainable.kind(config)
     resume.refuse_another(workdir, config)
     record = checkpoint.verify(resumed) if resumed else None
     named = bool(config.init_from) and (kind.adapts or not resumed)
@@ -126,7 +127,7 @@ def main() -> None:
     step_lib.check_accumulation(c.batch_size, c.grad_accumulation, mesh.shape["data"] * mesh.shape["fsdp"], together)
     model = transformer.Transformer(config.model)
     transformer.check_length(config.model, c.seq_len)
-    attention = product.describe(
+    attention = attention_kernels.describe(
         config.model, jax.default_backend(), c.batch_size // c.grad_accumulation, c.seq_len, dict(mesh.shape)
     )
     abstract = checkpoint.abstract_params(model)
@@ -140,8 +141,8 @@ def main() -> None:
         else mesh_lib.shardings(abstract_trained, config.mesh.rules, mesh)
     )
     fixed_shardings = jax.tree.map(lambda _: copies, abstract_fixed)
-    weights = watch.names(abstract_trained)
-    guard = watch.Watch(c, weights, workdir / "metrics.jsonl", start)
+    weights = bad_steps.names(abstract_trained)
+    guard = bad_steps.Watch(c, weights, workdir / "metrics.jsonl", start)
     optimizer = optim.make(
         config.optim,
         c.steps,
@@ -288,7 +289,7 @@ def main() -> None:
         one = lambda model_, batch: held_loss(model_, frozen, batch)  # noqa: E731
         figures: dict[str, float] = {}
         for source_name, part in {"": held_rows, **held_parts}.items():
-            found = evaluation.evaluate(one, state.model, part, c.batch_size, batch_sharding, limit)
+            found = held_out.evaluate(one, state.model, part, c.batch_size, batch_sharding, limit)
             suffix = f"/{source_name}" if source_name else ""
             figures |= {f"validation_{name}{suffix}": value for name, value in found.items()}
         for name, task in tasks.items():
@@ -322,7 +323,7 @@ def main() -> None:
     flops = transformer.flops_per_token(config.model, c.seq_len)
     progress = report.Progress(workdir, start, c.steps, flops, peak, guard, weights, opened, config.report.norms_every)
     report.begin_attempt(workdir, start)
-    rollbacks, tracer = watch.Rollbacks(), report.Tracer(workdir, start + 3 if flags.FLAGS.profile else None)
+    rollbacks, tracer = bad_steps.Rollbacks(), report.Tracer(workdir, start + 3 if flags.FLAGS.profile else None)
     periods = {
         "evaluate": config.eval.every,
         "sample": config.report.samples_every if config.eval.prompts else 0,
@@ -333,7 +334,7 @@ def main() -> None:
     def ahead() -> Iterator[rows.Batch]:
         return rows.batches(train_rows, done + jumped, c.steps + jumped, c.batch_size, batch_sharding)
 
-    def go_back(bad: watch.BadStep) -> tuple[step_lib.State, int]:
+    def go_back(bad: bad_steps.BadStep) -> tuple[step_lib.State, int]:
         """The state and step of the last checkpoint that every run has (not saved for a signal), or of the start."""
         writer.wait()
         kept = checkpoint.steps(workdir)
@@ -364,7 +365,7 @@ def main() -> None:
                 progress.step(done, metrics)
                 if due:
                     progress.collect()
-            except watch.BadStep as bad:
+            except bad_steps.BadStep as bad:
                 (state, to), jumped = go_back(bad), jumped + bad.step
                 done, jumped = to, jumped - to
                 stream = ahead()
@@ -413,9 +414,9 @@ def main() -> None:
         "jax": jax.__version__,
     }
     if test_rows:
-        found = classify.accuracy(model, kind.whole(state.model, frozen), test_rows, c.batch_size, batch_sharding)
+        found = classification.accuracy(model, kind.whole(state.model, frozen), test_rows, c.batch_size, batch_sharding)
         summary |= {f"test_{name}": value for name, value in found.items()}
-        print(f"test: {classify.say(found)}")
+        print(f"test: {classification.say(found)}")
     checkpoint.write_json(workdir / "summary.json", summary)
     others = ", ".join(f"{name} {value:.3f}" for name, value in packed.items())
     print(

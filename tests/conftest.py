@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from llm_jax import config as config_lib
+from llm_jax import configuration as config_lib
+from llm_jax import schema
 from llm_jax.model.transformer import Transformer
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -29,7 +30,7 @@ runpy.run_module(module, run_name="__main__")
 
 
 @pytest.fixture(scope="session")
-def tiny() -> config_lib.Config:
+def tiny() -> schema.Config:
     """The checked configuration of tests/tiny.py, with the byte tokenizer's vocabulary."""
     config = config_lib.build(runpy.run_path(str(ROOT / "tests" / "tiny.py"))["get_config"]())
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=259))

@@ -3,7 +3,7 @@
 TINY = (
     "--config.model.vocab_size=64",
     "--config.model.width=64",
-    "--config.model.mlp_width=128",
+    "--config.model.mlp_dim=128",
     "--config.model.num_layers=2",
     "--config.train.seq_len=32",
     "--config.train.batch_size=4",

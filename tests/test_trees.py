@@ -93,7 +93,7 @@ def test_records_tell_kinds_apart_and_make_them_again():
 
 
 def test_layers_of_different_kinds_are_not_stacked():
-    from llm_jax.quantized import IN, quantize
+    from llm_jax.weights import IN, quantize
 
     w = jnp.ones((32, 4))
     alike = {"layers": {"0": {"up": w}, "1": {"up": w}}}

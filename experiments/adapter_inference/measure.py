@@ -23,11 +23,12 @@ import jax
 import numpy as np
 from absl import flags
 
-from llm_jax import checkpoint, cli, lora, pretrained, quantized
-from llm_jax import config as config_lib
+from llm_jax import cli, lora, weights
+from llm_jax import configuration as config_lib
+from llm_jax.checkpoints import checkpoint, pretrained
 from llm_jax.decoding import loop
 from llm_jax.decoding.options import Options
-from llm_jax.quant import quantize
+from llm_jax.quant import post_training
 
 HERE = pathlib.Path(__file__).parent
 COMMAND = "PYTHONPATH=. python experiments/adapter_inference/measure.py"
@@ -60,7 +61,7 @@ def main() -> None:
             if turn:  # the first compiles
                 seen[name].append(found / flags.FLAGS.tokens)
         print(f"turn {turn} of {flags.FLAGS.rounds}", flush=True)
-    sizes = {name: quantized.num_bytes(params) for name, params in made.items()}
+    sizes = {name: weights.num_bytes(params) for name, params in made.items()}
     results = judged(seen)
     checkpoint.write_json(HERE / "results.json", results)
     readme = HERE / "README.md"
@@ -76,7 +77,7 @@ def forms(base: Any) -> dict[str, Any]:
     trained, fixed = lora.split(adapters, "lora")
     move = lambda x: x + 0.01 * jax.random.normal(jax.random.key(x.size), x.shape)  # noqa: E731
     adapters = lora.join(jax.tree.map(move, trained), fixed)
-    coded = {s: quantize.base(base, dataclasses.replace(default.quant, scheme=s)) for s in ("nf4", "int8")}
+    coded = {s: post_training.base(base, dataclasses.replace(default.quant, scheme=s)) for s in ("nf4", "int8")}
     return {
         MERGED: lora.merge(base, adapters),
         "dense, attached": lora.attach(base, adapters),

@@ -26,8 +26,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from llm_jax import checkpoint, cli, lora, trees
-from llm_jax import config as config_lib
+from llm_jax import cli, lora, schema, trees
+from llm_jax import configuration as config_lib
+from llm_jax.checkpoints import checkpoint
 
 HERE = pathlib.Path(__file__).parent
 COMMAND = "PYTHONPATH=. python experiments/architectures/measure.py"
@@ -117,7 +118,7 @@ def main() -> None:
     print("\n".join(f"{r['claim']}: {r['verdict']}" for r in results))
 
 
-def run(name: str, settings: config_lib.LoraConfig, seed: int) -> dict[str, float]:
+def run(name: str, settings: schema.LoraConfig, seed: int) -> dict[str, float]:
     """Test losses on the new task of the frozen base, the adapted and the fully fine-tuned model."""
     loss, model, inputs, targets, rank = CASES[name]
     settings = dataclasses.replace(settings, rank=rank, alpha=2.0 * rank, targets=(targets,))

@@ -26,7 +26,8 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from llm_jax import cli, pretrained, trees, weights
+from llm_jax import cli, trees, weights
+from llm_jax.checkpoints import pretrained
 from llm_jax.data import assets
 from llm_jax.decoding import loop
 from llm_jax.decoding.options import Options

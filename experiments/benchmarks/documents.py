@@ -35,7 +35,7 @@ def stage(name):
 
 if __name__ == "__main__":
     from llm_jax import tokenizers
-    from llm_jax.config import DataConfig
+    from llm_jax.schema import DataConfig
     from llm_jax.data import rows
     from llm_jax.data.corpus import Source
     tokenizer = tokenizers.get("byte").train([], 0)

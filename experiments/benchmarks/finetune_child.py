@@ -36,18 +36,19 @@ def ours(directory: str, rows: int, length: int, rank: int, remat: str, chunk: s
     import jax
     import jax.numpy as jnp
 
-    from llm_jax import cli, config, pretrained
+    from llm_jax import cli, configuration
+    from llm_jax.checkpoints import pretrained
     from llm_jax.model.transformer import Transformer
-    from llm_jax.training import losses, optim, step, trained
+    from llm_jax.training import losses, optim, step, trainable
 
     cli.keep_memory()
     after_imports = peak()
     recipe = pathlib.Path(__file__).parents[2] / "configs" / "sentiment_lora.py"
-    c = config.build(runpy.run_path(str(recipe))["get_config"]())
+    c = configuration.build(runpy.run_path(str(recipe))["get_config"]())
     c = dataclasses.replace(c, init_from=directory, lora=dataclasses.replace(c.lora, rank=rank, alpha=2.0 * rank))
     c = dataclasses.replace(c, model=dataclasses.replace(c.model, remat=remat))
     c = dataclasses.replace(c, optim=dataclasses.replace(c.optim, lr=LEARNING_RATE, warmup_steps=0, clip_norm=0.0))
-    kind, model = trained.kind(c), Transformer(c.model)
+    kind, model = trainable.kind(c), Transformer(c.model)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     origin = pretrained.Origin(directory, c.model.precision.params)
     base = origin.params(c.model, lambda tree: jax.tree.map(lambda _: device, tree))

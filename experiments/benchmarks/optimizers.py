@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from llm_jax import cli
-from llm_jax import config as config_lib
+from llm_jax import cli, schema
+from llm_jax import configuration as config_lib
 from llm_jax.model.transformer import Transformer
 from llm_jax.training import losses, optim, step
 
@@ -57,7 +57,7 @@ def main() -> None:
     (HERE / "optimizers.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
-def training(default: config_lib.Config, kind: str):
+def training(default: schema.Config, kind: str):
     """(a function that takes one step on one batch and waits for it, MiB of what is kept beside the weights)."""
     name, _, ema = kind.partition(", ")
     rule = dataclasses.replace(default.optim, kind=name, ema_decay=0.999 if ema else 0.0)

@@ -17,15 +17,15 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from llm_jax import cli
-from llm_jax import config as config_lib
+from llm_jax import cli, schema
+from llm_jax import configuration as config_lib
 from llm_jax.model import positions
 from llm_jax.model.attention import Tokens
 from llm_jax.model.transformer import Transformer, init_cache
 from llm_jax.training import losses, optim, step
 
 HERE = pathlib.Path(__file__).parent
-SHAPE = {"vocab_size": 2048, "width": 512, "num_layers": 4, "num_heads": 8, "num_kv_heads": 8, "mlp_width": 1408}
+SHAPE = {"vocab_size": 2048, "width": 512, "num_layers": 4, "num_heads": 8, "num_kv_heads": 8, "mlp_dim": 1408}
 
 flags.DEFINE_integer("length", 2048, "tokens in a sequence, and slots of the cache")
 flags.DEFINE_integer("rounds", 5, "turns that are counted")
@@ -66,13 +66,13 @@ def main() -> None:
     )
 
 
-def model_of(default: config_lib.Config, kind: str, **changes):
+def model_of(default: schema.Config, kind: str, **changes):
     position = dataclasses.replace(default.model.position, kind=kind, max_length=flags.FLAGS.length)
     model = Transformer(dataclasses.replace(default.model, **SHAPE, position=position, **changes))
     return model, jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
 
 
-def training(default: config_lib.Config, kind: str, length: int):
+def training(default: schema.Config, kind: str, length: int):
     """A function that takes one optimizer step on one sequence: its seconds."""
     model, params = model_of(default, kind)
     optimizer = optim.make(default.optim, 1000, params)
@@ -104,7 +104,7 @@ def training(default: config_lib.Config, kind: str, length: int):
 STEPS = 64
 
 
-def decoding(default: config_lib.Config, kind: str, length: int):
+def decoding(default: schema.Config, kind: str, length: int):
     """A function that decodes the last `STEPS` tokens of a full cache: its seconds."""
     model, params = model_of(default, kind, scan_layers=False)
     empty = init_cache(model.config, 1, length)

@@ -25,9 +25,9 @@ import tokenizers as library
 from absl import flags
 
 from llm_jax import cli
-from llm_jax.config import DataConfig
 from llm_jax.data import catalog
 from llm_jax.data.corpus import Source
+from llm_jax.schema import DataConfig
 from llm_jax.tokenizers.hub import HubTokenizer
 
 HERE = pathlib.Path(__file__).parent

@@ -20,8 +20,8 @@ import time
 from absl import flags
 
 from llm_jax import cli
-from llm_jax import config as config_lib
-from llm_jax.embeddings.config import EmbeddingsConfig
+from llm_jax import configuration as config_lib
+from llm_jax.schema import EmbeddingsConfig
 
 HERE = pathlib.Path(__file__).parent
 
@@ -38,7 +38,7 @@ def main() -> None:
     import numpy as np
 
     from llm_jax.data import assets
-    from llm_jax.embeddings import corpus, measure, word2vec
+    from llm_jax.embeddings import measure, texts, word2vec
     from llm_jax.embeddings.vectors import WordVectors
 
     config = config_lib.build(
@@ -47,8 +47,8 @@ def main() -> None:
     w = config.word2vec
     turns: dict[str, list[dict[str, dict[str, float]]]] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        text = corpus.build(config.source, config.min_count, 0, pathlib.Path(scratch))
-        ends = np.flatnonzero(text.ids == corpus.BREAK)
+        text = texts.build(config.source, config.min_count, 0, pathlib.Path(scratch))
+        ends = np.flatnonzero(text.ids == texts.BREAK)
         begins = [0, *(ends[:-1] + 1)]
         paragraphs = [[text.words[i] for i in text.ids[a:b]] for a, b in zip(begins, ends, strict=True)]
         for kind in ("skipgram", "cbow"):

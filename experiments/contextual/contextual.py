@@ -19,11 +19,12 @@ import numpy as np
 from absl import flags
 from scipy import stats
 
-from llm_jax import checkpoint, cli, pretrained
-from llm_jax.checkpoint import Loaded
+from llm_jax import cli
+from llm_jax.checkpoints import checkpoint, pretrained
+from llm_jax.checkpoints.checkpoint import Loaded
 from llm_jax.embeddings import contextual
 from llm_jax.errors import UserError
-from llm_jax.prompting.ask import wilson
+from llm_jax.evaluation.ask import wilson
 
 HERE = pathlib.Path(__file__).parent
 COMMAND = "PYTHONPATH=. python experiments/contextual/contextual.py"

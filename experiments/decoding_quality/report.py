@@ -23,7 +23,7 @@ import matplotlib
 import numpy as np
 
 from experiments.decoding_quality import metrics
-from llm_jax import checkpoint
+from llm_jax.checkpoints import checkpoint
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

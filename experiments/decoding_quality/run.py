@@ -18,7 +18,8 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments.decoding_quality import report
-from llm_jax import checkpoint, cli, pretrained
+from llm_jax import cli
+from llm_jax.checkpoints import checkpoint, pretrained
 from llm_jax.data import assets
 from llm_jax.decoding import loop, score
 from llm_jax.decoding.complete import complete

@@ -33,8 +33,9 @@ from absl import flags
 from scipy import stats
 from tqdm import tqdm
 
-from llm_jax import checkpoint, cli
-from llm_jax import config as config_lib
+from llm_jax import cli
+from llm_jax import configuration as config_lib
+from llm_jax.checkpoints import checkpoint
 from llm_jax.errors import UserError
 from llm_jax.model.transformer import Transformer
 from llm_jax.training import losses
@@ -107,7 +108,7 @@ def one(changes: dict[str, Any], seed: int, steps: int, width: int) -> dict[str,
         "num_layers": 2,
         "num_heads": 4,
         "num_kv_heads": 4,
-        "mlp_width": 2 * width,
+        "mlp_dim": 2 * width,
     }
     model = Transformer(dataclasses.replace(config.model, **shape))
     loss = losses.make(dataclasses.replace(config.loss, **changes), model, 0)

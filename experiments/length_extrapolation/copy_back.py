@@ -22,8 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from llm_jax import checkpoint, cli
-from llm_jax import config as config_lib
+from llm_jax import cli
+from llm_jax import configuration as config_lib
+from llm_jax.checkpoints import checkpoint
 from llm_jax.model.attention import Tokens
 from llm_jax.model.transformer import Transformer
 from llm_jax.training import losses, optim, step
@@ -70,7 +71,7 @@ def main() -> None:
     f = flags.FLAGS
     default = config_lib.build(runpy.run_path(str(pathlib.Path(__file__).with_name("config.py")))["get_config"]())
     position = dataclasses.replace(default.model.position, kind=f.kind)
-    shape = {"vocab_size": BASE + SYMBOLS, "num_layers": 2, "width": 64, "mlp_width": 128}
+    shape = {"vocab_size": BASE + SYMBOLS, "num_layers": 2, "width": 64, "mlp_dim": 128}
     model = Transformer(dataclasses.replace(default.model, **shape, position=position))
     params = jax.jit(model.init)(jax.random.key(f.seed), jnp.zeros((1, 1), jnp.int32))["params"]
     settings = dataclasses.replace(default.optim, weight_decay=0.01, lr=3e-3)

@@ -18,7 +18,8 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from llm_jax import checkpoint, cli
+from llm_jax import cli
+from llm_jax.checkpoints import checkpoint
 from llm_jax.data.corpus import Source
 from llm_jax.data.rows import Rows
 from llm_jax.model import rope

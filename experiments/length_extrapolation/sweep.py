@@ -18,7 +18,8 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments.length_extrapolation import report
-from llm_jax import checkpoint, cli
+from llm_jax import cli
+from llm_jax.checkpoints import checkpoint
 from llm_jax.errors import UserError
 
 HERE = pathlib.Path(__file__).parent
@@ -56,7 +57,7 @@ SIZES = {
             "model.num_layers": 12,
             "model.num_heads": 12,
             "model.num_kv_heads": 12,
-            "model.mlp_width": 2048,
+            "model.mlp_dim": 2048,
             "model.precision.compute": "bfloat16",
             "model.position.max_length": 4096,
             "model.position.width": 192,

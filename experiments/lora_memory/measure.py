@@ -24,8 +24,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax import checkpoint, cli, lora
-from llm_jax import config as config_lib
+from llm_jax import cli, lora, schema
+from llm_jax import configuration as config_lib
+from llm_jax.checkpoints import checkpoint
 from llm_jax.model.transformer import Transformer
 from llm_jax.training import memory
 
@@ -48,7 +49,7 @@ def main() -> None:
     print("\n".join(f"{r['claim']}: {r['verdict']}" for r in results))
 
 
-def steps(config: config_lib.Config) -> dict[str, memory.Memory]:
+def steps(config: schema.Config) -> dict[str, memory.Memory]:
     """{"kind, remat": its memory}"""
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, loss_chunk=0, **SHAPE))
     found = {}
@@ -59,9 +60,9 @@ def steps(config: config_lib.Config) -> dict[str, memory.Memory]:
     return found
 
 
-def merging(config: config_lib.Config, dtype: str) -> dict[str, float]:
+def merging(config: schema.Config, dtype: str) -> dict[str, float]:
     """Differences of logits, and times of a forward pass relative to the plain base."""
-    shape = {"width": 192, "num_layers": 4, "num_heads": 3, "num_kv_heads": 3, "mlp_width": 512, "vocab_size": 1024}
+    shape = {"width": 192, "num_layers": 4, "num_heads": 3, "num_kv_heads": 3, "mlp_dim": 512, "vocab_size": 1024}
     precision = dataclasses.replace(config.model.precision, params=dtype, compute=dtype)
     model = Transformer(dataclasses.replace(config.model, precision=precision, **shape))
     ids = jax.random.randint(jax.random.key(0), (4, 128), 0, 1024)

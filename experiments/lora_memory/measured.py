@@ -20,8 +20,9 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from llm_jax import checkpoint, cli, pretrained
-from llm_jax import config as config_lib
+from llm_jax import cli
+from llm_jax import configuration as config_lib
+from llm_jax.checkpoints import checkpoint, pretrained
 from llm_jax.training import memory
 
 HERE = pathlib.Path(__file__).parent

@@ -23,7 +23,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from llm_jax import checkpoint
+from llm_jax.checkpoints import checkpoint
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -14,11 +14,12 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments.prompt_sensitivity import report
-from llm_jax import checkpoint, cli, pretrained
+from llm_jax import cli
+from llm_jax.checkpoints import checkpoint, pretrained
 from llm_jax.errors import UserError
-from llm_jax.prompting import ask
-from llm_jax.prompting.ask import Manner
-from llm_jax.prompting.builtin import TASKS
+from llm_jax.evaluation import ask
+from llm_jax.evaluation.ask import Manner
+from llm_jax.evaluation.builtin import TASKS
 
 HERE = pathlib.Path(__file__).parent
 STYLES = ("zero_shot", "few_shot", "expert", "cot_zero_shot", "cot_few_shot")

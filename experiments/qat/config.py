@@ -5,19 +5,16 @@
 About a minute on two CPU cores, 2.2 bits per byte. `sweep.py` says what is changed from run to run.
 """
 
-import runpy
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
-default = runpy.run_path(str(Path(__file__).parents[2] / "configs" / "default.py"))
+from llm_jax import configuration
 
 
 def get_config() -> ConfigDict:
-    config = default["get_config"]()
+    config = configuration.recipe("default")
     config.tokenizer.vocab_size = 1024
     config.data.validation_fraction = 0.02
-    config.model.update({"width": 128, "num_layers": 3, "mlp_width": 256})
+    config.model.update({"width": 128, "num_layers": 3, "mlp_dim": 256})
     config.train.update({"steps": 500, "batch_size": 16, "seq_len": 64})
     config.eval.update({"every": 0, "prompts": ()})
     config.checkpoint.update({"every": 100, "keep_last": 1, "keep_best": 0})

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from llm_jax import checkpoint
+from llm_jax.checkpoints import checkpoint
 
 COMMAND = "PYTHONPATH=. python experiments/qat/sweep.py"
 BEGIN, END = "<!-- results: written by sweep.py -->\n", "<!-- end of results -->"

@@ -19,13 +19,15 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments.qat import report
-from llm_jax import checkpoint, cli, trees
+from llm_jax import cli, trees
+from llm_jax.checkpoints import checkpoint
 from llm_jax.data.corpus import Source
 from llm_jax.data.rows import Rows, Shuffled
 from llm_jax.errors import UserError
+from llm_jax.evaluation import held_out
 from llm_jax.model.transformer import Transformer
-from llm_jax.quant import calibrate, quantize
-from llm_jax.training import evaluation, losses
+from llm_jax.quant import calibrate, post_training
+from llm_jax.training import losses
 
 HERE = pathlib.Path(__file__).parent
 
@@ -52,7 +54,7 @@ SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "model.num_layers": 12,
             "model.num_heads": 12,
             "model.num_kv_heads": 12,
-            "model.mlp_width": 2048,
+            "model.mlp_dim": 2048,
             "model.precision.compute": "bfloat16",
             "train.steps": 20000,
             "train.batch_size": 64,
@@ -116,17 +118,17 @@ def compare(plain: pathlib.Path, trained: pathlib.Path, scheme: str, methods: tu
     def loss(params: Any, model: Transformer = model) -> float:
         one = jax.jit(lambda params, batch: losses.language_model(model, params, batch, 0))
         rows = min(len(held), 1024)
-        return evaluation.evaluate(one, params, held, 32, device, rows)["loss"]
+        return held_out.evaluate(one, params, held, 32, device, rows)["loss"]
 
     shuffled = Shuffled(Rows(corpus.train, config.train.seq_len), 0)
-    planned = quantize.plan(params, quantize.rules(scheme, "int8"), "the experiment")
+    planned = post_training.plan(params, post_training.rules(scheme, "int8"), "the experiment")
     found = {"full": loss(params)}
     for method in methods:
         rows = [shuffled[i] for i in range(128)] if calibrate.needs_text(planned, method) else []
         kept = trained / f"after-{method}"
         made, _ = calibrate.run(model, trees.flatten(params), planned, rows, calibrate.Options(method, True, 32), kept)
         found[method] = loss(made)
-    found["qat"] = loss(quantize.finish(checkpoint.load(trained).params))
+    found["qat"] = loss(post_training.finish(checkpoint.load(trained).params))
     if not all(np.isfinite(list(found.values()))):
         raise UserError(f"{trained}: a loss is not finite ({found})")
     return found

@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
-from llm_jax import quantized, trees, weights
+from llm_jax import trees, weights
+from llm_jax.checkpoints import gguf_blocks
 from llm_jax.data.rows import Row
 from llm_jax.decoding import loop, samplers
-from llm_jax.interop import gguf_blocks
-from llm_jax.kernels import blocks, formats
+from llm_jax.kernels import blocks, number_formats
 from llm_jax.model.attention import Tokens
 from llm_jax.model.transformer import Transformer
-from llm_jax.quant import calibrate, quantize
+from llm_jax.quant import calibrate, post_training
 
 # Letters of shapes: B batch, T time, V vocabulary.
 
@@ -47,12 +47,12 @@ def quantize_model(
     if cell.scheme.startswith("ggml "):
         made = _ggml(params, cell.scheme.removeprefix("ggml "))
     else:
-        planned = quantize.plan(params, quantize.rules(cell.scheme, head), "the experiment")
+        planned = post_training.plan(params, post_training.rules(cell.scheme, head), "the experiment")
         options = calibrate.Options(cell.method, True, _BATCH)
         rows = rows if calibrate.needs_text(planned, cell.method) else []
         with tempfile.TemporaryDirectory() as finished:
             made, _ = calibrate.run(model, trees.flatten(params), planned, rows, options, pathlib.Path(finished))
-    return made, quantized.num_bytes(made)
+    return made, weights.num_bytes(made)
 
 
 def _ggml(params: Any, kind: str) -> Any:
@@ -62,7 +62,7 @@ def _ggml(params: Any, kind: str) -> Any:
         if w.ndim < 2:
             return w
         table = path in ("embed/table", "head/kernel")
-        name, turned = "Q8_0" if table else kind, quantize.axis(path) == quantized.IN
+        name, turned = "Q8_0" if table else kind, post_training.axis(path) == weights.IN
         rows = np.asarray(w, np.float32)
         encoded = blocks.encode(name, np.ascontiguousarray(rows.T if turned else rows))
         return jax.tree.map(jnp.asarray, gguf_blocks.from_rows(name, encoded, turned))
@@ -74,7 +74,7 @@ def expanded(params: Any) -> Any:
     """Weights that are only stored as codes as the numbers these stand for; one compiled program serves them all."""
 
     def one(path: str, w: Any) -> Any:
-        if isinstance(w, quantized.QTensor) and formats.scheme(w.scheme).activations:
+        if isinstance(w, weights.QTensor) and number_formats.scheme(w.scheme).activations:
             return w
         return weights.dense(w)
 
@@ -171,7 +171,7 @@ def speeds(
         generate(params)
         found[name] = {
             "tokens_per_second": [],
-            "bytes": quantized.num_bytes(params),
+            "bytes": weights.num_bytes(params),
             "temporary_bytes": _temporary(model, params),
         }
     for _ in range(repeats):

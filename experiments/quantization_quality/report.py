@@ -28,8 +28,9 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from llm_jax import checkpoint, cli
-from llm_jax.kernels import formats
+from llm_jax import cli
+from llm_jax.checkpoints import checkpoint
+from llm_jax.kernels import number_formats
 
 HERE = pathlib.Path(__file__).parent
 MARGIN = float(np.log(1.01))
@@ -99,7 +100,7 @@ def judge(language: dict, sentences: dict, speed: dict) -> list[dict[str, Any]]:
     eight: dict[bool, dict[str, tuple[float, float, float]]] = {True: {}, False: {}}  # with activations, without
     for name, cost in costs.items():
         if (scheme := name.split()[0]) in EIGHT:
-            eight[bool(formats.scheme(scheme).activations)][name] = cost
+            eight[bool(number_formats.scheme(scheme).activations)][name] = cost
     little = {
         which: [n for n in some if some[n][2] < MARGIN and sentences.get(n, {"cosine": 0})["cosine"] >= COSINE]
         for which, some in eight.items()

@@ -20,12 +20,12 @@ from tqdm import tqdm
 
 from experiments.quantization_quality import measure, report
 from experiments.quantization_quality.measure import Cell
-from llm_jax import checkpoint, cli, pretrained, quantized, tokenizers, trees
+from llm_jax import cli, tokenizers, trees, weights
+from llm_jax.checkpoints import checkpoint, gguf, gguf_model, pretrained
 from llm_jax.data.corpus import Source
 from llm_jax.data.rows import Rows, Shuffled
 from llm_jax.errors import UserError
-from llm_jax.interop import gguf, gguf_model
-from llm_jax.quant import quantize
+from llm_jax.quant import post_training
 
 HERE = pathlib.Path(__file__).parent
 
@@ -85,7 +85,7 @@ def main() -> None:
             root / "language", f"llama.cpp {kind}", lambda k=kind: of_llama(model, params, tokenizer, k, rows)
         )
     full = kept(
-        root, "full", lambda: measure.against(model, params, params, rows) | {"bytes": quantized.num_bytes(params)}
+        root, "full", lambda: measure.against(model, params, params, rows) | {"bytes": weights.num_bytes(params)}
     )
     sentences = of_sentences(root, f.sentences)
     speed = kept(root, "speed", lambda: of_speed(model, params, calibration, tokenizer))
@@ -104,8 +104,8 @@ def kept(root: pathlib.Path, name: str, make):
 
 def one(model, params, cell: Cell, calibration, rows) -> dict:
     made, size = measure.quantize_model(model, params, cell, calibration)
-    matrices = [w for w in trees.flatten(made).values() if isinstance(w, quantized.QTensor)]
-    bits = 8 * sum(map(quantized.num_bytes, matrices)) / sum(int(np.prod(w.shape)) for w in matrices)
+    matrices = [w for w in trees.flatten(made).values() if isinstance(w, weights.QTensor)]
+    bits = 8 * sum(map(weights.num_bytes, matrices)) / sum(int(np.prod(w.shape)) for w in matrices)
     return measure.against(model, params, measure.expanded(made), rows) | {"bytes": size, "bits": bits}
 
 
@@ -166,8 +166,8 @@ def padded(ids, length: int) -> dict[str, np.ndarray]:
 def of_speed(model, params, calibration, tokenizer) -> dict:
     by_name = {"float32": params}
     for scheme in SPEEDS:
-        chosen = quantize.rules(scheme, "int8")
-        by_name[scheme] = jax.jit(lambda p, chosen=chosen: quantize.quantize(p, chosen, "the experiment"))(params)
+        chosen = post_training.rules(scheme, "int8")
+        by_name[scheme] = jax.jit(lambda p, chosen=chosen: post_training.quantize(p, chosen, "the experiment"))(params)
     return measure.speeds(model, by_name, calibration[0]["inputs"][:32].tolist(), 64, 5)
 
 

@@ -19,7 +19,8 @@ from typing import Any
 
 from absl import flags
 
-from llm_jax import checkpoint, cli
+from llm_jax import cli
+from llm_jax.checkpoints import checkpoint
 from llm_jax.errors import UserError
 
 HERE = pathlib.Path(__file__).parent

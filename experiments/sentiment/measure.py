@@ -11,12 +11,12 @@ import numpy as np
 from absl import flags
 from jax.scipy.optimize import minimize
 
-from llm_jax import checkpoint, cli, pretrained
-from llm_jax.config import DataConfig
+from llm_jax import cli
+from llm_jax.checkpoints import checkpoint, pretrained
 from llm_jax.errors import UserError
+from llm_jax.evaluation import classification, sentiment
 from llm_jax.model.attention import Tokens
-from llm_jax.prompting import sentiment
-from llm_jax.training import classify
+from llm_jax.schema import DataConfig
 
 SHOTS = 4
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -47,7 +47,7 @@ def main() -> None:
     found, *more = kinds[f.kind](model, params, tokenizer, sources[0], tests)
     products = {"products": more[0]} if more else {}
     checkpoint.write_json(pathlib.Path(f.output), found | products | {"data": sources[0].sha256})
-    print(f"{f.kind}: {'; '.join(map(classify.say, (found, *more)))}")
+    print(f"{f.kind}: {'; '.join(map(classification.say, (found, *more)))}")
 
 
 def answered(model, params, tokenizer, source, tests):
@@ -60,7 +60,9 @@ def answered(model, params, tokenizer, source, tests):
     def right(chosen):
         made = tuple((tuple(prompts.question(s)), tuple(prompts.answer(s))) for s in chosen)
         length = max(256, max(len(q) + len(a) for q, a in made))
-        return classify.accuracy(model, params, sentiment.examples(made, length, prompts.first), f.batch_size, device)
+        return classification.accuracy(
+            model, params, sentiment.examples(made, length, prompts.first), f.batch_size, device
+        )
 
     return [right(chosen) for chosen in tests]
 
@@ -98,7 +100,7 @@ def probed(model, params, tokenizer, source, tests):
 
     def accuracy(part):
         count = len(y[part])
-        low, high = classify.wilson(right(w, part), count)
+        low, high = classification.wilson(right(w, part), count)
         return {"accuracy": right(w, part) / count, "low": low, "high": high, "right": right(w, part), "count": count}
 
     return [accuracy(part) | {"trained_parameters": int(w.size)} for part in range(len(tests))]

@@ -28,7 +28,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from llm_jax import checkpoint, trees
+from llm_jax import trees
+from llm_jax.checkpoints import checkpoint
 
 MARGIN = 1.0  # points
 JUDGED = (

@@ -21,9 +21,10 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments.sentiment import report
-from llm_jax import checkpoint, cli
+from llm_jax import cli
+from llm_jax.checkpoints import checkpoint
 from llm_jax.errors import UserError
-from llm_jax.prompting import sentiment
+from llm_jax.evaluation import sentiment
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -30,14 +30,15 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments.sentiment.report import interval
-from llm_jax import checkpoint, cli, lora, pretrained
-from llm_jax import config as config_lib
-from llm_jax.config import DataConfig
+from llm_jax import cli, lora
+from llm_jax import configuration as config_lib
+from llm_jax.checkpoints import checkpoint, pretrained
 from llm_jax.embeddings import contextual
+from llm_jax.evaluation import sentiment
+from llm_jax.evaluation.classification import wilson
 from llm_jax.model.attention import Tokens
-from llm_jax.prompting import sentiment
+from llm_jax.schema import DataConfig
 from llm_jax.training import losses, memory
-from llm_jax.training.classify import wilson
 
 HERE = pathlib.Path(__file__).parent
 COMMAND = "PYTHONPATH=. python experiments/sentiment_encoder/measure.py"

@@ -38,8 +38,9 @@ from absl import flags
 from scipy import stats
 from tqdm import tqdm
 
-from llm_jax import checkpoint, cli, tokenizers
-from llm_jax import config as config_lib
+from llm_jax import cli, schema, tokenizers
+from llm_jax import configuration as config_lib
+from llm_jax.checkpoints import checkpoint
 from llm_jax.data.corpus import Source
 from llm_jax.data.rows import Rows, Shuffled
 from llm_jax.model.transformer import Transformer
@@ -53,7 +54,7 @@ PIECES = ("wordpiece", "unigram", "bpe", "byte_bpe")
 KINDS = ("word", *PIECES, "char", "byte")
 SWAPPED, OTHERS = "bpe", ("bpe", "unigram", "wordpiece")  # the first is its own
 NEXT = {"bpe": "wordpiece", "wordpiece": "unigram", "unigram": "bpe"}
-MODEL = {"width": 128, "num_layers": 2, "num_heads": 4, "num_kv_heads": 4, "mlp_width": 352}
+MODEL = {"width": 128, "num_layers": 2, "num_heads": 4, "num_kv_heads": 4, "mlp_dim": 352}
 
 flags.DEFINE_integer("seeds", 3, "runs of each kind")
 flags.DEFINE_integer("steps", 300, "of training")
@@ -91,7 +92,7 @@ def main() -> None:
 # ---------------------------------------------------------------- what is measured
 
 
-def run(config: config_lib.Config, source: Source, kind: str, seed: int) -> dict:
+def run(config: schema.Config, source: Source, kind: str, seed: int) -> dict:
     """Figures of one model, and of its swaps."""
     f, text = flags.FLAGS, functools.partial(Text, source, config.train.seq_len)
     own = text(kind)
@@ -120,7 +121,7 @@ class Text:
 
     def __init__(self, source: Source, seq_len: int, kind: str):
         self.kind = kind
-        self.tokenizer = source.tokenizer(config_lib.TokenizerConfig(kind, SIZE, ""))
+        self.tokenizer = source.tokenizer(schema.TokenizerConfig(kind, SIZE, ""))
         self.corpus = source.corpus(self.tokenizer)
         self.train, self.validation = (Rows(s, seq_len) for s in (self.corpus.train, self.corpus.validation))
         self.bytes_per_token = self.corpus.train.num_bytes / len(self.corpus.train.tokens)
@@ -140,7 +141,7 @@ def _stacked(rows: list, size: int) -> dict[str, np.ndarray]:
 
 
 @functools.cache
-def functions(config: config_lib.Config, model: Transformer):
+def functions(config: schema.Config, model: Transformer):
     """(params, batches) -> trained params, and (params, batches) -> nats."""
 
     @jax.jit

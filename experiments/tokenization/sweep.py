@@ -18,7 +18,8 @@ import re
 from absl import flags
 from tqdm import tqdm
 
-from llm_jax import checkpoint, cli, tokenizers
+from llm_jax import cli, tokenizers
+from llm_jax.checkpoints import checkpoint
 from llm_jax.data import assets
 
 HERE = pathlib.Path(__file__).parent

@@ -5,21 +5,19 @@
 A few seconds on two CPU cores. `sweep.py` says what is changed from run to run.
 """
 
-import runpy
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
-default = runpy.run_path(str(Path(__file__).parents[2] / "configs" / "default.py"))
+from llm_jax import configuration
+
 HEAD_WIDTH = 8  # of every width: wider models have more heads
 
 
 def get_config() -> ConfigDict:
-    config = default["get_config"]()
+    config = configuration.recipe("default")
     config.tokenizer.kind = "byte"
     config.data.validation_fraction = 0.02
-    config.model.update({"width": 32, "base_width": 32, "num_layers": 2, "mlp_width": 64})
-    config.model.update({"num_heads": 4, "num_kv_heads": 4, "head_width": HEAD_WIDTH})
+    config.model.update({"width": 32, "base_width": 32, "num_layers": 2, "mlp_dim": 64})
+    config.model.update({"num_heads": 4, "num_kv_heads": 4, "head_dim": HEAD_WIDTH})
     config.optim.update({"warmup_steps": 20})
     config.train.update({"steps": 300, "batch_size": 16, "seq_len": 64})
     config.eval.update({"every": 0, "prompts": ()})

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from llm_jax import checkpoint
+from llm_jax.checkpoints import checkpoint
 
 MARGIN = 0.05  # nats a token
 KINDS = ("μP", "as it is")

@@ -20,8 +20,9 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments.width_transfer import report
-from llm_jax import checkpoint, cli
-from llm_jax import config as config_lib
+from llm_jax import cli, schema
+from llm_jax import configuration as config_lib
+from llm_jax.checkpoints import checkpoint
 from llm_jax.data.corpus import Source
 from llm_jax.data.rows import Rows, Shuffled
 from llm_jax.model.transformer import Transformer, width_ratio
@@ -61,7 +62,7 @@ def main() -> None:
         for transfer in report.KINDS:
             heads = width // recipe["HEAD_WIDTH"]
             model = dataclasses.replace(
-                base.model, vocab_size=tokenizer.vocab_size, width=width, mlp_width=2 * width, num_heads=heads,
+                base.model, vocab_size=tokenizer.vocab_size, width=width, mlp_dim=2 * width, num_heads=heads,
                 num_kv_heads=heads, base_width=widths[0] if transfer == "μP" else 0,
             )  # fmt: skip
             run = jax.jit(training(dataclasses.replace(base, model=model)))
@@ -86,7 +87,7 @@ def stacked(rows, count: int):
     return {name: np.stack([row[name] for row in made]) for name in made[0]}
 
 
-def training(config: config_lib.Config):
+def training(config: schema.Config):
     """A function (rate, key, batches, held-out rows) -> held-out loss after training, nats a token."""
     model = Transformer(config.model)
 

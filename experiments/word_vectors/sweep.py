@@ -28,12 +28,13 @@ from absl import flags
 from scipy import stats
 from tqdm import tqdm
 
-from llm_jax import checkpoint, cli, pretrained
-from llm_jax import config as config_lib
+from llm_jax import cli
+from llm_jax import configuration as config_lib
+from llm_jax.checkpoints import checkpoint, pretrained
 from llm_jax.data import assets
-from llm_jax.embeddings import corpus, glove, measure, picture, vectors, word2vec
-from llm_jax.embeddings.config import EmbeddingsConfig
+from llm_jax.embeddings import glove, measure, picture, texts, vectors, word2vec
 from llm_jax.errors import UserError
+from llm_jax.schema import EmbeddingsConfig
 
 HERE = pathlib.Path(__file__).parent
 COMMAND = "PYTHONPATH=. python experiments/word_vectors/sweep.py"
@@ -60,7 +61,7 @@ def main() -> None:
     config = config_lib.build(runpy.run_path(str(path))["get_config"](), EmbeddingsConfig)
     config = dataclasses.replace(config, glove=dataclasses.replace(config.glove, window=5))
     with tempfile.TemporaryDirectory() as scratch:
-        text = corpus.build(config.source, f.min_count, 0, pathlib.Path(scratch))
+        text = texts.build(config.source, f.min_count, 0, pathlib.Path(scratch))
         counted = glove.cooccurrences(text, config.glove.window, config.glove.memory * 2**20, pathlib.Path(scratch))
         jobs = [(kind, seed) for seed in range(f.seeds) for kind in (*KINDS, SHUFFLED)]
         for kind, seed in tqdm(jobs):

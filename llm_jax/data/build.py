@@ -17,11 +17,11 @@ import numpy as np
 
 from llm_jax import tokenizers
 from llm_jax.data import catalog as catalog_lib
-from llm_jax.data import formats, processes
+from llm_jax.data import processes, readers
 from llm_jax.data.catalog import Catalog
 from llm_jax.data.encode import ENCODERS
-from llm_jax.data.holdout import HeldOut
 from llm_jax.data.sources import File
+from llm_jax.data.split import HeldOut
 from llm_jax.errors import UserError
 from llm_jax.tokenizers import Tokenizer
 
@@ -160,7 +160,7 @@ def _shards(side: _Side, files: tuple[File, ...]) -> Iterator[tuple[int, int, in
     """
     sizes, before, last = _sizes(side.path), 0, -1
     target = min(max(int(side.bytes_until[-1]) // _PARTS, _SMALLEST), _LARGEST)
-    divisible = np.array([formats.seekable(f.path) for f in files])
+    divisible = np.array([readers.seekable(f.path) for f in files])
     first_of = np.concatenate([[0], side.bytes_until[:-1]]) // target  # the shard in which each file begins
     cuts: list[tuple[int, int]] = []  # (document, the bytes before it)
     for some in catalog_lib.slices(0, len(sizes)):

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from llm_jax.data import processes, sources
-from llm_jax.data.formats import FORMATS, one_by_one
+from llm_jax.data.readers import FORMATS, one_by_one
 from llm_jax.data.sources import File
 from llm_jax.errors import UserError
 

@@ -15,11 +15,11 @@ import numpy as np
 from tqdm import tqdm
 
 from llm_jax import tokenizers
-from llm_jax.config import DataConfig, TokenizerConfig, choice
-from llm_jax.data import catalog, holdout
+from llm_jax.data import catalog, split
 from llm_jax.data.build import build
 from llm_jax.data.encode import ENCODERS
 from llm_jax.errors import UserError
+from llm_jax.schema import DataConfig, TokenizerConfig, choice
 from llm_jax.tokenizers import Tokenizer
 
 _FORMAT = 2  # of the cache; part of its key
@@ -70,7 +70,7 @@ class Source:
         self.cache = pathlib.Path(config.cache_dir or "~/.cache/llm_jax").expanduser()
         field = config.field if config.kind == "text" else ""
         self.catalog, self._records = catalog.read(config.source, field, self.cache / "scans", config.workers)
-        self.held = holdout.EVERYTHING if whole else holdout.held_out(self.catalog, config.validation_fraction)
+        self.held = split.EVERYTHING if whole else split.held_out(self.catalog, config.validation_fraction)
         for record in self._records:
             record.write()
         self.sha256 = self.catalog.sha256

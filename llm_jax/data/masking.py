@@ -1,6 +1,6 @@
 """Rows with hidden tokens that are to be found again (Devlin et al. 2019, BERT, arXiv:1810.04805, section 3.1).
 
-`loss.masked` says what is hidden with the probability `loss.masked_share`: "tokens", each by itself, or "words", all
+`loss.masked` says what is hidden with the probability `loss.mask_prob`: "tokens", each by itself, or "words", all
 pieces of one together. Of the chosen tokens 80 % become the mask, 10 % a random token and 10 % stay as they are; they
 alone count. BOS, EOS and the unknown id are never chosen.
 """
@@ -13,9 +13,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from llm_jax.config import LossConfig
 from llm_jax.data.corpus import Split
 from llm_jax.data.rows import Row
+from llm_jax.schema import LossConfig
 from llm_jax.tokenizers import Tokenizer
 
 _MASK, _RANDOM = 0.8, 0.1  # shares of the chosen tokens that become the mask, and a random token
@@ -123,4 +123,4 @@ def hider(config: LossConfig, tokenizer: Tokenizer) -> Callable[[Any, int], Any]
     if config.masked == "none":
         return lambda rows, seed: rows
     vocabulary = Vocabulary.of(tokenizer)
-    return lambda rows, seed: Masked(rows, vocabulary, config.masked == "words", config.masked_share, seed)
+    return lambda rows, seed: Masked(rows, vocabulary, config.masked == "words", config.mask_prob, seed)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llm_jax.data.formats import one_by_one
+from llm_jax.data.readers import one_by_one
 from llm_jax.errors import UserError
 
 

@@ -11,12 +11,12 @@ import grain
 import jax
 import numpy as np
 
-from llm_jax.config import Config, DataConfig
 from llm_jax.data import packing
 from llm_jax.data.catalog import slices
 from llm_jax.data.corpus import Corpus, Split
 from llm_jax.data.sources import weights
 from llm_jax.errors import UserError
+from llm_jax.schema import Config, DataConfig
 
 # What a row or a batch holds; every value is int32 of shape (seq_len,) or (batch, seq_len).
 #   inputs, targets    token ids

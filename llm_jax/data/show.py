@@ -61,7 +61,7 @@ def lines(tokenizer: Tokenizer, tokens: list[tuple[int, bool]], colours: tuple[s
 
 
 def main() -> None:
-    from llm_jax import pretrained
+    from llm_jax.checkpoints import pretrained
     from llm_jax.data import masking, rows
     from llm_jax.data.corpus import Source
 

@@ -8,7 +8,7 @@ import pathlib
 import re
 import sysconfig
 
-from llm_jax.data import assets, formats
+from llm_jax.data import assets, readers
 from llm_jax.errors import UserError
 
 # Not the library's own text: tests and vendored or installed packages.
@@ -24,7 +24,7 @@ class File:
       group: what falls on one side of the split together (near-duplicates share a directory); "": each
         document is a group of its own.
       path: of the file, or the data set's name.
-      format: of `formats.FORMATS`.
+      format: of `readers.FORMATS`.
     """
 
     name: str
@@ -34,12 +34,12 @@ class File:
 
     def document(self, start: int) -> str:
         """The name of the document that begins at `start`."""
-        return self.name if formats.FORMATS[self.format].whole else f"{self.name}:{start}"
+        return self.name if readers.FORMATS[self.format].whole else f"{self.name}:{start}"
 
     def stamp(self) -> tuple[int | str, int]:
         """(bytes, time of the last change), which tell a changed file from the one that was scanned."""
         if self.format == "hf":
-            found = formats.data_set(self.path)
+            found = readers.data_set(self.path)
             return found._fingerprint, len(found)
         try:
             said = os.stat(self.path)
@@ -119,6 +119,6 @@ def _visible(path: pathlib.Path, root: pathlib.Path) -> bool:
 
 
 def _file(path: pathlib.Path, name: str, alone: bool = False) -> File:
-    name = formats.plain_name(pathlib.PurePosixPath(name)).as_posix() if alone else name
-    kind = formats.of(path, alone)
-    return File(name, name if formats.FORMATS[kind].whole else "", str(path), kind)
+    name = readers.plain_name(pathlib.PurePosixPath(name)).as_posix() if alone else name
+    kind = readers.of(path, alone)
+    return File(name, name if readers.FORMATS[kind].whole else "", str(path), kind)

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax import tokenizers
-from llm_jax.checkpoint import Loaded
-from llm_jax.config import choice
+from llm_jax.checkpoints.checkpoint import Loaded
 from llm_jax.errors import UserError
 from llm_jax.model import transformer
 from llm_jax.model.attention import Tokens
 from llm_jax.model.transformer import Embed, Layer, Transformer
+from llm_jax.schema import choice
 
 # Letters of shapes: L layers and the embeddings below them, B batch, T time, D width.
 

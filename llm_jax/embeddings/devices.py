@@ -10,9 +10,9 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec as P
 
-from llm_jax.config import MeshConfig
 from llm_jax.errors import UserError
 from llm_jax.parallel import mesh as mesh_lib
+from llm_jax.schema import MeshConfig
 
 Gather = Callable[[jax.Array], jax.Array]  # (n, ...) of this device -> (devices * n, ...) of all
 

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.embeddings import devices
-from llm_jax.embeddings.config import EmbeddingsConfig
-from llm_jax.embeddings.corpus import BREAK, Corpus
+from llm_jax.embeddings.texts import BREAK, Corpus
 from llm_jax.embeddings.vectors import WordVectors, finite
 from llm_jax.errors import UserError
+from llm_jax.schema import EmbeddingsConfig
 
 # Letters of shapes: P cells of a step, T steps of one call of the compiled scan, D width.
 

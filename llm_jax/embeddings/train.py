@@ -11,8 +11,8 @@ from absl import flags
 from tqdm import tqdm
 
 from llm_jax import cli
-from llm_jax.embeddings.config import EmbeddingsConfig
 from llm_jax.errors import UserError
+from llm_jax.schema import EmbeddingsConfig
 
 cli.define_config(EmbeddingsConfig, "word2vec.py")
 flags.DEFINE_string("output", None, "the file to write; it must not exist", required=True)
@@ -21,8 +21,8 @@ flags.DEFINE_integer("devices", 0, "simulate this many CPU devices")
 
 def main() -> None:
     cli.use_devices(flags.FLAGS.devices)
-    from llm_jax.config import choice
-    from llm_jax.embeddings import corpus, glove, vectors, word2vec
+    from llm_jax.embeddings import glove, texts, vectors, word2vec
+    from llm_jax.schema import choice
 
     config: EmbeddingsConfig = cli.load_config()
     choice("kind", config.kind, ("skipgram", "cbow", "glove"))
@@ -35,7 +35,7 @@ def main() -> None:
     except OSError as error:
         raise UserError(f"--output={output} cannot be written ({error.strerror})") from error
     with scratch:
-        text = corpus.build(config.source, config.min_count, config.max_words, pathlib.Path(scratch.name))
+        text = texts.build(config.source, config.min_count, config.max_words, pathlib.Path(scratch.name))
         print(f"{text.num_words:,} words of {len(text.words):,} kinds (sha256 {text.sha256[:12]})", flush=True)
         start = time.perf_counter()
         if config.kind == "glove":

@@ -15,11 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax.config import choice
 from llm_jax.embeddings import devices
-from llm_jax.embeddings.config import EmbeddingsConfig, Word2VecConfig
-from llm_jax.embeddings.corpus import BREAK, Corpus
+from llm_jax.embeddings.texts import BREAK, Corpus
 from llm_jax.embeddings.vectors import WordVectors, finite
+from llm_jax.schema import EmbeddingsConfig, Word2VecConfig, choice
 
 # Letters of shapes: T steps, S words of a step on a device, E = S + 2 windows, G blocks, B words of a block,
 # C = B + 2 windows, N negatives of a block, D width.

@@ -13,7 +13,7 @@ layer axis of the weight: the update is scale * a b. Variants add entries; see `
 
 from llm_jax.lora.adapt import attach, init, join, ranks, rebase, split
 from llm_jax.lora.merge import fold, materialize, merge, requantize, rounded, unmerge
-from llm_jax.lora.several import combine, mix, plain
+from llm_jax.lora.mixing import combine, mix, plain
 
 __all__ = [
     "attach",

@@ -26,11 +26,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax import trees, weights
-from llm_jax.config import LoraConfig
 from llm_jax.errors import UserError
-from llm_jax.kernels import formats
-from llm_jax.quantized import IN, FakeQuant
-from llm_jax.weights import Adapted, Decomposed, Dropped, Node
+from llm_jax.kernels import number_formats
+from llm_jax.schema import LoraConfig
+from llm_jax.weights import IN, Adapted, Decomposed, Dropped, FakeQuant, Node
 
 # Letters of shapes: L layers (where stacked), I in, O out, R rank.
 
@@ -144,13 +143,13 @@ def init(key: jax.Array, base: trees.Tree, config: LoraConfig, original: trees.T
 
 
 def _check_factors(name: str, flat: Mapping[str, Any], found: Mapping[str, Mapping[str, int]]) -> None:
-    s = formats.scheme(name)
+    s = number_formats.scheme(name)
     if s.activations:
         raise UserError(f"lora.factors={name}: it quantizes activations too; expected a scheme of weights")
     for path, own in found.items():
         rows, _ = _matrix(flat[path].shape[trees.layers_of(path) is not None :])
         for size in (rows, max(own.values())):
-            if reason := formats.misfit(s, size):
+            if reason := number_formats.misfit(s, size):
                 raise UserError(f"lora.factors={name} for the adapter of '{path}': {reason}")
 
 

@@ -8,11 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llm_jax import quantized, trees, weights
+from llm_jax import trees, weights
 from llm_jax.errors import UserError
 from llm_jax.lora.adapt import attach, by_path, check, node
-from llm_jax.quantized import IN, FakeQuant, QTensor
-from llm_jax.weights import Adapted, Decomposed
+from llm_jax.weights import IN, Adapted, Decomposed, FakeQuant, QTensor, quantized
 
 
 def materialize(base: trees.Tree, adapters: trees.Tree, *, factors: str = "") -> dict[str, Any]:

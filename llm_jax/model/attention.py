@@ -12,8 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from llm_jax.kernels import quantized
-from llm_jax.model import positions, product
+from llm_jax.kernels import matmul
+from llm_jax.model import attention_kernels, positions
 from llm_jax.model.layers import Module, Norm
 from llm_jax.parallel import mesh as mesh_lib
 
@@ -39,7 +39,7 @@ class Cache:
       tokens: where the token of each slot stands, (B, slots); segment 0 marks an empty slot.
       index: int32 (), the next slot to be written, the same in every row; or (B,), one for each.
       layers: {"key", "value"} of (B, slots, K, H) per layer, in the layout of the parameters: in the compute
-        dtype; or (`model.cache=int8`) int8 codes, and {"key_scale", "value_scale"}, float16 (B, slots, K, 1).
+        dtype; or (`model.kv_cache=int8`) int8 codes, and {"key_scale", "value_scale"}, float16 (B, slots, K, 1).
     """
 
     tokens: Tokens
@@ -76,7 +76,7 @@ def remember(cache: dict[str, jax.Array], new: dict[str, jax.Array], index: jax.
     for name, values in new.items():
         if f"{name}_scale" in cache:
             scale = (jnp.max(jnp.abs(values.astype(jnp.float32)), -1, keepdims=True) / 127).astype(jnp.float16)
-            parts[name] = quantized.round_to_int8(values, scale.astype(jnp.float32))
+            parts[name] = matmul.round_to_int8(values, scale.astype(jnp.float32))
             parts[f"{name}_scale"] = scale
         else:
             parts[name] = values.astype(cache[name].dtype)
@@ -115,7 +115,7 @@ class Attention(Module):
           index: int32 () or (B,), the slot that the first token of x goes to.
         """
         c = self.config
-        scheme, h = positions.make(c, local=self.window is not None), positions.head_width(c)
+        scheme, h = positions.make(c, local=self.window is not None), positions.head_dim(c)
         q = self.linear(x_BTD, "query", c.num_heads * h, bias=c.qkv_bias).reshape(*x_BTD.shape[:2], c.num_heads, h)
         k = self.linear(x_BTD, "key", c.num_kv_heads * h, bias=c.qkv_bias).reshape(*x_BTD.shape[:2], c.num_kv_heads, h)
         v = self.linear(x_BTD, "value", c.num_kv_heads * h, bias=c.qkv_bias).reshape(
@@ -142,15 +142,15 @@ class Attention(Module):
         add_values = scheme.values(queries.positions, keys.positions, table)
         name = "plain"
         if not self.is_initializing():  # which is on one token
-            name, _ = product.choose(c, jax.default_backend(), q, k, cache is not None, mesh_lib.in_use())
+            name, _ = attention_kernels.choose(c, jax.default_backend(), q, k, cache is not None, mesh_lib.in_use())
         if name == "splash":
-            out = product.splash(q, k, v, queries.segments, self.window, c.causal, c.attention_softcap)
+            out = attention_kernels.splash(q, k, v, queries.segments, self.window, c.causal, c.attention_softcap)
         else:
             mask = visible(queries, keys, self.window, c.causal)
             if add_values is not None:
-                out = product.attend_adding(q, k, v, mask, bias_BNTS, add_values, c.attention_softcap)
+                out = attention_kernels.attend_adding(q, k, v, mask, bias_BNTS, add_values, c.attention_softcap)
             elif name in ("xla", "cudnn"):
-                out = product.fused(name, q, k, v, mask, bias_BNTS)
+                out = attention_kernels.fused(name, q, k, v, mask, bias_BNTS)
             else:
-                out = product.attend(q, k, v, mask, bias_BNTS, c.attention_softcap)
+                out = attention_kernels.attend(q, k, v, mask, bias_BNTS, c.attention_softcap)
         return self.linear(out.reshape(*x_BTD.shape[:2], -1), "out", c.width, depth_scale=True), cache

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax import weights
-from llm_jax.config import ModelConfig, choice
+from llm_jax.schema import ModelConfig, choice
 
 # Letters of shapes: B batch, T time, D width, F MLP width.
 
@@ -79,9 +79,9 @@ class MLP(Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         c = self.config
         activation = choice("model.activation", c.activation, ACTIVATIONS)
-        up_BTF = self.linear(x_BTD, "up", c.mlp_width)
+        up_BTF = self.linear(x_BTD, "up", c.mlp_dim)
         if choice("model.mlp", c.mlp, ("gated", "plain")) == "gated":
-            hidden_BTF = activation(self.linear(x_BTD, "gate", c.mlp_width)) * up_BTF
+            hidden_BTF = activation(self.linear(x_BTD, "gate", c.mlp_dim)) * up_BTF
         else:
             hidden_BTF = activation(up_BTF)
         return self.linear(hidden_BTF, "down", c.width, depth_scale=True)

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax import weights
-from llm_jax.config import ModelConfig, choice
 from llm_jax.errors import UserError
 from llm_jax.model import rope
+from llm_jax.schema import ModelConfig, choice
 
 # Letters of shapes: B batch, T queries, S keys, D width, N heads, H head width, R distances.
 
@@ -145,7 +145,7 @@ class Rope(Position):
     """Rotary positions (Su et al. 2021, arXiv:2104.09864, equation 34) and their scalings: see `rope`."""
 
     def check(self) -> None:
-        rope.check(self.config.position, head_width(self.config))
+        rope.check(self.config.position, head_dim(self.config))
 
     def rotate(self, x: jax.Array, positions: jax.Array, length: jax.Array | None) -> jax.Array:
         return rope.rotate(self.config.position, x, positions, length)
@@ -210,7 +210,7 @@ class Shaw(Position):
         choice("model.position.shaw", self.config.position.shaw, ("keys", "values", "both"))
 
     def declare_layer(self) -> dict[str, tuple[int, ...]]:
-        shape = (2 * self.config.position.clip + 1, head_width(self.config))
+        shape = (2 * self.config.position.clip + 1, head_dim(self.config))
         names = ("keys", "values") if self.config.position.shaw == "both" else (self.config.position.shaw,)
         return dict.fromkeys(names, shape)
 
@@ -352,16 +352,16 @@ def make(config: ModelConfig, local: bool = False) -> Position:
     return made
 
 
-def head_width(config: ModelConfig) -> int:
-    """`model.head_width`, or its default.
+def head_dim(config: ModelConfig) -> int:
+    """`model.head_dim`, or its default.
 
     Raises:
       UserError: the heads do not divide the width, or the key/value heads the heads.
     """
     if config.num_heads % config.num_kv_heads:
         raise UserError(f"model.num_kv_heads={config.num_kv_heads} does not divide model.num_heads={config.num_heads}")
-    if config.head_width:
-        return config.head_width
+    if config.head_dim:
+        return config.head_dim
     if config.width % config.num_heads:
         raise UserError(f"model.num_heads={config.num_heads} does not divide model.width={config.width}")
     return config.width // config.num_heads

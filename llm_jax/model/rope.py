@@ -17,18 +17,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax.config import PositionConfig, choice
 from llm_jax.errors import UserError
+from llm_jax.schema import PositionConfig, choice
 
 # Letters of shapes: B batch, T time, N heads, H head width, F frequencies (half the rotated width).
 
 
-def check(c: PositionConfig, head_width: int) -> None:
+def check(c: PositionConfig, head_dim: int) -> None:
     """Raises UserError for a fraction that the head width does not admit, or a scaling without its settings."""
-    width = c.fraction * head_width
+    width = c.fraction * head_dim
     if not 0 < c.fraction <= 1 or width != int(width) or int(width) % 2:
         raise UserError(
-            f"model.position.fraction={c.fraction:g} of the head width {head_width} is {width:g}; rope turns pairs: "
+            f"model.position.fraction={c.fraction:g} of the head width {head_dim} is {width:g}; rope turns pairs: "
             "expected an even whole number above 0"
         )
     choice("model.position.scaling", c.scaling, SCALINGS)

@@ -4,8 +4,8 @@ A uniform model has one stage; a pattern that does not divide the depth leaves a
 26 layers of five local and one global are (((local x 5, global), 4), ((local, local), 1)).
 """
 
-from llm_jax.config import ModelConfig
 from llm_jax.errors import UserError
+from llm_jax.schema import ModelConfig
 
 LAYER_KINDS = ("global", "local")
 

@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax import trees, weights
-from llm_jax.config import ModelConfig, choice
 from llm_jax.errors import UserError
 from llm_jax.model import positions
 from llm_jax.model.attention import Attention, Cache, Tokens, write
 from llm_jax.model.layers import MLP, Module, Norm
 from llm_jax.model.stages import layout, stages
+from llm_jax.schema import ModelConfig, choice
 
 # Letters of shapes: B batch, T time, S cache slots, D width, V vocabulary, N heads, K kv heads, H head width.
 
@@ -242,11 +242,11 @@ def consecutive(tokens_BT: jax.Array) -> Tokens:
 
 
 def init_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
-    """An empty cache for `batch` rows of up to `slots` tokens, in the form of `model.cache`."""
+    """An empty cache for `batch` rows of up to `slots` tokens, in the form of `model.kv_cache`."""
     shape = (batch, slots, config.num_kv_heads)
-    parts = {"": (positions.head_width(config), config.precision.compute)}
-    if config.cache == "int8":
-        parts = {"": (positions.head_width(config), "int8"), "_scale": (1, "float16")}
+    parts = {"": (positions.head_dim(config), config.precision.compute)}
+    if config.kv_cache == "int8":
+        parts = {"": (positions.head_dim(config), "int8"), "_scale": (1, "float16")}
 
     def layer(*leading: int) -> dict[str, jax.Array]:
         return {
@@ -303,15 +303,15 @@ def width_ratio(config: ModelConfig) -> float:
 
 def matmul_parameters(config: ModelConfig) -> int:
     """Entries of the matrices that every token is multiplied by, the head included."""
-    c, h = config, positions.head_width(config)
+    c, h = config, positions.head_dim(config)
     attention = c.width * h * (2 * c.num_heads + 2 * c.num_kv_heads)
-    mlp = c.width * c.mlp_width * (3 if c.mlp == "gated" else 2)
+    mlp = c.width * c.mlp_dim * (3 if c.mlp == "gated" else 2)
     return c.num_layers * (attention + mlp) + c.width * c.vocab_size
 
 
 def flops_per_token(config: ModelConfig, length: int) -> float:
     """Model flops of a training step per token: 6 N + 12 L N_h H T (Chowdhery et al. 2022, PaLM, appendix B)."""
-    attention = 12 * config.num_layers * config.num_heads * positions.head_width(config) * length
+    attention = 12 * config.num_layers * config.num_heads * positions.head_dim(config) * length
     return 6.0 * matmul_parameters(config) + attention
 
 

@@ -9,8 +9,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llm_jax import trees, weights
-from llm_jax.config import MeshConfig
 from llm_jax.errors import UserError
+from llm_jax.schema import MeshConfig
 
 AXES = ("data", "fsdp", "tensor")
 BATCH, HEADS = ("data", "fsdp"), "tensor"  # what splits the rows of a batch, and the heads of attention

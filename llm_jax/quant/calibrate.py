@@ -16,21 +16,21 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from llm_jax import quantized, trees, weights
-from llm_jax.config import Config, ModelConfig
+from llm_jax import trees, weights
 from llm_jax.data import masking
 from llm_jax.data.corpus import Source
 from llm_jax.data.rows import ROWS, Row, Shuffled
 from llm_jax.errors import UserError
-from llm_jax.kernels import formats
+from llm_jax.kernels import number_formats
 from llm_jax.model.attention import Tokens
 from llm_jax.model.stages import layer_kinds
 from llm_jax.model.transformer import Layer, Transformer
-from llm_jax.quant import kept, methods
-from llm_jax.quant.quantize import Row as Line
-from llm_jax.quant.quantize import axis
+from llm_jax.quant import methods, partial
+from llm_jax.quant.post_training import Row as Line
+from llm_jax.quant.post_training import axis
+from llm_jax.schema import Config, ModelConfig
 from llm_jax.tokenizers import Tokenizer
-from llm_jax.weights import Node
+from llm_jax.weights import Node, quantized
 
 # Letters of shapes: B batch, T time, D width, I in, O out.
 
@@ -53,7 +53,9 @@ class Options:
 
 def needs_text(planned: Mapping[str, str], method: str) -> bool:
     """Whether a method, or a scheme with static activations, takes calibration."""
-    return methods.METHODS[method][1] or any(n and formats.scheme(n).activations == "static" for n in planned.values())
+    return methods.METHODS[method][1] or any(
+        n and number_formats.scheme(n).activations == "static" for n in planned.values()
+    )
 
 
 def text(config: Config, given: str, tokenizer: Tokenizer, length: int, count: int) -> tuple[list[Row], str]:
@@ -108,7 +110,7 @@ def run(
     made: dict[str, Any] = {}
     outside = by_layer.pop("", {})
     for path, w in tqdm(outside.items(), "tables and head", leave=False, delay=2, disable=None):
-        if planned[path] and formats.scheme(planned[path]).activations == "static":
+        if planned[path] and number_formats.scheme(planned[path]).activations == "static":
             raise UserError(f"{planned[path]} for '{path}': its inputs are not observed; choose a dynamic scheme")
         made[path], line = _one(path, w, planned[path], None, options)
         lines.append(line)
@@ -117,12 +119,12 @@ def run(
     for name, kind in tqdm(zip(names, kinds, strict=True), "quantizing", len(kinds), unit="layer", disable=None):
         place = finished / name.replace("/", "-")
         if place.exists():
-            tree, said = kept.read(place)
+            tree, said = partial.read(place)
             layer = trees.flatten(tree)
             found = [Line(**{**line, "shape": tuple(line["shape"])}) for line in said]
         else:
             layer, found = _layer(model.config, kind, name, by_layer.pop(name), planned, streams, options)
-            kept.write(place, trees.unflatten(layer), [dataclasses.asdict(line) for line in found])
+            partial.write(place, trees.unflatten(layer), [dataclasses.asdict(line) for line in found])
         made |= layer
         lines += found
         local = trees.unflatten({path.removeprefix(f"{name}/"): w for path, w in layer.items()})

@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax import quantized
-from llm_jax.kernels import formats
-from llm_jax.kernels.formats import Scheme
-from llm_jax.quantized import IN, QTensor
+from llm_jax.kernels import number_formats
+from llm_jax.kernels.number_formats import Scheme
+from llm_jax.weights import IN, QTensor, quantized
 
 # Letters of shapes: I in, O out, G groups.
 
@@ -77,18 +76,18 @@ def absmax(w: jax.Array, scheme: str, axis: int, inputs: Inputs | None, act_orde
 
 def percentile(w: jax.Array, scheme: str, axis: int, inputs: Inputs | None, act_order: bool) -> QTensor:
     """Scales that reach the 99.9th percentile of magnitudes, of weights and activations; what lies past is clipped."""
-    s = formats.scheme(scheme)
-    f = formats.FORMATS[s.format]
+    s = number_formats.scheme(scheme)
+    f = number_formats.FORMATS[s.format]
 
     def quantile(share: float) -> Callable[..., jax.Array]:
         return lambda a, axis, keepdims: jnp.quantile(a, share, axis, keepdims=keepdims)
 
     if s.offset == "minimum":
-        low = formats.over_groups(quantile(1 - _PERCENTILE), w, s, axis)
-        high = formats.over_groups(quantile(_PERCENTILE), w, s, axis)
+        low = number_formats.over_groups(quantile(1 - _PERCENTILE), w, s, axis)
+        high = number_formats.over_groups(quantile(_PERCENTILE), w, s, axis)
         scale, offset = (high - low) / (f.high - f.low), low
     else:
-        scale, offset = formats.over_groups(quantile(_PERCENTILE), jnp.abs(w), s, axis) / f.high, None
+        scale, offset = number_formats.over_groups(quantile(_PERCENTILE), jnp.abs(w), s, axis) / f.high, None
     clipped = None
     if s.activations == "static" and inputs is not None:
         clipped = inputs.clipped / inputs.batches / 127
@@ -97,7 +96,7 @@ def percentile(w: jax.Array, scheme: str, axis: int, inputs: Inputs | None, act_
 
 def mse(w: jax.Array, scheme: str, axis: int, inputs: Inputs | None, act_order: bool) -> QTensor:
     """Scales with the least squared error of every group, by search over clipping."""
-    scale, offset = clip(w, formats.scheme(scheme), axis)
+    scale, offset = clip(w, number_formats.scheme(scheme), axis)
     return quantized.quantize(w, scheme, axis, scale=scale, offset=offset, input_scale=_input_scale(scheme, inputs))
 
 
@@ -112,18 +111,18 @@ def clip(
     Args:
       importance: weights of the squares, broadcast to w (I, O).
     """
-    f = formats.FORMATS[s.format]
-    scale, offset = formats.scales(w, s, axis)
+    f = number_formats.FORMATS[s.format]
+    scale, offset = number_formats.scales(w, s, axis)
     starts = [scale]
     if signed and f.integers and not s.offset:
-        high, low = formats.over_groups(jnp.max, w, s, axis), formats.over_groups(jnp.min, w, s, axis)
+        high, low = number_formats.over_groups(jnp.max, w, s, axis), number_formats.over_groups(jnp.min, w, s, axis)
         starts.append(jnp.where(high > -low, high, low) / f.low)
 
     def error(scale: jax.Array, offset: jax.Array | None) -> jax.Array:
-        kept = formats.stored(scale, s)
-        offset = offset if offset is None or s.offset == "mean" else formats.stored(offset, s)
-        found = formats.decode(formats.encode(w, kept, offset, s, axis), kept, offset, s, axis)
-        return formats.over_groups(jnp.sum, importance * jnp.square(found - w), s, axis)
+        kept = number_formats.stored(scale, s)
+        offset = offset if offset is None or s.offset == "mean" else number_formats.stored(offset, s)
+        found = number_formats.decode(number_formats.encode(w, kept, offset, s, axis), kept, offset, s, axis)
+        return number_formats.over_groups(jnp.sum, importance * jnp.square(found - w), s, axis)
 
     def better(best, candidate):
         smaller = candidate[0] < best[0]
@@ -133,7 +132,7 @@ def clip(
     for start in starts:
 
         def attempt(best, shrink, start=start):
-            scale, offset = formats.scales(w, s, axis, shrink)
+            scale, offset = number_formats.scales(w, s, axis, shrink)
             scale = scale if start is starts[0] else start * shrink
             return better(best, (error(scale, offset), scale, offset))
 
@@ -165,7 +164,7 @@ def awq(w: jax.Array, scheme: str, axis: int, inputs: Inputs | None, act_order: 
         smooth = _smooth(mean**alpha)
         scale = offset = None
         if clipped:
-            s, squared = formats.scheme(scheme), jnp.square(smooth.astype(jnp.float32))
+            s, squared = number_formats.scheme(scheme), jnp.square(smooth.astype(jnp.float32))
             importance = (jnp.diag(inputs.gram) * squared)[:, None] + 1e-12
             scale, offset = clip(w / smooth.astype(jnp.float32)[:, None], s, axis, importance)
         input_scale = _input_scale(scheme, inputs, smooth)
@@ -187,7 +186,7 @@ def gptq(w: jax.Array, scheme: str, axis: int, inputs: Inputs | None, act_order:
     """
     assert inputs is not None and axis == IN
     plain = mse(w, scheme, axis, inputs, act_order)
-    s = formats.scheme(scheme)
+    s = number_formats.scheme(scheme)
     diagonal = jnp.diag(inputs.gram)
     unseen = diagonal <= 0
     hessian = inputs.gram + jnp.diag(jnp.where(unseen, 1.0, 0.0) + _DAMPING * jnp.mean(diagonal))
@@ -196,7 +195,7 @@ def gptq(w: jax.Array, scheme: str, axis: int, inputs: Inputs | None, act_order:
     upper = jnp.linalg.cholesky((inverse + inverse.T) / 2).T  # inverse = upper^T upper
 
     def per_input(kept: jax.Array) -> jax.Array:
-        values = formats.scale_values(kept)
+        values = number_formats.scale_values(kept)
         return jnp.repeat(jnp.broadcast_to(values, (values.shape[0], w.shape[1])), w.shape[0] // values.shape[0], 0)
 
     codes, kept, kept_offset = plain._codes()
@@ -205,12 +204,12 @@ def gptq(w: jax.Array, scheme: str, axis: int, inputs: Inputs | None, act_order:
 
     def one(i: jax.Array, left: jax.Array) -> jax.Array:
         unit = jnp.where(jnp.abs(scale[i]) < np.finfo(np.float32).tiny, 1.0, scale[i])
-        rounded = formats.snap((left[i] - offset[i]) / unit, s.format) * scale[i] + offset[i]
+        rounded = number_formats.snap((left[i] - offset[i]) / unit, s.format) * scale[i] + offset[i]
         # Rows before i have zeros in upper[i]; row i becomes what it is rounded to.
         return left - upper[i][:, None] * ((left[i] - rounded) / upper[i, i])
 
     found = jax.lax.fori_loop(0, w.shape[0], one, w[order])[jnp.argsort(order)]
-    compensated = formats.encode(found, kept, kept_offset, s, axis)
+    compensated = number_formats.encode(found, kept, kept_offset, s, axis)
     other = dataclasses.replace(plain, codes=compensated)
     better = objective(w, other, inputs) < objective(w, plain, inputs)  # false where the factors are not finite
     return dataclasses.replace(plain, codes=jnp.where(better, compensated, codes))
@@ -235,7 +234,7 @@ def _smooth(t: jax.Array) -> jax.Array:
 
 def _input_scale(scheme: str, inputs: Inputs | None, smooth: jax.Array | None = None) -> jax.Array | None:
     """The static scale of int8 activations that reaches the largest input seen, or None where there is none."""
-    if formats.scheme(scheme).activations != "static" or inputs is None:
+    if number_formats.scheme(scheme).activations != "static" or inputs is None:
         return None
     largest = inputs.largest if smooth is None else inputs.largest * smooth.astype(jnp.float32)
     return jnp.maximum(jnp.max(largest), 1e-12) / 127

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax import trees
-from llm_jax.config import QuantConfig
 from llm_jax.errors import UserError
-from llm_jax.kernels import formats
+from llm_jax.kernels import number_formats
 from llm_jax.quant import methods
-from llm_jax.quant.quantize import axis, plan, rules
-from llm_jax.quantized import FakeQuant
+from llm_jax.quant.post_training import axis, plan, rules
+from llm_jax.schema import QuantConfig
+from llm_jax.weights import FakeQuant
 
 
 def prepare(params: Any, config: QuantConfig) -> Any:
@@ -35,12 +35,12 @@ def prepare(params: Any, config: QuantConfig) -> Any:
         name = planned[path]
         if not name:
             return w
-        s = formats.scheme(name)
+        s = number_formats.scheme(name)
         if s.activations == "static":
             raise UserError(f"{source}: {name} for '{path}': its activations need calibration; choose w8a8")
         step = None
         if config.qat.learned_step:
-            if not formats.FORMATS[s.format].integers or s.offset:
+            if not number_formats.FORMATS[s.format].integers or s.offset:
                 raise UserError(f"{source}: {name} for '{path}' has no step to learn; choose int8, int4, int2 or w8a8")
             step, _ = methods.clip(w, s, axis(path), signed=False)
         return FakeQuant(w, step, None, None, name, axis(path))

@@ -6,8 +6,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from llm_jax.config import choice
 from llm_jax.errors import UserError
+from llm_jax.schema import choice
 from llm_jax.tokenizers.base import Foreign, Tokenizer, all_files, digest, document, ends, prompt, save
 
 __all__ = [

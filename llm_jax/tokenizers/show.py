@@ -51,7 +51,7 @@ def read(name: str) -> tokenizers.Tokenizer:
     """
     if name == "byte":
         return tokenizers.get("byte").train([], 0)
-    from llm_jax import pretrained
+    from llm_jax.checkpoints import pretrained
 
     return pretrained.load_tokenizer(name)
 

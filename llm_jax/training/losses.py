@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax import tokenizers
-from llm_jax.config import Config, LossConfig, ModelConfig, choice
 from llm_jax.data.rows import Batch
 from llm_jax.errors import UserError
+from llm_jax.evaluation import sentiment
 from llm_jax.model.attention import Tokens
 from llm_jax.model.transformer import Transformer
-from llm_jax.prompting import sentiment
+from llm_jax.schema import Config, LossConfig, ModelConfig, choice
 from llm_jax.tokenizers import Tokenizer
-from llm_jax.training.chunks import Chunk, sum_of_rows
+from llm_jax.training.chunked_sum import Chunk, sum_of_rows
 from llm_jax.training.step import Loss
 
 # Letters of shapes: B batch, T time, C chunk of time, D width, V vocabulary, P pairs.

@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llm_jax import checkpoint
-from llm_jax.config import Config
+from llm_jax.checkpoints import checkpoint
 from llm_jax.model.transformer import Transformer
+from llm_jax.schema import Config
 from llm_jax.training import losses, optim, step
-from llm_jax.training.trained import Adapters, AllWeights
+from llm_jax.training.trainable import Adapters, AllWeights
 
 KINDS = ("forward", "full", "adapters")
 STEPS = {"forward": "forward", "full": "full", "lora": "adapters", "fa": "adapters", "qlora": "adapters"}

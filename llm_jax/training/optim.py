@@ -18,10 +18,10 @@ from jax.sharding import NamedSharding
 from optax import contrib
 
 from llm_jax import trees
-from llm_jax.config import OptimConfig, choice
 from llm_jax.errors import UserError
 from llm_jax.parallel import mesh as mesh_lib
-from llm_jax.quantized import FakeQuant
+from llm_jax.schema import OptimConfig, choice
+from llm_jax.weights import FakeQuant
 
 
 class Rule(NamedTuple):

@@ -19,8 +19,8 @@ from llm_jax.data.rows import Batch
 from llm_jax.errors import UserError
 from llm_jax.model.attention import Tokens
 from llm_jax.model.transformer import ACTIVATIONS, Transformer
+from llm_jax.training.bad_steps import Watch, lines_up_to
 from llm_jax.training.sinks import Sink
-from llm_jax.training.watch import Watch, lines_up_to
 
 
 def parameter_table(params: Any) -> str:

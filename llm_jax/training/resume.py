@@ -2,18 +2,19 @@
 
 import pathlib
 
-from llm_jax import checkpoint
-from llm_jax.config import Config, ModelConfig, flat
+from llm_jax.checkpoints import checkpoint
+from llm_jax.configuration import flat
 from llm_jax.errors import UserError
+from llm_jax.schema import Config, ModelConfig
 
 # Whole keys, and sections by their dot. Any other difference is another run.
 _FREE = (
     *("eval.", "report.", "checkpoint.", "mesh."),
-    *("train.steps", "train.on_bad_step", "train.spike_factor", "model.attention", "model.cache"),
+    *("train.steps", "train.on_bad_step", "train.spike_factor", "model.attention_kernel", "model.kv_cache"),
     *("data.cache_dir", "data.workers", "tokenizer.path"),  # the tokenizer itself is compared
 )
 # About a model, what concerns neither its weights nor what it computes.
-_LAYOUT = ("model.scan_layers", "model.remat", "model.vocab_size", "model.attention", "model.cache")
+_LAYOUT = ("model.scan_layers", "model.remat", "model.vocab_size", "model.attention_kernel", "model.kv_cache")
 
 
 def refuse_another(workdir: pathlib.Path, config: Config) -> None:

@@ -4,8 +4,8 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from llm_jax.config import choice
 from llm_jax.errors import UserError
+from llm_jax.schema import choice
 
 
 class Sink(Protocol):

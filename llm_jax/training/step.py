@@ -16,7 +16,7 @@ import optax
 
 from llm_jax.data.rows import Batch
 from llm_jax.errors import UserError
-from llm_jax.training import watch
+from llm_jax.training import bad_steps
 
 # (trained, frozen, batch, step, key) -> (sum over the counted targets, their number), float32 () each.
 # `step` counts the updates done; `key` is the micro-batch's own, a function of (seed, step, micro-batch).
@@ -129,10 +129,10 @@ def make(
             "grad_norm": norm,
             "lr": jnp.asarray(schedule(state.step), jnp.float32),
             "bad": bad,
-            "gradient_norms": watch.norms(grads),
+            "gradient_norms": bad_steps.norms(grads),
         }
         if update_norms:
-            metrics["update_norms"] = watch.norms(updates)
+            metrics["update_norms"] = bad_steps.norms(updates)
         ema = None if state.ema is None else average(state.ema, params, ema_decay, state.step)
         new = State(state.step + 1, params, optimizer_state, ema)
         if skip_bad:

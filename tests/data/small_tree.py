@@ -4,8 +4,8 @@ import hashlib
 import pathlib
 import random
 
-from llm_jax.config import DataConfig, TokenizerConfig
 from llm_jax.data.corpus import Source
+from llm_jax.schema import DataConfig, TokenizerConfig
 
 WORDS = "the model reads a token été 日本 and then 😀 the token after it returns one line of text".split()
 # What `data.source` says, over the tree's root.

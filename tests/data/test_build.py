@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from llm_jax import tokenizers
-from llm_jax.config import DataConfig
 from llm_jax.data import build
 from llm_jax.data.corpus import Source
 from llm_jax.errors import UserError
+from llm_jax.schema import DataConfig
 from tests.conftest import ROOT
 
 BUILD = """
@@ -23,7 +23,7 @@ import sys
 import time
 import types
 from llm_jax import tokenizers
-from llm_jax.config import DataConfig
+from llm_jax.schema import DataConfig
 from llm_jax.data import build, processes
 from llm_jax.data.corpus import Source
 

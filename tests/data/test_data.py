@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from llm_jax import tokenizers
-from llm_jax.config import DataConfig, TokenizerConfig
-from llm_jax.data import catalog, holdout, sources
+from llm_jax.data import catalog, sources, split
 from llm_jax.data.corpus import Source, Split
 from llm_jax.data.rows import Rows, Shuffled, batch, batches
 from llm_jax.errors import UserError
+from llm_jax.schema import DataConfig, TokenizerConfig
 
 BOS, EOS = 1, 2
 
@@ -103,7 +103,7 @@ def groups(sizes: list[int], names: list[str]) -> catalog.Catalog:
 
 
 def held_out(found: catalog.Catalog, fraction: float) -> np.ndarray:
-    return holdout.held_out(found, fraction)(found[np.arange(len(found))])
+    return split.held_out(found, fraction)(found[np.arange(len(found))])
 
 
 def test_the_split_holds_out_whole_groups_of_about_the_share():
@@ -146,7 +146,7 @@ def test_the_split_takes_groups_one_by_one_in_the_order_of_their_hash(found, fra
     corpus = dataclasses.replace(corpus, files=tuple(files))
     expected = expected or {min(total, key=lambda g: (total[g], g))}
     with (
-        unittest.mock.patch.multiple(holdout, _BINS=bins, _FEW=few),
+        unittest.mock.patch.multiple(split, _BINS=bins, _FEW=few),
         unittest.mock.patch.object(catalog, "_BLOCK", block),
     ):
         held = held_out(corpus, fraction)

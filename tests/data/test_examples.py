@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from llm_jax import tokenizers
-from llm_jax.config import DataConfig
 from llm_jax.data import rows
 from llm_jax.data.corpus import Corpus, Source, Split
 from llm_jax.data.encode import ENCODERS
 from llm_jax.data.packing import best_fit
 from llm_jax.data.rows import Mixed, Packed, Pairs, Rows, Shuffled
 from llm_jax.errors import UserError
+from llm_jax.schema import DataConfig
 
 BYTE = tokenizers.get("byte").train([], 0)
 TEMPLATE = (

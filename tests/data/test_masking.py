@@ -8,13 +8,13 @@ import jax
 import numpy as np
 import pytest
 
-from llm_jax import config as config_lib
+from llm_jax import configuration as config_lib
 from llm_jax import tokenizers
-from llm_jax.config import LossConfig
 from llm_jax.data import masking
 from llm_jax.data.corpus import Split
 from llm_jax.data.rows import Rows, Shuffled
 from llm_jax.errors import UserError
+from llm_jax.schema import LossConfig
 from llm_jax.training import losses
 
 TEXT = "The quick brown fox's den, it seems, was well-hidden.\n\nNobody_there 1234 cafés: größer; 日本語 x" * 30
@@ -29,7 +29,7 @@ def rows(tokenizer, *documents: str, seq_len: int = 64) -> Rows:
 
 
 def hidden(tiny, tokenizer, plain, kind: str, seed: int = 0, share: float = SHARE):
-    config: LossConfig = dataclasses.replace(tiny.loss, masked=kind, masked_share=share)
+    config: LossConfig = dataclasses.replace(tiny.loss, masked=kind, mask_prob=share)
     return masking.hider(config, tokenizer)(plain, seed)
 
 
@@ -199,8 +199,8 @@ def test_a_run_goes_on_bit_for_bit_and_is_evaluated(command, tmp_path, text_file
         ({"causal": False, "masked": "words", "kind": "unlikelihood"}, "loss.kind=unlikelihood is of what comes next"),
         ({"causal": False, "masked": "words", "data": "instructions"}, "loss.masked=words hides tokens of text"),
         ({"masked": "letters"}, "'loss.masked' is 'letters'; expected one of none, tokens, words"),
-        ({"masked_share": 1.5}, "'loss.masked_share' is 1.5; expected a number of at most 1.0"),
-        ({"masked_share": 0.0}, "'loss.masked_share' is 0.0; expected a number of at least 0.001"),
+        ({"mask_prob": 1.5}, "'loss.mask_prob' is 1.5; expected a number of at most 1.0"),
+        ({"mask_prob": 0.0}, "'loss.mask_prob' is 0.0; expected a number of at least 0.001"),
     ],
 )
 def test_what_contradicts_itself_is_refused(tiny, changes, message):

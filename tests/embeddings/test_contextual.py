@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax import pretrained, tokenizers
-from llm_jax.checkpoint import Loaded
+from llm_jax import tokenizers
+from llm_jax.checkpoints import pretrained
+from llm_jax.checkpoints.checkpoint import Loaded
 from llm_jax.embeddings import contextual
 from llm_jax.errors import UserError
 

@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax import config as config_lib
-from llm_jax.embeddings import corpus as corpora
+from llm_jax import configuration as config_lib
 from llm_jax.embeddings import glove, measure, word2vec
-from llm_jax.embeddings.config import EmbeddingsConfig
-from llm_jax.embeddings.corpus import BREAK, Corpus
+from llm_jax.embeddings import texts as corpora
+from llm_jax.embeddings.texts import BREAK, Corpus
 from llm_jax.errors import UserError
+from llm_jax.schema import EmbeddingsConfig
 
 ROOT = pathlib.Path(__file__).parents[2]
 

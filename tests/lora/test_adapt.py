@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from llm_jax import lora, trees
-from llm_jax.config import build
+from llm_jax.configuration import build
 from llm_jax.errors import UserError
 from llm_jax.lora.adapt import TRAINED
 from llm_jax.model.stages import layout

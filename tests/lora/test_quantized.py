@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax import lora, quantized, trees, weights
+from llm_jax import lora, trees, weights
 from llm_jax.errors import UserError
-from llm_jax.quantized import IN, FakeQuant, QTensor
-from llm_jax.training import trained
+from llm_jax.training import trainable
+from llm_jax.weights import IN, FakeQuant, QTensor, quantized
 from tests.lora import cases
 
 SCHEME = "nf4:16"  # with double quantization of the scales; 16 divides the tiny widths
-SHAPE = {"width": 64, "mlp_width": 96, "qk_norm": False}
+SHAPE = {"width": 64, "mlp_dim": 96, "qk_norm": False}
 
 
 @pytest.fixture(scope="module")
@@ -115,10 +115,10 @@ def test_what_factors_cannot_be_is_one_line(make, tiny):
 
 def test_full_weights_are_wanted_where_all_are_trained_or_a_start_is_taken_out(make, tiny, base):
     with pytest.raises(UserError, match="is a QTensor there, not full weights"):
-        trained.AllWeights(tiny.quant).begin(base, jax.random.key(0))
+        trainable.AllWeights(tiny.quant).begin(base, jax.random.key(0))
     rounded = trees.map_weights(lambda _, w: FakeQuant(w, None, None, None, "int8", IN), make()[1])
     with pytest.raises(UserError, match="is a FakeQuant there, not full weights"):  # it would be trained so, untold
-        trained.AllWeights(tiny.quant).begin(rounded, jax.random.key(0))
+        trainable.AllWeights(tiny.quant).begin(rounded, jax.random.key(0))
     pissa = cases.made(make(**SHAPE)[1], cases.config(tiny, variant="pissa"))
     with pytest.raises(UserError, match="is a QTensor; lora.variant=pissa takes its start out of full weights"):
         lora.rebase(base, pissa)

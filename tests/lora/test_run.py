@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 import llm_jax
-from llm_jax import checkpoint, lora, pretrained, quantized, trees, weights
-from llm_jax.directory import write_manifest
+from llm_jax import lora, trees, weights
+from llm_jax.checkpoints import checkpoint, pretrained
+from llm_jax.checkpoints.directory import write_manifest
 from llm_jax.errors import UserError
-from tests.test_checkpoint import metrics
+from tests.checkpoints.test_checkpoint import metrics
 
 LORA = (
     "--config.lora.rank=4",
@@ -143,7 +144,7 @@ def test_qlora_resumes_bitwise_and_is_read_as_it_was_trained(command, trained, t
     found = json.loads(command("evaluate", f"--checkpoint={tmp_path / 'run'}", "--json").stdout)
     assert found["loss"] == pytest.approx(seen[-1]["validation_loss"], rel=1e-5)
     node = trees.flatten(llm_jax.load(tmp_path / "run").params)["layers/0/mlp/up"]
-    assert isinstance(node.base, quantized.QTensor) and isinstance(node.a, quantized.FakeQuant) == bool(factors)
+    assert isinstance(node.base, weights.QTensor) and isinstance(node.a, weights.FakeQuant) == bool(factors)
 
 
 def test_adapters_are_merged_into_the_codes_of_their_base_at_a_price_that_is_told(command, trained, tmp_path):
@@ -160,7 +161,7 @@ def test_adapters_are_merged_into_the_codes_of_their_base_at_a_price_that_is_tol
     assert "of what the adapters had added" in done.stdout
     ours, merged = llm_jax.load(tmp_path / "run"), llm_jax.load(tmp_path / "merged")
     node = trees.flatten(merged.params)["layers/0/mlp/up"]
-    assert isinstance(node, quantized.QTensor) and node.scheme == "int8"
+    assert isinstance(node, weights.QTensor) and node.scheme == "int8"
     base = trees.flatten(ours.params)["layers/0/mlp/up"].base
     ids = jnp.asarray([ours.tokenizer.encode("the model reads")])
     ours, merged = (jax.jit(one.model.apply)({"params": one.params}, ids) for one in (ours, merged))
@@ -169,7 +170,7 @@ def test_adapters_are_merged_into_the_codes_of_their_base_at_a_price_that_is_tol
 
 def test_adapters_over_full_weights_are_merged_and_quantized(run, command, tmp_path):
     command("quantize", f"--checkpoint={run}", f"--output={tmp_path / 'int8'}", "--scheme=int8")
-    assert isinstance(trees.flatten(llm_jax.load(tmp_path / "int8").params)["layers/0/mlp/up"], quantized.QTensor)
+    assert isinstance(trees.flatten(llm_jax.load(tmp_path / "int8").params)["layers/0/mlp/up"], weights.QTensor)
 
 
 def test_another_base_is_refused(run, command, trained, tmp_path):

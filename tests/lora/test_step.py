@@ -9,10 +9,11 @@ import numpy as np
 import optax
 import pytest
 
-from llm_jax import checkpoint, lora, trees
+from llm_jax import lora, trees
+from llm_jax.checkpoints import checkpoint
 from llm_jax.model.transformer import Transformer
 from llm_jax.training import losses, memory, optim, step
-from llm_jax.training.trained import Adapters
+from llm_jax.training.trainable import Adapters
 from tests.lora import cases
 
 IDS = jnp.asarray(np.random.RandomState(1).randint(3, 259, (3, 8)))
@@ -110,7 +111,7 @@ def test_lora_plus_gives_b_its_own_rate_and_adapters_decay_as_their_weights(tiny
 
 def test_lora_fa_keeps_no_inputs_for_the_gradient(tiny):
     """Of `down`, LoRA keeps the hidden activations of every layer; LoRA-FA only their products with a."""
-    model = dataclasses.replace(tiny.model, vocab_size=64, mlp_width=512, num_layers=4, qk_norm=False)
+    model = dataclasses.replace(tiny.model, vocab_size=64, mlp_dim=512, num_layers=4, qk_norm=False)
     train = dataclasses.replace(tiny.train, batch_size=4, seq_len=64)
     config = dataclasses.replace(tiny, model=model, train=train)
     settings = cases.config(tiny, targets=("layers/.*/down",), rank=4)
@@ -134,7 +135,7 @@ def test_a_policy_that_keeps_products_computes_none_again_and_keeps_each_once(ti
         return str(jax.make_jaxpr(jax.grad(loss))(adapters)).count("dot_general")
 
     assert products("none") == products("dots") < products("full")
-    shape = {"vocab_size": 64, "width": 64, "mlp_width": 512, "num_layers": 6, "qk_norm": False}
+    shape = {"vocab_size": 64, "width": 64, "mlp_dim": 512, "num_layers": 6, "qk_norm": False}
     rows, length, rank = 4, 64, settings.rank
     train = dataclasses.replace(tiny.train, batch_size=rows, seq_len=length)
     taken = {}
@@ -145,9 +146,9 @@ def test_a_policy_that_keeps_products_computes_none_again_and_keeps_each_once(ti
     m = model
     key_width = m.width // m.num_heads * m.num_kv_heads
     # What comes in; queries, keys, values; what attention gives, and its sums; `out`; gate and up; x a of all seven.
-    kept = m.width + (m.width + 2 * key_width) + m.width + m.num_heads + m.width + 2 * m.mlp_width + 7 * rank
+    kept = m.width + (m.width + 2 * key_width) + m.width + m.num_heads + m.width + 2 * m.mlp_dim + 7 * rank
     # Beside these, gradients of a and b.
-    pairs = 2 * (m.width + m.width) + 2 * (m.width + key_width) + 3 * (m.width + m.mlp_width)
+    pairs = 2 * (m.width + m.width) + 2 * (m.width + key_width) + 3 * (m.width + m.mlp_dim)
     expected = 6 * 4 * (rows * length * kept + pairs * rank)
     assert 0.97 * expected < taken[12] - taken[6] < 1.03 * expected
 

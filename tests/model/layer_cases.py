@@ -26,7 +26,7 @@ CASES = {
 }
 
 # A whole one-layer model, because learned positions stand before the layers.
-GPT2 = ({"mlp": "plain", "mlp_width": 64, "activation": "gelu", "norm": "layer", "bias": True}, {"kind": "learned"})
+GPT2 = ({"mlp": "plain", "mlp_dim": 64, "activation": "gelu", "norm": "layer", "bias": True}, {"kind": "learned"})
 GPT2_VOCAB = 50
 
 

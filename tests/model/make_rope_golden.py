@@ -36,7 +36,7 @@ def main() -> None:
             {
                 "scaling": scaling,
                 "ours": {"scaling": scaling, **ours},
-                "head_width": 64,
+                "head_dim": 64,
                 "length": LENGTH,
                 "inv_freq": inv_freq.double().tolist(),
                 "attention_factor": float(attention_factor),

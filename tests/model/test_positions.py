@@ -32,7 +32,7 @@ def rotated(config, x, where):
 def test_frequencies_equal_those_of_transformers(position, case):
     """tests/model/make_rope_golden.py made the golden with transformers."""
     config = position(kind="rope", **case["ours"])
-    width = int(case["head_width"] * config.fraction)
+    width = int(case["head_dim"] * config.fraction)
     got = rope.frequencies(config, width, jnp.asarray([[case["length"]]])).reshape(-1)
     np.testing.assert_allclose(got, case["inv_freq"], rtol=2e-6)
     assert rope.attention_factor(config) == pytest.approx(case["attention_factor"], rel=1e-6)
@@ -61,8 +61,8 @@ def test_p6_rope_scores_depend_on_the_offset_only(shift, offset, width, interlea
 
 
 def DEFAULT(**changes):
-    from llm_jax import config as config_lib
-    from tests.test_config import default
+    from llm_jax import configuration as config_lib
+    from tests.test_configuration import default
 
     return dataclasses.replace(config_lib.build(default()).model.position, **changes)
 
@@ -180,7 +180,7 @@ def test_shaw_equals_the_formula_with_every_vector_written_out(make, tiny, which
     table = {name: draw.normal(size=shape).astype(np.float32) for name, shape in scheme.declare_layer().items()}
     where = Tokens(jnp.arange(5)[None], jnp.ones((1, 5), int))
     from llm_jax.model.attention import visible
-    from llm_jax.model.product import attend_adding
+    from llm_jax.model.attention_kernels import attend_adding
 
     add = scheme.values(where.positions, where.positions, table) or (lambda shares: 0 * jnp.asarray(v))
     own = scheme.keys(jnp.asarray(q), where.positions, where.positions, table)

@@ -8,7 +8,7 @@ import pytest
 from llm_jax import trees
 from llm_jax.model import positions
 from llm_jax.model.attention import Tokens, recall, visible
-from llm_jax.model.product import attend
+from llm_jax.model.attention_kernels import attend
 from llm_jax.model.stages import stages
 from llm_jax.model.transformer import Transformer, cache_bytes, init_cache, matmul_parameters
 
@@ -90,7 +90,7 @@ def test_cached_decode_equals_the_full_forward_of_the_prefix(any_model, tokens):
 
 
 def test_an_int8_cache_rounds_every_head_and_token_and_nothing_else(make, tokens):
-    (model, params), (unrounded, _) = make(cache="int8"), make()
+    (model, params), (unrounded, _) = make(kv_cache="int8"), make()
     counts = jnp.arange(LENGTH)[None].repeat(2, 0)
     step = jax.jit(lambda p, t, w, c: model.apply({"params": p}, t, w, c))
     where = Tokens(counts, jnp.ones((2, LENGTH), int))
@@ -115,9 +115,9 @@ def test_an_int8_cache_rounds_every_head_and_token_and_nothing_else(make, tokens
 
 def test_cache_bytes_count_scales(tiny):
     """2 layers, keys and values, 2 heads of 8: 4 bytes a number, or 1 and two for the scale of each head."""
-    config = dataclasses.replace(tiny.model, num_layers=2, num_kv_heads=2, head_width=8)
+    config = dataclasses.replace(tiny.model, num_layers=2, num_kv_heads=2, head_dim=8)
     assert cache_bytes(config, 3, 100) == 2 * 2 * 3 * 100 * 2 * 8 * 4
-    assert cache_bytes(dataclasses.replace(config, cache="int8"), 3, 100) == 2 * 2 * 3 * 100 * 2 * (8 + 2)
+    assert cache_bytes(dataclasses.replace(config, kv_cache="int8"), 3, 100) == 2 * 2 * 3 * 100 * 2 * (8 + 2)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

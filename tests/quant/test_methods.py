@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax import quantized
-from llm_jax.kernels import formats
+from llm_jax.kernels import number_formats
 from llm_jax.quant import methods
-from llm_jax.quantized import IN
+from llm_jax.weights import IN, quantized
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 4))
@@ -89,16 +88,16 @@ def test_gptq_is_the_algorithm_of_the_paper():
 @pytest.mark.parametrize("scheme", ["int4", "int2", "int4_affine", "nf4", "fp8_e4m3", "mxfp4", "int8"])
 def test_mse_has_no_larger_error_than_absmax_in_any_group(scheme):
     w = jnp.asarray(np.random.default_rng(3).standard_t(3, (128, 16)), jnp.float32)
-    s = formats.scheme(scheme)
+    s = number_formats.scheme(scheme)
 
     @jax.jit
     def error(scale, offset):  # before nf4 quantizes its scales again
-        kept = formats.stored(scale, s)
-        offset = None if offset is None else formats.stored(offset, s)
-        values = formats.decode(formats.encode(w, kept, offset, s, IN), kept, offset, s, IN)
-        return formats.over_groups(jnp.sum, jnp.square(values - w), s, IN)
+        kept = number_formats.stored(scale, s)
+        offset = None if offset is None else number_formats.stored(offset, s)
+        values = number_formats.decode(number_formats.encode(w, kept, offset, s, IN), kept, offset, s, IN)
+        return number_formats.over_groups(jnp.sum, jnp.square(values - w), s, IN)
 
-    ours, plain = error(*methods.clip(w, s, IN)), error(*formats.scales(w, s, IN))
+    ours, plain = error(*methods.clip(w, s, IN)), error(*number_formats.scales(w, s, IN))
     assert (ours <= plain * (1 + 1e-5) + 1e-9).all()
     whole = [float(jnp.sum(jnp.square(run(m, w, scheme, None).dense() - w))) for m in ("mse", "absmax")]
     assert whole[0] <= whole[1] * (1 + 1e-5)

@@ -3,7 +3,8 @@ import re
 import pytest
 import tokenizers as library
 
-from llm_jax import pretrained, tokenizers
+from llm_jax import tokenizers
+from llm_jax.checkpoints import pretrained
 from llm_jax.errors import UserError
 from llm_jax.tokenizers import show, train
 

@@ -9,11 +9,12 @@ import hypothesis.strategies as st
 import pytest
 import sentencepiece
 
-from llm_jax import pretrained, tokenizers
+from llm_jax import tokenizers
+from llm_jax.checkpoints import pretrained
 from llm_jax.decoding import complete
 from llm_jax.decoding.options import Options
 from llm_jax.errors import UserError
-from llm_jax.tokenizers.model import ModelTokenizer
+from llm_jax.tokenizers.sentencepiece_model import ModelTokenizer
 
 GOLDEN = json.loads(pathlib.Path(__file__).with_name("real_golden.json").read_text())["cases"]
 CONFIG = {

@@ -9,7 +9,7 @@ SIZES = {"word": 28, "wordpiece": 127, "char_bpe": 88, "unigram": 311}  # what T
 TEXT = ["The tokenizer reads text.\n\n    def token(text):\n\treturn 42\n" * 20, "Größe: 3 µm, naïve café 😀\r\n" * 20]
 
 
-# Other people's, which are not trained here: tests/interop and test_foreign.py.
+# Other people's, which are not trained here: tests/checkpoints and test_foreign.py.
 @pytest.fixture(scope="module", params=tokenizers.TRAINED)
 def tokenizer(request):
     return train(request.param)

@@ -12,7 +12,7 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from llm_jax import config as config_lib
+from llm_jax import configuration as config_lib
 from llm_jax.model.transformer import Transformer
 from llm_jax.parallel import mesh as mesh_lib
 from llm_jax.training import losses, optim, step

@@ -13,8 +13,8 @@ import numpy as np
 import optax
 import pytest
 
-from llm_jax import checkpoint
-from llm_jax import config as config_lib
+from llm_jax import configuration as config_lib
+from llm_jax.checkpoints import checkpoint
 from llm_jax.errors import UserError
 from llm_jax.model.attention import Tokens
 from llm_jax.tokenizers.byte import ByteTokenizer

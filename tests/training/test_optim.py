@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax import checkpoint, trees
+from llm_jax import trees
+from llm_jax.checkpoints import checkpoint
 from llm_jax.errors import UserError
 from llm_jax.tokenizers.byte import ByteTokenizer
 from llm_jax.training import optim, step

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from llm_jax import checkpoint
+from llm_jax.checkpoints import checkpoint
 from llm_jax.errors import UserError
 from llm_jax.training import report
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax import config as config_lib
+from llm_jax import configuration as config_lib
 from llm_jax.data.corpus import Source
 from llm_jax.data.rows import Rows, Shuffled
 from llm_jax.model.transformer import Transformer, width_ratio
@@ -36,7 +36,7 @@ def test_the_better_rate_holds_across_widths():
     def gain(width, base):
         """The held-out loss after training at the low rate minus that at the high one, nats a byte."""
         heads = {"num_heads": width // 8, "num_kv_heads": width // 8, "vocab_size": tokenizer.vocab_size}
-        sizes = dataclasses.replace(config.model, width=width, mlp_width=2 * width, base_width=base, **heads)
+        sizes = dataclasses.replace(config.model, width=width, mlp_dim=2 * width, base_width=base, **heads)
         model = Transformer(sizes)
 
         @jax.jit

@@ -1,0 +1,292 @@
+"""Builds checked configurations from recipes, files, runs and overrides.
+
+    config = load("default", {"model.width": 128})      # a recipe of configs/ by name
+    config = load("my_config.py", {"train.seed": 1})    # a Python file with get_config(), or a .json or .toml file
+    config = load("runs/default")                       # what a run was trained with
+    config = load({"model": {"width": 128}})            # a partial mapping over the defaults
+
+An unknown key, a value of another type and a value out of range raise `UserError`, which names the dotted key and the
+nearest existing one. The default values are in `configs/default.py`.
+"""
+
+import copy
+import dataclasses
+import difflib
+import functools
+import json
+import os
+import pathlib
+import runpy
+import tomllib
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
+
+from llm_jax.errors import UserError
+from llm_jax.schema import Config, Rules, choice
+
+# Options that have been renamed: an old checkpoint is read under the new name, an old override is answered with it.
+RENAMED = {
+    "loss.masked_share": "loss.mask_prob",
+    "model.attention": "model.attention_kernel",
+    "model.cache": "model.kv_cache",
+    "model.head_width": "model.head_dim",
+    "model.mlp_width": "model.mlp_dim",
+}
+# Options that are missing in old checkpoints and whose default has another meaning than their absence.
+_VALUE_BEFORE = {"eval.task_examples": 0}
+
+
+def load(
+    source: str | os.PathLike[str] | Mapping[str, Any] | Config = "default", overrides: Mapping[str, Any] | None = None
+) -> Config:
+    """The checked configuration of a recipe, a file, a run or a mapping, with overrides.
+
+    Args:
+      source: the name of a recipe in configs/ ("default"); the path of a Python file with `get_config()`, of a .json
+        or .toml file, or of a run or checkpoint directory; a nested mapping; or a `Config`. What it leaves out has
+        the value of configs/default.py.
+      overrides: {dotted key: value}, such as {"model.position.kind": "alibi"}.
+
+    Raises:
+      UserError: no such recipe or file, an unknown key, or a value of another type or out of range.
+    """
+    mapping = _complete(_nested(source))
+    for key, value in (overrides or {}).items():
+        _set(mapping, key, value)
+    return build(mapping)
+
+
+def read(source: str | os.PathLike[str]) -> dict[str, Any]:
+    """The nested mapping that a recipe, file or run directory gives, without the defaults for what it leaves out."""
+    path = find(source)
+    try:
+        if path.is_dir():
+            return upgrade(json.loads((path / "config.json").read_text()))
+        if path.suffix == ".json":
+            return json.loads(path.read_text())
+        if path.suffix == ".toml":
+            return tomllib.loads(path.read_text())
+        return _plain(runpy.run_path(str(path))["get_config"]())
+    except UserError:
+        raise
+    except KeyError as error:
+        raise UserError(f"--config={source}: no function get_config() in this file") from error
+    except Exception as error:  # a configuration file is Python code and may raise anything
+        raise UserError(f"--config={source} cannot be read ({type(error).__name__}: {error})") from error
+
+
+def find(source: str | os.PathLike[str]) -> pathlib.Path:
+    """The file or run directory that `source` names; see `load`.
+
+    Raises:
+      UserError: there is none; names the recipes.
+    """
+    path = pathlib.Path(source).expanduser()
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UserError(
+            f"--config={source}: this directory has no config.json; expected a run or one of its checkpoints"
+        )
+    if path.exists():
+        return path
+    packaged = recipes_directory() / path.name
+    if path.parts[:-1] in ((), ("configs",)) and (found := packaged.with_suffix(".py")).is_file():
+        return found
+    raise UserError(
+        f"--config={source}: no such file; expected a recipe ({', '.join(recipes())}), a .py, .json or .toml file, or "
+        "a run directory"
+    )
+
+
+def recipes() -> list[str]:
+    """The names of the recipes in configs/."""
+    return sorted(path.stem for path in recipes_directory().glob("*.py") if not path.stem.startswith("_"))
+
+
+def recipes_directory() -> pathlib.Path:
+    """configs/, which an installed package carries inside and a checkout has at its top."""
+    inside = pathlib.Path(__file__).parent / "configs"
+    return inside if inside.is_dir() else pathlib.Path(__file__).parents[1] / "configs"
+
+
+def recipe(name: str) -> Any:
+    """What `get_config()` of a recipe in configs/ returns, as a new ConfigDict; for recipes that change another."""
+    return runpy.run_path(str(recipes_directory() / f"{name}.py"))["get_config"]()
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    return _plain(recipe("default"))
+
+
+def default(section: str = "") -> Any:
+    """The defaults as a `Config`, or as the dataclass of one dotted section, such as "model.position"."""
+    config = build(_defaults())
+    return functools.reduce(getattr, section.split("."), config) if section else config
+
+
+def build(mapping: Mapping[str, Any], cls: Any = Config, prefix: str = "") -> Any:
+    """A complete nested mapping as the dataclass `cls`, checked for names, types and ranges.
+
+    Raises:
+      UserError: an unknown or missing key, or a value of another type; it names the dotted key.
+    """
+    hints = typing.get_type_hints(cls, include_extras=True)
+    for key in mapping:
+        if key not in hints:
+            raise UserError(f"unknown config key '{prefix}{key}'; {nearest(prefix + str(key))}")
+    values = {}
+    for key, kind in hints.items():
+        if key not in mapping:
+            raise UserError(f"config key '{prefix}{key}' is missing")
+        value = mapping[key]
+        if dataclasses.is_dataclass(kind):
+            if not isinstance(value, Mapping) and not hasattr(value, "items"):
+                raise UserError(_expected_section(f"{prefix}{key}", value))
+            values[key] = build(value, kind, f"{prefix}{key}.")
+        else:
+            values[key] = _convert(value, kind, prefix + key)
+    return cls(**values)
+
+
+def upgrade(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of an earlier checkpoint under today's names, with the options that it lacks."""
+    upgraded = copy.deepcopy(_defaults())
+    for key, value in _VALUE_BEFORE.items():
+        _set(upgraded, key, value)
+    _overlay(upgraded, mapping, renamed=True)
+    return upgraded
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """The dataclass as nested dictionaries of JSON values; `build` is the inverse."""
+    return dataclasses.asdict(config)
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """The dataclass as {dotted key: value}."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            values |= flat(value, f"{prefix}{field.name}.")
+        else:
+            values[prefix + field.name] = value
+    return values
+
+
+def replace(config: Any, changes: Mapping[str, Any], prefix: str = "") -> Any:
+    """A configuration dataclass with other values, by dotted key, checked like a new one.
+
+    Args:
+      prefix: where the dataclass stands in `Config`, such as "model."; for error messages.
+    """
+    mapping = as_dict(config)
+    for key, value in changes.items():
+        _set(mapping, key, value, type(config), prefix)
+    return build(mapping, type(config), prefix)
+
+
+def keys(cls: Any = Config, prefix: str = "") -> Iterator[str]:
+    """The dotted names of all options."""
+    for key, kind in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(kind):
+            yield from keys(kind, f"{prefix}{key}.")
+        else:
+            yield prefix + key
+
+
+def nearest(key: str, cls: Any = Config) -> str:
+    """A phrase that names the option that `key` was renamed to, or the nearest existing one."""
+    if cls is Config and key in RENAMED:
+        return f"it is now '{RENAMED[key]}'"
+    options = list(keys(cls))
+    ends = [o for o in options if o.endswith(f".{key}")]  # a section left out
+    best = ends or difflib.get_close_matches(key, options, 1, 0.0)
+    return f"did you mean '{best[0]}'?"
+
+
+def _nested(source: Any) -> Mapping[str, Any]:
+    if isinstance(source, Config):
+        return as_dict(source)
+    if isinstance(source, str | os.PathLike):
+        return read(source)
+    if not isinstance(source, Mapping) and not hasattr(source, "items"):
+        raise UserError(f"a configuration is {source!r}; expected a recipe, a path, a mapping or a Config")
+    return _plain(source)
+
+
+def _complete(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    complete = copy.deepcopy(_defaults())
+    _overlay(complete, mapping)
+    return complete
+
+
+def _overlay(base: dict[str, Any], mapping: Mapping[str, Any], prefix: str = "", renamed: bool = False) -> None:
+    """Writes the values of `mapping` over `base`, section by section; unknown keys too, which `build` then names."""
+    for name, value in mapping.items():
+        key = f"{prefix}{name}"
+        if renamed and key in RENAMED:
+            name = RENAMED[key].rsplit(".", 1)[1]
+        if isinstance(base.get(name), dict):
+            if not isinstance(value, Mapping):
+                raise UserError(_expected_section(key, value))
+            _overlay(base[name], value, f"{key}.", renamed)
+        else:
+            base[name] = copy.deepcopy(value)
+
+
+def _set(mapping: dict[str, Any], key: str, value: Any, cls: Any = Config, prefix: str = "") -> None:
+    """Sets a dotted key; its value may be a (partial) section. Raises UserError where there is no such key."""
+    *sections, name = key.split(".")
+    section: Any = mapping
+    for part in sections:
+        section = section.get(part) if isinstance(section, dict) else None
+    if not isinstance(section, dict) or name not in section:
+        raise UserError(f"unknown config key '{prefix}{key}'; {nearest(key, cls)}")
+    if isinstance(section[name], dict):
+        if not isinstance(value, Mapping):
+            raise UserError(_expected_section(key, value))
+        _overlay(section[name], _plain(value), f"{key}.")
+    else:
+        section[name] = value
+
+
+def _expected_section(key: str, value: Any) -> str:
+    return f"config key '{key}' is {value!r}; it is a section, set one of its options: '{key}.NAME'"
+
+
+def _plain(mapping: Any) -> dict[str, Any]:
+    """Nested mappings and ConfigDicts as new dictionaries."""
+    return {k: _plain(v) if hasattr(v, "items") else v for k, v in mapping.items()}
+
+
+def _convert(value: Any, kind: Any, key: str) -> Any:
+    if typing.get_origin(kind) is Annotated:
+        plain, allowed = typing.get_args(kind)
+        value = _convert(value, plain, key)
+        if plain is str:
+            return choice(key, value, allowed)
+        if not allowed[0] <= value <= allowed[1]:
+            bound = f"at least {allowed[0]}" if value < allowed[0] else f"at most {allowed[1]}"
+            raise UserError(f"config key '{key}' is {value}; expected a number of {bound}")
+        return value
+    if kind == Rules:
+        rules = _freeze(value)
+        if isinstance(rules, tuple) and all(
+            isinstance(r, tuple) and len(r) == 2 and isinstance(r[0], str) for r in rules
+        ):
+            return rules
+    elif typing.get_origin(kind) is tuple:
+        if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
+            return tuple(value)
+    elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    elif kind in (int, str, bool) and type(value) is kind:
+        return value
+    expected = {Rules: "a list of (regular expression, value)"}.get(kind, getattr(kind, "__name__", str(kind)))
+    raise UserError(f"config key '{key}' is {value!r}; expected {expected}")
+
+
+def _freeze(value: Any) -> Any:
+    return tuple(map(_freeze, value)) if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,188 @@
+"""Which weights are quantized, and how: rules over names -> `QTensor` and `FakeQuant` nodes. Pure functions."""
+
+import dataclasses
+import functools
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llm_jax import trees, weights
+from llm_jax.errors import UserError
+from llm_jax.kernels import number_formats
+from llm_jax.schema import QuantConfig
+from llm_jax.trees import Rules
+from llm_jax.weights import IN, OUT, FakeQuant, QTensor, quantized
+
+# What is never quantized by the presets: vectors, and small tables that are only added to something.
+_KEPT = r".*norm/.*|.*_bias|(.*/)?position_.*|embed/types"
+_TABLES = r"embed/table|head/kernel"
+
+
+def rules(scheme: str, head: str, first: Rules = ()) -> Rules:
+    """(pattern, scheme) pairs: `first`; norms and biases as they are; `head` for embeddings and head; `scheme`.
+
+    "" leaves a weight as it is.
+    """
+    return (*first, (_KEPT, ""), (_TABLES, head), (r".*", scheme))
+
+
+def plan(params: Any, chosen: Rules, source: str) -> dict[str, str]:
+    """The scheme of every weight, "" where it is left as it is: {path: scheme}.
+
+    Args:
+      params: in any layout; may be abstract.
+      source: where the rules stand, for errors.
+
+    Raises:
+      UserError: a rule matches nothing or names no scheme, a group does not divide a weight's inputs, or a
+        weight is no matrix or quantized already.
+    """
+    matched = trees.match(chosen, params, source)
+    for path, weight in trees.flatten(params).items():
+        name = matched[path]
+        if not isinstance(name, str):
+            raise UserError(f"{source}: {name!r} for '{path}'; expected the name of a scheme, or '' for none")
+        if not name:
+            continue
+        s = number_formats.scheme(name)
+        if isinstance(weight, (QTensor, FakeQuant)):
+            raise UserError(f"{source}: '{path}' is quantized already ({weight.scheme}); start from the full weights")
+        if isinstance(weight, weights.Node):
+            raise UserError(f"{source}: '{path}' is of the kind {type(weight).__name__}; merge it first")
+        if len(weight.shape) - (trees.layers_of(path) is not None) != 2:
+            raise UserError(
+                f"{source}: '{path}' of shape {tuple(weight.shape)} is no matrix; keep it by ('{path}', '')"
+            )
+        if reason := number_formats.misfit(s, weight.shape[axis(path)]):
+            raise UserError(f"{source}: {name} for '{path}': {reason}")
+    return matched
+
+
+def axis(path: str) -> int:
+    """Along which axis a weight's groups run: rows of embedding tables are taken, and multiplied, whole."""
+    return OUT if path.startswith("embed/") else IN
+
+
+def quantize(params: Any, chosen: Rules, source: str) -> dict[str, Any]:
+    """Every weight rounded to its scheme with scales that reach its largest numbers. Works under `jit`.
+
+    Outside of it, what lies between a weight and its codes is there of one weight at a time.
+
+    Raises:
+      UserError: see `plan`; or a scheme with static activations, whose scale takes calibration.
+    """
+    planned = plan(params, chosen, source)
+    for path, name in planned.items():
+        if name and number_formats.scheme(name).activations == "static":
+            raise UserError(f"{source}: {name} for '{path}' needs calibration; see python -m llm_jax.quantize")
+
+    def one(path: str, weight: Any) -> Any:
+        stacked = trees.layers_of(path) is not None
+        return _rounded(weight, planned[path], axis(path), stacked) if planned[path] else weight
+
+    return trees.map_weights(one, params)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _rounded(weight: jax.Array, scheme: str, axis: int, stacked: bool) -> QTensor:
+    """Of stacked layers one after the other: at once NF4 takes twice their size beside them."""
+    one = functools.partial(quantized.quantize, scheme=scheme, axis=axis)
+    return jax.lax.map(one, weight) if stacked else one(weight)
+
+
+def base(params: Any, config: QuantConfig) -> Any:
+    """The frozen base of adapters under `quant.scheme`; as it is where that is "" or it came quantized."""
+    if not config.scheme:
+        return params
+    return quantize(params, rules(config.scheme, config.head, config.rules), "quant")
+
+
+def finish(params: Any) -> dict[str, Any]:
+    """Every `FakeQuant` as the QTensor it has been trained to become, whatever holds it."""
+
+    def one(node: Any) -> Any:
+        return node.quantized() if isinstance(node, FakeQuant) else node
+
+    return jax.tree.map(one, params, is_leaf=lambda node: isinstance(node, FakeQuant))
+
+
+def check_finite(params: Any, source: str) -> None:
+    """Raises UserError that names the first weight with a number (or a scale) that is infinite or undefined."""
+    for path, weight in trees.flatten(params).items():
+        for leaf in jax.tree.leaves(weight):
+            if jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(jnp.all(jnp.isfinite(leaf.astype(jnp.float32)))):
+                raise UserError(f"{source}: '{path}' has numbers that are infinite or undefined (NaN)")
+
+
+def unsupported(name: str) -> str:
+    """Why the default backend cannot run a scheme, or "": a small product is compiled and run to see."""
+    s = number_formats.scheme(name)
+    size = max(s.group, 32)
+    input_scale = jnp.float32(1) if s.activations == "static" else None
+
+    def product(w: jax.Array, x: jax.Array) -> jax.Array:
+        return weights.dot(x, quantized.quantize(w, name, IN, input_scale=input_scale))
+
+    try:
+        jax.block_until_ready(jax.jit(product)(jnp.ones((size, 32)), jnp.ones((2, size))))
+    except Exception as error:  # whatever the backend's compiler raises
+        return f"{jax.default_backend()} cannot run {name} ({str(error).splitlines()[0][:120]})"
+    return ""
+
+
+def runnable(params: Any, planned: dict[str, str], fallback: str) -> dict[str, str]:
+    """The plan, with `fallback` for schemes that the backend cannot run.
+
+    Raises:
+      UserError: there are such schemes and no fallback, or it does not fit.
+    """
+    reasons = {name: unsupported(name) for name in sorted(set(planned.values())) if name}
+    bad = {name: reason for name, reason in reasons.items() if reason}
+    for reason in bad.values():
+        if not fallback:
+            raise UserError(f"{reason}; choose another scheme, or --fallback=SCHEME")
+        print(f"note: {reason}; {fallback} instead")
+    instead = [(re.escape(path), fallback if name in bad else name) for path, name in planned.items()]
+    return plan(params, instead, "--fallback") if bad else planned
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What became of one weight: of the table that `llm_jax.quantize` prints.
+
+    Attributes:
+      error: norm of what changed over the norm of the weight.
+      output_error: the same of its outputs on the calibration text, or None.
+    """
+
+    path: str
+    scheme: str
+    shape: tuple[int, ...]
+    bits: float
+    bytes: int
+    error: float
+    output_error: float | None = None
+
+
+def lines(params: Any) -> list[Row]:
+    """A row for every weight as it stands, with no errors: there is nothing to compare it with."""
+    found = trees.flatten(params).items()
+    return [
+        Row(path, getattr(w, "scheme", ""), tuple(w.shape), quantized.bits_per_weight(w), quantized.num_bytes(w), 0.0)
+        for path, w in found
+    ]
+
+
+def table(rows: list[Row]) -> str:
+    """A line per weight, and the sums."""
+    head = f"{'weight':<32} {'scheme':<16} {'shape':<16} {'bits':>7} {'error':>8} {'output':>8} {'bytes':>12}"
+    lines = [
+        f"{r.path:<32} {r.scheme or '-':<16} {r.shape!s:<16} {r.bits:>7.3f} {r.error:>8.4f} "
+        f"{'' if r.output_error is None else f'{r.output_error:.4f}':>8} {r.bytes:>12,}"
+        for r in rows
+    ]
+    size, count = sum(r.bytes for r in rows), sum(math.prod(r.shape) for r in rows)
+    return "\n".join([head, *lines, f"{count:,} weights in {size:,} bytes: {8 * size / count:.3f} bits a weight"])

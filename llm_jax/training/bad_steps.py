@@ -1,0 +1,141 @@
+"""What to do about a step that goes wrong: a loss that is not finite, or a spike."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import statistics
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llm_jax import trees
+from llm_jax.errors import UserError
+from llm_jax.schema import TrainConfig
+
+ACTIONS = ("stop", "skip", "rollback")
+_HISTORY = 50  # losses whose median a spike is measured by
+_ENOUGH = 20  # losses before which nothing is a spike
+_PATIENCE = 3  # bad steps in a row (or rollbacks to one checkpoint) after which to give up
+
+
+@dataclasses.dataclass
+class BadStep(Exception):
+    """A step whose update is not to be kept.
+
+    Attributes:
+      step: which one, counted from 1.
+      what: what is wrong with it, in words.
+    """
+
+    step: int
+    what: str
+
+
+def norms(tree: Any) -> jax.Array:
+    """The norm of every weight, layer by layer, in the order of `names`: float32 (their number,)."""
+    parts = []
+    for path, weight in trees.flatten(tree).items():
+        stacked = trees.layers_of(path) is not None
+        squares = [
+            jnp.sum(jnp.square(leaf.astype(jnp.float32)), axis=tuple(range(int(stacked), leaf.ndim)))
+            for leaf in jax.tree.leaves(weight)
+        ]
+        parts.append(jnp.atleast_1d(jnp.sqrt(jnp.sum(jnp.stack(squares), 0))))
+    return jnp.concatenate(parts)
+
+
+def names(tree: Any) -> list[str]:
+    """The per-layer names of the weights of a tree, in the order of `norms`."""
+    return [name for path in trees.flatten(tree) for name in trees.expand(path)]
+
+
+def lines_up_to(metrics: pathlib.Path, step: int) -> list[dict[str, Any]]:
+    """The whole lines of metrics.jsonl up to that of `step`."""
+    kept: list[dict[str, Any]] = []
+    for text in metrics.read_text().splitlines() if metrics.exists() else []:
+        try:
+            line = json.loads(text)
+            if line["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):  # the line a killed process was writing
+            break
+    return kept
+
+
+class Watch:
+    """Tells bad steps, by the losses before them.
+
+    The limit for step n depends on the losses of the steps up to n - 2 alone: what the host knows
+    when it sends step n off, and what a resumed run finds in metrics.jsonl.
+
+    Args:
+      weights: the per-layer names of the trained weights, in the order of the gradient norms.
+      metrics: metrics.jsonl of the run.
+      start: the step that it goes on from; later lines do not count.
+    """
+
+    def __init__(self, config: TrainConfig, weights: list[str], metrics: pathlib.Path, start: int):
+        if config.on_bad_step not in ACTIONS:
+            raise UserError(
+                f"config key 'train.on_bad_step' is {config.on_bad_step!r}; expected one of {', '.join(ACTIONS)}"
+            )
+        self._config, self._weights = config, weights
+        self._losses: dict[int, float] = {}
+        self._in_a_row = 0
+        for line in lines_up_to(metrics, start)[-2 * _HISTORY :]:
+            self._in_a_row = self._in_a_row + 1 if line.get("bad") else 0
+            if not line.get("bad"):
+                self._losses[line["step"]] = line["loss"]
+
+    def limit(self, step: int) -> float:
+        """The largest loss of step `step` that is no spike."""
+        known = [loss for s, loss in sorted(self._losses.items()) if s <= step - 2][-_HISTORY:]
+        if not self._config.spike_factor or len(known) < _ENOUGH:
+            return math.inf
+        return self._config.spike_factor * statistics.median(known)
+
+    def see(self, step: int, loss: float, bad: bool, gradient_norms: np.ndarray) -> None:
+        """Takes what a step told. Raises BadStep, unless it was skipped and few before it were."""
+        if not bad:
+            self._losses[step] = loss
+            self._losses.pop(step - 2 * _HISTORY, None)
+            self._in_a_row = 0
+            return
+        self._in_a_row += 1
+        what = self._what(step, loss, gradient_norms)
+        if self._config.on_bad_step != "skip" or self._in_a_row >= _PATIENCE:
+            raise BadStep(step, what)
+        print(f"step {step}: {what}; its update is skipped", flush=True)
+
+    def rewind(self, step: int) -> None:
+        """Forgets what came after `step`."""
+        self._losses = {s: loss for s, loss in self._losses.items() if s <= step}
+        self._in_a_row = 0
+
+    def _what(self, step: int, loss: float, gradient_norms: np.ndarray) -> str:
+        broken = [name for name, norm in zip(self._weights, gradient_norms, strict=True) if not math.isfinite(norm)]
+        if math.isfinite(loss) and not broken:
+            largest = self._weights[int(np.argmax(gradient_norms))]
+            return (
+                f"the loss is {loss:.3f}, a spike above {self.limit(step):.3f} "
+                f"(train.spike_factor={self._config.spike_factor:g}); the largest gradient is that of {largest}"
+            )
+        which = "all weights" if len(broken) == len(self._weights) else ", ".join(broken[:3])
+        more = f" and {len(broken) - 3} more" if 3 < len(broken) < len(self._weights) else ""
+        return f"the loss is {loss:g} and the gradient of {which or 'no weight'}{more} is not finite"
+
+
+class Rollbacks:
+    """Counts returns to a checkpoint, so that a run that cannot get past a place ends."""
+
+    def __init__(self) -> None:
+        self._to: dict[int, int] = {}
+
+    def count(self, to: int, bad: BadStep) -> None:
+        """Raises UserError where step `to` has been returned to too often."""
+        self._to[to] = self._to.get(to, 0) + 1
+        if self._to[to] > _PATIENCE:
+            raise UserError(f"step {bad.step}: {bad.what}; gone back to step {to} {_PATIENCE} times, giving up")

@@ -1,0 +1,259 @@
+"""Quantized weights: the kinds `QTensor` (codes only) and `FakeQuant` (a dense weight that is rounded in every use).
+
+Both name their scheme (`kernels.formats`) and the axis along which groups of numbers share a scale:
+IN, the input axis of a product, or OUT for embedding tables, whose rows are taken and whose product
+is the transposed one.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
+
+from llm_jax.kernels import matmul, number_formats
+from llm_jax.weights.nodes import Node, dense, dot, partition, take
+
+# Letters of shapes: I in, O out, G groups.
+
+IN, OUT = -2, -1
+_STATIC: dict[str, Any] = {"static": True}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QTensor(Node):
+    """A weight that is kept as codes. It is frozen: its gradient is zero, and a product saves nothing but the codes.
+
+    Invariants, for a weight (I, O) under the scheme s (leading layer axes in front of every leaf):
+      codes    (I, O) in the dtype of the format, or uint8 with the axis of the groups divided by 8 / bits
+      scale    (G, O) along IN, (I, G) along OUT; G = 1 for a channel, (1, 1) for a tensor; in the dtype
+               of s.scale, or another QTensor where s.scale is a scheme
+      offset   None, or of the scale's shape and dtype, or (1, 1) for a mean
+      smooth   None, or float16 (I,): the weight is diag(smooth) times what the codes stand for
+      input_scale  None, or float32 (): the scale of int8 activations; there exactly if s.activations is "static"
+
+    Attributes:
+      scheme: a name that `number_formats.scheme` knows.
+      axis: IN or OUT.
+    """
+
+    codes: jax.Array
+    scale: Any
+    offset: jax.Array | None
+    smooth: jax.Array | None
+    input_scale: jax.Array | None
+    scheme: str = dataclasses.field(metadata=_STATIC)
+    axis: int = dataclasses.field(metadata=_STATIC)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return number_formats.logical_shape(self.codes.shape, number_formats.scheme(self.scheme), self.axis)
+
+    def dot(self, x: jax.Array, transposed: bool, out_dtype: Any, accumulate: Any) -> jax.Array:
+        if self.smooth is not None and not transposed:
+            x = x * self.smooth.astype(x.dtype)
+        y = _quantized_dot(x, self, transposed, jnp.dtype(out_dtype), jnp.dtype(accumulate))
+        if self.smooth is not None and transposed:
+            y = y * self.smooth.astype(y.dtype)
+        return checkpoint_name(y, "dot")
+
+    def take(self, ids: jax.Array) -> jax.Array:
+        if self.axis == IN or self.smooth is not None:  # the scale of a row depends on its neighbours
+            return take(self.dense(), ids)
+
+        def rows(a: jax.Array | None) -> jax.Array | None:
+            if a is None or a.shape[0] == 1:
+                return a
+            return jnp.take(a, ids.reshape(-1), axis=0, mode="clip")
+
+        parts = (rows(self.codes), rows(dense(self.scale)), rows(self.offset))
+        found = number_formats.decode(*parts, number_formats.scheme(self.scheme), self.axis)  # type: ignore[arg-type]
+        found = found.reshape(*ids.shape, -1)
+        return jnp.where(((ids >= 0) & (ids < self.shape[0]))[..., None], found, jnp.nan)
+
+    def dense(self) -> jax.Array:
+        w = number_formats.decode(*self._codes(), number_formats.scheme(self.scheme), self.axis)
+        return w if self.smooth is None else w * self.smooth.astype(w.dtype)[..., None]
+
+    def partition(self, spec: P) -> "QTensor":
+        *layer, rows, _ = spec
+        mean = self.offset is not None and number_formats.scheme(self.scheme).offset == "mean"
+        parts: dict[str, Any] = {
+            "codes": spec,
+            "scale": partition(self.scale, spec),
+            "offset": None if self.offset is None else P(*layer, None, None) if mean else spec,
+            "smooth": None if self.smooth is None else P(*layer, rows),
+            "input_scale": None if self.input_scale is None else P(*layer),
+        }
+        return dataclasses.replace(self, **parts)
+
+    def _codes(self) -> matmul.Codes:
+        return self.codes, dense(self.scale), self.offset
+
+
+def quantize(
+    w: jax.Array,
+    scheme: str,
+    axis: int,
+    *,
+    scale: jax.Array | None = None,
+    offset: jax.Array | None = None,
+    smooth: jax.Array | None = None,
+    input_scale: jax.Array | None = None,
+) -> QTensor:
+    """w (..., I, O) -> its QTensor; pure.
+
+    Args:
+      scale, offset: float32, in the shapes of `number_formats.scales`; by default those that reach the largest numbers.
+      smooth: float16 (..., I); see `QTensor`.
+    """
+    s = number_formats.scheme(scheme)
+    if smooth is not None:
+        w = w / smooth.astype(w.dtype)[..., None]
+    if scale is None:
+        scale, offset = number_formats.scales(w, s, axis)
+    kept: Any = number_formats.stored(scale, s)
+    if offset is not None:
+        offset = offset if s.offset == "mean" else number_formats.stored(offset, s)
+    codes = number_formats.encode(w, kept, offset, s, axis)
+    if s.scale in number_formats.SCHEMES:
+        other = IN + OUT - axis
+        kept = quantize(kept, number_formats.nested(s, kept.shape[other]), other)
+    return QTensor(codes, kept, offset, smooth, input_scale, scheme, axis)
+
+
+def num_bytes(weight: Any) -> int:
+    """What an array or a node takes, scales and all."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weight))
+
+
+def bits_per_weight(weight: Any) -> float:
+    """Of an array or a node, scales included."""
+    return 8 * num_bytes(weight) / int(np.prod(weight.shape))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _quantized_dot(x: jax.Array, q: QTensor, transposed: bool, out_dtype: Any, accumulate: Any) -> jax.Array:
+    s, contracted = number_formats.scheme(q.scheme), int(transposed)
+    codes, scale, offset = q._codes()
+    if s.activations and q.axis == contracted - 2:
+        if q.input_scale is None:
+            x8, x_scale = matmul.quantize_rows(x)
+        else:
+            x8, x_scale = matmul.round_to_int8(x, q.input_scale), q.input_scale
+        return matmul.integer_product(x8, x_scale, codes, scale, q.axis).astype(out_dtype)
+    y = matmul.expanded_product(x, (codes, scale, offset), s, q.axis, contracted, accumulate)
+    return y.astype(out_dtype)
+
+
+def _quantized_dot_forward(x, q, transposed, out_dtype, accumulate):
+    # An empty array stands for x's dtype: of x itself the gradient needs nothing.
+    return _quantized_dot(x, q, transposed, out_dtype, accumulate), (q, jnp.zeros(0, x.dtype))
+
+
+def _quantized_dot_backward(transposed, out_dtype, accumulate, saved, g):
+    q, like = saved
+    s, contracted = number_formats.scheme(q.scheme), 1 - int(transposed)
+    # Quantized activations count as themselves: the straight-through estimate.
+    dx = matmul.expanded_product(g.astype(like.dtype), q._codes(), s, q.axis, contracted, accumulate)
+    return dx.astype(like.dtype), jax.tree.map(_no_gradient, q)
+
+
+def _no_gradient(leaf: jax.Array) -> Any:
+    if jnp.issubdtype(leaf.dtype, jnp.inexact):
+        return jnp.zeros_like(leaf)
+    return np.zeros(leaf.shape, jax.dtypes.float0)
+
+
+_quantized_dot.defvjp(_quantized_dot_forward, _quantized_dot_backward)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FakeQuant(Node):
+    """A dense weight in training that every use rounds as its QTensor will (straight-through, arXiv:1308.3432).
+
+    With `step` the scales are trained too (LSQ, Esser et al. 2020, arXiv:1902.08153, equations 1 to 3): a
+    number inside the range passes its gradient on, and tells the step how far it was rounded.
+
+    Attributes:
+      weight: (I, O).
+      step: None (scales reach the largest numbers), or float32 scales in the shape of `number_formats.scales`.
+      input_scale: None, or float32 (): the scale of int8 activations of a "static" scheme.
+      active: None (always), or bool (): False leaves the weight and the activations as they are.
+      scheme, axis: as of `QTensor`.
+    """
+
+    weight: Any
+    step: jax.Array | None
+    input_scale: jax.Array | None
+    active: jax.Array | None
+    scheme: str = dataclasses.field(metadata=_STATIC)
+    axis: int = dataclasses.field(metadata=_STATIC)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight.shape
+
+    def quantized(self) -> QTensor:
+        """The QTensor that it has been trained to become."""
+        return quantize(dense(self.weight), self.scheme, self.axis, scale=self.step, input_scale=self.input_scale)
+
+    def dot(self, x: jax.Array, transposed: bool, out_dtype: Any, accumulate: Any) -> jax.Array:
+        s = number_formats.scheme(self.scheme)
+        if s.activations and self.axis == int(transposed) - 2:
+            x = self._where_active(_straight_through(x, _rounded_rows(x, self.input_scale)), x)
+        return dot(x, self._rounded(), transposed, out_dtype=out_dtype, accumulate=accumulate)
+
+    def take(self, ids: jax.Array) -> jax.Array:
+        return take(self._rounded(), ids)
+
+    def dense(self) -> jax.Array:
+        return self._rounded()
+
+    def partition(self, spec: P) -> "FakeQuant":
+        parts: dict[str, Any] = {
+            "weight": partition(self.weight, spec),
+            "step": None if self.step is None else spec,
+            "input_scale": None if self.input_scale is None else P(*spec[:-2]),
+            "active": None if self.active is None else P(*spec[:-2]),
+        }
+        return dataclasses.replace(self, **parts)
+
+    def _rounded(self) -> jax.Array:
+        w = dense(self.weight)
+        if self.step is None:
+            found = _straight_through(w, self.quantized().dense())
+        else:
+            found = _learned(w, self.step, number_formats.scheme(self.scheme), self.axis)
+        return self._where_active(found.astype(w.dtype), w)
+
+    def _where_active(self, rounded: jax.Array, plain: jax.Array) -> jax.Array:
+        return rounded if self.active is None else jnp.where(self.active, rounded, plain)
+
+
+def _straight_through(x: jax.Array, rounded: jax.Array) -> jax.Array:
+    return jax.lax.stop_gradient(rounded.astype(x.dtype)) + (x - jax.lax.stop_gradient(x))  # the very value
+
+
+def _rounded_rows(x: jax.Array, input_scale: jax.Array | None) -> jax.Array:
+    if input_scale is None:
+        codes, scale = matmul.quantize_rows(x)
+        return codes.astype(jnp.float32) * scale
+    return matmul.round_to_int8(x, input_scale).astype(jnp.float32) * input_scale
+
+
+def _learned(w: jax.Array, step: jax.Array, s: number_formats.Scheme, axis: int) -> jax.Array:
+    """w rounded to multiples of its steps, with the gradients of LSQ."""
+    f = number_formats.FORMATS[s.format]
+    factor = (step.size / (w.size * f.high)) ** 0.5  # 1 / sqrt(numbers of a group * high), equation 4
+    step = step * factor + jax.lax.stop_gradient(step * (1 - factor))
+    step = _straight_through(step, number_formats.scale_values(number_formats.stored(step, s)))
+    inside = jnp.clip(number_formats.in_units(w, step, None, s, axis), f.low, f.high)
+    rounded = _straight_through(inside, jnp.round(inside))
+    return number_formats.joined(rounded * jnp.expand_dims(step, axis), axis)

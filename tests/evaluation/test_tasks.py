@@ -1,0 +1,230 @@
+"""Templates, task files, likelihood and generation, records that are gone on from."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from llm_jax.decoding import score
+from llm_jax.decoding.complete import complete
+from llm_jax.decoding.options import Options
+from llm_jax.errors import UserError
+from llm_jax.evaluation import ask, builtin, tasks, templates
+from llm_jax.evaluation.ask import Manner
+from llm_jax.evaluation.tasks import METRICS, Task
+from llm_jax.evaluation.templates import STYLES, Example, Template
+from llm_jax.tokenizers.byte import ByteTokenizer
+
+BYTES = ByteTokenizer()
+TEMPLATE = Template("Q: {text}\nA:")
+SHOTS = tuple(Example({"text": f"shot {i}"}, "yn"[i % 2], (), f"because {i}") for i in range(6))
+ASKED = Example({"text": "asked"}, "y", ("y", "n"))
+
+
+def text_of(style, shots=SHOTS[:2]):
+    return templates.build(TEMPLATE, STYLES[style], ASKED, shots, "letters").plain()
+
+
+def test_styles_are_what_their_papers_show():
+    assert text_of("zero_shot", ()) == "Q: asked\nA:"
+    assert text_of("few_shot") == "Q: shot 0\nA: y\n\nQ: shot 1\nA: n\n\nQ: asked\nA:"
+    assert text_of("expert", ()) == "You are a world-leading expert in letters.\n\nQ: asked\nA:"
+    assert text_of("cot_zero_shot", ()) == "Q: asked\nA:\nLet's think step by step."
+    assert text_of("cot_few_shot", SHOTS[:1]) == (
+        "Give detailed explanations for the answer.\n\n"
+        "Q: shot 0\nA:\nExplanation: because 0\nTherefore, the answer is y\n\nQ: asked\nA:\nExplanation:"
+    )
+
+
+def test_a_prompt_is_turns_of_a_chat():
+    prompt = templates.build(TEMPLATE, STYLES["few_shot"], ASKED, SHOTS[:1])
+    assert prompt.messages() == [
+        {"role": "user", "content": "Q: shot 0\nA:"},
+        {"role": "assistant", "content": "y"},
+        {"role": "user", "content": "Q: asked\nA:"},
+    ]
+
+
+def test_shots_are_chosen_by_seed_and_balanced_where_asked():
+    pool = [Example({"text": str(i)}, "y" if i else "n") for i in range(5)]
+    assert templates.choose_shots(pool, 3, 0, "first") == pool[:3]
+    orders = {tuple(e.fields["text"] for e in templates.choose_shots(pool, 3, seed)) for seed in range(20)}
+    assert len(orders) > 10 and templates.choose_shots(pool, 3, 1) == templates.choose_shots(pool, 3, 1)
+    for seed in range(10):
+        assert sorted(e.answer for e in templates.choose_shots(pool, 2, seed, "balanced")) == ["n", "y"]
+    with pytest.raises(UserError, match="--shots=6"):
+        templates.choose_shots(pool, 6, 0)
+
+
+@pytest.mark.parametrize(
+    ("metric", "said", "right", "expected"),
+    [
+        ("exact", " Paris.", "paris", True), ("exact", "Paris, France", "Paris", False),
+        ("number", "It is 1,200 now", "1200", True), ("number", "3 and 4", "3", False), ("number", "none", "3", False),
+        ("starts", "a b c d", "a b c", True), ("starts", "a b cd", "a b c", False), ("starts", "", "a", False),
+        ("contains", "so it is a B!", "b", True), ("contains", "abc", "b", False),
+    ],
+)  # fmt: skip
+def test_metrics(metric, said, right, expected):
+    assert METRICS[metric](said, right) is expected
+
+
+def write(path, *lines):
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path
+
+
+HEADER = {"task": "t", "question": "Q: {text}\nA:", "choices": ["y", "n"], "stop": ["\n"], "max_new_tokens": 4}
+
+
+def test_a_file_is_a_task(tmp_path):
+    task = tasks.read(
+        write(tmp_path / "t.jsonl", HEADER, {"text": "s", "answer": "n", "shot": True}, "", {"text": 3, "answer": "y"})
+    )
+    assert task.scoring == "likelihood" and task.shots[0].answer == "n" and task.max_new_tokens == 4
+    assert task.examples == (Example({"text": "3"}, "y", ("y", "n")),)
+    plain = tasks.read(write(tmp_path / "p.jsonl", {"question": "2 + 2 =", "answer": 4}))
+    assert (plain.name, plain.scoring, plain.templates[0].ask(plain.examples[0])) == ("p", "generate", "2 + 2 =\n")
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        ([], "empty"), (["{"], "line 1: no JSON"), (["[1]"], "line 1: expected a JSON object"),
+        ([HEADER, "nonsense"], "line 2: no JSON"), ([HEADER], "no examples to ask"),
+        ([HEADER | {"questin": "x"}], "unknown key 'questin'; did you mean 'question'"),
+        ([HEADER | {"max_new_tokens": "4"}], "of the wrong type"), ([HEADER | {"stop": [1]}], "list of texts"),
+        ([HEADER, {"text": "x"}], "line 2: an example needs an 'answer'"),
+        ([HEADER, {"text": "x", "answer": "z"}], "with its answer among them"),
+        ([HEADER, {"text": "x", "answer": ["y"]}], "expected a text or a number"),
+        ([HEADER, {"word": "x", "answer": "y"}], "lacks the field 'text'"),
+        ([HEADER | {"question": "{text"}, {"text": "x", "answer": "y"}], "no format string"),
+        ([HEADER | {"metric": "bleu"}, {"text": "x", "answer": "y"}], "metric is 'bleu'"),
+        ([HEADER | {"scoring": "vote"}, {"text": "x", "answer": "y"}], "scoring is 'vote'"),
+        ([HEADER | {"extract": "("}, {"text": "x", "answer": "y"}], "no regular expression"),
+        ([HEADER, {"text": "x", "answer": "y", "choices": "yn"}], "list of texts"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_no_task_is_refused_in_one_line(tmp_path, lines, says):
+    with pytest.raises(UserError) as error:
+        tasks.read(write(tmp_path / "t.jsonl", *lines))
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def of(make):
+    return (*make(scan_layers=False), BYTES)
+
+
+def test_likelihood_takes_the_likeliest_choice(of):
+    choices = ("yes", "n", "perhaps")
+    examples = tuple(Example({"text": t}, "n", choices) for t in ("a", "bc", "def"))
+    task = Task("t", (TEMPLATE,), examples, scoring="likelihood")
+    for normalize, power in (("none", 0), ("tokens", 1), ("bytes", 1)):
+        found = list(ask.records(of, task, Manner(normalize=normalize), [2, 0], batch_size=4))
+        assert [r["index"] for r in found] == [2, 0]
+        for record in found:
+            head = BYTES.encode(TEMPLATE.ask(examples[record["index"]]))
+            scored = score.score(of[0], of[1], [([1, *head], BYTES.encode(" " + c)) for c in choices], 4)
+            expected = [sum(s.log_probabilities) / (len(c) + 1) ** power for s, c in zip(scored, choices, strict=True)]
+            np.testing.assert_allclose(record["scores"], expected, atol=1e-4)
+            assert record["said"] == choices[int(np.argmax(expected))] and record["right"] == (record["said"] == "n")
+
+
+def last(text):
+    """What r"(.)" finds last."""
+    return next((c for c in reversed(text) if c != "\n"), "").strip()
+
+
+def test_generation_reads_the_answer_and_reasoning_comes_before_it(of):
+    model, params, tokenizer = of
+    task = Task("t", (TEMPLATE,), (ASKED, ASKED), SHOTS, extract=r"(.)", stop=(), max_new_tokens=6, reasoning_tokens=5)
+    (first, second) = ask.records(of, task, Manner(), [0, 1], batch_size=2)
+    text = complete(model, params, tokenizer, ["Q: asked\nA:"], Options(temperature=0, max_new_tokens=6))[0][0].text
+    assert first["said"] == last(text) and {**first, "index": 1} == second
+    (reasoned,) = ask.records(of, task, Manner("cot_zero_shot"), [0], batch_size=2)
+    begun = "Q: asked\nA:\nLet's think step by step."
+    options = Options(temperature=0, max_new_tokens=5, stop=("\n\n",))
+    thought = complete(model, params, tokenizer, [begun], options)[0][0]
+    whole = begun + thought.text.rstrip() + "\nTherefore, the answer is"
+    text = complete(model, params, tokenizer, [whole], Options(temperature=0, max_new_tokens=6))[0][0].text
+    assert reasoned["said"] == last(text)
+    assert reasoned["reasoning_tokens"] == len(thought.made.ids)
+
+
+def test_the_border_between_prompt_and_answer_keeps_all_text():
+    for prompt, answer in (("ab", " c"), ("ab ", "c"), ("ab", "c")):
+        head, tail = ask.split(BYTES, prompt, answer)
+        assert BYTES.decode(head + tail) == prompt + answer and not BYTES.decode(head).endswith(" ") and tail
+
+
+def test_the_interval_is_wilsons():
+    for right, n in ((0, 10), (3, 10), (10, 10), (50, 200)):
+        expected = stats.binomtest(right, n).proportion_ci(0.95, "wilson")
+        np.testing.assert_allclose(ask.wilson(right, n), expected, atol=1e-6)
+
+
+def test_records_are_gone_on_from_and_those_of_another_run_refused(tmp_path):
+    path = tmp_path / "new" / "log.jsonl"
+    log = ask.Log(path, {"task": "a"})
+    log.add({"index": 0, "right": True})
+    with path.open("a") as file:
+        file.write('{"index": 1, "ri')  # interrupted
+    again = ask.Log(path, {"task": "a"})
+    assert again.records == [{"index": 0, "right": True}]
+    again.add({"index": 1, "right": False})
+    assert len(ask.Log(path, {"task": "a"}).records) == 2
+    with pytest.raises(UserError, match="records of another run"):
+        ask.Log(path, {"task": "b"})
+
+
+@pytest.mark.parametrize("make_task", [builtin.arithmetic, builtin.copying])
+def test_tasks_of_the_house_are_sound(make_task):
+    task = make_task(20)
+    task.check()
+    assert len(task.templates) == 10 and len(task.examples) == 20 and task.digest() == make_task(20).digest()
+    for style in STYLES:
+        for template in range(10):
+            asked = ask.prompts(task, Manner(style, template), task.examples[:3])
+            assert all(e.fields["text"] in p.plain() for e, p in zip(task.examples, asked, strict=False))
+    assert all(task.right(task.read(TEMPLATE.solve(e, e.answer)), e) for e in task.examples)
+    assert not task.right(task.read("nothing"), task.examples[0])
+
+
+@pytest.mark.parametrize(
+    "bad", [{"style": "zero"}, {"normalize": "words"}, {"template": 1}, {"shots": 7}, {"select": "best", "shots": 1}]
+)
+def test_manners_that_a_task_cannot_be_asked_in_are_refused(bad):
+    with pytest.raises(UserError, match=f"--{next(iter(bad))}"):
+        Manner(**bad).check(Task("t", (TEMPLATE,), (ASKED,), SHOTS))
+
+
+def test_the_command_asks_a_file_and_goes_on(trained, command, tmp_path):
+    lines = [{"text": t, "answer": a} for t, a in zip("abcdef", "yynnyn", strict=True)]
+    file = write(tmp_path / "t.jsonl", HEADER, *[{**line, "shot": True} for line in lines], *lines)
+    flags = [f"--checkpoint={trained}", f"--task={file}", "--style=all", "--batch_size=4"]
+    flags.append(f"--output={tmp_path / 'out'}")
+    command("evaluate", *flags[:2], "--limit=2", "--batch_size=4", flags[-1])
+    first = (tmp_path / "out" / "t-zero_shot-0.jsonl").read_text()
+    done = json.loads(command("evaluate", *flags, "--json").stdout)
+    assert [one["style"] for one in done] == list(STYLES) and {one["examples"] for one in done} == {6}
+    assert (tmp_path / "out" / "t-zero_shot-0.jsonl").read_text().startswith(first)
+    assert 0 <= done[0]["low"] <= done[0]["accuracy"] <= done[0]["high"] <= 1
+    table = command("evaluate", *flags).stdout
+    assert len(table.splitlines()) == 6 and "95 % interval" in table
+    shutil.copytree(trained, tmp_path / "run")
+    flags[0] = f"--checkpoint={tmp_path / 'run'}"
+    command("evaluate", *flags[:2], f"--output={tmp_path / 'other'}")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "8")  # the weights are others now, by the same name
+    stale = command("evaluate", *flags[:2], f"--output={tmp_path / 'other'}", code=2)
+    assert "the records of another run (weights differ)" in stale.stderr
+    bad = command("evaluate", *flags[:1], "--task=nothing", code=2)
+    assert "the task 'nothing' is unknown" in bad.stderr and bad.stderr.count("\n") == 1
+
+
+def test_a_digest_changes_with_the_task():
+    task = builtin.copying(5)
+    assert task.digest() != dataclasses.replace(task, metric="exact").digest() != builtin.copying(6).digest()

@@ -1,0 +1,106 @@
+import runpy
+
+import pytest
+
+from llm_jax import configuration as config_lib
+from llm_jax.errors import UserError
+from tests.conftest import ROOT
+
+
+def default():
+    return runpy.run_path(str(ROOT / "configs" / "default.py"))["get_config"]()
+
+
+def test_default_states_every_option_and_no_other():
+    config = config_lib.build(default())
+    assert set(config_lib.flat(config)) == set(config_lib.keys())
+    assert config_lib.build(config_lib.as_dict(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("stepz", 3, r"unknown config key 'train.stepz'; did you mean 'train.steps'\?"),
+        ("steps", 2.5, "'train.steps' is 2.5; expected int"),
+        ("steps", True, "'train.steps' is True; expected int"),
+        ("steps", 0, "'train.steps' is 0; expected a number of at least 1"),
+        ("seed", 2**32, "'train.seed' is 4294967296; expected a number of at most 4294967295"),
+        ("steps", None, "'train.steps' is None; expected int"),
+    ],
+)
+def test_wrong_keys_and_types_are_named(key, value, message):
+    config = default().to_dict()
+    config["train"][key] = value
+    with pytest.raises(UserError, match=message):
+        config_lib.build(config)
+
+
+def test_a_missing_key_is_named():
+    config = default().to_dict()
+    del config["model"]["position"]["base"]
+    with pytest.raises(UserError, match=r"'model.position.base' is missing"):
+        config_lib.build(config)
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--config.train.step=3", "unknown config key 'train.step'; did you mean 'train.steps'?"),
+        ("--config.position.kind=rope", "did you mean 'model.position.kind'?"),
+        ("--config.train.steps=many", "train.steps"),
+        ("--config=nowhere.py", "no such file"),
+        ("--wrkdir=x", "wrkdir"),
+        ("stray", "unexpected argument 'stray'"),
+        ("--config.model.mlp=wide", "'model.mlp' is 'wide'; expected one of gated, plain"),
+        ("--config.model.num_heads=3", "does not divide model.num_heads=3"),
+        ("--config.model.layer_pattern=('far',)", "expected kinds out of global, local"),
+        ("--config.optim.lr=nan", "'optim.lr' is nan"),
+        ("--config.model.precision.compute=floatx", "expected one of bfloat16, float16, float32, float64"),
+        ("--config.mesh.fsdp=3", "does not fit 1 device"),
+        ("--config.train.loss_chunk=5", "must divide train.seq_len=32"),
+        ("--config.optim.decay_rules=(('x',0.0),('.*',1.0))", "the rule 'x' matches no parameter"),
+        ("--config.data.source=/nowhere/text", "no such file"),
+        ("--config.init_from=/nowhere/run", "no such directory"),
+        ("--config.train.seq_len=4000000", "fewer than one sequence"),
+    ],
+)
+def test_bad_flags_end_in_one_line_and_exit_code_2(command, tmp_path, flag, message):
+    done = command("train", f"--workdir={tmp_path / 'run'}", flag, code=2)
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ") and message in last
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_costs_no_jax(command):
+    done = command("train", "--help")
+    assert "--config" in done.stdout
+    import subprocess
+    import sys
+
+    listed = subprocess.run(
+        [sys.executable, "-c", "import sys, llm_jax, llm_jax.train, llm_jax.generate; print(*sys.modules)"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert not {"jax", "flax", "orbax", "sentencepiece", "grain"} & set(listed.stdout.split())
+
+
+def test_a_mistyped_key_is_one_line_without_a_config_file_too(tmp_path):
+    import subprocess
+    import sys
+
+    done = subprocess.run(
+        [sys.executable, "-m", "llm_jax.train", f"--workdir={tmp_path / 'x'}", "--config.train.step=3"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == "error: unknown config key 'train.step'; did you mean 'train.steps'?\n"
+
+
+@pytest.mark.parametrize("what", ["file", "/proc/nowhere"])
+def test_a_workdir_that_cannot_be_written_is_one_line(command, tmp_path, what):
+    if what == "file":
+        what = tmp_path / "file"
+        what.write_text("")
+    done = command("train", f"--workdir={what}", code=2)
+    assert done.stderr.strip().splitlines()[-1].startswith(f"error: {what}")
