@@ -86,7 +86,7 @@ def get_config() -> ConfigDict:
                 "kind": "adamw",
                 "lr": 3e-3,
                 "lr_rules": ((r".*", 1.0),),
-                "warmup_steps": 50,
+                "warmup_steps": -1,
                 "schedule": "cosine",
                 "final_lr_fraction": 0.05,
                 "decay_fraction": 0.2,

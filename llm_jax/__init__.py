@@ -1,7 +1,8 @@
 """llm_jax: every concept of a large language model is a part that one config override swaps.
 
 config = llm_jax.config("default", {"model.position.kind": "alibi"})
-model, params, tokenizer = llm_jax.load("runs/default")
+summary = llm_jax.train(config, "runs/alibi")
+model, params, tokenizer = llm_jax.load("runs/alibi")
 """
 
 from typing import TYPE_CHECKING, Any
@@ -9,12 +10,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llm_jax.checkpoints.pretrained import load as load
     from llm_jax.configuration import load as config
+    from llm_jax.training.trainer import train as train
 
 __version__ = "0.1.0"
-__all__ = ["config", "load"]
+__all__ = ["config", "load", "train"]
 
 # name: (module, attribute). Imported on first use, so that `import llm_jax` does not import JAX.
-_PUBLIC = {"config": ("llm_jax.configuration", "load"), "load": ("llm_jax.checkpoints.pretrained", "load")}
+_PUBLIC = {
+    "config": ("llm_jax.configuration", "load"),
+    "load": ("llm_jax.checkpoints.pretrained", "load"),
+    "train": ("llm_jax.training.trainer", "train"),
+}
 
 
 def __getattr__(name: str) -> Any:

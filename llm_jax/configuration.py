@@ -54,7 +54,12 @@ def load(
     mapping = _complete(_nested(source))
     for key, value in (overrides or {}).items():
         _set(mapping, key, value)
-    return build(mapping)
+    config = build(mapping)
+    before = flat(default())
+    explicit = {key for key, value in flat(config).items() if value != before[key]} | {*(overrides or {})}
+    if isinstance(source, Config):
+        explicit |= source.explicit
+    return dataclasses.replace(config, explicit=frozenset(explicit))
 
 
 def read(source: str | os.PathLike[str]) -> dict[str, Any]:
@@ -131,7 +136,7 @@ def build(mapping: Mapping[str, Any], cls: Any = Config, prefix: str = "") -> An
     Raises:
       UserError: an unknown or missing key, or a value of another type; it names the dotted key.
     """
-    hints = typing.get_type_hints(cls, include_extras=True)
+    hints = options(cls)
     for key in mapping:
         if key not in hints:
             raise UserError(f"unknown config key '{prefix}{key}'; {nearest(prefix + str(key))}")
@@ -160,18 +165,21 @@ def upgrade(mapping: Mapping[str, Any]) -> dict[str, Any]:
 
 def as_dict(config: Any) -> dict[str, Any]:
     """The dataclass as nested dictionaries of JSON values; `build` is the inverse."""
-    return dataclasses.asdict(config)
+    return {
+        key: as_dict(value) if dataclasses.is_dataclass(value := getattr(config, key)) else value
+        for key in options(type(config))
+    }
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
     """The dataclass as {dotted key: value}."""
     values: dict[str, Any] = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
+    for key in options(type(config)):
+        value = getattr(config, key)
         if dataclasses.is_dataclass(value):
-            values |= flat(value, f"{prefix}{field.name}.")
+            values |= flat(value, f"{prefix}{key}.")
         else:
-            values[prefix + field.name] = value
+            values[prefix + key] = value
     return values
 
 
@@ -187,9 +195,15 @@ def replace(config: Any, changes: Mapping[str, Any], prefix: str = "") -> Any:
     return build(mapping, type(config), prefix)
 
 
+def options(cls: Any) -> dict[str, Any]:
+    """{name: annotated type} of the options and sections of a configuration dataclass."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {name: kind for name, kind in hints.items() if name != "explicit"}
+
+
 def keys(cls: Any = Config, prefix: str = "") -> Iterator[str]:
     """The dotted names of all options."""
-    for key, kind in typing.get_type_hints(cls).items():
+    for key, kind in options(cls).items():
         if dataclasses.is_dataclass(kind):
             yield from keys(kind, f"{prefix}{key}.")
         else:

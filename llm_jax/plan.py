@@ -16,29 +16,27 @@ flags.DEFINE_boolean("memory", False, "the bytes of the compiled step")
 
 
 def main() -> None:
-    from llm_jax.training import memory
+    from llm_jax.training import memory, start
 
     config = cli.load_config()
     if not flags.FLAGS.memory:
-        raise UserError("give --memory: what a step takes")
-    if not config.model.vocab_size:
-        raise UserError("config key 'model.vocab_size' is 0, the tokenizer's; give --config.model.vocab_size=N")
-    batch = (config.train.batch_size // config.train.grad_accumulation, config.train.seq_len)
-    given = "adapters" if config.lora.rank else "full"
-    rows = [("as given", config.model.remat, config, given)]
-    for name, kind in memory.STEPS.items():
+        raise UserError("give --memory: the memory of a training step")
+    config = start.find(config).config
+    rows = [("as given", config.model.remat, config)]
+    for kind in memory.KINDS:
         for remat in ("none",) if kind == "forward" else ("none", "full"):
-            rows.append((name, remat, memory.variant(config, name, remat), kind))
-    for i, (name, remat, one, kind) in enumerate(rows):
-        found = memory.compiled(one, kind)
+            rows.append((kind, remat, memory.with_remat(config, remat)))
+    for i, (kind, remat, variant) in enumerate(rows):
+        figures = memory.compiled(variant, kind)
         if not i:  # after what may be wrong with the configuration
-            print(f"{batch[0]} x {batch[1]} tokens, {config.model.precision.params} weights, on one device; MiB")
+            batch = f"{config.train.batch_size} x {config.train.seq_len} tokens"
+            print(f"{batch}, {config.model.precision.params} weights, on one device; MiB")
             print(
                 f"{'step':<12}{'remat':<8}{'arguments':>12}{'optimizer':>12}{'temporaries':>14}{'outputs':>10}{'peak':>10}"
             )
-        parts = (found.arguments, found.optimizer, found.temporaries, found.outputs, found.peak)
+        parts = (figures.arguments, figures.optimizer, figures.temporaries, figures.outputs, figures.peak)
         sizes = "".join(f"{p / 2**20:>{w},.1f}" for p, w in zip(parts, (12, 12, 14, 10, 10), strict=True))
-        print(f"{name:<12}{remat:<8}{sizes}", flush=True)
+        print(f"{kind:<12}{remat:<8}{sizes}", flush=True)
 
 
 if __name__ == "__main__":

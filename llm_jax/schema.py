@@ -120,7 +120,7 @@ class OptimConfig:
     kind: str  # "adamw", "lion", "adafactor", "muon" (hidden matrices; adamw for the rest) or "sgd"
     lr: PositiveOrZero  # the peak
     lr_rules: Rules  # (regular expression, factor on the rate) over parameter names
-    warmup_steps: CountOrZero
+    warmup_steps: Annotated[int, (-1, 2**62)]  # steps of linear warm-up; -1: a fourteenth of train.steps
     schedule: str  # after the warm-up: "cosine", "linear", "constant", "wsd" or "inverse_sqrt"
     final_lr_fraction: Share  # of the peak, reached at the last step (cosine, linear, wsd)
     decay_fraction: Share  # wsd: the share of all steps in which the rate falls, the last ones
@@ -234,7 +234,10 @@ class Config:
     report: ReportConfig
     checkpoint: CheckpointConfig
     mesh: MeshConfig
-    init_from: str  # whose weights training starts from: a run, or what else --checkpoint takes; "": random
+    init_from: str  # checkpoint that gives the initial weights, the model and the tokenizer; "": random weights
+    # No option: the dotted keys that were set explicitly, by a recipe or an override, to another value than the default
+    # or by an override to any. With `init_from` they alone change what the checkpoint says of its model.
+    explicit: frozenset[str] = dataclasses.field(default=frozenset(), compare=False, repr=False)
 
 
 @dataclasses.dataclass(frozen=True)

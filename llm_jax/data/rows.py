@@ -26,6 +26,7 @@ from llm_jax.schema import Config, DataConfig
 #                      answers alone are learned from
 Row = dict[str, np.ndarray]
 Batch = dict[str, jax.Array]
+NAMES = ("inputs", "targets", "positions", "segments", "mask")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,9 +123,8 @@ class _Examples:
             mask = split.mask[begin + 1 : end]
             parts.append((tokens[:-1], tokens[1:], places, np.full_like(places, segment), mask))
         columns = [np.concatenate(p) for p in zip(*parts, strict=True)] if parts else [np.zeros(0)] * 5
-        names = ("inputs", "targets", "positions", "segments", "mask")
         return {
-            name: np.pad(v.astype(np.int32), (0, self.seq_len - len(v))) for name, v in zip(names, columns, strict=True)
+            name: np.pad(v.astype(np.int32), (0, self.seq_len - len(v))) for name, v in zip(NAMES, columns, strict=True)
         }
 
 
@@ -299,9 +299,8 @@ def batch(rows: AnyRows | Shuffled | Mixed, step: int, size: int, sharding: jax.
     def part(name: str, index: tuple[slice, ...]) -> np.ndarray:
         return np.stack([row(i)[name] for i in range(*index[0].indices(size))])[:, index[1]]
 
-    names = ("inputs", "targets", "positions", "segments", "mask")
     shape = (size, rows.seq_len)
-    return {name: jax.make_array_from_callback(shape, sharding, functools.partial(part, name)) for name in names}
+    return {name: jax.make_array_from_callback(shape, sharding, functools.partial(part, name)) for name in NAMES}
 
 
 def batches(

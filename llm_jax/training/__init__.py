@@ -1,1 +1,1 @@
-"""The training step and what it is made of."""
+"""Training: `train` runs a whole run; `setup`, `inputs` and `start` are its pieces, for a loop of one's own."""

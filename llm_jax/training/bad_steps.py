@@ -13,7 +13,7 @@ import numpy as np
 
 from llm_jax import trees
 from llm_jax.errors import UserError
-from llm_jax.schema import TrainConfig
+from llm_jax.schema import TrainConfig, choice
 
 ACTIONS = ("stop", "skip", "rollback")
 _HISTORY = 50  # losses whose median a spike is measured by
@@ -52,17 +52,22 @@ def names(tree: Any) -> list[str]:
     return [name for path in trees.flatten(tree) for name in trees.expand(path)]
 
 
-def lines_up_to(metrics: pathlib.Path, step: int) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl up to that of `step`."""
-    kept: list[dict[str, Any]] = []
+def lines_up_to(metrics: pathlib.Path, step: float = math.inf) -> list[dict[str, Any]]:
+    """The complete lines of metrics.jsonl up to that of `step`."""
+    lines: list[dict[str, Any]] = []
     for text in metrics.read_text().splitlines() if metrics.exists() else []:
         try:
             line = json.loads(text)
             if line["step"] <= step:
-                kept.append(line)
+                lines.append(line)
         except (ValueError, KeyError, TypeError):  # the line a killed process was writing
             break
-    return kept
+    return lines
+
+
+def check(config: TrainConfig) -> None:
+    """Raises UserError where `train.on_bad_step` is unknown."""
+    choice("train.on_bad_step", config.on_bad_step, ACTIONS)
 
 
 class Watch:
@@ -78,10 +83,7 @@ class Watch:
     """
 
     def __init__(self, config: TrainConfig, weights: list[str], metrics: pathlib.Path, start: int):
-        if config.on_bad_step not in ACTIONS:
-            raise UserError(
-                f"config key 'train.on_bad_step' is {config.on_bad_step!r}; expected one of {', '.join(ACTIONS)}"
-            )
+        check(config)
         self._config, self._weights = config, weights
         self._losses: dict[int, float] = {}
         self._in_a_row = 0

@@ -209,7 +209,7 @@ def make(
 
     Args:
       chunk, sparse: see `language_model`.
-      other: the frozen model, whose parameters are `frozen["other"]`: the teacher, or the reference of
+      other: the frozen model, whose parameters are `frozen["reference"]`: the teacher, or the reference of
         DPO (the model as it was at the start).
       whole: (trained, frozen, key) -> the parameters that the model sees.
     """
@@ -222,7 +222,7 @@ def make(
         if c.kind == "unlikelihood":
             tokens["candidates"] = candidates(batch)
         if other is not None:
-            tokens["teacher"] = features(other, frozen["other"], batch)
+            tokens["teacher"] = features(other, frozen["reference"], batch)
 
         def part(some: Chunk) -> jax.Array:
             logits, targets = head(model, params, some["x"]), some["targets"]
@@ -233,7 +233,7 @@ def make(
             if c.kind == "unlikelihood":
                 loss += c.unlikelihood * unlikelihood(logits, targets, batch["inputs"], some["candidates"])
             if other is not None:
-                teacher = head(other, frozen["other"], some["teacher"])
+                teacher = head(other, frozen["reference"], some["teacher"])
                 loss = (1 - c.teacher_weight) * loss + c.teacher_weight * divergence(logits, teacher, c.temperature)
             return jnp.sum(loss * some["mask"], -1)
 
@@ -242,7 +242,7 @@ def make(
     def dpo(trained: Any, frozen: Any, batch: Batch, step: jax.Array, key: jax.Array):
         assert other is not None
         scores = -row_losses(model, whole(trained, frozen, key), batch, chunk, sparse)
-        reference = -row_losses(other, frozen["other"], batch, chunk, sparse)
+        reference = -row_losses(other, frozen["reference"], batch, chunk, sparse)
         counted = jnp.any(batch["mask"].reshape(scores.shape[0] // 2, -1), -1)  # pairs of padding do not count
         return jnp.sum(preference(scores, reference, c.beta) * counted), jnp.sum(counted).astype(jnp.float32)
 

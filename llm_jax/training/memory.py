@@ -1,31 +1,27 @@
-"""What a training step takes, as it is compiled and without running it."""
+"""The memory of a training step, as it is compiled, without running it."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from llm_jax.checkpoints import checkpoint
-from llm_jax.model.transformer import Transformer
 from llm_jax.schema import Config
-from llm_jax.training import losses, optim, step
-from llm_jax.training.trainable import Adapters, AllWeights
+from llm_jax.training import trainable
+from llm_jax.training.setup import Setup, setup
 
-KINDS = ("forward", "full", "adapters")
-STEPS = {"forward": "forward", "full": "full", "lora": "adapters", "fa": "adapters", "qlora": "adapters"}
+# Kinds of training that `plan` compares with the given one: {name: changes of the configuration}.
+KINDS = ("forward", "full", "lora", "fa", "qlora")
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of a compiled function.
+    """Bytes of a compiled function on one device.
 
     Attributes:
       arguments: weights, optimizer state and batch.
       temporaries: activations, gradients and the rest.
       outputs: those that do not take the place of an argument.
-      optimizer: its state, which is part of the arguments.
+      optimizer: the optimizer's state and the average of the weights, which are part of the arguments.
     """
 
     arguments: int
@@ -38,69 +34,49 @@ class Memory:
         return self.arguments + self.temporaries + self.outputs
 
 
+def of(executable: Any, optimizer: int = 0) -> Memory:
+    """The memory of a compiled function, of which `optimizer` bytes are the optimizer's."""
+    analysis = executable.memory_analysis()
+    outputs = max(analysis.output_size_in_bytes - analysis.alias_size_in_bytes, 0)
+    return Memory(analysis.argument_size_in_bytes, analysis.temp_size_in_bytes, outputs, optimizer)
+
+
+def of_training_step(setup: Setup) -> Memory:
+    """The memory of one update as the trainer runs it: all micro-batches, the average of the weights included."""
+    state = setup.state.replace(frozen={})
+    limit = jax.ShapeDtypeStruct((), "float32")
+    compiled = setup.train_step.lower(state, setup.state.frozen, setup.batch, limit).compile()
+    return of(compiled, _bytes((state.optimizer, state.ema)))
+
+
+def of_forward_pass(setup: Setup) -> Memory:
+    """The memory of the loss of a batch without its gradient."""
+    return of(setup.loss.lower(setup.state.params, setup.state.frozen, setup.batch).compile())
+
+
 def compiled(config: Config, kind: str) -> Memory:
-    """The memory of one step of a micro-batch on one device of this machine.
-
-    Args:
-      kind: "forward" (the loss alone), "full" (all weights trained) or "adapters" (those of `config.lora`, over
-        a base of `config.quant`).
-    """
-    base, rows = checkpoint.abstract_params(Transformer(config.model)), batch(config)
-    if kind == "forward":
-        return of(forward(config).lower(base, rows).compile(), 0)
-    one, begin = training_step(config, kind)
-    state, frozen = jax.eval_shape(begin, base)
-    return of(one.lower(state, frozen, rows).compile(), _bytes(state.optimizer))
+    """The memory of one of `KINDS` under a configuration with a `model.vocab_size`, or of the step "as given"."""
+    parts = setup(config if kind == "as given" else variant(config, kind))
+    return of_forward_pass(parts) if kind == "forward" else of_training_step(parts)
 
 
-def forward(config: Config) -> Any:
-    """The jitted loss of a micro-batch alone: (weights, batch) -> its sums."""
-    model = Transformer(config.model)
-    chunk, sparse = config.train.loss_chunk, losses.is_sparse(config)
-    return jax.jit(lambda params, rows: losses.language_model(model, params, rows, chunk, sparse))
+def variant(config: Config, kind: str) -> Config:
+    """The configuration of one of `KINDS`: adapters have rank 8 where `lora.rank` is 0, "qlora" has an NF4 base."""
+    adapters = kind in ("lora", "fa", "qlora")
+    if not adapters:  # no adapters, and none of their options
+        lora = dataclasses.replace(config.lora, rank=0, **trainable.ADAPTERS_ONLY)
+    else:
+        lora = dataclasses.replace(config.lora, rank=config.lora.rank or 8, variant="fa" if kind == "fa" else "lora")
+    quant = dataclasses.replace(config.quant, scheme="nf4" if kind == "qlora" else "")
+    if adapters:
+        quant = dataclasses.replace(quant, qat=dataclasses.replace(quant.qat, scheme=""))
+    # Shapes are enough: the weights of init_from are not read.
+    return dataclasses.replace(config, lora=lora, quant=quant, init_from=config.init_from or "unnamed")
 
 
-def batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
-    """A micro-batch's shapes."""
-    c = config.train
-    names = ("inputs", "targets", "positions", "segments", "mask")
-    shape = (c.batch_size // c.grad_accumulation, c.seq_len)
-    return {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
-
-
-def training_step(config: Config, kind: str) -> tuple[Any, Callable[[Any], tuple[step.State, Any]]]:
-    """(the jitted step of a micro-batch, base weights -> (state, frozen)); see `training.step`."""
-    model = Transformer(config.model)
-    base = checkpoint.abstract_params(model)
-    what = Adapters(config.lora, config.quant) if kind == "adapters" else AllWeights(config.quant)
-
-    def loss(trained, frozen, rows, count, key):
-        chunk, sparse = config.train.loss_chunk, losses.is_sparse(config)
-        return losses.language_model(model, what.whole(trained, frozen), rows, chunk, sparse)
-
-    key = jax.random.key(0)
-    abstract = jax.eval_shape(what.begin, base, key)[0]
-    optimizer = optim.make(config.optim, 10**9, base, adapters=abstract if what.adapts else None)
-
-    def begin(base):
-        trained, fixed = what.begin(base, key)
-        return step.init(optimizer, trained), what.freeze(base, fixed)
-
-    return jax.jit(step.make(loss, optimizer, lambda _: 0.0, 0, 1), donate_argnums=0), begin
-
-
-def variant(config: Config, name: str, remat: str) -> Config:
-    """The configuration of one of `STEPS`: "qlora" has an NF4 base; adapters have rank 8 where none is said."""
-    adapters = dataclasses.replace(config.lora, rank=config.lora.rank or 8, variant="fa" if name == "fa" else "lora")
-    quant = dataclasses.replace(config.quant, scheme="nf4" if name == "qlora" else "")
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat), lora=adapters, quant=quant)
-
-
-def of(executable: Any, optimizer: int) -> Memory:
-    """What a compiled function takes, of which `optimizer` bytes are the optimizer's."""
-    found = executable.memory_analysis()
-    outputs = found.output_size_in_bytes - found.alias_size_in_bytes
-    return Memory(found.argument_size_in_bytes, found.temp_size_in_bytes, max(outputs, 0), optimizer)
+def with_remat(config: Config, remat: str) -> Config:
+    """The configuration with another `model.remat`."""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))
 
 
 def _bytes(tree: Any) -> int:

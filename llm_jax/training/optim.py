@@ -75,12 +75,18 @@ SCHEDULES: dict[str, Callable[[OptimConfig, int], optax.Schedule]] = {
 }
 
 
+def warmup_steps(config: OptimConfig, steps: int) -> int:
+    """The steps of linear warm-up: `optim.warmup_steps`, or a fourteenth of all steps where that is -1."""
+    return steps // 14 if config.warmup_steps < 0 else config.warmup_steps
+
+
 def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     """The learning rate by step: a linear warm-up from 0, then `optim.schedule` up to step `steps`.
 
     Raises:
       UserError: an unknown schedule, or a warm-up that is not shorter than the training.
     """
+    config = dataclasses.replace(config, warmup_steps=warmup_steps(config, steps))
     after = choice("optim.schedule", config.schedule, SCHEDULES)
     if not 0 <= config.warmup_steps < max(steps, 1):
         raise UserError(f"config key 'optim.warmup_steps' is {config.warmup_steps}; expected less than {steps} steps")

@@ -1,8 +1,8 @@
-"""The training state and the one step that all kinds of training share.
+"""The training state and the update step that all kinds of training share.
 
-What is trained is a tree of its own, and the gradient is taken with respect to that alone: the loss
-makes the parameters that the model sees from it and from what is frozen. In pretraining and full
-fine-tuning the trained tree is all of them; adapters train a small tree over a frozen base.
+The trainable parameters are a tree of their own, and the gradient is taken with respect to that tree alone: the loss
+builds the model's parameters from it and from the frozen ones. In pretraining and full fine-tuning the trainable tree
+holds all weights; adapters are a small trainable tree over a frozen base.
 """
 
 import math
@@ -18,39 +18,41 @@ from llm_jax.data.rows import Batch
 from llm_jax.errors import UserError
 from llm_jax.training import bad_steps
 
-# (trained, frozen, batch, step, key) -> (sum over the counted targets, their number), float32 () each.
+# (trainable, frozen, batch, step, key) -> (sum over the counted targets, their number), float32 () each.
 # `step` counts the updates done; `key` is the micro-batch's own, a function of (seed, step, micro-batch).
 Loss = Callable[[Any, Any, Batch, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
-class State(flax.struct.PyTreeNode):
-    """What training changes.
+class TrainState(flax.struct.PyTreeNode):
+    """The state of training, a pytree.
 
     Attributes:
-      step: int32 (), updates done.
-      params: the trained tree.
+      step: int32 (), the number of updates done.
+      params: the trainable parameters.
       optimizer: the state of the optimizer.
-      ema: the moving average of `params`, in float32 or wider, or None.
+      ema: the exponential moving average of `params`, in float32 or wider, or None.
+      frozen: the parameters that training does not change ({} in full training); an update leaves them alone.
     """
 
     step: Any
     params: Any
     optimizer: Any
     ema: Any = None
+    frozen: Any = flax.struct.field(default_factory=dict)
 
     @property
     def model(self) -> Any:
-        """What is evaluated: the average, where there is one, in the dtypes of the trained tree."""
+        """The trainable parameters that are evaluated: their average where there is one, in the dtypes of `params`."""
         return self.params if self.ema is None else jax.tree.map(lambda e, p: e.astype(p.dtype), self.ema, self.params)
 
 
-def init(optimizer: optax.GradientTransformation, params: Any, ema: bool = False) -> State:
+def init(optimizer: optax.GradientTransformation, params: Any, ema: bool = False) -> TrainState:
     """The state before the first step."""
 
     def copy(leaf: jax.Array) -> jax.Array:
         return jnp.array(leaf, jnp.promote_types(leaf.dtype, jnp.float32), copy=True)
 
-    return State(jnp.int32(0), params, optimizer.init(params), jax.tree.map(copy, params) if ema else None)
+    return TrainState(jnp.int32(0), params, optimizer.init(params), jax.tree.map(copy, params) if ema else None)
 
 
 def average(ema: Any, params: Any, decay: float, step: jax.Array) -> Any:
@@ -76,7 +78,7 @@ def make(
     update_norms: bool = False,
     ema_decay: float = 0.0,
     rows_together: int = 1,
-) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """A pure function (state, frozen, batch, limit=inf) -> (state, metrics), to be jitted with the state donated.
 
     A step is bad where the loss or the gradient is not finite, or the loss is above `limit`, float32 ().
@@ -93,8 +95,8 @@ def make(
     gradient = jax.value_and_grad(loss, has_aux=True)
 
     def step(
-        state: State, frozen: Any, batch: Batch, limit: float | jax.Array = math.inf
-    ) -> tuple[State, dict[str, jax.Array]]:
+        state: TrainState, frozen: Any, batch: Batch, limit: float | jax.Array = math.inf
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         if grad_accumulation == 1:
             (total, count), grads = gradient(state.params, frozen, batch, state.step, jax.random.fold_in(key, 0))
@@ -108,8 +110,8 @@ def make(
             micro = jax.tree.map(split, batch)
 
             def add(sums: Any, part: tuple[jax.Array, Batch]) -> tuple[Any, None]:
-                found = gradient(state.params, frozen, part[1], state.step, jax.random.fold_in(key, part[0]))
-                return jax.tree.map(jnp.add, sums, found), None
+                terms = gradient(state.params, frozen, part[1], state.step, jax.random.fold_in(key, part[0]))
+                return jax.tree.map(jnp.add, sums, terms), None
 
             def zero(leaf: jax.Array) -> jax.Array:
                 return jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32))
@@ -134,7 +136,7 @@ def make(
         if update_norms:
             metrics["update_norms"] = bad_steps.norms(updates)
         ema = None if state.ema is None else average(state.ema, params, ema_decay, state.step)
-        new = State(state.step + 1, params, optimizer_state, ema)
+        new = TrainState(state.step + 1, params, optimizer_state, ema)
         if skip_bad:
             new = jax.tree.map(lambda new, old: jnp.where(bad, old, new), new, state.replace(step=new.step))
         return new, metrics

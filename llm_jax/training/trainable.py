@@ -1,27 +1,34 @@
-"""What a run trains: all weights, or adapters over frozen ones.
+"""The two kinds of training: of all weights, or of adapters over frozen weights.
 
-trained, fixed = kind.begin(base, key)         `fixed` are the parts of adapters that are not trained
-frozen = kind.freeze(base, fixed)
-params = kind.whole(trained, frozen, key)      what the model sees
-saved = kind.saved(trained, frozen)            what a checkpoint holds; kind.split is the inverse
+    trainable, constants = method.init(base, key)       `constants` are the parts of adapters that are not trained
+    frozen = method.freeze(base, constants)
+    params = method.model_params(trainable, frozen)     the parameters that the model is applied with
+    saved = method.checkpoint_params(trainable, frozen)     what a checkpoint holds; `method.split` is the inverse
+
+Both classes have the same methods, so that no other code asks which of them it has.
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
+import optax
+from jax.sharding import Mesh
 
 from llm_jax import lora, trees
 from llm_jax.errors import UserError
+from llm_jax.model.transformer import width_ratio
+from llm_jax.parallel import mesh as mesh_lib
 from llm_jax.quant import post_training, qat
-from llm_jax.schema import Config, LoraConfig, QuantConfig
+from llm_jax.schema import Config
+from llm_jax.training import optim
 from llm_jax.weights import Node
 
 Trees = tuple[Any, Any]
 
-# What would be ignored where there are no adapters, and the value that asks for nothing. (Not targets and alpha, which
-# a recipe for adapters keeps when it is run over all weights.)
-_IDLE = {
+# Options that would have no effect without adapters, with the value that asks for nothing. (`targets` and `alpha` are
+# not among them: a recipe for adapters keeps them when it is run with lora.rank=0.)
+ADAPTERS_ONLY: dict[str, Any] = {
     "ranks": (),
     "rank_stabilized": False,
     "variant": "lora",
@@ -32,74 +39,119 @@ _IDLE = {
 
 
 @dataclasses.dataclass(frozen=True)
-class AllWeights:
-    """Pretraining and full fine-tuning, rounded on the way under `quant.qat`: nothing is frozen."""
+class FullTraining:
+    """Pretraining and full fine-tuning, with fake quantization under `quant.qat`. Nothing is frozen."""
 
-    quant: QuantConfig
-    adapts: ClassVar[bool] = False
+    config: Config
 
-    def begin(self, base: Any, key: jax.Array) -> Trees:
+    def reads_base(self, resumed: bool) -> bool:
+        """Whether the initial weights are needed: a resumed run has its own."""
+        return not resumed
+
+    def init(self, base: Any, key: jax.Array) -> Trees:
+        """(all weights, {}). Raises UserError where a weight of `base` is not a dense array."""
         for path, weight in trees.flatten(base).items():
             if isinstance(weight, Node):
                 raise UserError(
-                    f"init_from: '{path}' is a {type(weight).__name__} there, not full weights; start from what it was "
-                    "made of, or set lora.rank to train adapters over it"
+                    f"init_from: '{path}' is a {type(weight).__name__}, and full fine-tuning needs dense weights; "
+                    "start from the checkpoint it was made from, or set lora.rank to train adapters over it"
                 )
-        return qat.prepare(base, self.quant), {}
+        return qat.prepare(base, self.config.quant), {}
 
-    def freeze(self, base: Any, fixed: Any) -> Any:
+    def freeze(self, base: Any, constants: Any) -> dict[str, Any]:
         return {}
 
-    def whole(self, trained: Any, frozen: Any, key: Any = None, step: Any = None) -> Any:
-        return trained if step is None else qat.delayed(trained, step, self.quant.qat.start_step)
+    def model_params(self, trainable: Any, frozen: Any, key: Any = None, step: Any = None) -> Any:
+        return trainable if step is None else qat.delayed(trainable, step, self.config.quant.qat.start_step)
 
-    def saved(self, trained: Any, frozen: Any) -> Any:
-        return trained
+    def checkpoint_params(self, trainable: Any, frozen: Any) -> Any:
+        return trainable
 
     def split(self, saved: Any) -> Trees:
         return saved, {}
 
+    def optimizer(self, base: Any, trainable: Any) -> optax.GradientTransformation:
+        """The optimizer of `optim`, from the abstract base and trainable parameters."""
+        c = self.config
+        return optim.make(c.optim, c.train.steps, trainable, width_ratio(c.model))
+
+    def shardings(self, trainable: Any, mesh: Mesh) -> Any:
+        """Where the trainable parameters lie: by `mesh.rules`."""
+        return mesh_lib.shardings(trainable, self.config.mesh.rules, mesh)
+
+    def donates_base(self) -> bool:
+        """Whether `init` may reuse the memory of the base."""
+        return True
+
 
 @dataclasses.dataclass(frozen=True)
-class Adapters:
-    """LoRA and its variants (`llm_jax.lora`), over a base that is quantized under `quant.scheme` (QLoRA)."""
+class AdapterTraining:
+    """LoRA and its variants (`llm_jax.lora`), over a base that `quant.scheme` quantizes (QLoRA)."""
 
-    config: LoraConfig
-    quant: QuantConfig
-    adapts: ClassVar[bool] = True
+    config: Config
 
-    def begin(self, base: Any, key: jax.Array) -> Trees:
-        # PiSSA takes its start out of the full weights; others begin from what will be frozen.
-        seen = base if self.config.variant == "pissa" else post_training.base(base, self.quant)
-        original = base if self.quant.scheme else None
-        return self.split(lora.init(key, seen, self.config, original))
+    def reads_base(self, resumed: bool) -> bool:
+        """Whether the weights of `init_from` are needed: always, a checkpoint holds the adapters alone."""
+        return True
 
-    def freeze(self, base: Any, fixed: Any) -> Any:
-        return {"base": post_training.base(lora.rebase(base, fixed), self.quant), "fixed": fixed}
-
-    def whole(self, trained: Any, frozen: Any, key: Any = None, step: Any = None) -> Any:
-        adapters = lora.join(trained, frozen["fixed"])
+    def init(self, base: Any, key: jax.Array) -> Trees:
+        """(trainable parts of the adapters, the other parts), each keyed by the path of the adapted weight."""
         c = self.config
+        # PiSSA starts from the full weights; other variants start from the frozen ones.
+        adapted = base if c.lora.variant == "pissa" else post_training.base(base, c.quant)
+        original = base if c.quant.scheme else None
+        return self.split(lora.init(key, adapted, c.lora, original))
+
+    def freeze(self, base: Any, constants: Any) -> dict[str, Any]:
+        return {"base": post_training.base(lora.rebase(base, constants), self.config.quant), "constants": constants}
+
+    def model_params(self, trainable: Any, frozen: Any, key: Any = None, step: Any = None) -> Any:
+        c, adapters = self.config.lora, lora.join(trainable, frozen["constants"])
         return lora.attach(frozen["base"], adapters, factors=c.factors, dropout=c.dropout, key=key)
 
-    def saved(self, trained: Any, frozen: Any) -> Any:
-        return lora.join(trained, frozen["fixed"])
+    def checkpoint_params(self, trainable: Any, frozen: Any) -> Any:
+        return lora.join(trainable, frozen["constants"])
 
     def split(self, saved: Any) -> Trees:
-        return lora.split(saved, self.config.variant)
+        return lora.split(saved, self.config.lora.variant)
+
+    def optimizer(self, base: Any, trainable: Any) -> optax.GradientTransformation:
+        """The optimizer of `optim`; adapters decay, and have the learning rate, of the weight that they adapt."""
+        c = self.config
+        return optim.make(c.optim, c.train.steps, base, width_ratio(c.model), trainable, c.lora.b_lr_ratio)
+
+    def shardings(self, trainable: Any, mesh: Mesh) -> Any:
+        """Where the trainable parameters lie: adapters are small, so every device has a copy."""
+        return jax.tree.map(lambda _: mesh_lib.replicated(mesh), trainable)
+
+    def donates_base(self) -> bool:
+        """Whether `init` may reuse the memory of the base."""
+        return False
 
 
-def kind(config: Config) -> AllWeights | Adapters:
-    """By `lora.rank`. Raises UserError where adapters have no base."""
+TrainingMethod = FullTraining | AdapterTraining
+
+
+def method(config: Config) -> TrainingMethod:
+    """The kind of training that `lora.rank` asks for.
+
+    Raises:
+      UserError: options of adapters without a rank, adapters without `init_from`, or QAT of adapters.
+    """
     if not config.lora.rank:
-        for name, idle in _IDLE.items():
-            if (value := getattr(config.lora, name)) != idle:
-                raise UserError(f"lora.{name}={value} is of adapters, and lora.rank=0 trains all weights")
+        for name, no_effect in ADAPTERS_ONLY.items():
+            if (value := getattr(config.lora, name)) != no_effect:
+                raise UserError(f"lora.{name}={value} has no effect with lora.rank=0; set lora.rank to train adapters")
         if config.quant.scheme:
-            raise UserError(f"quant.scheme={config.quant.scheme} is of the frozen base of adapters; set lora.rank")
-        return AllWeights(config.quant)
+            raise UserError(
+                f"quant.scheme={config.quant.scheme} quantizes the frozen base of adapters; set lora.rank, or see "
+                "quant.qat.scheme for quantization-aware training"
+            )
+        return FullTraining(config)
     if not config.init_from:
-        raise UserError("lora.rank adapts pretrained weights; name them by init_from")
+        raise UserError("lora.rank trains adapters over pretrained weights; name them with init_from")
     if config.quant.qat.scheme:
-        raise UserError(f"quant.qat.scheme={config.quant.qat.scheme} rounds trained weights; see lora.factors")
-    return Adapters(config.lora, config.quant)
+        raise UserError(
+            f"quant.qat.scheme={config.quant.qat.scheme} applies to full training; for adapters see lora.factors"
+        )
+    return AdapterTraining(config)

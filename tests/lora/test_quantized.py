@@ -114,11 +114,13 @@ def test_what_factors_cannot_be_is_one_line(make, tiny):
 
 
 def test_full_weights_are_wanted_where_all_are_trained_or_a_start_is_taken_out(make, tiny, base):
-    with pytest.raises(UserError, match="is a QTensor there, not full weights"):
-        trainable.AllWeights(tiny.quant).begin(base, jax.random.key(0))
+    with pytest.raises(UserError, match="is a QTensor, and full fine-tuning needs dense weights"):
+        trainable.FullTraining(tiny).init(base, jax.random.key(0))
     rounded = trees.map_weights(lambda _, w: FakeQuant(w, None, None, None, "int8", IN), make()[1])
-    with pytest.raises(UserError, match="is a FakeQuant there, not full weights"):  # it would be trained so, untold
-        trainable.AllWeights(tiny.quant).begin(rounded, jax.random.key(0))
+    with pytest.raises(
+        UserError, match="is a FakeQuant, and full fine-tuning needs dense weights"
+    ):  # it would be trained so, untold
+        trainable.FullTraining(tiny).init(rounded, jax.random.key(0))
     pissa = cases.made(make(**SHAPE)[1], cases.config(tiny, variant="pissa"))
     with pytest.raises(UserError, match="is a QTensor; lora.variant=pissa takes its start out of full weights"):
         lora.rebase(base, pissa)

@@ -200,9 +200,9 @@ def test_what_cannot_be_adapted_ends_in_one_line(command, trained, tmp_path):
         return done.stderr
 
     base = f"--config.init_from={trained}"
-    assert "name them by init_from" in said("--config.lora.rank=4")
-    assert "lora.variant=dora is of adapters" in said(base, "--config.lora.variant=dora")
-    assert "lora.factors=int8 is of adapters" in said("--config.lora.factors=int8")
+    assert "name them with init_from" in said("--config.lora.rank=4")
+    assert "lora.variant=dora has no effect with lora.rank=0" in said(base, "--config.lora.variant=dora")
+    assert "lora.factors=int8 has no effect with lora.rank=0" in said("--config.lora.factors=int8")
     assert "lora.rank is 99 for" in said(base, "--config.lora.rank=99")
     assert "matches no weight" in said(base, "--config.lora.rank=2", "--config.lora.targets=('mlp/q',)")
 

@@ -13,16 +13,16 @@ from llm_jax import lora, trees
 from llm_jax.checkpoints import checkpoint
 from llm_jax.model.transformer import Transformer
 from llm_jax.training import losses, memory, optim, step
-from llm_jax.training.trainable import Adapters
+from llm_jax.training.trainable import AdapterTraining
 from tests.lora import cases
 
 IDS = jnp.asarray(np.random.RandomState(1).randint(3, 259, (3, 8)))
 
 
-def parts(model, base, settings, quant, chunk=0, sparse=False):
+def parts(model, base, settings, config, chunk=0, sparse=False):
     """(step, state, frozen, batch); three rows of seven tokens, so that no activation is shaped like a weight."""
-    what = Adapters(settings, quant)
-    trained, fixed = what.begin(base, jax.random.key(0))
+    method = AdapterTraining(dataclasses.replace(config, lora=settings))
+    trainable, constants = method.init(base, jax.random.key(0))
     ones = jnp.ones((3, 7), jnp.int32)
     batch = {
         "inputs": IDS[:, :-1],
@@ -32,12 +32,12 @@ def parts(model, base, settings, quant, chunk=0, sparse=False):
         "mask": ones,
     }
 
-    def loss(trained, frozen, batch, count, key):
-        return losses.language_model(model, what.whole(trained, frozen, key), batch, chunk, sparse)
+    def loss(trainable, frozen, batch, count, key):
+        return losses.language_model(model, method.model_params(trainable, frozen, key), batch, chunk, sparse)
 
     optimizer = optax.adam(1e-2)
     one = jax.jit(step.make(loss, optimizer, lambda _: 1e-2, 0, 1))
-    return one, step.init(optimizer, trained), what.freeze(base, fixed), batch
+    return one, step.init(optimizer, trainable), method.freeze(base, constants), batch
 
 
 def products_like(text: str, base) -> list[str]:
@@ -63,7 +63,7 @@ def products_like(text: str, base) -> list[str]:
 def test_no_dense_gradient_is_computed(make, tiny, scan, chunk, sparse):
     model, base = make(scan_layers=scan)
     settings = cases.config(tiny, targets=("linear", "embeddings"))
-    one, state, frozen, batch = parts(model, base, settings, tiny.quant, chunk, sparse)
+    one, state, frozen, batch = parts(model, base, settings, tiny, chunk, sparse)
     assert not products_like(one.lower(state, frozen, batch).compile().as_text(), base)
 
 
@@ -78,7 +78,7 @@ def test_the_check_above_finds_the_dense_gradients_of_full_training(make):
 def test_the_optimizer_holds_adapters_only_and_the_base_is_not_touched(make, tiny, variant):
     model, base = make()
     before = trees.fingerprint(base)
-    one, state, frozen, batch = parts(model, base, cases.config(tiny, variant=variant), tiny.quant)
+    one, state, frozen, batch = parts(model, base, cases.config(tiny, variant=variant), tiny)
     rebased = trees.fingerprint(frozen["base"])
     size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))  # noqa: E731
     assert size(state.optimizer) <= 2 * size(state.params) + 8 and size(state.params) < 0.5 * size(base)
@@ -113,11 +113,11 @@ def test_lora_fa_keeps_no_inputs_for_the_gradient(tiny):
     """Of `down`, LoRA keeps the hidden activations of every layer; LoRA-FA only their products with a."""
     model = dataclasses.replace(tiny.model, vocab_size=64, mlp_dim=512, num_layers=4, qk_norm=False)
     train = dataclasses.replace(tiny.train, batch_size=4, seq_len=64)
-    config = dataclasses.replace(tiny, model=model, train=train)
+    config = dataclasses.replace(tiny, model=model, train=train, init_from="unnamed")
     settings = cases.config(tiny, targets=("layers/.*/down",), rank=4)
     lora_, fa = (
         memory.compiled(
-            dataclasses.replace(config, lora=dataclasses.replace(settings, variant=v)), "adapters"
+            dataclasses.replace(config, lora=dataclasses.replace(settings, variant=v)), "as given"
         ).temporaries
         for v in ("lora", "fa")
     )
@@ -141,8 +141,8 @@ def test_a_policy_that_keeps_products_computes_none_again_and_keeps_each_once(ti
     taken = {}
     for layers in (6, 12):
         model = dataclasses.replace(tiny.model, **shape | {"num_layers": layers, "remat": "dots"})
-        config = dataclasses.replace(tiny, model=model, train=train, lora=settings)
-        taken[layers] = memory.compiled(config, "adapters").temporaries
+        config = dataclasses.replace(tiny, model=model, train=train, lora=settings, init_from="unnamed")
+        taken[layers] = memory.compiled(config, "as given").temporaries
     m = model
     key_width = m.width // m.num_heads * m.num_kv_heads
     # What comes in; queries, keys, values; what attention gives, and its sums; `out`; gate and up; x a of all seven.

@@ -50,10 +50,10 @@ def compare(config, rule, loss, model, params, other):
         objective, optimizer, optim.schedule(rule, 8), 0, 2, ema_decay=0.9, rows_together=losses.rows_together(loss)
     )
     state = step.init(optimizer, params, ema=True)
-    state_shardings = step.State(copies, placed, optim.shardings(state.optimizer, params, placed, copies), placed)
+    state_shardings = step.TrainState(copies, placed, optim.shardings(state.optimizer, params, placed, copies), placed)
     on_mesh = jax.jit(
         mesh_lib.within(mesh, one),
-        in_shardings=(state_shardings, {"other": placed}, mesh_lib.batch_sharding(mesh, 8)),
+        in_shardings=(state_shardings, {"reference": placed}, mesh_lib.batch_sharding(mesh, 8)),
         out_shardings=(state_shardings, copies),
     )
     tokens = jax.random.randint(jax.random.key(5), (8, 17), 0, 256)
@@ -64,7 +64,7 @@ def compare(config, rule, loss, model, params, other):
     for function in (jax.jit(one), on_mesh):
         now, seen = state, []
         for _ in range(STEPS):
-            now, metrics = function(now, {"other": other}, batch)
+            now, metrics = function(now, {"reference": other}, batch)
             seen.append(float(metrics["loss"]))
         runs.append(seen)
     leaves = jax.tree.leaves(now.optimizer)

@@ -127,7 +127,9 @@ def test_the_sum_is_that_of_numpy_whole_and_in_chunks(make, tiny, other, batch, 
     found = []
     for chunk, sparse in ((0, False), (8, False), (8, True)):
         loss, _ = built(tiny, model, kind, chunk, sparse)
-        one = jax.jit(jax.value_and_grad(lambda p, loss=loss: loss(p, {"other": other}, batch, 0, None), has_aux=True))
+        one = jax.jit(
+            jax.value_and_grad(lambda p, loss=loss: loss(p, {"reference": other}, batch, 0, None), has_aux=True)
+        )
         (total, count), gradient = one(params)
         np.testing.assert_allclose([total, count], want, rtol=2e-5)
         found.append(gradient)
@@ -156,7 +158,7 @@ def test_micro_batches_add_up(make, tiny, other, batch, kind):
     for accumulation in (1, 2):
         optimizer = optax.sgd(1.0)
         one = step.make(loss, optimizer, lambda _: 1.0, 0, accumulation, rows_together=losses.rows_together(config))
-        _, metrics = jax.jit(one)(step.init(optimizer, params), {"other": other}, batch)
+        _, metrics = jax.jit(one)(step.init(optimizer, params), {"reference": other}, batch)
         seen.append([float(metrics[k]) for k in ("loss", "grad_norm", "tokens")])
     np.testing.assert_allclose(*seen, rtol=1e-4)
 
@@ -173,10 +175,10 @@ def test_distillation_and_dpo_start_where_they_must(make, tiny, batch):
     model, params = make()
     loss, config = built(tiny, model, "distillation")
     loss = losses.make(dataclasses.replace(config, teacher_weight=1.0), model, 0, model)
-    gradient, _ = jax.jit(jax.grad(lambda p: loss(p, {"other": params}, batch, 0, None), has_aux=True))(params)
+    gradient, _ = jax.jit(jax.grad(lambda p: loss(p, {"reference": params}, batch, 0, None), has_aux=True))(params)
     assert float(optax.tree.norm(gradient)) < 1e-3
     loss, _ = built(tiny, model, "dpo")
-    total, count = jax.jit(lambda p: loss(p, {"other": p}, batch, 0, None))(params)
+    total, count = jax.jit(lambda p: loss(p, {"reference": p}, batch, 0, None))(params)
     np.testing.assert_allclose([total, count], [3 * np.log(2), 3], rtol=1e-6)
 
 
@@ -186,7 +188,7 @@ def test_dpo_comes_to_prefer_the_chosen_rows(make, tiny, batch):
     optimizer = optax.sgd(1.0)
     one = jax.jit(step.make(loss, optimizer, lambda _: 1.0, 0, 1))
     scores = jax.jit(lambda p: -losses.row_losses(model, p, batch, 0))
-    state, frozen = step.init(optimizer, params), {"other": params}
+    state, frozen = step.init(optimizer, params), {"reference": params}
     for _ in range(3):
         state, _ = one(state, frozen, batch)
     gain = np.asarray(scores(state.params) - scores(params)).reshape(-1, 2)[:3]

@@ -10,7 +10,7 @@ import pytest
 
 from llm_jax.checkpoints import checkpoint
 from llm_jax.errors import UserError
-from llm_jax.training import report
+from llm_jax.training import attempts as attempts_lib
 
 
 def wait_for_step(process, workdir, step):
@@ -39,7 +39,7 @@ def test_a_signal_saves_and_ends_with_a_code_of_its_own(command, tmp_path, numbe
     checkpoint.verify(checkpoint.find(tmp_path))
     attempts = [json.loads(line) for line in (tmp_path / "attempts.jsonl").read_text().splitlines()]
     assert len(attempts) == 1 and attempts[0]["ended"] > attempts[0]["began"]
-    assert 0 < report.goodput(tmp_path) < 1
+    assert 0 < attempts_lib.goodput(tmp_path) < 1
 
 
 def test_spikes_are_jumped_over_the_same_way_when_the_run_is_interrupted(command, tmp_path):
@@ -137,11 +137,11 @@ def test_goodput_counts_the_time_of_killed_attempts(tmp_path, monkeypatch):
     clock = [100.0]
     monkeypatch.setattr(time, "time", lambda: clock[0])
     metrics = tmp_path / "metrics.jsonl"
-    report.begin_attempt(tmp_path, 0)
+    attempts_lib.begin(tmp_path, 0)
     metrics.write_text("".join(json.dumps({"step": s, "seconds": 9.0 if s == 1 else 1.0}) + "\n" for s in range(1, 6)))
     os.utime(metrics, (120.0, 120.0))  # killed 20 seconds after it began
     clock[0] = 500.0
-    report.begin_attempt(tmp_path, 5)
+    attempts_lib.begin(tmp_path, 5)
     clock[0] = 530.0
-    report.end_attempt(tmp_path)
-    assert report.goodput(tmp_path) == pytest.approx(5 * 1.0 / (20 + 30))
+    attempts_lib.end(tmp_path)
+    assert attempts_lib.goodput(tmp_path) == pytest.approx(5 * 1.0 / (20 + 30))

@@ -1,5 +1,6 @@
-"""Where figures go beside metrics.jsonl: `report.to`."""
+"""Experiment trackers that get the figures of metrics.jsonl as well: `report.to`."""
 
+import importlib.util
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -8,7 +9,9 @@ from llm_jax.errors import UserError
 from llm_jax.schema import choice
 
 
-class Sink(Protocol):
+class Tracker(Protocol):
+    """Where figures and texts of a run go, besides its own files."""
+
     def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
 
     def text(self, step: int, name: str, text: str) -> None: ...
@@ -82,21 +85,27 @@ class MLflow:
         self._mlflow.end_run()
 
 
-SINKS: dict[str, Callable[[pathlib.Path, Mapping[str, Any], int], Sink]] = {
+TRACKERS: dict[str, Callable[[pathlib.Path, Mapping[str, Any], int], Tracker]] = {
     "tensorboard": TensorBoard,
     "wandb": WeightsAndBiases,
     "mlflow": MLflow,
 }
 
 
+_PACKAGES = {"tensorboard": "tensorboardX"}  # where the package has another name
+
+
 def check(names: tuple[str, ...]) -> None:
-    """Raises UserError where one is unknown."""
+    """Raises UserError where one is unknown, or its package is not installed."""
     for name in names:
-        choice("report.to", name, SINKS)
+        choice("report.to", name, TRACKERS)
+        package = _PACKAGES.get(name, name)
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"report.to={name} needs the package {package}; pip install {package}")
 
 
-def open_all(names: tuple[str, ...], workdir: pathlib.Path, config: Mapping[str, Any], start: int) -> list[Sink]:
-    """The sinks of a run that is at step `start`.
+def open_all(names: tuple[str, ...], workdir: pathlib.Path, config: Mapping[str, Any], start: int) -> list[Tracker]:
+    """The trackers of a run that is at step `start`.
 
     Args:
       config: {dotted key: value}.
@@ -105,12 +114,10 @@ def open_all(names: tuple[str, ...], workdir: pathlib.Path, config: Mapping[str,
       UserError: one's package is not installed, or it cannot begin.
     """
     check(names)
-    opened: list[Sink] = []
+    opened: list[Tracker] = []
     for name in names:
         try:
-            opened.append(SINKS[name](workdir, config, start))
-        except ImportError as error:
-            raise UserError(f"report.to={name} needs a package; pip install {error.name}") from error
+            opened.append(TRACKERS[name](workdir, config, start))
         except Exception as error:  # theirs are many: no network, not logged in, a path that cannot be written
             raise UserError(f"report.to={name} cannot begin ({str(error).strip().splitlines()[-1]})") from error
     return opened

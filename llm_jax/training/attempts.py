@@ -1,0 +1,46 @@
+"""How long trainers have been at work on a run, and how much of that time was useful."""
+
+import json
+import pathlib
+import statistics
+import time
+
+from llm_jax.training.bad_steps import lines_up_to
+
+
+def begin(workdir: pathlib.Path, step: int) -> None:
+    """Records in attempts.jsonl that a trainer starts. One that was killed ended when it last wrote metrics."""
+    attempts, metrics = _read(workdir), workdir / "metrics.jsonl"
+    if attempts and "ended" not in attempts[-1]:
+        last = metrics.stat().st_mtime if metrics.exists() else 0.0
+        attempts[-1]["ended"] = max(attempts[-1]["began"], last)
+    _write(workdir, [*attempts, {"step": step, "began": time.time()}])
+
+
+def end(workdir: pathlib.Path) -> None:
+    """Records that the trainer ends."""
+    attempts = _read(workdir)
+    attempts[-1]["ended"] = time.time()
+    _write(workdir, attempts)
+
+
+def goodput(workdir: pathlib.Path) -> float | None:
+    """The share of the trainers' time that went into steps which count: their number times their median time.
+
+    Compiling, evaluating, saving and steps that were lost are not useful time. None where nothing has been timed.
+    """
+    lines = lines_up_to(workdir / "metrics.jsonl")
+    total = sum(attempt.get("ended", time.time()) - attempt["began"] for attempt in _read(workdir))
+    seconds = [line["seconds"] for line in lines if "seconds" in line]
+    return len(lines) * statistics.median(seconds) / total if seconds and total else None
+
+
+def _read(workdir: pathlib.Path) -> list[dict[str, float]]:
+    path = workdir / "attempts.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _write(workdir: pathlib.Path, attempts: list[dict[str, float]]) -> None:
+    partial = workdir / ".attempts.partial"
+    partial.write_text("".join(json.dumps(attempt) + "\n" for attempt in attempts))
+    partial.replace(workdir / "attempts.jsonl")

@@ -1,0 +1,109 @@
+"""The tokenizer and the rows that a configuration trains on and holds out."""
+
+import dataclasses
+from typing import Any
+
+from llm_jax import tokenizers
+from llm_jax.checkpoints import pretrained
+from llm_jax.data import corpus, masking
+from llm_jax.data import rows as rows_lib
+from llm_jax.errors import UserError
+from llm_jax.evaluation import sentiment
+from llm_jax.schema import Config
+from llm_jax.tokenizers import Tokenizer
+from llm_jax.training.start import Start
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What training reads.
+
+    Attributes:
+      config: the configuration, with the kind and size of the tokenizer.
+      tokenizer: the tokenizer of the rows.
+      source: the documents; `sha256` and `num_bytes` are theirs.
+      train: an endless stream, shuffled anew every epoch; row i is a function of (train.seed, i).
+      held_out: the held-out rows, in their order.
+      held_out_by_source: the held-out rows of each source, where there are several.
+      test: labelled rows whose accuracy is measured at the end, or None.
+      vocab_size: the ids that a model of these rows has.
+      num_tokens: training tokens of one epoch, and held-out tokens.
+    """
+
+    config: Config
+    tokenizer: Tokenizer
+    source: Any
+    train: Any
+    held_out: Any
+    held_out_by_source: dict[str, Any]
+    test: sentiment.Examples | None
+    vocab_size: int
+    num_tokens: tuple[int, int]
+
+
+def load(config: Config, start: Start | None = None) -> Inputs:
+    """Reads and tokenizes `data.source` (from the cache where it has been tokenized before).
+
+    Args:
+      start: where the run starts from, which may bring a tokenizer; None: it is looked up from `config`.
+
+    Raises:
+      UserError: no such source, too little text, or another tokenizer or text than the checkpoint was trained on.
+    """
+    from llm_jax.training import start as start_lib
+
+    start = start or start_lib.find(config)
+    config, c = start.config, start.config.train
+    named = pretrained.named_tokenizer(config.tokenizer.path, start.tokenizer) if config.tokenizer.path else None
+    if named:
+        size = dataclasses.replace(config.tokenizer, kind=named.kind, vocab_size=named.vocab_size)
+        config = dataclasses.replace(config, tokenizer=size)
+    labelled = config.data.source.startswith(sentiment.PREFIX)
+    source = sentiment.Source(config.data) if labelled else corpus.Source(config.data)
+    tokenizer = start.tokenizer or named or source.tokenizer(config.tokenizer)
+    if named:
+        pretrained.check_tokenizer(config.tokenizer.path, named, tokenizer)
+    if tokenizer.kind != config.tokenizer.kind:
+        raise UserError(
+            f"{start.checkpoint or config.init_from}: trained on '{tokenizer.kind}' tokens; config key "
+            f"'tokenizer.kind' is '{config.tokenizer.kind}'"
+        )
+    if start.record and start.record["corpus"] != source.sha256:
+        raise UserError(
+            f"data.source={config.data.source}: its text has changed since the run was started "
+            f"(sha256 {start.record['corpus'][:12]}, now {source.sha256[:12]}); restore it or give another --workdir"
+        )
+    test: sentiment.Examples | None = None
+    held_out: Any
+    parts: dict[str, Any] = {}
+    if isinstance(source, sentiment.Source):
+        train_rows, held_out, test = (source.rows(tokenizer, p, c.seq_len) for p in ("train", "validation", "test"))
+        train: Any = rows_lib.Shuffled(train_rows, c.seed)
+        num_tokens = len(train_rows.split.tokens), len(held_out.split.tokens)
+    else:
+        tokens = source.corpus(tokenizer)
+        train = rows_lib.training(config, tokens)
+        held_out, parts = rows_lib.held_out(config.data, tokens, c.seq_len)
+        num_tokens = len(tokens.train.tokens), len(held_out.split.tokens)
+    hide = masking.hider(config.loss, tokenizer)
+    return Inputs(
+        config,
+        tokenizer,
+        source,
+        hide(train, c.seed),
+        hide(held_out, 0),
+        {name: hide(part, 0) for name, part in parts.items()},
+        test,
+        masking.vocab_size(config.loss, tokenizer),
+        num_tokens,
+    )
+
+
+def describe(config: Config, inputs: Inputs) -> str:
+    """A line about the text and the tokenizer."""
+    t, source = inputs.tokenizer, inputs.source
+    return (
+        f"{config.data.source}: {source.num_bytes:,} bytes (sha256 {source.sha256[:12]}), {inputs.num_tokens[0]:,} "
+        f"training tokens, {inputs.num_tokens[1]:,} held out; tokenizer {t.kind}, {t.vocab_size} ids "
+        f"({tokenizers.digest(t)[:12]})"
+    )

@@ -1,0 +1,90 @@
+"""Figures of the machine and the model that a run reports: matmul peak, activation norms, peak memory, profiles."""
+
+import math
+import pathlib
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llm_jax import trees
+from llm_jax.data.rows import Batch
+from llm_jax.model.attention import Tokens
+from llm_jax.model.transformer import ACTIVATIONS, Transformer
+
+
+def matmul_peak(dtype: Any) -> float:
+    """The measured FLOP/s of a square matrix product in `dtype`, over all devices of this kind.
+
+    Simulated CPU devices share the same cores and count once.
+    """
+    n = 1024 if jax.default_backend() == "cpu" else 8192
+    a = jnp.ones((n, n), dtype)
+    product = jax.jit(lambda a: jax.lax.dot(a, a, preferred_element_type=jnp.float32))
+    product(a).block_until_ready()
+    best = math.inf
+    for _ in range(8):
+        start = time.perf_counter()
+        product(a).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best * (1 if jax.default_backend() == "cpu" else jax.device_count())
+
+
+def activation_norms(model: Transformer) -> Callable[[Any, Batch], dict[str, jax.Array]]:
+    """A function (params, batch) -> {layer: root mean square of its output}, float32 () each; to be jitted."""
+
+    def norms(params: Any, batch: Batch) -> dict[str, jax.Array]:
+        where = Tokens(batch["positions"], batch["segments"])
+        _, state = model.apply({"params": params}, batch["inputs"], where, method="features", mutable=[ACTIVATIONS])
+        values: dict[str, jax.Array] = {}
+        for path, (value,) in trees.flatten(state[ACTIVATIONS]).items():
+            values |= dict(zip(trees.expand(path.removesuffix("/rms")), jnp.atleast_1d(value), strict=True))
+        return values
+
+    return norms
+
+
+def peak_memory() -> dict[str, int]:
+    """The largest memory in use so far, in bytes: of this process, and of a device that reports it."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peaks = {"peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    stats = jax.local_devices()[0].memory_stats()
+    return peaks | ({"peak_device_bytes": stats["peak_bytes_in_use"]} if stats else {})
+
+
+class Profiler:
+    """Traces three steps into WORKDIR/profile, in the form that TensorBoard and xprof open.
+
+    Args:
+      start, stop: the first step that this process runs and the step after its last. Steps start + 3 to start + 5 are
+        traced, which leaves out compilation; in a shorter run its last three.
+      enabled: False: trace nothing.
+    """
+
+    def __init__(self, workdir: pathlib.Path, start: int, stop: int, enabled: bool):
+        self._directory, self._active = workdir / "profile", False
+        self._first = max(min(start + 3, stop - 3), start) if enabled else None
+
+    def at(self, done: int, state: Any) -> None:
+        """Call before every step, with the state that it starts from."""
+        if self._first is None:
+            return
+        if not self._active and self._first <= done < self._first + 3:
+            jax.block_until_ready(state)
+            jax.profiler.start_trace(str(self._directory))
+            self._active = True
+        elif done == self._first + 3:
+            self.close(state)
+
+    def close(self, state: Any) -> None:
+        """Ends a trace that is still running, and prints where it is."""
+        if self._active:
+            jax.block_until_ready(state)
+            jax.profiler.stop_trace()
+            self._active = False
+            self._first = None
+            print(f"profile: {self._directory} (tensorboard --logdir={self._directory})", flush=True)

@@ -1,0 +1,187 @@
+"""What a run reports while it trains: the progress bar, metrics.jsonl and the trackers."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from llm_jax.errors import UserError
+from llm_jax.training.bad_steps import Watch, lines_up_to
+from llm_jax.training.trackers import Tracker
+
+Metrics = Mapping[str, Any]  # of jax.Array
+
+
+@dataclasses.dataclass
+class _Pending:
+    """A step that has been dispatched and whose metrics have not been read.
+
+    Attributes:
+      ready: when its result was there, in seconds of `time.perf_counter`; None: not known yet.
+    """
+
+    step: int
+    metrics: Metrics
+    ready: float | None = None
+
+
+class Progress:
+    """Reports every step once its result is there, without making the next step wait.
+
+    A step's time runs from the end of the step before it (or of an evaluation or save) to its own end.
+
+    Args:
+      watch: sees every step, and raises `BadStep` out of the method that collects a bad one.
+      weights: the per-layer names of the trainable weights, in the order of the norms.
+      trackers: get what the file gets.
+      norms_every: steps between lines with norms; 0: none.
+      verbose: whether to show the bar and print.
+    """
+
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        start: int,
+        steps: int,
+        flops_per_token: float,
+        peak: float,
+        watch: Watch,
+        weights: Sequence[str] = (),
+        trackers: Sequence[Tracker] = (),
+        norms_every: int = 0,
+        verbose: bool = True,
+    ):
+        self._path = workdir / "metrics.jsonl"
+        self._file = _reopen(self._path, start)
+        self._bar = tqdm(
+            total=steps,
+            initial=start,
+            desc="training",
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.5,
+            disable=None if verbose else True,
+        )
+        self._start, self._steps, self._verbose = start, steps, verbose
+        self._flops_per_token, self._peak = flops_per_token, peak
+        self._watch, self._weights, self._trackers, self._norms_every = watch, weights, trackers, norms_every
+        self._pending: _Pending | None = None
+        self._clock = time.perf_counter()  # the end of what came before the step that is timed next
+        self._line: dict[str, Any] = {}
+        self.rates: list[float] = []  # tokens per second of every step
+
+    def step(self, step: int, metrics: Metrics) -> dict[str, Any] | None:
+        """Takes the metrics of a step that has been dispatched; writes and returns the line of the step before."""
+        before, self._pending = self._pending, _Pending(step, metrics)
+        self._collect(before)
+        line = self._write()
+        if all(value.is_ready() for value in metrics.values()):  # a CPU has finished the step when it is dispatched
+            self._pending.ready = time.perf_counter()
+        return line
+
+    def collect(self) -> None:
+        """Waits for the step in hand and reads its metrics."""
+        before, self._pending = self._pending, None
+        self._collect(before)
+
+    def _collect(self, pending: _Pending | None) -> None:
+        if pending is None:
+            return
+        metrics = jax.device_get(dict(pending.metrics))
+        ready = time.perf_counter() if pending.ready is None else pending.ready
+        step = pending.step
+        norms = {name: metrics.pop(f"{name}_norms") for name in ("gradient", "update") if f"{name}_norms" in metrics}
+        bad = bool(metrics.pop("bad"))
+        values = {name: float(value) for name, value in metrics.items()}
+        seconds, self._clock = max(ready - self._clock, 1e-9), ready
+        rate = values["tokens"] / seconds
+        self.rates.append(rate)
+        mfu = rate * self._flops_per_token / self._peak
+        timing = {"tokens_per_second": rate, "mfu": mfu, "seconds": seconds}
+        self._line = {"step": step, **values, **timing}
+        if bad:  # JSON has no NaN
+            self._line = {k: v if math.isfinite(v) else None for k, v in self._line.items()} | {"bad": True}
+        if self._norms_every and (step == 1 or step % self._norms_every == 0):
+            self._line["norms"] = {
+                name: dict(zip(self._weights, map(float, values), strict=True)) for name, values in norms.items()
+            }
+        text = f"loss {values['loss']:.3f}, {rate:,.0f} tokens/s, MFU {mfu:.0%}"
+        self._bar.set_postfix_str(text, refresh=False)
+        self._bar.update(1)
+        if self._verbose and self._bar.disable and self._is_milestone(step):
+            print(f"step {step} of {self._steps}: {text}", flush=True)
+        self._watch.see(step, values["loss"], bad, norms["gradient"])
+
+    def _is_milestone(self, step: int) -> bool:
+        """Whether a run without a terminal prints this step: the first, every tenth part and the last."""
+        tenth = max(self._steps // 10, 1)
+        return step in (self._start + 1, self._steps) or step % tenth == 0
+
+    def flush(self, norms: Mapping[str, Any] | None = None, **extra: float) -> dict[str, Any] | None:
+        """Writes and returns the line of the step in hand, with `extra` figures and norms of activations."""
+        self.collect()
+        if norms:
+            self._line["norms"] = self._line.get("norms", {}) | {"activation": {k: float(v) for k, v in norms.items()}}
+        self._line |= extra
+        return self._write()
+
+    def _write(self) -> dict[str, Any] | None:
+        line, self._line = self._line, {}
+        if "step" not in line:
+            return None
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"{self._path}: cannot be written ({error.strerror})") from error
+        scalars = {k: v for k, v in line.items() if isinstance(v, float)}
+        for kind, norms in line.get("norms", {}).items():
+            scalars |= {f"{kind}_norm/{weight}": value for weight, value in norms.items()}
+        for tracker in self._trackers:
+            tracker.scalars(line["step"], scalars)
+        return line
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """Prints a text above the bar and gives it to the trackers."""
+        self.write(text)
+        for tracker in self._trackers:
+            tracker.text(step, name, text)
+
+    def rewind(self, step: int) -> None:
+        """Drops the lines after `step`."""
+        self._pending, self._line = None, {}
+        self._file.close()
+        self._file = _reopen(self._path, step)
+        self._bar.n = step
+        self._bar.refresh()
+        self.pause()
+
+    def pause(self) -> None:
+        """Restarts the clock after an evaluation or a save, whose time belongs to no step."""
+        self._clock = time.perf_counter()
+
+    def write(self, text: str) -> None:
+        """Prints a line above the bar."""
+        if self._verbose:
+            self._bar.write(text)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        """Closes the bar, the file and the trackers."""
+        self._bar.close()
+        self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
+
+
+def _reopen(path: pathlib.Path, start: int):
+    """The metrics file, cut after the line of step `start`: later ones are written again."""
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines_up_to(path, start)))
+    return path.open("a")

@@ -1,0 +1,330 @@
+"""Everything that a configuration determines before any data or weights are read, in one place.
+
+    setup = training.setup(config, vocab_size)
+    state = setup.init()                        # random weights, or those of init_from
+    for batch in setup.batches(rows, 0, 100):
+        state, metrics = setup.step(state, batch)
+
+`setup` works from shapes alone: it makes the mesh, the model, the optimizer, the shardings and the jitted functions,
+and raises `UserError` for every contradiction in the configuration that can be seen without data. The trainer, `plan`,
+the benchmarks and the experiments all call it.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from llm_jax import trees
+from llm_jax.checkpoints import checkpoint, pretrained
+from llm_jax.data import rows as rows_lib
+from llm_jax.data.rows import Batch
+from llm_jax.errors import UserError
+from llm_jax.model import attention_kernels, transformer
+from llm_jax.model.transformer import Transformer
+from llm_jax.parallel import mesh as mesh_lib
+from llm_jax.schema import Config, ModelConfig
+from llm_jax.training import bad_steps, losses, optim, trackers, trainable
+from llm_jax.training import step as step_lib
+from llm_jax.training.step import TrainState
+
+# (params, frozen, batch, step, key) -> (sum over the counted targets, their number), float32 () each: `losses.make`.
+Objective = Callable[[Any, Any, Batch, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """The parts of a training run. All trees of shapes have `jax.ShapeDtypeStruct` leaves with shardings.
+
+    Attributes:
+      config: the configuration, with `model.vocab_size` set.
+      method: full training, or adapters over frozen weights.
+      model: the model that is trained.
+      reference: the frozen model of the loss (the teacher, or DPO's reference), or None.
+      mesh: the devices, as axes "data", "fsdp" and "tensor".
+      optimizer: the optax transformation.
+      schedule: step -> learning rate.
+      base: shapes of the weights that training starts from.
+      state: shapes of the training state, `state.frozen` included where the base is dense.
+      batch: shapes of a batch, int32 (batch_size, seq_len) each.
+      train_step: jitted (state without frozen, frozen, batch, limit) -> (state, metrics); the state is donated.
+      loss: jitted (trainable, frozen, batch) -> (sum of the cross-entropy in nats, number of targets), float32 () each.
+    """
+
+    config: Config
+    method: trainable.TrainingMethod
+    model: Transformer
+    reference: Transformer | None
+    mesh: Mesh
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    base: Any
+    state: TrainState
+    batch: dict[str, jax.ShapeDtypeStruct]
+    train_step: Any
+    loss: Any
+
+    @property
+    def batch_sharding(self) -> NamedSharding:
+        return mesh_lib.batch_sharding(self.mesh, self.config.train.batch_size)
+
+    @property
+    def replicated(self) -> NamedSharding:
+        return mesh_lib.replicated(self.mesh)
+
+    @property
+    def weight_names(self) -> list[str]:
+        """Per-layer names of the trainable weights, in the order of the norms in the metrics."""
+        return bad_steps.names(self.state.params)
+
+    @property
+    def attention_kernel(self) -> str:
+        """The attention kernel that this machine and model use, and why no faster one."""
+        c = self.config.train
+        micro_batch = c.batch_size // c.grad_accumulation
+        shape = dict(self.mesh.shape)
+        return attention_kernels.describe(self.config.model, jax.default_backend(), micro_batch, c.seq_len, shape)
+
+    def shardings(self, tree: Any) -> Any:
+        """A NamedSharding for every leaf of a tree of the model's weights, by `mesh.rules`."""
+        return mesh_lib.shardings(tree, self.config.mesh.rules, self.mesh)
+
+    def random_params(self) -> Any:
+        """Initial weights drawn with `train.seed`, on the mesh."""
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        init = jax.jit(lambda key: self.model.init(key, tokens)["params"], out_shardings=_shardings_of(self.base))
+        return init(jax.random.key(self.config.train.seed))
+
+    def load_base(self, origin: pretrained.Origin | None = None) -> Any:
+        """The weights that training starts from: those of `init_from` (or of `origin`, which is it), or random ones."""
+        if origin is None and not self.config.init_from:
+            return self.random_params()
+        origin = origin or pretrained.Origin(self.config.init_from, self.config.model.precision.params)
+        return origin.params(self.config.model, self.shardings)
+
+    def load_reference(self) -> Any:
+        """The weights of the loss's frozen model, on the mesh; {} where there is none."""
+        if self.reference is None:
+            return {}
+        c = self.config.model
+        name = self.config.loss.teacher or self.config.init_from
+        loaded = pretrained.load(name, scan_layers=c.scan_layers, dtype=c.precision.params)
+        return jax.device_put(loaded.params, self.shardings(loaded.params))
+
+    def init(self, base: Any = None, reference: Any = None) -> TrainState:
+        """The training state before the first step.
+
+        Args:
+          base: the weights to start from, which may be donated; None: `load_base()`.
+          reference: the weights of the loss's frozen model; None: `load_reference()`.
+        """
+        base = self.load_base() if base is None else base
+        params, constants = self.init_trainable(base)
+        frozen = self.freeze(base, constants, self.load_reference() if reference is None else reference)
+        return self.begin(params).replace(frozen=frozen)
+
+    def init_trainable(self, base: Any) -> tuple[Any, Any]:
+        """(trainable parameters, the constant parts of adapters), initialized with `train.seed`."""
+        # The key is an argument, so that runs with other seeds do not compile again.
+        donated = (0,) if self.method.donates_base() else ()
+        shardings = (_shardings_of(self.state.params), self.replicated)
+        init = jax.jit(self.method.init, out_shardings=shardings, donate_argnums=donated)
+        return init(base, jax.random.key(self.config.train.seed))
+
+    def freeze(self, base: Any, constants: Any, reference: Any) -> dict[str, Any]:
+        """What stays as it is while training, on the mesh: the base of adapters, their constants, the reference."""
+        shapes = jax.eval_shape(self.method.freeze, base, constants)
+        # One weight after the other rather than in one jitted function, which would hold all of them twice.
+        where = _frozen_shardings(shapes, self.shardings, self.mesh)
+        frozen = jax.device_put(self.method.freeze(base, constants), where)
+        return frozen | ({"reference": reference} if self.reference is not None else {})
+
+    def begin(self, params: Any) -> TrainState:
+        """The state at step 0 with these trainable parameters, which are donated; `frozen` is empty."""
+        shapes = self.state.replace(frozen={})
+        begin = jax.jit(self._begin, out_shardings=_shardings_of(shapes), donate_argnums=0)
+        return begin(params)
+
+    def _begin(self, params: Any) -> TrainState:
+        return step_lib.init(self.optimizer, params, ema=bool(self.config.optim.ema_decay))
+
+    def step(self, state: TrainState, batch: Batch, limit: float = math.inf) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One update: (new state, metrics). The arrays of `state` are donated, except those of `state.frozen`.
+
+        Args:
+          limit: a loss above it makes the step a bad one; see `training.step.make`.
+        """
+        frozen = state.frozen
+        new, metrics = self.train_step(state.replace(frozen={}), frozen, batch, jnp.float32(limit))
+        return new.replace(frozen=frozen), metrics
+
+    def model_params(self, state: TrainState) -> Any:
+        """The parameters that are evaluated: those of the average where `optim.ema_decay` keeps one."""
+        return self.method.model_params(state.model, state.frozen)
+
+    def batches(self, rows: rows_lib.AnyRows | Any, start: int, stop: int) -> Iterator[Batch]:
+        """The batches of the steps `start` to `stop - 1`, built ahead of use in the background."""
+        return rows_lib.batches(rows, start, stop, self.config.train.batch_size, self.batch_sharding)
+
+
+def setup(
+    config: Config,
+    vocab_size: int = 0,
+    *,
+    reference: ModelConfig | None = None,
+    objective: Objective | None = None,
+) -> Setup:
+    """The parts of a training run, from shapes alone: no weights and no data are read.
+
+    Args:
+      config: `model.vocab_size` is the model's; where it is 0, `vocab_size` is.
+      vocab_size: the number of ids that the data has.
+      reference: the model of `loss.teacher`, where it has been loaded already.
+      objective: another loss than that of `config.loss`.
+
+    Raises:
+      UserError: options that contradict each other, or that do not fit the devices; names them.
+    """
+    c = config.train
+    if not config.model.vocab_size and not vocab_size:
+        raise UserError("config key 'model.vocab_size' is 0, the tokenizer's; give --config.model.vocab_size=N")
+    if config.model.vocab_size and config.model.vocab_size < vocab_size:
+        given = config.model.vocab_size
+        raise UserError(f"config key 'model.vocab_size' is {given}; the tokenizer has {vocab_size} ids")
+    sized = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or vocab_size)
+    config = dataclasses.replace(config, model=sized)
+
+    # ---------------------------------------------------------------- mesh and model
+    losses.check(config)
+    trackers.check(config.report.to)
+    bad_steps.check(config.train)
+    mesh = mesh_lib.make(config.mesh)
+    batch_sharding = mesh_lib.batch_sharding(mesh, c.batch_size)
+    together = losses.rows_together(config.loss)
+    step_lib.check_accumulation(c.batch_size, c.grad_accumulation, mesh.shape["data"] * mesh.shape["fsdp"], together)
+    model = Transformer(config.model)
+    transformer.check_length(config.model, c.seq_len)
+    reference_model = _reference(config, model, reference)
+
+    # ---------------------------------------------------------------- what is trained and what is frozen
+    method = trainable.method(config)
+    base = checkpoint.abstract_params(model)
+    params, constants = jax.eval_shape(method.init, base, jax.random.key(0))
+    frozen = jax.eval_shape(method.freeze, base, constants)
+    place = functools.partial(mesh_lib.shardings, rules=config.mesh.rules, mesh=mesh)
+    frozen = _placed(frozen, _frozen_shardings(frozen, place, mesh))
+    if reference_model is not None:
+        shapes = checkpoint.abstract_params(reference_model)
+        frozen |= {"reference": _placed(shapes, place(shapes))}
+    optimizer = method.optimizer(base, params)
+    schedule = optim.schedule(config.optim, c.steps)
+    state = jax.eval_shape(functools.partial(step_lib.init, optimizer, ema=bool(config.optim.ema_decay)), params)
+    where, copies = method.shardings(params, mesh), mesh_lib.replicated(mesh)
+    state_shardings = TrainState(
+        copies,
+        where,
+        optim.shardings(state.optimizer, params, where, copies),
+        where if config.optim.ema_decay else None,
+    )
+
+    # ---------------------------------------------------------------- jitted functions
+    sparse = losses.is_sparse(config)
+    if objective is None:
+        objective = losses.make(config.loss, model, c.loss_chunk, reference_model, sparse=sparse)
+
+    def loss(params, frozen, batch, step, key):
+        return objective(method.model_params(params, frozen, key, step), frozen, batch, step, key)
+
+    def held_out_loss(params, frozen, batch):
+        return losses.language_model(model, method.model_params(params, frozen), batch, c.loss_chunk, sparse)
+
+    train_step = step_lib.make(
+        loss,
+        optimizer,
+        schedule,
+        c.seed,
+        c.grad_accumulation,
+        skip_bad=c.on_bad_step == "skip",
+        update_norms=config.report.norms_every > 0,
+        ema_decay=config.optim.ema_decay,
+        rows_together=together,
+    )
+    shape = jax.ShapeDtypeStruct((c.batch_size, c.seq_len), jnp.int32, sharding=batch_sharding)
+    return Setup(
+        config=config,
+        method=method,
+        model=model,
+        reference=reference_model,
+        mesh=mesh,
+        optimizer=optimizer,
+        schedule=schedule,
+        base=_placed(base, place(base)),
+        state=_placed(state, state_shardings).replace(frozen=frozen),
+        batch=dict.fromkeys(rows_lib.NAMES, shape),
+        train_step=jax.jit(
+            mesh_lib.within(mesh, train_step),
+            donate_argnums=0,
+            in_shardings=(state_shardings, None, batch_sharding, None),
+            out_shardings=(state_shardings, copies),
+        ),
+        loss=jax.jit(
+            mesh_lib.within(mesh, held_out_loss),
+            in_shardings=(where, None, batch_sharding),
+            out_shardings=copies,
+        ),
+    )
+
+
+def _reference(config: Config, model: Transformer, teacher: ModelConfig | None) -> Transformer | None:
+    if config.loss.kind == "dpo":
+        return model
+    if not config.loss.teacher:
+        return None
+    if teacher is None:
+        teacher = pretrained.Origin(config.loss.teacher, config.model.precision.params).config
+        teacher = dataclasses.replace(teacher, scan_layers=config.model.scan_layers, attention_kernel="auto")
+    transformer.check_length(teacher, config.train.seq_len)
+    return Transformer(teacher)
+
+
+def _frozen_shardings(frozen: Any, place: Callable[[Any], Any], mesh: Mesh) -> Any:
+    """The base lies by `mesh.rules`; the constants of adapters are small, so every device has a copy."""
+    copies = mesh_lib.replicated(mesh)
+    return {name: place(t) if name == "base" else jax.tree.map(lambda _: copies, t) for name, t in frozen.items()}
+
+
+def _placed(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), tree, shardings)
+
+
+def _shardings_of(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
+def num_parameters(tree: Any) -> int:
+    """The number of entries of all arrays of a tree (shapes suffice)."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def describe(setup: Setup) -> str:
+    """The table of trainable parameters with shapes, dtypes and shardings, and a line about mesh and kernels."""
+    lines, size = [], 0
+    params = setup.state.params
+    for path, weight in trees.flatten(params).items():
+        for keys, leaf in jax.tree_util.tree_flatten_with_path(weight)[0]:
+            size += leaf.size * leaf.dtype.itemsize
+            split = " x ".join(str(axis) for axis in tuple(leaf.sharding.spec) if axis) or "replicated"
+            name = path + jax.tree_util.keystr(keys)
+            lines.append(f"{name:<44} {leaf.shape!s:<20} {leaf.dtype!s:<10} {split:<16} {leaf.size:>12,}")
+    head = f"{'parameter':<44} {'shape':<20} {'dtype':<10} {'sharded over':<16} {'entries':>12}"
+    total = f"{num_parameters(params):,} trainable parameters, {size / 2**20:,.1f} MiB"
+    if (all_params := num_parameters(setup.base)) != num_parameters(params):
+        total += f", over {all_params:,} frozen ones"
+    mesh = f"mesh {dict(setup.mesh.shape)} of {jax.device_count()} {jax.devices()[0].device_kind} device(s)"
+    return "\n".join([head, *lines, total, f"{mesh}, attention kernel {setup.attention_kernel}, jax {jax.__version__}"])

@@ -1,0 +1,162 @@
+"""Where a run starts from, and the configuration that follows from it.
+
+    1. the last checkpoint of the workdir;  2. the weights of `init_from`;  3. random weights
+
+Adapters are initialized or restored in the same order, over the weights of `init_from`. A checkpoint says what its
+model is: with `init_from`, the options of `model` and `tokenizer` are those of the checkpoint, except the ones that a
+run chooses freely and the ones that were set explicitly and change no weight's shape.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+from llm_jax import configuration, tokenizers, trees
+from llm_jax.checkpoints import checkpoint, pretrained
+from llm_jax.errors import UserError
+from llm_jax.model.transformer import Transformer
+from llm_jax.schema import Config, ModelConfig
+from llm_jax.tokenizers import Tokenizer
+from llm_jax.training import optim
+
+# Options that may change when a run is resumed: whole keys, and sections by their dot.
+_RESUMABLE = (
+    *("eval.", "report.", "checkpoint.", "mesh."),
+    *("train.steps", "train.on_bad_step", "train.spike_factor", "model.attention_kernel", "model.kv_cache"),
+    *("data.cache_dir", "data.workers", "tokenizer.path"),  # the tokenizer itself is compared
+)
+# Options of a model that change neither its weights nor what it computes, up to rounding. A run chooses them, not the
+# checkpoint that it starts from.
+_OF_THE_RUN = ("scan_layers", "remat", "attention_kernel", "kv_cache", "precision")
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Where a run starts from.
+
+    Attributes:
+      config: the configuration, with what follows from `init_from`.
+      origin: the checkpoint of `init_from`, where its weights are read, or None.
+      checkpoint: the directory of the run's own checkpoint that training resumes from, or None.
+      record: the record of that checkpoint.
+    """
+
+    config: Config
+    origin: pretrained.Origin | None = None
+    checkpoint: pathlib.Path | None = None
+    record: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def step(self) -> int:
+        """The number of updates done."""
+        return self.record.get("step", 0)
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer that the weights are bound to, or None where it is still to be trained or loaded."""
+        if self.checkpoint:
+            return tokenizers.load(self.checkpoint / "tokenizer")
+        return self.origin.tokenizer if self.origin else None
+
+
+def find(config: Config, workdir: pathlib.Path | None = None) -> Start:
+    """Where a run in `workdir` starts from; None: a run without a workdir, which resumes nothing.
+
+    Raises:
+      UserError: the workdir holds another run, a checkpoint is damaged, or an override contradicts `init_from`.
+    """
+    saved = checkpoint.find(workdir) if workdir and checkpoint.steps(workdir) else None
+    recorded = checkpoint.read_config(workdir) if workdir and (workdir / "config.json").exists() else None
+    origin = None
+    if config.init_from and (config.lora.rank or not saved):
+        origin = pretrained.Origin(config.init_from, config.model.precision.params)
+    if config.init_from:
+        if origin:
+            config = _from_checkpoint(config, origin.config, origin.tokenizer, origin.name)
+        elif recorded:
+            tokenizer = tokenizers.load(saved / "tokenizer") if saved else None
+            config = _from_checkpoint(config, recorded.model, tokenizer, str(workdir))
+    if config.optim.warmup_steps < 0:
+        steps = recorded.optim.warmup_steps if recorded else optim.warmup_steps(config.optim, config.train.steps)
+        config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, warmup_steps=steps))
+    if recorded and workdir:
+        _refuse_another_run(workdir, recorded, config)
+    start = Start(config, origin, saved, checkpoint.verify(saved) if saved else {})
+    if start.step > config.train.steps:
+        raise UserError(
+            f"{workdir} is at step {start.step}, past train.steps={config.train.steps}; raise it or give another "
+            "--workdir"
+        )
+    return start
+
+
+def notes(start: Start) -> Iterator[str]:
+    """A line for every option of the model that differs from the checkpoint of `init_from`."""
+    if start.origin:
+        before, now = _flat(start.origin.config), _flat(start.config.model)
+        yield f"weights from {start.origin.name}"
+        for key in now:
+            if now[key] != before[key] and not _is_of_the_run(key) and key != "vocab_size":
+                yield f"note: model.{key} was {before[key]!r} there"
+
+
+def _from_checkpoint(config: Config, model: ModelConfig, tokenizer: Tokenizer | None, name: str) -> Config:
+    """`config` with the model and the tokenizer of a checkpoint.
+
+    Raises:
+      UserError: an option that was set explicitly changes the shape of a weight; names it.
+    """
+    explicit = {key.removeprefix("model.") for key in config.explicit if key.startswith("model.")}
+    own, theirs = _flat(config.model), _flat(model)
+    changes = {k: own[k] for k in own if own[k] != theirs[k] and (k in explicit or _is_of_the_run(k))}
+    if not own["vocab_size"]:
+        changes.pop("vocab_size", None)
+    expected = _shapes(model)
+    for key in sorted(changes, key=list(own).index):
+        try:
+            shapes = _shapes(configuration.replace(model, {key: changes[key]}, "model."))
+        except UserError as error:
+            raise UserError(f"{name}: its model cannot have model.{key}={changes[key]!r} ({error})") from error
+        if shapes != expected and not _is_of_the_run(key):
+            path = next(p for p in [*shapes, *expected] if shapes.get(p) != expected.get(p))
+            raise UserError(
+                f"model.{key}={changes[key]!r} does not fit the weights of {name}, where it is {theirs[key]!r} (it "
+                f"changes '{path}'); leave it out"
+            )
+    config = dataclasses.replace(config, model=configuration.replace(model, changes, "model."))
+    if tokenizer is None:
+        return config
+    if "tokenizer.kind" in config.explicit and config.tokenizer.kind != tokenizer.kind:
+        raise UserError(
+            f"{name}: trained on '{tokenizer.kind}' tokens; config key 'tokenizer.kind' is '{config.tokenizer.kind}'"
+        )
+    its = dataclasses.replace(config.tokenizer, kind=tokenizer.kind, vocab_size=tokenizer.vocab_size)
+    return dataclasses.replace(config, tokenizer=its)
+
+
+def _refuse_another_run(workdir: pathlib.Path, before: Config, now: Config) -> None:
+    """Raises UserError where the workdir holds a run whose configuration differs in what may not change."""
+    old, new = configuration.flat(before), configuration.flat(now)
+    changed = [k for k in new if new[k] != old[k] and k not in _RESUMABLE and f"{k.split('.')[0]}." not in _RESUMABLE]
+    if not new["model.vocab_size"]:  # 0 means the tokenizer's, which the file names
+        changed = [k for k in changed if k != "model.vocab_size"]
+    if now.tokenizer.path or now.init_from:  # they decide both, and the tokenizer itself is compared
+        changed = [k for k in changed if k not in ("tokenizer.kind", "tokenizer.vocab_size")]
+    if changed:
+        differences = "; ".join(f"{k} was {old[k]!r}, now {new[k]!r}" for k in changed[:4])
+        raise UserError(f"{workdir} holds another run ({differences}); give another --workdir")
+
+
+def _flat(model: ModelConfig) -> dict[str, Any]:
+    return configuration.flat(model)
+
+
+def _is_of_the_run(key: str) -> bool:
+    return key.split(".")[0] in _OF_THE_RUN
+
+
+def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every weight, by its name in the per-layer layout."""
+    abstract = checkpoint.abstract_params(Transformer(dataclasses.replace(model, scan_layers=False)))
+    return {path: leaf.shape for path, leaf in trees.flatten(abstract).items()}

@@ -1,0 +1,362 @@
+"""The training loop: `summary = train(config, workdir)`.
+
+Called again with the same arguments it resumes from the last checkpoint, bit for bit on the same mesh.
+"""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llm_jax import cli, configuration, tokenizers, trees
+from llm_jax.checkpoints import checkpoint, pretrained
+from llm_jax.checkpoints.directory import lock
+from llm_jax.decoding import loop
+from llm_jax.decoding.options import Options
+from llm_jax.errors import UserError
+from llm_jax.evaluation import ask, builtin, classification, held_out
+from llm_jax.model import transformer
+from llm_jax.parallel import mesh as mesh_lib
+from llm_jax.schema import Config
+from llm_jax.training import attempts, bad_steps, inputs, losses, measures, start, trackers
+from llm_jax.training import setup as setup_lib
+from llm_jax.training.progress import Progress
+from llm_jax.training.setup import Setup
+from llm_jax.training.step import TrainState
+
+Callback = Callable[[dict[str, Any]], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What is known of a run before its weights are loaded.
+
+    Attributes:
+      setup: the parts of training, with the configuration that follows from `init_from` and the data.
+      start: where the run starts from.
+      inputs: the tokenizer and the rows.
+      reference: the weights of the loss's frozen model, or {}.
+    """
+
+    setup: Setup
+    start: start.Start
+    inputs: inputs.Inputs
+    reference: Any
+
+
+def prepare(config: Config, workdir: pathlib.Path | None = None) -> Prepared:
+    """Finds where a run starts from, checks its configuration, reads its data and sets it up.
+
+    What can be checked without data is checked before the data is read. Nothing is written to `workdir`.
+
+    Raises:
+      UserError: see `start.find`, `setup.setup` and `inputs.load`.
+    """
+    beginning = start.find(config, workdir)
+    config = beginning.config
+    provisional = config.model.vocab_size or config.tokenizer.vocab_size or 512
+    model = dataclasses.replace(config.model, vocab_size=provisional)
+    setup_lib.setup(dataclasses.replace(config, model=model))
+    for name in config.eval.tasks:
+        builtin.named(name)
+    data = inputs.load(config, beginning)
+    config = data.config
+    reference, shape = {}, None
+    if name := config.loss.teacher or (config.init_from if config.loss.kind == "dpo" else ""):
+        c = config.model
+        loaded = pretrained.load(name, scan_layers=c.scan_layers, dtype=c.precision.params)
+        vocabulary = dataclasses.replace(c, vocab_size=c.vocab_size or data.vocab_size)
+        digest = tokenizers.digest(loaded.tokenizer)
+        losses.check_other(name, loaded.model.config, vocabulary, digest, data.tokenizer)
+        reference, shape = loaded.params, loaded.model.config
+    setup = setup_lib.setup(config, data.vocab_size, reference=shape)
+    if reference:
+        reference = jax.device_put(reference, setup.shardings(reference))
+    return Prepared(setup, beginning, data, reference)
+
+
+def train(
+    config: Config | str | os.PathLike[str] | Mapping[str, Any],
+    workdir: str | os.PathLike[str],
+    *,
+    callback: Callback | None = None,
+    stop: Callable[[], Any] | None = None,
+    profile: bool = False,
+    verbose: bool = True,
+) -> dict[str, Any]:
+    """Trains a model, or resumes the run in `workdir`, and returns its summary.
+
+    Args:
+      config: a `Config`, or what `llm_jax.config` takes.
+      workdir: the directory of the run: config.json, metrics.jsonl, summary.json and checkpoints/.
+      callback: called with the metrics of every step, a dict as metrics.jsonl has it (step, loss, tokens_per_second,
+        validation_loss where the step was evaluated, ...). A true value stops the run.
+      stop: asked after every step; a true value stops the run. A run that stops saves a checkpoint first.
+      profile: trace three steps into WORKDIR/profile.
+      verbose: print the parameters, the progress and the results.
+
+    Returns:
+      The figures of summary.json: validation_loss, validation_perplexity, validation_bits_per_byte, steps,
+      tokens_per_second, seconds and others. For a run that was stopped early, {"stopped": True, "steps": steps done}.
+
+    Raises:
+      UserError: the configuration, the data or the workdir cannot be used, or the loss is not finite.
+    """
+    config = config if isinstance(config, Config) else configuration.load(config)
+    workdir = pathlib.Path(workdir).expanduser()
+    began = time.perf_counter()
+    say = print if verbose else lambda *values, **options: None
+    with contextlib.ExitStack() as stack:
+        prepared = prepare(config, workdir)
+        setup, beginning, data = prepared.setup, prepared.start, prepared.inputs
+        config, c, method = setup.config, setup.config.train, setup.method
+        say(inputs.describe(config, data))
+        say(setup_lib.describe(setup))
+        checkpoint.make_directory(workdir)
+        stack.enter_context(contextlib.closing(lock(workdir)))
+        watch = bad_steps.Watch(c, setup.weight_names, workdir / "metrics.jsonl", beginning.step)
+
+        # ---------------------------------------------------------------- state
+        reference = prepared.reference
+        fingerprint = trees.fingerprint(reference) if reference else ""
+        if reference and beginning.checkpoint and beginning.record["other"] != fingerprint:
+            name = config.loss.teacher or config.init_from
+            raise UserError(f"{name}: its weights have changed since {workdir} was started; give another --workdir")
+        for note in start.notes(beginning):
+            say(note)
+        base = setup.load_base(beginning.origin) if method.reads_base(bool(beginning.checkpoint)) else None
+        base_record = None
+        if beginning.origin and config.lora.rank:
+            base_record = {"path": beginning.origin.name, "sha256": trees.fingerprint(base or {})}
+            if beginning.checkpoint:
+                checkpoint.check_base(beginning.checkpoint, beginning.record, base_record["sha256"])
+        if beginning.checkpoint:
+            state, constants = restore(setup, beginning.checkpoint, beginning.record)
+            say(f"resuming from {beginning.checkpoint}")
+        else:
+            params, constants = setup.init_trainable(base)
+            state = setup.begin(params)
+        state = state.replace(frozen=setup.freeze(base, constants, reference))
+        del base, reference, prepared
+        cli.trim_memory()
+        checkpoint.write_json(workdir / "config.json", configuration.as_dict(config))
+
+        # ---------------------------------------------------------------- evaluation and samples
+        tasks = {pathlib.Path(name).stem: builtin.named(name) for name in config.eval.tasks}
+        evaluator = Evaluator(setup, data, tasks)
+        if config.eval.prompts and not beginning.step:
+            say(evaluator.sample("before training", state))
+
+        # ---------------------------------------------------------------- the loop
+        tracking = trackers.open_all(config.report.to, workdir, configuration.flat(config), beginning.step)
+        writer = checkpoint.Writer(workdir, config, data.tokenizer, data.source.sha256, fingerprint, base_record)
+        stack.callback(writer.close)
+        flops = transformer.flops_per_token(config.model, c.seq_len)
+        peak = measures.matmul_peak(config.model.precision.compute)
+        progress = Progress(
+            workdir,
+            beginning.step,
+            c.steps,
+            flops,
+            peak,
+            watch,
+            setup.weight_names,
+            tracking,
+            config.report.norms_every,
+            verbose,
+        )
+        stack.callback(progress.close)
+        attempts.begin(workdir, beginning.step)
+        rollbacks = bad_steps.Rollbacks()
+        profiler = measures.Profiler(workdir, beginning.step, c.steps, profile)
+        periods = {
+            "evaluate": config.eval.every,
+            "sample": config.report.samples_every if config.eval.prompts else 0,
+            "norms": config.report.norms_every,
+            "save": config.checkpoint.every,
+        }
+        done, skipped_batches = beginning.step, beginning.record.get("jumped", 0)
+        stream = setup.batches(data.train, done + skipped_batches, c.steps + skipped_batches)
+        figures: dict[str, float] = {}
+        stopping = False
+        while done < c.steps and not stopping:
+            profiler.at(done, state)
+            batch = next(stream)
+            state, metrics = setup.step(state, batch, watch.limit(done + 1))
+            done, figures = done + 1, {}
+            stopping = bool(stop and stop())
+            due = {name for name, every in periods.items() if every and done % every == 0}
+            due = {"save"} if stopping else due | {"evaluate", "save"} if done == c.steps else due
+            try:
+                line = progress.step(done, metrics)
+                if due:
+                    progress.collect()
+            except bad_steps.BadStep as bad:
+                writer.wait()
+                to = _rollback_step(config, workdir, bad)
+                rollbacks.count(to, bad)
+                writer.discard(to)
+                watch.rewind(to)
+                progress.rewind(to)
+                progress.write(f"step {bad.step}: {bad.what}; going back to step {to} and skipping batches up to there")
+                frozen = state.frozen
+                if to:
+                    directory = checkpoint.find(workdir)
+                    state = restore(setup, directory, checkpoint.verify(directory))[0].replace(frozen=frozen)
+                else:
+                    state = setup.begin(setup.init_trainable(setup.load_base(beginning.origin))[0]).replace(
+                        frozen=frozen
+                    )
+                done, skipped_batches = to, skipped_batches + bad.step - to
+                stream = setup.batches(data.train, done + skipped_batches, c.steps + skipped_batches)
+                continue
+            if callback and line and callback(line):
+                stopping, due = True, due | {"save"}
+            if not due:
+                continue
+            norms = evaluator.activation_norms(state, batch) if "norms" in due else {}
+            if "evaluate" in due:
+                figures = evaluator.evaluate(state, 0 if done == c.steps else config.eval.rows)
+                progress.write(f"step {done}: {evaluator.describe(figures)}")
+            line = progress.flush(norms, **figures)
+            stopping = bool(callback and line and callback(line)) or stopping
+            if "sample" in due and done < c.steps:
+                progress.text(done, "samples", evaluator.sample(f"after {done} steps", state))
+            if "save" in due or stopping:
+                saved = method.checkpoint_params(state.params, state.frozen)
+                loss = figures.get("validation_loss")
+                writer.save(done, saved, state.optimizer, loss, skipped_batches, state.ema)
+            progress.pause()
+        profiler.close(state)
+        writer.wait()
+        if config.eval.prompts and done == c.steps:
+            progress.text(done, "samples", evaluator.sample("after training", state))
+        attempts.end(workdir)
+        if done < c.steps:
+            return {"stopped": True, "steps": done}
+
+        # ---------------------------------------------------------------- the results
+        figures = figures or evaluator.evaluate(state, 0)
+        summary = {
+            **figures,
+            "compressed_bits_per_byte": data.source.compressed_bits_per_byte() if config.loss.masked == "none" else {},
+            "steps": c.steps,
+            "parameters": setup_lib.num_parameters(setup.base),
+            "trained_parameters": setup_lib.num_parameters(setup.state.params),
+            "tokens_per_second": statistics.median(progress.rates) if progress.rates else None,
+            "corpus": {"source": config.data.source, "sha256": data.source.sha256, "bytes": data.source.num_bytes},
+            "seconds": time.perf_counter() - began,
+            "goodput": attempts.goodput(workdir),
+            **measures.peak_memory(),
+            "jax": jax.__version__,
+        }
+        if data.test:
+            args = setup.model, setup.model_params(state), data.test, c.batch_size, setup.batch_sharding
+            test = classification.accuracy(*args)
+            summary |= {f"test_{name}": value for name, value in test.items()}
+            say(f"test: {classification.say(test)}")
+        checkpoint.write_json(workdir / "summary.json", summary)
+        say(describe_results(workdir, config, summary))
+        return summary
+
+
+def restore(setup: Setup, directory: pathlib.Path, record: Mapping[str, Any]) -> tuple[TrainState, Any]:
+    """(the state of a verified checkpoint with empty `frozen`, the constant parts of adapters)."""
+    shapes = setup.state
+    saved = setup.method.checkpoint_params(shapes.params, shapes.frozen)
+    params, *rest = checkpoint.restore_state(directory, record, saved, shapes.optimizer, shapes.ema)
+    trainable, constants = setup.method.split(params)
+    step = jax.device_put(jnp.int32(record["step"]), setup.replicated)
+    return TrainState(step, trainable, *rest), constants
+
+
+def _rollback_step(config: Config, workdir: pathlib.Path, bad: bad_steps.BadStep) -> int:
+    """The step to go back to: that of the last regular checkpoint, or 0.
+
+    Raises:
+      UserError: `train.on_bad_step` is not "rollback".
+    """
+    saved = checkpoint.steps(workdir)
+    if config.train.on_bad_step != "rollback":
+        cure = "lower optim.lr, or set train.on_bad_step to skip or rollback"
+        raise UserError(f"step {bad.step}: {bad.what}; {f'step {saved[-1]} is saved; ' if saved else ''}{cure}")
+    # Not one that was saved for a signal: an undisturbed run would not have it.
+    return ([s for s in saved if s % (config.checkpoint.every or 1) == 0] or saved or [0])[-1]
+
+
+class Evaluator:
+    """Held-out figures, task accuracies and samples of a state; its functions compile once."""
+
+    def __init__(self, setup: Setup, data: inputs.Inputs, tasks: Mapping[str, Any]):
+        self._setup, self._data, self._tasks = setup, data, tasks
+        self._decoder = setup.model.clone(config=dataclasses.replace(setup.config.model, scan_layers=False))
+        unstack = lambda params, frozen: trees.unstack(setup.method.model_params(params, frozen))  # noqa: E731
+        self._unstack = jax.jit(unstack, out_shardings=setup.replicated)
+        norms = measures.activation_norms(setup.model)
+        self._norms = jax.jit(mesh_lib.within(setup.mesh, lambda p, f, b: norms(setup.method.model_params(p, f), b)))
+
+    def evaluate(self, state: TrainState, limit: int) -> dict[str, float]:
+        """validation_* over the first `limit` held-out rows (0: all), by source too, and task_* accuracies."""
+        setup, data, config = self._setup, self._data, self._setup.config
+        loss = lambda params, batch: setup.loss(params, state.frozen, batch)  # noqa: E731
+        figures: dict[str, float] = {}
+        for source, rows in {"": data.held_out, **data.held_out_by_source}.items():
+            result = held_out.evaluate(loss, state.model, rows, config.train.batch_size, setup.batch_sharding, limit)
+            suffix = f"/{source}" if source else ""
+            figures |= {f"validation_{name}{suffix}": value for name, value in result.items()}
+        for name, task in self._tasks.items():
+            count = min((limit and config.eval.task_examples) or len(task.examples), len(task.examples))
+            reader = (self._decoder, self._unstack(state.model, state.frozen), data.tokenizer)
+            answers = list(ask.records(reader, task, ask.Manner(), range(count)))
+            figures[f"task_{name}"] = ask.summary(answers)["accuracy"]
+        return figures
+
+    def describe(self, figures: Mapping[str, float]) -> str:
+        """The figures in one line."""
+        text = (
+            f"held-out loss {figures['validation_loss']:.4f}, {figures['validation_bits_per_byte']:.3f} bits per byte"
+        )
+        return text + "".join(f", {name} {figures[f'task_{name}']:.1%} right" for name in self._tasks)
+
+    def activation_norms(self, state: TrainState, batch: Any) -> dict[str, Any]:
+        """{layer: root mean square of its output} of a batch, float."""
+        return jax.device_get(self._norms(state.params, state.frozen, batch))
+
+    def sample(self, title: str, state: TrainState) -> str:
+        """Continuations of `eval.prompts`, as text under a title."""
+        config, tokenizer = self._setup.config, self._data.tokenizer
+        prompts = [tokenizers.prompt(tokenizer, text) for text in config.eval.prompts]
+        generated = loop.generate(
+            self._decoder,
+            self._unstack(state.model, state.frozen),
+            prompts,
+            Options(temperature=0.8, top_p=0.95).sampler(),
+            max_new_tokens=config.eval.max_new_tokens,
+            eos=tokenizers.ends(tokenizer),
+            vocab_size=tokenizer.vocab_size,
+        )
+        texts = [tokenizer.decode(p + new.ids) for p, new in zip(prompts, generated, strict=True)]
+        return "\n".join(f"----- {title}\n{text}" for text in texts)
+
+
+def describe_results(workdir: pathlib.Path, config: Config, summary: Mapping[str, Any]) -> str:
+    """The final figures, where the checkpoint is, and the next command to try."""
+    packed = ", ".join(f"{name} {value:.3f}" for name, value in summary["compressed_bits_per_byte"].items())
+    key = "validation_bits_per_byte"
+    lines = [
+        f"held-out: loss {summary['validation_loss']:.4f}, perplexity {summary['validation_perplexity']:.2f}, "
+        f"{summary[key]:.3f} bits per byte{packed and f' ({packed})'}",
+        *(f"of {name.split('/', 1)[1]}: {value:.3f}" for name, value in summary.items() if name.startswith(f"{key}/")),
+        f"checkpoint: {workdir / 'checkpoints' / str(config.train.steps)}",
+        f'next: python -m llm_jax.generate --checkpoint={workdir} --prompt="def "'
+        if config.model.causal
+        else f"next: python -m llm_jax.evaluate --checkpoint={workdir} --data=FILE",
+    ]
+    return "\n".join(lines)
