@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     config = configuration.recipe("default")
     config.model.update({"vocab_size": 50257, "width": 12288, "num_layers": 96, "num_heads": 96, "num_kv_heads": 96})
     config.model.update({"mlp_dim": 4 * 12288, "norm": "layer", "bias": True, "qk_norm": False})
-    config.model.update({"mlp": "plain", "activation": "gelu", "tie_head": True})
+    config.model.update({"mlp": "plain", "activation": "gelu", "tie_embeddings": True})
     config.model.position.update({"kind": "learned", "max_length": 2048})
     config.train.update({"seq_len": 2048})
     return config

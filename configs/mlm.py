@@ -18,8 +18,8 @@ def get_config() -> ConfigDict:
     config.data.source = "asset:shakespeare"
     config.tokenizer.update({"kind": "wordpiece", "vocab_size": 4096})
     config.loss.update({"masked": "words", "mask_prob": 0.15})
-    config.model.update({"causal": False, "num_types": 2, "embed_norm": True, "norm": "layer", "norm_eps": 1e-12})
-    config.model.update({"norm_place": "post", "qk_norm": False, "bias": True})
+    config.model.update({"causal": False, "type_vocab_size": 2, "embed_norm": True, "norm": "layer", "norm_eps": 1e-12})
+    config.model.update({"norm_placement": "post", "qk_norm": False, "bias": True})
     config.model.update({"mlp": "plain", "mlp_dim": 1024, "activation": "gelu_exact"})
     config.model.position.update({"kind": "learned", "max_length": 512})
     config.train.update({"steps": 1000, "batch_size": 16, "seq_len": 128, "loss_chunk": 32})

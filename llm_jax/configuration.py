@@ -32,6 +32,17 @@ RENAMED = {
     "model.cache": "model.kv_cache",
     "model.head_width": "model.head_dim",
     "model.mlp_width": "model.mlp_dim",
+    "model.norm_place": "model.norm_placement",
+    "model.num_types": "model.type_vocab_size",
+    "model.parallel": "model.parallel_residual",
+    "model.position.buckets": "model.position.num_buckets",
+    "model.position.clip": "model.position.max_relative_position",
+    "model.position.factor": "model.position.scaling_factor",
+    "model.position.fraction": "model.position.partial_rotary_factor",
+    "model.position.high_frequency": "model.position.high_freq_factor",
+    "model.position.low_frequency": "model.position.low_freq_factor",
+    "model.position.shaw": "model.position.relative_embeddings",
+    "model.tie_head": "model.tie_embeddings",
 }
 # Options that are missing in old checkpoints and whose default has another meaning than their absence.
 _VALUE_BEFORE = {"eval.task_examples": 0}

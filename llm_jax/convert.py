@@ -110,7 +110,7 @@ def _peft(source: pathlib.Path, output: pathlib.Path, kind: str) -> None:
         kind,
         adapters,
         abstract,
-        config.model.tie_head,
+        config.model.tie_embeddings,
         rank_stabilized=config.lora.rank_stabilized,
         dropout=config.lora.dropout,
         base_name=str(named) if readable else None,

@@ -12,7 +12,7 @@ from llm_jax.errors import UserError
 
 Rules = tuple[tuple[str, Any], ...]
 
-# Numbers and their ranges: (from, to, both inclusive). Infinite and undefined numbers are in none.
+# Numbers and their ranges: (from, to, both inclusive). No range contains an infinite number or NaN.
 Count = Annotated[int, (1, 2**62)]
 CountOrZero = Annotated[int, (0, 2**62)]
 Positive = Annotated[float, (1e-30, 1e30)]
@@ -26,198 +26,203 @@ Dtype = Annotated[str, ("float32", "bfloat16", "float16", "float64")]
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    source: (
-        str  # "stdlib", asset:NAME, hf:NAME, a file, directory or glob; A,B,... or A@WEIGHT,B@WEIGHT,...; sources.py
-    )
-    kind: str  # what is learned from: "text", "instructions" (the answers), "preferences" (pairs); see data/encode.py
-    field: str  # the text of a record (JSON lines, Parquet, hf:NAME) where the kind is "text"
-    validation_fraction: Share  # share of the bytes held out, by whole groups of documents
-    cache_dir: str  # tokenized corpora and trained tokenizers; "" is ~/.cache/llm_jax
-    workers: CountOrZero  # processes that read and tokenize; 0: by the size of the text
+    # "stdlib", asset:NAME, hf:NAME, a file, directory or glob; A,B,... or A@WEIGHT,B@WEIGHT,...; see data/sources.py
+    source: str
+    kind: str  # "text", "instructions" (loss on the answers), "preferences" (chosen and rejected); see data/encode.py
+    field: str  # name of the text field of a record (JSON lines, Parquet, hf:NAME) with kind="text"
+    validation_fraction: Share  # share of the bytes held out for validation, in groups of documents
+    cache_dir: str  # directory of tokenized corpora and trained tokenizers; "": ~/.cache/llm_jax
+    workers: CountOrZero  # number of processes that read and tokenize; 0: chosen from the size of the text
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
     kind: str  # "word", "char", "byte", "bpe", "char_bpe", "byte_bpe", "wordpiece", "unigram"
-    vocab_size: CountOrZero  # special ids included; the most that "char" takes; ignored by "byte"
-    path: (
-        str  # one that is there, whose kind and size then count: what `pretrained.load_tokenizer` takes; "": train one
-    )
+    vocab_size: CountOrZero  # number of ids, special ids included; an upper bound for "char"; ignored by "byte"
+    path: str  # path to an existing tokenizer; overrides kind and vocab_size; "": train one
 
 
 @dataclasses.dataclass(frozen=True)
 class PositionConfig:
     kind: str  # "none", "sinusoidal", "learned", "shaw", "t5", "alibi", "rope"
-    base: Positive  # rope, sinusoidal: the wavelengths run from 2 pi to 2 pi * base
-    combine: str  # sinusoidal, learned: "add" to the token embeddings, or "concatenate"
-    width: CountOrZero  # of the vectors that are concatenated
-    local_base: PositiveOrZero  # rope: base of "local" layers, which are then not scaled; 0: as the others
-    max_length: Count  # learned: rows of the table
-    clip: Count  # shaw: the largest distance that has a vector of its own
-    shaw: str  # shaw: vectors for "keys", "values" or "both"
-    buckets: Count  # t5
-    max_distance: Count  # t5: where the last bucket begins
-    fraction: Share  # rope: share of the head width that is turned
-    interleaved: bool  # rope: pairs of neighbours instead of halves
+    base: Positive  # rope, sinusoidal: base (theta) of the wavelengths, which run from 2 pi to 2 pi * base
+    combine: str  # sinusoidal, learned: "add" vectors to the token embeddings, or "concatenate" them
+    width: CountOrZero  # sinusoidal, learned: dimension of the vectors with combine="concatenate"
+    local_base: PositiveOrZero  # rope: base of "local" layers, which then use no scaling; 0: same as the global layers
+    max_length: Count  # learned: number of positions in the table
+    max_relative_position: Count  # shaw: distance k at which relative positions are clipped
+    relative_embeddings: str  # shaw: trained vectors for "keys", "values" or "both"
+    num_buckets: Count  # t5: number of relative position buckets
+    max_distance: Count  # t5: distance from which on all positions share the last bucket
+    partial_rotary_factor: Share  # rope: share of head_dim that is rotated
+    interleaved: bool  # rope: rotate neighbouring dimensions as pairs (GPT-J) instead of the two halves (GPT-NeoX)
     scaling: str  # rope: "none", "linear", "ntk", "dynamic", "yarn", "llama3"
-    factor: Positive  # of the scaling
-    original_length: CountOrZero  # the trained length (dynamic, yarn, llama3)
-    beta_fast: Positive  # yarn: pairs with more turns over the trained length stay
-    beta_slow: Positive  # yarn: pairs with fewer turns are divided by the factor
-    low_frequency: Positive  # llama3: as beta_slow
-    high_frequency: Positive  # llama3: as beta_fast
+    scaling_factor: Positive  # rope: context extension factor of the scaling
+    original_length: CountOrZero  # rope: context length of pretraining (dynamic, yarn, llama3)
+    beta_fast: Positive  # yarn: dimensions with more rotations than this over original_length are not scaled
+    beta_slow: Positive  # yarn: dimensions with fewer rotations than this are divided by scaling_factor
+    low_freq_factor: Positive  # llama3: the same bound as beta_slow
+    high_freq_factor: Positive  # llama3: the same bound as beta_fast
 
 
 @dataclasses.dataclass(frozen=True)
 class PrecisionConfig:
-    params: Dtype  # dtype the weights and the optimizer's state are kept in
-    compute: Dtype  # dtype of activations and of the operands of products
-    accumulate: Dtype  # dtype of the sums inside products
+    params: Dtype  # dtype of weights and optimizer state
+    compute: Dtype  # dtype of activations and of the operands of matrix products
+    accumulate: Dtype  # dtype in which matrix products are accumulated
     output: Dtype  # dtype of the logits
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    vocab_size: CountOrZero  # 0: the tokenizer's
-    width: Count
-    base_width: CountOrZero  # rates and logits keep the sizes they have at this width (μP); 0: no transfer
-    num_layers: Count
-    causal: bool  # a token sees what is before it (decoder), or all of its document (encoder)
-    layer_pattern: tuple[str, ...]  # kinds of layer, repeated over the depth: "global", "local"
-    window: Count  # "local" layers see this many last positions, the own one included (encoder: on each side)
-    num_heads: Count
-    num_kv_heads: Count  # divides num_heads
-    head_dim: CountOrZero  # 0: width // num_heads
-    mlp: str  # "gated" or "plain"
-    mlp_dim: Count
-    activation: str  # "silu", "gelu" (tanh form), "gelu_exact", "relu"
-    norm: str  # "rms" or "layer"
-    norm_eps: PositiveOrZero
-    norm_place: str  # "pre": before attention and MLP; "post": after their sums; "both": before, and after each
-    parallel: bool  # attention and MLP side by side on one norm, instead of one after the other
-    embed_norm: bool  # a norm after the embeddings
-    num_types: CountOrZero  # embeddings of token types (BERT's two sentences); 0: none
-    pooler: bool  # tanh(W x + b) of the first token (BERT), see `Transformer.pooled`
+    vocab_size: CountOrZero  # number of rows of the embedding table; 0: vocabulary size of the tokenizer
+    width: Count  # dimension of the residual stream (d_model)
+    base_width: CountOrZero  # μP: width at which learning rates and logit scale were tuned (arXiv:2203.03466); 0: no μP
+    num_layers: Count  # number of transformer layers
+    causal: bool  # True: causal attention (decoder); False: bidirectional attention (encoder)
+    layer_pattern: tuple[str, ...]  # attention kinds repeated over the layers: "global", "local" (sliding window)
+    window: Count  # size of the sliding window of "local" layers, own position included; on each side without causal
+    num_heads: Count  # number of query heads
+    num_kv_heads: Count  # number of key/value heads; divides num_heads (grouped-query attention)
+    head_dim: CountOrZero  # dimension of a head; 0: width // num_heads
+    mlp: str  # "gated" (down(act(gate x) * up x)) or "plain" (down(act(up x)))
+    mlp_dim: Count  # hidden dimension of the MLP
+    activation: str  # "silu", "gelu" (tanh approximation), "gelu_exact", "relu"
+    norm: str  # "rms" (RMSNorm) or "layer" (LayerNorm)
+    norm_eps: PositiveOrZero  # epsilon of the norms
+    norm_placement: str  # "pre": before attention and MLP; "post": after the residual sums; "both"
+    parallel_residual: bool  # attention and MLP read the same normed input (GPT-J), not one the other
+    embed_norm: bool  # normalize the embeddings before the first layer
+    type_vocab_size: CountOrZero  # number of token types (BERT's segments) with an embedding; 0: none
+    pooler: bool  # add BERT's pooler, tanh(W x + b) of the first token; see `Transformer.pooled`
     qk_norm: bool  # RMS-normalize queries and keys per head (Henry et al. 2020, arXiv:2010.04245)
-    bias: bool  # biases in attention and MLP
-    qkv_bias: bool  # biases of queries, keys and values only
-    head_bias: bool  # a bias of the output head, which is then not tied
-    attention_scale: PositiveOrZero  # of the scores; 0: 1 / sqrt(head width)
-    attention_softcap: PositiveOrZero  # scores become cap tanh(scores / cap) (arXiv:2408.00118); 0: none
-    logit_softcap: PositiveOrZero  # the same of logits
+    bias: bool  # biases in all linear layers of attention and MLP
+    qkv_bias: bool  # biases of the query, key and value projections only
+    head_bias: bool  # bias of the output head; needs tie_embeddings=False
+    attention_scale: PositiveOrZero  # factor on q·k; 0: 1 / sqrt(head_dim)
+    attention_softcap: PositiveOrZero  # scores become cap * tanh(scores / cap) (arXiv:2408.00118); 0: no cap
+    logit_softcap: PositiveOrZero  # logits become cap * tanh(logits / cap); 0: no cap
     scale_embeddings: bool  # multiply token embeddings by sqrt(width) (Vaswani et al. 2017, section 3.4)
-    tie_head: bool  # the output head is the embedding table
-    attention_kernel: str  # who computes it: "auto", "plain", "xla", "cudnn", "splash"; see model/attention_kernels.py
-    kv_cache: Annotated[str, ("compute", "int8")]  # of keys and values in decoding: the compute dtype, or int8 by head
+    tie_embeddings: bool  # use the embedding table as the output head
+    attention_kernel: str  # attention kernel: "auto", "plain", "xla", "cudnn", "splash"; see model/attention_kernels.py
+    kv_cache: Annotated[
+        str, ("compute", "int8")
+    ]  # storage of cached keys and values: "compute" (dtype precision.compute) or "int8" (one scale per head)
     position: PositionConfig
     precision: PrecisionConfig
-    scan_layers: bool  # one compiled layer per stage (training); else one per layer
-    remat: str  # what the backward pass recomputes: "none", "dots" (all but products), "full"
+    scan_layers: bool  # scan over stacked layers (compile time independent of depth) instead of unrolling them
+    remat: str  # rematerialization in the backward pass: "none", "dots" (all but matrix products), "full"
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    kind: str  # "adamw", "lion", "adafactor", "muon" (hidden matrices; adamw for the rest) or "sgd"
-    lr: PositiveOrZero  # the peak
-    lr_rules: Rules  # (regular expression, factor on the rate) over parameter names
+    kind: str  # "adamw", "lion", "adafactor", "muon" (hidden matrices; adamw for all others) or "sgd"
+    lr: PositiveOrZero  # peak learning rate
+    lr_rules: Rules  # (regular expression, factor on the learning rate) over parameter names; the first match applies
     warmup_steps: Annotated[int, (-1, 2**62)]  # steps of linear warm-up; -1: a fourteenth of train.steps
-    schedule: str  # after the warm-up: "cosine", "linear", "constant", "wsd" or "inverse_sqrt"
-    final_lr_fraction: Share  # of the peak, reached at the last step (cosine, linear, wsd)
-    decay_fraction: Share  # wsd: the share of all steps in which the rate falls, the last ones
-    weight_decay: PositiveOrZero
-    decay_rules: Rules  # (regular expression, factor on weight_decay) over parameter names
-    beta1: Share  # adamw, lion; momentum of sgd
-    beta2: Share  # adamw, lion
-    eps: PositiveOrZero  # adamw
-    momentum: Share  # muon
-    clip_norm: PositiveOrZero  # of the global gradient; 0: no clipping
-    ema_decay: Share  # of a moving average of the weights, which is then what is evaluated and loaded; 0: none
+    schedule: str  # after the warm-up: "cosine", "linear", "constant", "wsd" (warmup-stable-decay) or "inverse_sqrt"
+    final_lr_fraction: Share  # learning rate at the last step as a fraction of lr (cosine, linear, wsd)
+    decay_fraction: Share  # wsd: share of all steps, at the end, in which the learning rate decays
+    weight_decay: PositiveOrZero  # decoupled weight decay
+    decay_rules: Rules  # (regular expression, factor on weight_decay) over parameter names; the first match applies
+    beta1: Share  # adamw, lion: decay of the first moment; sgd: momentum
+    beta2: Share  # adamw, lion: decay of the second moment (lion: of the momentum)
+    eps: PositiveOrZero  # adamw: epsilon in the denominator
+    momentum: Share  # muon: momentum
+    clip_norm: PositiveOrZero  # maximum global gradient norm; 0: no clipping
+    ema_decay: Share  # decay of an exponential moving average of the weights, used for evaluation and loading; 0: none
 
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
     kind: str  # "cross_entropy", "unlikelihood", "entmax", "distillation" or "dpo"; see training/losses.py
-    masked: Annotated[str, ("none", "tokens", "words")]  # what is hidden, to be found again; "none": the next token is
-    mask_prob: Annotated[float, (0.001, 1.0)]  # of the tokens or words that are hidden; see data/masking.py
+    masked: Annotated[
+        str, ("none", "tokens", "words")
+    ]  # masked language modeling of "tokens" or whole "words"; "none": next-token prediction
+    mask_prob: Annotated[float, (0.001, 1.0)]  # probability that a token or word is masked; see data/masking.py
     z_loss: PositiveOrZero  # weight of log(sum exp(logits))^2
-    label_smoothing: Share  # of the target's probability, shared by all ids
-    unlikelihood: PositiveOrZero  # its weight beside the cross-entropy
-    teacher: str  # distillation: a checkpoint (as --checkpoint takes it) with the run's vocabulary
-    temperature: Positive  # distillation: of both models
-    teacher_weight: Share  # distillation: of the divergence from the teacher; the cross-entropy has the rest
-    beta: Positive  # dpo: how dear it is to leave the reference
+    label_smoothing: Share  # probability mass moved from the target to a uniform distribution over all ids
+    unlikelihood: PositiveOrZero  # weight of the unlikelihood term beside the cross-entropy
+    teacher: str  # distillation: checkpoint of the teacher, with the same vocabulary
+    temperature: Positive  # distillation: softmax temperature of student and teacher
+    teacher_weight: Share  # distillation: weight of the divergence; the cross-entropy has the rest
+    beta: Positive  # dpo: strength of the regularization toward the reference model
 
 
 @dataclasses.dataclass(frozen=True)
 class QATConfig:
-    scheme: str  # what weights (and activations) are rounded to in training; "": none
-    start_step: CountOrZero  # from which step on
-    learned_step: bool  # train the scales too (LSQ, arXiv:1902.08153)
+    scheme: str  # scheme that weights (and activations) are fake-quantized to during training; "": none
+    start_step: CountOrZero  # step at which quantization-aware training starts
+    learned_step: bool  # train the quantization scales (LSQ, arXiv:1902.08153)
 
 
 @dataclasses.dataclass(frozen=True)
 class QuantConfig:
-    scheme: str  # of the frozen base of adapters; "": as it comes
-    head: str  # the scheme of embeddings and head, in both; "": not quantized
-    rules: Rules  # (regular expression, scheme or "") over parameter names, before the usual ones
+    scheme: str  # scheme of the frozen base weights under adapters (QLoRA); "": not quantized
+    head: str  # scheme of embeddings and output head, for both `scheme` and `qat`; "": not quantized
+    rules: Rules  # (regular expression, scheme or "") over parameter names, matched before the default rules
     qat: QATConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    steps: Count
-    seed: Seed
-    batch_size: Count  # sequences per step, over all devices and micro-batches
-    seq_len: Count
-    grad_accumulation: Count  # micro-batches a step
-    loss_chunk: CountOrZero  # positions whose logits exist at a time; 0: all of seq_len
-    on_bad_step: str  # a loss that is not finite, or a spike: "stop", "skip" its update, or "rollback" and jump over it
-    spike_factor: PositiveOrZero  # a loss above this many times the median of the last 50 is a spike; 0: none is
+    steps: Count  # number of optimizer steps
+    seed: Seed  # seed of initialization, data order and dropout
+    batch_size: Count  # sequences per optimizer step, over all devices and micro-batches
+    seq_len: Count  # tokens per sequence
+    grad_accumulation: Count  # number of micro-batches per optimizer step
+    loss_chunk: CountOrZero  # number of positions whose logits are computed at a time; 0: all of seq_len
+    on_bad_step: str  # on a non-finite loss or a spike: "stop", "skip" (the update) or "rollback" (and skip batches)
+    spike_factor: PositiveOrZero  # a spike is a loss above this many times the median of the last 50; 0: none
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    rank: CountOrZero  # of the adapters trained over the frozen weights of init_from; 0: all weights are trained
-    ranks: Rules  # (regular expression, rank) over names of adapted weights, where ranks differ; (): `rank` everywhere
-    alpha: Positive  # the update is a b times alpha / rank
-    rank_stabilized: bool  # alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv:2312.03732)
-    variant: LoraVariant  # see lora/adapt.py
-    targets: tuple[str, ...]  # "attention", "linear", "embeddings", or regular expressions over names
-    factors: str  # the scheme that a and b are rounded to in every use, straight-through, such as int8; "": none
-    dropout: Annotated[float, (0.0, 0.99)]  # of the inputs of adapters
+    rank: CountOrZero  # rank of adapters trained over the frozen weights of init_from; 0: train all weights
+    ranks: Rules  # (regular expression, rank) over names of adapted weights, where ranks differ; (): `rank` for all
+    alpha: Positive  # the update a b is scaled by alpha / rank
+    rank_stabilized: bool  # scale by alpha / sqrt(rank) instead (rsLoRA: Kalajdzievski 2023, arXiv:2312.03732)
+    variant: LoraVariant  # "lora", "fa" (LoRA-FA, a is frozen), "dora", "pissa", "loftq"; see lora/adapt.py
+    targets: tuple[
+        str, ...
+    ]  # adapted weights: "attention", "linear", "embeddings", or regular expressions over parameter names
+    factors: str  # scheme that a and b are fake-quantized to, such as int8; "": none
+    dropout: Annotated[float, (0.0, 0.99)]  # dropout probability of the inputs of adapters
     b_lr_ratio: Positive  # learning rate of b over that of a (LoRA+: Hayou et al. 2024, arXiv:2402.12354)
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    every: CountOrZero  # steps; 0: at the end only
-    rows: CountOrZero  # held-out sequences per evaluation while training; 0: all
-    prompts: tuple[str, ...]  # continued before and after training
-    tasks: tuple[str, ...]  # asked zero-shot whenever held-out text is: names or JSONL files, see evaluation/tasks.py
-    task_examples: CountOrZero  # of each while training; 0, and at the end: all
-    max_new_tokens: Count
+    every: CountOrZero  # steps between evaluations; 0: at the end only
+    rows: CountOrZero  # held-out sequences per evaluation during training; 0: all
+    prompts: tuple[str, ...]  # prompts that are continued before and after training
+    tasks: tuple[
+        str, ...
+    ]  # tasks evaluated zero-shot with every evaluation: names or JSONL files, see evaluation/tasks.py
+    task_examples: CountOrZero  # examples per task during training; 0: all. The final evaluation uses all
+    max_new_tokens: Count  # length of the continuations of `prompts`, in tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class ReportConfig:
-    to: tuple[str, ...]  # beside metrics.jsonl: "tensorboard", "wandb", "mlflow"
+    to: tuple[str, ...]  # loggers besides metrics.jsonl: "tensorboard", "wandb", "mlflow"
     norms_every: CountOrZero  # steps between norms of gradients, updates and activations per layer; 0: never
-    samples_every: CountOrZero  # steps between continuations of eval.prompts; 0: before and after only
+    samples_every: CountOrZero  # steps between continuations of eval.prompts; 0: before and after training only
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    every: CountOrZero  # steps; 0: at the end only
-    keep_last: Count
-    keep_best: CountOrZero  # by held-out loss, besides the last
+    every: CountOrZero  # steps between checkpoints; 0: at the end only
+    keep_last: Count  # number of latest checkpoints that are kept
+    keep_best: CountOrZero  # number of checkpoints with the lowest held-out loss that are kept besides
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    data: MeshSize  # copies of the model; -1: all remaining devices
-    fsdp: MeshSize  # shards of weights, optimizer state and batch
-    tensor: MeshSize  # shards of heads, MLP and vocabulary
-    rules: Rules  # (regular expression, (axis of rows, axis of columns)) over parameter names
+    data: MeshSize  # data parallelism: copies of the model; -1: all remaining devices
+    fsdp: MeshSize  # fully sharded data parallelism: shards of weights, optimizer state and batch
+    tensor: MeshSize  # tensor parallelism: shards of heads, MLP and vocabulary
+    rules: Rules  # (regular expression, (mesh axis of rows, mesh axis of columns)) over parameter names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,34 +247,34 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Word2VecConfig:
-    window: Count  # words on each side at most; each place draws its own from 1 to this
-    negatives: Count  # words drawn against each pair
-    sample: PositiveOrZero  # words with a larger share of the text are thinned out; 0: none
-    lr: Positive  # falls linearly
-    final_lr: Positive
-    chunk: Count  # words a step over all devices, a multiple of 16 on each; their gradients are summed
-    shared_negatives: Count  # drawn for 16 words, and weighted so that each of their pairs sees `negatives`
+    window: Count  # maximum context words on each side; every center word draws its own window from 1 to this
+    negatives: Count  # negative samples per pair
+    sample: PositiveOrZero  # words with a larger share of the text are subsampled; 0: no subsampling
+    lr: Positive  # initial learning rate, which decays linearly
+    final_lr: Positive  # learning rate at the last step
+    chunk: Count  # center words per step over all devices, a multiple of 16 per device; their gradients are summed
+    shared_negatives: Count  # negative samples shared by 16 words; each pair counts `negatives` of them
 
 
 @dataclasses.dataclass(frozen=True)
 class GloveConfig:
-    window: Count  # words on each side; a pair at distance d counts 1/d
-    x_max: Positive  # counts above this weigh 1, others (count / x_max)^alpha
-    alpha: PositiveOrZero
-    lr: Positive  # of AdaGrad
-    batch_size: Count  # cells of the matrix of co-occurrences a step
-    memory: Count  # MiB of counts that are held before they go to disk
+    window: Count  # context words on each side; a pair at distance d counts 1/d
+    x_max: Positive  # counts above this have weight 1, others (count / x_max)^alpha
+    alpha: PositiveOrZero  # exponent of the weighting function
+    lr: Positive  # learning rate of AdaGrad
+    batch_size: Count  # cells of the co-occurrence matrix per step
+    memory: Count  # MiB of co-occurrence counts kept in memory before they are written to disk
 
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddingsConfig:
     kind: str  # "skipgram", "cbow" or "glove"
     source: str  # text files, directories, globs, Wikipedia dumps, asset:NAME; A,B,...
-    min_count: Count  # rarer words are left out
-    max_words: CountOrZero  # the most frequent words that are kept; 0: all
-    width: Count
-    epochs: Count
-    seed: Seed
+    min_count: Count  # words with fewer occurrences are dropped
+    max_words: CountOrZero  # maximum vocabulary size, most frequent words first; 0: no limit
+    width: Count  # dimension of the vectors
+    epochs: Count  # passes over the text
+    seed: Seed  # seed of initialization and sampling
     word2vec: Word2VecConfig
     glove: GloveConfig
 

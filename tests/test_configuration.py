@@ -1,3 +1,4 @@
+import json
 import runpy
 
 import pytest
@@ -104,3 +105,32 @@ def test_a_workdir_that_cannot_be_written_is_one_line(command, tmp_path, what):
         what.write_text("")
     done = command("train", f"--workdir={what}", code=2)
     assert done.stderr.strip().splitlines()[-1].startswith(f"error: {what}")
+
+
+def test_a_config_json_with_the_names_of_earlier_versions_loads_under_the_new_names(tmp_path):
+    config = config_lib.load("default")
+    values = {new: value for new, value in config_lib.flat(config).items() if new in config_lib.RENAMED.values()}
+    # Another value than the default for every renamed option, so that a dropped one shows.
+    choices = {"model.norm_placement": "post", "model.position.relative_embeddings": "keys"}
+    choices |= {"model.attention_kernel": "plain", "model.kv_cache": "int8"}
+    choices |= {"loss.mask_prob": 0.5, "model.position.partial_rotary_factor": 0.25}
+    changes = {
+        key: choices[key] if key in choices else not value if isinstance(value, bool) else value * 2 + 1
+        for key, value in values.items()
+    }
+    expected = config_lib.replace(config, changes)
+    mapping = config_lib.as_dict(expected)
+    for old, new in config_lib.RENAMED.items():
+        *sections, name = new.split(".")
+        section = mapping
+        for part in sections:
+            section = section[part]
+        section[old.rsplit(".", 1)[1]] = section.pop(name)
+    (tmp_path / "config.json").write_text(json.dumps(mapping))
+    assert config_lib.load(tmp_path) == expected
+
+
+@pytest.mark.parametrize(("old", "new"), config_lib.RENAMED.items())
+def test_an_override_by_an_earlier_name_is_answered_with_the_new_one(old, new):
+    with pytest.raises(UserError, match=f"unknown config key '{old}'; it is now '{new}'"):
+        config_lib.load("default", {old: 1})

@@ -17,7 +17,9 @@ def get_config() -> ConfigDict:
     config.data.validation_fraction = 0.02
     # In all runs: the head is untied because concatenated positions need it so, and token embeddings are
     # scaled because sinusoids, whose entries are of size 1, would drown them.
-    config.model.update({"width": 128, "num_layers": 3, "mlp_dim": 256, "tie_head": False, "scale_embeddings": True})
+    config.model.update(
+        {"width": 128, "num_layers": 3, "mlp_dim": 256, "tie_embeddings": False, "scale_embeddings": True}
+    )
     config.model.position.update({"max_length": 512, "width": 32})
     config.train.update({"steps": 500, "batch_size": 16, "seq_len": 64})
     config.eval.update({"every": 0, "prompts": ()})

@@ -47,7 +47,7 @@ def main() -> None:
             scaled = model
             if scaling:
                 # Dynamic scaling takes the factor from the length itself.
-                settings = {"factor": 1.0 if scaling == "dynamic" else float(factor)}
+                settings = {"scaling_factor": 1.0 if scaling == "dynamic" else float(factor)}
                 position = dataclasses.replace(
                     model.config.position, scaling=scaling, original_length=f.original_length, **settings
                 )

@@ -36,8 +36,8 @@ KINDS = {
     "sinusoidal concatenated": {"kind": "sinusoidal", "combine": "concatenate"},
     "learned": {"kind": "learned"},
     "shaw": {"kind": "shaw"},
-    "shaw keys": {"kind": "shaw", "shaw": "keys"},
-    "shaw values": {"kind": "shaw", "shaw": "values"},
+    "shaw keys": {"kind": "shaw", "relative_embeddings": "keys"},
+    "shaw values": {"kind": "shaw", "relative_embeddings": "values"},
     "t5": {"kind": "t5"},
     "alibi": {"kind": "alibi"},
     "rope": {"kind": "rope"},
@@ -113,7 +113,7 @@ def plan(root: pathlib.Path, size: str, seeds: int) -> list[list[Job]]:
             if scaling != "none":
                 changes |= {
                     "model.position.scaling": scaling,
-                    "model.position.factor": 1.0 if scaling == "dynamic" else 8.0,
+                    "model.position.scaling_factor": 1.0 if scaling == "dynamic" else 8.0,
                     "model.position.original_length": length,
                 }
             tunes.append(train(f"fine-tune rope with scaling {scaling}, seed {seed}", run, changes))

@@ -49,7 +49,7 @@ def _rope(c: Mapping[str, Any], said: Mapping[str, Any] | None = None) -> dict[s
     found = {"position.kind": "rope", "position.base": float(base)}
     fraction = said.get("partial_rotary_factor", c.get("partial_rotary_factor"))
     if fraction is not None:
-        found["position.fraction"] = float(fraction)
+        found["position.partial_rotary_factor"] = float(fraction)
     original = said.get("original_max_position_embeddings") or c.get("max_position_embeddings")
     settings: dict[str, dict[str, Any]] = {
         "default": {},
@@ -64,14 +64,14 @@ def _rope(c: Mapping[str, Any], said: Mapping[str, Any] | None = None) -> dict[s
         "llama3": {
             "scaling": "llama3",
             "original_length": original,
-            "low_frequency": float(said.get("low_freq_factor", 1.0)),
-            "high_frequency": float(said.get("high_freq_factor", 4.0)),
+            "low_freq_factor": float(said.get("low_freq_factor", 1.0)),
+            "high_freq_factor": float(said.get("high_freq_factor", 4.0)),
         },
     }
     if kind not in settings:
         raise UserError(f"config.json: rope_type is {kind!r}; expected one of {', '.join(settings)}")
     if kind != "default":
-        found["position.factor"] = float(said["factor"])
+        found["position.scaling_factor"] = float(said["factor"])
     refused = [k for k in ("attention_factor", "mscale", "mscale_all_dim") if said.get(k) is not None]
     if kind == "yarn" and (refused or said.get("truncate") is False):
         raise UserError(f"config.json: yarn with {', '.join(refused) or 'truncate: false'} is not supported")
@@ -86,7 +86,7 @@ def _written_rope(m: ModelConfig) -> dict[str, Any]:
     found: dict[str, Any] = {"rope_theta": p.base}
     if p.scaling == "none":
         return found
-    said: dict[str, Any] = {"rope_type": p.scaling, "factor": p.factor}
+    said: dict[str, Any] = {"rope_type": p.scaling, "factor": p.scaling_factor}
     if p.scaling == "dynamic":
         found["max_position_embeddings"] = p.original_length
     if p.scaling in ("yarn", "llama3"):
@@ -94,7 +94,7 @@ def _written_rope(m: ModelConfig) -> dict[str, Any]:
     if p.scaling == "yarn":
         said |= {"beta_fast": p.beta_fast, "beta_slow": p.beta_slow}
     if p.scaling == "llama3":
-        said |= {"low_freq_factor": p.low_frequency, "high_freq_factor": p.high_frequency}
+        said |= {"low_freq_factor": p.low_freq_factor, "high_freq_factor": p.high_freq_factor}
     if p.scaling == "ntk":
         raise UserError("model.position.scaling=ntk has no name in Hugging Face's config.json; it cannot be written")
     return found | {"rope_scaling": said}
@@ -144,7 +144,7 @@ def _gemma(c: Mapping[str, Any]) -> dict[str, Any]:
         "activation": c.get("hidden_activation") or "gelu_pytorch_tanh",
         "head_dim": c.get("head_dim") or 256,
         "scale_embeddings": True,
-        "norm_place": "both",
+        "norm_placement": "both",
         "attention_scale": float(scalar) ** -0.5,
         "logit_softcap": float(c.get("final_logit_softcapping") or 0.0),
         "attention_softcap": float(c.get("attn_logit_softcapping") or 0.0),
@@ -187,10 +187,10 @@ def read_phi(c: Mapping[str, Any]) -> dict[str, Any]:
         "mlp": "plain",
         "norm": "layer",
         "norm_eps": float(c.get("layer_norm_eps", 1e-5)),
-        "parallel": True,
+        "parallel_residual": True,
         "bias": True,
         "head_bias": True,
-        "position.fraction": 0.5,
+        "position.partial_rotary_factor": 0.5,
         **_rope(c),
     }
 
@@ -229,13 +229,13 @@ def read_bert(c: Mapping[str, Any]) -> dict[str, Any]:
         "activation": c["hidden_act"],
         "norm": "layer",
         "norm_eps": float(c["layer_norm_eps"]),
-        "norm_place": "post",
+        "norm_placement": "post",
         "embed_norm": True,
-        "num_types": c["type_vocab_size"],
+        "type_vocab_size": c["type_vocab_size"],
         "pooler": True,
         "bias": True,
         "causal": False,
-        "tie_head": True,
+        "tie_embeddings": True,
         "position.kind": "learned",
         "position.max_length": c["max_position_embeddings"],
     }
@@ -302,7 +302,11 @@ def _gelu_new(m: ModelConfig) -> str:
 
 
 def write_phi(m: ModelConfig) -> dict[str, Any]:
-    said = {"hidden_act": _gelu_new(m), "partial_rotary_factor": m.position.fraction, "layer_norm_eps": m.norm_eps}
+    said = {
+        "hidden_act": _gelu_new(m),
+        "partial_rotary_factor": m.position.partial_rotary_factor,
+        "layer_norm_eps": m.norm_eps,
+    }
     return _common(m) | said
 
 
@@ -326,6 +330,6 @@ def write_bert(m: ModelConfig) -> dict[str, Any]:
         "intermediate_size": m.mlp_dim,
         "hidden_act": _their_activation(m),
         "layer_norm_eps": m.norm_eps,
-        "type_vocab_size": m.num_types,
+        "type_vocab_size": m.type_vocab_size,
         "max_position_embeddings": m.position.max_length,
     }

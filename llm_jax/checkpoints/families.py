@@ -55,7 +55,13 @@ FAMILIES: dict[str, Family] = {
 def neutral() -> ModelConfig:
     """The model where config.json of a family says nothing: the defaults without what other people's models lack."""
     plain = {"width": 1, "num_layers": 1, "window": 1, "num_heads": 1, "num_kv_heads": 1, "mlp_dim": 1}
-    lacking = {"norm_eps": 1e-6, "qk_norm": False, "tie_head": False, "scan_layers": False, "position.max_length": 2048}
+    lacking = {
+        "norm_eps": 1e-6,
+        "qk_norm": False,
+        "tie_embeddings": False,
+        "scan_layers": False,
+        "position.max_length": 2048,
+    }
     return configuration.replace(configuration.default("model"), plain | lacking)
 
 
@@ -74,7 +80,7 @@ def model_config(c: Mapping[str, Any]) -> tuple[str, ModelConfig]:
         raise UserError(f"config.json: model_type is {kind!r}; expected one of {', '.join(FAMILIES)}")
     try:
         found = {"vocab_size": c["vocab_size"]} | FAMILIES[kind].read(c)
-        found.setdefault("tie_head", c.get("tie_word_embeddings", _TIED.get(kind, False)))
+        found.setdefault("tie_embeddings", c.get("tie_word_embeddings", _TIED.get(kind, False)))
         activation = found["activation"]
         found["activation"] = config_json.ACTIVATIONS[activation]
     except KeyError as error:
@@ -96,7 +102,7 @@ def their_config(kind: str, m: ModelConfig) -> dict[str, Any]:
         "model_type": kind,
         "architectures": [family.architecture],
         "vocab_size": m.vocab_size,
-        "tie_word_embeddings": m.tie_head,
+        "tie_word_embeddings": m.tie_embeddings,
         **family.write(m),
     }
     refuse_difference(kind, m, model_config(written)[1])
@@ -117,15 +123,15 @@ def _unused(m: ModelConfig) -> set[str]:
     """Keys of `model.position` that say nothing about this model."""
     p = m.position
     used = {"kind"} | {
-        "rope": {"base", "local_base", "fraction", "interleaved", "scaling"},
+        "rope": {"base", "local_base", "partial_rotary_factor", "interleaved", "scaling"},
         "learned": {"combine", "max_length"},
         "sinusoidal": {"combine", "base"},
     }.get(p.kind, set())
     if p.scaling != "none":
-        used |= {"factor"}
+        used |= {"scaling_factor"}
     used |= {
         "dynamic": {"original_length"},
         "yarn": {"original_length", "beta_fast", "beta_slow"},
-        "llama3": {"original_length", "low_frequency", "high_frequency"},
+        "llama3": {"original_length", "low_freq_factor", "high_freq_factor"},
     }.get(p.scaling, set())
     return {f"model.position.{f.name}" for f in dataclasses.fields(p) if f.name not in used}

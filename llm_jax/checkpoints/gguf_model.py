@@ -294,14 +294,14 @@ def _metadata(arch: str, said: Mapping[str, Any], config: ModelConfig) -> dict[s
     if a.free_heads:
         found |= {f"{arch}.attention.key_length": width, f"{arch}.attention.value_length": width}
     if p.kind == "rope":
-        found[f"{arch}.rope.dimension_count"] = round(width * p.fraction)
+        found[f"{arch}.rope.dimension_count"] = round(width * p.partial_rotary_factor)
     if a.every:
         kinds = stages.layer_kinds(config)
         every = kinds.index("global") + 1 if "global" in kinds else 0
         if kinds != ["global" if (i + 1) % a.every == 0 else "local" for i in range(len(kinds))] and local:
             found[f"{arch}.{_PATTERN}"] = every
     if p.scaling != "none":
-        found |= {f"{arch}.rope.scaling.type": p.scaling, f"{arch}.rope.scaling.factor": p.factor}
+        found |= {f"{arch}.rope.scaling.type": p.scaling, f"{arch}.rope.scaling.factor": p.scaling_factor}
         if p.original_length:
             found[f"{arch}.rope.scaling.original_context_length"] = p.original_length
     return {"general.architecture": arch, "general.name": arch, "general.alignment": 32} | found

@@ -310,7 +310,7 @@ def _peft_apart(path: pathlib.Path, dtype: str) -> tuple[Loaded, dict[str, Any]]
         base = load(_named_base(path), dtype=dtype)
     except UserError as error:
         raise UserError(f"{path}: the base of its adapters cannot be read: {error}") from error
-    return base, peft.load(path, family(_named_base(path)), base.params, base.model.config.tie_head)
+    return base, peft.load(path, family(_named_base(path)), base.params, base.model.config.tie_embeddings)
 
 
 def _peft(path: pathlib.Path, scan_layers: bool, dtype: str) -> Loaded:

@@ -94,8 +94,10 @@ class Absolute(Position, abc.ABC):
             return
         if not 0 < p.width < self.config.width:
             raise UserError(f"model.position.width={p.width}; to concatenate, it must be between 0 and model.width")
-        if self.config.tie_head:
-            raise UserError("model.position.combine=concatenate needs model.tie_head=False: the table is narrower")
+        if self.config.tie_embeddings:
+            raise UserError(
+                "model.position.combine=concatenate needs model.tie_embeddings=False: the table is narrower"
+            )
 
     def own_width(self) -> int:
         """The width of the vectors."""
@@ -179,20 +181,20 @@ class T5(Position):
 
     def check(self) -> None:
         p = self.config.position
-        if p.buckets < 4 or p.buckets % 4 or p.max_distance <= p.buckets:
+        if p.num_buckets < 4 or p.num_buckets % 4 or p.max_distance <= p.num_buckets:
             raise UserError(
-                f"model.position.buckets={p.buckets}, max_distance={p.max_distance}; expected a multiple of 4 "
+                f"model.position.num_buckets={p.num_buckets}, max_distance={p.max_distance}; expected a multiple of 4 "
                 "and a larger distance"
             )
 
     def declare(self) -> dict[str, tuple[int, ...]]:
-        return {"bias": (self.config.position.buckets, self.config.num_heads)}
+        return {"bias": (self.config.position.num_buckets, self.config.num_heads)}
 
     def bias(self, q_positions: jax.Array, k_positions: jax.Array, table: Table) -> jax.Array:
         p = self.config.position
         # Past max_distance every offset has the bucket of max_distance: a short list of biases by offset.
         far = p.max_distance
-        buckets = t5_buckets(jnp.arange(-far, far + 1), p.buckets, far, self.config.causal)
+        buckets = t5_buckets(jnp.arange(-far, far + 1), p.num_buckets, far, self.config.causal)
         by_offset_NR = weights.take(table["bias"], buckets).astype(jnp.float32).T
         # Without the barrier every layer's scores would look it up anew.
         return jax.lax.optimization_barrier(_by_offset(by_offset_NR, q_positions, k_positions))
@@ -202,20 +204,21 @@ class T5(Position):
 class Shaw(Position):
     """Trained vectors per clipped distance, added to keys, values or both (Shaw et al. 2018, arXiv:1803.02155).
 
-    The products are with the 2 clip + 1 vectors and are then spread over the positions (as in the
-    paper's section 3.3), so that nothing of size T x S x H exists.
+    Queries are multiplied with the 2 k + 1 vectors, k = max_relative_position, and the products are then
+    gathered by distance (section 3.3), so that no array of size T x S x H exists.
     """
 
     def check(self) -> None:
-        choice("model.position.shaw", self.config.position.shaw, ("keys", "values", "both"))
+        vectors = self.config.position.relative_embeddings
+        choice("model.position.relative_embeddings", vectors, ("keys", "values", "both"))
 
     def declare_layer(self) -> dict[str, tuple[int, ...]]:
-        shape = (2 * self.config.position.clip + 1, head_dim(self.config))
-        names = ("keys", "values") if self.config.position.shaw == "both" else (self.config.position.shaw,)
-        return dict.fromkeys(names, shape)
+        shape = (2 * self.config.position.max_relative_position + 1, head_dim(self.config))
+        vectors = self.config.position.relative_embeddings
+        return dict.fromkeys(("keys", "values") if vectors == "both" else (vectors,), shape)
 
     def _places(self, q_positions: jax.Array, k_positions: jax.Array) -> jax.Array:
-        clip = self.config.position.clip
+        clip = self.config.position.max_relative_position
         return jnp.clip(k_positions[:, None, :] - q_positions[:, :, None], -clip, clip) + clip
 
     def keys(self, q: jax.Array, q_positions: jax.Array, k_positions: jax.Array, table: Table) -> jax.Array | None:
@@ -232,7 +235,7 @@ class Shaw(Position):
         if "values" not in table:
             return None
         places = self._places(q_positions, k_positions)
-        distances = 2 * self.config.position.clip + 1
+        distances = 2 * self.config.position.max_relative_position + 1
 
         def spread(places_S: jax.Array, shares_NS: jax.Array) -> jax.Array:
             return jnp.zeros((shares_NS.shape[0], distances), shares_NS.dtype).at[:, places_S].add(shares_NS)

@@ -33,7 +33,7 @@ REMAT = {
 
 
 class Layer(Module):
-    """One block: attention, then the MLP, each added to what comes in; `model.norm_place` says where norms stand.
+    """One block: attention, then the MLP, each added to what comes in; `model.norm_placement` says where norms stand.
 
     In the collection `ACTIVATIONS` it keeps "rms", the root mean square of what it gives.
     """
@@ -51,10 +51,10 @@ class Layer(Module):
         c = self.config
         window = c.window if self.kind == "local" else None
         attention, mlp = Attention(c, window, name="attention"), MLP(c, name="mlp")
-        place = choice("model.norm_place", c.norm_place, ("pre", "post", "both"))
-        if c.parallel:
+        place = choice("model.norm_placement", c.norm_placement, ("pre", "post", "both"))
+        if c.parallel_residual:
             if place != "pre":
-                raise UserError(f"model.parallel=True needs model.norm_place=pre, not {place}")
+                raise UserError(f"model.parallel_residual=True needs model.norm_placement=pre, not {place}")
             normed = Norm(c, name="attention_norm")(x_BTD)
             update, cache = attention(normed, queries, keys, bias, cache, index)
             return x_BTD + update + mlp(normed), cache
@@ -129,8 +129,8 @@ class Embed(Module):
         self.own = {
             name: self.weight(f"position_{name}", normal, shape) for name, shape in self.scheme.declare().items()
         }
-        if c.num_types:
-            self.types = self.weight("types", normal, (c.num_types, c.width))
+        if c.type_vocab_size:
+            self.types = self.weight("types", normal, (c.type_vocab_size, c.width))
         if c.embed_norm:
             self.norm = Norm(c)
 
@@ -139,7 +139,7 @@ class Embed(Module):
         if self.config.scale_embeddings:
             x_BTD *= self.config.width**0.5
         x_BTD = self.scheme.embed(x_BTD, where.positions, self.own)
-        if self.config.num_types:
+        if self.config.type_vocab_size:
             types_BT = jnp.zeros_like(tokens_BT) if types_BT is None else types_BT
             x_BTD += weights.take(self.types, types_BT).astype(x_BTD.dtype)
         return self.norm(x_BTD) if self.config.embed_norm else x_BTD
@@ -173,12 +173,12 @@ class Transformer(Module):
         c = self.config
         self.embed = Embed(c)
         self.layers = Layers(c)
-        if c.norm_place != "post":
+        if c.norm_placement != "post":
             self.final_norm = Norm(c)
-        if not c.tie_head:
+        if not c.tie_embeddings:
             self.head = Head(c)
         elif c.head_bias:
-            raise UserError("model.head_bias=True needs model.tie_head=False")
+            raise UserError("model.head_bias=True needs model.tie_embeddings=False")
         if c.pooler:
             self.pooler = Pooler(c)
 
@@ -203,7 +203,7 @@ class Transformer(Module):
           where: positions and segments of the tokens; by default one segment from position 0.
           cache: from `init_cache` or an earlier call; the tokens go to its next slots. The caller
             sees to it that they fit, here and in `positions.max_length`.
-          types_BT: int32, which sentence a token is of, in a model with `num_types`; by default the first.
+          types_BT: int32, which sentence a token is of, in a model with `type_vocab_size`; by default the first.
         """
         where = consecutive(tokens_BT) if where is None else where
         keys = where
@@ -212,7 +212,7 @@ class Transformer(Module):
         x_BTD, bias = self.embed(tokens_BT, where, types_BT), self.embed.bias(where, keys)
         of_layers, index = (cache.layers, cache.index) if cache is not None else (None, None)
         x_BTD, of_layers = self.layers(x_BTD, where, keys, bias, of_layers, index)
-        if self.config.norm_place != "post":
+        if self.config.norm_placement != "post":
             x_BTD = self.final_norm(x_BTD)
         return x_BTD, cache and Cache(keys, cache.index + tokens_BT.shape[1], of_layers)
 
@@ -223,7 +223,7 @@ class Transformer(Module):
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Features (B, T, D) -> logits (B, T, V) in the output dtype."""
         c = self.config
-        tied = c.tie_head
+        tied = c.tie_embeddings
         table = self.embed.table if tied else self.head.kernel
         if (ratio := width_ratio(c)) != 1:
             x_BTD *= ratio

@@ -42,14 +42,14 @@ def vocabulary():
 
 ROPE = neutral().position
 GEMMA = {
-    "norm_place": "both",
+    "norm_placement": "both",
     "scale_embeddings": True,
     "activation": "gelu",
     "attention_scale": 32**-0.5,
     "logit_softcap": 4.0,
     "layer_pattern": ("local", "global"),
     "window": 6,
-    "tie_head": True,
+    "tie_embeddings": True,
 }
 PLAIN = {"mlp": "plain", "norm": "layer", "bias": True, "activation": "gelu", "num_kv_heads": 4, "head_dim": 0}
 CHANGES = {
@@ -58,8 +58,9 @@ CHANGES = {
     "qwen3": {"qk_norm": True},
     "gemma2": GEMMA | {"attention_softcap": 3.0},
     "gemma3": GEMMA | {"qk_norm": True, "position": dataclasses.replace(ROPE, base=1e6, local_base=1e4)},
-    "phi2": PLAIN | {"parallel": True, "head_bias": True, "position": dataclasses.replace(ROPE, fraction=0.5)},
-    "gpt2": PLAIN | {"tie_head": True, "position": dataclasses.replace(ROPE, kind="learned", max_length=1024)},
+    "phi2": PLAIN
+    | {"parallel_residual": True, "head_bias": True, "position": dataclasses.replace(ROPE, partial_rotary_factor=0.5)},
+    "gpt2": PLAIN | {"tie_embeddings": True, "position": dataclasses.replace(ROPE, kind="learned", max_length=1024)},
 }
 
 
@@ -298,7 +299,7 @@ def test_what_a_sound_file_says_wrongly_is_named(vocabulary, tmp_path, change, m
         (
             {
                 "position": dataclasses.replace(
-                    neutral().position, scaling="yarn", factor=2.0, original_length=8, beta_fast=16.0
+                    neutral().position, scaling="yarn", scaling_factor=2.0, original_length=8, beta_fast=16.0
                 )
             },
             "beta_fast",
@@ -343,7 +344,7 @@ def test_a_part_of_the_head_that_is_turned_is_read(vocabulary, tmp_path):
     gguf_model.save(tmp_path / "m.gguf", config, params, vocabulary, "F32")
     file = gguf.read(tmp_path / "m.gguf")
     half = gguf.File(file.metadata | {"llama.rope.dimension_count": 16}, file.tensors)
-    assert gguf_model.read_config(half, "file")[1].position.fraction == 0.5
+    assert gguf_model.read_config(half, "file")[1].position.partial_rotary_factor == 0.5
 
 
 def test_other_names_of_a_splitting_and_none_at_all(vocabulary):

@@ -92,7 +92,9 @@ def test_peft_loads_our_adapters_and_gives_our_logits(tiny, tmp_path, variant):
     settings = config(tiny, variant=variant, rank_stabilized=variant == "lora", ranks=((".*/up", 5),))
     adapters = made(params, settings)
     hf.save(tmp_path / "base", "llama", model, params, {})
-    peft.save(tmp_path / "out", "llama", adapters, params, model.tie_head, rank_stabilized=settings.rank_stabilized)
+    peft.save(
+        tmp_path / "out", "llama", adapters, params, model.tie_embeddings, rank_stabilized=settings.rank_stabilized
+    )
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
     wrapped = theirs.PeftModel.from_pretrained(base, tmp_path / "out").eval()
     ids = np.arange(3, 23)[None]

@@ -45,7 +45,7 @@ def written(directory: pathlib.Path, name: str, drop: str = "", **changes) -> pa
 def test_logits_equal_those_of_peft(bases, tmp_path, name):
     family = GOLDEN[name]["family"]
     _, kind, model, params = bases[family]
-    adapters = peft.load(written(tmp_path / "a", name), kind, params, model.config.tie_head)
+    adapters = peft.load(written(tmp_path / "a", name), kind, params, model.config.tie_embeddings)
     logits = jax.jit(lambda p: model.apply({"params": p}, jnp.asarray(cases.ids(family))))
     got = logits(lora.attach(params, adapters))
     np.testing.assert_allclose(got, GOLDEN[name]["logits"], atol=1e-5, rtol=1e-5)
@@ -56,14 +56,14 @@ def test_logits_equal_those_of_peft(bases, tmp_path, name):
 def test_what_came_in_goes_out_again(bases, tmp_path, name):
     _, kind, model, params = bases[GOLDEN[name]["family"]]
     source = written(tmp_path / "in", name)
-    adapters = peft.load(source, kind, params, model.config.tie_head)
+    adapters = peft.load(source, kind, params, model.config.tie_embeddings)
     stabilized = bool(GOLDEN[name]["config"]["use_rslora"])
-    peft.save(tmp_path / "out", kind, adapters, params, model.config.tie_head, rank_stabilized=stabilized)
+    peft.save(tmp_path / "out", kind, adapters, params, model.config.tie_embeddings, rank_stabilized=stabilized)
     before, after = (load_file(path / peft.TENSORS) for path in (source, tmp_path / "out"))
     assert before.keys() == after.keys()
     for key, value in before.items():
         np.testing.assert_array_equal(after[key], value)
-    again = peft.load(tmp_path / "out", kind, params, model.config.tie_head)
+    again = peft.load(tmp_path / "out", kind, params, model.config.tie_embeddings)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), again, adapters)
 
 
@@ -71,15 +71,15 @@ def test_padding_is_not_written_and_a_start_becomes_rank(bases, tiny, tmp_path):
     _, kind, model, params = bases["llama"]
     settings = config(tiny, rank=2, ranks=((r"layers/1/.*up", 5),))
     adapters = jax.jit(lambda p: lora.init(jax.random.key(0), p, settings))(params)
-    peft.save(tmp_path / "out", kind, adapters, params, model.config.tie_head)
+    peft.save(tmp_path / "out", kind, adapters, params, model.config.tie_embeddings)
     said = json.loads((tmp_path / "out" / peft.CONFIG).read_text())
     assert said["r"] == 2 and said["rank_pattern"] == {"model.layers.1.mlp.up_proj": 5}
     shapes = {k: v.shape for k, v in load_file(tmp_path / "out" / peft.TENSORS).items()}
     assert shapes["base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"] == (5, 32)
     assert shapes["base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"] == (2, 32)
     pissa = made(params, config(tiny, rank=2, variant="pissa", targets=("attention",)))
-    peft.save(tmp_path / "pissa", kind, pissa, params, model.config.tie_head)
-    again = peft.load(tmp_path / "pissa", kind, params, model.config.tie_head)
+    peft.save(tmp_path / "pissa", kind, pissa, params, model.config.tie_embeddings)
+    again = peft.load(tmp_path / "pissa", kind, params, model.config.tie_embeddings)
     for path, w in trees.flatten(lora.merge(lora.rebase(params, pissa), pissa)).items():
         np.testing.assert_allclose(trees.flatten(lora.merge(params, again))[path], w, atol=1e-5)
 
@@ -102,7 +102,7 @@ def test_what_is_not_known_is_refused_in_one_line(bases, tmp_path, changes, mess
     _, kind, model, params = bases["llama"]
     directory = written(tmp_path / "a", "plain", **changes)
     with pytest.raises(UserError, match=message) as error:
-        peft.load(directory, kind, params, model.config.tie_head)
+        peft.load(directory, kind, params, model.config.tie_embeddings)
     assert "\n" not in str(error.value)
 
 
@@ -144,4 +144,4 @@ def test_tensors_of_another_rank_or_too_few_lengths_are_refused(bases, tmp_path,
     key = next(k for k in tensors if k.endswith(end))
     save_file(tensors | {key: np.ones(shape, np.float32)}, directory / peft.TENSORS)
     with pytest.raises(UserError, match=message):
-        peft.load(directory, kind, params, model.config.tie_head)
+        peft.load(directory, kind, params, model.config.tie_embeddings)

@@ -19,7 +19,7 @@ TEXTS = ["a bank", "the bank of a river", "x" * 40, "b"]
 
 @pytest.fixture(scope="module", params=["decoder", "encoder"])
 def loaded(make, request):
-    changes = {"causal": True} if request.param == "decoder" else {"causal": False, "norm_place": "post"}
+    changes = {"causal": True} if request.param == "decoder" else {"causal": False, "norm_placement": "post"}
     model, params = make(scan_layers=False, **changes)
     return Loaded(model, params, tokenizers.get("byte").train([], 0))
 
@@ -36,7 +36,7 @@ def test_the_last_layer_is_what_the_head_reads_and_the_first_the_embeddings(load
 
 
 def test_the_middle_layer_is_that_of_a_model_cut_there(make):
-    post = {"causal": False, "norm_place": "post", "scan_layers": False}
+    post = {"causal": False, "norm_placement": "post", "scan_layers": False}
     (whole, params), (cut, _) = make(**post), make(**post, num_layers=1)
     tokenizer, text = tokenizers.get("byte").train([], 0), TEXTS[1]
     one = {**params, "layers": {"0": params["layers"]["0"]}}

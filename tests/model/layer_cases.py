@@ -6,23 +6,23 @@ Weights and inputs come from one frozen generator, so that the golden file holds
 import numpy as np
 
 WIDTH, HEADS, KV_HEADS, LENGTH, ORIGINAL = 32, 4, 2, 24, 16
-YARN = {"factor": 4.0, "original_length": ORIGINAL, "beta_fast": 2.0, "beta_slow": 0.25}
-LLAMA3 = {"factor": 4.0, "original_length": ORIGINAL, "low_frequency": 1.0, "high_frequency": 4.0}
+YARN = {"scaling_factor": 4.0, "original_length": ORIGINAL, "beta_fast": 2.0, "beta_slow": 0.25}
+LLAMA3 = {"scaling_factor": 4.0, "original_length": ORIGINAL, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 # Name -> (changes of the model's config, changes of model.position).
 CASES = {
     "llama": ({"num_kv_heads": KV_HEADS}, {"kind": "rope"}),
-    "llama-linear": ({"num_kv_heads": KV_HEADS}, {"kind": "rope", "scaling": "linear", "factor": 4.0}),
+    "llama-linear": ({"num_kv_heads": KV_HEADS}, {"kind": "rope", "scaling": "linear", "scaling_factor": 4.0}),
     "llama-dynamic": (
         {"num_kv_heads": KV_HEADS},
-        {"kind": "rope", "scaling": "dynamic", "factor": 4.0, "original_length": ORIGINAL},
+        {"kind": "rope", "scaling": "dynamic", "scaling_factor": 4.0, "original_length": ORIGINAL},
     ),
     "llama-yarn": ({"num_kv_heads": KV_HEADS}, {"kind": "rope", "scaling": "yarn", **YARN}),
     "llama-llama3": ({"num_kv_heads": KV_HEADS}, {"kind": "rope", "scaling": "llama3", **LLAMA3}),
-    "phi": ({"bias": True}, {"kind": "rope", "fraction": 0.5}),
+    "phi": ({"bias": True}, {"kind": "rope", "partial_rotary_factor": 0.5}),
     "bloom": ({"bias": True}, {"kind": "alibi"}),
-    "t5-decoder": ({}, {"kind": "t5", "buckets": 8, "max_distance": 20}),
-    "t5-encoder": ({"causal": False}, {"kind": "t5", "buckets": 8, "max_distance": 20}),
+    "t5-decoder": ({}, {"kind": "t5", "num_buckets": 8, "max_distance": 20}),
+    "t5-encoder": ({"causal": False}, {"kind": "t5", "num_buckets": 8, "max_distance": 20}),
 }
 
 # A whole one-layer model, because learned positions stand before the layers.

@@ -12,13 +12,16 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 LENGTH = 300
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 128}
 CASES = {
-    "linear": ({"factor": 4.0}, {"factor": 4.0}),
-    "dynamic": ({"factor": 4.0}, {"factor": 4.0, "original_length": 128}),
+    "linear": ({"factor": 4.0}, {"scaling_factor": 4.0}),
+    "dynamic": ({"factor": 4.0}, {"scaling_factor": 4.0, "original_length": 128}),
     "yarn": (
         {"factor": 4.0, "original_max_position_embeddings": 128, "beta_fast": 8.0, "beta_slow": 0.5},
-        {"factor": 4.0, "original_length": 128, "beta_fast": 8.0, "beta_slow": 0.5},
+        {"scaling_factor": 4.0, "original_length": 128, "beta_fast": 8.0, "beta_slow": 0.5},
     ),
-    "llama3": (LLAMA3, {"factor": 8.0, "original_length": 128, "low_frequency": 1.0, "high_frequency": 4.0}),
+    "llama3": (
+        LLAMA3,
+        {"scaling_factor": 8.0, "original_length": 128, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    ),
 }
 
 

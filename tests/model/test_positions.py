@@ -32,7 +32,7 @@ def rotated(config, x, where):
 def test_frequencies_equal_those_of_transformers(position, case):
     """tests/model/make_rope_golden.py made the golden with transformers."""
     config = position(kind="rope", **case["ours"])
-    width = int(case["head_dim"] * config.fraction)
+    width = int(case["head_dim"] * config.partial_rotary_factor)
     got = rope.frequencies(config, width, jnp.asarray([[case["length"]]])).reshape(-1)
     np.testing.assert_allclose(got, case["inv_freq"], rtol=2e-6)
     assert rope.attention_factor(config) == pytest.approx(case["attention_factor"], rel=1e-6)
@@ -48,7 +48,7 @@ def test_frequencies_equal_those_of_transformers(position, case):
     st.sampled_from([("float32", 5e-4), ("bfloat16", 1.5e-2)]),
 )
 def test_p6_rope_scores_depend_on_the_offset_only(shift, offset, width, interleaved, precision):
-    config, (dtype, bound) = DEFAULT(fraction=1.0, interleaved=interleaved), precision
+    config, (dtype, bound) = DEFAULT(partial_rotary_factor=1.0, interleaved=interleaved), precision
     q, k = np.random.default_rng(shift).normal(size=(2, 1, 1, 1, width)).astype(np.float32)
     q, k = (np.asarray(jnp.asarray(x, dtype)) for x in (q, k))
 
@@ -76,7 +76,7 @@ def test_phases_are_f32_whatever_the_compute_dtype(position):
 
 
 def test_interleaved_pairs_are_neighbours_and_the_rest_stays(position):
-    config = position(kind="rope", interleaved=True, fraction=0.5)
+    config = position(kind="rope", interleaved=True, partial_rotary_factor=0.5)
     x = np.random.default_rng(0).normal(size=(1, 1, 1, 16)).astype(np.float32)
     got = rotated(config, x, [[7]])[0, 0, 0]
     np.testing.assert_array_equal(got[8:], x[0, 0, 0, 8:])
@@ -143,7 +143,7 @@ def test_t5_buckets_are_those_of_the_paper(causal):
 )
 def test_t5_looks_up_the_offset_of_positions_whatever_they_are(tiny, where):
     """By diagonals where positions are consecutive, entry by entry where they are not; with the same gradient."""
-    position = dataclasses.replace(tiny.model.position, kind="t5", buckets=8, max_distance=9)
+    position = dataclasses.replace(tiny.model.position, kind="t5", num_buckets=8, max_distance=9)
     scheme = positions.T5(dataclasses.replace(tiny.model, position=position))
     table = jax.random.normal(jax.random.key(0), (8, tiny.model.num_heads))
     rows = jnp.asarray([where, where])
@@ -172,7 +172,7 @@ def test_alibi_penalizes_by_slope_and_distance(tiny):
 
 @pytest.mark.parametrize("which", ["keys", "values", "both"])
 def test_shaw_equals_the_formula_with_every_vector_written_out(make, tiny, which):
-    position = dataclasses.replace(tiny.model.position, kind="shaw", shaw=which, clip=2)
+    position = dataclasses.replace(tiny.model.position, kind="shaw", relative_embeddings=which, max_relative_position=2)
     model, _ = make(position=position)
     scheme, clip = positions.make(model.config), 2
     draw = np.random.default_rng(0)
@@ -200,7 +200,7 @@ def test_shaw_equals_the_formula_with_every_vector_written_out(make, tiny, which
 
 
 def test_shaw_forms_nothing_of_size_time_by_time_by_head(make, tiny):
-    position = dataclasses.replace(tiny.model.position, kind="shaw", clip=5)
+    position = dataclasses.replace(tiny.model.position, kind="shaw", max_relative_position=5)
     model, params = make(position=position)
     tokens = jnp.zeros((1, 48), int)
     text = jax.jit(jax.grad(lambda p: jnp.var(model.apply({"params": p}, tokens)))).lower(params).compile().as_text()
@@ -211,16 +211,19 @@ def test_shaw_forms_nothing_of_size_time_by_time_by_head(make, tiny):
     ("changes", "message"),
     [
         ({"kind": "rotary"}, "expected one of alibi, learned, none, rope, shaw, sinusoidal, t5"),
-        ({"fraction": 0.3}, r"fraction=0.3 of the head width 8 is 2.4"),
-        ({"fraction": 0.125}, "is 1; rope turns pairs"),
+        ({"partial_rotary_factor": 0.3}, r"partial_rotary_factor=0.3 of head_dim=8 is 2.4"),
+        ({"partial_rotary_factor": 0.125}, "is 1; rope rotates pairs"),
         ({"scaling": "magic"}, "expected one of dynamic, linear, llama3, none, ntk, yarn"),
-        ({"scaling": "yarn", "factor": 2.0}, "scaling=yarn needs model.position.original_length"),
-        ({"scaling": "linear", "factor": 0.5}, "'model.position.factor' is 0.5"),
-        ({"scaling": "llama3", "factor": 2.0, "original_length": 8, "low_frequency": 4.0}, "must be below"),
+        ({"scaling": "yarn", "scaling_factor": 2.0}, "scaling=yarn needs model.position.original_length"),
+        ({"scaling": "linear", "scaling_factor": 0.5}, "'model.position.scaling_factor' is 0.5"),
+        (
+            {"scaling": "llama3", "scaling_factor": 2.0, "original_length": 8, "low_freq_factor": 4.0},
+            "low_freq_factor is 4; expected",
+        ),
         ({"kind": "learned", "combine": "concatenate", "width": 32}, "model.position.width=32"),
-        ({"kind": "learned", "combine": "concatenate", "width": 8}, "needs model.tie_head=False"),
-        ({"kind": "shaw", "shaw": "queries"}, "expected one of both, keys, values"),
-        ({"kind": "t5", "buckets": 6}, "model.position.buckets=6"),
+        ({"kind": "learned", "combine": "concatenate", "width": 8}, "needs model.tie_embeddings=False"),
+        ({"kind": "shaw", "relative_embeddings": "queries"}, "expected one of both, keys, values"),
+        ({"kind": "t5", "num_buckets": 6}, "model.position.num_buckets=6"),
     ],
 )
 def test_what_does_not_go_together_is_refused(tiny, position, changes, message):

@@ -17,16 +17,23 @@ LAYOUTS = {
     "single": {"num_layers": 1},
     "uniform": {},
     "local": {"num_layers": 5, "layer_pattern": ("local", "local", "global"), "window": 4},
-    "plain": {"mlp": "plain", "activation": "gelu", "norm": "layer", "bias": True, "tie_head": False, "qk_norm": False},
+    "plain": {
+        "mlp": "plain",
+        "activation": "gelu",
+        "norm": "layer",
+        "bias": True,
+        "tie_embeddings": False,
+        "qk_norm": False,
+    },
 }
 
 
 VARIANTS = {
     **{kind: {"kind": kind} for kind in positions.SCHEMES},
-    "half": {"kind": "rope", "fraction": 0.5, "interleaved": True},
-    "yarn": {"kind": "rope", "scaling": "yarn", "factor": 2.0, "original_length": 6},
-    "dynamic": {"kind": "rope", "scaling": "dynamic", "factor": 2.0, "original_length": 6},
-    "shaw-keys": {"kind": "shaw", "shaw": "keys", "clip": 3},
+    "half": {"kind": "rope", "partial_rotary_factor": 0.5, "interleaved": True},
+    "yarn": {"kind": "rope", "scaling": "yarn", "scaling_factor": 2.0, "original_length": 6},
+    "dynamic": {"kind": "rope", "scaling": "dynamic", "scaling_factor": 2.0, "original_length": 6},
+    "shaw-keys": {"kind": "shaw", "relative_embeddings": "keys", "max_relative_position": 3},
     "concatenate": {"kind": "sinusoidal", "combine": "concatenate", "width": 8},
 }
 CASES = [
@@ -242,7 +249,7 @@ def test_bf16_compute_keeps_f32_parameters_and_logits(make, tiny, tokens):
 
 
 def test_flops_count_every_matrix(make):
-    model, params = make(tie_head=False)
+    model, params = make(tie_embeddings=False)
     assert matmul_parameters(model.config) == sum(
         w.size for p, w in trees.flatten(params).items() if w.ndim > 1 and "norm" not in p and p != "embed/table"
     )
