@@ -35,9 +35,8 @@ def main() -> None:
     import jax
     import jax.numpy as jnp
 
-    from llm_jax import tokenizers, trees
-    from llm_jax.checkpoints import checkpoint, pretrained
-    from llm_jax.checkpoints.directory import lock
+    from llm_jax import checkpoints, files, tokenizers, trees
+    from llm_jax.checkpoints import adapters, run, vocabulary
     from llm_jax.data import masking, rows
     from llm_jax.data.corpus import Source
     from llm_jax.decoding import loop
@@ -50,11 +49,11 @@ def main() -> None:
 
     config = cli.load_config()
     workdir = pathlib.Path(flags.FLAGS.workdir).expanduser()
-    resumed = checkpoint.find(workdir) if checkpoint.steps(workdir) else None
+    resumed = checkpoints.find(workdir) if checkpoints.steps(workdir) else None
     given = None
     if config.tokenizer.path:
         kept = tokenizers.load(resumed / "tokenizer") if resumed else None
-        given = pretrained.named_tokenizer(config.tokenizer.path, kept)
+        given = vocabulary.named_tokenizer(config.tokenizer.path, kept)
         its = dataclasses.replace(config.tokenizer, kind=given.kind, vocab_size=given.vocab_size)
         config = dataclasses.replace(config, tokenizer=its)
     c = config.train
@@ -65,9 +64,9 @@ def main() -> None:
     # Adapters begin or go on in the same way, over the weights of init_from.
     kind = trainable.kind(config)
     resume.refuse_another(workdir, config)
-    record = checkpoint.verify(resumed) if resumed else None
+    record = checkpoints.verify(resumed) if resumed else None
     named = bool(config.init_from) and (kind.adapts or not resumed)
-    origin = pretrained.Origin(config.init_from, config.model.precision.params) if named else None
+    origin = checkpoints.open_base(config.init_from) if named else None
     start = record["step"] if record else 0
     if start > c.steps:
         raise UserError(f"{workdir} is at step {start}, past train.steps={c.steps}; raise it or give another --workdir")
@@ -80,7 +79,7 @@ def main() -> None:
     else:
         tokenizer = origin.tokenizer if origin else given or source.tokenizer(config.tokenizer)
     if given:
-        pretrained.check_tokenizer(config.tokenizer.path, given, tokenizer)
+        vocabulary.check_tokenizer(config.tokenizer.path, given, tokenizer)
     if tokenizer.kind != config.tokenizer.kind:
         raise UserError(
             f"{resumed or config.init_from}: trained on '{tokenizer.kind}' tokens; config key 'tokenizer.kind' is "
@@ -130,7 +129,7 @@ def main() -> None:
     attention = attention_kernels.describe(
         config.model, jax.default_backend(), c.batch_size // c.grad_accumulation, c.seq_len, dict(mesh.shape)
     )
-    abstract = checkpoint.abstract_params(model)
+    abstract = checkpoints.abstract_params(model)
     copies = mesh_lib.replicated(mesh)
     param_shardings = mesh_lib.shardings(abstract, config.mesh.rules, mesh)
     abstract_trained, abstract_fixed = jax.eval_shape(kind.begin, abstract, jax.random.key(0))
@@ -169,7 +168,7 @@ def main() -> None:
     # A teacher, or for DPO the weights that the run started from.
     other, frozen, fingerprint = None, {}, ""
     if name := config.loss.teacher or (config.init_from if config.loss.kind == "dpo" else ""):
-        loaded = pretrained.load(name, scan_layers=config.model.scan_layers, dtype=config.model.precision.params)
+        loaded = checkpoints.load(name, scan_layers=config.model.scan_layers, dtype=config.model.precision.params)
         losses.check_other(name, loaded.model.config, config.model, tokenizers.digest(loaded.tokenizer), tokenizer)
         other = loaded.model if config.loss.teacher else model
         frozen = {"other": jax.device_put(loaded.params, mesh_lib.shardings(loaded.params, config.mesh.rules, mesh))}
@@ -187,8 +186,8 @@ def main() -> None:
     )
     if flags.FLAGS.dry_run:
         return
-    checkpoint.make_directory(workdir)
-    mine = lock(workdir)
+    files.make_directory(workdir)
+    mine = files.lock(workdir)
 
     # ---------------------------------------------------------------- state
     donated = () if kind.adapts else 0
@@ -206,7 +205,7 @@ def main() -> None:
     def restored(directory: pathlib.Path, record: Mapping[str, Any]) -> tuple[step_lib.State, Any]:
         """The state of a checkpoint, and the parts of adapters that are not trained."""
         a = abstract_state
-        saved, *rest = checkpoint.restore_state(directory, record, abstract_saved, a.optimizer, a.ema)
+        saved, *rest = run.restore_state(directory, record, abstract_saved, a.optimizer, a.ema)
         params, fixed = kind.split(saved)
         print(f"going on from {directory}")
         return step_lib.State(jax.device_put(jnp.int32(record["step"]), copies), params, *rest), fixed
@@ -232,7 +231,7 @@ def main() -> None:
     if kind.adapts and origin:
         of_base = {"path": origin.name, "sha256": trees.fingerprint(base)}
         if resumed and record:
-            checkpoint.check_base(resumed, record, of_base["sha256"])
+            adapters.check_base(resumed, record, of_base["sha256"])
     if resumed and record:
         state, fixed = restored(resumed, record)
     else:
@@ -245,7 +244,7 @@ def main() -> None:
         frozen = jax.device_put(kind.freeze(base, fixed), placed) | frozen
     del base
     cli.trim_memory()
-    checkpoint.write_json(workdir / "config.json", config_lib.as_dict(config))
+    files.write_json(workdir / "config.json", config_lib.as_dict(config))
 
     # ---------------------------------------------------------------- compiled functions
     rate = optim.schedule(config.optim, c.steps)
@@ -319,7 +318,7 @@ def main() -> None:
     # ---------------------------------------------------------------- the loop
     peak = report.matmul_peak(config.model.precision.compute)
     opened = sinks.open_all(config.report.to, workdir, config_lib.flat(config), start)
-    writer = checkpoint.Writer(workdir, config, tokenizer, source.sha256, fingerprint, of_base)
+    writer = checkpoints.Writer(workdir, config, tokenizer, source.sha256, fingerprint, of_base)
     flops = transformer.flops_per_token(config.model, c.seq_len)
     progress = report.Progress(workdir, start, c.steps, flops, peak, guard, weights, opened, config.report.norms_every)
     report.begin_attempt(workdir, start)
@@ -332,12 +331,12 @@ def main() -> None:
     }
 
     def ahead() -> Iterator[rows.Batch]:
-        return rows.batches(train_rows, done + jumped, c.steps + jumped, c.batch_size, batch_sharding)
+        return rows.batches(train_rows, done + skipped, c.steps + skipped, c.batch_size, batch_sharding)
 
     def go_back(bad: bad_steps.BadStep) -> tuple[step_lib.State, int]:
         """The state and step of the last checkpoint that every run has (not saved for a signal), or of the start."""
         writer.wait()
-        kept = checkpoint.steps(workdir)
+        kept = checkpoints.steps(workdir)
         if c.on_bad_step != "rollback":
             cure = "lower optim.lr, or set train.on_bad_step to skip or rollback"
             raise UserError(f"step {bad.step}: {bad.what}; {f'step {kept[-1]} is saved; ' if kept else ''}{cure}")
@@ -347,11 +346,11 @@ def main() -> None:
         guard.rewind(to)
         progress.rewind(to)
         progress.write(f"step {bad.step}: {bad.what}; going back to step {to} and over the batches up to there")
-        at = checkpoint.find(workdir) if to else None
-        return (restored(at, checkpoint.verify(at))[0] if at else first()), to
+        at = checkpoints.find(workdir) if to else None
+        return (restored(at, checkpoints.verify(at))[0] if at else first()), to
 
     held: dict[str, float] = {}
-    done, jumped = start, record.get("jumped", 0) if resumed and record else 0
+    done, skipped = start, record["skipped_batches"] if resumed and record else 0
     stream, stopping = ahead(), 0
     with cli.signals_noted() as stopped:
         while done < c.steps and not stopping:
@@ -366,8 +365,8 @@ def main() -> None:
                 if due:
                     progress.collect()
             except bad_steps.BadStep as bad:
-                (state, to), jumped = go_back(bad), jumped + bad.step
-                done, jumped = to, jumped - to
+                (state, to), skipped = go_back(bad), skipped + bad.step
+                done, skipped = to, skipped - to
                 stream = ahead()
                 continue
             if not due:
@@ -385,7 +384,7 @@ def main() -> None:
                 progress.text(done, "samples", sample(f"after {done} steps"))
             if "save" in due:
                 saved = kind.saved(state.params, frozen)
-                writer.save(done, saved, state.optimizer, held.get("validation_loss"), jumped, state.ema)
+                writer.save(done, saved, state.optimizer, held.get("validation_loss"), skipped, state.ema)
             progress.pause()
     tracer.close(state)
     writer.close()
@@ -417,7 +416,7 @@ def main() -> None:
         found = classification.accuracy(model, kind.whole(state.model, frozen), test_rows, c.batch_size, batch_sharding)
         summary |= {f"test_{name}": value for name, value in found.items()}
         print(f"test: {classification.say(found)}")
-    checkpoint.write_json(workdir / "summary.json", summary)
+    files.write_json(workdir / "summary.json", summary)
     others = ", ".join(f"{name} {value:.3f}" for name, value in packed.items())
     print(
         f"held-out: loss {final['validation_loss']:.4f}, perplexity {final['validation_perplexity']:.2f}, "

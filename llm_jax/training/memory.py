@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llm_jax.checkpoints import checkpoint
+from llm_jax import checkpoints
 from llm_jax.model.transformer import Transformer
 from llm_jax.schema import Config
 from llm_jax.training import losses, optim, step
@@ -45,7 +45,7 @@ def compiled(config: Config, kind: str) -> Memory:
       kind: "forward" (the loss alone), "full" (all weights trained) or "adapters" (those of `config.lora`, over
         a base of `config.quant`).
     """
-    base, rows = checkpoint.abstract_params(Transformer(config.model)), batch(config)
+    base, rows = checkpoints.abstract_params(Transformer(config.model)), batch(config)
     if kind == "forward":
         return of(forward(config).lower(base, rows).compile(), 0)
     one, begin = training_step(config, kind)
@@ -71,7 +71,7 @@ def batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
 def training_step(config: Config, kind: str) -> tuple[Any, Callable[[Any], tuple[step.State, Any]]]:
     """(the jitted step of a micro-batch, base weights -> (state, frozen)); see `training.step`."""
     model = Transformer(config.model)
-    base = checkpoint.abstract_params(model)
+    base = checkpoints.abstract_params(model)
     what = Adapters(config.lora, config.quant) if kind == "adapters" else AllWeights(config.quant)
 
     def loss(trained, frozen, rows, count, key):

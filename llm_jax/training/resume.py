@@ -2,7 +2,7 @@
 
 import pathlib
 
-from llm_jax.checkpoints import checkpoint
+from llm_jax import checkpoints
 from llm_jax.configuration import flat
 from llm_jax.errors import UserError
 from llm_jax.schema import Config, ModelConfig
@@ -21,7 +21,7 @@ def refuse_another(workdir: pathlib.Path, config: Config) -> None:
     """Raises UserError where the workdir holds a run of a configuration that differs in what matters."""
     if not (workdir / "config.json").exists():
         return
-    before, now = (flat(c) for c in (checkpoint.read_config(workdir), config))
+    before, now = (flat(c) for c in (checkpoints.read_config(workdir), config))
     changed = [k for k in now if now[k] != before[k] and k not in _FREE and f"{k.split('.')[0]}." not in _FREE]
     if not now["model.vocab_size"]:  # 0 means the tokenizer's, which the file names
         changed = [k for k in changed if k != "model.vocab_size"]
