@@ -8,17 +8,21 @@ model, params, tokenizer = llm_jax.load("runs/alibi")
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llm_jax.checkpoints.pretrained import load as load
+    from llm_jax.checkpoints import load as load
+    from llm_jax.checkpoints import open as open
+    from llm_jax.checkpoints import save as save
     from llm_jax.configuration import load as config
     from llm_jax.training.trainer import train as train
 
 __version__ = "0.1.0"
-__all__ = ["config", "load", "train"]
+__all__ = ["config", "load", "open", "save", "train"]
 
 # name: (module, attribute). Imported on first use, so that `import llm_jax` does not import JAX.
 _PUBLIC = {
     "config": ("llm_jax.configuration", "load"),
-    "load": ("llm_jax.checkpoints.pretrained", "load"),
+    "load": ("llm_jax.checkpoints", "load"),
+    "open": ("llm_jax.checkpoints", "open"),
+    "save": ("llm_jax.checkpoints", "save"),
     "train": ("llm_jax.training.trainer", "train"),
 }
 

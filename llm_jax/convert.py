@@ -4,11 +4,15 @@ import dataclasses
 import json
 import math
 import pathlib
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from llm_jax import cli
 from llm_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from llm_jax.checkpoints import Checkpoint
 
 flags.DEFINE_string(
     "input", None, "a run, a Hugging Face directory, a .gguf file, asset:NAME or hf:ORG/NAME", required=True
@@ -34,104 +38,90 @@ NEEDS: cli.Needs = (
 def main() -> None:
     import jax
 
-    from llm_jax import tokenizers, trees
-    from llm_jax.checkpoints import gguf_model, hf, pretrained
+    from llm_jax import checkpoints, tokenizers, trees
+    from llm_jax.checkpoints import gguf_model, huggingface
     from llm_jax.checkpoints.families import FAMILIES
     from llm_jax.kernels import blocks
 
     f = flags.FLAGS
-    output, source = pathlib.Path(f.output).expanduser(), pretrained.locate(f.input)
+    output = pathlib.Path(f.output).expanduser()
     if output.exists():
         raise UserError(f"--output={output} exists; give another, or remove it")
+    checkpoint = checkpoints.open(f.input)
     if f.to == "peft":
-        _peft(source, output, f.family)
+        _peft(checkpoint, output, f.family)
         return
-    model, params, tokenizer = pretrained.load(source)
+    model, params, tokenizer = checkpoint.load()
     precision = dataclasses.replace(model.config.precision, params=f.dtype)
     config = dataclasses.replace(model.config, precision=precision) if f.to == "hf" else model.config
     count = sum(math.prod(weight.shape) for weight in trees.flatten(params).values())
-    said = f"read {f.input}: {config.num_layers} layers, width {config.width}, {count:,} parameters"
-    print(f"{said}, tokenizer {tokenizer.kind} of {tokenizer.vocab_size} ids", flush=True)
+    size = f"{config.num_layers} layers, width {config.width}, {count:,} parameters"
+    print(f"read {f.input}: {size}, tokenizer {tokenizer.kind} of {tokenizer.vocab_size} ids", flush=True)
     if f.to == "gguf":
         if f.format in blocks.FORMATS:
             block = blocks.FORMATS[f.format]
             _announce(output, f.format, count * block.size // block.numbers)
         formats = gguf_model.save(output, config, params, tokenizers.foreign(tokenizer), f.format)
         used = {kind: sum(1 for k in formats.values() if k == kind) for kind in sorted(set(formats.values()))}
-        size = output.stat().st_size
-        print(f"wrote {output}: {', '.join(f'{n} tensors {kind}' for kind, n in used.items())}; {size / 2**20:.1f} MiB")
+        summary = ", ".join(f"{n} tensors {kind}" for kind, n in used.items())
+        print(f"wrote {output}: {summary}; {output.stat().st_size / 2**20:.1f} MiB")
         return
-    kind = f.family or (pretrained.family(source) if pretrained.is_foreign(source) else _first_that_fits(config))
-    if kind not in FAMILIES:
-        raise UserError(f"--family={kind} is unknown; expected one of {', '.join(FAMILIES)}")
-    _announce(output, f"{kind} in {f.dtype}", count * jax.numpy.dtype(f.dtype).itemsize)
+    family = _family(f.family or checkpoint.family)
+    _announce(output, f"{family} in {f.dtype}", count * jax.numpy.dtype(f.dtype).itemsize)
     if isinstance(tokenizer, tokenizers.Foreign):
         files = tokenizer.files()
         if len(ends := tokenizers.ends(tokenizer)) > 1:
             files["generation_config.json"] = json.dumps(tokenizer.special_ids | {"eos_token_id": ends}).encode()
-        hf.save(output, kind, config, params, files, tokenizer.special_ids)
+        huggingface.save(output, family, config, params, files, tokenizer.special_ids)
     else:
         files = {f"tokenizer/{name}": content for name, content in tokenizers.all_files(tokenizer).items()}
         ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
-        hf.save(output, kind, config, params, files, {name: i for name, i in ids.items() if i is not None})
+        huggingface.save(output, family, config, params, files, {name: i for name, i in ids.items() if i is not None})
         print(f"note: transformers reads no {tokenizer.kind} tokenizer; llm_jax finds it in {output}/tokenizer")
-    size = sum(p.stat().st_size for p in output.rglob("*") if p.is_file())
-    print(f"wrote {output}: {kind} ({FAMILIES[kind].architecture}) in {f.dtype}; {size / 2**20:.1f} MiB")
+    num_bytes = sum(p.stat().st_size for p in output.rglob("*") if p.is_file())
+    print(f"wrote {output}: {family} ({FAMILIES[family].architecture}) in {f.dtype}; {num_bytes / 2**20:.1f} MiB")
 
 
 def _announce(output: pathlib.Path, what: str, size: int) -> None:
     print(f"writing {output}: {what}, about {size / 2**20:,.0f} MiB", flush=True)
 
 
-def _peft(source: pathlib.Path, output: pathlib.Path, kind: str) -> None:
-    """Writes the adapters of a run as a directory of peft."""
-    from llm_jax import lora, trees
-    from llm_jax.checkpoints import checkpoint, hf, peft, pretrained
+def _family(name: str) -> str:
     from llm_jax.checkpoints.families import FAMILIES
+
+    if name not in FAMILIES:
+        raise UserError(f"--family={name} is unknown; expected one of {', '.join(FAMILIES)}")
+    return name
+
+
+def _peft(checkpoint: "Checkpoint", output: pathlib.Path, name: str) -> None:
+    """Writes the adapters of a run as a directory of peft."""
+    from llm_jax import lora
+    from llm_jax.checkpoints import Adapters, abstract_params, peft
     from llm_jax.model.transformer import Transformer
 
-    config = None if pretrained.is_foreign(source) else checkpoint.read_config(directory := checkpoint.find(source))
-    if config is None or not config.lora.rank:
-        raise UserError(f"--to=peft writes adapters; {source} is no run with lora.rank above 0")
-    record = checkpoint.verify(directory)
-    named = pretrained.locate(record["base"]["path"])
-    kind = kind or (pretrained.family(named) if pretrained.is_foreign(named) else _first_that_fits(config.model))
-    if kind not in FAMILIES:
-        raise UserError(f"--family={kind} is unknown; expected one of {', '.join(FAMILIES)}")
-    adapters = lora.rounded(trees.unstack(checkpoint.restore_adapters(directory, record)), config.lora.factors)
+    if not isinstance(checkpoint, Adapters):
+        raise UserError(f"--to=peft writes adapters; {checkpoint.path} is not a run with lora.rank above 0")
+    config, base = checkpoint.run_config, checkpoint.base
+    family = _family(name or checkpoint.family)
+    adapters = lora.rounded(checkpoint.adapters(), config.lora.factors)
     if config.quant.scheme:
-        print(
-            f"note: they were trained over a base in {config.quant.scheme}; peft will put them on the one it is given"
-        )
-    abstract = checkpoint.abstract_params(Transformer(dataclasses.replace(config.model, scan_layers=False)))
-    readable = named.is_dir() and hf.is_directory_of(named)
+        print(f"note: the adapters were trained over a base in {config.quant.scheme}; peft applies them to any base")
+    abstract = abstract_params(Transformer(dataclasses.replace(config.model, scan_layers=False)))
+    readable = base.form == "huggingface"
     peft.save(
         output,
-        kind,
+        family,
         adapters,
         abstract,
         config.model.tie_embeddings,
         rank_stabilized=config.lora.rank_stabilized,
         dropout=config.lora.dropout,
-        base_name=str(named) if readable else None,
+        base_name=str(base.path) if readable else None,
     )
     if not readable:
-        print(f"note: transformers cannot read the base {record['base']['path']}; convert that with --to=hf for peft")
-    print(f"wrote {output}: adapters of a {kind}; {sum(p.stat().st_size for p in output.iterdir()) / 2**20:.1f} MiB")
-
-
-def _first_that_fits(config) -> str:
-    """The family that can hold a model of ours. Raises UserError with every family's reason."""
-    from llm_jax.checkpoints.families import FAMILIES, their_config
-
-    reasons = []
-    for kind in FAMILIES:
-        try:
-            their_config(kind, config)
-            return kind
-        except UserError as error:
-            reasons.append(str(error).split(";")[0])
-    raise UserError("no family of Hugging Face can hold this model: " + "; ".join(reasons))
+        print(f"note: transformers cannot read the base {base.name}; convert it with --to=hf for peft")
+    print(f"wrote {output}: adapters of a {family}; {sum(p.stat().st_size for p in output.iterdir()) / 2**20:.1f} MiB")
 
 
 if __name__ == "__main__":

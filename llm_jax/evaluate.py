@@ -72,7 +72,7 @@ def main() -> None:
 def on_text() -> None:
     import jax
 
-    from llm_jax.checkpoints import checkpoint, pretrained
+    from llm_jax import checkpoints
     from llm_jax.data import corpus, masking
     from llm_jax.data.rows import ROWS, Rows
     from llm_jax.evaluation import classification, held_out, sentiment
@@ -81,14 +81,14 @@ def on_text() -> None:
     from llm_jax.training import losses
 
     f = flags.FLAGS
-    path = pretrained.locate(f.checkpoint)
-    model, params, tokenizer = pretrained.load(path, scan_layers=True, as_stored=f.as_stored)
-    if pretrained.is_foreign(path):
+    checkpoint = checkpoints.open(f.checkpoint)
+    model, params, tokenizer = checkpoint.load(scan_layers=True, as_stored=f.as_stored)
+    config = checkpoint.run_config
+    if config is None:
         if not f.data:
             raise UserError(f"{f.checkpoint} names no corpus of its own; give --data=FILE")
         data, length, hides = DataConfig(f.data, "text", "text", 0.0, "", 0), f.seq_len or 512, False
     else:
-        config = checkpoint.read_config(checkpoint.find(path))
         data, length, hides = config.data, f.seq_len or config.train.seq_len, config.loss.masked != "none"
     if not model.config.causal and not hides:
         raise UserError(f"{f.checkpoint} is a bidirectional model (model.causal=False); it sees what it would predict")
@@ -114,7 +114,7 @@ def on_text() -> None:
     if f.stride and data.kind != "text":
         raise UserError(f"--stride={f.stride}; examples (data.kind={data.kind}) are never cut")
     windows = Rows(split, length, f.stride) if f.stride else ROWS[data.kind](split, length)
-    if hides:
+    if config is not None and hides:
         windows = masking.hider(config.loss, tokenizer)(windows, 0)
     found = held_out.evaluate(loss, params, windows, f.batch_size, device)
     compressed = {} if hides else source.compressed_bits_per_byte()
@@ -133,7 +133,7 @@ def on_text() -> None:
 def on_task() -> None:
     from tqdm import tqdm
 
-    from llm_jax.checkpoints import pretrained
+    from llm_jax import checkpoints
     from llm_jax.evaluation import ask, builtin
     from llm_jax.evaluation.templates import STYLES
 
@@ -148,8 +148,9 @@ def on_task() -> None:
     for manner in manners:
         manner.check(task)
     count = min(f.limit or len(task.examples), len(task.examples))
-    loaded = pretrained.load(f.checkpoint, dtype=f.dtype, as_stored=f.as_stored)
-    weights = hashlib.sha256(pretrained.identity(pretrained.locate(f.checkpoint)).encode()).hexdigest()[:16]
+    checkpoint = checkpoints.open(f.checkpoint)
+    loaded = checkpoint.load(dtype=f.dtype, as_stored=f.as_stored)
+    weights = hashlib.sha256(checkpoint.identity.encode()).hexdigest()[:16]
     asked_of = {"checkpoint": f.checkpoint, "weights": weights, "task": task.digest()}
     asked_of |= {"dtype": f.dtype, "as_stored": f.as_stored}
     found: list[dict[str, Any]] = []
@@ -177,14 +178,14 @@ def on_task() -> None:
 
 
 def on_harness() -> None:
-    from llm_jax.checkpoints import pretrained
+    from llm_jax import checkpoints
     from llm_jax.evaluation import harness
 
     f = flags.FLAGS
     path = pathlib.Path(f.harness_path) if f.harness_path else None
     if path and not path.is_dir():
         raise UserError(f"--harness_path={path}: no such directory")
-    model, params, tokenizer = pretrained.load(f.checkpoint, dtype=f.dtype, as_stored=f.as_stored)
+    model, params, tokenizer = checkpoints.load(f.checkpoint, dtype=f.dtype, as_stored=f.as_stored)
     found = harness.run(model, params, tokenizer, f.harness.split(","), path, f.batch_size, f.limit)
     if f.json:
         print(json.dumps(found, default=str))

@@ -64,8 +64,7 @@ def read_options() -> Options:
 
 
 def main() -> None:
-    from llm_jax import tokenizers
-    from llm_jax.checkpoints import pretrained
+    from llm_jax import checkpoints, tokenizers
     from llm_jax.decoding import complete, explain
     from llm_jax.tokenizers import chat
     from llm_jax.tokenizers.base import digest
@@ -75,7 +74,7 @@ def main() -> None:
         raise UserError("--stream, --explain and --json print different things; choose one")
     if (f.stream or f.explain) and (len(f.prompt) > 1 or options.n > 1):
         raise UserError(f"--{'stream' if f.stream else 'explain'} shows one continuation of one --prompt")
-    model, params, tokenizer = pretrained.load(f.checkpoint, dtype=f.dtype, as_stored=f.as_stored)
+    model, params, tokenizer = checkpoints.load(f.checkpoint, dtype=f.dtype, as_stored=f.as_stored)
     if f.cache:
         model = model.clone(config=dataclasses.replace(model.config, kv_cache=f.cache))
     if not model.config.causal:
@@ -83,7 +82,7 @@ def main() -> None:
     options.check(min(tokenizer.vocab_size, model.config.vocab_size))
     draft = None
     if options.draft not in ("", PROMPT):
-        guesser = pretrained.load(options.draft, dtype=f.dtype)
+        guesser = checkpoints.load(options.draft, dtype=f.dtype)
         if digest(guesser.tokenizer) != digest(tokenizer):
             raise UserError(f"--draft={options.draft} has another tokenizer than {f.checkpoint}")
         draft = guesser.model, guesser.params

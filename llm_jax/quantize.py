@@ -5,7 +5,6 @@ Interrupted, the same command goes on with the next layer.
 """
 
 import dataclasses
-import os
 import pathlib
 import shutil
 
@@ -49,8 +48,7 @@ NEEDS: cli.Needs = (
 
 def main() -> None:
     cli.keep_memory()
-    from llm_jax import configuration, lora, trees, weights
-    from llm_jax.checkpoints import checkpoint, pretrained
+    from llm_jax import checkpoints, configuration, files, lora, trees, weights
     from llm_jax.data.rows import Row
     from llm_jax.kernels import number_formats
     from llm_jax.model import transformer
@@ -66,15 +64,15 @@ def main() -> None:
         raise UserError(f"{said}; expected positive numbers")
 
     # ---------------------------------------------------------------- the model, and what becomes of each weight
-    path = pretrained.locate(f.checkpoint)
-    model, params, tokenizer = pretrained.load(path)
+    checkpoint = checkpoints.open(f.checkpoint)
+    model, params, tokenizer = checkpoint.load()
     quant.check_finite(params, f.checkpoint)
-    if pretrained.is_foreign(path):
-        whole = configuration.build(cli.default_config())
-        whole = dataclasses.replace(whole, tokenizer=dataclasses.replace(whole.tokenizer, kind=tokenizer.kind))
-        run_config, length = dataclasses.replace(whole, model=model.config), f.seq_len or 512
+    if checkpoint.run_config is None:
+        default = configuration.default()
+        kind = dataclasses.replace(default.tokenizer, kind=tokenizer.kind)
+        run_config, length = dataclasses.replace(default, model=model.config, tokenizer=kind), f.seq_len or 512
     else:
-        run_config = checkpoint.read_config(checkpoint.find(path))
+        run_config = checkpoint.run_config
         length = f.seq_len or run_config.train.seq_len
     before = weights.num_bytes(params)
     params, costs = lora.fold(params)
@@ -95,7 +93,7 @@ def main() -> None:
     rows: list[Row] = []
     text = ""
     if not made and calibrate.needs_text(planned, f.method):
-        if pretrained.is_foreign(path) and not f.data:
+        if checkpoint.run_config is None and not f.data:
             raise UserError(f"--method={f.method} needs calibration text; {f.checkpoint} names none, give --data=FILE")
         transformer.check_length(model.config, length)
         rows, text = calibrate.text(run_config, f.data, tokenizer, length, f.sequences)
@@ -103,7 +101,7 @@ def main() -> None:
 
     # ---------------------------------------------------------------- layer by layer, and written
     partial = output.with_name(f".{output.name}.partial")
-    _claim(partial, {**_request(f), "from": pretrained.identity(path), "planned": planned, "text": text})
+    _claim(partial, {**_request(f), "from": checkpoint.identity, "planned": planned, "text": text})
     if made:
         params = quant.finish(params)
         lines = quant.lines(params)
@@ -114,12 +112,9 @@ def main() -> None:
     quant.check_finite(params, f"{f.checkpoint}, quantized: a float16 scale cannot hold it")
     saved = dataclasses.replace(run_config, model=dataclasses.replace(model.config, scan_layers=False))
     no_training = dataclasses.replace(saved.quant, scheme="", qat=dataclasses.replace(saved.quant.qat, scheme=""))
-    saved = dataclasses.replace(saved, quant=no_training, lora=configuration.build(cli.default_config()).lora)
-    writer = checkpoint.Writer(partial / "run", saved, tokenizer, text)
-    writer.save(0, params, {}, None)
-    writer.close()
-    checkpoint.write_json(partial / "run" / "config.json", configuration.as_dict(saved))
-    os.rename(partial / "run", output)
+    saved = dataclasses.replace(saved, quant=no_training, lora=configuration.default("lora"))
+    checkpoints.write_run(partial / "run", saved, params, tokenizer, text)
+    files.rename(partial / "run", output, durable=True)
     shutil.rmtree(partial)
     print(quant.table(lines))
     after = weights.num_bytes(params)
@@ -154,16 +149,16 @@ def _request(f) -> dict[str, object]:
 
 def _claim(partial: pathlib.Path, request: dict[str, object]) -> None:
     """The directory of an unfinished command, if it is this very one; else made anew."""
-    from llm_jax.checkpoints import checkpoint
+    from llm_jax import files
 
     said = partial / "request.json"
-    if said.exists() and checkpoint.read_json(said) == request:
+    if said.exists() and files.read_json(said) == request:
         print(f"going on from {partial}")
         shutil.rmtree(partial / "run", ignore_errors=True)
         return
     shutil.rmtree(partial, ignore_errors=True)
-    checkpoint.make_directory(partial)
-    checkpoint.write_json(said, request)
+    files.make_directory(partial)
+    files.write_json(said, request)
 
 
 if __name__ == "__main__":

@@ -23,9 +23,8 @@ import jax
 import numpy as np
 from absl import flags
 
-from llm_jax import cli, lora, weights
+from llm_jax import checkpoints, cli, files, lora, weights
 from llm_jax import configuration as config_lib
-from llm_jax.checkpoints import checkpoint, pretrained
 from llm_jax.decoding import loop
 from llm_jax.decoding.options import Options
 from llm_jax.quant import post_training
@@ -42,7 +41,7 @@ flags.DEFINE_integer("tokens", 8, "new tokens that are timed")
 
 def main() -> None:
     cli.keep_memory()
-    model, base, _ = pretrained.load(MODEL)
+    model, base, _ = checkpoints.load(MODEL)
     made = forms(base)
     del base
     sampler = Options(temperature=0).sampler()
@@ -63,7 +62,7 @@ def main() -> None:
         print(f"turn {turn} of {flags.FLAGS.rounds}", flush=True)
     sizes = {name: weights.num_bytes(params) for name, params in made.items()}
     results = judged(seen)
-    checkpoint.write_json(HERE / "results.json", results)
+    files.write_json(HERE / "results.json", results)
     readme = HERE / "README.md"
     before, rest = readme.read_text().split(BEGIN)
     readme.write_text(before + BEGIN + "\n".join(table(seen, sizes, results)) + "\n" + END + rest.split(END)[1])

@@ -26,9 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from llm_jax import cli, lora, schema, trees
+from llm_jax import cli, files, lora, schema, trees
 from llm_jax import configuration as config_lib
-from llm_jax.checkpoints import checkpoint
 
 HERE = pathlib.Path(__file__).parent
 COMMAND = "PYTHONPATH=. python experiments/architectures/measure.py"
@@ -111,7 +110,7 @@ def main() -> None:
     whole = config_lib.build(runpy.run_path(str(HERE.parents[1] / "configs" / "default.py"))["get_config"]())
     found = {name: [run(name, whole.lora, seed) for seed in range(SEEDS)] for name in CASES}
     results = [entry(name, runs) for name, runs in found.items()]
-    checkpoint.write_json(HERE / "results.json", results)
+    files.write_json(HERE / "results.json", results)
     readme = HERE / "README.md"
     before, rest = readme.read_text().split(BEGIN)
     readme.write_text(before + BEGIN + "\n".join(table(found, results)) + "\n" + END + rest.split(END)[1])

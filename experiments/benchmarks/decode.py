@@ -26,8 +26,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from llm_jax import cli, trees, weights
-from llm_jax.checkpoints import pretrained
+from llm_jax import checkpoints, cli, trees, weights
 from llm_jax.data import assets
 from llm_jax.decoding import loop
 from llm_jax.decoding.options import Options
@@ -60,7 +59,7 @@ def main() -> None:
     products: dict[str, Callable[[], Times]] = {}
     with tempfile.TemporaryDirectory() as directory:
         for dtype in f.dtypes:
-            loaded = pretrained.load(MODEL, dtype=dtype)
+            loaded = checkpoints.load(MODEL, dtype=dtype)
             runners[f"llm_jax {dtype}"], products[dtype] = ours(loaded), bare(loaded)
             if f.peer_python:
                 where = pathlib.Path(f.peer_model or directory) / "hf"

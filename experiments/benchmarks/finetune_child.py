@@ -36,8 +36,7 @@ def ours(directory: str, rows: int, length: int, rank: int, remat: str, chunk: s
     import jax
     import jax.numpy as jnp
 
-    from llm_jax import cli, configuration
-    from llm_jax.checkpoints import pretrained
+    from llm_jax import checkpoints, cli, configuration
     from llm_jax.model.transformer import Transformer
     from llm_jax.training import losses, optim, step, trainable
 
@@ -50,7 +49,7 @@ def ours(directory: str, rows: int, length: int, rank: int, remat: str, chunk: s
     c = dataclasses.replace(c, optim=dataclasses.replace(c.optim, lr=LEARNING_RATE, warmup_steps=0, clip_norm=0.0))
     kind, model = trainable.kind(c), Transformer(c.model)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    origin = pretrained.Origin(directory, c.model.precision.params)
+    origin = checkpoints.open_base(directory)
     base = origin.params(c.model, lambda tree: jax.tree.map(lambda _: device, tree))
     params, fixed = jax.jit(kind.begin)(base, jax.random.key(c.train.seed))
     frozen = kind.freeze(base, fixed)

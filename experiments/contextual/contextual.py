@@ -19,9 +19,8 @@ import numpy as np
 from absl import flags
 from scipy import stats
 
-from llm_jax import cli
-from llm_jax.checkpoints import checkpoint, pretrained
-from llm_jax.checkpoints.checkpoint import Loaded
+from llm_jax import checkpoints, cli, files
+from llm_jax.checkpoints import Loaded
 from llm_jax.embeddings import contextual
 from llm_jax.errors import UserError
 from llm_jax.evaluation.ask import wilson
@@ -35,13 +34,13 @@ flags.DEFINE_string("checkpoint", "asset:minilm-l6-v2", "whose vectors are asked
 
 
 def main() -> None:
-    loaded = pretrained.load(flags.FLAGS.checkpoint)
+    loaded = checkpoints.load(flags.FLAGS.checkpoint)
     words = read(HERE / "senses.txt")
     vectors = {word: occurrences(loaded, word, senses) for word, senses in words.items()}
     layers = list(vectors["bank"])
     table = {layer: figures({word: v[layer] for word, v in vectors.items()}) for layer in layers}
     results = [judge(table)]
-    checkpoint.write_json(HERE / "results.json", results)
+    files.write_json(HERE / "results.json", results)
     draw(table, vectors["bank"][layers[-1]], HERE / "senses.png")
     count = sum(len(s) for senses in words.values() for s in senses.values())
     lines = [f"{len(words)} words, {count} sentences.", "", *markdown(table, results)]

@@ -23,7 +23,7 @@ import matplotlib
 import numpy as np
 
 from experiments.decoding_quality import metrics
-from llm_jax.checkpoints import checkpoint
+from llm_jax import files
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -38,7 +38,7 @@ def write(here: pathlib.Path, made: Mapping[str, Any], steps: Mapping[str, Any],
     figures = {name: of_method(texts) for name, texts in made.items()}
     of_steps = {name: np.asarray(values) for name, values in steps.items()}
     results = judge(made, figures, of_steps, f"{COMMAND} {size}")
-    checkpoint.write_json(here / "results.json", results)
+    files.write_json(here / "results.json", results)
     draw(of_steps, here / "sizes.png")
     readme = here / "README.md"
     before, rest = readme.read_text().split(BEGIN)

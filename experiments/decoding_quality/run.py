@@ -18,8 +18,7 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments.decoding_quality import report
-from llm_jax import cli
-from llm_jax.checkpoints import checkpoint, pretrained
+from llm_jax import checkpoints, cli, files
 from llm_jax.data import assets
 from llm_jax.decoding import loop, score
 from llm_jax.decoding.complete import complete
@@ -57,8 +56,8 @@ def main() -> None:
         raise UserError("--prompts, --prompt_tokens, --new_tokens and --batch_size must be 2 or more")
     asked = hashlib.sha256(f"{f.checkpoint} {f.text}".encode()).hexdigest()[:8]
     root = pathlib.Path(f.runs).expanduser() / f"{asked}-{f.prompts}-{f.prompt_tokens}-{f.new_tokens}"
-    checkpoint.make_directory(root)
-    model, params, tokenizer = pretrained.load(f.checkpoint)
+    files.make_directory(root)
+    model, params, tokenizer = checkpoints.load(f.checkpoint)
     prompts, human = texts(tokenizer, f.prompts, f.prompt_tokens, f.new_tokens)
     made = {"human": done(root / "human.json", lambda: of_human(model, params, prompts, human))}
     for name, options in tqdm(METHODS.items(), "methods"):
@@ -73,7 +72,7 @@ def main() -> None:
 def done(path: pathlib.Path, make) -> Any:
     """What `path` holds, made first if it is not there."""
     if not path.exists():
-        checkpoint.write_json(path, make())
+        files.write_json(path, make())
     return json.loads(path.read_text())
 
 

@@ -33,9 +33,8 @@ from absl import flags
 from scipy import stats
 from tqdm import tqdm
 
-from llm_jax import cli
+from llm_jax import cli, files
 from llm_jax import configuration as config_lib
-from llm_jax.checkpoints import checkpoint
 from llm_jax.errors import UserError
 from llm_jax.model.transformer import Transformer
 from llm_jax.training import losses
@@ -68,13 +67,13 @@ def main() -> None:
     if f.seeds < 2 or f.steps < 1:
         raise UserError(f"--seeds={f.seeds} --steps={f.steps}; expected at least 2 seeds and 1 step")
     root = pathlib.Path(f.runs).expanduser() / f"{f.width}-{f.steps}"
-    checkpoint.make_directory(root)
+    files.make_directory(root)
     found: dict[str, list[dict[str, float]]] = {name: [] for name in LOSSES}
     for seed in tqdm(range(f.seeds), "seeds"):
         for name, changes in LOSSES.items():
             path = root / f"{name.replace(' ', '_')}-{seed}.json"
             if not path.exists():
-                checkpoint.write_json(path, one(changes, seed, f.steps, f.width))
+                files.write_json(path, one(changes, seed, f.steps, f.width))
             found[name].append(json.loads(path.read_text()))
     print(write(found, f"PYTHONPATH=. python experiments/heavy_tail/run.py --seeds={f.seeds} --steps={f.steps}"))
 
@@ -204,7 +203,7 @@ def write(found: dict[str, list[dict[str, float]]], command: str) -> str:
         results.append(
             {"claim": claim, "value": value, "spread": spread, "seeds": seeds, "verdict": verdict, "command": command}
         )
-    checkpoint.write_json(HERE / "results.json", results)
+    files.write_json(HERE / "results.json", results)
     lines = ["", "| loss | " + " | ".join(FIGURES.values()) + " |", "|---" * (len(FIGURES) + 1) + "|"]
     for loss, row in table.items():
         cells = (f"{m:.4f} ± {high - m:.4f}" for m, _, high in row.values())

@@ -22,9 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from llm_jax import cli
+from llm_jax import cli, files
 from llm_jax import configuration as config_lib
-from llm_jax.checkpoints import checkpoint
 from llm_jax.model.attention import Tokens
 from llm_jax.model.transformer import Transformer
 from llm_jax.training import losses, optim, step
@@ -108,7 +107,7 @@ def main() -> None:
     # The last symbols in all groups, so that they differ in what was trained alone.
     table = {name: float(ask(state.params, jnp.asarray(offsets), True)) for name, offsets in groups.items()}
     if f.output:
-        checkpoint.write_json(pathlib.Path(f.output), table)
+        files.write_json(pathlib.Path(f.output), table)
     print(json.dumps(table))
 
 

@@ -18,8 +18,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from llm_jax import cli
-from llm_jax.checkpoints import checkpoint
+from llm_jax import checkpoints, cli, files
 from llm_jax.data.corpus import Source
 from llm_jax.data.rows import Rows
 from llm_jax.model import rope
@@ -38,8 +37,8 @@ flags.DEFINE_boolean("scalings", False, "also every scaling of rope, applied now
 def main() -> None:
     cli.keep_memory()
     f = flags.FLAGS
-    model, params, tokenizer = checkpoint.load(f.checkpoint, scan_layers=True)
-    config = checkpoint.read_config(checkpoint.find(f.checkpoint))
+    model, params, tokenizer = checkpoints.load(f.checkpoint, scan_layers=True)
+    config = checkpoints.read_config(checkpoints.find(f.checkpoint))
     split = Source(config.data).corpus(tokenizer).validation
     table = {}
     for scaling in (s for s in rope.SCALINGS if s != "none") if f.scalings else [""]:
@@ -57,7 +56,7 @@ def main() -> None:
             for protocol, stride in (("windows", length), ("sliding", f.original_length // 2)):
                 found[protocol][str(factor)] = mean_loss(scaled, params, Rows(split, length, stride), f.original_length)
             print(scaling or "as trained", {p: round(found[p][str(factor)], 4) for p in found}, flush=True)
-    checkpoint.write_json(pathlib.Path(f.output), table)
+    files.write_json(pathlib.Path(f.output), table)
 
 
 def mean_loss(model: Transformer, params, rows: Rows, original: int) -> float:

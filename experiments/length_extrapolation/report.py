@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from llm_jax.checkpoints import checkpoint
+from llm_jax import files
 
 MARGIN = 0.05  # nats a token
 LEARNED = 0.9
@@ -64,7 +64,7 @@ def write(here: pathlib.Path, root: pathlib.Path, seeds: int, kinds, scalings, c
         kind: [json.loads((root / f"copy_{kind}-{seed}.json").read_text()) for seed in range(seeds)] for kind in copying
     }
     results = judge(loss, copied, seeds)
-    checkpoint.write_json(here / "results.json", results)
+    files.write_json(here / "results.json", results)
     draw(loss, here / "lengths.png")
     readme = here / "README.md"
     before, rest = readme.read_text().split(BEGIN)

@@ -18,8 +18,7 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments.length_extrapolation import report
-from llm_jax import cli
-from llm_jax.checkpoints import checkpoint
+from llm_jax import cli, files
 from llm_jax.errors import UserError
 
 HERE = pathlib.Path(__file__).parent
@@ -86,7 +85,7 @@ def main() -> None:
     if f.size not in SIZES or f.seeds < 2:
         raise UserError(f"--size={f.size} --seeds={f.seeds}; expected one of {', '.join(SIZES)} and at least 2 seeds")
     root = pathlib.Path(f.runs).expanduser() / f.size
-    checkpoint.make_directory(root)
+    files.make_directory(root)
     phases = plan(root, f.size, f.seeds)
     waiting = [[job for job in phase if not job.done.exists()] for phase in phases]
     with tqdm(total=sum(map(len, phases)), initial=sum(map(len, phases)) - sum(map(len, waiting))) as bar:

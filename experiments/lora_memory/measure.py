@@ -24,9 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax import cli, lora, schema
+from llm_jax import cli, files, lora, schema
 from llm_jax import configuration as config_lib
-from llm_jax.checkpoints import checkpoint
 from llm_jax.model.transformer import Transformer
 from llm_jax.training import memory
 
@@ -42,7 +41,7 @@ def main() -> None:
     taken = steps(config)
     merged = {dtype: merging(config, dtype) for dtype in ("float32", "bfloat16")}
     results = judge(taken, merged)
-    checkpoint.write_json(HERE / "results.json", results)
+    files.write_json(HERE / "results.json", results)
     readme = HERE / "README.md"
     before, rest = readme.read_text().split(BEGIN)
     readme.write_text(before + BEGIN + "\n".join(tables(taken, merged, results)) + "\n" + END + rest.split(END)[1])

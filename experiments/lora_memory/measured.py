@@ -20,9 +20,8 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from llm_jax import cli
+from llm_jax import checkpoints, cli, files
 from llm_jax import configuration as config_lib
-from llm_jax.checkpoints import checkpoint, pretrained
 from llm_jax.training import memory
 
 HERE = pathlib.Path(__file__).parent
@@ -60,7 +59,7 @@ def main() -> None:
 
 def write(found: dict[str, dict[str, int]]) -> None:
     """What there is so far."""
-    checkpoint.write_json(HERE / "measured.json", found)
+    files.write_json(HERE / "measured.json", found)
     heads = ("step", "planned, MiB", "measured, MiB", "measured / planned", "the rest of the process, MiB")
     lines = ["", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for case, taken in found.items():
@@ -80,7 +79,7 @@ def one(name: str, remat: str) -> dict[str, int]:
     kind = memory.STEPS[name]
     config = memory.variant(config_lib.build(recipe), name, remat)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    origin = pretrained.Origin(config.init_from, config.model.precision.params)
+    origin = checkpoints.open_base(config.init_from)
     base = origin.params(config.model, lambda tree: jax.tree.map(lambda _: device, tree))
     if kind == "forward":
         step, held = memory.forward(config), (base,)

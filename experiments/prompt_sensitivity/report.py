@@ -23,7 +23,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from llm_jax.checkpoints import checkpoint
+from llm_jax import files
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -38,7 +38,7 @@ def write(here: pathlib.Path, found: Sequence[Mapping[str, Any]], size: str) -> 
     """Writes results.json, spread.png and the tables of README.md; returns the verdicts as text."""
     cells, tokens = gather(found, "right"), gather(found, "tokens", "reasoning_tokens")
     results = judge(cells, tokens, f"{COMMAND} {size}")
-    checkpoint.write_json(here / "results.json", results)
+    files.write_json(here / "results.json", results)
     draw(cells, here / "spread.png")
     readme = here / "README.md"
     before, rest = readme.read_text().split(BEGIN)

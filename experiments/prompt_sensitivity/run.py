@@ -14,8 +14,7 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments.prompt_sensitivity import report
-from llm_jax import cli
-from llm_jax.checkpoints import checkpoint, pretrained
+from llm_jax import checkpoints, cli, files
 from llm_jax.errors import UserError
 from llm_jax.evaluation import ask
 from llm_jax.evaluation.ask import Manner
@@ -38,13 +37,13 @@ def main() -> None:
     if f.examples < 2 or not 2 <= f.paraphrases <= 10:
         raise UserError(f"--examples={f.examples} --paraphrases={f.paraphrases}; expected 2 or more, and 2 to 10")
     root = pathlib.Path(f.runs).expanduser() / f"{f.examples}-{f.shots}-{f.reasoning_tokens}"
-    checkpoint.make_directory(root)
+    files.make_directory(root)
     models = {"smollm2": (f.model, True)} | ({"reference": (f.reference, False)} if f.reference else {})
     found: list[dict[str, Any]] = []
     total = len(models) * len(TASKS) * f.paraphrases * len(STYLES)
     with tqdm(total=total) as bar:
         for name, (path, _) in models.items():
-            of = pretrained.load(path)
+            of = checkpoints.load(path)
             for task_name, make in TASKS.items():
                 task = dataclasses.replace(make(f.examples), reasoning_tokens=f.reasoning_tokens)
                 for style in STYLES:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from llm_jax.checkpoints import checkpoint
+from llm_jax import files
 
 COMMAND = "PYTHONPATH=. python experiments/qat/sweep.py"
 BEGIN, END = "<!-- results: written by sweep.py -->\n", "<!-- end of results -->"
@@ -64,7 +64,7 @@ def judge(found: Found, seeds: int) -> list[dict[str, Any]]:
 def write(here: pathlib.Path, found: Found, seeds: int) -> str:
     """Writes results.json, the picture and the table in README.md; returns the verdict as text."""
     results = judge(found, seeds)
-    checkpoint.write_json(here / "results.json", results)
+    files.write_json(here / "results.json", results)
     draw(found, here / "qat.png")
     readme = here / "README.md"
     before, rest = readme.read_text().split(BEGIN)

@@ -19,8 +19,7 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments.qat import report
-from llm_jax import cli, trees
-from llm_jax.checkpoints import checkpoint
+from llm_jax import checkpoints, cli, files, trees
 from llm_jax.data.corpus import Source
 from llm_jax.data.rows import Rows, Shuffled
 from llm_jax.errors import UserError
@@ -72,7 +71,7 @@ def main() -> None:
     if f.size not in SIZES or f.seeds < 2:
         raise UserError(f"--size={f.size} --seeds={f.seeds}; expected one of {', '.join(SIZES)} and at least 2 seeds")
     root = pathlib.Path(f.runs).expanduser() / f.size
-    checkpoint.make_directory(root)
+    files.make_directory(root)
     everywhere, after = SIZES[f.size]
     found: dict[str, list[dict[str, float]]] = {name: [] for name in SCHEMES}
     with tqdm(total=f.seeds * (2 + 2 * len(SCHEMES))) as bar:
@@ -86,7 +85,7 @@ def main() -> None:
                 train(run, follow | {"quant.qat.scheme": scheme, "quant.qat.learned_step": learned}, bar)
                 place = run / "compared.json"
                 if not place.exists():
-                    checkpoint.write_json(place, compare(plain, run, scheme, methods))
+                    files.write_json(place, compare(plain, run, scheme, methods))
                 found[name].append(report.read(place))
                 bar.set_description(f"compared {name}, seed {seed}")
                 bar.update()
@@ -109,8 +108,8 @@ def train(workdir: pathlib.Path, changes: dict[str, Any], bar: tqdm) -> None:
 
 def compare(plain: pathlib.Path, trained: pathlib.Path, scheme: str, methods: tuple[str, ...]) -> dict[str, float]:
     """Held-out losses, nats a token: of the full model, of each method after training, and of the trained integers."""
-    model, params, tokenizer = checkpoint.load(plain)
-    config = checkpoint.read_config(checkpoint.find(plain))
+    model, params, tokenizer = checkpoints.load(plain)
+    config = checkpoints.read_config(checkpoints.find(plain))
     corpus = Source(config.data).corpus(tokenizer)
     held = Rows(corpus.validation, config.train.seq_len)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -128,7 +127,7 @@ def compare(plain: pathlib.Path, trained: pathlib.Path, scheme: str, methods: tu
         kept = trained / f"after-{method}"
         made, _ = calibrate.run(model, trees.flatten(params), planned, rows, calibrate.Options(method, True, 32), kept)
         found[method] = loss(made)
-    found["qat"] = loss(post_training.finish(checkpoint.load(trained).params))
+    found["qat"] = loss(post_training.finish(checkpoints.load(trained).params))
     if not all(np.isfinite(list(found.values()))):
         raise UserError(f"{trained}: a loss is not finite ({found})")
     return found

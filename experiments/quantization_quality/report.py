@@ -28,8 +28,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from llm_jax import cli
-from llm_jax.checkpoints import checkpoint
+from llm_jax import cli, files
 from llm_jax.kernels import number_formats
 
 HERE = pathlib.Path(__file__).parent
@@ -55,7 +54,7 @@ def loss_difference(found: dict[str, Any]) -> tuple[float, float, float]:
 def write(here: pathlib.Path, language: dict, sentences: dict, speed: dict, labelled: dict, full: dict) -> str:
     """Writes results.json, the picture and the tables in README.md; returns the verdicts as text."""
     results = judge(language, sentences, speed)
-    checkpoint.write_json(
+    files.write_json(
         here / "results.json",
         [
             *results,

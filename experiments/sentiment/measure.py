@@ -11,8 +11,7 @@ import numpy as np
 from absl import flags
 from jax.scipy.optimize import minimize
 
-from llm_jax import cli
-from llm_jax.checkpoints import checkpoint, pretrained
+from llm_jax import checkpoints, cli, files
 from llm_jax.errors import UserError
 from llm_jax.evaluation import classification, sentiment
 from llm_jax.model.attention import Tokens
@@ -37,7 +36,7 @@ def main() -> None:
     kinds = {"zero-shot": answered, "few-shot": answered, "probe": probed}
     if f.kind not in kinds:
         raise UserError(f"--kind={f.kind}; expected one of {', '.join(kinds)}")
-    model, params, tokenizer = pretrained.load(f.checkpoint, dtype="bfloat16")  # as the runs that are trained compute
+    model, params, tokenizer = checkpoints.load(f.checkpoint, dtype="bfloat16")  # as the runs that are trained compute
     sources = [
         sentiment.Source(DataConfig(f"{sentiment.PREFIX}{name}", "text", "text", 0.0, "", 0))
         for name in (f.data, f.other)
@@ -46,7 +45,7 @@ def main() -> None:
     tests = [source.parts["test"][: f.test or None] for source in sources]
     found, *more = kinds[f.kind](model, params, tokenizer, sources[0], tests)
     products = {"products": more[0]} if more else {}
-    checkpoint.write_json(pathlib.Path(f.output), found | products | {"data": sources[0].sha256})
+    files.write_json(pathlib.Path(f.output), found | products | {"data": sources[0].sha256})
     print(f"{f.kind}: {'; '.join(map(classification.say, (found, *more)))}")
 
 

@@ -28,8 +28,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from llm_jax import trees
-from llm_jax.checkpoints import checkpoint
+from llm_jax import checkpoints, files, trees
 
 MARGIN = 1.0  # points
 JUDGED = (
@@ -66,7 +65,7 @@ def write(here: pathlib.Path, asked, runs, size: str, seeds: int) -> str:
       runs: what was found by each kind of training, seed by seed.
     """
     results = judge(asked, runs, runs["LoRA r=8"][0]["factors"], seeds, size)
-    checkpoint.write_json(here / "results.json", results)
+    files.write_json(here / "results.json", results)
     readme = here / "README.md"
     before, rest = readme.read_text().split(BEGIN)
     said = "\n".join(table(asked, runs, results, size, seeds))
@@ -76,8 +75,8 @@ def write(here: pathlib.Path, asked, runs, size: str, seeds: int) -> str:
 
 def factor_shapes(run: pathlib.Path) -> dict[str, Any]:
     """Shapes of one weight's a and b in a checkpoint, one layer's."""
-    directory = checkpoint.find(run)
-    record = checkpoint.verify(directory)["params"]
+    directory = checkpoints.find(run)
+    record = checkpoints.verify(directory)["params"]
     path = next(p.rsplit("/", 1)[0] for p in record if "/mlp/up/" in p)
     lead = trees.layers_of(path) is not None
     return {part: record[f"{path}/{part}"]["shape"][lead:] for part in ("a", "b")}

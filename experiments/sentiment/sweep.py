@@ -21,8 +21,7 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments.sentiment import report
-from llm_jax import cli
-from llm_jax.checkpoints import checkpoint
+from llm_jax import cli, files
 from llm_jax.errors import UserError
 from llm_jax.evaluation import sentiment
 
@@ -68,7 +67,7 @@ def main() -> None:
     if not part or int(part[1]) > int(part[2]):
         raise UserError(f"--part={f.part}; expected 1/2 or 2/2, say")
     root = pathlib.Path(f.runs).expanduser() / f.size
-    checkpoint.make_directory(root)
+    files.make_directory(root)
     jobs = [(name, seed) for seed in range(f.seeds) for name in TRAINED]
     jobs = [(kind, 0) for kind in PROMPTED] + sorted(jobs, key=lambda job: job[0] not in report.JUDGED)
     file = HERE / "runs.jsonl" if f.size == "cpu" else root / "runs.jsonl"

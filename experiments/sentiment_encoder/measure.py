@@ -30,9 +30,8 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments.sentiment.report import interval
-from llm_jax import cli, lora
+from llm_jax import checkpoints, cli, files, lora
 from llm_jax import configuration as config_lib
-from llm_jax.checkpoints import checkpoint, pretrained
 from llm_jax.embeddings import contextual
 from llm_jax.evaluation import sentiment
 from llm_jax.evaluation.classification import wilson
@@ -58,8 +57,8 @@ def main() -> None:
     cli.keep_memory()
     f = flags.FLAGS
     root = pathlib.Path(f.runs).expanduser()
-    checkpoint.make_directory(root)
-    loaded = pretrained.load(MODEL, scan_layers=True)
+    files.make_directory(root)
+    loaded = checkpoints.load(MODEL, scan_layers=True)
     films, products = (
         sentiment.Source(DataConfig(sentiment.PREFIX + name, "text", "text", 0.0, "", 0)).parts
         for name in (DATA, OTHER)
@@ -72,10 +71,10 @@ def main() -> None:
     for kind, seed in tqdm(jobs):
         kept = root / f"{kind.replace(' ', '-').lower()}-{seed}-{recipe}.json"
         if not kept.exists():
-            checkpoint.write_json(kept, run(loaded, parts, kind, seed))
+            files.write_json(kept, run(loaded, parts, kind, seed))
         found[kind].append(json.loads(kept.read_text()))
     results = [judged(found, f.seeds)]
-    checkpoint.write_json(HERE / "results.json", results)
+    files.write_json(HERE / "results.json", results)
     readme = HERE / "README.md"
     before, rest = readme.read_text().split(BEGIN)
     readme.write_text(before + BEGIN + "\n".join(table(found, results)) + "\n" + END + rest.split(END)[1])

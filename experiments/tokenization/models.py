@@ -38,9 +38,8 @@ from absl import flags
 from scipy import stats
 from tqdm import tqdm
 
-from llm_jax import cli, schema, tokenizers
+from llm_jax import cli, files, schema, tokenizers
 from llm_jax import configuration as config_lib
-from llm_jax.checkpoints import checkpoint
 from llm_jax.data.corpus import Source
 from llm_jax.data.rows import Rows, Shuffled
 from llm_jax.model.transformer import Transformer
@@ -78,7 +77,7 @@ def main() -> None:
         key = f"{kind} {seed} {f.steps} {f.tune}"
         if key not in found:
             found[key] = refusals(source, kind) if seed == "refusals" else run(config, source, kind, seed)
-            checkpoint.write_json(kept, found)
+            files.write_json(kept, found)
     table = {kind: [found[f"{kind} {s} {f.steps} {f.tune}"] for s in range(f.seeds)] for kind in KINDS}
     refused = {kind: found[f"{kind} refusals {f.steps} {f.tune}"] for kind in NEXT}
     results = judge(table, refused)

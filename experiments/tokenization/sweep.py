@@ -18,8 +18,7 @@ import re
 from absl import flags
 from tqdm import tqdm
 
-from llm_jax import cli, tokenizers
-from llm_jax.checkpoints import checkpoint
+from llm_jax import cli, files, tokenizers
 from llm_jax.data import assets
 
 HERE = pathlib.Path(__file__).parent
@@ -60,7 +59,7 @@ def save(results: list[dict]) -> None:
     path = HERE / "results.json"
     kept = json.loads(path.read_text()) if path.exists() else []
     kept = [one for one in kept if one["command"] != results[0]["command"]]
-    checkpoint.write_json(path, sorted(kept + results, key=lambda one: one["claim"]))
+    files.write_json(path, sorted(kept + results, key=lambda one: one["claim"]))
 
 
 def figures(kind: str, size: int, train: list[str], held: list[str], new: list[str]) -> dict[str, float]:

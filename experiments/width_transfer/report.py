@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from llm_jax.checkpoints import checkpoint
+from llm_jax import files
 
 MARGIN = 0.05  # nats a token
 KINDS = ("μP", "as it is")
@@ -74,7 +74,7 @@ def write(
         "verdict": verdict,
         "command": COMMAND,
     }
-    checkpoint.write_json(here / "results.json", [result])
+    files.write_json(here / "results.json", [result])
     lines = [
         "",
         "Held-out loss in nats a byte, mean ± standard deviation over the seeds; the best rate of a row is bold:",

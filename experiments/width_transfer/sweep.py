@@ -20,9 +20,8 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments.width_transfer import report
-from llm_jax import cli, schema
+from llm_jax import cli, files, schema
 from llm_jax import configuration as config_lib
-from llm_jax.checkpoints import checkpoint
 from llm_jax.data.corpus import Source
 from llm_jax.data.rows import Rows, Shuffled
 from llm_jax.model.transformer import Transformer, width_ratio
@@ -75,7 +74,7 @@ def main() -> None:
                     if key not in found:
                         loss = float(run(2.0**power, jax.random.key(seed), batches[seed], held))
                         found[key] = loss if math.isfinite(loss) else None  # diverged
-                        checkpoint.write_json(kept, found)
+                        files.write_json(kept, found)
                     bar.update()
     bar.close()
     print(report.write(HERE, found, widths, powers, f.seeds))

@@ -28,9 +28,8 @@ from absl import flags
 from scipy import stats
 from tqdm import tqdm
 
-from llm_jax import cli
+from llm_jax import checkpoints, cli, files
 from llm_jax import configuration as config_lib
-from llm_jax.checkpoints import checkpoint, pretrained
 from llm_jax.data import assets
 from llm_jax.embeddings import glove, measure, picture, texts, vectors, word2vec
 from llm_jax.errors import UserError
@@ -56,7 +55,7 @@ def main() -> None:
     if f.seeds < 2:
         raise UserError(f"--seeds={f.seeds}; expected at least 2")
     root = pathlib.Path(f.runs).expanduser() / f"{f.min_count}-{f.glove_epochs}"
-    checkpoint.make_directory(root)
+    files.make_directory(root)
     path = HERE.parents[1] / "configs" / "word2vec.py"
     config = config_lib.build(runpy.run_path(str(path))["get_config"](), EmbeddingsConfig)
     config = dataclasses.replace(config, glove=dataclasses.replace(config.glove, window=5))
@@ -79,14 +78,14 @@ def main() -> None:
             else:
                 found = word2vec.train(text, settings)
             vectors.save(found, done.with_suffix(".bin"))
-            checkpoint.write_json(done, figures(found))
+            files.write_json(done, figures(found))
     table = {
         kind: [json.loads((root / f"{kind}-{s}.json".replace(" ", "_")).read_text()) for s in range(f.seeds)]
         for kind in (*KINDS, SHUFFLED)
     }
     benchmark = json.loads((HERE.parent / "benchmarks" / "word2vec.json").read_text())["table"]
     results = judge(table, benchmark)
-    checkpoint.write_json(HERE / "results.json", results)
+    files.write_json(HERE / "results.json", results)
     shown = vectors.load(root / "skipgram-0.bin")
     picture.draw(shown, [w for w in MAP.split() if w in shown], HERE / "map.png")
     lines = [
@@ -111,7 +110,7 @@ def figures(found: vectors.WordVectors) -> dict:
 
 def real_cosines(name: str) -> dict[str, float]:
     """Cosines between words that are one token each in the input table of a checkpoint."""
-    loaded = pretrained.load(f"asset:{name}")
+    loaded = checkpoints.load(f"asset:{name}")
     space = " " if loaded.model.config.causal else ""  # byte pairs keep the space before a word
     ids = {word: loaded.tokenizer.encode(space + word) for word in ("cat", "mat", "sat", "king", "queen")}
     assert all(len(i) == 1 for i in ids.values())

@@ -1,1 +1,176 @@
-"""Other people's checkpoints: Hugging Face directories and GGUF files, in and out."""
+"""Checkpoints of every form: runs and adapters of ours, Hugging Face directories, GGUF files, adapters of peft.
+
+    checkpoint = checkpoints.open("runs/x")            # reads nothing yet
+    checkpoint.config, checkpoint.tokenizer, checkpoint.identity
+    params = checkpoint.params(config, shardings)      # every shard from the file to its device
+    model, params, tokenizer = checkpoints.load("runs/x")
+    checkpoints.save(model, params, tokenizer, "runs/y")
+
+`Checkpoint` in `base.py` is the protocol; each form is one class in a file of its own. To add a form: subclass it and
+name the subclass in `open`.
+"""
+
+import dataclasses
+import os
+import pathlib
+from typing import Any
+
+import jax
+
+from llm_jax import configuration, files, trees
+from llm_jax.checkpoints import hub
+from llm_jax.checkpoints.adapters import Adapters
+from llm_jax.checkpoints.base import Checkpoint, Loaded, abstract_params
+from llm_jax.checkpoints.gguf_model import Gguf
+from llm_jax.checkpoints.huggingface import HuggingFace
+from llm_jax.checkpoints.manifest import find, steps, verify
+from llm_jax.checkpoints.peft import Peft
+from llm_jax.checkpoints.run import Run, read_config
+from llm_jax.checkpoints.vocabulary import load_tokenizer
+from llm_jax.checkpoints.writer import Writer
+from llm_jax.errors import UserError
+from llm_jax.model.transformer import Transformer
+from llm_jax.tokenizers import Tokenizer
+
+__all__ = [
+    "Adapters",
+    "Checkpoint",
+    "Gguf",
+    "HuggingFace",
+    "Loaded",
+    "Peft",
+    "Run",
+    "Writer",
+    "abstract_params",
+    "find",
+    "load",
+    "load_separately",
+    "load_tokenizer",
+    "open",
+    "open_base",
+    "read_config",
+    "save",
+    "steps",
+    "verify",
+    "write_run",
+]
+
+
+def open(name: str | os.PathLike[str]) -> Checkpoint:
+    """The checkpoint that `name` stands for, without its weights having been read.
+
+    Args:
+      name: a run, or one of its checkpoints; a Hugging Face directory; a .gguf file; a directory of peft adapters;
+        "asset:NAME" (`llm_jax.data.assets`); or "hf:ORG/NAME" (needs the package huggingface_hub and a network).
+
+    Raises:
+      UserError: no checkpoint there.
+    """
+    path = hub.resolve(name)
+    kind: type[Checkpoint]
+    if path.is_file():
+        kind = Gguf
+    elif Peft.matches(path):
+        kind = Peft
+    elif HuggingFace.matches(path):
+        kind = HuggingFace
+    else:
+        path = find(path)
+        kind = Adapters if read_config(path).lora.rank else Run
+    return kind(path, str(name) if hub.is_remote(str(name)) else str(path.absolute()))
+
+
+def open_base(name: str | os.PathLike[str]) -> Checkpoint:
+    """As `open`, for weights to start training from (init_from).
+
+    Raises:
+      UserError: as `open`, or the checkpoint holds adapters.
+    """
+    checkpoint = open(name)
+    if checkpoint.form in ("adapters", "peft"):
+        raise UserError(f"init_from={name} holds adapters; merge them first (convert --to=hf)")
+    return checkpoint
+
+
+def load(
+    name: str | os.PathLike[str], scan_layers: bool = False, dtype: str = "float32", as_stored: bool = False
+) -> Loaded:
+    """The model, its parameters on the default device, and the tokenizer.
+
+    Args:
+      name: as for `open`. Adapters are attached to their base, whose hash is checked for adapters of ours.
+      scan_layers: stack the layers for `jax.lax.scan`. False, one entry per layer, is faster for decoding, and is
+        used in any case if layers hold weights of different kinds.
+      dtype: of parameters and computation for forms of other software; runs keep their own.
+      as_stored: keep the quantized tensors of a .gguf file if a scheme of `llm_jax.kernels.number_formats` equals
+        their format.
+
+    Raises:
+      UserError: no checkpoint there, or one that is damaged or not supported.
+    """
+    return open(name).load(scan_layers, dtype, as_stored)
+
+
+def load_separately(*names: str | os.PathLike[str]) -> tuple[Loaded, list[dict[str, Any]]]:
+    """The common base of several adapters without them, and the adapters of each.
+
+    `lora.attach` takes the adapters of one, `lora.combine` those of several. All have one entry per layer.
+
+    Args:
+      names: runs with adapters, or directories of peft.
+
+    Raises:
+      UserError: as `load`; a checkpoint without adapters; different bases; or adapters that cannot be separated
+        from their base.
+    """
+    separated = []
+    for name in names:
+        checkpoint = open(name)
+        if not isinstance(checkpoint, Adapters | Peft):
+            raise UserError(f"{name}: a run without adapters; lora.rank is 0")
+        separated.append(checkpoint.separate())
+    base = separated[0][0]
+    fingerprint = trees.fingerprint(base.params)
+    for name, (other, _) in zip(names[1:], separated[1:], strict=True):
+        if trees.fingerprint(other.params) != fingerprint:
+            raise UserError(f"{name}: its adapters are over another base than those of {names[0]}")
+    return base, [adapters for _, adapters in separated]
+
+
+def save(model: Transformer, params: Any, tokenizer: Tokenizer, path: str | os.PathLike[str]) -> None:
+    """Writes a run directory with one checkpoint, which `load` and every command take.
+
+    Args:
+      model: its configuration is recorded.
+      params: weights of any kind (arrays, quantized, with adapters), stacked for a scan or one entry per layer.
+      path: the directory; it appears complete or not at all.
+
+    Raises:
+      UserError: the directory exists or cannot be written, or names or shapes do not fit the model.
+    """
+    path = pathlib.Path(path).expanduser()
+    if path.exists():
+        raise UserError(f"{path} exists; give another path, or remove it")
+    per_layer = Transformer(dataclasses.replace(model.config, scan_layers=False))
+    shapes, expected = (
+        {name: {"shape": weight.shape} for name, weight in trees.flatten(tree).items()}
+        for tree in (jax.eval_shape(trees.unstack, params), abstract_params(per_layer))
+    )
+    trees.check(shapes, expected, str(path))
+    default = configuration.default()
+    kind = dataclasses.replace(default.tokenizer, kind=tokenizer.kind, vocab_size=tokenizer.vocab_size)
+    config = dataclasses.replace(default, model=model.config, tokenizer=kind)
+    with files.new_directory(path, durable=True) as partial:
+        write_run(partial, config, params, tokenizer)
+
+
+def write_run(directory: pathlib.Path, config: Any, params: Any, tokenizer: Tokenizer, corpus: str = "") -> None:
+    """Writes a run with one checkpoint, of step 0, into an existing directory.
+
+    Args:
+      corpus: sha256 of the text that the parameters were computed with, for the record.
+    """
+    writer = Writer(directory, config, tokenizer, corpus)
+    writer.save(0, params, {}, None)
+    writer.close()
+    files.write_json(directory / "config.json", configuration.as_dict(config))

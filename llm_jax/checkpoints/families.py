@@ -89,7 +89,7 @@ def model_config(c: Mapping[str, Any]) -> tuple[str, ModelConfig]:
     return kind, configuration.replace(neutral(), found, "model.")
 
 
-def their_config(kind: str, m: ModelConfig) -> dict[str, Any]:
+def hf_config(kind: str, m: ModelConfig) -> dict[str, Any]:
     """The inverse of `model_config`: what config.json says of the model.
 
     Raises:
@@ -135,3 +135,15 @@ def _unused(m: ModelConfig) -> set[str]:
         "llama3": {"original_length", "low_freq_factor", "high_freq_factor"},
     }.get(p.scaling, set())
     return {f"model.position.{f.name}" for f in dataclasses.fields(p) if f.name not in used}
+
+
+def first_family(config: ModelConfig) -> str:
+    """The first family that holds a model. Raises UserError, with the reason of every family, if none does."""
+    reasons = []
+    for kind in FAMILIES:
+        try:
+            hf_config(kind, config)
+            return kind
+        except UserError as error:
+            reasons.append(str(error).split(";")[0])
+    raise UserError("no family of Hugging Face can hold this model: " + "; ".join(reasons))

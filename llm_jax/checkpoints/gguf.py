@@ -1,7 +1,7 @@
-"""The GGUF container: metadata and tensors, in and out (the format: ggml's docs/gguf.md, versions 2 and 3).
+"""Reads and writes the GGUF container: metadata and tensors (format: ggml's docs/gguf.md, versions 2 and 3).
 
-The reader believes nothing that the file says of sizes: every count is held against the bytes that are
-left before anything is allocated.
+The reader trusts no size in the file: every count is compared with the number of remaining bytes before memory is
+allocated.
 """
 
 import dataclasses
@@ -9,32 +9,33 @@ import math
 import os
 import pathlib
 import struct
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from llm_jax import files
 from llm_jax.errors import UserError
 from llm_jax.kernels import blocks
 
 _MAGIC = b"GGUF"
-# Value types by number: struct letters; 8 is a string, 9 an array.
+# Scalar value types: type number -> struct format character.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-_DEEPEST, _MOST_DIMENSIONS = 2, 4
+_MAX_DEPTH, _MAX_DIMENSIONS = 2, 4
 _BY_CODE = {f.code: name for name, f in blocks.FORMATS.items()}
 
 
 @dataclasses.dataclass(frozen=True)
-class Tensor:
-    """A tensor of a file.
+class GgufTensor:
+    """A tensor in a file.
 
     Attributes:
-      shape: rows first (the reverse of the order in the file).
-      format: its block format, a name of `blocks.FORMATS`.
-      path, offset: where it begins.
+      shape: rows first (the file has the reverse order).
+      format: the block format, a key of `blocks.FORMATS`.
+      path: the file.
+      offset: of its first byte.
     """
 
     shape: tuple[int, ...]
@@ -43,30 +44,34 @@ class Tensor:
     offset: int
 
     def rows(self, indexes: np.ndarray | slice = slice(None)) -> np.ndarray:
-        """uint8 (rows, bytes of a row): a copy of those of `indexes`; a row is a run of numbers along the last axis."""
+        """A copy of the encoded rows `indexes`, uint8 (rows, bytes per row); a row runs along the last axis.
+
+        Raises:
+          UserError: the file was changed since its header was read.
+        """
         f = blocks.FORMATS[self.format]
         shape = math.prod(self.shape[:-1]), self.shape[-1] // f.numbers * f.size
         try:
-            # Mapped for this call only: pages of a mapping that stays would count as memory of the process.
+            # Mapped for this call only: the pages of a lasting mapping would count as memory of the process.
             return np.array(np.memmap(self.path, np.uint8, "r", self.offset, shape)[indexes])
         except (OSError, ValueError) as error:
             raise UserError(f"{self.path}: changed while it was being read ({error})") from error
 
     def read(self, indexes: np.ndarray | slice = slice(None)) -> np.ndarray:
-        """Rows as float32 (rows, numbers)."""
+        """The rows `indexes` as float32 (rows, numbers per row). Raises UserError as `rows`."""
         return blocks.decode(self.format, self.rows(indexes))
 
 
 @dataclasses.dataclass(frozen=True)
-class File:
-    """What a file holds: `metadata` by key, `tensors` by name."""
+class GgufFile:
+    """The content of a file: `metadata` by key, `tensors` by name."""
 
     metadata: dict[str, Any]
-    tensors: dict[str, Tensor]
+    tensors: dict[str, GgufTensor]
 
 
 class _Reader:
-    """Reads values in order and never past the end."""
+    """Reads values one after the other, and refuses to read past the end."""
 
     def __init__(self, path: pathlib.Path):
         self.path = path
@@ -75,16 +80,16 @@ class _Reader:
             self.data = np.zeros(0, np.uint8) if empty else np.memmap(path, np.uint8, mode="r")
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-        self.place = 0
+        self.position = 0
 
     def bad(self, what: str) -> UserError:
-        return UserError(f"{self.path}: not a sound GGUF file: {what} (at byte {self.place:,})")
+        return UserError(f"{self.path}: not a sound GGUF file: {what} (at byte {self.position:,})")
 
     def take(self, count: int, what: str) -> np.ndarray:
-        if count > len(self.data) - self.place:
+        if count > len(self.data) - self.position:
             raise self.bad(f"{what} of {count:,} bytes goes past the end of the file of {len(self.data):,} bytes")
-        self.place += count
-        return self.data[self.place - count : self.place]
+        self.position += count
+        return self.data[self.position - count : self.position]
 
     def number(self, letter: str, what: str = "a number") -> Any:
         return struct.unpack("<" + letter, self.take(struct.calcsize("<" + letter), what).tobytes())[0]
@@ -101,23 +106,23 @@ class _Reader:
             return self.number(_SCALARS[kind])
         if kind == _STRING:
             return self.string("a string")
-        if kind != _ARRAY or depth >= _DEEPEST:
+        if kind != _ARRAY or depth >= _MAX_DEPTH:
             raise self.bad(f"a value of type {kind}" + (" nested too deep" if kind == _ARRAY else ", which is unknown"))
         inner, count = self.number("I"), self.number("Q")
         if inner in _SCALARS:
             size = struct.calcsize(_SCALARS[inner])
             return np.frombuffer(self.take(count * size, "an array").tobytes(), f"<{_SCALARS[inner]}").tolist()
-        least = 8 if inner == _STRING else 12
-        if count * least > len(self.data) - self.place:
+        min_bytes = 8 if inner == _STRING else 12
+        if count * min_bytes > len(self.data) - self.position:
             raise self.bad(f"an array of {count:,} values goes past the end of the file")
         return [self.value(inner, depth + 1) for _ in range(count)]
 
 
-def read(path: str | os.PathLike[str]) -> File:
-    """The metadata of a file, and where its tensors are.
+def read(path: str | os.PathLike[str]) -> GgufFile:
+    """The metadata of a file, and the positions of its tensors, which are not read.
 
     Raises:
-      UserError: not a GGUF file, or one that is cut short or says what cannot be.
+      UserError: not a GGUF file, or one that is truncated or inconsistent.
     """
     r = _Reader(pathlib.Path(path))
     if len(r.data) < 4 or r.take(4, "the magic number").tobytes() != _MAGIC:
@@ -128,21 +133,21 @@ def read(path: str | os.PathLike[str]) -> File:
     if (version := r.number("I")) not in (2, 3):
         raise UserError(f"{path}: GGUF version {version}; expected 2 or 3 (little-endian)")
     tensors, pairs = r.number("Q"), r.number("Q")
-    left = len(r.data) - r.place
-    if tensors * 24 > left or pairs * 12 > left:
-        raise r.bad(f"{tensors:,} tensors and {pairs:,} metadata keys cannot be in {left:,} bytes")
+    remaining = len(r.data) - r.position
+    if tensors * 24 > remaining or pairs * 12 > remaining:
+        raise r.bad(f"{tensors:,} tensors and {pairs:,} metadata keys cannot be in {remaining:,} bytes")
     metadata: dict[str, Any] = {}
     for _ in range(pairs):
         key = r.string("a key")
         if key in metadata:
-            raise r.bad(f"the key {key[:80]!r} stands twice")
+            raise r.bad(f"the key {key[:80]!r} appears twice")
         metadata[key] = r.value(r.number("I"))
     described: dict[str, tuple[tuple[int, ...], str, int]] = {}
     for _ in range(tensors):
         name = r.string("the name of a tensor")
         if name in described:
-            raise r.bad(f"the tensor {name[:80]!r} stands twice")
-        if not 1 <= (rank := r.number("I")) <= _MOST_DIMENSIONS:
+            raise r.bad(f"the tensor {name[:80]!r} appears twice")
+        if not 1 <= (rank := r.number("I")) <= _MAX_DIMENSIONS:
             raise r.bad(f"the tensor {name[:80]!r} has {rank} dimensions")
         shape = tuple(r.number("Q") for _ in range(rank))[::-1]
         code, offset = r.number("I"), r.number("Q")
@@ -152,8 +157,8 @@ def read(path: str | os.PathLike[str]) -> File:
     align = metadata.get("general.alignment", 32)
     if not isinstance(align, int) or not 1 <= align <= 2**20 or align & (align - 1):
         raise r.bad(f"general.alignment is {align!r}; expected a power of two")
-    begin = -(-r.place // align) * align
-    found = {}
+    begin = -(-r.position // align) * align
+    result = {}
     for name, (shape, kind, offset) in described.items():
         f = blocks.FORMATS[kind]
         size = math.prod(shape)
@@ -162,8 +167,8 @@ def read(path: str | os.PathLike[str]) -> File:
         num_bytes, start = size // f.numbers * f.size, begin + offset
         if start + num_bytes > len(r.data):
             raise r.bad(f"the tensor {name[:80]!r} {shape} of {num_bytes:,} bytes goes past the end of the file")
-        found[name] = Tensor(shape, kind, r.path, start)
-    return File(metadata, found)
+        result[name] = GgufTensor(shape, kind, r.path, start)
+    return GgufFile(metadata, result)
 
 
 def write(
@@ -172,15 +177,16 @@ def write(
     tensors: Mapping[str, tuple[tuple[int, ...], str]],
     values: Iterable[np.ndarray],
 ) -> None:
-    """Writes a file, which appears whole or not at all.
+    """Writes a file, which appears complete or not at all.
 
     Args:
       metadata: strings, booleans, integers, floats and lists of one of these; numpy scalars keep their type.
       tensors: name -> (shape with rows first, format).
-      values: float32 arrays in the order of `tensors`, taken one at a time; or uint8, rows of blocks as they are.
+      values: arrays in the order of `tensors`, consumed one at a time: float32 of the tensor's shape, or uint8 rows
+        of encoded blocks.
 
     Raises:
-      UserError: the directory cannot be written, or a row does not divide into blocks of its format.
+      UserError: the file cannot be written, or a row does not divide into blocks of its format.
     """
     head = [_MAGIC, struct.pack("<IQQ", 3, len(tensors), len(metadata))]
     for key, value in metadata.items():
@@ -193,26 +199,14 @@ def write(
         head += [_string(name), struct.pack(f"<I{len(shape)}Q", len(shape), *shape[::-1])]
         head += [struct.pack("<IQ", f.code, offset)]
         offset += -(-math.prod(shape) // f.numbers * f.size // 32) * 32
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, partial = tempfile.mkstemp(prefix=".partial-", dir=path.parent)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(b"".join(head))
-            bar = tqdm(tensors.values(), "writing tensors", leave=False, disable=None)
-            for (_, kind), array in zip(bar, values, strict=True):
-                file.write(b"\0" * (-file.tell() % 32))
-                encoded = array if array.dtype == np.uint8 else blocks.encode(kind, np.asarray(array, np.float32))
-                file.write(encoded.tobytes())
+    with files.new_file(path) as file:
+        file.write(b"".join(head))
+        progress = tqdm(tensors.values(), "writing tensors", leave=False, disable=None)
+        for (_, kind), array in zip(progress, values, strict=True):
             file.write(b"\0" * (-file.tell() % 32))
-        pathlib.Path(partial).chmod(0o644)
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
-    finally:
-        pathlib.Path(partial).unlink(missing_ok=True)
+            encoded = array if array.dtype == np.uint8 else blocks.encode(kind, np.asarray(array, np.float32))
+            file.write(encoded.tobytes())
+        file.write(b"\0" * (-file.tell() % 32))
 
 
 def _string(text: str) -> bytes:
@@ -233,11 +227,11 @@ def _kind(value: Any) -> int:
 
 
 def _value(value: Any) -> Iterator[bytes]:
-    """The type and the bytes of a metadata value."""
+    """The encoded type and value of a metadata entry."""
     items = value if isinstance(value, (list, tuple)) else [value]
     kind = _kind(items[0]) if items else 4
     if items is value and kind == 4 and max(items, default=0) < 2**31:
-        kind = 5  # llama.cpp wants tokenizer.ggml.token_type so
+        kind = 5  # llama.cpp requires int32 for tokenizer.ggml.token_type
     if items is value:
         yield struct.pack("<IIQ", _ARRAY, kind, len(items))
     else:

@@ -1,4 +1,4 @@
-"""Blocks of GGUF files as `QTensor`s and back, number for number, where the formats correspond."""
+"""GGUF blocks <-> `QTensor`, without changing a code or a scale, for formats that a quantization scheme equals."""
 
 from typing import Any
 
@@ -7,52 +7,57 @@ import numpy as np
 from llm_jax.kernels import blocks, number_formats
 from llm_jax.weights import IN, OUT, QTensor
 
-# Letters of shapes: R rows of a tensor of theirs, G blocks of a row, N bytes of a block's codes.
+# Dimension letters: R rows of a stored tensor, G blocks per row, N bytes of a block's codes.
 
-SCHEMES = {"Q8_0": "int8:32", "Q4_0": "int4", "Q4_1": "int4_affine"}
+SCHEMES = {"Q8_0": "int8:32", "Q4_0": "int4", "Q4_1": "int4_affine"}  # block format -> quantization scheme
 _HALF = 2  # bytes of a float16
 
 
-def corresponding(q: QTensor, turned: bool) -> str | None:
-    """The block format that holds a QTensor as it is, or None.
+def block_format(q: QTensor, transposed: bool) -> str | None:
+    """The block format that holds a QTensor without a change, or None.
 
     Args:
-      turned: theirs is (out, in), so that blocks run along the input axis of ours.
+      transposed: the stored tensor is (out, in), so that its blocks run along the input axis of the weight.
     """
-    if q.smooth is not None or q.axis != (IN if turned else OUT):
+    if q.smooth is not None or q.axis != (IN if transposed else OUT):
         return None
-    meant = number_formats.scheme(q.scheme)
-    same = (name for name, scheme in SCHEMES.items() if number_formats.scheme(scheme) == meant)
-    return next(same, None)
+    scheme = number_formats.scheme(q.scheme)
+    equal = (name for name, other in SCHEMES.items() if number_formats.scheme(other) == scheme)
+    return next(equal, None)
 
 
 def to_rows(q: QTensor) -> np.ndarray:
-    """uint8 (R, bytes of a row): a QTensor that has a corresponding format, as that format's blocks."""
+    """The blocks of a QTensor that has a `block_format`: uint8 (R, bytes per row)."""
 
-    def theirs(a) -> np.ndarray:
+    def stored(a) -> np.ndarray:
         a = np.asarray(a)
         return a.T if q.axis == IN else a
 
-    scale = theirs(q.scale)
-    parts = [scale] if q.offset is None else [scale, theirs(q.offset)]
-    codes = np.ascontiguousarray(theirs(q.codes)).view(np.uint8).reshape(*scale.shape, -1)
-    halves = [np.ascontiguousarray(p[..., None]).view(np.uint8) for p in parts]
-    return np.concatenate([*halves, codes], -1).reshape(scale.shape[0], -1)
+    scale_RG = stored(q.scale)
+    halves_RG = [scale_RG] if q.offset is None else [scale_RG, stored(q.offset)]
+    codes_RGN = np.ascontiguousarray(stored(q.codes)).view(np.uint8).reshape(*scale_RG.shape, -1)
+    bytes_of_halves = [np.ascontiguousarray(half[..., None]).view(np.uint8) for half in halves_RG]
+    return np.concatenate([*bytes_of_halves, codes_RGN], -1).reshape(scale_RG.shape[0], -1)
 
 
-def from_rows(name: str, rows: np.ndarray, turned: bool) -> QTensor:
-    """The inverse of `to_rows` for the block format `name`, with numpy leaves."""
-    cut = rows.reshape(rows.shape[0], -1, blocks.FORMATS[name].size)
+def from_rows(name: str, rows: np.ndarray, transposed: bool) -> QTensor:
+    """The inverse of `to_rows`: a QTensor with numpy leaves.
+
+    Args:
+      name: the block format, a key of `SCHEMES`.
+      rows: uint8 (R, bytes per row).
+      transposed: see `block_format`.
+    """
+    cut_RGB = rows.reshape(rows.shape[0], -1, blocks.FORMATS[name].size)
     scheme = number_formats.scheme(SCHEMES[name])
     head = 2 * _HALF if scheme.offset else _HALF
 
-    def ours(a: np.ndarray) -> np.ndarray:
+    def weight_order(a: np.ndarray) -> Any:
         a = a.reshape(rows.shape[0], -1)
-        return np.ascontiguousarray(a.T if turned else a)
+        return np.ascontiguousarray(a.T if transposed else a)
 
-    halves = np.ascontiguousarray(cut[..., :head]).view(np.float16)
-    codes = np.ascontiguousarray(cut[..., head:]).view(np.int8 if name == "Q8_0" else np.uint8)
-    offset: Any = ours(halves[..., 1]) if scheme.offset else None
-    scale: Any = ours(halves[..., 0])
-    held: Any = ours(codes)
-    return QTensor(held, scale, offset, None, None, SCHEMES[name], IN if turned else OUT)
+    halves = np.ascontiguousarray(cut_RGB[..., :head]).view(np.float16)
+    codes = np.ascontiguousarray(cut_RGB[..., head:]).view(np.int8 if name == "Q8_0" else np.uint8)
+    offset = weight_order(halves[..., 1]) if scheme.offset else None
+    axis = IN if transposed else OUT
+    return QTensor(weight_order(codes), weight_order(halves[..., 0]), offset, None, None, SCHEMES[name], axis)

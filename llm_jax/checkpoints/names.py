@@ -1,90 +1,91 @@
-"""Tables of names: our parameters and the tensors of other people's checkpoints, one to one."""
+"""Tables of tensor names: parameter paths of this package <-> tensors of Hugging Face and GGUF checkpoints."""
 
 import dataclasses
 from collections.abc import Mapping
 
 
 @dataclasses.dataclass(frozen=True)
-class Their:
-    """A tensor of theirs, and how ours is made of it.
+class TensorSpec:
+    """A stored tensor, and how a parameter is computed from it.
 
     Attributes:
-      name: "{i}" is the layer.
-      turned: theirs is (out, in).
-      plus: ours is theirs plus this (Gemma's norms multiply by 1 + w).
-      part: (i, n): ours is the i-th of n equal parts along our last axis.
+      name: in the file; "{i}" stands for the layer.
+      transposed: the stored tensor is (out, in), the parameter (in, out).
+      offset: added to the stored values (Gemma's norms multiply by 1 + w).
+      part: (i, n): the parameter is the i-th of n equal parts along its last axis.
     """
 
     name: str
-    turned: bool = False
-    plus: float = 0.0
+    transposed: bool = False
+    offset: float = 0.0
     part: tuple[int, int] = (0, 1)
 
 
-Names = Mapping[str, Their]
+Names = Mapping[str, TensorSpec]  # parameter path, with "{i}" for the layer -> its stored tensor
 
 
-def _linear(pairs: Mapping[str, str], turned: bool = True) -> dict[str, Their]:
-    """Weights and biases: ours -> the stem of theirs."""
-    weights = {ours: Their(f"{theirs}.weight", turned) for ours, theirs in pairs.items()}
-    return weights | {f"{ours}_bias": Their(f"{theirs}.bias") for ours, theirs in pairs.items()}
+def _linear(pairs: Mapping[str, str], transposed: bool = True) -> dict[str, TensorSpec]:
+    """Weights and biases of linear layers, from {path: stem of the tensor name}."""
+    weights = {path: TensorSpec(f"{stem}.weight", transposed) for path, stem in pairs.items()}
+    return weights | {f"{path}_bias": TensorSpec(f"{stem}.bias") for path, stem in pairs.items()}
 
 
-def _norms(pairs: Mapping[str, str], plus: float = 0.0) -> dict[str, Their]:
-    scales = {f"{ours}/scale": Their(f"{theirs}.weight", plus=plus) for ours, theirs in pairs.items()}
-    return scales | {f"{ours}/bias": Their(f"{theirs}.bias") for ours, theirs in pairs.items()}
+def _norms(pairs: Mapping[str, str], offset: float = 0.0) -> dict[str, TensorSpec]:
+    """Scales and biases of norms, from {path: stem of the tensor name}."""
+    scales = {f"{path}/scale": TensorSpec(f"{stem}.weight", offset=offset) for path, stem in pairs.items()}
+    return scales | {f"{path}/bias": TensorSpec(f"{stem}.bias") for path, stem in pairs.items()}
 
 
-_LAYER, _THEIRS = "layers/{i}", "model.layers.{i}"
-_PROJECTIONS = {f"{_LAYER}/attention/{n}": f"{_THEIRS}.self_attn.{n[0]}_proj" for n in ("query", "key", "value")}
-_GATED = {f"{_LAYER}/mlp/{n}": f"{_THEIRS}.mlp.{n}_proj" for n in ("gate", "up", "down")}
+_LAYER, _HF_LAYER = "layers/{i}", "model.layers.{i}"
+_PROJECTIONS = {f"{_LAYER}/attention/{n}": f"{_HF_LAYER}.self_attn.{n[0]}_proj" for n in ("query", "key", "value")}
+_GATED = {f"{_LAYER}/mlp/{n}": f"{_HF_LAYER}.mlp.{n}_proj" for n in ("gate", "up", "down")}
 LLAMA: Names = {
-    "embed/table": Their("model.embed_tokens.weight"),
-    **_linear(_PROJECTIONS | {f"{_LAYER}/attention/out": f"{_THEIRS}.self_attn.o_proj"} | _GATED),
+    "embed/table": TensorSpec("model.embed_tokens.weight"),
+    **_linear(_PROJECTIONS | {f"{_LAYER}/attention/out": f"{_HF_LAYER}.self_attn.o_proj"} | _GATED),
     **_norms(
         {
-            f"{_LAYER}/attention_norm": f"{_THEIRS}.input_layernorm",
-            f"{_LAYER}/mlp_norm": f"{_THEIRS}.post_attention_layernorm",
-            f"{_LAYER}/attention/query_norm": f"{_THEIRS}.self_attn.q_norm",
-            f"{_LAYER}/attention/key_norm": f"{_THEIRS}.self_attn.k_norm",
+            f"{_LAYER}/attention_norm": f"{_HF_LAYER}.input_layernorm",
+            f"{_LAYER}/mlp_norm": f"{_HF_LAYER}.post_attention_layernorm",
+            f"{_LAYER}/attention/query_norm": f"{_HF_LAYER}.self_attn.q_norm",
+            f"{_LAYER}/attention/key_norm": f"{_HF_LAYER}.self_attn.k_norm",
             "final_norm": "model.norm",
         }
     ),
-    "head/kernel": Their("lm_head.weight", turned=True),
+    "head/kernel": TensorSpec("lm_head.weight", transposed=True),
 }
 GEMMA: Names = dict(LLAMA) | _norms(
     {
-        f"{_LAYER}/attention_norm": f"{_THEIRS}.input_layernorm",
-        f"{_LAYER}/attention_post_norm": f"{_THEIRS}.post_attention_layernorm",
-        f"{_LAYER}/mlp_norm": f"{_THEIRS}.pre_feedforward_layernorm",
-        f"{_LAYER}/mlp_post_norm": f"{_THEIRS}.post_feedforward_layernorm",
-        f"{_LAYER}/attention/query_norm": f"{_THEIRS}.self_attn.q_norm",
-        f"{_LAYER}/attention/key_norm": f"{_THEIRS}.self_attn.k_norm",
+        f"{_LAYER}/attention_norm": f"{_HF_LAYER}.input_layernorm",
+        f"{_LAYER}/attention_post_norm": f"{_HF_LAYER}.post_attention_layernorm",
+        f"{_LAYER}/mlp_norm": f"{_HF_LAYER}.pre_feedforward_layernorm",
+        f"{_LAYER}/mlp_post_norm": f"{_HF_LAYER}.post_feedforward_layernorm",
+        f"{_LAYER}/attention/query_norm": f"{_HF_LAYER}.self_attn.q_norm",
+        f"{_LAYER}/attention/key_norm": f"{_HF_LAYER}.self_attn.k_norm",
         "final_norm": "model.norm",
     },
-    plus=1.0,
+    offset=1.0,
 )
 PHI: Names = {
-    "embed/table": Their("model.embed_tokens.weight"),
+    "embed/table": TensorSpec("model.embed_tokens.weight"),
     **_linear(
         _PROJECTIONS
         | {
-            f"{_LAYER}/attention/out": f"{_THEIRS}.self_attn.dense",
-            f"{_LAYER}/mlp/up": f"{_THEIRS}.mlp.fc1",
-            f"{_LAYER}/mlp/down": f"{_THEIRS}.mlp.fc2",
+            f"{_LAYER}/attention/out": f"{_HF_LAYER}.self_attn.dense",
+            f"{_LAYER}/mlp/up": f"{_HF_LAYER}.mlp.fc1",
+            f"{_LAYER}/mlp/down": f"{_HF_LAYER}.mlp.fc2",
             "head/kernel": "lm_head",
         }
     ),
-    **_norms({f"{_LAYER}/attention_norm": f"{_THEIRS}.input_layernorm", "final_norm": "model.final_layernorm"}),
+    **_norms({f"{_LAYER}/attention_norm": f"{_HF_LAYER}.input_layernorm", "final_norm": "model.final_layernorm"}),
 }
 _QKV = ("query", "key", "value")
 GPT2: Names = {
-    "embed/table": Their("transformer.wte.weight"),
-    "embed/position_table": Their("transformer.wpe.weight"),
+    "embed/table": TensorSpec("transformer.wte.weight"),
+    "embed/position_table": TensorSpec("transformer.wpe.weight"),
     **{
-        f"{_LAYER}/attention/{n}{ours}": Their(f"transformer.h.{{i}}.attn.c_attn.{theirs}", part=(i, 3))
+        f"{_LAYER}/attention/{n}{suffix}": TensorSpec(f"transformer.h.{{i}}.attn.c_attn.{kind}", part=(i, 3))
         for i, n in enumerate(_QKV)
-        for ours, theirs in (("", "weight"), ("_bias", "bias"))
+        for suffix, kind in (("", "weight"), ("_bias", "bias"))
     },
     **_linear(
         {
@@ -92,7 +93,7 @@ GPT2: Names = {
             f"{_LAYER}/mlp/up": "transformer.h.{i}.mlp.c_fc",
             f"{_LAYER}/mlp/down": "transformer.h.{i}.mlp.c_proj",
         },
-        turned=False,
+        transposed=False,
     ),
     **_norms(
         {
@@ -101,12 +102,12 @@ GPT2: Names = {
             "final_norm": "transformer.ln_f",
         }
     ),
-    "head/kernel": Their("lm_head.weight", turned=True),
+    "head/kernel": TensorSpec("lm_head.weight", transposed=True),
 }
 BERT: Names = {
-    "embed/table": Their("embeddings.word_embeddings.weight"),
-    "embed/position_table": Their("embeddings.position_embeddings.weight"),
-    "embed/types": Their("embeddings.token_type_embeddings.weight"),
+    "embed/table": TensorSpec("embeddings.word_embeddings.weight"),
+    "embed/position_table": TensorSpec("embeddings.position_embeddings.weight"),
+    "embed/types": TensorSpec("embeddings.token_type_embeddings.weight"),
     **_linear(
         {f"{_LAYER}/attention/{n}": f"encoder.layer.{{i}}.attention.self.{n}" for n in _QKV}
         | {
@@ -125,11 +126,11 @@ BERT: Names = {
     ),
 }
 
-# GGUF files of all of ggml's architectures that are read here.
+# GGUF files of all supported architectures have the same names.
 _BLOCK = "blk.{i}"
 _GGUF: Names = {
-    "embed/table": Their("token_embd.weight"),
-    "embed/position_table": Their("position_embd.weight"),
+    "embed/table": TensorSpec("token_embd.weight"),
+    "embed/position_table": TensorSpec("position_embd.weight"),
     **_linear(
         {
             f"{_LAYER}/attention/query": f"{_BLOCK}.attn_q",
@@ -157,10 +158,10 @@ _GGUF: Names = {
 
 
 def gguf(fused: bool) -> Names:
-    """The names in a GGUF file, where queries, keys and values are one tensor (`fused`) or three."""
-    together = {
-        f"{_LAYER}/attention/{n}{ours}": Their(f"{_BLOCK}.attn_qkv.{theirs}", turned=not ours, part=(i, 3))
+    """The names in a GGUF file; `fused`: queries, keys and values are one tensor, not three."""
+    fused_names = {
+        f"{_LAYER}/attention/{n}{suffix}": TensorSpec(f"{_BLOCK}.attn_qkv.{kind}", transposed=not suffix, part=(i, 3))
         for i, n in enumerate(_QKV)
-        for ours, theirs in (("", "weight"), ("_bias", "bias"))
+        for suffix, kind in (("", "weight"), ("_bias", "bias"))
     }
-    return dict(_GGUF) | (together if fused else {})
+    return dict(_GGUF) | (fused_names if fused else {})

@@ -1,32 +1,35 @@
-"""Adapter directories of the `peft` package: adapter_config.json and adapter_model.safetensors, in and out.
+"""Adapter directories of the `peft` package: adapter_config.json and adapter_model.safetensors; reading and writing.
 
-Plain, rank-stabilized and DoRA adapters. Ranks and strengths that differ by module are read and written.
+Supported are plain LoRA, rank-stabilized LoRA and DoRA, with ranks and alphas that may differ by module.
 """
 
+import dataclasses
+import functools
 import json
 import pathlib
 import re
-import shutil
-import tempfile
 from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from llm_jax import trees, weights
-from llm_jax.checkpoints import assemble
+from llm_jax import checkpoints, files, lora, trees, weights
+from llm_jax.checkpoints import assemble, hub
+from llm_jax.checkpoints.base import Checkpoint, Loaded, Shardings, arranged, on_default_device
 from llm_jax.checkpoints.families import FAMILIES
-from llm_jax.checkpoints.names import Their
+from llm_jax.checkpoints.huggingface import write_safetensors
+from llm_jax.checkpoints.names import TensorSpec
 from llm_jax.errors import UserError
 from llm_jax.lora.adapt import by_path
-from llm_jax.lora.mixing import plain
+from llm_jax.model.transformer import Transformer
+from llm_jax.schema import ModelConfig
+from llm_jax.tokenizers import Tokenizer
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _ROOT = "base_model.model."
-# Their part of a module -> ours; of matrices ours are turned, but for embeddings.
+# End of a tensor's name -> (name in the adapter tree, whether the tensor is its transpose).
 _PARTS = {
     "lora_A.weight": ("a", True),
     "lora_B.weight": ("b", True),
@@ -34,7 +37,7 @@ _PARTS = {
     "lora_embedding_B": ("b", True),
     "lora_magnitude_vector": ("magnitude", False),
 }
-# Keys that change the numbers in ways that are not done here, where they are set.
+# Keys that, if set, select computations that are not implemented here.
 _REFUSED = (
     "modules_to_save",
     "layer_replication",
@@ -48,79 +51,137 @@ _REFUSED = (
     "trainable_token_indices",
     "megatron_config",
 )
-# Starts that leave the base as it is; others (pissa, olora, loftq, corda, ...) put back what they took out of it.
-_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
+# Initializations that leave the base unchanged; others (pissa, olora, loftq, corda, ...) subtract the initial factors.
+_UNCHANGED_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
-def is_directory_of(path: pathlib.Path) -> bool:
-    """Whether a directory holds adapters of peft."""
-    return (path / CONFIG).is_file()
+class Peft(Checkpoint):
+    """A directory of peft. Its parameters are the base, which it names, with the adapters attached."""
+
+    form = "peft"
+
+    @staticmethod
+    def matches(path: pathlib.Path) -> bool:
+        """Whether a directory holds adapters of peft."""
+        return (path / CONFIG).is_file()
+
+    @functools.cached_property
+    def base(self) -> Checkpoint:
+        """The checkpoint that adapter_config.json names, by a path or else on the hub.
+
+        Raises:
+          UserError: none is named, or it cannot be opened.
+        """
+        name = base_name(self.path)
+        try:
+            return checkpoints.open(name if hub.is_remote(name) or pathlib.Path(name).exists() else f"hf:{name}")
+        except UserError as error:
+            raise self._unreadable(error) from error
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.base.config
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.base.tokenizer
+
+    @property
+    def family(self) -> str:
+        return self.base.family
+
+    def params(self, config: ModelConfig, shardings: Shardings, as_stored: bool = False) -> dict[str, Any]:
+        base = self._base_params(config, shardings)
+        return arranged(lora.attach(base, self._adapters(base)), config, shardings, as_stored)
+
+    def separate(self) -> tuple[Loaded, dict[str, Any]]:
+        """The base without the adapters, and the adapters, both with one entry per layer and in float32.
+
+        Raises:
+          UserError: as `params`.
+        """
+        base = self._base_params(self.config, on_default_device)
+        config = dataclasses.replace(self.config, scan_layers=False, attention_kernel="auto")
+        return Loaded(Transformer(config), base, self.tokenizer), self._adapters(base)
+
+    def _base_params(self, config: ModelConfig, shardings: Shardings) -> dict[str, Any]:
+        config = dataclasses.replace(self.config, scan_layers=False, precision=config.precision)
+        try:
+            return self.base.params(config, shardings)
+        except UserError as error:
+            raise self._unreadable(error) from error
+
+    def _adapters(self, base: dict[str, Any]) -> dict[str, Any]:
+        return load(self.path, self.family, base, self.config.tie_embeddings)
+
+    def _unreadable(self, error: UserError) -> UserError:
+        return UserError(f"{self.path}: the base of its adapters cannot be read: {error}")
 
 
-def base_of(directory: pathlib.Path) -> str:
-    """The base that the adapters name: a path or a name on the hub. Raises UserError where there is none."""
-    said = _config(directory).get("base_model_name_or_path")
-    if not isinstance(said, str) or not said:
-        raise UserError(f"{directory / CONFIG}: base_model_name_or_path is {said!r}; expected the base's path or name")
-    return said
+def base_name(directory: pathlib.Path) -> str:
+    """The path or hub name of the base that the adapters name. Raises UserError if they name none."""
+    name = _read_config(directory).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{directory / CONFIG}: base_model_name_or_path is {name!r}; expected the base's path or name")
+    return name
 
 
-def load(directory: pathlib.Path, kind: str, base: trees.Tree, tied: bool) -> dict[str, Any]:
+def load(directory: pathlib.Path, family: str, base: trees.Tree, tied: bool) -> dict[str, Any]:
     """The adapter tree of a directory, one entry per layer, in float32.
 
     Args:
-      kind: the family of the base.
+      family: of the base, a key of `FAMILIES`.
       base: its parameters, one entry per layer.
       tied: whether the base's head is its embedding table.
 
     Raises:
-      UserError: a file that is missing or damaged, a setting that is not known here, a missing lora_alpha, or
-        tensors that do not fit the base or each other; one line that names it.
+      UserError: a file is missing or damaged, a setting is unknown, lora_alpha is missing, or tensors do not fit the
+        base or each other.
     """
-    said = _config(directory)
-    modules = _modules(kind, base)
-    found: dict[str, dict[str, np.ndarray]] = {}
-    for name, tensor in _tensors(directory).items():
+    config = _read_config(directory)
+    modules = _modules(family, base)
+    factors: dict[str, dict[str, np.ndarray]] = {}
+    for name, tensor in _read_tensors(directory).items():
         module, part = _split(name)
         if part not in _PARTS or module not in modules:
-            raise UserError(f"{directory / TENSORS}: '{name}' is of no matrix of this {kind}")
-        ours, turned = _PARTS[part]
-        found.setdefault(module, {})[ours] = (tensor.T if turned else tensor).astype(np.float32)
+            raise UserError(f"{directory / TENSORS}: '{name}' belongs to no matrix of this {family}")
+        entry, transposed = _PARTS[part]
+        factors.setdefault(module, {})[entry] = (tensor.T if transposed else tensor).astype(np.float32)
     adapters: dict[str, Any] = {}
     flat = trees.flatten(base)
-    for module, parts in found.items():
+    for module, parts in factors.items():
         source = f"{directory}: '{module}'"
-        expected = {"a", "b", "magnitude"} if said.get("use_dora") else {"a", "b"}
+        expected = {"a", "b", "magnitude"} if config.get("use_dora") else {"a", "b"}
         if set(parts) != expected:
             raise UserError(f"{source} has {', '.join(sorted(parts))}; expected {', '.join(sorted(expected))}")
         if any(parts[name].ndim != 2 for name in ("a", "b")):
             raise UserError(f"{source} has a {parts['a'].shape} and b {parts['b'].shape}; expected matrices")
         rank = parts["a"].shape[-1]
-        if rank != (stated := _pattern(said, "rank_pattern", module, "r")):
-            raise UserError(f"{source} has rank {rank}, but {CONFIG} says {stated}")
-        alpha = _pattern(said, "alpha_pattern", module, "lora_alpha")
-        scale = alpha / (rank**0.5 if said.get("use_rslora") else rank)
-        for path, their in modules[module]:
+        if rank != (expected_rank := _pattern(config, "rank_pattern", module, "r")):
+            raise UserError(f"{source} has rank {rank}, but {CONFIG} says {expected_rank}")
+        alpha = _pattern(config, "alpha_pattern", module, "lora_alpha")
+        scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+        for path, spec in modules[module]:
             _refuse_table(source, path, tied, "magnitude" in parts)
-            i, n = their.part
+            i, count = spec.part
             rows, columns = flat[path].shape
-            if parts["a"].shape != (rows, rank) or parts["b"].shape != (rank, n * columns):
+            if parts["a"].shape != (rows, rank) or parts["b"].shape != (rank, count * columns):
                 shapes = f"a {parts['a'].shape} and b {parts['b'].shape}"
                 raise UserError(f"{source}: {shapes} do not fit '{path}' of shape {(rows, columns)}; another geometry")
-            mine = slice(i * columns, (i + 1) * columns)
-            own: dict[str, Any] = {"a": parts["a"], "b": parts["b"][:, mine], "scale": np.float32(scale)}
+            columns_of_part = slice(i * columns, (i + 1) * columns)
+            entries: dict[str, Any] = {"a": parts["a"], "b": parts["b"][:, columns_of_part], "scale": np.float32(scale)}
             if "magnitude" in parts:
-                if parts["magnitude"].size != n * columns:
-                    raise UserError(f"{source} has {parts['magnitude'].size} lengths for {n * columns} columns")
+                if parts["magnitude"].size != count * columns:
+                    raise UserError(f"{source} has {parts['magnitude'].size} magnitudes for {count * columns} columns")
                 squares = jnp.sum(jnp.square(weights.dense(flat[path]).astype(jnp.float32)), 0)
-                own |= {"magnitude": parts["magnitude"].reshape(-1)[mine], "squares": squares}
-            adapters |= {f"{path}/{part}": jnp.asarray(leaf) for part, leaf in own.items()}
+                entries |= {"magnitude": parts["magnitude"].reshape(-1)[columns_of_part], "squares": squares}
+            adapters |= {f"{path}/{part}": jnp.asarray(leaf) for part, leaf in entries.items()}
     return trees.unflatten(adapters)
 
 
 def save(
     directory: pathlib.Path,
-    kind: str,
+    family: str,
     adapters: trees.Tree,
     base: trees.Tree,
     tied: bool,
@@ -129,41 +190,42 @@ def save(
     dropout: float = 0.0,
     base_name: str | None = None,
 ) -> None:
-    """Writes a directory that `peft` loads; it appears whole or not at all.
+    """Writes a directory that `peft` loads; it appears complete or not at all.
 
     Args:
-      adapters: one entry per layer; PiSSA is written as an adapter of the unchanged base, of twice the rank.
-      base: the parameters (or their abstract form), one entry per layer.
+      family: of the base, a key of `FAMILIES`.
+      adapters: one entry per layer; PiSSA is written as LoRA of twice the rank over the unchanged base.
+      base: the parameters of the base, which may be abstract, one entry per layer.
       tied: whether the base's head is its embedding table.
-      rank_stabilized: how `scale` is made of alpha and the rank.
-      dropout: what is written for those who go on training.
-      base_name: where peft finds the base.
+      rank_stabilized: scale = alpha / sqrt(rank) instead of alpha / rank.
+      dropout: recorded as lora_dropout, for further training.
+      base_name: recorded as base_model_name_or_path.
 
     Raises:
       UserError: the directory exists, or peft cannot hold the adapters.
     """
     if directory.exists():
         raise UserError(f"--output={directory} exists; give another, or remove it")
-    module_of = {path: (m, their) for m, ours in _modules(kind, base).items() for path, their in ours}
+    module_of = {path: (m, spec) for m, specs in _modules(family, base).items() for path, spec in specs}
     if any(path.endswith("/start_a") for path in trees.flatten(adapters)):
-        adapters = plain(adapters)
+        adapters = lora.plain(adapters)
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     dora = False
     for path, parts in by_path(adapters).items():
-        module, their = module_of[path]
-        if their.part[1] > 1:
-            raise UserError(f"'{path}' is a part of {module} in a {kind}; peft has one adapter for all its parts")
+        module, spec = module_of[path]
+        if spec.part[1] > 1:
+            raise UserError(f"'{path}' is a part of {module} in a {family}; peft has one adapter for all its parts")
         _refuse_table(f"'{path}'", path, tied, "magnitude" in parts)
         a, b, scale = (np.asarray(parts[name], np.float32) for name in ("a", "b", "scale"))
-        kept = a.any(0) | b.any(1)  # the rest is padding
-        if not kept.any():
+        used = a.any(0) | b.any(1)  # the other ranks are padding
+        if not used.any():
             continue
-        own = int(kept.sum())
-        ranks[module], alphas[module] = own, float(scale) * (own**0.5 if rank_stabilized else own)
+        rank = int(used.sum())
+        ranks[module], alphas[module] = rank, float(scale) * (rank**0.5 if rank_stabilized else rank)
         ends = ("lora_embedding_A", "lora_embedding_B") if path == "embed/table" else ("lora_A.weight", "lora_B.weight")
-        for end, factor in zip(ends, (a[:, kept], b[kept]), strict=True):
+        for end, factor in zip(ends, (a[:, used], b[used]), strict=True):
             tensors[f"{_ROOT}{module}.{end}"] = np.ascontiguousarray(factor.T)
         if "magnitude" in parts:
             dora = True
@@ -174,7 +236,7 @@ def save(
     alpha = max(set(alphas.values()), key=list(alphas.values()).count)
     config = {
         "peft_type": "LORA",
-        "task_type": None if kind == "bert" else "CAUSAL_LM",
+        "task_type": None if family == "bert" else "CAUSAL_LM",
         "base_model_name_or_path": base_name,
         "r": rank,
         "lora_alpha": _number(alpha),
@@ -185,39 +247,29 @@ def save(
         "alpha_pattern": {m: _number(x) for m, x in alphas.items() if x != alpha},
         "target_modules": sorted(ranks),
         "bias": "none",
-        "fan_in_fan_out": kind == "gpt2",
+        "fan_in_fan_out": family == "gpt2",
         "init_lora_weights": True,
         "inference_mode": True,
     }
-    partial = None
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        partial = pathlib.Path(tempfile.mkdtemp(prefix=".partial-", dir=directory.parent))
-        save_file(tensors, partial / TENSORS, metadata={"format": "pt"})
-        (partial / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
-        partial.chmod(0o755)
-        partial.rename(directory)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"--output={directory} cannot be written ({error})") from error
-    finally:
-        if partial:
-            shutil.rmtree(partial, ignore_errors=True)
+    with files.new_directory(directory, source=f"--output={directory}") as partial:
+        write_safetensors(tensors, partial / TENSORS)
+        (partial / CONFIG).write_text(files.dump_json(config))
 
 
 def _refuse_table(source: str, path: str, tied: bool, dora: bool) -> None:
     if path == "embed/table" and (tied or dora):
-        why = "its lengths are of rows" if dora else "the tied head is left as it was"
-        raise UserError(f"{source}: in peft an adapted embedding table means something else ({why}); not supported")
+        reason = "DoRA normalizes its rows" if dora else "the tied head does not use the adapter"
+        raise UserError(f"{source}: in peft an adapted embedding table means something else ({reason}); not supported")
 
 
-def _modules(kind: str, base: trees.Tree) -> dict[str, list[tuple[str, Their]]]:
-    """Their module -> the matrices of ours that it holds."""
-    found: dict[str, list[tuple[str, Their]]] = {}
+def _modules(family: str, base: trees.Tree) -> dict[str, list[tuple[str, TensorSpec]]]:
+    """{module of peft: [(path, spec) of every matrix that it contains]}."""
+    modules: dict[str, list[tuple[str, TensorSpec]]] = {}
     flat = trees.flatten(base)
-    for ours, their in assemble.names(FAMILIES[kind].names, base).items():
-        if len(flat[ours].shape) == 2:
-            found.setdefault(their.name.removesuffix(".weight"), []).append((ours, their))
-    return found
+    for path, spec in assemble.specs(FAMILIES[family].names, base).items():
+        if len(flat[path].shape) == 2:
+            modules.setdefault(spec.name.removesuffix(".weight"), []).append((path, spec))
+    return modules
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -229,64 +281,64 @@ def _split(name: str) -> tuple[str, str]:
     return name, ""
 
 
-def _pattern(said: Mapping[str, Any], patterns: str, module: str, default: str) -> float:
-    """The number of the first pattern whose end of a name the module has, else the default."""
-    for pattern, value in (said.get(patterns) or {}).items():
+def _pattern(config: Mapping[str, Any], patterns: str, module: str, default: str) -> float:
+    """The value of the first pattern that matches the end of the module's name, else of the key `default`."""
+    for pattern, value in (config.get(patterns) or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
-    return said[default]
+    return config[default]
 
 
-def _config(directory: pathlib.Path) -> dict[str, Any]:
+def _read_config(directory: pathlib.Path) -> dict[str, Any]:
     source = directory / CONFIG
     try:
-        said = json.loads(source.read_text())
+        config = json.loads(source.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{source}: cannot be read ({error})") from error
-    if not isinstance(said, dict) or said.get("peft_type") != "LORA":
-        kind = said.get("peft_type") if isinstance(said, dict) else said
-        raise UserError(f"{source}: peft_type is {kind!r}; expected 'LORA'")
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        peft_type = config.get("peft_type") if isinstance(config, dict) else config
+        raise UserError(f"{source}: peft_type is {peft_type!r}; expected 'LORA'")
     for key in ("r", "lora_alpha"):
-        value = said.get(key)
+        value = config.get(key)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
             raise UserError(f"{source}: {key} is {value!r}; expected a positive number")
-    if said.get("bias", "none") != "none":
-        raise UserError(f"{source}: bias={said['bias']!r} is not supported; expected 'none'")
+    if config.get("bias", "none") != "none":
+        raise UserError(f"{source}: bias={config['bias']!r} is not supported; expected 'none'")
     for key in _REFUSED:
-        if said.get(key):
-            raise UserError(f"{source}: {key}={said[key]!r} is not supported")
-    if said.get("init_lora_weights", True) not in _PLAIN_STARTS:
+        if config.get(key):
+            raise UserError(f"{source}: {key}={config[key]!r} is not supported")
+    if config.get("init_lora_weights", True) not in _UNCHANGED_BASE:
         raise UserError(
-            f"{source}: init_lora_weights={said['init_lora_weights']!r} changes the base; have peft convert it "
+            f"{source}: init_lora_weights={config['init_lora_weights']!r} changes the base; have peft convert it "
             "(save_pretrained with path_initial_model_for_weight_conversion)"
         )
     for key in ("rank_pattern", "alpha_pattern"):
-        table = said.get(key) or {}
-        # Ends of names, "^" and "\\d" are what peft's users write; other expressions could run for ever.
+        table = config.get(key) or {}
+        # Ends of names, "^" and "\\d" are in use; matching other expressions could take unbounded time.
         if not isinstance(table, dict) or not all(
             re.fullmatch(r"(\w|[.^]|\\[.d])+", k) and isinstance(v, (int, float)) and v > 0 for k, v in table.items()
         ):
             raise UserError(f"{source}: {key} is {table!r}; expected ends of modules' names and positive numbers")
-    return said
+    return config
 
 
-def _tensors(directory: pathlib.Path) -> dict[str, np.ndarray]:
+def _read_tensors(directory: pathlib.Path) -> dict[str, np.ndarray]:
     path = directory / TENSORS
     if not path.is_file():
         pickled = [p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
-        said = f" ({pickled[0]} is pickled: it could run code, and is not read)" if pickled else ""
-        raise UserError(f"{directory}: no {TENSORS} here{said}")
+        reason = f" ({pickled[0]} is pickled: it could run code, and is not read)" if pickled else ""
+        raise UserError(f"{directory}: no {TENSORS} here{reason}")
     try:
         with safe_open(path, framework="numpy") as handle:
-            found = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise UserError(f"{path}: not a whole safetensors file ({error})") from error
-    if not found:
-        raise UserError(f"{path}: no tensor in it")
-    return found
+    if not tensors:
+        raise UserError(f"{path}: holds no tensor")
+    return tensors
 
 
 def _number(value: float) -> int | float:
-    """As an int where it is one up to rounding: peft reads lora_alpha with strict types."""
+    """As an int if it is one up to rounding, because peft checks the type of lora_alpha."""
     rounded = round(value, 6)
     return int(rounded) if rounded == int(rounded) else value

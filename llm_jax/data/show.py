@@ -61,7 +61,7 @@ def lines(tokenizer: Tokenizer, tokens: list[tuple[int, bool]], colours: tuple[s
 
 
 def main() -> None:
-    from llm_jax.checkpoints import pretrained
+    from llm_jax import checkpoints
     from llm_jax.data import masking, rows
     from llm_jax.data.corpus import Source
 
@@ -71,7 +71,7 @@ def main() -> None:
     config = cli.load_config()
     source = Source(config.data)
     named = config.init_from or config.tokenizer.path
-    tokenizer = pretrained.load_tokenizer(named) if named else source.tokenizer(config.tokenizer)
+    tokenizer = checkpoints.load_tokenizer(named) if named else source.tokenizer(config.tokenizer)
     corpus = source.corpus(tokenizer)
     found: Any = rows.training(config, corpus)
     if f.held_out:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax import tokenizers
-from llm_jax.checkpoints.checkpoint import Loaded
+from llm_jax.checkpoints import Loaded
 from llm_jax.errors import UserError
 from llm_jax.model import transformer
 from llm_jax.model.attention import Tokens

@@ -36,7 +36,7 @@ KINDS = {
     "char": "char.CharTokenizer",
     "char_bpe": "words.CharBpeTokenizer",
     "hub": "hub.HubTokenizer",
-    "sentencepiece": "model.ModelTokenizer",
+    "sentencepiece": "sentencepiece_model.ModelTokenizer",
     "unigram": "pieces.UnigramTokenizer",
     "word": "words.WordTokenizer",
     "wordpiece": "words.WordPieceTokenizer",

@@ -51,9 +51,9 @@ def read(name: str) -> tokenizers.Tokenizer:
     """
     if name == "byte":
         return tokenizers.get("byte").train([], 0)
-    from llm_jax.checkpoints import pretrained
+    from llm_jax import checkpoints
 
-    return pretrained.load_tokenizer(name)
+    return checkpoints.load_tokenizer(name)
 
 
 def painted(text: str, tokenizer: tokenizers.Tokenizer, colour: bool) -> str:

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from llm_jax import tokenizers
-from llm_jax.checkpoints import pretrained
+from llm_jax.checkpoints import vocabulary
 from llm_jax.data import corpus, masking
 from llm_jax.data import rows as rows_lib
 from llm_jax.errors import UserError
@@ -54,7 +54,7 @@ def load(config: Config, start: Start | None = None) -> Inputs:
 
     start = start or start_lib.find(config)
     config, c = start.config, start.config.train
-    named = pretrained.named_tokenizer(config.tokenizer.path, start.tokenizer) if config.tokenizer.path else None
+    named = vocabulary.named_tokenizer(config.tokenizer.path, start.tokenizer) if config.tokenizer.path else None
     if named:
         size = dataclasses.replace(config.tokenizer, kind=named.kind, vocab_size=named.vocab_size)
         config = dataclasses.replace(config, tokenizer=size)
@@ -62,7 +62,7 @@ def load(config: Config, start: Start | None = None) -> Inputs:
     source = sentiment.Source(config.data) if labelled else corpus.Source(config.data)
     tokenizer = start.tokenizer or named or source.tokenizer(config.tokenizer)
     if named:
-        pretrained.check_tokenizer(config.tokenizer.path, named, tokenizer)
+        vocabulary.check_tokenizer(config.tokenizer.path, named, tokenizer)
     if tokenizer.kind != config.tokenizer.kind:
         raise UserError(
             f"{start.checkpoint or config.init_from}: trained on '{tokenizer.kind}' tokens; config key "

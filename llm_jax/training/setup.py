@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from llm_jax import trees
-from llm_jax.checkpoints import checkpoint, pretrained
+from llm_jax import checkpoints, trees
+from llm_jax.checkpoints import Checkpoint, abstract_params
 from llm_jax.data import rows as rows_lib
 from llm_jax.data.rows import Batch
 from llm_jax.errors import UserError
@@ -101,11 +101,15 @@ class Setup:
         init = jax.jit(lambda key: self.model.init(key, tokens)["params"], out_shardings=_shardings_of(self.base))
         return init(jax.random.key(self.config.train.seed))
 
-    def load_base(self, origin: pretrained.Origin | None = None) -> Any:
-        """The weights that training starts from: those of `init_from` (or of `origin`, which is it), or random ones."""
+    def load_base(self, origin: Checkpoint | None = None) -> Any:
+        """The weights that training starts from: those of `init_from`, or random ones.
+
+        Args:
+          origin: the checkpoint of `init_from`, where it is open already.
+        """
         if origin is None and not self.config.init_from:
             return self.random_params()
-        origin = origin or pretrained.Origin(self.config.init_from, self.config.model.precision.params)
+        origin = origin or checkpoints.open_base(self.config.init_from)
         return origin.params(self.config.model, self.shardings)
 
     def load_reference(self) -> Any:
@@ -114,7 +118,7 @@ class Setup:
             return {}
         c = self.config.model
         name = self.config.loss.teacher or self.config.init_from
-        loaded = pretrained.load(name, scan_layers=c.scan_layers, dtype=c.precision.params)
+        loaded = checkpoints.load(name, scan_layers=c.scan_layers, dtype=c.precision.params)
         return jax.device_put(loaded.params, self.shardings(loaded.params))
 
     def init(self, base: Any = None, reference: Any = None) -> TrainState:
@@ -214,13 +218,13 @@ def setup(
 
     # ---------------------------------------------------------------- what is trained and what is frozen
     method = trainable.method(config)
-    base = checkpoint.abstract_params(model)
+    base = abstract_params(model)
     params, constants = jax.eval_shape(method.init, base, jax.random.key(0))
     frozen = jax.eval_shape(method.freeze, base, constants)
     place = functools.partial(mesh_lib.shardings, rules=config.mesh.rules, mesh=mesh)
     frozen = _placed(frozen, _frozen_shardings(frozen, place, mesh))
     if reference_model is not None:
-        shapes = checkpoint.abstract_params(reference_model)
+        shapes = abstract_params(reference_model)
         frozen |= {"reference": _placed(shapes, place(shapes))}
     optimizer = method.optimizer(base, params)
     schedule = optim.schedule(config.optim, c.steps)
@@ -287,7 +291,7 @@ def _reference(config: Config, model: Transformer, teacher: ModelConfig | None) 
     if not config.loss.teacher:
         return None
     if teacher is None:
-        teacher = pretrained.Origin(config.loss.teacher, config.model.precision.params).config
+        teacher = checkpoints.open(config.loss.teacher).config
         teacher = dataclasses.replace(teacher, scan_layers=config.model.scan_layers, attention_kernel="auto")
     transformer.check_length(teacher, config.train.seq_len)
     return Transformer(teacher)

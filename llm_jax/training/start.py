@@ -12,8 +12,8 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from llm_jax import configuration, tokenizers, trees
-from llm_jax.checkpoints import checkpoint, pretrained
+from llm_jax import checkpoints, configuration, tokenizers, trees
+from llm_jax.checkpoints import Checkpoint, abstract_params
 from llm_jax.errors import UserError
 from llm_jax.model.transformer import Transformer
 from llm_jax.schema import Config, ModelConfig
@@ -43,7 +43,7 @@ class Start:
     """
 
     config: Config
-    origin: pretrained.Origin | None = None
+    origin: Checkpoint | None = None
     checkpoint: pathlib.Path | None = None
     record: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -66,11 +66,11 @@ def find(config: Config, workdir: pathlib.Path | None = None) -> Start:
     Raises:
       UserError: the workdir holds another run, a checkpoint is damaged, or an override contradicts `init_from`.
     """
-    saved = checkpoint.find(workdir) if workdir and checkpoint.steps(workdir) else None
-    recorded = checkpoint.read_config(workdir) if workdir and (workdir / "config.json").exists() else None
+    saved = checkpoints.find(workdir) if workdir and checkpoints.steps(workdir) else None
+    recorded = checkpoints.read_config(workdir) if workdir and (workdir / "config.json").exists() else None
     origin = None
     if config.init_from and (config.lora.rank or not saved):
-        origin = pretrained.Origin(config.init_from, config.model.precision.params)
+        origin = checkpoints.open_base(config.init_from)
     if config.init_from:
         if origin:
             config = _from_checkpoint(config, origin.config, origin.tokenizer, origin.name)
@@ -82,7 +82,7 @@ def find(config: Config, workdir: pathlib.Path | None = None) -> Start:
         config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, warmup_steps=steps))
     if recorded and workdir:
         _refuse_another_run(workdir, recorded, config)
-    start = Start(config, origin, saved, checkpoint.verify(saved) if saved else {})
+    start = Start(config, origin, saved, checkpoints.verify(saved) if saved else {})
     if start.step > config.train.steps:
         raise UserError(
             f"{workdir} is at step {start.step}, past train.steps={config.train.steps}; raise it or give another "
@@ -158,5 +158,5 @@ def _is_of_the_run(key: str) -> bool:
 
 def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every weight, by its name in the per-layer layout."""
-    abstract = checkpoint.abstract_params(Transformer(dataclasses.replace(model, scan_layers=False)))
+    abstract = abstract_params(Transformer(dataclasses.replace(model, scan_layers=False)))
     return {path: leaf.shape for path, leaf in trees.flatten(abstract).items()}

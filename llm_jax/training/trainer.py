@@ -15,9 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llm_jax import cli, configuration, tokenizers, trees
-from llm_jax.checkpoints import checkpoint, pretrained
-from llm_jax.checkpoints.directory import lock
+from llm_jax import checkpoints, cli, configuration, files, tokenizers, trees
+from llm_jax.checkpoints import adapters, run
 from llm_jax.decoding import loop
 from llm_jax.decoding.options import Options
 from llm_jax.errors import UserError
@@ -71,7 +70,7 @@ def prepare(config: Config, workdir: pathlib.Path | None = None) -> Prepared:
     reference, shape = {}, None
     if name := config.loss.teacher or (config.init_from if config.loss.kind == "dpo" else ""):
         c = config.model
-        loaded = pretrained.load(name, scan_layers=c.scan_layers, dtype=c.precision.params)
+        loaded = checkpoints.load(name, scan_layers=c.scan_layers, dtype=c.precision.params)
         vocabulary = dataclasses.replace(c, vocab_size=c.vocab_size or data.vocab_size)
         digest = tokenizers.digest(loaded.tokenizer)
         losses.check_other(name, loaded.model.config, vocabulary, digest, data.tokenizer)
@@ -119,8 +118,8 @@ def train(
         config, c, method = setup.config, setup.config.train, setup.method
         say(inputs.describe(config, data))
         say(setup_lib.describe(setup))
-        checkpoint.make_directory(workdir)
-        stack.enter_context(contextlib.closing(lock(workdir)))
+        files.make_directory(workdir)
+        stack.enter_context(contextlib.closing(files.lock(workdir)))
         watch = bad_steps.Watch(c, setup.weight_names, workdir / "metrics.jsonl", beginning.step)
 
         # ---------------------------------------------------------------- state
@@ -136,7 +135,7 @@ def train(
         if beginning.origin and config.lora.rank:
             base_record = {"path": beginning.origin.name, "sha256": trees.fingerprint(base or {})}
             if beginning.checkpoint:
-                checkpoint.check_base(beginning.checkpoint, beginning.record, base_record["sha256"])
+                adapters.check_base(beginning.checkpoint, beginning.record, base_record["sha256"])
         if beginning.checkpoint:
             state, constants = restore(setup, beginning.checkpoint, beginning.record)
             say(f"resuming from {beginning.checkpoint}")
@@ -146,7 +145,7 @@ def train(
         state = state.replace(frozen=setup.freeze(base, constants, reference))
         del base, reference, prepared
         cli.trim_memory()
-        checkpoint.write_json(workdir / "config.json", configuration.as_dict(config))
+        files.write_json(workdir / "config.json", configuration.as_dict(config))
 
         # ---------------------------------------------------------------- evaluation and samples
         tasks = {pathlib.Path(name).stem: builtin.named(name) for name in config.eval.tasks}
@@ -156,7 +155,7 @@ def train(
 
         # ---------------------------------------------------------------- the loop
         tracking = trackers.open_all(config.report.to, workdir, configuration.flat(config), beginning.step)
-        writer = checkpoint.Writer(workdir, config, data.tokenizer, data.source.sha256, fingerprint, base_record)
+        writer = checkpoints.Writer(workdir, config, data.tokenizer, data.source.sha256, fingerprint, base_record)
         stack.callback(writer.close)
         flops = transformer.flops_per_token(config.model, c.seq_len)
         peak = measures.matmul_peak(config.model.precision.compute)
@@ -182,7 +181,7 @@ def train(
             "norms": config.report.norms_every,
             "save": config.checkpoint.every,
         }
-        done, skipped_batches = beginning.step, beginning.record.get("jumped", 0)
+        done, skipped_batches = beginning.step, beginning.record.get("skipped_batches", 0)
         stream = setup.batches(data.train, done + skipped_batches, c.steps + skipped_batches)
         figures: dict[str, float] = {}
         stopping = False
@@ -208,8 +207,8 @@ def train(
                 progress.write(f"step {bad.step}: {bad.what}; going back to step {to} and skipping batches up to there")
                 frozen = state.frozen
                 if to:
-                    directory = checkpoint.find(workdir)
-                    state = restore(setup, directory, checkpoint.verify(directory))[0].replace(frozen=frozen)
+                    directory = checkpoints.find(workdir)
+                    state = restore(setup, directory, checkpoints.verify(directory))[0].replace(frozen=frozen)
                 else:
                     state = setup.begin(setup.init_trainable(setup.load_base(beginning.origin))[0]).replace(
                         frozen=frozen
@@ -262,7 +261,7 @@ def train(
             test = classification.accuracy(*args)
             summary |= {f"test_{name}": value for name, value in test.items()}
             say(f"test: {classification.say(test)}")
-        checkpoint.write_json(workdir / "summary.json", summary)
+        files.write_json(workdir / "summary.json", summary)
         say(describe_results(workdir, config, summary))
         return summary
 
@@ -271,7 +270,7 @@ def restore(setup: Setup, directory: pathlib.Path, record: Mapping[str, Any]) ->
     """(the state of a verified checkpoint with empty `frozen`, the constant parts of adapters)."""
     shapes = setup.state
     saved = setup.method.checkpoint_params(shapes.params, shapes.frozen)
-    params, *rest = checkpoint.restore_state(directory, record, saved, shapes.optimizer, shapes.ema)
+    params, *rest = run.restore_state(directory, record, saved, shapes.optimizer, shapes.ema)
     trainable, constants = setup.method.split(params)
     step = jax.device_put(jnp.int32(record["step"]), setup.replicated)
     return TrainState(step, trainable, *rest), constants
@@ -283,7 +282,7 @@ def _rollback_step(config: Config, workdir: pathlib.Path, bad: bad_steps.BadStep
     Raises:
       UserError: `train.on_bad_step` is not "rollback".
     """
-    saved = checkpoint.steps(workdir)
+    saved = checkpoints.steps(workdir)
     if config.train.on_bad_step != "rollback":
         cure = "lower optim.lr, or set train.on_bad_step to skip or rollback"
         raise UserError(f"step {bad.step}: {bad.what}; {f'step {saved[-1]} is saved; ' if saved else ''}{cure}")

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import llm_jax
-from llm_jax import tokenizers, trees
-from llm_jax.checkpoints import checkpoint
+from llm_jax import checkpoints, files, tokenizers, trees
+from llm_jax.checkpoints import run as run_form
 from llm_jax.decoding import loop
 from llm_jax.decoding.options import Options
 from llm_jax.errors import UserError
@@ -26,17 +26,17 @@ def metrics(workdir):
 
 def state(workdir):
     """Parameters and optimizer state of the last checkpoint, as they lie on disk."""
-    directory = checkpoint.find(workdir)
-    record = checkpoint.verify(directory)
+    directory = checkpoints.find(workdir)
+    record = checkpoints.verify(directory)
     model = llm_jax.load(directory, scan_layers=True).model
     from llm_jax.training import optim
 
-    config = checkpoint.read_config(directory)
-    params = checkpoint.abstract_params(model)
+    config = checkpoints.read_config(directory)
+    params = checkpoints.abstract_params(model)
     optimizer = jax.eval_shape(optim.make(config.optim, config.train.steps, params).init, params)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), (params, optimizer))
-    return checkpoint.restore_state(directory, record, *abstract)
+    return run_form.restore_state(directory, record, *abstract)
 
 
 def assert_same_run(a, b):
@@ -117,7 +117,7 @@ def test_resume_is_bitwise_after_kill_9(command, trained, tmp_path, when):
         process = command(*flags, start=True)
         while process.poll() is None:
             saving = list((tmp_path / "checkpoints").glob(f".partial-{target}")) if when == "while saving" else None
-            done = checkpoint.steps(tmp_path)
+            done = checkpoints.steps(tmp_path)
             if saving or (when == "between" and done and done[-1] >= target):
                 os.kill(process.pid, signal.SIGKILL)
                 kills += process.wait() == -signal.SIGKILL
@@ -135,34 +135,34 @@ def copy(trained, tmp_path):
     return tmp_path / "run"
 
 
-def files(directory):
+def files_of(directory):
     return sorted(p for p in directory.rglob("*") if p.is_file())
 
 
 def test_every_flipped_or_missing_byte_is_found(copy):
     directory = copy / "checkpoints" / "8"
-    for path in files(directory):
+    for path in files_of(directory):
         before = path.read_bytes()
         if before:
             middle = len(before) // 2
             path.write_bytes(before[:middle] + bytes([before[middle] ^ 1]) + before[middle + 1 :])
             with pytest.raises(UserError):
-                checkpoint.verify(directory)
+                checkpoints.verify(directory)
             path.write_bytes(before[:-1])
             with pytest.raises(UserError):
-                checkpoint.verify(directory)
+                checkpoints.verify(directory)
         path.unlink()
         with pytest.raises(UserError):
-            checkpoint.verify(directory)
+            checkpoints.verify(directory)
         path.write_bytes(before)
-        checkpoint.verify(directory)
+        checkpoints.verify(directory)
     (directory / "stray").write_text("")
     with pytest.raises(UserError, match="'stray' does not belong"):
-        checkpoint.verify(directory)
+        checkpoints.verify(directory)
 
 
 def test_a_damaged_checkpoint_stops_the_run_and_names_the_one_before(command, copy):
-    path = max(files(copy / "checkpoints" / "8" / "arrays"), key=lambda p: p.stat().st_size)
+    path = max(files_of(copy / "checkpoints" / "8" / "arrays"), key=lambda p: p.stat().st_size)
     content = bytearray(path.read_bytes())
     content[100] ^= 4
     path.write_bytes(content)
@@ -176,15 +176,15 @@ def test_a_damaged_checkpoint_stops_the_run_and_names_the_one_before(command, co
         assert "is damaged" in line and "delete this directory to go on from checkpoint 4" in line
     shutil.rmtree(copy / "checkpoints" / "8")
     command("train", f"--workdir={copy}")
-    checkpoint.verify(copy / "checkpoints" / "8")
+    checkpoints.verify(copy / "checkpoints" / "8")
 
 
 def test_another_format_is_refused(copy):
     directory = copy / "checkpoints" / "8"
     record = json.loads((directory / "record.json").read_text())
-    checkpoint.write_json(directory / "record.json", record | {"format": 99})
+    files.write_json(directory / "record.json", record | {"format": 99})
     with pytest.raises(UserError, match="checkpoint format 99; this version reads format 1"):
-        checkpoint.verify(directory)
+        checkpoints.verify(directory)
 
 
 def test_another_vocabulary_is_refused(copy):
@@ -201,7 +201,7 @@ def test_the_last_and_the_best_are_kept(command, tmp_path):
     )  # fmt: skip
     seen = {line["step"]: line["validation_loss"] for line in metrics(tmp_path)}
     best = sorted(seen, key=seen.__getitem__)[:2]
-    assert checkpoint.steps(tmp_path) == sorted({5, 6, *best})
+    assert checkpoints.steps(tmp_path) == sorted({5, 6, *best})
 
 
 @pytest.mark.parametrize("what", ["missing", "empty", "file"])
@@ -222,7 +222,7 @@ def test_nodes_survive_a_checkpoint(make, tiny, tmp_path):
     base = trees.flatten(params)[path]
     node = Adapted(base, jnp.ones((2, 32, 3)), jnp.ones((2, 3, base.shape[-1])), jnp.ones(2))
     params = trees.unflatten(trees.flatten(params) | {path: node})
-    writer = checkpoint.Writer(tmp_path, tiny, tokenizers.get("byte").train([], 0), "")
+    writer = checkpoints.Writer(tmp_path, tiny, tokenizers.get("byte").train([], 0), "")
     writer.save(1, params, {"nothing": jnp.zeros(1)}, None)
     writer.close()
     model, loaded, _ = llm_jax.load(tmp_path)
@@ -238,7 +238,7 @@ def test_a_corpus_that_changed_under_a_run_is_refused(command, trained, text_fil
     other.write_text(text_file.read_text() + " more")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     config["data"]["source"] = str(other)
-    checkpoint.write_json(tmp_path / "run" / "config.json", config)
+    files.write_json(tmp_path / "run" / "config.json", config)
     done = command("train", f"--workdir={tmp_path / 'run'}", f"--config.data.source={other}", code=2)
     assert "its text has changed since" in done.stderr
 

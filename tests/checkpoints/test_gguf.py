@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import tokenizers as library
 
-from llm_jax import trees, weights
-from llm_jax.checkpoints import checkpoint, gguf, gguf_model, pretrained
+from llm_jax import checkpoints, trees, weights
+from llm_jax.checkpoints import gguf, gguf_model
 from llm_jax.checkpoints.families import neutral
 from llm_jax.errors import UserError
 from llm_jax.model.transformer import Transformer
@@ -68,7 +68,7 @@ def small(arch, vocab_size, **changes):
     """(config, parameters) of a tiny model that an architecture of ggml holds."""
     shape = {"width": 64, "head_dim": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "mlp_dim": 96}
     config = dataclasses.replace(neutral(), vocab_size=vocab_size, **shape | CHANGES[arch] | changes)
-    abstract = checkpoint.abstract_params(Transformer(config))
+    abstract = checkpoints.abstract_params(Transformer(config))
     draw = np.random.RandomState(0)
     return config, jax.tree.map(lambda w: jnp.asarray(draw.standard_normal(w.shape).astype(np.float32)), abstract)
 
@@ -84,7 +84,7 @@ def written(request, vocabulary, tmp_path_factory):
 
 def test_a_model_comes_out_as_it_went_in(written, vocabulary):
     path, config, params = written
-    model, again, tokenizer = pretrained.load(path)
+    model, again, tokenizer = checkpoints.load(path)
     assert model.config == config
     jax.tree.map(np.testing.assert_array_equal, again, params)
     text = "the model 12 é😀<end>"
@@ -99,7 +99,7 @@ def test_formats_keep_what_they_can(vocabulary, tmp_path, kind, error):
     formats = gguf_model.save(tmp_path / "m.gguf", config, params, vocabulary, kind)
     assert formats["blk.0.attn_q.weight"] == kind and formats["blk.1.ffn_norm.weight"] == "F32"
     assert formats["token_embd.weight"] == ("Q8_0" if kind.startswith("Q4") else kind)
-    _, again, _ = pretrained.load(tmp_path / "m.gguf")
+    _, again, _ = checkpoints.load(tmp_path / "m.gguf")
     for path, weight in trees.flatten(params).items():
         got = trees.flatten(again)[path]
         assert float(abs(got - weight).max()) <= error * float(abs(weight).max()), path
@@ -111,10 +111,10 @@ def test_codes_go_into_blocks_and_come_back_as_they_are(vocabulary, tmp_path, sc
     codes = post_training.quantize(params, post_training.rules(scheme, "int8:32"), "here")
     formats = gguf_model.save(tmp_path / "m.gguf", config, codes, vocabulary, "F16")
     assert formats["blk.0.attn_q.weight"] == kind and formats["token_embd.weight"] == "Q8_0"
-    kept = pretrained.load(tmp_path / "m.gguf", as_stored=True).params
+    kept = checkpoints.load(tmp_path / "m.gguf", as_stored=True).params
     assert trees.describe(kept) == trees.describe(codes)
     jax.tree.map(np.testing.assert_array_equal, kept, codes)
-    expanded = trees.flatten(pretrained.load(tmp_path / "m.gguf").params)
+    expanded = trees.flatten(checkpoints.load(tmp_path / "m.gguf").params)
     for path, weight in trees.flatten(codes).items():
         np.testing.assert_allclose(expanded[path], weights.dense(weight), rtol=1e-6, atol=1e-7)
 
@@ -123,7 +123,7 @@ def test_layers_in_other_formats_come_one_by_one(vocabulary, tmp_path):
     config, params = small("llama", vocabulary.vocab_size)
     chosen = post_training.rules("int4", "int8:32", ((r"layers/0/mlp/.*", "int8:32"),))
     gguf_model.save(tmp_path / "m.gguf", config, post_training.quantize(params, chosen, "here"), vocabulary, "F16")
-    model, kept, _ = pretrained.load(tmp_path / "m.gguf", scan_layers=True, as_stored=True)
+    model, kept, _ = checkpoints.load(tmp_path / "m.gguf", scan_layers=True, as_stored=True)
     assert not model.config.scan_layers and kept["layers"]["0"]["mlp"]["up"].scheme == "int8:32"
 
 
@@ -131,7 +131,7 @@ def test_codes_that_no_block_holds_are_expanded(vocabulary, tmp_path):
     config, params = small("llama", vocabulary.vocab_size)
     codes = post_training.quantize(params, post_training.rules("nf4:32", "int8"), "here")
     assert set(gguf_model.save(tmp_path / "m.gguf", config, codes, vocabulary, "F32").values()) == {"F32"}
-    again = trees.flatten(pretrained.load(tmp_path / "m.gguf", as_stored=True).params)
+    again = trees.flatten(checkpoints.load(tmp_path / "m.gguf", as_stored=True).params)
     for path, weight in trees.flatten(codes).items():
         np.testing.assert_allclose(again[path], weights.dense(weight), rtol=1e-6, atol=1e-7)
 
@@ -165,10 +165,10 @@ def test_windows_by_layer_are_read(vocabulary, tmp_path):
         (2, ("local", "global")),
         (0, ("local",)),
     ):
-        read = gguf_model.read_config(gguf.File(file.metadata | {key: pattern}, file.tensors), "file")[1]
+        read = gguf_model.read_config(gguf.GgufFile(file.metadata | {key: pattern}, file.tensors), "file")[1]
         assert read.layer_pattern == expected
     without = {k: v for k, v in file.metadata.items() if not k.endswith("sliding_window")}
-    assert gguf_model.read_config(gguf.File(without, file.tensors), "file")[1].layer_pattern == ("global",)
+    assert gguf_model.read_config(gguf.GgufFile(without, file.tensors), "file")[1].layer_pattern == ("global",)
 
 
 def test_a_fused_tensor_is_three_of_ours(vocabulary, tmp_path):
@@ -181,7 +181,7 @@ def test_a_fused_tensor_is_three_of_ours(vocabulary, tmp_path):
         arrays[f"blk.{layer}.attn_qkv.{end}"] = np.concatenate(parts)
     tensors = {name: (array.shape, "F32") for name, array in arrays.items()}
     gguf.write(tmp_path / "fused.gguf", file.metadata, tensors, arrays.values())
-    jax.tree.map(np.testing.assert_array_equal, pretrained.load(tmp_path / "fused.gguf").params, params)
+    jax.tree.map(np.testing.assert_array_equal, checkpoints.load(tmp_path / "fused.gguf").params, params)
 
 
 def test_what_exists_is_not_overwritten(written, vocabulary):
@@ -222,9 +222,9 @@ def tensor(name="t", dims=(32,), code=0, offset=0):
         ({"counts": (0, 1), "pairs": text("k") + struct.pack("<IIQ", 9, 4, 2**61)}, "an array of .* goes past the end"),
         ({"counts": (0, 1), "pairs": text("k") + struct.pack("<IIQ", 9, 8, 2**59)}, "an array of .* goes past the end"),
         ({"counts": (0, 1), "pairs": text("k") + struct.pack("<IIQIQIQ", 9, 9, 1, 9, 1, 9, 1)}, "nested too deep"),
-        ({"counts": (0, 2), "pairs": 2 * (text("k") + struct.pack("<IB", 0, 1))}, "the key 'k' stands twice"),
+        ({"counts": (0, 2), "pairs": 2 * (text("k") + struct.pack("<IB", 0, 1))}, "the key 'k' appears twice"),
         ({"counts": (0, 1), "pairs": text("general.alignment") + struct.pack("<II", 4, 3)}, "expected a power of two"),
-        ({"counts": (2, 0), "tensors": tensor() * 2}, "the tensor 't' stands twice"),
+        ({"counts": (2, 0), "tensors": tensor() * 2}, "the tensor 't' appears twice"),
         ({"counts": (1, 0), "tensors": tensor(dims=(2**40, 2**40))}, "goes past the end of the file"),
         ({"counts": (1, 0), "tensors": tensor(dims=(1,) * 9)}, "has 9 dimensions"),
         ({"counts": (1, 0), "tensors": tensor(dims=(0,))}, "do not fit blocks"),
@@ -287,7 +287,7 @@ def test_what_a_sound_file_says_wrongly_is_named(vocabulary, tmp_path, change, m
     values = (t.read().reshape(t.shape) for t in file.tensors.values())
     gguf.write(tmp_path / "n.gguf", file.metadata | change, tensors, values)
     with pytest.raises(UserError, match=message):
-        pretrained.load(tmp_path / "n.gguf")
+        checkpoints.load(tmp_path / "n.gguf")
 
 
 @pytest.mark.parametrize(
@@ -310,7 +310,7 @@ def test_what_a_sound_file_says_wrongly_is_named(vocabulary, tmp_path, change, m
 def test_a_model_that_a_file_cannot_hold_is_not_written(vocabulary, tmp_path, change, message):
     config, _ = small("llama", vocabulary.vocab_size)
     config = dataclasses.replace(config, **change)
-    params = jax.tree.map(lambda w: np.zeros(w.shape, w.dtype), checkpoint.abstract_params(Transformer(config)))
+    params = jax.tree.map(lambda w: np.zeros(w.shape, w.dtype), checkpoints.abstract_params(Transformer(config)))
     with pytest.raises(UserError, match=message):
         gguf_model.save(tmp_path / "m.gguf", config, params, vocabulary, "F32")
     assert list(tmp_path.iterdir()) == []
@@ -319,9 +319,9 @@ def test_a_model_that_a_file_cannot_hold_is_not_written(vocabulary, tmp_path, ch
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"llama.rope.scale_linear": 4.0}, "llama.rope.scale_linear=4.0 is not known here"),
-        ({"llama.attention.causal": False}, "llama.attention.causal=False is not known here"),
-        ({"llama.attention.layer_norm_rms_epsilon": "abc"}, "make no sense"),
+        ({"llama.rope.scale_linear": 4.0}, "llama.rope.scale_linear=4.0 is not supported"),
+        ({"llama.attention.causal": False}, "llama.attention.causal=False is not supported"),
+        ({"llama.attention.layer_norm_rms_epsilon": "abc"}, "the metadata are inconsistent"),
         ({"general.architecture": ["llama"]}, "general.architecture is"),
         ({"tokenizer.ggml.pre": ["a"]}, "tokenizer.ggml.pre is"),
         ({"tokenizer.ggml.merges": [1, 2]}, "makes no sense"),
@@ -333,7 +333,7 @@ def test_metadata_that_are_not_known_or_of_another_type_are_refused(vocabulary, 
     config, params = small("llama", vocabulary.vocab_size)
     gguf_model.save(tmp_path / "m.gguf", config, params, vocabulary, "F32")
     file = gguf.read(tmp_path / "m.gguf")
-    changed = gguf.File(file.metadata | change, file.tensors)
+    changed = gguf.GgufFile(file.metadata | change, file.tensors)
     with pytest.raises(UserError, match=message):
         gguf_model.read_config(changed, "file")
         HubTokenizer.from_gguf(changed.metadata)
@@ -343,7 +343,7 @@ def test_a_part_of_the_head_that_is_turned_is_read(vocabulary, tmp_path):
     config, params = small("llama", vocabulary.vocab_size)
     gguf_model.save(tmp_path / "m.gguf", config, params, vocabulary, "F32")
     file = gguf.read(tmp_path / "m.gguf")
-    half = gguf.File(file.metadata | {"llama.rope.dimension_count": 16}, file.tensors)
+    half = gguf.GgufFile(file.metadata | {"llama.rope.dimension_count": 16}, file.tensors)
     assert gguf_model.read_config(half, "file")[1].position.partial_rotary_factor == 0.5
 
 

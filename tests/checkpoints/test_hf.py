@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from llm_jax import trees
-from llm_jax.checkpoints import assemble, checkpoint, hf
-from llm_jax.checkpoints.families import FAMILIES, model_config, neutral, their_config
+from llm_jax import checkpoints, trees
+from llm_jax.checkpoints import assemble, huggingface
+from llm_jax.checkpoints.families import FAMILIES, hf_config, model_config, neutral
 from llm_jax.errors import UserError
 from llm_jax.model.attention import Tokens
 from llm_jax.model.transformer import Transformer, init_cache
@@ -34,11 +34,11 @@ def directory(request, tmp_path_factory):
 
 
 def read(path, **changes):
-    kind, config = hf.read_config(path)
+    kind, config = huggingface.read_config(path)
     model = Transformer(dataclasses.replace(config, **changes))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = checkpoint.abstract_params(model)
-    return kind, model, hf.load_params(path, kind, abstract, lambda tree: jax.tree.map(lambda _: device, tree))
+    abstract = checkpoints.abstract_params(model)
+    return kind, model, huggingface.load_params(path, kind, abstract, lambda tree: jax.tree.map(lambda _: device, tree))
 
 
 def test_logits_equal_those_of_transformers(directory):
@@ -76,7 +76,7 @@ def test_logits_equal_those_of_transformers(directory):
 
 def test_what_goes_in_comes_out(directory, tmp_path):
     kind, model, params = read(directory)
-    hf.save(tmp_path / "out", kind, model.config, params, {})
+    huggingface.save(tmp_path / "out", kind, model.config, params, {})
     before, after = load_file(directory / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert before.keys() == after.keys()
     for name in before:
@@ -100,10 +100,10 @@ def test_scanned_parameters_are_the_same_model(directory):
 
 def test_a_shard_is_its_part_of_the_parameter(directory, monkeypatch):
     kind, _, params = read(directory)
-    source = hf._Files(directory)
-    wanted = assemble.names(FAMILIES[kind].names, params)
-    source.rename(FAMILIES[kind].prefix, {their.name for their in wanted.values()})
-    monkeypatch.setattr(assemble, "_AT_ONCE", 500)  # several reads for one shard
+    source = huggingface._Files(directory)
+    wanted = assemble.specs(FAMILIES[kind].names, params)
+    source.rename(FAMILIES[kind].prefix, {spec.name for spec in wanted.values()})
+    monkeypatch.setattr(assemble, "_CHUNK_BYTES", 500)  # several reads for one shard
     for path, leaf in trees.flatten(params).items():
         spans = [range(size // 4, size // 4 * 3) for size in leaf.shape]
         out = np.empty(tuple(map(len, spans)), np.float32)
@@ -182,7 +182,7 @@ def test_mutated_headers_never_end_in_anything_but_a_clear_error(llama):
             damaged[place] = draw.integers(0, 256)
         file.write_bytes(damaged)
         with contextlib.suppress(UserError):
-            hf._Files(path)
+            huggingface._Files(path)
 
 
 def test_shards_are_read_as_one(llama):
@@ -228,7 +228,7 @@ def test_what_config_json_leaves_out_is_what_the_class_would_take():
 def test_tensors_are_written_in_the_dtype_that_config_json_names(llama, tmp_path):
     kind, model, params = read(llama[0])
     precision = dataclasses.replace(model.config.precision, params="bfloat16")
-    hf.save(tmp_path / "out", kind, dataclasses.replace(model.config, precision=precision), params, {})
+    huggingface.save(tmp_path / "out", kind, dataclasses.replace(model.config, precision=precision), params, {})
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert {str(array.dtype) for array in written.values()} == {"bfloat16"}
@@ -238,8 +238,8 @@ def test_a_family_refuses_a_model_that_it_cannot_hold():
     _, gemma = model_config(GOLDEN["gemma2"]["config"])
     for key in ("attention_softcap", "attention_scale", "logit_softcap"):
         with pytest.raises(UserError, match=f"llama cannot hold model.{key}"):
-            their_config("llama", dataclasses.replace(neutral(), **{key: getattr(gemma, key)}))
+            hf_config("llama", dataclasses.replace(neutral(), **{key: getattr(gemma, key)}))
     _, config = model_config(GOLDEN["llama"]["config"])
     with pytest.raises(UserError, match="llama cannot hold model.qk_norm=True"):
-        their_config("llama", dataclasses.replace(config, qk_norm=True))
+        hf_config("llama", dataclasses.replace(config, qk_norm=True))
     assert set(FAMILIES) == {golden["config"]["model_type"] for golden in GOLDEN.values()}

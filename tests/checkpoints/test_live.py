@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llm_jax import checkpoints
 from llm_jax.checkpoints import gguf_model
 from llm_jax.model.transformer import Transformer
 from tests.checkpoints import family_cases as cases
@@ -22,12 +23,12 @@ def test_transformers_loads_what_we_write_and_gives_our_logits(directory, tmp_pa
     import torch
     import transformers
 
-    from llm_jax.checkpoints import hf
+    from llm_jax.checkpoints import huggingface
 
     kind, model, params = read(directory)
     draw = lambda w: w + 0.1 * jax.random.normal(jax.random.key(w.size), w.shape)  # noqa: E731
     params = jax.tree.map(draw, params)  # not what came from transformers
-    hf.save(tmp_path / "out", kind, model.config, params, {})
+    huggingface.save(tmp_path / "out", kind, model.config, params, {})
     load = transformers.AutoModel if kind == "bert" else transformers.AutoModelForCausalLM
     theirs, report = load.from_pretrained(tmp_path / "out", output_loading_info=True, attn_implementation="eager")
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
@@ -42,10 +43,10 @@ def test_transformers_loads_what_we_write_and_gives_our_logits(directory, tmp_pa
 def test_configs_say_the_same_to_transformers(directory, tmp_path):
     import transformers
 
-    from llm_jax.checkpoints import hf
+    from llm_jax.checkpoints import huggingface
 
     kind, model, params = read(directory)
-    hf.save(tmp_path / "out", kind, model.config, params, {})
+    huggingface.save(tmp_path / "out", kind, model.config, params, {})
     written = transformers.AutoConfig.from_pretrained(tmp_path / "out").to_dict()
     given = transformers.AutoConfig.for_model(**GOLDEN[directory.name]["config"]).to_dict()
     free = ("architectures", "dtype", "transformers_version", "use_cache", "_name_or_path", "_attn_implementation")
@@ -62,13 +63,11 @@ def test_transformers_reads_our_gguf_files_as_we_do(vocabulary, tmp_path, arch, 
     import torch
     import transformers
 
-    from llm_jax.checkpoints import pretrained
-
     config, params = small(
         arch, vocabulary.vocab_size, **{"llama": {"head_dim": 16}, "gpt2": {"mlp_dim": 256}}.get(arch, {})
     )
     gguf_model.save(tmp_path / "m.gguf", config, jax.tree.map(lambda w: 0.2 * w, params), vocabulary, kind)
-    model, again, _ = pretrained.load(tmp_path / "m.gguf")
+    model, again, _ = checkpoints.load(tmp_path / "m.gguf")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
     ids = np.arange(3, 23)[None]
     with torch.no_grad():
@@ -84,14 +83,14 @@ def test_peft_loads_our_adapters_and_gives_our_logits(tiny, tmp_path, variant):
     import transformers
 
     from llm_jax import lora
-    from llm_jax.checkpoints import hf, peft
+    from llm_jax.checkpoints import huggingface, peft
     from tests.lora.cases import config, made
 
     model, params = small("llama", 64)
     params = jax.tree.map(lambda w: 0.3 * w, params)
     settings = config(tiny, variant=variant, rank_stabilized=variant == "lora", ranks=((".*/up", 5),))
     adapters = made(params, settings)
-    hf.save(tmp_path / "base", "llama", model, params, {})
+    huggingface.save(tmp_path / "base", "llama", model, params, {})
     peft.save(
         tmp_path / "out", "llama", adapters, params, model.tie_embeddings, rank_stabilized=settings.rank_stabilized
     )

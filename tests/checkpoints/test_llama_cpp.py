@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax import tokenizers
-from llm_jax.checkpoints import gguf, gguf_model, pretrained
+from llm_jax import checkpoints, tokenizers
+from llm_jax.checkpoints import gguf, gguf_model, hub
 from llm_jax.data import assets
 from llm_jax.tokenizers.hub import SPLITS, HubTokenizer
 from tests.checkpoints.test_gguf import small
@@ -72,7 +72,7 @@ def losses(logits, rows):
 
 def compare(name, path, rows):
     """Our perplexity over theirs, less 1, and its standard error."""
-    a, b = losses(ours(pretrained.load(path), rows), rows), losses(theirs(path, rows), rows)
+    a, b = losses(ours(checkpoints.load(path), rows), rows), losses(theirs(path, rows), rows)
     differs, error = np.exp((a - b).mean()) - 1, (a - b).std() / len(a) ** 0.5
     perplexities = f"perplexity {np.exp(a.mean()):.4f} (ours) {np.exp(b.mean()):.4f} (llama.cpp)"
     print(f"\n{name}, {len(a)} tokens: {perplexities}, {100 * differs:+.3f} % (standard error {100 * error:.3f} %)")
@@ -82,13 +82,13 @@ def compare(name, path, rows):
 @pytest.fixture(scope="module")
 def smollm2(texts):
     """The real model and its ids of the texts."""
-    loaded = pretrained.load(ASSET)
+    loaded = checkpoints.load(ASSET)
     return loaded, [loaded.tokenizer.encode(text)[:LENGTH] for text in texts]
 
 
 def test_the_real_file_has_llama_cpps_perplexity(smollm2, texts):
     loaded, rows = smollm2
-    path = pretrained.locate(ASSET)
+    path = hub.resolve(ASSET)
     model = opened(path, vocab_only=True)
     for text in (*texts, loaded.tokenizer.decode(range(0, 49152, 17)), "x1234 é  \n\n\t  ½ 語 don't"):
         assert model.tokenize(text.encode(), add_bos=False) == loaded.tokenizer.encode(text)
@@ -110,7 +110,7 @@ def test_llama_cpp_gives_our_logits_of_every_architecture(vocabulary, tmp_path, 
     path = tmp_path / "model.gguf"
     gguf_model.save(path, config, jax.tree.map(lambda w: 0.2 * w, params), vocabulary, "F32")
     rows = [np.random.default_rng(i).integers(0, config.vocab_size, 24).tolist() for i in range(2)]
-    got, expected = ours(pretrained.load(path), rows), theirs(path, rows, type_k=F32, type_v=F32)
+    got, expected = ours(checkpoints.load(path), rows), theirs(path, rows, type_k=F32, type_v=F32)
     print(f"\n{arch}: logits within {np.abs(got - expected).max():.1e} of a deviation of {expected.std():.2f}")
     exact = config.activation != "gelu"  # which it looks up in a table of float16
     np.testing.assert_allclose(got, expected, atol=1e-5 if exact else 1e-3, rtol=1e-5)
@@ -142,7 +142,7 @@ def test_llama_cpp_cuts_text_as_a_run_of_ours_does(tmp_path):
 
 @pytest.mark.parametrize("pre", SPLITS)
 def test_every_splitting_is_llama_cpps(tmp_path, pre):
-    metadata = gguf.read(pretrained.locate(ASSET)).metadata | {"tokenizer.ggml.pre": pre}
+    metadata = gguf.read(hub.resolve(ASSET)).metadata | {"tokenizer.ggml.pre": pre}
     gguf.write(tmp_path / "vocabulary.gguf", metadata, {}, [])
     made, model = HubTokenizer.from_gguf(metadata), opened(tmp_path / "vocabulary.gguf", vocab_only=True)
     draw = random.Random(0)

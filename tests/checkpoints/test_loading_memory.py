@@ -11,8 +11,8 @@ import jax
 import numpy as np
 import pytest
 
-from llm_jax import trees
-from llm_jax.checkpoints import checkpoint, gguf_model, hf, pretrained
+from llm_jax import checkpoints, trees
+from llm_jax.checkpoints import gguf_model, huggingface
 from llm_jax.checkpoints.families import neutral
 from llm_jax.model.transformer import Transformer
 from tests.checkpoints.test_gguf import vocabulary as vocabulary
@@ -21,8 +21,9 @@ MEASURE = """
 import dataclasses, json, sys
 import jax
 from llm_jax import cli, trees
-from llm_jax.checkpoints import pretrained
-from llm_jax.checkpoints import gguf_model, hf, peft
+from llm_jax import checkpoints
+from llm_jax import checkpoints
+from llm_jax.checkpoints import gguf_model, huggingface, peft
 
 path, scan, devices = sys.argv[1], bool(int(sys.argv[2])), int(sys.argv[3])
 cli.use_devices(devices)
@@ -35,7 +36,7 @@ def kib(name):
     return int(dict(line.split(":") for line in open("/proc/self/status"))[name].split()[0])
 
 before = kib("VmRSS")
-origin = pretrained.Origin(path, "float32")
+origin = checkpoints.open_base(path)
 params = jax.block_until_ready(origin.params(dataclasses.replace(origin.config, scan_layers=scan), shardings))
 peak = kib("VmHWM")  # not ru_maxrss, which begins at that of the parent
 size = sum(w.nbytes for w in jax.tree.leaves(params))
@@ -48,14 +49,14 @@ def written(vocabulary, tmp_path_factory):
     """{form: (its path, fingerprint of the parameters)} of 170 MB of parameters."""
     shape = {"width": 768, "num_layers": 6, "num_heads": 8, "num_kv_heads": 8, "mlp_dim": 2048}
     config = dataclasses.replace(neutral(), vocab_size=vocabulary.vocab_size, **shape)
-    abstract = checkpoint.abstract_params(Transformer(config))
+    abstract = checkpoints.abstract_params(Transformer(config))
     draw = np.random.default_rng(0)
     params = jax.tree.map(lambda w: draw.standard_normal(w.shape, np.float32), abstract)
     directory = tmp_path_factory.mktemp("large")
-    hf.save(directory / "hf", "llama", config, params, vocabulary.files())
+    huggingface.save(directory / "hf", "llama", config, params, vocabulary.files())
     gguf_model.save(directory / "m.gguf", config, params, vocabulary, "Q8_0")
     found = {name: directory / name for name in ("hf", "m.gguf")}
-    return {name: (path, trees.fingerprint(pretrained.load(path).params)) for name, path in found.items()}
+    return {name: (path, trees.fingerprint(checkpoints.load(path).params)) for name, path in found.items()}
 
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self/status").is_file(), reason="peak memory is read from /proc")

@@ -123,18 +123,18 @@ def test_damaged_and_foreign_directories_are_refused(bases, tmp_path):
     assert "adapter_model.bin is pickled: it could run code" in said(directory)
     wide = trees.map_weights(lambda p, w: jnp.concatenate([w, w]) if p.endswith("mlp/down") else w, params)
     assert "another geometry" in said(written(tmp_path / "b", "plain"), wide)
-    assert "the tied head is left as it was" in said(written(tmp_path / "c", "embeddings"), tied=True)
+    assert "the tied head does not use the adapter" in said(written(tmp_path / "c", "embeddings"), tied=True)
     shapes = GOLDEN["plain"]["shapes"] | {"base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": [4, 32]}
     directory = written(tmp_path / "d", "plain")
     save_file(cases.adapters("plain", shapes), directory / peft.TENSORS)
-    assert "layers.9.mlp.up_proj.lora_A.weight' is of no matrix of this llama" in said(directory)
+    assert "layers.9.mlp.up_proj.lora_A.weight' belongs to no matrix of this llama" in said(directory)
 
 
 @pytest.mark.parametrize(
     ("name", "end", "shape", "message"),
     [
         ("plain", "lora_A.weight", (4,), r"has a \(4,\) and b .*; expected matrices"),
-        ("dora", "lora_magnitude_vector", (1,), "has 1 lengths for"),
+        ("dora", "lora_magnitude_vector", (1,), "has 1 magnitudes for"),
     ],
 )
 def test_tensors_of_another_rank_or_too_few_lengths_are_refused(bases, tmp_path, name, end, shape, message):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax.checkpoints import pretrained
+from llm_jax import checkpoints
 from llm_jax.decoding import loop
 from llm_jax.decoding.options import Options
 from llm_jax.tokenizers import chat
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow  # fetches 90 MB once, and runs 135 M parameters
 
 @pytest.fixture(scope="module")
 def loaded():
-    return pretrained.load("asset:smollm2-135m-instruct")
+    return checkpoints.load("asset:smollm2-135m-instruct")
 
 
 def test_texts_have_the_ids_of_transformers(loaded):

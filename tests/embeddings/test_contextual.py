@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax import tokenizers
-from llm_jax.checkpoints import pretrained
-from llm_jax.checkpoints.checkpoint import Loaded
+from llm_jax import checkpoints, tokenizers
+from llm_jax.checkpoints import Loaded
 from llm_jax.embeddings import contextual
 from llm_jax.errors import UserError
 
@@ -70,7 +69,7 @@ def test_what_cannot_be_done_is_said(loaded):
 
 @pytest.mark.slow  # fetches 80 MB once
 def test_minilm_equals_transformers():
-    loaded = pretrained.load("asset:minilm-l6-v2")
+    loaded = checkpoints.load("asset:minilm-l6-v2")
     sentences = [case["sentence"] for case in GOLDEN]
     for case, layers in zip(GOLDEN, contextual.token_vectors(loaded, sentences), strict=True):
         assert contextual.ids(loaded, case["sentence"]) == case["ids"]

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import llm_jax
-from llm_jax import lora, trees, weights
-from llm_jax.checkpoints import checkpoint, pretrained
-from llm_jax.checkpoints.directory import write_manifest
+from llm_jax import checkpoints, files, lora, trees, weights
+from llm_jax.checkpoints import adapters as adapters_form
+from llm_jax.checkpoints.manifest import write_manifest
 from llm_jax.errors import UserError
 from tests.checkpoints.test_checkpoint import metrics
 
@@ -33,14 +33,14 @@ def run(command, trained, tmp_path_factory):
 
 
 def arrays(workdir):
-    directory = checkpoint.find(workdir)
-    return checkpoint.restore_adapters(directory, checkpoint.verify(directory))
+    directory = checkpoints.find(workdir)
+    return adapters_form.restore_adapters(directory, checkpoints.verify(directory))
 
 
 def test_the_run_learns_and_its_checkpoint_is_small_and_names_its_base(run, trained):
-    seen, base = metrics(run), checkpoint.find(trained)
+    seen, base = metrics(run), checkpoints.find(trained)
     assert seen[-1]["validation_loss"] < metrics(trained)[-1]["validation_loss"]
-    record = checkpoint.verify(checkpoint.find(run))
+    record = checkpoints.verify(checkpoints.find(run))
     assert record["base"] == {"path": str(base), "sha256": trees.fingerprint(llm_jax.load(trained).params)}
     summary = json.loads((run / "summary.json").read_text())
     optimizer = sum(int(np.prod(shape)) for shape, _ in record["optimizer"].values())
@@ -107,7 +107,7 @@ def test_runs_over_one_base_are_mixed(run, command, trained, tmp_path):
         "--config.lora.variant=lora",
         "--config.quant.scheme=nf4:16",
     )
-    base, found = pretrained.adapters(*paths[:2])
+    base, found = checkpoints.load_separately(*paths[:2])
     ids = jnp.asarray([base.tokenizer.encode("the model")] * 3)
     mixture = jnp.array([[1.0, 0], [0, 1.0], [0, 0]])
     forms = [lora.attach(base.params, lora.mix(lora.combine(*found), mixture)), lora.attach(base.params, found[1])]
@@ -118,9 +118,9 @@ def test_runs_over_one_base_are_mixed(run, command, trained, tmp_path):
     np.testing.assert_allclose(second[0], expected[1], atol=2e-5)
     assert all(np.abs(expected[i] - expected[2]).max() > 1e-3 for i in (0, 1))
     with pytest.raises(UserError, match=r"a run without adapters; lora.rank is 0"):
-        pretrained.adapters(trained)
+        checkpoints.load_separately(trained)
     with pytest.raises(UserError, match=r"elsewhere: its adapters are over another base than those of"):
-        pretrained.adapters(run, paths[2])
+        checkpoints.load_separately(run, paths[2])
 
 
 @pytest.mark.parametrize(("variant", "factors"), [("lora", "int8"), ("loftq", ""), ("pissa", "")])
@@ -175,10 +175,10 @@ def test_adapters_over_full_weights_are_merged_and_quantized(run, command, tmp_p
 
 def test_another_base_is_refused(run, command, trained, tmp_path):
     shutil.copytree(run, tmp_path / "run")
-    directory = checkpoint.find(tmp_path / "run")
+    directory = checkpoints.find(tmp_path / "run")
     record = json.loads((directory / "record.json").read_text())
     record["base"]["sha256"] = "0" * 64
-    checkpoint.write_json(directory / "record.json", record)
+    files.write_json(directory / "record.json", record)
     write_manifest(directory)
     with pytest.raises(UserError, match="adapters are for the base of sha256 000000000000, which was .*; now that has"):
         llm_jax.load(tmp_path / "run")
@@ -211,7 +211,7 @@ def test_a_base_of_other_kinds_in_its_layers_is_read_one_by_one(command, trained
     flags = ("--config.quant.scheme=int8", "--config.quant.rules=(('layers/0/.*', ''),)", "--config.train.steps=3")
     flags += ("--config.lora.rank=2", f"--config.init_from={trained}", "--config.model.scan_layers=False")
     command("train", f"--workdir={tmp_path / 'run'}", *flags)
-    model, params, _ = pretrained.load(tmp_path / "run", scan_layers=True)
+    model, params, _ = checkpoints.load(tmp_path / "run", scan_layers=True)
     kinds = [type(params["layers"][layer]["mlp"]["up"].base).__name__ for layer in "01"]
     assert not model.config.scan_layers and kinds == ["ArrayImpl", "QTensor"]
 

@@ -9,8 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from llm_jax import lora, trees
-from llm_jax.checkpoints import checkpoint
+from llm_jax import checkpoints, lora, trees
 from llm_jax.model.transformer import Transformer
 from llm_jax.training import losses, memory, optim, step
 from llm_jax.training.trainable import AdapterTraining
@@ -157,7 +156,7 @@ def test_memory_of_a_step_is_what_its_arrays_take(tiny):
     config = dataclasses.replace(tiny, lora=cases.config(tiny), train=dataclasses.replace(tiny.train, batch_size=4))
     found = {kind: memory.compiled(config, kind) for kind in memory.KINDS}
     weights = found["forward"].arguments - 5 * 4 * tiny.train.seq_len * 4  # besides the batch
-    entries = sum(w.size for w in jax.tree.leaves(checkpoint.abstract_params(Transformer(config.model))))
+    entries = sum(w.size for w in jax.tree.leaves(checkpoints.abstract_params(Transformer(config.model))))
     assert weights == 4 * entries
     assert found["full"].optimizer == 2 * 4 * entries + 8 and found["forward"].optimizer == 0
     assert found["adapters"].optimizer < 0.5 * found["full"].optimizer

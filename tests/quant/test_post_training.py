@@ -10,8 +10,7 @@ import optax
 import pytest
 
 import llm_jax
-from llm_jax import trees, weights
-from llm_jax.checkpoints import checkpoint
+from llm_jax import checkpoints, trees, weights
 from llm_jax.data import masking
 from llm_jax.errors import UserError
 from llm_jax.model.transformer import Transformer
@@ -188,7 +187,7 @@ def test_the_command_writes_what_evaluate_and_load_take(command, trained, tmp_pa
 
 def test_calibration_text_that_is_too_short_is_refused(trained, tmp_path, text_file):
     (tmp_path / "short.txt").write_text("too short")
-    config, tokenizer = checkpoint.read_config(trained), llm_jax.load(trained).tokenizer
+    config, tokenizer = checkpoints.read_config(trained), llm_jax.load(trained).tokenizer
     with pytest.raises(UserError, match=r"short.txt has 11 tokens, fewer than one calibration sequence of 32"):
         calibrate.text(config, str(tmp_path / "short.txt"), tokenizer, 32, 4)
     found, _ = calibrate.text(config, str(text_file), tokenizer, 32, 4)
@@ -196,7 +195,7 @@ def test_calibration_text_that_is_too_short_is_refused(trained, tmp_path, text_f
 
 
 def test_an_encoder_of_hidden_tokens_is_calibrated_on_text_with_hidden_tokens(trained, text_file):
-    config, tokenizer = checkpoint.read_config(trained), llm_jax.load(trained).tokenizer
+    config, tokenizer = checkpoints.read_config(trained), llm_jax.load(trained).tokenizer
     masked = dataclasses.replace(config, loss=dataclasses.replace(config.loss, masked="words", mask_prob=0.3))
     for given in ("", str(text_file)):
         plain, _ = calibrate.text(config, given, tokenizer, 32, 40)

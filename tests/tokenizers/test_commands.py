@@ -3,8 +3,7 @@ import re
 import pytest
 import tokenizers as library
 
-from llm_jax import tokenizers
-from llm_jax.checkpoints import pretrained
+from llm_jax import checkpoints, tokenizers
 from llm_jax.errors import UserError
 from llm_jax.tokenizers import show, train
 
@@ -36,7 +35,7 @@ def test_a_run_takes_a_tokenizer_and_goes_on_with_no_other(command, text_file, t
     run = (f"--workdir={tmp_path / 'run'}", f"--config.tokenizer.path={tmp_path / 'w'}")
     said = command("train", *run, "--config.train.steps=4").stdout
     assert f"tokenizer word, 18 ids ({tokenizers.digest(own)[:12]})" in said
-    assert tokenizers.digest(pretrained.load_tokenizer(tmp_path / "run")) == tokenizers.digest(own)
+    assert tokenizers.digest(checkpoints.load_tokenizer(tmp_path / "run")) == tokenizers.digest(own)
     assert "going on from" in command("train", *run, "--config.train.steps=6").stdout
     (tmp_path / "w").rename(tmp_path / "old")
     words.write_text(

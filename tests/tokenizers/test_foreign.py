@@ -9,8 +9,7 @@ import hypothesis.strategies as st
 import pytest
 import sentencepiece
 
-from llm_jax import tokenizers
-from llm_jax.checkpoints import pretrained
+from llm_jax import checkpoints, tokenizers
 from llm_jax.decoding import complete
 from llm_jax.decoding.options import Options
 from llm_jax.errors import UserError
@@ -131,7 +130,7 @@ def test_neither_file_is_an_error():
 @pytest.mark.slow  # fetches the assets once
 @pytest.mark.parametrize("name", GOLDEN)
 def test_real_vocabularies_cut_text_as_transformers_does(name):
-    tokenizer = pretrained.load_tokenizer(f"asset:{name}")
+    tokenizer = checkpoints.load_tokenizer(f"asset:{name}")
     for case in GOLDEN[name]:
         ids = tokenizer.encode(case["text"])
         assert ids == case["ids"], case["text"]

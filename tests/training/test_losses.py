@@ -13,8 +13,8 @@ import numpy as np
 import optax
 import pytest
 
+from llm_jax import checkpoints
 from llm_jax import configuration as config_lib
-from llm_jax.checkpoints import checkpoint
 from llm_jax.errors import UserError
 from llm_jax.model.attention import Tokens
 from llm_jax.tokenizers.byte import ByteTokenizer
@@ -249,7 +249,7 @@ def test_a_run_learns_from_a_teacher_and_is_its_average(command, trained, tmp_pa
     found = json.loads((workdir / "summary.json").read_text())["validation_loss"]
     text = command("evaluate", f"--checkpoint={workdir}", "--json").stdout
     assert json.loads(text)["loss"] == pytest.approx(found, rel=1e-5)
-    record = checkpoint.verify(checkpoint.find(workdir))
+    record = checkpoints.verify(checkpoints.find(workdir))
     assert sorted(record["ema"]) == sorted(record["params"])
     shutil.rmtree(teacher / "checkpoints" / "8")
     done = command("train", *flags, "--config.train.steps=9", code=2)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax import trees
-from llm_jax.checkpoints import checkpoint
+from llm_jax import checkpoints, trees
+from llm_jax.checkpoints import run as run_form
 from llm_jax.errors import UserError
 from llm_jax.tokenizers.byte import ByteTokenizer
 from llm_jax.training import optim, step
@@ -154,16 +154,16 @@ def test_resume_is_bitwise(make, tiny, batch, tmp_path, kind):
     config = dataclasses.replace(tiny, optim=dataclasses.replace(tiny.optim, kind=kind, ema_decay=0.5))
     whole: list[step.State] = []
     run(model, params, config, batch, whole, 3)
-    writer = checkpoint.Writer(tmp_path, config, ByteTokenizer(), "")
+    writer = checkpoints.Writer(tmp_path, config, ByteTokenizer(), "")
     writer.save(2, whole[1].params, whole[1].optimizer, None, ema=whole[1].ema)
     writer.close()
-    directory = checkpoint.find(tmp_path)
+    directory = checkpoints.find(tmp_path)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), whole[1])
-    read = checkpoint.restore_state(
-        directory, checkpoint.verify(directory), abstract.params, abstract.optimizer, abstract.ema
+    read = run_form.restore_state(
+        directory, checkpoints.verify(directory), abstract.params, abstract.optimizer, abstract.ema
     )
-    loaded = checkpoint.load(directory, scan_layers=True).params  # what is loaded is the average
+    loaded = checkpoints.load(directory, scan_layers=True).params  # what is loaded is the average
     jax.tree.map(np.testing.assert_array_equal, loaded, whole[1].ema)
     again: list[step.State] = []
     run(model, params, config, batch, again, 1, step.State(jnp.int32(2), *read))

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from llm_jax.checkpoints import checkpoint
+from llm_jax import checkpoints
 from llm_jax.errors import UserError
 from llm_jax.training import attempts as attempts_lib
 
@@ -34,9 +34,9 @@ def test_a_signal_saves_and_ends_with_a_code_of_its_own(command, tmp_path, numbe
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number and "Traceback" not in errors
-    step = checkpoint.steps(tmp_path)[-1]
+    step = checkpoints.steps(tmp_path)[-1]
     assert f"saved at step {step} of 100000" in errors and lines(tmp_path)[-1]["step"] == step
-    checkpoint.verify(checkpoint.find(tmp_path))
+    checkpoints.verify(checkpoints.find(tmp_path))
     attempts = [json.loads(line) for line in (tmp_path / "attempts.jsonl").read_text().splitlines()]
     assert len(attempts) == 1 and attempts[0]["ended"] > attempts[0]["began"]
     assert 0 < attempts_lib.goodput(tmp_path) < 1
@@ -58,7 +58,7 @@ def test_spikes_are_jumped_over_the_same_way_when_the_run_is_interrupted(command
     if process.returncode:  # or it had gone through already
         assert process.returncode == 143
         command("train", f"--workdir={tmp_path / 'b'}", *flags)
-    assert checkpoint.verify(checkpoint.find(tmp_path / "a"))["jumped"] > 0
+    assert checkpoints.verify(checkpoints.find(tmp_path / "a"))["skipped_batches"] > 0
     assert lines(tmp_path / "a") == lines(tmp_path / "b")
     assert [line["step"] for line in lines(tmp_path / "a")] == list(range(1, 61))
 
@@ -75,12 +75,12 @@ def test_a_loss_that_is_not_finite_is_told_with_its_step_and_its_weights(command
 def test_a_disk_that_fills_up_loses_nothing(command, tmp_path):
     """A limit on the size of files stands for the full disk: arrays do not fit, small files do."""
     command("train", f"--workdir={tmp_path}", "--config.train.steps=4")
-    before = checkpoint.verify(checkpoint.find(tmp_path))
+    before = checkpoints.verify(checkpoints.find(tmp_path))
     flags = ("train", f"--workdir={tmp_path}", "--config.train.steps=8")
     done = command(*flags, code=2, largest_file=20_000)
     (error,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
     assert "the checkpoint cannot be written" in error and "the last one is of step 4" in error
-    assert checkpoint.steps(tmp_path) == [4] and checkpoint.verify(checkpoint.find(tmp_path)) == before
+    assert checkpoints.steps(tmp_path) == [4] and checkpoints.verify(checkpoints.find(tmp_path)) == before
     assert not list((tmp_path / "checkpoints").glob(".partial*"))
     command(*flags)
 

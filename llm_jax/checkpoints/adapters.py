@@ -1,0 +1,108 @@
+"""Runs that hold low-rank adapters: the adapters, and a reference to the base that they adapt."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from llm_jax import checkpoints, lora, trees
+from llm_jax.checkpoints import families
+from llm_jax.checkpoints.base import Checkpoint, Loaded, Shardings, arranged, on_default_device
+from llm_jax.checkpoints.run import Run, abstract_tree, placed, read_arrays
+from llm_jax.errors import UserError
+from llm_jax.model.transformer import Transformer
+from llm_jax.quant import post_training
+from llm_jax.schema import ModelConfig
+
+
+class Adapters(Run):
+    """A checkpoint of a run with `lora.rank` above 0. Its parameters are the base with the adapters attached.
+
+    The hash of the base is checked whenever the parameters are read.
+    """
+
+    form = "adapters"
+
+    @functools.cached_property
+    def base(self) -> Checkpoint:
+        """The checkpoint of the base. Raises UserError if there is none any more."""
+        try:
+            return checkpoints.open_base(self.record["base"]["path"])
+        except UserError as error:
+            raise self._unreadable(error) from error
+
+    @property
+    def family(self) -> str:
+        return self.base.family if self.base.run_config is None else families.first_family(self.config)
+
+    def params(self, config: ModelConfig, shardings: Shardings, as_stored: bool = False) -> dict[str, Any]:
+        """As for every checkpoint, but dtypes are those of the run, over which the adapters were trained."""
+        base, adapters = self._separate(shardings)
+        frozen = post_training.base(lora.rebase(base, adapters), self.run_config.quant)
+        params = lora.attach(frozen, adapters, factors=self.run_config.lora.factors)
+        return arranged(params, config, shardings, as_stored)
+
+    def separate(self) -> tuple[Loaded, dict[str, Any]]:
+        """The base without the adapters, and the adapters as they are applied (factors rounded as in training).
+
+        Both have one entry per layer. The base is quantized by the run's quant.scheme.
+
+        Raises:
+          UserError: as `params`, or the base was quantized after PiSSA had subtracted the first factors from it.
+        """
+        config = self.run_config
+        base, adapters = self._separate(on_default_device)
+        adapters = lora.rounded(adapters, config.lora.factors)
+        if any(path.endswith("/start_a") for path in trees.flatten(adapters)):
+            if config.quant.scheme:
+                raise UserError(
+                    f"{self.path}: its base was quantized after lora.variant=pissa had subtracted the first factors; "
+                    "base and adapters cannot be separated"
+                )
+            adapters = lora.plain(adapters)
+        model = Transformer(dataclasses.replace(config.model, scan_layers=False, attention_kernel="auto"))
+        return Loaded(model, post_training.base(base, config.quant), self.tokenizer), adapters
+
+    def adapters(self) -> dict[str, Any]:
+        """The adapter tree, one entry per layer, on the default device."""
+        return trees.unstack(restore_adapters(self.path, self.record))
+
+    def _separate(self, shardings: Shardings) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(full weights of the base, adapters), one entry per layer."""
+        config = dataclasses.replace(self.base.config, scan_layers=False, precision=self.config.precision)
+        try:
+            base = self.base.params(config, shardings)
+        except UserError as error:
+            raise self._unreadable(error) from error
+        check_base(self.path, self.record, trees.fingerprint(base))
+        return base, self.adapters()
+
+    def _unreadable(self, error: UserError) -> UserError:
+        return UserError(f"{self.path}: the base of its adapters cannot be read: {error}")
+
+
+def restore_adapters(directory: pathlib.Path, record: Mapping[str, Any]) -> dict[str, Any]:
+    """The adapter tree of a verified checkpoint, on the default device, in the layout in which it was saved.
+
+    Args:
+      record: from `manifest.verify`.
+    """
+
+    def read(name: str) -> dict[str, Any]:
+        saved = abstract_tree(record[name])
+        return trees.flatten(read_arrays(directory, **{name: placed(saved, on_default_device(saved))})[name])
+
+    adapters = read("params")
+    averages = read("ema") if "ema" in record else {}  # only the trained part has an average
+    return trees.unflatten(adapters | {path: leaf.astype(adapters[path].dtype) for path, leaf in averages.items()})
+
+
+def check_base(path: pathlib.Path, record: Mapping[str, Any], fingerprint: str) -> None:
+    """Raises UserError unless the adapters at `path` were trained over the base with this `trees.fingerprint`."""
+    base = record["base"]
+    if fingerprint != base["sha256"]:
+        raise UserError(
+            f"{path}: its adapters are for the base of sha256 {base['sha256'][:12]}, which was {base['path']}; "
+            f"now that has {fingerprint[:12]}"
+        )

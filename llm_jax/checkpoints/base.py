@@ -1,0 +1,173 @@
+"""What every form of checkpoint offers: its config, tokenizer, parameters and identity."""
+
+import abc
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from llm_jax import trees
+from llm_jax.errors import UserError
+from llm_jax.model.stages import layout
+from llm_jax.model.transformer import Transformer
+from llm_jax.schema import Config, ModelConfig
+from llm_jax.tokenizers import Tokenizer
+from llm_jax.weights import Node
+
+Shardings = Callable[[Any], Any]  # abstract parameters -> a `jax.sharding.Sharding` for every leaf
+
+
+class Loaded(NamedTuple):
+    """A model with its parameters and its tokenizer."""
+
+    model: Transformer
+    params: dict[str, Any]
+    tokenizer: Tokenizer
+
+
+class Checkpoint(abc.ABC):
+    """A checkpoint on disk, of which nothing has been read yet. `llm_jax.open` returns one.
+
+    Attributes:
+      form: "run", "adapters", "huggingface", "gguf" or "peft".
+      path: the directory or file; of a run, the directory of one of its checkpoints.
+      name: how records refer to it: asset:NAME, hf:ORG/NAME, or the absolute path.
+      run_config: the whole configuration, if `llm_jax.train` wrote the checkpoint; None for other forms.
+      base: the checkpoint that adapters adapt; None for other forms.
+    """
+
+    form: ClassVar[str]
+
+    def __init__(self, path: pathlib.Path, name: str):
+        self.path, self.name = path, name
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r})"
+
+    @property
+    def run_config(self) -> Config | None:
+        return None
+
+    @property
+    def base(self) -> "Checkpoint | None":
+        return None
+
+    @property
+    @abc.abstractmethod
+    def config(self) -> ModelConfig:
+        """The configuration of the model. Raises UserError if it cannot be read or is not supported."""
+
+    @property
+    @abc.abstractmethod
+    def tokenizer(self) -> Tokenizer:
+        """Raises UserError if it cannot be read or does not fit the model."""
+
+    @property
+    def identity(self) -> str:
+        """A text that distinguishes this checkpoint from others: name, size and modification time of its files."""
+        files = [self.path] if self.path.is_file() else sorted(p for p in self.path.iterdir() if p.is_file())
+        return "; ".join(f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files)
+
+    @property
+    @abc.abstractmethod
+    def family(self) -> str:
+        """The Hugging Face `model_type` of the model. Raises UserError if no supported family holds it."""
+
+    @abc.abstractmethod
+    def params(self, config: ModelConfig, shardings: Shardings, as_stored: bool = False) -> dict[str, Any]:
+        """The parameters for the model of `config`, every shard read from the file to its device.
+
+        Args:
+          config: the model; its `scan_layers` gives the layout, its `precision.params` the dtype of the arrays.
+          shardings: abstract parameters in any layout -> a sharding for every leaf.
+          as_stored: keep the weights as they are on disk: the dtypes of a run, the quantized tensors of a GGUF
+            file. If layers then hold weights of different kinds, they come one entry per layer.
+
+        Raises:
+          UserError: the weights are damaged or do not fit the model.
+        """
+
+    def load(self, scan_layers: bool = False, dtype: str = "float32", as_stored: bool = False) -> Loaded:
+        """The model, its parameters on the default device, and the tokenizer. See `llm_jax.load`."""
+        if as_stored and self.form != "gguf":
+            raise UserError(f"--as_stored keeps the quantized tensors of a .gguf file; {self.name} is not one")
+        # The attention kernel depends on the machine, not on the checkpoint.
+        config = dataclasses.replace(self.config, scan_layers=scan_layers, attention_kernel="auto")
+        if self.run_config is None:
+            config = with_dtype(config, dtype)
+        tokenizer = self.tokenizer
+        params = self.params(config, on_default_device, as_stored=as_stored or self.form != "gguf")
+        return Loaded(Transformer(dataclasses.replace(config, scan_layers=is_stacked(params))), params, tokenizer)
+
+
+def abstract_params(model: Transformer) -> dict[str, Any]:
+    """Shapes and dtypes of the dense parameters of a model, without computing them."""
+    variables = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))
+    return variables["params"]
+
+
+def with_dtype(config: ModelConfig, dtype: str) -> ModelConfig:
+    """`config` with parameters and computation in `dtype`."""
+    return dataclasses.replace(config, precision=dataclasses.replace(config.precision, params=dtype, compute=dtype))
+
+
+def is_stacked(params: trees.Tree) -> bool:
+    """Whether layers are stacked for a scan, rather than one entry per layer."""
+    return any(trees.layers_of(path) is not None for path in trees.flatten(params))
+
+
+def on_default_device(tree: Any) -> Any:
+    """A `Shardings` that places every leaf on the default device."""
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda _: device, tree)
+
+
+def arranged(
+    params: trees.Tree, config: ModelConfig, shardings: Shardings, as_stored: bool, dtype: str = ""
+) -> dict[str, Any]:
+    """Parameters in the layout of `config` and on `shardings`.
+
+    Args:
+      as_stored: if layers hold weights of different kinds, return one entry per layer instead of raising.
+      dtype: of the arrays; "" keeps theirs. Nodes, such as quantized weights, keep theirs in any case.
+
+    Raises:
+      UserError: layers that `config` stacks hold weights of different kinds.
+    """
+    stages = layout(config)
+    if as_stored and not trees.stackable(params, stages):
+        stages = ()
+
+    def change(tree: Any) -> Any:
+        return trees.restage(cast(tree, dtype) if dtype else tree, stages)
+
+    abstract = jax.eval_shape(change, params)
+    target = shardings(abstract)
+    if trees.describe(abstract) == trees.describe(params):
+        return jax.device_put(params, target)
+    if all(len(sharding.device_set) == 1 for sharding in jax.tree.leaves(target)):
+        return jax.device_put(change(params), target)  # without compiling a function for it
+    return jax.jit(change, out_shardings=target)(params)
+
+
+def cast(params: Any, dtype: str) -> dict[str, Any]:
+    """The parameters with arrays in `dtype`; nodes, such as quantized weights, unchanged."""
+    return trees.map_weights(lambda _, w: w if isinstance(w, Node) else w.astype(dtype), params)
+
+
+def check_geometry(own: ModelConfig, config: ModelConfig, name: str) -> None:
+    """Raises UserError if the weights of a model `own` have other names or shapes than those of `config`."""
+    same_layout = dataclasses.replace(own, scan_layers=config.scan_layers, precision=config.precision)
+    if same_layout != config:
+        have, want = (trees.describe(abstract_params(Transformer(c))) for c in (same_layout, config))
+        trees.check(have, want, name)
+
+
+def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, path: pathlib.Path) -> None:
+    """Raises UserError if the tokenizer has more ids than the model; special tokens past the model's ids may exist."""
+    regular = getattr(tokenizer, "regular_size", tokenizer.vocab_size)
+    if regular > config.vocab_size:
+        raise UserError(f"{path}: the tokenizer has {regular} ids, the model only {config.vocab_size}")

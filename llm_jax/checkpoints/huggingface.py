@@ -1,0 +1,255 @@
+"""Hugging Face directories: config.json, safetensors (sharded or not) and the tokenizer; reading and writing."""
+
+import functools
+import json
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from tqdm import tqdm
+
+from llm_jax import files, tokenizers, trees, weights
+from llm_jax.checkpoints import assemble
+from llm_jax.checkpoints.base import Checkpoint, Shardings, abstract_params, check_geometry, check_vocabulary
+from llm_jax.checkpoints.families import FAMILIES, hf_config, model_config
+from llm_jax.errors import UserError
+from llm_jax.model.transformer import Transformer
+from llm_jax.schema import ModelConfig
+from llm_jax.tokenizers import Tokenizer
+
+# Tensors that hold no weights, and output layers of pretraining tasks that the model does not have.
+_IGNORED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.(masked_)?bias|position_ids)|cls\..*")
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+_SHARD_BYTES = 5 * 10**9
+_DTYPES = {
+    "F64": np.dtype("float64"),
+    "F32": np.dtype("float32"),
+    "F16": np.dtype("float16"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+class HuggingFace(Checkpoint):
+    """A directory that `transformers` writes, of a family in `families.FAMILIES`."""
+
+    form = "huggingface"
+
+    @staticmethod
+    def matches(path: pathlib.Path) -> bool:
+        """Whether a path is a directory with a config.json other than ours, or a broken one beside safetensors."""
+        try:
+            config = json.loads((path / "config.json").read_text())
+        except OSError:
+            return False
+        except (ValueError, RecursionError):
+            return any(path.glob("*.safetensors*"))
+        return not isinstance(config, dict) or "model_type" in config or not config.keys() & {"tokenizer", "train"}
+
+    @functools.cached_property
+    def _config(self) -> tuple[str, ModelConfig]:
+        return read_config(self.path)
+
+    @property
+    def config(self) -> ModelConfig:
+        return self._config[1]
+
+    @property
+    def family(self) -> str:
+        return self._config[0]
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        tokenizer = tokenizers.from_directory(self.path)
+        check_vocabulary(tokenizer, self.config, self.path)
+        return tokenizer
+
+    def params(self, config: ModelConfig, shardings: Shardings, as_stored: bool = False) -> dict[str, Any]:
+        check_geometry(self.config, config, self.name)
+        return load_params(self.path, self.family, abstract_params(Transformer(config)), shardings)
+
+
+def read_config(directory: pathlib.Path) -> tuple[str, ModelConfig]:
+    """(family, configuration of the model) of a directory. Raises UserError: see `families.model_config`."""
+    try:
+        config = json.loads((directory / "config.json").read_text())
+        if not isinstance(config, dict):
+            raise ValueError("not an object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{directory / 'config.json'}: cannot be read ({error})") from error
+    try:
+        return model_config(config)
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        raise UserError(f"{directory}: {error}") from error
+
+
+def load_params(directory: pathlib.Path, family: str, abstract: Any, shardings: Shardings) -> dict[str, Any]:
+    """The parameters of a directory; every shard is read from its file straight to its device.
+
+    Args:
+      family: a key of `FAMILIES`.
+      abstract: shapes and dtypes of the parameters, in any layout.
+      shardings: abstract parameters -> their shardings.
+
+    Raises:
+      UserError: tensors are missing, unexpected or of another shape (all are named), or a file is damaged.
+    """
+    source = _Files(directory)
+    row = FAMILIES[family]
+    specs = assemble.specs(row.names, abstract)
+    source.rename(row.prefix, {spec.name for spec in specs.values()})
+    tied = "head/kernel" not in trees.flatten(abstract)
+
+    def ignored(name: str) -> bool:
+        return bool(_IGNORED.fullmatch(name)) or (tied and name == "lm_head.weight")
+
+    return assemble.load(source, specs, abstract, shardings, ignored)
+
+
+def save(
+    directory: pathlib.Path,
+    family: str,
+    config: ModelConfig,
+    params: Any,
+    other_files: dict[str, bytes],
+    special_ids: dict[str, int] | None = None,
+) -> None:
+    """Writes a directory that `transformers` loads; it appears complete or not at all.
+
+    Args:
+      family: a key of `FAMILIES`.
+      config: `precision.params` is the dtype of the tensors.
+      params: one entry per layer.
+      other_files: content by name, such as the tokenizer's files.
+      special_ids: "bos_token_id", "eos_token_id", ... for config.json, which transformers' generation uses.
+
+    Raises:
+      UserError: the directory exists, or the family cannot hold the model.
+    """
+    if directory.exists():
+        raise UserError(f"--output={directory} exists; give another, or remove it")
+    dtype = np.dtype(ml_dtypes.bfloat16 if config.precision.params == "bfloat16" else config.precision.params)
+    json_config = hf_config(family, config) | {"torch_dtype": config.precision.params} | (special_ids or {})
+    parts = assemble.by_tensor(assemble.specs(FAMILIES[family].names, params))
+    flat = {path: weights.dense(weight) for path, weight in trees.flatten(params).items()}
+    sizes = {name: sum(flat[path].nbytes for _, path in part) for name, part in parts.items()}
+    shards: list[list[str]] = [[]]
+    for name, size in sizes.items():
+        if shards[-1] and sum(sizes[n] for n in shards[-1]) + size > _SHARD_BYTES:
+            shards.append([])
+        shards[-1].append(name)
+    with files.new_directory(directory, source=f"--output={directory}") as partial:
+        index: dict[str, str] = {}
+        with tqdm(total=sum(sizes.values()), desc="writing weights", unit="B", unit_scale=True, disable=None) as bar:
+            for i, shard in enumerate(shards, 1):
+                file = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
+                tensors = {}
+                for name in shard:
+                    array = assemble.stored_tensor([(spec, flat[path]) for spec, path in parts[name]])
+                    tensors[name] = array.astype(dtype, copy=False)
+                    bar.update(sizes[name])
+                write_safetensors(tensors, partial / file)
+                index |= dict.fromkeys(shard, file)
+        if len(shards) > 1:
+            total = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index}
+            (partial / "model.safetensors.index.json").write_text(json.dumps(total, indent=1))
+        (partial / "config.json").write_text(files.dump_json(json_config))
+        for name, content in other_files.items():
+            (partial / name).parent.mkdir(exist_ok=True)
+            (partial / name).write_bytes(content)
+
+
+def write_safetensors(tensors: dict[str, np.ndarray], path: pathlib.Path) -> None:
+    """Writes one safetensors file. Raises OSError if that fails."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    path.chmod(path.parent.stat().st_mode & 0o666)  # the library creates files that only their owner may read
+
+
+class _Tensor(NamedTuple):
+    """Where a tensor is stored: its file, the offset of its first byte, its shape, and its safetensors dtype."""
+
+    file: pathlib.Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class _Files:
+    """The safetensors files of a directory. Raises UserError if one is missing or damaged."""
+
+    def __init__(self, directory: pathlib.Path):
+        self.label = str(directory)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.tensors: dict[str, _Tensor] = {}
+        for path in self._paths(directory):
+            for name, tensor in _read_header(path).items():
+                if name in self.tensors:
+                    raise UserError(f"{path}: the tensor '{name}' is in {self.tensors[name].file.name} as well")
+                self.tensors[name] = tensor
+        for name, tensor in self.tensors.items():
+            if tensor.dtype not in _DTYPES and not _IGNORED.fullmatch(name):
+                raise UserError(
+                    f"{tensor.file}: '{name}' is of type {tensor.dtype}; expected one of {', '.join(_DTYPES)}"
+                )
+
+    def _paths(self, directory: pathlib.Path) -> Iterator[pathlib.Path]:
+        index = directory / "model.safetensors.index.json"
+        if not index.is_file():
+            single = directory / "model.safetensors"
+            if not single.is_file():
+                pickled = [p.name for p in directory.iterdir() if p.suffix in _PICKLED]
+                reason = f" ({pickled[0]} is pickled: it could run code, and is not read)" if pickled else ""
+                raise UserError(f"{directory}: no model.safetensors here{reason}")
+            yield single
+            return
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (OSError, RecursionError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index}: not an index of safetensors ({error!r})") from error
+        for name in names:
+            path = directory / str(name)
+            if not isinstance(name, str) or pathlib.PurePath(name).name != name or path.suffix != ".safetensors":
+                raise UserError(f"{index}: names the file {name!r}; expected safetensors files of this directory")
+            if not path.is_file():
+                raise UserError(f"{path}: named in {index.name}, and not there")
+            yield path
+
+    def rename(self, prefix: str, expected: set[str]) -> None:
+        """Adds or removes `prefix` where that gives an expected name: models with a head have it, others do not."""
+        tensors = {}
+        for name, tensor in self.tensors.items():
+            other = name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
+            tensors[other if name not in expected and other in expected else name] = tensor
+        self.tensors, self.shapes = tensors, {name: tensor.shape for name, tensor in tensors.items()}
+
+    def read(self, name: str, slices: tuple[slice, ...]) -> np.ndarray:
+        tensor = self.tensors[name]
+        try:
+            # Mapped for this call only: the pages of a lasting mapping would count as memory of the process.
+            return np.array(np.memmap(tensor.file, _DTYPES[tensor.dtype], "r", tensor.offset, tensor.shape)[slices])
+        except (OSError, ValueError) as error:
+            raise UserError(f"{tensor.file}: changed while it was being read ({error})") from error
+
+
+def _read_header(path: pathlib.Path) -> dict[str, _Tensor]:
+    """The tensors of a safetensors file by name. Raises UserError if it is damaged."""
+    try:
+        with safe_open(path, framework="numpy"):  # checks the header against the file
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        return {
+            name: _Tensor(path, 8 + length + entry["data_offsets"][0], tuple(entry["shape"]), entry["dtype"])
+            for name, entry in header.items()
+        }
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error})") from error

@@ -1,0 +1,98 @@
+"""The files of a checkpoint of ours: finding checkpoints, hashing their files, and verifying the hashes.
+
+`run.py` describes the directory.
+"""
+
+import hashlib
+import os
+import pathlib
+from typing import Any
+
+from llm_jax import files
+from llm_jax.errors import UserError
+
+FORMAT = 1  # version of the checkpoint format that is written, and the only one that is read
+
+
+def steps(workdir: pathlib.Path) -> list[int]:
+    """The steps of the finished checkpoints of a run, in ascending order."""
+    directory = workdir / "checkpoints"
+    names = [p.name for p in directory.iterdir()] if directory.is_dir() else []
+    return sorted(int(name) for name in names if name.isascii() and name.isdigit())
+
+
+def find(path: str | os.PathLike[str]) -> pathlib.Path:
+    """The directory of one checkpoint.
+
+    Args:
+      path: a checkpoint, or a run, of which the last checkpoint is returned.
+
+    Raises:
+      UserError: no checkpoint there.
+    """
+    directory = pathlib.Path(path).expanduser()
+    if (directory / "record.json").is_file():
+        return directory
+    if not directory.is_dir():
+        raise UserError(f"{path}: no such directory; expected a run or one of its checkpoints")
+    finished = steps(directory)
+    if not finished:
+        raise UserError(f"{path}: no finished checkpoint here; expected a run or one of its checkpoints")
+    return directory / "checkpoints" / str(finished[-1])
+
+
+def write_manifest(directory: pathlib.Path) -> None:
+    """Writes manifest.json, the sha256 of every other file; the last file to be written of a checkpoint."""
+    hashes = {name: _sha256(path) for name, path in _files(directory).items()}
+    files.write_json(directory / "manifest.json", hashes)
+
+
+def verify(directory: pathlib.Path) -> dict[str, Any]:
+    """Checks every file of a checkpoint against its manifest, and returns its record (record.json).
+
+    Raises:
+      UserError: a file is missing, added or changed, or the checkpoint has another format version.
+    """
+    manifest, record = (_read_json(directory / name) for name in ("manifest.json", "record.json"))
+    if not isinstance(manifest, dict) or (directory / "manifest.json").read_text() != files.dump_json(manifest):
+        raise UserError(f"{directory}: the file 'manifest.json' is damaged{_fallback(directory)}")
+    if not isinstance(record, dict):
+        raise UserError(f"{directory}: the file 'record.json' is damaged{_fallback(directory)}")
+    if record.get("format") != FORMAT:
+        raise UserError(f"{directory}: checkpoint format {record.get('format')}; this version reads format {FORMAT}")
+    present = _files(directory)
+    for name in sorted(set(manifest) | set(present)):
+        if name not in present:
+            raise UserError(f"{directory}: the file '{name}' is missing{_fallback(directory)}")
+        if name not in manifest and name.rsplit("/", 1)[-1].startswith("."):
+            continue  # files that file managers create
+        if name not in manifest:
+            raise UserError(f"{directory}: the file '{name}' does not belong to this checkpoint; remove it")
+        if _sha256(present[name]) != manifest[name]:
+            raise UserError(f"{directory}: the file '{name}' is damaged (sha256 differs){_fallback(directory)}")
+    # The name of this key was `jumped` in older records.
+    return record | {"skipped_batches": record.get("skipped_batches", record.get("jumped", 0))}
+
+
+def _read_json(path: pathlib.Path) -> Any:
+    try:
+        return files.read_json(path)
+    except UserError as error:
+        raise UserError(f"{error}{_fallback(path.parent)}") from error
+
+
+def _fallback(directory: pathlib.Path) -> str:
+    """A phrase that names another checkpoint of the run to resume from, or ""."""
+    run = directory.parent.parent
+    others = [step for step in steps(run) if str(step) != directory.name] if directory.name.isdigit() else []
+    return f"; delete this directory to go on from checkpoint {others[-1]}" if others else ""
+
+
+def _files(directory: pathlib.Path) -> dict[str, pathlib.Path]:
+    paths = sorted(p for p in directory.rglob("*") if p.is_file() and p != directory / "manifest.json")
+    return {p.relative_to(directory).as_posix(): p for p in paths}
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

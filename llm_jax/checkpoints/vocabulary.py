@@ -1,0 +1,58 @@
+"""Tokenizers by name: of a checkpoint, or in a directory or file of their own."""
+
+import os
+import pathlib
+
+from llm_jax import checkpoints, tokenizers
+from llm_jax.checkpoints import hub, peft
+from llm_jax.errors import UserError
+from llm_jax.tokenizers import Tokenizer
+
+
+def load_tokenizer(name: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer of a checkpoint, without its model, or a tokenizer by itself.
+
+    Args:
+      name: what `llm_jax.load` takes; a directory that `llm_jax.tokenizers.train` wrote; a tokenizer.json or
+        tokenizer.model; or a directory that contains one.
+
+    Raises:
+      UserError: no readable tokenizer there.
+    """
+    path = hub.resolve(name)
+    if (path / "kind.json").is_file():
+        return tokenizers.load(path)
+    if path.is_file() and path.name in tokenizers.FOREIGN:
+        return tokenizers.from_directory(path.parent, path.name)
+    if any((path / file).is_file() for file in tokenizers.FOREIGN) and not peft.Peft.matches(path):
+        return tokenizers.from_directory(path)
+    return checkpoints.open(name).tokenizer
+
+
+def named_tokenizer(name: str, own: Tokenizer | None) -> Tokenizer:
+    """The tokenizer that the config key tokenizer.path names.
+
+    Args:
+      own: the tokenizer of the checkpoint that a run resumes from or None; returned if `name` no longer exists.
+
+    Raises:
+      UserError: there is none, or it differs from that of the checkpoint.
+    """
+    if own and not hub.is_remote(name) and not pathlib.Path(name).expanduser().exists():
+        return own
+    try:
+        tokenizer = load_tokenizer(name)
+    except UserError as error:
+        expected = "a directory of tokenizers.train, tokenizer.json or tokenizer.model or where it is, or a checkpoint"
+        raise UserError(f"tokenizer.path={name}: {error}; expected {expected}") from error
+    check_tokenizer(name, tokenizer, own)
+    return tokenizer
+
+
+def check_tokenizer(name: str, named: Tokenizer, own: Tokenizer | None) -> None:
+    """Raises UserError if tokenizer.path=`name` differs from the tokenizer `own` of the weights, if they have one."""
+    if own and tokenizers.digest(named) != tokenizers.digest(own):
+        raise UserError(
+            f"tokenizer.path={name} is another tokenizer ({tokenizers.digest(named)[:12]}) than that of the weights "
+            f"({tokenizers.digest(own)[:12]}), which they keep"
+        )

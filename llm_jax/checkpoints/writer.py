@@ -1,0 +1,155 @@
+"""Writes checkpoints of runs, in the background during training. `run.py` describes the directory."""
+
+import errno
+import pathlib
+import shutil
+import threading
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from llm_jax import configuration, files, tokenizers, trees
+from llm_jax.checkpoints.manifest import FORMAT, steps, write_manifest
+from llm_jax.checkpoints.run import describe_leaves
+from llm_jax.errors import UserError
+from llm_jax.schema import Config
+from llm_jax.tokenizers import Tokenizer
+
+
+class Writer:
+    """Writes the checkpoints of one run in the background, and removes those that are not kept.
+
+    Args:
+      workdir: the run directory.
+      corpus: sha256 of the training text, for the records.
+      other: `trees.fingerprint` of the frozen model of the loss, or "", for the records.
+      base: of adapters: {"path", "sha256"} of the weights that they adapt, for the records.
+    """
+
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        config: Config,
+        tokenizer: Tokenizer,
+        corpus: str,
+        other: str = "",
+        base: dict[str, str] | None = None,
+    ):
+        self.directory = workdir / "checkpoints"
+        self._config, self._tokenizer, self._corpus, self._other, self._base = config, tokenizer, corpus, other, base
+        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        files.make_directory(self.directory)
+        for leftover in self.directory.glob(f"{files.PARTIAL}*"):
+            shutil.rmtree(leftover)
+
+    def save(
+        self,
+        step: int,
+        params: Any,
+        optimizer: Any,
+        validation_loss: float | None,
+        skipped_batches: int = 0,
+        ema: Any = None,
+    ) -> None:
+        """Starts writing checkpoint `step`, after the previous one has finished. The arrays may be donated afterwards.
+
+        Args:
+          params: weights of any kind, in any layout.
+          optimizer: the optimizer state; {} without training.
+          validation_loss: in nats per token; None if it was not measured.
+          skipped_batches: batches that training has skipped so far.
+          ema: the moving average of `params`, if the run keeps one.
+
+        Raises:
+          UserError: this checkpoint or the previous one cannot be written.
+        """
+        self.wait()
+        partial = self.directory / f"{files.PARTIAL}{step}"
+        record = {
+            "format": FORMAT,
+            "step": step,
+            "corpus": self._corpus,
+            "skipped_batches": skipped_batches,
+            "validation_loss": validation_loss,
+            "params": trees.describe(params),
+            "optimizer": describe_leaves(optimizer),
+        }
+        arrays = {"params": params, "optimizer": optimizer}
+        if ema is not None:
+            arrays["ema"], record["ema"] = ema, trees.describe(ema)
+        if self._other:
+            record["other"] = self._other
+        if self._base:
+            record["base"] = self._base
+        if jax.default_backend() == "cpu":  # Orbax reads the buffers themselves, which the next step overwrites
+            arrays = jax.tree.map(jnp.copy, arrays)
+        items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items() if jax.tree.leaves(tree)}
+        try:
+            partial.mkdir()
+            self._orbax.save(partial.absolute() / "arrays", args=ocp.args.Composite(**items))
+        except (OSError, ValueError) as error:  # ValueError comes from TensorStore
+            raise self._unwritten(partial, error) from error
+        self._thread = threading.Thread(target=self._finish, args=(partial, record))
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Waits until the checkpoint that is being written is complete. Raises UserError if that fails."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def close(self) -> None:
+        """Waits, and ends Orbax's threads."""
+        self.wait()
+        self._orbax.close()
+
+    def discard(self, after: int) -> None:
+        """Removes the checkpoints of later steps than `after`, from which training does not resume."""
+        self.wait()
+        for step in steps(self.directory.parent):
+            if step > after:
+                self._remove(step)
+
+    def _finish(self, partial: pathlib.Path, record: dict[str, Any]) -> None:
+        try:
+            self._orbax.wait_until_finished()
+            tokenizers.save(self._tokenizer, partial / "tokenizer")
+            files.write_json(partial / "config.json", configuration.as_dict(self._config))
+            files.write_json(partial / "record.json", record)
+            write_manifest(partial)
+            files.rename(partial, self.directory / str(record["step"]), durable=True)
+            self._prune()
+        except BaseException as error:  # raised by `wait`, in the caller's thread
+            self._error = self._unwritten(partial, error)
+
+    def _unwritten(self, partial: pathlib.Path, error: BaseException) -> UserError:
+        shutil.rmtree(partial, ignore_errors=True)
+        number = getattr(error.__cause__ or error, "errno", 0)
+        lines = [line.strip()[:200] for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        full = number == errno.ENOSPC or "RESOURCE_EXHAUSTED" in str(error)
+        reason = "no space left on the device" if full else lines[0]
+        finished = steps(self.directory.parent)
+        last = f"the last one is of step {finished[-1]}" if finished else "there is none before it"
+        return UserError(f"{self.directory}: the checkpoint cannot be written ({reason}); {last}")
+
+    def _prune(self) -> None:
+        keep = self._config.checkpoint
+        finished = steps(self.directory.parent)
+        records = {step: files.read_json(self.directory / str(step) / "record.json") for step in finished}
+        losses = {step: record["validation_loss"] for step, record in records.items()}
+        measured = [step for step in finished if losses[step] is not None]
+        best = sorted(measured, key=lambda step: (losses[step], step))[: keep.keep_best]
+        for step in set(finished) - set(finished[-max(keep.keep_last, 1) :]) - set(best):
+            self._remove(step)
+
+    def _remove(self, step: int) -> None:
+        doomed = self.directory / f"{files.PARTIAL}{step}-old"
+        (self.directory / str(step)).rename(doomed)
+        shutil.rmtree(doomed)

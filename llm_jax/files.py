@@ -1,0 +1,162 @@
+"""Files and directories that appear complete or not at all: written under a temporary name, then renamed.
+
+    with files.new_file(path) as file: file.write(b"...")
+    with files.new_directory(path) as partial: (partial / "model.bin").write_bytes(b"...")
+    files.write(path, "text"); files.write_json(path, value); value = files.read_json(path)
+
+Everything is created with the permissions of the user's umask.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+import secrets
+import shutil
+import socket
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+from llm_jax.errors import UserError
+
+PARTIAL = ".partial-"  # prefix of the temporary names
+
+
+@contextlib.contextmanager
+def new_file(path: pathlib.Path, *, source: str = "", durable: bool = False) -> Iterator[BinaryIO]:
+    """A binary file to write to, which replaces `path` when the block ends without an error.
+
+    Args:
+      path: the final name; its parent directory is created if it is missing.
+      source: how errors name the file, such as "--output=PATH:"; by default its path.
+      durable: flush the file and its directory entry to the disk before returning.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    partial = path.with_name(f"{PARTIAL}{secrets.token_hex(8)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("xb") as file:
+            yield file
+        rename(partial, path, durable=durable)
+    except OSError as error:
+        raise UserError(f"{source or f'{path}:'} cannot be written ({error.strerror or error})") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_directory(
+    path: pathlib.Path, *, source: str = "", exist_ok: bool = False, durable: bool = False
+) -> Iterator[pathlib.Path]:
+    """A temporary directory, which is renamed to `path` when the block ends without an error.
+
+    Args:
+      path: the final name; its parent directory is created if it is missing.
+      source: how errors name the directory, such as "--output=PATH"; by default its path.
+      exist_ok: keep an existing `path` instead of raising: another process has done the same work first.
+      durable: flush every file to the disk before the rename, and the directory entry after it.
+
+    Raises:
+      UserError: the directory cannot be written.
+    """
+    partial = path.with_name(f"{PARTIAL}{secrets.token_hex(8)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
+        yield partial
+        try:
+            rename(partial, path, durable=durable)
+        except OSError:
+            if not (exist_ok and path.exists()):
+                raise
+    except OSError as error:
+        raise UserError(f"{source or path} cannot be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def rename(partial: pathlib.Path, path: pathlib.Path, *, durable: bool = False) -> None:
+    """Renames a complete file or directory to its final name; a file replaces an existing one.
+
+    Args:
+      durable: flush the content to the disk before the rename, and the directory entry after it, so that a power
+        failure leaves either nothing or the complete content under `path`.
+
+    Raises:
+      OSError: from the file system.
+    """
+    if durable:
+        for inner in sorted(partial.rglob("*")) if partial.is_dir() else []:
+            _flush(inner)
+        _flush(partial)
+    os.replace(partial, path)
+    if durable:
+        _flush(path.parent)
+
+
+def _flush(path: pathlib.Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write(path: pathlib.Path, content: str | bytes, *, durable: bool = False) -> None:
+    """Replaces a file by `content`; text is encoded as UTF-8. Raises UserError if the file cannot be written."""
+    with new_file(path, durable=durable) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: pathlib.Path, value: Any, *, durable: bool = False) -> None:
+    """Replaces a file by `value` as JSON. Raises UserError if the file cannot be written."""
+    write(path, dump_json(value), durable=durable)
+
+
+def dump_json(value: Any) -> str:
+    """`value` as the text that `write_json` writes."""
+    return json.dumps(value, indent=1) + "\n"
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """The value of a JSON file. Raises UserError if it cannot be read or is not JSON."""
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged, not JSON ({error})") from error
+
+
+def make_directory(directory: pathlib.Path) -> None:
+    """Creates a directory with its parents. Raises UserError if that fails or the directory is not writable."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be written to ({error.strerror})") from error
+
+
+def lock(workdir: pathlib.Path) -> Any:
+    """Locks a run directory for this process until the returned file is closed or the process ends.
+
+    Raises:
+      UserError: another process holds the lock.
+    """
+    file = (workdir / ".lock").open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        raise UserError(f"{workdir}: another trainer is at work here ({file.read().strip()}); end it first") from error
+    except OSError:  # a file system without locks
+        return file
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
