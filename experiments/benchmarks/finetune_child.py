@@ -29,39 +29,32 @@ def ids(rows: int, length: int) -> np.ndarray:
 
 def ours(directory: str, rows: int, length: int, rank: int, remat: str, chunk: str):
     """The step that `llm_jax.train` compiles, over the weights of the directory."""
-    import dataclasses
-    import pathlib
-    import runpy
-
     import jax
     import jax.numpy as jnp
 
-    from llm_jax import checkpoints, cli, configuration
-    from llm_jax.model.transformer import Transformer
-    from llm_jax.training import losses, optim, step, trainable
+    from llm_jax import cli, configuration
+    from llm_jax.training import start
+    from llm_jax.training.setup import setup
 
     cli.keep_memory()
     after_imports = peak()
-    recipe = pathlib.Path(__file__).parents[2] / "configs" / "sentiment_lora.py"
-    c = configuration.build(runpy.run_path(str(recipe))["get_config"]())
-    c = dataclasses.replace(c, init_from=directory, lora=dataclasses.replace(c.lora, rank=rank, alpha=2.0 * rank))
-    c = dataclasses.replace(c, model=dataclasses.replace(c.model, remat=remat))
-    c = dataclasses.replace(c, optim=dataclasses.replace(c.optim, lr=LEARNING_RATE, warmup_steps=0, clip_norm=0.0))
-    kind, model = trainable.kind(c), Transformer(c.model)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    origin = checkpoints.open_base(directory)
-    base = origin.params(c.model, lambda tree: jax.tree.map(lambda _: device, tree))
-    params, fixed = jax.jit(kind.begin)(base, jax.random.key(c.train.seed))
-    frozen = kind.freeze(base, fixed)
-    optimizer = optim.make(c.optim, 10**6, base, adapters=params)
-    del base
-    loss_of = losses.make(c.loss, model, int(chunk))
-
-    def loss(params, frozen, batch, count, key):
-        return loss_of(kind.whole(params, frozen, key), frozen, batch, count, key)
-
-    one = jax.jit(step.make(loss, optimizer, optim.schedule(c.optim, 10**6), 0, 1), donate_argnums=0)
-    state = step.init(optimizer, params)
+    changes = {
+        "init_from": directory,
+        "data.source": "stdlib",
+        "data.kind": "text",
+        "lora.rank": rank,
+        "lora.alpha": 2.0 * rank,
+        "model.remat": remat,
+        "optim.lr": LEARNING_RATE,
+        "optim.warmup_steps": 0,
+        "optim.clip_norm": 0.0,
+        "train.steps": 10**6,
+        "train.batch_size": rows,
+        "train.seq_len": length,
+        "train.loss_chunk": int(chunk),
+    }
+    parts = setup(start.find(configuration.load("sentiment_lora", changes)).config)
+    state = parts.init()
     tokens = jnp.asarray(ids(rows, length), jnp.int32)
     places = jnp.broadcast_to(jnp.arange(length), tokens.shape)
     batch = {
@@ -75,7 +68,7 @@ def ours(directory: str, rows: int, length: int, rank: int, remat: str, chunk: s
     def run(steps: int) -> float:
         nonlocal state
         for _ in range(steps):
-            state, metrics = one(state, frozen, batch)
+            state, metrics = parts.step(state, batch)
         return float(metrics["loss"])
 
     return run, f"llm_jax on jax {jax.__version__}", after_imports

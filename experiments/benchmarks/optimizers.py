@@ -6,10 +6,8 @@ The kinds take turns round by round, so that a machine whose speed drifts slows 
 table shows medians of the ratio to the AdamW step of the same round. It is written to optimizers.json.
 """
 
-import dataclasses
 import json
 import pathlib
-import runpy
 import statistics
 import time
 
@@ -17,10 +15,9 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from llm_jax import cli, schema
-from llm_jax import configuration as config_lib
-from llm_jax.model.transformer import Transformer
-from llm_jax.training import losses, optim, step
+from llm_jax import cli, configuration, schema
+from llm_jax.training import optim
+from llm_jax.training.setup import setup
 
 HERE = pathlib.Path(__file__).parent
 ROWS, LENGTH = 8, 256  # those of configs/default.py, whose model this is
@@ -30,7 +27,7 @@ flags.DEFINE_integer("rounds", 7, "turns that are counted")
 
 def main() -> None:
     cli.keep_memory()
-    default = config_lib.build(runpy.run_path(str(HERE.parents[1] / "configs" / "default.py"))["get_config"]())
+    default = configuration.load("default")
     runs, sizes = {}, {}
     for kind in ("adamw", *sorted(set(optim.OPTIMIZERS) - {"adamw"}), "adamw, ema"):
         runs[kind], sizes[kind] = training(default, kind)
@@ -60,23 +57,17 @@ def main() -> None:
 def training(default: schema.Config, kind: str):
     """(a function that takes one step on one batch and waits for it, MiB of what is kept beside the weights)."""
     name, _, ema = kind.partition(", ")
-    rule = dataclasses.replace(default.optim, kind=name, ema_decay=0.999 if ema else 0.0)
-    model = Transformer(dataclasses.replace(default.model, vocab_size=default.tokenizer.vocab_size))
-    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    optimizer = optim.make(rule, 1000, params)
-    made = step.make(
-        losses.make(default.loss, model, 0), optimizer, optim.schedule(rule, 1000), 0, 1, ema_decay=rule.ema_decay
-    )
-    one = jax.jit(made, donate_argnums=0)
+    changes = {"optim.kind": name, "optim.ema_decay": 0.999 if ema else 0.0, "train.steps": 1000}
+    parts = setup(configuration.replace(default, changes), default.tokenizer.vocab_size)
     tokens = jax.random.randint(jax.random.key(1), (ROWS, LENGTH), 0, default.tokenizer.vocab_size)
     ones = jnp.ones_like(tokens)
     batch = {"inputs": tokens, "targets": tokens, "segments": ones, "mask": ones}
     batch["positions"] = jnp.cumsum(ones, 1) - 1
-    state = jax.jit(lambda p: step.init(optimizer, p, bool(ema)))(params)
+    state = parts.init()
 
     def run() -> None:
         nonlocal state
-        state, metrics = one(state, None, batch)
+        state, metrics = parts.step(state, batch)
         jax.block_until_ready(metrics)
 
     return run, sum(leaf.nbytes for leaf in jax.tree.leaves((state.optimizer, state.ema))) / 2**20

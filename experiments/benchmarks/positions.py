@@ -9,7 +9,6 @@ table shows medians of the ratio to the rope step of the same round. It is writt
 import dataclasses
 import json
 import pathlib
-import runpy
 import statistics
 import time
 
@@ -17,12 +16,11 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from llm_jax import cli, schema
-from llm_jax import configuration as config_lib
+from llm_jax import cli, configuration, schema
 from llm_jax.model import positions
 from llm_jax.model.attention import Tokens
 from llm_jax.model.transformer import Transformer, init_cache
-from llm_jax.training import losses, optim, step
+from llm_jax.training.setup import setup
 
 HERE = pathlib.Path(__file__).parent
 SHAPE = {"vocab_size": 2048, "width": 512, "num_layers": 4, "num_heads": 8, "num_kv_heads": 8, "mlp_dim": 1408}
@@ -34,7 +32,7 @@ flags.DEFINE_integer("rounds", 5, "turns that are counted")
 def main() -> None:
     cli.keep_memory()
     length = flags.FLAGS.length
-    default = config_lib.build(runpy.run_path(str(HERE.parents[1] / "configs" / "default.py"))["get_config"]())
+    default = configuration.load("default")
     runs = {
         kind: {"train": training(default, kind, length), "decode": decoding(default, kind, length)}
         for kind in positions.SCHEMES
@@ -66,21 +64,15 @@ def main() -> None:
     )
 
 
-def model_of(default: schema.Config, kind: str, **changes):
+def model_config(default: schema.Config, kind: str, **changes) -> schema.ModelConfig:
     position = dataclasses.replace(default.model.position, kind=kind, max_length=flags.FLAGS.length)
-    model = Transformer(dataclasses.replace(default.model, **SHAPE, position=position, **changes))
-    return model, jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    return dataclasses.replace(default.model, **SHAPE, position=position, **changes)
 
 
 def training(default: schema.Config, kind: str, length: int):
     """A function that takes one optimizer step on one sequence: its seconds."""
-    model, params = model_of(default, kind)
-    optimizer = optim.make(default.optim, 1000, params)
-
-    def loss(trained, frozen, batch, count, key):
-        return losses.language_model(model, trained, batch, 0)
-
-    one = jax.jit(step.make(loss, optimizer, optim.schedule(default.optim, 1000), 0, 1), donate_argnums=0)
+    train = dataclasses.replace(default.train, steps=1000, batch_size=1, seq_len=length, loss_chunk=0)
+    parts = setup(dataclasses.replace(default, model=model_config(default, kind), train=train))
     tokens = jax.random.randint(jax.random.key(1), (1, length), 0, SHAPE["vocab_size"])
     batch = {
         "inputs": tokens,
@@ -89,12 +81,12 @@ def training(default: schema.Config, kind: str, length: int):
         "segments": jnp.ones_like(tokens),
         "mask": jnp.ones_like(tokens),
     }
-    state = step.init(optimizer, params)
+    state = parts.init()
 
     def run() -> float:
         nonlocal state
         start = time.perf_counter()
-        state, metrics = one(state, None, batch)
+        state, metrics = parts.step(state, batch)
         jax.block_until_ready(metrics)
         return time.perf_counter() - start
 
@@ -106,7 +98,8 @@ STEPS = 64
 
 def decoding(default: schema.Config, kind: str, length: int):
     """A function that decodes the last `STEPS` tokens of a full cache: its seconds."""
-    model, params = model_of(default, kind, scan_layers=False)
+    model = Transformer(model_config(default, kind, scan_layers=False))
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     empty = init_cache(model.config, 1, length)
     slots = jnp.arange(length)[None]
     full = dataclasses.replace(

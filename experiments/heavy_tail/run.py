@@ -18,26 +18,23 @@ D6  "softmax with cross-entropy causes the heavy tail and the repetition; its lo
     each came to.
 """
 
-import dataclasses
 import itertools
 import json
 import pathlib
-import runpy
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import flags
 from scipy import stats
 from tqdm import tqdm
 
-from llm_jax import cli, files
-from llm_jax import configuration as config_lib
+from llm_jax import cli, configuration, files
 from llm_jax.errors import UserError
 from llm_jax.model.transformer import Transformer
 from llm_jax.training import losses
+from llm_jax.training.setup import setup
 
 HERE = pathlib.Path(__file__).parent
 BEGIN, END = "<!-- results: written by run.py -->\n", "<!-- end of results -->"
@@ -100,7 +97,7 @@ def texts(key: jax.Array, p: jax.Array, count: int) -> jax.Array:
 
 def one(changes: dict[str, Any], seed: int, steps: int, width: int) -> dict[str, float]:
     """Trains a model with one loss and compares it with its source."""
-    config = config_lib.build(runpy.run_path(str(HERE.parents[1] / "configs" / "default.py"))["get_config"]())
+    config = configuration.load("default")
     shape = {
         "vocab_size": VOCAB,
         "width": width,
@@ -109,29 +106,34 @@ def one(changes: dict[str, Any], seed: int, steps: int, width: int) -> dict[str,
         "num_kv_heads": 4,
         "mlp_dim": 2 * width,
     }
-    model = Transformer(dataclasses.replace(config.model, **shape))
-    loss = losses.make(dataclasses.replace(config.loss, **changes), model, 0)
     keys = jax.random.split(jax.random.key(seed), 4)
     p = source(keys[0])
+    # AdamW with decay of all weights and a cosine to zero, without warm-up and clipping.
+    optim = {"lr": 3e-3, "warmup_steps": 0, "final_lr_fraction": 0.0, "beta2": 0.999, "clip_norm": 0.0}
+    optim |= {"weight_decay": 0.01, "decay_rules": ((".*", 1.0),)}
+    train = {"steps": steps, "batch_size": BATCH, "seq_len": LENGTH, "loss_chunk": 0}
+    parts = setup(configuration.load(config, {"model": shape, "loss": changes, "optim": optim, "train": train}))
+    model = parts.model
     params = jax.jit(model.init)(keys[1], jnp.zeros((1, 1), jnp.int32))["params"]
-    optimizer = optax.adamw(optax.cosine_decay_schedule(3e-3, steps), weight_decay=0.01)
     spread = jnp.broadcast_to(jnp.arange(LENGTH, dtype=jnp.int32), (BATCH, LENGTH))
 
-    def mean(params: Any, ids: jax.Array, step: jax.Array) -> jax.Array:
-        batch = {"inputs": ids[:, :-1], "targets": ids[:, 1:], "positions": spread, "segments": jnp.ones_like(spread)}
-        total, count = loss(params, None, batch | {"mask": jnp.ones_like(spread)}, step, keys[2])
-        return total / count
+    @jax.jit
+    def batches(indices: jax.Array) -> dict[str, jax.Array]:
+        ids = jax.lax.map(lambda index: texts(jax.random.fold_in(keys[2], index), p, BATCH), indices)
+        ones = jnp.ones_like(ids[..., 1:])
+        positions = jnp.broadcast_to(spread, ones.shape)
+        return {
+            "inputs": ids[..., :-1],
+            "targets": ids[..., 1:],
+            "positions": positions,
+            "segments": ones,
+            "mask": ones,
+        }
 
-    def step(carry: Any, index: jax.Array) -> tuple[Any, jax.Array]:
-        params, state = carry
-        ids = texts(jax.random.fold_in(keys[2], index), p, BATCH)
-        value, gradient = jax.value_and_grad(mean)(params, ids, index)
-        updates, state = optimizer.update(gradient, state, params)
-        return (optax.apply_updates(params, updates), state), value
-
-    (params, _), _ = jax.jit(lambda carry: jax.lax.scan(step, carry, jnp.arange(steps)))(
-        (params, optimizer.init(params))
-    )
+    state = parts.init(params)
+    for start in range(0, steps, 100):
+        state, _ = parts.scan(state, batches(jnp.arange(start, min(start + 100, steps))))
+    params = state.params
     found = jax.jit(lambda params: compare(model, params, p, keys[3], "entmax" in str(changes)))(params)
     return {name: float(value) for name, value in found.items()}
 

@@ -25,8 +25,7 @@ from absl import flags
 from llm_jax import cli, files
 from llm_jax import configuration as config_lib
 from llm_jax.model.attention import Tokens
-from llm_jax.model.transformer import Transformer
-from llm_jax.training import losses, optim, step
+from llm_jax.training.setup import setup
 
 SYMBOLS, BASE, LENGTH, HALF = 16, 5, 40, 20
 OFFSETS = np.arange(1, 16)
@@ -71,24 +70,19 @@ def main() -> None:
     default = config_lib.build(runpy.run_path(str(pathlib.Path(__file__).with_name("config.py")))["get_config"]())
     position = dataclasses.replace(default.model.position, kind=f.kind)
     shape = {"vocab_size": BASE + SYMBOLS, "num_layers": 2, "width": 64, "mlp_dim": 128}
-    model = Transformer(dataclasses.replace(default.model, **shape, position=position))
-    params = jax.jit(model.init)(jax.random.key(f.seed), jnp.zeros((1, 1), jnp.int32))["params"]
-    settings = dataclasses.replace(default.optim, weight_decay=0.01, lr=3e-3)
-    optimizer = optim.make(settings, f.steps, params)
+    config = dataclasses.replace(
+        default,
+        model=dataclasses.replace(default.model, **shape, position=position),
+        optim=dataclasses.replace(default.optim, weight_decay=0.01, lr=3e-3),
+        train=dataclasses.replace(default.train, steps=f.steps, seed=f.seed, batch_size=BATCH, loss_chunk=0),
+    )
+    parts = setup(config)
+    model = parts.model
 
-    def loss(trained, frozen, batch, count, key):
-        return losses.language_model(model, trained, batch, 0)
-
-    one = step.make(loss, optimizer, optim.schedule(settings, f.steps), f.seed, 1)
-
-    @functools.partial(jax.jit, static_argnums=1, donate_argnums=0)
-    def some(state, count):
-        def body(state, i):
-            key = jax.random.fold_in(jax.random.key(1000 + f.seed), i)
-            state, metrics = one(state, None, training_batch(key))
-            return state, metrics["loss"]
-
-        return jax.lax.scan(body, state, state.step + jnp.arange(count))
+    @jax.jit
+    def batches(steps):
+        keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(1000 + f.seed)))(steps)
+        return jax.lax.map(training_batch, keys)
 
     def accuracy(params, offsets, late):
         batch = sequences(jax.random.key(7), offsets, 512)
@@ -97,10 +91,10 @@ def main() -> None:
         asked = batch["mask"] * (batch["positions"] >= 2 + HALF if late else 1)
         return jnp.sum(right * asked) / jnp.sum(asked)
 
-    state = step.init(optimizer, params)
+    state = parts.init()
     for done in range(0, f.steps, 100):
-        state, found = some(state, 100)
-        print(f"{f.kind} seed {f.seed}: step {done + 100} of {f.steps}, loss {found[-1]:.3f}", flush=True)
+        state, metrics = parts.scan(state, batches(done + jnp.arange(100)))
+        print(f"{f.kind} seed {f.seed}: step {done + 100} of {f.steps}, loss {metrics['loss'][-1]:.3f}", flush=True)
     seen = np.setdiff1d(OFFSETS, np.concatenate([NEW_PLACE, NEW_OFFSET]))
     ask = jax.jit(accuracy, static_argnums=2)
     groups = {"seen": seen, "new_place": NEW_PLACE, "new_offset": NEW_OFFSET}

@@ -17,17 +17,15 @@ L7  "LoRA's weakness: large input activations are stored": holds if LoRA-FA, whi
 
 import dataclasses
 import pathlib
-import runpy
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax import cli, files, lora, schema
-from llm_jax import configuration as config_lib
+from llm_jax import cli, configuration, files, lora, schema
 from llm_jax.model.transformer import Transformer
-from llm_jax.training import memory
+from llm_jax.training import memory, start
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -37,7 +35,7 @@ BEGIN, END = "<!-- results: written by measure.py -->\n", "<!-- end of results -
 
 
 def main() -> None:
-    config = config_lib.build(runpy.run_path(str(ROOT / "configs" / "sentiment_lora.py"))["get_config"]())
+    config = start.find(configuration.load("sentiment_lora")).config
     taken = steps(config)
     merged = {dtype: merging(config, dtype) for dtype in ("float32", "bfloat16")}
     results = judge(taken, merged)
@@ -52,9 +50,9 @@ def steps(config: schema.Config) -> dict[str, memory.Memory]:
     """{"kind, remat": its memory}"""
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, loss_chunk=0, **SHAPE))
     found = {}
-    for name, kind in memory.STEPS.items():
-        for remat in ("none",) if kind == "forward" else ("none", "full"):
-            found[f"{name}, remat {remat}"] = memory.compiled(memory.variant(config, name, remat), kind)
+    for name in memory.KINDS:
+        for remat in ("none",) if name == "forward" else ("none", "full"):
+            found[f"{name}, remat {remat}"] = memory.compiled(memory.with_remat(config, remat), name)
             print(f"{name}, remat {remat}: {found[f'{name}, remat {remat}'].peak / 2**20:,.0f} MiB", flush=True)
     return found
 

@@ -12,7 +12,6 @@ import gc
 import json
 import pathlib
 import re
-import runpy
 import subprocess
 import sys
 
@@ -20,9 +19,9 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from llm_jax import checkpoints, cli, files
-from llm_jax import configuration as config_lib
-from llm_jax.training import memory
+from llm_jax import cli, configuration, files
+from llm_jax.training import memory, start
+from llm_jax.training.setup import setup
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -75,27 +74,26 @@ def one(name: str, remat: str) -> dict[str, int]:
     """Bytes, {"planned", "measured", "rest"}."""
     cli.keep_memory()
     cli.one_step_at_a_time()
-    recipe = runpy.run_path(str(ROOT / "configs" / "sentiment_lora.py"))["get_config"]()
-    kind = memory.STEPS[name]
-    config = memory.variant(config_lib.build(recipe), name, remat)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    origin = checkpoints.open_base(config.init_from)
-    base = origin.params(config.model, lambda tree: jax.tree.map(lambda _: device, tree))
-    if kind == "forward":
-        step, held = memory.forward(config), (base,)
+    config = memory.with_remat(start.find(configuration.load("sentiment_lora")).config, remat)
+    parts = setup(memory.variant(config, name))
+    state = parts.init()
+    rows = {name: jnp.ones(leaf.shape, leaf.dtype) for name, leaf in parts.batch.items()}
+    shapes = parts.state.replace(frozen={}), parts.state.frozen, parts.batch
+    if name == "forward":
+        compiled = parts.loss.lower(shapes[0].params, *shapes[1:]).compile()
     else:
-        step, begin = memory.training_step(config, kind)
-        held = jax.jit(begin, donate_argnums=() if config.quant.scheme else 0)(base)
-    del base, origin
-    rows = {name: jnp.ones(leaf.shape, leaf.dtype) for name, leaf in memory.batch(config).items()}
-    compiled = step.lower(*held, rows).compile()
+        compiled = parts.train_step.lower(*shapes, jnp.float32(jnp.inf)).compile()
     gc.collect()
     cli.trim_memory()
     before, arrays = resident("VmRSS"), sum(array.nbytes for array in jax.live_arrays())
     pathlib.Path("/proc/self/clear_refs").write_text("5")
     for _ in range(STEPS):
-        out = jax.block_until_ready(compiled(*held, rows))
-        held = held if kind == "forward" else (out[0], held[1])
+        if name == "forward":
+            jax.block_until_ready(compiled(state.params, state.frozen, rows))
+        else:
+            frozen = state.frozen
+            state, _ = compiled(state.replace(frozen={}), frozen, rows, jnp.float32(jnp.inf))
+            state = jax.block_until_ready(state).replace(frozen=frozen)
     measured = resident("VmHWM") - before + arrays
     return {"planned": memory.of(compiled, 0).peak, "measured": measured, "rest": before - arrays}
 

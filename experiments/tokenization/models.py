@@ -24,7 +24,6 @@ import json
 import math
 import os
 import pathlib
-import runpy
 import shutil
 import subprocess
 import sys
@@ -38,12 +37,12 @@ from absl import flags
 from scipy import stats
 from tqdm import tqdm
 
-from llm_jax import cli, files, schema, tokenizers
-from llm_jax import configuration as config_lib
+from llm_jax import cli, configuration, files, schema, tokenizers
 from llm_jax.data.corpus import Source
 from llm_jax.data.rows import Rows, Shuffled
 from llm_jax.model.transformer import Transformer
-from llm_jax.training import losses, optim, step
+from llm_jax.training import losses
+from llm_jax.training.setup import setup
 
 HERE = pathlib.Path(__file__).parent
 COMMAND = "PYTHONPATH=. python experiments/tokenization/models.py"
@@ -64,11 +63,12 @@ flags.DEFINE_string("runs", "runs/tokenization.json", "where finished figures ar
 def main() -> None:
     cli.keep_memory()
     f = flags.FLAGS
-    mapping = runpy.run_path(str(HERE.parents[1] / "configs" / "default.py"))["get_config"]().to_dict()
-    mapping["data"] |= {"source": "asset:shakespeare", "validation_fraction": 0.02}
-    mapping["model"] |= MODEL
-    mapping["train"] |= {"batch_size": 8, "seq_len": 128}
-    config = config_lib.build(mapping)
+    changes = {
+        "data": {"source": "asset:shakespeare", "validation_fraction": 0.02},
+        "model": MODEL,
+        "train": {"batch_size": 8, "seq_len": 128},
+    }
+    config = configuration.load("default", changes)
     source, kept = Source(config.data), pathlib.Path(f.runs)
     kept.parent.mkdir(parents=True, exist_ok=True)
     found = json.loads(kept.read_text()) if kept.exists() else {}
@@ -143,13 +143,10 @@ def _stacked(rows: list, size: int) -> dict[str, np.ndarray]:
 def functions(config: schema.Config, model: Transformer):
     """(params, batches) -> trained params, and (params, batches) -> nats."""
 
-    @jax.jit
     def learn(params, batches):
-        steps = batches["inputs"].shape[0]
-        optimizer = optim.make(config.optim, steps, params)
-        one = step.make(losses.make(config.loss, model, 0), optimizer, optim.schedule(config.optim, steps), 0, 1)
-        state, _ = jax.lax.scan(lambda s, b: (one(s, None, b)[0], None), step.init(optimizer, params), batches)
-        return state.params
+        train = dataclasses.replace(config.train, steps=batches["inputs"].shape[0])
+        parts = setup(dataclasses.replace(config, train=train, model=model.config))
+        return parts.scan(parts.init(params), batches)[0].params
 
     @jax.jit
     def nats(params, batches):

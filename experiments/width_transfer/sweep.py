@@ -20,12 +20,11 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments.width_transfer import report
-from llm_jax import cli, files, schema
+from llm_jax import cli, files
 from llm_jax import configuration as config_lib
 from llm_jax.data.corpus import Source
 from llm_jax.data.rows import Rows, Shuffled
-from llm_jax.model.transformer import Transformer, width_ratio
-from llm_jax.training import losses, optim, step
+from llm_jax.training.setup import Setup, setup
 
 HERE = pathlib.Path(__file__).parent
 
@@ -64,15 +63,16 @@ def main() -> None:
                 base.model, vocab_size=tokenizer.vocab_size, width=width, mlp_dim=2 * width, num_heads=heads,
                 num_kv_heads=heads, base_width=widths[0] if transfer == "μP" else 0,
             )  # fmt: skip
-            run = jax.jit(training(dataclasses.replace(base, model=model)))
-            for seed in range(f.seeds):
-                for power in powers:
+            for power in powers:
+                rate = dataclasses.replace(base.optim, lr=2.0**power)
+                parts = setup(dataclasses.replace(base, model=model, optim=rate))
+                for seed in range(f.seeds):
                     key = f"{transfer} {width} {power} {seed}"
                     if width == widths[0]:  # nothing is scaled there: both are one run
                         twin = f"{report.KINDS[0]} {width} {power} {seed}"
                         found |= {key: found[twin]} if twin in found else {}
                     if key not in found:
-                        loss = float(run(2.0**power, jax.random.key(seed), batches[seed], held))
+                        loss = held_out_loss(parts, seed, batches[seed], held)
                         found[key] = loss if math.isfinite(loss) else None  # diverged
                         files.write_json(kept, found)
                     bar.update()
@@ -86,21 +86,17 @@ def stacked(rows, count: int):
     return {name: np.stack([row[name] for row in made]) for name in made[0]}
 
 
-def training(config: schema.Config):
-    """A function (rate, key, batches, held-out rows) -> held-out loss after training, nats a token."""
-    model = Transformer(config.model)
+def held_out_loss(parts: Setup, seed: int, batches, held) -> float:
+    """The held-out loss after training from the initial weights of `seed`, nats a token.
 
-    def run(rate, key, batches, held):
-        params = model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
-        rule = dataclasses.replace(config.optim, lr=rate)
-        optimizer = optim.make(rule, config.train.steps, params, width_ratio(config.model))
-        loss = losses.make(config.loss, model, 0)
-        one = step.make(loss, optimizer, optim.schedule(rule, config.train.steps), 0, 1)
-        state, _ = jax.lax.scan(lambda s, b: (one(s, None, b)[0], None), step.init(optimizer, params), batches)
-        total, count = losses.language_model(model, state.params, held, 0)
-        return total / count
-
-    return run
+    Args:
+      batches: int32 (steps, B, T) each. held: int32 (rows, T) each.
+    """
+    init = jax.jit(parts.model.init)
+    params = init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
+    state, _ = parts.scan(parts.init(params), batches)
+    total, count = parts.loss(state.params, {}, held)
+    return float(total / count)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ class Setup:
       base: shapes of the weights that training starts from.
       state: shapes of the training state, `state.frozen` included where the base is dense.
       batch: shapes of a batch, int32 (batch_size, seq_len) each.
+      update: the pure function that `train_step` jits.
       train_step: jitted (state without frozen, frozen, batch, limit) -> (state, metrics); the state is donated.
       loss: jitted (trainable, frozen, batch) -> (sum of the cross-entropy in nats, number of targets), float32 () each.
     """
@@ -67,6 +68,7 @@ class Setup:
     base: Any
     state: TrainState
     batch: dict[str, jax.ShapeDtypeStruct]
+    update: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     train_step: Any
     loss: Any
 
@@ -168,6 +170,23 @@ class Setup:
         new, metrics = self.train_step(state.replace(frozen={}), frozen, batch, jnp.float32(limit))
         return new.replace(frozen=frozen), metrics
 
+    @functools.cached_property
+    def _scan(self) -> Any:
+        def scan(state, frozen, batches):
+            return jax.lax.scan(lambda state, batch: self.update(state, frozen, batch), state, batches)
+
+        return jax.jit(mesh_lib.within(self.mesh, scan), donate_argnums=0)
+
+    def scan(self, state: TrainState, batches: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        """Many updates in one compiled loop: (new state, metrics with a leading axis of steps).
+
+        Args:
+          batches: int32 (steps, batch_size, seq_len) each.
+        """
+        frozen = state.frozen
+        new, metrics = self._scan(state.replace(frozen={}), frozen, batches)
+        return new.replace(frozen=frozen), metrics
+
     def model_params(self, state: TrainState) -> Any:
         """The parameters that are evaluated: those of the average where `optim.ema_decay` keeps one."""
         return self.method.model_params(state.model, state.frozen)
@@ -248,7 +267,7 @@ def setup(
     def held_out_loss(params, frozen, batch):
         return losses.language_model(model, method.model_params(params, frozen), batch, c.loss_chunk, sparse)
 
-    train_step = step_lib.make(
+    update = step_lib.make(
         loss,
         optimizer,
         schedule,
@@ -271,8 +290,9 @@ def setup(
         base=_placed(base, place(base)),
         state=_placed(state, state_shardings).replace(frozen=frozen),
         batch=dict.fromkeys(rows_lib.NAMES, shape),
+        update=update,
         train_step=jax.jit(
-            mesh_lib.within(mesh, train_step),
+            mesh_lib.within(mesh, update),
             donate_argnums=0,
             in_shardings=(state_shardings, None, batch_sharding, None),
             out_shardings=(state_shardings, copies),
