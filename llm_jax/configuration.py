@@ -203,7 +203,10 @@ def replace(config: Any, changes: Mapping[str, Any], prefix: str = "") -> Any:
     mapping = as_dict(config)
     for key, value in changes.items():
         _set(mapping, key, value, type(config), prefix)
-    return build(mapping, type(config), prefix)
+    changed = build(mapping, type(config), prefix)
+    return (
+        dataclasses.replace(changed, explicit=config.explicit | {*changes}) if isinstance(config, Config) else changed
+    )
 
 
 def options(cls: Any) -> dict[str, Any]:
