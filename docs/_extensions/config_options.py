@@ -19,17 +19,20 @@ OTHERS = {"embeddings": (schema.EmbeddingsConfig, "word2vec")}
 
 
 def meanings(cls: type) -> dict[str, str]:
-    """{field: the comment beside it, or between the parentheses of its annotation}."""
+    """{field: the comment beside it, between the parentheses of its annotation, or on the lines above it}."""
     source = textwrap.dedent(inspect.getsource(cls))
     fields = {field.name for field in dataclasses.fields(cls)}
-    found: dict[str, str] = {}
-    name = ""
+    comments: dict[str, list[str]] = {name: [] for name in fields}
+    current, above = "", []
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.NAME and token.start[1] == 4 and token.string in fields:
-            name = token.string
-        elif token.type == tokenize.COMMENT and name:
-            found[name] = f"{found.get(name, '')} {token.string.lstrip('# ')}".strip()
-    return found
+            current = token.string
+            comments[current], above = above, []
+        elif token.type == tokenize.COMMENT and token.start[1] == 4:
+            above.append(token.string.lstrip("# "))
+        elif token.type == tokenize.COMMENT and current:
+            comments[current].append(token.string.lstrip("# "))
+    return {name: " ".join(lines) for name, lines in comments.items()}
 
 
 def kind(annotation: Any) -> str:
