@@ -21,6 +21,7 @@ extensions = [
     "api_pages",
     "config_options",
     "docstrings",
+    "experiment_pages",
 ]
 exclude_patterns = ["_build"]
 html_theme = "furo"
