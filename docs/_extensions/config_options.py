@@ -19,19 +19,29 @@ OTHERS = {"embeddings": (schema.EmbeddingsConfig, "word2vec")}
 
 
 def meanings(cls: type) -> dict[str, str]:
-    """{field: the comment beside it, between the parentheses of its annotation, or on the lines above it}."""
+    """{field: its comment}: beside it, within its annotation, or on lines of its own above it.
+
+    Comment lines above a field that has a comment beside it continue the comment of the field before.
+    """
     source = textwrap.dedent(inspect.getsource(cls))
     fields = {field.name for field in dataclasses.fields(cls)}
-    comments: dict[str, list[str]] = {name: [] for name in fields}
-    current, above = "", []
+    entries: list[tuple[str, list[str], list[str]]] = []  # (field, comment lines above it, comments beside it)
+    above: list[str] = []
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.NAME and token.start[1] == 4 and token.string in fields:
-            current = token.string
-            comments[current], above = above, []
+            entries.append((token.string, above, []))
+            above = []
         elif token.type == tokenize.COMMENT and token.start[1] == 4:
             above.append(token.string.lstrip("# "))
-        elif token.type == tokenize.COMMENT and current:
-            comments[current].append(token.string.lstrip("# "))
+        elif token.type == tokenize.COMMENT and entries:
+            entries[-1][2].append(token.string.lstrip("# "))
+    comments: dict[str, list[str]] = {}
+    previous = ""
+    for name, above_it, beside_it in entries:
+        comments[name] = list(beside_it)
+        comments[previous if previous and beside_it else name] += above_it
+        previous = name
+    comments[previous] += above
     return {name: " ".join(lines) for name, lines in comments.items()}
 
 
