@@ -1,7 +1,8 @@
-"""config.json of Hugging Face's families: what it says of a model (`read_*`), and saying it (`write_*`).
+"""config.json of the families of Hugging Face: `read_*` and its inverse `write_*`.
 
-A reader gives changes of the neutral `ModelConfig` ("position.x" for what is below it), takes the default
-of the family's class for what is left out, and refuses what the model does not do.
+A `read_*` function returns changes to `families.neutral()`, with keys such as "width" and "position.base". For a
+missing key it uses the default of the family's class in transformers, and it refuses settings that the model does not
+support.
 """
 
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from llm_jax.errors import UserError
 from llm_jax.model import stages
 from llm_jax.schema import ModelConfig
 
-# Theirs -> ours; the first of theirs is what is written.
+# Name in config.json -> model.activation; of several names the first is written.
 ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -20,37 +21,38 @@ ACTIVATIONS = {
     "gelu": "gelu_exact",
     "relu": "relu",
 }
+# Entry of layer_types -> entry of model.layer_pattern.
 LAYERS = {"full_attention": "global", "sliding_attention": "local"}
 
 
 def _period(kinds: list[str]) -> tuple[str, ...]:
-    """The shortest pattern that gives `kinds` when repeated."""
+    """The shortest pattern of which `kinds` is a repetition."""
     return next(
         tuple(kinds[:p]) for p in range(1, len(kinds) + 1) if all(k == kinds[i % p] for i, k in enumerate(kinds))
     )
 
 
 def _pattern(c: Mapping[str, Any], kinds: list[str]) -> dict[str, Any]:
-    """Which layers slide: by `layer_types` if config.json has it, else `kinds`."""
-    said = c.get("layer_types")
+    """Pattern and window of sliding layers: from `layer_types` if config.json has it, else from `kinds`."""
+    layer_types = c.get("layer_types")
     try:
-        kinds = [LAYERS[kind] for kind in said] if said else kinds
+        kinds = [LAYERS[kind] for kind in layer_types] if layer_types else kinds
     except KeyError as error:
         raise UserError(f"config.json: layer_types has {error}; expected {' or '.join(LAYERS)}") from error
     window = c.get("sliding_window")
     return {"layer_pattern": _period(kinds)} | ({"window": window} if "local" in kinds else {})
 
 
-def _rope(c: Mapping[str, Any], said: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The rotary settings of config.json: rope_theta and rope_scaling, or all in rope_parameters."""
-    said = dict(said or c.get("rope_parameters") or c.get("rope_scaling") or {})
-    kind = said.get("rope_type", said.get("type", "default"))
-    base = said.get("rope_theta", c.get("rope_theta", 10000.0))
-    found = {"position.kind": "rope", "position.base": float(base)}
-    fraction = said.get("partial_rotary_factor", c.get("partial_rotary_factor"))
+def _rope(c: Mapping[str, Any], parameters: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The rotary settings of config.json: from rope_theta and rope_scaling, or from rope_parameters."""
+    rope = dict(parameters or c.get("rope_parameters") or c.get("rope_scaling") or {})
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    base = rope.get("rope_theta", c.get("rope_theta", 10000.0))
+    changes = {"position.kind": "rope", "position.base": float(base)}
+    fraction = rope.get("partial_rotary_factor", c.get("partial_rotary_factor"))
     if fraction is not None:
-        found["position.partial_rotary_factor"] = float(fraction)
-    original = said.get("original_max_position_embeddings") or c.get("max_position_embeddings")
+        changes["position.partial_rotary_factor"] = float(fraction)
+    original = rope.get("original_max_position_embeddings") or c.get("max_position_embeddings")
     settings: dict[str, dict[str, Any]] = {
         "default": {},
         "linear": {"scaling": "linear"},
@@ -58,46 +60,46 @@ def _rope(c: Mapping[str, Any], said: Mapping[str, Any] | None = None) -> dict[s
         "yarn": {
             "scaling": "yarn",
             "original_length": original,
-            "beta_fast": float(said.get("beta_fast") or 32.0),
-            "beta_slow": float(said.get("beta_slow") or 1.0),
+            "beta_fast": float(rope.get("beta_fast") or 32.0),
+            "beta_slow": float(rope.get("beta_slow") or 1.0),
         },
         "llama3": {
             "scaling": "llama3",
             "original_length": original,
-            "low_freq_factor": float(said.get("low_freq_factor", 1.0)),
-            "high_freq_factor": float(said.get("high_freq_factor", 4.0)),
+            "low_freq_factor": float(rope.get("low_freq_factor", 1.0)),
+            "high_freq_factor": float(rope.get("high_freq_factor", 4.0)),
         },
     }
     if kind not in settings:
         raise UserError(f"config.json: rope_type is {kind!r}; expected one of {', '.join(settings)}")
     if kind != "default":
-        found["position.scaling_factor"] = float(said["factor"])
-    refused = [k for k in ("attention_factor", "mscale", "mscale_all_dim") if said.get(k) is not None]
-    if kind == "yarn" and (refused or said.get("truncate") is False):
+        changes["position.scaling_factor"] = float(rope["factor"])
+    refused = [k for k in ("attention_factor", "mscale", "mscale_all_dim") if rope.get(k) is not None]
+    if kind == "yarn" and (refused or rope.get("truncate") is False):
         raise UserError(f"config.json: yarn with {', '.join(refused) or 'truncate: false'} is not supported")
     if kind == "dynamic" and original != c.get("max_position_embeddings"):
         raise UserError("config.json: dynamic rope with an original length of its own is not supported")
-    return found | {f"position.{key}": value for key, value in settings[kind].items()}
+    return changes | {f"position.{key}": value for key, value in settings[kind].items()}
 
 
 def _written_rope(m: ModelConfig) -> dict[str, Any]:
-    """The inverse of `_rope`, in the older form, which every version of transformers reads."""
+    """The inverse of `_rope`, as rope_theta and rope_scaling, which every version of transformers reads."""
     p = m.position
-    found: dict[str, Any] = {"rope_theta": p.base}
+    changes: dict[str, Any] = {"rope_theta": p.base}
     if p.scaling == "none":
-        return found
-    said: dict[str, Any] = {"rope_type": p.scaling, "factor": p.scaling_factor}
+        return changes
+    scaling: dict[str, Any] = {"rope_type": p.scaling, "factor": p.scaling_factor}
     if p.scaling == "dynamic":
-        found["max_position_embeddings"] = p.original_length
+        changes["max_position_embeddings"] = p.original_length
     if p.scaling in ("yarn", "llama3"):
-        said["original_max_position_embeddings"] = p.original_length
+        scaling["original_max_position_embeddings"] = p.original_length
     if p.scaling == "yarn":
-        said |= {"beta_fast": p.beta_fast, "beta_slow": p.beta_slow}
+        scaling |= {"beta_fast": p.beta_fast, "beta_slow": p.beta_slow}
     if p.scaling == "llama3":
-        said |= {"low_freq_factor": p.low_freq_factor, "high_freq_factor": p.high_freq_factor}
+        scaling |= {"low_freq_factor": p.low_freq_factor, "high_freq_factor": p.high_freq_factor}
     if p.scaling == "ntk":
         raise UserError("model.position.scaling=ntk has no name in Hugging Face's config.json; it cannot be written")
-    return found | {"rope_scaling": said}
+    return changes | {"rope_scaling": scaling}
 
 
 def read_llama(c: Mapping[str, Any]) -> dict[str, Any]:
@@ -160,18 +162,18 @@ def read_gemma2(c: Mapping[str, Any]) -> dict[str, Any]:
 def read_gemma3(c: Mapping[str, Any]) -> dict[str, Any]:
     every = c.get("sliding_window_pattern") or c.get("_sliding_window_pattern") or 6
     kinds = ["global" if (i + 1) % every == 0 else "local" for i in range(c["num_hidden_layers"])]
-    said = c.get("rope_parameters") or {}
-    if "full_attention" in said:
-        whole = _rope(c, said["full_attention"])
-        local = said["sliding_attention"]["rope_theta"]
-        if said["sliding_attention"].get("rope_type", "default") != "default":
+    rope = c.get("rope_parameters") or {}
+    if "full_attention" in rope:
+        full = _rope(c, rope["full_attention"])
+        local = rope["sliding_attention"]["rope_theta"]
+        if rope["sliding_attention"].get("rope_type", "default") != "default":
             raise UserError("config.json: scaled rope in sliding layers is not supported")
     else:
-        whole, local = _rope({"rope_theta": 1e6} | dict(c)), c.get("rope_local_base_freq", 10000.0)
+        full, local = _rope({"rope_theta": 1e6} | dict(c)), c.get("rope_local_base_freq", 10000.0)
     return (
         _gemma({**c, "rope_parameters": {}, "rope_scaling": {}})
         | _pattern(c, kinds)
-        | whole
+        | full
         | {
             "qk_norm": True,
             "position.local_base": float(local),
@@ -197,7 +199,7 @@ def read_phi(c: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_gpt2(c: Mapping[str, Any]) -> dict[str, Any]:
     if c.get("scale_attn_by_inverse_layer_idx") or not c.get("scale_attn_weights", True):
-        raise UserError("config.json: scores that are not scaled by 1 / sqrt(head width) are not supported")
+        raise UserError("config.json: attention scores not scaled by 1 / sqrt(head_dim) are not supported")
     return {
         "width": c["n_embd"],
         "num_layers": c["n_layer"],
@@ -242,14 +244,15 @@ def read_bert(c: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _common(m: ModelConfig) -> dict[str, Any]:
-    kinds = [{ours: theirs for theirs, ours in LAYERS.items()}[kind] for kind in stages.layer_kinds(m)]
+    names = {kind: name for name, kind in LAYERS.items()}
+    kinds = [names[kind] for kind in stages.layer_kinds(m)]
     return {
         "hidden_size": m.width,
         "num_hidden_layers": m.num_layers,
         "num_attention_heads": m.num_heads,
         "num_key_value_heads": m.num_kv_heads,
         "intermediate_size": m.mlp_dim,
-        "hidden_act": _their_activation(m),
+        "hidden_act": _activation_name(m),
         "rms_norm_eps": m.norm_eps,
         "layer_types": kinds,
         "sliding_window": m.window if "sliding_attention" in kinds else None,
@@ -259,8 +262,8 @@ def _common(m: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _their_activation(m: ModelConfig) -> str:
-    return next(theirs for theirs, ours in ACTIVATIONS.items() if ours == m.activation)
+def _activation_name(m: ModelConfig) -> str:
+    return next(name for name, activation in ACTIVATIONS.items() if activation == m.activation)
 
 
 def write_llama(m: ModelConfig) -> dict[str, Any]:
@@ -278,36 +281,35 @@ def write_gemma(m: ModelConfig) -> dict[str, Any]:
         common |= {"rope_local_base_freq": m.position.local_base}
     return common | {
         "hidden_activation": common.pop("hidden_act"),
-        "query_pre_attn_scalar": _whole(round((m.attention_scale or 1.0) ** -2, 6)),
+        "query_pre_attn_scalar": _integer(round((m.attention_scale or 1.0) ** -2, 6)),
         "final_logit_softcapping": m.logit_softcap or None,
         "attn_logit_softcapping": m.attention_softcap or None,
         "attention_bias": False,
     }
 
 
-def _whole(value: float) -> int | float:
-    """As an int where it is one: config.json is read with strict types."""
+def _integer(value: float) -> int | float:
+    """As an int if it is one, because transformers checks the types in config.json."""
     return int(value) if value == int(value) else value
 
 
 def write_mistral(m: ModelConfig) -> dict[str, Any]:
     common = _common(m)
-    del common["layer_types"]  # with which transformers would make another model_type of it
+    del common["layer_types"]  # MistralConfig has no such key
     return common
 
 
 def _gelu_new(m: ModelConfig) -> str:
-    """The name that GPT-2 and Phi have for the tanh form."""
-    return "gelu_new" if m.activation == "gelu" else _their_activation(m)
+    """The name of the activation in GPT-2 and Phi, which call the tanh approximation gelu_new."""
+    return "gelu_new" if m.activation == "gelu" else _activation_name(m)
 
 
 def write_phi(m: ModelConfig) -> dict[str, Any]:
-    said = {
+    return _common(m) | {
         "hidden_act": _gelu_new(m),
         "partial_rotary_factor": m.position.partial_rotary_factor,
         "layer_norm_eps": m.norm_eps,
     }
-    return _common(m) | said
 
 
 def write_gpt2(m: ModelConfig) -> dict[str, Any]:
@@ -328,7 +330,7 @@ def write_bert(m: ModelConfig) -> dict[str, Any]:
         "num_hidden_layers": m.num_layers,
         "num_attention_heads": m.num_heads,
         "intermediate_size": m.mlp_dim,
-        "hidden_act": _their_activation(m),
+        "hidden_act": _activation_name(m),
         "layer_norm_eps": m.norm_eps,
         "type_vocab_size": m.type_vocab_size,
         "max_position_embeddings": m.position.max_length,

@@ -1,7 +1,7 @@
-"""The model families of Hugging Face: one row each.
+"""The model families of Hugging Face, one row each.
 
-To add a family: write its table of names (`names.py`), read and write its config.json (`config_json.py`),
-and name both in `FAMILIES`; `tests/checkpoints` then wants a golden of a tiny model.
+To add a family: write its table of tensor names (`names.py`), functions that read and write its config.json
+(`config_json.py`), and a row of `FAMILIES`; `tests/checkpoints` requires golden values of a tiny model.
 """
 
 import dataclasses
@@ -21,14 +21,15 @@ Write = Callable[[ModelConfig], dict[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """How a model_type of Hugging Face is read and written.
+    """How a Hugging Face model_type is read and written.
 
     Attributes:
-      architecture: the class that `transformers` builds.
-      names: our paths -> their tensors.
-      read: config.json -> changes of the neutral `ModelConfig` ("position.x" for what is below it).
+      architecture: the class of `transformers`.
+      names: parameter paths -> stored tensors.
+      read: config.json -> changes to `neutral()`, with keys such as "width" and "position.base".
       write: the inverse.
-      prefix: what stands before the names of theirs in files of a head-less or a whole model; either is read.
+      prefix: of tensor names, present or absent depending on whether the file was saved with an output head; both are
+        read.
     """
 
     architecture: str
@@ -53,74 +54,77 @@ FAMILIES: dict[str, Family] = {
 
 @functools.cache
 def neutral() -> ModelConfig:
-    """The model where config.json of a family says nothing: the defaults without what other people's models lack."""
-    plain = {"width": 1, "num_layers": 1, "window": 1, "num_heads": 1, "num_kv_heads": 1, "mlp_dim": 1}
-    lacking = {
+    """The configuration that `read` functions change: the defaults, without features that no family has by default."""
+    sizes = {"width": 1, "num_layers": 1, "window": 1, "num_heads": 1, "num_kv_heads": 1, "mlp_dim": 1}
+    features = {
         "norm_eps": 1e-6,
         "qk_norm": False,
         "tie_embeddings": False,
         "scan_layers": False,
         "position.max_length": 2048,
     }
-    return configuration.replace(configuration.default("model"), plain | lacking)
+    return configuration.replace(configuration.default("model"), sizes | features)
 
 
-_OWN_HEAD_WIDTH = ("qwen3", "gemma2", "gemma3_text")  # no head_dim means a number of theirs, not width // heads
-_TIED = {"gpt2": True, "gemma2": True, "gemma3_text": True, "bert": True}  # where config.json does not say
+_HEAD_DIM_DEFAULT = ("qwen3", "gemma2", "gemma3_text")  # without head_dim a constant applies, not width // heads
+_TIED_DEFAULT = {"gpt2": True, "gemma2": True, "gemma3_text": True, "bert": True}  # without tie_word_embeddings
 
 
 def model_config(c: Mapping[str, Any]) -> tuple[str, ModelConfig]:
-    """config.json -> (family, the model's config).
+    """(family, configuration of the model) of the content of a config.json.
 
     Raises:
-      UserError: an unknown family, a key that is missing, or something that the model does not do.
+      UserError: an unknown family, a missing key, or a setting that the model does not support.
     """
-    kind = c.get("model_type")
-    if kind not in FAMILIES:
-        raise UserError(f"config.json: model_type is {kind!r}; expected one of {', '.join(FAMILIES)}")
+    family = c.get("model_type")
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise UserError(f"config.json: model_type is {family!r}; expected one of {', '.join(FAMILIES)}")
     try:
-        found = {"vocab_size": c["vocab_size"]} | FAMILIES[kind].read(c)
-        found.setdefault("tie_embeddings", c.get("tie_word_embeddings", _TIED.get(kind, False)))
-        activation = found["activation"]
-        found["activation"] = config_json.ACTIVATIONS[activation]
+        changes = {"vocab_size": c["vocab_size"]} | FAMILIES[family].read(c)
+        changes.setdefault("tie_embeddings", c.get("tie_word_embeddings", _TIED_DEFAULT.get(family, False)))
+        changes["activation"] = config_json.ACTIVATIONS[changes["activation"]]
     except KeyError as error:
-        raise UserError(f"config.json of a {kind}: {error} is missing, or not known here") from error
-    # Checked like a configuration, so that values of another type or out of range are refused by name.
-    return kind, configuration.replace(neutral(), found, "model.")
+        raise UserError(f"config.json of a {family}: {error} is missing or not supported") from error
+    # Checked like a configuration, so that errors name a value of another type or out of range.
+    return family, configuration.replace(neutral(), changes, "model.")
 
 
-def hf_config(kind: str, m: ModelConfig) -> dict[str, Any]:
-    """The inverse of `model_config`: what config.json says of the model.
+def hf_config(family: str, m: ModelConfig) -> dict[str, Any]:
+    """The content of config.json for a model: the inverse of `model_config`.
 
     Raises:
-      UserError: the family cannot hold this model; the first key in which they differ is named.
+      UserError: the family cannot express the model; names the first key that would differ.
     """
-    family = FAMILIES[kind]
-    if kind in _OWN_HEAD_WIDTH:
+    if family in _HEAD_DIM_DEFAULT:
         m = dataclasses.replace(m, head_dim=positions.head_dim(m))
     written = {
-        "model_type": kind,
-        "architectures": [family.architecture],
+        "model_type": family,
+        "architectures": [FAMILIES[family].architecture],
         "vocab_size": m.vocab_size,
         "tie_word_embeddings": m.tie_embeddings,
-        **family.write(m),
+        **FAMILIES[family].write(m),
     }
-    refuse_difference(kind, m, model_config(written)[1])
+    refuse_difference(family, m, model_config(written)[1])
     return written
 
 
-def refuse_difference(what: str, m: ModelConfig, again: ModelConfig) -> None:
-    """Raises UserError, naming the first key, where a model is another when it is read again."""
+def refuse_difference(label: str, m: ModelConfig, again: ModelConfig) -> None:
+    """Raises UserError, naming the first key, if a model changes when it is written and read again.
+
+    Args:
+      label: how the error names the form that was written.
+      m, again: the model before and after; options that do not affect its outputs may differ.
+    """
     before, after = configuration.flat(m, "model."), configuration.flat(again, "model.")
-    free = {"model.scan_layers", "model.remat", "model.attention_kernel", "model.kv_cache", *_unused(m)}
-    free |= {"model.window"} if "local" not in m.layer_pattern else set()
+    ignored = {"model.scan_layers", "model.remat", "model.attention_kernel", "model.kv_cache", *_unused(m)}
+    ignored |= {"model.window"} if "local" not in m.layer_pattern else set()
     for key, value in before.items():
-        if after[key] != value and key not in free and not key.startswith("model.precision."):
-            raise UserError(f"{what} cannot hold {key}={value!r} (it would be {after[key]!r}); choose another family")
+        if after[key] != value and key not in ignored and not key.startswith("model.precision."):
+            raise UserError(f"{label} cannot hold {key}={value!r} (it would be {after[key]!r}); choose another family")
 
 
 def _unused(m: ModelConfig) -> set[str]:
-    """Keys of `model.position` that say nothing about this model."""
+    """Keys of `model.position` that have no effect in this model."""
     p = m.position
     used = {"kind"} | {
         "rope": {"base", "local_base", "partial_rotary_factor", "interleaved", "scaling"},
@@ -140,10 +144,10 @@ def _unused(m: ModelConfig) -> set[str]:
 def first_family(config: ModelConfig) -> str:
     """The first family that holds a model. Raises UserError, with the reason of every family, if none does."""
     reasons = []
-    for kind in FAMILIES:
+    for family in FAMILIES:
         try:
-            hf_config(kind, config)
-            return kind
+            hf_config(family, config)
+            return family
         except UserError as error:
             reasons.append(str(error).split(";")[0])
     raise UserError("no family of Hugging Face can hold this model: " + "; ".join(reasons))

@@ -147,7 +147,7 @@ def test_every_wrong_tensor_is_named(llama):
         (lambda p: (p / "config.json").write_text("[]"), "config.json: cannot be read .not an object"),
         (lambda p: edit(p, model_type="mamba"), "model_type is 'mamba'; expected one of llama, mistral"),
         (lambda p: edit(p, hidden_size=None), "'model.width' is None; expected int"),
-        (lambda p: edit(p, hidden_act="xielu"), "'xielu' is missing, or not known here"),
+        (lambda p: edit(p, hidden_act="xielu"), "'xielu' is missing or not supported"),
         (lambda p: edit(p, rope_parameters={"rope_type": "longrope"}), "rope_type is 'longrope'; expected one of"),
         (lambda p: edit(p, num_attention_heads=5), "does not divide"),
         (lambda p: index(p, "../model.safetensors"), "names the file '../model.safetensors'"),

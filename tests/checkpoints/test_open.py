@@ -1,0 +1,222 @@
+"""`open` for every form on disk: its class, what it offers, and what it refuses; `save` and back."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import llm_jax
+from llm_jax import checkpoints, configuration, lora, tokenizers, trees
+from llm_jax.checkpoints import gguf_model, huggingface, peft
+from llm_jax.checkpoints.base import on_default_device
+from llm_jax.errors import UserError
+from llm_jax.quant import post_training
+from llm_jax.tokenizers.byte import ByteTokenizer
+from tests.checkpoints.test_gguf import small
+from tests.checkpoints.test_gguf import vocabulary as vocabulary
+from tests.lora.cases import config as lora_config
+from tests.lora.cases import made as make_adapters
+
+FORMS = {
+    "run": checkpoints.Run,
+    "adapters": checkpoints.Adapters,
+    "huggingface": checkpoints.HuggingFace,
+    "gguf": checkpoints.Gguf,
+    "peft": checkpoints.Peft,
+}
+
+
+@pytest.fixture(scope="module")
+def paths(tiny, vocabulary, tmp_path_factory):
+    """{form: path of a tiny checkpoint of that form}."""
+    root = tmp_path_factory.mktemp("forms")
+    found = {form: root / form for form in FORMS} | {"gguf": root / "model.gguf"}
+    config, params = small("llama", vocabulary.vocab_size)
+    huggingface.save(found["huggingface"], "llama", config, params, vocabulary.files())
+    gguf_model.save(found["gguf"], config, params, vocabulary, "Q8_0")
+    loaded = llm_jax.load(found["huggingface"])
+    llm_jax.save(loaded.model, loaded.params, loaded.tokenizer, found["run"])
+    settings = lora_config(tiny, rank=2, targets=("attention",))
+    adapters = make_adapters(loaded.params, settings)
+    base = {"path": str(found["huggingface"]), "sha256": trees.fingerprint(loaded.params)}
+    whole = dataclasses.replace(checkpoints.read_config(found["run"]), lora=settings)
+    writer = checkpoints.Writer(found["adapters"], whole, loaded.tokenizer, "", base=base)
+    writer.save(3, adapters, {}, None)
+    writer.close()
+    peft.save(found["peft"], "llama", adapters, loaded.params, config.tie_embeddings, base_name=base["path"])
+    return found
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_checkpoint_of_each_form_offers_what_load_gives(paths, form):
+    checkpoint = llm_jax.open(paths[form])
+    assert type(checkpoint) is FORMS[form] and checkpoint.form == form
+    loaded = llm_jax.load(paths[form])
+    assert dataclasses.replace(checkpoint.config, scan_layers=False) == loaded.model.config
+    assert tokenizers.digest(checkpoint.tokenizer) == tokenizers.digest(loaded.tokenizer)
+    params = checkpoint.params(loaded.model.config, on_default_device)
+    jax.tree.map(np.testing.assert_array_equal, params, loaded.params)
+    assert checkpoint.family == "llama" and llm_jax.open(checkpoint.name).path == checkpoint.path
+    assert (checkpoint.run_config is not None) == (form in ("run", "adapters"))
+    assert (checkpoint.base is not None) == (form in ("adapters", "peft"))
+    stacked = dataclasses.replace(loaded.model.config, scan_layers=True)
+    again = checkpoint.params(stacked, on_default_device)
+    assert "layers/0:2/0::1/mlp/up" in trees.flatten(again)
+    assert trees.fingerprint(again) == trees.fingerprint(params)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_identity_tells_a_checkpoint_from_a_changed_one(paths, form, tmp_path):
+    before = llm_jax.open(paths[form])
+    assert before.identity == llm_jax.open(paths[form]).identity
+    copy = tmp_path / before.path.name
+    (shutil.copytree if before.path.is_dir() else shutil.copy)(before.path, copy)
+    if form in ("run", "adapters"):
+        assert llm_jax.open(copy).identity == before.identity  # the hashes of the files, wherever they are
+        (copy / "manifest.json").write_text(before.identity.replace("0", "1"))
+    else:
+        file = copy if copy.is_file() else copy / "config.json" if form == "huggingface" else copy / peft.CONFIG
+        file.write_bytes(file.read_bytes() + b"\n")
+    assert llm_jax.open(copy).identity != before.identity
+
+
+@pytest.mark.parametrize("form", ["adapters", "peft"])
+def test_adapters_are_separated_from_their_base_and_are_no_start_of_training(paths, form):
+    base, (adapters,) = checkpoints.load_separately(paths[form])
+    jax.tree.map(np.testing.assert_array_equal, base.params, llm_jax.load(paths["huggingface"]).params)
+    attached = lora.attach(base.params, adapters)
+    jax.tree.map(np.testing.assert_array_equal, attached, llm_jax.load(paths[form]).params)
+    with pytest.raises(UserError, match="holds adapters; merge them first"):
+        checkpoints.open_base(paths[form])
+
+
+@pytest.mark.parametrize("form", ["run", "huggingface", "gguf"])
+def test_parameters_come_in_the_dtype_of_the_configuration_and_in_its_geometry_only(paths, form):
+    checkpoint = checkpoints.open_base(paths[form])
+    precision = dataclasses.replace(checkpoint.config.precision, params="bfloat16")
+    params = checkpoint.params(dataclasses.replace(checkpoint.config, precision=precision), on_default_device)
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {"bfloat16"}
+    wider = dataclasses.replace(checkpoint.config, mlp_dim=checkpoint.config.mlp_dim + 32)
+    with pytest.raises(UserError, match=r"!layers/0/mlp/down is .*\[96, 64\], expected .*\[128, 64\]"):
+        checkpoint.params(wider, on_default_device)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def largest(directory):
+    return max((p for p in directory.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+GARBAGE = [
+    *((form, "empty", lambda p: [shutil.rmtree(p), p.mkdir()], "expected a run") for form in FORMS if form != "gguf"),
+    ("gguf", "empty", lambda p: p.write_bytes(b""), "not a GGUF file"),
+    ("run", "cut arrays", lambda p: truncate(largest(p)), "is damaged"),
+    ("run", "cut config", lambda p: truncate(p / "config.json"), "damaged, not JSON"),
+    ("run", "list as config", lambda p: edit(p / "config.json", model=[]), "config.json: "),
+    ("run", "text as record", lambda p: (p / "record.json").write_text('"x"'), "'record.json' is damaged"),
+    ("run", "list as manifest", lambda p: (p / "manifest.json").write_text("[]\n"), "'manifest.json' is damaged"),
+    ("run", "no tokenizer", lambda p: shutil.rmtree(p / "tokenizer"), "no readable tokenizer"),
+    ("adapters", "cut arrays", lambda p: truncate(largest(p)), "is damaged"),
+    ("adapters", "number as rank", lambda p: edit(p / "config.json", lora=3), "config.json: "),
+    ("adapters", "no base", lambda p: edit(p / "record.json", base=None), "is damaged"),
+    ("huggingface", "cut tensors", lambda p: truncate(p / "model.safetensors"), "not a whole safetensors file"),
+    ("huggingface", "cut config", lambda p: truncate(p / "config.json"), "config.json: cannot be read"),
+    ("huggingface", "list as config", lambda p: (p / "config.json").write_text("[]"), "cannot be read .not an object"),
+    ("huggingface", "text as width", lambda p: edit(p / "config.json", hidden_size="wide"), "'model.width' is 'wide'"),
+    ("huggingface", "list as heads", lambda p: edit(p / "config.json", num_attention_heads=[]), "num_heads' is "),
+    ("huggingface", "cut tokenizer", lambda p: truncate(p / "tokenizer.json"), "the tokenizer cannot be read"),
+    ("gguf", "cut header", lambda p: p.write_bytes(p.read_bytes()[:500]), "goes past the end|cannot be in"),
+    ("gguf", "cut tensors", lambda p: p.write_bytes(p.read_bytes()[:-900]), "goes past the end"),
+    ("gguf", "text", lambda p: p.write_text("a model, honestly"), "not a GGUF file"),
+    ("peft", "cut tensors", lambda p: truncate(p / peft.TENSORS), "not a whole safetensors file"),
+    ("peft", "cut config", lambda p: truncate(p / peft.CONFIG), "cannot be read"),
+    ("peft", "list as config", lambda p: (p / peft.CONFIG).write_text("[]"), "expected 'LORA'"),
+    ("peft", "number as base", lambda p: edit(p / peft.CONFIG, base_model_name_or_path=3), "name_or_path is 3"),
+    ("peft", "text as rank", lambda p: edit(p / peft.CONFIG, r="many"), "r is 'many'; expected a positive number"),
+    ("peft", "list as pattern", lambda p: edit(p / peft.CONFIG, rank_pattern=[1]), "rank_pattern is"),
+]
+
+
+@pytest.mark.parametrize(("form", "damage", "message"), [(f, d, m) for f, _, d, m in GARBAGE], ids=[
+    f"{form}-{name}" for form, name, _, _ in GARBAGE
+])  # fmt: skip
+def test_garbage_is_refused_in_one_line(paths, tmp_path, form, damage, message):
+    original = llm_jax.open(paths[form]).path
+    copy = tmp_path / original.name
+    (shutil.copytree if original.is_dir() else shutil.copy)(original, copy)
+    damage(copy)
+    with pytest.raises(UserError, match=message) as error:
+        llm_jax.load(copy)
+    assert "\n" not in str(error.value) and "Traceback" not in str(error.value)
+
+
+def quantized(params):
+    return post_training.quantize(params, post_training.rules("int4:16", "int8"), "here")
+
+
+def mixed(params):
+    """Layers of different kinds."""
+    return post_training.quantize(params, post_training.rules("", "", ((r"layers/0/mlp/.*", "int8"),)), "here")
+
+
+def adapted(params, tiny):
+    return lora.attach(params, make_adapters(params, lora_config(tiny, rank=2)))
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("kind", ["dense", "bfloat16", "quantized", "mixed", "adapted"])
+def test_what_is_saved_is_loaded(make, tiny, tmp_path, kind, scan_layers):
+    model, params = make(scan_layers=scan_layers)
+    if kind == "mixed" and scan_layers:
+        pytest.skip("layers of different kinds cannot be stacked")
+    change = {
+        "dense": lambda p: p,
+        "bfloat16": lambda p: jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), p),
+        "quantized": quantized,
+        "mixed": mixed,
+        "adapted": lambda p: adapted(p, tiny),
+    }[kind]
+    params = change(params)
+    llm_jax.save(model, params, ByteTokenizer(), tmp_path / "saved")
+    loaded = llm_jax.load(tmp_path / "saved", scan_layers=scan_layers)
+    assert loaded.model.config == model.config and loaded.tokenizer.kind == "byte"
+    assert trees.describe(loaded.params) == trees.describe(params)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
+    other = llm_jax.load(tmp_path / "saved", scan_layers=not scan_layers)
+    assert trees.fingerprint(other.params) == trees.fingerprint(params)
+    ids = jnp.ones((1, 5), int)
+    logits = [jax.jit(one.model.apply)({"params": one.params}, ids) for one in (loaded, other)]
+    np.testing.assert_allclose(*logits, atol=2e-5 if kind != "bfloat16" else 0.1)
+    assert configuration.load(tmp_path / "saved").model == model.config
+    with pytest.raises(UserError, match="exists; give another path"):
+        llm_jax.save(model, params, ByteTokenizer(), tmp_path / "saved")
+
+
+def test_parameters_of_another_model_are_not_saved(make, tmp_path):
+    model, params = make(mlp_dim=80)
+    other, _ = make()
+    with pytest.raises(UserError, match="!layers/0/mlp/down is"):
+        llm_jax.save(other, params, ByteTokenizer(), tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_older_records_name_the_skipped_batches_otherwise(paths, tmp_path):
+    shutil.copytree(paths["run"], tmp_path / "run")
+    directory = checkpoints.find(tmp_path / "run")
+    record = json.loads((directory / "record.json").read_text())
+    del record["skipped_batches"]
+    from llm_jax.checkpoints.manifest import write_manifest
+
+    (directory / "record.json").write_text(json.dumps(record | {"jumped": 7}))
+    write_manifest(directory)
+    assert checkpoints.verify(directory)["skipped_batches"] == 7
