@@ -1,0 +1,92 @@
+"""The distribution as a user installs it: what it carries, and that it works outside the repository."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+import zipfile
+
+import pytest
+
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.slow
+
+NOTEBOOK = """
+import llm_jax
+from llm_jax.decoding.complete import complete
+from llm_jax.decoding.options import Options
+
+config = llm_jax.config("default", {
+    "data.source": "words.txt", "tokenizer.kind": "byte", "train.steps": 3, "train.batch_size": 4, "train.seq_len": 32,
+    "model.width": 32, "model.num_layers": 1, "model.num_heads": 2, "model.num_kv_heads": 2, "model.mlp_dim": 48,
+    "eval.rows": 4, "eval.prompts": (),
+})
+summary = llm_jax.train(config, "runs/notebook")
+model, params, tokenizer = llm_jax.load("runs/notebook")
+[[completion]] = complete(model, params, tokenizer, ["the "], Options(max_new_tokens=4))
+"""
+CHECKS = """
+import pathlib, sys
+assert pathlib.Path(llm_jax.__file__).is_relative_to(sys.prefix), llm_jax.__file__
+assert summary["steps"] == 3 and summary["validation_loss"] > 0, summary
+assert 0 < len(completion.text) <= 4, completion  # a token is a byte
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel, built from the sdist as an index would offer it."""
+    directory = tmp_path_factory.mktemp("dist")
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", str(directory)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    (sdist,) = directory.glob("*.tar.gz")
+    options = ("--no-deps", "--no-build-isolation", "--disable-pip-version-check")
+    build = [sys.executable, "-m", "pip", "wheel", *options, "-w", str(directory), str(sdist)]
+    subprocess.run(build, cwd=directory, check=True, capture_output=True)
+    (path,) = directory.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def python(wheel, tmp_path_factory):
+    """An interpreter in which the wheel is installed, beside the packages of this environment."""
+    environment = tmp_path_factory.mktemp("venv") / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
+    python = environment / "bin" / "python"
+    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--quiet", str(wheel)]
+    subprocess.run(install, check=True, capture_output=True)
+    (packages,) = environment.glob("lib/python*/site-packages")
+    (packages / "zz_dependencies.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
+    return python
+
+
+def execute(program, cwd):
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([*map(str, program)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+    assert not done.returncode, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_wheel_carries_the_recipes_and_the_marker_of_types(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    recipes = {path.name for path in (ROOT / "configs").glob("*.py")}
+    assert {name.removeprefix("llm_jax/configs/") for name in names if name.startswith("llm_jax/configs/")} == recipes
+    assert "llm_jax/py.typed" in names
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"llm_jax"}
+
+
+def test_recipes_are_read_from_any_directory(python, tmp_path):
+    program = "import llm_jax; print(llm_jax.config('default').model.width)"
+    width = execute([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); {program}"], tmp_path)
+    assert execute([python, "-c", program], tmp_path) == width
+
+
+def test_the_command_lists_the_commands(python, tmp_path):
+    listing = execute([python.with_name("llm-jax"), "--help"], tmp_path)
+    assert "train" in listing and "generate" in listing
+
+
+def test_a_notebook_trains_and_generates(python, tmp_path, text_file):
+    (tmp_path / "words.txt").write_bytes(text_file.read_bytes())
+    execute([python, "-c", NOTEBOOK + CHECKS], tmp_path)
