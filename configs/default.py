@@ -18,6 +18,17 @@ def get_config() -> ConfigDict:
                 "validation_fraction": 0.05,
                 "cache_dir": "",
                 "workers": 0,
+                "labelled": {
+                    "text_field": "text",
+                    "label_field": "label",
+                    "choices": (),
+                    "thresholds": (),
+                    "question": "Which of these labels fits the text: {choices}? Answer with the label only.",
+                    "template": "{question}\n\n{text}\n\nLabel:",
+                    "test_size": 0.1,
+                    "validation_size": 0.0,
+                    "train_size": 0,
+                },
             },
             "tokenizer": {"kind": "bpe", "vocab_size": 2048, "path": ""},
             "model": {

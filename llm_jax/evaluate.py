@@ -72,12 +72,12 @@ def main() -> None:
 def on_text() -> None:
     import jax
 
-    from llm_jax import checkpoints
-    from llm_jax.data import corpus, masking
-    from llm_jax.data.rows import ROWS, Rows
-    from llm_jax.evaluation import classification, held_out, sentiment
+    from llm_jax import checkpoints, configuration
+    from llm_jax.data import masking
+    from llm_jax.data.kinds import open_source
+    from llm_jax.data.rows import ROWS, Packed, Rows
+    from llm_jax.evaluation import classification, held_out
     from llm_jax.model import transformer
-    from llm_jax.schema import DataConfig
     from llm_jax.training import losses
 
     f = flags.FLAGS
@@ -87,7 +87,7 @@ def on_text() -> None:
     if config is None:
         if not f.data:
             raise UserError(f"{f.checkpoint} names no corpus of its own; give --data=FILE")
-        data, length, hides = DataConfig(f.data, "text", "text", 0.0, "", 0), f.seq_len or 512, False
+        data, length, hides = configuration.default("data"), f.seq_len or 512, False
     else:
         data, length, hides = config.data, f.seq_len or config.train.seq_len, config.loss.masked != "none"
     if not model.config.causal and not hides:
@@ -95,21 +95,22 @@ def on_text() -> None:
     transformer.check_length(model.config, length)
     if not 0 <= f.stride <= length:
         raise UserError(f"--stride={f.stride}; expected 0 to the window of {length} tokens")
+    whole = bool(f.data)
     if f.data:
         data = dataclasses.replace(data, source=f.data, kind=f.kind or data.kind, field=f.field or data.field)
-    if hides and (f.stride or data.kind != "text" or data.source.startswith(sentiment.PREFIX)):
+    if former := configuration.former_source(data.source):  # it names the test split of an asset
+        data, whole = configuration.replace(data, former, "data."), False
+    if hides and (f.stride or data.kind != "text"):
         raise UserError(f"{f.checkpoint} finds hidden tokens (loss.masked); it takes text, without --stride")
-    if data.source.startswith(sentiment.PREFIX):
-        asked = sentiment.Source(data)
-        rows = asked.rows(tokenizer, "test", length)
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        found = classification.accuracy(model, params, rows, f.batch_size, device)
-        said = f"{data.source}: {classification.say(found)}"
-        print(json.dumps(found) if f.json else said)
-        return
-    source = corpus.Source(data, whole=bool(f.data))
-    split = source.corpus(tokenizer).validation
+    source = open_source(data, whole)
+    corpus = source.corpus(tokenizer)
+    split = corpus.validation
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    if split.choices:
+        rows = Packed(corpus.test or split, length)
+        accuracy = classification.accuracy(model, params, rows, f.batch_size, device)
+        print(json.dumps(accuracy) if f.json else f"{data.source}: {classification.describe(accuracy)}")
+        return
     loss = jax.jit(lambda params, batch: losses.language_model(model, params, batch, 0))
     if f.stride and data.kind != "text":
         raise UserError(f"--stride={f.stride}; examples (data.kind={data.kind}) are never cut")

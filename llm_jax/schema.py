@@ -25,14 +25,29 @@ Dtype = Annotated[str, ("float32", "bfloat16", "float16", "float64")]
 
 
 @dataclasses.dataclass(frozen=True)
+class LabelledConfig:
+    text_field: str  # field or column of the text to classify
+    label_field: str  # field or column of its label: a choice, the index of a choice, or a rating (see thresholds)
+    choices: tuple[str, ...]  # the possible answers, in the order of their indices; (): the labels that occur, sorted
+    thresholds: tuple[float, ...]  # ascending; they divide numeric ratings into choices, and ratings equal to one are
+    # left out; (): labels are choices or their indices
+    question: str  # instruction; "{choices}" stands for the list of choices
+    template: str  # prompt over {question} and {text}, for tokenizers without a chat template; " ANSWER" follows it
+    test_size: PositiveOrZero  # size of the test split: a number of examples, or a share below 1; 0: no test split
+    validation_size: PositiveOrZero  # size of the validation split, likewise; 0: data.validation_fraction of the rest
+    train_size: CountOrZero  # examples trained on at most; 0: all the others
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     # "stdlib", asset:NAME, hf:NAME, a file, directory or glob; A,B,... or A@WEIGHT,B@WEIGHT,...; see data/sources.py
     source: str
-    kind: str  # "text", "instructions" (loss on the answers), "preferences" (chosen and rejected); see data/encode.py
+    kind: str  # "text", "instructions" (loss on the answers), "preferences" (pairs), "labelled" (texts with a label)
     field: str  # name of the text field of a record (JSON lines, Parquet, hf:NAME) with kind="text"
     validation_fraction: Share  # share of the bytes held out for validation, in groups of documents
     cache_dir: str  # directory of tokenized corpora and trained tokenizers; "": ~/.cache/llm_jax
     workers: CountOrZero  # number of processes that read and tokenize; 0: chosen from the size of the text
+    labelled: LabelledConfig  # options of the kind "labelled"; see data/labelled.py
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,13 +34,13 @@ def stage(name):
     print(name, flush=True)
 
 if __name__ == "__main__":
-    from llm_jax import tokenizers
-    from llm_jax.schema import DataConfig
+    from llm_jax import configuration, tokenizers
     from llm_jax.data import rows
     from llm_jax.data.corpus import Source
     tokenizer = tokenizers.get("byte").train([], 0)
     stage("scan")
-    source = Source(DataConfig(path, kind, "text", 0.05, cache, workers))
+    options = {"source": path, "kind": kind, "cache_dir": cache, "workers": workers}
+    source = Source(configuration.replace(configuration.default("data"), options, "data."))
     stage("build")
     corpus = source.corpus(tokenizer)
     stage("open")

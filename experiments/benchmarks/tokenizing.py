@@ -24,10 +24,9 @@ import numpy as np
 import tokenizers as library
 from absl import flags
 
-from llm_jax import cli
+from llm_jax import cli, configuration
 from llm_jax.data import catalog
 from llm_jax.data.corpus import Source
-from llm_jax.schema import DataConfig
 from llm_jax.tokenizers.hub import HubTokenizer
 
 HERE = pathlib.Path(__file__).parent
@@ -92,7 +91,8 @@ def in_processes(work, jobs) -> None:
 
 def cached(path: str, cache: str, processes: int, vocabulary: str) -> None:
     tokenizer = HubTokenizer(vocabulary, {"eos_token": "<eos>"})
-    Source(DataConfig(path, "text", "text", 0.05, cache, processes)).corpus(tokenizer)
+    options = {"source": path, "cache_dir": cache, "workers": processes}
+    Source(configuration.replace(configuration.default("data"), options, "data.")).corpus(tokenizer)
 
 
 def noted(said: str, *job) -> None:

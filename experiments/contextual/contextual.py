@@ -23,7 +23,7 @@ from llm_jax import checkpoints, cli, files
 from llm_jax.checkpoints import Loaded
 from llm_jax.embeddings import contextual
 from llm_jax.errors import UserError
-from llm_jax.evaluation.ask import wilson
+from llm_jax.evaluation.statistics import wilson
 
 HERE = pathlib.Path(__file__).parent
 COMMAND = "PYTHONPATH=. python experiments/contextual/contextual.py"

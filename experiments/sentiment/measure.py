@@ -11,11 +11,14 @@ import numpy as np
 from absl import flags
 from jax.scipy.optimize import minimize
 
-from llm_jax import checkpoints, cli, files
+from llm_jax import checkpoints, cli, configuration, files
+from llm_jax.data import labelled
+from llm_jax.data.labelled import LabelledSource
+from llm_jax.data.rows import Packed
 from llm_jax.errors import UserError
-from llm_jax.evaluation import classification, sentiment
+from llm_jax.evaluation import classification
+from llm_jax.evaluation.statistics import wilson
 from llm_jax.model.attention import Tokens
-from llm_jax.schema import DataConfig
 
 SHOTS = 4
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -38,7 +41,7 @@ def main() -> None:
         raise UserError(f"--kind={f.kind}; expected one of {', '.join(kinds)}")
     model, params, tokenizer = checkpoints.load(f.checkpoint, dtype="bfloat16")  # as the runs that are trained compute
     sources = [
-        sentiment.Source(DataConfig(f"{sentiment.PREFIX}{name}", "text", "text", 0.0, "", 0))
+        LabelledSource(configuration.load("sentiment_lora", {"data.source": f"asset:{name}"}).data)
         for name in (f.data, f.other)
         if name
     ]
@@ -46,22 +49,20 @@ def main() -> None:
     found, *more = kinds[f.kind](model, params, tokenizer, sources[0], tests)
     products = {"products": more[0]} if more else {}
     files.write_json(pathlib.Path(f.output), found | products | {"data": sources[0].sha256})
-    print(f"{f.kind}: {'; '.join(map(classification.say, (found, *more)))}")
+    print(f"{f.kind}: {'; '.join(map(classification.describe, (found, *more)))}")
 
 
 def answered(model, params, tokenizer, source, tests):
     """The likelier of the two answers, asked with or without answered examples before the question."""
     f = flags.FLAGS
     shots = balanced(source.parts["train"]) if f.kind == "few-shot" else ()
-    prompts = sentiment.Prompts(tokenizer, shots)
+    prompts = labelled.Prompts(tokenizer, source.config.labelled, source.choices, shots)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
     def right(chosen):
-        made = tuple((tuple(prompts.question(s)), tuple(prompts.answer(s))) for s in chosen)
-        length = max(256, max(len(q) + len(a) for q, a in made))
-        return classification.accuracy(
-            model, params, sentiment.examples(made, length, prompts.first), f.batch_size, device
-        )
+        split = labelled.encode(chosen, prompts, source.choices)
+        rows = Packed(split, max(256, int(np.diff(split.offsets).max())))
+        return classification.accuracy(model, params, rows, f.batch_size, device)
 
     return [right(chosen) for chosen in tests]
 
@@ -74,7 +75,7 @@ def balanced(sentences):
 
 def probed(model, params, tokenizer, source, tests):
     """Logistic regression on the features where the answer would begin; the penalty by validation."""
-    prompts = sentiment.Prompts(tokenizer)
+    prompts = labelled.Prompts(tokenizer, source.config.labelled, source.choices)
     parts = {"train": source.parts["train"][: flags.FLAGS.train or None], "validation": source.parts["validation"]}
     x, y = {}, {}
     for part, chosen in (parts | dict(enumerate(tests))).items():
@@ -99,7 +100,7 @@ def probed(model, params, tokenizer, source, tests):
 
     def accuracy(part):
         count = len(y[part])
-        low, high = classification.wilson(right(w, part), count)
+        low, high = wilson(right(w, part), count)
         return {"accuracy": right(w, part) / count, "low": low, "high": high, "right": right(w, part), "count": count}
 
     return [accuracy(part) | {"trained_parameters": int(w.size)} for part in range(len(tests))]

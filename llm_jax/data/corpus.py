@@ -1,14 +1,14 @@
 """A corpus as tokens: every document tokenized once, into files that are mapped and not read."""
 
+import contextlib
 import dataclasses
 import json
 import lzma
-import os
 import pathlib
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from llm_jax.errors import UserError
 from llm_jax.schema import DataConfig, TokenizerConfig, choice
 from llm_jax.tokenizers import Tokenizer
 
-_FORMAT = 2  # of the cache; part of its key
+FORMAT = 2  # of the cache; part of its key
 _SAMPLE = 128 * 2**20  # bytes of text that a tokenizer is trained on, at most
 _COMPRESSED = 16 * 2**20  # bytes of held-out text that compressors are given, at most
 
@@ -38,6 +38,7 @@ class Split:
       num_bytes: in UTF-8 of the text that counts.
       mask: uint8 (tokens,), 1 where a token counts as a target; None: all but the first of a document.
       directory: where to keep what is computed of it; None: nowhere.
+      choices: token ids of the possible answers, where the examples are questions with a few of them; (): they are not.
     """
 
     tokens: np.ndarray
@@ -45,16 +46,24 @@ class Split:
     num_bytes: int
     mask: np.ndarray | None = None
     directory: pathlib.Path | None = None
+    choices: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """A tokenized source. `sha256` is of all its documents; `parts` are its sources by name, if there are several."""
+    """A tokenized source.
+
+    Attributes:
+      sha256: of all its documents.
+      parts: its sources by name, if there are several.
+      test: examples with choices, on which accuracy is measured after training; None: there are none.
+    """
 
     train: Split
     validation: Split
     sha256: str
     parts: dict[str, "Corpus"] = dataclasses.field(default_factory=dict)
+    test: Split | None = None
 
 
 class Source:
@@ -67,7 +76,7 @@ class Source:
     def __init__(self, config: DataConfig, whole: bool = False):
         self._encoder = choice("data.kind", config.kind, ENCODERS)
         self.config = config
-        self.cache = pathlib.Path(config.cache_dir or "~/.cache/llm_jax").expanduser()
+        self.cache = cache_directory(config)
         field = config.field if config.kind == "text" else ""
         self.catalog, self._records = catalog.read(config.source, field, self.cache / "scans", config.workers)
         self.held = split.EVERYTHING if whole else split.held_out(self.catalog, config.validation_fraction)
@@ -109,14 +118,7 @@ class Source:
 
     def tokenizer(self, config: TokenizerConfig) -> Tokenizer:
         """The tokenizer of a config, trained on the training documents (once: it is kept in the cache)."""
-        kind = tokenizers.get(config.kind)
-        directory = self.cache / "tokenizers" / f"{config.kind}-{config.vocab_size}-{self._key}"
-        if not directory.exists():
-            texts = tqdm(self.texts(False, _SAMPLE), "training the tokenizer", leave=False, disable=None)
-            tokenizer = kind.train(texts, config.vocab_size)
-            with _appearing(directory) as partial:
-                tokenizers.save(tokenizer, partial)
-        return tokenizers.load(directory)
+        return trained_tokenizer(self.cache, self._key, config, self.texts(False, _SAMPLE))
 
     def corpus(self, tokenizer: Tokenizer) -> Corpus:
         """All documents as tokens, from the cache if they are there.
@@ -125,13 +127,13 @@ class Source:
           UserError: text that cannot be encoded or has changed since it was scanned, a cache that cannot be
             written or is damaged.
         """
-        directory = self.cache / "corpora" / f"{self._key}-{tokenizers.digest(tokenizer)[:24]}-{_FORMAT}"
+        directory = self.cache / "corpora" / f"{self._key}-{tokenizers.digest(tokenizer)[:24]}-{FORMAT}"
         if not directory.exists():
             build(directory, self.catalog, self.held, tokenizer, self.config.kind, self.config.workers)
             if changed := next(filter(None, (record.changed() for record in self._records)), ""):
                 shutil.rmtree(directory, ignore_errors=True)
                 raise UserError(f"{changed}: changed while it was being tokenized; start again")
-        (train, trained), (validation, held) = _open(directory / "train"), _open(directory / "validation")
+        (train, trained), (validation, held) = open_split(directory / "train"), open_split(directory / "validation")
         parts: dict[str, Corpus] = {}
         if len(self.catalog.names) == 1:
             return Corpus(train, validation, self.sha256, parts)
@@ -158,34 +160,63 @@ class Source:
         return {name: 8 * (sizes[name] + len(packer.flush())) / total for name, packer in packers.items()}
 
 
-class _appearing:
-    """A temporary directory that takes its final name, whole, when the block ends without an error."""
-
-    def __init__(self, final: pathlib.Path):
-        self.final = final
-
-    def __enter__(self) -> pathlib.Path:
-        try:
-            self.final.parent.mkdir(parents=True, exist_ok=True)
-            self.partial = pathlib.Path(tempfile.mkdtemp(prefix=".partial-", dir=self.final.parent))
-        except OSError as error:
-            raise UserError(f"data.cache_dir: {self.final.parent} cannot be written ({error.strerror})") from error
-        return self.partial
-
-    def __exit__(self, kind, value, trace) -> None:
-        try:
-            if kind is None:
-                os.rename(self.partial, self.final)
-        except OSError:  # another process has finished the same work first
-            if not self.final.exists():
-                raise
-        finally:
-            shutil.rmtree(self.partial, ignore_errors=True)
-        if isinstance(value, OSError):
-            raise UserError(f"data.cache_dir: {self.final.parent} cannot be written ({value.strerror})") from value
+def cache_directory(config: DataConfig) -> pathlib.Path:
+    """The directory of tokenized corpora and trained tokenizers."""
+    return pathlib.Path(config.cache_dir or "~/.cache/llm_jax").expanduser()
 
 
-def _open(directory: pathlib.Path) -> tuple[Split, np.ndarray]:
+def trained_tokenizer(cache: pathlib.Path, key: str, config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
+    """The tokenizer of a config, trained on `texts`, or read from the cache if it is in it under `key`.
+
+    Raises:
+      UserError: an unknown kind, or one that cannot be trained on these texts; a cache that cannot be written.
+    """
+    kind = tokenizers.get(config.kind)
+    directory = cache / "tokenizers" / f"{config.kind}-{config.vocab_size}-{key}"
+    if not directory.exists():
+        tokenizer = kind.train(tqdm(texts, "training the tokenizer", leave=False, disable=None), config.vocab_size)
+        with appearing(directory) as partial:
+            tokenizers.save(tokenizer, partial)
+    return tokenizers.load(directory)
+
+
+@contextlib.contextmanager
+def appearing(directory: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A temporary directory that gets the name `directory` when the block ends without an error.
+
+    Where another process has made `directory` in the meantime, that one stays.
+
+    Raises:
+      UserError: the directory cannot be written.
+    """
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=directory.parent) as scratch:
+            partial = pathlib.Path(scratch) / "whole"
+            partial.mkdir()
+            yield partial
+            try:
+                partial.rename(directory)
+            except OSError:
+                if not directory.exists():
+                    raise
+    except OSError as error:
+        raise UserError(f"data.cache_dir: {directory.parent} cannot be written ({error.strerror})") from error
+
+
+def write_split(directory: pathlib.Path, split: Split) -> None:
+    """Writes a split of examples in memory in the form that `open_split` reads."""
+    assert split.mask is not None
+    directory.mkdir(parents=True)
+    dtype = np.dtype(np.uint16 if split.tokens.max(initial=0) < 2**16 else np.uint32)
+    split.tokens.astype(dtype).tofile(directory / "tokens.bin")
+    split.mask.astype(np.uint8).tofile(directory / "mask.bin")
+    np.save(directory / "offsets.npy", split.offsets)
+    np.save(directory / "bytes.npy", np.array([split.num_bytes], np.int64))
+    (directory / "split.json").write_text(json.dumps({"dtype": dtype.name}))
+
+
+def open_split(directory: pathlib.Path) -> tuple[Split, np.ndarray]:
     """A side of the cache, and the bytes of each of its documents."""
     try:
         dtype = json.loads((directory / "split.json").read_text())["dtype"]

@@ -1,4 +1,4 @@
-"""Files as documents: text, JSON lines, Parquet and the data sets of `datasets`, plain or compressed.
+"""Files as documents: text, JSON lines, CSV, TSV, Parquet and the data sets of `datasets`, plain or compressed.
 
 A format scans a file once, which checks all of it and says where its documents are, and then reads any
 of them. Neither holds more than a document, a line or a batch of rows in memory.
@@ -7,6 +7,7 @@ of them. Neither holds more than a document, a line or a batch of rows in memory
 import array
 import bz2
 import contextlib
+import csv
 import dataclasses
 import functools
 import gzip
@@ -234,6 +235,91 @@ def _utf8_size(where: str, text: str) -> int:
         raise UserError(f"{where}: an unpaired surrogate at character {error.start}; UTF-8 cannot hold it") from error
 
 
+# ---------------------------------------------------------------- CSV and TSV
+
+csv.field_size_limit(2**31 - 1)  # the default refuses documents of more than 128 KiB
+
+
+@dataclasses.dataclass(frozen=True)
+class _Delimited:
+    """The form of a delimited file.
+
+    Attributes:
+      delimiter: between the values of a record.
+      quoting: of the csv module.
+      columns: names of the columns; (): the first line of the file names them.
+    """
+
+    delimiter: str
+    quoting: int = csv.QUOTE_MINIMAL
+    columns: tuple[str, ...] = ()
+
+
+def _scan_delimited(form: _Delimited, path: str, field: str) -> Scan:
+    digest = hashlib.sha256()
+    with _opened(path) as stream:
+        records = _delimited(form, path, stream, 0, digest.update)
+        columns = form.columns or _columns(path, records)
+        for number, start, values in records:
+            where = f"{path}, line {number}"
+            yield start, _utf8_size(where, _of_values(where, columns, values, field))
+    return digest.hexdigest()
+
+
+def _read_delimited(form: _Delimited, path: str, field: str, starts: np.ndarray, sizes: np.ndarray) -> Iterator[str]:
+    with _opened(path) as stream:
+        columns = form.columns or _columns(path, _delimited(form, path, stream, 0))
+        for start in one_by_one(starts):
+            stream.seek(start)
+            values = next((values for _, _, values in _delimited(form, path, stream, start)), [])
+            yield _of_values(f"{path}, byte {start}", columns, values, field)
+
+
+def _delimited(
+    form: _Delimited, path: str, stream: Any, end: int, digest: Callable[[bytes], None] = lambda line: None
+) -> Iterator[tuple[int, int, list[str]]]:
+    """(number of its last line, byte where it starts, values) of each record from byte `end` of the stream on."""
+
+    def lines() -> Iterator[str]:
+        nonlocal end
+        while line := stream.readline():
+            digest(line)
+            end += len(line)
+            text = _decode(path, line, end - len(line))
+            yield text.removeprefix("\ufeff") if end == len(line) else text
+
+    start = end
+    reader = csv.reader(lines(), delimiter=form.delimiter, quoting=form.quoting, strict=True)  # type: ignore[arg-type]
+    try:
+        for values in reader:
+            if values:  # not a blank line
+                yield reader.line_num, start, values
+            start = end
+    except csv.Error as error:
+        raise UserError(f"{path}, record at byte {start}: not {_NAMES[form.delimiter]} ({error})") from error
+
+
+_NAMES = {",": "CSV", "\t": "TSV"}
+
+
+def _columns(path: str, records: Iterator[tuple[int, int, list[str]]]) -> tuple[str, ...]:
+    columns = next((tuple(values) for _, _, values in records), ())
+    if len(set(columns)) < len(columns):
+        raise UserError(f"{path}: two columns of the first line have the same name; expected a header line")
+    return columns
+
+
+def _of_values(where: str, columns: tuple[str, ...], values: list[str], field: str) -> str:
+    if len(values) != len(columns):
+        raise UserError(f"{where}: {len(values)} values; expected {len(columns)} ({', '.join(columns)})")
+    record = dict(zip(columns, values, strict=True))
+    if not field:
+        return json.dumps(record, ensure_ascii=False)
+    if field not in record:
+        raise UserError(f"{where}: the column '{field}' {_NOT_THERE.format(', '.join(columns))}")
+    return record[field]
+
+
 # ---------------------------------------------------------------- tables
 
 # (path, field, rows or None for all) -> (first row, values of the field, or whole records) of runs of rows.
@@ -335,6 +421,11 @@ def one_by_one(values: np.ndarray) -> Iterator[int]:
         yield from values[begin : begin + _AT_ONCE].tolist()
 
 
+_DELIMITED = {
+    "csv": _Delimited(","),
+    "tsv": _Delimited("\t"),
+    "ratings": _Delimited("\t", csv.QUOTE_NONE, ("id", "rating", "text")),  # of the assets
+}
 FORMATS = {
     "text": Format(_scan_text, _read_text, whole=True),
     "pieces": Format(_scan_pieces, _read_text),
@@ -342,5 +433,15 @@ FORMATS = {
     "jsonl": Format(_scan_lines, _read_lines),
     "parquet": Format(functools.partial(_scan_table, _parquet), functools.partial(_read_table, _parquet)),
     "hf": Format(functools.partial(_scan_table, _hub), functools.partial(_read_table, _hub)),
+} | {
+    name: Format(functools.partial(_scan_delimited, form), functools.partial(_read_delimited, form))
+    for name, form in _DELIMITED.items()
 }
-_BY_SUFFIX = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".pq": "parquet"}
+_BY_SUFFIX = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".csv": "csv",
+    ".tsv": "tsv",
+}

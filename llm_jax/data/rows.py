@@ -113,15 +113,18 @@ class _Examples:
         assert self.split.mask is not None
         return self.split.num_bytes / max(int(np.sum(self.split.mask, dtype=np.int64)), 1)
 
+    def example(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens int32 (n,), mask uint8 (n,), 1 where a token counts as a target) of one example of the split."""
+        assert self.split.mask is not None
+        begin, end = (self.split.offsets[index : index + 2] - self.split.offsets[0]).tolist()
+        return self.split.tokens[begin:end].astype(np.int32), self.split.mask[begin:end]
+
     def _row(self, examples: np.ndarray) -> Row:
-        split, parts = self.split, []
-        assert split.mask is not None
-        for segment, example in enumerate(examples.tolist(), 1):
-            begin, end = (split.offsets[example : example + 2] - split.offsets[0]).tolist()
-            tokens = split.tokens[begin:end].astype(np.int32)
-            places = np.arange(end - begin - 1)
-            mask = split.mask[begin + 1 : end]
-            parts.append((tokens[:-1], tokens[1:], places, np.full_like(places, segment), mask))
+        parts = []
+        for segment, index in enumerate(examples.tolist(), 1):
+            tokens, mask = self.example(index)
+            places = np.arange(len(tokens) - 1)
+            parts.append((tokens[:-1], tokens[1:], places, np.full_like(places, segment), mask[1:]))
         columns = [np.concatenate(p) for p in zip(*parts, strict=True)] if parts else [np.zeros(0)] * 5
         return {
             name: np.pad(v.astype(np.int32), (0, self.seq_len - len(v))) for name, v in zip(NAMES, columns, strict=True)
@@ -147,6 +150,16 @@ class Packed(_Examples):
 
     def __len__(self) -> int:
         return len(self._packing.starts) - 1
+
+    @property
+    def fitting(self) -> np.ndarray:
+        """int64 (examples,): the examples that fit into a row, by their index in the split."""
+        return self._packing.examples
+
+    @property
+    def most(self) -> int:
+        """Examples in the fullest row."""
+        return int(np.diff(self._packing.starts).max())
 
     @property
     def full(self) -> int:
@@ -204,6 +217,7 @@ ROWS: dict[str, type[Rows] | type[Packed] | type[Pairs]] = {
     "text": Rows,
     "instructions": Packed,
     "preferences": Pairs,
+    "labelled": Packed,
 }
 
 
@@ -290,6 +304,11 @@ def held_out(config: DataConfig, corpus: Corpus, seq_len: int) -> tuple[AnyRows,
             with contextlib.suppress(UserError):  # none of its few examples fits
                 parts[name] = ROWS[config.kind](part.validation, seq_len)
     return ROWS[config.kind](corpus.validation, seq_len), parts
+
+
+def test(config: DataConfig, corpus: Corpus, seq_len: int) -> Packed | None:
+    """The rows of the test split, whose `split.choices` are the possible answers; None where there is no test split."""
+    return None if corpus.test is None else Packed(corpus.test, seq_len)
 
 
 def batch(rows: AnyRows | Shuffled | Mixed, step: int, size: int, sharding: jax.sharding.Sharding) -> Batch:

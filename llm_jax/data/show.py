@@ -63,13 +63,13 @@ def lines(tokenizer: Tokenizer, tokens: list[tuple[int, bool]], colours: tuple[s
 def main() -> None:
     from llm_jax import checkpoints
     from llm_jax.data import masking, rows
-    from llm_jax.data.corpus import Source
+    from llm_jax.data.kinds import open_source
 
     f = flags.FLAGS
     if f.rows < 1 or f.first < 0:
         raise UserError(f"--rows={f.rows} --first={f.first}; expected at least 1 row, from 0")
     config = cli.load_config()
-    source = Source(config.data)
+    source = open_source(config.data)
     named = config.init_from or config.tokenizer.path
     tokenizer = checkpoints.load_tokenizer(named) if named else source.tokenizer(config.tokenizer)
     corpus = source.corpus(tokenizer)

@@ -69,39 +69,60 @@ def weights(source: str) -> dict[str, float]:
     return found
 
 
-def files(source: str, prefix: bool) -> list[File]:
-    """The files of one source, sorted by name.
+def files(source: str, prefix: bool = False, option: str = "data.source") -> list[File]:
+    """The files of one source, sorted by name. Every option and flag that names text is resolved here.
 
-    "stdlib" is the source text of the running Python's standard library, each package a group;
-    "asset:NAME" is one of `llm_jax.data.assets`, "hf:NAME" or "hf:NAME:SPLIT" a data set of `datasets`. Else
-    it is a file, directory or glob. What a file is goes by its name: JSON lines, Parquet, or text, each
-    perhaps compressed (.gz, .bz2, .xz, .zst). A text file of several is one document; alone, it is cut.
+    "stdlib" is the source code of the running Python's standard library, each package a group; "asset:NAME" is one of
+    `llm_jax.data.assets`; "hf:NAME" and "hf:NAME:SPLIT" are data sets of `datasets`. Every other source is a file, a
+    directory (without hidden files) or a glob pattern. The suffix of a file says what it holds: JSON lines, CSV, TSV,
+    Parquet or text, which may be compressed (.gz, .bz2, .xz, .zst). A text file is one document; the only file of a
+    source is cut into several.
 
     Args:
-      prefix: put the source before all names, where there are several.
+      prefix: whether names begin with the source, which makes them unique among several sources.
+      option: the option or flag that names the source, for error messages.
 
     Raises:
-      UserError: nothing is there.
+      UserError: there is no such asset, file or directory.
     """
     if source == "stdlib":
-        found = _stdlib()
+        files = _stdlib()
     elif source.startswith("hf:"):
-        found = [File(source, "", source[3:], "hf")]
+        files = [File(source, "", source[3:], "hf")]
     else:
-        path = assets.path(source[6:]) if source.startswith("asset:") else pathlib.Path(source).expanduser()
+        path = assets.locate(source)
         if path.is_file():
-            found = [_file(path, path.name, alone=True)]
+            files = [_file(path, path.name, alone=True, form=_asset_format(source))]
         elif path.is_dir():
-            found = [_file(p, p.relative_to(path).as_posix()) for p in path.rglob("*") if _visible(p, path)]
+            files = [_file(p, p.relative_to(path).as_posix()) for p in path.rglob("*") if _visible(p, path)]
         else:
             names = glob.glob(str(path), recursive=True)
-            found = [_file(pathlib.Path(n), n) for n in names if pathlib.Path(n).is_file()]
+            files = [_file(pathlib.Path(n), n) for n in names if pathlib.Path(n).is_file()]
             if not names:
-                raise UserError(f"data.source={source}: no such file or directory, and no file matches it as a glob")
-    found.sort(key=lambda f: f.name)
+                raise UserError(f"{option}={source}: no such file or directory, and no file matches it as a glob")
+    files.sort(key=lambda f: f.name)
     if not prefix:
-        return found
-    return [dataclasses.replace(f, name=f"{source}/{f.name}", group=f.group and f"{source}/{f.group}") for f in found]
+        return files
+    return [dataclasses.replace(f, name=f"{source}/{f.name}", group=f.group and f"{source}/{f.group}") for f in files]
+
+
+def paths(source: str, option: str) -> list[pathlib.Path]:
+    """The local files of one source (see `files`), sorted by path.
+
+    Raises:
+      UserError: there is no file, or the source is a data set of `datasets`.
+    """
+    if source.startswith("hf:"):
+        raise UserError(f"{option}={source}: expected files, asset:NAME or stdlib, not a data set of datasets")
+    paths = sorted(pathlib.Path(file.path) for file in files(source, option=option))
+    if not paths:
+        raise UserError(f"{option}={source}: no such file or directory, and no file matches it as a glob")
+    return paths
+
+
+def _asset_format(source: str) -> str:
+    prefix, _, name = source.partition(":")
+    return assets.ASSETS[name].format if prefix == "asset" else ""
 
 
 def _stdlib() -> list[File]:
@@ -118,7 +139,7 @@ def _visible(path: pathlib.Path, root: pathlib.Path) -> bool:
     return path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts)
 
 
-def _file(path: pathlib.Path, name: str, alone: bool = False) -> File:
+def _file(path: pathlib.Path, name: str, alone: bool = False, form: str = "") -> File:
     name = readers.plain_name(pathlib.PurePosixPath(name)).as_posix() if alone else name
-    kind = readers.of(path, alone)
-    return File(name, name if readers.FORMATS[kind].whole else "", str(path), kind)
+    form = form or readers.of(path, alone)
+    return File(name, name if readers.FORMATS[form].whole else "", str(path), form)

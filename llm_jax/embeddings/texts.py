@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import glob
 import hashlib
 import pathlib
 import re
@@ -11,7 +10,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from tqdm import tqdm
 
-from llm_jax.data import assets, wiki
+from llm_jax.data import sources, wiki
 from llm_jax.errors import UserError
 
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
@@ -52,12 +51,7 @@ def paragraphs(source: str) -> Iterator[list[str]]:
       UserError: nothing is there, or it cannot be read.
     """
     for name in source.split(","):
-        path = assets.path(name[6:]) if name.startswith("asset:") else pathlib.Path(name).expanduser()
-        inside = path.rglob("*") if path.is_dir() else map(pathlib.Path, glob.glob(str(path), recursive=True))
-        found = sorted(p for p in inside if p.is_file() and not p.name.startswith("."))
-        if not found:
-            raise UserError(f"config key 'source': {name}: no such file or directory, and no file matches it as a glob")
-        for file in found:
+        for file in sources.paths(name, "source"):
             for paragraph in _texts(file):
                 yield [word.replace("’", "'") for word in _WORD.findall(paragraph.lower())]
 

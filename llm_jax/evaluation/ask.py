@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from llm_jax.decoding.complete import complete, fit
 from llm_jax.decoding.options import Options
 from llm_jax.errors import UserError
 from llm_jax.evaluation import templates
+from llm_jax.evaluation.statistics import wilson
 from llm_jax.evaluation.tasks import Task
 from llm_jax.evaluation.templates import STYLES, Example, Prompt, Template
 from llm_jax.model.transformer import Transformer
@@ -110,13 +110,6 @@ def summary(found: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     low, high = wilson(right, n)
     mean = {k: sum(r[k] for r in found) / n for k in ("reasoning_tokens", "tokens")}
     return {"examples": n, "accuracy": right / n, "low": low, "high": high, **mean}
-
-
-def wilson(right: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """The interval of a proportion: Wilson 1927, "Probable inference", equation for the limits."""
-    p, half = right / n, z * math.sqrt(right / n * (1 - right / n) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return max(0.0, (p + z * z / (2 * n) - half) / scale), min(1.0, (p + z * z / (2 * n) + half) / scale)
 
 
 class Log:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from llm_jax import trees, weights
 from llm_jax.data import masking
-from llm_jax.data.corpus import Source
+from llm_jax.data.kinds import open_source
 from llm_jax.data.rows import ROWS, Row, Shuffled
 from llm_jax.errors import UserError
 from llm_jax.kernels import number_formats
@@ -69,7 +69,7 @@ def text(config: Config, given: str, tokenizer: Tokenizer, length: int, count: i
       UserError: the text has fewer tokens than one row.
     """
     data = dataclasses.replace(config.data, source=given) if given else config.data
-    source = Source(data, whole=bool(given))
+    source = open_source(data, whole=bool(given))
     corpus = source.corpus(tokenizer)
     split = corpus.validation if given else corpus.train
     if len(split.tokens) <= length:

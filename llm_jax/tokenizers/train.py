@@ -3,7 +3,6 @@
 Prints a line with what was made. `tokenizers.load(DIR)` reads it, `tokenizers.show --tokenizer=DIR` shows it.
 """
 
-import glob
 import pathlib
 import random
 import shutil
@@ -65,17 +64,9 @@ def files(inputs: Sequence[str]) -> list[pathlib.Path]:
     Raises:
       UserError: one names nothing.
     """
-    from llm_jax.data import assets
+    from llm_jax.data import sources
 
-    found: list[pathlib.Path] = []
-    for name in inputs:
-        path = assets.path(name[6:]) if name.startswith("asset:") else pathlib.Path(name).expanduser()
-        inside = path.rglob("*") if path.is_dir() else map(pathlib.Path, glob.glob(str(path), recursive=True))
-        own = sorted(p for p in inside if p.is_file() and not p.name.startswith("."))
-        if not own:
-            raise UserError(f"--input={name}: no such file or directory, and no file matches it as a glob")
-        found += own
-    return found
+    return [path for name in inputs for path in sources.paths(name, "--input")]
 
 
 def texts(paths: Sequence[pathlib.Path], limit: int) -> Iterator[str]:

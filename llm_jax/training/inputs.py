@@ -5,10 +5,9 @@ from typing import Any
 
 from llm_jax import tokenizers
 from llm_jax.checkpoints import vocabulary
-from llm_jax.data import corpus, masking
+from llm_jax.data import kinds, masking
 from llm_jax.data import rows as rows_lib
 from llm_jax.errors import UserError
-from llm_jax.evaluation import sentiment
 from llm_jax.schema import Config
 from llm_jax.tokenizers import Tokenizer
 from llm_jax.training.start import Start
@@ -25,7 +24,7 @@ class Inputs:
       train: an endless stream, shuffled anew every epoch; row i is a function of (train.seed, i).
       held_out: the held-out rows, in their order.
       held_out_by_source: the held-out rows of each source, where there are several.
-      test: labelled rows whose accuracy is measured at the end, or None.
+      test: the rows of the test split, whose accuracy is measured at the end, or None.
       vocab_size: the ids that a model of these rows has.
       num_tokens: training tokens of one epoch, and held-out tokens.
     """
@@ -36,7 +35,7 @@ class Inputs:
     train: Any
     held_out: Any
     held_out_by_source: dict[str, Any]
-    test: sentiment.Examples | None
+    test: rows_lib.Packed | None
     vocab_size: int
     num_tokens: tuple[int, int]
 
@@ -58,8 +57,7 @@ def load(config: Config, start: Start | None = None) -> Inputs:
     if named:
         size = dataclasses.replace(config.tokenizer, kind=named.kind, vocab_size=named.vocab_size)
         config = dataclasses.replace(config, tokenizer=size)
-    labelled = config.data.source.startswith(sentiment.PREFIX)
-    source = sentiment.Source(config.data) if labelled else corpus.Source(config.data)
+    source = kinds.open_source(config.data)
     tokenizer = start.tokenizer or named or source.tokenizer(config.tokenizer)
     if named:
         vocabulary.check_tokenizer(config.tokenizer.path, named, tokenizer)
@@ -73,18 +71,9 @@ def load(config: Config, start: Start | None = None) -> Inputs:
             f"data.source={config.data.source}: its text has changed since the run was started "
             f"(sha256 {start.record['corpus'][:12]}, now {source.sha256[:12]}); restore it or give another --workdir"
         )
-    test: sentiment.Examples | None = None
-    held_out: Any
-    parts: dict[str, Any] = {}
-    if isinstance(source, sentiment.Source):
-        train_rows, held_out, test = (source.rows(tokenizer, p, c.seq_len) for p in ("train", "validation", "test"))
-        train: Any = rows_lib.Shuffled(train_rows, c.seed)
-        num_tokens = len(train_rows.split.tokens), len(held_out.split.tokens)
-    else:
-        tokens = source.corpus(tokenizer)
-        train = rows_lib.training(config, tokens)
-        held_out, parts = rows_lib.held_out(config.data, tokens, c.seq_len)
-        num_tokens = len(tokens.train.tokens), len(held_out.split.tokens)
+    corpus = source.corpus(tokenizer)
+    train = rows_lib.training(config, corpus)
+    held_out, parts = rows_lib.held_out(config.data, corpus, c.seq_len)
     hide = masking.hider(config.loss, tokenizer)
     return Inputs(
         config,
@@ -93,9 +82,9 @@ def load(config: Config, start: Start | None = None) -> Inputs:
         hide(train, c.seed),
         hide(held_out, 0),
         {name: hide(part, 0) for name, part in parts.items()},
-        test,
+        rows_lib.test(config.data, corpus, c.seq_len),
         masking.vocab_size(config.loss, tokenizer),
-        num_tokens,
+        (len(corpus.train.tokens), len(corpus.validation.tokens)),
     )
 
 

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax import tokenizers
+from llm_jax.data import kinds
 from llm_jax.data.rows import Batch
 from llm_jax.errors import UserError
-from llm_jax.evaluation import sentiment
 from llm_jax.model.attention import Tokens
 from llm_jax.model.transformer import Transformer
 from llm_jax.schema import Config, LossConfig, ModelConfig, choice
@@ -193,8 +193,7 @@ def row_losses(model: Transformer, params: Any, batch: Batch, chunk: int, sparse
 
 def is_sparse(config: Config) -> bool:
     """Whether few targets of a row count: answers, or what is hidden."""
-    answers = config.data.kind != "text" or config.data.source.startswith(sentiment.PREFIX)
-    return answers or config.loss.masked != "none"
+    return kinds.is_sparse(config.data) or config.loss.masked != "none"
 
 
 def make(
@@ -279,8 +278,8 @@ def check(config: Config) -> None:
             raise UserError(f"loss.masked={c.masked}: encoders continue no text; set eval.prompts and eval.tasks to ()")
         if kind in ("unlikelihood", "dpo"):
             raise UserError(f"loss.kind={kind} is of what comes next; with loss.masked={c.masked} it has no meaning")
-        if config.data.kind != "text" or config.data.source.startswith(sentiment.PREFIX):
-            raise UserError(f"loss.masked={c.masked} hides tokens of text; data.kind or data.source is of answers")
+        if config.data.kind != "text":
+            raise UserError(f"loss.masked={c.masked} hides tokens of data.kind=text; data.kind is {config.data.kind}")
     elif not config.model.causal:
         raise UserError("model.causal=False sees the next token; set loss.masked to tokens or words to hide some")
     if (kind == "dpo") != (config.data.kind == "preferences"):

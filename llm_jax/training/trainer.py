@@ -260,7 +260,7 @@ def train(
             args = setup.model, setup.model_params(state), data.test, c.batch_size, setup.batch_sharding
             test = classification.accuracy(*args)
             summary |= {f"test_{name}": value for name, value in test.items()}
-            say(f"test: {classification.say(test)}")
+            say(f"test: {classification.describe(test)}")
         files.write_json(workdir / "summary.json", summary)
         say(describe_results(workdir, config, summary))
         return summary

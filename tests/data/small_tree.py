@@ -5,7 +5,8 @@ import pathlib
 import random
 
 from llm_jax.data.corpus import Source
-from llm_jax.schema import DataConfig, TokenizerConfig
+from llm_jax.schema import TokenizerConfig
+from tests.data.configs import data_config
 
 WORDS = "the model reads a token été 日本 and then 😀 the token after it returns one line of text".split()
 # What `data.source` says, over the tree's root.
@@ -33,7 +34,7 @@ def figures(cache: pathlib.Path) -> dict[str, dict[str, object]]:
     found: dict[str, dict[str, object]] = {}
     for names in SOURCES:
         for fraction in (0.2, 0.001):  # the second is less than any document
-            source = Source(DataConfig(names, "text", "text", fraction, str(cache), 0))
+            source = Source(data_config(names, cache, validation_fraction=fraction, workers=0))
             for kind in ("byte", "char"):
                 corpus = source.corpus(source.tokenizer(TokenizerConfig(kind, 20, "")))
                 sides = (corpus.train, corpus.validation)

@@ -16,6 +16,7 @@ from llm_jax.data.corpus import Source
 from llm_jax.errors import UserError
 from llm_jax.schema import DataConfig
 from tests.conftest import ROOT
+from tests.data.configs import data_config
 
 BUILD = """
 import itertools
@@ -23,7 +24,7 @@ import sys
 import time
 import types
 from llm_jax import tokenizers
-from llm_jax.schema import DataConfig
+from tests.data.configs import data_config
 from llm_jax.data import build, processes
 from llm_jax.data.corpus import Source
 
@@ -35,7 +36,7 @@ if __name__ == "__main__":
     build._SMALLEST = 20_000
     if len(sys.argv) > 4:
         build.processes = types.SimpleNamespace(each=stuck)  # of the tokenizing, not of the scan
-    source = Source(DataConfig(sys.argv[1], "text", "text", 0.1, sys.argv[2], int(sys.argv[3])))
+    source = Source(data_config(sys.argv[1], sys.argv[2], workers=int(sys.argv[3])))
     print("scanned", flush=True)
     source.corpus(tokenizers.get("byte").train([], 0))
 """
@@ -52,7 +53,7 @@ def lines(tmp_path_factory):
 
 
 def config(path, cache, workers: int) -> DataConfig:
-    return DataConfig(str(path), "text", "text", 0.1, str(cache), workers)
+    return data_config(path, cache, workers=workers)
 
 
 def expected(lines, cache):

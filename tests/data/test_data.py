@@ -15,6 +15,7 @@ from llm_jax.data.corpus import Source, Split
 from llm_jax.data.rows import Rows, Shuffled, batch, batches
 from llm_jax.errors import UserError
 from llm_jax.schema import DataConfig, TokenizerConfig
+from tests.data.configs import data_config
 
 BOS, EOS = 1, 2
 
@@ -76,7 +77,7 @@ def test_a_batch_is_a_function_of_the_step():
 
 
 def config(path, cache, fraction=0.1, workers=0) -> DataConfig:
-    return DataConfig(str(path), "text", "text", fraction, str(cache), workers)
+    return data_config(path, cache, validation_fraction=fraction, workers=workers)
 
 
 def read(source: str, cache) -> catalog.Catalog:

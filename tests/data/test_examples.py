@@ -16,6 +16,7 @@ from llm_jax.data.packing import best_fit
 from llm_jax.data.rows import Mixed, Packed, Pairs, Rows, Shuffled
 from llm_jax.errors import UserError
 from llm_jax.schema import DataConfig
+from tests.data.configs import data_config
 
 BYTE = tokenizers.get("byte").train([], 0)
 TEMPLATE = (
@@ -197,8 +198,7 @@ def test_a_mixture_keeps_its_weights_and_is_a_function_of_the_row():
 
 
 def made(tmp_path, source: str, **changes) -> tuple[DataConfig, Corpus]:
-    config = DataConfig(source, "text", "text", 0.2, str(tmp_path / "cache"), 1)
-    config = dataclasses.replace(config, **changes)
+    config = data_config(source, tmp_path / "cache", validation_fraction=0.2, **changes)
     return config, Source(config).corpus(BYTE)
 
 

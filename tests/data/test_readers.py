@@ -13,6 +13,7 @@ from llm_jax.data import catalog, readers
 from llm_jax.data.corpus import Source
 from llm_jax.errors import UserError
 from llm_jax.schema import DataConfig
+from tests.data.configs import data_config
 
 TEXTS = [f"text {i} é日😀\r\n\u2028 with \x00 and breaks\n" * (1 + i % 7) for i in range(300)]
 PACK = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
@@ -25,8 +26,7 @@ def zstd(data: bytes) -> bytes:
 
 
 def config(path, tmp_path, **changes) -> DataConfig:
-    said = {"kind": "text", "field": "text", "validation_fraction": 0.1, "cache_dir": str(tmp_path / "cache")}
-    return DataConfig(source=str(path), **said | {"workers": 1} | changes)
+    return data_config(path, tmp_path / "cache", **changes)
 
 
 def texts(path, tmp_path, **changes) -> list[str]:

@@ -17,6 +17,8 @@ from llm_jax.evaluation.ask import Manner
 from llm_jax.evaluation.tasks import METRICS, Task
 from llm_jax.evaluation.templates import STYLES, Example, Template
 from llm_jax.tokenizers.byte import ByteTokenizer
+from tests.data.test_labelled import TEMPLATE as TEMPLATE_OF_CHATS
+from tests.data.test_labelled import chat_tokenizer
 
 BYTES = ByteTokenizer()
 TEMPLATE = Template("Q: {text}\nA:")
@@ -200,6 +202,18 @@ def test_tasks_of_the_house_are_sound(make_task):
 def test_manners_that_a_task_cannot_be_asked_in_are_refused(bad):
     with pytest.raises(UserError, match=f"--{next(iter(bad))}"):
         Manner(**bad).check(Task("t", (TEMPLATE,), (ASKED,), SHOTS))
+
+
+def test_a_choice_begins_its_turn_as_answered_examples_do(make, monkeypatch):
+    """Without the space that stands between a plain question and its answer."""
+    asked, tokenizer, scored = [], chat_tokenizer(TEMPLATE_OF_CHATS), score.Scored([0.0], True)
+    monkeypatch.setattr(score, "score", lambda model, params, pairs, size: asked.extend(pairs) or [scored] * len(pairs))
+    examples = tuple(Example({"text": t}, t, ("good", "bad")) for t in ("good", "bad"))
+    task = Task("t", (Template("Is it {text}?\nA:"),), examples[:1], examples[1:], scoring="likelihood")
+    list(ask.records((*make(), tokenizer), task, ask.Manner("few_shot", shots=1, chat=True), [0]))
+    texts = [tokenizer._tokenizer.decode([*head, *tail], skip_special_tokens=False) for head, tail in asked]
+    begun = "<|start|>user: Is it bad?\nA:<|end|><|start|>assistant: bad<|end|><|start|>user: Is it good?\nA:<|end|>"
+    assert texts == [f"{begun}<|start|>assistant: {said}" for said in ("good", "bad")]
 
 
 def test_the_command_asks_a_file_and_goes_on(trained, command, tmp_path):

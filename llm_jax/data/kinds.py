@@ -1,0 +1,26 @@
+"""What `data.kind` decides beside how rows are made: what reads the data, and whether few targets count."""
+
+from llm_jax.data.corpus import Source
+from llm_jax.data.labelled import LabelledSource
+from llm_jax.data.rows import ROWS
+from llm_jax.schema import DataConfig, choice
+
+AnySource = Source | LabelledSource
+
+
+def open_source(config: DataConfig, whole: bool = False) -> AnySource:
+    """The documents, records or labelled texts of a data config, scanned once and remembered.
+
+    Args:
+      whole: hold everything out and train on nothing, for data that is only evaluated on.
+
+    Raises:
+      UserError: an unknown kind; data that is missing, cannot be read, or has too little in it to be split.
+    """
+    choice("data.kind", config.kind, ROWS)
+    return LabelledSource(config, whole) if config.kind == "labelled" else Source(config, whole)
+
+
+def is_sparse(config: DataConfig) -> bool:
+    """Whether few targets of a row count, because they are answers."""
+    return config.kind != "text"
