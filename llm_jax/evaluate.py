@@ -135,37 +135,42 @@ def on_task() -> None:
     from tqdm import tqdm
 
     from llm_jax import checkpoints
-    from llm_jax.evaluation import ask, builtin
+    from llm_jax.evaluation import answers, builtin
+    from llm_jax.evaluation.prompts import PromptConfig
     from llm_jax.evaluation.templates import STYLES
 
     f = flags.FLAGS
     task = builtin.named(f.task)
     templates = range(len(task.templates)) if f.template == -1 else [f.template]
-    manners = [
-        ask.Manner(style, template, f.shots, f.select, f.shot_seed, f.chat, f.normalize, f.context)
+    configs = [
+        PromptConfig(style, template, f.shots, f.select, f.shot_seed, f.chat, f.normalize, f.context)
         for style in (STYLES if f.style == "all" else [f.style])
         for template in templates
     ]
-    for manner in manners:
-        manner.check(task)
+    for config in configs:
+        config.check(task)
     count = min(f.limit or len(task.examples), len(task.examples))
     checkpoint = checkpoints.open(f.checkpoint)
     loaded = checkpoint.load(dtype=f.dtype, as_stored=f.as_stored)
     weights = hashlib.sha256(checkpoint.identity.encode()).hexdigest()[:16]
-    asked_of = {"checkpoint": f.checkpoint, "weights": weights, "task": task.digest()}
-    asked_of |= {"dtype": f.dtype, "as_stored": f.as_stored}
+    settings = {"checkpoint": f.checkpoint, "weights": weights, "task": task.digest()}
+    settings |= {"dtype": f.dtype, "as_stored": f.as_stored}
     found: list[dict[str, Any]] = []
-    with tqdm(total=count * len(manners), desc=task.name, leave=False, delay=2, disable=None) as bar:
-        for manner in manners:
-            name = f"{task.name}-{manner.style}-{manner.template}.jsonl"
-            log = ask.Log(pathlib.Path(f.output) / name if f.output else None, asked_of | dataclasses.asdict(manner))
+    with tqdm(total=count * len(configs), desc=task.name, leave=False, delay=2, disable=None) as bar:
+        for config in configs:
+            name = f"{task.name}-{config.style}-{config.template}.jsonl"
+            log = answers.AnswerLog(
+                pathlib.Path(f.output) / name if f.output else None, settings | dataclasses.asdict(config)
+            )
             done = {record["index"] for record in log.records}
             bar.update(len(done))
-            for record in ask.records(loaded, task, manner, [i for i in range(count) if i not in done], f.batch_size):
+            for record in answers.records(
+                loaded, task, config, [i for i in range(count) if i not in done], f.batch_size
+            ):
                 log.add(record)
                 bar.update()
             asked = [record for record in log.records if record["index"] < count]
-            found.append({"task": task.name, **dataclasses.asdict(manner), **ask.summary(asked)})
+            found.append({"task": task.name, **dataclasses.asdict(config), **answers.summary(asked)})
     if f.json:
         print(json.dumps(found))
         return

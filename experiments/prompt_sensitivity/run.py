@@ -16,9 +16,9 @@ from tqdm import tqdm
 from experiments.prompt_sensitivity import report
 from llm_jax import checkpoints, cli, files
 from llm_jax.errors import UserError
-from llm_jax.evaluation import ask
-from llm_jax.evaluation.ask import Manner
+from llm_jax.evaluation import answers
 from llm_jax.evaluation.builtin import TASKS
+from llm_jax.evaluation.prompts import PromptConfig
 
 HERE = pathlib.Path(__file__).parent
 STYLES = ("zero_shot", "few_shot", "expert", "cot_zero_shot", "cot_few_shot")
@@ -49,9 +49,11 @@ def main() -> None:
                 for style in STYLES:
                     shots = f.shots if "few" in style else 0
                     for template in range(f.paraphrases):
-                        manner = Manner(style, template, shots, "balanced" if task_name == "sentiment" else "random")
+                        config = PromptConfig(
+                            style, template, shots, "balanced" if task_name == "sentiment" else "random"
+                        )
                         bar.set_description(f"{name} {task_name} {style}")
-                        one = asked(of, path, task, manner, root / f"{name}-{task_name}-{style}-{template}.jsonl")
+                        one = asked(of, path, task, config, root / f"{name}-{task_name}-{style}-{template}.jsonl")
                         found.append({"model": name, "task": task_name, "style": style, "template": template, **one})
                         bar.update()
     sizes = f"--examples={f.examples} --shots={f.shots} --reasoning_tokens={f.reasoning_tokens}"
@@ -59,12 +61,12 @@ def main() -> None:
     print(report.write(HERE, found, command))
 
 
-def asked(of, path: str, task, manner: Manner, file: pathlib.Path) -> dict[str, Any]:
+def asked(of, path: str, task, config: PromptConfig, file: pathlib.Path) -> dict[str, Any]:
     """Example by example what one cell of the grid came to, from the records there and those still to be made."""
-    log = ask.Log(file, {"checkpoint": path, "task": task.digest(), **dataclasses.asdict(manner)})
+    log = answers.AnswerLog(file, {"checkpoint": path, "task": task.digest(), **dataclasses.asdict(config)})
     done = {record["index"] for record in log.records}
     rest = [i for i in range(len(task.examples)) if i not in done]
-    for record in ask.records(of, task, manner, rest, batch_size=8):
+    for record in answers.records(of, task, config, rest, batch_size=8):
         log.add(record)
     return {key: [record[key] for record in log.records] for key in ("right", "tokens", "reasoning_tokens")}
 

@@ -253,7 +253,8 @@ class Mixed:
     weights: tuple[float, ...]
 
     @functools.cached_property
-    def _order(self) -> grain.MapDataset:
+    def order(self) -> grain.MapDataset:
+        """(part, row or group of rows of the part) one after the other; endless."""
         return grain.MapDataset.mix(
             [part.order.map(functools.partial(_of, k)) for k, part in enumerate(self.parts)], self.weights
         )
@@ -264,7 +265,7 @@ class Mixed:
 
     def __getitem__(self, index: int) -> Row:
         together = self.parts[0].rows.together
-        part, place = self._order[index // together]
+        part, place = self.order[index // together]
         return self.parts[part].rows[place * together + index % together]
 
 

@@ -1,1 +1,11 @@
-"""What a model is asked, and how."""
+"""Measures what a model can do.
+
+tasks           examples, templates and a metric, from a JSONL file; `builtin` has three of them
+templates       examples as text: paraphrases and prompting styles, as data
+prompts         how a task is put to a model: `PromptConfig`, and its prompts as token ids
+answers         the answers of a model to a task, judged, with a resumable log
+classification  accuracy on labelled examples (`data.kind=labelled`)
+held_out        loss, perplexity and bits per byte on held-out text
+harness         the tasks of EleutherAI's lm-eval
+statistics      confidence intervals
+"""

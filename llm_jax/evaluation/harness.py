@@ -1,7 +1,4 @@
-"""A model as EleutherAI's lm-eval harness wants it, so that its catalogue of tasks runs on our checkpoints.
-
-pip install lm-eval; it is imported only here, and only when asked for.
-"""
+"""Runs the tasks of EleutherAI's lm-eval harness on a checkpoint: pip install lm-eval."""
 
 import pathlib
 from collections.abc import Sequence
@@ -11,20 +8,22 @@ from llm_jax.decoding import score, stops
 from llm_jax.decoding.complete import complete
 from llm_jax.decoding.options import Options
 from llm_jax.errors import UserError
-from llm_jax.evaluation import ask
+from llm_jax.evaluation import prompts
 from llm_jax.model import positions
 from llm_jax.model.transformer import Transformer
-from llm_jax.tokenizers import Foreign, chat
-from llm_jax.tokenizers.base import Tokenizer
+from llm_jax.tokenizers import Tokenizer
 
 
 def language_model(
     model: Transformer, params: Any, tokenizer: Tokenizer, batch_size: int = 8, context: int = 2048
 ) -> Any:
-    """An `lm_eval.api.model.LM` of the model.
+    """The model as an `lm_eval.api.model.LM`.
+
+    Once lm-eval has called `apply_chat_template`, contexts are rendered conversations: their special tokens become ids.
 
     Args:
-      context: tokens of a request at most; longer ones lose their left end. A model with fewer positions has fewer.
+      context: tokens of a request at most, or the positions of the model if it has fewer; longer requests lose their
+        left end.
 
     Raises:
       UserError: the package lm-eval is not installed.
@@ -38,14 +37,16 @@ def language_model(
 
     class Adapter(LM):
         tokenizer_name = tokenizer.kind
+        rendered = False  # whether contexts come from the chat template
 
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
             pairs = [self._pair(*request.args) for request in requests]
-            return [(sum(one.log_probabilities), one.greedy) for one in score.score(model, params, pairs, batch_size)]
+            scores = score.score(model, params, pairs, batch_size)
+            return [(sum(scored.log_probabilities), scored.greedy) for scored in scores]
 
         def _pair(self, before: str, text: str) -> tuple[list[int], list[int]]:
             if before:
-                head, tail = ask.split(tokenizer, before, text)
+                head, tail = prompts.encode_pair(tokenizer, before, text, self.rendered)
             else:
                 head, tail = [], tokenizer.encode(text)
             tail = tail[-(context - 1) :]
@@ -60,43 +61,46 @@ def language_model(
                     windows.append(window)
                     owners.append(owner)
             totals = [0.0] * len(requests)
-            for owner, one in zip(owners, score.score(model, params, windows, batch_size), strict=True):
-                totals[owner] += sum(one.log_probabilities)
+            for owner, scored in zip(owners, score.score(model, params, windows, batch_size), strict=True):
+                totals[owner] += sum(scored.log_probabilities)
             return totals
 
         def generate_until(self, requests: list[Any]) -> list[str]:
-            found: list[str] = []
+            texts: list[str] = []
             for request in requests:
-                text, how = request.args
-                until, limit = how.get("until") or [], min(how.get("max_gen_toks", 256), context - 1)
+                text, settings = request.args
+                until, limit = settings.get("until") or [], min(settings.get("max_gen_toks", 256), context - 1)
                 options = Options(
-                    temperature=how.get("temperature", 0.0) if how.get("do_sample") else 0.0,
-                    top_p=how.get("top_p", 1.0) if how.get("do_sample") else 1.0,
+                    temperature=settings.get("temperature", 0.0) if settings.get("do_sample") else 0.0,
+                    top_p=settings.get("top_p", 1.0) if settings.get("do_sample") else 1.0,
                     max_new_tokens=limit,
                     stop=stops.possible(tokenizer, [until] if isinstance(until, str) else until, limit),
                     context=context,
                     truncate="left",
                 )
-                found.append(complete(model, params, tokenizer, [text], options)[0][0].text)
-            return found
+                ids = prompts.encode(tokenizer, text, self.rendered)
+                texts.append(complete(model, params, tokenizer, [ids], options)[0][0].text)
+            return texts
 
         def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-            if not isinstance(tokenizer, Foreign):
-                raise UserError(f"a chat template is needed; this checkpoint's tokenizer is {tokenizer.kind}")
-            return chat.render(tokenizer.special, chat_history, add_generation_prompt)
+            self.rendered = True
+            return prompts.render_chat(tokenizer, [chat_history], add_generation_prompt)[0]
 
     return Adapter()
 
 
 def rolling(ids: Sequence[int], context: int) -> list[tuple[list[int], list[int]]]:
-    """Windows of `context` tokens in which every token but the first is predicted once, with all context there is."""
-    found, start = [], 1
+    """(head, tail) windows of at most `context` tokens; their tails are all tokens but the first, once each.
+
+    The head of a window is the context of its tail: at least half of `context`, where the text has as much before it.
+    """
+    windows, start = [], 1
     while start < len(ids):
         end = min(start + context - 1 if start == 1 else start + context // 2, len(ids))
         begin = max(0, end - context)
-        found.append((list(ids[begin:start]), list(ids[start:end])))
+        windows.append((list(ids[begin:start]), list(ids[start:end])))
         start = end
-    return found
+    return windows
 
 
 def run(
@@ -108,14 +112,14 @@ def run(
     batch_size: int = 8,
     limit: int = 0,
 ) -> dict[str, Any]:
-    """The harness's own results for some of its tasks: {task: {metric: value}}.
+    """The results of lm-eval for its tasks with these names: {task: {metric: value}}.
 
     Args:
       path: a directory with more task files.
       limit: examples of each task; 0: all.
 
     Raises:
-      UserError: lm-eval is not installed, or does not know a task or cannot fetch it.
+      UserError: lm-eval is not installed, has no such task, or cannot fetch its data.
     """
     adapter = language_model(model, params, tokenizer, batch_size)
     import lm_eval
@@ -123,12 +127,12 @@ def run(
 
     try:
         manager = TaskManager(include_path=str(path) if path else None)
-        found = lm_eval.simple_evaluate(adapter, tasks=list(tasks), task_manager=manager, limit=limit or None)
-    except Exception as error:  # unknown names, data sets that cannot be fetched, faults in task files
+        evaluation = lm_eval.simple_evaluate(adapter, tasks=list(tasks), task_manager=manager, limit=limit or None)
+    except Exception as error:  # unknown names, data sets that cannot be fetched, invalid task files
         raise UserError(
             f"--harness={','.join(tasks)}: {str(error).splitlines()[0] if str(error) else error}"
         ) from error
-    return found["results"]
+    return evaluation["results"]
 
 
 def _first(prefix: int | None) -> list[int]:

@@ -20,7 +20,8 @@ from llm_jax.checkpoints import adapters, run
 from llm_jax.decoding import loop
 from llm_jax.decoding.options import Options
 from llm_jax.errors import UserError
-from llm_jax.evaluation import ask, builtin, classification, held_out
+from llm_jax.evaluation import answers, builtin, classification, held_out
+from llm_jax.evaluation.prompts import PromptConfig
 from llm_jax.model import transformer
 from llm_jax.parallel import mesh as mesh_lib
 from llm_jax.schema import Config
@@ -313,8 +314,8 @@ class Evaluator:
         for name, task in self._tasks.items():
             count = min((limit and config.eval.task_examples) or len(task.examples), len(task.examples))
             reader = (self._decoder, self._unstack(state.model, state.frozen), data.tokenizer)
-            answers = list(ask.records(reader, task, ask.Manner(), range(count)))
-            figures[f"task_{name}"] = ask.summary(answers)["accuracy"]
+            records = list(answers.records(reader, task, PromptConfig(), range(count)))
+            figures[f"task_{name}"] = answers.summary(records)["accuracy"]
         return figures
 
     def describe(self, figures: Mapping[str, float]) -> str:

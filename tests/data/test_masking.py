@@ -197,7 +197,10 @@ def test_a_run_goes_on_bit_for_bit_and_is_evaluated(command, tmp_path, text_file
         ({"causal": False}, "model.causal=False sees the next token; set loss.masked to tokens or words"),
         ({"causal": False, "masked": "words", "prompts": ("a",)}, "set eval.prompts and eval.tasks to ()"),
         ({"causal": False, "masked": "words", "kind": "unlikelihood"}, "loss.kind=unlikelihood is of what comes next"),
-        ({"causal": False, "masked": "words", "data": "instructions"}, "loss.masked=words hides tokens of text"),
+        (
+            {"causal": False, "masked": "words", "data": "instructions"},
+            "masked=words hides tokens of data.kind=text",
+        ),
         ({"masked": "letters"}, "'loss.masked' is 'letters'; expected one of none, tokens, words"),
         ({"mask_prob": 1.5}, "'loss.mask_prob' is 1.5; expected a number of at most 1.0"),
         ({"mask_prob": 0.0}, "'loss.mask_prob' is 0.0; expected a number of at least 0.001"),

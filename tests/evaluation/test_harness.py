@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_jax.evaluation import ask, harness
-from llm_jax.evaluation.ask import Manner
+from llm_jax.evaluation import answers, harness
+from llm_jax.evaluation.prompts import PromptConfig
 from llm_jax.evaluation.tasks import Task
 from llm_jax.evaluation.templates import Example, Template
 from llm_jax.tokenizers.byte import ByteTokenizer
@@ -53,7 +53,7 @@ metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
         tuple(Example({"text": e["text"]}, ("yes", "n")[e["gold"]], ("yes", "n")) for e in examples),
         scoring="likelihood",
     )
-    ours = ask.summary(list(ask.records((model, params, BYTES), task, Manner(), range(6), 4)))
+    ours = answers.summary(list(answers.records((model, params, BYTES), task, PromptConfig(), range(6), 4)))
     assert found["acc,none"] == ours["accuracy"]
 
 

@@ -12,8 +12,8 @@ from llm_jax.decoding import score
 from llm_jax.decoding.complete import complete
 from llm_jax.decoding.options import Options
 from llm_jax.errors import UserError
-from llm_jax.evaluation import ask, builtin, tasks, templates
-from llm_jax.evaluation.ask import Manner
+from llm_jax.evaluation import answers, builtin, prompts, statistics, tasks, templates
+from llm_jax.evaluation.prompts import PromptConfig
 from llm_jax.evaluation.tasks import METRICS, Task
 from llm_jax.evaluation.templates import STYLES, Example, Template
 from llm_jax.tokenizers.byte import ByteTokenizer
@@ -62,7 +62,7 @@ def test_shots_are_chosen_by_seed_and_balanced_where_asked():
 
 
 @pytest.mark.parametrize(
-    ("metric", "said", "right", "expected"),
+    ("metric", "prediction", "right", "expected"),
     [
         ("exact", " Paris.", "paris", True), ("exact", "Paris, France", "Paris", False),
         ("number", "It is 1,200 now", "1200", True), ("number", "3 and 4", "3", False), ("number", "none", "3", False),
@@ -70,8 +70,8 @@ def test_shots_are_chosen_by_seed_and_balanced_where_asked():
         ("contains", "so it is a B!", "b", True), ("contains", "abc", "b", False),
     ],
 )  # fmt: skip
-def test_metrics(metric, said, right, expected):
-    assert METRICS[metric](said, right) is expected
+def test_metrics(metric, prediction, right, expected):
+    assert METRICS[metric](prediction, right) is expected
 
 
 def write(path, *lines):
@@ -126,14 +126,16 @@ def test_likelihood_takes_the_likeliest_choice(of):
     examples = tuple(Example({"text": t}, "n", choices) for t in ("a", "bc", "def"))
     task = Task("t", (TEMPLATE,), examples, scoring="likelihood")
     for normalize, power in (("none", 0), ("tokens", 1), ("bytes", 1)):
-        found = list(ask.records(of, task, Manner(normalize=normalize), [2, 0], batch_size=4))
+        found = list(answers.records(of, task, PromptConfig(normalize=normalize), [2, 0], batch_size=4))
         assert [r["index"] for r in found] == [2, 0]
         for record in found:
             head = BYTES.encode(TEMPLATE.ask(examples[record["index"]]))
             scored = score.score(of[0], of[1], [([1, *head], BYTES.encode(" " + c)) for c in choices], 4)
             expected = [sum(s.log_probabilities) / (len(c) + 1) ** power for s, c in zip(scored, choices, strict=True)]
             np.testing.assert_allclose(record["scores"], expected, atol=1e-4)
-            assert record["said"] == choices[int(np.argmax(expected))] and record["right"] == (record["said"] == "n")
+            assert record["prediction"] == choices[int(np.argmax(expected))] and record["right"] == (
+                record["prediction"] == "n"
+            )
 
 
 def last(text):
@@ -144,43 +146,43 @@ def last(text):
 def test_generation_reads_the_answer_and_reasoning_comes_before_it(of):
     model, params, tokenizer = of
     task = Task("t", (TEMPLATE,), (ASKED, ASKED), SHOTS, extract=r"(.)", stop=(), max_new_tokens=6, reasoning_tokens=5)
-    (first, second) = ask.records(of, task, Manner(), [0, 1], batch_size=2)
+    (first, second) = answers.records(of, task, PromptConfig(), [0, 1], batch_size=2)
     text = complete(model, params, tokenizer, ["Q: asked\nA:"], Options(temperature=0, max_new_tokens=6))[0][0].text
-    assert first["said"] == last(text) and {**first, "index": 1} == second
-    (reasoned,) = ask.records(of, task, Manner("cot_zero_shot"), [0], batch_size=2)
+    assert first["prediction"] == last(text) and {**first, "index": 1} == second
+    (reasoned,) = answers.records(of, task, PromptConfig("cot_zero_shot"), [0], batch_size=2)
     begun = "Q: asked\nA:\nLet's think step by step."
     options = Options(temperature=0, max_new_tokens=5, stop=("\n\n",))
     thought = complete(model, params, tokenizer, [begun], options)[0][0]
     whole = begun + thought.text.rstrip() + "\nTherefore, the answer is"
     text = complete(model, params, tokenizer, [whole], Options(temperature=0, max_new_tokens=6))[0][0].text
-    assert reasoned["said"] == last(text)
+    assert reasoned["prediction"] == last(text)
     assert reasoned["reasoning_tokens"] == len(thought.made.ids)
 
 
 def test_the_border_between_prompt_and_answer_keeps_all_text():
     for prompt, answer in (("ab", " c"), ("ab ", "c"), ("ab", "c")):
-        head, tail = ask.split(BYTES, prompt, answer)
+        head, tail = prompts.encode_pair(BYTES, prompt, answer)
         assert BYTES.decode(head + tail) == prompt + answer and not BYTES.decode(head).endswith(" ") and tail
 
 
 def test_the_interval_is_wilsons():
     for right, n in ((0, 10), (3, 10), (10, 10), (50, 200)):
         expected = stats.binomtest(right, n).proportion_ci(0.95, "wilson")
-        np.testing.assert_allclose(ask.wilson(right, n), expected, atol=1e-6)
+        np.testing.assert_allclose(statistics.wilson(right, n), expected, atol=1e-6)
 
 
 def test_records_are_gone_on_from_and_those_of_another_run_refused(tmp_path):
     path = tmp_path / "new" / "log.jsonl"
-    log = ask.Log(path, {"task": "a"})
+    log = answers.AnswerLog(path, {"task": "a"})
     log.add({"index": 0, "right": True})
     with path.open("a") as file:
         file.write('{"index": 1, "ri')  # interrupted
-    again = ask.Log(path, {"task": "a"})
+    again = answers.AnswerLog(path, {"task": "a"})
     assert again.records == [{"index": 0, "right": True}]
     again.add({"index": 1, "right": False})
-    assert len(ask.Log(path, {"task": "a"}).records) == 2
+    assert len(answers.AnswerLog(path, {"task": "a"}).records) == 2
     with pytest.raises(UserError, match="records of another run"):
-        ask.Log(path, {"task": "b"})
+        answers.AnswerLog(path, {"task": "b"})
 
 
 @pytest.mark.parametrize("make_task", [builtin.arithmetic, builtin.copying])
@@ -190,7 +192,7 @@ def test_tasks_of_the_house_are_sound(make_task):
     assert len(task.templates) == 10 and len(task.examples) == 20 and task.digest() == make_task(20).digest()
     for style in STYLES:
         for template in range(10):
-            asked = ask.prompts(task, Manner(style, template), task.examples[:3])
+            asked = prompts.prompts(task, PromptConfig(style, template), task.examples[:3])
             assert all(e.fields["text"] in p.plain() for e, p in zip(task.examples, asked, strict=False))
     assert all(task.right(task.read(TEMPLATE.solve(e, e.answer)), e) for e in task.examples)
     assert not task.right(task.read("nothing"), task.examples[0])
@@ -201,7 +203,7 @@ def test_tasks_of_the_house_are_sound(make_task):
 )
 def test_manners_that_a_task_cannot_be_asked_in_are_refused(bad):
     with pytest.raises(UserError, match=f"--{next(iter(bad))}"):
-        Manner(**bad).check(Task("t", (TEMPLATE,), (ASKED,), SHOTS))
+        PromptConfig(**bad).check(Task("t", (TEMPLATE,), (ASKED,), SHOTS))
 
 
 def test_a_choice_begins_its_turn_as_answered_examples_do(make, monkeypatch):
@@ -210,7 +212,7 @@ def test_a_choice_begins_its_turn_as_answered_examples_do(make, monkeypatch):
     monkeypatch.setattr(score, "score", lambda model, params, pairs, size: asked.extend(pairs) or [scored] * len(pairs))
     examples = tuple(Example({"text": t}, t, ("good", "bad")) for t in ("good", "bad"))
     task = Task("t", (Template("Is it {text}?\nA:"),), examples[:1], examples[1:], scoring="likelihood")
-    list(ask.records((*make(), tokenizer), task, ask.Manner("few_shot", shots=1, chat=True), [0]))
+    list(answers.records((*make(), tokenizer), task, PromptConfig("few_shot", shots=1, chat=True), [0]))
     texts = [tokenizer._tokenizer.decode([*head, *tail], skip_special_tokens=False) for head, tail in asked]
     begun = "<|start|>user: Is it bad?\nA:<|end|><|start|>assistant: bad<|end|><|start|>user: Is it good?\nA:<|end|>"
     assert texts == [f"{begun}<|start|>assistant: {said}" for said in ("good", "bad")]

@@ -1,0 +1,168 @@
+"""The answers of a model to the examples of a task, and whether they are right."""
+
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from llm_jax.decoding import score, stops
+from llm_jax.decoding.complete import complete, fit
+from llm_jax.decoding.options import Options
+from llm_jax.errors import UserError
+from llm_jax.evaluation import prompts as prompts_lib
+from llm_jax.evaluation.prompts import NORMALIZERS, PromptConfig
+from llm_jax.evaluation.statistics import wilson
+from llm_jax.evaluation.tasks import Task
+from llm_jax.evaluation.templates import STYLES, Example
+from llm_jax.model.transformer import Transformer
+from llm_jax.tokenizers import Tokenizer
+
+Model = tuple[Transformer, Any, Tokenizer]
+
+
+class _Answer(NamedTuple):
+    """The answer to an example, the tokens generated for it, and the scores of the choices (None: it was generated)."""
+
+    text: str
+    tokens: int
+    scores: list[float] | None = None
+
+
+def records(
+    model: Model, task: Task, config: PromptConfig, indices: Sequence[int], batch_size: int = 8
+) -> Iterator[dict[str, Any]]:
+    """Asks the model the examples with these indices and yields one record for each, in this order.
+
+    Decoding is greedy. A record is {"index", "right", "prediction", "answer", "reasoning_tokens", "tokens"}, and
+    "scores" where choices are scored: natural log-probabilities, divided as `config.normalize` says.
+
+    Args:
+      model: (model, params, tokenizer).
+
+    Raises:
+      UserError: options that are out of range for the task; a chat template is needed and there is none.
+    """
+    config.check(task)
+    answer = _choose if task.scoring == "likelihood" else _generate
+    for first in range(0, len(indices), batch_size):
+        batch = list(indices[first : first + batch_size])
+        examples = [task.examples[i] for i in batch]
+        texts, lengths = _prompts_after_reasoning(model, task, config, examples, batch_size)
+        answers = answer(model, task, config, examples, texts, batch_size)
+        for index, example, length, given in zip(batch, examples, lengths, answers, strict=True):
+            right = given.text == example.answer if given.scores else task.right(given.text, example)
+            record = {"index": index, "right": right, "prediction": given.text, "answer": example.answer}
+            record |= {"reasoning_tokens": length, "tokens": given.tokens}
+            yield record | ({"scores": given.scores} if given.scores else {})
+
+
+def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Accuracy with its 95 % interval (`wilson`), and the mean numbers of tokens of reasoning and answer."""
+    count, right = len(records), sum(bool(record["right"]) for record in records)
+    low, high = wilson(right, count)
+    means = {key: sum(record[key] for record in records) / count for key in ("reasoning_tokens", "tokens")}
+    return {"examples": count, "accuracy": right / count, "low": low, "high": high, **means}
+
+
+class AnswerLog:
+    """A file of records, one a line after a line of settings, which an interrupted evaluation continues.
+
+    Args:
+      path: the file; None: records are kept in memory only.
+      settings: what the records depend on.
+
+    Raises:
+      UserError: the file holds records of other settings, is not a file of records, or cannot be written.
+    """
+
+    def __init__(self, path: pathlib.Path | None, settings: Mapping[str, Any]):
+        self.records: list[dict[str, Any]] = []
+        self._path = path
+        if path is None:
+            return
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []  # an interruption may cut the last line
+        try:
+            header, *self.records = [json.loads(line) for line in lines] or [dict(settings)]
+        except ValueError as error:
+            raise UserError(f"--output={path}: not a file of records ({error})") from error
+        if header != dict(settings):
+            other = [k for k in settings if not isinstance(header, dict) or header.get(k) != settings[k]]
+            raise UserError(
+                f"--output={path} holds the records of another run ({', '.join(other)} differ); name another"
+            )
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(path.name + ".new")
+            temporary.write_text("".join(f"{line}\n" for line in lines or [json.dumps(dict(settings))]))
+            os.replace(temporary, path)
+        except OSError as error:
+            raise UserError(f"--output={path}: cannot be written ({error})") from error
+
+    def add(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+        if self._path is not None:
+            with self._path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+
+
+def _prompts_after_reasoning(
+    model: Model, task: Task, config: PromptConfig, examples: Sequence[Example], batch_size: int
+) -> tuple[list[str], list[int]]:
+    """(texts that the answers continue, tokens of the reasoning in them) of examples."""
+    template = task.templates[config.template]
+    prompts = prompts_lib.prompts(task, config, examples)
+    texts = prompts_lib.render(model[2], prompts, config.chat)
+    if not prompts[0].reason:
+        return texts, [0] * len(texts)
+    # The reasoning ends where the model draws its conclusion, or begins another example.
+    ends = (template.separator, prompts[0].conclude) if template.separator else (prompts[0].conclude,)
+    thoughts = _write(model, texts, config, task.reasoning_tokens, ends, batch_size)
+    joined = zip(texts, thoughts, prompts, strict=True)
+    texts = [text + thought.text.rstrip() + prompt.conclude for text, thought, prompt in joined]
+    return texts, [thought.tokens for thought in thoughts]
+
+
+def _generate(
+    model: Model, task: Task, config: PromptConfig, examples: Sequence[Example], texts: Sequence[str], batch_size: int
+) -> list[_Answer]:
+    written = _write(model, texts, config, task.max_new_tokens, task.stop, batch_size)
+    return [_Answer(task.read(answer.text), answer.tokens) for answer in written]
+
+
+def _write(
+    model: Model, texts: Sequence[str], config: PromptConfig, limit: int, stop: tuple[str, ...], batch_size: int
+) -> list[_Answer]:
+    """The greedy continuation of each text."""
+    network, params, tokenizer = model
+    stop = stops.possible(tokenizer, stop, limit)
+    options = Options(temperature=0, max_new_tokens=limit, stop=stop, context=config.context, truncate="left")
+    rows = [prompts_lib.encode(tokenizer, text, config.chat) for text in texts]
+    rows += [rows[-1]] * (batch_size - len(rows))  # a last, smaller batch would compile again
+    completions = [first for first, *_ in complete(network, params, tokenizer, rows, options)]
+    return [_Answer(completion.text, len(completion.made.ids)) for completion in completions[: len(texts)]]
+
+
+def _choose(
+    model: Model, task: Task, config: PromptConfig, examples: Sequence[Example], texts: Sequence[str], batch_size: int
+) -> list[_Answer]:
+    """The most likely choice of each example."""
+    network, params, tokenizer = model
+    template = task.templates[config.template]
+    pairs, divisors = [], []
+    for example, text in zip(examples, texts, strict=True):
+        for choice in example.choices:
+            answer = template.solve(example, choice)
+            if config.chat and not STYLES[config.style].reason:  # a turn begins with its text, as in the shots
+                answer = answer.lstrip()
+            head, tail = prompts_lib.encode_pair(tokenizer, text, answer, config.chat)
+            head = fit(network, head, Options(max_new_tokens=len(tail), context=config.context, truncate="left"))
+            pairs.append((head, tail))
+            divisors.append(NORMALIZERS[config.normalize](answer, tail))
+    scored = score.score(network, params, pairs, batch_size)
+    values = iter(sum(s.log_probabilities) / divisor for s, divisor in zip(scored, divisors, strict=True))
+    answers = []
+    for example in examples:
+        scores = [next(values) for _ in example.choices]
+        answers.append(_Answer(example.choices[scores.index(max(scores))], 0, scores))
+    return answers

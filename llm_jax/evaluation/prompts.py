@@ -1,0 +1,121 @@
+"""How a task is put to a model: style, template, solved examples and chat template, and the prompts as token ids."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from llm_jax import tokenizers
+from llm_jax.errors import UserError
+from llm_jax.evaluation import templates
+from llm_jax.evaluation.tasks import Task
+from llm_jax.evaluation.templates import STYLES, Example, Prompt
+from llm_jax.tokenizers import Foreign, Tokenizer, chat
+
+# normalize -> (choice, its token ids) -> what the log-probability of the choice is divided by.
+NORMALIZERS = {
+    "none": lambda choice, ids: 1,
+    "tokens": lambda choice, ids: len(ids),
+    "bytes": lambda choice, ids: len(choice.encode()),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptConfig:
+    """How a task is put to a model.
+
+    Attributes:
+      style: one of `templates.STYLES`.
+      template: index of one of the task's paraphrases.
+      shots: number of solved examples; -1: the number that the style has.
+      select, shot_seed: which solved examples, and in which order; see `templates.choose_shots`.
+      chat: whether the chat template of the tokenizer renders the prompt.
+      normalize: one of `NORMALIZERS`, by which log-probabilities of choices are divided.
+      context: tokens of a prompt and its answer at most; 0: the positions of the model. Longer prompts lose their left
+        end.
+    """
+
+    style: str = "zero_shot"
+    template: int = 0
+    shots: int = -1
+    select: str = "random"
+    shot_seed: int = 0
+    chat: bool = False
+    normalize: str = "none"
+    context: int = 0
+
+    def check(self, task: Task) -> None:
+        """Raises UserError where an option is out of range for the task."""
+        for name, value, options in (("style", self.style, STYLES), ("normalize", self.normalize, NORMALIZERS)):
+            if value not in options:
+                raise UserError(f"--{name}={value}; expected one of {', '.join(options)}")
+        if not 0 <= self.template < len(task.templates):
+            raise UserError(f"--template={self.template}; the task {task.name} has {len(task.templates)}, from 0 on")
+        self.chosen_shots(task)
+
+    def chosen_shots(self, task: Task) -> list[Example]:
+        """The solved examples of the prompts."""
+        count = STYLES[self.style].shots if self.shots < 0 else self.shots
+        return templates.choose_shots(task.shots, count, self.shot_seed, self.select)
+
+
+def prompts(task: Task, config: PromptConfig, examples: Sequence[Example]) -> list[Prompt]:
+    """The prompts for examples of the task."""
+    template, shots = task.templates[config.template], config.chosen_shots(task)
+    return [templates.build(template, STYLES[config.style], example, shots, task.domain) for example in examples]
+
+
+def render(tokenizer: Tokenizer, prompts: Sequence[Prompt], chat_template: bool) -> list[str]:
+    """The prompts as text, up to where the model continues.
+
+    Args:
+      chat_template: whether the chat template of the tokenizer renders them.
+
+    Raises:
+      UserError: the tokenizer has no chat template.
+    """
+    if not chat_template:
+        return [prompt.plain() for prompt in prompts]
+    rendered = render_chat(tokenizer, [prompt.messages() for prompt in prompts])
+    return [text + prompt.begun.lstrip() for text, prompt in zip(rendered, prompts, strict=True)]
+
+
+def render_chat(
+    tokenizer: Tokenizer, conversations: Sequence[Sequence[dict[str, Any]]], answer: bool = True
+) -> list[str]:
+    """The conversations as the text of the tokenizer's chat template; see `tokenizers.chat.render`.
+
+    Raises:
+      UserError: the tokenizer has no chat template.
+    """
+    if not isinstance(tokenizer, Foreign):
+        raise UserError(f"--chat needs a tokenizer with a chat template; this checkpoint's is {tokenizer.kind}")
+    return chat.render_all(tokenizer.special, conversations, answer)
+
+
+def encode(tokenizer: Tokenizer, text: str, rendered: bool = False) -> list[int]:
+    """The token ids of a prompt.
+
+    Args:
+      rendered: whether a chat template has rendered the text, whose special tokens then become their ids.
+    """
+    if rendered and isinstance(tokenizer, Foreign):
+        return tokenizer.encode_chat(text)
+    return tokenizers.prompt(tokenizer, text)
+
+
+def encode_pair(tokenizer: Tokenizer, prompt: str, answer: str, rendered: bool = False) -> tuple[list[int], list[int]]:
+    """(token ids of the prompt, those of the answer), together those of the whole text where the prompt ends a token.
+
+    A space at the end of the prompt becomes the first character of the answer, because vocabularies have words with
+    the space before them.
+
+    Args:
+      rendered: see `encode`.
+    """
+    space = len(prompt) - len(prompt.rstrip(" "))
+    if space:
+        prompt, answer = prompt[:-space], prompt[-space:] + answer
+    head, whole = encode(tokenizer, prompt, rendered), encode(tokenizer, prompt + answer, rendered)
+    if whole[: len(head)] == head and len(whole) > len(head):
+        return head, whole[len(head) :]
+    return head, tokenizer.encode(answer)
