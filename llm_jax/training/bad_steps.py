@@ -1,4 +1,4 @@
-"""What to do about a step that goes wrong: a loss that is not finite, or a spike."""
+"""Detects bad steps (a loss or gradient that is not finite, or a loss spike) and counts rollbacks."""
 
 import dataclasses
 import json
@@ -16,18 +16,18 @@ from llm_jax.errors import UserError
 from llm_jax.schema import TrainConfig, choice
 
 ACTIONS = ("stop", "skip", "rollback")
-_HISTORY = 50  # losses whose median a spike is measured by
-_ENOUGH = 20  # losses before which nothing is a spike
-_PATIENCE = 3  # bad steps in a row (or rollbacks to one checkpoint) after which to give up
+_HISTORY = 50  # the number of losses whose median a spike is compared with
+_ENOUGH = 20  # with fewer losses than this, no loss counts as a spike
+_PATIENCE = 3  # consecutive bad steps, or rollbacks to one checkpoint, after which the run ends
 
 
 @dataclasses.dataclass
 class BadStep(Exception):
-    """A step whose update is not to be kept.
+    """A step whose update must not be kept.
 
     Attributes:
-      step: which one, counted from 1.
-      what: what is wrong with it, in words.
+      step: its number, from 1.
+      what: a phrase that says what is wrong.
     """
 
     step: int
@@ -71,15 +71,15 @@ def check(config: TrainConfig) -> None:
 
 
 class Watch:
-    """Tells bad steps, by the losses before them.
+    """Detects bad steps from the losses of earlier ones.
 
-    The limit for step n depends on the losses of the steps up to n - 2 alone: what the host knows
-    when it sends step n off, and what a resumed run finds in metrics.jsonl.
+    The limit for step n depends on the losses of the steps up to n - 2: those are known when step n is dispatched, and
+    a resumed run reads them from metrics.jsonl.
 
     Args:
-      weights: the per-layer names of the trained weights, in the order of the gradient norms.
-      metrics: metrics.jsonl of the run.
-      start: the step that it goes on from; later lines do not count.
+      weights: the per-layer names of the trainable weights, in the order of the gradient norms.
+      metrics: the path of metrics.jsonl.
+      start: the step that the run resumes from; later lines are ignored.
     """
 
     def __init__(self, config: TrainConfig, weights: list[str], metrics: pathlib.Path, start: int):
@@ -93,14 +93,18 @@ class Watch:
                 self._losses[line["step"]] = line["loss"]
 
     def limit(self, step: int) -> float:
-        """The largest loss of step `step` that is no spike."""
-        known = [loss for s, loss in sorted(self._losses.items()) if s <= step - 2][-_HISTORY:]
-        if not self._config.spike_factor or len(known) < _ENOUGH:
+        """The largest loss of step `step` that does not count as a spike; infinity where none does."""
+        losses = [loss for s, loss in sorted(self._losses.items()) if s <= step - 2][-_HISTORY:]
+        if not self._config.spike_factor or len(losses) < _ENOUGH:
             return math.inf
-        return self._config.spike_factor * statistics.median(known)
+        return self._config.spike_factor * statistics.median(losses)
 
     def see(self, step: int, loss: float, bad: bool, gradient_norms: np.ndarray) -> None:
-        """Takes what a step told. Raises BadStep, unless it was skipped and few before it were."""
+        """Records a step. Raises BadStep for a bad one, unless its update was skipped and few before it were.
+
+        Args:
+          gradient_norms: float32 (number of weights,).
+        """
         if not bad:
             self._losses[step] = loss
             self._losses.pop(step - 2 * _HISTORY, None)
@@ -113,7 +117,7 @@ class Watch:
         print(f"step {step}: {what}; its update is skipped", flush=True)
 
     def rewind(self, step: int) -> None:
-        """Forgets what came after `step`."""
+        """Drops the losses after `step`."""
         self._losses = {s: loss for s, loss in self._losses.items() if s <= step}
         self._in_a_row = 0
 
@@ -131,13 +135,13 @@ class Watch:
 
 
 class Rollbacks:
-    """Counts returns to a checkpoint, so that a run that cannot get past a place ends."""
+    """Counts the rollbacks to every checkpoint, and ends a run that cannot get past one."""
 
     def __init__(self) -> None:
         self._to: dict[int, int] = {}
 
     def count(self, to: int, bad: BadStep) -> None:
-        """Raises UserError where step `to` has been returned to too often."""
+        """Raises UserError after too many rollbacks to step `to`."""
         self._to[to] = self._to.get(to, 0) + 1
         if self._to[to] > _PATIENCE:
             raise UserError(f"step {bad.step}: {bad.what}; gone back to step {to} {_PATIENCE} times, giving up")

@@ -1,4 +1,4 @@
-"""Sums over the positions of a batch, some of them at a time, so that what each is made of is never there whole."""
+"""Sums over the positions of a batch, a chunk of positions at a time, which bounds the memory of the terms."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-Chunk = Mapping[str, jax.Array]  # of the positions of some rows
+Chunk = Mapping[str, jax.Array]  # arrays (B, C, ...)
 
 # Letters of shapes: B batch, T time.
 
@@ -17,11 +17,13 @@ def sum_of_rows(
 ) -> jax.Array:
     """The sum of part(tokens), float32 (B,), over chunks of their second axis, `chunk` long; 0: at once.
 
-    A chunk is computed again in the backward pass: what `part` makes of it is not kept.
+    The backward pass computes every chunk again: the intermediate values of `part` are not kept.
 
     Args:
+      part: arrays (B, C, ...) of one chunk -> its sum for every row, float32 (B,).
+      chunk: C, a divisor of T; 0: one chunk of all positions.
       tokens: arrays (B, T, ...), "mask" among them.
-      sparse: few positions count. They go to the front of their rows, and chunks in which none does are not computed.
+      sparse: few positions count. They are moved to the front of their rows, and chunks without any are skipped.
     """
     rows, length = tokens["mask"].shape
     if chunk in (0, length):
@@ -44,55 +46,57 @@ def sum_of_rows(
     return jax.lax.scan(body, jnp.zeros(rows, jnp.float32), chunks)[0]
 
 
-# Why a custom gradient: what a conditional keeps for the backward pass it also keeps, as zeros of every weight's
-# size, for the chunks that it skips; and a loop of as many turns as there are chunks that count has none.
+# Why a custom gradient: `lax.cond` allocates residuals of every weight's size even for the chunks that it skips, and
+# JAX cannot differentiate a loop with a dynamic number of iterations.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sum_of_first(part: Callable[..., jax.Array], chunks: Chunk, captured: Mapping[int, jax.Array]) -> jax.Array:
-    """The sum of part(chunk, *captured) over the chunks up to the last that counts."""
+    """The sum of part(chunk, *captured) over the chunks up to the last one with a counted position."""
 
     def body(i: jax.Array, total: jax.Array) -> jax.Array:
         return total + part(_at(chunks, i), *captured.values())
 
-    return jax.lax.fori_loop(0, _counting(chunks), body, jnp.zeros(chunks["mask"].shape[1], jnp.float32))
+    return jax.lax.fori_loop(0, _num_counted(chunks), body, jnp.zeros(chunks["mask"].shape[1], jnp.float32))
 
 
 def _sum_of_first_forward(part, chunks, captured):
-    moving, fixed = (
-        [{k: a.value for k, a in d.items() if a.perturbed == of} for d in (chunks, captured)] for of in (True, False)
+    varying, constant = (
+        [{k: a.value for k, a in d.items() if a.perturbed == flag} for d in (chunks, captured)]
+        for flag in (True, False)
     )
-    return _sum_of_first(part, *map(_joined, moving, fixed)), (moving, fixed)
+    return _sum_of_first(part, *map(_merge, varying, constant)), (varying, constant)
 
 
 def _sum_of_first_backward(part, saved, g):
-    moving, fixed = saved
-    chunks = _joined(moving[0], fixed[0])
+    varying, constant = saved
+    chunks = _merge(varying[0], constant[0])
 
     def body(i, sums):
-        def one(chunk, captured):
-            return part(chunk | _at(fixed[0], i), *_joined(captured, fixed[1]).values())
+        def chunk_sum(chunk, captured):
+            return part(chunk | _at(constant[0], i), *_merge(captured, constant[1]).values())
 
-        d_chunk, d_captured = jax.vjp(one, _at(moving[0], i), moving[1])[1](g)
+        d_chunk, d_captured = jax.vjp(chunk_sum, _at(varying[0], i), varying[1])[1](g)
         return (
             {k: jax.lax.dynamic_update_index_in_dim(sums[0][k], d, i, 0) for k, d in d_chunk.items()},
             jax.tree.map(jnp.add, sums[1], d_captured),
         )
 
-    d_chunks, d_captured = jax.lax.fori_loop(0, _counting(chunks), body, jax.tree.map(jnp.zeros_like, tuple(moving)))
-    return ({k: d_chunks.get(k) for k in chunks}, {k: d_captured.get(k) for k in _joined(moving[1], fixed[1])})
+    zeros = jax.tree.map(jnp.zeros_like, tuple(varying))
+    d_chunks, d_captured = jax.lax.fori_loop(0, _num_counted(chunks), body, zeros)
+    return ({k: d_chunks.get(k) for k in chunks}, {k: d_captured.get(k) for k in _merge(varying[1], constant[1])})
 
 
 _sum_of_first.defvjp(_sum_of_first_forward, _sum_of_first_backward, symbolic_zeros=True)
 
 
-def _joined(some: dict[Any, jax.Array], others: dict[Any, jax.Array]) -> dict[Any, jax.Array]:
-    return dict(sorted((some | others).items()))
+def _merge(first: dict[Any, jax.Array], second: dict[Any, jax.Array]) -> dict[Any, jax.Array]:
+    return dict(sorted((first | second).items()))
 
 
 def _at(chunks: Chunk, i: jax.Array) -> dict[str, jax.Array]:
     return {name: jax.lax.dynamic_index_in_dim(array, i, 0, keepdims=False) for name, array in chunks.items()}
 
 
-def _counting(chunks: Chunk) -> jax.Array:
-    """How many chunks there are up to the last in which a position counts."""
-    some = jnp.any(chunks["mask"] > 0, (1, 2))
-    return jnp.max(jnp.where(some, jnp.arange(1, len(some) + 1), 0))
+def _num_counted(chunks: Chunk) -> jax.Array:
+    """The number of chunks up to the last one with a counted position, int32 ()."""
+    counted = jnp.any(chunks["mask"] > 0, (1, 2))
+    return jnp.max(jnp.where(counted, jnp.arange(1, len(counted) + 1), 0))

@@ -1,11 +1,9 @@
-"""Losses by name: what is trained on. What is measured on held-out text is always `language_model`.
+"""Training losses by name (`loss.kind`). Held-out text is always measured with `language_model`.
 
-Every loss is a sum over what it counts and the number of these, so that micro-batches and devices add
-up to the batch in one piece. A model trained with entmax gives its probabilities by `entmax15`, not by
-softmax, and is to be sampled so.
+Every loss returns a sum and the number of its terms, so that micro-batches and devices add up to the loss of the whole
+batch. A model trained with entmax defines its probabilities by `entmax15` rather than softmax; sample it accordingly.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -39,7 +37,7 @@ def smoothed(logits: jax.Array, targets: jax.Array, smoothing: float, z: float) 
     """Cross-entropy in nats: (..., V), int (...) -> float32 (...).
 
     Args:
-      smoothing: share of the target's probability that all ids share (Szegedy et al. 2016,
+      smoothing: label smoothing, the probability that is spread evenly over all ids (Szegedy et al. 2016,
         arXiv:1512.00567, section 7).
       z: weight of log(sum exp(logits))^2, which keeps logits from drifting (Chowdhery et al. 2022,
         PaLM, arXiv:2204.02311, section 5).
@@ -53,10 +51,9 @@ def smoothed(logits: jax.Array, targets: jax.Array, smoothing: float, z: float) 
 
 
 def unlikelihood(logits: jax.Array, targets: jax.Array, seen: jax.Array, candidates: jax.Array) -> jax.Array:
-    """-sum over c of log(1 - p(c)), the c being earlier tokens other than the target.
+    """-sum over c of log(1 - p(c)), over the earlier tokens c of the context other than the target.
 
-    Welleck et al. 2020, arXiv:1908.04319, equations 4 and 5: no token of the context but the right one
-    is to be likely again. 1 - p is kept above 1e-5.
+    Welleck et al. 2020, arXiv:1908.04319, equations 4 and 5. 1 - p is at least 1e-5.
 
     Args:
       logits: (B, C, V).
@@ -157,7 +154,7 @@ def _pick(values: jax.Array, ids: jax.Array) -> jax.Array:
 
 
 def features(model: Transformer, params: Any, batch: Batch) -> jax.Array:
-    """What the head turns into logits, (B, T, D)."""
+    """The input of the output head, (B, T, D) in the compute dtype."""
     where = Tokens(batch["positions"], batch["segments"])
     return model.apply({"params": params}, batch["inputs"], where, method="features")[0]
 
@@ -171,28 +168,29 @@ def head(model: Transformer, params: Any, x_BCD: jax.Array) -> jax.Array:
 def language_model(
     model: Transformer, params: Any, batch: Batch, chunk: int, sparse: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-    """(sum of the cross-entropy over the counted targets, number of these), both float32 ().
+    """(sum of the cross-entropy over the counted targets in nats, number of these), both float32 ().
 
     Args:
-      chunk: positions whose logits exist at a time, forward and backward (they are computed again
-        there); it divides T. 0: all at once.
-      sparse: few targets count; see `chunks.sum_of_rows`.
+      batch: int32 (B, T) arrays, see `data.rows`.
+      chunk: the number of positions whose logits are in memory at a time, forward and backward (the backward pass
+        computes them again); a divisor of T. 0: all positions at once.
+      sparse: few targets count; see `chunked_sum.sum_of_rows`.
     """
     return jnp.sum(row_losses(model, params, batch, chunk, sparse)), _count(batch)
 
 
 def row_losses(model: Transformer, params: Any, batch: Batch, chunk: int, sparse: bool = False) -> jax.Array:
-    """The cross-entropy of every row over its counted targets, float32 (B,)."""
+    """The cross-entropy of every row, summed over its counted targets, in nats: float32 (B,)."""
 
-    def part(some: Chunk) -> jax.Array:
-        return jnp.sum(cross_entropy(head(model, params, some["x"]), some["targets"]) * some["mask"], -1)
+    def part(chunk: Chunk) -> jax.Array:
+        return jnp.sum(cross_entropy(head(model, params, chunk["x"]), chunk["targets"]) * chunk["mask"], -1)
 
     tokens = {"x": features(model, params, batch), "targets": batch["targets"], "mask": batch["mask"]}
     return sum_of_rows(part, chunk, tokens, sparse)
 
 
 def is_sparse(config: Config) -> bool:
-    """Whether few targets of a row count: answers, or what is hidden."""
+    """Whether few targets of a row count: the answers alone, or the masked tokens."""
     return kinds.is_sparse(config.data) or config.loss.masked != "none"
 
 
@@ -200,50 +198,51 @@ def make(
     config: LossConfig,
     model: Transformer,
     chunk: int,
-    other: Transformer | None = None,
-    whole: Callable[[Any, Any, jax.Array], Any] = lambda trained, frozen, key: trained,
+    reference: Transformer | None = None,
     sparse: bool = False,
 ) -> Loss:
     """The loss that `loss.kind` names, for `training.step.make`.
 
     Args:
       chunk, sparse: see `language_model`.
-      other: the frozen model, whose parameters are `frozen["reference"]`: the teacher, or the reference of
-        DPO (the model as it was at the start).
-      whole: (trained, frozen, key) -> the parameters that the model sees.
+      reference: the frozen model of the loss, with the parameters `frozen["reference"]`: the teacher of distillation,
+        or the reference of DPO (the model before training).
+
+    Returns:
+      A function (params, frozen, batch, step, key) -> (sum, number of terms), float32 () each.
     """
     c = config
 
-    def supervised(trained: Any, frozen: Any, batch: Batch, step: jax.Array, key: jax.Array):
-        params = whole(trained, frozen, key)
+    def supervised(params: Any, frozen: Any, batch: Batch, step: jax.Array, key: jax.Array):
         tokens: dict[str, jax.Array] = {"x": features(model, params, batch)}
         tokens |= {name: batch[name] for name in ("targets", "mask")}
         if c.kind == "unlikelihood":
             tokens["candidates"] = candidates(batch)
-        if other is not None:
-            tokens["teacher"] = features(other, frozen["reference"], batch)
+        if reference is not None:
+            tokens["teacher"] = features(reference, frozen["reference"], batch)
 
-        def part(some: Chunk) -> jax.Array:
-            logits, targets = head(model, params, some["x"]), some["targets"]
+        def part(chunk: Chunk) -> jax.Array:
+            logits, targets = head(model, params, chunk["x"]), chunk["targets"]
             if c.kind == "entmax":
                 loss = entmax_loss(logits, targets)
             else:
                 loss = smoothed(logits, targets, c.label_smoothing, c.z_loss)
             if c.kind == "unlikelihood":
-                loss += c.unlikelihood * unlikelihood(logits, targets, batch["inputs"], some["candidates"])
-            if other is not None:
-                teacher = head(other, frozen["reference"], some["teacher"])
+                loss += c.unlikelihood * unlikelihood(logits, targets, batch["inputs"], chunk["candidates"])
+            if reference is not None:
+                teacher = head(reference, frozen["reference"], chunk["teacher"])
                 loss = (1 - c.teacher_weight) * loss + c.teacher_weight * divergence(logits, teacher, c.temperature)
-            return jnp.sum(loss * some["mask"], -1)
+            return jnp.sum(loss * chunk["mask"], -1)
 
         return jnp.sum(sum_of_rows(part, chunk, tokens, sparse)), _count(batch)
 
-    def dpo(trained: Any, frozen: Any, batch: Batch, step: jax.Array, key: jax.Array):
-        assert other is not None
-        scores = -row_losses(model, whole(trained, frozen, key), batch, chunk, sparse)
-        reference = -row_losses(other, frozen["reference"], batch, chunk, sparse)
+    def dpo(params: Any, frozen: Any, batch: Batch, step: jax.Array, key: jax.Array):
+        assert reference is not None
+        scores = -row_losses(model, params, batch, chunk, sparse)
+        reference_scores = -row_losses(reference, frozen["reference"], batch, chunk, sparse)
         counted = jnp.any(batch["mask"].reshape(scores.shape[0] // 2, -1), -1)  # pairs of padding do not count
-        return jnp.sum(preference(scores, reference, c.beta) * counted), jnp.sum(counted).astype(jnp.float32)
+        total = jnp.sum(preference(scores, reference_scores, c.beta) * counted)
+        return total, jnp.sum(counted).astype(jnp.float32)
 
     return dpo if c.kind == "dpo" else supervised
 
@@ -252,7 +251,7 @@ def _count(batch: Batch) -> jax.Array:
     return jnp.sum(batch["mask"]).astype(jnp.float32)
 
 
-# ---------------------------------------------------------------- what does not go together
+# ---------------------------------------------------------------- checks
 
 
 def check(config: Config) -> None:
@@ -273,34 +272,40 @@ def check(config: Config) -> None:
         raise UserError(f"loss.kind=dpo takes rows in pairs; train.batch_size={config.train.batch_size} is odd")
     if c.masked != "none":
         if config.model.causal:
-            raise UserError(f"loss.masked={c.masked}: what is hidden is found from both sides; set model.causal=False")
+            raise UserError(f"loss.masked={c.masked} predicts masked tokens from both sides; set model.causal=False")
         if config.eval.prompts or config.eval.tasks:
-            raise UserError(f"loss.masked={c.masked}: encoders continue no text; set eval.prompts and eval.tasks to ()")
+            raise UserError(
+                f"loss.masked={c.masked} trains an encoder, which does not generate text; set eval.prompts=() and "
+                "eval.tasks=()"
+            )
         if kind in ("unlikelihood", "dpo"):
-            raise UserError(f"loss.kind={kind} is of what comes next; with loss.masked={c.masked} it has no meaning")
+            raise UserError(f"loss.kind={kind} is defined for next-token prediction only; set loss.masked=none")
         if config.data.kind != "text":
             raise UserError(f"loss.masked={c.masked} hides tokens of data.kind=text; data.kind is {config.data.kind}")
     elif not config.model.causal:
-        raise UserError("model.causal=False sees the next token; set loss.masked to tokens or words to hide some")
+        raise UserError(
+            "model.causal=False attends to the next token; set loss.masked to tokens or words to predict masked ones"
+        )
     if (kind == "dpo") != (config.data.kind == "preferences"):
         raise UserError(
             f"loss.kind={kind} with data.kind={config.data.kind}: dpo learns from preferences, and nothing else does"
         )
 
 
-def check_other(name: str, its: ModelConfig, ours: ModelConfig, digest: str, tokenizer: Tokenizer) -> None:
-    """Raises UserError unless the frozen model `name` predicts the ids that the trained one does.
+def check_reference(name: str, reference: ModelConfig, config: ModelConfig, digest: str, tokenizer: Tokenizer) -> None:
+    """Raises UserError unless the reference model `name` has the vocabulary of the trained model.
 
     Args:
-      digest: of its tokenizer.
+      digest: the digest of the reference's tokenizer.
+      tokenizer: that of the trained model.
     """
-    if digest != tokenizers.digest(tokenizer) or its.vocab_size != ours.vocab_size:
+    if digest != tokenizers.digest(tokenizer) or reference.vocab_size != config.vocab_size:
         raise UserError(
-            f"{name}: its vocabulary ({its.vocab_size} ids, {digest[:12]}) is not the run's "
-            f"({ours.vocab_size} ids, {tokenizers.digest(tokenizer)[:12]})"
+            f"{name}: its vocabulary ({reference.vocab_size} ids, {digest[:12]}) is not the run's "
+            f"({config.vocab_size} ids, {tokenizers.digest(tokenizer)[:12]})"
         )
-    if its.causal != ours.causal:
-        raise UserError(f"{name}: model.causal={its.causal} there, {ours.causal} in this run")
+    if reference.causal != config.causal:
+        raise UserError(f"{name}: model.causal={reference.causal} there, {config.causal} in this run")
 
 
 def rows_together(config: LossConfig) -> int:

@@ -2,8 +2,8 @@
 
     gradients -> clipped -> the rule of `optim.kind` -> x width transfer -> + decay -> x lr_rules -> x rate
 
-Layers that are scanned are stacked in one array, and every rule treats each of them as a weight of its
-own: what it does never depends on `model.scan_layers`.
+Scanned layers are stacked in one array. Every rule treats each of them as a separate weight, so that updates do not
+depend on `model.scan_layers`.
 """
 
 import dataclasses
@@ -25,12 +25,13 @@ from llm_jax.weights import FakeQuant
 
 
 class Rule(NamedTuple):
-    """How an optimizer is made, and how its rates change with the width of the model.
+    """An update rule, and how its learning rates change with the width of the model.
 
     Attributes:
-      make: its updates, before the learning rate.
-      hidden: the rates of hidden matrices are multiplied by (base width / width) to this power,
-      vectors: and those of all other weights to this one (Yang et al. 2022, arXiv:2203.03466, table 8).
+      make: the transformation from gradients to updates, before the learning rate.
+      hidden: power of (base width / width) that multiplies the learning rate of hidden matrices (Yang et al. 2022,
+        arXiv:2203.03466, table 8).
+      vectors: the same for all other weights.
     """
 
     make: Callable[[OptimConfig], optax.GradientTransformation]
@@ -44,7 +45,7 @@ OPTIMIZERS: dict[str, Rule] = {
     # Chen et al. 2023, arXiv:2302.06675; entries of one size, as Adam's, so table 8 holds as for Adam
     "lion": Rule(lambda c: optax.scale_by_lion(c.beta1, c.beta2), 1, 0),
     "adafactor": Rule(lambda c: _adafactor(), 1, 0),
-    # An orthogonal update times sqrt(width) moves features by that much: half of Adam's power undoes it.
+    # The update is orthogonal times sqrt(width), which changes features by sqrt(width): half of Adam's power.
     "muon": Rule(lambda c: _muon(c), 0.5, 0),
     "sgd": Rule(lambda c: optax.trace(c.beta1), 0, -1),
 }
@@ -108,22 +109,22 @@ def make(
     """Clipping, the optimizer, decoupled weight decay by rules, and the learning rate, in this order.
 
     Args:
-      params: the tree of the model's weights (or its abstract form); its names decide decay and rates.
-      width_ratio: base width / width (`transformer.width_ratio`). It scales what the rule makes of the
-        gradients and not the decay, which shrinks weights by the same share at every width.
-      adapters: the trained tree where that is not `params`: parts (a, b, ...) of adapters, which decay and
-        are rated as the weight that they adapt.
-      b_lr_ratio: what the rate of the parts b is multiplied by (LoRA+: Hayou et al. 2024, arXiv:2402.12354).
+      params: the tree of the model's weights (shapes suffice); the rules match its names.
+      width_ratio: base width / width (`transformer.width_ratio`). It scales the updates of the rule but not the weight
+        decay, which shrinks weights by the same factor at every width.
+      adapters: the trainable tree where that is not `params`: parts (a, b, ...) of adapters, which have the decay and
+        the learning rate of the weight that they adapt.
+      b_lr_ratio: factor on the learning rate of the parts b (LoRA+: Hayou et al. 2024, arXiv:2402.12354).
 
     Raises:
       UserError: an unknown kind, or a rule that matches nothing or names no number.
     """
 
     def factors_of(rules: trees.Rules, source: str) -> dict[str, float]:
-        found = _factors(rules, params, source)
-        return found if adapters is None else {p: found[p.rsplit("/", 1)[0]] for p in trees.flatten(adapters)}
+        factors = _factors(rules, params, source)
+        return factors if adapters is None else {p: factors[p.rsplit("/", 1)[0]] for p in trees.flatten(adapters)}
 
-    trained = params if adapters is None else adapters
+    trainable = params if adapters is None else adapters
     rule = choice("optim.kind", config.kind, OPTIMIZERS)
     parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     parts.append(rule.make(config))
@@ -137,21 +138,21 @@ def make(
     if b_lr_ratio != 1:
         rates = {path: rate * (b_lr_ratio if path.endswith("/b") else 1.0) for path, rate in rates.items()}
     if set(rates.values()) != {1.0}:
-        parts.append(_scaled(_map(lambda path, leaf: rates[path], trained)))
+        parts.append(_scaled(_map(lambda path, leaf: rates[path], trainable)))
     parts.append(optax.scale_by_learning_rate(schedule(config, steps)))
     return optax.chain(*parts)
 
 
 def shardings(state: Any, params: Any, placed: Any, copies: NamedSharding) -> Any:
-    """Where a state of the optimizer lies: what it keeps for a weight lies as the weight does.
+    """The shardings of an optimizer state: an entry that belongs to a weight is sharded like the weight.
 
-    A state holds trees like the parameters, some with axes of size 1 (factored moments) or without
-    the weights that another rule takes; which weight a leaf is for is told by the end of its path.
+    A state holds trees like the parameters, some with axes of size 1 (factored moments) or without the weights of
+    another rule. The end of a leaf's path says which weight it belongs to.
 
     Args:
-      state, params: abstract.
+      state, params: trees of shapes.
       placed: the shardings of the parameters.
-      copies: the sharding of everything else (counts).
+      copies: the sharding of everything else (step counts).
     """
     weights, _ = jax.tree_util.tree_flatten_with_path(params)
     known = {keys: (len(leaf.shape), s) for (keys, leaf), s in zip(weights, jax.tree.leaves(placed), strict=True)}
@@ -167,7 +168,7 @@ def shardings(state: Any, params: Any, placed: Any, copies: NamedSharding) -> An
 
 
 def _is_hidden(path: str, leaf: Any) -> bool:
-    """Is it a matrix between two hidden layers: neither embedding, head, bias, norm nor position table?"""
+    """Whether a weight is a hidden matrix: not an embedding, head, bias, norm or position table."""
     name, rank = trees.expand(path)[0], len(leaf.shape) - (trees.layers_of(path) is not None)
     return rank == 2 and re.fullmatch(r"(.*/)?layers/\d+/(?!.*position_).*", name) is not None
 
@@ -181,7 +182,7 @@ def _factors(rules: trees.Rules, params: Any, source: str) -> dict[str, float]:
     factors = trees.match(rules, params, source)
     for factor in factors.values():
         if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 <= factor < float("inf"):
-            raise UserError(f"{source}: {factor!r} is no factor; expected a number from 0")
+            raise UserError(f"{source}: {factor!r} is not a factor; expected a number of at least 0")
     return {path: float(factor) for path, factor in factors.items()}
 
 
@@ -202,11 +203,11 @@ def _decay(rates: dict[str, float]) -> optax.GradientTransformation:
 
 
 def _muon(c: OptimConfig) -> optax.GradientTransformation:
-    """Momentum of the hidden matrices made orthogonal by Newton-Schulz, and AdamW for the rest.
+    """Momentum orthogonalized by Newton-Schulz iterations for hidden matrices, and Adam for all other weights.
 
     Jordan et al. 2024 (kellerjordan.github.io/posts/muon). The update of an (in, out) matrix is
-    multiplied by 0.2 sqrt(max(in, out)), so that its entries are of the size of AdamW's and rates and
-    decay may be the same (Liu et al. 2025, arXiv:2502.16982, equation 4).
+    multiplied by 0.2 sqrt(max(in, out)), so that its RMS matches AdamW's, with the same learning rate and
+    weight decay (Liu et al. 2025, arXiv:2502.16982, equation 4).
     """
 
     def axes(updates: Any) -> Any:  # all others are batch axes: the one of the layers
@@ -239,7 +240,7 @@ class FactoredMoments(NamedTuple):
 
 
 def _adafactor() -> optax.GradientTransformation:
-    """Adam without momentum whose second moments are a row times a column.
+    """Adam without momentum, with second moments factored into rows and columns.
 
     Algorithm 4 of Shazeer and Stern 2018 (arXiv:1804.04235), with the decay 1 - t^-0.8 and the clipping
     of updates to an RMS of 1 of its sections 6 and 7.2. Rates are absolute. Not optax's, which takes the

@@ -74,7 +74,7 @@ def prepare(config: Config, workdir: pathlib.Path | None = None) -> Prepared:
         loaded = checkpoints.load(name, scan_layers=c.scan_layers, dtype=c.precision.params)
         vocabulary = dataclasses.replace(c, vocab_size=c.vocab_size or data.vocab_size)
         digest = tokenizers.digest(loaded.tokenizer)
-        losses.check_other(name, loaded.model.config, vocabulary, digest, data.tokenizer)
+        losses.check_reference(name, loaded.model.config, vocabulary, digest, data.tokenizer)
         reference, shape = loaded.params, loaded.model.config
     setup = setup_lib.setup(config, data.vocab_size, reference=shape)
     if reference:

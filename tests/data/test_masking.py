@@ -193,10 +193,13 @@ def test_a_run_goes_on_bit_for_bit_and_is_evaluated(command, tmp_path, text_file
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"masked": "words"}, "loss.masked=words: what is hidden is found from both sides; set model.causal=False"),
-        ({"causal": False}, "model.causal=False sees the next token; set loss.masked to tokens or words"),
+        ({"masked": "words"}, "loss.masked=words predicts masked tokens from both sides; set model.causal=False"),
+        ({"causal": False}, "model.causal=False attends to the next token; set loss.masked to tokens or words"),
         ({"causal": False, "masked": "words", "prompts": ("a",)}, "set eval.prompts and eval.tasks to ()"),
-        ({"causal": False, "masked": "words", "kind": "unlikelihood"}, "loss.kind=unlikelihood is of what comes next"),
+        (
+            {"causal": False, "masked": "words", "kind": "unlikelihood"},
+            "loss.kind=unlikelihood is defined for next-token prediction only",
+        ),
         (
             {"causal": False, "masked": "words", "data": "instructions"},
             "masked=words hides tokens of data.kind=text",

@@ -261,9 +261,9 @@ def test_schedules_are_their_formulas(tiny):
         ({"schedule": "wsd", "decay_fraction": 0.9, "warmup_steps": 4}, "optim.decay_fraction=0.9 of 8 steps"),
         ({"lr_rules": ((r".*/head", 2.0), (r".*", 1.0))}, "optim.lr_rules: the rule '.*/head' matches no parameter"),
         ({"lr_rules": ((r"embed/.*", 2.0),)}, "optim.lr_rules: no rule matches the parameter 'layers/0/"),
-        ({"lr_rules": ((r".*", "fast"),)}, "optim.lr_rules: 'fast' is no factor"),
-        ({"lr_rules": ((r".*", -1.0),)}, "optim.lr_rules: -1.0 is no factor"),
-        ({"weight_decay": 1.0, "decay_rules": ((r".*", float("inf")),)}, "optim.decay_rules: inf is no factor"),
+        ({"lr_rules": ((r".*", "fast"),)}, "optim.lr_rules: 'fast' is not a factor"),
+        ({"lr_rules": ((r".*", -1.0),)}, "optim.lr_rules: -1.0 is not a factor"),
+        ({"weight_decay": 1.0, "decay_rules": ((r".*", float("inf")),)}, "optim.decay_rules: inf is not a factor"),
     ],
 )
 def test_what_cannot_be_is_refused(tiny, changes, message):
