@@ -6,6 +6,7 @@ Layers that are scanned are stacked in one array, and every rule treats each of 
 own: what it does never depends on `model.scan_layers`.
 """
 
+import dataclasses
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
