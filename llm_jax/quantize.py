@@ -77,7 +77,7 @@ def main() -> None:
     before = weights.num_bytes(params)
     params, costs = lora.fold(params)
     made = "has adapters over a quantized base, which go into its own codes" if costs else ""
-    if any(isinstance(w, weights.FakeQuant) for w in trees.flatten(params).values()):
+    if quant.is_quantization_aware(params):
         made = "was trained as integers already"
     if made:
         if f.scheme:
@@ -106,7 +106,7 @@ def main() -> None:
         params = quant.finish(params)
         lines = quant.lines(params)
     else:
-        options = calibrate.Options(f.method, f.act_order, f.batch_size)
+        options = calibrate.CalibrationOptions(f.method, f.act_order, f.batch_size)
         flat, params = trees.flatten(params), {}  # each weight goes when it has been quantized
         params, lines = calibrate.run(model, flat, planned, rows, options, partial)
     quant.check_finite(params, f"{f.checkpoint}, quantized: a float16 scale cannot hold it")

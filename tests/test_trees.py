@@ -93,12 +93,12 @@ def test_records_tell_kinds_apart_and_make_them_again():
 
 
 def test_layers_of_different_kinds_are_not_stacked():
-    from llm_jax.weights import IN, quantize
+    from llm_jax.weights import IN, to_qtensor
 
     w = jnp.ones((32, 4))
     alike = {"layers": {"0": {"up": w}, "1": {"up": w}}}
-    mixed = {"layers": {"0": {"up": w}, "1": {"up": quantize(w, "int8", IN)}}}
-    schemes = {"layers": {"0": {"up": quantize(w, "int4", IN)}, "1": {"up": quantize(w, "int8", IN)}}}
+    mixed = {"layers": {"0": {"up": w}, "1": {"up": to_qtensor(w, "int8", IN)}}}
+    schemes = {"layers": {"0": {"up": to_qtensor(w, "int4", IN)}, "1": {"up": to_qtensor(w, "int8", IN)}}}
     assert trees.stackable(alike, ((1, 2),)) and not trees.stackable(mixed, ((1, 2),))
     assert trees.stackable(mixed, ()) and trees.stackable(mixed, ((2, 1),)) and not trees.stackable(schemes, ((1, 2),))
     with pytest.raises(UserError, match="'layers/0:2/0::1/up' is of different kinds in its layers"):

@@ -125,7 +125,9 @@ def compare(plain: pathlib.Path, trained: pathlib.Path, scheme: str, methods: tu
     for method in methods:
         rows = [shuffled[i] for i in range(128)] if calibrate.needs_text(planned, method) else []
         kept = trained / f"after-{method}"
-        made, _ = calibrate.run(model, trees.flatten(params), planned, rows, calibrate.Options(method, True, 32), kept)
+        made, _ = calibrate.run(
+            model, trees.flatten(params), planned, rows, calibrate.CalibrationOptions(method, True, 32), kept
+        )
         found[method] = loss(made)
     found["qat"] = loss(post_training.finish(checkpoints.load(trained).params))
     if not all(np.isfinite(list(found.values()))):

@@ -48,7 +48,7 @@ def quantize_model(
         made = _ggml(params, cell.scheme.removeprefix("ggml "))
     else:
         planned = post_training.plan(params, post_training.rules(cell.scheme, head), "the experiment")
-        options = calibrate.Options(cell.method, True, _BATCH)
+        options = calibrate.CalibrationOptions(cell.method, True, _BATCH)
         rows = rows if calibrate.needs_text(planned, cell.method) else []
         with tempfile.TemporaryDirectory() as finished:
             made, _ = calibrate.run(model, trees.flatten(params), planned, rows, options, pathlib.Path(finished))

@@ -167,7 +167,9 @@ def of_speed(model, params, calibration, tokenizer) -> dict:
     by_name = {"float32": params}
     for scheme in SPEEDS:
         chosen = post_training.rules(scheme, "int8")
-        by_name[scheme] = jax.jit(lambda p, chosen=chosen: post_training.quantize(p, chosen, "the experiment"))(params)
+        by_name[scheme] = jax.jit(lambda p, chosen=chosen: post_training.quantize_params(p, chosen, "the experiment"))(
+            params
+        )
     return measure.speeds(model, by_name, calibration[0]["inputs"][:32].tolist(), 64, 5)
 
 

@@ -9,13 +9,12 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llm_jax import trees
+from llm_jax import trees, weights
 from llm_jax.errors import UserError
 from llm_jax.model.stages import layout
 from llm_jax.model.transformer import Transformer
 from llm_jax.schema import Config, ModelConfig
 from llm_jax.tokenizers import Tokenizer
-from llm_jax.weights import Node
 
 Shardings = Callable[[Any], Any]  # abstract parameters -> a `jax.sharding.Sharding` for every leaf
 
@@ -155,7 +154,7 @@ def arranged(
 
 def cast(params: Any, dtype: str) -> dict[str, Any]:
     """The parameters with arrays in `dtype`; nodes, such as quantized weights, unchanged."""
-    return trees.map_weights(lambda _, w: w if isinstance(w, Node) else w.astype(dtype), params)
+    return trees.map_weights(lambda _, w: weights.cast(w, dtype), params)
 
 
 def check_geometry(own: ModelConfig, config: ModelConfig, name: str) -> None:

@@ -182,7 +182,7 @@ def save(path: pathlib.Path, config: ModelConfig, params: Any, tokenizer: Tokeni
 def _kept_format(parts: list[tuple[names.TensorSpec, Any]]) -> str:
     """The block format that holds a weight without a change, or ""."""
     (spec, weight), *others = parts
-    if others or not isinstance(weight, QTensor):
+    if others or not weights.is_quantized(weight):
         return ""
     return gguf_blocks.block_format(weight, spec.transposed) or ""
 

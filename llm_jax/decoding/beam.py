@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llm_jax import weights
 from llm_jax.decoding import loop
 from llm_jax.decoding.loop import Generated, Rules, Stop
 from llm_jax.decoding.options import Options
 from llm_jax.decoding.samplers import History
-from llm_jax.model.attention import Cache, Tokens
+from llm_jax.model.attention import KVCache, Tokens
 from llm_jax.model.transformer import Transformer
 
 # Letters of shapes: B batch, G groups, K beams a group, C candidates, R rows = B G K, N new tokens, V vocabulary.
@@ -55,7 +56,7 @@ class Texts:
 class State:
     """`running` texts have `time` tokens each, `logits` (R, V) are those of their next."""
 
-    cache: Cache
+    cache: KVCache
     history: History
     logits: jax.Array
     time: jax.Array
@@ -129,14 +130,14 @@ def _start(
     first = dataclasses.replace(nothing, total=nothing.total.at[:, :, 0].set(0.0))  # the others would be its copies
     logits = loop.last_logits(model, params, x_BPD, lengths)
     rows = jax.tree.map(lambda x: x[every], (cache.tokens, cache.layers, history, logits))
-    return State(Cache(rows[0], cache.index, rows[1]), rows[2], rows[3], jnp.int32(0), first, nothing)
+    return State(KVCache(rows[0], cache.index, rows[1]), rows[2], rows[3], jnp.int32(0), first, nothing)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
 def _advance(model: Transformer, params: Any, rules: Rules, goal: Goal, state: State, until: jax.Array) -> State:
     """Goes on until the texts have `until` tokens or no better can come."""
     b, groups, beams = state.running.total.shape
-    params = loop.repeated(params, groups * beams)
+    params = weights.repeat_rows(params, groups * beams)
 
     def going(s: State) -> jax.Array:
         return (s.time < until) & ~jnp.all(_finished(s, goal))
@@ -180,7 +181,7 @@ def _advance(model: Transformer, params: Any, rules: Rules, goal: Goal, state: S
         ids = jnp.take_along_axis(token, taken, -1).reshape(-1)
         tokens_R, layers, history = jax.tree.map(lambda x: x[rows], (s.cache.tokens, s.cache.layers, s.history))
         where = Tokens(history.length[:, None], jnp.ones_like(ids)[:, None])
-        cache = Cache(tokens_R, s.cache.index, layers)
+        cache = KVCache(tokens_R, s.cache.index, layers)
         logits, cache = loop.apply(model, params, ids[:, None], where, cache)
         history = loop.append(history, ids, jnp.ones_like(ids, bool))
         return State(cache, history, logits[:, 0], s.time + 1, running, ended)

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from llm_jax import tokenizers
+from llm_jax import tokenizers, weights
 from llm_jax.decoding import beam, contrastive, loop, speculative, stops
 from llm_jax.decoding.loop import Generated
 from llm_jax.decoding.options import PROMPT, Options
@@ -66,7 +66,7 @@ def complete(
         )
     else:
         rows = [prompt for prompt in ids for _ in range(options.n)]
-        params = loop.repeated(params, options.n)
+        params = weights.repeat_rows(params, options.n)
         common["seeds"] = [(options.seed + i) % 2**32 for i in range(len(rows))]
         if options.method == "speculative":
             if options.draft != PROMPT and draft is None:

@@ -12,10 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from llm_jax import weights
 from llm_jax.decoding import loop
 from llm_jax.decoding.loop import Decoding, Generated, Rules, Stop
 from llm_jax.decoding.samplers import Sampler, argmax
-from llm_jax.model.attention import Cache, Tokens
+from llm_jax.model.attention import KVCache, Tokens
 from llm_jax.model.transformer import Transformer
 
 # Letters of shapes: B batch, P padded prompt, S slots, K candidates, D width, V vocabulary.
@@ -73,7 +74,7 @@ def _start(model: Transformer, room: int, params: Any, prompts_BP: jax.Array, le
 def _advance(
     model: Transformer, params: Any, rules: Rules, k: int, alpha: jax.Array, state: State, until: jax.Array
 ) -> State:
-    repeated = loop.repeated(params, k)
+    repeated = weights.repeat_rows(params, k)
 
     def going(s: State) -> jax.Array:
         return (s.decoding.time < until) & ~jnp.all(s.decoding.done)
@@ -87,7 +88,7 @@ def _advance(
         slots, layers = jax.tree.map(lambda x: x[every], (d.cache.tokens, d.cache.layers))
         where = Tokens(d.history.length[every][:, None], (~d.done).astype(jnp.int32)[every][:, None])
         x_RD, cache = loop.apply(
-            model, repeated, candidates.reshape(-1, 1), where, Cache(slots, d.cache.index, layers), method="features"
+            model, repeated, candidates.reshape(-1, 1), where, KVCache(slots, d.cache.index, layers), method="features"
         )
         new_BKD = _unit(x_RD[:, 0]).reshape(b, k, -1)
         likeness = jnp.einsum("bkd,bsd->bks", new_BKD, s.said)
@@ -98,7 +99,7 @@ def _advance(
         slots, layers = jax.tree.map(lambda x: x[rows], (cache.tokens, cache.layers))
         logits = loop.apply(model, params, x_RD[rows], method="logits")[:, 0]
         said = jax.lax.dynamic_update_slice(s.said, new_BKD[jnp.arange(b), best][:, None], (0, d.cache.index, 0))
-        return State(loop.after(d, rules, ids, logits, Cache(slots, cache.index, layers)), said)
+        return State(loop.after(d, rules, ids, logits, KVCache(slots, cache.index, layers)), said)
 
     return jax.lax.while_loop(going, step, state)
 

@@ -20,9 +20,8 @@ import numpy as np
 from llm_jax import trees
 from llm_jax.decoding.samplers import History, Sampler
 from llm_jax.errors import UserError
-from llm_jax.model.attention import Cache, Tokens
+from llm_jax.model.attention import KVCache, Tokens
 from llm_jax.model.transformer import Transformer, check_length, init_cache
-from llm_jax.weights import Adapted
 
 # Letters of shapes: B batch, P padded prompt, S slots, N new tokens, A alternatives, V vocabulary.
 
@@ -82,7 +81,7 @@ class Decoding:
     `logits` (B, V) are those of the next token, `time` () the tokens drawn so far; alternatives (B, N, A).
     """
 
-    cache: Cache
+    cache: KVCache
     history: History
     logits: jax.Array
     time: jax.Array
@@ -172,21 +171,6 @@ def unrolled(model: Transformer, params: Any) -> tuple[Transformer, Any]:
     return model.clone(config=dataclasses.replace(model.config, scan_layers=False)), trees.unstack(params)
 
 
-def repeated(params: Any, count: int) -> Any:
-    """Parameters for `count` rows in place of each one: rows of a batch may use different adapters (`lora.mix`).
-
-    Args:
-      params: those of `unrolled`.
-    """
-
-    def one(w: Any) -> Any:
-        if not isinstance(w, Adapted) or w.scale.ndim < 2:
-            return w
-        return dataclasses.replace(w, scale=jnp.repeat(w.scale, count, 0))
-
-    return jax.tree.map(one, params, is_leaf=lambda w: isinstance(w, Adapted))
-
-
 def make_rules(
     model: Transformer,
     sampler: Sampler,
@@ -221,7 +205,7 @@ def padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
 
 def prefill(
     model: Transformer, params: Any, prompts_BP: jax.Array, lengths: jax.Array, slots: int
-) -> tuple[jax.Array, Cache]:
+) -> tuple[jax.Array, KVCache]:
     """Padded prompts -> (features (B, P, D), a cache of `slots`). For use under `jax.jit`."""
     b, p = prompts_BP.shape
     count = jnp.broadcast_to(jnp.arange(p, dtype=jnp.int32), (b, p))
@@ -280,7 +264,7 @@ def advance(model: Transformer, params: Any, rules: Rules, state: Decoding, unti
     return jax.lax.while_loop(going, step, state)
 
 
-def after(s: Decoding, rules: Rules, ids: jax.Array, logits: jax.Array, cache: Cache) -> Decoding:
+def after(s: Decoding, rules: Rules, ids: jax.Array, logits: jax.Array, cache: KVCache) -> Decoding:
     """The state once ids (B,) were chosen: `logits` and `cache` are those after them."""
     logs_BV = jax.nn.log_softmax(s.logits.astype(jnp.float32))
     best, best_ids = jax.lax.top_k(logs_BV, s.alternative_ids.shape[-1])

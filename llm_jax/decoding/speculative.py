@@ -20,7 +20,7 @@ from llm_jax.decoding import loop
 from llm_jax.decoding.loop import Generated, Rules, Stop
 from llm_jax.decoding.samplers import History, Sampler, draw
 from llm_jax.errors import UserError
-from llm_jax.model.attention import Cache, Tokens
+from llm_jax.model.attention import KVCache, Tokens
 from llm_jax.model.transformer import Transformer
 
 # Letters of shapes: B batch, P padded prompt, S slots, K guesses, N new tokens, V vocabulary.
@@ -36,8 +36,8 @@ class State:
     The caches hold all tokens of the history but the last. `rounds` () counts the model's passes.
     """
 
-    cache: Cache
-    guesser: Cache | None
+    cache: KVCache
+    guesser: KVCache | None
     history: History
     rounds: jax.Array
     ids: jax.Array
@@ -111,7 +111,7 @@ def _start(
     b, p = prompts_BP.shape
     slots = p + room + guesses + 1  # a last round may guess past the end
 
-    def filled(of: Transformer, weights: Any) -> Cache:
+    def filled(of: Transformer, weights: Any) -> KVCache:
         _, cache = loop.prefill(of, weights, prompts_BP, lengths, slots)
         return dataclasses.replace(cache, index=lengths - 1)
 

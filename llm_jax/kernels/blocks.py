@@ -15,7 +15,7 @@ import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
-class Format:
+class BlockFormat:
     """One format.
 
     Attributes:
@@ -159,26 +159,26 @@ def _to_q4_1(x: np.ndarray) -> np.ndarray:
     return np.concatenate([d.astype(np.float16).view(np.uint8), low.astype(np.float16).view(np.uint8), _packed(q)], -1)
 
 
-def _plain(code: int, dtype: type | np.dtype) -> Format:
+def _plain(code: int, dtype: type | np.dtype) -> BlockFormat:
     def read(b: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(b).view(dtype).astype(np.float32)
 
     def write(x: np.ndarray) -> np.ndarray:
         return x.astype(dtype).view(np.uint8)
 
-    return Format(code, 1, np.dtype(dtype).itemsize, read, write)
+    return BlockFormat(code, 1, np.dtype(dtype).itemsize, read, write)
 
 
 FORMATS = {
     "F32": _plain(0, np.float32),
     "F16": _plain(1, np.float16),
     "BF16": _plain(30, ml_dtypes.bfloat16),
-    "Q4_0": Format(2, 32, 18, _q4_0, _to_q4_0),
-    "Q4_1": Format(3, 32, 20, _q4_1, _to_q4_1),
-    "Q5_0": Format(6, 32, 22, _q5_0),
-    "Q5_1": Format(7, 32, 24, _q5_1),
-    "Q8_0": Format(8, 32, 34, _q8_0, _to_q8_0),
-    "Q4_K": Format(12, 256, 144, _q4_k),
-    "Q5_K": Format(13, 256, 176, _q5_k),
-    "Q6_K": Format(14, 256, 210, _q6_k),
+    "Q4_0": BlockFormat(2, 32, 18, _q4_0, _to_q4_0),
+    "Q4_1": BlockFormat(3, 32, 20, _q4_1, _to_q4_1),
+    "Q5_0": BlockFormat(6, 32, 22, _q5_0),
+    "Q5_1": BlockFormat(7, 32, 24, _q5_1),
+    "Q8_0": BlockFormat(8, 32, 34, _q8_0, _to_q8_0),
+    "Q4_K": BlockFormat(12, 256, 144, _q4_k),
+    "Q5_K": BlockFormat(13, 256, 176, _q5_k),
+    "Q6_K": BlockFormat(14, 256, 210, _q6_k),
 }

@@ -53,7 +53,7 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 @dataclasses.dataclass(frozen=True)
-class Format:
+class NumberFormat:
     """The values that codes have.
 
     Attributes:
@@ -75,17 +75,17 @@ class Format:
 
 
 FORMATS = {
-    "int8": Format(8, -128, 127, dtype="int8"),
-    "int4": Format(4, -8, 7),
-    "int2": Format(2, -2, 1),
-    "uint8": Format(8, 0, 255),
-    "uint4": Format(4, 0, 15),
-    "uint2": Format(2, 0, 3),
-    "nf4": Format(4, -1, 1, _normal_float()),
-    "dynamic8": Format(8, -1, 1, _dynamic_tree()),
-    "e2m1": Format(4, -6, 6, (*_E2M1, *(-v for v in _E2M1))),
-    "e4m3": Format(8, -448, 448, dtype="float8_e4m3fn"),
-    "e5m2": Format(8, -57344, 57344, dtype="float8_e5m2"),
+    "int8": NumberFormat(8, -128, 127, dtype="int8"),
+    "int4": NumberFormat(4, -8, 7),
+    "int2": NumberFormat(2, -2, 1),
+    "uint8": NumberFormat(8, 0, 255),
+    "uint4": NumberFormat(4, 0, 15),
+    "uint2": NumberFormat(2, 0, 3),
+    "nf4": NumberFormat(4, -1, 1, _normal_float()),
+    "dynamic8": NumberFormat(8, -1, 1, _dynamic_tree()),
+    "e2m1": NumberFormat(4, -6, 6, (*_E2M1, *(-v for v in _E2M1))),
+    "e4m3": NumberFormat(8, -448, 448, dtype="float8_e4m3fn"),
+    "e5m2": NumberFormat(8, -57344, 57344, dtype="float8_e5m2"),
 }
 
 
@@ -289,7 +289,7 @@ def _unpacked(codes: jax.Array, s: Scheme, axis: int) -> jax.Array:
     return jnp.concatenate([(grouped >> (i * bits)) & (2**bits - 1) for i in range(per_byte)], axis)
 
 
-def _values(codes: jax.Array, f: Format) -> jax.Array:
+def _values(codes: jax.Array, f: NumberFormat) -> jax.Array:
     if f.values:
         return jnp.asarray(f.values, jnp.float32)[codes]
     return codes.astype(jnp.float32) + (f.low if f.bits < 8 else 0.0)

@@ -85,7 +85,7 @@ def _folded(weight: Adapted | Decomposed) -> tuple[Any, tuple[jax.Array, ...]]:
     merged, q = weight.dense(), (weight.weight if isinstance(weight, Decomposed) else weight).base
     if not isinstance(q, QTensor):
         return merged, ()
-    again = quantized.quantize(merged, q.scheme, q.axis)
+    again = quantized.to_qtensor(merged, q.scheme, q.axis)
     lost, added = weights.dense(again) - merged, merged - weights.dense(q)
     return again, (jnp.sum(jnp.square(lost)), jnp.sum(jnp.square(added)))
 

@@ -32,7 +32,7 @@ class Tokens:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Cache:
+class KVCache:
     """Keys and values of the tokens so far, for `slots` tokens a row.
 
     Attributes:
@@ -111,7 +111,7 @@ class Attention(Module):
         Args:
           queries: where the tokens of x stand.
           keys: where all keys stand: `queries` itself without a cache, else the cache's slots.
-          cache: keys and values of (B, S, K, H), see `Cache`, or None.
+          cache: keys and values of (B, S, K, H), see `KVCache`, or None.
           index: int32 () or (B,), the slot that the first token of x goes to.
         """
         c = self.config

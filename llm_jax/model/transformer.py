@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from llm_jax import trees, weights
 from llm_jax.errors import UserError
 from llm_jax.model import positions
-from llm_jax.model.attention import Attention, Cache, Tokens, write
+from llm_jax.model.attention import Attention, KVCache, Tokens, write
 from llm_jax.model.layers import MLP, Module, Norm
 from llm_jax.model.stages import layout, stages
 from llm_jax.schema import ModelConfig, choice
@@ -182,7 +182,7 @@ class Transformer(Module):
         if c.pooler:
             self.pooler = Pooler(c)
 
-    def __call__(self, tokens_BT: jax.Array, where: Tokens | None = None, cache: Cache | None = None) -> Any:
+    def __call__(self, tokens_BT: jax.Array, where: Tokens | None = None, cache: KVCache | None = None) -> Any:
         """int32 (B, T) -> logits (B, T, V); with a cache, (logits, updated cache). See `features`."""
         x_BTD, updated = self.features(tokens_BT, where, cache)
         logits = self.logits(x_BTD)
@@ -194,9 +194,9 @@ class Transformer(Module):
         self,
         tokens_BT: jax.Array,
         where: Tokens | None = None,
-        cache: Cache | None = None,
+        cache: KVCache | None = None,
         types_BT: jax.Array | None = None,
-    ) -> tuple[jax.Array, Cache | None]:
+    ) -> tuple[jax.Array, KVCache | None]:
         """int32 (B, T) -> (final normed features (B, T, D) in the compute dtype, updated cache or None).
 
         Args:
@@ -214,7 +214,7 @@ class Transformer(Module):
         x_BTD, of_layers = self.layers(x_BTD, where, keys, bias, of_layers, index)
         if self.config.norm_placement != "post":
             x_BTD = self.final_norm(x_BTD)
-        return x_BTD, cache and Cache(keys, cache.index + tokens_BT.shape[1], of_layers)
+        return x_BTD, cache and KVCache(keys, cache.index + tokens_BT.shape[1], of_layers)
 
     def pooled(self, x_BTD: jax.Array) -> jax.Array:
         """Features (B, T, D) -> what the pooler makes of the first token, (B, D)."""
@@ -241,7 +241,7 @@ def consecutive(tokens_BT: jax.Array) -> Tokens:
     return Tokens(count, jnp.ones_like(count))
 
 
-def init_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
+def init_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
     """An empty cache for `batch` rows of up to `slots` tokens, in the form of `model.kv_cache`."""
     shape = (batch, slots, config.num_kv_heads)
     parts = {"": (positions.head_dim(config), config.precision.compute)}
@@ -264,7 +264,7 @@ def init_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
         else:
             layers[str(i)] = layer()
     nothing = jnp.zeros((batch, slots), jnp.int32)
-    return Cache(Tokens(nothing, nothing), jnp.int32(0), layers)
+    return KVCache(Tokens(nothing, nothing), jnp.int32(0), layers)
 
 
 def cache_bytes(config: ModelConfig, batch: int, slots: int) -> int:

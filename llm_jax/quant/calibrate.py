@@ -26,8 +26,7 @@ from llm_jax.model.attention import Tokens
 from llm_jax.model.stages import layer_kinds
 from llm_jax.model.transformer import Layer, Transformer
 from llm_jax.quant import methods, partial
-from llm_jax.quant.post_training import Row as Line
-from llm_jax.quant.post_training import axis
+from llm_jax.quant.post_training import WeightSummary, axis
 from llm_jax.schema import Config, ModelConfig
 from llm_jax.tokenizers import Tokenizer
 from llm_jax.weights import Node, quantized
@@ -36,7 +35,7 @@ from llm_jax.weights import Node, quantized
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class CalibrationOptions:
     """Of a run.
 
     Attributes:
@@ -87,9 +86,9 @@ def run(
     flat: dict[str, Any],
     planned: Mapping[str, str],
     rows: Sequence[Row],
-    options: Options,
+    options: CalibrationOptions,
     finished: pathlib.Path,
-) -> tuple[dict[str, Any], list[Line]]:
+) -> tuple[dict[str, Any], list[WeightSummary]]:
     """(quantized parameters, a line of the table per weight).
 
     Args:
@@ -106,7 +105,7 @@ def run(
     for path in list(flat):
         name = "/".join(path.split("/")[:2]) if path.startswith("layers/") else ""
         by_layer.setdefault(name, {})[path] = flat.pop(path)
-    lines: list[Line] = []
+    lines: list[WeightSummary] = []
     made: dict[str, Any] = {}
     outside = by_layer.pop("", {})
     for path, w in tqdm(outside.items(), "tables and head", leave=False, delay=2, disable=None):
@@ -121,7 +120,7 @@ def run(
         if place.exists():
             tree, said = partial.read(place)
             layer = trees.flatten(tree)
-            found = [Line(**{**line, "shape": tuple(line["shape"])}) for line in said]
+            found = [WeightSummary(**{**line, "shape": tuple(line["shape"])}) for line in said]
         else:
             layer, found = _layer(model.config, kind, name, by_layer.pop(name), planned, streams, options)
             partial.write(place, trees.unflatten(layer), [dataclasses.asdict(line) for line in found])
@@ -142,8 +141,8 @@ def _layer(
     flat: Mapping[str, Any],
     planned: Mapping[str, str],
     streams: list[dict[str, Any]],
-    options: Options,
-) -> tuple[dict[str, Any], list[Line]]:
+    options: CalibrationOptions,
+) -> tuple[dict[str, Any], list[WeightSummary]]:
     """The quantized weights of one layer: {path: weight}, and their lines."""
     local = trees.unflatten({path.removeprefix(f"{name}/"): w for path, w in flat.items()})
     watched = tuple(path.removeprefix(f"{name}/") for path in flat if planned[path])
@@ -158,15 +157,19 @@ def _layer(
     return made, lines
 
 
-def _one(path: str, w: Any, scheme: str, inputs: methods.Inputs | None, options: Options) -> tuple[Any, Line]:
+def _one(
+    path: str, w: Any, scheme: str, inputs: methods.Inputs | None, options: CalibrationOptions
+) -> tuple[Any, WeightSummary]:
     """A weight by its scheme ("": as it is), and its line."""
     if not scheme:
-        return w, Line(path, "", tuple(w.shape), quantized.bits_per_weight(w), quantized.num_bytes(w), 0.0)
+        return w, WeightSummary(path, "", tuple(w.shape), quantized.bits_per_weight(w), quantized.num_bytes(w), 0.0)
     method = options.method if inputs is not None or not methods.METHODS[options.method][1] else "mse"
     q = _quantize(w.astype(jnp.float32), inputs, method, scheme, axis(path), options.act_order)
     error, output = jax.device_get(_errors(w, q, inputs))
     shown = None if inputs is None else float(output)
-    return q, Line(path, scheme, q.shape, quantized.bits_per_weight(q), quantized.num_bytes(q), float(error), shown)
+    return q, WeightSummary(
+        path, scheme, q.shape, quantized.bits_per_weight(q), quantized.num_bytes(q), float(error), shown
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))

@@ -71,7 +71,7 @@ def objective(w: jax.Array, q: QTensor, inputs: Inputs) -> jax.Array:
 
 def absmax(w: jax.Array, scheme: str, axis: int, inputs: Inputs | None, act_order: bool) -> QTensor:
     """Scales that reach the largest number of every group."""
-    return quantized.quantize(w, scheme, axis, input_scale=_input_scale(scheme, inputs))
+    return quantized.to_qtensor(w, scheme, axis, input_scale=_input_scale(scheme, inputs))
 
 
 def percentile(w: jax.Array, scheme: str, axis: int, inputs: Inputs | None, act_order: bool) -> QTensor:
@@ -91,13 +91,13 @@ def percentile(w: jax.Array, scheme: str, axis: int, inputs: Inputs | None, act_
     clipped = None
     if s.activations == "static" and inputs is not None:
         clipped = inputs.clipped / inputs.batches / 127
-    return quantized.quantize(w, scheme, axis, scale=scale, offset=offset, input_scale=clipped)
+    return quantized.to_qtensor(w, scheme, axis, scale=scale, offset=offset, input_scale=clipped)
 
 
 def mse(w: jax.Array, scheme: str, axis: int, inputs: Inputs | None, act_order: bool) -> QTensor:
     """Scales with the least squared error of every group, by search over clipping."""
     scale, offset = clip(w, number_formats.scheme(scheme), axis)
-    return quantized.quantize(w, scheme, axis, scale=scale, offset=offset, input_scale=_input_scale(scheme, inputs))
+    return quantized.to_qtensor(w, scheme, axis, scale=scale, offset=offset, input_scale=_input_scale(scheme, inputs))
 
 
 def clip(
@@ -148,7 +148,7 @@ def smoothquant(w: jax.Array, scheme: str, axis: int, inputs: Inputs | None, act
     assert inputs is not None
     t = jnp.sqrt(jnp.maximum(inputs.largest, 1e-5)) / jnp.sqrt(jnp.maximum(jnp.max(jnp.abs(w), 1), 1e-5))
     smooth = _smooth(t)
-    return quantized.quantize(w, scheme, axis, smooth=smooth, input_scale=_input_scale(scheme, inputs, smooth))
+    return quantized.to_qtensor(w, scheme, axis, smooth=smooth, input_scale=_input_scale(scheme, inputs, smooth))
 
 
 def awq(w: jax.Array, scheme: str, axis: int, inputs: Inputs | None, act_order: bool) -> QTensor:
@@ -168,7 +168,7 @@ def awq(w: jax.Array, scheme: str, axis: int, inputs: Inputs | None, act_order: 
             importance = (jnp.diag(inputs.gram) * squared)[:, None] + 1e-12
             scale, offset = clip(w / smooth.astype(jnp.float32)[:, None], s, axis, importance)
         input_scale = _input_scale(scheme, inputs, smooth)
-        return quantized.quantize(w, scheme, axis, scale=scale, offset=offset, smooth=smooth, input_scale=input_scale)
+        return quantized.to_qtensor(w, scheme, axis, scale=scale, offset=offset, smooth=smooth, input_scale=input_scale)
 
     errors = jax.lax.map(lambda a: jnp.sum(objective(w, smoothed(a, False), inputs)), jnp.asarray(_ALPHAS))
     alpha = jnp.asarray(_ALPHAS)[jnp.argmin(errors)]

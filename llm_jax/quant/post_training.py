@@ -66,7 +66,7 @@ def axis(path: str) -> int:
     return OUT if path.startswith("embed/") else IN
 
 
-def quantize(params: Any, chosen: Rules, source: str) -> dict[str, Any]:
+def quantize_params(params: Any, chosen: Rules, source: str) -> dict[str, Any]:
     """Every weight rounded to its scheme with scales that reach its largest numbers. Works under `jit`.
 
     Outside of it, what lies between a weight and its codes is there of one weight at a time.
@@ -89,7 +89,7 @@ def quantize(params: Any, chosen: Rules, source: str) -> dict[str, Any]:
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _rounded(weight: jax.Array, scheme: str, axis: int, stacked: bool) -> QTensor:
     """Of stacked layers one after the other: at once NF4 takes twice their size beside them."""
-    one = functools.partial(quantized.quantize, scheme=scheme, axis=axis)
+    one = functools.partial(quantized.to_qtensor, scheme=scheme, axis=axis)
     return jax.lax.map(one, weight) if stacked else one(weight)
 
 
@@ -97,7 +97,7 @@ def base(params: Any, config: QuantConfig) -> Any:
     """The frozen base of adapters under `quant.scheme`; as it is where that is "" or it came quantized."""
     if not config.scheme:
         return params
-    return quantize(params, rules(config.scheme, config.head, config.rules), "quant")
+    return quantize_params(params, rules(config.scheme, config.head, config.rules), "quant")
 
 
 def finish(params: Any) -> dict[str, Any]:
@@ -107,6 +107,11 @@ def finish(params: Any) -> dict[str, Any]:
         return node.quantized() if isinstance(node, FakeQuant) else node
 
     return jax.tree.map(one, params, is_leaf=lambda node: isinstance(node, FakeQuant))
+
+
+def is_quantization_aware(params: Any) -> bool:
+    """Whether the parameters were trained under `quant.qat`: whether any weight is a `FakeQuant`."""
+    return any(isinstance(weight, FakeQuant) for weight in trees.flatten(params).values())
 
 
 def check_finite(params: Any, source: str) -> None:
@@ -124,7 +129,7 @@ def unsupported(name: str) -> str:
     input_scale = jnp.float32(1) if s.activations == "static" else None
 
     def product(w: jax.Array, x: jax.Array) -> jax.Array:
-        return weights.dot(x, quantized.quantize(w, name, IN, input_scale=input_scale))
+        return weights.dot(x, quantized.to_qtensor(w, name, IN, input_scale=input_scale))
 
     try:
         jax.block_until_ready(jax.jit(product)(jnp.ones((size, 32)), jnp.ones((2, size))))
@@ -150,7 +155,7 @@ def runnable(params: Any, planned: dict[str, str], fallback: str) -> dict[str, s
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class WeightSummary:
     """What became of one weight: of the table that `llm_jax.quantize` prints.
 
     Attributes:
@@ -167,16 +172,18 @@ class Row:
     output_error: float | None = None
 
 
-def lines(params: Any) -> list[Row]:
-    """A row for every weight as it stands, with no errors: there is nothing to compare it with."""
+def lines(params: Any) -> list[WeightSummary]:
+    """A summary of every weight as it stands, with no errors: there is nothing to compare it with."""
     found = trees.flatten(params).items()
     return [
-        Row(path, getattr(w, "scheme", ""), tuple(w.shape), quantized.bits_per_weight(w), quantized.num_bytes(w), 0.0)
+        WeightSummary(
+            path, getattr(w, "scheme", ""), tuple(w.shape), quantized.bits_per_weight(w), quantized.num_bytes(w), 0.0
+        )
         for path, w in found
     ]
 
 
-def table(rows: list[Row]) -> str:
+def table(rows: list[WeightSummary]) -> str:
     """A line per weight, and the sums."""
     head = f"{'weight':<32} {'scheme':<16} {'shape':<16} {'bits':>7} {'error':>8} {'output':>8} {'bytes':>12}"
     lines = [

@@ -17,11 +17,10 @@ import optax
 from jax.sharding import NamedSharding
 from optax import contrib
 
-from llm_jax import trees
+from llm_jax import trees, weights
 from llm_jax.errors import UserError
 from llm_jax.parallel import mesh as mesh_lib
 from llm_jax.schema import OptimConfig, choice
-from llm_jax.weights import FakeQuant
 
 
 class Rule(NamedTuple):
@@ -195,9 +194,10 @@ def _decay(rates: dict[str, float]) -> optax.GradientTransformation:
     """Adds rate * parameter to the updates (Loshchilov and Hutter 2019, arXiv:1711.05101)."""
 
     def add(path: str, update: Any, params: Any) -> Any:
-        if isinstance(params, FakeQuant):  # steps that are learned do not decay
-            return dataclasses.replace(update, weight=add(path, update.weight, params.weight))
-        return jax.tree.map(lambda u, p: u + rates[path] * p, update, params) if rates[path] else update
+        if not rates[path]:
+            return update
+        mask = weights.decay_mask(params)
+        return jax.tree.map(lambda u, p, decays: u + rates[path] * p if decays else u, update, params, mask)
 
     return optax.stateless(lambda updates, params: trees.map_weights(add, updates, params))
 

@@ -15,14 +15,13 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from llm_jax import lora, trees
+from llm_jax import lora, trees, weights
 from llm_jax.errors import UserError
 from llm_jax.model.transformer import width_ratio
 from llm_jax.parallel import mesh as mesh_lib
 from llm_jax.quant import post_training, qat
 from llm_jax.schema import Config
 from llm_jax.training import optim
-from llm_jax.weights import Node
 
 Trees = tuple[Any, Any]
 
@@ -51,9 +50,9 @@ class FullTraining:
     def init(self, base: Any, key: jax.Array) -> Trees:
         """(all weights, {}). Raises UserError where a weight of `base` is not a dense array."""
         for path, weight in trees.flatten(base).items():
-            if isinstance(weight, Node):
+            if not weights.is_dense(weight):
                 raise UserError(
-                    f"init_from: '{path}' is a {type(weight).__name__}, and full fine-tuning needs dense weights; "
+                    f"init_from: '{path}' is a {weights.kind(weight)}, and full fine-tuning needs dense weights; "
                     "start from the checkpoint it was made from, or set lora.rank to train adapters over it"
                 )
         return qat.prepare(base, self.config.quant), {}

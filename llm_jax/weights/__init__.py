@@ -1,8 +1,21 @@
 """Weights as typed values: dense arrays, low-rank adapters and quantized codes behind `dot`, `take` and `dense`."""
 
-from llm_jax.weights.low_rank import Adapted, Decomposed, Dropped
-from llm_jax.weights.nodes import NODES, Node, Weight, abstract, dense, dot, partition, take
-from llm_jax.weights.quantized import IN, OUT, FakeQuant, QTensor, bits_per_weight, num_bytes, quantize
+from llm_jax.weights.low_rank import Adapted, Decomposed, Dropped, repeat_rows
+from llm_jax.weights.nodes import (
+    NODES,
+    Node,
+    Weight,
+    abstract,
+    cast,
+    decay_mask,
+    dense,
+    dot,
+    is_dense,
+    kind,
+    partition,
+    take,
+)
+from llm_jax.weights.quantized import IN, OUT, FakeQuant, QTensor, bits_per_weight, is_quantized, num_bytes, to_qtensor
 
 __all__ = [
     "IN",
@@ -17,10 +30,16 @@ __all__ = [
     "Weight",
     "abstract",
     "bits_per_weight",
+    "cast",
+    "decay_mask",
     "dense",
     "dot",
+    "is_dense",
+    "is_quantized",
+    "kind",
     "num_bytes",
     "partition",
-    "quantize",
+    "repeat_rows",
     "take",
+    "to_qtensor",
 ]

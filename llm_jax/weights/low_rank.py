@@ -74,6 +74,23 @@ class Adapted(Node):
         )
 
 
+def repeat_rows(params: Any, count: int) -> Any:
+    """Parameters for a batch whose every row is repeated `count` times, as beams or samples of one prompt are.
+
+    Only adapters that differ by batch row (`lora.mix`) change: their `scale` (B, R) becomes (B * count, R).
+
+    Args:
+      params: a tree of weights of any kind, one entry per layer (`trees.unstack`).
+    """
+
+    def repeat(w: Any) -> Any:
+        if not isinstance(w, Adapted) or w.scale.ndim < 2:
+            return w
+        return dataclasses.replace(w, scale=jnp.repeat(w.scale, count, 0))
+
+    return jax.tree.map(repeat, params, is_leaf=lambda w: isinstance(w, Adapted))
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Dropped(Node):

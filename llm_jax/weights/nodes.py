@@ -63,6 +63,10 @@ class Node(abc.ABC):
     @abc.abstractmethod
     def dense(self) -> jax.Array: ...
 
+    def decay_mask(self) -> Any:
+        """The same structure with a bool per leaf: True where weight decay applies. All leaves, unless overridden."""
+        return jax.tree.map(lambda leaf: True, self)
+
     @abc.abstractmethod
     def partition(self, spec: P) -> "Node":
         """The same structure with a PartitionSpec per leaf, given that of the dense array.
@@ -106,6 +110,26 @@ def dense(w: Weight) -> jax.Array:
 def partition(w: Weight, spec: P) -> Any:
     """`w`'s structure with a PartitionSpec for every leaf, from that of the dense array."""
     return w.partition(spec) if isinstance(w, Node) else spec
+
+
+def decay_mask(w: Weight) -> Any:
+    """`w`'s structure with True for every leaf that weight decay applies to; True for an array."""
+    return w.decay_mask() if isinstance(w, Node) else True
+
+
+def is_dense(w: Weight) -> bool:
+    """Whether `w` is a plain array, with full precision and no adapter."""
+    return not isinstance(w, Node)
+
+
+def kind(w: Weight) -> str:
+    """The name of `w`'s kind for messages: "array", or the class of a node, such as "QTensor"."""
+    return type(w).__name__ if isinstance(w, Node) else "array"
+
+
+def cast(w: Weight, dtype: Any) -> Weight:
+    """An array in another dtype; a node unchanged, whose leaves have the dtypes of their formats."""
+    return w if isinstance(w, Node) else w.astype(dtype)
 
 
 def abstract(record: Mapping[str, Any] | None) -> Any:

@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from llm_jax.kernels import matmul, number_formats
-from llm_jax.weights.nodes import Node, dense, dot, partition, take
+from llm_jax.weights.nodes import Node, Weight, decay_mask, dense, dot, partition, take
 
 # Letters of shapes: I in, O out, G groups.
 
@@ -96,7 +96,7 @@ class QTensor(Node):
         return self.codes, dense(self.scale), self.offset
 
 
-def quantize(
+def to_qtensor(
     w: jax.Array,
     scheme: str,
     axis: int,
@@ -123,8 +123,13 @@ def quantize(
     codes = number_formats.encode(w, kept, offset, s, axis)
     if s.scale in number_formats.SCHEMES:
         other = IN + OUT - axis
-        kept = quantize(kept, number_formats.nested(s, kept.shape[other]), other)
+        kept = to_qtensor(kept, number_formats.nested(s, kept.shape[other]), other)
     return QTensor(codes, kept, offset, smooth, input_scale, scheme, axis)
+
+
+def is_quantized(weight: Weight) -> bool:
+    """Whether `weight` is stored as codes of a number format."""
+    return isinstance(weight, QTensor)
 
 
 def num_bytes(weight: Any) -> int:
@@ -202,7 +207,7 @@ class FakeQuant(Node):
 
     def quantized(self) -> QTensor:
         """The QTensor that it has been trained to become."""
-        return quantize(dense(self.weight), self.scheme, self.axis, scale=self.step, input_scale=self.input_scale)
+        return to_qtensor(dense(self.weight), self.scheme, self.axis, scale=self.step, input_scale=self.input_scale)
 
     def dot(self, x: jax.Array, transposed: bool, out_dtype: Any, accumulate: Any) -> jax.Array:
         s = number_formats.scheme(self.scheme)
@@ -215,6 +220,11 @@ class FakeQuant(Node):
 
     def dense(self) -> jax.Array:
         return self._rounded()
+
+    def decay_mask(self) -> "FakeQuant":
+        """The weight decays; learned scales do not."""
+        no: Any = jax.tree.map(lambda leaf: False, (self.step, self.input_scale, self.active))
+        return dataclasses.replace(self, weight=decay_mask(self.weight), step=no[0], input_scale=no[1], active=no[2])
 
     def partition(self, spec: P) -> "FakeQuant":
         parts: dict[str, Any] = {

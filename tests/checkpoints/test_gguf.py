@@ -108,7 +108,7 @@ def test_formats_keep_what_they_can(vocabulary, tmp_path, kind, error):
 @pytest.mark.parametrize(("scheme", "kind"), [("int8:32", "Q8_0"), ("int4", "Q4_0"), ("int4_affine", "Q4_1")])
 def test_codes_go_into_blocks_and_come_back_as_they_are(vocabulary, tmp_path, scheme, kind):
     config, params = small("llama", vocabulary.vocab_size)
-    codes = post_training.quantize(params, post_training.rules(scheme, "int8:32"), "here")
+    codes = post_training.quantize_params(params, post_training.rules(scheme, "int8:32"), "here")
     formats = gguf_model.save(tmp_path / "m.gguf", config, codes, vocabulary, "F16")
     assert formats["blk.0.attn_q.weight"] == kind and formats["token_embd.weight"] == "Q8_0"
     kept = checkpoints.load(tmp_path / "m.gguf", as_stored=True).params
@@ -122,14 +122,16 @@ def test_codes_go_into_blocks_and_come_back_as_they_are(vocabulary, tmp_path, sc
 def test_layers_in_other_formats_come_one_by_one(vocabulary, tmp_path):
     config, params = small("llama", vocabulary.vocab_size)
     chosen = post_training.rules("int4", "int8:32", ((r"layers/0/mlp/.*", "int8:32"),))
-    gguf_model.save(tmp_path / "m.gguf", config, post_training.quantize(params, chosen, "here"), vocabulary, "F16")
+    gguf_model.save(
+        tmp_path / "m.gguf", config, post_training.quantize_params(params, chosen, "here"), vocabulary, "F16"
+    )
     model, kept, _ = checkpoints.load(tmp_path / "m.gguf", scan_layers=True, as_stored=True)
     assert not model.config.scan_layers and kept["layers"]["0"]["mlp"]["up"].scheme == "int8:32"
 
 
 def test_codes_that_no_block_holds_are_expanded(vocabulary, tmp_path):
     config, params = small("llama", vocabulary.vocab_size)
-    codes = post_training.quantize(params, post_training.rules("nf4:32", "int8"), "here")
+    codes = post_training.quantize_params(params, post_training.rules("nf4:32", "int8"), "here")
     assert set(gguf_model.save(tmp_path / "m.gguf", config, codes, vocabulary, "F32").values()) == {"F32"}
     again = trees.flatten(checkpoints.load(tmp_path / "m.gguf", as_stored=True).params)
     for path, weight in trees.flatten(codes).items():

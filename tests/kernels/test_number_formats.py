@@ -128,7 +128,7 @@ def test_bits_per_weight_count_every_scale():
         "fp8_e4m3": 8 + 32 / 1024,
     }
     for name, bits in expected.items():
-        assert weights.bits_per_weight(weights.quantize(w, name, -2)) == bits, name
+        assert weights.bits_per_weight(weights.to_qtensor(w, name, -2)) == bits, name
 
 
 def test_nf4_and_its_scales_are_those_of_bitsandbytes():
@@ -164,7 +164,7 @@ def test_nf4_and_its_scales_are_those_of_bitsandbytes():
 def test_double_quantization_takes_the_scales_of_the_paper():
     """Groups of 64, their scales less the mean in groups of 256 (QLoRA, section 3), one step after the other."""
     w = np.random.default_rng(2).normal(0, 0.1, (256, 512)).astype(np.float32)
-    q = weights.quantize(jnp.asarray(w), "nf4", -2)
+    q = weights.to_qtensor(jnp.asarray(w), "nf4", -2)
     assert q.scale.scheme == "double:256" and q.scale.codes.shape == (4, 512) and q.scale.scale.shape == (4, 2)
     scales = np.abs(w.reshape(4, 64, 512)).max(1)
     np.testing.assert_allclose(q.scale.offset, scales.mean(keepdims=True), rtol=1e-6)

@@ -20,7 +20,7 @@ def base(make):
     """The tiny model with its linear layers in NF4."""
 
     def one(path, w):
-        return quantized.quantize(w, SCHEME, IN) if "attention/" in path or "mlp/" in path else w
+        return quantized.to_qtensor(w, SCHEME, IN) if "attention/" in path or "mlp/" in path else w
 
     return jax.jit(lambda p: trees.map_weights(one, p))(make(**SHAPE)[1])
 
@@ -66,7 +66,7 @@ def test_factors_in_eight_bits_are_what_the_model_sees_and_train_straight_throug
     model, base = make(qk_norm=False)
     settings = cases.config(tiny, factors="int8")
     adapters = cases.made(base, settings)
-    round_trip = lambda w: weights.dense(quantized.quantize(w, "int8", IN))  # noqa: E731
+    round_trip = lambda w: weights.dense(quantized.to_qtensor(w, "int8", IN))  # noqa: E731
     factors = {p: round_trip(x) if p.endswith(("/a", "/b")) else x for p, x in trees.flatten(adapters).items()}
     rounded = lora.rounded(adapters, "int8")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), rounded, trees.unflatten(factors))

@@ -45,7 +45,7 @@ def rows(count, length=24):
 def test_presets_keep_norms_and_put_tables_in_8_bits(make):
     _, params = make()
     planned = post_training.plan(params, post_training.rules("int4:16", "int8"), "here")
-    flat = trees.flatten(post_training.quantize(params, post_training.rules("int4:16", "int8"), "here"))
+    flat = trees.flatten(post_training.quantize_params(params, post_training.rules("int4:16", "int8"), "here"))
     assert {p for p, s in planned.items() if not s} == {p for p in planned if "norm" in p}
     assert flat["embed/table"].scheme == "int8" and flat["embed/table"].axis == quantized.OUT
     up = flat["layers/0:2/0::1/mlp/up"]
@@ -79,7 +79,7 @@ def test_presets_keep_norms_and_put_tables_in_8_bits(make):
 )
 def test_rules_that_do_not_fit_are_refused(make, chosen, said):
     with pytest.raises(UserError, match=said):
-        post_training.quantize(make()[1], chosen, "here")
+        post_training.quantize_params(make()[1], chosen, "here")
 
 
 @pytest.mark.parametrize("scheme", ["nf4:32", "int4:32", "int8"])
@@ -87,8 +87,10 @@ def test_stacked_layers_are_rounded_one_after_the_other(scheme):
     """To the same numbers, with a copy of the stack at most (at once NF4 takes two)."""
     layers = jax.random.normal(jax.random.key(0), (16, 64, 96))
     path = "layers/0:16/0::1/mlp/up"
-    stacked = trees.flatten(post_training.quantize(trees.unflatten({path: layers}), ((".*", scheme),), "rules"))[path]
-    at_once = jax.jit(quantized.quantize, static_argnums=(1, 2))(layers, scheme, quantized.IN)
+    stacked = trees.flatten(post_training.quantize_params(trees.unflatten({path: layers}), ((".*", scheme),), "rules"))[
+        path
+    ]
+    at_once = jax.jit(quantized.to_qtensor, static_argnums=(1, 2))(layers, scheme, quantized.IN)
     jax.tree.map(np.testing.assert_array_equal, stacked, at_once)
     taken = [
         post_training._rounded.lower(layers, scheme, quantized.IN, stacked)
@@ -102,9 +104,9 @@ def test_stacked_layers_are_rounded_one_after_the_other(scheme):
 
 def test_what_is_quantized_already_and_what_is_no_number_is_refused(make):
     _, params = make()
-    once = post_training.quantize(params, post_training.rules("int8", "int8"), "here")
+    once = post_training.quantize_params(params, post_training.rules("int8", "int8"), "here")
     with pytest.raises(UserError, match="'embed/table' is quantized already"):
-        post_training.quantize(once, post_training.rules("int4:16", "int8"), "here")
+        post_training.quantize_params(once, post_training.rules("int4:16", "int8"), "here")
     post_training.check_finite(once, "here")
     bad = trees.map_weights(lambda p, w: w.at[0].set(jnp.nan) if p == "final_norm/scale" else w, params)
     with pytest.raises(UserError, match="here: 'final_norm/scale' has numbers that are infinite or undefined"):
@@ -142,7 +144,7 @@ def test_calibration_sees_what_weights_are_multiplied_by(single):
 def test_an_interrupted_calibration_goes_on_and_ends_the_same(single, tmp_path, monkeypatch):
     model, params = single
     planned = post_training.plan(params, post_training.rules("int4:16", "int8"), "here")
-    options = calibrate.Options("gptq", True, 2)
+    options = calibrate.CalibrationOptions("gptq", True, 2)
     whole, lines = calibrate.run(model, trees.flatten(params), planned, rows(4), options, tmp_path / "a")
     layer = calibrate._layer
     calls = []

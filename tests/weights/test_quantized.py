@@ -23,7 +23,7 @@ def normal(i, *shape):
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def made(w, scheme, axis) -> QTensor:
-    return quantized.quantize(w, scheme, axis, input_scale=jnp.float32(0.02) if "static" in scheme else None)
+    return quantized.to_qtensor(w, scheme, axis, input_scale=jnp.float32(0.02) if "static" in scheme else None)
 
 
 @jax.jit
@@ -114,7 +114,7 @@ def test_a_fake_that_is_not_active_is_the_weight():
 def test_smoothing_leaves_the_product_as_it_is():
     w, x = normal(0, 64, 24), normal(1, 5, 64)
     smooth = jnp.exp2(jnp.arange(64) % 5 - 2.0).astype(jnp.float16)
-    q = quantized.quantize(w, "int8", IN, smooth=smooth)
+    q = quantized.to_qtensor(w, "int8", IN, smooth=smooth)
     np.testing.assert_allclose(
         q.dense(), smooth[:, None] * number_formats.decode(*q._codes(), number_formats.scheme("int8"), IN)
     )
