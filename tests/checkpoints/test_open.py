@@ -13,7 +13,7 @@ import pytest
 import llm_jax
 from llm_jax import checkpoints, configuration, lora, tokenizers, trees
 from llm_jax.checkpoints import gguf_model, huggingface, peft
-from llm_jax.checkpoints.base import on_default_device
+from llm_jax.checkpoints.checkpoint import on_default_device
 from llm_jax.errors import UserError
 from llm_jax.quant import post_training
 from llm_jax.tokenizers.byte import ByteTokenizer
