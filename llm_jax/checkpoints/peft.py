@@ -16,8 +16,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from llm_jax import checkpoints, files, lora, trees, weights
-from llm_jax.checkpoints import assemble, hub
-from llm_jax.checkpoints.base import Checkpoint, Loaded, Shardings, arranged, on_default_device
+from llm_jax.checkpoints import assemble, location
+from llm_jax.checkpoints.checkpoint import Checkpoint, Loaded, Shardings, arranged, on_default_device
 from llm_jax.checkpoints.families import FAMILIES
 from llm_jax.checkpoints.huggingface import write_safetensors
 from llm_jax.checkpoints.names import TensorSpec
@@ -74,7 +74,7 @@ class Peft(Checkpoint):
         """
         name = base_name(self.path)
         try:
-            return checkpoints.open(name if hub.is_remote(name) or pathlib.Path(name).exists() else f"hf:{name}")
+            return checkpoints.open(name if location.is_remote(name) or pathlib.Path(name).exists() else f"hf:{name}")
         except UserError as error:
             raise self._unreadable(error) from error
 

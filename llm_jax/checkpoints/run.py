@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 
 from llm_jax import configuration, files, tokenizers, trees, weights
 from llm_jax.checkpoints import families, manifest
-from llm_jax.checkpoints.base import Checkpoint, Shardings, abstract_params, arranged
+from llm_jax.checkpoints.checkpoint import Checkpoint, Shardings, abstract_params, arranged
 from llm_jax.errors import UserError
 from llm_jax.model.transformer import Transformer
 from llm_jax.schema import Config, ModelConfig

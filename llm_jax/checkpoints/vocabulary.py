@@ -1,10 +1,10 @@
-"""Tokenizers by name: of a checkpoint, or in a directory or file of their own."""
+"""Tokenizers by name: that of a checkpoint, or one in a directory or file by itself."""
 
 import os
 import pathlib
 
 from llm_jax import checkpoints, tokenizers
-from llm_jax.checkpoints import hub, peft
+from llm_jax.checkpoints import location, peft
 from llm_jax.errors import UserError
 from llm_jax.tokenizers import Tokenizer
 
@@ -19,7 +19,7 @@ def load_tokenizer(name: str | os.PathLike[str]) -> Tokenizer:
     Raises:
       UserError: no readable tokenizer there.
     """
-    path = hub.resolve(name)
+    path = location.resolve(name)
     if (path / "kind.json").is_file():
         return tokenizers.load(path)
     if path.is_file() and path.name in tokenizers.FOREIGN:
@@ -38,7 +38,7 @@ def named_tokenizer(name: str, own: Tokenizer | None) -> Tokenizer:
     Raises:
       UserError: there is none, or it differs from that of the checkpoint.
     """
-    if own and not hub.is_remote(name) and not pathlib.Path(name).expanduser().exists():
+    if own and not location.is_remote(name) and not pathlib.Path(name).expanduser().exists():
         return own
     try:
         tokenizer = load_tokenizer(name)

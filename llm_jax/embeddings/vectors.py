@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from llm_jax.errors import UserError
+from llm_jax.files import new_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,18 +56,11 @@ def save(vectors: WordVectors, path: pathlib.Path) -> None:
     """
     if bad := next((w for w in vectors.words if not w or any(c.isspace() for c in w)), None):
         raise UserError(f"the word {bad!r} cannot be written: words end at spaces in this form")
-    partial = path.with_name(f".partial-{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            file.write(f"{len(vectors.words)} {vectors.matrix.shape[1]}\n".encode())
-            for word, row in zip(vectors.words, vectors.matrix.astype("<f4"), strict=True):
-                numbers = row.tobytes() if path.suffix == ".bin" else " ".join(map(str, row)).encode()
-                file.write(word.encode() + b" " + numbers + b"\n")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+    with new_file(path) as file:
+        file.write(f"{len(vectors.words)} {vectors.matrix.shape[1]}\n".encode())
+        for word, row in zip(vectors.words, vectors.matrix.astype("<f4"), strict=True):
+            numbers = row.tobytes() if path.suffix == ".bin" else " ".join(map(str, row)).encode()
+            file.write(word.encode() + b" " + numbers + b"\n")
 
 
 def load(path: pathlib.Path) -> WordVectors:

@@ -1,7 +1,6 @@
 """The answers of a model to the examples of a task, and whether they are right."""
 
 import json
-import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from llm_jax.evaluation.prompts import NORMALIZERS, PromptConfig
 from llm_jax.evaluation.statistics import wilson
 from llm_jax.evaluation.tasks import Task
 from llm_jax.evaluation.templates import STYLES, Example
+from llm_jax.files import new_file
 from llm_jax.model.transformer import Transformer
 from llm_jax.tokenizers import Tokenizer
 
@@ -91,13 +91,9 @@ class AnswerLog:
             raise UserError(
                 f"--output={path} holds the records of another run ({', '.join(other)} differ); name another"
             )
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(path.name + ".new")
-            temporary.write_text("".join(f"{line}\n" for line in lines or [json.dumps(dict(settings))]))
-            os.replace(temporary, path)
-        except OSError as error:
-            raise UserError(f"--output={path}: cannot be written ({error})") from error
+        content = "".join(f"{line}\n" for line in lines or [json.dumps(dict(settings))])
+        with new_file(path, source=f"--output={path}:") as file:
+            file.write(content.encode())
 
     def add(self, record: dict[str, Any]) -> None:
         self.records.append(record)

@@ -5,8 +5,6 @@ Prints a line with what was made. `tokenizers.load(DIR)` reads it, `tokenizers.s
 
 import pathlib
 import random
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 
 from absl import flags
@@ -14,6 +12,7 @@ from tqdm import tqdm
 
 from llm_jax import cli, tokenizers
 from llm_jax.errors import UserError
+from llm_jax.files import new_directory
 
 _BLOCK = 2**20
 
@@ -45,16 +44,8 @@ def main() -> None:
             bar.set_description("training")
 
         tokenizer = tokenizers.get(f.kind).train(told(), f.vocab_size)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        partial = pathlib.Path(tempfile.mkdtemp(prefix=".partial-", dir=output.parent))
-        try:
-            tokenizers.save(tokenizer, partial)
-            partial.rename(output)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
-        raise UserError(f"--output={output} cannot be written ({error.strerror})") from error
+    with new_directory(output, source=f"--output={output}") as partial:
+        tokenizers.save(tokenizer, partial)
     print(f"wrote {output}: {f.kind}, {tokenizer.vocab_size:,} ids, sha256 {tokenizers.digest(tokenizer)[:12]}")
 
 

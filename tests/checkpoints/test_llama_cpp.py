@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from llm_jax import checkpoints, tokenizers
-from llm_jax.checkpoints import gguf, gguf_model, hub
+from llm_jax.checkpoints import gguf, gguf_model, location
 from llm_jax.data import assets
 from llm_jax.tokenizers.hub import SPLITS, HubTokenizer
 from tests.checkpoints.test_gguf import small
@@ -88,7 +88,7 @@ def smollm2(texts):
 
 def test_the_real_file_has_llama_cpps_perplexity(smollm2, texts):
     loaded, rows = smollm2
-    path = hub.resolve(ASSET)
+    path = location.resolve(ASSET)
     model = opened(path, vocab_only=True)
     for text in (*texts, loaded.tokenizer.decode(range(0, 49152, 17)), "x1234 é  \n\n\t  ½ 語 don't"):
         assert model.tokenize(text.encode(), add_bos=False) == loaded.tokenizer.encode(text)
@@ -142,7 +142,7 @@ def test_llama_cpp_cuts_text_as_a_run_of_ours_does(tmp_path):
 
 @pytest.mark.parametrize("pre", SPLITS)
 def test_every_splitting_is_llama_cpps(tmp_path, pre):
-    metadata = gguf.read(hub.resolve(ASSET)).metadata | {"tokenizer.ggml.pre": pre}
+    metadata = gguf.read(location.resolve(ASSET)).metadata | {"tokenizer.ggml.pre": pre}
     gguf.write(tmp_path / "vocabulary.gguf", metadata, {}, [])
     made, model = HubTokenizer.from_gguf(metadata), opened(tmp_path / "vocabulary.gguf", vocab_only=True)
     draw = random.Random(0)

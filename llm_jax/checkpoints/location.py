@@ -22,7 +22,8 @@ def resolve(name: str | os.PathLike[str]) -> pathlib.Path:
       name: a path, "asset:NAME" (`llm_jax.data.assets`) or "hf:ORG/NAME" (needs the package huggingface_hub).
 
     Raises:
-      UserError: an unknown name, a failed download, or no such .gguf file. Other paths may be missing.
+      UserError: an unknown name, a failed download, or a .gguf file that does not exist. Other paths are
+        returned whether they exist or not.
     """
     name = str(name)
     if name.startswith("asset:"):
