@@ -1,0 +1,181 @@
+"""README and documentation: commands, flags, options and links that exist, and Python blocks that run."""
+
+import ast
+import contextlib
+import functools
+import importlib
+import os
+import pathlib
+import re
+import shlex
+import sys
+
+import pytest
+from absl import flags as absl_flags
+
+import llm_jax
+from llm_jax import configuration, schema
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = sorted(
+    [
+        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "experiments").glob("**/README.md"),
+        *(ROOT / "configs").glob("*.py"),
+    ]
+)
+GUIDE = sorted({page for page in PAGES if "```python" in page.read_text()})
+NAMES = {page: str(page.relative_to(ROOT)) for page in PAGES}
+# Commands whose --config is not a schema.Config.
+SCHEMAS = {name: schema.EmbeddingsConfig for name in ("train_embeddings", "embeddings.train")}
+BLOCK = re.compile(r"(?P<skip>^% not run: .*\n)?^```python\n(?P<code>.*?)^```$", re.M | re.S)
+COMMAND = re.compile(r"python -m (llm_jax\.[a-z][a-z_.]*)((?:[^\n`\\#]|\\\n)*)")
+
+
+def commands(text: str) -> list[list[str]]:
+    """[[module, argument, ...], ...] of every `python -m llm_jax.NAME ...` in a text, optional arguments included."""
+    found = []
+    for module, rest in COMMAND.findall(text):
+        rest = re.sub(r"\\\n", " ", rest).strip()
+        rest = rest.rstrip("|:;,. ") if rest.count('"') % 2 == 0 else ""
+        found.append([module.rstrip("."), *(a for a in shlex.split(rest.replace("[", "").replace("]", "")))])
+    return found
+
+
+@functools.cache
+def flags_of(module: str) -> dict[str, absl_flags.Flag]:
+    """The flags that a command defines, by name."""
+    before = set(absl_flags.FLAGS)
+    sys.modules.pop(module, None)
+    importlib.import_module(module)
+    own = {name: absl_flags.FLAGS[name] for name in set(absl_flags.FLAGS) - before}
+    for name in own:  # commands define their flags in one place, which would refuse those of the next command
+        delattr(absl_flags.FLAGS, name)
+    return own
+
+
+def check(module: str, arguments: list[str]) -> None:
+    """Raises for a command, a flag, an option or a value that does not exist."""
+    assert importlib.util.find_spec(module), f"no such command: python -m {module}"
+    own, name = flags_of(module), module.removeprefix("llm_jax.")
+    overrides = {}
+    for argument in arguments:
+        if not argument.startswith("--") or argument == "--help":
+            continue
+        flag, _, value = argument.removeprefix("--").partition("=")
+        if flag.startswith("config."):
+            assert "config" in own, f"{name} takes no configuration"
+            with contextlib.suppress(ValueError, SyntaxError):
+                value = ast.literal_eval(value)
+            overrides[flag.removeprefix("config.")] = value
+        elif flag == "config":
+            assert value.isupper() or configuration.find(value)
+        else:
+            assert flag in own or (flag.removeprefix("no") in own and not value), f"{name} has no flag --{flag}"
+            if value and not value.isupper():
+                own.get(flag, None).parser.parse(value.split(",")[0])
+    if overrides and name not in SCHEMAS and "KEY" not in overrides:
+        configuration.load("default", overrides)
+    elif name in SCHEMAS:
+        assert set(overrides) <= set(configuration.keys(SCHEMAS[name]))
+
+
+def test_commands_are_found_in_a_text_with_their_arguments():
+    text = 'so `python -m llm_jax.train --workdir=x --config.a="(\'b\',)"` and\npython -m llm_jax.plan \\\n  --memory  # x\n'
+    assert commands(text) == [
+        ["llm_jax.train", "--workdir=x", "--config.a=('b',)"],
+        ["llm_jax.plan", "--memory"],
+    ]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--workdirs=x"], ["--config.train.step=1"], ["--config.train.steps=much"], ["--config=nowhere"]]
+)
+def test_a_wrong_flag_option_or_value_is_found(arguments):
+    with pytest.raises((AssertionError, llm_jax.errors.UserError)):
+        check("llm_jax.train", arguments)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES.get)
+def test_every_command_in_the_documentation_exists_with_its_flags_and_options(page):
+    for module, *arguments in commands(page.read_text()):
+        check(module, arguments)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.suffix == ".md"], ids=NAMES.get)
+def test_every_option_path_and_link_in_the_documentation_exists(page):
+    text = page.read_text()
+    if page.name == "CHANGELOG.md":  # names what has gone
+        return
+    options = set(configuration.keys())
+    sections = {key.split(".")[0] for key in options if "." in key}
+    for name in re.findall(rf"`((?:{'|'.join(sections)})\.[a-z_0-9.]+)(?:=[^`]*)?`", text):
+        is_file = name.endswith((".py", ".json", ".jsonl", ".md", ".gguf", ".model"))
+        is_code = name.split(".")[0] in ("data", "model", "lora", "quant", "checkpoint") and _is_attribute(name)
+        assert name in options or name.rstrip(".") in {o.rpartition(".")[0] for o in options} or is_file or is_code, name
+    for path in re.findall(r"`((?:llm_jax|tests|configs|experiments|docs)/[\w/.]+)`", text):
+        assert (ROOT / path).exists() or path.startswith("docs/_build"), path
+    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+        # docs/experiments is a copy of experiments that the build makes.
+        target = ROOT / link if link.startswith("experiments/") and page.parent.name == "docs" else page.parent / link
+        assert target.exists(), link
+
+
+def _is_attribute(name: str) -> bool:
+    module, *rest = name.split(".")
+    with contextlib.suppress(ImportError, AttributeError):
+        functools.reduce(getattr, rest, importlib.import_module(f"llm_jax.{module}"))
+        return True
+    return False
+
+
+# ---------------------------------------------------------------- Python blocks
+
+
+@pytest.fixture(scope="module")
+def tiny_runs(tmp_path_factory, tiny_defaults):
+    """A directory with the run runs/default of a tiny model, and two runs of adapters over it."""
+    directory = tmp_path_factory.mktemp("pages")
+    with contextlib.chdir(directory):
+        llm_jax.train(llm_jax.config("default", {"train.steps": 8}), "runs/default", verbose=False)
+        for name, seed in (("lora", 1), ("lora-2", 2)):
+            options = {"init_from": "runs/default", "lora.rank": 2, "train.steps": 4, "train.seed": seed}
+            llm_jax.train(llm_jax.config("default", options), f"runs/{name}", verbose=False)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def tiny_defaults(text_file, cache):
+    """The recipes' defaults are those of a tiny model on a small text, while the blocks run."""
+    small = configuration.read(ROOT / "tests" / "tiny.py")
+    small["data"] |= {"source": str(text_file), "cache_dir": str(cache)}
+    defaults = configuration._defaults
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(configuration, "_defaults", lambda: small)
+        patch.setattr(configuration, "recipe", lambda name: _as_config_dict(small))
+        yield
+    assert configuration._defaults is defaults
+
+
+def _as_config_dict(mapping):
+    from ml_collections import ConfigDict
+
+    return ConfigDict(mapping)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", GUIDE, ids=NAMES.get)
+def test_python_blocks_run_in_order(page, tiny_runs, tmp_path, monkeypatch):
+    """Each page in a directory of its own, with the runs; a block after "% not run: REASON" is compiled only."""
+    os.symlink(tiny_runs / "runs", tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": "__main__"}
+    blocks = list(BLOCK.finditer(page.read_text()))
+    assert blocks
+    for block in blocks:
+        # Errors name the line of the page.
+        line = page.read_text()[: block.start("code")].count("\n")
+        code = compile("\n" * line + block["code"], str(page), "exec")
+        if not block["skip"]:
+            exec(code, names)
