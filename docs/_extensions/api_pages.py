@@ -51,7 +51,7 @@ def write(app: Sphinx) -> None:
         for name in modules(room):
             if name != room:
                 lines += [name, "-" * len(name), ""]
-            lines += [f".. automodule:: {name}", *(["   :no-members:"] if name == room else []), ""]
+            lines += [f".. automodule:: {name}", *(["   :ignore-module-all:"] if name == room else []), ""]
         page = directory / f"{room}.rst"
         if not page.exists() or page.read_text() != "\n".join(lines):
             page.write_text("\n".join(lines))
