@@ -61,16 +61,16 @@ def main() -> None:
         if f.format in blocks.FORMATS:
             block = blocks.FORMATS[f.format]
             _announce(output, f.format, count * block.size // block.numbers)
-        formats = gguf_model.save(output, config, params, tokenizers.foreign(tokenizer), f.format)
+        formats = gguf_model.save(output, config, params, tokenizers.exportable(tokenizer), f.format)
         used = {kind: sum(1 for k in formats.values() if k == kind) for kind in sorted(set(formats.values()))}
         summary = ", ".join(f"{n} tensors {kind}" for kind, n in used.items())
         print(f"wrote {output}: {summary}; {output.stat().st_size / 2**20:.1f} MiB")
         return
     family = _family(f.family or checkpoint.family)
     _announce(output, f"{family} in {f.dtype}", count * jax.numpy.dtype(f.dtype).itemsize)
-    if isinstance(tokenizer, tokenizers.Foreign):
+    if isinstance(tokenizer, tokenizers.PretrainedTokenizer):
         files = tokenizer.files()
-        if len(ends := tokenizers.ends(tokenizer)) > 1:
+        if len(ends := tokenizers.eos_ids(tokenizer)) > 1:
             files["generation_config.json"] = json.dumps(tokenizer.special_ids | {"eos_token_id": ends}).encode()
         huggingface.save(output, family, config, params, files, tokenizer.special_ids)
     else:

@@ -1,6 +1,6 @@
 """Continues a prompt: `python -m llm_jax.generate --checkpoint=runs/x --prompt="def "`.
 
-The flags of decoding are the fields of `llm_jax.decoding.options.Options`.
+The flags of decoding are the fields of `llm_jax.decoding.options.DecodingOptions`.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from absl import flags
 
 from llm_jax import cli
 from llm_jax.decoding import options as decoding
-from llm_jax.decoding.options import PROMPT, Options, parse_bias
+from llm_jax.decoding.options import PROMPT, DecodingOptions, parse_bias
 from llm_jax.errors import UserError
 
 flags.DEFINE_string(
@@ -31,19 +31,36 @@ flags.DEFINE_boolean("json", False, "print one JSON object a continuation, with 
 
 
 def define_options() -> None:
-    """A flag for every field of `Options`."""
+    """A flag for every field of `DecodingOptions`."""
     kinds: dict[type, Any] = {
         bool: flags.DEFINE_boolean,
         int: flags.DEFINE_integer,
         float: flags.DEFINE_float,
         str: flags.DEFINE_string,
     }
-    for field in dataclasses.fields(Options):
-        if isinstance(field.default, tuple):
+    for field in dataclasses.fields(DecodingOptions):
+        if field.name == "early_stop":
+            _define_early_stop(field.metadata["about"])
+        elif isinstance(field.default, tuple):
             define = flags.DEFINE_multi_integer if field.name == "eos" else flags.DEFINE_multi_string
             define(field.name, [], field.metadata["about"])
         else:
             kinds[type(field.default)](field.name, field.default, field.metadata["about"])
+
+
+class _EarlyStop(flags.ArgumentParser):
+    """ "true", "false" or "never"; --early_stop alone is true."""
+
+    def parse(self, argument: str | bool) -> bool | str:
+        values: dict[str, bool | str] = {"true": True, "false": False, "never": "never"}
+        if str(argument).lower() not in values:
+            raise ValueError("expected true, false or never")
+        return values[str(argument).lower()]
+
+
+def _define_early_stop(about: str) -> None:
+    flag = flags.Flag(_EarlyStop(), flags.ArgumentSerializer(), "early_stop", False, about, boolean=True)
+    flags.DEFINE_flag(flag)
 
 
 define_options()
@@ -55,18 +72,18 @@ NEEDS: cli.Needs = (
 )
 
 
-def read_options() -> Options:
+def read_options() -> DecodingOptions:
     """What the flags say."""
-    said: dict[str, Any] = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Options)}
+    said: dict[str, Any] = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(DecodingOptions)}
     said["logit_bias"] = [parse_bias(text) for text in said["logit_bias"]]
     frozen: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in said.items()}
-    return Options(**frozen)
+    return DecodingOptions(**frozen)
 
 
 def main() -> None:
     from llm_jax import checkpoints, tokenizers
     from llm_jax.decoding import complete, explain
-    from llm_jax.tokenizers import chat
+    from llm_jax.tokenizers import chat_template
     from llm_jax.tokenizers.base import digest
 
     f, options = flags.FLAGS, read_options()
@@ -87,16 +104,18 @@ def main() -> None:
             raise UserError(f"--draft={options.draft} has another tokenizer than {f.checkpoint}")
         draft = guesser.model, guesser.params
     if f.chat:
-        if not isinstance(tokenizer, tokenizers.Foreign):
+        if not isinstance(tokenizer, tokenizers.PretrainedTokenizer):
             raise UserError(f"--chat needs a tokenizer with a chat template; this checkpoint's is {tokenizer.kind}")
         system = [{"role": "system", "content": f.system}] if f.system else []
-        texts = [chat.render(tokenizer.special, [*system, {"role": "user", "content": text}]) for text in f.prompt]
+        texts = [
+            chat_template.render(tokenizer.special, [*system, {"role": "user", "content": text}]) for text in f.prompt
+        ]
         prompts = [tokenizer.encode_chat(text) for text in texts]
     else:
         prompts = [tokenizers.prompt(tokenizer, text) for text in f.prompt]
     if f.explain:
-        ids = complete.fit(model, complete.encoded(tokenizer, prompts[0]), options)
-        eos = complete.ends(tokenizer, options)
+        ids = complete.fit(model, complete.prompt_ids(tokenizer, prompts[0]), options)
+        eos = complete.eos_ids(tokenizer, options)
         vocab = min(tokenizer.vocab_size, model.config.vocab_size)
         steps = explain.explain(model, params, ids, options, seed=options.seed, eos=eos, vocab_size=vocab)
         for number, step in enumerate(steps, 1):
@@ -112,7 +131,12 @@ def main() -> None:
     for i, several in enumerate(made):
         for j, one in enumerate(several):
             if f.json:
-                said = {"prompt": f.prompt[i], "text": one.text, "score": one.score, **dataclasses.asdict(one.made)}
+                said = {
+                    "prompt": f.prompt[i],
+                    "text": one.text,
+                    "score": one.score,
+                    **dataclasses.asdict(one.generated),
+                }
                 print(json.dumps(said))
                 continue
             if i or j:

@@ -4,7 +4,6 @@ import contextlib
 import copy
 import functools
 import importlib.util
-import os
 import pathlib
 import re
 import shlex
@@ -45,7 +44,7 @@ def commands(text: str) -> list[list[str]]:
 
 
 def check(module: str, arguments: list[str]) -> None:
-    """Parses the flags and options of a command as it would. Raises for one that does not exist or has a wrong value."""
+    """Parses the flags and options of a command. Raises for one that does not exist or has a wrong value."""
     assert importlib.util.find_spec(module), f"no such command: python -m {module}"
     assert module not in EARLIER, f"python -m {module} has another name"
     command, arguments = cli.entry.select_subcommand(importlib.import_module(module).COMMAND, arguments)
@@ -61,7 +60,8 @@ def check(module: str, arguments: list[str]) -> None:
 
 
 def test_commands_are_found_in_a_text_with_their_arguments():
-    text = "so `python -m llm_jax.train --workdir=x --config.a=\"('b',)\"` and\npython -m llm_jax.plan \\\n  --memory  # x\n"
+    text = "so `python -m llm_jax.train --workdir=x --config.a=\"('b',)\"` and\n"
+    text += "python -m llm_jax.plan \\\n  --memory  # x\n"
     assert commands(text) == [
         ["llm_jax.train", "--workdir=x", "--config.a=('b',)"],
         ["llm_jax.plan", "--memory"],
@@ -149,7 +149,7 @@ def _as_config_dict(mapping):
 @pytest.mark.parametrize("page", GUIDE, ids=NAMES.get)
 def test_python_blocks_run_in_order(page, tiny_runs, tmp_path, monkeypatch):
     """Each page in a directory of its own, with the runs; a block after "% not run: REASON" is compiled only."""
-    os.symlink(tiny_runs / "runs", tmp_path / "runs")
+    (tmp_path / "runs").symlink_to(tiny_runs / "runs")
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": "__main__"}
     blocks = list(BLOCK.finditer(page.read_text()))

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 NOTEBOOK = """
 import llm_jax
 from llm_jax.decoding.complete import complete
-from llm_jax.decoding.options import Options
+from llm_jax.decoding.options import DecodingOptions
 
 config = llm_jax.config("default", {
     "data.source": "words.txt", "tokenizer.kind": "byte", "train.steps": 3, "train.batch_size": 4, "train.seq_len": 32,
@@ -24,7 +24,7 @@ config = llm_jax.config("default", {
 })
 summary = llm_jax.train(config, "runs/notebook")
 model, params, tokenizer = llm_jax.load("runs/notebook")
-[[completion]] = complete(model, params, tokenizer, ["the "], Options(max_new_tokens=4))
+[[completion]] = complete(model, params, tokenizer, ["the "], DecodingOptions(max_new_tokens=4))
 """
 CHECKS = """
 import pathlib, sys

@@ -26,7 +26,7 @@ from absl import flags
 from llm_jax import checkpoints, cli, files, lora, weights
 from llm_jax import configuration as config_lib
 from llm_jax.decoding import loop
-from llm_jax.decoding.options import Options
+from llm_jax.decoding.options import DecodingOptions
 from llm_jax.quant import post_training
 
 HERE = pathlib.Path(__file__).parent
@@ -44,7 +44,7 @@ def main() -> None:
     model, base, _ = checkpoints.load(MODEL)
     made = forms(base)
     del base
-    sampler = Options(temperature=0).sampler()
+    sampler = DecodingOptions(temperature=0).sampler()
 
     def once(params: Any, new: int) -> np.ndarray:
         """Seconds on the clock, of the processor, and joules (0 without a counter)."""

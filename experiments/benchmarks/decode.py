@@ -29,7 +29,7 @@ from absl import flags
 from llm_jax import checkpoints, cli, trees, weights
 from llm_jax.data import assets
 from llm_jax.decoding import loop
-from llm_jax.decoding.options import Options
+from llm_jax.decoding.options import DecodingOptions
 from llm_jax.errors import UserError
 
 HERE = pathlib.Path(__file__).parent
@@ -128,7 +128,7 @@ def report(seconds: dict[str, list[float]], names: dict[str, str]) -> None:
 
 def ours(loaded) -> Run:
     model, params, _ = loaded
-    sampler = Options(temperature=0).sampler()
+    sampler = DecodingOptions(temperature=0).sampler()
 
     def run(batch: int, prompt: int, new: int) -> Times:
         rows = [list(range(100, 100 + prompt))] * batch

@@ -22,7 +22,7 @@ from llm_jax import checkpoints, cli, files
 from llm_jax.data import assets
 from llm_jax.decoding import loop, score
 from llm_jax.decoding.complete import complete
-from llm_jax.decoding.options import Options
+from llm_jax.decoding.options import DecodingOptions
 from llm_jax.errors import UserError
 
 HERE = pathlib.Path(__file__).parent
@@ -100,11 +100,11 @@ def continued(model, params, tokenizer, prompts, options) -> list[dict[str, Any]
     """Continuations of exactly the asked length (EOS ends none), by batches."""
     f, found = flags.FLAGS, []
     for first in range(0, len(prompts), f.batch_size):
-        asked = Options(max_new_tokens=f.new_tokens, ignore_eos=True, **options)
+        asked = DecodingOptions(max_new_tokens=f.new_tokens, ignore_eos=True, **options)
         if asked.method == "sample":
-            asked = Options(max_new_tokens=f.new_tokens, ignore_eos=True, seed=first, **options)
+            asked = DecodingOptions(max_new_tokens=f.new_tokens, ignore_eos=True, seed=first, **options)
         for (one,) in complete(model, params, tokenizer, prompts[first : first + f.batch_size], asked):
-            found.append({"ids": one.made.ids, "logs": one.made.log_probabilities, "text": one.text})
+            found.append({"ids": one.generated.ids, "logs": one.generated.log_probabilities, "text": one.text})
     return found
 
 

@@ -113,7 +113,7 @@ def of_llama(model, params, tokenizer, kind: str, rows) -> dict:
     """llama.cpp quantizes the exported model; we read its file."""
     with tempfile.TemporaryDirectory() as directory:
         whole, made = (pathlib.Path(directory) / f"{name}.gguf" for name in ("whole", "made"))
-        gguf_model.save(whole, model.config, params, tokenizers.foreign(tokenizer), "F32")
+        gguf_model.save(whole, model.config, params, tokenizers.exportable(tokenizer), "F32")
         command = [flags.FLAGS.llama_python, str(HERE / "llama.py"), str(whole), str(made), kind]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:

@@ -24,7 +24,7 @@ from llm_jax.errors import UserError
 from llm_jax.kernels import blocks
 from llm_jax.model.transformer import Transformer
 from llm_jax.schema import ModelConfig
-from llm_jax.tokenizers import Foreign, Tokenizer
+from llm_jax.tokenizers import PretrainedTokenizer, Tokenizer
 from llm_jax.weights import QTensor
 
 
@@ -188,6 +188,6 @@ def _kept_format(parts: list[tuple[names.TensorSpec, Any]]) -> str:
 
 
 def _vocabulary(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
-    if not isinstance(tokenizer, Foreign):
+    if not isinstance(tokenizer, PretrainedTokenizer):
         raise UserError(f"GGUF files hold vocabularies of tokenizer.kind=hub or sentencepiece, not {tokenizer.kind}")
     return tokenizer.to_gguf(vocab_size)

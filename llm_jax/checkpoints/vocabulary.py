@@ -22,9 +22,9 @@ def load_tokenizer(name: str | os.PathLike[str]) -> Tokenizer:
     path = location.resolve(name)
     if (path / "kind.json").is_file():
         return tokenizers.load(path)
-    if path.is_file() and path.name in tokenizers.FOREIGN:
+    if path.is_file() and path.name in tokenizers.PRETRAINED_FILES:
         return tokenizers.from_directory(path.parent, path.name)
-    if any((path / file).is_file() for file in tokenizers.FOREIGN) and not peft.Peft.matches(path):
+    if any((path / file).is_file() for file in tokenizers.PRETRAINED_FILES) and not peft.Peft.matches(path):
         return tokenizers.from_directory(path)
     return checkpoints.open(name).tokenizer
 

@@ -31,7 +31,7 @@ from llm_jax.data.corpus import Corpus, Split
 from llm_jax.errors import UserError
 from llm_jax.files import new_directory
 from llm_jax.schema import DataConfig, LabelledConfig, TokenizerConfig
-from llm_jax.tokenizers import Tokenizer, chat
+from llm_jax.tokenizers import Tokenizer, chat_template
 
 _FORMAT = 1  # of the token cache; part of its key
 _MARK = "\N{SYMBOL FOR NULL}"  # stands for the text while the chat template is rendered; in no template
@@ -195,10 +195,10 @@ def _render(special: dict[str, Any], question: str, shots: Sequence[tuple[str, s
         turns += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
     turns.append({"role": "user", "content": _MARK})
     try:
-        return chat.render(special, [{"role": "system", "content": question}, *turns])
+        return chat_template.render(special, [{"role": "system", "content": question}, *turns])
     except UserError:  # some templates refuse system messages
         first = {"role": "user", "content": f"{question}\n\n{turns[0]['content']}"}
-        return chat.render(special, [first, *turns[1:]])
+        return chat_template.render(special, [first, *turns[1:]])
 
 
 def encode(examples: Sequence[LabelledText], prompts: Prompts, choices: tuple[str, ...]) -> Split:

@@ -1,4 +1,4 @@
-"""The library call: texts in, continuations out, by whatever method the options ask for."""
+"""Continues texts by the method that the options ask for: the library call behind `generate`."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -7,19 +7,27 @@ from typing import Any
 from llm_jax import tokenizers, weights
 from llm_jax.decoding import beam, contrastive, loop, speculative, stops
 from llm_jax.decoding.loop import Generated
-from llm_jax.decoding.options import PROMPT, Options
+from llm_jax.decoding.options import PROMPT, DecodingOptions
 from llm_jax.errors import UserError
 from llm_jax.model import positions
 from llm_jax.model.transformer import Transformer
+from llm_jax.tokenizers import detokenize
 from llm_jax.tokenizers.base import Tokenizer
+from llm_jax.tokenizers.detokenize import Detokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """A continuation as text, without EOS and stop string, and what it is made of; `score` ranks beams."""
+    """One continuation.
+
+    Attributes:
+      text: what it adds to the prompt's text, without EOS and stop string.
+      generated: its token ids and their log-probabilities.
+      score: of a beam, log-probability / length^penalty; None for other methods.
+    """
 
     text: str
-    made: Generated
+    generated: Generated
     score: float | None = None
 
 
@@ -28,18 +36,19 @@ def complete(
     params: Any,
     tokenizer: Tokenizer,
     prompts: Sequence[str | Sequence[int]],
-    options: Options,
+    options: DecodingOptions,
     *,
     draft: tuple[Transformer, Any] | None = None,
     show: Callable[[int, str], None] | None = None,
 ) -> list[list[Completion]]:
-    """`options.n` continuations of every prompt, the best first where they are ranked.
+    """`options.n` continuations of every prompt; beams best first.
 
     Args:
-      prompts: texts, or ids as they are.
-      draft: the model that `options.draft` names, with the same tokenizer.
-      show: is called with (row, text) as soon as more text of a row is certain; row i * n + j is
-        continuation j of prompt i.
+      params: in the layout of `model.config`.
+      prompts: texts, or lists of token ids.
+      draft: the model that `options.draft` names and its parameters; it has the same tokenizer.
+      show: called with (row, text) when more text of a row is certain; row i * n + j is continuation j of prompt i.
+        The texts of a row, joined, are the text of its completion.
 
     Raises:
       UserError: options that are out of range, contradict each other, or cannot be met.
@@ -48,55 +57,69 @@ def complete(
     options.check(vocab)
     if not model.config.causal:
         raise UserError("a bidirectional model (model.causal=False) does not continue text")
-    ids = [fit(model, encoded(tokenizer, p), options) for p in prompts]
+    ids = [fit(model, prompt_ids(tokenizer, prompt), options) for prompt in prompts]
     model, params = loop.unrolled(model, params)
-    stop = stops.finder(tokenizer, options.stop, options.max_new_tokens)
-    common: dict[str, Any] = {"eos": ends(tokenizer, options), "vocab_size": vocab, "stop": stop}
+    common: dict[str, Any] = {"eos": eos_ids(tokenizer, options), "vocab_size": vocab}
     if options.method == "beam":
         if show:
             raise UserError("a beam search has no text before its end; leave --stream out")
-        ranked = beam.search(model, params, ids, options, **common)
-        return [[Completion(_text(tokenizer, b.made, options), b.made, b.score) for b in beams] for beams in ranked]
+        common["stop"] = stops.stop_fn(tokenizer, options.stop, options.max_new_tokens, ids)
+        completions = []
+        for prompt, beams in zip(ids, beam.search(model, params, ids, options, **common), strict=True):
+            decode = detokenize.after(tokenizer, prompt)
+            completions.append(
+                [Completion(stops.cut(decode.text(b.generated.ids), options.stop), b.generated, b.score) for b in beams]
+            )
+        return completions
+    rows = [prompt for prompt in ids for _ in range(options.n)]
+    common["stop"] = stops.stop_fn(tokenizer, options.stop, options.max_new_tokens, rows)
+    detokenizers = [detokenize.after(tokenizer, prompt) for prompt in ids for _ in range(options.n)]
     if show:
-        common["watch"] = _watcher(tokenizer, options, show)
+        common["watch"] = _watcher(detokenizers, options, show)
     common["max_new_tokens"] = options.max_new_tokens
     if options.method == "contrastive":
-        made = contrastive.search(
+        generated = contrastive.search(
             model, params, ids, options.sampler(), k=options.top_k, alpha=options.contrastive, **common
         )
     else:
-        rows = [prompt for prompt in ids for _ in range(options.n)]
         params = weights.repeat_rows(params, options.n)
         common["seeds"] = [(options.seed + i) % 2**32 for i in range(len(rows))]
         if options.method == "speculative":
             if options.draft != PROMPT and draft is None:
                 raise UserError(f"--draft={options.draft}: the model itself is needed (`draft=`)")
-            guess = None if options.draft == PROMPT else draft
-            made = speculative.generate(model, params, rows, options.sampler(), guess, options.draft_tokens, **common)
+            draft = None if options.draft == PROMPT else draft
+            generated = speculative.generate(
+                model, params, rows, options.sampler(), draft, options.draft_tokens, **common
+            )
         else:
-            made = loop.generate(model, params, rows, options.sampler(), alternatives=options.alternatives, **common)
-    done = [Completion(_text(tokenizer, one, options), one) for one in made]
-    return [done[i : i + options.n] for i in range(0, len(done), options.n)]
+            generated = loop.generate(
+                model, params, rows, options.sampler(), alternatives=options.alternatives, **common
+            )
+    flat = [
+        Completion(stops.cut(decode.text(row.ids), options.stop), row)
+        for decode, row in zip(detokenizers, generated, strict=True)
+    ]
+    return [flat[i : i + options.n] for i in range(0, len(flat), options.n)]
 
 
-def encoded(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
-    """The ids of a prompt. Raises UserError where it is empty and the vocabulary has no BOS to begin with."""
+def prompt_ids(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
+    """The ids of a prompt. Raises UserError for an empty one where the vocabulary has no BOS to begin with."""
     ids = tokenizers.prompt(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
     if not ids:
         raise UserError("the prompt is empty, and this vocabulary has no BOS to begin with; give some text")
     return ids
 
 
-def ends(tokenizer: Tokenizer, options: Options) -> list[int]:
+def eos_ids(tokenizer: Tokenizer, options: DecodingOptions) -> list[int]:
     """The ids that end a text."""
-    return [] if options.ignore_eos else [*options.eos, *tokenizers.ends(tokenizer)]
+    return [] if options.ignore_eos else list(dict.fromkeys([*options.eos, *tokenizers.eos_ids(tokenizer)]))
 
 
-def fit(model: Transformer, ids: list[int], options: Options) -> list[int]:
-    """The prompt, cut where `options.truncate` says so that the answer fits into the context.
+def fit(model: Transformer, ids: list[int], options: DecodingOptions) -> list[int]:
+    """The prompt, cut at the end that `options.truncate` names so that the continuation fits into the context.
 
     Raises:
-      UserError: it does not fit, and nothing says where to cut.
+      UserError: an id that the model lacks, or a prompt that does not fit and may not be cut.
     """
     vocab = model.config.vocab_size
     if any(not 0 <= i < vocab for i in ids):
@@ -115,23 +138,21 @@ def fit(model: Transformer, ids: list[int], options: Options) -> list[int]:
     return ids[-room:] if options.truncate == "left" else ids[:room]
 
 
-def _text(tokenizer: Tokenizer, made: Generated, options: Options) -> str:
-    return stops.cut(tokenizer.decode(made.ids), options.stop)
-
-
 def _watcher(
-    tokenizer: Tokenizer, options: Options, show: Callable[[int, str], None]
+    detokenizers: Sequence[Detokenizer], options: DecodingOptions, show: Callable[[int, str], None]
 ) -> Callable[[list[Generated]], None]:
-    """Shows what each row has more than it had."""
-    shown: dict[int, int] = {}
+    """A `watch` function of the loop that shows the new text of each row as soon as it is certain."""
+    shown = [0] * len(detokenizers)  # characters of each row
 
     def watch(rows: list[Generated]) -> None:
-        for row, one in enumerate(rows):
-            text = tokenizer.decode(one.ids)
-            ended = one.stop != "length" or len(one.ids) == options.max_new_tokens
-            certain = stops.cut(text, options.stop) if ended else stops.ready(text, options.stop)
-            if new := certain[shown.get(row, 0) :]:
-                shown[row] = len(certain)
+        for row, generated in enumerate(rows):
+            decode = detokenizers[row]
+            if generated.stop != "length" or len(generated.ids) == options.max_new_tokens:
+                text = stops.cut(decode.text(generated.ids), options.stop)
+            else:
+                text = stops.showable(decode.settled(generated.ids), options.stop)
+            if new := text[shown[row] :]:
+                shown[row] = len(text)
                 show(row, new)
 
     return watch

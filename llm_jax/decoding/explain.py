@@ -1,4 +1,4 @@
-"""Why each token was chosen: the candidates, their probabilities, and what each filter removed."""
+"""How each token was chosen: the candidates, their probabilities, and the tokens that each filter removed."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -9,15 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.decoding import loop
-from llm_jax.decoding.options import Options
+from llm_jax.decoding.options import DecodingOptions
+from llm_jax.decoding.samplers import History
 from llm_jax.errors import UserError
 from llm_jax.model.transformer import Transformer
 from llm_jax.tokenizers.base import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
-class Removed:
-    """What one filter did: tokens it ruled out, and the probability that they had before it."""
+class FilterEffect:
+    """What one filter removed.
+
+    Attributes:
+      filter: its name.
+      tokens: how many tokens it removed.
+      mass: the probability that they had before it.
+    """
 
     filter: str
     tokens: int
@@ -25,86 +32,95 @@ class Removed:
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
-    """One token.
+class ExplainedStep:
+    """How one token was chosen.
 
     Attributes:
       chosen: its id.
       candidates: the most likely ids under the model, the chosen one included.
       model: their probabilities under the model itself.
-      final: their probabilities when the draw was made; 0 for what was ruled out.
-      fate: for each, the filter that ruled it out, or "".
-      removed: what each filter did to all tokens.
+      final: their probabilities in the distribution that was drawn from; 0 for removed tokens.
+      removed_by: for each candidate, the filter that removed it, or "".
+      effects: what each filter removed of all tokens.
     """
 
     chosen: int
     candidates: list[int]
     model: list[float]
     final: list[float]
-    fate: list[str]
-    removed: list[Removed]
+    removed_by: list[str]
+    effects: list[FilterEffect]
 
 
 def explain(
     model: Transformer,
     params: Any,
     prompt: Sequence[int],
-    options: Options,
+    options: DecodingOptions,
     *,
     seed: int = 0,
     eos: Sequence[int] = (),
     vocab_size: int | None = None,
     candidates: int = 8,
-) -> Iterator[Step]:
-    """The steps of `loop.generate` for one prompt, one by one.
+) -> Iterator[ExplainedStep]:
+    """Yields the steps of `loop.generate` for one prompt.
+
+    Args:
+      prompt: token ids.
+      candidates: how many of the most likely tokens each step lists.
 
     Raises:
-      UserError: a method that does not draw token by token.
+      UserError: as `loop.generate`, or a method that does not draw token by token.
     """
     if options.method != "sample":
         raise UserError(f"--explain shows draws and greedy decoding, not {options.method}")
     model, params = loop.unrolled(model, params)
     loop.check(model, [prompt], options.max_new_tokens, [seed])
     sampler = options.sampler()
-    rules = loop.make_rules(model, sampler, [seed], list(eos), vocab_size)
-    names = [type(one).__name__ for one in sampler.filters]
-    stages = jax.jit(lambda rules, logits, history: jnp.stack(rules.sampler.stages(rules.allow(logits), history))[:, 0])
+    settings = loop.draw_settings(model, sampler, [seed], list(eos), vocab_size)
+    names = [type(item).__name__ for item in sampler.filters]
+
+    @jax.jit
+    def stages(settings: loop.DrawSettings, logits: jax.Array, history: History) -> jax.Array:
+        return jnp.stack(settings.sampler.stages(settings.mask_padded_vocab(logits), history))[:, 0]
+
     state = loop.start(model, params, [prompt], options.max_new_tokens)
     for time in range(options.max_new_tokens):
-        through = np.asarray(stages(rules, state.logits, state.history), np.float64)  # (filters + 1, V)
-        state = loop.advance(model, params, rules, state, jnp.int32(time + 1))
-        yield _step(through, names, int(state.ids[0, time]), sampler.greedy, candidates)
+        logits = np.asarray(stages(settings, state.logits, state.history), np.float64)  # (filters + 1, V)
+        state = loop.advance(model, params, settings, state, jnp.int32(time + 1))
+        yield _step(logits, names, int(state.ids[0, time]), sampler.greedy, candidates)
         if bool(state.done[0]):
             return
 
 
-def _step(through: np.ndarray, names: list[str], chosen: int, greedy: bool, candidates: int) -> Step:
-    probabilities = np.exp(through - through.max(-1, keepdims=True))
+def _step(logits: np.ndarray, names: list[str], chosen: int, greedy: bool, candidates: int) -> ExplainedStep:
+    """The step for logits (filters + 1, V): those of the model, then those after each filter."""
+    probabilities = np.exp(logits - logits.max(-1, keepdims=True))
     probabilities /= probabilities.sum(-1, keepdims=True)
-    out = np.isneginf(through)
-    newly = out[1:] & ~out[:-1]
-    removed = [
-        Removed(name, int(which.sum()), float(before[which].sum()))
-        for name, which, before in zip(names, newly, probabilities[:-1], strict=True)
+    removed = np.isneginf(logits)
+    newly = removed[1:] & ~removed[:-1]
+    effects = [
+        FilterEffect(name, int(mask.sum()), float(before[mask].sum()))
+        for name, mask, before in zip(names, newly, probabilities[:-1], strict=True)
     ]
-    best = [int(i) for i in np.argsort(-through[0], kind="stable")[:candidates]]
+    best = [int(i) for i in np.argsort(-logits[0], kind="stable")[:candidates]]
     best = best if chosen in best else [*best[:-1], chosen]
-    fate = [next((n for n, which in zip(names, newly, strict=True) if which[i]), "") for i in best]
-    final = probabilities[-1] if not greedy else (np.arange(len(through[0])) == chosen).astype(float)
-    return Step(chosen, best, probabilities[0][best].tolist(), final[best].tolist(), fate, removed)
+    removed_by = [next((name for name, mask in zip(names, newly, strict=True) if mask[i]), "") for i in best]
+    final = probabilities[-1] if not greedy else (np.arange(len(logits[0])) == chosen).astype(float)
+    return ExplainedStep(chosen, best, probabilities[0][best].tolist(), final[best].tolist(), removed_by, effects)
 
 
-def table(tokenizer: Tokenizer, number: int, step: Step) -> str:
-    """A step for a reader: a line a candidate, then a line a filter that removed something."""
+def table(tokenizer: Tokenizer, number: int, step: ExplainedStep) -> str:
+    """Formats a step: one line per candidate, then one line per filter that removed tokens."""
     lines = [f"step {number}: {_shown(tokenizer, step.chosen)}"]
     lines.append(f"    {'id':>7}  {'token':<20} {'model':>9} {'drawn from':>10}")
-    for i, p, q, fate in zip(step.candidates, step.model, step.final, step.fate, strict=True):
+    for i, p, q, name in zip(step.candidates, step.model, step.final, step.removed_by, strict=True):
         mark = ">" if i == step.chosen else " "
-        end = f"removed by {fate}" if fate else ""
+        end = f"removed by {name}" if name else ""
         lines.append(f"  {mark} {i:>7}  {_shown(tokenizer, i):<20} {p:>9.4f} {q:>10.4f}  {end}".rstrip())
-    for one in step.removed:
-        if one.tokens:
-            lines.append(f"    {one.filter} removed {one.tokens} tokens of probability {one.mass:.4f}")
+    for effect in step.effects:
+        if effect.tokens:
+            lines.append(f"    {effect.filter} removed {effect.tokens} tokens of probability {effect.mass:.4f}")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""Every option of decoding, once: what `complete` takes and what the command `generate` has as flags."""
+"""The options of decoding: the arguments of `complete.complete` and the flags of the command `generate`."""
 
 import dataclasses
 import math
@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from llm_jax.errors import UserError
 
-if TYPE_CHECKING:  # the flags of `generate` come from here, and --help costs no JAX
+if TYPE_CHECKING:  # `generate --help` reads this module without importing JAX
     from llm_jax.decoding.samplers import Filter, Sampler
 
-PROMPT = "prompt"  # the draft of speculative decoding that looks back in the text itself
-_LEAST, _MOST = 1e-30, 1e30
+PROMPT = "prompt"  # the value of `draft` that asks for prompt look-up instead of a draft model
+_SMALLEST, _LARGEST = 1e-30, 1e30
 METHODS = ("sample", "beam", "contrastive", "speculative")
-# Rows (options, where they have no effect, whether they have one) of `Options`, or of flags of the same names.
+GROUPS = ("sampling", "penalties", "search", "stops", "output")
+EARLY_STOP = (False, True, "never")
+# (options, the condition under which they have no effect, whether they have an effect) of `DecodingOptions`, or of
+# flags of the same names.
 NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
     (
         ("length_penalty", "early_stop", "beam_groups", "diversity"),
@@ -25,44 +28,144 @@ NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
 )
 
 
-def _option(default: Any, about: str, low: float = -math.inf, high: float = math.inf, open_low: bool = False) -> Any:
-    """A field that must lie in [low, high], or in (low, high] with `open_low`."""
-    return dataclasses.field(default=default, metadata={"about": about, "low": low, "high": high, "open_low": open_low})
+def _option(
+    group: str, default: Any, about: str, low: float = -math.inf, high: float = math.inf, open_low: bool = False
+) -> Any:
+    """A field with its help text and its range, [low, high], or (low, high] with `open_low`."""
+    metadata = {"group": group, "about": about, "low": low, "high": high, "open_low": open_low}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-    """How text is continued. Each value shown here leaves its option off. Rule by rule: `check`."""
+class DecodingOptions:
+    """How text is continued. Every default leaves its option off; `check` states the rules.
 
-    max_new_tokens: int = _option(128, "tokens at most", 1)
-    temperature: float = _option(1.0, "divides the logits; 0 is greedy", 0)
-    top_k: int = _option(0, "draw from the k most likely tokens; contrastive search: candidates a step", 0)
-    top_p: float = _option(1.0, "draw from the most likely tokens of this total probability", 0, 1, True)
-    min_p: float = _option(0.0, "draw from tokens at least this many times as likely as the likeliest", 0, 1)
-    typical_p: float = _option(1.0, "draw from the least surprisingly surprising tokens of this mass", 0, 1, True)
-    epsilon: float = _option(0.0, "draw from tokens of at least this probability", 0, 1)
-    eta: float = _option(0.0, "the same, with a threshold that falls where the entropy is high", 0, 1)
-    repetition_penalty: float = _option(1.0, "divides positive logits of tokens that were there", 0, open_low=True)
-    presence_penalty: float = _option(0.0, "taken from the logits of tokens that were drawn")
-    frequency_penalty: float = _option(0.0, "taken from them for each time they were drawn")
-    no_repeat_ngram: int = _option(0, "no sequence of this many tokens comes twice", 0)
-    logit_bias: tuple[tuple[int, float], ...] = _option((), "ID:BIAS, added to the logit of a token; may be repeated")
-    n: int = _option(1, "continuations of each prompt: draws, or the best beams", 1)
-    seed: int = _option(0, "of the draws; row i uses seed + i", 0, 2**32 - 1)
-    eos: tuple[int, ...] = _option((), "ids that end a text, besides the tokenizer's own; may be repeated")
-    ignore_eos: bool = _option(False, "nothing but the length and stop strings ends a text")
-    stop: tuple[str, ...] = _option((), "text that ends a text and is left out of it; may be repeated")
-    alternatives: int = _option(0, "most likely tokens whose log-probabilities are given at each step", 0)
-    context: int = _option(0, "tokens of prompt and answer at most; 0: as many as the model has positions", 0)
-    truncate: str = _option("", "a prompt too long for the context loses its left or right end; empty: it is refused")
-    beams: int = _option(1, "width of the beam search", 1)
-    length_penalty: float = _option(1.0, "beams are ranked by log-probability / length to this power")
-    early_stop: bool = _option(False, "the beam search ends when it has n ended texts, not when no better can come")
-    beam_groups: int = _option(1, "groups of beams that avoid each other's tokens", 1)
-    diversity: float = _option(0.0, "taken from a token's log-probability for each earlier group that chose it", 0)
-    contrastive: float = _option(0.0, "contrastive search: weight of the penalty on likeness to what was said", 0, 1)
-    draft: str = _option("", f"speculative decoding: a checkpoint that guesses ahead, or '{PROMPT}': the text so far")
-    draft_tokens: int = _option(4, "tokens guessed ahead", 1)
+    The metadata of a field holds its `group` (one of `GROUPS`), `about` (the help text of its flag) and its range.
+    """
+
+    max_new_tokens: int = _option("stops", 128, "largest number of tokens to generate", 1)
+    temperature: float = _option(
+        "sampling", 1.0, "sampling temperature: divides the logits; 0 is greedy decoding, e.g. 0.7", 0
+    )
+    top_k: int = _option(
+        "sampling",
+        0,
+        "top-k sampling: keep the k most likely tokens, e.g. 40; 0 is off. With --contrastive: candidates per step",
+        0,
+    )
+    top_p: float = _option(
+        "sampling",
+        1.0,
+        "nucleus sampling (Holtzman et al. 2020): keep the most likely tokens up to probability mass p, e.g. 0.95; "
+        "1 is off",
+        0,
+        1,
+        True,
+    )
+    min_p: float = _option(
+        "sampling",
+        0.0,
+        "min-p sampling (Nguyen et al. 2024): keep tokens at least p times as likely as the most likely one, e.g. "
+        "0.05; 0 is off",
+        0,
+        1,
+    )
+    typical_p: float = _option(
+        "sampling",
+        1.0,
+        "locally typical sampling (Meister et al. 2023): keep the most typical tokens up to probability mass p, e.g. "
+        "0.95; 1 is off",
+        0,
+        1,
+        True,
+    )
+    epsilon: float = _option(
+        "sampling",
+        0.0,
+        "epsilon sampling (Hewitt et al. 2022): keep tokens of at least this probability, e.g. 0.0003; 0 is off",
+        0,
+        1,
+    )
+    eta: float = _option(
+        "sampling",
+        0.0,
+        "eta sampling (Hewitt et al. 2022): as epsilon, with a threshold that falls where the entropy is high, e.g. "
+        "0.0003; 0 is off",
+        0,
+        1,
+    )
+    n: int = _option("output", 1, "number of continuations per prompt: draws, or the best beams with --beams", 1)
+    seed: int = _option("sampling", 0, "random seed of the draws; continuation i uses seed + i", 0, 2**32 - 1)
+    repetition_penalty: float = _option(
+        "penalties",
+        1.0,
+        "repetition penalty (Keskar et al. 2019): divide the logits of earlier tokens, prompt included, e.g. 1.2; "
+        "1 is off",
+        0,
+        open_low=True,
+    )
+    presence_penalty: float = _option(
+        "penalties", 0.0, "subtract this from the logit of every token that was generated before, e.g. 0.5"
+    )
+    frequency_penalty: float = _option(
+        "penalties", 0.0, "subtract this from the logit of a token for each time it was generated, e.g. 0.5"
+    )
+    no_repeat_ngram: int = _option(
+        "penalties", 0, "never repeat a sequence of this many tokens, prompt included, e.g. 3; 0 is off", 0
+    )
+    logit_bias: tuple[tuple[int, float], ...] = _option(
+        "penalties", (), "ID:BIAS adds a bias to the logit of a token id, e.g. 42:-5; may be repeated"
+    )
+    eos: tuple[int, ...] = _option(
+        "stops", (), "token id that ends a text, besides those of the tokenizer; may be repeated"
+    )
+    ignore_eos: bool = _option("stops", False, "do not end a text at EOS, only at its length and at stop strings")
+    stop: tuple[str, ...] = _option(
+        "stops",
+        (),
+        "stop string: ends a text and is left out of it; the name of a special token stops at that token; may be "
+        "repeated",
+    )
+    alternatives: int = _option(
+        "output", 0, "number of most likely tokens whose log-probabilities --json prints at each step, e.g. 5", 0
+    )
+    context: int = _option(
+        "stops", 0, "largest number of tokens of prompt and continuation; 0: as many as the model has positions", 0
+    )
+    truncate: str = _option(
+        "stops", "", "end at which a prompt too long for the context is cut, left or right; empty: it is refused"
+    )
+    beams: int = _option("search", 1, "beam search: number of beams, e.g. 4; 1 is off", 1)
+    length_penalty: float = _option(
+        "search", 1.0, "beam search: rank by log-probability / length^penalty; above 0 favours longer texts"
+    )
+    early_stop: bool | str = _option(
+        "search",
+        False,
+        "beam search: true ends as soon as all beams have ended; false also when the best running beam, at its "
+        "present length, ranks below the ended ones; never only when no running beam can still rank above them",
+    )
+    beam_groups: int = _option("search", 1, "diverse beam search (Vijayakumar et al. 2016): number of groups", 1)
+    diversity: float = _option(
+        "search",
+        0.0,
+        "diverse beam search: subtract this from a token's score for each beam of earlier groups that chose it, "
+        "e.g. 0.5",
+        0,
+    )
+    contrastive: float = _option(
+        "search",
+        0.0,
+        "contrastive search (Su et al. 2022): weight of the similarity penalty, e.g. 0.6 with --top_k=4; 0 is off",
+        0,
+        1,
+    )
+    draft: str = _option(
+        "search",
+        "",
+        f"speculative decoding (Leviathan et al. 2022): checkpoint of a draft model, or '{PROMPT}' for prompt look-up",
+    )
+    draft_tokens: int = _option("search", 4, "speculative decoding: number of draft tokens per round", 1)
 
     @property
     def method(self) -> str:
@@ -74,11 +177,11 @@ class Options:
         return "speculative" if self.draft else "sample"
 
     def changed(self) -> set[str]:
-        """Names of the options that are not as they stand above."""
+        """Names of the options that differ from their defaults."""
         return {f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
 
     def check(self, vocab_size: int) -> None:
-        """Raises UserError: an option out of its range, or one that another leaves nothing to do."""
+        """Raises UserError for an option out of its range, or one that has no effect beside the others."""
         for field in dataclasses.fields(self):
             value, low, high = getattr(self, field.name), field.metadata["low"], field.metadata["high"]
             if isinstance(value, int | float) and not isinstance(value, bool):
@@ -87,8 +190,8 @@ class Options:
                     left = "(" if field.metadata["open_low"] or low == -math.inf else "["
                     right = ")" if high == math.inf else "]"
                     raise UserError(f"--{field.name}={value}; expected a number in {left}{low:g}, {high:g}{right}")
-                if not _held(value):
-                    raise UserError(f"--{field.name}={value}; expected 0, or a size from {_LEAST:g} to {_MOST:g}")
+                if not _representable(value):
+                    raise UserError(f"--{field.name}={value}; expected 0, or a size from {_SMALLEST:g} to {_LARGEST:g}")
         if self.top_k > vocab_size:
             raise UserError(f"--top_k={self.top_k} is more than the {vocab_size} tokens of the vocabulary")
         if self.alternatives > vocab_size:
@@ -99,32 +202,34 @@ class Options:
             bad = [i for i in ids if not 0 <= i < vocab_size]
             if bad:
                 raise UserError(f"--{name} names the id {bad[0]}; the vocabulary's run from 0 to {vocab_size - 1}")
-        if any(not _held(bias) for _, bias in self.logit_bias):
-            raise UserError(f"--logit_bias has a bias that is not 0, or of a size from {_LEAST:g} to {_MOST:g}")
+        if any(not _representable(bias) for _, bias in self.logit_bias):
+            raise UserError(f"--logit_bias has a bias that is not 0, or of a size from {_SMALLEST:g} to {_LARGEST:g}")
         if self.truncate not in ("", "left", "right"):
-            raise UserError(f"--truncate={self.truncate}; expected left or right, or nothing")
+            raise UserError(f"--truncate={self.truncate}; expected left, right or nothing")
+        if self.early_stop not in EARLY_STOP:
+            raise UserError(f"--early_stop={self.early_stop}; expected true, false or never")
         if "" in self.stop:
             raise UserError("--stop='' would end every text at once; leave it out")
         self._check_together()
 
     def _check_together(self) -> None:
         changed = self.changed()
-        drawing = changed & {"top_p", "min_p", "typical_p", "epsilon", "eta"}
-        if self.temperature == 0 and (useless := drawing | (changed & {"top_k"} if not self.contrastive else set())):
-            raise UserError(f"--temperature=0 is greedy and leaves nothing for {_flags(useless)} to choose from")
+        filters = changed & {"top_p", "min_p", "typical_p", "epsilon", "eta"}
+        if self.temperature == 0 and (unused := filters | (changed & {"top_k"} if not self.contrastive else set())):
+            raise UserError(f"--temperature=0 is greedy and leaves nothing for {_flags(unused)} to choose from")
         if self.temperature == 0 and self.method == "sample" and self.n > 1:
             raise UserError(
                 f"--temperature=0 is greedy and gives the same text --n={self.n} times; draw, or use --beams"
             )
-        asked = changed & {"beams", "contrastive", "draft"}
-        if len(asked) > 1:
-            raise UserError(f"{_flags(asked)} are different ways to decode; choose one")
-        for names, where, have_effect in NEEDS:
-            if (vain := changed & set(names)) and not have_effect(self):
-                raise UserError(f"--{min(vain)} has no effect where {where}")
+        methods = changed & {"beams", "contrastive", "draft"}
+        if len(methods) > 1:
+            raise UserError(f"{_flags(methods)} are different ways to decode; choose one")
+        for names, condition, have_effect in NEEDS:
+            if (unused := changed & set(names)) and not have_effect(self):
+                raise UserError(f"--{min(unused)} has no effect where {condition}")
         if self.beams > 1:
-            if useless := drawing | changed & {"temperature", "top_k", "seed"}:
-                raise UserError(f"a beam search draws nothing; --beams leaves nothing for {_flags(useless)} to do")
+            if unused := filters | changed & {"temperature", "top_k", "seed"}:
+                raise UserError(f"a beam search draws nothing; --beams leaves nothing for {_flags(unused)} to do")
             if self.n > self.beams:
                 raise UserError(f"--n={self.n} is more than --beams={self.beams}")
             if self.beams % self.beam_groups:
@@ -134,13 +239,13 @@ class Options:
                 raise UserError(
                     f"--contrastive chooses among --top_k candidates; --top_k={self.top_k}, expected 2 or more"
                 )
-            if useless := drawing | changed & {"temperature", "seed", "n"}:
-                raise UserError(f"contrastive search draws nothing; it leaves nothing for {_flags(useless)} to do")
+            if unused := filters | changed & {"temperature", "seed", "n"}:
+                raise UserError(f"contrastive search draws nothing; it leaves nothing for {_flags(unused)} to do")
         if self.alternatives and self.method != "sample":
             raise UserError(f"--alternatives is for drawing and greedy decoding, not for {self.method}")
 
     def sampler(self) -> "Sampler":
-        """The chain of filters; temperature 0 is greedy."""
+        """The chain of filters that the options ask for; temperature 0 is greedy."""
         import jax.numpy as jnp
 
         from llm_jax.decoding import penalties, samplers
@@ -174,9 +279,9 @@ class Options:
         return samplers.Sampler(tuple(chain), greedy=False)
 
 
-def _held(value: float) -> bool:
-    """Whether what is made of a number and of logits fits float32; what does not would draw just any token."""
-    return not value or _LEAST <= abs(value) <= _MOST
+def _representable(value: float) -> bool:
+    """Whether float32 logits can be combined with a number without overflow, which would draw arbitrary tokens."""
+    return not value or _SMALLEST <= abs(value) <= _LARGEST
 
 
 def parse_bias(text: str) -> tuple[int, float]:

@@ -1,4 +1,4 @@
-"""Filters that look at the tokens so far: they make what was said less likely, or rule it out."""
+"""Filters that depend on the tokens so far: they make earlier tokens less likely, or remove them."""
 
 import dataclasses
 
@@ -13,22 +13,25 @@ from llm_jax.decoding.samplers import History
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Repetition:
-    """Divides the positive logits of tokens that were there, prompt included, by this; multiplies the negative.
+    """Divides positive logits of tokens that occurred, prompt included, by the penalty; multiplies negative ones by it.
 
     Keskar et al. 2019, arXiv:1909.05858, section 4.1, in the form that works for negative logits.
+
+    Attributes:
+      penalty: above 1 makes repetition less likely, below 1 more likely.
     """
 
     penalty: float | jax.Array
 
     def __call__(self, logits: jax.Array, history: History) -> jax.Array:
-        there = _counts(logits, history, prompt=True) > 0
-        return jnp.where(there, jnp.where(logits > 0, logits / self.penalty, logits * self.penalty), logits)
+        occurred = _counts(logits, history, prompt=True) > 0
+        return jnp.where(occurred, jnp.where(logits > 0, logits / self.penalty, logits * self.penalty), logits)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PresenceFrequency:
-    """Subtracts `presence` from tokens that were drawn, and `frequency` for each time; the prompt does not count.
+    """Subtracts `presence` from the logits of generated tokens, and `frequency` per occurrence, the prompt left out.
 
     The formula of OpenAI's API reference ("frequency and presence penalties").
     """
@@ -44,9 +47,9 @@ class PresenceFrequency:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NoRepeatNgram:
-    """Rules out what would repeat an n-gram, prompt included (Paulus et al. 2017, arXiv:1705.04304, 2.5).
+    """Removes tokens that would repeat an n-gram, prompt included (Paulus et al. 2017, arXiv:1705.04304, 2.5).
 
-    Where that is every token, none is.
+    If that would remove every token, none is removed.
     """
 
     n: int | jax.Array
@@ -56,7 +59,7 @@ class NoRepeatNgram:
         places = jnp.arange(slots)
 
         def same(i: jax.Array, match: jax.Array) -> jax.Array:
-            # Is the token i before each place the one i before the end?
+            # Does the token i before each place equal the token i before the end?
             last = jnp.take_along_axis(history.ids, jnp.maximum(history.length - i, 0)[:, None], 1)
             return match & (jnp.roll(history.ids, i, axis=1) == last)
 
@@ -64,8 +67,8 @@ class NoRepeatNgram:
         inside = (places >= self.n - 1) & (places < history.length[:, None])
         repeats = jax.lax.fori_loop(1, jnp.asarray(self.n), same, inside)
         banned = jnp.zeros(logits.shape, bool).at[jnp.arange(rows)[:, None], history.ids].max(repeats)
-        left = jnp.where(banned, -jnp.inf, logits)
-        return jnp.where(jnp.any(left > -jnp.inf, -1, keepdims=True), left, logits)
+        remaining = jnp.where(banned, -jnp.inf, logits)
+        return jnp.where(jnp.any(remaining > -jnp.inf, -1, keepdims=True), remaining, logits)
 
 
 @jax.tree_util.register_dataclass
@@ -81,7 +84,7 @@ class Bias:
 
 
 def _counts(logits: jax.Array, history: History, prompt: bool) -> jax.Array:
-    """float32 (B, V): how often each token was there, in the prompt too or only since."""
+    """Occurrences of each token, with or without those in the prompt: float32 (B, V)."""
     places = jnp.arange(history.ids.shape[1])
     counted = places < history.length[:, None]
     if not prompt:

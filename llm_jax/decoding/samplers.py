@@ -1,9 +1,8 @@
 """Samplers: (logits, keys) -> ids, as chains of filters.
 
-A filter is a frozen dataclass, (logits, history) -> logits, that rules tokens out by setting their
-logit to -inf, or shifts them. Numeric settings are leaves, so that changing them does not recompile. A
-chain runs in the order: penalties (`penalties.py`), temperature, top-k, top-p, min-p, typical, epsilon,
-eta, draw.
+A filter is a frozen dataclass, (logits, history) -> logits, that removes tokens by setting their logits to -inf, or
+shifts logits. Numeric settings are pytree leaves, so that changing them does not recompile. A chain applies in the
+order: penalties (`penalties.py`), temperature, top-k, top-p, min-p, typical, epsilon, eta, draw.
 """
 
 import dataclasses
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 
 # Letters of shapes: B batch, S slots, V vocabulary.
 
-_BLOCK = 256  # a draw chooses a block of tokens, then a token of it
+_BLOCK = 256  # a draw chooses a block of tokens, then a token of the block
 
 
 @jax.tree_util.register_dataclass
@@ -23,9 +22,9 @@ class History:
     """The tokens so far.
 
     Attributes:
-      ids: int32 (B, S); the first `length` of a row are its prompt and what was drawn, without gaps.
+      ids: int32 (B, S); the first `length` of a row are its prompt and its generated tokens, without gaps.
       length: int32 (B,).
-      prompt: int32 (B,), how many of them are the prompt.
+      prompt: int32 (B,), how many of them belong to the prompt.
     """
 
     ids: jax.Array
@@ -34,14 +33,16 @@ class History:
 
 
 class Filter(Protocol):
+    """A step of a sampler's chain."""
+
     def __call__(self, logits: jax.Array, history: History) -> jax.Array:
-        """float32 (B, V) -> float32 (B, V)."""
+        """Logits float32 (B, V) -> logits float32 (B, V), -inf for removed tokens."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Temperature:
-    """Divides the logits; below 1 sharpens, above 1 flattens."""
+    """Divides the logits by the temperature: below 1 sharpens the distribution, above 1 flattens it."""
 
     temperature: float | jax.Array
 
@@ -52,7 +53,7 @@ class Temperature:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TopK:
-    """Keeps the k largest logits (Fan et al. 2018, arXiv:1805.04833), and what ties with the last."""
+    """Keeps the k largest logits and ties with the last (Fan et al. 2018, arXiv:1805.04833)."""
 
     k: int | jax.Array
 
@@ -63,9 +64,9 @@ class TopK:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TopP:
-    """Keeps the smallest set of likely tokens with mass at least p (Holtzman et al. 2020, arXiv:1904.09751).
+    """Nucleus sampling: keeps the smallest set of most likely tokens with total probability at least p, and ties.
 
-    What ties with the last is kept too.
+    Holtzman et al. 2020, arXiv:1904.09751.
     """
 
     p: float | jax.Array
@@ -77,7 +78,7 @@ class TopP:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MinP:
-    """Keeps tokens at least p times as likely as the likeliest (Nguyen et al. 2024, arXiv:2407.01082)."""
+    """Keeps tokens at least p times as likely as the most likely one (Nguyen et al. 2024, arXiv:2407.01082)."""
 
     p: float | jax.Array
 
@@ -88,9 +89,9 @@ class MinP:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Typical:
-    """Keeps the tokens whose surprise is nearest to the entropy, with mass at least p.
+    """Locally typical sampling: keeps the tokens whose information content is nearest to the entropy.
 
-    Meister et al. 2022, arXiv:2202.00666, equation 11.
+    As many of them as have total probability at least p. Meister et al. 2023, arXiv:2202.00666, equation 11.
     """
 
     p: float | jax.Array
@@ -105,7 +106,10 @@ class Typical:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Epsilon:
-    """Keeps tokens of at least this probability, and the likeliest (Hewitt et al. 2022, arXiv:2210.15191, 4.1)."""
+    """Keeps tokens of probability at least epsilon, and the most likely one.
+
+    Hewitt et al. 2022, arXiv:2210.15191, section 4.1.
+    """
 
     epsilon: float | jax.Array
 
@@ -116,7 +120,7 @@ class Epsilon:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Eta:
-    """Keeps tokens of probability at least min(epsilon, sqrt(epsilon) exp(-entropy)), and the likeliest.
+    """Keeps tokens of probability at least min(epsilon, sqrt(epsilon) exp(-entropy)), and the most likely one.
 
     Hewitt et al. 2022, arXiv:2210.15191, equation 5.
     """
@@ -133,20 +137,20 @@ class Eta:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """Filters, then the most likely token (`greedy`) or a draw with each row's own key."""
+    """Applies filters, then takes the most likely token (`greedy`) or draws one with each row's own key."""
 
     filters: tuple[Filter, ...] = ()
     greedy: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def stages(self, logits: jax.Array, history: History) -> list[jax.Array]:
-        """The logits (B, V) as they come, in float32, and after each filter."""
-        found = [logits.astype(jnp.float32)]
-        for one in self.filters:
-            found.append(one(found[-1], history))
-        return found
+        """Logits (B, V) in float32, before the first filter and after each."""
+        stages = [logits.astype(jnp.float32)]
+        for apply_filter in self.filters:
+            stages.append(apply_filter(stages[-1], history))
+        return stages
 
     def log_probabilities(self, logits: jax.Array, history: History) -> jax.Array:
-        """What the sampler draws from: (B, V), -inf for what it rules out."""
+        """Log-probabilities of the distribution it draws from: float32 (B, V), -inf for removed tokens."""
         last = self.stages(logits, history)[-1]
         if self.greedy:
             return jnp.where(jnp.arange(last.shape[-1]) == argmax(last)[:, None], 0.0, -jnp.inf)
@@ -164,10 +168,10 @@ def argmax(logits: jax.Array) -> jax.Array:
 
 
 def draw(logits: jax.Array, keys: jax.Array) -> jax.Array:
-    """Draws from softmax(logits): (B, V), keys (B,) -> int32 (B,).
+    """Draws from softmax(logits): logits (B, V), keys (B,) -> int32 (B,).
 
-    By two uniforms for a block of tokens and a token of it, both by inversion: a draw of Gumbel noise for
-    every token (jax.random.categorical) costs a millisecond a row on CPU.
+    Inverts the cumulative distribution twice, over blocks of tokens and then within a block, with two uniform
+    numbers: one Gumbel number per token (jax.random.categorical) costs a millisecond per row on CPU.
     """
     rest = -logits.shape[-1] % _BLOCK
     padded = jnp.pad(logits, ((0, 0), (0, rest)), constant_values=-jnp.inf)
@@ -179,7 +183,7 @@ def draw(logits: jax.Array, keys: jax.Array) -> jax.Array:
 
 
 def _invert(weights: jax.Array, uniform: jax.Array) -> jax.Array:
-    """The index where the cumulated weights (B, N) pass `uniform` (B,) of their sum; never one of weight 0."""
+    """The index at which the cumulative weights (B, N) pass `uniform` (B,) of their sum; never one of weight 0."""
     total = jnp.cumsum(weights, -1)
     passed = (total > uniform[:, None] * total[:, -1:]) & (weights > 0)
     last = weights.shape[-1] - 1 - jnp.argmax(weights[:, ::-1] > 0, -1)  # rounding may let none pass
@@ -187,18 +191,19 @@ def _invert(weights: jax.Array, uniform: jax.Array) -> jax.Array:
 
 
 def _only(keep: jax.Array, logits: jax.Array) -> jax.Array:
-    """Rules out what is not kept; what is likeliest always is."""
+    """Removes the tokens that `keep`, bool (B, V), leaves out, but never the most likely one."""
     return jnp.where(keep | (logits == jnp.max(logits, -1, keepdims=True)), logits, -jnp.inf)
 
 
 def _entropy(logs: jax.Array, probabilities: jax.Array) -> jax.Array:
+    """Entropy in nats: (B, V) -> (B, 1)."""
     return -jnp.sum(jnp.where(probabilities > 0, probabilities * logs, 0.0), -1, keepdims=True)
 
 
 def _best(values: jax.Array, weights: jax.Array, need: float | int | jax.Array) -> jax.Array:
-    """bool (B, V): the smallest set of largest values whose weights sum to at least `need`, ties included.
+    """The smallest set of largest values whose weights sum to at least `need`, ties included: bool (B, V).
 
-    The least value kept is found bit by bit from the order of floats as integers: 32 sums over the row,
+    Finds the smallest value of the set bit by bit, in the integer order of floats: 32 sums over the row,
     thirty times as fast on CPU as sorting it.
     """
     bits = jax.lax.bitcast_convert_type(jnp.where(values == 0, 0.0, values), jnp.int32)  # -0.0 is 0.0

@@ -1,4 +1,4 @@
-"""How likely given continuations are: log P(w1 ... wT) as the sum of its conditionals, by one forward pass."""
+"""Log-probabilities of given continuations, token by token, by one forward pass."""
 
 import dataclasses
 import functools
@@ -14,14 +14,19 @@ from llm_jax.errors import UserError
 from llm_jax.model.attention import Tokens
 from llm_jax.model.transformer import Transformer, check_length
 
-# Letters of shapes: B batch, T time, C chunk of time, V vocabulary.
+# Letters of shapes: B batch, T time, C chunk of time, D width, V vocabulary.
 
-_CHUNK = 32  # positions whose logits exist at a time; it divides every bucket
+_CHUNK = 32  # positions whose logits are in memory at a time; it divides every bucket
 
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """Natural log-probabilities of the tokens of a continuation, and whether each is the most likely one."""
+    """The score of one continuation.
+
+    Attributes:
+      log_probabilities: natural log-probability of each of its tokens.
+      greedy: whether every token is the most likely one at its position.
+    """
 
     log_probabilities: list[float]
     greedy: bool
@@ -34,24 +39,26 @@ def score(
     batch_size: int = 8,
     progress: Callable[[int], None] | None = None,
 ) -> list[Scored]:
-    """Scores every (prompt, continuation), both of ids, at least one each.
+    """Scores every (prompt, continuation) pair of token ids, at least one id each.
 
     Args:
-      params: in any layout of `model.config`.
-      batch_size: rows at a time; batches are padded, so that no number of pairs compiles again.
-      progress: is told how many pairs each batch did.
+      params: in the layout of `model.config`.
+      batch_size: rows per forward pass; the last batch is padded, so that no number of pairs recompiles.
+      progress: called with the number of pairs of each batch.
 
     Raises:
-      UserError: an empty prompt or continuation, or one that goes past the model's positions; or a bidirectional
-        model, which sees what it would predict.
+      UserError: an empty prompt or continuation, one that goes beyond the model's positions, or a bidirectional
+        model, which attends to the tokens it would predict.
     """
     if not model.config.causal:
-        raise UserError("a bidirectional model (model.causal=False) gives no text a probability; it sees all of it")
+        raise UserError(
+            "a bidirectional model (model.causal=False) assigns no probability to a text; it attends to all of it"
+        )
     if any(not len(prompt) or not len(answer) for prompt, answer in pairs):
         raise UserError("a prompt or a continuation to score is empty; expected at least one token each")
     check_length(model.config, max((len(p) + len(a) for p, a in pairs), default=0))
     order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
-    found: dict[int, Scored] = {}
+    scored: dict[int, Scored] = {}
     for first in range(0, len(order), batch_size):
         batch = order[first : first + batch_size]
         rows = [[*pairs[i][0], *pairs[i][1]] for i in batch]
@@ -59,19 +66,19 @@ def score(
         logs, best = jax.device_get(_score(model, params, ids_BT, lengths))
         for row, i in enumerate(batch):
             answer = slice(len(pairs[i][0]) - 1, len(rows[row]) - 1)  # the logits before a token predict it
-            found[i] = Scored(logs[row, answer].tolist(), bool(np.all(best[row, answer])))
+            scored[i] = Scored(logs[row, answer].tolist(), bool(np.all(best[row, answer])))
         if progress:
             progress(len(batch))
-    return [found[i] for i in range(len(pairs))]
+    return [scored[i] for i in range(len(pairs))]
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _score(model: Transformer, params: Any, ids_BT: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Log-probability of the next token at every place, and whether it is the most likely: both (B, T)."""
+    """Log-probability of the next token at every position, float32, and whether it is the most likely: both (B, T)."""
     b, t = ids_BT.shape
-    count = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
-    where = Tokens(jnp.minimum(count, lengths[:, None] - 1), (count < lengths[:, None]).astype(jnp.int32))
-    x_BTD, _ = loop.apply(model, params, ids_BT, where, method="features")
+    index_BT = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
+    tokens = Tokens(jnp.minimum(index_BT, lengths[:, None] - 1), (index_BT < lengths[:, None]).astype(jnp.int32))
+    x_BTD, _ = loop.apply(model, params, ids_BT, tokens, method="features")
     next_BT = jnp.roll(ids_BT, -1, axis=1)
 
     def chunk(parts: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

@@ -1,11 +1,11 @@
-"""Speculative decoding: a cheap guess of the next tokens, checked by the model in one pass.
+"""Speculative decoding: a cheap draft proposes the next tokens, and the model verifies them in one forward pass.
 
-What comes out has exactly the model's own distribution (Leviathan et al. 2022, arXiv:2211.17192, algorithm 1),
-whatever the guess is. It comes from a smaller model with the same vocabulary, or from the text itself: what
-followed the last time that its last tokens came (prompt look-up).
+The output has exactly the model's own distribution, whatever the draft is (Leviathan et al. 2022, arXiv:2211.17192,
+algorithm 1). The draft is a smaller model with the same vocabulary, or prompt look-up: the tokens that followed the
+previous occurrence of the last few tokens.
 
-Rows accept different numbers of guesses, so each has its own place in the cache. What was guessed wrongly is
-overwritten by the next round before anybody can see it.
+Rows accept different numbers of draft tokens, so each row has its own write position in the cache. Rejected draft
+tokens are overwritten by the next round before any query attends to them.
 """
 
 import dataclasses
@@ -17,27 +17,30 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.decoding import loop
-from llm_jax.decoding.loop import Generated, Rules, Stop
+from llm_jax.decoding.loop import DrawSettings, Generated, StopFn
 from llm_jax.decoding.samplers import History, Sampler, draw
 from llm_jax.errors import UserError
 from llm_jax.model.attention import KVCache, Tokens
 from llm_jax.model.transformer import Transformer
 
-# Letters of shapes: B batch, P padded prompt, S slots, K guesses, N new tokens, V vocabulary.
+# Letters of shapes: B batch, P padded prompt, S slots, K draft tokens of a round, N new tokens, V vocabulary.
 
-_MATCH = 3  # tokens that prompt look-up tries to find again, at most
+_MATCH = 3  # the longest run of last tokens that prompt look-up searches for
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class State:
-    """What `loop.Decoding` holds, for rows of different lengths.
+class SpeculativeState:
+    """The carry of the loop: as `loop.DecodingState`, for rows of different lengths.
 
-    The caches hold all tokens of the history but the last. `rounds` () counts the model's passes.
+    Attributes:
+      cache: keys and values of all tokens of the history but the last.
+      draft_cache: the same of the draft model; None for prompt look-up.
+      rounds: int32 (), forward passes of the model so far.
     """
 
     cache: KVCache
-    guesser: KVCache | None
+    draft_cache: KVCache | None
     history: History
     rounds: jax.Array
     ids: jax.Array
@@ -54,74 +57,77 @@ def generate(
     prompts: Sequence[Sequence[int]],
     sampler: Sampler,
     draft: tuple[Transformer, Any] | None,
-    guesses: int,
+    draft_tokens: int,
     *,
     max_new_tokens: int,
     seeds: Sequence[int] | None = None,
     eos: int | Sequence[int] | None = None,
     vocab_size: int | None = None,
-    stop: Stop | None = None,
+    stop: StopFn | None = None,
     watch: Callable[[list[Generated]], None] | None = None,
 ) -> list[Generated]:
-    """Continues every prompt as `loop.generate` does (see there), with draws of its own.
+    """Continues every prompt as `loop.generate` does; a seed gives other draws than there, of the same distribution.
+
+    The other arguments are those of `loop.generate`.
 
     Args:
-      draft: the model that guesses and its parameters, or None for prompt look-up.
-      guesses: tokens guessed in each round.
+      draft: the draft model and its parameters, or None for prompt look-up.
+      draft_tokens: tokens proposed in each round.
 
     Raises:
-      UserError: also where the draft has another vocabulary than the model.
+      UserError: as `loop.generate`, or a draft whose vocabulary differs from the model's.
     """
-    if guesses < 1:
-        raise UserError(f"--draft_tokens={guesses}; expected at least 1")
+    if draft_tokens < 1:
+        raise UserError(f"--draft_tokens={draft_tokens}; expected at least 1")
     model, params = loop.unrolled(model, params)
     seeds = list(range(len(prompts))) if seeds is None else list(seeds)
     loop.check(model, prompts, max_new_tokens, seeds)
     if draft is not None:
         if draft[0].config.vocab_size != model.config.vocab_size:
             raise UserError(
-                f"the draft has a vocabulary of {draft[0].config.vocab_size} ids, the model {model.config.vocab_size}"
+                f"the draft model has a vocabulary of {draft[0].config.vocab_size} ids, the model one of "
+                f"{model.config.vocab_size}; expected the same vocabulary"
             )
         draft = loop.unrolled(*draft)
         loop.check(draft[0], prompts, max_new_tokens, seeds)
-    guesser, guesser_params = draft or (None, None)
-    rules = loop.make_rules(model, sampler, seeds, eos, vocab_size)
+    draft_model, draft_params = draft or (None, None)
+    settings = loop.draw_settings(model, sampler, seeds, eos, vocab_size)
     prompts_BP, lengths = loop.padded(prompts)
     room = loop.bucket(max_new_tokens)
-    state = _start(model, guesser, room, guesses, params, guesser_params, prompts_BP, lengths)
+    state = _start(model, draft_model, room, draft_tokens, params, draft_params, prompts_BP, lengths)
 
-    def step(state: State, until: jax.Array) -> State:
-        rounds = until if stop or watch else jnp.int32(max_new_tokens)  # a round brings a token or more
-        return _advance(model, guesser, guesses, params, guesser_params, rules, state, rounds, max_new_tokens)
+    def step(state: SpeculativeState, until: jax.Array) -> SpeculativeState:
+        rounds = until if stop or watch else jnp.int32(max_new_tokens)  # a round adds a token or more
+        return _advance(model, draft_model, draft_tokens, params, draft_params, settings, state, rounds, max_new_tokens)
 
-    return loop.run(step, state, rules, max_new_tokens, stop, watch)
+    return loop.run(step, state, settings, max_new_tokens, stop, watch)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _start(
     model: Transformer,
-    guesser: Transformer | None,
+    draft_model: Transformer | None,
     room: int,
-    guesses: int,
+    draft_tokens: int,
     params: Any,
-    guesser_params: Any,
+    draft_params: Any,
     prompts_BP: jax.Array,
     lengths: jax.Array,
-) -> State:
+) -> SpeculativeState:
     b, p = prompts_BP.shape
-    slots = p + room + guesses + 1  # a last round may guess past the end
+    slots = p + room + draft_tokens + 1  # the last round may propose tokens past the end
 
-    def filled(of: Transformer, weights: Any) -> KVCache:
-        _, cache = loop.prefill(of, weights, prompts_BP, lengths, slots)
+    def prefilled(model: Transformer, params: Any) -> KVCache:
+        _, cache = loop.prefill(model, params, prompts_BP, lengths, slots)
         return dataclasses.replace(cache, index=lengths - 1)
 
-    return State(
-        filled(model, params),
-        None if guesser is None else filled(guesser, guesser_params),
+    return SpeculativeState(
+        prefilled(model, params),
+        None if draft_model is None else prefilled(draft_model, draft_params),
         History(jnp.pad(prompts_BP, ((0, 0), (0, slots - p))), lengths, lengths),
         jnp.int32(0),
-        jnp.zeros((b, room + guesses + 1), jnp.int32),
-        jnp.zeros((b, room + guesses + 1), jnp.float32),
+        jnp.zeros((b, room + draft_tokens + 1), jnp.int32),
+        jnp.zeros((b, room + draft_tokens + 1), jnp.float32),
         jnp.zeros((b, room, 0), jnp.int32),
         jnp.zeros((b, room, 0), jnp.float32),
         jnp.zeros(b, jnp.int32),
@@ -132,56 +138,57 @@ def _start(
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=6)
 def _advance(
     model: Transformer,
-    guesser: Transformer | None,
-    guesses: int,
+    draft_model: Transformer | None,
+    draft_tokens: int,
     params: Any,
-    guesser_params: Any,
-    rules: Rules,
-    state: State,
+    draft_params: Any,
+    settings: DrawSettings,
+    state: SpeculativeState,
     rounds: jax.Array,
     limit: jax.Array,
-) -> State:
-    """Goes on until `rounds` rounds are over or all rows are done; rows end at `limit` tokens."""
+) -> SpeculativeState:
+    """Runs `rounds` rounds (counted from the start), or until all rows are done; rows end at `limit` tokens."""
 
-    def going(s: State) -> jax.Array:
+    def unfinished(s: SpeculativeState) -> jax.Array:
         return (s.rounds < rounds) & ~jnp.all(s.done)
 
-    def step(s: State) -> State:
+    def step(s: SpeculativeState) -> SpeculativeState:
         b = len(s.done)
-        keys = jax.vmap(jax.random.fold_in, (0, None))(rules.keys, s.rounds)
-        keys = jax.vmap(lambda key: jax.random.split(key, guesses + 2))(keys)  # (B, K + 2)
+        keys = jax.vmap(jax.random.fold_in, (0, None))(settings.keys, s.rounds)
+        keys = jax.vmap(lambda key: jax.random.split(key, draft_tokens + 2))(keys)  # (B, K + 2)
         last = jnp.take_along_axis(s.history.ids, s.history.length[:, None] - 1, 1)
-        if guesser is None:
-            guessed, q_logs, cache = _look_up(s.history, guesses), None, None
+        bound = s.history.prompt + limit
+        if draft_model is None:
+            proposed, q_logs, draft_cache = _look_up(s.history, draft_tokens), None, None
         else:
-            guessed, q_logs, cache = _guess(
-                guesser, guesser_params, rules, s.history, last, s.guesser, keys, guesses, s.history.prompt + limit
+            proposed, q_logs, draft_cache = _propose(
+                draft_model, draft_params, settings, s.history, last, s.draft_cache, keys, draft_tokens, bound
             )
-        where = _places(s.history.length - 1, guesses + 1, s.done, s.history.prompt + limit)
-        logits, target_cache = loop.apply(model, params, jnp.concatenate([last, guessed], 1), where, s.cache)
+        positions = _positions(s.history.length - 1, draft_tokens + 1, s.done, bound)
+        logits, cache = loop.apply(model, params, jnp.concatenate([last, proposed], 1), positions, s.cache)
         logs_BKV = jax.nn.log_softmax(logits.astype(jnp.float32))
         checked, history = [], s.history
-        for i in range(guesses + 1):  # filters look at the tokens before each place
-            checked.append(rules.sampler.log_probabilities(rules.allow(logits[:, i]), history))
-            if i < guesses:
-                history = loop.append(history, guessed[:, i], jnp.ones(b, bool))
+        for i in range(draft_tokens + 1):  # filters look at the tokens before each position
+            checked.append(settings.sampler.log_probabilities(settings.mask_padded_vocab(logits[:, i]), history))
+            if i < draft_tokens:
+                history = loop.append(history, proposed[:, i], jnp.ones(b, bool))
         p_logs = jnp.stack(checked, 1)
-        accepted = _accept(p_logs, q_logs, guessed, keys[:, guesses])
-        rest = _rest(p_logs, q_logs, guessed, accepted)
-        more = draw(rest, keys[:, guesses + 1])
-        places = jnp.arange(guesses + 1)
-        new = jnp.where(places == accepted[:, None], more[:, None], jnp.pad(guessed, ((0, 0), (0, 1))))
-        # A row takes what was accepted and one more, up to an end of text and the limit.
-        ends = rules.ends(new) & (places <= accepted[:, None])
+        accepted = _accept(p_logs, q_logs, proposed, keys[:, draft_tokens])
+        residual = _residual(p_logs, q_logs, proposed, accepted)
+        extra = draw(residual, keys[:, draft_tokens + 1])
+        places = jnp.arange(draft_tokens + 1)
+        new = jnp.where(places == accepted[:, None], extra[:, None], jnp.pad(proposed, ((0, 0), (0, 1))))
+        # A row takes the accepted tokens and one more, up to EOS and the limit.
+        ends = settings.is_eos(new) & (places <= accepted[:, None])
         taken = jnp.where(jnp.any(ends, 1), jnp.argmax(ends, 1), accepted) + 1
         taken = jnp.where(s.done, 0, jnp.minimum(taken, limit - s.count))
         last_end = jnp.any(ends & (places < taken[:, None]), 1)
         logs = jnp.take_along_axis(logs_BKV, new[..., None], -1)[..., 0]
         history = History(_write(s.history.ids, new, s.history.length), s.history.length + taken, s.history.prompt)
         count = s.count + taken
-        return State(
-            dataclasses.replace(target_cache, index=history.length - 1),
-            cache and dataclasses.replace(cache, index=history.length - 1),
+        return SpeculativeState(
+            dataclasses.replace(cache, index=history.length - 1),
+            draft_cache and dataclasses.replace(draft_cache, index=history.length - 1),
             history,
             s.rounds + 1,
             _write(s.ids, new, s.count),
@@ -192,30 +199,30 @@ def _advance(
             s.done | last_end | (count >= limit),
         )
 
-    return jax.lax.while_loop(going, step, state)
+    return jax.lax.while_loop(unfinished, step, state)
 
 
-def _guess(guesser, params, rules: Rules, history: History, last, cache: Any, keys, guesses: int, bound):
-    """Draws of the draft: ids (B, K), their log-probabilities (B, K, V), and its cache, the last guess included."""
+def _propose(model, params, settings: DrawSettings, history: History, last, cache: Any, keys, draft_tokens: int, bound):
+    """Draws of the draft model: ids int32 (B, K), log-probabilities (B, K, V), and its cache, all K included."""
 
-    def one(carry, key):
+    def step(carry, key):
         cache, history, ids = carry
-        where = _places(history.length - 1, 1, jnp.zeros(len(ids), bool), bound)
-        logits, cache = loop.apply(guesser, params, ids, where, cache)
-        logs = rules.sampler.log_probabilities(rules.allow(logits[:, 0]), history)
+        positions = _positions(history.length - 1, 1, jnp.zeros(len(ids), bool), bound)
+        logits, cache = loop.apply(model, params, ids, positions, cache)
+        logs = settings.sampler.log_probabilities(settings.mask_padded_vocab(logits[:, 0]), history)
         drawn = draw(logs, key)
         return (cache, loop.append(history, drawn, jnp.ones(len(ids), bool)), drawn[:, None]), (drawn, logs)
 
-    # One pass more than guesses, so that the cache has the last one too.
-    order = jnp.swapaxes(keys, 0, 1)[: guesses + 1]
-    (cache, _, _), (drawn, logs) = jax.lax.scan(one, (cache, history, last), order)
-    return jnp.swapaxes(drawn, 0, 1)[:, :guesses], jnp.swapaxes(logs, 0, 1)[:, :guesses], cache
+    # One pass more than draft tokens, so that the cache has the last one too.
+    order = jnp.swapaxes(keys, 0, 1)[: draft_tokens + 1]
+    (cache, _, _), (drawn, logs) = jax.lax.scan(step, (cache, history, last), order)
+    return jnp.swapaxes(drawn, 0, 1)[:, :draft_tokens], jnp.swapaxes(logs, 0, 1)[:, :draft_tokens], cache
 
 
-def _look_up(history: History, guesses: int) -> jax.Array:
-    """What followed the last place where the longest run of the last tokens stood before: (B, K).
+def _look_up(history: History, draft_tokens: int) -> jax.Array:
+    """The tokens after the latest earlier occurrence of the longest run of last tokens: int32 (B, K).
 
-    Where there is none it is anything: a wrong guess costs nothing but itself.
+    Without such an occurrence the tokens are arbitrary: a wrong proposal is rejected.
     """
     slots = history.ids.shape[1]
     places, length = jnp.arange(slots), history.length[:, None]
@@ -225,39 +232,48 @@ def _look_up(history: History, guesses: int) -> jax.Array:
         same &= (jnp.roll(history.ids, i, axis=1) == last) & (places >= i)
         run += same
     best = jnp.argmax(run * slots + places, 1)[:, None]
-    return jnp.take_along_axis(history.ids, jnp.minimum(best + 1 + jnp.arange(guesses), slots - 1), 1)
+    return jnp.take_along_axis(history.ids, jnp.minimum(best + 1 + jnp.arange(draft_tokens), slots - 1), 1)
 
 
-def _accept(p_logs: jax.Array, q_logs: jax.Array | None, guessed: jax.Array, keys: jax.Array) -> jax.Array:
-    """How many guesses of each row are accepted, each with probability min(1, p / q): int32 (B,)."""
-    guesses = guessed.shape[1]
-    p = jnp.take_along_axis(p_logs[:, :guesses], guessed[..., None], -1)[..., 0]
-    q = 0.0 if q_logs is None else jnp.take_along_axis(q_logs, guessed[..., None], -1)[..., 0]
-    uniform = jax.vmap(lambda key: jax.random.uniform(key, (guesses,)))(keys)
+def _accept(p_logs: jax.Array, q_logs: jax.Array | None, proposed: jax.Array, keys: jax.Array) -> jax.Array:
+    """Number of accepted tokens per row, each accepted with probability min(1, p / q): int32 (B,).
+
+    Args:
+      p_logs: (B, K + 1, V), log-probabilities under the model.
+      q_logs: (B, K, V), under the draft model; None for a deterministic proposal (q = 1).
+      proposed: int32 (B, K).
+    """
+    count = proposed.shape[1]
+    p = jnp.take_along_axis(p_logs[:, :count], proposed[..., None], -1)[..., 0]
+    q = 0.0 if q_logs is None else jnp.take_along_axis(q_logs, proposed[..., None], -1)[..., 0]
+    uniform = jax.vmap(lambda key: jax.random.uniform(key, (count,)))(keys)
     return jnp.sum(jnp.cumprod(uniform < jnp.exp(p - q), 1), 1).astype(jnp.int32)
 
 
-def _rest(p_logs: jax.Array, q_logs: jax.Array | None, guessed: jax.Array, accepted: jax.Array) -> jax.Array:
-    """Log of what the token after the accepted ones is drawn from: max(0, p - q), or p after all guesses. (B, V)."""
+def _residual(p_logs: jax.Array, q_logs: jax.Array | None, proposed: jax.Array, accepted: jax.Array) -> jax.Array:
+    """Log of the unnormalized distribution of the token after the accepted ones, (B, V).
+
+    max(0, p - q) after a rejection, p where all tokens were accepted.
+    """
     row = jnp.arange(len(accepted))
     p = jnp.exp(p_logs[row, accepted])
-    place = jnp.minimum(accepted, guessed.shape[1] - 1)
+    place = jnp.minimum(accepted, proposed.shape[1] - 1)
     if q_logs is None:
-        q = jax.nn.one_hot(guessed[row, place], p.shape[-1])
+        q = jax.nn.one_hot(proposed[row, place], p.shape[-1])
     else:
         q = jnp.exp(q_logs[row, place])
-    rest = jnp.where((accepted < guessed.shape[1])[:, None], jnp.maximum(p - q, 0.0), p)
-    # Equal distributions never reject but for rounding, which may leave nothing.
-    return jnp.log(jnp.where(jnp.sum(rest, -1, keepdims=True) > 0, rest, p))
+    residual = jnp.where((accepted < proposed.shape[1])[:, None], jnp.maximum(p - q, 0.0), p)
+    # Equal distributions never reject, but for rounding, which may leave no mass.
+    return jnp.log(jnp.where(jnp.sum(residual, -1, keepdims=True) > 0, residual, p))
 
 
-def _places(first: jax.Array, count: int, done: jax.Array, bound: jax.Array) -> Tokens:
-    """`count` tokens from positions `first` (B,) on; what would lie past the row's bound is never used."""
+def _positions(first: jax.Array, count: int, done: jax.Array, bound: jax.Array) -> Tokens:
+    """`count` tokens from positions `first` int32 (B,) on; tokens at or past the row's bound are never used."""
     places = first[:, None] + jnp.arange(count)
     segments = jnp.broadcast_to((~done).astype(jnp.int32)[:, None], places.shape)
     return Tokens(jnp.minimum(places, bound[:, None] - 1), segments)
 
 
 def _write(rows: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-    """Puts new (B, K) into rows (B, N) from start (B,) on."""
+    """Writes new (B, K) into rows (B, N) at start int32 (B,)."""
     return jax.vmap(lambda r, n, s: jax.lax.dynamic_update_slice(r, n, (s,)))(rows, new, start)

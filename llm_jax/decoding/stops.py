@@ -1,69 +1,86 @@
-"""Text that ends a text, and text that is ready to be shown while more is coming."""
+"""Stop strings: where they end a text, and how much of a growing text may be shown."""
 
 from collections.abc import Sequence
 
-from llm_jax.decoding.loop import Stop
+from llm_jax.decoding.loop import StopFn
 from llm_jax.errors import UserError
-from llm_jax.tokenizers.base import Tokenizer
+from llm_jax.tokenizers import detokenize
+from llm_jax.tokenizers.base import PretrainedTokenizer, Tokenizer
 
-_BROKEN = "�"  # what decoders make of a character whose bytes are not all there
 
+def stop_fn(
+    tokenizer: Tokenizer, stops: Sequence[str], max_new_tokens: int, prompts: Sequence[Sequence[int]]
+) -> StopFn | None:
+    """The function that ends a row after the token that completes a stop string, wherever token boundaries fall.
 
-def finder(tokenizer: Tokenizer, stops: Sequence[str], max_new_tokens: int) -> Stop | None:
-    """What tells the loop where a row ends: after the token that completes a stop string, wherever tokens cut it.
+    A stop string that is the name of a special token also stops at that token.
+
+    Args:
+      prompts: the ids of each row's prompt.
 
     Raises:
-      UserError: a stop string that the vocabulary cannot write, or that is longer than any answer.
+      UserError: a stop string that the vocabulary cannot write, or that is longer than any continuation.
     """
     if not stops:
         return None
+    special = {index for index in (special_id(tokenizer, text) for text in stops) if index is not None}
     for text in stops:
+        if special_id(tokenizer, text) is not None:
+            continue
         ids = tokenizer.encode(text)
-        if text not in tokenizer.decode(ids):
-            raise UserError(f"--stop={text!r} can never come: the tokenizer cannot write it")
+        # Vocabularies that strip the first space write it behind other text.
+        if text not in tokenizer.decode(ids) and text not in tokenizer.decode(tokenizer.encode("a" + text)):
+            raise UserError(f"--stop={text!r} can never occur: the tokenizer cannot write it")
         if len(ids) > max_new_tokens and len(text) > max_new_tokens * _longest(tokenizer):
-            raise UserError(f"--stop={text!r} can never come: it does not fit in --max_new_tokens={max_new_tokens}")
+            raise UserError(f"--stop={text!r} can never occur: it does not fit in --max_new_tokens={max_new_tokens}")
+    detokenizers = [detokenize.after(tokenizer, prompt) for prompt in prompts]
 
-    def find(row: int, ids: list[int]) -> int | None:
-        def there(count: int) -> bool:
-            text = tokenizer.decode(ids[:count])
-            return any(s in text for s in stops)
-
-        if not there(len(ids)):
-            return None
-        low, high = 0, len(ids)  # not there in the first `low`, there in the first `high`
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if there(middle) else (middle, high)
-        return high
+    def find(row: int, ids: list[int], checked: int) -> int | None:
+        # Every length is looked at: a stop string may be in the text of some ids and not in that of one id more.
+        for count in range(checked + 1, len(ids) + 1):
+            if ids[count - 1] in special:
+                return count
+            text = detokenizers[row].text(ids[:count])
+            if any(stop in text for stop in stops):
+                return count
+        return None
 
     return find
 
 
-def possible(tokenizer: Tokenizer, stops: Sequence[str], max_new_tokens: int) -> tuple[str, ...]:
-    """Those of a task's stop strings that so short an answer has room for."""
+def special_id(tokenizer: Tokenizer, text: str) -> int | None:
+    """The id of the special token of this name, which decodes to nothing; None where there is none."""
+    if isinstance(tokenizer, PretrainedTokenizer):
+        ids = tokenizer.encode_chat(text)
+    else:
+        ids = [i for i in (tokenizer.bos, tokenizer.eos) if i is not None and tokenizer.piece(i) == text]
+    return ids[0] if len(ids) == 1 and not tokenizer.decode(ids) and tokenizer.piece(ids[0]) == text else None
+
+
+def fitting(tokenizer: Tokenizer, stops: Sequence[str], max_new_tokens: int) -> tuple[str, ...]:
+    """The stop strings that fit in `max_new_tokens` tokens."""
     return tuple(s for s in stops if s and len(tokenizer.encode(s)) <= max_new_tokens)
 
 
 def cut(text: str, stops: Sequence[str]) -> str:
-    """The text before the stop string that is whole first, however the text came; of several, the longest."""
+    """The text before the stop string that is complete first; of several complete at one place, the longest."""
     places = [(text.find(s) + len(s), text.find(s)) for s in stops if s in text]
     return text[: min(places)[1]] if places else text
 
 
-def ready(text: str, stops: Sequence[str]) -> str:
-    """As much of a growing text as no later token changes.
+def showable(text: str, stops: Sequence[str]) -> str:
+    """The part of a growing text that is shown for certain: all but a last part that may begin a stop string.
 
-    Held back: a last character whose bytes are not all there, and what may be the beginning of a stop string.
+    Args:
+      text: text that no later token changes (`detokenize.Detokenizer.settled`).
     """
-    shown = cut(text, stops)
-    if len(shown) < len(text):
-        return shown
-    shown = shown[: len(shown.rstrip(_BROKEN))] if len(shown) - len(shown.rstrip(_BROKEN)) < 4 else shown[:-3]
-    begun = (n for s in stops for n in range(min(len(s) - 1, len(shown)), 0, -1) if shown.endswith(s[:n]))
-    return shown[: len(shown) - max(begun, default=0)]
+    before = cut(text, stops)
+    if len(before) < len(text):
+        return before
+    begun = (n for s in stops for n in range(min(len(s) - 1, len(text)), 0, -1) if text.endswith(s[:n]))
+    return text[: len(text) - max(begun, default=0)]
 
 
 def _longest(tokenizer: Tokenizer) -> int:
-    """Characters of the longest token; a part of one counts as one."""
+    """Characters of the longest token; a part of a character counts as one."""
     return max(len(tokenizer.decode([i])) for i in range(tokenizer.vocab_size))

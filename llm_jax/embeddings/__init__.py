@@ -1,1 +1,1 @@
-"""Vectors of words: learned from co-occurrence (word2vec, GloVe), and in context by any checkpoint."""
+"""Word vectors learned from co-occurrence (word2vec, GloVe), and contextual vectors of any checkpoint."""

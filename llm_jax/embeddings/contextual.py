@@ -1,4 +1,4 @@
-"""Vectors of tokens and sentences in context, by layer, from any checkpoint, encoder or decoder.
+"""Contextual vectors of tokens and sentences, by layer, of any checkpoint, encoder or decoder.
 
 loaded = llm_jax.load("asset:minilm-l6-v2")
 layers = token_vectors(loaded, ["The bank of the river."])[0]  # (layers + 1, tokens, width)
@@ -31,72 +31,74 @@ _BATCH = 32
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def hidden_states(model: Transformer, params, tokens_BT: jax.Array, where: Tokens) -> jax.Array:
-    """int32 (B, T) -> what goes into the first layer and comes out of each, (L, B, T, D) in the compute dtype.
+def hidden_states(model: Transformer, params, tokens_BT: jax.Array, positions: Tokens) -> jax.Array:
+    """The input of the first layer and the output of each: ids int32 (B, T) -> (L, B, T, D) in the compute dtype.
 
-    The last is normed where the model has a final norm. The parameters are one entry per layer
-    (`scan_layers=False`).
+    The last output is normalized where the model has a final norm.
+
+    Args:
+      params: one entry per layer (`scan_layers=False`).
+      positions: positions and segment ids of the tokens.
     """
-    (features, _), kept = model.apply(
+    (features, _), variables = model.apply(
         {"params": params},
         tokens_BT,
-        where,
+        positions,
         method="features",
         capture_intermediates=lambda module, name: isinstance(module, Embed | Layer) and name == "__call__",
         mutable=["intermediates"],
     )
-    found = kept["intermediates"]
-    inner = [found["layers"][str(i)]["__call__"][0][0] for i in range(model.config.num_layers)]
-    return jnp.stack([found["embed"]["__call__"][0], *inner[:-1], features])
+    outputs = variables["intermediates"]
+    inner = [outputs["layers"][str(i)]["__call__"][0][0] for i in range(model.config.num_layers)]
+    return jnp.stack([outputs["embed"]["__call__"][0], *inner[:-1], features])
 
 
 def ids(loaded: Loaded, text: str) -> list[int]:
-    """The ids that stand for `text`, with the marks that the tokenizer puts around it ([CLS], [SEP]; BOS).
+    """The ids of `text` with the special tokens that the tokenizer adds ([CLS] and [SEP], or BOS).
 
     Raises:
-      UserError: there are none, or more than the model has positions for.
+      UserError: no ids, or more than the model has positions.
     """
-    marked = getattr(loaded.tokenizer, "encode_marked", None)
-    found = marked(text) if marked else tokenizers.prompt(loaded.tokenizer, text)
-    if not found:
-        raise UserError("a text without tokens has no vector")
-    transformer.check_length(loaded.model.config, len(found))
-    return found
+    encode_marked = getattr(loaded.tokenizer, "encode_marked", None)
+    text_ids = encode_marked(text) if encode_marked else tokenizers.prompt(loaded.tokenizer, text)
+    if not text_ids:
+        raise UserError("the text has no tokens, hence no vector; expected some text")
+    transformer.check_length(loaded.model.config, len(text_ids))
+    return text_ids
 
 
 def token_vectors(loaded: Loaded, texts: Sequence[str]) -> list[np.ndarray]:
-    """For each text, the vectors of its `ids` at every layer, float32 (L, T, D)."""
-    found: dict[int, np.ndarray] = {}
-    for i, layers_LTD in _vectors(loaded, texts):
-        found[i] = layers_LTD
-    return [found[i] for i in range(len(texts))]
+    """The vectors of the `ids` of each text at every layer, float32 (L, T, D)."""
+    vectors = dict(_vectors(loaded, texts))
+    return [vectors[i] for i in range(len(texts))]
 
 
 def sentence_vectors(
     loaded: Loaded, texts: Sequence[str], layer: int = -1, pool: str = "mean", normalize: bool = True
 ) -> np.ndarray:
-    """A vector for each text, float32 (texts, D): tokens of one layer pooled, then of length 1.
+    """A vector for each text, float32 (texts, D): the pooled token vectors of one layer.
 
     Args:
-      layer: 0 is the embeddings, -1 the last.
-      pool: of `POOLS`; "mean" as in sentence-transformers (Reimers and Gurevych 2019, arXiv:1908.10084).
+      layer: 0 for the embeddings, -1 for the last layer.
+      pool: one of `POOLS`; "mean" as in sentence-transformers (Reimers and Gurevych 2019, arXiv:1908.10084).
+      normalize: whether vectors are scaled to length 1.
 
     Raises:
-      UserError: no such layer or pool.
+      UserError: an unknown layer or pool; otherwise as `ids`.
     """
     pooled, count = choice("pool", pool, POOLS), loaded.model.config.num_layers + 1
     if not -count <= layer < count:
         raise UserError(f"layer={layer}; the model has the layers 0 (embeddings) to {count - 1}")
-    found = np.zeros((len(texts), loaded.model.config.width), np.float32)
+    vectors = np.zeros((len(texts), loaded.model.config.width), np.float32)
     for i, layers_LTD in _vectors(loaded, texts):
-        found[i] = pooled(layers_LTD[layer])
-    return found / np.linalg.norm(found, axis=1, keepdims=True) if normalize else found
+        vectors[i] = pooled(layers_LTD[layer])
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True) if normalize else vectors
 
 
 def _vectors(loaded: Loaded, texts: Sequence[str]) -> Iterator[tuple[int, np.ndarray]]:
-    """(index, (L, T, D)) of every text, texts of like length together, padded to a power of two."""
+    """Yields (index, float32 (L, T, D)) of every text. Texts of similar length share a batch, padded to a power of two."""
     if loaded.model.config.scan_layers:
-        raise UserError("vectors by layer need a checkpoint loaded with scan_layers=False")
+        raise UserError("vectors by layer need a checkpoint that was loaded with scan_layers=False")
     rows = [ids(loaded, text) for text in texts]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     for start in range(0, len(order), _BATCH):
@@ -109,7 +111,7 @@ def _vectors(loaded: Loaded, texts: Sequence[str]) -> Iterator[tuple[int, np.nda
             segments[row, : len(rows[i])] = 1
         # Padding stays within the positions of a learned table.
         positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape) * segments
-        where = Tokens(jnp.asarray(positions), jnp.asarray(segments))
-        layers = np.asarray(hidden_states(loaded.model, loaded.params, jnp.asarray(tokens), where), np.float32)
+        placed = Tokens(jnp.asarray(positions), jnp.asarray(segments))
+        layers = np.asarray(hidden_states(loaded.model, loaded.params, jnp.asarray(tokens), placed), np.float32)
         for row, i in enumerate(part):
             yield i, layers[:, row, : len(rows[i])]

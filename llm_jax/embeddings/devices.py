@@ -1,6 +1,6 @@
-"""Steps of word vectors on all devices: each computes the gradients of its part of a step, and applies those of all.
+"""Data-parallel steps of word vectors: each device computes the gradients of its part of a step and applies all.
 
-What the devices tell each other are the rows that a step changes, and not the table, of which each has a copy.
+Devices exchange the rows that a step changes, not the table, of which each has a copy.
 """
 
 import functools
@@ -18,11 +18,11 @@ Gather = Callable[[jax.Array], jax.Array]  # (n, ...) of this device -> (devices
 
 
 def compiled(many: Callable[..., jax.Array], split: tuple[bool, ...]) -> Callable[..., Any]:
-    """(table, *arrays) -> table, jitted; the table is donated.
+    """Jits a function for all devices: (table, *arrays) -> table; the table is donated.
 
     Args:
-      many: (gather, table, *arrays) -> table.
-      split: for each of the arrays, whether every device gets its part of the second axis.
+      many: (gather, table, *arrays) -> table, on one device.
+      split: for each of the arrays, whether its second axis is divided among the devices.
     """
     if jax.device_count() == 1:
         return jax.jit(functools.partial(many, lambda array: array), donate_argnums=0)

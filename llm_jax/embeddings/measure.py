@@ -1,4 +1,4 @@
-"""What word vectors know: neighbours, analogies, agreement with people's ratings of pairs."""
+"""Evaluation of word vectors: nearest neighbours, analogies, and correlation with human similarity ratings."""
 
 import dataclasses
 import pathlib
@@ -9,12 +9,18 @@ import numpy as np
 from llm_jax.embeddings.vectors import WordVectors
 from llm_jax.errors import UserError
 
-_AT_ONCE = 1024  # questions whose scores are held
+_BATCH = 1024  # questions whose scores are in memory at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """Spearman's rank correlation with people, over the `pairs` of `of` whose words both have vectors."""
+    """Correlation with human ratings.
+
+    Attributes:
+      correlation: Spearman's rank correlation.
+      pairs: rated pairs whose words both have vectors, over which it is computed.
+      of: all rated pairs.
+    """
 
     correlation: float
     pairs: int
@@ -22,29 +28,32 @@ class Agreement:
 
 
 def neighbours(vectors: WordVectors, word: str, count: int = 10) -> list[tuple[str, float]]:
-    """The words nearest to `word` by cosine, nearest first. Raises UserError for a word that is not there."""
+    """The words nearest to `word` by cosine similarity, nearest first. Raises UserError for an unknown word."""
     return _nearest(vectors, vectors[word], {word}, count)
 
 
 def analogy(vectors: WordVectors, a: str, b: str, c: str, count: int = 10) -> list[tuple[str, float]]:
-    """a is to b as c is to ...: nearest to b - a + c of unit vectors, the three left out (Mikolov et al. 2013)."""
+    """Answers "a is to b as c is to ...": the words nearest to b - a + c of unit vectors, the three left out.
+
+    Mikolov et al. 2013, arXiv:1301.3781. Raises UserError for an unknown word.
+    """
     unit = {word: vectors[word] / np.maximum(np.linalg.norm(vectors[word]), 1e-12) for word in (a, b, c)}
     return _nearest(vectors, unit[b] - unit[a] + unit[c], {a, b, c}, count)
 
 
 def cosine(vectors: WordVectors, one: str, other: str) -> float:
-    """The cosine of two words. Raises UserError for a word that is not there."""
+    """The cosine similarity of two words. Raises UserError for an unknown word."""
     x, y = vectors[one], vectors[other]
     return float(x @ y / np.maximum(np.linalg.norm(x) * np.linalg.norm(y), 1e-12))
 
 
 def agreement(vectors: WordVectors, path: pathlib.Path) -> Agreement:
-    """Cosines against the ratings of a file of "word<TAB>word<TAB>rating" lines (# begins a comment).
+    """Correlates cosines with the ratings of a file of "word<TAB>word<TAB>rating" lines (# begins a comment).
 
-    Words are looked up in lower case. Of fewer than two pairs the correlation is NaN.
+    Words are looked up in lower case. With fewer than two known pairs the correlation is NaN.
 
     Raises:
-      UserError: the file cannot be read or is of another form.
+      UserError: the file cannot be read or has another format.
     """
     rated = []
     for number, line in enumerate(_lines(path), 1):
@@ -52,7 +61,9 @@ def agreement(vectors: WordVectors, path: pathlib.Path) -> Agreement:
             one, other, rating = line.lower().split("\t")[:3]
             rated.append((one.strip(), other.strip(), float(rating)))
         except ValueError as error:
-            raise UserError(f"{path}: line {number} is {line!r}; expected word, word and rating, by tabs") from error
+            raise UserError(
+                f"{path}: line {number} is {line!r}; expected a word, a word and a rating, separated by tabs"
+            ) from error
     known = [(cosine(vectors, a, b), r) for a, b, r in rated if a in vectors and b in vectors]
     if len(known) < 2:
         return Agreement(float("nan"), len(known), len(rated))
@@ -60,21 +71,21 @@ def agreement(vectors: WordVectors, path: pathlib.Path) -> Agreement:
 
 
 def spearman(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> float:
-    """Spearman's rank correlation; equal values share the mean of their ranks. NaN where all of one are equal."""
+    """Spearman's rank correlation; equal values share the mean of their ranks. NaN if all values of one are equal."""
     a, b = (ranks - ranks.mean() for ranks in (_ranks(np.asarray(x)), _ranks(np.asarray(y))))
     size = np.sqrt((a @ a) * (b @ b))
     return float(a @ b / size) if size else float("nan")
 
 
 def analogies(vectors: WordVectors, path: pathlib.Path) -> dict[str, tuple[int, int]]:
-    """section -> (right, asked) of a file of analogies (": section" lines, and "a b c d" lines).
+    """Accuracy on a file of analogies (": section" lines and "a b c d" lines): {section: (correct, questions)}.
 
-    Asked are those whose four words all have vectors; the answer is the nearest to b - a + c.
+    Questions with a word without a vector are left out; the answer is the word nearest to b - a + c.
 
     Raises:
-      UserError: the file cannot be read or is of another form.
+      UserError: the file cannot be read or has another format.
     """
-    found: dict[str, tuple[int, int]] = {}
+    results: dict[str, tuple[int, int]] = {}
     questions: dict[str, list[list[int]]] = {}
     section = "all"
     for number, line in enumerate(_lines(path), 1):
@@ -86,17 +97,16 @@ def analogies(vectors: WordVectors, path: pathlib.Path) -> dict[str, tuple[int, 
         elif all(w in vectors for w in words):
             questions.setdefault(section, []).append([vectors.index[w] for w in words])
     unit = vectors.directions()
-    for section, asked in questions.items():
-        right = 0
-        for start in range(0, len(asked), _AT_ONCE):
-            a, b, c, d = np.array(asked[start : start + _AT_ONCE]).T
+    for section, rows in questions.items():
+        correct = 0
+        for start in range(0, len(rows), _BATCH):
+            a, b, c, d = np.array(rows[start : start + _BATCH]).T
             scores = (unit[b] - unit[a] + unit[c]) @ unit.T
-            rows = np.arange(len(a))
-            for given in (a, b, c):
-                scores[rows, given] = -np.inf
-            right += int((scores.argmax(1) == d).sum())
-        found[section] = (right, len(asked))
-    return found
+            for excluded in (a, b, c):
+                scores[np.arange(len(a)), excluded] = -np.inf
+            correct += int((scores.argmax(1) == d).sum())
+        results[section] = (correct, len(rows))
+    return results
 
 
 def _nearest(vectors: WordVectors, query: np.ndarray, without: set[str], count: int) -> list[tuple[str, float]]:

@@ -1,4 +1,4 @@
-"""A map of word vectors."""
+"""Plots of word vectors."""
 
 import pathlib
 
@@ -8,16 +8,16 @@ from llm_jax.embeddings.vectors import WordVectors
 from llm_jax.errors import UserError
 
 
-def plane(found: WordVectors, words: list[str]) -> np.ndarray:
-    """The directions of the words on their first two principal axes, (words, 2)."""
-    rows = np.stack([found[word] for word in words])
+def plane(vectors: WordVectors, words: list[str]) -> np.ndarray:
+    """The unit vectors of words projected onto their first two principal components, (words, 2)."""
+    rows = np.stack([vectors[word] for word in words])
     rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
     centred = rows - rows.mean(0)
     return centred @ np.linalg.svd(centred, full_matrices=False)[2][:2].T
 
 
-def draw(found: WordVectors, words: list[str], path: pathlib.Path) -> None:
-    """Writes a picture of the words on their plane.
+def draw(vectors: WordVectors, words: list[str], path: pathlib.Path) -> None:
+    """Writes a scatter plot of words in their `plane`.
 
     Raises:
       UserError: fewer than three words, a word without a vector, or a file that cannot be written.
@@ -28,8 +28,8 @@ def draw(found: WordVectors, words: list[str], path: pathlib.Path) -> None:
     from matplotlib import pyplot
 
     if len(words) < 3:
-        raise UserError(f"a map of {len(words)} words shows nothing; give at least three")
-    places = plane(found, words)
+        raise UserError(f"--words has {len(words)} words; expected at least three")
+    places = plane(vectors, words)
     figure, axis = pyplot.subplots(figsize=(11, 8), layout="constrained")
     axis.scatter(places[:, 0], places[:, 1], s=6)
     for word, place in zip(words, places, strict=True):

@@ -1,4 +1,4 @@
-"""A table of word vectors, and the text and binary forms of word2vec, which gensim and others read."""
+"""A table of word vectors, and word2vec's text and binary formats, which gensim and others read."""
 
 import dataclasses
 import pathlib
@@ -15,8 +15,9 @@ class WordVectors:
     """A vector for each word.
 
     Attributes:
-      words: as a rule the most frequent first.
+      words: usually the most frequent first.
       matrix: float32 (words, width).
+      index: the row of each word; the first one of a repeated word.
     """
 
     words: tuple[str, ...]
@@ -31,31 +32,31 @@ class WordVectors:
         return word in self.index
 
     def __getitem__(self, word: str) -> np.ndarray:
-        """The vector of a word, (width,). Raises UserError for one that it lacks."""
+        """The vector of a word, float32 (width,). Raises UserError for an unknown word."""
         if word not in self.index:
             raise UserError(f"'{word}' is not among the {len(self.words):,} words of these vectors")
         return self.matrix[self.index[word]]
 
     def directions(self) -> np.ndarray:
-        """The vectors at length 1, (words, width); a zero vector stays zero."""
+        """The vectors scaled to length 1, float32 (words, width); a zero vector stays zero."""
         return self.matrix / np.maximum(np.linalg.norm(self.matrix, axis=1, keepdims=True), 1e-12)
 
 
 def finite(matrix: np.ndarray, cure: str) -> np.ndarray:
-    """The matrix (words, width) of a training that went well. Raises UserError, with the cure, where it diverged."""
+    """The matrix (words, width) itself. Raises UserError, with the cure, if training diverged."""
     if not np.isfinite(matrix).all():
         raise UserError(f"the vectors diverged; {cure}")
     return matrix
 
 
 def save(vectors: WordVectors, path: pathlib.Path) -> None:
-    """Writes word2vec's binary form where the name ends in .bin, else its text form.
+    """Writes word2vec's binary format if the name ends in .bin, else its text format.
 
     Raises:
-      UserError: it cannot be written, or a word has a space in it.
+      UserError: the file cannot be written, or a word contains a space.
     """
     if bad := next((w for w in vectors.words if not w or any(c.isspace() for c in w)), None):
-        raise UserError(f"the word {bad!r} cannot be written: words end at spaces in this form")
+        raise UserError(f"the word {bad!r} cannot be written: a space ends a word in this format")
     with new_file(path) as file:
         file.write(f"{len(vectors.words)} {vectors.matrix.shape[1]}\n".encode())
         for word, row in zip(vectors.words, vectors.matrix.astype("<f4"), strict=True):
@@ -64,10 +65,10 @@ def save(vectors: WordVectors, path: pathlib.Path) -> None:
 
 
 def load(path: pathlib.Path) -> WordVectors:
-    """What `save` wrote, or another's file of either form (.bin is the binary one).
+    """Reads a file in word2vec's binary (.bin) or text format.
 
     Raises:
-      UserError: it cannot be read or is of another form.
+      UserError: the file cannot be read or has another format.
     """
     try:
         content = path.read_bytes()
@@ -78,7 +79,7 @@ def load(path: pathlib.Path) -> WordVectors:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, IndexError) as error:
-        raise UserError(f"{path}: not word vectors in word2vec's {path.suffix or 'text'} form ({error})") from error
+        raise UserError(f"{path}: not word vectors in word2vec's {path.suffix or 'text'} format ({error})") from error
     return WordVectors(tuple(words), matrix)
 
 

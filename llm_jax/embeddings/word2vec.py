@@ -1,11 +1,11 @@
 """word2vec: skip-gram and CBOW with negative sampling (Mikolov et al. 2013, arXiv:1301.3781 and 1310.4546).
 
-One step takes a stretch of text, and every word of it is centre and context at once: its two vectors lie side
-by side in one row, gathered once and scattered once. The pairs inside the windows of a block of words are a
-band of the block's product with the words around it; the negatives are drawn for the block, shared by its pairs
-(and weighted, so that a pair sees `negatives` of them), and are more columns of the same product. So gathers and
-scatters are two rows a word, and the rest is matrix products. Several devices take a stretch each, and the words
-around it that its windows reach.
+A step takes a stretch of text in which every word is both centre and context: its two vectors lie side by side in one
+row of the table, gathered once and scattered once. The pairs inside the windows of a block of words form a band of the
+block's product with the words around it. Negatives are drawn per block and shared by its pairs (weighted so that each
+pair has `negatives` of them); they are further columns of the same product. So a word costs two rows of gathers and
+scatters, and the rest is matrix products. With several devices, each takes a stretch and the words around it that its
+windows reach.
 """
 
 import functools
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.embeddings import devices
-from llm_jax.embeddings.texts import BREAK, Corpus
+from llm_jax.embeddings.texts import BREAK, WordCorpus
 from llm_jax.embeddings.vectors import WordVectors, finite
 from llm_jax.schema import EmbeddingsConfig, Word2VecConfig, choice
 
@@ -27,18 +27,18 @@ _BLOCK = 16
 _STEPS = 256  # in one call of the compiled scan
 _POWER = 0.75  # of counts, for negatives (Mikolov et al. 2013b, section 2.2)
 
-Told = Callable[[int], None]
+Progress = Callable[[int], None]
 
 
-def train(corpus: Corpus, config: EmbeddingsConfig, told: Told = lambda words: None) -> WordVectors:
-    """The vectors of the words of a corpus.
+def train(corpus: WordCorpus, config: EmbeddingsConfig, progress: Progress = lambda words: None) -> WordVectors:
+    """Trains the vectors of the words of a corpus.
 
     Args:
-      told: is called with the number of words of the text that have been gone through since the last call.
+      progress: called with the number of words of the text processed since the last call.
 
     Raises:
-      UserError: an unknown kind; a `chunk` that is no multiple of the blocks and devices; or vectors that grow without
-        bound: the gradients of a step's words are summed, so few different words allow short steps only.
+      UserError: an unknown kind; a `chunk` that is no multiple of blocks and devices; or vectors that diverge: the
+        gradients of a step's words are summed, so that a small vocabulary needs short steps.
     """
     w = config.word2vec
     choice("kind", config.kind, ("skipgram", "cbow"))
@@ -55,26 +55,29 @@ def train(corpus: Corpus, config: EmbeddingsConfig, told: Told = lambda words: N
             ids_TE = stretches(ids_TS, w.window, jax.device_count())
             table = many(table, ids_TE, negatives_TGN, windows_TS, rates.astype(np.float32))
             done += read
-            told(read)
+            progress(read)
     cure = f"lower word2vec.chunk={w.chunk} (words whose gradients are summed) or word2vec.lr={w.lr}"
     return WordVectors(corpus.words, finite(np.asarray(table[:, : config.width]), cure))
 
 
 def _steps(
-    corpus: Corpus, w: Word2VecConfig, rng: np.random.Generator
+    corpus: WordCorpus, w: Word2VecConfig, rng: np.random.Generator
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
-    """(words read, ids (T, S) with BREAK between paragraphs and at the end, negatives (T, G, N), windows (T, S))."""
+    """Yields (words read, ids (T, S), negatives (T, G, N), windows (T, S)), all int32.
+
+    `BREAK` stands between paragraphs and pads the end. Each centre has a window drawn from 1 to `w.window`.
+    """
     keep = keep_probability(corpus.counts, w.sample).astype(np.float32)
     keep = np.append(keep, np.float32(2))  # BREAK, which is -1, always stays
-    cumulative = np.cumsum(corpus.counts**_POWER)
-    size, read, left = _STEPS * w.chunk, 0, np.zeros(0, np.int32)
+    cumulative = noise_distribution(corpus.counts)
+    size, read, pending = _STEPS * w.chunk, 0, np.zeros(0, np.int32)
     for begin in range(0, len(corpus.ids), size):
         part = np.asarray(corpus.ids[begin : begin + size])
-        left = np.concatenate([left, part[rng.random(len(part), np.float32) < keep[part]]])
+        pending = np.concatenate([pending, part[rng.random(len(part), np.float32) < keep[part]]])
         read += len(part)
         last = begin + size >= len(corpus.ids)
-        while len(left) >= size or (last and len(left)):
-            block, left = left[:size], left[size:]
+        while len(pending) >= size or (last and len(pending)):
+            block, pending = pending[:size], pending[size:]
             ids = np.pad(block, (0, size - len(block)), constant_values=BREAK).reshape(_STEPS, w.chunk)
             draws = rng.random((_STEPS, w.chunk // _BLOCK, w.shared_negatives)) * cumulative[-1]
             negatives = np.searchsorted(cumulative, draws, side="right").astype(np.int32)
@@ -83,15 +86,27 @@ def _steps(
             read = 0
 
 
+def noise_distribution(counts: np.ndarray) -> np.ndarray:
+    """Cumulative weights of words as negatives, counts^0.75: int64 (words,) -> float64 (words,).
+
+    Mikolov et al. 2013, arXiv:1310.4546, section 2.2.
+    """
+    return np.cumsum(counts**_POWER)
+
+
 def stretches(ids_TS: np.ndarray, window: int, count: int) -> np.ndarray:
-    """The words of each of `count` devices and `window` words on both sides, `BREAK` past the ends: (T, count * E)."""
+    """The words of each of `count` devices with `window` words on both sides, `BREAK` past the ends: (T, count * E)."""
     padded = np.pad(ids_TS, ((0, 0), (window, window)), constant_values=BREAK)
     size = ids_TS.shape[1] // count
     return np.concatenate([padded[:, i * size : (i + 1) * size + 2 * window] for i in range(count)], 1)
 
 
 def keep_probability(counts: np.ndarray, sample: float) -> np.ndarray:
-    """How often a word stays, min(1, sqrt(t/f) + t/f) of its share f of the text, as word2vec's program has it."""
+    """Probability that a word is kept by subsampling, min(1, sqrt(t/f) + t/f), float64 (words,).
+
+    f is the word's share of the text and t is `sample`; 0 keeps all. The formula of word2vec.c, which differs from
+    arXiv:1310.4546, section 2.3.
+    """
     if not sample:
         return np.ones(len(counts))
     ratio = sample * counts.sum() / counts
@@ -127,12 +142,12 @@ def _many(
 
 
 def band(ids_E: jax.Array, windows_S: jax.Array, window: int) -> jax.Array:
-    """Which words are context of which: bool (G, B, C), C counted from `window` before the block.
+    """Which words are contexts of which centres: bool (G, B, C), C counted from `window` words before the block.
 
-    A context is another word of the same paragraph, at most the centre's own window away.
+    A context is another word of the same paragraph, within the centre's own window.
     """
     paragraph = jnp.cumsum(ids_E == BREAK)
-    centre = jnp.where(ids_E == BREAK, -1, paragraph)[window:-window]  # a break is nothing's context, and has none
+    centre = jnp.where(ids_E == BREAK, -1, paragraph)[window:-window]  # a break neither has contexts nor is one
     around = _with_halo(jnp.where(ids_E == BREAK, -2, paragraph)[:, None], window)[..., 0]
     distance = jnp.abs(jnp.arange(_BLOCK + 2 * window) - window - jnp.arange(_BLOCK)[:, None])
     near = (distance <= windows_S.reshape(-1, _BLOCK, 1)) & (distance > 0)
@@ -140,7 +155,10 @@ def band(ids_E: jax.Array, windows_S: jax.Array, window: int) -> jax.Array:
 
 
 def _skipgram(x_ED, y_ED, n_GND, band_GBC, negatives: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients (ascending) of log s(x y) for pairs and log s(-x n) for negatives, by x, y and n."""
+    """Ascent directions of log s(x y) for pairs and log s(-x n) for negatives, with respect to x, y and n.
+
+    s is the logistic function. arXiv:1310.4546, equation 4.
+    """
     context, window = band_GBC.shape[2], (band_GBC.shape[2] - _BLOCK) // 2
     x_GBD = x_ED[window:-window].reshape(-1, _BLOCK, x_ED.shape[1])
     targets = jnp.concatenate([_with_halo(y_ED, window), n_GND], 1)
@@ -154,7 +172,7 @@ def _skipgram(x_ED, y_ED, n_GND, band_GBC, negatives: int) -> tuple[jax.Array, j
 
 
 def _cbow(x_ED, y_ED, n_GND, band_GBC, negatives: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The same with the mean of the contexts' x in place of x, against the centre's y."""
+    """As `_skipgram`, with the mean of the contexts' x in place of x, against the centre's y."""
     window = (band_GBC.shape[2] - _BLOCK) // 2
     count = band_GBC.sum(-1, keepdims=True)
     mean_GBC = band_GBC / jnp.maximum(count, 1)
@@ -163,7 +181,7 @@ def _cbow(x_ED, y_ED, n_GND, band_GBC, negatives: int) -> tuple[jax.Array, jax.A
     g_GB1 = jax.nn.sigmoid(-(h_GBD * y_GBD).sum(-1, keepdims=True)) * (count > 0)
     g_GBN = -jax.nn.sigmoid(_product("gbd,gnd->gbn", h_GBD, n_GND)) * (count > 0) * (negatives / n_GND.shape[1])
     error = g_GB1 * y_GBD + _product("gbn,gnd->gbd", g_GBN, n_GND)
-    # All of it to every context, as word2vec's program has it; the gradient of the mean would be a share each.
+    # The full gradient for every context, as in word2vec.c; that of the mean would be a share each.
     x = _without_halo(_product("gbc,gbd->gcd", band_GBC.astype(x_ED.dtype), error), window)
     return x, _of_centres(g_GB1 * h_GBD, window), _product("gbn,gbd->gnd", g_GBN, h_GBD)
 
@@ -177,15 +195,15 @@ def _with_halo(a_ED: jax.Array, window: int) -> jax.Array:
 
 
 def _of_centres(a_GBD: jax.Array, window: int) -> jax.Array:
-    """Rows of the blocks as rows of all words, those around being 0: (E, D)."""
+    """Rows of blocks (G, B, D) as rows of all words (E, D), zero around them."""
     return jnp.pad(a_GBD.reshape(-1, a_GBD.shape[-1]), ((window, window), (0, 0)))
 
 
 def _without_halo(a_GCD: jax.Array, window: int) -> jax.Array:
-    """The transpose of `_with_halo`: rows that stand for the same word are added up, (E, D)."""
+    """The transpose of `_with_halo`: sums the rows of the same word, (G, C, D) -> (E, D)."""
     groups, _, width = a_GCD.shape
     total = jnp.zeros((groups * _BLOCK + 2 * window, width), a_GCD.dtype)
-    reach = -(-2 * window // _BLOCK) + 1  # blocks that a halo's row can fall into
+    reach = -(-2 * window // _BLOCK) + 1  # blocks that overlap a row of the halo
     for i in range(reach):
         part = a_GCD[:, i * _BLOCK : (i + 1) * _BLOCK]
         part = jnp.pad(part, ((0, 0), (0, _BLOCK - part.shape[1]), (0, 0))).reshape(-1, width)

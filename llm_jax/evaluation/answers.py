@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from llm_jax.decoding import score, stops
 from llm_jax.decoding.complete import complete, fit
-from llm_jax.decoding.options import Options
+from llm_jax.decoding.options import DecodingOptions
 from llm_jax.errors import UserError
 from llm_jax.evaluation import prompts as prompts_lib
 from llm_jax.evaluation.prompts import NORMALIZERS, PromptConfig
@@ -131,12 +131,12 @@ def _write(
 ) -> list[_Answer]:
     """The greedy continuation of each text."""
     network, params, tokenizer = model
-    stop = stops.possible(tokenizer, stop, limit)
-    options = Options(temperature=0, max_new_tokens=limit, stop=stop, context=config.context, truncate="left")
+    stop = stops.fitting(tokenizer, stop, limit)
+    options = DecodingOptions(temperature=0, max_new_tokens=limit, stop=stop, context=config.context, truncate="left")
     rows = [prompts_lib.encode(tokenizer, text, config.chat) for text in texts]
     rows += [rows[-1]] * (batch_size - len(rows))  # a last, smaller batch would compile again
     completions = [first for first, *_ in complete(network, params, tokenizer, rows, options)]
-    return [_Answer(completion.text, len(completion.made.ids)) for completion in completions[: len(texts)]]
+    return [_Answer(completion.text, len(completion.generated.ids)) for completion in completions[: len(texts)]]
 
 
 def _choose(
@@ -152,7 +152,9 @@ def _choose(
             if config.chat and not STYLES[config.style].reason:  # a turn begins with its text, as in the shots
                 answer = answer.lstrip()
             head, tail = prompts_lib.encode_pair(tokenizer, text, answer, config.chat)
-            head = fit(network, head, Options(max_new_tokens=len(tail), context=config.context, truncate="left"))
+            head = fit(
+                network, head, DecodingOptions(max_new_tokens=len(tail), context=config.context, truncate="left")
+            )
             pairs.append((head, tail))
             divisors.append(NORMALIZERS[config.normalize](answer, tail))
     scored = score.score(network, params, pairs, batch_size)

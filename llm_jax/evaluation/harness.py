@@ -6,7 +6,7 @@ from typing import Any
 
 from llm_jax.decoding import score, stops
 from llm_jax.decoding.complete import complete
-from llm_jax.decoding.options import Options
+from llm_jax.decoding.options import DecodingOptions
 from llm_jax.errors import UserError
 from llm_jax.evaluation import prompts
 from llm_jax.model import positions
@@ -70,11 +70,11 @@ def language_model(
             for request in requests:
                 text, settings = request.args
                 until, limit = settings.get("until") or [], min(settings.get("max_gen_toks", 256), context - 1)
-                options = Options(
+                options = DecodingOptions(
                     temperature=settings.get("temperature", 0.0) if settings.get("do_sample") else 0.0,
                     top_p=settings.get("top_p", 1.0) if settings.get("do_sample") else 1.0,
                     max_new_tokens=limit,
-                    stop=stops.possible(tokenizer, [until] if isinstance(until, str) else until, limit),
+                    stop=stops.fitting(tokenizer, [until] if isinstance(until, str) else until, limit),
                     context=context,
                     truncate="left",
                 )

@@ -9,7 +9,7 @@ from llm_jax.errors import UserError
 from llm_jax.evaluation import templates
 from llm_jax.evaluation.tasks import Task
 from llm_jax.evaluation.templates import STYLES, Example, Prompt
-from llm_jax.tokenizers import Foreign, Tokenizer, chat
+from llm_jax.tokenizers import PretrainedTokenizer, Tokenizer, chat_template
 
 # normalize -> (choice, its token ids) -> what the log-probability of the choice is divided by.
 NORMALIZERS = {
@@ -64,16 +64,16 @@ def prompts(task: Task, config: PromptConfig, examples: Sequence[Example]) -> li
     return [templates.build(template, STYLES[config.style], example, shots, task.domain) for example in examples]
 
 
-def render(tokenizer: Tokenizer, prompts: Sequence[Prompt], chat_template: bool) -> list[str]:
+def render(tokenizer: Tokenizer, prompts: Sequence[Prompt], chat: bool) -> list[str]:
     """The prompts as text, up to where the model continues.
 
     Args:
-      chat_template: whether the chat template of the tokenizer renders them.
+      chat: whether the chat template of the tokenizer renders them.
 
     Raises:
       UserError: the tokenizer has no chat template.
     """
-    if not chat_template:
+    if not chat:
         return [prompt.plain() for prompt in prompts]
     rendered = render_chat(tokenizer, [prompt.messages() for prompt in prompts])
     return [text + prompt.begun.lstrip() for text, prompt in zip(rendered, prompts, strict=True)]
@@ -82,14 +82,15 @@ def render(tokenizer: Tokenizer, prompts: Sequence[Prompt], chat_template: bool)
 def render_chat(
     tokenizer: Tokenizer, conversations: Sequence[Sequence[dict[str, Any]]], answer: bool = True
 ) -> list[str]:
-    """The conversations as the text of the tokenizer's chat template; see `tokenizers.chat.render`.
+    """The conversations as the text of the tokenizer's chat template; see `tokenizers.chat_template.render`.
 
     Raises:
       UserError: the tokenizer has no chat template.
     """
-    if not isinstance(tokenizer, Foreign):
+    if not isinstance(tokenizer, PretrainedTokenizer):
         raise UserError(f"--chat needs a tokenizer with a chat template; this checkpoint's is {tokenizer.kind}")
-    return chat.render_all(tokenizer.special, conversations, answer)
+    jobs = [chat_template.job(messages, answer) for messages in conversations]
+    return [rendered.text for rendered in chat_template.render_all(tokenizer.special, jobs)]
 
 
 def encode(tokenizer: Tokenizer, text: str, rendered: bool = False) -> list[int]:
@@ -98,24 +99,26 @@ def encode(tokenizer: Tokenizer, text: str, rendered: bool = False) -> list[int]
     Args:
       rendered: whether a chat template has rendered the text, whose special tokens then become their ids.
     """
-    if rendered and isinstance(tokenizer, Foreign):
+    if rendered and isinstance(tokenizer, PretrainedTokenizer):
         return tokenizer.encode_chat(text)
     return tokenizers.prompt(tokenizer, text)
 
 
 def encode_pair(tokenizer: Tokenizer, prompt: str, answer: str, rendered: bool = False) -> tuple[list[int], list[int]]:
-    """(token ids of the prompt, those of the answer), together those of the whole text where the prompt ends a token.
+    """(token ids of the prompt, those of the answer): the ids of prompt + answer, split where the answer begins.
 
-    A space at the end of the prompt becomes the first character of the answer, because vocabularies have words with
-    the space before them.
+    A token that overlaps the answer belongs to it. Spaces at the end of the prompt belong to the answer, because
+    vocabularies have words with the space before them.
 
     Args:
       rendered: see `encode`.
     """
-    space = len(prompt) - len(prompt.rstrip(" "))
-    if space:
-        prompt, answer = prompt[:-space], prompt[-space:] + answer
-    head, whole = encode(tokenizer, prompt, rendered), encode(tokenizer, prompt + answer, rendered)
-    if whole[: len(head)] == head and len(whole) > len(head):
-        return head, whole[len(head) :]
-    return head, tokenizer.encode(answer)
+    head = prompt.rstrip(" ")
+    text, ids = prompt + answer, encode(tokenizer, prompt + answer, rendered)
+    if rendered and isinstance(tokenizer, PretrainedTokenizer):
+        ends, border = [end for _, end in tokenizer.chat_offsets(text)], len(head)
+    else:
+        ends, border = [end for _, end in tokenizer.spans(text)], len(head.encode())
+    added = len(ids) - len(ends)  # BOS
+    count = added + next((i for i, end in enumerate(ends) if end > border), len(ends))
+    return ids[:count], ids[count:]

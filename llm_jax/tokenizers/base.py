@@ -1,4 +1,4 @@
-"""The one protocol of all tokenizers, and its form on disk."""
+"""The protocol of all tokenizers, and their form on disk."""
 
 import hashlib
 import itertools
@@ -7,20 +7,20 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
-# The special ids of the kinds that are trained here, by id.
+# The special tokens of the kinds that are trained here, by id.
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
 
 
 class Tokenizer(Protocol):
-    """Text <-> ids. Immutable: it is what its files say, and `base.digest` is their hash.
+    """Converts text to token ids and back. Immutable: its files determine it, and `base.digest` is their hash.
 
     Attributes:
       kind: the name it is registered under (`tokenizers.KINDS`).
       exact: whether decode(encode(text)) == text for every text that encodes to UTF-8.
-      vocab_size: ids run from 0 to vocab_size - 1, the special ones included.
-      bos, eos: what a document begins and ends with; None where the vocabulary has no such id.
+      vocab_size: ids run from 0 to vocab_size - 1, special tokens included.
+      bos, eos: ids at the begin and the end of a document; None where the vocabulary has no such id.
         Text never encodes to them, and they decode to nothing.
-      unk: what stands for text that the vocabulary cannot hold; None where it can hold all.
+      unk: id of text that the vocabulary cannot represent; None where it represents all text.
     """
 
     kind: ClassVar[str]
@@ -40,42 +40,45 @@ class Tokenizer(Protocol):
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Self:
-        """A tokenizer for text like `texts`, with at most `vocab_size` ids.
+        """Trains a tokenizer with at most `vocab_size` ids.
 
-        `texts` may be held in memory: bound them.
+        Args:
+          texts: training text; it may be held in memory, so the caller bounds it.
 
         Raises:
           UserError: `vocab_size` is too small, or larger than the text allows.
         """
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, without BOS or EOS, in a new list. Raises UserError for unpaired surrogates."""
+        """The ids of `text`, without BOS and EOS, in a new list. Raises UserError for unpaired surrogates."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`; special ids give nothing, broken UTF-8 gives U+FFFD."""
+        """The text of `ids`; special tokens decode to nothing, invalid UTF-8 to U+FFFD."""
 
     def spans(self, text: str) -> list[tuple[int, int]]:
-        """For each of the ids of `text`, the bytes of its UTF-8 that it stands for: (begin, end)."""
+        """For each id of `encode(text)`, the range of bytes of the UTF-8 of `text` that it covers: (begin, end)."""
 
     def piece(self, index: int) -> str:
-        """How the id is shown to a reader."""
+        """The printable form of an id."""
 
     def files(self) -> dict[str, bytes]:
-        """All it is made of, by file name; `from_files` is the inverse."""
+        """The files that determine the tokenizer, by name; `from_files` is the inverse."""
 
     @classmethod
-    def from_files(cls, files: dict[str, bytes]) -> Self: ...
+    def from_files(cls, files: dict[str, bytes]) -> Self:
+        """The tokenizer that `files` determine. Raises UserError for files that cannot be read."""
 
 
 @runtime_checkable
-class Foreign(Tokenizer, Protocol):
-    """A tokenizer of other people, read from their files.
+class PretrainedTokenizer(Tokenizer, Protocol):
+    """A tokenizer that was trained elsewhere and is read from the files of a checkpoint.
 
     Attributes:
-      special: names of special tokens ("bos_token", ...), the chat template, whether text begins with BOS, and
-        "eos_ids", where more ids than EOS end a text.
-      regular_size: ids without those of added tokens.
-      special_ids: "bos_token_id", "eos_token_id", ... as config.json has them.
+      special: names of special tokens ("bos_token", ...), "chat_template", "add_bos_token" (whether text begins with
+        BOS), and "eos_ids", where more ids than EOS end a text.
+      regular_size: number of ids without those of added tokens.
+      special_ids: "bos_token_id", "eos_token_id", ... as in config.json.
+      named_ends: ids of special tokens whose names say that they end a text or a turn (`special.named_ends`).
     """
 
     special: dict[str, Any]
@@ -86,30 +89,36 @@ class Foreign(Tokenizer, Protocol):
     @property
     def special_ids(self) -> dict[str, int]: ...
 
+    @property
+    def named_ends(self) -> list[int]: ...
+
     def encode_chat(self, text: str) -> list[int]:
-        """The ids of a rendered chat template, whose special tokens are meant."""
+        """The ids of a rendered chat, in which names of special tokens become their ids."""
+
+    def chat_offsets(self, text: str) -> list[tuple[int, int]]:
+        """For each id of `encode_chat(text)`, the range of characters of `text` that it covers: (begin, end)."""
 
     def to_gguf(self, vocab_size: int) -> dict[str, Any]:
-        """The metadata of a GGUF file; ids that the vocabulary lacks up to `vocab_size` are marked unused.
+        """The metadata of a GGUF file; ids up to `vocab_size` that the vocabulary lacks are marked as unused.
 
         Raises:
-          UserError: GGUF cannot hold such a tokenizer.
+          UserError: GGUF cannot represent such a tokenizer.
         """
 
 
 def laid_out(lengths: Iterable[int]) -> list[tuple[int, int]]:
-    """Spans (begin, end) of these lengths, one after the other from 0."""
+    """Consecutive spans (begin, end) of the given lengths, from 0."""
     return list(itertools.pairwise(itertools.accumulate(lengths, initial=0)))
 
 
 def in_bytes(text: str, spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Spans of characters of `text` as spans of its UTF-8."""
+    """Converts spans of characters of `text` to spans of bytes of its UTF-8."""
     places = [0, *itertools.accumulate(len(c.encode()) for c in text)]
     return [(places[begin], places[end]) for begin, end in spans]
 
 
 def digest(tokenizer: Tokenizer) -> str:
-    """sha256 over kind and files: equal if and only if two tokenizers are the same."""
+    """sha256 of kind and files, in hex: two tokenizers are the same if and only if it is equal."""
     h = hashlib.sha256(tokenizer.kind.encode())
     for name, content in sorted(tokenizer.files().items()):
         h.update(f"\0{name}\0{len(content)}\0".encode() + content)
@@ -117,7 +126,7 @@ def digest(tokenizer: Tokenizer) -> str:
 
 
 def document(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of a whole document: BOS, the text, EOS, as far as the vocabulary has them."""
+    """The ids of a complete document: BOS, the text, EOS, as far as the vocabulary has them."""
     ids = prompt(tokenizer, text)
     if tokenizer.eos is not None:
         ids.append(tokenizer.eos)
@@ -125,25 +134,31 @@ def document(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of text to be continued: BOS where the vocabulary has it, then the text."""
+    """The ids of text to be continued: BOS, where the vocabulary has it, then the text."""
     ids = tokenizer.encode(text)
     return ids if tokenizer.bos is None else [tokenizer.bos, *ids]
 
 
-def ends(tokenizer: Tokenizer) -> list[int]:
-    """The ids that end a text: EOS, and what else other people's files name (the end of a turn, say)."""
-    more = tokenizer.special.get("eos_ids", ()) if isinstance(tokenizer, Foreign) else ()
-    return list(dict.fromkeys([*([] if tokenizer.eos is None else [tokenizer.eos]), *more]))
+def eos_ids(tokenizer: Tokenizer) -> list[int]:
+    """The ids that end generation, EOS first.
+
+    Beside EOS these are the ids that the files of a pretrained tokenizer name; where they name none, those of special
+    tokens whose names say that they end a text or a turn, such as <|im_end|>.
+    """
+    others: Sequence[int] = ()
+    if isinstance(tokenizer, PretrainedTokenizer):
+        others = tokenizer.special.get("eos_ids") or tokenizer.named_ends
+    return list(dict.fromkeys([*([] if tokenizer.eos is None else [tokenizer.eos]), *others]))
 
 
 def save(tokenizer: Tokenizer, directory: pathlib.Path) -> None:
-    """Writes its files and `kind.json` into `directory` (made if need be)."""
+    """Writes the tokenizer's files and `kind.json` into `directory`, which is created if needed."""
     directory.mkdir(parents=True, exist_ok=True)
     for name, content in all_files(tokenizer).items():
         (directory / name).write_bytes(content)
 
 
 def all_files(tokenizer: Tokenizer) -> dict[str, bytes]:
-    """Its files and `kind.json`, by which `tokenizers.load` knows and checks them."""
-    said = json.dumps({"kind": tokenizer.kind, "sha256": digest(tokenizer)}) + "\n"
-    return tokenizer.files() | {"kind.json": said.encode()}
+    """The tokenizer's files and `kind.json`, with which `tokenizers.load` checks them."""
+    record = json.dumps({"kind": tokenizer.kind, "sha256": digest(tokenizer)}) + "\n"
+    return tokenizer.files() | {"kind.json": record.encode()}

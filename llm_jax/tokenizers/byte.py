@@ -10,14 +10,18 @@ _FIRST = 3
 
 
 def utf8(text: str) -> bytes:
-    """The UTF-8 of `text`; UserError names the place of an unpaired surrogate."""
+    """The UTF-8 of `text`. Raises UserError with the position of an unpaired surrogate."""
     try:
         return text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"text has an unpaired surrogate at character {error.start}; UTF-8 cannot hold it") from error
+        raise UserError(
+            f"text has an unpaired surrogate at character {error.start}; UTF-8 cannot represent it"
+        ) from error
 
 
 class ByteTokenizer:
+    """One token per byte."""
+
     kind: ClassVar[str] = "byte"
     exact: ClassVar[bool] = True
     vocab_size = _FIRST + 256

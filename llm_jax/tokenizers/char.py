@@ -11,7 +11,7 @@ from llm_jax.tokenizers.byte import utf8
 
 
 class CharTokenizer:
-    """Characters that it has not seen become the unknown id, which decodes to U+FFFD."""
+    """One token per character. Characters outside the vocabulary become the unknown id, which decodes to U+FFFD."""
 
     kind: ClassVar[str] = "char"
     exact: ClassVar[bool] = False
@@ -32,7 +32,10 @@ class CharTokenizer:
             counts.update(text)
         room = vocab_size - len(SPECIAL)
         if room < 1 or not counts:
-            raise UserError(f"a character vocabulary of {vocab_size} over {len(counts)} characters holds none of them")
+            raise UserError(
+                f"a character vocabulary of {vocab_size} ids has no room for the {len(counts)} characters of the text; "
+                f"expected more than {len(SPECIAL)} ids and some text"
+            )
         ranked = sorted(counts, key=lambda c: (-counts[c], c))
         return cls(sorted(ranked[:room]))
 
@@ -41,8 +44,8 @@ class CharTokenizer:
         return [self._ids.get(c, self.unk) for c in text]
 
     def decode(self, ids: Sequence[int]) -> str:
-        kept = (i - len(SPECIAL) for i in ids if self.unk <= i < self.vocab_size)
-        return "".join(self._characters[i] if i >= 0 else "\ufffd" for i in kept)
+        places = (i - len(SPECIAL) for i in ids if self.unk <= i < self.vocab_size)
+        return "".join(self._characters[i] if i >= 0 else "\ufffd" for i in places)
 
     def spans(self, text: str) -> list[tuple[int, int]]:
         return laid_out(len(c.encode()) for c in text)

@@ -1,4 +1,4 @@
-"""Byte pairs and unigram pieces by sentencepiece (Kudo and Richardson 2018, arXiv:1808.06226), bytes as fallback."""
+"""BPE and unigram vocabularies by sentencepiece (Kudo and Richardson 2018, arXiv:1808.06226), with byte fallback."""
 
 import io
 import random
@@ -12,14 +12,14 @@ from llm_jax.errors import UserError
 from llm_jax.tokenizers.base import SPECIAL, laid_out
 from llm_jax.tokenizers.byte import utf8
 
-# sentencepiece writes a space as this character, so the character itself is spelled out in bytes.
+# sentencepiece represents a space by this character, so the character itself is encoded as bytes.
 _SPACE = "\u2581"
 _SMALLEST = len(SPECIAL) + 256 + 1
-# Sentences end at a line break, which no merge could then contain: the frequent ones are given.
+# Sentences end at line breaks, so that no merge contains one: frequent ones are added as symbols.
 _BREAKS = ("\t", *("\n" * n + " " * indent for n in (1, 2) for indent in (0, 4, 8, 12, 16)))
 _SENTENCE_BYTES = 4096
-_SENTENCES = 1_000_000  # the most that a vocabulary is learned from
-# What sentencepiece says of a size that is wrong, and what is said here. (Its advice names options that are not ours.)
+_SENTENCES = 1_000_000  # the largest number of lines that a vocabulary is trained on
+# sentencepiece's message about an impossible size -> ours; its own advice names options that do not exist here.
 _SIZES = (
     (re.compile(r"Please set it to a value <= (\d+)"), "larger than this text allows, which is {}"),
     (re.compile(r"\d+ vs (\d+)"), "smaller than the characters of this text need, which is {}"),
@@ -30,20 +30,21 @@ _SPECIAL_OPTIONS: dict[str, Any] = {f"{name.strip('<>')}_id": i for i, name in e
 
 
 def sample(lines: Iterable[str], count: int) -> list[str]:
-    """`count` of the lines, or all: a reservoir (Vitter 1985, algorithm R) with a seed of its own.
+    """A uniform sample of `count` lines, or all of fewer: a reservoir (Vitter 1985, algorithm R) with a fixed seed.
 
-    Not sentencepiece's sampling: that gives another vocabulary in every process.
+    sentencepiece's own sampling gives a different vocabulary in every process.
     """
-    draw, kept = random.Random(0), []
+    generator, reservoir = random.Random(0), []
     for i, line in enumerate(lines):
         if i < count:
-            kept.append(line)
-        elif (place := draw.randrange(i + 1)) < count:
-            kept[place] = line
-    return kept
+            reservoir.append(line)
+        elif (place := generator.randrange(i + 1)) < count:
+            reservoir[place] = line
+    return reservoir
 
 
-def _trained(kind: str, sentences: list[str], vocab_size: int, **more: Any) -> bytes:
+def _trained(kind: str, sentences: list[str], vocab_size: int, **options: Any) -> bytes:
+    """The serialized model. Raises UserError for a size that the text does not allow."""
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -53,7 +54,7 @@ def _trained(kind: str, sentences: list[str], vocab_size: int, **more: Any) -> b
             vocab_size=vocab_size,
             hard_vocab_limit=True,
             byte_fallback=True,
-            character_coverage=0.9995,  # rarer characters are spelled out in bytes
+            character_coverage=0.9995,  # rarer characters are encoded as bytes
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
@@ -64,12 +65,13 @@ def _trained(kind: str, sentences: list[str], vocab_size: int, **more: Any) -> b
             num_threads=1,
             minloglevel=2,
             **_SPECIAL_OPTIONS,
-            **more,
+            **options,
         )
     except (RuntimeError, OSError) as error:
-        said = str(error).strip().splitlines()[-1]
-        found = ((pattern.search(said), reason) for pattern, reason in _SIZES)
-        reason = next((reason.format(hit[1]) for hit, reason in found if hit), f"not possible with this text ({said})")
+        message = str(error).strip().splitlines()[-1]
+        matches = ((pattern.search(message), reason) for pattern, reason in _SIZES)
+        default = f"not possible with this text ({message})"
+        reason = next((reason.format(match[1]) for match, reason in matches if match), default)
         raise UserError(f"a {kind} vocabulary of {vocab_size} is {reason}") from error
     return model.getvalue()
 
@@ -79,7 +81,7 @@ class BpeTokenizer:
 
     kind: ClassVar[str] = "bpe"
     exact: ClassVar[bool] = True
-    bos, eos, unk = 1, 2, None  # what no piece covers is spelled out in bytes
+    bos, eos, unk = 1, 2, None  # characters without a piece are encoded as bytes
 
     def __init__(self, model: bytes):
         self._model = model
@@ -108,11 +110,11 @@ class BpeTokenizer:
         )
         if not (sentences := sample(lines, _SENTENCES)):
             raise UserError(f"no {cls.kind} vocabulary can be trained: the text is empty")
-        made = cls(_trained(cls.kind, sentences, vocab_size))
-        if made._pieces.piece_to_id(_SPACE) == made._pieces.unk_id():
-            # Spaces are too rare here to have a piece, and their bytes would be those of _SPACE itself.
-            made = cls(_trained(cls.kind, sentences, vocab_size, required_chars=_SPACE))
-        return made
+        tokenizer = cls(_trained(cls.kind, sentences, vocab_size))
+        if tokenizer._pieces.piece_to_id(_SPACE) == tokenizer._pieces.unk_id():
+            # Spaces are too rare in the text to have a piece, and their bytes would be those of _SPACE itself.
+            tokenizer = cls(_trained(cls.kind, sentences, vocab_size, required_chars=_SPACE))
+        return tokenizer
 
     def encode(self, text: str) -> list[int]:
         utf8(text)
@@ -138,7 +140,7 @@ class BpeTokenizer:
 
 
 class UnigramTokenizer(BpeTokenizer):
-    """The likeliest pieces under a unigram model of them (Kudo 2018, arXiv:1804.10959)."""
+    """The most likely segmentation under a unigram model of pieces (Kudo 2018, arXiv:1804.10959)."""
 
     kind: ClassVar[str] = "unigram"
 

@@ -1,4 +1,4 @@
-"""Other people's sentencepiece vocabularies: tokenizer.model, and the "llama" vocabulary of a GGUF file."""
+"""Pretrained SentencePiece vocabularies: tokenizer.model, and the "llama" vocabulary of GGUF."""
 
 import json
 import re
@@ -9,52 +9,61 @@ import sentencepiece
 import sentencepiece.sentencepiece_model_pb2
 
 from llm_jax.errors import UserError
-from llm_jax.tokenizers.base import ends, in_bytes
+from llm_jax.tokenizers import special as special_tokens
+from llm_jax.tokenizers.base import eos_ids, in_bytes
 from llm_jax.tokenizers.byte import utf8
-from llm_jax.tokenizers.hub import other_ends, read_ends, read_special, write_ends
 
 proto: Any = sentencepiece.sentencepiece_model_pb2  # made at import, so unknown to type checkers
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # the same in GGUF and in sentencepiece
-_SPECIAL = (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))  # ours, GGUF's
 _GGML = "tokenizer.ggml."
 
 
-class ModelTokenizer:
-    """A sentencepiece model with the names of its special tokens and its chat template. See `base.Foreign`."""
+class SentencePieceTokenizer:
+    """A SentencePiece model with its special tokens and its chat template. See `base.PretrainedTokenizer`."""
 
     kind: ClassVar[str] = "sentencepiece"
-    exact: ClassVar[bool] = False  # most normalize, and drop a leading space
+    exact: ClassVar[bool] = False  # most normalize text, and drop a leading space
 
     def __init__(self, model: bytes, special: Mapping[str, Any]):
         try:
             self._proto = proto.ModelProto.FromString(model)
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except Exception as error:  # protobuf and sentencepiece have errors of their own
-            reason = str(error).strip().splitlines()[-1:] or ["not of its format"]
+        except Exception as error:  # protobuf and sentencepiece raise errors of several types
+            reason = str(error).strip().splitlines()[-1:] or ["unknown format"]
             raise UserError(f"the sentencepiece model cannot be read ({reason[0]})") from error
         if not self._proto.pieces:
             raise UserError("the sentencepiece model cannot be read (it has no pieces)")
-        self._model, self.special = model, dict(special)
-        # Marks that a rendered chat may hold, and text never becomes; those past the model stand in the config.
-        self._marks = {p.piece: i for i, p in enumerate(self._proto.pieces) if p.type == _CONTROL}
-        self._marks |= special.get("added_tokens") or {}
-        self._shown = {i: token for token, i in self._marks.items()}
-        marks = "|".join(map(re.escape, sorted(self._marks, key=len, reverse=True)))
-        self._cut = re.compile(f"({marks})" if marks else r"(?!)()")
-        self.special = {k: v for k, v in special.items() if k != "eos_ids"} | other_ends(special, self.eos)
+        self._model = model
+        # Special tokens, which a rendered chat may contain and text never becomes; added ones follow the model's ids.
+        self._special = {p.piece: i for i, p in enumerate(self._proto.pieces) if p.type == _CONTROL}
+        self._special |= special.get("added_tokens") or {}
+        self._names = {i: token for token, i in self._special.items()}
+        names = "|".join(map(re.escape, sorted(self._special, key=len, reverse=True)))
+        self._split = re.compile(f"({names})" if names else r"(?!)()")
+        self._set_special(special)
+
+    def _set_special(self, special: Mapping[str, Any]) -> None:
+        self.special: dict[str, Any] = dict(special)
+        ends = special_tokens.without_eos(special, self.eos)
+        self.special = {name: value for name, value in special.items() if name != "eos_ids"} | ends
 
     def _id(self, name: str) -> int | None:
         token = self.special.get(f"{name}_token")
         if token is not None:
-            found = self._marks.get(token, self._pieces.piece_to_id(token))
-            return None if found == self._pieces.unk_id() and name != "unk" else found
-        own = getattr(self._pieces, f"{name}_id")()
-        return own if own >= 0 else None
+            index = self._special.get(token, self._pieces.piece_to_id(token))
+            return None if index == self._pieces.unk_id() and name != "unk" else index
+        index = getattr(self._pieces, f"{name}_id")()
+        return index if index >= 0 else None
+
+    def _index(self, token: str) -> int | None:
+        """The id of a token, or None."""
+        index = self._special.get(token, self._pieces.piece_to_id(token))
+        return None if index == self._pieces.unk_id() and token != self._pieces.id_to_piece(index) else index
 
     @property
     def vocab_size(self) -> int:
-        return max([self.regular_size - 1, *self._marks.values()]) + 1
+        return max([self.regular_size - 1, *self._special.values()]) + 1
 
     @property
     def regular_size(self) -> int:
@@ -70,38 +79,58 @@ class ModelTokenizer:
 
     @property
     def unk(self) -> int | None:
-        """None where what has no piece is spelled out in bytes."""
+        """None where characters without a piece are encoded as bytes."""
         return None if self._proto.trainer_spec.byte_fallback else self._pieces.unk_id()
 
     @property
     def special_ids(self) -> dict[str, int]:
-        found = {f"{name}_token_id": self._id(name) for name, _ in _SPECIAL if name != "unk"}
-        return {name: index for name, index in found.items() if index is not None}
+        ids = {f"{name}_token_id": self._id(name) for name, _ in special_tokens.GGUF_NAMES if name != "unk"}
+        return {name: index for name, index in ids.items() if index is not None}
+
+    @property
+    def named_ends(self) -> list[int]:
+        """Ids of special and user-defined tokens whose names say that they end a text or a turn."""
+        pieces = enumerate(self._proto.pieces)
+        tokens = {piece.piece: index for index, piece in pieces if piece.type == _USER_DEFINED} | self._special
+        return special_tokens.named_ends(tokens.get)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Self:
-        raise UserError("tokenizer.kind=sentencepiece is read from other people's files; to train one, bpe or unigram")
+        raise UserError("tokenizer.kind=sentencepiece is read from a checkpoint, not trained; choose bpe or unigram")
 
     def encode(self, text: str) -> list[int]:
         utf8(text)
         return self._pieces.encode(text)
 
     def encode_chat(self, text: str) -> list[int]:
+        """The ids of a rendered chat, in which names of special tokens become their ids."""
         utf8(text)
-        parts = [part for part in self._cut.split(text) if part]
-        return [i for p in parts for i in ([self._marks[p]] if p in self._marks else self._pieces.encode(p))]
+        parts = [part for part in self._split.split(text) if part]
+        return [i for p in parts for i in ([self._special[p]] if p in self._special else self._pieces.encode(p))]
+
+    def chat_offsets(self, text: str) -> list[tuple[int, int]]:
+        """For each id of `encode_chat(text)`, the range of characters of `text` that it covers: (begin, end)."""
+        utf8(text)
+        offsets, begin = [], 0
+        for part in self._split.split(text):
+            if part in self._special:
+                offsets.append((begin, begin + len(part)))
+            elif part:
+                spans = self._pieces.encode(part, return_type="offset_mapping")["offsets"]
+                offsets += [(begin + first, begin + last) for first, last in spans]
+            begin += len(part)
+        return offsets
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._pieces.decode([int(i) for i in ids if 0 <= i < self.regular_size and i not in self._shown])
+        return self._pieces.decode([int(i) for i in ids if 0 <= i < self.regular_size and i not in self._names])
 
     def spans(self, text: str) -> list[tuple[int, int]]:
         utf8(text)
-        found = self._pieces.encode(text, return_type="offset_mapping")
-        return in_bytes(text, found["offsets"])
+        return in_bytes(text, self._pieces.encode(text, return_type="offset_mapping")["offsets"])
 
     def piece(self, index: int) -> str:
-        if index in self._shown:
-            return self._shown[index]
+        if index in self._names:
+            return self._names[index]
         return self._pieces.id_to_piece(int(index)).replace("\u2581", " ") if index < self.regular_size else ""
 
     def files(self) -> dict[str, bytes]:
@@ -109,30 +138,42 @@ class ModelTokenizer:
 
     @classmethod
     def from_files(cls, files: dict[str, bytes]) -> Self:
-        """From tokenizer.model, and what `read_special` finds beside it."""
-        said = json.loads(files.get("tokenizer_config.json", b"{}"))
-        special = read_special(files)
-        adds = special["add_bos_token"]
-        added = said.get("added_tokens") or {
-            token["content"]: int(index) for index, token in said.get("added_tokens_decoder", {}).items()
+        """The inverse of `files`."""
+        return cls(files["tokenizer.model"], json.loads(files["tokenizer_config.json"]))
+
+    @classmethod
+    def from_pretrained(cls, files: dict[str, bytes]) -> Self:
+        """The tokenizer of a checkpoint: tokenizer.model, and `special.FILES` beside it.
+
+        Raises:
+          UserError: files that cannot be read.
+        """
+        config = json.loads(files.get("tokenizer_config.json", b"{}"))
+        added = config.get("added_tokens") or {
+            token["content"]: int(index) for index, token in config.get("added_tokens_decoder", {}).items()
         }
-        # Llama's own files leave it out and mean it so.
-        return cls(files["tokenizer.model"], special | {"add_bos_token": adds is not False, "added_tokens": added})
+        added = json.loads(files.get("added_tokens.json", b"{}")) | added
+        tokenizer = cls(files["tokenizer.model"], {"added_tokens": added})
+        own = [f"{name}_token" for name, _ in special_tokens.GGUF_NAMES if tokenizer._id(name) is not None]
+        special = special_tokens.read(files, tokenizer._index, lambda i: tokenizer.piece(i) or None, own)
+        # Llama's files leave add_bos_token out and mean true.
+        tokenizer._set_special(
+            special | {"add_bos_token": special["add_bos_token"] is not False, "added_tokens": added}
+        )
+        return tokenizer
 
     def to_gguf(self, vocab_size: int) -> dict[str, Any]:
         if (
             self._proto.trainer_spec.model_type != proto.TrainerSpec.BPE
             or self._proto.normalizer_spec.precompiled_charsmap
         ):
-            raise UserError(
-                "GGUF's 'llama' vocabularies are byte pairs of text as it is; this model is of another kind"
-            )
+            raise UserError("tokenizer.model cannot become GGUF: expected BPE without normalization")
         pieces = [(p.piece, p.score, p.type) for p in self._proto.pieces]
         pieces += [
-            (self._shown[i], 0.0, _CONTROL) if i in self._shown else (f"[PAD{i}]", 0.0, _UNUSED)
+            (self._names[i], 0.0, _CONTROL) if i in self._names else (f"[PAD{i}]", 0.0, _UNUSED)
             for i in range(len(pieces), vocab_size)
         ]
-        found: dict[str, Any] = {
+        metadata: dict[str, Any] = {
             _GGML + "model": "llama",
             _GGML + "tokens": [piece for piece, _, _ in pieces],
             _GGML + "scores": [score for _, score, _ in pieces],
@@ -141,19 +182,19 @@ class ModelTokenizer:
             _GGML + "add_space_prefix": self._proto.normalizer_spec.add_dummy_prefix,
             _GGML + "remove_extra_whitespaces": self._proto.normalizer_spec.remove_extra_whitespaces,
         }
-        for name, theirs in _SPECIAL:
+        for name, gguf_name in special_tokens.GGUF_NAMES:
             if (index := self._id(name)) is not None:
-                found[f"{_GGML}{theirs}_token_id"] = index
-        found |= write_ends(ends(self))
+                metadata[f"{_GGML}{gguf_name}_token_id"] = index
+        metadata |= special_tokens.write_gguf_ends(eos_ids(self))
         template = self.special.get("chat_template")
-        return found | ({"tokenizer.chat_template": template} if template else {})
+        return metadata | ({"tokenizer.chat_template": template} if template else {})
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> Self:
-        """The "llama" vocabulary of a GGUF file: byte pairs merged by score, and bytes for what has no piece.
+        """The "llama" vocabulary of a GGUF file: BPE merged by score, with byte fallback.
 
         Raises:
-          UserError: a vocabulary of another kind, or one that is not whole.
+          UserError: a vocabulary of another kind, or an incomplete one.
         """
         if (kind := metadata.get(_GGML + "model")) != "llama":
             raise UserError(f"{_GGML}model is {kind!r}; expected 'llama'")
@@ -167,24 +208,24 @@ class ModelTokenizer:
             "add_bos_token": bool(metadata.get(_GGML + "add_bos_token", True)),
         }
         try:
-            made = proto.ModelProto()
+            model = proto.ModelProto()
             for token, score, kind in zip(tokens, scores, types, strict=True):
-                made.pieces.add(piece=token, score=score, type=kind)
-            for name, theirs in _SPECIAL:
-                index = metadata.get(f"{_GGML}{theirs}_token_id")
+                model.pieces.add(piece=token, score=score, type=kind)
+            for name, gguf_name in special_tokens.GGUF_NAMES:
+                index = metadata.get(f"{_GGML}{gguf_name}_token_id")
                 if isinstance(index, int) and 0 <= index < len(tokens):
                     special[f"{name}_token"] = tokens[index]
-                    setattr(made.trainer_spec, f"{name}_piece", tokens[index])
+                    setattr(model.trainer_spec, f"{name}_piece", tokens[index])
             unknown = [token for token, kind in zip(tokens, types, strict=True) if kind == _UNKNOWN]
             if unknown:
-                made.trainer_spec.unk_piece = unknown[0]
-            made.trainer_spec.model_type = proto.TrainerSpec.BPE
-            made.trainer_spec.byte_fallback = _BYTE in types
-            made.normalizer_spec.name = "identity"
-            made.normalizer_spec.add_dummy_prefix = bool(metadata.get(_GGML + "add_space_prefix", True))
-            made.normalizer_spec.remove_extra_whitespaces = bool(
+                model.trainer_spec.unk_piece = unknown[0]
+            model.trainer_spec.model_type = proto.TrainerSpec.BPE
+            model.trainer_spec.byte_fallback = _BYTE in types
+            model.normalizer_spec.name = "identity"
+            model.normalizer_spec.add_dummy_prefix = bool(metadata.get(_GGML + "add_space_prefix", True))
+            model.normalizer_spec.remove_extra_whitespaces = bool(
                 metadata.get(_GGML + "remove_extra_whitespaces", False)
             )
         except (TypeError, ValueError) as error:
-            raise UserError(f"the vocabulary in the metadata makes no sense ({error})") from error
-        return cls(made.SerializeToString(), special | read_ends(metadata))
+            raise UserError(f"the vocabulary in the metadata is malformed ({error})") from error
+        return cls(model.SerializeToString(), special | special_tokens.read_gguf_ends(metadata))

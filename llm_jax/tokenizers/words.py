@@ -1,7 +1,7 @@
-"""Words and pieces of words by the `tokenizers` library: word, WordPiece, character-level and byte-level byte pairs.
+"""Word, WordPiece, character-level BPE and byte-level BPE vocabularies by the `tokenizers` library.
 
-A token keeps the space before it, so tokens laid side by side are the text again; what the vocabulary
-cannot hold becomes the unknown id, which decodes to U+FFFD. Only byte-level pieces hold everything.
+A token includes the space before it, so that the concatenation of tokens is the text. Text outside the vocabulary
+becomes the unknown id, which decodes to U+FFFD; byte-level BPE represents all text.
 """
 
 import collections
@@ -16,7 +16,7 @@ from llm_jax.tokenizers.base import SPECIAL, in_bytes, laid_out
 from llm_jax.tokenizers.byte import utf8
 
 _HYPHENATED = r" ?\w+(?:[-'’]\w+)*| ?[^\w\s]|\s"  # "Fine-tuning" is one word
-_PARTED = r" ?\w+| ?[^\w\s]|\s"  # every punctuation mark stands alone
+_SEPARATED = r" ?\w+| ?[^\w\s]|\s"  # every punctuation mark is a token of its own
 _CONTINUES = "##"  # begins a WordPiece that does not begin a word
 _UNKNOWN = SPECIAL[3]
 
@@ -48,25 +48,25 @@ class WordTokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Self:
-        kept = list(texts)
-        blank, trainer = cls._untrained(kept, vocab_size)
-        blank.train_from_iterator(kept, trainer, length=len(kept))
-        blank = _with_special_only(blank)
-        if (found := blank.get_vocab_size()) != vocab_size:
+        corpus = list(texts)
+        model, trainer = cls._untrained(corpus, vocab_size)
+        model.train_from_iterator(corpus, trainer, length=len(corpus))
+        model = _with_special_only(model)
+        if (size := model.get_vocab_size()) != vocab_size:
             raise UserError(
-                f"tokenizer.vocab_size is {vocab_size}; this text gives a {cls.kind} vocabulary of {found} ids, "
+                f"tokenizer.vocab_size is {vocab_size}; this text gives a {cls.kind} vocabulary of {size} ids, "
                 f"{len(SPECIAL)} special ones included"
             )
-        return cls(blank.to_str())
+        return cls(model.to_str())
 
     @classmethod
     def _untrained(cls, texts: Sequence[str], vocab_size: int) -> tuple[library.Tokenizer, Any]:
-        """The tokenizer without a vocabulary, and what trains one."""
+        """The tokenizer without a vocabulary, and its trainer."""
         if vocab_size <= len(SPECIAL):
             raise UserError(f"a word vocabulary of {vocab_size} is too small; the special ids take {len(SPECIAL)}")
-        blank = library.Tokenizer(library.models.WordLevel(unk_token=_UNKNOWN))
-        blank.pre_tokenizer = library.pre_tokenizers.Split(library.Regex(_HYPHENATED), "isolated")
-        return blank, library.trainers.WordLevelTrainer(vocab_size=vocab_size, **_SHOWN)
+        model = library.Tokenizer(library.models.WordLevel(unk_token=_UNKNOWN))
+        model.pre_tokenizer = library.pre_tokenizers.Split(library.Regex(_HYPHENATED), "isolated")
+        return model, library.trainers.WordLevelTrainer(vocab_size=vocab_size, **_TRAINER_OPTIONS)
 
     @classmethod
     def _bytes_of(cls, piece: str) -> bytes:
@@ -74,7 +74,7 @@ class WordTokenizer:
 
     def encode(self, text: str) -> list[int]:
         utf8(text)
-        # Without offsets into the text, which take a quarter of the time.
+        # Without offsets, which take a quarter of the time.
         return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -105,16 +105,16 @@ class WordPieceTokenizer(WordTokenizer):
     @classmethod
     def _untrained(cls, texts: Sequence[str], vocab_size: int) -> tuple[library.Tokenizer, Any]:
         alphabet = _alphabet(cls.kind, texts, (vocab_size - len(SPECIAL)) // 2)
-        # Given in order as well: the library numbers continuations as it meets them, which differs from run to run.
-        given = [*SPECIAL, *(_CONTINUES + c for c in sorted(alphabet))]
-        blank = library.Tokenizer(library.models.WordPiece(unk_token=_UNKNOWN, continuing_subword_prefix=_CONTINUES))
-        blank.pre_tokenizer = library.pre_tokenizers.Split(library.Regex(_PARTED), "isolated")
-        return blank, library.trainers.WordPieceTrainer(
+        # In a fixed order: the library numbers continuations as it meets them, which differs from run to run.
+        tokens = [*SPECIAL, *(_CONTINUES + c for c in sorted(alphabet))]
+        model = library.Tokenizer(library.models.WordPiece(unk_token=_UNKNOWN, continuing_subword_prefix=_CONTINUES))
+        model.pre_tokenizer = library.pre_tokenizers.Split(library.Regex(_SEPARATED), "isolated")
+        return model, library.trainers.WordPieceTrainer(
             vocab_size=vocab_size,
             initial_alphabet=alphabet,
             limit_alphabet=len(alphabet),
             continuing_subword_prefix=_CONTINUES,
-            **_SHOWN | {"special_tokens": given},
+            **_TRAINER_OPTIONS | {"special_tokens": tokens},
         )
 
     @classmethod
@@ -130,10 +130,10 @@ class CharBpeTokenizer(WordTokenizer):
     @classmethod
     def _untrained(cls, texts: Sequence[str], vocab_size: int) -> tuple[library.Tokenizer, Any]:
         alphabet = _alphabet(cls.kind, texts, (vocab_size - len(SPECIAL)) // 2)
-        blank = library.Tokenizer(library.models.BPE(unk_token=_UNKNOWN))
-        blank.pre_tokenizer = library.pre_tokenizers.Split(library.Regex(_PARTED), "isolated")
-        return blank, library.trainers.BpeTrainer(
-            vocab_size=vocab_size, initial_alphabet=alphabet, limit_alphabet=len(alphabet), **_SHOWN
+        model = library.Tokenizer(library.models.BPE(unk_token=_UNKNOWN))
+        model.pre_tokenizer = library.pre_tokenizers.Split(library.Regex(_SEPARATED), "isolated")
+        return model, library.trainers.BpeTrainer(
+            vocab_size=vocab_size, initial_alphabet=alphabet, limit_alphabet=len(alphabet), **_TRAINER_OPTIONS
         )
 
 
@@ -151,9 +151,11 @@ class ByteBpeTokenizer(WordTokenizer):
             raise UserError(
                 f"a byte_bpe vocabulary of {vocab_size} is too small; special ids and bytes take {smallest}"
             )
-        blank = library.Tokenizer(library.models.BPE())
-        blank.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
-        return blank, library.trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=list(_BYTES), **_SHOWN)
+        model = library.Tokenizer(library.models.BPE())
+        model.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        return model, library.trainers.BpeTrainer(
+            vocab_size=vocab_size, initial_alphabet=list(_BYTES), **_TRAINER_OPTIONS
+        )
 
     @classmethod
     def _bytes_of(cls, piece: str) -> bytes:
@@ -172,25 +174,25 @@ class ByteBpeTokenizer(WordTokenizer):
 
 
 def _byte_names() -> dict[str, int]:
-    """The character that stands for each byte: itself where it prints, else the next from U+0100 (GPT-2)."""
+    """The character that represents each byte: itself if printable, else the next one from U+0100 (GPT-2)."""
     printing = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in printing]
     return {chr(b): b for b in printing} | {chr(0x100 + i): b for i, b in enumerate(others)}
 
 
 _BYTES = _byte_names()
-_SHOWN: dict[str, Any] = {"special_tokens": list(SPECIAL), "show_progress": False}
+_TRAINER_OPTIONS: dict[str, Any] = {"special_tokens": list(SPECIAL), "show_progress": False}
 
 
 def _with_special_only(trained: library.Tokenizer) -> library.Tokenizer:
     """The tokenizer with the special tokens of `SPECIAL` and no others."""
-    said = json.loads(trained.to_str())
-    said["added_tokens"] = [token for token in said["added_tokens"] if token["content"] in SPECIAL]
-    return library.Tokenizer.from_str(json.dumps(said))
+    state = json.loads(trained.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] in SPECIAL]
+    return library.Tokenizer.from_str(json.dumps(state))
 
 
 def _alphabet(kind: str, texts: Iterable[str], room: int) -> list[str]:
-    """The `room` most frequent characters. The library's own choice among equals differs from run to run."""
+    """The `room` most frequent characters; the library breaks ties differently from run to run."""
     counts: collections.Counter[str] = collections.Counter()
     for text in texts:
         counts.update(text)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from llm_jax import checkpoints, cli, configuration, files, tokenizers, trees
 from llm_jax.checkpoints import adapters, run
 from llm_jax.decoding import loop
-from llm_jax.decoding.options import Options
+from llm_jax.decoding.options import DecodingOptions
 from llm_jax.errors import UserError
 from llm_jax.evaluation import answers, builtin, classification, held_out
 from llm_jax.evaluation.prompts import PromptConfig
@@ -337,9 +337,9 @@ class Evaluator:
             self._decoder,
             self._unstack(state.model, state.frozen),
             prompts,
-            Options(temperature=0.8, top_p=0.95).sampler(),
+            DecodingOptions(temperature=0.8, top_p=0.95).sampler(),
             max_new_tokens=config.eval.max_new_tokens,
-            eos=tokenizers.ends(tokenizer),
+            eos=tokenizers.eos_ids(tokenizer),
             vocab_size=tokenizer.vocab_size,
         )
         texts = [tokenizer.decode(p + new.ids) for p, new in zip(prompts, generated, strict=True)]

@@ -13,7 +13,7 @@ import llm_jax
 from llm_jax import checkpoints, files, tokenizers, trees
 from llm_jax.checkpoints import run as run_form
 from llm_jax.decoding import loop
-from llm_jax.decoding.options import Options
+from llm_jax.decoding.options import DecodingOptions
 from llm_jax.errors import UserError
 from llm_jax.weights import Adapted
 
@@ -70,7 +70,7 @@ def test_commands_read_the_run(command, trained):
     said = command("generate", f"--checkpoint={trained}", "--prompt=the ", "--max_new_tokens=9", "--temperature=0")
     model, params, tokenizer = llm_jax.load(trained)
     ids = [1, *tokenizer.encode("the ")]
-    (one,) = loop.generate(model, params, [ids], Options(temperature=0).sampler(), max_new_tokens=9)
+    (one,) = loop.generate(model, params, [ids], DecodingOptions(temperature=0).sampler(), max_new_tokens=9)
     assert said.stdout.rstrip("\n") == tokenizer.decode(ids + one.ids).rstrip("\n")
 
 

@@ -131,7 +131,7 @@ def test_llama_cpp_cuts_text_as_a_run_of_ours_does(tmp_path):
     text = "def the return self import for x in range 10 while True print hello"
     made = tokenizers.get("bpe").train([f"{text}\n    {text[::-1]}\n"] * 50, 400)
     config, params = small("llama", made.vocab_size)
-    gguf_model.save(tmp_path / "model.gguf", config, params, tokenizers.foreign(made), "F16")
+    gguf_model.save(tmp_path / "model.gguf", config, params, tokenizers.exportable(made), "F16")
     model = opened(tmp_path / "model.gguf", vocab_only=True)
     draw = random.Random(0)
     for _ in range(300):

@@ -9,8 +9,8 @@ import pytest
 
 from llm_jax import checkpoints
 from llm_jax.decoding import loop
-from llm_jax.decoding.options import Options
-from llm_jax.tokenizers import chat
+from llm_jax.decoding.options import DecodingOptions
+from llm_jax.tokenizers import chat_template
 
 GOLDEN = json.loads(pathlib.Path(__file__).with_name("smollm2_golden.json").read_text())["cases"]
 pytestmark = pytest.mark.slow  # fetches 90 MB once, and runs 135 M parameters
@@ -35,7 +35,7 @@ def test_logits_equal_those_of_transformers(loaded):
 
 
 def test_greedy_continuations_are_those_of_transformers(loaded):
-    greedy = Options(temperature=0).sampler()
+    greedy = DecodingOptions(temperature=0).sampler()
     prompts = [case["ids"] for case in GOLDEN]
     made = loop.generate(loaded.model, loaded.params, prompts, greedy, max_new_tokens=64, eos=None)
     for case, one in zip(GOLDEN, made, strict=True):
@@ -44,7 +44,7 @@ def test_greedy_continuations_are_those_of_transformers(loaded):
 
 def test_special_tokens_in_plain_text_are_text_and_in_a_chat_are_not(loaded):
     tokenizer = loaded.tokenizer
-    marked = chat.render(tokenizer.special, [{"role": "user", "content": "Hi"}])
+    marked = chat_template.render(tokenizer.special, [{"role": "user", "content": "Hi"}])
     assert marked.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
     start = tokenizer.encode_chat("<|im_start|>")
     assert len(start) == 1 and len(tokenizer.encode("<|im_start|>")) > 1

@@ -31,6 +31,9 @@ class Chatting(type(BYTE)):  # type: ignore[misc]
     special: ClassVar = {"chat_template": TEMPLATE}
     encode_chat = type(BYTE).encode
 
+    def chat_offsets(self, text):
+        return [(i, i + 1) for i, c in enumerate(text) for _ in c.encode()]
+
 
 def examples(record, kind="instructions", tokenizer=BYTE):
     """(everything, what counts) as text, of each example of a record; § is EOS and ^ is BOS."""
@@ -78,7 +81,7 @@ def test_a_template_that_rewrites_what_was_said_is_refused():
     class Forgetful(Chatting):
         special: ClassVar = {"chat_template": "{{ messages[-1].content }}"}
 
-    with pytest.raises(UserError, match="writes what was said before in another way"):
+    with pytest.raises(UserError, match="renders earlier messages differently once an answer follows"):
         examples({"messages": TALK}, tokenizer=Forgetful())
 
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from llm_jax import lora
 from llm_jax.decoding import explain, stops
 from llm_jax.decoding.complete import complete
-from llm_jax.decoding.options import Options
+from llm_jax.decoding.options import DecodingOptions
 from llm_jax.errors import UserError
+from llm_jax.tokenizers import detokenize
 from llm_jax.tokenizers.byte import ByteTokenizer
 from tests.lora import cases
 
@@ -28,7 +29,7 @@ def ask(make):
     model, params = make(scan_layers=False)
 
     def call(prompts, show=None, **options):
-        return complete(model, params, BYTES, prompts, Options(**options), show=show)
+        return complete(model, params, BYTES, prompts, DecodingOptions(**options), show=show)
 
     return call
 
@@ -39,8 +40,10 @@ def test_a_stop_string_ends_a_text_also_when_tokens_cut_it_and_not_its_neighbour
     stop = free[0].text[20:23]  # three tokens of the byte tokenizer; past the first look at the text
     cut = [c[0] for c in ask(["a", "bcd"], stop=(stop, "never"), **common)]
     end = free[0].text.find(stop)
-    assert (cut[0].text, cut[0].made.stop) == (free[0].text[:end], "stop")
-    assert cut[0].made.ids == free[0].made.ids[: end + 3] and len(cut[0].made.log_probabilities) == end + 3
+    assert (cut[0].text, cut[0].generated.stop) == (free[0].text[:end], "stop")
+    assert (
+        cut[0].generated.ids == free[0].generated.ids[: end + 3] and len(cut[0].generated.log_probabilities) == end + 3
+    )
     other = free[1].text.find(stop)
     assert cut[1].text == (free[1].text if other < 0 else free[1].text[:other])
 
@@ -61,10 +64,11 @@ TEXTS = st.text(st.sampled_from("ab\n é漢😀"), max_size=12)
 
 @given(TEXTS, st.lists(st.text(st.sampled_from("ab\né😀"), min_size=1, max_size=3), max_size=2))
 @example("a😀a", ["😀", "a😀a"])  # the one that begins later is whole first
-def test_what_is_ready_is_never_taken_back_and_never_broken(text, stop_strings):
-    data, shown = text.encode(), ""
-    for n in range(len(data) + 1):
-        so_far = stops.ready(data[:n].decode(errors="replace"), stop_strings)
+def test_what_is_shown_is_never_taken_back_and_never_broken(text, stop_strings):
+    ids, shown = BYTES.encode(text), ""
+    decode = detokenize.after(BYTES, BYTES.encode("é"))
+    for n in range(len(ids) + 1):
+        so_far = stops.showable(decode.settled(ids[:n]), stop_strings)
         assert so_far.startswith(shown) and "�" not in so_far
         shown = so_far
     whole = stops.cut(text, stop_strings)
@@ -74,20 +78,20 @@ def test_what_is_ready_is_never_taken_back_and_never_broken(text, stop_strings):
 @given(TEXTS, st.lists(st.text(st.sampled_from("ab\né"), min_size=1, max_size=3), min_size=1, max_size=2))
 def test_a_stop_is_found_at_the_token_that_completes_it(text, stop_strings):
     ids = BYTES.encode(text)
-    found = stops.finder(BYTES, stop_strings, 100)(0, ids)
+    found = stops.stop_fn(BYTES, stop_strings, 100, [[]])(0, ids, 0)
     plain = next((n for n in range(len(ids) + 1) if any(s in BYTES.decode(ids[:n]) for s in stop_strings)), None)
     assert found == plain
 
 
 def test_text_that_a_broken_byte_stays_in_is_shown_in_the_end():
-    data = b"a\xffb"
-    assert [stops.ready(data[:n].decode(errors="replace"), []) for n in range(4)] == ["", "a", "a", "a�b"]
+    decode, ids = detokenize.after(BYTES, []), [i + 3 for i in b"a\xffb"]
+    assert [decode.settled(ids[:n]) for n in range(4)] == ["", "a", "a", "a�b"]
 
 
 def test_alternatives_are_the_most_likely_tokens_of_each_step(ask):
     ((greedy,),) = ask(["a"], temperature=0, alternatives=3, max_new_tokens=5, ignore_eos=True)
     for index, log, others in zip(
-        greedy.made.ids, greedy.made.log_probabilities, greedy.made.alternatives, strict=True
+        greedy.generated.ids, greedy.generated.log_probabilities, greedy.generated.alternatives, strict=True
     ):
         assert len(others) == 3 and max(others.values()) == pytest.approx(log) and index in others
 
@@ -96,7 +100,7 @@ def test_n_draws_are_those_of_their_seeds(ask):
     common = {"max_new_tokens": 8, "ignore_eos": True}
     three = ask(["ab"], n=3, seed=5, **common)[0]
     alone = [ask(["ab"], seed=5 + i, **common)[0][0] for i in range(3)]
-    assert [t.text for t in three] == [t.text for t in alone] and len({tuple(t.made.ids) for t in three}) == 3
+    assert [t.text for t in three] == [t.text for t in alone] and len({tuple(t.generated.ids) for t in three}) == 3
 
 
 def test_continuations_of_one_prompt_use_its_adapter(make, tiny):
@@ -105,7 +109,7 @@ def test_continuations_of_one_prompt_use_its_adapter(make, tiny):
 
     def texts(mixture):
         params = lora.attach(base, lora.mix(combined, jnp.array(mixture)))
-        made = complete(model, params, BYTES, ["ab", "ab"], Options(n=2, seed=3, max_new_tokens=6))
+        made = complete(model, params, BYTES, ["ab", "ab"], DecodingOptions(n=2, seed=3, max_new_tokens=6))
         return [[one.text for one in row] for row in made]
 
     adapted, plain = texts([1.0]), texts([0.0])
@@ -114,7 +118,7 @@ def test_continuations_of_one_prompt_use_its_adapter(make, tiny):
 
 
 def test_ends_may_be_several(ask):
-    free = ask(["ab"], max_new_tokens=8, ignore_eos=True)[0][0].made.ids
+    free = ask(["ab"], max_new_tokens=8, ignore_eos=True)[0][0].generated.ids
     cut = ask(["ab"], max_new_tokens=8, eos=(free[5], free[3]))[0][0].made
     first = min(free.index(free[5]), free.index(free[3]))
     assert (cut.ids, cut.stop) == (free[:first], "eos")
@@ -126,7 +130,9 @@ def test_a_prompt_too_long_is_refused_or_cut_where_it_is_said(ask):
         ask(["abcdef"], context=10, **common)  # BOS is the seventh
     left, short = ask(["abcdef"], context=8, truncate="left", **common), ask([BYTES.encode("cdef")], **common)
     right, begun = ask(["abcdef"], context=8, truncate="right", **common), ask(["abc"], **common)
-    assert left[0][0].made.ids == short[0][0].made.ids and right[0][0].made.ids == begun[0][0].made.ids
+    assert (
+        left[0][0].generated.ids == short[0][0].generated.ids and right[0][0].generated.ids == begun[0][0].generated.ids
+    )
     with pytest.raises(UserError, match="fills the context"):
         ask(["a"], context=4, truncate="left", **common)
 
@@ -159,11 +165,11 @@ def test_a_stop_string_that_the_vocabulary_cannot_write_is_refused():
 
 def test_explain_says_what_each_filter_removed(make):
     model, params = make(scan_layers=False)
-    options = Options(top_k=20, top_p=0.5, max_new_tokens=3)
+    options = DecodingOptions(top_k=20, top_p=0.5, max_new_tokens=3)
     steps = list(explain.explain(model, params, [5, 6], options, seed=3, candidates=30))
     (same,) = complete(model, params, BYTES, [[5, 6]], dataclasses.replace(options, seed=3, ignore_eos=True))[0]
-    assert [s.chosen for s in steps] == same.made.ids
-    for step, log in zip(steps, same.made.log_probabilities, strict=True):
+    assert [s.chosen for s in steps] == same.generated.ids
+    for step, log in zip(steps, same.generated.log_probabilities, strict=True):
         first, second = step.removed
         assert (first.filter, first.tokens, second.filter) == ("TopK", 259 - 20, "TopP")
         model_p, final = np.array(step.model), np.array(step.final)
@@ -180,7 +186,7 @@ def test_explain_says_what_each_filter_removed(make):
 
 def test_explain_refuses_a_beam_search(make):
     with pytest.raises(UserError, match="not beam"):
-        next(explain.explain(*make(scan_layers=False), [5], Options(beams=2)))
+        next(explain.explain(*make(scan_layers=False), [5], DecodingOptions(beams=2)))
 
 
 @pytest.mark.parametrize(
@@ -204,12 +210,12 @@ def test_the_command_and_the_library_give_the_same(trained, command):
     import llm_jax
 
     model, params, tokenizer = llm_jax.load(trained)
-    options = Options(max_new_tokens=8, top_k=40, n=2, seed=3, alternatives=2)
+    options = DecodingOptions(max_new_tokens=8, top_k=40, n=2, seed=3, alternatives=2)
     flags = ["--max_new_tokens=8", "--top_k=40", "--n=2", "--seed=3", "--alternatives=2"]
     done = command("generate", f"--checkpoint={trained}", "--prompt=the model", "--prompt=a", *flags, "--json")
     said = [json.loads(line) for line in done.stdout.splitlines()]
     ours = [c for several in complete(model, params, tokenizer, ["the model", "a"], options) for c in several]
-    assert [(s["text"], s["ids"]) for s in said] == [(c.text, c.made.ids) for c in ours]
+    assert [(s["text"], s["ids"]) for s in said] == [(c.text, c.generated.ids) for c in ours]
     assert len(said[0]["alternatives"][0]) == 2
     streamed = command("generate", f"--checkpoint={trained}", "--prompt=a", "--max_new_tokens=8", "--stream")
     plain = command("generate", f"--checkpoint={trained}", "--prompt=a", "--max_new_tokens=8")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llm_jax.decoding import loop
-from llm_jax.decoding.options import Options
+from llm_jax.decoding.options import DecodingOptions
 from llm_jax.errors import UserError
 
 
@@ -30,7 +30,7 @@ def plain_greedy(model, params, prompt, count, length=64):
 def test_batched_cached_bucketed_greedy_equals_the_plain_loop(model_and_params):
     model, params = model_and_params
     prompts = [[5], [7, 8, 9, 10, 11], list(range(20, 60))]
-    made = loop.generate(model, params, prompts, Options(temperature=0).sampler(), max_new_tokens=6)
+    made = loop.generate(model, params, prompts, DecodingOptions(temperature=0).sampler(), max_new_tokens=6)
     for prompt, one in zip(prompts, made, strict=True):
         ids, logs = plain_greedy(model, params, prompt, 6)
         assert one.ids == ids and one.stop == "length"
@@ -39,9 +39,9 @@ def test_batched_cached_bucketed_greedy_equals_the_plain_loop(model_and_params):
 
 def test_eos_ends_a_row_and_not_its_neighbours(make):
     model, params = make(scan_layers=False)
-    free = loop.generate(model, params, [[5], [9]], Options().sampler(), max_new_tokens=8, seeds=[1, 2])
+    free = loop.generate(model, params, [[5], [9]], DecodingOptions().sampler(), max_new_tokens=8, seeds=[1, 2])
     eos = free[0].ids[2]
-    cut = loop.generate(model, params, [[5], [9]], Options().sampler(), max_new_tokens=8, eos=eos, seeds=[1, 2])
+    cut = loop.generate(model, params, [[5], [9]], DecodingOptions().sampler(), max_new_tokens=8, eos=eos, seeds=[1, 2])
     first = free[0].ids.index(eos)
     assert (cut[0].ids, cut[0].stop) == (free[0].ids[:first], "eos")
     if eos not in free[1].ids:
@@ -50,9 +50,11 @@ def test_eos_ends_a_row_and_not_its_neighbours(make):
 
 def test_a_rows_text_depends_on_its_seed_only(make):
     model, params = make(scan_layers=False)
-    alone = loop.generate(model, params, [[5, 6]], Options().sampler(), max_new_tokens=8, seeds=[3])
-    among = loop.generate(model, params, [[9], [5, 6], [7]], Options().sampler(), max_new_tokens=8, seeds=[1, 3, 2])
-    other = loop.generate(model, params, [[5, 6]], Options().sampler(), max_new_tokens=8, seeds=[4])
+    alone = loop.generate(model, params, [[5, 6]], DecodingOptions().sampler(), max_new_tokens=8, seeds=[3])
+    among = loop.generate(
+        model, params, [[9], [5, 6], [7]], DecodingOptions().sampler(), max_new_tokens=8, seeds=[1, 3, 2]
+    )
+    other = loop.generate(model, params, [[5, 6]], DecodingOptions().sampler(), max_new_tokens=8, seeds=[4])
     assert among[1].ids == alone[0].ids != other[0].ids
 
 
@@ -60,7 +62,7 @@ def test_other_lengths_and_settings_do_not_compile_again(make):
     model, params = make(scan_layers=False)
 
     def call(length, count, **options):
-        loop.generate(model, params, [[5] * length], Options(**options).sampler(), max_new_tokens=count)
+        loop.generate(model, params, [[5] * length], DecodingOptions(**options).sampler(), max_new_tokens=count)
 
     call(3, 4, temperature=0.5, top_p=0.9)
     compiled = loop._start._cache_size(), loop.advance._cache_size()
@@ -73,7 +75,7 @@ def test_other_lengths_and_settings_do_not_compile_again(make):
 def test_bad_requests_are_refused(make, prompts, count):
     model, params = make(scan_layers=False)
     with pytest.raises(UserError):
-        loop.generate(model, params, prompts, Options().sampler(), max_new_tokens=count)
+        loop.generate(model, params, prompts, DecodingOptions().sampler(), max_new_tokens=count)
 
 
 def test_generating_past_a_learned_table_is_refused(make, tiny):
@@ -81,15 +83,15 @@ def test_generating_past_a_learned_table_is_refused(make, tiny):
         position=dataclasses.replace(tiny.model.position, kind="learned", max_length=8), scan_layers=False
     )
     with pytest.raises(UserError, match="past the 8 positions"):
-        loop.generate(model, params, [[5] * 5], Options().sampler(), max_new_tokens=4)
-    assert loop.generate(model, params, [[5] * 5], Options().sampler(), max_new_tokens=3)[0].ids
+        loop.generate(model, params, [[5] * 5], DecodingOptions().sampler(), max_new_tokens=4)
+    assert loop.generate(model, params, [[5] * 5], DecodingOptions().sampler(), max_new_tokens=3)[0].ids
 
 
 def test_padding_goes_past_no_table(make, tiny):
     position = dataclasses.replace(tiny.model.position, kind="learned", max_length=16)  # less than a bucket
     model, params = make(position=position, scan_layers=False)
     prompts = [[5, 6, 7], [8] * 12]
-    made = loop.generate(model, params, prompts, Options(temperature=0).sampler(), max_new_tokens=4)
+    made = loop.generate(model, params, prompts, DecodingOptions(temperature=0).sampler(), max_new_tokens=4)
     for prompt, one in zip(prompts, made, strict=True):
         ids, logs = plain_greedy(model, params, prompt, 4, length=16)
         assert one.ids == ids
@@ -98,15 +100,17 @@ def test_padding_goes_past_no_table(make, tiny):
 
 def test_ids_past_the_tokenizers_vocabulary_are_never_drawn(make):
     model, params = make(scan_layers=False)
-    (one,) = loop.generate(model, params, [[5]], Options(temperature=50.0).sampler(), max_new_tokens=200, vocab_size=9)
+    (one,) = loop.generate(
+        model, params, [[5]], DecodingOptions(temperature=50.0).sampler(), max_new_tokens=200, vocab_size=9
+    )
     assert max(one.ids) < 9
 
 
 def test_log_probabilities_sum_to_the_score_of_the_sequence_eos_included(make):
     model, params = make(scan_layers=False)
-    free = loop.generate(model, params, [[5]], Options().sampler(), max_new_tokens=8)[0].ids
+    free = loop.generate(model, params, [[5]], DecodingOptions().sampler(), max_new_tokens=8)[0].ids
     eos = free[4]
-    (one,) = loop.generate(model, params, [[5]], Options().sampler(), max_new_tokens=8, eos=eos)
+    (one,) = loop.generate(model, params, [[5]], DecodingOptions().sampler(), max_new_tokens=8, eos=eos)
     ids = [5, *one.ids, eos]
     scores = jax.nn.log_softmax(model.apply({"params": params}, jnp.asarray([ids]))[0])
     expected = sum(float(scores[t, ids[t + 1]]) for t in range(len(ids) - 1))
@@ -118,4 +122,4 @@ def test_log_probabilities_sum_to_the_score_of_the_sequence_eos_included(make):
 def test_bad_seeds_are_refused(make, seeds):
     model, params = make(scan_layers=False)
     with pytest.raises(UserError, match="seeds"):
-        loop.generate(model, params, [[5]], Options().sampler(), max_new_tokens=2, seeds=seeds)
+        loop.generate(model, params, [[5]], DecodingOptions().sampler(), max_new_tokens=2, seeds=seeds)

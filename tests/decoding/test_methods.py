@@ -10,12 +10,12 @@ from scipy import stats
 
 from llm_jax import lora
 from llm_jax.decoding import beam, contrastive, loop, score, speculative
-from llm_jax.decoding.options import Options
+from llm_jax.decoding.options import DecodingOptions
 from llm_jax.errors import UserError
 from tests.lora import cases
 
 VOCAB, EOS, LIMIT = 5, 1, 4
-GREEDY = Options(temperature=0).sampler()
+GREEDY = DecodingOptions(temperature=0).sampler()
 
 
 @pytest.fixture(scope="module")
@@ -41,27 +41,27 @@ def ranking(small, prompt, power):
 
 
 def texts_of(beams, eos=EOS):
-    return [(*b.made.ids, eos) if b.made.stop == "eos" else tuple(b.made.ids) for b in beams]
+    return [(*b.generated.ids, eos) if b.generated.stop == "eos" else tuple(b.generated.ids) for b in beams]
 
 
 @pytest.mark.parametrize("power", [0.0, 1.0, 2.0, -1.0])
 def test_a_wide_beam_finds_the_true_best_of_all_texts(small, power):
     prompts = [[2], [3, 4, 0, 2, 2], [0, 0]]
-    options = Options(beams=VOCAB**3, n=5, length_penalty=power, max_new_tokens=LIMIT)
+    options = DecodingOptions(beams=VOCAB**3, n=5, length_penalty=power, early_stop="never", max_new_tokens=LIMIT)
     for prompt, beams in zip(prompts, beam.search(*small, prompts, options, eos=EOS), strict=True):
         best = ranking(small, prompt, power)[:5]
         assert texts_of(beams) == [t for _, t in best]
         np.testing.assert_allclose([b.score for b in beams], [s for s, _ in best], atol=1e-4)
         for b, text in zip(beams, texts_of(beams), strict=True):
-            assert len(b.made.log_probabilities) == len(text)
-            np.testing.assert_allclose(sum(b.made.log_probabilities), b.score * len(text) ** power, atol=1e-4)
+            assert len(b.generated.log_probabilities) == len(text)
+            np.testing.assert_allclose(sum(b.generated.log_probabilities), b.score * len(text) ** power, atol=1e-4)
 
 
 def test_a_narrow_beam_is_that_of_a_plain_loop(small):
     """With penalty 0, against a search written with lists."""
     model, params = small
     for prompt, beams in zip(
-        [[2], [3, 4, 0]], beam.search(*small, [[2], [3, 4, 0]], Options(beams=2, n=2, length_penalty=0.0,
+        [[2], [3, 4, 0]], beam.search(*small, [[2], [3, 4, 0]], DecodingOptions(beams=2, n=2, length_penalty=0.0,
         max_new_tokens=LIMIT), eos=EOS), strict=True,
     ):  # fmt: skip
         running, ended = [(0.0, ())], []
@@ -78,8 +78,8 @@ def test_a_narrow_beam_is_that_of_a_plain_loop(small):
 
 
 def test_one_group_penalized_by_the_other_says_something_else(small):
-    same = Options(beams=4, n=4, beam_groups=2, max_new_tokens=LIMIT)
-    apart = Options(beams=4, n=4, beam_groups=2, max_new_tokens=LIMIT, diversity=50.0)
+    same = DecodingOptions(beams=4, n=4, beam_groups=2, max_new_tokens=LIMIT)
+    apart = DecodingOptions(beams=4, n=4, beam_groups=2, max_new_tokens=LIMIT, diversity=50.0)
     plain = texts_of(beam.search(*small, [[2]], same, eos=None)[0])
     diverse = texts_of(beam.search(*small, [[2]], apart, eos=None)[0])
     assert len(set(plain)) == 2  # without diversity both groups find the same
@@ -88,7 +88,7 @@ def test_one_group_penalized_by_the_other_says_something_else(small):
 
 
 def test_early_stop_ends_with_n_texts_and_a_row_does_not_depend_on_its_neighbours(small):
-    options = Options(beams=3, n=2, early_stop=True, max_new_tokens=LIMIT)
+    options = DecodingOptions(beams=3, n=2, early_stop=True, max_new_tokens=LIMIT)
     prompts = [[2], [3, 4, 0, 2], [0], [4, 4]]
     together = beam.search(*small, prompts, options, eos=EOS)
     for prompt, beams in zip(prompts, together, strict=True):
@@ -97,10 +97,10 @@ def test_early_stop_ends_with_n_texts_and_a_row_does_not_depend_on_its_neighbour
 
 
 def test_a_beam_ends_at_a_stop(small):
-    def stop(row, ids):
+    def stop(row, ids, checked):
         return len(ids) if ids[-2:] == [3, 3] else None
 
-    options = Options(beams=VOCAB**3, n=3, length_penalty=0.0, max_new_tokens=LIMIT)
+    options = DecodingOptions(beams=VOCAB**3, n=3, length_penalty=0.0, max_new_tokens=LIMIT)
     (beams,) = beam.search(*small, [[2]], options, eos=None, stop=stop)
     model, params = small
     texts = {
@@ -108,14 +108,14 @@ def test_a_beam_ends_at_a_stop(small):
     }
     sums = [sum(s.log_probabilities) for s in score.score(model, params, [((2,), t) for t in sorted(texts)], 64)]
     expected = sorted(zip(sums, sorted(texts), strict=True), reverse=True)[:3]
-    assert [tuple(b.made.ids) for b in beams] == [t for _, t in expected]
-    assert {b.made.stop for b in beams} <= {"stop", "length"}
+    assert [tuple(b.generated.ids) for b in beams] == [t for _, t in expected]
+    assert {b.generated.stop for b in beams} <= {"stop", "length"}
 
 
 def test_contrastive_search_is_that_of_the_formula(make):
     model, params = make(scan_layers=False)
     k, alpha, prompts = 4, 0.6, [[5, 9, 5], [7], list(range(20, 60))]
-    made = contrastive.search(model, params, prompts, Options().sampler(), k=k, alpha=alpha, max_new_tokens=6)
+    made = contrastive.search(model, params, prompts, DecodingOptions().sampler(), k=k, alpha=alpha, max_new_tokens=6)
     features = jax.jit(lambda ids: model.apply({"params": params}, ids, method="features")[0])
     logits = jax.jit(lambda x: model.apply({"params": params}, x, method="logits"))
 
@@ -134,7 +134,9 @@ def test_contrastive_search_is_that_of_the_formula(make):
             ids.append(int(candidates[int(np.argmax(scores))]))
         assert one.ids == ids[len(prompt) :]
     plain = loop.generate(model, params, prompts, GREEDY, max_new_tokens=6)
-    no_penalty = contrastive.search(model, params, prompts, Options().sampler(), k=k, alpha=0.0, max_new_tokens=6)
+    no_penalty = contrastive.search(
+        model, params, prompts, DecodingOptions().sampler(), k=k, alpha=0.0, max_new_tokens=6
+    )
     assert [o.ids for o in no_penalty] == [o.ids for o in plain] != [o.ids for o in made]
 
 
@@ -142,13 +144,13 @@ def test_rows_with_adapters_of_their_own_are_searched_as_if_alone(make, tiny):
     model, base = make(num_layers=1)
     settings = [cases.config(tiny), cases.config(tiny, rank=2, targets=("attention", "embeddings"))]
     combined = lora.combine(*(cases.made(base, one, seed) for seed, one in enumerate(settings)))
-    beams = Options(beams=4, n=2, beam_groups=2, diversity=0.5, max_new_tokens=6)
+    beams = DecodingOptions(beams=4, n=2, beam_groups=2, diversity=0.5, max_new_tokens=6)
 
     def found(mixture, prompts):
         params = lora.attach(base, lora.mix(combined, mixture))
         searched = beam.search(model, params, prompts, beams)
         contrasted = contrastive.search(model, params, prompts, GREEDY, k=3, alpha=0.6, max_new_tokens=6)
-        return [[*(b.made.ids for b in row), one.ids] for row, one in zip(searched, contrasted, strict=True)]
+        return [[*(b.generated.ids for b in row), one.ids] for row, one in zip(searched, contrasted, strict=True)]
 
     mixtures = jnp.array([[1.0, 0], [0, 1.0], [0, 0]])
     first, second, neither = expected = [found(mixture, [[1, 5, 9]])[0] for mixture in mixtures]
@@ -177,7 +179,9 @@ def test_speculative_greedy_is_greedy(small, other, who):
 
 
 @pytest.mark.parametrize(
-    "options", [Options(), Options(top_k=3, temperature=1.5, repetition_penalty=1.3)], ids=["plain", "filtered"]
+    "options",
+    [DecodingOptions(), DecodingOptions(top_k=3, temperature=1.5, repetition_penalty=1.3)],
+    ids=["plain", "filtered"],
 )
 @pytest.mark.parametrize("who", ["draft", "look-up"])
 def test_speculative_draws_have_the_models_own_distribution(small, other, who, options):
@@ -233,7 +237,7 @@ def table_of(small, prompt, options):
 def test_speculative_rows_depend_on_their_seeds_only_and_other_lengths_do_not_compile_again(small, other):
     def call(prompts, seeds, count=9):
         return [o.ids for o in speculative.generate(
-            *small, prompts, Options().sampler(), other, 3, max_new_tokens=count, seeds=seeds)]  # fmt: skip
+            *small, prompts, DecodingOptions().sampler(), other, 3, max_new_tokens=count, seeds=seeds)]  # fmt: skip
 
     first = call([[2], [3, 4, 0]], [1, 2])
     compiled = speculative._advance._cache_size()
@@ -260,7 +264,9 @@ def test_scores_of_single_pairs_and_batches_agree_and_say_what_is_greedy(small):
 def test_d1_step_log_probabilities_sum_to_the_teacher_forced_score(make):
     model, params = make(scan_layers=False)
     prompts = [[5], [7, 8, 9], list(range(20, 60))]
-    made = loop.generate(model, params, prompts, Options(top_p=0.8).sampler(), max_new_tokens=12, seeds=[1, 2, 3])
+    made = loop.generate(
+        model, params, prompts, DecodingOptions(top_p=0.8).sampler(), max_new_tokens=12, seeds=[1, 2, 3]
+    )
     scored = score.score(model, params, [(p, one.ids) for p, one in zip(prompts, made, strict=True)])
     for one, whole in zip(made, scored, strict=True):
         np.testing.assert_allclose(sum(one.log_probabilities), sum(whole.log_probabilities), atol=1e-3)

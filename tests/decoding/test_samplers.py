@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from llm_jax.decoding import penalties, samplers
-from llm_jax.decoding.options import Options, parse_bias
+from llm_jax.decoding.options import DecodingOptions, parse_bias
 from llm_jax.errors import UserError
 from tests.decoding.sampler_cases import CASES, tokens_and_logits
 
@@ -56,7 +56,7 @@ def renormalized(keep, power=1.0):
     ids=str,
 )
 def test_samplers_have_the_support_and_the_frequencies(options, expected):
-    counts = draws(Options(**options).sampler())
+    counts = draws(DecodingOptions(**options).sampler())
     assert set(np.flatnonzero(counts)) == set(np.flatnonzero(expected))
     kept = expected > 0
     if kept.sum() > 1:
@@ -88,7 +88,7 @@ def test_filters_are_those_of_transformers(name):
 
 
 def test_the_chain_runs_in_the_order_that_is_promised():
-    chain = Options(
+    chain = DecodingOptions(
         logit_bias=((1, 2.0),), repetition_penalty=2.0, presence_penalty=1.0, no_repeat_ngram=3, temperature=0.5,
         top_k=3, top_p=0.9, min_p=0.1, typical_p=0.9, epsilon=0.01, eta=0.01,
     )  # fmt: skip
@@ -147,7 +147,7 @@ def test_other_numbers_do_not_compile_again(pair):
     ids, lengths, logits = tokens_and_logits()
     history = samplers.History(jnp.asarray(ids), jnp.asarray(lengths), jnp.asarray(lengths))
     compiled = jax.jit(lambda sampler, logits: sampler.stages(logits, history)[-1])
-    first, second = (np.asarray(compiled(Options(**options).sampler(), logits)) for options in pair)
+    first, second = (np.asarray(compiled(DecodingOptions(**options).sampler(), logits)) for options in pair)
     assert compiled._cache_size() == 1 and (first != second).any()
 
 
@@ -170,7 +170,7 @@ def test_other_numbers_do_not_compile_again(pair):
 )  # fmt: skip
 def test_options_out_of_range_or_against_each_other_are_refused(bad):
     with pytest.raises(UserError, match=f"--{next(iter(bad))}"):
-        Options(**bad).check(vocab_size=50)
+        DecodingOptions(**bad).check(vocab_size=50)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_options_out_of_range_or_against_each_other_are_refused(bad):
     ids=str,
 )  # fmt: skip
 def test_options_that_go_together_are_taken(good):
-    Options(**good).check(vocab_size=50)
+    DecodingOptions(**good).check(vocab_size=50)
 
 
 @pytest.mark.parametrize("bad", ["", "3", "a:1", "1:b", "1.5:2"])

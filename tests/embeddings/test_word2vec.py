@@ -20,7 +20,7 @@ import pytest
 from llm_jax import configuration as config_lib
 from llm_jax.embeddings import glove, measure, word2vec
 from llm_jax.embeddings import texts as corpora
-from llm_jax.embeddings.texts import BREAK, Corpus
+from llm_jax.embeddings.texts import BREAK, WordCorpus
 from llm_jax.errors import UserError
 from llm_jax.schema import EmbeddingsConfig
 
@@ -36,12 +36,12 @@ def config() -> EmbeddingsConfig:
     return load()
 
 
-def topics(seed: int = 0, sentences: int = 3000) -> Corpus:
+def topics(seed: int = 0, sentences: int = 3000) -> WordCorpus:
     """Words 0 to 9 stand together, and words 10 to 19."""
     draw = np.random.default_rng(seed)
     rows = [np.append(draw.integers(0, 10, 12) + 10 * draw.integers(0, 2), BREAK) for _ in range(sentences)]
     ids = np.concatenate(rows).astype(np.int32)
-    return Corpus(tuple(f"w{i}" for i in range(20)), np.bincount(ids[ids != BREAK], minlength=20), ids, "")
+    return WordCorpus(tuple(f"w{i}" for i in range(20)), np.bincount(ids[ids != BREAK], minlength=20), ids, "")
 
 
 def sigmoid(x):
@@ -175,7 +175,7 @@ def test_cooccurrences_are_those_of_a_loop_however_little_memory(memory, tmp_pat
     monkeypatch.setattr(glove, "_PIECE", 100)
     draw = np.random.default_rng(0)
     ids = np.where(draw.random(2000) < 0.1, BREAK, draw.integers(0, 12, 2000)).astype(np.int32)
-    corpus = Corpus(tuple("abcdefghijkl"), np.bincount(ids[ids != BREAK]), ids, "")
+    corpus = WordCorpus(tuple("abcdefghijkl"), np.bincount(ids[ids != BREAK]), ids, "")
     cells = np.fromfile(glove.cooccurrences(corpus, 4, memory, tmp_path), glove._CELL)
     expected: dict[int, float] = {}
     for i, j in pairs(ids, np.full(2000, 4)):
@@ -195,7 +195,7 @@ def test_a_text_without_pairs_is_one_clear_error(tmp_path):
 @pytest.mark.parametrize("piece", [3, 4, 2**20])
 def test_the_last_piece_may_be_shorter_than_the_window_and_have_no_pairs(piece, tmp_path, monkeypatch):
     monkeypatch.setattr(glove, "_PIECE", piece)
-    corpus = Corpus(("a", "b"), np.array([2, 1]), np.array([0, 1, BREAK, 0, BREAK], np.int32), "")
+    corpus = WordCorpus(("a", "b"), np.array([2, 1]), np.array([0, 1, BREAK, 0, BREAK], np.int32), "")
     # So little memory that the counts of a piece are a run of their own.
     cells = np.fromfile(glove.cooccurrences(corpus, 10, 1, tmp_path), glove._CELL)
     assert cells.tolist() == [(1, 1.0), (2, 1.0)]

@@ -10,7 +10,7 @@ from scipy import stats
 
 from llm_jax.decoding import score
 from llm_jax.decoding.complete import complete
-from llm_jax.decoding.options import Options
+from llm_jax.decoding.options import DecodingOptions
 from llm_jax.errors import UserError
 from llm_jax.evaluation import answers, builtin, prompts, statistics, tasks, templates
 from llm_jax.evaluation.prompts import PromptConfig
@@ -147,16 +147,18 @@ def test_generation_reads_the_answer_and_reasoning_comes_before_it(of):
     model, params, tokenizer = of
     task = Task("t", (TEMPLATE,), (ASKED, ASKED), SHOTS, extract=r"(.)", stop=(), max_new_tokens=6, reasoning_tokens=5)
     (first, second) = answers.records(of, task, PromptConfig(), [0, 1], batch_size=2)
-    text = complete(model, params, tokenizer, ["Q: asked\nA:"], Options(temperature=0, max_new_tokens=6))[0][0].text
+    text = complete(model, params, tokenizer, ["Q: asked\nA:"], DecodingOptions(temperature=0, max_new_tokens=6))[0][
+        0
+    ].text
     assert first["prediction"] == last(text) and {**first, "index": 1} == second
     (reasoned,) = answers.records(of, task, PromptConfig("cot_zero_shot"), [0], batch_size=2)
     begun = "Q: asked\nA:\nLet's think step by step."
-    options = Options(temperature=0, max_new_tokens=5, stop=("\n\n",))
+    options = DecodingOptions(temperature=0, max_new_tokens=5, stop=("\n\n",))
     thought = complete(model, params, tokenizer, [begun], options)[0][0]
     whole = begun + thought.text.rstrip() + "\nTherefore, the answer is"
-    text = complete(model, params, tokenizer, [whole], Options(temperature=0, max_new_tokens=6))[0][0].text
+    text = complete(model, params, tokenizer, [whole], DecodingOptions(temperature=0, max_new_tokens=6))[0][0].text
     assert reasoned["prediction"] == last(text)
-    assert reasoned["reasoning_tokens"] == len(thought.made.ids)
+    assert reasoned["reasoning_tokens"] == len(thought.generated.ids)
 
 
 def test_the_border_between_prompt_and_answer_keeps_all_text():

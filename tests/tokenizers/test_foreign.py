@@ -11,9 +11,9 @@ import sentencepiece
 
 from llm_jax import checkpoints, tokenizers
 from llm_jax.decoding import complete
-from llm_jax.decoding.options import Options
+from llm_jax.decoding.options import DecodingOptions
 from llm_jax.errors import UserError
-from llm_jax.tokenizers.sentencepiece_model import ModelTokenizer
+from llm_jax.tokenizers.sentencepiece_model import SentencePieceTokenizer
 
 GOLDEN = json.loads(pathlib.Path(__file__).with_name("real_golden.json").read_text())["cases"]
 CONFIG = {
@@ -69,7 +69,7 @@ def test_the_vocabulary_in_a_gguf_file_is_the_same(llama, text):
 
 def test_pieces_of_ours_go_through_a_gguf_file():
     ours = tokenizers.get("bpe").train(["def main(self):\n    return 1, größe\n"] * 50, 320)
-    again = tokenizers.from_gguf(tokenizers.foreign(ours).to_gguf(330))
+    again = tokenizers.from_gguf(tokenizers.exportable(ours).to_gguf(330))
     for text in ("def main(x):\n        return  größe", " a  🦜\n\n", ""):
         assert again.encode(text) == ours.encode(text) and again.decode(again.encode(text)) == text
     assert (again.bos, again.eos) == (ours.bos, ours.eos)
@@ -94,7 +94,7 @@ def test_saved_and_loaded_is_the_same(llama, tmp_path):
 def test_what_gguf_cannot_hold_is_refused():
     for options in ({"model_type": "unigram"}, {"normalization_rule_name": "nmt_nfkc"}):
         with pytest.raises(UserError, match="this model is of another kind"):
-            ModelTokenizer(model(hard_vocab_limit=False, **options), {}).to_gguf(320)
+            SentencePieceTokenizer(model(hard_vocab_limit=False, **options), {}).to_gguf(320)
 
 
 @pytest.mark.parametrize(
@@ -143,11 +143,11 @@ def test_real_vocabularies_cut_text_as_transformers_does(name):
 def test_several_ids_end_a_text(llama, file, tmp_path):
     said = {file: json.dumps({"eos_token_id": [2, 320, 7]}).encode()}
     made = tokenizers.from_files(llama.files() | said)
-    assert tokenizers.ends(llama) == [2] and tokenizers.ends(made) == [2, 320, 7]
-    assert complete.ends(made, Options()) == [2, 320, 7]
+    assert tokenizers.eos_ids(llama) == [2] and tokenizers.eos_ids(made) == [2, 320, 7]
+    assert complete.eos_ids(made, DecodingOptions()) == [2, 320, 7]
     tokenizers.save(made, tmp_path)  # a run of ours keeps them
-    assert tokenizers.ends(tokenizers.load(tmp_path)) == [2, 320, 7]
-    assert tokenizers.ends(tokenizers.from_gguf(made.to_gguf(330))) == [2, 320, 7]
+    assert tokenizers.eos_ids(tokenizers.load(tmp_path)) == [2, 320, 7]
+    assert tokenizers.eos_ids(tokenizers.from_gguf(made.to_gguf(330))) == [2, 320, 7]
 
 
 def test_one_end_is_no_other_tokenizer(llama):

@@ -1,7 +1,7 @@
 import pytest
 
 from llm_jax.errors import UserError
-from llm_jax.tokenizers import chat
+from llm_jax.tokenizers import chat_template
 
 TEMPLATE = """{% for m in messages %}{% if m.role == 'robot' %}{{ raise_exception('no robots') }}{% endif %}
 <|{{ m.role }}|>{{ m.content }}{{ eos_token }}
@@ -12,8 +12,8 @@ HI = [{"role": "user", "content": "Hi {{ 7 * 7 }}"}]
 
 def test_messages_are_rendered_as_text():
     special = {"chat_template": TEMPLATE, "eos_token": "</s>"}
-    assert chat.render(special, HI) == "<|user|>Hi {{ 7 * 7 }}</s>\n<|assistant|>"
-    assert chat.render(special, HI, answer=False) == "<|user|>Hi {{ 7 * 7 }}</s>\n"
+    assert chat_template.render(special, HI) == "<|user|>Hi {{ 7 * 7 }}</s>\n<|assistant|>"
+    assert chat_template.render(special, HI, answer=False) == "<|user|>Hi {{ 7 * 7 }}</s>\n"
 
 
 @pytest.mark.parametrize(
@@ -35,17 +35,17 @@ def test_messages_are_rendered_as_text():
 )
 def test_templates_that_fail_or_reach_out_end_in_one_line(template, message):
     with pytest.raises(UserError, match=message):
-        chat.render({"chat_template": template}, HI)
+        chat_template.render({"chat_template": template}, HI)
 
 
 def test_loops_can_be_left():
     template = "{% for i in range(9) %}{% if i > 2 %}{% break %}{% endif %}{{ i }}{% endfor %}"
-    assert chat.render({"chat_template": template}, HI) == "012"
+    assert chat_template.render({"chat_template": template}, HI) == "012"
 
 
 def test_what_a_template_refuses_is_said():
     with pytest.raises(UserError, match="refuses these messages: no robots"):
-        chat.render({"chat_template": TEMPLATE}, [{"role": "robot", "content": ""}])
+        chat_template.render({"chat_template": TEMPLATE}, [{"role": "robot", "content": ""}])
 
 
 @pytest.mark.parametrize(

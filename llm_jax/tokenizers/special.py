@@ -1,0 +1,175 @@
+"""Special tokens of pretrained tokenizers: their names in the files of a checkpoint and in the metadata of GGUF."""
+
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+from llm_jax.errors import UserError
+
+NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+GGUF_NAMES = (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))  # Hugging Face's, GGUF's
+# Files beside tokenizer.json or tokenizer.model that name special tokens.
+FILES = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "config.json",
+)
+
+# Special tokens that a tokenizer class of transformers has where the files name none.
+_END = "<|endoftext|>"
+_LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+_CLASSES: dict[str, dict[str, str]] = {
+    "GPT2": {"bos_token": _END, "eos_token": _END, "unk_token": _END},
+    "GPTNeoX": {"bos_token": _END, "eos_token": _END, "unk_token": _END, "pad_token": "<|padding|>"},
+    "CodeGen": {"bos_token": _END, "eos_token": _END, "unk_token": _END},
+    "Qwen2": {"eos_token": _END, "unk_token": _END, "pad_token": _END},
+    "Llama": _LLAMA,
+    "CodeLlama": _LLAMA,
+    "Gemma": {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>"},
+    "Bert": {"unk_token": "[UNK]", "pad_token": "[PAD]"},
+    "Roberta": _LLAMA | {"pad_token": "<pad>"},
+    "XLMRoberta": _LLAMA | {"pad_token": "<pad>"},
+    "T5": {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
+    "Cohere": {
+        "bos_token": "<BOS_TOKEN>",
+        "eos_token": "<|END_OF_TURN_TOKEN|>",
+        "unk_token": "<UNK>",
+        "pad_token": "<PAD>",
+    },
+}
+# The class that transformers chooses by config.json's model_type where tokenizer_config.json names none.
+_CLASS_OF_MODEL = {
+    "gpt2": "GPT2",
+    "opt": "GPT2",
+    "phi": "GPT2",
+    "gpt_neox": "GPTNeoX",
+    "codegen": "CodeGen",
+    "llama": "Llama",
+    "mistral": "Llama",
+    "gemma": "Gemma",
+    "gemma2": "Gemma",
+    "gemma3": "Gemma",
+    "gemma3_text": "Gemma",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen2",
+    "bert": "Bert",
+    "roberta": "Roberta",
+    "xlm-roberta": "XLMRoberta",
+    "t5": "T5",
+    "cohere": "Cohere",
+}
+# Names of tokens that end a text or a turn, whatever the keys of the files say (the rule of llama.cpp's vocabularies).
+_END_NAMES = (
+    "<|eot_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<|return|>",
+    "<|call|>",
+    "<|flush|>",
+    "<|calls|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "</s>",
+    "<|eom_id|>",
+    "<EOT>",
+    "_<EOT>",
+    "[EOT]",
+    "[EOS]",
+    "<|end_of_text|>",
+    "<end_of_utterance>",
+)
+_HARMONY = ("<|return|>", "<|call|>")  # a vocabulary with both ends a message, not a text, with <|end|>
+# GGUF's names of what ends a text besides EOS: the end of a turn, and of a message.
+_GGUF_ENDS = tuple(f"tokenizer.ggml.{name}_token_id" for name in ("eot", "eom"))
+
+
+def read(
+    files: Mapping[str, bytes],
+    index_of: Callable[[str], int | None],
+    token_of: Callable[[int], str | None],
+    own: Collection[str] = (),
+) -> dict[str, Any]:
+    """The special tokens that the files of a checkpoint name.
+
+    tokenizer_config.json counts first, then special_tokens_map.json, then the tokenizer class that the former or, by
+    its model_type, config.json names. The ids that end a text are those of generation_config.json and config.json;
+    the first of them is EOS where no name is.
+
+    Args:
+      index_of: the id of a token, None for a token that the vocabulary lacks.
+      token_of: the token of an id, None for an id that it lacks.
+      own: names whose tokens the vocabulary itself defines; they need none from the class.
+
+    Returns:
+      The names in `NAMES`, "chat_template", "add_bos_token" (None where no file states it), and "eos_ids" where the
+      files name ids that end a text.
+
+    Raises:
+      UserError: an id that ends a text is no number.
+    """
+    parsed = {name: json.loads(files.get(name, b"{}")) for name in FILES if name.endswith(".json")}
+    config, model = parsed["tokenizer_config.json"], parsed["config.json"]
+    kind = config.get("tokenizer_class") or _CLASS_OF_MODEL.get(str(model.get("model_type")), "")
+    defaults = _CLASSES.get(str(kind).removesuffix("Fast").removesuffix("Tokenizer"), {})
+    defaults = {name: token for name, token in defaults.items() if index_of(token) is not None and name not in own}
+    sources = (config, parsed["special_tokens_map.json"])
+    special: dict[str, Any] = {}
+    for name in NAMES:
+        if name in config and config[name] is None:
+            special[name] = None  # null says that there is none
+        else:
+            special[name] = next((text for s in sources if (text := _content(s.get(name)))), defaults.get(name))
+    template = files["chat_template.jinja"].decode() if "chat_template.jinja" in files else config.get("chat_template")
+    if isinstance(template, list):  # several by name
+        template = next((t["template"] for t in template if t.get("name") == "default"), None)
+    special |= {"chat_template": template, "add_bos_token": config.get("add_bos_token")}
+    ends = config.get("eos_ids") or []
+    for name in ("generation_config.json", "config.json"):
+        ends = [*ends, *_ids(name, parsed[name].get("eos_token_id"))]
+    if special["eos_token"] is None and "eos_token" not in {*config, *own} and ends:
+        special["eos_token"] = token_of(ends[0])
+    return special | ({"eos_ids": list(dict.fromkeys(ends))} if ends else {})
+
+
+def without_eos(special: Mapping[str, Any], eos: int | None) -> dict[str, list[int]]:
+    """ "eos_ids" of `special` without EOS itself, where any are left."""
+    ids = [i for i in special.get("eos_ids") or () if i != eos]
+    return {"eos_ids": ids} if ids else {}
+
+
+def named_ends(index_of: Callable[[str], int | None]) -> list[int]:
+    """The ids of special tokens whose names say that they end a text or a turn.
+
+    Args:
+      index_of: the id of a special token, or None where the vocabulary has no such special token.
+    """
+    names = [name for name in _END_NAMES if name != "<|end|>" or any(index_of(name) is None for name in _HARMONY)]
+    return [index for index in map(index_of, names) if index is not None]
+
+
+def read_gguf_ends(metadata: Mapping[str, Any]) -> dict[str, list[int]]:
+    """ "eos_ids" of a GGUF file's metadata, where it names others than EOS."""
+    ids = [metadata[key] for key in _GGUF_ENDS if isinstance(metadata.get(key), int)]
+    return {"eos_ids": ids} if ids else {}
+
+
+def write_gguf_ends(ids: Sequence[int]) -> dict[str, int]:
+    """The inverse of `read_gguf_ends`, of EOS and at most two others. Raises UserError for more."""
+    if len(ids) > 1 + len(_GGUF_ENDS):
+        raise UserError(f"GGUF has names for {1 + len(_GGUF_ENDS)} ids that end a text; this tokenizer has {len(ids)}")
+    return dict(zip(_GGUF_ENDS, ids[1:], strict=False))
+
+
+def _ids(name: str, value: Any) -> list[int]:
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
+        raise UserError(f"{name}: eos_token_id is {value!r}; expected an id or a list of ids")
+    return [i for i in ids if i >= 0]
+
+
+def _content(token: Any) -> str | None:
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
