@@ -203,7 +203,7 @@ def test_what_is_saved_is_loaded(make, tiny, tmp_path, kind, scan_layers):
 
 
 def test_parameters_of_another_model_are_not_saved(make, tmp_path):
-    model, params = make(mlp_dim=80)
+    _, params = make(mlp_dim=80)
     other, _ = make()
     with pytest.raises(UserError, match="!layers/0/mlp/down is"):
         llm_jax.save(other, params, ByteTokenizer(), tmp_path / "saved")
