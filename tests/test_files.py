@@ -42,8 +42,8 @@ def test_what_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="x.json: cannot be written"):
         files.write_json(tmp_path / "file" / "x.json", 1)
-    new = files.new_directory(tmp_path / "file" / "x", source="--output=x")
-    with pytest.raises(UserError, match="--output=x cannot be written"), new:
+    directory = files.new_directory(tmp_path / "file" / "x", source="--output=x")
+    with pytest.raises(UserError, match="--output=x cannot be written"), directory:
         pass
     with pytest.raises(UserError, match="cannot be written to"):
         files.make_directory(tmp_path / "file" / "x")
