@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from llm_jax.kernels import matmul
 from llm_jax.model import attention_kernels, positions
-from llm_jax.model.layers import Module, Norm
+from llm_jax.model.layers import CAPTURE, Module, Norm
 from llm_jax.parallel import mesh as mesh_lib
 
 # Letters of shapes: B batch, T queries, S keys, D width, N heads, K key/value heads, G heads per
@@ -139,6 +139,10 @@ class Attention(Module):
         own = scheme.keys(q, queries.positions, keys.positions, table)
         if own is not None:
             bias_BNTS = own if bias_BNTS is None else own + bias_BNTS
+        if self.is_mutable_collection(CAPTURE) and not self.is_initializing():
+            mask = visible(queries, keys, self.window, c.causal)
+            found = attention_kernels.probabilities(q, k, mask, bias_BNTS, c.attention_softcap)
+            self.sow(CAPTURE, "probabilities", found)
         add_values = scheme.values(queries.positions, keys.positions, table)
         name = "plain"
         if not self.is_initializing():  # which is on one token

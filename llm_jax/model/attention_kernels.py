@@ -233,12 +233,38 @@ def attend_adding(
     add: Callable[[jax.Array], jax.Array],
     softcap: float = 0.0,
 ) -> jax.Array:
-    """`attend` plus what `add` makes of the attention shares (B, N, T, S); it keeps the shares for the gradient."""
+    """`attend` plus `add(probabilities)`, for position schemes that add vectors to the values.
+
+    Args:
+      q_BTNH, k_BSKH, v_BSKH, mask_BTS, bias_BNTS, softcap: as in `attend`.
+      add: attention probabilities (B, N, T, S) in the dtype of v -> (B, T, N, H).
+
+    Returns:
+      (B, T, N, H) in the dtype of q. The probabilities are kept for the backward pass.
+    """
+    heads_BNTS = probabilities(q_BTNH, k_BSKH, mask_BTS, bias_BNTS, softcap).astype(v_BSKH.dtype)
+    b, _, t, s = heads_BNTS.shape
+    v = _by_group(v_BSKH, v_BSKH.shape[2])
+    groups_BKTS = heads_BNTS.reshape(b, v.shape[1], -1, s)
+    out = _by_token(_batched(groups_BKTS, v, 3, 2).astype(q_BTNH.dtype), t)
+    return out + add(heads_BNTS).astype(out.dtype)
+
+
+def probabilities(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, mask_BTS: jax.Array, bias_BNTS: jax.Array | None, softcap: float = 0.0
+) -> jax.Array:
+    """The attention probabilities softmax(q k / sqrt(H) + bias) of every head.
+
+    Args:
+      q_BTNH, k_BSKH, mask_BTS, bias_BNTS, softcap: as in `attend`.
+
+    Returns:
+      float32 (or the dtype of q where it is wider) (B, N, T, S); rows sum to 1, and masked keys have 0 unless all
+      keys of a query are masked.
+    """
     b, t, n, _ = q_BTNH.shape
-    q, k, v = (_by_group(x, k_BSKH.shape[2]) for x in (q_BTNH, k_BSKH, v_BSKH))
-    shares = jax.nn.softmax(_scores(q, k, mask_BTS, bias_BNTS, softcap)[0], -1).astype(v.dtype)
-    out = _by_token(_batched(shares, v, 3, 2).astype(q_BTNH.dtype), t)
-    return out + add(shares.reshape(b, n, t, -1)).astype(out.dtype)
+    q, k = (_by_group(x, k_BSKH.shape[2]) for x in (q_BTNH, k_BSKH))
+    return jax.nn.softmax(_scores(q, k, mask_BTS, bias_BNTS, softcap)[0], -1).reshape(b, n, t, -1)
 
 
 def _scores(q, k, mask_BTS, bias_BNTS, softcap=0.0):

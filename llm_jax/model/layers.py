@@ -12,6 +12,8 @@ from llm_jax.schema import ModelConfig, choice
 
 # Letters of shapes: B batch, T time, D width, F MLP width.
 
+CAPTURE = "capture"  # collection of attention probabilities and hidden states; see `capture`
+
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=True),

@@ -18,7 +18,7 @@ from llm_jax import trees, weights
 from llm_jax.errors import UserError
 from llm_jax.model import positions
 from llm_jax.model.attention import Attention, KVCache, Tokens, write
-from llm_jax.model.layers import MLP, Module, Norm
+from llm_jax.model.layers import CAPTURE, MLP, Module, Norm
 from llm_jax.model.stages import layout, stages
 from llm_jax.schema import ModelConfig, choice
 
@@ -45,6 +45,8 @@ class Layer(Module):
         x_BTD, cache = self._through(x_BTD, queries, keys, bias, cache, index)
         if self.is_mutable_collection(ACTIVATIONS) and not self.is_initializing():
             self.sow(ACTIVATIONS, "rms", jnp.sqrt(jnp.mean(jnp.square(x_BTD.astype(jnp.float32)))))
+        if self.is_mutable_collection(CAPTURE) and not self.is_initializing():
+            self.sow(CAPTURE, "hidden", x_BTD)
         return x_BTD, cache
 
     def _through(self, x_BTD, queries, keys, bias, cache, index):
@@ -101,7 +103,7 @@ class Layers(Module):
                 name = f"{start}:{stop}"
                 scan = nn.scan(
                     Block,
-                    variable_axes={"params": 0, ACTIVATIONS: 0},
+                    variable_axes={"params": 0, ACTIVATIONS: 0, CAPTURE: 0},
                     split_rngs={"params": True},
                     in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
                     length=repeats,
@@ -210,6 +212,8 @@ class Transformer(Module):
         if cache is not None:
             keys = jax.tree.map(lambda slots, new: write(slots, new, cache.index), cache.tokens, where)
         x_BTD, bias = self.embed(tokens_BT, where, types_BT), self.embed.bias(where, keys)
+        if self.is_mutable_collection(CAPTURE) and not self.is_initializing():
+            self.sow(CAPTURE, "embedded", x_BTD)
         of_layers, index = (cache.layers, cache.index) if cache is not None else (None, None)
         x_BTD, of_layers = self.layers(x_BTD, where, keys, bias, of_layers, index)
         if self.config.norm_placement != "post":

@@ -16,10 +16,10 @@ from llm_jax.weights.nodes import Node, dense, dot, partition, take
 class Adapted(Node):
     """A base weight and a low-rank update: W + a · diag(scale) · b (Hu et al. 2021, arXiv:2106.09685).
 
-    Several adapters are one of their summed rank: concatenate their `a` and `b` along the rank and
-    repeat each one's strength over its columns of `scale`. A batch whose rows use different
-    adapters has a `scale` row per batch row, zero for the adapters that row does not use. So
-    switching and mixing change numbers only, and nothing recompiles.
+    Several adapters form one adapter of their summed rank: their `a` and `b` are concatenated along the
+    rank, and `scale` has the scale of each adapter in its columns. In a batch whose rows use different
+    adapters, `scale` has a row per batch row, with zeros for the adapters that the row does not use.
+    Switching and mixing adapters therefore changes values only, and nothing is recompiled.
 
     Attributes:
       base: (I, O), any kind of weight.
@@ -47,7 +47,7 @@ class Adapted(Node):
             dot(rows, w, transposed, out_dtype=accumulate, accumulate=accumulate)
             for rows, w in ((x, self.base), (low, second))
         )
-        # Named again: a remat policy then keeps the sum, and neither of its parts.
+        # Named again, so that a remat policy saves the sum instead of its two terms.
         return checkpoint_name((base + update).astype(out_dtype), "dot")
 
     def take(self, ids: jax.Array) -> jax.Array:
@@ -59,7 +59,7 @@ class Adapted(Node):
 
     def dense(self) -> jax.Array:
         if self.scale.ndim == 2:
-            raise ValueError("a weight whose rows use different adapters has no one dense array")
+            raise ValueError("the rows of the batch use different adapters; there is no single dense weight")
         base = dense(self.base)
         return (base + dot(dense(self.a) * self.scale, dense(self.b))).astype(base.dtype)
 
@@ -94,12 +94,12 @@ def repeat_rows(params: Any, count: int) -> Any:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Dropped(Node):
-    """A weight whose inputs are dropped in training: zero with probability `rate`, else divided by 1 - rate.
+    """A weight with dropout on its inputs: 0 with probability `rate`, else divided by 1 - rate (arXiv:1207.0580).
 
     Attributes:
       weight: (I, O), any kind of weight.
-      key: a random key; another one in every step, and in every layer.
-      rate: from 0 to below 1.
+      key: a random key, different in every step and layer.
+      rate: dropout probability in [0, 1).
     """
 
     weight: Any
@@ -111,12 +111,12 @@ class Dropped(Node):
         return self.weight.shape
 
     def dot(self, x: jax.Array, transposed: bool, out_dtype: Any, accumulate: Any) -> jax.Array:
-        kept = jax.random.bernoulli(self.key, 1 - self.rate, x.shape)
-        x = jnp.where(kept, x / (1 - self.rate), 0).astype(x.dtype)
+        mask = jax.random.bernoulli(self.key, 1 - self.rate, x.shape)
+        x = jnp.where(mask, x / (1 - self.rate), 0).astype(x.dtype)
         return dot(x, self.weight, transposed, out_dtype=out_dtype, accumulate=accumulate)
 
     def take(self, ids: jax.Array) -> jax.Array:
-        """Rows as they are: an id cannot be dropped."""
+        """Rows without dropout: the inputs are ids."""
         return take(self.weight, ids)
 
     def dense(self) -> jax.Array:
@@ -130,15 +130,15 @@ class Dropped(Node):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Decomposed(Node):
-    """DoRA: every column of an adapted weight with a length of its own (Liu et al. 2024, arXiv:2402.09353, eq. 5).
+    """DoRA: an adapted weight with trained column norms (Liu et al. 2024, arXiv:2402.09353, equation 5).
 
-    The lengths of W + s a b are computed without forming a b, and are constants of the gradient
+    The column norms of W + s a b are computed without forming a b, and are constants of the gradient
     (section 4.3):  |W + s a b|^2 = |W|^2 + 2 s <W^T a, b^T> + s^2 b^T (a^T a) b, per column.
 
     Attributes:
-      weight: Adapted, (I, O), with one scale, (), for all of its rank.
-      magnitude: (O,), the lengths of the columns.
-      squares: (O,), |W|^2 of the columns of the base.
+      weight: Adapted, (I, O), with a scalar scale.
+      magnitude: float (O,), the trained column norms.
+      squares: float (O,), |W|^2 of the columns of the base weight.
     """
 
     weight: Adapted
@@ -149,32 +149,32 @@ class Decomposed(Node):
     def shape(self) -> tuple[int, ...]:
         return self.weight.shape
 
-    def _stretch(self) -> jax.Array:
-        """(O,) float32: the wanted lengths over those of W + s a b."""
+    def _ratio(self) -> jax.Array:
+        """float32 (O,): magnitude over the column norms of W + s a b."""
         w = self.weight
         a, b = (dense(factor).astype(self.squares.dtype) for factor in (w.a, w.b))
-        crossed = jnp.sum(dot(a.T, w.base, accumulate=a.dtype) * b, 0)
-        own = jnp.sum(b * dot(dot(a.T, a), b), 0)
-        squares = jax.lax.stop_gradient(self.squares + 2 * w.scale * crossed + w.scale**2 * own)
-        length = jnp.sqrt(jnp.maximum(squares, jnp.finfo(squares.dtype).tiny))
-        # Exactly 1 where they are equal: XLA makes of magnitude / length a product with 1 / length.
-        return 1 + (self.magnitude - length) / length
+        cross_term = jnp.sum(dot(a.T, w.base, accumulate=a.dtype) * b, 0)
+        update_squares = jnp.sum(b * dot(dot(a.T, a), b), 0)
+        squares = jax.lax.stop_gradient(self.squares + 2 * w.scale * cross_term + w.scale**2 * update_squares)
+        norms = jnp.sqrt(jnp.maximum(squares, jnp.finfo(squares.dtype).tiny))
+        # Exactly 1 where both are equal; XLA compiles magnitude / norms to a product with 1 / norms, which is not.
+        return 1 + (self.magnitude - norms) / norms
 
     def dot(self, x: jax.Array, transposed: bool, out_dtype: Any, accumulate: Any) -> jax.Array:
-        stretch = self._stretch()
+        ratio = self._ratio()
         if transposed:
-            x = (x * stretch).astype(x.dtype)
+            x = (x * ratio).astype(x.dtype)
             return dot(x, self.weight, True, out_dtype=out_dtype, accumulate=accumulate)
-        y = dot(x, self.weight, out_dtype=out_dtype, accumulate=accumulate) * stretch
+        y = dot(x, self.weight, out_dtype=out_dtype, accumulate=accumulate) * ratio
         return checkpoint_name(y.astype(out_dtype), "dot")
 
     def take(self, ids: jax.Array) -> jax.Array:
         rows = take(self.weight, ids)
-        return (rows * self._stretch()).astype(rows.dtype)
+        return (rows * self._ratio()).astype(rows.dtype)
 
     def dense(self) -> jax.Array:
         base = dense(self.weight)
-        return (base * self._stretch()).astype(base.dtype)
+        return (base * self._ratio()).astype(base.dtype)
 
     def partition(self, spec: P) -> "Decomposed":
         columns: Any = P(*spec[:-2], spec[-1])

@@ -1,12 +1,12 @@
-"""A weight is a typed value, and a model touches it by three verbs only.
+"""Weights as typed values. A model uses a weight through three functions only:
 
     dot(x, w)      x (..., in) times w (in, out)
     take(w, ids)   rows of w (rows, out), for embeddings
     dense(w)       w expanded to an array
 
-`w` is a `jax.Array` or a `Node`. Nodes are registered dataclasses: what is numeric is a leaf (with
-the leading layer axis under scan, like an array's), what is static is compared on restore. A node
-may hold other nodes, so kinds compose as values and the model has no code for any of them:
+`w` is a `jax.Array` or a `Node`. Nodes are dataclasses registered as pytrees: arrays are leaves (with a
+leading layer axis under scan), and static fields are compared when a checkpoint is restored. A node may
+contain other nodes, so that kinds compose, and the model has no code for any of them:
 
     array                                       full training
     Adapted(array, a, b)                        LoRA
@@ -17,7 +17,7 @@ may hold other nodes, so kinds compose as values and the model has no code for a
     Adapted(QTensor, a, b)                      QLoRA
     Adapted(array, FakeQuant(a), FakeQuant(b))  low-rank factors in 8 bits
 
-To add a kind: subclass `Node`, implement its five methods here, and call kernels that take arrays.
+To add a kind, subclass `Node`, implement its abstract methods, and call kernels that take arrays.
 """
 
 import abc
@@ -40,7 +40,7 @@ NODES: dict[str, type["Node"]] = {}
 
 
 class Node(abc.ABC):
-    """A weight that is more than one array. Shapes below are those of one layer's slice.
+    """A weight represented by several arrays. Shapes below are those of a single layer.
 
     A subclass is a frozen dataclass registered with JAX, whose static fields are JSON values marked
     `metadata={"static": True}`.
@@ -52,16 +52,19 @@ class Node(abc.ABC):
     @property
     @abc.abstractmethod
     def shape(self) -> tuple[int, ...]:
-        """The shape of the dense array it stands for: (in, out)."""
+        """The shape of the dense array that the node represents: (in, out)."""
 
     @abc.abstractmethod
-    def dot(self, x: jax.Array, transposed: bool, out_dtype: Any, accumulate: Any) -> jax.Array: ...
+    def dot(self, x: jax.Array, transposed: bool, out_dtype: Any, accumulate: Any) -> jax.Array:
+        """x (..., in) @ w -> (..., out), or x (..., out) @ w.T -> (..., in), in `out_dtype`; see `dot`."""
 
     @abc.abstractmethod
-    def take(self, ids: jax.Array) -> jax.Array: ...
+    def take(self, ids: jax.Array) -> jax.Array:
+        """Rows of w: int32 ids (...) -> (..., out); see `take`."""
 
     @abc.abstractmethod
-    def dense(self) -> jax.Array: ...
+    def dense(self) -> jax.Array:
+        """The dense array (in, out)."""
 
     def decay_mask(self) -> Any:
         """The same structure with a bool per leaf: True where weight decay applies. All leaves, unless overridden."""
@@ -69,9 +72,10 @@ class Node(abc.ABC):
 
     @abc.abstractmethod
     def partition(self, spec: P) -> "Node":
-        """The same structure with a PartitionSpec per leaf, given that of the dense array.
+        """The same structure with a PartitionSpec for every leaf.
 
-        `spec` has one entry per axis of the stored array, a leading layer axis included.
+        Args:
+          spec: the PartitionSpec of the dense array, with one entry per axis, a leading layer axis included.
         """
 
 
@@ -81,11 +85,20 @@ Weight = jax.Array | Node
 def dot(
     x: jax.Array, w: Weight, transposed: bool = False, *, out_dtype: Any = None, accumulate: Any = jnp.float32
 ) -> jax.Array:
-    """x (..., in) @ w (in, out) -> (..., out); with `transposed`, x (..., out) @ w.T -> (..., in).
+    """Matrix product of activations with a weight of any kind.
 
-    The product is computed in x's dtype with sums in `accumulate` (or x's dtype if that is wider)
-    and returned in `out_dtype` (x's by default). Gradients follow the same rule, and that of a
-    dense weight goes from the sums straight into the weight's own dtype.
+    The operands have the dtype of x. Gradients follow the same rule; the gradient of a dense weight is
+    converted from the accumulation dtype to the dtype of the weight without an intermediate rounding.
+
+    Args:
+      x: (..., in), or (..., out) with `transposed`.
+      w: (in, out).
+      transposed: multiply by w.T.
+      out_dtype: dtype of the result; by default that of x.
+      accumulate: dtype of the sums, or the dtype of x where it is wider.
+
+    Returns:
+      (..., out), or (..., in) with `transposed`.
     """
     out_dtype = jnp.dtype(out_dtype or x.dtype)
     accumulate = jnp.promote_types(accumulate, x.dtype)
@@ -96,19 +109,31 @@ def dot(
 
 
 def take(w: Weight, ids: jax.Array) -> jax.Array:
-    """Rows `ids` (...) of w (rows, out) -> (..., out) in w's dtype; NaN for ids past the end."""
+    """Rows of an embedding table.
+
+    Args:
+      w: (rows, out).
+      ids: int32 (...).
+
+    Returns:
+      (..., out) in the dtype of w (float32 for codes); NaN for ids out of range.
+    """
     return w.take(ids) if isinstance(w, Node) else jnp.take(w, ids, axis=0, mode="fill")
 
 
 def dense(w: Weight) -> jax.Array:
-    """The array (in, out) that `w` stands for; (layers, in, out) where its layers are stacked."""
+    """The dense array of a weight: (in, out), or (layers, in, out) where layers are stacked.
+
+    Raises:
+      ValueError: the rows of a batch use different adapters, so that there is no single dense array.
+    """
     if not isinstance(w, Node):
         return w
     return jax.vmap(dense)(w) if len(w.shape) > 2 else w.dense()
 
 
 def partition(w: Weight, spec: P) -> Any:
-    """`w`'s structure with a PartitionSpec for every leaf, from that of the dense array."""
+    """The structure of `w` with a PartitionSpec for every leaf, derived from `spec`, that of the dense array."""
     return w.partition(spec) if isinstance(w, Node) else spec
 
 
@@ -133,10 +158,10 @@ def cast(w: Weight, dtype: Any) -> Weight:
 
 
 def abstract(record: Mapping[str, Any] | None) -> Any:
-    """The weight that a record of `trees.describe` stands for, with `jax.ShapeDtypeStruct` leaves.
+    """The weight described by a record of `trees.describe`, with `jax.ShapeDtypeStruct` leaves.
 
     Raises:
-      UserError: a kind of node that this version does not know.
+      UserError: the record names a kind of node that this version does not have.
     """
     if record is None:
         return None

@@ -1,8 +1,7 @@
-"""Quantized weights: the kinds `QTensor` (codes only) and `FakeQuant` (a dense weight that is rounded in every use).
+"""Quantized weights: `QTensor` (codes only) and `FakeQuant` (a dense weight that is rounded in every use).
 
-Both name their scheme (`kernels.formats`) and the axis along which groups of numbers share a scale:
-IN, the input axis of a product, or OUT for embedding tables, whose rows are taken and whose product
-is the transposed one.
+Both have a scheme (`kernels.number_formats`) and the axis along which groups of numbers share a scale: IN, the
+input axis of a product, or OUT for embedding tables, which are read by rows and multiplied transposed.
 """
 
 import dataclasses
@@ -27,18 +26,17 @@ _STATIC: dict[str, Any] = {"static": True}
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QTensor(Node):
-    """A weight that is kept as codes. It is frozen: its gradient is zero, and a product saves nothing but the codes.
+    """A weight stored as codes of a number format. It is frozen: its gradient is zero, and the backward pass of a
+    product saves only the codes.
 
-    Invariants, for a weight (I, O) under the scheme s (leading layer axes in front of every leaf):
-      codes    (I, O) in the dtype of the format, or uint8 with the axis of the groups divided by 8 / bits
-      scale    (G, O) along IN, (I, G) along OUT; G = 1 for a channel, (1, 1) for a tensor; in the dtype
-               of s.scale, or another QTensor where s.scale is a scheme
-      offset   None, or of the scale's shape and dtype, or (1, 1) for a mean
-      smooth   None, or float16 (I,): the weight is diag(smooth) times what the codes stand for
-      input_scale  None, or float32 (): the scale of int8 activations; there exactly if s.activations is "static"
-
-    Attributes:
-      scheme: a name that `number_formats.scheme` knows.
+    Attributes: for a weight (I, O) with the scheme s, where leading layer axes precede those of every leaf.
+      codes: (I, O) in the dtype of the format, or uint8 with the axis of the groups divided by 8 / bits.
+      scale: (G, O) along IN, (I, G) along OUT; G = 1 for a channel, (1, 1) for a tensor; in the dtype of s.scale, or
+        a QTensor where the scales themselves are quantized.
+      offset: None, or in the shape and dtype of the scale, or float32 (1, 1) for a mean.
+      smooth: None, or float16 (I,): the weight is diag(smooth) times the decoded codes.
+      input_scale: None, or float32 (): the scale of int8 activations, set if and only if s.activations is "static".
+      scheme: a name that `number_formats.scheme` accepts.
       axis: IN or OUT.
     """
 
@@ -72,9 +70,9 @@ class QTensor(Node):
             return jnp.take(a, ids.reshape(-1), axis=0, mode="clip")
 
         parts = (rows(self.codes), rows(dense(self.scale)), rows(self.offset))
-        found = number_formats.decode(*parts, number_formats.scheme(self.scheme), self.axis)  # type: ignore[arg-type]
-        found = found.reshape(*ids.shape, -1)
-        return jnp.where(((ids >= 0) & (ids < self.shape[0]))[..., None], found, jnp.nan)
+        values = number_formats.decode(*parts, number_formats.scheme(self.scheme), self.axis)  # type: ignore[arg-type]
+        values = values.reshape(*ids.shape, -1)
+        return jnp.where(((ids >= 0) & (ids < self.shape[0]))[..., None], values, jnp.nan)
 
     def dense(self) -> jax.Array:
         w = number_formats.decode(*self._codes(), number_formats.scheme(self.scheme), self.axis)
@@ -106,25 +104,32 @@ def to_qtensor(
     smooth: jax.Array | None = None,
     input_scale: jax.Array | None = None,
 ) -> QTensor:
-    """w (..., I, O) -> its QTensor; pure.
+    """Quantizes an array.
 
     Args:
-      scale, offset: float32, in the shapes of `number_formats.scales`; by default those that reach the largest numbers.
-      smooth: float16 (..., I); see `QTensor`.
+      w: float (..., I, O).
+      scheme: a name that `number_formats.scheme` accepts.
+      axis: IN or OUT, the axis of the groups.
+      scale, offset: float32, in the shapes of `number_formats.scales`; by default the absmax scales.
+      smooth: float16 (..., I); w is divided by it before it is encoded, see `QTensor`.
+      input_scale: float32 (...), for a scheme with static activations.
+
+    Raises:
+      UserError: the scheme does not exist.
     """
     s = number_formats.scheme(scheme)
     if smooth is not None:
         w = w / smooth.astype(w.dtype)[..., None]
     if scale is None:
         scale, offset = number_formats.scales(w, s, axis)
-    kept: Any = number_formats.stored(scale, s)
+    stored: Any = number_formats.stored(scale, s)
     if offset is not None:
         offset = offset if s.offset == "mean" else number_formats.stored(offset, s)
-    codes = number_formats.encode(w, kept, offset, s, axis)
+    codes = number_formats.encode(w, stored, offset, s, axis)
     if s.scale in number_formats.SCHEMES:
         other = IN + OUT - axis
-        kept = to_qtensor(kept, number_formats.nested(s, kept.shape[other]), other)
-    return QTensor(codes, kept, offset, smooth, input_scale, scheme, axis)
+        stored = to_qtensor(stored, number_formats.nested(s, stored.shape[other]), other)
+    return QTensor(codes, stored, offset, smooth, input_scale, scheme, axis)
 
 
 def is_quantized(weight: Weight) -> bool:
@@ -133,12 +138,12 @@ def is_quantized(weight: Weight) -> bool:
 
 
 def num_bytes(weight: Any) -> int:
-    """What an array or a node takes, scales and all."""
+    """Size of an array or a node in bytes, scales included."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weight))
 
 
 def bits_per_weight(weight: Any) -> float:
-    """Of an array or a node, scales included."""
+    """Bits per number of the dense array that an array or a node represents, scales included."""
     return 8 * num_bytes(weight) / int(np.prod(weight.shape))
 
 
@@ -157,14 +162,14 @@ def _quantized_dot(x: jax.Array, q: QTensor, transposed: bool, out_dtype: Any, a
 
 
 def _quantized_dot_forward(x, q, transposed, out_dtype, accumulate):
-    # An empty array stands for x's dtype: of x itself the gradient needs nothing.
+    # The empty array carries the dtype of x, which is all that the gradient needs of x.
     return _quantized_dot(x, q, transposed, out_dtype, accumulate), (q, jnp.zeros(0, x.dtype))
 
 
 def _quantized_dot_backward(transposed, out_dtype, accumulate, saved, g):
     q, like = saved
     s, contracted = number_formats.scheme(q.scheme), 1 - int(transposed)
-    # Quantized activations count as themselves: the straight-through estimate.
+    # The straight-through estimate ignores the rounding of the activations.
     dx = matmul.expanded_product(g.astype(like.dtype), q._codes(), s, q.axis, contracted, accumulate)
     return dx.astype(like.dtype), jax.tree.map(_no_gradient, q)
 
@@ -181,17 +186,17 @@ _quantized_dot.defvjp(_quantized_dot_forward, _quantized_dot_backward)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FakeQuant(Node):
-    """A dense weight in training that every use rounds as its QTensor will (straight-through, arXiv:1308.3432).
+    """A dense weight in quantization-aware training, rounded in every use as its QTensor will be.
 
-    With `step` the scales are trained too (LSQ, Esser et al. 2020, arXiv:1902.08153, equations 1 to 3): a
-    number inside the range passes its gradient on, and tells the step how far it was rounded.
+    Gradients use the straight-through estimator (Bengio et al. 2013, arXiv:1308.3432). With `step` the scales are
+    trained too (LSQ: Esser et al. 2020, arXiv:1902.08153, equations 1 to 3).
 
     Attributes:
-      weight: (I, O).
-      step: None (scales reach the largest numbers), or float32 scales in the shape of `number_formats.scales`.
+      weight: float (I, O).
+      step: None (absmax scales), or trained float32 scales in the shape of `number_formats.scales`.
       input_scale: None, or float32 (): the scale of int8 activations of a "static" scheme.
-      active: None (always), or bool (): False leaves the weight and the activations as they are.
-      scheme, axis: as of `QTensor`.
+      active: None (always active), or bool (): False uses the weight and the activations without rounding.
+      scheme, axis: as in `QTensor`.
     """
 
     weight: Any
@@ -206,7 +211,7 @@ class FakeQuant(Node):
         return self.weight.shape
 
     def quantized(self) -> QTensor:
-        """The QTensor that it has been trained to become."""
+        """The QTensor of the trained weight."""
         return to_qtensor(dense(self.weight), self.scheme, self.axis, scale=self.step, input_scale=self.input_scale)
 
     def dot(self, x: jax.Array, transposed: bool, out_dtype: Any, accumulate: Any) -> jax.Array:
@@ -238,17 +243,17 @@ class FakeQuant(Node):
     def _rounded(self) -> jax.Array:
         w = dense(self.weight)
         if self.step is None:
-            found = _straight_through(w, self.quantized().dense())
+            rounded = _straight_through(w, self.quantized().dense())
         else:
-            found = _learned(w, self.step, number_formats.scheme(self.scheme), self.axis)
-        return self._where_active(found.astype(w.dtype), w)
+            rounded = _learned(w, self.step, number_formats.scheme(self.scheme), self.axis)
+        return self._where_active(rounded.astype(w.dtype), w)
 
     def _where_active(self, rounded: jax.Array, plain: jax.Array) -> jax.Array:
         return rounded if self.active is None else jnp.where(self.active, rounded, plain)
 
 
 def _straight_through(x: jax.Array, rounded: jax.Array) -> jax.Array:
-    return jax.lax.stop_gradient(rounded.astype(x.dtype)) + (x - jax.lax.stop_gradient(x))  # the very value
+    return jax.lax.stop_gradient(rounded.astype(x.dtype)) + (x - jax.lax.stop_gradient(x))  # adds exactly 0
 
 
 def _rounded_rows(x: jax.Array, input_scale: jax.Array | None) -> jax.Array:

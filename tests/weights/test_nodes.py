@@ -117,3 +117,28 @@ def test_decomposed_weights_are_columns_of_their_own_length(transposed):
     x = normal(6, 3, 8 if transposed else 6)
     np.testing.assert_allclose(weights.dot(x, w, transposed), x @ (expected.T if transposed else expected), atol=1e-5)
     np.testing.assert_allclose(weights.take(w, jnp.array([0, 5])), expected[[0, 5]], rtol=1e-5, atol=1e-6)
+
+
+def test_weight_decay_applies_to_every_leaf_but_learned_steps():
+    fake = weights.FakeQuant(normal(0, 8, 4), jnp.ones((1, 4)), jnp.float32(1), None, "int8", weights.IN)
+    mask = weights.decay_mask(fake)
+    assert (mask.weight, mask.step, mask.input_scale, mask.active) == (True, False, False, None)
+    assert jax.tree.structure(mask) == jax.tree.structure(fake)
+    assert weights.decay_mask(normal(0, 8, 4)) is True
+    assert jax.tree.leaves(weights.decay_mask(adapted())) == [True] * 4
+
+
+def test_kinds_are_named_and_only_arrays_are_cast():
+    w, q = normal(0, 8, 4), weights.to_qtensor(normal(0, 8, 4), "int8", weights.IN)
+    assert [weights.kind(node) for node in (w, q, adapted())] == ["array", "QTensor", "Adapted"]
+    assert [weights.is_dense(node) for node in (w, q, adapted())] == [True, False, False]
+    assert [weights.is_quantized(node) for node in (w, q, adapted())] == [False, True, False]
+    assert weights.cast(w, jnp.bfloat16).dtype == jnp.bfloat16 and weights.cast(q, jnp.bfloat16) is q
+
+
+def test_repeated_rows_use_the_adapters_of_the_row_they_repeat():
+    w, x = adapted(3), normal(5, 3, 4, 6)
+    repeated = weights.repeat_rows({"dense": w.base, "mixed": w, "one": adapted()}, 2)
+    assert repeated["dense"] is w.base and repeated["one"].scale.shape == ()
+    got = weights.dot(jnp.repeat(x, 2, 0), repeated["mixed"])
+    np.testing.assert_allclose(got, jnp.repeat(weights.dot(x, w), 2, 0), rtol=1e-6)

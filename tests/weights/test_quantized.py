@@ -125,6 +125,48 @@ def test_smoothing_leaves_the_product_as_it_is():
     assert (np.abs(q.dense() - w) <= half_steps * 1.001).all()
 
 
+FORMS = ["int8", "int8:tensor", "int8_affine", "w8a8", "w8a8_static", "int4", "int4_affine", "int2", "int2_affine"]
+FORMS += ["nf4", "fp8_e4m3", "fp8_e5m2", "mxfp4"]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("axis", [IN, OUT])
+@pytest.mark.parametrize("scheme", FORMS)
+def test_smoothing_multiplies_rows_of_the_weight_in_every_product_and_gradient(scheme, axis, transposed):
+    """A smoothed weight is diag(smooth) times its numbers: x diag(s) N, or (x N^T) diag(s), and rows s_i N_i."""
+    shape, s = SIZE[axis], number_formats.scheme(scheme)
+    smooth = jnp.exp2(jnp.arange(shape[0]) % 5 - 2.0).astype(jnp.float16)
+    factors = np.asarray(smooth, np.float32)
+    static = jnp.float32(0.02) if s.activations == "static" else None
+    q = smoothed(normal(0, *shape), scheme, axis, smooth, static)
+    numbers = np.asarray(number_formats.decode(*q._codes(), s, axis))
+    x = np.asarray(normal(1, 3, shape[transposed]))
+    inputs = x if transposed else x * factors
+    if s.activations and axis == (OUT if transposed else IN):  # the integer product sees smoothed activations
+        unit = 0.02 if static is not None else np.abs(inputs).max(-1, keepdims=True) / 127
+        inputs = np.clip(np.rint(inputs / np.float32(unit)), -127, 127) * np.float32(unit)
+    expected = (inputs @ numbers.T) * factors if transposed else inputs @ numbers
+    g = np.asarray(normal(2, *expected.shape))
+    got, gradient = product_and_gradient(x, q, g, transposed)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=2e-4 * np.abs(expected).max())
+    dense = numbers * factors[:, None]
+    want = g @ dense if transposed else g @ dense.T  # rounded activations count as themselves
+    np.testing.assert_allclose(gradient, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
+    rows = weights.take(q, jnp.arange(5))
+    np.testing.assert_allclose(rows, dense[:5], rtol=1e-5, atol=1e-6)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def smoothed(w, scheme, axis, smooth, input_scale) -> QTensor:
+    return quantized.to_qtensor(w, scheme, axis, smooth=smooth, input_scale=input_scale)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def product_and_gradient(x, q, g, transposed):
+    product, pullback = jax.vjp(lambda x: weights.dot(x, q, transposed), x)
+    return product, pullback(g)[0]
+
+
 def test_gradients_pass_through_and_nothing_but_codes_is_saved():
     """Through a scan of layers, as in training of adapters over a frozen base."""
     q = made(normal(0, 4, 128, 128), "int4", IN)
