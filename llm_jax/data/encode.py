@@ -1,14 +1,19 @@
-"""Documents to examples: token ids, and which of them the loss counts. By `data.kind`.
+"""Documents as examples: token ids, and which of them are targets of the loss, by `data.kind`.
 
-"text": a document is an example, and every token after its first counts.
+"text": a document is an example, and every token after the first is a target.
 
-"instructions": a record holds `messages`, each with a `role` and a `content`, or a `prompt` and its `answer`;
-what the assistant says counts. "preferences": a record holds `chosen` and `rejected`, two answers to its
-`prompt`, and makes two examples in this order; prompt and answers are text or lists of messages (without a
-prompt, the messages that both begin with are it); the answer counts.
+"instructions": a record has `messages`, each with a `role` and a `content`, or a `prompt` and an `answer` (or
+`completion`); or it is a record of ShareGPT (`conversations` with `from` and `value`) or of Alpaca (`instruction`,
+`input`, `output`). The targets are the messages of the assistant.
 
-Conversations are written by the chat template of the tokenizer. Without one, a prompt is followed at once by
-its answer, and messages are "role: content" and an empty line each; EOS follows what the assistant says.
+"preferences": a record has `chosen` and `rejected`, two answers to its `prompt`, and gives two examples in this order.
+Prompt and answers are text or lists of messages; without a prompt, it is the messages that both answers begin with.
+The targets are the answers.
+
+The chat template of the tokenizer renders conversations. Without one, the answer follows the prompt directly, messages
+are "role: content" with an empty line after each, and EOS follows every message of the assistant.
+
+"labelled" is in `labelled.py`.
 """
 
 import dataclasses
@@ -21,16 +26,16 @@ from llm_jax import tokenizers
 from llm_jax.errors import UserError
 from llm_jax.tokenizers import Tokenizer, chat
 
-_AT_ONCE = 256  # records whose conversations are written together
+_BATCH = 256  # records whose conversations are rendered together
 
 
-class Example(NamedTuple):
-    """A sequence of its own.
+class TokenizedExample(NamedTuple):
+    """A sequence that is trained on independently of others.
 
     Attributes:
       ids: token ids.
-      mask: 1 where a token counts as a target, by position; empty where all do.
-      size: bytes in UTF-8 of the text that counts.
+      mask: a byte for each token, 1 where it is a target; empty if all are.
+      size: bytes in UTF-8 of the text of the targets.
     """
 
     ids: Sequence[int]
@@ -44,31 +49,31 @@ class Encoder:
 
     Attributes:
       encode: (tokenizer, texts) -> `examples` examples of each text, in the order of the texts.
-      plain: the text of a document as a tokenizer is trained on it.
-      masks: whether some tokens do not count.
-      examples: of one document.
+      plain: document -> the text that a tokenizer is trained on.
+      masks: whether only some tokens are targets.
+      examples: number of examples of a document.
     """
 
-    encode: Callable[[Tokenizer, Iterable[str]], Iterator[Example]]
+    encode: Callable[[Tokenizer, Iterable[str]], Iterator[TokenizedExample]]
     plain: Callable[[str], str]
     masks: bool
     examples: int = 1
 
 
 class Conversation(NamedTuple):
-    """Messages, of which those of the assistant count, from `first` on; `bare`: a prompt and its answer."""
+    """Messages, of which those of the assistant from `first` on are targets; `bare`: a prompt and its answer."""
 
     messages: list[dict[str, str]]
     first: int
     bare: bool
 
 
-Segment = tuple[str, bool]  # text, and whether it counts
+Segment = tuple[str, bool]  # text, and whether its tokens are targets
 
 
-def _documents(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[Example]:
+def _documents(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[TokenizedExample]:
     for text in texts:
-        yield Example(tokenizers.document(tokenizer, text), b"", len(text.encode()))
+        yield TokenizedExample(tokenizers.document(tokenizer, text), b"", len(text.encode()))
 
 
 # ---------------------------------------------------------------- records to conversations
@@ -78,20 +83,40 @@ def _instruction(text: str) -> list[Conversation]:
     record = _record(text)
     if "messages" in record:
         return [Conversation(_messages(text, record["messages"], "assistant"), 0, False)]
+    if "conversations" in record:
+        return [Conversation(_messages(text, _from_sharegpt(record["conversations"]), "assistant"), 0, False)]
+    if "instruction" in record and "output" in record:
+        _need(text, record, ("instruction", "output"), "text in 'instruction' and 'output'")
+        question = "\n\n".join(part for part in (record["instruction"], record.get("input")) if part)
+        messages = _messages(text, question, "user") + _messages(text, record["output"], "assistant")
+        return [Conversation(messages, 1, False)]
+    if "completion" in record and "answer" not in record:
+        record["answer"] = record["completion"]
     _need(text, record, ("prompt", "answer"), "'messages', or 'prompt' and 'answer'")
-    ask, answer = _messages(text, record["prompt"], "user"), _messages(text, record["answer"], "assistant")
-    return [Conversation(ask + answer, len(ask), isinstance(record["prompt"], str))]
+    prompt, answer = _messages(text, record["prompt"], "user"), _messages(text, record["answer"], "assistant")
+    return [Conversation(prompt + answer, len(prompt), isinstance(record["prompt"], str))]
+
+
+_SHAREGPT = {"human": "user", "gpt": "assistant"}  # other names are those of the roles
+
+
+def _from_sharegpt(turns: Any) -> Any:
+    """Turns with "from" and "value" as messages; other values stay as they are."""
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) and "from" in turn for turn in turns):
+        return turns
+    return [{"role": _SHAREGPT.get(turn["from"], turn["from"]), "content": turn.get("value")} for turn in turns]
 
 
 def _preference(text: str) -> list[Conversation]:
     record = _record(text)
     _need(text, record, ("chosen", "rejected"), "'chosen' and 'rejected', and their 'prompt'")
-    ask = _messages(text, record["prompt"], "user") if record.get("prompt") else []
+    prompt = _messages(text, record["prompt"], "user") if record.get("prompt") else []
     answers = [_messages(text, record[name], "assistant") for name in ("chosen", "rejected")]
-    shared = 0 if ask else sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*answers)))  # noqa: B905
+    shared = 0 if prompt else sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*answers)))  # noqa: B905
     if shared == min(map(len, answers)):
         raise UserError(f"the record {_head(text)}: 'chosen' and 'rejected' are the same answer, or have none")
-    return [Conversation(ask + a, len(ask) + shared, isinstance(record.get("prompt", ""), str)) for a in answers]
+    bare = isinstance(record.get("prompt", ""), str)
+    return [Conversation(prompt + answer, len(prompt) + shared, bare) for answer in answers]
 
 
 def _record(text: str) -> dict[str, Any]:
@@ -100,7 +125,7 @@ def _record(text: str) -> dict[str, Any]:
     except ValueError:
         record = None
     if not isinstance(record, dict):
-        raise UserError(f"{_head(text)} is no record; this data.kind reads JSON lines, Parquet or hf:NAME")
+        raise UserError(f"{_head(text)} is no record; this data.kind reads JSON lines, CSV, TSV, Parquet or hf:NAME")
     return record
 
 
@@ -114,86 +139,88 @@ def _need(text: str, record: dict[str, Any], names: tuple[str, ...], expected: s
 
 
 def _messages(text: str, value: Any, role: str) -> list[dict[str, str]]:
-    """Messages from a list of them, or from the text that `role` says."""
+    """The messages of a list, or one message of `role` with a text."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
-    whole = isinstance(value, list) and all(
+    valid = isinstance(value, list) and all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
     )
-    if not whole or (role == "assistant" and not any(m["role"] == "assistant" for m in value)):
-        wanted = "one by the assistant" if role == "assistant" else "text"
-        raise UserError(f"the record {_head(text)}: expected messages with 'role' and 'content', and {wanted}")
+    if not valid or (role == "assistant" and not any(m["role"] == "assistant" for m in value)):
+        expected = "one by the assistant" if role == "assistant" else "text"
+        raise UserError(f"the record {_head(text)}: expected messages with 'role' and 'content', and {expected}")
     return [{"role": m["role"], "content": m["content"]} for m in value]
 
 
 # ---------------------------------------------------------------- conversations to examples
 
 
-def _counts(conversation: Conversation, index: int) -> bool:
+def _is_target(conversation: Conversation, index: int) -> bool:
     return index >= conversation.first and conversation.messages[index]["role"] == "assistant"
 
 
-def _plainly(conversation: Conversation) -> list[Segment]:
+def _plain_segments(conversation: Conversation) -> list[Segment]:
     if conversation.bare:
-        return [(m["content"], _counts(conversation, i)) for i, m in enumerate(conversation.messages)]
-    found: list[Segment] = []
+        return [(m["content"], _is_target(conversation, i)) for i, m in enumerate(conversation.messages)]
+    segments: list[Segment] = []
     for i, message in enumerate(conversation.messages):
-        counts = _counts(conversation, i)
-        found += [(f"{message['role']}: ", False), (message["content"], counts), ("" if counts else "\n\n", False)]
-    return found
+        target = _is_target(conversation, i)
+        segments += [(f"{message['role']}: ", False), (message["content"], target), ("" if target else "\n\n", False)]
+    return segments
 
 
-def _by_template(special: Any, conversations: Sequence[Conversation]) -> list[list[Segment]]:
-    """What is new in the text when an answer is added to what asks for it counts."""
-    answers = [[i for i in range(len(c.messages)) if _counts(c, i)] for c in conversations]
-    places = [(c, i) for c, ends in zip(conversations, answers, strict=True) for i in ends]
-    before = chat.render_all(special, [c.messages[:i] for c, i in places], answer=True)
-    after = chat.render_all(special, [c.messages[: i + 1] for c, i in places], answer=False)
+def _template_segments(special: Any, conversations: Sequence[Conversation]) -> list[list[Segment]]:
+    """The text that a message of the assistant adds to the rendered messages before it is a target."""
+    answers = [[i for i in range(len(c.messages)) if _is_target(c, i)] for c in conversations]
+    turns = [(c, i) for c, ends in zip(conversations, answers, strict=True) for i in ends]
+    before = chat.render_all(special, [c.messages[:i] for c, i in turns], answer=True)
+    after = chat.render_all(special, [c.messages[: i + 1] for c, i in turns], answer=False)
     rendered = zip(before, after, strict=True)
-    found = []
+    conversations_segments = []
     for ends in answers:
         segments: list[Segment] = []
         done = ""
-        for asked, answered in itertools.islice(rendered, len(ends)):
-            if not (asked.startswith(done) and answered.startswith(asked)):
+        for prompt, answered in itertools.islice(rendered, len(ends)):
+            if not (prompt.startswith(done) and answered.startswith(prompt)):
                 raise UserError(
-                    "the chat template writes what was said before in another way when the conversation goes on, so "
-                    "that it cannot be said which tokens are the answer; leave all but the last answer out"
+                    "the chat template renders earlier messages in another way when the conversation continues, so "
+                    "that the tokens of the answers are not known; leave all but the last answer out"
                 )
-            segments += [(asked[len(done) :], False), (answered[len(asked) :], True)]
+            segments += [(prompt[len(done) :], False), (answered[len(prompt) :], True)]
             done = answered
-        found.append(segments)
-    return found
+        conversations_segments.append(segments)
+    return conversations_segments
 
 
-def _conversations(parse: Callable[[str], list[Conversation]]) -> Callable[..., Iterator[Example]]:
-    def encode(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[Example]:
+def _conversations(parse: Callable[[str], list[Conversation]]) -> Callable[..., Iterator[TokenizedExample]]:
+    def encode(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[TokenizedExample]:
         special = getattr(tokenizer, "special", {})
         texts = iter(texts)
-        while some := [c for text in itertools.islice(texts, _AT_ONCE) for c in parse(text)]:
+        while conversations := [c for text in itertools.islice(texts, _BATCH) for c in parse(text)]:
             if special.get("chat_template"):
-                for segments in _by_template(special, some):
+                for segments in _template_segments(special, conversations):
                     yield _example([], segments, tokenizer.encode_chat, None)  # type: ignore[attr-defined]
             else:
                 begin = [] if tokenizer.bos is None else [tokenizer.bos]
-                for conversation in some:
-                    yield _example(begin, _plainly(conversation), tokenizer.encode, tokenizer.eos)
+                for conversation in conversations:
+                    yield _example(begin, _plain_segments(conversation), tokenizer.encode, tokenizer.eos)
 
     return encode
 
 
-def _example(begin: list[int], segments: list[Segment], encode: Callable[[str], list[int]], end: int | None) -> Example:
+def _example(
+    begin: list[int], segments: list[Segment], encode: Callable[[str], list[int]], end: int | None
+) -> TokenizedExample:
     ids, mask, size = list(begin), bytearray(len(begin)), 0
-    for text, counts in segments:
-        new = encode(text) + ([end] if counts and end is not None else []) if text or counts else []
+    for text, target in segments:
+        new = encode(text) + ([end] if target and end is not None else []) if text or target else []
         ids += new
-        mask += bytes([counts]) * len(new)
-        size += len(text.encode()) * counts
-    return Example(ids, bytes(mask), size)
+        mask += bytes([target]) * len(new)
+        size += len(text.encode()) * target
+    return TokenizedExample(ids, bytes(mask), size)
 
 
 def _as_text(parse: Callable[[str], list[Conversation]]) -> Callable[[str], str]:
-    return lambda text: "".join(segment for c in parse(text) for segment, _ in _plainly(c))
+    return lambda text: "".join(segment for c in parse(text) for segment, _ in _plain_segments(c))
 
 
 ENCODERS = {

@@ -274,7 +274,7 @@ class LabelledSource:
         directory = self.cache / "corpora" / name
         if not directory.exists():
             prompts = Prompts(tokenizer, self.config.labelled, self.choices)
-            with corpus_lib.appearing(directory) as partial:
+            with corpus_lib.new_cache(directory) as partial:
                 for part, examples in self.parts.items():
                     corpus_lib.write_split(partial / part, encode(examples, prompts, self.choices))
                 (partial / "choices.json").write_text(json.dumps(prompts.answers))

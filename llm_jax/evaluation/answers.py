@@ -1,11 +1,11 @@
 """The answers of a model to the examples of a task, and whether they are right."""
 
 import json
-import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from llm_jax import files
 from llm_jax.decoding import score, stops
 from llm_jax.decoding.complete import complete, fit
 from llm_jax.decoding.options import Options
@@ -91,13 +91,8 @@ class AnswerLog:
             raise UserError(
                 f"--output={path} holds the records of another run ({', '.join(other)} differ); name another"
             )
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(path.name + ".new")
-            temporary.write_text("".join(f"{line}\n" for line in lines or [json.dumps(dict(settings))]))
-            os.replace(temporary, path)
-        except OSError as error:
-            raise UserError(f"--output={path}: cannot be written ({error})") from error
+        with files.new_file(path, source=f"--output={path}:") as file:
+            file.write("".join(f"{line}\n" for line in lines or [json.dumps(dict(settings))]).encode())
 
     def add(self, record: dict[str, Any]) -> None:
         self.records.append(record)

@@ -11,12 +11,12 @@ others are asked.
 import dataclasses
 import difflib
 import hashlib
-import json
 import pathlib
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from llm_jax.data import records
 from llm_jax.errors import UserError
 from llm_jax.evaluation import templates
 from llm_jax.evaluation.templates import Example, Template
@@ -118,20 +118,7 @@ def read(path: pathlib.Path) -> Task:
     Raises:
       UserError: a line that is no JSON object, an unknown key, a wrong type, a missing answer: with its number.
     """
-    lines: list[tuple[int, dict[str, Any]]] = []
-    try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--task={path}: cannot be read as UTF-8 text ({error})") from error
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            try:
-                one = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path}, line {number}: no JSON ({error})") from error
-            if not isinstance(one, dict):
-                raise UserError(f"{path}, line {number}: expected a JSON object, not {line.strip()[:40]}")
-            lines.append((number, one))
+    lines = list(records.json_lines(path))
     if not lines:
         raise UserError(f"--task={path}: the file is empty")
     header = lines.pop(0)[1] if "task" in lines[0][1] else {"task": path.stem}

@@ -92,11 +92,21 @@ def test_a_file_is_a_task(tmp_path):
     assert (plain.name, plain.scoring, plain.templates[0].ask(plain.examples[0])) == ("p", "generate", "2 + 2 =\n")
 
 
+@pytest.mark.parametrize("form", ["plain", "bom", "crlf", "blank"])
+def test_a_file_of_json_lines_is_read_in_every_form(tmp_path, form):
+    question = "one\u2028two\x85three\u2029four?\n"
+    lines = [json.dumps({"question": question, "answer": str(i)}, ensure_ascii=False) for i in range(3)]
+    text = {"bom": "\ufeff"}.get(form, "") + {"crlf": "\r\n"}.get(form, "\n").join(lines)
+    (tmp_path / "t.jsonl").write_bytes((text + ("\n\n \r\n" if form == "blank" else "")).encode())
+    task = tasks.read(tmp_path / "t.jsonl")
+    assert [task.templates[0].ask(e) for e in task.examples] == [question + "\n"] * 3
+
+
 @pytest.mark.parametrize(
     ("lines", "says"),
     [
-        ([], "empty"), (["{"], "line 1: no JSON"), (["[1]"], "line 1: expected a JSON object"),
-        ([HEADER, "nonsense"], "line 2: no JSON"), ([HEADER], "no examples to ask"),
+        ([], "empty"), (["{"], "line 1: not JSON"), (["[1]"], "line 1: expected a JSON object"),
+        ([HEADER, "nonsense"], "line 2: not JSON"), ([HEADER], "no examples to ask"),
         ([HEADER | {"questin": "x"}], "unknown key 'questin'; did you mean 'question'"),
         ([HEADER | {"max_new_tokens": "4"}], "of the wrong type"), ([HEADER | {"stop": [1]}], "list of texts"),
         ([HEADER, {"text": "x"}], "line 2: an example needs an 'answer'"),
