@@ -1,4 +1,4 @@
-"""Builds the token cache: parts by several processes, each kept when it is finished, and then put together."""
+"""Builds the token cache: several processes write parts, which survive an interruption and are joined at the end."""
 
 import array
 import contextlib
@@ -17,7 +17,7 @@ import numpy as np
 
 from llm_jax import tokenizers
 from llm_jax.data import catalog as catalog_lib
-from llm_jax.data import processes, readers
+from llm_jax.data import processes, streams
 from llm_jax.data.catalog import Catalog
 from llm_jax.data.encode import ENCODERS
 from llm_jax.data.sources import File
@@ -26,25 +26,25 @@ from llm_jax.errors import UserError
 from llm_jax.files import new_file
 from llm_jax.tokenizers import Tokenizer
 
-_PAYS = 16 * 2**20  # bytes of text for which a process is worth its start
-_PARTS = 512  # of about the same size, of these bytes at least and at most
+_MIN_BYTES = 16 * 2**20  # of text for which a process is worth its start
+_PARTS = 512  # of about the same size, within these bounds in bytes
 _SMALLEST, _LARGEST = 2**20, 64 * 2**20
 
-_Run = tuple[File, np.ndarray, np.ndarray]  # documents of a file: starts, sizes
+_Run = tuple[File, np.ndarray, np.ndarray]  # documents of a file: starts and sizes, int64 (documents,) each
 _Job = tuple[pathlib.Path, str, str, str, str, Iterable[_Run]]
 
 
 def build(
     directory: pathlib.Path, catalog: Catalog, held: HeldOut, tokenizer: Tokenizer, kind: str, workers: int
 ) -> None:
-    """Writes the tokens of all documents into `directory`, which appears when it is whole.
+    """Writes the tokens of all documents into `directory`, which appears when it is complete.
 
-    Of each side ("train", "validation"): tokens.bin, offsets.npy and bytes.npy by example, mask.bin where the
-    kind of data says which tokens count, split.json. Parts that are finished stay when the work breaks off, and
-    are taken when it is begun again; of several builders all but one wait.
+    Each side ("train", "validation") has tokens.bin, offsets.npy and bytes.npy by example, mask.bin if only some tokens
+    of the kind of data are targets, and split.json. Finished parts stay after an interruption, and the next call
+    continues from them. While one process builds, others wait.
 
     Raises:
-      UserError: as reading and encoding do; a disk that is full or cannot be written.
+      UserError: documents cannot be read or encoded; the disk is full or cannot be written.
     """
     parts = directory.with_name(f".{directory.name}.parts")
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
@@ -64,16 +64,16 @@ def build(
                     name = f"{side.name}-{len(names[side.name]):06}"
                     names[side.name].append(name)
                     if not (parts / f"{name}.npz").exists():
-                        places = _Places(side.path, _runs(side, catalog.files, first, end))
-                        jobs.append((parts, name, dtype.name, kind, catalog.field, places))
+                        documents = _Documents(side.path, _runs(side, catalog.files, first, end))
+                        jobs.append((parts, name, dtype.name, kind, catalog.field, documents))
                         costs.append(size)
-            for _ in processes.each(_part, jobs, costs, "tokenizing", workers=workers, pays=_PAYS):
+            for _ in processes.each(_part, jobs, costs, "tokenizing", workers=workers, min_bytes=_MIN_BYTES):
                 pass
-            whole = parts / "whole"
-            shutil.rmtree(whole, ignore_errors=True)
+            joined = parts / "joined"
+            shutil.rmtree(joined, ignore_errors=True)
             for side in sides:
-                _join(whole / side.name, parts, names[side.name], dtype)
-            whole.rename(directory)
+                _join(joined / side.name, parts, names[side.name], dtype)
+            joined.rename(directory)
             shutil.rmtree(parts, ignore_errors=True)
 
 
@@ -83,30 +83,31 @@ def _writing(directory: pathlib.Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"data.cache_dir: {directory} cannot be written ({error.strerror}); what is finished is kept, and the "
-            "same command goes on from there"
+            f"data.cache_dir: {directory} cannot be written ({error.strerror}); finished parts are kept, and the same "
+            "command resumes from them"
         ) from error
 
 
 @contextlib.contextmanager
 def _alone(path: pathlib.Path) -> Iterator[None]:
-    """One process at a time is in here; the lock of a killed one is free."""
+    """Only one process at a time executes the block. The lock of a process that was killed is free."""
     with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print("waiting for another process that tokenizes the same text", file=sys.stderr, flush=True)
+            print("waiting for another process, which tokenizes the same text", file=sys.stderr, flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 @dataclasses.dataclass(frozen=True)
 class _Side:
-    """One side of the corpus. Beside the parts, its documents' places stand in two files, `path` and an ending.
+    """One side of the corpus: "train" or "validation".
 
     Attributes:
-      until: int64 (files,), its documents up to the end of each file.
-      bytes_until: int64 (files,), their bytes.
+      path: without suffix, of two files that hold the starts and sizes of the documents.
+      until: int64 (files,), number of documents of the side up to the end of each file.
+      bytes_until: int64 (files,), bytes of these documents.
     """
 
     name: str
@@ -116,8 +117,8 @@ class _Side:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Places:
-    """Documents, by file and where they stand in the files of their side: all that a process is told of them."""
+class _Documents:
+    """Documents of one side as runs of (file, first, end): small, because it is sent to a process."""
 
     path: pathlib.Path
     runs: tuple[tuple[File, int, int], ...]
@@ -136,51 +137,51 @@ def _sizes(path: pathlib.Path) -> np.ndarray:
 
 
 def _divided(parts: pathlib.Path, catalog: Catalog, held: HeldOut) -> list[_Side]:
-    """Writes which documents are on which side."""
-    found = []
+    """Writes the starts and sizes of the documents of each side."""
+    sides = []
     for name, is_held in (("train", False), ("validation", True)):
         count, size = np.zeros((2, len(catalog.files)), np.int64)
         path = parts / name
         with path.with_suffix(".starts").open("wb") as starts, path.with_suffix(".sizes").open("wb") as sizes:
-            for which in catalog.blocks():
-                records = catalog[which]
+            for indices in catalog.blocks():
+                records = catalog[indices]
                 chosen = held(records) == is_held
-                file, records = catalog.file(which)[chosen], records[chosen]
+                file, records = catalog.file(indices)[chosen], records[chosen]
                 np.add.at(count, file, 1)
                 np.add.at(size, file, records["size"])
                 starts.write(records["start"].tobytes())
                 sizes.write(records["size"].tobytes())
-        found.append(_Side(name, path, np.cumsum(count), np.cumsum(size)))
-    return found
+        sides.append(_Side(name, path, np.cumsum(count), np.cumsum(size)))
+    return sides
 
 
 def _shards(side: _Side, files: tuple[File, ...]) -> Iterator[tuple[int, int, int]]:
-    """Documents in runs of about the same size: (first, end, bytes).
+    """(first, end, bytes) of runs of documents of about the same size.
 
-    A file that is read from its beginning only is never divided.
+    A file that can be read only from its beginning is not divided.
     """
     sizes, before, last = _sizes(side.path), 0, -1
     target = min(max(int(side.bytes_until[-1]) // _PARTS, _SMALLEST), _LARGEST)
-    divisible = np.array([readers.seekable(f.path) for f in files])
+    divisible = np.array([streams.seekable(f.path) for f in files])
     first_of = np.concatenate([[0], side.bytes_until[:-1]]) // target  # the shard in which each file begins
-    cuts: list[tuple[int, int]] = []  # (document, the bytes before it)
-    for some in catalog_lib.slices(0, len(sizes)):
-        file = np.searchsorted(side.until, np.arange(some.start, some.stop), side="right")
-        begins = before + np.cumsum(sizes[some]) - sizes[some]
+    cuts: list[tuple[int, int]] = []  # (document, bytes before it)
+    for block in catalog_lib.slices(0, len(sizes)):
+        file = np.searchsorted(side.until, np.arange(block.start, block.stop), side="right")
+        begins = before + np.cumsum(sizes[block]) - sizes[block]
         shard = np.where(divisible[file], begins // target, first_of[file])
         new = np.flatnonzero(np.diff(shard, prepend=last))
-        cuts += zip((some.start + new).tolist(), begins[new].tolist(), strict=True)
-        before, last = int(begins[-1] + sizes[some][-1]), shard[-1]
+        cuts += zip((block.start + new).tolist(), begins[new].tolist(), strict=True)
+        before, last = int(begins[-1] + sizes[block][-1]), shard[-1]
     cuts.append((len(sizes), before))
     return ((first, end, until - start) for (first, start), (end, until) in itertools.pairwise(cuts))
 
 
 def _runs(side: _Side, files: tuple[File, ...], first: int, end: int) -> tuple[tuple[File, int, int], ...]:
-    """Documents file by file: (file, first, end)."""
+    """(file, first, end) of the documents `first` to `end` of a side, file by file."""
     low, high = np.searchsorted(side.until, (first, end - 1), side="right").tolist()
     bounds = [first, *side.until[low:high].tolist(), end]
-    found = zip(files[low : high + 1], itertools.pairwise(bounds), strict=True)
-    return tuple((file, begin, until) for file, (begin, until) in found if begin < until)
+    runs = zip(files[low : high + 1], itertools.pairwise(bounds), strict=True)
+    return tuple((file, begin, until) for file, (begin, until) in runs if begin < until)
 
 
 @functools.lru_cache(1)
@@ -196,7 +197,7 @@ def _part(
     field: str,
     runs: Iterable[_Run],
 ) -> None:
-    """Tokenizes documents into NAME.tokens and NAME.mask; NAME.npz says that they are finished."""
+    """Tokenizes documents into NAME.tokens and NAME.mask; NAME.npz appears when they are finished."""
     encoder = ENCODERS[kind]
     saved = parts / "tokenizer"
     tokenizer = _tokenizer(saved, saved.stat().st_ino)
@@ -204,16 +205,16 @@ def _part(
     with _writing(parts.parent), contextlib.ExitStack() as files:
         tokens = files.enter_context((parts / f"{name}.tokens").open("wb"))
         mask = files.enter_context((parts / f"{name}.mask").open("wb")) if encoder.masks else None
-        for file, starts, bytes_of in runs:
+        for file, starts, document_sizes in runs:
             try:
-                for example in encoder.encode(tokenizer, catalog_lib.texts(file, field, starts, bytes_of)):
-                    ids = array.array("I", example.ids)  # which takes half the time of numpy's
+                for example in encoder.encode(tokenizer, catalog_lib.texts(file, field, starts, document_sizes)):
+                    ids = array.array("I", example.ids)  # takes half the time of a numpy array
                     tokens.write(np.asarray(ids, dtype).data)
                     if mask:
                         mask.write(example.mask)
                     lengths.append(len(example.ids))
                     sizes.append(example.size)
-            except UserError as error:  # what is wrong with a record is found without knowing its file
+            except UserError as error:  # an encoder does not know the file of a record
                 raise UserError(str(error) if file.path in str(error) else f"{file.path}: {error}") from error
         files.close()
         with new_file(parts / f"{name}.npz", source=f"data.cache_dir: {parts.parent}") as finished:
@@ -221,7 +222,7 @@ def _part(
 
 
 def _join(directory: pathlib.Path, parts: pathlib.Path, names: list[str], dtype: np.dtype) -> None:
-    """Puts the parts of one side together."""
+    """Joins the parts of one side."""
     directory.mkdir(parents=True)
     for ending in ("tokens", "mask"):
         if ending == "tokens" or any((parts / f"{name}.mask").exists() for name in names):
@@ -235,11 +236,11 @@ def _join(directory: pathlib.Path, parts: pathlib.Path, names: list[str], dtype:
     with offsets.open("wb") as ends, sizes.open("wb") as joined:
         ends.write(np.zeros(1, np.int64).tobytes())
         for name in names:
-            with np.load(parts / f"{name}.npz") as said:
-                found = end + np.cumsum(said["lengths"])
-                ends.write(found.tobytes())
-                joined.write(said["sizes"].tobytes())
-                end = found[-1]
+            with np.load(parts / f"{name}.npz") as part_sizes:
+                part_ends = end + np.cumsum(part_sizes["lengths"])
+                ends.write(part_ends.tobytes())
+                joined.write(part_sizes["sizes"].tobytes())
+                end = part_ends[-1]
     for path in (offsets, sizes):
         np.save(directory / f"{path.name}.npy", catalog_lib.mapped(path, np.int64))
         path.unlink()

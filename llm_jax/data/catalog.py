@@ -1,7 +1,6 @@
-"""What is in a corpus: the place, size and group of every document, in files that are mapped and not read.
+"""The documents of a corpus: position, size and group of each, in memory-mapped files.
 
-A scan goes through memory a block at a time and is kept on disk, so that what it takes does not grow with the number
-of documents (it does with that of files).
+Scans are processed in blocks and stored on disk: their memory grows with the number of files, not of documents.
 """
 
 import contextlib
@@ -19,18 +18,20 @@ from typing import IO
 import numpy as np
 from numpy.typing import DTypeLike
 
+from llm_jax import files
 from llm_jax.data import processes, sources
-from llm_jax.data.readers import FORMATS, one_by_one
+from llm_jax.data.readers import FORMATS
 from llm_jax.data.sources import File
+from llm_jax.data.streams import one_by_one
 from llm_jax.errors import UserError
-from llm_jax.files import PARTIAL, new_file
+from llm_jax.files import PARTIAL
 
-_FORMAT = 2  # of the remembered scans
-_PAYS = 256 * 2**20  # bytes to scan for which a process is worth its start
-_RACE = 2 * 10**9  # nanoseconds; a file that has just changed may change again under the same time
+_FORMAT = 2  # of the stored scans
+_MIN_BYTES = 256 * 2**20  # to scan for which a process is worth its start
+_RACE = 2 * 10**9  # nanoseconds; a file that has just changed may change again with the same time stamp
 _BLOCK = 2**14  # documents in memory at a time
 
-# A document: where it begins in its file (`formats.Scan`), the bytes of its text in UTF-8, and a hash of the name of
+# A document: where it begins in its file (`readers.Scan`), the bytes of its text in UTF-8, and a hash of the name of
 # its group.
 RECORD = np.dtype([("start", np.int64), ("size", np.int64), ("group", np.uint64)])
 
@@ -40,13 +41,13 @@ class Catalog:
     """The documents of a corpus in their order: source by source, file by file.
 
     Attributes:
-      names: of the sources.
-      files: all of them.
-      until: int64 (files,), the documents up to the end of each file.
-      records: of each source, RECORD (documents,).
-      ends: int (sources,), the documents up to the end of each source.
-      field: what the text is called in records.
-      sha256: of all names and texts.
+      names: names of the sources.
+      files: the files of all sources.
+      until: int64 (files,), number of documents up to the end of each file.
+      records: RECORD (documents,) of each source.
+      ends: number of documents up to the end of each source.
+      field: name of the text field in records; "": documents are whole records, as JSON.
+      sha256: hash of all names and texts.
     """
 
     names: tuple[str, ...]
@@ -60,93 +61,100 @@ class Catalog:
     def __len__(self) -> int:
         return self.ends[-1]
 
-    def __getitem__(self, which: np.ndarray) -> np.ndarray:
-        """RECORD of documents, int (n,) by index."""
-        source = np.searchsorted(self.ends, which, side="right")
-        found = np.empty(len(which), RECORD)
+    def __getitem__(self, indices: np.ndarray) -> np.ndarray:
+        """RECORD (n,) of the documents with the indices int (n,)."""
+        source = np.searchsorted(self.ends, indices, side="right")
+        records = np.empty(len(indices), RECORD)
         for i, begin in enumerate((0, *self.ends[:-1])):
             inside = source == i
-            found[inside] = self.records[i][which[inside] - begin]
-        return found
+            records[inside] = self.records[i][indices[inside] - begin]
+        return records
 
-    def file(self, which: np.ndarray) -> np.ndarray:
-        """Whose documents these are, by index in `files`."""
-        return np.searchsorted(self.until, which, side="right")
+    def file(self, indices: np.ndarray) -> np.ndarray:
+        """int (n,): the index in `files` of the file of each document, by its index."""
+        return np.searchsorted(self.until, indices, side="right")
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """The indices of all documents, some at a time."""
+        """The indices of all documents, in blocks of int (n,)."""
         return (np.arange(s.start, s.stop) for s in slices(0, len(self)))
 
     def num_bytes(self) -> int:
-        """Of all texts."""
+        """Bytes of all texts in UTF-8."""
         return sum(int(records["size"].sum()) for records in self.records)
 
-    def name(self, document: int) -> str:
-        which = np.array([document])
-        return self.files[self.file(which)[0]].document(int(self[which]["start"][0]))
+    def name(self, index: int) -> str:
+        """The name of a document: its file, and where it begins in it."""
+        indices = np.array([index])
+        return self.files[self.file(indices)[0]].document(int(self[indices]["start"][0]))
 
-    def texts(self, which: np.ndarray) -> Iterator[str]:
-        """The texts of documents, by ascending indices.
+    def texts(self, indices: np.ndarray) -> Iterator[str]:
+        """The texts of the documents with ascending indices int (n,).
 
         Raises:
-          UserError: a file that cannot be read, or has changed since it was scanned.
+          UserError: a file cannot be read, or has changed since it was scanned.
         """
-        file = self.file(which)
-        for part in np.split(which, np.flatnonzero(np.diff(file)) + 1) if len(which) else ():
+        file = self.file(indices)
+        for part in np.split(indices, np.flatnonzero(np.diff(file)) + 1) if len(indices) else ():
             records = self[part]
-            places = (np.ascontiguousarray(records[name]) for name in ("start", "size"))
-            yield from texts(self.files[self.file(part[:1])[0]], self.field, *places)
+            columns = (np.ascontiguousarray(records[name]) for name in ("start", "size"))
+            yield from texts(self.files[self.file(part[:1])[0]], self.field, *columns)
 
 
 def texts(file: File, field: str, starts: np.ndarray, sizes: np.ndarray) -> Iterator[str]:
-    """The texts of one file's documents, which must have the sizes that they had."""
-    found = FORMATS[file.format].read(file.path, field, starts, sizes)
-    for size, text in zip(one_by_one(sizes), found, strict=True):
+    """The texts of documents of one file, by their starts and sizes, int64 (documents,) each.
+
+    Raises:
+      UserError: a text has not the size that it had when it was scanned.
+    """
+    documents = FORMATS[file.format].read(file.path, field, starts, sizes)
+    for size, text in zip(one_by_one(sizes), documents, strict=True):
         if len(text.encode()) != size:
             raise UserError(f"{file.path}: changed while it was being read; start again")
         yield text
 
 
-def read(source: str, field: str, memory: pathlib.Path, workers: int) -> tuple[Catalog, list["Record"]]:
-    """The catalog of `data.source`, and the scans of its sources that it was made from.
+def read(source: str, field: str, directory: pathlib.Path, workers: int) -> tuple[Catalog, list["SourceScan"]]:
+    """The catalog of `data.source`, and the scans of its sources.
 
     Args:
-      memory: where scans are remembered, by the sizes and times of files.
+      field: see `Catalog.field`.
+      directory: where scans are stored, with the sizes and times of the files.
+      workers: processes that scan; see `processes.each`.
 
     Raises:
-      UserError: a source that is not there, cannot be read, or has no text; no room to write the scan.
+      UserError: a source is missing, cannot be read, or has no text; the scan cannot be written.
     """
     names = tuple(sources.weights(source))
-    records = [Record.make(name, len(names) > 1, field, memory, workers) for name in names]
-    digest = hashlib.sha256()
-    for record in records:
-        for file, found in zip(record.files, record.digests, strict=True):
-            if found:
-                digest.update(f"{file.name}\0{found}\0".encode())
-    digest.update(field.encode())
+    scans = [SourceScan.make(name, len(names) > 1, field, directory, workers) for name in names]
+    sha256 = hashlib.sha256()
+    for scan in scans:
+        for file, digest in zip(scan.files, scan.digests, strict=True):
+            if digest:
+                sha256.update(f"{file.name}\0{digest}\0".encode())
+    sha256.update(field.encode())
     catalog = Catalog(
         names=names,
-        files=tuple(f for r in records for f in r.files),
-        until=np.cumsum([n for r in records for n in r.counts]),
-        records=tuple(r.records for r in records),
-        ends=tuple(itertools.accumulate(len(r.records) for r in records)),
+        files=tuple(file for scan in scans for file in scan.files),
+        until=np.cumsum([count for scan in scans for count in scan.counts]),
+        records=tuple(scan.records for scan in scans),
+        ends=tuple(itertools.accumulate(len(scan.records) for scan in scans)),
         field=field,
-        sha256=digest.hexdigest(),
+        sha256=sha256.hexdigest(),
     )
-    return catalog, records
+    return catalog, scans
 
 
 @dataclasses.dataclass(frozen=True)
-class Record:
+class SourceScan:
     """The scan of one source.
 
     Attributes:
-      stamps: the sizes and times of its files.
+      stamps: size and time of each file.
       digests: sha256 of each file.
-      counts: documents of each file.
-      records: RECORD of all of them, mapped from disk.
-      path: where it is remembered.
-      is_new: not (all) from memory.
+      counts: number of documents of each file.
+      records: RECORD of all documents, mapped from disk.
+      path: where the scan is stored.
+      is_new: whether it differs from the stored one.
     """
 
     files: list[File]
@@ -158,66 +166,68 @@ class Record:
     is_new: bool
 
     @classmethod
-    def make(cls, name: str, prefix: bool, field: str, memory: pathlib.Path, workers: int) -> "Record":
-        """From memory, as far as the files are as they were, and else by scanning them."""
+    def make(cls, name: str, prefix: bool, field: str, directory: pathlib.Path, workers: int) -> "SourceScan":
+        """Scans the files that are not in the stored scan, or have changed since."""
         files = sources.files(name, prefix)
         stamps = [file.stamp() for file in files]
         key = json.dumps([name, str(pathlib.Path.cwd()), prefix, field, _FORMAT])
-        path = memory / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.scan"
-        known, records = _remembered(path)
-        wanted = [_key(file, stamp) for file, stamp in zip(files, stamps, strict=True)]
-        found = {i: known[key] for i, key in enumerate(wanted) if key in known}
-        is_new = list(known) != wanted
+        path = directory / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.scan"
+        stored, records = _stored(path)
+        keys = [_key(file, stamp) for file, stamp in zip(files, stamps, strict=True)]
+        scans = {i: stored[key] for i, key in enumerate(keys) if key in stored}
+        is_new = list(stored) != keys
         if is_new:
-            with _scratch(memory) as scratch:
-                todo = [i for i in range(len(files)) if i not in found]
+            with _scratch(directory) as scratch:
+                todo = [i for i in range(len(files)) if i not in scans]
                 jobs = [(files[i], field, scratch) for i in todo]
                 costs = [s if isinstance(s, int) else n for s, n in (stamps[i] for i in todo)]
-                said = dict(processes.each(_scan, jobs, costs, f"reading {name}", workers=workers, pays=_PAYS))
+                title = f"reading {name}"
+                results = dict(processes.each(_scan, jobs, costs, title, workers=workers, min_bytes=_MIN_BYTES))
                 maps = {part.name: mapped(part, RECORD) for part in scratch.iterdir()}
-                found |= {todo[i]: (digest, maps[part][at]) for i, (digest, part, at) in said.items()}
-                with tempfile.TemporaryFile(dir=memory) as joined:
+                scans |= {todo[i]: (digest, maps[part][at]) for i, (digest, part, at) in results.items()}
+                with tempfile.TemporaryFile(dir=directory) as joined:
                     for i in range(len(files)):
-                        _append(joined, found[i][1])
+                        _append(joined, scans[i][1])
                     joined.flush()
-                    records = mapped(joined, RECORD)  # which keeps what has no name any more
+                    records = mapped(joined, RECORD)  # the mapping keeps the file without a name
         if not len(records):
             raise UserError(f"data.source={name}: there is no text in it")
-        digests, parts = zip(*(found[i] for i in range(len(files))), strict=True)
+        digests, parts = zip(*(scans[i] for i in range(len(files))), strict=True)
         return cls(files, stamps, list(digests), [len(p) for p in parts], records, path, is_new)
 
     def write(self) -> None:
-        """Remembers what is new, but for files that changed just now. Raises UserError where it cannot be written."""
+        """Stores a new scan, without files that changed just now. Raises UserError if it cannot be written."""
         if not self.is_new:
             return
         now = time.time_ns()
         sure = [isinstance(s[0], str) or s[1] + _RACE < now for s in self.stamps]
-        said = zip(self.files, self.stamps, self.digests, self.counts, strict=True)
-        table = [[_key(file, stamp), digest, count] for file, stamp, digest, count in itertools.compress(said, sure)]
+        rows = zip(self.files, self.stamps, self.digests, self.counts, strict=True)
+        table = [[_key(file, stamp), digest, count] for file, stamp, digest, count in itertools.compress(rows, sure)]
         header = json.dumps(table).encode()
-        with new_file(self.path, source=f"data.cache_dir: {self.path.parent}") as opened:
-            opened.write(header + b" " * (-len(header) - 1 & 7) + b"\n")  # records stand at multiples of 8
-            for end, count, kept in zip(itertools.accumulate(self.counts), self.counts, sure, strict=True):
-                _append(opened, self.records[end - count : end * kept])
+        with files.new_file(self.path, source=f"data.cache_dir: {self.path.parent}") as file:
+            file.write(header + b" " * (-len(header) - 1 & 7) + b"\n")  # records begin at multiples of 8
+            for end, count, is_sure in zip(itertools.accumulate(self.counts), self.counts, sure, strict=True):
+                _append(file, self.records[end - count : end * is_sure])
 
     def changed(self) -> str:
-        """The path of a file that is no longer what was scanned, or ""."""
+        """The path of a file that has changed since it was scanned, or ""."""
         return next((f.path for f, s in zip(self.files, self.stamps, strict=True) if f.stamp() != s), "")
 
 
 def mapped(file: pathlib.Path | IO[bytes], dtype: DTypeLike, offset: int = 0) -> np.ndarray:
-    """A file from `offset` to its end as an array that is not read; an empty one, which cannot be mapped, too."""
+    """A memory-mapped array (n,) of a file from `offset` to its end, which may be empty."""
     size = os.stat(file if isinstance(file, pathlib.Path) else file.fileno()).st_size
     return np.memmap(file, dtype, "r", offset).view(np.ndarray) if size > offset else np.zeros(0, dtype)
 
 
 def slices(begin: int, end: int) -> Iterator[slice]:
+    """Consecutive slices of bounded size."""
     return (slice(i, min(i + _BLOCK, end)) for i in range(begin, end, _BLOCK))
 
 
 def _append(file: IO[bytes], values: np.ndarray) -> None:
-    for some in slices(0, len(values)):
-        file.write(values[some].tobytes())
+    for block in slices(0, len(values)):
+        file.write(values[block].tobytes())
 
 
 @contextlib.contextmanager
@@ -230,7 +240,7 @@ def _written(directory: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _scratch(directory: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A new directory in `directory`, and at the end none, nor those above it that are new and have nothing in them."""
+    """A temporary directory in `directory`; afterwards, new parents of it that are empty are removed as well."""
     new = [parent for parent in (directory, *directory.parents) if not parent.exists()]
     try:
         with _written(directory):
@@ -247,37 +257,37 @@ def _key(file: File, stamp: tuple[int | str, int]) -> str:
     return json.dumps([file.name, file.path, file.format, *stamp])
 
 
-def _remembered(path: pathlib.Path) -> tuple[dict[str, tuple[str, np.ndarray]], np.ndarray]:
-    """(sha256, RECORD) of each file, and RECORD of all."""
+def _stored(path: pathlib.Path) -> tuple[dict[str, tuple[str, np.ndarray]], np.ndarray]:
+    """The stored scan: (sha256, RECORD of its documents) of each file by its key, and RECORD of all documents."""
     try:
         with path.open("rb") as opened:
             table = json.loads(opened.readline())
             records = mapped(opened, RECORD, opened.tell())
     except (OSError, ValueError):
-        return {}, np.zeros(0, RECORD)  # none, or one that was cut short
-    found, begin = {}, 0
+        return {}, np.zeros(0, RECORD)  # missing, or truncated
+    scans, begin = {}, 0
     for key, digest, count in table:
-        found[key] = (digest, records[begin : begin + count])
+        scans[key] = (digest, records[begin : begin + count])
         begin += count
-    return (found, records) if begin == len(records) else ({}, np.zeros(0, RECORD))
+    return (scans, records) if begin == len(records) else ({}, np.zeros(0, RECORD))
 
 
 def _scan(file: File, field: str, scratch: pathlib.Path) -> tuple[str, str, slice]:
-    """Adds the documents of a file to what this process has written. (sha256, name of that, where in it they are)."""
+    """Appends the documents of a file to a file of this process: (sha256, name of that file, slice of it)."""
     digest = ""
 
-    def found() -> Iterator[tuple[int, int]]:
+    def scan() -> Iterator[tuple[int, int]]:
         nonlocal digest
         digest = yield from FORMATS[file.format].scan(file.path, field)
 
     path = scratch / str(os.getpid())
-    documents = (place for place in found() if place[1])
+    documents = ((start, size) for start, size in scan() if size)
     with path.open("ab") as written:
         first = written.tell() // RECORD.itemsize
-        while some := list(itertools.islice(documents, _BLOCK)):
-            records = np.empty(len(some), RECORD)
-            records["start"], records["size"] = zip(*some, strict=True)
-            records["group"] = [int.from_bytes(_hash(file.group or file.document(start))[:8]) for start, _ in some]
+        while block := list(itertools.islice(documents, _BLOCK)):
+            records = np.empty(len(block), RECORD)
+            records["start"], records["size"] = zip(*block, strict=True)
+            records["group"] = [int.from_bytes(_hash(file.group or file.document(start))[:8]) for start, _ in block]
             written.write(records.tobytes())
         return digest, path.name, slice(first, written.tell() // RECORD.itemsize)
 

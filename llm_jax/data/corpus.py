@@ -1,5 +1,6 @@
-"""A corpus as tokens: every document tokenized once, into files that are mapped and not read."""
+"""A corpus as token ids: every document is tokenized once, into memory-mapped files."""
 
+import contextlib
 import dataclasses
 import json
 import lzma
@@ -12,32 +13,31 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from llm_jax import tokenizers
+from llm_jax import files, tokenizers
 from llm_jax.data import catalog, split
 from llm_jax.data.build import build
 from llm_jax.data.encode import ENCODERS
 from llm_jax.errors import UserError
-from llm_jax.files import new_directory
 from llm_jax.schema import DataConfig, TokenizerConfig, choice
 from llm_jax.tokenizers import Tokenizer
 
 FORMAT = 2  # of the cache; part of its key
 _SAMPLE = 128 * 2**20  # bytes of text that a tokenizer is trained on, at most
-_COMPRESSED = 16 * 2**20  # bytes of held-out text that compressors are given, at most
+_COMPRESSED = 16 * 2**20  # bytes of held-out text that are compressed, at most
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """One side of a corpus as a stream of tokens, of documents as `tokenizers.document` or of examples.
+    """One side of a corpus as a stream of tokens, of documents (`tokenizers.document`) or examples.
 
     Attributes:
       tokens: (tokens,), uint16 or uint32, mapped from disk.
-      offsets: int64 (documents + 1,), where each document begins, and the end. Of a part of a stream they are
-        places in that stream: the first is where `tokens` begin.
-      num_bytes: in UTF-8 of the text that counts.
-      mask: uint8 (tokens,), 1 where a token counts as a target; None: all but the first of a document.
-      directory: where to keep what is computed of it; None: nowhere.
-      choices: token ids of the possible answers, where the examples are questions with a few of them; (): they are not.
+      offsets: int64 (documents + 1,), where each document begins, and the end. In a part of a stream they are positions
+        in the whole stream: `tokens` begins at the first.
+      num_bytes: bytes in UTF-8 of the text whose tokens count as targets.
+      mask: uint8 (tokens,), 1 where a token counts as a target; None: all tokens but the first of a document.
+      directory: where to store what is computed from the split; None: nowhere.
+      choices: token ids of the possible answers, if the examples are questions with a few of them; otherwise ().
     """
 
     tokens: np.ndarray
@@ -53,9 +53,9 @@ class Corpus:
     """A tokenized source.
 
     Attributes:
-      sha256: of all its documents.
-      parts: its sources by name, if there are several.
-      test: examples with choices, on which accuracy is measured after training; None: there are none.
+      sha256: hash of all documents.
+      parts: the corpora of its sources by name, if there are several.
+      test: examples with choices, on which accuracy is measured after training, or None.
     """
 
     train: Split
@@ -66,10 +66,17 @@ class Corpus:
 
 
 class Source:
-    """The documents of a data config, scanned once and remembered.
+    """The documents of a data config, scanned once and then read from the stored scan.
 
     Args:
       whole: hold everything out and train on nothing, for text that is only evaluated on.
+
+    Attributes:
+      sha256: hash of all documents.
+      num_bytes: bytes of all texts in UTF-8.
+
+    Raises:
+      UserError: an unknown kind of data; see `catalog.read` and `split.held_out`.
     """
 
     def __init__(self, config: DataConfig, whole: bool = False):
@@ -77,10 +84,10 @@ class Source:
         self.config = config
         self.cache = cache_directory(config)
         field = config.field if config.kind == "text" else ""
-        self.catalog, self._records = catalog.read(config.source, field, self.cache / "scans", config.workers)
+        self.catalog, self._scans = catalog.read(config.source, field, self.cache / "scans", config.workers)
         self.held = split.EVERYTHING if whole else split.held_out(self.catalog, config.validation_fraction)
-        for record in self._records:
-            record.write()
+        for scan in self._scans:
+            scan.write()
         self.sha256 = self.catalog.sha256
         self.num_bytes = self.catalog.num_bytes()
         self._key = f"{self.sha256[:24]}-{'whole' if whole else f'{config.validation_fraction:g}'}"
@@ -88,27 +95,27 @@ class Source:
             self._key = f"{config.kind}-{self._key}"
 
     def texts(self, held: bool, limit: int) -> Iterator[str]:
-        """The texts of one side, in their order; a sample of documents where they have more than `limit` bytes.
+        """The texts of one side in their order, or a sample of documents if they have more than `limit` bytes.
 
-        The list of them takes memory by document, 4 bytes up to 4 billion, and twice that while it is made.
+        Up to 4 billion documents, their indices take 4 bytes of memory each, and twice that while they are listed.
         """
-        found, total = [], 0
-        for which in self.catalog.blocks():
-            records = self.catalog[which]
+        blocks, total = [], 0
+        for block in self.catalog.blocks():
+            records = self.catalog[block]
             chosen = self.held(records) == held
-            found.append(which[chosen].astype(np.min_scalar_type(len(self.catalog))))
+            blocks.append(block[chosen].astype(np.min_scalar_type(len(self.catalog))))
             total += int(records["size"][chosen].sum())
-        which = np.concatenate(found)
+        indices = np.concatenate(blocks)
         if total > limit:
-            np.random.default_rng(0).shuffle(which)
-            which = np.sort(which[: max(1, self._fitting(which, limit))])
-        return map(self._encoder.plain, self.catalog.texts(which))
+            np.random.default_rng(0).shuffle(indices)
+            indices = np.sort(indices[: max(1, self._fitting(indices, limit))])
+        return map(self._encoder.plain, self.catalog.texts(indices))
 
-    def _fitting(self, which: np.ndarray, limit: int) -> int:
-        """How many of these documents, from the first on, have less than `limit` bytes together."""
+    def _fitting(self, indices: np.ndarray, limit: int) -> int:
+        """The number of documents, from the first on, that have fewer than `limit` bytes together."""
         count = total = 0
-        for some in catalog.slices(0, len(which)):
-            ends = total + np.cumsum(self.catalog[which[some]]["size"])
+        for block in catalog.slices(0, len(indices)):
+            ends = total + np.cumsum(self.catalog[indices[block]]["size"])
             count += (fit := int(np.searchsorted(ends, limit)))
             if fit < len(ends):
                 break
@@ -116,39 +123,40 @@ class Source:
         return count
 
     def tokenizer(self, config: TokenizerConfig) -> Tokenizer:
-        """The tokenizer of a config, trained on the training documents (once: it is kept in the cache)."""
+        """The tokenizer of a config, trained on the training documents or read from the cache."""
         return trained_tokenizer(self.cache, self._key, config, self.texts(False, _SAMPLE))
 
     def corpus(self, tokenizer: Tokenizer) -> Corpus:
-        """All documents as tokens, from the cache if they are there.
+        """All documents as tokens, from the cache if they are in it.
 
         Raises:
-          UserError: text that cannot be encoded or has changed since it was scanned, a cache that cannot be
-            written or is damaged.
+          UserError: a text cannot be encoded or has changed since it was scanned; the cache cannot be written or is
+            damaged.
         """
         directory = self.cache / "corpora" / f"{self._key}-{tokenizers.digest(tokenizer)[:24]}-{FORMAT}"
         if not directory.exists():
             build(directory, self.catalog, self.held, tokenizer, self.config.kind, self.config.workers)
-            if changed := next(filter(None, (record.changed() for record in self._records)), ""):
+            if changed := next(filter(None, (scan.changed() for scan in self._scans)), ""):
                 shutil.rmtree(directory, ignore_errors=True)
                 raise UserError(f"{changed}: changed while it was being tokenized; start again")
-        (train, trained), (validation, held) = open_split(directory / "train"), open_split(directory / "validation")
+        train, train_sizes = open_split(directory / "train")
+        validation, held_sizes = open_split(directory / "validation")
         parts: dict[str, Corpus] = {}
         if len(self.catalog.names) == 1:
             return Corpus(train, validation, self.sha256, parts)
-        # Examples up to where the sources begin and end, on the held-out side and on the other.
+        # Numbers of documents, and of examples, before each source and after the last: of all and of the held-out ones.
         ends = np.array([0, *self.catalog.ends])
-        place = sum(np.searchsorted(which[self.held(self.catalog[which])], ends) for which in self.catalog.blocks())
-        place, every = self._encoder.examples * place, self._encoder.examples * ends
+        held_ends = sum(np.searchsorted(i[self.held(self.catalog[i])], ends) for i in self.catalog.blocks())
+        ends, held_ends = self._encoder.examples * ends, self._encoder.examples * held_ends
         for i, name in enumerate(self.catalog.names):
-            sides = _part(train, trained, *(every - place)[i : i + 2]), _part(validation, held, *place[i : i + 2])
-            parts[name] = Corpus(*sides, self.sha256)
+            train_part = _part(train, train_sizes, *(ends - held_ends)[i : i + 2])
+            parts[name] = Corpus(train_part, _part(validation, held_sizes, *held_ends[i : i + 2]), self.sha256)
         return Corpus(train, validation, self.sha256, parts)
 
     def compressed_bits_per_byte(self) -> dict[str, float]:
-        """What general compressors at their best reach on the held-out text, as one stream of bytes."""
+        """Bits per byte of the held-out text, compressed as one stream of bytes; {} unless the kind is "text"."""
         if self.config.kind != "text":
-            return {}  # the answers alone are what a model's figure is of
+            return {}  # not comparable with the bits per byte of answers alone
         packers: dict[str, Any] = {"gzip -9": zlib.compressobj(9, wbits=31), "xz -9": lzma.LZMACompressor(preset=9)}
         sizes = dict.fromkeys(packers, 0)
         total = 0
@@ -174,9 +182,14 @@ def trained_tokenizer(cache: pathlib.Path, key: str, config: TokenizerConfig, te
     directory = cache / "tokenizers" / f"{config.kind}-{config.vocab_size}-{key}"
     if not directory.exists():
         tokenizer = kind.train(tqdm(texts, "training the tokenizer", leave=False, disable=None), config.vocab_size)
-        with new_directory(directory, source=f"data.cache_dir: {directory.parent}", exist_ok=True) as partial:
+        with new_cache(directory) as partial:
             tokenizers.save(tokenizer, partial)
     return tokenizers.load(directory)
+
+
+def new_cache(directory: pathlib.Path) -> contextlib.AbstractContextManager[pathlib.Path]:
+    """A new directory of the cache, see `files.new_directory`; one that another process has made first stays."""
+    return files.new_directory(directory, source=f"data.cache_dir: {directory.parent}", exist_ok=True)
 
 
 def write_split(directory: pathlib.Path, split: Split) -> None:
@@ -192,7 +205,11 @@ def write_split(directory: pathlib.Path, split: Split) -> None:
 
 
 def open_split(directory: pathlib.Path) -> tuple[Split, np.ndarray]:
-    """A side of the cache, and the bytes of each of its documents."""
+    """A side of the token cache, and the bytes of its documents, int64 (documents,).
+
+    Raises:
+      UserError: the cache is damaged.
+    """
     try:
         dtype = json.loads((directory / "split.json").read_text())["dtype"]
         offsets, sizes = (np.load(directory / f"{name}.npy", mmap_mode="r") for name in ("offsets", "bytes"))
@@ -201,12 +218,12 @@ def open_split(directory: pathlib.Path) -> tuple[Split, np.ndarray]:
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{directory.parent}: the token cache is damaged ({error}); delete this directory") from error
     if len(tokens) != offsets[-1] or (mask is not None and len(mask) != len(tokens)):
-        raise UserError(f"{directory.parent}: the token cache is cut short; delete this directory")
+        raise UserError(f"{directory.parent}: the token cache is truncated; delete this directory")
     return Split(tokens, offsets, int(sizes.sum()), mask, directory), sizes
 
 
 def _part(split: Split, sizes: np.ndarray, first: int, end: int) -> Split:
-    """Documents `first` to `end` of a split."""
+    """The documents `first` to `end` of a split; `sizes` are the bytes of all of its documents."""
     begin, stop = split.offsets[[first, end]] - split.offsets[0]
     mask = None if split.mask is None else split.mask[begin:stop]
     directory = split.directory and split.directory / f"{first}-{end}"

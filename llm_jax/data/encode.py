@@ -1,11 +1,16 @@
 """Converts documents to examples: token ids, and which of them the loss counts. By `data.kind`.
 
-"text": a document is an example, and every token after its first counts.
+"text": a document is an example, and every token after the first is a target.
 
-"instructions": a record has `messages`, each with a `role` and a `content`, or a `prompt` and its `answer`; what the
-assistant writes counts. "preferences": a record has `chosen` and `rejected`, two answers to its `prompt`, and makes
-two examples in this order; prompt and answers are text or lists of messages (without a prompt, the messages that both
-begin with are the prompt); the answers count.
+"instructions": a record has `messages`, each with a `role` and a `content`, or a `prompt` and its `answer` (or
+`completion`); or it is a record of ShareGPT (`conversations` with `from` and `value`) or of Alpaca (`instruction`,
+`input`, `output`). What the assistant writes counts.
+
+"preferences": a record has `chosen` and `rejected`, two answers to its `prompt`, and makes two examples in this order;
+prompt and answers are text or lists of messages (without a prompt, the messages that both begin with are the prompt);
+the answers count.
+
+"labelled" is in `labelled.py`.
 
 A conversation is rendered by the chat template of the tokenizer and tokenized whole; the tokens that overlap the
 characters of an answer count. Those characters are what the template's `{% generation %}` blocks mark, or else what an
@@ -33,7 +38,7 @@ _SHOWN_FIELDS = ("tool_calls", "reasoning_content")  # fields of messages that a
 Span = tuple[int, int]  # begin and end of a range of characters or bytes
 
 
-class Example(NamedTuple):
+class TokenizedExample(NamedTuple):
     """One training sequence.
 
     Attributes:
@@ -60,7 +65,7 @@ class Encoder:
       examples: examples of one document; at least so many where a template needs more.
     """
 
-    encode: Callable[[Tokenizer, Iterable[str]], Iterator[Example]]
+    encode: Callable[[Tokenizer, Iterable[str]], Iterator[TokenizedExample]]
     plain: Callable[[str], str]
     masks: bool
     examples: int = 1
@@ -89,9 +94,9 @@ class Conversation(NamedTuple):
         return [i for i, m in enumerate(self.messages) if i >= self.first and m["role"] == "assistant"]
 
 
-def _documents(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[Example]:
+def _documents(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[TokenizedExample]:
     for text in texts:
-        yield Example(tokenizers.document(tokenizer, text), b"", len(text.encode()))
+        yield TokenizedExample(tokenizers.document(tokenizer, text), b"", len(text.encode()))
 
 
 # ---------------------------------------------------------------- records to conversations
@@ -101,21 +106,41 @@ def _instruction(text: str) -> list[Conversation]:
     record = _record(text)
     if "messages" in record:
         return [_conversation(text, record, _messages(text, record["messages"], "assistant"), 0, False)]
+    if "conversations" in record:
+        messages = _messages(text, _from_sharegpt(record["conversations"]), "assistant")
+        return [_conversation(text, record, messages, 0, False)]
+    if "instruction" in record and "output" in record:
+        _need(text, record, ("instruction", "output"), "text in 'instruction' and 'output'")
+        question = "\n\n".join(part for part in (record["instruction"], record.get("input")) if part)
+        messages = _messages(text, question, "user") + _messages(text, record["output"], "assistant")
+        return [_conversation(text, record, messages, 1, False)]
+    if "completion" in record and "answer" not in record:
+        record["answer"] = record["completion"]
     _need(text, record, ("prompt", "answer"), "'messages', or 'prompt' and 'answer'")
     ask, answer = _messages(text, record["prompt"], "user"), _messages(text, record["answer"], "assistant")
     return [_conversation(text, record, ask + answer, len(ask), isinstance(record["prompt"], str))]
 
 
+_SHAREGPT = {"human": "user", "gpt": "assistant"}  # other names are those of the roles
+
+
+def _from_sharegpt(turns: Any) -> Any:
+    """Turns with "from" and "value" as messages; other values stay as they are."""
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) and "from" in turn for turn in turns):
+        return turns
+    return [{"role": _SHAREGPT.get(turn["from"], turn["from"]), "content": turn.get("value")} for turn in turns]
+
+
 def _preference(text: str) -> list[Conversation]:
     record = _record(text)
     _need(text, record, ("chosen", "rejected"), "'chosen' and 'rejected', and their 'prompt'")
-    ask = _messages(text, record["prompt"], "user") if record.get("prompt") else []
+    prompt = _messages(text, record["prompt"], "user") if record.get("prompt") else []
     answers = [_messages(text, record[name], "assistant") for name in ("chosen", "rejected")]
-    shared = 0 if ask else sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*answers)))  # noqa: B905
+    shared = 0 if prompt else sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*answers)))  # noqa: B905
     if shared == min(map(len, answers)):
         raise UserError(f"the record {_head(text)}: 'chosen' and 'rejected' are the same answer, or have none")
     bare = isinstance(record.get("prompt", ""), str)
-    return [_conversation(text, record, ask + answer, len(ask) + shared, bare) for answer in answers]
+    return [_conversation(text, record, prompt + answer, len(prompt) + shared, bare) for answer in answers]
 
 
 def _conversation(
@@ -134,7 +159,7 @@ def _record(text: str) -> dict[str, Any]:
     except ValueError:
         record = None
     if not isinstance(record, dict):
-        raise UserError(f"{_head(text)} is no record; this data.kind reads JSON lines, Parquet or hf:NAME")
+        raise UserError(f"{_head(text)} is no record; this data.kind reads JSON lines, CSV, TSV, Parquet or hf:NAME")
     return record
 
 
@@ -297,10 +322,10 @@ def _by_prefixes(c: Conversation, whole: str, around: Sequence[Sequence[str]]) -
 
 def _conversations(
     parse: Callable[[str], list[Conversation]], single: bool = False
-) -> Callable[..., Iterator[Example]]:
+) -> Callable[..., Iterator[TokenizedExample]]:
     """The `encode` of an `Encoder`; with `single`, a conversation that needs several examples is refused."""
 
-    def encode(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[Example]:
+    def encode(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[TokenizedExample]:
         special = getattr(tokenizer, "special", {})
         texts = iter(texts)
         while conversations := [c for text in itertools.islice(texts, _RECORDS) for c in parse(text)]:
@@ -320,12 +345,13 @@ def _conversations(
     return encode
 
 
-def _templated_example(tokenizer: Any, text: _Text) -> Example:
+def _templated_example(tokenizer: Any, text: _Text) -> TokenizedExample:
     ids, offsets = tokenizer.encode_chat(text.text), tokenizer.chat_offsets(text.text)
-    return Example(ids, _mask(offsets, text.answers), sum(len(text.text[a:b].encode()) for a, b in text.answers))
+    size = sum(len(text.text[a:b].encode()) for a, b in text.answers)
+    return TokenizedExample(ids, _mask(offsets, text.answers), size)
 
 
-def _plain_example(tokenizer: Tokenizer, parts: Sequence[_Text]) -> Example:
+def _plain_example(tokenizer: Tokenizer, parts: Sequence[_Text]) -> TokenizedExample:
     ids: list[int] = [] if tokenizer.bos is None else [tokenizer.bos]
     mask, size = bytearray(len(ids)), 0
     for text, answers in parts:
@@ -336,7 +362,7 @@ def _plain_example(tokenizer: Tokenizer, parts: Sequence[_Text]) -> Example:
         if answers and tokenizer.eos is not None:
             ids.append(tokenizer.eos)
             mask.append(1)
-    return Example(ids, bytes(mask), size)
+    return TokenizedExample(ids, bytes(mask), size)
 
 
 def _mask(offsets: Sequence[Span], answers: Sequence[Span]) -> bytes:

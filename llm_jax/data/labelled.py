@@ -29,7 +29,6 @@ from llm_jax.data import sources
 from llm_jax.data.catalog import Catalog
 from llm_jax.data.corpus import Corpus, Split
 from llm_jax.errors import UserError
-from llm_jax.files import new_directory
 from llm_jax.schema import DataConfig, LabelledConfig, TokenizerConfig
 from llm_jax.tokenizers import Tokenizer, chat_template
 
@@ -275,7 +274,7 @@ class LabelledSource:
         directory = self.cache / "corpora" / name
         if not directory.exists():
             prompts = Prompts(tokenizer, self.config.labelled, self.choices)
-            with new_directory(directory, source=f"data.cache_dir: {directory.parent}", exist_ok=True) as partial:
+            with corpus_lib.new_cache(directory) as partial:
                 for part, examples in self.parts.items():
                     corpus_lib.write_split(partial / part, encode(examples, prompts, self.choices))
                 (partial / "choices.json").write_text(json.dumps(prompts.answers))

@@ -1,8 +1,8 @@
-"""Rows with hidden tokens that are to be found again (Devlin et al. 2019, BERT, arXiv:1810.04805, section 3.1).
+"""Rows for masked language modelling (Devlin et al. 2019, BERT, arXiv:1810.04805, section 3.1).
 
-`loss.masked` says what is hidden with the probability `loss.mask_prob`: "tokens", each by itself, or "words", all
-pieces of one together. Of the chosen tokens 80 % become the mask, 10 % a random token and 10 % stay as they are; they
-alone count. BOS, EOS and the unknown id are never chosen.
+`loss.masked` names the units that are chosen with the probability `loss.mask_prob`: single "tokens", or "words" with
+all of their tokens. Of the chosen tokens, 80 % become the mask token, 10 % a random token, and 10 % stay; they are the
+only targets. BOS, EOS and the unknown token are never chosen.
 """
 
 import dataclasses
@@ -22,26 +22,26 @@ _MASK, _RANDOM = 0.8, 0.1  # shares of the chosen tokens that become the mask, a
 
 
 def mask_id(tokenizer: Tokenizer) -> int:
-    """The id that hides a token: the tokenizer's own, or the first that it does not have."""
+    """The id of the mask token: the tokenizer's, or the first id after its vocabulary."""
     own = getattr(tokenizer, "mask", None)
     return tokenizer.vocab_size if own is None else own
 
 
 def vocab_size(config: LossConfig, tokenizer: Tokenizer) -> int:
-    """The ids that a model has to have."""
-    hides = config.masked != "none"
-    return max(tokenizer.vocab_size, mask_id(tokenizer) + 1) if hides else tokenizer.vocab_size
+    """The number of ids that a model needs: those of the tokenizer, and the mask token if tokens are masked."""
+    masked = config.masked != "none"
+    return max(tokenizer.vocab_size, mask_id(tokenizer) + 1) if masked else tokenizer.vocab_size
 
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """What hiding must know of the ids.
+    """The properties of token ids that masking depends on.
 
     Attributes:
       mask: see `mask_id`.
-      ordinary: int32, the ids that stand for text.
-      begins, ends: bool (ids of the tokenizer,), whether the text of an id begins and ends inside a word. Two tokens
-        are of one word where the first ends and the second begins so.
+      ordinary: int32 (n,), the ids that stand for text.
+      begins, ends: bool (vocab_size,), whether the text of an id begins and ends with a character of a word. Two
+        neighbouring tokens belong to one word if the first ends and the second begins so.
     """
 
     mask: int
@@ -51,7 +51,7 @@ class Vocabulary:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> Self:
-        # After a word, where a decoder shows by a space that an id begins another.
+        # Decoded after a word, an id that begins another word begins with a space.
         before = tokenizer.encode("a")
         skip = len(tokenizer.decode(before))
         texts = [tokenizer.decode([*before, i])[skip:] for i in range(tokenizer.vocab_size)]
@@ -64,27 +64,32 @@ class Vocabulary:
         )
 
     @functools.cached_property
-    def hideable(self) -> np.ndarray:
-        """bool (ids,), whether an id stands for text."""
+    def maskable(self) -> np.ndarray:
+        """bool (vocab_size,), whether an id stands for text."""
         return np.isin(np.arange(len(self.begins)), self.ordinary)
 
 
 def _in_word(character: str) -> bool:
-    """Letters, digits and their marks; U+FFFD is a part of a character that is spelled out in bytes."""
+    """Whether a character is a letter, digit or mark, or U+FFFD, which is part of a character encoded in bytes."""
     return bool(character) and (unicodedata.category(character)[0] in "LNM" or character in "_\ufffd")
 
 
 @dataclasses.dataclass(frozen=True)
 class Masked:
-    """Rows whose inputs are their tokens, some hidden, and whose targets are the tokens at the same places.
+    """Rows whose inputs are masked tokens, and whose targets are the tokens at the same positions.
 
-    What is hidden is a function of (seed, index): another choice whenever a row comes again in a shuffled stream.
+    The masked positions are a function of (seed, index), so that they differ whenever a row comes again in a stream.
+
+    Attributes:
+      rows: rows of the kind "text", or a stream of them.
+      words: whether words are chosen, or tokens.
+      mask_prob: the probability that a unit is chosen.
     """
 
-    rows: Any  # of `data.rows`, of the kind "text"
+    rows: Any
     vocabulary: Vocabulary
     words: bool
-    share: float
+    mask_prob: float
     seed: int
 
     @property
@@ -97,7 +102,7 @@ class Masked:
 
     @property
     def bytes_per_target(self) -> float:
-        """Of all the text over all its tokens: what is made of it is about the hidden text, not exactly."""
+        """Bytes of the whole text over the number of its tokens, which approximates that of the masked text."""
         return self.rows.bytes_per_target
 
     def __len__(self) -> int:
@@ -108,18 +113,18 @@ class Masked:
         rng, tokens = np.random.default_rng((self.seed, index)), row["inputs"]
         units = np.arange(len(tokens))
         if self.words:
-            goes_on = v.ends[tokens[:-1]] & v.begins[tokens[1:]] & (row["segments"][1:] == row["segments"][:-1])
-            units[1:] -= np.cumsum(goes_on)
-        drawn = rng.random(len(tokens)) < self.share
-        chosen = drawn[units] & v.hideable[tokens] & (row["segments"] > 0)
+            continues = v.ends[tokens[:-1]] & v.begins[tokens[1:]] & (row["segments"][1:] == row["segments"][:-1])
+            units[1:] -= np.cumsum(continues)
+        drawn = rng.random(len(tokens)) < self.mask_prob
+        chosen = drawn[units] & v.maskable[tokens] & (row["segments"] > 0)
         fate, random = rng.random(len(tokens)), rng.choice(v.ordinary, len(tokens))
-        hidden = np.where(fate < _MASK, v.mask, np.where(fate < _MASK + _RANDOM, random, tokens))
-        inputs = np.where(chosen, hidden, tokens).astype(np.int32)
+        replacements = np.where(fate < _MASK, v.mask, np.where(fate < _MASK + _RANDOM, random, tokens))
+        inputs = np.where(chosen, replacements, tokens).astype(np.int32)
         return row | {"inputs": inputs, "targets": tokens, "mask": chosen.astype(np.int32)}
 
 
 def hider(config: LossConfig, tokenizer: Tokenizer) -> Callable[[Any, int], Any]:
-    """(rows, seed) -> the rows as `loss.masked` hides their tokens, or the same rows."""
+    """A function (rows, seed) -> the rows, masked as `loss.masked` says."""
     if config.masked == "none":
         return lambda rows, seed: rows
     vocabulary = Vocabulary.of(tokenizer)

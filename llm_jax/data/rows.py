@@ -18,12 +18,12 @@ from llm_jax.data.sources import weights
 from llm_jax.errors import UserError
 from llm_jax.schema import Config, DataConfig
 
-# What a row or a batch holds; every value is int32 of shape (seq_len,) or (batch, seq_len).
+# The arrays of a row or a batch, int32 of shape (seq_len,) or (batch, seq_len) each:
 #   inputs, targets    token ids
 #   positions          of the inputs, from 0 where a document or the row begins
 #   segments           of the inputs: 1, 2, ... per document in the row, 0 for padding
-#   mask               1 where the target counts: it belongs to the input's document, and to an answer where
-#                      answers alone are learned from
+#   mask               1 where the target counts: it belongs to the document of the input, and to an answer if only
+#                      answers are targets
 Row = dict[str, np.ndarray]
 Batch = dict[str, jax.Array]
 NAMES = ("inputs", "targets", "positions", "segments", "mask")
@@ -31,20 +31,22 @@ NAMES = ("inputs", "targets", "positions", "segments", "mask")
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """A split cut into chunks of `seq_len` targets; each chunk is one row.
+    """A split as chunks of `seq_len` targets; each chunk is a row.
 
-    With a `stride` below `seq_len` rows overlap (a sliding window): each counts the next `stride`
-    targets only, and what stands before them in the row is context.
+    Attributes:
+      stride: targets from one row to the next; 0: `seq_len`. With a smaller one rows overlap (a sliding window): the
+        last `stride` targets of a row count, and the tokens before them are context.
+      together: rows that stay neighbours in every batch.
     """
 
     split: Split
     seq_len: int
-    stride: int = 0  # 0: seq_len
-    together: ClassVar[int] = 1  # rows that follow each other in every batch
+    stride: int = 0
+    together: ClassVar[int] = 1
 
     @property
     def bytes_per_target(self) -> float:
-        """Of all the text over all targets."""
+        """Bytes of the text over the number of targets."""
         return self.split.num_bytes / (len(self.split.tokens) - (len(self.split.offsets) - 1))
 
     @property
@@ -53,29 +55,29 @@ class Rows:
         return self.stride or self.seq_len
 
     def __len__(self) -> int:
-        """Chunks, the last of which may be partly padding."""
+        """The number of chunks. The last one may be partly padding."""
         return -(-(len(self.split.tokens) - 1) // self.step)
 
     @property
     def full(self) -> int:
-        """Chunks without padding.
+        """The number of chunks without padding.
 
         Raises:
           UserError: there is none.
         """
-        whole = (len(self.split.tokens) - 1) // self.seq_len
-        if not whole:
+        full = (len(self.split.tokens) - 1) // self.seq_len
+        if not full:
             raise UserError(
                 f"the training text has {len(self.split.tokens)} tokens, fewer than one sequence of "
-                f"train.seq_len={self.seq_len}; lower it or bring more text"
+                f"train.seq_len={self.seq_len}; lower it or add text"
             )
-        return whole
+        return full
 
     def __getitem__(self, index: int) -> Row:
         """Row `index`; past the end, a row of padding."""
-        length, counted = self.seq_len, index * self.step
-        start = max(0, counted + self.step - length)
-        tokens = self.split.tokens[start : min(start + length, counted + self.step) + 1].astype(np.int32)
+        length, first = self.seq_len, index * self.step  # the first target that counts has the token `first` before it
+        start = max(0, first + self.step - length)
+        tokens = self.split.tokens[start : min(start + length, first + self.step) + 1].astype(np.int32)
         places, origin = start + np.arange(len(tokens)), self.split.offsets[0]
         documents = np.searchsorted(self.split.offsets, origin + places, side="right") - 1
         begins = np.maximum(self.split.offsets[documents] - origin, start)
@@ -85,28 +87,24 @@ class Rows:
             "targets": tokens[1:],
             "positions": (places - begins)[:-1],
             "segments": segments[:-1],
-            "mask": (segments[1:] == segments[:-1]) & (places[:-1] >= counted),
+            "mask": (segments[1:] == segments[:-1]) & (places[:-1] >= first),
         }
         return {name: np.pad(v.astype(np.int32), (0, length - len(v))) for name, v in row.items()}
 
 
 class _Examples:
-    """What rows of examples have in common: an example is never cut, and has its own segment and positions.
-
-    Raises:
-      UserError: all examples are too long.
-    """
+    """The base of rows of examples: an example is never cut, and has a segment and positions of its own."""
 
     split: Split
     seq_len: int
 
     def _lengths(self) -> np.ndarray:
-        """int32: of the examples as rows take them: inputs, which are one less than tokens."""
+        """int32 (examples,): the number of inputs of each example, one less than its tokens."""
         ends = self.split.offsets
-        found = np.empty(len(ends) - 1, np.int32)
-        for some in slices(0, len(found)):
-            found[some] = np.maximum(np.diff(ends[some.start : some.stop + 1]) - 1, 0)
-        return found
+        lengths = np.empty(len(ends) - 1, np.int32)
+        for block in slices(0, len(lengths)):
+            lengths[block] = np.maximum(np.diff(ends[block.start : block.stop + 1]) - 1, 0)
+        return lengths
 
     @functools.cached_property
     def bytes_per_target(self) -> float:
@@ -133,7 +131,13 @@ class _Examples:
 
 @dataclasses.dataclass(frozen=True)
 class Packed(_Examples):
-    """Examples of a split, packed into rows by best fit. Which do not fit `seq_len` are left out, and that is said."""
+    """Examples of a split, packed into rows by best fit.
+
+    Examples longer than `seq_len` are left out; a line on stderr says how many.
+
+    Raises:
+      UserError: no example fits.
+    """
 
     split: Split
     seq_len: int
@@ -146,7 +150,7 @@ class Packed(_Examples):
     @functools.cached_property
     def _packing(self) -> packing.Packing:
         make = lambda: packing.best_fit(self._lengths(), self.seq_len)._asdict()  # noqa: E731
-        return packing.Packing(**packing.kept(self.split.directory, f"rows-{self.seq_len}", make))
+        return packing.Packing(**packing.cached(self.split.directory, f"rows-{self.seq_len}", make))
 
     def __len__(self) -> int:
         return len(self._packing.starts) - 1
@@ -158,7 +162,7 @@ class Packed(_Examples):
 
     @property
     def most(self) -> int:
-        """Examples in the fullest row."""
+        """The largest number of examples in a row."""
         return int(np.diff(self._packing.starts).max())
 
     @property
@@ -173,10 +177,13 @@ class Packed(_Examples):
 
 @dataclasses.dataclass(frozen=True)
 class Pairs(_Examples):
-    """Pairs of answers, an example a row: row 2i is the chosen one, row 2i + 1 the rejected one of the same prompt.
+    """Pairs of answers to a prompt, one example a row: row 2i is the chosen one, row 2i + 1 the rejected one.
 
-    Their masks count the answer alone. A pair of which one does not fit `seq_len` is left out, which is
-    said. In every batch pairs stand together, the chosen ones in even rows.
+    Only answers are targets. In every batch the rows of a pair are neighbours, the chosen one in an even row. A pair of
+    which one example is longer than `seq_len` is left out; a line on stderr says how many.
+
+    Raises:
+      UserError: no pair fits.
     """
 
     split: Split
@@ -185,22 +192,24 @@ class Pairs(_Examples):
 
     def __post_init__(self) -> None:
         count = (len(self.split.offsets) - 1) // 2
-        packing.check_fit(len(self._kept), count, lambda: self._both().max(1), self.seq_len, "pairs")
+        packing.check_fit(len(self._fitting), count, lambda: self._pair_lengths().max(1), self.seq_len, "pairs")
 
-    def _both(self) -> np.ndarray:
-        """int32 (pairs, 2): the lengths of the chosen and of the rejected ones."""
+    def _pair_lengths(self) -> np.ndarray:
+        """int32 (pairs, 2): the lengths of the chosen and the rejected examples."""
         return self._lengths().reshape(-1, 2)
 
-    def _fitting(self) -> dict[str, np.ndarray]:
-        both = self._both()
-        return {"pairs": np.flatnonzero((both.max(1) <= self.seq_len) & (both.min(1) > 0))}
-
     @functools.cached_property
-    def _kept(self) -> np.ndarray:
-        return packing.kept(self.split.directory, f"pairs-{self.seq_len}", self._fitting)["pairs"]
+    def _fitting(self) -> np.ndarray:
+        """int64 (n,): the pairs that fit."""
+
+        def fitting() -> dict[str, np.ndarray]:
+            lengths = self._pair_lengths()
+            return {"pairs": np.flatnonzero((lengths.max(1) <= self.seq_len) & (lengths.min(1) > 0))}
+
+        return packing.cached(self.split.directory, f"pairs-{self.seq_len}", fitting)["pairs"]
 
     def __len__(self) -> int:
-        return 2 * len(self._kept)
+        return 2 * len(self._fitting)
 
     @property
     def full(self) -> int:
@@ -208,7 +217,7 @@ class Pairs(_Examples):
 
     def __getitem__(self, index: int) -> Row:
         """Row `index`; past the end, a row of padding."""
-        pair = self._kept[index // 2 : index // 2 + 1]
+        pair = self._fitting[index // 2 : index // 2 + 1]
         return self._row(2 * pair + index % 2)
 
 
@@ -223,7 +232,7 @@ ROWS: dict[str, type[Rows] | type[Packed] | type[Pairs]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Shuffled:
-    """Row i of an endless stream: every epoch is another permutation of the whole chunks, by `seed`."""
+    """An endless stream of rows: every epoch is another permutation of the full rows, drawn with `seed`."""
 
     rows: AnyRows
     seed: int
@@ -233,7 +242,7 @@ class Shuffled:
 
     @functools.cached_property
     def order(self) -> grain.MapDataset:
-        """Of the rows, or of the groups of rows that stay together; endless."""
+        """The indices of the rows, or of the groups of rows that stay together; endless."""
         return grain.MapDataset.range(self.rows.full // self.rows.together).shuffle(seed=self.seed).repeat()
 
     @property
@@ -247,16 +256,16 @@ class Shuffled:
 
 @dataclasses.dataclass(frozen=True)
 class Mixed:
-    """Row i of an endless stream that takes its rows from several by their weights, as evenly as can be."""
+    """An endless stream that takes rows from several streams, as evenly as their weights allow."""
 
     parts: tuple[Shuffled, ...]
     weights: tuple[float, ...]
 
     @functools.cached_property
     def order(self) -> grain.MapDataset:
-        """(part, row or group of rows of the part) one after the other; endless."""
+        """(index of the part, index of its row or group of rows) of each row or group of the stream; endless."""
         return grain.MapDataset.mix(
-            [part.order.map(functools.partial(_of, k)) for k, part in enumerate(self.parts)], self.weights
+            [part.order.map(functools.partial(_pair, k)) for k, part in enumerate(self.parts)], self.weights
         )
 
     @property
@@ -265,20 +274,20 @@ class Mixed:
 
     def __getitem__(self, index: int) -> Row:
         together = self.parts[0].rows.together
-        part, place = self.order[index // together]
-        return self.parts[part].rows[place * together + index % together]
+        part, group = self.order[index // together]
+        return self.parts[part].rows[group * together + index % together]
 
 
-def _of(part: int, place: int) -> tuple[int, int]:
-    return part, place
+def _pair(part: int, group: int) -> tuple[int, int]:
+    return part, group
 
 
 def training(config: Config, corpus: Corpus) -> Shuffled | Mixed:
-    """The rows that training takes, by the kind of data and the weights of its sources.
+    """The stream of training rows, by `data.kind` and the weights of the sources.
 
     Raises:
-      UserError: too little text for a row, in all or in a source that has a weight; as the rows do; a batch
-        that would divide a pair.
+      UserError: too little text for a row, in the corpus or in a source with a weight; `train.batch_size` would divide
+        a pair.
     """
     kind, seed, shares = ROWS[config.data.kind], config.train.seed, weights(config.data.source)
     if config.train.batch_size % kind.together:
@@ -298,22 +307,25 @@ def training(config: Config, corpus: Corpus) -> Shuffled | Mixed:
 
 
 def held_out(config: DataConfig, corpus: Corpus, seq_len: int) -> tuple[AnyRows, dict[str, AnyRows]]:
-    """The held-out rows of all, and those of each source that has any, where there are several."""
+    """(the held-out rows, those of each source by name if there are several and the source has any)."""
     parts = {}
     for name, part in corpus.parts.items():
         if len(part.validation.tokens) > 1:
-            with contextlib.suppress(UserError):  # none of its few examples fits
+            with contextlib.suppress(UserError):  # no example fits
                 parts[name] = ROWS[config.kind](part.validation, seq_len)
     return ROWS[config.kind](corpus.validation, seq_len), parts
 
 
 def test(config: DataConfig, corpus: Corpus, seq_len: int) -> Packed | None:
-    """The rows of the test split, whose `split.choices` are the possible answers; None where there is no test split."""
+    """The rows of the test split, whose `split.choices` are the possible answers; None without a test split."""
     return None if corpus.test is None else Packed(corpus.test, seq_len)
 
 
 def batch(rows: AnyRows | Shuffled | Mixed, step: int, size: int, sharding: jax.sharding.Sharding) -> Batch:
-    """Rows step * size ... step * size + size - 1; each process builds only what its devices hold."""
+    """The rows step * size ... step * size + size - 1, int32 (size, seq_len) each; see `Batch`.
+
+    Each process builds only the rows of its devices.
+    """
     row = functools.cache(lambda i: rows[step * size + i])
 
     def part(name: str, index: tuple[slice, ...]) -> np.ndarray:
@@ -326,7 +338,7 @@ def batch(rows: AnyRows | Shuffled | Mixed, step: int, size: int, sharding: jax.
 def batches(
     rows: AnyRows | Shuffled | Mixed, start: int, stop: int, size: int, sharding: jax.sharding.Sharding
 ) -> Iterator[Batch]:
-    """`batch(step)` for the steps from `start` to `stop`, built ahead of use in the background."""
+    """Yields `batch(step)` for the steps `start` to `stop - 1`, built in the background ahead of use."""
     ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     steps = grain.MapDataset.range(start, stop).map(lambda step: batch(rows, int(step), size, sharding))
     return iter(steps.to_iter_dataset(ahead))

@@ -8,7 +8,7 @@ import pathlib
 import re
 import sysconfig
 
-from llm_jax.data import assets, readers
+from llm_jax.data import assets, readers, records, streams
 from llm_jax.errors import UserError
 
 # Not the library's own text: tests and vendored or installed packages.
@@ -39,7 +39,7 @@ class File:
     def stamp(self) -> tuple[int | str, int]:
         """(bytes, time of the last change), which tell a changed file from the one that was scanned."""
         if self.format == "hf":
-            found = readers.data_set(self.path)
+            found = records.data_set(self.path)
             return found._fingerprint, len(found)
         try:
             said = os.stat(self.path)
@@ -140,6 +140,6 @@ def _visible(path: pathlib.Path, root: pathlib.Path) -> bool:
 
 
 def _file(path: pathlib.Path, name: str, alone: bool = False, form: str = "") -> File:
-    name = readers.plain_name(pathlib.PurePosixPath(name)).as_posix() if alone else name
+    name = streams.plain_name(pathlib.PurePosixPath(name)).as_posix() if alone else name
     form = form or readers.of(path, alone)
     return File(name, name if readers.FORMATS[form].whole else "", str(path), form)

@@ -20,10 +20,10 @@ _MARKS = re.compile(r"'{2,}|^=+.*?=+\s*$", re.MULTILINE)
 
 
 def articles(path: pathlib.Path) -> Iterator[str]:
-    """The text of each article (no redirects, no talk), a paragraph a line, read page by page.
+    """Yields the text of each article, one paragraph a line; redirects and pages of other name spaces are left out.
 
     Raises:
-      UserError: the file cannot be read or is no such dump.
+      UserError: the file cannot be read, or is not a Wikipedia dump.
     """
     opener = bz2.open if path.suffix == ".bz2" else open
     try:
@@ -41,7 +41,7 @@ def articles(path: pathlib.Path) -> Iterator[str]:
 
 
 def plain(markup: str) -> str:
-    """Wiki markup -> its running text: no templates, tables, references, lists, headings."""
+    """The running text of wiki markup, without templates, tables, references, lists and headings."""
     text, count = markup, 1
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
     while count:

@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from llm_jax import files
 from llm_jax.decoding import score, stops
 from llm_jax.decoding.complete import complete, fit
 from llm_jax.decoding.options import DecodingOptions
@@ -14,7 +15,6 @@ from llm_jax.evaluation.prompts import NORMALIZERS, PromptConfig
 from llm_jax.evaluation.statistics import wilson
 from llm_jax.evaluation.tasks import Task
 from llm_jax.evaluation.templates import STYLES, Example
-from llm_jax.files import new_file
 from llm_jax.model.transformer import Transformer
 from llm_jax.tokenizers import Tokenizer
 
@@ -91,9 +91,8 @@ class AnswerLog:
             raise UserError(
                 f"--output={path} holds the records of another run ({', '.join(other)} differ); name another"
             )
-        content = "".join(f"{line}\n" for line in lines or [json.dumps(dict(settings))])
-        with new_file(path, source=f"--output={path}:") as file:
-            file.write(content.encode())
+        with files.new_file(path, source=f"--output={path}:") as file:
+            file.write("".join(f"{line}\n" for line in lines or [json.dumps(dict(settings))]).encode())
 
     def add(self, record: dict[str, Any]) -> None:
         self.records.append(record)

@@ -1,4 +1,4 @@
-"""Tasks that come with the code: sums, copying, and the sentiment of film reviews (an asset)."""
+"""Built-in tasks: arithmetic, copying, and the sentiment of film reviews (an asset)."""
 
 import pathlib
 import random
@@ -10,7 +10,7 @@ from llm_jax.evaluation import tasks
 from llm_jax.evaluation.tasks import Task
 from llm_jax.evaluation.templates import Example, Template
 
-SHOWN = 16  # solved examples of each task
+SHOTS = 16  # solved examples of each task
 
 
 def _templates(questions: tuple[str, ...], answer: str = " {answer}") -> tuple[Template, ...]:
@@ -18,11 +18,11 @@ def _templates(questions: tuple[str, ...], answer: str = " {answer}") -> tuple[T
 
 
 def arithmetic(count: int = 200) -> Task:
-    """Sums and differences of numbers up to 20 in words of one step, judged by the number that is written."""
+    """Word problems: the sum or difference of two numbers up to 20. The metric is the number that is written."""
     draw = random.Random(0)
     people, things = ("Anna", "Ben", "Carla", "David", "Emma"), ("apples", "books", "coins", "pens", "stones")
     examples: list[Example] = []
-    while len(examples) < count + SHOWN:
+    while len(examples) < count + SHOTS:
         a, b, gives = draw.randint(2, 20), draw.randint(2, 20), draw.random() < 0.5
         if gives and a < b:
             continue
@@ -38,16 +38,16 @@ def arithmetic(count: int = 200) -> Task:
         "Please work this out: {text}\nAnswer:", "Riddle: {text}\nNumber:", "Here is a question. {text}\nReply:",
     )  # fmt: skip
     return Task(
-        "arithmetic", _templates(questions), tuple(examples[SHOWN:]), tuple(examples[:SHOWN]),
-        extract=r"-?\d[\d,]*", metric="number", max_new_tokens=12, domain="arithmetic",
+        "arithmetic", _templates(questions), tuple(examples[SHOTS:]), tuple(examples[:SHOTS]),
+        extract="[-\N{MINUS SIGN}]?\\d[\\d,]*", metric="number", max_new_tokens=12, domain="arithmetic",
     )  # fmt: skip
 
 
 def copying(count: int = 200) -> Task:
-    """Repeating three words, judged by exact match."""
+    """Repeating three words. The metric is whether the answer starts with them, ignoring case and punctuation."""
     words = "apple river stone cloud table green music paper light horse bread glass tower seven night".split()
     draw = random.Random(1)
-    texts = [" ".join(draw.sample(words, 3)) for _ in range(count + SHOWN)]
+    texts = [" ".join(draw.sample(words, 3)) for _ in range(count + SHOTS)]
     examples = [Example({"text": t}, t, (), f"The words are {', '.join(t.split())}.") for t in texts]
     questions = (
         "Repeat: {text}\nRepeated:", "Copy these words: {text}\nCopy:", "Words: {text}\nThe same words:",
@@ -56,23 +56,23 @@ def copying(count: int = 200) -> Task:
         "Text: {text}\nText:", "Please repeat after me: {text}\nI repeat:",
     )  # fmt: skip
     return Task(
-        "copying", _templates(questions), tuple(examples[SHOWN:]), tuple(examples[:SHOWN]),
-        metric="starts", max_new_tokens=16, domain="copying texts",
+        "copying", _templates(questions), tuple(examples[SHOTS:]), tuple(examples[:SHOTS]),
+        metric="starts", max_new_tokens=16, domain="copying texts", normalization="words",
     )  # fmt: skip
 
 
 def sentiment(count: int = 200) -> Task:
-    """Is a sentence of a film review good or bad? Those rated beyond 1 from -4 to 4; the likelier word is taken."""
+    """Sentences of film reviews with a rating below -1 or above 1 (of -4 to 4): positive or negative, by likelihood."""
     rows = [line.split("\t") for line in assets.path("movie-reviews").read_text("utf-8").splitlines()]
-    kinds: dict[str, list[str]] = {"positive": [], "negative": []}
+    texts: dict[str, list[str]] = {"positive": [], "negative": []}
     for _, rating, text in rows:
         if abs(float(rating)) > 1 and 20 < len(text) < 200:
-            kinds["positive" if float(rating) > 0 else "negative"].append(text.strip())
+            texts["positive" if float(rating) > 0 else "negative"].append(text.strip())
     draw = random.Random(2)
-    choices, half = ("positive", "negative"), (count + SHOWN) // 2
-    picked = [(text, kind) for kind in choices for text in draw.sample(sorted(kinds[kind]), half)]
-    draw.shuffle(picked)
-    examples = [Example({"text": t}, kind, choices, f"The words of the review are {kind}.") for t, kind in picked]
+    choices, half = ("positive", "negative"), (count + SHOTS) // 2
+    drawn = [(text, label) for label in choices for text in draw.sample(sorted(texts[label]), half)]
+    draw.shuffle(drawn)
+    examples = [Example({"text": t}, label, choices, f"The words of the review are {label}.") for t, label in drawn]
     questions = (
         "Review: {text}\nSentiment:", "{text}\nThe sentiment of this review is", "Text: {text}\nLabel:",
         "Is this film review positive or negative? {text}\nAnswer:", "Sentence: {text}\nFeeling:",
@@ -81,7 +81,7 @@ def sentiment(count: int = 200) -> Task:
         "Comment: {text}\nTone:",
     )  # fmt: skip
     return Task(
-        "sentiment", _templates(questions), tuple(examples[SHOWN:]), tuple(examples[:SHOWN]),
+        "sentiment", _templates(questions), tuple(examples[SHOTS:]), tuple(examples[:SHOTS]),
         scoring="likelihood", domain="film criticism",
     )  # fmt: skip
 
@@ -90,7 +90,7 @@ TASKS: dict[str, Callable[[int], Task]] = {"arithmetic": arithmetic, "copying": 
 
 
 def named(name: str) -> Task:
-    """A task of `TASKS`, or that of a JSONL file. Raises UserError where it is neither."""
+    """The built-in task with this name, or the task in a file of JSON lines. Raises UserError if there is neither."""
     if name in TASKS:
         return TASKS[name](200)
     if not pathlib.Path(name).is_file():

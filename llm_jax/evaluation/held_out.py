@@ -16,25 +16,27 @@ LossFunction = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
 def evaluate(
     loss: LossFunction, params: Any, rows: AnyRows, batch_size: int, sharding: jax.sharding.Sharding, limit: int = 0
 ) -> dict[str, float]:
-    """Figures over the first `limit` rows (0: all), whose windows do not overlap.
+    """The loss over the first `limit` rows (0: all).
 
     Args:
-      loss: (params, batch) -> (sum of nats, number of targets), jitted.
+      loss: jitted (params, batch) -> (sum of the cross-entropy in nats, number of targets), float32 () each.
+      batch_size: rows at a time.
+      sharding: of a batch.
 
     Returns:
-      loss: nats per token. perplexity: its exponential. tokens: targets counted, EOS included.
-      bits_per_byte: all nats in bits over the bytes of the text; exact for all rows, and for a part
-      of them by the bytes per token of the whole. This one compares across tokenizers.
+      {"loss": nats per token; "perplexity": its exponential; "bits_per_byte": see below; "tokens": number of targets,
+      EOS included}. Bits per byte can be compared across tokenizers: the sum of the cross-entropy in bits, over the
+      bytes of the text. For a part of the rows, the bytes are estimated by the bytes per target of all rows.
 
     Raises:
-      UserError: no target counts.
+      UserError: the rows have no target.
     """
     count_rows = min(limit, len(rows)) if limit else len(rows)
     steps = -(-count_rows // batch_size)
     sums: list[tuple[jax.Array, jax.Array]] = []
     stream = batches(rows, 0, steps, batch_size, sharding)
     for batch in tqdm(stream, "evaluating", steps, leave=False, delay=2, disable=None):
-        # One at a time: programs with collectives that run at once starve each other of CPU threads.
+        # One step at a time: on CPU, programs with collectives that run together starve each other of threads.
         jax.block_until_ready(sums[-1:])
         sums.append(loss(params, batch))
     nats, tokens = (float(sum(float(x) for x in part)) for part in zip(*jax.device_get(sums), strict=True))

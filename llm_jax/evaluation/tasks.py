@@ -1,59 +1,80 @@
-"""Tasks: examples, a template, how the answer is read, and how it is judged. A JSONL file is one, with no code.
+"""Tasks: examples, templates, and a metric. A file of JSON lines is a task:
 
     {"task": "capitals", "question": "The capital of {country} is", "scoring": "generate"}
     {"country": "France", "answer": "Paris", "shot": true}
     {"country": "Italy", "answer": "Rome"}
 
-The first line may be left out, where examples have "question" and "answer". Examples with "shot" are shown, the
-others are asked.
+The first line has the options of the task, named like the attributes of `Task`; it may be left out if the examples have
+"question" and "answer". Examples with "shot" are the solved examples of few-shot prompts.
 """
 
 import dataclasses
+import decimal
 import difflib
 import hashlib
-import json
 import pathlib
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from llm_jax.data import records
 from llm_jax.errors import UserError
 from llm_jax.evaluation import templates
 from llm_jax.evaluation.templates import Example, Template
 
 SCORINGS = ("likelihood", "generate")
 
+# A number: a sign, which is not the hyphen of "3-4"; a currency; digits, perhaps in groups of three; an exponent.
+_GROUP = "[,_'\N{RIGHT SINGLE QUOTATION MARK}\N{NO-BREAK SPACE}\N{NARROW NO-BREAK SPACE}\N{THIN SPACE}]"
+_NUMBER = re.compile(
+    r"(?:(?<![\w.)])(?P<sign>[-+\N{MINUS SIGN}])\s?)?[$\N{EURO SIGN}\N{POUND SIGN}\N{YEN SIGN}]?\s?"
+    rf"(?P<digits>\d{{1,3}}(?:{_GROUP}\d{{3}})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?P<exponent>[eE][-+]?\d+)?"
+)
 
-def _plain(text: str) -> str:
+
+def number(text: str) -> decimal.Decimal | None:
+    """The last number of a text, or None. Signs, thousands separators, currencies and percent signs are understood."""
+    match = None
+    for match in _NUMBER.finditer(text):  # noqa: B007
+        pass
+    if match is None:
+        return None
+    value = decimal.Decimal(re.sub(_GROUP, "", match["digits"]) + (match["exponent"] or ""))
+    return -value if match["sign"] and match["sign"] != "+" else value
+
+
+def _words(text: str) -> str:
     return re.sub(r"[\W_]+", " ", text.casefold()).strip()
 
 
-def _number(text: str) -> float | None:
-    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
-    return float(found[-1].replace(",", "")) if found else None
-
-
+# normalization -> a function of predictions and answers, which are then compared.
+NORMALIZATIONS: dict[str, Callable[[str], str]] = {"none": str.strip, "words": _words}
+# metric -> whether a prediction is right: (prediction, answer), both normalized and not empty.
+_BEFORE, _AFTER = r"(?<![^\s(\"'])", r"(?![^\s.,;:!?)\"'])"  # the answer is not part of a longer word
 METRICS: dict[str, Callable[[str, str], bool]] = {
-    "exact": lambda said, right: _plain(said) == _plain(right),
-    "number": lambda said, right: _number(said) is not None and _number(said) == _number(right),
-    "starts": lambda said, right: (_plain(said) + " ").startswith(_plain(right) + " "),
-    "contains": lambda said, right: f" {_plain(right)} " in f" {_plain(said)} ",
+    "exact": lambda prediction, answer: prediction == answer,
+    "number": lambda prediction, answer: number(prediction) is not None and number(prediction) == number(answer),
+    "starts": lambda prediction, answer: bool(re.match(re.escape(answer) + _AFTER, prediction)),
+    "contains": lambda prediction, answer: bool(re.search(_BEFORE + re.escape(answer) + _AFTER, prediction)),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What is asked and how it is judged.
+    """Questions with their answers, and the way to judge a model's answers.
 
     Attributes:
-      templates: ways to put the question; they are paraphrases of each other.
-      examples: what is asked. shots: what may be shown before.
-      scoring: "likelihood" takes the likeliest of an example's choices, "generate" reads what the model writes.
-      extract: regular expression whose last match (its first group, if it has one) is the answer in a text.
-      metric: one of `METRICS`, of what was extracted against the right answer.
-      max_new_tokens, stop: of the answer, where it is generated.
-      reasoning_tokens: of the chain of thought before it.
-      domain: what an expert persona is an expert in.
+      templates: paraphrases of the question.
+      examples: the questions that are asked.
+      shots: solved examples for few-shot prompts.
+      scoring: "likelihood" takes the most likely of the choices of an example, "generate" reads a generated text.
+      extract: regular expression; its last match (its first group, if it has one) is the answer in a generated text.
+      metric: one of `METRICS`, which compares the extracted answer with the right one.
+      max_new_tokens, stop: limits of a generated answer.
+      reasoning_tokens: limit of the chain of thought before it.
+      domain: the field of the expert persona.
+      normalization: one of `NORMALIZATIONS`: "none" compares texts without surrounding white space, "words" ignores
+        case and punctuation.
     """
 
     name: str
@@ -67,71 +88,87 @@ class Task:
     stop: tuple[str, ...] = ("\n",)
     reasoning_tokens: int = 96
     domain: str = "this field"
+    normalization: str = "none"
 
     def check(self) -> None:
-        """Raises UserError where the parts do not fit together."""
+        """Raises UserError if the parts do not fit together."""
         if not self.examples:
             raise UserError(f"the task {self.name} has no examples to ask")
-        if self.scoring not in SCORINGS:
-            raise UserError(f"the task {self.name}: scoring is {self.scoring!r}; expected one of {', '.join(SCORINGS)}")
-        if self.metric not in METRICS:
-            raise UserError(f"the task {self.name}: metric is {self.metric!r}; expected one of {', '.join(METRICS)}")
+        for name, options in (("scoring", SCORINGS), ("metric", METRICS), ("normalization", NORMALIZATIONS)):
+            if (value := getattr(self, name)) not in options:
+                raise UserError(f"the task {self.name}: {name} is {value!r}; expected one of {', '.join(options)}")
         try:
             re.compile(self.extract)
         except re.error as error:
             raise UserError(f"the task {self.name}: extract is no regular expression ({error})") from error
         for template in self.templates:
-            wanted = templates.names(template)
-            for number, one in enumerate((*self.examples, *self.shots), 1):
-                if lacking := wanted - set(one.fields):
-                    raise UserError(f"the task {self.name}: example {number} lacks the field '{min(lacking)}'")
-        if self.scoring == "likelihood":
-            for number, one in enumerate(self.examples, 1):
-                if len(one.choices) < 2 or one.answer not in one.choices:
+            fields = templates.names(template)
+            for index, example in enumerate((*self.examples, *self.shots), 1):
+                if missing := fields - set(example.fields):
+                    raise UserError(f"the task {self.name}: example {index} lacks the field '{min(missing)}'")
+        if self.scoring == "generate":
+            self._check_answers()
+            return
+        for index, example in enumerate(self.examples, 1):
+            if len(example.choices) < 2 or example.answer not in example.choices:
+                raise UserError(
+                    f"the task {self.name}: example {index} needs choices, two or more, with its answer among them"
+                )
+            if len(set(example.choices)) < len(example.choices):
+                raise UserError(f"the task {self.name}: two choices of example {index} are the same")
+
+    def _check_answers(self) -> None:
+        """Raises UserError if the metric cannot tell the answers of the task apart."""
+        if self.metric == "number":
+            if self.normalization != "none":
+                raise UserError(f"the task {self.name}: metric is 'number', which takes normalization 'none' only")
+            for index, example in enumerate(self.examples, 1):
+                if number(example.answer) is None:
                     raise UserError(
-                        f"the task {self.name}: example {number} needs choices, two or more, with its answer among them"
+                        f"the task {self.name}: the answer of example {index} is {example.answer!r}, no number"
                     )
+        normalize = NORMALIZATIONS[self.normalization]
+        answers: dict[str, str] = {}
+        for index, example in enumerate(self.examples, 1):
+            other = answers.setdefault(normalize(example.answer), example.answer)
+            if not normalize(example.answer) or other.strip() != example.answer.strip():
+                what = f"the same as {other!r}" if normalize(example.answer) else "empty"
+                raise UserError(
+                    f"the task {self.name}: the answer of example {index} is {example.answer!r}, {what} with "
+                    f"normalization '{self.normalization}'"
+                )
 
     def digest(self) -> str:
-        """The same for the same task, and for no other."""
+        """A hash of the task: equal for equal tasks only."""
         return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
 
     def read(self, text: str) -> str:
         """The answer in a generated text, or ""."""
-        found = list(re.finditer(self.extract, text))
-        return (found[-1][1] if found[-1].re.groups else found[-1][0]).strip() if found else ""
+        matches = list(re.finditer(self.extract, text))
+        return ((matches[-1][1] if matches[-1].re.groups else matches[-1][0]) or "").strip() if matches else ""
 
-    def right(self, said: str, example: Example) -> bool:
-        return METRICS[self.metric](said, example.answer)
+    def right(self, prediction: str, example: Example) -> bool:
+        """Whether an extracted answer is the right one of the example; an empty one never is."""
+        normalize = NORMALIZATIONS[self.normalization]
+        prediction = normalize(prediction)
+        return bool(prediction) and METRICS[self.metric](prediction, normalize(example.answer))
 
 
 _HEADER = {
     "task": str, "question": (str, list), "instruction": str, "answer": str, "separator": str, "choices": list,
     "scoring": str, "extract": str, "metric": str, "max_new_tokens": int, "stop": list, "reasoning_tokens": int,
-    "domain": str,
+    "domain": str, "normalization": str,
 }  # fmt: skip
 
 
 def read(path: pathlib.Path) -> Task:
-    """The task in a JSONL file.
+    """The task in a file of JSON lines.
 
     Raises:
-      UserError: a line that is no JSON object, an unknown key, a wrong type, a missing answer: with its number.
+      UserError: a line is not a JSON object, or has an unknown key, a value of another type, or no answer; or see
+        `Task.check`.
     """
-    lines: list[tuple[int, dict[str, Any]]] = []
-    try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--task={path}: cannot be read as UTF-8 text ({error})") from error
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            try:
-                one = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path}, line {number}: no JSON ({error})") from error
-            if not isinstance(one, dict):
-                raise UserError(f"{path}, line {number}: expected a JSON object, not {line.strip()[:40]}")
-            lines.append((number, one))
+    lines = list(records.json_lines(path))
     if not lines:
         raise UserError(f"--task={path}: the file is empty")
     header = lines.pop(0)[1] if "task" in lines[0][1] else {"task": path.stem}
@@ -144,35 +181,34 @@ def read(path: pathlib.Path) -> Task:
         if isinstance(value, list) and (not value or not all(isinstance(v, str) for v in value)):
             raise UserError(f"{path}, line 1: {key} must be a list of texts, at least one")
     choices = tuple(header.get("choices", ()))
-    examples = [(bool(one.pop("shot", False)), _example(path, number, one, choices)) for number, one in lines]
+    examples = [(bool(line.pop("shot", False)), _example(path, index, line, choices)) for index, line in lines]
     questions = header.get("question", "{question}\n")
     texts = {k: header[k] for k in ("instruction", "answer", "separator") if k in header}
-    own: dict[str, Any] = {
-        k: header[k] for k in ("extract", "metric", "max_new_tokens", "reasoning_tokens", "domain") if k in header
-    }
+    names = ("extract", "metric", "max_new_tokens", "reasoning_tokens", "domain", "normalization")
+    options: dict[str, Any] = {name: header[name] for name in names if name in header}
     if "stop" in header:
-        own["stop"] = tuple(header["stop"])
+        options["stop"] = tuple(header["stop"])
     task = Task(
         header["task"],
         tuple(Template(q, **texts) for q in ([questions] if isinstance(questions, str) else questions)),
-        tuple(one for shot, one in examples if not shot),
-        tuple(one for shot, one in examples if shot),
-        header.get("scoring", "likelihood" if all(one.choices for _, one in examples) else "generate"),
-        **own,
+        tuple(example for is_shot, example in examples if not is_shot),
+        tuple(example for is_shot, example in examples if is_shot),
+        header.get("scoring", "likelihood" if all(example.choices for _, example in examples) else "generate"),
+        **options,
     )
     task.check()
     return task
 
 
-def _example(path: pathlib.Path, number: int, one: Mapping[str, Any], choices: tuple[str, ...]) -> Example:
-    if "answer" not in one:
-        raise UserError(f"{path}, line {number}: an example needs an 'answer'")
-    own = one.get("choices", list(choices))
-    if not isinstance(own, list) or not all(isinstance(c, str) for c in own):
-        raise UserError(f"{path}, line {number}: choices must be a list of texts")
-    fields = {k: v for k, v in one.items() if k not in ("answer", "choices", "explanation")}
-    for name, value in {**fields, "answer": one["answer"], "explanation": one.get("explanation", "")}.items():
+def _example(path: pathlib.Path, index: int, line: Mapping[str, Any], choices: tuple[str, ...]) -> Example:
+    if "answer" not in line:
+        raise UserError(f"{path}, line {index}: an example needs an 'answer'")
+    example_choices = line.get("choices", list(choices))
+    if not isinstance(example_choices, list) or not all(isinstance(c, str) for c in example_choices):
+        raise UserError(f"{path}, line {index}: choices must be a list of texts")
+    fields = {k: v for k, v in line.items() if k not in ("answer", "choices", "explanation")}
+    for name, value in {**fields, "answer": line["answer"], "explanation": line.get("explanation", "")}.items():
         if not isinstance(value, str | int | float) or isinstance(value, bool):
-            raise UserError(f"{path}, line {number}: {name} is {value!r}; expected a text or a number")
+            raise UserError(f"{path}, line {index}: {name} is {value!r}; expected a text or a number")
     texts = {name: str(value) for name, value in fields.items()}
-    return Example(texts, str(one["answer"]), tuple(own), str(one.get("explanation", "")))
+    return Example(texts, str(line["answer"]), tuple(example_choices), str(line.get("explanation", "")))

@@ -1,7 +1,7 @@
-"""How a question is put: templates and styles, as data.
+"""Templates and prompting styles, as data.
 
-A template turns an example's fields into text. A style says what stands around it: nothing (zero-shot), solved
-examples (few-shot), an expert's role, or a request to reason first (chain of thought).
+A template turns the fields of an example into text. A style adds nothing (zero-shot), solved examples (few-shot), the
+role of an expert, or a request to reason first (chain of thought).
 """
 
 import dataclasses
@@ -14,13 +14,13 @@ from llm_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One question and its answer.
+    """A question and its answer.
 
     Attributes:
-      fields: what the template names, such as {"question": "2 + 2?"}.
+      fields: the values of the fields that templates name, such as {"question": "2 + 2?"}.
       answer: the right answer.
-      choices: the possible answers, where they are scored by likelihood.
-      explanation: reasoning that leads to the answer, shown in few-shot chains of thought.
+      choices: the possible answers, if they are scored by likelihood.
+      explanation: the reasoning that leads to the answer, for few-shot chains of thought.
     """
 
     fields: Mapping[str, str]
@@ -42,20 +42,20 @@ class Template:
         return _fill(self.question, example.fields)
 
     def solve(self, example: Example, answer: str) -> str:
-        """What follows the question where the answer is `answer`."""
+        """The text that follows the question, with this answer."""
         return _fill(self.answer, {**example.fields, "answer": answer})
 
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """What stands around a question.
+    """A prompting style.
 
     Attributes:
-      shots: solved examples before it.
-      persona: who is asked, over {domain}.
-      reason: the model reasons before it answers, after this cue.
-      request: an instruction that is added.
-      conclude: what leads from the reasoning to the answer.
+      shots: number of solved examples before the question.
+      persona: format string over {domain} for the system message.
+      reason: the cue after which the model reasons before it answers; "": it answers directly.
+      request: an instruction that is added to the system message.
+      conclude: the text between the reasoning and the answer.
     """
 
     shots: int = 0
@@ -69,7 +69,7 @@ STYLES = {
     "zero_shot": Style(),
     "few_shot": Style(shots=4),
     "expert": Style(persona="You are a world-leading expert in {domain}."),
-    # Kojima et al. 2022, arXiv:2205.11916, section 3: the cue, and the second prompt that draws the answer out.
+    # Kojima et al. 2022, arXiv:2205.11916, section 3: the cue, and the second prompt, which extracts the answer.
     "cot_zero_shot": Style(reason="Let's think step by step."),
     # Wei et al. 2022, arXiv:2201.11903: examples whose answers are explained.
     "cot_few_shot": Style(shots=4, reason="Explanation:", request="Give detailed explanations for the answer."),
@@ -78,10 +78,13 @@ STYLES = {
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A prompt as turns of a conversation: (role, text), the last of the user.
+    """A prompt as a conversation.
 
     Attributes:
-      reason: whether the model is to reason before what `conclude` says.
+      turns: (role, text) of each message; the last one is the user's.
+      begun: the beginning of the answer.
+      reason: whether the model reasons before `conclude`.
+      conclude: the text between the reasoning and the answer.
     """
 
     turns: tuple[tuple[str, str], ...]
@@ -90,11 +93,11 @@ class Prompt:
     conclude: str
 
     def plain(self) -> str:
-        """The prompt as one text, up to where the model goes on."""
+        """The prompt as one text, up to where the model continues."""
         return "".join(text for _, text in self.turns) + self.begun
 
     def messages(self) -> list[dict[str, str]]:
-        """The prompt for a chat template; what has begun the answer comes after it."""
+        """The messages for a chat template, without `begun`, which follows the rendered text."""
         return [{"role": role, "content": text.strip()} for role, text in self.turns]
 
 
@@ -104,8 +107,8 @@ def build(
     """The prompt for one example.
 
     Args:
-      shots: solved examples, in the order in which they are shown.
-      domain: what the expert is an expert in.
+      shots: solved examples, in their order in the prompt.
+      domain: the field of the expert persona.
 
     Raises:
       UserError: the template names a field that an example lacks.
@@ -123,14 +126,15 @@ def build(
 
 
 def choose_shots(pool: Sequence[Example], count: int, seed: int, select: str = "random") -> list[Example]:
-    """Which examples are shown, and in which order.
+    """The solved examples of a prompt, in their order.
 
     Args:
-      select: "first" takes them as they stand, "random" draws them and their order from `seed`, "balanced"
-        does so with as equal a number of every answer as there can be.
+      pool: all solved examples of the task.
+      select: "first" takes the first ones; "random" draws them and their order with `seed`; "balanced" does so with
+        numbers of the different answers that are as equal as possible.
 
     Raises:
-      UserError: fewer examples than asked for, or an unknown way to select.
+      UserError: the pool has fewer than `count` examples; an unknown way to select.
     """
     if count > len(pool):
         raise UserError(f"--shots={count}, but the task has {len(pool)} solved examples to show")
@@ -143,14 +147,14 @@ def choose_shots(pool: Sequence[Example], count: int, seed: int, select: str = "
         raise UserError(f"--select={select}; expected first, random or balanced")
     seen: dict[str, int] = {}
     rank = []
-    for index, one in enumerate(shuffled):  # the i-th of its answer comes after all (i-1)-th ones
-        seen[one.answer] = seen.get(one.answer, 0) + 1
-        rank.append((seen[one.answer], index))
+    for index, example in enumerate(shuffled):  # the i-th example of an answer comes after all (i-1)-th ones
+        seen[example.answer] = seen.get(example.answer, 0) + 1
+        rank.append((seen[example.answer], index))
     return [shuffled[index] for _, index in sorted(rank)[:count]]
 
 
 def names(template: Template) -> set[str]:
-    """The fields that a template names. Raises UserError where it is no format string."""
+    """The fields that a template names. Raises UserError if it is not a format string."""
     try:
         parts = [p for text in (template.question, template.answer) for p in string.Formatter().parse(text)]
     except ValueError as error:
@@ -162,5 +166,5 @@ def _fill(text: str, fields: Mapping[str, str]) -> str:
     try:
         return text.format(**fields)
     except (KeyError, IndexError, ValueError, AttributeError) as error:
-        have = ", ".join(sorted(fields))
-        raise UserError(f"the template {text[:60]!r} cannot be filled: {error} (an example has {have})") from error
+        names = ", ".join(sorted(fields))
+        raise UserError(f"the template {text[:60]!r} cannot be filled: {error} (an example has {names})") from error

@@ -147,7 +147,7 @@ def test_the_split_takes_groups_one_by_one_in_the_order_of_their_hash(found, fra
     corpus = dataclasses.replace(corpus, files=tuple(files))
     expected = expected or {min(total, key=lambda g: (total[g], g))}
     with (
-        unittest.mock.patch.multiple(split, _BINS=bins, _FEW=few),
+        unittest.mock.patch.multiple(split, _BINS=bins, _BATCH=few),
         unittest.mock.patch.object(catalog, "_BLOCK", block),
     ):
         held = held_out(corpus, fraction)
@@ -215,7 +215,7 @@ def test_a_damaged_cache_says_what_to_delete(tmp_path, text_file):
     source.corpus(tokenizer)
     (file,) = tmp_path.glob("corpora/*/train/tokens.bin")
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(UserError, match="cut short; delete this directory"):
+    with pytest.raises(UserError, match="truncated; delete this directory"):
         source.corpus(tokenizer)
 
 

@@ -65,6 +65,19 @@ def test_answers_alone_count():
     ]
 
 
+def test_records_of_sharegpt_alpaca_and_trl_are_conversations():
+    turns = [("system", "Be brief."), ("human", "2+2?"), ("gpt", "4"), ("user", "more"), ("assistant", "5")]
+    shared = {"conversations": [{"from": role, "value": text} for role, text in turns]}
+    assert examples(shared) == examples({"messages": TALK})
+    assert examples({"conversations": TALK}) == examples({"messages": TALK})
+    alpaca = {"instruction": "Add.", "input": "2+2", "output": "4"}
+    expected = [("^user: Add.\n\n2+2\n\nassistant: 4§", "4§")]
+    assert examples(alpaca) == expected
+    assert examples(alpaca | {"input": ""}) == [("^user: Add.\n\nassistant: 4§", "4§")]
+    assert examples(alpaca, tokenizer=Chatting()) == [("<|user|>Add.\n\n2+2</s><|assistant|>4</s>", "4</s>")]
+    assert examples({"prompt": "ask ", "completion": "yes"}) == [("^ask yes§", "yes§")]
+
+
 def test_a_chat_template_writes_the_conversation():
     assert examples({"prompt": "ask", "answer": "yes"}, tokenizer=Chatting()) == [
         ("<|user|>ask</s><|assistant|>yes</s>", "yes</s>")
@@ -102,6 +115,9 @@ def test_preferences_are_two_examples_of_one_prompt():
         ("instructions", {"text": "a"}, "has text; expected 'messages', or 'prompt' and 'answer'"),
         ("instructions", {"prompt": "a", "answer": None}, "expected 'messages', or"),
         ("instructions", {"messages": TALK[:2]}, "and one by the assistant"),
+        ("instructions", {"conversations": [{"from": "human", "value": "a"}]}, "and one by the assistant"),
+        ("instructions", {"conversations": [{"from": "gpt", "text": "a"}]}, "messages with 'role' and 'content'"),
+        ("instructions", {"instruction": "a", "output": None}, "expected text in 'instruction' and 'output'"),
         ("instructions", {"messages": [{"role": "user"}]}, "expected messages with 'role' and 'content'"),
         ("instructions", {"prompt": 5, "answer": "a"}, "expected messages with 'role' and 'content', and text"),
         ("instructions", [1], "is no record; this data.kind reads JSON lines"),

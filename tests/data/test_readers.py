@@ -127,15 +127,15 @@ def test_a_data_set_of_datasets_gives_its_column(tmp_path):
         ("a.jsonl", rb'{"text": "\ud800"}', "line 1: an unpaired surrogate at character 0"),
         ("a.jsonl", b"[" * 10**6, "line 1: not JSON"),
         ("a.jsonl", b'{"text": ""}\n\n', "there is no text in it"),
-        ("a.txt.gz", gzip.compress(b"text\n" * 10**5)[:-20], "a.txt.gz: cut short or damaged"),
-        ("a.txt.gz", b"no gzip", "a.txt.gz: cut short or damaged"),
-        ("a.txt.bz2", bz2.compress(b"text\n" * 10**5)[:-20], "a.txt.bz2: cut short or damaged"),
-        ("a.txt.bz2", b"no bzip2", "a.txt.bz2: cut short or damaged"),
-        ("a.txt.xz", lzma.compress(b"text\n" * 10**5)[:-20], "a.txt.xz: cut short or damaged"),
-        ("a.txt.xz", b"no xz", "a.txt.xz: cut short or damaged"),
-        ("a.txt.zst", None, "a.txt.zst: cut short or damaged"),
-        ("a.txt.zst", b"no zstd", "a.txt.zst: cut short or damaged"),
-        ("a.parquet", b"PAR1 and no more", "a.parquet: no readable Parquet file"),
+        ("a.txt.gz", gzip.compress(b"text\n" * 10**5)[:-20], "a.txt.gz: truncated or damaged"),
+        ("a.txt.gz", b"no gzip", "a.txt.gz: truncated or damaged"),
+        ("a.txt.bz2", bz2.compress(b"text\n" * 10**5)[:-20], "a.txt.bz2: truncated or damaged"),
+        ("a.txt.bz2", b"no bzip2", "a.txt.bz2: truncated or damaged"),
+        ("a.txt.xz", lzma.compress(b"text\n" * 10**5)[:-20], "a.txt.xz: truncated or damaged"),
+        ("a.txt.xz", b"no xz", "a.txt.xz: truncated or damaged"),
+        ("a.txt.zst", None, "a.txt.zst: truncated or damaged"),
+        ("a.txt.zst", b"no zstd", "a.txt.zst: truncated or damaged"),
+        ("a.parquet", b"PAR1 and no more", "a.parquet: not a readable Parquet file"),
     ],
 )
 def test_what_cannot_be_read_is_said_in_one_line_and_leaves_nothing(tmp_path, name, content, message):
@@ -188,7 +188,7 @@ def test_a_scan_is_remembered_until_a_file_changes(tmp_path, monkeypatch):
         os.utime(path, (10**9, 10**9))
     scanned = []
     real = readers.FORMATS["jsonl"]
-    spy = readers.Format(lambda path, field: scanned.append(path[-7]) or real.scan(path, field), real.read)
+    spy = readers.FileFormat(lambda path, field: scanned.append(path[-7]) or real.scan(path, field), real.read)
     monkeypatch.setitem(readers.FORMATS, "jsonl", spy)
     first = Source(config(tmp_path / "in", tmp_path))
     again = Source(config(tmp_path / "in", tmp_path))
@@ -210,3 +210,83 @@ def test_catalog_reads_documents_in_any_files(tmp_path):
     assert found.ends == (50, 300)
     for some in (np.array([3, 49, 50, 51, 299]), np.array([], np.int64), np.arange(0, 300, 7)):
         assert list(found.texts(some)) == [TEXTS[i] for i in some]
+
+
+# ---------------------------------------------------------------- files are read as what they are
+
+HARD = [f'text {i}\u2028second\u2029third\x85fourth\x0bfifth, "quoted"\tand more' for i in range(300)]
+
+
+def delimited(found, delimiter) -> bytes:
+    import csv
+    import io
+
+    file = io.StringIO(newline="")
+    writer = csv.writer(file, delimiter=delimiter)
+    writer.writerows([("id", "text"), *enumerate(found)])
+    return file.getvalue().encode()
+
+
+CONTENTS = {
+    "array.json": json.dumps([{"id": i, "text": t} for i, t in enumerate(HARD)], indent=1).encode(),
+    "array_in_a_line.json": json.dumps([{"text": t} for t in HARD], ensure_ascii=False).encode(),
+    "lines.json": json_lines(HARD),
+    "bom.json": b"\xef\xbb\xbf" + json.dumps([{"text": t} for t in HARD]).encode(),
+    "bom.jsonl": b"\xef\xbb\xbf" + json_lines(HARD),
+    "crlf.jsonl": json_lines(HARD).replace(b"\n", b"\r\n"),
+    "blank.jsonl": b"\n" + json_lines(HARD) + b"\n  \n\r\n",
+    "no_newline.jsonl": json_lines(HARD).rstrip(b"\n"),
+    "upper.JSONL": json_lines(HARD),
+    "table.csv": delimited(HARD, ","),
+    "bom.csv": b"\xef\xbb\xbf" + delimited(HARD, ","),
+    "table.tsv": delimited(HARD, "\t"),
+    "packed.csv.gz": gzip.compress(delimited(HARD, ",")),
+    "packed.json.gz": gzip.compress(json.dumps([{"text": t} for t in HARD]).encode()),
+}
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_records_are_read_whatever_their_form(tmp_path, name):
+    (tmp_path / name).write_bytes(CONTENTS[name])
+    assert texts(tmp_path / name, tmp_path) == HARD
+    source = Source(config(tmp_path / name, tmp_path))
+    some = np.arange(3, 300, 41)
+    assert list(source.catalog.texts(some)) == [HARD[i] for i in some]
+    records = Source(config(tmp_path / name, tmp_path, kind="instructions")).catalog.texts(np.arange(9))
+    assert [json.loads(record)["text"] for record in records] == HARD[:9]
+
+
+def test_values_of_a_table_may_have_line_breaks(tmp_path):
+    (tmp_path / "a.csv").write_bytes(delimited(TEXTS, ","))
+    assert texts(tmp_path / "a.csv", tmp_path) == TEXTS
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", b'{"data": [{"text": "a"}]}\n', "the field 'text' is not in it; it has data"),
+        ("a.json", b'{\n "data": [{"text": "a"}]\n}', "expected an array of JSON objects, or one object a line"),
+        ("a.json", b'["a", "b"]', "expected an array of JSON objects, or one object a line"),
+        ("a.json", b'[{"text": "a"}, 5]', "row 1: expected a JSON object, found int"),
+        ("a.json", b'[{"text": "a"}, {"words": "b"}]', "row 1: the field 'text' is not in it; it has words"),
+        ("a.json", b'[{"text": "a"}', "not JSON"),
+        ("a.csv", b"id,words\n1,a\n", "line 2: the column 'text' is not in it; it has id, words. Name the field"),
+        ("a.csv", b"id,text\n1,a\n2\n", r"line 3: 1 values; expected 2 \(id, text\)"),
+        ("a.csv", b"text,text\na,b\n", "two columns of the first line have the same name"),
+        ("a.csv", b'id,text\n1,"a" b\n', "record at byte 8: not CSV"),
+        ("a.tsv", b'id\ttext\n1\t"a\n2\tb\n', "record at byte 8: not TSV"),
+    ],
+)
+def test_records_that_cannot_be_read_are_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        Source(config(tmp_path / name, tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_json_of_another_form_in_a_directory_is_text(tmp_path):
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    (tree / "package.json").write_text('{\n "name": "a"\n}\n')
+    (tree / "records.json").write_text('[{"text": "b"}]')
+    assert texts(tree, tmp_path) == ['{\n "name": "a"\n}\n', "b"]

@@ -2,6 +2,8 @@
 
 import json
 import math
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llm_jax.decoding import score
 from llm_jax.evaluation import answers, harness
 from llm_jax.evaluation.prompts import PromptConfig
 from llm_jax.evaluation.tasks import Task
 from llm_jax.evaluation.templates import Example, Template
 from llm_jax.tokenizers.byte import ByteTokenizer
+from tests.data.test_labelled import TEMPLATE, chat_tokenizer
 
 BYTES = ByteTokenizer()
 
@@ -60,6 +64,33 @@ metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
 class Request:
     def __init__(self, *args):
         self.args = args
+
+
+def test_chats_that_lm_eval_renders_have_their_special_tokens(make, monkeypatch):
+    model, params = make(scan_layers=False)
+    tokenizer = chat_tokenizer(TEMPLATE)
+    for name in ("lm_eval", "lm_eval.api", "lm_eval.api.model"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules["lm_eval.api.model"].LM = object  # type: ignore[attr-defined]
+    scored: list[tuple[list[int], list[int]]] = []
+    monkeypatch.setattr(
+        score, "score", lambda model, params, pairs, size: scored.extend(pairs) or [score.Scored([0.0], True)]
+    )
+    prompts: list[list[int]] = []
+    completion = types.SimpleNamespace(text="written")
+    monkeypatch.setattr(harness, "complete", lambda m, p, t, ids, o: prompts.extend(ids) or [[completion]])
+    adapter = harness.language_model(model, params, tokenizer, context=300)
+    adapter.loglikelihood([Request("<|end|>", "yes")])
+    chat = adapter.apply_chat_template([{"role": "user", "content": "2+2?"}])
+    assert chat == "<|start|>user: 2+2?<|end|><|start|>assistant: "
+    adapter.loglikelihood([Request(chat, "4")])
+    adapter.generate_until([Request(chat, {"until": []})])
+    special = [tokenizer._tokenizer.token_to_id(name) for name in ("<|start|>", "<|end|>")]
+    (plain, _), (head, tail) = scored
+    assert not set(plain) & set(special)  # a text that looks like a special token, before any chat
+    assert [i for i in head if i in special] == [special[0], special[1], special[0]]
+    assert tokenizer._tokenizer.decode([*head, *tail], skip_special_tokens=False) == chat + "4"
+    assert prompts == [tokenizer.encode_chat(chat)]
 
 
 @pytest.mark.live

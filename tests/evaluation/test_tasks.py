@@ -1,6 +1,7 @@
 """Templates, task files, likelihood and generation, records that are gone on from."""
 
 import dataclasses
+import decimal
 import json
 import shutil
 
@@ -14,7 +15,7 @@ from llm_jax.decoding.options import DecodingOptions
 from llm_jax.errors import UserError
 from llm_jax.evaluation import answers, builtin, prompts, statistics, tasks, templates
 from llm_jax.evaluation.prompts import PromptConfig
-from llm_jax.evaluation.tasks import METRICS, Task
+from llm_jax.evaluation.tasks import Task
 from llm_jax.evaluation.templates import STYLES, Example, Template
 from llm_jax.tokenizers.byte import ByteTokenizer
 from tests.data.test_labelled import TEMPLATE as TEMPLATE_OF_CHATS
@@ -61,17 +62,76 @@ def test_shots_are_chosen_by_seed_and_balanced_where_asked():
         templates.choose_shots(pool, 6, 0)
 
 
+def judge(metric, prediction, answer, normalization="none"):
+    example = Example({"text": "a"}, answer)
+    task = Task("t", (TEMPLATE,), (example,), metric=metric, normalization=normalization)
+    task.check()
+    return task.right(prediction, example)
+
+
 @pytest.mark.parametrize(
     ("metric", "prediction", "right", "expected"),
     [
         ("exact", " Paris.", "paris", True), ("exact", "Paris, France", "Paris", False),
-        ("number", "It is 1,200 now", "1200", True), ("number", "3 and 4", "3", False), ("number", "none", "3", False),
         ("starts", "a b c d", "a b c", True), ("starts", "a b cd", "a b c", False), ("starts", "", "a", False),
         ("contains", "so it is a B!", "b", True), ("contains", "abc", "b", False),
     ],
 )  # fmt: skip
-def test_metrics(metric, prediction, right, expected):
-    assert METRICS[metric](prediction, right) is expected
+def test_metrics_of_words_ignore_case_and_punctuation(metric, prediction, right, expected):
+    assert judge(metric, prediction, right, "words") is expected
+
+
+@pytest.mark.parametrize(
+    ("metric", "prediction", "right", "expected"),
+    [
+        ("exact", " Paris\n", "Paris", True), ("exact", "paris", "Paris", False), ("exact", "C", "C++", False),
+        ("exact", "", "+", False), ("exact", "-", "+", False), ("exact", "-5", "5", False),
+        ("exact", "a.b", "ab", False),
+        ("starts", "C++, of course", "C++", True), ("starts", "C++", "C", False), ("starts", "c++", "C++", False),
+        ("starts", "so C", "C", False), ("starts", "C", "C", True), ("starts", " C.", "C", True),
+        ("contains", "it is C++.", "C++", True), ("contains", "it is C++.", "C", False), ("contains", "(C)", "C", True),
+        ("contains", "the -5 of", "5", False), ("contains", "x.5", "5", False), ("contains", "", "5", False),
+    ],
+)  # fmt: skip
+def test_metrics_compare_what_is_written(metric, prediction, right, expected):
+    assert judge(metric, prediction, right) is expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("It is 1,200 now", 1200), ("3 and 4", 4), ("none", None), ("", None), ("-7", -7), ("\u22127", -7), ("+7", 7),
+        ("1\u202f200\u202f000", 1200000), ("1\u00a0200", 1200), ("1'200", 1200), ("1_000", 1000), ("1,2,3", 3),
+        ("$1,200.50", "1200.50"), ("-$5", -5), ("\u2212 \u20ac5", -5), ("45%", 45), ("45 %", 45), ("7.", 7),
+        (".5", "0.5"),
+        ("10-12", 12), ("20 - 5 = 15", 15), ("1e3", 1000), ("2.50", "2.5"), ("9" * 400, int("9" * 400)),
+    ],
+)  # fmt: skip
+def test_numbers_are_read_as_people_write_them(text, expected):
+    assert tasks.number(text) == (None if expected is None else decimal.Decimal(expected))
+    if expected is not None:
+        assert judge("number", text, str(expected)) and not judge("number", "", text)
+        assert not judge("number", text + "1", text)
+
+
+@pytest.mark.parametrize(
+    ("answers", "options", "message"),
+    [
+        (("+", "-"), {"normalization": "words"}, "example 1 is '+', empty with normalization 'words'"),
+        (("Yes", "yes!"), {"normalization": "words"}, "example 2 is 'yes!', the same as 'Yes' with normalization"),
+        (("", "a"), {}, "example 1 is '', empty with normalization 'none'"),
+        (("5", "many"), {"metric": "number"}, "the answer of example 2 is 'many', no number"),
+        (("5", "6"), {"metric": "number", "normalization": "words"}, "takes normalization 'none' only"),
+        (("5", "6"), {"normalization": "lower"}, "normalization is 'lower'; expected one of none, words"),
+    ],
+)
+def test_a_task_whose_answers_the_metric_cannot_tell_apart_is_refused(answers, options, message):
+    examples = tuple(Example({"text": "a"}, answer) for answer in answers)
+    with pytest.raises(UserError) as error:
+        Task("t", (TEMPLATE,), examples, **options).check()
+    assert message in str(error.value)
+    twice = tuple(Example({"text": "a"}, answer) for answer in ("a", "b", "a"))
+    Task("t", (TEMPLATE,), twice, normalization="words").check()
 
 
 def write(path, *lines):
@@ -92,11 +152,21 @@ def test_a_file_is_a_task(tmp_path):
     assert (plain.name, plain.scoring, plain.templates[0].ask(plain.examples[0])) == ("p", "generate", "2 + 2 =\n")
 
 
+@pytest.mark.parametrize("form", ["plain", "bom", "crlf", "blank"])
+def test_a_file_of_json_lines_is_read_in_every_form(tmp_path, form):
+    question = "one\u2028two\x85three\u2029four?\n"
+    lines = [json.dumps({"question": question, "answer": str(i)}, ensure_ascii=False) for i in range(3)]
+    text = {"bom": "\ufeff"}.get(form, "") + {"crlf": "\r\n"}.get(form, "\n").join(lines)
+    (tmp_path / "t.jsonl").write_bytes((text + ("\n\n \r\n" if form == "blank" else "")).encode())
+    task = tasks.read(tmp_path / "t.jsonl")
+    assert [task.templates[0].ask(e) for e in task.examples] == [question + "\n"] * 3
+
+
 @pytest.mark.parametrize(
     ("lines", "says"),
     [
-        ([], "empty"), (["{"], "line 1: no JSON"), (["[1]"], "line 1: expected a JSON object"),
-        ([HEADER, "nonsense"], "line 2: no JSON"), ([HEADER], "no examples to ask"),
+        ([], "empty"), (["{"], "line 1: not JSON"), (["[1]"], "line 1: expected a JSON object"),
+        ([HEADER, "nonsense"], "line 2: not JSON"), ([HEADER], "no examples to ask"),
         ([HEADER | {"questin": "x"}], "unknown key 'questin'; did you mean 'question'"),
         ([HEADER | {"max_new_tokens": "4"}], "of the wrong type"), ([HEADER | {"stop": [1]}], "list of texts"),
         ([HEADER, {"text": "x"}], "line 2: an example needs an 'answer'"),
@@ -105,6 +175,8 @@ def test_a_file_is_a_task(tmp_path):
         ([HEADER, {"word": "x", "answer": "y"}], "lacks the field 'text'"),
         ([HEADER | {"question": "{text"}, {"text": "x", "answer": "y"}], "no format string"),
         ([HEADER | {"metric": "bleu"}, {"text": "x", "answer": "y"}], "metric is 'bleu'"),
+        ([HEADER | {"normalization": 1}, {"text": "x", "answer": "y"}], "of the wrong type"),
+        ([HEADER | {"choices": ["y", "y"]}, {"text": "x", "answer": "y"}], "two choices of example 1 are the same"),
         ([HEADER | {"scoring": "vote"}, {"text": "x", "answer": "y"}], "scoring is 'vote'"),
         ([HEADER | {"extract": "("}, {"text": "x", "answer": "y"}], "no regular expression"),
         ([HEADER, {"text": "x", "answer": "y", "choices": "yn"}], "list of texts"),
