@@ -1,8 +1,8 @@
 """Skip-gram vectors of the Wikipedia sample and Shakespeare: 1.5 M words, 5 epochs.
 
-    python -m llm_jax.embeddings.train --config=configs/word2vec.py --output=vectors.txt [--config.kind=cbow]
+    python -m llm_jax.train_embeddings --config=configs/word2vec.py --output=vectors.txt [--config.kind=cbow]
 
-Half a minute on a CPU core. `embeddings.probe --vectors=vectors.txt` then shows neighbours and figures: a rank
+Half a minute on a CPU core. `probe_embeddings --vectors=vectors.txt` then shows neighbours and figures: a rank
 correlation of about 0.205 with WordSim-353 (so little text teaches little; gensim is at 0.182), for CBOW 0.107 (0.114):
 means of three seeds (`experiments/benchmarks`).
 What each option means stands in `llm_jax/embeddings/config.py`.

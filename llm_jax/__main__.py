@@ -1,26 +1,43 @@
-"""`python -m llm_jax`: the commands."""
+"""`python -m llm_jax` and `llm-jax`: list the commands, and run one as `llm-jax NAME`."""
 
+import difflib
+import importlib
 import sys
 
+from llm_jax import cli
+
 COMMANDS = {
-    "train": "train a model, or go on with a run",
+    "train": "train a model, or resume a run",
     "evaluate": "held-out loss, perplexity and bits per byte of a checkpoint, or its accuracy in a task",
     "generate": "continue a prompt, or answer it, with a checkpoint",
-    "quantize": "a checkpoint with weights of 8 bits or fewer",
-    "convert": "a checkpoint into Hugging Face's form or a GGUF file",
-    "tokenizers.train": "a tokenizer of any kind from text",
-    "tokenizers.show": "a text cut into tokens by one or several tokenizers",
-    "embeddings.train": "word vectors by word2vec or GloVe",
-    "embeddings.probe": "neighbours, analogies, agreement with people, a map of word vectors",
-    "data.show": "rows as the model sees them: segments, and what the loss counts",
-    "plan": "what a run would take, before it runs",
-    "data.assets": "real models and texts: list, fetch, verify",
+    "quantize": "quantize the weights of a checkpoint to 8 bits or fewer",
+    "convert": "write a checkpoint as Hugging Face, GGUF or peft files",
+    "plan": "memory of a training step, before it runs",
+    "show": "rows as the model sees them; text split into tokens",
+    "train_tokenizer": "train a tokenizer of any kind",
+    "train_embeddings": "train word vectors by word2vec or GloVe",
+    "probe_embeddings": "neighbours, analogies, human ratings and a map of word vectors",
+    "assets": "models and texts by name: list, fetch, verify",
 }
 
-if __name__ == "__main__":
-    if sys.argv[1:] and sys.argv[1:] != ["--help"]:
-        print(f"error: commands are modules: python -m llm_jax.{sys.argv[1]}", file=sys.stderr)
+
+def main() -> None:
+    """Runs `llm-jax NAME ...` as `python -m llm_jax.NAME ...`."""
+    name, arguments = (sys.argv[1:2] or ["--help"])[0], sys.argv[2:]
+    if name in ("-h", "--help"):
+        print(
+            "usage: llm-jax COMMAND [--FLAG=VALUE ...], or python -m llm_jax.COMMAND; COMMAND --help lists its flags\n"
+        )
+        for command, purpose in COMMANDS.items():
+            print(f"  {command:<18} {purpose}")
+        return
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, 1, 0.5)
+        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(COMMANDS)}"
+        print(f"error: unknown command '{name}'; {hint}", file=sys.stderr)
         sys.exit(2)
-    print("python -m llm_jax.COMMAND --help\n")
-    for name, what in COMMANDS.items():
-        print(f"  {name:<16} {what}")
+    cli.start(importlib.import_module(f"llm_jax.{name}").COMMAND, arguments)
+
+
+if __name__ == "__main__":
+    main()

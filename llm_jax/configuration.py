@@ -23,7 +23,10 @@ from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 from llm_jax.errors import UserError
-from llm_jax.schema import Config, Rules, choice
+from llm_jax.schema import Config, EmbeddingsConfig, Rules, choice
+
+# The recipe that has the default values of a configuration dataclass.
+DEFAULT_RECIPES: dict[Any, str] = {Config: "default", EmbeddingsConfig: "word2vec"}
 
 # Options that have been renamed: an old checkpoint is read under the new name, an old override is answered with it.
 RENAMED = {
@@ -60,13 +63,80 @@ _SENTIMENT = {
         "train_size": 2000,
     },
 }
+# Names that other codebases use for options: the section and the option here, or a complete override.
+OTHER_NAMES = {
+    "amp": "model.precision.compute=bfloat16",
+    "batch": "train.batch_size",
+    "bf16": "model.precision.compute=bfloat16",
+    "block_size": "train.seq_len",
+    "bptt": "train.seq_len",
+    "context_length": "train.seq_len",
+    "ctx_len": "train.seq_len",
+    "d_ff": "model.mlp_dim",
+    "d_model": "model.width",
+    "dataset": "data.source",
+    "depth": "model.num_layers",
+    "dim": "model.width",
+    "dtype": "model.precision.compute",
+    "embedding_dim": "model.width",
+    "epochs": "train.steps",
+    "fp16": "model.precision.compute=float16",
+    "gradient_accumulation_steps": "train.grad_accumulation",
+    "gradient_checkpointing": "model.remat=full",
+    "hidden_size": "model.width",
+    "intermediate_size": "model.mlp_dim",
+    "iterations": "train.steps",
+    "layers": "model.num_layers",
+    "learning_rate": "optim.lr",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "lora_r": "lora.rank",
+    "lr_scheduler_type": "optim.schedule",
+    "max_grad_norm": "optim.clip_norm",
+    "max_iters": "train.steps",
+    "max_length": "train.seq_len",
+    "max_position_embeddings": "model.position.max_length",
+    "max_seq_len": "train.seq_len",
+    "max_steps": "train.steps",
+    "mixed_precision": "model.precision.compute=bfloat16",
+    "n_ctx": "train.seq_len",
+    "n_embd": "model.width",
+    "n_head": "model.num_heads",
+    "n_heads": "model.num_heads",
+    "n_inner": "model.mlp_dim",
+    "n_kv_head": "model.num_kv_heads",
+    "n_layer": "model.num_layers",
+    "n_layers": "model.num_layers",
+    "num_attention_heads": "model.num_heads",
+    "num_epochs": "train.steps",
+    "num_hidden_layers": "model.num_layers",
+    "num_key_value_heads": "model.num_kv_heads",
+    "num_steps": "train.steps",
+    "num_train_epochs": "train.steps",
+    "optimizer": "optim.kind",
+    "per_device_train_batch_size": "train.batch_size",
+    "pretrained": "init_from",
+    "resume_from": "init_from",
+    "rope_theta": "model.position.base",
+    "save_steps": "checkpoint.every",
+    "eval_steps": "eval.every",
+    "sequence_length": "train.seq_len",
+    "tie_word_embeddings": "model.tie_embeddings",
+    "tied_embeddings": "model.tie_embeddings",
+    "total_steps": "train.steps",
+    "train_steps": "train.steps",
+    "warmup": "optim.warmup_steps",
+    "wd": "optim.weight_decay",
+}
 # Options that are missing in old checkpoints and whose default has another meaning than their absence.
 _VALUE_BEFORE = {"eval.task_examples": 0}
 
 
 def load(
-    source: str | os.PathLike[str] | Mapping[str, Any] | Config = "default", overrides: Mapping[str, Any] | None = None
-) -> Config:
+    source: str | os.PathLike[str] | Mapping[str, Any] | Config = "default",
+    overrides: Mapping[str, Any] | None = None,
+    cls: Any = Config,
+) -> Any:
     """The checked configuration of a recipe, a file, a run or a mapping, with overrides.
 
     Args:
@@ -74,14 +144,17 @@ def load(
         or .toml file, or of a run or checkpoint directory; a nested mapping; or a `Config`. What it leaves out has
         the value of configs/default.py.
       overrides: {dotted key: value}, such as {"model.position.kind": "alibi"}.
+      cls: the dataclass to build: `Config`, or `EmbeddingsConfig` for word vectors.
 
     Raises:
       UserError: no such recipe or file, an unknown key, or a value of another type or out of range.
     """
-    mapping = _complete(_nested(source))
+    mapping = _complete(_nested(source), cls)
     for key, value in (overrides or {}).items():
-        _set(mapping, key, value)
-    config = build(mapping)
+        _set(mapping, key, value, cls)
+    config = build(mapping, cls)
+    if cls is not Config:
+        return config
     before = flat(default())
     explicit = {key for key, value in flat(config).items() if value != before[key]} | {*(overrides or {})}
     if isinstance(source, Config):
@@ -147,8 +220,8 @@ def recipe(name: str) -> Any:
 
 
 @functools.cache
-def _defaults() -> dict[str, Any]:
-    return _plain(recipe("default"))
+def _defaults(cls: Any = Config) -> dict[str, Any]:
+    return _plain(recipe(DEFAULT_RECIPES[cls]))
 
 
 def default(section: str = "") -> Any:
@@ -157,18 +230,23 @@ def default(section: str = "") -> Any:
     return functools.reduce(getattr, section.split("."), config) if section else config
 
 
-def build(mapping: Mapping[str, Any], cls: Any = Config, prefix: str = "") -> Any:
+def build(mapping: Mapping[str, Any], cls: Any = Config, prefix: str = "", root: Any = None) -> Any:
     """A complete nested mapping as the dataclass `cls`, checked for names, types and ranges.
+
+    Args:
+      prefix: where the dataclass stands in `root`, such as "model."; for error messages.
+      root: the dataclass of the whole configuration; by default `cls`, or `Config` with a prefix.
 
     Raises:
       UserError: an unknown or missing key, or a value of another type; it names the dotted key.
     """
+    root = root or (Config if prefix else cls)
     hints = options(cls)
     if prefix == "data.":
         mapping = {**mapping, **former_source(str(mapping.get("source", "")))}
     for key in mapping:
         if key not in hints:
-            raise UserError(f"unknown config key '{prefix}{key}'; {nearest(prefix + str(key))}")
+            raise UserError(f"unknown config key '{prefix}{key}'; {nearest(prefix + str(key), root)}")
     values = {}
     for key, kind in hints.items():
         if key not in mapping:
@@ -177,7 +255,7 @@ def build(mapping: Mapping[str, Any], cls: Any = Config, prefix: str = "") -> An
         if dataclasses.is_dataclass(kind):
             if not isinstance(value, Mapping) and not hasattr(value, "items"):
                 raise UserError(_expected_section(f"{prefix}{key}", value))
-            values[key] = build(value, kind, f"{prefix}{key}.")
+            values[key] = build(value, kind, f"{prefix}{key}.", root)
         else:
             values[key] = _convert(value, kind, prefix + key)
     return cls(**values)
@@ -249,13 +327,41 @@ def keys(cls: Any = Config, prefix: str = "") -> Iterator[str]:
 
 
 def nearest(key: str, cls: Any = Config) -> str:
-    """A phrase that names the option that `key` was renamed to, or the nearest existing one."""
+    """A phrase that names the option that `key` was renamed to, is called elsewhere, or is nearest to."""
     if cls is Config and key in RENAMED:
         return f"it is now '{RENAMED[key]}'"
+    return f"did you mean '{resolve(key, cls) or _similar(key, cls)}'?"
+
+
+def resolve(key: str, cls: Any = Config) -> str:
+    """The option that a name without its section, or a name of other codebases, stands for; "" if there is none."""
     options = list(keys(cls))
-    ends = [o for o in options if o.endswith(f".{key}")]  # a section left out
-    best = ends or difflib.get_close_matches(key, options, 1, 0.0)
-    return f"did you mean '{best[0]}'?"
+    name = key.rsplit(".", 1)[-1].lower().replace("-", "_")
+    ends = [option for option in options if option.endswith(f".{key}")]  # the section is missing
+    if not ends and cls is Config and name in OTHER_NAMES:
+        return OTHER_NAMES[name]
+    return ends[0] if ends else ""
+
+
+def unknown(key: str, cls: Any = Config, value: str = "VALUE") -> str:
+    """The error message for an override of `key` where this is no option, with the cure; "" for an option.
+
+    Args:
+      value: the text of the override, for the example in the message.
+    """
+    options = list(keys(cls))
+    if key in options:
+        return ""
+    inside = [option for option in options if option.startswith(f"{key}.")]
+    if not inside:
+        return f"unknown config key '{key}'; {nearest(key, cls)}"
+    if f"{key}.kind" in inside:
+        return f"config key '{key}' is a section; did you mean --config.{key}.kind={value}?"
+    return f"config key '{key}' is a section; set one of its options, as in --config.{inside[0]}=VALUE"
+
+
+def _similar(key: str, cls: Any) -> str:
+    return difflib.get_close_matches(key, list(keys(cls)), 1, 0.0)[0]
 
 
 def _nested(source: Any) -> Mapping[str, Any]:
@@ -268,8 +374,8 @@ def _nested(source: Any) -> Mapping[str, Any]:
     return _plain(source)
 
 
-def _complete(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    complete = copy.deepcopy(_defaults())
+def _complete(mapping: Mapping[str, Any], cls: Any = Config) -> dict[str, Any]:
+    complete = copy.deepcopy(_defaults(cls))
     _overlay(complete, mapping)
     return complete
 

@@ -6,28 +6,21 @@ import math
 import pathlib
 from typing import TYPE_CHECKING
 
-from absl import flags
-
 from llm_jax import cli
 from llm_jax.errors import UserError
 
 if TYPE_CHECKING:
     from llm_jax.checkpoints import Checkpoint
 
-flags.DEFINE_string(
-    "input", None, "a run, a Hugging Face directory, a .gguf file, asset:NAME or hf:ORG/NAME", required=True
-)
-flags.DEFINE_string(
+FLAGS = cli.Flags()
+FLAGS.string("input", None, "a run, a Hugging Face directory, a .gguf file, asset:NAME or hf:ORG/NAME", required=True)
+FLAGS.string(
     "output", None, "what is written: a directory (hf, peft) or a file (gguf); it must not exist", required=True
 )
-flags.DEFINE_enum("to", None, ["hf", "gguf", "peft"], "the form to write", required=True)
-flags.DEFINE_string(
-    "family", "", "hf, peft: the model_type to write; by default that of the input, or the first that fits"
-)
-flags.DEFINE_string(
-    "format", "F16", "gguf: of matrices that have no block format yet: F32, F16, BF16, Q8_0, Q4_0, Q4_1"
-)
-flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "hf: of the tensors")
+FLAGS.enum("to", None, ["hf", "gguf", "peft"], "the form to write", required=True)
+FLAGS.string("family", "", "hf, peft: the model_type to write; by default that of the input, or the first that fits")
+FLAGS.string("format", "F16", "gguf: of matrices that have no block format yet: F32, F16, BF16, Q8_0, Q4_0, Q4_1")
+FLAGS.enum("dtype", "float32", ["float32", "bfloat16", "float16"], "hf: of the tensors")
 NEEDS: cli.Needs = (
     (("format",), "--to=gguf is not given", lambda f: f.to == "gguf"),
     (("dtype",), "--to=hf is not given", lambda f: f.to == "hf"),
@@ -35,7 +28,7 @@ NEEDS: cli.Needs = (
 )
 
 
-def main() -> None:
+def main(f: cli.Flags) -> None:
     import jax
 
     from llm_jax import checkpoints, tokenizers, trees
@@ -43,7 +36,6 @@ def main() -> None:
     from llm_jax.checkpoints.families import FAMILIES
     from llm_jax.kernels import blocks
 
-    f = flags.FLAGS
     output = pathlib.Path(f.output).expanduser()
     if output.exists():
         raise UserError(f"--output={output} exists; give another, or remove it")
@@ -124,5 +116,7 @@ def _peft(checkpoint: "Checkpoint", output: pathlib.Path, name: str) -> None:
     print(f"wrote {output}: adapters of a {family}; {sum(p.stat().st_size for p in output.iterdir()) / 2**20:.1f} MiB")
 
 
+COMMAND = cli.Command("convert", main, FLAGS, needs=NEEDS, interrupted="interrupted; --output is not written")
+
 if __name__ == "__main__":
-    cli.run(main, "interrupted; --output is not written", NEEDS)
+    cli.start(COMMAND)

@@ -10,38 +10,35 @@ import json
 import pathlib
 from typing import Any
 
-from absl import flags
-
 from llm_jax import cli
 from llm_jax.errors import UserError
 
-flags.DEFINE_string(
+FLAGS = cli.Flags()
+FLAGS.string(
     "checkpoint", None, "a run, a Hugging Face directory, a .gguf file, asset:NAME or hf:ORG/NAME", required=True
 )
-flags.DEFINE_string(
-    "data", "", "text to evaluate on, or sentiment:NAME; by default the held-out part of the run's own corpus"
-)
-flags.DEFINE_string("kind", "", "of --data: text, instructions, preferences; by default as in training, or text")
-flags.DEFINE_string("field", "", "the text of the records of --data; by default as in training, or text")
-flags.DEFINE_integer("seq_len", 0, "tokens a window; by default as in training")
-flags.DEFINE_integer("stride", 0, "targets counted in each window, the last ones (a sliding window); 0: all of it")
-flags.DEFINE_integer("batch_size", 16, "windows, or examples of a task, at a time")
-flags.DEFINE_boolean("as_stored", False, "keep quantized tensors of a .gguf file as they are, unexpanded")
-flags.DEFINE_boolean("json", False, "print one JSON object and nothing else")
-flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "of other people's checkpoints, in tasks")
-flags.DEFINE_string("task", "", "arithmetic, copying, sentiment, or a JSONL file")
-flags.DEFINE_string("style", "zero_shot", "zero_shot, few_shot, expert, cot_zero_shot or cot_few_shot; 'all' for each")
-flags.DEFINE_integer("template", 0, "which of the task's paraphrases; -1: each")
-flags.DEFINE_integer("shots", -1, "solved examples shown; -1: as many as the style has")
-flags.DEFINE_string("select", "random", "which are shown: first, random or balanced")
-flags.DEFINE_integer("shot_seed", 0, "of that choice and its order")
-flags.DEFINE_boolean("chat", False, "ask through the model's chat template")
-flags.DEFINE_string("normalize", "none", "log-probabilities of choices are divided by: none, tokens or bytes")
-flags.DEFINE_integer("context", 0, "tokens of a prompt and its answer at most; 0: as many as the model has positions")
-flags.DEFINE_integer("limit", 0, "examples asked; 0: all")
-flags.DEFINE_string("output", "", "a directory for the records of every example; the same command goes on from them")
-flags.DEFINE_string("harness", "", "tasks of lm-eval, separated by commas (pip install lm-eval)")
-flags.DEFINE_string("harness_path", "", "a directory with more tasks of lm-eval")
+FLAGS.string("data", "", "text to evaluate on, or sentiment:NAME; by default the held-out part of the run's own corpus")
+FLAGS.string("kind", "", "of --data: text, instructions, preferences; by default as in training, or text")
+FLAGS.string("field", "", "the text of the records of --data; by default as in training, or text")
+FLAGS.integer("seq_len", 0, "tokens a window; by default as in training")
+FLAGS.integer("stride", 0, "targets counted in each window, the last ones (a sliding window); 0: all of it")
+FLAGS.integer("batch_size", 16, "windows, or examples of a task, at a time")
+FLAGS.boolean("as_stored", False, "keep quantized tensors of a .gguf file as they are, unexpanded")
+FLAGS.boolean("json", False, "print one JSON object and nothing else")
+FLAGS.enum("dtype", "float32", ["float32", "bfloat16", "float16"], "of other people's checkpoints, in tasks")
+FLAGS.string("task", "", "arithmetic, copying, sentiment, or a JSONL file")
+FLAGS.string("style", "zero_shot", "zero_shot, few_shot, expert, cot_zero_shot or cot_few_shot; 'all' for each")
+FLAGS.integer("template", 0, "which of the task's paraphrases; -1: each")
+FLAGS.integer("shots", -1, "solved examples shown; -1: as many as the style has")
+FLAGS.string("select", "random", "which are shown: first, random or balanced")
+FLAGS.integer("shot_seed", 0, "of that choice and its order")
+FLAGS.boolean("chat", False, "ask through the model's chat template")
+FLAGS.string("normalize", "none", "log-probabilities of choices are divided by: none, tokens or bytes")
+FLAGS.integer("context", 0, "tokens of a prompt and its answer at most; 0: as many as the model has positions")
+FLAGS.integer("limit", 0, "examples asked; 0: all")
+FLAGS.string("output", "", "a directory for the records of every example; the same command goes on from them")
+FLAGS.string("harness", "", "tasks of lm-eval, separated by commas (pip install lm-eval)")
+FLAGS.string("harness_path", "", "a directory with more tasks of lm-eval")
 
 _OF_TASKS = ("style", "template", "shots", "select", "shot_seed", "chat", "normalize", "context", "output")
 NEEDS: cli.Needs = (
@@ -53,8 +50,7 @@ NEEDS: cli.Needs = (
 )
 
 
-def main() -> None:
-    f = flags.FLAGS
+def main(f: cli.Flags) -> None:
     if f.batch_size < 1 or f.seq_len < 0 or f.limit < 0:
         raise UserError(
             f"--batch_size={f.batch_size} --seq_len={f.seq_len} --limit={f.limit}; expected positive numbers"
@@ -62,14 +58,14 @@ def main() -> None:
     if bool(f.task) + bool(f.harness) + bool(f.data) > 1:
         raise UserError("--task, --harness and --data are different evaluations; choose one")
     if f.task:
-        on_task()
+        on_task(f)
     elif f.harness:
-        on_harness()
+        on_harness(f)
     else:
-        on_text()
+        on_text(f)
 
 
-def on_text() -> None:
+def on_text(f: cli.Flags) -> None:
     import jax
 
     from llm_jax import checkpoints, configuration
@@ -80,7 +76,6 @@ def on_text() -> None:
     from llm_jax.model import transformer
     from llm_jax.training import losses
 
-    f = flags.FLAGS
     checkpoint = checkpoints.open(f.checkpoint)
     model, params, tokenizer = checkpoint.load(scan_layers=True, as_stored=f.as_stored)
     config = checkpoint.run_config
@@ -131,7 +126,7 @@ def on_text() -> None:
     )
 
 
-def on_task() -> None:
+def on_task(f: cli.Flags) -> None:
     from tqdm import tqdm
 
     from llm_jax import checkpoints
@@ -139,7 +134,6 @@ def on_task() -> None:
     from llm_jax.evaluation.prompts import PromptConfig
     from llm_jax.evaluation.templates import STYLES
 
-    f = flags.FLAGS
     task = builtin.named(f.task)
     templates = range(len(task.templates)) if f.template == -1 else [f.template]
     configs = [
@@ -183,11 +177,10 @@ def on_task() -> None:
         )
 
 
-def on_harness() -> None:
+def on_harness(f: cli.Flags) -> None:
     from llm_jax import checkpoints
     from llm_jax.evaluation import harness
 
-    f = flags.FLAGS
     path = pathlib.Path(f.harness_path) if f.harness_path else None
     if path and not path.is_dir():
         raise UserError(f"--harness_path={path}: no such directory")
@@ -202,5 +195,7 @@ def on_harness() -> None:
                 print(f"{name:<24} {metric:<24} {value:.4f}")
 
 
+COMMAND = cli.Command("evaluate", main, FLAGS, needs=NEEDS)
+
 if __name__ == "__main__":
-    cli.run(main, needs=NEEDS)
+    cli.start(COMMAND)

@@ -14,35 +14,37 @@ from llm_jax.decoding import options as decoding
 from llm_jax.decoding.options import PROMPT, DecodingOptions, parse_bias
 from llm_jax.errors import UserError
 
-flags.DEFINE_string(
+FLAGS = cli.Flags()
+FLAGS.string(
     "checkpoint", None, "a run, a Hugging Face directory, a .gguf file, asset:NAME or hf:ORG/NAME", required=True
 )
-flags.DEFINE_multi_string("prompt", None, "text to continue; may be given several times", required=True)
-flags.DEFINE_boolean("chat", False, "ask through the model's chat template; the answer alone is printed")
-flags.DEFINE_string("system", "", "with --chat: the system message")
-flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "of other people's checkpoints")
-flags.DEFINE_boolean("as_stored", False, "keep quantized tensors of a .gguf file as they are, unexpanded")
-flags.DEFINE_enum(
-    "cache", "", ["", "compute", "int8"], "of keys and values; by default the checkpoint's model.kv_cache"
-)
-flags.DEFINE_boolean("stream", False, "print the text of the one prompt as it comes")
-flags.DEFINE_boolean("explain", False, "print, token by token, the candidates and what each filter removed")
-flags.DEFINE_boolean("json", False, "print one JSON object a continuation, with the log-probability of every token")
+FLAGS.multi_string("prompt", None, "text to continue; may be given several times", required=True)
+FLAGS.boolean("chat", False, "ask through the model's chat template; the answer alone is printed")
+FLAGS.string("system", "", "with --chat: the system message")
+FLAGS.enum("dtype", "float32", ["float32", "bfloat16", "float16"], "of other people's checkpoints")
+FLAGS.boolean("as_stored", False, "keep quantized tensors of a .gguf file as they are, unexpanded")
+FLAGS.enum("cache", "", ["", "compute", "int8"], "of keys and values; by default the checkpoint's model.kv_cache")
+FLAGS.boolean("stream", False, "print the text of the one prompt as it comes")
+FLAGS.boolean("explain", False, "print, token by token, the candidates and what each filter removed")
+FLAGS.boolean("json", False, "print one JSON object a continuation, with the log-probability of every token")
 
 
 def define_options() -> None:
     """A flag for every field of `DecodingOptions`."""
     kinds: dict[type, Any] = {
-        bool: flags.DEFINE_boolean,
-        int: flags.DEFINE_integer,
-        float: flags.DEFINE_float,
-        str: flags.DEFINE_string,
+        bool: FLAGS.boolean,
+        int: FLAGS.integer,
+        float: FLAGS.number,
+        str: FLAGS.string,
     }
     for field in dataclasses.fields(DecodingOptions):
         if field.name == "early_stop":
-            _define_early_stop(field.metadata["about"])
+            flag = flags.Flag(
+                _EarlyStop(), flags.ArgumentSerializer(), field.name, False, field.metadata["about"], boolean=True
+            )
+            flags.DEFINE_flag(flag, FLAGS)
         elif isinstance(field.default, tuple):
-            define = flags.DEFINE_multi_integer if field.name == "eos" else flags.DEFINE_multi_string
+            define = FLAGS.multi_integer if field.name == "eos" else FLAGS.multi_string
             define(field.name, [], field.metadata["about"])
         else:
             kinds[type(field.default)](field.name, field.default, field.metadata["about"])
@@ -58,11 +60,6 @@ class _EarlyStop(flags.ArgumentParser):
         return values[str(argument).lower()]
 
 
-def _define_early_stop(about: str) -> None:
-    flag = flags.Flag(_EarlyStop(), flags.ArgumentSerializer(), "early_stop", False, about, boolean=True)
-    flags.DEFINE_flag(flag)
-
-
 define_options()
 NEEDS: cli.Needs = (
     *decoding.NEEDS,
@@ -72,21 +69,20 @@ NEEDS: cli.Needs = (
 )
 
 
-def read_options() -> DecodingOptions:
-    """What the flags say."""
-    said: dict[str, Any] = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(DecodingOptions)}
-    said["logit_bias"] = [parse_bias(text) for text in said["logit_bias"]]
-    frozen: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in said.items()}
-    return DecodingOptions(**frozen)
+def read_options(f: cli.Flags) -> DecodingOptions:
+    """The decoding options of the flags."""
+    values: dict[str, Any] = {field.name: f[field.name].value for field in dataclasses.fields(DecodingOptions)}
+    values["logit_bias"] = [parse_bias(text) for text in values["logit_bias"]]
+    return DecodingOptions(**{k: tuple(value) if isinstance(value, list) else value for k, value in values.items()})
 
 
-def main() -> None:
+def main(f: cli.Flags) -> None:
     from llm_jax import checkpoints, tokenizers
     from llm_jax.decoding import complete, explain
     from llm_jax.tokenizers import chat_template
     from llm_jax.tokenizers.base import digest
 
-    f, options = flags.FLAGS, read_options()
+    options = read_options(f)
     if f.stream + f.explain + f.json > 1:
         raise UserError("--stream, --explain and --json print different things; choose one")
     if (f.stream or f.explain) and (len(f.prompt) > 1 or options.n > 1):
@@ -144,5 +140,7 @@ def main() -> None:
             print("".join(shown[i : i + 1]) + one.text)
 
 
+COMMAND = cli.Command("generate", main, FLAGS, needs=NEEDS)
+
 if __name__ == "__main__":
-    cli.run(main, needs=NEEDS)
+    cli.start(COMMAND)

@@ -6,20 +6,19 @@ rematerialization) for one device of this machine, whatever the mesh, with the l
 300 to 630 MiB) comes on top, and 20 to 80 MiB that a step takes beside its arrays.
 """
 
-from absl import flags
-
 from llm_jax import cli
 from llm_jax.errors import UserError
+from llm_jax.schema import Config
 
-cli.define_config()
-flags.DEFINE_boolean("memory", False, "the bytes of the compiled step")
+FLAGS = cli.Flags()
+FLAGS.boolean("memory", False, "the bytes of the compiled step")
 
 
-def main() -> None:
+def main(f: cli.Flags) -> None:
     from llm_jax.training import memory, start
 
-    config = cli.load_config()
-    if not flags.FLAGS.memory:
+    config = f.config
+    if not f.memory:
         raise UserError("give --memory: the memory of a training step")
     config = start.find(config).config
     rows = [("as given", config.model.remat, config)]
@@ -39,5 +38,7 @@ def main() -> None:
         print(f"{kind:<12}{remat:<8}{sizes}", flush=True)
 
 
+COMMAND = cli.Command("plan", main, FLAGS, config=Config)
+
 if __name__ == "__main__":
-    cli.run(main)
+    cli.start(COMMAND)

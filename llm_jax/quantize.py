@@ -8,31 +8,30 @@ import dataclasses
 import pathlib
 import shutil
 
-from absl import flags
-
-from llm_jax import cli
+from llm_jax import cli, runtime
 from llm_jax.errors import UserError
 
-flags.DEFINE_string(
+FLAGS = cli.Flags()
+FLAGS.string(
     "checkpoint", None, "a run, a Hugging Face directory, a .gguf file, asset:NAME or hf:ORG/NAME", required=True
 )
-flags.DEFINE_string("output", None, "the run directory to write; it must not exist", required=True)
-flags.DEFINE_string(
+FLAGS.string("output", None, "the run directory to write; it must not exist", required=True)
+FLAGS.string(
     "scheme",
     "",
     "int8, w8a8, int4, nf4, ... or with a group, int4:64; needed unless trained with quant.qat or over quant.scheme",
 )
-flags.DEFINE_enum(
+FLAGS.enum(
     "method", "absmax", ["absmax", "percentile", "mse", "smoothquant", "awq", "gptq"], "how scales and codes are found"
 )
-flags.DEFINE_string("head", "int8", "the scheme of embeddings and head; none leaves them as they are")
-flags.DEFINE_multi_string("rule", [], "REGEX=SCHEME (or none) over weights' names, before the others; may be repeated")
-flags.DEFINE_string("fallback", "", "the scheme for what this backend cannot run; by default that is an error")
-flags.DEFINE_string("data", "", "calibration text; by default the training text of the run")
-flags.DEFINE_integer("sequences", 64, "of calibration")
-flags.DEFINE_integer("seq_len", 0, "tokens of each; by default as in training (512 for other people's checkpoints)")
-flags.DEFINE_integer("batch_size", 8, "sequences at a time")
-flags.DEFINE_boolean("act_order", True, "gptq: round the inputs of most weight first")
+FLAGS.string("head", "int8", "the scheme of embeddings and head; none leaves them as they are")
+FLAGS.multi_string("rule", [], "REGEX=SCHEME (or none) over weights' names, before the others; may be repeated")
+FLAGS.string("fallback", "", "the scheme for what this backend cannot run; by default that is an error")
+FLAGS.string("data", "", "calibration text; by default the training text of the run")
+FLAGS.integer("sequences", 64, "of calibration")
+FLAGS.integer("seq_len", 0, "tokens of each; by default as in training (512 for other people's checkpoints)")
+FLAGS.integer("batch_size", 8, "sequences at a time")
+FLAGS.boolean("act_order", True, "gptq: round the inputs of most weight first")
 
 _CALIBRATED = ("smoothquant", "awq", "gptq")
 NEEDS: cli.Needs = (
@@ -46,8 +45,8 @@ NEEDS: cli.Needs = (
 )
 
 
-def main() -> None:
-    cli.keep_memory()
+def main(f: cli.Flags) -> None:
+    runtime.retain_freed_memory()
     from llm_jax import checkpoints, configuration, files, lora, trees, weights
     from llm_jax.data.rows import Row
     from llm_jax.kernels import number_formats
@@ -55,7 +54,6 @@ def main() -> None:
     from llm_jax.quant import calibrate
     from llm_jax.quant import post_training as quant
 
-    f = flags.FLAGS
     output = pathlib.Path(f.output).expanduser()
     if output.exists():
         raise UserError(f"--output={output} exists; give another, or remove it")
@@ -142,7 +140,7 @@ def _rules(said: list[str]) -> tuple[tuple[str, str], ...]:
     return tuple(found)
 
 
-def _request(f) -> dict[str, object]:
+def _request(f: cli.Flags) -> dict[str, object]:
     names = ("scheme", "method", "head", "rule", "fallback", "sequences", "seq_len", "batch_size", "act_order")
     return {name: f[name].value for name in names}
 
@@ -161,5 +159,9 @@ def _claim(partial: pathlib.Path, request: dict[str, object]) -> None:
     files.write_json(said, request)
 
 
+COMMAND = cli.Command(
+    "quantize", main, FLAGS, needs=NEEDS, interrupted="interrupted; the same command resumes with the next layer"
+)
+
 if __name__ == "__main__":
-    cli.run(main, "interrupted; the same command goes on with the next layer", NEEDS)
+    cli.start(COMMAND)

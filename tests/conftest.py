@@ -1,5 +1,8 @@
+import contextlib
 import dataclasses
 import functools
+import importlib
+import io
 import os
 import pathlib
 import random
@@ -12,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from llm_jax import cli, schema
 from llm_jax import configuration as config_lib
-from llm_jax import schema
 from llm_jax.model.transformer import Transformer
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -66,9 +69,20 @@ def cache(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def command(text_file, cache):
-    """command("train", *flags) runs a command of llm_jax in a process of its own and returns it."""
+    """command("evaluate", *flags) runs a command within this process and returns its exit code and output.
 
-    def run(name: str, *flags: str, code: int | None = 0, start: bool = False, largest_file: int = 0):
+    A process of its own runs a command with `process=True`, `start` (returns the running process), `largest_file` or
+    --devices.
+    """
+
+    def run(
+        name: str,
+        *flags: str,
+        code: int | None = 0,
+        start: bool = False,
+        largest_file: int = 0,
+        process: bool = False,
+    ):
         if name == "train":
             flags = (
                 f"--config={ROOT / 'tests' / 'tiny.py'}",
@@ -76,6 +90,10 @@ def command(text_file, cache):
                 f"--config.data.cache_dir={cache}",
                 *flags,
             )
+        if not (start or largest_file or process or any(flag.startswith("--devices=") for flag in flags)):
+            done = call(name, *flags)
+            assert code is None or done.returncode == code, done.stdout + done.stderr
+            return done
         full = [sys.executable, "-m", f"llm_jax.{name}", *flags]
         if largest_file:  # in bytes: what is written beyond is an error, as on a full disk
             full = [sys.executable, "-c", LIMITED, str(largest_file), f"llm_jax.{name}", *flags]
@@ -89,6 +107,14 @@ def command(text_file, cache):
         return done
 
     return run
+
+
+def call(name: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command within this process, in the directory of the repository."""
+    out, errors = io.StringIO(), io.StringIO()
+    with contextlib.chdir(ROOT), contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        code = cli.call(importlib.import_module(f"llm_jax.{name}").COMMAND, flags)
+    return subprocess.CompletedProcess([name, *flags], code, out.getvalue(), errors.getvalue())
 
 
 @pytest.fixture(scope="session")

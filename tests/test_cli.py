@@ -33,8 +33,8 @@ CALIBRATION = "neither a static scheme nor --method=smoothquant, awq, gptq is gi
         ((*CONVERT, "--to=hf"), "--format=Q8_0", "--to=gguf is not given"),
         ((*CONVERT, "--to=gguf"), "--dtype=float16", "--to=hf is not given"),
         ((*CONVERT, "--to=gguf"), "--family=llama", "neither --to=hf nor --to=peft is given"),
-        (("embeddings.probe", "--vectors=nowhere"), "--words=a,b", "--map is not given"),
-        (("tokenizers.train", "--kind=byte", "--input=x", "--output=y"), "--sample=3", "--kind=byte is given"),
+        (("probe_embeddings", "--vectors=nowhere"), "--words=a,b", "--map is not given"),
+        (("train_tokenizer", "--kind=byte", "--input=x", "--output=y"), "--sample=3", "--kind=byte is given"),
     ],
 )
 def test_a_flag_given_in_vain_is_an_error_that_says_what_it_needs(command, flags, vain, where):

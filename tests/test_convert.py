@@ -64,7 +64,7 @@ def main():
         print("lost")  # as it is in the garbage collector
     time.sleep(60)
 
-cli.run(main, "told")
+cli.run_script(main, "told")
 """
 
 

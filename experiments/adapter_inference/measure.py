@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from llm_jax import checkpoints, cli, files, lora, weights
+from llm_jax import checkpoints, cli, files, lora, runtime, weights
 from llm_jax import configuration as config_lib
 from llm_jax.decoding import loop
 from llm_jax.decoding.options import DecodingOptions
@@ -40,7 +40,7 @@ flags.DEFINE_integer("tokens", 8, "new tokens that are timed")
 
 
 def main() -> None:
-    cli.keep_memory()
+    runtime.retain_freed_memory()
     model, base, _ = checkpoints.load(MODEL)
     made = forms(base)
     del base
@@ -133,4 +133,4 @@ def table(seen: dict[str, list[np.ndarray]], sizes: dict[str, int], results: lis
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_script(main)

@@ -188,4 +188,4 @@ def table(found, results) -> list[str]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_script(main)

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from llm_jax import checkpoints, cli, trees, weights
+from llm_jax import checkpoints, cli, runtime, trees, weights
 from llm_jax.data import assets
 from llm_jax.decoding import loop
 from llm_jax.decoding.options import DecodingOptions
@@ -51,7 +51,7 @@ Run = Callable[[int, int, int], Times]
 
 def main() -> None:
     f = flags.FLAGS
-    cli.keep_memory()
+    runtime.retain_freed_memory()
     if f.cores:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: f.cores])  # before JAX counts them
     runners: dict[str, Run] = {}
@@ -200,4 +200,4 @@ def peer(python: str, kind: str, path: pathlib.Path, dtype: str) -> tuple[Run, s
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_script(main)

@@ -141,4 +141,4 @@ def report(sides: dict[str, Side], first: dict[str, float]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_script(main)

@@ -32,11 +32,11 @@ def ours(directory: str, rows: int, length: int, rank: int, remat: str, chunk: s
     import jax
     import jax.numpy as jnp
 
-    from llm_jax import cli, configuration
+    from llm_jax import configuration, runtime
     from llm_jax.training import start
     from llm_jax.training.setup import setup
 
-    cli.keep_memory()
+    runtime.retain_freed_memory()
     after_imports = peak()
     changes = {
         "init_from": directory,

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from llm_jax import cli, configuration, schema
+from llm_jax import cli, configuration, runtime, schema
 from llm_jax.training import optim
 from llm_jax.training.setup import setup
 
@@ -26,7 +26,7 @@ flags.DEFINE_integer("rounds", 7, "turns that are counted")
 
 
 def main() -> None:
-    cli.keep_memory()
+    runtime.retain_freed_memory()
     default = configuration.load("default")
     runs, sizes = {}, {}
     for kind in ("adamw", *sorted(set(optim.OPTIMIZERS) - {"adamw"}), "adamw, ema"):
@@ -74,4 +74,4 @@ def training(default: schema.Config, kind: str):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_script(main)

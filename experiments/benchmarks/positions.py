@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from llm_jax import cli, configuration, schema
+from llm_jax import cli, configuration, runtime, schema
 from llm_jax.model import positions
 from llm_jax.model.attention import Tokens
 from llm_jax.model.transformer import Transformer, init_cache
@@ -30,7 +30,7 @@ flags.DEFINE_integer("rounds", 5, "turns that are counted")
 
 
 def main() -> None:
-    cli.keep_memory()
+    runtime.retain_freed_memory()
     length = flags.FLAGS.length
     default = configuration.load("default")
     runs = {
@@ -127,4 +127,4 @@ def decoding(default: schema.Config, kind: str, length: int):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_script(main)

@@ -118,4 +118,4 @@ def lines(row: dict) -> list[str]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_script(main)

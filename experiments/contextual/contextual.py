@@ -182,4 +182,4 @@ def draw(table: dict, bank: np.ndarray, path: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_script(main)

@@ -145,4 +145,4 @@ def of_steps(model, params, prompts, human) -> dict[str, list[float]]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_script(main)

@@ -218,4 +218,4 @@ def write(found: dict[str, list[dict[str, float]]], command: str) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_script(main)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from llm_jax import cli, files
+from llm_jax import cli, files, runtime
 from llm_jax import configuration as config_lib
 from llm_jax.model.attention import Tokens
 from llm_jax.training.setup import setup
@@ -65,7 +65,7 @@ def training_batch(key: jax.Array) -> dict[str, jax.Array]:
 
 
 def main() -> None:
-    cli.keep_memory()
+    runtime.retain_freed_memory()
     f = flags.FLAGS
     default = config_lib.build(runpy.run_path(str(pathlib.Path(__file__).with_name("config.py")))["get_config"]())
     position = dataclasses.replace(default.model.position, kind=f.kind)
@@ -106,4 +106,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_script(main)

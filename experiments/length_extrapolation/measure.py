@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from llm_jax import checkpoints, cli, files
+from llm_jax import checkpoints, cli, files, runtime
 from llm_jax.data.corpus import Source
 from llm_jax.data.rows import Rows
 from llm_jax.model import rope
@@ -35,7 +35,7 @@ flags.DEFINE_boolean("scalings", False, "also every scaling of rope, applied now
 
 
 def main() -> None:
-    cli.keep_memory()
+    runtime.retain_freed_memory()
     f = flags.FLAGS
     model, params, tokenizer = checkpoints.load(f.checkpoint, scan_layers=True)
     config = checkpoints.read_config(checkpoints.find(f.checkpoint))
@@ -78,4 +78,4 @@ def mean_loss(model: Transformer, params, rows: Rows, original: int) -> float:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_script(main)

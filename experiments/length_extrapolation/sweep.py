@@ -181,4 +181,4 @@ def run(jobs: list[Job], width: int, logs: pathlib.Path, bar: tqdm) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_script(main)

@@ -124,4 +124,4 @@ def tables(taken, merged, results) -> list[str]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_script(main)

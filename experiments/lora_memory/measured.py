@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from llm_jax import cli, configuration, files
+from llm_jax import cli, configuration, files, runtime
 from llm_jax.training import memory, start
 from llm_jax.training.setup import setup
 
@@ -72,8 +72,8 @@ def write(found: dict[str, dict[str, int]]) -> None:
 
 def one(name: str, remat: str) -> dict[str, int]:
     """Bytes, {"planned", "measured", "rest"}."""
-    cli.keep_memory()
-    cli.one_step_at_a_time()
+    runtime.retain_freed_memory()
+    runtime.disable_async_dispatch()
     config = memory.with_remat(start.find(configuration.load("sentiment_lora")).config, remat)
     parts = setup(memory.variant(config, name))
     state = parts.init()
@@ -84,7 +84,7 @@ def one(name: str, remat: str) -> dict[str, int]:
     else:
         compiled = parts.train_step.lower(*shapes, jnp.float32(jnp.inf)).compile()
     gc.collect()
-    cli.trim_memory()
+    runtime.release_freed_memory()
     before, arrays = resident("VmRSS"), sum(array.nbytes for array in jax.live_arrays())
     pathlib.Path("/proc/self/clear_refs").write_text("5")
     for _ in range(STEPS):
@@ -106,4 +106,4 @@ def resident(field: str) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_script(main)

@@ -72,4 +72,4 @@ def asked(of, path: str, task, config: PromptConfig, file: pathlib.Path) -> dict
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_script(main)

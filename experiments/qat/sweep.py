@@ -136,4 +136,4 @@ def compare(plain: pathlib.Path, trained: pathlib.Path, scheme: str, methods: tu
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_script(main)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from experiments.quantization_quality import measure, report
 from experiments.quantization_quality.measure import Cell
-from llm_jax import checkpoints, cli, files, tokenizers, trees, weights
+from llm_jax import checkpoints, cli, files, runtime, tokenizers, trees, weights
 from llm_jax.checkpoints import gguf, gguf_model, location
 from llm_jax.data.corpus import Source
 from llm_jax.data.rows import Rows, Shuffled
@@ -58,7 +58,7 @@ LABELLED = (Cell("int8", "absmax"), Cell("w8a8", "absmax"))
 
 
 def main() -> None:
-    cli.keep_memory()
+    runtime.retain_freed_memory()
     f = flags.FLAGS
     if f.rows < 3 or f.calibration < 1 or f.sentences < 3:
         raise UserError("--rows and --sentences are at least 3, --calibration at least 1")
@@ -187,4 +187,4 @@ def of_smollm2(root: pathlib.Path, config) -> dict:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_script(main)

@@ -214,4 +214,4 @@ def full_disk(disk: pathlib.Path, whole: pathlib.Path) -> dict[str, Any] | None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_script(main)

@@ -11,7 +11,7 @@ import numpy as np
 from absl import flags
 from jax.scipy.optimize import minimize
 
-from llm_jax import checkpoints, cli, configuration, files
+from llm_jax import checkpoints, cli, configuration, files, runtime
 from llm_jax.data import labelled
 from llm_jax.data.labelled import LabelledSource
 from llm_jax.data.rows import Packed
@@ -34,7 +34,7 @@ flags.DEFINE_integer("batch_size", 8, "rows at a time")
 
 
 def main() -> None:
-    cli.keep_memory()
+    runtime.retain_freed_memory()
     f = flags.FLAGS
     kinds = {"zero-shot": answered, "few-shot": answered, "probe": probed}
     if f.kind not in kinds:
@@ -129,4 +129,4 @@ def features(model, params, questions, size=16):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_script(main)

@@ -153,4 +153,4 @@ def run(command: list[str], log: pathlib.Path) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_script(main)

@@ -30,7 +30,7 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments.sentiment.report import interval
-from llm_jax import checkpoints, cli, files, lora
+from llm_jax import checkpoints, cli, files, lora, runtime
 from llm_jax import configuration as config_lib
 from llm_jax.data.labelled import LabelledSource
 from llm_jax.embeddings import contextual
@@ -53,7 +53,7 @@ flags.DEFINE_string("runs", "runs/sentiment_encoder", "where finished runs are k
 
 
 def main() -> None:
-    cli.keep_memory()
+    runtime.retain_freed_memory()
     f = flags.FLAGS
     root = pathlib.Path(f.runs).expanduser()
     files.make_directory(root)
@@ -215,4 +215,4 @@ def table(found: dict[str, list[dict[str, Any]]], results: list[dict[str, Any]])
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_script(main)

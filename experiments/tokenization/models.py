@@ -37,7 +37,7 @@ from absl import flags
 from scipy import stats
 from tqdm import tqdm
 
-from llm_jax import cli, configuration, files, schema, tokenizers
+from llm_jax import cli, configuration, files, runtime, schema, tokenizers
 from llm_jax.data.corpus import Source
 from llm_jax.data.rows import Rows, Shuffled
 from llm_jax.model.transformer import Transformer
@@ -61,7 +61,7 @@ flags.DEFINE_string("runs", "runs/tokenization.json", "where finished figures ar
 
 
 def main() -> None:
-    cli.keep_memory()
+    runtime.retain_freed_memory()
     f = flags.FLAGS
     changes = {
         "data": {"source": "asset:shakespeare", "validation_fraction": 0.02},
@@ -251,4 +251,4 @@ def markdown(table: dict, refused: dict, results: list[dict]) -> list[str]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_script(main)

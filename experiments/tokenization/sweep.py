@@ -130,4 +130,4 @@ def draw(table: dict, path: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_script(main)

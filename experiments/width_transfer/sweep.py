@@ -20,7 +20,7 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments.width_transfer import report
-from llm_jax import cli, files
+from llm_jax import cli, files, runtime
 from llm_jax import configuration as config_lib
 from llm_jax.data.corpus import Source
 from llm_jax.data.rows import Rows, Shuffled
@@ -36,7 +36,7 @@ flags.DEFINE_string("runs", "runs/width_transfer.json", "where finished runs are
 
 
 def main() -> None:
-    cli.keep_memory()
+    runtime.retain_freed_memory()
     f = flags.FLAGS
     widths, powers = [int(w) for w in f.widths], [int(p) for p in f.powers]
     recipe = runpy.run_path(str(HERE / "config.py"))
@@ -100,4 +100,4 @@ def held_out_loss(parts: Setup, seed: int, batches, held) -> float:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_script(main)

@@ -28,7 +28,7 @@ from absl import flags
 from scipy import stats
 from tqdm import tqdm
 
-from llm_jax import checkpoints, cli, files
+from llm_jax import checkpoints, cli, files, runtime
 from llm_jax import configuration as config_lib
 from llm_jax.data import assets
 from llm_jax.embeddings import glove, measure, picture, texts, vectors, word2vec
@@ -50,7 +50,7 @@ flags.DEFINE_string("runs", "runs/word_vectors", "where figures and vectors are 
 
 
 def main() -> None:
-    cli.keep_memory()
+    runtime.retain_freed_memory()
     f = flags.FLAGS
     if f.seeds < 2:
         raise UserError(f"--seeds={f.seeds}; expected at least 2")
@@ -172,4 +172,4 @@ def tables(table: dict, results: list[dict]) -> list[str]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_script(main)

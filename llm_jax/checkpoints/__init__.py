@@ -61,7 +61,7 @@ def open(name: str | os.PathLike[str]) -> Checkpoint:
 
     Args:
       name: a run, or one of its checkpoints; a Hugging Face directory; a .gguf file; a directory of peft adapters;
-        "asset:NAME" (`llm_jax.data.assets`); or "hf:ORG/NAME" (needs the package huggingface_hub and a network).
+        "asset:NAME" (`llm_jax.assets`); or "hf:ORG/NAME" (needs the package huggingface_hub and a network).
 
     Raises:
       UserError: no checkpoint there.

@@ -19,7 +19,7 @@ def resolve(name: str | os.PathLike[str]) -> pathlib.Path:
     """The file or directory that a name stands for; assets and models of the hub are downloaded.
 
     Args:
-      name: a path, "asset:NAME" (`llm_jax.data.assets`) or "hf:ORG/NAME" (needs the package huggingface_hub).
+      name: a path, "asset:NAME" (`llm_jax.assets`) or "hf:ORG/NAME" (needs the package huggingface_hub).
 
     Raises:
       UserError: an unknown name, a failed download, or a .gguf file that does not exist. Other paths are

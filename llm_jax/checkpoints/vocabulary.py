@@ -13,7 +13,7 @@ def load_tokenizer(name: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer of a checkpoint, without its model, or a tokenizer by itself.
 
     Args:
-      name: what `llm_jax.load` takes; a directory that `llm_jax.tokenizers.train` wrote; a tokenizer.json or
+      name: what `llm_jax.load` takes; a directory that `llm_jax.train_tokenizer` wrote; a tokenizer.json or
         tokenizer.model; or a directory that contains one.
 
     Raises:
@@ -43,7 +43,7 @@ def named_tokenizer(name: str, own: Tokenizer | None) -> Tokenizer:
     try:
         tokenizer = load_tokenizer(name)
     except UserError as error:
-        expected = "a directory of tokenizers.train, tokenizer.json or tokenizer.model or where it is, or a checkpoint"
+        expected = "a directory of train_tokenizer, tokenizer.json or tokenizer.model or where it is, or a checkpoint"
         raise UserError(f"tokenizer.path={name}: {error}; expected {expected}") from error
     check_tokenizer(name, tokenizer, own)
     return tokenizer

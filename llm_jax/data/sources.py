@@ -73,7 +73,7 @@ def files(source: str, prefix: bool = False, option: str = "data.source") -> lis
     """The files of one source, sorted by name. Every option and flag that names text is resolved here.
 
     "stdlib" is the source code of the running Python's standard library, each package a group; "asset:NAME" is one of
-    `llm_jax.data.assets`; "hf:NAME" and "hf:NAME:SPLIT" are data sets of `datasets`. Every other source is a file, a
+    `llm_jax.assets`; "hf:NAME" and "hf:NAME:SPLIT" are data sets of `datasets`. Every other source is a file, a
     directory (without hidden files) or a glob pattern. The suffix of a file says what it holds: JSON lines, CSV, TSV,
     Parquet or text, which may be compressed (.gz, .bz2, .xz, .zst). A text file is one document; the only file of a
     source is cut into several.

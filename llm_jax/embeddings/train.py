@@ -1,58 +1,6 @@
-"""Vectors of words from text: `python -m llm_jax.embeddings.train --config=configs/word2vec.py --output=vectors.txt`.
-
-Writes word2vec's text form, or its binary form where the name ends in .bin; gensim and `embeddings.probe` read both.
-"""
-
-import pathlib
-import tempfile
-import time
-
-from absl import flags
-from tqdm import tqdm
+"""The earlier name of `python -m llm_jax.train_embeddings`; kept for one version."""
 
 from llm_jax import cli
-from llm_jax.errors import UserError
-from llm_jax.files import PARTIAL
-from llm_jax.schema import EmbeddingsConfig
-
-cli.define_config(EmbeddingsConfig, "word2vec.py")
-flags.DEFINE_string("output", None, "the file to write; it must not exist", required=True)
-flags.DEFINE_integer("devices", 0, "simulate this many CPU devices")
-
-
-def main() -> None:
-    cli.use_devices(flags.FLAGS.devices)
-    from llm_jax.embeddings import glove, texts, vectors, word2vec
-    from llm_jax.schema import choice
-
-    config: EmbeddingsConfig = cli.load_config()
-    choice("kind", config.kind, ("skipgram", "cbow", "glove"))
-    output = pathlib.Path(flags.FLAGS.output).expanduser()
-    if output.exists():
-        raise UserError(f"--output={output} exists; give another, or remove it")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(prefix=PARTIAL, dir=output.parent)
-    except OSError as error:
-        raise UserError(f"--output={output} cannot be written ({error.strerror})") from error
-    with scratch:
-        text = texts.build(config.source, config.min_count, config.max_words, pathlib.Path(scratch.name))
-        print(f"{text.num_words:,} words of {len(text.words):,} kinds (sha256 {text.sha256[:12]})", flush=True)
-        start = time.perf_counter()
-        if config.kind == "glove":
-            path = glove.cooccurrences(
-                text, config.glove.window, config.glove.memory * 2**20, pathlib.Path(scratch.name)
-            )
-            with tqdm(total=config.epochs * (path.stat().st_size // 12), unit=" cells", disable=None) as bar:
-                found = glove.train(text, config, path, bar.update)
-        else:
-            with tqdm(total=config.epochs * len(text.ids), unit=" words", unit_scale=True, disable=None) as bar:
-                found = word2vec.train(text, config, bar.update)
-        seconds = time.perf_counter() - start
-        vectors.save(found, output)
-    rate = config.epochs * text.num_words / seconds
-    print(f"wrote {output}: {len(found.words):,} vectors of {config.width} in {seconds:.1f} s, {rate:,.0f} words/s")
-
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.forward("embeddings.train", "train_embeddings")

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llm_jax import checkpoints, cli, configuration, files, tokenizers, trees
+from llm_jax import checkpoints, configuration, files, runtime, tokenizers, trees
 from llm_jax.checkpoints import adapters, run
 from llm_jax.decoding import loop
 from llm_jax.decoding.options import DecodingOptions
@@ -145,7 +145,7 @@ def train(
             state = setup.begin(params)
         state = state.replace(frozen=setup.freeze(base, constants, reference))
         del base, reference, prepared
-        cli.trim_memory()
+        runtime.release_freed_memory()
         files.write_json(workdir / "config.json", configuration.as_dict(config))
 
         # ---------------------------------------------------------------- evaluation and samples

@@ -20,13 +20,13 @@ from tests.checkpoints.test_gguf import vocabulary as vocabulary
 MEASURE = """
 import dataclasses, json, sys
 import jax
-from llm_jax import cli, trees
+from llm_jax import runtime, trees
 from llm_jax import checkpoints
 from llm_jax import checkpoints
 from llm_jax.checkpoints import gguf_model, huggingface, peft
 
 path, scan, devices = sys.argv[1], bool(int(sys.argv[2])), int(sys.argv[3])
-cli.use_devices(devices)
+runtime.simulate_devices(devices)
 mesh = jax.make_mesh((devices,), ("fsdp",))
 placed = lambda axis: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axis))
 shardings = lambda tree: jax.tree.map(lambda w: placed(() if w.shape[0] % devices else ("fsdp",)), tree)

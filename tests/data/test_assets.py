@@ -55,8 +55,8 @@ def test_an_inner_archive_is_read(made, tmp_path):
 def test_unknown_names_and_jobs_are_refused(command):
     with pytest.raises(UserError, match="asset:elmo is unknown; expected one of smollm2-135m-instruct"):
         assets.path("elmo")
-    assert "asset:elmo is unknown" in command("data.assets", "--fetch=elmo", code=2).stderr
-    assert "minilm-l6-v2" in command("data.assets").stdout
+    assert "asset:elmo is unknown" in command("assets", "--fetch=elmo", code=2).stderr
+    assert "minilm-l6-v2" in command("assets").stdout
 
 
 def test_every_asset_is_pinned():

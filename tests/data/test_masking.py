@@ -179,7 +179,8 @@ def test_a_run_goes_on_bit_for_bit_and_is_evaluated(command, tmp_path, text_file
     said = command("evaluate", f"--checkpoint={whole}", f"--data={tmp_path / 'a.txt'}", code=2).stderr
     assert "no held-out token counts" in said
     shown = command(
-        "data.show",
+        "show",
+        "rows",
         "--config=tests/tiny.py",
         f"--config.data.source={text_file}",
         f"--config.data.cache_dir={tmp_path}",

@@ -3,7 +3,7 @@ import json
 import numpy as np
 
 from llm_jax import tokenizers
-from llm_jax.data import show
+from llm_jax.data import row_text
 from llm_jax.data.rows import Packed, Rows
 from tests.data.test_data import stream
 from tests.data.test_examples import split
@@ -12,17 +12,17 @@ BYTE = tokenizers.get("byte").train([], 0)
 
 
 def test_segments_give_back_the_documents_and_what_counts():
-    found = list(show.segments(Rows(stream(5, 4, 9), 6)[0]))
+    found = list(row_text.segments(Rows(stream(5, 4, 9), 6)[0]))
     assert found == [
         [(1, False), (100, True), (101, True), (102, True), (2, True)],
         [(1, False), (200, True)],
     ]
     made = split(5, 3)
     (row,) = (Packed(made, 8)[i] for i in range(1))
-    shown = sorted(show.segments(row))
+    shown = sorted(row_text.segments(row))
     assert [[t for t, _ in s] for s in shown] == [[100, 101, 102, 103, 104], [200, 201, 202]]
     assert [[c for _, c in s] for s in shown] == [[False, False, True, True, True], [False, True, True]]
-    assert not list(show.segments({"segments": np.zeros(4, np.int32)}))
+    assert not list(row_text.segments({"segments": np.zeros(4, np.int32)}))
 
 
 def test_lines_say_what_counts_and_no_text_commands_the_terminal():
@@ -32,8 +32,8 @@ def test_lines_say_what_counts_and_no_text_commands_the_terminal():
         *((i, True) for i in BYTE.encode("é\x1b[31m\n")),
         (2, True),
     ]
-    assert list(show.lines(BYTE, tokens, ("", ""))) == ["- <bos>ask", "- ", "+ é\\x1b[31m", "+ <eos>"]
-    assert next(show.lines(BYTE, tokens, ("G", "N"))) == "N- <bos>ask\033[0m"
+    assert list(row_text.lines(BYTE, tokens, ("", ""))) == ["- <bos>ask", "- ", "+ é\\x1b[31m", "+ <eos>"]
+    assert next(row_text.lines(BYTE, tokens, ("G", "N"))) == "N- <bos>ask\033[0m"
 
 
 def test_the_command_shows_rows(tmp_path, command):
@@ -45,8 +45,8 @@ def test_the_command_shows_rows(tmp_path, command):
         f"--config.data.cache_dir={tmp_path}",
         "--config.data.kind=instructions",
     )
-    said = command("data.show", *flags, "--rows=1").stdout.splitlines()
+    said = command("show", "rows", *flags, "--rows=1").stdout.splitlines()
     assert said[0].startswith("row 0: ") and "in 2 segments, 8 targets count" in said[0]
     assert said[2].startswith("- <bos>ask ") and said[3] == "+ yes<eos>"
-    assert len(command("data.show", *flags, "--rows=99", "--held_out").stdout.splitlines()) < 40
-    assert "expected at least 1 row" in command("data.show", *flags, "--rows=0", code=2).stderr
+    assert len(command("show", "rows", *flags, "--rows=99", "--held_out").stdout.splitlines()) < 40
+    assert "expected at least 1 row" in command("show", "rows", *flags, "--rows=0", code=2).stderr

@@ -273,16 +273,16 @@ def test_a_corpus_without_words_is_one_clear_error(tmp_path, content, message):
 def test_the_commands_train_and_probe(command, text_file, tmp_path):
     flags = (f"--config.source={text_file}", "--config.width=8", "--config.epochs=1", "--config.min_count=1")
     for kind, name in (("cbow", "v.bin"), ("glove", "v.txt")):
-        said = command("embeddings.train", *flags, f"--config.kind={kind}", f"--output={tmp_path / name}").stdout
+        said = command("train_embeddings", *flags, f"--config.kind={kind}", f"--output={tmp_path / name}").stdout
         assert "8,000 words of 14 kinds" in said and "wrote" in said
     assert sorted(p.name for p in tmp_path.iterdir()) == ["v.bin", "v.txt"]
     shown = command(
-        "embeddings.probe", f"--vectors={tmp_path / 'v.bin'}", "--neighbours=token", f"--map={tmp_path / 'm.png'}"
+        "probe_embeddings", f"--vectors={tmp_path / 'v.bin'}", "--neighbours=token", f"--map={tmp_path / 'm.png'}"
     ).stdout
     assert shown.startswith("token: ") and shown.count(",") == 9 and (tmp_path / "m.png").stat().st_size > 1000
     assert (
         "'king' is not among the 14 words"
-        in command("embeddings.probe", f"--vectors={tmp_path / 'v.txt'}", "--neighbours=king", code=2).stderr
+        in command("probe_embeddings", f"--vectors={tmp_path / 'v.txt'}", "--neighbours=king", code=2).stderr
     )
 
 
@@ -296,7 +296,7 @@ def test_the_commands_train_and_probe(command, text_file, tmp_path):
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(command, tmp_path, flag, message):
-    said = command("embeddings.train", flag, f"--output={tmp_path / 'v.txt'}", code=2).stderr
+    said = command("train_embeddings", flag, f"--output={tmp_path / 'v.txt'}", code=2).stderr
     assert message in said and not list(tmp_path.iterdir())
 
 

@@ -4,24 +4,25 @@ import pytest
 import tokenizers as library
 
 from llm_jax import checkpoints, tokenizers
+from llm_jax.data import text_blocks
 from llm_jax.errors import UserError
-from llm_jax.tokenizers import show, train
+from llm_jax.tokenizers import token_text
 
 
 def test_a_tokenizer_is_trained_and_shown(command, text_file, tmp_path):
     said = command(
-        "tokenizers.train", "--kind=word", "--vocab_size=18", f"--input={text_file}", f"--output={tmp_path / 'w'}"
+        "train_tokenizer", "--kind=word", "--vocab_size=18", f"--input={text_file}", f"--output={tmp_path / 'w'}"
     )
     digest = tokenizers.digest(tokenizers.load(tmp_path / "w"))
     assert said.stdout == f"wrote {tmp_path / 'w'}: word, 18 ids, sha256 {digest[:12]}\n"
     shown = command(
-        "tokenizers.show", f"--tokenizer={tmp_path / 'w'}", "--tokenizer=byte", "--text=the zoo\x1b reads", "--ids"
+        "show", "tokens", f"--tokenizer={tmp_path / 'w'}", "--tokenizer=byte", "--text=the zoo\x1b reads", "--ids"
     ).stdout
     assert "|[the]|[ zoo]|[\\x1b]| reads|" in shown.replace("|the|", "|[the]|") and "\x1b" not in shown
     assert "4 tokens, 1.33 a word, 2 unknown" in shown or "4 tokens, 1.33 a word, 3 unknown" in shown
     assert re.search(r"\d+ +8-14 +reads +\| +\d+ +3-4", shown)
     again = command(
-        "tokenizers.train", "--kind=byte", f"--input={text_file}", f"--output={tmp_path / 'w'}", code=2
+        "train_tokenizer", "--kind=byte", f"--input={text_file}", f"--output={tmp_path / 'w'}", code=2
     ).stderr
     assert "exists; give another" in again
 
@@ -30,7 +31,7 @@ def test_a_run_takes_a_tokenizer_and_goes_on_with_no_other(command, text_file, t
     words = tmp_path / "words.txt"
     words.write_text("the model reads a token and then the token after it returns one line of text " * 9)
     flags = ("--kind=word", "--vocab_size=18")
-    command("tokenizers.train", *flags, f"--input={words}", f"--output={tmp_path / 'w'}")
+    command("train_tokenizer", *flags, f"--input={words}", f"--output={tmp_path / 'w'}")
     own = tokenizers.load(tmp_path / "w")
     run = (f"--workdir={tmp_path / 'run'}", f"--config.tokenizer.path={tmp_path / 'w'}")
     said = command("train", *run, "--config.train.steps=4").stdout
@@ -41,7 +42,7 @@ def test_a_run_takes_a_tokenizer_and_goes_on_with_no_other(command, text_file, t
     words.write_text(
         "another text of other words that no one reads or returns after the other line of tokens it is " * 9
     )
-    command("tokenizers.train", *flags, f"--input={words}", f"--output={tmp_path / 'w'}")
+    command("train_tokenizer", *flags, f"--input={words}", f"--output={tmp_path / 'w'}")
     refused = command("train", *run, "--config.train.steps=8", code=2).stderr
     (tmp_path / "w").rename(tmp_path / "new")  # the checkpoint has its own
     assert "going on from" in command("train", *run, "--config.train.steps=8").stdout
@@ -49,24 +50,24 @@ def test_a_run_takes_a_tokenizer_and_goes_on_with_no_other(command, text_file, t
     nothing = command("train", run[0] + "2", f"--config.tokenizer.path={tmp_path / 'no'}", code=2).stderr
     assert (
         f"tokenizer.path={tmp_path / 'no'}: " in nothing
-        and "tokenizers.train" in nothing
+        and "train_tokenizer" in nothing
         and len(nothing.strip().splitlines()) == 1
     )
 
 
 def test_colours_tell_neighbours_apart_and_unknowns_are_red():
     tokenizer = tokenizers.get("char").train(["ab"], 9)
-    assert show.painted("abx", tokenizer, True) == "\x1b[48;5;24ma\x1b[0m\x1b[48;5;58mb\x1b[0m\x1b[41mx\x1b[0m"
-    assert show.painted("abx", tokenizer, False) == "|a|b|[x]|"
+    assert token_text.painted("abx", tokenizer, True) == "\x1b[48;5;24ma\x1b[0m\x1b[48;5;58mb\x1b[0m\x1b[41mx\x1b[0m"
+    assert token_text.painted("abx", tokenizer, False) == "|a|b|[x]|"
 
 
 def test_more_text_than_the_sample_is_drawn_in_blocks_between_characters(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "_BLOCK", 1000)
+    monkeypatch.setattr(text_blocks, "_BLOCK", 1000)
     path, text = tmp_path / "a.txt", "".join(f"größe {i} 🦜 " for i in range(4000))
     path.write_text(text)
-    assert "".join(train.texts([path, path], 10**9)) == text * 2
-    drawn = list(train.texts([path], 10_000))
-    assert len(drawn) == 10 and drawn == list(train.texts([path], 10_000))
+    assert "".join(text_blocks.texts([path, path], 10**9)) == text * 2
+    drawn = list(text_blocks.texts([path], 10_000))
+    assert len(drawn) == 10 and drawn == list(text_blocks.texts([path], 10_000))
     assert all(part in text and "\ufffd" not in part and len(part.encode()) <= 1003 for part in drawn)
     places = [text.index(part) / len(text) for part in drawn]
     assert min(places) < 0.3 and max(places) > 0.7
@@ -84,7 +85,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(command, tmp_path, content
     if content is not None:
         (tmp_path / "in.txt").write_bytes(content)
     said = command(
-        "tokenizers.train",
+        "train_tokenizer",
         "--kind=bpe",
         "--vocab_size=300",
         f"--input={tmp_path / 'in.txt'}",
@@ -97,7 +98,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(command, tmp_path, content
 
 def test_a_shown_name_that_is_no_tokenizer_is_an_error(tmp_path):
     with pytest.raises(UserError):
-        show.read(str(tmp_path / "none"))
+        checkpoints.load_tokenizer(str(tmp_path / "none"))
 
 
 def of_bytes(tmp_path, normalizer=None):
@@ -115,12 +116,14 @@ def of_bytes(tmp_path, normalizer=None):
 
 
 def test_spans_of_byte_pairs_tile_the_text(tmp_path):
-    tokenizer = show.read(str(of_bytes(tmp_path)))  # a directory of nothing else, with what stands beside it
+    tokenizer = checkpoints.load_tokenizer(
+        str(of_bytes(tmp_path))
+    )  # a directory of nothing else, with what stands beside it
     text = "naïve 🦜 the größe 日本"
     spans = tokenizer.spans(text)
     assert tokenizer.eos is not None and len(spans) == len(tokenizer.encode(text))
     assert [0, *(end for _, end in spans)] == [*(begin for begin, _ in spans), len(text.encode())]
-    assert "\\xf0|" in show.painted(text, tokenizer, False)
+    assert "\\xf0|" in token_text.painted(text, tokenizer, False)
     with pytest.raises(UserError, match="surrogate"):
         tokenizer.spans("a\ud800")
 
@@ -128,15 +131,18 @@ def test_spans_of_byte_pairs_tile_the_text(tmp_path):
 def test_a_terminal_is_sent_no_control_characters(tmp_path):
     dropping = library.normalizers.BertNormalizer(lowercase=False)
     text = "\x1b]0;x\x07the\x1b text\x1b"
-    for tokenizer in (show.read(str(of_bytes(tmp_path, dropping))), tokenizers.get("bpe").train([text * 9] * 9, 290)):
-        for shown in (show.painted(text, tokenizer, False), "\n".join(show.table(text, tokenizer))):
+    for tokenizer in (
+        checkpoints.load_tokenizer(str(of_bytes(tmp_path, dropping))),
+        tokenizers.get("bpe").train([text * 9] * 9, 290),
+    ):
+        for shown in (token_text.painted(text, tokenizer, False), "\n".join(token_text.table(text, tokenizer))):
             assert "\x1b" not in shown and "\x07" not in shown
 
 
 def test_broken_files_are_one_line(tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="cannot be read"):
-        show.read(str(tmp_path / "tokenizer.json"))
+        checkpoints.load_tokenizer(str(tmp_path / "tokenizer.json"))
     (tmp_path / "kind.json").write_text('{"kind": "byte"}')
     with pytest.raises(UserError, match="no readable tokenizer here .'sha256'"):
         tokenizers.load(tmp_path)

@@ -1,0 +1,125 @@
+"""Runs commands: as the process (`start`), within a process (`call`), and scripts with flags of absl (`run_script`)."""
+
+import copy
+import os
+import runpy
+import select
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+from absl import flags, logging
+
+from llm_jax.cli import help as help_lib
+from llm_jax.cli import parsing, signals
+from llm_jax.cli.parsing import Command
+from llm_jax.errors import UserError
+
+Commands = Command | Mapping[str, Command]
+
+
+def start(command: Commands, arguments: Sequence[str] | None = None) -> None:
+    """Runs a command as the process: installs signal handlers and exits with the command's code.
+
+    Args:
+      command: a command, or {name: command} for a command with subcommands, the first argument being the name.
+      arguments: the flags; by default those of the process.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        command, arguments = select_subcommand(command, arguments)
+        _start(command, arguments)
+    except UserError as error:
+        signals.leave(2, f"error: {error}")
+
+
+def call(command: Commands, arguments: Sequence[str] = ()) -> int:
+    """Runs a command within this process and returns its exit code; signal handlers stay as they are.
+
+    The command prints to sys.stdout and sys.stderr. The flags of the command keep no state between calls.
+
+    Args:
+      command: a command, or {name: command}; see `start`.
+      arguments: the flags, such as ["--checkpoint=runs/x", "--json"].
+    """
+    try:
+        command, arguments = select_subcommand(command, arguments)
+        return _execute(command, copy.deepcopy(command.flags), arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def run_script(main: Callable[[], None], interrupted: str = "interrupted") -> None:
+    """Runs `main` of a script that defines its flags in `absl.flags.FLAGS`, with the errors and exit codes of commands.
+
+    Args:
+      interrupted: the message at SIGINT.
+    """
+
+    def run(values: flags.FlagValues) -> None:
+        main()
+
+    run.__module__ = main.__module__
+    _start(Command(os.path.basename(sys.argv[0]), run, flags.FLAGS, interrupted=interrupted), sys.argv[1:])
+
+
+def forward(earlier: str, name: str, *arguments: str) -> None:
+    """Runs the command that `python -m llm_jax.EARLIER` has been renamed to, with a line on stderr that names it."""
+    command = " ".join((f"python -m llm_jax.{name}", *arguments))
+    print(f"note: python -m llm_jax.{earlier} is now {command}", file=sys.stderr)
+    sys.argv[1:1] = arguments
+    runpy.run_module(f"llm_jax.{name}", run_name="__main__", alter_sys=True)
+
+
+def select_subcommand(command: Commands, arguments: Sequence[str]) -> tuple[Command, list[str]]:
+    """The command that the arguments select, and the arguments that remain for it.
+
+    Raises:
+      UserError: no such subcommand.
+    """
+    arguments = list(arguments)
+    if isinstance(command, Command):
+        return command, arguments
+    if arguments and arguments[0] in command:
+        return command[arguments[0]], arguments[1:]
+    parent = next(iter(command.values())).name.split(" ")[0]
+    if arguments and help_lib.is_help(arguments[0]):
+        return Command(parent, lambda values: None, flags.FlagValues(), subcommands=command), arguments
+    problem = f"unknown subcommand '{arguments[0]}'" if arguments else "a subcommand is required"
+    raise UserError(f"{parent}: {problem}; expected one of {', '.join(command)}")
+
+
+def _start(command: Command, arguments: Sequence[str]) -> None:
+    signals.install(command.interrupted)
+    code = 0
+    try:
+        code = _execute(command, command.flags, arguments)
+        sys.stdout.flush()
+    except UserError as error:
+        signals.leave(2, f"error: {error}")
+    except KeyboardInterrupt:
+        signals.leave(130, f"\n{command.interrupted}")
+    except BrokenPipeError:
+        if not _reader_ended():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes stdout once more
+        signals.leave(141)
+    if code:
+        signals.leave(code)
+    sys.exit(0)
+
+
+def _reader_ended() -> bool:
+    """Whether the process that read stdout through a pipe, such as `head`, has ended."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def _execute(command: Command, values: flags.FlagValues, arguments: Sequence[str]) -> int:
+    logging.set_verbosity(logging.WARNING)  # Orbax reports every file it writes
+    if text := help_lib.requested(command, arguments):
+        print(text)
+        return 0
+    parsing.parse(command, values, arguments)
+    return command.main(values) or 0

@@ -1,0 +1,150 @@
+"""Parses the flags of a command, `--config` with its overrides, and refuses flags that have no effect."""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from llm_jax import configuration
+from llm_jax.errors import UserError
+
+# Rows (flags, condition under which they have no effect, function of the flags that is true if they have one).
+Needs = Sequence[tuple[tuple[str, ...], str, Callable[[Any], Any]]]
+
+
+class Flags(flags.FlagValues):
+    """The flags of one command, apart from those of all others; once parsed, their values are its attributes.
+
+    The methods define flags, like `absl.flags.DEFINE_string` and its relatives: name, default, meaning; with
+    `required=True` and the default None, a flag must be given.
+    """
+
+    def string(self, name: str, default: str | None, meaning: str, **options: Any) -> None:
+        flags.DEFINE_string(name, default, meaning, flag_values=self, **options)
+
+    def integer(self, name: str, default: int | None, meaning: str, **options: Any) -> None:
+        flags.DEFINE_integer(name, default, meaning, flag_values=self, **options)
+
+    def number(self, name: str, default: float | None, meaning: str, **options: Any) -> None:
+        flags.DEFINE_float(name, default, meaning, flag_values=self, **options)
+
+    def boolean(self, name: str, default: bool | None, meaning: str, **options: Any) -> None:
+        flags.DEFINE_boolean(name, default, meaning, flag_values=self, **options)
+
+    def enum(self, name: str, default: str | None, choices: Sequence[str], meaning: str, **options: Any) -> None:
+        flags.DEFINE_enum(name, default, list(choices), meaning, flag_values=self, **options)
+
+    def multi_string(self, name: str, default: Any, meaning: str, **options: Any) -> None:
+        flags.DEFINE_multi_string(name, default, meaning, flag_values=self, **options)
+
+    def multi_integer(self, name: str, default: Any, meaning: str, **options: Any) -> None:
+        flags.DEFINE_multi_integer(name, default, meaning, flag_values=self, **options)
+
+    def comma_separated(self, name: str, default: Any, meaning: str, **options: Any) -> None:
+        flags.DEFINE_list(name, default, meaning, flag_values=self, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A command.
+
+    Attributes:
+      name: the name after `python -m llm_jax.`, with the subcommand if there is one: "train", "show rows".
+      main: runs the command with the parsed flags as attributes; returns the exit code, None for 0.
+      flags: the definitions of the flags, apart from those of all other commands.
+      needs: flags that have no effect by themselves; giving one in vain is an error.
+      interrupted: the message at SIGINT.
+      config: the dataclass that `--config` fills, `schema.Config` or `schema.EmbeddingsConfig`; None: no `--config`.
+      subcommands: the commands that `--help` lists.
+    """
+
+    name: str
+    main: Callable[[Any], int | None]
+    flags: Any
+    needs: Needs = ()
+    interrupted: str = "interrupted"
+    config: Any = None
+    subcommands: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def parse(command: Command, values: flags.FlagValues, arguments: Sequence[str]) -> None:
+    """Parses `arguments` into `values`; `values.config` becomes the checked configuration.
+
+    Raises:
+      UserError: an unknown or invalid flag, override or configuration, a positional argument, or a flag without effect.
+    """
+    arguments = list(arguments)
+    source: Any = None
+    if command.config is not None:
+        source, arguments = _split_source(arguments)
+        overrides = _overrides(arguments)
+        for key, value in overrides.items():
+            if problem := configuration.unknown(key, command.config, value):
+                raise UserError(problem)
+        source = source or configuration.DEFAULT_RECIPES[command.config]
+        complete = configuration.as_dict(configuration.load(source, cls=command.config))
+        config_flags.DEFINE_config_dict("config", ConfigDict(complete), flag_values=values, sys_argv=["", *arguments])
+    try:
+        positional = values(["", *arguments])[1:]
+    except flags.UnrecognizedFlagError as error:
+        raise UserError(_unknown_flag(error.flagname, command, values)) from error
+    except flags.Error as error:
+        raise UserError(_message(error)) from error
+    except (ValueError, TypeError, KeyError) as error:  # ml_collections, for a value that does not fit the option
+        raise UserError(f"--config: {_message(error)}") from error
+    if positional:
+        raise UserError(f"unexpected argument '{positional[0]}'; options are written --name=value")
+    if command.config is not None:
+        changes = vars(values["config"])["_override_values"]
+        values["config"].value = configuration.load(source, changes, cls=command.config)
+    refuse_without_effect(command.needs, values)
+
+
+def refuse_without_effect(needs: Needs, values: flags.FlagValues) -> None:
+    """Raises UserError for a flag that is given, even with its default value, and has no effect beside the others."""
+    for names, condition, has_effect in needs:
+        given = [values[name] for name in names if values[name].present]
+        if given and not has_effect(values):
+            raise UserError(f"{' '.join(given[0].serialize().split())} has no effect where {condition}")
+
+
+def _split_source(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """The value of the last `--config=SOURCE` (or `--config SOURCE`), and the other arguments."""
+    source, remaining = None, []
+    iterator = iter(arguments)
+    for argument in iterator:
+        match = re.fullmatch(r"--?config(?:=(.*))?", argument, re.DOTALL)
+        if match is None:
+            remaining.append(argument)
+            continue
+        source = match[1] if match[1] is not None else next(iterator, "")
+        if not source or source.startswith("--"):
+            raise UserError("--config needs a value: a recipe, a file or a run directory")
+    return source, remaining
+
+
+def _overrides(arguments: Sequence[str]) -> dict[str, str]:
+    """{key: text} of the arguments --config.KEY=VALUE; an index into a tuple, as in KEY[0], is left out."""
+    matches = (re.match(r"--?(?:no)?config\.([^=\[]+)[^=]*=?(.*)", argument, re.DOTALL) for argument in arguments)
+    return {match[1]: match[2] for match in matches if match}
+
+
+def _unknown_flag(name: str, command: Command, values: flags.FlagValues) -> str:
+    if command.config is not None and (option := configuration.resolve(name, command.config)):
+        return f"unknown flag --{name}; did you mean --config.{option}?"
+    near = difflib.get_close_matches(name, list(values), 1, 0.5)
+    hint = f"did you mean --{near[0]}?" if near else f"python -m llm_jax.{command.name} --help lists the flags"
+    return f"unknown flag --{name}; {hint}"
+
+
+def _message(error: Any) -> str:
+    """The last line of a message, with the words of the command line."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    text = lines[-1] if lines else type(error).__name__
+    if match := re.search(r"Flag --(\S+) must have a value other than None", text):
+        return f"--{match[1]} is required"
+    return re.sub(r"^flag (--)", r"\1", text)

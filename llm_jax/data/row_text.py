@@ -1,0 +1,43 @@
+"""Rows of training data as text that shows what the loss counts."""
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+
+from llm_jax.tokenizers import Tokenizer
+
+
+def segments(row: dict[str, np.ndarray], masked: bool = False) -> Iterator[list[tuple[int, bool]]]:
+    """The tokens of each segment of a row, and whether each counts as a target. Padding is left out.
+
+    Args:
+      masked: targets are the tokens at the places of the inputs, not those after them.
+    """
+    for segment in range(1, int(row["segments"].max()) + 1):
+        where = np.flatnonzero(row["segments"] == segment)
+        if masked:
+            yield [(int(row["targets"][i]), bool(row["mask"][i])) for i in where]
+            continue
+        found = [(int(row["inputs"][where[0]]), False)]
+        found += [(int(row["targets"][i]), bool(row["mask"][i])) for i in where[:-1]]
+        if row["mask"][where[-1]]:  # else it begins the next document
+            found.append((int(row["targets"][where[-1]]), True))
+        yield found
+
+
+def lines(tokenizer: Tokenizer, tokens: list[tuple[int, bool]], colours: tuple[str, str]) -> Iterator[str]:
+    """Tokens as text, a line for every line and every change from what counts to what does not.
+
+    Args:
+      colours: what is written before text that counts, and that does not; "": no colours.
+    """
+    for counts, run in itertools.groupby(tokens, lambda token: token[1]):
+        text = ""
+        for special, part in itertools.groupby((i for i, _ in run), lambda i: i in (tokenizer.bos, tokenizer.eos)):
+            ids = list(part)
+            text += "".join(map(tokenizer.piece, ids)) if special else tokenizer.decode(ids)
+        for line in text.split("\n"):
+            shown = "".join(c if c.isprintable() or c == "\t" else repr(c)[1:-1] for c in line)
+            begin = colours[0] if counts else colours[1]
+            yield f"{begin}{'+' if counts else '-'} {shown}" + ("\033[0m" if begin else "")

@@ -1,0 +1,45 @@
+"""Text with its tokens told apart: coloured on a terminal, between bars elsewhere."""
+
+from collections.abc import Sequence
+
+from llm_jax.tokenizers.base import Tokenizer
+from llm_jax.tokenizers.byte import utf8
+
+_COLOURS = ("48;5;24", "48;5;58", "48;5;54", "48;5;22")  # backgrounds of the 256-colour palette
+_RED, _END = "\x1b[41m", "\x1b[0m"
+
+
+def painted(text: str, tokenizer: Tokenizer, colour: bool) -> str:
+    """The text with its tokens told apart; what belongs to no token (dropped by a normalizer) stands bare.
+
+    A token that stands for a part of a character is shown by its bytes.
+    """
+    whole, parts, last = utf8(text), [], 0
+    for k, (index, (begin, end)) in enumerate(zip(tokenizer.encode(text), tokenizer.spans(text), strict=True)):
+        begin = max(begin, last)
+        between, own = _shown(whole[last:begin]), _shown(whole[begin:end]) or _shown(tokenizer.piece(index).encode())
+        if colour:
+            start = _RED if index == tokenizer.unk else f"\x1b[{_COLOURS[k % len(_COLOURS)]}m"
+            parts.append(between + start + own + _END)
+        else:
+            parts.append(between + "|" + (f"[{own}]" if index == tokenizer.unk else own))
+        last = max(last, end)
+    return "".join(parts) + ("" if colour else "|") + _shown(whole[last:])
+
+
+def table(text: str, tokenizer: Tokenizer) -> list[str]:
+    """A line per token: id, span in bytes, piece."""
+    both = zip(tokenizer.encode(text), tokenizer.spans(text), strict=True)
+    return [f"{i:>7} {begin:>5}-{end:<5} {_shown(tokenizer.piece(i).encode())}" for i, (begin, end) in both]
+
+
+def side_by_side(columns: Sequence[Sequence[str]], width: int) -> str:
+    rows = range(max(map(len, columns)))
+    lines = ([c[r] if r < len(c) else "" for c in columns] for r in rows)
+    return "\n".join(" | ".join(f"{cell[:width]:<{width}}" for cell in line).rstrip() for line in lines)
+
+
+def _shown(part: bytes) -> str:
+    """Text with control characters (a terminal would obey them) and broken characters spelled out."""
+    text = part.decode(errors="backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
