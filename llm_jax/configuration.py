@@ -94,7 +94,6 @@ OTHER_NAMES = {
     "lr_scheduler_type": "optim.schedule",
     "max_grad_norm": "optim.clip_norm",
     "max_iters": "train.steps",
-    "max_length": "train.seq_len",
     "max_position_embeddings": "model.position.max_length",
     "max_seq_len": "train.seq_len",
     "max_steps": "train.steps",

@@ -1,8 +1,20 @@
-"""What every command does around its `main`: flags without effect, and interrupts."""
+"""What commands share: flags, --config and its overrides, help, exit codes, interrupts, and calls within a process."""
 
+import importlib
+import json
+import os
 import signal
+import subprocess
+import sys
 
 import pytest
+
+from llm_jax import __main__ as entry
+from llm_jax import cli, configuration
+from llm_jax.schema import EmbeddingsConfig
+from tests.conftest import ROOT
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
 
 CHECKPOINT = "--checkpoint=nowhere"
 QUANTIZE = ("quantize", CHECKPOINT, "--output=nothing")
@@ -65,3 +77,200 @@ def test_an_interrupted_decoder_says_so_and_nothing_of_checkpoints(command, trai
     child.send_signal(signal.SIGINT)
     _, errors = child.communicate(timeout=60)
     assert (child.returncode, errors) == (130, "\ninterrupted\n")
+
+
+def commands():
+    """(arguments after `python -m llm_jax.`, command) of every command and subcommand."""
+    pairs = []
+    for name in entry.COMMANDS:
+        command = importlib.import_module(f"llm_jax.{name}").COMMAND
+        subcommands = command if isinstance(command, dict) else {"": command}
+        pairs += [(f"{name} {subcommand}".strip(), c) for subcommand, c in subcommands.items()]
+        )
+        pairs += subcommands.items()
+    return pairs
+
+
+@pytest.mark.parametrize(("name", "definition"), commands())
+def test_every_command_describes_its_flags(name, definition, command):
+    assert definition.name == name
+    text = command(*name.split(), "--help").stdout
+    assert text.startswith(f"usage: python -m llm_jax.{name} [--FLAG=VALUE ...]\n\n")
+    for flag in definition.flags:
+        assert f"--{flag}" in text or f"--[no]{flag}" in text
+    assert ("--config=SOURCE" in text) == (definition.config is not None)
+    assert command(*name.split(), "-h").stdout == text
+
+
+@pytest.mark.parametrize(("name", "definition"), commands())
+def test_every_command_runs_as_a_process(name, definition):
+    """One process per command: the module is the command, its imports suffice, and a bad flag is one line."""
+    run = [sys.executable, "-m", *f"llm_jax.{name}".split(), "--no_such_flag"]
+    done = subprocess.run(run, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: unknown flag --no_such_flag; ") and done.stderr.count("\n") == 1
+
+
+def test_calls_within_a_process_share_no_flags(command):
+    assert "nowhere: no such directory" in command("evaluate", CHECKPOINT, "--stride=4", code=2).stderr
+    assert command("evaluate", code=2).stderr == "error: --checkpoint is required\n"
+    error = command("generate", CHECKPOINT, "--prompt=a", "--stride=4", code=2).stderr
+    assert error == "error: unknown flag --stride; did you mean --stream?\n"
+    error = command("generate", CHECKPOINT, "--prompt=a", "--zzz=4", code=2).stderr
+    assert error == "error: unknown flag --zzz; python -m llm_jax.generate --help lists the flags\n"
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert command("train", "--dry_run", "--workdir=unused").stdout
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def parsed(*arguments, config=configuration.Config):
+    """The configuration that a command with these arguments gets."""
+    configs = []
+    command = cli.Command("test", lambda f: configs.append(f.config), cli.Flags(), config=config)
+    assert cli.call(command, arguments) == 0
+    return configs[0]
+
+
+def test_config_takes_recipes_files_and_runs_from_any_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    default = configuration.load("default")
+    assert parsed() == parsed("--config=default") == parsed("--config=configs/default.py") == default
+    assert parsed("--config", "gpt3") == configuration.load("gpt3") != default
+    wide = configuration.load("default", {"model.width": 64})
+    (tmp_path / "wide.toml").write_text("[model]\nwidth = 64\n")
+    (tmp_path / "wide.json").write_text('{"model": {"width": 64}}')
+    (tmp_path / "wide.py").write_text("def get_config():\n    return {'model': {'width': 64}}\n")
+    assert [parsed(f"--config=wide.{form}") for form in ("toml", "json", "py")] == [wide] * 3
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps(configuration.as_dict(wide)))
+    assert parsed("--config=run") == wide
+    assert parsed("--config.train.seed=3", "--config=run") == configuration.load(wide, {"train.seed": 3})
+
+
+def test_overrides_have_the_types_of_their_options_and_count_as_explicit():
+    config = parsed(
+        "--config.optim.lr=1",
+        "--config.eval.prompts=('a', 'b')",
+        "--noconfig.model.qk_norm",
+        "--config.model.position.kind=rope",
+        "--config.train.steps",
+        "5",
+    )
+    assert (config.optim.lr, config.eval.prompts, config.model.qk_norm) == (1.0, ("a", "b"), False)
+    assert config.train.steps == 5 and "model.position.kind" in config.explicit  # although it is the default
+    words = parsed("--config.glove.window=3", "--config=glove", config=EmbeddingsConfig)
+    assert (words.kind, words.glove.window) == ("glove", 3)
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        (
+            "--config.model.position=alibi",
+            "config key 'model.position' is a section; did you mean --config.model.position.kind=alibi?",
+        ),
+        (
+            "--config.train=5",
+            "config key 'train' is a section; set one of its options, as in --config.train.steps=VALUE",
+        ),
+        ("--config.model.tie_head=True", "unknown config key 'model.tie_head'; it is now 'model.tie_embeddings'"),
+        ("--config.n_layer=3", "unknown config key 'n_layer'; did you mean 'model.num_layers'?"),
+        ("--config.model.hidden_size=3", "unknown config key 'model.hidden_size'; did you mean 'model.width'?"),
+        ("--config.bf16=True", "unknown config key 'bf16'; did you mean 'model.precision.compute=bfloat16'?"),
+        ("--learning_rate=1", "unknown flag --learning_rate; did you mean --config.optim.lr?"),
+        ("--steps=1", "unknown flag --steps; did you mean --config.train.steps?"),
+        ("--wrkdir=x", "unknown flag --wrkdir; did you mean --workdir?"),
+        ("--config", "--config needs a value: a recipe, a file or a run directory"),
+        ("--help-config=zzz", "--help-config=zzz: no option contains this; did you mean 'tokenizer.vocab_size'?"),
+    ],
+)
+def test_names_of_other_codebases_and_sections_are_answered_with_the_option(flag, message, capsys):
+    train = importlib.import_module("llm_jax.train").COMMAND
+    assert cli.call(train, ["--workdir=unused", flag]) == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
+
+
+def test_every_answer_to_another_name_is_an_option_with_a_valid_value():
+    options = set(configuration.keys())
+    for name, answer in configuration.OTHER_NAMES.items():
+        key, _, value = answer.partition("=")
+        assert key in options and name not in {option.rsplit(".", 1)[1] for option in options if "." in option}
+        if value:
+            assert configuration.flat(configuration.load("default", {key: value}))[key] == value
+
+
+def test_help_config_describes_every_option_and_can_be_searched(command):
+    text = command("train", "--help-config").stdout
+    keys = [line[9:].split("=")[0] for line in text.splitlines() if line.startswith("--config.")]
+    assert keys == list(configuration.keys())
+    lines = text.splitlines()
+    assert all(lines[i + 1].startswith("    ") for i, line in enumerate(lines) if line.startswith("--config."))
+    by_key = command("train", "--help-config=optim.lr").stdout.splitlines()
+    assert by_key[0] == "--config.optim.lr=0.003  (float, at least 0)" and "learning rate" in by_key[1]
+    assert "--config.model.num_kv_heads=" in command("train", "--help-config", "grouped-query").stdout
+    assert "--config.glove.x_max=" in command("train_embeddings", "--help-config").stdout
+
+
+def test_a_command_with_subcommands_lists_them(command):
+    assert command("show", code=2).stderr == "error: show: a subcommand is required; expected one of rows, tokens\n"
+    error = command("show", "row", code=2).stderr
+    assert error == "error: show: unknown subcommand 'row'; expected one of rows, tokens\n"
+    listing = command("show", "--help").stdout
+    assert "  rows " in listing and "  tokens " in listing
+
+
+@pytest.mark.parametrize(
+    ("earlier", "new", "flags"),
+    [
+        ("data.show", "show rows", ["--rows=0"]),
+        ("tokenizers.show", "show tokens", ["--tokenizer=byte", "--text=ab"]),
+        ("tokenizers.train", "train_tokenizer", ["--kind=byte"]),
+        ("embeddings.train", "train_embeddings", ["--config.glove.windows=1"]),
+        ("embeddings.probe", "probe_embeddings", ["--vectors=nowhere"]),
+        ("data.assets", "assets", []),
+    ],
+)
+def test_earlier_names_run_the_command_and_name_the_new_one(command, earlier, new, flags):
+    done = command(earlier, *flags, process=True, code=None)
+    note, *rest = done.stderr.splitlines()
+    assert note == f"note: python -m llm_jax.{earlier} is now python -m llm_jax.{new}"
+    direct = command(*new.split(), *flags, code=None)
+    assert (done.returncode, done.stdout, rest) == (direct.returncode, direct.stdout, direct.stderr.splitlines())
+
+
+@pytest.mark.parametrize(
+    "arguments", [("llm_jax.train", "--help-config"), ("llm_jax", "show", "tokens", "--tokenizer=byte")]
+)
+def test_a_reader_that_ends_early_ends_the_command_quietly(arguments, tmp_path):
+    """As in `python -m llm_jax.train --help-config | head -1`."""
+    (tmp_path / "words.txt").write_text("word " * 100_000)
+    with (tmp_path / "words.txt").open() as words:
+        child = subprocess.Popen(
+            [sys.executable, "-m", *arguments],
+            cwd=ROOT, env=ENVIRONMENT, stdin=words, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+    assert child.stdout and child.stderr
+    child.stdout.close()
+    assert (child.wait(60), child.stderr.read()) == (141, b"")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        ((), 0, "usage: llm-jax COMMAND"),
+        (("--help",), 0, "usage: llm-jax COMMAND"),
+        (("trian",), 2, "error: unknown command 'trian'; did you mean train?"),
+        (("evaluate", "--checkpoint=nowhere"), 2, "error: nowhere: no such directory"),
+        (("show", "tokens", "--tokenizer=byte", "--text=ab"), 0, "byte: byte, 259 ids; 2 tokens"),
+    ],
+)
+def test_llm_jax_runs_and_lists_commands(arguments, code, text):
+    run = [sys.executable, "-m", "llm_jax", *arguments]
+    done = subprocess.run(run, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == code and text in (done.stderr if code else done.stdout)
+    assert done.stderr.count("\n") == bool(code)
+
+
+def test_every_command_is_listed():
+    names = {path.stem for path in (ROOT / "llm_jax").glob("*.py") if "cli.Command(" in path.read_text()}
+    assert names == set(entry.COMMANDS)

@@ -87,6 +87,11 @@ def test_the_command_lists_the_commands(python, tmp_path):
     assert "train" in listing and "generate" in listing
 
 
+def test_the_command_trains_a_recipe_outside_the_repository(python, tmp_path):
+    flags = ("--config=default", "--workdir=runs/x", "--dry_run", "--config.data.cache_dir=cache")
+    assert "layers/0:4" in execute([python.with_name("llm-jax"), "train", *flags], tmp_path)
+
+
 def test_a_notebook_trains_and_generates(python, tmp_path, text_file):
     (tmp_path / "words.txt").write_bytes(text_file.read_bytes())
     execute([python, "-c", NOTEBOOK + CHECKS], tmp_path)

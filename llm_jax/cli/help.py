@@ -1,22 +1,18 @@
 """The text of `--help`, and of `--help-config`, which describes the options of `--config`."""
 
-import ast
-import functools
 import inspect
-import pathlib
 import re
 import sys
 import textwrap
-import typing
-from collections.abc import Iterator, Sequence
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 
 from llm_jax import configuration
+from llm_jax.cli import options
 from llm_jax.cli.parsing import Command
 from llm_jax.errors import UserError
-from llm_jax.schema import Rules
 
 _WIDTH = 100
 
@@ -76,62 +72,16 @@ def describe_options(cls: Any, text: str = "") -> str:
     Raises:
       UserError: there is none.
     """
-    defaults = configuration.flat(configuration.load(configuration.DEFAULT_RECIPES[cls], cls=cls))
-    options = dict(_options(cls))
-    needle = text.removeprefix("--config.").lower()
-    chosen = [key for key in options if needle in key.lower() or needle in options[key][1].lower()]
-    if not chosen:
-        raise UserError(f"--help-config={text}: no option contains this; {configuration.nearest(text, cls)}")
+    default = configuration.load(configuration.DEFAULT_RECIPES[cls], cls=cls)
+    needle = text.removeprefix("--").removeprefix("config.").lower()
     lines = []
-    for key in chosen:
-        kind, meaning = options[key]
-        lines.append(f"--config.{key}: {_type(kind)} = {defaults[key]!r}")
-        lines += textwrap.wrap(meaning, _WIDTH, initial_indent="    ", subsequent_indent="    ")
+    for key, kind, value, meaning in options.options(cls, default):
+        if needle in key.lower() or needle in meaning.lower():
+            lines.append(f"--config.{key}={value}  ({kind})")
+            lines += textwrap.wrap(meaning, _WIDTH, initial_indent="    ", subsequent_indent="    ")
+    if not lines:
+        raise UserError(f"--help-config={text}: no option contains this; {configuration.nearest(text, cls)}")
     return "\n".join(lines)
-
-
-@functools.cache
-def meanings(cls: type) -> dict[str, str]:
-    """{field: meaning} of a configuration dataclass, from the comments beside or above its fields."""
-    path = pathlib.Path(inspect.getfile(cls))
-    source = path.read_text().splitlines()
-    body = next(n for n in ast.parse(path.read_text()).body if isinstance(n, ast.ClassDef) and n.name == cls.__name__)
-    found = {}
-    for node in body.body:
-        if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
-            continue
-        line = source[(node.end_lineno or node.lineno) - 1]
-        beside = line.encode()[node.end_col_offset or 0 :].decode().strip()
-        above: list[str] = []
-        for number in range(node.lineno - 2, -1, -1):
-            if not source[number].strip().startswith("#"):
-                break
-            above.insert(0, source[number].strip())
-        comments = [beside] if beside.startswith("#") else above
-        found[node.target.id] = " ".join(comment.lstrip("# ") for comment in comments)
-    return found
-
-
-def _options(cls: Any, prefix: str = "") -> Iterator[tuple[str, tuple[Any, str]]]:
-    """(dotted key, (annotated type, meaning)) of every option."""
-    for name, kind in configuration.options(cls).items():
-        if hasattr(kind, "__dataclass_fields__"):
-            yield from _options(kind, f"{prefix}{name}.")
-        else:
-            yield prefix + name, (kind, meanings(cls).get(name, ""))
-
-
-def _type(kind: Any) -> str:
-    if typing.get_origin(kind) is Annotated:
-        plain, allowed = typing.get_args(kind)
-        if plain is str:
-            return " | ".join(allowed)
-        low, high = allowed
-        bounds = f"at least {low:g}" if high >= 1e30 or high == 2**62 else f"{low:g} to {high:.10g}"
-        return f"{plain.__name__} ({bounds})"
-    if kind == Rules:
-        return "((regular expression, value), ...)"
-    return "tuple of str" if typing.get_origin(kind) is tuple else kind.__name__
 
 
 def _flag(flag: flags.Flag) -> list[str]:
@@ -141,7 +91,7 @@ def _flag(flag: flags.Flag) -> list[str]:
     if choices:
         value = "=" + "|".join(choice for choice in choices if choice)
     name = f"--[no]{flag.name}" if kind == "bool" else f"--{flag.name}{value}"
-    text = flag.help or ""
+    text = (flag.help or "").removesuffix(";\n    repeat this option to specify a list of values")
     if flag.default is None and any("other than None" in validator.message for validator in flag.validators):
         text += " (required)"
     elif flag.default not in (None, "", [], False):

@@ -1,0 +1,72 @@
+"""The options of a configuration with type, range, default and meaning, for `--help-config` and the documentation."""
+
+import dataclasses
+import functools
+import inspect
+import io
+import textwrap
+import tokenize
+import typing
+from typing import Annotated, Any
+
+from llm_jax import configuration
+from llm_jax.schema import Rules
+
+
+@functools.cache
+def meanings(cls: type) -> dict[str, str]:
+    """{field: its comment}: beside it, within its annotation, or on lines of its own above it.
+
+    Comment lines above a field that has a comment beside it continue the comment of the field before.
+    """
+    source = textwrap.dedent(inspect.getsource(cls))
+    fields = {field.name for field in dataclasses.fields(cls)}
+    entries: list[tuple[str, list[str], list[str]]] = []  # (field, comment lines above it, comments beside it)
+    above: list[str] = []
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.NAME and token.start[1] == 4 and token.string in fields:
+            entries.append((token.string, above, []))
+            above = []
+        elif token.type == tokenize.COMMENT and token.start[1] == 4:
+            above.append(token.string.lstrip("# "))
+        elif token.type == tokenize.COMMENT and entries:
+            entries[-1][2].append(token.string.lstrip("# "))
+    comments: dict[str, list[str]] = {}
+    previous = ""
+    for name, above_it, beside_it in entries:
+        comments[name] = list(beside_it)
+        comments[previous if previous and beside_it else name] += above_it
+        previous = name
+    comments[previous] += above
+    return {name: " ".join(lines) for name, lines in comments.items()}
+
+
+def kind(annotation: Any) -> str:
+    """A type and its range, such as "int, at least 1"."""
+    if typing.get_origin(annotation) is Annotated:
+        plain, *rest = typing.get_args(annotation)
+        allowed = next((value for value in rest if isinstance(value, tuple)), None)
+        if allowed is None:
+            return kind(plain)
+        if plain is str:
+            return " | ".join(repr(value) for value in allowed)
+        low, high = allowed
+        bounds = ["above 0" if 0 < low < 1e-9 else f"at least {low:g}"] + [f"at most {high:g}"] * (high < 2**31)
+        return ", ".join([plain.__name__, *bounds])
+    if annotation == Rules:
+        return "((pattern, value), ...)"
+    if typing.get_origin(annotation) is tuple:
+        return f"tuple of {typing.get_args(annotation)[0].__name__}"
+    return getattr(annotation, "__name__", str(annotation))
+
+
+def options(cls: type, default: Any, prefix: str = "") -> list[tuple[str, str, str, str]]:
+    """(dotted key, type, default value, meaning) of every option of a dataclass of the schema."""
+    rows = []
+    for name, annotation in configuration.options(cls).items():
+        value = getattr(default, name)
+        if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
+            rows += options(annotation, value, f"{prefix}{name}.")
+        else:
+            rows.append((prefix + name, kind(annotation), repr(value), meanings(cls).get(name, "")))
+    return rows
