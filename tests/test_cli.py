@@ -86,8 +86,6 @@ def commands():
         command = importlib.import_module(f"llm_jax.{name}").COMMAND
         subcommands = command if isinstance(command, dict) else {"": command}
         pairs += [(f"{name} {subcommand}".strip(), c) for subcommand, c in subcommands.items()]
-        )
-        pairs += subcommands.items()
     return pairs
 
 
