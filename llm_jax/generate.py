@@ -39,7 +39,10 @@ def define_options() -> None:
     }
     for field in dataclasses.fields(DecodingOptions):
         if field.name == "early_stop":
-            _define_early_stop(field.metadata["about"])
+            flag = flags.Flag(
+                _EarlyStop(), flags.ArgumentSerializer(), field.name, False, field.metadata["about"], boolean=True
+            )
+            flags.DEFINE_flag(flag, FLAGS)
         elif isinstance(field.default, tuple):
             define = FLAGS.multi_integer if field.name == "eos" else FLAGS.multi_string
             define(field.name, [], field.metadata["about"])
@@ -57,11 +60,6 @@ class _EarlyStop(flags.ArgumentParser):
         return values[str(argument).lower()]
 
 
-def _define_early_stop(about: str) -> None:
-    flag = flags.Flag(_EarlyStop(), flags.ArgumentSerializer(), "early_stop", False, about, boolean=True)
-    flags.DEFINE_flag(flag, flag_values=FLAGS)
-
-
 define_options()
 NEEDS: cli.Needs = (
     *decoding.NEEDS,
@@ -72,11 +70,10 @@ NEEDS: cli.Needs = (
 
 
 def read_options(f: cli.Flags) -> DecodingOptions:
-    """The decoding options that the flags give."""
+    """The decoding options of the flags."""
     values: dict[str, Any] = {field.name: f[field.name].value for field in dataclasses.fields(DecodingOptions)}
     values["logit_bias"] = [parse_bias(text) for text in values["logit_bias"]]
-    frozen: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in values.items()}
-    return DecodingOptions(**frozen)
+    return DecodingOptions(**{k: tuple(value) if isinstance(value, list) else value for k, value in values.items()})
 
 
 def main(f: cli.Flags) -> None:
