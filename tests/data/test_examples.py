@@ -38,7 +38,7 @@ class Chatting(type(BYTE)):  # type: ignore[misc]
 def examples(record, kind="instructions", tokenizer=BYTE):
     """(everything, what counts) as text, of each example of a record; § is EOS and ^ is BOS."""
     found = []
-    for ids, mask, size in ENCODERS[kind].encode(tokenizer, [json.dumps(record)]):
+    for ids, mask, size, _ in ENCODERS[kind].encode(tokenizer, [json.dumps(record)]):
         show = [{1: "^", 2: "§"}.get(i) or bytes([i - 3]).decode("latin1") for i in ids]
         counted = [c for c, m in zip(show, mask, strict=True) if m]
         assert size == len("".join(counted).replace("§", ""))
