@@ -21,7 +21,7 @@ from llm_jax.files import new_directory
 from llm_jax.schema import DataConfig, TokenizerConfig, choice
 from llm_jax.tokenizers import Tokenizer
 
-FORMAT = 2  # of the cache; part of its key
+FORMAT = 3  # of the cache; part of its key
 _SAMPLE = 128 * 2**20  # bytes of text that a tokenizer is trained on, at most
 _COMPRESSED = 16 * 2**20  # bytes of held-out text that compressors are given, at most
 
@@ -138,12 +138,24 @@ class Source:
             return Corpus(train, validation, self.sha256, parts)
         # Examples up to where the sources begin and end, on the held-out side and on the other.
         ends = np.array([0, *self.catalog.ends])
-        place = sum(np.searchsorted(which[self.held(self.catalog[which])], ends) for which in self.catalog.blocks())
-        place, every = self._encoder.examples * place, self._encoder.examples * ends
+        place = np.zeros_like(ends)
+        for which in self.catalog.blocks():
+            place += np.searchsorted(which[self.held(self.catalog[which])], ends)
+        trained_ends = self._example_ends(directory / "train", ends - place)
+        held_ends = self._example_ends(directory / "validation", place)
         for i, name in enumerate(self.catalog.names):
-            sides = _part(train, trained, *(every - place)[i : i + 2]), _part(validation, held, *place[i : i + 2])
+            sides = _part(train, trained, *trained_ends[i : i + 2]), _part(validation, held, *held_ends[i : i + 2])
             parts[name] = Corpus(*sides, self.sha256)
         return Corpus(train, validation, self.sha256, parts)
+
+    def _example_ends(self, directory: pathlib.Path, documents: np.ndarray) -> np.ndarray:
+        """The number of examples of a side's first documents, for each of these numbers of documents."""
+        documents = self._encoder.examples * documents
+        if not (directory / "ends.npy").exists():
+            return documents
+        # Some documents have more examples: the indices after the last example of each.
+        ends = np.concatenate([[0], 1 + np.flatnonzero(np.load(directory / "ends.npy", mmap_mode="r"))])
+        return ends[documents]
 
     def compressed_bits_per_byte(self) -> dict[str, float]:
         """What general compressors at their best reach on the held-out text, as one stream of bytes."""

@@ -1,6 +1,6 @@
 """Texts of `complete` by every form of vocabulary: what is added to the prompt, streams, stop strings, special tokens.
 
-The model's part is played by given ids, which go through the loop, the stop strings and the stream as generated ones do.
+Given ids play the model's part; they go through the loop, the stop strings and the stream as generated ones do.
 """
 
 import dataclasses
