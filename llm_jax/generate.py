@@ -73,7 +73,8 @@ def read_options(f: cli.Flags) -> DecodingOptions:
     """The decoding options of the flags."""
     values: dict[str, Any] = {field.name: f[field.name].value for field in dataclasses.fields(DecodingOptions)}
     values["logit_bias"] = [parse_bias(text) for text in values["logit_bias"]]
-    return DecodingOptions(**{k: tuple(value) if isinstance(value, list) else value for k, value in values.items()})
+    frozen: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in values.items()}
+    return DecodingOptions(**frozen)
 
 
 def main(f: cli.Flags) -> None:

@@ -201,7 +201,7 @@ def _part(
     encoder = ENCODERS[kind]
     saved = parts / "tokenizer"
     tokenizer = _tokenizer(saved, saved.stat().st_ino)
-    lengths, sizes = array.array("q"), array.array("q")
+    lengths, sizes, ends = array.array("q"), array.array("q"), array.array("b")
     with _writing(parts.parent), contextlib.ExitStack() as files:
         tokens = files.enter_context((parts / f"{name}.tokens").open("wb"))
         mask = files.enter_context((parts / f"{name}.mask").open("wb")) if encoder.masks else None
@@ -214,11 +214,13 @@ def _part(
                         mask.write(example.mask)
                     lengths.append(len(example.ids))
                     sizes.append(example.size)
+                    ends.append(example.ends_document)
             except UserError as error:  # an encoder does not know the file of a record
                 raise UserError(str(error) if file.path in str(error) else f"{file.path}: {error}") from error
         files.close()
         with new_file(parts / f"{name}.npz", source=f"data.cache_dir: {parts.parent}") as finished:
-            np.savez(finished, lengths=np.asarray(lengths, np.int64), sizes=np.asarray(sizes, np.int64))
+            counts = np.asarray(lengths, np.int64), np.asarray(sizes, np.int64)
+            np.savez(finished, lengths=counts[0], sizes=counts[1], ends=np.asarray(ends, bool))
 
 
 def _join(directory: pathlib.Path, parts: pathlib.Path, names: list[str], dtype: np.dtype) -> None:
@@ -232,16 +234,18 @@ def _join(directory: pathlib.Path, parts: pathlib.Path, names: list[str], dtype:
                         shutil.copyfileobj(part, joined, 2**20)
                 joined.flush()
                 os.fsync(joined.fileno())
-    offsets, sizes, end = parts / "offsets", parts / "bytes", 0
-    with offsets.open("wb") as ends, sizes.open("wb") as joined:
-        ends.write(np.zeros(1, np.int64).tobytes())
+    offsets, sizes, ends, end, single = parts / "offsets", parts / "bytes", parts / "ends", 0, True
+    with offsets.open("wb") as until, sizes.open("wb") as joined, ends.open("wb") as last:
+        until.write(np.zeros(1, np.int64).tobytes())
         for name in names:
             with np.load(parts / f"{name}.npz") as part_sizes:
-                part_ends = end + np.cumsum(part_sizes["lengths"])
-                ends.write(part_ends.tobytes())
+                cumulative = end + np.cumsum(part_sizes["lengths"])
+                until.write(cumulative.tobytes())
                 joined.write(part_sizes["sizes"].tobytes())
-                end = part_ends[-1]
-    for path in (offsets, sizes):
-        np.save(directory / f"{path.name}.npy", catalog_lib.mapped(path, np.int64))
+                last.write(part_sizes["ends"].tobytes())
+                end, single = cumulative[-1], single and bool(part_sizes["ends"].all())
+    for path, kind in ((offsets, np.int64), (sizes, np.int64), (ends, np.bool_)):
+        if path != ends or not single:  # written where a document has several examples
+            np.save(directory / f"{path.name}.npy", catalog_lib.mapped(path, kind))
         path.unlink()
     (directory / "split.json").write_text(json.dumps({"dtype": dtype.name}))

@@ -21,7 +21,7 @@ from llm_jax.errors import UserError
 from llm_jax.schema import DataConfig, TokenizerConfig, choice
 from llm_jax.tokenizers import Tokenizer
 
-FORMAT = 2  # of the cache; part of its key
+FORMAT = 3  # of the cache; part of its key
 _SAMPLE = 128 * 2**20  # bytes of text that a tokenizer is trained on, at most
 _COMPRESSED = 16 * 2**20  # bytes of held-out text that are compressed, at most
 
@@ -146,12 +146,22 @@ class Source:
             return Corpus(train, validation, self.sha256, parts)
         # Numbers of documents, and of examples, before each source and after the last: of all and of the held-out ones.
         ends = np.array([0, *self.catalog.ends])
-        held_ends = sum(np.searchsorted(i[self.held(self.catalog[i])], ends) for i in self.catalog.blocks())
-        ends, held_ends = self._encoder.examples * ends, self._encoder.examples * held_ends
+        held = sum(np.searchsorted(i[self.held(self.catalog[i])], ends) for i in self.catalog.blocks())
+        train_ends = self._example_ends(directory / "train", ends - held)
+        held_ends = self._example_ends(directory / "validation", held)
         for i, name in enumerate(self.catalog.names):
-            train_part = _part(train, train_sizes, *(ends - held_ends)[i : i + 2])
+            train_part = _part(train, train_sizes, *train_ends[i : i + 2])
             parts[name] = Corpus(train_part, _part(validation, held_sizes, *held_ends[i : i + 2]), self.sha256)
         return Corpus(train, validation, self.sha256, parts)
+
+    def _example_ends(self, directory: pathlib.Path, documents: np.ndarray) -> np.ndarray:
+        """The number of examples of a side's first documents, for each of these numbers of documents."""
+        documents = self._encoder.examples * documents
+        if not (directory / "ends.npy").exists():
+            return documents
+        # Some documents have more examples: the indices after the last example of each.
+        ends = np.concatenate([[0], 1 + np.flatnonzero(np.load(directory / "ends.npy", mmap_mode="r"))])
+        return ends[documents]
 
     def compressed_bits_per_byte(self) -> dict[str, float]:
         """Bits per byte of the held-out text, compressed as one stream of bytes; {} unless the kind is "text"."""

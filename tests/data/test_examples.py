@@ -17,6 +17,7 @@ from llm_jax.data.rows import Mixed, Packed, Pairs, Rows, Shuffled
 from llm_jax.errors import UserError
 from llm_jax.schema import DataConfig
 from tests.data.configs import data_config
+from tests.tokenizers.test_chat_golden import THINKING, with_template
 
 BYTE = tokenizers.get("byte").train([], 0)
 TEMPLATE = (
@@ -38,7 +39,7 @@ class Chatting(type(BYTE)):  # type: ignore[misc]
 def examples(record, kind="instructions", tokenizer=BYTE):
     """(everything, what counts) as text, of each example of a record; § is EOS and ^ is BOS."""
     found = []
-    for ids, mask, size in ENCODERS[kind].encode(tokenizer, [json.dumps(record)]):
+    for ids, mask, size, _ in ENCODERS[kind].encode(tokenizer, [json.dumps(record)]):
         show = [{1: "^", 2: "§"}.get(i) or bytes([i - 3]).decode("latin1") for i in ids]
         counted = [c for c, m in zip(show, mask, strict=True) if m]
         assert size == len("".join(counted).replace("§", ""))
@@ -321,3 +322,20 @@ def test_held_out_figures_are_given_by_source(tmp_path, command):
     tokens = [summary[f"validation_tokens/{name}"] for name in (a, b)]
     assert sum(tokens) == summary["validation_tokens"]
     assert all(0 < summary[f"validation_bits_per_byte/{name}"] < 9 for name in (a, b))
+
+
+def test_sources_are_told_apart_where_conversations_have_several_examples(tmp_path):
+    """With a template that takes the thinking out of earlier answers, every answer is an example of its own."""
+    tokenizer = with_template("bytelevel", THINKING)
+    for name, turns in (("a", 3), ("b", 1)):
+        talk = [{"role": r, "content": name * 3} for r in ("user", "assistant")] * turns
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for _ in range(60)))
+    a, b = str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")
+    config = data_config(f"{a},{b}", tmp_path / "cache", validation_fraction=0.2, kind="instructions")
+    corpus = Source(config).corpus(tokenizer)
+    for side in ("train", "validation"):
+        whole, parts = getattr(corpus, side), [getattr(corpus.parts[name], side) for name in (a, b)]
+        np.testing.assert_array_equal(np.concatenate([part.tokens for part in parts]), whole.tokens)
+        texts = [tokenizer.decode(part.tokens.tolist()) for part in parts]
+        assert "bbb" not in texts[0] and "aaa" not in texts[1] and "aaa" in texts[0] and "bbb" in texts[1]
+    assert len(corpus.train.offsets) + len(corpus.validation.offsets) - 2 == 60 * 3 + 60

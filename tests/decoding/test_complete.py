@@ -119,7 +119,7 @@ def test_continuations_of_one_prompt_use_its_adapter(make, tiny):
 
 def test_ends_may_be_several(ask):
     free = ask(["ab"], max_new_tokens=8, ignore_eos=True)[0][0].generated.ids
-    cut = ask(["ab"], max_new_tokens=8, eos=(free[5], free[3]))[0][0].made
+    cut = ask(["ab"], max_new_tokens=8, eos=(free[5], free[3]))[0][0].generated
     first = min(free.index(free[5]), free.index(free[3]))
     assert (cut.ids, cut.stop) == (free[:first], "eos")
 
@@ -159,8 +159,8 @@ class Upper(ByteTokenizer):
 
 def test_a_stop_string_that_the_vocabulary_cannot_write_is_refused():
     with pytest.raises(UserError, match="cannot write"):
-        stops.finder(Upper(), ["ab"], 10)
-    assert stops.finder(Upper(), ["AB"], 10)
+        stops.stop_fn(Upper(), ["ab"], 10, [[]])
+    assert stops.stop_fn(Upper(), ["AB"], 10, [[]])
 
 
 def test_explain_says_what_each_filter_removed(make):
@@ -170,13 +170,13 @@ def test_explain_says_what_each_filter_removed(make):
     (same,) = complete(model, params, BYTES, [[5, 6]], dataclasses.replace(options, seed=3, ignore_eos=True))[0]
     assert [s.chosen for s in steps] == same.generated.ids
     for step, log in zip(steps, same.generated.log_probabilities, strict=True):
-        first, second = step.removed
+        first, second = step.effects
         assert (first.filter, first.tokens, second.filter) == ("TopK", 259 - 20, "TopP")
         model_p, final = np.array(step.model), np.array(step.final)
         assert (np.diff(model_p[:-1]) <= 0).all()
         assert model_p[step.candidates.index(step.chosen)] == pytest.approx(np.exp(log), rel=1e-3)
-        assert list(step.fate[20:]) == ["TopK"] * 10
-        kept = np.array([not f for f in step.fate])
+        assert list(step.removed_by[20:]) == ["TopK"] * 10
+        kept = np.array([not f for f in step.removed_by])
         assert kept.sum() == 20 - second.tokens and (final[~kept] == 0).all() and final.sum() == pytest.approx(1)
         top = model_p[:20] / model_p[:20].sum()
         assert second.mass == pytest.approx(top[~kept[:20]].sum(), rel=1e-3)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from llm_jax import configuration as config_lib
 from llm_jax.embeddings import glove, measure, word2vec
@@ -188,7 +189,7 @@ def test_cooccurrences_are_those_of_a_loop_however_little_memory(memory, tmp_pat
 
 def test_a_text_without_pairs_is_one_clear_error(tmp_path):
     (tmp_path / "a.txt").write_text("a\n\nb\n")
-    with pytest.raises(UserError, match="no two of the words that are kept stand in one paragraph"):
+    with pytest.raises(UserError, match="no two words of the vocabulary occur in one paragraph"):
         glove.cooccurrences(corpora.build(str(tmp_path / "a.txt"), 1, 0, tmp_path), 10, 2**20, tmp_path)
 
 
@@ -307,3 +308,17 @@ def test_real_text_teaches_what_people_say(config, tmp_path):
     found = word2vec.train(corpora.build(config.source, config.min_count, 0, tmp_path), config)
     assert measure.agreement(found, assets.path("wordsim")).correlation > 0.12
     assert {"prince", "duke", "henry", "edward"} & {w for w, _ in measure.neighbours(found, "king")}
+
+
+def test_negatives_are_drawn_in_proportion_to_counts_to_the_power_of_three_quarters(config):
+    """Mikolov et al. 2013, arXiv:1310.4546, section 2.2: neither the counts themselves nor all words alike."""
+    counts = np.array([1000, 200, 50, 10, 1])
+    corpus = WordCorpus(tuple("abcde"), counts, np.repeat(np.arange(5), counts).astype(np.int32), "")
+    options = dataclasses.replace(config.word2vec, sample=0.0)
+    (step,) = word2vec._steps(corpus, options, np.random.default_rng(0))
+    drawn = np.bincount(step[2].reshape(-1), minlength=5)
+    expected = counts**0.75 / (counts**0.75).sum() * drawn.sum()
+    assert stats.chisquare(drawn, expected).pvalue > 1e-3
+    for power in (0.7, 0.8):
+        other = counts**power / (counts**power).sum() * drawn.sum()
+        assert stats.chisquare(drawn, other).pvalue < 1e-6

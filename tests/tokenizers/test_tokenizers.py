@@ -177,7 +177,7 @@ def test_the_sample_is_fair_and_the_same_every_time():
 
 @pytest.mark.parametrize("kind", ["hub", "sentencepiece"])
 def test_other_peoples_tokenizers_are_not_trained(kind):
-    with pytest.raises(UserError, match=f"tokenizer.kind={kind} is read from other people's files"):
+    with pytest.raises(UserError, match=f"tokenizer.kind={kind} is read from a checkpoint"):
         tokenizers.get(kind).train(TEXT, 320)
 
 
