@@ -36,7 +36,7 @@ def test_a_run_takes_a_tokenizer_and_goes_on_with_no_other(command, text_file, t
     said = command("train", *run, "--config.train.steps=4").stdout
     assert f"tokenizer word, 18 ids ({tokenizers.digest(own)[:12]})" in said
     assert tokenizers.digest(checkpoints.load_tokenizer(tmp_path / "run")) == tokenizers.digest(own)
-    assert "going on from" in command("train", *run, "--config.train.steps=6").stdout
+    assert "resuming from" in command("train", *run, "--config.train.steps=6").stdout
     (tmp_path / "w").rename(tmp_path / "old")
     words.write_text(
         "another text of other words that no one reads or returns after the other line of tokens it is " * 9
@@ -44,7 +44,7 @@ def test_a_run_takes_a_tokenizer_and_goes_on_with_no_other(command, text_file, t
     command("tokenizers.train", *flags, f"--input={words}", f"--output={tmp_path / 'w'}")
     refused = command("train", *run, "--config.train.steps=8", code=2).stderr
     (tmp_path / "w").rename(tmp_path / "new")  # the checkpoint has its own
-    assert "going on from" in command("train", *run, "--config.train.steps=8").stdout
+    assert "resuming from" in command("train", *run, "--config.train.steps=8").stdout
     assert "is another tokenizer" in refused and len(refused.strip().splitlines()) == 1
     nothing = command("train", run[0] + "2", f"--config.tokenizer.path={tmp_path / 'no'}", code=2).stderr
     assert (
