@@ -52,7 +52,7 @@ def test_resume_is_bitwise(run, command, trained, tmp_path):
     shutil.copytree(run, tmp_path / "again")
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "8")
     done = command("train", f"--workdir={tmp_path / 'again'}", f"--config.init_from={trained}", *LORA)
-    assert "going on from" in done.stdout
+    assert "resuming from" in done.stdout
     assert metrics(tmp_path / "again") == metrics(run)
     jax.tree.map(np.testing.assert_array_equal, arrays(tmp_path / "again"), arrays(run))
 
