@@ -44,7 +44,7 @@ case "${1:-}" in
     shift
     setup requirements.txt requirements-test.txt
     touch .venv/tests
-    exec .venv/bin/python -m pytest -q -m "not slow and not live" -n auto --maxprocesses=4 "$@"
+    exec .venv/bin/python -m pytest -q -m "not slow and not live" -n auto --maxprocesses=4 --dist loadfile "$@"
     ;;
   *)
     echo "error: unknown job '$1'; expected nothing, test, or --flags of the trainer" >&2

@@ -18,10 +18,15 @@ import pytest
 from llm_jax import cli, schema
 from llm_jax import configuration as config_lib
 from llm_jax.model.transformer import Transformer
+from tests import compilation
+from tests.compilation import pytest_runtest_setup as pytest_runtest_setup
 
 ROOT = pathlib.Path(__file__).parents[1]
-hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no fault
-hypothesis.settings.load_profile("untimed")
+# Time limits are off: a busy machine is no fault. The gate draws the same examples every time, .ci/full new ones.
+hypothesis.settings.register_profile("free", deadline=None)
+hypothesis.settings.register_profile("gate", deadline=None, derandomize=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "free"))
+compilation.share_cache()
 LIMITED = """
 import resource, runpy, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

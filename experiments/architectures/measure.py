@@ -19,6 +19,7 @@ else undecided.
 import dataclasses
 import pathlib
 import runpy
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -95,7 +96,7 @@ def denoise(params, key, new):
     level = jax.random.randint(b, (256,), 1, NOISES) / NOISES
     kept = jnp.cos(level * jnp.pi / 2)[:, None]  # the cosine schedule
     noise = jax.random.normal(c, points.shape)
-    said = Denoiser().apply({"params": params}, kept * points + jnp.sqrt(1 - kept**2) * noise, level)
+    said: Any = Denoiser().apply({"params": params}, kept * points + jnp.sqrt(1 - kept**2) * noise, level)
     return jnp.mean((said - noise) ** 2)
 
 

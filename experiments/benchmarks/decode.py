@@ -186,14 +186,15 @@ def peer(python: str, kind: str, path: pathlib.Path, dtype: str) -> tuple[Run, s
         stderr=subprocess.DEVNULL,
         text=True,
     )
-    assert process.stdin and process.stdout
-    said = process.stdout.readline().strip()
+    output = process.stdout
+    assert process.stdin and output
+    said = output.readline().strip()
     if not said.startswith("ready"):
         raise UserError(f"{python} cannot run {kind}; expected an interpreter that has it")
 
     def run(batch: int, prompt: int, new: int) -> Times:
         print(batch, prompt, new, file=process.stdin, flush=True)
-        on_the_clock, of_the_processor = map(float, process.stdout.readline().split())
+        on_the_clock, of_the_processor = map(float, output.readline().split())
         return on_the_clock, of_the_processor
 
     return run, said.removeprefix("ready ")

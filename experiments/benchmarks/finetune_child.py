@@ -11,6 +11,7 @@ bytes, and the loss of the last step. Every step takes the same random batch.
 import resource
 import sys
 import time
+from typing import Any
 
 import numpy as np
 
@@ -106,7 +107,7 @@ def theirs(directory: str, rows: int, length: int, rank: int):
 
 def main() -> None:
     kind, directory, rows, length, rank, *own = sys.argv[1:]
-    begin = {"llm_jax": ours, "peft": theirs}[kind]
+    begin: Any = {"llm_jax": ours, "peft": theirs}[kind]
     run, name, after_imports = begin(directory, int(rows), int(length), int(rank), *own)
     print("ready", after_imports, peak(), name, flush=True)
     for line in sys.stdin:

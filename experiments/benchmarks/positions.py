@@ -11,6 +11,7 @@ import json
 import pathlib
 import statistics
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,14 @@ from llm_jax.model.transformer import Transformer, init_cache
 from llm_jax.training.setup import setup
 
 HERE = pathlib.Path(__file__).parent
-SHAPE = {"vocab_size": 2048, "width": 512, "num_layers": 4, "num_heads": 8, "num_kv_heads": 8, "mlp_dim": 1408}
+SHAPE: dict[str, Any] = {
+    "vocab_size": 2048,
+    "width": 512,
+    "num_layers": 4,
+    "num_heads": 8,
+    "num_kv_heads": 8,
+    "mlp_dim": 1408,
+}
 
 flags.DEFINE_integer("length", 2048, "tokens in a sequence, and slots of the cache")
 flags.DEFINE_integer("rounds", 5, "turns that are counted")

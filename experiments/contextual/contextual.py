@@ -90,7 +90,7 @@ def cosines(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def figures(vectors: dict[str, np.ndarray]) -> dict:
     """Of one layer: means over words with their intervals, and by word."""
-    by_word, right, asked = {}, 0, 0
+    by_word, right, asked = {}, 0.0, 0
     for word, some in vectors.items():
         cosine, same = cosines(some)
         apart = ~np.eye(len(cosine), dtype=bool)

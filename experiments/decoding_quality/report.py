@@ -46,7 +46,7 @@ def write(here: pathlib.Path, made: Mapping[str, Any], steps: Mapping[str, Any],
     return "\n".join(f"{r['claim']}: {r['verdict']}" for r in results)
 
 
-def of_method(texts: Sequence[Mapping[str, Any]]) -> dict[str, Interval | float]:
+def of_method(texts: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, ...] | float]:
     """The figures of one method's texts."""
     ids = [t["ids"] for t in texts]
     nats = metrics.interval([-np.mean(t["logs"]) for t in texts])

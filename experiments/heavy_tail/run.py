@@ -109,7 +109,7 @@ def one(changes: dict[str, Any], seed: int, steps: int, width: int) -> dict[str,
     keys = jax.random.split(jax.random.key(seed), 4)
     p = source(keys[0])
     # AdamW with decay of all weights and a cosine to zero, without warm-up and clipping.
-    optim = {"lr": 3e-3, "warmup_steps": 0, "final_lr_fraction": 0.0, "beta2": 0.999, "clip_norm": 0.0}
+    optim: dict[str, Any] = {"lr": 3e-3, "warmup_steps": 0, "final_lr_fraction": 0.0, "beta2": 0.999, "clip_norm": 0.0}
     optim |= {"weight_decay": 0.01, "decay_rules": ((".*", 1.0),)}
     train = {"steps": steps, "batch_size": BATCH, "seq_len": LENGTH, "loss_chunk": 0}
     parts = setup(configuration.load(config, {"model": shape, "loss": changes, "optim": optim, "train": train}))

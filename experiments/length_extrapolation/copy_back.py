@@ -16,6 +16,7 @@ import functools
 import json
 import pathlib
 import runpy
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +88,8 @@ def main() -> None:
     def accuracy(params, offsets, late):
         batch = sequences(jax.random.key(7), offsets, 512)
         where = Tokens(batch["positions"], batch["segments"])
-        right = jnp.argmax(model.apply({"params": params}, batch["inputs"], where), -1) == batch["targets"]
+        logits: Any = model.apply({"params": params}, batch["inputs"], where)
+        right = jnp.argmax(logits, -1) == batch["targets"]
         asked = batch["mask"] * (batch["positions"] >= 2 + HALF if late else 1)
         return jnp.sum(right * asked) / jnp.sum(asked)
 

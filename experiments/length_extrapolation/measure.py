@@ -11,6 +11,7 @@ targets only (a target has almost a whole window before it).
 
 import dataclasses
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,13 +41,13 @@ def main() -> None:
     model, params, tokenizer = checkpoints.load(f.checkpoint, scan_layers=True)
     config = checkpoints.read_config(checkpoints.find(f.checkpoint))
     split = Source(config.data).corpus(tokenizer).validation
-    table = {}
+    table: dict[str, Any] = {}
     for scaling in (s for s in rope.SCALINGS if s != "none") if f.scalings else [""]:
         for factor in FACTORS[1:] if scaling else FACTORS:
             scaled = model
             if scaling:
                 # Dynamic scaling takes the factor from the length itself.
-                settings = {"scaling_factor": 1.0 if scaling == "dynamic" else float(factor)}
+                settings: dict[str, Any] = {"scaling_factor": 1.0 if scaling == "dynamic" else float(factor)}
                 position = dataclasses.replace(
                     model.config.position, scaling=scaling, original_length=f.original_length, **settings
                 )

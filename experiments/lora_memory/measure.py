@@ -18,6 +18,7 @@ L7  "LoRA's weakness: large input activations are stored": holds if LoRA-FA, whi
 import dataclasses
 import pathlib
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ from llm_jax.training import memory, start
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
 COMMAND = "PYTHONPATH=. python experiments/lora_memory/measure.py"
-SHAPE = {"batch_size": 4, "seq_len": 256}
+SHAPE: dict[str, Any] = {"batch_size": 4, "seq_len": 256}
 BEGIN, END = "<!-- results: written by measure.py -->\n", "<!-- end of results -->"
 
 
@@ -59,7 +60,14 @@ def steps(config: schema.Config) -> dict[str, memory.Memory]:
 
 def merging(config: schema.Config, dtype: str) -> dict[str, float]:
     """Differences of logits, and times of a forward pass relative to the plain base."""
-    shape = {"width": 192, "num_layers": 4, "num_heads": 3, "num_kv_heads": 3, "mlp_dim": 512, "vocab_size": 1024}
+    shape: dict[str, Any] = {
+        "width": 192,
+        "num_layers": 4,
+        "num_heads": 3,
+        "num_kv_heads": 3,
+        "mlp_dim": 512,
+        "vocab_size": 1024,
+    }
     precision = dataclasses.replace(config.model.precision, params=dtype, compute=dtype)
     model = Transformer(dataclasses.replace(config.model, precision=precision, **shape))
     ids = jax.random.randint(jax.random.key(0), (4, 128), 0, 1024)

@@ -66,8 +66,8 @@ def write(found: dict[str, dict[str, int]]) -> None:
         name = ", remat ".join(case.split("-"))
         lines.append(f"| {name} | {planned:,.0f} | {measured:,.0f} | {measured / planned:.2f} | {rest:,.0f} |")
     readme = HERE / "README.md"
-    before, rest = readme.read_text().split(BEGIN)
-    readme.write_text(before + BEGIN + "\n".join([*lines, ""]) + "\n" + END + rest.split(END)[1])
+    before, after = readme.read_text().split(BEGIN)
+    readme.write_text(before + BEGIN + "\n".join([*lines, ""]) + "\n" + END + after.split(END)[1])
 
 
 def one(name: str, remat: str) -> dict[str, int]:

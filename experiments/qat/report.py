@@ -40,7 +40,9 @@ def best(runs: list[dict[str, float]]) -> str:
 
 def judge(found: Found, seeds: int) -> list[dict[str, Any]]:
     """The verdict by the rule above."""
-    value, spread, holds, fails = {}, {}, [], []
+    value: dict[str, Any] = {}
+    spread: dict[str, Any] = {}
+    holds, fails = [], []
     for name, runs in found.items():
         method = best(runs)
         gain = interval([r[method] - r["qat"] for r in runs])

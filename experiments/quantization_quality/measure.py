@@ -186,4 +186,5 @@ def _temporary(model: Transformer, params: Any) -> int:
     """What a forward pass of one token needs beside the weights, as compiled."""
     one = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     compiled = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens)).lower(params, one).compile()
-    return int(compiled.memory_analysis().temp_size_in_bytes)
+    analysis: Any = compiled.memory_analysis()
+    return int(analysis.temp_size_in_bytes)

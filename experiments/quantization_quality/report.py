@@ -204,11 +204,11 @@ def draw(language: dict, full: dict, path: pathlib.Path) -> None:
         axis.scatter(x, np.maximum(y, 1e-5), marker=marker, label=method, alpha=0.7)
     best: dict[str, tuple[float, float]] = {}
     for name, found in language.items():
-        y = max(found["perplexity"] / full["perplexity"] - 1, 1e-5)
+        rise = max(found["perplexity"] / full["perplexity"] - 1, 1e-5)
         scheme = name if name.startswith(OTHERS) else name.split()[0]
-        best[scheme] = min(best.get(scheme, (found["bits"], y)), (found["bits"], y), key=lambda p: p[1])
-    for scheme, (x, y) in best.items():
-        axis.annotate(scheme, (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
+        best[scheme] = min(best.get(scheme, (found["bits"], rise)), (found["bits"], rise), key=lambda p: p[1])
+    for scheme, point in best.items():
+        axis.annotate(scheme, point, fontsize=7, xytext=(3, 3), textcoords="offset points")
     axis.set(
         xlabel="bits a weight, scales and 8-bit tables included", ylabel="rise of perplexity, relative", yscale="log"
     )
@@ -224,10 +224,10 @@ def read(path: pathlib.Path) -> Any:
 
 def main() -> None:
     figures = read(HERE / "results.json")[-1]["value"]
-    full, *parts = (
+    full, language, sentences, speed, labelled = (
         figures[name] for name in ("full precision", "reference model", "MiniLM", "speed", "SmolLM2 (already Q4_1)")
     )
-    print(write(HERE, *parts, full))
+    print(write(HERE, language, sentences, speed, labelled, full))
 
 
 if __name__ == "__main__":

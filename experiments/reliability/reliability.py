@@ -45,7 +45,7 @@ def main() -> None:
         "full_disk": full_disk(output / "disk", whole),
     }
     command = f"PYTHONPATH=. python experiments/reliability/reliability.py --kills={f.kills} --flips={f.flips}"
-    said = {"spread": None, "seeds": [f.seed], "command": command}
+    said: dict[str, Any] = {"spread": None, "seeds": [f.seed], "command": command}
     results = [{"claim": name, "value": value, "verdict": verdict(value)} | said for name, value in found.items()]
     files.write_json(HERE / "results.json", results)
     for result in results:
@@ -158,7 +158,7 @@ def flips(whole: pathlib.Path, scratch: pathlib.Path, count: int, draw: random.R
     """Flips one bit at a time, anywhere in a checkpoint, and cuts every file short: is each found?"""
     shutil.copytree(checkpoints.find(whole), scratch)
     paths = sorted(path for path in scratch.rglob("*") if path.is_file() and path.stat().st_size)
-    sizes = [path.stat().st_size for path in files]
+    sizes = [path.stat().st_size for path in paths]
     missed = 0
 
     def is_found() -> bool:
@@ -169,7 +169,7 @@ def flips(whole: pathlib.Path, scratch: pathlib.Path, count: int, draw: random.R
         return False
 
     for i in range(count):  # half of them by size, half of them file by file
-        path = draw.choices(files, sizes)[0] if i % 2 else draw.choice(files)
+        path = draw.choices(paths, sizes)[0] if i % 2 else draw.choice(paths)
         before = path.read_bytes()
         where = draw.randrange(len(before))
         path.write_bytes(before[:where] + bytes([before[where] ^ 1 << draw.randrange(8)]) + before[where + 1 :])

@@ -34,7 +34,7 @@ flags.DEFINE_string("part", "1/1", "2/3: the second of every three jobs, beside 
 
 PROMPTED = ("zero-shot", "few-shot", "probe")
 # What a run changes below the recipe configs/sentiment_lora.py (LoRA of rank 8 on all linear layers).
-TRAINED = {
+TRAINED: dict[str, dict[str, object]] = {
     "LoRA r=1": {"lora.rank": 1, "lora.alpha": 2.0},
     "LoRA r=8": {},
     "LoRA r=64": {"lora.rank": 64, "lora.alpha": 128.0},
@@ -50,7 +50,7 @@ TRAINED = {
 }
 # Layers one after the other: XLA's CPU backend stacks what a scan keeps of bfloat16 layers at the cost of all layers.
 FAST = {"model.precision.compute": "bfloat16", "model.scan_layers": False}
-SIZES = {
+SIZES: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
     "cpu": (FAST, ()),
     "smoke": (FAST | {"train.steps": 12, "optim.warmup_steps": 2}, ("--test=64", "--train=64")),
 }

@@ -194,7 +194,12 @@ def judged(found: dict[str, list[dict[str, Any]]], seeds: int) -> dict[str, Any]
 
 def table(found: dict[str, list[dict[str, Any]]], results: list[dict[str, Any]]) -> list[str]:
     """Markdown."""
-    heads = ("kind", "accuracy, % (95 % over seeds)", "one seed's (Wilson)", "product reviews, % (one seed's)")
+    heads: tuple[str, ...] = (
+        "kind",
+        "accuracy, % (95 % over seeds)",
+        "one seed's (Wilson)",
+        "product reviews, % (one seed's)",
+    )
     heads += ("trained", "of these MiB", "seconds a step", "memory of a step, MiB")
     lines = ["", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for kind, runs in found.items():

@@ -66,11 +66,11 @@ def figures(kind: str, size: int, train: list[str], held: list[str], new: list[s
     tokenizer = tokenizers.get(kind).train(train, size)
     rows = [tokenizer.encode(p) for p in held]
     tokens, words = sum(map(len, rows)), sum(len(p.split()) for p in held)
-    back = sum(tokenizer.decode(tokenizer.encode(" " + w)) == " " + w for w in new)
+    back = sum(int(tokenizer.decode(tokenizer.encode(" " + w)) == " " + w) for w in new)
     return {
         "ids": tokenizer.vocab_size,
         "tokens per word": tokens / words,
-        "unknown": sum(row.count(tokenizer.unk) for row in rows) / tokens,
+        "unknown": sum(row.count(tokenizer.unk) for row in rows if tokenizer.unk is not None) / tokens,
         "new words that come back": back / len(new),
     }
 

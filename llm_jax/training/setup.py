@@ -172,7 +172,7 @@ class Setup:
 
     @functools.cached_property
     def _scan(self) -> Any:
-        def scan(state, frozen, batches):
+        def scan(state: TrainState, frozen: Any, batches: Batch) -> Any:
             return jax.lax.scan(lambda state, batch: self.update(state, frozen, batch), state, batches)
 
         return jax.jit(mesh_lib.within(self.mesh, scan), donate_argnums=0)
@@ -261,10 +261,10 @@ def setup(
     if objective is None:
         objective = losses.make(config.loss, model, c.loss_chunk, reference_model, sparse=sparse)
 
-    def loss(params, frozen, batch, step, key):
+    def loss(params: Any, frozen: Any, batch: Batch, step: Any, key: jax.Array) -> Any:
         return objective(method.model_params(params, frozen, key, step), frozen, batch, step, key)
 
-    def held_out_loss(params, frozen, batch):
+    def held_out_loss(params: Any, frozen: Any, batch: Batch) -> Any:
         return losses.language_model(model, method.model_params(params, frozen), batch, c.loss_chunk, sparse)
 
     update = step_lib.make(

@@ -17,6 +17,8 @@ from llm_jax.decoding.options import DecodingOptions
 from llm_jax.errors import UserError
 from llm_jax.weights import Adapted
 
+pytestmark = pytest.mark.uncached
+
 
 def metrics(workdir):
     kept = ("step", "loss", "grad_norm", "lr", "validation_loss")

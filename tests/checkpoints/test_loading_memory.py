@@ -17,6 +17,8 @@ from llm_jax.checkpoints.families import neutral
 from llm_jax.model.transformer import Transformer
 from tests.checkpoints.test_gguf import vocabulary as vocabulary
 
+pytestmark = pytest.mark.optimized
+
 MEASURE = """
 import dataclasses, json, sys
 import jax

@@ -10,6 +10,8 @@ import pytest
 
 from llm_jax.kernels import blocks
 
+pytestmark = pytest.mark.optimized
+
 GOLDEN = np.load(pathlib.Path(__file__).with_name("blocks_golden.npz"))
 
 

@@ -7,6 +7,8 @@ import pytest
 from llm_jax import weights
 from llm_jax.weights import IN, to_qtensor
 
+pytestmark = pytest.mark.optimized
+
 
 @pytest.mark.parametrize("scheme", ["int8", "int4", "nf4", "int4_affine"])
 def test_one_token_expands_no_weight_whole(scheme):

@@ -48,6 +48,7 @@ def test_the_run_learns_and_its_checkpoint_is_small_and_names_its_base(run, trai
     assert {path.rsplit("/", 1)[1] for path in record["params"]} == {"a", "b", "scale"}
 
 
+@pytest.mark.uncached
 def test_resume_is_bitwise(run, command, trained, tmp_path):
     shutil.copytree(run, tmp_path / "again")
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "8")
@@ -123,6 +124,7 @@ def test_runs_over_one_base_are_mixed(run, command, trained, tmp_path):
         checkpoints.load_separately(run, paths[2])
 
 
+@pytest.mark.uncached
 @pytest.mark.parametrize(("variant", "factors"), [("lora", "int8"), ("loftq", ""), ("pissa", "")])
 def test_qlora_resumes_bitwise_and_is_read_as_it_was_trained(command, trained, tmp_path, variant, factors):
     flags = (

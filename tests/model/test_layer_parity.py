@@ -13,6 +13,8 @@ from llm_jax.model.attention import Attention
 from llm_jax.model.transformer import Transformer, consecutive
 from tests.model import layer_cases as cases
 
+pytestmark = pytest.mark.optimized
+
 GOLDEN = np.load(pathlib.Path(__file__).with_name("layer_golden.npz"))
 
 

@@ -82,6 +82,7 @@ def test_rules_that_do_not_fit_are_refused(make, chosen, said):
         post_training.quantize_params(make()[1], chosen, "here")
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("scheme", ["nf4:32", "int4:32", "int8"])
 def test_stacked_layers_are_rounded_one_after_the_other(scheme):
     """To the same numbers, with a copy of the stack at most (at once NF4 takes two)."""

@@ -13,6 +13,8 @@ from llm_jax.errors import UserError
 from llm_jax.training import losses, optim, step
 from llm_jax.weights import Adapted
 
+pytestmark = pytest.mark.optimized
+
 GOLDEN = pathlib.Path(__file__).with_name("golden.json")
 
 

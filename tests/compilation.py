@@ -1,0 +1,49 @@
+"""How the tests compile, in this process and in those it starts.
+
+Most programs here are tiny and run once, so most of the time would go into compiling them. Executables are cached in a
+directory that the processes of a session share, and XLA leaves expensive optimizations out. Two markers restore what a
+user has: `optimized` (golden numbers, memory and time are of the code that users run; implied by `slow` and `live`)
+and `uncached` (bitwise resume is of programs that each process compiled for itself).
+"""
+
+import atexit
+import os
+import shutil
+import tempfile
+
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+_DIRECTORY = "JAX_COMPILATION_CACHE_DIR"  # set it to keep the cache from session to session
+
+
+def share_cache() -> None:
+    """Names a directory for the executables of this session; to be called before anything is compiled."""
+    if _DIRECTORY not in os.environ:  # workers of xdist and other child processes inherit it
+        os.environ[_DIRECTORY] = tempfile.mkdtemp(prefix="llm_jax-tests-")
+        atexit.register(shutil.rmtree, os.environ[_DIRECTORY], ignore_errors=True)
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
+    jax.config.update("jax_compilation_cache_dir", os.environ[_DIRECTORY])
+    jax.config.update(
+        "jax_persistent_cache_min_compile_time_secs", float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"])
+    )
+
+
+def _set(option: str, value: bool) -> bool:
+    """Sets a boolean option of JAX for this process and its children. Returns whether it changed."""
+    variable, text = option.upper(), str(value).lower()
+    changed = os.environ.get(variable) != text
+    os.environ[variable] = text
+    jax.config.update(option, value)
+    return changed
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Applies the markers of a test before its fixtures are set up."""
+    optimized = any(item.get_closest_marker(name) for name in ("optimized", "slow", "live"))
+    if _set("jax_disable_most_optimizations", not optimized):
+        jax.clear_caches()
+    if _set("jax_enable_compilation_cache", not item.get_closest_marker("uncached")):
+        compilation_cache.reset_cache()
