@@ -23,6 +23,7 @@ TITLES = {
     "llm_jax.tokenizers": "Tokenizers",
     "llm_jax.parallel": "Meshes and shardings",
     "llm_jax.kernels": "Kernels and number formats",
+    "llm_jax.cli": "The command line",
 }
 
 
@@ -35,8 +36,16 @@ def modules(room: str) -> list[str]:
 
 def is_command(name: str) -> bool:
     path = pathlib.Path(llm_jax.__file__).parent.joinpath(*name.split(".")[1:]).with_suffix(".py")
-    functions = {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
-    return "main" in functions or path.stem.startswith("_")
+    names = {node.name for node in (body := ast.parse(path.read_text()).body) if isinstance(node, ast.FunctionDef)}
+    names |= {
+        target.id
+        for node in body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    forwards = "cli.forward(" in path.read_text()
+    return bool(names & {"main", "COMMAND"}) or forwards or path.stem.startswith("_")
 
 
 def write(app: Sphinx) -> None:
