@@ -135,7 +135,7 @@ def tiny_defaults(text_file, cache):
     small["data"] |= {"source": str(text_file), "cache_dir": str(cache)}
     defaults = configuration._defaults
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(configuration, "_defaults", lambda: small)
+        patch.setattr(configuration, "_defaults", lambda *_: small)
         patch.setattr(configuration, "recipe", lambda name: _as_config_dict(small))
         yield
     assert configuration._defaults is defaults

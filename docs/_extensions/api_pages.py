@@ -31,13 +31,13 @@ def modules(room: str) -> list[str]:
     """The names of a room's modules, without commands, which `python -m NAME --help` documents."""
     root = pathlib.Path(llm_jax.__file__).parent.joinpath(*room.split(".")[1:])
     names = [f"{room}.{path.stem}" for path in sorted(root.glob("*.py"))]
-    return [room, *(name for name in names if not is_command(name))]
+    return [room, *(name for name in names if ".__" not in name and not is_command(name))]
 
 
 def is_command(name: str) -> bool:
     """Whether a module is a command, or runs one under its earlier name."""
     path = pathlib.Path(llm_jax.__file__).parent.joinpath(*name.split(".")[1:]).with_suffix(".py")
-    return bool(re.search(r"^(COMMAND\b|def main\(|cli\.forward\()", path.read_text(), re.MULTILINE))
+    return bool(re.search(r"^(COMMAND\b|def main\(|    cli\.forward\()", path.read_text(), re.MULTILINE))
 
 
 def write(app: Sphinx) -> None:
