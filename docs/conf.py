@@ -19,6 +19,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "api_pages",
+    "command_help",
     "config_options",
     "docstrings",
     "experiment_pages",

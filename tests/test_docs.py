@@ -25,7 +25,7 @@ PAGES = sorted(
 )
 GUIDE = sorted({page for page in PAGES if "```python" in page.read_text()})
 NAMES = {page: str(page.relative_to(ROOT)) for page in PAGES}
-PLACEHOLDER = re.compile(r"=.*\b[A-Z][A-Z]+\b|\.\.\.|KEY|--FLAG")
+PLACEHOLDER = re.compile(r"--config.*=[A-Z]+$|--config.KEY|=N$|\.\.\.|--FLAG")
 # Commands that have another name since 0.1.0; documentation must not use them.
 EARLIER = ("llm_jax.tokenizers.train", "llm_jax.tokenizers.show", "llm_jax.data.show", "llm_jax.data.assets")
 EARLIER += ("llm_jax.embeddings.train", "llm_jax.embeddings.probe")
@@ -44,7 +44,7 @@ def commands(text: str) -> list[list[str]]:
 
 
 def check(module: str, arguments: list[str]) -> None:
-    """Parses the flags and options of a command. Raises for one that does not exist or has a wrong value."""
+    """Parses the arguments as the command would. Raises for a flag, an option or a value that it refuses."""
     assert importlib.util.find_spec(module), f"no such command: python -m {module}"
     assert module not in EARLIER, f"python -m {module} has another name"
     command, arguments = cli.entry.select_subcommand(importlib.import_module(module).COMMAND, arguments)
@@ -60,8 +60,10 @@ def check(module: str, arguments: list[str]) -> None:
 
 
 def test_commands_are_found_in_a_text_with_their_arguments():
-    text = "so `python -m llm_jax.train --workdir=x --config.a=\"('b',)\"` and\n"
-    text += "python -m llm_jax.plan \\\n  --memory  # x\n"
+    text = (
+        "so `python -m llm_jax.train --workdir=x --config.a=\"('b',)\"` and\n"
+        "python -m llm_jax.plan \\\n  --memory  # x\n"
+    )
     assert commands(text) == [
         ["llm_jax.train", "--workdir=x", "--config.a=('b',)"],
         ["llm_jax.plan", "--memory"],
@@ -133,7 +135,7 @@ def tiny_defaults(text_file, cache):
     small["data"] |= {"source": str(text_file), "cache_dir": str(cache)}
     defaults = configuration._defaults
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(configuration, "_defaults", lambda: small)
+        patch.setattr(configuration, "_defaults", lambda *_: small)
         patch.setattr(configuration, "recipe", lambda name: _as_config_dict(small))
         yield
     assert configuration._defaults is defaults

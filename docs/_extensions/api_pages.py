@@ -1,7 +1,7 @@
 """Writes docs/api/: a page for each room of the package, with the modules that it has at build time."""
 
-import ast
 import pathlib
+import re
 
 from sphinx.application import Sphinx
 
@@ -23,6 +23,7 @@ TITLES = {
     "llm_jax.tokenizers": "Tokenizers",
     "llm_jax.parallel": "Meshes and shardings",
     "llm_jax.kernels": "Kernels and number formats",
+    "llm_jax.cli": "The command line",
 }
 
 
@@ -30,13 +31,13 @@ def modules(room: str) -> list[str]:
     """The names of a room's modules, without commands, which `python -m NAME --help` documents."""
     root = pathlib.Path(llm_jax.__file__).parent.joinpath(*room.split(".")[1:])
     names = [f"{room}.{path.stem}" for path in sorted(root.glob("*.py"))]
-    return [room, *(name for name in names if not is_command(name))]
+    return [room, *(name for name in names if ".__" not in name and not is_command(name))]
 
 
 def is_command(name: str) -> bool:
+    """Whether a module is a command, or runs one under its earlier name."""
     path = pathlib.Path(llm_jax.__file__).parent.joinpath(*name.split(".")[1:]).with_suffix(".py")
-    functions = {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
-    return "main" in functions or path.stem.startswith("_")
+    return bool(re.search(r"^(COMMAND\b|def main\(|    cli\.forward\()", path.read_text(), re.MULTILINE))
 
 
 def write(app: Sphinx) -> None:

@@ -61,8 +61,8 @@ def row(cells: list[nodes.Node]) -> nodes.row:
 
 
 def reread(app: Sphinx, env: Any, names: list[str]) -> None:
-    """The table is made anew in every build: Sphinx does not know that the schema has changed."""
-    names[:] = sorted({*names, "options"} & set(env.found_docs))
+    """Makes generated pages anew in every build: Sphinx does not know that the package has changed."""
+    names[:] = sorted({*names, "options", "commands"} & set(env.found_docs))
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

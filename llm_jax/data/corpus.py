@@ -146,7 +146,9 @@ class Source:
             return Corpus(train, validation, self.sha256, parts)
         # Numbers of documents, and of examples, before each source and after the last: of all and of the held-out ones.
         ends = np.array([0, *self.catalog.ends])
-        held = sum(np.searchsorted(i[self.held(self.catalog[i])], ends) for i in self.catalog.blocks())
+        held = np.zeros_like(ends)
+        for block in self.catalog.blocks():
+            held += np.searchsorted(block[self.held(self.catalog[block])], ends)
         train_ends = self._example_ends(directory / "train", ends - held)
         held_ends = self._example_ends(directory / "validation", held)
         for i, name in enumerate(self.catalog.names):
