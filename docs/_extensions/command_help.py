@@ -4,11 +4,11 @@ import importlib
 
 from docutils import nodes
 from docutils.parsers.rst import Directive
-from llm_jax.cli.help import describe
 from sphinx.application import Sphinx
 
 from llm_jax.__main__ import COMMANDS
 from llm_jax.cli import Command
+from llm_jax.cli.help import describe
 
 
 class CommandHelp(Directive):

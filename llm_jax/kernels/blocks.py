@@ -1,8 +1,8 @@
 """The block formats of GGUF files: bytes <-> float32, in numpy.
 
-A row of a tensor is a run of blocks; a block holds 32 (or 256) numbers as integers with float16 scales.
-Layouts: ggml's block_q4_0 ... block_q6_K (ggml-common.h); d is the scale, m or dmin what is added or
-subtracted, sub-block scales of the K formats are integers of 6 or 8 bits.
+A row of a tensor is a sequence of blocks; a block holds 32 (or 256) numbers as integers with float16 scales.
+Layouts: ggml's block_q4_0 ... block_q6_K (ggml-common.h); d is the scale, m or dmin the offset that is added or
+subtracted, and the scales of sub-blocks of the K formats are integers of 6 or 8 bits.
 """
 
 import dataclasses
@@ -16,13 +16,14 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class BlockFormat:
-    """One format.
+    """A block format.
 
     Attributes:
-      code: its number in a GGUF file.
-      numbers, size: of one block: how many numbers, how many bytes.
+      code: the number of the format in a GGUF file.
+      numbers: how many numbers a block holds.
+      size: bytes of a block.
       decode: uint8 (..., K, size) -> float32 (..., K, numbers).
-      encode: the inverse, rounding as ggml does, or None where none is written here.
+      encode: the inverse, which rounds as ggml does; None for formats that are only read.
     """
 
     code: int
@@ -33,14 +34,17 @@ class BlockFormat:
 
 
 def decode(name: str, rows: np.ndarray) -> np.ndarray:
-    """uint8 (..., B) -> float32 (..., W)."""
+    """Rows of blocks of the format `name` as numbers: uint8 (..., B) -> float32 (..., W)."""
     f = FORMATS[name]
     blocks = rows.reshape(*rows.shape[:-1], -1, f.size)
     return f.decode(blocks).reshape(*rows.shape[:-1], -1)
 
 
 def encode(name: str, values: np.ndarray) -> np.ndarray:
-    """float32 (..., W) -> uint8 (..., B); W is a multiple of the block."""
+    """Numbers as rows of blocks of the format `name`: float32 (..., W) -> uint8 (..., B).
+
+    W must be a multiple of the numbers of a block, and the format must have an `encode`.
+    """
     f = FORMATS[name]
     assert f.encode is not None
     blocks = values.astype(np.float32).reshape(*values.shape[:-1], -1, f.numbers)

@@ -18,23 +18,35 @@ Codes = tuple[jax.Array, jax.Array, jax.Array | None]  # codes, scale, offset
 
 
 def quantize_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(..., C) -> int8 codes (..., C) and float32 scales (..., 1): absmax of every row over 127."""
+    """Absmax quantization of every row (Dettmers et al. 2022, arXiv:2208.07339, section 2).
+
+    Args:
+      x: float (..., C).
+
+    Returns:
+      int8 codes (..., C), and float32 scales (..., 1): the largest magnitude of every row over 127.
+    """
     x = x.astype(jnp.float32)
     scale = jnp.max(jnp.abs(x), -1, keepdims=True) / 127
     return round_to_int8(x, scale), scale
 
 
 def round_to_int8(x: jax.Array, scale: jax.Array) -> jax.Array:
-    """x / scale, rounded and clipped to +-127; 0 where the scale is."""
+    """x / scale, rounded and clipped to [-127, 127]: float x (...) -> int8 (...); 0 where the scale is 0."""
     return jnp.clip(jnp.round(x.astype(jnp.float32) / jnp.where(scale > 0, scale, 1.0)), -127, 127).astype(jnp.int8)
 
 
 def integer_product(x: jax.Array, x_scale: jax.Array, codes: jax.Array, scale: jax.Array, axis: int) -> jax.Array:
-    """int8 (..., C) with a scale per row, times int8 codes with a scale per free axis -> float32 (..., F).
+    """The product of int8 activations and int8 weights, with exact int32 sums.
 
     Args:
-      codes: (C, F) for axis -2, (F, C) for axis -1; sums are exact, in int32.
-      scale: (1, F) or (F, 1), or (1, 1).
+      x: int8 (..., C).
+      x_scale: float32 (..., 1) or ().
+      codes: int8 (C, F) for axis -2, (F, C) for axis -1.
+      scale: float32 (1, F) or (F, 1), or (1, 1).
+
+    Returns:
+      float32 (..., F).
     """
     total = lax.dot_general(
         x, codes, (((x.ndim - 1,), (2 + axis,)), ((), ())), preferred_element_type=jnp.int32
@@ -43,14 +55,19 @@ def integer_product(x: jax.Array, x_scale: jax.Array, codes: jax.Array, scale: j
 
 
 def expanded_product(x: jax.Array, codes: Codes, s: Scheme, axis: int, contracted: int, accumulate: str) -> jax.Array:
-    """x (..., C) times the numbers that codes stand for -> (..., F), in x's dtype with sums in `accumulate`.
+    """The product of x and a weight that is decoded for it.
 
-    A weight is expanded for the product and not kept. For few rows of x it is expanded tile by tile,
-    so that it is written to and read from cache and not memory.
+    For few rows of x the weight is decoded tile by tile, so that a tile stays in the cache of a core.
 
     Args:
-      axis: that of the groups.
-      contracted: that of the product, 0 or 1 of (I, O).
+      x: float (..., C).
+      codes: (codes, scale, offset) of a weight (I, O), see `number_formats.encode`.
+      axis: axis of the groups, -2 or -1.
+      contracted: axis of the weight that the product sums over, 0 or 1.
+      accumulate: dtype of the sums.
+
+    Returns:
+      (..., F) in `accumulate`; the operands have the dtype of x.
     """
     few = axis + 2 == contracted and x.size // x.shape[-1] <= _FEW and not _devices()
     if few and (tiles := _tiles(codes, s, contracted)):
@@ -65,12 +82,12 @@ def _product(x, w, contracted, accumulate):
 
 
 def _devices() -> bool:
-    """Whether a mesh of several devices is in use: slices of an axis that is split would gather it."""
+    """Whether a mesh of several devices is in use: slicing a sharded axis would gather it."""
     return jax.sharding.get_abstract_mesh().size > 1
 
 
 def _tiles(codes: Codes, s: Scheme, contracted: int) -> int:
-    """Into how many tiles the first axis is cut (whole groups or rows each); 0: it is small, or cannot be."""
+    """The number of tiles of the first axis (of complete groups or rows); 0: too small, or not divisible."""
     rows, columns = number_formats.logical_shape(codes[0].shape, s, contracted - 2)
     units = codes[1].shape[0]
     if units == 1 and (contracted == 1 or number_formats.FORMATS[s.format].bits == 8):  # one scale serves any rows

@@ -1,13 +1,13 @@
 """Number formats: arrays of codes with a scale for every group of numbers.
 
-A weight (..., I, O) is cut along `axis` (-2 or -1, the one that its product contracts) into groups,
-and each number of a group stands for
+A weight (..., I, O) is divided into groups along `axis` (-2 or -1, the axis that its product contracts), and each
+code represents
 
     value(code) * scale + offset
 
-A *format* says which values codes have; a *scheme* is a format with its group, the form of its
-scales, its offset, and how activations are quantized. Schemes have names, `SCHEMES`, to which a
-group may be added: "int4:64", "int8:channel", "int8:tensor".
+A *format* defines the values of the codes; a *scheme* is a format with a group size, the dtype of its scales,
+its offset, and the quantization of activations. Schemes have names (`SCHEMES`), to which a group size may be
+added: "int4:64", "int8:channel", "int8:tensor".
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from llm_jax.errors import UserError
 
 # Letters of shapes: I in, O out, G groups, N numbers of a group.
 
-CHANNEL, TENSOR = 0, -1  # groups that are the whole axis, and the whole weight
+CHANNEL, TENSOR = 0, -1  # group sizes: the whole axis, and the whole weight
 _GROUPS = {"channel": CHANNEL, "tensor": TENSOR}
 
 
@@ -54,13 +54,13 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 @dataclasses.dataclass(frozen=True)
 class NumberFormat:
-    """The values that codes have.
+    """The values of the codes of a format.
 
     Attributes:
-      bits: of a code; below 8, codes are packed into bytes.
-      low, high: of the values. A scale is the largest magnitude of its group over `high`.
-      values: by code; () for integers from low to high, and for floats.
-      dtype: of codes of 8 bits.
+      bits: number of bits of a code; below 8, codes are packed into bytes.
+      low, high: range of the values. A scale is the largest magnitude of its group over `high`.
+      values: the value of every code; () for integers from low to high, and for floats.
+      dtype: dtype of 8-bit codes.
     """
 
     bits: int
@@ -94,11 +94,11 @@ class Scheme:
     """How a weight is stored and multiplied.
 
     Attributes:
-      format: a name of `FORMATS`.
-      group: numbers that share a scale; `CHANNEL` or `TENSOR`.
-      scale: "float32", "float16", "e8m0" (a power of two, one byte), or the scheme that scales are quantized by.
+      format: a name in `FORMATS`.
+      group: how many numbers share a scale, or `CHANNEL` or `TENSOR`.
+      scale: "float32", "float16", "e8m0" (a power of two in one byte), or the scheme that quantizes the scales.
       offset: "" (none), "minimum" of the group, or "mean" of the weight.
-      activations: "" (as they are), or int8: "dynamic" (a scale per token) or "static" (one, from calibration).
+      activations: "" (not quantized), or int8: "dynamic" (a scale per token) or "static" (one calibrated scale).
     """
 
     format: str
@@ -128,29 +128,29 @@ FOR_WEIGHTS = tuple(name for name in SCHEMES if name != "double")
 
 @functools.cache
 def scheme(name: str) -> Scheme:
-    """The scheme that "NAME" or "NAME:GROUP" means.
+    """The scheme named "NAME" or "NAME:GROUP".
 
     Raises:
-      UserError: no such scheme, or a group that is no number of 2 or more, "channel" or "tensor".
+      UserError: the scheme does not exist, or the group is not a number of at least 2, "channel" or "tensor".
     """
-    stem, colon, said = name.partition(":")
+    stem, colon, suffix = name.partition(":")
     if stem not in SCHEMES:
         raise UserError(f"the scheme '{name}' is unknown; expected one of {', '.join(FOR_WEIGHTS)}, or NAME:GROUP")
-    found = SCHEMES[stem]
+    base = SCHEMES[stem]
     if not colon:
-        return found
-    if said not in _GROUPS and not (said.isascii() and said.isdigit() and int(said) > 1):
-        raise UserError(f"the scheme '{name}' has the group '{said}'; expected a number, channel or tensor")
-    group = _GROUPS[said] if said in _GROUPS else int(said)
-    if found.activations and group > 0:
+        return base
+    if suffix not in _GROUPS and not (suffix.isascii() and suffix.isdigit() and int(suffix) > 1):
+        raise UserError(f"the scheme '{name}' has the group '{suffix}'; expected a number, channel or tensor")
+    group = _GROUPS[suffix] if suffix in _GROUPS else int(suffix)
+    if base.activations and group > 0:
         raise UserError(f"the scheme '{name}': integer products want one scale per channel or tensor, not groups")
-    # A float32 for every few numbers would weigh too much, and those of integers fit a float16.
-    half = group > 0 and found.scale == "float32" and FORMATS[found.format].integers
-    return dataclasses.replace(found, group=group, scale="float16" if half else found.scale)
+    # Scales of small groups are a large part of the size, and scales of integers fit a float16.
+    half = group > 0 and base.scale == "float32" and FORMATS[base.format].integers
+    return dataclasses.replace(base, group=group, scale="float16" if half else base.scale)
 
 
 def misfit(s: Scheme, size: int) -> str:
-    """Why an axis of `size` numbers cannot be cut into the scheme's groups, or ""."""
+    """The reason why an axis of `size` numbers cannot be divided into the groups of the scheme, or ""."""
     group, per_byte = s.group if s.group > 0 else size, 8 // FORMATS[s.format].bits
     if size % group:
         return f"the group {group} does not divide its {size} inputs"
@@ -158,15 +158,16 @@ def misfit(s: Scheme, size: int) -> str:
 
 
 def scales(w: jax.Array, s: Scheme, axis: int, shrink: jax.Array | float = 1.0) -> tuple[jax.Array, jax.Array | None]:
-    """(scale, offset) that reach the largest numbers of every group, times `shrink`, in float32.
+    """The absmax (or minimum-maximum) scales and offsets of every group, times `shrink`.
 
     Args:
-      w: (..., I, O).
-      shrink: below 1 the largest are clipped for smaller steps; () or the shape of the scales.
+      w: float (..., I, O).
+      axis: axis of the groups, -2 or -1.
+      shrink: float, () or in the shape of the scales; values below 1 clip the largest numbers.
 
     Returns:
-      (..., G, O) for axis -2 and (..., I, G) for axis -1, with 1 in place of an axis that shares one;
-      a "mean" offset is (..., 1, 1); no offset is None.
+      (scale, offset), float32 (..., G, O) for axis -2 and (..., I, G) for axis -1, with 1 in place of an axis that
+      shares a scale; a "mean" offset is (..., 1, 1); no offset is None.
     """
     f, w = FORMATS[s.format], w.astype(jnp.float32)
     if s.offset == "minimum":
@@ -179,13 +180,21 @@ def scales(w: jax.Array, s: Scheme, axis: int, shrink: jax.Array | float = 1.0) 
 
 
 def over_groups(function: Callable[..., jax.Array], w: jax.Array, s: Scheme, axis: int) -> jax.Array:
-    """`function(numbers, axis=..., keepdims=True)` of those of w (..., I, O) that share a scale, in its shape."""
+    """A reduction over the numbers that share a scale.
+
+    Args:
+      function: called as function(numbers, axis=..., keepdims=True), such as jnp.max.
+      w: (..., I, O).
+
+    Returns:
+      An array in the shape of the scales, see `scales`.
+    """
     over = (axis, {-2: -1, -1: -3}[axis]) if s.group == TENSOR else axis
     return jnp.squeeze(function(split(w, s.group, axis), axis=over, keepdims=True), axis)
 
 
 def stored(scale: jax.Array, s: Scheme) -> jax.Array:
-    """Scales in the form they are kept in: a float dtype, or the exponent byte of e8m0 (nested ones stay float32)."""
+    """Scales in their storage dtype: float, or the exponent byte of e8m0; scales that are quantized stay float32."""
     if s.scale == "e8m0":
         _, exponent = jnp.frexp(scale * FORMATS[s.format].high)  # of a fraction in [0.5, 1)
         return jnp.clip(exponent - 3 + 127, 1, 254).astype(jnp.uint8)  # the largest e2m1 has the exponent 2
@@ -193,18 +202,22 @@ def stored(scale: jax.Array, s: Scheme) -> jax.Array:
 
 
 def scale_values(scale: jax.Array) -> jax.Array:
-    """Kept scales or offsets as float32."""
+    """Stored scales or offsets of any shape as float32 of the same shape."""
     if scale.dtype == jnp.uint8:
         return jax.lax.bitcast_convert_type(scale.astype(jnp.uint32) << 23, jnp.float32)
     return scale.astype(jnp.float32)
 
 
 def encode(w: jax.Array, scale: jax.Array, offset: jax.Array | None, s: Scheme, axis: int) -> jax.Array:
-    """The codes nearest to w (..., I, O), given kept scales (ties go to even codes).
+    """The codes nearest to w; ties go to even codes.
+
+    Args:
+      w: float (..., I, O).
+      scale, offset: stored scales and offsets, in the shapes of `scales`.
 
     Returns:
-      the format's dtype in w's shape; codes below 8 bits are packed along the axis: a byte holds the
-      same place of each half (quarter) of its group, lowest bits first.
+      Codes in the dtype of the format and the shape of w. Codes below 8 bits are packed along the axis: a byte
+      holds the codes at the same index of each half (quarter) of its group, lowest bits first.
     """
     f = FORMATS[s.format]
     scaled = in_units(w, scale, offset, s, axis)
@@ -216,13 +229,13 @@ def encode(w: jax.Array, scale: jax.Array, offset: jax.Array | None, s: Scheme, 
         codes = jnp.clip(scaled, f.low, f.high)
     codes = codes.astype(f.dtype)
     if f.bits < 8:
-        places = jnp.split(codes, 8 // f.bits, axis)
-        codes = functools.reduce(jnp.bitwise_or, (part << (i * f.bits) for i, part in enumerate(places)))
+        parts = jnp.split(codes, 8 // f.bits, axis)
+        codes = functools.reduce(jnp.bitwise_or, (part << (i * f.bits) for i, part in enumerate(parts)))
     return joined(codes, axis)
 
 
 def decode(codes: jax.Array, scale: jax.Array, offset: jax.Array | None, s: Scheme, axis: int) -> jax.Array:
-    """The numbers (..., I, O) that codes stand for, in float32: the inverse of `encode`."""
+    """The values of codes, float32 (..., I, O): the inverse of `encode`, whose arguments and result it takes."""
     f = FORMATS[s.format]
     values = _values(_unpacked(codes, s, axis), f) * jnp.expand_dims(scale_values(scale), axis)
     if offset is not None:
@@ -231,7 +244,7 @@ def decode(codes: jax.Array, scale: jax.Array, offset: jax.Array | None, s: Sche
 
 
 def in_units(w: jax.Array, scale: jax.Array, offset: jax.Array | None, s: Scheme, axis: int) -> jax.Array:
-    """w (..., I, O) in units of its scales, by groups: (..., G, N, O) or (..., I, G, N). 0 scales count as 1."""
+    """w (..., I, O) over its scales, in groups: float32 (..., G, N, O) or (..., I, G, N). Scales of 0 count as 1."""
     grouped = split(w.astype(jnp.float32), s.group, axis)
     if offset is not None:
         grouped = grouped - jnp.expand_dims(scale_values(offset), axis)
@@ -241,13 +254,13 @@ def in_units(w: jax.Array, scale: jax.Array, offset: jax.Array | None, s: Scheme
 
 def joined(grouped: jax.Array, axis: int) -> jax.Array:
     """Groups (..., G, N, O) or (..., I, G, N) -> (..., I, O)."""
-    place = grouped.ndim + axis
+    index = grouped.ndim + axis
     shape = grouped.shape
-    return grouped.reshape(*shape[: place - 1], shape[place - 1] * shape[place], *shape[place + 1 :])
+    return grouped.reshape(*shape[: index - 1], shape[index - 1] * shape[index], *shape[index + 1 :])
 
 
 def snap(x: jax.Array, name: str) -> jax.Array:
-    """The values of a format nearest to numbers in units of their scale, in float32."""
+    """x (...), in units of its scale, rounded to the nearest values of the format `name`: float32 (...)."""
     f = FORMATS[name]
     if f.values:
         return jnp.asarray(f.values, jnp.float32)[_nearest(x, f.values)]
@@ -258,25 +271,26 @@ def snap(x: jax.Array, name: str) -> jax.Array:
 
 def logical_shape(shape: tuple[int, ...], s: Scheme, axis: int) -> tuple[int, ...]:
     """The shape of the weight whose codes have `shape`."""
-    whole = list(shape)
-    whole[axis] *= 8 // FORMATS[s.format].bits
-    return tuple(whole)
+    unpacked = list(shape)
+    unpacked[axis] *= 8 // FORMATS[s.format].bits
+    return tuple(unpacked)
 
 
 def nested(s: Scheme, size: int) -> str:
-    """The name of the scheme that the scales of `s` are quantized by, fitted to an axis of `size` scales.
+    """The name of the scheme that quantizes the scales of `s`, for an axis of `size` scales.
 
-    Where 256 does not divide the axis, groups are its largest common part of at least 32, or the axis.
+    Where the group of that scheme does not divide the axis, the group is their greatest common divisor if that is at
+    least 32, and the whole axis otherwise.
     """
     group = math.gcd(size, SCHEMES[s.scale].group)
     return f"{s.scale}:{group if group >= 32 else 'channel'}"
 
 
 def split(w: jax.Array, group: int, axis: int) -> jax.Array:
-    """(..., I, O) -> (..., G, N, O) for axis -2, (..., I, G, N) for axis -1: N stands at `axis`."""
-    place, size = w.ndim + axis, w.shape[axis]
+    """Divides an axis into groups: (..., I, O) -> (..., G, N, O) for axis -2, (..., I, G, N) for axis -1."""
+    index, size = w.ndim + axis, w.shape[axis]
     group = group if group > 0 else size
-    return w.reshape(*w.shape[:place], size // group, group, *w.shape[place + 1 :])
+    return w.reshape(*w.shape[:index], size // group, group, *w.shape[index + 1 :])
 
 
 def _unpacked(codes: jax.Array, s: Scheme, axis: int) -> jax.Array:

@@ -1,8 +1,8 @@
 """Low-rank adapters over frozen weights: pure functions on trees.
 
     adapters = lora.init(key, base, config.lora)       a tree of its own, keyed by the weights it adapts
-    trained, fixed = lora.split(adapters, variant)     what the gradient and the optimizer see, and the rest
-    params = lora.attach(base, adapters)               what the model sees; no copies, no products
+    trainable, fixed = lora.split(adapters, variant)   trained entries, and the rest
+    params = lora.attach(base, adapters)               parameters of the model; copies and multiplies nothing
     params = lora.materialize(base, adapters)          dense arrays, for any Flax model and for merging
     base = lora.unmerge(params, adapters)
     several = lora.combine(one, other); lora.mix(several, mixture)

@@ -1,19 +1,19 @@
-"""Adapters made, taken apart and put on: `init`, `split` and `join`, `rebase`, `attach`.
+"""Creating adapters (`init`), splitting them into trainable and fixed entries, and attaching them to a base.
 
-Variants, and what each has at an adapted path besides `a`, `b` and `scale`:
+Variants, and their entries at an adapted path besides `a`, `b` and `scale`:
 
     lora    a Gaussian, b zero: step 0 equals the base bit for bit (Hu et al. 2021, arXiv:2106.09685); under `jit`
             with `model.qk_norm` to 1e-6, where XLA sums the norms of keys in another order
-    fa      the same with a frozen: of the inputs x only x a is kept for the gradient (LoRA-FA: Zhang et
-            al. 2023, arXiv:2308.03303)
-    dora    magnitude (O,), trained, and squares (O,): see `weights.Decomposed`
-    pissa   a b starts as the leading singular vectors of the weight, which are taken out of the base
-            (Meng et al. 2024, arXiv:2404.02948): start_a and start_b, which `rebase` subtracts
-    loftq   a b starts as the leading singular vectors of what quantization lost of the weight (Li et al.
-            2023, arXiv:2310.08659, algorithm 1 with one iteration, which leaves the quantized base as it is)
+    fa      the same with a frozen, so that the backward pass saves only x a (LoRA-FA: Zhang et al. 2023,
+            arXiv:2308.03303)
+    dora    DoRA: magnitude (O,), trained, and squares (O,); see `weights.Decomposed`
+    pissa   a b is initialized with the leading singular vectors of the weight, which `rebase` subtracts from the
+            base: start_a and start_b (Meng et al. 2024, arXiv:2404.02948)
+    loftq   a b is initialized with the leading singular vectors of the quantization error of the weight (Li et al.
+            2023, arXiv:2310.08659, algorithm 1 with one iteration, which does not change the quantized base)
 
-Ranks may differ by layer: in a scan all factors have the largest rank, the columns of `a` and rows of `b`
-past a layer's own are zero, and so are their gradients.
+Ranks may differ by layer: in a scan all factors have the largest rank, and the columns of `a` and rows of `b` past
+the rank of a layer are zero, and so are their gradients.
 """
 
 import re
@@ -29,7 +29,7 @@ from llm_jax import trees, weights
 from llm_jax.errors import UserError
 from llm_jax.kernels import number_formats
 from llm_jax.schema import LoraConfig
-from llm_jax.weights import IN, Adapted, Decomposed, Dropped, FakeQuant, Node
+from llm_jax.weights import IN, Adapted, Decomposed, Dropped, FakeQuant
 
 # Letters of shapes: L layers (where stacked), I in, O out, R rank.
 
@@ -50,11 +50,11 @@ TRAINED = {
 
 
 def ranks(base: trees.Tree, config: LoraConfig) -> dict[str, dict[str, int]]:
-    """{path: {per-layer name: rank}} of the weights that are adapted; 0 where only other layers' are.
+    """The adapted weights as {path: {per-layer name: rank}}; rank 0 for layers of a stacked weight without an adapter.
 
     Raises:
-      UserError: a target or rank rule that matches nothing, targets that overlap, a target that is no
-        matrix, or a rank of 0 or above the matrix.
+      UserError: a target or rank rule matches nothing, targets overlap, a target is not a matrix, or a rank is 0 or
+        larger than the matrix.
     """
     if not config.targets:
         raise UserError("lora.targets is empty; expected presets (attention, linear, embeddings) or patterns")
@@ -105,13 +105,17 @@ def _compile(pattern: str, source: str) -> re.Pattern[str]:
 
 
 def init(key: jax.Array, base: trees.Tree, config: LoraConfig, original: trees.Tree | None = None) -> dict[str, Any]:
-    """The adapter tree at its start, in float32 (or the base's dtype where that is wider). Works under `jax.jit`.
+    """Initializes adapters. Works under `jax.jit`.
 
-    A layer's start depends on the key and its name only, not on how layers are stacked.
+    The values of a layer depend on the key and the name of its weight, not on how layers are stacked.
 
     Args:
-      base: the weights that will be frozen, in any layout and of any kind.
+      base: the frozen weights (I, O), in any layout and of any kind.
       original: for "loftq", the weights that `base` was quantized from.
+
+    Returns:
+      A tree with, at the path of every adapted weight, `a` (I, R), `b` (R, O), `scale` () and the entries of the
+      variant, each with the layer axis of the weight, in float32 or the dtype of the base where it is wider.
 
     Raises:
       UserError: see `ranks`; or "loftq" without `original`.
@@ -207,7 +211,7 @@ def _dtype(weight: Any) -> Any:
 
 
 def split(adapters: trees.Tree, variant: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(what is trained, the rest) of an adapter tree; `join` is the inverse."""
+    """Splits an adapter tree into (trainable entries, fixed entries); `join` is the inverse."""
     trained: dict[str, Any] = {}
     fixed: dict[str, Any] = {}
     for path, leaf in trees.flatten(adapters).items():
@@ -216,21 +220,28 @@ def split(adapters: trees.Tree, variant: str) -> tuple[dict[str, Any], dict[str,
 
 
 def join(trained: trees.Tree, fixed: trees.Tree) -> dict[str, Any]:
-    """The adapter tree out of its two parts."""
+    """The adapter tree from its trainable and fixed entries."""
     return trees.unflatten(trees.flatten(trained) | trees.flatten(fixed))
 
 
 def by_path(adapters: trees.Tree) -> dict[str, dict[str, Any]]:
-    """{path of the adapted weight: its entries}."""
-    found: dict[str, dict[str, Any]] = {}
+    """The entries of every adapted weight: {path of the weight: {name: array}}."""
+    entries: dict[str, dict[str, Any]] = {}
     for path, leaf in trees.flatten(adapters).items():
-        weight, part = path.rsplit("/", 1)
-        found.setdefault(weight, {})[part] = leaf
-    return found
+        weight, name = path.rsplit("/", 1)
+        entries.setdefault(weight, {})[name] = leaf
+    return entries
 
 
 def check(base: trees.Tree, adapters: trees.Tree, source: str) -> None:
-    """Raises UserError, which begins with `source`, unless the adapters are for weights of these names and shapes."""
+    """Checks that the adapters fit the base.
+
+    Args:
+      source: where the adapters come from, for the error.
+
+    Raises:
+      UserError: the base lacks an adapted path, an entry is missing, or the shapes of a and b do not fit.
+    """
     flat = trees.flatten(base)
     for path, parts in by_path(adapters).items():
         if path not in flat:
@@ -247,20 +258,20 @@ def check(base: trees.Tree, adapters: trees.Tree, source: str) -> None:
 
 
 def rebase(base: trees.Tree, adapters: trees.Tree) -> dict[str, Any]:
-    """The base without what its adapters started from (PiSSA); any other base as it is. Before it is quantized.
+    """The base minus the initial a b of its adapters (PiSSA), before quantization; other bases are unchanged.
 
     Raises:
-      UserError: a start would have to be taken out of a weight that is quantized.
+      UserError: an adapted weight is quantized, so that nothing can be subtracted from it.
     """
     flat = trees.flatten(base)
     for path, parts in by_path(adapters).items():
         if "start_a" in parts:
-            if isinstance(flat[path], Node):
+            if not weights.is_dense(flat[path]):
                 raise UserError(
-                    f"'{path}' is a {type(flat[path]).__name__}; lora.variant=pissa takes its start out of full weights"
+                    f"'{path}' is a {weights.kind(flat[path])}; lora.variant=pissa takes its start out of full weights"
                 )
-            taken = jnp.matmul(parts["start_a"] * _per_layer(parts["scale"], 2), parts["start_b"])
-            flat[path] = (flat[path] - taken.reshape(flat[path].shape)).astype(flat[path].dtype)
+            start = jnp.matmul(parts["start_a"] * _per_layer(parts["scale"], 2), parts["start_b"])
+            flat[path] = (flat[path] - start.reshape(flat[path].shape)).astype(flat[path].dtype)
     return trees.unflatten(flat)
 
 
@@ -277,16 +288,18 @@ def attach(
     dropout: float = 0.0,
     key: jax.Array | None = None,
 ) -> dict[str, Any]:
-    """The parameters that the model sees: `base`, with a node of `weights` wherever there is an adapter.
+    """The parameters of the adapted model: `base` with an `Adapted` or `Decomposed` node at every adapted path.
 
     Args:
-      base: weights of any kind, those of `rebase`.
-      factors: the scheme that a and b are rounded to in every use (straight-through); "": none.
-      dropout: of the inputs of the low-rank path. What is dropped depends on `key` and the name of the layer's own
-        weight (`layers/17/attention/query`), not on how layers are stacked.
+      base: weights (I, O) of any kind, as `rebase` returns them.
+      adapters: see `init`.
+      factors: scheme that a and b are fake-quantized to; "": none.
+      dropout: dropout probability of the inputs of the low-rank path. The mask depends on `key` and the per-layer name
+        of the weight (`layers/17/attention/query`), not on how layers are stacked.
+      key: random key of the dropout; None: no dropout.
 
     Raises:
-      UserError: the adapters are for another model.
+      UserError: the adapters are for another model, or an adapted weight is not a matrix.
     """
     check(base, adapters, "adapters")
     flat = trees.flatten(base)
@@ -304,7 +317,7 @@ def attach(
 
 
 def node(base: Any, parts: Mapping[str, Any], factors: str, dropout: float = 0.0, key: Any = None) -> Any:
-    """The weight (I, O) that a base and its adapter's entries make."""
+    """The adapted weight (I, O) of a base weight and the entries of its adapter."""
     a, b = parts["a"], parts["b"]
     if factors:
         a, b = (FakeQuant(factor, None, None, None, factors, IN) for factor in (a, b))

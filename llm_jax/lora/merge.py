@@ -1,4 +1,4 @@
-"""Adapters folded into dense weights, and out of them again; and into quantized ones, at a price that is told."""
+"""Merging adapters into dense weights and unmerging them; merging into quantized weights, with the error of it."""
 
 import functools
 import math
@@ -15,15 +15,15 @@ from llm_jax.weights import IN, Adapted, Decomposed, FakeQuant, QTensor, quantiz
 
 
 def materialize(base: trees.Tree, adapters: trees.Tree, *, factors: str = "") -> dict[str, Any]:
-    """The base with W + scale * a b, as an array of W's shape and dtype, wherever there is an adapter.
+    """The base with W + scale * a b, in the shape and dtype of W, at every adapted path.
 
-    Works on the parameters of any Flax model, convolutions included: a kernel (..., O) is the matrix
-    (I, O) of its flattened axes, so that `a` is the kernel of a convolution to R channels and `b` one
-    of size 1 (the last axis is what comes out). Inside a jitted function it can be differentiated with
-    respect to the adapters; the gradient of a dense W + a b is then formed, which `attach` avoids.
+    Works on the parameters of any Flax model, convolutions included: a kernel (..., O) is treated as the matrix
+    (I, O) of its flattened axes, so that `a` is the kernel of a convolution to R channels and `b` one of size 1.
+    The result can be differentiated with respect to the adapters inside a jitted function; this forms the gradient
+    of the dense W + a b, which `attach` avoids.
 
     Args:
-      factors: as of `attach`.
+      factors: see `attach`.
 
     Raises:
       UserError: the adapters are for another model.
@@ -45,7 +45,7 @@ def _dense(base: jax.Array, parts: dict[str, Any], factors: str) -> jax.Array:
 
 
 def rounded(adapters: trees.Tree, factors: str) -> dict[str, Any]:
-    """The adapters with a and b as the scheme `factors` rounds them in every use (see `attach`)."""
+    """The adapters with a and b rounded to the scheme `factors`, as `attach` rounds them in every use."""
     if not factors:
         return trees.unflatten(trees.flatten(adapters))
 
@@ -57,16 +57,16 @@ def rounded(adapters: trees.Tree, factors: str) -> dict[str, Any]:
 
 
 def requantize(base: trees.Tree, adapters: trees.Tree, *, factors: str = "") -> tuple[dict[str, Any], dict[str, float]]:
-    """`merge`d parameters whose quantized weights are quantized again; see `fold`."""
+    """Merged parameters whose quantized weights are quantized again; see `fold`."""
     return fold(attach(base, adapters, factors=factors))
 
 
 def fold(params: trees.Tree) -> tuple[dict[str, Any], dict[str, float]]:
-    """Attached adapters folded into their weights: dense ones, and quantized ones each by its own scheme again.
+    """Merges attached adapters into their weights; quantized weights are quantized again by their own schemes.
 
     Returns:
-      (parameters, {path: error}): of every QTensor that an adapter was folded into, the norm of the difference to
-      the merged weight before rounding, over the norm of what the adapter added: at 1 nothing is left of it.
+      (parameters, {path: error}): for every quantized weight with an adapter, the norm of the rounding error of the
+      merged weight over the norm of the update; at 1 the update is lost.
     """
     flat, costs = trees.flatten(params), {}
     for path, weight in flat.items():
@@ -81,7 +81,7 @@ def fold(params: trees.Tree) -> tuple[dict[str, Any], dict[str, float]]:
 
 @jax.jit
 def _folded(weight: Adapted | Decomposed) -> tuple[Any, tuple[jax.Array, ...]]:
-    """The weight, and the squares of what rounding it lost and of what the adapter added."""
+    """The merged weight, and the squared norms of its rounding error and of the update."""
     merged, q = weight.dense(), (weight.weight if isinstance(weight, Decomposed) else weight).base
     if not isinstance(q, QTensor):
         return merged, ()
@@ -95,13 +95,13 @@ _folded_layers = jax.jit(jax.vmap(_folded))
 
 @functools.partial(jax.jit, static_argnames="factors")
 def unmerge(params: trees.Tree, adapters: trees.Tree, *, factors: str = "") -> dict[str, Any]:
-    """The base again out of `merge`d parameters, up to the rounding of both in the weights' dtype.
+    """The base of merged parameters: the inverse of `merge`, up to rounding in the dtype of the weights.
 
     Args:
-      factors: those that were merged with.
+      factors: the scheme that `merge` was called with.
 
     Raises:
-      UserError: DoRA, which forgets how long the columns of the base were.
+      UserError: the adapters are DoRA, whose merged weights no longer determine the column norms of the base.
     """
     added = {path: parts | {"scale": -parts["scale"]} for path, parts in by_path(adapters).items()}
     if lost := [path for path, parts in added.items() if "magnitude" in parts]:

@@ -1,7 +1,7 @@
-"""Several adapters of one base: switched, summed with weights, or another one for every row of a batch.
+"""Several adapters of one base: switched, summed with weights, or different ones for every row of a batch.
 
-`combine` puts them side by side along the rank, once. `mix` changes numbers only, so that inside a jitted
-function another choice does not compile again.
+`combine` concatenates them along the rank, once. `mix` changes values only, so that a jitted function is not
+compiled again for another choice.
 """
 
 from typing import Any
@@ -15,10 +15,10 @@ from llm_jax.lora.adapt import by_path
 
 
 def plain(adapters: trees.Tree) -> dict[str, Any]:
-    """Adapters of the unchanged base: where a start was taken out of it (PiSSA), one of twice the rank, a b - start.
+    """Adapters for the original base: PiSSA's a b - start_a start_b becomes one adapter of twice the rank.
 
     Raises:
-      UserError: DoRA, whose update is no matrix of low rank.
+      UserError: the adapters are DoRA, whose update is not of low rank.
     """
     found: dict[str, Any] = {}
     for path, parts in by_path(adapters).items():
@@ -33,9 +33,11 @@ def plain(adapters: trees.Tree) -> dict[str, Any]:
 
 
 def combine(*adapters: trees.Tree) -> dict[str, Any]:
-    """One adapter tree of several, for `mix`. They may adapt different weights with different ranks.
+    """Concatenates adapters for `mix`. They may adapt different weights with different ranks.
 
-    Every path has `owner`, int32 (R,): which of them a column of `a` came from.
+    Returns:
+      An adapter tree of the summed ranks R, in which every path has `owner`, int32 (R,): the index of the adapter that
+      a column of `a` belongs to.
 
     Raises:
       UserError: see `plain`.
@@ -58,11 +60,11 @@ def combine(*adapters: trees.Tree) -> dict[str, Any]:
 
 
 def mix(combined: trees.Tree, mixture: jax.Array) -> dict[str, Any]:
-    """Adapters for `attach`: the sum of the combined ones, each times its weight.
+    """The weighted sum of combined adapters, for `attach`.
 
     Args:
-      mixture: float (N,), a weight for each of N adapters (one-hot: a switch); or (B, N), such weights
-        for every row of a batch of B.
+      combined: see `combine`.
+      mixture: float (N,), the weight of each of N adapters (one-hot to select one), or (B, N), weights per batch row.
     """
     found: dict[str, Any] = {}
     for path, parts in by_path(combined).items():

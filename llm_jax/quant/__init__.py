@@ -1,1 +1,1 @@
-"""Quantization: rules over names, and how scales and codes are found."""
+"""Quantization: rules over names, calibration, and methods that choose scales and codes."""

@@ -1,7 +1,8 @@
-"""How scales and codes of one weight are found: absmax, percentile, mse, smoothquant, awq, gptq.
+"""Quantization methods for one weight: absmax, percentile, mse, smoothquant, awq, gptq.
 
-A method takes a weight w (I, O), its scheme and axis, and what calibration has seen of its inputs
-(`Inputs`, or None), and gives a QTensor. Pure array functions, to be jitted.
+A method takes a weight w, float32 (I, O), the name of its scheme, the axis of its groups, calibration statistics
+of its inputs (`Inputs`, or None) and whether gptq orders inputs by activation, and returns a QTensor. Methods are
+pure functions that can be jitted.
 """
 
 import dataclasses
@@ -26,14 +27,15 @@ _DAMPING = 0.01  # of gptq, times the mean of the diagonal
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Sums over the inputs x (tokens, I) of a weight; two of them add up.
+    """Statistics of the inputs x (tokens, I) of a weight, float32, which `add` accumulates over batches.
 
     Attributes:
-      gram: (I, I), of x^T x.
-      largest: (I,), largest |x|.
-      total: (I,), of |x|.
-      clipped: (), of the percentile of |x| in every batch.
-      tokens, batches: ().
+      gram: (I, I), the sum of x^T x.
+      largest: (I,), the largest |x|.
+      total: (I,), the sum of |x|.
+      clipped: (), the sum over batches of the 99.9th percentile of |x|.
+      tokens: (), the number of tokens.
+      batches: (), the number of batches.
     """
 
     gram: jax.Array
@@ -45,7 +47,7 @@ class Inputs:
 
 
 def observe(x: jax.Array, mask: jax.Array) -> Inputs:
-    """Inputs of one batch: x (B, T, I), and bool (B, T), which of its tokens count."""
+    """Statistics of one batch: x, float (B, T, I), at the tokens where `mask`, bool (B, T), is True."""
     x = x.astype(jnp.float32) * mask[..., None]
     size = jnp.abs(x)
     return Inputs(
@@ -59,23 +61,23 @@ def observe(x: jax.Array, mask: jax.Array) -> Inputs:
 
 
 def add(a: Inputs, b: Inputs) -> Inputs:
-    """Those of both."""
+    """The statistics of two sets of batches together."""
     return dataclasses.replace(jax.tree.map(jnp.add, a, b), largest=jnp.maximum(a.largest, b.largest))
 
 
 def objective(w: jax.Array, q: QTensor, inputs: Inputs) -> jax.Array:
-    """|| x (W - Q) ||^2 over the calibration text, per output: (O,)."""
+    """|| x (W - Q) ||^2 over the calibration text per output, for w float32 (I, O): float32 (O,)."""
     change = w - q.dense()
     return jnp.sum((inputs.gram @ change) * change, 0)
 
 
 def absmax(w: jax.Array, scheme: str, axis: int, inputs: Inputs | None, act_order: bool) -> QTensor:
-    """Scales that reach the largest number of every group."""
+    """Absmax scales: the largest number of every group has the largest code."""
     return quantized.to_qtensor(w, scheme, axis, input_scale=_input_scale(scheme, inputs))
 
 
 def percentile(w: jax.Array, scheme: str, axis: int, inputs: Inputs | None, act_order: bool) -> QTensor:
-    """Scales that reach the 99.9th percentile of magnitudes, of weights and activations; what lies past is clipped."""
+    """Scales for the 99.9th percentile of magnitudes of weights and activations; larger numbers are clipped."""
     s = number_formats.scheme(scheme)
     f = number_formats.FORMATS[s.format]
 
@@ -95,7 +97,7 @@ def percentile(w: jax.Array, scheme: str, axis: int, inputs: Inputs | None, act_
 
 
 def mse(w: jax.Array, scheme: str, axis: int, inputs: Inputs | None, act_order: bool) -> QTensor:
-    """Scales with the least squared error of every group, by search over clipping."""
+    """Scales that minimize the squared error of every group, by a search over clipping; see `clip`."""
     scale, offset = clip(w, number_formats.scheme(scheme), axis)
     return quantized.to_qtensor(w, scheme, axis, scale=scale, offset=offset, input_scale=_input_scale(scheme, inputs))
 
@@ -103,13 +105,15 @@ def mse(w: jax.Array, scheme: str, axis: int, inputs: Inputs | None, act_order: 
 def clip(
     w: jax.Array, s: Scheme, axis: int, importance: jax.Array | float = 1.0, signed: bool = True
 ) -> tuple[jax.Array, jax.Array | None]:
-    """(scale, offset) with the least weighted squared error per group, of absmax scales times 1 to 0.5.
-
-    Symmetric integers have one value more below 0 than above, so scales of either sign that map the
-    largest number to it are tried as well, if `signed`.
+    """The scales with the least weighted squared error per group among absmax scales times 1 to 0.5.
 
     Args:
-      importance: weights of the squares, broadcast to w (I, O).
+      w: float32 (I, O).
+      importance: weights of the squared errors, broadcast to w.
+      signed: also try negative scales, because symmetric integers have one value more below 0 than above.
+
+    Returns:
+      (scale, offset) as `number_formats.scales` returns them.
     """
     f = number_formats.FORMATS[s.format]
     scale, offset = number_formats.scales(w, s, axis)
@@ -119,10 +123,10 @@ def clip(
         starts.append(jnp.where(high > -low, high, low) / f.low)
 
     def error(scale: jax.Array, offset: jax.Array | None) -> jax.Array:
-        kept = number_formats.stored(scale, s)
+        stored = number_formats.stored(scale, s)
         offset = offset if offset is None or s.offset == "mean" else number_formats.stored(offset, s)
-        found = number_formats.decode(number_formats.encode(w, kept, offset, s, axis), kept, offset, s, axis)
-        return number_formats.over_groups(jnp.sum, importance * jnp.square(found - w), s, axis)
+        decoded = number_formats.decode(number_formats.encode(w, stored, offset, s, axis), stored, offset, s, axis)
+        return number_formats.over_groups(jnp.sum, importance * jnp.square(decoded - w), s, axis)
 
     def better(best, candidate):
         smaller = candidate[0] < best[0]
@@ -141,9 +145,9 @@ def clip(
 
 
 def smoothquant(w: jax.Array, scheme: str, axis: int, inputs: Inputs | None, act_order: bool) -> QTensor:
-    """Outliers of the inputs moved into the weight: x / t and t W, with the t of alpha 0.5.
+    """SmoothQuant: moves outliers of the inputs into the weight, (x / t) (t W), with alpha = 0.5.
 
-    (Xiao et al. 2022, arXiv:2211.10438, equations 3 and 4.)
+    Source: Xiao et al. 2022, arXiv:2211.10438, equations 3 and 4.
     """
     assert inputs is not None
     t = jnp.sqrt(jnp.maximum(inputs.largest, 1e-5)) / jnp.sqrt(jnp.maximum(jnp.max(jnp.abs(w), 1), 1e-5))
@@ -152,10 +156,10 @@ def smoothquant(w: jax.Array, scheme: str, axis: int, inputs: Inputs | None, act
 
 
 def awq(w: jax.Array, scheme: str, axis: int, inputs: Inputs | None, act_order: bool) -> QTensor:
-    """Inputs that are large on average get finer steps: t = mean|x|^alpha, then clipping.
+    """AWQ: rows of inputs that are large on average get finer steps, t = mean|x|^alpha, followed by clipping.
 
-    alpha has the least error of the layer's outputs on the calibration text (Lin et al. 2023,
-    arXiv:2306.00978, equations 4 and 5).
+    A search picks the alpha that minimizes the error of the outputs on the calibration text.
+    Source: Lin et al. 2023, arXiv:2306.00978, equations 4 and 5.
     """
     assert inputs is not None
     mean = jnp.maximum(inputs.total / jnp.maximum(inputs.tokens, 1), 1e-5)
@@ -178,11 +182,11 @@ def awq(w: jax.Array, scheme: str, axis: int, inputs: Inputs | None, act_order: 
 
 
 def gptq(w: jax.Array, scheme: str, axis: int, inputs: Inputs | None, act_order: bool) -> QTensor:
-    """Rounds one input after the other; those to come make up for the error.
+    """GPTQ: rounds one input after the other, and the remaining inputs compensate for the error.
 
-    Frantar et al. 2022 (arXiv:2210.17323, algorithm 1).
-    Scales are those of "mse" for all groups beforehand, so that inputs may come in any order: with
-    `act_order` the largest diagonal first. An output for which plain rounding to these scales is better keeps it.
+    Scales are fixed beforehand by "mse", so that the inputs can be processed in any order: with `act_order` by
+    decreasing diagonal of the Hessian. Outputs for which plain rounding has a smaller error are rounded plainly.
+    Source: Frantar et al. 2022, arXiv:2210.17323, algorithm 1.
     """
     assert inputs is not None and axis == IN
     plain = mse(w, scheme, axis, inputs, act_order)
@@ -194,22 +198,22 @@ def gptq(w: jax.Array, scheme: str, axis: int, inputs: Inputs | None, act_order:
     inverse = jnp.linalg.inv(hessian[order][:, order])
     upper = jnp.linalg.cholesky((inverse + inverse.T) / 2).T  # inverse = upper^T upper
 
-    def per_input(kept: jax.Array) -> jax.Array:
-        values = number_formats.scale_values(kept)
+    def per_input(stored: jax.Array) -> jax.Array:
+        values = number_formats.scale_values(stored)
         return jnp.repeat(jnp.broadcast_to(values, (values.shape[0], w.shape[1])), w.shape[0] // values.shape[0], 0)
 
-    codes, kept, kept_offset = plain._codes()
-    scale = per_input(kept)[order]
-    offset = jnp.zeros_like(scale) if kept_offset is None else per_input(kept_offset)[order]
+    codes, stored, stored_offset = plain._codes()
+    scale = per_input(stored)[order]
+    offset = jnp.zeros_like(scale) if stored_offset is None else per_input(stored_offset)[order]
 
-    def one(i: jax.Array, left: jax.Array) -> jax.Array:
+    def round_input(i: jax.Array, left: jax.Array) -> jax.Array:
         unit = jnp.where(jnp.abs(scale[i]) < np.finfo(np.float32).tiny, 1.0, scale[i])
         rounded = number_formats.snap((left[i] - offset[i]) / unit, s.format) * scale[i] + offset[i]
-        # Rows before i have zeros in upper[i]; row i becomes what it is rounded to.
+        # upper[i] is 0 for rows before i; row i itself becomes `rounded`.
         return left - upper[i][:, None] * ((left[i] - rounded) / upper[i, i])
 
-    found = jax.lax.fori_loop(0, w.shape[0], one, w[order])[jnp.argsort(order)]
-    compensated = number_formats.encode(found, kept, kept_offset, s, axis)
+    rounded = jax.lax.fori_loop(0, w.shape[0], round_input, w[order])[jnp.argsort(order)]
+    compensated = number_formats.encode(rounded, stored, stored_offset, s, axis)
     other = dataclasses.replace(plain, codes=compensated)
     better = objective(w, other, inputs) < objective(w, plain, inputs)  # false where the factors are not finite
     return dataclasses.replace(plain, codes=jnp.where(better, compensated, codes))
@@ -227,13 +231,13 @@ METHODS: dict[str, tuple[Callable[..., QTensor], bool]] = {
 
 
 def _smooth(t: jax.Array) -> jax.Array:
-    """What x is multiplied by: 1 / t, centred on 1, in float16."""
+    """The factors of the inputs, float16 (I,): 1 / t, scaled so that their geometric range is centred on 1."""
     t = t / jnp.sqrt(jnp.max(t) * jnp.min(t))
     return (1 / jnp.clip(t, 2.0**-10, 2.0**10)).astype(jnp.float16)
 
 
 def _input_scale(scheme: str, inputs: Inputs | None, smooth: jax.Array | None = None) -> jax.Array | None:
-    """The static scale of int8 activations that reaches the largest input seen, or None where there is none."""
+    """The static scale of int8 activations, float32 (), from the largest input; None for other schemes."""
     if number_formats.scheme(scheme).activations != "static" or inputs is None:
         return None
     largest = inputs.largest if smooth is None else inputs.largest * smooth.astype(jnp.float32)

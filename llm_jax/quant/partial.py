@@ -1,4 +1,4 @@
-"""Pieces of a long computation that are kept on disk and found again: weights of any kind, and notes about them."""
+"""Finished parts of a long computation on disk: weights of any kind, with notes in JSON."""
 
 import pathlib
 from typing import Any

@@ -1,4 +1,4 @@
-"""Which weights are quantized, and how: rules over names -> `QTensor` and `FakeQuant` nodes. Pure functions."""
+"""Quantization of parameters by rules over names: which weights, by which schemes. Pure functions."""
 
 import dataclasses
 import functools
@@ -16,29 +16,32 @@ from llm_jax.schema import QuantConfig
 from llm_jax.trees import Rules
 from llm_jax.weights import IN, OUT, FakeQuant, QTensor, quantized
 
-# What is never quantized by the presets: vectors, and small tables that are only added to something.
+# Never quantized by default: vectors, and small tables that are only added to activations.
 _KEPT = r".*norm/.*|.*_bias|(.*/)?position_.*|embed/types"
 _TABLES = r"embed/table|head/kernel"
 
 
 def rules(scheme: str, head: str, first: Rules = ()) -> Rules:
-    """(pattern, scheme) pairs: `first`; norms and biases as they are; `head` for embeddings and head; `scheme`.
+    """The rules of a quantization, as (pattern, scheme) pairs, of which the first match applies.
 
-    "" leaves a weight as it is.
+    Args:
+      scheme: for all weights that no other rule matches; "": not quantized.
+      head: for embeddings and output head; "": not quantized.
+      first: rules that precede the default ones, which leave norms and biases dense.
     """
     return (*first, (_KEPT, ""), (_TABLES, head), (r".*", scheme))
 
 
 def plan(params: Any, chosen: Rules, source: str) -> dict[str, str]:
-    """The scheme of every weight, "" where it is left as it is: {path: scheme}.
+    """The scheme of every weight, "" for weights that stay dense: {path: scheme}.
 
     Args:
       params: in any layout; may be abstract.
       source: where the rules stand, for errors.
 
     Raises:
-      UserError: a rule matches nothing or names no scheme, a group does not divide a weight's inputs, or a
-        weight is no matrix or quantized already.
+      UserError: a rule matches nothing or names an unknown scheme, a group does not divide the inputs of a weight, or a
+        weight is not a matrix or is quantized already.
     """
     matched = trees.match(chosen, params, source)
     for path, weight in trees.flatten(params).items():
@@ -62,17 +65,17 @@ def plan(params: Any, chosen: Rules, source: str) -> dict[str, str]:
 
 
 def axis(path: str) -> int:
-    """Along which axis a weight's groups run: rows of embedding tables are taken, and multiplied, whole."""
+    """The axis of the groups of a weight: OUT for embedding tables, which are read by rows, IN for all others."""
     return OUT if path.startswith("embed/") else IN
 
 
 def quantize_params(params: Any, chosen: Rules, source: str) -> dict[str, Any]:
-    """Every weight rounded to its scheme with scales that reach its largest numbers. Works under `jit`.
+    """Quantizes every weight by its scheme with absmax scales. Works under `jit`.
 
-    Outside of it, what lies between a weight and its codes is there of one weight at a time.
+    Outside of `jit` the temporary arrays of one weight at a time are allocated.
 
     Raises:
-      UserError: see `plan`; or a scheme with static activations, whose scale takes calibration.
+      UserError: see `plan`; or a scheme with static activations, whose scale needs calibration.
     """
     planned = plan(params, chosen, source)
     for path, name in planned.items():
@@ -88,20 +91,20 @@ def quantize_params(params: Any, chosen: Rules, source: str) -> dict[str, Any]:
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _rounded(weight: jax.Array, scheme: str, axis: int, stacked: bool) -> QTensor:
-    """Of stacked layers one after the other: at once NF4 takes twice their size beside them."""
+    """Quantizes stacked layers one after the other, because NF4 needs temporary arrays of twice their size."""
     one = functools.partial(quantized.to_qtensor, scheme=scheme, axis=axis)
     return jax.lax.map(one, weight) if stacked else one(weight)
 
 
 def base(params: Any, config: QuantConfig) -> Any:
-    """The frozen base of adapters under `quant.scheme`; as it is where that is "" or it came quantized."""
+    """The frozen base of adapters, quantized by `quant.scheme`; unchanged where that is ""."""
     if not config.scheme:
         return params
     return quantize_params(params, rules(config.scheme, config.head, config.rules), "quant")
 
 
 def finish(params: Any) -> dict[str, Any]:
-    """Every `FakeQuant` as the QTensor it has been trained to become, whatever holds it."""
+    """The parameters with every `FakeQuant`, nested ones included, replaced by its QTensor."""
 
     def one(node: Any) -> Any:
         return node.quantized() if isinstance(node, FakeQuant) else node
@@ -115,7 +118,11 @@ def is_quantization_aware(params: Any) -> bool:
 
 
 def check_finite(params: Any, source: str) -> None:
-    """Raises UserError that names the first weight with a number (or a scale) that is infinite or undefined."""
+    """Checks that all numbers and scales are finite.
+
+    Raises:
+      UserError: names the first weight with an infinite or undefined number.
+    """
     for path, weight in trees.flatten(params).items():
         for leaf in jax.tree.leaves(weight):
             if jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(jnp.all(jnp.isfinite(leaf.astype(jnp.float32)))):
@@ -123,7 +130,7 @@ def check_finite(params: Any, source: str) -> None:
 
 
 def unsupported(name: str) -> str:
-    """Why the default backend cannot run a scheme, or "": a small product is compiled and run to see."""
+    """The reason why the default backend cannot run a scheme, or "". Compiles and runs a small product."""
     s = number_formats.scheme(name)
     size = max(s.group, 32)
     input_scale = jnp.float32(1) if s.activations == "static" else None
@@ -156,11 +163,13 @@ def runnable(params: Any, planned: dict[str, str], fallback: str) -> dict[str, s
 
 @dataclasses.dataclass(frozen=True)
 class WeightSummary:
-    """What became of one weight: of the table that `llm_jax.quantize` prints.
+    """Scheme, size and error of one weight, a row of the table that `llm_jax.quantize` prints.
 
     Attributes:
-      error: norm of what changed over the norm of the weight.
-      output_error: the same of its outputs on the calibration text, or None.
+      bits: bits per number, scales included.
+      bytes: size in bytes, scales included.
+      error: norm of the quantization error over the norm of the weight.
+      output_error: the same for the outputs of the weight on the calibration text, or None.
     """
 
     path: str
@@ -173,7 +182,7 @@ class WeightSummary:
 
 
 def lines(params: Any) -> list[WeightSummary]:
-    """A summary of every weight as it stands, with no errors: there is nothing to compare it with."""
+    """A summary of every weight of finished parameters, with an error of 0."""
     found = trees.flatten(params).items()
     return [
         WeightSummary(
@@ -184,7 +193,7 @@ def lines(params: Any) -> list[WeightSummary]:
 
 
 def table(rows: list[WeightSummary]) -> str:
-    """A line per weight, and the sums."""
+    """The summaries as a text table, with a line per weight and the totals."""
     head = f"{'weight':<32} {'scheme':<16} {'shape':<16} {'bits':>7} {'error':>8} {'output':>8} {'bytes':>12}"
     lines = [
         f"{r.path:<32} {r.scheme or '-':<16} {r.shape!s:<16} {r.bits:>7.3f} {r.error:>8.4f} "

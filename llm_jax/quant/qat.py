@@ -1,6 +1,6 @@
-"""Quantization-aware training: the trained tree holds `FakeQuant` nodes, which round in every use as QTensors do.
+"""Quantization-aware training: `FakeQuant` nodes round the trained weights in every use, as QTensors will.
 
-`quant.finish` (python -m llm_jax.quantize) turns what has been trained into the integers.
+`post_training.finish` (python -m llm_jax.quantize) converts the trained weights to QTensors.
 """
 
 import dataclasses
@@ -19,12 +19,12 @@ from llm_jax.weights import FakeQuant
 
 
 def prepare(params: Any, config: QuantConfig) -> Any:
-    """The tree to be trained under `quant.qat`: dense parameters with what is rounded as FakeQuant. Works under `jit`.
+    """The trainable parameters under `quant.qat`: dense parameters, quantized ones as FakeQuant. Works under `jit`.
 
-    Learned steps start where the squared error is least.
+    Learned steps are initialized with the least squared error; see `methods.clip`.
 
     Raises:
-      UserError: see `quantize.plan`; or a scheme that cannot be trained.
+      UserError: see `post_training.plan`; or a scheme that cannot be trained.
     """
     if not config.qat.scheme:
         return params
@@ -49,7 +49,7 @@ def prepare(params: Any, config: QuantConfig) -> Any:
 
 
 def delayed(params: Any, step: jax.Array, start: int) -> Any:
-    """`params` with rounding switched on from step `start` on."""
+    """`params` whose rounding is active from step `start` on; `step` is int32 ()."""
     if not start:
         return params
 

@@ -162,12 +162,12 @@ def test_garbage_is_refused_in_one_line(paths, tmp_path, form, damage, message):
 
 
 def quantized(params):
-    return post_training.quantize(params, post_training.rules("int4:16", "int8"), "here")
+    return post_training.quantize_params(params, post_training.rules("int4:16", "int8"), "here")
 
 
 def mixed(params):
     """Layers of different kinds."""
-    return post_training.quantize(params, post_training.rules("", "", ((r"layers/0/mlp/.*", "int8"),)), "here")
+    return post_training.quantize_params(params, post_training.rules("", "", ((r"layers/0/mlp/.*", "int8"),)), "here")
 
 
 def adapted(params, tiny):
