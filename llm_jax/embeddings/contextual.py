@@ -96,7 +96,7 @@ def sentence_vectors(
 
 
 def _vectors(loaded: Loaded, texts: Sequence[str]) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields (index, float32 (L, T, D)) of every text; texts of similar length share a batch, padded to a power of 2."""
+    """Yields (index, float32 (L, T, D)) of every text; similar lengths share a batch, padded to a power of 2."""
     if loaded.model.config.scan_layers:
         raise UserError("vectors by layer need a checkpoint that was loaded with scan_layers=False")
     rows = [ids(loaded, text) for text in texts]
