@@ -33,7 +33,7 @@ _SHOWN_FIELDS = ("tool_calls", "reasoning_content")  # fields of messages that a
 Span = tuple[int, int]  # begin and end of a range of characters or bytes
 
 
-class Example(NamedTuple):
+class TokenizedExample(NamedTuple):
     """One training sequence.
 
     Attributes:
@@ -60,7 +60,7 @@ class Encoder:
       examples: examples of one document; at least so many where a template needs more.
     """
 
-    encode: Callable[[Tokenizer, Iterable[str]], Iterator[Example]]
+    encode: Callable[[Tokenizer, Iterable[str]], Iterator[TokenizedExample]]
     plain: Callable[[str], str]
     masks: bool
     examples: int = 1
@@ -89,9 +89,9 @@ class Conversation(NamedTuple):
         return [i for i, m in enumerate(self.messages) if i >= self.first and m["role"] == "assistant"]
 
 
-def _documents(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[Example]:
+def _documents(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[TokenizedExample]:
     for text in texts:
-        yield Example(tokenizers.document(tokenizer, text), b"", len(text.encode()))
+        yield TokenizedExample(tokenizers.document(tokenizer, text), b"", len(text.encode()))
 
 
 # ---------------------------------------------------------------- records to conversations
@@ -241,11 +241,11 @@ def _job(c: Conversation, count: int, answer: bool) -> dict[str, Any]:
 
 def _checks(c: Conversation) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
     """(field, the job with it, the job without it): the template must render them differently."""
-    found = []
+    checks = []
     count = len(c.messages)
     for name, without in (("tools", c._replace(tools=None)), ("documents", c._replace(documents=None))):
         if getattr(c, name):
-            found.append((name, _job(c, count, False), _job(without, count, False)))
+            checks.append((name, _job(c, count, False), _job(without, count, False)))
     counted = c.answers()
     for i, message in enumerate(c.messages):
         for field in _SHOWN_FIELDS:
@@ -254,8 +254,8 @@ def _checks(c: Conversation) -> list[tuple[str, dict[str, Any], dict[str, Any]]]
                 less = {name: value for name, value in message.items() if name != field}
                 less["content"] = message.get("content") or ""
                 without = c._replace(messages=[*c.messages[:i], less])
-                found.append((field, _job(c, i + 1, False), _job(without, i + 1, False)))
-    return found
+                checks.append((field, _job(c, i + 1, False), _job(without, i + 1, False)))
+    return checks
 
 
 def _marked(c: Conversation, whole: Rendered) -> list[Span]:
@@ -297,10 +297,10 @@ def _by_prefixes(c: Conversation, whole: str, around: Sequence[Sequence[str]]) -
 
 def _conversations(
     parse: Callable[[str], list[Conversation]], single: bool = False
-) -> Callable[..., Iterator[Example]]:
+) -> Callable[..., Iterator[TokenizedExample]]:
     """The `encode` of an `Encoder`; with `single`, a conversation that needs several examples is refused."""
 
-    def encode(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[Example]:
+    def encode(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[TokenizedExample]:
         special = getattr(tokenizer, "special", {})
         texts = iter(texts)
         while conversations := [c for text in itertools.islice(texts, _RECORDS) for c in parse(text)]:
@@ -320,12 +320,14 @@ def _conversations(
     return encode
 
 
-def _templated_example(tokenizer: Any, text: _Text) -> Example:
+def _templated_example(tokenizer: Any, text: _Text) -> TokenizedExample:
     ids, offsets = tokenizer.encode_chat(text.text), tokenizer.chat_offsets(text.text)
-    return Example(ids, _mask(offsets, text.answers), sum(len(text.text[a:b].encode()) for a, b in text.answers))
+    return TokenizedExample(
+        ids, _mask(offsets, text.answers), sum(len(text.text[a:b].encode()) for a, b in text.answers)
+    )
 
 
-def _plain_example(tokenizer: Tokenizer, parts: Sequence[_Text]) -> Example:
+def _plain_example(tokenizer: Tokenizer, parts: Sequence[_Text]) -> TokenizedExample:
     ids: list[int] = [] if tokenizer.bos is None else [tokenizer.bos]
     mask, size = bytearray(len(ids)), 0
     for text, answers in parts:
@@ -336,7 +338,7 @@ def _plain_example(tokenizer: Tokenizer, parts: Sequence[_Text]) -> Example:
         if answers and tokenizer.eos is not None:
             ids.append(tokenizer.eos)
             mask.append(1)
-    return Example(ids, bytes(mask), size)
+    return TokenizedExample(ids, bytes(mask), size)
 
 
 def _mask(offsets: Sequence[Span], answers: Sequence[Span]) -> bytes:
