@@ -266,11 +266,11 @@ def _job(c: Conversation, count: int, answer: bool) -> dict[str, Any]:
 
 def _checks(c: Conversation) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
     """(field, the job with it, the job without it): the template must render them differently."""
-    found = []
+    checks = []
     count = len(c.messages)
     for name, without in (("tools", c._replace(tools=None)), ("documents", c._replace(documents=None))):
         if getattr(c, name):
-            found.append((name, _job(c, count, False), _job(without, count, False)))
+            checks.append((name, _job(c, count, False), _job(without, count, False)))
     counted = c.answers()
     for i, message in enumerate(c.messages):
         for field in _SHOWN_FIELDS:
@@ -279,8 +279,8 @@ def _checks(c: Conversation) -> list[tuple[str, dict[str, Any], dict[str, Any]]]
                 less = {name: value for name, value in message.items() if name != field}
                 less["content"] = message.get("content") or ""
                 without = c._replace(messages=[*c.messages[:i], less])
-                found.append((field, _job(c, i + 1, False), _job(without, i + 1, False)))
-    return found
+                checks.append((field, _job(c, i + 1, False), _job(without, i + 1, False)))
+    return checks
 
 
 def _marked(c: Conversation, whole: Rendered) -> list[Span]:
@@ -347,8 +347,14 @@ def _conversations(
 
 def _templated_example(tokenizer: Any, text: _Text) -> TokenizedExample:
     ids, offsets = tokenizer.encode_chat(text.text), tokenizer.chat_offsets(text.text)
+<<<<<<< HEAD
     size = sum(len(text.text[a:b].encode()) for a, b in text.answers)
     return TokenizedExample(ids, _mask(offsets, text.answers), size)
+=======
+    return TokenizedExample(
+        ids, _mask(offsets, text.answers), sum(len(text.text[a:b].encode()) for a, b in text.answers)
+    )
+>>>>>>> text
 
 
 def _plain_example(tokenizer: Tokenizer, parts: Sequence[_Text]) -> TokenizedExample:

@@ -160,23 +160,23 @@ def run(
         fields of `DecodingState`.
     """
     pause = 1 if watch else CHUNK if stop else max_new_tokens
-    kept: dict[int, int] = {}  # row -> how many ids it keeps
+    stopped_at: dict[int, int] = {}  # row -> how many ids it keeps
     checked = np.zeros(len(state.done), np.int64)
     for until in (*range(pause, max_new_tokens, pause), max_new_tokens):
         state = step(state, jnp.int32(until))
         done = np.array(state.done)
         if stop:
             for row, (ids, count) in enumerate(zip(*jax.device_get((state.ids, state.count)), strict=True)):
-                if row not in kept and (keep := stop(row, ids[:count].tolist(), int(checked[row]))) is not None:
-                    kept[row] = keep
+                if row not in stopped_at and (keep := stop(row, ids[:count].tolist(), int(checked[row]))) is not None:
+                    stopped_at[row] = keep
                 checked[row] = count
-            done[list(kept)] = True
+            done[list(stopped_at)] = True
             state = dataclasses.replace(state, done=jnp.asarray(done))
         if watch:
-            watch(results(state, settings, kept))
+            watch(results(state, settings, stopped_at))
         if done.all():
             break
-    return results(state, settings, kept)
+    return results(state, settings, stopped_at)
 
 
 def unrolled(model: Transformer, params: Any) -> tuple[Transformer, Any]:
@@ -321,21 +321,21 @@ def append(history: History, ids: jax.Array, rows: jax.Array) -> History:
     return History(appended, history.length + rows, history.prompt)
 
 
-def results(state: Any, settings: DrawSettings, kept: dict[int, int]) -> list[Generated]:
+def results(state: Any, settings: DrawSettings, stopped_at: dict[int, int]) -> list[Generated]:
     """The rows so far, on the host.
 
     Args:
-      kept: for the rows that a stop string ended, how many ids they keep.
+      stopped_at: for the rows that a stop string ended, how many ids they keep.
     """
     eos_ids = set(np.asarray(settings.eos).tolist())
     rows = []
     arrays = (state.ids, state.log_probabilities, state.count, state.alternative_ids, state.alternative_logs)
     for row, (ids, logs, count, other_ids, other_logs) in enumerate(zip(*jax.device_get(arrays), strict=True)):
-        n = kept.get(row, int(count))
-        ended = row not in kept and n > 0 and int(ids[n - 1]) in eos_ids
+        n = stopped_at.get(row, int(count))
+        ended = row not in stopped_at and n > 0 and int(ids[n - 1]) in eos_ids
         pairs = zip(other_ids[:n], other_logs[:n], strict=True)
         alternatives = [dict(zip(i.tolist(), x.tolist(), strict=True)) for i, x in pairs if len(i)]
-        stop = "stop" if row in kept else "eos" if ended else "length"
+        stop = "stop" if row in stopped_at else "eos" if ended else "length"
         rows.append(Generated(ids[: n - ended].tolist(), logs[:n].tolist(), stop, alternatives))
     return rows
 
