@@ -347,14 +347,8 @@ def _conversations(
 
 def _templated_example(tokenizer: Any, text: _Text) -> TokenizedExample:
     ids, offsets = tokenizer.encode_chat(text.text), tokenizer.chat_offsets(text.text)
-<<<<<<< HEAD
     size = sum(len(text.text[a:b].encode()) for a, b in text.answers)
     return TokenizedExample(ids, _mask(offsets, text.answers), size)
-=======
-    return TokenizedExample(
-        ids, _mask(offsets, text.answers), sum(len(text.text[a:b].encode()) for a, b in text.answers)
-    )
->>>>>>> text
 
 
 def _plain_example(tokenizer: Tokenizer, parts: Sequence[_Text]) -> TokenizedExample:
