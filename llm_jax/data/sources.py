@@ -1,4 +1,4 @@
-"""Where text comes from: what `data.source` names, as files and how each is cut into documents."""
+"""Resolves the names of sources to files: "stdlib", asset:NAME, hf:NAME, files, directories and glob patterns."""
 
 import dataclasses
 import glob
@@ -11,7 +11,7 @@ import sysconfig
 from llm_jax.data import assets, readers, records, streams
 from llm_jax.errors import UserError
 
-# Not the library's own text: tests and vendored or installed packages.
+# Directories that are not part of the standard library: tests, and vendored or installed packages.
 _NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "_bundled", "__pycache__"}
 
 
@@ -20,11 +20,11 @@ class File:
     """One file of a source, or a data set of `datasets`.
 
     Attributes:
-      name: unique in the corpus and the same on every machine; documents are called NAME, or NAME:START.
-      group: what falls on one side of the split together (near-duplicates share a directory); "": each
-        document is a group of its own.
-      path: of the file, or the data set's name.
-      format: of `readers.FORMATS`.
+      name: unique in the corpus and the same on every machine; the names of documents are NAME or NAME:START.
+      group: documents of a group are on one side of the split, because near-duplicates share a directory; "": each
+        document is a group.
+      path: path of the file, or name of the data set.
+      format: a name of `readers.FORMATS`.
     """
 
     name: str
@@ -37,36 +37,36 @@ class File:
         return self.name if readers.FORMATS[self.format].whole else f"{self.name}:{start}"
 
     def stamp(self) -> tuple[int | str, int]:
-        """(bytes, time of the last change), which tell a changed file from the one that was scanned."""
+        """(bytes, time of the last change in nanoseconds), by which a changed file is recognized."""
         if self.format == "hf":
-            found = records.data_set(self.path)
-            return found._fingerprint, len(found)
+            dataset = records.data_set(self.path)
+            return dataset._fingerprint, len(dataset)
         try:
-            said = os.stat(self.path)
+            status = os.stat(self.path)
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read ({error.strerror})") from error
-        return said.st_size, said.st_mtime_ns
+        return status.st_size, status.st_mtime_ns
 
 
 def weights(source: str) -> dict[str, float]:
-    """The sources that `data.source` names, NAME@WEIGHT,..., with the weight of each, or NaN where none has one.
+    """{name: weight} of the sources in `data.source`, NAME@WEIGHT,...; the weights are NaN if none is given.
 
     Raises:
-      UserError: some have a weight and some not, a weight that is no positive number, or a source named twice.
+      UserError: only some sources have a weight, a weight is not a positive number, or a source is named twice.
     """
-    found: dict[str, float] = {}
+    by_name: dict[str, float] = {}
     for part in source.split(","):
         name, _, weight = re.fullmatch(r"\s*(.*?)(@([0-9.]+))?\s*", part, re.DOTALL).groups()  # type: ignore[union-attr]
-        if name in found:
-            raise UserError(f"data.source={source}: {name} stands in it twice")
+        if name in by_name:
+            raise UserError(f"data.source={source}: {name} is named twice")
         try:
-            found[name] = math.nan if weight is None else float(weight)
+            by_name[name] = math.nan if weight is None else float(weight)
         except ValueError as error:
             raise UserError(f"data.source={source}: '{weight}' is no weight; expected NAME@NUMBER") from error
-    given = [w for w in found.values() if not math.isnan(w)]
-    if given and (len(given) < len(found) or not all(0 < w < math.inf for w in given)):
+    numbers = [weight for weight in by_name.values() if not math.isnan(weight)]
+    if numbers and (len(numbers) < len(by_name) or not all(0 < weight < math.inf for weight in numbers)):
         raise UserError(f"data.source={source}: expected a weight above 0 for every source (NAME@NUMBER), or for none")
-    return found
+    return by_name
 
 
 def files(source: str, prefix: bool = False, option: str = "data.source") -> list[File]:

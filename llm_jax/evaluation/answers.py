@@ -50,11 +50,11 @@ def records(
         examples = [task.examples[i] for i in batch]
         texts, lengths = _prompts_after_reasoning(model, task, config, examples, batch_size)
         answers = answer(model, task, config, examples, texts, batch_size)
-        for index, example, length, given in zip(batch, examples, lengths, answers, strict=True):
-            right = given.text == example.answer if given.scores else task.right(given.text, example)
-            record = {"index": index, "right": right, "prediction": given.text, "answer": example.answer}
-            record |= {"reasoning_tokens": length, "tokens": given.tokens}
-            yield record | ({"scores": given.scores} if given.scores else {})
+        for index, example, length, (text, tokens, scores) in zip(batch, examples, lengths, answers, strict=True):
+            right = text == example.answer if scores else task.right(text, example)
+            record = {"index": index, "right": right, "prediction": text, "answer": example.answer}
+            record |= {"reasoning_tokens": length, "tokens": tokens}
+            yield record | ({"scores": scores} if scores else {})
 
 
 def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -172,7 +172,9 @@ def test_splits_have_the_sizes_that_are_asked_for_and_do_not_depend_on_the_order
     found = source(path, tmp_path, test_size=0.25, validation_size=30.0, train_size=100)
     assert {part: len(some) for part, some in found.parts.items()} == {"train": 100, "validation": 30, "test": 50}
     texts = [e.text for part in found.parts.values() for e in part]
-    assert len(set(texts)) == 180
+    assert len(set(texts)) == len(texts) == 180
+    rest = source(path, tmp_path, test_size=0.25, validation_size=30.0).parts
+    assert len(rest["train"]) == 120 and len({e.text for part in rest.values() for e in part}) == 200
     reordered = write(tmp_path / "b.jsonl", examples(200)[::-1])
     again = source(reordered, tmp_path, test_size=0.25, validation_size=30.0, train_size=100)
     assert again.parts == found.parts and again.sha256 == found.sha256
