@@ -196,7 +196,7 @@ def test_a_run_goes_on_bit_for_bit_and_is_evaluated(command, tmp_path, text_file
     [
         ({"masked": "words"}, "loss.masked=words predicts masked tokens from both sides; set model.causal=False"),
         ({"causal": False}, "model.causal=False attends to the next token; set loss.masked to tokens or words"),
-        ({"causal": False, "masked": "words", "prompts": ("a",)}, "set eval.prompts and eval.tasks to ()"),
+        ({"causal": False, "masked": "words", "prompts": ("a",)}, "set eval.prompts=() and eval.tasks=()"),
         (
             {"causal": False, "masked": "words", "kind": "unlikelihood"},
             "loss.kind=unlikelihood is defined for next-token prediction only",
