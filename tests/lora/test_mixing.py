@@ -46,6 +46,19 @@ def test_switching_and_summing_change_numbers_only(make, pair):
     assert len(compiled) == 1
 
 
+def test_plain_adapters_of_pissa_fit_the_base_that_was_not_rebased(make, tiny):
+    """W + (a b - start_a start_b) s equals (W - start_a start_b s) + a b s, after a and b have been trained."""
+    _, base = make()
+    initial = jax.jit(lambda key: lora.init(key, base, cases.config(tiny, variant="pissa")))(jax.random.key(0))
+    trained = trees.map_weights(lambda path, w: w * 1.5 if path.endswith("/b") else w, initial)
+    expected = trees.flatten(cases.dense(base, trained))
+    got = trees.flatten(cases.dense(base, lora.plain(trained)))
+    for path, w in trees.flatten(base).items():
+        np.testing.assert_allclose(got[path], expected[path], atol=1e-5)
+        if f"{path}/a" in trees.flatten(trained):
+            assert np.abs(got[path] - w).max() > 1e-3
+
+
 def test_every_row_has_its_own_adapter_and_trains_it_alone(make, pair):
     model, base = make()
     combined = lora.combine(*pair)
