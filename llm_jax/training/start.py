@@ -40,12 +40,14 @@ class Start:
       origin: the checkpoint of `init_from`, where its weights are read, or None.
       checkpoint: the directory of the run's own checkpoint that training resumes from, or None.
       record: the record of that checkpoint.
+      previous: the configuration that the workdir was last trained with, or None.
     """
 
     config: Config
     origin: Checkpoint | None = None
     checkpoint: pathlib.Path | None = None
     record: dict[str, Any] = dataclasses.field(default_factory=dict)
+    previous: Config | None = None
 
     @property
     def step(self) -> int:
@@ -82,7 +84,7 @@ def find(config: Config, workdir: pathlib.Path | None = None) -> Start:
         config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, warmup_steps=steps))
     if recorded and workdir:
         _refuse_another_run(workdir, recorded, config)
-    start = Start(config, origin, saved, checkpoints.verify(saved) if saved else {})
+    start = Start(config, origin, saved, checkpoints.verify(saved) if saved else {}, recorded)
     if start.step > config.train.steps:
         raise UserError(
             f"{workdir} is at step {start.step}, past train.steps={config.train.steps}; raise it or give another "
@@ -92,7 +94,18 @@ def find(config: Config, workdir: pathlib.Path | None = None) -> Start:
 
 
 def notes(start: Start) -> Iterator[str]:
-    """A line for every option of the model that differs from the checkpoint of `init_from`."""
+    """Lines about what a user may not expect: options of the model that differ from `init_from`, a changed schedule."""
+    if start.step and start.previous and start.previous.train.steps != start.config.train.steps:
+        before, after = (
+            float(optim.schedule(c.optim, c.train.steps)(start.step)) for c in (start.previous, start.config)
+        )
+        if abs(after - before) > 0.01 * max(after, before):
+            steps = f"train.steps was {start.previous.train.steps}, now {start.config.train.steps}"
+            rates = f"the learning rate of step {start.step + 1} changes from {before:.3g} to {after:.3g}"
+            yield (
+                f"note: {steps}: with optim.schedule={start.config.optim.schedule} {rates}; constant, inverse_sqrt and wsd "
+                "before its decay continue without a jump"
+            )
     if start.origin:
         before, now = _flat(start.origin.config), _flat(start.config.model)
         yield f"weights from {start.origin.name}"

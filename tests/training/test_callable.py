@@ -207,6 +207,21 @@ def test_another_tokenizer_than_that_of_init_from_is_refused(base, text_file, ca
         start.find(config)
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "inverse_sqrt"])
+def test_resuming_with_more_steps_says_how_the_learning_rate_changes(config, tmp_path, schedule):
+    short = configuration.replace(config, {"optim.schedule": schedule, "train.steps": 3})
+    llm_jax.train(short, tmp_path, verbose=False)
+    longer = start.find(configuration.replace(short, {"train.steps": 30}), tmp_path)
+    lines = list(start.notes(longer))
+    if schedule in ("constant", "inverse_sqrt"):
+        assert lines == []
+    else:
+        assert (
+            "train.steps was 3, now 30" in lines[0]
+            and "learning rate of step 4 changes from 0.0005 to 0.00" in lines[0]
+        )
+
+
 def test_warm_up_is_a_share_of_the_run_by_default():
     from llm_jax.training import optim
 
