@@ -96,15 +96,15 @@ def find(config: Config, workdir: pathlib.Path | None = None) -> Start:
 def notes(start: Start) -> Iterator[str]:
     """Lines about what a user may not expect: options of the model that differ from `init_from`, a changed schedule."""
     if start.step and start.previous and start.previous.train.steps != start.config.train.steps:
-        before, after = (
+        rate, new_rate = (
             float(optim.schedule(c.optim, c.train.steps)(start.step)) for c in (start.previous, start.config)
         )
-        if abs(after - before) > 0.01 * max(after, before):
+        if abs(new_rate - rate) > 0.01 * max(new_rate, rate):
             steps = f"train.steps was {start.previous.train.steps}, now {start.config.train.steps}"
-            rates = f"the learning rate of step {start.step + 1} changes from {before:.3g} to {after:.3g}"
+            rates = f"the learning rate of step {start.step + 1} changes from {rate:.3g} to {new_rate:.3g}"
             yield (
-                f"note: {steps}: with optim.schedule={start.config.optim.schedule} {rates}; constant, inverse_sqrt and wsd "
-                "before its decay continue without a jump"
+                f"note: {steps}: with optim.schedule={start.config.optim.schedule} {rates}; constant, inverse_sqrt and "
+                "wsd before its decay continue without a jump"
             )
     if start.origin:
         before, now = _flat(start.origin.config), _flat(start.config.model)
