@@ -126,7 +126,7 @@ def test_resume_is_bitwise_after_kill_9(command, trained, tmp_path, when):
             time.sleep(0.0005)
         process.communicate()
     assert kills >= 2
-    command(*flags)
+    command(*flags, process=True)
     assert_same_run(tmp_path, trained)
     assert not list((tmp_path / "checkpoints").glob(".partial*"))
 

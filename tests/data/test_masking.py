@@ -163,7 +163,7 @@ def test_a_run_goes_on_bit_for_bit_and_is_evaluated(command, tmp_path, text_file
     encoder = ("--config.model.causal=False", "--config.loss.masked=words", "--config.optim.schedule=constant")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     command("train", f"--workdir={parts}", *encoder, "--config.train.steps=4")
-    command("train", f"--workdir={parts}", *encoder)
+    command("train", f"--workdir={parts}", *encoder, process=True)
     said = command("train", f"--workdir={whole}", *encoder).stdout
     assert "next: python -m llm_jax.evaluate" in said and "gzip" not in said
     lines = [[json.loads(line) for line in (d / "metrics.jsonl").read_text().splitlines()] for d in (parts, whole)]

@@ -52,7 +52,8 @@ def test_the_run_learns_and_its_checkpoint_is_small_and_names_its_base(run, trai
 def test_resume_is_bitwise(run, command, trained, tmp_path):
     shutil.copytree(run, tmp_path / "again")
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "8")
-    done = command("train", f"--workdir={tmp_path / 'again'}", f"--config.init_from={trained}", *LORA)
+    again = f"--workdir={tmp_path / 'again'}"
+    done = command("train", again, f"--config.init_from={trained}", *LORA, process=True)
     assert "resuming from" in done.stdout
     assert metrics(tmp_path / "again") == metrics(run)
     jax.tree.map(np.testing.assert_array_equal, arrays(tmp_path / "again"), arrays(run))
