@@ -287,7 +287,7 @@ def test_look_up_proposes_what_followed_the_latest_place_of_the_longest_run():
     assert proposed.tolist() == [[7, 4, 1], [8, 3, 1]]
 
 
-@pytest.mark.parametrize("diversity", [0.1, 0.5, 1.0, 2.0, 4.0])
+@pytest.mark.parametrize("diversity", [0.5, 2.0])
 def test_groups_are_penalized_as_in_the_paper(small, diversity):
     """Vijayakumar et al. 2016, arXiv:1610.02424, equation 5: groups of one beam each, against a loop."""
     model, params = small
