@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from llm_jax import lora
-from llm_jax.decoding import beam, contrastive, loop, score, speculative
+from llm_jax.decoding import beam, contrastive, loop, samplers, score, speculative
 from llm_jax.decoding.options import DecodingOptions
 from llm_jax.errors import UserError
 from tests.lora import cases
@@ -275,3 +275,38 @@ def test_d1_step_log_probabilities_sum_to_the_teacher_forced_score(make):
 def test_a_bidirectional_model_gives_no_text_a_probability(make):
     with pytest.raises(UserError, match="a bidirectional model"):
         score.score(*make(causal=False), [([2], [3])])
+
+
+def test_look_up_proposes_what_followed_the_latest_place_of_the_longest_run():
+    rows = [[1, 2, 9, 1, 2, 7, 4, 1, 2], [5, 1, 2, 8, 3, 1, 2, 7, 5, 1, 2]]
+    ids = np.zeros((2, 16), np.int32)
+    for row, tokens in zip(ids, rows, strict=True):
+        row[: len(tokens)] = tokens
+    lengths = jnp.asarray([len(tokens) for tokens in rows])
+    proposed = speculative._look_up(samplers.History(jnp.asarray(ids), lengths, lengths), 3)
+    assert proposed.tolist() == [[7, 4, 1], [8, 3, 1]]
+
+
+@pytest.mark.parametrize("diversity", [0.5, 2.0])
+def test_groups_are_penalized_as_in_the_paper(small, diversity):
+    """Vijayakumar et al. 2016, arXiv:1610.02424, equation 5: groups of one beam each, against a loop."""
+    model, params = small
+    prompts = [[2], [3, 4, 0], [0], [4, 4, 3]]
+    options = DecodingOptions(
+        beams=3, n=3, beam_groups=3, diversity=diversity, length_penalty=0.0, max_new_tokens=LIMIT
+    )
+    for prompt, beams in zip(prompts, beam.search(model, params, prompts, options, eos=None), strict=True):
+        groups: list[list[int]] = [[], [], []]
+        totals = np.zeros(3)
+        for _ in range(LIMIT):
+            chosen = np.zeros(VOCAB)
+            for group, text in enumerate(groups):
+                pairs = [([*prompt, *text], [v]) for v in range(VOCAB)]
+                logs = np.array([s.log_probabilities[0] for s in score.score(model, params, pairs, VOCAB)])
+                token = int(np.argmax(logs - diversity * chosen))
+                text.append(token)
+                totals[group] += logs[token]
+                chosen[token] += 1
+        order = np.argsort(-totals, kind="stable")
+        assert sorted(map(tuple, groups)) == sorted(texts_of(beams, None))
+        np.testing.assert_allclose([b.score for b in beams], totals[order], atol=1e-4)

@@ -322,3 +322,22 @@ def test_negatives_are_drawn_in_proportion_to_counts_to_the_power_of_three_quart
     for power in (0.7, 0.8):
         other = counts**power / (counts**power).sum() * drawn.sum()
         assert stats.chisquare(drawn, other).pvalue < 1e-6
+
+
+def test_the_learning_rate_falls_linearly_over_all_epochs(config, monkeypatch):
+    seen: list[np.ndarray] = []
+
+    def compiled(many, split):
+        def record(table, ids, negatives, windows, rates):
+            seen.append(np.asarray(rates))
+            return table
+
+        return record
+
+    monkeypatch.setattr(word2vec.devices, "compiled", compiled)
+    options = dataclasses.replace(config.word2vec, lr=0.1, final_lr=0.02, chunk=16, sample=0.0)
+    word2vec.train(topics(), dataclasses.replace(config, epochs=4, word2vec=options))
+    first_of_epoch = np.array([rates[0] for rates in seen[:: len(seen) // 4]])
+    np.testing.assert_allclose(first_of_epoch, 0.1 - 0.08 * np.arange(4) / 4, atol=1e-6)
+    rates = np.concatenate(seen)
+    assert (np.diff(rates) < 1e-9).all() and 0.02 <= rates[-1] < 0.021
