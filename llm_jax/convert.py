@@ -1,4 +1,4 @@
-"""Turns a checkpoint into another form: `python -m llm_jax.convert --input=PATH --output=PATH --to=hf|gguf|peft`."""
+"""Converts a checkpoint to another format: `python -m llm_jax.convert --input=PATH --output=PATH --to=hf|gguf|peft`."""
 
 import dataclasses
 import json
@@ -13,14 +13,29 @@ if TYPE_CHECKING:
     from llm_jax.checkpoints import Checkpoint
 
 FLAGS = cli.Flags()
-FLAGS.string("input", None, "a run, a Hugging Face directory, a .gguf file, asset:NAME or hf:ORG/NAME", required=True)
 FLAGS.string(
-    "output", None, "what is written: a directory (hf, peft) or a file (gguf); it must not exist", required=True
+    "input",
+    None,
+    "checkpoint: a run, a Hugging Face directory, a .gguf file, a peft directory, asset:NAME or hf:ORG/NAME",
+    required=True,
 )
-FLAGS.enum("to", None, ["hf", "gguf", "peft"], "the form to write", required=True)
-FLAGS.string("family", "", "hf, peft: the model_type to write; by default that of the input, or the first that fits")
-FLAGS.string("format", "F16", "gguf: of matrices that have no block format yet: F32, F16, BF16, Q8_0, Q4_0, Q4_1")
-FLAGS.enum("dtype", "float32", ["float32", "bfloat16", "float16"], "hf: of the tensors")
+FLAGS.string("output", None, "directory (hf, peft) or file (gguf) to write; must not exist", required=True)
+FLAGS.enum(
+    "to",
+    None,
+    ["hf", "gguf", "peft"],
+    "format to write: hf (safetensors and tokenizer), gguf, or peft (adapters)",
+    required=True,
+)
+FLAGS.string(
+    "family",
+    "",
+    "with --to=hf or peft: the Hugging Face model_type, e.g. llama; default: that of the input, or the first that fits",
+)
+FLAGS.string(
+    "format", "F16", "with --to=gguf: type of matrices that are not quantized yet: F32, F16, BF16, Q8_0, Q4_0 or Q4_1"
+)
+FLAGS.enum("dtype", "float32", ["float32", "bfloat16", "float16"], "with --to=hf: dtype of the tensors")
 NEEDS: cli.Needs = (
     (("format",), "--to=gguf is not given", lambda f: f.to == "gguf"),
     (("dtype",), "--to=hf is not given", lambda f: f.to == "hf"),

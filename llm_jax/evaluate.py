@@ -1,7 +1,8 @@
-"""Held-out figures of a checkpoint: `python -m llm_jax.evaluate --checkpoint=runs/x`.
+"""Evaluates a checkpoint: held-out loss, perplexity and bits per byte, or its accuracy on a task.
 
-With --task=NAME or --task=FILE.jsonl, its accuracy in a task (`llm_jax.evaluation.tasks` describes the file);
-with --harness=NAMES, what lm-eval finds.
+python -m llm_jax.evaluate --checkpoint=runs/x [--data=FILE]
+python -m llm_jax.evaluate --checkpoint=runs/x --task=arithmetic       # or a JSONL file of examples
+python -m llm_jax.evaluate --checkpoint=runs/x --harness=piqa,hellaswag    # tasks of lm-eval
 """
 
 import dataclasses
@@ -15,30 +16,50 @@ from llm_jax.errors import UserError
 
 FLAGS = cli.Flags()
 FLAGS.string(
-    "checkpoint", None, "a run, a Hugging Face directory, a .gguf file, asset:NAME or hf:ORG/NAME", required=True
+    "checkpoint",
+    None,
+    "checkpoint: a run, a Hugging Face directory, a .gguf file, a peft directory, asset:NAME or hf:ORG/NAME",
+    required=True,
 )
-FLAGS.string("data", "", "text to evaluate on, or sentiment:NAME; by default the held-out part of the run's own corpus")
-FLAGS.string("kind", "", "of --data: text, instructions, preferences; by default as in training, or text")
-FLAGS.string("field", "", "the text of the records of --data; by default as in training, or text")
-FLAGS.integer("seq_len", 0, "tokens a window; by default as in training")
-FLAGS.integer("stride", 0, "targets counted in each window, the last ones (a sliding window); 0: all of it")
-FLAGS.integer("batch_size", 16, "windows, or examples of a task, at a time")
-FLAGS.boolean("as_stored", False, "keep quantized tensors of a .gguf file as they are, unexpanded")
-FLAGS.boolean("json", False, "print one JSON object and nothing else")
-FLAGS.enum("dtype", "float32", ["float32", "bfloat16", "float16"], "of other people's checkpoints, in tasks")
-FLAGS.string("task", "", "arithmetic, copying, sentiment, or a JSONL file")
-FLAGS.string("style", "zero_shot", "zero_shot, few_shot, expert, cot_zero_shot or cot_few_shot; 'all' for each")
-FLAGS.integer("template", 0, "which of the task's paraphrases; -1: each")
-FLAGS.integer("shots", -1, "solved examples shown; -1: as many as the style has")
-FLAGS.string("select", "random", "which are shown: first, random or balanced")
-FLAGS.integer("shot_seed", 0, "of that choice and its order")
-FLAGS.boolean("chat", False, "ask through the model's chat template")
-FLAGS.string("normalize", "none", "log-probabilities of choices are divided by: none, tokens or bytes")
-FLAGS.integer("context", 0, "tokens of a prompt and its answer at most; 0: as many as the model has positions")
-FLAGS.integer("limit", 0, "examples asked; 0: all")
-FLAGS.string("output", "", "a directory for the records of every example; the same command goes on from them")
-FLAGS.string("harness", "", "tasks of lm-eval, separated by commas (pip install lm-eval)")
-FLAGS.string("harness_path", "", "a directory with more tasks of lm-eval")
+FLAGS.string(
+    "data", "", "text to evaluate on, as data.source takes it; default: the held-out part of the run's own data"
+)
+FLAGS.string("kind", "", "with --data: its data.kind, e.g. instructions; default: that of the run, or text")
+FLAGS.string("field", "", "with --data: the field of a record that holds its text; default: that of the run, or text")
+FLAGS.integer("seq_len", 0, "tokens per window; default: train.seq_len of the run, or 512")
+FLAGS.integer(
+    "stride", 0, "sliding window: count only the last N targets of each window, e.g. 64; 0 counts all, without overlap"
+)
+FLAGS.integer("batch_size", 16, "number of windows, or of examples of a task, that are evaluated together")
+FLAGS.boolean(
+    "as_stored", False, "keep the quantized tensors of a .gguf file quantized instead of expanding them to floats"
+)
+FLAGS.boolean("json", False, "print one JSON object instead of text")
+FLAGS.enum(
+    "dtype",
+    "float32",
+    ["float32", "bfloat16", "float16"],
+    "with --task or --harness: dtype of checkpoints that llm_jax did not train",
+)
+FLAGS.string("task", "", "task to measure accuracy on: arithmetic, copying, sentiment, or a JSONL file of examples")
+FLAGS.string(
+    "style",
+    "zero_shot",
+    "prompting style: zero_shot, few_shot, expert, cot_zero_shot or cot_few_shot; all evaluates each",
+)
+FLAGS.integer("template", 0, "index of the task's prompt template; -1 evaluates each")
+FLAGS.integer("shots", -1, "number of solved examples in the prompt; -1: the number of the style")
+FLAGS.string("select", "random", "how these examples are chosen: first, random or balanced (over the answers)")
+FLAGS.integer("shot_seed", 0, "seed of the choice and the order of the examples in the prompt")
+FLAGS.boolean("chat", False, "format prompts with the chat template of the tokenizer")
+FLAGS.string("normalize", "none", "length normalization of the log-probabilities of choices: none, tokens or bytes")
+FLAGS.integer(
+    "context", 0, "maximum number of tokens of a prompt with its answer; 0: the number of positions of the model"
+)
+FLAGS.integer("limit", 0, "maximum number of examples to evaluate; 0: all")
+FLAGS.string("output", "", "directory for one record per example; the same command resumes from them")
+FLAGS.string("harness", "", "tasks of lm-eval, separated by commas, e.g. piqa,hellaswag (pip install lm-eval)")
+FLAGS.string("harness_path", "", "directory with additional lm-eval tasks")
 
 _OF_TASKS = ("style", "template", "shots", "select", "shot_seed", "chat", "normalize", "context", "output")
 NEEDS: cli.Needs = (

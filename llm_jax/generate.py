@@ -1,6 +1,6 @@
 """Continues a prompt: `python -m llm_jax.generate --checkpoint=runs/x --prompt="def "`.
 
-The flags of decoding are the fields of `llm_jax.decoding.options.DecodingOptions`.
+`llm_jax.decoding.complete.complete` does the same in Python.
 """
 
 import dataclasses
@@ -16,17 +16,27 @@ from llm_jax.errors import UserError
 
 FLAGS = cli.Flags()
 FLAGS.string(
-    "checkpoint", None, "a run, a Hugging Face directory, a .gguf file, asset:NAME or hf:ORG/NAME", required=True
+    "checkpoint",
+    None,
+    "checkpoint: a run, a Hugging Face directory, a .gguf file, a peft directory, asset:NAME or hf:ORG/NAME",
+    required=True,
 )
-FLAGS.multi_string("prompt", None, "text to continue; may be given several times", required=True)
-FLAGS.boolean("chat", False, "ask through the model's chat template; the answer alone is printed")
-FLAGS.string("system", "", "with --chat: the system message")
-FLAGS.enum("dtype", "float32", ["float32", "bfloat16", "float16"], "of other people's checkpoints")
-FLAGS.boolean("as_stored", False, "keep quantized tensors of a .gguf file as they are, unexpanded")
-FLAGS.enum("cache", "", ["", "compute", "int8"], "of keys and values; by default the checkpoint's model.kv_cache")
-FLAGS.boolean("stream", False, "print the text of the one prompt as it comes")
-FLAGS.boolean("explain", False, "print, token by token, the candidates and what each filter removed")
-FLAGS.boolean("json", False, "print one JSON object a continuation, with the log-probability of every token")
+FLAGS.multi_string("prompt", None, "text to continue; may be repeated", required=True)
+FLAGS.boolean("chat", False, "format the prompt as a user message with the chat template, and print the answer alone")
+FLAGS.string("system", "", "with --chat: system message")
+FLAGS.enum("dtype", "float32", ["float32", "bfloat16", "float16"], "dtype of checkpoints that llm_jax did not train")
+FLAGS.boolean(
+    "as_stored", False, "keep the quantized tensors of a .gguf file quantized instead of expanding them to floats"
+)
+FLAGS.enum(
+    "cache",
+    "",
+    ["", "compute", "int8"],
+    "format of the key-value cache: compute (the compute dtype) or int8; default: model.kv_cache of the checkpoint",
+)
+FLAGS.boolean("stream", False, "print the text token by token while it is generated (one prompt only)")
+FLAGS.boolean("explain", False, "print the candidates of every token and what each filter removed (one prompt only)")
+FLAGS.boolean("json", False, "print one JSON object per continuation, with the log-probability of every token")
 
 
 def define_options() -> None:

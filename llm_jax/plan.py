@@ -1,9 +1,9 @@
-"""What a run would take, before it runs: `python -m llm_jax.plan --memory --config=configs/sentiment_lora.py`.
+"""Reports the memory of a training step before it runs: `python -m llm_jax.plan --memory --config=llama_7b`.
 
-Compiles the step as given and its relatives (forward, full, LoRA, LoRA-FA, QLoRA over NF4, each with and without
-rematerialization) for one device of this machine, whatever the mesh, with the loss of language modelling, whatever
-`loss.kind`; from shapes alone: nothing is loaded or computed. What the process itself takes (Python and the libraries,
-300 to 630 MiB) comes on top, and 20 to 80 MiB that a step takes beside its arrays.
+Compiles the configured step, and for comparison the forward pass, full training, LoRA, LoRA-FA and QLoRA over NF4,
+each with and without rematerialization, for the devices of this machine. Shapes are enough: no weights are loaded and
+nothing is computed. The process itself (Python and libraries, 300 to 630 MiB) and 20 to 80 MiB of other buffers come on
+top of the figures.
 """
 
 from llm_jax import cli
@@ -11,7 +11,7 @@ from llm_jax.errors import UserError
 from llm_jax.schema import Config
 
 FLAGS = cli.Flags()
-FLAGS.boolean("memory", False, "the bytes of the compiled step")
+FLAGS.boolean("memory", False, "print the memory of the compiled step")
 
 
 def main(f: cli.Flags) -> None:

@@ -1,4 +1,4 @@
-"""What word vectors know: `python -m llm_jax.probe_embeddings --vectors=vectors.txt [--neighbours=king] [--all]`.
+"""Inspects word vectors: `python -m llm_jax.probe_embeddings --vectors=vectors.txt [--neighbours=king] [--all]`.
 
 --analogy=man,king,woman asks what is to "woman" as "king" is to "man". --all prints the correlation with
 WordSim-353 and SimLex-999 and the analogies' accuracy (assets of `llm_jax.assets`); --map=FILE.png draws
@@ -12,13 +12,19 @@ from llm_jax.embeddings import measure, picture, vectors
 from llm_jax.errors import UserError
 
 FLAGS = cli.Flags()
-FLAGS.string("vectors", None, "a file of word2vec's text or (.bin) binary form", required=True)
-FLAGS.multi_string("neighbours", [], "words whose neighbours are printed")
-FLAGS.multi_string("analogy", [], "three words, a,b,c: a is to b as c is to ...")
-FLAGS.integer("count", 10, "neighbours and answers to print")
-FLAGS.boolean("all", False, "agreement with people's ratings, and analogies")
-FLAGS.string("map", "", "a picture to write")
-FLAGS.comma_separated("words", [], "the words on the map")
+FLAGS.string("vectors", None, "word vectors in word2vec's text format, or binary format (.bin)", required=True)
+FLAGS.multi_string("neighbours", [], "word whose nearest neighbours are printed, e.g. king; may be repeated")
+FLAGS.multi_string(
+    "analogy", [], "three words a,b,c: print the words that are to c as b is to a, e.g. man,king,woman; may be repeated"
+)
+FLAGS.integer("count", 10, "number of neighbours or answers to print")
+FLAGS.boolean("all", False, "print the rank correlation with WordSim-353 and SimLex-999, and the accuracy on analogies")
+FLAGS.string("map", "", "PNG file to write: a map of words on the first two principal axes")
+FLAGS.comma_separated(
+    "words",
+    [],
+    "words on the map, separated by commas; default: the 150 most frequent words of more than three letters",
+)
 NEEDS: cli.Needs = (
     (("count",), "neither --neighbours nor --analogy is given", lambda f: f.neighbours or f.analogy),
     (("words",), "--map is not given", lambda f: f.map),
@@ -28,31 +34,35 @@ NEEDS: cli.Needs = (
 def main(f: cli.Flags) -> None:
     if f.count < 1:
         raise UserError(f"--count={f.count}; expected a positive number")
-    found = vectors.load(pathlib.Path(f.vectors).expanduser())
+    word_vectors = vectors.load(pathlib.Path(f.vectors).expanduser())
     for word in f.neighbours:
-        print(f"{word}: " + _listed(measure.neighbours(found, word, f.count)))
+        print(f"{word}: " + _listed(measure.neighbours(word_vectors, word, f.count)))
     for question in f.analogy:
         words = question.split(",")
         if len(words) != 3:
             raise UserError(f"--analogy={question}; expected three words, a,b,c")
-        print("{} : {} = {} : ".format(*words) + _listed(measure.analogy(found, words[0], words[1], words[2], f.count)))
+        print(
+            "{} : {} = {} : ".format(*words)
+            + _listed(measure.analogy(word_vectors, words[0], words[1], words[2], f.count))
+        )
     if f.all:
         from llm_jax.data import assets
 
         for name, title in (("wordsim", "WordSim-353"), ("simlex", "SimLex-999")):
-            said = measure.agreement(found, assets.path(name))
-            print(f"{title}: rank correlation {said.correlation:.3f} over {said.pairs} of {said.of} pairs")
-        sections = measure.analogies(found, assets.path("analogies"))
+            agreement = measure.agreement(word_vectors, assets.path(name))
+            pairs = f"{agreement.pairs} of {agreement.of} pairs"
+            print(f"{title}: rank correlation {agreement.correlation:.3f} over {pairs}")
+        sections = measure.analogies(word_vectors, assets.path("analogies"))
         right, asked = (sum(s[i] for s in sections.values()) for i in (0, 1))
         print(f"analogies: {right} of {asked} right ({right / max(asked, 1):.1%})")
     if f.map:
-        words = f.words or [w for w in found.words if len(w) > 3][:150]
-        picture.draw(found, words, pathlib.Path(f.map).expanduser())
+        words = f.words or [w for w in word_vectors.words if len(w) > 3][:150]
+        picture.draw(word_vectors, words, pathlib.Path(f.map).expanduser())
         print(f"wrote {f.map}")
 
 
-def _listed(found: list[tuple[str, float]]) -> str:
-    return ", ".join(f"{word} {score:.3f}" for word, score in found)
+def _listed(scores: list[tuple[str, float]]) -> str:
+    return ", ".join(f"{word} {score:.3f}" for word, score in scores)
 
 
 COMMAND = cli.Command("probe_embeddings", main, FLAGS, needs=NEEDS)

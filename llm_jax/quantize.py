@@ -1,7 +1,7 @@
 """Quantizes a checkpoint: `python -m llm_jax.quantize --checkpoint=runs/x --output=runs/x-int4 --scheme=int4`.
 
-Adapters are merged first: into full weights, or into the codes of a quantized base, at a price that is printed.
-Interrupted, the same command goes on with the next layer.
+Adapters are merged first: into dense weights, or into the codes of a quantized base, which loses a part of them that is
+printed. If it is interrupted, the same command resumes with the next layer.
 """
 
 import dataclasses
@@ -13,25 +13,32 @@ from llm_jax.errors import UserError
 
 FLAGS = cli.Flags()
 FLAGS.string(
-    "checkpoint", None, "a run, a Hugging Face directory, a .gguf file, asset:NAME or hf:ORG/NAME", required=True
+    "checkpoint",
+    None,
+    "checkpoint: a run, a Hugging Face directory, a .gguf file, a peft directory, asset:NAME or hf:ORG/NAME",
+    required=True,
 )
-FLAGS.string("output", None, "the run directory to write; it must not exist", required=True)
+FLAGS.string("output", None, "run directory to write; must not exist", required=True)
 FLAGS.string(
     "scheme",
     "",
-    "int8, w8a8, int4, nf4, ... or with a group, int4:64; needed unless trained with quant.qat or over quant.scheme",
+    "number format, e.g. int8, w8a8, int4, nf4, or with a group size, int4:64; required unless the run "
+    "was trained with "
+    "quant.qat or over a quantized base",
 )
 FLAGS.enum(
-    "method", "absmax", ["absmax", "percentile", "mse", "smoothquant", "awq", "gptq"], "how scales and codes are found"
+    "method", "absmax", ["absmax", "percentile", "mse", "smoothquant", "awq", "gptq"], "how scales and codes are chosen"
 )
-FLAGS.string("head", "int8", "the scheme of embeddings and head; none leaves them as they are")
-FLAGS.multi_string("rule", [], "REGEX=SCHEME (or none) over weights' names, before the others; may be repeated")
-FLAGS.string("fallback", "", "the scheme for what this backend cannot run; by default that is an error")
-FLAGS.string("data", "", "calibration text; by default the training text of the run")
-FLAGS.integer("sequences", 64, "of calibration")
-FLAGS.integer("seq_len", 0, "tokens of each; by default as in training (512 for other people's checkpoints)")
-FLAGS.integer("batch_size", 8, "sequences at a time")
-FLAGS.boolean("act_order", True, "gptq: round the inputs of most weight first")
+FLAGS.string("head", "int8", "scheme of the embeddings and the output head; none leaves them unquantized")
+FLAGS.multi_string(
+    "rule", [], "REGEX=SCHEME (or none) for weights whose name matches, e.g. 'layers/0/.*=int8'; may be repeated"
+)
+FLAGS.string("fallback", "", "scheme for weights whose scheme this backend cannot run; default: an error")
+FLAGS.string("data", "", "calibration text, as data.source takes it; default: the training text of the run")
+FLAGS.integer("sequences", 64, "number of calibration sequences")
+FLAGS.integer("seq_len", 0, "tokens per calibration sequence; default: train.seq_len of the run, or 512")
+FLAGS.integer("batch_size", 8, "number of calibration sequences that are processed together")
+FLAGS.boolean("act_order", True, "with --method=gptq: quantize the inputs with the largest activations first")
 
 _CALIBRATED = ("smoothquant", "awq", "gptq")
 NEEDS: cli.Needs = (

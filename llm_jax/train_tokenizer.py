@@ -15,11 +15,11 @@ from llm_jax.errors import UserError
 from llm_jax.files import new_directory
 
 FLAGS = cli.Flags()
-FLAGS.enum("kind", None, tokenizers.TRAINED, "of the tokenizer", required=True)
-FLAGS.integer("vocab_size", 0, "ids, the special ones included (of char at most so many); not of byte")
-FLAGS.multi_string("input", None, "a text file, directory, glob or asset:NAME; several times", required=True)
-FLAGS.string("output", None, "the directory to write; it must not exist", required=True)
-FLAGS.integer("sample", 128, "MiB of text to learn from at most; of more, blocks are drawn")
+FLAGS.enum("kind", None, tokenizers.TRAINED, "kind of tokenizer", required=True)
+FLAGS.integer("vocab_size", 0, "vocabulary size with the special tokens, e.g. 8192 (char: the maximum); not for byte")
+FLAGS.multi_string("input", None, "text file, directory, glob or asset:NAME; may be repeated", required=True)
+FLAGS.string("output", None, "directory to write; must not exist", required=True)
+FLAGS.integer("sample", 128, "maximum amount of training text in MiB; from larger inputs, blocks are drawn at random")
 NEEDS: cli.Needs = ((("vocab_size", "sample"), "--kind=byte is given", lambda f: f.kind != "byte"),)
 
 

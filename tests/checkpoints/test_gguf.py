@@ -89,7 +89,7 @@ def test_a_model_comes_out_as_it_went_in(written, vocabulary):
     jax.tree.map(np.testing.assert_array_equal, again, params)
     text = "the model 12 é😀<end>"
     assert tokenizer.encode(text) == vocabulary.encode(text) and tokenizer.decode(tokenizer.encode(text)) == text
-    assert tokenizer.eos == vocabulary.eos and tokenizer.chat_template == vocabulary.chat_template
+    assert tokenizer.eos == vocabulary.eos and tokenizer.special["chat_template"] == vocabulary.special["chat_template"]
     assert tokenizer.encode_chat("<end>") == [tokenizer.eos]
 
 
