@@ -310,3 +310,23 @@ def test_groups_are_penalized_as_in_the_paper(small, diversity):
         order = np.argsort(-totals, kind="stable")
         assert sorted(map(tuple, groups)) == sorted(texts_of(beams, None))
         np.testing.assert_allclose([b.score for b in beams], totals[order], atol=1e-4)
+
+
+def test_contrastive_search_does_not_look_at_padding(make, monkeypatch):
+    """Whatever ids fill up a prompt, their features are no tokens of the text."""
+    model, params = make(scan_layers=False)
+    prompts, original = [[5, 9, 5], [7], list(range(20, 40))], loop.padded
+
+    def search(fill):
+        def padded(prompts):
+            ids, lengths = original(prompts)
+            return np.where(np.arange(ids.shape[1]) < lengths[:, None], ids, fill).astype(np.int32), lengths
+
+        monkeypatch.setattr(loop, "padded", padded)
+        options = {"k": 8, "alpha": 0.95, "max_new_tokens": 6}
+        return [row.ids for row in contrastive.search(model, params, prompts, DecodingOptions().sampler(), **options)]
+
+    # Padding that equals what is generated would be most alike to it.
+    first = search(0)
+    for fill in sorted({index for row in first for index in row})[:6]:
+        assert search(fill) == first

@@ -38,7 +38,7 @@ def test_other_files_are_one_clear_error(tmp_path, name, content):
 
 
 def test_words_with_spaces_are_refused(tmp_path):
-    with pytest.raises(UserError, match="words end at spaces"):
+    with pytest.raises(UserError, match="a space ends a word"):
         vectors.save(WordVectors(("a b",), np.ones((1, 2), np.float32)), tmp_path / "v.txt")
     assert not list(tmp_path.iterdir())
 
