@@ -26,9 +26,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.errors import UserError
+from llm_jax.schema import Rules
 
 Tree = Mapping[str, Any]
-Rules = Sequence[tuple[str, Any]]
 Stages = Sequence[tuple[int, int]]  # (kinds in a block, repeats of the block), in layer order
 
 _STACKED = re.compile(r"(?P<head>(?:.*/)?)(?P<start>\d+):(?P<stop>\d+)/(?P<kind>\d+)::(?P<kinds>\d+)(?P<tail>/.*)?")

@@ -24,7 +24,7 @@ from llm_jax.schema import ModelConfig, choice
 
 # Letters of shapes: B batch, T time, S cache slots, D width, V vocabulary, N heads, K kv heads, H head width.
 
-ACTIVATIONS = "activations"  # a collection, filled for callers that make it mutable
+ACTIVATION_STATS = "activations"  # a collection, filled for callers that make it mutable
 REMAT = {
     "none": None,
     "dots": jax.checkpoint_policies.save_only_these_names("dot"),
@@ -35,7 +35,7 @@ REMAT = {
 class Layer(Module):
     """One block: attention, then the MLP, each added to what comes in; `model.norm_placement` says where norms stand.
 
-    In the collection `ACTIVATIONS` it keeps "rms", the root mean square of what it gives.
+    In the collection `ACTIVATION_STATS` it keeps "rms", the root mean square of what it gives.
     """
 
     kind: str = "global"
@@ -43,8 +43,8 @@ class Layer(Module):
     @nn.compact
     def __call__(self, x_BTD, queries, keys, bias, cache, index):
         x_BTD, cache = self._through(x_BTD, queries, keys, bias, cache, index)
-        if self.is_mutable_collection(ACTIVATIONS) and not self.is_initializing():
-            self.sow(ACTIVATIONS, "rms", jnp.sqrt(jnp.mean(jnp.square(x_BTD.astype(jnp.float32)))))
+        if self.is_mutable_collection(ACTIVATION_STATS) and not self.is_initializing():
+            self.sow(ACTIVATION_STATS, "rms", jnp.sqrt(jnp.mean(jnp.square(x_BTD.astype(jnp.float32)))))
         if self.is_mutable_collection(CAPTURE) and not self.is_initializing():
             self.sow(CAPTURE, "hidden", x_BTD)
         return x_BTD, cache
@@ -103,7 +103,7 @@ class Layers(Module):
                 name = f"{start}:{stop}"
                 scan = nn.scan(
                     Block,
-                    variable_axes={"params": 0, ACTIVATIONS: 0, CAPTURE: 0},
+                    variable_axes={"params": 0, ACTIVATION_STATS: 0, CAPTURE: 0},
                     split_rngs={"params": True},
                     in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
                     length=repeats,

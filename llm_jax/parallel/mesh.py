@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from llm_jax import trees, weights
 from llm_jax.errors import UserError
-from llm_jax.schema import MeshConfig
+from llm_jax.schema import MeshConfig, Rules
 
 AXES = ("data", "fsdp", "tensor")
 BATCH, HEADS = ("data", "fsdp"), "tensor"  # what splits the rows of a batch, and the heads of attention
@@ -52,7 +52,7 @@ def in_use() -> dict[str, int]:
     return dict(jax.sharding.get_abstract_mesh().shape)
 
 
-def shardings(tree: Any, rules: trees.Rules, mesh: Mesh, source: str = "mesh.rules") -> Any:
+def shardings(tree: Any, rules: Rules, mesh: Mesh, source: str = "mesh.rules") -> Any:
     """A NamedSharding for every leaf of a parameter tree (abstract or not), by rules over names.
 
     A rule's value names the mesh axis (or None) of each axis of a weight; a leading layer axis is
