@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from llm_jax.errors import UserError
 
-Rules = tuple[tuple[str, Any], ...]
+Rules = tuple[tuple[str, Any], ...]  # (regular expression over names, value) pairs; the first match applies
 
 # Numbers and their ranges: (from, to, both inclusive). No range contains an infinite number or NaN.
 Count = Annotated[int, (1, 2**62)]

@@ -1,16 +1,15 @@
 """Names of weights, rules over names, and the layout of layers.
 
-A parameter tree is nested dictionaries; whatever is not a dictionary (an array, or a node of
-`weights.py`) is one weight. The path of a weight is its keys joined by "/".
+A parameter tree consists of nested dictionaries. Every value that is not a dictionary (an array, or a node of
+`weights`) is a weight, and its path is its keys joined by "/".
 
-Layers that are scanned are stacked along a leading axis, and the path says so itself:
+The weights of scanned layers are stacked along a leading axis, which the path records:
 
-    layers/17/attention/query              layer 17, on its own
+    layers/17/attention/query              layer 17
     layers/0:24/5::6/attention/query       a stage of layers 0 to 23 in blocks of 6 kinds: the layers
                                            range(0, 24)[5::6] = 5, 11, 17, 23, stacked in that order
 
-So no record of the layout is kept beside the tree. Rules never see the second form: they match the
-per-layer names that `expand` gives.
+The paths alone determine the layout of a tree. Rules match per-layer names (`expand`), never names of stacked weights.
 """
 
 import dataclasses
@@ -26,9 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.errors import UserError
+from llm_jax.schema import Rules
 
 Tree = Mapping[str, Any]
-Rules = Sequence[tuple[str, Any]]
 Stages = Sequence[tuple[int, int]]  # (kinds in a block, repeats of the block), in layer order
 
 _STACKED = re.compile(r"(?P<head>(?:.*/)?)(?P<start>\d+):(?P<stop>\d+)/(?P<kind>\d+)::(?P<kinds>\d+)(?P<tail>/.*)?")
@@ -36,7 +35,7 @@ _SINGLE = re.compile(r"(?P<head>(?:.*/)?layers/)(?P<layer>\d+)(?P<tail>/.*)")
 
 
 def flatten(tree: Tree, prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries -> {path: weight}, in sorted order of keys."""
+    """Nested dictionaries -> {path: weight}, sorted by key at every level."""
     flat: dict[str, Any] = {}
     for key in sorted(tree):
         value = tree[key]
@@ -60,38 +59,38 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def map_weights(function: Callable[..., Any], tree: Tree, *rest: Tree) -> dict[str, Any]:
-    """`function(path, weight, *others)` on every weight of trees that have the same paths."""
+    """Maps `function(path, weight, *weights of the other trees)` over trees with the same paths."""
     flats = [flatten(t) for t in rest]
     return unflatten({p: function(p, w, *(f[p] for f in flats)) for p, w in flatten(tree).items()})
 
 
 def layers_of(path: str) -> list[int] | None:
-    """The layers stacked in the weight at `path`, or None where it has no leading layer axis."""
-    found = _STACKED.fullmatch(path)
-    if not found:
+    """The indices of the layers stacked in the weight at `path`, or None if it has no leading layer axis."""
+    stacked = _STACKED.fullmatch(path)
+    if not stacked:
         return None
-    return list(range(int(found["start"]), int(found["stop"])))[int(found["kind"]) :: int(found["kinds"])]
+    return list(range(int(stacked["start"]), int(stacked["stop"])))[int(stacked["kind"]) :: int(stacked["kinds"])]
 
 
 def expand(path: str) -> list[str]:
-    """The per-layer names of a weight: itself, unless it is stacked."""
-    found, layers = _STACKED.fullmatch(path), layers_of(path)
-    if not found or layers is None:
+    """The per-layer names of a stacked weight, or [path] if it is not stacked."""
+    stacked, layers = _STACKED.fullmatch(path), layers_of(path)
+    if not stacked or layers is None:
         return [path]
-    return [f"{found['head']}{layer}{found['tail'] or ''}" for layer in layers]
+    return [f"{stacked['head']}{layer}{stacked['tail'] or ''}" for layer in layers]
 
 
 def match(rules: Rules, tree: Tree, source: str) -> dict[str, Any]:
-    """The value of the first rule whose pattern matches the whole name, for every weight: {path: value}.
+    """{path: value of the first rule that matches the weight} for every weight.
 
     Args:
       rules: (regular expression, value) pairs; the expression must match the whole per-layer name.
       tree: the parameter tree; only its names matter.
-      source: where the rules stand (a config key), for the error.
+      source: the config key or flag of the rules, for error messages.
 
     Raises:
-      UserError: a rule matches no name, a name is matched by no rule, or the layers stacked in one
-        weight would get different values.
+      UserError: a rule matches no weight, a weight is matched by no rule, a regular expression is invalid, or layers
+        stacked in one weight get different values.
     """
     patterns = [_compile(pattern, source) for pattern, _ in rules]
     used: set[int] = set()
@@ -113,12 +112,12 @@ def match(rules: Rules, tree: Tree, source: str) -> dict[str, Any]:
             if value(name) != matched[path]:
                 raise UserError(
                     f"{source}: '{first}' and '{name}' get different values but are stacked in one scan; "
-                    "set model.scan_layers=False or a layer pattern that tells them apart"
+                    "set model.scan_layers=False, or a model.layer_pattern that distinguishes them"
                 )
     for i, (pattern, _) in enumerate(rules):
         if i not in used:
-            near = difflib.get_close_matches(pattern.replace(".*", ""), names, 1, 0.0) or ["(none)"]
-            raise UserError(f"{source}: the rule '{pattern}' matches no parameter; a near name is '{near[0]}'")
+            closest = difflib.get_close_matches(pattern.replace(".*", ""), names, 1, 0.0) or ["(none)"]
+            raise UserError(f"{source}: the rule '{pattern}' matches no parameter; a near name is '{closest[0]}'")
     return matched
 
 
@@ -130,7 +129,7 @@ def _compile(pattern: str, source: str) -> re.Pattern[str]:
 
 
 def unstack(tree: Tree) -> dict[str, Any]:
-    """Any layout -> one entry per layer (`layers/17/...`)."""
+    """Parameters in any layout -> one entry per layer (`layers/17/...`)."""
     flat: dict[str, Any] = {}
     for path, weight in flatten(tree).items():
         if layers_of(path) is None:
@@ -142,7 +141,11 @@ def unstack(tree: Tree) -> dict[str, Any]:
 
 
 def stack_path(stages: Stages, layer: int) -> tuple[str, int]:
-    """Where layer `layer` lives under `stages`: the two keys ("0:24/5::6") and its index there."""
+    """The keys of the stacked weights that hold a layer, such as "0:24/5::6", and its index on their leading axis.
+
+    Raises:
+      ValueError: `layer` is not below the number of layers of `stages`.
+    """
     start = 0
     for kinds, repeats in stages:
         stop = start + kinds * repeats
@@ -154,14 +157,15 @@ def stack_path(stages: Stages, layer: int) -> tuple[str, int]:
 
 
 def restage(tree: Tree, stages: Stages = ()) -> dict[str, Any]:
-    """The same weights in another layout. Pure; works under `jax.jit` and `jax.eval_shape`.
+    """Converts parameters to another layout. Works under `jax.jit` and `jax.eval_shape`.
 
     Args:
-      tree: parameters in any layout (the paths tell which).
-      stages: the layout wanted; `()` gives one entry per layer.
+      tree: parameters in any layout.
+      stages: the layout of the result; `()` gives one entry per layer.
 
     Raises:
-      UserError: layers to be stacked hold weights of different kinds.
+      UserError: weights that would be stacked differ in kind, static fields, shape or dtype.
+      ValueError: a layer of `stages` is missing.
     """
     flat = flatten(unstack(tree))
     if not stages:
@@ -178,7 +182,7 @@ def restage(tree: Tree, stages: Stages = ()) -> dict[str, Any]:
     for path, parts in stacks.items():
         expected = len(layers_of(path) or ())
         if sorted(parts) != list(range(expected)):
-            raise ValueError(f"cannot stack '{path}': {len(parts)} of its {expected} layers are here")
+            raise ValueError(f"cannot stack '{path}': {len(parts)} of its {expected} layers exist")
         if any(_record(part) != _record(parts[0]) for part in parts.values()):
             raise UserError(f"'{path}' is of different kinds in its layers; set model.scan_layers=False")
         out[path] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(parts[i] for i in range(expected)))
@@ -186,27 +190,27 @@ def restage(tree: Tree, stages: Stages = ()) -> dict[str, Any]:
 
 
 def stackable(tree: Tree, stages: Stages) -> bool:
-    """Whether `restage` can bring the weights into this layout: those of stacked layers are of one kind."""
+    """Whether `restage` accepts this layout: the weights of layers that would be stacked are of one kind."""
     kinds: dict[str, Any] = {}
     for path, weight in flatten(jax.eval_shape(unstack, tree)).items():
         if stages and (single := _SINGLE.fullmatch(path)):
-            place = single["head"] + stack_path(stages, int(single["layer"]))[0] + single["tail"]
-            if kinds.setdefault(place, _record(weight)) != _record(weight):
+            stacked = single["head"] + stack_path(stages, int(single["layer"]))[0] + single["tail"]
+            if kinds.setdefault(stacked, _record(weight)) != _record(weight):
                 return False
     return True
 
 
 def describe(tree: Tree) -> dict[str, Any]:
-    """A JSON-able record of every weight: {path: record}.
+    """{path: record} for every weight, serializable as JSON.
 
-    An array's record is {"shape", "dtype"}; that of a node is {"node": its class, "static": {name:
-    value}, "fields": {name: record}}, from which `weights.abstract` makes it again.
+    The record of an array is {"shape", "dtype"}. That of a node is {"node": name of the class, "static": {name:
+    value}, "fields": {name: record}}; `weights.abstract` converts it back to a node.
     """
     return {path: _record(weight) for path, weight in flatten(tree).items()}
 
 
 def _record(weight: Any) -> dict[str, Any] | None:
-    if weight is None:  # a field that a node does without
+    if weight is None:  # an unused field of a node
         return None
     if not dataclasses.is_dataclass(weight):
         return {"shape": list(weight.shape), "dtype": str(weight.dtype)}
@@ -219,7 +223,7 @@ def _record(weight: Any) -> dict[str, Any] | None:
 
 
 def fingerprint(tree: Tree) -> str:
-    """The sha256 of all weights: per-layer names, shapes, dtypes and bits, whatever the layout."""
+    """The sha256, in hexadecimal, of the per-layer names, dtypes, shapes and bits of all weights, in any layout."""
     digest = hashlib.sha256()
     flat = flatten(tree)
     named = sorted((name, path, i) for path in flat for i, name in enumerate(expand(path)))
@@ -232,28 +236,32 @@ def fingerprint(tree: Tree) -> str:
     return digest.hexdigest()
 
 
-def check(have: Mapping[str, Any], want: Mapping[str, Any], source: str) -> None:
-    """Raises unless two records of `describe` agree in names, kinds, static fields, shapes and dtypes.
+def check(actual: Mapping[str, Any], expected: Mapping[str, Any], source: str) -> None:
+    """Compares two results of `describe`: names, kinds, static fields, shapes and dtypes.
 
     Args:
-      source: the file or directory that `have` came from, for the error.
+      source: the file or directory of the weights that `actual` describes, for error messages.
 
     Raises:
-      UserError: one line with what lacks (-), what is left over (+) and what differs (!).
+      UserError: the two differ; lists missing (-), unexpected (+) and different (!) weights.
     """
-    have, want = (json.loads(json.dumps(record)) for record in (have, want))
-    faults = [f"-{p}" for p in want if p not in have] + [f"+{p}" for p in have if p not in want]
-    faults += [f"!{p} is {_say(have[p])}, expected {_say(want[p])}" for p in want if p in have and have[p] != want[p]]
+    actual, expected = (json.loads(json.dumps(record)) for record in (actual, expected))
+    faults = [f"-{p}" for p in expected if p not in actual] + [f"+{p}" for p in actual if p not in expected]
+    faults += [
+        f"!{p} is {_summary(actual[p])}, expected {_summary(expected[p])}"
+        for p in expected
+        if p in actual and actual[p] != expected[p]
+    ]
     if faults:
         more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
         raise UserError(f"{source}: parameters do not fit the model: {'; '.join(faults[:8])}{more}")
 
 
-def _say(record: Mapping[str, Any] | None) -> str:
+def _summary(record: Mapping[str, Any] | None) -> str:
     if record is None:
         return "nothing"
     if "node" not in record:
         return f"{record.get('dtype', '')}{record['shape']}"
     parts = [f"{name}={value}" for name, value in record["static"].items()]
-    parts += [f"{name}={_say(field)}" for name, field in record["fields"].items()]
+    parts += [f"{name}={_summary(field)}" for name, field in record["fields"].items()]
     return f"{record['node']}({', '.join(parts)})"

@@ -7,7 +7,7 @@ from docutils.parsers.rst import Directive
 from sphinx.application import Sphinx
 
 from llm_jax import configuration, schema
-from llm_jax.cli.options import options
+from llm_jax.cli.config_help import options
 
 # Sections that are not part of `schema.Config`, with the recipe that holds their defaults.
 OTHERS = {"embeddings": (schema.EmbeddingsConfig, "word2vec")}

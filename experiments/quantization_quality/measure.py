@@ -74,7 +74,7 @@ def expanded(params: Any) -> Any:
     """Weights that are only stored as codes as the numbers these stand for; one compiled program serves them all."""
 
     def one(path: str, w: Any) -> Any:
-        if isinstance(w, weights.QTensor) and number_formats.scheme(w.scheme).activations:
+        if weights.is_quantized(w) and number_formats.scheme(w.scheme).activations:
             return w
         return weights.dense(w)
 

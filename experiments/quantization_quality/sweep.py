@@ -104,7 +104,7 @@ def kept(root: pathlib.Path, name: str, make):
 
 def one(model, params, cell: Cell, calibration, rows) -> dict:
     made, size = measure.quantize_model(model, params, cell, calibration)
-    matrices = [w for w in trees.flatten(made).values() if isinstance(w, weights.QTensor)]
+    matrices = [w for w in trees.flatten(made).values() if weights.is_quantized(w)]
     bits = 8 * sum(map(weights.num_bytes, matrices)) / sum(int(np.prod(w.shape)) for w in matrices)
     return measure.against(model, params, measure.expanded(made), rows) | {"bytes": size, "bits": bits}
 

@@ -13,7 +13,7 @@ from llm_jax.model import stages
 from llm_jax.schema import ModelConfig
 
 # Name in config.json -> model.activation; of several names the first is written.
-ACTIVATIONS = {
+ACTIVATION_NAMES = {
     "silu": "silu",
     "swish": "silu",
     "gelu_pytorch_tanh": "gelu",
@@ -263,7 +263,7 @@ def _common(m: ModelConfig) -> dict[str, Any]:
 
 
 def _activation_name(m: ModelConfig) -> str:
-    return next(name for name, activation in ACTIVATIONS.items() if activation == m.activation)
+    return next(name for name, activation in ACTIVATION_NAMES.items() if activation == m.activation)
 
 
 def write_llama(m: ModelConfig) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def model_config(c: Mapping[str, Any]) -> tuple[str, ModelConfig]:
     try:
         changes = {"vocab_size": c["vocab_size"]} | FAMILIES[family].read(c)
         changes.setdefault("tie_embeddings", c.get("tie_word_embeddings", _TIED_DEFAULT.get(family, False)))
-        changes["activation"] = config_json.ACTIVATIONS[changes["activation"]]
+        changes["activation"] = config_json.ACTIVATION_NAMES[changes["activation"]]
     except KeyError as error:
         raise UserError(f"config.json of a {family}: {error} is missing or not supported") from error
     # Checked like a configuration, so that errors name a value of another type or out of range.

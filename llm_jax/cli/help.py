@@ -10,7 +10,7 @@ from typing import Any
 from absl import flags
 
 from llm_jax import configuration
-from llm_jax.cli import options
+from llm_jax.cli import config_help
 from llm_jax.cli.parsing import Command
 from llm_jax.errors import UserError
 
@@ -75,7 +75,7 @@ def describe_options(cls: Any, text: str = "") -> str:
     default = configuration.load(configuration.DEFAULT_RECIPES[cls], cls=cls)
     needle = text.removeprefix("--").removeprefix("config.").lower()
     lines = []
-    for key, kind, value, meaning in options.options(cls, default):
+    for key, kind, value, meaning in config_help.options(cls, default):
         if needle in key.lower() or needle in meaning.lower():
             lines.append(f"--config.{key}={value}  ({kind})")
             lines += textwrap.wrap(meaning, _WIDTH, initial_indent="    ", subsequent_indent="    ")

@@ -13,7 +13,6 @@ if TYPE_CHECKING:  # `generate --help` reads this module without importing JAX
 PROMPT = "prompt"  # the value of `draft` that asks for prompt look-up instead of a draft model
 _SMALLEST, _LARGEST = 1e-30, 1e30
 METHODS = ("sample", "beam", "contrastive", "speculative")
-GROUPS = ("sampling", "penalties", "search", "stops", "output")
 EARLY_STOP = (False, True, "never")
 # (options, the condition under which they have no effect, whether they have an effect) of `DecodingOptions`, or of
 # flags of the same names.
@@ -40,7 +39,7 @@ def _option(
 class DecodingOptions:
     """How text is continued. Every default leaves its option off; `check` states the rules.
 
-    The metadata of a field holds its `group` (one of `GROUPS`), `about` (the help text of its flag) and its range.
+    The metadata of a field holds its `group` of options, `about` (the help text of its flag) and its range.
     """
 
     max_new_tokens: int = _option("stops", 128, "largest number of tokens to generate", 1)

@@ -1,8 +1,9 @@
-"""Attention: who sees whom, and the cache of keys and values.
+"""Attention, its mask, and the cache of keys and values.
 
-Who sees whom is decided by positions and segments alone, so that padding on either side, packed
-documents, sliding windows and a cache with empty slots are one rule: a query sees a key of its own
-segment (0 is nothing: padding, or an empty slot) at its own position or before, within the window.
+The mask depends on positions and segments alone: a query attends to keys of its own segment, at its own position or
+before it (at any position in an encoder), within the window. Segment 0 marks padding and empty slots of the cache,
+to which no query attends. This rule covers padding on either side, packed documents, sliding windows and partly filled
+caches.
 """
 
 import dataclasses
@@ -24,7 +25,12 @@ from llm_jax.parallel import mesh as mesh_lib
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """Where tokens stand: both int32 (B, T). Segment 0 is padding, seen by nobody."""
+    """Positions and segments of tokens.
+
+    Attributes:
+      positions: int32 (B, T).
+      segments: int32 (B, T); tokens attend within their segment, and 0 is padding.
+    """
 
     positions: jax.Array
     segments: jax.Array
@@ -33,13 +39,14 @@ class Tokens:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys and values of the tokens so far, for `slots` tokens a row.
+    """Keys and values of earlier tokens, with a fixed number of slots per row.
 
     Attributes:
-      tokens: where the token of each slot stands, (B, slots); segment 0 marks an empty slot.
-      index: int32 (), the next slot to be written, the same in every row; or (B,), one for each.
-      layers: {"key", "value"} of (B, slots, K, H) per layer, in the layout of the parameters: in the compute
-        dtype; or (`model.kv_cache=int8`) int8 codes, and {"key_scale", "value_scale"}, float16 (B, slots, K, 1).
+      tokens: positions and segments of the cached tokens, int32 (B, slots); segment 0 marks an empty slot.
+      index: the next slot to write: int32 () for all rows, or (B,).
+      layers: for each layer, in the layout of the parameters, {"key", "value"} of (B, slots, K, H) in the compute
+        dtype. With `model.kv_cache=int8` they are int8 codes, with {"key_scale", "value_scale"}, float16
+        (B, slots, K, 1).
     """
 
     tokens: Tokens
@@ -48,43 +55,52 @@ class KVCache:
 
 
 def visible(queries: Tokens, keys: Tokens, window: int | None, causal: bool = True) -> jax.Array:
-    """bool (B, T, S): may query t see key s?"""
+    """The attention mask, bool (B, T, S): whether query t attends to key s.
+
+    Args:
+      queries: positions and segments (B, T).
+      keys: positions and segments (B, S).
+      window: the distance from which tokens are masked, or None for no window.
+      causal: whether keys after the query are masked.
+    """
     distance = queries.positions[:, :, None] - keys.positions[:, None, :]
-    seen = (queries.segments[:, :, None] == keys.segments[:, None, :]) & (keys.segments[:, None, :] > 0)
+    mask = (queries.segments[:, :, None] == keys.segments[:, None, :]) & (keys.segments[:, None, :] > 0)
     if causal:
-        seen &= distance >= 0
-    return seen & (jnp.abs(distance) < window) if window is not None else seen
+        mask &= distance >= 0
+    return mask & (jnp.abs(distance) < window) if window is not None else mask
 
 
 def lengths_so_far(tokens: Tokens, keys: Tokens) -> jax.Array:
-    """int32 (B, T): one past the last position among the keys of each token's segment."""
-    same = tokens.segments[:, :, None] == keys.segments[:, None, :]
-    return jnp.max(jnp.where(same, keys.positions[:, None, :], 0), -1) + 1
+    """Length so far of the segment of each token, int32 (B, T): the largest position among its keys, plus 1."""
+    same_segment = tokens.segments[:, :, None] == keys.segments[:, None, :]
+    return jnp.max(jnp.where(same_segment, keys.positions[:, None, :], 0), -1) + 1
 
 
 def write(slots: jax.Array, new: jax.Array, index: jax.Array | None) -> jax.Array:
-    """Puts new (B, T, ...) into slots (B, S, ...) from `index` on: int32 () or (B,)."""
-    start, rest, new = jnp.asarray(index), (0,) * (slots.ndim - 2), new.astype(slots.dtype)
+    """Writes new (B, T, ...) to slots (B, S, ...) from slot `index` on, int32 () or (B,), in the dtype of `slots`."""
+    start, zeros, new = jnp.asarray(index), (0,) * (slots.ndim - 2), new.astype(slots.dtype)
     if start.ndim == 0:
-        return jax.lax.dynamic_update_slice(slots, new, (0, start, *rest))
-    return jax.vmap(lambda s, n, i: jax.lax.dynamic_update_slice(s, n, (i, *rest)))(slots, new, start)
+        return jax.lax.dynamic_update_slice(slots, new, (0, start, *zeros))
+    return jax.vmap(lambda s, n, i: jax.lax.dynamic_update_slice(s, n, (i, *zeros)))(slots, new, start)
 
 
-def remember(cache: dict[str, jax.Array], new: dict[str, jax.Array], index: jax.Array | None) -> dict[str, jax.Array]:
-    """One layer's cache with `new` arrays (B, T, K, H) by name in the slots from `index` on."""
-    parts = {}
+def write_layer(
+    cache: dict[str, jax.Array], new: dict[str, jax.Array], index: jax.Array | None
+) -> dict[str, jax.Array]:
+    """Writes `new`, {name: (B, T, K, H)}, to the cache of a layer from slot `index` on, as int8 if it holds int8."""
+    arrays = {}
     for name, values in new.items():
         if f"{name}_scale" in cache:
             scale = (jnp.max(jnp.abs(values.astype(jnp.float32)), -1, keepdims=True) / 127).astype(jnp.float16)
-            parts[name] = matmul.round_to_int8(values, scale.astype(jnp.float32))
-            parts[f"{name}_scale"] = scale
+            arrays[name] = matmul.round_to_int8(values, scale.astype(jnp.float32))
+            arrays[f"{name}_scale"] = scale
         else:
-            parts[name] = values.astype(cache[name].dtype)
-    return {name: write(cache[name], part, index) for name, part in parts.items()}
+            arrays[name] = values.astype(cache[name].dtype)
+    return {name: write(cache[name], array, index) for name, array in arrays.items()}
 
 
-def recall(cache: dict[str, jax.Array], name: str, dtype: Any) -> jax.Array:
-    """(B, S, K, H) of a layer's cache, in `dtype`."""
+def read_layer(cache: dict[str, jax.Array], name: str, dtype: Any) -> jax.Array:
+    """The keys or values (B, S, K, H) of the cache of a layer, in `dtype`; `name` is "key" or "value"."""
     values = cache[name]
     if f"{name}_scale" in cache:
         values = values.astype(jnp.float32) * cache[f"{name}_scale"].astype(jnp.float32)
@@ -92,7 +108,11 @@ def recall(cache: dict[str, jax.Array], name: str, dtype: Any) -> jax.Array:
 
 
 class Attention(Module):
-    """Grouped-query self-attention (Ainslie et al. 2023, arXiv:2305.13245)."""
+    """Grouped-query self-attention (Ainslie et al. 2023, arXiv:2305.13245).
+
+    Attributes:
+      window: size of the sliding window, or None.
+    """
 
     window: int | None = None
 
@@ -106,13 +126,21 @@ class Attention(Module):
         cache: dict[str, jax.Array] | None,
         index: jax.Array | None,
     ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
-        """x -> (what it adds, the updated cache).
+        """Applies attention to x.
 
         Args:
-          queries: where the tokens of x stand.
-          keys: where all keys stand: `queries` itself without a cache, else the cache's slots.
-          cache: keys and values of (B, S, K, H), see `KVCache`, or None.
-          index: int32 () or (B,), the slot that the first token of x goes to.
+          x_BTD: float, normed or not, as `model.norm_placement` says.
+          queries: positions and segments of the tokens of x.
+          keys: positions and segments of all keys: `queries` itself without a cache, otherwise of the slots.
+          bias_BNTS: float32 bias of the scores, whose leading axis may be 1, or None.
+          cache: the cache of this layer, see `KVCache.layers`, or None.
+          index: int32 () or (B,), the slot of the first token of x.
+
+        Returns:
+          (the output (B, T, D) in the dtype of x, the updated cache or None).
+
+        Raises:
+          UserError: `model.attention_kernel` names an implementation that cannot be used.
         """
         c = self.config
         scheme, h = positions.make(c, local=self.window is not None), positions.head_dim(c)
@@ -123,29 +151,29 @@ class Attention(Module):
         )
         if c.qk_norm:
             q, k = Norm(c, kind="rms", name="query_norm")(q), Norm(c, kind="rms", name="key_norm")(k)
-        if c.attention_scale:  # the product divides by sqrt(h)
+        if c.attention_scale:  # the kernels divide by sqrt(h)
             q = (q * (c.attention_scale * h**0.5)).astype(q.dtype)
         lengths = lengths_so_far(queries, keys) if scheme.rotates_cache else None
         q = scheme.rotate(q, queries.positions, lengths)
         if not scheme.rotates_cache:
             k = scheme.rotate(k, queries.positions, None)
         if cache is not None:
-            cache = remember(cache, {"key": k, "value": v}, index)
-            k, v = recall(cache, "key", q.dtype), recall(cache, "value", q.dtype)
+            cache = write_layer(cache, {"key": k, "value": v}, index)
+            k, v = read_layer(cache, "key", q.dtype), read_layer(cache, "value", q.dtype)
         if scheme.rotates_cache:
             k = scheme.rotate(k, keys.positions, lengths_so_far(keys, keys))
         shapes = scheme.declare_layer().items()
         table = {name: self.weight(f"position_{name}", nn.initializers.normal(0.02), shape) for name, shape in shapes}
-        own = scheme.keys(q, queries.positions, keys.positions, table)
-        if own is not None:
-            bias_BNTS = own if bias_BNTS is None else own + bias_BNTS
+        layer_bias = scheme.keys(q, queries.positions, keys.positions, table)
+        if layer_bias is not None:
+            bias_BNTS = layer_bias if bias_BNTS is None else layer_bias + bias_BNTS
         if self.is_mutable_collection(CAPTURE) and not self.is_initializing():
             mask = visible(queries, keys, self.window, c.causal)
-            found = attention_kernels.probabilities(q, k, mask, bias_BNTS, c.attention_softcap)
-            self.sow(CAPTURE, "probabilities", found)
+            probabilities = attention_kernels.probabilities(q, k, mask, bias_BNTS, c.attention_softcap)
+            self.sow(CAPTURE, "probabilities", probabilities)
         add_values = scheme.values(queries.positions, keys.positions, table)
         name = "plain"
-        if not self.is_initializing():  # which is on one token
+        if not self.is_initializing():  # initialization runs on a single token
             name, _ = attention_kernels.choose(c, jax.default_backend(), q, k, cache is not None, mesh_lib.in_use())
         if name == "splash":
             out = attention_kernels.splash(q, k, v, queries.segments, self.window, c.causal, c.attention_softcap)

@@ -1,10 +1,10 @@
-"""The attention product, softmax(q k / sqrt(H) + bias) v, and who computes it: `model.attention_kernel`.
+"""Implementations of attention, softmax(q k / sqrt(H) + bias) v. `model.attention_kernel` selects one.
 
-plain    batched matrices whose scores are computed again in the backward pass: any mask, bias, dtype
-xla      jax.nn.dot_product_attention as XLA compiles it: any mask, bias, dtype
-cudnn    the same by cuDNN's fused kernel: GPUs, half precision, no bias (it would be rounded)
-splash   JAX's fused kernel for TPUs: no bias, no cache, lengths in multiples of 128
-auto     the fused kernel of the device where it serves, else plain
+plain    batched matrix products; recomputes the scores in the backward pass; any mask, bias and dtype
+xla      jax.nn.dot_product_attention, compiled by XLA; any mask, bias and dtype
+cudnn    jax.nn.dot_product_attention with the fused kernel of cuDNN; GPUs, half precision, no bias (cuDNN rounds it)
+splash   the fused kernel of JAX for TPUs; no bias, no cache, lengths that are multiples of 128
+auto     the fused kernel of the device if it can be used, otherwise plain
 """
 
 import functools
@@ -25,40 +25,41 @@ from llm_jax.schema import ModelConfig, choice
 
 PREFERRED = {"tpu": ("splash",), "gpu": ("cudnn",)}
 IMPLEMENTATIONS = ("auto", "plain", "xla", "cudnn", "splash")
-_BLOCKS = (512, 256, 128)  # rows and columns of a tile of splash: the largest that divides the length
+_BLOCKS = (512, 256, 128)  # tile sizes of splash; the largest that divides the length is used
 
 
 def choose(
     config: ModelConfig, platform: str, q: Any, k: Any, cached: bool, devices: dict[str, int]
 ) -> tuple[str, str]:
-    """(name of the implementation, why not the fused one, or "").
+    """(name of the implementation, the reason against the fused one or "").
 
     Args:
       platform: "cpu", "gpu" or "tpu".
-      q, k: (B, T, N, H) and (B, S, K, H), or their shapes and dtypes.
-      devices: sizes of the mesh's axes by name; {} for one device.
+      q, k: (B, T, N, H) and (B, S, K, H), arrays or their shapes and dtypes.
+      cached: whether keys and values are read from a cache.
+      devices: {axis: size} of the mesh; {} for one device.
 
     Raises:
-      UserError: an implementation is asked for that does not serve.
+      UserError: the implementation that `model.attention_kernel` names cannot be used.
     """
-    asked = choice("model.attention_kernel", config.attention_kernel, IMPLEMENTATIONS)
-    if asked == "auto":
+    requested = choice("model.attention_kernel", config.attention_kernel, IMPLEMENTATIONS)
+    if requested == "auto":
         reasons = {
-            name: _against(name, config, platform, q, k, cached, devices) for name in PREFERRED.get(platform, ())
+            name: _unsupported(name, config, platform, q, k, cached, devices) for name in PREFERRED.get(platform, ())
         }
         name = next((name for name, reason in reasons.items() if not reason), "plain")
         return name, "" if name in reasons else "; ".join(f"not {n}: {r}" for n, r in reasons.items())
-    reason = _against(asked, config, platform, q, k, cached, devices)
-    # A model whose training runs on a fused kernel decodes by another: its cache is read one token at a time.
+    reason = _unsupported(requested, config, platform, q, k, cached, devices)
+    # A model that is trained with a fused kernel is decoded with the plain one, which can read a cache.
     if reason and cached:
-        return "plain", f"not {asked}: {reason}"
+        return "plain", f"not {requested}: {reason}"
     if reason:
-        raise UserError(f"model.attention_kernel={asked} does not serve: {reason}; choose auto, plain or xla")
-    return asked, ""
+        raise UserError(f"model.attention_kernel={requested} does not serve: {reason}; choose auto, plain or xla")
+    return requested, ""
 
 
-def _against(name: str, config: ModelConfig, platform: str, q, k, cached: bool, devices) -> str:
-    """Why an implementation does not serve, or ""."""
+def _unsupported(name: str, config: ModelConfig, platform: str, q, k, cached: bool, devices) -> str:
+    """The reason why an implementation cannot be used, or ""."""
     batch, length, _, width = q.shape
     if name == "plain":
         return ""
@@ -78,33 +79,37 @@ def _against(name: str, config: ModelConfig, platform: str, q, k, cached: bool, 
         return f"the head width {width} is not a multiple of 8 up to 128" if width % 8 or width > 128 else ""
     if length % 128:
         return f"the length {length} is not a multiple of 128"
-    ways = [devices.get(axis, 1) for axis in mesh_lib.BATCH]
-    if batch % (ways[0] * ways[1]) or k.shape[2] % devices.get(mesh_lib.HEADS, 1):
+    shards = [devices.get(axis, 1) for axis in mesh_lib.BATCH]
+    if batch % (shards[0] * shards[1]) or k.shape[2] % devices.get(mesh_lib.HEADS, 1):
         return f"{batch} rows or {k.shape[2]} key/value heads do not split over the mesh {devices}"
     return ""
 
 
 def describe(config: ModelConfig, platform: str, batch: int, length: int, devices: dict[str, int]) -> str:
-    """What attends to batches of `batch` rows of `length` tokens on this device, in words.
+    """The implementation for batches of `batch` rows of `length` tokens, with the reason against a fused one.
+
+    Args:
+      platform: "cpu", "gpu" or "tpu".
+      devices: {axis: size} of the mesh; {} for one device.
 
     Raises:
-      UserError: an implementation is asked for that does not serve.
+      UserError: the implementation that `model.attention_kernel` names cannot be used.
     """
     h = positions.head_dim(config)
     q, k = (
         jax.ShapeDtypeStruct((batch, length, heads, h), jnp.dtype(config.precision.compute))
         for heads in (config.num_heads, config.num_kv_heads)
     )
-    name, why = choose(config, platform, q, k, False, devices)
-    if name == "splash" and platform != "tpu":  # `choose` admits it: one may compile for a TPU elsewhere
+    name, reason = choose(config, platform, q, k, False, devices)
+    if name == "splash" and platform != "tpu":  # `choose` accepts it, to compile for a TPU on another machine
         raise UserError(f"model.attention_kernel=splash does not serve: it needs a TPU, and this is {platform}")
-    return f"{name} ({why})" if why else name
+    return f"{name} ({reason})" if reason else name
 
 
 def fused(
     name: Any, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array, bias_BNTS: jax.Array | None
 ) -> jax.Array:
-    """`attend` by jax.nn.dot_product_attention; `name` is "xla" or "cudnn"."""
+    """`attend` by jax.nn.dot_product_attention; `name` is "xla" or "cudnn". Returns (B, T, N, H) in the dtype of q."""
     return jax.nn.dot_product_attention(
         q_BTNH, k_BSKH, v_BSKH, bias=bias_BNTS, mask=mask_BTS[:, None], implementation=name
     )
@@ -120,9 +125,17 @@ def splash(
     softcap: float = 0.0,
     interpret: bool = False,
 ) -> jax.Array:
-    """`attend` by JAX's splash kernel, one per device of the mesh in use.
+    """`attend` by the splash kernel of JAX, run on each device of the mesh in use.
 
-    It masks by places in the row, which order the tokens of a segment as their positions do.
+    The kernel masks by indices in the row instead of positions; both order the tokens of a segment in the same way.
+
+    Args:
+      segments_BT: int32, segments of the tokens.
+      window, causal, softcap: as in `attention.visible` and `attend`.
+      interpret: whether to interpret the kernel, which works on any device.
+
+    Returns:
+      (B, T, N, H) in the dtype of q.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 
@@ -169,12 +182,20 @@ def attend(
     bias_BNTS: jax.Array | None,
     softcap: float = 0.0,
 ) -> jax.Array:
-    """softmax(q k / sqrt(H) + bias) v under the mask -> (B, T, N, H); scores and softmax in float32.
+    """softmax(q k / sqrt(H) + bias) v, with scores and softmax in float32 (or wider).
 
-    The backward pass computes the scores again from the row sums (Dao et al. 2022, FlashAttention,
-    arXiv:2205.14135, appendix B), so that nothing of size T x S is kept between the passes. The
-    leading axis of the bias is B or 1. With a `softcap` q k / sqrt(H) becomes cap tanh(that / cap). A
-    query that sees nothing (padding) gets the mean of all values, which nobody reads.
+    The backward pass recomputes the probabilities from the logarithm of the row sums (Dao et al. 2022, FlashAttention,
+    arXiv:2205.14135, appendix B), so that no array of size T x S is kept between the passes.
+
+    Args:
+      q_BTNH, k_BSKH, v_BSKH: queries, keys and values, float.
+      mask_BTS: bool, True where a query attends to a key. A query that attends to no key (padding) gets the mean of
+        all values.
+      bias_BNTS: float32, whose leading axis may be 1, or None.
+      softcap: cap of the scores, q k / sqrt(H) -> cap tanh(q k / (sqrt(H) cap)); 0 for none.
+
+    Returns:
+      (B, T, N, H) in the dtype of q.
     """
     return _attend_forward(q_BTNH, k_BSKH, v_BSKH, mask_BTS, bias_BNTS, softcap)[0]
 
@@ -187,22 +208,22 @@ def _attend_forward(q_BTNH, k_BSKH, v_BSKH, mask_BTS, bias_BNTS, softcap):
     weights = jnp.exp(scores - top)
     total = jnp.sum(weights, -1, keepdims=True)
     out = (_batched(weights.astype(v.dtype), v, 3, 2) / total).astype(q_BTNH.dtype)
-    # Products, too, for a remat policy: what keeps them need not attend again.
-    out, log_total = (checkpoint_name(kept, "dot") for kept in (out, top + jnp.log(total)))
+    # Named as the matrix products are, so that a remat policy which saves those does not recompute attention.
+    out, log_total = (checkpoint_name(array, "dot") for array in (out, top + jnp.log(total)))
     return _by_token(out, length), (q, k, v, mask_BTS, bias_BNTS, out, log_total)
 
 
-def _attend_backward(softcap, saved, g_BTNH):
-    q, k, v, mask_BTS, bias_BNTS, out, log_total = saved
+def _attend_backward(softcap, residuals, g_BTNH):
+    q, k, v, mask_BTS, bias_BNTS, out, log_total = residuals
     g = _by_group(g_BTNH, k.shape[1])
     scores, slope = _scores(q, k, mask_BTS, bias_BNTS, softcap)
-    shares = jnp.exp(scores - log_total)
-    wide = shares.dtype
-    d_shares = _batched(g, v, 3, 3)
-    d_scores = shares * (d_shares - jnp.sum(g.astype(wide) * out.astype(wide), -1, keepdims=True))
+    probs = jnp.exp(scores - log_total)
+    wide = probs.dtype
+    d_probs = _batched(g, v, 3, 3)
+    d_scores = probs * (d_probs - jnp.sum(g.astype(wide) * out.astype(wide), -1, keepdims=True))
     d_bias = None
     if bias_BNTS is not None:
-        if d_scores.dtype == g.dtype:  # the array that the products below read; else XLA computes it twice
+        if d_scores.dtype == g.dtype:  # read by the products below as well; without the barrier XLA computes it twice
             d_scores = jax.lax.optimization_barrier(d_scores)
         per_row = d_scores.reshape(mask_BTS.shape[0], -1, *mask_BTS.shape[1:])
         d_bias = (per_row if bias_BNTS.shape[0] > 1 else jnp.sum(per_row, 0, keepdims=True)).astype(bias_BNTS.dtype)
@@ -210,7 +231,7 @@ def _attend_backward(softcap, saved, g_BTNH):
         d_scores *= slope
     d_scores, scale = d_scores.astype(g.dtype), q.shape[-1] ** -0.5
     dq, dk = _batched(d_scores, k, 3, 2) * scale, _batched(d_scores, q, 2, 2) * scale
-    dv = _batched(shares.astype(g.dtype), g, 2, 2)
+    dv = _batched(probs.astype(g.dtype), g, 2, 2)
     queries, keys = mask_BTS.shape[1:]
     return (
         _by_token(dq, queries).astype(q.dtype),
@@ -240,7 +261,7 @@ def attend_adding(
       add: attention probabilities (B, N, T, S) in the dtype of v -> (B, T, N, H).
 
     Returns:
-      (B, T, N, H) in the dtype of q. The probabilities are kept for the backward pass.
+      (B, T, N, H) in the dtype of q. The backward pass keeps the probabilities.
     """
     heads_BNTS = probabilities(q_BTNH, k_BSKH, mask_BTS, bias_BNTS, softcap).astype(v_BSKH.dtype)
     b, _, t, s = heads_BNTS.shape
@@ -268,15 +289,15 @@ def probabilities(
 
 
 def _scores(q, k, mask_BTS, bias_BNTS, softcap=0.0):
-    """(B, K, G T, S) in float32 (or wider), and their slope by q k / sqrt(H), or None for 1.
+    """(scores (B, K, G T, S) in float32 or wider, their derivative by q k / sqrt(H), or None where it is 1).
 
-    What a query may not see is far below what it may.
+    Masked entries are lowered by 1e30.
     """
     b, t, s = mask_BTS.shape
     products, slope = _batched(q, k, 3, 3) * q.shape[-1] ** -0.5, None
     if softcap:
-        share = jnp.tanh(products / softcap)
-        products, slope = softcap * share, 1 - jnp.square(share)
+        ratio = jnp.tanh(products / softcap)
+        products, slope = softcap * ratio, 1 - jnp.square(ratio)
     scores = products.reshape(b, -1, t, s)
     if bias_BNTS is not None:
         scores += bias_BNTS
@@ -284,13 +305,13 @@ def _scores(q, k, mask_BTS, bias_BNTS, softcap=0.0):
 
 
 def _batched(a, b, a_axis, b_axis):
-    """A product over one axis each, batched over the first two, with float32 (or wider) sums."""
+    """The product of a and b over one axis of each, batched over the first two, accumulated in float32 or wider."""
     wide = jnp.promote_types(jnp.float32, a.dtype)
     return jax.lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((0, 1), (0, 1))), preferred_element_type=wide)
 
 
 def _by_group(x_BTNH, groups):
-    """(B, T, N, H) -> (B, K, G T, H): plain batched matrices, three times as fast on CPU as an einsum."""
+    """(B, T, N, H) -> (B, K, G T, H), for batched matrix products, three times as fast on CPU as an einsum."""
     b, t, n, h = x_BTNH.shape
     return x_BTNH.reshape(b, t, groups, n // groups, h).transpose(0, 2, 3, 1, 4).reshape(b, groups, -1, h)
 

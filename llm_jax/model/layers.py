@@ -1,4 +1,4 @@
-"""The parts of a layer that know nothing of other tokens: weights, norms, MLPs."""
+"""Modules that act on each token separately: linear layers, norms, MLPs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ from llm_jax.schema import ModelConfig, choice
 
 # Letters of shapes: B batch, T time, D width, F MLP width.
 
-CAPTURE = "capture"  # collection of attention probabilities and hidden states; see `capture`
+CAPTURE = "capture"  # Flax collection of attention probabilities and hidden states; see `capture`
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -23,15 +23,15 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class Module(nn.Module):
-    """A linen module whose weights may be any kind of `weights.Weight`."""
+    """Base class of linen modules whose weights may be of any kind of `weights.Weight`."""
 
     config: ModelConfig
 
     def weight(self, name: str, init: Callable[..., Any], shape: tuple[int, ...]) -> weights.Weight:
-        """The weight `name`: whatever node stands in the tree, or at init a new array.
+        """The weight `name` of the parameter tree, or a new array of `precision.params` at initialization.
 
-        Not `self.param` throughout: that compares leaf shapes, which a node's need not match
-        (`trees.check` does, once, when weights are loaded).
+        `self.param` is used at initialization only, because it compares the shapes of leaves, and those of a quantized
+        or adapted weight differ from `shape`. `trees.check` compares weights with the model when they are loaded.
         """
         if self.has_variable("params", name):
             return self.get_variable("params", name)
@@ -40,12 +40,18 @@ class Module(nn.Module):
     def linear(
         self, x: jax.Array, name: str, features: int, depth_scale: bool = False, bias: bool = False
     ) -> jax.Array:
-        """x (..., in) -> (..., features) by the weight `name`, and `name_bias` where the model has biases.
+        """Multiplies x by the weight `name` and adds the bias `NAME_bias` where there is one.
 
         Args:
-          bias: a bias even where the model has none elsewhere.
-          depth_scale: start smaller by sqrt(2 layers), for what is added to the residual stream
-            (Radford et al. 2019, GPT-2, section 2.3).
+          x: float (..., in).
+          name: name of the weight, (in, features).
+          features: number of outputs.
+          depth_scale: divides the initial standard deviation by sqrt(2 num_layers), for outputs that are added to the
+            residual stream (Radford et al. 2019, GPT-2, section 2.3).
+          bias: adds a bias even if `model.bias` is False.
+
+        Returns:
+          (..., features) in the dtype of x.
         """
         scale = 1.0 / (2 * self.config.num_layers) if depth_scale else 1.0
         init = nn.initializers.variance_scaling(scale, "fan_in", "normal")
@@ -57,9 +63,15 @@ class Module(nn.Module):
 
 
 class Norm(Module):
-    """RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467) or LayerNorm over the last axis, in float32."""
+    """RMSNorm or LayerNorm over the last axis, in float32 or wider; the result has the dtype of x.
 
-    kind: str = ""  # "" takes model.norm
+    RMSNorm: Zhang and Sennrich 2019, arXiv:1910.07467. LayerNorm: Ba et al. 2016, arXiv:1607.06450.
+
+    Attributes:
+      kind: "rms" or "layer"; "" selects `model.norm`.
+    """
+
+    kind: str = ""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -75,7 +87,7 @@ class Norm(Module):
 
 
 class MLP(Module):
-    """Plain, or gated: down(act(gate x) * up x) (Shazeer 2020, arXiv:2002.05202)."""
+    """down(act(up x)), or gated: down(act(gate x) * up x) (Shazeer 2020, arXiv:2002.05202); (B, T, D) -> (B, T, D)."""
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
-"""Position schemes: how a model is told where a token stands. `model.position.kind` picks one.
+"""Position encodings. `model.position.kind` selects one.
 
-A scheme is a small frozen dataclass with hooks, each the identity by default. Positions are int32
-(B, T) and count from 0 in every document. Phases are computed in float32 whatever the compute dtype.
+A scheme is a frozen dataclass with hooks, each of which is the identity by default. Positions are int32 (B, T) and
+start at 0 in every document. Phases are computed in float32, whatever the compute dtype is.
 """
 
 import abc
@@ -22,71 +22,79 @@ from llm_jax.schema import ModelConfig, choice
 
 # Letters of shapes: B batch, T queries, S keys, D width, N heads, H head width, R distances.
 
-Table = Mapping[str, Any]  # the scheme's own weights by name
+Table = Mapping[str, Any]  # {name: weight} of the scheme
 
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-    """No positions, and the hooks that the schemes override."""
+    """The scheme "none", and the base class whose hooks the other schemes override.
+
+    Of the hooks, `positions` and `q_positions` are int32 (B, T), `k_positions` int32 (B, S), and `table` holds the
+    weights of `declare` or, in `keys` and `values`, of `declare_layer`.
+    """
 
     config: ModelConfig
 
-    # Whether keys are cached as they come and rotated whenever they are read (their phases change
-    # as the sequence grows), instead of once before they are cached.
+    # Whether the cache holds keys before rotation, which are rotated at every read because their phases
+    # change as the sequence grows. Otherwise keys are rotated once, before they are cached.
     rotates_cache: ClassVar[bool] = False
 
     @property
     def adds_to_scores(self) -> bool:
-        """Whether attention needs more than queries, keys and a mask."""
-        changed = (getattr(type(self), name) is not getattr(Position, name) for name in ("bias", "keys", "values"))
-        return any(changed)
+        """Whether the scheme overrides `bias`, `keys` or `values`, which fused attention kernels cannot apply."""
+        overridden = (getattr(type(self), name) is not getattr(Position, name) for name in ("bias", "keys", "values"))
+        return any(overridden)
 
     def check(self) -> None:
-        """Raises UserError where the scheme and the shape of the model do not go together."""
+        """Checks the options of the scheme against the shape of the model.
+
+        Raises:
+          UserError: the scheme cannot be used with the shape of the model.
+        """
 
     def declare(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of weights that the whole model shares; `embed` and `bias` get them."""
+        """{name: shape} of the weights that all layers share, which `embed` and `bias` receive."""
         return {}
 
     def declare_layer(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of weights that every layer has of its own; `keys` and `values` get them."""
+        """{name: shape} of the weights of each layer, which `keys` and `values` receive."""
         return {}
 
     def token_width(self) -> int:
-        """The width of the token embeddings, before `embed`."""
+        """Width of the token embeddings before `embed`."""
         return self.config.width
 
     def max_length(self) -> int | None:
-        """The number of positions there are, or None for no bound."""
+        """Number of positions the scheme can encode, or None if it is unbounded."""
         return None
 
     def embed(self, x: jax.Array, positions: jax.Array, table: Table) -> jax.Array:
-        """Token embeddings (B, T, token width) -> embeddings with positions (B, T, D)."""
+        """Adds positions to token embeddings x, float (B, T, token width) -> (B, T, D) in the dtype of x."""
         return x
 
     def rotate(self, x: jax.Array, positions: jax.Array, length: jax.Array | None) -> jax.Array:
-        """Queries or keys (B, T, N, H) -> the same, rotated.
+        """Rotates queries or keys x, float (B, T, N, H) -> (B, T, N, H) in the dtype of x.
 
-        `length`: int32 (B, T), that of the document of each so far, for a scheme that `rotates_cache`.
+        A scheme that `rotates_cache` needs `length`, int32 (B, T): the length so far of the document of each token.
         """
         return x
 
     def bias(self, q_positions: jax.Array, k_positions: jax.Array, table: Table) -> jax.Array | None:
-        """What is added to the scores in all layers: float32 (B or 1, N, T, S), or None."""
+        """Bias of the attention scores of all layers, float32 (B or 1, N, T, S), or None."""
         return None
 
     def keys(self, q: jax.Array, q_positions: jax.Array, k_positions: jax.Array, table: Table) -> jax.Array | None:
-        """What is added to the scores in one layer, from its queries (B, T, N, H): (B, N, T, S), or None."""
+        """Bias of the scores of one layer that depends on its queries q (B, T, N, H): float32 (B, N, T, S), or None."""
         return None
 
     def values(self, q_positions: jax.Array, k_positions: jax.Array, table: Table) -> Any:
-        """A function from attention shares (B, N, T, S) to what is added to the output (B, T, N, H), or None."""
+        """A function from attention probabilities (B, N, T, S) to an addend (B, T, N, H) of the output, or None."""
         return None
 
 
 @dataclasses.dataclass(frozen=True)
 class Absolute(Position, abc.ABC):
-    """What the schemes that give every position a vector have in common: it is added or concatenated."""
+    """Base class of schemes that add a position vector to the token embedding, or concatenate it."""
 
     def check(self) -> None:
         p = self.config.position
@@ -96,19 +104,20 @@ class Absolute(Position, abc.ABC):
             raise UserError(f"model.position.width={p.width}; to concatenate, it must be between 0 and model.width")
         if self.config.tie_embeddings:
             raise UserError(
-                "model.position.combine=concatenate needs model.tie_embeddings=False: the table is narrower"
+                "model.position.combine=concatenate needs model.tie_embeddings=False: the token embeddings are "
+                "narrower than model.width"
             )
 
-    def own_width(self) -> int:
-        """The width of the vectors."""
+    def vector_width(self) -> int:
+        """Width of the position vectors."""
         return self.config.position.width if self.config.position.combine == "concatenate" else self.config.width
 
     def token_width(self) -> int:
-        return self.config.width - (self.own_width() if self.config.position.combine == "concatenate" else 0)
+        return self.config.width - (self.vector_width() if self.config.position.combine == "concatenate" else 0)
 
     @abc.abstractmethod
     def vectors(self, positions: jax.Array, table: Table) -> jax.Array:
-        """(B, T) -> (B, T, own width)."""
+        """The position vectors, (B, T, vector width), at positions int32 (B, T)."""
 
     def embed(self, x: jax.Array, positions: jax.Array, table: Table) -> jax.Array:
         vectors = self.vectors(positions, table).astype(x.dtype)
@@ -117,23 +126,23 @@ class Absolute(Position, abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Sinusoidal(Absolute):
-    """sin and cos at wavelengths from 2 pi to 2 pi base (Vaswani et al. 2017, arXiv:1706.03762, 3.5)."""
+    """Sines and cosines with wavelengths from 2 pi to 2 pi base (Vaswani et al. 2017, arXiv:1706.03762, 3.5)."""
 
     def check(self) -> None:
         super().check()
-        if self.own_width() % 2:
-            raise UserError(f"model.position.kind=sinusoidal pairs sin and cos; the width {self.own_width()} is odd")
+        if self.vector_width() % 2:
+            raise UserError(f"model.position.kind=sinusoidal pairs sin and cos; the width {self.vector_width()} is odd")
 
     def vectors(self, positions: jax.Array, table: Table) -> jax.Array:
-        return sinusoids(positions, self.own_width(), self.config.position.base)
+        return sinusoids(positions, self.vector_width(), self.config.position.base)
 
 
 @dataclasses.dataclass(frozen=True)
 class Learned(Absolute):
-    """A trained vector for every position (Gehring et al. 2017, arXiv:1705.03122)."""
+    """A learned vector for every position (Gehring et al. 2017, arXiv:1705.03122)."""
 
     def declare(self) -> dict[str, tuple[int, ...]]:
-        return {"table": (self.config.position.max_length, self.own_width())}
+        return {"table": (self.config.position.max_length, self.vector_width())}
 
     def max_length(self) -> int:
         return self.config.position.max_length
@@ -144,7 +153,7 @@ class Learned(Absolute):
 
 @dataclasses.dataclass(frozen=True)
 class Rope(Position):
-    """Rotary positions (Su et al. 2021, arXiv:2104.09864, equation 34) and their scalings: see `rope`."""
+    """Rotary position embeddings (Su et al. 2021, arXiv:2104.09864, equation 34) and their scalings; see `rope`."""
 
     def check(self) -> None:
         rope.check(self.config.position, head_dim(self.config))
@@ -155,11 +164,11 @@ class Rope(Position):
 
 @dataclasses.dataclass(frozen=True)
 class DynamicRope(Rope):
-    """Rotary positions whose base grows with the sequence: keys that are cached must be rotated anew.
+    """Rotary position embeddings whose base grows with the sequence, so that cached keys are rotated at every read.
 
-    A cached decode equals the full forward of each prefix in the first layer only: above it, the keys
-    come from outputs that were computed while the sequence was shorter, and the full forward has
-    computed those anew as well. That is the scheme's, whoever implements it.
+    Decoding with a cache equals the full forward pass over each prefix in the first layer only. The cached keys of
+    higher layers were computed from outputs of a shorter sequence with a smaller base, and the full forward pass
+    recomputes those outputs. Every implementation of this scheme that caches keys has this property.
     """
 
     rotates_cache: ClassVar[bool] = True
@@ -167,7 +176,7 @@ class DynamicRope(Rope):
 
 @dataclasses.dataclass(frozen=True)
 class Alibi(Position):
-    """A penalty linear in the distance, one slope a head (Press et al. 2021, arXiv:2108.12409, section 3)."""
+    """ALiBi: a bias linear in the distance, a slope per head (Press et al. 2021, arXiv:2108.12409, section 3)."""
 
     def bias(self, q_positions: jax.Array, k_positions: jax.Array, table: Table) -> jax.Array:
         distance = jnp.abs(q_positions[:, None, :, None] - k_positions[:, None, None, :])
@@ -177,14 +186,14 @@ class Alibi(Position):
 
 @dataclasses.dataclass(frozen=True)
 class T5(Position):
-    """A trained bias per head and bucket of distances (Raffel et al. 2020, arXiv:1910.10683, section 2.1)."""
+    """A learned bias per head and bucket of distances (Raffel et al. 2020, arXiv:1910.10683, section 2.1)."""
 
     def check(self) -> None:
         p = self.config.position
         if p.num_buckets < 4 or p.num_buckets % 4 or p.max_distance <= p.num_buckets:
             raise UserError(
                 f"model.position.num_buckets={p.num_buckets}, max_distance={p.max_distance}; expected a multiple of 4 "
-                "and a larger distance"
+                "and a max_distance above it"
             )
 
     def declare(self) -> dict[str, tuple[int, ...]]:
@@ -192,20 +201,20 @@ class T5(Position):
 
     def bias(self, q_positions: jax.Array, k_positions: jax.Array, table: Table) -> jax.Array:
         p = self.config.position
-        # Past max_distance every offset has the bucket of max_distance: a short list of biases by offset.
-        far = p.max_distance
-        buckets = t5_buckets(jnp.arange(-far, far + 1), p.num_buckets, far, self.config.causal)
+        # Every offset beyond max_distance falls into the bucket of max_distance, so 2 max_distance + 1 biases suffice.
+        limit = p.max_distance
+        buckets = t5_buckets(jnp.arange(-limit, limit + 1), p.num_buckets, limit, self.config.causal)
         by_offset_NR = weights.take(table["bias"], buckets).astype(jnp.float32).T
-        # Without the barrier every layer's scores would look it up anew.
+        # Without the barrier XLA would repeat the lookup in every layer.
         return jax.lax.optimization_barrier(_by_offset(by_offset_NR, q_positions, k_positions))
 
 
 @dataclasses.dataclass(frozen=True)
 class Shaw(Position):
-    """Trained vectors per clipped distance, added to keys, values or both (Shaw et al. 2018, arXiv:1803.02155).
+    """Learned vectors per clipped distance, added to keys, values or both (Shaw et al. 2018, arXiv:1803.02155).
 
-    Queries are multiplied with the 2 k + 1 vectors, k = max_relative_position, and the products are then
-    gathered by distance (section 3.3), so that no array of size T x S x H exists.
+    Queries are multiplied by the 2 k + 1 vectors, k = max_relative_position, and the products are then gathered by
+    distance (section 3.3), so that no array of size T x S x H is formed.
     """
 
     def check(self) -> None:
@@ -217,7 +226,8 @@ class Shaw(Position):
         vectors = self.config.position.relative_embeddings
         return dict.fromkeys(("keys", "values") if vectors == "both" else (vectors,), shape)
 
-    def _places(self, q_positions: jax.Array, k_positions: jax.Array) -> jax.Array:
+    def _indices(self, q_positions: jax.Array, k_positions: jax.Array) -> jax.Array:
+        """Index of the vector for every query and key, int32 (B, T, S)."""
         clip = self.config.position.max_relative_position
         return jnp.clip(k_positions[:, None, :] - q_positions[:, :, None], -clip, clip) + clip
 
@@ -226,68 +236,71 @@ class Shaw(Position):
             return None
         scores_BTNR = weights.dot(q, table["keys"], transposed=True, out_dtype=jnp.float32) * q.shape[-1] ** -0.5
         scores_BNTR = jnp.moveaxis(scores_BTNR, 2, 1)
-        places = jnp.broadcast_to(
-            self._places(q_positions, k_positions)[:, None], (*scores_BNTR.shape[:3], k_positions.shape[1])
+        indices_BNTS = jnp.broadcast_to(
+            self._indices(q_positions, k_positions)[:, None], (*scores_BNTR.shape[:3], k_positions.shape[1])
         )
-        return jnp.take_along_axis(scores_BNTR, places, -1)
+        return jnp.take_along_axis(scores_BNTR, indices_BNTS, -1)
 
     def values(self, q_positions: jax.Array, k_positions: jax.Array, table: Table) -> Any:
         if "values" not in table:
             return None
-        places = self._places(q_positions, k_positions)
+        indices_BTS = self._indices(q_positions, k_positions)
         distances = 2 * self.config.position.max_relative_position + 1
 
-        def spread(places_S: jax.Array, shares_NS: jax.Array) -> jax.Array:
-            return jnp.zeros((shares_NS.shape[0], distances), shares_NS.dtype).at[:, places_S].add(shares_NS)
+        def by_distance(indices_S: jax.Array, probs_NS: jax.Array) -> jax.Array:
+            return jnp.zeros((probs_NS.shape[0], distances), probs_NS.dtype).at[:, indices_S].add(probs_NS)
 
-        def add(shares_BNTS: jax.Array) -> jax.Array:
-            shares_BTNR = jax.vmap(jax.vmap(spread))(places, jnp.moveaxis(shares_BNTS, 1, 2))
-            return weights.dot(shares_BTNR, table["values"])
+        def add(probs_BNTS: jax.Array) -> jax.Array:
+            probs_BTNR = jax.vmap(jax.vmap(by_distance))(indices_BTS, jnp.moveaxis(probs_BNTS, 1, 2))
+            return weights.dot(probs_BTNR, table["values"])
 
         return add
 
 
 def _by_offset(table_NR: jax.Array, q_positions: jax.Array, k_positions: jax.Array) -> jax.Array:
-    """(B, N, T, S) of table_NR[n, offset + far], R = 2 far + 1, where offset is k - q cut to [-far, far].
+    """table_NR[n, offset + limit] for every query and key, (B, N, T, S).
 
-    Where the queries are the keys and positions go up by one (or start again at 0, in a segment of its own),
-    offsets are those of the places: rows of a matrix of diagonals, far faster than looking up every entry.
+    R is 2 limit + 1, and offset is the key position minus the query position, clipped to [-limit, limit]. Where the
+    tokens are both queries and keys, and positions increase by one or restart at 0 with a new segment, offsets between
+    tokens of one segment depend on their indices alone. The result is then built from diagonals, which is much faster
+    than a gather.
     """
-    far = table_NR.shape[1] // 2
+    limit = table_NR.shape[1] // 2
 
-    def looked_up() -> jax.Array:
-        places_BTS = jnp.clip(k_positions[:, None, :] - q_positions[:, :, None], -far, far) + far
-        places_BTS = jax.lax.optimization_barrier(places_BTS)
-        # All heads of an offset are copied at once: a gather goes entry by entry.
-        return jnp.moveaxis(table_NR.T.at[places_BTS].get(mode="promise_in_bounds"), -1, 1)
+    def gathered() -> jax.Array:
+        indices_BTS = jnp.clip(k_positions[:, None, :] - q_positions[:, :, None], -limit, limit) + limit
+        indices_BTS = jax.lax.optimization_barrier(indices_BTS)
+        # Heads are the last axis of the gather, so that it copies all heads of an offset at once.
+        return jnp.moveaxis(table_NR.T.at[indices_BTS].get(mode="promise_in_bounds"), -1, 1)
 
     if q_positions is not k_positions:
-        return looked_up()
+        return gathered()
     batch, length = q_positions.shape
-    offsets = jnp.clip(jnp.arange(1 - length, length), -far, far) + far
+    offsets = jnp.clip(jnp.arange(1 - length, length), -limit, limit) + limit
 
     def diagonals() -> jax.Array:
         return jnp.broadcast_to(_diagonals(table_NR[:, offsets]), (batch, table_NR.shape[0], length, length))
 
-    before, after = k_positions[:, :-1], k_positions[:, 1:]
-    return jax.lax.cond(jnp.all((after == before + 1) | (after == 0)), diagonals, looked_up)
+    previous, following = k_positions[:, :-1], k_positions[:, 1:]
+    return jax.lax.cond(jnp.all((following == previous + 1) | (following == 0)), diagonals, gathered)
 
 
 @jax.custom_vjp
 def _diagonals(values_NR: jax.Array) -> jax.Array:
-    """(N, 2 T - 1) -> (N, T, T) whose entry (t, s) is values[s - t + T - 1]."""
+    """(N, 2 T - 1) -> (N, T, T), whose entry (t, s) is values[s - t + T - 1]."""
     length = (values_NR.shape[1] + 1) // 2
     row = functools.partial(jax.lax.dynamic_slice_in_dim, values_NR, slice_size=length, axis=1)
     return jax.vmap(lambda t: row(length - 1 - t), out_axes=1)(jnp.arange(length))
 
 
-def _sum_diagonals(saved: None, g_NTT: jax.Array) -> tuple[jax.Array]:
+def _sum_diagonals(residuals: None, g_NTT: jax.Array) -> tuple[jax.Array]:
+    """The gradient of `_diagonals`: the sums of the diagonals, (N, 2 T - 1)."""
     heads, length, _ = g_NTT.shape
 
-    def add(t: jax.Array, total: jax.Array) -> jax.Array:  # row by row: a scatter would go entry by entry
-        old = jax.lax.dynamic_slice_in_dim(total, length - 1 - t, length, 1)
+    def add(t: jax.Array, total: jax.Array) -> jax.Array:  # row by row: a scatter is slower
+        current = jax.lax.dynamic_slice_in_dim(total, length - 1 - t, length, 1)
         row = jax.lax.dynamic_index_in_dim(g_NTT, t, 1, keepdims=False)
-        return jax.lax.dynamic_update_slice_in_dim(total, old + row, length - 1 - t, 1)
+        return jax.lax.dynamic_update_slice_in_dim(total, current + row, length - 1 - t, 1)
 
     return (jax.lax.fori_loop(0, length, add, jnp.zeros((heads, 2 * length - 1), g_NTT.dtype)),)
 
@@ -296,15 +309,28 @@ _diagonals.defvjp(lambda values_NR: (_diagonals(values_NR), None), _sum_diagonal
 
 
 def sinusoids(positions: jax.Array, width: int, base: float) -> jax.Array:
-    """PE(p, 2i) = sin(p / base^(2i/width)), PE(p, 2i + 1) = cos(the same): (...) -> float32 (..., width)."""
+    """PE(p, 2i) = sin(p / base^(2i/width)), PE(p, 2i + 1) = cos(p / base^(2i/width)) (Vaswani et al. 2017).
+
+    Args:
+      positions: int32 (...).
+      width: number of features, even.
+      base: base of the wavelengths, 10000 in the paper.
+
+    Returns:
+      float32 (..., width).
+    """
     frequencies = jnp.asarray(base ** (-np.arange(0, width, 2) / width), jnp.float32)
     angles = positions[..., None].astype(jnp.float32) * frequencies
     return jnp.stack([jnp.sin(angles), jnp.cos(angles)], -1).reshape(*positions.shape, width)
 
 
 def alibi_slopes(heads: int) -> np.ndarray:
-    """The slopes (heads,): 2^(-8i/n) for a power of two n; else those of the power below, then every
-    other one of the power above (the paper's own code, attention_with_linear_biases)."""
+    """The slopes of ALiBi, float64 (heads,).
+
+    For a power of two n they are 2^(-8i/n), i = 1 .. n. For another number of heads they are the slopes of the next
+    lower power of two, followed by every other slope of the next higher one (code of the paper,
+    attention_with_linear_biases).
+    """
     power = 2 ** int(np.log2(heads))
     slopes = 2.0 ** (-8.0 * np.arange(1, power + 1) / power)
     extra = 2.0 ** (-4.0 * np.arange(1, 2 * (heads - power), 2) / power)
@@ -312,9 +338,16 @@ def alibi_slopes(heads: int) -> np.ndarray:
 
 
 def t5_buckets(offset: jax.Array, buckets: int, max_distance: int, causal: bool) -> jax.Array:
-    """The bucket of key position - query position: one each for near ones, logarithmic up to `max_distance`.
+    """The bucket of an offset, key position minus query position, as in relative_position_bucket of the T5 code.
 
-    Source: the T5 code, relative_position_bucket. A bidirectional model has half of them for each side.
+    Small distances have a bucket each; buckets of larger distances grow logarithmically up to `max_distance`. A
+    bidirectional model has half of the buckets for each sign of the offset.
+
+    Args:
+      offset: int32 (...).
+
+    Returns:
+      int32 (...), from 0 to buckets - 1.
     """
     start = jnp.int32(0)
     if not causal:
@@ -323,8 +356,8 @@ def t5_buckets(offset: jax.Array, buckets: int, max_distance: int, causal: bool)
     distance = jnp.maximum(-offset, 0) if causal else jnp.abs(offset)
     exact = buckets // 2
     ratio = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact) / math.log(max_distance / exact)
-    far = jnp.minimum(exact + (ratio * (buckets - exact)).astype(jnp.int32), buckets - 1)
-    return start + jnp.where(distance < exact, distance, far)
+    logarithmic = jnp.minimum(exact + (ratio * (buckets - exact)).astype(jnp.int32), buckets - 1)
+    return start + jnp.where(distance < exact, distance, logarithmic)
 
 
 SCHEMES: dict[str, type[Position]] = {
@@ -339,27 +372,30 @@ SCHEMES: dict[str, type[Position]] = {
 
 
 def make(config: ModelConfig, local: bool = False) -> Position:
-    """The scheme that `config.position` names, as "local" layers have it or as the others do.
+    """The position scheme of `config.position`.
+
+    Args:
+      local: for layers with a sliding window, which may have another RoPE base (`model.position.local_base`).
 
     Raises:
-      UserError: an unknown kind, or a scheme that the model's shape does not admit.
+      UserError: the kind is unknown, or the scheme cannot be used with the shape of the model.
     """
     if local and config.position.local_base:
         position = dataclasses.replace(config.position, base=config.position.local_base, scaling="none")
         config = dataclasses.replace(config, position=position)
-    scheme = choice("model.position.kind", config.position.kind, SCHEMES)
-    if scheme is Rope and config.position.scaling == "dynamic":
-        scheme = DynamicRope
-    made = scheme(config)
-    made.check()
-    return made
+    cls = choice("model.position.kind", config.position.kind, SCHEMES)
+    if cls is Rope and config.position.scaling == "dynamic":
+        cls = DynamicRope
+    scheme = cls(config)
+    scheme.check()
+    return scheme
 
 
 def head_dim(config: ModelConfig) -> int:
-    """`model.head_dim`, or its default.
+    """Width of an attention head: `model.head_dim`, or model.width / model.num_heads where it is 0.
 
     Raises:
-      UserError: the heads do not divide the width, or the key/value heads the heads.
+      UserError: num_heads is not a multiple of num_kv_heads, or width is not a multiple of num_heads.
     """
     if config.num_heads % config.num_kv_heads:
         raise UserError(f"model.num_kv_heads={config.num_kv_heads} does not divide model.num_heads={config.num_heads}")

@@ -1,13 +1,15 @@
-"""Rotary positions: which frequencies, and how pairs are turned.
+"""Rotary position embeddings (Su et al. 2021, arXiv:2104.09864): frequencies, their scalings, and the rotation.
 
-The scalings stretch the frequencies of a model trained on `original_length` positions:
+A scaling adapts the frequencies of a model trained on `original_length` positions to longer sequences:
 
-    linear   all by `scaling_factor` (Chen et al. 2023, arXiv:2306.15595)
-    ntk      a larger base, so that the fastest stay and the slowest are divided by `scaling_factor` (bloc97 2023)
-    dynamic  the same, growing with the sequence once it is longer than `original_length` (emozilla 2023)
-    yarn     by wavelength: fast ones stay, slow ones are divided, a ramp between, and scores a little
-             sharper (Peng et al. 2023, arXiv:2309.00071, section 3)
-    llama3   by wavelength, with a ramp in the frequency (Llama 3.1's code, apply_scaling)
+    linear   divides all frequencies by `scaling_factor` (Chen et al. 2023, arXiv:2306.15595)
+    ntk      enlarges the base: the highest frequency is kept, and the lowest is divided by `scaling_factor`
+             (bloc97 2023)
+    dynamic  as ntk, with a factor that grows with the sequence beyond `original_length` (emozilla 2023)
+    yarn     keeps high frequencies, divides low ones by `scaling_factor`, interpolates between them, and scales the
+             attention scores (Peng et al. 2023, arXiv:2309.00071, section 3)
+    llama3   as yarn, with an interpolation that is linear in the frequency, and without a scale of the scores
+             (code of Llama 3.1, apply_scaling)
 """
 
 import math
@@ -24,7 +26,12 @@ from llm_jax.schema import PositionConfig, choice
 
 
 def check(c: PositionConfig, head_dim: int) -> None:
-    """Raises UserError for a fraction that the head width does not admit, or a scaling without its settings."""
+    """Checks the options of rotary position embeddings.
+
+    Raises:
+      UserError: `partial_rotary_factor` does not give an even rotated width, or the options of a scaling are missing
+        or out of range.
+    """
     width = c.partial_rotary_factor * head_dim
     if not 0 < c.partial_rotary_factor <= 1 or width != int(width) or int(width) % 2:
         raise UserError(
@@ -44,50 +51,66 @@ def check(c: PositionConfig, head_dim: int) -> None:
 
 
 def rotate(c: PositionConfig, x: jax.Array, positions: jax.Array, length: jax.Array | None) -> jax.Array:
-    """Turns the pairs of x (B, T, N, H) by their angles at `positions` (B, T), in float32 or wider.
+    """Rotates pairs of features by angles proportional to the position (arXiv:2104.09864, equation 34).
 
-    The first `partial_rotary_factor` of H is turned; pairs are (i, i + half of that), or neighbours (2i, 2i + 1)
-    if `interleaved`. `length` int32 (B, T) is for the dynamic scaling alone.
+    The first R = partial_rotary_factor * H features are rotated. Pairs are (i, i + R / 2), or (2i, 2i + 1) if
+    `interleaved`. Computed in float32, or in float64 if x is.
+
+    Args:
+      x: queries or keys, float (B, T, N, H).
+      positions: int32 (B, T).
+      length: int32 (B, T), the length so far of the document of each token; only dynamic scaling reads it.
+
+    Returns:
+      (B, T, N, H) in the dtype of x.
     """
     width = int(c.partial_rotary_factor * x.shape[-1])
     wide = jnp.promote_types(jnp.float32, x.dtype)
     angles_BTF = positions[..., None].astype(jnp.float32) * frequencies(c, width, length)
-    stretch = attention_factor(c)
-    sin, cos = (f(angles_BTF)[:, :, None].astype(wide) * stretch for f in (jnp.sin, jnp.cos))
-    turned, rest = x[..., :width].astype(wide), x[..., width:]
+    factor = attention_factor(c)
+    sin, cos = (f(angles_BTF)[:, :, None].astype(wide) * factor for f in (jnp.sin, jnp.cos))
+    rotary, unrotated = x[..., :width].astype(wide), x[..., width:]
     if c.interleaved:
-        first, second = turned[..., ::2], turned[..., 1::2]
+        first, second = rotary[..., ::2], rotary[..., 1::2]
     else:
-        first, second = jnp.split(turned, 2, axis=-1)
-    pair = [first * cos - second * sin, second * cos + first * sin]
-    turned = jnp.stack(pair, -1).reshape(turned.shape) if c.interleaved else jnp.concatenate(pair, -1)
-    return jnp.concatenate([turned.astype(x.dtype), rest], -1) if rest.shape[-1] else turned.astype(x.dtype)
+        first, second = jnp.split(rotary, 2, axis=-1)
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    rotary = jnp.stack(rotated, -1).reshape(rotary.shape) if c.interleaved else jnp.concatenate(rotated, -1)
+    return jnp.concatenate([rotary.astype(x.dtype), unrotated], -1) if unrotated.shape[-1] else rotary.astype(x.dtype)
 
 
 def frequencies(c: PositionConfig, width: int, length: jax.Array | None) -> jax.Array:
-    """Radians per position of each pair, float32 (F,) or (B, T, F), by `model.position.scaling`."""
+    """Frequency of each pair in radians per position, scaled by `model.position.scaling`.
+
+    Args:
+      width: number of rotated features, 2 F.
+      length: int32 (B, T), for dynamic scaling; otherwise unused.
+
+    Returns:
+      float32 (F,), or (B, T, F) with dynamic scaling.
+    """
     return jnp.asarray(choice("model.position.scaling", c.scaling, SCALINGS)(c, width, length), jnp.float32)
 
 
 def attention_factor(c: PositionConfig) -> float:
-    """What YaRN multiplies queries and keys by: 0.1 ln(factor) + 1 (arXiv:2309.00071, equation 22)."""
+    """Factor of rotated queries and keys: 0.1 ln(scaling_factor) + 1 for YaRN (arXiv:2309.00071, eq. 22), else 1."""
     return 0.1 * math.log(c.scaling_factor) + 1 if c.scaling == "yarn" else 1.0
 
 
-def _plain(c: PositionConfig, width: int, base: float | None = None) -> np.ndarray:
+def _base_frequencies(c: PositionConfig, width: int, base: float | None = None) -> np.ndarray:
     return (base or c.base) ** -(np.arange(0, width, 2, dtype=np.float64) / width)
 
 
 def _unscaled(c: PositionConfig, width: int, length: jax.Array | None) -> np.ndarray:
-    return _plain(c, width)
+    return _base_frequencies(c, width)
 
 
 def _linear(c: PositionConfig, width: int, length: jax.Array | None) -> np.ndarray:
-    return _plain(c, width) / c.scaling_factor
+    return _base_frequencies(c, width) / c.scaling_factor
 
 
 def _ntk(c: PositionConfig, width: int, length: jax.Array | None) -> np.ndarray:
-    return _plain(c, width, c.base * c.scaling_factor ** (width / max(width - 2, 1)))
+    return _base_frequencies(c, width, c.base * c.scaling_factor ** (width / max(width - 2, 1)))
 
 
 def _dynamic(c: PositionConfig, width: int, length: jax.Array | None) -> jax.Array:
@@ -99,21 +122,21 @@ def _dynamic(c: PositionConfig, width: int, length: jax.Array | None) -> jax.Arr
 
 
 def _yarn(c: PositionConfig, width: int, length: jax.Array | None) -> np.ndarray:
-    def dimension(turns: float) -> float:  # the pair that makes this many turns over the trained length
-        return width * math.log(c.original_length / (turns * 2 * math.pi)) / (2 * math.log(c.base))
+    def pair_index(rotations: float) -> float:  # of the pair that makes so many rotations over original_length
+        return width * math.log(c.original_length / (rotations * 2 * math.pi)) / (2 * math.log(c.base))
 
-    low = max(math.floor(dimension(c.beta_fast)), 0)
-    high = min(math.ceil(dimension(c.beta_slow)), width - 1)
+    low = max(math.floor(pair_index(c.beta_fast)), 0)
+    high = min(math.ceil(pair_index(c.beta_slow)), width - 1)
     ramp = np.clip((np.arange(width // 2) - low) / max(high - low, 1e-3), 0, 1)
-    plain = _plain(c, width)
-    return plain / c.scaling_factor * ramp + plain * (1 - ramp)
+    unscaled = _base_frequencies(c, width)
+    return unscaled / c.scaling_factor * ramp + unscaled * (1 - ramp)
 
 
 def _llama3(c: PositionConfig, width: int, length: jax.Array | None) -> np.ndarray:
-    plain = _plain(c, width)
-    turns = c.original_length * plain / (2 * math.pi)  # over the trained length
-    keep = np.clip((turns - c.low_freq_factor) / (c.high_freq_factor - c.low_freq_factor), 0, 1)
-    return keep * plain + (1 - keep) * plain / c.scaling_factor
+    unscaled = _base_frequencies(c, width)
+    rotations = c.original_length * unscaled / (2 * math.pi)  # over original_length
+    ramp = np.clip((rotations - c.low_freq_factor) / (c.high_freq_factor - c.low_freq_factor), 0, 1)
+    return ramp * unscaled + (1 - ramp) * unscaled / c.scaling_factor
 
 
 SCALINGS: dict[str, Callable[[PositionConfig, int, jax.Array | None], np.ndarray | jax.Array]] = {

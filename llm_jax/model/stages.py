@@ -1,7 +1,8 @@
-"""The depth of a model as stages: ((kinds, repeats), ...), one scan per stage.
+"""Layers grouped into stages, ((kinds, repeats), ...), each of which is one scan over blocks of layers.
 
-A uniform model has one stage; a pattern that does not divide the depth leaves a shorter last stage:
-26 layers of five local and one global are (((local x 5, global), 4), ((local, local), 1)).
+A uniform model has one stage. If the length of `model.layer_pattern` does not divide the number of layers, the
+remaining layers are a second stage: 26 layers with a pattern of five local layers and a global one are
+(((local x 5, global), 4), ((local, local), 1)).
 """
 
 from llm_jax.errors import UserError
@@ -11,10 +12,10 @@ LAYER_KINDS = ("global", "local")
 
 
 def stages(config: ModelConfig) -> tuple[tuple[tuple[str, ...], int], ...]:
-    """((kinds of one block, repeats), ...) in layer order.
+    """((kinds of the layers of a block, number of blocks), ...) in layer order.
 
     Raises:
-      UserError: no layer, an empty pattern, or an unknown kind.
+      UserError: num_layers is below 1, the pattern is empty, or it contains an unknown kind.
     """
     pattern, layers = config.layer_pattern, config.num_layers
     if layers < 1:
@@ -25,16 +26,16 @@ def stages(config: ModelConfig) -> tuple[tuple[tuple[str, ...], int], ...]:
         )
     if len(set(pattern)) == 1:
         pattern = pattern[:1]
-    repeats, rest = divmod(layers, len(pattern))
-    whole = ((pattern, repeats),) if repeats else ()
-    return (*whole, (pattern[:rest], 1)) if rest else whole
+    repeats, remainder = divmod(layers, len(pattern))
+    full = ((pattern, repeats),) if repeats else ()
+    return (*full, (pattern[:remainder], 1)) if remainder else full
 
 
 def layout(config: ModelConfig) -> tuple[tuple[int, int], ...]:
-    """The stages as `trees.restage` takes them; () where the layers are not scanned."""
+    """The argument `stages` of `trees.restage` for this model; () if layers are not scanned."""
     return tuple((len(kinds), repeats) for kinds, repeats in stages(config)) if config.scan_layers else ()
 
 
 def layer_kinds(config: ModelConfig) -> tuple[str, ...]:
-    """The kind of every layer."""
+    """The kind of every layer, in order."""
     return tuple(kind for kinds, repeats in stages(config) for kind in kinds * repeats)

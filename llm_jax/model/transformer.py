@@ -1,11 +1,11 @@
-"""The decoder: tokens -> features -> logits.
+"""The transformer, a decoder or an encoder: tokens -> features -> logits.
 
     model = Transformer(config.model)
     params = model.init(key, tokens)["params"]
     logits = model.apply({"params": params}, tokens)
 
-`params` may be in any layout that `config.scan_layers` names (`trees.restage` converts) and hold any
-kind of weight: the code below never asks.
+`params` has the layout that `config.scan_layers` selects (`trees.restage` converts layouts), and its weights may be of
+any kind of `weights.Weight`.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ from llm_jax.schema import ModelConfig, choice
 
 # Letters of shapes: B batch, T time, S cache slots, D width, V vocabulary, N heads, K kv heads, H head width.
 
-ACTIVATIONS = "activations"  # a collection, filled for callers that make it mutable
+ACTIVATION_STATS = "activations"  # Flax collection, filled if it is mutable
 REMAT = {
     "none": None,
     "dots": jax.checkpoint_policies.save_only_these_names("dot"),
@@ -33,49 +33,52 @@ REMAT = {
 
 
 class Layer(Module):
-    """One block: attention, then the MLP, each added to what comes in; `model.norm_placement` says where norms stand.
+    """Attention and MLP with residual connections, and norms as `model.norm_placement` says.
 
-    In the collection `ACTIVATIONS` it keeps "rms", the root mean square of what it gives.
+    If the collection `ACTIVATION_STATS` is mutable, the layer sows "rms", the root mean square of its output.
+
+    Attributes:
+      kind: "global", or "local" for attention with the sliding window of `model.window`.
     """
 
     kind: str = "global"
 
     @nn.compact
     def __call__(self, x_BTD, queries, keys, bias, cache, index):
-        x_BTD, cache = self._through(x_BTD, queries, keys, bias, cache, index)
-        if self.is_mutable_collection(ACTIVATIONS) and not self.is_initializing():
-            self.sow(ACTIVATIONS, "rms", jnp.sqrt(jnp.mean(jnp.square(x_BTD.astype(jnp.float32)))))
+        x_BTD, cache = self._residual_blocks(x_BTD, queries, keys, bias, cache, index)
+        if self.is_mutable_collection(ACTIVATION_STATS) and not self.is_initializing():
+            self.sow(ACTIVATION_STATS, "rms", jnp.sqrt(jnp.mean(jnp.square(x_BTD.astype(jnp.float32)))))
         if self.is_mutable_collection(CAPTURE) and not self.is_initializing():
             self.sow(CAPTURE, "hidden", x_BTD)
         return x_BTD, cache
 
-    def _through(self, x_BTD, queries, keys, bias, cache, index):
+    def _residual_blocks(self, x_BTD, queries, keys, bias, cache, index):
         c = self.config
         window = c.window if self.kind == "local" else None
         attention, mlp = Attention(c, window, name="attention"), MLP(c, name="mlp")
-        place = choice("model.norm_placement", c.norm_placement, ("pre", "post", "both"))
+        placement = choice("model.norm_placement", c.norm_placement, ("pre", "post", "both"))
         if c.parallel_residual:
-            if place != "pre":
-                raise UserError(f"model.parallel_residual=True needs model.norm_placement=pre, not {place}")
+            if placement != "pre":
+                raise UserError(f"model.parallel_residual=True needs model.norm_placement=pre, not {placement}")
             normed = Norm(c, name="attention_norm")(x_BTD)
             update, cache = attention(normed, queries, keys, bias, cache, index)
             return x_BTD + update + mlp(normed), cache
-        if place == "post":
+        if placement == "post":
             update, cache = attention(x_BTD, queries, keys, bias, cache, index)
             x_BTD = Norm(c, name="attention_norm")(x_BTD + update)
             return Norm(c, name="mlp_norm")(x_BTD + mlp(x_BTD)), cache
         update, cache = attention(Norm(c, name="attention_norm")(x_BTD), queries, keys, bias, cache, index)
-        if place == "both":
+        if placement == "both":
             update = Norm(c, name="attention_post_norm")(update)
         x_BTD = x_BTD + update
         update = mlp(Norm(c, name="mlp_norm")(x_BTD))
-        if place == "both":
+        if placement == "both":
             update = Norm(c, name="mlp_post_norm")(update)
         return x_BTD + update, cache
 
 
 class Block(Module):
-    """One of each kind of a stage: the body of its scan. Names: see `trees`."""
+    """The layers of one block of a stage, the body of its scan. `trees` documents the names of the layers."""
 
     kinds: tuple[str, ...] = ()
 
@@ -91,7 +94,7 @@ class Block(Module):
 
 
 class Layers(Module):
-    """All layers, scanned stage by stage or one after the other."""
+    """All layers, scanned stage by stage or unrolled, as `model.scan_layers` says."""
 
     @nn.compact
     def __call__(self, x_BTD, queries, keys, bias, cache, index):
@@ -103,7 +106,7 @@ class Layers(Module):
                 name = f"{start}:{stop}"
                 scan = nn.scan(
                     Block,
-                    variable_axes={"params": 0, ACTIVATIONS: 0, CAPTURE: 0},
+                    variable_axes={"params": 0, ACTIVATION_STATS: 0, CAPTURE: 0},
                     split_rngs={"params": True},
                     in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
                     length=repeats,
@@ -121,14 +124,14 @@ class Layers(Module):
 
 
 class Embed(Module):
-    """Token embeddings, and what the position scheme does to them."""
+    """Token embeddings with positions and, if the model has them, token types and a norm."""
 
     def setup(self) -> None:
         c = self.config
         normal = nn.initializers.normal(0.02)
         self.scheme = positions.make(c)
         self.table = self.weight("table", normal, (c.vocab_size, self.scheme.token_width()))
-        self.own = {
+        self.position_weights = {
             name: self.weight(f"position_{name}", normal, shape) for name, shape in self.scheme.declare().items()
         }
         if c.type_vocab_size:
@@ -137,21 +140,23 @@ class Embed(Module):
             self.norm = Norm(c)
 
     def __call__(self, tokens_BT: jax.Array, where: Tokens, types_BT: jax.Array | None) -> jax.Array:
+        """int32 (B, T) -> embeddings (B, T, D) in the compute dtype; `types_BT`: see `Transformer.features`."""
         x_BTD = weights.take(self.table, tokens_BT).astype(self.config.precision.compute)
         if self.config.scale_embeddings:
             x_BTD *= self.config.width**0.5
-        x_BTD = self.scheme.embed(x_BTD, where.positions, self.own)
+        x_BTD = self.scheme.embed(x_BTD, where.positions, self.position_weights)
         if self.config.type_vocab_size:
             types_BT = jnp.zeros_like(tokens_BT) if types_BT is None else types_BT
             x_BTD += weights.take(self.types, types_BT).astype(x_BTD.dtype)
         return self.norm(x_BTD) if self.config.embed_norm else x_BTD
 
     def bias(self, queries: Tokens, keys: Tokens) -> jax.Array | None:
-        return self.scheme.bias(queries.positions, keys.positions, self.own)
+        """Bias of the attention scores of all layers, float32 (B or 1, N, T, S), or None."""
+        return self.scheme.bias(queries.positions, keys.positions, self.position_weights)
 
 
 class Head(Module):
-    """The output head of a model whose head is not its embedding table."""
+    """The output head of a model with untied embeddings."""
 
     def setup(self) -> None:
         c = self.config
@@ -161,7 +166,7 @@ class Head(Module):
 
 
 class Pooler(Module):
-    """tanh(W x + b) of the first token (Devlin et al. 2019, arXiv:1810.04805)."""
+    """tanh(W x + b) of the first token, (B, T, D) -> (B, D) (Devlin et al. 2019, arXiv:1810.04805)."""
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
@@ -169,7 +174,7 @@ class Pooler(Module):
 
 
 class Transformer(Module):
-    """A decoder-only language model (Vaswani et al. 2017, arXiv:1706.03762; pre-norm as in GPT-2)."""
+    """A transformer (Vaswani et al. 2017, arXiv:1706.03762): a decoder if `model.causal`, else an encoder."""
 
     def setup(self) -> None:
         c = self.config
@@ -185,7 +190,7 @@ class Transformer(Module):
             self.pooler = Pooler(c)
 
     def __call__(self, tokens_BT: jax.Array, where: Tokens | None = None, cache: KVCache | None = None) -> Any:
-        """int32 (B, T) -> logits (B, T, V); with a cache, (logits, updated cache). See `features`."""
+        """int32 (B, T) -> logits (B, T, V) in the output dtype, or with a cache (logits, cache); see `features`."""
         x_BTD, updated = self.features(tokens_BT, where, cache)
         logits = self.logits(x_BTD)
         if self.is_initializing() and self.config.pooler:
@@ -199,13 +204,17 @@ class Transformer(Module):
         cache: KVCache | None = None,
         types_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
-        """int32 (B, T) -> (final normed features (B, T, D) in the compute dtype, updated cache or None).
+        """The features of the last layer, after the final norm.
 
         Args:
-          where: positions and segments of the tokens; by default one segment from position 0.
-          cache: from `init_cache` or an earlier call; the tokens go to its next slots. The caller
-            sees to it that they fit, here and in `positions.max_length`.
-          types_BT: int32, which sentence a token is of, in a model with `type_vocab_size`; by default the first.
+          tokens_BT: int32 token ids.
+          where: positions and segments of the tokens; by default each row is one segment from position 0.
+          cache: from `init_cache` or an earlier call; the tokens are written to its next slots. The caller ensures
+            that the slots and the positions of the scheme suffice (`check_length`).
+          types_BT: int32 token types (sentence A or B) of a model with `type_vocab_size`; by default all 0.
+
+        Returns:
+          (features (B, T, D) in the compute dtype, the updated cache or None).
         """
         where = consecutive(tokens_BT) if where is None else where
         keys = where
@@ -214,14 +223,14 @@ class Transformer(Module):
         x_BTD, bias = self.embed(tokens_BT, where, types_BT), self.embed.bias(where, keys)
         if self.is_mutable_collection(CAPTURE) and not self.is_initializing():
             self.sow(CAPTURE, "embedded", x_BTD)
-        of_layers, index = (cache.layers, cache.index) if cache is not None else (None, None)
-        x_BTD, of_layers = self.layers(x_BTD, where, keys, bias, of_layers, index)
+        layer_caches, index = (cache.layers, cache.index) if cache is not None else (None, None)
+        x_BTD, layer_caches = self.layers(x_BTD, where, keys, bias, layer_caches, index)
         if self.config.norm_placement != "post":
             x_BTD = self.final_norm(x_BTD)
-        return x_BTD, cache and KVCache(keys, cache.index + tokens_BT.shape[1], of_layers)
+        return x_BTD, cache and KVCache(keys, cache.index + tokens_BT.shape[1], layer_caches)
 
     def pooled(self, x_BTD: jax.Array) -> jax.Array:
-        """Features (B, T, D) -> what the pooler makes of the first token, (B, D)."""
+        """Features (B, T, D) -> the output of the pooler for the first token, (B, D)."""
         return self.pooler(x_BTD)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
@@ -240,13 +249,13 @@ class Transformer(Module):
 
 
 def consecutive(tokens_BT: jax.Array) -> Tokens:
-    """Where tokens stand that are one segment each row, from position 0."""
-    count = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
-    return Tokens(count, jnp.ones_like(count))
+    """Positions and segments of rows that are one segment each, from position 0: both int32 (B, T)."""
+    indices = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
+    return Tokens(indices, jnp.ones_like(indices))
 
 
 def init_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
-    """An empty cache for `batch` rows of up to `slots` tokens, in the form of `model.kv_cache`."""
+    """An empty cache for `batch` rows of up to `slots` tokens, in the number format of `model.kv_cache`."""
     shape = (batch, slots, config.num_kv_heads)
     parts = {"": (positions.head_dim(config), config.precision.compute)}
     if config.kv_cache == "int8":
@@ -267,18 +276,22 @@ def init_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
             layers.setdefault(stage, {})[kind] = layer(len(trees.layers_of(keys) or ()))
         else:
             layers[str(i)] = layer()
-    nothing = jnp.zeros((batch, slots), jnp.int32)
-    return KVCache(Tokens(nothing, nothing), jnp.int32(0), layers)
+    zeros = jnp.zeros((batch, slots), jnp.int32)
+    return KVCache(Tokens(zeros, zeros), jnp.int32(0), layers)
 
 
 def cache_bytes(config: ModelConfig, batch: int, slots: int) -> int:
-    """What the keys and values of such a cache take, scales and all (the 8 bytes a slot that say where it is aside)."""
+    """Bytes of the keys, values and scales of `init_cache`, without positions and segments (8 bytes per slot)."""
     layers = jax.eval_shape(lambda: init_cache(config, batch, slots)).layers
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(layers))
 
 
 def check_length(config: ModelConfig, length: int) -> None:
-    """Raises UserError where sequences of `length` go past the positions that the scheme has."""
+    """Checks that the position scheme can encode sequences of `length` tokens.
+
+    Raises:
+      UserError: `length` is larger than `positions.Position.max_length`.
+    """
     bound = positions.make(config).max_length()
     if bound is not None and length > bound:
         raise UserError(
@@ -288,15 +301,15 @@ def check_length(config: ModelConfig, length: int) -> None:
 
 
 def width_ratio(config: ModelConfig) -> float:
-    """base width / width, what width transfer multiplies logits and rates with; 1 where it is off.
+    """The factor base_width / width of muP, hyperparameter transfer across widths; 1 if `model.base_width` is 0.
 
-    Yang et al. 2022 (arXiv:2203.03466), table 8: embeddings, head and all vectors start alike at every
-    width and keep their rates; logits are divided by the width; the Adam rates of hidden matrices, too
-    (`optim.make`). In this form the head may be the embedding table. Heads are to keep their width and
-    grow in number; then 1 / sqrt(head width) is a constant, and the scores need no scale of their own.
+    Yang et al. 2022 (arXiv:2203.03466), table 8: the initialization and the learning rates of embeddings, head and
+    vectors do not depend on the width; logits, and the Adam learning rates of hidden matrices (`optim.make`), are
+    multiplied by this factor. The head may be tied to the embedding table. Wider models should have more heads of the
+    same head_dim; the scale 1 / sqrt(head_dim) of the attention scores is then the same at every width.
 
     Raises:
-      UserError: the embeddings are scaled by the width as well.
+      UserError: `model.scale_embeddings` is True as well.
     """
     if not config.base_width:
         return 1.0
@@ -306,7 +319,7 @@ def width_ratio(config: ModelConfig) -> float:
 
 
 def matmul_parameters(config: ModelConfig) -> int:
-    """Entries of the matrices that every token is multiplied by, the head included."""
+    """Number of parameters of the matrices that multiply every token, the head included."""
     c, h = config, positions.head_dim(config)
     attention = c.width * h * (2 * c.num_heads + 2 * c.num_kv_heads)
     mlp = c.width * c.mlp_dim * (3 if c.mlp == "gated" else 2)
@@ -314,12 +327,15 @@ def matmul_parameters(config: ModelConfig) -> int:
 
 
 def flops_per_token(config: ModelConfig, length: int) -> float:
-    """Model flops of a training step per token: 6 N + 12 L N_h H T (Chowdhery et al. 2022, PaLM, appendix B)."""
+    """FLOPs of the model per token of a training step: 6 P + 12 L N H T (Chowdhery et al. 2022, PaLM, appendix B).
+
+    P is `matmul_parameters`, L the number of layers, N of heads, H head_dim and T the sequence length `length`.
+    """
     attention = 12 * config.num_layers * config.num_heads * positions.head_dim(config) * length
     return 6.0 * matmul_parameters(config) + attention
 
 
 def rematerialized(config: ModelConfig) -> Any:
-    """`Layer`, or `Layer` whose backward pass recomputes what `model.remat` says."""
+    """The class `Layer`, rematerialized in the backward pass by the policy of `model.remat`."""
     policy = choice("model.remat", config.remat, REMAT)
     return nn.remat(Layer, prevent_cse=not config.scan_layers, policy=policy) if policy else Layer

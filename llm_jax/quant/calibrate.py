@@ -146,7 +146,7 @@ def _layer(
     """The quantized weights of one layer: {path: weight}, and their lines."""
     local = trees.unflatten({path.removeprefix(f"{name}/"): w for path, w in flat.items()})
     watched = tuple(path.removeprefix(f"{name}/") for path in flat if planned[path])
-    seen: dict[str, methods.Inputs] = {}
+    seen: dict[str, methods.InputStatistics] = {}
     for stream in streams:
         found = _watch(config, kind, watched, local, stream["x"], stream["where"], stream["bias"])
         seen = {key: methods.add(seen[key], one) for key, one in found.items()} if seen else found
@@ -158,7 +158,7 @@ def _layer(
 
 
 def _one(
-    path: str, w: Any, scheme: str, inputs: methods.Inputs | None, options: CalibrationOptions
+    path: str, w: Any, scheme: str, inputs: methods.InputStatistics | None, options: CalibrationOptions
 ) -> tuple[Any, WeightSummary]:
     """A weight by its scheme ("": as it is), and its line."""
     if not scheme:
@@ -178,7 +178,7 @@ def _quantize(w, inputs, method, scheme, axis, act_order):
 
 
 @jax.jit
-def _errors(w: jax.Array, q: Any, inputs: methods.Inputs | None) -> tuple[jax.Array, jax.Array]:
+def _errors(w: jax.Array, q: Any, inputs: methods.InputStatistics | None) -> tuple[jax.Array, jax.Array]:
     """Relative change of the weight, and of its outputs."""
     w = w.astype(jnp.float32)
     error = jnp.linalg.norm(q.dense() - w) / jnp.maximum(jnp.linalg.norm(w), 1e-30)
@@ -222,7 +222,7 @@ _forward = jax.jit(_apply, static_argnums=(0, 1))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _watch(config, kind, watched, layer, x, where, bias) -> dict[str, methods.Inputs]:
+def _watch(config, kind, watched, layer, x, where, bias) -> dict[str, methods.InputStatistics]:
     """Runs a layer, and gives what the weights at the paths `watched` were multiplied by."""
     tape: dict[str, jax.Array] = {}
 

@@ -1,8 +1,8 @@
 """Quantization methods for one weight: absmax, percentile, mse, smoothquant, awq, gptq.
 
 A method takes a weight w, float32 (I, O), the name of its scheme, the axis of its groups, calibration statistics
-of its inputs (`Inputs`, or None) and whether gptq orders inputs by activation, and returns a QTensor. Methods are
-pure functions that can be jitted.
+of its inputs (`InputStatistics`, or None) and whether gptq orders inputs by activation, and returns a QTensor.
+Methods are pure functions that can be jitted.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ _DAMPING = 0.01  # of gptq, times the mean of the diagonal
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Inputs:
+class InputStatistics:
     """Statistics of the inputs x (tokens, I) of a weight, float32, which `add` accumulates over batches.
 
     Attributes:
@@ -46,11 +46,11 @@ class Inputs:
     batches: jax.Array
 
 
-def observe(x: jax.Array, mask: jax.Array) -> Inputs:
+def observe(x: jax.Array, mask: jax.Array) -> InputStatistics:
     """Statistics of one batch: x, float (B, T, I), at the tokens where `mask`, bool (B, T), is True."""
     x = x.astype(jnp.float32) * mask[..., None]
     size = jnp.abs(x)
-    return Inputs(
+    return InputStatistics(
         jnp.einsum("bti,btj->ij", x, x),
         jnp.max(size, (0, 1)),
         jnp.sum(size, (0, 1)),
@@ -60,23 +60,23 @@ def observe(x: jax.Array, mask: jax.Array) -> Inputs:
     )
 
 
-def add(a: Inputs, b: Inputs) -> Inputs:
+def add(a: InputStatistics, b: InputStatistics) -> InputStatistics:
     """The statistics of two sets of batches together."""
     return dataclasses.replace(jax.tree.map(jnp.add, a, b), largest=jnp.maximum(a.largest, b.largest))
 
 
-def objective(w: jax.Array, q: QTensor, inputs: Inputs) -> jax.Array:
+def objective(w: jax.Array, q: QTensor, inputs: InputStatistics) -> jax.Array:
     """|| x (W - Q) ||^2 over the calibration text per output, for w float32 (I, O): float32 (O,)."""
     change = w - q.dense()
     return jnp.sum((inputs.gram @ change) * change, 0)
 
 
-def absmax(w: jax.Array, scheme: str, axis: int, inputs: Inputs | None, act_order: bool) -> QTensor:
+def absmax(w: jax.Array, scheme: str, axis: int, inputs: InputStatistics | None, act_order: bool) -> QTensor:
     """Absmax scales: the largest number of every group has the largest code."""
     return quantized.to_qtensor(w, scheme, axis, input_scale=_input_scale(scheme, inputs))
 
 
-def percentile(w: jax.Array, scheme: str, axis: int, inputs: Inputs | None, act_order: bool) -> QTensor:
+def percentile(w: jax.Array, scheme: str, axis: int, inputs: InputStatistics | None, act_order: bool) -> QTensor:
     """Scales for the 99.9th percentile of magnitudes of weights and activations; larger numbers are clipped."""
     s = number_formats.scheme(scheme)
     f = number_formats.FORMATS[s.format]
@@ -96,7 +96,7 @@ def percentile(w: jax.Array, scheme: str, axis: int, inputs: Inputs | None, act_
     return quantized.to_qtensor(w, scheme, axis, scale=scale, offset=offset, input_scale=clipped)
 
 
-def mse(w: jax.Array, scheme: str, axis: int, inputs: Inputs | None, act_order: bool) -> QTensor:
+def mse(w: jax.Array, scheme: str, axis: int, inputs: InputStatistics | None, act_order: bool) -> QTensor:
     """Scales that minimize the squared error of every group, by a search over clipping; see `clip`."""
     scale, offset = clip(w, number_formats.scheme(scheme), axis)
     return quantized.to_qtensor(w, scheme, axis, scale=scale, offset=offset, input_scale=_input_scale(scheme, inputs))
@@ -144,7 +144,7 @@ def clip(
     return best[1], best[2]
 
 
-def smoothquant(w: jax.Array, scheme: str, axis: int, inputs: Inputs | None, act_order: bool) -> QTensor:
+def smoothquant(w: jax.Array, scheme: str, axis: int, inputs: InputStatistics | None, act_order: bool) -> QTensor:
     """SmoothQuant: moves outliers of the inputs into the weight, (x / t) (t W), with alpha = 0.5.
 
     Source: Xiao et al. 2022, arXiv:2211.10438, equations 3 and 4.
@@ -155,7 +155,7 @@ def smoothquant(w: jax.Array, scheme: str, axis: int, inputs: Inputs | None, act
     return quantized.to_qtensor(w, scheme, axis, smooth=smooth, input_scale=_input_scale(scheme, inputs, smooth))
 
 
-def awq(w: jax.Array, scheme: str, axis: int, inputs: Inputs | None, act_order: bool) -> QTensor:
+def awq(w: jax.Array, scheme: str, axis: int, inputs: InputStatistics | None, act_order: bool) -> QTensor:
     """AWQ: rows of inputs that are large on average get finer steps, t = mean|x|^alpha, followed by clipping.
 
     A search picks the alpha that minimizes the error of the outputs on the calibration text.
@@ -181,7 +181,7 @@ def awq(w: jax.Array, scheme: str, axis: int, inputs: Inputs | None, act_order: 
     return jax.tree.map(lambda a, b: jnp.where(helps, a, b), clipped, plain)
 
 
-def gptq(w: jax.Array, scheme: str, axis: int, inputs: Inputs | None, act_order: bool) -> QTensor:
+def gptq(w: jax.Array, scheme: str, axis: int, inputs: InputStatistics | None, act_order: bool) -> QTensor:
     """GPTQ: rounds one input after the other, and the remaining inputs compensate for the error.
 
     Scales are fixed beforehand by "mse", so that the inputs can be processed in any order: with `act_order` by
@@ -236,7 +236,7 @@ def _smooth(t: jax.Array) -> jax.Array:
     return (1 / jnp.clip(t, 2.0**-10, 2.0**10)).astype(jnp.float16)
 
 
-def _input_scale(scheme: str, inputs: Inputs | None, smooth: jax.Array | None = None) -> jax.Array | None:
+def _input_scale(scheme: str, inputs: InputStatistics | None, smooth: jax.Array | None = None) -> jax.Array | None:
     """The static scale of int8 activations, float32 (), from the largest input; None for other schemes."""
     if number_formats.scheme(scheme).activations != "static" or inputs is None:
         return None

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from llm_jax import trees, weights
 from llm_jax.errors import UserError
 from llm_jax.kernels import number_formats
-from llm_jax.schema import QuantConfig
-from llm_jax.trees import Rules
+from llm_jax.schema import QuantConfig, Rules
 from llm_jax.weights import IN, OUT, FakeQuant, QTensor, quantized
 
 # Never quantized by default: vectors, and small tables that are only added to activations.
@@ -157,8 +156,8 @@ def runnable(params: Any, planned: dict[str, str], fallback: str) -> dict[str, s
         if not fallback:
             raise UserError(f"{reason}; choose another scheme, or --fallback=SCHEME")
         print(f"note: {reason}; {fallback} instead")
-    instead = [(re.escape(path), fallback if name in bad else name) for path, name in planned.items()]
-    return plan(params, instead, "--fallback") if bad else planned
+    replaced = tuple((re.escape(path), fallback if name in bad else name) for path, name in planned.items())
+    return plan(params, replaced, "--fallback") if bad else planned
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from llm_jax import trees
 from llm_jax.data.rows import Batch
 from llm_jax.model.attention import Tokens
-from llm_jax.model.transformer import ACTIVATIONS, Transformer
+from llm_jax.model.transformer import ACTIVATION_STATS, Transformer
 
 
 def matmul_peak(dtype: Any) -> float:
@@ -39,9 +39,11 @@ def activation_norms(model: Transformer) -> Callable[[Any, Batch], dict[str, jax
 
     def norms(params: Any, batch: Batch) -> dict[str, jax.Array]:
         where = Tokens(batch["positions"], batch["segments"])
-        _, state = model.apply({"params": params}, batch["inputs"], where, method="features", mutable=[ACTIVATIONS])
+        _, state = model.apply(
+            {"params": params}, batch["inputs"], where, method="features", mutable=[ACTIVATION_STATS]
+        )
         values: dict[str, jax.Array] = {}
-        for path, (value,) in trees.flatten(state[ACTIVATIONS]).items():
+        for path, (value,) in trees.flatten(state[ACTIVATION_STATS]).items():
             values |= dict(zip(trees.expand(path.removesuffix("/rms")), jnp.atleast_1d(value), strict=True))
         return values
 

@@ -20,7 +20,7 @@ from optax import contrib
 from llm_jax import trees, weights
 from llm_jax.errors import UserError
 from llm_jax.parallel import mesh as mesh_lib
-from llm_jax.schema import OptimConfig, choice
+from llm_jax.schema import OptimConfig, Rules, choice
 
 
 class Rule(NamedTuple):
@@ -119,7 +119,7 @@ def make(
       UserError: an unknown kind, or a rule that matches nothing or names no number.
     """
 
-    def factors_of(rules: trees.Rules, source: str) -> dict[str, float]:
+    def factors_of(rules: Rules, source: str) -> dict[str, float]:
         factors = _factors(rules, params, source)
         return factors if adapters is None else {p: factors[p.rsplit("/", 1)[0]] for p in trees.flatten(adapters)}
 
@@ -177,7 +177,7 @@ def _map(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     return trees.map_weights(lambda path, *w: jax.tree.map(lambda *leaf: function(path, *leaf), *w), tree, *rest)
 
 
-def _factors(rules: trees.Rules, params: Any, source: str) -> dict[str, float]:
+def _factors(rules: Rules, params: Any, source: str) -> dict[str, float]:
     factors = trees.match(rules, params, source)
     for factor in factors.values():
         if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 <= factor < float("inf"):

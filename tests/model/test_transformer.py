@@ -7,7 +7,7 @@ import pytest
 
 from llm_jax import trees
 from llm_jax.model import positions
-from llm_jax.model.attention import Tokens, recall, visible
+from llm_jax.model.attention import Tokens, read_layer, visible
 from llm_jax.model.attention_kernels import attend
 from llm_jax.model.stages import stages
 from llm_jax.model.transformer import Transformer, cache_bytes, init_cache, matmul_parameters
@@ -110,7 +110,9 @@ def test_an_int8_cache_rounds_every_head_and_token_and_nothing_else(make, tokens
         assert kept.dtype == jnp.int8 and jnp.abs(kept).max() == 127
         values = of_exact[name][0]
         np.testing.assert_allclose(scale[..., 0] * 127, jnp.abs(values).max(-1), rtol=1e-3)
-        assert (jnp.abs(recall({"x": kept, "x_scale": scale}, "x", jnp.float32) - values) <= scale * 0.56 + 1e-9).all()
+        assert (
+            jnp.abs(read_layer({"x": kept, "x_scale": scale}, "x", jnp.float32) - values) <= scale * 0.56 + 1e-9
+        ).all()
     # Token by token it is what it is in one go, and both are near the unrounded model.
     one = init_cache(model.config, 2, 16)
     for t in range(LENGTH):
