@@ -11,7 +11,7 @@ import pytest
 
 from llm_jax.kernels import number_formats
 from llm_jax.quant import methods
-from llm_jax.weights import IN, quantized
+from llm_jax.weights import IN
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 4))
@@ -127,7 +127,7 @@ def test_smoothquant_takes_the_factors_of_the_paper():
     np.testing.assert_allclose(ratio, ratio[0], rtol=2e-3)
     exact = x @ np.asarray(w)
     plain = run("absmax", w, "w8a8", inputs)
-    error = lambda q: np.square(np.asarray(quantized.weights.dot(x, q)) - exact).mean()  # noqa: E731
+    error = lambda q: np.square(np.asarray(weights.dot(x, q)) - exact).mean()  # noqa: E731
     assert error(q) < 0.5 * error(plain)
 
 

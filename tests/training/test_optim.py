@@ -152,7 +152,7 @@ def run(model, params, config, batch, states, steps, resume=None):
 def test_resume_is_bitwise(make, tiny, batch, tmp_path, kind):
     model, params = make()
     config = dataclasses.replace(tiny, optim=dataclasses.replace(tiny.optim, kind=kind, ema_decay=0.5))
-    whole: list[step.State] = []
+    whole: list[step.TrainState] = []
     run(model, params, config, batch, whole, 3)
     writer = checkpoints.Writer(tmp_path, config, ByteTokenizer(), "")
     writer.save(2, whole[1].params, whole[1].optimizer, None, ema=whole[1].ema)
@@ -165,8 +165,8 @@ def test_resume_is_bitwise(make, tiny, batch, tmp_path, kind):
     )
     loaded = checkpoints.load(directory, scan_layers=True).params  # what is loaded is the average
     jax.tree.map(np.testing.assert_array_equal, loaded, whole[1].ema)
-    again: list[step.State] = []
-    run(model, params, config, batch, again, 1, step.State(jnp.int32(2), *read))
+    again: list[step.TrainState] = []
+    run(model, params, config, batch, again, 1, step.TrainState(jnp.int32(2), *read))
     jax.tree.map(np.testing.assert_array_equal, again[-1], whole[-1])
 
 
