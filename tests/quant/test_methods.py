@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llm_jax import weights
 from llm_jax.kernels import number_formats
 from llm_jax.quant import methods
 from llm_jax.weights import IN
