@@ -42,8 +42,8 @@ def combine(*adapters: trees.Tree) -> dict[str, Any]:
     """Concatenates adapters for `mix`. They may adapt different weights with different ranks.
 
     Returns:
-      An adapter tree of the summed ranks R, in which every path has `owner`, int32 (R,): the index of the adapter that
-      a column of `a` belongs to.
+      An adapter tree whose rank R is the sum of the ranks. For every path it holds `a` (*L, in, R), `b` (*L, R, out),
+      `scale` (*L, R) and `owner`, int32 (*L, R): the index of the adapter that each column of `a` belongs to.
 
     Raises:
       UserError: see `plain`.
