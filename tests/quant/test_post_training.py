@@ -147,7 +147,7 @@ def test_an_interrupted_calibration_goes_on_and_ends_the_same(single, tmp_path, 
     planned = post_training.plan(params, post_training.rules("int4:16", "int8"), "here")
     options = calibrate.CalibrationOptions("gptq", True, 2)
     whole, lines = calibrate.run(model, trees.flatten(params), planned, rows(4), options, tmp_path / "a")
-    layer = calibrate._layer
+    layer = calibrate._quantize_layer
     calls = []
 
     def counted(config, kind, name, *rest):
@@ -156,7 +156,7 @@ def test_an_interrupted_calibration_goes_on_and_ends_the_same(single, tmp_path, 
             raise KeyboardInterrupt
         return layer(config, kind, name, *rest)
 
-    monkeypatch.setattr(calibrate, "_layer", counted)
+    monkeypatch.setattr(calibrate, "_quantize_layer", counted)
     with pytest.raises(KeyboardInterrupt):
         calibrate.run(model, trees.flatten(params), planned, rows(4), options, tmp_path / "b")
     again, same = calibrate.run(model, trees.flatten(params), planned, rows(4), options, tmp_path / "b")
