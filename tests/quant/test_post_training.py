@@ -132,7 +132,7 @@ def test_calibration_sees_what_weights_are_multiplied_by(single):
     watched = ("attention/query", "attention/key", "mlp/up", "mlp/down", "attention/out")
     seen: dict = {}
     for s in streams:
-        found = calibrate._watch(model.config, "global", watched, layer, s["x"], s["where"], s["bias"])
+        found = calibrate._observe(model.config, "global", watched, layer, s["x"], s["where"], s["bias"])
         seen = {k: methods.add(seen[k], v) for k, v in found.items()} if seen else found
     x = np.concatenate([s["x"][:, :-4].reshape(-1, 32) for s in streams])
     normed = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + model.config.norm_eps)
@@ -147,7 +147,7 @@ def test_an_interrupted_calibration_goes_on_and_ends_the_same(single, tmp_path, 
     planned = post_training.plan(params, post_training.rules("int4:16", "int8"), "here")
     options = calibrate.CalibrationOptions("gptq", True, 2)
     whole, lines = calibrate.run(model, trees.flatten(params), planned, rows(4), options, tmp_path / "a")
-    layer = calibrate._layer
+    layer = calibrate._quantize_layer
     calls = []
 
     def counted(config, kind, name, *rest):
@@ -156,7 +156,7 @@ def test_an_interrupted_calibration_goes_on_and_ends_the_same(single, tmp_path, 
             raise KeyboardInterrupt
         return layer(config, kind, name, *rest)
 
-    monkeypatch.setattr(calibrate, "_layer", counted)
+    monkeypatch.setattr(calibrate, "_quantize_layer", counted)
     with pytest.raises(KeyboardInterrupt):
         calibrate.run(model, trees.flatten(params), planned, rows(4), options, tmp_path / "b")
     again, same = calibrate.run(model, trees.flatten(params), planned, rows(4), options, tmp_path / "b")
