@@ -18,7 +18,7 @@ from llm_jax.parallel import mesh as mesh_lib
 mesh = mesh_lib.make(MeshConfig(2, 2, 2, ()))
 w, x = jax.random.normal(jax.random.key(0), (256, 512)), jax.random.normal(jax.random.key(1), (4, 256))
 names = ("int8", "int4", "int4_affine:64", "nf4", "mxfp4", "w8a8")
-tree = {name: weights.to_qtensor(w, name, quantized.IN) for name in names}
+tree = {name: weights.to_qtensor(w, name, weights.IN) for name in names}
 shardings = mesh_lib.shardings(tree, ((".*", ("fsdp", "tensor")),), mesh)
 split = jax.device_put(tree, shardings)
 for name in names:

@@ -52,7 +52,7 @@ def test_bad_steps_are_named_skipped_and_given_up_on(config, tmp_path, capsys):
     with pytest.raises(bad_steps.BadStep) as raised:
         seen.see(33, math.nan, True, np.full(2, math.nan))
     assert raised.value.step == 33 and "the gradient of all weights is not finite" in raised.value.what
-    with pytest.raises(UserError, match=r"train.on_bad_step' is 'panic'; expected one of stop, skip, rollback"):
+    with pytest.raises(UserError, match=r"train.on_bad_step' is 'panic'; expected one of rollback, skip, stop"):
         bad_steps.Watch(dataclasses.replace(config, on_bad_step="panic"), [], tmp_path / "none", 0)
 
 
