@@ -155,9 +155,13 @@ def load(
     if cls is not Config:
         return config
     before = flat(default())
-    explicit = {key for key, value in flat(config).items() if value != before[key]} | {*(overrides or {})}
+    explicit = {key for key, value in flat(config).items() if value != before[key]} | _leaves(overrides or {})
     if isinstance(source, Config):
         explicit |= source.explicit
+    elif isinstance(source, Mapping):
+        explicit |= _leaves(source)
+    elif isinstance(source, str | os.PathLike) and find(source).suffix != ".py":  # a partial file, or a run
+        explicit |= _leaves(read(source))
     return dataclasses.replace(config, explicit=frozenset(explicit))
 
 
@@ -168,14 +172,16 @@ def read(source: str | os.PathLike[str]) -> dict[str, Any]:
         if path.is_dir():
             return upgrade(json.loads((path / "config.json").read_text()))
         if path.suffix == ".json":
-            return json.loads(path.read_text())
+            mapping = json.loads(path.read_text())
+            return upgrade(mapping) if path.name == "config.json" else mapping
         if path.suffix == ".toml":
             return tomllib.loads(path.read_text())
-        return _plain(runpy.run_path(str(path))["get_config"]())
+        module = runpy.run_path(str(path))
+        if "get_config" not in module:
+            raise UserError(f"--config={source}: no function get_config() in this file")
+        return _plain(module["get_config"]())
     except UserError:
         raise
-    except KeyError as error:
-        raise UserError(f"--config={source}: no function get_config() in this file") from error
     except Exception as error:  # a configuration file is Python code and may raise anything
         raise UserError(f"--config={source} cannot be read ({type(error).__name__}: {error})") from error
 
@@ -187,6 +193,8 @@ def find(source: str | os.PathLike[str]) -> pathlib.Path:
       UserError: there is none; names the recipes.
     """
     path = pathlib.Path(source).expanduser()
+    if str(source) in recipes():
+        return recipes_directory() / f"{source}.py"
     if path.is_dir() and not (path / "config.json").is_file():
         raise UserError(
             f"--config={source}: this directory has no config.json; expected a run or one of its checkpoints"
@@ -306,7 +314,9 @@ def replace(config: Any, changes: Mapping[str, Any], prefix: str = "") -> Any:
         _set(mapping, key, value, type(config), prefix)
     changed = build(mapping, type(config), prefix)
     return (
-        dataclasses.replace(changed, explicit=config.explicit | {*changes}) if isinstance(config, Config) else changed
+        dataclasses.replace(changed, explicit=config.explicit | _leaves(changes))
+        if isinstance(config, Config)
+        else changed
     )
 
 
@@ -391,6 +401,14 @@ def _overlay(base: dict[str, Any], mapping: Mapping[str, Any], prefix: str = "",
             _overlay(base[name], value, f"{key}.", renamed)
         else:
             base[name] = copy.deepcopy(value)
+
+
+def _leaves(mapping: Mapping[str, Any], prefix: str = "") -> set[str]:
+    """The dotted keys of the options that a nested mapping (or one with dotted keys) gives."""
+    keys: set[str] = set()
+    for name, value in mapping.items():
+        keys |= _leaves(value, f"{prefix}{name}.") if hasattr(value, "items") else {f"{prefix}{name}"}
+    return keys
 
 
 def _set(mapping: dict[str, Any], key: str, value: Any, cls: Any = Config, prefix: str = "") -> None:

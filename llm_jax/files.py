@@ -153,8 +153,10 @@ def lock(workdir: pathlib.Path) -> Any:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        file.seek(0)
-        raise UserError(f"{workdir}: another trainer is at work here ({file.read().strip()}); end it first") from error
+        with file:
+            file.seek(0)
+            holder = file.read().strip()
+        raise UserError(f"{workdir}: another trainer is at work here ({holder}); end it first") from error
     except OSError:  # a file system without locks
         return file
     file.truncate(0)

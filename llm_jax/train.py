@@ -34,14 +34,13 @@ def main(f: cli.Flags) -> int:
         print(inputs.describe(prepared.setup.config, prepared.inputs))
         print(setup_lib.describe(prepared.setup))
         return 0
-    with signals.deferred() as signal_number:
-        summary = trainer.train(config, f.workdir, stop=signal_number, profile=f.profile)
-        number = signal_number()
-    if number and summary.get("stopped"):
+    signal = signals.Deferred()
+    summary = trainer.train(config, f.workdir, stop=signal, profile=f.profile)
+    if signal.number and summary.get("stopped"):
         steps = config.train.steps
         message = f"saved at step {summary['steps']} of {steps}; the same command resumes from there"
         print(f"\n{message}", file=sys.stderr)
-        return 128 + number
+        return 128 + signal.number
     return 0
 
 

@@ -107,8 +107,10 @@ class Writer:
 
     def close(self) -> None:
         """Waits, and ends Orbax's threads."""
-        self.wait()
-        self._orbax.close()
+        try:
+            self.wait()
+        finally:
+            self._orbax.close()
 
     def discard(self, after: int) -> None:
         """Removes the checkpoints of later steps than `after`, from which training does not resume."""

@@ -94,7 +94,7 @@ def parse(command: Command, values: flags.FlagValues, arguments: Sequence[str]) 
         raise UserError(_unknown_flag(error.flagname, command, values)) from error
     except flags.Error as error:
         raise UserError(_message(error)) from error
-    except (ValueError, TypeError, KeyError) as error:  # ml_collections, for a value that does not fit the option
+    except (ValueError, TypeError, LookupError) as error:  # ml_collections, for a value that does not fit the option
         raise UserError(f"--config: {_message(error)}") from error
     if positional:
         raise UserError(f"unexpected argument '{positional[0]}'; options are written --name=value")

@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
 from typing import Any
 
 _PATIENCE = 5.0  # seconds between an interrupt and the end of the process
@@ -20,32 +19,37 @@ def install(message: str) -> None:
     signal.signal(signal.SIGINT, functools.partial(_interrupt, message))
 
 
-@contextlib.contextmanager
-def deferred() -> Iterator[Callable[[], int]]:
-    """Within the context, a first SIGINT or SIGTERM is recorded instead of obeyed; a second one ends the process.
+class Deferred:
+    """A context in which a first SIGINT or SIGTERM is recorded instead of obeyed; a second one ends the process.
 
     Without `install`, in a notebook or a test, the handlers of the process stay as they are.
 
-    Yields:
-      A function that returns the number of the signal that has arrived, or 0.
+    Attributes:
+      number: the signal that has arrived, or 0; calling the object returns it.
     """
-    received = 0
 
-    def record(number: int, frame: Any) -> None:
-        nonlocal received
-        if received:
+    def __init__(self) -> None:
+        self.number = 0
+        self._previous: dict[int, Any] = {}
+
+    def __call__(self) -> int:
+        return self.number
+
+    def __enter__(self) -> "Deferred":
+        numbers = (signal.SIGINT, signal.SIGTERM) if _installed else ()
+        self._previous = {number: signal.signal(number, self._record) for number in numbers}
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _record(self, number: int, frame: Any) -> None:
+        if self.number:
             leave(128 + number, "\nended at once; the same command resumes from the last checkpoint")
-        received = number
+        self.number = number
         # os.write, because the signal may interrupt a print.
         os.write(2, f"\n{signal.Signals(number).name}: saving after this step; once more to end at once\n".encode())
-
-    numbers = (signal.SIGINT, signal.SIGTERM) if _installed else ()
-    previous = {number: signal.signal(number, record) for number in numbers}
-    try:
-        yield lambda: received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def leave(code: int, message: str = "") -> None:

@@ -92,12 +92,18 @@ def _fields(document: str, options: LabelledConfig, catalog: Catalog, index: int
     text = record[options.text_field]
     if not isinstance(text, str | None):
         raise UserError(f"{catalog.name(index)}: the field '{options.text_field}' is {text!r}; expected text")
-    return (text or "").strip(), record[options.label_field]
+    label = record[options.label_field]
+    if text and (label is None or label == ""):
+        raise UserError(f"{catalog.name(index)}: the field '{options.label_field}' has no label; remove the record")
+    return (text or "").strip(), label
 
 
 def _rating(label: Any, catalog: Catalog, index: int) -> float:
     try:
-        return float(label)
+        rating = float(label)
+        if not math.isfinite(rating):
+            raise ValueError("not finite")
+        return rating
     except (TypeError, ValueError) as error:
         raise UserError(
             f"{catalog.name(index)}: the label is {label!r}; expected a number, which data.labelled.thresholds divide"
@@ -153,14 +159,9 @@ class Prompts:
         shots: Sequence[LabelledText] = (),
     ):
         self._tokenizer = tokenizer
-        self._question = options.question.replace("{choices}", ", ".join(choices))
+        self._question, (before, after) = _prompt_parts(options, choices)
         special = getattr(tokenizer, "special", {})
         self._chat = bool(special.get("chat_template"))
-        if options.template.count("{text}") != 1:
-            raise UserError(
-                f"config key 'data.labelled.template' is {options.template!r}; expected {{text}} in it, once"
-            )
-        before, after = (part.replace("{question}", self._question) for part in options.template.split("{text}"))
         end = [] if tokenizer.eos is None else [tokenizer.eos]
         space = "" if self._chat else " "
         self.answers = tuple((*tokenizer.encode(space + choice), *end) for choice in choices)
@@ -185,6 +186,15 @@ class Prompts:
     def answer(self, example: LabelledText) -> list[int]:
         """The token ids of the right answer, with what ends it."""
         return list(self.answers[example.label])
+
+
+def _prompt_parts(options: LabelledConfig, choices: tuple[str, ...]) -> tuple[str, tuple[str, str]]:
+    """(the question, the prompt before and after the text). Raises UserError for a template without {text}."""
+    question = options.question.replace("{choices}", ", ".join(choices))
+    if options.template.count("{text}") != 1:
+        raise UserError(f"config key 'data.labelled.template' is {options.template!r}; expected {{text}} in it, once")
+    before, after = (part.replace("{question}", question) for part in options.template.split("{text}"))
+    return question, (before, after)
 
 
 def _render(special: dict[str, Any], question: str, shots: Sequence[tuple[str, str]]) -> str:
@@ -260,7 +270,7 @@ class LabelledSource:
 
     def tokenizer(self, config: TokenizerConfig) -> Tokenizer:
         """The tokenizer of a config, trained on the prompts and answers of the training split (once)."""
-        before, after = self.config.labelled.template.split("{text}")
+        _, (before, after) = _prompt_parts(self.config.labelled, self.choices)
         texts = (f"{before}{e.text}{after} {self.choices[e.label]}" for e in self.parts["train"])
         return corpus_lib.trained_tokenizer(self.cache, self._key, config, texts)
 

@@ -5,6 +5,7 @@ import pathlib
 import statistics
 import time
 
+from llm_jax import files
 from llm_jax.training.bad_steps import lines_up_to
 
 
@@ -41,6 +42,4 @@ def _read(workdir: pathlib.Path) -> list[dict[str, float]]:
 
 
 def _write(workdir: pathlib.Path, attempts: list[dict[str, float]]) -> None:
-    partial = workdir / ".attempts.partial"
-    partial.write_text("".join(json.dumps(attempt) + "\n" for attempt in attempts))
-    partial.replace(workdir / "attempts.jsonl")
+    files.write(workdir / "attempts.jsonl", "".join(json.dumps(attempt) + "\n" for attempt in attempts))

@@ -10,6 +10,7 @@ from llm_jax.data import rows as rows_lib
 from llm_jax.errors import UserError
 from llm_jax.schema import Config
 from llm_jax.tokenizers import Tokenizer
+from llm_jax.training import start as start_lib
 from llm_jax.training.start import Start
 
 
@@ -49,11 +50,10 @@ def load(config: Config, start: Start | None = None) -> Inputs:
     Raises:
       UserError: no such source, too little text, or another tokenizer or text than the checkpoint was trained on.
     """
-    from llm_jax.training import start as start_lib
-
     start = start or start_lib.find(config)
     config, c = start.config, start.config.train
-    named = vocabulary.named_tokenizer(config.tokenizer.path, start.tokenizer) if config.tokenizer.path else None
+    own = start.tokenizer if start.checkpoint else None  # a resumed run has its tokenizer, should the path be gone
+    named = vocabulary.named_tokenizer(config.tokenizer.path, own) if config.tokenizer.path else None
     if named:
         size = dataclasses.replace(config.tokenizer, kind=named.kind, vocab_size=named.vocab_size)
         config = dataclasses.replace(config, tokenizer=size)

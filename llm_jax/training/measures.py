@@ -82,11 +82,15 @@ class Profiler:
         elif done == self._first + 3:
             self.close(state)
 
+    def stop(self) -> None:
+        """Ends a trace that is still running, as after an error."""
+        if self._active:
+            self._active, self._first = False, None
+            jax.profiler.stop_trace()
+
     def close(self, state: Any) -> None:
         """Ends a trace that is still running, and prints where it is."""
         if self._active:
             jax.block_until_ready(state)
-            jax.profiler.stop_trace()
-            self._active = False
-            self._first = None
+            self.stop()
             print(f"profile: {self._directory} (tensorboard --logdir={self._directory})", flush=True)

@@ -12,11 +12,13 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from llm_jax import files
 from llm_jax.errors import UserError
 from llm_jax.training.bad_steps import Watch, lines_up_to
 from llm_jax.training.trackers import Tracker
 
 Metrics = Mapping[str, Any]  # of jax.Array
+_QUIET = 60.0  # seconds after which a run without a terminal prints a line in any case
 
 
 @dataclasses.dataclass
@@ -73,6 +75,7 @@ class Progress:
         self._flops_per_token, self._peak = flops_per_token, peak
         self._watch, self._weights, self._trackers, self._norms_every = watch, weights, trackers, norms_every
         self._pending: _Pending | None = None
+        self._printed = time.perf_counter()
         self._clock = time.perf_counter()  # the end of what came before the step that is timed next
         self._line: dict[str, Any] = {}
         self.rates: list[float] = []  # tokens per second of every step
@@ -115,7 +118,8 @@ class Progress:
         text = f"loss {values['loss']:.3f}, {rate:,.0f} tokens/s, MFU {mfu:.0%}"
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update(1)
-        if self._verbose and self._bar.disable and self._is_milestone(step):
+        if self._verbose and self._bar.disable and (self._is_milestone(step) or ready - self._printed > _QUIET):
+            self._printed = ready
             print(f"step {step} of {self._steps}: {text}", flush=True)
         self._watch.see(step, values["loss"], bad, norms["gradient"])
 
@@ -174,14 +178,12 @@ class Progress:
             sys.stdout.flush()
 
     def close(self) -> None:
-        """Closes the bar, the file and the trackers."""
+        """Closes the bar and the file; may be called again."""
         self._bar.close()
         self._file.close()
-        for tracker in self._trackers:
-            tracker.close()
 
 
 def _reopen(path: pathlib.Path, start: int):
     """The metrics file, cut after the line of step `start`: later ones are written again."""
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines_up_to(path, start)))
+    files.write(path, "".join(json.dumps(line) + "\n" for line in lines_up_to(path, start)))
     return path.open("a")

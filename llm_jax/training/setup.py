@@ -1,9 +1,9 @@
 """Everything that a configuration determines before any data or weights are read, in one place.
 
-    setup = training.setup(config, vocab_size)
-    state = setup.init()                        # random weights, or those of init_from
-    for batch in setup.batches(rows, 0, 100):
-        state, metrics = setup.step(state, batch)
+    parts = setup(start.find(config).config, vocab_size)
+    state = parts.init()                        # random weights, or those of init_from
+    for batch in parts.batches(rows, 0, 100):
+        state, metrics = parts.step(state, batch)
 
 `setup` works from shapes alone: it makes the mesh, the model, the optimizer, the shardings and the jitted functions,
 and raises `UserError` for every contradiction in the configuration that can be seen without data. The trainer, `plan`,
@@ -23,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from llm_jax import checkpoints, trees
 from llm_jax.checkpoints import Checkpoint, abstract_params
+from llm_jax.checkpoints.checkpoint import with_dtype
 from llm_jax.data import rows as rows_lib
 from llm_jax.data.rows import Batch
 from llm_jax.errors import UserError
@@ -311,7 +312,10 @@ def _reference(config: Config, model: Transformer, teacher: ModelConfig | None) 
     if not config.loss.teacher:
         return None
     if teacher is None:
-        teacher = checkpoints.open(config.loss.teacher).config
+        checkpoint = checkpoints.open(config.loss.teacher)
+        teacher = checkpoint.config
+        if checkpoint.run_config is None:
+            teacher = with_dtype(teacher, config.model.precision.params)
         teacher = dataclasses.replace(teacher, scan_layers=config.model.scan_layers, attention_kernel="auto")
     transformer.check_length(teacher, config.train.seq_len)
     return Transformer(teacher)

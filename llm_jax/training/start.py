@@ -69,16 +69,14 @@ def find(config: Config, workdir: pathlib.Path | None = None) -> Start:
       UserError: the workdir holds another run, a checkpoint is damaged, or an override contradicts `init_from`.
     """
     saved = checkpoints.find(workdir) if workdir and checkpoints.steps(workdir) else None
-    recorded = checkpoints.read_config(workdir) if workdir and (workdir / "config.json").exists() else None
+    recorded = next((checkpoints.read_config(d) for d in (workdir, saved) if d and (d / "config.json").exists()), None)
     origin = None
     if config.init_from and (config.lora.rank or not saved):
         origin = checkpoints.open_base(config.init_from)
-    if config.init_from:
-        if origin:
-            config = _from_checkpoint(config, origin.config, origin.tokenizer, origin.name)
-        elif recorded:
-            tokenizer = tokenizers.load(saved / "tokenizer") if saved else None
-            config = _from_checkpoint(config, recorded.model, tokenizer, str(workdir))
+    if config.init_from and saved and recorded:  # the run has a model of its own
+        config = _from_checkpoint(config, recorded.model, tokenizers.load(saved / "tokenizer"), str(workdir))
+    elif origin:
+        config = _from_checkpoint(config, origin.config, origin.tokenizer, origin.name)
     if config.optim.warmup_steps < 0:
         steps = recorded.optim.warmup_steps if recorded else optim.warmup_steps(config.optim, config.train.steps)
         config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, warmup_steps=steps))
@@ -107,7 +105,7 @@ def notes(start: Start) -> Iterator[str]:
                 "wsd before its decay continue without a jump"
             )
     if start.origin:
-        before, now = _flat(start.origin.config), _flat(start.config.model)
+        before, now = configuration.flat(start.origin.config), configuration.flat(start.config.model)
         yield f"weights from {start.origin.name}"
         for key in now:
             if now[key] != before[key] and not _is_of_the_run(key) and key != "vocab_size":
@@ -120,23 +118,24 @@ def _from_checkpoint(config: Config, model: ModelConfig, tokenizer: Tokenizer | 
     Raises:
       UserError: an option that was set explicitly changes the shape of a weight; names it.
     """
-    explicit = {key.removeprefix("model.") for key in config.explicit if key.startswith("model.")}
-    own, theirs = _flat(config.model), _flat(model)
+    own, theirs = configuration.flat(config.model), configuration.flat(model)
+    default = configuration.flat(configuration.default("model"))
+    explicit = {key.removeprefix("model.") for key in config.explicit} | {k for k in own if own[k] != default[k]}
     changes = {k: own[k] for k in own if own[k] != theirs[k] and (k in explicit or _is_of_the_run(k))}
     if not own["vocab_size"]:
         changes.pop("vocab_size", None)
+    try:
+        shapes = _shapes(configuration.replace(model, changes, "model."))
+    except UserError as error:
+        raise UserError(f"{name}: its model cannot be changed so ({error})") from error
     expected = _shapes(model)
-    for key in sorted(changes, key=list(own).index):
-        try:
-            shapes = _shapes(configuration.replace(model, {key: changes[key]}, "model."))
-        except UserError as error:
-            raise UserError(f"{name}: its model cannot have model.{key}={changes[key]!r} ({error})") from error
-        if shapes != expected and not _is_of_the_run(key):
-            path = next(p for p in [*shapes, *expected] if shapes.get(p) != expected.get(p))
-            raise UserError(
-                f"model.{key}={changes[key]!r} does not fit the weights of {name}, where it is {theirs[key]!r} (it "
-                f"changes '{path}'); leave it out"
-            )
+    if shapes != expected:
+        key = next((k for k in changes if _changes_shapes(model, {k: changes[k]}, expected)), next(iter(changes)))
+        path = next(p for p in [*shapes, *expected] if shapes.get(p) != expected.get(p))
+        raise UserError(
+            f"model.{key}={changes[key]!r} does not fit the weights of {name}, where it is {theirs[key]!r} (it "
+            f"changes '{path}'); leave it out"
+        )
     config = dataclasses.replace(config, model=configuration.replace(model, changes, "model."))
     if tokenizer is None:
         return config
@@ -144,8 +143,11 @@ def _from_checkpoint(config: Config, model: ModelConfig, tokenizer: Tokenizer | 
         raise UserError(
             f"{name}: trained on '{tokenizer.kind}' tokens; config key 'tokenizer.kind' is '{config.tokenizer.kind}'"
         )
-    its = dataclasses.replace(config.tokenizer, kind=tokenizer.kind, vocab_size=tokenizer.vocab_size)
-    return dataclasses.replace(config, tokenizer=its)
+    size = config.tokenizer.vocab_size
+    if "tokenizer.vocab_size" in config.explicit and size != tokenizer.vocab_size and not config.tokenizer.path:
+        raise UserError(f"{name}: its tokenizer has {tokenizer.vocab_size} ids; 'tokenizer.vocab_size' is {size}")
+    sized = dataclasses.replace(config.tokenizer, kind=tokenizer.kind, vocab_size=tokenizer.vocab_size)
+    return dataclasses.replace(config, tokenizer=sized)
 
 
 def _refuse_another_run(workdir: pathlib.Path, before: Config, now: Config) -> None:
@@ -161,12 +163,15 @@ def _refuse_another_run(workdir: pathlib.Path, before: Config, now: Config) -> N
         raise UserError(f"{workdir} holds another run ({differences}); give another --workdir")
 
 
-def _flat(model: ModelConfig) -> dict[str, Any]:
-    return configuration.flat(model)
-
-
 def _is_of_the_run(key: str) -> bool:
     return key.split(".")[0] in _OF_THE_RUN
+
+
+def _changes_shapes(model: ModelConfig, change: dict[str, Any], expected: dict[str, tuple[int, ...]]) -> bool:
+    try:
+        return _shapes(configuration.replace(model, change, "model.")) != expected
+    except UserError:  # it needs another change beside it
+        return False
 
 
 def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -119,5 +119,7 @@ def open_all(names: tuple[str, ...], workdir: pathlib.Path, config: Mapping[str,
         try:
             opened.append(TRACKERS[name](workdir, config, start))
         except Exception as error:  # theirs are many: no network, not logged in, a path that cannot be written
+            for tracker in opened:
+                tracker.close()
             raise UserError(f"report.to={name} cannot begin ({str(error).strip().splitlines()[-1]})") from error
     return opened

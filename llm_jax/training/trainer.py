@@ -98,7 +98,8 @@ def train(
       workdir: the directory of the run: config.json, metrics.jsonl, summary.json and checkpoints/.
       callback: called with the metrics of every step, a dict as metrics.jsonl has it (step, loss, tokens_per_second,
         validation_loss where the step was evaluated, ...). A true value stops the run.
-      stop: asked after every step; a true value stops the run. A run that stops saves a checkpoint first.
+      stop: called after every step; a true value stops the run, which saves a checkpoint first. If it is a context
+        manager as well, it is entered for the loop alone.
       profile: trace three steps into WORKDIR/profile.
       verbose: print the parameters, the progress and the results.
 
@@ -134,7 +135,8 @@ def train(
         base = setup.load_base(beginning.origin) if method.reads_base(bool(beginning.checkpoint)) else None
         base_record = None
         if beginning.origin and config.lora.rank:
-            base_record = {"path": beginning.origin.name, "sha256": trees.fingerprint(base or {})}
+            assert base is not None
+            base_record = {"path": beginning.origin.name, "sha256": trees.fingerprint(base)}
             if beginning.checkpoint:
                 adapters.check_base(beginning.checkpoint, beginning.record, base_record["sha256"])
         if beginning.checkpoint:
@@ -156,6 +158,8 @@ def train(
 
         # ---------------------------------------------------------------- the loop
         tracking = trackers.open_all(config.report.to, workdir, configuration.flat(config), beginning.step)
+        for tracker in tracking:
+            stack.callback(tracker.close)
         writer = checkpoints.Writer(workdir, config, data.tokenizer, data.source.sha256, fingerprint, base_record)
         stack.callback(writer.close)
         flops = transformer.flops_per_token(config.model, c.seq_len)
@@ -176,6 +180,7 @@ def train(
         attempts.begin(workdir, beginning.step)
         rollbacks = bad_steps.Rollbacks()
         profiler = measures.Profiler(workdir, beginning.step, c.steps, profile)
+        stack.callback(profiler.stop)
         periods = {
             "evaluate": config.eval.every,
             "sample": config.report.samples_every if config.eval.prompts else 0,
@@ -186,6 +191,9 @@ def train(
         stream = setup.batches(data.train, done + skipped_batches, c.steps + skipped_batches)
         figures: dict[str, float] = {}
         stopping = False
+        scope = stack.enter_context(contextlib.ExitStack())
+        if isinstance(stop, contextlib.AbstractContextManager):
+            scope.enter_context(stop)
         while done < c.steps and not stopping:
             profiler.at(done, state)
             batch = next(stream)
@@ -196,6 +204,8 @@ def train(
             due = {"save"} if stopping else due | {"evaluate", "save"} if done == c.steps else due
             try:
                 line = progress.step(done, metrics)
+                if callback and line and callback(line):
+                    stopping, due = True, due | {"save"}
                 if due:
                     progress.collect()
             except bad_steps.BadStep as bad:
@@ -217,8 +227,6 @@ def train(
                 done, skipped_batches = to, skipped_batches + bad.step - to
                 stream = setup.batches(data.train, done + skipped_batches, c.steps + skipped_batches)
                 continue
-            if callback and line and callback(line):
-                stopping, due = True, due | {"save"}
             if not due:
                 continue
             norms = evaluator.activation_norms(state, batch) if "norms" in due else {}
@@ -234,10 +242,12 @@ def train(
                 loss = figures.get("validation_loss")
                 writer.save(done, saved, state.optimizer, loss, skipped_batches, state.ema)
             progress.pause()
+        scope.close()
         profiler.close(state)
         writer.wait()
         if config.eval.prompts and done == c.steps:
             progress.text(done, "samples", evaluator.sample("after training", state))
+        progress.close()
         attempts.end(workdir)
         if done < c.steps:
             return {"stopped": True, "steps": done}

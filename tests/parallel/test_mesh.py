@@ -57,7 +57,7 @@ def test_dry_run_prints_the_shardings_and_writes_nothing(command, tmp_path):
     [
         (["--config.mesh.data=3"], "does not fit 8 devices"),
         (["--config.mesh.data=0"], "positive number"),
-        (["--config.mesh.data=-1", "--config.mesh.fsdp=-1"], "at most one of them -1"),
+        (["--config.mesh.data=-1", "--config.mesh.fsdp=-1"], "for at most one axis"),
         (["--config.train.batch_size=6"], "cannot be split over mesh data x fsdp = 8"),
         (["--config.mesh.rules=(('.*',('rows',None)),)"], "'rows' is no mesh axis"),
     ],

@@ -229,3 +229,36 @@ def test_warm_up_is_a_share_of_the_run_by_default():
     assert optim.warmup_steps(default.optim, 700) == 50 and optim.warmup_steps(default.optim, 10) == 0
     assert float(optim.schedule(default.optim, 10)(0)) == pytest.approx(default.optim.lr)
     assert start.find(default).config.optim.warmup_steps == 50
+
+
+def test_a_bad_step_after_the_callback_stops_is_still_handled(config, tmp_path):
+    """The step under way when the callback stops the run is collected with the others."""
+    bad = configuration.replace(config, {"optim.lr": 1e30, "optim.clip_norm": 0.0})
+    with pytest.raises(UserError, match="step 2: the loss is"):
+        llm_jax.train(bad, tmp_path, callback=lambda line: line["step"] == 1, verbose=False)
+    llm_jax.train(config, tmp_path / "again", verbose=False)
+
+
+def test_rope_scaling_is_taken_with_all_its_options(text_file, cache, tmp_path):
+    rope = llm_jax.config(ROOT / "tests" / "tiny.py", {"data.source": str(text_file), "data.cache_dir": str(cache)})
+    llm_jax.train(configuration.replace(rope, {"train.steps": 3}), tmp_path / "base", verbose=False)
+    scaling = {"kind": "rope", "scaling": "yarn", "scaling_factor": 2.0, "original_length": 32}
+    changes = {"init_from": str(tmp_path / "base"), "model.position": scaling}
+    position = start.find(configuration.load(rope, changes)).config.model.position
+    assert (position.scaling, position.scaling_factor, position.original_length) == ("yarn", 2.0, 32)
+
+
+def test_values_set_in_any_way_count_as_explicit(base, text_file, cache):
+    """By an override, a partial mapping (even with the default) or dataclasses.replace: with `init_from` none is lost."""
+    by_mapping = llm_jax.config({"init_from": str(base), "model": {"num_layers": 4}})
+    config = from_base(base, text_file, cache)
+    by_replace = dataclasses.replace(config, model=dataclasses.replace(config.model, width=64))
+    for changed in (by_mapping, by_replace):
+        with pytest.raises(UserError, match="does not fit the weights of"):
+            start.find(changed)
+
+
+def test_a_missing_tokenizer_path_is_refused_with_init_from(base, text_file, cache, tmp_path):
+    config = from_base(base, text_file, cache, tokenizer__path=str(tmp_path / "typo"))
+    with pytest.raises(UserError, match="tokenizer.path="):
+        inputs.load(config)
