@@ -249,7 +249,7 @@ def test_rope_scaling_is_taken_with_all_its_options(text_file, cache, tmp_path):
 
 
 def test_values_set_in_any_way_count_as_explicit(base, text_file, cache):
-    """By an override, a partial mapping (even with the default) or dataclasses.replace: with `init_from` none is lost."""
+    """By an override, a partial mapping (even with the default) or dataclasses.replace: none of them is lost."""
     by_mapping = llm_jax.config({"init_from": str(base), "model": {"num_layers": 4}})
     config = from_base(base, text_file, cache)
     by_replace = dataclasses.replace(config, model=dataclasses.replace(config.model, width=64))
