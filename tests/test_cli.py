@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from llm_jax import __main__ as entry
-from llm_jax import cli, configuration
+from llm_jax import cli, configuration, option_names
 from llm_jax.schema import EmbeddingsConfig
 from tests.conftest import ROOT
 
@@ -189,8 +189,8 @@ def test_names_of_other_codebases_and_sections_are_answered_with_the_option(flag
 
 
 def test_every_answer_to_another_name_is_an_option_with_a_valid_value():
-    options = set(configuration.keys())
-    for name, answer in configuration.OTHER_NAMES.items():
+    options = set(option_names.keys())
+    for name, answer in option_names.OTHER_NAMES.items():
         key, _, value = answer.partition("=")
         assert key in options and name not in {option.rsplit(".", 1)[1] for option in options if "." in option}
         if value:
@@ -200,7 +200,7 @@ def test_every_answer_to_another_name_is_an_option_with_a_valid_value():
 def test_help_config_describes_every_option_and_can_be_searched(command):
     text = command("train", "--help-config").stdout
     keys = [line[9:].split("=")[0] for line in text.splitlines() if line.startswith("--config.")]
-    assert keys == list(configuration.keys())
+    assert keys == list(option_names.keys())
     lines = text.splitlines()
     assert all(lines[i + 1].startswith("    ") for i, line in enumerate(lines) if line.startswith("--config."))
     by_key = command("train", "--help-config=optim.lr").stdout.splitlines()

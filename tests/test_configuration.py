@@ -4,6 +4,7 @@ import runpy
 import pytest
 
 from llm_jax import configuration as config_lib
+from llm_jax import option_names
 from llm_jax.errors import UserError
 from tests.conftest import ROOT
 
@@ -14,7 +15,7 @@ def default():
 
 def test_default_states_every_option_and_no_other():
     config = config_lib.build(default())
-    assert set(config_lib.flat(config)) == set(config_lib.keys())
+    assert set(config_lib.flat(config)) == set(option_names.keys())
     assert config_lib.build(config_lib.as_dict(config)) == config
 
 
@@ -109,7 +110,7 @@ def test_a_workdir_that_cannot_be_written_is_one_line(command, tmp_path, what):
 
 def test_a_config_json_with_the_names_of_earlier_versions_loads_under_the_new_names(tmp_path):
     config = config_lib.load("default")
-    values = {new: value for new, value in config_lib.flat(config).items() if new in config_lib.RENAMED.values()}
+    values = {new: value for new, value in config_lib.flat(config).items() if new in option_names.RENAMED.values()}
     # Another value than the default for every renamed option, so that a dropped one shows.
     choices = {"model.norm_placement": "post", "model.position.relative_embeddings": "keys"}
     choices |= {"model.attention_kernel": "plain", "model.kv_cache": "int8"}
@@ -120,7 +121,7 @@ def test_a_config_json_with_the_names_of_earlier_versions_loads_under_the_new_na
     }
     expected = config_lib.replace(config, changes)
     mapping = config_lib.as_dict(expected)
-    for old, new in config_lib.RENAMED.items():
+    for old, new in option_names.RENAMED.items():
         *sections, name = new.split(".")
         section = mapping
         for part in sections:
@@ -130,7 +131,7 @@ def test_a_config_json_with_the_names_of_earlier_versions_loads_under_the_new_na
     assert config_lib.load(tmp_path) == expected
 
 
-@pytest.mark.parametrize(("old", "new"), config_lib.RENAMED.items())
+@pytest.mark.parametrize(("old", "new"), option_names.RENAMED.items())
 def test_an_override_by_an_earlier_name_is_answered_with_the_new_one(old, new):
     with pytest.raises(UserError, match=f"unknown config key '{old}'; it is now '{new}'"):
         config_lib.load("default", {old: 1})

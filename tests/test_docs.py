@@ -11,7 +11,7 @@ import shlex
 import pytest
 
 import llm_jax
-from llm_jax import cli, configuration
+from llm_jax import cli, configuration, option_names
 from llm_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -89,7 +89,7 @@ def test_every_option_path_and_link_in_the_documentation_exists(page):
     text = page.read_text()
     if page.name == "CHANGELOG.md":  # names what has gone
         return
-    options = set(configuration.keys())
+    options = set(option_names.keys())
     sections = {key.split(".")[0] for key in options if "." in key}
     for name in re.findall(rf"`((?:{'|'.join(sections)})\.[a-z_0-9.]+)(?:=[^`]*)?`", text):
         is_file = name.endswith((".py", ".json", ".jsonl", ".md", ".gguf", ".model"))

@@ -9,7 +9,7 @@ import tokenize
 import typing
 from typing import Annotated, Any
 
-from llm_jax import configuration
+from llm_jax import option_names
 from llm_jax.schema import Rules
 
 
@@ -63,7 +63,7 @@ def kind(annotation: Any) -> str:
 def options(cls: type, default: Any, prefix: str = "") -> list[tuple[str, str, str, str]]:
     """(dotted key, type, default value, meaning) of every option of a dataclass of the schema."""
     rows = []
-    for name, annotation in configuration.options(cls).items():
+    for name, annotation in option_names.options(cls).items():
         value = getattr(default, name)
         if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
             rows += options(annotation, value, f"{prefix}{name}.")

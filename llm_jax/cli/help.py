@@ -9,7 +9,7 @@ from typing import Any
 
 from absl import flags
 
-from llm_jax import configuration
+from llm_jax import configuration, option_names
 from llm_jax.cli import config_help
 from llm_jax.cli.parsing import Command
 from llm_jax.errors import UserError
@@ -80,7 +80,7 @@ def describe_options(cls: Any, text: str = "") -> str:
             lines.append(f"--config.{key}={value}  ({kind})")
             lines += textwrap.wrap(meaning, _WIDTH, initial_indent="    ", subsequent_indent="    ")
     if not lines:
-        raise UserError(f"--help-config={text}: no option contains this; {configuration.nearest(text, cls)}")
+        raise UserError(f"--help-config={text}: no option contains this; {option_names.nearest(text, cls)}")
     return "\n".join(lines)
 
 

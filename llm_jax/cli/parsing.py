@@ -9,7 +9,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from llm_jax import configuration
+from llm_jax import configuration, option_names
 from llm_jax.errors import UserError
 
 # Rows (flags, condition under which they have no effect, function of the flags that is true if they have one).
@@ -83,7 +83,7 @@ def parse(command: Command, values: flags.FlagValues, arguments: Sequence[str]) 
         source, arguments = _split_source(arguments)
         overrides = _overrides(arguments)
         for key, value in overrides.items():
-            if problem := configuration.unknown(key, command.config, value):
+            if problem := option_names.unknown(key, command.config, value):
                 raise UserError(problem)
         source = source or configuration.DEFAULT_RECIPES[command.config]
         complete = configuration.as_dict(configuration.load(source, cls=command.config))
@@ -134,7 +134,7 @@ def _overrides(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def _unknown_flag(name: str, command: Command, values: flags.FlagValues) -> str:
-    if command.config is not None and (option := configuration.resolve(name, command.config)):
+    if command.config is not None and (option := option_names.resolve(name, command.config)):
         return f"unknown flag --{name}; did you mean --config.{option}?"
     near = difflib.get_close_matches(name, list(values), 1, 0.5)
     hint = f"did you mean --{near[0]}?" if near else f"python -m llm_jax.{command.name} --help lists the flags"

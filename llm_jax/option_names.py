@@ -1,0 +1,146 @@
+"""The names of options: what exists, what was renamed, and what other codebases call it."""
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from llm_jax.schema import Config
+
+# Options that have been renamed: an old checkpoint is read under the new name, an old override is answered with it.
+RENAMED = {
+    "loss.masked_share": "loss.mask_prob",
+    "model.attention": "model.attention_kernel",
+    "model.cache": "model.kv_cache",
+    "model.head_width": "model.head_dim",
+    "model.mlp_width": "model.mlp_dim",
+    "model.norm_place": "model.norm_placement",
+    "model.num_types": "model.type_vocab_size",
+    "model.parallel": "model.parallel_residual",
+    "model.position.buckets": "model.position.num_buckets",
+    "model.position.clip": "model.position.max_relative_position",
+    "model.position.factor": "model.position.scaling_factor",
+    "model.position.fraction": "model.position.partial_rotary_factor",
+    "model.position.high_frequency": "model.position.high_freq_factor",
+    "model.position.low_frequency": "model.position.low_freq_factor",
+    "model.position.shaw": "model.position.relative_embeddings",
+    "model.tie_head": "model.tie_embeddings",
+}
+# Names that other codebases use for options: the section and the option here, or a complete override.
+OTHER_NAMES = {
+    "amp": "model.precision.compute=bfloat16",
+    "batch": "train.batch_size",
+    "bf16": "model.precision.compute=bfloat16",
+    "block_size": "train.seq_len",
+    "bptt": "train.seq_len",
+    "context_length": "train.seq_len",
+    "ctx_len": "train.seq_len",
+    "d_ff": "model.mlp_dim",
+    "d_model": "model.width",
+    "dataset": "data.source",
+    "depth": "model.num_layers",
+    "dim": "model.width",
+    "dtype": "model.precision.compute",
+    "embedding_dim": "model.width",
+    "epochs": "train.steps",
+    "fp16": "model.precision.compute=float16",
+    "gradient_accumulation_steps": "train.grad_accumulation",
+    "gradient_checkpointing": "model.remat=full",
+    "hidden_size": "model.width",
+    "intermediate_size": "model.mlp_dim",
+    "iterations": "train.steps",
+    "layers": "model.num_layers",
+    "learning_rate": "optim.lr",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "lora_r": "lora.rank",
+    "lr_scheduler_type": "optim.schedule",
+    "max_grad_norm": "optim.clip_norm",
+    "max_iters": "train.steps",
+    "max_position_embeddings": "model.position.max_length",
+    "max_seq_len": "train.seq_len",
+    "max_steps": "train.steps",
+    "mixed_precision": "model.precision.compute=bfloat16",
+    "n_ctx": "train.seq_len",
+    "n_embd": "model.width",
+    "n_head": "model.num_heads",
+    "n_heads": "model.num_heads",
+    "n_inner": "model.mlp_dim",
+    "n_kv_head": "model.num_kv_heads",
+    "n_layer": "model.num_layers",
+    "n_layers": "model.num_layers",
+    "num_attention_heads": "model.num_heads",
+    "num_epochs": "train.steps",
+    "num_hidden_layers": "model.num_layers",
+    "num_key_value_heads": "model.num_kv_heads",
+    "num_steps": "train.steps",
+    "num_train_epochs": "train.steps",
+    "optimizer": "optim.kind",
+    "per_device_train_batch_size": "train.batch_size",
+    "pretrained": "init_from",
+    "resume_from": "init_from",
+    "rope_theta": "model.position.base",
+    "save_steps": "checkpoint.every",
+    "eval_steps": "eval.every",
+    "sequence_length": "train.seq_len",
+    "tie_word_embeddings": "model.tie_embeddings",
+    "tied_embeddings": "model.tie_embeddings",
+    "total_steps": "train.steps",
+    "train_steps": "train.steps",
+    "warmup": "optim.warmup_steps",
+    "wd": "optim.weight_decay",
+}
+
+
+def options(cls: Any) -> dict[str, Any]:
+    """{name: annotated type} of the options and sections of a configuration dataclass."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {name: kind for name, kind in hints.items() if name != "explicit"}
+
+
+def keys(cls: Any = Config, prefix: str = "") -> Iterator[str]:
+    """The dotted names of all options."""
+    for key, kind in options(cls).items():
+        if dataclasses.is_dataclass(kind):
+            yield from keys(kind, f"{prefix}{key}.")
+        else:
+            yield prefix + key
+
+
+def nearest(key: str, cls: Any = Config) -> str:
+    """A phrase that names the option that `key` was renamed to, is called elsewhere, or is nearest to."""
+    if cls is Config and key in RENAMED:
+        return f"it is now '{RENAMED[key]}'"
+    return f"did you mean '{resolve(key, cls) or _similar(key, cls)}'?"
+
+
+def resolve(key: str, cls: Any = Config) -> str:
+    """The option that a name without its section, or a name of other codebases, stands for; "" if there is none."""
+    options = list(keys(cls))
+    name = key.rsplit(".", 1)[-1].lower().replace("-", "_")
+    ends = [option for option in options if option.endswith(f".{key}")]  # the section is missing
+    if not ends and cls is Config and name in OTHER_NAMES:
+        return OTHER_NAMES[name]
+    return ends[0] if ends else ""
+
+
+def unknown(key: str, cls: Any = Config, value: str = "VALUE") -> str:
+    """The error message for an override of `key` where this is no option, with the cure; "" for an option.
+
+    Args:
+      value: the text of the override, for the example in the message.
+    """
+    options = list(keys(cls))
+    if key in options:
+        return ""
+    inside = [option for option in options if option.startswith(f"{key}.")]
+    if not inside:
+        return f"unknown config key '{key}'; {nearest(key, cls)}"
+    if f"{key}.kind" in inside:
+        return f"config key '{key}' is a section; did you mean --config.{key}.kind={value}?"
+    return f"config key '{key}' is a section; set one of its options, as in --config.{inside[0]}=VALUE"
+
+
+def _similar(key: str, cls: Any) -> str:
+    return difflib.get_close_matches(key, list(keys(cls)), 1, 0.0)[0]
