@@ -1,8 +1,10 @@
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
 import importlib
 import io
+import multiprocessing
 import os
 import pathlib
 import random
@@ -76,9 +78,10 @@ def cache(tmp_path_factory) -> pathlib.Path:
 def command(text_file, cache):
     """command("evaluate", *flags) runs a command within this process and returns its exit code and output.
 
-    A process of its own runs a command with `process=True`, `start` (returns the running process), `largest_file` or
-    --devices.
+    A process of its own runs a command with `process=True`, `start` (returns the running process) or `largest_file`.
+    One further process for each number of simulated devices runs the commands with --devices.
     """
+    simulated: dict[str, concurrent.futures.Executor] = {}
 
     def run(
         name: str,
@@ -95,8 +98,12 @@ def command(text_file, cache):
                 f"--config.data.cache_dir={cache}",
                 *flags,
             )
-        if not (start or largest_file or process or any(flag.startswith("--devices=") for flag in flags)):
-            done = call(name, *flags)
+        if not (start or largest_file or process):
+            count = next((flag for flag in flags if flag.startswith("--devices=")), "")
+            if count and count not in simulated:
+                spawn = multiprocessing.get_context("spawn")
+                simulated[count] = concurrent.futures.ProcessPoolExecutor(1, spawn)
+            done = simulated[count].submit(call, name, *flags).result() if count else call(name, *flags)
             assert code is None or done.returncode == code, done.stdout + done.stderr
             return done
         full = [sys.executable, "-m", f"llm_jax.{name}", *flags]
@@ -111,7 +118,9 @@ def command(text_file, cache):
         assert code is None or done.returncode == code, done.stdout + done.stderr
         return done
 
-    return run
+    yield run
+    for executor in simulated.values():
+        executor.shutdown()
 
 
 def call(name: str, *flags: str) -> subprocess.CompletedProcess[str]:
