@@ -1,20 +1,24 @@
 """How the tests compile, in this process and in those it starts.
 
 Most programs here are tiny and run once, so most of the time would go into compiling them. Executables are cached in a
-directory that the processes of a session share, and XLA leaves expensive optimizations out. Two markers restore what a
-user has: `optimized` (golden numbers, memory and time are of the code that users run; implied by `slow` and `live`)
-and `uncached` (bitwise resume is of programs that each process compiled for itself).
+directory that the processes of a session share, and XLA leaves out expensive optimizations and its fusion emitters,
+which take half of the time of compiling for a CPU. Two markers restore what a user has: `optimized` (golden numbers,
+memory and time are of the code that users run; implied by `slow` and `live`) and `uncached` (bitwise resume is of
+programs that each process compiled for itself).
 """
 
 import atexit
+import functools
 import os
 import shutil
 import tempfile
 
 import jax
 import pytest
+from jax._src import compiler
 from jax.experimental.compilation_cache import compilation_cache
 
+_FUSION = "xla_cpu_use_fusion_emitters"
 _DIRECTORY = "JAX_COMPILATION_CACHE_DIR"  # set it to keep the cache from session to session
 
 
@@ -23,11 +27,27 @@ def share_cache() -> None:
     if _DIRECTORY not in os.environ:  # workers of xdist and other child processes inherit it
         os.environ[_DIRECTORY] = tempfile.mkdtemp(prefix="llm_jax-tests-")
         atexit.register(shutil.rmtree, os.environ[_DIRECTORY], ignore_errors=True)
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     jax.config.update("jax_compilation_cache_dir", os.environ[_DIRECTORY])
     jax.config.update(
         "jax_persistent_cache_min_compile_time_secs", float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"])
     )
+
+
+def _without_fusion_emitters(get_options):
+    """JAX has no public option that all compilations of a process share, so this wraps where they get theirs."""
+
+    @functools.wraps(get_options)
+    def options(*args, env_options_overrides=None, **kwargs):
+        overrides = dict(env_options_overrides or {})
+        if os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "true":
+            overrides[_FUSION] = False
+        return get_options(*args, env_options_overrides=overrides, **kwargs)
+
+    return options
+
+
+compiler.get_compile_options = _without_fusion_emitters(compiler.get_compile_options)
 
 
 def _set(option: str, value: bool) -> bool:
@@ -45,5 +65,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     optimized = any(item.get_closest_marker(name) for name in ("optimized", "slow", "live"))
     if _set("jax_disable_most_optimizations", not optimized):
         jax.clear_caches()
+        jax.devices()  # reads XLA_FLAGS once: what follows is for child processes
+        flags = os.environ.get("XLA_FLAGS", "").replace(f"--{_FUSION}=false", "").split()
+        os.environ["XLA_FLAGS"] = " ".join(flags if optimized else [*flags, f"--{_FUSION}=false"])
     if _set("jax_enable_compilation_cache", not item.get_closest_marker("uncached")):
         compilation_cache.reset_cache()
