@@ -88,10 +88,14 @@ def read(directory: pathlib.Path) -> AdapterTensors:
 
 def unties(tensors: AdapterTensors, family: str) -> bool:
     """Whether the adapters change a tied embedding table or head alone, so that the two are no longer the same."""
+    names = FAMILIES[family].names
+    if _HEAD not in names:
+        return False
+    table, head = (names[path].name.removesuffix(".weight") for path in (_TABLE, _HEAD))
+    rows_of_table, rows_of_head = (peft_config.token_indices(tensors.config, module) for module in (table, head))
+    if head in tensors.rows and rows_of_table != rows_of_head:
+        return True
     modules = {_plain_name(family, name.removesuffix(".weight")) for name in (*tensors.factors, *tensors.saved)}
-    table, head = (FAMILIES[family].names[path].name.removesuffix(".weight") for path in (_TABLE, _HEAD))
-    if head in tensors.rows:
-        return peft_config.token_indices(tensors.config, head) != peft_config.token_indices(tensors.config, table)
     return not tensors.config.get("ensure_weight_tying") and bool({table, head} & modules)
 
 

@@ -183,14 +183,15 @@ def _conversations(
                 for conversation in conversations:
                     yield plain_example(tokenizer, plain_texts(conversation))
                 continue
-            for some, conversation in zip(templated_texts(special, conversations), conversations, strict=True):
-                if single and len(some) > 1:
+            rendered = templated_texts(special, conversations)
+            for conversation, chat_texts in zip(conversations, rendered, strict=True):
+                if single and len(chat_texts) > 1:
                     raise UserError(
                         f"the record {conversation.record}: the chat template renders earlier answers differently; "
                         "expected one answer each in 'chosen' and 'rejected'"
                     )
-                for index, text in enumerate(some, 1):
-                    yield templated_example(tokenizer, text)._replace(ends_document=index == len(some))
+                for index, text in enumerate(chat_texts, 1):
+                    yield templated_example(tokenizer, text)._replace(ends_document=index == len(chat_texts))
 
     return encode
 

@@ -31,7 +31,7 @@ FIRST = ("plain", "rank-stabilized", "dora", "embeddings", "fused", "fused-dora"
 def bases(tmp_path_factory):
     """{family: (its directory, kind, model, parameters)}"""
     found = {}
-    for family in {golden["family"] for golden in GOLDEN.values()}:
+    for family in {"bert", *(golden["family"] for golden in GOLDEN.values())}:
         path = tmp_path_factory.mktemp("bases") / family
         path.mkdir()
         (path / "config.json").write_text(json.dumps(BASES[family]["config"]))
@@ -75,6 +75,23 @@ def test_logits_equal_those_of_peft(bases, tmp_path, name):
     ids = jnp.asarray(cases.ids(golden["family"]))[: len(golden["logits"])]
     got = logits_of(config)(params, ids)
     np.testing.assert_allclose(got, golden["logits"], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("prefix", ["", "bert."])
+def test_adapters_of_an_encoder_are_read_with_and_without_its_prefix(bases, tmp_path, prefix):
+    module = f"{prefix}encoder.layer.1.attention.self.value"
+    directory = written(tmp_path / "a", "plain", target_modules=["value"])
+    factors = {end: np.ones(shape, np.float32) for end, shape in {"A": (4, 32), "B": (32, 4)}.items()}
+    tensors = {f"base_model.model.{module}.lora_{end}.weight": factor for end, factor in factors.items()}
+    save_file(tensors, directory / peft_tensors.TENSORS)
+    checkpoint = opened(bases, directory, "bert")
+    assert checkpoint.config == checkpoint.base.config and checkpoint.family == "bert"
+    config = dataclasses.replace(checkpoint.config, scan_layers=False)
+    base, params = (one.params(config, on_default_device) for one in (checkpoint.base, checkpoint))
+    changed = trees.flatten(trees.map_weights(lambda _, w: weights.dense(w), params))
+    for path, weight in trees.flatten(base).items():
+        update = 4 * 8 / 4 if path == "layers/1/attention/value" else 0  # rank 4, alpha 8
+        np.testing.assert_allclose(changed[path], weight + update, rtol=1e-6)
 
 
 def lora_kinds(params):
