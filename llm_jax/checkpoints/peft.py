@@ -27,7 +27,7 @@ from llm_jax.checkpoints.peft_tensors import AdapterTensors
 from llm_jax.errors import UserError
 from llm_jax.model.transformer import Transformer
 from llm_jax.schema import ModelConfig
-from llm_jax.tokenizers import Tokenizer
+from llm_jax.tokenizers import Tokenizer, special
 
 
 class Peft(Checkpoint):
@@ -71,12 +71,16 @@ class Peft(Checkpoint):
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        """That of the base, or the one beside the adapters if they change the size of the vocabulary."""
-        if self.config.vocab_size == self.base.config.vocab_size or not any(
-            (self.path / file).is_file() for file in tokenizers.PRETRAINED_FILES
-        ):
+        """The one beside the adapters, if there is one: its chat template and tokens may be new; else the base's."""
+        if not any((self.path / name).is_file() for name in tokenizers.PRETRAINED_FILES):
             return self.base.tokenizer
-        tokenizer = tokenizers.from_directory(self.path)
+        # What ends a text is also written in files of the base.
+        paths = [self.base.path / name for name in ("config.json", "generation_config.json")]
+        paths += [self.path / name for name in (*tokenizers.PRETRAINED_FILES, *special.FILES)]
+        try:
+            tokenizer = tokenizers.from_files({path.name: path.read_bytes() for path in paths if path.is_file()})
+        except (UserError, OSError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{self.path}: the tokenizer cannot be read ({error})") from error
         check_vocabulary(tokenizer, self.config, self.path)
         return tokenizer
 

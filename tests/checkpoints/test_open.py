@@ -168,6 +168,24 @@ def test_adapters_name_what_is_missing(paths, tmp_path):
         llm_jax.load(paths["run"], base="x")
 
 
+def test_the_tokenizer_beside_adapters_of_peft_counts(paths, vocabulary, tmp_path):
+    base, adapters = tmp_path / "huggingface", tmp_path / "peft"
+    shutil.copytree(paths["huggingface"], base)
+    shutil.copytree(paths["peft"], adapters)
+    edit(adapters / peft_config.CONFIG, base_model_name_or_path="../huggingface")
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 6]}))
+    assert tokenizers.digest(llm_jax.open(adapters).tokenizer) == tokenizers.digest(llm_jax.open(base).tokenizer)
+    for name, content in vocabulary.files().items():
+        (adapters / name).write_bytes(content)
+    edit(adapters / "tokenizer_config.json", chat_template="other")
+    tokenizer = llm_jax.open(adapters).tokenizer
+    assert tokenizer.special["chat_template"] == "other" != vocabulary.special["chat_template"]
+    assert {5, 6} <= {*tokenizers.eos_ids(tokenizer)}
+    truncate(adapters / "tokenizer.json")
+    with pytest.raises(UserError, match="peft: the tokenizer cannot be read"):
+        llm_jax.load(adapters)
+
+
 def test_adapters_of_peft_over_a_run_keep_its_dtypes(paths, tmp_path):
     model, params, tokenizer = llm_jax.load(paths["huggingface"], dtype="bfloat16")
     llm_jax.save(model, params, tokenizer, tmp_path / "run")

@@ -19,6 +19,10 @@ BY_PLACE = {  # templates that render a message differently by its place
     "numbered": "{% for m in messages %}<|{{ m.role }}|>{{ loop.index }} {{ m.content }}</s>{% endfor %}" + END,
     "every fourth": "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>"
     "{% if loop.index % 8 == 0 %}\n{% endif %}{% endfor %}" + END,
+    "footer": "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}"
+    "{% if messages | length > 6 and messages[-1].role == 'assistant' %}!{% endif %}" + END,
+    "begin": "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% if messages | length > 6 %} {% endif %}{% endif %}",
     "long": "{% for m in messages %}{% if messages | length > 6 and loop.first %}long: {% endif %}<|{{ m.role }}|>"
     "{{ m.content }}</s>{% endfor %}" + END,
 }  # fmt: skip

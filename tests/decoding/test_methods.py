@@ -279,6 +279,9 @@ def test_a_padded_draft_that_equals_the_model_is_accepted(small, padded):
     )
     assert rounds == [4, 8]
     assert made[0].ids == loop.generate(*small, [[2, 3]], GREEDY, max_new_tokens=8)[0].ids
+    logits = np.array([[3.0, 1.0, 2.0]])
+    np.testing.assert_array_equal(speculative._resized(logits, 5), [[3, 1, 2, -np.inf, -np.inf]])
+    np.testing.assert_array_equal(speculative._resized(logits, 2), [[3, 1]])
 
 
 def test_scores_of_single_pairs_and_batches_agree_and_say_what_is_greedy(small):
