@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 import sys
+from typing import NoReturn
 
 from llm_jax.checkpoints import location
 from llm_jax.checkpoints.adapters import Adapters
@@ -67,7 +68,8 @@ def open_base(name: str | os.PathLike[str]) -> Checkpoint:
 
 def _open_base_of_run(path: pathlib.Path, base: str, recorded: str) -> Checkpoint:
     """The base of the run of which `path` is a checkpoint. Its hash is compared when its weights are read."""
-    workdir = path.parents[1] if path.absolute().parent.name == "checkpoints" else path
+    path = path.absolute()
+    workdir = path.parents[1] if path.parent.name == "checkpoints" else path
     return open_base(base or located(recorded, workdir) or _missing(recorded))
 
 
@@ -84,8 +86,10 @@ def _open_base_of_peft(path: pathlib.Path, base: str, recorded: str) -> Checkpoi
         raise UserError(f"{error}; give its path with --base=PATH") from error
 
 
-def _missing(recorded: str) -> str:
-    raise UserError(f"{recorded} does not exist, nor a checkpoint of this name beside them; give it with --base=PATH")
+def _missing(recorded: str) -> NoReturn:
+    raise UserError(
+        f"{recorded} does not exist, nor a checkpoint of this name beside the adapters; give it with --base=PATH"
+    )
 
 
 def located(recorded: str, directory: pathlib.Path) -> str:
