@@ -19,6 +19,7 @@ FLAGS.string(
     "checkpoint: a run, a Hugging Face directory, a .gguf file, a peft directory, asset:NAME or hf:ORG/NAME",
     required=True,
 )
+FLAGS.string("base", "", "with adapters: checkpoint of their base; default: the one that they name")
 FLAGS.string("output", None, "directory (hf, peft) or file (gguf) to write; must not exist", required=True)
 FLAGS.enum(
     "to",
@@ -54,7 +55,7 @@ def main(f: cli.Flags) -> None:
     output = pathlib.Path(f.output).expanduser()
     if output.exists():
         raise UserError(f"--output={output} exists; give another, or remove it")
-    checkpoint = checkpoints.open(f.input)
+    checkpoint = checkpoints.open(f.input, f.base)
     if f.to == "peft":
         _peft(checkpoint, output, f.family)
         return
@@ -104,7 +105,7 @@ def _family(name: str) -> str:
 def _peft(checkpoint: "Checkpoint", output: pathlib.Path, name: str) -> None:
     """Writes the adapters of a run as a directory of peft."""
     from llm_jax import lora
-    from llm_jax.checkpoints import Adapters, abstract_params, peft
+    from llm_jax.checkpoints import Adapters, abstract_params, peft_tensors
     from llm_jax.model.transformer import Transformer
 
     if not isinstance(checkpoint, Adapters):
@@ -116,7 +117,7 @@ def _peft(checkpoint: "Checkpoint", output: pathlib.Path, name: str) -> None:
         print(f"note: the adapters were trained over a base in {config.quant.scheme}; peft applies them to any base")
     abstract = abstract_params(Transformer(dataclasses.replace(config.model, scan_layers=False)))
     readable = base.form == "huggingface"
-    peft.save(
+    peft_tensors.save(
         output,
         family,
         adapters,

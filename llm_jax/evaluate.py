@@ -21,6 +21,7 @@ FLAGS.string(
     "checkpoint: a run, a Hugging Face directory, a .gguf file, a peft directory, asset:NAME or hf:ORG/NAME",
     required=True,
 )
+FLAGS.string("base", "", "with adapters: checkpoint of their base; default: the one that they name")
 FLAGS.string(
     "data", "", "text to evaluate on, as data.source takes it; default: the held-out part of the run's own data"
 )
@@ -97,7 +98,7 @@ def on_text(f: cli.Flags) -> None:
     from llm_jax.model import transformer
     from llm_jax.training import losses
 
-    checkpoint = checkpoints.open(f.checkpoint)
+    checkpoint = checkpoints.open(f.checkpoint, f.base)
     model, params, tokenizer = checkpoint.load(scan_layers=True, as_stored=f.as_stored)
     config = checkpoint.run_config
     if config is None:
@@ -165,7 +166,7 @@ def on_task(f: cli.Flags) -> None:
     for config in configs:
         config.check(task)
     count = min(f.limit or len(task.examples), len(task.examples))
-    checkpoint = checkpoints.open(f.checkpoint)
+    checkpoint = checkpoints.open(f.checkpoint, f.base)
     loaded = checkpoint.load(dtype=f.dtype, as_stored=f.as_stored)
     weights = hashlib.sha256(checkpoint.identity.encode()).hexdigest()[:16]
     settings = {"checkpoint": f.checkpoint, "weights": weights, "task": task.digest()}
@@ -205,7 +206,7 @@ def on_harness(f: cli.Flags) -> None:
     path = pathlib.Path(f.harness_path) if f.harness_path else None
     if path and not path.is_dir():
         raise UserError(f"--harness_path={path}: no such directory")
-    model, params, tokenizer = checkpoints.load(f.checkpoint, dtype=f.dtype, as_stored=f.as_stored)
+    model, params, tokenizer = checkpoints.load(f.checkpoint, dtype=f.dtype, as_stored=f.as_stored, base=f.base)
     found = harness.run(model, params, tokenizer, f.harness.split(","), path, f.batch_size, f.limit)
     if f.json:
         print(json.dumps(found, default=str))

@@ -21,6 +21,7 @@ FLAGS.string(
     "checkpoint: a run, a Hugging Face directory, a .gguf file, a peft directory, asset:NAME or hf:ORG/NAME",
     required=True,
 )
+FLAGS.string("base", "", "with adapters: checkpoint of their base; default: the one that they name")
 FLAGS.multi_string("prompt", None, "text to continue; may be repeated", required=True)
 FLAGS.boolean("chat", False, "format the prompt as a user message with the chat template, and print the answer alone")
 FLAGS.string("system", "", "with --chat: system message")
@@ -98,7 +99,7 @@ def main(f: cli.Flags) -> None:
         raise UserError("--stream, --explain and --json print different things; choose one")
     if (f.stream or f.explain) and (len(f.prompt) > 1 or options.n > 1):
         raise UserError(f"--{'stream' if f.stream else 'explain'} shows one continuation of one --prompt")
-    model, params, tokenizer = checkpoints.load(f.checkpoint, dtype=f.dtype, as_stored=f.as_stored)
+    model, params, tokenizer = checkpoints.load(f.checkpoint, dtype=f.dtype, as_stored=f.as_stored, base=f.base)
     if f.cache:
         model = model.clone(config=dataclasses.replace(model.config, kv_cache=f.cache))
     if not model.config.causal:

@@ -18,6 +18,7 @@ FLAGS.string(
     "checkpoint: a run, a Hugging Face directory, a .gguf file, a peft directory, asset:NAME or hf:ORG/NAME",
     required=True,
 )
+FLAGS.string("base", "", "with adapters: checkpoint of their base; default: the one that they name")
 FLAGS.string("output", None, "run directory to write; must not exist", required=True)
 FLAGS.string(
     "scheme",
@@ -69,7 +70,7 @@ def main(f: cli.Flags) -> None:
         raise UserError(f"{said}; expected positive numbers")
 
     # ---------------------------------------------------------------- the model, and what becomes of each weight
-    checkpoint = checkpoints.open(f.checkpoint)
+    checkpoint = checkpoints.open(f.checkpoint, f.base)
     model, params, tokenizer = checkpoint.load()
     quant.check_finite(params, f.checkpoint)
     if checkpoint.run_config is None:

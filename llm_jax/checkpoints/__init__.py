@@ -7,7 +7,7 @@
     checkpoints.save(model, params, tokenizer, "runs/y")
 
 `Checkpoint` in `checkpoint.py` is the interface; every form is a subclass in a file of its own. To add a form, write a
-subclass and add it to `open`.
+subclass and add it to `opening.open`.
 """
 
 import dataclasses
@@ -18,12 +18,12 @@ from typing import Any
 import jax
 
 from llm_jax import configuration, files, trees
-from llm_jax.checkpoints import location
 from llm_jax.checkpoints.adapters import Adapters
 from llm_jax.checkpoints.checkpoint import Checkpoint, Loaded, abstract_params
 from llm_jax.checkpoints.gguf_model import Gguf
 from llm_jax.checkpoints.huggingface import HuggingFace
 from llm_jax.checkpoints.manifest import find, steps, verify
+from llm_jax.checkpoints.opening import open, open_base
 from llm_jax.checkpoints.peft import Peft
 from llm_jax.checkpoints.run import Run, read_config
 from llm_jax.checkpoints.vocabulary import load_tokenizer
@@ -56,44 +56,12 @@ __all__ = [
 ]
 
 
-def open(name: str | os.PathLike[str]) -> Checkpoint:
-    """The checkpoint that `name` stands for, without its weights having been read.
-
-    Args:
-      name: a run, or one of its checkpoints; a Hugging Face directory; a .gguf file; a directory of peft adapters;
-        "asset:NAME" (`llm_jax.assets`); or "hf:ORG/NAME" (needs the package huggingface_hub and a network).
-
-    Raises:
-      UserError: no checkpoint there.
-    """
-    path = location.resolve(name)
-    kind: type[Checkpoint]
-    if path.is_file():
-        kind = Gguf
-    elif Peft.matches(path):
-        kind = Peft
-    elif HuggingFace.matches(path):
-        kind = HuggingFace
-    else:
-        path = find(path)
-        kind = Adapters if read_config(path).lora.rank else Run
-    return kind(path, str(name) if location.is_remote(str(name)) else str(path.absolute()))
-
-
-def open_base(name: str | os.PathLike[str]) -> Checkpoint:
-    """As `open`, for weights to start training from (init_from).
-
-    Raises:
-      UserError: as `open`, or the checkpoint holds adapters.
-    """
-    checkpoint = open(name)
-    if checkpoint.form in ("adapters", "peft"):
-        raise UserError(f"init_from={name} holds adapters; merge them first (convert --to=hf)")
-    return checkpoint
-
-
 def load(
-    name: str | os.PathLike[str], scan_layers: bool = False, dtype: str = "float32", as_stored: bool = False
+    name: str | os.PathLike[str],
+    scan_layers: bool = False,
+    dtype: str = "float32",
+    as_stored: bool = False,
+    base: str = "",
 ) -> Loaded:
     """The model, its parameters on the default device, and the tokenizer.
 
@@ -101,14 +69,15 @@ def load(
       name: as for `open`. Adapters are attached to their base; a run of adapters records its hash, which is checked.
       scan_layers: stack the layers for `jax.lax.scan`. False, one entry per layer, is faster for decoding, and is
         used in any case if layers hold weights of different kinds.
-      dtype: of parameters and computation; ignored for runs, which keep their own.
+      dtype: of parameters and computation; ignored for runs and adapters over them, which keep their own.
       as_stored: keep the quantized tensors of a .gguf file if a scheme of `llm_jax.kernels.number_formats` equals
         their format.
+      base: of adapters, the checkpoint of their base; see `open`.
 
     Raises:
       UserError: no checkpoint there, or one that is damaged or not supported.
     """
-    return open(name).load(scan_layers, dtype, as_stored)
+    return open(name, base).load(scan_layers, dtype, as_stored)
 
 
 def load_separately(*names: str | os.PathLike[str]) -> tuple[Loaded, list[dict[str, Any]]]:

@@ -3,12 +3,19 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from llm_jax import checkpoints, lora, trees
+from llm_jax import lora, trees
 from llm_jax.checkpoints import families
-from llm_jax.checkpoints.checkpoint import Checkpoint, Loaded, Shardings, arranged, on_default_device
+from llm_jax.checkpoints.checkpoint import (
+    Checkpoint,
+    Loaded,
+    Shardings,
+    arranged,
+    on_default_device,
+    unreadable_base,
+)
 from llm_jax.checkpoints.run import Run, abstract_tree, placed, read_arrays
 from llm_jax.errors import UserError
 from llm_jax.model.transformer import Transformer
@@ -20,17 +27,24 @@ class Adapters(Run):
     """A checkpoint of a run with `lora.rank` above 0. Its parameters are the base with the adapters attached.
 
     The hash of the base is checked whenever the parameters are read.
+
+    Args:
+      open_base: opens the checkpoint of the base from the path that the run records.
     """
 
     form = "adapters"
+
+    def __init__(self, path: pathlib.Path, name: str, open_base: Callable[[str], Checkpoint]):
+        super().__init__(path, name)
+        self._open_base = open_base
 
     @functools.cached_property
     def base(self) -> Checkpoint:
         """The checkpoint of the base. Raises UserError if there is none any more."""
         try:
-            return checkpoints.open_base(self.record["base"]["path"])
+            return self._open_base(self.record["base"]["path"])
         except UserError as error:
-            raise self._unreadable(error) from error
+            raise unreadable_base(self.path, error) from error
 
     @property
     def family(self) -> str:
@@ -74,12 +88,9 @@ class Adapters(Run):
         try:
             base = self.base.params(config, shardings)
         except UserError as error:
-            raise self._unreadable(error) from error
+            raise unreadable_base(self.path, error) from error
         check_base(self.path, self.record, trees.fingerprint(base))
         return base, self.adapters()
-
-    def _unreadable(self, error: UserError) -> UserError:
-        return UserError(f"{self.path}: the base of its adapters cannot be read: {error}")
 
 
 def restore_adapters(directory: pathlib.Path, record: Mapping[str, Any]) -> dict[str, Any]:

@@ -95,11 +95,16 @@ class Checkpoint(abc.ABC):
             raise UserError(f"--as_stored keeps the quantized tensors of a .gguf file; {self.name} is not one")
         # The attention kernel depends on the machine, not on the checkpoint.
         config = dataclasses.replace(self.config, scan_layers=scan_layers, attention_kernel="auto")
-        if self.run_config is None:
+        if self.run_config is None and (self.base is None or self.base.run_config is None):
             config = with_dtype(config, dtype)
         tokenizer = self.tokenizer
         params = self.params(config, on_default_device, as_stored=as_stored or self.form != "gguf")
         return Loaded(Transformer(dataclasses.replace(config, scan_layers=is_stacked(params))), params, tokenizer)
+
+
+def unreadable_base(path: pathlib.Path, error: UserError) -> UserError:
+    """The error of adapters at `path` whose base raised `error`."""
+    return UserError(f"{path}: the base of its adapters cannot be read: {error}")
 
 
 def abstract_params(model: Transformer) -> dict[str, Any]:

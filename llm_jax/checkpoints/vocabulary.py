@@ -3,8 +3,8 @@
 import os
 import pathlib
 
-from llm_jax import checkpoints, tokenizers
-from llm_jax.checkpoints import location, peft
+from llm_jax import tokenizers
+from llm_jax.checkpoints import location, opening, peft
 from llm_jax.errors import UserError
 from llm_jax.tokenizers import Tokenizer
 
@@ -26,7 +26,7 @@ def load_tokenizer(name: str | os.PathLike[str]) -> Tokenizer:
         return tokenizers.from_directory(path.parent, path.name)
     if any((path / file).is_file() for file in tokenizers.PRETRAINED_FILES) and not peft.Peft.matches(path):
         return tokenizers.from_directory(path)
-    return checkpoints.open(name).tokenizer
+    return opening.open(name).tokenizer
 
 
 def named_tokenizer(name: str, own: Tokenizer | None) -> Tokenizer:

@@ -26,16 +26,15 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from llm_jax import tokenizers
+from llm_jax.data.chat_text import ChatText, Conversation, Span, plain_texts, templated_texts
 from llm_jax.errors import UserError
-from llm_jax.tokenizers import Tokenizer, chat_template
-from llm_jax.tokenizers.chat_template import Rendered
-from llm_jax.tokenizers.detokenize import common_prefix
+from llm_jax.tokenizers import Tokenizer
 
-_RECORDS = 256  # records whose conversations are rendered in one process
-_SHOWN_FIELDS = ("tool_calls", "reasoning_content")  # fields of messages that a template must show
-
-Span = tuple[int, int]  # begin and end of a range of characters or bytes
+# Records whose conversations are rendered in one process, and characters after which another one is started.
+_RECORDS, _CHARACTERS = 256, 2**22
 
 
 class TokenizedExample(NamedTuple):
@@ -69,29 +68,6 @@ class Encoder:
     plain: Callable[[str], str]
     masks: bool
     examples: int = 1
-
-
-class Conversation(NamedTuple):
-    """Messages to render.
-
-    Attributes:
-      messages: of the conversation; those of the assistant from index `first` on count.
-      first: index of the first message that may count.
-      bare: whether prompt and answer are plain text.
-      tools, documents: what the record has under these names.
-      record: the begin of the record, for messages about errors.
-    """
-
-    messages: list[dict[str, Any]]
-    first: int
-    bare: bool
-    tools: list[Any] | None
-    documents: list[Any] | None
-    record: str
-
-    def answers(self) -> list[int]:
-        """Indices of the messages that count."""
-        return [i for i, m in enumerate(self.messages) if i >= self.first and m["role"] == "assistant"]
 
 
 def _documents(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[TokenizedExample]:
@@ -191,132 +167,6 @@ def _is_message(message: dict[str, Any]) -> bool:
     return isinstance(message.get("role"), str) and (isinstance(content, str) or parts or called)
 
 
-# ---------------------------------------------------------------- conversations to text
-
-
-class _Text(NamedTuple):
-    """A rendered conversation, and the ranges of characters that count."""
-
-    text: str
-    answers: list[Span]
-
-
-def _plain_texts(conversation: Conversation) -> list[_Text]:
-    """The conversation without a template, in parts: each but a last one ends with an answer, which EOS follows."""
-    c = conversation
-    if c.tools or c.documents:
-        raise UserError(f"the record {c.record} has tools or documents, and no chat template shows them")
-    parts, text, answers = [], "", c.answers()
-    for i, message in enumerate(c.messages):
-        if field := next((name for name in _SHOWN_FIELDS if message.get(name)), None):
-            raise UserError(f"the record {c.record}: no chat template shows '{field}'; leave it out")
-        content = _text_of_parts(c, message["content"])
-        text += "" if c.bare else f"{message['role']}: "
-        begin = len(text)
-        text += content
-        if i in answers:
-            parts.append(_Text(text, [(begin, len(text))]))
-            text = ""
-        elif not c.bare:
-            text += "\n\n"
-    return [*parts, _Text(text, [])] if text else parts
-
-
-def _text_of_parts(conversation: Conversation, content: Any) -> str:
-    if isinstance(content, str):
-        return content
-    if any(part.get("type") != "text" or not isinstance(part.get("text"), str) for part in content):
-        raise UserError(f"the record {conversation.record}: a part of a message is no text")
-    return "".join(part["text"] for part in content)
-
-
-def _templated_texts(special: Any, conversations: Sequence[Conversation]) -> list[list[_Text]]:
-    """The texts of each conversation by the chat template; several where answers need texts of their own."""
-    conversations = [c._replace(messages=c.messages[: c.answers()[-1] + 1]) for c in conversations]
-    marks = "{% generation" in special["chat_template"] or "{%- generation" in special["chat_template"]
-    jobs, checks = [], []
-    for c in conversations:
-        jobs.append(_job(c, len(c.messages), False))
-        for i in () if marks else c.answers():
-            jobs += [_job(c, i, False), _job(c, i, True), _job(c, i + 1, False)]
-        checks.append(_checks(c))
-    jobs += [job for some in checks for _, *pair in some for job in pair]
-    rendered = iter(chat_template.render_all(special, jobs))
-    texts = []
-    for c in conversations:
-        whole = next(rendered)
-        if marks:
-            texts.append([_Text(whole.text, _marked(c, whole))])
-        else:
-            around = [[item.text for item in itertools.islice(rendered, 3)] for _ in c.answers()]
-            texts.append(_by_prefixes(c, whole.text, around))
-        for message in c.messages:
-            if isinstance(message.get("content"), list) and str(message["content"]) in whole.text:
-                raise UserError(f"the record {c.record}: the chat template cannot show a content in parts; give text")
-    for c, some in zip(conversations, checks, strict=True):
-        for field, *_ in some:
-            if next(rendered).text == next(rendered).text:
-                raise UserError(f"the record {c.record}: the chat template does not show '{field}'; leave it out")
-    return texts
-
-
-def _job(c: Conversation, count: int, answer: bool) -> dict[str, Any]:
-    return chat_template.job(c.messages[:count], answer, c.tools, c.documents)
-
-
-def _checks(c: Conversation) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """(field, the job with it, the job without it): the template must render them differently."""
-    checks = []
-    count = len(c.messages)
-    for name, without in (("tools", c._replace(tools=None)), ("documents", c._replace(documents=None))):
-        if getattr(c, name):
-            checks.append((name, _job(c, count, False), _job(without, count, False)))
-    counted = c.answers()
-    for i, message in enumerate(c.messages):
-        for field in _SHOWN_FIELDS:
-            # Templates may leave out the reasoning of earlier turns.
-            if message.get(field) and (field == "tool_calls" or i in counted):
-                less = {name: value for name, value in message.items() if name != field}
-                less["content"] = message.get("content") or ""
-                without = c._replace(messages=[*c.messages[:i], less])
-                checks.append((field, _job(c, i + 1, False), _job(without, i + 1, False)))
-    return checks
-
-
-def _marked(c: Conversation, whole: Rendered) -> list[Span]:
-    """The ranges that the template's `{% generation %}` blocks mark, of the messages that count."""
-    by_assistant = [i for i, message in enumerate(c.messages) if message["role"] == "assistant"]
-    if not c.first:
-        return whole.answers
-    if len(whole.answers) != len(by_assistant):
-        raise UserError(
-            f"the record {c.record}: the chat template marks {len(whole.answers)} answers of {len(by_assistant)} "
-            "messages by the assistant; expected one each"
-        )
-    return [span for span, i in zip(whole.answers, by_assistant, strict=True) if i >= c.first]
-
-
-def _by_prefixes(c: Conversation, whole: str, around: Sequence[Sequence[str]]) -> list[_Text]:
-    """Finds each answer as what it adds to the text before it.
-
-    Args:
-      around: for each answer, the conversation before it without and with the begin of an answer, and the one with it.
-    """
-    texts, spans = [], []
-    for before, asked, answered in around:
-        if not answered.startswith(before):
-            raise UserError(
-                f"the record {c.record}: the chat template renders earlier messages differently once an answer "
-                "follows, so that the tokens of the answer are unknown; leave all but the last answer out"
-            )
-        span = (max(len(before), len(common_prefix(asked, answered))), len(answered))
-        if whole.startswith(answered):
-            spans.append(span)
-        else:  # rendered differently when the conversation goes on
-            texts.append(_Text(answered, [span]))
-    return [*texts, _Text(whole, spans)] if spans else texts
-
-
 # ---------------------------------------------------------------- texts to examples
 
 
@@ -327,31 +177,46 @@ def _conversations(
 
     def encode(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[TokenizedExample]:
         special = getattr(tokenizer, "special", {})
-        texts = iter(texts)
-        while conversations := [c for text in itertools.islice(texts, _RECORDS) for c in parse(text)]:
-            if special.get("chat_template"):
-                for some, conversation in zip(_templated_texts(special, conversations), conversations, strict=True):
-                    if single and len(some) > 1:
-                        raise UserError(
-                            f"the record {conversation.record}: the chat template renders earlier answers differently; "
-                            "expected one answer each in 'chosen' and 'rejected'"
-                        )
-                    for index, text in enumerate(some, 1):
-                        yield _templated_example(tokenizer, text)._replace(ends_document=index == len(some))
-            else:
+        for batch in _batches(texts):
+            conversations = [c for text in batch for c in parse(text)]
+            if not special.get("chat_template"):
                 for conversation in conversations:
-                    yield _plain_example(tokenizer, _plain_texts(conversation))
+                    yield plain_example(tokenizer, plain_texts(conversation))
+                continue
+            rendered = templated_texts(special, conversations)
+            for conversation, chat_texts in zip(conversations, rendered, strict=True):
+                if single and len(chat_texts) > 1:
+                    raise UserError(
+                        f"the record {conversation.record}: the chat template renders earlier answers differently; "
+                        "expected one answer each in 'chosen' and 'rejected'"
+                    )
+                for index, text in enumerate(chat_texts, 1):
+                    yield templated_example(tokenizer, text)._replace(ends_document=index == len(chat_texts))
 
     return encode
 
 
-def _templated_example(tokenizer: Any, text: _Text) -> TokenizedExample:
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch, size = [], 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if len(batch) == _RECORDS or size > _CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def templated_example(tokenizer: Any, text: ChatText) -> TokenizedExample:
+    """The tokens of a text of a chat template; those that overlap an answer count."""
     ids, offsets = tokenizer.encode_chat(text.text), tokenizer.chat_offsets(text.text)
     size = sum(len(text.text[a:b].encode()) for a, b in text.answers)
     return TokenizedExample(ids, _mask(offsets, text.answers), size)
 
 
-def _plain_example(tokenizer: Tokenizer, parts: Sequence[_Text]) -> TokenizedExample:
+def plain_example(tokenizer: Tokenizer, parts: Sequence[ChatText]) -> TokenizedExample:
+    """The tokens of a text in parts: EOS, which counts, follows each part with an answer."""
     ids: list[int] = [] if tokenizer.bos is None else [tokenizer.bos]
     mask, size = bytearray(len(ids)), 0
     for text, answers in parts:
@@ -367,12 +232,13 @@ def _plain_example(tokenizer: Tokenizer, parts: Sequence[_Text]) -> TokenizedExa
 
 def _mask(offsets: Sequence[Span], answers: Sequence[Span]) -> bytes:
     """1 for every token that overlaps an answer, and for those of no width between them."""
-    mask = bytearray(len(offsets))
+    mask = np.zeros(len(offsets), np.uint8)
+    first, last = np.asarray(offsets, np.int64).reshape(-1, 2).T
     for begin, end in answers:
-        inside = [i for i, (first, last) in enumerate(offsets) if first < end and last > begin]
-        if inside:
-            mask[inside[0] : inside[-1] + 1] = b"\1" * (inside[-1] + 1 - inside[0])
-    return bytes(mask)
+        inside = np.flatnonzero((first < end) & (last > begin))
+        if len(inside):
+            mask[inside[0] : inside[-1] + 1] = 1
+    return mask.tobytes()
 
 
 def _as_text(parse: Callable[[str], list[Conversation]]) -> Callable[[str], str]:
@@ -384,7 +250,7 @@ def _as_text(parse: Callable[[str], list[Conversation]]) -> Callable[[str], str]
                     del message[name]
                 message["content"] = message["content"] or ""
         conversations = [c._replace(tools=None, documents=None) for c in conversations]
-        return "".join(part.text for c in conversations for part in _plain_texts(c))
+        return "".join(part.text for c in conversations for part in plain_texts(c))
 
     return plain
 

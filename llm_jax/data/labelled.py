@@ -27,12 +27,14 @@ from llm_jax.data import catalog as catalog_lib
 from llm_jax.data import corpus as corpus_lib
 from llm_jax.data import sources
 from llm_jax.data.catalog import Catalog
+from llm_jax.data.chat_text import ChatText, Conversation, Message, templated_texts
 from llm_jax.data.corpus import Corpus, Split
+from llm_jax.data.encode import plain_example, templated_example
 from llm_jax.errors import UserError
 from llm_jax.schema import DataConfig, LabelledConfig, TokenizerConfig
-from llm_jax.tokenizers import Tokenizer, chat_template
+from llm_jax.tokenizers import Tokenizer
 
-_FORMAT = 1  # of the token cache; part of its key
+_FORMAT = 2  # of the token cache; part of its key
 _MARK = "\N{SYMBOL FOR NULL}"  # stands for the text while the chat template is rendered; in no template
 
 
@@ -139,7 +141,7 @@ def _index(label: Any, index: int, catalog: Catalog, options: LabelledConfig, ch
 
 
 class Prompts:
-    """Labelled texts as token ids of a question and an answer.
+    """Labelled texts as token ids of a question and an answer. The whole text of an example is tokenized at once.
 
     Args:
       shots: examples with their answers that come before the question (few-shot prompting).
@@ -158,34 +160,77 @@ class Prompts:
         choices: tuple[str, ...],
         shots: Sequence[LabelledText] = (),
     ):
-        self._tokenizer = tokenizer
-        self._question, (before, after) = _prompt_parts(options, choices)
+        self._tokenizer: Any = tokenizer
+        question, (before, after) = _prompt_parts(options, choices)
         special = getattr(tokenizer, "special", {})
         self._chat = bool(special.get("chat_template"))
-        end = [] if tokenizer.eos is None else [tokenizer.eos]
-        space = "" if self._chat else " "
-        self.answers = tuple((*tokenizer.encode(space + choice), *end) for choice in choices)
+        if self._chat:  # the template is rendered once, as rendering starts a process
+            solved = [(shot.text, choices[shot.label]) for shot in shots]
+            self._texts = _rendered(special, question, solved, choices)
+        else:
+            begin = "".join(f"{before}{shot.text}{after} {choices[shot.label]}\n\n" for shot in shots)
+            head = f"{begin}{before}{_MARK}{after}"
+            self._texts = [ChatText(f"{head} {c}", [(len(head), len(head) + 1 + len(c))]) for c in choices]
+        questions, answers = zip(*(self._split("text", text) for text in self._texts), strict=True)
+        self.answers = tuple(map(tuple, answers))
         if len(set(self.answers)) < len(choices):
             raise UserError(f"the tokenizer has the same ids for two of the choices {', '.join(choices)}")
-        if self._chat:
-            # The template is rendered once, as rendering starts a process. Special tokens are those of the template:
-            # what looks like one in a text is encoded as text.
-            rendered = _render(special, self._question, [(shot.text, choices[shot.label]) for shot in shots])
-            head, tail = (tokenizer.encode_chat(part) for part in rendered.split(_MARK))  # type: ignore[attr-defined]
-            self._head, self._tail = head, tail
-        else:
-            solved = (f"{before}{shot.text}{after} {choices[shot.label]}\n\n" for shot in shots)
-            self._before, self._after = "".join((*solved, before)), after
+        if any(ids != questions[0] for ids in questions):
+            raise UserError(
+                "config key 'data.labelled.template': the tokenizer joins the end of the question with the answer; "
+                "end it with a line break"
+            )
 
     def question(self, example: LabelledText) -> list[int]:
         """The token ids up to where the answer begins."""
-        if self._chat:
-            return [*self._head, *self._tokenizer.encode(example.text), *self._tail]
-        return tokenizers.prompt(self._tokenizer, f"{self._before}{example.text}{self._after}")
+        return self.encode(example)[0]
 
     def answer(self, example: LabelledText) -> list[int]:
         """The token ids of the right answer, with what ends it."""
-        return list(self.answers[example.label])
+        return self.encode(example)[1]
+
+    def encode(self, example: LabelledText) -> tuple[list[int], list[int]]:
+        """The token ids up to where the answer begins, and those of the right answer.
+
+        Raises:
+          UserError: the text changes the ids of the answer, so that they are not in `answers`.
+        """
+        question, answer = self._split(example.text, self._texts[example.label])
+        if tuple(answer) != self.answers[example.label]:
+            raise UserError(
+                f"config key 'data.labelled.template': after the text {example.text[:40]!r} the tokenizer joins the "
+                "question with the answer; end the template with a line break"
+            )
+        return question, answer
+
+    def _split(self, text: str, template: ChatText) -> tuple[list[int], list[int]]:
+        """`encode` with `_MARK` in the template replaced by `text`."""
+        whole = template.text.replace(_MARK, text)
+        begin, end = (len(whole) - (len(template.text) - place) for place in template.answers[-1])
+        if not self._chat:
+            ids, mask, _, _ = plain_example(self._tokenizer, [ChatText(whole, [(begin, end)])])
+        elif self._is_plain(text):
+            ids, mask, _, _ = templated_example(self._tokenizer, ChatText(whole, [(begin, end)]))
+        else:  # names of special tokens in a text stay text, so the text is encoded by itself
+            head, *middle, tail = template.text.split(_MARK)
+            place = begin - (len(whole) - len(tail))
+            last = templated_example(self._tokenizer, ChatText(tail, [(place, place + end - begin)]))
+            within = self._tokenizer.encode(text)
+            before = [i for part in (head, *middle) for i in (*self._tokenizer.encode_chat(part), *within)]
+            ids, mask = [*before, *last.ids], bytes(len(before)) + last.mask
+        return _ended(list(ids), mask.index(1), self._tokenizer.eos)
+
+    def _is_plain(self, text: str) -> bool:
+        """Whether a text holds no name of a special token."""
+        return self._tokenizer.encode_chat(text) == self._tokenizer.encode(text)
+
+
+def _ended(ids: list[int], split: int, eos: int | None) -> tuple[list[int], list[int]]:
+    """(question, answer): `ids` divided at `split`; the answer ends with EOS, which is added if it has none."""
+    question, answer = ids[:split], ids[split:]
+    if eos is None:
+        return question, answer
+    return question, [*answer[: answer.index(eos) if eos in answer else len(answer)], eos]
 
 
 def _prompt_parts(options: LabelledConfig, choices: tuple[str, ...]) -> tuple[str, tuple[str, str]]:
@@ -197,24 +242,36 @@ def _prompt_parts(options: LabelledConfig, choices: tuple[str, ...]) -> tuple[st
     return question, (before, after)
 
 
-def _render(special: dict[str, Any], question: str, shots: Sequence[tuple[str, str]]) -> str:
-    """The conversation up to the answer, with `_MARK` in the place of the text."""
-    turns = []
+def _rendered(
+    special: dict[str, Any], question: str, shots: Sequence[tuple[str, str]], choices: Sequence[str]
+) -> list[ChatText]:
+    """For each choice the conversation that it answers, with `_MARK` in the place of the text."""
+    turns: list[Message] = []
     for text, answer in shots:
         turns += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
     turns.append({"role": "user", "content": _MARK})
+
+    def texts(messages: list[Message]) -> list[ChatText]:
+        conversations = [
+            Conversation(
+                [*messages, {"role": "assistant", "content": choice}], len(messages), False, None, None, choice
+            )
+            for choice in choices
+        ]
+        return [text for (text,) in templated_texts(special, conversations)]
+
     try:
-        return chat_template.render(special, [{"role": "system", "content": question}, *turns])
+        return texts([{"role": "system", "content": question}, *turns])
     except UserError:  # some templates refuse system messages
         first = {"role": "user", "content": f"{question}\n\n{turns[0]['content']}"}
-        return chat_template.render(special, [first, *turns[1:]])
+        return texts([first, *turns[1:]])
 
 
 def encode(examples: Sequence[LabelledText], prompts: Prompts, choices: tuple[str, ...]) -> Split:
     """The examples as a split in memory: tokens int32 (tokens,), of which the answers count."""
     tokens, mask, lengths = [], [], []
     for example in examples:
-        question, answer = prompts.question(example), prompts.answer(example)
+        question, answer = prompts.encode(example)
         tokens += [*question, *answer]
         mask += [0] * len(question) + [1] * len(answer)
         lengths.append(len(question) + len(answer))

@@ -1,8 +1,8 @@
 """Speculative decoding: a cheap draft proposes the next tokens, and the model verifies them in one forward pass.
 
 The output has exactly the model's own distribution, whatever the draft is (Leviathan et al. 2022, arXiv:2211.17192,
-algorithm 1). The draft is a smaller model with the same vocabulary, or prompt look-up: the tokens that followed the
-previous occurrence of the last few tokens.
+algorithm 1). The draft is a smaller model with the same tokenizer, or prompt look-up: the tokens that followed the
+previous occurrence of the last few tokens. The embedding tables of model and draft may be padded to different sizes.
 
 Rows accept different numbers of draft tokens, so each row has its own write position in the cache. Rejected draft
 tokens are overwritten by the next round before any query attends to them.
@@ -21,7 +21,7 @@ from llm_jax.decoding.loop import DrawSettings, Generated, StopFn
 from llm_jax.decoding.samplers import History, Sampler, draw
 from llm_jax.errors import UserError
 from llm_jax.model.attention import KVCache, Tokens
-from llm_jax.model.transformer import Transformer
+from llm_jax.model.transformer import Transformer, check_length
 
 # Letters of shapes: B batch, P padded prompt, S slots, K draft tokens of a round, N new tokens, V vocabulary.
 
@@ -75,7 +75,7 @@ def generate(
       draft_tokens: tokens proposed in each round.
 
     Raises:
-      UserError: as `loop.generate`, or a draft whose vocabulary differs from the model's.
+      UserError: as `loop.generate`, or a length beyond the positions of the draft.
     """
     if draft_tokens < 1:
         raise UserError(f"--draft_tokens={draft_tokens}; expected at least 1")
@@ -83,13 +83,8 @@ def generate(
     seeds = list(range(len(prompts))) if seeds is None else list(seeds)
     loop.check(model, prompts, max_new_tokens, seeds)
     if draft is not None:
-        if draft[0].config.vocab_size != model.config.vocab_size:
-            raise UserError(
-                f"the draft model has a vocabulary of {draft[0].config.vocab_size} ids, the model one of "
-                f"{model.config.vocab_size}; expected the same vocabulary"
-            )
         draft = loop.unrolled(*draft)
-        loop.check(draft[0], prompts, max_new_tokens, seeds)
+        check_length(draft[0].config, max(map(len, prompts)) + max_new_tokens)
     draft_model, draft_params = draft or (None, None)
     settings = loop.draw_settings(model, sampler, seeds, eos, vocab_size)
     prompts_BP, lengths = loop.padded(prompts)
@@ -118,7 +113,7 @@ def _start(
     slots = p + room + draft_tokens + 1  # the last round may propose tokens past the end
 
     def prefilled(model: Transformer, params: Any) -> KVCache:
-        _, cache = loop.prefill(model, params, prompts_BP, lengths, slots)
+        _, cache = loop.prefill(model, params, _known(model, prompts_BP), lengths, slots)
         return dataclasses.replace(cache, index=lengths - 1)
 
     return SpeculativeState(
@@ -153,7 +148,7 @@ def _advance(
         return (s.rounds < rounds) & ~jnp.all(s.done)
 
     def step(s: SpeculativeState) -> SpeculativeState:
-        b = len(s.done)
+        b, vocab_size = len(s.done), model.config.vocab_size
         keys = jax.vmap(jax.random.fold_in, (0, None))(settings.keys, s.rounds)
         keys = jax.vmap(lambda key: jax.random.split(key, draft_tokens + 2))(keys)  # (B, K + 2)
         last = jnp.take_along_axis(s.history.ids, s.history.length[:, None] - 1, 1)
@@ -162,7 +157,16 @@ def _advance(
             proposed, q_logs, draft_cache = _look_up(s.history, draft_tokens), None, None
         else:
             proposed, q_logs, draft_cache = _propose(
-                draft_model, draft_params, settings, s.history, last, s.draft_cache, keys, draft_tokens, bound
+                draft_model,
+                draft_params,
+                settings,
+                s.history,
+                last,
+                s.draft_cache,
+                keys,
+                draft_tokens,
+                bound,
+                vocab_size,
             )
         positions = _positions(s.history.length - 1, draft_tokens + 1, s.done, bound)
         logits, cache = loop.apply(model, params, jnp.concatenate([last, proposed], 1), positions, s.cache)
@@ -202,14 +206,30 @@ def _advance(
     return jax.lax.while_loop(unfinished, step, state)
 
 
-def _propose(model, params, settings: DrawSettings, history: History, last, cache: Any, keys, draft_tokens: int, bound):
-    """Draws of the draft model: ids int32 (B, K), log-probabilities (B, K, V), and its cache, all K included."""
+def _propose(
+    model: Transformer,
+    params: Any,
+    settings: DrawSettings,
+    history: History,
+    last: jax.Array,
+    cache: Any,
+    keys: jax.Array,
+    draft_tokens: int,
+    bound: jax.Array,
+    vocab_size: int,
+) -> tuple[jax.Array, jax.Array, Any]:
+    """Draws of the draft model, from the ids below `vocab_size`, V, of the model that verifies them.
+
+    Returns:
+      Ids int32 (B, K), log-probabilities (B, K, V), and the draft's cache, all K included.
+    """
 
     def step(carry, key):
         cache, history, ids = carry
         positions = _positions(history.length - 1, 1, jnp.zeros(len(ids), bool), bound)
-        logits, cache = loop.apply(model, params, ids, positions, cache)
-        logs = settings.sampler.log_probabilities(settings.mask_padded_vocab(logits[:, 0]), history)
+        logits, cache = loop.apply(model, params, _known(model, ids), positions, cache)
+        logits = _resized(logits[:, 0], vocab_size)
+        logs = settings.sampler.log_probabilities(settings.mask_padded_vocab(logits), history)
         drawn = draw(logs, key)
         return (cache, loop.append(history, drawn, jnp.ones(len(ids), bool)), drawn[:, None]), (drawn, logs)
 
@@ -217,6 +237,17 @@ def _propose(model, params, settings: DrawSettings, history: History, last, cach
     order = jnp.swapaxes(keys, 0, 1)[: draft_tokens + 1]
     (cache, _, _), (drawn, logs) = jax.lax.scan(step, (cache, history, last), order)
     return jnp.swapaxes(drawn, 0, 1)[:, :draft_tokens], jnp.swapaxes(logs, 0, 1)[:, :draft_tokens], cache
+
+
+def _known(model: Transformer, ids: jax.Array) -> jax.Array:
+    """`ids` with the last id in the place of those that the model's embedding table lacks; any draft is exact."""
+    return jnp.minimum(ids, model.config.vocab_size - 1)
+
+
+def _resized(logits: jax.Array, vocab_size: int) -> jax.Array:
+    """Logits (B, W) of a draft as logits (B, V): without ids past V, and -inf for ids past W."""
+    padding = max(0, vocab_size - logits.shape[-1])
+    return jnp.pad(logits[:, :vocab_size], ((0, 0), (0, padding)), constant_values=-jnp.inf)
 
 
 def _look_up(history: History, draft_tokens: int) -> jax.Array:

@@ -6,18 +6,23 @@ none), `add_generation_prompt` and the special tokens. `{% generation %}` blocks
 """
 
 import datetime
+import functools
 import json
+import math
 import os
 import pathlib
 import secrets
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from llm_jax.errors import UserError
 
-_SECONDS, _BYTES = 10, 2**30
+_SECONDS, _BYTES = 10, 2**30  # for each conversation
 Message = Mapping[str, Any]  # {"role": ..., "content": ...}, and what else the template reads
 
 
@@ -60,13 +65,20 @@ def job(
     answer: bool,
     tools: Sequence[Any] | None = None,
     documents: Sequence[Any] | None = None,
+    extends: int | None = None,
 ) -> dict[str, Any]:
-    """One conversation for `render_all`: the arguments of `render`."""
+    """One conversation for `render_all`: the arguments of `render`.
+
+    Args:
+      extends: index of an earlier job whose text this one probably begins with; the child process then sends only what
+        follows it.
+    """
     return {
         "messages": list(messages),
         "add_generation_prompt": answer,
         "tools": tools or None,
         "documents": documents or None,
+        "extends": extends,
     }
 
 
@@ -76,29 +88,88 @@ def render_all(special: Mapping[str, Any], jobs: Sequence[Mapping[str, Any]]) ->
     Args:
       jobs: conversations made by `job`.
     """
+    return [checked(rendered) for rendered in render_each(special, jobs)]
+
+
+def checked(rendered: Rendered | UserError) -> Rendered:
+    """A result of `render_each`; raises it if it is an error."""
+    if isinstance(rendered, UserError):
+        raise rendered
+    return rendered
+
+
+def render_each(
+    special: Mapping[str, Any], jobs: Sequence[Mapping[str, Any]]
+) -> Generator[Rendered | UserError, None, None]:
+    """Yields each conversation, rendered in one process, or the error that the template raised for it.
+
+    The limits of time and memory apply to each conversation.
+
+    Args:
+      jobs: conversations made by `job`.
+
+    Raises:
+      UserError: no template, or it takes too long or too much memory.
+    """
     if not special.get("chat_template"):
         raise UserError("this model's tokenizer has no chat template; leave --chat out")
     if not jobs:
-        return []
+        return
     mark = secrets.token_hex(8)  # no template or message contains it
-    try:
-        done = subprocess.run(
+    request, bases = _request(special, jobs, mark), {job["extends"]: "" for job in jobs}
+    with tempfile.TemporaryFile("w+") as file:  # unlike a pipe, it can be left unread
+        file.write(request)
+        file.seek(0)
+        process = subprocess.Popen(
             [sys.executable, "-m", "llm_jax.tokenizers.chat_template"],
-            input=json.dumps({"special": dict(special), "jobs": list(jobs), "mark": mark}),
             env=os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])},
-            capture_output=True,
+            stdin=file,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
             text=True,
-            timeout=_SECONDS,
-            check=False,
         )
-    except subprocess.TimeoutExpired as error:
-        raise UserError(f"the chat template did not end within {_SECONDS} s") from error
-    if done.returncode:
-        raise UserError("the chat template took too much time or memory, or cannot be rendered in a child process")
-    result = json.loads(done.stdout)
-    if "error" in result:
-        raise UserError(result["error"])
-    return [_rendered(text, mark) for text in result["texts"]]
+    timer = threading.Timer(_SECONDS * (1 + len(jobs)), process.kill)  # where the child cannot limit its own time
+    timer.daemon = True
+    assert process.stdout is not None
+    with process:
+        timer.start()
+        try:
+            for index, item in enumerate(jobs):
+                if not (line := process.stdout.readline()):
+                    raise UserError(
+                        "the chat template took too much time or memory, or cannot be rendered in a child process"
+                    )
+                result = json.loads(line)
+                if "error" in result:
+                    yield UserError(result["error"])
+                    continue
+                text = bases[item["extends"]] * result["extends"] + result["text"]
+                if index in bases:
+                    bases[index] = text
+                yield _rendered(text, mark)
+        finally:
+            timer.cancel()
+            process.kill()
+
+
+def _request(special: Mapping[str, Any], jobs: Sequence[Mapping[str, Any]], mark: str) -> str:
+    """The input of the child process. Jobs share messages, so each message is sent once."""
+    values: list[Any] = []
+    indices: dict[int, int] = {}
+
+    def index(value: Any) -> int:
+        if id(value) not in indices:
+            indices[id(value)] = len(values)
+            values.append(value)
+        return indices[id(value)]
+
+    packed = [
+        dict(item)
+        | {"messages": [index(message) for message in item["messages"]]}
+        | {name: None if item[name] is None else index(item[name]) for name in ("tools", "documents")}
+        for item in jobs
+    ]
+    return json.dumps({"special": dict(special), "mark": mark, "seconds": _SECONDS, "values": values, "jobs": packed})
 
 
 def _rendered(text: str, mark: str) -> Rendered:
@@ -115,7 +186,8 @@ class _RefusedError(Exception):
     """Raised by a template."""
 
 
-def _render(special: Mapping[str, Any], jobs: list[dict[str, Any]], mark: str) -> list[str]:
+def _compiled(special: Mapping[str, Any], mark: str) -> Callable[..., str]:
+    """The template as a function of what it sees; `mark` is put around `{% generation %}` blocks."""
     import jinja2.ext
     import jinja2.nodes
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -147,27 +219,45 @@ def _render(special: Mapping[str, Any], jobs: list[dict[str, Any]], mark: str) -
         "strftime_now": lambda form: datetime.datetime.now().strftime(form),
     }
     tokens = {name: token for name, token in special.items() if name.endswith("_token") and isinstance(token, str)}
-    template = environment.from_string(special["chat_template"])
-    return [template.render(**job, **tokens) for job in jobs]
+    return functools.partial(environment.from_string(special["chat_template"]).render, **tokens)
 
 
 def _child() -> None:
-    """Renders the jobs on stdin; the texts, or the error, go to stdout as JSON."""
-    jobs = json.load(sys.stdin)
+    """Renders the jobs on stdin; for each, a line of JSON with its text or the error goes to stdout."""
+    text = sys.stdin.read()
+    request = json.loads(text)
+    _limit("RLIMIT_AS", _BYTES + 8 * len(text))
+    values, jobs = request["values"], request["jobs"]
+    bases = {job["extends"]: "" for job in jobs}
+    template = None
+    for index, job in enumerate(jobs):
+        _limit("RLIMIT_CPU", math.ceil(time.process_time()) + request["seconds"])
+        for name in ("tools", "documents"):
+            job[name] = None if job[name] is None else values[job[name]]
+        base = bases[job.pop("extends")]
+        try:
+            template = template or _compiled(request["special"], request["mark"])
+            text = template(**job | {"messages": [values[i] for i in job["messages"]]})
+        except _RefusedError as error:
+            result: dict[str, Any] = {"error": f"the chat template refuses these messages: {error}"}
+        except Exception as error:  # whatever a template can raise
+            result = {"error": f"the chat template fails ({type(error).__name__}: {error})"}
+        else:
+            extends = bool(base) and text.startswith(base)
+            result = {"text": text[len(base) :] if extends else text, "extends": extends}
+            if index in bases:
+                bases[index] = text
+        print(json.dumps(result), flush=True)
+
+
+def _limit(name: str, value: int) -> None:
+    """Lowers or raises a soft limit of this process, on systems that have it."""
     try:
         import resource
 
-        resource.setrlimit(resource.RLIMIT_AS, (_BYTES, _BYTES))
-        resource.setrlimit(resource.RLIMIT_CPU, (_SECONDS, _SECONDS))
-    except (ImportError, ValueError, OSError):
-        pass  # not on every system
-    try:
-        result: dict[str, Any] = {"texts": _render(**jobs)}
-    except _RefusedError as error:
-        result = {"error": f"the chat template refuses these messages: {error}"}
-    except Exception as error:  # whatever a template can raise
-        result = {"error": f"the chat template fails ({type(error).__name__}: {error})"}
-    print(json.dumps(result))
+        resource.setrlimit(getattr(resource, name), (value, resource.getrlimit(getattr(resource, name))[1]))
+    except (ImportError, AttributeError, ValueError, OSError):
+        pass
 
 
 if __name__ == "__main__":

@@ -154,6 +154,8 @@ def _refuse_another_run(workdir: pathlib.Path, before: Config, now: Config) -> N
     """Raises UserError where the workdir holds a run whose configuration differs in what may not change."""
     old, new = configuration.flat(before), configuration.flat(now)
     changed = [k for k in new if new[k] != old[k] and k not in _RESUMABLE and f"{k.split('.')[0]}." not in _RESUMABLE]
+    if now.lora.rank:  # a base may move; its hash is compared
+        changed = [k for k in changed if k != "init_from"]
     if not new["model.vocab_size"]:  # 0 means the tokenizer's, which the file names
         changed = [k for k in changed if k != "model.vocab_size"]
     if now.tokenizer.path or now.init_from:  # they decide both, and the tokenizer itself is compared

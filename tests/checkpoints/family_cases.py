@@ -3,6 +3,12 @@
 import numpy as np
 
 LENGTH = 12
+_SAME = {
+    "lm_head.lora_A.weight": "model.embed_tokens.lora_embedding_B",
+    "lm_head.lora_B.weight": "model.embed_tokens.lora_embedding_A",
+    "lm_head.base_layer.weight": "model.embed_tokens.base_layer.weight",
+    "lm_head.weight": "model.embed_tokens.weight",
+}
 MASK = np.array([[1] * LENGTH, [1] * 9 + [0] * 3])
 
 
@@ -30,4 +36,8 @@ def adapters(name: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndar
     for tensor, shape in sorted(shapes.items()):
         values = _draws(name + tensor).standard_normal(shape).astype(np.float32) * np.float32(0.2)
         found[tensor] = values + np.float32(tensor.endswith("magnitude_vector"))
+    for tensor in found if "tied" in name else ():  # what is tied is saved twice
+        for end, other in _SAME.items():
+            if tensor.endswith(end) and (source := tensor.replace(end, other)) in found:
+                found[tensor] = np.ascontiguousarray(found[source].T if "lora" in end else found[source])
     return found

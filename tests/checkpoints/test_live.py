@@ -76,22 +76,25 @@ def test_transformers_reads_our_gguf_files_as_we_do(vocabulary, tmp_path, arch, 
     np.testing.assert_allclose(got, expected, atol=2e-4, rtol=2e-4)
 
 
-@pytest.mark.parametrize("variant", ["lora", "dora", "pissa"])
+@pytest.mark.parametrize("variant", ["lora", "dora", "pissa", "tied"])
 def test_peft_loads_our_adapters_and_gives_our_logits(tiny, tmp_path, variant):
     import peft as theirs
     import torch
     import transformers
 
     from llm_jax import lora
-    from llm_jax.checkpoints import huggingface, peft
+    from llm_jax.checkpoints import huggingface, peft_tensors
     from tests.lora.cases import config, made
 
-    model, params = small("llama", 64)
+    model, params = small("llama", 64, tie_embeddings=variant == "tied")
     params = jax.tree.map(lambda w: 0.3 * w, params)
-    settings = config(tiny, variant=variant, rank_stabilized=variant == "lora", ranks=((".*/up", 5),))
+    if variant == "tied":
+        settings = config(tiny, targets=("attention", "embeddings"))
+    else:
+        settings = config(tiny, variant=variant, rank_stabilized=variant == "lora", ranks=((".*/up", 5),))
     adapters = made(params, settings)
     huggingface.save(tmp_path / "base", "llama", model, params, {})
-    peft.save(
+    peft_tensors.save(
         tmp_path / "out", "llama", adapters, params, model.tie_embeddings, rank_stabilized=settings.rank_stabilized
     )
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")

@@ -12,7 +12,7 @@ import pytest
 
 import llm_jax
 from llm_jax import checkpoints, configuration, lora, tokenizers, trees
-from llm_jax.checkpoints import gguf_model, huggingface, peft
+from llm_jax.checkpoints import gguf_model, huggingface, manifest, opening, peft_config, peft_tensors
 from llm_jax.checkpoints.checkpoint import on_default_device
 from llm_jax.errors import UserError
 from llm_jax.quant import post_training
@@ -48,7 +48,7 @@ def paths(tiny, vocabulary, tmp_path_factory):
     writer = checkpoints.Writer(found["adapters"], whole, loaded.tokenizer, "", base=base)
     writer.save(3, adapters, {}, None)
     writer.close()
-    peft.save(found["peft"], "llama", adapters, loaded.params, config.tie_embeddings, base_name=base["path"])
+    peft_tensors.save(found["peft"], "llama", adapters, loaded.params, config.tie_embeddings, base_name=base["path"])
     return found
 
 
@@ -80,7 +80,7 @@ def test_identity_tells_a_checkpoint_from_a_changed_one(paths, form, tmp_path):
         assert llm_jax.open(copy).identity == before.identity  # the hashes of the files, wherever they are
         (copy / "manifest.json").write_text(before.identity.replace("0", "1"))
     else:
-        file = copy if copy.is_file() else copy / "config.json" if form == "huggingface" else copy / peft.CONFIG
+        file = copy if copy.is_file() else copy / "config.json" if form == "huggingface" else copy / peft_config.CONFIG
         file.write_bytes(file.read_bytes() + b"\n")
     assert llm_jax.open(copy).identity != before.identity
 
@@ -93,6 +93,108 @@ def test_adapters_are_separated_from_their_base_and_are_no_start_of_training(pat
     jax.tree.map(np.testing.assert_array_equal, attached, llm_jax.load(paths[form]).params)
     with pytest.raises(UserError, match="holds adapters; merge them first"):
         checkpoints.open_base(paths[form])
+
+
+@pytest.mark.parametrize("form", ["adapters", "peft"])
+def test_a_base_that_has_moved_with_its_adapters_is_found_or_given(paths, tmp_path, form, capsys):
+    """Both are copied to another place, where the recorded path does not exist."""
+    expected = llm_jax.load(paths[form]).params
+    moved = tmp_path / "a" / form
+    shutil.copytree(paths[form], moved)
+    original = llm_jax.open(moved)
+    recorded = moved / "adapter_config.json" if form == "peft" else original.path / "record.json"
+    gone = "/content/drive/models/huggingface"
+    if form == "peft":
+        edit(recorded, base_model_name_or_path=gone)
+    else:
+        record = json.loads(recorded.read_text())
+        edit(recorded, base=record["base"] | {"path": gone})
+        manifest.write_manifest(original.path)
+    with pytest.raises(UserError, match=f"{gone} does not exist, nor .*; give it with --base=PATH"):
+        llm_jax.load(moved)
+    jax.tree.map(np.testing.assert_array_equal, llm_jax.load(moved, base=paths["huggingface"]).params, expected)
+    assert capsys.readouterr().err == ""
+    shutil.copytree(paths["huggingface"], tmp_path / "huggingface")
+    jax.tree.map(np.testing.assert_array_equal, llm_jax.load(moved).params, expected)
+    assert f"note: {gone} does not exist; the base is {tmp_path / 'huggingface'}" in capsys.readouterr().err
+    if form == "adapters":  # whatever is found must be the same base
+        model, params, tokenizer = llm_jax.load(paths["huggingface"])
+        shutil.rmtree(tmp_path / "huggingface")
+        llm_jax.save(model, jax.tree.map(lambda w: w + 1, params), tokenizer, tmp_path / "huggingface")
+        with pytest.raises(UserError, match="its adapters are for the base of sha256"):
+            llm_jax.load(moved)
+
+
+def test_bases_are_searched_for_beside_their_adapters(tmp_path, monkeypatch):
+    for name in ("base", "models/base", "run/checkpoints/400", "out/adapter"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("base", "models/base", "out"):
+        (tmp_path / name / "config.json").write_text("{}")
+    (tmp_path / "out" / "tiny.gguf").touch()
+    adapter = tmp_path / "out" / "adapter"
+    for recorded, expected in {
+        str(tmp_path / "base"): tmp_path / "base",
+        "../../base": adapter / ".." / ".." / "base",  # relative to the adapters
+        "/gone/base": tmp_path / "base",
+        "/gone/models/base": tmp_path / "models" / "base",  # the longest end of the path
+        "D:\\work\\models\\base": tmp_path / "models" / "base",
+        "org/base": tmp_path / "base",
+        "/gone/tiny.gguf": tmp_path / "out" / "tiny.gguf",
+        "/gone/run/checkpoints/400": tmp_path / "run" / "checkpoints" / "400",
+        "hf:org/base": "hf:org/base",
+        "/gone/other": "",
+        "/gone/400": "",
+        "/gone/adapter": "",
+    }.items():
+        if recorded.endswith("400"):
+            (tmp_path / "run" / "checkpoints" / "400" / "record.json").touch()
+        assert opening.located(recorded, adapter) == str(expected), recorded
+    monkeypatch.chdir(tmp_path)
+    assert opening.located("base", adapter) == "base"
+
+
+def test_adapters_name_what_is_missing(paths, tmp_path):
+    copy = tmp_path / "several" / "first"
+    shutil.copytree(paths["peft"], copy)
+    with pytest.raises(UserError, match="several: holds adapters in subdirectories; give one of them: first"):
+        llm_jax.open(tmp_path / "several")
+    edit(copy / peft_config.CONFIG, base_model_name_or_path=None)
+    with pytest.raises(UserError, match="names none .base_model_name_or_path.; give its path with --base=PATH"):
+        llm_jax.load(copy)
+    edit(copy / peft_config.CONFIG, base_model_name_or_path="org/unknown")
+    with pytest.raises(UserError, match="hf:org/unknown .*; give its path with --base=PATH"):
+        llm_jax.load(copy)
+    with pytest.raises(UserError, match="--base=x names the base of adapters; .* holds none"):
+        llm_jax.load(paths["run"], base="x")
+
+
+def test_the_tokenizer_beside_adapters_of_peft_counts(paths, vocabulary, tmp_path):
+    base, adapters = tmp_path / "huggingface", tmp_path / "peft"
+    shutil.copytree(paths["huggingface"], base)
+    shutil.copytree(paths["peft"], adapters)
+    edit(adapters / peft_config.CONFIG, base_model_name_or_path="../huggingface")
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 6]}))
+    assert tokenizers.digest(llm_jax.open(adapters).tokenizer) == tokenizers.digest(llm_jax.open(base).tokenizer)
+    for name, content in vocabulary.files().items():
+        (adapters / name).write_bytes(content)
+    edit(adapters / "tokenizer_config.json", chat_template="other")
+    tokenizer = llm_jax.open(adapters).tokenizer
+    assert tokenizer.special["chat_template"] == "other" != vocabulary.special["chat_template"]
+    assert {5, 6} <= {*tokenizers.eos_ids(tokenizer)}
+    truncate(adapters / "tokenizer.json")
+    with pytest.raises(UserError, match="peft: the tokenizer cannot be read"):
+        llm_jax.load(adapters)
+
+
+def test_adapters_of_peft_over_a_run_keep_its_dtypes(paths, tmp_path):
+    model, params, tokenizer = llm_jax.load(paths["huggingface"], dtype="bfloat16")
+    llm_jax.save(model, params, tokenizer, tmp_path / "run")
+    shutil.copytree(paths["peft"], tmp_path / "peft")
+    edit(tmp_path / "peft" / peft_config.CONFIG, base_model_name_or_path="../run")
+    model, params, _ = llm_jax.load(tmp_path / "peft")
+    assert model.config.precision.params == model.config.precision.compute == "bfloat16"
+    assert trees.flatten(params)["embed/table"].dtype == jnp.bfloat16
+    assert llm_jax.load(paths["peft"]).model.config.precision.params == "float32"
 
 
 @pytest.mark.parametrize("form", ["run", "huggingface", "gguf"])
@@ -139,12 +241,17 @@ GARBAGE = [
     ("gguf", "cut header", lambda p: p.write_bytes(p.read_bytes()[:500]), "goes past the end|cannot be in"),
     ("gguf", "cut tensors", lambda p: p.write_bytes(p.read_bytes()[:-900]), "goes past the end"),
     ("gguf", "text", lambda p: p.write_text("a model, honestly"), "not a GGUF file"),
-    ("peft", "cut tensors", lambda p: truncate(p / peft.TENSORS), "not a whole safetensors file"),
-    ("peft", "cut config", lambda p: truncate(p / peft.CONFIG), "cannot be read"),
-    ("peft", "list as config", lambda p: (p / peft.CONFIG).write_text("[]"), "expected 'LORA'"),
-    ("peft", "number as base", lambda p: edit(p / peft.CONFIG, base_model_name_or_path=3), "name_or_path is 3"),
-    ("peft", "text as rank", lambda p: edit(p / peft.CONFIG, r="many"), "r is 'many'; expected a positive number"),
-    ("peft", "list as pattern", lambda p: edit(p / peft.CONFIG, rank_pattern=[1]), "rank_pattern is"),
+    ("peft", "cut tensors", lambda p: truncate(p / peft_tensors.TENSORS), "not a whole safetensors file"),
+    ("peft", "cut config", lambda p: truncate(p / peft_config.CONFIG), "damaged, not JSON"),
+    ("peft", "list as config", lambda p: (p / peft_config.CONFIG).write_text("[]"), "expected 'LORA'"),
+    ("peft", "number as base", lambda p: edit(p / peft_config.CONFIG, base_model_name_or_path=3), "name_or_path is 3"),
+    (
+        "peft",
+        "text as rank",
+        lambda p: edit(p / peft_config.CONFIG, r="many"),
+        "r is 'many'; expected a positive number",
+    ),
+    ("peft", "list as pattern", lambda p: edit(p / peft_config.CONFIG, rank_pattern=[1]), "rank_pattern is"),
 ]
 
 

@@ -1,5 +1,7 @@
 """Adapters of peft: their logits, out as they came in, and what is refused."""
 
+import dataclasses
+import functools
 import json
 import pathlib
 
@@ -9,9 +11,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from llm_jax import lora, trees
-from llm_jax.checkpoints import peft
+from llm_jax import checkpoints, lora, trees, weights
+from llm_jax.checkpoints import peft_config, peft_tensors
+from llm_jax.checkpoints.checkpoint import on_default_device
 from llm_jax.errors import UserError
+from llm_jax.model.transformer import Transformer
 from tests.checkpoints import family_cases as cases
 from tests.checkpoints.test_hf import GOLDEN as BASES
 from tests.checkpoints.test_hf import read
@@ -20,13 +24,14 @@ from tests.lora.cases import config, made
 pytestmark = pytest.mark.optimized
 
 GOLDEN = json.loads(pathlib.Path(__file__).with_name("peft_golden.json").read_text())
+FIRST = ("plain", "rank-stabilized", "dora", "embeddings", "fused", "fused-dora", "tied-head")
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
     """{family: (its directory, kind, model, parameters)}"""
     found = {}
-    for family in {golden["family"] for golden in GOLDEN.values()}:
+    for family in {"bert", *(golden["family"] for golden in GOLDEN.values())}:
         path = tmp_path_factory.mktemp("bases") / family
         path.mkdir()
         (path / "config.json").write_text(json.dumps(BASES[family]["config"]))
@@ -35,37 +40,94 @@ def bases(tmp_path_factory):
     return found
 
 
+def load(directory, family, base):
+    """The adapters of a directory, over a base whose own tensors they do not replace."""
+    return peft_tensors.adapters(peft_tensors.read(directory), family, base)
+
+
 def written(directory: pathlib.Path, name: str, drop: str = "", **changes) -> pathlib.Path:
     directory.mkdir()
     said = {k: v for k, v in (GOLDEN[name]["config"] | changes).items() if k != drop}
-    (directory / peft.CONFIG).write_text(json.dumps(said))
-    save_file(cases.adapters(name, GOLDEN[name]["shapes"]), directory / peft.TENSORS)
+    (directory / peft_config.CONFIG).write_text(json.dumps(said))
+    save_file(cases.adapters(name, GOLDEN[name]["shapes"]), directory / peft_tensors.TENSORS)
     return directory
+
+
+@functools.cache
+def logits_of(config):
+    """The jitted function (parameters, ids) -> logits of a model."""
+    return jax.jit(lambda params, ids: Transformer(config).apply({"params": params}, ids))
+
+
+def opened(bases, directory, base="llama"):
+    return checkpoints.open(directory, base=str(bases[base][0]))
 
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_logits_equal_those_of_peft(bases, tmp_path, name):
-    family = GOLDEN[name]["family"]
-    _, kind, model, params = bases[family]
-    adapters = peft.load(written(tmp_path / "a", name), kind, params, model.config.tie_embeddings)
-    logits = jax.jit(lambda p: model.apply({"params": p}, jnp.asarray(cases.ids(family))))
-    got = logits(lora.attach(params, adapters))
-    np.testing.assert_allclose(got, GOLDEN[name]["logits"], atol=1e-5, rtol=1e-5)
-    assert np.abs(got - logits(params)).max() > 1e-2
+    golden = GOLDEN[name]
+    checkpoint = opened(bases, written(tmp_path / "a", name), golden["family"])
+    config = dataclasses.replace(checkpoint.config, scan_layers=False)
+    params = checkpoint.params(config, on_default_device)
+    assert lora_kinds(params) == ({"Decomposed"} if golden["config"]["use_dora"] else {"Adapted"})
+    if name not in FIRST:  # the first ones are computed with their nodes, the others share compiled functions
+        params = trees.map_weights(lambda _, w: weights.dense(w), params)
+    ids = jnp.asarray(cases.ids(golden["family"]))[: len(golden["logits"])]
+    got = logits_of(config)(params, ids)
+    np.testing.assert_allclose(got, golden["logits"], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in GOLDEN if GOLDEN[name]["family"] != "gpt2"])
+@pytest.mark.parametrize("prefix", ["", "bert."])
+def test_adapters_of_an_encoder_are_read_with_and_without_its_prefix(bases, tmp_path, prefix):
+    module = f"{prefix}encoder.layer.1.attention.self.value"
+    directory = written(tmp_path / "a", "plain", target_modules=["value"])
+    factors = {end: np.ones(shape, np.float32) for end, shape in {"A": (4, 32), "B": (32, 4)}.items()}
+    tensors = {f"base_model.model.{module}.lora_{end}.weight": factor for end, factor in factors.items()}
+    save_file(tensors, directory / peft_tensors.TENSORS)
+    checkpoint = opened(bases, directory, "bert")
+    assert checkpoint.config == checkpoint.base.config and checkpoint.family == "bert"
+    config = dataclasses.replace(checkpoint.config, scan_layers=False)
+    base, params = (one.params(config, on_default_device) for one in (checkpoint.base, checkpoint))
+    changed = trees.flatten(trees.map_weights(lambda _, w: weights.dense(w), params))
+    for path, weight in trees.flatten(base).items():
+        update = 4 * 8 / 4 if path == "layers/1/attention/value" else 0  # rank 4, alpha 8
+        np.testing.assert_allclose(changed[path], weight + update, rtol=1e-6)
+
+
+def lora_kinds(params):
+    return {weights.kind(w) for w in trees.flatten(params).values()} - {"array"}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("tied-head", {"tie_embeddings": False}),
+        ("tied-embeddings", {"tie_embeddings": False}),
+        ("saved-tied", {"tie_embeddings": False}),
+        ("tied-both", {}),
+        ("saved-tied-both", {}),
+        ("tokens-tied", {}),
+        ("resized", {"vocab_size": 67}),
+        ("resized-tied", {"vocab_size": 67}),
+    ],
+)
+def test_the_model_has_a_head_of_its_own_and_the_vocabulary_of_the_adapters(bases, tmp_path, name, changes):
+    checkpoint = opened(bases, written(tmp_path / "a", name), GOLDEN[name]["family"])
+    assert checkpoint.config == dataclasses.replace(checkpoint.base.config, **changes)
+
+
+@pytest.mark.parametrize("name", ["plain", "rank-stabilized", "dora", "embeddings", "patterns"])
 def test_what_came_in_goes_out_again(bases, tmp_path, name):
     _, kind, model, params = bases[GOLDEN[name]["family"]]
     source = written(tmp_path / "in", name)
-    adapters = peft.load(source, kind, params, model.config.tie_embeddings)
+    adapters = load(source, kind, params)
     stabilized = bool(GOLDEN[name]["config"]["use_rslora"])
-    peft.save(tmp_path / "out", kind, adapters, params, model.config.tie_embeddings, rank_stabilized=stabilized)
-    before, after = (load_file(path / peft.TENSORS) for path in (source, tmp_path / "out"))
+    peft_tensors.save(tmp_path / "out", kind, adapters, params, model.config.tie_embeddings, rank_stabilized=stabilized)
+    before, after = (load_file(path / peft_tensors.TENSORS) for path in (source, tmp_path / "out"))
     assert before.keys() == after.keys()
     for key, value in before.items():
         np.testing.assert_array_equal(after[key], value)
-    again = peft.load(tmp_path / "out", kind, params, model.config.tie_embeddings)
+    again = load(tmp_path / "out", kind, params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), again, adapters)
 
 
@@ -73,15 +135,15 @@ def test_padding_is_not_written_and_a_start_becomes_rank(bases, tiny, tmp_path):
     _, kind, model, params = bases["llama"]
     settings = config(tiny, rank=2, ranks=((r"layers/1/.*up", 5),))
     adapters = jax.jit(lambda p: lora.init(jax.random.key(0), p, settings))(params)
-    peft.save(tmp_path / "out", kind, adapters, params, model.config.tie_embeddings)
-    said = json.loads((tmp_path / "out" / peft.CONFIG).read_text())
+    peft_tensors.save(tmp_path / "out", kind, adapters, params, model.config.tie_embeddings)
+    said = json.loads((tmp_path / "out" / peft_config.CONFIG).read_text())
     assert said["r"] == 2 and said["rank_pattern"] == {"model.layers.1.mlp.up_proj": 5}
-    shapes = {k: v.shape for k, v in load_file(tmp_path / "out" / peft.TENSORS).items()}
+    shapes = {k: v.shape for k, v in load_file(tmp_path / "out" / peft_tensors.TENSORS).items()}
     assert shapes["base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"] == (5, 32)
     assert shapes["base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"] == (2, 32)
     pissa = made(params, config(tiny, rank=2, variant="pissa", targets=("attention",)))
-    peft.save(tmp_path / "pissa", kind, pissa, params, model.config.tie_embeddings)
-    again = peft.load(tmp_path / "pissa", kind, params, model.config.tie_embeddings)
+    peft_tensors.save(tmp_path / "pissa", kind, pissa, params, model.config.tie_embeddings)
+    again = load(tmp_path / "pissa", kind, params)
     for path, w in trees.flatten(lora.merge(lora.rebase(params, pissa), pissa)).items():
         np.testing.assert_allclose(trees.flatten(lora.merge(params, again))[path], w, atol=1e-5)
 
@@ -92,32 +154,36 @@ def test_padding_is_not_written_and_a_start_becomes_rank(bases, tiny, tmp_path):
         ({"drop": "lora_alpha"}, "adapter_config.json: lora_alpha is None; expected a positive number"),
         ({"r": 3}, "has rank 4, but adapter_config.json says 3"),
         ({"peft_type": "IA3"}, "peft_type is 'IA3'; expected 'LORA'"),
-        ({"bias": "all"}, "bias='all' is not supported"),
-        ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\] is not supported"),
+        ({"bias": "some"}, "bias='some' is unknown; expected one of none, all, lora_only"),
+        ({"target_parameters": ["mlp.experts"]}, r"target_parameters=\['mlp.experts'\] is not supported"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' changes the base"),
-        ({"rank_pattern": {"(a+)+": 2}}, "expected ends of modules' names and positive numbers"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights='olora' changes the base"),
+        ({"rank_pattern": {"q_proj": "2"}}, "expected regular expressions and positive numbers"),
+        ({"alpha_pattern": {"(q": 2}}, r"alpha_pattern: '\(q' is no regular expression \(missing \)"),
+        ({"rank_pattern": {r"(\w+\.?)+!": 2}}, "rank_pattern is .*; matching these expressions with 21 names takes"),
         ({"use_dora": True}, "has a, b; expected a, b, magnitude"),
     ],
     ids=str,
 )
-def test_what_is_not_known_is_refused_in_one_line(bases, tmp_path, changes, message):
-    _, kind, model, params = bases["llama"]
+def test_what_is_not_known_is_refused_in_one_line(bases, tmp_path, monkeypatch, changes, message):
+    monkeypatch.setattr(peft_config, "_SECONDS", 0.5)
+    _, kind, _, params = bases["llama"]
     directory = written(tmp_path / "a", "plain", **changes)
     with pytest.raises(UserError, match=message) as error:
-        peft.load(directory, kind, params, model.config.tie_embeddings)
-    assert "\n" not in str(error.value)
+        load(directory, kind, params)
+    assert "\n" not in str(error.value) and "cannot be read" not in str(error.value)
 
 
 def test_damaged_and_foreign_directories_are_refused(bases, tmp_path):
     _, kind, _, params = bases["llama"]
 
-    def said(directory, parameters=params, tied=False):
+    def said(directory, parameters=params):
         with pytest.raises(UserError) as error:
-            peft.load(directory, kind, parameters, tied)
+            load(directory, kind, parameters)
         return str(error.value)
 
     directory = written(tmp_path / "cut", "plain")
-    tensors = directory / peft.TENSORS
+    tensors = directory / peft_tensors.TENSORS
     tensors.write_bytes(tensors.read_bytes()[:-50])
     assert "not a whole safetensors file" in said(directory)
     tensors.unlink()
@@ -125,11 +191,44 @@ def test_damaged_and_foreign_directories_are_refused(bases, tmp_path):
     assert "adapter_model.bin is pickled: it could run code" in said(directory)
     wide = trees.map_weights(lambda p, w: jnp.concatenate([w, w]) if p.endswith("mlp/down") else w, params)
     assert "another geometry" in said(written(tmp_path / "b", "plain"), wide)
-    assert "the tied head does not use the adapter" in said(written(tmp_path / "c", "embeddings"), tied=True)
     shapes = GOLDEN["plain"]["shapes"] | {"base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": [4, 32]}
     directory = written(tmp_path / "d", "plain")
-    save_file(cases.adapters("plain", shapes), directory / peft.TENSORS)
-    assert "layers.9.mlp.up_proj.lora_A.weight' belongs to no matrix of this llama" in said(directory)
+    save_file(cases.adapters("plain", shapes), directory / peft_tensors.TENSORS)
+    assert "'model.layers.9.mlp.up_proj' belongs to no weight of this llama" in said(directory)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "shape", "changes", "message"),
+    [
+        (
+            "saved-head",
+            "score.weight",
+            (2, 32),
+            {"modules_to_save": ["score"]},
+            "'score.weight' belongs to no weight of",
+        ),
+        ("saved-head", "lm_head.weight", (64, 31), {}, r"'lm_head.weight' \(64, 31\) does not fit 'head/kernel'"),
+        ("resized", "lm_head.weight", (66, 32), {}, "the embedding table has 67 rows, the head 66; another vocabulary"),
+        ("tokens", "model.embed_tokens.token_adapter.trainable_tokens_delta", (3, 32), {}, "they do not fit"),
+        ("tokens", "", (), {"trainable_token_indices": [3, 64]}, r"trainable_token_indices=\[3, 64\] of a table"),
+        ("plain", "model.layers.0.mlp.up_proj.lora_B.bias", (48,), {"lora_bias": True}, "adds a bias to .*up_proj"),
+    ],
+)
+def test_tensors_that_do_not_fit_the_base_are_refused(bases, tmp_path, name, tensor, shape, changes, message):
+    directory = written(tmp_path / "a", name, **changes)
+    if tensor:
+        path = directory / peft_tensors.TENSORS
+        save_file(load_file(path) | {f"base_model.model.{tensor}": np.ones(shape, np.float32)}, path)
+    checkpoint = opened(bases, directory)
+    with pytest.raises(UserError, match=message):
+        checkpoint.params(dataclasses.replace(checkpoint.config, scan_layers=False), on_default_device)
+
+
+def test_adapters_that_replace_weights_of_the_base_are_not_combined(bases, tmp_path):
+    for name in ("saved-head", "tokens", "lora-bias"):
+        checkpoint = opened(bases, written(tmp_path / name, name), GOLDEN[name]["family"])
+        with pytest.raises(UserError, match="takes the place of a weight of the base"):
+            checkpoint.separate()
 
 
 @pytest.mark.parametrize(
@@ -140,10 +239,10 @@ def test_damaged_and_foreign_directories_are_refused(bases, tmp_path):
     ],
 )
 def test_tensors_of_another_rank_or_too_few_lengths_are_refused(bases, tmp_path, name, end, shape, message):
-    _, kind, model, params = bases[GOLDEN[name]["family"]]
+    _, kind, _, params = bases[GOLDEN[name]["family"]]
     directory = written(tmp_path / "a", name)
-    tensors = load_file(directory / peft.TENSORS)
+    tensors = load_file(directory / peft_tensors.TENSORS)
     key = next(k for k in tensors if k.endswith(end))
-    save_file(tensors | {key: np.ones(shape, np.float32)}, directory / peft.TENSORS)
+    save_file(tensors | {key: np.ones(shape, np.float32)}, directory / peft_tensors.TENSORS)
     with pytest.raises(UserError, match=message):
-        peft.load(directory, kind, params, model.config.tie_embeddings)
+        load(directory, kind, params)

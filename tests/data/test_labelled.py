@@ -13,8 +13,12 @@ from llm_jax.data.labelled import LabelledText, Prompts
 from llm_jax.data.rows import Packed, Shuffled
 from llm_jax.errors import UserError
 from llm_jax.schema import TokenizerConfig
+from llm_jax.tokenizers import chat_template
 from llm_jax.tokenizers.hub import HubTokenizer
 from tests.data.configs import data_config
+from tests.tokenizers import forms
+from tests.tokenizers.chat_cases import TEMPLATES
+from tests.tokenizers.test_chat_golden import with_template
 
 TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m.role }}: {{ m.content }}<|end|>{% endfor %}"
@@ -276,6 +280,35 @@ def test_a_tokenizer_without_a_chat_template_has_a_plain_prompt():
     assert prompts.answer(example) == [*BYTE.encode(" positive"), BYTE.eos]
     with pytest.raises(UserError, match="'data.labelled.template' is 'x'; expected {text} in it, once"):
         Prompts(BYTE, configuration.replace(OPTIONS, {"template": "x"}), CHOICES)
+
+
+@pytest.mark.parametrize("form", [*forms.SENTENCEPIECE, "bytelevel"])
+def test_question_and_answer_are_tokenized_together(form):
+    example, options = LabelledText("the cat", 1), configuration.replace(OPTIONS, {"template": "{text}:\n"})
+    plain = forms.form(form)
+    question, answer = Prompts(plain, options, CHOICES).encode(example)
+    assert [*question, *answer] == [plain.bos, *plain.encode("the cat:\n positive"), plain.eos][plain.bos is None :]
+    chat = with_template(form, TEMPLATES["zephyr"])
+    prompts = Prompts(chat, configuration.replace(OPTIONS, {"question": "Good?"}), CHOICES)
+    question, answer = prompts.encode(example)
+    turns = [("system", "Good?"), ("user", "the cat"), ("assistant", "positive")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    whole = chat.encode_chat(chat_template.render(chat.special, messages, answer=False))
+    end = len(whole) - whole[::-1].index(chat.eos)  # what the template writes after EOS is left out
+    assert [*question, *answer] == whole[:end] and answer == list(prompts.answers[1])
+    assert chat.decode(answer).strip() == "positive"
+
+
+def test_texts_that_change_the_ids_of_an_answer_are_refused():
+    """A vocabulary in which the end of a text and the space after it are one token."""
+    built = library.Tokenizer(
+        library.models.BPE({c: i for i, c in enumerate([*" abcdefghijklmnopqrstuvwxyz", "x "])}, [("x", " ")])
+    )
+    built.decoder = library.decoders.Fuse()
+    prompts = Prompts(HubTokenizer(built.to_str(), {}), configuration.replace(OPTIONS, {"template": "{text}"}), CHOICES)
+    assert prompts.encode(LabelledText("good", 1))[1] == list(prompts.answers[1])
+    with pytest.raises(UserError, match="after the text 'box' the tokenizer joins the question with the answer; end"):
+        prompts.encode(LabelledText("box", 1))
 
 
 def test_a_template_that_refuses_system_messages_has_the_question_before_the_text():

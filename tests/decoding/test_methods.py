@@ -166,9 +166,20 @@ def other(make):
     return model, jax.tree.map(lambda x: 3.0 * x, params)
 
 
-@pytest.mark.parametrize("who", ["draft", "the model itself", "look-up"])
-def test_speculative_greedy_is_greedy(small, other, who):
-    draft = {"draft": other, "the model itself": small, "look-up": None}[who]
+@pytest.fixture(scope="module")
+def padded(small, make):
+    """{name: `small` with an embedding table of fewer or more rows}, whose rows of common ids are those of `small`."""
+    drafts = {}
+    for name, size in (("narrower", VOCAB - 2), ("wider", VOCAB + 3)):
+        model, params = make(vocab_size=size, scan_layers=False, num_layers=1)
+        resize = lambda own, w: w if own.shape == w.shape else own.at[:VOCAB].set(w[: len(own)])  # noqa: E731
+        drafts[name] = model, jax.tree.map(resize, params, small[1])
+    return drafts
+
+
+@pytest.mark.parametrize("who", ["draft", "the model itself", "look-up", "narrower"])
+def test_speculative_greedy_is_greedy(small, other, padded, who):
+    draft = (padded | {"draft": other, "the model itself": small, "look-up": None})[who]
     prompts = [[2], [3, 4, 0, 2, 2, 3, 4], [0] * 35]
     for eos in (None, EOS):
         plain = loop.generate(*small, prompts, GREEDY, max_new_tokens=17, eos=eos)
@@ -178,18 +189,27 @@ def test_speculative_greedy_is_greedy(small, other, who):
             np.testing.assert_allclose(one.log_probabilities, same.log_probabilities, atol=1e-4)
 
 
+FILTERED = DecodingOptions(top_k=3, temperature=1.5, repetition_penalty=1.3)
+
+
 @pytest.mark.parametrize(
-    "options",
-    [DecodingOptions(), DecodingOptions(top_k=3, temperature=1.5, repetition_penalty=1.3)],
-    ids=["plain", "filtered"],
+    ("who", "options"),
+    [(who, options) for who in ("draft", "look-up") for options in (DecodingOptions(), FILTERED)]
+    + [("narrower", DecodingOptions()), ("wider", FILTERED)],
+    ids=["draft-plain", "draft-filtered", "look-up-plain", "look-up-filtered", "narrower-plain", "wider-filtered"],
 )
-@pytest.mark.parametrize("who", ["draft", "look-up"])
-def test_speculative_draws_have_the_models_own_distribution(small, other, who, options):
+def test_speculative_draws_have_the_models_own_distribution(small, other, padded, who, options):
     """Over all texts of three tokens, for two prompts in one batch: a round of two guesses and one more."""
     prompts, count = [[2], [3, 4, 0, 2, 3]], 3000
     rows = [p for p in prompts for _ in range(count)]
     made = speculative.generate(
-        *small, rows, options.sampler(), other if who == "draft" else None, 2, max_new_tokens=3, eos=None
+        *small,
+        rows,
+        options.sampler(),
+        (padded | {"draft": other, "look-up": None})[who],
+        2,
+        max_new_tokens=3,
+        eos=None,
     )
     texts = list(itertools.product(range(VOCAB), repeat=3))
     for which, prompt in enumerate(prompts):
@@ -245,9 +265,23 @@ def test_speculative_rows_depend_on_their_seeds_only_and_other_lengths_do_not_co
     assert speculative._advance._cache_size() == compiled
 
 
-def test_a_draft_of_another_vocabulary_is_refused(small, make):
-    with pytest.raises(UserError, match="vocabulary of 259"):
-        speculative.generate(*small, [[2]], GREEDY, make(scan_layers=False), 2, max_new_tokens=2)
+def test_a_padded_draft_that_equals_the_model_is_accepted(small, padded):
+    """Ids that only the padded table has are never drawn, so that the draft proposes what the model says."""
+    rounds = []
+    made = speculative.generate(
+        *small,
+        [[2, 3]],
+        GREEDY,
+        padded["wider"],
+        3,
+        max_new_tokens=8,
+        watch=lambda rows: rounds.append(len(rows[0].ids)),
+    )
+    assert rounds == [4, 8]
+    assert made[0].ids == loop.generate(*small, [[2, 3]], GREEDY, max_new_tokens=8)[0].ids
+    logits = np.array([[3.0, 1.0, 2.0]])
+    np.testing.assert_array_equal(speculative._resized(logits, 5), [[3, 1, 2, -np.inf, -np.inf]])
+    np.testing.assert_array_equal(speculative._resized(logits, 2), [[3, 1]])
 
 
 def test_scores_of_single_pairs_and_batches_agree_and_say_what_is_greedy(small):

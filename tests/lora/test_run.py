@@ -49,11 +49,12 @@ def test_the_run_learns_and_its_checkpoint_is_small_and_names_its_base(run, trai
 
 
 @pytest.mark.uncached
-def test_resume_is_bitwise(run, command, trained, tmp_path):
+def test_resume_is_bitwise_over_a_base_that_has_moved(run, command, trained, tmp_path):
     shutil.copytree(run, tmp_path / "again")
+    shutil.copytree(trained, tmp_path / "base")
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "8")
     again = f"--workdir={tmp_path / 'again'}"
-    done = command("train", again, f"--config.init_from={trained}", *LORA, process=True)
+    done = command("train", again, f"--config.init_from={tmp_path / 'base'}", *LORA, process=True)
     assert "resuming from" in done.stdout
     assert metrics(tmp_path / "again") == metrics(run)
     jax.tree.map(np.testing.assert_array_equal, arrays(tmp_path / "again"), arrays(run))
@@ -85,6 +86,28 @@ def test_peft_and_back_over_a_base_of_hugging_faces(trained, command, tmp_path):
     assert np.abs(logits[2] - logits[0]).max() > 1e-3
     done = command("convert", f"--input={trained}", f"--output={tmp_path / 'x'}", "--to=peft", code=2)
     assert "--to=peft writes adapters" in done.stderr
+    settings = tmp_path / "peft" / "adapter_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"base_model_name_or_path": "/gone"}))
+    moved = (f"--input={tmp_path / 'peft'}", f"--output={tmp_path / 'merged'}", "--to=hf")
+    assert "/gone does not exist, nor a checkpoint of this name" in command("convert", *moved, code=2).stderr
+    command("convert", *moved, f"--base={tmp_path / 'base'}")
+    merged = llm_jax.load(tmp_path / "merged")
+    np.testing.assert_allclose(merged.model.apply({"params": merged.params}, ids), logits[1], atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("generate", ("--prompt=a", "--checkpoint")),
+        ("evaluate", ("--checkpoint",)),
+        ("evaluate", ("--task=copying", "--checkpoint")),
+        ("quantize", ("--output=none", "--scheme=int8", "--checkpoint")),
+        ("convert", ("--output=none", "--to=hf", "--input")),
+    ],
+)
+def test_a_base_is_for_adapters(command, trained, name, flags):
+    done = command(name, *flags[:-1], f"{flags[-1]}={trained}", "--base=x", code=2)
+    assert f"--base=x names the base of adapters; {trained} holds none" in done.stderr
 
 
 def test_adapters_train_over_a_base_that_is_split(run, command, trained, tmp_path):

@@ -1,3 +1,5 @@
+import resource
+
 import pytest
 
 from llm_jax.errors import UserError
@@ -30,12 +32,39 @@ def test_messages_are_rendered_as_text():
         ("{{ '{a}'.format() }}", "fails .KeyError"),
         ("{{ (" + "(" * 4000, "fails ."),
         ("{{ ('a' * 2000000000) | length }}", "fails .MemoryError|too much time or memory"),
-        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "did not end|too much time"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "too much time"),
     ],
 )
-def test_templates_that_fail_or_reach_out_end_in_one_line(template, message):
+def test_templates_that_fail_or_reach_out_end_in_one_line(template, message, monkeypatch):
+    monkeypatch.setattr(chat_template, "_SECONDS", 1)
     with pytest.raises(UserError, match=message):
         chat_template.render({"chat_template": template}, HI)
+
+
+def test_the_time_limit_counts_for_each_conversation_and_errors_are_its_own(monkeypatch):
+    monkeypatch.setattr(chat_template, "_SECONDS", 1)
+    template = (
+        "{% for i in range(messages[0].content) %}{% for j in range(70000) %}{% endfor %}{% endfor %}"
+        "{{ messages[0].content + 0 }}"
+    )
+    counts = [20] * 40 + ["x", 1]  # together they take more than a second
+    jobs = [chat_template.job([{"role": "user", "content": count}], False) for count in counts]
+    began = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    *slow, wrong, last = chat_template.render_each({"chat_template": template}, jobs)
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - began > 1
+    assert {text.text for text in slow} == {"20"} and last.text == "1"
+    assert "the chat template fails (TypeError" in str(wrong)
+
+
+def test_a_text_that_extends_another_is_whole():
+    jobs = [
+        chat_template.job([{"role": "user", "content": text}], False, extends=extends)
+        for text, extends in (("Hi", None), ("Ho", 0), ("Hi you", 0), ("Hi", 2), ("Hi you two", 2))
+    ]
+    template = "{% generation %}{{ messages[0].content }}{% endgeneration %}"
+    rendered = chat_template.render_all({"chat_template": template}, jobs)
+    assert [r.text for r in rendered] == ["Hi", "Ho", "Hi you", "Hi", "Hi you two"]
+    assert [r.answers for r in rendered] == [[(0, len(r.text))] for r in rendered]
 
 
 def test_loops_can_be_left():

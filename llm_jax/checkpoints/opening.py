@@ -1,0 +1,121 @@
+"""Opens checkpoints of every form, and finds the bases of adapters."""
+
+import functools
+import os
+import pathlib
+import re
+import sys
+from typing import NoReturn
+
+from llm_jax.checkpoints import location
+from llm_jax.checkpoints.adapters import Adapters
+from llm_jax.checkpoints.checkpoint import Checkpoint
+from llm_jax.checkpoints.gguf_model import Gguf
+from llm_jax.checkpoints.huggingface import HuggingFace
+from llm_jax.checkpoints.manifest import find
+from llm_jax.checkpoints.peft import Peft
+from llm_jax.checkpoints.run import Run, read_config
+from llm_jax.errors import UserError
+
+_LEVELS = 4  # directories, from that of the adapters up, in which a base is searched for
+
+
+def open(name: str | os.PathLike[str], base: str = "") -> Checkpoint:
+    """The checkpoint that `name` stands for, without its weights having been read.
+
+    Args:
+      name: a run, or one of its checkpoints; a Hugging Face directory; a .gguf file; a directory of peft adapters;
+        "asset:NAME" (`llm_jax.assets`); or "hf:ORG/NAME" (needs the package huggingface_hub and a network).
+      base: of adapters, the checkpoint of their base; "": the one that they name, or, if it is not there any more, a
+        checkpoint of the same name beside them.
+
+    Raises:
+      UserError: no checkpoint there, or `base` is given for one without adapters.
+    """
+    path = location.resolve(name)
+    own_name = str(name) if location.is_remote(str(name)) else str(path.absolute())
+    if Peft.matches(path):
+        return Peft(path, own_name, functools.partial(_open_base_of_peft, path, base))
+    adapters = path.is_dir() and sorted(p.parent.name for p in path.glob("*/adapter_config.json"))
+    if path.is_file():
+        checkpoint: Checkpoint = Gguf(path, own_name)
+    elif HuggingFace.matches(path):
+        checkpoint = HuggingFace(path, own_name)
+    elif adapters and not (path / "config.json").exists():
+        raise UserError(f"{name}: holds adapters in subdirectories; give one of them: {', '.join(adapters)}")
+    else:
+        path = find(path)
+        own_name = own_name if location.is_remote(own_name) else str(path.absolute())
+        if read_config(path).lora.rank:
+            return Adapters(path, own_name, functools.partial(_open_base_of_run, path, base))
+        checkpoint = Run(path, own_name)
+    if base:
+        raise UserError(f"--base={base} names the base of adapters; {name} holds none")
+    return checkpoint
+
+
+def open_base(name: str | os.PathLike[str]) -> Checkpoint:
+    """As `open`, for weights to start training from (init_from).
+
+    Raises:
+      UserError: as `open`, or the checkpoint holds adapters.
+    """
+    checkpoint = open(name)
+    if checkpoint.form in ("adapters", "peft"):
+        raise UserError(f"init_from={name} holds adapters; merge them first (convert --to=hf)")
+    return checkpoint
+
+
+def _open_base_of_run(path: pathlib.Path, base: str, recorded: str) -> Checkpoint:
+    """The base of the run of which `path` is a checkpoint. Its hash is compared when its weights are read."""
+    path = path.absolute()
+    workdir = path.parents[1] if path.parent.name == "checkpoints" else path
+    return open_base(base or located(recorded, workdir) or _missing(recorded))
+
+
+def _open_base_of_peft(path: pathlib.Path, base: str, recorded: str) -> Checkpoint:
+    if not (base or recorded):
+        raise UserError("adapter_config.json names none (base_model_name_or_path); give its path with --base=PATH")
+    if name := base or located(recorded, path):
+        return open(name)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", recorded):
+        _missing(recorded)
+    try:
+        return open(f"hf:{recorded}")
+    except UserError as error:
+        raise UserError(f"{error}; give its path with --base=PATH") from error
+
+
+def _missing(recorded: str) -> NoReturn:
+    raise UserError(
+        f"{recorded} does not exist, nor a checkpoint of this name beside the adapters; give it with --base=PATH"
+    )
+
+
+def located(recorded: str, directory: pathlib.Path) -> str:
+    """Where the base of adapters is, or "" if it is nowhere.
+
+    Args:
+      recorded: the name that the adapters have for it: a path, asset:NAME, hf:ORG/NAME or ORG/NAME.
+      directory: that of the adapters. If there is no `recorded`, its last parts are searched for in this directory and
+        those above it; a line on stderr says what was found.
+    """
+    if location.is_remote(recorded) or pathlib.Path(recorded).expanduser().exists():
+        return recorded
+    relative = directory / recorded
+    if not pathlib.Path(recorded).is_absolute() and relative.exists():
+        return str(relative)
+    own = directory.absolute()
+    parts = [part for part in pathlib.PureWindowsPath(recorded).parts if part not in ("..", ".", "/")]  # of any system
+    for above in (own, *own.parents)[:_LEVELS]:
+        for start in range(len(parts)):
+            candidate = above.joinpath(*parts[start:])
+            if not parts[start].isdigit() and candidate != own and _is_checkpoint(candidate):
+                print(f"note: {recorded} does not exist; the base is {candidate}", file=sys.stderr)
+                return str(candidate)
+    return ""
+
+
+def _is_checkpoint(path: pathlib.Path) -> bool:
+    files = ("config.json", "record.json", "checkpoints")
+    return any((path / name).exists() for name in files) or (path.is_file() and path.suffix == ".gguf")

@@ -1,0 +1,130 @@
+"""adapter_config.json of peft: what is supported, and the values of its patterns."""
+
+import json
+import pathlib
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llm_jax import files
+from llm_jax.errors import UserError
+
+CONFIG = "adapter_config.json"
+_BIASES = ("none", "all", "lora_only")
+# Keys that, if set, select computations that are not implemented here.
+_REFUSED = (
+    "layer_replication",
+    "use_qalora",
+    "use_bdlora",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "velora_config",
+    "target_parameters",
+    "megatron_config",
+)
+# Initializations that leave the base unchanged; others (pissa, olora, loftq, corda, ...) subtract the initial factors.
+_UNCHANGED_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
+_PLAIN = re.compile(r"(\w|[.^]|\\[.d])+")  # expressions that take a time linear in the name that they are matched with
+_SECONDS = 10  # for all others
+# Matches every name (of {patterns, names} on stdin) as peft does; prints the first pattern that matches, or null.
+_MATCHER = r"""
+import json, re, sys
+request = json.load(sys.stdin)
+rules = [(pattern, re.compile(rf"(.*\.)?({pattern})$")) for pattern in request["patterns"]]
+print(json.dumps([next((p for p, rule in rules if rule.match(name)), None) for name in request["names"]]))
+"""
+
+
+def read_config(directory: pathlib.Path) -> dict[str, Any]:
+    """The content of adapter_config.json. Raises UserError if it cannot be read or is not supported; names the key."""
+    source = directory / CONFIG
+    config = files.read_json(source)
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        peft_type = config.get("peft_type") if isinstance(config, dict) else config
+        raise UserError(f"{source}: peft_type is {peft_type!r}; expected 'LORA'")
+    for key in ("r", "lora_alpha"):
+        if not _is_positive(value := config.get(key)):
+            raise UserError(f"{source}: {key} is {value!r}; expected a positive number")
+    if config.get("bias", "none") not in _BIASES:
+        raise UserError(f"{source}: bias={config['bias']!r} is unknown; expected one of {', '.join(_BIASES)}")
+    if not isinstance(config.get("base_model_name_or_path"), str | None):
+        name = config["base_model_name_or_path"]
+        raise UserError(f"{source}: base_model_name_or_path is {name!r}; expected the base's path or name")
+    for key in _REFUSED:
+        if config.get(key):
+            raise UserError(f"{source}: {key}={config[key]!r} is not supported")
+    if config.get("lora_bias") and config.get("use_dora"):
+        raise UserError(f"{source}: lora_bias=True with use_dora=True is not supported")
+    if config.get("init_lora_weights", True) not in _UNCHANGED_BASE:
+        raise UserError(
+            f"{source}: init_lora_weights={config['init_lora_weights']!r} changes the base; have peft convert it "
+            "(save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    for key in ("rank_pattern", "alpha_pattern"):
+        table = config.get(key) or {}
+        if not isinstance(table, dict) or not all(map(_is_positive, table.values())):
+            raise UserError(f"{source}: {key} is {table!r}; expected regular expressions and positive numbers")
+        for pattern in table:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(f"{source}: {key}: {pattern!r} is no regular expression ({error})") from error
+    return config
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+
+
+def base_name(directory: pathlib.Path) -> str:
+    """The path or hub name of the base that the adapters name; "" if they name none. Raises as `read_config`."""
+    return read_config(directory).get("base_model_name_or_path") or ""
+
+
+def is_saved(config: Mapping[str, Any], module: str) -> bool:
+    """Whether `modules_to_save` names a module: by the end of its name, as peft compares it."""
+    return any(module.endswith(name) for name in config.get("modules_to_save") or ())
+
+
+def token_indices(config: Mapping[str, Any], module: str) -> list[int]:
+    """The rows of an embedding table that `trainable_token_indices` names: a list, or one for each module."""
+    indices = config.get("trainable_token_indices") or []
+    if isinstance(indices, dict):
+        indices = next((rows for name, rows in indices.items() if module.endswith(name)), [])
+    return list(indices)
+
+
+def pattern_values(directory: pathlib.Path, config: Mapping[str, Any], key: str, modules: Sequence[str]) -> list[float]:
+    """The value of each module: of the first pattern that matches the end of its name, else the default.
+
+    Args:
+      key: "rank_pattern", whose default is "r", or "alpha_pattern", whose default is "lora_alpha".
+
+    Raises:
+      UserError: matching takes too long.
+    """
+    table = config.get(key) or {}
+    default = config["r" if key == "rank_pattern" else "lora_alpha"]
+    if all(map(_PLAIN.fullmatch, table)):
+        rules = [(re.compile(rf"(.*\.)?({pattern})$"), value) for pattern, value in table.items()]
+        return [next((value for rule, value in rules if rule.match(name)), default) for name in modules]
+    # Other expressions may take a time without bound; a process of their own can be ended.
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", _MATCHER],
+            input=json.dumps({"patterns": list(table), "names": list(modules)}),
+            capture_output=True,
+            text=True,
+            timeout=_SECONDS,
+            check=True,
+        )
+    except (subprocess.SubprocessError, OSError) as error:
+        raise UserError(
+            f"{directory / CONFIG}: {key} is {table!r}; matching these expressions with {len(modules)} names takes "
+            f"more than {_SECONDS} s"
+        ) from error
+    return [default if pattern is None else table[pattern] for pattern in json.loads(done.stdout)]

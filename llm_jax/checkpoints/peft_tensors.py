@@ -1,0 +1,375 @@
+"""adapter_model.safetensors of peft: low-rank factors, and tensors in the place of those of the base; both ways."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from llm_jax import files, lora, trees, weights
+from llm_jax.checkpoints import assemble, peft_config
+from llm_jax.checkpoints.families import FAMILIES
+from llm_jax.checkpoints.huggingface import write_safetensors
+from llm_jax.checkpoints.names import TensorSpec
+from llm_jax.checkpoints.peft_config import CONFIG
+from llm_jax.errors import UserError
+from llm_jax.lora.adapt import by_path
+
+TENSORS = "adapter_model.safetensors"
+_ROOT = "base_model.model."
+# End of a tensor's name -> (name in the adapter tree, whether the tensor is its transpose).
+_PARTS = {
+    "lora_A.weight": ("a", True),
+    "lora_B.weight": ("b", True),
+    "lora_B.bias": ("bias", False),
+    "lora_embedding_A": ("a", True),
+    "lora_embedding_B": ("b", True),
+    "lora_magnitude_vector": ("magnitude", False),
+    "lora_magnitude_vector.weight": ("magnitude", False),
+}
+_ROWS = ".token_adapter.trainable_tokens_delta"
+_UNUSED = (".token_adapter.trainable_tokens_original", ".original_module.")
+_TABLE, _HEAD = "embed/table", "head/kernel"
+_BY_TOKEN = (_TABLE, _HEAD, f"{_HEAD}_bias")  # parameters with an entry for each token
+
+Table = dict[str, list[tuple[TensorSpec, str]]]  # stored tensor -> (spec, path) of the parameters that are parts of it
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterTensors:
+    """What a directory of peft holds, by peft's names without their root.
+
+    Attributes:
+      directory: where it was read.
+      config: the content of adapter_config.json.
+      factors: {module: {"a", "b", ("magnitude" and "bias"): float32 array}} of adapted matrices; "a" is (in, rank) and
+        "b" (rank, out).
+      copies: tensors of the base itself, which peft saves beside some adapters: of embeddings that were adapted or
+        resized, and biases that were trained.
+      saved: tensors of `modules_to_save`, which take the place of those of the base.
+      rows: {module: (tokens, width)}, rows that take the place of those of an embedding table.
+    """
+
+    directory: pathlib.Path
+    config: dict[str, Any]
+    factors: dict[str, dict[str, np.ndarray]]
+    copies: dict[str, np.ndarray]
+    saved: dict[str, np.ndarray]
+    rows: dict[str, np.ndarray]
+
+
+def read(directory: pathlib.Path) -> AdapterTensors:
+    """Reads a directory of peft.
+
+    Raises:
+      UserError: a file is missing or damaged, or a setting is not supported.
+    """
+    tensors = AdapterTensors(directory, peft_config.read_config(directory), {}, {}, {}, {})
+    for full_name, tensor in _read_file(directory).items():
+        name = full_name.removeprefix(_ROOT).replace(".token_adapter.base_layer.", ".base_layer.")
+        part = next((end for end in _PARTS if name.endswith(f".{end}")), None)
+        module = name.removesuffix(f".{part}") if part else name.rpartition(".")[0]
+        plain = name.replace(".base_layer.", ".")
+        if part:
+            entry, transposed = _PARTS[part]
+            factor = (tensor.T if transposed else tensor).astype(np.float32)
+            tensors.factors.setdefault(module, {})[entry] = factor
+        elif name.endswith(_ROWS):
+            tensors.rows[name.removesuffix(_ROWS)] = tensor
+        elif plain == name and peft_config.is_saved(tensors.config, module):
+            tensors.saved[name] = tensor
+        elif not any(end in f"{name}." for end in _UNUSED):
+            tensors.copies[plain] = tensor
+    return tensors
+
+
+def unties(tensors: AdapterTensors, family: str) -> bool:
+    """Whether the adapters change a tied embedding table or head alone, so that the two are no longer the same."""
+    names = FAMILIES[family].names
+    if _HEAD not in names:
+        return False
+    table, head = (names[path].name.removesuffix(".weight") for path in (_TABLE, _HEAD))
+    rows_of_table, rows_of_head = (peft_config.token_indices(tensors.config, module) for module in (table, head))
+    if head in tensors.rows and rows_of_table != rows_of_head:
+        return True
+    modules = {_plain_name(family, name.removesuffix(".weight")) for name in (*tensors.factors, *tensors.saved)}
+    return not tensors.config.get("ensure_weight_tying") and bool({table, head} & modules)
+
+
+def vocab_size(tensors: AdapterTensors, family: str) -> int | None:
+    """The number of rows of an embedding table that takes the place of the base's; None if there is none."""
+    table = FAMILIES[family].names[_TABLE].name
+    shapes = (t.shape for n, t in (tensors.copies | tensors.saved).items() if _plain_name(family, n) == table)
+    return next((shape[0] for shape in shapes), None)
+
+
+def changed_base(tensors: AdapterTensors, family: str, base: trees.Tree, untied: bool) -> dict[str, Any]:
+    """The base with the tensors that take the place of its own.
+
+    Args:
+      family: of the base, a key of `FAMILIES`.
+      base: its parameters, one entry per layer.
+      untied: give a base whose head is its embedding table a head of its own, as `unties` tells.
+
+    Raises:
+      UserError: a tensor does not fit the base.
+    """
+    flat = trees.flatten(base)
+    _replace(flat, _names(family, flat), family, tensors.directory, tensors.copies)
+    if untied:
+        flat[_HEAD] = weights.dense(flat[_TABLE]).T
+    names = _names(family, flat)
+    _replace(flat, names, family, tensors.directory, tensors.saved)
+    for module, rows in tensors.rows.items():
+        source = f"{tensors.directory / TENSORS}: '{module}'"
+        for spec, path in _entries(names, family, f"{module}.weight", source):
+            table = weights.dense(flat[path])
+            table = table.T if spec.transposed else table  # (tokens, width)
+            indices = np.asarray(peft_config.token_indices(tensors.config, module), np.int64)
+            if rows.shape != (len(indices), table.shape[1]) or np.any((indices < 0) | (indices >= len(table))):
+                raise UserError(
+                    f"{source} has rows {rows.shape} for trainable_token_indices={indices.tolist()[:8]} of a table "
+                    f"{table.shape}; they do not fit"
+                )
+            table = table.at[indices].set(jnp.asarray(rows, table.dtype))
+            flat[path] = table.T if spec.transposed else table
+    biased = {module: parts["bias"] for module, parts in tensors.factors.items() if "bias" in parts}
+    if biased:
+        scales = _scales(tensors)
+        for module, addition in biased.items():
+            for spec, path in _entries(names, family, f"{module}.weight", f"{tensors.directory / TENSORS}: '{module}'"):
+                if (bias := flat.get(f"{path}_bias")) is None:
+                    raise UserError(
+                        f"{tensors.directory / CONFIG}: lora_bias=True adds a bias to '{module}', which has none in "
+                        f"this {family}"
+                    )
+                flat[f"{path}_bias"] = bias + jnp.asarray(scales[module] * _part(spec, addition), bias.dtype)
+    if _HEAD in flat and flat[_HEAD].shape[1] != flat[_TABLE].shape[0]:
+        raise UserError(
+            f"{tensors.directory}: the embedding table has {flat[_TABLE].shape[0]} rows, the head "
+            f"{flat[_HEAD].shape[1]}; another vocabulary than the base's needs both"
+        )
+    return trees.unflatten(flat)
+
+
+def adapters(tensors: AdapterTensors, family: str, base: trees.Tree) -> dict[str, Any]:
+    """The adapter tree, one entry per layer, in float32.
+
+    Args:
+      base: from `changed_base`.
+
+    Raises:
+      UserError: factors do not fit the base or each other.
+    """
+    directory, config = tensors.directory, tensors.config
+    flat = trees.flatten(base)
+    names, head = _names(family, flat), FAMILIES[family].names.get(_HEAD)
+    modules = {
+        module: _entries(names, family, f"{module}.weight", f"{directory / TENSORS}: '{module}'")
+        for module in tensors.factors
+        if _HEAD in flat or not head or f"{module}.weight" != head.name  # else the tied table has the same factors
+    }
+    scales = _scales(tensors)
+    tree: dict[str, Any] = {}
+    expected = {"a", "b"} | ({"magnitude"} if config.get("use_dora") else set())
+    for module, entries in modules.items():
+        source, parts = f"{directory}: '{module}'", tensors.factors[module]
+        if (present := parts.keys() - {"bias"}) != expected:
+            raise UserError(f"{source} has {', '.join(sorted(present))}; expected {', '.join(sorted(expected))}")
+        rank = parts["a"].shape[-1]
+        for spec, path in entries:
+            if path == _TABLE and "magnitude" in parts:
+                raise UserError(f"{source}: DoRA of an embedding table normalizes its rows in peft; not supported")
+            if len(flat[path].shape) != 2:
+                raise UserError(f"{source} is no matrix of this {family}")
+            rows, columns = flat[path].shape
+            if parts["a"].shape != (rows, rank) or parts["b"].shape != (rank, spec.part[1] * columns):
+                shapes = f"a {parts['a'].shape} and b {parts['b'].shape}"
+                raise UserError(f"{source}: {shapes} do not fit '{path}' of shape {(rows, columns)}; another geometry")
+            values: dict[str, Any] = {
+                "a": parts["a"],
+                "b": _part(spec, parts["b"]),
+                "scale": np.float32(scales[module]),
+            }
+            if "magnitude" in parts:
+                if parts["magnitude"].size != spec.part[1] * columns:
+                    raise UserError(
+                        f"{source} has {parts['magnitude'].size} magnitudes for {spec.part[1] * columns} columns"
+                    )
+                squares = jnp.sum(jnp.square(weights.dense(flat[path]).astype(jnp.float32)), 0)
+                values |= {"magnitude": _part(spec, parts["magnitude"].reshape(-1)), "squares": squares}
+            tree |= {f"{path}/{name}": jnp.asarray(value) for name, value in values.items()}
+    return trees.unflatten(tree)
+
+
+def _scales(tensors: AdapterTensors) -> dict[str, float]:
+    """alpha / rank of each adapted module. Raises UserError for factors that are not of the rank of the config."""
+    modules = list(tensors.factors)
+    ranks, alphas = (
+        peft_config.pattern_values(tensors.directory, tensors.config, key, modules)
+        for key in ("rank_pattern", "alpha_pattern")
+    )
+    scales = {}
+    for module, expected_rank, alpha in zip(modules, ranks, alphas, strict=True):
+        source, parts = f"{tensors.directory}: '{module}'", tensors.factors[module]
+        if not {"a", "b"} <= parts.keys():
+            raise UserError(f"{source} has {', '.join(sorted(parts))}; expected a, b")
+        if any(parts[name].ndim != 2 for name in ("a", "b")):
+            raise UserError(f"{source} has a {parts['a'].shape} and b {parts['b'].shape}; expected matrices")
+        rank = parts["a"].shape[-1]
+        if rank != expected_rank:
+            raise UserError(f"{source} has rank {rank}, but {CONFIG} says {expected_rank}")
+        scales[module] = alpha / (rank**0.5 if tensors.config.get("use_rslora") else rank)
+    return scales
+
+
+def _names(family: str, flat: dict[str, Any]) -> Table:
+    """The stored tensors of a base; where its head is its embedding table, the tensor of the head is the table."""
+    names = FAMILIES[family].names
+    table = assemble.by_tensor(assemble.specs(names, trees.unflatten(flat)))
+    if _HEAD not in flat and _HEAD in names:
+        table.setdefault(names[_HEAD].name, [(names[_TABLE], _TABLE)])
+    return table
+
+
+def _plain_name(family: str, name: str, known: Any = None) -> str:
+    """A tensor's name with or without the family's prefix, as the table of the family has it."""
+    prefix = FAMILIES[family].prefix
+    known = {spec.name for spec in FAMILIES[family].names.values()} if known is None else known
+    return next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in known), name)
+
+
+def _entries(names: Table, family: str, name: str, source: str) -> list[tuple[TensorSpec, str]]:
+    entries = names.get(_plain_name(family, name, names))
+    if entries is None:
+        raise UserError(f"{source} belongs to no weight of this {family}")
+    return entries
+
+
+def _replace(flat: dict[str, Any], names: Table, family: str, directory: pathlib.Path, tensors: Any) -> None:
+    """Puts stored tensors in the place of the parameters that they hold."""
+    for name, tensor in tensors.items():
+        source = f"{directory / TENSORS}: '{name}'"
+        for spec, path in _entries(names, family, name, source):
+            value = _part(spec, tensor.T if spec.transposed else tensor)
+            free = 1 if path == _HEAD else 0  # the axis whose size the vocabulary decides
+            shapes = [
+                tuple(size for axis, size in enumerate(array.shape) if path not in _BY_TOKEN or axis != free)
+                for array in (value, flat[path])
+            ]
+            if value.ndim != len(flat[path].shape) or shapes[0] != shapes[1]:
+                raise UserError(f"{source} {tensor.shape} does not fit '{path}' of shape {flat[path].shape}")
+            dtype = jax.eval_shape(weights.dense, flat[path]).dtype
+            flat[path] = jnp.asarray(value.astype(np.float32) + spec.offset if spec.offset else value, dtype)
+
+
+def _part(spec: TensorSpec, array: np.ndarray) -> np.ndarray:
+    """The part of a stored array (..., n * width) that belongs to the parameter."""
+    index, count = spec.part
+    width = array.shape[-1] // count
+    return array[..., index * width : (index + 1) * width]
+
+
+def _read_file(directory: pathlib.Path) -> dict[str, np.ndarray]:
+    path = directory / TENSORS
+    if not path.is_file():
+        pickled = [p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
+        reason = f" ({pickled[0]} is pickled: it could run code, and is not read)" if pickled else ""
+        raise UserError(f"{directory}: no {TENSORS} here{reason}")
+    try:
+        with safe_open(path, framework="numpy") as handle:
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error})") from error
+    if not tensors:
+        raise UserError(f"{path}: holds no tensor")
+    return tensors
+
+
+def save(
+    directory: pathlib.Path,
+    family: str,
+    adapters: trees.Tree,
+    base: trees.Tree,
+    tied: bool,
+    *,
+    rank_stabilized: bool = False,
+    dropout: float = 0.0,
+    base_name: str | None = None,
+) -> None:
+    """Writes a directory that `peft` loads; it appears complete or not at all.
+
+    Args:
+      family: of the base, a key of `FAMILIES`.
+      adapters: one entry per layer; PiSSA is written as LoRA of twice the rank over the unchanged base.
+      base: the parameters of the base, which may be abstract, one entry per layer.
+      tied: whether the base's head is its embedding table.
+      rank_stabilized: scale = alpha / sqrt(rank) instead of alpha / rank.
+      dropout: recorded as lora_dropout, for further training.
+      base_name: recorded as base_model_name_or_path.
+
+    Raises:
+      UserError: the directory exists, or peft cannot hold the adapters.
+    """
+    if directory.exists():
+        raise UserError(f"--output={directory} exists; give another, or remove it")
+    specs = assemble.specs(FAMILIES[family].names, base)
+    if any(path.endswith("/start_a") for path in trees.flatten(adapters)):
+        adapters = lora.plain(adapters)
+    tensors: dict[str, np.ndarray] = {}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    dora = False
+    for path, parts in by_path(adapters).items():
+        module = specs[path].name.removesuffix(".weight")
+        if specs[path].part[1] > 1:
+            raise UserError(f"'{path}' is a part of {module} in a {family}; peft has one adapter for all its parts")
+        if path == _TABLE and "magnitude" in parts:
+            raise UserError(f"'{path}': DoRA of an embedding table normalizes its rows in peft; not supported")
+        a, b, scale = (np.asarray(parts[name], np.float32) for name in ("a", "b", "scale"))
+        used = a.any(0) | b.any(1)  # the other ranks are padding
+        if not used.any():
+            continue
+        rank = int(used.sum())
+        ranks[module], alphas[module] = rank, float(scale) * (rank**0.5 if rank_stabilized else rank)
+        ends = ("lora_embedding_A", "lora_embedding_B") if path == _TABLE else ("lora_A.weight", "lora_B.weight")
+        for end, factor in zip(ends, (a[:, used], b[used]), strict=True):
+            tensors[f"{_ROOT}{module}.{end}"] = np.ascontiguousarray(factor.T)
+        if "magnitude" in parts:
+            dora = True
+            tensors[f"{_ROOT}{module}.lora_magnitude_vector"] = np.asarray(parts["magnitude"], np.float32)
+    if not ranks:
+        raise UserError("the adapters are all zero; there is nothing to write")
+    rank = max(set(ranks.values()), key=list(ranks.values()).count)  # the most frequent
+    alpha = max(set(alphas.values()), key=list(alphas.values()).count)
+    config = {
+        "peft_type": "LORA",
+        "task_type": None if family == "bert" else "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "r": rank,
+        "lora_alpha": _number(alpha),
+        "lora_dropout": dropout,
+        "use_rslora": rank_stabilized,
+        "use_dora": dora,
+        "rank_pattern": {m: r for m, r in ranks.items() if r != rank},
+        "alpha_pattern": {m: _number(x) for m, x in alphas.items() if x != alpha},
+        "target_modules": sorted(ranks),
+        "bias": "none",
+        "fan_in_fan_out": family == "gpt2",
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+    if tied and specs[_TABLE].name.removesuffix(".weight") in ranks:
+        config["ensure_weight_tying"] = True  # the head uses the adapted table, as it does here
+    with files.new_directory(directory, source=f"--output={directory}") as partial:
+        write_safetensors(tensors, partial / TENSORS)
+        (partial / CONFIG).write_text(files.dump_json(config))
+
+
+def _number(value: float) -> int | float:
+    """As an int if it is one up to rounding, because peft checks the type of lora_alpha."""
+    rounded = round(value, 6)
+    return int(rounded) if rounded == int(rounded) else value
