@@ -20,6 +20,7 @@ from llm_jax.decoding import loop
 from llm_jax.decoding.loop import DrawSettings, Generated, StopFn
 from llm_jax.decoding.samplers import History, Sampler, draw
 from llm_jax.errors import UserError
+from llm_jax.model import positions
 from llm_jax.model.attention import KVCache, Tokens
 from llm_jax.model.transformer import Transformer
 
@@ -75,13 +76,21 @@ def generate(
       draft_tokens: tokens proposed in each round.
 
     Raises:
-      UserError: as `loop.generate`, or a draft whose vocabulary differs from the model's.
+      UserError: as `loop.generate`, a draft whose vocabulary differs from the model's, or texts so long that the
+        frequencies of the model's positions change with every token.
     """
     if draft_tokens < 1:
         raise UserError(f"--draft_tokens={draft_tokens}; expected at least 1")
     model, params = loop.unrolled(model, params)
     seeds = list(range(len(prompts))) if seeds is None else list(seeds)
     loop.check(model, prompts, max_new_tokens, seeds)
+    position, longest = model.config.position, max(map(len, prompts)) + max_new_tokens + draft_tokens
+    if positions.make(model.config).depends_on_length and longest > position.original_length:
+        raise UserError(
+            f"--draft cannot be used past model.position.original_length={position.original_length} tokens: with "
+            f"scaling={position.scaling} positions depend on the length, and --draft verifies several lengths at once; "
+            f"prompt, new tokens and draft tokens are {longest}"
+        )
     if draft is not None:
         if draft[0].config.vocab_size != model.config.vocab_size:
             raise UserError(
