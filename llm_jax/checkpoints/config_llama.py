@@ -9,6 +9,9 @@ from llm_jax.errors import UserError
 from llm_jax.model import positions, stages
 from llm_jax.schema import ModelConfig
 
+# The padding id of the class may be past the end of the vocabulary, where transformers cannot build its embeddings.
+_NO_PADDING = {"pad_token_id": None}
+
 
 def read_llama(c: Mapping[str, Any]) -> dict[str, Any]:
     return {
@@ -146,7 +149,7 @@ def write_mistral(m: ModelConfig) -> dict[str, Any]:
 
 def write_smollm3(m: ModelConfig) -> dict[str, Any]:
     rotary = [int(kind != "nope") for kind in stages.layer_kinds(m)]
-    return write_llama(m) | {"no_rope_layers": rotary, "use_sliding_window": False}
+    return write_llama(m) | {"no_rope_layers": rotary, "use_sliding_window": False, **_NO_PADDING}
 
 
 def write_olmo2(m: ModelConfig) -> dict[str, Any]:
@@ -165,10 +168,16 @@ def write_granite(m: ModelConfig) -> dict[str, Any]:
 def write_phi3(m: ModelConfig) -> dict[str, Any]:
     p, written = m.position, common(m)
     del written["layer_types"]
-    return written | {
-        "partial_rotary_factor": p.partial_rotary_factor,
-        "original_max_position_embeddings": p.original_length or p.max_length,
-    }
+    written |= {"partial_rotary_factor": p.partial_rotary_factor, **_NO_PADDING}
+    if p.scaling == "longrope":
+        # The keys of the published files, which early versions of transformers accept no others beside.
+        scaling = written["rope_scaling"]
+        del scaling["original_max_position_embeddings"]
+        if scaling["factor"] == p.max_length / p.original_length:
+            del scaling["factor"]
+        scaling["type"] = scaling.pop("rope_type")
+        written["original_max_position_embeddings"] = p.original_length
+    return written
 
 
 def write_gemma(m: ModelConfig) -> dict[str, Any]:

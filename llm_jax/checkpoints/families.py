@@ -150,6 +150,7 @@ def refuse_difference(label: str, m: ModelConfig, again: ModelConfig) -> None:
     """
     before, after = (configuration.flat(_canonical(config), "model.") for config in (m, again))
     ignored = {"model.scan_layers", "model.remat", "model.attention_kernel", "model.kv_cache", *_unused(m)}
+    ignored |= {"model.pooler"}  # the tensors alone say whether there is one
     ignored |= {"model.window"} if "local" not in m.layer_pattern else set()
     for key, value in before.items():
         if after[key] != value and key not in ignored and not key.startswith("model.precision."):

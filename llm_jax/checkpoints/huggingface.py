@@ -102,7 +102,7 @@ def read_config(directory: pathlib.Path) -> tuple[str, ModelConfig]:
     return family, _with_stored_features(source, family, config)
 
 
-# Option of the model -> (parameter that exists if it is set, what config.json calls it).
+# Optional part of a model -> (a parameter of it, what config.json calls it, or "" where it has no name there).
 _FEATURES = {
     "tie_embeddings": ("head/kernel", "tie_word_embeddings"),
     "head_bias": ("head/kernel_bias", "bias of the output head"),
@@ -128,21 +128,24 @@ def _with_stored_features(source: "_Files", family: str, config: ModelConfig) ->
         "qk_norm": config.qk_norm,
         "pooler": config.pooler,
     }
-    stored = {}
-    for feature, (path, _) in _FEATURES.items():
+    stored: dict[str, bool] = {}
+    contradictions: dict[str, list[str]] = {}
+    for feature, (path, key) in _FEATURES.items():
         spec = table.get(path.replace("layers/0", "layers/{i}"))
         name = spec.name.replace("{i}", "0") if spec else ""
         present = name in source.shapes
         if feature == "tie_embeddings":
             present = not present or (configured[feature] and source.equal(name, table["embed/table"].name))
         stored[feature] = present if spec else configured[feature]
-        if stored[feature] != configured[feature] and _FEATURES[feature][1]:
-            print(
-                f"note: {source.label}: config.json contradicts the tensors about {_FEATURES[feature][1]}; the tensors "
-                f"count: {name} is {'there' if name in source.shapes else 'missing'}",
-                file=sys.stderr,
-                flush=True,
-            )
+        if stored[feature] != configured[feature] and key:
+            contradictions.setdefault(key, []).append(f"{name} is {'there' if name in source.shapes else 'missing'}")
+    for key, tensors in contradictions.items():
+        print(
+            f"note: {source.label}: config.json contradicts the tensors about {key}; the tensors count: "
+            f"{', '.join(tensors)}",
+            file=sys.stderr,
+            flush=True,
+        )
     if stored == configured:
         return config
     changes: dict[str, Any] = {name: stored[name] for name in ("tie_embeddings", "head_bias", "qk_norm", "pooler")}
