@@ -72,7 +72,13 @@ ATTENTION = tuple(f"self_attn.{n}_proj.bias" for n in "qkvo")
         ("llama-attention-bias", lambda t: None, {"mlp_bias": True}, {"attention_bias": True}, ["mlp_bias"]),
         ("llama-mlp-bias", lambda t: None, {"attention_bias": True}, {"mlp_bias": True}, ["attention_bias"]),
         ("qwen3-bias", remove(*ATTENTION), {}, {}, ["attention_bias"]),
-        ("phi-qk-norm", lambda t: None, {"qk_layernorm": False}, {"qk_norm": True}, ["norms of queries and keys"]),
+        (
+            "phi-qk-norm",
+            lambda t: None,
+            {"qk_layernorm": False},
+            {"qk_norm": True, "bias": True},
+            ["norms of queries and keys"],
+        ),
         ("bert", remove("pooler.dense.weight", "pooler.dense.bias"), {}, {"pooler": False, "bias": True}, []),
     ],
 )

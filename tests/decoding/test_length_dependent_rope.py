@@ -53,6 +53,7 @@ def test_cached_greedy_text_is_the_uncached_one(model_and_params):
             ids.append(token)
 
 
+@pytest.mark.parametrize("model_and_params", ["dynamic"], indirect=True)
 def test_drafts_are_refused_where_they_would_change_the_text(model_and_params):
     model, params = model_and_params
     sampler = DecodingOptions(temperature=0).sampler()

@@ -14,23 +14,32 @@ from llm_jax.model.transformer import Transformer, cache_bytes, init_cache, matm
 
 LENGTH = 12
 LAYOUTS = {
-    "nope": {"num_layers": 3, "layer_pattern": ("global", "nope"), "norm_placement": "output", "qk_norm_axis": "width"},
+    "single": {"num_layers": 1},
+    "uniform": {},
+    "local": {
+        "num_layers": 5,
+        "layer_pattern": ("local", "nope", "global"),
+        "window": 4,
+        "norm_placement": "output",
+        "qk_norm_axis": "width",
+    },
     "parallel": {
         "num_layers": 3,
         "layer_pattern": ("local", "global"),
         "window": 4,
+        "mlp": "plain",
+        "activation": "gelu",
+        "norm": "layer",
         "parallel_residual": True,
         "parallel_norms": True,
         "scale_attention_by_depth": True,
         "attention_bias": True,
+        "tie_embeddings": False,
         "qk_norm_kind": "layer",
         "residual_multiplier": 0.5,
         "embedding_multiplier": 3.0,
         "logits_scaling": 0.5,
     },
-    "single": {"num_layers": 1},
-    "uniform": {},
-    "local": {"num_layers": 5, "layer_pattern": ("local", "local", "global"), "window": 4},
     "plain": {
         "mlp": "plain",
         "activation": "gelu",
@@ -61,8 +70,6 @@ VARIANTS = {
 CASES = [
     *((name, {"concatenate": "plain"}.get(name, "uniform")) for name in VARIANTS),
     ("t5", "local"),
-    ("rope", "plain"),
-    ("t5", "nope"),
     ("rope", "parallel"),
 ]
 
