@@ -138,7 +138,10 @@ def _with_stored_features(source: "_Files", family: str, config: ModelConfig) ->
             present = not present or (configured[feature] and source.equal(name, table["embed/table"].name))
         stored[feature] = present if spec else configured[feature]
         if stored[feature] != configured[feature] and key:
-            contradictions.setdefault(key, []).append(f"{name} is {'there' if name in source.shapes else 'missing'}")
+            state = "there" if name in source.shapes else "missing"
+            if feature == "tie_embeddings":
+                state += ", so that the output head is " + ("the embedding table" if stored[feature] else "that tensor")
+            contradictions.setdefault(key, []).append(f"{name} is {state}")
     for key, tensors in contradictions.items():
         print(
             f"note: {source.label}: config.json contradicts the tensors about {key}; the tensors count: "

@@ -84,10 +84,12 @@ def generate(
     model, params = loop.unrolled(model, params)
     seeds = list(range(len(prompts))) if seeds is None else list(seeds)
     loop.check(model, prompts, max_new_tokens, seeds)
-    position, longest = model.config.position, max(map(len, prompts)) + max_new_tokens + draft_tokens
-    if positions.make(model.config).depends_on_length and longest > position.original_length:
+    before = jnp.asarray([len(prompt) for prompt in prompts])
+    longest = int(before.max()) + max_new_tokens + draft_tokens
+    if positions.make(model.config).changes_keys(before, before + max_new_tokens + draft_tokens).any():
+        position = model.config.position
         raise UserError(
-            f"--draft cannot be used past model.position.original_length={position.original_length} tokens: with "
+            f"--draft cannot go past model.position.original_length={position.original_length} tokens: with "
             f"scaling={position.scaling} positions depend on the length, and --draft verifies several lengths at once; "
             f"prompt, new tokens and draft tokens are {longest}"
         )
