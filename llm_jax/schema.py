@@ -71,11 +71,15 @@ class PositionConfig:
     max_distance: Count  # t5: distance from which on all positions share the last bucket
     partial_rotary_factor: Share  # rope: share of head_dim that is rotated
     interleaved: bool  # rope: rotate neighbouring dimensions as pairs (GPT-J) instead of the two halves (GPT-NeoX)
-    scaling: str  # rope: "none", "linear", "ntk", "dynamic", "yarn", "llama3"
+    scaling: str  # rope: "none", "linear", "ntk", "dynamic", "yarn", "llama3", "longrope"
     scaling_factor: Positive  # rope: context extension factor of the scaling
-    original_length: CountOrZero  # rope: context length of pretraining (dynamic, yarn, llama3)
+    original_length: CountOrZero  # rope: context length of pretraining (dynamic, yarn, llama3, longrope)
+    attention_factor: PositiveOrZero  # yarn, longrope: factor of rotated queries and keys; 0: by the scaling's paper
     beta_fast: Positive  # yarn: dimensions with more rotations than this over original_length are not scaled
     beta_slow: Positive  # yarn: dimensions with fewer rotations than this are divided by scaling_factor
+    truncate: bool  # yarn: round the bounds of beta_fast and beta_slow to whole pairs of dimensions
+    short_factors: tuple[float, ...]  # longrope: divisor of each frequency in documents of up to original_length tokens
+    long_factors: tuple[float, ...]  # longrope: divisor of each frequency in longer documents
     low_freq_factor: Positive  # llama3: the same bound as beta_slow
     high_freq_factor: Positive  # llama3: the same bound as beta_fast
 
@@ -95,7 +99,8 @@ class ModelConfig:
     base_width: CountOrZero  # μP: width at which learning rates and logit scale were tuned (arXiv:2203.03466); 0: no μP
     num_layers: Count  # number of transformer layers
     causal: bool  # True: causal attention (decoder); False: bidirectional attention (encoder)
-    layer_pattern: tuple[str, ...]  # attention kinds repeated over the layers: "global", "local" (sliding window)
+    # kinds repeated over the layers: "global", "local" (attention with a sliding window), "nope" (without positions)
+    layer_pattern: tuple[str, ...]
     window: Count  # size of the sliding window of "local" layers, own position included; on each side without causal
     num_heads: Count  # number of query heads
     num_kv_heads: Count  # number of key/value heads; divides num_heads (grouped-query attention)
@@ -105,19 +110,30 @@ class ModelConfig:
     activation: str  # "silu", "gelu" (tanh approximation), "gelu_exact", "relu"
     norm: str  # "rms" (RMSNorm) or "layer" (LayerNorm)
     norm_eps: PositiveOrZero  # epsilon of the norms
-    norm_placement: str  # "pre": before attention and MLP; "post": after the residual sums; "both"
+    # norms "pre": before attention and MLP; "post": after the residual sums; "output": after attention and MLP, before
+    # the sums; "both": "pre" and "output"
+    norm_placement: str
     parallel_residual: bool  # attention and MLP read the same normed input (GPT-J), not one the other
+    parallel_norms: bool  # parallel_residual: a norm each for attention and MLP (GPT-NeoX)
     embed_norm: bool  # normalize the embeddings before the first layer
     type_vocab_size: CountOrZero  # number of token types (BERT's segments) with an embedding; 0: none
     pooler: bool  # add BERT's pooler, tanh(W x + b) of the first token; see `Transformer.pooled`
-    qk_norm: bool  # RMS-normalize queries and keys per head (Henry et al. 2020, arXiv:2010.04245)
+    qk_norm: bool  # normalize queries and keys (Henry et al. 2020, arXiv:2010.04245)
+    qk_norm_kind: Annotated[str, ("rms", "layer")]  # qk_norm: RMSNorm or LayerNorm
+    qk_norm_axis: Annotated[str, ("head", "width")]  # qk_norm: over each head, or over all heads at once (OLMo 2)
     bias: bool  # biases in all linear layers of attention and MLP
+    attention_bias: bool  # biases in all linear layers of attention, without those of the MLP
+    mlp_bias: bool  # biases in all linear layers of the MLP, without those of attention
     qkv_bias: bool  # biases of the query, key and value projections only
-    head_bias: bool  # bias of the output head; needs tie_embeddings=False
+    head_bias: bool  # bias of the output head
     attention_scale: PositiveOrZero  # factor on q·k; 0: 1 / sqrt(head_dim)
+    scale_attention_by_depth: bool  # divide the scores of layer i, from 0, by i + 1 (GPT-2)
     attention_softcap: PositiveOrZero  # scores become cap * tanh(scores / cap) (arXiv:2408.00118); 0: no cap
     logit_softcap: PositiveOrZero  # logits become cap * tanh(logits / cap); 0: no cap
     scale_embeddings: bool  # multiply token embeddings by sqrt(width) (Vaswani et al. 2017, section 3.4)
+    embedding_multiplier: Positive  # factor of the token embeddings
+    residual_multiplier: Positive  # factor of the outputs of attention and MLP before they are added
+    logits_scaling: Positive  # divisor of the logits
     tie_embeddings: bool  # use the embedding table as the output head
     attention_kernel: str  # attention kernel: "auto", "plain", "xla", "cudnn", "splash"; see model/attention_kernels.py
     kv_cache: Annotated[

@@ -55,7 +55,7 @@ def test_a_missing_key_is_named():
         ("stray", "unexpected argument 'stray'"),
         ("--config.model.mlp=wide", "'model.mlp' is 'wide'; expected one of gated, plain"),
         ("--config.model.num_heads=3", "does not divide model.num_heads=3"),
-        ("--config.model.layer_pattern=('far',)", "expected kinds out of global, local"),
+        ("--config.model.layer_pattern=('far',)", "expected kinds out of global, local, nope"),
         ("--config.optim.lr=nan", "'optim.lr' is nan"),
         ("--config.model.precision.compute=floatx", "expected one of bfloat16, float16, float32, float64"),
         ("--config.mesh.fsdp=3", "does not fit 1 device"),

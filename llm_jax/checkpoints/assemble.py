@@ -43,7 +43,7 @@ def specs(table: Names, params: Any) -> dict[str, TensorSpec]:
       params: parameters, which may be abstract, in any layout; only their paths matter.
 
     Raises:
-      UserError: the table has no tensor for a parameter.
+      UserError: the table has no tensor for a parameter, or the layout of its parts is not resolved (`names.resolve`).
     """
     result = {}
     for path in (name for stacked in trees.flatten(params) for name in trees.expand(stacked)):
@@ -52,6 +52,8 @@ def specs(table: Names, params: Any) -> dict[str, TensorSpec]:
         if template not in table:
             raise UserError(f"this family has no tensor for '{path}'")
         spec = table[template]
+        if spec.layout:
+            raise UserError(f"this family joins '{path}' with others in one tensor, {spec.name}; not supported here")
         result[path] = dataclasses.replace(spec, name=spec.name.replace("{i}", layer[1])) if layer else spec
     return result
 
@@ -135,8 +137,18 @@ def _empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 def _fill(out: np.ndarray, source: TensorSource, spec: TensorSpec, spans: list[range], width: int) -> None:
     """Reads the slice `spans` of a parameter, whose last axis has `width` entries, into `out`."""
-    begin = spec.part[0] * width
-    spans = [*spans[:-1], range(spans[-1].start + begin, spans[-1].stop + begin)]
+    begin, total = (int(units * width) // spec.groups for units in spec.part)
+    columns, size = spans[-1], width // spec.groups  # the columns of the parameter, and their number in a group
+    for group in range(columns.start // size, -(-columns.stop // size)):
+        part = range(max(columns.start, group * size), min(columns.stop, (group + 1) * size))
+        offset = group * (total - size) + begin
+        stored = range(part.start + offset, part.stop + offset)
+        target = out[..., part.start - columns.start : part.stop - columns.start]
+        _copy(target, source, spec, [*spans[:-1], stored])
+
+
+def _copy(out: np.ndarray, source: TensorSource, spec: TensorSpec, spans: list[range]) -> None:
+    """Reads a slice of a stored tensor into `out`; `spans` has the axes of the parameter."""
     out, spans = (out.T, spans[::-1]) if spec.transposed else (out, spans)
     rows, *columns = (slice(s.start, s.stop) for s in spans)
     step = max(1, _CHUNK_BYTES // (4 * math.prod(out.shape[1:])))
@@ -148,7 +160,7 @@ def _fill(out: np.ndarray, source: TensorSource, spec: TensorSpec, spans: list[r
 
 def stored_shape(spec: TensorSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of the stored tensor of which a parameter of this shape is all or a part."""
-    stored = (*shape[:-1], shape[-1] * spec.part[1])
+    stored = (*shape[:-1], int(shape[-1] * spec.part[1]))
     return stored[::-1] if spec.transposed else stored
 
 
@@ -158,7 +170,9 @@ def stored_tensor(parts: list[tuple[TensorSpec, Any]]) -> np.ndarray:
     for spec, weight in sorted(parts, key=lambda part: part[0].part):
         array = np.asarray(jax.device_get(weight))
         arrays.append((array.astype(np.float32) - spec.offset).astype(array.dtype) if spec.offset else array)
-    joined = np.concatenate(arrays, -1) if len(arrays) > 1 else arrays[0]
+    groups = parts[0][0].groups
+    grouped = [array.reshape(*array.shape[:-1], groups, -1) for array in arrays]
+    joined = np.concatenate(grouped, -1).reshape(*arrays[0].shape[:-1], -1) if len(arrays) > 1 else arrays[0]
     return np.ascontiguousarray(joined.T if parts[0][0].transposed else joined)
 
 

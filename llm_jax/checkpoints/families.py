@@ -1,7 +1,8 @@
 """The model families of Hugging Face, one row each.
 
 To add a family: write its table of tensor names (`names.py`), functions that read and write its config.json
-(`config_json.py`), and a row of `FAMILIES`; `tests/checkpoints` requires golden values of a tiny model.
+(`config_llama.py` or `config_gpt.py`), and a row of `FAMILIES`; `tests/checkpoints` requires golden values of a tiny
+model.
 """
 
 import dataclasses
@@ -10,7 +11,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from llm_jax import configuration
-from llm_jax.checkpoints import config_json, names
+from llm_jax.checkpoints import config_gpt, config_json, config_llama, names
+from llm_jax.checkpoints.names import Names
 from llm_jax.errors import UserError
 from llm_jax.model import positions
 from llm_jax.schema import ModelConfig
@@ -30,26 +32,54 @@ class Family:
       write: the inverse.
       prefix: of tensor names, present or absent depending on whether the file was saved with an output head; both are
         read.
+      tied: whether the head is the embedding table if config.json does not say.
+      head_dim: whether the class has a head_dim of its own, which does not follow from the width if config.json does
+        not say.
     """
 
     architecture: str
-    names: names.Names
+    names: Names
     read: Read
     write: Write
-    prefix: str = ""
+    prefix: str = "model."
+    tied: bool = False
+    head_dim: bool = False
+
+    def tensor_names(self, config: ModelConfig) -> Names:
+        """`names` for a model of the sizes in `config`."""
+        return names.resolve(self.names, config)
 
 
+_llama, _gpt = config_llama, config_gpt
 FAMILIES: dict[str, Family] = {
-    "llama": Family("LlamaForCausalLM", names.LLAMA, config_json.read_llama, config_json.write_llama),
-    "mistral": Family("MistralForCausalLM", names.LLAMA, config_json.read_mistral, config_json.write_mistral),
-    "qwen2": Family("Qwen2ForCausalLM", names.LLAMA, config_json.read_qwen2, config_json.write_qwen),
-    "qwen3": Family("Qwen3ForCausalLM", names.LLAMA, config_json.read_qwen3, config_json.write_qwen),
-    "gemma2": Family("Gemma2ForCausalLM", names.GEMMA, config_json.read_gemma2, config_json.write_gemma),
-    "gemma3_text": Family("Gemma3ForCausalLM", names.GEMMA, config_json.read_gemma3, config_json.write_gemma),
-    "phi": Family("PhiForCausalLM", names.PHI, config_json.read_phi, config_json.write_phi),
-    "gpt2": Family("GPT2LMHeadModel", names.GPT2, config_json.read_gpt2, config_json.write_gpt2, "transformer."),
-    "bert": Family("BertModel", names.BERT, config_json.read_bert, config_json.write_bert, "bert."),
+    "llama": Family("LlamaForCausalLM", names.LLAMA, _llama.read_llama, _llama.write_llama),
+    "mistral": Family("MistralForCausalLM", names.LLAMA, _llama.read_mistral, _llama.write_mistral),
+    "qwen2": Family("Qwen2ForCausalLM", names.LLAMA, _llama.read_qwen2, _llama.write_qwen),
+    "qwen3": Family("Qwen3ForCausalLM", names.LLAMA, _llama.read_qwen3, _llama.write_qwen, head_dim=True),
+    "gemma2": Family(
+        "Gemma2ForCausalLM", names.GEMMA, _llama.read_gemma2, _llama.write_gemma, tied=True, head_dim=True
+    ),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM", names.GEMMA, _llama.read_gemma3, _llama.write_gemma, tied=True, head_dim=True
+    ),
+    "phi": Family("PhiForCausalLM", names.PHI, _gpt.read_phi, _gpt.write_phi),
+    "phi3": Family("Phi3ForCausalLM", names.PHI3, _llama.read_phi3, _llama.write_phi3),
+    "smollm3": Family("SmolLM3ForCausalLM", names.LLAMA, _llama.read_smollm3, _llama.write_smollm3, tied=True),
+    "olmo2": Family("Olmo2ForCausalLM", names.OLMO2, _llama.read_olmo2, _llama.write_olmo2),
+    "granite": Family("GraniteForCausalLM", names.LLAMA, _llama.read_granite, _llama.write_granite),
+    "starcoder2": Family(
+        "Starcoder2ForCausalLM", names.STARCODER2, _gpt.read_starcoder2, _gpt.write_starcoder2, tied=True
+    ),
+    "gpt_neox": Family("GPTNeoXForCausalLM", names.GPT_NEOX, _gpt.read_gpt_neox, _gpt.write_gpt_neox, "gpt_neox."),
+    "gpt2": Family("GPT2LMHeadModel", names.GPT2, _gpt.read_gpt2, _gpt.write_gpt2, "transformer.", tied=True),
+    "bert": Family("BertModel", names.BERT, _gpt.read_bert, _gpt.write_bert, "bert.", tied=True),
 }
+# Families of mixtures of experts, and keys of config.json that only they have.
+_MIXTURES = frozenset(
+    "dbrx deepseek_v2 deepseek_v3 ernie4_5_moe glm4_moe gpt_oss granitemoe hunyuan_v1_moe jetmoe llama4 llama4_text "
+    "minimax mixtral olmoe phimoe qwen2_moe qwen3_moe qwen3_next".split()
+)
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
 @functools.cache
@@ -66,10 +96,6 @@ def neutral() -> ModelConfig:
     return configuration.replace(configuration.default("model"), sizes | features)
 
 
-_HEAD_DIM_DEFAULT = ("qwen3", "gemma2", "gemma3_text")  # without head_dim a constant applies, not width // heads
-_TIED_DEFAULT = {"gpt2": True, "gemma2": True, "gemma3_text": True, "bert": True}  # without tie_word_embeddings
-
-
 def model_config(c: Mapping[str, Any]) -> tuple[str, ModelConfig]:
     """(family, configuration of the model) of the content of a config.json.
 
@@ -77,11 +103,18 @@ def model_config(c: Mapping[str, Any]) -> tuple[str, ModelConfig]:
       UserError: an unknown family, a missing key, or a setting that the model does not support.
     """
     family = c.get("model_type")
+    if (isinstance(family, str) and family in _MIXTURES) or any(
+        isinstance(c.get(key), int) and c[key] > 0 for key in _EXPERTS
+    ):
+        raise UserError(
+            f"config.json: model_type is {family!r}, a mixture of experts, and those are not supported; "
+            f"expected one of {', '.join(FAMILIES)}"
+        )
     if not isinstance(family, str) or family not in FAMILIES:
         raise UserError(f"config.json: model_type is {family!r}; expected one of {', '.join(FAMILIES)}")
     try:
         changes = {"vocab_size": c["vocab_size"]} | FAMILIES[family].read(c)
-        changes.setdefault("tie_embeddings", c.get("tie_word_embeddings", _TIED_DEFAULT.get(family, False)))
+        changes.setdefault("tie_embeddings", c.get("tie_word_embeddings", FAMILIES[family].tied))
         changes["activation"] = config_json.ACTIVATION_NAMES[changes["activation"]]
     except KeyError as error:
         raise UserError(f"config.json of a {family}: {error} is missing or not supported") from error
@@ -95,7 +128,7 @@ def hf_config(family: str, m: ModelConfig) -> dict[str, Any]:
     Raises:
       UserError: the family cannot express the model; names the first key that would differ.
     """
-    if family in _HEAD_DIM_DEFAULT:
+    if FAMILIES[family].head_dim:
         m = dataclasses.replace(m, head_dim=positions.head_dim(m))
     written = {
         "model_type": family,
@@ -115,12 +148,26 @@ def refuse_difference(label: str, m: ModelConfig, again: ModelConfig) -> None:
       label: how the error names the form that was written.
       m, again: the model before and after; options that do not affect its outputs may differ.
     """
-    before, after = configuration.flat(m, "model."), configuration.flat(again, "model.")
+    before, after = (configuration.flat(_canonical(config), "model.") for config in (m, again))
     ignored = {"model.scan_layers", "model.remat", "model.attention_kernel", "model.kv_cache", *_unused(m)}
+    ignored |= {"model.pooler"}  # the tensors alone say whether there is one
     ignored |= {"model.window"} if "local" not in m.layer_pattern else set()
     for key, value in before.items():
         if after[key] != value and key not in ignored and not key.startswith("model.precision."):
             raise UserError(f"{label} cannot hold {key}={value!r} (it would be {after[key]!r}); choose another family")
+
+
+def _canonical(m: ModelConfig) -> ModelConfig:
+    """The same model, with one spelling of options that can be spelled in several ways, or that have no effect."""
+    attention, mlp = config_json.has_attention_bias(m), config_json.has_mlp_bias(m)
+    changes: dict[str, Any] = config_json.biases(attention, mlp) | {"qkv_bias": m.qkv_bias and not attention}
+    if not m.qk_norm:
+        changes |= {"qk_norm_kind": "rms", "qk_norm_axis": "head"}
+    if not m.parallel_residual:
+        changes |= {"parallel_norms": False}
+    if m.attention_scale == positions.head_dim(m) ** -0.5:
+        changes |= {"attention_scale": 0.0}
+    return dataclasses.replace(m, **changes)
 
 
 def _unused(m: ModelConfig) -> set[str]:
@@ -135,7 +182,8 @@ def _unused(m: ModelConfig) -> set[str]:
         used |= {"scaling_factor"}
     used |= {
         "dynamic": {"original_length"},
-        "yarn": {"original_length", "beta_fast", "beta_slow"},
+        "yarn": {"original_length", "attention_factor", "beta_fast", "beta_slow", "truncate"},
+        "longrope": {"original_length", "attention_factor", "short_factors", "long_factors"},
         "llama3": {"original_length", "low_freq_factor", "high_freq_factor"},
     }.get(p.scaling, set())
     return {f"model.position.{f.name}" for f in dataclasses.fields(p) if f.name not in used}

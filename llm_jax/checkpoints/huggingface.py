@@ -1,9 +1,11 @@
 """Hugging Face directories: config.json, safetensors (sharded or not) and the tokenizer; reading and writing."""
 
+import dataclasses
 import functools
 import json
 import pathlib
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -14,7 +16,7 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from llm_jax import files, tokenizers, trees, weights
-from llm_jax.checkpoints import assemble
+from llm_jax.checkpoints import assemble, config_json
 from llm_jax.checkpoints.checkpoint import Checkpoint, Shardings, abstract_params, check_geometry, check_vocabulary
 from llm_jax.checkpoints.families import FAMILIES, hf_config, model_config
 from llm_jax.errors import UserError
@@ -24,6 +26,8 @@ from llm_jax.tokenizers import Tokenizer
 
 # Tensors that hold no weights, and output layers of pretraining tasks that the model does not have.
 _IGNORED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.(masked_)?bias|position_ids)|cls\..*")
+# Other names of tensors: norms in files of early versions, and the head of GPT-NeoX in transformers since 5.
+_ALIASES = ((r"\.gamma$", ".weight"), (r"\.beta$", ".bias"), (r"^lm_head\.", "embed_out."))
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _SHARD_BYTES = 5 * 10**9
 _DTYPES = {
@@ -70,42 +74,107 @@ class HuggingFace(Checkpoint):
 
     def params(self, config: ModelConfig, shardings: Shardings, as_stored: bool = False) -> dict[str, Any]:
         check_geometry(self.config, config, self.name)
-        return load_params(self.path, self.family, abstract_params(Transformer(config)), shardings)
+        return load_params(self.path, self.family, config, shardings)
 
 
 def read_config(directory: pathlib.Path) -> tuple[str, ModelConfig]:
-    """(family, configuration of the model) of a directory. Raises UserError: see `families.model_config`."""
+    """(family, configuration of the model) of a directory.
+
+    Where config.json contradicts the tensors in the files, the tensors count, and a line on stderr says so.
+
+    Raises:
+      UserError: see `families.model_config`.
+    """
     try:
-        config = json.loads((directory / "config.json").read_text())
-        if not isinstance(config, dict):
+        content = json.loads((directory / "config.json").read_text())
+        if not isinstance(content, dict):
             raise ValueError("not an object")
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{directory / 'config.json'}: cannot be read ({error})") from error
     try:
-        return model_config(config)
+        family, config = model_config(content)
     except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise UserError(f"{directory}: {error}") from error
+    try:
+        source = _Files(directory)
+    except UserError:  # reported when the parameters are read
+        return family, config
+    return family, _with_stored_features(source, family, config)
 
 
-def load_params(directory: pathlib.Path, family: str, abstract: Any, shardings: Shardings) -> dict[str, Any]:
+# Optional part of a model -> (a parameter of it, what config.json calls it, or "" where it has no name there).
+_FEATURES = {
+    "tie_embeddings": ("head/kernel", "tie_word_embeddings"),
+    "head_bias": ("head/kernel_bias", "bias of the output head"),
+    "qkv": ("layers/0/attention/query_bias", "attention_bias"),
+    "out": ("layers/0/attention/out_bias", "attention_bias"),
+    "mlp": ("layers/0/mlp/up_bias", "mlp_bias"),
+    "qk_norm": ("layers/0/attention/query_norm/scale", "norms of queries and keys"),
+    "pooler": ("pooler/kernel", ""),
+}
+
+
+def _with_stored_features(source: "_Files", family: str, config: ModelConfig) -> ModelConfig:
+    """The configuration with the optional parts (biases, norms, head, pooler) of which the files hold tensors."""
+    table = FAMILIES[family].tensor_names(config)
+    source.rename(FAMILIES[family].prefix, {spec.name.replace("{i}", "0") for spec in table.values()})
+    attention = config.bias or config.attention_bias
+    configured = {
+        "tie_embeddings": config.tie_embeddings,
+        "head_bias": config.head_bias,
+        "qkv": attention or config.qkv_bias,
+        "out": attention,
+        "mlp": config.bias or config.mlp_bias,
+        "qk_norm": config.qk_norm,
+        "pooler": config.pooler,
+    }
+    stored: dict[str, bool] = {}
+    contradictions: dict[str, list[str]] = {}
+    for feature, (path, key) in _FEATURES.items():
+        spec = table.get(path.replace("layers/0", "layers/{i}"))
+        name = spec.name.replace("{i}", "0") if spec else ""
+        present = name in source.shapes
+        if feature == "tie_embeddings":
+            present = not present or (configured[feature] and source.equal(name, table["embed/table"].name))
+        stored[feature] = present if spec else configured[feature]
+        if stored[feature] != configured[feature] and key:
+            state = "there" if name in source.shapes else "missing"
+            if feature == "tie_embeddings":
+                state += ", so that the output head is " + ("the embedding table" if stored[feature] else "that tensor")
+            contradictions.setdefault(key, []).append(f"{name} is {state}")
+    for key, tensors in contradictions.items():
+        print(
+            f"note: {source.label}: config.json contradicts the tensors about {key}; the tensors count: "
+            f"{', '.join(tensors)}",
+            file=sys.stderr,
+            flush=True,
+        )
+    if stored == configured:
+        return config
+    changes: dict[str, Any] = {name: stored[name] for name in ("tie_embeddings", "head_bias", "qk_norm", "pooler")}
+    changes |= config_json.biases(stored["qkv"] and stored["out"], stored["mlp"])
+    return dataclasses.replace(config, **changes | {"qkv_bias": stored["qkv"] and not stored["out"]})
+
+
+def load_params(directory: pathlib.Path, family: str, config: ModelConfig, shardings: Shardings) -> dict[str, Any]:
     """The parameters of a directory; every shard is read from its file straight to its device.
 
     Args:
       family: a key of `FAMILIES`.
-      abstract: shapes and dtypes of the parameters, in any layout.
+      config: the model.
       shardings: abstract parameters -> their shardings.
 
     Raises:
       UserError: tensors are missing, unexpected or of another shape (all are named), or a file is damaged.
     """
     source = _Files(directory)
-    row = FAMILIES[family]
-    specs = assemble.specs(row.names, abstract)
+    row, abstract = FAMILIES[family], abstract_params(Transformer(config))
+    specs = assemble.specs(row.tensor_names(config), abstract)
     source.rename(row.prefix, {spec.name for spec in specs.values()})
-    tied = "head/kernel" not in trees.flatten(abstract)
+    head = row.names["head/kernel"].name if config.tie_embeddings and "head/kernel" in row.names else ""
 
     def ignored(name: str) -> bool:
-        return bool(_IGNORED.fullmatch(name)) or (tied and name == "lm_head.weight")
+        return bool(_IGNORED.fullmatch(name)) or name == head
 
     return assemble.load(source, specs, abstract, shardings, ignored)
 
@@ -134,7 +203,7 @@ def save(
         raise UserError(f"--output={directory} exists; give another, or remove it")
     dtype = np.dtype(ml_dtypes.bfloat16 if config.precision.params == "bfloat16" else config.precision.params)
     json_config = hf_config(family, config) | {"torch_dtype": config.precision.params} | (special_ids or {})
-    parts = assemble.by_tensor(assemble.specs(FAMILIES[family].names, params))
+    parts = assemble.by_tensor(assemble.specs(FAMILIES[family].tensor_names(config), params))
     flat = {path: weights.dense(weight) for path, weight in trees.flatten(params).items()}
     sizes = {name: sum(flat[path].nbytes for _, path in part) for name, part in parts.items()}
     shards: list[list[str]] = [[]]
@@ -200,15 +269,14 @@ class _Files:
                 )
 
     def _paths(self, directory: pathlib.Path) -> Iterator[pathlib.Path]:
-        index = directory / "model.safetensors.index.json"
-        if not index.is_file():
-            single = directory / "model.safetensors"
-            if not single.is_file():
-                pickled = [p.name for p in directory.iterdir() if p.suffix in _PICKLED]
-                reason = f" ({pickled[0]} is pickled: it could run code, and is not read)" if pickled else ""
-                raise UserError(f"{directory}: no model.safetensors here{reason}")
+        index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
+        if single.is_file():  # as in transformers, it counts even where an index has been left beside it
             yield single
             return
+        if not index.is_file():
+            pickled = [p.name for p in directory.iterdir() if p.suffix in _PICKLED]
+            reason = f" ({pickled[0]} is pickled: it could run code, and is not read)" if pickled else ""
+            raise UserError(f"{directory}: no model.safetensors here{reason}")
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         except (OSError, RecursionError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -222,12 +290,28 @@ class _Files:
             yield path
 
     def rename(self, prefix: str, expected: set[str]) -> None:
-        """Adds or removes `prefix` where that gives an expected name: models with a head have it, others do not."""
+        """Renames tensors where that gives an expected name.
+
+        Models with a head have a prefix, others do not; other names are in `_ALIASES`.
+        """
         tensors = {}
         for name, tensor in self.tensors.items():
-            other = name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
-            tensors[other if name not in expected and other in expected else name] = tensor
+            names = [name, *(re.sub(pattern, new, name) for pattern, new in _ALIASES)]
+            names += [n.removeprefix(prefix) if n.startswith(prefix) else prefix + n for n in names]
+            new_name = next((n for n in names if n in expected), name)
+            if new_name in tensors:
+                raise UserError(f"{tensor.file}: the tensor '{new_name}' is there under two names, '{name}' is one")
+            tensors[new_name] = tensor
         self.tensors, self.shapes = tensors, {name: tensor.shape for name, tensor in tensors.items()}
+
+    def equal(self, name: str, other: str) -> bool:
+        """Whether two tensors have the same shape and values; at most 4 MiB of each are in memory at a time."""
+        shape = self.shapes.get(name)
+        if shape is None or shape != self.shapes.get(other) or len(shape) != 2:
+            return False
+        rows = max(1, 2**20 // max(1, shape[1]))
+        slices = [(slice(i, i + rows), slice(None)) for i in range(0, shape[0], rows)]
+        return all(np.array_equal(self.read(name, part), self.read(other, part)) for part in slices)
 
     def read(self, name: str, slices: tuple[slice, ...]) -> np.ndarray:
         tensor = self.tensors[name]

@@ -7,7 +7,9 @@ from llm_jax.data import assets
 from llm_jax.errors import UserError
 
 _PREFIXES = ("asset:", "hf:")
-_PATTERNS = ["*.safetensors", "*.json", "*.jinja"]  # the files that are downloaded from the hub
+# The files that are downloaded from the hub: weights, configs, and every file of a tokenizer.
+_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "vocab.txt", "merges.txt"]
+_OTHER_PATTERNS = ["consolidated*", "original/*", "onnx/*"]  # the same weights in the layouts of other programs
 
 
 def is_remote(name: str) -> bool:
@@ -46,6 +48,8 @@ def _download(name: str) -> pathlib.Path:
     except ImportError as error:
         raise UserError(f"hf:{name} needs the package huggingface_hub; pip install huggingface_hub") from error
     try:
-        return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=_PATTERNS))
+        return pathlib.Path(
+            huggingface_hub.snapshot_download(name, allow_patterns=_PATTERNS, ignore_patterns=_OTHER_PATTERNS)
+        )
     except Exception as error:  # many types: no network, no such name, no access
         raise UserError(f"hf:{name} cannot be downloaded ({str(error).splitlines()[0]})") from error

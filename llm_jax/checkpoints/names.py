@@ -2,6 +2,9 @@
 
 import dataclasses
 from collections.abc import Mapping
+from fractions import Fraction
+
+from llm_jax.schema import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,13 +15,20 @@ class TensorSpec:
       name: in the file; "{i}" stands for the layer.
       transposed: the stored tensor is (out, in), the parameter (in, out).
       offset: added to the stored values (Gemma's norms multiply by 1 + w).
-      part: (i, n): the parameter is the i-th of n equal parts along its last axis.
+      part: (i, n): the parameter is the i-th of n parts along its last axis. Both are in units of the parameter's own
+        width, so that i need not be whole where the parts have different widths.
+      groups: the stored tensor has this many groups of parts, each with an equal share of every parameter.
+      layout: of parts that depend on the sizes of the model, which `resolve` replaces by `part` and `groups`:
+        "heads": each head has its queries, keys and values side by side; "queries first": all queries, then all keys,
+        then all values.
     """
 
     name: str
     transposed: bool = False
     offset: float = 0.0
-    part: tuple[int, int] = (0, 1)
+    part: tuple[int | Fraction, int | Fraction] = (0, 1)
+    groups: int = 1
+    layout: str = ""
 
 
 Names = Mapping[str, TensorSpec]  # parameter path, with "{i}" for the layer -> its stored tensor
@@ -36,8 +46,22 @@ def _norms(pairs: Mapping[str, str], offset: float = 0.0) -> dict[str, TensorSpe
     return scales | {f"{path}/bias": TensorSpec(f"{stem}.bias") for path, stem in pairs.items()}
 
 
+_QKV = ("query", "key", "value")
+
+
+def _fused(stem: str, transposed: bool = True, layout: str = "") -> dict[str, TensorSpec]:
+    """Weights and biases of queries, keys and values that are parts of one stored tensor."""
+    return {
+        f"{_LAYER}/attention/{n}{suffix}": TensorSpec(
+            f"{stem}.{kind}", transposed and not suffix, part=(i, 3), layout=layout
+        )
+        for i, n in enumerate(_QKV)
+        for suffix, kind in (("", "weight"), ("_bias", "bias"))
+    }
+
+
 _LAYER, _HF_LAYER = "layers/{i}", "model.layers.{i}"
-_PROJECTIONS = {f"{_LAYER}/attention/{n}": f"{_HF_LAYER}.self_attn.{n[0]}_proj" for n in ("query", "key", "value")}
+_PROJECTIONS = {f"{_LAYER}/attention/{n}": f"{_HF_LAYER}.self_attn.{n[0]}_proj" for n in _QKV}
 _GATED = {f"{_LAYER}/mlp/{n}": f"{_HF_LAYER}.mlp.{n}_proj" for n in ("gate", "up", "down")}
 LLAMA: Names = {
     "embed/table": TensorSpec("model.embed_tokens.weight"),
@@ -76,17 +100,58 @@ PHI: Names = {
             "head/kernel": "lm_head",
         }
     ),
-    **_norms({f"{_LAYER}/attention_norm": f"{_HF_LAYER}.input_layernorm", "final_norm": "model.final_layernorm"}),
+    **_norms(
+        {
+            f"{_LAYER}/attention_norm": f"{_HF_LAYER}.input_layernorm",
+            f"{_LAYER}/attention/query_norm": f"{_HF_LAYER}.self_attn.q_layernorm",
+            f"{_LAYER}/attention/key_norm": f"{_HF_LAYER}.self_attn.k_layernorm",
+            "final_norm": "model.final_layernorm",
+        }
+    ),
 }
-_QKV = ("query", "key", "value")
+PHI3: Names = {
+    **LLAMA,
+    **_fused(f"{_HF_LAYER}.self_attn.qkv_proj", layout="queries first"),
+    f"{_LAYER}/mlp/gate": TensorSpec(f"{_HF_LAYER}.mlp.gate_up_proj.weight", transposed=True, part=(0, 2)),
+    f"{_LAYER}/mlp/up": TensorSpec(f"{_HF_LAYER}.mlp.gate_up_proj.weight", transposed=True, part=(1, 2)),
+}
+OLMO2: Names = {
+    **LLAMA,
+    **_norms(
+        {
+            f"{_LAYER}/attention_post_norm": f"{_HF_LAYER}.post_attention_layernorm",
+            f"{_LAYER}/mlp_post_norm": f"{_HF_LAYER}.post_feedforward_layernorm",
+        }
+    ),
+}
+STARCODER2: Names = {
+    **LLAMA,
+    **_linear({f"{_LAYER}/mlp/up": f"{_HF_LAYER}.mlp.c_fc", f"{_LAYER}/mlp/down": f"{_HF_LAYER}.mlp.c_proj"}),
+}
+_NEOX = "gpt_neox.layers.{i}"
+GPT_NEOX: Names = {
+    "embed/table": TensorSpec("gpt_neox.embed_in.weight"),
+    **_fused(f"{_NEOX}.attention.query_key_value", layout="heads"),
+    **_linear(
+        {
+            f"{_LAYER}/attention/out": f"{_NEOX}.attention.dense",
+            f"{_LAYER}/mlp/up": f"{_NEOX}.mlp.dense_h_to_4h",
+            f"{_LAYER}/mlp/down": f"{_NEOX}.mlp.dense_4h_to_h",
+        }
+    ),
+    **_norms(
+        {
+            f"{_LAYER}/attention_norm": f"{_NEOX}.input_layernorm",
+            f"{_LAYER}/mlp_norm": f"{_NEOX}.post_attention_layernorm",
+            "final_norm": "gpt_neox.final_layer_norm",
+        }
+    ),
+    "head/kernel": TensorSpec("embed_out.weight", transposed=True),
+}
 GPT2: Names = {
     "embed/table": TensorSpec("transformer.wte.weight"),
     "embed/position_table": TensorSpec("transformer.wpe.weight"),
-    **{
-        f"{_LAYER}/attention/{n}{suffix}": TensorSpec(f"transformer.h.{{i}}.attn.c_attn.{kind}", part=(i, 3))
-        for i, n in enumerate(_QKV)
-        for suffix, kind in (("", "weight"), ("_bias", "bias"))
-    },
+    **_fused("transformer.h.{i}.attn.c_attn", transposed=False),
     **_linear(
         {
             f"{_LAYER}/attention/out": "transformer.h.{i}.attn.c_proj",
@@ -159,9 +224,19 @@ _GGUF: Names = {
 
 def gguf(fused: bool) -> Names:
     """The names in a GGUF file; `fused`: queries, keys and values are one tensor, not three."""
-    fused_names = {
-        f"{_LAYER}/attention/{n}{suffix}": TensorSpec(f"{_BLOCK}.attn_qkv.{kind}", transposed=not suffix, part=(i, 3))
-        for i, n in enumerate(_QKV)
-        for suffix, kind in (("", "weight"), ("_bias", "bias"))
-    }
-    return dict(_GGUF) | (fused_names if fused else {})
+    return dict(_GGUF) | (_fused(f"{_BLOCK}.attn_qkv") if fused else {})
+
+
+def resolve(table: Names, config: ModelConfig) -> Names:
+    """The table with `layout` replaced by `part` and `groups`, for a model of these sizes."""
+    ratio = Fraction(config.num_heads, config.num_kv_heads)
+    parts = {"query": (Fraction(0), 1 + 2 / ratio), "key": (ratio, ratio + 2), "value": (ratio + 1, ratio + 2)}
+
+    def resolved(path: str, spec: TensorSpec) -> TensorSpec:
+        if spec.layout == "heads":
+            return dataclasses.replace(spec, groups=config.num_heads, layout="")
+        if spec.layout == "queries first":
+            return dataclasses.replace(spec, part=parts[path.rsplit("/", 1)[-1].removesuffix("_bias")], layout="")
+        return spec
+
+    return {path: resolved(path, spec) for path, spec in table.items()}

@@ -20,6 +20,7 @@ from llm_jax.decoding import loop
 from llm_jax.decoding.loop import DrawSettings, Generated, StopFn
 from llm_jax.decoding.samplers import History, Sampler, draw
 from llm_jax.errors import UserError
+from llm_jax.model import positions
 from llm_jax.model.attention import KVCache, Tokens
 from llm_jax.model.transformer import Transformer, check_length
 
@@ -75,13 +76,23 @@ def generate(
       draft_tokens: tokens proposed in each round.
 
     Raises:
-      UserError: as `loop.generate`, or a length beyond the positions of the draft.
+      UserError: as `loop.generate`, a length beyond the positions of the draft, or texts so long that the frequencies
+        of the model's positions change with every token.
     """
     if draft_tokens < 1:
         raise UserError(f"--draft_tokens={draft_tokens}; expected at least 1")
     model, params = loop.unrolled(model, params)
     seeds = list(range(len(prompts))) if seeds is None else list(seeds)
     loop.check(model, prompts, max_new_tokens, seeds)
+    before = jnp.asarray([len(prompt) for prompt in prompts])
+    longest = int(before.max()) + max_new_tokens + draft_tokens
+    if positions.make(model.config).changes_keys(before, before + max_new_tokens + draft_tokens).any():
+        position = model.config.position
+        raise UserError(
+            f"--draft cannot go past model.position.original_length={position.original_length} tokens: with "
+            f"scaling={position.scaling} positions depend on the length, and --draft verifies several lengths at once; "
+            f"prompt, new tokens and draft tokens are {longest}"
+        )
     if draft is not None:
         draft = loop.unrolled(*draft)
         check_length(draft[0].config, max(map(len, prompts)) + max_new_tokens)

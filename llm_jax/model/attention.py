@@ -30,10 +30,12 @@ class Tokens:
     Attributes:
       positions: int32 (B, T).
       segments: int32 (B, T); tokens attend within their segment, and 0 is padding.
+      ids: int32 (B, T), the token ids, which only the cache of a scheme that `depends_on_length` holds; else None.
     """
 
     positions: jax.Array
     segments: jax.Array
+    ids: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -42,7 +44,7 @@ class KVCache:
     """Keys and values of earlier tokens, with a fixed number of slots per row.
 
     Attributes:
-      tokens: positions and segments of the cached tokens, int32 (B, slots); segment 0 marks an empty slot.
+      tokens: positions, segments and perhaps ids of the cached tokens, int32 (B, slots); segment 0 marks an empty slot.
       index: the next slot to write: int32 () for all rows, or (B,).
       layers: for each layer, in the layout of the parameters, {"key", "value"} of (B, slots, K, H) in the compute
         dtype. With `model.kv_cache=int8` they are int8 codes, with {"key_scale", "value_scale"}, float16
@@ -84,6 +86,11 @@ def write(slots: jax.Array, new: jax.Array, index: jax.Array | None) -> jax.Arra
     return jax.vmap(lambda s, n, i: jax.lax.dynamic_update_slice(s, n, (i, *zeros)))(slots, new, start)
 
 
+def write_tokens(cache: KVCache, new: Tokens) -> Tokens:
+    """The tokens of the cache with the tokens `new`, int32 (B, T) each, in its next slots."""
+    return jax.tree.map(lambda slots, values: write(slots, values, cache.index), cache.tokens, new)
+
+
 def write_layer(
     cache: dict[str, jax.Array], new: dict[str, jax.Array], index: jax.Array | None
 ) -> dict[str, jax.Array]:
@@ -111,10 +118,10 @@ class Attention(Module):
     """Grouped-query self-attention (Ainslie et al. 2023, arXiv:2305.13245).
 
     Attributes:
-      window: size of the sliding window, or None.
+      kind: of `model.layer_pattern`.
     """
 
-    window: int | None = None
+    kind: str = "global"
 
     @nn.compact
     def __call__(
@@ -125,6 +132,7 @@ class Attention(Module):
         bias_BNTS: jax.Array | None,
         cache: dict[str, jax.Array] | None,
         index: jax.Array | None,
+        depth: jax.Array | int | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
         """Applies attention to x.
 
@@ -135,6 +143,7 @@ class Attention(Module):
           bias_BNTS: float32 bias of the scores, whose leading axis may be 1, or None.
           cache: the cache of this layer, see `KVCache.layers`, or None.
           index: int32 () or (B,), the slot of the first token of x.
+          depth: int32 (), the index of the layer, which only `model.scale_attention_by_depth` needs.
 
         Returns:
           (the output (B, T, D) in the dtype of x, the updated cache or None).
@@ -143,32 +152,37 @@ class Attention(Module):
           UserError: `model.attention_kernel` names an implementation that cannot be used.
         """
         c = self.config
-        scheme, h = positions.make(c, local=self.window is not None), positions.head_dim(c)
-        q = self.linear(x_BTD, "query", c.num_heads * h, bias=c.qkv_bias).reshape(*x_BTD.shape[:2], c.num_heads, h)
-        k = self.linear(x_BTD, "key", c.num_kv_heads * h, bias=c.qkv_bias).reshape(*x_BTD.shape[:2], c.num_kv_heads, h)
-        v = self.linear(x_BTD, "value", c.num_kv_heads * h, bias=c.qkv_bias).reshape(
-            *x_BTD.shape[:2], c.num_kv_heads, h
+        scheme, h = positions.make(c, self.kind), positions.head_dim(c)
+        window = c.window if self.kind == "local" else None
+        bias = c.bias or c.attention_bias
+        q, k, v = (
+            self.linear(x_BTD, name, heads * h, bias=bias or c.qkv_bias)
+            for name, heads in (("query", c.num_heads), ("key", c.num_kv_heads), ("value", c.num_kv_heads))
         )
-        if c.qk_norm:
-            q, k = Norm(c, kind="rms", name="query_norm")(q), Norm(c, kind="rms", name="key_norm")(k)
+        if c.qk_norm and c.qk_norm_axis == "width":
+            q, k = self._norm(q, "query_norm"), self._norm(k, "key_norm")
+        q, k, v = (x.reshape(*x.shape[:2], -1, h) for x in (q, k, v))
+        if c.qk_norm and c.qk_norm_axis == "head":
+            q, k = self._norm(q, "query_norm"), self._norm(k, "key_norm")
         if c.attention_scale:  # the kernels divide by sqrt(h)
             q = (q * (c.attention_scale * h**0.5)).astype(q.dtype)
-        lengths = lengths_so_far(queries, keys) if scheme.rotates_cache else None
-        q = scheme.rotate(q, queries.positions, lengths)
-        if not scheme.rotates_cache:
-            k = scheme.rotate(k, queries.positions, None)
+        if c.scale_attention_by_depth:
+            assert depth is not None
+            q = (q / (depth + 1)).astype(q.dtype)
+        lengths = lengths_so_far(queries, keys) if scheme.depends_on_length else None
+        q, k = scheme.rotate(q, queries.positions, lengths), scheme.rotate(k, queries.positions, lengths)
         if cache is not None:
             cache = write_layer(cache, {"key": k, "value": v}, index)
             k, v = read_layer(cache, "key", q.dtype), read_layer(cache, "value", q.dtype)
-        if scheme.rotates_cache:
-            k = scheme.rotate(k, keys.positions, lengths_so_far(keys, keys))
+        if self.kind == "nope":
+            bias_BNTS = None
         shapes = scheme.declare_layer().items()
         table = {name: self.weight(f"position_{name}", nn.initializers.normal(0.02), shape) for name, shape in shapes}
         layer_bias = scheme.keys(q, queries.positions, keys.positions, table)
         if layer_bias is not None:
             bias_BNTS = layer_bias if bias_BNTS is None else layer_bias + bias_BNTS
         if self.is_mutable_collection(CAPTURE) and not self.is_initializing():
-            mask = visible(queries, keys, self.window, c.causal)
+            mask = visible(queries, keys, window, c.causal)
             probabilities = attention_kernels.probabilities(q, k, mask, bias_BNTS, c.attention_softcap)
             self.sow(CAPTURE, "probabilities", probabilities)
         add_values = scheme.values(queries.positions, keys.positions, table)
@@ -176,13 +190,16 @@ class Attention(Module):
         if not self.is_initializing():  # initialization runs on a single token
             name, _ = attention_kernels.choose(c, jax.default_backend(), q, k, cache is not None, mesh_lib.in_use())
         if name == "splash":
-            out = attention_kernels.splash(q, k, v, queries.segments, self.window, c.causal, c.attention_softcap)
+            out = attention_kernels.splash(q, k, v, queries.segments, window, c.causal, c.attention_softcap)
         else:
-            mask = visible(queries, keys, self.window, c.causal)
+            mask = visible(queries, keys, window, c.causal)
             if add_values is not None:
                 out = attention_kernels.attend_adding(q, k, v, mask, bias_BNTS, add_values, c.attention_softcap)
             elif name in ("xla", "cudnn"):
                 out = attention_kernels.fused(name, q, k, v, mask, bias_BNTS)
             else:
                 out = attention_kernels.attend(q, k, v, mask, bias_BNTS, c.attention_softcap)
-        return self.linear(out.reshape(*x_BTD.shape[:2], -1), "out", c.width, depth_scale=True), cache
+        return self.linear(out.reshape(*x_BTD.shape[:2], -1), "out", c.width, depth_scale=True, bias=bias), cache
+
+    def _norm(self, x: jax.Array, name: str) -> jax.Array:
+        return Norm(self.config, kind=self.config.qk_norm_kind, name=name)(x)

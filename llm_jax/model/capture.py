@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from llm_jax import trees
+from llm_jax.errors import UserError
 from llm_jax.model.attention import KVCache, Tokens
 from llm_jax.model.layers import CAPTURE
 from llm_jax.model.transformer import Transformer
@@ -59,8 +60,13 @@ def capture(
       types_BT: int32 (B, T), token types of a model with `type_vocab_size`; by default 0.
 
     Raises:
-      UserError: see `Transformer`.
+      UserError: see `Transformer`; or a cache with a position scheme whose cached keys may change.
     """
+    if cache is not None and cache.tokens.ids is not None:
+        raise UserError(
+            f"model.position.scaling={model.config.position.scaling} changes cached keys as a document grows; capture "
+            "whole texts without a cache"
+        )
 
     def forward(model: Transformer) -> tuple[jax.Array, jax.Array, KVCache | None]:
         features_BTD, updated = model.features(tokens_BT, where, cache, types_BT)

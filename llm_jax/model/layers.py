@@ -48,7 +48,7 @@ class Module(nn.Module):
           features: number of outputs.
           depth_scale: divides the initial standard deviation by sqrt(2 num_layers), for outputs that are added to the
             residual stream (Radford et al. 2019, GPT-2, section 2.3).
-          bias: adds a bias even if `model.bias` is False.
+          bias: whether to add a bias.
 
         Returns:
           (..., features) in the dtype of x.
@@ -57,7 +57,7 @@ class Module(nn.Module):
         init = nn.initializers.variance_scaling(scale, "fan_in", "normal")
         kernel = self.weight(name, init, (x.shape[-1], features))
         y = weights.dot(x, kernel, accumulate=self.config.precision.accumulate)
-        if self.config.bias or bias:
+        if bias:
             y += weights.dense(self.weight(f"{name}_bias", nn.initializers.zeros, (features,))).astype(y.dtype)
         return y
 
@@ -93,9 +93,10 @@ class MLP(Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         c = self.config
         activation = choice("model.activation", c.activation, ACTIVATIONS)
-        up_BTF = self.linear(x_BTD, "up", c.mlp_dim)
+        bias = c.bias or c.mlp_bias
+        up_BTF = self.linear(x_BTD, "up", c.mlp_dim, bias=bias)
         if choice("model.mlp", c.mlp, ("gated", "plain")) == "gated":
-            hidden_BTF = activation(self.linear(x_BTD, "gate", c.mlp_dim)) * up_BTF
+            hidden_BTF = activation(self.linear(x_BTD, "gate", c.mlp_dim, bias=bias)) * up_BTF
         else:
             hidden_BTF = activation(up_BTF)
-        return self.linear(hidden_BTF, "down", c.width, depth_scale=True)
+        return self.linear(hidden_BTF, "down", c.width, depth_scale=True, bias=bias)

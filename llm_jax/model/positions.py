@@ -6,8 +6,6 @@ start at 0 in every document. Phases are computed in float32, whatever the compu
 
 import abc
 import dataclasses
-import functools
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -17,7 +15,7 @@ import numpy as np
 
 from llm_jax import weights
 from llm_jax.errors import UserError
-from llm_jax.model import rope
+from llm_jax.model import distances, rope
 from llm_jax.schema import ModelConfig, choice
 
 # Letters of shapes: B batch, T queries, S keys, D width, N heads, H head width, R distances.
@@ -35,9 +33,8 @@ class Position:
 
     config: ModelConfig
 
-    # Whether the cache holds keys before rotation, which are rotated at every read because their phases
-    # change as the sequence grows. Otherwise keys are rotated once, before they are cached.
-    rotates_cache: ClassVar[bool] = False
+    # Whether the rotation depends on the length of the document, so that keys change as it grows; see `changes_keys`.
+    depends_on_length: ClassVar[bool] = False
 
     @property
     def adds_to_scores(self) -> bool:
@@ -75,9 +72,16 @@ class Position:
     def rotate(self, x: jax.Array, positions: jax.Array, length: jax.Array | None) -> jax.Array:
         """Rotates queries or keys x, float (B, T, N, H) -> (B, T, N, H) in the dtype of x.
 
-        A scheme that `rotates_cache` needs `length`, int32 (B, T): the length so far of the document of each token.
+        A scheme that `depends_on_length` needs `length`, int32 (B, T): the length so far of the document of each token.
         """
         return x
+
+    def changes_keys(self, before: jax.Array, after: jax.Array) -> jax.Array:
+        """Whether the keys of a document change when it grows from length `before` to `after`: int32 (B, T) -> bool.
+
+        The keys that are in a cache are then computed again; see `Transformer.features`.
+        """
+        return jnp.zeros_like(before, bool)
 
     def bias(self, q_positions: jax.Array, k_positions: jax.Array, table: Table) -> jax.Array | None:
         """Bias of the attention scores of all layers, float32 (B or 1, N, T, S), or None."""
@@ -163,15 +167,19 @@ class Rope(Position):
 
 
 @dataclasses.dataclass(frozen=True)
-class DynamicRope(Rope):
-    """Rotary position embeddings whose base grows with the sequence, so that cached keys are rotated at every read.
+class LengthDependentRope(Rope):
+    """Rotary position embeddings whose frequencies depend on the length of the document: dynamic and longrope.
 
-    Decoding with a cache equals the full forward pass over each prefix in the first layer only. The cached keys of
-    higher layers were computed from outputs of a shorter sequence with a smaller base, and the full forward pass
-    recomputes those outputs. Every implementation of this scheme that caches keys has this property.
+    Where the frequencies change, so do the outputs of every layer for all earlier tokens, and with them the keys and
+    values of the next layer. A cached decoding step then equals the full forward pass only if the whole cache is
+    computed again, as transformers does for longrope (Phi-3), but not for dynamic scaling.
     """
 
-    rotates_cache: ClassVar[bool] = True
+    depends_on_length: ClassVar[bool] = True
+
+    def changes_keys(self, before: jax.Array, after: jax.Array) -> jax.Array:
+        p = self.config.position
+        return rope.frequency_index(p, before) != rope.frequency_index(p, after)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +188,7 @@ class Alibi(Position):
 
     def bias(self, q_positions: jax.Array, k_positions: jax.Array, table: Table) -> jax.Array:
         distance = jnp.abs(q_positions[:, None, :, None] - k_positions[:, None, None, :])
-        slopes = jnp.asarray(alibi_slopes(self.config.num_heads), jnp.float32)
+        slopes = jnp.asarray(distances.alibi_slopes(self.config.num_heads), jnp.float32)
         return -slopes[None, :, None, None] * distance.astype(jnp.float32)
 
 
@@ -203,10 +211,10 @@ class T5(Position):
         p = self.config.position
         # Every offset beyond max_distance falls into the bucket of max_distance, so 2 max_distance + 1 biases suffice.
         limit = p.max_distance
-        buckets = t5_buckets(jnp.arange(-limit, limit + 1), p.num_buckets, limit, self.config.causal)
+        buckets = distances.t5_buckets(jnp.arange(-limit, limit + 1), p.num_buckets, limit, self.config.causal)
         by_offset_NR = weights.take(table["bias"], buckets).astype(jnp.float32).T
         # Without the barrier XLA would repeat the lookup in every layer.
-        return jax.lax.optimization_barrier(_by_offset(by_offset_NR, q_positions, k_positions))
+        return jax.lax.optimization_barrier(distances.by_offset(by_offset_NR, q_positions, k_positions))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,57 +265,6 @@ class Shaw(Position):
         return add
 
 
-def _by_offset(table_NR: jax.Array, q_positions: jax.Array, k_positions: jax.Array) -> jax.Array:
-    """table_NR[n, offset + limit] for every query and key, (B, N, T, S).
-
-    R is 2 limit + 1, and offset is the key position minus the query position, clipped to [-limit, limit]. Where the
-    tokens are both queries and keys, and positions increase by one or restart at 0 with a new segment, offsets between
-    tokens of one segment depend on their indices alone. The result is then built from diagonals, which is much faster
-    than a gather.
-    """
-    limit = table_NR.shape[1] // 2
-
-    def gathered() -> jax.Array:
-        indices_BTS = jnp.clip(k_positions[:, None, :] - q_positions[:, :, None], -limit, limit) + limit
-        indices_BTS = jax.lax.optimization_barrier(indices_BTS)
-        # Heads are the last axis of the gather, so that it copies all heads of an offset at once.
-        return jnp.moveaxis(table_NR.T.at[indices_BTS].get(mode="promise_in_bounds"), -1, 1)
-
-    if q_positions is not k_positions:
-        return gathered()
-    batch, length = q_positions.shape
-    offsets = jnp.clip(jnp.arange(1 - length, length), -limit, limit) + limit
-
-    def diagonals() -> jax.Array:
-        return jnp.broadcast_to(_diagonals(table_NR[:, offsets]), (batch, table_NR.shape[0], length, length))
-
-    previous, following = k_positions[:, :-1], k_positions[:, 1:]
-    return jax.lax.cond(jnp.all((following == previous + 1) | (following == 0)), diagonals, gathered)
-
-
-@jax.custom_vjp
-def _diagonals(values_NR: jax.Array) -> jax.Array:
-    """(N, 2 T - 1) -> (N, T, T), whose entry (t, s) is values[s - t + T - 1]."""
-    length = (values_NR.shape[1] + 1) // 2
-    row = functools.partial(jax.lax.dynamic_slice_in_dim, values_NR, slice_size=length, axis=1)
-    return jax.vmap(lambda t: row(length - 1 - t), out_axes=1)(jnp.arange(length))
-
-
-def _sum_diagonals(residuals: None, g_NTT: jax.Array) -> tuple[jax.Array]:
-    """The gradient of `_diagonals`: the sums of the diagonals, (N, 2 T - 1)."""
-    heads, length, _ = g_NTT.shape
-
-    def add(t: jax.Array, total: jax.Array) -> jax.Array:  # row by row: a scatter is slower
-        current = jax.lax.dynamic_slice_in_dim(total, length - 1 - t, length, 1)
-        row = jax.lax.dynamic_index_in_dim(g_NTT, t, 1, keepdims=False)
-        return jax.lax.dynamic_update_slice_in_dim(total, current + row, length - 1 - t, 1)
-
-    return (jax.lax.fori_loop(0, length, add, jnp.zeros((heads, 2 * length - 1), g_NTT.dtype)),)
-
-
-_diagonals.defvjp(lambda values_NR: (_diagonals(values_NR), None), _sum_diagonals)
-
-
 def sinusoids(positions: jax.Array, width: int, base: float) -> jax.Array:
     """PE(p, 2i) = sin(p / base^(2i/width)), PE(p, 2i + 1) = cos(p / base^(2i/width)) (Vaswani et al. 2017).
 
@@ -324,42 +281,6 @@ def sinusoids(positions: jax.Array, width: int, base: float) -> jax.Array:
     return jnp.stack([jnp.sin(angles), jnp.cos(angles)], -1).reshape(*positions.shape, width)
 
 
-def alibi_slopes(heads: int) -> np.ndarray:
-    """The slopes of ALiBi, float64 (heads,).
-
-    For a power of two n they are 2^(-8i/n), i = 1 .. n. For another number of heads they are the slopes of the next
-    lower power of two, followed by every other slope of the next higher one (code of the paper,
-    attention_with_linear_biases).
-    """
-    power = 2 ** int(np.log2(heads))
-    slopes = 2.0 ** (-8.0 * np.arange(1, power + 1) / power)
-    extra = 2.0 ** (-4.0 * np.arange(1, 2 * (heads - power), 2) / power)
-    return np.concatenate([slopes, extra])
-
-
-def t5_buckets(offset: jax.Array, buckets: int, max_distance: int, causal: bool) -> jax.Array:
-    """The bucket of an offset, key position minus query position, as in relative_position_bucket of the T5 code.
-
-    Small distances have a bucket each; buckets of larger distances grow logarithmically up to `max_distance`. A
-    bidirectional model has half of the buckets for each sign of the offset.
-
-    Args:
-      offset: int32 (...).
-
-    Returns:
-      int32 (...), from 0 to buckets - 1.
-    """
-    start = jnp.int32(0)
-    if not causal:
-        buckets //= 2
-        start = jnp.where(offset > 0, buckets, 0)
-    distance = jnp.maximum(-offset, 0) if causal else jnp.abs(offset)
-    exact = buckets // 2
-    ratio = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact) / math.log(max_distance / exact)
-    logarithmic = jnp.minimum(exact + (ratio * (buckets - exact)).astype(jnp.int32), buckets - 1)
-    return start + jnp.where(distance < exact, distance, logarithmic)
-
-
 SCHEMES: dict[str, type[Position]] = {
     "none": Position,
     "sinusoidal": Sinusoidal,
@@ -371,21 +292,24 @@ SCHEMES: dict[str, type[Position]] = {
 }
 
 
-def make(config: ModelConfig, local: bool = False) -> Position:
-    """The position scheme of `config.position`.
+def make(config: ModelConfig, kind: str = "global") -> Position:
+    """The position scheme of `config.position` in layers of a kind.
 
     Args:
-      local: for layers with a sliding window, which may have another RoPE base (`model.position.local_base`).
+      kind: of `model.layer_pattern`: "local" layers may have another RoPE base (`model.position.local_base`), and
+        "nope" layers have no positions.
 
     Raises:
       UserError: the kind is unknown, or the scheme cannot be used with the shape of the model.
     """
-    if local and config.position.local_base:
+    if kind == "nope":
+        return Position(config)
+    if kind == "local" and config.position.local_base:
         position = dataclasses.replace(config.position, base=config.position.local_base, scaling="none")
         config = dataclasses.replace(config, position=position)
     cls = choice("model.position.kind", config.position.kind, SCHEMES)
-    if cls is Rope and config.position.scaling == "dynamic":
-        cls = DynamicRope
+    if cls is Rope and config.position.scaling in rope.LENGTH_DEPENDENT:
+        cls = LengthDependentRope
     scheme = cls(config)
     scheme.check()
     return scheme

@@ -10,6 +10,9 @@ A scaling adapts the frequencies of a model trained on `original_length` positio
              attention scores (Peng et al. 2023, arXiv:2309.00071, section 3)
     llama3   as yarn, with an interpolation that is linear in the frequency, and without a scale of the scores
              (code of Llama 3.1, apply_scaling)
+    longrope divides each frequency by a factor of its own, from `short_factors` in documents of up to
+             `original_length` tokens and from `long_factors` in longer ones, and scales the attention scores
+             (Ding et al. 2024, arXiv:2402.13753)
 """
 
 import math
@@ -41,13 +44,19 @@ def check(c: PositionConfig, head_dim: int) -> None:
     choice("model.position.scaling", c.scaling, SCALINGS)
     if c.scaling != "none" and c.scaling_factor < 1:
         raise UserError(f"config key 'model.position.scaling_factor' is {c.scaling_factor:g}; expected at least 1")
-    if c.scaling in ("dynamic", "yarn", "llama3") and not c.original_length:
+    if c.scaling in ("dynamic", "yarn", "llama3", "longrope") and not c.original_length:
         raise UserError(f"model.position.scaling={c.scaling} needs model.position.original_length, the trained length")
     if c.scaling == "llama3" and not 0 < c.low_freq_factor < c.high_freq_factor:
         raise UserError(
             f"model.position.low_freq_factor is {c.low_freq_factor:g}; expected a number above 0 and below "
             f"model.position.high_freq_factor={c.high_freq_factor:g}"
         )
+    for name, factors in (("short_factors", c.short_factors), ("long_factors", c.long_factors)):
+        if c.scaling == "longrope" and (len(factors) != width // 2 or min(factors) <= 0):
+            raise UserError(
+                f"model.position.{name} has {len(factors)} numbers, the least {min(factors, default=0):g}; expected "
+                f"{int(width) // 2} positive numbers, one for each rotated pair"
+            )
 
 
 def rotate(c: PositionConfig, x: jax.Array, positions: jax.Array, length: jax.Array | None) -> jax.Array:
@@ -59,7 +68,8 @@ def rotate(c: PositionConfig, x: jax.Array, positions: jax.Array, length: jax.Ar
     Args:
       x: queries or keys, float (B, T, N, H).
       positions: int32 (B, T).
-      length: int32 (B, T), the length so far of the document of each token; only dynamic scaling reads it.
+      length: int32 (B, T), the length so far of the document of each token; only the scalings in
+        `LENGTH_DEPENDENT` read it.
 
     Returns:
       (B, T, N, H) in the dtype of x.
@@ -84,17 +94,34 @@ def frequencies(c: PositionConfig, width: int, length: jax.Array | None) -> jax.
 
     Args:
       width: number of rotated features, 2 F.
-      length: int32 (B, T), for dynamic scaling; otherwise unused.
+      length: int32 (B, T), for the scalings in `LENGTH_DEPENDENT`; otherwise unused.
 
     Returns:
-      float32 (F,), or (B, T, F) with dynamic scaling.
+      float32 (F,), or (B, T, F) with a scaling in `LENGTH_DEPENDENT`.
     """
     return jnp.asarray(choice("model.position.scaling", c.scaling, SCALINGS)(c, width, length), jnp.float32)
 
 
+def frequency_index(c: PositionConfig, length: jax.Array) -> jax.Array:
+    """A number that two lengths share if the frequencies are the same at both: int32 (...) -> int32 (...)."""
+    if c.scaling == "longrope":
+        return (length > c.original_length).astype(jnp.int32)
+    return jnp.maximum(length, c.original_length)
+
+
 def attention_factor(c: PositionConfig) -> float:
-    """Factor of rotated queries and keys: 0.1 ln(scaling_factor) + 1 for YaRN (arXiv:2309.00071, eq. 22), else 1."""
-    return 0.1 * math.log(c.scaling_factor) + 1 if c.scaling == "yarn" else 1.0
+    """Factor of rotated queries and keys: `model.position.attention_factor`, or by default that of the scaling's paper.
+
+    It is 0.1 ln(scaling_factor) + 1 for YaRN (arXiv:2309.00071, eq. 22), sqrt(1 + ln(scaling_factor) /
+    ln(original_length)) for longrope (arXiv:2402.13753, section 3.3), and 1 for the other scalings.
+    """
+    if c.scaling not in ("yarn", "longrope"):
+        return 1.0
+    if c.attention_factor:
+        return c.attention_factor
+    if c.scaling == "yarn":
+        return 0.1 * math.log(c.scaling_factor) + 1
+    return math.sqrt(1 + math.log(c.scaling_factor) / math.log(c.original_length))
 
 
 def _base_frequencies(c: PositionConfig, width: int, base: float | None = None) -> np.ndarray:
@@ -115,7 +142,7 @@ def _ntk(c: PositionConfig, width: int, length: jax.Array | None) -> np.ndarray:
 
 def _dynamic(c: PositionConfig, width: int, length: jax.Array | None) -> jax.Array:
     assert length is not None
-    length = jnp.maximum(length, c.original_length).astype(jnp.float32)
+    length = frequency_index(c, length).astype(jnp.float32)
     growth = c.scaling_factor * length / c.original_length - (c.scaling_factor - 1)
     base = c.base * growth ** (width / max(width - 2, 1))
     return base[..., None] ** -(jnp.arange(0, width, 2, dtype=jnp.float32) / width)
@@ -125,8 +152,10 @@ def _yarn(c: PositionConfig, width: int, length: jax.Array | None) -> np.ndarray
     def pair_index(rotations: float) -> float:  # of the pair that makes so many rotations over original_length
         return width * math.log(c.original_length / (rotations * 2 * math.pi)) / (2 * math.log(c.base))
 
-    low = max(math.floor(pair_index(c.beta_fast)), 0)
-    high = min(math.ceil(pair_index(c.beta_slow)), width - 1)
+    low, high = pair_index(c.beta_fast), pair_index(c.beta_slow)
+    if c.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
     ramp = np.clip((np.arange(width // 2) - low) / max(high - low, 1e-3), 0, 1)
     unscaled = _base_frequencies(c, width)
     return unscaled / c.scaling_factor * ramp + unscaled * (1 - ramp)
@@ -139,6 +168,13 @@ def _llama3(c: PositionConfig, width: int, length: jax.Array | None) -> np.ndarr
     return ramp * unscaled + (1 - ramp) * unscaled / c.scaling_factor
 
 
+def _longrope(c: PositionConfig, width: int, length: jax.Array | None) -> jax.Array:
+    assert length is not None
+    unscaled = _base_frequencies(c, width)
+    short, long = (jnp.asarray(unscaled / np.array(f), jnp.float32) for f in (c.short_factors, c.long_factors))
+    return jnp.where(frequency_index(c, length)[..., None] == 1, long, short)
+
+
 SCALINGS: dict[str, Callable[[PositionConfig, int, jax.Array | None], np.ndarray | jax.Array]] = {
     "none": _unscaled,
     "linear": _linear,
@@ -146,4 +182,6 @@ SCALINGS: dict[str, Callable[[PositionConfig, int, jax.Array | None], np.ndarray
     "dynamic": _dynamic,
     "yarn": _yarn,
     "llama3": _llama3,
+    "longrope": _longrope,
 }
+LENGTH_DEPENDENT = ("dynamic", "longrope")  # scalings whose frequencies depend on the length of the document

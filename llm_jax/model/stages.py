@@ -8,7 +8,7 @@ remaining layers are a second stage: 26 layers with a pattern of five local laye
 from llm_jax.errors import UserError
 from llm_jax.schema import ModelConfig
 
-LAYER_KINDS = ("global", "local")
+LAYER_KINDS = ("global", "local", "nope")
 
 
 def stages(config: ModelConfig) -> tuple[tuple[tuple[str, ...], int], ...]:

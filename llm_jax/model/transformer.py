@@ -8,6 +8,7 @@
 any kind of `weights.Weight`.
 """
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 from llm_jax import trees, weights
 from llm_jax.errors import UserError
 from llm_jax.model import positions
-from llm_jax.model.attention import Attention, KVCache, Tokens, write
+from llm_jax.model.attention import Attention, KVCache, Tokens, lengths_so_far, write_tokens
 from llm_jax.model.layers import CAPTURE, MLP, Module, Norm
 from llm_jax.model.stages import layout, stages
 from llm_jax.schema import ModelConfig, choice
@@ -38,43 +39,45 @@ class Layer(Module):
     If the collection `ACTIVATION_STATS` is mutable, the layer sows "rms", the root mean square of its output.
 
     Attributes:
-      kind: "global", or "local" for attention with the sliding window of `model.window`.
+      kind: of `model.layer_pattern`.
     """
 
     kind: str = "global"
 
     @nn.compact
-    def __call__(self, x_BTD, queries, keys, bias, cache, index):
-        x_BTD, cache = self._residual_blocks(x_BTD, queries, keys, bias, cache, index)
+    def __call__(self, x_BTD, queries, keys, bias, cache, index, depth=None):
+        x_BTD, cache = self._residual_blocks(x_BTD, queries, keys, bias, cache, index, depth)
         if self.is_mutable_collection(ACTIVATION_STATS) and not self.is_initializing():
             self.sow(ACTIVATION_STATS, "rms", jnp.sqrt(jnp.mean(jnp.square(x_BTD.astype(jnp.float32)))))
         if self.is_mutable_collection(CAPTURE) and not self.is_initializing():
             self.sow(CAPTURE, "hidden", x_BTD)
         return x_BTD, cache
 
-    def _residual_blocks(self, x_BTD, queries, keys, bias, cache, index):
+    def _residual_blocks(self, x_BTD, queries, keys, bias, cache, index, depth):
         c = self.config
-        window = c.window if self.kind == "local" else None
-        attention, mlp = Attention(c, window, name="attention"), MLP(c, name="mlp")
-        placement = choice("model.norm_placement", c.norm_placement, ("pre", "post", "both"))
+        attention, mlp = Attention(c, self.kind, name="attention"), MLP(c, name="mlp")
+        placement = choice("model.norm_placement", c.norm_placement, ("pre", "post", "output", "both"))
         if c.parallel_residual:
             if placement != "pre":
                 raise UserError(f"model.parallel_residual=True needs model.norm_placement=pre, not {placement}")
             normed = Norm(c, name="attention_norm")(x_BTD)
-            update, cache = attention(normed, queries, keys, bias, cache, index)
-            return x_BTD + update + mlp(normed), cache
+            update, cache = attention(normed, queries, keys, bias, cache, index, depth)
+            mlp_input = Norm(c, name="mlp_norm")(x_BTD) if c.parallel_norms else normed
+            return _add(c, x_BTD, update + mlp(mlp_input)), cache
+        before, after = placement in ("pre", "both"), placement in ("output", "both")
+        normed = Norm(c, name="attention_norm")(x_BTD) if before else x_BTD
+        update, cache = attention(normed, queries, keys, bias, cache, index, depth)
+        x_BTD = _add(c, x_BTD, Norm(c, name="attention_post_norm")(update) if after else update)
         if placement == "post":
-            update, cache = attention(x_BTD, queries, keys, bias, cache, index)
-            x_BTD = Norm(c, name="attention_norm")(x_BTD + update)
-            return Norm(c, name="mlp_norm")(x_BTD + mlp(x_BTD)), cache
-        update, cache = attention(Norm(c, name="attention_norm")(x_BTD), queries, keys, bias, cache, index)
-        if placement == "both":
-            update = Norm(c, name="attention_post_norm")(update)
-        x_BTD = x_BTD + update
-        update = mlp(Norm(c, name="mlp_norm")(x_BTD))
-        if placement == "both":
-            update = Norm(c, name="mlp_post_norm")(update)
-        return x_BTD + update, cache
+            x_BTD = Norm(c, name="attention_norm")(x_BTD)
+        update = mlp(Norm(c, name="mlp_norm")(x_BTD) if before else x_BTD)
+        x_BTD = _add(c, x_BTD, Norm(c, name="mlp_post_norm")(update) if after else update)
+        return Norm(c, name="mlp_norm")(x_BTD) if placement == "post" else x_BTD, cache
+
+
+def _add(config: ModelConfig, x_BTD: jax.Array, update_BTD: jax.Array) -> jax.Array:
+    """The residual sum, with the factor `model.residual_multiplier` of the update."""
+    return x_BTD + (update_BTD if config.residual_multiplier == 1 else update_BTD * config.residual_multiplier)
 
 
 class Block(Module):
@@ -83,12 +86,12 @@ class Block(Module):
     kinds: tuple[str, ...] = ()
 
     @nn.compact
-    def __call__(self, x_BTD, cache, queries, keys, bias, index):
+    def __call__(self, x_BTD, cache, depth, queries, keys, bias, index):
         layer, caches = rematerialized(self.config), {}
         for i, kind in enumerate(self.kinds):
             name = f"{i}::{len(self.kinds)}"
             x_BTD, caches[name] = layer(self.config, kind, name=name)(
-                x_BTD, queries, keys, bias, cache and cache[name], index
+                x_BTD, queries, keys, bias, cache and cache[name], index, None if depth is None else depth + i
             )
         return x_BTD, (caches if cache is not None else None)
 
@@ -108,16 +111,17 @@ class Layers(Module):
                     Block,
                     variable_axes={"params": 0, ACTIVATION_STATS: 0, CAPTURE: 0},
                     split_rngs={"params": True},
-                    in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+                    in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
                     length=repeats,
                 )
+                depths = jnp.arange(start, stop, len(kinds)) if c.scale_attention_by_depth else None
                 x_BTD, caches[name] = scan(c, kinds, name=name)(
-                    x_BTD, cache and cache[name], queries, keys, bias, index
+                    x_BTD, cache and cache[name], depths, queries, keys, bias, index
                 )
             else:
                 for i, kind in enumerate(kinds * repeats, start):
                     x_BTD, caches[str(i)] = layer(c, kind, name=str(i))(
-                        x_BTD, queries, keys, bias, cache and cache[str(i)], index
+                        x_BTD, queries, keys, bias, cache and cache[str(i)], index, i
                     )
             start = stop
         return x_BTD, (caches if cache is not None else None)
@@ -144,6 +148,8 @@ class Embed(Module):
         x_BTD = weights.take(self.table, tokens_BT).astype(self.config.precision.compute)
         if self.config.scale_embeddings:
             x_BTD *= self.config.width**0.5
+        if self.config.embedding_multiplier != 1:
+            x_BTD *= self.config.embedding_multiplier
         x_BTD = self.scheme.embed(x_BTD, where.positions, self.position_weights)
         if self.config.type_vocab_size:
             types_BT = jnp.zeros_like(tokens_BT) if types_BT is None else types_BT
@@ -156,11 +162,12 @@ class Embed(Module):
 
 
 class Head(Module):
-    """The output head of a model with untied embeddings."""
+    """The output head: its matrix if the embeddings are not tied, and its bias if it has one."""
 
     def setup(self) -> None:
         c = self.config
-        self.kernel = self.weight("kernel", nn.initializers.normal(0.02), (c.width, c.vocab_size))
+        if not c.tie_embeddings:
+            self.kernel = self.weight("kernel", nn.initializers.normal(0.02), (c.width, c.vocab_size))
         if c.head_bias:
             self.bias = self.weight("kernel_bias", nn.initializers.zeros, (c.vocab_size,))
 
@@ -182,10 +189,8 @@ class Transformer(Module):
         self.layers = Layers(c)
         if c.norm_placement != "post":
             self.final_norm = Norm(c)
-        if not c.tie_embeddings:
+        if not c.tie_embeddings or c.head_bias:
             self.head = Head(c)
-        elif c.head_bias:
-            raise UserError("model.head_bias=True needs model.tie_embeddings=False")
         if c.pooler:
             self.pooler = Pooler(c)
 
@@ -210,24 +215,47 @@ class Transformer(Module):
           tokens_BT: int32 token ids.
           where: positions and segments of the tokens; by default each row is one segment from position 0.
           cache: from `init_cache` or an earlier call; the tokens are written to its next slots. The caller ensures
-            that the slots and the positions of the scheme suffice (`check_length`).
+            that the slots and the positions of the scheme suffice (`check_length`). If a document grows to a length at
+            which the frequencies of its positions change, the keys and values of all slots are computed again.
           types_BT: int32 token types (sentence A or B) of a model with `type_vocab_size`; by default all 0.
 
         Returns:
           (features (B, T, D) in the compute dtype, the updated cache or None).
         """
         where = consecutive(tokens_BT) if where is None else where
-        keys = where
-        if cache is not None:
-            keys = jax.tree.map(lambda slots, new: write(slots, new, cache.index), cache.tokens, where)
+        layers: Any
+        if cache is None:
+            x_BTD, layers = self._run(tokens_BT, where, where, None, None, types_BT)
+        elif cache.tokens.ids is None:
+            keys = write_tokens(cache, where)
+            x_BTD, layers = self._run(tokens_BT, where, keys, cache.layers, cache.index, types_BT)
+        else:
+            where = dataclasses.replace(where, ids=tokens_BT)
+            keys = write_tokens(cache, where)
+            before, after = (lengths_so_far(keys, tokens) for tokens in (cache.tokens, keys))
+            stale = (cache.tokens.segments > 0) & positions.make(self.config).changes_keys(before, after)
+            old, ids_BS = cache, keys.ids
+
+            def advance(model: "Transformer") -> tuple[jax.Array, Any]:
+                return model._run(tokens_BT, where, keys, old.layers, old.index, types_BT)
+
+            def recompute(model: "Transformer") -> tuple[jax.Array, Any]:
+                x_BSD, layers = model._run(ids_BS, keys, keys, old.layers, jnp.int32(0), None)
+                starts = jnp.broadcast_to(old.index, len(x_BSD))
+                rows = jax.vmap(lambda x, i: jax.lax.dynamic_slice_in_dim(x, i, tokens_BT.shape[1]))
+                return rows(x_BSD, starts), layers
+
+            x_BTD, layers = nn.cond(jnp.any(stale), recompute, advance, self)
+        if self.config.norm_placement != "post":
+            x_BTD = self.final_norm(x_BTD)
+        return x_BTD, cache and KVCache(keys, cache.index + tokens_BT.shape[1], layers)
+
+    def _run(self, tokens_BT, where, keys, caches, index, types_BT) -> tuple[jax.Array, Any]:
+        """The output of the last layer, and the updated caches of all layers or None; see `features`."""
         x_BTD, bias = self.embed(tokens_BT, where, types_BT), self.embed.bias(where, keys)
         if self.is_mutable_collection(CAPTURE) and not self.is_initializing():
             self.sow(CAPTURE, "embedded", x_BTD)
-        layer_caches, index = (cache.layers, cache.index) if cache is not None else (None, None)
-        x_BTD, layer_caches = self.layers(x_BTD, where, keys, bias, layer_caches, index)
-        if self.config.norm_placement != "post":
-            x_BTD = self.final_norm(x_BTD)
-        return x_BTD, cache and KVCache(keys, cache.index + tokens_BT.shape[1], layer_caches)
+        return self.layers(x_BTD, where, keys, bias, caches, index)
 
     def pooled(self, x_BTD: jax.Array) -> jax.Array:
         """Features (B, T, D) -> the output of the pooler for the first token, (B, D)."""
@@ -245,6 +273,8 @@ class Transformer(Module):
         )
         if c.head_bias:
             logits += weights.dense(self.head.bias).astype(logits.dtype)
+        if c.logits_scaling != 1:
+            logits /= c.logits_scaling
         return c.logit_softcap * jnp.tanh(logits / c.logit_softcap) if c.logit_softcap else logits
 
 
@@ -277,7 +307,8 @@ def init_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
         else:
             layers[str(i)] = layer()
     zeros = jnp.zeros((batch, slots), jnp.int32)
-    return KVCache(Tokens(zeros, zeros), jnp.int32(0), layers)
+    ids = zeros if positions.make(config).depends_on_length else None
+    return KVCache(Tokens(zeros, zeros, ids), jnp.int32(0), layers)
 
 
 def cache_bytes(config: ModelConfig, batch: int, slots: int) -> int:

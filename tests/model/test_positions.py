@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from llm_jax.errors import UserError
-from llm_jax.model import positions, rope
+from llm_jax.model import distances, positions, rope
 from llm_jax.model.attention import Tokens
 
 pytestmark = pytest.mark.optimized
@@ -135,7 +135,7 @@ def t5_bucket_of_the_paper(offset, causal, buckets=32, far=128):
 def test_t5_buckets_are_those_of_the_paper(causal):
     offsets = np.arange(-300, 301)
     # Exact powers fall on a rounding edge of the logarithm; the reference implementation's is float32 too.
-    got = np.asarray(positions.t5_buckets(jnp.asarray(offsets), 32, 128, causal))
+    got = np.asarray(distances.t5_buckets(jnp.asarray(offsets), 32, 128, causal))
     expected = np.array([t5_bucket_of_the_paper(int(o), causal) for o in offsets])
     assert np.mean(got == expected) > 0.98 and np.max(np.abs(got - expected)) <= 1
 
@@ -158,7 +158,7 @@ def test_t5_looks_up_the_offset_of_positions_whatever_they_are(tiny, where):
         bias = scheme.bias(rows, rows, {"bias": table}) if bucket_of is None else jnp.moveaxis(table[bucket_of], -1, 0)
         return jnp.sum(bias * weight)
 
-    buckets = positions.t5_buckets(jnp.asarray(offsets), 8, 9, tiny.model.causal)
+    buckets = distances.t5_buckets(jnp.asarray(offsets), 8, 9, tiny.model.causal)
     got, gradient = jax.jit(jax.value_and_grad(summed))(table)
     expected, expected_gradient = jax.value_and_grad(summed)(table, buckets)
     np.testing.assert_allclose(got, expected, rtol=1e-5)
@@ -215,7 +215,7 @@ def test_shaw_forms_nothing_of_size_time_by_time_by_head(make, tiny):
         ({"kind": "rotary"}, "expected one of alibi, learned, none, rope, shaw, sinusoidal, t5"),
         ({"partial_rotary_factor": 0.3}, r"partial_rotary_factor=0.3 of head_dim=8 is 2.4"),
         ({"partial_rotary_factor": 0.125}, "is 1; rope rotates pairs"),
-        ({"scaling": "magic"}, "expected one of dynamic, linear, llama3, none, ntk, yarn"),
+        ({"scaling": "magic"}, "expected one of dynamic, linear, llama3, longrope, none, ntk, yarn"),
         ({"scaling": "yarn", "scaling_factor": 2.0}, "scaling=yarn needs model.position.original_length"),
         ({"scaling": "linear", "scaling_factor": 0.5}, "'model.position.scaling_factor' is 0.5"),
         (

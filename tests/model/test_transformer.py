@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llm_jax import trees
-from llm_jax.model import positions
+from llm_jax.model import distances, positions
 from llm_jax.model.attention import Tokens, read_layer, visible
 from llm_jax.model.attention_kernels import attend
 from llm_jax.model.stages import stages
@@ -16,7 +16,30 @@ LENGTH = 12
 LAYOUTS = {
     "single": {"num_layers": 1},
     "uniform": {},
-    "local": {"num_layers": 5, "layer_pattern": ("local", "local", "global"), "window": 4},
+    "local": {
+        "num_layers": 5,
+        "layer_pattern": ("local", "nope", "global"),
+        "window": 4,
+        "norm_placement": "output",
+        "qk_norm_axis": "width",
+    },
+    "parallel": {
+        "num_layers": 3,
+        "layer_pattern": ("local", "global"),
+        "window": 4,
+        "mlp": "plain",
+        "activation": "gelu",
+        "norm": "layer",
+        "parallel_residual": True,
+        "parallel_norms": True,
+        "scale_attention_by_depth": True,
+        "attention_bias": True,
+        "tie_embeddings": False,
+        "qk_norm_kind": "layer",
+        "residual_multiplier": 0.5,
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 0.5,
+    },
     "plain": {
         "mlp": "plain",
         "activation": "gelu",
@@ -33,13 +56,21 @@ VARIANTS = {
     "half": {"kind": "rope", "partial_rotary_factor": 0.5, "interleaved": True},
     "yarn": {"kind": "rope", "scaling": "yarn", "scaling_factor": 2.0, "original_length": 6},
     "dynamic": {"kind": "rope", "scaling": "dynamic", "scaling_factor": 2.0, "original_length": 6},
+    "longrope": {
+        "kind": "rope",
+        "scaling": "longrope",
+        "scaling_factor": 2.0,
+        "original_length": 7,
+        "short_factors": (1.0, 1.2, 1.5, 2.0),
+        "long_factors": (1.0, 2.0, 4.0, 8.0),
+    },
     "shaw-keys": {"kind": "shaw", "relative_embeddings": "keys", "max_relative_position": 3},
     "concatenate": {"kind": "sinusoidal", "combine": "concatenate", "width": 8},
 }
 CASES = [
-    *((name, {"concatenate": "plain", "dynamic": "single"}.get(name, "uniform")) for name in VARIANTS),
+    *((name, {"concatenate": "plain"}.get(name, "uniform")) for name in VARIANTS),
     ("t5", "local"),
-    ("rope", "plain"),
+    ("rope", "parallel"),
 ]
 
 
@@ -229,9 +260,9 @@ def test_rope_follows_the_rotation_matrices_of_the_paper(tiny):
 
 
 def test_alibi_slopes_are_those_of_the_paper():
-    np.testing.assert_allclose(positions.alibi_slopes(8), [2.0**-i for i in range(1, 9)])
+    np.testing.assert_allclose(distances.alibi_slopes(8), [2.0**-i for i in range(1, 9)])
     np.testing.assert_allclose(
-        positions.alibi_slopes(12), [2.0**-i for i in range(1, 9)] + [2.0**-0.5, 2.0**-1.5, 2.0**-2.5, 2.0**-3.5]
+        distances.alibi_slopes(12), [2.0**-i for i in range(1, 9)] + [2.0**-0.5, 2.0**-1.5, 2.0**-2.5, 2.0**-3.5]
     )
 
 

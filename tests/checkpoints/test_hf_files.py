@@ -1,0 +1,166 @@
+"""What directories of Hugging Face hold in the wild: other names, contradictions, leftovers, and what is downloaded."""
+
+import fnmatch
+import json
+import sys
+import types
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from llm_jax.checkpoints import huggingface, location
+from llm_jax.errors import UserError
+from tests.checkpoints.test_hf import edit, read, write_directory
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """saved(family, change) writes a directory; `change` edits its tensors in place."""
+
+    def write(name, change=lambda tensors: None, **settings):
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}-{name}"
+        tensors = write_directory(path, name)
+        change(tensors)
+        save_file(tensors, path / "model.safetensors")
+        edit(path, **settings)
+        return path
+
+    return write
+
+
+def other_head(tensors):
+    tensors["lm_head.weight"] = tensors["lm_head.weight"] + 1
+
+
+def same_head(tensors):
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+
+
+def no_head(tensors):
+    del tensors["lm_head.weight"]
+
+
+def remove(*ends):
+    def change(tensors):
+        for name in [n for n in tensors if n.endswith(ends)]:
+            del tensors[name]
+
+    return change
+
+
+BIASES = ("bias", "attention_bias", "mlp_bias", "qkv_bias")
+ATTENTION = tuple(f"self_attn.{n}_proj.bias" for n in "qkvo")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "settings", "expected", "noted"),
+    [
+        ("llama", other_head, {"tie_word_embeddings": True}, {"tie_embeddings": False}, ["tie_word_embeddings"]),
+        ("llama", same_head, {"tie_word_embeddings": True}, {"tie_embeddings": True}, []),
+        ("llama", no_head, {}, {"tie_embeddings": True}, ["tie_word_embeddings"]),
+        ("gpt_neox", remove("embed_out.weight"), {}, {"tie_embeddings": True}, ["tie_word_embeddings"]),
+        (
+            "llama-attention-bias",
+            lambda tensors: None,
+            {"attention_bias": False},
+            {"attention_bias": True},
+            ["attention_bias"],
+        ),
+        ("llama-attention-bias", remove("o_proj.bias"), {}, {"qkv_bias": True}, ["attention_bias"]),
+        ("llama-attention-bias", lambda t: None, {"mlp_bias": True}, {"attention_bias": True}, ["mlp_bias"]),
+        ("llama-mlp-bias", lambda t: None, {"attention_bias": True}, {"mlp_bias": True}, ["attention_bias"]),
+        ("qwen3-bias", remove(*ATTENTION), {}, {}, ["attention_bias"]),
+        (
+            "phi-qk-norm",
+            lambda t: None,
+            {"qk_layernorm": False},
+            {"qk_norm": True, "bias": True},
+            ["norms of queries and keys"],
+        ),
+        ("bert", remove("pooler.dense.weight", "pooler.dense.bias"), {}, {"pooler": False, "bias": True}, []),
+    ],
+)
+def test_where_a_flag_contradicts_the_tensors_the_tensors_count(saved, capsys, name, change, settings, expected, noted):
+    path = saved(name, change, **settings)
+    _, model, params = read(path)  # raises if a tensor is missing or unexpected
+    expected = (dict.fromkeys(BIASES, False) if name != "gpt_neox" else {}) | expected
+    assert {option: getattr(model.config, option) for option in expected} == expected
+    notes = capsys.readouterr().err.splitlines()
+    assert [note.split(" about ")[1].split(";")[0] for note in notes] == noted
+    assert all(note.startswith(f"note: {path}: config.json contradicts the tensors") for note in notes)
+    assert ("head" in params) == (not model.config.tie_embeddings)
+    if name in ("llama", "bert", "gpt_neox"):  # the others would be of another family
+        huggingface.save(path.parent / "again", name, model.config, params, {})
+        assert read(path.parent / "again")[1].config == model.config
+
+
+def test_the_head_in_the_file_is_the_head_of_the_model(saved):
+    kernel = read(saved("llama", other_head, tie_word_embeddings=True))[2]["head"]["kernel"]
+    np.testing.assert_array_equal(kernel, read(saved("llama"))[2]["head"]["kernel"] + 1)
+
+
+def test_a_feature_of_some_layers_only_is_refused(saved):
+    with pytest.raises(UserError, match=r"- model.layers.1.self_attn.q_proj.bias"):
+        read(saved("llama-attention-bias", remove("layers.1.self_attn.q_proj.bias")))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "bert"])
+def test_other_names_are_read(saved, name):
+    """Without the prefix of models that have a head, or with it; norms as in bert-base-uncased as published."""
+    prefix = {"gpt2": "transformer.", "gpt_neox": "gpt_neox.", "bert": "bert."}.get(name, "model.")
+
+    def rename(tensors):
+        for key in list(tensors):
+            other = key.removeprefix(prefix) if key.startswith(prefix) else prefix * (name == "bert") + key
+            other = other.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+            tensors[other.replace("embed_out", "lm_head")] = tensors.pop(key)
+
+    jax.tree.map(np.testing.assert_array_equal, read(saved(name, rename))[2], read(saved(name))[2])
+
+
+def test_a_tensor_under_two_names_is_refused(saved):
+    def twice(tensors):
+        tensors["norm.weight"] = tensors["model.norm.weight"]
+
+    with pytest.raises(UserError, match="'model.norm.weight' is there under two names"):
+        read(saved("llama", twice))
+
+
+def test_a_whole_file_counts_and_an_index_that_was_left_beside_it_does_not(saved):
+    path = saved("llama")
+    shards = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+    (path / "model.safetensors.index.json").write_text(json.dumps(shards))
+    jax.tree.map(np.testing.assert_array_equal, read(path)[2], read(saved("llama"))[2])
+
+
+def test_the_hub_is_asked_for_weights_and_for_every_file_of_a_tokenizer(monkeypatch):
+    wanted = {
+        *("config.json", "generation_config.json", "model-00001-of-00001.safetensors", "model.safetensors.index.json"),
+        *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+        *(
+            "chat_template.jinja",
+            "additional_chat_templates/tool_use.jinja",
+            "merges.txt",
+            "vocab.txt",
+            "tokenizer.model",
+        ),
+        *("spiece.model", "sentencepiece.bpe.model", "adapter_config.json", "adapter_model.safetensors"),
+    }
+    unwanted = {
+        *("pytorch_model.bin", "consolidated.safetensors", "consolidated.00.pth", "README.md", "tf_model.h5"),
+        *("onnx/model.onnx", "original/params.json", "LICENSE", "coreml/model.mlmodel", "flax_model.msgpack"),
+    }
+    asked = []
+
+    def snapshot_download(name, allow_patterns, ignore_patterns):
+        fits = lambda file, patterns: any(fnmatch.fnmatch(file, pattern) for pattern in patterns)  # noqa: E731
+        asked.append({f for f in wanted | unwanted if fits(f, allow_patterns) and not fits(f, ignore_patterns)})
+        return "/"
+
+    hub = types.ModuleType("huggingface_hub")
+    hub.snapshot_download = snapshot_download
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    location.resolve("hf:org/name")
+    assert asked == [wanted]
