@@ -11,7 +11,7 @@ from typing import Any
 import tokenizers as library
 
 from llm_jax.errors import UserError
-from llm_jax.tokenizers import hub, special, words
+from llm_jax.tokenizers import special, words
 from llm_jax.tokenizers.base import SPECIAL, PretrainedTokenizer, Tokenizer, all_files
 from llm_jax.tokenizers.sentencepiece_json import from_model
 
@@ -20,7 +20,10 @@ _OTHER_NAMES = {"cls_token": ("[CLS]",), "sep_token": ("[SEP]",), "mask_token": 
 # For these families AutoTokenizer takes a class of its own, whatever the files name, and replaces the pre-tokenizer of
 # tokenizer.json by that of the class. The key "auto_map" prevents it. The code that it names does not exist and is not
 # looked for (unless trust_remote_code=True), because transformers has classes for these families.
-_REPLACED = {"qwen2": hub.SPLITS["qwen2"][1]}
+_REPLACED = {
+    "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+}
 _AUTO_MAP = {"AutoTokenizer": [None, "tokenization.PreTrainedTokenizerFast"]}
 
 
@@ -78,7 +81,7 @@ def _config(tokenizer: Tokenizer, state: Mapping[str, Any], family: str) -> dict
         **{name: token for name, token in names.items() if token in known},
         **{key: value for key, value in others.items() if value},
     }
-    if family in _REPLACED and not _has_pre_tokenizer(state, _REPLACED[family]):
+    if family in _REPLACED and not _is_split_by(state, _REPLACED[family]):
         config["auto_map"] = _AUTO_MAP
     return config
 
@@ -88,11 +91,11 @@ def _vocabulary(model: Mapping[str, Any]) -> dict[str, int]:
     return vocabulary if isinstance(vocabulary, dict) else {token: i for i, (token, _) in enumerate(vocabulary)}
 
 
-def _has_pre_tokenizer(state: Mapping[str, Any], expressions: tuple[str, ...]) -> bool:
-    """Whether a tokenizer.json is byte-level BPE after NFC, of text split by `expressions`."""
+def _is_split_by(state: Mapping[str, Any], expression: str) -> bool:
+    """Whether a tokenizer.json splits text by the expression, after NFC."""
     steps = (state.get("pre_tokenizer") or {}).get("pretokenizers", [])
-    splits = tuple(step["pattern"].get("Regex") for step in steps if step["type"] == "Split")
-    return state.get("normalizer") == {"type": "NFC"} and splits == expressions
+    splits = [step["pattern"].get("Regex") for step in steps if step["type"] == "Split"]
+    return state.get("normalizer") == {"type": "NFC"} and splits == [expression]
 
 
 def _with_bos(text: str, bos: str | None, add_bos: bool) -> str:

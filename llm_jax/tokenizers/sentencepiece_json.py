@@ -6,8 +6,9 @@ from typing import Any
 import tokenizers as library
 
 from llm_jax.errors import UserError
-from llm_jax.tokenizers.sentencepiece_model import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, proto
+from llm_jax.tokenizers.sentencepiece_model import proto
 
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, _UNUSED, BYTE = range(1, 7)  # types of pieces
 SPACE = "\u2581"  # represents a space in pieces
 _NEVER = -1000.0  # score of a piece that sentencepiece never matches though the text has it; others are above -100
 

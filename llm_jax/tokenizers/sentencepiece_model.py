@@ -15,7 +15,7 @@ from llm_jax.tokenizers.byte import utf8
 
 proto: Any = sentencepiece.sentencepiece_model_pb2  # made at import, so unknown to type checkers
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # the same in GGUF and in sentencepiece
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # the same in GGUF and in sentencepiece
 _GGML = "tokenizer.ggml."
 
 
@@ -36,7 +36,7 @@ class SentencePieceTokenizer:
             raise UserError("the sentencepiece model cannot be read (it has no pieces)")
         self._model = model
         # Special tokens, which a rendered chat may contain and text never becomes; added ones follow the model's ids.
-        self._special = {p.piece: i for i, p in enumerate(self._proto.pieces) if p.type == CONTROL}
+        self._special = {p.piece: i for i, p in enumerate(self._proto.pieces) if p.type == _CONTROL}
         self._special |= special.get("added_tokens") or {}
         self._names = {i: token for token, i in self._special.items()}
         names = "|".join(map(re.escape, sorted(self._special, key=len, reverse=True)))
@@ -91,7 +91,7 @@ class SentencePieceTokenizer:
     def named_ends(self) -> list[int]:
         """Ids of special and user-defined tokens whose names say that they end a text or a turn."""
         pieces = enumerate(self._proto.pieces)
-        tokens = {piece.piece: index for index, piece in pieces if piece.type == USER_DEFINED} | self._special
+        tokens = {piece.piece: index for index, piece in pieces if piece.type == _USER_DEFINED} | self._special
         return special_tokens.named_ends(tokens.get)
 
     @classmethod
@@ -170,7 +170,7 @@ class SentencePieceTokenizer:
             raise UserError("tokenizer.model cannot become GGUF: expected BPE without normalization")
         pieces = [(p.piece, p.score, p.type) for p in self._proto.pieces]
         pieces += [
-            (self._names[i], 0.0, CONTROL) if i in self._names else (f"[PAD{i}]", 0.0, UNUSED)
+            (self._names[i], 0.0, _CONTROL) if i in self._names else (f"[PAD{i}]", 0.0, _UNUSED)
             for i in range(len(pieces), vocab_size)
         ]
         metadata: dict[str, Any] = {
@@ -216,11 +216,11 @@ class SentencePieceTokenizer:
                 if isinstance(index, int) and 0 <= index < len(tokens):
                     special[f"{name}_token"] = tokens[index]
                     setattr(model.trainer_spec, f"{name}_piece", tokens[index])
-            unknown = [token for token, kind in zip(tokens, types, strict=True) if kind == UNKNOWN]
+            unknown = [token for token, kind in zip(tokens, types, strict=True) if kind == _UNKNOWN]
             if unknown:
                 model.trainer_spec.unk_piece = unknown[0]
             model.trainer_spec.model_type = proto.TrainerSpec.BPE
-            model.trainer_spec.byte_fallback = BYTE in types
+            model.trainer_spec.byte_fallback = _BYTE in types
             model.normalizer_spec.name = "identity"
             model.normalizer_spec.add_dummy_prefix = bool(metadata.get(_GGML + "add_space_prefix", True))
             model.normalizer_spec.remove_extra_whitespaces = bool(

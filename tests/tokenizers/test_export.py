@@ -162,7 +162,7 @@ def test_what_tokenizer_json_cannot_express_is_refused(options):
 def test_only_the_tokenizer_of_qwen2_keeps_the_class_that_transformers_has_for_it():
     """Without auto_map, AutoTokenizer reads any other one beside a qwen2 with the pre-tokenizer of Qwen 2."""
     qwen = library.Tokenizer.from_str(forms.bytelevel_json())
-    expression = export._REPLACED["qwen2"][0]
+    expression = export._REPLACED["qwen2"]
     split = library.pre_tokenizers.Split(library.Regex(expression), "isolated")
     level = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     qwen.pre_tokenizer = library.pre_tokenizers.Sequence([split, level])
