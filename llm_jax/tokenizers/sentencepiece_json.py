@@ -35,15 +35,13 @@ def from_model(model: bytes, literal_spaces: bool = False) -> library.Tokenizer:
         raise UserError("tokenizer.json cannot express this tokenizer.model: expected BPE or unigram")
     if p.trainer_spec.treat_whitespace_as_suffix or not p.normalizer_spec.escape_whitespaces:
         raise UserError("tokenizer.json cannot express this tokenizer.model: expected pieces that begin with spaces")
-    # A user-defined piece with a space never matches, because the text has SPACE there.
-    matches = [x.type == NORMAL or (x.type == USER_DEFINED and " " not in x.piece) for x in p.pieces]
-    texts = [
-        x.piece.replace(SPACE, " ") if literal_spaces and match else x.piece
-        for x, match in zip(p.pieces, matches, strict=True)
-    ]
+    texts = [x.piece.replace(SPACE, " ") if literal_spaces else x.piece for x in p.pieces]
     if len(set(texts)) != len(texts):
         raise UserError("tokenizer.json cannot express this tokenizer.model: two of its pieces are the same")
-    user_defined = [t for t, x, match in zip(texts, p.pieces, matches, strict=True) if match and x.type == USER_DEFINED]
+    # A user-defined piece with a space never matches, because the text has SPACE there.
+    user_defined = [
+        text for text, x in zip(texts, p.pieces, strict=True) if x.type == USER_DEFINED and " " not in x.piece
+    ]
     tokenizer = library.Tokenizer(_bpe(p, texts) if bpe else _unigram(p, texts))
     normalizers, splits = [] if literal_spaces else _normalizers(p.normalizer_spec), []
     if not bpe:

@@ -62,6 +62,14 @@ def test_the_library_reads_the_same_ids(name):
     check()
 
 
+def test_equally_likely_segmentations_of_a_unigram_model_are_told_apart_as_sentencepiece_does():
+    ours = tokenizers.get("unigram").train(["The tokenizer reads text.\n    def token(text):\n\treturn 42\n" * 20], 298)
+    theirs = library.Tokenizer.from_str(export.transformers_files(ours, "llama")["tokenizer.json"].decode())
+    for count in range(1, 120):
+        for text in (" " * count, "x\n" + " " * count + "e" * count, "text " * count):
+            assert theirs.encode(text).ids == tokenizers.prompt(ours, text)
+
+
 @pytest.mark.parametrize("name", forms.FORMS)
 def test_our_loader_reads_the_same_tokenizer(name, tmp_path):
     for path, content in written(name).items():
