@@ -82,8 +82,8 @@ def main(f: cli.Flags) -> None:
     if len(ends := tokenizers.eos_ids(tokenizer)) > 1:
         files["generation_config.json"] = json.dumps(ids | {"eos_token_id": ends}).encode()
     huggingface.save(output, family, config, params, files, ids)
-    if "tokenizer.json" not in files:
-        print(f"note: transformers reads no {tokenizer.kind} tokenizer; llm_jax finds it in {output}/tokenizer")
+    for note in export.notes(tokenizer):
+        print(f"note: {note}")
     num_bytes = sum(p.stat().st_size for p in output.rglob("*") if p.is_file())
     print(f"wrote {output}: {family} ({FAMILIES[family].architecture}) in {f.dtype}; {num_bytes / 2**20:.1f} MiB")
 

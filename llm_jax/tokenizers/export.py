@@ -13,7 +13,7 @@ import tokenizers as library
 from llm_jax.errors import UserError
 from llm_jax.tokenizers import special, words
 from llm_jax.tokenizers.base import SPECIAL, PretrainedTokenizer, Tokenizer, all_files
-from llm_jax.tokenizers.sentencepiece_json import from_model
+from llm_jax.tokenizers.sentencepiece_json import from_model, has_exact_scores
 
 # Names of special tokens beside `special.NAMES`, and the tokens that usually have them.
 _OTHER_NAMES = {"cls_token": ("[CLS]",), "sep_token": ("[SEP]",), "mask_token": ("[MASK]", "<mask>")}
@@ -51,6 +51,16 @@ def transformers_files(tokenizer: Tokenizer, family: str) -> dict[str, bytes]:
     if tokenizer.kind == "sentencepiece":
         contents["tokenizer.model"] = tokenizer.files()["tokenizer.model"]
     return contents if tokenizer.kind == "hub" else contents | saved
+
+
+def notes(tokenizer: Tokenizer) -> list[str]:
+    """What a user may not expect of `transformers_files`."""
+    if tokenizer.kind not in _EXPRESSED:
+        return [f"transformers reads no {tokenizer.kind} tokenizer; llm_jax finds it in tokenizer/ of the directory"]
+    models = (content for name, content in tokenizer.files().items() if name.endswith(".model"))
+    if all(map(has_exact_scores, models)):
+        return []
+    return ["transformers may choose another one of equally likely segmentations, such as of a long run of spaces"]
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int]:

@@ -10,13 +10,17 @@ from typing import Any, ClassVar, Self
 import sentencepiece
 
 from llm_jax.errors import UserError
-from llm_jax.tokenizers import sentencepiece_json
 from llm_jax.tokenizers.base import SPECIAL, VocabularyTooLarge, laid_out
 from llm_jax.tokenizers.byte import utf8
+from llm_jax.tokenizers.sentencepiece_json import (
+    NORMAL,
+    SCORE_UNIT,
+    SPACE,
+    USER_DEFINED,
+    proto,
+    user_defined_score,
+)
 
-# sentencepiece represents a space by this character, so the character itself is encoded as bytes.
-_SPACE = sentencepiece_json.SPACE
-SCORE_UNIT = 2.0**-7  # of the scores of a unigram model; sums of up to 2**24 units are exact in float32
 _SMALLEST = len(SPECIAL) + 256 + 1
 # Sentences end at line breaks, so that no merge contains one: frequent ones are added as symbols.
 _BREAKS = ("\t", *("\n" * n + " " * indent for n in (1, 2) for indent in (0, 4, 8, 12, 16)))
@@ -89,11 +93,11 @@ def _with_exact_scores(model: bytes) -> bytes:
     Two segmentations of the same pieces then have equal scores in any order of addition and in any precision, so that
     the `tokenizers` library chooses the same one as sentencepiece.
     """
-    p = sentencepiece_json.proto.ModelProto.FromString(model)
-    highest = max(x.score for x in p.pieces if x.type == sentencepiece_json.NORMAL)
+    p = proto.ModelProto.FromString(model)
+    highest = max(x.score for x in p.pieces if x.type == NORMAL)
     for x in p.pieces:
-        if x.type == sentencepiece_json.USER_DEFINED and " " not in x.piece:
-            x.type, x.score = sentencepiece_json.NORMAL, sentencepiece_json.user_defined_score(x.piece, highest)
+        if x.type == USER_DEFINED and " " not in x.piece:
+            x.type, x.score = NORMAL, user_defined_score(x.piece, highest)
         x.score = round(x.score / SCORE_UNIT) * SCORE_UNIT
     return p.SerializeToString()
 
@@ -111,7 +115,7 @@ class BpeTokenizer:
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
             raise UserError(f"the sentencepiece model cannot be read: {error}") from error
-        self._space = [self._pieces.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
+        self._space = [self._pieces.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
 
     @property
     def vocab_size(self) -> int:
@@ -141,9 +145,9 @@ class BpeTokenizer:
     @classmethod
     def _trained_on(cls, sentences: list[str], vocab_size: int, **options: Any) -> Self:
         tokenizer = cls(cls._model_of(sentences, vocab_size, **options))
-        if tokenizer._pieces.piece_to_id(_SPACE) == tokenizer._pieces.unk_id():
-            # Spaces are too rare in the text to have a piece, and their bytes would be those of _SPACE itself.
-            tokenizer = cls(cls._model_of(sentences, vocab_size, required_chars=_SPACE, **options))
+        if tokenizer._pieces.piece_to_id(SPACE) == tokenizer._pieces.unk_id():
+            # Spaces are too rare in the text to have a piece, and their bytes would be those of SPACE itself.
+            tokenizer = cls(cls._model_of(sentences, vocab_size, required_chars=SPACE, **options))
         return tokenizer
 
     @classmethod
@@ -152,7 +156,8 @@ class BpeTokenizer:
 
     def encode(self, text: str) -> list[int]:
         utf8(text)
-        first, *others = self._pieces.encode(text.split(_SPACE))
+        # In pieces SPACE represents a space, so the character itself is encoded as bytes.
+        first, *others = self._pieces.encode(text.split(SPACE))
         return first + [i for ids in others for i in self._space + ids]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -184,4 +189,4 @@ class UnigramTokenizer(BpeTokenizer):
 
 
 def _text(piece: str) -> str:
-    return piece.replace(_SPACE, " ")
+    return piece.replace(SPACE, " ")

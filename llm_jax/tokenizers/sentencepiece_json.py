@@ -9,6 +9,7 @@ from llm_jax.errors import UserError
 from llm_jax.tokenizers.sentencepiece_model import proto
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, _UNUSED, BYTE = range(1, 7)  # types of pieces
+SCORE_UNIT = 2.0**-7  # of the scores of a unigram model; sums of up to 2**24 units are exact in float32
 SPACE = "\u2581"  # represents a space in pieces
 _NEVER = -1000.0  # score of a piece that sentencepiece never matches though the text has it; others are above -100
 
@@ -17,7 +18,7 @@ def from_model(model: bytes, literal_spaces: bool = False) -> library.Tokenizer:
     """The tokenizer with the same pieces, which encodes every text to the same ids.
 
     The ids may differ where a unigram model has several segmentations of the same probability ("aa" "a" and "a" "aa"):
-    sentencepiece adds scores in float32, the library in float64. Sums of multiples of `pieces.SCORE_UNIT` are exact.
+    sentencepiece adds scores in float32, the library in float64. Sums of multiples of `SCORE_UNIT` are exact.
     Where a model normalizes text, the library leaves some sequences of characters as they are (half-width katakana with
     voicing marks).
 
@@ -61,6 +62,12 @@ def from_model(model: bytes, literal_spaces: bool = False) -> library.Tokenizer:
     special = [t for t, x in zip(texts, p.pieces, strict=True) if x.type in (CONTROL, UNKNOWN)]
     tokenizer.add_special_tokens([library.AddedToken(token, special=True, normalized=False) for token in special])
     return tokenizer
+
+
+def has_exact_scores(model: bytes) -> bool:
+    """Whether sums of scores do not depend on the precision, so that `from_model` chooses the same segmentations."""
+    p = proto.ModelProto.FromString(model)
+    return p.trainer_spec.model_type == proto.TrainerSpec.BPE or all(x.score % SCORE_UNIT == 0 for x in p.pieces)
 
 
 def _bpe(p: Any, texts: list[str]) -> library.models.BPE:

@@ -127,6 +127,18 @@ def test_bos_is_added_or_not_as_the_files_state():
     assert (first(True), first(False)) == ([bos], [other])
 
 
+def test_notes_tell_what_transformers_reads_differently():
+    unigram = tokenizers.from_files({"tokenizer.model": model(model_type="unigram", vocab_size=300)})
+    assert "another one of equally likely segmentations" in export.notes(unigram)[0]
+    assert not any(export.notes(forms.form(name)) for name in forms.FORMS)
+
+    class Own(tokenizers.get("byte")):
+        kind = "own.py:Own"
+
+    assert "transformers reads no own.py:Own tokenizer" in export.notes(Own())[0]
+    assert set(export.transformers_files(Own(), "llama")) == {"tokenizer/kind.json"}
+
+
 def model(**options) -> bytes:
     out = io.BytesIO()
     default = {"model_type": "bpe", "vocab_size": 330, "byte_fallback": True, "normalization_rule_name": "identity"}
