@@ -51,6 +51,7 @@ def main(f: cli.Flags) -> None:
     from llm_jax.checkpoints import gguf_model, huggingface
     from llm_jax.checkpoints.families import FAMILIES
     from llm_jax.kernels import blocks
+    from llm_jax.tokenizers import export
 
     output = pathlib.Path(f.output).expanduser()
     if output.exists():
@@ -59,6 +60,9 @@ def main(f: cli.Flags) -> None:
     if f.to == "peft":
         _peft(checkpoint, output, f.family)
         return
+    if f.to == "hf":  # what cannot be written is refused before the weights are read
+        family = _family(f.family or checkpoint.family)
+        files = export.transformers_files(checkpoint.tokenizer, family)
     model, params, tokenizer = checkpoint.load()
     precision = dataclasses.replace(model.config.precision, params=f.dtype)
     config = dataclasses.replace(model.config, precision=precision) if f.to == "hf" else model.config
@@ -74,18 +78,13 @@ def main(f: cli.Flags) -> None:
         summary = ", ".join(f"{n} tensors {kind}" for kind, n in used.items())
         print(f"wrote {output}: {summary}; {output.stat().st_size / 2**20:.1f} MiB")
         return
-    family = _family(f.family or checkpoint.family)
     _announce(output, f"{family} in {f.dtype}", count * jax.numpy.dtype(f.dtype).itemsize)
-    if isinstance(tokenizer, tokenizers.PretrainedTokenizer):
-        files = tokenizer.files()
-        if len(ends := tokenizers.eos_ids(tokenizer)) > 1:
-            files["generation_config.json"] = json.dumps(tokenizer.special_ids | {"eos_token_id": ends}).encode()
-        huggingface.save(output, family, config, params, files, tokenizer.special_ids)
-    else:
-        files = {f"tokenizer/{name}": content for name, content in tokenizers.all_files(tokenizer).items()}
-        ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
-        huggingface.save(output, family, config, params, files, {name: i for name, i in ids.items() if i is not None})
-        print(f"note: transformers reads no {tokenizer.kind} tokenizer; llm_jax finds it in {output}/tokenizer")
+    ids = export.special_ids(tokenizer)
+    if len(ends := tokenizers.eos_ids(tokenizer)) > 1:
+        files["generation_config.json"] = json.dumps(ids | {"eos_token_id": ends}).encode()
+    huggingface.save(output, family, config, params, files, ids)
+    for note in export.notes(tokenizer):
+        print(f"note: {note}")
     num_bytes = sum(p.stat().st_size for p in output.rglob("*") if p.is_file())
     print(f"wrote {output}: {family} ({FAMILIES[family].architecture}) in {f.dtype}; {num_bytes / 2**20:.1f} MiB")
 

@@ -12,7 +12,18 @@ from llm_jax.embeddings import measure, picture, vectors
 from llm_jax.errors import UserError
 
 FLAGS = cli.Flags()
-FLAGS.string("vectors", None, "word vectors in word2vec's text format, or binary format (.bin)", required=True)
+FLAGS.string(
+    "vectors",
+    None,
+    "word vectors in word2vec's binary format (.bin), or in its text format or that of fastText or GloVe",
+    required=True,
+)
+FLAGS.enum(
+    "encoding_errors",
+    "strict",
+    ["strict", "replace", "ignore"],
+    "bytes of words that are not UTF-8: an error, replaced by U+FFFD, or left out",
+)
 FLAGS.multi_string("neighbours", [], "word whose nearest neighbours are printed, e.g. king; may be repeated")
 FLAGS.multi_string(
     "analogy", [], "three words a,b,c: print the words that are to c as b is to a, e.g. man,king,woman; may be repeated"
@@ -34,7 +45,7 @@ NEEDS: cli.Needs = (
 def main(f: cli.Flags) -> None:
     if f.count < 1:
         raise UserError(f"--count={f.count}; expected a positive number")
-    word_vectors = vectors.load(pathlib.Path(f.vectors).expanduser())
+    word_vectors = vectors.load(pathlib.Path(f.vectors).expanduser(), f.encoding_errors)
     for word in f.neighbours:
         print(f"{word}: " + _listed(measure.neighbours(word_vectors, word, f.count)))
     for question in f.analogy:

@@ -43,7 +43,8 @@ def show_rows(f: cli.Flags) -> None:
     config = f.config
     source = open_source(config.data)
     checkpoint = config.init_from or config.tokenizer.path
-    tokenizer = checkpoints.load_tokenizer(checkpoint) if checkpoint else source.tokenizer(config.tokenizer)
+    at_most = "tokenizer.vocab_size" not in config.explicit
+    tokenizer = checkpoints.load_tokenizer(checkpoint) if checkpoint else source.tokenizer(config.tokenizer, at_most)
     corpus = source.corpus(tokenizer)
     count = f.rows
     data: Any = rows.training(config, corpus)

@@ -1,5 +1,6 @@
 """A run of our own as a Hugging Face directory, and back."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,16 +12,21 @@ import jax.numpy as jnp
 import numpy as np
 
 import llm_jax
+from llm_jax.errors import UserError
+from llm_jax.tokenizers import export
 from tests.conftest import ROOT
 
 
 def test_a_run_becomes_a_hugging_face_directory_that_every_command_takes(trained, command, text_file, tmp_path):
     done = command("convert", f"--input={trained}", f"--output={tmp_path / 'hf'}", "--to=hf")
-    assert (
-        "qwen3 (Qwen3ForCausalLM)" in done.stdout
-        and "writing " in done.stdout
-        and "transformers reads no byte tokenizer" in done.stdout
-    )
+    assert "qwen3 (Qwen3ForCausalLM)" in done.stdout and "writing " in done.stdout
+    assert {p.name for p in (tmp_path / "hf").glob("tokenizer*")} == {
+        "tokenizer",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert [config[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [1, 2, 0]
     before, after = llm_jax.load(trained), llm_jax.load(tmp_path / "hf")
     ids = jnp.asarray([before.tokenizer.encode("the model")])
     assert after.tokenizer.encode("the model") == ids[0].tolist()
@@ -31,7 +37,10 @@ def test_a_run_becomes_a_hugging_face_directory_that_every_command_takes(trained
     assert command("generate", flags[0], "--prompt=the", "--max_new_tokens=4", "--temperature=0").stdout
 
 
-def test_what_cannot_be_converted_ends_in_one_line_and_writes_nothing(trained, command, tmp_path):
+def test_what_cannot_be_converted_ends_in_one_line_and_writes_nothing(trained, command, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise UserError("tokenizer.json cannot express this tokenizer")
+
     def said(*flags, **changes):
         given = {"input": trained, "output": tmp_path / "out", "to": "hf"} | changes
         done = command("convert", *(f"--{k}={v}" for k, v in given.items()), *flags, code=2)
@@ -44,6 +53,9 @@ def test_what_cannot_be_converted_ends_in_one_line_and_writes_nothing(trained, c
     assert "none.gguf: no such file or directory (expected a GGUF file)" in said(input=tmp_path / "none.gguf")
     assert "there: not a GGUF file" in said(input=tmp_path / "there")
     assert "gpt2 cannot hold model." in said("--family=gpt2")
+    monkeypatch.setattr(export, "transformers_files", refuse)
+    assert "tokenizer.json cannot express" in said()
+    monkeypatch.undo()
     assert "tokenizer.kind=hub" in said(to="gguf")
     assert "--format=Q5_K cannot be written" in said("--format=Q5_K", to="gguf")
     assert (tmp_path / "there").read_text() == "keep"

@@ -22,6 +22,7 @@ from llm_jax.schema import DataConfig, TokenizerConfig, choice
 from llm_jax.tokenizers import Tokenizer
 
 FORMAT = 3  # of the cache; part of its key
+_TOKENIZERS = 2  # version of the training of tokenizers; part of the key of those in the cache
 _SAMPLE = 128 * 2**20  # bytes of text that a tokenizer is trained on, at most
 _COMPRESSED = 16 * 2**20  # bytes of held-out text that are compressed, at most
 
@@ -122,9 +123,13 @@ class Source:
             total = int(ends[-1])
         return count
 
-    def tokenizer(self, config: TokenizerConfig) -> Tokenizer:
-        """The tokenizer of a config, trained on the training documents or read from the cache."""
-        return trained_tokenizer(self.cache, self._key, config, self.texts(False, _SAMPLE))
+    def tokenizer(self, config: TokenizerConfig, at_most: bool = False) -> Tokenizer:
+        """The tokenizer of a config, trained on the training documents or read from the cache.
+
+        Args:
+          at_most: see `trained_tokenizer`.
+        """
+        return trained_tokenizer(self.cache, self._key, config, self.texts(False, _SAMPLE), at_most)
 
     def corpus(self, tokenizer: Tokenizer) -> Corpus:
         """All documents as tokens, from the cache if they are in it.
@@ -184,16 +189,27 @@ def cache_directory(config: DataConfig) -> pathlib.Path:
     return pathlib.Path(config.cache_dir or "~/.cache/llm_jax").expanduser()
 
 
-def trained_tokenizer(cache: pathlib.Path, key: str, config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
+def trained_tokenizer(
+    cache: pathlib.Path, key: str, config: TokenizerConfig, texts: Iterable[str], at_most: bool
+) -> Tokenizer:
     """The tokenizer of a config, trained on `texts`, or read from the cache if it is in it under `key`.
+
+    Args:
+      at_most: if the texts do not allow `config.vocab_size` ids, take as many as they allow.
 
     Raises:
       UserError: an unknown kind, or one that cannot be trained on these texts; a cache that cannot be written.
     """
     kind = tokenizers.get(config.kind)
-    directory = cache / "tokenizers" / f"{config.kind}-{config.vocab_size}-{key}"
+    name = f"{config.kind}-{'at-most-' if at_most else ''}{config.vocab_size}-{key}-{_TOKENIZERS}"
+    directory = cache / "tokenizers" / name
     if not directory.exists():
-        tokenizer = kind.train(tqdm(texts, "training the tokenizer", leave=False, disable=None), config.vocab_size)
+        try:
+            tokenizer = kind.train(tqdm(texts, "training the tokenizer", leave=False, disable=None), config.vocab_size)
+        except tokenizers.VocabularyTooLarge as error:
+            if not at_most:
+                raise
+            tokenizer = error.largest()
         with new_cache(directory) as partial:
             tokenizers.save(tokenizer, partial)
     return tokenizers.load(directory)

@@ -325,11 +325,15 @@ class LabelledSource:
         splits = {"train": train, "validation": examples[test:held]}
         return splits | ({"test": examples[:test]} if test else {})
 
-    def tokenizer(self, config: TokenizerConfig) -> Tokenizer:
-        """The tokenizer of a config, trained on the prompts and answers of the training split (once)."""
+    def tokenizer(self, config: TokenizerConfig, at_most: bool = False) -> Tokenizer:
+        """The tokenizer of a config, trained on the prompts and answers of the training split (once).
+
+        Args:
+          at_most: see `corpus.trained_tokenizer`.
+        """
         _, (before, after) = _prompt_parts(self.config.labelled, self.choices)
         texts = (f"{before}{e.text}{after} {self.choices[e.label]}" for e in self.parts["train"])
-        return corpus_lib.trained_tokenizer(self.cache, self._key, config, texts)
+        return corpus_lib.trained_tokenizer(self.cache, self._key, config, texts, at_most)
 
     def corpus(self, tokenizer: Tokenizer) -> Corpus:
         """The splits as tokens, from the cache if they are in it.

@@ -1,4 +1,4 @@
-"""A table of word vectors, and word2vec's text and binary formats, which gensim and others read."""
+"""A table of word vectors, and the text and binary formats of word2vec, fastText and GloVe."""
 
 import dataclasses
 import pathlib
@@ -64,39 +64,62 @@ def save(vectors: WordVectors, path: pathlib.Path) -> None:
             file.write(word.encode() + b" " + numbers + b"\n")
 
 
-def load(path: pathlib.Path) -> WordVectors:
-    """Reads a file in word2vec's binary (.bin) or text format.
+def load(path: pathlib.Path, encoding_errors: str = "strict") -> WordVectors:
+    """Reads word2vec's binary format (.bin), or its text format, which fastText (.vec) and GloVe (no header) share.
+
+    Args:
+      encoding_errors: what becomes of bytes of a word that are not UTF-8: "strict" (an error), "replace" (by U+FFFD) or
+        "ignore" (they are left out).
 
     Raises:
       UserError: the file cannot be read or has another format.
     """
+    read = _binary if path.suffix == ".bin" else _text
     try:
-        content = path.read_bytes()
-        head, _, body = content.partition(b"\n")
-        count, width = map(int, head.split())
-        read = _binary if path.suffix == ".bin" else _text
-        words, matrix = read(body, count, width)
+        words, matrix = read(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, IndexError) as error:
         raise UserError(f"{path}: not word vectors in word2vec's {path.suffix or 'text'} format ({error})") from error
-    return WordVectors(tuple(words), matrix)
+    try:
+        return WordVectors(tuple(word.decode(errors=encoding_errors) for word in words), matrix)
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: the word {error.object!r} is not UTF-8; expected UTF-8, or --encoding_errors=replace or ignore"
+        ) from error
 
 
-def _text(body: bytes, count: int, width: int) -> tuple[Sequence[str], np.ndarray]:
-    lines = [line.rstrip(b"\r").split(b" ") for line in body.split(b"\n") if line]
-    if len(lines) != count or any(len(line) != width + 1 for line in lines):
+def _header(line: bytes) -> tuple[int, int] | None:
+    """Number of words and width, or None if a line is not two numbers."""
+    fields = line.split()
+    return (int(fields[0]), int(fields[1])) if len(fields) == 2 and all(map(bytes.isdigit, fields)) else None
+
+
+def _text(content: bytes) -> tuple[Sequence[bytes], np.ndarray]:
+    # word2vec and fastText write a space after the last number.
+    lines = [stripped for line in content.split(b"\n") if (stripped := line.rstrip(b" \t\r"))]
+    if not lines:
+        raise ValueError("it is empty")
+    header = _header(lines[0])
+    count, width = header or (len(lines), lines[0].count(b" "))
+    # From the right: some words of GloVe's files contain spaces.
+    rows = [line.rsplit(b" ", width) for line in (lines[1:] if header else lines)]
+    if not width or len(rows) != count or any(len(row) != width + 1 for row in rows):
         raise ValueError(f"expected {count} lines of a word and {width} numbers")
-    return [line[0].decode() for line in lines], np.array([line[1:] for line in lines], np.float32).reshape(-1, width)
+    return [row[0] for row in rows], np.array([row[1:] for row in rows], np.float32).reshape(-1, width)
 
 
-def _binary(body: bytes, count: int, width: int) -> tuple[Sequence[str], np.ndarray]:
+def _binary(content: bytes) -> tuple[Sequence[bytes], np.ndarray]:
+    line, _, body = content.partition(b"\n")
+    if (header := _header(line)) is None:
+        raise ValueError("expected the number of words and of dimensions in the first line")
+    count, width = header
     if count * (4 * width + 2) > len(body):
         raise ValueError(f"too short for {count} words of {width} numbers")
     words, matrix, place = [], np.empty((count, width), np.float32), 0
     for i in range(count):
         end = body.index(b" ", place)
-        words.append(body[place:end].lstrip(b"\n").decode())
+        words.append(body[place:end].lstrip(b"\n"))
         place = end + 1 + 4 * width
         matrix[i] = np.frombuffer(body, "<f4", width, end + 1)
     return words, matrix

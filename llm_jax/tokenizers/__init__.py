@@ -12,6 +12,7 @@ from llm_jax.tokenizers import special
 from llm_jax.tokenizers.base import (
     PretrainedTokenizer,
     Tokenizer,
+    VocabularyTooLarge,
     all_files,
     digest,
     document,
@@ -23,9 +24,11 @@ from llm_jax.tokenizers.base import (
 __all__ = [
     "KINDS",
     "PRETRAINED_FILES",
+    "SIZED",
     "TRAINED",
     "PretrainedTokenizer",
     "Tokenizer",
+    "VocabularyTooLarge",
     "all_files",
     "digest",
     "document",
@@ -54,6 +57,8 @@ KINDS = {
 }
 PRETRAINED_FILES = ("tokenizer.json", "tokenizer.model")  # either of them holds a pretrained vocabulary
 TRAINED = tuple(kind for kind in KINDS if kind not in ("hub", "sentencepiece"))  # the kinds that can be trained here
+
+SIZED = tuple(kind for kind in TRAINED if kind not in ("byte", "char"))  # of these, vocab_size is the exact size
 
 
 def get(kind: str) -> type[Tokenizer]:

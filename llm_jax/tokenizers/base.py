@@ -4,11 +4,25 @@ import hashlib
 import itertools
 import json
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
+
+from llm_jax.errors import UserError
 
 # The special tokens of the kinds that are trained here, by id.
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
+
+
+class VocabularyTooLarge(UserError):
+    """The text allows fewer ids than are wanted.
+
+    Attributes:
+      largest: returns the tokenizer with as many ids as the text allows.
+    """
+
+    def __init__(self, message: str, largest: "Callable[[], Tokenizer]"):
+        super().__init__(message)
+        self.largest = largest
 
 
 class Tokenizer(Protocol):
@@ -46,7 +60,7 @@ class Tokenizer(Protocol):
           texts: training text; it may be held in memory, so the caller bounds it.
 
         Raises:
-          UserError: `vocab_size` is too small, or larger than the text allows.
+          UserError: `vocab_size` is too small; `VocabularyTooLarge` if the text does not allow as many ids.
         """
 
     def encode(self, text: str) -> list[int]:

@@ -1,5 +1,6 @@
 """BPE and unigram vocabularies by sentencepiece (Kudo and Richardson 2018, arXiv:1808.06226), with byte fallback."""
 
+import functools
 import io
 import random
 import re
@@ -9,11 +10,17 @@ from typing import Any, ClassVar, Self
 import sentencepiece
 
 from llm_jax.errors import UserError
-from llm_jax.tokenizers.base import SPECIAL, laid_out
+from llm_jax.tokenizers.base import SPECIAL, VocabularyTooLarge, laid_out
 from llm_jax.tokenizers.byte import utf8
+from llm_jax.tokenizers.sentencepiece_json import (
+    NORMAL,
+    SCORE_UNIT,
+    SPACE,
+    USER_DEFINED,
+    proto,
+    user_defined_score,
+)
 
-# sentencepiece represents a space by this character, so the character itself is encoded as bytes.
-_SPACE = "\u2581"
 _SMALLEST = len(SPECIAL) + 256 + 1
 # Sentences end at line breaks, so that no merge contains one: frequent ones are added as symbols.
 _BREAKS = ("\t", *("\n" * n + " " * indent for n in (1, 2) for indent in (0, 4, 8, 12, 16)))
@@ -27,6 +34,10 @@ _SIZES = (
 _SPECIAL_OPTIONS: dict[str, Any] = {f"{name.strip('<>')}_id": i for i, name in enumerate(SPECIAL)} | {
     f"{name.strip('<>')}_piece": name for name in SPECIAL
 }
+
+
+class _TooLarge(UserError):
+    """More ids than the text allows."""
 
 
 def sample(lines: Iterable[str], count: int) -> list[str]:
@@ -44,7 +55,7 @@ def sample(lines: Iterable[str], count: int) -> list[str]:
 
 
 def _trained(kind: str, sentences: list[str], vocab_size: int, **options: Any) -> bytes:
-    """The serialized model. Raises UserError for a size that the text does not allow."""
+    """The serialized model. Raises UserError for a size that the text does not allow, `_TooLarge` for a large one."""
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -52,7 +63,6 @@ def _trained(kind: str, sentences: list[str], vocab_size: int, **options: Any) -
             model_writer=model,
             model_type=kind,
             vocab_size=vocab_size,
-            hard_vocab_limit=True,
             byte_fallback=True,
             character_coverage=0.9995,  # rarer characters are encoded as bytes
             normalization_rule_name="identity",
@@ -72,8 +82,24 @@ def _trained(kind: str, sentences: list[str], vocab_size: int, **options: Any) -
         matches = ((pattern.search(message), reason) for pattern, reason in _SIZES)
         default = f"not possible with this text ({message})"
         reason = next((reason.format(match[1]) for match, reason in matches if match), default)
-        raise UserError(f"a {kind} vocabulary of {vocab_size} is {reason}") from error
+        form = _TooLarge if _SIZES[0][0].search(message) else UserError
+        raise form(f"a {kind} vocabulary of {vocab_size} is {reason}") from error
     return model.getvalue()
+
+
+def _with_exact_scores(model: bytes) -> bytes:
+    """A unigram model whose scores are multiples of `SCORE_UNIT`, those of user-defined pieces included.
+
+    Two segmentations of the same pieces then have equal scores in any order of addition and in any precision, so that
+    the `tokenizers` library chooses the same one as sentencepiece.
+    """
+    p = proto.ModelProto.FromString(model)
+    highest = max(x.score for x in p.pieces if x.type == NORMAL)
+    for x in p.pieces:
+        if x.type == USER_DEFINED and " " not in x.piece:
+            x.type, x.score = NORMAL, user_defined_score(x.piece, highest)
+        x.score = round(x.score / SCORE_UNIT) * SCORE_UNIT
+    return p.SerializeToString()
 
 
 class BpeTokenizer:
@@ -89,7 +115,7 @@ class BpeTokenizer:
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
             raise UserError(f"the sentencepiece model cannot be read: {error}") from error
-        self._space = [self._pieces.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
+        self._space = [self._pieces.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
 
     @property
     def vocab_size(self) -> int:
@@ -110,15 +136,28 @@ class BpeTokenizer:
         )
         if not (sentences := sample(lines, _SENTENCES)):
             raise UserError(f"no {cls.kind} vocabulary can be trained: the text is empty")
-        tokenizer = cls(_trained(cls.kind, sentences, vocab_size))
-        if tokenizer._pieces.piece_to_id(_SPACE) == tokenizer._pieces.unk_id():
-            # Spaces are too rare in the text to have a piece, and their bytes would be those of _SPACE itself.
-            tokenizer = cls(_trained(cls.kind, sentences, vocab_size, required_chars=_SPACE))
+        try:
+            return cls._trained_on(sentences, vocab_size, hard_vocab_limit=True)
+        except _TooLarge as error:
+            largest = functools.partial(cls._trained_on, sentences, vocab_size, hard_vocab_limit=False)
+            raise VocabularyTooLarge(str(error), largest) from error
+
+    @classmethod
+    def _trained_on(cls, sentences: list[str], vocab_size: int, **options: Any) -> Self:
+        tokenizer = cls(cls._model_of(sentences, vocab_size, **options))
+        if tokenizer._pieces.piece_to_id(SPACE) == tokenizer._pieces.unk_id():
+            # Spaces are too rare in the text to have a piece, and their bytes would be those of SPACE itself.
+            tokenizer = cls(cls._model_of(sentences, vocab_size, required_chars=SPACE, **options))
         return tokenizer
+
+    @classmethod
+    def _model_of(cls, sentences: list[str], vocab_size: int, **options: Any) -> bytes:
+        return _trained(cls.kind, sentences, vocab_size, **options)
 
     def encode(self, text: str) -> list[int]:
         utf8(text)
-        first, *others = self._pieces.encode(text.split(_SPACE))
+        # In pieces SPACE represents a space, so the character itself is encoded as bytes.
+        first, *others = self._pieces.encode(text.split(SPACE))
         return first + [i for ids in others for i in self._space + ids]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -144,6 +183,10 @@ class UnigramTokenizer(BpeTokenizer):
 
     kind: ClassVar[str] = "unigram"
 
+    @classmethod
+    def _model_of(cls, sentences: list[str], vocab_size: int, **options: Any) -> bytes:
+        return _with_exact_scores(super()._model_of(sentences, vocab_size, **options))
+
 
 def _text(piece: str) -> str:
-    return piece.replace(_SPACE, " ")
+    return piece.replace(SPACE, " ")

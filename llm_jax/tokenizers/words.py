@@ -5,6 +5,7 @@ becomes the unknown id, which decodes to U+FFFD; byte-level BPE represents all t
 """
 
 import collections
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Self
@@ -12,12 +13,20 @@ from typing import Any, ClassVar, Self
 import tokenizers as library
 
 from llm_jax.errors import UserError
-from llm_jax.tokenizers.base import SPECIAL, in_bytes, laid_out
+from llm_jax.tokenizers.base import SPECIAL, VocabularyTooLarge, in_bytes, laid_out
 from llm_jax.tokenizers.byte import utf8
 
 _HYPHENATED = r" ?\w+(?:[-'’]\w+)*| ?[^\w\s]|\s"  # "Fine-tuning" is one word
 _SEPARATED = r" ?\w+| ?[^\w\s]|\s"  # every punctuation mark is a token of its own
-_CONTINUES = "##"  # begins a WordPiece that does not begin a word
+# Ideographs are words of their own, as in BERT (BasicTokenizer._is_chinese_char in its tokenization.py).
+_IDEOGRAPHS = (
+    r"\x{3400}-\x{4DBF}\x{4E00}-\x{9FFF}\x{F900}-\x{FAFF}\x{20000}-\x{2A6DF}\x{2A700}-\x{2CEAF}\x{2F800}-\x{2FA1F}"
+)
+_WORD_LENGTH = 100  # in characters: the library takes a longer word as unknown
+_PIECED = (
+    rf" ?[{_IDEOGRAPHS}]| ?[\w&&[^{_IDEOGRAPHS}]]{{1,{_WORD_LENGTH - 1}}}| ?[^\w\s]|\s"  # words that become pieces
+)
+CONTINUES = "##"  # begins a WordPiece that does not begin a word
 _UNKNOWN = SPECIAL[3]
 
 
@@ -52,12 +61,11 @@ class WordTokenizer:
         model, trainer = cls._untrained(corpus, vocab_size)
         model.train_from_iterator(corpus, trainer, length=len(corpus))
         model = _with_special_only(model)
-        if (size := model.get_vocab_size()) != vocab_size:
-            raise UserError(
-                f"tokenizer.vocab_size is {vocab_size}; this text gives a {cls.kind} vocabulary of {size} ids, "
-                f"{len(SPECIAL)} special ones included"
-            )
-        return cls(model.to_str())
+        tokenizer = cls(model.to_str())
+        if (size := tokenizer.vocab_size) != vocab_size:
+            message = f"tokenizer.vocab_size is {vocab_size}; this text gives a {cls.kind} vocabulary of {size} ids, "
+            raise VocabularyTooLarge(message + f"{len(SPECIAL)} special ones included", lambda: tokenizer)
+        return tokenizer
 
     @classmethod
     def _untrained(cls, texts: Sequence[str], vocab_size: int) -> tuple[library.Tokenizer, Any]:
@@ -98,7 +106,11 @@ class WordTokenizer:
 
 
 class WordPieceTokenizer(WordTokenizer):
-    """The longest piece first, from the left (Wu et al. 2016, arXiv:1609.08144; as in BERT)."""
+    """The longest piece first, from the left (Wu et al. 2016, arXiv:1609.08144; as in BERT).
+
+    Every character outside the alphabet is one unknown id. Vocabularies that version 0.1.0 trained have one for every
+    word with such a character; their file states how they split text.
+    """
 
     kind: ClassVar[str] = "wordpiece"
 
@@ -106,20 +118,22 @@ class WordPieceTokenizer(WordTokenizer):
     def _untrained(cls, texts: Sequence[str], vocab_size: int) -> tuple[library.Tokenizer, Any]:
         alphabet = _alphabet(cls.kind, texts, (vocab_size - len(SPECIAL)) // 2)
         # In a fixed order: the library numbers continuations as it meets them, which differs from run to run.
-        tokens = [*SPECIAL, *(_CONTINUES + c for c in sorted(alphabet))]
-        model = library.Tokenizer(library.models.WordPiece(unk_token=_UNKNOWN, continuing_subword_prefix=_CONTINUES))
-        model.pre_tokenizer = library.pre_tokenizers.Split(library.Regex(_SEPARATED), "isolated")
+        tokens = [*SPECIAL, *(CONTINUES + c for c in sorted(alphabet))]
+        model = library.Tokenizer(library.models.WordPiece(unk_token=_UNKNOWN, continuing_subword_prefix=CONTINUES))
+        patterns = (f"[^{_ranges(alphabet)}]", _PIECED)
+        splits = [library.pre_tokenizers.Split(library.Regex(pattern), "isolated") for pattern in patterns]
+        model.pre_tokenizer = library.pre_tokenizers.Sequence(splits)
         return model, library.trainers.WordPieceTrainer(
             vocab_size=vocab_size,
             initial_alphabet=alphabet,
             limit_alphabet=len(alphabet),
-            continuing_subword_prefix=_CONTINUES,
+            continuing_subword_prefix=CONTINUES,
             **_TRAINER_OPTIONS | {"special_tokens": tokens},
         )
 
     @classmethod
     def _bytes_of(cls, piece: str) -> bytes:
-        return piece.removeprefix(_CONTINUES).encode()
+        return piece.removeprefix(CONTINUES).encode()
 
 
 class CharBpeTokenizer(WordTokenizer):
@@ -154,12 +168,12 @@ class ByteBpeTokenizer(WordTokenizer):
         model = library.Tokenizer(library.models.BPE())
         model.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
         return model, library.trainers.BpeTrainer(
-            vocab_size=vocab_size, initial_alphabet=list(_BYTES), **_TRAINER_OPTIONS
+            vocab_size=vocab_size, initial_alphabet=list(BYTES), **_TRAINER_OPTIONS
         )
 
     @classmethod
     def _bytes_of(cls, piece: str) -> bytes:
-        return bytes(_BYTES[c] for c in piece)
+        return bytes(BYTES[c] for c in piece)
 
     def spans(self, text: str) -> list[tuple[int, int]]:
         return laid_out(len(self._bytes[i]) for i in self.encode(text))
@@ -180,7 +194,7 @@ def _byte_names() -> dict[str, int]:
     return {chr(b): b for b in printing} | {chr(0x100 + i): b for i, b in enumerate(others)}
 
 
-_BYTES = _byte_names()
+BYTES = _byte_names()
 _TRAINER_OPTIONS: dict[str, Any] = {"special_tokens": list(SPECIAL), "show_progress": False}
 
 
@@ -199,3 +213,11 @@ def _alphabet(kind: str, texts: Iterable[str], room: int) -> list[str]:
     if room < 1 or not counts:
         raise UserError(f"no {kind} vocabulary can be trained: {len(counts)} characters of text, room for {room}")
     return sorted(counts, key=lambda c: (-counts[c], c))[:room]
+
+
+def _ranges(characters: Iterable[str]) -> str:
+    """The characters as ranges of a character class of a regular expression."""
+    points = sorted(map(ord, characters))
+    runs = itertools.groupby(enumerate(points), key=lambda item: item[1] - item[0])
+    ends = ([point for _, point in run] for _, run in runs)
+    return "".join(f"\\x{{{run[0]:X}}}-\\x{{{run[-1]:X}}}" for run in ends)

@@ -58,7 +58,7 @@ def load(config: Config, start: Start | None = None) -> Inputs:
         size = dataclasses.replace(config.tokenizer, kind=named.kind, vocab_size=named.vocab_size)
         config = dataclasses.replace(config, tokenizer=size)
     source = kinds.open_source(config.data)
-    tokenizer = start.tokenizer or named or source.tokenizer(config.tokenizer)
+    tokenizer = start.tokenizer or named or source.tokenizer(config.tokenizer, at_most=_is_default_size(config))
     if named:
         vocabulary.check_tokenizer(config.tokenizer.path, named, tokenizer)
     if tokenizer.kind != config.tokenizer.kind:
@@ -89,10 +89,18 @@ def load(config: Config, start: Start | None = None) -> Inputs:
 
 
 def describe(config: Config, inputs: Inputs) -> str:
-    """A line about the text and the tokenizer."""
-    t, source = inputs.tokenizer, inputs.source
-    return (
+    """Lines about the text and the tokenizer."""
+    t, source, size = inputs.tokenizer, inputs.source, config.tokenizer.vocab_size
+    line = (
         f"{config.data.source}: {source.num_bytes:,} bytes (sha256 {source.sha256[:12]}), {inputs.num_tokens[0]:,} "
         f"training tokens, {inputs.num_tokens[1]:,} held out; tokenizer {t.kind}, {t.vocab_size} ids "
         f"({tokenizers.digest(t)[:12]})"
     )
+    if _is_default_size(config) and t.kind in tokenizers.SIZED and t.vocab_size < size:
+        line += f"\nnote: the vocabulary has {t.vocab_size} ids, all that the text allows; the default is {size}"
+    return line
+
+
+def _is_default_size(config: Config) -> bool:
+    """Whether the size of the vocabulary is not set by the user, so that a text with fewer ids is no error."""
+    return "tokenizer.vocab_size" not in config.explicit

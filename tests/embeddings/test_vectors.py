@@ -37,6 +37,68 @@ def test_other_files_are_one_clear_error(tmp_path, name, content):
         vectors.load(tmp_path / name)
 
 
+LINES = {  # how other software writes text
+    "word2vec": "3 2\nthe 1 2.5 \ncat -1 0 \n</s> 3e-2 4 \n",
+    "fasttext": "3 2\nthe 1 2.5 \ncat -1 0 \n</s> 0.03 4 \n",
+    "glove": "the 1 2.5\ncat -1 0\n</s> 0.03 4\n",
+    "windows": "3 2\r\nthe 1 2.5\r\ncat -1 0 \r\n</s> 0.03 4",
+}
+
+
+@pytest.mark.parametrize("writer", LINES)
+def test_text_of_other_software_is_read(tmp_path, writer):
+    (tmp_path / "v.vec").write_text(LINES[writer])
+    read = vectors.load(tmp_path / "v.vec")
+    assert read.words == ("the", "cat", "</s>")
+    np.testing.assert_array_equal(read.matrix, np.array([[1, 2.5], [-1, 0], [0.03, 4]], np.float32))
+
+
+def test_words_of_glove_may_contain_spaces(tmp_path):
+    (tmp_path / "v.txt").write_text("the 1 2 3\n. . 4 5 6\nat a@b.c 7 8 9\n")
+    assert vectors.load(tmp_path / "v.txt").words == ("the", ". .", "at a@b.c")
+
+
+NOT_UTF8 = b"caf\xe9\xe9"
+
+
+def files_not_utf8(directory) -> list:
+    """A text file, one without header, and a binary file with a word that is not UTF-8."""
+    rows = np.array([[1, 2, 3], [4, 5, 6]], np.float32)
+    text = b"".join(word + b" %d %d %d\n" % tuple(row) for word, row in zip((b"the", NOT_UTF8), rows, strict=True))
+    binary = b"".join(word + b" " + row.tobytes() for word, row in zip((b"the", NOT_UTF8), rows, strict=True))
+    contents = {"v.txt": b"2 3\n" + text, "glove.txt": text, "v.bin": b"2 3\n" + binary}
+    for name, content in contents.items():
+        (directory / name).write_bytes(content)
+    return [directory / name for name in contents]
+
+
+@pytest.mark.parametrize(("errors", "word"), [("replace", "caf\ufffd\ufffd"), ("ignore", "caf")])
+def test_bytes_that_are_not_utf8(tmp_path, errors, word, command):
+    for path in files_not_utf8(tmp_path):
+        with pytest.raises(UserError, match=r"caf.xe9.xe9' is not UTF-8; expected UTF-8, or --encoding_errors=replace"):
+            vectors.load(path)
+        read = vectors.load(path, errors)
+        assert read.words == ("the", word) and read[word].tolist() == [4, 5, 6]
+    flags = (f"--vectors={path}", "--neighbours=the", "--count=1")
+    assert f"{word} " in command("probe_embeddings", *flags, f"--encoding_errors={errors}").stdout
+    assert "is not UTF-8" in command("probe_embeddings", *flags, code=2).stderr
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("errors", ["replace", "ignore"])
+def test_gensim_reads_the_same(tmp_path, errors):
+    gensim = pytest.importorskip("gensim")
+    for name, text in LINES.items():
+        (tmp_path / name).write_text(text)
+    for path in [*files_not_utf8(tmp_path), *(tmp_path / name for name in LINES)]:
+        theirs = gensim.models.KeyedVectors.load_word2vec_format(
+            str(path), binary=path.suffix == ".bin", no_header="glove" in path.name, unicode_errors=errors
+        )
+        ours = vectors.load(path, errors)
+        assert tuple(theirs.index_to_key) == ours.words
+        np.testing.assert_array_equal(theirs.vectors, ours.matrix)
+
+
 def test_words_with_spaces_are_refused(tmp_path):
     with pytest.raises(UserError, match="a space ends a word"):
         vectors.save(WordVectors(("a b",), np.ones((1, 2), np.float32)), tmp_path / "v.txt")

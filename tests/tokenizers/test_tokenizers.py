@@ -1,3 +1,5 @@
+import json
+
 import hypothesis
 import hypothesis.strategies as st
 import pytest
@@ -142,6 +144,37 @@ def test_impossible_vocabularies_are_one_clear_error(kind, size, texts):
     with pytest.raises(UserError, match="vocabulary") as error:
         tokenizers.get(kind).train(texts, size)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", tokenizers.SIZED)
+def test_a_text_that_allows_fewer_ids_gives_the_largest_vocabulary_on_request(kind):
+    with pytest.raises(tokenizers.VocabularyTooLarge) as error:
+        tokenizers.get(kind).train(TEXT, 5000)
+    largest = error.value.largest()
+    assert isinstance(largest, tokenizers.get(kind)) and f"{largest.vocab_size}" in str(error.value)
+    assert largest.decode(largest.encode(TEXT[0])) == TEXT[0]
+    if kind in ("bpe", "unigram", "word", "byte_bpe"):  # the alphabet of others depends on the size
+        again = tokenizers.get(kind).train(TEXT, largest.vocab_size)
+        assert [again.piece(i) for i in range(again.vocab_size)] == [largest.piece(i) for i in range(again.vocab_size)]
+
+
+def test_wordpiece_keeps_known_characters_beside_unknown_ones():
+    texts = ["the model reads 日本語 text, and 日本 too; " * 20]
+    wordpiece = tokenizers.get("wordpiece").train(texts, 56)
+    for text, unknown in (("re𝕏ads the", 1), ("𝕏𝕐 日本𝕏 model", 3), ("the 日本語 model 語", 0), ("a" * 250, 0)):
+        ids = wordpiece.encode(text)
+        assert ids.count(wordpiece.unk) == unknown
+        assert wordpiece.decode(ids) == text.replace("𝕏", "\ufffd").replace("𝕐", "\ufffd")
+    assert pieces(wordpiece, "日本語")[:3] == ["日", "本", "語"]  # every ideograph is a word
+
+
+def test_vocabularies_of_version_0_1_encode_as_they_did():
+    """Their file has their own pre-tokenizer, under which a word with an unknown character is unknown."""
+    state = json.loads(tokenizers.get("wordpiece").train(TEXT, SIZES["wordpiece"]).files()["wordpiece.json"])
+    pattern = {"Regex": r" ?\w+| ?[^\w\s]|\s"}
+    state["pre_tokenizer"] = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+    old = tokenizers.get("wordpiece").from_files({"wordpiece.json": json.dumps(state).encode()})
+    assert old.encode("te𝕏t")[0] == old.unk and len(old.encode("te𝕏t")) == 1
 
 
 def test_an_unknown_kind_names_the_choices():

@@ -1,0 +1,62 @@
+"""AutoTokenizer and AutoModel (requirements-peers.txt) read what `convert --to=hf` writes. Run by .ci/full."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llm_jax import tokenizers
+from llm_jax.checkpoints import huggingface
+from llm_jax.checkpoints.families import model_config
+from llm_jax.model.transformer import Transformer
+from llm_jax.tokenizers import export
+from tests.tokenizers import forms
+from tests.tokenizers.test_export import TEXTS
+
+pytestmark = pytest.mark.live
+
+GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "checkpoints" / "family_golden.json").read_text())
+MORE_TEXTS = ["x 日本 é", "return x;\n\n        yes"]
+
+
+@pytest.fixture(scope="module", params=GOLDEN)
+def family(request, tmp_path_factory):
+    """(directory with a tiny model of a family, our model, its parameters)."""
+    kind, config = model_config(GOLDEN[request.param]["config"] | {"vocab_size": 400})
+    model = Transformer(config)
+    init = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    draw = lambda w: w + 0.1 * jax.random.normal(jax.random.key(w.size), w.shape)  # noqa: E731
+    params = jax.tree.map(draw, init)
+    directory = tmp_path_factory.mktemp(request.param) / "model"
+    huggingface.save(directory, kind, config, params, {})
+    return directory, kind, model, params
+
+
+def test_auto_classes_give_our_ids_and_logits(family):
+    import torch
+    import transformers
+
+    directory, kind, model, params = family
+    load = transformers.AutoModel if kind == "bert" else transformers.AutoModelForCausalLM
+    theirs = load.from_pretrained(directory, attn_implementation="eager").eval()
+    method = "features" if kind == "bert" else "__call__"
+    run = jax.jit(lambda params, ids: model.apply({"params": params}, ids, method=method))
+    for name in forms.FORMS:
+        ours = forms.form(name)
+        for path, content in export.transformers_files(ours, kind).items():
+            if "/" not in path:
+                (directory / path).write_bytes(content)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+        assert (tokenizer.eos_token_id, len(tokenizer)) == (ours.eos, ours.vocab_size)
+        assert ours.bos in (None, tokenizer.bos_token_id) and ours.unk in (None, tokenizer.unk_token_id)
+        for text in TEXTS + MORE_TEXTS:
+            assert tokenizer(text)["input_ids"] == tokenizers.prompt(ours, text), (name, text)
+        encoded = tokenizer("the cat sat on the mat. a dog", return_tensors="pt")
+        with torch.no_grad():
+            expected = theirs(**encoded)[0].numpy()
+        got = run(params, jnp.asarray(encoded["input_ids"].numpy()))
+        np.testing.assert_allclose(got[0] if kind == "bert" else got, expected, atol=2e-4, rtol=1e-4)
+        (directory / "tokenizer.model").unlink(missing_ok=True)
