@@ -126,7 +126,7 @@ BERT: Names = {
     ),
 }
 
-# GGUF files of all supported architectures have the same names.
+# GGUF files of all supported architectures have the same names; BERT has others for norms, which follow its layers.
 _BLOCK = "blk.{i}"
 _GGUF: Names = {
     "embed/table": TensorSpec("token_embd.weight"),
@@ -157,11 +157,28 @@ _GGUF: Names = {
 }
 
 
-def gguf(fused: bool) -> Names:
-    """The names in a GGUF file; `fused`: queries, keys and values are one tensor, not three."""
+_GGUF_BERT: Names = {
+    "embed/types": TensorSpec("token_types.weight"),
+    **_norms(
+        {
+            "embed/norm": "token_embd_norm",
+            f"{_LAYER}/attention_norm": f"{_BLOCK}.attn_output_norm",
+            f"{_LAYER}/mlp_norm": f"{_BLOCK}.layer_output_norm",
+        }
+    ),
+}
+
+
+def gguf(fused: bool, encoder: bool = False) -> Names:
+    """The names in a GGUF file.
+
+    Args:
+      fused: queries, keys and values are one tensor, not three.
+      encoder: the names of BERT.
+    """
     fused_names = {
         f"{_LAYER}/attention/{n}{suffix}": TensorSpec(f"{_BLOCK}.attn_qkv.{kind}", transposed=not suffix, part=(i, 3))
         for i, n in enumerate(_QKV)
         for suffix, kind in (("", "weight"), ("_bias", "bias"))
     }
-    return dict(_GGUF) | (fused_names if fused else {})
+    return dict(_GGUF) | (_GGUF_BERT if encoder else {}) | (fused_names if fused else {})

@@ -273,7 +273,7 @@ def test_mutated_and_truncated_files_end_in_clear_errors(written, tmp_path):
         ({"llama.block_count": 3}, r"(?s)- blk.2.attn_k.weight"),
         ({"llama.block_count": "two"}, "'model.num_layers' is 'two'"),
         ({"llama.attention.head_count": 5}, "does not divide"),
-        ({"tokenizer.ggml.model": "bert"}, "is 'bert'; expected 'gpt2'"),
+        ({"tokenizer.ggml.model": "t5"}, "is 't5'; expected 'gpt2'"),
         ({"tokenizer.ggml.model": "llama"}, "scores and token_type are needed for a vocabulary of the kind 'llama'"),
         ({"tokenizer.ggml.pre": "other"}, "pre is 'other'; expected one of"),
         ({"tokenizer.ggml.merges": ["a b c"]}, "a merge of tokens that the vocabulary lacks"),

@@ -14,7 +14,8 @@ import pytest
 from llm_jax import checkpoints, tokenizers
 from llm_jax.checkpoints import gguf, gguf_model, location
 from llm_jax.data import assets
-from llm_jax.tokenizers.hub import SPLITS, HubTokenizer
+from llm_jax.tokenizers.hub import HubTokenizer
+from llm_jax.tokenizers.pre_tokenizers import PRE_TOKENIZERS
 from tests.checkpoints.test_gguf import small
 from tests.checkpoints.test_gguf import vocabulary as vocabulary
 
@@ -140,7 +141,7 @@ def test_llama_cpp_cuts_text_as_a_run_of_ours_does(tmp_path):
     assert (model.token_bos(), model.token_eos()) == (made.bos, made.eos)
 
 
-@pytest.mark.parametrize("pre", SPLITS)
+@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
 def test_every_splitting_is_llama_cpps(tmp_path, pre):
     metadata = gguf.read(location.resolve(ASSET)).metadata | {"tokenizer.ggml.pre": pre}
     gguf.write(tmp_path / "vocabulary.gguf", metadata, {}, [])
