@@ -181,4 +181,4 @@ def gguf(fused: bool, encoder: bool = False) -> Names:
         for i, n in enumerate(_QKV)
         for suffix, kind in (("", "weight"), ("_bias", "bias"))
     }
-    return dict(_GGUF) | (_GGUF_BERT if encoder else {}) | (fused_names if fused else {})
+    return {**_GGUF, **(_GGUF_BERT if encoder else {}), **(fused_names if fused else {})}

@@ -1,7 +1,8 @@
 """The vocabulary of a tokenizer.json <-> the metadata of a GGUF file.
 
 `read` and `write` convert byte-level BPE ("gpt2"), BPE on UTF-8 with byte fallback ("gemma4") and WordPiece ("bert").
-SentencePiece-like BPE is also written as "llama", which `sentencepiece_model` reads.
+SentencePiece-like BPE is written as "llama", which `sentencepiece_model` reads: as in SentencePiece, a space is then
+added also before a text that begins with one, where the pre-tokenizer Metaspace adds none.
 """
 
 import json
@@ -17,6 +18,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # token type
 KEY = "tokenizer.ggml."
 SPACE = "\u2581"  # represents a space in a piece
 _CONTINUES = "##"  # begins a WordPiece that does not begin a word
+_NFC = {"type": "NFC"}
 _SPACE_TO_SYMBOL = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 _SPLIT_AT_SPACE = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
 # Keys of the special tokens of WordPiece -> their usual names. (GGUF's own spelling of separator.)
@@ -134,10 +136,11 @@ def _read_bert(metadata: Mapping[str, Any], tokens: list[str], types: Sequence[i
         bracketed = token.startswith("[") and token.endswith("]") and len(token) > 2
         if kind != CONTROL and not bracketed:
             tokens[index] = token[1:] if token.startswith(SPACE) and len(token) > 1 else _CONTINUES + token
-    ids = {}
-    for name, token in _BERT_SPECIAL.items():
-        index = token_id(metadata, name, len(tokens))
-        ids[name] = index if index is not None else tokens.index(token) if token in tokens else None
+    named = {name: tokens.index(token) if token in tokens else None for name, token in _BERT_SPECIAL.items()}
+    ids = {
+        name: next((i for i in (token_id(metadata, name, len(tokens)), named[name]) if i is not None), None)
+        for name in named
+    }
     if missing := [name for name in list(_BERT_SPECIAL)[:3] if ids[name] is None]:
         raise UserError(f"{KEY}{missing[0]} is missing")
     begin, end, unknown = (tokens[ids[name] or 0] for name in list(_BERT_SPECIAL)[:3])
@@ -205,8 +208,10 @@ def _write_byte_level(
     state: Mapping[str, Any], model: Mapping[str, Any], tokens: list[str], types: list[int]
 ) -> Written:
     name = pre_tokenizers.name_of(state.get("pre_tokenizer"), bool(model.get("ignore_merges")))
-    if model["type"] != "BPE" or name is None or state.get("normalizer"):
+    if model["type"] != "BPE" or name is None or state.get("normalizer") not in (None, _NFC):
         return None
+    if state.get("normalizer"):
+        print("note: GGUF names no normalization; llama.cpp does not apply the NFC of this tokenizer.json")
     merges = [" ".join(pair) for pair in _pairs(model)]
     return {"model": "gpt2", "pre": name, "tokens": tokens, "token_type": types, "merges": merges}
 
@@ -266,13 +271,16 @@ def _scores(model: Mapping[str, Any], types: Mapping[str, int]) -> dict[str, int
     """Scores by which SentencePiece merges what the merges of a tokenizer.json merge, or None if there are none.
 
     SentencePiece merges any two pieces that form a token, in the order of the token's scores. That is the same where
-    the merges into one token stand together and none is left out.
+    the merges into one token stand together and none is left out. Special and user-defined tokens are cut out of a text
+    before, so that their merges never count.
     """
     pairs = _pairs(model)
     scores: dict[str, int] = {}
     last = ""
     for a, b in pairs:
         token = a + b
+        if types.get(token) != NORMAL:
+            continue
         if token != last and token in scores:
             return None
         scores.setdefault(token, -len(scores))

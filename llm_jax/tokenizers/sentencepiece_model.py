@@ -225,10 +225,10 @@ class SentencePieceTokenizer:
                 kind = _UNKNOWN if index == unknown else _UNUSED if kind == _UNKNOWN else kind
                 model.pieces.add(piece=piece, score=score, type=kind)
             for name, gguf_name in special_tokens.GGUF_NAMES:
-                index = metadata.get(f"{_GGML}{gguf_name}_token_id")
-                if isinstance(index, int) and 0 <= index < len(tokens):
-                    special[f"{name}_token"] = tokens[index]
-                    setattr(model.trainer_spec, f"{name}_piece", tokens[index])
+                token_id = metadata.get(f"{_GGML}{gguf_name}_token_id")
+                if isinstance(token_id, int) and 0 <= token_id < len(tokens):
+                    special[f"{name}_token"] = tokens[token_id]
+                    setattr(model.trainer_spec, f"{name}_piece", tokens[token_id])
             if unknown is not None:
                 model.trainer_spec.unk_piece = model.pieces[unknown].piece
             model.trainer_spec.model_type = proto.TrainerSpec.BPE

@@ -105,11 +105,40 @@ def test_sentencepiece_like_tokenizer_json_becomes_the_vocabulary_of_its_model(f
     assert (again.bos, again.eos) == (original.bos, original.eos)
 
 
+def test_a_directory_with_both_files_becomes_gguf():
+    files = {"tokenizer.json": forms.llama_json(False).encode(), "tokenizer.model": forms.sentencepiece_model()}
+    both = tokenizers.from_files(files | {"tokenizer_config.json": json.dumps(forms.NAMES).encode()})
+    again = tokenizers.from_gguf(both.to_gguf(both.vocab_size))
+    model = tokenizers.from_files({"tokenizer.model": files["tokenizer.model"]})
+    for text in (*SENTENCES, "  def f(x):\n    return x"):
+        assert again.encode(text) == model.encode(text)
+
+
+def test_unicode_normalization_is_said_to_be_left_out(capsys):
+    state = json.loads(forms.bytelevel_json()) | {"normalizer": {"type": "NFC"}}
+    written = HubTokenizer(json.dumps(state), {}).to_gguf(360)
+    assert written[KEY + "pre"] == "gpt-2" and "does not apply the NFC" in capsys.readouterr().out
+
+
 def json_with(change):
     """The tokenizer.json of the form "prepend" after `change` of its state, and its name for GGUF."""
     state = json.loads(forms.llama_json(True))
     change(state)
     return HubTokenizer(json.dumps(state), {"unk_token": "<unk>"}).to_gguf(len(state["model"]["vocab"]))
+
+
+def test_merges_into_added_tokens_have_no_order():
+    """Gemma's: runs of spaces and line breaks, all of one score."""
+    merges = [("".join(pair), pair) for pair in json.loads(forms.llama_json(True))["model"]["merges"]]
+    token = next(token for token, _ in merges if sum(t == token for t, _ in merges) > 1)
+
+    def added(state):
+        index = state["model"]["vocab"][token]
+        state["added_tokens"].append(state["added_tokens"][-1] | {"id": index, "content": token, "special": False})
+        state["model"]["merges"].append(state["model"]["merges"].pop([t for t, _ in merges].index(token)))
+
+    written = json_with(added)
+    assert written[KEY + "token_type"][written[KEY + "tokens"].index(token.replace("▁", " "))] == 4
 
 
 def test_merges_that_no_scores_give_are_refused():
