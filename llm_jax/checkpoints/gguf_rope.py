@@ -99,15 +99,16 @@ def _fitted(pairs: np.ndarray, factor: float, base: float, length: int) -> list[
     if between.sum() > 1:
         p, minus_q = np.polyfit(x[between], s[between], 1)
         q = -minus_q
-    elif between.any():
-        q = 1 / 3  # as of the usual bounds, 1 and 4
-        p = (float(s[between][0]) + q) / float(x[between][0])
-    else:
-        high, low = x[s >= 1 - _TOLERANCE].min(initial=x[0] * 8), x[s <= _TOLERANCE].max()
-        if high <= low:
+    else:  # any steep ramp between the last pair without a change and the first one with all of it
+        above, below = x[s >= 1 - _TOLERANCE].min(initial=x[0] * 8), x[s <= _TOLERANCE].max()
+        if above <= below:
             return []
-        p = 1 / (high ** (2 / 3) * low ** (1 / 3) - high ** (1 / 3) * low ** (2 / 3))
-        q = p * high ** (1 / 3) * low ** (2 / 3)
+        if between.any():
+            center, height = float(x[between][0]), float(s[between][0])
+        else:
+            center, height = math.sqrt(above * below), 0.5
+        p = 1.1 * max(height / (center - below), (1 - height) / (above - center))
+        q = p * center - height
     span = length / p
     if not span > 0 or not q > 0:
         return []

@@ -271,8 +271,8 @@ def plain(vocabulary, tmp_path_factory):
 def test_rope_freqs_of_others_give_their_frequencies(plain, options):
     expected = llama31_factors(32, 10000.0, *options)
     position = read_position(plain, expected)
-    unscaled = rope.frequencies(dataclasses.replace(position, scaling="none"), 32)
-    np.testing.assert_allclose(rope.frequencies(position, 32), unscaled / np.float32(expected), rtol=2e-5)
+    unscaled = rope.frequencies(dataclasses.replace(position, scaling="none"), 32, None)
+    np.testing.assert_allclose(rope.frequencies(position, 32, None), unscaled / np.float32(expected), rtol=2e-5)
 
 
 def test_rope_freqs_that_are_no_scaling_are_refused(plain):
@@ -535,7 +535,7 @@ def test_a_model_that_a_file_cannot_hold_is_not_written(vocabulary, tmp_path, ch
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"llama.rope.scale_linear": 4.0}, "llama.rope.scale_linear=4.0 is not supported"),
+        ({"llama.rope.scaling.alpha": 4.0}, "llama.rope.scaling.alpha=4.0 is not supported"),
         ({"llama.attention.causal": False}, "llama.attention.causal=False is not supported"),
         ({"llama.attention.layer_norm_rms_epsilon": "abc"}, "the metadata are inconsistent"),
         ({"general.architecture": ["llama"]}, "general.architecture is"),
