@@ -6,15 +6,14 @@ show whether a word that is a token stays whole. No upper case outside ASCII, wh
 python -m tests.tokenizers.make_pre_tokenizers_golden    (with llama-cpp-python, requirements-peers.txt)
 """
 
+import itertools
 import json
 import pathlib
 import tempfile
 
 import tokenizers as library
 
-from llm_jax.checkpoints import gguf
 from llm_jax.tokenizers.pre_tokenizers import PRE_TOKENIZERS
-from tests.checkpoints.test_llama_cpp import opened
 
 TEXTS = [
     "the don't we'll I'VE you'Re 'tis it's SHE'D they'RE o'clock rock'n'roll",
@@ -26,6 +25,7 @@ TEXTS = [
     "🚀 emoji 👩‍👩‍👧 ☃️ — dash … ‘quotes’ “double” „low“ ¡hola! ¿qué? €5 £6 $7 + - ~ ^ ` | _ @ %",
     "IMGIMGABZ <sentinel:12> <tag> </tag> *bold* user@example.org https://example.org/a?b=c&d=%20 I'llama we'd'd 'mad",
     "हिन्दी e\u0301 n\u0303o",
+    "wait…what。really，yes、no।ok، a ``b`` x`y` a$b c|d e~f 5`6 (x) [y] {z} € 7 £  \t a1b2 3c 4 5  €  ",
 ]
 WORDS = ["Ġdouble", "Case", "the", "Ġ123", "678"]
 # The texts (by index) in which llama.cpp approximates the expressions of a pre-tokenizer: it does not tell upper case
@@ -43,16 +43,22 @@ def metadata(golden: dict, pre: str) -> dict:
 
 
 def merges() -> list[str]:
-    """Merges of whole texts, without regard to words."""
+    """Merges of whole texts, without regard to words, and last of all pairs of neighbouring bytes."""
     tokenizer = library.Tokenizer(library.models.BPE())
     tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     alphabet = sorted(library.pre_tokenizers.ByteLevel.alphabet())
     trainer = library.trainers.BpeTrainer(vocab_size=1000, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(TEXTS, trainer)
-    return [" ".join(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
+    whole = [" ".join(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
+    byte_names = "\n".join(tokenizer.pre_tokenizer.pre_tokenize_str(text)[0][0] for text in TEXTS)
+    pairs = [f"{a} {b}" for a, b in itertools.pairwise(byte_names) if "\n" not in (a, b)]
+    return list(dict.fromkeys([*whole, *pairs]))
 
 
 def main() -> None:
+    from llm_jax.checkpoints import gguf
+    from tests.checkpoints.test_llama_cpp import opened
+
     path = pathlib.Path(__file__).with_name("pre_tokenizers_golden.json")
     earlier = json.loads(path.read_text()) if path.exists() else {"merges": merges()}
     golden = {"merges": earlier["merges"], "texts": TEXTS, "ids": {}}
