@@ -40,7 +40,7 @@ def words(pre, text):
         ("youtu", "camelCase ㄱ", ["camel", "Case", " ", "ㄱ"]),
         ("deepseek-llm", "12 ab", ["1", "2", " ab"]),
         # What the ids of the golden texts do not show.
-        ("deepseek-llm", "a €  ", ["a", " €", "  "]),
+        ("deepseek-llm", "a ¡  ", ["a", " ¡", "  "]),
         ("ufakzeka", "I'llama", ["I", "'llama"]),
         ("qwen2", "I'llama", ["I", "'ll", "ama"]),
     ],
