@@ -17,6 +17,7 @@ from llm_jax.tokenizers import pre_tokenizers, special
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # token types; the same numbers in sentencepiece
 KEY = "tokenizer.ggml."
 SPACE = "\u2581"  # represents a space in a piece
+Written = dict[str, Any] | None  # keys below `KEY`; None for a vocabulary of another form
 _CONTINUES = "##"  # begins a WordPiece that does not begin a word
 _NFC = {"type": "NFC"}
 _SPACE_TO_SYMBOL = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
@@ -38,7 +39,7 @@ def read(metadata: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
       UserError: a vocabulary of another kind, or an incomplete one.
     """
     kind = metadata.get(KEY + "model")
-    if kind not in _READERS:
+    if not isinstance(kind, str) or kind not in _READERS:
         expected = "'gpt2' (byte-level BPE), 'llama' or 'gemma4' (BPE with byte fallback), or 'bert' (WordPiece)"
         raise UserError(f"{KEY}model is {kind!r}; expected {expected}")
     try:
@@ -137,13 +138,14 @@ def _read_bert(metadata: Mapping[str, Any], tokens: list[str], types: Sequence[i
         if kind != CONTROL and not bracketed:
             tokens[index] = token[1:] if token.startswith(SPACE) and len(token) > 1 else _CONTINUES + token
     named = {name: tokens.index(token) if token in tokens else None for name, token in _BERT_SPECIAL.items()}
-    ids = {
-        name: next((i for i in (token_id(metadata, name, len(tokens)), named[name]) if i is not None), None)
-        for name in named
-    }
-    if missing := [name for name in list(_BERT_SPECIAL)[:3] if ids[name] is None]:
-        raise UserError(f"{KEY}{missing[0]} is missing")
-    begin, end, unknown = (tokens[ids[name] or 0] for name in list(_BERT_SPECIAL)[:3])
+    needed = []
+    for name in ("cls_token_id", "seperator_token_id", "unknown_token_id"):
+        stated = token_id(metadata, name, len(tokens))
+        needed_id = named[name] if stated is None else stated
+        if needed_id is None:
+            raise UserError(f"{KEY}{name} is missing")
+        needed.append(tokens[needed_id])
+    begin, end, unknown = needed
     lowercase = bool(metadata.get(KEY + "normalizer.lowercase", True))
     vocabulary = {token: index for index, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens):
@@ -164,7 +166,7 @@ def _read_bert(metadata: Mapping[str, Any], tokens: list[str], types: Sequence[i
     return tokenizer, False
 
 
-_READERS: dict[Any, Callable[..., tuple[library.Tokenizer, bool]]] = {
+_READERS: dict[str, Callable[..., tuple[library.Tokenizer, bool]]] = {
     "gpt2": _read_byte_level,
     "gemma4": _read_gemma4,
     "bert": _read_bert,
@@ -195,9 +197,6 @@ def write(tokenizer: library.Tokenizer, vocab_size: int) -> dict[str, Any]:
         "tokenizer.json cannot become GGUF: expected byte-level BPE with a pre-tokenizer that GGUF names, BPE with "
         "byte fallback whose merges are those of SentencePiece, or BERT's WordPiece"
     )
-
-
-Written = dict[str, Any] | None
 
 
 def _pairs(model: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -540,6 +540,7 @@ def test_a_model_that_a_file_cannot_hold_is_not_written(vocabulary, tmp_path, ch
         ({"llama.attention.layer_norm_rms_epsilon": "abc"}, "the metadata are inconsistent"),
         ({"general.architecture": ["llama"]}, "general.architecture is"),
         ({"tokenizer.ggml.pre": ["a"]}, "tokenizer.ggml.pre is"),
+        ({"tokenizer.ggml.model": ["a"]}, "tokenizer.ggml.model is"),
         ({"tokenizer.ggml.merges": [1, 2]}, "the vocabulary in the metadata is malformed"),
         ({"tokenizer.ggml.tokens": [1, 2]}, "tokens that the vocabulary lacks"),
         ({"tokenizer.ggml.token_type": 5}, "the vocabulary in the metadata is malformed"),
