@@ -8,6 +8,7 @@ import dataclasses
 import math
 import os
 import pathlib
+import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -24,6 +25,14 @@ _MAGIC = b"GGUF"
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MAX_DEPTH, _MAX_DIMENSIONS = 2, 4
+# Types of tensors that are not read -> their names.
+_UNREAD = dict(
+    zip(
+        (9, 15, 16, 17, 18, 19, 21, 22, 24, 25, 26, 27, 28, 29, 34, 35, 40),
+        "Q8_1 Q8_K IQ2_XXS IQ2_XS IQ3_XXS IQ1_S IQ3_S IQ2_S I8 I16 I32 I64 F64 IQ1_M TQ1_0 TQ2_0 NVFP4".split(),
+        strict=True,
+    )
+)
 _BY_CODE = {f.code: name for name, f in blocks.FORMATS.items()}
 
 
@@ -121,10 +130,46 @@ class _Reader:
 def read(path: str | os.PathLike[str]) -> GgufFile:
     """The metadata of a file, and the positions of its tensors, which are not read.
 
+    Args:
+      path: a file, or the first part of a model that is split into several files.
+
     Raises:
-      UserError: not a GGUF file, or one that is truncated or inconsistent.
+      UserError: not a GGUF file, or one that is truncated or inconsistent; another part than the first; missing parts.
     """
-    r = _Reader(pathlib.Path(path))
+    first = pathlib.Path(path)
+    file = _read_part(first)
+    count = file.metadata.get("split.count", 0)
+    return _joined(first, file, count) if isinstance(count, int) and count > 1 else file
+
+
+def _joined(path: pathlib.Path, first: GgufFile, count: int) -> GgufFile:
+    """The model of which `path` is the first of `count` files, named NAME-00001-of-00003.gguf and so on."""
+    name = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", path.name)
+    if not name or int(name[3]) != count:
+        raise UserError(f"{path}: one of {count} parts; expected a name that ends in -00001-of-{count:05d}.gguf")
+    paths = [path.with_name(f"{name[1]}-{i + 1:05d}-of-{count:05d}.gguf") for i in range(count)]
+    if (number := first.metadata.get("split.no", 0)) != 0 or paths[0] != path:
+        raise UserError(f"{path}: part {number + 1} of {count}; open the first one, {paths[0].name}")
+    if missing := [part.name for part in paths if not part.is_file()]:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise UserError(f"{path}: {len(missing)} of {count} parts are missing: {', '.join(missing[:5])}{more}")
+    tensors: dict[str, GgufTensor] = {}
+    for index, part in enumerate(paths):
+        file = first if index == 0 else _read_part(part)
+        if (file.metadata.get("split.no", 0), file.metadata.get("split.count")) != (index, count):
+            raise UserError(
+                f"{part}: not part {index + 1} of {count} of {path.name}, by its keys split.no, split.count"
+            )
+        if doubled := tensors.keys() & file.tensors.keys():
+            raise UserError(f"{part}: the tensor {min(doubled)[:80]!r} is in another part, too")
+        tensors |= file.tensors
+    if (total := first.metadata.get("split.tensors.count", len(tensors))) != len(tensors):
+        raise UserError(f"{path}: its parts have {len(tensors)} tensors; split.tensors.count is {total}")
+    return GgufFile({k: v for k, v in first.metadata.items() if not k.startswith("split.")}, tensors)
+
+
+def _read_part(path: pathlib.Path) -> GgufFile:
+    r = _Reader(path)
     if len(r.data) < 4 or r.take(4, "the magic number").tobytes() != _MAGIC:
         raise UserError(
             f"{path}: not a GGUF file (it does not begin with 'GGUF'); expected a run, a Hugging Face directory or a "
@@ -152,7 +197,8 @@ def read(path: str | os.PathLike[str]) -> GgufFile:
         shape = tuple(r.number("Q") for _ in range(rank))[::-1]
         code, offset = r.number("I"), r.number("Q")
         if code not in _BY_CODE:
-            raise r.bad(f"the tensor {name[:80]!r} is of type {code}; expected one of {', '.join(blocks.FORMATS)}")
+            kind = f"{code} ({_UNREAD[code]})" if code in _UNREAD else code
+            raise r.bad(f"the tensor {name[:80]!r} is of type {kind}; expected one of {', '.join(blocks.FORMATS)}")
         described[name] = (shape, _BY_CODE[code], offset)
     align = metadata.get("general.alignment", 32)
     if not isinstance(align, int) or not 1 <= align <= 2**20 or align & (align - 1):

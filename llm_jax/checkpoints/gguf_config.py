@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_jax.checkpoints import gguf
+from llm_jax.checkpoints import gguf, gguf_rope
 from llm_jax.checkpoints.families import hf_config, model_config
 from llm_jax.errors import UserError
 from llm_jax.model import positions, stages
@@ -37,6 +37,14 @@ _GPT2 = {
     "attention.layer_norm_epsilon": "layer_norm_epsilon",
     "context_length": "n_positions",
 }
+_BERT = {
+    "block_count": "num_hidden_layers",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.layer_norm_epsilon": "layer_norm_eps",
+    "context_length": "max_position_embeddings",
+}
 _GEMMA = _LLAMA | {
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
@@ -56,6 +64,8 @@ class Architecture:
       free_heads: head_dim may differ from width / num_heads.
       fused: queries, keys and values are written as one tensor. (Both forms are read.)
       global_every: every n-th layer attends to the whole text, the others to a window. 0: no windows.
+      rope_freqs: llama.cpp divides frequencies by the tensor rope_freqs.weight (the llama3 scaling).
+      encoder: BERT, whose files have no pooler.
       scaled_layers: the number of layers of the one model that scales scores by (width / num_heads) ** -0.5.
     """
 
@@ -65,17 +75,20 @@ class Architecture:
     free_heads: bool = True
     fused: bool = False
     global_every: int = 0
+    rope_freqs: bool = False
+    encoder: bool = False
     scaled_layers: int = 0
 
 
 ARCHITECTURES = {
-    "llama": Architecture("llama", _LLAMA, interleaved=True),
+    "llama": Architecture("llama", _LLAMA, interleaved=True, rope_freqs=True),
     "qwen2": Architecture("qwen2", _LLAMA, free_heads=False),
     "qwen3": Architecture("qwen3", _LLAMA),
     "gemma2": Architecture("gemma2", _GEMMA, global_every=2, scaled_layers=46),
     "gemma3": Architecture("gemma3_text", _GEMMA3, global_every=6, scaled_layers=62),
     "phi2": Architecture("phi", _PHI, free_heads=False),
     "gpt2": Architecture("gpt2", _GPT2, free_heads=False, fused=True),
+    "bert": Architecture("bert", _BERT, free_heads=False, encoder=True),
 }
 _PATTERN = "attention.sliding_window_pattern"
 # Keys that are read elsewhere, or that do not affect the computation.
@@ -84,24 +97,50 @@ _OTHER_KEYS = (
     "attention.value_length",
     "attention.head_count_kv",
     "rope.dimension_count",
+    "rope.scale_linear",
     "rope.scaling.type",
     "rope.scaling.factor",
     "rope.scaling.original_context_length",
     "rope.scaling.finetuned",
+    "pooling_type",
 )
+# Keys that are accepted with these values only, with which they do not affect the computation.
+_NEUTRAL_KEYS: dict[str, tuple[Any, ...]] = {
+    "tensor_data_layout": ("Meta AI original pth",),  # of the heads: that of every file
+    "attention.clamp_kqv": (0.0,),
+    "attention.max_alibi_bias": (0.0,),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "expert_shared_count": (0,),
+    "leading_dense_block_count": (0,),
+    "nextn_predict_layers": (0,),
+    "logit_scale": (0.0, 1.0),  # 0: none
+    "embedding_scale": (0.0, 1.0),
+    "residual_scale": (0.0, 1.0),
+    "rope.scaling.attn_factor": (1.0,),
+    "rope.scaling.yarn_attn_factor": (1.0,),
+    "rope.scaling.yarn_ext_factor": (-1.0, 1.0),
+    "rope.scaling.yarn_beta_fast": (32.0,),
+    "rope.scaling.yarn_beta_slow": (1.0,),
+    "rope.scaling.yarn_log_multiplier": (0.0,),
+}
 
 
-def read_config(file: gguf.GgufFile, label: str) -> tuple[str, ModelConfig]:
+def read_config(file: gguf.GgufFile, label: str, rope_freqs: np.ndarray | None = None) -> tuple[str, ModelConfig]:
     """(family, configuration of the model) of a file.
 
     Args:
       label: how errors name the file.
+      rope_freqs: the content of the tensor rope_freqs.weight where it is not in the file yet: float32 (F,), for a
+        rotated width of 2 F.
 
     Raises:
       UserError: something is missing, unknown or not supported.
     """
     try:
-        return _read_config(file, label)
+        if rope_freqs is None and gguf_rope.TENSOR in file.tensors:
+            rope_freqs = file.tensors[gguf_rope.TENSOR].read().reshape(-1)
+        return _read_config(file, label, rope_freqs)
     except KeyError as error:
         raise UserError(f"{label}: the metadata key {error} is missing") from error
     except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
@@ -110,8 +149,8 @@ def read_config(file: gguf.GgufFile, label: str) -> tuple[str, ModelConfig]:
         raise UserError(f"{label}: the metadata are inconsistent ({error})") from error
 
 
-def _read_config(file: gguf.GgufFile, label: str) -> tuple[str, ModelConfig]:
-    metadata = file.metadata
+def _read_config(file: gguf.GgufFile, label: str, rope_freqs: np.ndarray | None) -> tuple[str, ModelConfig]:
+    metadata = {key: _same_in_all_layers(value) for key, value in file.metadata.items()}
     arch = metadata.get("general.architecture")
     if not isinstance(arch, str) or arch not in ARCHITECTURES:
         raise UserError(f"{label}: general.architecture is {arch!r}; expected one of {', '.join(ARCHITECTURES)}")
@@ -124,6 +163,10 @@ def _read_config(file: gguf.GgufFile, label: str) -> tuple[str, ModelConfig]:
     }
     c |= {key: _shortest(value) for key, value in c.items() if isinstance(value, float)}
     known = {f"{arch}.{key}" for key in (*a.keys, *_OTHER_KEYS, *([_PATTERN] if a.global_every else []))}
+    if metadata.get(f"{arch}.attention.causal", not a.encoder) == a.encoder:
+        raise UserError(f"{label}: {arch}.attention.causal={a.encoder} is not supported")
+    known |= {f"{arch}.attention.causal"}
+    known |= {f"{arch}.{key}" for key, values in _NEUTRAL_KEYS.items() if metadata.get(f"{arch}.{key}") in values}
     if unknown := [key for key in metadata if key.startswith(f"{arch}.") and key not in known]:
         raise UserError(f"{label}: {unknown[0]}={metadata[unknown[0]]!r} is not supported")
     heads, layers = metadata[f"{arch}.attention.head_count"], metadata[f"{arch}.block_count"]
@@ -137,6 +180,8 @@ def _read_config(file: gguf.GgufFile, label: str) -> tuple[str, ModelConfig]:
             "rope_theta": 10000.0,
             "partial_rotary_factor": metadata.get(f"{arch}.rope.dimension_count", width) / width,
         } | c
+    if a.encoder:
+        c |= {"hidden_act": "gelu", "type_vocab_size": file.tensors["token_types.weight"].shape[0]}
     if a.global_every:
         c |= _windows(a, c, metadata.get(f"{arch}.{_PATTERN}", a.global_every), layers)
         c["query_pre_attn_scalar"] = c["hidden_size"] // heads if layers == a.scaled_layers else width
@@ -145,17 +190,14 @@ def _read_config(file: gguf.GgufFile, label: str) -> tuple[str, ModelConfig]:
         "vocab_size": table.shape[0],
         "tie_word_embeddings": "output.weight" not in file.tensors,
     }
-    scaling = metadata.get(f"{arch}.rope.scaling.type", "none")
-    if scaling in ("linear", "yarn"):
-        c["rope_scaling"] = {
-            "rope_type": scaling,
-            "factor": metadata.get(f"{arch}.rope.scaling.factor", 1.0),
-            "original_max_position_embeddings": metadata.get(f"{arch}.rope.scaling.original_context_length"),
-        }
-    elif scaling != "none" or "rope_freqs.weight" in file.tensors:
-        raise UserError(f"{label}: rope scaling {scaling!r} (or rope_freqs.weight) is not read from GGUF files")
+    if rope_freqs is not None and not a.rope_freqs:
+        raise UserError(f"{label}: {gguf_rope.TENSOR} in a {arch} is not supported")
     try:
-        return model_config(c)
+        c["rope_scaling"] = gguf_rope.read_scaling(metadata, arch, rope_freqs, float(c.get("rope_theta", 1e4)))
+        if rope_freqs is not None and 2 * len(rope_freqs) != round(width * c["partial_rotary_factor"]):
+            raise UserError(f"{gguf_rope.TENSOR} has {len(rope_freqs)} values for heads of {width}")
+        family, config = model_config(c)
+        return family, dataclasses.replace(config, pooler=config.pooler and not a.encoder)
     except UserError as error:
         raise UserError(f"{label}: {error}") from error
 
@@ -181,9 +223,9 @@ def architecture(config: ModelConfig) -> tuple[str, dict[str, Any]]:
       UserError: none does; gives the reason of each.
     """
     reasons = []
-    for arch in ARCHITECTURES:
+    for arch, a in ARCHITECTURES.items():
         try:
-            return arch, hf_config(ARCHITECTURES[arch].family, config)
+            return arch, hf_config(a.family, dataclasses.replace(config, pooler=config.pooler or a.encoder))
         except UserError as error:
             reasons.append(str(error).split(";")[0])
     raise UserError("no supported GGUF architecture holds this model: " + "; ".join(reasons))
@@ -200,7 +242,8 @@ def metadata(arch: str, json_config: Mapping[str, Any], config: ModelConfig) -> 
     """
     p, a = config.position, ARCHITECTURES[arch]
     local = "local" in config.layer_pattern
-    if p.scaling not in ("none", "linear", "yarn") or (local and not a.global_every):
+    scalings = ("none", "linear", "yarn", *(("llama3",) if a.rope_freqs else ()))
+    if p.scaling not in scalings or (local and not a.global_every):
         raise UserError(f"rope scaling {p.scaling} and sliding windows are not written to GGUF files of a {arch}")
     head_dim = positions.head_dim(config)
     if not a.free_heads and head_dim * config.num_heads != config.width:
@@ -212,6 +255,8 @@ def metadata(arch: str, json_config: Mapping[str, Any], config: ModelConfig) -> 
         f"{arch}.{key}": json_config[hf_key] for key, hf_key in a.keys.items() if json_config.get(hf_key) is not None
     }
     result |= {f"{arch}.feed_forward_length": config.mlp_dim, f"{arch}.vocab_size": config.vocab_size}
+    if a.encoder:
+        result |= {f"{arch}.attention.causal": False, "tokenizer.ggml.token_type_count": config.type_vocab_size}
     if a.free_heads:
         result |= {f"{arch}.attention.key_length": head_dim, f"{arch}.attention.value_length": head_dim}
     if p.kind == "rope":
@@ -221,11 +266,17 @@ def metadata(arch: str, json_config: Mapping[str, Any], config: ModelConfig) -> 
         every = kinds.index("global") + 1 if "global" in kinds else 0
         if kinds != ["global" if (i + 1) % a.global_every == 0 else "local" for i in range(len(kinds))] and local:
             result[f"{arch}.{_PATTERN}"] = every
-    if p.scaling != "none":
+    if p.scaling in ("linear", "yarn"):
         result |= {f"{arch}.rope.scaling.type": p.scaling, f"{arch}.rope.scaling.factor": p.scaling_factor}
-        if p.original_length:
-            result[f"{arch}.rope.scaling.original_context_length"] = p.original_length
+    if p.scaling != "none" and p.original_length:
+        result[f"{arch}.rope.scaling.original_context_length"] = p.original_length
     return {"general.architecture": arch, "general.name": arch, "general.alignment": 32} | result
+
+
+def _same_in_all_layers(value: Any) -> Any:
+    """One value for a list of equal numbers, which some files have for every layer."""
+    numbers = isinstance(value, list) and value and all(type(v) in (int, float) and v == value[0] for v in value)
+    return value[0] if numbers else value
 
 
 def _shortest(value: float) -> float:

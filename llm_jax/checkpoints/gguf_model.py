@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from llm_jax import tokenizers, trees, weights
-from llm_jax.checkpoints import assemble, gguf, gguf_blocks, names
+from llm_jax.checkpoints import assemble, gguf, gguf_blocks, gguf_rope, names
 from llm_jax.checkpoints.checkpoint import (
     Checkpoint,
     Shardings,
@@ -22,6 +22,7 @@ from llm_jax.checkpoints.families import refuse_difference
 from llm_jax.checkpoints.gguf_config import ARCHITECTURES, architecture, metadata, read_config
 from llm_jax.errors import UserError
 from llm_jax.kernels import blocks
+from llm_jax.model import positions
 from llm_jax.model.transformer import Transformer
 from llm_jax.schema import ModelConfig
 from llm_jax.tokenizers import PretrainedTokenizer, Tokenizer
@@ -115,9 +116,10 @@ def load_params(
         needs one entry per layer.
     """
     source = _Tensors(str(path), file, _heads(file.metadata["general.architecture"], config))
-    specs = assemble.specs(names.gguf(fused="blk.0.attn_qkv.weight" in file.tensors), abstract)
+    encoder = ARCHITECTURES[file.metadata["general.architecture"]].encoder
+    specs = assemble.specs(names.gguf("blk.0.attn_qkv.weight" in file.tensors, encoder), abstract)
     node = source.as_stored if as_stored else None
-    return assemble.load(source, specs, abstract, shardings, lambda name: False, node)
+    return assemble.load(source, specs, abstract, shardings, lambda name: name == gguf_rope.TENSOR, node)
 
 
 def _heads(arch: str, config: ModelConfig) -> dict[str, int]:
@@ -128,7 +130,7 @@ def save(path: pathlib.Path, config: ModelConfig, params: Any, tokenizer: Tokeni
     """Writes a file that llama.cpp loads.
 
     Args:
-      params: one entry per layer.
+      params: one entry per layer. BERT's pooler is left out: such files have none.
       format: of matrices: F32, F16, BF16, Q8_0, Q4_0 or Q4_1. Rows that its blocks do not divide are written in F16,
         norms and biases in F32, and the embeddings and the head of a 4-bit file in Q8_0. Quantized weights that a
         block format holds without a change keep their codes.
@@ -144,12 +146,20 @@ def save(path: pathlib.Path, config: ModelConfig, params: Any, tokenizer: Tokeni
     if format not in blocks.FORMATS or blocks.FORMATS[format].encode is None:
         raise UserError(f"--format={format} cannot be written; expected one of F32, F16, BF16, Q8_0, Q4_0, Q4_1")
     arch, json_config = architecture(config)
-    parts = assemble.by_tensor(assemble.specs(names.gguf(ARCHITECTURES[arch].fused), params))
-    flat = trees.flatten(params)
+    encoder = ARCHITECTURES[arch].encoder
+    flat = {path: weight for path, weight in trees.flatten(params).items() if not path.startswith("pooler/")}
+    config = dataclasses.replace(config, pooler=False)
+    parts = assemble.by_tensor(assemble.specs(names.gguf(ARCHITECTURES[arch].fused, encoder), trees.unflatten(flat)))
     heads = _heads(arch, config)
     kept = {name: _kept_format([(spec, flat[path]) for spec, path in part]) for name, part in parts.items()}
 
+    rotated = round(positions.head_dim(config) * config.position.partial_rotary_factor)
+    rope_freqs = gguf_rope.factors(config.position, rotated) if config.position.scaling == "llama3" else None
+
     def values(name: str) -> np.ndarray:
+        if name == gguf_rope.TENSOR:
+            assert rope_freqs is not None
+            return rope_freqs
         if kept[name]:
             array = gguf_blocks.to_rows(flat[parts[name][0][1]])
         else:
@@ -170,10 +180,12 @@ def save(path: pathlib.Path, config: ModelConfig, params: Any, tokenizer: Tokeni
         return preferred if shape[-1] % blocks.FORMATS[preferred].numbers == 0 else "F16"
 
     shapes = {name: assemble.stored_shape(part[0][0], flat[part[0][1]].shape) for name, part in parts.items()}
+    if rope_freqs is not None:
+        shapes[gguf_rope.TENSOR] = rope_freqs.shape
     tensors = {name: (shape, chosen_format(name, shape)) for name, shape in shapes.items()}
     entries = metadata(arch, json_config, config) | _vocabulary(tokenizer, config.vocab_size)
     described = {name: gguf.GgufTensor(shape, stored_as, path, 0) for name, (shape, stored_as) in tensors.items()}
-    again = read_config(gguf.GgufFile(entries, described), "the file to be written")[1]
+    again = read_config(gguf.GgufFile(entries, described), "the file to be written", rope_freqs)[1]
     refuse_difference(f"a GGUF file of a {arch}", dataclasses.replace(config, head_dim=again.head_dim), again)
     gguf.write(path, entries, tensors, (values(name) for name in tensors))
     return {name: stored_as for name, (_, stored_as) in tensors.items()}

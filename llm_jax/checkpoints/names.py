@@ -191,7 +191,7 @@ BERT: Names = {
     ),
 }
 
-# GGUF files of all supported architectures have the same names.
+# GGUF files of all supported architectures have the same names; BERT has others for norms, which follow its layers.
 _BLOCK = "blk.{i}"
 _GGUF: Names = {
     "embed/table": TensorSpec("token_embd.weight"),
@@ -222,9 +222,27 @@ _GGUF: Names = {
 }
 
 
-def gguf(fused: bool) -> Names:
-    """The names in a GGUF file; `fused`: queries, keys and values are one tensor, not three."""
-    return dict(_GGUF) | (_fused(f"{_BLOCK}.attn_qkv") if fused else {})
+_GGUF_BERT: Names = {
+    "embed/types": TensorSpec("token_types.weight"),
+    **_norms(
+        {
+            "embed/norm": "token_embd_norm",
+            f"{_LAYER}/attention_norm": f"{_BLOCK}.attn_output_norm",
+            f"{_LAYER}/mlp_norm": f"{_BLOCK}.layer_output_norm",
+        }
+    ),
+}
+
+
+def gguf(fused: bool, encoder: bool = False) -> Names:
+    """The names in a GGUF file.
+
+    Args:
+      fused: queries, keys and values are one tensor, not three.
+      encoder: the names of BERT.
+    """
+    fused_names = _fused(f"{_BLOCK}.attn_qkv") if fused else {}
+    return {**_GGUF, **(_GGUF_BERT if encoder else {}), **fused_names}
 
 
 def resolve(table: Names, config: ModelConfig) -> Names:

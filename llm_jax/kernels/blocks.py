@@ -1,8 +1,9 @@
 """The block formats of GGUF files: bytes <-> float32, in numpy.
 
 A row of a tensor is a sequence of blocks; a block holds 32 (or 256) numbers as integers with float16 scales.
-Layouts: ggml's block_q4_0 ... block_q6_K (ggml-common.h); d is the scale, m or dmin the offset that is added or
-subtracted, and the scales of sub-blocks of the K formats are integers of 6 or 8 bits.
+Layouts: ggml's block_q4_0 ... block_mxfp4 (ggml-common.h); d is the scale, m or dmin the offset that is added or
+subtracted, and the scales of sub-blocks of the formats of 256 numbers are integers of 4, 6 or 8 bits. The codes of IQ4
+and MXFP4 are positions in a table of values.
 """
 
 import dataclasses
@@ -128,6 +129,51 @@ def _q6_k(b: np.ndarray) -> np.ndarray:
     return (_half(b[..., 208:])[..., None] * scales * codes).reshape(*b.shape[:-1], 256)
 
 
+def _pairs_of_bits(x: np.ndarray) -> np.ndarray:
+    """uint8 (..., n) -> uint8 (..., 4, n): the lowest two bits of every byte first."""
+    return (x[..., None, :] >> np.array([0, 2, 4, 6], np.uint8)[:, None]) & 3
+
+
+def _q2_k(b: np.ndarray) -> np.ndarray:
+    codes = _pairs_of_bits(b[..., 16:80].reshape(*b.shape[:-1], 2, 32)).reshape(*b.shape[:-1], 16, 16)
+    scales = (b[..., :16] & 15).astype(np.float32)[..., None]
+    minima = (b[..., :16] >> 4).astype(np.float32)[..., None]
+    d, dmin = _half(b[..., 80:82])[..., None], _half(b[..., 82:84])[..., None]
+    return (d * scales * codes - dmin * minima).reshape(*b.shape[:-1], 256)
+
+
+def _q3_k(b: np.ndarray) -> np.ndarray:
+    low = _pairs_of_bits(b[..., 32:96].reshape(*b.shape[:-1], 2, 32)).reshape(*b.shape[:-1], 16, 16)
+    third = (b[..., None, :32] >> np.arange(8, dtype=np.uint8)[:, None]) & 1  # 0: 4 is subtracted
+    codes = low.astype(np.float32) - 4 * (1 - third.reshape(*b.shape[:-1], 16, 16).astype(np.float32))
+    s = b[..., 96:108]
+    fifth_and_sixth = _pairs_of_bits(s[..., 8:]).reshape(*b.shape[:-1], 16)
+    scales = (_nibbles(s[..., :8]) | (fifth_and_sixth << 4)).astype(np.float32)[..., None] - 32
+    return (_half(b[..., 108:])[..., None] * scales * codes).reshape(*b.shape[:-1], 256)
+
+
+_IQ4_VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
+_MXFP4_VALUES = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)  # twice e2m1
+
+
+def _iq4_nl(b: np.ndarray) -> np.ndarray:
+    return _half(b[..., :2]) * _IQ4_VALUES[_nibbles(b[..., 2:])]
+
+
+def _iq4_xs(b: np.ndarray) -> np.ndarray:
+    high = np.ascontiguousarray(b[..., 2:4]).view("<u2") >> np.arange(0, 16, 2, dtype=np.uint16)
+    low = np.stack([b[..., 4:8] & 15, b[..., 4:8] >> 4], -1).reshape(*b.shape[:-1], 8)
+    scales = (low | (high.astype(np.uint8) & 3) << 4).astype(np.float32)[..., None] - 32
+    values = _IQ4_VALUES[_nibbles(b[..., 8:].reshape(*b.shape[:-1], 8, 16))]
+    return (_half(b[..., :2])[..., None] * scales * values).reshape(*b.shape[:-1], 256)
+
+
+def _mxfp4(b: np.ndarray) -> np.ndarray:
+    """The scale is 2^(e - 127) (Open Compute Project, MX formats, 2023); half of it because the table is doubled."""
+    exponent = b[..., :1].astype(np.int32) - 128
+    return np.ldexp(np.float32(1), exponent).astype(np.float32) * _MXFP4_VALUES[_nibbles(b[..., 1:])]
+
+
 def _round_away(x: np.ndarray) -> np.ndarray:
     """Halves away from 0, as C's roundf."""
     return np.trunc(x + np.copysign(np.float32(0.5), x))
@@ -182,7 +228,12 @@ FORMATS = {
     "Q5_0": BlockFormat(6, 32, 22, _q5_0),
     "Q5_1": BlockFormat(7, 32, 24, _q5_1),
     "Q8_0": BlockFormat(8, 32, 34, _q8_0, _to_q8_0),
+    "Q2_K": BlockFormat(10, 256, 84, _q2_k),
+    "Q3_K": BlockFormat(11, 256, 110, _q3_k),
     "Q4_K": BlockFormat(12, 256, 144, _q4_k),
     "Q5_K": BlockFormat(13, 256, 176, _q5_k),
     "Q6_K": BlockFormat(14, 256, 210, _q6_k),
+    "IQ4_NL": BlockFormat(20, 32, 18, _iq4_nl),
+    "IQ4_XS": BlockFormat(23, 256, 136, _iq4_xs),
+    "MXFP4": BlockFormat(39, 32, 17, _mxfp4),
 }

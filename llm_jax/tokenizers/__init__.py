@@ -96,7 +96,7 @@ def from_directory(directory: pathlib.Path, name: str = "") -> Tokenizer:
 
 
 def from_gguf(metadata: Mapping[str, Any]) -> PretrainedTokenizer:
-    """The tokenizer in the metadata of a GGUF file: SentencePiece ("llama") or byte-level BPE ("gpt2").
+    """The tokenizer in the metadata of a GGUF file: SentencePiece ("llama"), or a kind that `gguf_vocabulary` reads.
 
     Raises:
       UserError: a vocabulary of another kind, or an incomplete one.

@@ -1,4 +1,4 @@
-"""Pretrained tokenizers of the `tokenizers` library: tokenizer.json, and the byte-level BPE vocabulary of GGUF."""
+"""Pretrained tokenizers of the `tokenizers` library: tokenizer.json, and vocabularies of GGUF files."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,37 +7,10 @@ from typing import Any, ClassVar, Self
 import tokenizers as library
 
 from llm_jax.errors import UserError
+from llm_jax.tokenizers import gguf_vocabulary
 from llm_jax.tokenizers import special as special_tokens
 from llm_jax.tokenizers.base import eos_ids, in_bytes, laid_out
 from llm_jax.tokenizers.byte import utf8
-
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# GGUF's names of pre-tokenizers: (whether digits are split first, regular expressions that split one after the
-# other; without any, GPT-2's).
-SPLITS: dict[str, tuple[bool, tuple[str, ...]]] = {
-    "gpt-2": (False, ()),
-    "smollm": (True, ()),
-    "llama-bpe": (False, (_LLAMA3,)),
-    "qwen2": (False, (_LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"),)),
-    "default": (False, (r"[\p{P}$+<=>^~|]+", _GPT2, r"\p{N}+", "[0-9]{3}")),
-}
-# Other names that llama.cpp has for the same pre-tokenizers.
-_SAME = {
-    "phi-2": "gpt-2",
-    "olmo": "gpt-2",
-    "mpt": "gpt-2",
-    "starcoder": "smollm",
-    "llama3": "llama-bpe",
-    "llama-v3": "llama-bpe",
-    "deepseek-r1-qwen": "qwen2",
-    "stablelm2": "qwen2",
-}
-_WHOLE_FIRST = ("llama-bpe",)  # a word that is a token stays whole, whatever the merges
-_CONTROL, _USER_DEFINED = 3, 4  # token types of GGUF
 
 
 class HubTokenizer:
@@ -185,29 +158,11 @@ class HubTokenizer:
         """The inverse of `from_gguf`; ids up to `vocab_size` that the vocabulary lacks are marked as unused.
 
         Raises:
-          UserError: not byte-level BPE, or a pre-tokenizer that GGUF has no name for.
+          UserError: GGUF cannot represent the vocabulary.
         """
-        state = json.loads(self._text)
-        model = state["model"]
-        pre = _name_of_split(state.get("pre_tokenizer"))
-        whole_first = bool(model.get("ignore_merges"))
-        if model.get("type") != "BPE" or pre is None or state.get("normalizer") or whole_first != (pre in _WHOLE_FIRST):
-            raise UserError(
-                "tokenizer.json cannot become GGUF: expected byte-level BPE with a pre-tokenizer that GGUF names"
-            )
-        tokens = [self._tokenizer.id_to_token(i) or f"[PAD{i}]" for i in range(vocab_size)]
-        added = {t["id"]: _CONTROL if t["special"] else _USER_DEFINED for t in state.get("added_tokens", [])}
-        types = [added.get(i, 1 if self._tokenizer.id_to_token(i) is not None else 5) for i in range(vocab_size)]
-        merges = [" ".join(m) if isinstance(m, list) else m for m in model["merges"]]
-        key = "tokenizer.ggml."
-        metadata: dict[str, Any] = {
-            key + "model": "gpt2",
-            key + "pre": pre,
-            key + "tokens": tokens,
-            key + "token_type": types,
-            key + "merges": merges,
-            key + "add_bos_token": bool(self.special.get("add_bos_token")),
-        }
+        metadata = gguf_vocabulary.write(self._tokenizer, vocab_size)
+        key = gguf_vocabulary.KEY
+        metadata[key + "add_bos_token"] = bool(self.special.get("add_bos_token"))
         for name, gguf_name in special_tokens.GGUF_NAMES:
             if (index := self._id(f"{name}_token")) is not None:
                 metadata[f"{key}{gguf_name}_token_id"] = index
@@ -217,74 +172,9 @@ class HubTokenizer:
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> Self:
-        """The byte-level BPE vocabulary of a GGUF file.
+        """The vocabulary of a GGUF file: byte-level BPE, BPE of Gemma 4, or WordPiece.
 
         Raises:
           UserError: a vocabulary of another kind, or an incomplete one.
         """
-        try:
-            return cls._from_gguf(metadata)
-        except (TypeError, ValueError, AttributeError, OverflowError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"the vocabulary in the metadata is malformed ({error})") from error
-
-    @classmethod
-    def _from_gguf(cls, metadata: Mapping[str, Any]) -> Self:
-        key = "tokenizer.ggml."
-        if (kind := metadata.get(key + "model")) != "gpt2":
-            raise UserError(f"{key}model is {kind!r}; expected 'gpt2', byte-level BPE, or 'llama'")
-        pre = metadata.get(key + "pre", "default")
-        pre = _SAME.get(pre, pre) if isinstance(pre, str) else pre
-        if not isinstance(pre, str) or pre not in SPLITS:
-            raise UserError(f"{key}pre is {pre!r}; expected one of {', '.join([*SPLITS, *_SAME])}")
-        tokens, merges = metadata.get(key + "tokens"), metadata.get(key + "merges")
-        if not isinstance(tokens, list) or not isinstance(merges, list) or len(set(tokens)) != len(tokens):
-            raise UserError(f"{key}tokens or {key}merges is missing, or a token occurs twice")
-        pairs = [tuple(merge.split(" ")) for merge in merges]
-        known = set(tokens)
-        if any(len(pair) != 2 or not known >= {pair[0], pair[1], "".join(pair)} for pair in pairs):
-            raise UserError(f"{key}merges has a merge of tokens that the vocabulary lacks")
-        tokenizer = library.Tokenizer(
-            library.models.BPE({t: i for i, t in enumerate(tokens)}, pairs, ignore_merges=pre in _WHOLE_FIRST)
-        )
-        tokenizer.pre_tokenizer = _split(pre)
-        tokenizer.decoder = library.decoders.ByteLevel()
-        types = metadata.get(key + "token_type") or [1] * len(tokens)
-        control = [t for t, kind in zip(tokens, types, strict=False) if kind == _CONTROL]
-        tokenizer.add_special_tokens([library.AddedToken(t, special=True, normalized=False) for t in control])
-        added = [t for t, kind in zip(tokens, types, strict=False) if kind == _USER_DEFINED]
-        tokenizer.add_tokens([library.AddedToken(t, normalized=False) for t in added])
-        special: dict[str, Any] = {
-            "chat_template": metadata.get("tokenizer.chat_template"),
-            "add_bos_token": bool(metadata.get(key + "add_bos_token", pre == "llama-bpe")),
-        }
-        for name, gguf_name in special_tokens.GGUF_NAMES:
-            index = metadata.get(f"{key}{gguf_name}_token_id")
-            if isinstance(index, int) and 0 <= index < len(tokens):
-                special[f"{name}_token"] = tokens[index]
-        return cls(tokenizer.to_str(), special | special_tokens.read_gguf_ends(metadata))
-
-
-def _split(name: str) -> Any:
-    """The pre-tokenizer of a name in `SPLITS`."""
-    digits, expressions = SPLITS[name]
-    steps: list[Any] = [library.pre_tokenizers.Digits(individual_digits=True)] if digits else []
-    steps += [library.pre_tokenizers.Split(library.Regex(expression), "isolated") for expression in expressions]
-    steps.append(library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not expressions))
-    return library.pre_tokenizers.Sequence(steps)
-
-
-def _name_of_split(pre_tokenizer: Any) -> str | None:
-    """The name in `SPLITS` of the pre-tokenizer of a tokenizer.json, or None."""
-
-    def steps(part: Any) -> list[Any]:
-        parts = part["pretokenizers"] if part and part.get("type") == "Sequence" else [part]
-        return [{k: v for k, v in p.items() if k != "trim_offsets"} for p in parts if p]
-
-    for name in SPLITS:
-        tokenizer = library.Tokenizer(library.models.BPE())
-        tokenizer.pre_tokenizer = _split(name)
-        if steps(json.loads(tokenizer.to_str())["pre_tokenizer"]) == steps(pre_tokenizer):
-            return name
-    return None
+        return cls(*gguf_vocabulary.read(metadata))

@@ -16,6 +16,7 @@ from llm_jax.tokenizers.byte import utf8
 proto: Any = sentencepiece.sentencepiece_model_pb2  # made at import, so unknown to type checkers
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # the same in GGUF and in sentencepiece
+_SPACE = "\u2581"  # represents a space in a piece
 _GGML = "tokenizer.ggml."
 
 
@@ -173,6 +174,13 @@ class SentencePieceTokenizer:
             (self._names[i], 0.0, _CONTROL) if i in self._names else (f"[PAD{i}]", 0.0, _UNUSED)
             for i in range(len(pieces), vocab_size)
         ]
+        # llama.cpp finds user-defined tokens in the text as it is; sentencepiece finds none that has a space.
+        pieces = [
+            (piece.replace(_SPACE, " "), score, _UNUSED if " " in piece else kind)
+            if kind == _USER_DEFINED
+            else (piece, score, kind)
+            for piece, score, kind in pieces
+        ]
         metadata: dict[str, Any] = {
             _GGML + "model": "llama",
             _GGML + "tokens": [piece for piece, _, _ in pieces],
@@ -209,16 +217,20 @@ class SentencePieceTokenizer:
         }
         try:
             model = proto.ModelProto()
-            for token, score, kind in zip(tokens, scores, types, strict=True):
-                model.pieces.add(piece=token, score=score, type=kind)
+            types = special_tokens.control_ends(tokens, types, _NORMAL, _CONTROL)
+            unknown = _unknown_id(metadata, types)
+            for index, (token, score, kind) in enumerate(zip(tokens, scores, types, strict=True)):
+                # llama.cpp finds user-defined tokens in the text as it is, sentencepiece after it has escaped spaces.
+                piece = token.replace(" ", _SPACE) if kind == _USER_DEFINED else token
+                kind = _UNKNOWN if index == unknown else _UNUSED if kind == _UNKNOWN else kind
+                model.pieces.add(piece=piece, score=score, type=kind)
             for name, gguf_name in special_tokens.GGUF_NAMES:
-                index = metadata.get(f"{_GGML}{gguf_name}_token_id")
-                if isinstance(index, int) and 0 <= index < len(tokens):
-                    special[f"{name}_token"] = tokens[index]
-                    setattr(model.trainer_spec, f"{name}_piece", tokens[index])
-            unknown = [token for token, kind in zip(tokens, types, strict=True) if kind == _UNKNOWN]
-            if unknown:
-                model.trainer_spec.unk_piece = unknown[0]
+                token_id = metadata.get(f"{_GGML}{gguf_name}_token_id")
+                if isinstance(token_id, int) and 0 <= token_id < len(tokens):
+                    special[f"{name}_token"] = tokens[token_id]
+                    setattr(model.trainer_spec, f"{name}_piece", tokens[token_id])
+            if unknown is not None:
+                model.trainer_spec.unk_piece = model.pieces[unknown].piece
             model.trainer_spec.model_type = proto.TrainerSpec.BPE
             model.trainer_spec.byte_fallback = _BYTE in types
             model.normalizer_spec.name = "identity"
@@ -229,3 +241,11 @@ class SentencePieceTokenizer:
         except (TypeError, ValueError) as error:
             raise UserError(f"the vocabulary in the metadata is malformed ({error})") from error
         return cls(model.SerializeToString(), special | special_tokens.read_gguf_ends(metadata))
+
+
+def _unknown_id(metadata: Mapping[str, Any], types: Sequence[int]) -> int | None:
+    """The id of the unknown token; several tokens may have its type, as padding has in some files."""
+    index = metadata.get(f"{_GGML}unknown_token_id")
+    if isinstance(index, int) and 0 <= index < len(types):
+        return index
+    return next((i for i, kind in enumerate(types) if kind == _UNKNOWN), None)

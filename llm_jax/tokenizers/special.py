@@ -80,6 +80,10 @@ _END_NAMES = (
     "[EOS]",
     "<|end_of_text|>",
     "<end_of_utterance>",
+    "<｜end▁of▁sentence｜>",
+    "<turn|>",
+    "<eos>",
+    "[e~[",
 )
 _HARMONY = ("<|return|>", "<|call|>")  # a vocabulary with both ends a message, not a text, with <|end|>
 # GGUF's names of what ends a text besides EOS: the end of a turn, and of a message.
@@ -148,6 +152,22 @@ def named_ends(index_of: Callable[[str], int | None]) -> list[int]:
     """
     names = [name for name in _END_NAMES if name != "<|end|>" or any(index_of(name) is None for name in _HARMONY)]
     return [index for index in map(index_of, names) if index is not None]
+
+
+def control_ends(tokens: Sequence[str], types: Sequence[int], normal: int, control: int) -> list[int]:
+    """The types of a GGUF file's tokens, with `control` for those whose names say that they end a text or a turn.
+
+    Files give them another type by mistake (llama.cpp's rule). An ordinary </s> is left as it is: vocabularies made
+    from web pages have it.
+
+    Args:
+      types: the type of each token.
+      normal, control: the numbers of these types.
+    """
+    return [
+        control if token in _END_NAMES and (token, kind) != ("</s>", normal) else kind
+        for token, kind in zip(tokens, types, strict=True)
+    ]
 
 
 def read_gguf_ends(metadata: Mapping[str, Any]) -> dict[str, list[int]]:

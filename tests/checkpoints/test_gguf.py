@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import struct
 
 import jax
@@ -16,6 +17,8 @@ from llm_jax import checkpoints, trees, weights
 from llm_jax.checkpoints import gguf, gguf_model
 from llm_jax.checkpoints.families import neutral
 from llm_jax.errors import UserError
+from llm_jax.kernels import blocks
+from llm_jax.model import rope
 from llm_jax.model.transformer import Transformer
 from llm_jax.quant import post_training
 from llm_jax.tokenizers.hub import HubTokenizer
@@ -61,6 +64,16 @@ CHANGES = {
     "phi2": PLAIN
     | {"parallel_residual": True, "head_bias": True, "position": dataclasses.replace(ROPE, partial_rotary_factor=0.5)},
     "gpt2": PLAIN | {"tie_embeddings": True, "position": dataclasses.replace(ROPE, kind="learned", max_length=1024)},
+    "bert": PLAIN
+    | {
+        "activation": "gelu_exact",
+        "norm_placement": "post",
+        "embed_norm": True,
+        "type_vocab_size": 2,
+        "causal": False,
+        "tie_embeddings": True,
+        "position": dataclasses.replace(ROPE, kind="learned", max_length=64),
+    },
 }
 
 
@@ -186,6 +199,207 @@ def test_a_fused_tensor_is_three_of_ours(vocabulary, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, checkpoints.load(tmp_path / "fused.gguf").params, params)
 
 
+def test_the_pooler_of_bert_is_left_out(vocabulary, tmp_path):
+    config, params = small("bert", vocabulary.vocab_size, pooler=True)
+    gguf_model.save(tmp_path / "m.gguf", config, params, vocabulary, "F32")
+    model, again, _ = checkpoints.load(tmp_path / "m.gguf")
+    assert model.config == dataclasses.replace(config, pooler=False)
+    jax.tree.map(np.testing.assert_array_equal, again, {k: v for k, v in params.items() if k != "pooler"})
+    file = gguf.read(tmp_path / "m.gguf")
+    assert file.metadata["bert.attention.causal"] is False and file.metadata["tokenizer.ggml.token_type_count"] == 2
+
+
+def llama3(factor=8.0, length=8192, low=1.0, high=4.0):
+    return dataclasses.replace(
+        ROPE,
+        base=500000.0,
+        scaling="llama3",
+        scaling_factor=factor,
+        original_length=length,
+        low_freq_factor=low,
+        high_freq_factor=high,
+    )
+
+
+def llama31_factors(width, base, factor, length, low, high):
+    """rope_freqs.weight as llama.cpp's converter writes it."""
+    wavelengths = [2 * math.pi * base ** (i / width) for i in range(0, width, 2)]
+    smooth = [(length / w - low) / (high - low) for w in wavelengths]
+    turns = zip(wavelengths, smooth, strict=True)
+    return [1.0 if w < length / high else factor if w > length / low else 1 / ((1 - s) / factor + s) for w, s in turns]
+
+
+@pytest.mark.parametrize("position", [llama3(), llama3(32.0), llama3(16.0, 4096, 1.5, 8.0), llama3(2.0, 40)])
+@pytest.mark.parametrize("head_dim", [128, 32])
+def test_rope_freqs_are_the_llama3_scaling(vocabulary, tmp_path, position, head_dim):
+    config, params = small("llama", vocabulary.vocab_size, position=position, head_dim=head_dim, num_layers=1)
+    gguf_model.save(tmp_path / "m.gguf", config, params, vocabulary, "F16")
+    file = gguf.read(tmp_path / "m.gguf")
+    p = position
+    expected = llama31_factors(
+        head_dim, p.base, p.scaling_factor, p.original_length, p.low_freq_factor, p.high_freq_factor
+    )
+    tensor = file.tensors["rope_freqs.weight"]
+    assert tensor.format == "F32" and tensor.shape == (head_dim // 2,)
+    np.testing.assert_allclose(tensor.read()[0], expected, rtol=1e-6)
+    assert "llama.rope.scaling.type" not in file.metadata  # which would scale once more
+    again = checkpoints.load(tmp_path / "m.gguf")
+    assert again.model.config.position == position
+    jax.tree.map(np.testing.assert_array_equal, again.params["head"], jax.tree.map(np.float16, params["head"]))
+
+
+def read_position(file, freqs, **changes):
+    file = gguf.GgufFile(file.metadata | {f"llama.rope.{k}": v for k, v in changes.items()}, file.tensors)
+    freqs = None if freqs is None else np.array(freqs, np.float32)
+    return gguf_model.read_config(file, "file", freqs)[1].position
+
+
+@pytest.fixture(scope="module")
+def plain(vocabulary, tmp_path_factory):
+    """The content of a file of a Llama with heads of 32."""
+    config, params = small("llama", vocabulary.vocab_size)
+    path = tmp_path_factory.mktemp("plain") / "m.gguf"
+    gguf_model.save(path, config, params, vocabulary, "F32")
+    return gguf.read(path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    # Without the original length, as llama.cpp's converter writes them; a few pairs between the bounds, or none.
+    [(8.0, 8192, 1.0, 4.0), (8.0, 1000, 1.0, 4.0), (4.0, 300, 2.0, 3.0), (8.0, 100, 1.0, 1.01), (3.0, 60, 0.5, 20.0)],
+)
+def test_rope_freqs_of_others_give_their_frequencies(plain, options):
+    expected = llama31_factors(32, 10000.0, *options)
+    position = read_position(plain, expected)
+    unscaled = rope.frequencies(dataclasses.replace(position, scaling="none"), 32, None)
+    np.testing.assert_allclose(rope.frequencies(position, 32, None), unscaled / np.float32(expected), rtol=2e-5)
+
+
+def test_rope_freqs_that_are_no_scaling_are_refused(plain):
+    assert read_position(plain, [1.0] * 16).scaling == "none"
+    for freqs, message in (
+        ([1.0, 8.0] * 8, "rope_freqs.weight is not the llama3 scaling"),
+        ([0.5] * 16, "expected at least 1"),
+        ([1.0] * 15 + [8.0] * 5, "rope_freqs.weight has 20 values for heads of 32"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read_position(plain, freqs)
+    with pytest.raises(UserError, match="beside rope scaling 'linear'"):
+        read_position(plain, [1.0] * 12 + [8.0] * 4, **{"scaling.factor": 2.0})
+    with pytest.raises(UserError, match="rope_freqs.weight in a qwen3 is not supported"):
+        qwen = {k.replace("llama", "qwen3"): v for k, v in plain.metadata.items()} | {"general.architecture": "qwen3"}
+        gguf_model.read_config(gguf.GgufFile(qwen, plain.tensors), "file", np.ones(16, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("keys", "scaling", "factor"),
+    [
+        ({"scaling.factor": 4.0}, "linear", 4.0),  # without a type, as in llama.cpp
+        ({"scale_linear": 4.0}, "linear", 4.0),  # the key of older files
+        ({"scaling.type": "none", "scaling.factor": 4.0}, "none", 1.0),
+        ({"scaling.type": "linear", "scaling.factor": 1.0}, "none", 1.0),
+        ({"scaling.type": "linear", "scaling.factor": 0.0}, "none", 1.0),
+        ({"scaling.type": "yarn", "scaling.factor": 4.0, "scaling.original_context_length": 64}, "yarn", 4.0),
+    ],
+)
+def test_rope_scaling_is_read_as_llama_cpp_reads_it(plain, keys, scaling, factor):
+    position = read_position(plain, None, **keys)
+    assert (position.scaling, position.scaling_factor) == (scaling, factor)
+
+
+def test_keys_that_change_nothing_are_accepted_with_that_value_only(plain):
+    expected = gguf_model.read_config(plain, "file")[1]
+    for key, neutral_value, other in (
+        ("rope.scaling.attn_factor", 1.0, 1.5),
+        ("rope.scaling.yarn_beta_fast", 32.0, 16.0),
+        ("expert_count", 0, 8),
+        ("expert_used_count", 0, 2),
+        ("tensor_data_layout", "Meta AI original pth", "transposed"),
+        ("attention.causal", True, False),
+        ("logit_scale", 1.0, 0.5),
+        ("attention.head_count_kv", [2, 2], [2, 1]),
+    ):
+        changed = gguf.GgufFile(plain.metadata | {f"llama.{key}": neutral_value}, plain.tensors)
+        assert gguf_model.read_config(changed, "file")[1] == expected, key
+        with pytest.raises(UserError, match=f"llama.{key}=.* is not supported|num_kv_heads"):
+            gguf_model.read_config(gguf.GgufFile(plain.metadata | {f"llama.{key}": other}, plain.tensors), "file")
+    pooled = gguf.GgufFile(plain.metadata | {"llama.pooling_type": 3}, plain.tensors)
+    assert gguf_model.read_config(pooled, "file")[1] == expected
+
+
+def split(file, directory, count=3):
+    """Writes a file in parts, as llama-gguf-split does; their paths."""
+    names, paths = list(file.tensors), []
+    for i in range(count):
+        part = {name: file.tensors[name] for name in names[i::count]}
+        keys = {"split.no": np.uint16(i), "split.count": np.uint16(count), "split.tensors.count": np.int32(len(names))}
+        paths.append(directory / f"m-{i + 1:05d}-of-{count:05d}.gguf")
+        described = {name: (t.shape, t.format) for name, t in part.items()}
+        values = (t.read().reshape(t.shape) for t in part.values())
+        gguf.write(paths[-1], (file.metadata if i == 0 else {}) | keys, described, values)
+    return paths
+
+
+def test_a_split_model_is_read_through_its_first_part(plain, tmp_path):
+    paths = split(plain, tmp_path)
+    whole = gguf.read(paths[0])
+    assert whole.metadata == plain.metadata and whole.tensors.keys() == plain.tensors.keys()
+    for name, tensor in plain.tensors.items():
+        np.testing.assert_array_equal(whole.tensors[name].read(), tensor.read())
+    params = checkpoints.load(paths[0]).params
+    np.testing.assert_array_equal(params["final_norm"]["scale"], plain.tensors["output_norm.weight"].read()[0])
+    with pytest.raises(UserError, match=r"part 2 of 3; open the first one, m-00001-of-00003\.gguf"):
+        gguf.read(paths[1])
+    paths[0].rename(tmp_path / "renamed.gguf")
+    with pytest.raises(UserError, match="one of 3 parts; expected a name that ends in -00001-of-00003.gguf"):
+        gguf.read(tmp_path / "renamed.gguf")
+
+
+def test_missing_and_mixed_parts_are_named(plain, tmp_path):
+    paths = split(plain, tmp_path)
+    content = paths[2].read_bytes()
+    paths[2].unlink()
+    with pytest.raises(UserError, match=r"1 of 3 parts are missing: m-00003-of-00003\.gguf$"):
+        gguf.read(paths[0])
+    paths[2].write_bytes(paths[1].read_bytes())
+    with pytest.raises(UserError, match="m-00003-of-00003.gguf: not part 3 of 3 of m-00001-of-00003.gguf"):
+        gguf.read(paths[0])
+    paths[2].write_bytes(content)
+    names = list(plain.tensors)
+    keys = {"split.no": 2, "split.count": 3, "split.tensors.count": len(names)}
+    described = {name: (plain.tensors[name].shape, "F32") for name in (names[0], *names[2::3])}
+    values = (plain.tensors[name].read().reshape(shape) for name, (shape, _) in described.items())
+    gguf.write(tmp_path / "other", keys, described, values)
+    (tmp_path / "other").replace(paths[2])
+    with pytest.raises(UserError, match=f"the tensor '{names[0]}' is in another part, too"):
+        gguf.read(paths[0])
+    described.pop(names[0]), described.pop(names[2])
+    paths[2].unlink()
+    gguf.write(
+        paths[2], keys, described, (plain.tensors[name].read().reshape(shape) for name, (shape, _) in described.items())
+    )
+    with pytest.raises(
+        UserError, match=f"its parts have {len(names) - 1} tensors; split.tensors.count is {len(names)}"
+    ):
+        gguf.read(paths[0])
+
+
+@pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "IQ4_NL", "IQ4_XS", "MXFP4"])
+def test_blocks_that_are_only_read_are_the_weights_of_a_model(plain, tmp_path, kind):
+    block, draw = blocks.FORMATS[kind], np.random.RandomState(0)
+    shape = (plain.tensors["token_embd.weight"].shape[0], 256)
+    rows = draw.randint(0, 60, (shape[0], 256 // block.numbers * block.size)).astype(np.uint8)
+    gguf.write(tmp_path / "m.gguf", {"general.architecture": "llama"}, {"token_embd.weight": (shape, kind)}, [rows])
+    tensor = gguf.read(tmp_path / "m.gguf").tensors["token_embd.weight"]
+    assert (tensor.shape, tensor.format) == (shape, kind)
+    np.testing.assert_array_equal(tensor.read(slice(1, 3)), blocks.decode(kind, rows)[1:3])
+
+
+def test_a_type_that_is_not_read_is_named(header):
+    with pytest.raises(UserError, match=r"is of type 34 \(TQ1_0\); expected one of F32, F16"):
+        gguf.read(header(counts=(1, 0), tensors=tensor(code=34)))
+
+
 def test_what_exists_is_not_overwritten(written, vocabulary):
     path, config, params = written
     with pytest.raises(UserError, match="exists; give another"):
@@ -273,7 +487,7 @@ def test_mutated_and_truncated_files_end_in_clear_errors(written, tmp_path):
         ({"llama.block_count": 3}, r"(?s)- blk.2.attn_k.weight"),
         ({"llama.block_count": "two"}, "'model.num_layers' is 'two'"),
         ({"llama.attention.head_count": 5}, "does not divide"),
-        ({"tokenizer.ggml.model": "bert"}, "is 'bert'; expected 'gpt2'"),
+        ({"tokenizer.ggml.model": "t5"}, "is 't5'; expected 'gpt2'"),
         ({"tokenizer.ggml.model": "llama"}, "scores and token_type are needed for a vocabulary of the kind 'llama'"),
         ({"tokenizer.ggml.pre": "other"}, "pre is 'other'; expected one of"),
         ({"tokenizer.ggml.merges": ["a b c"]}, "a merge of tokens that the vocabulary lacks"),
@@ -321,11 +535,12 @@ def test_a_model_that_a_file_cannot_hold_is_not_written(vocabulary, tmp_path, ch
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"llama.rope.scale_linear": 4.0}, "llama.rope.scale_linear=4.0 is not supported"),
+        ({"llama.rope.scaling.alpha": 4.0}, "llama.rope.scaling.alpha=4.0 is not supported"),
         ({"llama.attention.causal": False}, "llama.attention.causal=False is not supported"),
         ({"llama.attention.layer_norm_rms_epsilon": "abc"}, "the metadata are inconsistent"),
         ({"general.architecture": ["llama"]}, "general.architecture is"),
         ({"tokenizer.ggml.pre": ["a"]}, "tokenizer.ggml.pre is"),
+        ({"tokenizer.ggml.model": ["a"]}, "tokenizer.ggml.model is"),
         ({"tokenizer.ggml.merges": [1, 2]}, "the vocabulary in the metadata is malformed"),
         ({"tokenizer.ggml.tokens": [1, 2]}, "tokens that the vocabulary lacks"),
         ({"tokenizer.ggml.token_type": 5}, "the vocabulary in the metadata is malformed"),

@@ -1,8 +1,12 @@
 """GGUF files as llama.cpp reads them: other people's and ours (requirements-peers.txt). Run by .ci/full.
 
-`python -m pytest -s -m live tests/checkpoints/test_llama_cpp.py` prints what it measures.
+`python -m pytest -s -m live tests/checkpoints/test_llama_cpp.py` prints what it measures. The vocabularies of
+llama.cpp's own tests are in the directory LLAMA_CPP_VOCABULARIES (`models` of its source); without it they are left
+out.
 """
 
+import os
+import pathlib
 import random
 from unittest import mock
 
@@ -14,9 +18,11 @@ import pytest
 from llm_jax import checkpoints, tokenizers
 from llm_jax.checkpoints import gguf, gguf_model, location
 from llm_jax.data import assets
-from llm_jax.tokenizers.hub import SPLITS, HubTokenizer
-from tests.checkpoints.test_gguf import small
+from llm_jax.tokenizers.hub import HubTokenizer
+from llm_jax.tokenizers.pre_tokenizers import PRE_TOKENIZERS
+from tests.checkpoints.test_gguf import llama3, small
 from tests.checkpoints.test_gguf import vocabulary as vocabulary
+from tests.tokenizers import forms, test_gguf_vocabulary
 
 ASSET = "asset:smollm2-135m-instruct"
 TEXTS = ("alls_well_that_ends_well", "areopagitica", "comedy_of_errors")
@@ -104,9 +110,14 @@ def test_llama_cpp_runs_what_we_write_of_the_real_model(smollm2, tmp_path, kind,
     assert abs(compare(f"written as {kind}", path, rows)) < tolerance
 
 
-@pytest.mark.parametrize("arch", gguf_model.ARCHITECTURES)
-def test_llama_cpp_gives_our_logits_of_every_architecture(vocabulary, tmp_path, arch):
-    config, params = small(arch, vocabulary.vocab_size + 3)
+DECODERS = [arch for arch, a in gguf_model.ARCHITECTURES.items() if not a.encoder]
+
+
+@pytest.mark.parametrize(
+    ("arch", "changes"), [*((arch, {}) for arch in DECODERS), ("llama", {"position": llama3(8.0, 40)})]
+)
+def test_llama_cpp_gives_our_logits_of_every_architecture(vocabulary, tmp_path, arch, changes):
+    config, params = small(arch, vocabulary.vocab_size + 3, **changes)
     path = tmp_path / "model.gguf"
     gguf_model.save(path, config, jax.tree.map(lambda w: 0.2 * w, params), vocabulary, "F32")
     rows = [np.random.default_rng(i).integers(0, config.vocab_size, 24).tolist() for i in range(2)]
@@ -140,7 +151,24 @@ def test_llama_cpp_cuts_text_as_a_run_of_ours_does(tmp_path):
     assert (model.token_bos(), model.token_eos()) == (made.bos, made.eos)
 
 
-@pytest.mark.parametrize("pre", SPLITS)
+def test_llama_cpp_gives_our_features_of_bert(tmp_path):
+    tokenizer = test_gguf_vocabulary.wordpiece()
+    config, params = small("bert", tokenizer.vocab_size)
+    path = tmp_path / "model.gguf"
+    gguf_model.save(path, config, jax.tree.map(lambda w: 0.2 * w, params), tokenizer, "F32")
+    text = "The cats, a cat!"
+    ids, loaded = tokenizer.encode_marked(text), checkpoints.load(path)
+    got = loaded.model.apply({"params": loaded.params}, jnp.asarray([ids]), method="features")[0]
+    expected = opened(path, embedding=True, pooling_type=0, n_ctx=64, n_batch=64, n_ubatch=64).embed(text)
+    # Its GELU is the approximation by tanh, from a table of float16.
+    np.testing.assert_allclose(got, np.array(expected), atol=5e-3)
+
+
+# llama.cpp approximates their expressions: letters without case, marks, or digits.
+APPROXIMATED = "tekken gpt-4o granite-embed-multi-97m tiny_aya youtu deepseek-llm deepseek-coder superbpe".split()
+
+
+@pytest.mark.parametrize("pre", [pre for pre in PRE_TOKENIZERS if pre not in APPROXIMATED])
 def test_every_splitting_is_llama_cpps(tmp_path, pre):
     metadata = gguf.read(location.resolve(ASSET)).metadata | {"tokenizer.ggml.pre": pre}
     gguf.write(tmp_path / "vocabulary.gguf", metadata, {}, [])
@@ -151,3 +179,45 @@ def test_every_splitting_is_llama_cpps(tmp_path, pre):
     for i in range(1000):
         some = "".join(draw.choices(letters, k=30)) if i % 2 else draw.choice("  \n").join(draw.choices(words, k=8))
         assert made.encode(some) == model.tokenize(some.encode(), add_bos=False), some
+
+
+def random_texts(letters, count=200):
+    draw = random.Random(0)
+    return ["".join(draw.choices(letters, k=30)) for _ in range(count)]
+
+
+@pytest.mark.parametrize("name", ["model", "prepend", "bytelevel", "wordpiece", "cased wordpiece", "gemma4", "bpe"])
+def test_llama_cpp_reads_every_kind_of_vocabulary_that_we_write(tmp_path, name):
+    arch, texts = "llama", random_texts("the cat sdog  \n\t.,é日x[]") + ["The Cats, the Cat! Thé"]
+    if name in ("model", "prepend", "bytelevel"):
+        tokenizer = written = forms.form(name)
+    elif name == "bpe":
+        tokenizer = tokenizers.get("bpe").train(["def main(self):\n    return 1, größe\n"] * 50, 320)
+        written = tokenizers.exportable(tokenizer)
+        texts = random_texts(["def", " main", "(self)", ":\n    ", "\n\n        ", "return", " 1", "é"])
+    elif name == "gemma4":
+        arch, tokenizer = name, tokenizers.from_gguf(test_gguf_vocabulary.gemma4())
+        written = tokenizer
+    else:
+        arch, tokenizer = "bert", test_gguf_vocabulary.wordpiece("cased" not in name)
+        written = tokenizer
+    metadata = {"general.architecture": arch} | written.to_gguf(written.vocab_size)
+    gguf.write(tmp_path / "vocabulary.gguf", metadata, {}, [])
+    model = opened(tmp_path / "vocabulary.gguf", vocab_only=True)
+    for text in texts:
+        assert model.tokenize(text.encode(), add_bos=False) == tokenizer.encode(text), text
+
+
+VOCABULARIES = pathlib.Path(os.environ.get("LLAMA_CPP_VOCABULARIES", "."))
+
+
+@pytest.mark.parametrize("path", sorted(VOCABULARIES.glob("ggml-vocab-*.gguf.inp")), ids=lambda path: path.name[11:-9])
+def test_the_vocabularies_of_llama_cpps_own_tests(tmp_path, path):
+    """Its texts have its ids, which are those of transformers; also by the vocabulary as we write it."""
+    metadata = gguf.read(path.with_suffix("")).metadata
+    tokenizer = tokenizers.from_gguf(metadata)
+    texts = path.read_text().split("\n__ggml_vocab_test__\n")
+    lines = path.with_suffix(".out").read_text().split("\n")[: len(texts)]
+    assert [tokenizer.encode(text) for text in texts] == [[int(i) for i in line.split()] for line in lines]
+    again = tokenizers.from_gguf(tokenizer.to_gguf(tokenizer.vocab_size))
+    assert [again.encode(text) for text in texts] == [tokenizer.encode(text) for text in texts]
