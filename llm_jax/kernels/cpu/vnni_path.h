@@ -1,0 +1,515 @@
+// The product by the 8-bit dot products of AVX-512 VNNI, which are exact integers.
+//
+// Activations: each row of x is rounded to 24-bit integers in units of a power of two, by its largest magnitude (of a
+// panel where the codes lie by inputs), so the rounding of an activation is at most that of the largest one to float32.
+// The integers are split into three balanced digits of base 256.
+//
+// Weights: the values of codes are unit * (P - zero) with unsigned P. P has one byte for integers and for multiples of
+// 1/2, or three (bits 24) for other tables such as NF4. The terms zero * x are the same for all outputs: the sums
+// start from them, so that nothing is lost by cancellation.
+
+namespace vnni {
+
+constexpr int64_t kDigits = 3;
+constexpr int64_t kPanelBytes = 64;  // rows of codes of a panel: their activations stay in the first-level cache
+constexpr float kLargest = 8355711;  // 127 (65536 + 256 + 1), the largest number of three balanced digits
+
+// The values of codes as integers: value = unit * (P - zero).
+struct Planes {
+  int64_t count;  // 0: P is the code itself; 1 or 3 tables of the bytes of P, the highest first
+  float unit;
+  int64_t zero;
+  alignas(16) uint8_t bytes[3][16];
+};
+
+// A part of the codes: `size` rows of codes in one group where codes lie by inputs, else `size` bytes of each output.
+struct Panel {
+  int64_t begin, size, group;
+};
+
+// Activations as digits. W is `width`, the bytes of a panel rounded up to 16; S parts of a byte.
+struct Activations {
+  int64_t width, parts;
+  std::vector<Panel> panels;
+  std::vector<int8_t> digits;     // (M, panels, S, 3, W)
+  std::vector<int32_t> start;     // (M, panels, 3, 16): -zero * x by digits; by inputs its sum in all 16
+  std::vector<float> unit, total;  // (M, panels): the unit of the integers, and the sum of the activations
+  std::vector<int64_t> finite, others;  // rows of x that have digits, and those left to float arithmetic
+};
+
+static Planes PlanesOf(const Product& p) {
+  Planes planes{};
+  planes.unit = 1;
+  if (p.kind == kInt8) planes.zero = 128;
+  if (p.kind != kTable) return planes;
+  if (IsConsecutive(p)) {
+    planes.zero = -static_cast<int64_t>(p.table[0]);
+    return planes;
+  }
+  float low = p.table[0], high = p.table[0];
+  bool halves = true;
+  const int64_t size = 1 << p.bits;
+  for (int64_t i = 0; i < size; ++i) {
+    low = std::min(low, p.table[i]);
+    high = std::max(high, p.table[i]);
+    halves &= p.table[i] * 2 == std::nearbyint(p.table[i] * 2);
+  }
+  if (halves && (high - low) * 2 <= 255) {
+    planes.count = 1;
+    planes.unit = 0.5f;
+    planes.zero = static_cast<int64_t>(-low * 2);
+    for (int64_t i = 0; i < size; ++i) planes.bytes[0][i] = static_cast<uint8_t>(p.table[i] * 2 + planes.zero);
+    return planes;
+  }
+  const float largest = std::max(-low, high);
+  planes.count = 3;
+  planes.zero = 8388600;
+  planes.unit = largest / static_cast<float>(planes.zero);
+  for (int64_t i = 0; i < size; ++i) {
+    const double units = std::nearbyint(static_cast<double>(p.table[i]) / largest * planes.zero);
+    const int64_t value = static_cast<int64_t>(units) + planes.zero;
+    for (int64_t k = 0; k < 3; ++k) planes.bytes[k][i] = static_cast<uint8_t>(value >> (16 - 8 * k));
+  }
+  return planes;
+}
+
+// Whether this path has the product; the others are for `Outputs` of float_path.h.
+static bool Has(const Product& p) {
+  if (!p.by_output) return true;
+  return p.group == p.inputs || GroupBytes(p) % 16 == 0;  // a vector of 16 bytes has one scale
+}
+
+static inline void SplitDigits(__m512i v, __m512i* digits) {
+  for (int d = 0; d < 2; ++d) {
+    digits[d] = _mm512_srai_epi32(_mm512_slli_epi32(v, 24), 24);
+    v = _mm512_srai_epi32(_mm512_sub_epi32(v, digits[d]), 8);
+  }
+  digits[2] = v;
+}
+
+static inline __mmask16 First16(int64_t count) {
+  return static_cast<__mmask16>(count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1);
+}
+
+static inline __mmask64 First64(int64_t count) { return count >= 64 ? ~0ull : count <= 0 ? 0 : (1ull << count) - 1; }
+
+static float LargestMagnitude(const float* x, int64_t count) {
+  __m512 largest = _mm512_setzero_ps(), not_a_number = _mm512_setzero_ps();
+  for (int64_t i = 0; i < count; i += 16) {
+    const __m512 v = _mm512_maskz_loadu_ps(First16(count - i), x + i);
+    largest = _mm512_max_ps(largest, _mm512_abs_ps(v));
+    not_a_number = _mm512_add_ps(not_a_number, _mm512_sub_ps(v, v));  // 0 where finite
+  }
+  return _mm512_reduce_max_ps(largest) + _mm512_reduce_add_ps(not_a_number);
+}
+
+// The power of two by which numbers up to `largest` are multiplied to be integers of three digits.
+static int Exponent(float largest) {
+  const int e = 22 - std::ilogb(largest);
+  return std::ldexp(largest, e) <= kLargest ? e : e - 1;
+}
+
+// The input that byte `b` of a row of codes holds in its lowest bits.
+static int64_t InputOfByte(const Product& p, int64_t b) {
+  const int64_t bytes = GroupBytes(p);
+  return b / bytes * p.group + b % bytes;
+}
+
+static void Divide(const Product& p, Activations* a) {
+  const int64_t bytes = GroupBytes(p), all = NumGroups(p) * bytes;
+  a->parts = CodesPerByte(p);
+  a->panels.clear();
+  if (p.by_output) {
+    for (int64_t b = 0; b < all; b += 64) a->panels.push_back({b, std::min<int64_t>(64, all - b), b / bytes});
+  } else {
+    for (int64_t g = 0; g < NumGroups(p); ++g) {
+      for (int64_t b = 0; b < bytes; b += kPanelBytes) {
+        a->panels.push_back({g * bytes + b, std::min(kPanelBytes, bytes - b), g});
+      }
+    }
+  }
+  a->width = 0;
+  for (const Panel& panel : a->panels) a->width = std::max(a->width, (panel.size + 15) / 16 * 16);
+}
+
+// Writes the digits of a row; false if its magnitudes have none.
+static bool PrepareRow(const Product& p, const Planes& planes, int64_t row, Activations* a) {
+  const float* x = p.x + row * p.inputs;
+  const int64_t bytes = GroupBytes(p), width = a->width, num_panels = a->panels.size();
+  const float of_row = LargestMagnitude(x, p.inputs);
+  if (!(of_row == 0 || (of_row > 1e-18f && of_row < 1e18f))) return false;
+  for (int64_t j = 0; j < num_panels; ++j) {
+    const Panel& panel = a->panels[j];
+    int8_t* digits = a->digits.data() + (row * num_panels + j) * a->parts * kDigits * width;
+    float largest = of_row;
+    if (!p.by_output) {
+      largest = 0;
+      for (int64_t s = 0; s < a->parts; ++s) {
+        const float* part = x + InputOfByte(p, panel.begin) + s * bytes;
+        largest = std::max(largest, LargestMagnitude(part, panel.size));
+      }
+    }
+    // Numbers below 2^-40 of the row are as good as 0.
+    const int exponent = largest > of_row * 0x1p-40f ? Exponent(largest) : Exponent(of_row > 0 ? of_row : 1);
+    const __m512 to_integers = _mm512_set1_ps(std::ldexp(1.0f, exponent));
+    int64_t panel_sum = 0;
+    int32_t* start = a->start.data() + (row * num_panels + j) * kDigits * 16;
+    for (int64_t lane = 0; lane < width; lane += 16) {
+      __m512i sum = _mm512_setzero_si512();
+      const int64_t input = InputOfByte(p, panel.begin + std::min(lane, panel.size - 1));
+      for (int64_t s = 0; s < a->parts; ++s) {
+        const __m512 v = _mm512_maskz_loadu_ps(First16(panel.size - lane), x + input + s * bytes);
+        const __m512i integers = _mm512_cvtps_epi32(_mm512_mul_ps(v, to_integers));
+        __m512i split[kDigits];
+        SplitDigits(integers, split);
+        for (int64_t d = 0; d < kDigits; ++d) {
+          _mm_storeu_si128(reinterpret_cast<__m128i*>(digits + (s * kDigits + d) * width + lane),
+                           _mm512_cvtepi32_epi8(split[d]));
+        }
+        sum = _mm512_add_epi32(sum, integers);
+      }
+      panel_sum += _mm512_reduce_add_epi64(_mm512_cvtepi32_epi64(_mm512_castsi512_si256(sum))) +
+                   _mm512_reduce_add_epi64(_mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(sum, 1)));
+      if (!p.by_output) continue;
+      // An accumulator has the sum of four bytes.
+      alignas(64) int32_t of_bytes[16];
+      _mm512_store_si512(of_bytes, sum);
+      for (int64_t i = 0; i < 4; ++i) {
+        int64_t four = 0;
+        for (int64_t k = 0; k < 4; ++k) four += of_bytes[4 * i + k];
+        four *= -planes.zero;
+        if (planes.count == 3) four = (four + (1 << 15)) >> 16;
+        for (int64_t d = 0; d < 2; ++d) {
+          start[d * 16 + lane / 4 + i] = static_cast<int8_t>(four);
+          four = (four - static_cast<int8_t>(four)) >> 8;
+        }
+        start[2 * 16 + lane / 4 + i] = static_cast<int32_t>(four);
+      }
+    }
+    if (p.by_output) {
+      for (int64_t d = 0; d < kDigits; ++d) {
+        for (int64_t i = width / 4; i < 16; ++i) start[d * 16 + i] = 0;
+      }
+    } else {
+      int64_t sum = -planes.zero * panel_sum;
+      if (planes.count == 3) sum = (sum + (1 << 15)) >> 16;
+      for (int64_t d = 0; d < 2; ++d) {
+        start[d] = static_cast<int8_t>(sum);
+        sum = (sum - static_cast<int8_t>(sum)) >> 8;
+      }
+      start[2] = static_cast<int32_t>(sum);
+    }
+    const float unit = std::ldexp(1.0f, -exponent);
+    a->unit[row * num_panels + j] = unit;
+    a->total[row * num_panels + j] = unit * static_cast<float>(panel_sum);
+  }
+  return true;
+}
+
+static void Prepare(const Product& p, const Planes& planes, Activations* a) {
+  Divide(p, a);
+  const int64_t num_panels = a->panels.size();
+  a->digits.resize(p.rows * num_panels * a->parts * kDigits * a->width);
+  a->start.resize(p.rows * num_panels * kDigits * 16);
+  a->unit.resize(p.rows * num_panels);
+  a->total.resize(p.rows * num_panels);
+  a->finite.clear();
+  a->others.clear();
+  for (int64_t row = 0; row < p.rows; ++row) {
+    (PrepareRow(p, planes, row, a) ? a->finite : a->others).push_back(row);
+  }
+}
+
+static inline __m512 Load16(const Scales& s, int64_t row, int64_t column, __mmask16 mask) {
+  row = s.rows == 1 ? 0 : row;
+  if (s.columns == 1) return _mm512_set1_ps(ScaleAt(s, row, 0));
+  const int64_t index = row * s.columns + column;
+  switch (s.kind) {
+    case kFloat32:
+      return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(s.data) + index);
+    case kFloat16:
+      return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(s.data) + index));
+    default:
+      break;
+  }
+  const __m512i bytes = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, static_cast<const uint8_t*>(s.data) + index));
+  if (s.kind == kExponent) return _mm512_castsi512_ps(_mm512_slli_epi32(bytes, 23));
+  const __m512 values = _mm512_i32gather_ps(bytes, s.table, 4);
+  const int64_t last = std::min<int64_t>(column + 15, s.columns - 1);
+  const float* inner = s.inner + row * s.inner_rows / s.rows * s.inner_columns;
+  const int64_t first_part = column * s.inner_columns / s.columns, last_part = last * s.inner_columns / s.columns;
+  __m512 factor = _mm512_set1_ps(inner[first_part]);
+  if (first_part != last_part) {
+    alignas(64) float factors[16] = {};
+    for (int64_t i = 0; column + i <= last; ++i) factors[i] = inner[(column + i) * s.inner_columns / s.columns];
+    factor = _mm512_load_ps(factors);
+  }
+  return _mm512_fmadd_ps(values, factor, _mm512_set1_ps(s.mean));
+}
+
+static inline __m512 Joined(__m512i high, __m512i middle, __m512i low) {
+  const __m512 base = _mm512_set1_ps(256.0f);
+  return _mm512_fmadd_ps(_mm512_fmadd_ps(_mm512_cvtepi32_ps(high), base, _mm512_cvtepi32_ps(middle)), base,
+                         _mm512_cvtepi32_ps(low));
+}
+
+// acc[2], acc[1], acc[0] += the products of the digits of x with the bytes of P for `codes`, by their weights.
+template <int PLANES>
+static inline __attribute__((always_inline)) void Multiply(__m512i codes, const __m512i* tables, __m512i x2, __m512i x1,
+                                                           __m512i x0, __m512i* acc) {
+  if (PLANES <= 1) {
+    const __m512i w = PLANES ? _mm512_shuffle_epi8(tables[0], codes) : codes;
+    acc[2] = _mm512_dpbusd_epi32(acc[2], w, x2);
+    acc[1] = _mm512_dpbusd_epi32(acc[1], w, x1);
+    acc[0] = _mm512_dpbusd_epi32(acc[0], w, x0);
+    return;
+  }
+  const __m512i high = _mm512_shuffle_epi8(tables[0], codes), middle = _mm512_shuffle_epi8(tables[1], codes),
+                low = _mm512_shuffle_epi8(tables[2], codes);
+  acc[2] = _mm512_dpbusd_epi32(acc[2], high, x2);
+  acc[1] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(acc[1], high, x1), middle, x2);
+  acc[0] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_dpbusd_epi32(acc[0], high, x0), middle, x1), low, x2);
+}
+
+template <int BITS>
+static inline __attribute__((always_inline)) __m512i Part(__m512i bytes, int part) {
+  if (BITS == 8) return bytes;
+  return _mm512_and_si512(_mm512_srli_epi16(bytes, part * BITS), _mm512_set1_epi8((1 << BITS) - 1));
+}
+
+static inline __m512i FourBytes(const int8_t* x) {
+  int32_t four;
+  std::memcpy(&four, x, 4);
+  return _mm512_set1_epi32(four);
+}
+
+// Codes that lie by inputs: 64 outputs times a panel, for ROWS rows of x. Sums are 16 outputs to a vector.
+template <int BITS, int PLANES, bool SIGNED, int ROWS>
+static void ColumnTile(const Product& p, const Activations& a, int64_t panel_index, const int64_t* rows, int64_t column,
+                       const __m512i* tables, __m512 (*sums)[4]) {
+  constexpr int PARTS = 8 / BITS;
+  const Panel& panel = a.panels[panel_index];
+  const int64_t num_panels = a.panels.size(), width = a.width;
+  const __mmask64 mask = First64(p.outputs - column);
+  const int8_t* digits[ROWS];
+  __m512i acc[ROWS][4][kDigits];
+  for (int m = 0; m < ROWS; ++m) {
+    const int64_t index = rows[m] * num_panels + panel_index;
+    digits[m] = a.digits.data() + index * PARTS * kDigits * width;
+    for (int k = 0; k < 4; ++k) {
+      for (int d = 0; d < kDigits; ++d) acc[m][k][d] = _mm512_set1_epi32(a.start[index * kDigits * 16 + d]);
+    }
+  }
+  const uint8_t* w = p.codes + panel.begin * p.outputs + column;
+  const uint8_t* ahead = w + panel.size * p.outputs;
+  for (int64_t b = 0; b < panel.size; b += 4, w += 4 * p.outputs, ahead += 4 * p.outputs) {
+    __m512i bytes[4];
+    for (int i = 0; i < 4; ++i) {
+      bytes[i] = b + i < panel.size ? _mm512_maskz_loadu_epi8(mask, w + i * p.outputs) : _mm512_setzero_si512();
+      _mm_prefetch(reinterpret_cast<const char*>(ahead + i * p.outputs), _MM_HINT_T0);
+    }
+    const __m512i low01 = _mm512_unpacklo_epi8(bytes[0], bytes[1]), high01 = _mm512_unpackhi_epi8(bytes[0], bytes[1]),
+                  low23 = _mm512_unpacklo_epi8(bytes[2], bytes[3]), high23 = _mm512_unpackhi_epi8(bytes[2], bytes[3]);
+    __m512i fours[4] = {_mm512_unpacklo_epi16(low01, low23), _mm512_unpackhi_epi16(low01, low23),
+                        _mm512_unpacklo_epi16(high01, high23), _mm512_unpackhi_epi16(high01, high23)};
+    for (int k = 0; k < 4; ++k) {
+      if (SIGNED) fours[k] = _mm512_xor_si512(fours[k], _mm512_set1_epi8(-128));
+      for (int s = 0; s < PARTS; ++s) {
+        const __m512i codes = Part<BITS>(fours[k], s);
+        for (int m = 0; m < ROWS; ++m) {
+          const int8_t* x = digits[m] + s * kDigits * width + b;
+          Multiply<PLANES>(codes, tables, FourBytes(x + 2 * width), FourBytes(x + width), FourBytes(x), acc[m][k]);
+        }
+      }
+    }
+  }
+  for (int m = 0; m < ROWS; ++m) {
+    __m512 f[4];
+    for (int k = 0; k < 4; ++k) f[k] = Joined(acc[m][k][2], acc[m][k][1], acc[m][k][0]);
+    // Vector k has outputs 16 L + 4 k ... of every 128-bit lane L.
+    const __m512 a0 = _mm512_shuffle_f32x4(f[0], f[1], 0x44), a1 = _mm512_shuffle_f32x4(f[2], f[3], 0x44),
+                 a2 = _mm512_shuffle_f32x4(f[0], f[1], 0xee), a3 = _mm512_shuffle_f32x4(f[2], f[3], 0xee);
+    sums[m][0] = _mm512_shuffle_f32x4(a0, a1, 0x88);
+    sums[m][1] = _mm512_shuffle_f32x4(a0, a1, 0xdd);
+    sums[m][2] = _mm512_shuffle_f32x4(a2, a3, 0x88);
+    sums[m][3] = _mm512_shuffle_f32x4(a2, a3, 0xdd);
+  }
+}
+
+template <int BITS, int PLANES, bool SIGNED>
+static void Columns(const Product& p, const Planes& planes, const Activations& a, int64_t begin, int64_t end) {
+  constexpr int MOST = PLANES == 3 ? 1 : 2;  // as many rows as have registers
+  __m512i tables[3];
+  for (int k = 0; k < 3; ++k) {
+    tables[k] = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(planes.bytes[k])));
+  }
+  const float unit = planes.unit * (planes.count == 3 ? 65536.0f : 1.0f);
+  const int64_t num_panels = a.panels.size(), num_rows = a.finite.size();
+  for (int64_t j = 0; j < num_panels; ++j) {
+    for (int64_t column = begin; column < end; column += 64) {
+      __m512 scales[4], offsets[4];
+      __mmask16 masks[4];
+      for (int64_t i = 0; i < 4; ++i) {
+        masks[i] = First16(end - column - 16 * i);
+        if (!masks[i]) continue;
+        scales[i] = Load16(p.scale, a.panels[j].group, column + 16 * i, masks[i]);
+        if (p.offset.kind != kNone) offsets[i] = Load16(p.offset, a.panels[j].group, column + 16 * i, masks[i]);
+      }
+      for (int64_t m = 0; m < num_rows; m += MOST) {
+        const int64_t count = std::min<int64_t>(MOST, num_rows - m);
+        __m512 sums[MOST][4];
+        if (count == MOST) {
+          ColumnTile<BITS, PLANES, SIGNED, MOST>(p, a, j, &a.finite[m], column, tables, sums);
+        } else {
+          ColumnTile<BITS, PLANES, SIGNED, 1>(p, a, j, &a.finite[m], column, tables, sums);
+        }
+        for (int64_t r = 0; r < count; ++r) {
+          const int64_t row = a.finite[m + r];
+          const __m512 factor = _mm512_set1_ps(unit * a.unit[row * num_panels + j]);
+          for (int64_t i = 0; i < 4 && masks[i]; ++i) {
+            float* y = p.y + row * p.outputs + column + 16 * i;
+            __m512 sum = j ? _mm512_maskz_loadu_ps(masks[i], y) : _mm512_setzero_ps();
+            sum = _mm512_fmadd_ps(_mm512_mul_ps(sums[r][i], factor), scales[i], sum);
+            if (p.offset.kind != kNone) {
+              sum = _mm512_fmadd_ps(_mm512_set1_ps(a.total[row * num_panels + j]), offsets[i], sum);
+            }
+            _mm512_mask_storeu_ps(y, masks[i], sum);
+          }
+        }
+      }
+    }
+  }
+}
+
+// Codes that lie by outputs: OUTPUTS rows of codes times ROWS rows of x.
+template <int BITS, int PLANES, bool SIGNED, bool GROUPS, int ROWS, int OUTPUTS>
+static void RowTile(const Product& p, const Planes& planes, const Activations& a, const int64_t* rows, int64_t first,
+                    const __m512i* tables, const float* scales, const int32_t* lanes) {
+  constexpr int PARTS = 8 / BITS;
+  const int64_t num_panels = a.panels.size(), width = a.width, groups = NumGroups(p);
+  const int64_t row_bytes = groups * GroupBytes(p);
+  const float unit = planes.unit * (planes.count == 3 ? 65536.0f : 1.0f);
+  __m512i acc[ROWS][OUTPUTS][kDigits];
+  __m512 sums[ROWS][OUTPUTS];
+  for (int m = 0; m < ROWS; ++m) {
+    for (int n = 0; n < OUTPUTS; ++n) {
+      sums[m][n] = _mm512_setzero_ps();
+      for (int d = 0; d < kDigits; ++d) acc[m][n][d] = _mm512_setzero_si512();
+    }
+  }
+  for (int64_t j = 0; j < num_panels; ++j) {
+    const Panel& panel = a.panels[j];
+    const __mmask64 mask = First64(panel.size);
+    __m512i bytes[OUTPUTS];
+    for (int n = 0; n < OUTPUTS; ++n) {
+      bytes[n] = _mm512_maskz_loadu_epi8(mask, p.codes + (first + n) * row_bytes + panel.begin);
+      if (SIGNED) bytes[n] = _mm512_xor_si512(bytes[n], _mm512_set1_epi8(-128));
+    }
+    for (int m = 0; m < ROWS; ++m) {
+      const int64_t index = rows[m] * num_panels + j;
+      for (int d = 0; d < kDigits; ++d) {
+        const __m512i start = _mm512_loadu_si512(a.start.data() + (index * kDigits + d) * 16);
+        for (int n = 0; n < OUTPUTS; ++n) acc[m][n][d] = GROUPS ? start : _mm512_add_epi32(acc[m][n][d], start);
+      }
+      for (int s = 0; s < PARTS; ++s) {
+        const int8_t* x = a.digits.data() + (index * PARTS + s) * kDigits * width;
+        const __mmask64 inside = First64(width);
+        const __m512i x0 = _mm512_maskz_loadu_epi8(inside, x), x1 = _mm512_maskz_loadu_epi8(inside, x + width),
+                      x2 = _mm512_maskz_loadu_epi8(inside, x + 2 * width);
+        for (int n = 0; n < OUTPUTS; ++n) {
+          Multiply<PLANES>(Part<BITS>(bytes[n], s), tables, x2, x1, x0, acc[m][n]);
+        }
+      }
+      if (GROUPS) {
+        const __m512i lane = _mm512_loadu_si512(lanes + j * 16);
+        for (int n = 0; n < OUTPUTS; ++n) {
+          const float* of_output = scales + n * (groups + 16);
+          const __m512 scale = _mm512_permutexvar_ps(lane, _mm512_loadu_ps(of_output + panel.group));
+          sums[m][n] = _mm512_fmadd_ps(Joined(acc[m][n][2], acc[m][n][1], acc[m][n][0]), scale, sums[m][n]);
+        }
+      }
+    }
+  }
+  for (int m = 0; m < ROWS; ++m) {
+    const float factor = unit * a.unit[rows[m] * num_panels];
+    for (int n = 0; n < OUTPUTS; ++n) {
+      const __m512 sum = GROUPS ? sums[m][n] : Joined(acc[m][n][2], acc[m][n][1], acc[m][n][0]);
+      const float scale = GROUPS ? 1.0f : scales[n * (groups + 16)];
+      p.y[rows[m] * p.outputs + first + n] = _mm512_reduce_add_ps(sum) * factor * scale;
+    }
+  }
+}
+
+// The sums of the activations of every group, for offsets: (M, groups).
+static std::vector<float> GroupTotals(const Product& p) {
+  std::vector<float> totals(p.rows * NumGroups(p));
+  for (int64_t i = 0; i < static_cast<int64_t>(totals.size()); ++i) {
+    float total = 0;
+    for (int64_t k = 0; k < p.group; ++k) total += p.x[i * p.group + k];
+    totals[i] = total;
+  }
+  return totals;
+}
+
+template <int BITS, int PLANES, bool SIGNED, bool GROUPS>
+static void Rows(const Product& p, const Planes& planes, const Activations& a, int64_t begin, int64_t end) {
+  __m512i tables[3];
+  for (int k = 0; k < 3; ++k) {
+    tables[k] = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(planes.bytes[k])));
+  }
+  const int64_t groups = NumGroups(p), bytes = GroupBytes(p), num_rows = a.finite.size();
+  std::vector<int32_t> lanes(a.panels.size() * 16);
+  for (size_t i = 0; i < lanes.size(); ++i) {
+    const Panel& panel = a.panels[i / 16];
+    lanes[i] = static_cast<int32_t>(std::min((panel.begin + static_cast<int64_t>(i % 16) * 4) / bytes, groups - 1) -
+                                    panel.group);
+  }
+  std::vector<float> totals;
+  if (p.offset.kind != kNone) totals = GroupTotals(p);
+  std::vector<float> scales(4 * (groups + 16));
+  for (int64_t n = begin; n < end;) {
+    const int64_t count = end - n >= 4 ? 4 : 1;
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t g = 0; g < groups; g += 16) {
+        const __mmask16 mask = First16(groups - g);
+        _mm512_mask_storeu_ps(scales.data() + i * (groups + 16) + g, mask, Load16(p.scale, n + i, g, mask));
+      }
+    }
+    for (int64_t m = 0; m < num_rows; ++m) {
+      if (count == 4) {
+        RowTile<BITS, PLANES, SIGNED, GROUPS, 1, 4>(p, planes, a, &a.finite[m], n, tables, scales.data(), lanes.data());
+      } else {
+        RowTile<BITS, PLANES, SIGNED, GROUPS, 1, 1>(p, planes, a, &a.finite[m], n, tables, scales.data(), lanes.data());
+      }
+      if (p.offset.kind == kNone) continue;
+      const int64_t row = a.finite[m];
+      for (int64_t i = 0; i < count; ++i) {
+        float sum = 0;
+        for (int64_t g = 0; g < groups; ++g) sum += totals[row * groups + g] * ScaleAt(p.offset, n + i, g);
+        p.y[row * p.outputs + n + i] += sum;
+      }
+    }
+    n += count;
+  }
+}
+
+template <int BITS, int PLANES, bool SIGNED>
+static void OutputsOf(const Product& p, const Planes& planes, const Activations& a, int64_t begin, int64_t end) {
+  if (!p.by_output) return Columns<BITS, PLANES, SIGNED>(p, planes, a, begin, end);
+  if (p.group != p.inputs) return Rows<BITS, PLANES, SIGNED, true>(p, planes, a, begin, end);
+  Rows<BITS, PLANES, SIGNED, false>(p, planes, a, begin, end);
+}
+
+// The outputs [begin, end) of the rows `a.finite` of x.
+static void Outputs(const Product& p, const Planes& planes, const Activations& a, int64_t begin, int64_t end) {
+  if (p.bits == 8) {
+    if (p.kind == kInt8) return OutputsOf<8, 0, true>(p, planes, a, begin, end);
+    return OutputsOf<8, 0, false>(p, planes, a, begin, end);
+  }
+  if (p.bits == 2) return OutputsOf<2, 0, false>(p, planes, a, begin, end);
+  if (planes.count == 3) return OutputsOf<4, 3, false>(p, planes, a, begin, end);
+  if (planes.count == 1) return OutputsOf<4, 1, false>(p, planes, a, begin, end);
+  OutputsOf<4, 0, false>(p, planes, a, begin, end);
+}
+
+}  // namespace vnni
