@@ -11,7 +11,8 @@ from llm_jax.kernels.number_formats import Scheme
 
 # Letters of shapes: M rows of activations, C the contracted axis of the weight, F its free one.
 
-MOST_ROWS = 16  # of activations: beyond, a product is bound by arithmetic, and XLA's matmul of the expanded weight is faster
+# Rows of activations. With more, arithmetic bounds a product, and XLA's matmul of the expanded weight is faster.
+MOST_ROWS = 16
 _FORMATS = ("int8", "uint8", "int4", "uint4", "int2", "uint2", "nf4", "e2m1")
 _MOST_INPUTS = 2**20  # integer sums of as many products fit 32 bits
 
@@ -25,12 +26,13 @@ def misfit(x: jax.Array, codes: tuple[Any, ...], s: Scheme, axis: int, contracte
         return "the groups do not lie along the contracted axis"
     if not 1 <= rows <= MOST_ROWS:
         return f"{rows} rows of activations; the kernels take 1 to {MOST_ROWS}"
-    if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16) or accumulate != jnp.float32:
+    if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16) or jnp.dtype(accumulate) != jnp.float32:
         return f"{x.dtype} activations with {jnp.dtype(accumulate)} sums"
     if codes[0].ndim != 2 or x.shape[-1] > _MOST_INPUTS or not codes[0].size:
         return f"codes of the shape {codes[0].shape}"
-    if jax.sharding.get_abstract_mesh().size > 1:
-        return "a mesh of several devices is in use"
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size > 1 or mesh.manual_axes:
+        return "a mesh of devices is in use"
     if jax.default_backend() != "cpu":
         return f"JAX runs on {jax.default_backend()}"
     return ""
@@ -44,8 +46,8 @@ def product(x: jax.Array, codes: tuple[Any, ...], s: Scheme, axis: int, path: st
 
     Args:
       x: float (..., C).
-      codes: (codes, scale, offset) of a weight whose groups lie along C: axis -2 for a weight (C, F), -1 for (F, C). The
-        scale may be (codes, scale, mean) itself.
+      codes: (codes, scale, offset) of a weight whose groups lie along C: axis -2 for a weight (C, F), -1 for (F, C).
+        The scale may be (codes, scale, mean) itself.
       path: a name of `native.PATHS`, for tests.
 
     Returns:

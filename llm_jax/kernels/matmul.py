@@ -80,24 +80,29 @@ def expanded_product(x: jax.Array, codes: Codes, s: Scheme, axis: int, contracte
             x,
             codes,
             cpu=lambda x, codes: cpu_product.product(x, codes, s, axis),
-            default=lambda x, codes: _xla_product(x, codes, s, axis, contracted, accumulate),
+            default=lambda x, codes: xla_product(x, codes, s, axis, contracted, accumulate),
         )
-    return _xla_product(x, codes, s, axis, contracted, accumulate)
+    return xla_product(x, codes, s, axis, contracted, accumulate)
 
 
-def _xla_product(x: jax.Array, codes: Codes, s: Scheme, axis: int, contracted: int, accumulate: Any) -> jax.Array:
+def xla_product(x: jax.Array, codes: Codes, s: Scheme, axis: int, contracted: int, accumulate: Any) -> jax.Array:
     """The reference. For few rows of x the weight is decoded tile by tile, each of which stays in a core's cache."""
-    packed, scale, offset = codes
-    if isinstance(scale, tuple):
-        other = -3 - axis
-        scale = number_formats.decode(
-            *scale, number_formats.scheme(number_formats.nested(s, scale[0].shape[other])), other
-        )
-    codes = packed, scale, offset
+    codes = codes[0], dense_scale(codes, s, axis), codes[2]
     few = axis + 2 == contracted and x.size // x.shape[-1] <= _FEW and not _devices()
     if few and (tiles := _tiles(codes, s, contracted)):
         return _tiled(x, codes, s, axis, contracted, accumulate, tiles)
     return _product(x, number_formats.decode(*codes, s, axis), contracted, accumulate)
+
+
+def dense_scale(codes: Codes, s: Scheme, axis: int) -> jax.Array:
+    """The stored scales of a weight, decoded where they are quantized."""
+    scale = codes[1]
+    if not isinstance(scale, tuple):
+        return scale
+    other = -3 - axis
+    codes_of_scale, inner, mean = scale
+    inner_scheme = number_formats.scheme(number_formats.nested(s, codes_of_scale.shape[other]))
+    return number_formats.decode(codes_of_scale, inner, mean, inner_scheme, other)
 
 
 def _product(x, w, contracted, accumulate):

@@ -89,8 +89,22 @@ class Product:
         values = values * np.broadcast_to(scale, (outputs, groups))[..., None] + offset[..., None]
         return values.reshape(outputs, inputs).T
 
-    def run(self, path: str = "auto", threads: int = 1, codes_at: int = 0, x_at: int = 0, y_at: int = 0) -> np.ndarray:
-        """The result of the kernel, float32 (rows, outputs); addresses replace those of the arrays."""
+    def run(
+        self,
+        path: str = "auto",
+        threads: int = 1,
+        *,
+        codes_at: int = 0,
+        x_at: int = 0,
+        y_at: int = 0,
+        scale_at: int = 0,
+        **fields: int,
+    ) -> np.ndarray:
+        """The result of the kernel, float32 (rows, outputs); addresses replace those of arrays, `fields` those of it.
+
+        Raises:
+          ValueError: the kernel refuses the sizes.
+        """
         outputs = self.codes.shape[0 if self.by_output else 1]
         y = np.full((self.x.shape[0], outputs), np.nan, np.float32)
         table = TABLES.get(self.format)
@@ -108,6 +122,9 @@ class Product:
             _scales(self.scale, self.scale_kind, self.inner),
             CScales() if self.offset is None else _scales(self.offset, str(self.offset.dtype), None),
         )
+        request.scale.data = scale_at or request.scale.data
+        for name, value in fields.items():
+            setattr(request, name, value)
         if reason := call(request, path, threads):
             raise ValueError(reason)
         return y
@@ -167,4 +184,6 @@ def draw(
         scales = r.uniform(0.01, 0.1, shape).astype(scale)
     offsets = r.normal(0, 0.1, shape).astype(scale) if offset else None
     x = r.normal(0, 3, (rows, inputs)).astype(np.float32)
-    return Product(format, group, by_output, x, codes.view(np.int8) if format == "int8" else codes, scales, scale, inner, offsets)
+    return Product(
+        format, group, by_output, x, codes.view(np.int8) if format == "int8" else codes, scales, scale, inner, offsets
+    )

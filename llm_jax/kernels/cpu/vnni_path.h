@@ -1,8 +1,8 @@
 // The product by the 8-bit dot products of AVX-512 VNNI, which are exact integers.
 //
 // Activations: each row of x is rounded to 24-bit integers in units of a power of two, by its largest magnitude (of a
-// panel where the codes lie by inputs), so the rounding of an activation is at most that of the largest one to float32.
-// The integers are split into three balanced digits of base 256.
+// panel where the codes lie by inputs). So the rounding error of an activation is at most 2^-23 of the largest one, twice
+// that of rounding it to float32. The integers are split into three balanced digits of base 256.
 //
 // Weights: the values of codes are unit * (P - zero) with unsigned P. P has one byte for integers and for multiples of
 // 1/2, or three (bits 24) for other tables such as NF4. The terms zero * x are the same for all outputs: the sums
@@ -12,6 +12,7 @@ namespace vnni {
 
 constexpr int64_t kDigits = 3;
 constexpr int64_t kPanelBytes = 64;  // rows of codes of a panel: their activations stay in the first-level cache
+constexpr int64_t kAhead = 4096;   // bytes that are fetched in advance where codes lie by outputs
 constexpr float kLargest = 8355711;  // 127 (65536 + 256 + 1), the largest number of three balanced digits
 
 // The values of codes as integers: value = unit * (P - zero).
@@ -199,6 +200,10 @@ static bool PrepareRow(const Product& p, const Planes& planes, int64_t row, Acti
       }
       start[2] = static_cast<int32_t>(sum);
     }
+    if (p.by_output && p.group == p.inputs && j) {  // one sum for all panels: it starts with the first
+      int32_t* first = start - j * kDigits * 16;
+      for (int64_t i = 0; i < kDigits * 16; ++i) first[i] += start[i];
+    }
     const float unit = std::ldexp(1.0f, -exponent);
     a->unit[row * num_panels + j] = unit;
     a->total[row * num_panels + j] = unit * static_cast<float>(panel_sum);
@@ -253,22 +258,24 @@ static inline __m512 Joined(__m512i high, __m512i middle, __m512i low) {
                          _mm512_cvtepi32_ps(low));
 }
 
-// acc[2], acc[1], acc[0] += the products of the digits of x with the bytes of P for `codes`, by their weights.
+// acc[2], acc[1], acc[0] += the products of the digits of x with the bytes of P, by their weights.
+template <int PLANES>
+static inline __attribute__((always_inline)) void AddDigits(const __m512i* w, __m512i x2, __m512i x1, __m512i x0,
+                                                            __m512i* acc) {
+  acc[2] = _mm512_dpbusd_epi32(acc[2], w[0], x2);
+  acc[1] = _mm512_dpbusd_epi32(acc[1], w[0], x1);
+  acc[0] = _mm512_dpbusd_epi32(acc[0], w[0], x0);
+  if (PLANES < 3) return;
+  acc[1] = _mm512_dpbusd_epi32(acc[1], w[1], x2);
+  acc[0] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(acc[0], w[1], x1), w[2], x2);
+}
+
 template <int PLANES>
 static inline __attribute__((always_inline)) void Multiply(__m512i codes, const __m512i* tables, __m512i x2, __m512i x1,
                                                            __m512i x0, __m512i* acc) {
-  if (PLANES <= 1) {
-    const __m512i w = PLANES ? _mm512_shuffle_epi8(tables[0], codes) : codes;
-    acc[2] = _mm512_dpbusd_epi32(acc[2], w, x2);
-    acc[1] = _mm512_dpbusd_epi32(acc[1], w, x1);
-    acc[0] = _mm512_dpbusd_epi32(acc[0], w, x0);
-    return;
-  }
-  const __m512i high = _mm512_shuffle_epi8(tables[0], codes), middle = _mm512_shuffle_epi8(tables[1], codes),
-                low = _mm512_shuffle_epi8(tables[2], codes);
-  acc[2] = _mm512_dpbusd_epi32(acc[2], high, x2);
-  acc[1] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(acc[1], high, x1), middle, x2);
-  acc[0] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_dpbusd_epi32(acc[0], high, x0), middle, x1), low, x2);
+  __m512i w[3] = {codes, codes, codes};
+  for (int i = 0; i < PLANES; ++i) w[i] = _mm512_shuffle_epi8(tables[i], codes);
+  AddDigits<PLANES>(w, x2, x1, x0, acc);
 }
 
 template <int BITS>
@@ -277,16 +284,63 @@ static inline __attribute__((always_inline)) __m512i Part(__m512i bytes, int par
   return _mm512_and_si512(_mm512_srli_epi16(bytes, part * BITS), _mm512_set1_epi8((1 << BITS) - 1));
 }
 
+// Fetches the next panel row by row while a panel is computed tile by tile: memory is read in the order of addresses.
+struct Ahead {
+  const uint8_t* row;
+  int64_t column, width, stride;
+
+  inline void Fetch() {
+    _mm_prefetch(reinterpret_cast<const char*>(row + column), _MM_HINT_T0);
+    column += 64;
+    if (column >= width) {
+      column = 0;
+      row += stride;
+    }
+  }
+};
+
 static inline __m512i FourBytes(const int8_t* x) {
   int32_t four;
   std::memcpy(&four, x, 4);
   return _mm512_set1_epi32(four);
 }
 
+// Four rows of codes as vectors of the four codes of an output: vector k has the outputs 16 L + 4 k ... of every
+// 128-bit lane L.
+template <bool SIGNED>
+static inline __attribute__((always_inline)) void LoadFours(const uint8_t* w, int64_t stride, int64_t count,
+                                                            __mmask64 mask, Ahead* ahead, __m512i* fours) {
+  __m512i bytes[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    bytes[i] = i < count ? _mm512_maskz_loadu_epi8(mask, w + i * stride) : _mm512_setzero_si512();
+    ahead->Fetch();
+  }
+  const __m512i low01 = _mm512_unpacklo_epi8(bytes[0], bytes[1]), high01 = _mm512_unpackhi_epi8(bytes[0], bytes[1]),
+                low23 = _mm512_unpacklo_epi8(bytes[2], bytes[3]), high23 = _mm512_unpackhi_epi8(bytes[2], bytes[3]);
+  fours[0] = _mm512_unpacklo_epi16(low01, low23);
+  fours[1] = _mm512_unpackhi_epi16(low01, low23);
+  fours[2] = _mm512_unpacklo_epi16(high01, high23);
+  fours[3] = _mm512_unpackhi_epi16(high01, high23);
+  if (!SIGNED) return;
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; ++k) fours[k] = _mm512_xor_si512(fours[k], _mm512_set1_epi8(-128));
+}
+
+// From the order of `LoadFours` to that of the outputs.
+static inline __attribute__((always_inline)) void InOrder(const __m512* f, __m512* sums) {
+  const __m512 a0 = _mm512_shuffle_f32x4(f[0], f[1], 0x44), a1 = _mm512_shuffle_f32x4(f[2], f[3], 0x44),
+               a2 = _mm512_shuffle_f32x4(f[0], f[1], 0xee), a3 = _mm512_shuffle_f32x4(f[2], f[3], 0xee);
+  sums[0] = _mm512_shuffle_f32x4(a0, a1, 0x88);
+  sums[1] = _mm512_shuffle_f32x4(a0, a1, 0xdd);
+  sums[2] = _mm512_shuffle_f32x4(a2, a3, 0x88);
+  sums[3] = _mm512_shuffle_f32x4(a2, a3, 0xdd);
+}
+
 // Codes that lie by inputs: 64 outputs times a panel, for ROWS rows of x. Sums are 16 outputs to a vector.
 template <int BITS, int PLANES, bool SIGNED, int ROWS>
 static void ColumnTile(const Product& p, const Activations& a, int64_t panel_index, const int64_t* rows, int64_t column,
-                       const __m512i* tables, __m512 (*sums)[4]) {
+                       const __m512i* tables, Ahead* ahead, __m512 (*sums)[4]) {
   constexpr int PARTS = 8 / BITS;
   const Panel& panel = a.panels[panel_index];
   const int64_t num_panels = a.panels.size(), width = a.width;
@@ -301,19 +355,10 @@ static void ColumnTile(const Product& p, const Activations& a, int64_t panel_ind
     }
   }
   const uint8_t* w = p.codes + panel.begin * p.outputs + column;
-  const uint8_t* ahead = w + panel.size * p.outputs;
-  for (int64_t b = 0; b < panel.size; b += 4, w += 4 * p.outputs, ahead += 4 * p.outputs) {
-    __m512i bytes[4];
-    for (int i = 0; i < 4; ++i) {
-      bytes[i] = b + i < panel.size ? _mm512_maskz_loadu_epi8(mask, w + i * p.outputs) : _mm512_setzero_si512();
-      _mm_prefetch(reinterpret_cast<const char*>(ahead + i * p.outputs), _MM_HINT_T0);
-    }
-    const __m512i low01 = _mm512_unpacklo_epi8(bytes[0], bytes[1]), high01 = _mm512_unpackhi_epi8(bytes[0], bytes[1]),
-                  low23 = _mm512_unpacklo_epi8(bytes[2], bytes[3]), high23 = _mm512_unpackhi_epi8(bytes[2], bytes[3]);
-    __m512i fours[4] = {_mm512_unpacklo_epi16(low01, low23), _mm512_unpackhi_epi16(low01, low23),
-                        _mm512_unpacklo_epi16(high01, high23), _mm512_unpackhi_epi16(high01, high23)};
+  for (int64_t b = 0; b < panel.size; b += 4, w += 4 * p.outputs) {
+    __m512i fours[4];
+    LoadFours<SIGNED>(w, p.outputs, panel.size - b, mask, ahead, fours);
     for (int k = 0; k < 4; ++k) {
-      if (SIGNED) fours[k] = _mm512_xor_si512(fours[k], _mm512_set1_epi8(-128));
       for (int s = 0; s < PARTS; ++s) {
         const __m512i codes = Part<BITS>(fours[k], s);
         for (int m = 0; m < ROWS; ++m) {
@@ -326,14 +371,70 @@ static void ColumnTile(const Product& p, const Activations& a, int64_t panel_ind
   for (int m = 0; m < ROWS; ++m) {
     __m512 f[4];
     for (int k = 0; k < 4; ++k) f[k] = Joined(acc[m][k][2], acc[m][k][1], acc[m][k][0]);
-    // Vector k has outputs 16 L + 4 k ... of every 128-bit lane L.
-    const __m512 a0 = _mm512_shuffle_f32x4(f[0], f[1], 0x44), a1 = _mm512_shuffle_f32x4(f[2], f[3], 0x44),
-                 a2 = _mm512_shuffle_f32x4(f[0], f[1], 0xee), a3 = _mm512_shuffle_f32x4(f[2], f[3], 0xee);
-    sums[m][0] = _mm512_shuffle_f32x4(a0, a1, 0x88);
-    sums[m][1] = _mm512_shuffle_f32x4(a0, a1, 0xdd);
-    sums[m][2] = _mm512_shuffle_f32x4(a2, a3, 0x88);
-    sums[m][3] = _mm512_shuffle_f32x4(a2, a3, 0xdd);
+    InOrder(f, sums[m]);
   }
+}
+
+// The bytes of P of a panel times 64 outputs, expanded for several rows of x: (quads of rows of codes, parts, 4, planes).
+template <int BITS, int PLANES, bool SIGNED>
+static void ExpandTile(const Product& p, const Panel& panel, int64_t column, const __m512i* tables, Ahead* ahead,
+                       __m512i* expanded) {
+  const __mmask64 mask = First64(p.outputs - column);
+  const uint8_t* w = p.codes + panel.begin * p.outputs + column;
+  for (int64_t b = 0; b < panel.size; b += 4, w += 4 * p.outputs) {
+    __m512i fours[4];
+    LoadFours<SIGNED>(w, p.outputs, panel.size - b, mask, ahead, fours);
+    for (int s = 0; s < 8 / BITS; ++s) {
+      for (int k = 0; k < 4; ++k) {
+        const __m512i codes = Part<BITS>(fours[k], s);
+        *expanded++ = PLANES ? _mm512_shuffle_epi8(tables[0], codes) : codes;
+        for (int i = 1; i < PLANES; ++i) *expanded++ = _mm512_shuffle_epi8(tables[i], codes);
+      }
+    }
+  }
+}
+
+// As `ColumnTile`, with the weights of `ExpandTile`.
+template <int PARTS, int PLANES, int ROWS>
+static void ExpandedTile(const Activations& a, int64_t panel_index, const int64_t* rows, const __m512i* expanded,
+                         __m512 (*sums)[4]) {
+  constexpr int K = PLANES == 3 ? 1 : 2;  // vectors of outputs at a time, as many as have registers
+  constexpr int BYTES = PLANES ? PLANES : 1;
+  const int64_t num_panels = a.panels.size(), width = a.width, size = a.panels[panel_index].size;
+  __m512 f[ROWS][4];
+  for (int k0 = 0; k0 < 4; k0 += K) {
+    const int8_t* digits[ROWS];
+    __m512i acc[ROWS][K][kDigits];
+#pragma GCC unroll 4
+    for (int m = 0; m < ROWS; ++m) {
+      const int64_t index = rows[m] * num_panels + panel_index;
+      digits[m] = a.digits.data() + index * PARTS * kDigits * width;
+#pragma GCC unroll 4
+      for (int k = 0; k < K; ++k) {
+#pragma GCC unroll 4
+        for (int d = 0; d < kDigits; ++d) acc[m][k][d] = _mm512_set1_epi32(a.start[index * kDigits * 16 + d]);
+      }
+    }
+    const __m512i* w = expanded + k0 * BYTES;
+    for (int64_t b = 0; b < size; b += 4) {
+#pragma GCC unroll 4
+      for (int s = 0; s < PARTS; ++s, w += 4 * BYTES) {
+#pragma GCC unroll 4
+        for (int m = 0; m < ROWS; ++m) {
+          const int8_t* x = digits[m] + s * kDigits * width + b;
+          const __m512i x2 = FourBytes(x + 2 * width), x1 = FourBytes(x + width), x0 = FourBytes(x);
+#pragma GCC unroll 4
+          for (int k = 0; k < K; ++k) AddDigits<PLANES>(w + k * BYTES, x2, x1, x0, acc[m][k]);
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < ROWS; ++m) {
+#pragma GCC unroll 4
+      for (int k = 0; k < K; ++k) f[m][k0 + k] = Joined(acc[m][k][2], acc[m][k][1], acc[m][k][0]);
+    }
+  }
+  for (int m = 0; m < ROWS; ++m) InOrder(f[m], sums[m]);
 }
 
 template <int BITS, int PLANES, bool SIGNED>
@@ -345,7 +446,9 @@ static void Columns(const Product& p, const Planes& planes, const Activations& a
   }
   const float unit = planes.unit * (planes.count == 3 ? 65536.0f : 1.0f);
   const int64_t num_panels = a.panels.size(), num_rows = a.finite.size();
+  __m512i expanded[kPanelBytes / 4 * (8 / BITS) * 4 * (PLANES ? PLANES : 1)];
   for (int64_t j = 0; j < num_panels; ++j) {
+    Ahead ahead{p.codes + (a.panels[j].begin + a.panels[j].size) * p.outputs + begin, 0, end - begin, p.outputs};
     for (int64_t column = begin; column < end; column += 64) {
       __m512 scales[4], offsets[4];
       __mmask16 masks[4];
@@ -355,14 +458,18 @@ static void Columns(const Product& p, const Planes& planes, const Activations& a
         scales[i] = Load16(p.scale, a.panels[j].group, column + 16 * i, masks[i]);
         if (p.offset.kind != kNone) offsets[i] = Load16(p.offset, a.panels[j].group, column + 16 * i, masks[i]);
       }
-      for (int64_t m = 0; m < num_rows; m += MOST) {
-        const int64_t count = std::min<int64_t>(MOST, num_rows - m);
-        __m512 sums[MOST][4];
-        if (count == MOST) {
-          ColumnTile<BITS, PLANES, SIGNED, MOST>(p, a, j, &a.finite[m], column, tables, sums);
-        } else {
-          ColumnTile<BITS, PLANES, SIGNED, 1>(p, a, j, &a.finite[m], column, tables, sums);
-        }
+      const bool expand = num_rows > 2;
+      if (expand) ExpandTile<BITS, PLANES, SIGNED>(p, a.panels[j], column, tables, &ahead, expanded);
+      for (int64_t m = 0; m < num_rows;) {
+        const int64_t count = std::min<int64_t>(expand ? 4 : MOST, num_rows - m);
+        const int64_t* rows = &a.finite[m];
+        __m512 sums[4][4];
+        if (!expand && count == 1) ColumnTile<BITS, PLANES, SIGNED, 1>(p, a, j, rows, column, tables, &ahead, sums);
+        if (!expand && count == 2) ColumnTile<BITS, PLANES, SIGNED, MOST>(p, a, j, rows, column, tables, &ahead, sums);
+        if (expand && count == 1) ExpandedTile<8 / BITS, PLANES, 1>(a, j, rows, expanded, sums);
+        if (expand && count == 2) ExpandedTile<8 / BITS, PLANES, 2>(a, j, rows, expanded, sums);
+        if (expand && count == 3) ExpandedTile<8 / BITS, PLANES, 3>(a, j, rows, expanded, sums);
+        if (expand && count == 4) ExpandedTile<8 / BITS, PLANES, 4>(a, j, rows, expanded, sums);
         for (int64_t r = 0; r < count; ++r) {
           const int64_t row = a.finite[m + r];
           const __m512 factor = _mm512_set1_ps(unit * a.unit[row * num_panels + j]);
@@ -376,67 +483,78 @@ static void Columns(const Product& p, const Planes& planes, const Activations& a
             _mm512_mask_storeu_ps(y, masks[i], sum);
           }
         }
+        m += count;
       }
     }
   }
 }
 
-// Codes that lie by outputs: OUTPUTS rows of codes times ROWS rows of x.
-template <int BITS, int PLANES, bool SIGNED, bool GROUPS, int ROWS, int OUTPUTS>
-static void RowTile(const Product& p, const Planes& planes, const Activations& a, const int64_t* rows, int64_t first,
-                    const __m512i* tables, const float* scales, const int32_t* lanes) {
-  constexpr int PARTS = 8 / BITS;
-  const int64_t num_panels = a.panels.size(), width = a.width, groups = NumGroups(p);
-  const int64_t row_bytes = groups * GroupBytes(p);
-  const float unit = planes.unit * (planes.count == 3 ? 65536.0f : 1.0f);
-  __m512i acc[ROWS][OUTPUTS][kDigits];
-  __m512 sums[ROWS][OUTPUTS];
-  for (int m = 0; m < ROWS; ++m) {
-    for (int n = 0; n < OUTPUTS; ++n) {
-      sums[m][n] = _mm512_setzero_ps();
-      for (int d = 0; d < kDigits; ++d) acc[m][n][d] = _mm512_setzero_si512();
-    }
+// Codes that lie by outputs: OUTPUTS rows of codes times a row of x; 64 bytes of each.
+template <int BITS, int PLANES, bool SIGNED, int OUTPUTS>
+static inline __attribute__((always_inline)) void RowPanel(const uint8_t* w, int64_t stride, __mmask64 mask, const uint8_t* ahead,
+                                                           const int8_t* digits, int64_t width, __mmask64 inside,
+                                                           const __m512i* tables, __m512i (*acc)[kDigits]) {
+  __m512i bytes[OUTPUTS];
+#pragma GCC unroll 4
+  for (int n = 0; n < OUTPUTS; ++n) {
+    bytes[n] = _mm512_maskz_loadu_epi8(mask, w + n * stride);
+    _mm_prefetch(reinterpret_cast<const char*>(ahead + n * 64), _MM_HINT_T0);
+    if (SIGNED) bytes[n] = _mm512_xor_si512(bytes[n], _mm512_set1_epi8(-128));
   }
+#pragma GCC unroll 4
+  for (int s = 0; s < 8 / BITS; ++s) {
+    const int8_t* x = digits + s * kDigits * width;
+    const __m512i x0 = _mm512_maskz_loadu_epi8(inside, x), x1 = _mm512_maskz_loadu_epi8(inside, x + width),
+                  x2 = _mm512_maskz_loadu_epi8(inside, x + 2 * width);
+#pragma GCC unroll 4
+    for (int n = 0; n < OUTPUTS; ++n) Multiply<PLANES>(Part<BITS>(bytes[n], s), tables, x2, x1, x0, acc[n]);
+  }
+}
+
+template <int OUTPUTS>
+static inline __attribute__((always_inline)) void Start(const int32_t* start, __m512i (*acc)[kDigits]) {
+#pragma GCC unroll 4
+  for (int d = 0; d < kDigits; ++d) {
+    const __m512i value = _mm512_loadu_si512(start + d * 16);
+#pragma GCC unroll 4
+    for (int n = 0; n < OUTPUTS; ++n) acc[n][d] = value;
+  }
+}
+
+template <int BITS, int PLANES, bool SIGNED, bool GROUPS, int OUTPUTS>
+static void RowTile(const Product& p, const Planes& planes, const Activations& a, int64_t row, int64_t first,
+                    const __m512i* tables, const float* scales, int64_t scale_stride, const int32_t* lanes) {
+  constexpr int64_t PARTS = 8 / BITS;
+  const int64_t num_panels = a.panels.size(), width = a.width, row_bytes = NumGroups(p) * GroupBytes(p);
+  const __mmask64 inside = First64(width);
+  const Panel* panels = a.panels.data();
+  const uint8_t* w = p.codes + first * row_bytes;
+  const int8_t* digits = a.digits.data() + row * num_panels * PARTS * kDigits * width;
+  const int32_t* start = a.start.data() + row * num_panels * kDigits * 16;
+  __m512i acc[OUTPUTS][kDigits];
+  __m512 sums[OUTPUTS];
+  for (int n = 0; n < OUTPUTS; ++n) sums[n] = _mm512_setzero_ps();
+  Start<OUTPUTS>(start, acc);
   for (int64_t j = 0; j < num_panels; ++j) {
-    const Panel& panel = a.panels[j];
-    const __mmask64 mask = First64(panel.size);
-    __m512i bytes[OUTPUTS];
-    for (int n = 0; n < OUTPUTS; ++n) {
-      bytes[n] = _mm512_maskz_loadu_epi8(mask, p.codes + (first + n) * row_bytes + panel.begin);
-      if (SIGNED) bytes[n] = _mm512_xor_si512(bytes[n], _mm512_set1_epi8(-128));
-    }
-    for (int m = 0; m < ROWS; ++m) {
-      const int64_t index = rows[m] * num_panels + j;
-      for (int d = 0; d < kDigits; ++d) {
-        const __m512i start = _mm512_loadu_si512(a.start.data() + (index * kDigits + d) * 16);
-        for (int n = 0; n < OUTPUTS; ++n) acc[m][n][d] = GROUPS ? start : _mm512_add_epi32(acc[m][n][d], start);
-      }
-      for (int s = 0; s < PARTS; ++s) {
-        const int8_t* x = a.digits.data() + (index * PARTS + s) * kDigits * width;
-        const __mmask64 inside = First64(width);
-        const __m512i x0 = _mm512_maskz_loadu_epi8(inside, x), x1 = _mm512_maskz_loadu_epi8(inside, x + width),
-                      x2 = _mm512_maskz_loadu_epi8(inside, x + 2 * width);
-        for (int n = 0; n < OUTPUTS; ++n) {
-          Multiply<PLANES>(Part<BITS>(bytes[n], s), tables, x2, x1, x0, acc[m][n]);
-        }
-      }
-      if (GROUPS) {
-        const __m512i lane = _mm512_loadu_si512(lanes + j * 16);
-        for (int n = 0; n < OUTPUTS; ++n) {
-          const float* of_output = scales + n * (groups + 16);
-          const __m512 scale = _mm512_permutexvar_ps(lane, _mm512_loadu_ps(of_output + panel.group));
-          sums[m][n] = _mm512_fmadd_ps(Joined(acc[m][n][2], acc[m][n][1], acc[m][n][0]), scale, sums[m][n]);
-        }
+    if (GROUPS) Start<OUTPUTS>(start + j * kDigits * 16, acc);
+    RowPanel<BITS, PLANES, SIGNED, OUTPUTS>(w + j * 64, row_bytes, First64(row_bytes - j * 64), w + (j * OUTPUTS * 64 + kAhead),
+                                            digits + j * PARTS * kDigits * width, width, inside, tables, acc);
+    if (GROUPS) {
+      const __m512i lane = _mm512_loadu_si512(lanes + j * 16);
+#pragma GCC unroll 4
+      for (int n = 0; n < OUTPUTS; ++n) {
+        const __m512 scale =
+            _mm512_permutexvar_ps(lane, _mm512_loadu_ps(scales + n * scale_stride + panels[j].group));
+        sums[n] = _mm512_fmadd_ps(Joined(acc[n][2], acc[n][1], acc[n][0]), scale, sums[n]);
       }
     }
   }
-  for (int m = 0; m < ROWS; ++m) {
-    const float factor = unit * a.unit[rows[m] * num_panels];
-    for (int n = 0; n < OUTPUTS; ++n) {
-      const __m512 sum = GROUPS ? sums[m][n] : Joined(acc[m][n][2], acc[m][n][1], acc[m][n][0]);
-      const float scale = GROUPS ? 1.0f : scales[n * (groups + 16)];
-      p.y[rows[m] * p.outputs + first + n] = _mm512_reduce_add_ps(sum) * factor * scale;
-    }
+  const float factor = planes.unit * (planes.count == 3 ? 65536.0f : 1.0f) * a.unit[row * num_panels];
+#pragma GCC unroll 4
+  for (int n = 0; n < OUTPUTS; ++n) {
+    if (!GROUPS) sums[n] = Joined(acc[n][2], acc[n][1], acc[n][0]);
+    const float sum = _mm512_reduce_add_ps(sums[n]) * factor;
+    p.y[row * p.outputs + first + n] = GROUPS ? sum : sum * scales[n * scale_stride];
   }
 }
 
@@ -477,9 +595,11 @@ static void Rows(const Product& p, const Planes& planes, const Activations& a, i
     }
     for (int64_t m = 0; m < num_rows; ++m) {
       if (count == 4) {
-        RowTile<BITS, PLANES, SIGNED, GROUPS, 1, 4>(p, planes, a, &a.finite[m], n, tables, scales.data(), lanes.data());
+        RowTile<BITS, PLANES, SIGNED, GROUPS, 4>(p, planes, a, a.finite[m], n, tables, scales.data(), groups + 16,
+                                                 lanes.data());
       } else {
-        RowTile<BITS, PLANES, SIGNED, GROUPS, 1, 1>(p, planes, a, &a.finite[m], n, tables, scales.data(), lanes.data());
+        RowTile<BITS, PLANES, SIGNED, GROUPS, 1>(p, planes, a, a.finite[m], n, tables, scales.data(), groups + 16,
+                                                 lanes.data());
       }
       if (p.offset.kind == kNone) continue;
       const int64_t row = a.finite[m];
