@@ -42,7 +42,7 @@ def product(x: jax.Array, codes: tuple[Any, ...], s: Scheme, axis: int, path: st
     """The product of a few rows and a quantized weight, with the values of the codes in full precision.
 
     Activations are not quantized: they enter as 24-bit integers, so the error is that of a float32 product (see
-    `cpu/vnni_path.h`). The result of a row depends neither on other rows nor on the number of threads.
+    `cpu/vnni_operands.h`). The result of a row depends neither on other rows nor on the number of threads.
 
     Args:
       x: float (..., C).

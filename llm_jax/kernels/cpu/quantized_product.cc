@@ -51,6 +51,7 @@ namespace avx512 {
 }  // namespace avx512
 LLM_JAX_END_TARGET
 LLM_JAX_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")
+#include "vnni_operands.h"
 #include "vnni_path.h"
 LLM_JAX_END_TARGET
 #endif
