@@ -1,4 +1,8 @@
-"""Products with quantized weights, by plain XLA: arrays in, arrays out."""
+"""Products with quantized weights: arrays in, arrays out.
+
+`expanded_product` is the entry point. Few rows of activations on a CPU go to the kernels in C++ (`cpu_product`), all
+else through XLA; `native` documents the environment variable that overrides the choice.
+"""
 
 from typing import Any
 
@@ -6,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from llm_jax.kernels import number_formats
+from llm_jax.kernels import cpu_product, native, number_formats
 from llm_jax.kernels.number_formats import Scheme
 
 # Letters of shapes: ... leading axes of x, C the contracted axis of the weight, F its free one.
@@ -14,7 +18,7 @@ from llm_jax.kernels.number_formats import Scheme
 _TILE = 2**16  # numbers of a tile that stays in a core's cache once it is expanded
 _FEW = 16  # rows of x up to which a product is bound by reading the weight
 
-Codes = tuple[jax.Array, jax.Array, jax.Array | None]  # codes, scale, offset
+Codes = tuple[jax.Array, Any, jax.Array | None]  # codes, scale (an array, or Codes where scales are quantized), offset
 
 
 def quantize_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -54,25 +58,51 @@ def integer_product(x: jax.Array, x_scale: jax.Array, codes: jax.Array, scale: j
     return total * x_scale * scale.reshape(-1)
 
 
-def expanded_product(x: jax.Array, codes: Codes, s: Scheme, axis: int, contracted: int, accumulate: str) -> jax.Array:
+def expanded_product(x: jax.Array, codes: Codes, s: Scheme, axis: int, contracted: int, accumulate: Any) -> jax.Array:
     """The product of x and a weight that is decoded for it.
-
-    For few rows of x the weight is decoded tile by tile, so that a tile stays in the cache of a core.
 
     Args:
       x: float (..., C).
-      codes: (codes, scale, offset) of a weight (I, O), see `number_formats.encode`.
+      codes: (codes, scale, offset) of a weight (I, O), see `number_formats.encode`. Where the scheme quantizes its
+        scales, the scale is (codes, scale, offset) with the scheme `number_formats.nested`.
       axis: axis of the groups, -2 or -1.
       contracted: axis of the weight that the product sums over, 0 or 1.
       accumulate: dtype of the sums.
 
     Returns:
-      (..., F) in `accumulate`; the operands have the dtype of x.
+      (..., F) in `accumulate`. XLA rounds the weight to the dtype of x, the kernels do not.
+
+    Raises:
+      UserError: see `native.library`.
     """
+    if not cpu_product.misfit(x, codes, s, axis, contracted, accumulate) and native.library() is not None:
+        return lax.platform_dependent(
+            x,
+            codes,
+            cpu=lambda x, codes: cpu_product.product(x, codes, s, axis),
+            default=lambda x, codes: xla_product(x, codes, s, axis, contracted, accumulate),
+        )
+    return xla_product(x, codes, s, axis, contracted, accumulate)
+
+
+def xla_product(x: jax.Array, codes: Codes, s: Scheme, axis: int, contracted: int, accumulate: Any) -> jax.Array:
+    """The reference. For few rows of x the weight is decoded tile by tile, each of which stays in a core's cache."""
+    codes = codes[0], dense_scale(codes, s, axis), codes[2]
     few = axis + 2 == contracted and x.size // x.shape[-1] <= _FEW and not _devices()
     if few and (tiles := _tiles(codes, s, contracted)):
         return _tiled(x, codes, s, axis, contracted, accumulate, tiles)
     return _product(x, number_formats.decode(*codes, s, axis), contracted, accumulate)
+
+
+def dense_scale(codes: Codes, s: Scheme, axis: int) -> jax.Array:
+    """The stored scales of a weight, decoded where they are quantized."""
+    scale = codes[1]
+    if not isinstance(scale, tuple):
+        return scale
+    other = -3 - axis
+    codes_of_scale, inner, mean = scale
+    inner_scheme = number_formats.scheme(number_formats.nested(s, codes_of_scale.shape[other]))
+    return number_formats.decode(codes_of_scale, inner, mean, inner_scheme, other)
 
 
 def _product(x, w, contracted, accumulate):

@@ -93,6 +93,10 @@ class QTensor(Node):
     def _codes(self) -> matmul.Codes:
         return self.codes, dense(self.scale), self.offset
 
+    def _stored(self) -> matmul.Codes:
+        """As `_codes`, without decoding scales that are quantized."""
+        return self.codes, self.scale._stored() if isinstance(self.scale, QTensor) else self.scale, self.offset
+
 
 def to_qtensor(
     w: jax.Array,
@@ -150,7 +154,7 @@ def bits_per_weight(weight: Any) -> float:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _quantized_dot(x: jax.Array, q: QTensor, transposed: bool, out_dtype: Any, accumulate: Any) -> jax.Array:
     s, contracted = number_formats.scheme(q.scheme), int(transposed)
-    codes, scale, offset = q._codes()
+    codes, scale, offset = q._stored()
     if s.activations and q.axis == contracted - 2:
         if q.input_scale is None:
             x8, x_scale = matmul.quantize_rows(x)
@@ -170,7 +174,7 @@ def _quantized_dot_backward(transposed, out_dtype, accumulate, saved, g):
     q, like = saved
     s, contracted = number_formats.scheme(q.scheme), 1 - int(transposed)
     # The straight-through estimate ignores the rounding of the activations.
-    dx = matmul.expanded_product(g.astype(like.dtype), q._codes(), s, q.axis, contracted, accumulate)
+    dx = matmul.expanded_product(g.astype(like.dtype), q._stored(), s, q.axis, contracted, accumulate)
     return dx.astype(like.dtype), jax.tree.map(_no_gradient, q)
 
 

@@ -48,8 +48,9 @@ def test_products_and_rows_are_those_of_the_numbers_that_codes_stand_for(scheme,
 
 @pytest.mark.parametrize("scheme", ["int8", "int4", "nf4"])
 @pytest.mark.parametrize("axis", [IN, OUT])
-def test_tiles_add_up(scheme, axis):
+def test_tiles_add_up(scheme, axis, monkeypatch):
     """A weight large enough to be expanded tile by tile for one row, against all at once for many."""
+    monkeypatch.setenv("LLM_JAX_KERNELS", "xla")
     shape = (1024, 768)
     q, transposed = made(normal(0, *shape), scheme, axis), axis == OUT
     x = normal(1, 32, shape[int(transposed)])
@@ -175,7 +176,8 @@ def test_gradients_pass_through_and_nothing_but_codes_is_saved():
     def loss(b, q):
         def layer(x, part):
             base, a, b = part
-            return jnp.tanh(weights.dot(x, Adapted(base, a, b, jnp.float32(0.1)))), None
+            # Scaled down: the gradient of a saturated tanh is a difference of rounding errors.
+            return jnp.tanh(weights.dot(x, Adapted(base, a, b, jnp.float32(0.1))) / 16), None
 
         return jnp.sum(jax.lax.scan(layer, x, (q, a, b))[0])
 

@@ -1,0 +1,121 @@
+"""The kernels in C++: compiled on first use, cached, and registered with XLA.
+
+The environment variable LLM_JAX_KERNELS chooses who computes products with quantized weights: "xla", "cpu" (an error
+where the kernels cannot be compiled), or "auto", the default: the kernels where they can be compiled, else XLA.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import pathlib
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+
+import jax
+
+from llm_jax import files
+from llm_jax.errors import UserError
+
+SETTING = "LLM_JAX_KERNELS"
+SETTINGS = ("auto", "cpu", "xla")
+TARGET = "llm_jax_quantized_product"
+PATHS = ("auto", "portable", "avx2", "avx512", "avx512_vnni")  # `Path` of product.h
+SOURCES = pathlib.Path(__file__).parent / "cpu"
+MAIN = SOURCES / "quantized_product.cc"
+FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-pthread", "-fno-math-errno")
+
+
+def setting() -> str:
+    """The value of LLM_JAX_KERNELS: "auto" (the default), "cpu" or "xla".
+
+    Raises:
+      UserError: the variable has another value.
+    """
+    value = os.environ.get(SETTING, "") or "auto"
+    if value not in SETTINGS:
+        raise UserError(f"{SETTING}={value}; expected one of {', '.join(SETTINGS)}")
+    return value
+
+
+def library() -> ctypes.CDLL | None:
+    """The kernels, registered with XLA under `TARGET`; None if products are to go through XLA.
+
+    Raises:
+      UserError: LLM_JAX_KERNELS has an unknown value, or is "cpu" where the kernels cannot be compiled.
+    """
+    wanted = setting()
+    if wanted == "xla":
+        return None
+    library, reason = loaded()
+    if library is None:
+        if wanted == "cpu":
+            raise UserError(f"{SETTING}=cpu: {reason}")
+        _note(reason)
+    return library
+
+
+@functools.cache
+def loaded() -> tuple[ctypes.CDLL | None, str]:
+    """The kernels and "", or None and the reason why they cannot be compiled or loaded."""
+    try:
+        library = ctypes.CDLL(str(_compiled()))
+    except (UserError, OSError) as error:
+        return None, str(error)
+    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library.LlmJaxQuantizedProduct), platform="cpu")
+    return library, ""
+
+
+@functools.cache
+def _note(reason: str) -> None:
+    print(f"note: products with quantized weights use XLA, which is slower: {reason}", file=sys.stderr)
+
+
+def _compiled() -> pathlib.Path:
+    """The shared library of these sources and this compiler, from the cache if it is there."""
+    compiler = find_compiler()
+    flags = (*FLAGS, f"-I{SOURCES}")
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    key = hashlib.sha256(repr((version, FLAGS, platform.machine(), jax.__version__)).encode())
+    for source in sorted(SOURCES.iterdir()):
+        if source.is_file():
+            key.update(source.name.encode() + b"\0" + source.read_bytes())
+    directory = pathlib.Path(os.environ.get("LLM_JAX_CACHE", "~/.cache/llm_jax")).expanduser() / "kernels"
+    path = directory / f"{MAIN.stem}-{key.hexdigest()[:20]}.so"
+    if not path.exists():
+        with files.new_file(path) as file:
+            file.write(compile_library(compiler, (*flags, "-isystem", jax.ffi.include_dir())))
+    return path
+
+
+def find_compiler() -> str:
+    """The path of a C++ compiler: that of the environment variable CXX, else c++, g++ or clang++.
+
+    Raises:
+      UserError: there is none.
+    """
+    names = (os.environ["CXX"],) if os.environ.get("CXX") else ("c++", "g++", "clang++")
+    for name in names:
+        if path := shutil.which(name):
+            return path
+    raise UserError(f"no C++ compiler was found ({', '.join(names)}); install one, or set CXX")
+
+
+def compile_library(compiler: str, flags: tuple[str, ...]) -> bytes:
+    """The shared library of the kernels, compiled with `flags`.
+
+    Raises:
+      UserError: the compiler fails.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        output = pathlib.Path(directory) / "kernels.so"
+        done = subprocess.run(
+            [compiler, *flags, "-o", str(output), str(MAIN)], capture_output=True, text=True, check=False
+        )
+        if done.returncode or not output.exists():
+            errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
+            raise UserError(f"{compiler} cannot compile the kernels ({(errors or ['no message'])[0].strip()})")
+        return output.read_bytes()

@@ -1,0 +1,135 @@
+"""Which kernels compute products with quantized weights on this machine, why, whether they are right, and how fast."""
+
+import functools
+import os
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llm_jax.kernels import cpu_product, matmul, native, number_formats
+from llm_jax.kernels.number_formats import Scheme
+
+_TOLERANCE = 1e-5  # of a self-test, relative to the sum of the magnitudes of the terms of an output
+_AXIS = -2  # of the groups
+
+
+def run(rows: int, inputs: int, outputs: int) -> int:
+    """Prints the report.
+
+    Args:
+      rows: rows of activations of the second measurement; the first has one.
+      inputs, outputs: size of the measured weight.
+
+    Returns:
+      The exit code: 1 if a kernel is wrong.
+    """
+    library = native.library()
+    print(f"setting   {native.SETTING}={native.setting()}")
+    if library is None:
+        reason = "the setting" if native.setting() == "xla" else native.loaded()[1]
+        print(f"kernels   none, XLA computes all products: {reason}")
+        return 0
+    path = native.PATHS[library.llm_jax_fastest_path()]
+    print(f"kernels   {library._name}")
+    print(f"path      {path}, the fastest this CPU has of {', '.join(native.PATHS[1:])}")
+    print(f"threads   those of XLA, for {len(os.sched_getaffinity(0))} cores; JAX runs on {jax.default_backend()}")
+    reason = cpu_product.misfit(jnp.ones((cpu_product.MOST_ROWS + 1, 64)), *_request("int8", 64, 8))
+    print(f"choices   for up to {cpu_product.MOST_ROWS} rows of activations (beyond: XLA, {reason})")
+    for name in number_formats.FOR_WEIGHTS:
+        scheme = number_formats.scheme(name)
+        reason = cpu_product.misfit(jnp.ones((1, 256)), *_request(name, 256, 8))
+        if scheme.activations:
+            reason = "the product of integers"
+        print(f"  {name:<12} {f'XLA: {reason}' if reason else 'kernel'}")
+    served = [
+        name
+        for name in number_formats.FOR_WEIGHTS
+        if not number_formats.scheme(name).activations
+        and not cpu_product.misfit(jnp.ones((1, 256)), *_request(name, 256, 8))
+    ]
+    failed = self_test(served)
+    print(f"self-test {f'failed: {failed}' if failed else 'passed'}")
+    _measure([name for name in ("int8", "int4", "int2", "nf4", "mxfp4") if name in served], rows, inputs, outputs)
+    return int(bool(failed))
+
+
+def self_test(names: list[str]) -> str:
+    """Compares the kernel of every scheme with the XLA product; returns what differs, or ""."""
+    for name in names:
+        codes, s, axis, *_ = _request(name, 192, 77)
+        x = jax.random.normal(jax.random.key(1), (3, 192))
+        got = cpu_product.product(x, codes, s, axis)
+        expected = _reference(x, codes, s)
+        error = jnp.max(jnp.abs(got - expected) / _reference(jnp.abs(x), codes, s, magnitudes=True))
+        if not error < _TOLERANCE:
+            return f"the relative error of {name} is {float(error):.1e}; expected less than {_TOLERANCE}"
+    return ""
+
+
+def _reference(x: jax.Array, codes: matmul.Codes, s: Scheme, magnitudes: bool = False) -> jax.Array:
+    w = number_formats.decode(codes[0], matmul.dense_scale(codes, s, _AXIS), codes[2], s, _AXIS)
+    return jnp.dot(x, jnp.abs(w) if magnitudes else w, precision="highest")
+
+
+def _request(name: str, inputs: int, outputs: int) -> tuple[matmul.Codes, Scheme, int, int, Any]:
+    """Arguments of a product with a weight of random codes: (codes, scheme, axis, contracted, accumulate)."""
+    s = number_formats.scheme(name)
+    f = number_formats.FORMATS[s.format]
+    key = jax.random.key(0)
+
+    def bits(rows: int, columns: int) -> jax.Array:
+        return jax.random.bits(key, (rows, columns), jnp.uint8)
+
+    groups = inputs // s.group if s.group > 0 else 1
+    codes = bits(inputs * f.bits // 8, outputs)
+    codes = codes.view(jnp.int8) if f.dtype == "int8" else codes.astype(f.dtype)
+    scale: Any = number_formats.stored(jax.random.uniform(key, (groups, outputs), minval=0.01, maxval=0.1), s)
+    if s.scale in number_formats.SCHEMES:
+        inner = number_formats.scheme(number_formats.nested(s, outputs))
+        parts = outputs // inner.group if inner.group > 0 else 1
+        scale = bits(groups, outputs), jnp.full((groups, parts), 0.1), jnp.zeros((1, 1))
+    offset = jnp.zeros((groups, outputs), scale.dtype) if s.offset else None
+    return (codes, scale, offset), s, _AXIS, 0, jnp.dtype("float32")
+
+
+def _measure(names: list[str], rows: int, inputs: int, outputs: int) -> None:
+    print(
+        f"measured  a weight of {inputs} x {outputs}; bytes of the weight and its scales; x is the time beside float32"
+    )
+    print(f"  {'':<10}{'rows':>5}{'GB/s':>8}{'GFLOP/s':>9}{'x':>6}{'XLA: GB/s':>12}{'GFLOP/s':>9}{'x':>6}")
+    dense = jax.random.normal(jax.random.key(0), (inputs, outputs))
+    for count in dict.fromkeys((1, rows)):
+        x = jax.random.normal(jax.random.key(1), (count, inputs))
+        flops = 2e-9 * count * inputs * outputs
+        base = _seconds(jax.jit(jnp.dot), x, dense)
+        print(f"  {'float32':<10}{count:>5}{'':>23}{dense.nbytes / base / 1e9:>12.1f}{flops / base:>9.1f}{1:>6.1f}")
+        for name in names:
+            codes, *rest = _request(name, inputs, outputs)
+            size = sum(leaf.nbytes for leaf in jax.tree.leaves(codes)) / 1e9
+            line = f"  {name:<10}{count:>5}"
+            scheme, axis, contracted, accumulate = rest
+            kernel = jax.jit(functools.partial(cpu_product.product, s=scheme, axis=axis))
+            xla = jax.jit(
+                functools.partial(matmul.xla_product, s=scheme, axis=axis, contracted=contracted, accumulate=accumulate)
+            )
+            for function, widths in ((kernel, (8, 9, 6)), (xla, (12, 9, 6))):
+                if function is kernel and count > cpu_product.MOST_ROWS:
+                    line += " " * sum(widths)
+                    continue
+                seconds = _seconds(function, x, codes)
+                figures = size / seconds, flops / seconds, base / seconds
+                line += "".join(f"{figure:>{width}.1f}" for figure, width in zip(figures, widths, strict=True))
+            print(line, flush=True)
+
+
+def _seconds(function: Any, *arguments: Any) -> float:
+    """The shortest of several times of a call."""
+    jax.block_until_ready(function(*arguments))
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        jax.block_until_ready(function(*arguments))
+        times.append(time.perf_counter() - start)
+    return min(times)

@@ -1,0 +1,231 @@
+"""The kernels in C++ against float64, over odd shapes, group sizes, instruction sets, threads, NaN and inf."""
+
+import contextlib
+import ctypes
+import dataclasses
+import functools
+import mmap
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llm_jax.errors import UserError
+from llm_jax.kernels import cpu_product, native, number_formats
+from tests.kernels.random_products import draw
+
+PATHS = native.PATHS[1:]
+FORMATS = {
+    "int8": {},
+    "int8 groups": {"group": 32, "scale": "float16"},
+    "int8 tensor": {"one_scale": True},
+    "uint8": {"offset": True},
+    "int4": {"group": 32, "scale": "float16"},
+    "int4 channel": {},
+    "int4 small": {"group": 8, "scale": "float16"},
+    "int4 long": {"group": 192},
+    "uint4": {"group": 32, "scale": "float16", "offset": True},
+    "int2": {"group": 32, "scale": "float16"},
+    "int2 small": {"group": 4},
+    "uint2": {"group": 64, "scale": "float16", "offset": True},
+    "nf4": {"group": 64, "scale": "nested"},
+    "nf4 small": {"group": 2},
+    "e2m1": {"group": 32, "scale": "e8m0"},
+}
+SHAPES = ((192, 1, 1), (384, 70, 1), (192, 129, 3), (576, 256, 2), (384, 68, 16))
+
+
+def available(path: str) -> bool:
+    library, reason = native.loaded()
+    assert library is not None, reason
+    return PATHS.index(path) + 1 <= library.llm_jax_fastest_path()
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("by_output", [False, True])
+@pytest.mark.parametrize("name", FORMATS)
+def test_products_equal_those_in_float64(name, by_output, path):
+    """As exact as float32: the bound is that of a sum of rounded products."""
+    if not available(path):
+        pytest.skip(f"this CPU has no {path}")
+    for inputs, outputs, rows in SHAPES:
+        for inner_parts in (1, outputs) if FORMATS[name].get("scale") == "nested" else (1,):
+            options = {"by_output": by_output, "inner_parts": inner_parts, **FORMATS[name]}
+            p = draw(name.split()[0], inputs, outputs, rows, **options)
+            w, x = p.weight(), p.x.astype(np.float64)
+            error = np.abs(p.run(path) - x @ w) / (np.abs(x) @ np.abs(w))
+            assert error.max() < 4e-7, (inputs, outputs, rows, inner_parts)
+
+
+@pytest.mark.parametrize("by_output", [False, True])
+def test_results_depend_neither_on_threads_nor_on_other_rows(by_output):
+    p = draw("int4", 1024, 1000, 5, group=32, scale="float16", by_output=by_output)
+    whole = p.run()
+    for threads in (2, 3, 7):
+        np.testing.assert_array_equal(p.run(threads=threads), whole)
+    for row in range(5):
+        np.testing.assert_array_equal(dataclasses.replace(p, x=p.x[row : row + 1].copy()).run(), whole[row : row + 1])
+
+
+@pytest.mark.parametrize("by_output", [False, True])
+@pytest.mark.parametrize("path", PATHS)
+def test_what_is_not_finite_stays_so_in_its_row(path, by_output):
+    """NaN, inf and magnitudes at the ends of the range, each in a row of its own."""
+    if not available(path):
+        pytest.skip(f"this CPU has no {path}")
+    p = draw("int4", 64, 70, 7, group=32, by_output=by_output)
+    w = p.weight()
+    plain = p.run(path)
+    p.x[0, 5], p.x[1, 5], p.x[2, 5], p.x[2, 6] = np.nan, np.inf, np.inf, -np.inf
+    p.x[3], p.x[4], p.x[5, 7] = p.x[3] * 1e30, p.x[4] * 1e-30, 1e6
+    with np.errstate(invalid="ignore"):
+        expected, got = p.x.astype(np.float64) @ w, p.run(path)
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(expected))
+    np.testing.assert_array_equal(np.isinf(got), np.isinf(expected))
+    np.testing.assert_array_equal(got[6], plain[6])
+    # An activation may be rounded as the largest of its row is; the row with one of a million needs that bound.
+    x = np.abs(p.x[3:].astype(np.float64))
+    bound = 4e-7 * x @ np.abs(w) + 2.0**-23 * x.max(1, keepdims=True) * np.abs(w).sum(0)
+    assert (np.abs(got[3:] - expected[3:]) < bound).all()
+
+
+@pytest.mark.parametrize("by_output", [False, True])
+def test_scales_that_are_not_finite_reach_their_outputs_only(by_output):
+    p = draw("int8", 128, 70, 2, group=32, by_output=by_output)
+    p.scale[(69, 3) if by_output else (3, 69)] = np.nan
+    got = p.run()
+    assert np.isnan(got[:, 69]).all() and np.isfinite(got[:, :69]).all()
+
+
+def test_zeros_and_exact_numbers_are_exact():
+    p = draw("int4", 96, 66, 3, group=32)
+    p.x[0], p.x[1], p.x[2] = 0, np.eye(96, dtype=np.float32)[40], np.arange(96) - 50.0
+    expected = p.x.astype(np.float64) @ p.weight()
+    np.testing.assert_array_equal(p.run()[:2], expected[:2].astype(np.float32))
+    np.testing.assert_allclose(p.run()[2], expected[2], rtol=1e-6, atol=1e-5)
+
+
+@contextlib.contextmanager
+def guarded(array: np.ndarray) -> Iterator[int]:
+    """The address of a copy of `array` that ends where memory that cannot be read begins."""
+    page = mmap.PAGESIZE
+    size = -(-array.nbytes // page) * page
+    memory = mmap.mmap(-1, size + page)
+    base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    protect = ctypes.CDLL(None, use_errno=True).mprotect
+    protect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    assert protect(base + size, page, 0) == 0
+    address = base + size - array.nbytes
+    ctypes.memmove(address, array.ctypes.data, array.nbytes)
+    yield address
+    assert protect(base + size, page, mmap.PROT_READ | mmap.PROT_WRITE) == 0
+
+
+@pytest.mark.parametrize("by_output", [False, True])
+@pytest.mark.parametrize("name", FORMATS)
+def test_nothing_beyond_an_operand_is_read_or_written(name, by_output):
+    """Every operand ends at a page without access: a read beyond it ends the process."""
+    inputs = 192 if "scale" in FORMATS[name] or "group" in FORMATS[name] else 100
+    for path in filter(available, PATHS):
+        p = draw(name.split()[0], inputs, 77, 3, by_output=by_output, **FORMATS[name])
+        result = np.zeros((3, 77), np.float32)
+        with guarded(p.x) as x, guarded(p.codes) as codes, guarded(result) as y, guarded(p.scale) as scale:
+            p.run(path, x_at=x, codes_at=codes, y_at=y, scale_at=scale)
+            ctypes.memmove(result.ctypes.data, y, result.nbytes)
+        np.testing.assert_array_equal(result, p.run(path))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"rows": -1}, "the shape of the operands"),
+        ({"inputs": 0}, "the shape of the operands"),
+        ({"outputs": 2**40}, "the size of the operands"),
+        ({"inputs": 2**32}, "the size of the operands"),
+        ({"bits": 3}, "the bits of a code"),
+        ({"bits": 8}, "the codes"),
+        ({"group": 0}, "the size of a group"),
+        ({"group": -32}, "the size of a group"),
+        ({"group": 48}, "the size of a group"),
+        ({"group": 1}, "the size of a group"),
+        ({"outputs": 71}, "the shape of the scales"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(change, reason):
+    p = draw("int4", 64, 70, 2, group=32)
+    with pytest.raises(ValueError, match=reason):
+        p.run(**change)
+
+
+def test_each_choice_has_a_reason():
+    def misfit(name, x, accumulate="float32", contracted=0, axis=-2):
+        s = number_formats.scheme(name)
+        f = number_formats.FORMATS[s.format]
+        codes = jax.ShapeDtypeStruct((x.shape[-1] * f.bits // 8, 8), f.dtype)
+        return cpu_product.misfit(x, (codes, None, None), s, axis, contracted, accumulate)
+
+    x = jnp.ones((1, 64))
+    for name in ("int8", "int8_affine", "int4:64", "int2", "nf4", "mxfp4"):
+        assert misfit(name, x) == ""
+    assert misfit("int8", x.astype(jnp.bfloat16)) == ""
+    assert misfit("fp8_e4m3", x) == "the format e4m3 has no kernel"
+    assert misfit("int8", jnp.ones((17, 64))) == "17 rows of activations; the kernels take 1 to 16"
+    assert misfit("int8", jnp.ones((0, 64))) == "0 rows of activations; the kernels take 1 to 16"
+    assert misfit("int8", x, contracted=1) == "the groups do not lie along the contracted axis"
+    assert misfit("int8", x.astype(jnp.bfloat16), "bfloat16") == "bfloat16 activations with bfloat16 sums"
+
+
+@pytest.mark.parametrize(("value", "message"), [("fast", "LLM_JAX_KERNELS=fast; expected one of auto, cpu, xla")])
+def test_an_unknown_setting_is_refused(monkeypatch, value, message):
+    monkeypatch.setenv("LLM_JAX_KERNELS", value)
+    with pytest.raises(UserError, match=message):
+        native.library()
+
+
+def test_without_a_compiler_products_use_xla_and_one_line_says_so(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    monkeypatch.setenv("LLM_JAX_CACHE", str(tmp_path))
+    monkeypatch.setattr(native, "loaded", functools.cache(native.loaded.__wrapped__))
+    assert native.library() is None and native.library() is None
+    note = capsys.readouterr().err
+    assert note.startswith("note: products with quantized weights use XLA, which is slower: no C++ compiler was found")
+    assert note.count("\n") == 1
+    monkeypatch.setenv("LLM_JAX_KERNELS", "cpu")
+    with pytest.raises(UserError, match="LLM_JAX_KERNELS=cpu: no C\\+\\+ compiler was found"):
+        native.library()
+    monkeypatch.setenv("LLM_JAX_KERNELS", "xla")
+    assert native.library() is None and not capsys.readouterr().err
+
+
+def test_a_compiler_that_fails_is_named(monkeypatch, tmp_path):
+    compiler = tmp_path / "cc"
+    compiler.write_text("#!/bin/sh\necho 'x.cc:1: error: no such header' >&2; exit 1\n")
+    compiler.chmod(0o755)
+    with pytest.raises(UserError, match=r"cc cannot compile the kernels \(x.cc:1: error: no such header\)"):
+        native.compile_library(str(compiler), ())
+
+
+@pytest.mark.slow
+def test_address_sanitizer_finds_nothing(tmp_path):
+    """The tests above in a process whose kernels are instrumented."""
+    compiler = native.find_compiler()
+    library = tmp_path / "kernels.so"
+    flags = ("-O1", "-g", *native.FLAGS[1:], "-fsanitize=address", f"-I{native.SOURCES}", "-DLLM_JAX_WITHOUT_XLA")
+    library.write_bytes(native.compile_library(compiler, flags))
+    runtime = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    script = (
+        "import ctypes, itertools; from llm_jax.kernels import native\n"
+        f"library = ctypes.CDLL({str(library)!r}); native.loaded = lambda: (library, '')\n"
+        "from tests.kernels import test_cpu_product as t\n"
+        "for name, by_output, path in itertools.product(t.FORMATS, (False, True), filter(t.available, t.PATHS)):\n"
+        "    t.test_products_equal_those_in_float64(name, by_output, path)\n"
+        "print('passed')\n"
+    )
+    environment = os.environ | {"LD_PRELOAD": runtime.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "passed", done.stderr[-2000:]

@@ -1,0 +1,32 @@
+"""The command `python -m llm_jax.kernels`."""
+
+import re
+
+import pytest
+
+from llm_jax.kernels import cpu_product, report
+
+
+@pytest.fixture
+def without_measurements(monkeypatch):
+    monkeypatch.setattr(report, "_measure", lambda *arguments: None)
+
+
+def test_every_scheme_has_a_choice_with_its_reason(command, without_measurements):
+    lines = command("kernels").stdout.splitlines()
+    choices = dict(re.findall(r"^  (\w+) +(\w.*)$", "\n".join(lines), re.M))
+    assert choices["int4"] == choices["nf4"] == "kernel" and lines[-1] == "self-test passed"
+    assert choices["fp8_e4m3"] == "XLA: the format e4m3 has no kernel"
+    assert choices["w8a8"] == "XLA: the product of integers"
+
+
+def test_a_wrong_kernel_is_named(command, without_measurements, monkeypatch):
+    right = cpu_product.product
+    monkeypatch.setattr(cpu_product, "product", lambda x, *weight: right(x, *weight) * (1 + 1e-3 * (x.sum() > -1e9)))
+    done = command("kernels", code=1)
+    assert done.stdout.splitlines()[-1].startswith("self-test failed: the relative error of int8 is ")
+
+
+def test_a_setting_of_xla_is_the_reason_for_all(command, monkeypatch):
+    monkeypatch.setenv("LLM_JAX_KERNELS", "xla")
+    assert command("kernels").stdout.splitlines()[1] == "kernels   none, XLA computes all products: the setting"
