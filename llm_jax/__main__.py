@@ -13,6 +13,7 @@ COMMANDS = {
     "quantize": "quantize the weights of a checkpoint to 8 bits or fewer",
     "convert": "write a checkpoint as Hugging Face, GGUF or peft files",
     "plan": "memory of a training step, before it runs",
+    "sweep": "train every point of a grid of overrides",
     "show": "rows as the model sees them; text split into tokens",
     "train_tokenizer": "train a tokenizer of any kind",
     "train_embeddings": "train word vectors by word2vec or GloVe",
