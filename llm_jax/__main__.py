@@ -14,6 +14,8 @@ COMMANDS = {
     "convert": "write a checkpoint as Hugging Face, GGUF or peft files",
     "plan": "memory of a training step, before it runs",
     "sweep": "train every point of a grid of overrides",
+    "compare": "options, figures and paired differences of runs, in the terminal",
+    "report": "a page about runs: tables, curves, parallel coordinates, samples",
     "show": "rows as the model sees them; text split into tokens",
     "train_tokenizer": "train a tokenizer of any kind",
     "train_embeddings": "train word vectors by word2vec or GloVe",

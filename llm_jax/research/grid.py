@@ -29,7 +29,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from llm_jax import configuration
+from llm_jax import option_names
 from llm_jax.errors import UserError
 from llm_jax.schema import Config
 
@@ -38,7 +38,7 @@ Overrides = dict[str, Any]
 _MAX_POINTS = 100_000
 _NAME_LENGTH = 100
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
-_RANGE = re.compile(rf"({_NUMBER})\.\.({_NUMBER})(?:\.\.({_NUMBER}))?")
+RANGE = re.compile(rf"({_NUMBER})\.\.({_NUMBER})(?:\.\.({_NUMBER}))?")
 _CALL = re.compile(r"(\w+)\s*\((.*)\)")
 _FUNCTIONS: dict[str, Callable[[float, float, int, np.random.Generator], Any]] = {
     "linspace": lambda a, b, n, rng: np.linspace(a, b, n),
@@ -59,13 +59,13 @@ def parse(text: str, seed: int = 0) -> list[Overrides]:
     """
     factors: list[list[Overrides]] = []
     keys: list[str] = []
-    for clause in _split(text, ";"):
+    for clause in split(text, ";"):
         columns = {}
-        for assignment in _split(clause, "&"):
+        for assignment in split(clause, "&"):
             key, equals, values = (part.strip() for part in assignment.partition("="))
             if not equals or not values:
                 raise UserError(f"--grid: '{assignment}' is no assignment; expected KEY=VALUE,VALUE,...")
-            if problem := configuration.unknown(key, Config, values):
+            if problem := option_names.unknown(key, Config, values):
                 raise UserError(f"--grid: {problem}")
             if key in keys:
                 raise UserError(f"--grid: '{key}' is given twice; give its values in one list")
@@ -109,7 +109,7 @@ def read_file(path: str) -> list[Overrides]:
         if not isinstance(point, Mapping):
             raise UserError(f"--points={path}: point {i} is {point!r}; expected a mapping of overrides")
         for key, value in point.items():
-            if problem := configuration.unknown(str(key), Config, str(value)):
+            if problem := option_names.unknown(str(key), Config, str(value)):
                 raise UserError(f"--points={path}: {problem}")
     return [dict(point) for point in points]
 
@@ -148,8 +148,12 @@ def short_keys(keys: Iterable[str]) -> dict[str, str]:
     return result
 
 
-def _split(text: str, separator: str) -> list[str]:
-    """The parts of a text between separators outside of brackets and quotes, without empty ones."""
+def split(text: str, separator: str, flag: str = "--grid") -> list[str]:
+    """The parts of a text between separators outside of brackets and quotes, without empty ones.
+
+    Raises:
+      UserError: a bracket or quote is not closed; `flag` names the text.
+    """
     parts, depth, quote = [""], 0, ""
     for character in text:
         if quote:
@@ -163,16 +167,16 @@ def _split(text: str, separator: str) -> list[str]:
         else:
             parts[-1] += character
     if depth or quote:
-        raise UserError(f"--grid: '{text.strip()}' has an unclosed {'quote' if quote else 'bracket'}")
+        raise UserError(f"{flag}: '{text.strip()}' has an unclosed {'quote' if quote else 'bracket'}")
     return [part.strip() for part in parts if part.strip()]
 
 
 def _values(key: str, text: str, seed: int) -> list[Any]:
-    kind = _kind(key)
+    kind = option_type(key)
     call = _CALL.fullmatch(text)
     if call and call[1] in _FUNCTIONS and kind in (int, float):
         try:
-            low, high, count = (float(argument) for argument in _split(call[2], ","))
+            low, high, count = (float(argument) for argument in split(call[2], ","))
             if call[1].startswith("log") and min(low, high) <= 0:
                 raise ValueError
             rng = np.random.default_rng([seed, zlib.crc32(key.encode())])
@@ -182,21 +186,21 @@ def _values(key: str, text: str, seed: int) -> list[Any]:
             raise UserError(f"--grid: {key}={text}; expected {call[1]}(FROM, TO, COUNT) of {sign}numbers") from error
         numbers = [round(x) for x in numbers] if kind is int else numbers
         return list(dict.fromkeys(numbers)) if kind is int else numbers
-    if kind in (int, float) and (limits := _RANGE.fullmatch(text)):
+    if kind in (int, float) and (limits := RANGE.fullmatch(text)):
         first, last, step = Decimal(limits[1]), Decimal(limits[2]), Decimal(limits[3] or 1)
         if step <= 0 or last < first:
             raise UserError(f"--grid: {key}={text}; expected FROM..TO or FROM..TO..STEP with FROM at most TO")
         if (last - first) / step > _MAX_POINTS:
             raise UserError(f"--grid: {key}={text} has more than {_MAX_POINTS:,} values")
         return [_number(key, first + i * step, kind) for i in range(int((last - first) / step) + 1)]
-    return [_convert(key, value, kind) for value in _split(text, ",")]
+    return [convert(key, value, kind) for value in split(text, ",")]
 
 
-def _kind(key: str) -> Any:
+def option_type(key: str) -> Any:
     """The plain type of an option: int, float, str, bool, or another for tuples and rules."""
     cls: Any = Config
     for part in key.split("."):
-        cls = configuration.options(cls)[part]
+        cls = option_names.options(cls)[part]
     return typing.get_args(cls)[0] if typing.get_origin(cls) is Annotated else cls
 
 
@@ -206,7 +210,12 @@ def _number(key: str, value: Decimal, kind: Any) -> int | float:
     return int(value) if kind is int else float(value)
 
 
-def _convert(key: str, text: str, kind: Any) -> Any:
+def convert(key: str, text: str, kind: Any, flag: str = "--grid") -> Any:
+    """The text of one value as the type of its option.
+
+    Raises:
+      UserError: the text is no such value; `flag` names where it stands.
+    """
     try:
         if kind is str:
             return ast.literal_eval(text) if text[0] in "'\"" else text
@@ -215,7 +224,7 @@ def _convert(key: str, text: str, kind: Any) -> Any:
         return kind(text) if kind in (int, float) else ast.literal_eval(text)
     except (ValueError, SyntaxError, KeyError) as error:
         name = getattr(kind, "__name__", str(kind))
-        raise UserError(f"--grid: {key}={text}; expected a value of type {name}") from error
+        raise UserError(f"{flag}: {key}={text}; expected a value of type {name}") from error
 
 
 def _value_text(value: Any) -> str:

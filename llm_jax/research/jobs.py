@@ -26,7 +26,8 @@ _LOCK = ".job.lock"
 _LAST_LINES = 8
 _MEMORY_MARGIN = 1.2  # a further job is started when this many times the largest peak so far is free
 
-WAITING, RUNNING, DONE, FAILED, ELSEWHERE = "waiting", "running", "done", "failed", "running elsewhere"
+WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"
+ELSEWHERE, ENDED = "running elsewhere", "ended early"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +124,8 @@ def run(
     show: Callable[[Sequence[Status]], None] = lambda statuses: None,
     retry_failed: bool = False,
     environment: Mapping[str, str] | None = None,
+    more: Callable[[Sequence[Status]], Job | None] = lambda statuses: None,
+    should_end: Callable[[Job], Any] = lambda job: False,
 ) -> list[Status]:
     """Runs the jobs that are not done, one in each share of the machine, and returns the state of all.
 
@@ -134,6 +137,8 @@ def run(
       show: called with the states when one has changed, and every second.
       retry_failed: also run jobs that failed in an earlier call.
       environment: further environment variables of the jobs.
+      more: called with the states when a share of the machine is free and no job waits; returns a further job, or None.
+      should_end: called for every running job each second; a true value ends the job early by SIGTERM.
     """
     statuses = [status(job) for job in jobs]
     for s in statuses:
@@ -141,7 +146,7 @@ def run(
             (s.job.directory / "failed.json").unlink()
             s.state, s.lines = WAITING, ()
     free, running, peak, shown = list(shares), dict[int, _Child](), 0, 0.0
-    stopping = False
+    stopping, ended = False, set[int]()
     try:
         while True:
             changed = False
@@ -151,11 +156,14 @@ def run(
                 if child.process.poll() is not None:
                     del running[i]
                     free.append(child.slot)
-                    statuses[i] = _end(statuses[i], child, stopping)
+                    statuses[i] = _end(statuses[i], child, WAITING if stopping else ENDED if i in ended else "")
                     changed = True
             if stop() and not stopping:
                 stopping = True
                 _terminate(child.process for child in running.values())
+            is_idle = bool(free) and not stopping and all(s.state != WAITING for s in statuses)
+            if is_idle and _may_start(list(running.values()), peak) and (job := more(statuses)):
+                statuses.append(status(job))
             for i, waiting in enumerate(statuses):
                 if stopping or not free or not _may_start(list(running.values()), peak):
                     break
@@ -168,6 +176,9 @@ def run(
             if changed or time.monotonic() - shown >= _SHOW_EVERY:
                 shown = time.monotonic()
                 show(statuses)
+                end_now = {i for i in running if i not in ended and not stopping and should_end(statuses[i].job)}
+                _terminate(running[i].process for i in end_now)
+                ended |= end_now
             if not running and (stopping or all(s.state != WAITING for s in statuses)):
                 return statuses
             time.sleep(_POLL)
@@ -231,14 +242,15 @@ def _start(job: Job, slot: Slot, environment: Mapping[str, str]) -> tuple[Status
     return Status(job, RUNNING, began=time.time()), _Child(process, lock, slot)
 
 
-def _end(running: Status, child: _Child, stopping: bool) -> Status:
+def _end(running: Status, child: _Child, state: str) -> Status:
+    """The state of a job whose process has ended; `state` is that of one that was told to end and has no result."""
     job, code = running.job, child.process.returncode
     _children.discard(child.process)
     lines = tuple((job.directory / "log.txt").read_text(errors="replace").strip().splitlines()[-_LAST_LINES:])
     if job.is_done():
         result = Status(job, DONE, began=running.began)
-    elif stopping:
-        result = Status(job, WAITING)
+    elif state:
+        result = Status(job, state)
     elif lines and "another trainer is at work here" in lines[-1]:
         result = Status(job, ELSEWHERE)
     else:

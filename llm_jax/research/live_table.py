@@ -6,43 +6,42 @@ import pathlib
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
 from llm_jax.research import jobs
 from llm_jax.research.points import Point
 
 _LINE_EVERY = 60.0  # seconds between lines about the progress where there is no terminal
-_ORDER = (jobs.RUNNING, jobs.FAILED, jobs.ELSEWHERE, jobs.DONE, jobs.WAITING)
+_ORDER = (jobs.RUNNING, jobs.FAILED, jobs.ELSEWHERE, jobs.DONE, jobs.ENDED, jobs.WAITING)
 
 
 class LiveTable:
-    """Shows the states of the points of a sweep; call it with them.
+    """Shows the states of the points of a sweep; call it with both.
 
     Args:
       stream: where to print; a terminal gets a table that is painted over.
     """
 
-    def __init__(self, points: Sequence[Point], stream: TextIO | None = None):
-        self._points = points
+    def __init__(self, stream: TextIO | None = None):
         self._stream = stream or sys.stdout
         self._painted = 0  # lines of the table that is on the screen
-        self._states: dict[str, str] = {}
+        self._print_changes = print_changes(self._stream)
         self._began = time.time()
         self._first_steps: dict[str, int] = {}  # steps that were done before this call
         self._printed = time.monotonic()
 
-    def __call__(self, statuses: Sequence[jobs.Status]) -> None:
-        metrics = {p.name: last_line(p.workdir / "metrics.jsonl") for p in self._points}
+    def __call__(self, points: Sequence[Point], statuses: Sequence[jobs.Status]) -> None:
+        metrics = {p.name: last_line(p.workdir / "metrics.jsonl") for p in points}
         steps = {
             p.name: p.config.train.steps if s.state == jobs.DONE else metrics[p.name].get("step", 0)
-            for p, s in zip(self._points, statuses, strict=True)
+            for p, s in zip(points, statuses, strict=True)
         }
         for name, done in steps.items():
             self._first_steps.setdefault(name, done)
-        left = self._time_left(statuses, steps)
+        left = self._time_left(points, statuses, steps)
         if self._stream.isatty():
-            self._paint(statuses, metrics, steps, left)
+            self._paint(points, statuses, metrics, steps, left)
         else:
             self._print(statuses, metrics, left)
 
@@ -50,18 +49,20 @@ class LiveTable:
         """Leaves the table on the screen."""
         self._painted = 0
 
-    def _time_left(self, statuses: Sequence[jobs.Status], steps: Mapping[str, int]) -> float | None:
+    def _time_left(
+        self, points: Sequence[Point], statuses: Sequence[jobs.Status], steps: Mapping[str, int]
+    ) -> float | None:
         """Seconds until the last step of all points at the rate so far, or None before there is one."""
         done = sum(steps[name] - first for name, first in self._first_steps.items())
         ours = (jobs.RUNNING, jobs.WAITING)
         remaining = sum(
-            p.config.train.steps - steps[p.name] for p, s in zip(self._points, statuses, strict=True) if s.state in ours
+            p.config.train.steps - steps[p.name] for p, s in zip(points, statuses, strict=True) if s.state in ours
         )
         return (time.time() - self._began) / done * remaining if done > 0 else None
 
-    def _paint(self, statuses, metrics, steps, left: float | None) -> None:
+    def _paint(self, points, statuses, metrics, steps, left: float | None) -> None:
         width, height = shutil.get_terminal_size()
-        rows = table(self._points, statuses, metrics, steps, max(3, height - 3))
+        rows = table(points, statuses, metrics, steps, max(3, height - 3))
         lines = [line[: width - 1] for line in [*rows, headline(statuses, left)]]
         up = f"\x1b[{self._painted}A" if self._painted else ""
         self._stream.write(up + "\x1b[J" + "\n".join(lines) + "\n")
@@ -69,15 +70,28 @@ class LiveTable:
         self._painted = len(lines)
 
     def _print(self, statuses, metrics, left: float | None) -> None:
-        for status in statuses:
-            before, self._states[status.job.name] = self._states.get(status.job.name), status.state
-            if before == status.state or (before is None and status.state == jobs.WAITING):
-                continue
-            detail = describe(metrics[status.job.name]) if status.state == jobs.DONE else ""
-            print(f"{status.job.name}: {status.state}{detail and f', {detail}'}", file=self._stream, flush=True)
+        self._print_changes(statuses, {s.job.name: describe(metrics[s.job.name]) for s in statuses})
         if time.monotonic() - self._printed > _LINE_EVERY:
             self._printed = time.monotonic()
             print(headline(statuses, left), file=self._stream, flush=True)
+
+
+def print_changes(stream: TextIO | None = None) -> Callable[..., None]:
+    """A function of states that prints a line for every job whose state has changed since it was called before.
+
+    Its second argument, optional, is {name: what to print of a job that is done}.
+    """
+    states: dict[str, str] = {}
+
+    def show(statuses: Sequence[jobs.Status], details: Mapping[str, str] | None = None) -> None:
+        for status in statuses:
+            name = status.job.name
+            before, states[name] = states.get(name, jobs.WAITING), status.state
+            if before != status.state:
+                detail = (details or {}).get(name, "") if status.state == jobs.DONE else ""
+                print(f"{name}: {status.state}{detail and f', {detail}'}", file=stream or sys.stdout, flush=True)
+
+    return show
 
 
 def table(

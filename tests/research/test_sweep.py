@@ -227,20 +227,20 @@ def test_the_table_shows_states_steps_losses_and_the_time_left(tmp_path, monkeyp
     monkeypatch.setattr(live_table.time, "time", lambda: now)
     monkeypatch.setattr(live_table.shutil, "get_terminal_size", lambda: os.terminal_size((90, 7)))
     stream, plain = Terminal(), io.StringIO()
-    table, lines = live_table.LiveTable(planned, stream), live_table.LiveTable(planned, plain)
-    table(statuses)
-    lines(statuses)
+    table, lines = live_table.LiveTable(stream), live_table.LiveTable(plain)
+    table(planned, statuses)
+    lines(planned, statuses)
     assert "left" not in stream.getvalue()
     (planned[1].workdir / "metrics.jsonl").write_text('{"step": 4, "loss": 2.5, "tokens_per_second": 1000}\n{"step"')
     now += 10
-    table(statuses)
+    table(planned, statuses)
     painted = stream.getvalue().rpartition("\x1b[J")[2].splitlines()
     assert len(painted) == 5 and stream.getvalue().count("\x1b[5A") == 1  # four lines of seven, and the headline
     assert painted[1].split() == ["seed=1", "running", "4/8", "loss", "2.500,", "1,000", "tokens/s"]
     # 4 steps in 10 s; 4 + 8 + 8 + 8 remain.
     assert painted[-2] == "... and 2 more" and painted[-1].endswith("1 done, 2 waiting; about 70 s left")
     statuses[1] = jobs.Status(statuses[1].job, "done")
-    lines(statuses)
+    lines(planned, statuses)
     assert plain.getvalue().splitlines() == [
         "seed=0: done",
         "seed=1: running",
@@ -294,8 +294,8 @@ def test_the_command_trains_the_points_and_names_the_failed_one(tmp_path, monkey
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "--grid or --points is required"),
-        (["--grid=train.seed=0", "--jobs=-1"], "--jobs is -1"),
+        ([], "--grid, --points or --search is required"),
+        (["--grid=train.seed=0", "--jobs=-1"], "--jobs=-1"),
         (["--grid=model.width=0"], "point width=0"),
         (["--grid=train.seed=0", "--dry_run", "--retry_failed"], "has no effect"),
     ],
