@@ -13,7 +13,7 @@ from absl import flags
 from experiments.length_extrapolation import report
 from llm_jax import cli, files
 from llm_jax.errors import UserError
-from llm_jax.research import jobs, live_table
+from llm_jax.research import jobs, live_table, points
 from llm_jax.research.jobs import Job
 
 HERE = pathlib.Path(__file__).parent
@@ -73,9 +73,8 @@ def main() -> None:
     root = pathlib.Path(f.runs).expanduser() / f.size
     files.make_directory(root)
     phases = plan(root, f.size, f.seeds)
-    environment = {"PYTHONPATH": str(HERE.parents[1])}
     for phase in phases:
-        jobs.run_all(phase, jobs.slots(f.jobs, len(phase)), show=live_table.print_changes(), environment=environment)
+        jobs.run_all(phase, jobs.slots(f.jobs, len(phase)), show=live_table.print_changes())
     print(report.write(HERE, root, f.seeds, list(KINDS), SCALINGS, COPYING))
 
 
@@ -87,7 +86,7 @@ def plan(root: pathlib.Path, size: str, seeds: int) -> list[list[Job]]:
         for name, position in KINDS.items():
             run = root / f"{name}-{seed}".replace(" ", "_")
             changes = all_runs | {f"model.position.{k}": v for k, v in position.items()} | {"train.seed": seed}
-            trains.append(train(f"train {name}, seed {seed}", run, changes))
+            trains.append(points.training(HERE / "config.py", changes, run))
             measures.append(measure(run, length))
         base = root / f"rope-{seed}"
         measures.append(measure(base, length, "scalings"))
@@ -100,18 +99,13 @@ def plan(root: pathlib.Path, size: str, seeds: int) -> list[list[Job]]:
                     "model.position.scaling_factor": 1.0 if scaling == "dynamic" else 8.0,
                     "model.position.original_length": length,
                 }
-            tunes.append(train(f"fine-tune rope with scaling {scaling}, seed {seed}", run, changes))
+            tunes.append(points.training(HERE / "config.py", changes, run))
             measures.append(measure(run, length))
         for kind in COPYING:
             output = root / f"copy_{kind}-{seed}.json"
             command = (str(HERE / "copy_back.py"), f"--kind={kind}", f"--seed={seed}", f"--output={output}")
             copies.append(job(f"copy back by {kind}, seed {seed}", command, output))
     return [trains + copies, tunes, measures]
-
-
-def train(name: str, workdir: pathlib.Path, changes: dict) -> Job:
-    command = ("-m", "llm_jax.train", f"--config={HERE / 'config.py'}", f"--workdir={workdir}")
-    return job(name, (*command, *(f"--config.{k}={v}" for k, v in changes.items())), workdir / "summary.json")
 
 
 def measure(run: pathlib.Path, length: int, what: str = "lengths") -> Job:

@@ -232,7 +232,13 @@ def _start(job: Job, slot: Slot, environment: Mapping[str, str]) -> tuple[Status
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **environment, **slot.environment},
+            env={
+                **os.environ,
+                "PYTHONUNBUFFERED": "1",
+                "PYTHONPATH": _python_path(),
+                **environment,
+                **slot.environment,
+            },
             start_new_session=True,  # Ctrl-C in a terminal reaches this process alone, which then ends its jobs
         )
     _children.add(process)
@@ -240,6 +246,11 @@ def _start(job: Job, slot: Slot, environment: Mapping[str, str]) -> tuple[Status
         with contextlib.suppress(ProcessLookupError):
             os.sched_setaffinity(process.pid, slot.cores)
     return Status(job, RUNNING, began=time.time()), _Child(process, lock, slot)
+
+
+def _python_path() -> str:
+    """PYTHONPATH of a job: it imports the package from where this process has it."""
+    return os.pathsep.join(filter(None, [str(pathlib.Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
 
 
 def _end(running: Status, child: _Child, state: str) -> Status:

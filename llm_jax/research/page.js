@@ -125,7 +125,8 @@ function drawCurves() {
   }
   const log = byId("log").checked && drawn.every(([c]) => c.low.every((y) => y > 0));
   const value = (y) => (log ? Math.log10(y) : y);
-  const [width, height, left, bottom] = [720, 360, 58, 34];
+  const width = Math.max(300, plot.clientWidth);
+  const [height, left, bottom] = [Math.max(240, Math.min(380, width / 2)), 58, 34];
   const xs = drawn.flatMap(([c]) => c.step);
   const lows = drawn.flatMap(([c]) => c.low.map(value)), highs = drawn.flatMap(([c]) => c.high.map(value));
   const [x0, x1] = [Math.min(...xs), Math.max(...xs)];
@@ -139,8 +140,8 @@ function drawCurves() {
     svg.append(shape("line", { x1: left, x2: width - 10, y1: y(at), y2: y(at), class: "axis" }));
     svg.append(shape("text", { x: left - 6, y: y(at) + 4, "text-anchor": "end" }, tickText(at)));
   }
-  for (const tick of ticks(x0, x1)) svg.append(shape("text", { x: x(tick), y: height - 14, "text-anchor": "middle" }, tickText(tick)));
-  svg.append(shape("text", { x: width - 10, y: height - 1, "text-anchor": "end" }, "step"));
+  for (const tick of ticks(x0, x1, width / 120)) svg.append(shape("text", { x: x(tick), y: height - 14, "text-anchor": "middle" }, tickText(tick)));
+  svg.append(shape("text", { x: width - 10, y: height - 3, "text-anchor": "end" }, "step"));
   for (const [c, i] of drawn) {
     const band = [...c.step.map((s, k) => [s, c.high[k]]), ...c.step.map((s, k) => [s, c.low[k]]).reverse()];
     if (data.groups[i].seeds.length > 1) {
@@ -182,11 +183,11 @@ function drawParallel() {
     ...data.options.map((key) => ({ title: key, value: (g) => g.options[key] })),
     { title: data.figure.label, value: (g) => g.result.estimate },
   ];
-  const [height, gap, top] = [320, 170, 40];
-  const width = gap * (axes.length - 1) + 160;
+  const [height, top, margin] = [320, 40, 170];
+  const gap = Math.max(110, Math.min(240, (byId("parallel").clientWidth - margin) / (axes.length - 1)));
+  const width = gap * (axes.length - 1) + margin;
   const svg = shape("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": "options and result of every group" });
-  svg.style.minWidth = `${Math.min(width, 90 * axes.length)}px`;
-  svg.style.maxWidth = `${1.2 * width}px`;
+  svg.style.width = `${width}px`; // a narrow window scrolls it, so that its text stays legible
   axes.forEach((axis, a) => {
     const values = [...new Set(shown.map(([g]) => axis.value(g)))].sort(compare);
     const numeric = values.every((v) => typeof v === "number");
@@ -263,6 +264,7 @@ byId("filter").addEventListener("input", drawGroups);
 byId("baseline").addEventListener("change", drawGroups);
 byId("metric").addEventListener("change", drawCurves);
 byId("log").addEventListener("change", drawCurves);
+window.addEventListener("resize", () => { drawCurves(); drawParallel(); });
 drawGroups();
 drawCurves();
 drawLegend();

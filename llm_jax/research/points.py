@@ -106,6 +106,19 @@ def job(point: Point) -> jobs.Job:
     )
 
 
+def training(config: str | os.PathLike[str], overrides: Mapping[str, Any], workdir: pathlib.Path) -> jobs.Job:
+    """The job that trains a recipe with overrides in `workdir`, for scripts; writes recipe.json there.
+
+    Raises:
+      UserError: the configuration is invalid, or the run in `workdir` has other options.
+    """
+    point = Point(workdir.name, overrides, configuration.load(config, overrides), workdir)
+    _refuse_another_run(point)
+    files.make_directory(workdir)
+    files.write_json(workdir / "recipe.json", recipe(point.config))
+    return job(point)
+
+
 def is_done(point: Point) -> bool:
     """Whether the run of a point has ended with all its steps."""
     path = point.workdir / "summary.json"

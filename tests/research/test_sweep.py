@@ -321,3 +321,14 @@ def test_a_sweep_trains_stops_at_a_signal_and_continues(tmp_path, command, text_
     assert "3 points: 3 done" in done.stdout
     assert len((output / "seed=0" / "attempts.jsonl").read_text().splitlines()) == 2
     assert "JAX_COMPILATION_CACHE_DIR" in os.environ or any((output / ".cache" / "compiled").iterdir())
+
+
+def test_a_script_trains_a_recipe_by_a_job(tmp_path):
+    job = points.training(ROOT / "tests" / "tiny.py", {"train.seed": 3}, tmp_path / "a")
+    assert job.name == "a" and not job.is_done() and not job.is_set_up()
+    assert configuration.load(tmp_path / "a" / "recipe.json").train.seed == 3
+    (tmp_path / "a" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"train.seed=3, now 4"):
+        points.training(ROOT / "tests" / "tiny.py", {"train.seed": 4}, tmp_path / "a")
+    (tmp_path / "a" / "summary.json").write_text('{"steps": 8}')
+    assert job.is_done()
