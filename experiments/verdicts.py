@@ -2,17 +2,17 @@
 
 PYTHONPATH=. python experiments/verdicts.py
 
-A verdict is read from the results.json that names its statement first in `claim`; several entries of one
-statement are all shown.
+The verdicts are those of every results.json; several findings about one statement are all shown.
 """
 
-import json
 import pathlib
 
 from llm_jax import cli
+from llm_jax.errors import UserError
+from llm_jax.research import findings
+from llm_jax.research.findings import Finding
 
 HERE = pathlib.Path(__file__).parent
-BEGIN, END = "<!-- verdicts: written by verdicts.py -->\n", "<!-- end of verdicts -->\n"
 
 STATEMENTS = {
     "T1": "Word, subword and character tokens trade vocabulary against length.",
@@ -29,6 +29,7 @@ STATEMENTS = {
     "P7": "RoPE generalizes to longer sequences.",
     "P8": "Absolute encodings do not know how tokens relate, relative ones do.",
     "Q1": "Weights and activations go from 32 to 8 bits after training with little loss.",
+    "Q1b": "These formats lose no more than ggml's of equal size.",
     "Q2": "Training with quantization in the loop ends better than quantizing afterwards.",
     "Q3": "A quantized model is smaller, faster and needs less memory.",
     "L1": "LoRA trains a small part of the parameters and matches full fine-tuning.",
@@ -52,26 +53,35 @@ STATEMENTS = {
     "M2": "Zero-shot, few-shot, expert and chain-of-thought prompts differ.",
     "M3": "Asking for steps gives longer outputs.",
     "M4": "Chain of thought pays for large models.",
+    "W1": "With μP the best learning rate of a narrow model is the best of wider ones; without it is not.",
+    "R1": "A run that is killed and started again ends as an undisturbed one.",
+    "R2": "A damaged checkpoint is detected before it is restored.",
+    "R3": "A full disk damages no earlier checkpoint.",
 }
 
 
-def main() -> None:
-    found: dict[str, list[tuple[str, str, str]]] = {name: [] for name in STATEMENTS}
-    for path in sorted(HERE.glob("*/results.json")):
-        for entry in json.loads(path.read_text()):
-            name, _, rest = entry["claim"].partition(" ")
-            if name.rstrip(",") in found and entry["verdict"]:
-                measure = rest[1:-1] if rest.startswith("(") and rest.endswith(")") else rest
-                found[name.rstrip(",")].append((measure, entry["verdict"], path.parent.name))
+def table(directory: pathlib.Path) -> list[str]:
+    """The lines of a table of all statements, with what the results.json of every experiment says."""
+    by_statement: dict[str, list[tuple[Finding, str]]] = {name: [] for name in STATEMENTS}
+    for path in sorted(directory.glob("*/results.json")):
+        for result in findings.read(path):
+            if result.statement not in by_statement:
+                raise UserError(f"{path}: statement {result.statement} is not in STATEMENTS of verdicts.py")
+            by_statement[result.statement].append((result, path.parent.name))
     lines = ["| | statement | measured | verdict | in |", "|---|---|---|---|---|"]
     for name, statement in STATEMENTS.items():
-        for measure, verdict, where in found[name] or [("", "not measured yet", "")]:
-            place = f"[{where}]({where}/README.md)" if where else ""
-            lines.append(f"| {name} | {statement} | {measure} | **{verdict}** | {place} |")
-    readme = HERE / "README.md"
-    before, rest = readme.read_text().split(BEGIN)
-    readme.write_text(before + BEGIN + "\n".join(lines) + "\n" + END + rest.split(END)[1])
-    print(f"{sum(map(bool, found.values()))} of {len(found)} statements are measured; the table is in {readme}")
+        for result, experiment in by_statement[name]:
+            measure = f"{result.part} ({result.measure})" if result.part else result.measure
+            link = f"[{experiment}]({experiment}/README.md)"
+            lines.append(f"| {name} | {statement} | {measure} | **{result.verdict}** | {link} |")
+        if not by_statement[name]:
+            lines.append(f"| {name} | {statement} |  | **not measured yet** |  |")
+    return lines
+
+
+def main() -> None:
+    findings.replace_section(HERE / "README.md", "verdicts", table(HERE))
+    print(f"the table of {len(STATEMENTS)} statements is in {HERE / 'README.md'}")
 
 
 if __name__ == "__main__":

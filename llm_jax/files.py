@@ -143,13 +143,16 @@ def make_directory(directory: pathlib.Path) -> None:
         raise UserError(f"{directory}: cannot be written to ({error.strerror})") from error
 
 
-def lock(workdir: pathlib.Path) -> Any:
+def lock(workdir: pathlib.Path, name: str = ".lock") -> Any:
     """Locks a run directory for this process until the returned file is closed or the process ends.
+
+    Args:
+      name: the lock file; locks with different names are independent.
 
     Raises:
       UserError: another process holds the lock.
     """
-    file = (workdir / ".lock").open("a+")
+    file = (workdir / name).open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

@@ -93,7 +93,8 @@ def commands():
 def test_every_command_describes_its_flags(name, definition, command):
     assert definition.name == name
     text = command(*name.split(), "--help").stdout
-    assert text.startswith(f"usage: python -m llm_jax.{name} [--FLAG=VALUE ...]\n\n")
+    positional = f" {definition.positional.upper()} ..." if definition.positional else ""
+    assert text.startswith(f"usage: python -m llm_jax.{name}{positional} [--FLAG=VALUE ...]\n\n")
     for flag in definition.flags:
         assert f"--{flag}" in text or f"--[no]{flag}" in text
     assert ("--config=SOURCE" in text) == (definition.config is not None)

@@ -73,6 +73,7 @@ def test_the_wheel_carries_the_recipes_and_the_marker_of_types(wheel):
     recipes = {path.name for path in (ROOT / "configs").glob("*.py")}
     assert {name.removeprefix("llm_jax/configs/") for name in names if name.startswith("llm_jax/configs/")} == recipes
     assert "llm_jax/py.typed" in names and "llm_jax/kernels/cpu/quantized_product.cc" in names
+    assert {"llm_jax/py.typed", "llm_jax/research/page.css", "llm_jax/research/page.js"} <= set(names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"llm_jax"}
 
 

@@ -11,6 +11,7 @@ import llm_jax
 TITLES = {
     "llm_jax": "llm_jax: the public functions",
     "llm_jax.training": "Training",
+    "llm_jax.research": "Research: sweeps, findings, reports",
     "llm_jax.evaluation": "Evaluation",
     "llm_jax.decoding": "Decoding",
     "llm_jax.embeddings": "Embeddings",

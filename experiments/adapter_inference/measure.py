@@ -23,15 +23,17 @@ import jax
 import numpy as np
 from absl import flags
 
-from llm_jax import checkpoints, cli, files, lora, runtime, weights
+from llm_jax import checkpoints, cli, lora, runtime, weights
 from llm_jax import configuration as config_lib
 from llm_jax.decoding import loop
 from llm_jax.decoding.options import DecodingOptions
+from llm_jax.intervals import Interval
 from llm_jax.quant import post_training
+from llm_jax.research import findings
+from llm_jax.research.findings import Finding
 
 HERE = pathlib.Path(__file__).parent
 COMMAND = "PYTHONPATH=. python experiments/adapter_inference/measure.py"
-BEGIN, END = "<!-- results: written by measure.py -->\n", "<!-- end of results -->"
 MODEL, PROMPT = "asset:smollm2-135m-instruct", list(range(100, 116))
 MERGED, QLORA = "dense, merged", "NF4 base, attached (QLoRA)"
 
@@ -61,12 +63,10 @@ def main() -> None:
                 seen[name].append(found / flags.FLAGS.tokens)
         print(f"turn {turn} of {flags.FLAGS.rounds}", flush=True)
     sizes = {name: weights.num_bytes(params) for name, params in made.items()}
-    results = judged(seen)
-    files.write_json(HERE / "results.json", results)
-    readme = HERE / "README.md"
-    before, rest = readme.read_text().split(BEGIN)
-    readme.write_text(before + BEGIN + "\n".join(table(seen, sizes, results)) + "\n" + END + rest.split(END)[1])
-    print("\n".join(f"{r['claim']}: {r['verdict']}" for r in results))
+    results = judge(seen, joules() is not None)
+    findings.save(HERE, results)
+    findings.replace_section(HERE / "README.md", "results", table(seen, sizes, results))
+    print(findings.summary(results))
 
 
 def forms(base: Any) -> dict[str, Any]:
@@ -95,29 +95,23 @@ def joules() -> float | None:
     return sum(found) / 1e6 if found else None
 
 
-def judged(seen: dict[str, list[np.ndarray]]) -> list[dict[str, Any]]:
-    """The verdicts by the rule above."""
+def judge(seen: dict[str, list[np.ndarray]], has_counter: bool) -> list[Finding]:
+    """The verdicts by the rules above; `has_counter`: whether the energy was measured."""
 
-    def entry(half: str, column: int) -> dict[str, Any]:
+    def finding(part: str, measure: str, column: int) -> Finding:
         ratios = [float(a[column] / b[column]) for a, b in zip(seen[MERGED], seen[QLORA], strict=True)]
         verdict = "holds" if min(ratios) > 1 else "fails" if max(ratios) < 1 else "undecided"
-        return {
-            "claim": f"L13, {half}",
-            "value": float(np.median(ratios)),
-            "spread": [min(ratios), max(ratios)],
-            "seeds": 1,
-            "verdict": verdict,
-            "command": COMMAND,
-        }
+        value = Interval(float(np.median(ratios)), min(ratios), max(ratios))
+        return findings.finding("L13", measure, value, verdict, command=COMMAND, part=part)
 
-    results = [entry("speed (tokens per second of CPU time, NF4 base with adapter over dense merged)", 1)]
-    if joules() is not None:
-        return [*results, entry("power (joules a token, dense merged over NF4 base with adapter)", 2)]
-    no = {"value": None, "spread": None, "seeds": 0, "verdict": "untested here (no energy counter can be read)"}
-    return [*results, {"claim": "L13, power (joules a token)", **no, "command": COMMAND}]
+    speed = finding("speed", "tokens per second of CPU time, NF4 base with adapter over dense merged", 1)
+    if has_counter:
+        return [speed, finding("power", "joules a token, dense merged over NF4 base with adapter", 2)]
+    verdict = "untested here (no energy counter can be read)"
+    return [speed, findings.finding("L13", "joules a token", None, verdict, command=COMMAND, n=0, part="power")]
 
 
-def table(seen: dict[str, list[np.ndarray]], sizes: dict[str, int], results: list[dict[str, Any]]) -> list[str]:
+def table(seen: dict[str, list[np.ndarray]], sizes: dict[str, int], results: list[Finding]) -> list[str]:
     """Markdown."""
     heads = ("form", "weights, MiB", "tokens/s of CPU time", "on the clock", "CPU rate over dense merged")
     lines = ["", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
@@ -128,8 +122,7 @@ def table(seen: dict[str, list[np.ndarray]], sizes: dict[str, int], results: lis
             f"| {name} | {sizes[name] / 2**20:,.0f} | {worked:.1f} | {clock:.1f} | "
             f"{np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) |"
         )
-    lines += ["", "| claim | verdict |", "|---|---|"]
-    return [*lines, *(f"| {r['claim']} | **{r['verdict']}** |" for r in results), ""]
+    return [*lines, *findings.verdict_table(results)]
 
 
 if __name__ == "__main__":

@@ -27,12 +27,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from llm_jax import cli, files, lora, schema, trees
+from llm_jax import cli, lora, schema, trees
 from llm_jax import configuration as config_lib
+from llm_jax.intervals import Interval
+from llm_jax.research import findings, verdicts
+from llm_jax.research.findings import Finding
 
 HERE = pathlib.Path(__file__).parent
 COMMAND = "PYTHONPATH=. python experiments/architectures/measure.py"
-BEGIN, END = "<!-- results: written by measure.py -->\n", "<!-- end of results -->"
 SEEDS, STEPS = 3, {"base": 400, "new": 200}
 CLASSES, SIZE, NOISES = 4, 12, 32
 
@@ -110,12 +112,10 @@ CASES = {
 def main() -> None:
     whole = config_lib.build(runpy.run_path(str(HERE.parents[1] / "configs" / "default.py"))["get_config"]())
     found = {name: [run(name, whole.lora, seed) for seed in range(SEEDS)] for name in CASES}
-    results = [entry(name, runs) for name, runs in found.items()]
-    files.write_json(HERE / "results.json", results)
-    readme = HERE / "README.md"
-    before, rest = readme.read_text().split(BEGIN)
-    readme.write_text(before + BEGIN + "\n".join(table(found, results)) + "\n" + END + rest.split(END)[1])
-    print("\n".join(f"{r['claim']}: {r['verdict']}" for r in results))
+    results = [judge(name, runs) for name, runs in found.items()]
+    findings.save(HERE, results)
+    findings.replace_section(HERE / "README.md", "results", table(found, results))
+    print(findings.summary(results))
 
 
 def run(name: str, settings: schema.LoraConfig, seed: int) -> dict[str, float]:
@@ -160,19 +160,16 @@ def train(loss, params, key, steps: int):
     return whole(params)
 
 
-def entry(name: str, runs: list[dict[str, float]]) -> dict:
+def judge(name: str, runs: list[dict[str, float]]) -> Finding:
     """The verdict by the rule above."""
     gained = [r["taken back"] for r in runs]
     cheap = all(r["trained share"] <= 0.25 and r["base unchanged"] for r in runs)
-    verdict = "holds" if cheap and min(gained) >= 0.5 else "fails" if max(gained) < 0.1 else "undecided"
-    return {
-        "claim": f"L11, {name} (share of the loss between frozen and full that adapters take back)",
-        "value": float(np.mean(gained)),
-        "spread": [min(gained), max(gained)],
-        "seeds": SEEDS,
-        "verdict": verdict,
-        "command": COMMAND,
-    }
+    verdict = verdicts.range_above(gained, holds=0.5, fails=0.1)
+    if verdict == "holds" and not cheap:
+        verdict = "undecided"
+    value = Interval(float(np.mean(gained)), min(gained), max(gained))
+    measure = "share of the loss between frozen and full that adapters take back"
+    return findings.finding("L11", measure, value, verdict, command=COMMAND, n=len(runs), part=name)
 
 
 def table(found, results) -> list[str]:
@@ -184,8 +181,7 @@ def table(found, results) -> list[str]:
         cells = [[r[h] for r in runs] for h in heads]
         said = [f"{np.mean(c):.3f} ({min(c):.3f} to {max(c):.3f})" for c in cells]
         lines.append(f"| {name} | " + " | ".join(said) + " |")
-    lines += ["", "| claim | verdict |", "|---|---|"]
-    return [*lines, *(f"| {r['claim']} | **{r['verdict']}** |" for r in results), ""]
+    return [*lines, *findings.verdict_table(results)]
 
 
 if __name__ == "__main__":

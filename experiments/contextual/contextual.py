@@ -17,17 +17,17 @@ import pathlib
 
 import numpy as np
 from absl import flags
-from scipy import stats
 
-from llm_jax import checkpoints, cli, files
+from llm_jax import checkpoints, cli
 from llm_jax.checkpoints import Loaded
 from llm_jax.embeddings import contextual
 from llm_jax.errors import UserError
-from llm_jax.evaluation.statistics import wilson
+from llm_jax.intervals import Interval, mean, wilson
+from llm_jax.research import findings, verdicts
+from llm_jax.research.findings import Finding
 
 HERE = pathlib.Path(__file__).parent
 COMMAND = "PYTHONPATH=. python experiments/contextual/contextual.py"
-BEGIN, END = "<!-- results: written by contextual.py -->\n", "<!-- end of results -->"
 TABLE = "table"  # the rows of the embedding table, without positions and norm
 
 flags.DEFINE_string("checkpoint", "asset:minilm-l6-v2", "whose vectors are asked")
@@ -40,13 +40,12 @@ def main() -> None:
     layers = list(vectors["bank"])
     table = {layer: figures({word: v[layer] for word, v in vectors.items()}) for layer in layers}
     results = [judge(table)]
-    files.write_json(HERE / "results.json", results)
+    findings.save(HERE, results)
     draw(table, vectors["bank"][layers[-1]], HERE / "senses.png")
     count = sum(len(s) for senses in words.values() for s in senses.values())
-    lines = [f"{len(words)} words, {count} sentences.", "", *markdown(table, results)]
-    before, _, rest = (HERE / "README.md").read_text().partition(BEGIN)
-    (HERE / "README.md").write_text(before + BEGIN + "\n" + "\n".join(lines) + "\n" + END + rest.partition(END)[2])
-    print("\n".join(f"{r['claim']}: {r['verdict']}" for r in results))
+    lines = ["", f"{len(words)} words, {count} sentences.", "", *markdown(table, results)]
+    findings.replace_section(HERE / "README.md", "results", lines)
+    print(findings.summary(results))
 
 
 def read(path: pathlib.Path) -> dict[str, dict[str, list[str]]]:
@@ -102,41 +101,29 @@ def figures(vectors: dict[str, np.ndarray]) -> dict:
     of = {name: [w[name] for w in by_word.values()] for name in ("within", "between")}
     of["difference"] = np.subtract(of["within"], of["between"]).tolist()
     return {
-        **{name: interval(values) for name, values in of.items()},
-        "nearest": [right / asked, *wilson(round(right), asked)],
+        **{name: mean(values) for name, values in of.items()},
+        "nearest": Interval(right / asked, *wilson(round(right), asked)),
         "words apart": sum(d > 1e-9 for d in of["difference"]),
         "words": by_word,
     }
 
 
-def interval(values: list[float]) -> list[float]:
-    """Mean, and the ends of its 95 % t-interval."""
-    half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
-    return [float(np.mean(values)), float(np.mean(values)) - half, float(np.mean(values)) + half]
-
-
-def judge(table: dict) -> dict:
+def judge(table: dict) -> Finding:
+    """The verdict by the rule above; `table` has the figures by layer."""
     inner = [layer for layer in table if layer not in (TABLE, "0")]
     apart = [layer for layer in inner if table[layer]["difference"][1] > 0]
     static = [w[name] for w in table[TABLE]["words"].values() for name in ("within", "between")]
     bank = table[inner[-1]]["words"]["bank"]
-    verdict = f"holds when the layer is {', '.join(apart)}" if apart else "fails"
-    if apart == inner and np.allclose(static, 1, atol=1e-6) and bank["within"] > bank["between"]:
-        verdict = "holds"
-    return {
-        "claim": "E5 (cosines of a word within and between its senses, by layer)",
-        "value": table,
-        "spread": "95 % t-intervals over words: [mean, from, to]; nearest: Wilson's",
-        "seeds": 1,
-        "verdict": verdict,
-        "command": COMMAND,
-    }
+    others = np.allclose(static, 1, atol=1e-6) and bank["within"] > bank["between"]
+    verdict = verdicts.named(apart, inner if others else [], "the layer is", separator=", ")
+    measure = "cosines of a word within and between its senses, by layer"
+    return findings.finding("E5", measure, table, verdict, command=COMMAND)
 
 
-def markdown(table: dict, results: list[dict]) -> list[str]:
+def markdown(table: dict, results: list[Finding]) -> list[str]:
     """Markdown."""
 
-    def cell(values: list[float]) -> str:
+    def cell(values: Interval) -> str:
         return "{:.3f} ({:.3f} to {:.3f})".format(*values)
 
     count = len(table[TABLE]["words"])
@@ -151,8 +138,7 @@ def markdown(table: dict, results: list[dict]) -> list[str]:
             f"| {named} | {cell(row['within'])} | {cell(row['between'])} | {cell(row['difference'])} | "
             f"{row['words apart']} of {count} | {cell(row['nearest'])} | {bank} |"
         )
-    lines += ["", "| claim | verdict |", "|---|---|", *(f"| {r['claim']} | **{r['verdict']}** |" for r in results)]
-    return [*lines, ""]
+    return [*lines, *findings.verdict_table(results)]
 
 
 def draw(table: dict, bank: np.ndarray, path: pathlib.Path) -> None:
@@ -164,8 +150,8 @@ def draw(table: dict, bank: np.ndarray, path: pathlib.Path) -> None:
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     for name in ("within", "between"):
-        mean, low, high = np.array([row[name] for row in table.values()]).T
-        left.plot(list(table), mean, marker="o", label=f"{name} senses")
+        middle, low, high = np.array([row[name] for row in table.values()]).T
+        left.plot(list(table), middle, marker="o", label=f"{name} senses")
         left.fill_between(list(table), low, high, alpha=0.2)
     left.set(xlabel="layer", ylabel="cosine of a word's vectors, mean over words")
     left.legend()

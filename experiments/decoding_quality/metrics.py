@@ -4,8 +4,6 @@ import collections
 import math
 from collections.abc import Sequence
 
-import numpy as np
-
 Ids = Sequence[int]
 
 
@@ -54,11 +52,3 @@ def bleu(candidate: Ids, references: Sequence[Ids], longest: int = 4) -> float:
 def self_bleu(texts: Sequence[Ids]) -> list[float]:
     """BLEU of every text against all others (Zhu et al. 2018, arXiv:1802.01886): high where texts are alike."""
     return [bleu(text, [*texts[:i], *texts[i + 1 :]]) for i, text in enumerate(texts)]
-
-
-def interval(values: Sequence[float], seed: int = 0, draws: int = 2000) -> tuple[float, float, float]:
-    """Mean and its 95 % interval by bootstrap over the texts."""
-    x = np.asarray(values, float)
-    means = x[np.random.default_rng(seed).integers(0, len(x), (draws, len(x)))].mean(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(x.mean()), float(low), float(high)

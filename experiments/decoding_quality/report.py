@@ -23,14 +23,14 @@ import matplotlib
 import numpy as np
 
 from experiments.decoding_quality import metrics
-from llm_jax import files
+from llm_jax.intervals import Interval, bootstrap
+from llm_jax.research import findings, verdicts
+from llm_jax.research.findings import Finding
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-BEGIN, END = "<!-- results: written by run.py -->\n", "<!-- end of results -->"
 COMMAND = "PYTHONPATH=. python experiments/decoding_quality/run.py"
-Interval = tuple[float, float, float]
 
 
 def write(here: pathlib.Path, made: Mapping[str, Any], steps: Mapping[str, Any], size: str) -> str:
@@ -38,52 +38,46 @@ def write(here: pathlib.Path, made: Mapping[str, Any], steps: Mapping[str, Any],
     figures = {name: of_method(texts) for name, texts in made.items()}
     of_steps = {name: np.asarray(values) for name, values in steps.items()}
     results = judge(made, figures, of_steps, f"{COMMAND} {size}")
-    files.write_json(here / "results.json", results)
+    findings.save(here, results)
     draw(of_steps, here / "sizes.png")
-    readme = here / "README.md"
-    before, rest = readme.read_text().split(BEGIN)
-    readme.write_text(before + BEGIN + "\n".join(tables(figures, results)) + "\n" + END + rest.split(END)[1])
-    return "\n".join(f"{r['claim']}: {r['verdict']}" for r in results)
+    findings.replace_section(here / "README.md", "results", tables(figures, results))
+    return findings.summary(results)
 
 
 def of_method(texts: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, ...] | float]:
     """The figures of one method's texts."""
     ids = [t["ids"] for t in texts]
-    nats = metrics.interval([-np.mean(t["logs"]) for t in texts])
+    nats = bootstrap([-np.mean(t["logs"]) for t in texts])
     return {
-        "perplexity": tuple(math.exp(x) for x in nats),
-        "self-BLEU": metrics.interval(metrics.self_bleu(ids)),
-        "loops %": tuple(100 * x for x in metrics.interval([metrics.loops(i) for i in ids])),
-        "4-grams repeated %": tuple(100 * x for x in metrics.interval([metrics.repeated(i) for i in ids])),
+        "perplexity": Interval(*(math.exp(x) for x in nats)),
+        "self-BLEU": bootstrap(metrics.self_bleu(ids)),
+        "loops %": Interval(*(100 * x for x in bootstrap([metrics.loops(i) for i in ids]))),
+        "4-grams repeated %": Interval(*(100 * x for x in bootstrap([metrics.repeated(i) for i in ids]))),
         "distinct-2": metrics.distinct(ids, 2),
         "distinct-4": metrics.distinct(ids, 4),
     }
 
 
-def judge(made, figures, steps: Mapping[str, np.ndarray], command: str) -> list[dict[str, Any]]:
+def judge(made, figures, steps: Mapping[str, np.ndarray], command: str) -> list[Finding]:
     """The verdicts by the rules above."""
 
-    def entry(claim: str, value: Mapping[str, Any], verdict: str) -> dict[str, Any]:
-        middle = {k: v[0] if isinstance(v, tuple) else v for k, v in value.items()}
-        spread = {k: list(v[1:]) for k, v in value.items() if isinstance(v, tuple)}
-        return {"claim": claim, "value": middle, "spread": spread, "seeds": 1, "verdict": verdict, "command": command}
+    def finding(statement: str, measure: str, value: Mapping[str, Any], verdict: str) -> Finding:
+        return findings.finding(statement, measure, value, verdict, command=command)
 
     loops = {name: figures[name]["loops %"] for name in ("greedy", "human", "sampling", "beam 4", "nucleus 0.95")}
     repetitive = all(loops["greedy"][1] > loops[other][2] for other in ("human", "sampling"))
     sums = {name: [sum(t["logs"]) for t in made[name]] for name in ("greedy", "beam 4")}
     gains = [b - g for b, g in zip(sums["beam 4"], sums["greedy"], strict=True)]
-    gain, wins = metrics.interval(gains), float(np.mean([g > 0 for g in gains]))
+    gain, wins = bootstrap(gains), float(np.mean([g > 0 for g in gains]))
     local = gain[1] > 0 and wins > 0.5
-    d2 = "holds" if repetitive and local else "fails"
-    if repetitive != local:
-        d2 = "holds for repetition only" if repetitive else "holds for local optimality only"
+    d2 = verdicts.parts(["repetition", "local optimality"], [repetitive, local])
 
     def by_text(name: str) -> Interval:
-        return metrics.interval(steps[name].mean(1))
+        return bootstrap(steps[name].mean(1))
 
-    outside = metrics.interval((steps["mass of 40"] < 0.95).mean(1))
+    outside = bootstrap((steps["mass of 40"] < 0.95).mean(1))
     kept = {
-        name: metrics.interval((steps[f"entropy of {name}"].mean(1) / steps["entropy"].mean(1)).tolist())
+        name: bootstrap((steps[f"entropy of {name}"].mean(1) / steps["entropy"].mean(1)).tolist())
         for name in ("nucleus", "40", "40, temperature 0.7")
     }
     leaves = outside[1] >= 0.1
@@ -98,13 +92,15 @@ def judge(made, figures, steps: Mapping[str, np.ndarray], command: str) -> list[
     away = {n: abs(math.log(figures[n]["perplexity"][0]) - human) for n in figures if n != "human"}
     nearer = away["nucleus 0.95"] < min(away["greedy"], away["beam 4"])
     return [
-        entry(
-            "D2 (texts that end in a loop, %; log-probability of beam minus greedy, nats)",
+        finding(
+            "D2",
+            "texts that end in a loop, %; log-probability of beam minus greedy, nats",
             {**loops, "beam - greedy": gain, "prompts where the beam is likelier": wins},
             d2,
         ),
-        entry(
-            "D4 (tokens with more than 5 % of the mass outside the 40 likeliest; share of the entropy kept)",
+        finding(
+            "D4",
+            "tokens with more than 5 % of the mass outside the 40 likeliest; share of the entropy kept",
             {
                 "outside": outside,
                 **{f"entropy kept by {k}": v for k, v in kept.items()},
@@ -112,23 +108,23 @@ def judge(made, figures, steps: Mapping[str, np.ndarray], command: str) -> list[
             },
             d4,
         ),
-        entry(
-            "D5 (size of the nucleus of .95, quantiles; distance to the human log-perplexity)",
+        finding(
+            "D5",
+            "size of the nucleus of .95, quantiles; distance to the human log-perplexity",
             {"10 %": sizes[0], "median": sizes[1], "90 %": sizes[2], **{f"distance {k}": v for k, v in away.items()}},
             "holds" if covers and changes and nearer else "fails",
         ),
     ]
 
 
-def tables(figures: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> list[str]:
+def tables(figures: Mapping[str, Any], results: Sequence[Finding]) -> list[str]:
     """The table of methods, then the verdicts."""
     names = list(next(iter(figures.values())))
     lines = ["", "| method | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for method, row in figures.items():
         cells = [f"{v[0]:.3g} ({v[1]:.3g}–{v[2]:.3g})" if isinstance(v, tuple) else f"{v:.2f}" for v in row.values()]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    lines += ["", "| claim | verdict |", "|---|---|"]
-    return lines + [f"| {r['claim']} | **{r['verdict']}** |" for r in results] + [""]
+    return [*lines, *findings.verdict_table(results)]
 
 
 def draw(steps: Mapping[str, np.ndarray], path: pathlib.Path) -> None:

@@ -27,17 +27,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from scipy import stats
 from tqdm import tqdm
 
 from llm_jax import cli, configuration, files
 from llm_jax.errors import UserError
+from llm_jax.intervals import Interval, mean, paired
 from llm_jax.model.transformer import Transformer
+from llm_jax.research import findings
+from llm_jax.research.findings import Finding
 from llm_jax.training import losses
 from llm_jax.training.setup import setup
 
 HERE = pathlib.Path(__file__).parent
-BEGIN, END = "<!-- results: written by run.py -->\n", "<!-- end of results -->"
 VOCAB, LENGTH, BATCH, RECENT, RARE = 96, 64, 16, 8, 0.01
 
 flags.DEFINE_integer("seeds", 3, "sources and models")
@@ -164,57 +165,48 @@ def growth() -> list[float]:
     return np.diff(np.asarray(losses.cross_entropy(logits, jnp.zeros(21, jnp.int32)))).tolist()
 
 
-def interval(values: Any) -> tuple[float, float, float]:
-    """Mean, and the ends of its 95 % t-interval."""
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * float(stats.sem(values))
-    return float(np.mean(values)), float(np.mean(values)) - half, float(np.mean(values)) + half
-
-
 def write(found: dict[str, list[dict[str, float]]], command: str) -> str:
-    """Writes results.json and the tables of README.md by the rules above; returns the verdicts as text."""
-    table = {loss: {k: interval([r[k] for r in runs]) for k in FIGURES} for loss, runs in found.items()}
-    base = found["cross-entropy"]
-    others = [name for name in LOSSES if name != "cross-entropy"]
+    """Writes results.json and the tables of README.md; returns the verdicts as text."""
+    table = {loss: {k: mean([r[k] for r in runs]) for k in FIGURES} for loss, runs in found.items()}
+    results = judge(found, table, command)
+    findings.save(HERE, results)
+    lines = ["", "| loss | " + " | ".join(FIGURES.values()) + " |", "|---" * (len(FIGURES) + 1) + "|"]
+    for loss, row in table.items():
+        cells = (f"{m:.4f} ± {high - m:.4f}" for m, _, high in row.values())
+        lines.append(f"| {loss} | " + " | ".join(cells) + " |")
+    findings.replace_section(HERE / "README.md", "results", [*lines, *findings.verdict_table(results)])
+    return findings.summary(results)
 
-    def less(figure: str) -> dict[str, tuple[float, float, float]]:
-        return {o: interval([a[figure] - b[figure] for a, b in zip(found[o], base, strict=True)]) for o in others}
+
+def judge(
+    found: dict[str, list[dict[str, float]]], table: dict[str, dict[str, Interval]], command: str
+) -> list[Finding]:
+    """The verdicts by the rules above; `found` has the figures of every loss by seed, `table` their intervals."""
+    base = found["cross-entropy"]
+    others = [name for name in found if name != "cross-entropy"]
+
+    def less(figure: str) -> dict[str, Interval]:
+        return {o: paired([r[figure] for r in found[o]], [r[figure] for r in base]) for o in others}
 
     tail, recent, rises = less("tail"), less("recent"), growth()
     exponential = all(b >= 1.5 * a for a, b in itertools.pairwise(rises))
-    lighter = [o for o in others if tail[o][2] < 0]
-    rarer = [o for o in others if recent[o][2] < 0]
-    repeats = table["cross-entropy"]["recent"][1] > 0.005
-    d3 = "holds" if table["cross-entropy"]["tail"][1] > 0.005 else "fails"
+    lighter = [o for o in others if tail[o].high < 0]
+    rarer = [o for o in others if recent[o].high < 0]
+    repeats = table["cross-entropy"]["recent"].low > 0.005
+    d3 = "holds" if table["cross-entropy"]["tail"].low > 0.005 else "fails"
     parts = [
         f"the growth is {'exponential' if exponential else 'not exponential (at most 1 a step: linear)'}",
         f"a lighter tail with {' and '.join(lighter) or 'none'}",
         f"repetition {'is in excess' if repeats else 'is not in excess'}, less with {' and '.join(rarer) or 'none'}",
     ]
     d6 = f"{'holds' if exponential and lighter and repeats and rarer else 'fails'}: {'; '.join(parts)}"
-    results = []
-    for claim, values, verdict in (
-        ("D3 (mass of tokens of probability below .01, minus the truth)", {k: v["tail"] for k, v in table.items()}, d3),
-        (
-            "D6 (the same, minus that of cross-entropy)",
-            tail | {f"{k}, last 8 tokens": v for k, v in recent.items()},
-            d6,
-        ),
-    ):
-        value, spread = {k: v[0] for k, v in values.items()}, {k: list(v[1:]) for k, v in values.items()}
-        seeds = len(base)
-        results.append(
-            {"claim": claim, "value": value, "spread": spread, "seeds": seeds, "verdict": verdict, "command": command}
-        )
-    files.write_json(HERE / "results.json", results)
-    lines = ["", "| loss | " + " | ".join(FIGURES.values()) + " |", "|---" * (len(FIGURES) + 1) + "|"]
-    for loss, row in table.items():
-        cells = (f"{m:.4f} ± {high - m:.4f}" for m, _, high in row.values())
-        lines.append(f"| {loss} | " + " | ".join(cells) + " |")
-    lines += ["", "| claim | verdict |", "|---|---|", *(f"| {r['claim']} | **{r['verdict']}** |" for r in results), ""]
-    readme = HERE / "README.md"
-    before, rest = readme.read_text().split(BEGIN)
-    readme.write_text(before + BEGIN + "\n".join(lines) + "\n" + END + rest.split(END)[1])
-    return "\n".join(f"{r['claim']}: {r['verdict']}" for r in results)
+    masses = {loss: row["tail"] for loss, row in table.items()}
+    measure = "mass of tokens of probability below .01, minus the truth"
+    differences = tail | {f"{k}, last 8 tokens": v for k, v in recent.items()}
+    return [
+        findings.finding("D3", measure, masses, d3, command=command, n=len(base)),
+        findings.finding("D6", "the same, minus that of cross-entropy", differences, d6, command=command, n=len(base)),
+    ]
 
 
 if __name__ == "__main__":

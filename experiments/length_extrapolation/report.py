@@ -25,23 +25,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
-from llm_jax import files
+from llm_jax.intervals import Interval, mean, paired
+from llm_jax.research import findings, verdicts
+from llm_jax.research.findings import Finding
 
 MARGIN = 0.05  # nats a token
 LEARNED = 0.9
 ABSOLUTE, RELATIVE = ("sinusoidal", "learned"), ("shaw", "t5", "alibi", "rope")
 COMMAND = "PYTHONPATH=. python experiments/length_extrapolation/sweep.py"
 FACTORS = ("1", "2", "4", "8")
-BEGIN, END = "<!-- results: written by sweep.py -->\n", "<!-- end of results -->"
-
-
-def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean, and the ends of its 95 % t-interval."""
-    mean, error = float(np.mean(values)), float(stats.sem(values))
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * error
-    return mean, mean - half, mean + half
 
 
 def write(here: pathlib.Path, root: pathlib.Path, seeds: int, kinds, scalings, copying) -> str:
@@ -64,43 +57,30 @@ def write(here: pathlib.Path, root: pathlib.Path, seeds: int, kinds, scalings, c
         kind: [json.loads((root / f"copy_{kind}-{seed}.json").read_text()) for seed in range(seeds)] for kind in copying
     }
     results = judge(loss, copied, seeds)
-    files.write_json(here / "results.json", results)
+    findings.save(here, results)
     draw(loss, here / "lengths.png")
-    readme = here / "README.md"
-    before, rest = readme.read_text().split(BEGIN)
-    readme.write_text(before + BEGIN + "\n".join(tables(loss, copied, results)) + "\n" + END + rest.split(END)[1])
-    return "\n".join(f"{r['claim']}: {r['verdict']}" for r in results)
+    findings.replace_section(here / "README.md", "results", tables(loss, copied, results))
+    return findings.summary(results)
 
 
-def rise(runs: list[Any], base: list[Any] | None = None) -> tuple[float, float, float]:
+def rise(runs: list[Any], base: list[Any] | None = None) -> Interval:
     """The interval of loss at 8 times - loss at 1 time (of `base`, by default the same run)."""
     base = base or runs
-    return interval([r["sliding"]["8"] - b["sliding"]["1"] for r, b in zip(runs, base, strict=True)])
+    return paired([r["sliding"]["8"] for r in runs], [b["sliding"]["1"] for b in base])
 
 
-def judge(loss: dict[str, list[Any]], copied: dict[str, list[Any]], seeds: int) -> list[dict[str, Any]]:
+def judge(loss: dict[str, list[Any]], copied: dict[str, list[Any]], seeds: int) -> list[Finding]:
     """The verdicts by the rules above."""
 
-    def gain(kind: str) -> tuple[float, float, float]:  # over no positions, at the trained length
-        pairs = zip(loss[kind], loss["none"], strict=True)
-        return interval([a["windows"]["1"] - b["windows"]["1"] for a, b in pairs])
+    def gain(kind: str) -> Interval:  # over no positions, at the trained length
+        return paired([run["windows"]["1"] for run in loss[kind]], [run["windows"]["1"] for run in loss["none"]])
 
-    def entry(claim: str, value: dict[str, tuple[float, float, float]], verdict: str) -> dict[str, Any]:
-        return {
-            "claim": claim,
-            "value": {k: v[0] for k, v in value.items()},
-            "spread": {k: [v[1], v[2]] for k, v in value.items()},
-            "seeds": seeds,
-            "verdict": verdict,
-            "command": COMMAND,
-        }
+    def finding(statement: str, measure: str, value: dict[str, Interval], verdict: str) -> Finding:
+        return findings.finding(statement, measure, value, verdict, command=COMMAND, n=seeds)
 
-    def beats(names: Sequence[str]) -> tuple[dict[str, tuple[float, float, float]], str]:
+    def beats(names: Sequence[str]) -> tuple[dict[str, Interval], str]:
         value = {name: gain(name) for name in names}
-        better = [name for name in names if value[name][2] < 0]
-        if len(better) == len(names):
-            return value, "holds"
-        return value, f"holds when {' or '.join(better)}" if better else "fails"
+        return value, verdicts.named([name for name in names if value[name].high < 0], names)
 
     p2 = beats(["sinusoidal", "sinusoidal concatenated", "learned"])
     p5 = beats(["shaw keys", "shaw values"])
@@ -114,7 +94,7 @@ def judge(loss: dict[str, list[Any]], copied: dict[str, list[Any]], seeds: int) 
     if set(ABSOLUTE) & stay or not (staying or set(RELATIVE) - fail):
         p4 = "fails"
     elif set(ABSOLUTE) <= fail and staying:
-        p4 = "holds" if len(staying) == len(RELATIVE) else f"holds when the relative kind is {' or '.join(staying)}"
+        p4 = verdicts.named(staying, RELATIVE, "the relative kind is")
     else:
         p4 = "undecided"
 
@@ -131,8 +111,8 @@ def judge(loss: dict[str, list[Any]], copied: dict[str, list[Any]], seeds: int) 
     able = [k for k, runs in copied.items() if np.mean([r["seen"] for r in runs]) >= LEARNED]
     absolute, relative = [k for k in able if k in ABSOLUTE], [k for k in able if k in RELATIVE]
 
-    def above(a: str, b: str) -> tuple[float, float, float]:
-        return interval([x["new_place"] - y["new_place"] for x, y in zip(copied[a], copied[b], strict=True)])
+    def above(a: str, b: str) -> Interval:
+        return paired([run["new_place"] for run in copied[a]], [run["new_place"] for run in copied[b]])
 
     differences = {f"{a} - {b}": above(a, b) for a in relative for b in absolute}
     knows = [a for a in relative if all(differences[f"{a} - {b}"][1] > 0 for b in absolute)]
@@ -141,22 +121,22 @@ def judge(loss: dict[str, list[Any]], copied: dict[str, list[Any]], seeds: int) 
     elif len(knows) == len(relative):
         p8 = f"holds for the kinds that learn the task ({', '.join(able)})"
     else:
-        p8 = f"holds when the relative kind is {' or '.join(knows)}" if knows else "fails"
+        p8 = verdicts.named(knows, relative, "the relative kind is")
     accuracies = {
-        f"{kind}, {group}": interval([r[group] for r in runs])
+        f"{kind}, {group}": mean([r[group] for r in runs])
         for kind, runs in copied.items()
         for group in ("seen", "new_place", "new_offset")
     }
     return [
-        entry("P2 (loss at 1x minus that of no positions, nats a token)", *p2),
-        entry("P4 (rise of the loss from 1x to 8x, nats a token)", rises, p4),
-        entry("P5 (loss at 1x minus that of no positions, nats a token)", *p5),
-        entry("P7 (loss at 8x minus the loss of unscaled rope at 1x, nats a token)", ropes, p7),
-        entry("P8 (accuracy of copying; differences on new_place)", accuracies | differences, p8),
+        finding("P2", "loss at 1x minus that of no positions, nats a token", *p2),
+        finding("P4", "rise of the loss from 1x to 8x, nats a token", rises, p4),
+        finding("P5", "loss at 1x minus that of no positions, nats a token", *p5),
+        finding("P7", "loss at 8x minus the loss of unscaled rope at 1x, nats a token", ropes, p7),
+        finding("P8", "accuracy of copying; differences on new_place", accuracies | differences, p8),
     ]
 
 
-def tables(loss: dict[str, list[Any]], copied: dict[str, list[Any]], results: list[dict[str, Any]]) -> list[str]:
+def tables(loss: dict[str, list[Any]], copied: dict[str, list[Any]], results: list[Finding]) -> list[str]:
     """Markdown."""
 
     def cell(values: list[float], exponent: bool = False) -> str:
@@ -174,9 +154,7 @@ def tables(loss: dict[str, list[Any]], copied: dict[str, list[Any]], results: li
     groups = ("seen", "new_place", "new_offset")
     lines += ["| kind | " + " | ".join(groups) + " |", "|---" * (len(groups) + 1) + "|"]
     lines += [f"| {k} | " + " | ".join(cell([r[g] for r in runs]) for g in groups) + " |" for k, runs in copied.items()]
-    lines += ["", "| claim | verdict |", "|---|---|"]
-    lines += [f"| {r['claim']} | **{r['verdict']}** |" for r in results]
-    return [*lines, ""]
+    return [*lines, *findings.verdict_table(results)]
 
 
 def draw(loss: dict[str, list[Any]], path: pathlib.Path) -> None:

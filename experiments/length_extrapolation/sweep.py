@@ -6,20 +6,15 @@ Trains, fine-tunes, measures, draws and judges. What is done is kept under --run
 same command goes on where it was stopped. Writes results.json, table.md and lengths.png beside this file.
 """
 
-import concurrent.futures
-import dataclasses
-import os
 import pathlib
-import signal
-import subprocess
-import sys
 
 from absl import flags
-from tqdm import tqdm
 
 from experiments.length_extrapolation import report
 from llm_jax import cli, files
 from llm_jax.errors import UserError
+from llm_jax.research import jobs, live_table, points
+from llm_jax.research.jobs import Job
 
 HERE = pathlib.Path(__file__).parent
 
@@ -71,15 +66,6 @@ SIZES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """A command, done when the file `done` is there."""
-
-    name: str
-    command: tuple[str, ...]
-    done: pathlib.Path
-
-
 def main() -> None:
     f = flags.FLAGS
     if f.size not in SIZES or f.seeds < 2:
@@ -87,10 +73,8 @@ def main() -> None:
     root = pathlib.Path(f.runs).expanduser() / f.size
     files.make_directory(root)
     phases = plan(root, f.size, f.seeds)
-    waiting = [[job for job in phase if not job.done.exists()] for phase in phases]
-    with tqdm(total=sum(map(len, phases)), initial=sum(map(len, phases)) - sum(map(len, waiting))) as bar:
-        for phase in waiting:
-            run(phase, f.jobs or len(os.sched_getaffinity(0)), root / "logs", bar)
+    for phase in phases:
+        jobs.run_all(phase, jobs.slots(f.jobs, len(phase)), show=live_table.print_changes())
     print(report.write(HERE, root, f.seeds, list(KINDS), SCALINGS, COPYING))
 
 
@@ -102,7 +86,7 @@ def plan(root: pathlib.Path, size: str, seeds: int) -> list[list[Job]]:
         for name, position in KINDS.items():
             run = root / f"{name}-{seed}".replace(" ", "_")
             changes = all_runs | {f"model.position.{k}": v for k, v in position.items()} | {"train.seed": seed}
-            trains.append(train(f"train {name}, seed {seed}", run, changes))
+            trains.append(points.training(HERE / "config.py", changes, run))
             measures.append(measure(run, length))
         base = root / f"rope-{seed}"
         measures.append(measure(base, length, "scalings"))
@@ -115,69 +99,25 @@ def plan(root: pathlib.Path, size: str, seeds: int) -> list[list[Job]]:
                     "model.position.scaling_factor": 1.0 if scaling == "dynamic" else 8.0,
                     "model.position.original_length": length,
                 }
-            tunes.append(train(f"fine-tune rope with scaling {scaling}, seed {seed}", run, changes))
+            tunes.append(points.training(HERE / "config.py", changes, run))
             measures.append(measure(run, length))
         for kind in COPYING:
             output = root / f"copy_{kind}-{seed}.json"
             command = (str(HERE / "copy_back.py"), f"--kind={kind}", f"--seed={seed}", f"--output={output}")
-            copies.append(Job(f"copy back by {kind}, seed {seed}", command, output))
+            copies.append(job(f"copy back by {kind}, seed {seed}", command, output))
     return [trains + copies, tunes, measures]
-
-
-def train(name: str, workdir: pathlib.Path, changes: dict) -> Job:
-    command = ("-m", "llm_jax.train", f"--config={HERE / 'config.py'}", f"--workdir={workdir}")
-    return Job(name, (*command, *(f"--config.{k}={v}" for k, v in changes.items())), workdir / "summary.json")
 
 
 def measure(run: pathlib.Path, length: int, what: str = "lengths") -> Job:
     output = run / f"{what}.json"
     command = (str(HERE / "measure.py"), f"--checkpoint={run}", f"--original_length={length}", f"--output={output}")
     extra = ("--scalings",) if what == "scalings" else ()
-    return Job(f"measure {what} of {run.name}", command + extra, output)
+    return job(f"measure {what} of {run.name}", command + extra, output)
 
 
-def run(jobs: list[Job], width: int, logs: pathlib.Path, bar: tqdm) -> None:
-    """Runs the jobs, `width` at a time, each pinned to its share of the cores; the first that fails stops all.
-
-    Raises:
-      UserError: a job failed; its last line and its log are named.
-    """
-    logs.mkdir(exist_ok=True)
-    cores = sorted(os.sched_getaffinity(0))
-    free = [cores[i::width] or cores for i in range(width)]
-    started: list[subprocess.Popen] = []
-
-    def one(job: Job) -> Job:
-        mine = free.pop()
-        log = logs / f"{job.name.replace(' ', '_').replace(',', '')}.log"
-        with log.open("w") as out:
-            process = subprocess.Popen(
-                [sys.executable, *job.command],
-                stdout=out,
-                stderr=out,
-                env=os.environ | {"PYTHONPATH": str(HERE.parents[1])},
-                preexec_fn=lambda: os.sched_setaffinity(0, mine),
-            )
-            started.append(process)
-            code = process.wait()
-        free.append(mine)
-        if code or not job.done.exists():
-            last = (log.read_text().strip().splitlines() or ["no output"])[-1]
-            raise UserError(f"{job.name} failed with exit code {code}: {last} ({log})")
-        return job
-
-    with concurrent.futures.ThreadPoolExecutor(width) as pool:
-        futures = [pool.submit(one, job) for job in jobs]
-        try:
-            for future in concurrent.futures.as_completed(futures):
-                bar.set_description(future.result().name)
-                bar.update()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in started:
-                if process.poll() is None:
-                    process.send_signal(signal.SIGTERM)
-            raise
+def job(name: str, command: tuple[str, ...], result: pathlib.Path) -> Job:
+    """A job that is done when the file `result` exists."""
+    return Job(name, command, result.parent / "logs" / name.replace(" ", "_").replace(",", ""), result.exists)
 
 
 if __name__ == "__main__":

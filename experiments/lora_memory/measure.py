@@ -24,15 +24,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax import cli, configuration, files, lora, schema
+from llm_jax import cli, configuration, lora, schema
 from llm_jax.model.transformer import Transformer
+from llm_jax.research import findings, verdicts
+from llm_jax.research.findings import Finding
 from llm_jax.training import memory, start
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
 COMMAND = "PYTHONPATH=. python experiments/lora_memory/measure.py"
 SHAPE: dict[str, Any] = {"batch_size": 4, "seq_len": 256}
-BEGIN, END = "<!-- results: written by measure.py -->\n", "<!-- end of results -->"
 
 
 def main() -> None:
@@ -40,11 +41,9 @@ def main() -> None:
     taken = steps(config)
     merged = {dtype: merging(config, dtype) for dtype in ("float32", "bfloat16")}
     results = judge(taken, merged)
-    files.write_json(HERE / "results.json", results)
-    readme = HERE / "README.md"
-    before, rest = readme.read_text().split(BEGIN)
-    readme.write_text(before + BEGIN + "\n".join(tables(taken, merged, results)) + "\n" + END + rest.split(END)[1])
-    print("\n".join(f"{r['claim']}: {r['verdict']}" for r in results))
+    findings.save(HERE, results)
+    findings.replace_section(HERE / "README.md", "results", tables(taken, merged, results))
+    print(findings.summary(results))
 
 
 def steps(config: schema.Config) -> dict[str, memory.Memory]:
@@ -94,7 +93,7 @@ def merging(config: schema.Config, dtype: str) -> dict[str, float]:
     }
 
 
-def judge(taken: dict[str, memory.Memory], merged: dict[str, dict[str, float]]) -> list[dict]:
+def judge(taken: dict[str, memory.Memory], merged: dict[str, dict[str, float]]) -> list[Finding]:
     """The verdicts by the rules above."""
     forward = taken["forward, remat none"].peak
     ratios = {name: m.peak / forward for name, m in taken.items()}
@@ -103,15 +102,12 @@ def judge(taken: dict[str, memory.Memory], merged: dict[str, dict[str, float]]) 
     close = all(m["roundings"] < 8 for m in merged.values())
     quick = all(m["merged time"] <= 1.05 for m in merged.values())
     l4 = "holds" if close and quick else "fails" if not close else "holds for the outputs; its cost is undecided here"
-    l7 = "holds" if share <= 0.8 else "fails" if share >= 0.95 else "undecided"
-
-    def entry(claim, value, verdict):
-        return {"claim": claim, "value": value, "spread": None, "seeds": 1, "verdict": verdict, "command": COMMAND}
-
+    l6, l7 = verdicts.within(full, 2.5, 3.5), verdicts.at_most(share, holds=0.8, fails=0.95)
+    l4_measure = "merged against attached: roundings of the dtype, times over the plain base"
     return [
-        entry("L4 (merged against attached: roundings of the dtype, times over the plain base)", merged, l4),
-        entry("L6 (peak memory over that of the forward pass)", ratios, "holds" if 2.5 <= full <= 3.5 else "fails"),
-        entry("L7 (temporaries of LoRA-FA over those of LoRA)", share, l7),
+        findings.finding("L4", l4_measure, merged, l4, command=COMMAND),
+        findings.finding("L6", "peak memory over that of the forward pass", ratios, l6, command=COMMAND),
+        findings.finding("L7", "temporaries of LoRA-FA over those of LoRA", share, l7, command=COMMAND),
     ]
 
 
@@ -127,8 +123,7 @@ def tables(taken, merged, results) -> list[str]:
     heads = next(iter(merged.values()))
     lines += ["", "| dtype | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     lines += [f"| {d} | " + " | ".join(f"{v:.2f}" for v in m.values()) + " |" for d, m in merged.items()]
-    lines += ["", "| claim | verdict |", "|---|---|"]
-    return [*lines, *(f"| {r['claim']} | **{r['verdict']}** |" for r in results), ""]
+    return [*lines, *findings.verdict_table(results)]
 
 
 if __name__ == "__main__":

@@ -20,12 +20,12 @@ import jax.numpy as jnp
 from absl import flags
 
 from llm_jax import cli, configuration, files, runtime
+from llm_jax.research import findings
 from llm_jax.training import memory, start
 from llm_jax.training.setup import setup
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
-BEGIN, END = "<!-- measured: written by measured.py -->\n", "<!-- end of measured -->"
 CASES = (
     ("forward", "none"),
     ("full", "none"),
@@ -65,9 +65,7 @@ def write(found: dict[str, dict[str, int]]) -> None:
         planned, measured, rest = (taken[k] / 2**20 for k in ("planned", "measured", "rest"))
         name = ", remat ".join(case.split("-"))
         lines.append(f"| {name} | {planned:,.0f} | {measured:,.0f} | {measured / planned:.2f} | {rest:,.0f} |")
-    readme = HERE / "README.md"
-    before, after = readme.read_text().split(BEGIN)
-    readme.write_text(before + BEGIN + "\n".join([*lines, ""]) + "\n" + END + after.split(END)[1])
+    findings.replace_section(HERE / "README.md", "measured", [*lines, ""])
 
 
 def one(name: str, remat: str) -> dict[str, int]:

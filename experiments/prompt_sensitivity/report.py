@@ -23,27 +23,25 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from llm_jax import files
+from llm_jax.intervals import Interval, bootstrap
+from llm_jax.research import findings, verdicts
+from llm_jax.research.findings import Finding
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-BEGIN, END = "<!-- results: written by run.py -->\n", "<!-- end of results -->"
 COMMAND = "PYTHONPATH=. python experiments/prompt_sensitivity/run.py"
 Cells = dict[tuple[str, str, str], np.ndarray]  # (model, task, style) -> bool (paraphrases, examples)
-Interval = tuple[float, float, float]
 
 
 def write(here: pathlib.Path, found: Sequence[Mapping[str, Any]], size: str) -> str:
     """Writes results.json, spread.png and the tables of README.md; returns the verdicts as text."""
     cells, tokens = gather(found, "right"), gather(found, "tokens", "reasoning_tokens")
     results = judge(cells, tokens, f"{COMMAND} {size}")
-    files.write_json(here / "results.json", results)
+    findings.save(here, results)
     draw(cells, here / "spread.png")
-    readme = here / "README.md"
-    before, rest = readme.read_text().split(BEGIN)
-    readme.write_text(before + BEGIN + "\n".join(tables(cells, tokens, results)) + "\n" + END + rest.split(END)[1])
-    return "\n".join(f"{r['claim']}: {r['verdict']}" for r in results)
+    findings.replace_section(here / "README.md", "results", tables(cells, tokens, results))
+    return findings.summary(results)
 
 
 def gather(found: Sequence[Mapping[str, Any]], *keys: str) -> Cells:
@@ -53,13 +51,6 @@ def gather(found: Sequence[Mapping[str, Any]], *keys: str) -> Cells:
         value = sum(np.asarray(one[key], float) for key in keys)
         groups.setdefault((one["model"], one["task"], one["style"]), []).append(value)
     return {key: np.stack(rows) for key, rows in groups.items()}
-
-
-def interval(values: np.ndarray, draws: int = 2000) -> Interval:
-    """Mean of one value an example, and its bootstrap interval."""
-    means = values[np.random.default_rng(0).integers(0, len(values), (draws, len(values)))].mean(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(values.mean()), float(low), float(high)
 
 
 def spread(right: np.ndarray, draws: int = 2000) -> tuple[float, float]:
@@ -72,30 +63,28 @@ def spread(right: np.ndarray, draws: int = 2000) -> tuple[float, float]:
     return float(accuracy.max() - accuracy.min()), float(np.quantile(by_chance, 0.95))
 
 
-def judge(cells: Cells, tokens: Cells, command: str) -> list[dict[str, Any]]:
+def judge(cells: Cells, tokens: Cells, command: str) -> list[Finding]:
     """The verdicts by the rules above."""
     main = next(iter(cells))[0]
     models = sorted({model for model, _, _ in cells})
     tasks = sorted({task for _, task, _ in cells})
     styles = [s for s in dict.fromkeys(style for _, _, style in cells) if s != "zero_shot"]
 
-    def entry(claim: str, value: Mapping[str, Any], verdict: str) -> dict[str, Any]:
-        middle = {k: v[0] if isinstance(v, tuple) else v for k, v in value.items()}
-        around = {k: list(v[1:]) for k, v in value.items() if isinstance(v, tuple)}
-        return {"claim": claim, "value": middle, "spread": around, "seeds": 1, "verdict": verdict, "command": command}
+    def finding(statement: str, measure: str, value: Mapping[str, Any], verdict: str) -> Finding:
+        return findings.finding(statement, measure, value, verdict, command=command)
 
     def gain(model: str, style: str, among: Sequence[str]) -> Interval:  # over zero-shot, by example
         rows = [(cells[model, t, style] - cells[model, t, "zero_shot"]).mean(0) for t in among]
-        return interval(np.concatenate(rows))
+        return bootstrap(np.concatenate(rows))
 
     spreads = {task: spread(cells[main, task, "zero_shot"]) for task in tasks}
     moved = [task for task, (found, chance) in spreads.items() if found > chance]
-    m1 = "holds" if moved == tasks else f"holds when the task is {' or '.join(moved)}" if moved else "fails"
+    m1 = verdicts.named(moved, tasks, "the task is")
     gains = {style: gain(main, style, tasks) for style in styles}
     better = [style for style, (_, low, _) in gains.items() if low > 0]
-    m2 = "holds" if better == styles else f"holds when {' or '.join(better)}" if better else "fails"
+    m2 = verdicts.named(better, styles)
     written = [t for t in tasks if t != "sentiment"]
-    longer = interval(
+    longer = bootstrap(
         np.concatenate([(tokens[main, t, "cot_zero_shot"] - tokens[main, t, "zero_shot"]).mean(0) for t in written])
     )
     sums = {model: gain(model, "cot_zero_shot", ["arithmetic"]) for model in models}
@@ -104,22 +93,24 @@ def judge(cells: Cells, tokens: Cells, command: str) -> list[dict[str, Any]]:
     m4 = f"fails: it pays for {' and '.join(pays)}" if pays else "consistent; large models untested here"
     by_chance = {f"{task} by chance": chance for task, (_, chance) in spreads.items()}
     return [
-        entry(
-            "M1 (best minus worst accuracy over paraphrases, zero-shot)",
+        finding(
+            "M1",
+            "best minus worst accuracy over paraphrases, zero-shot",
             {task: found for task, (found, _) in spreads.items()} | by_chance,
             m1,
         ),
-        entry("M2 (accuracy minus that of zero-shot)", gains, m2),
-        entry(
-            "M3 (tokens and accuracy of chain of thought minus zero-shot)",
+        finding("M2", "accuracy minus that of zero-shot", gains, m2),
+        finding(
+            "M3",
+            "tokens and accuracy of chain of thought minus zero-shot",
             {"tokens": longer, "accuracy in arithmetic": sums[main]},
             m3,
         ),
-        entry("M4 (accuracy of chain of thought minus zero-shot, arithmetic, by model)", sums, m4),
+        finding("M4", "accuracy of chain of thought minus zero-shot, arithmetic, by model", sums, m4),
     ]
 
 
-def tables(cells: Cells, tokens: Cells, results: Sequence[Mapping[str, Any]]) -> list[str]:
+def tables(cells: Cells, tokens: Cells, results: Sequence[Finding]) -> list[str]:
     """Accuracy over paraphrases for each model, task and prompt type, then the verdicts."""
     lines = [
         "",
@@ -132,8 +123,7 @@ def tables(cells: Cells, tokens: Cells, results: Sequence[Mapping[str, Any]]) ->
             f"| {model} | {task} | {style} | {a.mean():.2f} | {a.std(ddof=1):.2f} | {a.min():.2f} | {a.max():.2f} "
             f"| {tokens[model, task, style].mean():.1f} |"
         )
-    lines += ["", "| claim | verdict |", "|---|---|"]
-    return lines + [f"| {r['claim']} | **{r['verdict']}** |" for r in results] + [""]
+    return [*lines, *findings.verdict_table(results)]
 
 
 def draw(cells: Cells, path: pathlib.Path) -> None:

@@ -18,19 +18,13 @@ import pathlib
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
-from llm_jax import files
+from llm_jax.intervals import paired
+from llm_jax.research import findings, verdicts
+from llm_jax.research.findings import Finding
 
 COMMAND = "PYTHONPATH=. python experiments/qat/sweep.py"
-BEGIN, END = "<!-- results: written by sweep.py -->\n", "<!-- end of results -->"
 Found = dict[str, list[dict[str, float]]]
-
-
-def interval(values) -> tuple[float, float, float]:
-    """Mean, and the ends of its 95 % t-interval."""
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * float(stats.sem(values))
-    return float(np.mean(values)), float(np.mean(values)) - half, float(np.mean(values)) + half
 
 
 def best(runs: list[dict[str, float]]) -> str:
@@ -38,43 +32,33 @@ def best(runs: list[dict[str, float]]) -> str:
     return min((m for m in runs[0] if m not in ("full", "qat")), key=lambda m: np.mean([r[m] for r in runs]))
 
 
-def judge(found: Found, seeds: int) -> list[dict[str, Any]]:
+def judge(found: Found, seeds: int) -> list[Finding]:
     """The verdict by the rule above."""
     value: dict[str, Any] = {}
-    spread: dict[str, Any] = {}
     holds, fails = [], []
     for name, runs in found.items():
         method = best(runs)
-        gain = interval([r[method] - r["qat"] for r in runs])
-        lost = interval([r[method] - r["full"] for r in runs])
-        value |= {f"{name}: lost by {method}": lost[0], f"{name}: gain": gain[0], f"{name}: share": gain[0] / lost[0]}
+        gain, lost = (paired([r[method] for r in runs], [r[kind] for r in runs]) for kind in ("qat", "full"))
+        value |= {f"{name}: lost by {method}": lost, f"{name}: gain": gain, f"{name}: share": gain[0] / lost[0]}
         rounding, trained, full = (np.mean([r[kind] for r in runs]) for kind in ("absmax", "qat", "full"))
         value[f"{name}: share of rounding"] = float((rounding - trained) / (rounding - full))
-        spread |= {f"{name}: lost by {method}": lost[1:], f"{name}: gain": gain[1:]}
-        holds += [name] if gain[1] > 0 else []
-        fails += [name] if gain[2] < 0 else []
-    if len(holds) == len(found):
-        verdict = "holds"
-    elif holds:
-        verdict = f"holds when the scheme is {' or '.join(holds)}"
-    else:
-        verdict = "fails" if len(fails) == len(found) else "undecided"
-    claim = "Q2 (held-out loss, nats a token)"
-    return [{"claim": claim, "value": value, "spread": spread, "seeds": seeds, "verdict": verdict, "command": COMMAND}]
+        holds += [name] if gain.low > 0 else []
+        fails += [name] if gain.high < 0 else []
+    none = "fails" if len(fails) == len(found) else "undecided"
+    verdict = verdicts.named(holds, list(found), "the scheme is", none=none)
+    return [findings.finding("Q2", "held-out loss, nats a token", value, verdict, command=COMMAND, n=seeds)]
 
 
 def write(here: pathlib.Path, found: Found, seeds: int) -> str:
     """Writes results.json, the picture and the table in README.md; returns the verdict as text."""
     results = judge(found, seeds)
-    files.write_json(here / "results.json", results)
+    findings.save(here, results)
     draw(found, here / "qat.png")
-    readme = here / "README.md"
-    before, rest = readme.read_text().split(BEGIN)
-    readme.write_text(before + BEGIN + "\n".join(table(found, results)) + "\n" + END + rest.split(END)[1])
-    return "\n".join(f"{r['claim']}: {r['verdict']}" for r in results)
+    findings.replace_section(here / "README.md", "results", table(found, results))
+    return findings.summary(results)
 
 
-def table(found: Found, results: list[dict[str, Any]]) -> list[str]:
+def table(found: Found, results: list[Finding]) -> list[str]:
     """Markdown."""
     methods = list(dict.fromkeys(m for runs in found.values() for m in runs[0]))
     lines = ["", "Held-out loss in nats a token, mean ± standard deviation over the seeds:", ""]
@@ -85,11 +69,9 @@ def table(found: Found, results: list[dict[str, Any]]) -> list[str]:
         for method in methods:
             values = [r[method] for r in runs if method in r]
             cells.append(f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}" if values else "-")
-        value = results[0]["value"]
-        shares = [f"{value[f'{name}: {share}']:.0%}" for share in ("share", "share of rounding")]
+        shares = [f"{results[0][f'{name}: {share}'].estimate:.0%}" for share in ("share", "share of rounding")]
         lines.append(f"| {' | '.join([name, *cells, *shares])} |")
-    lines += ["", "| claim | verdict |", "|---|---|"]
-    return [*lines, *(f"| {r['claim']} | **{r['verdict']}** |" for r in results), ""]
+    return [*lines, *findings.verdict_table(results)]
 
 
 def draw(found: Found, path: pathlib.Path) -> None:

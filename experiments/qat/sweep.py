@@ -9,8 +9,6 @@ qat.png and the tables in README.md.
 """
 
 import pathlib
-import subprocess
-import sys
 from typing import Any
 
 import jax
@@ -26,12 +24,14 @@ from llm_jax.errors import UserError
 from llm_jax.evaluation import held_out
 from llm_jax.model.transformer import Transformer
 from llm_jax.quant import calibrate, post_training
+from llm_jax.research import jobs, live_table, points
 from llm_jax.training import losses
 
 HERE = pathlib.Path(__file__).parent
 
 flags.DEFINE_string("size", "cpu", "cpu, or full (an accelerator)")
 flags.DEFINE_integer("seeds", 3, "starts")
+flags.DEFINE_integer("jobs", 1, "runs at a time, each on its share of the cores; 0: one a core, or one a GPU")
 flags.DEFINE_string("runs", "runs/qat", "where the runs are kept")
 
 # Name -> (scheme, learned steps, methods of quantizing after training). Tables are in 8 bits.
@@ -73,37 +73,30 @@ def main() -> None:
     root = pathlib.Path(f.runs).expanduser() / f.size
     files.make_directory(root)
     everywhere, after = SIZES[f.size]
+    starts, followers = [], []
+    for seed in range(f.seeds):
+        start = root / f"start-{seed}"
+        starts.append(points.training(HERE / "config.py", everywhere | {"train.seed": seed}, start))
+        follow = everywhere | after | {"train.seed": seed + 1000, "init_from": str(start)}
+        followers.append(points.training(HERE / "config.py", follow, root / f"plain-{seed}"))
+        for name, (scheme, learned, _) in SCHEMES.items():
+            changes = follow | {"quant.qat.scheme": scheme, "quant.qat.learned_step": learned}
+            followers.append(points.training(HERE / "config.py", changes, run_directory(root, name, seed)))
+    for phase in (starts, followers):
+        jobs.run_all(phase, jobs.slots(f.jobs, len(phase)), show=live_table.print_changes())
     found: dict[str, list[dict[str, float]]] = {name: [] for name in SCHEMES}
-    with tqdm(total=f.seeds * (2 + 2 * len(SCHEMES))) as bar:
-        for seed in range(f.seeds):
-            start, plain = root / f"start-{seed}", root / f"plain-{seed}"
-            train(start, everywhere | {"train.seed": seed}, bar)
-            follow = everywhere | after | {"train.seed": seed + 1000, "init_from": str(start)}
-            train(plain, follow, bar)
-            for name, (scheme, learned, methods) in SCHEMES.items():
-                run = root / f"{name.replace(':', '-')}-{seed}"
-                train(run, follow | {"quant.qat.scheme": scheme, "quant.qat.learned_step": learned}, bar)
-                place = run / "compared.json"
-                if not place.exists():
-                    files.write_json(place, compare(plain, run, scheme, methods))
-                found[name].append(report.read(place))
-                bar.set_description(f"compared {name}, seed {seed}")
-                bar.update()
+    for seed in tqdm(range(f.seeds), "comparing"):
+        for name, (scheme, _, methods) in SCHEMES.items():
+            run = run_directory(root, name, seed)
+            if not (run / "compared.json").exists():
+                files.write_json(run / "compared.json", compare(root / f"plain-{seed}", run, scheme, methods))
+            found[name].append(report.read(run / "compared.json"))
     print(report.write(HERE, found, f.seeds))
 
 
-def train(workdir: pathlib.Path, changes: dict[str, Any], bar: tqdm) -> None:
-    """Trains, unless it is done. Raises UserError with the last line of what went wrong."""
-    bar.set_description(f"training {workdir.name}")
-    if not (workdir / "summary.json").exists():
-        command = [sys.executable, "-m", "llm_jax.train", f"--config={HERE / 'config.py'}", f"--workdir={workdir}"]
-        done = subprocess.run(
-            [*command, *(f"--config.{k}={v}" for k, v in changes.items())], capture_output=True, text=True
-        )
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-            raise UserError(f"{workdir.name} failed with exit code {done.returncode}: {last}")
-    bar.update()
+def run_directory(root: pathlib.Path, name: str, seed: int) -> pathlib.Path:
+    """The run that trains with a scheme in the loop."""
+    return root / f"{name.replace(':', '-')}-{seed}"
 
 
 def compare(plain: pathlib.Path, trained: pathlib.Path, scheme: str, methods: tuple[str, ...]) -> dict[str, float]:

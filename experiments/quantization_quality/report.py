@@ -26,10 +26,12 @@ import pathlib
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from llm_jax import cli, files
+from llm_jax.intervals import Interval, mean, paired
 from llm_jax.kernels import number_formats
+from llm_jax.research import findings
+from llm_jax.research.findings import Finding
 
 HERE = pathlib.Path(__file__).parent
 MARGIN = float(np.log(1.01))
@@ -37,66 +39,38 @@ COSINE = 0.99
 COMMAND = "PYTHONPATH=. python experiments/quantization_quality/sweep.py"
 OTHERS = ("ggml", "llama.cpp")
 EIGHT = ("int8", "int8:32", "w8a8", "w8a8_static", "fp8_e4m3", "fp8_e5m2")
-BEGIN, END = "<!-- results: written by sweep.py -->\n", "<!-- end of results -->"
 
 
-def interval(values) -> tuple[float, float, float]:
-    """Mean, and the ends of its 95 % t-interval."""
-    values = np.asarray(values)
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * float(stats.sem(values))
-    return float(values.mean()), float(values.mean()) - half, float(values.mean()) + half
-
-
-def loss_difference(found: dict[str, Any]) -> tuple[float, float, float]:
-    return interval(np.subtract(found["loss"], found["full_loss"]))
+def loss_difference(found: dict[str, Any]) -> Interval:
+    return paired(found["loss"], found["full_loss"])
 
 
 def write(here: pathlib.Path, language: dict, sentences: dict, speed: dict, labelled: dict, full: dict) -> str:
     """Writes results.json, the picture and the tables in README.md; returns the verdicts as text."""
     results = judge(language, sentences, speed)
-    files.write_json(
-        here / "results.json",
-        [
-            *results,
-            {
-                "claim": "figures",
-                "value": {
-                    "full precision": {name: full[name] for name in ("perplexity", "bytes")},
-                    "reference model": language,
-                    "MiniLM": sentences,
-                    "speed": speed,
-                    "SmolLM2 (already Q4_1)": labelled,
-                },
-                "spread": None,
-                "seeds": 1,
-                "verdict": None,
-                "command": COMMAND,
-            },
-        ],
-    )
+    findings.save(here, results)
+    figures = {
+        "full precision": {name: full[name] for name in ("perplexity", "bytes")},
+        "reference model": language,
+        "MiniLM": sentences,
+        "speed": speed,
+        "SmolLM2 (already Q4_1)": labelled,
+    }
+    files.write_json(here / "figures.json", figures)
     draw(language, full, here / "quality.png")
-    readme = here / "README.md"
-    before, rest = readme.read_text().split(BEGIN)
-    text = "\n".join(tables(language, sentences, speed, labelled, full, results))
-    readme.write_text(before + BEGIN + text + "\n" + END + rest.split(END)[1])
-    return "\n".join(f"{r['claim']}: {r['verdict']}" for r in results)
+    lines = tables(language, sentences, speed, labelled, full, results)
+    findings.replace_section(here / "README.md", "results", lines)
+    return findings.summary(results)
 
 
-def judge(language: dict, sentences: dict, speed: dict) -> list[dict[str, Any]]:
+def judge(language: dict, sentences: dict, speed: dict) -> list[Finding]:
     """The verdicts by the rules above."""
 
-    def entry(claim: str, value: dict[str, tuple[float, float, float]], verdict: str) -> dict[str, Any]:
-        return {
-            "claim": claim,
-            "value": {k: v[0] for k, v in value.items()},
-            "spread": {k: [v[1], v[2]] for k, v in value.items()},
-            "seeds": 1,
-            "verdict": verdict,
-            "command": COMMAND,
-        }
+    def finding(statement: str, part: str, measure: str, value: dict[str, Any], verdict: str) -> Finding:
+        return findings.finding(statement, measure, value, verdict, command=COMMAND, part=part)
 
     costs = {name: loss_difference(found) for name, found in language.items()}
-    eight: dict[bool, dict[str, tuple[float, float, float]]] = {True: {}, False: {}}  # with activations, without
+    eight: dict[bool, dict[str, Interval]] = {True: {}, False: {}}  # with activations, without
     for name, cost in costs.items():
         if (scheme := name.split()[0]) in EIGHT:
             eight[bool(number_formats.scheme(scheme).activations)][name] = cost
@@ -115,19 +89,20 @@ def judge(language: dict, sentences: dict, speed: dict) -> list[dict[str, Any]]:
     for ours, format_ in (("int4", "Q4_0"), ("int4_affine", "Q4_1")):
         name = best(ours)
         for theirs in (f"{maker} {format_}" for maker in OTHERS if f"{maker} {format_}" in language):
-            pairs[f"{name} - {theirs}"] = interval(np.subtract(language[name]["loss"], language[theirs]["loss"]))
+            pairs[f"{name} - {theirs}"] = paired(language[name]["loss"], language[theirs]["loss"])
     q1b = "holds" if all(low <= 0 for _, low, _ in pairs.values()) else "fails"
 
     plain = speed["float32"]
-    ratios, good = {}, []
+    ratios: dict[str, Any] = {}
+    good = []
     for name, found in speed.items():
         if name == "float32":
             continue
-        faster = interval(np.log(np.divide(found["tokens_per_second"], plain["tokens_per_second"])))
+        faster = mean(np.log(np.divide(found["tokens_per_second"], plain["tokens_per_second"])))
         memory = [found["bytes"] + found["temporary_bytes"], plain["bytes"] + plain["temporary_bytes"]]
         ratios[f"{name}: log ratio of tokens a second"] = faster
-        ratios[f"{name}: bytes over those of float32"] = (found["bytes"] / plain["bytes"],) * 3
-        ratios[f"{name}: memory over that of float32"] = (memory[0] / memory[1],) * 3
+        ratios[f"{name}: bytes over those of float32"] = found["bytes"] / plain["bytes"]
+        ratios[f"{name}: memory over that of float32"] = memory[0] / memory[1]
         parts = {
             "smaller": found["bytes"] < plain["bytes"],
             "less memory": memory[0] < memory[1],
@@ -142,10 +117,10 @@ def judge(language: dict, sentences: dict, speed: dict) -> list[dict[str, Any]]:
     else:
         q3 = "fails"
     return [
-        entry("Q1, weights and activations (loss difference, nats a token)", eight[True], q1),
-        entry("Q1, weights alone (loss difference, nats a token)", eight[False], q1_weights),
-        entry("Q1b (difference to ggml's formats of equal size, nats a token)", pairs, q1b),
-        entry("Q3 (ratios to float32)", ratios, q3),
+        finding("Q1", "weights and activations", "loss difference, nats a token", eight[True], q1),
+        finding("Q1", "weights alone", "loss difference, nats a token", eight[False], q1_weights),
+        finding("Q1b", "", "difference to ggml's formats of equal size, nats a token", pairs, q1b),
+        finding("Q3", "", "ratios to float32", ratios, q3),
     ]
 
 
@@ -184,8 +159,7 @@ def tables(language, sentences, speed, labelled, full, results) -> list[str]:
             lines.append(
                 f"| {name} | {mean:+.4f} ({low:+.4f}, {high:+.4f}) | {found['kl']:.5f} | {found['agreement']:.4f} |"
             )
-    lines += ["", "| claim | verdict |", "|---|---|"]
-    return [*lines, *(f"| {r['claim']} | **{r['verdict']}** |" for r in results), ""]
+    return [*lines, *findings.verdict_table(results)]
 
 
 def draw(language: dict, full: dict, path: pathlib.Path) -> None:
@@ -223,7 +197,7 @@ def read(path: pathlib.Path) -> Any:
 
 
 def main() -> None:
-    figures = read(HERE / "results.json")[-1]["value"]
+    figures = read(HERE / "figures.json")
     full, language, sentences, speed, labelled = (
         figures[name] for name in ("full precision", "reference model", "MiniLM", "speed", "SmolLM2 (already Q4_1)")
     )

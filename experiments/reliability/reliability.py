@@ -19,10 +19,12 @@ from typing import Any
 
 from absl import flags
 
-from llm_jax import checkpoints, cli, files
+from llm_jax import checkpoints, cli
 from llm_jax.errors import UserError
+from llm_jax.research import findings
 
 HERE = pathlib.Path(__file__).parent
+STATEMENTS = {"R1": "runs that were killed", "R2": "bits flipped and files cut", "R3": "disks that filled up"}
 # What must be the same in a disturbed run; times differ.
 KEPT = ("step", "loss", "grad_norm", "lr", "validation_loss")
 
@@ -45,11 +47,13 @@ def main() -> None:
         "full_disk": full_disk(output / "disk", whole),
     }
     command = f"PYTHONPATH=. python experiments/reliability/reliability.py --kills={f.kills} --flips={f.flips}"
-    said: dict[str, Any] = {"spread": None, "seeds": [f.seed], "command": command}
-    results = [{"claim": name, "value": value, "verdict": verdict(value)} | said for name, value in found.items()]
-    files.write_json(HERE / "results.json", results)
-    for result in results:
-        print(f"{result['claim']}: {result['verdict']}; {json.dumps(result['value'])}")
+    results = [
+        findings.finding(statement, name, value, verdict(value), command=command)
+        for (statement, name), value in zip(STATEMENTS.items(), found.values(), strict=True)
+    ]
+    findings.save(HERE, results)
+    for result, value in zip(results, found.values(), strict=True):
+        print(f"{result.claim}: {result.verdict}; {json.dumps(value)}")
 
 
 def verdict(value: dict[str, Any] | None) -> str:

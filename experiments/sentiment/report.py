@@ -26,9 +26,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
-from llm_jax import checkpoints, files, trees
+from llm_jax import checkpoints, trees
+from llm_jax.intervals import Interval, mean, paired
+from llm_jax.research import findings, verdicts
+from llm_jax.research.findings import Finding
 
 MARGIN = 1.0  # points
 JUDGED = (
@@ -40,21 +42,11 @@ JUDGED = (
     "full",
 )
 COMMAND = "PYTHONPATH=. python experiments/sentiment/sweep.py"
-BEGIN, END = "<!-- results: written by sweep.py -->\n", "<!-- end of results -->"
 
 
 def slug(name: str) -> str:
     """A file's name."""
     return re.sub(r"[^a-z0-9+]+", "-", name.lower()).strip("-")
-
-
-def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean, and the ends of its 95 % t-interval (undefined for one value)."""
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return mean, float("nan"), float("nan")
-    half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
-    return mean, mean - half, mean + half
 
 
 def write(here: pathlib.Path, asked, runs, size: str, seeds: int) -> str:
@@ -65,12 +57,9 @@ def write(here: pathlib.Path, asked, runs, size: str, seeds: int) -> str:
       runs: what was found by each kind of training, seed by seed.
     """
     results = judge(asked, runs, runs["LoRA r=8"][0]["factors"], seeds, size)
-    files.write_json(here / "results.json", results)
-    readme = here / "README.md"
-    before, rest = readme.read_text().split(BEGIN)
-    said = "\n".join(table(asked, runs, results, size, seeds))
-    readme.write_text(before + BEGIN + said + "\n" + END + rest.split(END)[1])
-    return "\n".join(f"{r['claim']}: {r['verdict']}" for r in results)
+    findings.save(here, results)
+    findings.replace_section(here / "README.md", "results", table(asked, runs, results, size, seeds))
+    return findings.summary(results)
 
 
 def factor_shapes(run: pathlib.Path) -> dict[str, Any]:
@@ -82,77 +71,53 @@ def factor_shapes(run: pathlib.Path) -> dict[str, Any]:
     return {part: record[f"{path}/{part}"]["shape"][lead:] for part in ("a", "b")}
 
 
-def judge(asked, runs, shapes, seeds: int, size: str) -> list[dict[str, Any]]:
+def judge(asked, runs, shapes, seeds: int, size: str) -> list[Finding]:
     """The verdicts by the rules above."""
     points = {name: [100 * r["test_accuracy"] for r in found] for name, found in runs.items()}
-    enough = seeds >= 3 and size == "cpu"
 
-    def difference(a: str, b: str) -> tuple[float, float, float]:
-        return interval([x - y for x, y in zip(points[a], points[b], strict=True)])
+    def difference(name: str, other: str = "LoRA r=8") -> Interval:
+        return paired(points[name], points[other])
 
-    def entry(claim: str, value: Any, spread: Any, verdict: str) -> dict[str, Any]:
+    def finding(statement: str, measure: str, value: Any, verdict: str) -> Finding:
+        if statement != "L12" and (seeds < 3 or size != "cpu"):
+            verdict = f"untested here (wants {COMMAND}, three seeds)"
         command = f"{COMMAND} --size={size} --seeds={seeds}"
-        return {
-            "claim": claim,
-            "value": value,
-            "spread": spread,
-            "seeds": seeds,
-            "verdict": verdict,
-            "command": command,
-        }
-
-    def decided(verdict: str) -> str:
-        return verdict if enough else f"untested here (wants {COMMAND}, three seeds)"
+        return findings.finding(statement, measure, value, verdict, command=command, n=seeds)
 
     share = 100 * runs["LoRA r=8"][0]["trained_parameters"] / runs["LoRA r=8"][0]["parameters"]
-    mean, low, high = difference("LoRA r=8", "full")
-    l1 = "holds" if share <= 2 and low > -MARGIN else "fails" if high < -MARGIN else "undecided"
-    pissa = difference("PiSSA r=8", "LoRA r=8")
-    l5 = "holds" if pissa[1] > 0 else "fails" if pissa[2] < 0 else "undecided"
-    kept = {
-        claim: difference(name, "LoRA r=8")
-        for claim, name in (
-            ("L8", "LoRA r=8, factors in int8"),
-            ("L9", "QLoRA r=8, NF4 base"),
-            ("both", "QLoRA r=8, both"),
-        )
-    }
-    near = {c: "holds" if d[1] > -MARGIN else "fails" if d[2] < -MARGIN else "undecided" for c, d in kept.items()}
-    best = interval(points["LoRA r=8"])
+    l1 = difference("LoRA r=8", "full")
+    l1_verdict = verdicts.above(l1, -MARGIN)
+    if l1_verdict == "holds" and share > 2:
+        l1_verdict = "undecided"
+    l5 = difference("PiSSA r=8")
+    l8, l9 = difference("LoRA r=8, factors in int8"), difference("QLoRA r=8, NF4 base")
+    best = mean(points["LoRA r=8"])
     prompts = [asked[kind] for kind in ("zero-shot", "few-shot")]
-    above, below = (100 * max(prompt[end] for prompt in prompts) for end in ("high", "low"))
-    l10 = "holds" if best[1] > above else "fails" if best[2] < below else "undecided"
+    high, low = (100 * max(prompt[end] for prompt in prompts) for end in ("high", "low"))
+    l10 = "holds" if best.low > high else "fails" if best.high < low else "undecided"
+    prompted = {kind: Interval(*(100 * v[k] for k in ("accuracy", "low", "high"))) for kind, v in asked.items()}
     (i, r), (r2, o) = shapes["a"], shapes["b"]
+    l12 = {"a": shapes["a"], "b": shapes["b"], "a b": [i, o], "b a": f"needs {o} = {i}; {r2} x {r}"}
     return [
-        entry(
-            "L1 (accuracy of LoRA r=8 minus full fine-tuning, points; share trained, %)",
-            {"difference": mean, "share": share},
-            [low, high],
-            decided(l1),
+        finding(
+            "L1",
+            "accuracy of LoRA r=8 minus full fine-tuning, points; share trained, %",
+            {"difference": l1, "share": share},
+            l1_verdict,
         ),
-        entry("L5 (accuracy of PiSSA minus LoRA, r=8, points)", pissa[0], list(pissa[1:]), decided(l5)),
-        entry(
-            "L8 (accuracy with factors in int8 minus LoRA, r=8, points)",
-            kept["L8"][0],
-            list(kept["L8"][1:]),
-            decided(near["L8"]),
+        finding("L5", "accuracy of PiSSA minus LoRA, r=8, points", l5, verdicts.above(l5)),
+        finding("L8", "accuracy with factors in int8 minus LoRA, r=8, points", l8, verdicts.above(l8, -MARGIN)),
+        finding(
+            "L9",
+            "accuracy over an NF4 base minus LoRA, r=8, points; both quantized beside it",
+            {"NF4 base": l9, "both": difference("QLoRA r=8, both")},
+            verdicts.above(l9, -MARGIN),
         ),
-        entry(
-            "L9 (accuracy over an NF4 base minus LoRA, r=8, points; both quantized beside it)",
-            {"NF4 base": kept["L9"][0], "both": kept["both"][0]},
-            {"NF4 base": list(kept["L9"][1:]), "both": list(kept["both"][1:])},
-            decided(near["L9"]),
-        ),
-        entry(
-            "L10 (accuracy of LoRA r=8 against prompting, %)",
-            {"LoRA r=8": best[0]} | {k: 100 * v["accuracy"] for k, v in asked.items()},
-            {"LoRA r=8": list(best[1:])} | {k: [100 * v["low"], 100 * v["high"]] for k, v in asked.items()},
-            decided(l10),
-        ),
-        entry(
-            "L12 (A is d x r, B is r x d and dW = B A)",
-            {"a": shapes["a"], "b": shapes["b"], "a b": [i, o], "b a": f"needs {o} = {i}; {r2} x {r}"},
-            None,
+        finding("L10", "accuracy of LoRA r=8 against prompting, %", {"LoRA r=8": best} | prompted, l10),
+        finding(
+            "L12",
+            "A is d x r, B is r x d and dW = B A",
+            l12,
             "fails as written: of these shapes A B is the update, B A at best r x r",
         ),
     ]
@@ -161,8 +126,8 @@ def judge(asked, runs, shapes, seeds: int, size: str) -> list[dict[str, Any]]:
 def table(asked, runs, results, size: str, seeds: int) -> list[str]:
     """Markdown."""
 
-    def percent(mean: float, low: float, high: float) -> str:
-        return f"{mean:.1f}" if np.isnan(low) else f"{mean:.1f} ({low:.1f} to {high:.1f})"
+    def percent(estimate: float, low: float, high: float) -> str:
+        return f"{estimate:.1f}" if np.isnan(low) else f"{estimate:.1f} ({low:.1f} to {high:.1f})"
 
     def products(found: Sequence[dict[str, Any]]) -> str:
         """Of the seed that was asked, if it is done."""
@@ -189,7 +154,7 @@ def table(asked, runs, results, size: str, seeds: int) -> list[str]:
     for name, found in runs.items():
         if not found:
             continue
-        accuracy = percent(*interval([100 * r["test_accuracy"] for r in found]))
+        accuracy = percent(*mean([100 * r["test_accuracy"] for r in found]))
         first = found[0]
         # A run that was stopped and went on has the time and the peak of its last part: it is shorter than 100 steps.
         peaks = [r["peak_host_bytes"] / 2**30 for r in found if r["seconds"] > 100 * r["step_seconds"]]
@@ -198,6 +163,4 @@ def table(asked, runs, results, size: str, seeds: int) -> list[str]:
             f"| {name} | {len(found)} | {accuracy} | {products(found)} | {first['trained_parameters']:,} | "
             f"{4 * first['trained_parameters'] / 2**20:.2f} | {seconds:.1f} | {f'{max(peaks):.2f}' if peaks else ''} |"
         )
-    lines += ["", "| claim | verdict |", "|---|---|"]
-    lines += [f"| {r['claim']} | **{r['verdict']}** |" for r in results]
-    return [*lines, ""]
+    return [*lines, *findings.verdict_table(results)]

@@ -29,18 +29,18 @@ import optax
 from absl import flags
 from tqdm import tqdm
 
-from experiments.sentiment.report import interval
 from llm_jax import checkpoints, cli, files, lora, runtime
 from llm_jax import configuration as config_lib
 from llm_jax.data.labelled import LabelledSource
 from llm_jax.embeddings import contextual
-from llm_jax.evaluation.statistics import wilson
+from llm_jax.intervals import mean, paired, wilson
 from llm_jax.model.attention import Tokens
+from llm_jax.research import findings, verdicts
+from llm_jax.research.findings import Finding
 from llm_jax.training import losses, memory
 
 HERE = pathlib.Path(__file__).parent
 COMMAND = "PYTHONPATH=. python experiments/sentiment_encoder/measure.py"
-BEGIN, END = "<!-- results: written by measure.py -->\n", "<!-- end of results -->"
 MODEL, DATA, OTHER = "asset:minilm-l6-v2", "movie-reviews", "amazon-reviews"
 LENGTH, BATCH = 48, 32
 # kind -> (learning rate, times through the sentences)
@@ -72,12 +72,10 @@ def main() -> None:
         if not kept.exists():
             files.write_json(kept, run(loaded, parts, kind, seed))
         found[kind].append(json.loads(kept.read_text()))
-    results = [judged(found, f.seeds)]
-    files.write_json(HERE / "results.json", results)
-    readme = HERE / "README.md"
-    before, rest = readme.read_text().split(BEGIN)
-    readme.write_text(before + BEGIN + "\n".join(table(found, results)) + "\n" + END + rest.split(END)[1])
-    print("\n".join(f"{r['claim']}: {r['verdict']}" for r in results))
+    results = [judge(found, f.seeds)]
+    findings.save(HERE, results)
+    findings.replace_section(HERE / "README.md", "results", table(found, results))
+    print(findings.summary(results))
 
 
 def encoded(loaded, sentences) -> dict[str, np.ndarray]:
@@ -171,28 +169,16 @@ def run(loaded, parts, kind: str, seed: int) -> dict[str, Any]:
     }
 
 
-def judged(found: dict[str, list[dict[str, Any]]], seeds: int) -> dict[str, Any]:
+def judge(found: dict[str, list[dict[str, Any]]], seeds: int) -> Finding:
     """The verdict by the rule above."""
     points = {kind: [100 * r["accuracy"] for r in runs] for kind, runs in found.items()}
-    paired = {
-        kind: interval([a - b for a, b in zip(points[kind], points["frozen"], strict=True)])
-        for kind in KINDS
-        if kind != "frozen"
-    }
-    ends = list(paired.values())
-    holds, fails = all(low > 0 for _, low, _ in ends), any(high < 0 for _, _, high in ends)
-    verdict = "holds" if holds else "fails" if fails else "undecided"
-    return {
-        "claim": "L14 (test accuracy minus that of a head on frozen features, points)",
-        "value": {kind: mean for kind, (mean, _, _) in paired.items()},
-        "spread": {kind: [low, high] for kind, (_, low, high) in paired.items()},
-        "seeds": seeds,
-        "verdict": verdict if seeds >= 3 else "untested here (wants three seeds)",
-        "command": f"{COMMAND} --seeds={seeds}",
-    }
+    gains = {kind: paired(points[kind], points["frozen"]) for kind in found if kind != "frozen"}
+    verdict = verdicts.all_above(list(gains.values())) if seeds >= 3 else "untested here (wants three seeds)"
+    measure, command = "test accuracy minus that of a head on frozen features, points", f"{COMMAND} --seeds={seeds}"
+    return findings.finding("L14", measure, gains, verdict, command=command, n=seeds)
 
 
-def table(found: dict[str, list[dict[str, Any]]], results: list[dict[str, Any]]) -> list[str]:
+def table(found: dict[str, list[dict[str, Any]]], results: list[Finding]) -> list[str]:
     """Markdown."""
     heads: tuple[str, ...] = (
         "kind",
@@ -203,20 +189,19 @@ def table(found: dict[str, list[dict[str, Any]]], results: list[dict[str, Any]])
     heads += ("trained", "of these MiB", "seconds a step", "memory of a step, MiB")
     lines = ["", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for kind, runs in found.items():
-        mean, low, high = interval([100 * r["accuracy"] for r in runs])
+        estimate, low, high = mean([100 * r["accuracy"] for r in runs])
         first = runs[0]
         near, far = wilson(first["right"], first["count"])
         low_there, high_there = wilson(first["products right"], first["count"])
         middle = np.median([r["seconds a step"] for r in runs])
         lines.append(
-            f"| {kind} | {mean:.1f} ({low:.1f} to {high:.1f}) | {100 * near:.1f} to {100 * far:.1f} | "
+            f"| {kind} | {estimate:.1f} ({low:.1f} to {high:.1f}) | {100 * near:.1f} to {100 * far:.1f} | "
             f"{100 * first['products right'] / first['count']:.1f} ({100 * low_there:.1f} to {100 * high_there:.1f}) | "
             f"{first['trained']:,} | {4 * first['trained'] / 2**20:.2f} | {middle:.3f} | "
             f"{first['bytes of a step'] / 2**20:,.0f} |"
         )
     lines += ["", f"{100 * found['full'][0]['cut']:.1f} % of the training sentences have {LENGTH} tokens or more."]
-    lines += ["", "| claim | verdict |", "|---|---|"]
-    return [*lines, *(f"| {r['claim']} | **{r['verdict']}** |" for r in results), ""]
+    return [*lines, *findings.verdict_table(results)]
 
 
 if __name__ == "__main__":

@@ -32,21 +32,21 @@ import tempfile
 import jax
 import jax.numpy as jnp
 import numpy as np
-import sweep
 from absl import flags
-from scipy import stats
 from tqdm import tqdm
 
 from llm_jax import cli, configuration, files, runtime, schema, tokenizers
 from llm_jax.data.corpus import Source
 from llm_jax.data.rows import Rows, Shuffled
+from llm_jax.intervals import mean, paired
 from llm_jax.model.transformer import Transformer
+from llm_jax.research import findings, verdicts
+from llm_jax.research.findings import Finding
 from llm_jax.training import losses
 from llm_jax.training.setup import setup
 
 HERE = pathlib.Path(__file__).parent
 COMMAND = "PYTHONPATH=. python experiments/tokenization/models.py"
-BEGIN, END = "<!-- models: written by models.py -->\n", "<!-- end of models -->"
 SIZE = 2048
 PIECES = ("wordpiece", "unigram", "bpe", "byte_bpe")
 KINDS = ("word", *PIECES, "char", "byte")
@@ -81,11 +81,10 @@ def main() -> None:
     table = {kind: [found[f"{kind} {s} {f.steps} {f.tune}"] for s in range(f.seeds)] for kind in KINDS}
     refused = {kind: found[f"{kind} refusals {f.steps} {f.tune}"] for kind in NEXT}
     results = judge(table, refused)
-    sweep.save(results)
+    findings.save(HERE, results)
     lines = markdown(table, refused, results)
-    before, _, rest = (HERE / "README.md").read_text().partition(BEGIN)
-    (HERE / "README.md").write_text(before + BEGIN + "\n" + "\n".join(lines) + "\n" + END + rest.partition(END)[2])
-    print("\n".join(f"{r['claim']}: {r['verdict']}" for r in results))
+    findings.replace_section(HERE / "README.md", "models", ["", *lines])
+    print(findings.summary(results))
 
 
 # ---------------------------------------------------------------- what is measured
@@ -191,50 +190,47 @@ def _command(name: str, *more: str) -> subprocess.CompletedProcess:
 # ---------------------------------------------------------------- what is told
 
 
-def interval(values: list[float]) -> list[float]:
-    """Mean, and the ends of its 95 % t-interval."""
-    half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
-    return [float(np.mean(values)), float(np.mean(values)) - half, float(np.mean(values)) + half]
-
-
-def judge(table: dict, refused: dict) -> list[dict]:
+def judge(table: dict, refused: dict) -> list[Finding]:
+    """The verdicts by the rules above; `table` has the figures of every kind by seed, `refused` the refusals."""
     bits = {kind: [r["bits per byte"] for r in runs] for kind, runs in table.items()}
-    more = {
-        kind: {single: interval(np.subtract(bits[single], bits[kind]).tolist()) for single in ("char", "byte")}
-        for kind in PIECES
-    }
-    fewer = [kind for kind in PIECES if all(i[1] > 0 for i in more[kind].values())]
-    t1 = "holds" if len(fewer) == len(PIECES) else f"holds when the kind is {' or '.join(fewer)}" if fewer else "fails"
+    more = {kind: {single: paired(bits[single], bits[kind]) for single in ("char", "byte")} for kind in PIECES}
+    fewer = [kind for kind in PIECES if verdicts.all_above(list(more[kind].values())) == "holds"]
+    t1 = verdicts.named(fewer, PIECES, "the kind is")
     runs, cost = table[SWAPPED], {}
     for when in ("swapped in", "tuned"):
         for kind in OTHERS[1:]:
-            gap = [r[f"{kind} {when}"] - r[f"{SWAPPED} {when}"] for r in runs]
-            cost[f"{kind} {when}"] = interval(gap)
-    costly = {when: all(i[1] > 0 for k, i in cost.items() if k.endswith(when)) for when in ("swapped in", "tuned")}
+            cost[f"{kind} {when}"] = paired(*([r[f"{k} {when}"] for r in runs] for k in (kind, SWAPPED)))
+    costly = {when: all(i.low > 0 for k, i in cost.items() if k.endswith(when)) for when in ("swapped in", "tuned")}
     t2 = "fails"
     if all(all(said.values()) for said in refused.values()) and costly["swapped in"]:
         t2 = "holds" if costly["tuned"] else "holds when the model is not trained on"
+    bits_by_kind = {kind: mean(b) for kind, b in bits.items()} | {f"more than {k}": i for k, i in more.items()}
     return [
-        entry(
-            "T1 (bits per byte of a model, equal training tokens: characters and bytes minus pieces)",
-            {kind: interval(b) for kind, b in bits.items()} | {f"more than {k}": i for k, i in more.items()},
+        findings.finding(
+            "T1",
+            "bits per byte of a model, equal training tokens: characters and bytes minus pieces",
+            bits_by_kind,
             t1,
+            command=COMMAND,
+            n=len(runs),
         ),
-        entry("T2 (bits per byte that a swap of the vocabulary costs; refusals)", cost | refused, t2),
+        findings.finding(
+            "T2",
+            "bits per byte that a swap of the vocabulary costs; refusals",
+            cost | refused,
+            t2,
+            command=COMMAND,
+            n=len(runs),
+        ),
     ]
 
 
-def entry(claim: str, value, verdict: str) -> dict:
-    spread, seeds = "95 % t-intervals over seeds: [mean, from, to]", flags.FLAGS.seeds
-    return {"claim": claim, "value": value, "spread": spread, "seeds": seeds, "verdict": verdict, "command": COMMAND}
-
-
-def markdown(table: dict, refused: dict, results: list[dict]) -> list[str]:
+def markdown(table: dict, refused: dict, results: list[Finding]) -> list[str]:
     """Markdown."""
     f = flags.FLAGS
     lines = ["| kind | bits per byte | unknown tokens | MB of text seen | parameters |", "|---" * 5 + "|"]
     for kind, runs in table.items():
-        cells = "{:.3f} ({:.3f} to {:.3f})".format(*interval([r["bits per byte"] for r in runs]))
+        cells = "{:.3f} ({:.3f} to {:.3f})".format(*mean([r["bits per byte"] for r in runs]))
         rest = f"{runs[0]['unknown']:.2%} | {runs[0]['megabytes seen']:.2f} | {runs[0]['parameters']:,}"
         lines.append(f"| {kind} | {cells} | {rest} |")
     lines += ["", f"| the model of {SWAPPED} with | as it is | after {f.tune} more steps |", "|---" * 3 + "|"]
@@ -246,8 +242,7 @@ def markdown(table: dict, refused: dict, results: list[dict]) -> list[str]:
     lines += [
         f"| {kind} | {' | '.join('yes' if v else 'no' for v in said.values())} |" for kind, said in refused.items()
     ]
-    lines += ["", "| claim | verdict |", "|---|---|", *(f"| {r['claim']} | **{r['verdict']}** |" for r in results)]
-    return [*lines, ""]
+    return [*lines, *findings.verdict_table(results)]
 
 
 if __name__ == "__main__":

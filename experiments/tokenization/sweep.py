@@ -11,19 +11,19 @@ T3  holds if at the largest size every kind of pieces brings back at least 99 % 
 """
 
 import itertools
-import json
 import pathlib
 import re
 
 from absl import flags
 from tqdm import tqdm
 
-from llm_jax import cli, files, tokenizers
+from llm_jax import cli, tokenizers
 from llm_jax.data import assets
+from llm_jax.research import findings, verdicts
+from llm_jax.research.findings import Finding
 
 HERE = pathlib.Path(__file__).parent
 COMMAND = "PYTHONPATH=. python experiments/tokenization/sweep.py"
-BEGIN, END = "<!-- results: written by sweep.py -->\n", "<!-- end of results -->"
 PIECES = ("wordpiece", "unigram", "bpe", "char_bpe", "byte_bpe")
 SINGLE = ("char", "byte")
 SIZES = (1024, 2048, 4096, 8192)
@@ -44,22 +44,13 @@ def main() -> None:
     jobs = [(kind, size) for kind in ("word", *PIECES) for size in SIZES] + [(kind, SIZES[-1]) for kind in SINGLE]
     table = {(kind, size): figures(kind, size, train, held, new) for kind, size in tqdm(jobs)}
     results = judge(table)
-    save(results)
+    findings.save(HERE, results)
     draw(table, HERE / "tradeoff.png")
     sizes = f"{sum(map(len, train)):,} characters of training text, {sum(map(len, held)):,} held out, "
     sizes += f"with {len(new):,} new words."
     lines = [sizes, *tables(table, results)]
-    before, _, rest = (HERE / "README.md").read_text().partition(BEGIN)
-    (HERE / "README.md").write_text(before + BEGIN + "\n" + "\n".join(lines) + "\n" + END + rest.partition(END)[2])
-    print("\n".join(f"{r['claim']}: {r['verdict']}" for r in results))
-
-
-def save(results: list[dict]) -> None:
-    """Into results.json, beside what the other script of this folder has found."""
-    path = HERE / "results.json"
-    kept = json.loads(path.read_text()) if path.exists() else []
-    kept = [one for one in kept if one["command"] != results[0]["command"]]
-    files.write_json(path, sorted(kept + results, key=lambda one: one["claim"]))
+    findings.replace_section(HERE / "README.md", "results", ["", *lines])
+    print(findings.summary(results))
 
 
 def figures(kind: str, size: int, train: list[str], held: list[str], new: list[str]) -> dict[str, float]:
@@ -75,7 +66,8 @@ def figures(kind: str, size: int, train: list[str], held: list[str], new: list[s
     }
 
 
-def judge(table: dict[tuple[str, int], dict[str, float]]) -> list[dict]:
+def judge(table: dict[tuple[str, int], dict[str, float]]) -> list[Finding]:
+    """The verdicts by the rules above; `table` has the figures by kind and size of the vocabulary."""
     length = {key: row["tokens per word"] for key, row in table.items()}
     ordered = all(
         length["word", size] < length[kind, size] < min(length[k, SIZES[-1]] for k in SINGLE)
@@ -87,29 +79,22 @@ def judge(table: dict[tuple[str, int], dict[str, float]]) -> list[dict]:
     )
     back = {kind: table[kind, SIZES[-1]]["new words that come back"] for kind in ("word", *PIECES)}
     able = [kind for kind in PIECES if back[kind] >= ENOUGH]
-    t3 = "fails" if not able or back["word"] else f"holds when the kind is {' or '.join(able)}"
-    if len(able) == len(PIECES) and not back["word"]:
-        t3 = "holds"
+    t3 = "fails" if back["word"] else verdicts.named(able, PIECES, "the kind is")
     lengths = {f"{kind}, {size}": value for (kind, size), value in length.items()}
+    t1, measure = "holds" if ordered and shrinks else "fails", f"share of the new words that come back, {SIZES[-1]} ids"
     return [
-        entry("T1 (tokens a word by kind and vocabulary)", lengths, "holds" if ordered and shrinks else "fails"),
-        entry(f"T3 (share of the new words that come back, {SIZES[-1]} ids)", back, t3),
+        findings.finding("T1", "tokens a word by kind and vocabulary", lengths, t1, command=COMMAND),
+        findings.finding("T3", measure, back, t3, command=COMMAND),
     ]
 
 
-def entry(claim: str, value, verdict: str) -> dict:
-    said = {"claim": claim, "value": value, "spread": "none: nothing is random", "seeds": 1}
-    return said | {"verdict": verdict, "command": COMMAND}
-
-
-def tables(table: dict, results: list[dict]) -> list[str]:
+def tables(table: dict, results: list[Finding]) -> list[str]:
     """Markdown."""
     lines = ["", "| kind | ids | tokens a word | unknown tokens | new words that come back |", "|---" * 5 + "|"]
     for (kind, _), row in table.items():
         shares = f"{row['unknown']:.2%} | {row['new words that come back']:.1%}"
         lines.append(f"| {kind} | {row['ids']:,.0f} | {row['tokens per word']:.2f} | {shares} |")
-    lines += ["", "| claim | verdict |", "|---|---|", *(f"| {r['claim']} | **{r['verdict']}** |" for r in results)]
-    return [*lines, ""]
+    return [*lines, *findings.verdict_table(results)]
 
 
 def draw(table: dict, path: pathlib.Path) -> None:

@@ -16,17 +16,16 @@ else it is undecided.
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
-from scipy import stats
 
-from llm_jax import files
+from llm_jax.intervals import Interval, mean
+from llm_jax.research import findings
+from llm_jax.research.findings import Finding
 
 MARGIN = 0.05  # nats a token
 KINDS = ("μP", "as it is")
 COMMAND = "PYTHONPATH=. python experiments/width_transfer/sweep.py"
-BEGIN, END = "<!-- results: written by sweep.py -->\n", "<!-- end of results -->"
 
 
 def given_up(losses: np.ndarray, chosen: int) -> np.ndarray:
@@ -34,11 +33,6 @@ def given_up(losses: np.ndarray, chosen: int) -> np.ndarray:
     seeds = range(losses.shape[1])
     best = [int(np.argmin(np.delete(losses, seed, 1).mean(1))) for seed in seeds]
     return np.array([losses[chosen, seed] - losses[best[seed], seed] for seed in seeds])
-
-
-def interval(values: np.ndarray) -> tuple[float, float]:
-    """The mean and half its 95 % t-interval."""
-    return float(values.mean()), float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
 
 
 def write(
@@ -51,30 +45,10 @@ def write(
         return np.array([[math.log(256) if x is None else x for x in row] for row in rows])
 
     table = {kind: {width: loss(kind, width) for width in widths} for kind in KINDS}
-    value, spread = {}, {}
-    for kind, of in table.items():
-        chosen = int(np.argmin(of[widths[0]].mean(1)))
-        for width, losses in of.items():
-            mean, half = interval(given_up(losses, chosen))
-            value[f"{kind}, width {width}"] = mean
-            spread[f"{kind}, width {width}"] = [mean - half, mean + half]
-
-    def transfers(kind: str) -> str:
-        if all(spread[f"{kind}, width {w}"][1] < MARGIN for w in widths):
-            return "yes"
-        return "no" if spread[f"{kind}, width {widths[-1]}"][0] > MARGIN else "undecided"
-
-    said = transfers(KINDS[0]), transfers(KINDS[1])
-    verdict = "holds" if said == ("yes", "no") else "fails" if said[0] == "no" or said[1] == "yes" else "undecided"
-    result: dict[str, Any] = {
-        "claim": "with width transfer the best rate holds across widths, without it does not (loss given up)",
-        "value": value,
-        "spread": spread,
-        "seeds": seeds,
-        "verdict": verdict,
-        "command": COMMAND,
-    }
-    files.write_json(here / "results.json", [result])
+    lost = {kind: losses_given_up(of, widths[0]) for kind, of in table.items()}
+    with_transfer, without = (transfers(lost[kind]) for kind in KINDS)
+    result = judge(lost, seeds)
+    findings.save(here, [result])
     lines = [
         "",
         "Held-out loss in nats a byte, mean ± standard deviation over the seeds; the best rate of a row is bold:",
@@ -86,11 +60,30 @@ def write(
             best = int(np.argmin(losses.mean(1)))
             cells = [f"{row.mean():.3f} ± {row.std(ddof=1):.3f}" for row in losses]
             cells[best] = f"**{cells[best]}**"
-            low, high = spread[f"{kind}, width {width}"]
-            given = f"{value[f'{kind}, width {width}']:.3f} [{low:.3f}, {high:.3f}]"
+            given = "{:.3f} [{:.3f}, {:.3f}]".format(*lost[kind][width])
             lines += [f"| {width} | " + " | ".join(cells) + f" | {given} |"]
-    lines += ["", f"Transfers with μP: {said[0]}; without: {said[1]}. Verdict: **{verdict}**.", "", ""]
-    readme = here / "README.md"
-    before, rest = readme.read_text().split(BEGIN)
-    readme.write_text(before + BEGIN + "\n".join(lines) + END + rest.split(END)[1])
-    return f"{result['claim']}: {verdict}"
+    lines += ["", f"Transfers with μP: {with_transfer}; without: {without}. Verdict: **{result.verdict}**.", ""]
+    findings.replace_section(here / "README.md", "results", lines)
+    return findings.summary([result])
+
+
+def losses_given_up(losses: Mapping[int, np.ndarray], base_width: int) -> dict[int, Interval]:
+    """By width, the loss given up by the rate that is best at the base width; losses are (rates, seeds) by width."""
+    chosen = int(np.argmin(losses[base_width].mean(1)))
+    return {width: mean(given_up(of_width, chosen)) for width, of_width in losses.items()}
+
+
+def transfers(lost: Mapping[int, Interval]) -> str:
+    """Whether the rate transfers under a parametrization: "yes", "no" or "undecided"."""
+    if all(interval.high < MARGIN for interval in lost.values()):
+        return "yes"
+    return "no" if lost[max(lost)].low > MARGIN else "undecided"
+
+
+def judge(lost: Mapping[str, Mapping[int, Interval]], seeds: int) -> Finding:
+    """The verdict by the rule above; `lost` has the losses given up by parametrization and width."""
+    with_transfer, without = (transfers(lost[kind]) for kind in KINDS)
+    fails = with_transfer == "no" or without == "yes"
+    verdict = "holds" if (with_transfer, without) == ("yes", "no") else "fails" if fails else "undecided"
+    value = {f"{kind}, width {width}": interval for kind, of in lost.items() for width, interval in of.items()}
+    return findings.finding("W1", "loss given up, nats a byte", value, verdict, command=COMMAND, n=seeds)

@@ -25,7 +25,6 @@ import tempfile
 
 import numpy as np
 from absl import flags
-from scipy import stats
 from tqdm import tqdm
 
 from llm_jax import checkpoints, cli, files, runtime
@@ -33,11 +32,13 @@ from llm_jax import configuration as config_lib
 from llm_jax.data import assets
 from llm_jax.embeddings import glove, measure, picture, texts, vectors, word2vec
 from llm_jax.errors import UserError
+from llm_jax.intervals import mean, paired
+from llm_jax.research import findings, verdicts
+from llm_jax.research.findings import Finding
 from llm_jax.schema import EmbeddingsConfig
 
 HERE = pathlib.Path(__file__).parent
 COMMAND = "PYTHONPATH=. python experiments/word_vectors/sweep.py"
-BEGIN, END = "<!-- results: written by sweep.py -->\n", "<!-- end of results -->"
 KINDS = ("skipgram", "cbow", "glove")
 SHUFFLED = "skipgram of shuffled text"
 MAP = "king queen prince duke lord lady man woman father mother son daughter brother sister war peace army soldier "
@@ -84,17 +85,17 @@ def main() -> None:
         for kind in (*KINDS, SHUFFLED)
     }
     benchmark = json.loads((HERE.parent / "benchmarks" / "word2vec.json").read_text())["table"]
-    results = judge(table, benchmark)
-    files.write_json(HERE / "results.json", results)
+    cosines = {name: real_cosines(name) for name in ("minilm-l6-v2", "smollm2-135m-instruct")}
+    results = judge(table, benchmark, cosines)
+    findings.save(HERE, results)
     shown = vectors.load(root / "skipgram-0.bin")
     picture.draw(shown, [w for w in MAP.split() if w in shown], HERE / "map.png")
     lines = [
         f"{text.num_words:,} words of {len(text.words):,} kinds, sha256 {text.sha256[:12]}.",
         *tables(table, results),
     ]
-    before, _, rest = (HERE / "README.md").read_text().partition(BEGIN)
-    (HERE / "README.md").write_text(before + BEGIN + "\n" + "\n".join(lines) + "\n" + END + rest.partition(END)[2])
-    print("\n".join(f"{r['claim']}: {r['verdict']}" for r in results))
+    findings.replace_section(HERE / "README.md", "results", ["", *lines])
+    print(findings.summary(results))
 
 
 def figures(found: vectors.WordVectors) -> dict:
@@ -119,56 +120,48 @@ def real_cosines(name: str) -> dict[str, float]:
     return {f"{a} {b}": measure.cosine(found, a, b) for a, b in (("cat", "mat"), ("cat", "sat"), ("king", "queen"))}
 
 
-def interval(values: list[float]) -> list[float]:
-    """Mean, and the ends of its 95 % t-interval."""
-    half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
-    return [float(np.mean(values)), float(np.mean(values)) - half, float(np.mean(values)) + half]
+def judge(table: dict, benchmark: dict, e3: dict[str, dict[str, float]]) -> list[Finding]:
+    """The verdicts by the rules above.
 
-
-def judge(table: dict, benchmark: dict) -> list[dict]:
+    Args:
+      table: the figures of every kind by seed.
+      benchmark: the comparison with gensim by kind.
+      e3: cosines between words in the input tables of checkpoints.
+    """
     wordsim = {kind: [r["wordsim"] for r in runs] for kind, runs in table.items()}
-    e1 = {kind: interval(wordsim[kind]) for kind in KINDS}
-    e2 = {kind: interval(np.subtract(wordsim[kind], wordsim[SHUFFLED]).tolist()) for kind in KINDS}
+    e1 = {kind: mean(wordsim[kind]) for kind in KINDS}
+    e2 = {kind: paired(wordsim[kind], wordsim[SHUFFLED]) for kind in KINDS}
     lower = {
         kind: [n for n, v in row.items() if isinstance(v, dict) and v["verdict"] == "lower"]
         for kind, row in benchmark.items()
     }
-    e3 = {name: real_cosines(name) for name in ("minilm-l6-v2", "smollm2-135m-instruct")}
     above = [c["cat mat"] > c["cat sat"] for c in e3.values()]
     verdict = "holds" if all(above) else "undecided" if any(above) else "fails"
     near = ["queen" in r["near king"] for r in table["skipgram"]]
+    e1_verdict = verdicts.named([k for k in KINDS if e1[k].low > 0], KINDS, "the kind is")
+    e2_verdict = verdicts.named([k for k in KINDS if e2[k].low > 0 and not lower.get(k)], KINDS, "the kind is")
+    e2_values = e2 | {f"{kind} lower than gensim": names for kind, names in lower.items()}
+    e4_verdict = "holds" if all(near) else "fails"
     return [
-        entry("E1 (rank correlation with WordSim-353; one-hot: 0)", e1, among([k for k in KINDS if e1[k][1] > 0])),
-        entry(
-            "E2 (the same minus that of shuffled text; figures lower than gensim's)",
-            e2 | {f"{kind} lower than gensim": names for kind, names in lower.items()},
-            among([k for k in KINDS if e2[k][1] > 0 and not lower.get(k)]),
-        ),
-        entry("E3 (cosines of cat and mat, cat and sat, in the input tables of real checkpoints)", e3, verdict),
-        entry("E4 (queen among the ten nearest of king, skip-gram)", near, "holds" if all(near) else "fails"),
+        findings.finding(statement, measure, values, verdict, command=COMMAND, n=len(near))
+        for statement, measure, values, verdict in (
+            ("E1", "rank correlation with WordSim-353; one-hot: 0", e1, e1_verdict),
+            ("E2", "the same minus that of shuffled text; figures lower than gensim's", e2_values, e2_verdict),
+            ("E3", "cosines of cat and mat, cat and sat, in the input tables of real checkpoints", e3, verdict),
+            ("E4", "queen among the ten nearest of king, skip-gram", near, e4_verdict),
+        )
     ]
 
 
-def among(kinds: list[str]) -> str:
-    return "holds" if len(kinds) == len(KINDS) else f"holds when the kind is {' or '.join(kinds)}" if kinds else "fails"
-
-
-def entry(claim: str, value, verdict: str) -> dict:
-    seeds = flags.FLAGS.seeds
-    spread = "95 % t-intervals over seeds: [mean, from, to]"
-    return {"claim": claim, "value": value, "spread": spread, "seeds": seeds, "verdict": verdict, "command": COMMAND}
-
-
-def tables(table: dict, results: list[dict]) -> list[str]:
+def tables(table: dict, results: list[Finding]) -> list[str]:
     """Markdown."""
     names = ("wordsim", "simlex", "analogies", "king queen")
     lines = ["", "| kind | " + " | ".join(names) + " |", "|---" * 5 + "|"]
     for kind, runs in table.items():
         cells = ([r[n] for r in runs] for n in names)
         lines.append(f"| {kind} | " + " | ".join(f"{np.mean(c):.3f} ± {np.std(c, ddof=1):.3f}" for c in cells) + " |")
-    lines += ["", f"Nearest to king (skip-gram, seed 0): {', '.join(table['skipgram'][0]['near king'])}.", ""]
-    lines += ["| claim | verdict |", "|---|---|", *(f"| {r['claim']} | **{r['verdict']}** |" for r in results)]
-    return [*lines, ""]
+    lines += ["", f"Nearest to king (skip-gram, seed 0): {', '.join(table['skipgram'][0]['near king'])}."]
+    return [*lines, *findings.verdict_table(results)]
 
 
 if __name__ == "__main__":

@@ -49,7 +49,8 @@ def describe(command: Command) -> str:
         return "\n".join(lines)
     entry = f"python {command.name}" if command.name.endswith(".py") else f"python -m llm_jax.{command.name}"
     about = command.main.__doc__ if " " in command.name else module.__doc__
-    lines = [f"usage: {entry} [--FLAG=VALUE ...]", "", inspect.cleandoc(about or ""), ""]
+    positional = f" {command.positional.upper()} ..." if command.positional else ""
+    lines = [f"usage: {entry}{positional} [--FLAG=VALUE ...]", "", inspect.cleandoc(about or ""), ""]
     if command.config is not None:
         default = configuration.DEFAULT_RECIPES[command.config]
         lines += _entry(

@@ -60,6 +60,7 @@ class Command:
       interrupted: the message at SIGINT.
       config: the dataclass that `--config` fills, `schema.Config` or `schema.EmbeddingsConfig`; None: no `--config`.
       subcommands: the commands that `--help` lists.
+      positional: the name of the repeatable flag that arguments without a flag are values of; "": they are refused.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Command:
     interrupted: str = "interrupted"
     config: Any = None
     subcommands: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    positional: str = ""
 
 
 def parse(command: Command, values: flags.FlagValues, arguments: Sequence[str]) -> None:
@@ -96,7 +98,9 @@ def parse(command: Command, values: flags.FlagValues, arguments: Sequence[str]) 
         raise UserError(_message(error)) from error
     except (ValueError, TypeError, LookupError) as error:  # ml_collections, for a value that does not fit the option
         raise UserError(f"--config: {_message(error)}") from error
-    if positional:
+    if positional and command.positional:
+        values[command.positional].value = [*(values[command.positional].value or []), *positional]
+    elif positional:
         raise UserError(f"unexpected argument '{positional[0]}'; options are written --name=value")
     if command.config is not None:
         changes = vars(values["config"])["_override_values"]

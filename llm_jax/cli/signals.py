@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 _PATIENCE = 5.0  # seconds between an interrupt and the end of the process
@@ -24,12 +25,17 @@ class Deferred:
 
     Without `install`, in a notebook or a test, the handlers of the process stay as they are.
 
+    Args:
+      note: the message at the first signal.
+      before_end: called at the second signal, before the process ends.
+
     Attributes:
       number: the signal that has arrived, or 0; calling the object returns it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, note: str = "saving after this step", before_end: Callable[[], object] = lambda: None) -> None:
         self.number = 0
+        self._note, self._before_end = note, before_end
         self._previous: dict[int, Any] = {}
 
     def __call__(self) -> int:
@@ -46,10 +52,11 @@ class Deferred:
 
     def _record(self, number: int, frame: Any) -> None:
         if self.number:
+            self._before_end()
             leave(128 + number, "\nended at once; the same command resumes from the last checkpoint")
         self.number = number
         # os.write, because the signal may interrupt a print.
-        os.write(2, f"\n{signal.Signals(number).name}: saving after this step; once more to end at once\n".encode())
+        os.write(2, f"\n{signal.Signals(number).name}: {self._note}; once more to end at once\n".encode())
 
 
 def leave(code: int, message: str = "") -> None:

@@ -7,5 +7,4 @@ answers         the answers of a model to a task, judged, with a resumable log
 classification  accuracy on labelled examples (`data.kind=labelled`)
 held_out        loss, perplexity and bits per byte on held-out text
 harness         the tasks of EleutherAI's lm-eval
-statistics      confidence intervals
 """

@@ -12,9 +12,9 @@ from llm_jax.decoding.options import DecodingOptions
 from llm_jax.errors import UserError
 from llm_jax.evaluation import prompts as prompts_lib
 from llm_jax.evaluation.prompts import NORMALIZERS, PromptConfig
-from llm_jax.evaluation.statistics import wilson
 from llm_jax.evaluation.tasks import Task
 from llm_jax.evaluation.templates import STYLES, Example
+from llm_jax.intervals import wilson
 from llm_jax.model.transformer import Transformer
 from llm_jax.tokenizers import Tokenizer
 

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from llm_jax.data.rows import Batch, Packed, batches
 from llm_jax.decoding import score
-from llm_jax.evaluation.statistics import wilson
+from llm_jax.intervals import wilson
 from llm_jax.model.attention import Tokens
 from llm_jax.model.transformer import Transformer
 

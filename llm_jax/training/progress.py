@@ -153,8 +153,14 @@ class Progress:
         return line
 
     def text(self, step: int, name: str, text: str) -> None:
-        """Prints a text above the bar and gives it to the trackers."""
+        """Prints a text above the bar, appends it to samples.jsonl and gives it to the trackers."""
         self.write(text)
+        path = self._path.with_name("samples.jsonl")
+        try:
+            with path.open("a") as file:
+                file.write(json.dumps({"step": step, "name": name, "text": text}) + "\n")
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror})") from error
         for tracker in self._trackers:
             tracker.text(step, name, text)
 

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from llm_jax import intervals
 from llm_jax.decoding import score
 from llm_jax.decoding.complete import complete
 from llm_jax.decoding.options import DecodingOptions
 from llm_jax.errors import UserError
-from llm_jax.evaluation import answers, builtin, prompts, statistics, tasks, templates
+from llm_jax.evaluation import answers, builtin, prompts, tasks, templates
 from llm_jax.evaluation.prompts import PromptConfig
 from llm_jax.evaluation.tasks import Task
 from llm_jax.evaluation.templates import STYLES, Example, Template
@@ -242,7 +243,7 @@ def test_the_border_between_prompt_and_answer_keeps_all_text():
 def test_the_interval_is_wilsons():
     for right, n in ((0, 10), (3, 10), (10, 10), (50, 200)):
         expected = stats.binomtest(right, n).proportion_ci(0.95, "wilson")
-        np.testing.assert_allclose(statistics.wilson(right, n), expected, atol=1e-6)
+        np.testing.assert_allclose(intervals.wilson(right, n), expected, atol=1e-6)
 
 
 def test_records_are_gone_on_from_and_those_of_another_run_refused(tmp_path):

@@ -11,8 +11,9 @@ def judged(**costs):
     language = {f"{s} absmax": {"loss": [1 + c, 1 + c, 1 + c + 1e-5], "full_loss": [1.0] * 3} for s, c in costs.items()}
     speed = {"float32": {"tokens_per_second": [1.0, 1.0], "bytes": 4, "temporary_bytes": 0}}
     results = report.judge(language, {name: {"cosine": 0.999} for name in language}, speed)
-    assert [r["claim"].split(" (")[0] for r in results[:2]] == ["Q1, weights and activations", "Q1, weights alone"]
-    return results[0]["verdict"], results[1]["verdict"], set(results[0]["value"]), set(results[1]["value"])
+    assert [(r.statement, r.part) for r in results[:2]] == [("Q1", "weights and activations"), ("Q1", "weights alone")]
+    conditions = [{estimate.condition for estimate in r.estimates} for r in results[:2]]
+    return results[0].verdict, results[1].verdict, *conditions
 
 
 @pytest.mark.parametrize(

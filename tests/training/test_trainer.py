@@ -108,6 +108,8 @@ def test_tensorboard_gets_figures_norms_and_samples(command, tmp_path):
     for kind in ("gradient_norm/layers/1/mlp/up", "update_norm/embed/table", "activation_norm/layers/0"):
         assert seen[kind] == ([1, 4, 8] if "activation" not in kind else [4, 8])
     assert seen["samples/text_summary"] == [4, 8]
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [sample["step"] for sample in samples] == [4, 8] and "the " in samples[0]["text"]
     assert list((tmp_path / "profile" / "plugins" / "profile").glob("*/*.xplane.pb"))
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert 0 < summary["goodput"] < 1 and summary["peak_host_bytes"] > 10**8

@@ -1,0 +1,38 @@
+"""Writes a page about runs: `python -m llm_jax.report PATH ...`, a run, several, or a sweep.
+
+report.html needs no other file and no network: a table of groups of runs that can be sorted and filtered, curves with
+bands over the seeds, parallel coordinates, options that differ, samples, time and memory. Two PNGs are written beside.
+"""
+
+import pathlib
+
+from llm_jax import cli
+from llm_jax.errors import UserError
+
+FLAGS = cli.Flags()
+FLAGS.multi_string("path", [], "a run, a sweep, or a directory with runs; may be repeated, and given without --path=")
+FLAGS.string("output", "", "the page; default: report.html in the last PATH")
+FLAGS.string("title", "", "heading of the page; default: the name of the last PATH")
+FLAGS.boolean("png", True, "also write PNGs of the curves and the results beside the page")
+
+
+def main(f: cli.Flags) -> None:
+    from llm_jax import files
+    from llm_jax.research import page, pictures, runs
+
+    if not f.path:
+        raise UserError("name at least one run or sweep: python -m llm_jax.report PATH ...")
+    last = pathlib.Path(f.path[-1]).expanduser()
+    output = pathlib.Path(f.output).expanduser() if f.output else last / "report.html"
+    if output.suffix != ".html":
+        raise UserError(f"--output={f.output}; expected a name that ends in .html")
+    loaded = runs.load(f.path)
+    files.write(output, page.render(loaded, f.title or last.absolute().name))
+    written = [output, *(pictures.draw(loaded, output.parent, output.stem) if f.png else [])]
+    print("\n".join(str(path) for path in written))
+
+
+COMMAND = cli.Command("report", main, FLAGS, positional="path")
+
+if __name__ == "__main__":
+    cli.start(COMMAND)

@@ -1,0 +1,1 @@
+"""Sweeps, findings with their intervals and verdicts, comparisons and reports of runs."""

@@ -1,0 +1,97 @@
+"""Text that compares runs in a terminal."""
+
+import math
+from collections.abc import Sequence
+
+from llm_jax.intervals import Interval
+from llm_jax.research import runs as runs_lib
+from llm_jax.research.runs import Group, Run
+
+_SAMPLE_LENGTH = 300
+
+
+def text(runs: Sequence[Run], samples: bool = True) -> str:
+    """Options that differ, figures with intervals and paired differences to the first group, and the last samples."""
+    groups = runs_lib.group(runs)
+    figure = runs_lib.main_figure(runs)
+    blocks = [[f"{len(runs)} runs in {len(groups)} groups; runs of a group differ in the seed alone"]]
+    if groups[0].options:
+        blocks.append(_columns([["option", *(f"({i})" for i in range(1, len(groups) + 1))], *_options(groups)]))
+    blocks.append(
+        _columns(
+            [
+                ["", "group", "seeds", runs_lib.FIGURES[figure], "best", "difference to (1)", *_MEASURES],
+                *_figures(groups, figure),
+            ]
+        )
+    )
+    if figure != runs_lib.BITS:
+        blocks.append(["note: no run has bits per byte; losses of different tokenizers cannot be compared"])
+    if unfinished := [run for run in runs if not run.summary]:
+        blocks.append(
+            [f"not finished: {run.name}, step {run.step} of {run.config['train.steps']}" for run in unfinished]
+        )
+    if samples:
+        for number, group in enumerate(groups, 1):
+            if group.runs[0].samples:
+                sample = group.runs[0].samples[-1]
+                cut = sample["text"][:_SAMPLE_LENGTH] + "..." * (len(sample["text"]) > _SAMPLE_LENGTH)
+                blocks.append([f"({number}) {group.runs[0].name}, step {sample['step']}", cut])
+    return "\n\n".join("\n".join(block) for block in blocks)
+
+
+_MEASURES = {
+    "tokens/s": ("tokens_per_second", "{:,.0f}", 1.0),
+    "memory, MiB": ("peak_device_bytes", "{:,.0f}", 2.0**20),
+    "parameters": ("parameters", "{:,.0f}", 1.0),
+    "minutes": ("seconds", "{:.1f}", 60.0),
+}
+
+
+def figures(group: Group) -> dict[str, str]:
+    """Speed, memory, size and time of a group, as text: the means over its runs."""
+    result = {}
+    for label, (name, form, unit) in _MEASURES.items():
+        mean = group.mean(name)
+        if mean is None and name == "peak_device_bytes":
+            mean = group.mean("peak_host_bytes")
+        result[label] = "" if mean is None else form.format(mean.estimate / unit)
+    return result
+
+
+def interval_text(interval: Interval | None, digits: int = 4, sign: bool = False) -> str:
+    """An interval as "1.234 [1.200, 1.268]", without limits where they are not known."""
+    if interval is None:
+        return ""
+    form = f"{{:{'+' if sign else ''}.{digits}f}}"
+    estimate, low, high = map(form.format, interval)
+    return estimate if math.isnan(interval.low) else f"{estimate} [{low}, {high}]"
+
+
+def _options(groups: Sequence[Group]) -> list[list[str]]:
+    return [[key, *(str(group.options[key]) for group in groups)] for key in groups[0].options]
+
+
+def _figures(groups: Sequence[Group], figure: str) -> list[list[str]]:
+    rows = []
+    for number, group in enumerate(groups, 1):
+        seeds = ",".join(str(run.seed) for run in group.runs)
+        best = min((value for run in group.runs if (value := run.best(figure)) is not None), default=None)
+        compared = runs_lib.difference(group, groups[0], figure) if number > 1 else None
+        rows.append(
+            [
+                f"({number})",
+                group.label,
+                seeds,
+                interval_text(group.mean(figure)),
+                "" if best is None else f"{best:.4f}",
+                interval_text(compared[0], sign=True) if compared else "",
+                *figures(group).values(),
+            ]
+        )
+    return rows
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,0 +1,181 @@
+"""What experiments and sweeps find, in one form: results.json of a directory is a list of findings.
+
+    results = [finding("P4", "rise of the loss, nats a token", {"alibi": intervals.mean(rises)}, "holds", command=...)]
+    save(directory, results)
+
+A finding belongs to a statement and holds estimates under conditions, a verdict, and where it comes from.
+"""
+
+import dataclasses
+import math
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llm_jax import files
+from llm_jax.errors import UserError
+from llm_jax.intervals import Interval
+from llm_jax.research import provenance
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What was measured under one condition.
+
+    Attributes:
+      condition: the setting, such as "alibi" or "alibi / 8x"; "" where a finding has one estimate only.
+      estimate: the value, usually a mean over seeds or examples; None where `values` or `text` say more.
+      low, high: the limits of its interval, or of its range where the measure says so; None: not measured.
+      n: number of independent values behind the estimate; None: the number of the finding.
+      seed: the seed, for what was measured with one.
+      values: single values that belong together, such as one for each seed.
+      text: what is no number, such as names.
+    """
+
+    condition: str
+    estimate: float | None = None
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+    seed: int | None = None
+    values: tuple[Any, ...] = ()
+    text: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """What was measured about a statement.
+
+    Attributes:
+      statement: identifier of the statement, such as "P4".
+      part: the part of the statement, where it has several findings; "" for all of it.
+      measure: what the estimates are, with their unit.
+      verdict: what the rule says that was written before the run; None: the finding is no test of a statement.
+      n: number of independent runs, such as seeds.
+      estimates: what was measured, by condition.
+      command, commit, machine, date: see `provenance.Provenance`.
+    """
+
+    statement: str
+    part: str
+    measure: str
+    verdict: str | None
+    n: int
+    estimates: tuple[Estimate, ...]
+    command: str
+    commit: str = ""
+    machine: str = ""
+    date: str = ""
+
+    @property
+    def claim(self) -> str:
+        """The statement with its part and measure, for tables."""
+        return f"{self.statement}{self.part and f', {self.part}'} ({self.measure})"
+
+    def __getitem__(self, condition: str) -> Estimate:
+        """The estimate under a condition. Raises KeyError."""
+        for estimate in self.estimates:
+            if estimate.condition == condition:
+                return estimate
+        raise KeyError(condition)
+
+
+def finding(
+    statement: str, measure: str, values: Any, verdict: str | None, *, command: str, n: int = 1, part: str = ""
+) -> Finding:
+    """A finding of this machine and this day.
+
+    Args:
+      values: a number, an `Interval`, a sequence of numbers, a text, or a mapping of conditions to such values, which
+        may be nested.
+    """
+    source = provenance.here(command)
+    return Finding(statement, part, measure, verdict, n, estimates(values), **dataclasses.asdict(source))
+
+
+def estimates(values: Any, condition: str = "") -> tuple[Estimate, ...]:
+    """Estimates from a value or a nested mapping; conditions of nested mappings are joined by " / "."""
+    if isinstance(values, Mapping):
+        prefix = f"{condition} / " if condition else ""
+        return tuple(e for key, value in values.items() for e in estimates(value, f"{prefix}{key}"))
+    if isinstance(values, Interval):
+        estimate, low, high = (None if math.isnan(x) else float(x) for x in values)
+        return (Estimate(condition, estimate, low, high),)
+    if isinstance(values, str):
+        return (Estimate(condition, text=values),)
+    if isinstance(values, Sequence):
+        if all(isinstance(value, str) for value in values):
+            return (Estimate(condition, text=", ".join(values)),)
+        return (Estimate(condition, values=tuple(values)),)
+    return (Estimate(condition, values if values is None or isinstance(values, bool | int) else float(values)),)
+
+
+def save(directory: pathlib.Path, results: Sequence[Finding]) -> None:
+    """Writes results.json, and keeps what other scripts have written there; raises UserError if that fails."""
+    path = directory / "results.json"
+    scripts = {_script(result) for result in results}
+    others = [result for result in read(path) if _script(result) not in scripts] if path.exists() else []
+    everything = sorted([*others, *results], key=lambda r: r.claim) if others else list(results)
+    files.write_json(path, [as_dict(result) for result in everything])
+
+
+def read(path: pathlib.Path) -> list[Finding]:
+    """The findings of a results.json.
+
+    Raises:
+      UserError: the file cannot be read, or has another form.
+    """
+    try:
+        return [
+            Finding(**entry | {"estimates": tuple(Estimate(**_tuples(e)) for e in entry["estimates"])})
+            for entry in files.read_json(path)
+        ]
+    except (TypeError, KeyError) as error:
+        raise UserError(f"{path}: not a list of findings ({error}); run its experiment again") from error
+
+
+def as_dict(result: Finding) -> dict[str, Any]:
+    """A finding as JSON values, without the fields of estimates that have their default."""
+    default = Estimate("")
+    fields = [field.name for field in dataclasses.fields(Estimate)]
+    short = [
+        {f: getattr(e, f) for f in fields if f == "condition" or getattr(e, f) != getattr(default, f)}
+        for e in result.estimates
+    ]
+    return dataclasses.asdict(result) | {"estimates": short}
+
+
+def verdict_table(results: Sequence[Finding]) -> list[str]:
+    """The lines of a table of verdicts, for a README."""
+    rows = [f"| {result.claim} | **{result.verdict}** |" for result in results]
+    return ["", "| claim | verdict |", "|---|---|", *rows, ""]
+
+
+def summary(results: Sequence[Finding]) -> str:
+    """A line for each verdict, for the terminal."""
+    return "\n".join(f"{result.claim}: {result.verdict}" for result in results)
+
+
+def replace_section(path: pathlib.Path, name: str, lines: Sequence[str]) -> None:
+    """Replaces what stands between `<!-- NAME: ... -->` and `<!-- end of NAME -->` in a text file.
+
+    Raises:
+      UserError: the file has no such section, or several.
+    """
+    text = path.read_text()
+    pattern = re.compile(rf"(<!-- {re.escape(name)}: [^\n]*-->\n).*?(<!-- end of {re.escape(name)} -->)", re.DOTALL)
+    count = len(pattern.findall(text))
+    if count != 1:
+        raise UserError(f"{path}: has {count} sections '<!-- {name}: ... -->'; expected one")
+    body = "\n".join(lines) + "\n"
+    files.write(path, pattern.sub(lambda match: match[1] + body + match[2], text))
+
+
+def _tuples(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+
+
+def _script(result: Finding) -> str:
+    match = re.search(r"\S+\.py\b", result.command)
+    return match[0] if match else result.command

@@ -1,0 +1,325 @@
+"""Runs commands of the Python interpreter side by side: resumable, locked, as memory and devices permit.
+
+A job is done when its result exists, so that the same call continues where an earlier one was stopped. While a job
+runs, its directory is locked: processes that run the same jobs, on this machine or on others with a shared file
+system, divide them among themselves.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from llm_jax import files
+from llm_jax.errors import UserError
+
+_POLL, _SHOW_EVERY = 0.1, 1.0  # seconds
+_LOCK = ".job.lock"
+_LAST_LINES = 8
+_MEMORY_MARGIN = 1.2  # a further job is started when this many times the largest peak so far is free
+
+WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"
+ELSEWHERE, ENDED = "running elsewhere", "ended early"
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A command, and how to see that it is done.
+
+    Attributes:
+      name: the name in messages.
+      command: the arguments of the Python interpreter, such as ("-m", "llm_jax.train", ...).
+      directory: holds log.txt, the lock, and failed.json if the job failed.
+      is_done: whether the result of the job exists.
+      is_set_up: whether a running job is past its set-up, so that its memory is known and its caches are written.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    directory: pathlib.Path
+    is_done: Callable[[], bool]
+    is_set_up: Callable[[], bool] = lambda: True
+
+
+@dataclasses.dataclass
+class Status:
+    """The state of a job; `lines` are the last lines that a failed one printed, `began` is in seconds of time.time."""
+
+    job: Job
+    state: str
+    lines: tuple[str, ...] = ()
+    began: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """The share of the machine that one job gets: CPU cores, and environment variables that select a device."""
+
+    cores: tuple[int, ...]
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class _Child:
+    process: subprocess.Popen
+    lock: Any
+    slot: Slot
+    set_up: bool = False
+
+
+_children: set[subprocess.Popen] = set()
+
+
+def slots(count: int = 0, most: int = 10_000) -> list[Slot]:
+    """The shares of this machine: one a GPU or TPU host if JAX can use it, else one a core.
+
+    Args:
+      count: the number of shares; 0 chooses it.
+      most: no more than this many, such as the number of jobs.
+    """
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    gpus = _gpus()
+    if not count:
+        count = len(gpus) or (1 if pathlib.Path("/dev/accel0").exists() else len(cores))
+    count = max(1, min(count, most))
+    shares = [tuple(cores[i::count]) or tuple(cores) for i in range(count)]
+    if not gpus:
+        return [Slot(share) for share in shares]
+    names = [gpus[i % len(gpus)] for i in range(count)]
+    environments = [{"CUDA_VISIBLE_DEVICES": name} for name in names]
+    if count > len(gpus):  # several processes on one GPU must not each reserve most of its memory
+        environments = [e | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} for e in environments]
+    return [Slot(share, environment) for share, environment in zip(shares, environments, strict=True)]
+
+
+def status(job: Job) -> Status:
+    """The state of a job that this process does not run."""
+    if job.is_done():
+        return Status(job, DONE)
+    for name in (_LOCK, ".lock"):  # the lock of a job, and that of a trainer which was started by hand
+        if (job.directory / name).exists():
+            try:
+                files.lock(job.directory, name).close()
+            except UserError:
+                return Status(job, ELSEWHERE)
+    failure = job.directory / "failed.json"
+    if failure.exists():
+        return Status(job, FAILED, tuple(files.read_json(failure)["lines"]))
+    return Status(job, WAITING)
+
+
+def run(
+    jobs: Sequence[Job],
+    shares: Sequence[Slot],
+    *,
+    stop: Callable[[], Any] = lambda: False,
+    show: Callable[[Sequence[Status]], None] = lambda statuses: None,
+    retry_failed: bool = False,
+    environment: Mapping[str, str] | None = None,
+    more: Callable[[Sequence[Status]], Job | None] = lambda statuses: None,
+    should_end: Callable[[Job], Any] = lambda job: False,
+) -> list[Status]:
+    """Runs the jobs that are not done, one in each share of the machine, and returns the state of all.
+
+    The first job that starts is alone until it is set up: the others then find its caches, and its memory is known. A
+    further job starts only while enough memory is free. A job that another process runs is left alone.
+
+    Args:
+      stop: polled; a true value sends SIGTERM to the running jobs, waits for them and returns.
+      show: called with the states when one has changed, and every second.
+      retry_failed: also run jobs that failed in an earlier call.
+      environment: further environment variables of the jobs.
+      more: called with the states when a share of the machine is free and no job waits; returns a further job, or None.
+      should_end: called for every running job each second; a true value ends the job early by SIGTERM.
+    """
+    statuses = [status(job) for job in jobs]
+    for s in statuses:
+        if s.state == FAILED and retry_failed:
+            (s.job.directory / "failed.json").unlink()
+            s.state, s.lines = WAITING, ()
+    free, running, peak, shown = list(shares), dict[int, _Child](), 0, 0.0
+    stopping, ended = False, set[int]()
+    try:
+        while True:
+            changed = False
+            for i, child in list(running.items()):
+                peak = max(peak, _memory(child.process.pid, "VmHWM"))
+                child.set_up = child.set_up or statuses[i].job.is_set_up()
+                if child.process.poll() is not None:
+                    del running[i]
+                    free.append(child.slot)
+                    statuses[i] = _end(statuses[i], child, WAITING if stopping else ENDED if i in ended else "")
+                    changed = True
+            if stop() and not stopping:
+                stopping = True
+                _terminate(child.process for child in running.values())
+            is_idle = bool(free) and not stopping and all(s.state != WAITING for s in statuses)
+            if is_idle and _may_start(list(running.values()), peak) and (job := more(statuses)):
+                statuses.append(status(job))
+            for i, waiting in enumerate(statuses):
+                if stopping or not free or not _may_start(list(running.values()), peak):
+                    break
+                if waiting.state in (WAITING, ELSEWHERE):
+                    statuses[i], started = _start(waiting.job, free[0], environment or {})
+                    changed |= statuses[i].state != waiting.state
+                    if started:
+                        running[i] = started
+                        free.pop(0)
+            if changed or time.monotonic() - shown >= _SHOW_EVERY:
+                shown = time.monotonic()
+                show(statuses)
+                end_now = {i for i in running if i not in ended and not stopping and should_end(statuses[i].job)}
+                _terminate(running[i].process for i in end_now)
+                ended |= end_now
+            if not running and (stopping or all(s.state != WAITING for s in statuses)):
+                return statuses
+            time.sleep(_POLL)
+    finally:  # after an exception of `show` or `stop`, such as KeyboardInterrupt in a notebook
+        _terminate(child.process for child in running.values())
+        for child in running.values():
+            child.process.wait()
+            _children.discard(child.process)
+            child.lock.close()
+
+
+def run_all(jobs: Sequence[Job], shares: Sequence[Slot], **options: Any) -> None:
+    """As `run`, for jobs that all must succeed: the first one that fails stops the others.
+
+    Raises:
+      UserError: a job failed, or another process runs it; names it with its last line and its log.
+    """
+    failures: list[Status] = []
+    show = options.pop("show", lambda statuses: None)
+
+    def observe(statuses: Sequence[Status]) -> None:
+        failures[:] = [s for s in statuses if s.state == FAILED]
+        show(statuses)
+
+    statuses = run(jobs, shares, stop=lambda: failures, show=observe, retry_failed=True, **options)
+    for s in sorted(statuses, key=lambda s: s.state != FAILED):
+        if s.state != DONE:
+            last = f": {s.lines[-1]} ({s.job.directory / 'log.txt'})" if s.lines else ""
+            raise UserError(f"{s.job.name} is {s.state}{last}")
+
+
+def kill_all() -> None:
+    """Ends every running job of this process at once."""
+    for process in list(_children):
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+
+
+def _start(job: Job, slot: Slot, environment: Mapping[str, str]) -> tuple[Status, _Child | None]:
+    files.make_directory(job.directory)
+    current = status(job)  # another process may have done it since
+    if current.state != WAITING:
+        return current, None
+    try:
+        lock = files.lock(job.directory, _LOCK)
+    except UserError:
+        return Status(job, ELSEWHERE), None
+    with (job.directory / "log.txt").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, *job.command],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={
+                **os.environ,
+                "PYTHONUNBUFFERED": "1",
+                "PYTHONPATH": _python_path(),
+                **environment,
+                **slot.environment,
+            },
+            start_new_session=True,  # Ctrl-C in a terminal reaches this process alone, which then ends its jobs
+        )
+    _children.add(process)
+    if hasattr(os, "sched_setaffinity"):
+        with contextlib.suppress(ProcessLookupError):
+            os.sched_setaffinity(process.pid, slot.cores)
+    return Status(job, RUNNING, began=time.time()), _Child(process, lock, slot)
+
+
+def _python_path() -> str:
+    """PYTHONPATH of a job: it imports the package from where this process has it."""
+    return os.pathsep.join(filter(None, [str(pathlib.Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
+
+
+def _end(running: Status, child: _Child, state: str) -> Status:
+    """The state of a job whose process has ended; `state` is that of one that was told to end and has no result."""
+    job, code = running.job, child.process.returncode
+    _children.discard(child.process)
+    lines = tuple((job.directory / "log.txt").read_text(errors="replace").strip().splitlines()[-_LAST_LINES:])
+    if job.is_done():
+        result = Status(job, DONE, began=running.began)
+    elif state:
+        result = Status(job, state)
+    elif lines and "another trainer is at work here" in lines[-1]:
+        result = Status(job, ELSEWHERE)
+    else:
+        lines = lines or ("no output",)
+        if code == 0:
+            lines += ("ended without a result",)
+        elif code < 0:
+            cause = " (perhaps for lack of memory)" if code == -signal.SIGKILL else ""
+            lines += (f"ended by {signal.Signals(-code).name}{cause}",)
+        files.write_json(job.directory / "failed.json", {"code": code, "lines": lines})
+        result = Status(job, FAILED, lines)
+    child.lock.close()
+    return result
+
+
+def _may_start(running: Sequence[_Child], peak: int) -> bool:
+    """Whether a further job may start: all are set up, and its memory is free beside what the others may still take."""
+    if not running:
+        return True
+    if not all(child.set_up for child in running):
+        return False
+    available = _available_memory()
+    growth = sum(max(0, peak - _memory(child.process.pid, "VmRSS")) for child in running)
+    return available is None or available - growth > _MEMORY_MARGIN * peak
+
+
+def _terminate(processes: Iterable[subprocess.Popen]) -> None:
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGTERM)
+
+
+def _memory(pid: int, field: str) -> int:
+    """VmRSS or VmHWM (the peak) of a process in bytes; 0 where the system does not say."""
+    try:
+        lines = pathlib.Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), 0)
+
+
+def _available_memory() -> int | None:
+    """The memory in bytes that new processes may take without swapping, or None where the system does not say."""
+    try:
+        lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _gpus() -> list[str]:
+    """The numbers of the NVIDIA GPUs that JAX can use."""
+    has_plugin = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
+    if not has_plugin or os.environ.get("JAX_PLATFORMS", "cuda").split(",")[0] not in ("cuda", "gpu", ""):
+        return []
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name]
+    if not shutil.which("nvidia-smi"):
+        return []
+    listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
+    return [str(i) for i, line in enumerate(line for line in listing.splitlines() if line.startswith("GPU "))]

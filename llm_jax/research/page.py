@@ -1,0 +1,168 @@
+"""report.html: one page about runs that needs no other file and no network.
+
+The figures are JSON in the page; page.js draws curves, tables and parallel coordinates from them.
+"""
+
+import datetime
+import html
+import importlib.resources
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from llm_jax.intervals import Interval
+from llm_jax.research import runs as runs_lib
+from llm_jax.research.runs import Group, Run
+
+_MAX_POINTS = 300  # of a curve
+_NOT_DRAWN = {"step", "tokens", "seconds", "bad"}
+_MAX_SAMPLES = 6  # of a group
+_TEMPLATE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{title}</title>
+<style>
+{style}</style>
+</head>
+<body>
+<header><h1>{title}</h1><p id="summary"></p></header>
+<main>
+<section><h2>Groups</h2>
+<p class="controls"><label>Filter <input id="filter" type="search" placeholder="alibi, lr=0.001"></label>
+<label>Differences to <select id="baseline"></select></label></p>
+<div class="scroll"><table id="groups"></table></div></section>
+<section><h2>Curves</h2>
+<p class="controls"><label>Figure <select id="metric"></select></label>
+<label><input id="log" type="checkbox"> logarithmic</label></p>
+<div id="curves" class="plot"></div><p class="note">Mean over the seeds; the band is from the least to the greatest.</p>
+<ul id="legend"></ul></section>
+<section id="parallel-section"><h2>Options and result</h2><div id="parallel" class="plot scroll"></div></section>
+<section><h2>Time and memory</h2><div class="scroll"><table id="resources"></table></div></section>
+<section id="options-section"><h2>Options that differ</h2>
+<div class="scroll"><table id="options"></table></div></section>
+<section id="samples-section"><h2>Samples</h2><div id="samples"></div></section>
+<section><details><summary>Options that are equal in all runs</summary>
+<div class="scroll"><table id="common"></table></div></details>
+<details><summary>Runs</summary><div class="scroll"><table id="runs"></table></div></details></section>
+</main>
+<script type="application/json" id="data">{data}</script>
+<script>
+{script}</script>
+</body>
+</html>
+"""
+
+
+def render(runs: Sequence[Run], title: str) -> str:
+    """The page as text.
+
+    Args:
+      title: the heading, such as the name of the sweep.
+    """
+    package = importlib.resources.files(__package__)
+    text = json.dumps(_without_nan(data(runs)), allow_nan=False).replace("<", "\\u003c")
+    return _TEMPLATE.format(
+        title=html.escape(title),
+        style=(package / "page.css").read_text(),
+        script=(package / "page.js").read_text(),
+        data=text,
+    )
+
+
+def data(runs: Sequence[Run]) -> dict[str, Any]:
+    """What the page shows, as JSON values."""
+    groups = runs_lib.group(runs)
+    figure = runs_lib.main_figure(runs)
+    varied = list(groups[0].options)
+    first = groups[0].runs[0].config
+    return {
+        "date": datetime.date.today().isoformat(),
+        "figure": {"name": figure, "label": runs_lib.FIGURES[figure]},
+        "metrics": _metrics(runs, figure),
+        "options": varied,
+        "groups": [_group(group, figure) for group in groups],
+        "differences": [[_difference(a, b, figure) for b in groups] for a in groups],
+        "common": {key: str(value) for key, value in first.items() if key not in varied and key != runs_lib.SEED},
+    }
+
+
+def curve(group: Group, name: str) -> dict[str, list[Any]] | None:
+    """The mean, the least and the greatest value over the seeds by step; None where no run has the figure.
+
+    Steps are those that all runs have; of many steps, means of equal numbers of neighbours are taken.
+    """
+    curves = [dict(points) for run in group.runs if (points := run.curve(name))]
+    if not curves:
+        return None
+    steps = sorted(set.intersection(*(set(points) for points in curves)))
+    if not steps:
+        return None
+    values = np.array([[points[step] for step in steps] for points in curves], float)  # (runs, steps)
+    bins = np.array_split(np.arange(len(steps)), min(len(steps), _MAX_POINTS))
+    values = np.stack([values[:, b].mean(1) for b in bins], 1)
+    rows = {"mean": values.mean(0), "low": values.min(0), "high": values.max(0)}
+    result: dict[str, list[Any]] = {key: [float(f"{x:.6g}") for x in row] for key, row in rows.items()}
+    result["step"] = [steps[int(b[-1])] for b in bins]
+    return result
+
+
+def _metrics(runs: Sequence[Run], figure: str) -> list[str]:
+    """The names of the figures that can be drawn: the held-out ones and the loss first."""
+    names = {
+        name
+        for run in runs
+        for line in run.metrics
+        for name, value in line.items()
+        if isinstance(value, float) and name not in _NOT_DRAWN
+    }
+    first = [name for name in (figure, "loss", "validation_loss") if name in names]
+    return [*first, *sorted(names - set(first))]
+
+
+def _group(group: Group, figure: str) -> dict[str, Any]:
+    mean = group.mean(figure)
+    best = [value for run in group.runs if (value := run.best(figure)) is not None]
+    memory = group.mean("peak_device_bytes") or group.mean("peak_host_bytes")
+    seconds, rate, parameters = (group.mean(name) for name in ("seconds", "tokens_per_second", "parameters"))
+    curves = {name: curve(group, name) for name in _metrics(group.runs, figure)}
+    return {
+        "label": group.label,
+        "options": {key: v if isinstance(v, int | float | str) else str(v) for key, v in group.options.items()},
+        "seeds": [run.seed for run in group.runs],
+        "result": _interval(mean),
+        "values": list(group.values(figure).values()),
+        "best": min(best, default=None),
+        "tokens_per_second": rate and rate.estimate,
+        "memory": memory and memory.estimate / 2**20,
+        "parameters": parameters and parameters.estimate,
+        "minutes": seconds and seconds.estimate / 60,
+        "curves": {name: points for name, points in curves.items() if points},
+        "samples": [{"step": s["step"], "text": s["text"]} for s in group.runs[0].samples[-_MAX_SAMPLES:]],
+        "runs": [
+            {"name": run.name, "step": run.step, "steps": run.config["train.steps"], "done": bool(run.summary)}
+            for run in group.runs
+        ],
+    }
+
+
+def _difference(group: Group, baseline: Group, figure: str) -> dict[str, Any] | None:
+    result = None if group is baseline else runs_lib.difference(group, baseline, figure)
+    return result and {**(_interval(result[0]) or {}), "pairs": result[1]}
+
+
+def _interval(interval: Interval | None) -> dict[str, float] | None:
+    return None if interval is None else interval._asdict()
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

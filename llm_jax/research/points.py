@@ -1,0 +1,149 @@
+"""The points of a sweep: one run directory each, with its configuration, checked before any of them starts.
+
+OUTPUT/sweep.json           the keys of the sweep, overrides of every point, command, commit, machine, date
+OUTPUT/NAME/recipe.json     the options that differ from the defaults or are overridden, for `train --config`
+OUTPUT/NAME/...             the run: config.json (all options), metrics.jsonl, summary.json, checkpoints/, log.txt
+OUTPUT/.cache/              the compiled functions that the points share
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llm_jax import configuration, files
+from llm_jax.errors import UserError
+from llm_jax.research import grid, jobs
+from llm_jax.research.provenance import Provenance
+from llm_jax.schema import Config
+
+# Options that may change between the calls of a sweep; a trainer that resumes a run refuses the others.
+_MAY_CHANGE = ("eval.", "report.", "checkpoint.", "mesh.", "train.steps", "data.cache_dir", "data.workers")
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """A configuration of a sweep.
+
+    Attributes:
+      name: the name of its run directory.
+      overrides: what distinguishes it, by dotted key.
+      config: the complete configuration.
+      workdir: its run directory.
+    """
+
+    name: str
+    overrides: Mapping[str, Any]
+    config: Config
+    workdir: pathlib.Path
+
+
+def plan(base: Config, overrides: Sequence[Mapping[str, Any]], output: pathlib.Path) -> list[Point]:
+    """The points of a sweep, all of whose configurations are valid. Writes nothing.
+
+    Raises:
+      UserError: a configuration is invalid, two points are equal, or a run in `output` has other options.
+    """
+    points = []
+    for name, changes in zip(grid.names([dict(o) for o in overrides]), overrides, strict=True):
+        try:
+            config = configuration.load(base, changes)
+        except UserError as error:
+            raise UserError(f"point {name}: {error}") from error
+        points.append(Point(name, changes, config, output / name))
+    for point in points:
+        _refuse_another_run(point)
+    return points
+
+
+def write(points: Sequence[Point], output: pathlib.Path, provenance: Provenance) -> None:
+    """Writes recipe.json of every point, and sweep.json; points of earlier calls stay in it."""
+    files.make_directory(output)
+    record = read(output)
+    for point in points:
+        files.make_directory(point.workdir)
+        files.write_json(point.workdir / "recipe.json", recipe(point.config))
+        record["points"][point.name] = dict(point.overrides)
+    keys = dict.fromkeys(key for overrides in record["points"].values() for key in overrides)
+    files.write_json(output / "sweep.json", record | {"keys": list(keys)} | dataclasses.asdict(provenance))
+
+
+def read(output: pathlib.Path) -> dict[str, Any]:
+    """What sweep.json records, {"points": {name: overrides}, "keys": [...], ...}, or no points without that file."""
+    path = output / "sweep.json"
+    return files.read_json(path) if path.exists() else {"points": {}, "keys": []}
+
+
+def recipe(config: Config) -> dict[str, Any]:
+    """The partial nested mapping from which `configuration.load` builds an equal configuration.
+
+    It holds the explicit options alone: with `init_from`, the others follow from the checkpoint.
+    """
+    nested: dict[str, Any] = {}
+    for key, value in configuration.flat(config).items():
+        if key in config.explicit:
+            *sections, name = key.split(".")
+            section = nested
+            for part in sections:
+                section = section.setdefault(part, {})
+            section[name] = value
+    return json.loads(json.dumps(nested))
+
+
+def job(point: Point) -> jobs.Job:
+    """The training of a point as a process, which resumes from the last checkpoint."""
+    recipe_path = str(point.workdir / "recipe.json")
+    command = ("-m", "llm_jax.train", f"--config={recipe_path}", f"--workdir={point.workdir}")
+    metrics = point.workdir / "metrics.jsonl"
+    return jobs.Job(
+        point.name,
+        command,
+        point.workdir,
+        is_done=lambda: is_done(point),
+        is_set_up=lambda: metrics.exists() and metrics.stat().st_size > 0,
+    )
+
+
+def training(config: str | os.PathLike[str], overrides: Mapping[str, Any], workdir: pathlib.Path) -> jobs.Job:
+    """The job that trains a recipe with overrides in `workdir`, for scripts; writes recipe.json there.
+
+    Raises:
+      UserError: the configuration is invalid, or the run in `workdir` has other options.
+    """
+    point = Point(workdir.name, overrides, configuration.load(config, overrides), workdir)
+    _refuse_another_run(point)
+    files.make_directory(workdir)
+    files.write_json(workdir / "recipe.json", recipe(point.config))
+    return job(point)
+
+
+def is_done(point: Point) -> bool:
+    """Whether the run of a point has ended with all its steps."""
+    path = point.workdir / "summary.json"
+    return path.exists() and files.read_json(path).get("steps") == point.config.train.steps
+
+
+def environment(output: pathlib.Path) -> dict[str, str]:
+    """Environment variables of the training processes: one cache of compiled functions for all, unless there is one."""
+    variables = {
+        "JAX_COMPILATION_CACHE_DIR": str((output / ".cache" / "compiled").absolute()),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+    }
+    return {name: value for name, value in variables.items() if name not in os.environ}
+
+
+def _refuse_another_run(point: Point) -> None:
+    path = point.workdir / "recipe.json"
+    if not path.exists() or not (point.workdir / "config.json").exists():
+        return
+    before = configuration.flat(configuration.load(path))
+    now = configuration.flat(point.config)
+    for key, value in now.items():
+        if value != before[key] and not key.startswith(_MAY_CHANGE):
+            raise UserError(
+                f"{point.workdir} was trained with {key}={before[key]!r}, now {value!r}; give another --output or "
+                "remove the directory"
+            )

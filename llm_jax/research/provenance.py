@@ -1,0 +1,76 @@
+"""Where a result comes from: command, commit, machine and date."""
+
+import dataclasses
+import datetime
+import functools
+import os
+import pathlib
+import platform
+import shlex
+import subprocess
+import sys
+
+
+@dataclasses.dataclass(frozen=True)
+class Provenance:
+    """Where a result comes from; "" stands for what is not known.
+
+    Attributes:
+      command: measures it again.
+      commit: git commit of the code, with "+changes" where tracked files differed from it.
+      machine: processor, number of cores, accelerator, Python, JAX.
+      date: day of the measurement, ISO 8601.
+    """
+
+    command: str = ""
+    commit: str = ""
+    machine: str = ""
+    date: str = ""
+
+
+def here(command: str) -> Provenance:
+    """The provenance of what `command` measures now on this machine."""
+    return Provenance(command, commit(), machine(), datetime.date.today().isoformat())
+
+
+def command_line(name: str) -> str:
+    """The command `python -m llm_jax.NAME ...` with the arguments of this process."""
+    arguments = sys.argv[2:] if sys.argv[1:2] == [name] else sys.argv[1:]  # llm-jax NAME ...
+    return shlex.join(["python", "-m", f"llm_jax.{name}", *arguments])
+
+
+@functools.cache
+def commit() -> str:
+    """The git commit of this code, with "+changes" where tracked files differ from it; "" outside a checkout."""
+    root = pathlib.Path(__file__).parent
+    head = _git("-C", str(root), "rev-parse", "--short=10", "HEAD")
+    tracked = _git("-C", str(root), "ls-files", "--", pathlib.Path(__file__).name)  # not a checkout of something else
+    if not head or not tracked:
+        return ""
+    return head + ("+changes" if _git("-C", str(root), "status", "--porcelain", "--untracked-files=no") else "")
+
+
+def machine() -> str:
+    """The processor, the number of usable cores, and the versions of Python and JAX."""
+    from importlib.metadata import version
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{_processor()}, {cores} cores, Python {platform.python_version()}, jax {version('jax')}"
+
+
+@functools.cache
+def _processor() -> str:
+    info = pathlib.Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _git(*arguments: str) -> str:
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+    except OSError:  # git is not installed
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

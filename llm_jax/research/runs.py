@@ -1,0 +1,247 @@
+"""Reads runs: what a run directory holds, runs of a sweep, and groups of runs that differ in the seed alone."""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from llm_jax import configuration, files, intervals
+from llm_jax.errors import UserError
+from llm_jax.intervals import Interval
+from llm_jax.research import grid
+
+SEED = "train.seed"
+BITS = "validation_bits_per_byte"
+FIGURES = {BITS: "bits per byte", "validation_loss": "held-out loss", "loss": "training loss"}
+# Options that change no result: where and how often something is written or measured.
+_NO_RESULT = ("checkpoint.", "report.", "eval.", "data.cache_dir", "data.workers")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run directory holds.
+
+    Attributes:
+      name: the shortest end of the path that is no other run's.
+      path: the directory.
+      config: the configuration by dotted key.
+      metrics: the lines of metrics.jsonl, one a step, with step, loss, ...
+      summary: the figures of summary.json; {} for a run that has not ended.
+      samples: the lines of samples.jsonl, with step and text; the last of every step.
+    """
+
+    name: str
+    path: pathlib.Path
+    config: Mapping[str, Any]
+    metrics: Sequence[Mapping[str, Any]]
+    summary: Mapping[str, Any]
+    samples: Sequence[Mapping[str, Any]]
+
+    @property
+    def seed(self) -> int:
+        """The seed of the run."""
+        return self.config[SEED]
+
+    @property
+    def step(self) -> int:
+        """The number of steps done."""
+        return self.summary.get("steps") or (self.metrics[-1]["step"] if self.metrics else 0)
+
+    def final(self, name: str) -> float | None:
+        """A figure at the end: that of summary.json, or the last in metrics.jsonl, or None."""
+        if isinstance(self.summary.get(name), int | float):
+            return self.summary[name]
+        return next((line[name] for line in reversed(self.metrics) if line.get(name) is not None), None)
+
+    def best(self, name: str) -> float | None:
+        """The least value of a figure during the run, or None."""
+        values = [line[name] for line in self.metrics if line.get(name) is not None]
+        values += [self.summary[name]] if isinstance(self.summary.get(name), int | float) else []
+        return min(values, default=None)
+
+    def curve(self, name: str) -> list[tuple[int, float]]:
+        """(step, value) of a figure wherever it was measured."""
+        return [(line["step"], line[name]) for line in self.metrics if line.get(name) is not None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Runs that differ in the seed alone.
+
+    Attributes:
+      label: what distinguishes the group, such as "kind=alibi"; the name of the run if it is alone and nothing does.
+      runs: the runs by ascending seed.
+      options: the options that are not equal in all groups, by dotted key.
+    """
+
+    label: str
+    runs: tuple[Run, ...]
+    options: Mapping[str, Any]
+
+    def values(self, name: str) -> dict[int, float]:
+        """{seed: a figure at the end} of the runs that have it."""
+        return {run.seed: value for run in self.runs if (value := run.final(name)) is not None}
+
+    def mean(self, name: str) -> Interval | None:
+        """The mean of a figure over the seeds with its interval (NaN limits for one seed), or None."""
+        values = list(self.values(name).values())
+        return intervals.mean(values) if values else None
+
+
+def find(paths: Iterable[str | os.PathLike[str]]) -> list[pathlib.Path]:
+    """The run directories that paths stand for: a run, a sweep, or a directory with runs below it.
+
+    Raises:
+      UserError: no such directory, or there is no run in it.
+    """
+    result: dict[pathlib.Path, None] = {}
+    for path in map(pathlib.Path, paths):
+        path = path.expanduser()
+        if not path.is_dir():
+            raise UserError(f"{path}: no such directory; expected a run or a sweep")
+        if (path / "config.json").exists():
+            result[path] = None
+            continue
+        below = sorted(p.parent for p in path.glob("*/config.json"))
+        if not below:
+            raise UserError(
+                f"{path}: no run in this directory; expected a directory with config.json, or runs below it"
+            )
+        result.update(dict.fromkeys(below))
+    return list(result)
+
+
+def load(paths: Iterable[str | os.PathLike[str]]) -> list[Run]:
+    """The runs that paths stand for, see `find`.
+
+    Raises:
+      UserError: there are none, or a file of a run is damaged.
+    """
+    directories = find(paths)
+    names = _names([path.absolute() for path in directories])
+    return [read(path, name) for path, name in zip(directories, names, strict=True)]
+
+
+def read(path: pathlib.Path, name: str = "") -> Run:
+    """One run.
+
+    Raises:
+      UserError: a file is damaged.
+    """
+    try:
+        config = configuration.flat(configuration.build(configuration.upgrade(files.read_json(path / "config.json"))))
+    except UserError as error:
+        raise UserError(f"{path}: not a run of llm_jax.train ({error})") from error
+    summary = path / "summary.json"
+    samples = {line["step"]: line for line in read_lines(path / "samples.jsonl")}
+    return Run(
+        name or path.name,
+        path,
+        config,
+        read_lines(path / "metrics.jsonl"),
+        files.read_json(summary) if summary.exists() else {},
+        [samples[step] for step in sorted(samples)],
+    )
+
+
+def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The values of a file of JSON lines; [] without the file. An unfinished last line is left out.
+
+    Raises:
+      UserError: another line is not JSON.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines()
+    values = []
+    for number, line in enumerate(lines, 1):
+        try:
+            values.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise UserError(f"{path}: line {number} is damaged, not JSON ({error})") from error
+    return values
+
+
+def group(runs: Sequence[Run]) -> list[Group]:
+    """Runs that differ in the seed alone together, in the order of their first run.
+
+    Two runs with equal configurations, the seed included, are in different groups.
+    """
+    collected: dict[tuple[str, int], list[Run]] = {}
+    for run in runs:
+        key = json.dumps({k: v for k, v in run.config.items() if k != SEED and not k.startswith(_NO_RESULT)})
+        repeat = 0
+        while any(other.seed == run.seed for other in collected.get((key, repeat), [])):
+            repeat += 1
+        collected.setdefault((key, repeat), []).append(run)
+    members = [sorted(group, key=lambda run: run.seed) for group in collected.values()]
+    keys = differing_options([group[0] for group in members])
+    short = grid.short_keys(keys)
+    groups = []
+    for group_ in members:
+        options = {key: group_[0].config[key] for key in keys}
+        label = ", ".join(f"{short[key]}={_text(value)}" for key, value in options.items())
+        groups.append(Group(label or group_[0].name, tuple(group_), options))
+    labels = [g.label for g in groups]
+    return [
+        dataclasses.replace(g, label=f"{g.label} ({g.runs[0].name})") if labels.count(g.label) > 1 else g
+        for g in groups
+    ]
+
+
+def differing_options(runs: Sequence[Run]) -> list[str]:
+    """The dotted keys of options that are not equal in all runs, without the seed and what changes no result."""
+    if not runs:
+        return []
+    first = runs[0].config
+    return [
+        key
+        for key in first
+        if key != SEED and not key.startswith(_NO_RESULT) and any(run.config[key] != first[key] for run in runs)
+    ]
+
+
+def difference(group: Group, baseline: Group, name: str) -> tuple[Interval, int] | None:
+    """The mean difference of a figure at the end, group minus baseline, and the number of pairs.
+
+    Pairs are runs with the same seed; without a common seed, it is the difference of the means, without limits, and the
+    number is 0. None where a group has no such figure.
+    """
+    ours, theirs = group.values(name), baseline.values(name)
+    if not ours or not theirs:
+        return None
+    common = sorted(set(ours) & set(theirs))
+    if common:
+        return intervals.paired([ours[s] for s in common], [theirs[s] for s in common]), len(common)
+    means = [intervals.mean(list(values.values())).estimate for values in (ours, theirs)]
+    return Interval(means[0] - means[1], float("nan"), float("nan")), 0
+
+
+def main_figure(runs: Sequence[Run]) -> str:
+    """The figure by which runs are compared: the first of `FIGURES` that a run has."""
+    measured = (name for name in FIGURES if any(run.final(name) is not None for run in runs))
+    return next(measured, BITS)
+
+
+def _names(paths: Sequence[pathlib.Path]) -> list[str]:
+    """The shortest end of every path that is no other path's."""
+
+    @functools.cache
+    def end(path: pathlib.Path, length: int) -> str:
+        return "/".join(path.parts[-length:])
+
+    names = []
+    for path in paths:
+        length = 1
+        while length < len(path.parts) and sum(end(other, length) == end(path, length) for other in paths) > 1:
+            length += 1
+        names.append(end(path, length))
+    return names
+
+
+def _text(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

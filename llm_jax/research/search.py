@@ -1,0 +1,180 @@
+"""Searches a space of options with Optuna: each trial is a run directory, bad trials end early.
+
+    --search="optim.lr=loguniform(1e-4, 1e-2); model.width=64,128; model.num_layers=1..4" --trials=20
+
+`uniform(a, b)` and `loguniform(a, b)` are ranges, `a..b` and `a..b..step` ranges of integers or numbers, lists choices.
+OUTPUT/search.log is the study: the same command continues it, and several processes may work on it.
+"""
+
+import importlib.util
+import pathlib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from llm_jax import configuration, files, option_names
+from llm_jax.errors import UserError
+from llm_jax.research import grid, jobs, points
+from llm_jax.research import runs as runs_lib
+from llm_jax.research.points import Point
+from llm_jax.research.provenance import Provenance
+from llm_jax.schema import Config
+
+Suggest = Callable[[Any], Any]  # (Optuna's trial) -> value of the option
+
+_CONTINUOUS = re.compile(r"(uniform|loguniform)\s*\((.*)\)")
+
+
+def parse(text: str) -> dict[str, Suggest]:
+    """{dotted key: function of a trial that suggests its value}.
+
+    Raises:
+      UserError: a clause cannot be read, a key is unknown or repeated, or a value does not fit the option.
+    """
+    space: dict[str, Suggest] = {}
+    for clause in grid.split(text, ";", "--search"):
+        key, equals, values = (part.strip() for part in clause.partition("="))
+        if not equals or not values:
+            raise UserError(f"--search: '{clause}' is no assignment; expected KEY=RANGE or KEY=VALUE,VALUE,...")
+        if problem := option_names.unknown(key, Config, values):
+            raise UserError(f"--search: {problem}")
+        if key in space:
+            raise UserError(f"--search: '{key}' is given twice")
+        space[key] = _suggest(key, values)
+    return space
+
+
+def run(
+    base: Config,
+    space: dict[str, Suggest],
+    output: pathlib.Path,
+    trials: int,
+    shares: Sequence[jobs.Slot],
+    provenance: Provenance,
+    *,
+    seed: int = 0,
+    prune: bool = True,
+    stop: Callable[[], Any] = lambda: False,
+    show: Callable[[Sequence[Point], Sequence[jobs.Status]], None] = lambda points, statuses: None,
+) -> tuple[Any, list[jobs.Status]]:
+    """Runs trials until the study has `trials` of them.
+
+    Args:
+      base: the configuration that the suggested options change.
+      prune: end trials early whose held-out result is worse than the median of the others at the same step.
+      show: called with the points of this call and their states.
+
+    Returns:
+      Optuna's study, whose value is the held-out bits per byte (the loss where there are none), and the states.
+
+    Raises:
+      UserError: Optuna is not installed.
+    """
+    if importlib.util.find_spec("optuna") is None:
+        raise UserError("--search needs Optuna: pip install optuna")
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    files.make_directory(output)
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(output / "search.log")))
+    study = optuna.create_study(
+        storage=storage,
+        study_name="search",
+        load_if_exists=True,
+        pruner=optuna.pruners.MedianPruner() if prune else optuna.pruners.NopPruner(),
+    )
+    study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials))  # a continued search draws anew
+    started: list[Point] = []
+    active: dict[str, Any] = {}
+    reported: dict[str, int] = {}
+    State = optuna.trial.TrialState
+
+    def start(trial: Any) -> jobs.Job | None:
+        overrides = {key: suggest(trial) for key, suggest in space.items()}
+        name = f"trial-{trial.number:04d}"
+        try:
+            point = Point(name, overrides, configuration.load(base, overrides), output / name)
+        except UserError as error:
+            study.tell(trial, state=State.FAIL)
+            trial.set_user_attr("error", str(error))
+            return None
+        reported[name] = max(study.trials[trial.number].intermediate_values, default=0)
+        points.write([point], output, provenance)
+        started.append(point)
+        active[name] = trial
+        return points.job(point)
+
+    def settle(statuses: Sequence[jobs.Status]) -> None:
+        for status in statuses:
+            if (trial := active.get(status.job.name)) is None:
+                continue
+            if status.state == jobs.DONE:
+                summary = files.read_json(status.job.directory / "summary.json")
+                study.tell(trial, summary.get(runs_lib.BITS, summary.get("validation_loss")))
+            elif status.state in (jobs.FAILED, jobs.ENDED):
+                study.tell(trial, state=State.FAIL if status.state == jobs.FAILED else State.PRUNED)
+            else:
+                continue
+            del active[status.job.name]
+
+    def more(statuses: Sequence[jobs.Status]) -> jobs.Job | None:
+        settle(statuses)
+        while len(study.trials) < trials:
+            if job := start(study.ask()):
+                return job
+        return None
+
+    def should_end(job: jobs.Job) -> bool:
+        trial = active[job.name]
+        for line in runs_lib.read_lines(job.directory / "metrics.jsonl"):
+            value = line.get(runs_lib.BITS, line.get("validation_loss"))
+            if value is not None and line["step"] > reported[job.name]:
+                trial.report(value, line["step"])
+                reported[job.name] = line["step"]
+        return bool(reported[job.name]) and trial.should_prune()
+
+    interrupted = [optuna.trial.Trial(study, frozen._trial_id) for frozen in study.get_trials(states=[State.RUNNING])]
+    resumed = [job for trial in interrupted if (job := start(trial))]
+    environment = points.environment(output)
+    statuses = jobs.run(
+        resumed,
+        shares,
+        stop=stop,
+        show=lambda statuses: show(started, statuses),
+        environment=environment,
+        more=more,
+        should_end=should_end,
+    )
+    settle(statuses)
+    return study, statuses
+
+
+def describe(study: Any, output: pathlib.Path) -> str:
+    """The best trial of a study, in one line."""
+    finished = [trial for trial in study.trials if trial.state.name == "COMPLETE"]
+    if not finished:
+        return "no trial has ended"
+    best = min(finished, key=lambda trial: trial.value)
+    options = ", ".join(f"{key}={value}" for key, value in best.params.items())
+    return f"best of {len(finished)} trials: {best.value:.4f} with {options} ({output / f'trial-{best.number:04d}'})"
+
+
+def _suggest(key: str, text: str) -> Suggest:
+    kind = grid.option_type(key)
+    limits, call = grid.RANGE.fullmatch(text), _CONTINUOUS.fullmatch(text)
+    if kind in (int, float) and (call or limits):
+        function, inside = call.groups() if call else ("", text.replace("..", ","))
+        texts, log = grid.split(inside, ",", "--search"), function == "loguniform"
+        try:
+            low, high, *step = (kind(float(number)) for number in texts)
+            if low >= high or (log and low <= 0) or len(step) > (not call) or (step and step[0] <= 0):
+                raise ValueError
+        except (TypeError, ValueError) as error:
+            expected = "a range FROM below TO, as in loguniform(1e-4, 1e-2)"
+            raise UserError(f"--search: {key}={text}; expected {expected}") from error
+        options = {"step": step[0]} if step else {"log": log}
+        if kind is int:
+            return lambda trial: trial.suggest_int(key, low, high, **options)
+        return lambda trial: float(f"{trial.suggest_float(key, low, high, **options):.4g}")
+    choices = {value: grid.convert(key, value, kind, "--search") for value in grid.split(text, ",", "--search")}
+    return lambda trial: choices[trial.suggest_categorical(key, list(choices))]

@@ -1,0 +1,53 @@
+"""Rules that turn figures into verdicts. A rule is written before the run: the figures decide, not the reader."""
+
+from collections.abc import Sequence
+
+from llm_jax.intervals import Interval
+
+HOLDS, FAILS, UNDECIDED = "holds", "fails", "undecided"
+
+
+def above(interval: Interval, threshold: float = 0.0) -> str:
+    """Holds if the whole interval lies above the threshold, fails if it lies below, else undecided."""
+    return HOLDS if interval.low > threshold else FAILS if interval.high < threshold else UNDECIDED
+
+
+def all_above(intervals: Sequence[Interval], threshold: float = 0.0) -> str:
+    """Holds if every interval lies above the threshold, fails if one lies below, else undecided."""
+    verdicts = {above(interval, threshold) for interval in intervals}
+    return FAILS if FAILS in verdicts else HOLDS if verdicts == {HOLDS} else UNDECIDED
+
+
+def within(estimate: float, low: float, high: float) -> str:
+    """Holds if a figure without an interval lies between two limits, which are included, else fails."""
+    return HOLDS if low <= estimate <= high else FAILS
+
+
+def at_most(estimate: float, holds: float, fails: float) -> str:
+    """Holds if a figure without an interval is at most `holds`, fails if it is at least `fails`, else undecided."""
+    return HOLDS if estimate <= holds else FAILS if estimate >= fails else UNDECIDED
+
+
+def range_above(values: Sequence[float], holds: float, fails: float) -> str:
+    """Holds if the least value is at least `holds`, fails if the greatest is below `fails`, else undecided."""
+    return HOLDS if min(values) >= holds else FAILS if max(values) < fails else UNDECIDED
+
+
+def named(
+    passing: Sequence[str], candidates: Sequence[str], noun: str = "", separator: str = " or ", none: str = FAILS
+) -> str:
+    """Holds if all candidates pass; "holds when NOUN A or B" names those that do; `none` if none does."""
+    if not passing:
+        return none
+    if len(passing) == len(candidates):
+        return HOLDS
+    return f"holds when {noun and f'{noun} '}{separator.join(passing)}"
+
+
+def parts(names: Sequence[str], passing: Sequence[bool]) -> str:
+    """The verdict of a statement of two parts: holds, "holds for A only", or fails."""
+    if all(passing):
+        return HOLDS
+    if not any(passing):
+        return FAILS
+    return f"holds for {' and '.join(name for name, passes in zip(names, passing, strict=True) if passes)} only"

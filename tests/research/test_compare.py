@@ -1,0 +1,127 @@
+"""Runs read from their directories, grouped by what differs, and compared in the terminal."""
+
+import json
+
+import pytest
+
+from llm_jax import configuration, intervals
+from llm_jax.errors import UserError
+from llm_jax.research import comparison, runs
+from tests.conftest import call
+
+
+def write_run(path, bits=2.0, steps=4, done=True, sample="", **overrides):
+    """A run directory with made-up figures, whose held-out loss falls to `bits` and rises a little at the end."""
+    options = {key.replace("__", "."): value for key, value in overrides.items()} | {"train.steps": steps}
+    path.mkdir(parents=True)
+    config = configuration.load("default", options)
+    (path / "config.json").write_text(json.dumps(configuration.as_dict(config)))
+    lines = [{"step": i + 1, "loss": 4 - i / steps, "tokens_per_second": 100.0 + i} for i in range(steps)]
+    lines[1] |= {"validation_loss": 2 * bits - 0.2, "validation_bits_per_byte": bits - 0.1}
+    if done:
+        lines[-1] |= {"validation_loss": 2 * bits, "validation_bits_per_byte": bits}
+        summary = {"validation_loss": 2 * bits, "validation_bits_per_byte": bits, "steps": steps, "parameters": 1000}
+        summary |= {"tokens_per_second": 123.0, "peak_host_bytes": 512 * 2**20, "seconds": 90.0}
+        (path / "summary.json").write_text(json.dumps(summary))
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if sample:
+        samples = [{"step": 2, "text": "early"}, {"step": 4, "text": "first start"}, {"step": 4, "text": sample}]
+        (path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in samples))
+    return path
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """Two position schemes from three seeds, of which alibi is better by 0.1, 0.11 and 0.12."""
+    directory = tmp_path_factory.mktemp("sweep")
+    for seed in range(3):
+        for kind, gain in (("rope", 0.0), ("alibi", 0.1 + 0.01 * seed)):
+            write_run(
+                directory / f"{kind}-{seed}", 2 + 0.5 * seed - gain, sample=f"by {kind}",
+                train__seed=seed, model__position__kind=kind, eval__every=1 + seed,
+            )  # fmt: skip
+    return directory
+
+
+def test_a_run_is_read_with_its_figures(sweep):
+    run = runs.read(sweep / "rope-1")
+    assert run.seed == 1 and run.step == 4 and run.final("parameters") == 1000
+    assert run.final(runs.BITS) == 2.5 and run.best(runs.BITS) == 2.4 and run.final("loss") == 3.25
+    assert run.curve(runs.BITS) == [(2, 2.4), (4, 2.5)] and len(run.curve("loss")) == 4
+    assert [(s["step"], s["text"]) for s in run.samples] == [(2, "early"), (4, "by rope")]
+
+
+def test_runs_that_differ_in_the_seed_alone_are_one_group(sweep, tmp_path):
+    groups = runs.group(runs.load([sweep]))
+    assert [(g.label, [r.seed for r in g.runs]) for g in groups] == [
+        ("kind=alibi", [0, 1, 2]),
+        ("kind=rope", [0, 1, 2]),
+    ]
+    assert groups[0].options == {"model.position.kind": "alibi"}
+    assert groups[1].mean(runs.BITS) == intervals.mean([2.0, 2.5, 3.0])
+    # The seeds differ by 0.5, the pairs by 0.01: only the paired interval excludes 0.
+    difference, pairs = runs.difference(groups[0], groups[1], runs.BITS)
+    assert difference == pytest.approx(intervals.mean([-0.1, -0.11, -0.12])) and pairs == 3 and difference.high < 0
+    # The same configuration twice is no pair of seeds.
+    for name in ("a", "b"):
+        write_run(tmp_path / name, train__seed=1)
+    assert [g.label for g in runs.group(runs.load([tmp_path]))] == ["a", "b"]
+
+
+def test_runs_without_a_common_seed_are_compared_without_an_interval(tmp_path):
+    for name, seed, bits in (("a", 0, 2.0), ("b", 1, 2.5)):
+        write_run(tmp_path / name, bits, train__seed=seed, optim__lr=1e-3 * (1 + seed))
+    first, second = runs.group(runs.load([tmp_path / "a", tmp_path / "b"]))
+    difference, pairs = runs.difference(second, first, runs.BITS)
+    assert pairs == 0 and difference.estimate == 0.5 and difference.low != difference.low
+    assert comparison.interval_text(difference, sign=True) == "+0.5000"
+
+
+def test_names_are_the_shortest_ends_that_differ(tmp_path):
+    for name in ("x/a", "y/a", "y/b"):
+        write_run(tmp_path / name)
+    paths = [tmp_path / name for name in ("x/a", "y/a", "y/b")]
+    assert [run.name for run in runs.load(paths)] == ["x/a", "y/a", "b"]
+    assert [run.name for run in runs.load([tmp_path / "y"])] == ["a", "b"]
+
+
+def test_what_is_no_run_and_a_damaged_file_are_one_line(tmp_path):
+    with pytest.raises(UserError, match="no such directory"):
+        runs.load([tmp_path / "nothing"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no run in this directory"):
+        runs.load([tmp_path / "empty"])
+    path = write_run(tmp_path / "a", done=False) / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 5, "lo')  # a trainer is writing this line
+    assert runs.read(path.parent).step == 4
+    config = (path.parent / "config.json").read_text()
+    (path.parent / "config.json").write_text('{"architectures": ["Llama"]}')  # of a Hugging Face directory
+    with pytest.raises(UserError, match=r"a: not a run of llm_jax.train \(unknown config key 'architectures'"):
+        runs.read(path.parent)
+    (path.parent / "config.json").write_text(config)
+    path.write_text('{"step"\n' + path.read_text())
+    with pytest.raises(UserError, match="line 1 is damaged"):
+        runs.read(path.parent)
+
+
+def test_the_command_prints_options_figures_differences_and_samples(sweep, tmp_path):
+    unfinished = write_run(tmp_path / "unfinished", 9.0, done=False, model__position__kind="t5")
+    out = call("compare", str(sweep), f"--run={unfinished}").stdout
+    rows = [line.split("  ") for line in out.splitlines()]
+    cells = [[cell.strip() for cell in row if cell.strip()] for row in rows]
+    assert ["model.position.kind", "t5", "alibi", "rope"] in cells
+    assert "7 runs in 3 groups" in out and "not finished: unfinished, step 4 of 4" in out
+    alone = call("compare", *(str(sweep / f"{kind}-{seed}") for kind in ("rope", "alibi") for seed in range(3))).stdout
+    row = next(line for line in alone.splitlines() if line.startswith("(2)  kind=alibi"))
+    assert "0,1,2" in row and "2.3900" in row and "-0.1100 [-0.1348, -0.0852]" in row and "1.8000" in row
+    assert row.split()[-4:] == ["123", "512", "1,000", "1.5"]
+    assert (
+        "(2) alibi-0, step 4\nby alibi" in alone and "by alibi" not in call("compare", str(sweep), "--nosamples").stdout
+    )
+
+
+def test_without_runs_the_command_says_what_to_give(tmp_path):
+    assert "name at least one run" in call("compare").stderr
+    done = call("compare", str(tmp_path / "x"))
+    assert done.returncode == 2 and "no such directory" in done.stderr and done.stderr.count("\n") == 1
+    assert "usage: python -m llm_jax.compare RUN ..." in call("compare", "--help").stdout

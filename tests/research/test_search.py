@@ -1,0 +1,115 @@
+"""The text of a search space, and searches by Optuna with a stub for the trainer."""
+
+import json
+
+import pytest
+
+from llm_jax import configuration
+from llm_jax.errors import UserError
+from llm_jax.research import jobs, points, search
+from llm_jax.research.provenance import Provenance
+from tests.conftest import ROOT, call
+
+SPACE = "optim.lr=loguniform(1e-5, 1e-1); model.width=32,64; model.num_layers=1..3"
+# A run whose bits per byte have their least value at a learning rate of 1e-3.
+TRAINER = """
+import json, math, pathlib, sys
+workdir = pathlib.Path(next(a for a in sys.argv if a.startswith("--workdir=")).partition("=")[2])
+rate = json.loads((workdir / "recipe.json").read_text())["optim"]["lr"]
+bits = 2 + abs(math.log10(rate) + 3)
+(workdir / "metrics.jsonl").write_text(json.dumps({"step": 8, "validation_bits_per_byte": bits}) + "\\n")
+(workdir / "summary.json").write_text(json.dumps({"steps": 8, "validation_bits_per_byte": bits}))
+"""
+
+
+class Trial:
+    """Takes the low end of every range and the last choice."""
+
+    def suggest_float(self, key, low, high, **options):
+        return low
+
+    def suggest_int(self, key, low, high, **options):
+        return low
+
+    def suggest_categorical(self, key, choices):
+        return choices[-1]
+
+
+def test_a_space_is_read():
+    space = search.parse(SPACE + "; report.to=(),('tensorboard',)")
+    assert {key: suggest(Trial()) for key, suggest in space.items()} == {
+        "optim.lr": 1e-5,
+        "model.width": 64,
+        "model.num_layers": 1,
+        "report.to": ("tensorboard",),
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optim.lr=loguniform(1, 0.1)", "FROM below TO"),
+        ("optim.lr=loguniform(0, 0.1)", "FROM below TO"),
+        ("optim.lr=uniform(1)", "FROM below TO"),
+        ("optim.rate=1", "unknown config key"),
+        ("optim.lr", "is no assignment"),
+        ("optim.lr=1; optim.lr=2", "given twice"),
+        ("model.width=8,a", "--search: model.width=a"),
+    ],
+)
+def test_a_space_that_cannot_be_read_is_one_line(text, message):
+    with pytest.raises(UserError, match=message):
+        search.parse(text)
+
+
+def test_flags_of_a_search_are_checked(tmp_path):
+    for flags, message in (
+        (["--search=optim.lr=1,2", "--grid=train.seed=0"], "cannot be combined"),
+        (["--grid=train.seed=0", "--trials=3"], "--trials=3 has no effect"),
+        (["--search=optim.lr=1,2", "--trials=0"], "at least 1 trial"),
+    ):
+        done = call("sweep", f"--output={tmp_path / 'x'}", *flags)
+        assert done.returncode == 2 and message in done.stderr
+
+
+def test_a_job_can_be_ended_early_and_further_ones_added(tmp_path):
+    def job(name, code):
+        result = tmp_path / name / "result"
+        return jobs.Job(name, ("-c", code.format(str(result))), tmp_path / name, result.exists)
+
+    rest = [job("b", "open({!r}, 'w')"), job("c", "open({!r}, 'w')")]
+    first = job("a", "import time; time.sleep(60)")
+    statuses = jobs.run(
+        [first], jobs.slots(1), more=lambda s: rest.pop() if rest else None, should_end=lambda job: job is first
+    )
+    assert [(s.job.name, s.state) for s in statuses] == [("a", "ended early"), ("c", "done"), ("b", "done")]
+    assert not (tmp_path / "a" / "failed.json").exists()
+
+
+@pytest.mark.live
+def test_a_search_finds_the_best_rate_and_continues(tmp_path, monkeypatch):
+    real = points.job
+
+    def job_with_stub(point):
+        job = real(point)
+        return jobs.Job(job.name, ("-c", TRAINER, *job.command[2:]), job.directory, job.is_done)
+
+    monkeypatch.setattr(points, "job", job_with_stub)
+    base = configuration.load(ROOT / "tests" / "tiny.py")
+    stops = iter([False] * 8)
+    options = {"shares": jobs.slots(2), "provenance": Provenance("command")}
+    study, _ = search.run(base, search.parse(SPACE), tmp_path, 25, stop=lambda: next(stops, True), **options)
+    stopped_at = len(study.trials)
+    assert stopped_at < 25
+    study, _ = search.run(base, search.parse(SPACE), tmp_path, 25, **options)
+    states = [trial.state.name for trial in study.trials]
+    assert len(states) == 25 and set(states) <= {"COMPLETE", "PRUNED"}
+    # The suggestions after the stop are not those before it again.
+    rates = [trial.params["optim.lr"] for trial in study.trials]
+    assert len(set(rates)) == 25
+    assert study.best_value < 2.3 and 5e-4 < study.best_params["optim.lr"] < 2e-3
+    assert f"best of {states.count('COMPLETE')} trials" in search.describe(study, tmp_path)
+    best = points.read(tmp_path)["points"][f"trial-{study.best_trial.number:04d}"]
+    assert best["optim.lr"] == pytest.approx(study.best_params["optim.lr"], rel=1e-3)
+    config = configuration.load(tmp_path / f"trial-{study.best_trial.number:04d}" / "recipe.json")
+    assert config.model.width == best["model.width"] and json.loads((tmp_path / "sweep.json").read_text())["command"]
