@@ -44,7 +44,7 @@ class DataConfig:
     source: str
     kind: str  # "text", "instructions" (loss on the answers), "preferences" (pairs), "labelled" (texts with a label)
     field: str  # name of the text field of a record (JSON lines, Parquet, hf:NAME) with kind="text"
-    validation_fraction: Share  # share of the bytes held out for validation, in groups of documents
+    validation_fraction: Share  # share of the bytes held out for validation, in groups of documents; 0: none
     cache_dir: str  # directory of tokenized corpora and trained tokenizers; "": ~/.cache/llm_jax
     workers: CountOrZero  # number of processes that read and tokenize; 0: chosen from the size of the text
     labelled: LabelledConfig  # options of the kind "labelled"; see data/labelled.py
@@ -210,6 +210,7 @@ class LoraConfig:
 class EvalConfig:
     every: CountOrZero  # steps between evaluations; 0: at the end only
     rows: CountOrZero  # held-out sequences per evaluation during training; 0: all
+    final_rows: CountOrZero  # held-out sequences of the last evaluation; 0: all
     prompts: tuple[str, ...]  # prompts that are continued before and after training
     tasks: tuple[
         str, ...

@@ -5,15 +5,15 @@ import dataclasses
 import json
 import lzma
 import pathlib
+import re
 import shutil
 import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from llm_jax import files, tokenizers
+from llm_jax import bars, files, tokenizers
 from llm_jax.data import catalog, split
 from llm_jax.data.build import build
 from llm_jax.data.encode import ENCODERS
@@ -166,16 +166,25 @@ class Source:
         return ends[documents]
 
     def compressed_bits_per_byte(self) -> dict[str, float]:
-        """Bits per byte of the held-out text, compressed as one stream of bytes; {} unless the kind is "text"."""
+        """Bits per byte of the held-out text, compressed as one stream of bytes, without headers and check sums.
+
+        Empty unless the kind is "text" and text is held out. Headers would dominate the figures of short texts.
+        """
         if self.config.kind != "text":
             return {}  # not comparable with the bits per byte of answers alone
-        packers: dict[str, Any] = {"gzip -9": zlib.compressobj(9, wbits=31), "xz -9": lzma.LZMACompressor(preset=9)}
+        filters = [{"id": lzma.FILTER_LZMA2, "preset": 9}]
+        packers: dict[str, Any] = {
+            "gzip -9": zlib.compressobj(9, wbits=-15),  # raw deflate
+            "xz -9": lzma.LZMACompressor(lzma.FORMAT_RAW, filters=filters),
+        }
         sizes = dict.fromkeys(packers, 0)
         total = 0
         for text in self.texts(True, _COMPRESSED):
             total += len(text.encode())
             for name, packer in packers.items():
                 sizes[name] += len(packer.compress(text.encode()))
+        if not total:
+            return {}
         return {name: 8 * (sizes[name] + len(packer.flush())) / total for name, packer in packers.items()}
 
 
@@ -191,9 +200,10 @@ def trained_tokenizer(cache: pathlib.Path, key: str, config: TokenizerConfig, te
       UserError: an unknown kind, or one that cannot be trained on these texts; a cache that cannot be written.
     """
     kind = tokenizers.get(config.kind)
-    directory = cache / "tokenizers" / f"{config.kind}-{config.vocab_size}-{key}"
+    name = re.sub(r"[^\w.-]+", "_", kind.kind)  # the specification of a class of the user's own has other characters
+    directory = cache / "tokenizers" / f"{name}-{config.vocab_size}-{key}"
     if not directory.exists():
-        tokenizer = kind.train(tqdm(texts, "training the tokenizer", leave=False, disable=None), config.vocab_size)
+        tokenizer = kind.train(bars.bar(texts, "training the tokenizer", leave=False), config.vocab_size)
         with new_cache(directory) as partial:
             tokenizers.save(tokenizer, partial)
     return tokenizers.load(directory)

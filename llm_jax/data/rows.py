@@ -306,9 +306,11 @@ def training(config: Config, corpus: Corpus) -> Shuffled | Mixed:
     return Mixed(tuple(parts), tuple(shares.values()))
 
 
-def held_out(config: DataConfig, corpus: Corpus, seq_len: int) -> tuple[AnyRows, dict[str, AnyRows]]:
-    """(the held-out rows, those of each source by name if there are several and the source has any)."""
-    parts = {}
+def held_out(config: DataConfig, corpus: Corpus, seq_len: int) -> tuple[AnyRows | None, dict[str, AnyRows]]:
+    """(the held-out rows or None, those of each source by name if there are several and the source has any)."""
+    parts: dict[str, AnyRows] = {}
+    if not len(corpus.validation.tokens):
+        return None, parts
     for name, part in corpus.parts.items():
         if len(part.validation.tokens) > 1:
             with contextlib.suppress(UserError):  # no example fits

@@ -11,6 +11,8 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
+from llm_jax import extensions
+
 # Letters of shapes: B batch, S slots, V vocabulary.
 
 _BLOCK = 256  # a draw chooses a block of tokens, then a token of the block
@@ -132,6 +134,21 @@ class Eta:
         probabilities = jnp.exp(logs)
         least = jnp.minimum(self.epsilon, jnp.sqrt(self.epsilon) * jnp.exp(-_entropy(logs, probabilities)))
         return _only(probabilities >= least, logits)
+
+
+def own_filter(specification: str) -> Filter:
+    """The filter of the user's own that `FILE:NAME(OPTIONS)` specifies.
+
+    Raises:
+      UserError: see `extensions.load`; it is not a dataclass, or JAX does not know it as a pytree.
+    """
+    extension = extensions.load("--filter", specification)
+    if not (isinstance(extension.target, type) and dataclasses.is_dataclass(extension.target)):
+        raise extension.error("expected a dataclass, (logits, history) -> logits")
+    new_filter = extension.bind(extension.target)()
+    if jax.tree_util.all_leaves([new_filter]):
+        raise extension.error("JAX does not know this dataclass; decorate it with @jax.tree_util.register_dataclass")
+    return new_filter
 
 
 @jax.tree_util.register_dataclass

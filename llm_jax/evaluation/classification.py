@@ -4,8 +4,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from tqdm import tqdm
 
+from llm_jax import bars
 from llm_jax.data.rows import Batch, Packed, batches
 from llm_jax.decoding import score
 from llm_jax.evaluation.statistics import wilson
@@ -43,7 +43,7 @@ def _by_first_token(model: Transformer, params: Any, rows: Packed, batch_size: i
     count_right = jax.jit(lambda params, batch: correct(model, params, batch, first, rows.most))
     steps = -(-len(rows) // batch_size)
     right = count = 0
-    for batch in tqdm(batches(rows, 0, steps, batch_size, sharding), "answering", steps, leave=False, disable=None):
+    for batch in bars.bar(batches(rows, 0, steps, batch_size, sharding), "answering", steps, leave=False):
         more_right, more = count_right(params, batch)
         right, count = right + int(more_right), count + int(more)
     return right, count
@@ -56,7 +56,7 @@ def _by_likelihood(model: Transformer, params: Any, rows: Packed, batch_size: in
         begin = int(mask.argmax())
         pairs += [(tokens[:begin].tolist(), choice) for choice in choices]
         answers.append(choices.index(tuple(tokens[begin:].tolist())))
-    with tqdm(total=len(pairs), desc="answering", leave=False, disable=None) as bar:
+    with bars.bar(total=len(pairs), desc="answering", leave=False) as bar:
         scores = score.score(model, params, pairs, batch_size, bar.update)
     likelihoods = [sum(scored.log_probabilities) for scored in scores]
     right = 0

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from tqdm import tqdm
 
+from llm_jax import bars
 from llm_jax.data.rows import AnyRows, Batch, batches
 from llm_jax.errors import UserError
 
@@ -35,7 +35,7 @@ def evaluate(
     steps = -(-count_rows // batch_size)
     sums: list[tuple[jax.Array, jax.Array]] = []
     stream = batches(rows, 0, steps, batch_size, sharding)
-    for batch in tqdm(stream, "evaluating", steps, leave=False, delay=2, disable=None):
+    for batch in bars.bar(stream, "evaluating", steps, leave=False, delay=2):
         # One step at a time: on CPU, programs with collectives that run together starve each other of threads.
         jax.block_until_ready(sums[-1:])
         sums.append(loss(params, batch))

@@ -12,13 +12,14 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from llm_jax import checkpoints, configuration, tokenizers, trees
+from llm_jax import checkpoints, configuration, extensions, tokenizers, trees
 from llm_jax.checkpoints import Checkpoint, abstract_params
 from llm_jax.errors import UserError
+from llm_jax.model import positions
 from llm_jax.model.transformer import Transformer
 from llm_jax.schema import Config, ModelConfig
 from llm_jax.tokenizers import Tokenizer
-from llm_jax.training import optim
+from llm_jax.training import losses, optim
 
 # Options that may change when a run is resumed: whole keys, and sections by their dot.
 _RESUMABLE = (
@@ -68,6 +69,8 @@ def find(config: Config, workdir: pathlib.Path | None = None) -> Start:
     Raises:
       UserError: the workdir holds another run, a checkpoint is damaged, or an override contradicts `init_from`.
     """
+    if changes := _with_hashes(config):
+        config = configuration.replace(config, changes)
     saved = checkpoints.find(workdir) if workdir and checkpoints.steps(workdir) else None
     recorded = next((checkpoints.read_config(d) for d in (workdir, saved) if d and (d / "config.json").exists()), None)
     origin = None
@@ -89,6 +92,19 @@ def find(config: Config, workdir: pathlib.Path | None = None) -> Start:
             "--workdir"
         )
     return start
+
+
+def _with_hashes(config: Config) -> dict[str, Any]:
+    """{key: specification with the hash of its source} of the parts of the user's own."""
+    tables: dict[str, Any] = {
+        "model.position.kind": positions.SCHEMES,
+        "tokenizer.kind": tokenizers.KINDS,
+        "optim.kind": optim.OPTIMIZERS,
+        "loss.kind": losses.KINDS,
+    }
+    values = configuration.flat(config)
+    recorded = {key: extensions.pinned(key, values[key], table) for key, table in tables.items()}
+    return {key: value for key, value in recorded.items() if value != values[key]}
 
 
 def notes(start: Start) -> Iterator[str]:
