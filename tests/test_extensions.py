@@ -109,10 +109,11 @@ def test_recipe(words, run, directory):
     run(words, "--config.train.steps=2")
     run(words)
     assert len(losses(directory / workdir)) == 4
-    text = run(GENERATION, f"--checkpoint={workdir}", "--max_new_tokens=4")
+    generation = [flag for flag in GENERATION if not flag.startswith("--checkpoint=")]
+    text = run(generation, f"--checkpoint={workdir}", "--max_new_tokens=4")
     if workdir != "runs/decay":
         run(convert(workdir))
-        assert run(GENERATION, "--checkpoint=converted", "--max_new_tokens=4") == text
+        assert run(generation, "--checkpoint=converted", "--max_new_tokens=4") == text
 
 
 def test_filter_applies(directory, make):

@@ -31,6 +31,8 @@ def evaluate(
     Raises:
       UserError: the rows have no target.
     """
+    if not len(rows):
+        raise UserError("nothing is held out (data.validation_fraction=0)")
     count_rows = min(limit, len(rows)) if limit else len(rows)
     steps = -(-count_rows // batch_size)
     sums: list[tuple[jax.Array, jax.Array]] = []

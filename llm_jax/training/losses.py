@@ -191,6 +191,12 @@ def row_losses(model: Transformer, params: Any, batch: Batch, chunk: int, sparse
     return sum_of_rows(part, chunk, tokens, sparse)
 
 
+def token_losses(model: Transformer, params: Any, batch: Batch) -> jax.Array:
+    """The cross-entropy of every counted target in nats, 0 for others: float32 (B, T)."""
+    logits = head(model, params, features(model, params, batch))
+    return cross_entropy(logits, batch["targets"]) * batch["mask"]
+
+
 def is_sparse(config: Config) -> bool:
     """Whether few targets of a row count: the answers alone, or the masked tokens."""
     return kinds.is_sparse(config.data) or config.loss.masked != "none"
