@@ -174,9 +174,10 @@ def _measure(f: cli.Flags, held_out: _HeldOut, source: Any, by_unit: bool = Fals
     if split.choices:
         rows = Packed(corpus.test or split, held_out.length)
         indices, right = classification.right_answers(model, params, rows, f.batch_size, device)
-        values = np.zeros((2, len(rows.split.offsets) - 1))
-        values[:, indices] = right, 1
-        units = comparison.Units(values[0], np.ones_like(values[0]), values[1] > 0)
+        count = len(rows.split.offsets) - 1
+        values, measured = np.zeros(count), np.zeros(count, bool)
+        values[indices], measured[indices] = right, True
+        units = comparison.Units(values, np.ones(count), measured)
         return {"units": units, **classification.summary(right)}
     if not len(split.tokens):
         raise UserError(f"{held_out.name} holds out nothing (data.validation_fraction=0); give --data=FILE")

@@ -59,10 +59,10 @@ def test_a_flag_given_in_vain_is_an_error_that_says_what_it_needs(command, flags
     [
         (*GENERATE, CHECKPOINT),
         (*QUANTIZE, CHECKPOINT),
-        (*CONVERT, "--input=elsewhere"),
+        (*CONVERT, "--to=hf", "--input=elsewhere"),
         ("evaluate", CHECKPOINT, "--batch_size=2", "--batch_size=2"),
         ("train", "--workdir=a", "--workdir=b"),
-        ("show", "tokens", "--tokenizer=a", "--tokenizer=b"),
+        ("show", "rows", "--first=1", "--first=2"),
     ],
 )
 def test_a_flag_of_one_value_is_not_repeated(command, flags):

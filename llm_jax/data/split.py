@@ -60,10 +60,10 @@ def held_out(catalog: Catalog, fraction: float) -> HeldOut:
       fraction: 0: nothing is held out.
 
     Raises:
-      UserError: the fraction is 1, or there is only one group.
+      UserError: the fraction is not in [0, 1), or there is only one group.
     """
-    if fraction == 1:
-        raise UserError(f"config key 'data.validation_fraction' is {fraction}; nothing would be left to train on")
+    if not 0 <= fraction < 1:
+        raise UserError(f"config key 'data.validation_fraction' is {fraction}; expected 0 or a number below 1")
     rule = HeldOut((), _NONE, *_shared(catalog))
     if not fraction:
         return rule

@@ -37,7 +37,10 @@ def evaluate(
     steps = -(-count_rows // batch_size)
     sums: list[tuple[jax.Array, jax.Array]] = []
     stream = batches(rows, 0, steps, batch_size, sharding)
-    for batch in bars.bar(stream, "evaluating", steps, leave=False, delay=2):
+    for step, batch in enumerate(bars.bar(stream, "evaluating", steps, leave=False, delay=2)):
+        if count_rows < min((step + 1) * batch_size, len(rows)):  # the last batch has more rows than are counted
+            counted = jax.numpy.arange(batch_size) < count_rows - step * batch_size
+            batch = batch | {"mask": batch["mask"] * counted[:, None]}
         # One step at a time: on CPU, programs with collectives that run together starve each other of threads.
         jax.block_until_ready(sums[-1:])
         sums.append(loss(params, batch))

@@ -190,7 +190,7 @@ def awq(w: jax.Array, scheme: str, axis: int, inputs: InputStatistics | None, ac
 
 
 def gptq(w: jax.Array, scheme: str, axis: int, inputs: InputStatistics | None, act_order: bool) -> QTensor:
-    """GPTQ: rounds the rows of the weight one after the other and adjusts the remaining rows to compensate for the error.
+    """GPTQ: rounds the rows of the weight one after the other; the remaining rows compensate for the error.
 
     Scales are computed by "mse" before the first row is rounded, so that rows can be processed in any order: with
     `act_order` in the order of decreasing diagonal entries of the Hessian. Outputs (columns) for which rounding to the
