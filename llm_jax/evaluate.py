@@ -96,7 +96,7 @@ class _HeldOut:
       name: the checkpoint, as the flag names it.
       config: the configuration of the run, or None for other checkpoints.
       data: where the text is.
-      whole: hold everything out, not only the held-out part.
+      everything: evaluate on all of the text, not on its held-out part only.
       length: tokens of a window.
     """
 
@@ -104,7 +104,7 @@ class _HeldOut:
     checkpoint: Any
     config: Any
     data: Any
-    whole: bool
+    everything: bool
     length: int
 
     @property
@@ -122,12 +122,12 @@ def _held_out(f: cli.Flags, name: str) -> _HeldOut:
         raise UserError(f"{name} names no corpus of its own; give --data=FILE")
     data = configuration.default("data") if config is None else config.data
     length = f.seq_len or (512 if config is None else config.train.seq_len)
-    whole = bool(f.data)
+    everything = bool(f.data)
     if f.data:
         data = dataclasses.replace(data, source=f.data, kind=f.kind or data.kind, field=f.field or data.field)
     if former := configuration.former_source(data.source):  # it names the test split of an asset
-        data, whole = configuration.replace(data, former, "data."), False
-    held_out = _HeldOut(name, checkpoint, config, data, whole, length)
+        data, everything = configuration.replace(data, former, "data."), False
+    held_out = _HeldOut(name, checkpoint, config, data, everything, length)
     if not checkpoint.config.causal and not held_out.is_masked:
         raise UserError(f"{name} is a bidirectional model (model.causal=False); it sees what it would predict")
     transformer.check_length(checkpoint.config, length)
@@ -147,7 +147,7 @@ def on_text(f: cli.Flags) -> None:
     if len(several) > 1:
         _refuse_other_text(several)
     first = several[0]
-    source = open_source(first.data, first.whole)
+    source = open_source(first.data, first.everything)
     compressed = {} if first.is_masked else source.compressed_bits_per_byte()
     if len(several) == 1:
         _print_text(f, first, _measure(f, first, source), compressed)
@@ -223,9 +223,9 @@ def _refuse_other_text(several: list[_HeldOut]) -> None:
     for other in several[1:]:
         for key in ("source", "kind", "field", "validation_fraction", "labelled"):
             values = [getattr(held_out.data, key) for held_out in (first, other)]
-            ignored = key == "validation_fraction" if first.whole else key == "labelled" != first.data.kind
+            ignored = key == "validation_fraction" if first.everything else key == "labelled" != first.data.kind
             if values[0] != values[1] and not ignored:
-                cure = "give --kind and --field" if first.whole else "give --data=FILE"
+                cure = "give --kind and --field" if first.everything else "give --data=FILE"
                 raise UserError(
                     f"--checkpoint={first.name} and --checkpoint={other.name} are not measured on the same text "
                     f"(data.{key} is {values[0]!r} and {values[1]!r}); {cure}"
@@ -354,11 +354,11 @@ def on_harness(f: cli.Flags) -> None:
     if path and not path.is_dir():
         raise UserError(f"--harness_path={path}: no such directory")
     model, params, tokenizer = checkpoints.load(f.checkpoint[0], dtype=f.dtype, as_stored=f.as_stored)
-    found = harness.run(model, params, tokenizer, f.harness.split(","), path, f.batch_size, f.limit)
+    results = harness.run(model, params, tokenizer, f.harness.split(","), path, f.batch_size, f.limit)
     if f.json:
-        print(json.dumps(found, default=str))
+        print(json.dumps(results, default=str))
         return
-    for name, metrics in found.items():
+    for name, metrics in results.items():
         for metric, value in metrics.items():
             if isinstance(value, float):
                 print(f"{name:<24} {metric:<24} {value:.4f}")

@@ -131,9 +131,9 @@ class Watch:
                 f"the loss is {loss:.3f}, a spike above {self.limit(step):.3f} "
                 f"(train.spike_factor={self._config.spike_factor:g}); the largest gradient is that of {largest}"
             )
-        which = "all weights" if len(broken) == len(self._weights) else ", ".join(broken[:3])
+        weights = "all weights" if len(broken) == len(self._weights) else ", ".join(broken[:3])
         more = f" and {len(broken) - 3} more" if 3 < len(broken) < len(self._weights) else ""
-        return f"the loss is {loss:g} and the gradient of {which or 'no weight'}{more} is not finite"
+        return f"the loss is {loss:g} and the gradient of {weights or 'no weight'}{more} is not finite"
 
 
 class Rollbacks:

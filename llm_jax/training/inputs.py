@@ -74,6 +74,11 @@ def load(config: Config, start: Start | None = None) -> Inputs:
     corpus = source.corpus(tokenizer)
     train = rows_lib.training(config, corpus)
     held_out, parts = rows_lib.held_out(config.data, corpus, c.seq_len)
+    if held_out is None and config.checkpoint.keep_best and "checkpoint.keep_best" in config.explicit:
+        raise UserError(
+            f"checkpoint.keep_best={config.checkpoint.keep_best} compares held-out losses, and nothing is held out "
+            "(data.validation_fraction=0); set it to 0"
+        )
     hide = masking.hider(config.loss, tokenizer)
     return Inputs(
         config,

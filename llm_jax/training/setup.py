@@ -227,8 +227,8 @@ def setup(
     if not config.model.vocab_size and not vocab_size:
         raise UserError("config key 'model.vocab_size' is 0, the tokenizer's; give --config.model.vocab_size=N")
     if config.model.vocab_size and config.model.vocab_size < vocab_size:
-        given = config.model.vocab_size
-        raise UserError(f"config key 'model.vocab_size' is {given}; the tokenizer has {vocab_size} ids")
+        size = config.model.vocab_size
+        raise UserError(f"config key 'model.vocab_size' is {size}; the tokenizer has {vocab_size} ids")
     sized = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or vocab_size)
     config = dataclasses.replace(config, model=sized)
 

@@ -134,10 +134,10 @@ def _from_checkpoint(config: Config, model: ModelConfig, tokenizer: Tokenizer | 
     Raises:
       UserError: an option that was set explicitly changes the shape of a weight; names it.
     """
-    own, theirs = configuration.flat(config.model), configuration.flat(model)
+    own, saved = configuration.flat(config.model), configuration.flat(model)
     default = configuration.flat(configuration.default("model"))
     explicit = {key.removeprefix("model.") for key in config.explicit} | {k for k in own if own[k] != default[k]}
-    changes = {k: own[k] for k in own if own[k] != theirs[k] and (k in explicit or _is_of_the_run(k))}
+    changes = {k: own[k] for k in own if own[k] != saved[k] and (k in explicit or _is_of_the_run(k))}
     if not own["vocab_size"]:
         changes.pop("vocab_size", None)
     try:
@@ -149,7 +149,7 @@ def _from_checkpoint(config: Config, model: ModelConfig, tokenizer: Tokenizer | 
         key = next((k for k in changes if _changes_shapes(model, {k: changes[k]}, expected)), next(iter(changes)))
         path = next(p for p in [*shapes, *expected] if shapes.get(p) != expected.get(p))
         raise UserError(
-            f"model.{key}={changes[key]!r} does not fit the weights of {name}, where it is {theirs[key]!r} (it "
+            f"model.{key}={changes[key]!r} does not fit the weights of {name}, where it is {saved[key]!r} (it "
             f"changes '{path}'); leave it out"
         )
     config = dataclasses.replace(config, model=configuration.replace(model, changes, "model."))

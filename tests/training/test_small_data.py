@@ -43,7 +43,7 @@ def config_of(tmp_path):
         kind = name if name in ("instructions", "preferences", "labelled") else "text"
         options = {"data.source": str(tmp_path / file), "data.cache_dir": str(tmp_path / "cache"), "data.kind": kind}
         options |= {"data.labelled.test_size": 0.0, "data.labelled.validation_size": 0.0, "train.seq_len": 100}
-        options |= {"train.steps": 2, "optim.warmup_steps": 0, "eval.every": 1, "checkpoint.keep_best": 1}
+        options |= {"train.steps": 2, "optim.warmup_steps": 0, "eval.every": 1}
         return llm_jax.config(
             ROOT / "tests" / "tiny.py", options | {k.replace("__", "."): v for k, v in changes.items()}
         )
@@ -81,6 +81,11 @@ def test_a_run_without_held_out_text(config_of, tmp_path, capsys, command):
     assert [line["step"] for line in lines] == [1, 2] and "validation_loss" not in lines[1]
     refused = command("evaluate", f"--checkpoint={tmp_path / 'run'}", code=2).stderr
     assert "holds out nothing (data.validation_fraction=0); give --data=FILE" in refused and refused.count("\n") == 1
+
+
+def test_the_best_checkpoints_need_held_out_text(config_of):
+    with pytest.raises(UserError, match="checkpoint.keep_best=2 compares held-out losses, and nothing is held out"):
+        inputs.load(config_of("text", data__validation_fraction=0.0, checkpoint__keep_best=2))
 
 
 def test_one_document_cannot_be_divided(config_of, tmp_path):
