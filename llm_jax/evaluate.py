@@ -156,14 +156,14 @@ def on_text(f: cli.Flags) -> None:
 
 
 def _measure(f: cli.Flags, held_out: _HeldOut, source: Any, by_unit: bool = False) -> dict[str, Any]:
-    """The figures of one checkpoint, and with `by_unit` its `comparison.Units`."""
+    """The figures of one checkpoint, and with `by_unit` its `paired.Units`."""
     import jax
     import numpy as np
 
     from llm_jax.data import corpus as corpus_lib
     from llm_jax.data import masking
     from llm_jax.data.rows import ROWS, Packed, Rows
-    from llm_jax.evaluation import classification, comparison
+    from llm_jax.evaluation import classification, paired
     from llm_jax.evaluation import held_out as held_out_lib
     from llm_jax.training import losses
 
@@ -177,7 +177,7 @@ def _measure(f: cli.Flags, held_out: _HeldOut, source: Any, by_unit: bool = Fals
         count = len(rows.split.offsets) - 1
         values, measured = np.zeros(count), np.zeros(count, bool)
         values[indices], measured[indices] = right, True
-        units = comparison.Units(values, np.ones(count), measured)
+        units = paired.Units(values, np.ones(count), measured)
         return {"units": units, **classification.summary(right)}
     if not len(split.tokens):
         raise UserError(f"{held_out.name} holds out nothing (data.validation_fraction=0); give --data=FILE")
@@ -187,7 +187,7 @@ def _measure(f: cli.Flags, held_out: _HeldOut, source: Any, by_unit: bool = Fals
         sizes = corpus_lib.open_split(split.directory)[1]
         loss_of_tokens = jax.jit(lambda params, batch: losses.token_losses(model, params, batch))
         return {
-            "units": comparison.bits_by_document(loss_of_tokens, params, windows, sizes, f.batch_size, device),
+            "units": paired.bits_by_document(loss_of_tokens, params, windows, sizes, f.batch_size, device),
             "tokens": len(split.tokens),
         }
     if held_out.is_masked:
@@ -239,7 +239,7 @@ def _refuse_other_text(several: list[_HeldOut]) -> None:
 
 
 def _compare_text(f: cli.Flags, several: list[_HeldOut], source: Any, compressed: dict[str, float]) -> None:
-    from llm_jax.evaluation import comparison
+    from llm_jax.evaluation import paired
 
     measured = [_measure(f, held_out, source, by_unit=True) for held_out in several]
     units = [figures["units"] for figures in measured]
@@ -250,7 +250,7 @@ def _compare_text(f: cli.Flags, several: list[_HeldOut], source: Any, compressed
                 "divide the data into different examples"
             )
     accuracies = "accuracy" in measured[0]
-    figures = comparison.compare(units, proportions=accuracies)
+    figures = paired.compare(units, proportions=accuracies)
     value = "accuracy" if accuracies else "bits_per_byte"
     if f.json:
         names = {"value": value, "units": "examples" if accuracies else "documents"}
@@ -266,13 +266,13 @@ def _compare_text(f: cli.Flags, several: list[_HeldOut], source: Any, compressed
     left_out = len(units[0].sizes) - figures[0]["units"]
     missing = f" ({left_out:,} more do not fit into the windows)" if left_out else ""
     print(f"{f.data or several[0].data.source}: {figures[0]['units']:,} {noun} measured by all{missing}{packed}")
-    print(comparison.table([held_out.name for held_out in several], columns, figures))
+    print(paired.table([held_out.name for held_out in several], columns, figures))
 
 
 def on_task(f: cli.Flags) -> None:
     import numpy as np
 
-    from llm_jax.evaluation import answers, builtin, comparison
+    from llm_jax.evaluation import answers, builtin, paired
     from llm_jax.evaluation.prompts import PromptConfig
     from llm_jax.evaluation.templates import STYLES
 
@@ -290,9 +290,9 @@ def on_task(f: cli.Flags) -> None:
     by_checkpoint = [_ask(f, name, task, configs, count) for name in f.checkpoint]
     for config, *several in zip(configs, *by_checkpoint, strict=True):
         rights = [np.array([bool(record["right"]) for record in records]) for records in several]
-        units = [comparison.Units(right.astype(float), np.ones(count), np.ones(count, bool)) for right in rights]
-        paired = comparison.compare(units, proportions=True)
-        for name, records, row in zip(f.checkpoint, several, paired, strict=True):
+        units = [paired.Units(right.astype(float), np.ones(count), np.ones(count, bool)) for right in rights]
+        rows = paired.compare(units, proportions=True)
+        for name, records, row in zip(f.checkpoint, several, rows, strict=True):
             result = {"checkpoint": name, "task": task.name, **dataclasses.asdict(config), **answers.summary(records)}
             if "difference" in row:
                 result |= {f"difference_{key}": row[key] for key in ("low", "high")} | {"difference": row["difference"]}

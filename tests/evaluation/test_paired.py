@@ -13,8 +13,8 @@ from llm_jax import checkpoints, tokenizers
 from llm_jax.data.corpus import Split
 from llm_jax.data.rows import Packed, Pairs, Rows
 from llm_jax.errors import UserError
-from llm_jax.evaluation import comparison, statistics
-from llm_jax.evaluation.comparison import Units
+from llm_jax.evaluation import paired
+from llm_jax.evaluation.paired import Units
 
 DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
@@ -24,10 +24,10 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
     for _ in range(400):
         hard = draw.random(60)
         right, reference = (draw.random(60) < 0.9 * (1 - hard) + shift for shift in (0.1, 0.0))
-        difference, low, high = statistics.difference_of_proportions(right, reference)
+        difference, low, high = paired.difference_of_proportions(right, reference)
         assert difference == np.mean(right) - np.mean(reference) and low <= difference <= high
         sizes = draw.gamma(2.0, 100.0, 25)
-        value, lower, upper = statistics.ratio(sizes * (0.2 + draw.normal(0, 0.3, 25)), sizes)
+        value, lower, upper = paired.ratio(sizes * (0.2 + draw.normal(0, 0.3, 25)), sizes)
         assert lower < value < upper
         hits += low <= 0.1 <= high, lower <= 0.2 <= upper
     assert ((hits / 400 > 0.92) & (hits / 400 < 0.985)).all()
@@ -37,7 +37,7 @@ def test_the_interval_of_matched_pairs_is_that_of_the_paper():
     """Agresti and Min 2005: (b* - c*) / N* +- z sqrt(b* + c* - (b* - c*)^2 / N*) / N*, here b = 9, c = 3, N = 100."""
     right, reference = np.zeros((2, 100), bool)
     right[:9], reference[9:12] = True, True
-    difference, low, high = statistics.difference_of_proportions(right, reference)
+    difference, low, high = paired.difference_of_proportions(right, reference)
     half = 1.959964 * math.sqrt(13 - 36 / 102) / 102
     assert (difference, low, high) == pytest.approx((0.06, 6 / 102 - half, 6 / 102 + half), rel=1e-6)
 
@@ -55,7 +55,7 @@ def example_split(mask: bool) -> Split:
 ])  # fmt: skip
 def test_every_target_counts_for_its_document(rows):
     """A "loss" that is the target: what a document has is the sum of its tokens after the first."""
-    units = comparison.bits_by_document(
+    units = paired.bits_by_document(
         lambda params, batch: batch["targets"] * batch["mask"], None, rows, np.ones(len(rows.split.offsets) - 1), 2,
         DEVICE,
     )  # fmt: skip
@@ -73,11 +73,11 @@ def test_every_target_counts_for_its_document(rows):
 def test_only_units_that_all_measured_are_compared():
     first = Units(np.array([2.0, 4.0, 9.0]), np.array([1.0, 2.0, 3.0]), np.array([True, True, False]))
     second = Units(np.array([3.0, 5.0, 1.0]), first.sizes, np.array([True, True, True]))
-    one, other = comparison.compare([first, second], proportions=False)
+    one, other = paired.compare([first, second], proportions=False)
     assert one == {"units": 2, "value": 2.0} and other["value"] == pytest.approx(8 / 3)
     assert other["difference"] == pytest.approx(2 / 3) and other["low"] < 2 / 3 < other["high"]
     with pytest.raises(UserError, match="no example was measured by all"):
-        comparison.compare([first, Units(first.values, first.sizes, ~first.measured)], proportions=False)
+        paired.compare([first, Units(first.values, first.sizes, ~first.measured)], proportions=False)
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_a_task_of_two_models(command, trained, other, tmp_path):
     for number, name in enumerate((trained.name, other.name)):
         records = (tmp_path / "out" / f"{number}-{name}" / "t-zero_shot-0.jsonl").read_text().splitlines()[1:]
         rights.append(np.array([json.loads(record)["right"] for record in records]))
-    expected = statistics.difference_of_proportions(rights[1], rights[0])
+    expected = paired.difference_of_proportions(rights[1], rights[0])
     assert (second["difference"], second["difference_low"], second["difference_high"]) == pytest.approx(expected)
     assert second["accuracy"] - first["accuracy"] == pytest.approx(second["difference"])
     table = command("evaluate", *flags).stdout.splitlines()
