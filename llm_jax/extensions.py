@@ -104,7 +104,11 @@ def load(key: str, specification: str) -> Extension:
         raise UserError(f"{key}={bare}: {match['module']} defines no '{name}'")
     if not callable(target):
         raise UserError(f"{key}={bare}: '{name}' is a {type(target).__name__}; expected a class or a function")
-    sha256 = hashlib.sha256(source or inspect.getsource(target).encode()).hexdigest()[:12]
+    try:
+        source = source or inspect.getsource(target).encode()
+    except (OSError, TypeError) as error:
+        raise UserError(f"{key}={bare}: the source of '{name}' is not available; define it in a file") from error
+    sha256 = hashlib.sha256(source).hexdigest()[:12]
     if recorded not in (None, sha256):
         raise UserError(
             f"{key}={bare}: {match['module']} has changed since the checkpoint was written (sha256 {recorded}, now "
@@ -136,7 +140,7 @@ def _options(key: str, specification: str, text: str) -> dict[str, Any]:
 
 def _import(key: str, specification: str, name: str) -> tuple[ModuleType, bytes]:
     """(the module, the content of its file; empty for a notebook)."""
-    path = _file(name)
+    path = _file(name) if name != "__main__" else None
     try:
         if path is not None:
             source = path.read_bytes()

@@ -193,6 +193,10 @@ def test_notebook(monkeypatch):
 
     monkeypatch.setattr(__main__, "Nope", NoPosition, raising=False)
     extension = extensions.load("model.position.kind", "__main__:Nope")
+    monkeypatch.setattr(
+        __main__, "Typed", type("Typed", (positions.Position,), {"__module__": "nowhere"}), raising=False
+    )
+    assert "the source of 'Typed' is not available" in refused(lambda: extensions.load("--filter", "__main__:Typed"))
     assert extension.target is NoPosition and re.fullmatch(r"__main__:Nope#[0-9a-f]{12}", extension.specification)
 
 

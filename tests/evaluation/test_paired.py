@@ -1,5 +1,6 @@
 """Several checkpoints on the same documents or examples, and the intervals of their differences."""
 
+import dataclasses
 import json
 import math
 import re
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from llm_jax import checkpoints, tokenizers
+from llm_jax import checkpoints, evaluate, tokenizers
 from llm_jax.data.corpus import Split
 from llm_jax.data.rows import Packed, Pairs, Rows
 from llm_jax.errors import UserError
@@ -141,3 +142,28 @@ def test_labelled_examples_of_two_models(command, trained, other, tmp_path):
     assert first["accuracy"] == same["accuracy"] == alone["accuracy"] and first["examples"] == 12
     assert same["difference"] == 0 and same["low"] < 0 < same["high"]
     assert third["difference"] == pytest.approx(third["accuracy"] - first["accuracy"])
+
+
+def test_what_cannot_be_paired_is_refused_in_one_line(tiny, monkeypatch):
+    masked = dataclasses.replace(tiny, loss=dataclasses.replace(tiny.loss, masked="tokens"))
+    other = dataclasses.replace(tiny.data, validation_fraction=0.5)
+
+    def held_out(config, data=tiny.data, everything=False):
+        return evaluate._HeldOut("runs/x", None, config, data, everything, 32)
+
+    for several, message in (
+        ([held_out(tiny), held_out(masked)], r"predicts masked tokens \(loss.masked=tokens\)"),
+        ([held_out(tiny), held_out(tiny, other)], r"\(data.validation_fraction is .* and 0.5\); give --data=FILE"),
+        (
+            [held_out(tiny, everything=True), held_out(tiny, dataclasses.replace(other, kind="labelled"), True)],
+            r"\(data.kind is 'text' and 'labelled'\); give --kind and --field",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate._refuse_other_text(several)
+    evaluate._refuse_other_text([held_out(tiny, everything=True), held_out(tiny, other, True)])
+    sizes = iter((np.ones(3), np.ones(4)))
+    measure = lambda *_, **options: {"units": Units(size := next(sizes), size, size > 0), "tokens": 9}  # noqa: E731
+    monkeypatch.setattr(evaluate, "_measure", measure)
+    with pytest.raises(UserError, match="cannot be paired: their tokenizers divide the data into different examples"):
+        evaluate._compare_text(None, [held_out(tiny), held_out(tiny)], None, {})
