@@ -119,10 +119,10 @@ def test_recipe(words, run, directory):
 def test_filter_applies(directory, make):
     """The filter of the recipe, with its option, also where decoding is greedy; without it the chain is as before."""
     with contextlib.chdir(directory):
-        (own,) = DecodingOptions(filter=("my_margin:Margin(margin=2.0)",)).sampler().filters
+        *_, own = DecodingOptions(filter=("my_margin:Margin(margin=2.0)",)).sampler().filters
         greedy = DecodingOptions(temperature=0, filter=("my_margin.py:Margin",)).sampler()
         message = refused(lambda: DecodingOptions(beams=2, filter=("my_margin:Margin",)).check(100))
-    assert own.margin == 2.0 and greedy.filters[0].margin == 3.0 and greedy.greedy
+    assert own.margin == 2.0 and greedy.filters[-1].margin == 3.0 and greedy.greedy
     kept = own(jnp.array([[1.0, 3.5, 2.0, 1.4]]), None)
     assert [float(x) for x in kept[0]] == [-float("inf"), 3.5, 2.0, -float("inf")]
     assert "leaves nothing for --filter to do" in message
