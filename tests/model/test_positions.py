@@ -241,7 +241,9 @@ def test_local_layers_rotate_with_their_own_base_and_without_scaling(tiny):
 
     def rotated(local, **options):
         position = dataclasses.replace(tiny.model.position, **options)
-        return positions.make(dataclasses.replace(tiny.model, position=position), local).rotate(x, where, None)
+        return positions.make(dataclasses.replace(tiny.model, position=position), local and "local").rotate(
+            x, where, None
+        )
 
     own = rotated(True, **scaled, local_base=50.0)
     np.testing.assert_array_equal(own, rotated(False, kind="rope", base=50.0))
