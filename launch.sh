@@ -31,6 +31,8 @@ setup() { # setup NAME REQUIREMENTS...: .venv with these installed, made anew wh
     local files=()
     for file in "$@"; do files+=(-r "$file"); done
     .venv/bin/python -m pip install --quiet --disable-pip-version-check "${files[@]}"
+    # Scripts in any directory import the package, also in the one above a clone that is called llm_jax.
+    pwd > "$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/llm_jax_clone.pth"
     echo "$stamp" > .venv/installed
   fi
 }
@@ -38,7 +40,8 @@ setup() { # setup NAME REQUIREMENTS...: .venv with these installed, made anew wh
 case "${1:-}" in
   "" | --*)
     [ -f .venv/tests ] && setup requirements.txt requirements-test.txt || setup requirements.txt
-    exec .venv/bin/python -m llm_jax.train --config=configs/default.py --workdir=runs/default "$@"
+    case " $* " in *" --workdir"*) ;; *) set -- --workdir=runs/default "$@" ;; esac
+    exec .venv/bin/python -m llm_jax.train --config=configs/default.py "$@"
     ;;
   test)
     shift

@@ -3,6 +3,7 @@
 python -m llm_jax.evaluate --checkpoint=runs/x [--data=FILE]
 python -m llm_jax.evaluate --checkpoint=runs/x --task=arithmetic       # or a JSONL file of examples
 python -m llm_jax.evaluate --checkpoint=runs/x --harness=piqa,hellaswag    # tasks of lm-eval
+python -m llm_jax.evaluate --checkpoint=runs/x --checkpoint=runs/y         # paired differences, without --harness
 """
 
 import dataclasses
@@ -15,10 +16,11 @@ from llm_jax import cli
 from llm_jax.errors import UserError
 
 FLAGS = cli.Flags()
-FLAGS.string(
+FLAGS.multi_string(
     "checkpoint",
     None,
-    "checkpoint: a run, a Hugging Face directory, a .gguf file, a peft directory, asset:NAME or hf:ORG/NAME",
+    "checkpoint: a run, a Hugging Face directory, a .gguf file, a peft directory, asset:NAME or hf:ORG/NAME; may be "
+    "repeated: the other checkpoints are compared with the first on the same examples or text",
     required=True,
 )
 FLAGS.string("base", "", "with adapters: checkpoint of their base; default: the one that they name")
@@ -87,72 +89,191 @@ def main(f: cli.Flags) -> None:
         on_text(f)
 
 
-def on_text(f: cli.Flags) -> None:
-    import jax
+@dataclasses.dataclass(frozen=True)
+class _HeldOut:
+    """The held-out text of a checkpoint, before its weights and the text are read.
 
+    Attributes:
+      name: the checkpoint, as the flag names it.
+      config: the configuration of the run, or None for other checkpoints.
+      data: where the text is.
+      everything: evaluate on all of the text, not on its held-out part only.
+      length: tokens of a window.
+    """
+
+    name: str
+    checkpoint: Any
+    config: Any
+    data: Any
+    everything: bool
+    length: int
+
+    @property
+    def is_masked(self) -> bool:
+        return self.config is not None and self.config.loss.masked != "none"
+
+
+def _held_out(f: cli.Flags, name: str) -> _HeldOut:
     from llm_jax import checkpoints, configuration
-    from llm_jax.data import masking
-    from llm_jax.data.kinds import open_source
-    from llm_jax.data.rows import ROWS, Packed, Rows
-    from llm_jax.evaluation import classification, held_out
     from llm_jax.model import transformer
-    from llm_jax.training import losses
 
-    checkpoint = checkpoints.open(f.checkpoint, f.base)
-    model, params, tokenizer = checkpoint.load(scan_layers=True, as_stored=f.as_stored)
+    checkpoint = checkpoints.open(name, f.base)
     config = checkpoint.run_config
-    if config is None:
-        if not f.data:
-            raise UserError(f"{f.checkpoint} names no corpus of its own; give --data=FILE")
-        data, length, hides = configuration.default("data"), f.seq_len or 512, False
-    else:
-        data, length, hides = config.data, f.seq_len or config.train.seq_len, config.loss.masked != "none"
-    if not model.config.causal and not hides:
-        raise UserError(f"{f.checkpoint} is a bidirectional model (model.causal=False); it sees what it would predict")
-    transformer.check_length(model.config, length)
-    if not 0 <= f.stride <= length:
-        raise UserError(f"--stride={f.stride}; expected 0 to the window of {length} tokens")
-    whole = bool(f.data)
+    if config is None and not f.data:
+        raise UserError(f"{name} names no corpus of its own; give --data=FILE")
+    data = configuration.default("data") if config is None else config.data
+    length = f.seq_len or (512 if config is None else config.train.seq_len)
+    everything = bool(f.data)
     if f.data:
         data = dataclasses.replace(data, source=f.data, kind=f.kind or data.kind, field=f.field or data.field)
     if former := configuration.former_source(data.source):  # it names the test split of an asset
-        data, whole = configuration.replace(data, former, "data."), False
-    if hides and (f.stride or data.kind != "text"):
-        raise UserError(f"{f.checkpoint} finds hidden tokens (loss.masked); it takes text, without --stride")
-    source = open_source(data, whole)
+        data, everything = configuration.replace(data, former, "data."), False
+    held_out = _HeldOut(name, checkpoint, config, data, everything, length)
+    if not checkpoint.config.causal and not held_out.is_masked:
+        raise UserError(f"{name} is a bidirectional model (model.causal=False); it sees what it would predict")
+    transformer.check_length(checkpoint.config, length)
+    if not 0 <= f.stride <= length:
+        raise UserError(f"--stride={f.stride}; expected 0 to the window of {length} tokens")
+    if held_out.is_masked and (f.stride or data.kind != "text"):
+        raise UserError(f"{name} finds hidden tokens (loss.masked); it takes text, without --stride")
+    if f.stride and data.kind != "text":
+        raise UserError(f"--stride={f.stride}; examples (data.kind={data.kind}) are never cut")
+    return held_out
+
+
+def on_text(f: cli.Flags) -> None:
+    from llm_jax.data.kinds import open_source
+
+    several = [_held_out(f, name) for name in f.checkpoint]
+    if len(several) > 1:
+        _refuse_other_text(several)
+    first = several[0]
+    source = open_source(first.data, first.everything)
+    compressed = {} if first.is_masked else source.compressed_bits_per_byte()
+    if len(several) == 1:
+        _print_text(f, first, _measure(f, first, source), compressed)
+        return
+    _compare_text(f, several, source, compressed)
+
+
+def _measure(f: cli.Flags, held_out: _HeldOut, source: Any, by_unit: bool = False) -> dict[str, Any]:
+    """The figures of one checkpoint, and with `by_unit` its `paired.Units`."""
+    import jax
+    import numpy as np
+
+    from llm_jax.data import corpus as corpus_lib
+    from llm_jax.data import masking
+    from llm_jax.data.rows import ROWS, Packed, Rows
+    from llm_jax.evaluation import classification, paired
+    from llm_jax.evaluation import held_out as held_out_lib
+    from llm_jax.training import losses
+
+    model, params, tokenizer = held_out.checkpoint.load(scan_layers=True, as_stored=f.as_stored)
     corpus = source.corpus(tokenizer)
     split = corpus.validation
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     if split.choices:
-        rows = Packed(corpus.test or split, length)
-        accuracy = classification.accuracy(model, params, rows, f.batch_size, device)
-        print(json.dumps(accuracy) if f.json else f"{data.source}: {classification.describe(accuracy)}")
-        return
+        rows = Packed(corpus.test or split, held_out.length)
+        indices, right = classification.right_answers(model, params, rows, f.batch_size, device)
+        count = len(rows.split.offsets) - 1
+        values, measured = np.zeros(count), np.zeros(count, bool)
+        values[indices], measured[indices] = right, True
+        units = paired.Units(values, np.ones(count), measured)
+        return {"units": units, **classification.summary(right)}
+    if not len(split.tokens):
+        raise UserError(f"{held_out.name} holds out nothing (data.validation_fraction=0); give --data=FILE")
+    kind = held_out.data.kind
+    windows: Any = Rows(split, held_out.length, f.stride) if f.stride else ROWS[kind](split, held_out.length)
+    if by_unit:
+        sizes = corpus_lib.open_split(split.directory)[1]
+        loss_of_tokens = jax.jit(lambda params, batch: losses.token_losses(model, params, batch))
+        return {
+            "units": paired.bits_by_document(loss_of_tokens, params, windows, sizes, f.batch_size, device),
+            "tokens": len(split.tokens),
+        }
+    if held_out.is_masked:
+        windows = masking.hider(held_out.config.loss, tokenizer)(windows, 0)
     loss = jax.jit(lambda params, batch: losses.language_model(model, params, batch, 0))
-    if f.stride and data.kind != "text":
-        raise UserError(f"--stride={f.stride}; examples (data.kind={data.kind}) are never cut")
-    windows = Rows(split, length, f.stride) if f.stride else ROWS[data.kind](split, length)
-    if config is not None and hides:
-        windows = masking.hider(config.loss, tokenizer)(windows, 0)
-    found = held_out.evaluate(loss, params, windows, f.batch_size, device)
-    compressed = {} if hides else source.compressed_bits_per_byte()
+    return {"bytes": split.num_bytes, **held_out_lib.evaluate(loss, params, windows, f.batch_size, device)}
+
+
+def _print_text(f: cli.Flags, held_out: _HeldOut, figures: dict[str, Any], compressed: dict[str, float]) -> None:
+    from llm_jax.evaluation import classification
+
+    figures.pop("units", None)
+    if "accuracy" in figures:
+        print(json.dumps(figures) if f.json else f"{held_out.data.source}: {classification.describe(figures)}")
+        return
+    num_bytes = figures.pop("bytes")
     if f.json:
-        print(json.dumps({**found, "compressed_bits_per_byte": compressed}))
+        print(json.dumps({**figures, "compressed_bits_per_byte": compressed}))
         return
     packed = ", ".join(f"{name} {value:.3f}" for name, value in compressed.items())
+    counted = f", {f.stride} counted in each" if f.stride else ""
     print(
-        f"{f.data or data.source}: {split.num_bytes:,} bytes, "
-        f"{found['tokens']:,.0f} tokens in windows of {length}{f', {f.stride} counted in each' if f.stride else ''}\n"
-        f"loss {found['loss']:.4f} nats a token, perplexity {found['perplexity']:.2f}\n"
-        f"{found['bits_per_byte']:.3f} bits per byte{packed and f' ({packed})'}"
+        f"{f.data or held_out.data.source}: {num_bytes:,} bytes, "
+        f"{figures['tokens']:,.0f} tokens in windows of {held_out.length}{counted}\n"
+        f"loss {figures['loss']:.4f} nats a token, perplexity {figures['perplexity']:.2f}\n"
+        f"{figures['bits_per_byte']:.3f} bits per byte{packed and f' ({packed})'}"
     )
 
 
-def on_task(f: cli.Flags) -> None:
-    from tqdm import tqdm
+def _refuse_other_text(several: list[_HeldOut]) -> None:
+    """Raises UserError unless the checkpoints are measured on the same documents."""
+    first = several[0]
+    for other in several[1:]:
+        for key in ("source", "kind", "field", "validation_fraction", "labelled"):
+            values = [getattr(held_out.data, key) for held_out in (first, other)]
+            ignored = key == "validation_fraction" if first.everything else key == "labelled" != first.data.kind
+            if values[0] != values[1] and not ignored:
+                cure = "give --kind and --field" if first.everything else "give --data=FILE"
+                raise UserError(
+                    f"--checkpoint={first.name} and --checkpoint={other.name} are not measured on the same text "
+                    f"(data.{key} is {values[0]!r} and {values[1]!r}); {cure}"
+                )
+    for held_out in several:
+        if held_out.is_masked:
+            raise UserError(
+                f"{held_out.name} predicts masked tokens (loss.masked={held_out.config.loss.masked}), which differ "
+                "between checkpoints; evaluate it alone"
+            )
 
-    from llm_jax import checkpoints
-    from llm_jax.evaluation import answers, builtin
+
+def _compare_text(f: cli.Flags, several: list[_HeldOut], source: Any, compressed: dict[str, float]) -> None:
+    from llm_jax.evaluation import paired
+
+    measured = [_measure(f, held_out, source, by_unit=True) for held_out in several]
+    units = [figures["units"] for figures in measured]
+    for held_out, other in zip(several, units, strict=True):
+        if len(other.sizes) != len(units[0].sizes) or (other.sizes != units[0].sizes).any():
+            raise UserError(
+                f"--checkpoint={several[0].name} and --checkpoint={held_out.name} cannot be paired: their tokenizers "
+                "divide the data into different examples"
+            )
+    accuracies = "accuracy" in measured[0]
+    figures = paired.compare(units, proportions=accuracies)
+    value = "accuracy" if accuracies else "bits_per_byte"
+    if f.json:
+        names = {"value": value, "units": "examples" if accuracies else "documents"}
+        rows = [{names.get(key, key): v for key, v in row.items()} for row in figures]
+        print(json.dumps([{"checkpoint": h.name, **row} for h, row in zip(several, rows, strict=True)]))
+        return
+    columns = [(value.replace("_", " "), [f"{row['value']:.4f}" for row in figures])]
+    if not accuracies:
+        columns.insert(0, ("window", [f"{held_out.length:,}" for held_out in several]))
+        columns.insert(0, ("tokens", [f"{figures['tokens']:,}" for figures in measured]))
+    packed = "".join(f"; {name} {bits:.3f}" for name, bits in compressed.items())
+    noun = "examples" if accuracies or several[0].data.kind != "text" else "documents"
+    left_out = len(units[0].sizes) - figures[0]["units"]
+    missing = f" ({left_out:,} more do not fit into the windows)" if left_out else ""
+    print(f"{f.data or several[0].data.source}: {figures[0]['units']:,} {noun} measured by all{missing}{packed}")
+    print(paired.table([held_out.name for held_out in several], columns, figures))
+
+
+def on_task(f: cli.Flags) -> None:
+    import numpy as np
+
+    from llm_jax.evaluation import answers, builtin, paired
     from llm_jax.evaluation.prompts import PromptConfig
     from llm_jax.evaluation.templates import STYLES
 
@@ -166,52 +287,79 @@ def on_task(f: cli.Flags) -> None:
     for config in configs:
         config.check(task)
     count = min(f.limit or len(task.examples), len(task.examples))
-    checkpoint = checkpoints.open(f.checkpoint, f.base)
+    results: list[dict[str, Any]] = []  # of each prompt, of each checkpoint in turn
+    by_checkpoint = [_ask(f, name, task, configs, count) for name in f.checkpoint]
+    for config, *several in zip(configs, *by_checkpoint, strict=True):
+        rights = [np.array([bool(record["right"]) for record in records]) for records in several]
+        units = [paired.Units(right.astype(float), np.ones(count), np.ones(count, bool)) for right in rights]
+        rows = paired.compare(units, proportions=True)
+        for name, records, row in zip(f.checkpoint, several, rows, strict=True):
+            result = {"checkpoint": name, "task": task.name, **dataclasses.asdict(config), **answers.summary(records)}
+            if "difference" in row:
+                result |= {f"difference_{key}": row[key] for key in ("low", "high")} | {"difference": row["difference"]}
+            results.append(result)
+    if f.json:
+        print(json.dumps(results))
+        return
+    width = max(map(len, ("checkpoint", *f.checkpoint))) if len(f.checkpoint) > 1 else 0
+    head = f"{'style':<14} {'template':>8} {'examples':>8} {'accuracy':>8}  {'95 % interval':<14} {'tokens':>6}"
+    print(f"{'checkpoint':<{width}}  {head}  difference to the first, 95 % interval" if width else head)
+    for row in results:
+        tokens = row["reasoning_tokens"] + row["tokens"]
+        line = (
+            f"{row['style']:<14} {row['template']:>8} {row['examples']:>8} {row['accuracy']:>8.3f}  "
+            f"{row['low']:.3f} to {row['high']:.3f} {tokens:>6.1f}"
+        )
+        if "difference" in row:
+            interval = f"{row['difference_low']:+.3f} to {row['difference_high']:+.3f}"
+            line += f"  {row['difference']:+.3f} ({interval})"
+        print(f"{row['checkpoint']:<{width}}  {line}" if width else line)
+
+
+def _ask(f: cli.Flags, name: str, task: Any, configs: list[Any], count: int) -> list[list[dict[str, Any]]]:
+    """The records of the first `count` examples, for each of the prompts in `configs`, in the order of the examples."""
+    from llm_jax import bars, checkpoints
+    from llm_jax.evaluation import answers
+
+    checkpoint = checkpoints.open(name, f.base)
     loaded = checkpoint.load(dtype=f.dtype, as_stored=f.as_stored)
     weights = hashlib.sha256(checkpoint.identity.encode()).hexdigest()[:16]
-    settings = {"checkpoint": f.checkpoint, "weights": weights, "task": task.digest()}
+    settings = {"checkpoint": name, "weights": weights, "task": task.digest()}
     settings |= {"dtype": f.dtype, "as_stored": f.as_stored}
-    found: list[dict[str, Any]] = []
-    with tqdm(total=count * len(configs), desc=task.name, leave=False, delay=2, disable=None) as bar:
+    directory = pathlib.Path(f.output) if f.output else None
+    if directory and len(f.checkpoint) > 1:  # a directory for each checkpoint
+        directory /= f"{f.checkpoint.index(name)}-{pathlib.Path(name).name}"
+    records: list[list[dict[str, Any]]] = []
+    with bars.bar(total=count * len(configs), desc=task.name, leave=False, delay=2) as bar:
         for config in configs:
-            name = f"{task.name}-{config.style}-{config.template}.jsonl"
-            log = answers.AnswerLog(
-                pathlib.Path(f.output) / name if f.output else None, settings | dataclasses.asdict(config)
-            )
+            path = directory / f"{task.name}-{config.style}-{config.template}.jsonl" if directory else None
+            log = answers.AnswerLog(path, settings | dataclasses.asdict(config))
             done = {record["index"] for record in log.records}
             bar.update(len(done))
-            for record in answers.records(
-                loaded, task, config, [i for i in range(count) if i not in done], f.batch_size
-            ):
+            missing = [i for i in range(count) if i not in done]
+            for record in answers.records(loaded, task, config, missing, f.batch_size):
                 log.add(record)
                 bar.update()
-            asked = [record for record in log.records if record["index"] < count]
-            found.append({"task": task.name, **dataclasses.asdict(config), **answers.summary(asked)})
-    if f.json:
-        print(json.dumps(found))
-        return
-    print(f"{'style':<14} {'template':>8} {'examples':>8} {'accuracy':>8}  {'95 % interval':<14} {'tokens':>6}")
-    for one in found:
-        tokens = one["reasoning_tokens"] + one["tokens"]
-        print(
-            f"{one['style']:<14} {one['template']:>8} {one['examples']:>8} {one['accuracy']:>8.3f}  "
-            f"{one['low']:.3f} to {one['high']:.3f} {tokens:>6.1f}"
-        )
+            inside = (record for record in log.records if record["index"] < count)
+            records.append(sorted(inside, key=lambda record: record["index"]))
+    return records
 
 
 def on_harness(f: cli.Flags) -> None:
     from llm_jax import checkpoints
     from llm_jax.evaluation import harness
 
+    if len(f.checkpoint) > 1:
+        raise UserError("--harness evaluates one --checkpoint: the results of lm-eval cannot be paired")
     path = pathlib.Path(f.harness_path) if f.harness_path else None
     if path and not path.is_dir():
         raise UserError(f"--harness_path={path}: no such directory")
-    model, params, tokenizer = checkpoints.load(f.checkpoint, dtype=f.dtype, as_stored=f.as_stored, base=f.base)
-    found = harness.run(model, params, tokenizer, f.harness.split(","), path, f.batch_size, f.limit)
+    model, params, tokenizer = checkpoints.load(f.checkpoint[0], dtype=f.dtype, as_stored=f.as_stored, base=f.base)
+    results = harness.run(model, params, tokenizer, f.harness.split(","), path, f.batch_size, f.limit)
     if f.json:
-        print(json.dumps(found, default=str))
+        print(json.dumps(results, default=str))
         return
-    for name, metrics in found.items():
+    for name, metrics in results.items():
         for metric, value in metrics.items():
             if isinstance(value, float):
                 print(f"{name:<24} {metric:<24} {value:.4f}")

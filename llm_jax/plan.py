@@ -15,12 +15,17 @@ FLAGS.boolean("memory", False, "print the memory of the compiled step")
 
 
 def main(f: cli.Flags) -> None:
+    from llm_jax import configuration
     from llm_jax.training import memory, start
 
     config = f.config
     if not f.memory:
         raise UserError("give --memory: the memory of a training step")
     config = start.find(config).config
+    if not config.model.vocab_size:  # that of the tokenizer, which is not trained here
+        size = config.tokenizer.vocab_size if config.tokenizer.kind != "byte" else 259
+        config = configuration.replace(config, {"model.vocab_size": size or 512})
+        print(f"model.vocab_size={config.model.vocab_size}: the number of ids of the tokenizer, which may be smaller")
     rows = [("as given", config.model.remat, config)]
     for kind in memory.KINDS:
         for remat in ("none",) if kind == "forward" else ("none", "full"):

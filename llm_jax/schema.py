@@ -44,7 +44,7 @@ class DataConfig:
     source: str
     kind: str  # "text", "instructions" (loss on the answers), "preferences" (pairs), "labelled" (texts with a label)
     field: str  # name of the text field of a record (JSON lines, Parquet, hf:NAME) with kind="text"
-    validation_fraction: Share  # share of the bytes held out for validation, in groups of documents
+    validation_fraction: Share  # share of the bytes held out for validation, in groups of documents; 0: none
     cache_dir: str  # directory of tokenized corpora and trained tokenizers; "": ~/.cache/llm_jax
     workers: CountOrZero  # number of processes that read and tokenize; 0: chosen from the size of the text
     labelled: LabelledConfig  # options of the kind "labelled"; see data/labelled.py
@@ -52,14 +52,14 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-    kind: str  # "word", "char", "byte", "bpe", "char_bpe", "byte_bpe", "wordpiece", "unigram"
+    kind: str  # "word", "char", "byte", "bpe", "char_bpe", "byte_bpe", "wordpiece", "unigram" or FILE:NAME
     vocab_size: CountOrZero  # number of ids, special ids included; an upper bound for "char"; ignored by "byte"
     path: str  # path to an existing tokenizer; overrides kind and vocab_size; "": train one
 
 
 @dataclasses.dataclass(frozen=True)
 class PositionConfig:
-    kind: str  # "none", "sinusoidal", "learned", "shaw", "t5", "alibi", "rope"
+    kind: str  # "none", "sinusoidal", "learned", "shaw", "t5", "alibi", "rope" or FILE:NAME (see CONTRIBUTING.md)
     base: Positive  # rope, sinusoidal: base (theta) of the wavelengths, which run from 2 pi to 2 pi * base
     combine: str  # sinusoidal, learned: "add" vectors to the token embeddings, or "concatenate" them
     width: CountOrZero  # sinusoidal, learned: dimension of the vectors with combine="concatenate"
@@ -147,7 +147,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    kind: str  # "adamw", "lion", "adafactor", "muon" (hidden matrices; adamw for all others) or "sgd"
+    kind: str  # "adamw", "lion", "adafactor", "muon" (hidden matrices; adamw for all others), "sgd" or FILE:NAME
     lr: PositiveOrZero  # peak learning rate
     lr_rules: Rules  # (regular expression, factor on the learning rate) over parameter names; the first match applies
     warmup_steps: Annotated[int, (-1, 2**62)]  # steps of linear warm-up; -1: a fourteenth of train.steps
@@ -166,7 +166,7 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    kind: str  # "cross_entropy", "unlikelihood", "entmax", "distillation" or "dpo"; see training/losses.py
+    kind: str  # "cross_entropy", "unlikelihood", "entmax", "distillation", "dpo" or FILE:NAME; see training/losses.py
     masked: Annotated[
         str, ("none", "tokens", "words")
     ]  # masked language modeling of "tokens" or whole "words"; "none": next-token prediction
@@ -226,6 +226,7 @@ class LoraConfig:
 class EvalConfig:
     every: CountOrZero  # steps between evaluations; 0: at the end only
     rows: CountOrZero  # held-out sequences per evaluation during training; 0: all
+    final_rows: CountOrZero  # held-out sequences of the last evaluation; 0: all
     prompts: tuple[str, ...]  # prompts that are continued before and after training
     tasks: tuple[
         str, ...

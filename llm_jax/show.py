@@ -50,6 +50,8 @@ def show_rows(f: cli.Flags) -> None:
     data: Any = rows.training(config, corpus)
     if f.held_out:
         data, _ = rows.held_out(config.data, corpus, config.train.seq_len)
+        if data is None:
+            raise UserError("--held_out: nothing is held out (data.validation_fraction=0)")
         count = min(count, len(data) - f.first)
     data = masking.hider(config.loss, tokenizer)(data, 0 if f.held_out else config.train.seed)
     coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ

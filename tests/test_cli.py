@@ -57,6 +57,22 @@ def test_a_flag_given_in_vain_is_an_error_that_says_what_it_needs(command, flags
 @pytest.mark.parametrize(
     "flags",
     [
+        (*GENERATE, CHECKPOINT),
+        (*QUANTIZE, CHECKPOINT),
+        (*CONVERT, "--to=hf", "--input=elsewhere"),
+        ("evaluate", CHECKPOINT, "--batch_size=2", "--batch_size=2"),
+        ("train", "--workdir=a", "--workdir=b"),
+        ("show", "rows", "--first=1", "--first=2"),
+    ],
+)
+def test_a_flag_of_one_value_is_not_repeated(command, flags):
+    name = flags[-1].partition("=")[0]
+    assert command(*flags, code=2).stderr == f"error: {name} is given 2 times; it takes one value\n"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
         ("evaluate", CHECKPOINT),
         ("evaluate", CHECKPOINT, "--data=x", "--kind=text", "--stride=4"),
         (*GENERATE, "--draft=prompt", "--draft_tokens=4"),

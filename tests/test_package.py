@@ -96,3 +96,13 @@ def test_the_command_trains_a_recipe_outside_the_repository(python, tmp_path):
 def test_a_notebook_trains_and_generates(python, tmp_path, text_file):
     (tmp_path / "words.txt").write_bytes(text_file.read_bytes())
     execute([python, "-c", NOTEBOOK + CHECKS], tmp_path)
+
+
+def test_a_script_above_a_clone_imports_the_package_and_not_the_folder(tmp_path):
+    """The clone is a folder llm_jax with the package llm_jax in it; launch.sh adds the clone to the path of .venv."""
+    (tmp_path / "llm_jax").symlink_to(ROOT)
+    (tmp_path / "script.py").write_text(
+        "import sys; sys.path.append(sys.argv[1])\nimport llm_jax; print(llm_jax.__file__)"
+    )
+    imported = execute([sys.executable, "script.py", tmp_path / "llm_jax"], tmp_path)
+    assert imported.strip() == str(tmp_path / "llm_jax" / "llm_jax" / "__init__.py")

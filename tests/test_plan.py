@@ -1,5 +1,9 @@
 """Planning from the command line."""
 
+from llm_jax.training import memory
+
+FIGURES = memory.Memory(2**20, 2**20, 2**20, 2**20)
+
 TINY = (
     "--config.model.vocab_size=64",
     "--config.model.width=64",
@@ -20,3 +24,13 @@ def test_the_step_as_given_stands_above_its_relatives(command):
 def test_a_configuration_that_cannot_be_is_refused_before_the_table(command):
     done = command("plan", "--memory", *TINY, "--config.lora.rank=99", code=2)
     assert "lora.rank is 99" in done.stderr and not done.stdout
+
+
+def test_the_default_vocabulary_is_that_of_the_tokenizer(command, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(memory, "compiled", lambda config, kind: sizes.append(config.model.vocab_size) or FIGURES)
+    said = command("plan", "--memory", "--config.tokenizer.vocab_size=64", *TINY[1:]).stdout.splitlines()
+    assert said[0] == "model.vocab_size=64: the number of ids of the tokenizer, which may be smaller"
+    explicit = command("plan", "--memory", *TINY).stdout.splitlines()
+    assert said[1:] == explicit and set(sizes) == {64}
+    assert command("plan", "--memory").stdout.startswith("model.vocab_size=")

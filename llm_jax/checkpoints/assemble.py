@@ -9,9 +9,8 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
-from llm_jax import trees
+from llm_jax import bars, trees
 from llm_jax.checkpoints.checkpoint import Shardings
 from llm_jax.checkpoints.names import Names, TensorSpec
 from llm_jax.errors import UserError
@@ -102,7 +101,7 @@ def load(
             + more
         )
     params = {}
-    for path, leaf in tqdm(flat.items(), "reading weights", leave=False, delay=2, disable=None):
+    for path, leaf in bars.bar(flat.items(), "reading weights", leave=False, delay=2):
         layers = [specs[name] for name in trees.expand(path)]
         quantized = node(layers[0]) if node else None
         if quantized is not None:

@@ -77,7 +77,8 @@ def parse(command: Command, values: flags.FlagValues, arguments: Sequence[str]) 
     """Parses `arguments` into `values`; `values.config` becomes the checked configuration.
 
     Raises:
-      UserError: an unknown or invalid flag, override or configuration, a positional argument, or a flag without effect.
+      UserError: an unknown or invalid flag, override or configuration, a positional argument, a flag that is repeated
+        though it takes one value, or a flag without effect.
     """
     arguments = list(arguments)
     source: Any = None
@@ -98,6 +99,10 @@ def parse(command: Command, values: flags.FlagValues, arguments: Sequence[str]) 
         raise UserError(_message(error)) from error
     except (ValueError, TypeError, LookupError) as error:  # ml_collections, for a value that does not fit the option
         raise UserError(f"--config: {_message(error)}") from error
+    for name in values:
+        flag: Any = values[name]  # `present` counts how often it was given
+        if flag.present > 1 and not isinstance(flag, flags.MultiFlag) and not name.startswith("config"):
+            raise UserError(f"--{name} is given {flag.present} times; it takes one value")
     if positional and command.positional:
         values[command.positional].value = [*(values[command.positional].value or []), *positional]
     elif positional:

@@ -5,15 +5,15 @@ import dataclasses
 import json
 import lzma
 import pathlib
+import re
 import shutil
 import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from llm_jax import files, tokenizers
+from llm_jax import bars, files, tokenizers
 from llm_jax.data import catalog, split
 from llm_jax.data.build import build
 from llm_jax.data.encode import ENCODERS
@@ -171,16 +171,25 @@ class Source:
         return ends[documents]
 
     def compressed_bits_per_byte(self) -> dict[str, float]:
-        """Bits per byte of the held-out text, compressed as one stream of bytes; {} unless the kind is "text"."""
+        """Bits per byte of the held-out text, compressed as one stream of bytes, without headers and check sums.
+
+        Empty unless the kind is "text" and text is held out. Headers would dominate the figures of short texts.
+        """
         if self.config.kind != "text":
             return {}  # not comparable with the bits per byte of answers alone
-        packers: dict[str, Any] = {"gzip -9": zlib.compressobj(9, wbits=31), "xz -9": lzma.LZMACompressor(preset=9)}
+        filters = [{"id": lzma.FILTER_LZMA2, "preset": 9}]
+        packers: dict[str, Any] = {
+            "gzip -9": zlib.compressobj(9, wbits=-15),  # raw deflate
+            "xz -9": lzma.LZMACompressor(lzma.FORMAT_RAW, filters=filters),
+        }
         sizes = dict.fromkeys(packers, 0)
         total = 0
         for text in self.texts(True, _COMPRESSED):
             total += len(text.encode())
             for name, packer in packers.items():
                 sizes[name] += len(packer.compress(text.encode()))
+        if not total:
+            return {}
         return {name: 8 * (sizes[name] + len(packer.flush())) / total for name, packer in packers.items()}
 
 
@@ -201,11 +210,14 @@ def trained_tokenizer(
       UserError: an unknown kind, or one that cannot be trained on these texts; a cache that cannot be written.
     """
     kind = tokenizers.get(config.kind)
-    name = f"{config.kind}-{'at-most-' if at_most else ''}{config.vocab_size}-{key}-{_TOKENIZERS}"
+    kind_name = re.sub(
+        r"[^\w.-]+", "_", kind.kind
+    )  # FILE:NAME of a user's own class has others
+    name = f"{kind_name}-{'at-most-' if at_most else ''}{config.vocab_size}-{key}-{_TOKENIZERS}"
     directory = cache / "tokenizers" / name
     if not directory.exists():
         try:
-            tokenizer = kind.train(tqdm(texts, "training the tokenizer", leave=False, disable=None), config.vocab_size)
+            tokenizer = kind.train(bars.bar(texts, "training the tokenizer", leave=False), config.vocab_size)
         except tokenizers.VocabularyTooLarge as error:
             if not at_most:
                 raise

@@ -315,7 +315,7 @@ class LabelledSource:
         test = _size(options.test_size, len(examples))
         size = options.validation_size or self.config.validation_fraction
         validation = _size(size, len(examples) - test)
-        if test + validation >= len(examples) or not validation:
+        if test + validation >= len(examples):
             raise UserError(
                 f"data.source={self.config.source} has {len(examples):,} examples; {test:,} in the test split and "
                 f"{validation:,} in the validation split leave none; lower data.labelled.test_size or validation_size"

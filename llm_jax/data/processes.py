@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from tqdm import tqdm
-
+from llm_jax import bars
 from llm_jax.errors import UserError
 
 
@@ -39,7 +38,7 @@ def each(
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = min(workers or max(1, min(cores, sum(costs) // min_bytes)), len(jobs))
-    bar = tqdm(total=sum(costs), desc=title, unit="B", unit_scale=True, leave=False, disable=None, delay=0.5)
+    bar = bars.bar(total=sum(costs), desc=title, unit="B", unit_scale=True, leave=False, delay=0.5)
     with bar:
         if count <= 1:
             for i, job in enumerate(jobs):

@@ -75,6 +75,8 @@ def _read_text(path: str, field: str, starts: np.ndarray, sizes: np.ndarray) -> 
 def _scan_pieces(path: str, field: str) -> Scan:
     """Cuts at line breaks, into documents of about 64 KiB, or into about fifty if the file is smaller.
 
+    Documents have 1 KiB at least, or 64 bytes in a file of 1 KiB or less, so that a part of it can be held out.
+
     The documents of an uncompressed file are in the order of their starts as text ("0", "1024", "131072", "2048") );
     those of a compressed one, which is read from its beginning only, in their own.
     """
@@ -85,7 +87,7 @@ def _scan_pieces(path: str, field: str) -> Scan:
         else:
             while block := stream.read(2**20):
                 size += len(block)
-    target = min(_PIECE, max(1024, size // 50))
+    target = min(_PIECE, max(1024 if size > 1024 else 64, size // 50))
     digest, starts, sizes = hashlib.sha256(), array.array("q"), array.array("q")
     with opened(path) as stream:
         start, rest = 0, b""

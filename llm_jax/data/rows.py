@@ -73,10 +73,22 @@ class Rows:
             )
         return full
 
+    def _start(self, index: int) -> int:
+        """The token with which row `index` begins; the first target that counts follows the token index * step."""
+        return max(0, (index + 1) * self.step - self.seq_len)
+
+    def documents(self, index: int) -> np.ndarray:
+        """int64 (documents,): the documents of row `index`, in the order of their segments 1, 2, ..."""
+        start = self._start(index)
+        stop = min(start + self.seq_len, (index + 1) * self.step, len(self.split.tokens) - 1)
+        bounds = np.array([start, stop]) + self.split.offsets[0]
+        first, last = np.searchsorted(self.split.offsets, bounds, side="right") - 1
+        return np.arange(first, last + 1)
+
     def __getitem__(self, index: int) -> Row:
         """Row `index`; past the end, a row of padding."""
-        length, first = self.seq_len, index * self.step  # the first target that counts has the token `first` before it
-        start = max(0, first + self.step - length)
+        length, first = self.seq_len, index * self.step
+        start = self._start(index)
         tokens = self.split.tokens[start : min(start + length, first + self.step) + 1].astype(np.int32)
         places, origin = start + np.arange(len(tokens)), self.split.offsets[0]
         documents = np.searchsorted(self.split.offsets, origin + places, side="right") - 1
@@ -169,10 +181,14 @@ class Packed(_Examples):
     def full(self) -> int:
         return len(self)
 
+    def documents(self, index: int) -> np.ndarray:
+        """int64 (examples,): the examples of row `index`, in the order of their segments 1, 2, ..."""
+        begin, end = self._packing.starts[index : index + 2] if index < len(self) else (0, 0)
+        return self._packing.examples[begin:end]
+
     def __getitem__(self, index: int) -> Row:
         """Row `index`; past the end, a row of padding."""
-        begin, end = self._packing.starts[index : index + 2] if index < len(self) else (0, 0)
-        return self._row(self._packing.examples[begin:end])
+        return self._row(self.documents(index))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,10 +231,13 @@ class Pairs(_Examples):
     def full(self) -> int:
         return len(self)
 
+    def documents(self, index: int) -> np.ndarray:
+        """int64 (1,) or (0,): the example of row `index`, which is its segment 1."""
+        return 2 * self._fitting[index // 2 : index // 2 + 1] + index % 2
+
     def __getitem__(self, index: int) -> Row:
         """Row `index`; past the end, a row of padding."""
-        pair = self._fitting[index // 2 : index // 2 + 1]
-        return self._row(2 * pair + index % 2)
+        return self._row(self.documents(index))
 
 
 AnyRows = Rows | Packed | Pairs
@@ -306,9 +325,11 @@ def training(config: Config, corpus: Corpus) -> Shuffled | Mixed:
     return Mixed(tuple(parts), tuple(shares.values()))
 
 
-def held_out(config: DataConfig, corpus: Corpus, seq_len: int) -> tuple[AnyRows, dict[str, AnyRows]]:
-    """(the held-out rows, those of each source by name if there are several and the source has any)."""
-    parts = {}
+def held_out(config: DataConfig, corpus: Corpus, seq_len: int) -> tuple[AnyRows | None, dict[str, AnyRows]]:
+    """(the held-out rows or None, those of each source by name if there are several and the source has any)."""
+    parts: dict[str, AnyRows] = {}
+    if not len(corpus.validation.tokens):
+        return None, parts
     for name, part in corpus.parts.items():
         if len(part.validation.tokens) > 1:
             with contextlib.suppress(UserError):  # no example fits

@@ -56,14 +56,22 @@ def held_out(catalog: Catalog, fraction: float) -> HeldOut:
     Hashes are counted in bins: bins that fit completely are taken as ranges, and the groups of the next ones are taken
     one by one.
 
+    Args:
+      fraction: 0: nothing is held out.
+
     Raises:
-      UserError: the fraction is not inside (0, 1), or there is only one group.
+      UserError: the fraction is not in [0, 1), or there is only one group.
     """
-    if not 0 < fraction < 1:
-        raise UserError(f"config key 'data.validation_fraction' is {fraction}; expected a number between 0 and 1")
+    if not 0 <= fraction < 1:
+        raise UserError(f"config key 'data.validation_fraction' is {fraction}; expected 0 or a number below 1")
     rule = HeldOut((), _NONE, *_shared(catalog))
+    if not fraction:
+        return rule
     if sum(len(hashes) for hashes, _ in _groups(catalog, rule)) < 2:
-        raise UserError(f"the corpus is one document ({catalog.name(0)}); at least two are needed to hold one out")
+        raise UserError(
+            f"the corpus is one document ({catalog.name(0)}), of which none can be held out; add another, or set "
+            "data.validation_fraction=0 to train on all text without held-out figures"
+        )
     share = room = fraction * catalog.num_bytes()
     ranges, groups, first = [], [_NONE], 0
     while first < _BINS:

@@ -93,6 +93,9 @@ class DecodingOptions:
         0,
         1,
     )
+    filter: tuple[str, ...] = _option(
+        "sampling", (), "filter of your own, FILE:NAME or FILE:NAME(OPTION=VALUE), after all others; may be repeated"
+    )
     n: int = _option("output", 1, "number of continuations per prompt: draws, or the best beams with --beams", 1)
     seed: int = _option("sampling", 0, "random seed of the draws; continuation i uses seed + i", 0, 2**32 - 1)
     repetition_penalty: float = _option(
@@ -227,7 +230,7 @@ class DecodingOptions:
             if (unused := changed & set(names)) and not have_effect(self):
                 raise UserError(f"--{min(unused)} has no effect where {condition}")
         if self.beams > 1:
-            if unused := filters | changed & {"temperature", "top_k", "seed"}:
+            if unused := filters | changed & {"temperature", "top_k", "seed", "filter"}:
                 raise UserError(f"a beam search draws nothing; --beams leaves nothing for {_flags(unused)} to do")
             if self.n > self.beams:
                 raise UserError(f"--n={self.n} is more than --beams={self.beams}")
@@ -238,7 +241,7 @@ class DecodingOptions:
                 raise UserError(
                     f"--contrastive chooses among --top_k candidates; --top_k={self.top_k}, expected 2 or more"
                 )
-            if unused := filters | changed & {"temperature", "seed", "n"}:
+            if unused := filters | changed & {"temperature", "seed", "n", "filter"}:
                 raise UserError(f"contrastive search draws nothing; it leaves nothing for {_flags(unused)} to do")
         if self.alternatives and self.method != "sample":
             raise UserError(f"--alternatives is for drawing and greedy decoding, not for {self.method}")
@@ -259,8 +262,9 @@ class DecodingOptions:
             chain.append(penalties.PresenceFrequency(self.presence_penalty, self.frequency_penalty))
         if self.no_repeat_ngram:
             chain.append(penalties.NoRepeatNgram(self.no_repeat_ngram))
+        own = [samplers.own_filter(specification) for specification in self.filter]
         if self.temperature == 0:
-            return samplers.Sampler(tuple(chain), greedy=True)
+            return samplers.Sampler((*chain, *own), greedy=True)
         if self.temperature != 1:
             chain.append(samplers.Temperature(self.temperature))
         if self.top_k and not self.contrastive:
@@ -275,7 +279,7 @@ class DecodingOptions:
             chain.append(samplers.Epsilon(self.epsilon))
         if self.eta:
             chain.append(samplers.Eta(self.eta))
-        return samplers.Sampler(tuple(chain), greedy=False)
+        return samplers.Sampler((*chain, *own), greedy=False)
 
 
 def _representable(value: float) -> bool:

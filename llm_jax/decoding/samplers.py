@@ -11,6 +11,8 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
+from llm_jax import extensions
+
 # Letters of shapes: B batch, S slots, V vocabulary.
 
 _BLOCK = 256  # a draw chooses a block of tokens, then a token of the block
@@ -188,6 +190,21 @@ def _invert(weights: jax.Array, uniform: jax.Array) -> jax.Array:
     passed = (total > uniform[:, None] * total[:, -1:]) & (weights > 0)
     last = weights.shape[-1] - 1 - jnp.argmax(weights[:, ::-1] > 0, -1)  # rounding may let none pass
     return jnp.where(jnp.any(passed, -1), jnp.argmax(passed, -1), last)
+
+
+def own_filter(specification: str) -> Filter:
+    """The filter of the user's own that `FILE:NAME(OPTIONS)` specifies.
+
+    Raises:
+      UserError: see `extensions.load`; it is not a dataclass, or JAX does not know it as a pytree.
+    """
+    extension = extensions.load("--filter", specification)
+    if not (isinstance(extension.target, type) and dataclasses.is_dataclass(extension.target)):
+        raise extension.error("expected a dataclass, (logits, history) -> logits")
+    new_filter = extension.bind(extension.target)()
+    if jax.tree_util.all_leaves([new_filter]):
+        raise extension.error("JAX does not know this dataclass; decorate it with @jax.tree_util.register_dataclass")
+    return new_filter
 
 
 def _only(keep: jax.Array, logits: jax.Array) -> jax.Array:

@@ -6,5 +6,6 @@ prompts         how a task is put to a model: `PromptConfig`, and its prompts as
 answers         the answers of a model to a task, judged, with a resumable log
 classification  accuracy on labelled examples (`data.kind=labelled`)
 held_out        loss, perplexity and bits per byte on held-out text
+paired          several models on the same documents or examples, and intervals of their differences
 harness         the tasks of EleutherAI's lm-eval
 """

@@ -4,8 +4,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from tqdm import tqdm
+import numpy as np
 
+from llm_jax import bars
 from llm_jax.data.rows import Batch, Packed, batches
 from llm_jax.decoding import score
 from llm_jax.intervals import wilson
@@ -29,47 +30,65 @@ def accuracy(model: Transformer, params: Any, rows: Packed, batch_size: int, sha
     Returns:
       {"accuracy", "low", "high", "right", "count"}; low and high are the limits of the 95 % interval (`wilson`).
     """
+    _, right = right_answers(model, params, rows, batch_size, sharding)
+    return summary(right)
+
+
+def summary(right: np.ndarray) -> dict[str, float]:
+    """The figures of `accuracy` from bool (examples,)."""
+    count_right, count = int(np.sum(right)), len(right)
+    low, high = wilson(count_right, count)
+    return {"accuracy": count_right / count, "low": low, "high": high, "right": count_right, "count": count}
+
+
+def right_answers(
+    model: Transformer, params: Any, rows: Packed, batch_size: int, sharding: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """(indices of the examples that fit, int64 (n,), whether the answer to each is right, bool (n,)).
+
+    Args, and how answers are chosen: see `accuracy`.
+    """
     choices = rows.split.choices
     if len({choice[0] for choice in choices}) == len(choices):
-        right, count = _by_first_token(model, params, rows, batch_size, sharding)
-    else:
-        right, count = _by_likelihood(model, params, rows, batch_size)
-    low, high = wilson(right, count)
-    return {"accuracy": right / count, "low": low, "high": high, "right": right, "count": count}
+        return _by_first_token(model, params, rows, batch_size, sharding)
+    return rows.fitting, _by_likelihood(model, params, rows, batch_size)
 
 
-def _by_first_token(model: Transformer, params: Any, rows: Packed, batch_size: int, sharding: Any) -> tuple[int, int]:
+def _by_first_token(
+    model: Transformer, params: Any, rows: Packed, batch_size: int, sharding: Any
+) -> tuple[np.ndarray, np.ndarray]:
     first = tuple(choice[0] for choice in rows.split.choices)
-    count_right = jax.jit(lambda params, batch: correct(model, params, batch, first, rows.most))
+    answer = jax.jit(lambda params, batch: correct(model, params, batch, first, rows.most))
     steps = -(-len(rows) // batch_size)
-    right = count = 0
-    for batch in tqdm(batches(rows, 0, steps, batch_size, sharding), "answering", steps, leave=False, disable=None):
-        more_right, more = count_right(params, batch)
-        right, count = right + int(more_right), count + int(more)
-    return right, count
+    examples, right = [], []
+    stream = batches(rows, 0, steps, batch_size, sharding)
+    for step, batch in enumerate(bars.bar(stream, "answering", steps, leave=False)):
+        right_BN, present_BN = jax.device_get(answer(params, batch))
+        for row in range(batch_size):
+            examples.append(rows.documents(step * batch_size + row))
+            right.append(right_BN[row][present_BN[row]])
+    return np.concatenate(examples), np.concatenate(right)
 
 
-def _by_likelihood(model: Transformer, params: Any, rows: Packed, batch_size: int) -> tuple[int, int]:
+def _by_likelihood(model: Transformer, params: Any, rows: Packed, batch_size: int) -> np.ndarray:
     choices, pairs, answers = rows.split.choices, [], []
     for index in rows.fitting.tolist():
         tokens, mask = rows.example(index)
         begin = int(mask.argmax())
         pairs += [(tokens[:begin].tolist(), choice) for choice in choices]
         answers.append(choices.index(tuple(tokens[begin:].tolist())))
-    with tqdm(total=len(pairs), desc="answering", leave=False, disable=None) as bar:
+    with bars.bar(total=len(pairs), desc="answering", leave=False) as bar:
         scores = score.score(model, params, pairs, batch_size, bar.update)
-    likelihoods = [sum(scored.log_probabilities) for scored in scores]
-    right = 0
-    for example, answer in enumerate(answers):
-        own = likelihoods[example * len(choices) : (example + 1) * len(choices)]
-        right += own.index(max(own)) == answer
-    return right, len(answers)
+    likelihoods = np.array([sum(scored.log_probabilities) for scored in scores]).reshape(len(answers), len(choices))
+    return np.argmax(likelihoods, 1) == np.array(answers)
 
 
 def correct(
     model: Transformer, params: Any, batch: Batch, first: tuple[int, ...], most: int
 ) -> tuple[jax.Array, jax.Array]:
-    """(right answers, answers), int32 () each: the most likely of the ids `first` where an answer begins.
+    """(whether an answer is right, whether there is one), bool (B, most) each, in the order of the row's examples.
+
+    The answer is the most likely of the ids `first` where it begins.
 
     Args:
       batch: int32 (B, T) each; the targets that count are the answers.
@@ -86,7 +105,7 @@ def correct(
     allowed = jnp.asarray(first)
     answers_BN = allowed[jnp.argmax(logits_BNV[..., allowed], -1)]
     right_BN = answers_BN == jnp.take_along_axis(batch["targets"], places_BN, 1)
-    return jnp.sum(right_BN * present_BN), jnp.sum(present_BN)
+    return right_BN, present_BN > 0
 
 
 def describe(figures: dict[str, float]) -> str:

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from tqdm import tqdm
 
+from llm_jax import bars
 from llm_jax.data.rows import AnyRows, Batch, batches
 from llm_jax.errors import UserError
 
@@ -31,11 +31,16 @@ def evaluate(
     Raises:
       UserError: the rows have no target.
     """
+    if not len(rows):
+        raise UserError("nothing is held out (data.validation_fraction=0)")
     count_rows = min(limit, len(rows)) if limit else len(rows)
     steps = -(-count_rows // batch_size)
     sums: list[tuple[jax.Array, jax.Array]] = []
     stream = batches(rows, 0, steps, batch_size, sharding)
-    for batch in tqdm(stream, "evaluating", steps, leave=False, delay=2, disable=None):
+    for step, batch in enumerate(bars.bar(stream, "evaluating", steps, leave=False, delay=2)):
+        if count_rows < min((step + 1) * batch_size, len(rows)):  # the last batch has more rows than are counted
+            counted = jax.numpy.arange(batch_size) < count_rows - step * batch_size
+            batch = batch | {"mask": batch["mask"] * counted[:, None]}
         # One step at a time: on CPU, programs with collectives that run together starve each other of threads.
         jax.block_until_ready(sums[-1:])
         sums.append(loss(params, batch))

@@ -1,11 +1,11 @@
-"""Attention probabilities and hidden states of any model, on request.
+"""Attention probabilities and hidden states of any model.
 
     captured = capture(model, params, tokens)
     captured.attentions[17][0, 3]      # layer 17, row 0, head 3: (queries, keys)
 
-`capture` works with every position scheme and attention kernel, with scanned and unrolled layers, with adapters
-and quantized weights, with a cache, and under `jax.jit`. The probabilities are computed beside the attention
-kernel, from the same queries and keys, so that the outputs of the model are those of a plain call.
+`capture` supports every position scheme and attention kernel, scanned and unrolled layers, adapters and quantized
+weights, a cache, and `jax.jit`. Fused attention kernels do not return probabilities, so that `capture` computes them a
+second time from the same queries and keys; the logits equal those of `model.apply` without capture.
 """
 
 import dataclasses
@@ -25,15 +25,17 @@ from llm_jax.model.transformer import Transformer
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Captured:
-    """What a forward pass computes, in the order of transformers' `output_attentions` and `output_hidden_states`.
+    """The results of a forward pass with its intermediate values.
+
+    The order of layers is that of `output_attentions` and `output_hidden_states` in the library transformers.
 
     Attributes:
       logits: (B, T, V) in the output dtype.
-      attentions: the attention probabilities of each layer, num_layers arrays (B, N, T, S), float32 or the compute
-        dtype where it is wider. S is T, or with a cache its number of slots; empty slots have 0.
+      attentions: the attention probabilities of each layer, num_layers arrays (B, N, T, S), float32, or the compute
+        dtype if it is wider. S is T without a cache and the number of slots with one; empty slots have probability 0.
       hidden_states: num_layers + 1 arrays (B, T, D) in the compute dtype: the embeddings, then the output of each
         layer, the last one after the final norm.
-      cache: the updated cache, or None where none was passed.
+      cache: the updated cache, or None without a cache.
     """
 
     logits: jax.Array
@@ -53,6 +55,7 @@ def capture(
     """Runs the model and returns the logits with the attention probabilities and hidden states of every layer.
 
     Args:
+      model: the model, in any layout of its layers.
       params: parameters in the layout of the model, with weights of any kind.
       tokens_BT: int32 (B, T).
       where: positions and segments, int32 (B, T) each; by default one segment per row from position 0.

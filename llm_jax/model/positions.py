@@ -1,4 +1,4 @@
-"""Position encodings. `model.position.kind` selects one.
+"""Position encodings. `model.position.kind` selects one, or a subclass of `Position` of the user's own (`extensions`).
 
 A scheme is a frozen dataclass with hooks, each of which is the identity by default. Positions are int32 (B, T) and
 start at 0 in every document. Phases are computed in float32, whatever the compute dtype is.
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax import weights
+from llm_jax import extensions, weights
 from llm_jax.errors import UserError
 from llm_jax.model import distances, rope
 from llm_jax.schema import ModelConfig, choice
@@ -307,7 +307,9 @@ def make(config: ModelConfig, kind: str = "global") -> Position:
     if kind == "local" and config.position.local_base:
         position = dataclasses.replace(config.position, base=config.position.local_base, scaling="none")
         config = dataclasses.replace(config, position=position)
-    cls = choice("model.position.kind", config.position.kind, SCHEMES)
+    cls = extensions.select("model.position.kind", config.position.kind, SCHEMES)
+    if isinstance(cls, extensions.Extension):
+        cls = cls.bind(cls.subclass_of(Position))
     if cls is Rope and config.position.scaling in rope.LENGTH_DEPENDENT:
         cls = LengthDependentRope
     scheme = cls(config)

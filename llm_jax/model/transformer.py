@@ -14,6 +14,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llm_jax import trees, weights
 from llm_jax.errors import UserError
@@ -221,7 +222,11 @@ class Transformer(Module):
 
         Returns:
           (features (B, T, D) in the compute dtype, the updated cache or None).
+
+        Raises:
+          UserError: arrays of another rank, shape or dtype, or ids out of range; see `check_tokens`.
         """
+        check_tokens(self.config, tokens_BT, where, types_BT)
         where = consecutive(tokens_BT) if where is None else where
         layers: Any
         if cache is None:
@@ -278,6 +283,31 @@ class Transformer(Module):
         return c.logit_softcap * jnp.tanh(logits / c.logit_softcap) if c.logit_softcap else logits
 
 
+def check_tokens(config: ModelConfig, tokens: Any, where: Tokens | None = None, types: Any = None) -> None:
+    """Raises UserError unless the inputs of a model are integers of shape (B, T) and ids of its vocabulary.
+
+    The ids are checked outside of `jax.jit` only, where their values are known.
+    """
+    named = {"tokens": tokens, "types": types}
+    named |= {} if where is None else {"where.positions": where.positions, "where.segments": where.segments}
+    shape = jnp.shape(tokens)
+    for name, array in named.items():
+        if array is None:
+            continue
+        dtype = jnp.result_type(array)
+        if not jnp.issubdtype(dtype, jnp.integer) or len(shape) != 2 or jnp.shape(array) != shape:
+            expected = "(batch, length)" if name == "tokens" else f"{shape}, that of the tokens"
+            raise UserError(f"{name}: {dtype} of shape {jnp.shape(array)}; expected integers of shape {expected}")
+    is_known = not isinstance(tokens, jax.core.Tracer) and getattr(tokens, "is_fully_addressable", True)
+    if is_known and (values := np.asarray(tokens)).size:
+        wrong = values[(values < 0) | (values >= config.vocab_size)]
+        if wrong.size:
+            raise UserError(
+                f"tokens: the id {wrong[0]} is not in the vocabulary of the model; expected 0 to "
+                f"{config.vocab_size - 1} (model.vocab_size={config.vocab_size})"
+            )
+
+
 def consecutive(tokens_BT: jax.Array) -> Tokens:
     """Positions and segments of rows that are one segment each, from position 0: both int32 (B, T)."""
     indices = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
@@ -309,12 +339,6 @@ def init_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
     zeros = jnp.zeros((batch, slots), jnp.int32)
     ids = zeros if positions.make(config).depends_on_length else None
     return KVCache(Tokens(zeros, zeros, ids), jnp.int32(0), layers)
-
-
-def cache_bytes(config: ModelConfig, batch: int, slots: int) -> int:
-    """Bytes of the keys, values and scales of `init_cache`, without positions and segments (8 bytes per slot)."""
-    layers = jax.eval_shape(lambda: init_cache(config, batch, slots)).layers
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(layers))
 
 
 def check_length(config: ModelConfig, length: int) -> None:

@@ -1,8 +1,13 @@
 """Quantization methods for one weight: absmax, percentile, mse, smoothquant, awq, gptq.
 
-A method takes a weight w, float32 (I, O), the name of its scheme, the axis of its groups, calibration statistics
-of its inputs (`InputStatistics`, or None) and whether gptq orders inputs by activation, and returns a QTensor.
-Methods are pure functions that can be jitted.
+A method is a function (w, scheme, axis, inputs, act_order) -> QTensor that can be jitted:
+
+  w: the weight, float32 (I, O).
+  scheme: the name of the quantization scheme (`number_formats.scheme`).
+  axis: the axis along which groups share a scale.
+  inputs: calibration statistics of the inputs of the weight (`InputStatistics`), or None for methods without
+    calibration.
+  act_order: whether gptq processes inputs in the order of decreasing activation; the other methods ignore it.
 """
 
 import dataclasses
@@ -18,10 +23,10 @@ from llm_jax.weights import IN, QTensor, quantized
 
 # Letters of shapes: I in, O out, G groups.
 
-_SHRINKS = np.linspace(1.0, 0.5, 26, dtype=np.float32)  # of the scales, tried by "mse"
-_ALPHAS = np.linspace(0.0, 0.95, 20, dtype=np.float32)  # of the smoothing, tried by "awq"
+_SHRINKS = np.linspace(1.0, 0.5, 26, dtype=np.float32)  # factors on the absmax scales in the grid search of `clip`
+_ALPHAS = np.linspace(0.0, 0.95, 20, dtype=np.float32)  # smoothing exponents in the grid search of `awq`
 _PERCENTILE = 0.999
-_DAMPING = 0.01  # of gptq, times the mean of the diagonal
+_DAMPING = 0.01  # of the Hessian in `gptq`, relative to the mean of its diagonal
 
 
 @jax.tree_util.register_dataclass
@@ -72,12 +77,12 @@ def objective(w: jax.Array, q: QTensor, inputs: InputStatistics) -> jax.Array:
 
 
 def absmax(w: jax.Array, scheme: str, axis: int, inputs: InputStatistics | None, act_order: bool) -> QTensor:
-    """Absmax scales: the largest number of every group has the largest code."""
+    """Absmax scales: the largest magnitude of every group is represented by the largest code."""
     return quantized.to_qtensor(w, scheme, axis, input_scale=_input_scale(scheme, inputs))
 
 
 def percentile(w: jax.Array, scheme: str, axis: int, inputs: InputStatistics | None, act_order: bool) -> QTensor:
-    """Scales for the 99.9th percentile of magnitudes of weights and activations; larger numbers are clipped."""
+    """Scales from the 99.9th percentile of the magnitudes of weights and activations; larger values are clipped."""
     s = number_formats.scheme(scheme)
     f = number_formats.FORMATS[s.format]
 
@@ -97,7 +102,7 @@ def percentile(w: jax.Array, scheme: str, axis: int, inputs: InputStatistics | N
 
 
 def mse(w: jax.Array, scheme: str, axis: int, inputs: InputStatistics | None, act_order: bool) -> QTensor:
-    """Scales that minimize the squared error of every group, by a search over clipping; see `clip`."""
+    """Scales that minimize the squared error of every group, by a grid search over clipping factors; see `clip`."""
     scale, offset = clip(w, number_formats.scheme(scheme), axis)
     return quantized.to_qtensor(w, scheme, axis, scale=scale, offset=offset, input_scale=_input_scale(scheme, inputs))
 
@@ -105,12 +110,14 @@ def mse(w: jax.Array, scheme: str, axis: int, inputs: InputStatistics | None, ac
 def clip(
     w: jax.Array, s: Scheme, axis: int, importance: jax.Array | float = 1.0, signed: bool = True
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The scales with the least weighted squared error per group among absmax scales times 1 to 0.5.
+    """The scales that minimize the weighted squared error of every group, among absmax scales times 1.0 to 0.5.
 
     Args:
       w: float32 (I, O).
-      importance: weights of the squared errors, broadcast to w.
-      signed: also try negative scales, because symmetric integers have one value more below 0 than above.
+      s: the quantization scheme.
+      axis: the axis along which groups share a scale.
+      importance: weights of the squared errors, float, broadcast to (I, O).
+      signed: also try negative scales, because symmetric integer formats have one more negative than positive value.
 
     Returns:
       (scale, offset) as `number_formats.scales` returns them.
@@ -145,7 +152,7 @@ def clip(
 
 
 def smoothquant(w: jax.Array, scheme: str, axis: int, inputs: InputStatistics | None, act_order: bool) -> QTensor:
-    """SmoothQuant: moves outliers of the inputs into the weight, (x / t) (t W), with alpha = 0.5.
+    """SmoothQuant: scales inputs and weight, x W = (x / t) (t W), so that outliers of x become smaller; alpha = 0.5.
 
     Source: Xiao et al. 2022, arXiv:2211.10438, equations 3 and 4.
     """
@@ -156,9 +163,10 @@ def smoothquant(w: jax.Array, scheme: str, axis: int, inputs: InputStatistics | 
 
 
 def awq(w: jax.Array, scheme: str, axis: int, inputs: InputStatistics | None, act_order: bool) -> QTensor:
-    """AWQ: rows of inputs that are large on average get finer steps, t = mean|x|^alpha, followed by clipping.
+    """AWQ: scales the rows of the weight by t = mean|x|^alpha of their inputs, then searches over clipping factors.
 
-    A search picks the alpha that minimizes the error of the outputs on the calibration text.
+    A grid search selects the alpha that minimizes the squared error of the outputs on the calibration text. Clipping
+    is kept if it reduces this error.
     Source: Lin et al. 2023, arXiv:2306.00978, equations 4 and 5.
     """
     assert inputs is not None
@@ -182,10 +190,11 @@ def awq(w: jax.Array, scheme: str, axis: int, inputs: InputStatistics | None, ac
 
 
 def gptq(w: jax.Array, scheme: str, axis: int, inputs: InputStatistics | None, act_order: bool) -> QTensor:
-    """GPTQ: rounds one input after the other, and the remaining inputs compensate for the error.
+    """GPTQ: rounds the rows of the weight one after the other; the remaining rows compensate for the error.
 
-    Scales are fixed beforehand by "mse", so that the inputs can be processed in any order: with `act_order` by
-    decreasing diagonal of the Hessian. Outputs for which plain rounding has a smaller error are rounded plainly.
+    Scales are computed by "mse" before the first row is rounded, so that rows can be processed in any order: with
+    `act_order` in the order of decreasing diagonal entries of the Hessian. Outputs (columns) for which rounding to the
+    nearest code has a smaller error keep the nearest codes.
     Source: Frantar et al. 2022, arXiv:2210.17323, algorithm 1.
     """
     assert inputs is not None and axis == IN
@@ -209,7 +218,7 @@ def gptq(w: jax.Array, scheme: str, axis: int, inputs: InputStatistics | None, a
     def round_input(i: jax.Array, left: jax.Array) -> jax.Array:
         unit = jnp.where(jnp.abs(scale[i]) < np.finfo(np.float32).tiny, 1.0, scale[i])
         rounded = number_formats.snap((left[i] - offset[i]) / unit, s.format) * scale[i] + offset[i]
-        # upper[i] is 0 for rows before i; row i itself becomes `rounded`.
+        # upper[i] is 0 for rows before i, which stay as they are; row i becomes `rounded`.
         return left - upper[i][:, None] * ((left[i] - rounded) / upper[i, i])
 
     rounded = jax.lax.fori_loop(0, w.shape[0], round_input, w[order])[jnp.argsort(order)]
@@ -219,7 +228,7 @@ def gptq(w: jax.Array, scheme: str, axis: int, inputs: InputStatistics | None, a
     return dataclasses.replace(plain, codes=jnp.where(better, compensated, codes))
 
 
-# Name -> (method, whether it takes calibration).
+# Name -> (method, whether it needs calibration statistics).
 METHODS: dict[str, tuple[Callable[..., QTensor], bool]] = {
     "absmax": (absmax, False),
     "percentile": (percentile, False),
@@ -231,7 +240,7 @@ METHODS: dict[str, tuple[Callable[..., QTensor], bool]] = {
 
 
 def _smooth(t: jax.Array) -> jax.Array:
-    """The factors of the inputs, float16 (I,): 1 / t, scaled so that their geometric range is centred on 1."""
+    """The factors on the inputs, float16 (I,): 1 / t, scaled so that the smallest and largest multiply to 1."""
     t = t / jnp.sqrt(jnp.max(t) * jnp.min(t))
     return (1 / jnp.clip(t, 2.0**-10, 2.0**10)).astype(jnp.float16)
 

@@ -1,13 +1,13 @@
-"""Tokenizers by kind. To add a kind, implement `base.Tokenizer` and register it in `KINDS`."""
+"""Tokenizers by kind: those of `KINDS`, and classes of the user's own with the members of `Tokenizer`."""
 
 import importlib
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from llm_jax import extensions
 from llm_jax.errors import UserError
-from llm_jax.schema import choice
 from llm_jax.tokenizers import special
 from llm_jax.tokenizers.base import (
     PretrainedTokenizer,
@@ -62,9 +62,34 @@ SIZED = tuple(kind for kind in TRAINED if kind not in ("byte", "char"))  # of th
 
 
 def get(kind: str) -> type[Tokenizer]:
-    """The class of a kind. Raises UserError for an unknown kind."""
-    module, name = choice("tokenizer.kind", kind, KINDS).split(".")
-    return getattr(importlib.import_module(f"llm_jax.tokenizers.{module}"), name)
+    """The class of a kind.
+
+    Args:
+      kind: a key of `KINDS`, or the specification of a class of the user's own, which becomes `kind` of the class. Its
+        options are keyword arguments of the method `train`.
+
+    Raises:
+      UserError: an unknown kind; a class that lacks a method of `Tokenizer`.
+    """
+    selected = extensions.select("tokenizer.kind", kind, KINDS)
+    if not isinstance(selected, extensions.Extension):
+        module, name = selected.split(".")
+        return getattr(importlib.import_module(f"llm_jax.tokenizers.{module}"), name)
+    cls: Any = selected.target
+    missing = [name for name in (*vars(Tokenizer), "exact") if not name.startswith("_") and not hasattr(cls, name)]
+    is_class = isinstance(cls, type)
+    if missing or not is_class:
+        raise selected.error(f"expected a class with the members of Tokenizer; it lacks {', '.join(missing)}")
+    selected.bind(cls.train)  # checks the names of the options
+
+    class Own(cls):
+        kind = selected.specification
+
+        @classmethod
+        def train(cls, texts: Iterable[str], vocab_size: int) -> Any:
+            return super().train(texts, vocab_size, **selected.options)
+
+    return Own
 
 
 def from_files(files: dict[str, bytes]) -> PretrainedTokenizer:

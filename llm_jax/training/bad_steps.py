@@ -99,8 +99,10 @@ class Watch:
             return math.inf
         return self._config.spike_factor * statistics.median(losses)
 
-    def see(self, step: int, loss: float, bad: bool, gradient_norms: np.ndarray) -> None:
-        """Records a step. Raises BadStep for a bad one, unless its update was skipped and few before it were.
+    def see(self, step: int, loss: float, bad: bool, gradient_norms: np.ndarray) -> str:
+        """Records a step, and returns a line about a bad one, or "".
+
+        Raises BadStep for a bad one, unless its update was skipped and few before it were.
 
         Args:
           gradient_norms: float32 (number of weights,).
@@ -109,12 +111,12 @@ class Watch:
             self._losses[step] = loss
             self._losses.pop(step - 2 * _HISTORY, None)
             self._in_a_row = 0
-            return
+            return ""
         self._in_a_row += 1
         what = self._what(step, loss, gradient_norms)
         if self._config.on_bad_step != "skip" or self._in_a_row >= _PATIENCE:
             raise BadStep(step, what)
-        print(f"step {step}: {what}; its update is skipped", flush=True)
+        return f"step {step}: {what}; its update is skipped"
 
     def rewind(self, step: int) -> None:
         """Drops the losses after `step`."""
@@ -129,9 +131,9 @@ class Watch:
                 f"the loss is {loss:.3f}, a spike above {self.limit(step):.3f} "
                 f"(train.spike_factor={self._config.spike_factor:g}); the largest gradient is that of {largest}"
             )
-        which = "all weights" if len(broken) == len(self._weights) else ", ".join(broken[:3])
+        weights = "all weights" if len(broken) == len(self._weights) else ", ".join(broken[:3])
         more = f" and {len(broken) - 3} more" if 3 < len(broken) < len(self._weights) else ""
-        return f"the loss is {loss:g} and the gradient of {which or 'no weight'}{more} is not finite"
+        return f"the loss is {loss:g} and the gradient of {weights or 'no weight'}{more} is not finite"
 
 
 class Rollbacks:

@@ -23,7 +23,7 @@ class Inputs:
       tokenizer: the tokenizer of the rows.
       source: the documents; `sha256` and `num_bytes` are theirs.
       train: an endless stream, shuffled anew every epoch; row i is a function of (train.seed, i).
-      held_out: the held-out rows, in their order.
+      held_out: the held-out rows, in their order, or None where nothing is held out.
       held_out_by_source: the held-out rows of each source, where there are several.
       test: the rows of the test split, whose accuracy is measured at the end, or None.
       vocab_size: the ids that a model of these rows has.
@@ -74,13 +74,18 @@ def load(config: Config, start: Start | None = None) -> Inputs:
     corpus = source.corpus(tokenizer)
     train = rows_lib.training(config, corpus)
     held_out, parts = rows_lib.held_out(config.data, corpus, c.seq_len)
+    if held_out is None and config.checkpoint.keep_best and "checkpoint.keep_best" in config.explicit:
+        raise UserError(
+            f"checkpoint.keep_best={config.checkpoint.keep_best} compares held-out losses, and nothing is held out "
+            "(data.validation_fraction=0); set it to 0"
+        )
     hide = masking.hider(config.loss, tokenizer)
     return Inputs(
         config,
         tokenizer,
         source,
         hide(train, c.seed),
-        hide(held_out, 0),
+        None if held_out is None else hide(held_out, 0),
         {name: hide(part, 0) for name, part in parts.items()},
         rows_lib.test(config.data, corpus, c.seq_len),
         masking.vocab_size(config.loss, tokenizer),
@@ -91,9 +96,12 @@ def load(config: Config, start: Start | None = None) -> Inputs:
 def describe(config: Config, inputs: Inputs) -> str:
     """Lines about the text and the tokenizer."""
     t, source, size = inputs.tokenizer, inputs.source, config.tokenizer.vocab_size
+    held_out = (
+        f"{inputs.num_tokens[1]:,} held out" if inputs.held_out else "nothing held out (data.validation_fraction=0)"
+    )
     line = (
         f"{config.data.source}: {source.num_bytes:,} bytes (sha256 {source.sha256[:12]}), {inputs.num_tokens[0]:,} "
-        f"training tokens, {inputs.num_tokens[1]:,} held out; tokenizer {t.kind}, {t.vocab_size} ids "
+        f"training tokens, {held_out}; tokenizer {t.kind}, {t.vocab_size} ids "
         f"({tokenizers.digest(t)[:12]})"
     )
     if _is_default_size(config) and t.kind in tokenizers.SIZED and t.vocab_size < size:

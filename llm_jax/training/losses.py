@@ -1,4 +1,6 @@
-"""Training losses by name (`loss.kind`). Held-out text is always measured with `language_model`.
+"""Training losses by name (`loss.kind`), or of the user's own: a function of logits and targets (`extensions`).
+
+Held-out text is always measured with `language_model`.
 
 Every loss returns a sum and the number of its terms, so that micro-batches and devices add up to the loss of the whole
 batch. A model trained with entmax defines its probabilities by `entmax15` rather than softmax; sample it accordingly.
@@ -9,13 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llm_jax import tokenizers
+from llm_jax import extensions, tokenizers
 from llm_jax.data import kinds
 from llm_jax.data.rows import Batch
 from llm_jax.errors import UserError
 from llm_jax.model.attention import Tokens
 from llm_jax.model.transformer import Transformer
-from llm_jax.schema import Config, LossConfig, ModelConfig, choice
+from llm_jax.schema import Config, LossConfig, ModelConfig
 from llm_jax.tokenizers import Tokenizer
 from llm_jax.training.chunked_sum import Chunk, sum_of_rows
 from llm_jax.training.step import Loss
@@ -189,6 +191,12 @@ def row_losses(model: Transformer, params: Any, batch: Batch, chunk: int, sparse
     return sum_of_rows(part, chunk, tokens, sparse)
 
 
+def token_losses(model: Transformer, params: Any, batch: Batch) -> jax.Array:
+    """The cross-entropy of every counted target in nats, 0 for others: float32 (B, T)."""
+    logits = head(model, params, features(model, params, batch))
+    return cross_entropy(logits, batch["targets"]) * batch["mask"]
+
+
 def is_sparse(config: Config) -> bool:
     """Whether few targets of a row count: the answers alone, or the masked tokens."""
     return kinds.is_sparse(config.data) or config.loss.masked != "none"
@@ -212,6 +220,8 @@ def make(
       A function (params, frozen, batch, step, key) -> (sum, number of terms), float32 () each.
     """
     c = config
+    kind = extensions.select("loss.kind", c.kind, KINDS)
+    own = kind.bind(kind.target) if isinstance(kind, extensions.Extension) else None
 
     def supervised(params: Any, frozen: Any, batch: Batch, step: jax.Array, key: jax.Array):
         tokens: dict[str, jax.Array] = {"x": features(model, params, batch)}
@@ -223,7 +233,9 @@ def make(
 
         def part(chunk: Chunk) -> jax.Array:
             logits, targets = head(model, params, chunk["x"]), chunk["targets"]
-            if c.kind == "entmax":
+            if own is not None:
+                loss = own(logits, targets)
+            elif c.kind == "entmax":
                 loss = entmax_loss(logits, targets)
             else:
                 loss = smoothed(logits, targets, c.label_smoothing, c.z_loss)
@@ -257,10 +269,11 @@ def _count(batch: Batch) -> jax.Array:
 def check(config: Config) -> None:
     """Raises UserError where the options of the loss contradict each other or the rest of the configuration."""
     c = config.loss
-    kind = choice("loss.kind", c.kind, KINDS)
+    kind = c.kind
+    is_own = isinstance(extensions.select("loss.kind", kind, KINDS), extensions.Extension)
     check_chunk(config.train.loss_chunk, config.train.seq_len)
     for name in ("z_loss", "label_smoothing"):
-        if getattr(c, name) and kind in ("entmax", "dpo"):
+        if getattr(c, name) and (is_own or kind in ("entmax", "dpo")):
             raise UserError(f"loss.{name}={getattr(c, name)} has no meaning with loss.kind={kind}; set it to 0")
     if c.teacher and kind != "distillation":
         raise UserError(f"loss.teacher={c.teacher} is used by loss.kind=distillation only, not by {kind}")
@@ -292,17 +305,20 @@ def check(config: Config) -> None:
         )
 
 
-def check_reference(name: str, reference: ModelConfig, config: ModelConfig, digest: str, tokenizer: Tokenizer) -> None:
+def check_reference(
+    name: str, reference: ModelConfig, config: ModelConfig, other: Tokenizer, tokenizer: Tokenizer | None
+) -> None:
     """Raises UserError unless the reference model `name` has the vocabulary of the trained model.
 
     Args:
-      digest: the digest of the reference's tokenizer.
-      tokenizer: that of the trained model.
+      other: the tokenizer of the reference.
+      tokenizer: that of the trained model; None: only the numbers of ids are compared.
     """
-    if digest != tokenizers.digest(tokenizer) or reference.vocab_size != config.vocab_size:
+    digests = [tokenizers.digest(t)[:12] for t in (other, tokenizer or other)]
+    if digests[0] != digests[1] or reference.vocab_size != config.vocab_size:
         raise UserError(
-            f"{name}: its vocabulary ({reference.vocab_size} ids, {digest[:12]}) is not the run's "
-            f"({config.vocab_size} ids, {tokenizers.digest(tokenizer)[:12]})"
+            f"{name}: its vocabulary ({reference.vocab_size} ids, {digests[0]}) is not the run's "
+            f"({config.vocab_size} ids, {digests[1]})"
         )
     if reference.causal != config.causal:
         raise UserError(f"{name}: model.causal={reference.causal} there, {config.causal} in this run")

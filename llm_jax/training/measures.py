@@ -65,10 +65,13 @@ class Profiler:
       start, stop: the first step that this process runs and the step after its last. Steps start + 3 to start + 5 are
         traced, which leaves out compilation; in a shorter run its last three.
       enabled: False: trace nothing.
+      write: prints the line that names the directory.
     """
 
-    def __init__(self, workdir: pathlib.Path, start: int, stop: int, enabled: bool):
-        self._directory, self._active = workdir / "profile", False
+    def __init__(
+        self, workdir: pathlib.Path, start: int, stop: int, enabled: bool, write: Callable[[str], None] = print
+    ):
+        self._directory, self._active, self._write = workdir / "profile", False, write
         self._first = max(min(start + 3, stop - 3), start) if enabled else None
 
     def at(self, done: int, state: Any) -> None:
@@ -93,4 +96,4 @@ class Profiler:
         if self._active:
             jax.block_until_ready(state)
             self.stop()
-            print(f"profile: {self._directory} (tensorboard --logdir={self._directory})", flush=True)
+            self._write(f"profile: {self._directory} (tensorboard --logdir={self._directory})")

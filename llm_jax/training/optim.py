@@ -1,4 +1,4 @@
-"""Optimizers and schedules by name, on optax.
+"""Optimizers and schedules by name, on optax; an optimizer may be a function of the user's own (`extensions`).
 
     gradients -> clipped -> the rule of `optim.kind` -> x width transfer -> + decay -> x lr_rules -> x rate
 
@@ -17,7 +17,7 @@ import optax
 from jax.sharding import NamedSharding
 from optax import contrib
 
-from llm_jax import trees, weights
+from llm_jax import extensions, trees, weights
 from llm_jax.errors import UserError
 from llm_jax.parallel import mesh as mesh_lib
 from llm_jax.schema import OptimConfig, Rules, choice
@@ -124,7 +124,7 @@ def make(
         return factors if adapters is None else {p: factors[p.rsplit("/", 1)[0]] for p in trees.flatten(adapters)}
 
     trainable = params if adapters is None else adapters
-    rule = choice("optim.kind", config.kind, OPTIMIZERS)
+    rule = _rule(config.kind)
     parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     parts.append(rule.make(config))
     if width_ratio != 1 and adapters is None:
@@ -140,6 +140,12 @@ def make(
         parts.append(_scaled(_map(lambda path, leaf: rates[path], trainable)))
     parts.append(optax.scale_by_learning_rate(schedule(config, steps)))
     return optax.chain(*parts)
+
+
+def _rule(kind: str) -> Rule:
+    """The rule of `optim.kind`. That of the user's own transforms its learning rates with the width as Adam does."""
+    rule = extensions.select("optim.kind", kind, OPTIMIZERS)
+    return Rule(rule.bind(rule.target), 1, 0) if isinstance(rule, extensions.Extension) else rule
 
 
 def shardings(state: Any, params: Any, placed: Any, copies: NamedSharding) -> Any:

@@ -121,7 +121,8 @@ class Progress:
         if self._verbose and self._bar.disable and (self._is_milestone(step) or ready - self._printed > _QUIET):
             self._printed = ready
             print(f"step {step} of {self._steps}: {text}", flush=True)
-        self._watch.see(step, values["loss"], bad, norms["gradient"])
+        if note := self._watch.see(step, values["loss"], bad, norms["gradient"]):
+            self.write(note)
 
     def _is_milestone(self, step: int) -> bool:
         """Whether a run without a terminal prints this step: the first, every tenth part and the last."""

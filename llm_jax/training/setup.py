@@ -30,7 +30,8 @@ from llm_jax.errors import UserError
 from llm_jax.model import attention_kernels, transformer
 from llm_jax.model.transformer import Transformer
 from llm_jax.parallel import mesh as mesh_lib
-from llm_jax.schema import Config, ModelConfig
+from llm_jax.schema import Config
+from llm_jax.tokenizers import Tokenizer
 from llm_jax.training import bad_steps, losses, optim, trackers, trainable
 from llm_jax.training import step as step_lib
 from llm_jax.training.step import TrainState
@@ -115,13 +116,22 @@ class Setup:
         origin = origin or checkpoints.open_base(self.config.init_from)
         return origin.params(self.config.model, self.shardings)
 
-    def load_reference(self) -> Any:
-        """The weights of the loss's frozen model, on the mesh; {} where there is none."""
+    def load_reference(self, tokenizer: Tokenizer | None = None) -> Any:
+        """The weights of the loss's frozen model, on the mesh; {} where there is none.
+
+        Args:
+          tokenizer: that of the trained model; None: its vocabulary is compared by size only.
+
+        Raises:
+          UserError: the vocabulary of the frozen model differs from that of the trained model.
+        """
         if self.reference is None:
             return {}
         c = self.config.model
         name = self.config.loss.teacher or self.config.init_from
-        loaded = checkpoints.load(name, scan_layers=c.scan_layers, dtype=c.precision.params)
+        checkpoint = checkpoints.open(name)
+        losses.check_reference(name, checkpoint.config, c, checkpoint.tokenizer, tokenizer)
+        loaded = checkpoint.load(scan_layers=c.scan_layers, dtype=c.precision.params)
         return jax.device_put(loaded.params, self.shardings(loaded.params))
 
     def init(self, base: Any = None, reference: Any = None) -> TrainState:
@@ -201,7 +211,6 @@ def setup(
     config: Config,
     vocab_size: int = 0,
     *,
-    reference: ModelConfig | None = None,
     objective: Objective | None = None,
 ) -> Setup:
     """The parts of a training run, from shapes alone: no weights and no data are read.
@@ -209,7 +218,6 @@ def setup(
     Args:
       config: `model.vocab_size` is the model's; where it is 0, `vocab_size` is.
       vocab_size: the number of ids that the data has.
-      reference: the model of `loss.teacher`, where it has been loaded already.
       objective: another loss than that of `config.loss`.
 
     Raises:
@@ -219,8 +227,8 @@ def setup(
     if not config.model.vocab_size and not vocab_size:
         raise UserError("config key 'model.vocab_size' is 0, the tokenizer's; give --config.model.vocab_size=N")
     if config.model.vocab_size and config.model.vocab_size < vocab_size:
-        given = config.model.vocab_size
-        raise UserError(f"config key 'model.vocab_size' is {given}; the tokenizer has {vocab_size} ids")
+        size = config.model.vocab_size
+        raise UserError(f"config key 'model.vocab_size' is {size}; the tokenizer has {vocab_size} ids")
     sized = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or vocab_size)
     config = dataclasses.replace(config, model=sized)
 
@@ -234,7 +242,7 @@ def setup(
     step_lib.check_accumulation(c.batch_size, c.grad_accumulation, mesh.shape["data"] * mesh.shape["fsdp"], together)
     model = Transformer(config.model)
     transformer.check_length(config.model, c.seq_len)
-    reference_model = _reference(config, model, reference)
+    reference_model = _reference(config, model)
 
     # ---------------------------------------------------------------- what is trained and what is frozen
     method = trainable.method(config)
@@ -306,17 +314,16 @@ def setup(
     )
 
 
-def _reference(config: Config, model: Transformer, teacher: ModelConfig | None) -> Transformer | None:
+def _reference(config: Config, model: Transformer) -> Transformer | None:
     if config.loss.kind == "dpo":
         return model
     if not config.loss.teacher:
         return None
-    if teacher is None:
-        checkpoint = checkpoints.open(config.loss.teacher)
-        teacher = checkpoint.config
-        if checkpoint.run_config is None:
-            teacher = with_dtype(teacher, config.model.precision.params)
-        teacher = dataclasses.replace(teacher, scan_layers=config.model.scan_layers, attention_kernel="auto")
+    checkpoint = checkpoints.open(config.loss.teacher)
+    teacher = checkpoint.config
+    if checkpoint.run_config is None:
+        teacher = with_dtype(teacher, config.model.precision.params)
+    teacher = dataclasses.replace(teacher, scan_layers=config.model.scan_layers, attention_kernel="auto")
     transformer.check_length(teacher, config.train.seq_len)
     return Transformer(teacher)
 

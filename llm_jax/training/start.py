@@ -12,13 +12,14 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from llm_jax import checkpoints, configuration, tokenizers, trees
+from llm_jax import checkpoints, configuration, extensions, tokenizers, trees
 from llm_jax.checkpoints import Checkpoint, abstract_params
 from llm_jax.errors import UserError
+from llm_jax.model import positions
 from llm_jax.model.transformer import Transformer
 from llm_jax.schema import Config, ModelConfig
 from llm_jax.tokenizers import Tokenizer
-from llm_jax.training import optim
+from llm_jax.training import losses, optim
 
 # Options that may change when a run is resumed: whole keys, and sections by their dot.
 _RESUMABLE = (
@@ -68,6 +69,8 @@ def find(config: Config, workdir: pathlib.Path | None = None) -> Start:
     Raises:
       UserError: the workdir holds another run, a checkpoint is damaged, or an override contradicts `init_from`.
     """
+    if changes := _with_hashes(config):
+        config = configuration.replace(config, changes)
     saved = checkpoints.find(workdir) if workdir and checkpoints.steps(workdir) else None
     recorded = next((checkpoints.read_config(d) for d in (workdir, saved) if d and (d / "config.json").exists()), None)
     origin = None
@@ -89,6 +92,19 @@ def find(config: Config, workdir: pathlib.Path | None = None) -> Start:
             "--workdir"
         )
     return start
+
+
+def _with_hashes(config: Config) -> dict[str, Any]:
+    """{key: specification with the hash of its source} of the parts of the user's own."""
+    tables: dict[str, Any] = {
+        "model.position.kind": positions.SCHEMES,
+        "tokenizer.kind": tokenizers.KINDS,
+        "optim.kind": optim.OPTIMIZERS,
+        "loss.kind": losses.KINDS,
+    }
+    values = configuration.flat(config)
+    recorded = {key: extensions.pinned(key, values[key], table) for key, table in tables.items()}
+    return {key: value for key, value in recorded.items() if value != values[key]}
 
 
 def notes(start: Start) -> Iterator[str]:
@@ -118,10 +134,10 @@ def _from_checkpoint(config: Config, model: ModelConfig, tokenizer: Tokenizer | 
     Raises:
       UserError: an option that was set explicitly changes the shape of a weight; names it.
     """
-    own, theirs = configuration.flat(config.model), configuration.flat(model)
+    own, saved = configuration.flat(config.model), configuration.flat(model)
     default = configuration.flat(configuration.default("model"))
     explicit = {key.removeprefix("model.") for key in config.explicit} | {k for k in own if own[k] != default[k]}
-    changes = {k: own[k] for k in own if own[k] != theirs[k] and (k in explicit or _is_of_the_run(k))}
+    changes = {k: own[k] for k in own if own[k] != saved[k] and (k in explicit or _is_of_the_run(k))}
     if not own["vocab_size"]:
         changes.pop("vocab_size", None)
     try:
@@ -133,7 +149,7 @@ def _from_checkpoint(config: Config, model: ModelConfig, tokenizer: Tokenizer | 
         key = next((k for k in changes if _changes_shapes(model, {k: changes[k]}, expected)), next(iter(changes)))
         path = next(p for p in [*shapes, *expected] if shapes.get(p) != expected.get(p))
         raise UserError(
-            f"model.{key}={changes[key]!r} does not fit the weights of {name}, where it is {theirs[key]!r} (it "
+            f"model.{key}={changes[key]!r} does not fit the weights of {name}, where it is {saved[key]!r} (it "
             f"changes '{path}'); leave it out"
         )
     config = dataclasses.replace(config, model=configuration.replace(model, changes, "model."))

@@ -62,7 +62,7 @@ def average(ema: Any, params: Any, decay: float, step: jax.Array) -> Any:
     ExponentialMovingAverage).
 
     Args:
-      step: updates done before this one.
+      step: the number of updates before.
     """
     d = jnp.minimum(decay, (1 + step) / (10 + step))
     return jax.tree.map(lambda e, p: (d * e + (1 - d) * p.astype(e.dtype)).astype(e.dtype), ema, params)

@@ -15,18 +15,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llm_jax import checkpoints, configuration, files, runtime, tokenizers, trees
+from llm_jax import bars, checkpoints, configuration, files, runtime, trees
 from llm_jax.checkpoints import adapters, run
-from llm_jax.decoding import loop
-from llm_jax.decoding.options import DecodingOptions
 from llm_jax.errors import UserError
-from llm_jax.evaluation import answers, builtin, classification, held_out
-from llm_jax.evaluation.prompts import PromptConfig
+from llm_jax.evaluation import builtin
 from llm_jax.model import transformer
-from llm_jax.parallel import mesh as mesh_lib
 from llm_jax.schema import Config
-from llm_jax.training import attempts, bad_steps, inputs, losses, measures, start, trackers
+from llm_jax.training import attempts, bad_steps, inputs, measures, results, start, trackers
 from llm_jax.training import setup as setup_lib
+from llm_jax.training.evaluator import Evaluator
 from llm_jax.training.progress import Progress
 from llm_jax.training.setup import Setup
 from llm_jax.training.step import TrainState
@@ -68,17 +65,8 @@ def prepare(config: Config, workdir: pathlib.Path | None = None) -> Prepared:
         builtin.named(name)
     data = inputs.load(config, beginning)
     config = data.config
-    reference, shape = {}, None
-    if name := config.loss.teacher or (config.init_from if config.loss.kind == "dpo" else ""):
-        c = config.model
-        loaded = checkpoints.load(name, scan_layers=c.scan_layers, dtype=c.precision.params)
-        vocabulary = dataclasses.replace(c, vocab_size=c.vocab_size or data.vocab_size)
-        digest = tokenizers.digest(loaded.tokenizer)
-        losses.check_reference(name, loaded.model.config, vocabulary, digest, data.tokenizer)
-        reference, shape = loaded.params, loaded.model.config
-    setup = setup_lib.setup(config, data.vocab_size, reference=shape)
-    if reference:
-        reference = jax.device_put(reference, setup.shardings(reference))
+    setup = setup_lib.setup(config, data.vocab_size)
+    reference = setup.load_reference(data.tokenizer)
     return Prepared(setup, beginning, data, reference)
 
 
@@ -115,6 +103,8 @@ def train(
     began = time.perf_counter()
     say = print if verbose else lambda *values, **options: None
     with contextlib.ExitStack() as stack:
+        if not verbose:
+            stack.enter_context(bars.off())
         prepared = prepare(config, workdir)
         setup, beginning, data = prepared.setup, prepared.start, prepared.inputs
         config, c, method = setup.config, setup.config.train, setup.method
@@ -125,28 +115,13 @@ def train(
         watch = bad_steps.Watch(c, setup.weight_names, workdir / "metrics.jsonl", beginning.step)
 
         # ---------------------------------------------------------------- state
-        reference = prepared.reference
-        fingerprint = trees.fingerprint(reference) if reference else ""
-        if reference and beginning.checkpoint and beginning.record["other"] != fingerprint:
-            name = config.loss.teacher or config.init_from
-            raise UserError(f"{name}: its weights have changed since {workdir} was started; give another --workdir")
+        fingerprint = _check_reference(prepared, workdir)
         for note in start.notes(beginning):
             say(note)
-        base = setup.load_base(beginning.origin) if method.reads_base(bool(beginning.checkpoint)) else None
-        base_record = None
-        if beginning.origin and config.lora.rank:
-            assert base is not None
-            base_record = {"path": beginning.origin.name, "sha256": trees.fingerprint(base)}
-            if beginning.checkpoint:
-                adapters.check_base(beginning.checkpoint, beginning.record, base_record["sha256"])
+        state, base_record = _initial_state(prepared)
         if beginning.checkpoint:
-            state, constants = restore(setup, beginning.checkpoint, beginning.record)
             say(f"resuming from {beginning.checkpoint}")
-        else:
-            params, constants = setup.init_trainable(base)
-            state = setup.begin(params)
-        state = state.replace(frozen=setup.freeze(base, constants, reference))
-        del base, reference, prepared
+        del prepared
         runtime.release_freed_memory()
         files.write_json(workdir / "config.json", configuration.as_dict(config))
 
@@ -179,7 +154,7 @@ def train(
         stack.callback(progress.close)
         attempts.begin(workdir, beginning.step)
         rollbacks = bad_steps.Rollbacks()
-        profiler = measures.Profiler(workdir, beginning.step, c.steps, profile)
+        profiler = measures.Profiler(workdir, beginning.step, c.steps, profile, progress.write)
         stack.callback(profiler.stop)
         periods = {
             "evaluate": config.eval.every,
@@ -216,14 +191,7 @@ def train(
                 watch.rewind(to)
                 progress.rewind(to)
                 progress.write(f"step {bad.step}: {bad.what}; going back to step {to} and skipping batches up to there")
-                frozen = state.frozen
-                if to:
-                    directory = checkpoints.find(workdir)
-                    state = restore(setup, directory, checkpoints.verify(directory))[0].replace(frozen=frozen)
-                else:
-                    state = setup.begin(setup.init_trainable(setup.load_base(beginning.origin))[0]).replace(
-                        frozen=frozen
-                    )
+                state = _earlier_state(setup, beginning, workdir, to, state.frozen)
                 done, skipped_batches = to, skipped_batches + bad.step - to
                 stream = setup.batches(data.train, done + skipped_batches, c.steps + skipped_batches)
                 continue
@@ -231,7 +199,9 @@ def train(
                 continue
             norms = evaluator.activation_norms(state, batch) if "norms" in due else {}
             if "evaluate" in due:
-                figures = evaluator.evaluate(state, 0 if done == c.steps else config.eval.rows)
+                if done == c.steps and (note := evaluator.final_note()):
+                    progress.write(note)
+                figures = evaluator.evaluate(state, done == c.steps)
                 progress.write(f"step {done}: {evaluator.describe(figures)}")
             line = progress.flush(norms, **figures)
             stopping = bool(callback and line and callback(line)) or stopping
@@ -253,28 +223,52 @@ def train(
             return {"stopped": True, "steps": done}
 
         # ---------------------------------------------------------------- the results
-        figures = figures or evaluator.evaluate(state, 0)
-        summary = {
-            **figures,
-            "compressed_bits_per_byte": data.source.compressed_bits_per_byte() if config.loss.masked == "none" else {},
-            "steps": c.steps,
-            "parameters": setup_lib.num_parameters(setup.base),
-            "trained_parameters": setup_lib.num_parameters(setup.state.params),
-            "tokens_per_second": statistics.median(progress.rates) if progress.rates else None,
-            "corpus": {"source": config.data.source, "sha256": data.source.sha256, "bytes": data.source.num_bytes},
-            "seconds": time.perf_counter() - began,
-            "goodput": attempts.goodput(workdir),
-            **measures.peak_memory(),
-            "jax": jax.__version__,
-        }
-        if data.test:
-            args = setup.model, setup.model_params(state), data.test, c.batch_size, setup.batch_sharding
-            test = classification.accuracy(*args)
-            summary |= {f"test_{name}": value for name, value in test.items()}
-            say(f"test: {classification.describe(test)}")
+        figures = figures or evaluator.evaluate(state, final=True)
+        rate = statistics.median(progress.rates) if progress.rates else None
+        summary = results.summarize(setup, data, state, workdir, figures, rate)
+        summary["seconds"] = time.perf_counter() - began
         files.write_json(workdir / "summary.json", summary)
-        say(describe_results(workdir, config, summary))
+        say(results.describe_results(workdir, config, summary))
         return summary
+
+
+def _check_reference(prepared: Prepared, workdir: pathlib.Path) -> str:
+    """The fingerprint of the loss's frozen model, or "". Raises UserError where a resumed run had another one."""
+    reference, beginning, config = prepared.reference, prepared.start, prepared.setup.config
+    fingerprint = trees.fingerprint(reference) if reference else ""
+    if reference and beginning.checkpoint and beginning.record["other"] != fingerprint:
+        name = config.loss.teacher or config.init_from
+        raise UserError(f"{name}: its weights have changed since {workdir} was started; give another --workdir")
+    return fingerprint
+
+
+def _initial_state(prepared: Prepared) -> tuple[TrainState, dict[str, str] | None]:
+    """(the state that the run begins or resumes with, the path and hash of the base of adapters for the record)."""
+    setup, beginning = prepared.setup, prepared.start
+    base = setup.load_base(beginning.origin) if setup.method.reads_base(bool(beginning.checkpoint)) else None
+    base_record = None
+    if beginning.origin and setup.config.lora.rank:
+        assert base is not None
+        base_record = {"path": beginning.origin.name, "sha256": trees.fingerprint(base)}
+        if beginning.checkpoint:
+            adapters.check_base(beginning.checkpoint, beginning.record, base_record["sha256"])
+    if beginning.checkpoint:
+        state, constants = restore(setup, beginning.checkpoint, beginning.record)
+    else:
+        params, constants = setup.init_trainable(base)
+        state = setup.begin(params)
+    return state.replace(frozen=setup.freeze(base, constants, prepared.reference)), base_record
+
+
+def _earlier_state(
+    setup: Setup, beginning: start.Start, workdir: pathlib.Path, step: int, frozen: dict[str, Any]
+) -> TrainState:
+    """The state after `step` updates, from the run's last checkpoint, or initialized again for step 0."""
+    if step:
+        directory = checkpoints.find(workdir)
+        return restore(setup, directory, checkpoints.verify(directory))[0].replace(frozen=frozen)
+    params, _ = setup.init_trainable(setup.load_base(beginning.origin))
+    return setup.begin(params).replace(frozen=frozen)
 
 
 def restore(setup: Setup, directory: pathlib.Path, record: Mapping[str, Any]) -> tuple[TrainState, Any]:
@@ -299,74 +293,3 @@ def _rollback_step(config: Config, workdir: pathlib.Path, bad: bad_steps.BadStep
         raise UserError(f"step {bad.step}: {bad.what}; {f'step {saved[-1]} is saved; ' if saved else ''}{cure}")
     # Not one that was saved for a signal: an undisturbed run would not have it.
     return ([s for s in saved if s % (config.checkpoint.every or 1) == 0] or saved or [0])[-1]
-
-
-class Evaluator:
-    """Held-out figures, task accuracies and samples of a state; its functions compile once."""
-
-    def __init__(self, setup: Setup, data: inputs.Inputs, tasks: Mapping[str, Any]):
-        self._setup, self._data, self._tasks = setup, data, tasks
-        self._decoder = setup.model.clone(config=dataclasses.replace(setup.config.model, scan_layers=False))
-        unstack = lambda params, frozen: trees.unstack(setup.method.model_params(params, frozen))  # noqa: E731
-        self._unstack = jax.jit(unstack, out_shardings=setup.replicated)
-        norms = measures.activation_norms(setup.model)
-        self._norms = jax.jit(mesh_lib.within(setup.mesh, lambda p, f, b: norms(setup.method.model_params(p, f), b)))
-
-    def evaluate(self, state: TrainState, limit: int) -> dict[str, float]:
-        """validation_* over the first `limit` held-out rows (0: all), by source too, and task_* accuracies."""
-        setup, data, config = self._setup, self._data, self._setup.config
-        loss = lambda params, batch: setup.loss(params, state.frozen, batch)  # noqa: E731
-        figures: dict[str, float] = {}
-        for source, rows in {"": data.held_out, **data.held_out_by_source}.items():
-            result = held_out.evaluate(loss, state.model, rows, config.train.batch_size, setup.batch_sharding, limit)
-            suffix = f"/{source}" if source else ""
-            figures |= {f"validation_{name}{suffix}": value for name, value in result.items()}
-        for name, task in self._tasks.items():
-            count = min((limit and config.eval.task_examples) or len(task.examples), len(task.examples))
-            reader = (self._decoder, self._unstack(state.model, state.frozen), data.tokenizer)
-            records = list(answers.records(reader, task, PromptConfig(), range(count)))
-            figures[f"task_{name}"] = answers.summary(records)["accuracy"]
-        return figures
-
-    def describe(self, figures: Mapping[str, float]) -> str:
-        """The figures in one line."""
-        text = (
-            f"held-out loss {figures['validation_loss']:.4f}, {figures['validation_bits_per_byte']:.3f} bits per byte"
-        )
-        return text + "".join(f", {name} {figures[f'task_{name}']:.1%} right" for name in self._tasks)
-
-    def activation_norms(self, state: TrainState, batch: Any) -> dict[str, Any]:
-        """{layer: root mean square of its output} of a batch, float."""
-        return jax.device_get(self._norms(state.params, state.frozen, batch))
-
-    def sample(self, title: str, state: TrainState) -> str:
-        """Continuations of `eval.prompts`, as text under a title."""
-        config, tokenizer = self._setup.config, self._data.tokenizer
-        prompts = [tokenizers.prompt(tokenizer, text) for text in config.eval.prompts]
-        generated = loop.generate(
-            self._decoder,
-            self._unstack(state.model, state.frozen),
-            prompts,
-            DecodingOptions(temperature=0.8, top_p=0.95).sampler(),
-            max_new_tokens=config.eval.max_new_tokens,
-            eos=tokenizers.eos_ids(tokenizer),
-            vocab_size=tokenizer.vocab_size,
-        )
-        texts = [tokenizer.decode(p + new.ids) for p, new in zip(prompts, generated, strict=True)]
-        return "\n".join(f"----- {title}\n{text}" for text in texts)
-
-
-def describe_results(workdir: pathlib.Path, config: Config, summary: Mapping[str, Any]) -> str:
-    """The final figures, where the checkpoint is, and the next command to try."""
-    packed = ", ".join(f"{name} {value:.3f}" for name, value in summary["compressed_bits_per_byte"].items())
-    key = "validation_bits_per_byte"
-    lines = [
-        f"held-out: loss {summary['validation_loss']:.4f}, perplexity {summary['validation_perplexity']:.2f}, "
-        f"{summary[key]:.3f} bits per byte{packed and f' ({packed})'}",
-        *(f"of {name.split('/', 1)[1]}: {value:.3f}" for name, value in summary.items() if name.startswith(f"{key}/")),
-        f"checkpoint: {workdir / 'checkpoints' / str(config.train.steps)}",
-        f'next: python -m llm_jax.generate --checkpoint={workdir} --prompt="def "'
-        if config.model.causal
-        else f"next: python -m llm_jax.evaluate --checkpoint={workdir} --data=FILE",
-    ]
-    return "\n".join(lines)

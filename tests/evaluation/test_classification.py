@@ -65,8 +65,10 @@ def test_the_two_ways_to_score_agree_where_one_token_decides(make):
     prompts = Prompts(BYTE, configuration.default("data.labelled"), ("a", "b"))
     pairs = [(tuple(prompts.question(e)), choices[e.label]) for e in examples]
     rows = Packed(split(pairs, choices), 300)
-    first = classification._by_first_token(model, params, rows, 4, DEVICE)
-    assert first == classification._by_likelihood(model, params, rows, 4)
+    indices, first = classification._by_first_token(model, params, rows, 4, DEVICE)
+    np.testing.assert_array_equal(indices, rows.fitting)
+    np.testing.assert_array_equal(first, classification._by_likelihood(model, params, rows, 4))
+    assert len(set(first.tolist())) == 2
 
 
 def test_a_run_of_the_sentiment_recipe_is_evaluated_under_its_old_and_its_new_name(command, tmp_path, monkeypatch):

@@ -165,3 +165,36 @@ def test_prefill_and_decoding_steps_have_the_attentions_of_the_whole_sequence(an
             np.testing.assert_array_equal(got[..., stop:], 0)
         for got, want in zip(part.hidden_states, whole.hidden_states, strict=True):
             np.testing.assert_allclose(got, want[:, start:stop], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3", "gemma2", "gemma3", "phi", "bert"])
+def test_attentions_and_hidden_states_equal_those_of_transformers(name, tmp_path):
+    """`output_attentions` and `output_hidden_states` of the tiny models of the golden file, every layer and head."""
+    import json
+
+    import torch
+    import transformers
+    from safetensors.numpy import save_file
+
+    from llm_jax.checkpoints import huggingface
+    from tests.checkpoints import family_cases as cases
+    from tests.checkpoints.test_hf import GOLDEN, read
+
+    (tmp_path / "config.json").write_text(json.dumps(GOLDEN[name]["config"]))
+    save_file(cases.tensors(name, GOLDEN[name]["shapes"]), tmp_path / "model.safetensors")
+    kind, model, params = read(tmp_path)
+    params = jax.tree.map(lambda w: w + 0.1 * jax.random.normal(jax.random.key(w.size), w.shape), params)
+    huggingface.save(tmp_path / "out", kind, model.config, params, {})
+    load = transformers.AutoModel if kind == "bert" else transformers.AutoModelForCausalLM
+    peer = load.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
+    ids = cases.ids(name)
+    with torch.no_grad():
+        expected = peer(input_ids=torch.tensor(ids), output_attentions=True, output_hidden_states=True)
+    captured = jax.jit(lambda p: capture(model, p, jnp.asarray(ids)))(params)
+    assert len(captured.attentions) == len(expected.attentions) == model.config.num_layers
+    assert len(captured.hidden_states) == len(expected.hidden_states) == model.config.num_layers + 1
+    for got, want in zip(captured.attentions, expected.attentions, strict=True):
+        np.testing.assert_allclose(got, want.numpy(), rtol=1e-4, atol=1e-6)
+    for got, want in zip(captured.hidden_states, expected.hidden_states, strict=True):
+        np.testing.assert_allclose(got, want.numpy(), rtol=1e-4, atol=1e-4)

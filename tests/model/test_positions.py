@@ -232,3 +232,22 @@ def test_what_does_not_go_together_is_refused(tiny, position, changes, message):
     config = dataclasses.replace(tiny.model, position=position(**changes))
     with pytest.raises(UserError, match=message):
         positions.make(config)
+
+
+def test_local_layers_rotate_with_their_own_base_and_without_scaling(tiny):
+    x = jax.random.normal(jax.random.key(0), (1, 9, 2, 8))
+    where = jnp.arange(9, dtype=jnp.int32)[None]
+    scaled = {"kind": "rope", "base": 1e4, "scaling": "linear", "scaling_factor": 4.0}
+
+    def rotated(local, **options):
+        position = dataclasses.replace(tiny.model.position, **options)
+        return positions.make(dataclasses.replace(tiny.model, position=position), local and "local").rotate(
+            x, where, None
+        )
+
+    own = rotated(True, **scaled, local_base=50.0)
+    np.testing.assert_array_equal(own, rotated(False, kind="rope", base=50.0))
+    shared = rotated(False, **scaled)
+    np.testing.assert_array_equal(shared, rotated(True, **scaled, local_base=0.0))
+    np.testing.assert_array_equal(shared, rotated(False, **scaled, local_base=50.0))
+    assert np.abs(own - shared).max() > 0.1

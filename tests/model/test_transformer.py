@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from llm_jax import trees
+from llm_jax.errors import UserError
 from llm_jax.model import distances, positions
 from llm_jax.model.attention import Tokens, read_layer, visible
 from llm_jax.model.attention_kernels import attend
 from llm_jax.model.stages import stages
-from llm_jax.model.transformer import Transformer, cache_bytes, init_cache, matmul_parameters
+from llm_jax.model.transformer import Transformer, init_cache, matmul_parameters
 
 LENGTH = 12
 LAYOUTS = {
@@ -153,11 +154,27 @@ def test_an_int8_cache_rounds_every_head_and_token_and_nothing_else(make, tokens
     assert 1e-6 < jnp.abs(full - plain).max() < 0.05 * jnp.abs(plain).max()
 
 
-def test_cache_bytes_count_scales(tiny):
-    """2 layers, keys and values, 2 heads of 8: 4 bytes a number, or 1 and two for the scale of each head."""
-    config = dataclasses.replace(tiny.model, num_layers=2, num_kv_heads=2, head_dim=8)
-    assert cache_bytes(config, 3, 100) == 2 * 2 * 3 * 100 * 2 * 8 * 4
-    assert cache_bytes(dataclasses.replace(config, kv_cache="int8"), 3, 100) == 2 * 2 * 3 * 100 * 2 * (8 + 2)
+@pytest.mark.parametrize(
+    ("tokens", "where", "types", "message"),
+    [
+        (np.zeros(3, np.int32), None, None, r"tokens: int32 of shape \(3,\); expected .* of shape \(batch, length\)"),
+        (np.zeros((2, 3), np.float32), None, None, r"tokens: float32 of shape \(2, 3\); expected integers of shape"),
+        (np.array([[1, 259]]), None, None, "the id 259 is not in the vocabulary of the model; expected 0 to 258"),
+        (np.array([[1, -1]]), None, None, "tokens: the id -1 is not in the vocabulary"),
+        (np.zeros((2, 3), int), Tokens(np.zeros((2, 3)), np.zeros((2, 3), int)), None, "where.positions: float"),
+        (
+            np.zeros((2, 3), np.int32),
+            Tokens(np.zeros((2, 3), int), np.zeros((2, 4), int)),
+            None,
+            r"where.segments: int\d\d of shape \(2, 4\); expected integers of shape \(2, 3\), that of the tokens",
+        ),
+        (np.zeros((2, 3), np.int32), None, np.zeros((1, 3), int), r"types: int\d\d of shape \(1, 3\); expected"),
+    ],
+)  # fmt: skip
+def test_inputs_of_another_shape_dtype_or_range_are_refused(tiny, tokens, where, types, message):
+    model = Transformer(tiny.model)
+    with pytest.raises(UserError, match=message):
+        model.apply({}, tokens, where, None, types, method="features")
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

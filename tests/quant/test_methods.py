@@ -140,6 +140,31 @@ def test_awq_is_never_worse_than_no_smoothing_on_its_objective():
     assert ours < 0.8 * plain
 
 
+def test_awq_clips_by_the_importance_of_the_inputs():
+    """Where clipping helps, scales minimize the error weighted by the mean square of the smoothed inputs."""
+    clipped = 0
+    for seed in range(5):
+        w, _, inputs = problem(seed)
+        q = run("awq", w, "int4", inputs)
+        smooth, scheme = q.smooth.astype(jnp.float32), number_formats.scheme("int4")
+        importance = (jnp.diag(inputs.gram) * smooth**2)[:, None]
+        scaled = w / smooth[:, None]
+        absmax, weighted, unweighted = (
+            np.asarray(number_formats.scale_values(number_formats.stored(scale, scheme)), np.float32)
+            for scale in (
+                number_formats.scales(scaled, scheme, weights.IN)[0],
+                methods.clip(scaled, scheme, weights.IN, importance)[0],
+                methods.clip(scaled, scheme, weights.IN)[0],
+            )
+        )
+        scale = np.asarray(number_formats.scale_values(q.scale), np.float32)
+        if not np.array_equal(scale, absmax):
+            clipped += 1
+            np.testing.assert_allclose(scale, weighted, rtol=1e-2)
+            assert np.mean(~np.isclose(scale, unweighted, rtol=1e-2)) > 0.1
+    assert clipped
+
+
 def test_static_scales_reach_the_largest_input():
     w, x, inputs = problem(6)
     q = run("absmax", w, "w8a8_static", inputs)

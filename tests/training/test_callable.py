@@ -86,9 +86,9 @@ def test_seconds_of_a_step_leave_out_evaluations(config, tmp_path, monkeypatch):
 
     evaluate = trainer.Evaluator.evaluate
 
-    def slow(self, state, limit):
+    def slow(self, state, final):
         time.sleep(0.5)
-        return evaluate(self, state, limit)
+        return evaluate(self, state, final)
 
     monkeypatch.setattr(trainer.Evaluator, "evaluate", slow)
     every = configuration.replace(config, {"eval.every": 2, "train.steps": 8})

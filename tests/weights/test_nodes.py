@@ -119,6 +119,15 @@ def test_decomposed_weights_are_columns_of_their_own_length(transposed):
     np.testing.assert_allclose(weights.take(w, jnp.array([0, 5])), expected[[0, 5]], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_dropped_inputs_meet_the_weight_in_its_direction(transposed):
+    w, x = normal(1, 6, 8), normal(2, 3, 8 if transposed else 6)
+    mask = jax.random.bernoulli(jax.random.key(0), 0.75, x.shape)
+    expected = jnp.where(mask, x / 0.75, 0) @ (w.T if transposed else w)
+    out = weights.dot(x, Dropped(w, jax.random.key(0), 0.25), transposed)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_weight_decay_applies_to_every_leaf_but_learned_steps():
     fake = weights.FakeQuant(normal(0, 8, 4), jnp.ones((1, 4)), jnp.float32(1), None, "int8", weights.IN)
     mask = weights.decay_mask(fake)

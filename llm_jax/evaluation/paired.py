@@ -1,0 +1,150 @@
+"""Paired differences of several models on the same documents of a text, or the same examples of a task."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import scipy.stats
+
+from llm_jax import bars
+from llm_jax.data.rows import AnyRows, Batch, batches
+from llm_jax.errors import UserError
+
+_QUANTILE = 1.959963984540054  # of the normal distribution, for an interval of 95 %
+
+
+@dataclasses.dataclass(frozen=True)
+class Units:
+    """What a model reaches on every unit of a data set.
+
+    Attributes:
+      values: float64 (units,): bits of each document, or 1.0 for each example that is right.
+      sizes: float64 (units,): bytes of each document; ones for examples.
+      measured: bool (units,): the units that were measured; examples that do not fit into a window are left out.
+    """
+
+    values: np.ndarray
+    sizes: np.ndarray
+    measured: np.ndarray
+
+
+def bits_by_document(
+    loss: Callable[[Any, Batch], jax.Array],
+    params: Any,
+    rows: AnyRows,
+    sizes: np.ndarray,
+    batch_size: int,
+    sharding: jax.sharding.Sharding,
+) -> Units:
+    """The cross-entropy of every document (every example, for data of examples).
+
+    Args:
+      loss: jitted (params, batch) -> nats of every counted target, 0 for others, float32 (B, T).
+      rows: the held-out rows.
+      sizes: int64 (documents,): bytes of the text of each document that counts.
+      batch_size: rows at a time.
+      sharding: of a batch.
+    """
+    bits, measured = np.zeros(len(sizes)), np.zeros(len(sizes), bool)
+    steps = -(-len(rows) // batch_size)
+    stream = batches(rows, 0, steps, batch_size, sharding)
+    for step, batch in enumerate(bars.bar(stream, "evaluating", steps, leave=False, delay=2)):
+        nats_BT, segments_BT = jax.device_get((loss(params, batch), batch["segments"]))
+        for row in range(min(batch_size, len(rows) - step * batch_size)):
+            inside = segments_BT[row] > 0
+            documents = rows.documents(step * batch_size + row)[segments_BT[row][inside] - 1]
+            np.add.at(bits, documents, nats_BT[row][inside].astype(np.float64) / math.log(2))
+            measured[documents] = True
+    return Units(bits, sizes.astype(np.float64), measured)
+
+
+def compare(units: Sequence[Units], *, proportions: bool) -> list[dict[str, Any]]:
+    """The figures of each model over the units that all models measured.
+
+    Args:
+      proportions: whether values are 0 or 1 and sizes 1.
+
+    Returns:
+      For each model {"units": number of units, "value": sum of values / sum of sizes}, and for all but the first
+      "difference" to the first with "low" and "high", the limits of its paired 95 % interval
+      (`difference_of_proportions` or `ratio`).
+
+    Raises:
+      UserError: no unit was measured by all.
+    """
+    common = np.logical_and.reduce([unit.measured for unit in units])
+    sizes = units[0].sizes[common]
+    if not sizes.sum():
+        raise UserError("no example was measured by all of these checkpoints; raise --seq_len")
+    values = [unit.values[common] for unit in units]
+    figures: list[dict[str, Any]] = []
+    for model in values:
+        figures.append({"units": len(sizes), "value": float(model.sum() / sizes.sum())})
+        if model is values[0]:
+            continue
+        if proportions:
+            triple = difference_of_proportions(model > 0, values[0] > 0)
+        else:
+            triple = ratio(model - values[0], sizes)
+        figures[-1] |= dict(zip(("difference", "low", "high"), triple, strict=True))
+    return figures
+
+
+def table(names: Sequence[str], columns: Sequence[tuple[str, Sequence[str]]], figures: Sequence[dict[str, Any]]) -> str:
+    """A table with a row for each model.
+
+    Args:
+      names: of the checkpoints.
+      columns: (title, a text for each model).
+      figures: those of `compare`.
+    """
+    differences = [
+        f"{row['difference']:+.4f} ({row['low']:+.4f} to {row['high']:+.4f})" if "difference" in row else ""
+        for row in figures
+    ]
+    everything = [("checkpoint", names), *columns, ("difference to the first, 95 % interval", differences)]
+    lines = [[title for title, _ in everything], *zip(*(texts for _, texts in everything), strict=True)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(everything))]
+    first, *others = widths
+    return "\n".join(
+        "  ".join([line[0].ljust(first), *(text.rjust(w) for text, w in zip(line[1:], others, strict=True))]).rstrip()
+        for line in lines
+    )
+
+
+def difference_of_proportions(right: np.ndarray, reference: np.ndarray) -> tuple[float, float, float]:
+    """(the difference of two proportions of the same examples, the limits of its 95 % interval).
+
+    The adjusted Wald interval for matched pairs of Agresti and Min 2005, "Simple improved confidence intervals for
+    comparing matched proportions": half an example is added to each of the four cells.
+
+    Args:
+      right, reference: bool (examples,).
+    """
+    count = len(right) + 2
+    more, less = float(np.sum(right & ~reference)) + 0.5, float(np.sum(~right & reference)) + 0.5
+    centre = (more - less) / count
+    half = _QUANTILE * math.sqrt(more + less - (more - less) ** 2 / count) / count
+    difference = float(np.mean(right) - np.mean(reference))
+    return difference, min(difference, centre - half), max(difference, centre + half)
+
+
+def ratio(amounts: np.ndarray, sizes: np.ndarray) -> tuple[float, float, float]:
+    """(sum of amounts / sum of sizes, the limits of its 95 % interval) of units that were sampled independently.
+
+    The linearized variance of a ratio (Cochran 1977, "Sampling techniques", equation 6.13), with the quantile of
+    Student's t distribution. Of a single unit, the limits are infinite.
+
+    Args:
+      amounts, sizes: float (units,), such as differences in bits, and bytes, of documents.
+    """
+    count, total = len(amounts), float(np.sum(sizes))
+    value = float(np.sum(amounts)) / total
+    if count < 2:
+        return value, -math.inf, math.inf
+    variance = count / (count - 1) * float(np.sum(np.square(amounts - value * sizes)))
+    half = float(scipy.stats.t.ppf(0.975, count - 1)) * math.sqrt(variance) / total
+    return value, value - half, value + half

@@ -1,0 +1,178 @@
+"""Parts that a user defines outside of the package: `FILE:NAME` takes the place of the name of a built-in part.
+
+    --config.model.position.kind="my_decay.py:Decay(strength=0.5)"
+
+FILE is a Python file in the current directory or on PYTHONPATH (`.py` may be omitted), a module that can be imported,
+or `__main__`, for a part that a notebook defines. NAME is a class or a function in it. The arguments in parentheses are
+its options; they are keyword arguments whose values are Python literals.
+
+A checkpoint records the specification together with a hash of the source: `FILE:NAME(OPTIONS)#SHA256`. Whatever loads
+the checkpoint imports FILE again, and fails where it is missing or has changed.
+"""
+
+import ast
+import dataclasses
+import functools
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+from llm_jax.errors import UserError
+from llm_jax.schema import choice
+
+_SPECIFICATION = re.compile(
+    r"(?P<module>[^:#()]+):(?P<name>\w+)(\((?P<options>.*)\))?(#(?P<sha256>[0-9a-f]{12}))?", re.S
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Extension:
+    """A part of the user's own.
+
+    Attributes:
+      key: the configuration key or the flag that names it.
+      specification: `FILE:NAME(OPTIONS)#SHA256`, with the first 12 hexadecimal digits of the sha256 of FILE (of the
+        source of NAME in a notebook).
+      target: the class or function.
+      options: the values in the parentheses.
+    """
+
+    key: str
+    specification: str
+    target: Any
+    options: Mapping[str, Any]
+
+    def bind(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function` (the target or a method of it) with the options as keyword arguments.
+
+        Raises:
+          UserError: the function has no parameter of the name of an option.
+        """
+        parameters = inspect.signature(function).parameters.values()
+        names = [p.name for p in parameters if p.default is not p.empty or p.kind is p.KEYWORD_ONLY]
+        for name in self.options:
+            if name not in names:
+                raise self.error(f"it has no option '{name}'; its options are {', '.join(names) or 'none'}")
+        return functools.partial(function, **self.options) if self.options else function
+
+    def subclass_of(self, base: type) -> type:
+        """The target. Raises UserError unless it is a subclass of `base`."""
+        if not (isinstance(self.target, type) and issubclass(self.target, base)):
+            raise self.error(f"expected a subclass of {base.__module__}.{base.__name__}")
+        return self.target
+
+    def error(self, message: str) -> UserError:
+        return UserError(f"{self.key}={self.specification.partition('#')[0]}: {message}")
+
+
+def select(key: str, value: str, table: Mapping[str, Any] | tuple[str, ...]) -> Any:
+    """The entry of a table of built-in parts (`value` itself of a tuple), or the `Extension` that `value` specifies.
+
+    Args:
+      key: the configuration key or flag, for messages.
+
+    Raises:
+      UserError: `value` is neither the name of a built-in part nor a specification that `load` accepts.
+    """
+    if value in table or ":" not in value:
+        return choice(key, value, table)
+    return load(key, value)
+
+
+def load(key: str, specification: str) -> Extension:
+    """Imports the part that `FILE:NAME`, `FILE:NAME(OPTIONS)` or `FILE:NAME(OPTIONS)#SHA256` specifies.
+
+    Raises:
+      UserError: another form; no such file or name; the source is not the one with the hash; FILE raises an exception.
+    """
+    match = _SPECIFICATION.fullmatch(specification)
+    if match is None:
+        raise UserError(f"{key}={specification}: expected FILE:NAME or FILE:NAME(OPTION=VALUE, ...)")
+    name, recorded = match["name"], match["sha256"]
+    bare = specification.partition("#")[0] if recorded else specification
+    options = _options(key, bare, match["options"] or "")
+    module, source = _import(key, bare, match["module"])
+    target = getattr(module, name, None)
+    if target is None:
+        raise UserError(f"{key}={bare}: {match['module']} defines no '{name}'")
+    if not callable(target):
+        raise UserError(f"{key}={bare}: '{name}' is a {type(target).__name__}; expected a class or a function")
+    try:
+        source = source or inspect.getsource(target).encode()
+    except (OSError, TypeError) as error:
+        raise UserError(f"{key}={bare}: the source of '{name}' is not available; define it in a file") from error
+    sha256 = hashlib.sha256(source).hexdigest()[:12]
+    if recorded not in (None, sha256):
+        raise UserError(
+            f"{key}={bare}: {match['module']} has changed since the checkpoint was written (sha256 {recorded}, now "
+            f"{sha256}); restore that version of the file"
+        )
+    return Extension(key, f"{bare}#{sha256}", target, options)
+
+
+def pinned(key: str, value: str, table: Mapping[str, Any] | tuple[str, ...]) -> str:
+    """The value of a configuration key as a checkpoint records it: a specification is completed by its hash.
+
+    Raises:
+      UserError: see `load`.
+    """
+    return value if value in table or ":" not in value else load(key, value).specification
+
+
+def _options(key: str, specification: str, text: str) -> dict[str, Any]:
+    try:
+        call: Any = ast.parse(f"part({text})", mode="eval").body
+        if call.args or any(keyword.arg is None for keyword in call.keywords):
+            raise ValueError
+        return {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError) as error:
+        raise UserError(
+            f"{key}={specification}: expected options in parentheses as NAME=VALUE, each value a Python literal"
+        ) from error
+
+
+def _import(key: str, specification: str, name: str) -> tuple[ModuleType, bytes]:
+    """(the module, the content of its file; empty for a notebook)."""
+    path = _file(name) if name != "__main__" else None
+    try:
+        if path is not None:
+            source = path.read_bytes()
+            return _module(path.resolve(), source), source
+        module = importlib.import_module(name)
+    except Exception as error:  # the file is a user's and may raise anything
+        if isinstance(error, ModuleNotFoundError) and error.name is not None and name.startswith(error.name):
+            raise UserError(
+                f"{key}={specification}: no file or module '{name}'; run in the directory of the file, or add that "
+                "directory to PYTHONPATH"
+            ) from error
+        raise UserError(f"{key}={specification}: {name} fails ({type(error).__name__}: {error})") from error
+    file = getattr(module, "__file__", None)
+    return module, pathlib.Path(file).read_bytes() if file and name != "__main__" else b""
+
+
+def _file(name: str) -> pathlib.Path | None:
+    relative = name if name.endswith(".py") else f"{name}.py"
+    candidates = (pathlib.Path(directory).expanduser() / relative for directory in ("", *sys.path))
+    return next((path for path in candidates if path.is_file()), None)
+
+
+@functools.lru_cache(64)
+def _module(path: pathlib.Path, source: bytes) -> ModuleType:
+    """The module of a file, executed once for each content that the file has had."""
+    spec = importlib.util.spec_from_file_location(f"{path.stem}_{hashlib.sha256(source).hexdigest()[:12]}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module  # dataclasses look their module up
+    try:
+        exec(compile(source, str(path), "exec"), vars(module))
+    except BaseException:
+        del sys.modules[module.__name__]
+        raise
+    return module

@@ -1,0 +1,95 @@
+"""Held-out figures, task accuracies and samples of a training state."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from llm_jax import tokenizers, trees
+from llm_jax.decoding import loop
+from llm_jax.decoding.options import DecodingOptions
+from llm_jax.evaluation import answers, held_out
+from llm_jax.evaluation.prompts import PromptConfig
+from llm_jax.parallel import mesh as mesh_lib
+from llm_jax.training import inputs, measures
+from llm_jax.training.setup import Setup
+from llm_jax.training.step import TrainState
+
+
+class Evaluator:
+    """Held-out figures, task accuracies and samples of a state; its functions compile once."""
+
+    def __init__(self, setup: Setup, data: inputs.Inputs, tasks: Mapping[str, Any]):
+        self._setup, self._data, self._tasks = setup, data, tasks
+        self._decoder = setup.model.clone(config=dataclasses.replace(setup.config.model, scan_layers=False))
+        unstack = lambda params, frozen: trees.unstack(setup.method.model_params(params, frozen))  # noqa: E731
+        self._unstack = jax.jit(unstack, out_shardings=setup.replicated)
+        norms = measures.activation_norms(setup.model)
+        self._norms = jax.jit(mesh_lib.within(setup.mesh, lambda p, f, b: norms(setup.method.model_params(p, f), b)))
+
+    def final_note(self) -> str:
+        """A line that says how many held-out rows the last evaluation counts, where that is not obvious, or ""."""
+        rows, config = self._data.held_out, self._setup.config.eval
+        if rows is None:
+            return ""
+        count, during = (min(limit or len(rows), len(rows)) for limit in (config.final_rows, config.rows))
+        if count == during:
+            return ""
+        return f"last evaluation: {count:,} of {len(rows):,} held-out rows (eval.final_rows={config.final_rows})"
+
+    def evaluate(self, state: TrainState, final: bool) -> dict[str, float]:
+        """validation_* over held-out rows, by source too, and task_* accuracies.
+
+        Args:
+          final: whether this is the last evaluation, with its own numbers of rows and of examples.
+
+        Returns:
+          Figures of `held_out.evaluate` under "validation_NAME" and "validation_NAME/SOURCE", none where nothing is
+          held out, and an accuracy under "task_NAME".
+        """
+        setup, data, config = self._setup, self._data, self._setup.config
+        loss = lambda params, batch: setup.loss(params, state.frozen, batch)  # noqa: E731
+        figures: dict[str, float] = {}
+        limit = config.eval.final_rows if final else config.eval.rows
+        for source, rows in {"": data.held_out, **data.held_out_by_source}.items():
+            if rows is None:
+                continue
+            result = held_out.evaluate(loss, state.model, rows, config.train.batch_size, setup.batch_sharding, limit)
+            suffix = f"/{source}" if source else ""
+            figures |= {f"validation_{name}{suffix}": value for name, value in result.items()}
+        for name, task in self._tasks.items():
+            limit = (0 if final else config.eval.task_examples) or len(task.examples)
+            count = min(limit, len(task.examples))
+            reader = (self._decoder, self._unstack(state.model, state.frozen), data.tokenizer)
+            records = list(answers.records(reader, task, PromptConfig(), range(count)))
+            figures[f"task_{name}"] = answers.summary(records)["accuracy"]
+        return figures
+
+    def describe(self, figures: Mapping[str, float]) -> str:
+        """The figures in one line."""
+        parts = [f"{name} {figures[f'task_{name}']:.1%} right" for name in self._tasks]
+        if "validation_loss" in figures:
+            bits = figures["validation_bits_per_byte"]
+            parts = [f"held-out loss {figures['validation_loss']:.4f}", f"{bits:.3f} bits per byte", *parts]
+        return ", ".join(parts) or "nothing is held out (data.validation_fraction=0)"
+
+    def activation_norms(self, state: TrainState, batch: Any) -> dict[str, Any]:
+        """{layer: root mean square of its output} of a batch, float."""
+        return jax.device_get(self._norms(state.params, state.frozen, batch))
+
+    def sample(self, title: str, state: TrainState) -> str:
+        """Continuations of `eval.prompts`, as text under a title."""
+        config, tokenizer = self._setup.config, self._data.tokenizer
+        prompts = [tokenizers.prompt(tokenizer, text) for text in config.eval.prompts]
+        generated = loop.generate(
+            self._decoder,
+            self._unstack(state.model, state.frozen),
+            prompts,
+            DecodingOptions(temperature=0.8, top_p=0.95).sampler(),
+            max_new_tokens=config.eval.max_new_tokens,
+            eos=tokenizers.eos_ids(tokenizer),
+            vocab_size=tokenizer.vocab_size,
+        )
+        texts = [tokenizer.decode(p + new.ids) for p, new in zip(prompts, generated, strict=True)]
+        return "\n".join(f"----- {title}\n{text}" for text in texts)

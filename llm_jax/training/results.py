@@ -1,0 +1,68 @@
+"""The results of a finished run: the figures of summary.json, and what is printed of them."""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from llm_jax.evaluation import classification
+from llm_jax.schema import Config
+from llm_jax.training import attempts, measures
+from llm_jax.training import setup as setup_lib
+from llm_jax.training.inputs import Inputs
+from llm_jax.training.setup import Setup
+from llm_jax.training.step import TrainState
+
+
+def summarize(
+    setup: Setup, data: Inputs, state: TrainState, workdir: pathlib.Path, figures: Mapping[str, Any], rate: float | None
+) -> dict[str, Any]:
+    """The figures of summary.json, without "seconds".
+
+    Args:
+      figures: those of the last evaluation.
+      rate: tokens per second.
+    """
+    config = setup.config
+    summary = {
+        **figures,
+        "compressed_bits_per_byte": data.source.compressed_bits_per_byte() if config.loss.masked == "none" else {},
+        "steps": config.train.steps,
+        "parameters": setup_lib.num_parameters(setup.base),
+        "trained_parameters": setup_lib.num_parameters(setup.state.params),
+        "tokens_per_second": rate,
+        "corpus": {"source": config.data.source, "sha256": data.source.sha256, "bytes": data.source.num_bytes},
+        "goodput": attempts.goodput(workdir),
+        **measures.peak_memory(),
+        "jax": jax.__version__,
+    }
+    if data.test:
+        args = setup.model, setup.model_params(state), data.test, config.train.batch_size, setup.batch_sharding
+        test = classification.accuracy(*args)
+        summary |= {f"test_{name}": value for name, value in test.items()}
+    return summary
+
+
+def describe_results(workdir: pathlib.Path, config: Config, summary: Mapping[str, Any]) -> str:
+    """The final figures, where the checkpoint is, and the next command to try."""
+    key = "validation_bits_per_byte"
+    test = {name.removeprefix("test_"): value for name, value in summary.items() if name.startswith("test_")}
+    if key in summary:
+        packed = ", ".join(f"{name} {value:.3f}" for name, value in summary["compressed_bits_per_byte"].items())
+        first = (
+            f"held-out: loss {summary['validation_loss']:.4f}, perplexity {summary['validation_perplexity']:.2f}, "
+            f"{summary[key]:.3f} bits per byte{packed and f' ({packed})'}"
+        )
+    else:
+        first = "held-out: nothing (data.validation_fraction=0); all text was trained on"
+    lines = [
+        first,
+        *(f"of {name.split('/', 1)[1]}: {value:.3f}" for name, value in summary.items() if name.startswith(f"{key}/")),
+        *([f"test: {classification.describe(test)}"] if test else []),
+        f"checkpoint: {workdir / 'checkpoints' / str(config.train.steps)}",
+        f'next: python -m llm_jax.generate --checkpoint={workdir} --prompt="def "'
+        if config.model.causal
+        else f"next: python -m llm_jax.evaluate --checkpoint={workdir} --data=FILE",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,204 @@
+"""Parts of the user's own: the recipes of CONTRIBUTING.md, as they stand there, and what is refused."""
+
+import contextlib
+import dataclasses
+import importlib
+import io
+import json
+import math
+import pathlib
+import re
+import shlex
+
+import jax.numpy as jnp
+import pytest
+
+from llm_jax import checkpoints, cli, configuration, extensions, tokenizers
+from llm_jax.decoding.options import DecodingOptions
+from llm_jax.errors import UserError
+from llm_jax.model import positions
+from llm_jax.training import losses as losses_lib
+from llm_jax.training import optim
+
+ROOT = pathlib.Path(__file__).parents[1]
+RECIPES = re.findall(
+    r"```(python|bash)\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text().partition("## Parts of your own")[2], re.S
+)
+COMMANDS = [shlex.split(text.strip()) for language, text in RECIPES if language == "bash"]
+TRAININGS = [words for words in COMMANDS if "llm_jax.train" in words]
+(GENERATION,) = (words for words in COMMANDS if "llm_jax.generate" in words)
+
+
+@pytest.fixture
+def directory(tmp_path) -> pathlib.Path:
+    """A directory with the files of the recipes."""
+    for language, text in RECIPES:
+        if language == "python":
+            (tmp_path / text.splitlines()[0].removeprefix("# ")).write_text(text)
+    return tmp_path
+
+
+@pytest.fixture
+def run(directory, text_file, cache):
+    """run(words of a command line, *more flags) -> what the command prints in the directory of the files."""
+
+    def call(words, *flags, code=0):
+        name = words[2].removeprefix("llm_jax.")
+        flags = [*words[3:], *flags]
+        if name == "train":
+            flags = [f"--config={ROOT}/tests/tiny.py", f"--config.data.source={text_file}",
+                     f"--config.data.cache_dir={cache}", "--config.train.steps=4", "--config.checkpoint.every=2",
+                     "--config.eval.every=0",
+                     "--config.optim.warmup_steps=0", "--config.model.qk_norm=False",
+                     "--config.optim.schedule=constant", *flags]  # fmt: skip
+        out, errors = io.StringIO(), io.StringIO()
+        with contextlib.chdir(directory), contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+            result = cli.call(importlib.import_module(f"llm_jax.{name}").COMMAND, flags)
+        assert result == code, out.getvalue() + errors.getvalue()
+        return out.getvalue() if not code else errors.getvalue()
+
+    return call
+
+
+def convert(name: str) -> list[str]:
+    return ["python", "-m", "llm_jax.convert", f"--input={name}", "--output=converted", "--to=hf"]
+
+
+def losses(run_directory: pathlib.Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run_directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_recipes_together(run, directory):
+    """One run with the scheme, the tokenizer, the optimizer and the loss: trained, resumed and sampled."""
+    parts = [flag for words in TRAININGS for flag in words[3:] if flag.startswith("--config.")]
+    assert len(TRAININGS) == 4 and len(parts) == 5
+    train = ["python", "-m", "llm_jax.train", *parts]
+    run(train, "--workdir=uninterrupted")
+    run(train, "--workdir=runs/decay", "--config.train.steps=2")
+    run(train, "--workdir=runs/decay")
+    assert losses(directory / "runs/decay") == losses(directory / "uninterrupted")
+
+    config = configuration.load(directory / "runs/decay")
+    assert re.fullmatch(r"my_decay.py:Decay\(strength=0.5\)#[0-9a-f]{12}", config.model.position.kind)
+    assert config.tokenizer.kind.startswith("my_bytes.py:Folded(lower=True)#")
+    assert config.optim.kind.startswith("my_sign.py:sign(momentum=0.8)#")
+    assert config.loss.kind.startswith("my_focal.py:focal(gamma=1.0)#")
+
+    text = run(GENERATION, "--max_new_tokens=8", "--json")
+    assert "position.kind" in run(convert("runs/decay"), code=2)
+    with contextlib.chdir(directory):
+        model, _, tokenizer = checkpoints.load("runs/decay")
+        assert positions.make(model.config).strength == 0.5
+    assert tokenizer.decode(tokenizer.encode("ABC")) == "abc" and json.loads(text)["text"]
+
+    path = directory / "my_decay.py"
+    original = path.read_text()
+    path.write_text(original.replace("log1p", "sqrt"))
+    assert "my_decay.py has changed since the checkpoint was written" in run(GENERATION, code=2)
+    assert "holds another run (model.position.kind was" in run(train, "--workdir=runs/decay", code=2)
+    path.unlink()
+    message = run(GENERATION, code=2)
+    assert "no file or module 'my_decay.py'; run in the directory of the file" in message and message.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", TRAININGS, ids=lambda words: words[3])
+def test_recipe(words, run, directory):
+    """Every recipe alone trains, resumes, is converted (a scheme of one's own is not known elsewhere) and generates."""
+    (workdir,) = (flag.removeprefix("--workdir=") for flag in words if flag.startswith("--workdir="))
+    run(words, "--config.train.steps=2")
+    run(words)
+    assert len(losses(directory / workdir)) == 4
+    generation = [flag for flag in GENERATION if not flag.startswith("--checkpoint=")]
+    text = run(generation, f"--checkpoint={workdir}", "--max_new_tokens=4")
+    if workdir != "runs/decay":
+        run(convert(workdir))
+        assert run(generation, "--checkpoint=converted", "--max_new_tokens=4") == text
+
+
+def test_filter_applies(directory, make):
+    """The filter of the recipe, with its option, also where decoding is greedy; without it the chain is as before."""
+    with contextlib.chdir(directory):
+        *_, own = DecodingOptions(filter=("my_margin:Margin(margin=2.0)",)).sampler().filters
+        greedy = DecodingOptions(temperature=0, filter=("my_margin.py:Margin",)).sampler()
+        message = refused(lambda: DecodingOptions(beams=2, filter=("my_margin:Margin",)).check(100))
+    assert own.margin == 2.0 and greedy.filters[-1].margin == 3.0 and greedy.greedy
+    kept = own(jnp.array([[1.0, 3.5, 2.0, 1.4]]), None)
+    assert [float(x) for x in kept[0]] == [-float("inf"), 3.5, 2.0, -float("inf")]
+    assert "leaves nothing for --filter to do" in message
+
+
+def refused(function) -> str:
+    with pytest.raises(UserError) as error:
+        function()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+CASES = {
+    "my_decay.py:Decay(strenth=2)": "it has no option 'strenth'; its options are strength",
+    "my_decay.py:Decay(2)": "expected options in parentheses as NAME=VALUE",
+    "my_decay.py:Decay(strength=print())": "expected options in parentheses as NAME=VALUE",
+    "my_decay.py:Missing": "my_decay.py defines no 'Missing'",
+    "my_decay.py:Decay extra": "expected FILE:NAME or FILE:NAME(OPTION=VALUE, ...)",
+    "my_sign.py:sign": "expected a subclass of llm_jax.model.positions.Position",
+    "os:name": "'name' is a str; expected a class or a function",
+    "broken:Decay": "broken fails (ZeroDivisionError: division by zero)",
+    "imports:Decay": "imports fails (ModuleNotFoundError: No module named 'no_such_module_anywhere')",
+    "alib": "config key 'model.position.kind' is 'alib'; expected one of alibi",
+}
+
+
+@pytest.mark.parametrize("specification", CASES)
+def test_refused(specification, directory, tiny):
+    (directory / "broken.py").write_text("1 / 0\n")
+    (directory / "imports.py").write_text("import no_such_module_anywhere\n")
+    config = configuration.replace(tiny, {"model.position.kind": specification}).model
+    with contextlib.chdir(directory):
+        assert CASES[specification] in refused(lambda: positions.make(config))
+
+
+def test_other_tables(directory, monkeypatch):
+    """Parts are found on PYTHONPATH too, and every table checks what it is given."""
+    monkeypatch.syspath_prepend(directory)
+    assert "expected a class with the members of Tokenizer; it lacks" in refused(
+        lambda: tokenizers.get("my_decay:Decay")
+    )
+    folded = tokenizers.get("my_bytes:Folded(lower=False)")
+    assert folded.kind.startswith("my_bytes:Folded(lower=False)#") and folded.train([], 0).encode("A") == [3 + 65]
+    assert "it has no option 'upper'; its options are lower" in refused(
+        lambda: tokenizers.get("my_bytes:Folded(upper=1)")
+    )
+    assert "expected a dataclass" in refused(DecodingOptions(filter=("my_sign:sign",)).sampler)
+    assert (optim._rule("my_sign:sign").hidden, optim._rule("my_sign:sign").vectors) == (1, 0)
+
+
+def test_loss_is_used(directory, monkeypatch, tiny):
+    """The training loss is the recipe's: the formula with its option, over the counted targets."""
+    monkeypatch.setattr(losses_lib, "features", lambda model, params, batch: batch["x"])
+    monkeypatch.setattr(losses_lib, "head", lambda model, params, x: x)
+    logits, targets = jnp.log(jnp.array([[[0.5, 0.5], [0.2, 0.8]]])), jnp.array([[0, 1]])
+    batch = {"x": logits, "inputs": targets, "targets": targets, "mask": jnp.array([[1, 0]])}
+    with contextlib.chdir(directory):
+        config = dataclasses.replace(tiny.loss, kind="my_focal.py:focal(gamma=3.0)")
+        total, count = losses_lib.make(config, None, 0)(None, None, batch, None, None)
+        smoothed = configuration.replace(tiny, {"loss.kind": config.kind, "loss.z_loss": 0.1})
+        assert "loss.z_loss=0.1 has no meaning" in refused(lambda: losses_lib.check(smoothed))
+    assert float(total) == pytest.approx(0.5**3 * math.log(2)) and count == 1
+
+
+def test_notebook(monkeypatch):
+    """A class that `__main__` defines is recorded with the hash of its own source."""
+    import __main__
+
+    monkeypatch.setattr(__main__, "Nope", NoPosition, raising=False)
+    extension = extensions.load("model.position.kind", "__main__:Nope")
+    monkeypatch.setattr(
+        __main__, "Typed", type("Typed", (positions.Position,), {"__module__": "nowhere"}), raising=False
+    )
+    assert "the source of 'Typed' is not available" in refused(lambda: extensions.load("--filter", "__main__:Typed"))
+    assert extension.target is NoPosition and re.fullmatch(r"__main__:Nope#[0-9a-f]{12}", extension.specification)
+
+
+class NoPosition(positions.Position):
+    """A scheme without positions."""

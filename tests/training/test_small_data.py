@@ -1,0 +1,144 @@
+"""Runs on very little text: nothing held out, a document of a few words, files without a last newline."""
+
+import io
+import json
+
+import pytest
+
+import llm_jax
+from llm_jax import bars
+from llm_jax.data.kinds import open_source
+from llm_jax.errors import UserError
+from llm_jax.training import inputs, trainer
+from tests.conftest import ROOT
+from tests.data.configs import data_config
+
+WORDS = ("the model reads a token and then the token after it returns one line of text " * 13).split()[:200]
+
+
+def records(*rows):
+    return "\n".join(json.dumps(row) for row in rows)  # no newline at the end
+
+
+FILES = {
+    "text": ("words.txt", " ".join(WORDS)),
+    "short": ("short.txt", " ".join(WORDS)[:120]),
+    "lines": ("text.jsonl", records(*({"text": " ".join(WORDS[i : i + 20])} for i in range(0, 200, 20)))),
+    "instructions": ("i.jsonl", records(*({"prompt": f"say {w}", "answer": w} for w in sorted(set(WORDS))))),
+    "preferences": (
+        "p.jsonl",
+        records(*({"prompt": "say", "chosen": w, "rejected": f"{w}x"} for w in sorted(set(WORDS)))),
+    ),
+    "labelled": ("l.csv", "text,label\n" + "\n".join(f"say {w},{len(w) % 2}" for w in sorted(set(WORDS)))),
+}
+
+
+@pytest.fixture
+def config_of(tmp_path):
+    """config_of(name of FILES, **changes) -> a checked configuration of a tiny run on this file."""
+
+    def make(name, **changes):
+        file, text = FILES[name]
+        (tmp_path / file).write_text(text)
+        kind = name if name in ("instructions", "preferences", "labelled") else "text"
+        options = {"data.source": str(tmp_path / file), "data.cache_dir": str(tmp_path / "cache"), "data.kind": kind}
+        options |= {"data.labelled.test_size": 0.0, "data.labelled.validation_size": 0.0, "train.seq_len": 100}
+        options |= {"train.steps": 2, "optim.warmup_steps": 0, "eval.every": 1}
+        return llm_jax.config(
+            ROOT / "tests" / "tiny.py", options | {k.replace("__", "."): v for k, v in changes.items()}
+        )
+
+    return make
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("fraction", [0.0, 0.1])
+def test_every_kind_of_data_is_read_to_its_last_byte(name, fraction, config_of):
+    """With nothing held out, all of the file is trained on; otherwise something is held out, of however little."""
+    config = config_of(name, data__validation_fraction=fraction, train__seq_len=32 if name == "short" else 100)
+    data = inputs.load(config)
+    corpus = open_source(config.data).corpus(data.tokenizer)
+    assert (len(corpus.validation.tokens) == 0) == (fraction == 0) == (data.held_out is None)
+    text = data.tokenizer.decode(corpus.train.tokens.tolist()) + data.tokenizer.decode(
+        corpus.validation.tokens.tolist()
+    )
+    if name in ("text", "short"):
+        assert sorted(text) == sorted(FILES[name][1])
+    else:
+        assert all(word in text for word in set(WORDS))
+    assert ("nothing held out" in inputs.describe(config, data)) == (fraction == 0)
+
+
+def test_a_run_without_held_out_text(config_of, tmp_path, capsys, command):
+    config = config_of("text", data__validation_fraction=0.0)
+    summary = llm_jax.train(config, tmp_path / "run")
+    said = capsys.readouterr().out
+    assert "nothing held out (data.validation_fraction=0)" in said
+    assert "held-out: nothing (data.validation_fraction=0); all text was trained on" in said
+    assert summary["steps"] == 2 and summary["compressed_bits_per_byte"] == {}
+    assert not [name for name in summary if name.startswith("validation")]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2] and "validation_loss" not in lines[1]
+    refused = command("evaluate", f"--checkpoint={tmp_path / 'run'}", code=2).stderr
+    assert "holds out nothing (data.validation_fraction=0); give --data=FILE" in refused and refused.count("\n") == 1
+
+
+def test_the_best_checkpoints_need_held_out_text(config_of):
+    with pytest.raises(UserError, match="checkpoint.keep_best=2 compares held-out losses, and nothing is held out"):
+        inputs.load(config_of("text", data__validation_fraction=0.0, checkpoint__keep_best=2))
+
+
+def test_one_document_cannot_be_divided(config_of, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "only.txt").write_text("one document")
+    with pytest.raises(UserError, match=r"the corpus is one document \(only.txt\).*set data.validation_fraction=0"):
+        inputs.load(config_of("text", data__source=str(tmp_path / "folder")))
+    with pytest.raises(UserError, match="'data.validation_fraction' is 1.0; expected 0 or a number below 1"):
+        inputs.load(config_of("text", data__validation_fraction=1.0))
+
+
+def test_headers_of_compressed_formats_do_not_count(tmp_path):
+    """14 bytes that do not repeat take no more than 9 bits each; with headers gzip has 19 and xz 42 bits a byte."""
+    (tmp_path / "a.txt").write_text("qwertyuiopasdf")
+    figures = open_source(data_config(tmp_path / "a.txt", tmp_path / "cache"), whole=True).compressed_bits_per_byte()
+    assert 8 < figures["gzip -9"] < 9.5 and 8 < figures["xz -9"] < 13
+
+
+def test_the_last_evaluation_has_its_own_number_of_rows(config_of):
+    """A line says how many rows it has, unless it has as many as those before it."""
+    changes = {"data__validation_fraction": 0.4, "train__seq_len": 32}
+
+    def evaluator(rows, final):
+        prepared = trainer.prepare(config_of("lines", **changes, eval__rows=rows, eval__final_rows=final))
+        return prepared, trainer.Evaluator(prepared.setup, prepared.inputs, {})
+
+    for rows, final, message in ((0, 0, ""), (1, 0, "(eval.final_rows=0)"), (99, 0, ""), (2, 2, ""), (0, 2, ": 2 of")):
+        note = evaluator(rows, final)[1].final_note()
+        assert message in note and bool(message) == bool(note)
+    prepared, few = evaluator(1, 3)
+    state, counted = prepared.setup.init(), [int(prepared.inputs.held_out[i]["mask"].sum()) for i in range(3)]
+    assert few.evaluate(state, final=False)["validation_tokens"] == counted[0]
+    assert few.evaluate(state, final=True)["validation_tokens"] == sum(counted)
+
+
+def test_a_quiet_run_prints_nothing(config_of, tmp_path, capsys):
+    """No skipped step or profile either. A spike factor below 1 makes steps after the first 20 bad ones."""
+    changes = {"train__on_bad_step": "skip", "train__spike_factor": 0.99, "train__steps": 22, "eval__every": 0}
+    changes |= {"optim__schedule": "constant", "optim__lr": 0.0}
+    llm_jax.train(config_of("text", **changes), tmp_path / "quiet", profile=True, verbose=False)
+    assert capsys.readouterr() == ("", "") and (tmp_path / "quiet" / "profile").is_dir()
+    lines = [json.loads(line) for line in (tmp_path / "quiet" / "metrics.jsonl").read_text().splitlines()]
+    assert any(line.get("bad") for line in lines)
+
+
+def test_bars_show_in_a_terminal_and_can_be_switched_off():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    files = [Terminal(), Terminal(), io.StringIO()]
+    list(bars.bar([1, 2], file=files[0]))
+    with bars.off():
+        list(bars.bar([1, 2], file=files[1]))
+    list(bars.bar([1, 2], file=files[2]))
+    assert [bool(file.getvalue()) for file in files] == [True, False, False]
