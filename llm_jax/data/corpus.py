@@ -210,9 +210,7 @@ def trained_tokenizer(
       UserError: an unknown kind, or one that cannot be trained on these texts; a cache that cannot be written.
     """
     kind = tokenizers.get(config.kind)
-    kind_name = re.sub(
-        r"[^\w.-]+", "_", kind.kind
-    )  # FILE:NAME of a user's own class has others
+    kind_name = re.sub(r"[^\w.-]+", "_", kind.kind)  # FILE:NAME of a user's own class has others
     name = f"{kind_name}-{'at-most-' if at_most else ''}{config.vocab_size}-{key}-{_TOKENIZERS}"
     directory = cache / "tokenizers" / name
     if not directory.exists():
