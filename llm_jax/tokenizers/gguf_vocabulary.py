@@ -22,8 +22,10 @@ _CONTINUES = "##"  # begins a WordPiece that does not begin a word
 _NFC = {"type": "NFC"}
 _SPACE_TO_SYMBOL = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 _SPLIT_AT_SPACE = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
-# Keys of the special tokens of WordPiece -> their usual names. (GGUF's own spelling of separator.)
+# Keys of the special tokens of WordPiece -> their usual names. (GGUF's own spelling of separator; llama.cpp reads the
+# id of [CLS] from bos_token_id.)
 _BERT_SPECIAL = {
+    "bos_token_id": "[CLS]",
     "cls_token_id": "[CLS]",
     "seperator_token_id": "[SEP]",
     "unknown_token_id": "[UNK]",
@@ -56,7 +58,8 @@ def read(metadata: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     tokens_by_name = {
         f"{name}_token": tokens[index]
         for name, gguf_name in special.GGUF_NAMES
-        if (index := token_id(metadata, f"{gguf_name}_token_id", len(tokens))) is not None
+        if (kind != "bert" or name in ("unk", "pad"))  # text has the marks of `encode_marked` only
+        and (index := token_id(metadata, f"{gguf_name}_token_id", len(tokens))) is not None
     }
     names = {"chat_template": metadata.get("tokenizer.chat_template"), "add_bos_token": add_bos, **tokens_by_name}
     return tokenizer.to_str(), names | special.read_gguf_ends(metadata)
@@ -140,8 +143,9 @@ def _read_bert(metadata: Mapping[str, Any], tokens: list[str], types: Sequence[i
     named = {name: tokens.index(token) if token in tokens else None for name, token in _BERT_SPECIAL.items()}
     needed = []
     for name in ("cls_token_id", "seperator_token_id", "unknown_token_id"):
-        stated = token_id(metadata, name, len(tokens))
-        needed_id = named[name] if stated is None else stated
+        keys = ("bos_token_id", name) if name == "cls_token_id" else (name,)
+        stated = (token_id(metadata, key, len(tokens)) for key in keys)
+        needed_id = next((index for index in (*stated, named[name]) if index is not None), None)
         if needed_id is None:
             raise UserError(f"{KEY}{name} is missing")
         needed.append(tokens[needed_id])

@@ -226,14 +226,15 @@ def test_wordpiece_goes_into_gguf_and_comes_back(lowercase):
     tokens = written[KEY + "tokens"]
     assert written[KEY + "model"] == "bert" and written[KEY + "normalizer.lowercase"] is lowercase
     assert tokens[:2] == ["[PAD]", "▁[unused0]"] and tokens[-5:] == ["▁the", "▁cat", "s", "th", "▁Cat"]
-    names = ("cls", "seperator", "unknown", "padding", "mask")
-    assert [written[f"{KEY}{name}_token_id"] for name in names] == [3, 4, 2, 0, 5]
+    names = ("bos", "cls", "seperator", "unknown", "padding", "mask")  # llama.cpp takes [CLS] from the first
+    assert [written[f"{KEY}{name}_token_id"] for name in names] == [3, 3, 4, 2, 0, 5]
     again = tokenizers.from_gguf(written)
     for text in ("The cats, a Cat! [MASK]", "thé 日 cath", "dog", ""):
         assert again.encode(text) == original.encode(text)
         assert again.encode_marked(text) == original.encode_marked(text)
         assert again.decode(again.encode(text)) == original.decode(original.encode(text))
-    assert (again.unk, again.mask, again.special["pad_token"]) == (2, 5, "[PAD]")
+    assert (again.bos, again.unk, again.mask, again.special["pad_token"]) == (None, 2, 5, "[PAD]")
+    assert again.special_ids == original.special_ids
     assert tokenizers.digest(tokenizers.from_gguf(again.to_gguf(len(PIECES)))) == tokenizers.digest(again)
 
 
