@@ -160,8 +160,7 @@ def test_llama_cpp_gives_our_features_of_bert(tmp_path):
     ids, loaded = tokenizer.encode_marked(text), checkpoints.load(path)
     got = loaded.model.apply({"params": loaded.params}, jnp.asarray([ids]), method="features")[0]
     expected = opened(path, embedding=True, pooling_type=0, n_ctx=64, n_batch=64, n_ubatch=64).embed(text)
-    # Its GELU is the approximation by tanh, from a table of float16.
-    np.testing.assert_allclose(got, np.array(expected), atol=5e-3)
+    np.testing.assert_allclose(got[0], np.array(expected), atol=1e-3)  # its GELU is from a table of float16
 
 
 # llama.cpp approximates their expressions: letters without case, marks, or digits.
