@@ -45,7 +45,7 @@ def read_phi(c: Mapping[str, Any]) -> dict[str, Any]:
         "parallel_residual": True,
         **biases(True, True),
         "qk_norm": bool(c.get("qk_layernorm")),
-        "qk_norm_kind": "layer",
+        "qk_norm_kind": "layer" if c.get("qk_layernorm") else "rms",
         "head_bias": True,
         "position.partial_rotary_factor": 0.5,
         **config_rope.read(c),

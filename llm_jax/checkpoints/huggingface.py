@@ -153,6 +153,8 @@ def _with_stored_features(source: "_Files", family: str, config: ModelConfig) ->
         return config
     changes: dict[str, Any] = {name: stored[name] for name in ("tie_embeddings", "head_bias", "qk_norm", "pooler")}
     changes |= config_json.biases(stored["qkv"] and stored["out"], stored["mlp"])
+    if stored["qk_norm"] and not configured["qk_norm"]:
+        changes |= {"qk_norm_kind": config.norm}
     return dataclasses.replace(config, **changes | {"qkv_bias": stored["qkv"] and not stored["out"]})
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llm_jax import trees
 from llm_jax.errors import UserError
 from llm_jax.model import distances, positions, rope
 from llm_jax.model.attention import Tokens
@@ -251,3 +252,20 @@ def test_local_layers_rotate_with_their_own_base_and_without_scaling(tiny):
     np.testing.assert_array_equal(shared, rotated(True, **scaled, local_base=0.0))
     np.testing.assert_array_equal(shared, rotated(False, **scaled, local_base=50.0))
     assert np.abs(own - shared).max() > 0.1
+
+
+def test_longrope_has_its_long_factors_past_the_trained_length_only(position):
+    settings = {"original_length": 10, "short_factors": (1.0, 2.0), "long_factors": (4.0, 8.0)}
+    got = rope.frequencies(position(scaling="longrope", base=100.0, **settings), 4, jnp.asarray([[9, 10, 11]]))
+    np.testing.assert_allclose(got[0], [[1, 0.05], [1, 0.05], [0.25, 0.0125]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["rope", "alibi", "t5"])
+def test_layers_without_positions_are_those_of_a_model_without_positions(make, tiny, kind):
+    tokens = jnp.arange(3, 12)[None]
+    position = dataclasses.replace(tiny.model.position, kind=kind)
+    model, params = make(position=position, layer_pattern=("nope",))
+    plain, _ = make(position=dataclasses.replace(position, kind="none"))
+    params = trees.map_weights(lambda path, w: w * 30 if "position" in path else w, params)
+    got, expected = (jax.jit(m.apply)({"params": params}, tokens) for m in (model, plain))
+    np.testing.assert_allclose(got, expected, atol=1e-6)
