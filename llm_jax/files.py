@@ -138,7 +138,7 @@ def make_directory(directory: pathlib.Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         probe = directory / ".writable"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another process may look at the same time
     except OSError as error:
         raise UserError(f"{directory}: cannot be written to ({error.strerror})") from error
 

@@ -22,6 +22,7 @@ from llm_jax import files
 from llm_jax.errors import UserError
 
 _POLL, _SHOW_EVERY = 0.1, 1.0  # seconds
+_IDLE_POLLS = 3
 _LOCK = ".job.lock"
 _LAST_LINES = 8
 _MEMORY_MARGIN = 1.2  # a further job is started when this many times the largest peak so far is free
@@ -102,14 +103,19 @@ def slots(count: int = 0, most: int = 10_000) -> list[Slot]:
 
 def status(job: Job) -> Status:
     """The state of a job that this process does not run."""
-    if job.is_done():
-        return Status(job, DONE)
     for name in (_LOCK, ".lock"):  # the lock of a job, and that of a trainer which was started by hand
         if (job.directory / name).exists():
             try:
                 files.lock(job.directory, name).close()
             except UserError:
-                return Status(job, ELSEWHERE)
+                return Status(job, DONE if job.is_done() else ELSEWHERE)
+    return _recorded(job)
+
+
+def _recorded(job: Job) -> Status:
+    """The state of a job that nobody runs, from its files."""
+    if job.is_done():
+        return Status(job, DONE)
     failure = job.directory / "failed.json"
     if failure.exists():
         return Status(job, FAILED, tuple(files.read_json(failure)["lines"]))
@@ -146,7 +152,7 @@ def run(
             (s.job.directory / "failed.json").unlink()
             s.state, s.lines = WAITING, ()
     free, running, peak, shown = list(shares), dict[int, _Child](), 0, 0.0
-    stopping, ended = False, set[int]()
+    stopping, ended, idle = False, set[int](), 0
     try:
         while True:
             changed = False
@@ -179,7 +185,10 @@ def run(
                 end_now = {i for i in running if i not in ended and not stopping and should_end(statuses[i].job)}
                 _terminate(running[i].process for i in end_now)
                 ended |= end_now
-            if not running and (stopping or all(s.state != WAITING for s in statuses)):
+            states = {s.state for s in statuses}
+            idle = 0 if running or WAITING in states else idle + 1
+            # A lock may be held for a moment by a process that looks whether it is free.
+            if not running and (stopping or idle > (_IDLE_POLLS if ELSEWHERE in states else 0)):
                 return statuses
             time.sleep(_POLL)
     finally:  # after an exception of `show` or `stop`, such as KeyboardInterrupt in a notebook
@@ -226,6 +235,10 @@ def _start(job: Job, slot: Slot, environment: Mapping[str, str]) -> tuple[Status
         lock = files.lock(job.directory, _LOCK)
     except UserError:
         return Status(job, ELSEWHERE), None
+    current = _recorded(job)  # again: another process may have ended it before the lock was free
+    if current.state != WAITING:
+        lock.close()
+        return current, None
     with (job.directory / "log.txt").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, *job.command],
