@@ -97,6 +97,9 @@ def load(key: str, specification: str) -> Extension:
         raise UserError(f"{key}={specification}: expected FILE:NAME or FILE:NAME(OPTION=VALUE, ...)")
     name, recorded = match["name"], match["sha256"]
     bare = specification.partition("#")[0] if recorded else specification
+    if match["module"].removesuffix(".py").partition(".")[0] in sys.stdlib_module_names:
+        # A checkpoint of somebody else must not choose what Python's own functions are called with.
+        raise UserError(f"{key}={bare}: {match['module']} is a module of Python itself; expected a file of your own")
     options = _options(key, bare, match["options"] or "")
     module, source = _import(key, bare, match["module"])
     target = getattr(module, name, None)

@@ -139,6 +139,7 @@ CASES = {
     "my_decay.py:Decay(strenth=2)": "it has no option 'strenth'; its options are strength",
     "my_decay.py:Decay(2)": "expected options in parentheses as NAME=VALUE",
     "my_decay.py:Decay(strength=print())": "expected options in parentheses as NAME=VALUE",
+    "timeit:timeit(setup='raise SystemExit')": "timeit is a module of Python itself",
     "my_decay.py:Missing": "my_decay.py defines no 'Missing'",
     "my_decay.py:Decay extra": "expected FILE:NAME or FILE:NAME(OPTION=VALUE, ...)",
     "my_sign.py:sign": "expected a subclass of llm_jax.model.positions.Position",
