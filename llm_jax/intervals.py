@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+_NORMAL_QUANTILE = 1.959963984540054  # for an interval of 95 %
+
 
 class Interval(NamedTuple):
     """An estimate with the limits of its confidence interval."""
@@ -70,3 +72,40 @@ def wilson(right: int, count: int, z: float = 1.959963984540054) -> tuple[float,
 def proportion(right: int, count: int) -> Interval:
     """The proportion right / count with Wilson's interval."""
     return Interval(right / count, *wilson(right, count))
+
+
+def difference_of_proportions(right: np.ndarray, reference: np.ndarray) -> Interval:
+    """(the difference of two proportions of the same examples, the limits of its 95 % interval).
+
+    The adjusted Wald interval for matched pairs of Agresti and Min 2005, "Simple improved confidence intervals for
+    comparing matched proportions": half an example is added to each of the four cells.
+
+    Args:
+      right, reference: bool (examples,).
+    """
+    count = len(right) + 2
+    more, less = float(np.sum(right & ~reference)) + 0.5, float(np.sum(~right & reference)) + 0.5
+    centre = (more - less) / count
+    half = _NORMAL_QUANTILE * math.sqrt(more + less - (more - less) ** 2 / count) / count
+    difference = float(np.mean(right) - np.mean(reference))
+    return Interval(difference, min(difference, centre - half), max(difference, centre + half))
+
+
+def ratio(amounts: np.ndarray, sizes: np.ndarray) -> Interval:
+    """(sum of amounts / sum of sizes, the limits of its 95 % interval) of units that were sampled independently.
+
+    The linearized variance of a ratio (Cochran 1977, "Sampling techniques", equation 6.13), with the quantile of
+    Student's t distribution. Of a single unit, the limits are infinite.
+
+    Args:
+      amounts, sizes: float (units,), such as differences in bits, and bytes, of documents.
+    """
+    count, total = len(amounts), float(np.sum(sizes))
+    value = float(np.sum(amounts)) / total
+    if count < 2:
+        return Interval(value, -math.inf, math.inf)
+    from scipy import stats
+
+    variance = count / (count - 1) * float(np.sum(np.square(amounts - value * sizes)))
+    half = float(stats.t.ppf(0.975, count - 1)) * math.sqrt(variance) / total
+    return Interval(value, value - half, value + half)

@@ -7,13 +7,10 @@ from typing import Any
 
 import jax
 import numpy as np
-import scipy.stats
 
-from llm_jax import bars
+from llm_jax import bars, intervals
 from llm_jax.data.rows import AnyRows, Batch, batches
 from llm_jax.errors import UserError
-
-_QUANTILE = 1.959963984540054  # of the normal distribution, for an interval of 95 %
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +67,7 @@ def compare(units: Sequence[Units], *, proportions: bool) -> list[dict[str, Any]
     Returns:
       For each model {"units": number of units, "value": sum of values / sum of sizes}, and for all but the first
       "difference" to the first with "low" and "high", the limits of its paired 95 % interval
-      (`difference_of_proportions` or `ratio`).
+      (`intervals.difference_of_proportions` or `intervals.ratio`).
 
     Raises:
       UserError: no unit was measured by all.
@@ -86,9 +83,9 @@ def compare(units: Sequence[Units], *, proportions: bool) -> list[dict[str, Any]
         if model is values[0]:
             continue
         if proportions:
-            triple = difference_of_proportions(model > 0, values[0] > 0)
+            triple = intervals.difference_of_proportions(model > 0, values[0] > 0)
         else:
-            triple = ratio(model - values[0], sizes)
+            triple = intervals.ratio(model - values[0], sizes)
         figures[-1] |= dict(zip(("difference", "low", "high"), triple, strict=True))
     return figures
 
@@ -113,38 +110,3 @@ def table(names: Sequence[str], columns: Sequence[tuple[str, Sequence[str]]], fi
         "  ".join([line[0].ljust(first), *(text.rjust(w) for text, w in zip(line[1:], others, strict=True))]).rstrip()
         for line in lines
     )
-
-
-def difference_of_proportions(right: np.ndarray, reference: np.ndarray) -> tuple[float, float, float]:
-    """(the difference of two proportions of the same examples, the limits of its 95 % interval).
-
-    The adjusted Wald interval for matched pairs of Agresti and Min 2005, "Simple improved confidence intervals for
-    comparing matched proportions": half an example is added to each of the four cells.
-
-    Args:
-      right, reference: bool (examples,).
-    """
-    count = len(right) + 2
-    more, less = float(np.sum(right & ~reference)) + 0.5, float(np.sum(~right & reference)) + 0.5
-    centre = (more - less) / count
-    half = _QUANTILE * math.sqrt(more + less - (more - less) ** 2 / count) / count
-    difference = float(np.mean(right) - np.mean(reference))
-    return difference, min(difference, centre - half), max(difference, centre + half)
-
-
-def ratio(amounts: np.ndarray, sizes: np.ndarray) -> tuple[float, float, float]:
-    """(sum of amounts / sum of sizes, the limits of its 95 % interval) of units that were sampled independently.
-
-    The linearized variance of a ratio (Cochran 1977, "Sampling techniques", equation 6.13), with the quantile of
-    Student's t distribution. Of a single unit, the limits are infinite.
-
-    Args:
-      amounts, sizes: float (units,), such as differences in bits, and bytes, of documents.
-    """
-    count, total = len(amounts), float(np.sum(sizes))
-    value = float(np.sum(amounts)) / total
-    if count < 2:
-        return value, -math.inf, math.inf
-    variance = count / (count - 1) * float(np.sum(np.square(amounts - value * sizes)))
-    half = float(scipy.stats.t.ppf(0.975, count - 1)) * math.sqrt(variance) / total
-    return value, value - half, value + half

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from llm_jax import checkpoints, evaluate, tokenizers
+from llm_jax import checkpoints, evaluate, intervals, tokenizers
 from llm_jax.data.corpus import Split
 from llm_jax.data.rows import Packed, Pairs, Rows
 from llm_jax.errors import UserError
@@ -25,10 +25,10 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
     for _ in range(400):
         hard = draw.random(60)
         right, reference = (draw.random(60) < 0.9 * (1 - hard) + shift for shift in (0.1, 0.0))
-        difference, low, high = paired.difference_of_proportions(right, reference)
+        difference, low, high = intervals.difference_of_proportions(right, reference)
         assert difference == np.mean(right) - np.mean(reference) and low <= difference <= high
         sizes = draw.gamma(2.0, 100.0, 25)
-        value, lower, upper = paired.ratio(sizes * (0.2 + draw.normal(0, 0.3, 25)), sizes)
+        value, lower, upper = intervals.ratio(sizes * (0.2 + draw.normal(0, 0.3, 25)), sizes)
         assert lower < value < upper
         hits += low <= 0.1 <= high, lower <= 0.2 <= upper
     assert ((hits / 400 > 0.92) & (hits / 400 < 0.985)).all()
@@ -38,7 +38,7 @@ def test_the_interval_of_matched_pairs_is_that_of_the_paper():
     """Agresti and Min 2005: (b* - c*) / N* +- z sqrt(b* + c* - (b* - c*)^2 / N*) / N*, here b = 9, c = 3, N = 100."""
     right, reference = np.zeros((2, 100), bool)
     right[:9], reference[9:12] = True, True
-    difference, low, high = paired.difference_of_proportions(right, reference)
+    difference, low, high = intervals.difference_of_proportions(right, reference)
     half = 1.959964 * math.sqrt(13 - 36 / 102) / 102
     assert (difference, low, high) == pytest.approx((0.06, 6 / 102 - half, 6 / 102 + half), rel=1e-6)
 
@@ -122,7 +122,7 @@ def test_a_task_of_two_models(command, trained, other, tmp_path):
     for number, name in enumerate((trained.name, other.name)):
         records = (tmp_path / "out" / f"{number}-{name}" / "t-zero_shot-0.jsonl").read_text().splitlines()[1:]
         rights.append(np.array([json.loads(record)["right"] for record in records]))
-    expected = paired.difference_of_proportions(rights[1], rights[0])
+    expected = intervals.difference_of_proportions(rights[1], rights[0])
     assert (second["difference"], second["difference_low"], second["difference_high"]) == pytest.approx(expected)
     assert second["accuracy"] - first["accuracy"] == pytest.approx(second["difference"])
     table = command("evaluate", *flags).stdout.splitlines()
