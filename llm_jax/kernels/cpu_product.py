@@ -11,8 +11,8 @@ from llm_jax.kernels.number_formats import Scheme
 
 # Letters of shapes: M rows of activations, C the contracted axis of the weight, F its free one.
 
-# Rows of activations. With more, arithmetic bounds a product, and XLA's matmul of the expanded weight is faster.
-MOST_ROWS = 16
+# The most rows of activations by the bits of a code. With more, XLA's matmul of the expanded weight is faster.
+MOST_ROWS = {8: 4, 4: 16, 2: 16}
 _FORMATS = ("int8", "uint8", "int4", "uint4", "int2", "uint2", "nf4", "e2m1")
 _MOST_INPUTS = 2**20  # integer sums of as many products fit 32 bits
 
@@ -24,8 +24,9 @@ def misfit(x: jax.Array, codes: tuple[Any, ...], s: Scheme, axis: int, contracte
         return f"the format {s.format} has no kernel"
     if axis + 2 != contracted:
         return "the groups do not lie along the contracted axis"
-    if not 1 <= rows <= MOST_ROWS:
-        return f"{rows} rows of activations; the kernels take 1 to {MOST_ROWS}"
+    most_rows = MOST_ROWS[number_formats.FORMATS[s.format].bits]
+    if not 1 <= rows <= most_rows:
+        return f"{rows} rows of activations; the kernels of {s.format} take 1 to {most_rows}"
     if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16) or jnp.dtype(accumulate) != jnp.float32:
         return f"{x.dtype} activations with {jnp.dtype(accumulate)} sums"
     if codes[0].ndim != 2 or x.shape[-1] > _MOST_INPUTS or not codes[0].size:

@@ -35,14 +35,14 @@ def run(rows: int, inputs: int, outputs: int) -> int:
     print(f"kernels   {library._name}")
     print(f"path      {path}, the fastest this CPU has of {', '.join(native.PATHS[1:])}")
     print(f"threads   those of XLA, for {len(os.sched_getaffinity(0))} cores; JAX runs on {jax.default_backend()}")
-    reason = cpu_product.misfit(jnp.ones((cpu_product.MOST_ROWS + 1, 64)), *_request("int8", 64, 8))
-    print(f"choices   for up to {cpu_product.MOST_ROWS} rows of activations (beyond: XLA, {reason})")
+    print("choices   by the rows of activations; with more than the kernel takes, XLA")
     for name in number_formats.FOR_WEIGHTS:
         scheme = number_formats.scheme(name)
         reason = cpu_product.misfit(jnp.ones((1, 256)), *_request(name, 256, 8))
         if scheme.activations:
             reason = "the product of integers"
-        print(f"  {name:<12} {f'XLA: {reason}' if reason else 'kernel'}")
+        rows_served = cpu_product.MOST_ROWS[number_formats.FORMATS[scheme.format].bits]
+        print(f"  {name:<12} {f'XLA: {reason}' if reason else f'kernel, 1 to {rows_served} rows'}")
     served = [
         name
         for name in number_formats.FOR_WEIGHTS
@@ -115,7 +115,7 @@ def _measure(names: list[str], rows: int, inputs: int, outputs: int) -> None:
                 functools.partial(matmul.xla_product, s=scheme, axis=axis, contracted=contracted, accumulate=accumulate)
             )
             for function, widths in ((kernel, (8, 9, 6)), (xla, (12, 9, 6))):
-                if function is kernel and count > cpu_product.MOST_ROWS:
+                if function is kernel and count > cpu_product.MOST_ROWS[number_formats.FORMATS[scheme.format].bits]:
                     line += " " * sum(widths)
                     continue
                 seconds = _seconds(function, x, codes)

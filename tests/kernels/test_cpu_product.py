@@ -174,8 +174,8 @@ def test_each_choice_has_a_reason():
         assert misfit(name, x) == ""
     assert misfit("int8", x.astype(jnp.bfloat16)) == ""
     assert misfit("fp8_e4m3", x) == "the format e4m3 has no kernel"
-    assert misfit("int8", jnp.ones((17, 64))) == "17 rows of activations; the kernels take 1 to 16"
-    assert misfit("int8", jnp.ones((0, 64))) == "0 rows of activations; the kernels take 1 to 16"
+    assert misfit("int4", jnp.ones((17, 64))) == "17 rows of activations; the kernels of int4 take 1 to 16"
+    assert misfit("int8", jnp.ones((0, 64))) == "0 rows of activations; the kernels of int8 take 1 to 4"
     assert misfit("int8", x, contracted=1) == "the groups do not lie along the contracted axis"
     assert misfit("int8", x.astype(jnp.bfloat16), "bfloat16") == "bfloat16 activations with bfloat16 sums"
 

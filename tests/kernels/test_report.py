@@ -15,7 +15,7 @@ def without_measurements(monkeypatch):
 def test_every_scheme_has_a_choice_with_its_reason(command, without_measurements):
     lines = command("kernels").stdout.splitlines()
     choices = dict(re.findall(r"^  (\w+) +(\w.*)$", "\n".join(lines), re.M))
-    assert choices["int4"] == choices["nf4"] == "kernel" and lines[-1] == "self-test passed"
+    assert choices["int4"] == choices["nf4"] == "kernel, 1 to 16 rows" and lines[-1] == "self-test passed"
     assert choices["fp8_e4m3"] == "XLA: the format e4m3 has no kernel"
     assert choices["w8a8"] == "XLA: the product of integers"
 
