@@ -49,7 +49,7 @@ static void ColumnsOfKind(const Product& p, const float* x, float* y, int64_t be
       const int64_t width = end - n0 < kTile ? end - n0 : kTile;
       float acc[kTile] = {};
       for (int64_t part = 0; part < per_byte; ++part) {
-        const Codes c{static_cast<int>(part * p.bits), (1u << p.bits) - 1, p.table, p.table[0]};
+        const Codes c{static_cast<int>(part * p.bits), (1u << p.bits) - 1, p.table, KIND == kConsecutive ? p.table[0] : 0};
         for (int64_t b = 0; b < bytes; b += 4) {
           AddRows<KIND>(c, p.codes + (g * bytes + b) * p.outputs + n0, p.outputs, bytes - b < 4 ? bytes - b : 4,
                         x + g * p.group + part * bytes + b, width, acc);
@@ -88,7 +88,7 @@ static void RowsOfKind(const Product& p, const float* x, float* y, int64_t begin
       const float* inputs = x + g * p.group;
       float dot = 0;
       for (int64_t part = 0; part < per_byte; ++part) {
-        const Codes c{static_cast<int>(part * p.bits), (1u << p.bits) - 1, p.table, p.table[0]};
+        const Codes c{static_cast<int>(part * p.bits), (1u << p.bits) - 1, p.table, KIND == kConsecutive ? p.table[0] : 0};
         dot += DotOfKind<KIND>(c, w, inputs + part * bytes, bytes);
       }
       sum += dot * ScaleAt(p.scale, n, g);
