@@ -10,6 +10,7 @@ COMMANDS = {
     "train": "train a model, or resume a run",
     "evaluate": "held-out loss, perplexity and bits per byte of a checkpoint, or its accuracy in a task",
     "generate": "continue a prompt, or answer it, with a checkpoint",
+    "chat": "converse with a checkpoint in the terminal",
     "quantize": "quantize the weights of a checkpoint to 8 bits or fewer",
     "convert": "write a checkpoint as Hugging Face, GGUF or peft files",
     "plan": "memory of a training step, before it runs",

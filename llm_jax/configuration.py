@@ -127,9 +127,10 @@ def find(source: str | os.PathLike[str]) -> pathlib.Path:
     )
 
 
-def recipes() -> list[str]:
-    """The names of the recipes in configs/."""
-    return sorted(path.stem for path in recipes_directory().glob("*.py") if not path.stem.startswith("_"))
+def recipes(cls: Any = None) -> list[str]:
+    """The names of the recipes in configs/; with `cls`, of those that give a configuration of this dataclass."""
+    names = sorted(path.stem for path in recipes_directory().glob("*.py") if not path.stem.startswith("_"))
+    return names if cls is None else [name for name in names if read(name).keys() <= options(cls).keys()]
 
 
 def recipes_directory() -> pathlib.Path:

@@ -131,7 +131,9 @@ def _peft(checkpoint: "Checkpoint", output: pathlib.Path, name: str) -> None:
     print(f"wrote {output}: adapters of a {family}; {sum(p.stat().st_size for p in output.iterdir()) / 2**20:.1f} MiB")
 
 
-COMMAND = cli.Command("convert", main, FLAGS, needs=NEEDS, interrupted="interrupted; --output is not written")
+COMMAND = cli.Command(
+    "convert", main, FLAGS, needs=NEEDS, interrupted="interrupted; --output is not written", compiles=True
+)
 
 if __name__ == "__main__":
     cli.start(COMMAND)

@@ -365,7 +365,14 @@ def on_harness(f: cli.Flags) -> None:
                 print(f"{name:<24} {metric:<24} {value:.4f}")
 
 
-COMMAND = cli.Command("evaluate", main, FLAGS, needs=NEEDS)
+COMMAND = cli.Command(
+    "evaluate",
+    main,
+    FLAGS,
+    needs=NEEDS,
+    compiles=True,
+    memory_cure="give a smaller --batch_size or a shorter --seq_len",
+)
 
 if __name__ == "__main__":
     cli.start(COMMAND)

@@ -132,6 +132,11 @@ def read_json(path: pathlib.Path) -> Any:
         raise UserError(f"{path}: damaged, not JSON ({error})") from error
 
 
+def cache_directory() -> pathlib.Path:
+    """The directory of what can be fetched or computed again: $LLM_JAX_CACHE, or ~/.cache/llm_jax."""
+    return pathlib.Path(os.environ.get("LLM_JAX_CACHE", "~/.cache/llm_jax")).expanduser()
+
+
 def make_directory(directory: pathlib.Path) -> None:
     """Creates a directory with its parents. Raises UserError if that fails or the directory is not writable."""
     try:

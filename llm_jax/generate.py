@@ -5,13 +5,11 @@
 
 import dataclasses
 import json
-from typing import Any
-
-from absl import flags
 
 from llm_jax import cli
+from llm_jax.cli import decoding_flags, status
 from llm_jax.decoding import options as decoding
-from llm_jax.decoding.options import PROMPT, DecodingOptions, parse_bias
+from llm_jax.decoding.options import PROMPT
 from llm_jax.errors import UserError
 
 FLAGS = cli.Flags()
@@ -40,38 +38,7 @@ FLAGS.boolean("explain", False, "print the candidates of every token and what ea
 FLAGS.boolean("json", False, "print one JSON object per continuation, with the log-probability of every token")
 
 
-def define_options() -> None:
-    """A flag for every field of `DecodingOptions`."""
-    kinds: dict[type, Any] = {
-        bool: FLAGS.boolean,
-        int: FLAGS.integer,
-        float: FLAGS.number,
-        str: FLAGS.string,
-    }
-    for field in dataclasses.fields(DecodingOptions):
-        if field.name == "early_stop":
-            flag = flags.Flag(
-                _EarlyStop(), flags.ArgumentSerializer(), field.name, False, field.metadata["about"], boolean=True
-            )
-            flags.DEFINE_flag(flag, FLAGS)
-        elif isinstance(field.default, tuple):
-            define = FLAGS.multi_integer if field.name == "eos" else FLAGS.multi_string
-            define(field.name, [], field.metadata["about"])
-        else:
-            kinds[type(field.default)](field.name, field.default, field.metadata["about"])
-
-
-class _EarlyStop(flags.ArgumentParser):
-    """ "true", "false" or "never"; --early_stop alone is true."""
-
-    def parse(self, argument: str | bool) -> bool | str:
-        values: dict[str, bool | str] = {"true": True, "false": False, "never": "never"}
-        if str(argument).lower() not in values:
-            raise ValueError("expected true, false or never")
-        return values[str(argument).lower()]
-
-
-define_options()
+decoding_flags.define(FLAGS)
 NEEDS: cli.Needs = (
     *decoding.NEEDS,
     (("system",), "--chat is not given", lambda f: f.chat),
@@ -80,21 +47,14 @@ NEEDS: cli.Needs = (
 )
 
 
-def read_options(f: cli.Flags) -> DecodingOptions:
-    """The decoding options of the flags."""
-    values: dict[str, Any] = {field.name: f[field.name].value for field in dataclasses.fields(DecodingOptions)}
-    values["logit_bias"] = [parse_bias(text) for text in values["logit_bias"]]
-    frozen: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in values.items()}
-    return DecodingOptions(**frozen)
-
-
 def main(f: cli.Flags) -> None:
+    status.show(f"loading {f.checkpoint}")
     from llm_jax import checkpoints, tokenizers
     from llm_jax.decoding import complete, explain
     from llm_jax.tokenizers import chat_template
     from llm_jax.tokenizers.base import digest
 
-    options = read_options(f)
+    options = decoding_flags.read(f)
     if f.stream + f.explain + f.json > 1:
         raise UserError("--stream, --explain and --json print different things; choose one")
     if (f.stream or f.explain) and (len(f.prompt) > 1 or options.n > 1):
@@ -121,18 +81,25 @@ def main(f: cli.Flags) -> None:
         prompts = [tokenizer.encode_chat(text) for text in texts]
     else:
         prompts = [tokenizers.prompt(tokenizer, text) for text in f.prompt]
+    status.show("compiling, unless the cache has the functions")
     if f.explain:
         ids = complete.fit(model, complete.prompt_ids(tokenizer, prompts[0]), options)
         eos = complete.eos_ids(tokenizer, options)
         vocab = min(tokenizer.vocab_size, model.config.vocab_size)
         steps = explain.explain(model, params, ids, options, seed=options.seed, eos=eos, vocab_size=vocab)
         for number, step in enumerate(steps, 1):
+            status.show("")
             print(explain.table(tokenizer, number, step), flush=True)
         return
     shown = [] if f.chat else [tokenizer.decode(prompt) for prompt in prompts]
     head = iter(shown)  # printed with the first text, when nothing can be wrong with the request any more
-    show = (lambda row, text: print(next(head, "") + text, end="", flush=True)) if f.stream else None
-    made = complete.complete(model, params, tokenizer, prompts, options, draft=draft, show=show)
+
+    def show(row: int, text: str) -> None:
+        status.show("")
+        print(next(head, "") + text, end="", flush=True)
+
+    made = complete.complete(model, params, tokenizer, prompts, options, draft=draft, show=show if f.stream else None)
+    status.show("")
     if f.stream:
         print(next(head, ""))
         return
@@ -152,7 +119,14 @@ def main(f: cli.Flags) -> None:
             print("".join(shown[i : i + 1]) + one.text)
 
 
-COMMAND = cli.Command("generate", main, FLAGS, needs=NEEDS)
+COMMAND = cli.Command(
+    "generate",
+    main,
+    FLAGS,
+    needs=NEEDS,
+    compiles=True,
+    memory_cure="give fewer prompts, a smaller --n or --max_new_tokens, --cache=int8, --dtype=bfloat16, or --as_stored",
+)
 
 if __name__ == "__main__":
     cli.start(COMMAND)

@@ -43,7 +43,7 @@ def main(f: cli.Flags) -> None:
         print(f"{kind:<12}{remat:<8}{sizes}", flush=True)
 
 
-COMMAND = cli.Command("plan", main, FLAGS, config=Config)
+COMMAND = cli.Command("plan", main, FLAGS, config=Config, compiles=True)
 
 if __name__ == "__main__":
     cli.start(COMMAND)

@@ -168,7 +168,13 @@ def _claim(partial: pathlib.Path, request: dict[str, object]) -> None:
 
 
 COMMAND = cli.Command(
-    "quantize", main, FLAGS, needs=NEEDS, interrupted="interrupted; the same command resumes with the next layer"
+    "quantize",
+    main,
+    FLAGS,
+    needs=NEEDS,
+    interrupted="interrupted; the same command resumes with the next layer",
+    compiles=True,
+    memory_cure="give a smaller --batch_size or a shorter --seq_len",
 )
 
 if __name__ == "__main__":

@@ -1,9 +1,23 @@
-"""Settings of the process that JAX and the allocator take: simulated devices, dispatch, freed memory."""
+"""Settings of the process for JAX and the allocator, and what the errors of a device mean.
+
+Simulated devices, dispatch, the cache of compiled functions, freed memory.
+"""
 
 import ctypes
+import hashlib
+import os
+import pathlib
+import platform
+import re
 import sys
+import time
+import traceback
 
 from llm_jax.errors import UserError
+
+_CACHE_BYTES = 2**30  # largest size of the cache of compiled functions
+_MIN_COMPILE_SECONDS = 0.1  # functions that compile faster are not cached: reading many small files takes as long
+_STALE_SECONDS = 60.0
 
 
 def simulate_devices(count: int) -> None:
@@ -58,3 +72,91 @@ def disable_async_dispatch() -> None:
     import jax
 
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+def enable_compilation_cache(directory: pathlib.Path) -> None:
+    """Makes JAX keep compiled functions on disk, where later processes find them instead of compiling again.
+
+    Does nothing if a cache is configured already, for example by JAX_COMPILATION_CACHE_DIR, or if the directory cannot
+    be written. The least recently used functions are deleted when there is more than 1 GiB of them.
+
+    Args:
+      directory: is created; machines with different CPU instructions use different directories in it.
+    """
+    import jax
+
+    if jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
+        return
+    directory = directory / _machine()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if not os.access(directory, os.W_OK | os.X_OK):
+            return
+        _delete_incomplete(directory)
+    except OSError:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_compilation_cache_max_size", _CACHE_BYTES)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_COMPILE_SECONDS)
+
+
+def _machine() -> str:
+    """A name for the instruction set of the CPU: code compiled for one CPU may use instructions that others lack."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        features = next(line for line in lines if line.lower().startswith(("flags", "features")))
+    except (OSError, StopIteration):
+        features = platform.processor()
+    return f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:8]}"
+
+
+def _delete_incomplete(directory: pathlib.Path) -> None:
+    """Deletes entries of JAX's cache that a process left unfinished when it ended; JAX could never replace them.
+
+    JAX writes `KEY-cache`, then `KEY-atime`.
+    """
+    for entry in directory.glob("*-cache"):
+        complete = entry.with_name(entry.name.removesuffix("-cache") + "-atime").exists()
+        if not complete and time.time() - entry.stat().st_mtime > _STALE_SECONDS:
+            entry.unlink(missing_ok=True)
+
+
+# (pattern of an error of JAX, what it means and what to do about it). {0}: the group of the pattern.
+_DEVICE_ERRORS = (
+    (
+        r"RESOURCE_EXHAUSTED.{0,200}?alloc\w*(?: request for)? ([\d.,]+ ?(?:[KMGT]i?B|bytes))",
+        "no memory is left on the device for another {0}; {cure}",
+    ),
+    (r"RESOURCE_EXHAUSTED|CUDA_ERROR_OUT_OF_MEMORY", "no memory is left on the device; {cure}"),
+    (
+        r"driver version is insufficient|SYSTEM_DRIVER_MISMATCH|INSUFFICIENT_DRIVER|driver.{0,60}too old",
+        "the driver of the device is too old for the installed JAX; update it, install a JAX for its version, or set "
+        "JAX_PLATFORMS=cpu",
+    ),
+    (
+        r"Unable to initialize backend '(\w+)'|Unknown backend:? '?(\w+)'?",
+        "JAX finds no usable device for JAX_PLATFORMS={platforms}; unset it to use the devices that JAX finds, set "
+        "JAX_PLATFORMS=cpu, or install JAX for this device (for NVIDIA GPUs: pip install 'jax[cuda12]')",
+    ),
+)
+
+
+def explain_device_error(error: BaseException, cure: str) -> str:
+    """What an error of JAX means for the user, in one line; "" for errors that are not of the device.
+
+    Args:
+      cure: how the command can use less memory.
+    """
+    text = " ".join(str(error).split())
+    if _raised_in(error) == "xla_bridge.py" and "initialize backend" not in text:
+        text += " Unable to initialize backend 'unnamed'"  # jax 0.10 fails an assertion without CUDA
+    for pattern, meaning in _DEVICE_ERRORS:
+        if match := re.search(pattern, text):
+            return meaning.format(*match.groups(), cure=cure, platforms=os.environ.get("JAX_PLATFORMS", ""))
+    return ""
+
+
+def _raised_in(error: BaseException) -> str:
+    """The name of the file whose code raised an error."""
+    frames = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    return os.path.basename(frames[-1]) if frames else ""

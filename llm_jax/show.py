@@ -31,8 +31,10 @@ _COUNTED, _NOT_COUNTED = ("\033[32m", "\033[36m"), "\033[90m"  # green and cyan 
 def show_rows(f: cli.Flags) -> None:
     """Rows as the model sees them: `python -m llm_jax.show rows --config=default --rows=2`.
 
-    Every segment of a row is shown by itself. Lines with + are text that the loss counts, lines with - are not; on a
-    terminal they are coloured (grey is not counted).
+    Every segment of a row is shown by itself. Lines with + are tokens that the loss counts, lines with - are not; on a
+    terminal they are coloured (grey is not counted). Special tokens have their names, and a newline is shown as ↵. In a
+    conversation, everything that the chat template writes for an answer counts: the end mark, and the newline after it
+    where the template has one, unless the template marks what it generates.
     """
     from llm_jax import checkpoints
     from llm_jax.data import masking, row_text, rows

@@ -62,6 +62,11 @@ COMMAND = cli.Command(
     needs=NEEDS,
     interrupted="interrupted; the same command resumes from the last checkpoint",
     config=Config,
+    compiles=True,
+    memory_cure=(
+        "use a smaller --config.train.batch_size or train.seq_len, --config.model.remat=full, or "
+        "--config.train.grad_accumulation=2 or more; python -m llm_jax.plan --memory shows the effect"
+    ),
 )
 
 if __name__ == "__main__":

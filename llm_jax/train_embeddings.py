@@ -51,9 +51,10 @@ def main(f: cli.Flags) -> None:
         vectors.save(found, output)
     rate = config.epochs * text.num_words / seconds
     print(f"wrote {output}: {len(found.words):,} vectors of {config.width} in {seconds:.1f} s, {rate:,.0f} words/s")
+    print(f"next: python -m llm_jax.probe_embeddings --vectors={output} --neighbours={found.words[0]}")
 
 
-COMMAND = cli.Command("train_embeddings", main, FLAGS, config=EmbeddingsConfig)
+COMMAND = cli.Command("train_embeddings", main, FLAGS, config=EmbeddingsConfig, compiles=True)
 
 if __name__ == "__main__":
     cli.start(COMMAND)

@@ -17,8 +17,8 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,10 +28,37 @@ from llm_jax.errors import UserError
 from llm_jax.schema import Rules
 
 Tree = Mapping[str, Any]
+T = TypeVar("T")
 Stages = Sequence[tuple[int, int]]  # (kinds in a block, repeats of the block), in layer order
 
 _STACKED = re.compile(r"(?P<head>(?:.*/)?)(?P<start>\d+):(?P<stop>\d+)/(?P<kind>\d+)::(?P<kinds>\d+)(?P<tail>/.*)?")
 _SINGLE = re.compile(r"(?P<head>(?:.*/)?layers/)(?P<layer>\d+)(?P<tail>/.*)")
+
+
+def register(cls: type[T]) -> type[T]:
+    """Class decorator: registers a dataclass as a pytree; fields with the metadata {"static": True} are static.
+
+    `jax.tree_util.register_dataclass` must not be used: up to jax 0.10 the structures of two of its classes with equal
+    fields compare equal, and `jax.jit` then, whenever their hashes collide (about one pair in 128), runs the code that
+    was compiled for the one on the other.
+    """
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    static = tuple(field.name for field in fields if field.metadata.get("static"))
+    data = tuple(field.name for field in fields if field.name not in static)
+    keys = tuple(jax.tree_util.GetAttrKey(name) for name in data)
+
+    def flatten(x: T) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        return tuple([getattr(x, name) for name in data]), tuple([getattr(x, name) for name in static])
+
+    def flatten_with_keys(x: T) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        children, values = flatten(x)
+        return tuple(zip(keys, children, strict=True)), values
+
+    def unflatten(values: tuple[Any, ...], children: Iterable[Any]) -> T:
+        return cls(**dict(zip(data, children, strict=True)), **dict(zip(static, values, strict=True)))
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    return cls
 
 
 def flatten(tree: Tree, prefix: str = "") -> dict[str, Any]:

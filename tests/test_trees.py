@@ -1,3 +1,5 @@
+import dataclasses
+import itertools
 import json
 
 import jax
@@ -6,6 +8,7 @@ import numpy as np
 import pytest
 
 from llm_jax import trees, weights
+from llm_jax.decoding.options import DecodingOptions
 from llm_jax.errors import UserError
 from llm_jax.weights import Adapted
 
@@ -13,6 +16,32 @@ from llm_jax.weights import Adapted
 def tree_of(layers: int) -> dict:
     flat = {f"layers/{i}/mlp/up": jnp.full((2, 3), i) for i in range(layers)}
     return trees.unflatten(flat | {"embed/table": jnp.zeros((5, 2))})
+
+
+@trees.register
+@dataclasses.dataclass(frozen=True)
+class First:
+    value: jax.Array
+    sign: int = dataclasses.field(default=1, metadata={"static": True})
+
+
+@trees.register
+@dataclasses.dataclass(frozen=True)
+class Second:
+    value: jax.Array
+    sign: int = dataclasses.field(default=1, metadata={"static": True})
+
+
+def test_structures_of_two_classes_are_not_equal_whatever_their_fields():
+    structure = jax.tree.structure
+    assert structure(First(1.0)) != structure(Second(1.0))
+    assert structure(First(1.0)) == structure(First(2.0)) != structure(First(1.0, -1))
+    assert jax.tree.map(lambda x: -x, First(1.0, -1)) == First(-1.0, -1)
+    ((path, _),) = jax.tree_util.tree_leaves_with_path({"a": First(1.0)})
+    assert jax.tree_util.keystr(path) == "['a'].value"
+    names = ("top_p", "min_p", "typical_p", "eta")
+    structures = [structure(DecodingOptions(**{name: 0.5}).sampler()) for name in names]
+    assert all(a != b for a, b in itertools.combinations(structures, 2))
 
 
 def test_stacked_paths_expand_to_the_layers_they_hold():

@@ -109,8 +109,10 @@ def unreadable_base(path: pathlib.Path, error: UserError) -> UserError:
 
 def abstract_params(model: Transformer) -> dict[str, Any]:
     """Shapes and dtypes of the dense parameters of a model, without computing them."""
-    variables = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))
-    return variables["params"]
+    stacked = model.clone(config=dataclasses.replace(model.config, scan_layers=True))  # traces a layer, not all of them
+    variables = jax.eval_shape(stacked.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))
+    params = variables["params"]
+    return params if model.config.scan_layers else jax.eval_shape(trees.unstack, params)
 
 
 def with_dtype(config: ModelConfig, dtype: str) -> ModelConfig:

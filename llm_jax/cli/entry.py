@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 from absl import flags, logging
 
+from llm_jax import files, runtime
 from llm_jax.cli import help as help_lib
-from llm_jax.cli import parsing, signals
+from llm_jax.cli import parsing, signals, status
 from llm_jax.cli.parsing import Command
 from llm_jax.errors import UserError
 
@@ -93,9 +94,10 @@ def _start(command: Command, arguments: Sequence[str]) -> None:
     signals.install(command.interrupted)
     code = 0
     try:
-        code = _execute(command, command.flags, arguments)
+        code = _execute(command, command.flags, arguments, process=True)
         sys.stdout.flush()
     except UserError as error:
+        status.show("")
         signals.leave(2, f"error: {error}")
     except KeyboardInterrupt:
         signals.leave(130, f"\n{command.interrupted}")
@@ -116,10 +118,25 @@ def _reader_ended() -> bool:
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
-def _execute(command: Command, values: flags.FlagValues, arguments: Sequence[str]) -> int:
+def _execute(command: Command, values: flags.FlagValues, arguments: Sequence[str], process: bool = False) -> int:
+    """Runs a command and returns its exit code.
+
+    Args:
+      process: whether the command is the process, whose settings it may change.
+
+    Raises:
+      UserError: invalid arguments, or an error of the device that the user can do something about.
+    """
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file it writes
     if text := help_lib.requested(command, arguments):
         print(text)
         return 0
     parsing.parse(command, values, arguments)
-    return command.main(values) or 0
+    if process and command.compiles and values["compilation_cache"].value:
+        runtime.enable_compilation_cache(files.cache_directory() / "compiled")
+    try:
+        return command.main(values) or 0
+    except (RuntimeError, AssertionError) as error:
+        if message := runtime.explain_device_error(error, command.memory_cure):
+            raise UserError(message) from error
+        raise

@@ -11,7 +11,7 @@ from absl import flags
 
 from llm_jax import configuration, option_names
 from llm_jax.cli import config_help
-from llm_jax.cli.parsing import Command
+from llm_jax.cli.parsing import COMPILATION_CACHE, Command
 from llm_jax.errors import UserError
 
 _WIDTH = 100
@@ -55,14 +55,23 @@ def describe(command: Command) -> str:
         default = configuration.DEFAULT_RECIPES[command.config]
         lines += _entry(
             "--config=SOURCE",
-            f"a recipe ({', '.join(configuration.recipes())}), a .py, .json or .toml file, or a run directory "
-            f"(default: {default})",
+            f"a recipe ({', '.join(configuration.recipes(command.config))}), a .py, .json or .toml file, or a run "
+            f"directory (default: {default})",
         )
         lines += _entry("--config.KEY=VALUE", "override an option, as in --config.model.position.kind=alibi")
         lines += _entry("--help-config[=TEXT]", "describe all options, or those whose name or meaning contains TEXT")
     own = flags.FLAGS.get_key_flags_for_module(sys.argv[0]) if command.flags is flags.FLAGS else None
-    for flag in own if own is not None else [command.flags[name] for name in command.flags]:
-        lines += _flag(flag)
+    listed = own if own is not None else [command.flags[name] for name in command.flags]
+    groups = getattr(command.flags, "groups", {})
+    for flag in listed:
+        lines += [] if flag.name in groups else _flag(flag)
+    for group in dict.fromkeys(groups.values()):
+        lines += ["", f"{group}:"]
+        for flag in listed:
+            lines += _flag(flag) if groups.get(flag.name) == group else []
+    lines += [""] if groups else []
+    if command.compiles:
+        lines += _entry("--[no]compilation_cache", f"{COMPILATION_CACHE} (default: True)")
     lines += _entry("--help", "print this text")
     return "\n".join(lines)
 
@@ -88,14 +97,15 @@ def describe_options(cls: Any, text: str = "") -> str:
 def _flag(flag: flags.Flag) -> list[str]:
     kind = flag.parser.flag_type()
     value = {"bool": "", "int": "=N", "float": "=X"}.get(kind, "=TEXT")
+    text = (flag.help or "").removesuffix(";\n    repeat this option to specify a list of values")
     choices = getattr(flag.parser, "enum_values", None)
     if choices:
+        text = text.removeprefix(f"<{'|'.join(choices)}>: ")  # of absl
         value = "=" + "|".join(choice for choice in choices if choice)
     name = f"--[no]{flag.name}" if kind == "bool" else f"--{flag.name}{value}"
-    text = (flag.help or "").removesuffix(";\n    repeat this option to specify a list of values")
     if flag.default is None and any("other than None" in validator.message for validator in flag.validators):
         text += " (required)"
-    elif flag.default not in (None, "", [], False):
+    elif flag.default not in (None, "", []):  # 0 and False are shown
         text += f" (default: {flag.default})"
     return _entry(name, text)
 

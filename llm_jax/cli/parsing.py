@@ -15,6 +15,11 @@ from llm_jax.errors import UserError
 # Rows (flags, condition under which they have no effect, function of the flags that is true if they have one).
 Needs = Sequence[tuple[tuple[str, ...], str, Callable[[Any], Any]]]
 
+COMPILATION_CACHE = (
+    "keep compiled functions in $LLM_JAX_CACHE/compiled (default: ~/.cache/llm_jax/compiled, at most 1 GiB), so that "
+    "the command starts faster the next time; a JAX_COMPILATION_CACHE_DIR that is set is used instead"
+)
+
 
 class Flags(flags.FlagValues):
     """The flags of one command, apart from those of all others; once parsed, their values are its attributes.
@@ -22,6 +27,21 @@ class Flags(flags.FlagValues):
     The methods define flags, like `absl.flags.DEFINE_string` and its relatives: name, default, meaning; with
     `required=True` and the default None, a flag must be given.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        # absl keeps attributes of the object as flags.
+        self.__dict__["groups"] = {}  # name of a flag: its group, if it has one
+        self.__dict__["_group"] = ""
+
+    def group(self, name: str) -> None:
+        """Puts the flags that are defined from now on into a group of `--help`; "": into none."""
+        self.__dict__["_group"] = name
+
+    def __setitem__(self, name: str, flag: Any) -> None:
+        super().__setitem__(name, flag)
+        if self.__dict__["_group"]:
+            self.__dict__["groups"][name] = self.__dict__["_group"]
 
     def string(self, name: str, default: str | None, meaning: str, **options: Any) -> None:
         flags.DEFINE_string(name, default, meaning, flag_values=self, **options)
@@ -61,6 +81,8 @@ class Command:
       config: the dataclass that `--config` fills, `schema.Config` or `schema.EmbeddingsConfig`; None: no `--config`.
       subcommands: the commands that `--help` lists.
       positional: the name of the repeatable flag that arguments without a flag are values of; "": they are refused.
+      compiles: whether the command compiles functions and thus has the flag --compilation_cache.
+      memory_cure: what to do when no memory is left on the device.
     """
 
     name: str
@@ -71,6 +93,8 @@ class Command:
     config: Any = None
     subcommands: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     positional: str = ""
+    compiles: bool = False
+    memory_cure: str = "use a smaller batch, or a device with more memory"
 
 
 def parse(command: Command, values: flags.FlagValues, arguments: Sequence[str]) -> None:
@@ -81,6 +105,8 @@ def parse(command: Command, values: flags.FlagValues, arguments: Sequence[str]) 
         though it takes one value, or a flag without effect.
     """
     arguments = list(arguments)
+    if command.compiles:
+        flags.DEFINE_boolean("compilation_cache", True, COMPILATION_CACHE, flag_values=values)
     source: Any = None
     if command.config is not None:
         source, arguments = _split_source(arguments)

@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import io
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import zipfile
 from collections.abc import Iterator
 
 from llm_jax.errors import UserError
-from llm_jax.files import PARTIAL, dump_json, new_directory
+from llm_jax.files import PARTIAL, cache_directory, dump_json, new_directory
 
 _MANIFEST = ".sha256.json"
 
@@ -118,7 +117,7 @@ ASSETS = {
 
 def cache() -> pathlib.Path:
     """The directory of fetched assets, in $LLM_JAX_CACHE or ~/.cache/llm_jax."""
-    return pathlib.Path(os.environ.get("LLM_JAX_CACHE", "~/.cache/llm_jax")).expanduser() / "assets"
+    return cache_directory() / "assets"
 
 
 def path(name: str) -> pathlib.Path:

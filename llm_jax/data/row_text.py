@@ -1,6 +1,7 @@
 """Rows of training data as text that shows what the loss counts."""
 
 import itertools
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -29,15 +30,23 @@ def segments(row: dict[str, np.ndarray], masked: bool = False) -> Iterator[list[
 def lines(tokenizer: Tokenizer, tokens: list[tuple[int, bool]], colours: tuple[str, str]) -> Iterator[str]:
     """Tokens as text, a line for every line and every change from what counts to what does not.
 
+    Tokens that decode to nothing, such as special tokens, are shown by their names, and newlines as "↵".
+
     Args:
       colours: what is written before text that counts, and that does not; "": no colours.
     """
     for counts, run in itertools.groupby(tokens, lambda token: token[1]):
         text = ""
-        for special, part in itertools.groupby((i for i, _ in run), lambda i: i in (tokenizer.bos, tokenizer.eos)):
+        for named, part in itertools.groupby((i for i, _ in run), lambda i: not tokenizer.decode([i])):
             ids = list(part)
-            text += "".join(map(tokenizer.piece, ids)) if special else tokenizer.decode(ids)
-        for line in text.split("\n"):
-            shown = "".join(c if c.isprintable() or c == "\t" else repr(c)[1:-1] for c in line)
+            text += "".join(map(tokenizer.piece, ids)) if named else tokenizer.decode(ids)
+        for line in re.findall(r"[^\n]*\n|[^\n]+", text):
+            shown = "".join(_visible(c) for c in line)
             begin = colours[0] if counts else colours[1]
             yield f"{begin}{'+' if counts else '-'} {shown}" + ("\033[0m" if begin else "")
+
+
+def _visible(character: str) -> str:
+    if character == "\n":
+        return "↵"
+    return character if character.isprintable() or character == "\t" else repr(character)[1:-1]

@@ -6,7 +6,6 @@ step may end; the ones behind them replace those that did, so that K hypotheses 
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax import weights
-from llm_jax.decoding import loop
+from llm_jax import trees, weights
+from llm_jax.decoding import compiled, loop
 from llm_jax.decoding.loop import DrawSettings, Generated, StopFn
 from llm_jax.decoding.options import EARLY_STOP, DecodingOptions
 from llm_jax.decoding.samplers import History
@@ -38,7 +37,7 @@ class Beam:
     score: float
 
 
-@jax.tree_util.register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class Hypotheses:
     """Token sequences and their log-probabilities.
@@ -58,7 +57,7 @@ class Hypotheses:
     length: jax.Array
 
 
-@jax.tree_util.register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class BeamState:
     """The carry of the loop.
@@ -80,7 +79,7 @@ class BeamState:
     closed: jax.Array
 
 
-@jax.tree_util.register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class BeamSettings:
     """Numbers of the search; changing them does not recompile.
@@ -132,7 +131,7 @@ def search(
     return _results(jax.device_get(state.ended), np.asarray(settings.eos), options, stop)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@compiled.jit(static=(0, 1, 2))
 def _start(
     model: Transformer,
     groups: int,
@@ -161,7 +160,7 @@ def _start(
     return BeamState(cache, history, logits, jnp.int32(0), first, empty, jnp.zeros(b, bool))
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
+@compiled.jit(donate=(3,))
 def _advance(
     model: Transformer, params: Any, settings: DrawSettings, beams: BeamSettings, state: BeamState, until: jax.Array
 ) -> BeamState:

@@ -40,6 +40,7 @@ def complete(
     *,
     draft: tuple[Transformer, Any] | None = None,
     show: Callable[[int, str], None] | None = None,
+    cancel: Callable[[], Any] | None = None,
 ) -> list[list[Completion]]:
     """`options.n` continuations of every prompt; beams best first.
 
@@ -49,6 +50,7 @@ def complete(
       draft: the model that `options.draft` names and its parameters; it has the same tokenizer.
       show: called with (row, text) when more text of a row is certain; row i * n + j is continuation j of prompt i.
         The texts of a row, joined, are the text of its completion.
+      cancel: with `show`: called after every token; a true value ends the texts where they are.
 
     Raises:
       UserError: options that are out of range, contradict each other, or cannot be met.
@@ -75,7 +77,7 @@ def complete(
     common["stop"] = stops.stop_fn(tokenizer, options.stop, options.max_new_tokens, rows)
     detokenizers = [detokenize.after(tokenizer, prompt) for prompt in ids for _ in range(options.n)]
     if show:
-        common["watch"] = _watcher(detokenizers, options, show)
+        common["watch"] = _watcher(detokenizers, options, show, cancel)
     common["max_new_tokens"] = options.max_new_tokens
     if options.method == "contrastive":
         generated = contrastive.search(
@@ -93,7 +95,7 @@ def complete(
             )
         else:
             generated = loop.generate(
-                model, params, rows, options.sampler(), alternatives=options.alternatives, **common
+                model, params, rows, options.sampler(all_filters=True), alternatives=options.alternatives, **common
             )
     flat = [
         Completion(stops.cut(decode.text(row.ids), options.stop), row)
@@ -139,20 +141,25 @@ def fit(model: Transformer, ids: list[int], options: DecodingOptions) -> list[in
 
 
 def _watcher(
-    detokenizers: Sequence[Detokenizer], options: DecodingOptions, show: Callable[[int, str], None]
-) -> Callable[[list[Generated]], None]:
+    detokenizers: Sequence[Detokenizer],
+    options: DecodingOptions,
+    show: Callable[[int, str], None],
+    cancel: Callable[[], Any] | None,
+) -> Callable[[list[Generated]], Any]:
     """A `watch` function of the loop that shows the new text of each row as soon as it is certain."""
     shown = [0] * len(detokenizers)  # characters of each row
 
-    def watch(rows: list[Generated]) -> None:
+    def watch(rows: list[Generated]) -> Any:
+        cancelled = cancel is not None and cancel()
         for row, generated in enumerate(rows):
             decode = detokenizers[row]
-            if generated.stop != "length" or len(generated.ids) == options.max_new_tokens:
+            if cancelled or generated.stop != "length" or len(generated.ids) == options.max_new_tokens:
                 text = stops.cut(decode.text(generated.ids), options.stop)
             else:
                 text = stops.showable(decode.settled(generated.ids), options.stop)
             if new := text[shown[row] :]:
                 shown[row] = len(text)
                 show(row, new)
+        return cancelled
 
     return watch

@@ -5,15 +5,14 @@ Each step takes, of the k most likely tokens, the one with the largest (1 - alph
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from llm_jax import weights
-from llm_jax.decoding import loop
+from llm_jax import trees, weights
+from llm_jax.decoding import compiled, loop
 from llm_jax.decoding.loop import DecodingState, DrawSettings, Generated, StopFn
 from llm_jax.decoding.samplers import Sampler, argmax
 from llm_jax.model.attention import KVCache, Tokens
@@ -22,7 +21,7 @@ from llm_jax.model.transformer import Transformer
 # Letters of shapes: B batch, P padded prompt, S slots, K candidates, D width, V vocabulary.
 
 
-@jax.tree_util.register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class ContrastiveState:
     """The carry of the loop.
@@ -71,13 +70,13 @@ def search(
     return loop.run(advance, state.decoding, settings, max_new_tokens, stop, watch)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@compiled.jit(static=(0,))
 def _start(model: Transformer, room: int, params: Any, prompts_BP: jax.Array, lengths: jax.Array) -> ContrastiveState:
     x_BPD, decoding = loop.begin(model, room, 0, params, prompts_BP, lengths)
     return ContrastiveState(decoding, jnp.pad(_unit(x_BPD), ((0, 0), (0, room), (0, 0))))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3), donate_argnums=5)
+@compiled.jit(static=(2,), donate=(4,))
 def _advance(
     model: Transformer,
     params: Any,

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax import trees
+from llm_jax.decoding import compiled
 from llm_jax.decoding.samplers import History, Sampler
 from llm_jax.errors import UserError
 from llm_jax.model.attention import KVCache, Tokens
@@ -50,7 +51,7 @@ class Generated:
     alternatives: list[dict[int, float]] = dataclasses.field(default_factory=list)
 
 
-@jax.tree_util.register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class DrawSettings:
     """Arguments of the loop that may change without recompilation.
@@ -76,7 +77,7 @@ class DrawSettings:
         return jnp.any(ids[..., None] == self.eos, -1)
 
 
-@jax.tree_util.register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class DecodingState:
     """The carry of the loop.
@@ -118,7 +119,7 @@ def generate(
     vocab_size: int | None = None,
     alternatives: int = 0,
     stop: StopFn | None = None,
-    watch: Callable[[list[Generated]], None] | None = None,
+    watch: Callable[[list[Generated]], Any] | None = None,
 ) -> list[Generated]:
     """Continues every prompt.
 
@@ -130,7 +131,7 @@ def generate(
       vocab_size: ids at or above it are never drawn (for a model whose vocabulary is padded). Default: the model's.
       alternatives: how many of the most likely tokens to record at each step.
       stop: called with the generated ids of each row; see `StopFn`.
-      watch: called with the rows so far after every token.
+      watch: called with the rows so far after every token; a true value ends the rows where they are.
 
     Raises:
       UserError: an empty prompt, an id outside the vocabulary, max_new_tokens below 1, or a length beyond the
@@ -151,7 +152,7 @@ def run(
     settings: DrawSettings,
     max_new_tokens: int,
     stop: StopFn | None,
-    watch: Callable[[list[Generated]], None] | None,
+    watch: Callable[[list[Generated]], Any] | None,
 ) -> list[Generated]:
     """Runs the loop to its end, and pauses it where `stop` or `watch` must see the rows (see `generate`).
 
@@ -172,9 +173,7 @@ def run(
                 checked[row] = count
             done[list(stopped_at)] = True
             state = dataclasses.replace(state, done=jnp.asarray(done))
-        if watch:
-            watch(results(state, settings, stopped_at))
-        if done.all():
+        if done.all() | bool(watch and watch(results(state, settings, stopped_at))):
             break
     return results(state, settings, stopped_at)
 
@@ -250,7 +249,7 @@ def last_logits(model: Transformer, params: Any, x_BPD: jax.Array, lengths: jax.
     return apply(model, params, last_B1D, method="logits")[:, 0]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@compiled.jit(static=(0, 1))
 def _start(
     model: Transformer, room: int, alternatives: int, params: Any, prompts_BP: jax.Array, lengths: jax.Array
 ) -> DecodingState:
@@ -277,7 +276,7 @@ def begin(
     )
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+@compiled.jit(donate=(2,))
 def advance(
     model: Transformer, params: Any, settings: DrawSettings, state: DecodingState, until: jax.Array
 ) -> DecodingState:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:  # `generate --help` reads this module without importing JAX
 
 PROMPT = "prompt"  # the value of `draft` that asks for prompt look-up instead of a draft model
 _SMALLEST, _LARGEST = 1e-30, 1e30
+_BIASES = 8  # biased tokens are padded to a multiple of this
+GROUPS = ("sampling", "penalties", "search", "stops", "output")  # of options, in the order of --help
 METHODS = ("sample", "beam", "contrastive", "speculative")
 EARLY_STOP = (False, True, "never")
 # (options, the condition under which they have no effect, whether they have an effect) of `DecodingOptions`, or of
@@ -246,40 +248,42 @@ class DecodingOptions:
         if self.alternatives and self.method != "sample":
             raise UserError(f"--alternatives is for drawing and greedy decoding, not for {self.method}")
 
-    def sampler(self) -> "Sampler":
-        """The chain of filters that the options ask for; temperature 0 is greedy."""
+    def sampler(self, all_filters: bool = False) -> "Sampler":
+        """The chain of filters that the options ask for; temperature 0 is greedy.
+
+        Args:
+          all_filters: include the filters whose options are off, disabled. All samplers then differ in numbers only, so
+            that a decoder is compiled once for all options (which takes about a second longer).
+        """
         import jax.numpy as jnp
 
         from llm_jax.decoding import penalties, samplers
 
-        chain: list[Filter] = []
-        if self.logit_bias:
-            ids, biases = zip(*self.logit_bias, strict=True)
-            chain.append(penalties.Bias(jnp.asarray(ids, jnp.int32), jnp.asarray(biases, jnp.float32)))
-        if self.repetition_penalty != 1:
-            chain.append(penalties.Repetition(self.repetition_penalty))
-        if self.presence_penalty or self.frequency_penalty:
-            chain.append(penalties.PresenceFrequency(self.presence_penalty, self.frequency_penalty))
-        if self.no_repeat_ngram:
-            chain.append(penalties.NoRepeatNgram(self.no_repeat_ngram))
+        biases = list(self.logit_bias)
+        if all_filters:  # padded with a bias of 0 for token 0: few shapes, few compilations
+            biases += [(0, 0.0)] * (-len(biases) % _BIASES or _BIASES * (not biases))
+        ids, values = zip(*biases, strict=True) if biases else ((), ())
+        presence, frequency = float(self.presence_penalty), float(self.frequency_penalty)
+        greedy = self.temperature == 0
+        top_k = 0 if self.contrastive else self.top_k
+        rows: list[tuple[Any, Filter]] = [
+            (self.logit_bias, penalties.Bias(jnp.asarray(ids, jnp.int32), jnp.asarray(values, jnp.float32))),
+            (self.repetition_penalty != 1, penalties.Repetition(float(self.repetition_penalty))),
+            (presence or frequency, penalties.PresenceFrequency(presence, frequency)),
+            (self.no_repeat_ngram, penalties.NoRepeatNgram(self.no_repeat_ngram)),
+            (self.temperature not in (0, 1), samplers.Temperature(float(self.temperature or 1))),
+            (top_k and not greedy, samplers.TopK(top_k)),
+            (self.top_p < 1 and not greedy, samplers.TopP(float(self.top_p))),
+            (self.min_p and not greedy, samplers.MinP(float(self.min_p))),
+            (self.typical_p < 1 and not greedy, samplers.Typical(float(self.typical_p))),
+            (self.epsilon and not greedy, samplers.Epsilon(float(self.epsilon))),
+            (self.eta and not greedy, samplers.Eta(float(self.eta))),
+        ]
         own = [samplers.own_filter(specification) for specification in self.filter]
-        if self.temperature == 0:
-            return samplers.Sampler((*chain, *own), greedy=True)
-        if self.temperature != 1:
-            chain.append(samplers.Temperature(self.temperature))
-        if self.top_k and not self.contrastive:
-            chain.append(samplers.TopK(self.top_k))
-        if self.top_p < 1:
-            chain.append(samplers.TopP(self.top_p))
-        if self.min_p:
-            chain.append(samplers.MinP(self.min_p))
-        if self.typical_p < 1:
-            chain.append(samplers.Typical(self.typical_p))
-        if self.epsilon:
-            chain.append(samplers.Epsilon(self.epsilon))
-        if self.eta:
-            chain.append(samplers.Eta(self.eta))
-        return samplers.Sampler((*chain, *own), greedy=False)
+        if all_filters:
+            chain = [samplers.OptionalFilter(bool(enabled), row) for enabled, row in rows]
+            return samplers.Sampler((*chain, *own, samplers.OptionalFilter(greedy, samplers.Argmax())))
+        return samplers.Sampler((*(row for enabled, row in rows if enabled), *own), greedy)
 
 
 def _representable(value: float) -> bool:

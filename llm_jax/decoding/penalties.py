@@ -5,12 +5,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from llm_jax import trees
 from llm_jax.decoding.samplers import History
 
 # Letters of shapes: B batch, S slots, V vocabulary, N biased tokens.
 
 
-@jax.tree_util.register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class Repetition:
     """Divides positive logits of tokens that occurred, prompt included, by the penalty; multiplies negative ones by it.
@@ -28,7 +29,7 @@ class Repetition:
         return jnp.where(occurred, jnp.where(logits > 0, logits / self.penalty, logits * self.penalty), logits)
 
 
-@jax.tree_util.register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class PresenceFrequency:
     """Subtracts `presence` from the logits of generated tokens, and `frequency` per occurrence, the prompt left out.
@@ -44,7 +45,7 @@ class PresenceFrequency:
         return logits - self.presence * (counts > 0) - self.frequency * counts
 
 
-@jax.tree_util.register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class NoRepeatNgram:
     """Removes tokens that would repeat an n-gram, prompt included (Paulus et al. 2017, arXiv:1705.04304, 2.5).
@@ -71,7 +72,7 @@ class NoRepeatNgram:
         return jnp.where(jnp.any(remaining > -jnp.inf, -1, keepdims=True), remaining, logits)
 
 
-@jax.tree_util.register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class Bias:
     """Adds `biases` float32 (N,) to the logits of the tokens `ids` int32 (N,)."""

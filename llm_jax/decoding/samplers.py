@@ -1,8 +1,9 @@
 """Samplers: (logits, keys) -> ids, as chains of filters.
 
 A filter is a frozen dataclass, (logits, history) -> logits, that removes tokens by setting their logits to -inf, or
-shifts logits. Numeric settings are pytree leaves, so that changing them does not recompile. A chain applies in the
-order: penalties (`penalties.py`), temperature, top-k, top-p, min-p, typical, epsilon, eta, draw.
+shifts logits. Numeric settings are pytree leaves, so that changing them does not recompile; `OptionalFilter` makes
+whether a filter applies such a setting. A chain applies in the order: penalties (`penalties.py`), temperature, top-k,
+top-p, min-p, typical, epsilon, eta, draw.
 """
 
 import dataclasses
@@ -11,14 +12,14 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
-from llm_jax import extensions
+from llm_jax import extensions, trees
 
 # Letters of shapes: B batch, S slots, V vocabulary.
 
 _BLOCK = 256  # a draw chooses a block of tokens, then a token of the block
 
 
-@jax.tree_util.register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class History:
     """The tokens so far.
@@ -41,7 +42,25 @@ class Filter(Protocol):
         """Logits float32 (B, V) -> logits float32 (B, V), -inf for removed tokens."""
 
 
-@jax.tree_util.register_dataclass
+@trees.register
+@dataclasses.dataclass(frozen=True)
+class OptionalFilter:
+    """A filter that applies if `enabled`, which is a leaf: enabling it does not recompile.
+
+    Attributes:
+      enabled: bool ().
+      filter: the filter; it is not computed where it does not apply.
+    """
+
+    enabled: bool | jax.Array
+    filter: Filter
+
+    def __call__(self, logits: jax.Array, history: History) -> jax.Array:
+        # `cond` hashes its branches, and a filter that holds traced arrays has no hash.
+        return jax.lax.cond(self.enabled, lambda x, h: self.filter(x, h), lambda x, h: x, logits, history)
+
+
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class Temperature:
     """Divides the logits by the temperature: below 1 sharpens the distribution, above 1 flattens it."""
@@ -52,7 +71,7 @@ class Temperature:
         return logits / self.temperature
 
 
-@jax.tree_util.register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class TopK:
     """Keeps the k largest logits and ties with the last (Fan et al. 2018, arXiv:1805.04833)."""
@@ -63,7 +82,7 @@ class TopK:
         return jnp.where(_best(logits, jnp.ones_like(logits), self.k), logits, -jnp.inf)
 
 
-@jax.tree_util.register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class TopP:
     """Nucleus sampling: keeps the smallest set of most likely tokens with total probability at least p, and ties.
@@ -77,7 +96,7 @@ class TopP:
         return jnp.where(_best(logits, jax.nn.softmax(logits, -1), self.p), logits, -jnp.inf)
 
 
-@jax.tree_util.register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class MinP:
     """Keeps tokens at least p times as likely as the most likely one (Nguyen et al. 2024, arXiv:2407.01082)."""
@@ -88,7 +107,7 @@ class MinP:
         return _only(logits - jnp.max(logits, -1, keepdims=True) >= jnp.log(self.p), logits)
 
 
-@jax.tree_util.register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class Typical:
     """Locally typical sampling: keeps the tokens whose information content is nearest to the entropy.
@@ -105,7 +124,7 @@ class Typical:
         return jnp.where(_best(-distance, probabilities, self.p), logits, -jnp.inf)
 
 
-@jax.tree_util.register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class Epsilon:
     """Keeps tokens of probability at least epsilon, and the most likely one.
@@ -119,7 +138,7 @@ class Epsilon:
         return _only(jax.nn.softmax(logits, -1) >= self.epsilon, logits)
 
 
-@jax.tree_util.register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class Eta:
     """Keeps tokens of probability at least min(epsilon, sqrt(epsilon) exp(-entropy)), and the most likely one.
@@ -136,7 +155,16 @@ class Eta:
         return _only(probabilities >= least, logits)
 
 
-@jax.tree_util.register_dataclass
+@trees.register
+@dataclasses.dataclass(frozen=True)
+class Argmax:
+    """Keeps the most likely token alone, the first of several: drawing after it is greedy decoding."""
+
+    def __call__(self, logits: jax.Array, history: History) -> jax.Array:
+        return jnp.where(jnp.arange(logits.shape[-1]) == argmax(logits)[:, None], logits, -jnp.inf)
+
+
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class Sampler:
     """Applies filters, then takes the most likely token (`greedy`) or draws one with each row's own key."""
@@ -203,7 +231,7 @@ def own_filter(specification: str) -> Filter:
         raise extension.error("expected a dataclass, (logits, history) -> logits")
     new_filter = extension.bind(extension.target)()
     if jax.tree_util.all_leaves([new_filter]):
-        raise extension.error("JAX does not know this dataclass; decorate it with @jax.tree_util.register_dataclass")
+        raise extension.error("JAX does not know this dataclass; decorate it with @llm_jax.trees.register")
     return new_filter
 
 

@@ -1,7 +1,6 @@
 """Log-probabilities of given continuations, token by token, by one forward pass."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax.decoding import loop
+from llm_jax.decoding import compiled, loop
 from llm_jax.errors import UserError
 from llm_jax.model.attention import Tokens
 from llm_jax.model.transformer import Transformer, check_length
@@ -72,7 +71,7 @@ def score(
     return [scored[i] for i in range(len(pairs))]
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@compiled.jit()
 def _score(model: Transformer, params: Any, ids_BT: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Log-probability of the next token at every position, float32, and whether it is the most likely: both (B, T)."""
     b, t = ids_BT.shape

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from llm_jax import trees
 from llm_jax.decoding import loop
 from llm_jax.decoding.loop import DrawSettings, Generated, StopFn
 from llm_jax.decoding.samplers import History, Sampler, draw
@@ -29,7 +30,7 @@ from llm_jax.model.transformer import Transformer, check_length
 _MATCH = 3  # the longest run of last tokens that prompt look-up searches for
 
 
-@jax.tree_util.register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class SpeculativeState:
     """The carry of the loop: as `loop.DecodingState`, for rows of different lengths.

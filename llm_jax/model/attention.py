@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from llm_jax import trees
 from llm_jax.kernels import matmul
 from llm_jax.model import attention_kernels, positions
 from llm_jax.model.layers import CAPTURE, Module, Norm
@@ -22,7 +23,7 @@ from llm_jax.parallel import mesh as mesh_lib
 # key/value head (N = K G), H head width.
 
 
-@jax.tree_util.register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class Tokens:
     """Positions and segments of tokens.
@@ -38,7 +39,7 @@ class Tokens:
     ids: jax.Array | None = None
 
 
-@jax.tree_util.register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class KVCache:
     """Keys and values of earlier tokens, with a fixed number of slots per row.

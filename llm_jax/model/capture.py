@@ -22,7 +22,7 @@ from llm_jax.model.transformer import Transformer
 # Letters of shapes: B batch, T queries, S keys, D width, V vocabulary, N heads.
 
 
-@jax.tree_util.register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class Captured:
     """The results of a forward pass with its intermediate values.

@@ -242,7 +242,7 @@ def _observe(config, kind, observed, layer, x, where, bias) -> dict[str, methods
     return {path: methods.observe(array, mask) for path, array in inputs.items()}
 
 
-@jax.tree_util.register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class _Observed(Node):
     """A weight that passes its inputs to `record` while its matrix product is traced."""

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llm_jax import trees
 from llm_jax.kernels import number_formats
 from llm_jax.kernels.number_formats import Scheme
 from llm_jax.weights import IN, QTensor, quantized
@@ -29,7 +30,7 @@ _PERCENTILE = 0.999
 _DAMPING = 0.01  # of the Hessian in `gptq`, relative to the mean of its diagonal
 
 
-@jax.tree_util.register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class InputStatistics:
     """Statistics of the inputs x (tokens, I) of a weight, float32, which `add` accumulates over batches.

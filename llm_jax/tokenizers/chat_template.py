@@ -21,6 +21,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from llm_jax.errors import UserError
+from llm_jax.tokenizers.base import Tokenizer
 
 _SECONDS, _BYTES = 10, 2**30  # for each conversation
 Message = Mapping[str, Any]  # {"role": ..., "content": ...}, and what else the template reads
@@ -58,6 +59,23 @@ def render(
       UserError: no template, or one that fails, refuses the messages, or takes too long or too much memory.
     """
     return render_all(special, [job(messages, answer, tools, documents)])[0].text
+
+
+def plain_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+    """The ids of a conversation without a template, and of the begin of an answer.
+
+    It has the form of training data without a template: "role: content" and an empty line each; EOS follows answers.
+    """
+    ids: list[int] = [] if tokenizer.bos is None else [tokenizer.bos]
+    text = ""
+    for message in messages:
+        text += f"{message['role']}: {message['content']}"
+        if message["role"] == "assistant" and tokenizer.eos is not None:
+            ids += [*tokenizer.encode(text), tokenizer.eos]
+            text = ""
+        else:
+            text += "\n\n"
+    return [*ids, *tokenizer.encode(f"{text}assistant:")]
 
 
 def job(

@@ -45,7 +45,7 @@ def summarize(
 
 
 def describe_results(workdir: pathlib.Path, config: Config, summary: Mapping[str, Any]) -> str:
-    """The final figures, where the checkpoint is, and the next command to try."""
+    """The final figures, and where the checkpoint is."""
     key = "validation_bits_per_byte"
     test = {name.removeprefix("test_"): value for name, value in summary.items() if name.startswith("test_")}
     if key in summary:
@@ -61,8 +61,5 @@ def describe_results(workdir: pathlib.Path, config: Config, summary: Mapping[str
         *(f"of {name.split('/', 1)[1]}: {value:.3f}" for name, value in summary.items() if name.startswith(f"{key}/")),
         *([f"test: {classification.describe(test)}"] if test else []),
         f"checkpoint: {workdir / 'checkpoints' / str(config.train.steps)}",
-        f'next: python -m llm_jax.generate --checkpoint={workdir} --prompt="def "'
-        if config.model.causal
-        else f"next: python -m llm_jax.evaluate --checkpoint={workdir} --data=FILE",
     ]
     return "\n".join(lines)

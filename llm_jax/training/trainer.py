@@ -21,7 +21,7 @@ from llm_jax.errors import UserError
 from llm_jax.evaluation import builtin
 from llm_jax.model import transformer
 from llm_jax.schema import Config
-from llm_jax.training import attempts, bad_steps, inputs, measures, results, start, trackers
+from llm_jax.training import attempts, bad_steps, inputs, measures, next_command, results, start, trackers
 from llm_jax.training import setup as setup_lib
 from llm_jax.training.evaluator import Evaluator
 from llm_jax.training.progress import Progress
@@ -229,6 +229,7 @@ def train(
         summary["seconds"] = time.perf_counter() - began
         files.write_json(workdir / "summary.json", summary)
         say(results.describe_results(workdir, config, summary))
+        say(f"next: {next_command.after_training(workdir, config, data.tokenizer)}")
         return summary
 
 

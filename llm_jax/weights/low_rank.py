@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
+from llm_jax import trees
 from llm_jax.weights.nodes import Node, dense, dot, partition, take
 
 
-@jax.tree_util.register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class Adapted(Node):
     """A base weight and a low-rank update: W + a · diag(scale) · b (Hu et al. 2021, arXiv:2106.09685).
@@ -91,7 +92,7 @@ def repeat_rows(params: Any, count: int) -> Any:
     return jax.tree.map(repeat, params, is_leaf=lambda w: isinstance(w, Adapted))
 
 
-@jax.tree_util.register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class Dropped(Node):
     """A weight with dropout on its inputs: 0 with probability `rate`, else divided by 1 - rate (arXiv:1207.0580).
@@ -127,7 +128,7 @@ class Dropped(Node):
         return Dropped(partition(self.weight, spec), copies, self.rate)
 
 
-@jax.tree_util.register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class Decomposed(Node):
     """DoRA: an adapted weight with trained column norms (Liu et al. 2024, arXiv:2402.09353, equation 5).

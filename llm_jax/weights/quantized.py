@@ -14,6 +14,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
+from llm_jax import trees
 from llm_jax.kernels import matmul, number_formats
 from llm_jax.weights.nodes import Node, Weight, decay_mask, dense, dot, partition, take
 
@@ -23,7 +24,7 @@ IN, OUT = -2, -1
 _STATIC: dict[str, Any] = {"static": True}
 
 
-@jax.tree_util.register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class QTensor(Node):
     """A weight stored as codes of a number format. It is frozen: its gradient is zero, and the backward pass of a
@@ -187,7 +188,7 @@ def _no_gradient(leaf: jax.Array) -> Any:
 _quantized_dot.defvjp(_quantized_dot_forward, _quantized_dot_backward)
 
 
-@jax.tree_util.register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class FakeQuant(Node):
     """A dense weight in quantization-aware training, rounded in every use as its QTensor will be.

@@ -7,6 +7,7 @@ from llm_jax.data import row_text
 from llm_jax.data.rows import Packed, Rows
 from tests.data.test_data import stream
 from tests.data.test_examples import split
+from tests.tokenizers import forms
 
 BYTE = tokenizers.get("byte").train([], 0)
 
@@ -32,8 +33,8 @@ def test_lines_say_what_counts_and_no_text_commands_the_terminal():
         *((i, True) for i in BYTE.encode("é\x1b[31m\n")),
         (2, True),
     ]
-    assert list(row_text.lines(BYTE, tokens, ("", ""))) == ["- <bos>ask", "- ", "+ é\\x1b[31m", "+ <eos>"]
-    assert next(row_text.lines(BYTE, tokens, ("G", "N"))) == "N- <bos>ask\033[0m"
+    assert list(row_text.lines(BYTE, tokens, ("", ""))) == ["- <bos>ask↵", "+ é\\x1b[31m↵", "+ <eos>"]
+    assert next(row_text.lines(BYTE, tokens, ("G", "N"))) == "N- <bos>ask↵\033[0m"
 
 
 def test_the_command_shows_rows(tmp_path, command):
@@ -50,3 +51,17 @@ def test_the_command_shows_rows(tmp_path, command):
     assert said[2].startswith("- <bos>ask ") and said[3] == "+ yes<eos>"
     assert len(command("show", "rows", *flags, "--rows=99", "--held_out").stdout.splitlines()) < 40
     assert "expected at least 1 row" in command("show", "rows", *flags, "--rows=0", code=2).stderr
+
+
+def test_special_tokens_have_their_names_and_a_newline_that_counts_is_seen():
+    tokenizer = forms.form("bytelevel")
+    text = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"
+    ids = tokenizer.encode_chat(text)
+    counted = text.index("yes")
+    tokens = [(i, end > counted) for i, (_, end) in zip(ids, tokenizer.chat_offsets(text), strict=True)]
+    assert list(row_text.lines(tokenizer, tokens, ("", ""))) == [
+        "- <|im_start|>user↵",
+        "- hi<|im_end|>↵",
+        "- <|im_start|>assistant↵",
+        "+ yes<|im_end|>↵",
+    ]

@@ -1,11 +1,13 @@
 import dataclasses
+import gc
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax.decoding import loop
+from llm_jax.decoding import compiled, loop
+from llm_jax.decoding.compiled import _MODELS
 from llm_jax.decoding.options import DecodingOptions
 from llm_jax.errors import UserError
 
@@ -62,13 +64,41 @@ def test_other_lengths_and_settings_do_not_compile_again(make):
     model, params = make(scan_layers=False)
 
     def call(length, count, **options):
-        loop.generate(model, params, [[5] * length], DecodingOptions(**options).sampler(), max_new_tokens=count)
+        sampler = DecodingOptions(**options).sampler(all_filters=True)
+        loop.generate(model, params, [[5] * length], sampler, max_new_tokens=count)
+
+    def sizes():
+        functions = [f.of_model(model) for f in (loop._start, loop.advance)]
+        return [function._cache_size() for function in functions]
 
     call(3, 4, temperature=0.5, top_p=0.9)
-    compiled = loop._start._cache_size(), loop.advance._cache_size()
-    call(30, 31, temperature=0.7, top_p=0.8)
-    call(1, 1, temperature=0.9, top_p=0.5)
-    assert (loop._start._cache_size(), loop.advance._cache_size()) == compiled
+    before = sizes()
+    assert min(before) > 0
+    call(30, 31, temperature=0.7, top_k=8)
+    call(1, 1, temperature=0, repetition_penalty=1.2, logit_bias=((3, 1.0),))
+    assert sizes() == before
+
+
+def test_compiled_code_of_many_geometries_does_not_stay_in_memory(make):
+    """Executables of the models of a sweep are freed, but for those of the last few."""
+
+    def alive():
+        gc.collect()
+        return len(jax.devices()[0].client.live_executables())
+
+    counts = []
+    for size in range(_MODELS + 6):
+        model, _ = make(scan_layers=False)
+        model = model.clone(config=dataclasses.replace(model.config, norm_eps=1e-5 * (size + 2)))
+        assert int(add_width(model, jnp.int32(1))) == 1 + model.config.width
+        counts.append(alive())
+    assert counts[_MODELS - 1] - counts[0] == _MODELS - 1  # each model has code of its own
+    assert max(counts[_MODELS:]) <= counts[_MODELS - 1] + 1
+
+
+@compiled.jit()
+def add_width(model, x):
+    return x + model.config.width
 
 
 @pytest.mark.parametrize(("prompts", "count"), [([[]], 4), ([[5], []], 4), ([[259]], 4), ([[5]], 0), ([], 4)])

@@ -76,11 +76,15 @@ def test_draws_over_many_blocks_have_their_frequencies():
     assert stats.chisquare(observed, expected).pvalue > 1e-3
 
 
+last_stage = jax.jit(lambda sampler, logits, history: sampler.stages(logits, history)[-1])
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_filters_are_those_of_transformers(name):
+@pytest.mark.parametrize("all_filters", [False, True])
+def test_filters_are_those_of_transformers(name, all_filters):
     ids, lengths, logits = tokens_and_logits()
     history = samplers.History(jnp.asarray(ids), jnp.asarray(lengths), jnp.asarray(lengths))
-    ours = np.asarray(jax.jit(lambda s: s.stages(jnp.asarray(logits), history)[-1])(CASES[name][0].sampler()))
+    ours = np.asarray(last_stage(CASES[name][0].sampler(all_filters), jnp.asarray(logits), history))
     all_banned = np.isinf(GOLDEN[name]).all(-1)
     assert not all_banned.any()
     np.testing.assert_array_equal(np.isinf(ours), np.isinf(GOLDEN[name]))
@@ -149,6 +153,31 @@ def test_other_numbers_do_not_compile_again(pair):
     compiled = jax.jit(lambda sampler, logits: sampler.stages(logits, history)[-1])
     first, second = (np.asarray(compiled(DecodingOptions(**options).sampler(), logits)) for options in pair)
     assert compiled._cache_size() == 1 and (first != second).any()
+
+
+ALL = (
+    {"temperature": 0}, {"temperature": 0.5, "top_k": 3}, {"top_p": 0.5, "min_p": 0.2}, {"typical_p": 0.5, "eta": 0.3},
+    {"epsilon": 0.2, "repetition_penalty": 2}, {"presence_penalty": 1, "no_repeat_ngram": 1},
+    {"logit_bias": ((5, -2.0), (7, 1.0))}, {"temperature": 0, "frequency_penalty": 0.5}, {},
+)  # fmt: skip
+
+
+def test_a_sampler_with_all_filters_draws_the_same_and_compiles_once():
+    ids, lengths, logits = tokens_and_logits()
+    history = samplers.History(jnp.asarray(ids), jnp.asarray(lengths), jnp.asarray(lengths))
+    keys = jax.random.split(jax.random.key(3), len(ids))
+    draw = jax.jit(lambda sampler: sampler(jnp.asarray(logits), keys, history))
+    log_probabilities = jax.jit(lambda sampler: sampler.log_probabilities(jnp.asarray(logits), history))
+    drawn, logs = [], []
+    for options in ALL:
+        drawn.append(np.asarray(draw(DecodingOptions(**options).sampler(all_filters=True))))
+        logs.append(np.asarray(log_probabilities(DecodingOptions(**options).sampler(all_filters=True))))
+    assert draw._cache_size() == log_probabilities._cache_size() == 1
+    for options, ids, some in zip(ALL, drawn, logs, strict=True):
+        sampler = DecodingOptions(**options).sampler()
+        np.testing.assert_array_equal(ids, sampler(jnp.asarray(logits), keys, history))
+        np.testing.assert_allclose(some, sampler.log_probabilities(jnp.asarray(logits), history), atol=1e-6)
+    assert len({tuple(ids) for ids in drawn}) > 4
 
 
 @pytest.mark.parametrize(

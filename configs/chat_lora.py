@@ -1,0 +1,30 @@
+"""LoRA on SmolLM2-135M-Instruct with your own conversations.
+
+    python -m llm_jax.train --config=configs/chat_lora.py --workdir=runs/chat --config.data.source=chats.jsonl
+    python -m llm_jax.chat --checkpoint=runs/chat
+
+A line of chats.jsonl is {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}.
+The loss counts what the assistant writes, in the model's chat template. 100 steps of 4 x 256 tokens: set train.steps to
+about three passes over your data, and train.seq_len to the longest conversation (`python -m llm_jax.show rows`).
+"""
+
+from ml_collections import ConfigDict
+
+from llm_jax import configuration
+
+
+def get_config() -> ConfigDict:
+    config = configuration.recipe("default")
+    config.init_from = "asset:smollm2-135m-instruct"
+    config.data.update({"source": "chats.jsonl", "kind": "instructions"})
+    config.tokenizer.kind = "hub"
+    # The geometry of init_from.
+    config.model.update({"vocab_size": 49152, "width": 576, "num_layers": 30, "num_heads": 9, "num_kv_heads": 3})
+    config.model.update({"mlp_dim": 1536, "qk_norm": False})
+    config.model.position.update({"base": 100000.0, "max_length": 8192})
+    config.lora.update({"rank": 8, "alpha": 16.0, "targets": ("linear",)})
+    config.train.update({"steps": 100, "batch_size": 4, "seq_len": 256, "loss_chunk": 32})
+    config.optim.update({"lr": 1e-3, "warmup_steps": 5, "schedule": "linear", "weight_decay": 0.0})
+    config.eval.update({"every": 0, "prompts": ()})
+    config.checkpoint.update({"every": 25, "keep_last": 1, "keep_best": 0})
+    return config

@@ -1,0 +1,247 @@
+"""A conversation with a checkpoint in the terminal: `python -m llm_jax.chat --checkpoint=runs/chat`.
+
+Type a message and Enter. Ctrl-C ends an answer, Ctrl-D the program, and /help lists commands. Without a terminal, every
+line of standard input is a message, and the answers are printed one after the other.
+"""
+
+import contextlib
+import dataclasses
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from llm_jax import cli
+from llm_jax.cli import decoding_flags, status
+from llm_jax.errors import UserError
+
+FLAGS = cli.Flags()
+FLAGS.string(
+    "checkpoint",
+    None,
+    "checkpoint: a run, a Hugging Face directory, a .gguf file, a peft directory, asset:NAME or hf:ORG/NAME",
+    required=True,
+)
+FLAGS.string("system", "", "system message at the beginning of the conversation")
+FLAGS.boolean(
+    "plain",
+    False,
+    "write the turns as 'user: ...' and 'assistant: ...' instead of using the chat template; for models without one",
+)
+FLAGS.enum("dtype", "float32", ["float32", "bfloat16", "float16"], "dtype of checkpoints that llm_jax did not train")
+FLAGS.boolean(
+    "as_stored", False, "keep the quantized tensors of a .gguf file quantized instead of expanding them to floats"
+)
+# Several texts, searches and drafts make no conversation.
+_LEFT_OUT = (
+    *("n", "alternatives", "truncate", "beams", "length_penalty", "early_stop", "beam_groups", "diversity"),
+    *("contrastive", "draft", "draft_tokens"),
+)
+decoding_flags.define(FLAGS, leave_out=_LEFT_OUT, max_new_tokens=512)
+_TURN_OF_USER = "\n\nuser:"  # where a model without chat training begins to write both parts
+
+
+@dataclasses.dataclass
+class Conversation:
+    """The messages so far, and how the next answer is drawn.
+
+    Attributes:
+      encode: messages -> token ids of the whole conversation and of the begin of an answer.
+      limit: number of tokens that fit in the context.
+      system: the system message, or "".
+      messages: those of user and assistant in turn.
+      seed: seed of the first answer; answer i uses seed + i.
+      ends: texts that end an answer besides the stop strings of the user.
+    """
+
+    encode: Callable[[list[dict[str, str]]], list[int]]
+    limit: int
+    system: str
+    seed: int
+    ends: tuple[str, ...] = ()
+    messages: list[dict[str, str]] = dataclasses.field(default_factory=list)
+
+    def ids(self, *new: dict[str, str]) -> list[int]:
+        """The token ids of the conversation with `new` messages."""
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return self.encode([*system, *self.messages, *new])
+
+
+def set_system(conversation: Conversation, text: str) -> str:
+    conversation.system = text
+    return "the system message is set" if text else "there is no system message now"
+
+
+def reset(conversation: Conversation, text: str) -> str:
+    conversation.messages.clear()
+    return "a new conversation begins"
+
+
+def set_seed(conversation: Conversation, text: str) -> str:
+    if not (text.isdecimal() and int(text) < 2**32):
+        return f"/seed {text}: expected a number from 0 to 2^32 - 1"
+    conversation.seed = int(text)
+    return f"the seed is {text}"
+
+
+def describe_commands(conversation: Conversation, text: str) -> str:
+    return "\n".join(f"{name:<14} {about}" for name, (_, about) in COMMANDS.items())
+
+
+# name: (function of the conversation and the text after the name that returns what is printed, meaning)
+COMMANDS: dict[str, tuple[Callable[[Conversation, str], str], str]] = {
+    "/system": (set_system, "TEXT: set the system message of the conversation; without TEXT, remove it"),
+    "/reset": (reset, "forget all messages but the system message"),
+    "/seed": (set_seed, "NUMBER: set the random seed of the answers"),
+    "/help": (describe_commands, "list the commands; Ctrl-C ends an answer, Ctrl-D ends the program"),
+}
+
+
+def run_command(conversation: Conversation, line: str) -> str:
+    """What the command in a line that begins with "/" prints."""
+    name, _, text = line.partition(" ")
+    if name not in COMMANDS:
+        return f"unknown command {name}; expected one of {', '.join(COMMANDS)}"
+    return COMMANDS[name][0](conversation, text.strip())
+
+
+def encoder(tokenizer: Any, plain: bool, checkpoint: str) -> Callable[[list[dict[str, str]]], list[int]]:
+    """The function messages -> token ids of a conversation, tokenized whole.
+
+    Raises:
+      UserError: the tokenizer has no chat template, and the plain format is not asked for.
+    """
+    from llm_jax.tokenizers import chat_template
+
+    special = getattr(tokenizer, "special", {})
+    if plain:
+        return lambda messages: chat_template.plain_ids(tokenizer, messages)
+    if not special.get("chat_template"):
+        raise UserError(
+            f"{checkpoint} has no chat template; give --plain to write turns as 'user: ...' and 'assistant: ...', or "
+            "use python -m llm_jax.generate to continue a text"
+        )
+    return lambda messages: tokenizer.encode_chat(chat_template.render(special, messages))
+
+
+def main(f: cli.Flags) -> None:
+    status.show(f"loading {f.checkpoint}")
+    from llm_jax import checkpoints
+    from llm_jax.model import positions
+
+    options = decoding_flags.read(f)
+    checkpoint = checkpoints.open(f.checkpoint)
+    encode = encoder(checkpoint.tokenizer, f.plain, f.checkpoint)
+    if not checkpoint.config.causal:
+        raise UserError(f"{f.checkpoint} is a bidirectional model (model.causal=False); it writes no text")
+    loaded = checkpoint.load(dtype=f.dtype, as_stored=f.as_stored)
+    status.show("")
+    config = loaded.model.config
+    options.check(min(loaded.tokenizer.vocab_size, config.vocab_size))
+    bounds = [n for n in (options.context, positions.make(config).max_length()) if n]
+    limit = min(bounds, default=config.position.max_length)
+    ends = (_TURN_OF_USER,) if f.plain else ()
+    conversation = Conversation(encode, limit, f.system, options.seed, ends)
+    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    if interactive:
+        print(f"{f.checkpoint}: type a message; /help lists commands, Ctrl-C ends an answer, Ctrl-D the program")
+    with _own_interrupts():
+        for line in _lines(conversation, interactive):
+            if line.startswith("/") and not line.startswith("//"):
+                print(run_command(conversation, line), flush=True)
+            elif line.strip():
+                answer(conversation, loaded, line.removeprefix("/"), options)
+
+
+def answer(conversation: Conversation, loaded: Any, text: str, options: Any) -> None:
+    """Answers a message: prints the answer while it is generated, and adds both to the conversation."""
+    from llm_jax.decoding import complete, stops
+
+    message = {"role": "user", "content": text}
+    ids = conversation.ids(message)
+    room = conversation.limit - len(ids)
+    if room < 1:
+        print(
+            f"the message does not fit: the conversation would have {len(ids)} tokens, the context has "
+            f"{conversation.limit}; shorten it, or begin anew with /reset",
+            flush=True,
+        )
+        return
+    turn = len(conversation.messages) // 2
+    count = min(options.max_new_tokens, room)
+    options = dataclasses.replace(
+        options,
+        max_new_tokens=count,
+        stop=stops.fitting(loaded.tokenizer, (*options.stop, *conversation.ends), count),
+        seed=(conversation.seed + turn) % 2**32,
+        context=0,
+    )
+    if not turn:
+        status.show("compiling (the first answer of a checkpoint takes longer)")
+
+    def show(row: int, new: str) -> None:
+        status.show("")
+        print(new, end="", flush=True)
+
+    with _recorded_interrupt() as interrupted:
+        ((completion,),) = complete.complete(
+            loaded.model, loaded.params, loaded.tokenizer, [ids], options, show=show, cancel=lambda: bool(interrupted)
+        )
+    status.show("")
+    print(flush=True)
+    if not interrupted and completion.generated.stop == "length":
+        full = options.max_new_tokens == room
+        reason = "the context is full; /reset begins anew" if full else f"--max_new_tokens={options.max_new_tokens}"
+        print(f"({reason})", file=sys.stderr)
+    conversation.messages += [message, {"role": "assistant", "content": completion.text.strip()}]
+
+
+def _lines(conversation: Conversation, interactive: bool) -> Iterator[str]:
+    """The lines that the user types, or those of standard input."""
+    if not interactive:
+        yield from (line.rstrip("\n") for line in sys.stdin)
+        return
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 (input() then edits lines and recalls earlier ones)
+    while True:
+        left = conversation.limit - len(conversation.ids())
+        try:
+            yield input(f"[{max(left, 0):,} tokens left] > ")
+        except KeyboardInterrupt:
+            print("\nCtrl-D ends the program")
+        except EOFError:
+            print()
+            return
+
+
+@contextlib.contextmanager
+def _own_interrupts() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, and does not end the program after some seconds as for other commands."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+@contextlib.contextmanager
+def _recorded_interrupt() -> Iterator[list[int]]:
+    """A list that gets an entry at Ctrl-C, which has no other effect."""
+    received: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+COMMAND = cli.Command(
+    "chat",
+    main,
+    FLAGS,
+    compiles=True,
+    memory_cure="give a smaller --context, --dtype=bfloat16, or --as_stored for a .gguf file",
+)
+
+if __name__ == "__main__":
+    cli.start(COMMAND)

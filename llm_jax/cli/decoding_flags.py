@@ -1,0 +1,54 @@
+"""The decoding options as flags of a command."""
+
+import dataclasses
+from collections.abc import Collection
+from typing import Any
+
+from absl import flags
+
+from llm_jax.cli.parsing import Flags
+from llm_jax.decoding.options import GROUPS, DecodingOptions, parse_bias
+
+
+def define(values: Flags, leave_out: Collection[str] = (), **defaults: Any) -> None:
+    """Defines a flag for every field of `DecodingOptions`, in the field's group.
+
+    Args:
+      values: the flags of the command.
+      leave_out: names of fields that get no flag.
+      defaults: default values that differ from those of the fields.
+    """
+    kinds: dict[type, Any] = {bool: values.boolean, int: values.integer, float: values.number, str: values.string}
+    for field in sorted(dataclasses.fields(DecodingOptions), key=lambda field: GROUPS.index(field.metadata["group"])):
+        if field.name in leave_out:
+            continue
+        about, default = field.metadata["about"], defaults.get(field.name, field.default)
+        values.group(field.metadata["group"])
+        if field.name == "early_stop":
+            flag = flags.Flag(_EarlyStop(), flags.ArgumentSerializer(), field.name, False, about, boolean=True)
+            flags.DEFINE_flag(flag, values)
+        elif isinstance(field.default, tuple):
+            define = values.multi_integer if field.name == "eos" else values.multi_string
+            define(field.name, [], about)
+        else:
+            kinds[type(field.default)](field.name, default, about)
+    values.group("")
+
+
+def read(values: Flags) -> DecodingOptions:
+    """The options that the flags of a command state."""
+    fields = (field.name for field in dataclasses.fields(DecodingOptions) if field.name in values)
+    options: dict[str, Any] = {name: values[name].value for name in fields}
+    options["logit_bias"] = [parse_bias(text) for text in options["logit_bias"]]
+    frozen: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in options.items()}
+    return DecodingOptions(**frozen)
+
+
+class _EarlyStop(flags.ArgumentParser):
+    """ "true", "false" or "never"; --early_stop alone is true."""
+
+    def parse(self, argument: str | bool) -> bool | str:
+        values: dict[str, bool | str] = {"true": True, "false": False, "never": "never"}
+        if str(argument).lower() not in values:
+            raise ValueError("expected true, false or never")
+        return values[str(argument).lower()]

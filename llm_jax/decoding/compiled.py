@@ -1,0 +1,39 @@
+"""Compiled functions of models, of which only those of the last few models stay in memory."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+_MODELS = 8  # models whose compiled functions are kept
+
+
+def jit(*, static: tuple[int, ...] = (), donate: tuple[int, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
+    """A decorator like `jax.jit` for functions (model, *arguments) of modules, with the model as a static argument.
+
+    `jax.jit` keeps the compiled code of all models for as long as the process lives, which in a sweep over geometries
+    are many. This decorator compiles one function per model and drops the least recently used.
+
+    Args:
+      static: which arguments after the model are static, from 0.
+      donate: which arguments after the model are donated, from 0.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        @functools.lru_cache(maxsize=_MODELS)
+        def of_model(model: Any) -> Any:
+            @functools.wraps(function)
+            def call(*arguments: Any) -> Any:
+                return function(model, *arguments)
+
+            return jax.jit(call, static_argnums=static, donate_argnums=donate)
+
+        @functools.wraps(function)
+        def compiled(model: Any, *arguments: Any) -> Any:
+            return of_model(model)(*arguments)
+
+        compiled.of_model = of_model  # type: ignore[attr-defined]
+        return compiled
+
+    return decorate
