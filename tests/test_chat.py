@@ -15,6 +15,12 @@ from llm_jax.errors import UserError
 from llm_jax.tokenizers import chat_template
 from tests.conftest import ROOT
 
+# The terminal on stdin controls the process, so that Ctrl-C in it is SIGINT.
+IN_TERMINAL = """
+import fcntl, runpy, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+runpy.run_module("llm_jax.chat", run_name="__main__")
+"""
 BYTES = tokenizers.get("byte").train([], 0)
 
 
@@ -97,14 +103,13 @@ def test_ctrl_c_ends_the_answer_and_ctrl_d_the_program(trained):
     terminal, end = pty.openpty()
     flags = [f"--checkpoint={trained}", "--plain", "--ignore_eos", "--max_new_tokens=5000", "--temperature=3"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "llm_jax.chat", *flags],
+        [sys.executable, "-c", IN_TERMINAL, *flags],
         cwd=ROOT,
         stdin=end,
         stdout=end,
         stderr=end,
         env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "TERM": "dumb"},
         start_new_session=True,
-        preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
     )
     os.close(end)
     shown = ""
