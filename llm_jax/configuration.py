@@ -21,6 +21,7 @@ import typing
 from collections.abc import Mapping
 from typing import Annotated, Any
 
+from llm_jax import extensions
 from llm_jax.errors import UserError
 from llm_jax.option_names import RENAMED, nearest, options
 from llm_jax.schema import Config, EmbeddingsConfig, Rules, choice
@@ -198,7 +199,16 @@ def upgrade(mapping: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in _VALUE_BEFORE.items():
         _set(upgraded, key, value)
     _overlay(upgraded, mapping, renamed=True)
+    for section in ("tokenizer", "optim", "loss"):
+        _require_hash(f"{section}.kind", upgraded[section])
+    if isinstance(upgraded["model"], dict):
+        _require_hash("model.position.kind", upgraded["model"]["position"])
     return upgraded
+
+
+def _require_hash(key: str, section: Any) -> None:
+    if isinstance(section, dict) and isinstance(kind := section.get("kind"), str):
+        extensions.require_hash(key, kind)
 
 
 def as_dict(config: Any) -> dict[str, Any]:

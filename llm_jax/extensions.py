@@ -7,16 +7,20 @@ or `__main__`, for a part that a notebook defines. NAME is a class or a function
 its options; they are keyword arguments whose values are Python literals.
 
 A checkpoint records the specification together with a hash of the source: `FILE:NAME(OPTIONS)#SHA256`. Whatever loads
-the checkpoint imports FILE again, and fails where it is missing or has changed.
+the checkpoint imports FILE again, and fails where it is missing or has changed (modules that FILE imports are not
+compared). A checkpoint never chooses code: FILE is imported for it only if the user has named the same file with the
+same content before (the cache directory remembers that), or lists it in $LLM_JAX_ALLOW.
 """
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import pathlib
 import re
 import sys
@@ -24,6 +28,7 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
+from llm_jax import files
 from llm_jax.errors import UserError
 from llm_jax.schema import choice
 
@@ -97,26 +102,34 @@ def load(key: str, specification: str) -> Extension:
         raise UserError(f"{key}={specification}: expected FILE:NAME or FILE:NAME(OPTION=VALUE, ...)")
     name, recorded = match["name"], match["sha256"]
     bare = specification.partition("#")[0] if recorded else specification
-    if match["module"].removesuffix(".py").partition(".")[0] in sys.stdlib_module_names:
-        # A checkpoint of somebody else must not choose what Python's own functions are called with.
-        raise UserError(f"{key}={bare}: {match['module']} is a module of Python itself; expected a file of your own")
     options = _options(key, bare, match["options"] or "")
-    module, source = _import(key, bare, match["module"])
+    path = _file(match["module"])
+    source = path.read_bytes() if path else b""
+    place = str(path or match["module"])
+    if recorded:
+        if path is None and place != "__main__":
+            raise _missing(key, bare, place)
+        if source:
+            _compare(key, bare, place, recorded, source)
+        if not _is_allowed(place, recorded):
+            raise UserError(
+                f"{key}={bare}: a checkpoint asks for the code of {place}, never named on this machine; read it, "
+                f"and set LLM_JAX_ALLOW={place} if you trust it"
+            )
+    module = _import(key, bare, match["module"], path, source)
     target = getattr(module, name, None)
     if target is None:
         raise UserError(f"{key}={bare}: {match['module']} defines no '{name}'")
     if not callable(target):
         raise UserError(f"{key}={bare}: '{name}' is a {type(target).__name__}; expected a class or a function")
     try:
-        source = source or inspect.getsource(target).encode()
+        source = source or _source(module, target)
     except (OSError, TypeError) as error:
         raise UserError(f"{key}={bare}: the source of '{name}' is not available; define it in a file") from error
-    sha256 = hashlib.sha256(source).hexdigest()[:12]
-    if recorded not in (None, sha256):
-        raise UserError(
-            f"{key}={bare}: {match['module']} has changed since the checkpoint was written (sha256 {recorded}, now "
-            f"{sha256}); restore that version of the file"
-        )
+    if recorded:
+        _compare(key, bare, match["module"], recorded, source)
+    sha256 = _sha256(source)
+    _allow(place, sha256)
     return Extension(key, f"{bare}#{sha256}", target, options)
 
 
@@ -141,29 +154,73 @@ def _options(key: str, specification: str, text: str) -> dict[str, Any]:
         ) from error
 
 
-def _import(key: str, specification: str, name: str) -> tuple[ModuleType, bytes]:
-    """(the module, the content of its file; empty for a notebook)."""
-    path = _file(name) if name != "__main__" else None
+def require_hash(key: str, value: str) -> str:
+    """`value` of a checkpoint. Raises UserError for a part of the user's own without the hash of its source."""
+    if ":" in value and not re.search("#[0-9a-f]{12}$", value):
+        raise UserError(f"{key}={value}: a checkpoint must record the hash of the source; expected FILE:NAME#SHA256")
+    return value
+
+
+def _sha256(source: bytes) -> str:
+    return hashlib.sha256(source).hexdigest()[:12]
+
+
+def _compare(key: str, bare: str, place: str, recorded: str, source: bytes) -> None:
+    name, sha256 = pathlib.Path(place).name, _sha256(source)
+    if sha256 != recorded:
+        raise UserError(
+            f"{key}={bare}: {name} has changed since the checkpoint was written (sha256 {recorded}, now {sha256}); "
+            "restore that version of the file"
+        )
+
+
+def _record(place: str, sha256: str) -> pathlib.Path:
+    return files.cache_directory() / "own_parts" / hashlib.sha256(f"{place} {sha256}".encode()).hexdigest()
+
+
+def _is_allowed(place: str, sha256: str) -> bool:
+    allowed = os.environ.get("LLM_JAX_ALLOW", "").split(os.pathsep)
+    return place in {str(_file(name) or name) for name in allowed if name} or _record(place, sha256).exists()
+
+
+def _allow(place: str, sha256: str) -> None:
+    with contextlib.suppress(OSError):  # a cache that cannot be written: $LLM_JAX_ALLOW remains
+        record = _record(place, sha256)
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.touch()
+
+
+def _import(key: str, specification: str, name: str, path: pathlib.Path | None, source: bytes) -> ModuleType:
     try:
-        if path is not None:
-            source = path.read_bytes()
-            return _module(path.resolve(), source), source
-        module = importlib.import_module(name)
+        return _module(path, source) if path and "." not in name.removesuffix(".py") else importlib.import_module(name)
     except Exception as error:  # the file is a user's and may raise anything
         if isinstance(error, ModuleNotFoundError) and error.name is not None and name.startswith(error.name):
-            raise UserError(
-                f"{key}={specification}: no file or module '{name}'; run in the directory of the file, or add that "
-                "directory to PYTHONPATH"
-            ) from error
+            raise _missing(key, specification, name) from error
         raise UserError(f"{key}={specification}: {name} fails ({type(error).__name__}: {error})") from error
+
+
+def _missing(key: str, specification: str, name: str) -> UserError:
+    return UserError(
+        f"{key}={specification}: no file or module '{name}'; run in the directory of the file, or add it to PYTHONPATH"
+    )
+
+
+def _source(module: ModuleType, target: Any) -> bytes:
     file = getattr(module, "__file__", None)
-    return module, pathlib.Path(file).read_bytes() if file and name != "__main__" else b""
+    return (
+        pathlib.Path(file).read_bytes()
+        if file and module.__name__ != "__main__"
+        else inspect.getsource(target).encode()
+    )
 
 
 def _file(name: str) -> pathlib.Path | None:
-    relative = name if name.endswith(".py") else f"{name}.py"
+    """The file of `NAME`, `NAME.py`, `DIRECTORY/NAME.py` or `PACKAGE.NAME` below the current directory or sys.path."""
+    if name == "__main__":
+        return None
+    relative = name if name.endswith(".py") else f"{name.replace('.', '/')}.py"
     candidates = (pathlib.Path(directory).expanduser() / relative for directory in ("", *sys.path))
-    return next((path for path in candidates if path.is_file()), None)
+    return next((path.resolve() for path in candidates if path.is_file()), None)
 
 
 @functools.lru_cache(64)

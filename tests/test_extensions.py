@@ -9,6 +9,7 @@ import math
 import pathlib
 import re
 import shlex
+import shutil
 
 import jax.numpy as jnp
 import pytest
@@ -30,8 +31,9 @@ TRAININGS = [words for words in COMMANDS if "llm_jax.train" in words]
 
 
 @pytest.fixture
-def directory(tmp_path) -> pathlib.Path:
+def directory(tmp_path, monkeypatch) -> pathlib.Path:
     """A directory with the files of the recipes."""
+    monkeypatch.setenv("LLM_JAX_CACHE", str(tmp_path / "cache"))
     for language, text in RECIPES:
         if language == "python":
             (tmp_path / text.splitlines()[0].removeprefix("# ")).write_text(text)
@@ -139,11 +141,9 @@ CASES = {
     "my_decay.py:Decay(strenth=2)": "it has no option 'strenth'; its options are strength",
     "my_decay.py:Decay(2)": "expected options in parentheses as NAME=VALUE",
     "my_decay.py:Decay(strength=print())": "expected options in parentheses as NAME=VALUE",
-    "timeit:timeit(setup='raise SystemExit')": "timeit is a module of Python itself",
     "my_decay.py:Missing": "my_decay.py defines no 'Missing'",
     "my_decay.py:Decay extra": "expected FILE:NAME or FILE:NAME(OPTION=VALUE, ...)",
     "my_sign.py:sign": "expected a subclass of llm_jax.model.positions.Position",
-    "os:name": "os is a module of Python itself",
     "numpy:pi": "'pi' is a float; expected a class or a function",
     "broken:Decay": "broken fails (ZeroDivisionError: division by zero)",
     "imports:Decay": "imports fails (ModuleNotFoundError: No module named 'no_such_module_anywhere')",
@@ -187,6 +187,27 @@ def test_loss_is_used(directory, monkeypatch, tiny):
         smoothed = configuration.replace(tiny, {"loss.kind": config.kind, "loss.z_loss": 0.1})
         assert "loss.z_loss=0.1 has no meaning" in refused(lambda: losses_lib.check(smoothed))
     assert float(total) == pytest.approx(0.5**3 * math.log(2)) and count == 1
+
+
+def test_a_checkpoint_does_not_choose_code(directory, tmp_path, monkeypatch):
+    """A file is imported for a checkpoint if the user has named it, at this place with this content, or allows it."""
+    (directory / "own.py").write_text("import pathlib; pathlib.Path('ran').touch()\ndef own(): pass\n")
+    sha256 = extensions._sha256((directory / "own.py").read_bytes())
+    with contextlib.chdir(directory):
+        for name in ("own.py", "own", "./own.py"):
+            message = refused(lambda name=name: extensions.load("loss.kind", f"{name}:own#{sha256}"))
+            assert "a checkpoint asks for the code of" in message and not (directory / "ran").exists()
+        assert "must record the hash" in refused(lambda: configuration.upgrade({"loss": {"kind": "own.py:own"}}))
+        assert "must record the hash" in refused(
+            lambda: configuration.upgrade({"model": {"position": {"kind": "own:own"}}})
+        )
+        monkeypatch.setenv("LLM_JAX_ALLOW", "own.py")
+        assert extensions.load("loss.kind", f"own:own#{sha256}").target.__name__ == "own"
+        monkeypatch.delenv("LLM_JAX_ALLOW")
+        assert extensions.load("loss.kind", f"own:own#{sha256}").target.__name__ == "own"
+        shutil.copytree(directory / ".", directory / "elsewhere", ignore=shutil.ignore_patterns("elsewhere"))
+        assert "asks for the code" in refused(lambda: extensions.load("loss.kind", f"elsewhere/own.py:own#{sha256}"))
+        assert "asks for the code" in refused(lambda: extensions.load("loss.kind", f"elsewhere.own:own#{sha256}"))
 
 
 def test_notebook(monkeypatch):

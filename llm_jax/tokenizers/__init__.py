@@ -148,7 +148,10 @@ def load(directory: pathlib.Path) -> Tokenizer:
     try:
         saved = json.loads(record.read_text())
         files = {p.name: p.read_bytes() for p in directory.iterdir() if p.name != record.name}
-        tokenizer, sha256 = get(saved["kind"]).from_files(files), saved["sha256"]
+        tokenizer, sha256 = (
+            get(extensions.require_hash("tokenizer.kind", saved["kind"])).from_files(files),
+            saved["sha256"],
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, UserError):
             raise
