@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 import tokenizers as library
 
 from llm_jax.errors import UserError
-from llm_jax.tokenizers import gguf_vocabulary
+from llm_jax.tokenizers import gguf_vocabulary, hub_files
 from llm_jax.tokenizers import special as special_tokens
 from llm_jax.tokenizers.base import eos_ids, in_bytes, laid_out
 from llm_jax.tokenizers.byte import utf8
@@ -145,7 +145,7 @@ class HubTokenizer:
         """
         if "tokenizer.json" not in files:
             raise UserError("no tokenizer.json here")
-        tokenizer = cls(files["tokenizer.json"].decode(), {})
+        tokenizer = cls(hub_files.completed(files), {})
         special = special_tokens.read(files, tokenizer._tokenizer.token_to_id, tokenizer._tokenizer.id_to_token)
         add_bos = special["add_bos_token"]
         tokenizer._set_special(special | {"add_bos_token": True})

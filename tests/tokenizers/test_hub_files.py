@@ -1,0 +1,94 @@
+"""tokenizer.json with the tokens and settings of other files: first space, BERT's normalizer; as transformers 5.24."""
+
+import json
+
+import pytest
+import tokenizers as library
+
+from llm_jax import tokenizers
+from llm_jax.errors import UserError
+from tests.tokenizers import forms
+
+SIZE = 317  # of the vocabulary of `forms.bytelevel_json`
+
+
+def read(content, **files):
+    """The tokenizer of a tokenizer.json with files beside it, by name without .json."""
+    others = {f"{name}.json": json.dumps(value).encode() for name, value in files.items()}
+    return tokenizers.from_files({"tokenizer.json": content.encode()} | others)
+
+
+def pieces(tokenizer, text):
+    return [tokenizer.piece(i) for i in tokenizer.encode_chat(text)]
+
+
+TURN = {"content": "<|turn|>", "special": True, "lstrip": False, "rstrip": True, "normalized": False}
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer_config": {"eos_token": "<|turn|>", "added_tokens_decoder": {str(SIZE): TURN}}},
+        {"tokenizer_config": {"eos_token": "<|turn|>"}},
+        {"special_tokens_map": {"eos_token": TURN}},
+        {"tokenizer_config": {}, "added_tokens": {"<|turn|>": SIZE}, "generation_config": {"eos_token_id": SIZE}},
+    ],
+)
+def test_tokens_that_only_other_files_name_are_tokens(files):
+    tokenizer = read(forms.bytelevel_json(), **files)
+    assert tokenizer.vocab_size == SIZE + 1 and tokenizer.eos == SIZE
+    assert tokenizer.encode_chat("<|turn|>") == [SIZE] and tokenizer.decode([SIZE]) == ""
+    assert len(tokenizer.encode("<|turn|>")) > 1  # as text it is text
+    again = type(tokenizer).from_files(tokenizer.files())
+    assert tokenizers.digest(again) == tokenizers.digest(tokenizer) and again.encode_chat("<|turn|>") == [SIZE]
+
+
+def test_order_and_flags_of_added_tokens():
+    names = {"eos_token": "<|end|>", "additional_special_tokens": ["[ENT]"]}
+    tokenizer = read(forms.bytelevel_json(), tokenizer_config=names | {"added_tokens_decoder": {str(SIZE): TURN}})
+    assert tokenizer.encode_chat("[ENT]<|turn|>  <|end|>") == [SIZE + 2, SIZE, SIZE + 1]  # rstrip takes the spaces
+
+
+def test_tokens_without_a_row_in_the_model_are_left_out_and_wrong_ids_refused():
+    tokens = {str(SIZE): TURN, str(SIZE + 1): TURN | {"content": "<|past|>"}}
+    config = {"added_tokens_decoder": tokens}
+    tokenizer = read(forms.bytelevel_json(), tokenizer_config=config, config={"vocab_size": SIZE + 1})
+    assert tokenizer.vocab_size == SIZE + 1 and len(tokenizer.encode_chat("<|past|>")) > 1
+    with pytest.raises(UserError, match=r"the token '<\|turn\|>' has the id 370; expected 317"):
+        read(forms.bytelevel_json(), tokenizer_config={"added_tokens_decoder": {"370": TURN}})
+
+
+def test_space_before_the_first_word():
+    spaced = {"tokenizer_class": "GPT2TokenizerFast", "add_prefix_space": True}
+    assert pieces(read(forms.bytelevel_json(), tokenizer_config=spaced), "cat sat") == ["Ġcat", "Ġsat"]
+    assert pieces(read(forms.bytelevel_json()), "cat sat")[-1] == "Ġsat"
+    assert pieces(read(forms.bytelevel_json()), "cat sat")[0] != "Ġcat"
+    bare = forms.NAMES | {"tokenizer_class": "LlamaTokenizerFast", "add_prefix_space": False}
+    for prepend in (True, False):
+        tokenizer = read(forms.llama_json(prepend), tokenizer_config=bare)
+        assert "".join(pieces(tokenizer, "x cat")) == "x▁cat"
+        assert tokenizer.decode(tokenizer.encode(" x cat")) == " x cat"
+
+
+def test_bert_settings_beside_tokenizer_json():
+    vocabulary = {token: i for i, token in enumerate(["[UNK]", "the", "The", "cafe", "café"])}
+    bert = library.Tokenizer(library.models.WordPiece(vocabulary, unk_token="[UNK]"))
+    bert.normalizer = library.normalizers.BertNormalizer(lowercase=True)
+    bert.pre_tokenizer = library.pre_tokenizers.BertPreTokenizer()
+    cases = [
+        ({}, [1, 3]),
+        ({"tokenizer_class": "BertTokenizer", "do_lower_case": False}, [2, 4]),
+        ({"tokenizer_class": "BertTokenizer", "strip_accents": False}, [1, 4]),
+        ({"tokenizer_class": "PreTrainedTokenizerFast", "do_lower_case": False}, [1, 3]),  # not BERT's class
+    ]
+    for config, ids in cases:
+        assert read(bert.to_str(), tokenizer_config=config).encode("The café") == ids, config
+
+
+def test_dropout_of_merges_is_off():
+    content = json.loads(forms.bytelevel_json())
+    content["model"]["dropout"] = 0.5
+    tokenizer = read(json.dumps(content))
+    assert {tuple(tokenizer.encode("the cat sat on the mat")) for _ in range(8)} == {
+        tuple(read(forms.bytelevel_json()).encode("the cat sat on the mat"))
+    }
