@@ -17,6 +17,7 @@ from llm_jax.tokenizers import chat_template
 from llm_jax.tokenizers.chat_template import Rendered
 from llm_jax.tokenizers.detokenize import common_prefix
 
+COUNTS = ("weight", "train", "trainable", "loss", "loss_mask")  # fields of messages that are 0 where none counts
 _SHOWN_FIELDS = ("tool_calls", "reasoning_content")  # fields of messages that a template must show
 
 Message = dict[str, Any]
@@ -28,7 +29,7 @@ class Conversation(NamedTuple):
 
     Attributes:
       messages: of the conversation; those of the assistant from index `first` on count.
-      first: index of the first message that may count.
+      first: index of the first message that may count; a field of `COUNTS` that is 0 leaves one out.
       bare: whether prompt and answer are plain text.
       tools, documents: what the record has under these names.
       record: the begin of the record, for messages about errors.
@@ -43,7 +44,14 @@ class Conversation(NamedTuple):
 
     def answers(self) -> list[int]:
         """Indices of the messages that count."""
-        return [i for i, m in enumerate(self.messages) if i >= self.first and m["role"] == "assistant"]
+        return [i for i in self.by_assistant() if i >= self.first and not self._left_out(i)]
+
+    def by_assistant(self) -> list[int]:
+        """Indices of the messages by the assistant."""
+        return [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
+
+    def _left_out(self, index: int) -> bool:
+        return any(self.messages[index].get(flag, 1) in (0, False) for flag in COUNTS)
 
 
 class ChatText(NamedTuple):
@@ -296,12 +304,12 @@ def _check_shown(special: Any, checks: Sequence[_Check]) -> None:
 
 def _marked(c: Conversation, whole: Rendered) -> list[Span]:
     """The ranges that the template's `{% generation %}` blocks mark, of the messages that count."""
-    by_assistant = [i for i, message in enumerate(c.messages) if message["role"] == "assistant"]
-    if not c.first:
+    by_assistant, counted = c.by_assistant(), c.answers()
+    if counted == by_assistant:
         return whole.answers
     if len(whole.answers) != len(by_assistant):
         raise UserError(
             f"the record {c.record}: the chat template marks {len(whole.answers)} answers of {len(by_assistant)} "
             "messages by the assistant; expected one each"
         )
-    return [span for span, i in zip(whole.answers, by_assistant, strict=True) if i >= c.first]
+    return [span for span, i in zip(whole.answers, by_assistant, strict=True) if i in counted]

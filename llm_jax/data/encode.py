@@ -4,7 +4,8 @@
 
 "instructions": a record has `messages`, each with a `role` and a `content`, or a `prompt` and its `answer` (or
 `completion`); or it is a record of ShareGPT (`conversations` with `from` and `value`) or of Alpaca (`instruction`,
-`input`, `output`). What the assistant writes counts.
+`input`, `output`, `history`). A `system` beside them is the first message. What the assistant writes counts, unless a
+message says otherwise by `weight`, `train`, `trainable`, `loss` or `loss_mask` (0 or false).
 
 "preferences": a record has `chosen` and `rejected`, two answers to its `prompt`, and makes two examples in this order;
 prompt and answers are text or lists of messages (without a prompt, the messages that both begin with are the prompt);
@@ -20,6 +21,7 @@ example of its own, rendered as the last message. Without a template, a prompt i
 messages are "role: content" and an empty line each, and EOS follows what the assistant writes.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -29,7 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llm_jax import tokenizers
-from llm_jax.data.chat_text import ChatText, Conversation, Span, plain_texts, templated_texts
+from llm_jax.data.chat_text import COUNTS, ChatText, Conversation, Span, plain_texts, templated_texts
 from llm_jax.errors import UserError
 from llm_jax.tokenizers import Tokenizer
 
@@ -80,16 +82,17 @@ def _documents(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[Tokenized
 
 def _instruction(text: str) -> list[Conversation]:
     record = _record(text)
-    if "messages" in record:
-        return [_conversation(text, record, _messages(text, record["messages"], "assistant"), 0, False)]
-    if "conversations" in record:
-        messages = _messages(text, _from_sharegpt(record["conversations"]), "assistant")
-        return [_conversation(text, record, messages, 0, False)]
+    for name in ("messages", "conversations"):
+        if name in record:
+            turns = _from_sharegpt(_parsed(text, name, record[name]))
+            messages = [*_system(text, record), *_messages(text, turns, "assistant")]
+            return [_conversation(text, record, messages, 0, False)]
     if "instruction" in record and "output" in record:
         _need(text, record, ("instruction", "output"), "text in 'instruction' and 'output'")
         question = "\n\n".join(part for part in (record["instruction"], record.get("input")) if part)
-        messages = _messages(text, question, "user") + _messages(text, record["output"], "assistant")
-        return [_conversation(text, record, messages, 1, False)]
+        messages = [*_system(text, record), *_history(text, record)]
+        messages += _messages(text, question, "user") + _messages(text, record["output"], "assistant")
+        return [_conversation(text, record, messages, 0, False)]
     if "completion" in record and "answer" not in record:
         record["answer"] = record["completion"]
     _need(text, record, ("prompt", "answer"), "'messages', or 'prompt' and 'answer'")
@@ -100,11 +103,43 @@ def _instruction(text: str) -> list[Conversation]:
 _SHAREGPT = {"human": "user", "gpt": "assistant"}  # other names are those of the roles
 
 
-def _from_sharegpt(turns: Any) -> Any:
+def _from_sharegpt(turns: list[Any]) -> list[Any]:
     """Turns with "from" and "value" as messages; other values stay as they are."""
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) and "from" in turn for turn in turns):
+    if not all(isinstance(turn, dict) and "from" in turn for turn in turns):
         return turns
-    return [{"role": _SHAREGPT.get(turn["from"], turn["from"]), "content": turn.get("value")} for turn in turns]
+    messages = []
+    for turn in turns:
+        others = {name: value for name, value in turn.items() if name not in ("from", "value")}
+        role, content = _SHAREGPT.get(turn["from"], turn["from"]), turn.get("value")
+        messages.append({"role": role, "content": content} | others)
+    return messages
+
+
+def _parsed(text: str, name: str, value: Any) -> list[Any]:
+    """A list, which tables and CSV files hold as JSON text."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = json.loads(value)
+    if not isinstance(value, list):
+        raise UserError(f"the record {_head(text)}: '{name}' is no list")
+    return value
+
+
+def _system(text: str, record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The message of the system, where a record has it beside its turns."""
+    return _messages(text, record["system"], "system") if record.get("system") else []
+
+
+def _history(text: str, record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The turns before the instruction, where a record of Alpaca has them: pairs of a question and its answer."""
+    pairs = _parsed(text, "history", record.get("history") or [])
+    if not all(isinstance(pair, list) and list(map(type, pair)) == [str, str] for pair in pairs):
+        raise UserError(f"the record {_head(text)}: expected 'history' as pairs of a question and its answer")
+    return [
+        {"role": role, "content": content}
+        for pair in pairs
+        for role, content in zip(("user", "assistant"), pair, strict=True)
+    ]
 
 
 def _preference(text: str) -> list[Conversation]:
@@ -122,11 +157,16 @@ def _preference(text: str) -> list[Conversation]:
 def _conversation(
     text: str, record: dict[str, Any], messages: list[dict[str, Any]], first: int, bare: bool
 ) -> Conversation:
-    lists = {name: record.get(name) or None for name in ("tools", "documents")}
-    for name, value in lists.items():
-        if value is not None and not isinstance(value, list):
-            raise UserError(f"the record {_head(text)}: '{name}' is no list")
-    return Conversation(messages, first, bare, lists["tools"], lists["documents"], _head(text))
+    tools, documents = (
+        _parsed(text, name, record[name]) or None if record.get(name) else None for name in ("tools", "documents")
+    )
+    for flag, value in ((flag, message[flag]) for message in messages for flag in COUNTS if flag in message):
+        if value not in (0, 1, None):
+            raise UserError(f"the record {_head(text)}: '{flag}' of a message is {value!r}; expected 0 or 1")
+    conversation = Conversation(messages, first, bare, tools, documents, _head(text))
+    if not conversation.answers():
+        raise UserError(f"the record {_head(text)}: the loss counts no message by the assistant; leave it out")
+    return conversation
 
 
 def _record(text: str) -> dict[str, Any]:

@@ -79,6 +79,48 @@ def test_records_of_sharegpt_alpaca_and_trl_are_conversations():
     assert examples({"prompt": "ask ", "completion": "yes"}) == [("^ask yes§", "yes§")]
 
 
+def test_system_and_history_beside_the_turns_are_part_of_the_conversation():
+    alpaca = {"instruction": "more", "input": "", "output": "5", "system": "Be brief.", "history": [["2+2?", "4"]]}
+    assert examples(alpaca) == examples({"messages": TALK})
+    turns = [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]
+    shared = {"system": "Be brief.", "conversations": turns}
+    assert examples(shared) == examples({"messages": TALK[:3]})
+    with pytest.raises(UserError, match="expected 'history' as pairs of a question and its answer"):
+        examples(alpaca | {"history": ["2+2?"]})
+
+
+def test_lists_that_tables_hold_as_json_text_are_lists():
+    assert examples({"messages": json.dumps(TALK)}) == examples({"messages": TALK})
+    assert examples({"messages": TALK, "tools": "[]"}) == examples({"messages": TALK})
+    for record in ({"messages": "hello"}, {"messages": TALK, "tools": "none"}):
+        with pytest.raises(UserError, match=r"'(messages|tools)' is no list"):
+            examples(record)
+
+
+@pytest.mark.parametrize("flag", ["weight", "train", "loss"])
+@pytest.mark.parametrize("marks", [False, True])
+def test_messages_that_say_so_do_not_count(flag, marks):
+    class Marking(Chatting):
+        special: ClassVar = {
+            "chat_template": "{% for m in messages %}<|{{ m.role }}|>"
+            "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}</s>{% endgeneration %}"
+            "{% else %}{{ m.content }}</s>{% endif %}{% endfor %}"
+        }
+
+    tokenizer = Marking() if marks else Chatting()
+    three = [*TALK, {"role": "user", "content": "?"}, {"role": "assistant", "content": "6"}]
+    ((whole, every),) = examples({"messages": three}, tokenizer=tokenizer)
+    assert every == "4</s>5</s>6</s>"
+    for index, counted in ((2, "5</s>6</s>"), (4, "4</s>6</s>")):
+        left_out = [m | ({flag: 0} if i == index else {flag: 1}) for i, m in enumerate(three)]
+        assert examples({"messages": left_out}, tokenizer=tokenizer) == [(whole, counted)]
+    shared = [{"from": m["role"], "value": m["content"], flag: int(i != 2)} for i, m in enumerate(three)]
+    assert examples({"conversations": shared}, tokenizer=tokenizer) == [(whole, "5</s>6</s>")]
+    assert examples({"messages": [TALK[1], TALK[2] | {flag: False}, *TALK[3:]]}) == [
+        ("^user: 2+2?\n\nassistant: 4\n\nuser: more\n\nassistant: 5§", "5§")
+    ]
+
+
 def test_a_chat_template_writes_the_conversation():
     assert examples({"prompt": "ask", "answer": "yes"}, tokenizer=Chatting()) == [
         ("<|user|>ask</s><|assistant|>yes</s>", "yes</s>")
@@ -121,6 +163,8 @@ def test_preferences_are_two_examples_of_one_prompt():
         ("instructions", {"instruction": "a", "output": None}, "expected text in 'instruction' and 'output'"),
         ("instructions", {"messages": [{"role": "user"}]}, "expected messages with 'role' and 'content'"),
         ("instructions", {"prompt": 5, "answer": "a"}, "expected messages with 'role' and 'content', and text"),
+        ("instructions", {"messages": [TALK[2] | {"weight": 0.5}]}, "'weight' of a message is 0.5; expected 0 or 1"),
+        ("instructions", {"messages": [TALK[2] | {"weight": 0}]}, "the loss counts no message by the assistant"),
         ("instructions", [1], "is no record; this data.kind reads JSON lines"),
         ("preferences", {"prompt": "a", "chosen": "b"}, "expected 'chosen' and 'rejected'"),
         ("preferences", {"chosen": TALK, "rejected": TALK}, "are the same answer"),
