@@ -3,11 +3,13 @@
 import dataclasses
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from llm_jax import bars, trees
@@ -18,6 +20,14 @@ from llm_jax.weights import Node
 
 _CHUNK_BYTES = 2**22  # of a tensor that are read before they are copied to their place
 _ALIGNMENT = 64  # bytes; JAX on CPU takes over memory with this alignment without a copy
+
+
+# dtype -> (unsigned integer of its size, its bits without the sign, bits of infinity; NaN has larger ones)
+_FORMATS = {
+    np.dtype(np.float32): (np.uint32, 0x7FFFFFFF, 0x7F800000),
+    np.dtype(np.float16): (np.uint16, 0x7FFF, 0x7C00),
+    np.dtype(ml_dtypes.bfloat16): (np.uint16, 0x7FFF, 0x7F80),
+}
 
 
 class TensorSource(Protocol):
@@ -92,7 +102,8 @@ def load(
     for path, spec in specs.items():
         shape, expected = source.shapes.get(spec.name), stored_shape(spec, shapes[path])
         if shape and shape != expected:
-            problems.append(f"! {spec.name} is {shape}, expected {expected} for {path}")
+            empty = " (empty: the parts of several processes were not gathered when it was saved)" * (0 in shape)
+            problems.append(f"! {spec.name} is {shape}, expected {expected} for {path}{empty}")
     if problems:
         more = f"\n... and {len(problems) - 40} more" if len(problems) > 40 else ""
         raise UserError(
@@ -100,19 +111,30 @@ def load(
             + "\n".join(problems[:40])
             + more
         )
-    params = {}
+    params, infinite = {}, set[str]()
     for path, leaf in bars.bar(flat.items(), "reading weights", leave=False, delay=2):
         layers = [specs[name] for name in trees.expand(path)]
         quantized = node(layers[0]) if node else None
         if quantized is not None:
             params[path] = jax.tree.map(jnp.asarray, quantized)
         else:
-            params[path] = _array(source, layers, leaf, targets[path])
+            params[path] = _array(source, layers, leaf, targets[path], infinite)
+    if infinite:
+        print(
+            f"note: {source.label}: {len(infinite)} tensors have values that are NaN or infinite, so that outputs may "
+            f"be NaN: {', '.join(sorted(infinite)[:3])}",
+            file=sys.stderr,
+            flush=True,
+        )
     return trees.unflatten(params)
 
 
-def _array(source: TensorSource, layers: list[TensorSpec], leaf: Any, sharding: Any) -> jax.Array:
-    """One parameter from its tensor, or from the tensor of every layer that is stacked in it."""
+def _array(source: TensorSource, layers: list[TensorSpec], leaf: Any, sharding: Any, infinite: set[str]) -> jax.Array:
+    """One parameter from its tensor, or from the tensor of every layer that is stacked in it.
+
+    Args:
+      infinite: the names of tensors with values that are not finite are added to it.
+    """
     stacked = len(leaf.shape) > len(source.shapes[layers[0].name])
 
     def shard(index: Any) -> np.ndarray:
@@ -120,7 +142,7 @@ def _array(source: TensorSource, layers: list[TensorSpec], leaf: Any, sharding: 
         out = _empty(tuple(map(len, spans)), leaf.dtype)
         selected = [layers[i] for i in spans[0]] if stacked else layers
         for spec, target in zip(selected, out if stacked else [out], strict=True):
-            _fill(target, source, spec, spans[stacked:], leaf.shape[-1])
+            _fill(target, source, spec, spans[stacked:], leaf.shape[-1], infinite)
         return out
 
     return jax.make_array_from_callback(leaf.shape, sharding, shard)
@@ -134,7 +156,9 @@ def _empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return memory[begin : begin + size].view(dtype).reshape(shape)
 
 
-def _fill(out: np.ndarray, source: TensorSource, spec: TensorSpec, spans: list[range], width: int) -> None:
+def _fill(
+    out: np.ndarray, source: TensorSource, spec: TensorSpec, spans: list[range], width: int, infinite: set[str]
+) -> None:
     """Reads the slice `spans` of a parameter, whose last axis has `width` entries, into `out`."""
     begin, total = (int(units * width) // spec.groups for units in spec.part)
     columns, size = spans[-1], width // spec.groups  # the columns of the parameter, and their number in a group
@@ -143,11 +167,17 @@ def _fill(out: np.ndarray, source: TensorSource, spec: TensorSpec, spans: list[r
         offset = group * (total - size) + begin
         stored = range(part.start + offset, part.stop + offset)
         target = out[..., part.start - columns.start : part.stop - columns.start]
-        _copy(target, source, spec, [*spans[:-1], stored])
+        if not _copy(target, source, spec, [*spans[:-1], stored]):
+            infinite.add(spec.name)
 
 
-def _copy(out: np.ndarray, source: TensorSource, spec: TensorSpec, spans: list[range]) -> None:
-    """Reads a slice of a stored tensor into `out`; `spans` has the axes of the parameter."""
+def _copy(out: np.ndarray, source: TensorSource, spec: TensorSpec, spans: list[range]) -> bool:
+    """Reads a slice of a stored tensor into `out`; `spans` has the axes of the parameter.
+
+    Returns:
+      Whether all values are finite.
+    """
+    finite = True
     out, spans = (out.T, spans[::-1]) if spec.transposed else (out, spans)
     rows, *columns = (slice(s.start, s.stop) for s in spans)
     step = max(1, _CHUNK_BYTES // (4 * math.prod(out.shape[1:])))
@@ -155,6 +185,16 @@ def _copy(out: np.ndarray, source: TensorSource, spec: TensorSpec, spans: list[r
         end = min(begin + step, len(out))
         values = source.read(spec.name, (slice(rows.start + begin, rows.start + end), *columns))
         out[begin:end] = values.astype(np.float32) + spec.offset if spec.offset else values
+        finite = finite and _all_finite(values)
+    return finite
+
+
+def _all_finite(values: np.ndarray) -> bool:
+    """Whether no value is NaN or infinite; by the bits, as numpy's functions are slow for bfloat16."""
+    if values.dtype not in _FORMATS:
+        return bool(np.isfinite(values).all())
+    integer, magnitude, infinity = _FORMATS[values.dtype]
+    return not values.size or int((np.ascontiguousarray(values).view(integer) & magnitude).max()) < infinity
 
 
 def stored_shape(spec: TensorSpec, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -37,9 +37,14 @@ def period(kinds: list[str]) -> tuple[str, ...]:
 
 def pattern(c: Mapping[str, Any], kinds: list[str]) -> dict[str, Any]:
     """Pattern and window of sliding layers: from `layer_types` if config.json has it, else from `kinds`."""
-    layer_types = c.get("layer_types")
-    try:
-        kinds = [LAYERS[kind] for kind in layer_types] if layer_types else kinds
+    layer_types, layers = c.get("layer_types"), len(kinds)
+    if layer_types and len(layer_types) < layers:
+        raise UserError(
+            f"config.json: layer_types has {len(layer_types)} entries; expected one for each of the {layers} layers of "
+            "num_hidden_layers"
+        )
+    try:  # published files have entries for layers that the model lacks (heads that predict several tokens)
+        kinds = [LAYERS[kind] for kind in layer_types[:layers]] if layer_types else kinds
     except KeyError as error:
         raise UserError(f"config.json: layer_types has {error}; expected {' or '.join(LAYERS)}") from error
     window = c.get("sliding_window")

@@ -28,6 +28,7 @@ from llm_jax.tokenizers import Tokenizer
 _IGNORED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.(masked_)?bias|position_ids)|cls\..*")
 # Other names of tensors: norms in files of early versions, and the head of GPT-NeoX in transformers since 5.
 _ALIASES = ((r"\.gamma$", ".weight"), (r"\.beta$", ".bias"), (r"^lm_head\.", "embed_out."))
+WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|module)\.")  # of torch.compile, FSDP and DDP
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _SHARD_BYTES = 5 * 10**9
 _DTYPES = {
@@ -74,7 +75,10 @@ class HuggingFace(Checkpoint):
 
     def params(self, config: ModelConfig, shardings: Shardings, as_stored: bool = False) -> dict[str, Any]:
         check_geometry(self.config, config, self.name)
-        return load_params(self.path, self.family, config, shardings)
+        try:
+            return load_params(self.path, self.family, config, shardings)
+        except UserError as error:
+            raise _with_quantization(self.path, error) from error
 
 
 def read_config(directory: pathlib.Path) -> tuple[str, ModelConfig]:
@@ -156,6 +160,19 @@ def _with_stored_features(source: "_Files", family: str, config: ModelConfig) ->
     if stored["qk_norm"] and not configured["qk_norm"]:
         changes |= {"qk_norm_kind": config.norm}
     return dataclasses.replace(config, **changes | {"qkv_bias": stored["qkv"] and not stored["out"]})
+
+
+def _with_quantization(directory: pathlib.Path, error: UserError) -> UserError:
+    """The error of reading tensors; of a directory whose config.json says that they are quantized, that they are."""
+    quantization = json.loads((directory / "config.json").read_text()).get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if method is None:
+        return error
+    reason = " ".join(str(error).removeprefix(f"{directory}: ").splitlines()[:2])
+    return UserError(
+        f"{directory}: config.json has a quantization_config of quant_method={method!r}, and weights that it quantized "
+        f"cannot be read ({reason}); expected the unquantized model, or a GGUF file"
+    )
 
 
 def load_params(directory: pathlib.Path, family: str, config: ModelConfig, shardings: Shardings) -> dict[str, Any]:
@@ -294,15 +311,18 @@ class _Files:
     def rename(self, prefix: str, expected: set[str]) -> None:
         """Renames tensors where that gives an expected name.
 
-        Models with a head have a prefix, others do not; other names are in `_ALIASES`.
+        Models with a head have a prefix, others do not; other names are in `_ALIASES` and `WRAPPERS`.
         """
         tensors = {}
-        for name, tensor in self.tensors.items():
+        for stored_name, tensor in self.tensors.items():
+            name = WRAPPERS.sub("", stored_name)
             names = [name, *(re.sub(pattern, new, name) for pattern, new in _ALIASES)]
             names += [n.removeprefix(prefix) if n.startswith(prefix) else prefix + n for n in names]
-            new_name = next((n for n in names if n in expected), name)
+            new_name = next((n for n in names if n in expected), stored_name)
             if new_name in tensors:
-                raise UserError(f"{tensor.file}: the tensor '{new_name}' is there under two names, '{name}' is one")
+                raise UserError(
+                    f"{tensor.file}: the tensor '{new_name}' is there under two names, '{stored_name}' is one"
+                )
             tensors[new_name] = tensor
         self.tensors, self.shapes = tensors, {name: tensor.shape for name, tensor in tensors.items()}
 

@@ -5,7 +5,7 @@ import pathlib
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from llm_jax import files
@@ -88,6 +88,14 @@ def base_name(directory: pathlib.Path) -> str:
 def is_saved(config: Mapping[str, Any], module: str) -> bool:
     """Whether `modules_to_save` names a module: by the end of its name, as peft compares it."""
     return any(module.endswith(name) for name in config.get("modules_to_save") or ())
+
+
+def listed_tensors(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """Of the names of the base's tensors, the weights that `target_modules` lists; none if other keys choose as well."""
+    targets = config.get("target_modules")
+    if not isinstance(targets, list) or config.get("layers_to_transform") or config.get("exclude_modules"):
+        return []
+    return [name for name in names if any(f".{name}".endswith(f".{target}.weight") for target in targets)]
 
 
 def token_indices(config: Mapping[str, Any], module: str) -> list[int]:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import pathlib
+import re
+import sys
 from typing import Any
 
 import jax
@@ -12,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from llm_jax import files, lora, trees, weights
 from llm_jax.checkpoints import assemble, peft_config
 from llm_jax.checkpoints.families import FAMILIES
-from llm_jax.checkpoints.huggingface import write_safetensors
+from llm_jax.checkpoints.huggingface import WRAPPERS, write_safetensors
 from llm_jax.checkpoints.names import TensorSpec
 from llm_jax.checkpoints.peft_config import CONFIG
 from llm_jax.errors import UserError
@@ -30,6 +32,10 @@ _PARTS = {
     "lora_magnitude_vector": ("magnitude", False),
     "lora_magnitude_vector.weight": ("magnitude", False),
 }
+# The name of the adapters within a tensor's name, which peft leaves out and other software does not.
+_ADAPTER_NAME = re.compile(
+    r"(?<=\.)(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)\.(?!weight$|bias$)\w+(?=\.weight$|\.bias$|$)"
+)
 _ROWS = ".token_adapter.trainable_tokens_delta"
 _UNUSED = (".token_adapter.trainable_tokens_original", ".original_module.")
 _TABLE, _HEAD = "embed/table", "head/kernel"
@@ -69,14 +75,19 @@ def read(directory: pathlib.Path) -> AdapterTensors:
     """
     tensors = AdapterTensors(directory, peft_config.read_config(directory), {}, {}, {}, {})
     for full_name, tensor in _read_file(directory).items():
-        name = full_name.removeprefix(_ROOT).replace(".token_adapter.base_layer.", ".base_layer.")
+        name = _ADAPTER_NAME.sub(r"\1", WRAPPERS.sub("", full_name)).removeprefix(_ROOT)
+        name = name.replace(".token_adapter.base_layer.", ".base_layer.")
         part = next((end for end in _PARTS if name.endswith(f".{end}")), None)
         module = name.removesuffix(f".{part}") if part else name.rpartition(".")[0]
         plain = name.replace(".base_layer.", ".")
         if part:
             entry, transposed = _PARTS[part]
             factor = (tensor.T if transposed else tensor).astype(np.float32)
-            tensors.factors.setdefault(module, {})[entry] = factor
+            if entry in tensors.factors.setdefault(module, {}):
+                raise UserError(
+                    f"{directory / TENSORS}: '{full_name}' is a second factor of '{module}'; expected one adapter"
+                )
+            tensors.factors[module][entry] = factor
         elif name.endswith(_ROWS):
             tensors.rows[name.removesuffix(_ROWS)] = tensor
         elif plain == name and peft_config.is_saved(tensors.config, module):
@@ -172,6 +183,7 @@ def adapters(tensors: AdapterTensors, family: str, base: trees.Tree) -> dict[str
         for module in tensors.factors
         if _HEAD in flat or not head or f"{module}.weight" != head.name  # else the tied table has the same factors
     }
+    _note_missing(tensors, names, family)
     scales = _scales(tensors)
     tree: dict[str, Any] = {}
     expected = {"a", "b"} | ({"magnitude"} if config.get("use_dora") else set())
@@ -203,6 +215,19 @@ def adapters(tensors: AdapterTensors, family: str, base: trees.Tree) -> dict[str
                 values |= {"magnitude": _part(spec, parts["magnitude"].reshape(-1)), "squares": squares}
             tree |= {f"{path}/{name}": jnp.asarray(value) for name, value in values.items()}
     return trees.unflatten(tree)
+
+
+def _note_missing(tensors: AdapterTensors, names: Table, family: str) -> None:
+    """Prints the modules that target_modules lists and the file has no factors of; they stay as they are."""
+    present = {_plain_name(family, f"{module}.weight", names) for module in tensors.factors}
+    listed = peft_config.listed_tensors(tensors.config, names)
+    if missing := [name.removesuffix(".weight") for name in listed if name not in present]:
+        print(
+            f"note: {tensors.directory}: {CONFIG} lists {', '.join(tensors.config['target_modules'])} in "
+            f"target_modules, and {TENSORS} has no factors for {len(missing)} of these {len(listed)} modules "
+            f"({missing[0]}, ...); they stay as in the base",
+            file=sys.stderr,
+        )
 
 
 def _scales(tensors: AdapterTensors) -> dict[str, float]:

@@ -6,11 +6,13 @@ import sys
 import types
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from llm_jax.checkpoints import huggingface, location
+from llm_jax.checkpoints import huggingface, location, opening
+from llm_jax.checkpoints.checkpoint import on_default_device
 from llm_jax.errors import UserError
 from tests.checkpoints.test_hf import edit, read, write_directory
 
@@ -118,6 +120,63 @@ def test_other_names_are_read(saved, name):
             tensors[other.replace("embed_out", "lm_head")] = tensors.pop(key)
 
     jax.tree.map(np.testing.assert_array_equal, read(saved(name, rename))[2], read(saved(name))[2])
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_wrappers_of_torch_in_names_are_left_out(saved, wrapper, capsys):
+    def wrap(tensors):
+        for key in list(tensors):
+            tensors[wrapper + key.replace("layers.1.", "layers.1._orig_mod.")] = tensors.pop(key)
+
+    jax.tree.map(np.testing.assert_array_equal, read(saved("llama", wrap))[2], read(saved("llama"))[2])
+    assert "contradicts" not in capsys.readouterr().err
+
+
+def test_layer_types_of_another_number_of_layers(saved):
+    kinds = ["sliding_attention", "full_attention", "full_attention"]
+    config = huggingface.read_config(saved("mistral", num_hidden_layers=2, sliding_window=4, layer_types=kinds))[1]
+    assert config.layer_pattern == ("local", "global")  # the third is of no layer
+    with pytest.raises(UserError, match="layer_types has 1 entries; expected one for each of the 2 layers"):
+        huggingface.read_config(saved("mistral", num_hidden_layers=2, sliding_window=4, layer_types=kinds[:1]))
+
+
+def test_quantized_and_empty_tensors_are_refused_by_what_they_are(saved):
+    def gptq(tensors):
+        tensors["model.layers.0.mlp.up_proj.qweight"] = np.zeros((4, 48), np.int32)
+
+    def scaled(tensors):
+        tensors["model.layers.0.mlp.up_proj.weight_scale_inv"] = np.ones((1, 1), np.float32)
+
+    def empty(tensors):
+        tensors["model.norm.weight"] = np.zeros(0, np.float32)
+
+    for change, method, detail in ((gptq, "gptq", "qweight' is of type I32"), (scaled, "fp8", "weight_scale_inv")):
+        path = saved("llama", change, quantization_config={"quant_method": method})
+        with pytest.raises(UserError, match=f"quantization_config of quant_method='{method}'.*{detail}") as error:
+            checkpoint = opening.open(path)
+            checkpoint.params(checkpoint.config, on_default_device)
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=r"model.norm.weight is \(0,\).* \(empty: .* were not gathered"):
+        read(saved("llama", empty))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, np.float64])
+def test_weights_that_are_not_finite_are_named(saved, capsys, dtype):
+    def change(value):
+        def write(tensors):
+            tensors["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"].astype(dtype)
+            tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+
+        return write
+
+    largest = float(ml_dtypes.finfo(dtype).max) if dtype is not np.float64 else 1e30
+    read(saved("llama", change(-largest)))
+    assert "NaN" not in capsys.readouterr().err
+    for value in (np.nan, -np.inf):
+        read(saved("llama", change(value)))
+        assert "1 tensors have values that are NaN or infinite, so that outputs may be NaN: model.layers.1.mlp.up" in (
+            capsys.readouterr().err
+        )
 
 
 def test_a_tensor_under_two_names_is_refused(saved):

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -172,6 +173,42 @@ def test_what_is_not_known_is_refused_in_one_line(bases, tmp_path, monkeypatch, 
     with pytest.raises(UserError, match=message) as error:
         load(directory, kind, params)
     assert "\n" not in str(error.value) and "cannot be read" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "new"),
+    [
+        (r"\.(weight)$", r".default.\1"),
+        (r"^base_model\.model\.", "base_model.model._orig_mod."),
+        (r"^base_model\.model\.", ""),
+    ],
+)
+def test_names_of_adapters_as_other_software_writes_them(bases, tmp_path, pattern, new, capsys):
+    _, kind, _, params = bases["llama"]
+    expected = load(written(tmp_path / "a", "plain"), kind, params)
+    directory = written(tmp_path / "b", "plain")
+    tensors = cases.adapters("plain", GOLDEN["plain"]["shapes"])
+    save_file({re.sub(pattern, new, name): t for name, t in tensors.items()}, directory / peft_tensors.TENSORS)
+    jax.tree.map(np.testing.assert_array_equal, load(directory, kind, params), expected)
+    assert capsys.readouterr().err == ""
+    two = tensors | {name.replace(".weight", ".second.weight"): t for name, t in tensors.items()}
+    save_file(two, directory / peft_tensors.TENSORS)
+    with pytest.raises(UserError, match="is a second factor of .*; expected one adapter"):
+        load(directory, kind, params)
+
+
+def test_listed_modules_without_factors_are_named(bases, tmp_path, capsys):
+    _, kind, _, params = bases["llama"]
+    directory = written(tmp_path / "a", "plain")
+    tensors = cases.adapters("plain", GOLDEN["plain"]["shapes"])
+    module = next(iter(tensors)).split(".lora_")[0]
+    save_file({n: t for n, t in tensors.items() if not n.startswith(module)}, directory / peft_tensors.TENSORS)
+    load(directory, kind, params)
+    message = capsys.readouterr().err
+    assert message.startswith(f"note: {directory}: adapter_config.json lists") and message.count("\n") == 1
+    assert (
+        f"no factors for 1 of these {len(tensors) // 2} modules ({module.removeprefix('base_model.model.')}" in message
+    )
 
 
 def test_damaged_and_foreign_directories_are_refused(bases, tmp_path):
