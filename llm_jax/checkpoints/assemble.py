@@ -142,7 +142,8 @@ def _array(source: TensorSource, layers: list[TensorSpec], leaf: Any, sharding: 
         out = _empty(tuple(map(len, spans)), leaf.dtype)
         selected = [layers[i] for i in spans[0]] if stacked else layers
         for spec, target in zip(selected, out if stacked else [out], strict=True):
-            _fill(target, source, spec, spans[stacked:], leaf.shape[-1], infinite)
+            if not _fill(target, source, spec, spans[stacked:], leaf.shape[-1]):
+                infinite.add(spec.name)
         return out
 
     return jax.make_array_from_callback(leaf.shape, sharding, shard)
@@ -156,10 +157,13 @@ def _empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return memory[begin : begin + size].view(dtype).reshape(shape)
 
 
-def _fill(
-    out: np.ndarray, source: TensorSource, spec: TensorSpec, spans: list[range], width: int, infinite: set[str]
-) -> None:
-    """Reads the slice `spans` of a parameter, whose last axis has `width` entries, into `out`."""
+def _fill(out: np.ndarray, source: TensorSource, spec: TensorSpec, spans: list[range], width: int) -> bool:
+    """Reads the slice `spans` of a parameter, whose last axis has `width` entries, into `out`.
+
+    Returns:
+      Whether all values are finite.
+    """
+    finite = True
     begin, total = (int(units * width) // spec.groups for units in spec.part)
     columns, size = spans[-1], width // spec.groups  # the columns of the parameter, and their number in a group
     for group in range(columns.start // size, -(-columns.stop // size)):
@@ -167,16 +171,12 @@ def _fill(
         offset = group * (total - size) + begin
         stored = range(part.start + offset, part.stop + offset)
         target = out[..., part.start - columns.start : part.stop - columns.start]
-        if not _copy(target, source, spec, [*spans[:-1], stored]):
-            infinite.add(spec.name)
+        finite = _copy(target, source, spec, [*spans[:-1], stored]) and finite
+    return finite
 
 
 def _copy(out: np.ndarray, source: TensorSource, spec: TensorSpec, spans: list[range]) -> bool:
-    """Reads a slice of a stored tensor into `out`; `spans` has the axes of the parameter.
-
-    Returns:
-      Whether all values are finite.
-    """
+    """Reads a slice of a stored tensor into `out`; `spans` has the axes of the parameter. Returns as `_fill`."""
     finite = True
     out, spans = (out.T, spans[::-1]) if spec.transposed else (out, spans)
     rows, *columns = (slice(s.start, s.stop) for s in spans)

@@ -91,7 +91,7 @@ def is_saved(config: Mapping[str, Any], module: str) -> bool:
 
 
 def listed_tensors(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    """Of the names of the base's tensors, the weights that `target_modules` lists; none if other keys choose as well."""
+    """Of the names of the base's tensors, the weights that `target_modules` lists; none if other keys choose too."""
     targets = config.get("target_modules")
     if not isinstance(targets, list) or config.get("layers_to_transform") or config.get("exclude_modules"):
         return []
