@@ -31,7 +31,13 @@ def main(f: cli.Flags) -> None:
         for remat in ("none",) if kind == "forward" else ("none", "full"):
             rows.append((kind, remat, memory.with_remat(config, remat)))
     for i, (kind, remat, variant) in enumerate(rows):
-        figures = memory.compiled(variant, kind)
+        try:
+            figures = memory.compiled(variant, kind)
+        except UserError as error:
+            if not i:
+                raise
+            print(f"{kind:<12}{remat:<8}  {error}")  # such as groups of NF4 that do not divide this geometry
+            continue
         if not i:  # after what may be wrong with the configuration
             batch = f"{config.train.batch_size} x {config.train.seq_len} tokens"
             print(f"{batch}, {config.model.precision.params} weights, on one device; MiB")

@@ -34,3 +34,16 @@ def test_the_default_vocabulary_is_that_of_the_tokenizer(command, monkeypatch):
     explicit = command("plan", "--memory", *TINY).stdout.splitlines()
     assert said[1:] == explicit and set(sizes) == {64}
     assert command("plan", "--memory").stdout.startswith("model.vocab_size=")
+
+
+def test_a_row_that_this_geometry_cannot_have_says_why(command, monkeypatch):
+    compiled = memory.compiled
+    calls = []
+
+    def figures(config, kind):
+        calls.append(kind)
+        return compiled(config, kind) if kind == "qlora" else FIGURES
+
+    monkeypatch.setattr(memory, "compiled", figures)
+    said = command("plan", "--memory", *TINY, "--config.model.mlp_dim=144").stdout.splitlines()
+    assert "the group 64 does not divide its 144 inputs" in said[-1] and len(said) == 2 + len(calls)

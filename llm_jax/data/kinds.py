@@ -3,6 +3,7 @@
 from llm_jax.data.corpus import Source
 from llm_jax.data.labelled import LabelledSource
 from llm_jax.data.rows import ROWS
+from llm_jax.errors import UserError
 from llm_jax.schema import DataConfig, choice
 
 AnySource = Source | LabelledSource
@@ -15,9 +16,11 @@ def open_source(config: DataConfig, whole: bool = False) -> AnySource:
       whole: hold everything out and train on nothing, for data that is only evaluated on.
 
     Raises:
-      UserError: an unknown kind; data that is missing, cannot be read, or has too little in it to be split.
+      UserError: an unknown kind; no source; data that is missing, cannot be read, or has too little in it to be split.
     """
     choice("data.kind", config.kind, ROWS)
+    if not config.source.strip():
+        raise UserError("data.source is empty; expected a file, a directory, asset:NAME, or another source of text")
     return LabelledSource(config, whole) if config.kind == "labelled" else Source(config, whole)
 
 

@@ -55,6 +55,8 @@ def complete(
     Raises:
       UserError: options that are out of range, contradict each other, or cannot be met.
     """
+    if isinstance(prompts, str) or any(not isinstance(prompt, str | Sequence) for prompt in prompts):
+        raise UserError("prompts is a single prompt; expected a list of texts or of lists of token ids")
     vocab = min(tokenizer.vocab_size, model.config.vocab_size)
     options.check(vocab)
     if not model.config.causal:

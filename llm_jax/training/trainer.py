@@ -99,6 +99,8 @@ def train(
       UserError: the configuration, the data or the workdir cannot be used, or the loss is not finite.
     """
     config = config if isinstance(config, Config) else configuration.load(config)
+    if not str(workdir):
+        raise UserError("--workdir is empty; expected the directory of the run")
     workdir = pathlib.Path(workdir).expanduser()
     began = time.perf_counter()
     say = print if verbose else lambda *values, **options: None

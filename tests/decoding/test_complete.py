@@ -137,6 +137,12 @@ def test_a_prompt_too_long_is_refused_or_cut_where_it_is_said(ask):
         ask(["a"], context=4, truncate="left", **common)
 
 
+@pytest.mark.parametrize("prompts", ["ab", [3]])
+def test_one_prompt_without_a_list_is_refused(ask, prompts):
+    with pytest.raises(UserError, match="expected a list of texts or of lists of token ids"):
+        ask(prompts)
+
+
 def test_prompts_that_cannot_be_continued_are_refused(ask, make):
     with pytest.raises(UserError, match="empty"):
         ask([[]])

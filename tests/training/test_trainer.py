@@ -150,3 +150,13 @@ def test_goodput_counts_the_time_of_killed_attempts(tmp_path, monkeypatch):
     clock[0] = 530.0
     attempts_lib.end(tmp_path)
     assert attempts_lib.goodput(tmp_path) == pytest.approx(5 * 1.0 / (20 + 30))
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"), [("--config.data.source=", "data.source is empty"), ("--workdir=", "--workdir is empty")]
+)
+def test_an_empty_name_is_not_the_current_directory(command, tmp_path, flag, message):
+    """Such as that of a shell variable that is not set."""
+    flags = [flag] if flag == "--workdir=" else [f"--workdir={tmp_path}", flag]
+    done = command("train", *flags, code=2)
+    assert message in done.stderr and not list(tmp_path.iterdir())
