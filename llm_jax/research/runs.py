@@ -16,8 +16,14 @@ from llm_jax.research import grid
 SEED = "train.seed"
 BITS = "validation_bits_per_byte"
 FIGURES = {BITS: "bits per byte", "validation_loss": "held-out loss", "loss": "training loss"}
-# Options that change no result: where and how often something is written or measured.
-_NO_RESULT = ("checkpoint.", "report.", "eval.", "data.cache_dir", "data.workers")
+# Options that change no result: what is written or printed, where and how often. Not eval.rows, eval.final_rows and
+# eval.task_examples: they choose the examples behind the reported figures.
+NEUTRAL = (
+    *("checkpoint.every", "checkpoint.keep_last", "checkpoint.keep_best"),
+    *("report.to", "report.norms_every", "report.samples_every"),
+    *("eval.every", "eval.prompts", "eval.tasks", "eval.max_new_tokens"),
+    *("data.cache_dir", "data.workers"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +179,7 @@ def group(runs: Sequence[Run]) -> list[Group]:
     """
     collected: dict[tuple[str, int], list[Run]] = {}
     for run in runs:
-        key = json.dumps({k: v for k, v in run.config.items() if k != SEED and not k.startswith(_NO_RESULT)})
+        key = json.dumps({k: v for k, v in run.config.items() if k != SEED and k not in NEUTRAL})
         repeat = 0
         while any(other.seed == run.seed for other in collected.get((key, repeat), [])):
             repeat += 1
@@ -201,7 +207,7 @@ def differing_options(runs: Sequence[Run]) -> list[str]:
     return [
         key
         for key in first
-        if key != SEED and not key.startswith(_NO_RESULT) and any(run.config[key] != first[key] for run in runs)
+        if key != SEED and key not in NEUTRAL and any(run.config[key] != first[key] for run in runs)
     ]
 
 
