@@ -282,7 +282,7 @@ def _end(running: Status, child: _Child, state: str) -> Status:
         result = Status(job, DONE, began=running.began)
     elif state:
         result = Status(job, state)
-    elif lines and "another trainer is at work here" in lines[-1]:
+    elif lines and files.LOCKED in lines[-1]:
         result = Status(job, ELSEWHERE)
     else:
         lines = lines or ("no output",)
