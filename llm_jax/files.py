@@ -148,6 +148,9 @@ def make_directory(directory: pathlib.Path) -> None:
         raise UserError(f"{directory}: cannot be written to ({error.strerror})") from error
 
 
+LOCKED = "another trainer is at work here"  # in the message of `lock`, by which a job is recognized that met a lock
+
+
 def lock(workdir: pathlib.Path, name: str = ".lock") -> Any:
     """Locks a run directory for this process until the returned file is closed or the process ends.
 
@@ -164,7 +167,7 @@ def lock(workdir: pathlib.Path, name: str = ".lock") -> Any:
         with file:
             file.seek(0)
             holder = file.read().strip()
-        raise UserError(f"{workdir}: another trainer is at work here ({holder}); end it first") from error
+        raise UserError(f"{workdir}: {LOCKED} ({holder}); end it first") from error
     except OSError:  # a file system without locks
         return file
     file.truncate(0)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+_BLOCK = 2**20  # indices that the bootstrap draws at a time
 _NORMAL_QUANTILE = 1.959963984540054  # for an interval of 95 %
 
 
@@ -49,19 +50,31 @@ def bootstrap(values: Sequence[float] | np.ndarray, seed: int = 0, draws: int = 
       values: float (n,), one for each independent example.
       seed: seed of the resamples.
       draws: number of resamples.
+
+    Raises:
+      ValueError: there are no values.
     """
     x = np.asarray(values, float)
-    means = x[np.random.default_rng(seed).integers(0, len(x), (draws, len(x)))].mean(1)
+    if not len(x):
+        raise ValueError("the bootstrap needs at least one value")
+    generator = np.random.default_rng(seed)
+    means = np.empty(draws)
+    rows = max(1, _BLOCK // len(x))  # the numbers of a block are those that one call for all resamples would draw
+    for start in range(0, draws, rows):
+        block = means[start : start + rows]
+        block[:] = x[generator.integers(0, len(x), (len(block), len(x)))].mean(1)
     low, high = np.quantile(means, [0.025, 0.975])
     return Interval(float(x.mean()), float(low), float(high))
 
 
 def wilson(right: int, count: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """The limits of the interval of the proportion right / count (Wilson 1927, "Probable inference").
+    """The limits of the interval of the proportion right / count (Wilson 1927, "Probable inference"); NaN of 0 / 0.
 
     Args:
       z: the quantile of the normal distribution; by default that of a 95 % interval.
     """
+    if not count:
+        return math.nan, math.nan
     p, scale = right / count, 1 + z * z / count
     half = z * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
     center = p + z * z / (2 * count)

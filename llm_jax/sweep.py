@@ -49,11 +49,10 @@ def main(f: cli.Flags) -> int:
     signal = signals.Deferred("saving the running points", jobs.kill_all)
     table = live_table.LiveTable()
     if f.search:
-        space = search.parse(f.search)
         shares = jobs.slots(f.jobs, f.trials)
         options = {"seed": f.draw_seed, "prune": f.prune, "stop": signal, "show": table}
         with signal:
-            study, statuses = search.run(f.config, space, output, f.trials, shares, origin, **options)
+            study, statuses = search.run(f.config, f.search, output, f.trials, shares, origin, **options)
         table.close()
         print(search.describe(study, output))
         return finish(statuses, signal.number, output)

@@ -27,10 +27,8 @@ def text(runs: Sequence[Run], samples: bool = True) -> str:
     )
     if figure != runs_lib.BITS:
         blocks.append(["note: no run has bits per byte; losses of different tokenizers cannot be compared"])
-    if unfinished := [run for run in runs if not run.summary]:
-        blocks.append(
-            [f"not finished: {run.name}, step {run.step} of {run.config['train.steps']}" for run in unfinished]
-        )
+    if unfinished := [_unfinished(run, figure) for run in runs if not run.is_finished]:
+        blocks.append([*unfinished, "unfinished runs are in no mean, interval or difference"])
     if samples:
         for number, group in enumerate(groups, 1):
             if group.runs[0].samples:
@@ -68,6 +66,12 @@ def interval_text(interval: Interval | None, digits: int = 4, sign: bool = False
     return estimate if math.isnan(interval.low) else f"{estimate} [{low}, {high}]"
 
 
+def _unfinished(run: Run, figure: str) -> str:
+    curve = run.curve(figure)
+    latest = f"; {runs_lib.FIGURES[figure]} {curve[-1][1]:.4f} at step {curve[-1][0]}" if curve else ""
+    return f"not finished: {run.name}, step {run.step} of {run.config['train.steps']}{latest}"
+
+
 def _options(groups: Sequence[Group]) -> list[list[str]]:
     return [[key, *(str(group.options[key]) for group in groups)] for key in groups[0].options]
 
@@ -76,6 +80,7 @@ def _figures(groups: Sequence[Group], figure: str) -> list[list[str]]:
     rows = []
     for number, group in enumerate(groups, 1):
         seeds = ",".join(str(run.seed) for run in group.runs)
+        seeds += f" ({group.unfinished} unfinished)" * bool(group.unfinished)
         best = min((value for run in group.runs if (value := run.best(figure)) is not None), default=None)
         compared = runs_lib.difference(group, groups[0], figure) if number > 1 else None
         rows.append(

@@ -103,13 +103,20 @@ def slots(count: int = 0, most: int = 10_000) -> list[Slot]:
 
 def status(job: Job) -> Status:
     """The state of a job that this process does not run."""
-    for name in (_LOCK, ".lock"):  # the lock of a job, and that of a trainer which was started by hand
-        if (job.directory / name).exists():
-            try:
-                files.lock(job.directory, name).close()
-            except UserError:
-                return Status(job, DONE if job.is_done() else ELSEWHERE)
+    if is_locked(job.directory):
+        return Status(job, DONE if job.is_done() else ELSEWHERE)
     return _recorded(job)
+
+
+def is_locked(directory: pathlib.Path) -> bool:
+    """Whether another process works in the directory of a job."""
+    for name in (_LOCK, ".lock"):  # the lock of a job, and that of a trainer which was started by hand
+        if (directory / name).exists():
+            try:
+                files.lock(directory, name).close()
+            except UserError:
+                return True
+    return False
 
 
 def _recorded(job: Job) -> Status:
@@ -275,7 +282,7 @@ def _end(running: Status, child: _Child, state: str) -> Status:
         result = Status(job, DONE, began=running.began)
     elif state:
         result = Status(job, state)
-    elif lines and "another trainer is at work here" in lines[-1]:
+    elif lines and files.LOCKED in lines[-1]:
         result = Status(job, ELSEWHERE)
     else:
         lines = lines or ("no output",)

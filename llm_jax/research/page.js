@@ -38,7 +38,32 @@ function interval(value, sign = false) {
 
 // ---------------------------------------------------------------- the table of groups
 
-const difference = (i) => data.differences[i][byId("baseline").value];
+const mean = (values) => values.reduce((sum, x) => sum + x, 0) / values.length;
+
+// The mean difference of group i to the chosen one with its interval, paired by seed; without a common seed, the
+// difference of the means without limits.
+function difference(i) {
+  const chosen = Number(byId("baseline").value);
+  const [values, others] = [data.groups[i].values, data.groups[chosen].values];
+  const present = (group) => Object.values(group);
+  if (i === chosen || !present(values).length || !present(others).length) return null;
+  const seeds = Object.keys(values).filter((seed) => seed in others);
+  const pairs = seeds.map((seed) => [values[seed], others[seed]]);
+  const used = seeds.length ? pairs.flat() : [...present(values), ...present(others)];
+  if (used.includes(null)) return null; // a run that diverged
+  if (!seeds.length) return { estimate: mean(present(values)) - mean(present(others)), low: null, high: null };
+  const gains = pairs.map(([a, b]) => a - b);
+  const [n, estimate] = [gains.length, mean(gains)];
+  if (n < 2) return { estimate, low: null, high: null };
+  const variance = gains.reduce((sum, x) => sum + (x - estimate) ** 2, 0) / (n - 1);
+  const half = data.quantiles[n] * Math.sqrt(variance / n);
+  return { estimate, low: estimate - half, high: estimate + half };
+}
+
+function seedsText(g) {
+  const unfinished = g.runs.filter((run) => !run.done).length;
+  return unfinished ? `${g.seeds.length}, ${unfinished} not finished` : String(g.seeds.length);
+}
 
 function columns() {
   const options = data.options.map((key) => ({
@@ -47,7 +72,7 @@ function columns() {
   const label = { title: "group", key: (g) => g.label, text: (g) => g.label };
   return [
     ...(options.length ? options : [label]),
-    { title: "seeds", key: (g) => g.seeds.length, text: (g) => String(g.seeds.length), number: true },
+    { title: "seeds", key: (g) => g.seeds.length, text: seedsText, number: true },
     { title: data.figure.label, key: (g) => g.result?.estimate, text: (g) => interval(g.result), number: true },
     {
       title: "difference", key: (g, i) => difference(i)?.estimate, number: true,
@@ -238,7 +263,7 @@ function bar(value, most, text) {
 function drawRest() {
   const total = data.groups.reduce((n, g) => n + g.runs.length, 0);
   byId("summary").textContent = `${total} runs in ${data.groups.length} groups; runs of a group differ in the seed alone. ` +
-    `Intervals are 95 % over the seeds, differences are paired by seed. ${data.date}.`;
+    `Intervals are 95 % over the seeds, differences are paired by seed; unfinished runs are in neither. ${data.date}.`;
   const most = (key) => Math.max(...data.groups.map((g) => g[key] ?? 0));
   drawTable("resources", ["group", "tokens/s", "memory, MiB", "minutes"], data.groups.map((g) => [
     g.label, bar(g.tokens_per_second, most("tokens_per_second"), count(g.tokens_per_second)),

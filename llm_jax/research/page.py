@@ -87,7 +87,7 @@ def data(runs: Sequence[Run]) -> dict[str, Any]:
         "metrics": _metrics(runs, figure),
         "options": varied,
         "groups": [_group(group, figure) for group in groups],
-        "differences": [[_difference(a, b, figure) for b in groups] for a in groups],
+        "quantiles": _quantiles(max(len(group.runs) for group in groups)),
         "common": {key: str(value) for key, value in first.items() if key not in varied and key != runs_lib.SEED},
     }
 
@@ -136,7 +136,7 @@ def _group(group: Group, figure: str) -> dict[str, Any]:
         "options": {key: v if isinstance(v, int | float | str) else str(v) for key, v in group.options.items()},
         "seeds": [run.seed for run in group.runs],
         "result": _interval(mean),
-        "values": list(group.values(figure).values()),
+        "values": group.values(figure),  # by seed: the page computes the differences to the chosen group
         "best": min(best, default=None),
         "tokens_per_second": rate and rate.estimate,
         "memory": memory and memory.estimate / 2**20,
@@ -145,15 +145,17 @@ def _group(group: Group, figure: str) -> dict[str, Any]:
         "curves": {name: points for name, points in curves.items() if points},
         "samples": [{"step": s["step"], "text": s["text"]} for s in group.runs[0].samples[-_MAX_SAMPLES:]],
         "runs": [
-            {"name": run.name, "step": run.step, "steps": run.config["train.steps"], "done": bool(run.summary)}
+            {"name": run.name, "step": run.step, "steps": run.config["train.steps"], "done": run.is_finished}
             for run in group.runs
         ],
     }
 
 
-def _difference(group: Group, baseline: Group, figure: str) -> dict[str, Any] | None:
-    result = None if group is baseline else runs_lib.difference(group, baseline, figure)
-    return result and {**(_interval(result[0]) or {}), "pairs": result[1]}
+def _quantiles(most: int) -> list[float | None]:
+    """The 97.5 % quantiles of Student's t for means of 0, 1, ..., `most` values; None below two values."""
+    from scipy import stats
+
+    return [None if count < 2 else float(stats.t.ppf(0.975, count - 1)) for count in range(most + 1)]
 
 
 def _interval(interval: Interval | None) -> dict[str, float] | None:

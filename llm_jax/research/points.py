@@ -15,12 +15,12 @@ from typing import Any
 
 from llm_jax import configuration, files
 from llm_jax.errors import UserError
-from llm_jax.research import grid, jobs
+from llm_jax.research import grid, jobs, runs
 from llm_jax.research.provenance import Provenance
 from llm_jax.schema import Config
 
-# Options that may change between the calls of a sweep; a trainer that resumes a run refuses the others.
-_MAY_CHANGE = ("eval.", "report.", "checkpoint.", "mesh.", "train.steps", "data.cache_dir", "data.workers")
+# Options that may change between the calls of a sweep: the results of finished runs stay valid.
+_MAY_CHANGE = (*runs.NEUTRAL, "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.rules", "train.steps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +142,7 @@ def _refuse_another_run(point: Point) -> None:
     before = configuration.flat(configuration.load(path))
     now = configuration.flat(point.config)
     for key, value in now.items():
-        if value != before[key] and not key.startswith(_MAY_CHANGE):
+        if value != before[key] and key not in _MAY_CHANGE:
             raise UserError(
                 f"{point.workdir} was trained with {key}={before[key]!r}, now {value!r}; give another --output or "
                 "remove the directory"

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,8 +17,14 @@ from llm_jax.research import grid
 SEED = "train.seed"
 BITS = "validation_bits_per_byte"
 FIGURES = {BITS: "bits per byte", "validation_loss": "held-out loss", "loss": "training loss"}
-# Options that change no result: where and how often something is written or measured.
-_NO_RESULT = ("checkpoint.", "report.", "eval.", "data.cache_dir", "data.workers")
+# Options that change no result: what is written or printed, where and how often. Not eval.rows, eval.final_rows and
+# eval.task_examples: they choose the examples behind the reported figures.
+NEUTRAL = (
+    *("checkpoint.every", "checkpoint.keep_last", "checkpoint.keep_best"),
+    *("report.to", "report.norms_every", "report.samples_every"),
+    *("eval.every", "eval.prompts", "eval.tasks", "eval.max_new_tokens"),
+    *("data.cache_dir", "data.workers"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,19 +55,24 @@ class Run:
     @property
     def step(self) -> int:
         """The number of steps done."""
-        return self.summary.get("steps") or (self.metrics[-1]["step"] if self.metrics else 0)
+        return max(self.summary.get("steps") or 0, self.metrics[-1]["step"] if self.metrics else 0)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has ended; a run that is continued for more steps has not, despite its old summary."""
+        return bool(self.summary) and self.summary.get("steps", self.step) == self.step
 
     def final(self, name: str) -> float | None:
-        """A figure at the end: that of summary.json, or the last in metrics.jsonl, or None."""
-        if isinstance(self.summary.get(name), int | float):
+        """A figure at the end, or the latest one of an unfinished run; None without it."""
+        if self.is_finished and isinstance(self.summary.get(name), int | float):
             return self.summary[name]
         return next((line[name] for line in reversed(self.metrics) if line.get(name) is not None), None)
 
     def best(self, name: str) -> float | None:
-        """The least value of a figure during the run, or None."""
+        """The least finite value of a figure during the run, or None."""
         values = [line[name] for line in self.metrics if line.get(name) is not None]
         values += [self.summary[name]] if isinstance(self.summary.get(name), int | float) else []
-        return min(values, default=None)
+        return min(filter(math.isfinite, values), default=None)
 
     def curve(self, name: str) -> list[tuple[int, float]]:
         """(step, value) of a figure wherever it was measured."""
@@ -82,11 +94,16 @@ class Group:
     options: Mapping[str, Any]
 
     def values(self, name: str) -> dict[int, float]:
-        """{seed: a figure at the end} of the runs that have it."""
-        return {run.seed: value for run in self.runs if (value := run.final(name)) is not None}
+        """{seed: a figure at the end} of the finished runs that have it."""
+        return {run.seed: value for run in self.runs if run.is_finished and (value := run.final(name)) is not None}
+
+    @property
+    def unfinished(self) -> int:
+        """The number of runs that have not ended; they are in no mean and no difference."""
+        return sum(not run.is_finished for run in self.runs)
 
     def mean(self, name: str) -> Interval | None:
-        """The mean of a figure over the seeds with its interval (NaN limits for one seed), or None."""
+        """The mean of a figure over the finished runs with its interval (NaN limits for one run), or None."""
         values = list(self.values(name).values())
         return intervals.mean(values) if values else None
 
@@ -173,7 +190,7 @@ def group(runs: Sequence[Run]) -> list[Group]:
     """
     collected: dict[tuple[str, int], list[Run]] = {}
     for run in runs:
-        key = json.dumps({k: v for k, v in run.config.items() if k != SEED and not k.startswith(_NO_RESULT)})
+        key = json.dumps({k: v for k, v in run.config.items() if k != SEED and k not in NEUTRAL})
         repeat = 0
         while any(other.seed == run.seed for other in collected.get((key, repeat), [])):
             repeat += 1
@@ -201,15 +218,15 @@ def differing_options(runs: Sequence[Run]) -> list[str]:
     return [
         key
         for key in first
-        if key != SEED and not key.startswith(_NO_RESULT) and any(run.config[key] != first[key] for run in runs)
+        if key != SEED and key not in NEUTRAL and any(run.config[key] != first[key] for run in runs)
     ]
 
 
 def difference(group: Group, baseline: Group, name: str) -> tuple[Interval, int] | None:
     """The mean difference of a figure at the end, group minus baseline, and the number of pairs.
 
-    Pairs are runs with the same seed; without a common seed, it is the difference of the means, without limits, and the
-    number is 0. None where a group has no such figure.
+    Pairs are finished runs with the same seed; without a common seed, it is the difference of the means, without
+    limits, and the number is 0. None where a group has no finished run with such a figure.
     """
     ours, theirs = group.values(name), baseline.values(name)
     if not ours or not theirs:

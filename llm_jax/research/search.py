@@ -6,10 +6,12 @@
 OUTPUT/search.log is the study: the same command continues it, and several processes may work on it.
 """
 
+import contextlib
 import importlib.util
+import json
 import pathlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from llm_jax import configuration, files, option_names
@@ -31,22 +33,12 @@ def parse(text: str) -> dict[str, Suggest]:
     Raises:
       UserError: a clause cannot be read, a key is unknown or repeated, or a value does not fit the option.
     """
-    space: dict[str, Suggest] = {}
-    for clause in grid.split(text, ";", "--search"):
-        key, equals, values = (part.strip() for part in clause.partition("="))
-        if not equals or not values:
-            raise UserError(f"--search: '{clause}' is no assignment; expected KEY=RANGE or KEY=VALUE,VALUE,...")
-        if problem := option_names.unknown(key, Config, values):
-            raise UserError(f"--search: {problem}")
-        if key in space:
-            raise UserError(f"--search: '{key}' is given twice")
-        space[key] = _suggest(key, values)
-    return space
+    return {key: _suggest(key, values) for key, values in _clauses(text).items()}
 
 
 def run(
     base: Config,
-    space: dict[str, Suggest],
+    text: str,
     output: pathlib.Path,
     trials: int,
     shares: Sequence[jobs.Slot],
@@ -61,6 +53,7 @@ def run(
 
     Args:
       base: the configuration that the suggested options change.
+      text: the search space, see `parse`.
       prune: end trials early whose held-out result is worse than the median of the others at the same step.
       show: called with the points of this call and their states.
 
@@ -68,8 +61,10 @@ def run(
       Optuna's study, whose value is the held-out bits per byte (the loss where there are none), and the states.
 
     Raises:
-      UserError: Optuna is not installed.
+      UserError: Optuna is not installed, the space cannot be read, or the study in `output` was started with another
+        space or other options.
     """
+    space = parse(text)
     if importlib.util.find_spec("optuna") is None:
         raise UserError("--search needs Optuna: pip install optuna")
     import optuna
@@ -83,11 +78,13 @@ def run(
         load_if_exists=True,
         pruner=optuna.pruners.MedianPruner() if prune else optuna.pruners.NopPruner(),
     )
+    _refuse_another_study(study, base, _clauses(text), output)
     study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials))  # a continued search draws anew
     started: list[Point] = []
     active: dict[str, Any] = {}
     reported: dict[str, int] = {}
     State = optuna.trial.TrialState
+    Finished = optuna.exceptions.UpdateFinishedTrialError  # another process has recorded the end of the trial
 
     def start(trial: Any) -> jobs.Job | None:
         overrides = {key: suggest(trial) for key, suggest in space.items()}
@@ -95,8 +92,9 @@ def run(
         try:
             point = Point(name, overrides, configuration.load(base, overrides), output / name)
         except UserError as error:
-            study.tell(trial, state=State.FAIL)
-            trial.set_user_attr("error", str(error))
+            with contextlib.suppress(Finished):
+                trial.set_user_attr("error", str(error))
+            study.tell(trial, state=State.FAIL, skip_if_finished=True)
             return None
         reported[name] = max(study.trials[trial.number].intermediate_values, default=0)
         points.write([point], output, provenance)
@@ -110,15 +108,27 @@ def run(
                 continue
             if status.state == jobs.DONE:
                 summary = files.read_json(status.job.directory / "summary.json")
-                study.tell(trial, summary.get(runs_lib.BITS, summary.get("validation_loss")))
+                value = summary.get(runs_lib.BITS, summary.get("validation_loss"))
+                study.tell(trial, value, skip_if_finished=True)
             elif status.state in (jobs.FAILED, jobs.ENDED):
-                study.tell(trial, state=State.FAIL if status.state == jobs.FAILED else State.PRUNED)
+                state = State.FAIL if status.state == jobs.FAILED else State.PRUNED
+                study.tell(trial, state=state, skip_if_finished=True)
             else:
                 continue
             del active[status.job.name]
 
+    def interrupted() -> Iterator[Any]:
+        """Trials that no process runs. Trials without all their options have just been created by another process."""
+        for frozen in study.get_trials(deepcopy=False, states=[State.RUNNING]):
+            name = f"trial-{frozen.number:04d}"
+            if name not in active and frozen.params.keys() >= space.keys() and not jobs.is_locked(output / name):
+                yield optuna.trial.Trial(study, frozen._trial_id)
+
     def more(statuses: Sequence[jobs.Status]) -> jobs.Job | None:
         settle(statuses)
+        for trial in interrupted():
+            if job := start(trial):
+                return job
         while len(study.trials) < trials:
             if job := start(study.ask()):
                 return job
@@ -126,18 +136,21 @@ def run(
 
     def should_end(job: jobs.Job) -> bool:
         trial = active[job.name]
+        if study.get_trials(deepcopy=False)[trial.number].state.is_finished():
+            return True
         for line in runs_lib.read_lines(job.directory / "metrics.jsonl"):
             value = line.get(runs_lib.BITS, line.get("validation_loss"))
             if value is not None and line["step"] > reported[job.name]:
-                trial.report(value, line["step"])
+                try:
+                    trial.report(value, line["step"])
+                except Finished:
+                    return True
                 reported[job.name] = line["step"]
         return bool(reported[job.name]) and trial.should_prune()
 
-    interrupted = [optuna.trial.Trial(study, frozen._trial_id) for frozen in study.get_trials(states=[State.RUNNING])]
-    resumed = [job for trial in interrupted if (job := start(trial))]
     environment = points.environment(output)
     statuses = jobs.run(
-        resumed,
+        [],
         shares,
         stop=stop,
         show=lambda statuses: show(started, statuses),
@@ -157,6 +170,46 @@ def describe(study: Any, output: pathlib.Path) -> str:
     best = min(finished, key=lambda trial: trial.value)
     options = ", ".join(f"{key}={value}" for key, value in best.params.items())
     return f"best of {len(finished)} trials: {best.value:.4f} with {options} ({output / f'trial-{best.number:04d}'})"
+
+
+def _clauses(text: str) -> dict[str, str]:
+    """{dotted key: its range or values as text} of a search space."""
+    clauses: dict[str, str] = {}
+    for clause in grid.split(text, ";", "--search"):
+        key, equals, values = (part.strip() for part in clause.partition("="))
+        if not equals or not values:
+            raise UserError(f"--search: '{clause}' is no assignment; expected KEY=RANGE or KEY=VALUE,VALUE,...")
+        if problem := option_names.unknown(key, Config, values):
+            raise UserError(f"--search: {problem}")
+        if key in clauses:
+            raise UserError(f"--search: '{key}' is given twice")
+        clauses[key] = re.sub(r"\s*,\s*", ",", values)
+    return clauses
+
+
+def _refuse_another_study(study: Any, base: Config, clauses: Mapping[str, str], output: pathlib.Path) -> None:
+    """Records the space and the options in a new study; refuses others in a study that has them.
+
+    Raises:
+      UserError: the space or an option that changes results differs from the study's.
+    """
+    options = json.loads(json.dumps(configuration.flat(base)))
+    recorded = study.user_attrs
+    if "space" not in recorded:
+        study.set_user_attr("options", options)
+        study.set_user_attr("space", dict(clauses))
+        return
+    for source, before, now in (
+        ("--search: ", recorded["space"], clauses),
+        ("--config.", recorded["options"], options),
+    ):
+        for key in [*before, *(now.keys() - before.keys())]:
+            searched = source == "--config." and (key in clauses or key in runs_lib.NEUTRAL)
+            if not searched and before.get(key) != now.get(key):
+                raise UserError(
+                    f"{output}: this search was started with {source}{key}={before.get(key)}, now {now.get(key)}; "
+                    "give another --output or the former value"
+                )
 
 
 def _suggest(key: str, text: str) -> Suggest:

@@ -1,5 +1,6 @@
 """Rules that turn figures into verdicts. A rule is written before the run: the figures decide, not the reader."""
 
+import math
 from collections.abc import Sequence
 
 from llm_jax.intervals import Interval
@@ -19,7 +20,12 @@ def all_above(intervals: Sequence[Interval], threshold: float = 0.0) -> str:
 
 
 def within(estimate: float, low: float, high: float) -> str:
-    """Holds if a figure without an interval lies between two limits, which are included, else fails."""
+    """Holds if a figure without an interval lies between two limits, which are included, else fails.
+
+    NaN is undecided.
+    """
+    if math.isnan(estimate):
+        return UNDECIDED
     return HOLDS if low <= estimate <= high else FAILS
 
 
@@ -29,7 +35,12 @@ def at_most(estimate: float, holds: float, fails: float) -> str:
 
 
 def range_above(values: Sequence[float], holds: float, fails: float) -> str:
-    """Holds if the least value is at least `holds`, fails if the greatest is below `fails`, else undecided."""
+    """Holds if the least value is at least `holds`, fails if the greatest is below `fails`, else undecided.
+
+    NaN among the values is undecided.
+    """
+    if any(map(math.isnan, values)):
+        return UNDECIDED
     return HOLDS if min(values) >= holds else FAILS if max(values) < fails else UNDECIDED
 
 
@@ -45,7 +56,9 @@ def named(
 
 
 def parts(names: Sequence[str], passing: Sequence[bool]) -> str:
-    """The verdict of a statement of two parts: holds, "holds for A only", or fails."""
+    """The verdict of a statement of two parts: holds, "holds for A only", or fails; without parts, undecided."""
+    if not passing:
+        return UNDECIDED
     if all(passing):
         return HOLDS
     if not any(passing):

@@ -77,6 +77,36 @@ def test_runs_without_a_common_seed_are_compared_without_an_interval(tmp_path):
     assert comparison.interval_text(difference, sign=True) == "+0.5000"
 
 
+def test_unfinished_runs_are_in_no_interval_and_no_difference(tmp_path):
+    for seed, gain in ((0, 0.1), (1, 0.11), (2, 0.12)):
+        write_run(tmp_path / f"a{seed}", 2.0, train__seed=seed)
+        write_run(tmp_path / f"b{seed}", 2.0 - gain, done=seed < 2, train__seed=seed, optim__lr=1e-4)
+    first, second = runs.group(runs.load([tmp_path]))
+    difference, pairs = runs.difference(second, first, runs.BITS)
+    assert pairs == 2 and difference == pytest.approx(intervals.mean([-0.1, -0.11])) and second.unfinished == 1
+    out = comparison.text(runs.load([tmp_path]))
+    assert "0,1,2 (1 unfinished)" in out
+    assert "not finished: b2, step 4 of 4; bits per byte 1.7800 at step 2" in out
+    # A finished run that is continued has its old summary until it ends again.
+    with (tmp_path / "b0" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 5, "loss": 1.0}) + "\n")
+    assert not runs.read(tmp_path / "b0").is_finished and runs.read(tmp_path / "b0").step == 5
+
+
+def test_options_that_change_the_figure_distinguish_groups(tmp_path):
+    for i, options in enumerate(({}, {"eval__final_rows": 2}, {"eval__rows": 2}, {"eval__prompts": ("a",)})):
+        write_run(tmp_path / f"run{i}", train__seed=i, **options)
+    groups = runs.group(runs.load([tmp_path]))
+    assert [[run.seed for run in group.runs] for group in groups] == [[0, 3], [1], [2]]
+
+
+def test_the_best_figure_of_a_run_with_a_nan_step_is_finite(tmp_path):
+    path = write_run(tmp_path / "a")
+    lines = (path / "metrics.jsonl").read_text()
+    (path / "metrics.jsonl").write_text('{"step": 0, "loss": NaN, "validation_bits_per_byte": NaN}\n' + lines)
+    assert runs.read(path).best(runs.BITS) == 1.9
+
+
 def test_names_are_the_shortest_ends_that_differ(tmp_path):
     for name in ("x/a", "y/a", "y/b"):
         write_run(tmp_path / name)

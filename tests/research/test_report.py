@@ -1,5 +1,6 @@
 """The page about runs: its data, that it is self-contained, and, with a browser, what it does."""
 
+import dataclasses
 import html
 import json
 import os
@@ -39,12 +40,24 @@ def test_the_data_has_groups_differences_and_curves(sweep):
     assert first["result"] == pytest.approx(intervals.mean([2.2, 2.21])._asdict())
     assert first["best"] == pytest.approx(2.1)
     assert first["memory"] == 512 and first["minutes"] == 1.5 and first["samples"][-1]["text"] == HOSTILE
-    assert data["differences"][0][0] is None
-    assert data["differences"][1][0]["estimate"] == pytest.approx(0.1) and data["differences"][1][0]["pairs"] == 2
+    assert first["values"] == {0: 2.2, 1: 2.21} and second["values"] == pytest.approx({0: 2.3, 1: 2.31})
+    assert data["quantiles"] == [None, None, pytest.approx(12.7062, abs=1e-4)]
     assert data["metrics"][:2] == ["validation_bits_per_byte", "loss"] and "tokens_per_second" in data["metrics"]
     curve = second["curves"]["validation_bits_per_byte"]
     assert curve["step"] == [2, 4] and curve["low"] == [2.2, 2.3] and curve["high"] == [2.21, 2.31]
     assert data["common"]["train.steps"] == "4" and "train.seed" not in data["common"]
+
+
+def test_the_page_grows_with_the_number_of_groups_not_with_its_square(sweep):
+    run = runs.load([sweep])[0]
+    sizes = []
+    for count in (20, 40, 80):
+        many = [
+            dataclasses.replace(run, config={**run.config, "optim.lr": 1e-6 * (10 + i)}, metrics=[], samples=[])
+            for i in range(count)
+        ]
+        sizes.append(len(json.dumps(page.data(many))))
+    assert sizes[2] - sizes[1] < 2.2 * (sizes[1] - sizes[0])
 
 
 def test_long_curves_are_thinned_by_means_and_keep_their_last_step(tmp_path):
@@ -122,6 +135,7 @@ document.getElementById("frame").addEventListener("load", (event) => {
   change("filter", "", "input");
   change("baseline", "2", "change");
   report.baseline = all("#groups tr.baseline").map((row) => row.textContent);
+  report.differences = column(5);
   report.worse = all("#groups td.worse").length;
   report.lines = all("#curves polyline").length;
   report.bands = all("#curves polygon").length;
@@ -177,6 +191,9 @@ def test_the_page_sorts_filters_and_draws_in_a_browser(sweep, tmp_path, width, d
     assert report["kinds"] == ["alibi", "alibi", "none", "none", "rope", "rope"]
     assert report["filtered"] == [["alibi"], ["0.01"]]
     assert len(report["baseline"]) == 1 and report["baseline"][0].startswith("none0.001")
+    # Against none at 0.001, by kind: alibi, none, rope. The two seeds differ by equal amounts, up to rounding.
+    differences = [text.split(" ")[0] for text in report["differences"]]
+    assert differences == ["-0.2000", "-0.1000", "", "+0.1000", "-0.4000", "-0.3000"]
     assert report["lines"] == report["bands"] == 6 and report["hidden"] == 5 and report["parallel"] == 6
     assert report["metric"] == "tokens_per_second by step" and report["finite"]
     assert report["samples"] == ["early", HOSTILE] * 6

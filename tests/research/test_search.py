@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from llm_jax import configuration
+from llm_jax import configuration, files
 from llm_jax.errors import UserError
 from llm_jax.research import jobs, points, search
 from llm_jax.research.provenance import Provenance
@@ -86,8 +86,9 @@ def test_a_job_can_be_ended_early_and_further_ones_added(tmp_path):
     assert not (tmp_path / "a" / "failed.json").exists()
 
 
-@pytest.mark.live
-def test_a_search_finds_the_best_rate_and_continues(tmp_path, monkeypatch):
+@pytest.fixture
+def base(monkeypatch):
+    """The configuration of searches whose trials run the stub."""
     real = points.job
 
     def job_with_stub(point):
@@ -95,20 +96,80 @@ def test_a_search_finds_the_best_rate_and_continues(tmp_path, monkeypatch):
         return jobs.Job(job.name, ("-c", TRAINER, *job.command[2:]), job.directory, job.is_done)
 
     monkeypatch.setattr(points, "job", job_with_stub)
-    base = configuration.load(ROOT / "tests" / "tiny.py")
+    return configuration.load(ROOT / "tests" / "tiny.py")
+
+
+def states(study):
+    return [trial.state.name for trial in study.trials]
+
+
+@pytest.mark.live
+def test_an_invalid_trial_fails_and_the_search_goes_on(tmp_path, base):
+    space = "data.validation_fraction=uniform(1.5, 2)"  # more than all examples
+    study, statuses = search.run(base, space, tmp_path, 2, jobs.slots(1), Provenance("command"))
+    assert states(study) == ["FAIL", "FAIL"] and statuses == []
+    assert all("validation_fraction" in trial.user_attrs["error"] for trial in study.trials)
+
+
+@pytest.mark.live
+def test_trials_of_another_process_are_left_alone_until_they_are_free(tmp_path, base):
+    import optuna
+
+    space, options = "optim.lr=1e-4,1e-2", {"shares": jobs.slots(1), "provenance": Provenance("command")}
+    study, _ = search.run(base, space, tmp_path, 1, **options)
+    other = optuna.load_study(study_name="search", storage=study._storage)
+    running, created = other.ask(), other.ask()  # of the second, no option has been chosen yet
+    search.parse(space)["optim.lr"](running)
+    (tmp_path / "trial-0001").mkdir()
+    with files.lock(tmp_path / "trial-0001", ".job.lock"):
+        study, statuses = search.run(base, space, tmp_path, 4, **options)
+    assert states(study) == ["COMPLETE", "RUNNING", "RUNNING", "COMPLETE"] and len(statuses) == 1
+    study, statuses = search.run(base, space, tmp_path, 4, **options)
+    assert states(study) == ["COMPLETE", "COMPLETE", "RUNNING", "COMPLETE"]
+    assert [status.job.name for status in statuses] == ["trial-0001"]
+
+    def end(points, statuses):  # another process records the end of every trial while it runs here
+        for status in statuses:
+            if status.state == jobs.RUNNING:
+                other.tell(int(status.job.name[-4:]), 7.0, skip_if_finished=True)
+
+    study, _ = search.run(base, space, tmp_path, 5, show=end, **options)
+    assert study.trials[created.number].state.name == "RUNNING" and study.trials[4].value == 7.0
+
+
+@pytest.mark.live
+def test_another_experiment_in_the_same_directory_is_refused(tmp_path, base):
+    def run(space="optim.lr=loguniform(1e-4, 1e-2)", **overrides):
+        changed = configuration.load(base, {key.replace("__", "."): value for key, value in overrides.items()})
+        return search.run(changed, space, tmp_path, 1, jobs.slots(1), Provenance("command"))
+
+    run()
+    with pytest.raises(UserError, match=r"started with --config.data.source=.*, now other.txt; give another --output"):
+        run(data__source="other.txt")
+    with pytest.raises(UserError, match=r"started with --search: optim.lr=loguniform\(1e-4,1e-2\), now 1e-3; give"):
+        run("optim.lr=1e-3")
+    with pytest.raises(UserError, match=r"--search: model.width=None, now 32,64"):
+        run("optim.lr=loguniform(1e-4, 1e-2); model.width=32,64")
+    # Another way to write the same space, and options that change no result or are searched, continue the study.
+    study, _ = run(" optim.lr = loguniform(1e-4,1e-2) ", checkpoint__every=3, optim__lr=5e-4)
+    assert states(study) == ["COMPLETE"]
+
+
+@pytest.mark.live
+def test_a_search_finds_the_best_rate_and_continues(tmp_path, base):
     stops = iter([False] * 8)
     options = {"shares": jobs.slots(2), "provenance": Provenance("command")}
-    study, _ = search.run(base, search.parse(SPACE), tmp_path, 25, stop=lambda: next(stops, True), **options)
+    study, _ = search.run(base, SPACE, tmp_path, 25, stop=lambda: next(stops, True), **options)
     stopped_at = len(study.trials)
     assert stopped_at < 25
-    study, _ = search.run(base, search.parse(SPACE), tmp_path, 25, **options)
-    states = [trial.state.name for trial in study.trials]
-    assert len(states) == 25 and set(states) <= {"COMPLETE", "PRUNED"}
+    study, _ = search.run(base, SPACE, tmp_path, 25, **options)
+    ended = states(study)
+    assert len(ended) == 25 and set(ended) <= {"COMPLETE", "PRUNED"}
     # The suggestions after the stop are not those before it again.
     rates = [trial.params["optim.lr"] for trial in study.trials]
     assert len(set(rates)) == 25
     assert study.best_value < 2.3 and 5e-4 < study.best_params["optim.lr"] < 2e-3
-    assert f"best of {states.count('COMPLETE')} trials" in search.describe(study, tmp_path)
+    assert f"best of {ended.count('COMPLETE')} trials" in search.describe(study, tmp_path)
     best = points.read(tmp_path)["points"][f"trial-{study.best_trial.number:04d}"]
     assert best["optim.lr"] == pytest.approx(study.best_params["optim.lr"], rel=1e-3)
     config = configuration.load(tmp_path / f"trial-{study.best_trial.number:04d}" / "recipe.json")

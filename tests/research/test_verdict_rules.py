@@ -57,6 +57,25 @@ def test_limits_without_intervals():
     assert [verdicts.range_above(v, 0.5, 0.1) for v in values] == ["holds", "undecided", "undecided", "fails"]
 
 
+def test_what_was_not_measured_is_undecided():
+    nan = float("nan")
+    assert verdicts.within(nan, 1, 2) == verdicts.at_most(nan, 1, 2) == verdicts.parts([], []) == "undecided"
+    assert verdicts.range_above([5, nan], 1, 0) == verdicts.range_above([nan, 5], 1, 0) == "undecided"
+    assert np.isnan(intervals.wilson(0, 0)).all()
+    with pytest.raises(ValueError, match="at least one value"):
+        intervals.bootstrap([])
+
+
+@pytest.mark.parametrize("count", [1, 7, 1000, 3001])
+def test_the_bootstrap_draws_the_same_resamples_in_blocks(monkeypatch, count):
+    x = np.random.default_rng(1).normal(size=count)
+    indices = np.random.default_rng(3).integers(0, count, (500, count))
+    low, high = np.quantile(x[indices].mean(1), [0.025, 0.975])
+    for block in (1, 5000, 2**20):
+        monkeypatch.setattr(intervals, "_BLOCK", block)
+        assert intervals.bootstrap(x, seed=3, draws=500) == Interval(float(x.mean()), float(low), float(high))
+
+
 def test_names_of_what_passes():
     assert verdicts.named(["a", "b"], ["a", "b"]) == "holds"
     assert verdicts.named(["a", "b"], ["a", "b", "c"], "the kind is") == "holds when the kind is a or b"
