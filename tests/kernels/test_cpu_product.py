@@ -172,7 +172,7 @@ def test_each_choice_has_a_reason():
     x = jnp.ones((1, 64))
     for name in ("int8", "int8_affine", "int4:64", "int2", "nf4", "mxfp4"):
         assert misfit(name, x) == ""
-    assert misfit("int8", x.astype(jnp.bfloat16)) == ""
+    assert misfit("int8", x.astype(jnp.bfloat16)) == "bfloat16 activations with float32 sums"
     assert misfit("fp8_e4m3", x) == "the format e4m3 has no kernel"
     assert misfit("int4", jnp.ones((17, 64))) == "17 rows of activations; the kernels of int4 take 1 to 16"
     assert misfit("int8", jnp.ones((0, 64))) == "0 rows of activations; the kernels of int8 take 1 to 4"
