@@ -17,6 +17,7 @@ import pytest
 
 from llm_jax.errors import UserError
 from llm_jax.kernels import cpu_product, native, number_formats
+from tests.kernels import random_products
 from tests.kernels.random_products import draw
 
 PATHS = native.PATHS[1:]
@@ -60,6 +61,14 @@ def test_products_equal_those_in_float64(name, by_output, path):
             w, x = p.weight(), p.x.astype(np.float64)
             error = np.abs(p.run(path) - x @ w) / (np.abs(x) @ np.abs(w))
             assert error.max() < 4e-7, (inputs, outputs, rows, inner_parts)
+
+
+@pytest.mark.parametrize("by_output", [False, True])
+def test_tables_of_two_bits_need_not_be_consecutive(by_output, monkeypatch):
+    monkeypatch.setitem(random_products.TABLES, "int2", np.array([-1.5, 0.25, 1, 4], np.float32))
+    p = draw("int2", 192, 70, 3, group=64, by_output=by_output)
+    for path in filter(available, PATHS):
+        np.testing.assert_allclose(p.run(path), p.x.astype(np.float64) @ p.weight(), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("by_output", [False, True])
