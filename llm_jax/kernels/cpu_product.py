@@ -31,11 +31,14 @@ def misfit(x: jax.Array, codes: tuple[Any, ...], s: Scheme, axis: int, contracte
         return f"{x.dtype} activations with {jnp.dtype(accumulate)} sums"
     if codes[0].ndim != 2 or x.shape[-1] > _MOST_INPUTS or not codes[0].size:
         return f"codes of the shape {codes[0].shape}"
+    if jax.default_backend() != "cpu":
+        return f"JAX runs on {jax.default_backend()}"
+    # A sharded weight shows only when the program is compiled, and XLA would gather it for a call that it cannot divide.
+    if jax.device_count() > 1:
+        return f"JAX uses {jax.device_count()} devices"
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size > 1 or mesh.manual_axes:
         return "a mesh of devices is in use"
-    if jax.default_backend() != "cpu":
-        return f"JAX runs on {jax.default_backend()}"
     return ""
 
 

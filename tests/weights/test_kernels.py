@@ -92,6 +92,13 @@ def test_the_setting_and_a_mesh_select_xla(monkeypatch):
     assert not uses_kernel(lambda x, q: weights.dot(x, q) + 1, x, q)
 
 
+def test_several_devices_select_xla_without_a_mesh(monkeypatch):
+    """A weight that `device_put` sharded would be gathered for the kernel."""
+    q, x = setup("int4", IN), normal(1, 1, C)
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    assert not uses_kernel(lambda x, q: weights.dot(x, q) + 2, x, q)
+
+
 def test_many_rows_use_xla():
     q = setup("int4", IN)
     assert uses_kernel(lambda x, q: weights.dot(x, q), normal(1, 4, 4, C), q)
