@@ -1,5 +1,6 @@
 """The kernels in C++ against float64, over odd shapes, group sizes, instruction sets, threads, NaN and inf."""
 
+import concurrent.futures
 import contextlib
 import ctypes
 import dataclasses
@@ -8,6 +9,7 @@ import mmap
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 
 import jax
@@ -209,6 +211,29 @@ def test_without_a_compiler_products_use_xla_and_one_line_says_so(monkeypatch, c
         native.library()
     monkeypatch.setenv("LLM_JAX_KERNELS", "xla")
     assert native.library() is None and not capsys.readouterr().err
+
+
+def test_processes_compile_once_and_the_cache_needs_no_compiler(monkeypatch, capsys, tmp_path):
+    compilations = []
+
+    def compile_library(compiler, flags):
+        time.sleep(0.05)  # for the other threads to come to the lock
+        compilations.append(compiler)
+        return b"library"
+
+    monkeypatch.setattr(native, "compile_library", compile_library)
+    monkeypatch.setattr(native, "find_compiler", lambda: "c++")
+    monkeypatch.setenv("LLM_JAX_CACHE", str(tmp_path))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        paths = set(pool.map(lambda _: native._compiled(), range(3)))
+    assert compilations == ["c++"] and len(paths) == 1 and paths.pop().read_bytes() == b"library"
+    monkeypatch.undo()
+    monkeypatch.setenv("LLM_JAX_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    assert native._compiled().read_bytes() == b"library"
+    note = capsys.readouterr().err
+    assert note.startswith("note: compiling the kernels") and note.count("\n") == 1
 
 
 def test_a_compiler_that_fails_is_named(monkeypatch, tmp_path):
