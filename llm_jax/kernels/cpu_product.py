@@ -33,7 +33,7 @@ def misfit(x: jax.Array, codes: tuple[Any, ...], s: Scheme, axis: int, contracte
         return f"codes of the shape {codes[0].shape}"
     if jax.default_backend() != "cpu":
         return f"JAX runs on {jax.default_backend()}"
-    # A sharded weight shows only when the program is compiled, and XLA would gather it for a call that it cannot divide.
+    # Whether a weight is sharded shows only when the program is compiled; XLA would gather it for a custom call.
     if jax.device_count() > 1:
         return f"JAX uses {jax.device_count()} devices"
     mesh = jax.sharding.get_abstract_mesh()

@@ -1,7 +1,7 @@
 """Products with quantized weights: arrays in, arrays out.
 
-`expanded_product` is the entry point. Few rows of float32 activations on a CPU go to the kernels in C++ (`cpu_product`),
-all else through XLA; `native` documents the environment variable that overrides the choice.
+`expanded_product` is the entry point. Few rows of float32 activations on a CPU go to the kernels in C++
+(`cpu_product`), all else through XLA; `native` documents the environment variable that overrides the choice.
 """
 
 from typing import Any
