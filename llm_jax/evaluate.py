@@ -9,6 +9,7 @@ python -m llm_jax.evaluate --checkpoint=runs/x --checkpoint=runs/y         # pai
 import dataclasses
 import hashlib
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -206,7 +207,7 @@ def _print_text(f: cli.Flags, held_out: _HeldOut, figures: dict[str, Any], compr
         return
     num_bytes = figures.pop("bytes")
     if f.json:
-        print(json.dumps({**figures, "compressed_bits_per_byte": compressed}))
+        print(json.dumps({**_finite(figures), "compressed_bits_per_byte": compressed}, allow_nan=False))
         return
     packed = ", ".join(f"{name} {value:.3f}" for name, value in compressed.items())
     counted = f", {f.stride} counted in each" if f.stride else ""
@@ -218,13 +219,20 @@ def _print_text(f: cli.Flags, held_out: _HeldOut, figures: dict[str, Any], compr
     )
 
 
+def _finite(figures: dict[str, Any]) -> dict[str, Any]:
+    """The figures with None (null in JSON) in place of NaN and infinity, such as the perplexity of a diverged model."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}
+
+
 def _refuse_other_text(several: list[_HeldOut]) -> None:
     """Raises UserError unless the checkpoints are measured on the same documents."""
     first = several[0]
     for other in several[1:]:
         for key in ("source", "kind", "field", "validation_fraction", "labelled"):
             values = [getattr(held_out.data, key) for held_out in (first, other)]
-            ignored = key == "validation_fraction" if first.everything else key == "labelled" != first.data.kind
+            ignored = (key == "labelled" and first.data.kind != "labelled") or (
+                key == "validation_fraction" and first.everything
+            )
             if values[0] != values[1] and not ignored:
                 cure = "give --kind and --field" if first.everything else "give --data=FILE"
                 raise UserError(
@@ -240,6 +248,7 @@ def _refuse_other_text(several: list[_HeldOut]) -> None:
 
 
 def _compare_text(f: cli.Flags, several: list[_HeldOut], source: Any, compressed: dict[str, float]) -> None:
+    from llm_jax import intervals
     from llm_jax.evaluation import paired
 
     measured = [_measure(f, held_out, source, by_unit=True) for held_out in several]
@@ -256,7 +265,8 @@ def _compare_text(f: cli.Flags, several: list[_HeldOut], source: Any, compressed
     if f.json:
         names = {"value": value, "units": "examples" if accuracies else "documents"}
         rows = [{names.get(key, key): v for key, v in row.items()} for row in figures]
-        print(json.dumps([{"checkpoint": h.name, **row} for h, row in zip(several, rows, strict=True)]))
+        objects = [_finite({"checkpoint": h.name, **row}) for h, row in zip(several, rows, strict=True)]
+        print(json.dumps(objects, allow_nan=False))
         return
     columns = [(value.replace("_", " "), [f"{row['value']:.4f}" for row in figures])]
     if not accuracies:
@@ -268,6 +278,11 @@ def _compare_text(f: cli.Flags, several: list[_HeldOut], source: Any, compressed
     missing = f" ({left_out:,} more do not fit into the windows)" if left_out else ""
     print(f"{f.data or several[0].data.source}: {figures[0]['units']:,} {noun} measured by all{missing}{packed}")
     print(paired.table([held_out.name for held_out in several], columns, figures))
+    if any(row.get("low", 0) is None and math.isfinite(row["difference"]) for row in figures):
+        print(
+            f"no interval: {figures[0]['units']:,} {noun} count as fewer than {intervals.FEWEST_UNITS} of equal size, "
+            "because there are few or a few of them hold most of the bytes"
+        )
 
 
 def on_task(f: cli.Flags) -> None:

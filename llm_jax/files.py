@@ -151,18 +151,19 @@ def make_directory(directory: pathlib.Path) -> None:
 LOCKED = "another trainer is at work here"  # in the message of `lock`, by which a job is recognized that met a lock
 
 
-def lock(workdir: pathlib.Path, name: str = ".lock") -> Any:
+def lock(workdir: pathlib.Path, name: str = ".lock", *, wait: bool = False) -> Any:
     """Locks a run directory for this process until the returned file is closed or the process ends.
 
     Args:
       name: the lock file; locks with different names are independent.
+      wait: wait until no other process holds the lock.
 
     Raises:
-      UserError: another process holds the lock.
+      UserError: another process holds the lock, without `wait`.
     """
     file = (workdir / name).open("a+")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError as error:
         with file:
             file.seek(0)

@@ -8,6 +8,7 @@ import numpy as np
 
 _BLOCK = 2**20  # indices that the bootstrap draws at a time
 _NORMAL_QUANTILE = 1.959963984540054  # for an interval of 95 %
+FEWEST_UNITS = 5  # effective units of `ratio` that have an interval
 
 
 class Interval(NamedTuple):
@@ -82,13 +83,8 @@ def wilson(right: int, count: int, z: float = 1.959963984540054) -> tuple[float,
     return max(0.0, min(p, (center - half) / scale)), min(1.0, max(p, (center + half) / scale))
 
 
-def proportion(right: int, count: int) -> Interval:
-    """The proportion right / count with Wilson's interval."""
-    return Interval(right / count, *wilson(right, count))
-
-
 def difference_of_proportions(right: np.ndarray, reference: np.ndarray) -> Interval:
-    """(the difference of two proportions of the same examples, the limits of its 95 % interval).
+    """The difference of two proportions of the same examples, with the limits of its 95 % interval.
 
     The adjusted Wald interval for matched pairs of Agresti and Min 2005, "Simple improved confidence intervals for
     comparing matched proportions": half an example is added to each of the four cells.
@@ -105,20 +101,32 @@ def difference_of_proportions(right: np.ndarray, reference: np.ndarray) -> Inter
 
 
 def ratio(amounts: np.ndarray, sizes: np.ndarray) -> Interval:
-    """(sum of amounts / sum of sizes, the limits of its 95 % interval) of units that were sampled independently.
+    """sum of amounts / sum of sizes, with the limits of its 95 % interval, of units that were sampled independently.
 
-    The linearized variance of a ratio (Cochran 1977, "Sampling techniques", equation 6.13), with the quantile of
-    Student's t distribution. Of a single unit, the limits are infinite.
+    The jackknife variance of a ratio (Cochran 1977, "Sampling techniques", section 6.17), with the quantile of
+    Student's t distribution for `effective_count(sizes)` - 1 degrees of freedom. With fewer than `FEWEST_UNITS`
+    effective units the limits are NaN: no interval covers where a few units make up the sum.
 
     Args:
       amounts, sizes: float (units,), such as differences in bits, and bytes, of documents.
     """
     count, total = len(amounts), float(np.sum(sizes))
     value = float(np.sum(amounts)) / total
-    if count < 2:
-        return Interval(value, -math.inf, math.inf)
+    effective = effective_count(sizes)
+    if effective < FEWEST_UNITS:
+        return Interval(value, math.nan, math.nan)
     from scipy import stats
 
-    variance = count / (count - 1) * float(np.sum(np.square(amounts - value * sizes)))
-    half = float(stats.t.ppf(0.975, count - 1)) * math.sqrt(variance) / total
+    without_unit = (amounts - value * sizes) / (total - sizes)  # by how much the ratio falls without each unit
+    error = math.sqrt((count - 1) / count * float(np.sum(np.square(without_unit))))
+    half = float(stats.t.ppf(0.975, effective - 1)) * error
     return Interval(value, value - half, value + half)
+
+
+def effective_count(sizes: np.ndarray) -> float:
+    """(sum of sizes)^2 / sum of squared sizes (Kish 1965, "Survey sampling"): the number of units if sizes are equal.
+
+    Args:
+      sizes: float (units,), not all 0.
+    """
+    return float(np.sum(sizes)) ** 2 / float(np.sum(np.square(sizes)))

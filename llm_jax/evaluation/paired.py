@@ -67,7 +67,7 @@ def compare(units: Sequence[Units], *, proportions: bool) -> list[dict[str, Any]
     Returns:
       For each model {"units": number of units, "value": sum of values / sum of sizes}, and for all but the first
       "difference" to the first with "low" and "high", the limits of its paired 95 % interval
-      (`intervals.difference_of_proportions` or `intervals.ratio`).
+      (`intervals.difference_of_proportions` or `intervals.ratio`; None where it has no limits).
 
     Raises:
       UserError: no unit was measured by all.
@@ -83,10 +83,11 @@ def compare(units: Sequence[Units], *, proportions: bool) -> list[dict[str, Any]
         if model is values[0]:
             continue
         if proportions:
-            triple = intervals.difference_of_proportions(model > 0, values[0] > 0)
+            interval = intervals.difference_of_proportions(model > 0, values[0] > 0)
         else:
-            triple = intervals.ratio(model - values[0], sizes)
-        figures[-1] |= dict(zip(("difference", "low", "high"), triple, strict=True))
+            interval = intervals.ratio(model - values[0], sizes)
+        limits = [None if math.isnan(limit) else limit for limit in (interval.low, interval.high)]
+        figures[-1] |= {"difference": interval.estimate, "low": limits[0], "high": limits[1]}
     return figures
 
 
@@ -98,10 +99,7 @@ def table(names: Sequence[str], columns: Sequence[tuple[str, Sequence[str]]], fi
       columns: (title, a text for each model).
       figures: those of `compare`.
     """
-    differences = [
-        f"{row['difference']:+.4f} ({row['low']:+.4f} to {row['high']:+.4f})" if "difference" in row else ""
-        for row in figures
-    ]
+    differences = [_difference(row) for row in figures]
     everything = [("checkpoint", names), *columns, ("difference to the first, 95 % interval", differences)]
     lines = [[title for title, _ in everything], *zip(*(texts for _, texts in everything), strict=True)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(everything))]
@@ -110,3 +108,10 @@ def table(names: Sequence[str], columns: Sequence[tuple[str, Sequence[str]]], fi
         "  ".join([line[0].ljust(first), *(text.rjust(w) for text, w in zip(line[1:], others, strict=True))]).rstrip()
         for line in lines
     )
+
+
+def _difference(row: dict[str, Any]) -> str:
+    if "difference" not in row:
+        return ""
+    limits = "no interval" if row["low"] is None else f"{row['low']:+.4f} to {row['high']:+.4f}"
+    return f"{row['difference']:+.4f} ({limits})"

@@ -27,15 +27,18 @@ def misfit(x: jax.Array, codes: tuple[Any, ...], s: Scheme, axis: int, contracte
     most_rows = MOST_ROWS[number_formats.FORMATS[s.format].bits]
     if not 1 <= rows <= most_rows:
         return f"{rows} rows of activations; the kernels of {s.format} take 1 to {most_rows}"
-    if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16) or jnp.dtype(accumulate) != jnp.float32:
+    if x.dtype != jnp.float32 or jnp.dtype(accumulate) != jnp.float32:  # XLA rounds the weight to the dtype of x
         return f"{x.dtype} activations with {jnp.dtype(accumulate)} sums"
     if codes[0].ndim != 2 or x.shape[-1] > _MOST_INPUTS or not codes[0].size:
         return f"codes of the shape {codes[0].shape}"
+    if jax.default_backend() != "cpu":
+        return f"JAX runs on {jax.default_backend()}"
+    # Whether a weight is sharded shows only when the program is compiled; XLA would gather it for a custom call.
+    if jax.device_count() > 1:
+        return f"JAX uses {jax.device_count()} devices"
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size > 1 or mesh.manual_axes:
         return "a mesh of devices is in use"
-    if jax.default_backend() != "cpu":
-        return f"JAX runs on {jax.default_backend()}"
     return ""
 
 
@@ -46,7 +49,7 @@ def product(x: jax.Array, codes: tuple[Any, ...], s: Scheme, axis: int, path: st
     `cpu/vnni_operands.h`). The result of a row depends neither on other rows nor on the number of threads.
 
     Args:
-      x: float (..., C).
+      x: float32 (..., C).
       codes: (codes, scale, offset) of a weight whose groups lie along C: axis -2 for a weight (C, F), -1 for (F, C).
         The scale may be (codes, scale, mean) itself.
       path: a name of `native.PATHS`, for tests.
@@ -68,7 +71,7 @@ def product(x: jax.Array, codes: tuple[Any, ...], s: Scheme, axis: int, path: st
         native.TARGET, jax.ShapeDtypeStruct((x.size // inputs, outputs), jnp.float32), vmap_method="sequential"
     )
     y = call(
-        x.astype(jnp.float32).reshape(-1, inputs),
+        x.reshape(-1, inputs),
         packed,
         scale,
         inner,

@@ -1,7 +1,7 @@
 """Products with quantized weights: arrays in, arrays out.
 
-`expanded_product` is the entry point. Few rows of activations on a CPU go to the kernels in C++ (`cpu_product`), all
-else through XLA; `native` documents the environment variable that overrides the choice.
+`expanded_product` is the entry point. Few rows of float32 activations on a CPU go to the kernels in C++
+(`cpu_product`), all else through XLA; `native` documents the environment variable that overrides the choice.
 """
 
 from typing import Any
@@ -70,7 +70,7 @@ def expanded_product(x: jax.Array, codes: Codes, s: Scheme, axis: int, contracte
       accumulate: dtype of the sums.
 
     Returns:
-      (..., F) in `accumulate`. XLA rounds the weight to the dtype of x, the kernels do not.
+      (..., F) in `accumulate`. The weight is rounded to the dtype of x, for any number of rows.
 
     Raises:
       UserError: see `native.library`.

@@ -75,19 +75,28 @@ def _note(reason: str) -> None:
 
 
 def _compiled() -> pathlib.Path:
-    """The shared library of these sources and this compiler, from the cache if it is there."""
-    compiler = find_compiler()
-    flags = (*FLAGS, f"-I{SOURCES}")
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    key = hashlib.sha256(repr((version, FLAGS, platform.machine(), jax.__version__)).encode())
+    """The shared library of these sources, from the cache if it is there; several processes compile it once.
+
+    Raises:
+      UserError: it is not in the cache and cannot be compiled, or the cache cannot be written to.
+    """
+    # The compiler is not part of the key, so that a cached library serves where no compiler is installed.
+    key = hashlib.sha256(repr((FLAGS, platform.machine(), platform.libc_ver(), jax.__version__)).encode())
     for source in sorted(SOURCES.iterdir()):
         if source.is_file():
             key.update(source.name.encode() + b"\0" + source.read_bytes())
-    directory = pathlib.Path(os.environ.get("LLM_JAX_CACHE", "~/.cache/llm_jax")).expanduser() / "kernels"
+    directory = files.cache_directory() / "kernels"
     path = directory / f"{MAIN.stem}-{key.hexdigest()[:20]}.so"
-    if not path.exists():
-        with files.new_file(path) as file:
-            file.write(compile_library(compiler, (*flags, "-isystem", jax.ffi.include_dir())))
+    if path.exists():
+        return path
+    compiler = find_compiler()
+    files.make_directory(directory)
+    with files.lock(directory, wait=True):
+        if not path.exists():
+            if sys.stderr.isatty():
+                print("note: compiling the kernels for quantized weights, once; this takes seconds", file=sys.stderr)
+            library = compile_library(compiler, (*FLAGS, f"-I{SOURCES}", "-isystem", jax.ffi.include_dir()))
+            files.write(path, library)
     return path
 
 

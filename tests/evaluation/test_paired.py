@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -32,6 +33,32 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
         assert lower < value < upper
         hits += low <= 0.1 <= high, lower <= 0.2 <= upper
     assert ((hits / 400 > 0.92) & (hits / 400 < 0.985)).all()
+
+
+@pytest.mark.parametrize(("sigma", "count"), [(0.5, 10), (1.5, 10), (1.5, 30)])
+def test_the_interval_of_a_ratio_covers_where_sizes_differ_much(sigma, count):
+    draw, hits = np.random.default_rng(0), []
+    while len(hits) < 1000:
+        sizes = draw.lognormal(8, sigma, count)
+        _, low, high = intervals.ratio(sizes * (0.1 + draw.normal(0, 0.05, count)), sizes)
+        assert math.isnan(low) == math.isnan(high) == (intervals.effective_count(sizes) < 5)
+        if not math.isnan(low):
+            hits.append(low <= 0.1 <= high)
+    assert 0.93 < np.mean(hits) < 0.975
+
+
+def test_a_document_that_dominates_leaves_no_interval_and_valid_json(monkeypatch, capsys, tiny):
+    sizes = np.array([1000.0, *[1.0] * 30])
+    assert intervals.effective_count(np.ones(7)) == 7 and intervals.effective_count(sizes) < 2
+    units = iter([Units(factor * sizes, sizes, sizes > 0) for factor in (2, 3, 2, 3)])
+    monkeypatch.setattr(evaluate, "_measure", lambda *_, **options: {"units": next(units), "tokens": 9})
+    several = [evaluate._HeldOut(name, None, tiny, tiny.data, True, 32) for name in "ab"]
+    evaluate._compare_text(types.SimpleNamespace(json=True), several, None, {})
+    row = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)[1]
+    assert row["difference"] == 1 and row["low"] is row["high"] is None
+    evaluate._compare_text(types.SimpleNamespace(json=False, data=""), several, None, {})
+    out = capsys.readouterr().out
+    assert "+1.0000 (no interval)" in out and "31 documents count as fewer than 5 of equal size" in out
 
 
 def test_the_interval_of_matched_pairs_is_that_of_the_paper():
@@ -72,10 +99,10 @@ def test_every_target_counts_for_its_document(rows):
 
 
 def test_only_units_that_all_measured_are_compared():
-    first = Units(np.array([2.0, 4.0, 9.0]), np.array([1.0, 2.0, 3.0]), np.array([True, True, False]))
-    second = Units(np.array([3.0, 5.0, 1.0]), first.sizes, np.array([True, True, True]))
+    first = Units(np.array([2.0, 4.0] * 4 + [9.0]), np.array([1.0, 2.0] * 4 + [3.0]), np.arange(9) < 8)
+    second = Units(np.array([3.0, 5.0] * 4 + [1.0]), first.sizes, np.ones(9, bool))
     one, other = paired.compare([first, second], proportions=False)
-    assert one == {"units": 2, "value": 2.0} and other["value"] == pytest.approx(8 / 3)
+    assert one == {"units": 8, "value": 2.0} and other["value"] == pytest.approx(8 / 3)
     assert other["difference"] == pytest.approx(2 / 3) and other["low"] < 2 / 3 < other["high"]
     with pytest.raises(UserError, match="no example was measured by all"):
         paired.compare([first, Units(first.values, first.sizes, ~first.measured)], proportions=False)
@@ -162,8 +189,16 @@ def test_what_cannot_be_paired_is_refused_in_one_line(tiny, monkeypatch):
         with pytest.raises(UserError, match=message):
             evaluate._refuse_other_text(several)
     evaluate._refuse_other_text([held_out(tiny, everything=True), held_out(tiny, other, True)])
+    labels = dataclasses.replace(tiny.data, labelled=dataclasses.replace(tiny.data.labelled, label_field="answer"))
+    evaluate._refuse_other_text([held_out(tiny), held_out(tiny, labels)])
+    evaluate._refuse_other_text([held_out(tiny, everything=True), held_out(tiny, labels, True)])
     sizes = iter((np.ones(3), np.ones(4)))
     measure = lambda *_, **options: {"units": Units(size := next(sizes), size, size > 0), "tokens": 9}  # noqa: E731
     monkeypatch.setattr(evaluate, "_measure", measure)
     with pytest.raises(UserError, match="cannot be paired: their tokenizers divide the data into different examples"):
         evaluate._compare_text(None, [held_out(tiny), held_out(tiny)], None, {})
+
+
+def test_figures_that_are_not_finite_are_null_in_json():
+    figures = evaluate._finite({"loss": math.nan, "perplexity": math.inf, "tokens": 3, "name": "a"})
+    assert figures == {"loss": None, "perplexity": None, "tokens": 3, "name": "a"}

@@ -1,5 +1,6 @@
 """The kernels in C++ against float64, over odd shapes, group sizes, instruction sets, threads, NaN and inf."""
 
+import concurrent.futures
 import contextlib
 import ctypes
 import dataclasses
@@ -8,6 +9,7 @@ import mmap
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 
 import jax
@@ -17,6 +19,7 @@ import pytest
 
 from llm_jax.errors import UserError
 from llm_jax.kernels import cpu_product, native, number_formats
+from tests.kernels import random_products
 from tests.kernels.random_products import draw
 
 PATHS = native.PATHS[1:]
@@ -60,6 +63,14 @@ def test_products_equal_those_in_float64(name, by_output, path):
             w, x = p.weight(), p.x.astype(np.float64)
             error = np.abs(p.run(path) - x @ w) / (np.abs(x) @ np.abs(w))
             assert error.max() < 4e-7, (inputs, outputs, rows, inner_parts)
+
+
+@pytest.mark.parametrize("by_output", [False, True])
+def test_tables_of_two_bits_need_not_be_consecutive(by_output, monkeypatch):
+    monkeypatch.setitem(random_products.TABLES, "int2", np.array([-1.5, 0.25, 1, 4], np.float32))
+    p = draw("int2", 192, 70, 3, group=64, by_output=by_output)
+    for path in filter(available, PATHS):
+        np.testing.assert_allclose(p.run(path), p.x.astype(np.float64) @ p.weight(), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("by_output", [False, True])
@@ -172,7 +183,7 @@ def test_each_choice_has_a_reason():
     x = jnp.ones((1, 64))
     for name in ("int8", "int8_affine", "int4:64", "int2", "nf4", "mxfp4"):
         assert misfit(name, x) == ""
-    assert misfit("int8", x.astype(jnp.bfloat16)) == ""
+    assert misfit("int8", x.astype(jnp.bfloat16)) == "bfloat16 activations with float32 sums"
     assert misfit("fp8_e4m3", x) == "the format e4m3 has no kernel"
     assert misfit("int4", jnp.ones((17, 64))) == "17 rows of activations; the kernels of int4 take 1 to 16"
     assert misfit("int8", jnp.ones((0, 64))) == "0 rows of activations; the kernels of int8 take 1 to 4"
@@ -200,6 +211,29 @@ def test_without_a_compiler_products_use_xla_and_one_line_says_so(monkeypatch, c
         native.library()
     monkeypatch.setenv("LLM_JAX_KERNELS", "xla")
     assert native.library() is None and not capsys.readouterr().err
+
+
+def test_processes_compile_once_and_the_cache_needs_no_compiler(monkeypatch, capsys, tmp_path):
+    compilations = []
+
+    def compile_library(compiler, flags):
+        time.sleep(0.05)  # for the other threads to come to the lock
+        compilations.append(compiler)
+        return b"library"
+
+    monkeypatch.setattr(native, "compile_library", compile_library)
+    monkeypatch.setattr(native, "find_compiler", lambda: "c++")
+    monkeypatch.setenv("LLM_JAX_CACHE", str(tmp_path))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        paths = set(pool.map(lambda _: native._compiled(), range(3)))
+    assert compilations == ["c++"] and len(paths) == 1 and paths.pop().read_bytes() == b"library"
+    monkeypatch.undo()
+    monkeypatch.setenv("LLM_JAX_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    assert native._compiled().read_bytes() == b"library"
+    note = capsys.readouterr().err
+    assert note.startswith("note: compiling the kernels") and note.count("\n") == 1
 
 
 def test_a_compiler_that_fails_is_named(monkeypatch, tmp_path):

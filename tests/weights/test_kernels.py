@@ -49,14 +49,17 @@ def test_products_and_gradients_equal_those_of_the_dense_weight(scheme, axis):
     np.testing.assert_allclose(dx, np.asarray(g, np.float64) @ w.T, rtol=2e-5, atol=2e-5)
 
 
-def test_activations_of_half_precision_meet_the_values_in_full():
-    q, x = setup("nf4", IN), normal(1, 3, C).astype(jnp.bfloat16)
-    y = weights.dot(x, q, out_dtype=jnp.float32)
-    expected = np.asarray(x, np.float64) @ np.asarray(q.dense(), np.float64)
-    np.testing.assert_allclose(y, expected, rtol=2e-5, atol=1e-4)
-    rounded = np.asarray(x, np.float64) @ np.asarray(q.dense().astype(jnp.bfloat16), np.float64)
-    assert np.abs(rounded - expected).max() > 1e-2
-    assert weights.dot(x, q).dtype == jnp.bfloat16
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_results_in_half_precision_do_not_depend_on_the_number_of_rows(dtype):
+    """The weight is rounded to the dtype of the activations for a few rows (decoding) as for many (verification)."""
+    q, x = setup("nf4", IN), normal(1, 20, C).astype(dtype)
+    rounded = np.asarray(x, np.float64) @ np.asarray(q.dense().astype(dtype), np.float64)
+    for rows in (3, 20):
+        y = weights.dot(x[:rows], q, out_dtype=jnp.float32)
+        np.testing.assert_allclose(y, rounded[:rows], rtol=2e-5, atol=1e-4)
+    full = np.asarray(x, np.float64) @ np.asarray(q.dense(), np.float64)
+    assert np.abs(rounded - full).max() > 1e-3
+    assert weights.dot(x, q).dtype == dtype
 
 
 def test_batches_of_activations_and_of_weights():
@@ -87,6 +90,13 @@ def test_the_setting_and_a_mesh_select_xla(monkeypatch):
         assert not uses_kernel(lambda x, q: weights.dot(x, q) + 0, x, q)
     monkeypatch.setenv(native.SETTING, "xla")
     assert not uses_kernel(lambda x, q: weights.dot(x, q) + 1, x, q)
+
+
+def test_several_devices_select_xla_without_a_mesh(monkeypatch):
+    """A weight that `device_put` sharded would be gathered for the kernel."""
+    q, x = setup("int4", IN), normal(1, 1, C)
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    assert not uses_kernel(lambda x, q: weights.dot(x, q) + 2, x, q)
 
 
 def test_many_rows_use_xla():

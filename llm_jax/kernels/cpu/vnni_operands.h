@@ -77,6 +77,7 @@ static Planes PlanesOf(const Product& p) {
 
 // Whether this path has the product; the others are for `Outputs` of float_path.h.
 static bool Has(const Product& p) {
+  if (p.bits == 2 && !IsConsecutive(p)) return false;  // 2-bit codes are taken for the integers P themselves
   if (!p.by_output) return true;
   return p.group == p.inputs || GroupBytes(p) % 16 == 0;  // a vector of 16 bytes has one scale
 }
