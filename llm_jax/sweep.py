@@ -37,6 +37,7 @@ NEEDS: cli.Needs = (
 
 def main(f: cli.Flags) -> int:
     from llm_jax.research import grid, jobs, live_table, points, provenance, search
+    from llm_jax.training import trainer
 
     if not (f.grid or f.points or f.search):
         raise UserError("--grid, --points or --search is required: the points to train")
@@ -45,6 +46,8 @@ def main(f: cli.Flags) -> int:
     if f.jobs < 0 or f.trials < 1:
         raise UserError(f"--jobs={f.jobs} --trials={f.trials}; expected jobs from 0 (chosen) and at least 1 trial")
     output = pathlib.Path(f.output).expanduser()
+    if (output / "config.json").exists():
+        raise UserError(f"--output={output} is a run; expected a directory for the runs of the sweep")
     origin = provenance.here(provenance.command_line("sweep"))
     signal = signals.Deferred("saving the running points", jobs.kill_all)
     table = live_table.LiveTable()
@@ -59,6 +62,11 @@ def main(f: cli.Flags) -> int:
     factors = [grid.read_file(f.points)] if f.points else []
     factors += [grid.parse(f.grid, f.draw_seed)] if f.grid else []
     planned = points.plan(f.config, grid.product(factors), output)
+    for point in planned:
+        try:
+            trainer.check(point.config)
+        except UserError as error:
+            raise UserError(f"point {point.name}: {error}") from error
     if f.dry_run:
         for point in planned:
             print(f"{point.name}: {jobs.status(points.job(point)).state}")

@@ -48,6 +48,21 @@ class Prepared:
     reference: Any
 
 
+def check(config: Config, workdir: pathlib.Path | None = None) -> start.Start:
+    """Checks what can be checked without data, and returns where the run starts from.
+
+    Raises:
+      UserError: see `start.find` and `setup.setup`; an unknown task.
+    """
+    beginning = start.find(config, workdir)
+    config = beginning.config
+    provisional = config.model.vocab_size or config.tokenizer.vocab_size or 512
+    setup_lib.setup(dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=provisional)))
+    for name in config.eval.tasks:
+        builtin.named(name)
+    return beginning
+
+
 def prepare(config: Config, workdir: pathlib.Path | None = None) -> Prepared:
     """Finds where a run starts from, checks its configuration, reads its data and sets it up.
 
@@ -56,16 +71,9 @@ def prepare(config: Config, workdir: pathlib.Path | None = None) -> Prepared:
     Raises:
       UserError: see `start.find`, `setup.setup` and `inputs.load`.
     """
-    beginning = start.find(config, workdir)
-    config = beginning.config
-    provisional = config.model.vocab_size or config.tokenizer.vocab_size or 512
-    model = dataclasses.replace(config.model, vocab_size=provisional)
-    setup_lib.setup(dataclasses.replace(config, model=model))
-    for name in config.eval.tasks:
-        builtin.named(name)
-    data = inputs.load(config, beginning)
-    config = data.config
-    setup = setup_lib.setup(config, data.vocab_size)
+    beginning = check(config, workdir)
+    data = inputs.load(beginning.config, beginning)
+    setup = setup_lib.setup(data.config, data.vocab_size)
     reference = setup.load_reference(data.tokenizer)
     return Prepared(setup, beginning, data, reference)
 

@@ -308,12 +308,20 @@ def test_the_command_trains_the_points_and_names_the_failed_one(tmp_path, monkey
         ([], "--grid, --points or --search is required"),
         (["--grid=train.seed=0", "--jobs=-1"], "--jobs=-1"),
         (["--grid=model.width=0"], "point width=0"),
+        (["--grid=model.width=32,33"], "point width=33: model.num_heads="),
         (["--grid=train.seed=0", "--dry_run", "--retry_failed"], "has no effect"),
     ],
 )
 def test_wrong_flags_are_one_line(tmp_path, flags, message):
     done = call("sweep", f"--output={tmp_path / 'x'}", *flags)
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_sweep_does_not_write_into_a_run(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    done = call("sweep", f"--output={tmp_path}", "--grid=train.seed=0")
+    assert done.returncode == 2 and "is a run; expected a directory for the runs" in done.stderr
 
 
 @pytest.mark.slow
