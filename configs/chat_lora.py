@@ -17,14 +17,9 @@ def get_config() -> ConfigDict:
     config = configuration.recipe("default")
     config.init_from = "asset:smollm2-135m-instruct"
     config.data.update({"source": "chats.jsonl", "kind": "instructions"})
-    config.tokenizer.kind = "hub"
-    # The geometry of init_from.
-    config.model.update({"vocab_size": 49152, "width": 576, "num_layers": 30, "num_heads": 9, "num_kv_heads": 3})
-    config.model.update({"mlp_dim": 1536, "qk_norm": False})
-    config.model.position.update({"base": 100000.0, "max_length": 8192})
     config.lora.update({"rank": 8, "alpha": 16.0, "targets": ("linear",)})
     config.train.update({"steps": 100, "batch_size": 4, "seq_len": 256, "loss_chunk": 32})
-    config.optim.update({"lr": 1e-3, "warmup_steps": 5, "schedule": "linear", "weight_decay": 0.0})
+    config.optim.update({"lr": 1e-3, "schedule": "linear", "weight_decay": 0.0})
     config.eval.update({"every": 0, "prompts": ()})
     config.checkpoint.update({"every": 25, "keep_last": 1, "keep_best": 0})
     return config
