@@ -104,5 +104,6 @@ def test_a_script_above_a_clone_imports_the_package_and_not_the_folder(tmp_path)
     (tmp_path / "script.py").write_text(
         "import sys; sys.path.append(sys.argv[1])\nimport llm_jax; print(llm_jax.__file__)"
     )
-    imported = execute([sys.executable, "script.py", tmp_path / "llm_jax"], tmp_path)
+    # -S: without the line that launch.sh added to this environment.
+    imported = execute([sys.executable, "-S", "script.py", tmp_path / "llm_jax"], tmp_path)
     assert imported.strip() == str(tmp_path / "llm_jax" / "llm_jax" / "__init__.py")
