@@ -22,6 +22,7 @@ FLAGS.string(
     "checkpoint: a run, a Hugging Face directory, a .gguf file, a peft directory, asset:NAME or hf:ORG/NAME",
     required=True,
 )
+FLAGS.string("base", "", "with adapters: checkpoint of their base; default: the one that they name")
 FLAGS.string("system", "", "system message at the beginning of the conversation")
 FLAGS.boolean(
     "plain",
@@ -130,7 +131,7 @@ def main(f: cli.Flags) -> None:
     from llm_jax.model import positions
 
     options = decoding_flags.read(f)
-    checkpoint = checkpoints.open(f.checkpoint)
+    checkpoint = checkpoints.open(f.checkpoint, f.base)
     encode = encoder(checkpoint.tokenizer, f.plain, f.checkpoint)
     if not checkpoint.config.causal:
         raise UserError(f"{f.checkpoint} is a bidirectional model (model.causal=False); it writes no text")

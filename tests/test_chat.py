@@ -141,3 +141,9 @@ def test_ctrl_c_ends_the_answer_and_ctrl_d_the_program(trained):
         process.kill()
         process.wait()
         os.close(terminal)
+
+
+def test_the_base_of_adapters_can_be_named(command, trained):
+    """As in the other commands: a checkpoint without adapters has none to name."""
+    done = command("chat", f"--checkpoint={trained}", f"--base={trained}", "--plain", code=2)
+    assert "base" in done.stderr and done.stderr.count("\n") == 1

@@ -87,7 +87,8 @@ def test_bytes_that_are_not_utf8(tmp_path, errors, word, command):
 @pytest.mark.live
 @pytest.mark.parametrize("errors", ["replace", "ignore"])
 def test_gensim_reads_the_same(tmp_path, errors):
-    gensim = pytest.importorskip("gensim")
+    import gensim
+
     for name, text in LINES.items():
         (tmp_path / name).write_text(text)
     for path in [*files_not_utf8(tmp_path), *(tmp_path / name for name in LINES)]:
@@ -108,7 +109,8 @@ def test_words_with_spaces_are_refused(tmp_path):
 @pytest.mark.live
 @pytest.mark.parametrize("name", ["v.txt", "v.bin"])
 def test_gensim_reads_both_forms(tmp_path, name):
-    gensim = pytest.importorskip("gensim")
+    import gensim
+
     vectors.save(FOUND, tmp_path / name)
     theirs = gensim.models.KeyedVectors.load_word2vec_format(str(tmp_path / name), binary=name.endswith("bin"))
     assert tuple(theirs.index_to_key) == FOUND.words
