@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -26,11 +27,11 @@ def loaded(make, request):
 
 
 def test_the_last_layer_is_what_the_head_reads_and_the_first_the_embeddings(loaded):
+    features_of = jax.jit(lambda params, tokens: loaded.model.apply({"params": params}, tokens, method="features"))
     for text, layers in zip(TEXTS, contextual.token_vectors(loaded, TEXTS), strict=True):
         ids = contextual.ids(loaded, text)
         assert ids[0] == loaded.tokenizer.bos and layers.shape == (3, len(ids), 32)
-        variables, tokens = {"params": loaded.params}, jnp.asarray([ids])
-        features, _ = loaded.model.apply(variables, tokens, method="features")
+        features, _ = features_of(loaded.params, jnp.asarray([ids]))
         np.testing.assert_allclose(layers[-1], features[0], atol=1e-5)
         table = np.asarray(loaded.params["embed"]["table"])
         np.testing.assert_allclose(layers[0], table[ids], atol=1e-6)

@@ -94,7 +94,7 @@ def test_a_step_is_the_sum_of_the_gradients_of_its_pairs(kind, window):
 
 
 @hypothesis.settings(max_examples=30)
-@hypothesis.given(seed=st.integers(0, 2**32 - 1), window=st.integers(1, 20))
+@hypothesis.given(seed=st.integers(0, 2**32 - 1), window=st.sampled_from([1, 2, 7, 15, 16, 20]))
 def test_the_band_holds_the_pairs_of_the_definition_and_no_others(seed, window):
     draw = np.random.default_rng(seed)
     ids = np.where(draw.random(48) < 0.2, BREAK, draw.integers(0, 5, 48)).astype(np.int32)

@@ -32,7 +32,8 @@ def on_mesh():
 
     def run(what: str):
         # The programs are tiny: most of the time would go into optimizing them.
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}
         full = [sys.executable, "-m", "tests.training.on_mesh", what]
         done = subprocess.run(full, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
         assert not done.returncode, done.stderr

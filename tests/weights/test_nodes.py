@@ -21,8 +21,8 @@ def adapted(rows: int | None = None) -> Adapted:
     return Adapted(normal(1, 6, 8), normal(2, 6, 2), normal(3, 2, 8), scale)
 
 
-@hypothesis.settings(max_examples=20)
-@hypothesis.given(st.lists(st.integers(1, 4), min_size=0, max_size=3), st.booleans())
+@hypothesis.settings(max_examples=10)
+@hypothesis.given(st.sampled_from([(), (1,), (3,), (2, 4), (3, 1, 2)]), st.booleans())  # few shapes: each is compiled
 def test_dot_and_its_gradients_equal_plain_matmul(leading, transposed):
     x, w = normal(0, *leading, 5), normal(1, *((7, 5) if transposed else (5, 7)))
     plain = lambda x, w: jnp.sum(jnp.sin(x @ (w.T if transposed else w)))  # noqa: E731
