@@ -2,9 +2,9 @@
 
 Most programs here are tiny and run once, so most of the time would go into compiling them. Executables are cached in a
 directory that the processes of a session share, and XLA leaves out expensive optimizations and its fusion emitters,
-which take half of the time of compiling for a CPU. Two markers restore what a user has: `optimized` (golden numbers,
+which take half of the time of compiling for a CPU. Two markers restore what a user has: `optimized` (golden steps,
 memory and time are of the code that users run; implied by `slow` and `live`) and `uncached` (bitwise resume is of
-programs that each process compiled for itself).
+programs that each process compiled for itself). `OPTIMIZED_TESTS=1` compiles every test as for a user, as .ci/full does.
 """
 
 import atexit
@@ -63,6 +63,7 @@ def _set(option: str, value: bool) -> bool:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Applies the markers of a test before its fixtures are set up."""
     optimized = any(item.get_closest_marker(name) for name in ("optimized", "slow", "live"))
+    optimized |= bool(os.environ.get("OPTIMIZED_TESTS"))
     if _set("jax_disable_most_optimizations", not optimized):
         jax.clear_caches()
         jax.devices()  # reads XLA_FLAGS once: what follows is for child processes

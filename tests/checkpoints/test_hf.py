@@ -19,8 +19,6 @@ from llm_jax.model.attention import Tokens
 from llm_jax.model.transformer import Transformer, init_cache
 from tests.checkpoints import family_cases as cases
 
-pytestmark = pytest.mark.optimized
-
 GOLDEN = json.loads(pathlib.Path(__file__).with_name("family_golden.json").read_text())
 
 

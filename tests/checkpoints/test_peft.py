@@ -22,8 +22,6 @@ from tests.checkpoints.test_hf import GOLDEN as BASES
 from tests.checkpoints.test_hf import read
 from tests.lora.cases import config, made
 
-pytestmark = pytest.mark.optimized
-
 GOLDEN = json.loads(pathlib.Path(__file__).with_name("peft_golden.json").read_text())
 FIRST = ("plain", "rank-stabilized", "dora", "embeddings", "fused", "fused-dora", "tied-head")
 

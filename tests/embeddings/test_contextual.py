@@ -13,8 +13,6 @@ from llm_jax.checkpoints import Loaded
 from llm_jax.embeddings import contextual
 from llm_jax.errors import UserError
 
-pytestmark = pytest.mark.optimized
-
 GOLDEN = json.loads(pathlib.Path(__file__).with_name("minilm_golden.json").read_text())["cases"]
 TEXTS = ["a bank", "the bank of a river", "x" * 40, "b"]
 

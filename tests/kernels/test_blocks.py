@@ -10,8 +10,6 @@ import pytest
 
 from llm_jax.kernels import blocks
 
-pytestmark = pytest.mark.optimized
-
 GOLDEN = np.load(pathlib.Path(__file__).with_name("blocks_golden.npz"))
 
 

@@ -17,8 +17,6 @@ from llm_jax import weights
 from llm_jax.errors import UserError
 from llm_jax.kernels import blocks, number_formats
 
-pytestmark = pytest.mark.optimized
-
 GOLDEN = np.load(pathlib.Path(__file__).with_name("nf4_golden.npz"))
 NORMAL = np.random.default_rng(1).normal(0, 0.1, (128, 96)).astype(np.float32)
 

@@ -18,8 +18,6 @@ from llm_jax.errors import UserError
 from llm_jax.model import distances, positions, rope
 from llm_jax.model.attention import Tokens
 
-pytestmark = pytest.mark.optimized
-
 GOLDEN = json.loads(pathlib.Path(__file__).with_name("rope_golden.json").read_text())
 
 

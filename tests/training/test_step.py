@@ -13,8 +13,6 @@ from llm_jax.errors import UserError
 from llm_jax.training import losses, optim, step
 from llm_jax.weights import Adapted
 
-pytestmark = pytest.mark.optimized
-
 GOLDEN = pathlib.Path(__file__).with_name("golden.json")
 
 
@@ -32,6 +30,7 @@ def run(model, params, config, batch, count=3, accumulation=1, chunk=0):
     return state, seen
 
 
+@pytest.mark.optimized
 def test_golden_steps(make, tiny, batch):
     model, params = make()
     _, seen = run(model, params, tiny, batch)
@@ -70,6 +69,7 @@ def test_micro_batches_and_chunks_change_no_update(make, tiny, batch, variant):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), other.params, state.params)
 
 
+@pytest.mark.optimized
 def test_chunked_loss_holds_no_full_logits(make, batch):
     model, params = make(vocab_size=8192)
 
