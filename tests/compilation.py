@@ -4,7 +4,7 @@ Most programs here are tiny and run once, so most of the time would go into comp
 directory that the processes of a session share, and XLA leaves out expensive optimizations and its fusion emitters,
 which take half of the time of compiling for a CPU. Two markers restore what a user has: `optimized` (golden steps,
 memory and time are of the code that users run; implied by `slow` and `live`) and `uncached` (bitwise resume is of
-programs that each process compiled for itself). `OPTIMIZED_TESTS=1` compiles every test as for a user, as .ci/full does.
+programs that each process compiled for itself). `OPTIMIZED_TESTS=1` marks every test as optimized, as .ci/full does.
 """
 
 import atexit
