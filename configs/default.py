@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
                     "train_size": 0,
                 },
             },
-            "tokenizer": {"kind": "bpe", "vocab_size": 2048, "path": ""},
+            "tokenizer": {"kind": "bpe", "vocab_size": 2048, "path": "", "chat_template": ""},
             "model": {
                 "vocab_size": 0,
                 "width": 256,

@@ -24,6 +24,7 @@ FLAGS.string(
 )
 FLAGS.string("base", "", "with adapters: checkpoint of their base; default: the one that they name")
 FLAGS.string("system", "", "system message at the beginning of the conversation")
+FLAGS.string("chat_template", "", "name of one of the tokenizer's chat templates; default: the one named default")
 FLAGS.boolean(
     "plain",
     False,
@@ -127,12 +128,12 @@ def encoder(tokenizer: Any, plain: bool, checkpoint: str) -> Callable[[list[dict
 
 def main(f: cli.Flags) -> None:
     status.show(f"loading {f.checkpoint}")
-    from llm_jax import checkpoints
+    from llm_jax import checkpoints, tokenizers
     from llm_jax.model import positions
 
     options = decoding_flags.read(f)
     checkpoint = checkpoints.open(f.checkpoint, f.base)
-    encode = encoder(checkpoint.tokenizer, f.plain, f.checkpoint)
+    encode = encoder(tokenizers.with_chat_template(checkpoint.tokenizer, f.chat_template), f.plain, f.checkpoint)
     if not checkpoint.config.causal:
         raise UserError(f"{f.checkpoint} is a bidirectional model (model.causal=False); it writes no text")
     loaded = checkpoint.load(dtype=f.dtype, as_stored=f.as_stored)

@@ -104,7 +104,7 @@ def _family(name: str) -> str:
 def _peft(checkpoint: "Checkpoint", output: pathlib.Path, name: str) -> None:
     """Writes the adapters of a run as a directory of peft."""
     from llm_jax import lora
-    from llm_jax.checkpoints import Adapters, abstract_params, peft_tensors
+    from llm_jax.checkpoints import Adapters, abstract_params, peft_export
     from llm_jax.model.transformer import Transformer
 
     if not isinstance(checkpoint, Adapters):
@@ -116,12 +116,12 @@ def _peft(checkpoint: "Checkpoint", output: pathlib.Path, name: str) -> None:
         print(f"note: the adapters were trained over a base in {config.quant.scheme}; peft applies them to any base")
     abstract = abstract_params(Transformer(dataclasses.replace(config.model, scan_layers=False)))
     readable = base.form == "huggingface"
-    peft_tensors.save(
+    peft_export.save(
         output,
         family,
+        config.model,
         adapters,
         abstract,
-        config.model.tie_embeddings,
         rank_stabilized=config.lora.rank_stabilized,
         dropout=config.lora.dropout,
         base_name=str(base.path) if readable else None,

@@ -56,6 +56,9 @@ FLAGS.integer("shots", -1, "number of solved examples in the prompt; -1: the num
 FLAGS.string("select", "random", "how these examples are chosen: first, random or balanced (over the answers)")
 FLAGS.integer("shot_seed", 0, "seed of the choice and the order of the examples in the prompt")
 FLAGS.boolean("chat", False, "format prompts with the chat template of the tokenizer")
+FLAGS.string(
+    "chat_template", "", "with --chat: name of one of the tokenizer's chat templates; default: the one named default"
+)
 FLAGS.string("normalize", "none", "length normalization of the log-probabilities of choices: none, tokens or bytes")
 FLAGS.integer(
     "context", 0, "maximum number of tokens of a prompt with its answer; 0: the number of positions of the model"
@@ -68,6 +71,7 @@ FLAGS.string("harness_path", "", "directory with additional lm-eval tasks")
 _OF_TASKS = ("style", "template", "shots", "select", "shot_seed", "chat", "normalize", "context", "output")
 NEEDS: cli.Needs = (
     (_OF_TASKS, "--task is not given", lambda f: f.task),
+    (("chat_template",), "--chat is not given", lambda f: f.chat),
     (("limit", "dtype"), "neither --task nor --harness is given", lambda f: f.task or f.harness),
     (("harness_path",), "--harness is not given", lambda f: f.harness),
     (("kind", "field"), "--data is not given", lambda f: f.data),
@@ -333,14 +337,16 @@ def on_task(f: cli.Flags) -> None:
 
 def _ask(f: cli.Flags, name: str, task: Any, configs: list[Any], count: int) -> list[list[dict[str, Any]]]:
     """The records of the first `count` examples, for each of the prompts in `configs`, in the order of the examples."""
-    from llm_jax import bars, checkpoints
+    from llm_jax import bars, checkpoints, tokenizers
     from llm_jax.evaluation import answers
 
     checkpoint = checkpoints.open(name, f.base)
     loaded = checkpoint.load(dtype=f.dtype, as_stored=f.as_stored)
+    loaded = loaded._replace(tokenizer=tokenizers.with_chat_template(loaded.tokenizer, f.chat_template))
     weights = hashlib.sha256(checkpoint.identity.encode()).hexdigest()[:16]
     settings = {"checkpoint": name, "weights": weights, "task": task.digest()}
     settings |= {"dtype": f.dtype, "as_stored": f.as_stored}
+    settings |= {"chat_template": f.chat_template} if f.chat_template else {}  # absent from records of before
     directory = pathlib.Path(f.output) if f.output else None
     if directory and len(f.checkpoint) > 1:  # a directory for each checkpoint
         directory /= f"{f.checkpoint.index(name)}-{pathlib.Path(name).name}"

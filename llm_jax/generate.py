@@ -23,6 +23,9 @@ FLAGS.string("base", "", "with adapters: checkpoint of their base; default: the 
 FLAGS.multi_string("prompt", None, "text to continue; may be repeated", required=True)
 FLAGS.boolean("chat", False, "format the prompt as a user message with the chat template, and print the answer alone")
 FLAGS.string("system", "", "with --chat: system message")
+FLAGS.string(
+    "chat_template", "", "with --chat: name of one of the tokenizer's chat templates; default: the one named default"
+)
 FLAGS.enum("dtype", "float32", ["float32", "bfloat16", "float16"], "dtype of checkpoints that llm_jax did not train")
 FLAGS.boolean(
     "as_stored", False, "keep the quantized tensors of a .gguf file quantized instead of expanding them to floats"
@@ -41,7 +44,7 @@ FLAGS.boolean("json", False, "print one JSON object per continuation, with the l
 decoding_flags.define(FLAGS)
 NEEDS: cli.Needs = (
     *decoding.NEEDS,
-    (("system",), "--chat is not given", lambda f: f.chat),
+    (("system", "chat_template"), "--chat is not given", lambda f: f.chat),
     (("alternatives",), "--json is not given", lambda f: f.json),
     (("stop",), "--explain is given", lambda f: not f.explain),
 )
@@ -74,10 +77,9 @@ def main(f: cli.Flags) -> None:
     if f.chat:
         if not isinstance(tokenizer, tokenizers.PretrainedTokenizer):
             raise UserError(f"--chat needs a tokenizer with a chat template; this checkpoint's is {tokenizer.kind}")
+        special = tokenizers.with_chat_template(tokenizer, f.chat_template).special
         system = [{"role": "system", "content": f.system}] if f.system else []
-        texts = [
-            chat_template.render(tokenizer.special, [*system, {"role": "user", "content": text}]) for text in f.prompt
-        ]
+        texts = [chat_template.render(special, [*system, {"role": "user", "content": text}]) for text in f.prompt]
         prompts = [tokenizer.encode_chat(text) for text in texts]
     else:
         prompts = [tokenizers.prompt(tokenizer, text) for text in f.prompt]

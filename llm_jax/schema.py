@@ -55,6 +55,7 @@ class TokenizerConfig:
     kind: str  # "word", "char", "byte", "bpe", "char_bpe", "byte_bpe", "wordpiece", "unigram" or FILE:NAME
     vocab_size: CountOrZero  # number of ids, special ids included; an upper bound for "char"; ignored by "byte"
     path: str  # path to an existing tokenizer; overrides kind and vocab_size; "": train one
+    chat_template: str  # name of one of an existing tokenizer's chat templates, such as "tool_use"; "": by the record
 
 
 @dataclasses.dataclass(frozen=True)

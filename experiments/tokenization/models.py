@@ -119,7 +119,7 @@ class Text:
 
     def __init__(self, source: Source, seq_len: int, kind: str):
         self.kind = kind
-        self.tokenizer = source.tokenizer(schema.TokenizerConfig(kind, SIZE, ""))
+        self.tokenizer = source.tokenizer(schema.TokenizerConfig(kind, SIZE, "", ""))
         self.corpus = source.corpus(self.tokenizer)
         self.train, self.validation = (Rows(s, seq_len) for s in (self.corpus.train, self.corpus.validation))
         self.bytes_per_token = self.corpus.train.num_bytes / len(self.corpus.train.tokens)

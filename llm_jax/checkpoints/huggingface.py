@@ -27,7 +27,7 @@ from llm_jax.tokenizers import Tokenizer
 # Tensors that hold no weights, and output layers of pretraining tasks that the model does not have.
 _IGNORED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.(masked_)?bias|position_ids)|cls\..*")
 # Other names of tensors: norms in files of early versions, and the head of GPT-NeoX in transformers since 5.
-_ALIASES = ((r"\.gamma$", ".weight"), (r"\.beta$", ".bias"), (r"^lm_head\.", "embed_out."))
+ALIASES = ((r"\.gamma$", ".weight"), (r"\.beta$", ".bias"), (r"^lm_head\.", "embed_out."))
 WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|module)\.")  # of torch.compile, FSDP and DDP
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _SHARD_BYTES = 5 * 10**9
@@ -292,6 +292,9 @@ class _Files:
         if single.is_file():  # as in transformers, it counts even where an index has been left beside it
             yield single
             return
+        if not index.is_file() and (shards := _shards(directory)):
+            yield from shards
+            return
         if not index.is_file():
             pickled = [p.name for p in directory.iterdir() if p.suffix in _PICKLED]
             reason = f" ({pickled[0]} is pickled: it could run code, and is not read)" if pickled else ""
@@ -311,12 +314,12 @@ class _Files:
     def rename(self, prefix: str, expected: set[str]) -> None:
         """Renames tensors where that gives an expected name.
 
-        Models with a head have a prefix, others do not; other names are in `_ALIASES` and `WRAPPERS`.
+        Models with a head have a prefix, others do not; other names are in `ALIASES` and `WRAPPERS`.
         """
         tensors = {}
         for stored_name, tensor in self.tensors.items():
             name = WRAPPERS.sub("", stored_name)
-            names = [name, *(re.sub(pattern, new, name) for pattern, new in _ALIASES)]
+            names = [name, *(re.sub(pattern, new, name) for pattern, new in ALIASES)]
             names += [n.removeprefix(prefix) if n.startswith(prefix) else prefix + n for n in names]
             new_name = next((n for n in names if n in expected), stored_name)
             if new_name in tensors:
@@ -342,6 +345,25 @@ class _Files:
             return np.array(np.memmap(tensor.file, _DTYPES[tensor.dtype], "r", tensor.offset, tensor.shape)[slices])
         except (OSError, ValueError) as error:
             raise UserError(f"{tensor.file}: changed while it was being read ({error})") from error
+
+
+def _shards(directory: pathlib.Path) -> list[pathlib.Path]:
+    """The files model-00001-of-00003.safetensors and so on of a directory without an index, [] if there are none.
+
+    Raises:
+      UserError: some are missing, or they belong to several models.
+    """
+    matches = [m for p in directory.iterdir() if (m := re.fullmatch(r"model-(\d{5})-of-(\d{5})\.safetensors", p.name))]
+    counts = {int(match[2]) for match in matches}
+    if len(counts) > 1:
+        names = ", ".join(f"model-...-of-{count:05d}.safetensors" for count in sorted(counts))
+        raise UserError(f"{directory}: holds shards of several models, {names}, and no index; expected those of one")
+    count = max(counts, default=0)
+    missing = {*range(1, count + 1)} - {int(match[1]) for match in matches}
+    if missing:
+        first = directory / f"model-{min(missing):05d}-of-{count:05d}.safetensors"
+        raise UserError(f"{first}: missing, one of {len(missing)} of {count} shards; copy it, or download again")
+    return [directory / name for name in sorted(match[0] for match in matches)]
 
 
 def _read_header(path: pathlib.Path) -> dict[str, _Tensor]:

@@ -8,11 +8,12 @@ alphas that may differ by module, and what is trained beside them: `modules_to_s
 import dataclasses
 import functools
 import pathlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
 from llm_jax import lora, tokenizers
-from llm_jax.checkpoints import peft_config, peft_tensors
+from llm_jax.checkpoints import location, peft_config, peft_tensors
 from llm_jax.checkpoints.checkpoint import (
     Checkpoint,
     Loaded,
@@ -27,7 +28,7 @@ from llm_jax.checkpoints.peft_tensors import AdapterTensors
 from llm_jax.errors import UserError
 from llm_jax.model.transformer import Transformer
 from llm_jax.schema import ModelConfig
-from llm_jax.tokenizers import Tokenizer, special
+from llm_jax.tokenizers import Tokenizer
 
 
 class Peft(Checkpoint):
@@ -51,11 +52,15 @@ class Peft(Checkpoint):
     @functools.cached_property
     def base(self) -> Checkpoint:
         """The checkpoint of the base. Raises UserError if none is named, or it cannot be opened."""
-        name = peft_config.base_name(self.path)  # checks the file, whose errors are not those of the base
+        config = peft_config.read_config(self.path)  # its errors are not those of the base
         try:
-            return self._open_base(name)
+            base = self._open_base(config.get("base_model_name_or_path") or "")
         except UserError as error:
             raise unreadable_base(self.path, error) from error
+        if (revision := config.get("revision")) not in (None, "", "main") and location.is_remote(base.name):
+            note = f"note: {self.path}: trained over revision {revision!r} of the base; {base.name} is read"
+            print(note, file=sys.stderr)
+        return base
 
     @functools.cached_property
     def _tensors(self) -> AdapterTensors:
@@ -76,9 +81,9 @@ class Peft(Checkpoint):
             return self.base.tokenizer
         # What ends a text is also written in files of the base.
         paths = [self.base.path / name for name in ("config.json", "generation_config.json")]
-        paths += [self.path / name for name in (*tokenizers.PRETRAINED_FILES, *special.FILES)]
         try:
-            tokenizer = tokenizers.from_files({path.name: path.read_bytes() for path in paths if path.is_file()})
+            inherited = {path.name: path.read_bytes() for path in paths if path.is_file()}
+            tokenizer = tokenizers.from_files(inherited | tokenizers.read_files(self.path))
         except (UserError, OSError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{self.path}: the tokenizer cannot be read ({error})") from error
         check_vocabulary(tokenizer, self.config, self.path)
@@ -90,7 +95,7 @@ class Peft(Checkpoint):
 
     def params(self, config: ModelConfig, shardings: Shardings, as_stored: bool = False) -> dict[str, Any]:
         base = self._base_params(config, shardings)
-        adapters = peft_tensors.adapters(self._tensors, self.family, base)
+        adapters = peft_tensors.adapters(self._tensors, self.family, self.config, base)
         return arranged(lora.attach(base, adapters), config, shardings, as_stored)
 
     def separate(self) -> tuple[Loaded, dict[str, Any]]:
@@ -108,7 +113,9 @@ class Peft(Checkpoint):
             )
         base = self._base_params(config, on_default_device)
         config = dataclasses.replace(config, scan_layers=False, attention_kernel="auto")
-        return Loaded(Transformer(config), base, self.tokenizer), peft_tensors.adapters(tensors, self.family, base)
+        return Loaded(Transformer(config), base, self.tokenizer), peft_tensors.adapters(
+            tensors, self.family, config, base
+        )
 
     def _base_params(self, config: ModelConfig, shardings: Shardings) -> dict[str, Any]:
         """The parameters over which the adapters were trained, one entry per layer."""
@@ -118,4 +125,4 @@ class Peft(Checkpoint):
             base = self.base.params(own, shardings)
         except UserError as error:
             raise unreadable_base(self.path, error) from error
-        return peft_tensors.changed_base(tensors, self.family, base, untied)
+        return peft_tensors.changed_base(tensors, self.family, self.config, base, untied)

@@ -13,19 +13,32 @@ from llm_jax.errors import UserError
 
 CONFIG = "adapter_config.json"
 _BIASES = ("none", "all", "lora_only")
-# Keys that, if set, select computations that are not implemented here.
-_REFUSED = (
-    "layer_replication",
-    "use_qalora",
-    "use_bdlora",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
-    "velora_config",
-    "target_parameters",
-    "megatron_config",
+# Keys that are read here and in `peft_tensors`.
+_READ = frozenset(
+    "peft_type r lora_alpha bias base_model_name_or_path use_rslora use_dora lora_bias init_lora_weights rank_pattern "
+    "alpha_pattern modules_to_save target_modules layers_to_transform exclude_modules trainable_token_indices "
+    "ensure_weight_tying".split()
 )
+# Keys that do not change what the adapters compute -> why. Any other key is refused if it is set: it may select a
+# computation that is not implemented here.
+_HARMLESS = {
+    "auto_mapping": "names the class of the base",
+    "corda_config": "settings of an initialization",
+    "eva_config": "settings of an initialization",
+    "fan_in_fan_out": "the layout of the base's matrix, which follows from its family",
+    "inference_mode": "whether the adapters can be trained",
+    "layers_pattern": "the modules that were adapted; the tensors tell",
+    "loftq_config": "settings of an initialization",
+    "lora_dropout": "of training",
+    "lora_ga_config": "settings of an initialization",
+    "megatron_core": "a package for training",
+    "merge_weights": "when peft of 2023 merged the weights",
+    "peft_version": "of the package that wrote the file",
+    "qalora_group_size": "a setting of use_qalora, which is refused",
+    "revision": "of the base; `Peft.base` notes it",
+    "runtime_config": "how peft computes",
+    "task_type": "the class that peft wraps the base in",
+}
 # Initializations that leave the base unchanged; others (pissa, olora, loftq, corda, ...) subtract the initial factors.
 _UNCHANGED_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
 _PLAIN = re.compile(r"(\w|[.^]|\\[.d])+")  # expressions that take a time linear in the name that they are matched with
@@ -54,9 +67,9 @@ def read_config(directory: pathlib.Path) -> dict[str, Any]:
     if not isinstance(config.get("base_model_name_or_path"), str | None):
         name = config["base_model_name_or_path"]
         raise UserError(f"{source}: base_model_name_or_path is {name!r}; expected the base's path or name")
-    for key in _REFUSED:
-        if config.get(key):
-            raise UserError(f"{source}: {key}={config[key]!r} is not supported")
+    for key, value in config.items():
+        if value and key not in _READ and key not in _HARMLESS:
+            raise UserError(f"{source}: {key}={str(value)[:80]} is unknown or not supported; the adapters may need it")
     if config.get("lora_bias") and config.get("use_dora"):
         raise UserError(f"{source}: lora_bias=True with use_dora=True is not supported")
     if config.get("init_lora_weights", True) not in _UNCHANGED_BASE:
@@ -78,11 +91,6 @@ def read_config(directory: pathlib.Path) -> dict[str, Any]:
 
 def _is_positive(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
-
-
-def base_name(directory: pathlib.Path) -> str:
-    """The path or hub name of the base that the adapters name; "" if they name none. Raises as `read_config`."""
-    return read_config(directory).get("base_model_name_or_path") or ""
 
 
 def is_saved(config: Mapping[str, Any], module: str) -> bool:

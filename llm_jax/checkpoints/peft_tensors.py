@@ -1,9 +1,10 @@
-"""adapter_model.safetensors of peft: low-rank factors, and tensors in the place of those of the base; both ways."""
+"""adapter_model.safetensors of peft: low-rank factors, and tensors in the place of those of the base."""
 
 import dataclasses
 import pathlib
 import re
 import sys
+from fractions import Fraction
 from typing import Any
 
 import jax
@@ -11,17 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from llm_jax import files, lora, trees, weights
+from llm_jax import trees, weights
 from llm_jax.checkpoints import assemble, peft_config
 from llm_jax.checkpoints.families import FAMILIES
-from llm_jax.checkpoints.huggingface import WRAPPERS, write_safetensors
+from llm_jax.checkpoints.huggingface import ALIASES, WRAPPERS
 from llm_jax.checkpoints.names import TensorSpec
 from llm_jax.checkpoints.peft_config import CONFIG
 from llm_jax.errors import UserError
-from llm_jax.lora.adapt import by_path
+from llm_jax.schema import ModelConfig
 
 TENSORS = "adapter_model.safetensors"
-_ROOT = "base_model.model."
+ROOT = "base_model.model."
 # End of a tensor's name -> (name in the adapter tree, whether the tensor is its transpose).
 _PARTS = {
     "lora_A.weight": ("a", True),
@@ -38,8 +39,8 @@ _ADAPTER_NAME = re.compile(
 )
 _ROWS = ".token_adapter.trainable_tokens_delta"
 _UNUSED = (".token_adapter.trainable_tokens_original", ".original_module.")
-_TABLE, _HEAD = "embed/table", "head/kernel"
-_BY_TOKEN = (_TABLE, _HEAD, f"{_HEAD}_bias")  # parameters with an entry for each token
+TABLE, _HEAD = "embed/table", "head/kernel"
+_BY_TOKEN = (TABLE, _HEAD, f"{_HEAD}_bias")  # parameters with an entry for each token
 
 Table = dict[str, list[tuple[TensorSpec, str]]]  # stored tensor -> (spec, path) of the parameters that are parts of it
 
@@ -75,7 +76,7 @@ def read(directory: pathlib.Path) -> AdapterTensors:
     """
     tensors = AdapterTensors(directory, peft_config.read_config(directory), {}, {}, {}, {})
     for full_name, tensor in _read_file(directory).items():
-        name = _ADAPTER_NAME.sub(r"\1", WRAPPERS.sub("", full_name)).removeprefix(_ROOT)
+        name = _ADAPTER_NAME.sub(r"\1", WRAPPERS.sub("", full_name)).removeprefix(ROOT)
         name = name.replace(".token_adapter.base_layer.", ".base_layer.")
         part = next((end for end in _PARTS if name.endswith(f".{end}")), None)
         module = name.removesuffix(f".{part}") if part else name.rpartition(".")[0]
@@ -102,7 +103,7 @@ def unties(tensors: AdapterTensors, family: str) -> bool:
     names = FAMILIES[family].names
     if _HEAD not in names:
         return False
-    table, head = (names[path].name.removesuffix(".weight") for path in (_TABLE, _HEAD))
+    table, head = (names[path].name.removesuffix(".weight") for path in (TABLE, _HEAD))
     rows_of_table, rows_of_head = (peft_config.token_indices(tensors.config, module) for module in (table, head))
     if head in tensors.rows and rows_of_table != rows_of_head:
         return True
@@ -112,16 +113,18 @@ def unties(tensors: AdapterTensors, family: str) -> bool:
 
 def vocab_size(tensors: AdapterTensors, family: str) -> int | None:
     """The number of rows of an embedding table that takes the place of the base's; None if there is none."""
-    table = FAMILIES[family].names[_TABLE].name
+    table = FAMILIES[family].names[TABLE].name
     shapes = (t.shape for n, t in (tensors.copies | tensors.saved).items() if _plain_name(family, n) == table)
     return next((shape[0] for shape in shapes), None)
 
 
-def changed_base(tensors: AdapterTensors, family: str, base: trees.Tree, untied: bool) -> dict[str, Any]:
+def changed_base(
+    tensors: AdapterTensors, family: str, config: ModelConfig, base: trees.Tree, untied: bool
+) -> dict[str, Any]:
     """The base with the tensors that take the place of its own.
 
     Args:
-      family: of the base, a key of `FAMILIES`.
+      family, config: of the base; the former is a key of `FAMILIES`.
       base: its parameters, one entry per layer.
       untied: give a base whose head is its embedding table a head of its own, as `unties` tells.
 
@@ -129,10 +132,10 @@ def changed_base(tensors: AdapterTensors, family: str, base: trees.Tree, untied:
       UserError: a tensor does not fit the base.
     """
     flat = trees.flatten(base)
-    _replace(flat, _names(family, flat), family, tensors.directory, tensors.copies)
+    _replace(flat, _names(family, config, flat), family, tensors.directory, tensors.copies)
     if untied:
-        flat[_HEAD] = weights.dense(flat[_TABLE]).T
-    names = _names(family, flat)
+        flat[_HEAD] = weights.dense(flat[TABLE]).T
+    names = _names(family, config, flat)
     _replace(flat, names, family, tensors.directory, tensors.saved)
     for module, rows in tensors.rows.items():
         source = f"{tensors.directory / TENSORS}: '{module}'"
@@ -158,26 +161,27 @@ def changed_base(tensors: AdapterTensors, family: str, base: trees.Tree, untied:
                         f"this {family}"
                     )
                 flat[f"{path}_bias"] = bias + jnp.asarray(scales[module] * _part(spec, addition), bias.dtype)
-    if _HEAD in flat and flat[_HEAD].shape[1] != flat[_TABLE].shape[0]:
+    if _HEAD in flat and flat[_HEAD].shape[1] != flat[TABLE].shape[0]:
         raise UserError(
-            f"{tensors.directory}: the embedding table has {flat[_TABLE].shape[0]} rows, the head "
+            f"{tensors.directory}: the embedding table has {flat[TABLE].shape[0]} rows, the head "
             f"{flat[_HEAD].shape[1]}; another vocabulary than the base's needs both"
         )
     return trees.unflatten(flat)
 
 
-def adapters(tensors: AdapterTensors, family: str, base: trees.Tree) -> dict[str, Any]:
+def adapters(tensors: AdapterTensors, family: str, config: ModelConfig, base: trees.Tree) -> dict[str, Any]:
     """The adapter tree, one entry per layer, in float32.
 
     Args:
+      family, config: of the base.
       base: from `changed_base`.
 
     Raises:
       UserError: factors do not fit the base or each other.
     """
-    directory, config = tensors.directory, tensors.config
+    directory = tensors.directory
     flat = trees.flatten(base)
-    names, head = _names(family, flat), FAMILIES[family].names.get(_HEAD)
+    names, head = _names(family, config, flat), FAMILIES[family].names.get(_HEAD)
     modules = {
         module: _entries(names, family, f"{module}.weight", f"{directory / TENSORS}: '{module}'")
         for module in tensors.factors
@@ -186,14 +190,14 @@ def adapters(tensors: AdapterTensors, family: str, base: trees.Tree) -> dict[str
     _note_missing(tensors, names, family)
     scales = _scales(tensors)
     tree: dict[str, Any] = {}
-    expected = {"a", "b"} | ({"magnitude"} if config.get("use_dora") else set())
+    expected = {"a", "b"} | ({"magnitude"} if tensors.config.get("use_dora") else set())
     for module, entries in modules.items():
         source, parts = f"{directory}: '{module}'", tensors.factors[module]
         if (present := parts.keys() - {"bias"}) != expected:
             raise UserError(f"{source} has {', '.join(sorted(present))}; expected {', '.join(sorted(expected))}")
         rank = parts["a"].shape[-1]
         for spec, path in entries:
-            if path == _TABLE and "magnitude" in parts:
+            if path == TABLE and "magnitude" in parts:
                 raise UserError(f"{source}: DoRA of an embedding table normalizes its rows in peft; not supported")
             if len(flat[path].shape) != 2:
                 raise UserError(f"{source} is no matrix of this {family}")
@@ -251,20 +255,22 @@ def _scales(tensors: AdapterTensors) -> dict[str, float]:
     return scales
 
 
-def _names(family: str, flat: dict[str, Any]) -> Table:
+def _names(family: str, config: ModelConfig, flat: dict[str, Any]) -> Table:
     """The stored tensors of a base; where its head is its embedding table, the tensor of the head is the table."""
     names = FAMILIES[family].names
-    table = assemble.by_tensor(assemble.specs(names, trees.unflatten(flat)))
+    table = assemble.by_tensor(assemble.specs(FAMILIES[family].tensor_names(config), trees.unflatten(flat)))
     if _HEAD not in flat and _HEAD in names:
-        table.setdefault(names[_HEAD].name, [(names[_TABLE], _TABLE)])
+        table.setdefault(names[_HEAD].name, [(names[TABLE], TABLE)])
     return table
 
 
 def _plain_name(family: str, name: str, known: Any = None) -> str:
-    """A tensor's name with or without the family's prefix, as the table of the family has it."""
+    """A tensor's name with or without the family's prefix, or by another name of it, as the family's table has it."""
     prefix = FAMILIES[family].prefix
     known = {spec.name for spec in FAMILIES[family].names.values()} if known is None else known
-    return next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in known), name)
+    aliases = [name, *(re.sub(pattern, new, name) for pattern, new in ALIASES)]
+    candidates = (n for alias in aliases for n in (alias, alias.removeprefix(prefix), prefix + alias))
+    return next((n for n in candidates if n in known), name)
 
 
 def _entries(names: Table, family: str, name: str, source: str) -> list[tuple[TensorSpec, str]]:
@@ -292,10 +298,12 @@ def _replace(flat: dict[str, Any], names: Table, family: str, directory: pathlib
 
 
 def _part(spec: TensorSpec, array: np.ndarray) -> np.ndarray:
-    """The part of a stored array (..., n * width) that belongs to the parameter."""
-    index, count = spec.part
-    width = array.shape[-1] // count
-    return array[..., index * width : (index + 1) * width]
+    """The part of a stored array (..., n * width) that belongs to the parameter; see `TensorSpec`."""
+    index, count = map(Fraction, spec.part)
+    width = array.shape[-1] / count
+    begin, size = int(index * width) // spec.groups, int(width) // spec.groups
+    grouped = array.reshape(*array.shape[:-1], spec.groups, -1)[..., begin : begin + size]
+    return grouped.reshape(*array.shape[:-1], -1)
 
 
 def _read_file(directory: pathlib.Path) -> dict[str, np.ndarray]:
@@ -312,89 +320,3 @@ def _read_file(directory: pathlib.Path) -> dict[str, np.ndarray]:
     if not tensors:
         raise UserError(f"{path}: holds no tensor")
     return tensors
-
-
-def save(
-    directory: pathlib.Path,
-    family: str,
-    adapters: trees.Tree,
-    base: trees.Tree,
-    tied: bool,
-    *,
-    rank_stabilized: bool = False,
-    dropout: float = 0.0,
-    base_name: str | None = None,
-) -> None:
-    """Writes a directory that `peft` loads; it appears complete or not at all.
-
-    Args:
-      family: of the base, a key of `FAMILIES`.
-      adapters: one entry per layer; PiSSA is written as LoRA of twice the rank over the unchanged base.
-      base: the parameters of the base, which may be abstract, one entry per layer.
-      tied: whether the base's head is its embedding table.
-      rank_stabilized: scale = alpha / sqrt(rank) instead of alpha / rank.
-      dropout: recorded as lora_dropout, for further training.
-      base_name: recorded as base_model_name_or_path.
-
-    Raises:
-      UserError: the directory exists, or peft cannot hold the adapters.
-    """
-    if directory.exists():
-        raise UserError(f"--output={directory} exists; give another, or remove it")
-    specs = assemble.specs(FAMILIES[family].names, base)
-    if any(path.endswith("/start_a") for path in trees.flatten(adapters)):
-        adapters = lora.plain(adapters)
-    tensors: dict[str, np.ndarray] = {}
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
-    dora = False
-    for path, parts in by_path(adapters).items():
-        module = specs[path].name.removesuffix(".weight")
-        if specs[path].part[1] > 1:
-            raise UserError(f"'{path}' is a part of {module} in a {family}; peft has one adapter for all its parts")
-        if path == _TABLE and "magnitude" in parts:
-            raise UserError(f"'{path}': DoRA of an embedding table normalizes its rows in peft; not supported")
-        a, b, scale = (np.asarray(parts[name], np.float32) for name in ("a", "b", "scale"))
-        used = a.any(0) | b.any(1)  # the other ranks are padding
-        if not used.any():
-            continue
-        rank = int(used.sum())
-        ranks[module], alphas[module] = rank, float(scale) * (rank**0.5 if rank_stabilized else rank)
-        ends = ("lora_embedding_A", "lora_embedding_B") if path == _TABLE else ("lora_A.weight", "lora_B.weight")
-        for end, factor in zip(ends, (a[:, used], b[used]), strict=True):
-            tensors[f"{_ROOT}{module}.{end}"] = np.ascontiguousarray(factor.T)
-        if "magnitude" in parts:
-            dora = True
-            tensors[f"{_ROOT}{module}.lora_magnitude_vector"] = np.asarray(parts["magnitude"], np.float32)
-    if not ranks:
-        raise UserError("the adapters are all zero; there is nothing to write")
-    rank = max(set(ranks.values()), key=list(ranks.values()).count)  # the most frequent
-    alpha = max(set(alphas.values()), key=list(alphas.values()).count)
-    config = {
-        "peft_type": "LORA",
-        "task_type": None if family == "bert" else "CAUSAL_LM",
-        "base_model_name_or_path": base_name,
-        "r": rank,
-        "lora_alpha": _number(alpha),
-        "lora_dropout": dropout,
-        "use_rslora": rank_stabilized,
-        "use_dora": dora,
-        "rank_pattern": {m: r for m, r in ranks.items() if r != rank},
-        "alpha_pattern": {m: _number(x) for m, x in alphas.items() if x != alpha},
-        "target_modules": sorted(ranks),
-        "bias": "none",
-        "fan_in_fan_out": family == "gpt2",
-        "init_lora_weights": True,
-        "inference_mode": True,
-    }
-    if tied and specs[_TABLE].name.removesuffix(".weight") in ranks:
-        config["ensure_weight_tying"] = True  # the head uses the adapted table, as it does here
-    with files.new_directory(directory, source=f"--output={directory}") as partial:
-        write_safetensors(tensors, partial / TENSORS)
-        (partial / CONFIG).write_text(files.dump_json(config))
-
-
-def _number(value: float) -> int | float:
-    """As an int if it is one up to rounding, because peft checks the type of lora_alpha."""
-    rounded = round(value, 6)
-    return int(rounded) if rounded == int(rounded) else value

@@ -29,10 +29,11 @@ def load_tokenizer(name: str | os.PathLike[str]) -> Tokenizer:
     return opening.open(name).tokenizer
 
 
-def named_tokenizer(name: str, own: Tokenizer | None) -> Tokenizer:
+def named_tokenizer(name: str, own: Tokenizer | None, chat_template: str = "") -> Tokenizer:
     """The tokenizer that the config key tokenizer.path names.
 
     Args:
+      chat_template: see `tokenizers.with_chat_template`.
       own: the tokenizer of the checkpoint that a run resumes from or None; returned if `name` no longer exists.
 
     Raises:
@@ -41,7 +42,7 @@ def named_tokenizer(name: str, own: Tokenizer | None) -> Tokenizer:
     if own and not location.is_remote(name) and not pathlib.Path(name).expanduser().exists():
         return own
     try:
-        tokenizer = load_tokenizer(name)
+        tokenizer = tokenizers.with_chat_template(load_tokenizer(name), chat_template)
     except UserError as error:
         expected = "a directory of train_tokenizer, tokenizer.json or tokenizer.model or where it is, or a checkpoint"
         raise UserError(f"tokenizer.path={name}: {error}; expected {expected}") from error

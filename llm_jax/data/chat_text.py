@@ -101,11 +101,12 @@ def templated_texts(special: Any, conversations: Sequence[Conversation]) -> list
         told from the messages before it.
     """
     conversations = [c._replace(messages=c.messages[: c.answers()[-1] + 1]) for c in conversations]
-    marks = "{% generation" in special["chat_template"] or "{%- generation" in special["chat_template"]
     requests: list[_Request] = []
     jobs: list[dict[str, Any]] = []
     for c in conversations:
-        requests.append(_Request(c, [] if marks else _windows(c, len(jobs)), _checks(c)))
+        template = chat_template.template_of(special, _job(c, c.messages))
+        marks = "{% generation" in template or "{%- generation" in template
+        requests.append(_Request(c, marks, [] if marks else _windows(c, len(jobs)), _checks(c)))
         jobs += [
             _job(c, c.messages),
             *requests[-1].windows,
@@ -118,7 +119,7 @@ def templated_texts(special: Any, conversations: Sequence[Conversation]) -> list
         for request in requests:
             c, whole = request.conversation, chat_template.checked(next(rendered))
             windows = list(itertools.islice(rendered, len(request.windows)))
-            spans = _marked(c, whole) if marks else _by_windows(c, whole.text, windows)
+            spans = _marked(c, whole) if request.marks else _by_windows(c, whole.text, windows)
             if spans is None:
                 unclear.append((len(texts), c, whole.text))
             texts.append([ChatText(whole.text, spans or [])])
@@ -153,9 +154,14 @@ class _Check(NamedTuple):
 
 
 class _Request(NamedTuple):
-    """What is rendered of a conversation, beside the whole of it."""
+    """What is rendered of a conversation, beside the whole of it.
+
+    Attributes:
+      marks: whether the template marks answers by `{% generation %}` blocks.
+    """
 
     conversation: Conversation
+    marks: bool
     windows: list[dict[str, Any]]
     checks: list[_Check]
 
@@ -271,9 +277,9 @@ def _prefix_texts(c: Conversation, whole: str, rendered: Iterable[Rendered | Use
 def _checks(c: Conversation) -> list[_Check]:
     """The fields of a conversation that the template must show."""
     checks = []
-    for field, without in (("tools", c._replace(tools=None)), ("documents", c._replace(documents=None))):
+    for field in ("tools", "documents"):
         if getattr(c, field):
-            jobs = [_job(c, c.messages), _job(without, c.messages)]
+            jobs = [_job(c, c.messages), _job(c, c.messages) | {field: None}]  # by the same template
             checks.append(_Check(c.record, field, jobs, jobs))
     counted = c.answers()
     for i, message in enumerate(c.messages):

@@ -4,7 +4,7 @@ import importlib
 import json
 import pathlib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from llm_jax import extensions
 from llm_jax.errors import UserError
@@ -39,7 +39,9 @@ __all__ = [
     "get",
     "load",
     "prompt",
+    "read_files",
     "save",
+    "with_chat_template",
 ]
 
 # kind -> "module.class", imported on first use (sentencepiece is slow to import).
@@ -56,6 +58,7 @@ KINDS = {
     "wordpiece": "words.WordPieceTokenizer",
 }
 PRETRAINED_FILES = ("tokenizer.json", "tokenizer.model")  # either of them holds a pretrained vocabulary
+T = TypeVar("T", bound=Tokenizer)
 TRAINED = tuple(kind for kind in KINDS if kind not in ("hub", "sentencepiece"))  # the kinds that can be trained here
 
 SIZED = tuple(kind for kind in TRAINED if kind not in ("byte", "char"))  # of these, vocab_size is the exact size
@@ -113,11 +116,39 @@ def from_directory(directory: pathlib.Path, name: str = "") -> Tokenizer:
     """
     if not name and (directory / "tokenizer" / "kind.json").is_file():
         return load(directory / "tokenizer")
-    names = ({name} if name else {*PRETRAINED_FILES}) | {*special.FILES}
     try:
-        return from_files({p.name: p.read_bytes() for p in directory.iterdir() if p.name in names and p.is_file()})
+        return from_files(read_files(directory, [name] if name else PRETRAINED_FILES))
     except (UserError, OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{directory}: the tokenizer cannot be read ({error})") from error
+
+
+def read_files(directory: pathlib.Path, names: Iterable[str] = PRETRAINED_FILES) -> dict[str, bytes]:
+    """The files of a pretrained tokenizer in a directory, as `from_files` takes them.
+
+    Args:
+      names: files of the vocabulary; those of `special.FILES` and further chat templates are read in any case.
+    """
+    paths = [directory / name for name in (*names, *special.FILES)]
+    paths += sorted(directory.glob(f"{special.TEMPLATES}/*.jinja"))
+    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in paths if path.is_file()}
+
+
+def with_chat_template(tokenizer: T, name: str) -> T:
+    """The tokenizer with one of its chat templates in the place of all; with "", the tokenizer as it is.
+
+    Raises:
+      UserError: it has no chat template of this name.
+    """
+    if not name:
+        return tokenizer
+    templates = getattr(tokenizer, "special", {}).get("chat_template") or {}
+    templates = {"default": templates} if isinstance(templates, str) else templates
+    if name not in templates:
+        names = f"those named {', '.join(sorted(templates))}" if templates else "none"
+        raise UserError(f"no chat template is named {name!r}; this tokenizer has {names}")
+    files = tokenizer.files()
+    config = json.loads(files["tokenizer_config.json"]) | {"chat_template": templates[name]}
+    return type(tokenizer).from_files(files | {"tokenizer_config.json": json.dumps(config).encode()})
 
 
 def from_gguf(metadata: Mapping[str, Any]) -> PretrainedTokenizer:

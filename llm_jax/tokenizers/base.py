@@ -88,8 +88,8 @@ class PretrainedTokenizer(Tokenizer, Protocol):
     """A tokenizer that was trained elsewhere and is read from the files of a checkpoint.
 
     Attributes:
-      special: names of special tokens ("bos_token", ...), "chat_template", "add_bos_token" (whether text begins with
-        BOS), and "eos_ids", where more ids than EOS end a text.
+      special: names of special tokens ("bos_token", ...), "chat_template" (a text, or {name: text} where there are
+        several), "add_bos_token" (whether text begins with BOS), and "eos_ids", where more ids than EOS end a text.
       regular_size: number of ids without those of added tokens.
       special_ids: "bos_token_id", "eos_token_id", ... as in config.json.
       named_ends: ids of special tokens whose names say that they end a text or a turn (`special.named_ends`).

@@ -6,7 +6,6 @@ none), `add_generation_prompt` and the special tokens. `{% generation %}` blocks
 """
 
 import datetime
-import functools
 import json
 import math
 import os
@@ -49,7 +48,8 @@ def render(
     """Renders messages to the text that the model was trained on.
 
     Args:
-      special: "chat_template" (Jinja source) and the special tokens that it names ("bos_token", ...).
+      special: "chat_template" (Jinja source, or {name: source}) and the special tokens that it names ("bos_token",
+        ...). Of several templates "tool_use" is taken where there are tools, else "default", as in transformers.
       messages: {"role": "system", "user" or "assistant", "content": text} each.
       answer: whether the text ends with the begin of an answer (`add_generation_prompt`).
       tools: descriptions of tools that the model may call.
@@ -97,7 +97,23 @@ def job(
         "tools": tools or None,
         "documents": documents or None,
         "extends": extends,
+        "names": [*(["tool_use"] if tools else []), "default"],  # of templates, the first that exists is taken
     }
+
+
+def template_of(special: Mapping[str, Any], job: Mapping[str, Any]) -> str:
+    """The chat template of a job. Raises UserError if there is none, or none of the names that the job takes."""
+    templates = special.get("chat_template")
+    if not templates:
+        raise UserError("this model's tokenizer has no chat template; leave --chat out")
+    if isinstance(templates, str):
+        return templates
+    if name := next((name for name in job["names"] if name in templates), None):
+        return templates[name]
+    raise UserError(
+        f"this model's tokenizer has the chat templates {', '.join(sorted(templates))} and no 'default'; choose one "
+        "with --chat_template=NAME, or with tokenizer.chat_template in a configuration"
+    )
 
 
 def render_all(special: Mapping[str, Any], jobs: Sequence[Mapping[str, Any]]) -> list[Rendered]:
@@ -129,8 +145,6 @@ def render_each(
     Raises:
       UserError: no template, or it takes too long or too much memory.
     """
-    if not special.get("chat_template"):
-        raise UserError("this model's tokenizer has no chat template; leave --chat out")
     if not jobs:
         return
     mark = secrets.token_hex(8)  # no template or message contains it
@@ -171,7 +185,7 @@ def render_each(
 
 
 def _request(special: Mapping[str, Any], jobs: Sequence[Mapping[str, Any]], mark: str) -> str:
-    """The input of the child process. Jobs share messages, so each message is sent once."""
+    """The input of the child process. Jobs share messages and templates, so each is sent once."""
     values: list[Any] = []
     indices: dict[int, int] = {}
 
@@ -185,9 +199,11 @@ def _request(special: Mapping[str, Any], jobs: Sequence[Mapping[str, Any]], mark
         dict(item)
         | {"messages": [index(message) for message in item["messages"]]}
         | {name: None if item[name] is None else index(item[name]) for name in ("tools", "documents")}
+        | {"names": index(template_of(special, item))}
         for item in jobs
     ]
-    return json.dumps({"special": dict(special), "mark": mark, "seconds": _SECONDS, "values": values, "jobs": packed})
+    tokens = {name: token for name, token in special.items() if name.endswith("_token") and isinstance(token, str)}
+    return json.dumps({"tokens": tokens, "mark": mark, "seconds": _SECONDS, "values": values, "jobs": packed})
 
 
 def _rendered(text: str, mark: str) -> Rendered:
@@ -204,7 +220,7 @@ class _RefusedError(Exception):
     """Raised by a template."""
 
 
-def _compiled(special: Mapping[str, Any], mark: str) -> Callable[..., str]:
+def _compiled(template: str, mark: str) -> Callable[..., str]:
     """The template as a function of what it sees; `mark` is put around `{% generation %}` blocks."""
     import jinja2.ext
     import jinja2.nodes
@@ -236,8 +252,7 @@ def _compiled(special: Mapping[str, Any], mark: str) -> Callable[..., str]:
         "raise_exception": refuse,
         "strftime_now": lambda form: datetime.datetime.now().strftime(form),
     }
-    tokens = {name: token for name, token in special.items() if name.endswith("_token") and isinstance(token, str)}
-    return functools.partial(environment.from_string(special["chat_template"]).render, **tokens)
+    return environment.from_string(template).render
 
 
 def _child() -> None:
@@ -247,15 +262,17 @@ def _child() -> None:
     _limit("RLIMIT_AS", _BYTES + 8 * len(text))
     values, jobs = request["values"], request["jobs"]
     bases = {job["extends"]: "" for job in jobs}
-    template = None
+    templates: dict[int, Callable[..., str]] = {}
     for index, job in enumerate(jobs):
         _limit("RLIMIT_CPU", math.ceil(time.process_time()) + request["seconds"])
         for name in ("tools", "documents"):
             job[name] = None if job[name] is None else values[job[name]]
-        base = bases[job.pop("extends")]
+        base, template = bases[job.pop("extends")], job.pop("names")
         try:
-            template = template or _compiled(request["special"], request["mark"])
-            text = template(**job | {"messages": [values[i] for i in job["messages"]]})
+            if template not in templates:
+                templates[template] = _compiled(values[template], request["mark"])
+            messages = [values[i] for i in job["messages"]]
+            text = templates[template](**request["tokens"] | job | {"messages": messages})
         except _RefusedError as error:
             result: dict[str, Any] = {"error": f"the chat template refuses these messages: {error}"}
         except Exception as error:  # whatever a template can raise

@@ -76,7 +76,10 @@ def _config(tokenizer: Tokenizer, state: Mapping[str, Any], family: str) -> dict
     known = {token["content"] for token in state["added_tokens"]} | _vocabulary(state["model"]).keys()
     if isinstance(tokenizer, PretrainedTokenizer):
         names = {name: tokenizer.special.get(name) for name in special.NAMES}
-        others = {key: tokenizer.special.get(key) for key in ("chat_template", "eos_ids")}
+        template = tokenizer.special.get("chat_template")
+        if isinstance(template, dict):
+            template = [{"name": name, "template": text} for name, text in template.items()]
+        others = {"chat_template": template, "eos_ids": tokenizer.special.get("eos_ids")}
     else:
         names, others = {f"{token.strip('<>')}_token": token for token in SPECIAL}, {}
     names["unk_token"] = names["unk_token"] or state["model"].get("unk_token")

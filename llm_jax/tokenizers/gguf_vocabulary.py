@@ -61,7 +61,7 @@ def read(metadata: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         if (kind != "bert" or name in ("unk", "pad"))  # text has the marks of `encode_marked` only
         and (index := token_id(metadata, f"{gguf_name}_token_id", len(tokens))) is not None
     }
-    names = {"chat_template": metadata.get("tokenizer.chat_template"), "add_bos_token": add_bos, **tokens_by_name}
+    names = {"chat_template": special.read_gguf_templates(metadata), "add_bos_token": add_bos, **tokens_by_name}
     return tokenizer.to_str(), names | special.read_gguf_ends(metadata)
 
 

@@ -167,8 +167,7 @@ class HubTokenizer:
             if (index := self._id(f"{name}_token")) is not None:
                 metadata[f"{key}{gguf_name}_token_id"] = index
         metadata |= special_tokens.write_gguf_ends(eos_ids(self))
-        template = self.special["chat_template"]
-        return metadata | ({"tokenizer.chat_template": template} if template else {})
+        return metadata | special_tokens.write_gguf_templates(self.special["chat_template"])
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> Self:

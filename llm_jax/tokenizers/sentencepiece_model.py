@@ -194,8 +194,7 @@ class SentencePieceTokenizer:
             if (index := self._id(name)) is not None:
                 metadata[f"{_GGML}{gguf_name}_token_id"] = index
         metadata |= special_tokens.write_gguf_ends(eos_ids(self))
-        template = self.special.get("chat_template")
-        return metadata | ({"tokenizer.chat_template": template} if template else {})
+        return metadata | special_tokens.write_gguf_templates(self.special.get("chat_template"))
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> Self:
@@ -212,7 +211,7 @@ class SentencePieceTokenizer:
         if not len(tokens) == len(scores) == len(types):
             raise UserError(f"{_GGML}tokens, scores and token_type are {len(tokens)}, {len(scores)}, {len(types)} long")
         special: dict[str, Any] = {
-            "chat_template": metadata.get("tokenizer.chat_template"),
+            "chat_template": special_tokens.read_gguf_templates(metadata),
             "add_bos_token": bool(metadata.get(_GGML + "add_bos_token", True)),
         }
         try:

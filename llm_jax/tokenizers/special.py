@@ -1,6 +1,7 @@
 """Special tokens of pretrained tokenizers: their names in the files of a checkpoint and in the metadata of GGUF."""
 
 import json
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ FILES = (
     "generation_config.json",
     "config.json",
 )
+TEMPLATES = "additional_chat_templates"  # directory of chat templates besides chat_template.jinja, as NAME.jinja
+_GGUF_TEMPLATE = "tokenizer.chat_template"  # with .NAME for those besides the default one
 
 # Special tokens that a tokenizer class of transformers has where the files name none.
 _END = "<|endoftext|>"
@@ -108,8 +111,8 @@ def read(
       own: names whose tokens the vocabulary itself defines; they need none from the class.
 
     Returns:
-      The names in `NAMES`, "chat_template", "add_bos_token" (None where no file states it), and "eos_ids" where the
-      files name ids that end a text.
+      The names in `NAMES`, "chat_template" (a text, or {name: text} where there are several), "add_bos_token" (None
+      where no file states it), and "eos_ids" where the files name ids that end a text.
 
     Raises:
       UserError: an id that ends a text is no number.
@@ -126,10 +129,10 @@ def read(
             special[name] = None  # null says that there is none
         else:
             special[name] = next((text for s in sources if (text := _content(s.get(name)))), defaults.get(name))
-    template = files["chat_template.jinja"].decode() if "chat_template.jinja" in files else config.get("chat_template")
-    if isinstance(template, list):  # several by name
-        template = next((t["template"] for t in template if t.get("name") == "default"), None)
-    special |= {"chat_template": template, "add_bos_token": config.get("add_bos_token")}
+    template = _templates(files) or config.get("chat_template")
+    if isinstance(template, list):
+        template = {entry.get("name"): entry.get("template") for entry in template}
+    special |= {"chat_template": _single(template), "add_bos_token": config.get("add_bos_token")}
     ends = config.get("eos_ids") or []
     for name in ("generation_config.json", "config.json"):
         ends = [*ends, *_ids(name, parsed[name].get("eos_token_id"))]
@@ -181,6 +184,46 @@ def write_gguf_ends(ids: Sequence[int]) -> dict[str, int]:
     if len(ids) > 1 + len(_GGUF_ENDS):
         raise UserError(f"GGUF has names for {1 + len(_GGUF_ENDS)} ids that end a text; this tokenizer has {len(ids)}")
     return dict(zip(_GGUF_ENDS, ids[1:], strict=False))
+
+
+def read_gguf_templates(metadata: Mapping[str, Any]) -> str | dict[str, str] | None:
+    """The chat template of a GGUF file, or {name: template} where it has several."""
+    prefix = f"{_GGUF_TEMPLATE}."
+    templates = {key.removeprefix(prefix): text for key, text in metadata.items() if key.startswith(prefix)}
+    if _GGUF_TEMPLATE in metadata:
+        templates["default"] = metadata[_GGUF_TEMPLATE]
+    return _single(templates)
+
+
+def write_gguf_templates(template: str | Mapping[str, str] | None) -> dict[str, Any]:
+    """The inverse of `read_gguf_templates`. Raises UserError for a name that GGUF has no key for."""
+    templates = {"default": template} if isinstance(template, str) else dict(template or {})
+    default = templates.pop("default", "")
+    if wrong := next((name for name in templates if not re.fullmatch("[a-z0-9_]+", name)), None):
+        raise UserError(f"GGUF has no key for the chat template {wrong!r}; expected a name of a-z, 0-9 and _")
+    keys: dict[str, Any] = {_GGUF_TEMPLATE: default} if default else {}
+    keys |= {f"{_GGUF_TEMPLATE}.{name}": text for name, text in templates.items()}
+    return keys | ({"tokenizer.chat_templates": list(templates)} if templates else {})
+
+
+def _templates(files: Mapping[str, bytes]) -> dict[str, str]:
+    """The chat templates in files of their own, by name; transformers then ignores those of tokenizer_config.json."""
+    paths = {"default": "chat_template.jinja"} | {
+        name.removeprefix(f"{TEMPLATES}/").removesuffix(".jinja"): name
+        for name in sorted(files)
+        if name.startswith(f"{TEMPLATES}/")
+    }
+    return {name: files[path].decode() for name, path in paths.items() if path in files}
+
+
+def _single(templates: Any) -> Any:
+    """Chat templates as `special["chat_template"]`: a text where the default one is the only one."""
+    by_name = templates if isinstance(templates, dict) else {} if templates is None else {"default": templates}
+    if wrong := next((item for item in by_name.items() if not all(isinstance(text, str) for text in item)), None):
+        raise UserError(f"chat_template: {str(wrong)[:80]} is no Jinja template with a name")
+    if not isinstance(templates, dict):
+        return templates
+    return templates["default"] if templates.keys() == {"default"} else templates or None
 
 
 def _ids(name: str, value: Any) -> list[int]:

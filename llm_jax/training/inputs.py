@@ -53,7 +53,8 @@ def load(config: Config, start: Start | None = None) -> Inputs:
     start = start or start_lib.find(config)
     config, c = start.config, start.config.train
     own = start.tokenizer if start.checkpoint else None  # a resumed run has its tokenizer, should the path be gone
-    named = vocabulary.named_tokenizer(config.tokenizer.path, own) if config.tokenizer.path else None
+    t = config.tokenizer
+    named = vocabulary.named_tokenizer(t.path, own, t.chat_template) if t.path else None
     if named:
         size = dataclasses.replace(config.tokenizer, kind=named.kind, vocab_size=named.vocab_size)
         config = dataclasses.replace(config, tokenizer=size)

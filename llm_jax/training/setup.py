@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from llm_jax import checkpoints, trees
+from llm_jax import checkpoints, tokenizers, trees
 from llm_jax.checkpoints import Checkpoint, abstract_params
 from llm_jax.checkpoints.checkpoint import with_dtype
 from llm_jax.data import rows as rows_lib
@@ -130,7 +130,10 @@ class Setup:
         c = self.config.model
         name = self.config.loss.teacher or self.config.init_from
         checkpoint = checkpoints.open(name)
-        losses.check_reference(name, checkpoint.config, c, checkpoint.tokenizer, tokenizer)
+        other = checkpoint.tokenizer
+        if name == self.config.init_from:
+            other = tokenizers.with_chat_template(other, self.config.tokenizer.chat_template)
+        losses.check_reference(name, checkpoint.config, c, other, tokenizer)
         loaded = checkpoint.load(scan_layers=c.scan_layers, dtype=c.precision.params)
         return jax.device_put(loaded.params, self.shardings(loaded.params))
 

@@ -60,7 +60,9 @@ class Start:
         """The tokenizer that the weights are bound to, or None where it is still to be trained or loaded."""
         if self.checkpoint:
             return tokenizers.load(self.checkpoint / "tokenizer")
-        return self.origin.tokenizer if self.origin else None
+        if not self.origin:
+            return None
+        return tokenizers.with_chat_template(self.origin.tokenizer, self.config.tokenizer.chat_template)
 
 
 def find(config: Config, workdir: pathlib.Path | None = None) -> Start:

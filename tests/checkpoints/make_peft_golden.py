@@ -42,6 +42,24 @@ ADAPTERS = {
         "gpt2",
         {"r": 3, "lora_alpha": 6, "use_dora": True, "target_modules": ["c_attn"], "fan_in_fan_out": True},
     ),
+    # Fused projections in the layouts of Phi-3 (with fewer key-value heads) and of GPT-NeoX (head by head).
+    "phi3-fused": ("phi3", {"r": 3, "lora_alpha": 6, "target_modules": ["qkv_proj", "gate_up_proj", "down_proj"]}),
+    "phi3-fused-dora": (
+        "phi3",
+        {"r": 2, "lora_alpha": 4, "use_dora": True, "target_modules": ["qkv_proj", "gate_up_proj"]},
+    ),
+    "neox-fused": (
+        "gpt_neox",
+        {"r": 3, "lora_alpha": 6, "bias": "all", "target_modules": ["query_key_value", "dense"]},
+    ),
+    "neox-fused-bias": (
+        "gpt_neox",
+        {"r": 2, "lora_alpha": 4, "lora_bias": True, "target_modules": ["query_key_value"]},
+    ),
+    "neox-head": (
+        "gpt_neox",
+        {"r": 2, "lora_alpha": 4, "target_modules": ["query_key_value"], "modules_to_save": ["embed_in", "lm_head"]},
+    ),
     # Beside what follows, the embeddings are saved as peft decides.
     "head": ("llama", {"r": 2, "lora_alpha": 4, "target_modules": ["lm_head", "q_proj"]}),
     "head-dora": ("llama", {"r": 2, "lora_alpha": 4, "use_dora": True, "target_modules": ["lm_head"]}),

@@ -214,6 +214,21 @@ def test_shards_are_read_as_one(llama):
     jax.tree.map(np.testing.assert_array_equal, read(path)[2], expected)
 
 
+def test_shards_without_an_index_are_read_if_none_is_missing(llama):
+    path, tensors = llama
+    _, _, expected = read(path)
+    (path / "model.safetensors").unlink()
+    for i in range(3):
+        save_file({n: tensors[n] for n in sorted(tensors)[i::3]}, path / f"model-0000{i + 1}-of-00003.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, read(path)[2], expected)
+    (path / "model-00002-of-00003.safetensors").rename(path / "model-00002-of-00004.safetensors")
+    with pytest.raises(UserError, match="holds shards of several models, .*-of-00003.safetensors, .*-of-00004"):
+        read(path)
+    (path / "model-00002-of-00004.safetensors").unlink()
+    with pytest.raises(UserError, match="model-00002-of-00003.safetensors: missing, one of 1 of 3 shards"):
+        read(path)
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [

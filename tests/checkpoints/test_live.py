@@ -1,18 +1,20 @@
 """What we write, read by its owners: transformers and the gguf package (requirements-peers.txt). Run by .ci/full."""
 
+import dataclasses
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from llm_jax import checkpoints
 from llm_jax.checkpoints import gguf_model
+from llm_jax.checkpoints.checkpoint import on_default_device
 from llm_jax.model.transformer import Transformer
 from tests.checkpoints import family_cases as cases
-from tests.checkpoints.test_gguf import small
-from tests.checkpoints.test_gguf import vocabulary as vocabulary
+from tests.checkpoints.gguf_cases import small
 from tests.checkpoints.test_hf import GOLDEN, read
 from tests.checkpoints.test_hf import directory as directory
 
@@ -78,6 +80,41 @@ def test_transformers_reads_our_gguf_files_as_we_do(vocabulary, tmp_path, arch, 
     np.testing.assert_allclose(got, expected, atol=2e-4, rtol=2e-4)
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("phi3", {"target_modules": ["qkv_proj", "gate_up_proj", "o_proj", "down_proj"]}),
+        ("phi3", {"target_modules": ["qkv_proj", "gate_up_proj"], "use_dora": True}),
+        ("gpt_neox", {"target_modules": ["query_key_value", "dense_h_to_4h"], "bias": "all"}),
+        ("gpt_neox", {"target_modules": ["query_key_value"], "use_dora": True, "modules_to_save": ["lm_head"]}),
+    ],
+)
+def test_adapters_that_peft_writes_of_fused_projections_give_its_logits(tmp_path, name, settings):
+    import peft
+    import torch
+    import transformers
+
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps(GOLDEN[name]["config"]))
+    save_file(cases.tensors(name, GOLDEN[name]["shapes"]), tmp_path / "base" / "model.safetensors")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
+    torch.manual_seed(0)
+    wrapped = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, **settings)).eval()
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter += 0.05 * torch.randn_like(parameter)
+    wrapped.save_pretrained(tmp_path / "adapters")
+    ids = cases.ids(name)
+    with torch.no_grad():
+        expected = wrapped(input_ids=torch.tensor(ids)).logits.numpy()
+    checkpoint = checkpoints.open(tmp_path / "adapters", base=str(tmp_path / "base"))
+    config = dataclasses.replace(checkpoint.config, scan_layers=False)
+    params = checkpoint.params(config, on_default_device)
+    got = jax.jit(lambda p: Transformer(config).apply({"params": p}, jnp.asarray(ids)))(params)
+    np.testing.assert_allclose(got, expected, atol=2e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("variant", ["lora", "dora", "pissa", "tied"])
 def test_peft_loads_our_adapters_and_gives_our_logits(tiny, tmp_path, variant):
     import peft as theirs
@@ -85,7 +122,7 @@ def test_peft_loads_our_adapters_and_gives_our_logits(tiny, tmp_path, variant):
     import transformers
 
     from llm_jax import lora
-    from llm_jax.checkpoints import huggingface, peft_tensors
+    from llm_jax.checkpoints import huggingface, peft_export
     from tests.lora.cases import config, made
 
     model, params = small("llama", 64, tie_embeddings=variant == "tied")
@@ -96,9 +133,7 @@ def test_peft_loads_our_adapters_and_gives_our_logits(tiny, tmp_path, variant):
         settings = config(tiny, variant=variant, rank_stabilized=variant == "lora", ranks=((".*/up", 5),))
     adapters = made(params, settings)
     huggingface.save(tmp_path / "base", "llama", model, params, {})
-    peft_tensors.save(
-        tmp_path / "out", "llama", adapters, params, model.tie_embeddings, rank_stabilized=settings.rank_stabilized
-    )
+    peft_export.save(tmp_path / "out", "llama", model, adapters, params, rank_stabilized=settings.rank_stabilized)
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
     wrapped = theirs.PeftModel.from_pretrained(base, tmp_path / "out").eval()
     ids = np.arange(3, 23)[None]

@@ -20,8 +20,7 @@ from llm_jax.checkpoints import gguf, gguf_model, location
 from llm_jax.data import assets
 from llm_jax.tokenizers.hub import HubTokenizer
 from llm_jax.tokenizers.pre_tokenizers import PRE_TOKENIZERS
-from tests.checkpoints.test_gguf import llama3, small
-from tests.checkpoints.test_gguf import vocabulary as vocabulary
+from tests.checkpoints.gguf_cases import llama3, small
 from tests.tokenizers import forms, test_gguf_vocabulary
 
 ASSET = "asset:smollm2-135m-instruct"

@@ -15,7 +15,6 @@ from llm_jax import checkpoints, trees
 from llm_jax.checkpoints import gguf_model, huggingface
 from llm_jax.checkpoints.families import neutral
 from llm_jax.model.transformer import Transformer
-from tests.checkpoints.test_gguf import vocabulary as vocabulary
 
 pytestmark = pytest.mark.optimized
 

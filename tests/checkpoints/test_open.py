@@ -12,13 +12,12 @@ import pytest
 
 import llm_jax
 from llm_jax import checkpoints, configuration, lora, tokenizers, trees
-from llm_jax.checkpoints import gguf_model, huggingface, manifest, opening, peft_config, peft_tensors
+from llm_jax.checkpoints import gguf_model, huggingface, manifest, opening, peft_config, peft_export, peft_tensors
 from llm_jax.checkpoints.checkpoint import on_default_device
 from llm_jax.errors import UserError
 from llm_jax.quant import post_training
 from llm_jax.tokenizers.byte import ByteTokenizer
-from tests.checkpoints.test_gguf import small
-from tests.checkpoints.test_gguf import vocabulary as vocabulary
+from tests.checkpoints.gguf_cases import small
 from tests.lora.cases import config as lora_config
 from tests.lora.cases import made as make_adapters
 
@@ -48,7 +47,7 @@ def paths(tiny, vocabulary, tmp_path_factory):
     writer = checkpoints.Writer(found["adapters"], whole, loaded.tokenizer, "", base=base)
     writer.save(3, adapters, {}, None)
     writer.close()
-    peft_tensors.save(found["peft"], "llama", adapters, loaded.params, config.tie_embeddings, base_name=base["path"])
+    peft_export.save(found["peft"], "llama", config, adapters, loaded.params, base_name=base["path"])
     return found
 
 

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from llm_jax import checkpoints, lora, trees, weights
-from llm_jax.checkpoints import peft_config, peft_tensors
+from llm_jax.checkpoints import peft_config, peft_export, peft_tensors
 from llm_jax.checkpoints.checkpoint import on_default_device
 from llm_jax.errors import UserError
 from llm_jax.model.transformer import Transformer
@@ -39,9 +39,9 @@ def bases(tmp_path_factory):
     return found
 
 
-def load(directory, family, base):
+def load(directory, family, config, base):
     """The adapters of a directory, over a base whose own tensors they do not replace."""
-    return peft_tensors.adapters(peft_tensors.read(directory), family, base)
+    return peft_tensors.adapters(peft_tensors.read(directory), family, config, base)
 
 
 def written(directory: pathlib.Path, name: str, drop: str = "", **changes) -> pathlib.Path:
@@ -119,14 +119,14 @@ def test_the_model_has_a_head_of_its_own_and_the_vocabulary_of_the_adapters(base
 def test_what_came_in_goes_out_again(bases, tmp_path, name):
     _, kind, model, params = bases[GOLDEN[name]["family"]]
     source = written(tmp_path / "in", name)
-    adapters = load(source, kind, params)
+    adapters = load(source, kind, model.config, params)
     stabilized = bool(GOLDEN[name]["config"]["use_rslora"])
-    peft_tensors.save(tmp_path / "out", kind, adapters, params, model.config.tie_embeddings, rank_stabilized=stabilized)
+    peft_export.save(tmp_path / "out", kind, model.config, adapters, params, rank_stabilized=stabilized)
     before, after = (load_file(path / peft_tensors.TENSORS) for path in (source, tmp_path / "out"))
     assert before.keys() == after.keys()
     for key, value in before.items():
         np.testing.assert_array_equal(after[key], value)
-    again = load(tmp_path / "out", kind, params)
+    again = load(tmp_path / "out", kind, model.config, params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), again, adapters)
 
 
@@ -134,15 +134,15 @@ def test_padding_is_not_written_and_a_start_becomes_rank(bases, tiny, tmp_path):
     _, kind, model, params = bases["llama"]
     settings = config(tiny, rank=2, ranks=((r"layers/1/.*up", 5),))
     adapters = jax.jit(lambda p: lora.init(jax.random.key(0), p, settings))(params)
-    peft_tensors.save(tmp_path / "out", kind, adapters, params, model.config.tie_embeddings)
+    peft_export.save(tmp_path / "out", kind, model.config, adapters, params)
     said = json.loads((tmp_path / "out" / peft_config.CONFIG).read_text())
     assert said["r"] == 2 and said["rank_pattern"] == {"model.layers.1.mlp.up_proj": 5}
     shapes = {k: v.shape for k, v in load_file(tmp_path / "out" / peft_tensors.TENSORS).items()}
     assert shapes["base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"] == (5, 32)
     assert shapes["base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"] == (2, 32)
     pissa = made(params, config(tiny, rank=2, variant="pissa", targets=("attention",)))
-    peft_tensors.save(tmp_path / "pissa", kind, pissa, params, model.config.tie_embeddings)
-    again = load(tmp_path / "pissa", kind, params)
+    peft_export.save(tmp_path / "pissa", kind, model.config, pissa, params)
+    again = load(tmp_path / "pissa", kind, model.config, params)
     for path, w in trees.flatten(lora.merge(lora.rebase(params, pissa), pissa)).items():
         np.testing.assert_allclose(trees.flatten(lora.merge(params, again))[path], w, atol=1e-5)
 
@@ -154,7 +154,9 @@ def test_padding_is_not_written_and_a_start_becomes_rank(bases, tiny, tmp_path):
         ({"r": 3}, "has rank 4, but adapter_config.json says 3"),
         ({"peft_type": "IA3"}, "peft_type is 'IA3'; expected 'LORA'"),
         ({"bias": "some"}, "bias='some' is unknown; expected one of none, all, lora_only"),
-        ({"target_parameters": ["mlp.experts"]}, r"target_parameters=\['mlp.experts'\] is not supported"),
+        ({"target_parameters": ["mlp.experts"]}, r"target_parameters=\['mlp.experts'\] is unknown or not supported"),
+        ({"use_qalora": True}, "use_qalora=True is unknown or not supported"),
+        ({"new_projection": "hadamard"}, "new_projection=hadamard is unknown or not supported; the adapters may need"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' changes the base"),
         ({"init_lora_weights": "olora"}, "init_lora_weights='olora' changes the base"),
         ({"rank_pattern": {"q_proj": "2"}}, "expected regular expressions and positive numbers"),
@@ -166,11 +168,19 @@ def test_padding_is_not_written_and_a_start_becomes_rank(bases, tiny, tmp_path):
 )
 def test_what_is_not_known_is_refused_in_one_line(bases, tmp_path, monkeypatch, changes, message):
     monkeypatch.setattr(peft_config, "_SECONDS", 0.5)
-    _, kind, _, params = bases["llama"]
+    _, kind, model, params = bases["llama"]
     directory = written(tmp_path / "a", "plain", **changes)
     with pytest.raises(UserError, match=message) as error:
-        load(directory, kind, params)
+        load(directory, kind, model.config, params)
     assert "\n" not in str(error.value) and "cannot be read" not in str(error.value)
+
+
+def test_keys_that_change_no_computation_are_accepted(bases, tmp_path):
+    _, kind, model, params = bases["llama"]
+    harmless = dict.fromkeys(peft_config._HARMLESS, "value") | {"new_feature": None, "other": False, "third": {}}
+    changed = load(written(tmp_path / "a", "plain", **harmless), kind, model.config, params)
+    expected = load(written(tmp_path / "b", "plain"), kind, model.config, params)
+    jax.tree.map(np.testing.assert_array_equal, changed, expected)
 
 
 @pytest.mark.parametrize(
@@ -182,26 +192,26 @@ def test_what_is_not_known_is_refused_in_one_line(bases, tmp_path, monkeypatch, 
     ],
 )
 def test_names_of_adapters_as_other_software_writes_them(bases, tmp_path, pattern, new, capsys):
-    _, kind, _, params = bases["llama"]
-    expected = load(written(tmp_path / "a", "plain"), kind, params)
+    _, kind, model, params = bases["llama"]
+    expected = load(written(tmp_path / "a", "plain"), kind, model.config, params)
     directory = written(tmp_path / "b", "plain")
     tensors = cases.adapters("plain", GOLDEN["plain"]["shapes"])
     save_file({re.sub(pattern, new, name): t for name, t in tensors.items()}, directory / peft_tensors.TENSORS)
-    jax.tree.map(np.testing.assert_array_equal, load(directory, kind, params), expected)
+    jax.tree.map(np.testing.assert_array_equal, load(directory, kind, model.config, params), expected)
     assert capsys.readouterr().err == ""
     two = tensors | {name.replace(".weight", ".second.weight"): t for name, t in tensors.items()}
     save_file(two, directory / peft_tensors.TENSORS)
     with pytest.raises(UserError, match="is a second factor of .*; expected one adapter"):
-        load(directory, kind, params)
+        load(directory, kind, model.config, params)
 
 
 def test_listed_modules_without_factors_are_named(bases, tmp_path, capsys):
-    _, kind, _, params = bases["llama"]
+    _, kind, model, params = bases["llama"]
     directory = written(tmp_path / "a", "plain")
     tensors = cases.adapters("plain", GOLDEN["plain"]["shapes"])
     module = next(iter(tensors)).split(".lora_")[0]
     save_file({n: t for n, t in tensors.items() if not n.startswith(module)}, directory / peft_tensors.TENSORS)
-    load(directory, kind, params)
+    load(directory, kind, model.config, params)
     message = capsys.readouterr().err
     assert message.startswith(f"note: {directory}: adapter_config.json lists") and message.count("\n") == 1
     assert (
@@ -210,11 +220,11 @@ def test_listed_modules_without_factors_are_named(bases, tmp_path, capsys):
 
 
 def test_damaged_and_foreign_directories_are_refused(bases, tmp_path):
-    _, kind, _, params = bases["llama"]
+    _, kind, model, params = bases["llama"]
 
     def said(directory, parameters=params):
         with pytest.raises(UserError) as error:
-            load(directory, kind, parameters)
+            load(directory, kind, model.config, parameters)
         return str(error.value)
 
     directory = written(tmp_path / "cut", "plain")
@@ -274,10 +284,10 @@ def test_adapters_that_replace_weights_of_the_base_are_not_combined(bases, tmp_p
     ],
 )
 def test_tensors_of_another_rank_or_too_few_lengths_are_refused(bases, tmp_path, name, end, shape, message):
-    _, kind, _, params = bases[GOLDEN[name]["family"]]
+    _, kind, model, params = bases[GOLDEN[name]["family"]]
     directory = written(tmp_path / "a", name)
     tensors = load_file(directory / peft_tensors.TENSORS)
     key = next(k for k in tensors if k.endswith(end))
     save_file(tensors | {key: np.ones(shape, np.float32)}, directory / peft_tensors.TENSORS)
     with pytest.raises(UserError, match=message):
-        load(directory, kind, params)
+        load(directory, kind, model.config, params)

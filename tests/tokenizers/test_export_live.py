@@ -12,9 +12,11 @@ from llm_jax import tokenizers
 from llm_jax.checkpoints import huggingface
 from llm_jax.checkpoints.families import model_config
 from llm_jax.model.transformer import Transformer
-from llm_jax.tokenizers import export
+from llm_jax.tokenizers import chat_template, export
 from tests.tokenizers import forms
+from tests.tokenizers.chat_cases import CONVERSATIONS
 from tests.tokenizers.test_export import TEXTS
+from tests.tokenizers.test_named_templates import NAMED
 
 pytestmark = pytest.mark.live
 
@@ -33,6 +35,34 @@ def family(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp(request.param) / "model"
     huggingface.save(directory, kind, config, params, {})
     return directory, kind, model, params
+
+
+@pytest.mark.parametrize("files", [False, True])
+def test_named_chat_templates_are_chosen_as_transformers_chooses_them(tmp_path, files):
+    """Read from the files that transformers writes, and written for it."""
+    import transformers
+
+    ours = forms.form("bytelevel")
+    for path, content in export.transformers_files(ours, "llama").items():
+        (tmp_path / path).write_bytes(content)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    theirs.chat_template = NAMED
+    theirs.save_pretrained(tmp_path / "theirs", save_jinja_files=files)
+    assert (tmp_path / "theirs" / "additional_chat_templates").is_dir() == files
+    ours = tokenizers.from_directory(tmp_path / "theirs")
+    assert ours.special["chat_template"] == NAMED
+    (tmp_path / "ours").mkdir()
+    for path, content in export.transformers_files(ours, "llama").items():
+        (tmp_path / "ours" / path).write_bytes(content)
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
+    for tools in (None, CONVERSATIONS["called"]["tools"]):
+        messages = CONVERSATIONS["one"]["messages"]
+        expected = theirs.apply_chat_template(messages, tools=tools, tokenize=False)
+        assert again.apply_chat_template(messages, tools=tools, tokenize=False) == expected
+        assert chat_template.render(ours.special, messages, answer=False, tools=tools) == expected
+        named = theirs.apply_chat_template(messages, chat_template="rag", tools=tools, tokenize=False)
+        rag = tokenizers.with_chat_template(ours, "rag").special
+        assert chat_template.render(rag, messages, answer=False, tools=tools) == named
 
 
 def test_auto_classes_give_our_ids_and_logits(family):
