@@ -18,7 +18,7 @@ from llm_jax.checkpoints.names import Names, TensorSpec
 from llm_jax.errors import UserError
 from llm_jax.weights import Node
 
-_CHUNK_BYTES = 2**22  # of a tensor that are read before they are copied to their place
+_CHUNK_BYTES = 2**19  # of a tensor that are read before they are copied to their place; fits in a CPU cache
 _ALIGNMENT = 64  # bytes; JAX on CPU takes over memory with this alignment without a copy
 
 
@@ -77,7 +77,7 @@ def load(
 ) -> dict[str, Any]:
     """The parameters; every shard is read and put on its device before the next one is read.
 
-    The host holds one shard of one parameter at a time (on CPU that is the parameter itself), and about 4 MiB of the
+    The host holds one shard of one parameter at a time (on CPU that is the parameter itself), and a small part of the
     file.
 
     Args:

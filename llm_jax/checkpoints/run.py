@@ -20,7 +20,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 
 from llm_jax import configuration, files, tokenizers, trees, weights
 from llm_jax.checkpoints import families, manifest
@@ -131,6 +130,8 @@ def restore_state(
 
 def read_arrays(directory: pathlib.Path, **items: Any) -> Any:
     """{item name: tree} as Orbax reads them; `items` are abstract trees with shardings."""
+    import orbax.checkpoint as ocp  # slow to import, and other forms of checkpoints do not need it
+
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as orbax:
         arguments = {name: ocp.args.StandardRestore(tree) for name, tree in items.items()}
         return orbax.restore(directory.absolute() / "arrays", args=ocp.args.Composite(**arguments))

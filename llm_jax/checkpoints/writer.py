@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 
 from llm_jax import configuration, files, tokenizers, trees
 from llm_jax.checkpoints.manifest import FORMAT, steps, write_manifest
@@ -37,6 +36,8 @@ class Writer:
         other: str = "",
         base: dict[str, str] | None = None,
     ):
+        import orbax.checkpoint as ocp  # slow to import, and loading most checkpoints does not need it
+
         self.directory = workdir / "checkpoints"
         self._config, self._tokenizer, self._corpus, self._other, self._base = config, tokenizer, corpus, other, base
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
@@ -67,6 +68,8 @@ class Writer:
         Raises:
           UserError: this checkpoint or the previous one cannot be written.
         """
+        import orbax.checkpoint as ocp
+
         self.wait()
         partial = self.directory / f"{files.PARTIAL}{step}"
         record = {

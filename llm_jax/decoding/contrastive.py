@@ -27,7 +27,7 @@ class ContrastiveState:
     """The carry of the loop.
 
     Attributes:
-      decoding: the state of plain decoding.
+      decoding: the state of plain decoding, whose logits are those of the next token and whose cache has all tokens.
       features: float32 (B, S, D), feature vectors of the tokens so far, normalized to length 1.
     """
 
@@ -62,9 +62,10 @@ def search(
     prompts_BP, lengths = loop.padded(prompts)
     state = _start(model, loop.bucket(max_new_tokens), params, prompts_BP, lengths)
 
-    def advance(decoding: DecodingState, until: jax.Array) -> DecodingState:
+    def advance(decoding: DecodingState, until: int) -> DecodingState:
         nonlocal state
-        state = _advance(model, params, settings, k, alpha, ContrastiveState(decoding, state.features), until)
+        carry = ContrastiveState(decoding, state.features)
+        state = _advance(model, params, settings, k, alpha, carry, jnp.int32(until))
         return state.decoding
 
     return loop.run(advance, state.decoding, settings, max_new_tokens, stop, watch)
@@ -118,7 +119,9 @@ def _advance(
         logits = loop.apply(model, params, x_RD[rows], method="logits")[:, 0]
         chosen_B1D = new_BKD[jnp.arange(b), best][:, None]
         features = jax.lax.dynamic_update_slice(s.features, chosen_B1D, (0, d.cache.index, 0))
-        return ContrastiveState(loop.after(d, settings, ids, logits, KVCache(slots, cache.index, layers)), features)
+        next_cache = KVCache(slots, cache.index, layers)
+        recorded = dataclasses.replace(loop.record(d, settings, ids), logits=logits, cache=next_cache)
+        return ContrastiveState(recorded, features)
 
     return jax.lax.while_loop(unfinished, step, state)
 

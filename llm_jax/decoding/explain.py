@@ -82,12 +82,14 @@ def explain(
 
     @jax.jit
     def stages(settings: loop.DrawSettings, logits: jax.Array, history: History) -> jax.Array:
-        return jnp.stack(settings.sampler.stages(settings.mask_padded_vocab(logits), history))[:, 0]
+        before = History(history.ids, history.length - 1, history.prompt)  # the last token was drawn from `logits`
+        return jnp.stack(settings.sampler.stages(settings.mask_padded_vocab(logits), before))[:, 0]
 
-    state = loop.start(model, params, [prompt], options.max_new_tokens)
+    state = loop.start(model, params, settings, [prompt], options.max_new_tokens)
     for time in range(options.max_new_tokens):
+        if time:
+            state = loop.advance(model, params, settings, state, jnp.int32(time + 1))
         logits = np.asarray(stages(settings, state.logits, state.history), np.float64)  # (filters + 1, V)
-        state = loop.advance(model, params, settings, state, jnp.int32(time + 1))
         yield _step(logits, names, int(state.ids[0, time]), sampler.greedy, candidates)
         if bool(state.done[0]):
             return

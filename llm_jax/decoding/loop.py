@@ -1,15 +1,14 @@
-"""Token-by-token generation: one compiled prefill and one compiled loop, for prompts of any lengths.
+"""Token-by-token generation: a compiled prefill that draws the first token, and a compiled loop that draws the others.
 
 Prompts are padded on the right to a bucket, and the KV cache has a bucket of slots, so that other lengths reuse the
 compiled code. Padding tokens have segment id 0, which attention masks out; generated tokens continue each row's own
 positions.
 
-    state = start(model, params, prompts, ...)                   prefill
+    state = start(model, params, settings, prompts, ...)         prefills, and draws the first token
     state = advance(model, params, settings, state, until)       draws tokens until there are `until` of them
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -83,9 +82,9 @@ class DecodingState:
     """The carry of the loop.
 
     Attributes:
-      cache: keys and values of all tokens so far.
+      cache: keys and values of all tokens but the last of each row.
       history: prompt and generated ids.
-      logits: (B, V), of the next token.
+      logits: (B, V), from which the last token was drawn.
       time: int32 (), tokens drawn so far.
       ids: int32 (B, N), generated ids; the first `count` of a row are valid.
       log_probabilities: float32 (B, N).
@@ -141,13 +140,17 @@ def generate(
     seeds = list(range(len(prompts))) if seeds is None else list(seeds)
     check(model, prompts, max_new_tokens, seeds)
     settings = draw_settings(model, sampler, seeds, eos, vocab_size)
-    state = start(model, params, prompts, max_new_tokens, alternatives)
-    step = functools.partial(advance, model, params, settings)
+    state = start(model, params, settings, prompts, max_new_tokens, alternatives)
+
+    def step(state: DecodingState, until: int) -> DecodingState:
+        # One token needs no loop, whose compilation takes longer than that of the prefill.
+        return advance(model, params, settings, state, jnp.int32(until)) if until > 1 else state
+
     return run(step, state, settings, max_new_tokens, stop, watch)
 
 
 def run(
-    step: Callable[[Any, jax.Array], Any],
+    step: Callable[[Any, int], Any],
     state: Any,
     settings: DrawSettings,
     max_new_tokens: int,
@@ -164,7 +167,7 @@ def run(
     stopped_at: dict[int, int] = {}  # row -> how many ids it keeps
     checked = np.zeros(len(state.done), np.int64)
     for until in (*range(pause, max_new_tokens, pause), max_new_tokens):
-        state = step(state, jnp.int32(until))
+        state = step(state, until)
         done = np.array(state.done)
         if stop:
             for row, (ids, count) in enumerate(zip(*jax.device_get((state.ids, state.count)), strict=True)):
@@ -202,12 +205,17 @@ def draw_settings(
 
 
 def start(
-    model: Transformer, params: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, alternatives: int = 0
+    model: Transformer,
+    params: Any,
+    settings: DrawSettings,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    alternatives: int = 0,
 ) -> DecodingState:
-    """Prefills the cache with the prompts and makes room for `max_new_tokens` tokens."""
+    """Prefills the cache with the prompts, makes room for `max_new_tokens` tokens, and draws the first one."""
     prompts_BP, lengths = padded(prompts)
     room = bucket(max_new_tokens)
-    return _start(model, room, alternatives, params, prompts_BP, lengths)
+    return _start(model, room, alternatives, params, settings, prompts_BP, lengths)
 
 
 def padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -251,15 +259,24 @@ def last_logits(model: Transformer, params: Any, x_BPD: jax.Array, lengths: jax.
 
 @compiled.jit(static=(0, 1))
 def _start(
-    model: Transformer, room: int, alternatives: int, params: Any, prompts_BP: jax.Array, lengths: jax.Array
+    model: Transformer,
+    room: int,
+    alternatives: int,
+    params: Any,
+    settings: DrawSettings,
+    prompts_BP: jax.Array,
+    lengths: jax.Array,
 ) -> DecodingState:
-    return begin(model, room, alternatives, params, prompts_BP, lengths)[1]
+    return draw_token(begin(model, room, alternatives, params, prompts_BP, lengths)[1], settings)
 
 
 def begin(
     model: Transformer, room: int, alternatives: int, params: Any, prompts_BP: jax.Array, lengths: jax.Array
 ) -> tuple[jax.Array, DecodingState]:
-    """Features (B, P, D) of padded prompts, and the state after them. For use under `jax.jit`."""
+    """Features (B, P, D) of padded prompts, and the state before the first token, with the logits to draw it from.
+
+    For use under `jax.jit`.
+    """
     b, p = prompts_BP.shape
     x_BPD, cache = prefill(model, params, prompts_BP, lengths, p + room)
     return x_BPD, DecodingState(
@@ -286,23 +303,29 @@ def advance(
         return (s.time < until) & ~jnp.all(s.done)
 
     def step(s: DecodingState) -> DecodingState:
-        keys = jax.vmap(jax.random.fold_in, (0, None))(settings.keys, s.time)
-        ids = settings.sampler(settings.mask_padded_vocab(s.logits), keys, s.history)
-        tokens = Tokens((s.history.prompt + s.time)[:, None], (~s.done).astype(jnp.int32)[:, None])
-        logits, cache = apply(model, params, ids[:, None], tokens, s.cache)
-        return after(s, settings, ids, logits[:, 0], cache)
+        last_B1 = jax.lax.dynamic_slice_in_dim(s.ids, s.time - 1, 1, axis=1)
+        tokens = Tokens((s.history.prompt + s.time - 1)[:, None], (~s.done).astype(jnp.int32)[:, None])
+        logits, cache = apply(model, params, last_B1, tokens, s.cache)
+        return draw_token(dataclasses.replace(s, logits=logits[:, 0], cache=cache), settings)
 
     return jax.lax.while_loop(unfinished, step, state)
 
 
-def after(s: DecodingState, settings: DrawSettings, ids: jax.Array, logits: jax.Array, cache: KVCache) -> DecodingState:
-    """The state after drawing ids int32 (B,); `logits` (B, V) and `cache` are those that follow them."""
+def draw_token(s: DecodingState, settings: DrawSettings) -> DecodingState:
+    """The state after drawing a token of each row from `s.logits`. For use under `jax.jit`."""
+    keys = jax.vmap(jax.random.fold_in, (0, None))(settings.keys, s.time)
+    ids = settings.sampler(settings.mask_padded_vocab(s.logits), keys, s.history)
+    return record(s, settings, ids)
+
+
+def record(s: DecodingState, settings: DrawSettings, ids: jax.Array) -> DecodingState:
+    """The state with ids int32 (B,) added, which were drawn from `s.logits`."""
     logs_BV = jax.nn.log_softmax(s.logits.astype(jnp.float32))
     best, best_ids = jax.lax.top_k(logs_BV, s.alternative_ids.shape[-1])
     return DecodingState(
-        cache,
+        s.cache,
         append(s.history, ids, ~s.done),
-        logits,
+        s.logits,
         s.time + 1,
         s.ids.at[:, s.time].set(ids),
         s.log_probabilities.at[:, s.time].set(jnp.take_along_axis(logs_BV, ids[:, None], -1)[:, 0]),

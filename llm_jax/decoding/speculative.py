@@ -103,8 +103,8 @@ def generate(
     room = loop.bucket(max_new_tokens)
     state = _start(model, draft_model, room, draft_tokens, params, draft_params, prompts_BP, lengths)
 
-    def step(state: SpeculativeState, until: jax.Array) -> SpeculativeState:
-        rounds = until if stop or watch else jnp.int32(max_new_tokens)  # a round adds a token or more
+    def step(state: SpeculativeState, until: int) -> SpeculativeState:
+        rounds = jnp.int32(until if stop or watch else max_new_tokens)  # a round adds a token or more
         return _advance(model, draft_model, draft_tokens, params, draft_params, settings, state, rounds, max_new_tokens)
 
     return loop.run(step, state, settings, max_new_tokens, stop, watch)

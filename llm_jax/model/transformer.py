@@ -9,6 +9,8 @@ any kind of `weights.Weight`.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -103,7 +105,7 @@ class Layers(Module):
     @nn.compact
     def __call__(self, x_BTD, queries, keys, bias, cache, index):
         c, caches, start = self.config, {}, 0
-        layer = rematerialized(c)
+        layer, run_layer = rematerialized(c), self._traced_once()
         for kinds, repeats in stages(c):
             stop = start + len(kinds) * repeats
             if c.scan_layers:
@@ -121,11 +123,33 @@ class Layers(Module):
                 )
             else:
                 for i, kind in enumerate(kinds * repeats, start):
-                    x_BTD, caches[str(i)] = layer(c, kind, name=str(i))(
-                        x_BTD, queries, keys, bias, cache and cache[str(i)], index, i
-                    )
+                    inputs = (x_BTD, queries, keys, bias, cache and cache[str(i)], index)
+                    if run_layer is None:
+                        x_BTD, caches[str(i)] = layer(c, kind, name=str(i))(*inputs, i)
+                    else:
+                        depth = jnp.int32(i) if c.scale_attention_by_depth else None
+                        params = self.variables["params"][str(i)]
+                        x_BTD, caches[str(i)] = run_layer(kind, params, *inputs, depth)
             start = stop
         return x_BTD, (caches if cache is not None else None)
+
+    def _traced_once(self) -> Callable[..., Any] | None:
+        """A function (kind, parameters, *inputs of the layer) -> its result, or None where each layer is a module.
+
+        Layers of one kind, with weights of the same kinds, are traced and lowered once under `jax.jit`, instead of
+        once per layer. XLA inlines the calls, so that the compiled code is the same. The function is new at every call,
+        because traced code depends on the mesh in use.
+        """
+        c, inputs = self.config, self.variables
+        if self.scope.mutable or not isinstance(jax.tree.leaves(inputs)[0], jax.core.Tracer):
+            return None
+        layer = rematerialized(c)
+
+        @functools.partial(jax.jit, static_argnums=0)
+        def run_layer(kind: str, params: Any, *inputs: Any) -> Any:
+            return layer(c, kind).apply({"params": params}, *inputs)
+
+        return run_layer
 
 
 class Embed(Module):

@@ -26,7 +26,8 @@ class HubTokenizer:
             raise UserError(f"tokenizer.json cannot be read ({error})") from error
         self._text = text
         self._set_special(special)
-        self._by_bytes = '"ByteLevel"' in json.dumps(json.loads(text).get("pre_tokenizer"))
+        pre_tokenizer = self._tokenizer.pre_tokenizer  # its state is JSON, and shorter than `text`
+        self._by_bytes = pre_tokenizer is not None and b'"ByteLevel"' in pre_tokenizer.__getstate__()
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
 

@@ -79,6 +79,20 @@ def test_other_lengths_and_settings_do_not_compile_again(make):
     assert sizes() == before
 
 
+def test_one_token_needs_no_loop(make):
+    """The prefill draws the first token: its time is that of one compilation, and of one pass through the model."""
+    model, params = make(scan_layers=False)
+    model = model.clone(config=dataclasses.replace(model.config, norm_eps=1.5e-5))  # not compiled by another test
+    sampler = DecodingOptions().sampler()
+    (first,) = loop.generate(model, params, [[5, 6]], sampler, max_new_tokens=1)
+    assert loop.advance.of_model(model)._cache_size() == 0
+    (several,) = loop.generate(model, params, [[5, 6]], sampler, max_new_tokens=4)
+    assert loop.advance.of_model(model)._cache_size() == 1 and len(first.ids) == 1
+    assert (several.ids[:1], several.log_probabilities[:1]) == (first.ids, first.log_probabilities)
+    (ended,) = loop.generate(model, params, [[5, 6]], sampler, max_new_tokens=4, eos=first.ids[0])
+    assert (ended.ids, ended.stop, ended.log_probabilities) == ([], "eos", first.log_probabilities)
+
+
 def test_compiled_code_of_many_geometries_does_not_stay_in_memory(make):
     """Executables of the models of a sweep are freed, but for those of the last few."""
 

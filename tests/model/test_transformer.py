@@ -11,7 +11,7 @@ from llm_jax.model import distances, positions
 from llm_jax.model.attention import Tokens, read_layer, visible
 from llm_jax.model.attention_kernels import attend
 from llm_jax.model.stages import stages
-from llm_jax.model.transformer import Transformer, init_cache, matmul_parameters
+from llm_jax.model.transformer import Layer, Transformer, init_cache, matmul_parameters
 
 LENGTH = 12
 LAYOUTS = {
@@ -318,3 +318,32 @@ def test_positions_past_a_learned_table_are_refused(make, tiny):
     model = Transformer(config)
     params = model.init(jax.random.key(0), jnp.zeros((1, 1), int))["params"]
     assert jnp.isnan(model.apply({"params": params}, jnp.zeros((1, 9), int))[0, 8]).all()
+
+
+@pytest.mark.parametrize("name", ["local", "parallel"])
+@pytest.mark.parametrize("cached", [False, True])
+def test_unrolled_layers_of_a_kind_are_traced_once(make, monkeypatch, name, cached):
+    """Their outputs, caches and gradients have the bits of layers that are traced one by one."""
+    model, params = make(scan_layers=False, **LAYOUTS[name])
+    tokens = jnp.arange(LENGTH)[None]
+
+    def loss(params, one_by_one):
+        state = init_cache(model.config, 1, LENGTH) if cached else None
+        options = {"mutable": ["unused"]} if one_by_one else {}  # with a mutable collection, each layer is a module
+        out = model.apply({"params": params}, tokens, None, state, **options)
+        return jnp.sum(jax.tree.leaves(out)[0] ** 2), out[0] if one_by_one else out
+
+    traced = []
+    call = Layer.__call__
+    monkeypatch.setattr(Layer, "__call__", lambda self, *inputs: traced.append(self.kind) or call(self, *inputs))
+    for one_by_one in (True, False):
+        traced.clear()
+        jax.make_jaxpr(lambda p, one_by_one=one_by_one: loss(p, one_by_one))(params)
+        kinds = [kind for block, repeats in stages(model.config) for kind in block * repeats]
+        assert sorted(traced) == sorted(kinds if one_by_one else set(kinds))
+    monkeypatch.undo()
+    results = [
+        jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)(params, each) for each in (True, False)
+    ]
+    for expected, actual in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_array_equal(actual, expected)
