@@ -6,7 +6,7 @@ import json
 import pytest
 
 import llm_jax
-from llm_jax import bars
+from llm_jax import bars, configuration
 from llm_jax.data.kinds import open_source
 from llm_jax.errors import UserError
 from llm_jax.training import inputs, trainer
@@ -44,7 +44,7 @@ def config_of(tmp_path):
         options = {"data.source": str(tmp_path / file), "data.cache_dir": str(tmp_path / "cache"), "data.kind": kind}
         options |= {"data.labelled.test_size": 0.0, "data.labelled.validation_size": 0.0, "train.seq_len": 100}
         options |= {"train.steps": 2, "optim.warmup_steps": 0, "eval.every": 1}
-        return llm_jax.config(
+        return configuration.load(
             ROOT / "tests" / "tiny.py", options | {k.replace("__", "."): v for k, v in changes.items()}
         )
 
