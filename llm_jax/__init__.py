@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from llm_jax.checkpoints import load as load
     from llm_jax.checkpoints import open as open
     from llm_jax.checkpoints import save as save
-    from llm_jax.configuration import load as config
+    from llm_jax.training.checks import config as config
     from llm_jax.training.trainer import train as train
 
 __version__ = "0.1.0"
@@ -19,7 +19,7 @@ __all__ = ["config", "load", "open", "save", "train"]
 
 # name: (module, attribute). Imported on first use, so that `import llm_jax` does not import JAX.
 _PUBLIC = {
-    "config": ("llm_jax.configuration", "load"),
+    "config": ("llm_jax.training.checks", "config"),
     "load": ("llm_jax.checkpoints", "load"),
     "open": ("llm_jax.checkpoints", "open"),
     "save": ("llm_jax.checkpoints", "save"),

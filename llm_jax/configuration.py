@@ -11,8 +11,10 @@ nearest existing one. The default values are in `configs/default.py`.
 
 import copy
 import dataclasses
+import difflib
 import functools
 import json
+import math
 import os
 import pathlib
 import runpy
@@ -24,10 +26,13 @@ from typing import Annotated, Any
 from llm_jax import extensions
 from llm_jax.errors import UserError
 from llm_jax.option_names import RENAMED, nearest, options
-from llm_jax.schema import Config, EmbeddingsConfig, Rules, choice
+from llm_jax.schema import Config, EmbeddingsConfig, Rules, choice, type_text
 
 # The recipe that has the default values of a configuration dataclass.
 DEFAULT_RECIPES: dict[Any, str] = {Config: "default", EmbeddingsConfig: "word2vec"}
+_COMMANDS = {Config: "training a language model", EmbeddingsConfig: "train_embeddings"}
+
+_SUFFIXES = (".py", ".json", ".toml")  # of files with a configuration
 
 # What "sentiment:NAME", a data source of earlier versions, stands for. These values must not change: the runs that were
 # trained with it are resumed and evaluated on the same examples.
@@ -66,7 +71,9 @@ def load(
     Raises:
       UserError: no such recipe or file, an unknown key, or a value of another type or out of range.
     """
-    mapping = _complete(_nested(source), cls)
+    nested = _nested(source)
+    _refuse_other_command(source, nested, cls)
+    mapping = _complete(nested, cls)
     for key, value in (overrides or {}).items():
         _set(mapping, key, value, cls)
     config = build(mapping, cls)
@@ -96,12 +103,13 @@ def read(source: str | os.PathLike[str]) -> dict[str, Any]:
             return tomllib.loads(path.read_text())
         module = runpy.run_path(str(path))
         if "get_config" not in module:
-            raise UserError(f"--config={source}: no function get_config() in this file")
+            raise UserError(f"configuration '{source}': this file has no function get_config()")
         return _plain(module["get_config"]())
     except UserError:
         raise
     except Exception as error:  # a configuration file is Python code and may raise anything
-        raise UserError(f"--config={source} cannot be read ({type(error).__name__}: {error})") from error
+        message = " ".join(str(error).split())
+        raise UserError(f"configuration '{source}' cannot be read ({type(error).__name__}: {message})") from error
 
 
 def find(source: str | os.PathLike[str]) -> pathlib.Path:
@@ -115,16 +123,21 @@ def find(source: str | os.PathLike[str]) -> pathlib.Path:
         return recipes_directory() / f"{source}.py"
     if path.is_dir() and not (path / "config.json").is_file():
         raise UserError(
-            f"--config={source}: this directory has no config.json; expected a run or one of its checkpoints"
+            f"configuration '{source}': this directory has no config.json; expected a run or one of its checkpoints"
+        )
+    if path.is_file() and path.suffix not in _SUFFIXES:
+        raise UserError(
+            f"configuration '{source}': expected a .py, .json or .toml file, not '{path.suffix or path.name}'"
         )
     if path.exists():
         return path
     packaged = recipes_directory() / path.name
     if path.parts[:-1] in ((), ("configs",)) and (found := packaged.with_suffix(".py")).is_file():
         return found
+    near = difflib.get_close_matches(path.stem, recipes(), 1)
     raise UserError(
-        f"--config={source}: no such file; expected a recipe ({', '.join(recipes())}), a .py, .json or .toml file, or "
-        "a run directory"
+        f"configuration '{source}': no such file; {f'did you mean {near[0]!r}? ' if near else ''}expected a recipe "
+        f"({', '.join(recipes())}), a .py, .json or .toml file, or a run directory"
     )
 
 
@@ -258,6 +271,13 @@ def _nested(source: Any) -> Mapping[str, Any]:
     return _plain(source)
 
 
+def _refuse_other_command(source: Any, mapping: Mapping[str, Any], cls: Any) -> None:
+    """Raises UserError where a file has the options of another command, such as those of word vectors."""
+    others = [other for other in DEFAULT_RECIPES if other is not cls and set(mapping) <= options(other).keys()]
+    if mapping and others and not set(mapping) & options(cls).keys():
+        raise UserError(f"configuration '{source}' has the options of {_COMMANDS[others[0]]}, not of {_COMMANDS[cls]}")
+
+
 def _complete(mapping: Mapping[str, Any], cls: Any = Config) -> dict[str, Any]:
     complete = copy.deepcopy(_defaults(cls))
     _overlay(complete, mapping)
@@ -311,15 +331,17 @@ def _plain(mapping: Any) -> dict[str, Any]:
     return {k: _plain(v) if hasattr(v, "items") else v for k, v in mapping.items()}
 
 
-def _convert(value: Any, kind: Any, key: str) -> Any:
+def _convert(value: Any, kind: Any, key: str, declared: Any = None) -> Any:
+    """`value` as the type `kind`; `declared` is the whole annotation of the option, for the error message."""
     if typing.get_origin(kind) is Annotated:
         plain, allowed = typing.get_args(kind)
-        value = _convert(value, plain, key)
+        value = _convert(value, plain, key, kind)
         if plain is str:
             return choice(key, value, allowed)
         if not allowed[0] <= value <= allowed[1]:
             bound = f"at least {allowed[0]}" if value < allowed[0] else f"at most {allowed[1]}"
-            raise UserError(f"config key '{key}' is {value}; expected a number of {bound}")
+            expected = f"number of {bound}" if math.isfinite(value) else f"finite number ({type_text(kind)})"
+            raise UserError(f"config key '{key}' is {value}; expected a {expected}")
         return value
     if kind == Rules:
         rules = _freeze(value)
@@ -337,8 +359,18 @@ def _convert(value: Any, kind: Any, key: str) -> Any:
         return float(value)
     elif kind in (int, str, bool) and type(value) is kind:
         return value
-    expected = {Rules: "a list of (regular expression, value)"}.get(kind, getattr(kind, "__name__", str(kind)))
-    raise UserError(f"config key '{key}' is {value!r}; expected {expected}")
+    raise UserError(wrong_type(key, value, declared or kind))
+
+
+def wrong_type(key: str, value: Any, annotation: Any) -> str:
+    """The error message for a value of another type than its option has."""
+    expected = type_text(annotation)
+    if typing.get_origin(annotation) is tuple:
+        value_type = str if annotation == Rules else typing.get_args(annotation)[0]
+        examples = {str: "('a', 'b')", float: "(0.5, 2.0)"}
+        example = "(('.*', 1.0),)" if annotation == Rules else examples[value_type]
+        expected += f", such as {example}"
+    return f"config key '{key}' is {value!r}; expected {expected}"
 
 
 def _freeze(value: Any) -> Any:

@@ -24,7 +24,9 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Mapping
+import sysconfig
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -52,7 +54,7 @@ class Extension:
     key: str
     specification: str
     target: Any
-    options: Mapping[str, Any]
+    options: Mapping[str, Any] = dataclasses.field(hash=False)  # the specification has them
 
     def bind(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function` (the target or a method of it) with the options as keyword arguments.
@@ -61,11 +63,70 @@ class Extension:
           UserError: the function has no parameter of the name of an option.
         """
         parameters = inspect.signature(function).parameters.values()
-        names = [p.name for p in parameters if p.default is not p.empty or p.kind is p.KEYWORD_ONLY]
-        for name in self.options:
-            if name not in names:
-                raise self.error(f"it has no option '{name}'; its options are {', '.join(names) or 'none'}")
+        options = {p.name: p for p in parameters if p.default is not p.empty or p.kind is p.KEYWORD_ONLY}
+        for name, value in self.options.items():
+            if name not in options:
+                raise self.error(f"it has no option '{name}'; its options are {', '.join(options) or 'none'}")
+            expected = _type(options[name])
+            is_float = expected is float and isinstance(value, int) and not isinstance(value, bool)
+            if expected and type(value) is not expected and not is_float:
+                raise self.error(f"option '{name}' is {value!r}; expected {expected.__name__}")
         return functools.partial(function, **self.options) if self.options else function
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Calls the target or a method of it.
+
+        Raises:
+          UserError: it raises an exception, which is named with its place in the file.
+        """
+        try:
+            return function(*arguments)
+        except UserError:
+            raise
+        except Exception as error:  # the code is a user's and may raise anything
+            raise self.error(f"it fails ({describe_exception(error)})") from error
+
+    def check_output(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        arguments: Sequence[Any],
+        shape: Mapping[str, int],
+        broadcasts: bool = False,
+    ) -> None:
+        """Traces a function of the part and compares the shape of the array that it returns; None is accepted.
+
+        Args:
+          name: of the function, for the message.
+          arguments: trees of arrays or `jax.ShapeDtypeStruct`s.
+          shape: {what an axis is: its size}.
+          broadcasts: accept an axis of size 1 in the place of any other.
+
+        Raises:
+          UserError: the function raises an exception, or returns anything else than an array of this shape.
+        """
+        import jax
+        import jax.numpy as jnp
+
+        try:
+            output = jax.eval_shape(function, *arguments)
+        except UserError:
+            raise
+        except Exception as error:
+            raise self.error(f"{name} fails ({describe_exception(error)})") from error
+        if output is None:
+            return
+        sizes = tuple(shape.values())
+        expected = f"{sizes} = ({', '.join(shape)})"
+        if not hasattr(output, "shape"):
+            raise self.error(f"{name} returns {type(output).__name__}; expected an array of shape {expected}")
+        fits = len(output.shape) == len(sizes) and all(
+            got == size or (broadcasts and got == 1) for got, size in zip(output.shape, sizes, strict=True)
+        )
+        if not fits or not jnp.issubdtype(output.dtype, jnp.floating):
+            raise self.error(
+                f"{name} returns {output.dtype} of shape {output.shape}; expected floats of shape {expected}"
+            )
 
     def subclass_of(self, base: type) -> type:
         """The target. Raises UserError unless it is a subclass of `base`."""
@@ -75,6 +136,16 @@ class Extension:
 
     def error(self, message: str) -> UserError:
         return UserError(f"{self.key}={self.specification.partition('#')[0]}: {message}")
+
+
+def describe_exception(error: BaseException) -> str:
+    """The type and the message of an exception on one line, with the innermost line of a file that is the user's."""
+    frames = traceback.extract_tb(error.__traceback__)
+    package, site = str(pathlib.Path(__file__).parent), sysconfig.get_paths()["purelib"]
+    library = sysconfig.get_paths()["stdlib"]
+    own = [f for f in frames if f.lineno and not f.filename.startswith((package, site, library, "<"))]
+    place = f", {pathlib.Path(own[-1].filename).name} line {own[-1].lineno}" if own else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{place}"
 
 
 def select(key: str, value: str, table: Mapping[str, Any] | tuple[str, ...]) -> Any:
@@ -161,6 +232,15 @@ def require_hash(key: str, value: str) -> str:
     return value
 
 
+def _type(parameter: inspect.Parameter) -> type | None:
+    """The type of an option where it is a plain one, by its annotation or else its default; None: not known."""
+    plain = {kind.__name__: kind for kind in (bool, int, float, str)}
+    annotation = parameter.annotation
+    if annotation is parameter.empty:
+        return type(parameter.default) if type(parameter.default) in plain.values() else None
+    return plain.get(annotation if isinstance(annotation, str) else getattr(annotation, "__name__", ""))
+
+
 def _sha256(source: bytes) -> str:
     return hashlib.sha256(source).hexdigest()[:12]
 
@@ -196,7 +276,7 @@ def _import(key: str, specification: str, name: str, path: pathlib.Path | None, 
     except Exception as error:  # the file is a user's and may raise anything
         if isinstance(error, ModuleNotFoundError) and error.name is not None and name.startswith(error.name):
             raise _missing(key, specification, name) from error
-        raise UserError(f"{key}={specification}: {name} fails ({type(error).__name__}: {error})") from error
+        raise UserError(f"{key}={specification}: {name} fails ({describe_exception(error)})") from error
 
 
 def _missing(key: str, specification: str, name: str) -> UserError:

@@ -29,7 +29,12 @@ RENAMED = {
 }
 # Names that other codebases use for options: the section and the option here, or a complete override.
 OTHER_NAMES = {
+    "adam_beta1": "optim.beta1",
+    "adam_beta2": "optim.beta2",
+    "adam_epsilon": "optim.eps",
     "amp": "model.precision.compute=bfloat16",
+    "attn_implementation": "model.attention_kernel",
+    "base_model_name_or_path": "init_from",
     "batch": "train.batch_size",
     "bf16": "model.precision.compute=bfloat16",
     "block_size": "train.seq_len",
@@ -38,30 +43,50 @@ OTHER_NAMES = {
     "ctx_len": "train.seq_len",
     "d_ff": "model.mlp_dim",
     "d_model": "model.width",
+    "dataloader_num_workers": "data.workers",
     "dataset": "data.source",
+    "dataset_name": "data.source",
+    "dataset_text_field": "data.field",
     "depth": "model.num_layers",
     "dim": "model.width",
     "dtype": "model.precision.compute",
     "embedding_dim": "model.width",
     "epochs": "train.steps",
+    "eval_steps": "eval.every",
+    "eval_strategy": "eval.every",
+    "evaluation_strategy": "eval.every",
+    "ffn_dim": "model.mlp_dim",
     "fp16": "model.precision.compute=float16",
+    "gradient_accumulation": "train.grad_accumulation",
     "gradient_accumulation_steps": "train.grad_accumulation",
     "gradient_checkpointing": "model.remat=full",
+    "head_size": "model.head_dim",
+    "hidden_act": "model.activation",
     "hidden_size": "model.width",
     "intermediate_size": "model.mlp_dim",
     "iterations": "train.steps",
+    "label_names": "data.labelled.choices",
+    "label_smoothing_factor": "loss.label_smoothing",
+    "layer_norm_eps": "model.norm_eps",
     "layers": "model.num_layers",
     "learning_rate": "optim.lr",
+    "load_in_4bit": "quant.scheme=nf4",
+    "load_in_8bit": "quant.scheme=int8",
     "lora_alpha": "lora.alpha",
     "lora_dropout": "lora.dropout",
     "lora_r": "lora.rank",
+    "lr_scheduler": "optim.schedule",
     "lr_scheduler_type": "optim.schedule",
     "max_grad_norm": "optim.clip_norm",
     "max_iters": "train.steps",
     "max_position_embeddings": "model.position.max_length",
     "max_seq_len": "train.seq_len",
+    "max_seq_length": "train.seq_len",
     "max_steps": "train.steps",
     "mixed_precision": "model.precision.compute=bfloat16",
+    "mlm_probability": "loss.mask_prob",
+    "model_max_length": "train.seq_len",
+    "model_name_or_path": "init_from",
     "n_ctx": "train.seq_len",
     "n_embd": "model.width",
     "n_head": "model.num_heads",
@@ -76,20 +101,75 @@ OTHER_NAMES = {
     "num_key_value_heads": "model.num_kv_heads",
     "num_steps": "train.steps",
     "num_train_epochs": "train.steps",
+    "num_workers": "data.workers",
     "optimizer": "optim.kind",
     "per_device_train_batch_size": "train.batch_size",
     "pretrained": "init_from",
+    "r": "lora.rank",
+    "random_seed": "train.seed",
+    "report_to": "report.to",
     "resume_from": "init_from",
+    "rms_norm_eps": "model.norm_eps",
     "rope_theta": "model.position.base",
     "save_steps": "checkpoint.every",
-    "eval_steps": "eval.every",
+    "save_total_limit": "checkpoint.keep_last",
     "sequence_length": "train.seq_len",
+    "sliding_window": "model.window",
+    "target_modules": "lora.targets",
     "tie_word_embeddings": "model.tie_embeddings",
     "tied_embeddings": "model.tie_embeddings",
+    "torch_dtype": "model.precision.compute",
     "total_steps": "train.steps",
+    "train_file": "data.source",
     "train_steps": "train.steps",
+    "use_dora": "lora.variant=dora",
+    "use_rslora": "lora.rank_stabilized",
+    "val_fraction": "data.validation_fraction",
+    "validation_split": "data.validation_fraction",
     "warmup": "optim.warmup_steps",
+    "warmup_ratio": "optim.warmup_steps",
     "wd": "optim.weight_decay",
+}
+
+
+# Names that other codebases use for flags: the flags here, of which the first that a command has is meant.
+OTHER_FLAGS: dict[str, tuple[str, ...]] = {
+    "adapter": ("checkpoint",),
+    "bits": ("scheme",),
+    "chat_template": ("chat",),
+    "dataset": ("data", "task"),
+    "diversity_penalty": ("diversity",),
+    "do_sample": ("temperature=1",),
+    "early_stopping": ("early_stop",),
+    "eos_token_id": ("eos",),
+    "epsilon_cutoff": ("epsilon",),
+    "eta_cutoff": ("eta",),
+    "greedy": ("temperature=0",),
+    "load_in_4bit": ("scheme=nf4",),
+    "load_in_8bit": ("scheme=int8",),
+    "max_length": ("max_new_tokens",),
+    "max_tokens": ("max_new_tokens",),
+    "min_length": ("max_new_tokens",),
+    "model": ("checkpoint", "input"),
+    "model_args": ("checkpoint",),
+    "model_id": ("checkpoint", "input"),
+    "model_name_or_path": ("checkpoint", "input"),
+    "model_path": ("checkpoint", "input"),
+    "no_repeat_ngram_size": ("no_repeat_ngram",),
+    "num_beam_groups": ("beam_groups",),
+    "num_beams": ("beams",),
+    "num_fewshot": ("shots",),
+    "num_return_sequences": ("n",),
+    "output_dir": ("workdir", "output"),
+    "output_path": ("output",),
+    "penalty_alpha": ("contrastive",),
+    "prompt_lookup_num_tokens": ("draft=prompt",),
+    "assistant_model": ("draft",),
+    "quantization": ("scheme",),
+    "save_dir": ("workdir", "output"),
+    "stop_strings": ("stop",),
+    "system_prompt": ("system",),
+    "tasks": ("task",),
 }
 
 
@@ -122,7 +202,8 @@ def resolve(key: str, cls: Any = Config) -> str:
     ends = [option for option in options if option.endswith(f".{key}")]  # the section is missing
     if not ends and cls is Config and name in OTHER_NAMES:
         return OTHER_NAMES[name]
-    return ends[0] if ends else ""
+    ends = ends or [option for option in options if option.rsplit(".", 1)[-1] == name]  # another section's name
+    return max(ends, key=lambda option: (-option.count("."), _similarity(option, key)), default="")
 
 
 def unknown(key: str, cls: Any = Config, value: str = "VALUE") -> str:
@@ -142,5 +223,15 @@ def unknown(key: str, cls: Any = Config, value: str = "VALUE") -> str:
     return f"config key '{key}' is a section; set one of its options, as in --config.{inside[0]}=VALUE"
 
 
+def annotation(key: str, cls: Any = Config) -> Any:
+    """The annotated type of the option with a dotted name."""
+    section, _, rest = key.partition(".")
+    return annotation(rest, options(cls)[section]) if rest else options(cls)[section]
+
+
 def _similar(key: str, cls: Any) -> str:
     return difflib.get_close_matches(key, list(keys(cls)), 1, 0.0)[0]
+
+
+def _similarity(option: str, key: str) -> float:
+    return difflib.SequenceMatcher(None, key, option).ratio()

@@ -5,13 +5,18 @@ bands over the seeds, parallel coordinates, options that differ, samples, time a
 """
 
 import pathlib
+import sys
 
 from llm_jax import cli
 from llm_jax.errors import UserError
 
 FLAGS = cli.Flags()
 FLAGS.multi_string("path", [], "a run, a sweep, or a directory with runs; may be repeated, and given without --path=")
-FLAGS.string("output", "", "the page; default: report.html in the last PATH")
+FLAGS.string(
+    "output",
+    "",
+    "the page, a name that ends in .html; a missing directory is made; default: report.html in the last PATH",
+)
 FLAGS.string("title", "", "heading of the page; default: the name of the last PATH")
 FLAGS.boolean("png", True, "also write PNGs of the curves and the results beside the page")
 
@@ -27,6 +32,8 @@ def main(f: cli.Flags) -> None:
     if output.suffix != ".html":
         raise UserError(f"--output={f.output}; expected a name that ends in .html")
     loaded = runs.load(f.path)
+    if not output.parent.is_dir():
+        print(f"note: the directory {output.parent} is made", file=sys.stderr)
     files.write(output, page.render(loaded, f.title or last.absolute().name))
     written = [output, *(pictures.draw(loaded, output.parent, output.stem) if f.png else [])]
     print("\n".join(str(path) for path in written))

@@ -20,16 +20,18 @@ _MIN_COMPILE_SECONDS = 0.1  # functions that compile faster are not cached: read
 _STALE_SECONDS = 60.0
 
 
-def simulate_devices(count: int) -> None:
-    """Makes JAX use `count` simulated CPU devices; 0 leaves the devices of the machine. Call before JAX is used.
+def simulate_devices(count: int | None) -> None:
+    """Makes JAX use `count` simulated CPU devices; None leaves the devices of the machine. Call before JAX is used.
 
     Raises:
-      UserError: a negative count, or JAX already runs with other devices.
+      UserError: a count below 1, or JAX already runs with other devices.
     """
-    if count < 0:
-        raise UserError(f"--devices is {count}; expected a positive number of simulated CPU devices")
-    if not count:
+    if count is None:
         return
+    if count < 1:
+        raise UserError(
+            f"--devices={count}; expected at least 1 simulated CPU device; leave it out to use this machine's devices"
+        )
     import jax
 
     try:

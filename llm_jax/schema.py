@@ -5,6 +5,7 @@ dataclasses from them.
 """
 
 import dataclasses
+import typing
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -310,6 +311,25 @@ class EmbeddingsConfig:
     seed: Seed  # seed of initialization and sampling
     word2vec: Word2VecConfig
     glove: GloveConfig
+
+
+def type_text(annotation: Any) -> str:
+    """The type and the range of an option as text, such as "int, at least 1"."""
+    if typing.get_origin(annotation) is Annotated:
+        plain, *rest = typing.get_args(annotation)
+        allowed = next((value for value in rest if isinstance(value, tuple)), None)
+        if allowed is None:
+            return type_text(plain)
+        if plain is str:
+            return " | ".join(repr(value) for value in allowed)
+        low, high = allowed
+        bounds = ["above 0" if 0 < low < 1e-9 else f"at least {low:g}"] + [f"at most {high:g}"] * (high < 2**31)
+        return ", ".join([plain.__name__, *bounds])
+    if annotation == Rules:
+        return "((pattern, value), ...)"
+    if typing.get_origin(annotation) is tuple:
+        return f"tuple of {typing.get_args(annotation)[0].__name__}"
+    return getattr(annotation, "__name__", str(annotation))
 
 
 def choice(key: str, value: str, options: Mapping[str, Any] | tuple[str, ...]) -> Any:

@@ -12,7 +12,7 @@ from llm_jax.schema import Config
 
 FLAGS = cli.Flags()
 FLAGS.string("workdir", None, "directory of the run (config, metrics, checkpoints)", required=True)
-FLAGS.integer("devices", 0, "simulate this many CPU devices")
+FLAGS.integer("devices", None, "simulate this many CPU devices; default: the devices of this machine")
 FLAGS.boolean("dry_run", False, "print the parameters and their shardings, and stop")
 FLAGS.boolean("profile", False, "trace three steps of this start into WORKDIR/profile, for TensorBoard or xprof")
 NEEDS: cli.Needs = ((("profile",), "--dry_run is given", lambda f: not f.dry_run),)
@@ -21,7 +21,7 @@ NEEDS: cli.Needs = ((("profile",), "--dry_run is given", lambda f: not f.dry_run
 def main(f: cli.Flags) -> int:
     runtime.retain_freed_memory()
     runtime.simulate_devices(f.devices)
-    if f.devices <= 1:
+    if f.devices in (None, 1):
         runtime.disable_async_dispatch()
     from llm_jax.training import inputs, trainer
     from llm_jax.training import setup as setup_lib

@@ -16,7 +16,7 @@ from llm_jax.schema import EmbeddingsConfig
 
 FLAGS = cli.Flags()
 FLAGS.string("output", None, "the file to write; it must not exist", required=True)
-FLAGS.integer("devices", 0, "simulate this many CPU devices")
+FLAGS.integer("devices", None, "simulate this many CPU devices; default: the devices of this machine")
 
 
 def main(f: cli.Flags) -> None:

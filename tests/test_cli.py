@@ -196,6 +196,28 @@ def test_overrides_have_the_types_of_their_options_and_count_as_explicit():
         ("--steps=1", "unknown flag --steps; did you mean --config.train.steps?"),
         ("--wrkdir=x", "unknown flag --wrkdir; did you mean --workdir?"),
         ("--config", "--config needs a value: a recipe, a file or a run directory"),
+        ("--config.train.lr=3", "unknown config key 'train.lr'; did you mean 'optim.lr'?"),
+        ("--config.optim.width=3", "unknown config key 'optim.width'; did you mean 'model.width'?"),
+        ("--config.peft.target_modules=a", "unknown config key 'peft.target_modules'; did you mean 'lora.targets'?"),
+        (
+            "--per_device_train_batch_size=4",
+            "unknown flag --per_device_train_batch_size; did you mean --config.train.batch_size?",
+        ),
+        ("--num_train_epochs=1", "unknown flag --num_train_epochs; did you mean --config.train.steps?"),
+        ("--output_dir=x", "unknown flag --output_dir; did you mean --workdir?"),
+        ("--config.train.steps=abc", "config key 'train.steps' is 'abc'; expected int, at least 1"),
+        ("--config.optim.lr=fast", "config key 'optim.lr' is 'fast'; expected float, at least 0"),
+        ("--config.model.tie_embeddings=maybe", "config key 'model.tie_embeddings' is 'maybe'; expected bool"),
+        (
+            "--config.eval.prompts=('a',",
+            """config key 'eval.prompts' is "('a',"; expected tuple of str, such as ('a', 'b')""",
+        ),
+        ("--devices=some", "--devices=some; expected an integer"),
+        (
+            "--devices=0",
+            "--devices=0; expected at least 1 simulated CPU device; leave it out to use this machine's devices",
+        ),
+        ("--dry_run=maybe", "--dry_run=maybe; expected true or false (also yes, no, on, off, 1, 0)"),
         ("--help-config=zzz", "--help-config=zzz: no option contains this; did you mean 'tokenizer.vocab_size'?"),
     ],
 )
@@ -203,6 +225,55 @@ def test_names_of_other_codebases_and_sections_are_answered_with_the_option(flag
     train = importlib.import_module("llm_jax.train").COMMAND
     assert cli.call(train, ["--workdir=unused", flag]) == 2
     assert capsys.readouterr().err == f"error: {message}\n"
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--num_beams=4", "unknown flag --num_beams; did you mean --beams?"),
+        ("--do_sample", "unknown flag --do_sample; did you mean --temperature=1?"),
+        ("--model_name_or_path=x", "unknown flag --model_name_or_path; did you mean --checkpoint?"),
+        ("--temperature=hot", "--temperature=hot; expected a number"),
+        ("--early_stop=maybe", "--early_stop=maybe: expected true, false or never"),
+    ],
+)
+def test_names_of_other_codebases_and_wrong_values_of_flags(flag, message, command):
+    assert command(*GENERATE, flag, code=2).stderr == f"error: {message}\n"
+
+
+def test_every_answer_to_another_flag_is_a_flag():
+    names = {name for _, definition in commands() for name in definition.flags}
+    for other, answers in option_names.OTHER_FLAGS.items():
+        assert {answer.partition("=")[0] for answer in answers} <= names and other not in names, other
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("yes", True), ("On", True), ("1", True), ("no", False), ("off", False), ("0", False)]
+)
+def test_booleans_have_the_usual_spellings(text, value):
+    assert parsed(f"--config.model.qk_norm={text}").model.qk_norm is value
+    values = []
+    flags = cli.Flags()
+    flags.boolean("quick", None, "a flag")
+    assert cli.call(cli.Command("test", lambda f: values.append(f.quick), flags), [f"--quick={text}"]) == 0
+    assert values == [value]
+
+
+def test_a_single_text_is_a_tuple_of_one():
+    assert parsed("--config.eval.prompts=hello world").eval.prompts == ("hello world",)
+    assert parsed("--config.eval.tasks=arithmetic").eval.tasks == ("arithmetic",)
+    assert parsed("--config.eval.prompts=('a', 'b')").eval.prompts == ("a", "b")
+    assert parsed("--config.eval.prompts=()").eval.prompts == ()
+
+
+def test_of_options_given_twice_the_last_counts_and_a_note_says_so(capsys):
+    config = parsed(
+        "--config.train.seed=1", "--config.train.steps=3", "--config.train.seed=2", "--config.train.steps=3"
+    )
+    assert (config.train.seed, config.train.steps) == (2, 3)
+    assert capsys.readouterr().err == "note: --config.train.seed is given 2 times; --config.train.seed=2 counts\n"
+    assert parsed("--config=default", "--config=gpt3") == configuration.load("gpt3")
+    assert capsys.readouterr().err == "note: --config is given 2 times; --config=gpt3 counts\n"
 
 
 def test_every_answer_to_another_name_is_an_option_with_a_valid_value():

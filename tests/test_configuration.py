@@ -1,8 +1,12 @@
 import json
 import runpy
+import subprocess
+import sys
 
 import pytest
+from jax._src import xla_bridge
 
+import llm_jax
 from llm_jax import configuration as config_lib
 from llm_jax import option_names
 from llm_jax.errors import UserError
@@ -27,7 +31,8 @@ def test_default_states_every_option_and_no_other():
         ("steps", True, "'train.steps' is True; expected int"),
         ("steps", 0, "'train.steps' is 0; expected a number of at least 1"),
         ("seed", 2**32, "'train.seed' is 4294967296; expected a number of at most 4294967295"),
-        ("steps", None, "'train.steps' is None; expected int"),
+        ("steps", None, "'train.steps' is None; expected int, at least 1"),
+        ("steps", "8", "'train.steps' is '8'; expected int, at least 1"),
     ],
 )
 def test_wrong_keys_and_types_are_named(key, value, message):
@@ -56,7 +61,7 @@ def test_a_missing_key_is_named():
         ("--config.model.mlp=wide", "'model.mlp' is 'wide'; expected one of gated, plain"),
         ("--config.model.num_heads=3", "does not divide model.num_heads=3"),
         ("--config.model.layer_pattern=('far',)", "expected kinds out of global, local, nope"),
-        ("--config.optim.lr=nan", "'optim.lr' is nan"),
+        ("--config.optim.lr=nan", "'optim.lr' is nan; expected a finite number (float, at least 0)"),
         ("--config.model.precision.compute=floatx", "expected one of bfloat16, float16, float32, float64"),
         ("--config.mesh.fsdp=3", "does not fit 1 device"),
         ("--config.train.loss_chunk=5", "must divide train.seq_len=32"),
@@ -77,9 +82,6 @@ def test_bad_flags_end_in_one_line_and_exit_code_2(command, tmp_path, flag, mess
 def test_help_costs_no_jax(command):
     done = command("train", "--help")
     assert "--config" in done.stdout
-    import subprocess
-    import sys
-
     listed = subprocess.run(
         [sys.executable, "-c", "import sys, llm_jax, llm_jax.train, llm_jax.generate; print(*sys.modules)"],
         cwd=ROOT, capture_output=True, text=True, check=True,
@@ -88,9 +90,6 @@ def test_help_costs_no_jax(command):
 
 
 def test_a_mistyped_key_is_one_line_without_a_config_file_too(tmp_path):
-    import subprocess
-    import sys
-
     done = subprocess.run(
         [sys.executable, "-m", "llm_jax.train", f"--workdir={tmp_path / 'x'}", "--config.train.step=3"],
         cwd=ROOT, capture_output=True, text=True, check=False,
@@ -135,3 +134,58 @@ def test_a_config_json_with_the_names_of_earlier_versions_loads_under_the_new_na
 def test_an_override_by_an_earlier_name_is_answered_with_the_new_one(old, new):
     with pytest.raises(UserError, match=f"unknown config key '{old}'; it is now '{new}'"):
         config_lib.load("default", {old: 1})
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("defalt", "configuration 'defalt': no such file; did you mean 'default'? expected a recipe (chat_lora, "),
+        ("text.txt", "configuration 'text.txt': expected a .py, .json or .toml file, not '.txt'"),
+        ("raises.py", "configuration 'raises.py' cannot be read (NameError: name 'hello' is not defined)"),
+        ("empty.py", "configuration 'empty.py': this file has no function get_config()"),
+        ("glove", "configuration 'glove' has the options of train_embeddings, not of training a language model"),
+    ],
+)
+def test_a_configuration_that_is_none_is_named(source, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("raise SystemExit  # text is not run")
+    (tmp_path / "raises.py").write_text("hello\n")
+    (tmp_path / "empty.py").write_text("")
+    with pytest.raises(UserError) as error:
+        llm_jax.config(source)
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.width": 33}, "model.num_heads=4 does not divide model.width=33"),
+        ({"model.mlp": "wide"}, "'model.mlp' is 'wide'; expected one of gated, plain"),
+        ({"model.attention_kernel": "flash"}, "'model.attention_kernel' is 'flash'; expected one of"),
+        ({"train.seq_len": 2048, "model.position.kind": "learned"}, "go past the 1024 positions"),
+        ({"train.grad_accumulation": 3}, "train.batch_size=8 cannot be split into train.grad_accumulation=3"),
+        ({"optim.kind": "adam"}, "'optim.kind' is 'adam'; expected one of"),
+        ({"optim.schedule": "step"}, "'optim.schedule' is 'step'; expected one of"),
+        ({"optim.decay_rules": (("x", 0.0), (".*", 1.0))}, "the rule 'x' matches no parameter"),
+        ({"lora.rank": 4}, "lora.rank trains adapters over pretrained weights; name them with init_from"),
+        ({"eval.prompts": "def "}, r"'eval.prompts' is 'def '; expected tuple of str, such as \('a', 'b'\)"),
+        ({"optim.lr_rules": "x"}, r"'optim.lr_rules' is 'x'; expected \(\(pattern, value\), ...\), such as"),
+        ({"optim.lr": float("inf")}, r"'optim.lr' is inf; expected a finite number \(float, at least 0\)"),
+    ],
+    ids=str,
+)
+def test_config_raises_the_errors_of_the_command_line(changes, message):
+    with pytest.raises(UserError, match=message):
+        llm_jax.config("default", changes)
+
+
+def test_config_does_not_initialize_devices(monkeypatch):
+    """So that a script can choose devices, or join other processes, after it has a configuration."""
+
+    def initialize(*args):
+        raise AssertionError("the devices are initialized")
+
+    monkeypatch.setattr(xla_bridge, "backends", initialize)
+    llm_jax.config("default", {"model.position.kind": "t5", "model.width": 44, "train.batch_size": 2})
+    with pytest.raises(AssertionError):
+        xla_bridge.get_backend("cpu")

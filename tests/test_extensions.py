@@ -137,30 +137,74 @@ def refused(function) -> str:
     return str(error.value)
 
 
+WRONG = """
+import dataclasses, jax.numpy as jnp
+from llm_jax import trees
+from my_decay import Decay
+
+class Rank(Decay):
+    def bias(self, *args): return super().bias(*args)[0]
+class Swapped(Decay):
+    def bias(self, *args): return super().bias(*args).swapaxes(2, 3)
+class Integers(Decay):
+    def bias(self, *args): return super().bias(*args).astype(int)
+class Raises(Decay):
+    def bias(self, *args): raise KeyError("no such thing")
+class Checked(Decay):
+    def check(self): 1 / 0
+class Rotated(Decay):
+    def rotate(self, x, positions, length): return x[..., :1]
+class Listed(Decay):
+    def bias(self, *args): return [1]
+@dataclasses.dataclass(frozen=True)
+class Constructed(Decay):
+    def __post_init__(self): raise ValueError("two\\nlines")
+@trees.register
+@dataclasses.dataclass(frozen=True)
+class OneRow:
+    margin: float = 1.0
+    def __call__(self, logits, history): return logits[0]
+def mean(logits, targets): return jnp.mean(logits)
+def three(config): return 3
+def fails(config): raise RuntimeError("no")
+"""
 CASES = {
     "my_decay.py:Decay(strenth=2)": "it has no option 'strenth'; its options are strength",
     "my_decay.py:Decay(2)": "expected options in parentheses as NAME=VALUE",
     "my_decay.py:Decay(strength=print())": "expected options in parentheses as NAME=VALUE",
     "my_decay.py:Missing": "my_decay.py defines no 'Missing'",
     "my_decay.py:Decay extra": "expected FILE:NAME or FILE:NAME(OPTION=VALUE, ...)",
+    "my_decay.py:Decay(strength='x')": "option 'strength' is 'x'; expected float",
+    "wrong:Rank": "bias returns float32 of shape (4, 3, 5); expected floats of shape (2, 4, 3, 5) = (batch, heads, ",
+    "wrong:Swapped": "bias returns float32 of shape (2, 4, 5, 3); expected floats of shape (2, 4, 3, 5)",
+    "wrong:Integers": "bias returns int32 of shape (2, 4, 3, 5); expected floats of shape",
+    "wrong:Raises": "bias fails (KeyError: 'no such thing', wrong.py line",
+    "wrong:Constructed": "it fails (ValueError: two lines, wrong.py line",
+    "wrong:Checked": "it fails (ZeroDivisionError: division by zero, wrong.py line",
+    "wrong:Rotated": "rotate returns float32 of shape (2, 3, 4, 1); expected floats of shape (2, 3, 4, 8) = (batch, ",
+    "wrong:Listed": "bias returns list; expected an array of shape (2, 4, 3, 5)",
+    "syntax:Decay": "syntax fails (SyntaxError: invalid syntax (syntax.py, line 2))",
     "my_sign.py:sign": "expected a subclass of llm_jax.model.positions.Position",
     "numpy:pi": "'pi' is a float; expected a class or a function",
-    "broken:Decay": "broken fails (ZeroDivisionError: division by zero)",
-    "imports:Decay": "imports fails (ModuleNotFoundError: No module named 'no_such_module_anywhere')",
+    "broken:Decay": "broken fails (ZeroDivisionError: division by zero, broken.py line 1)",
+    "imports:Decay": "imports fails (ModuleNotFoundError: No module named 'no_such_module_anywhere', imports.py",
     "alib": "config key 'model.position.kind' is 'alib'; expected one of alibi",
 }
 
 
 @pytest.mark.parametrize("specification", CASES)
-def test_refused(specification, directory, tiny):
+def test_refused(specification, directory, tiny, monkeypatch):
     (directory / "broken.py").write_text("1 / 0\n")
+    (directory / "syntax.py").write_text("\ndef f(:\n")
+    (directory / "wrong.py").write_text(WRONG)
     (directory / "imports.py").write_text("import no_such_module_anywhere\n")
     config = configuration.replace(tiny, {"model.position.kind": specification}).model
+    monkeypatch.syspath_prepend(directory)
     with contextlib.chdir(directory):
         assert CASES[specification] in refused(lambda: positions.make(config))
 
 
-def test_other_tables(directory, monkeypatch):
+def test_other_tables(directory, monkeypatch, tiny):
     """Parts are found on PYTHONPATH too, and every table checks what it is given."""
     monkeypatch.syspath_prepend(directory)
     assert "expected a class with the members of Tokenizer; it lacks" in refused(
@@ -172,6 +216,22 @@ def test_other_tables(directory, monkeypatch):
         lambda: tokenizers.get("my_bytes:Folded(upper=1)")
     )
     assert "expected a dataclass" in refused(DecodingOptions(filter=("my_sign:sign",)).sampler)
+    (directory / "wrong.py").write_text(WRONG)
+    filters = {
+        "my_decay:Decay": "it is no filter; expected a method __call__(self, logits, history) -> logits",
+        "wrong:OneRow": "__call__ returns float32 of shape (7,); expected floats of shape (2, 7) = (batch, vocab_size)",
+        "my_margin:Margin(margin='a')": "option 'margin' is 'a'; expected float",
+    }
+    for specification, message in filters.items():
+        assert message in refused(DecodingOptions(filter=(specification,)).sampler)
+    with_loss = configuration.replace(tiny, {"loss.kind": "wrong:mean"})
+    message = "the loss returns float32 of shape (); expected floats of shape (2, 3) = (batch, tokens)"
+    assert message in refused(lambda: losses_lib.check(with_loss))
+    for name, message in {
+        "three": "returns int; expected an optax transformation",
+        "fails": "RuntimeError: no",
+    }.items():
+        assert message in refused(lambda name=name: optim._rule(f"wrong:{name}").make(tiny.optim))
     assert (optim._rule("my_sign:sign").hidden, optim._rule("my_sign:sign").vectors) == (1, 0)
 
 

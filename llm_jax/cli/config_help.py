@@ -6,11 +6,10 @@ import inspect
 import io
 import textwrap
 import tokenize
-import typing
-from typing import Annotated, Any
+from typing import Any
 
 from llm_jax import option_names
-from llm_jax.schema import Rules
+from llm_jax.schema import type_text
 
 
 @functools.cache
@@ -41,25 +40,6 @@ def meanings(cls: type) -> dict[str, str]:
     return {name: " ".join(lines) for name, lines in comments.items()}
 
 
-def kind(annotation: Any) -> str:
-    """A type and its range, such as "int, at least 1"."""
-    if typing.get_origin(annotation) is Annotated:
-        plain, *rest = typing.get_args(annotation)
-        allowed = next((value for value in rest if isinstance(value, tuple)), None)
-        if allowed is None:
-            return kind(plain)
-        if plain is str:
-            return " | ".join(repr(value) for value in allowed)
-        low, high = allowed
-        bounds = ["above 0" if 0 < low < 1e-9 else f"at least {low:g}"] + [f"at most {high:g}"] * (high < 2**31)
-        return ", ".join([plain.__name__, *bounds])
-    if annotation == Rules:
-        return "((pattern, value), ...)"
-    if typing.get_origin(annotation) is tuple:
-        return f"tuple of {typing.get_args(annotation)[0].__name__}"
-    return getattr(annotation, "__name__", str(annotation))
-
-
 def options(cls: type, default: Any, prefix: str = "") -> list[tuple[str, str, str, str]]:
     """(dotted key, type, default value, meaning) of every option of a dataclass of the schema."""
     rows = []
@@ -68,5 +48,5 @@ def options(cls: type, default: Any, prefix: str = "") -> list[tuple[str, str, s
         if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
             rows += options(annotation, value, f"{prefix}{name}.")
         else:
-            rows.append((prefix + name, kind(annotation), repr(value), meanings(cls).get(name, "")))
+            rows.append((prefix + name, type_text(annotation), repr(value), meanings(cls).get(name, "")))
     return rows

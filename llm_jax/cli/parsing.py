@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,11 @@ COMPILATION_CACHE = (
     "keep compiled functions in $LLM_JAX_CACHE/compiled (default: ~/.cache/llm_jax/compiled, at most 1 GiB), so that "
     "the command starts faster the next time; a JAX_COMPILATION_CACHE_DIR that is set is used instead"
 )
+
+
+_BOOLEANS = {"yes": "true", "y": "true", "on": "true", "no": "false", "n": "false", "off": "false"}
+# What values of a kind of flag are, for messages.
+_EXPECTED = {"int": "an integer", "float": "a number", "bool": "true or false (also yes, no, on, off, 1, 0)"}
 
 
 class Flags(flags.FlagValues):
@@ -105,6 +111,8 @@ def parse(command: Command, values: flags.FlagValues, arguments: Sequence[str]) 
         though it takes one value, or a flag without effect.
     """
     arguments = list(arguments)
+    if command.config is not None:
+        _note_repeated(arguments)
     if command.compiles:
         flags.DEFINE_boolean("compilation_cache", True, COMPILATION_CACHE, flag_values=values)
     source: Any = None
@@ -118,9 +126,11 @@ def parse(command: Command, values: flags.FlagValues, arguments: Sequence[str]) 
         complete = configuration.as_dict(configuration.load(source, cls=command.config))
         config_flags.DEFINE_config_dict("config", ConfigDict(complete), flag_values=values, sys_argv=["", *arguments])
     try:
-        positional = values(["", *arguments])[1:]
+        positional = values(["", *_as_absl_reads(arguments, values, command.config)])[1:]
     except flags.UnrecognizedFlagError as error:
         raise UserError(_unknown_flag(error.flagname, command, values)) from error
+    except flags.IllegalFlagValueError as error:
+        raise UserError(_illegal_value(error, command, values)) from error
     except flags.Error as error:
         raise UserError(_message(error)) from error
     except (ValueError, TypeError, LookupError) as error:  # ml_collections, for a value that does not fit the option
@@ -147,6 +157,46 @@ def refuse_without_effect(needs: Needs, values: flags.FlagValues) -> None:
             raise UserError(f"{' '.join(given[0].serialize().split())} has no effect where {condition}")
 
 
+def _note_repeated(arguments: Sequence[str]) -> None:
+    """Prints a note for every option of the configuration that is given several times with different values.
+
+    As everywhere with absl, the last value counts, so that a script can append overrides to those that it received.
+    """
+    given: dict[str, list[str]] = {}
+    for argument in arguments:
+        if match := re.fullmatch(r"--?(config(?:\.[^=\[]+)?)=(.*)", argument, re.DOTALL):
+            given.setdefault(match[1], []).append(match[2])
+    for name, texts in given.items():
+        if len(set(texts)) > 1:
+            print(f"note: --{name} is given {len(texts)} times; --{name}={texts[-1]} counts", file=sys.stderr)
+
+
+def _as_absl_reads(arguments: Sequence[str], values: flags.FlagValues, cls: Any) -> list[str]:
+    """The arguments with two spellings replaced by those that absl and ml_collections read.
+
+    These are yes, on, no and off of booleans, and a single text without a comma for a tuple of texts.
+    """
+    result = []
+    for argument in arguments:
+        if match := re.fullmatch(r"(--?([^=]+)=)(.*)", argument, re.DOTALL):
+            annotation, text = _annotation(match[2], cls), match[3]
+            if annotation is bool or (match[2] in values and getattr(values[match[2]], "boolean", False)):
+                text = _BOOLEANS.get(text.strip().lower(), text)
+            elif annotation == tuple[str, ...] and "," not in text and not text.lstrip().startswith(tuple("([\"'")):
+                text = repr((text,)) if text else text
+            argument = match[1] + text
+        result.append(argument)
+    return result
+
+
+def _annotation(flag: str, cls: Any) -> Any:
+    """The annotated type of the option that a flag such as "config.train.steps" sets, or None."""
+    key = flag.partition("[")[0].removeprefix("config.")
+    if cls is None or not flag.startswith("config.") or key not in option_names.keys(cls):
+        return None
+    return option_names.annotation(key, cls)
+
+
 def _split_source(arguments: list[str]) -> tuple[str | None, list[str]]:
     """The value of the last `--config=SOURCE` (or `--config SOURCE`), and the other arguments."""
     source, remaining = None, []
@@ -169,11 +219,29 @@ def _overrides(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def _unknown_flag(name: str, command: Command, values: flags.FlagValues) -> str:
+    if flag := next((flag for flag in option_names.OTHER_FLAGS.get(name, ()) if flag.split("=")[0] in values), None):
+        return f"unknown flag --{name}; did you mean --{flag}?"
     if command.config is not None and (option := option_names.resolve(name, command.config)):
         return f"unknown flag --{name}; did you mean --config.{option}?"
     near = difflib.get_close_matches(name, list(values), 1, 0.5)
     hint = f"did you mean --{near[0]}?" if near else f"python -m llm_jax.{command.name} --help lists the flags"
     return f"unknown flag --{name}; {hint}"
+
+
+def _illegal_value(error: Any, command: Command, values: flags.FlagValues) -> str:
+    """The message for a value that does not fit its flag or its option: the flag, the value and what is expected."""
+    match = re.fullmatch(r"flag --?([^=]+)=(.*?): (.*)", str(error), re.DOTALL)
+    if match is None:
+        return _message(error)
+    name, value, reason = match.groups()
+    if annotation := _annotation(name, command.config):
+        return configuration.wrong_type(name.removeprefix("config."), value, annotation)
+    parser: Any = values[name].parser if name in values else None
+    if choices := getattr(parser, "enum_values", None):
+        return f"--{name}={value}; expected one of {', '.join(filter(None, choices))}"
+    if parser and parser.flag_type() in _EXPECTED and not reason.startswith("expected"):
+        return f"--{name}={value}; expected {_EXPECTED[parser.flag_type()]}"
+    return _message(error)
 
 
 def _message(error: Any) -> str:

@@ -191,7 +191,10 @@ class SourceScan:
                     joined.flush()
                     records = mapped(joined, RECORD)  # the mapping keeps the file without a name
         if not len(records):
-            raise UserError(f"data.source={name}: there is no text in it")
+            content = (
+                f"{len(files):,} file{'s' * (len(files) > 1)} without text" if files else "no file, or hidden ones"
+            )
+            raise UserError(f"data.source={name}: there is no text in it ({content})")
         digests, parts = zip(*(scans[i] for i in range(len(files))), strict=True)
         return cls(files, stamps, list(digests), [len(p) for p in parts], records, path, is_new)
 

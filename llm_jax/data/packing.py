@@ -13,6 +13,8 @@ from llm_jax import files
 from llm_jax.data.streams import one_by_one
 from llm_jax.errors import UserError
 
+ALL_HELD_OUT = "all of its {unit} are held out; add {unit}, or set data.validation_fraction=0"
+
 
 class Packing(NamedTuple):
     """The examples of each row.
@@ -80,8 +82,10 @@ def _mapped(directory: pathlib.Path) -> dict[str, np.ndarray]:
 
 def check_fit(fit: int, count: int, lengths: Callable[[], np.ndarray], seq_len: int, unit: str) -> None:
     """Prints how many of `count` examples (or pairs) do not fit `train.seq_len`. Raises UserError if none fits."""
+    if not count:
+        raise UserError(ALL_HELD_OUT.format(unit=unit))
     if not fit:
-        least = f"the shortest takes {lengths().min()}" if count else "there are none"
-        raise UserError(f"none of the {count} {unit} fits train.seq_len={seq_len}; {least}")
+        shortest = lengths().min()
+        raise UserError(f"none of the {count} {unit} fits train.seq_len={seq_len}; the shortest takes {shortest}")
     if left := count - fit:
         print(f"{left:,} of {count:,} {unit} do not fit train.seq_len={seq_len}: left out", file=sys.stderr)

@@ -65,6 +65,8 @@ class Rows:
         Raises:
           UserError: there is none.
         """
+        if not len(self.split.tokens):
+            raise UserError(packing.ALL_HELD_OUT.format(unit="documents"))
         full = (len(self.split.tokens) - 1) // self.seq_len
         if not full:
             raise UserError(

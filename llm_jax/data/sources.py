@@ -94,7 +94,7 @@ def files(source: str, prefix: bool = False, option: str = "data.source") -> lis
         if path.is_file():
             files = [_file(path, path.name, alone=True, form=_asset_format(source))]
         elif path.is_dir():
-            files = [_file(p, p.relative_to(path).as_posix()) for p in path.rglob("*") if _visible(p, path)]
+            files = [_file(p, p.relative_to(path).as_posix()) for p in _visible_files(path, option, source)]
         else:
             names = glob.glob(str(path), recursive=True)
             files = [_file(pathlib.Path(n), n) for n in names if pathlib.Path(n).is_file()]
@@ -135,8 +135,23 @@ def _stdlib() -> list[File]:
     ]
 
 
-def _visible(path: pathlib.Path, root: pathlib.Path) -> bool:
-    return path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts)
+def _visible_files(directory: pathlib.Path, option: str, source: str) -> list[pathlib.Path]:
+    """All files below a directory whose path from there has no hidden part."""
+    if directory.resolve() == pathlib.Path(directory.resolve().anchor):
+        raise UserError(f"{option}={source}: this is the whole file system; expected a directory with text")
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror}); {option}={source} names all files below")
+
+    paths = []
+    for parent, directories, names in os.walk(directory, onerror=refuse):
+        directories[:] = [name for name in directories if not name.startswith(".")]
+        paths += [pathlib.Path(parent, name) for name in names if not name.startswith(".")]
+    try:
+        return [path for path in paths if path.is_file()]
+    except OSError as error:
+        refuse(error)
+        raise
 
 
 def _file(path: pathlib.Path, name: str, alone: bool = False, form: str = "") -> File:

@@ -59,7 +59,8 @@ def decode(path: str, data: bytes, start: int = 0) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text at byte {start + error.start}; convert it or leave it out") from error
+        cure = "convert it or leave it out (a glob such as 'texts/**/*.txt' chooses files)"
+        raise UserError(f"{path}: not UTF-8 text at byte {start + error.start}; {cure}") from error
 
 
 def utf8_size(where: str, text: str) -> int:

@@ -229,9 +229,14 @@ def own_filter(specification: str) -> Filter:
     extension = extensions.load("--filter", specification)
     if not (isinstance(extension.target, type) and dataclasses.is_dataclass(extension.target)):
         raise extension.error("expected a dataclass, (logits, history) -> logits")
-    new_filter = extension.bind(extension.target)()
+    if not any("__call__" in vars(base) for base in extension.target.__mro__):
+        raise extension.error("it is no filter; expected a method __call__(self, logits, history) -> logits")
+    new_filter = extension.call(extension.bind(extension.target))
     if jax.tree_util.all_leaves([new_filter]):
         raise extension.error("JAX does not know this dataclass; decorate it with @llm_jax.trees.register")
+    lengths = jnp.ones(2, jnp.int32)
+    arguments = jnp.zeros((2, 7)), History(jnp.zeros((2, 5), jnp.int32), lengths, lengths)
+    extension.check_output("__call__", new_filter, arguments, {"batch": 2, "vocab_size": 7})
     return new_filter
 
 

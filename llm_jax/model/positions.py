@@ -6,6 +6,7 @@ start at 0 in every document. Phases are computed in float32, whatever the compu
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from llm_jax import extensions, weights
 from llm_jax.errors import UserError
-from llm_jax.model import distances, rope
+from llm_jax.model import distances, own_position, rope
 from llm_jax.schema import ModelConfig, choice
 
 # Letters of shapes: B batch, T queries, S keys, D width, N heads, H head width, R distances.
@@ -309,11 +310,20 @@ def make(config: ModelConfig, kind: str = "global") -> Position:
         config = dataclasses.replace(config, position=position)
     cls = extensions.select("model.position.kind", config.position.kind, SCHEMES)
     if isinstance(cls, extensions.Extension):
-        cls = cls.bind(cls.subclass_of(Position))
+        return _own(cls, config)
     if cls is Rope and config.position.scaling in rope.LENGTH_DEPENDENT:
         cls = LengthDependentRope
     scheme = cls(config)
     scheme.check()
+    return scheme
+
+
+@functools.lru_cache(64)
+def _own(extension: extensions.Extension, config: ModelConfig) -> Position:
+    """The scheme of a class of the user's own, with its hooks checked."""
+    scheme: Position = extension.call(extension.bind(extension.subclass_of(Position)), config)
+    extension.call(scheme.check)
+    own_position.check(extension, scheme, head_dim(config))
     return scheme
 
 

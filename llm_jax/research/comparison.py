@@ -8,13 +8,15 @@ from llm_jax.research import runs as runs_lib
 from llm_jax.research.runs import Group, Run
 
 _SAMPLE_LENGTH = 300
+_CELL_LENGTH = 44  # of a name or a value of an option
 
 
 def text(runs: Sequence[Run], samples: bool = True) -> str:
     """Options that differ, figures with intervals and paired differences to the first group, and the last samples."""
     groups = runs_lib.group(runs)
     figure = runs_lib.main_figure(runs)
-    blocks = [[f"{len(runs)} runs in {len(groups)} groups; runs of a group differ in the seed alone"]]
+    head = f"{runs_lib.count(len(runs), 'run')} in {runs_lib.count(len(groups), 'group')}"
+    blocks = [[f"{head}; runs of a group differ in the seed alone"]]
     if groups[0].options:
         blocks.append(_columns([["option", *(f"({i})" for i in range(1, len(groups) + 1))], *_options(groups)]))
     blocks.append(
@@ -25,6 +27,8 @@ def text(runs: Sequence[Run], samples: bool = True) -> str:
             ]
         )
     )
+    reasons = {reason for group in groups if (reason := runs_lib.not_comparable(group, groups[0], figure))}
+    blocks += [[f"note: {_REASONS[reason]}"] for reason in sorted(reasons)]
     if figure != runs_lib.BITS:
         blocks.append(["note: no run has bits per byte; losses of different tokenizers cannot be compared"])
     if unfinished := [_unfinished(run, figure) for run in runs if not run.is_finished]:
@@ -38,6 +42,11 @@ def text(runs: Sequence[Run], samples: bool = True) -> str:
     return "\n\n".join("\n".join(block) for block in blocks)
 
 
+_REASONS = {
+    "other text": "figures of different held-out texts cannot be compared (data.source, its content, or the part that "
+    "is measured differs); evaluate --checkpoint=A --checkpoint=B --data=FILE measures several checkpoints on one text",
+    "other tokenizer": "losses of different tokenizers cannot be compared; bits per byte can",
+}
 _MEASURES = {
     "tokens/s": ("tokens_per_second", "{:,.0f}", 1.0),
     "memory, MiB": ("peak_device_bytes", "{:,.0f}", 2.0**20),
@@ -73,7 +82,13 @@ def _unfinished(run: Run, figure: str) -> str:
 
 
 def _options(groups: Sequence[Group]) -> list[list[str]]:
-    return [[key, *(str(group.options[key]) for group in groups)] for key in groups[0].options]
+    return [[key, *(_shortened(str(group.options[key])) for group in groups)] for key in groups[0].options]
+
+
+def _shortened(text: str) -> str:
+    """The text with its middle left out where it is long, such as paths and lists of rules."""
+    half = _CELL_LENGTH // 2 - 1
+    return text if len(text) <= _CELL_LENGTH else f"{text[:half]}...{text[-half:]}"
 
 
 def _figures(groups: Sequence[Group], figure: str) -> list[list[str]]:
@@ -83,14 +98,15 @@ def _figures(groups: Sequence[Group], figure: str) -> list[list[str]]:
         seeds += f" ({group.unfinished} unfinished)" * bool(group.unfinished)
         best = min((value for run in group.runs if (value := run.best(figure)) is not None), default=None)
         compared = runs_lib.difference(group, groups[0], figure) if number > 1 else None
+        reason = runs_lib.not_comparable(group, groups[0], figure)
         rows.append(
             [
                 f"({number})",
-                group.label,
+                _shortened(group.label),
                 seeds,
                 interval_text(group.mean(figure)),
                 "" if best is None else f"{best:.4f}",
-                interval_text(compared[0], sign=True) if compared else "",
+                interval_text(compared[0], sign=True) if compared else reason,
                 *figures(group).values(),
             ]
         )

@@ -40,13 +40,16 @@ function interval(value, sign = false) {
 
 const mean = (values) => values.reduce((sum, x) => sum + x, 0) / values.length;
 
+// Whether the figures of group i are of the held-out text (and, for losses, the tokens) of the chosen group.
+const comparable = (i) => data.groups[i].scale === data.groups[Number(byId("baseline").value)].scale;
+
 // The mean difference of group i to the chosen one with its interval, paired by seed; without a common seed, the
 // difference of the means without limits.
 function difference(i) {
   const chosen = Number(byId("baseline").value);
   const [values, others] = [data.groups[i].values, data.groups[chosen].values];
   const present = (group) => Object.values(group);
-  if (i === chosen || !present(values).length || !present(others).length) return null;
+  if (i === chosen || !comparable(i) || !present(values).length || !present(others).length) return null;
   const seeds = Object.keys(values).filter((seed) => seed in others);
   const pairs = seeds.map((seed) => [values[seed], others[seed]]);
   const used = seeds.length ? pairs.flat() : [...present(values), ...present(others)];
@@ -76,7 +79,7 @@ function columns() {
     { title: data.figure.label, key: (g) => g.result?.estimate, text: (g) => interval(g.result), number: true },
     {
       title: "difference", key: (g, i) => difference(i)?.estimate, number: true,
-      text: (g, i) => interval(difference(i), true),
+      text: (g, i) => (comparable(i) ? interval(difference(i), true) : "other text or tokens"),
       style: (g, i) => {
         const d = difference(i);
         return !d || d.low === null ? "" : d.high < 0 ? "better" : d.low > 0 ? "worse" : "";
@@ -262,8 +265,12 @@ function bar(value, most, text) {
 
 function drawRest() {
   const total = data.groups.reduce((n, g) => n + g.runs.length, 0);
-  byId("summary").textContent = `${total} runs in ${data.groups.length} groups; runs of a group differ in the seed alone. ` +
-    `Intervals are 95 % over the seeds, differences are paired by seed; unfinished runs are in neither. ${data.date}.`;
+  const many = (n, noun) => `${n} ${noun}${n === 1 ? "" : "s"}`;
+  const scales = new Set(data.groups.map((g) => g.scale)).size;
+  byId("summary").textContent = `${many(total, "run")} in ${many(data.groups.length, "group")}; runs of a group differ in the seed alone. ` +
+    `Intervals are 95 % over the seeds, differences are paired by seed; unfinished runs are in neither. ` +
+    (scales > 1 ? "Groups with other held-out texts (or, for losses, tokenizers) have no difference: their figures cannot be compared. " : "") +
+    `${data.date}.`;
   const most = (key) => Math.max(...data.groups.map((g) => g[key] ?? 0));
   drawTable("resources", ["group", "tokens/s", "memory, MiB", "minutes"], data.groups.map((g) => [
     g.label, bar(g.tokens_per_second, most("tokens_per_second"), count(g.tokens_per_second)),

@@ -80,13 +80,16 @@ def data(runs: Sequence[Run]) -> dict[str, Any]:
     groups = runs_lib.group(runs)
     figure = runs_lib.main_figure(runs)
     varied = list(groups[0].options)
+    scales = [
+        next(i for i, g in enumerate(groups) if not runs_lib.not_comparable(group, g, figure)) for group in groups
+    ]
     first = groups[0].runs[0].config
     return {
         "date": datetime.date.today().isoformat(),
         "figure": {"name": figure, "label": runs_lib.FIGURES[figure]},
         "metrics": _metrics(runs, figure),
         "options": varied,
-        "groups": [_group(group, figure) for group in groups],
+        "groups": [_group(group, figure) | {"scale": scale} for group, scale in zip(groups, scales, strict=True)],
         "quantiles": _quantiles(max(len(group.runs) for group in groups)),
         "common": {key: str(value) for key, value in first.items() if key not in varied and key != runs_lib.SEED},
     }

@@ -27,6 +27,14 @@ NEUTRAL = (
 )
 
 
+# Options that choose the held-out text of a corpus.
+_HELD_OUT = (
+    *("data.kind", "data.validation_fraction", "eval.final_rows"),
+    *("data.labelled.choices", "data.labelled.thresholds", "data.labelled.test_size", "data.labelled.validation_size"),
+)
+_TOKENIZER = ("tokenizer.kind", "tokenizer.vocab_size", "tokenizer.path")
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """What a run directory holds.
@@ -51,6 +59,11 @@ class Run:
     def seed(self) -> int:
         """The seed of the run."""
         return self.config[SEED]
+
+    @property
+    def corpus(self) -> str:
+        """The hash of the corpus, or "" where the run has not ended or does not record it."""
+        return self.summary.get("corpus", {}).get("sha256", "")
 
     @property
     def step(self) -> int:
@@ -186,11 +199,15 @@ def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
 def group(runs: Sequence[Run]) -> list[Group]:
     """Runs that differ in the seed alone together, in the order of their first run.
 
-    Two runs with equal configurations, the seed included, are in different groups.
+    Two runs with equal configurations, the seed included, are in different groups, and so are runs of one configuration
+    whose corpora had other texts.
     """
+    corpora = {_data(run): run.corpus for run in reversed(runs) if run.corpus}
     collected: dict[tuple[str, int], list[Run]] = {}
     for run in runs:
-        key = json.dumps({k: v for k, v in run.config.items() if k != SEED and k not in NEUTRAL})
+        options = json.dumps({k: v for k, v in run.config.items() if k != SEED and k not in NEUTRAL})
+        # A run that has not ended records no hash; it belongs to the others of its configuration.
+        key = options + (run.corpus or corpora.get(_data(run), ""))
         repeat = 0
         while any(other.seed == run.seed for other in collected.get((key, repeat), [])):
             repeat += 1
@@ -210,6 +227,10 @@ def group(runs: Sequence[Run]) -> list[Group]:
     ]
 
 
+def _data(run: Run) -> str:
+    return json.dumps([run.config[key] for key in ("data.source", "data.field", *_HELD_OUT)])
+
+
 def differing_options(runs: Sequence[Run]) -> list[str]:
     """The dotted keys of options that are not equal in all runs, without the seed and what changes no result."""
     if not runs:
@@ -226,8 +247,11 @@ def difference(group: Group, baseline: Group, name: str) -> tuple[Interval, int]
     """The mean difference of a figure at the end, group minus baseline, and the number of pairs.
 
     Pairs are finished runs with the same seed; without a common seed, it is the difference of the means, without
-    limits, and the number is 0. None where a group has no finished run with such a figure.
+    limits, and the number is 0. None where a group has no finished run with such a figure, or where the figures cannot
+    be compared (`not_comparable`).
     """
+    if not_comparable(group, baseline, name):
+        return None
     ours, theirs = group.values(name), baseline.values(name)
     if not ours or not theirs:
         return None
@@ -236,6 +260,31 @@ def difference(group: Group, baseline: Group, name: str) -> tuple[Interval, int]
         return intervals.paired([ours[s] for s in common], [theirs[s] for s in common]), len(common)
     means = [intervals.mean(list(values.values())).estimate for values in (ours, theirs)]
     return Interval(means[0] - means[1], float("nan"), float("nan")), 0
+
+
+def not_comparable(group: Group, baseline: Group, name: str) -> str:
+    """Why a figure of two groups cannot be compared: "other text", "other tokenizer", or "" where it can.
+
+    Bits per byte are of the held-out text, so that they can be compared across tokenizers, but not across texts. Losses
+    and perplexities are of tokens.
+    """
+    runs = [next((run for run in g.runs if run.corpus), g.runs[0]) for g in (group, baseline)]
+    if all(run.corpus for run in runs):
+        texts = [run.corpus for run in runs]
+    else:
+        texts = [run.config["data.source"] for run in runs]
+    # A number of rows is another part of the text where the rows have another length.
+    keys = [*_HELD_OUT, *(["train.seq_len"] if any(run.config["eval.final_rows"] for run in runs) else [])]
+    if texts[0] != texts[1] or any(runs[0].config[key] != runs[1].config[key] for key in keys):
+        return "other text"
+    if name != BITS and any(runs[0].config[key] != runs[1].config[key] for key in _TOKENIZER):
+        return "other tokenizer"
+    return ""
+
+
+def count(number: int, noun: str) -> str:
+    """A number with its noun, such as "1 run" or "2 runs"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def main_figure(runs: Sequence[Run]) -> str:

@@ -1,5 +1,6 @@
 """Tokenizers by kind: those of `KINDS`, and classes of the user's own with the members of `Tokenizer`."""
 
+import functools
 import importlib
 import json
 import pathlib
@@ -90,7 +91,8 @@ def get(kind: str) -> type[Tokenizer]:
 
         @classmethod
         def train(cls, texts: Iterable[str], vocab_size: int) -> Any:
-            return super().train(texts, vocab_size, **selected.options)
+            train = functools.partial(super().train, **selected.options)
+            return selected.call(train, texts, vocab_size)
 
     return Own
 

@@ -6,6 +6,7 @@ Every loss returns a sum and the number of its terms, so that micro-batches and 
 batch. A model trained with entmax defines its probabilities by `entmax15` rather than softmax; sample it accordingly.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -221,7 +222,7 @@ def make(
     """
     c = config
     kind = extensions.select("loss.kind", c.kind, KINDS)
-    own = kind.bind(kind.target) if isinstance(kind, extensions.Extension) else None
+    own = _own(kind) if isinstance(kind, extensions.Extension) else None
 
     def supervised(params: Any, frozen: Any, batch: Batch, step: jax.Array, key: jax.Array):
         tokens: dict[str, jax.Array] = {"x": features(model, params, batch)}
@@ -259,6 +260,14 @@ def make(
     return dpo if c.kind == "dpo" else supervised
 
 
+def _own(extension: extensions.Extension) -> Callable[..., jax.Array]:
+    """The loss of the user's own, checked with few tokens: a scalar would be taken as the loss of every token."""
+    loss = extension.bind(extension.target)
+    arguments = jax.ShapeDtypeStruct((2, 3, 7), jnp.float32), jax.ShapeDtypeStruct((2, 3), jnp.int32)
+    extension.check_output("the loss", loss, arguments, {"batch": 2, "tokens": 3})
+    return loss
+
+
 def _count(batch: Batch) -> jax.Array:
     return jnp.sum(batch["mask"]).astype(jnp.float32)
 
@@ -270,7 +279,10 @@ def check(config: Config) -> None:
     """Raises UserError where the options of the loss contradict each other or the rest of the configuration."""
     c = config.loss
     kind = c.kind
-    is_own = isinstance(extensions.select("loss.kind", kind, KINDS), extensions.Extension)
+    selected = extensions.select("loss.kind", kind, KINDS)
+    is_own = isinstance(selected, extensions.Extension)
+    if is_own:
+        _own(selected)
     check_chunk(config.train.loss_chunk, config.train.seq_len)
     for name in ("z_loss", "label_smoothing"):
         if getattr(c, name) and (is_own or kind in ("entmax", "dpo")):

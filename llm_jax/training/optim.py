@@ -145,7 +145,17 @@ def make(
 def _rule(kind: str) -> Rule:
     """The rule of `optim.kind`. That of the user's own transforms its learning rates with the width as Adam does."""
     rule = extensions.select("optim.kind", kind, OPTIMIZERS)
-    return Rule(rule.bind(rule.target), 1, 0) if isinstance(rule, extensions.Extension) else rule
+    if not isinstance(rule, extensions.Extension):
+        return rule
+    make = rule.bind(rule.target)
+
+    def own(config: OptimConfig) -> optax.GradientTransformation:
+        transformation = rule.call(make, config)
+        if not (hasattr(transformation, "init") and hasattr(transformation, "update")):
+            raise rule.error(f"it returns {type(transformation).__name__}; expected an optax transformation")
+        return transformation
+
+    return Rule(own, 1, 0)
 
 
 def shardings(state: Any, params: Any, placed: Any, copies: NamedSharding) -> Any:

@@ -32,7 +32,7 @@ from llm_jax.model.transformer import Transformer
 from llm_jax.parallel import mesh as mesh_lib
 from llm_jax.schema import Config
 from llm_jax.tokenizers import Tokenizer
-from llm_jax.training import bad_steps, losses, optim, trackers, trainable
+from llm_jax.training import bad_steps, checks, losses, optim, trainable
 from llm_jax.training import step as step_lib
 from llm_jax.training.step import TrainState
 
@@ -236,9 +236,7 @@ def setup(
     config = dataclasses.replace(config, model=sized)
 
     # ---------------------------------------------------------------- mesh and model
-    losses.check(config)
-    trackers.check(config.report.to)
-    bad_steps.check(config.train)
+    checks.check_training(config)
     mesh = mesh_lib.make(config.mesh)
     batch_sharding = mesh_lib.batch_sharding(mesh, c.batch_size)
     together = losses.rows_together(config.loss)

@@ -145,6 +145,51 @@ def test_what_cannot_be_read_is_said_in_one_line_and_leaves_nothing(tmp_path, na
     assert "\n" not in str(error.value) and not (tmp_path / "cache").exists()
 
 
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("empty", r"data.source=empty: there is no text in it \(no file, or hidden ones\)"),
+        ("hidden", r"there is no text in it \(no file, or hidden ones\)"),
+        ("blank", r"data.source=blank: there is no text in it \(2 files without text\)"),
+        ("/", "data.source=/: this is the whole file system; expected a directory with text"),
+        ("closed", "closed: cannot be read .Permission denied.; data.source=closed names all files below"),
+        ("pictures", "pictures/a.png: not UTF-8 text at byte 0; convert it or leave it out .a glob such as"),
+        ("tables", "the field 'text' is not in it; it has word, n. Name the field|the column 'text' is not in it"),
+    ],
+)
+def test_directories_without_readable_text(tmp_path, monkeypatch, source, message):
+    monkeypatch.chdir(tmp_path)
+    files = {"hidden/.a.txt": b"text", "blank/a.txt": b"", "blank/b.jsonl": b"\n", "pictures/a.png": b"\x89PNG"}
+    files |= {
+        "closed/a.txt": b"text",
+        "empty": None,
+        "tables/a.jsonl": b'{"text": "a"}',
+        "tables/b.csv": b"word,n\na,1",
+    }
+    for name, content in files.items():
+        path = tmp_path / name
+        (path.parent if content is not None else path).mkdir(exist_ok=True)
+        if content is not None:
+            path.write_bytes(content)
+
+    def closed(path, onerror):
+        onerror(PermissionError(13, "Permission denied", "closed"))
+
+    if source == "closed":  # root, which tests may run as, can read everything
+        monkeypatch.setattr("os.walk", closed)
+    with pytest.raises(UserError, match=message) as error:
+        Source(config(source, tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_a_directory_of_several_formats_is_read_by_the_suffix_of_each_file(tmp_path):
+    (tmp_path / "mixed" / ".cache").mkdir(parents=True)
+    contents = {"a.jsonl": '{"text": "one"}', "b.txt": "two", "c.csv": "text,label\nthree,1", ".cache/d.txt": "hidden"}
+    for name, content in contents.items():
+        (tmp_path / "mixed" / name).write_text(content)
+    assert sorted(texts(tmp_path / "mixed", tmp_path)) == ["one", "three", "two"]
+
+
 def test_a_column_that_is_not_there_or_holds_no_text_is_named(tmp_path):
     parquet(tmp_path / "a.parquet")
     with pytest.raises(UserError, match="the column 'words' is not in it; it has id, text. Name the field"):

@@ -6,13 +6,15 @@ import pytest
 
 from llm_jax import configuration, intervals
 from llm_jax.errors import UserError
-from llm_jax.research import comparison, runs
+from llm_jax.research import comparison, page, runs
 from tests.conftest import call
 
 
-def write_run(path, bits=2.0, steps=4, done=True, sample="", **overrides):
+def write_run(path, bits=2.0, steps=4, done=True, sample="", corpus="", **overrides):
     """A run directory with made-up figures, whose held-out loss falls to `bits` and rises a little at the end."""
-    options = {key.replace("__", "."): value for key, value in overrides.items()} | {"train.steps": steps}
+    options = {key.replace("__", "."): value for key, value in overrides.items() if key != "of"} | {
+        "train.steps": steps
+    }
     path.mkdir(parents=True)
     config = configuration.load("default", options)
     (path / "config.json").write_text(json.dumps(configuration.as_dict(config)))
@@ -21,6 +23,7 @@ def write_run(path, bits=2.0, steps=4, done=True, sample="", **overrides):
     if done:
         lines[-1] |= {"validation_loss": 2 * bits, "validation_bits_per_byte": bits}
         summary = {"validation_loss": 2 * bits, "validation_bits_per_byte": bits, "steps": steps, "parameters": 1000}
+        summary |= {"corpus": {"sha256": corpus}} if corpus else {}
         summary |= {"tokens_per_second": 123.0, "peak_host_bytes": 512 * 2**20, "seconds": 90.0}
         (path / "summary.json").write_text(json.dumps(summary))
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -91,6 +94,53 @@ def test_unfinished_runs_are_in_no_interval_and_no_difference(tmp_path):
     with (tmp_path / "b0" / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 5, "loss": 1.0}) + "\n")
     assert not runs.read(tmp_path / "b0").is_finished and runs.read(tmp_path / "b0").step == 5
+
+
+TEXTS = [
+    ({}, {"data__source": "b"}, "other text"),  # the hashes are not recorded
+    ({"corpus": "x"}, {"corpus": "y"}, "other text"),  # the file was changed in between
+    ({"corpus": "x"}, {"corpus": "x", "data__source": "copy"}, ""),
+    ({"corpus": "x"}, {"corpus": "x", "data__validation_fraction": 0.1}, "other text"),
+    ({"corpus": "x", "eval__final_rows": 2}, {"corpus": "x", "eval__final_rows": 2, "train__seq_len": 9}, "other text"),
+    ({"corpus": "x"}, {"corpus": "x", "train__seq_len": 9}, ""),
+    ({"corpus": "x"}, {"corpus": "x", "tokenizer__kind": "byte"}, ""),  # bits per byte can be compared
+    ({"corpus": "x"}, {"corpus": "x", "tokenizer__kind": "byte", "of": "validation_loss"}, "other tokenizer"),
+]
+
+
+@pytest.mark.parametrize(("first", "second", "reason"), TEXTS)
+def test_figures_of_other_texts_or_tokens_have_no_difference(first, second, reason, tmp_path):
+    figure = second.get("of", runs.BITS)
+    for seed in range(2):
+        write_run(tmp_path / f"a{seed}", 2.0, train__seed=seed, **first)
+        write_run(tmp_path / f"b{seed}", 2.5, train__seed=seed, optim__lr=1e-4, **{**second, "of": 0})
+    loaded = runs.load([tmp_path])
+    groups = runs.group(loaded)
+    assert [len(group.runs) for group in groups] == [2, 2]
+    assert runs.not_comparable(groups[1], groups[0], figure) == reason
+    assert (runs.difference(groups[1], groups[0], figure) is None) == bool(reason)
+    if figure == runs.BITS:
+        row = next(line for line in comparison.text(loaded).splitlines() if line.startswith("(2) "))
+        assert ("+0.5000 [+0.5000" in row) != (reason in row and bool(reason))
+        assert ("note: figures of different held-out texts" in comparison.text(loaded)) == bool(reason)
+        assert [group["scale"] for group in page.data(loaded)["groups"]] == [0, 1 if reason else 0]
+
+
+def test_runs_of_one_configuration_on_other_texts_are_in_groups_of_their_own(tmp_path):
+    """An unfinished run records no hash; it is with the others of its configuration."""
+    for seed, corpus in enumerate(("x", "x", "y", "")):
+        write_run(tmp_path / f"run{seed}", train__seed=seed, corpus=corpus, done=bool(corpus))
+    groups = runs.group(runs.load([tmp_path]))
+    assert [[run.seed for run in group.runs] for group in groups] == [[0, 1, 3], [2]]
+
+
+def test_one_run_is_not_runs_and_long_names_are_cut(tmp_path):
+    write_run(tmp_path / "a", data__source="directory/" * 20 + "end.txt")
+    assert comparison.text(runs.load([tmp_path])).startswith("1 run in 1 group; ")
+    write_run(tmp_path / "b", data__source="directory/" * 20 + "other.txt")
+    text = comparison.text(runs.load([tmp_path]))
+    assert text.startswith("2 runs in 2 groups; ") and max(map(len, text.splitlines())) < 260
+    assert "ry/directory/end.txt" in text and "...y/directory/other.txt" in text
 
 
 def test_options_that_change_the_figure_distinguish_groups(tmp_path):

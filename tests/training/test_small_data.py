@@ -6,7 +6,7 @@ import json
 import pytest
 
 import llm_jax
-from llm_jax import bars
+from llm_jax import bars, configuration
 from llm_jax.data.kinds import open_source
 from llm_jax.errors import UserError
 from llm_jax.training import inputs, trainer
@@ -44,7 +44,7 @@ def config_of(tmp_path):
         options = {"data.source": str(tmp_path / file), "data.cache_dir": str(tmp_path / "cache"), "data.kind": kind}
         options |= {"data.labelled.test_size": 0.0, "data.labelled.validation_size": 0.0, "train.seq_len": 100}
         options |= {"train.steps": 2, "optim.warmup_steps": 0, "eval.every": 1}
-        return llm_jax.config(
+        return configuration.load(
             ROOT / "tests" / "tiny.py", options | {k.replace("__", "."): v for k, v in changes.items()}
         )
 
@@ -95,6 +95,31 @@ def test_one_document_cannot_be_divided(config_of, tmp_path):
         inputs.load(config_of("text", data__source=str(tmp_path / "folder")))
     with pytest.raises(UserError, match="'data.validation_fraction' is 1.0; expected 0 or a number below 1"):
         inputs.load(config_of("text", data__validation_fraction=1.0))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("name", ["text", "instructions", "preferences"])
+def test_a_source_of_a_mixture_whose_documents_are_all_held_out_is_named(name, weighted, config_of, tmp_path):
+    """Without weights the other source is trained on alone."""
+    config = config_of(name, data__validation_fraction=0.5)
+    (tmp_path / "one").mkdir()
+    line = {"text": '{"text": "a b"}', "instructions": records({"prompt": "a", "answer": "b"})}
+    line |= {"preferences": records({"prompt": "a", "chosen": "b", "rejected": "c"})}
+    (tmp_path / "one" / "one.jsonl").write_text(line[name])
+    weights = ("@0.7", "@0.3") if weighted else ("", "")
+    sources = (tmp_path / FILES[name][0], tmp_path / "one")
+    messages = []
+    for fraction in (0.02, 0.5, 0.97):  # the order of the hashes decides which documents are held out
+        source = ",".join(f"{path}{weight}" for path, weight in zip(sources, weights, strict=True))
+        changes = {"data.source": source, "data.validation_fraction": fraction, "train.seq_len": 8}
+        try:
+            rows = inputs.load(configuration.replace(config, changes)).train
+            assert all(rows[i]["mask"].any() for i in range(4))
+        except UserError as error:
+            messages.append(str(error))
+    unit = {"text": "documents", "instructions": "examples", "preferences": "pairs"}[name]
+    expected = f"data.source: {sources[1]}: all of its {unit} are held out; add {unit}, or set "
+    assert (expected + "data.validation_fraction=0" in messages) == weighted, messages
 
 
 def test_headers_of_compressed_formats_do_not_count(tmp_path):

@@ -1,0 +1,66 @@
+"""Checks of options that depend on each other, without devices, data or checkpoints."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llm_jax import configuration
+from llm_jax.model import attention_kernels, transformer
+from llm_jax.model.transformer import Transformer
+from llm_jax.schema import Config, choice
+from llm_jax.training import bad_steps, losses, optim, step, trackers, trainable
+
+
+def config(
+    source: str | os.PathLike[str] | Mapping[str, Any] | Config = "default",
+    overrides: Mapping[str, Any] | None = None,
+    cls: Any = Config,
+) -> Any:
+    """`configuration.load`, with the checks of options that depend on each other, as on the command line.
+
+    Raises:
+      UserError: see `configuration.load` and `check`.
+    """
+    loaded = configuration.load(source, overrides, cls)
+    if isinstance(loaded, Config):
+        check(loaded)
+    return loaded
+
+
+def check(config: Config) -> None:
+    """Checks a configuration from shapes alone. With `init_from`, the model is not checked: the checkpoint decides it.
+
+    Raises:
+      UserError: options that contradict each other; names them.
+    """
+    check_training(config)
+    if config.init_from:
+        return
+    transformer.check_length(config.model, config.train.seq_len)
+    choice("model.attention_kernel", config.model.attention_kernel, attention_kernels.IMPLEMENTATIONS)
+    # Neither the layout nor the kernel changes a weight; the choice of a kernel would initialize the devices.
+    vocab_size = config.model.vocab_size or config.tokenizer.vocab_size or 512
+    plain = dataclasses.replace(config.model, vocab_size=vocab_size, scan_layers=True, attention_kernel="plain")
+    model = Transformer(plain)
+    method = trainable.method(config)
+
+    def params(tokens: jax.Array) -> Any:
+        base = model.init(jax.random.key(0), tokens)["params"]
+        return base, method.init(base, jax.random.key(0))[0]
+
+    method.optimizer(*jax.eval_shape(params, jax.ShapeDtypeStruct((1, 1), jnp.int32)))
+
+
+def check_training(config: Config) -> None:
+    """Checks the options of training. Raises UserError, see `check`."""
+    c = config.train
+    losses.check(config)
+    trackers.check(config.report.to)
+    bad_steps.check(c)
+    step.check_accumulation(c.batch_size, c.grad_accumulation, 1, losses.rows_together(config.loss))
+    optim.schedule(config.optim, c.steps)
+    trainable.method(config)
