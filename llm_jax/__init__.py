@@ -3,11 +3,13 @@
 config = llm_jax.config("default", {"model.position.kind": "alibi"})
 summary = llm_jax.train(config, "runs/alibi")
 model, params, tokenizer = llm_jax.load("runs/alibi")
+llm_jax.show.attention(model, params, tokenizer, "a text")  # a picture
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llm_jax import show as show
     from llm_jax.checkpoints import load as load
     from llm_jax.checkpoints import open as open
     from llm_jax.checkpoints import save as save
@@ -15,14 +17,16 @@ if TYPE_CHECKING:
     from llm_jax.training.trainer import train as train
 
 __version__ = "0.1.0"
-__all__ = ["config", "load", "open", "save", "train"]
+__all__ = ["config", "load", "open", "save", "show", "train"]
 
-# name: (module, attribute). Imported on first use, so that `import llm_jax` does not import JAX.
+# name: (module, attribute), or (module, "") for the module itself. Imported on first use, so that `import llm_jax` does
+# not import JAX.
 _PUBLIC = {
     "config": ("llm_jax.training.checks", "config"),
     "load": ("llm_jax.checkpoints", "load"),
     "open": ("llm_jax.checkpoints", "open"),
     "save": ("llm_jax.checkpoints", "save"),
+    "show": ("llm_jax.show", ""),
     "train": ("llm_jax.training.trainer", "train"),
 }
 
@@ -32,7 +36,8 @@ def __getattr__(name: str) -> Any:
 
     if name in _PUBLIC:
         module, attribute = _PUBLIC[name]
-        return getattr(importlib.import_module(module), attribute)
+        imported = importlib.import_module(module)
+        return getattr(imported, attribute) if attribute else imported
     raise AttributeError(f"module 'llm_jax' has no attribute '{name}'")
 
 

@@ -18,7 +18,7 @@ COMMANDS = {
     "sweep": "train every point of a grid of overrides",
     "compare": "options, figures and paired differences of runs, in the terminal",
     "report": "a page about runs: tables, curves, parallel coordinates, samples",
-    "show": "rows as the model sees them; text split into tokens",
+    "show": "pictures of a model: tokens, rows, attention, positions, embeddings, quantization, updates, probabilities",
     "train_tokenizer": "train a tokenizer of any kind",
     "train_embeddings": "train word vectors by word2vec or GloVe",
     "probe_embeddings": "neighbours, analogies, human ratings and a map of word vectors",

@@ -1,13 +1,85 @@
-"""Shows rows of training data and tokens of text: `python -m llm_jax.show rows|tokens [--FLAG=VALUE ...]`."""
+"""Pictures of models and data: `python -m llm_jax.show NAME [--FLAG=VALUE ...]`.
+
+In a terminal they are text, with blocks and colours; --html=FILE and --png=FILE write files. In a notebook, functions
+of the same names return results that display themselves:
+
+    model, params, tokenizer = llm_jax.load("asset:smollm2-135m-instruct")
+    llm_jax.show.attention(model, params, tokenizer, "The cat sat on the mat.")
+"""
 
 import os
+import pathlib
 import shutil
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llm_jax import cli, tokenizers
+from llm_jax.cli import decoding_flags, status
 from llm_jax.errors import UserError
 from llm_jax.schema import Config
+
+if TYPE_CHECKING:
+    from llm_jax.pictures.attention_maps import attention as attention
+    from llm_jax.pictures.neighbourhoods import embeddings as embeddings
+    from llm_jax.pictures.panels import Drawable
+    from llm_jax.pictures.position_curves import positions as positions
+    from llm_jax.pictures.quantization_errors import quantization as quantization
+    from llm_jax.pictures.sampling_steps import probabilities as probabilities
+    from llm_jax.pictures.surprisals import surprisal as surprisal
+    from llm_jax.pictures.weight_tables import parameters as parameters
+    from llm_jax.pictures.weight_updates import adapters as adapters
+    from llm_jax.pictures.weight_updates import difference as difference
+
+# The functions for notebooks: name: module of `llm_jax.pictures`. Imported on first use, as the commands do.
+_FUNCTIONS = {
+    "adapters": "weight_updates",
+    "attention": "attention_maps",
+    "difference": "weight_updates",
+    "embeddings": "neighbourhoods",
+    "parameters": "weight_tables",
+    "positions": "position_curves",
+    "probabilities": "sampling_steps",
+    "quantization": "quantization_errors",
+    "surprisal": "surprisals",
+}
+
+
+def __getattr__(name: str) -> Any:
+    import importlib
+
+    if name in _FUNCTIONS:
+        return getattr(importlib.import_module(f"llm_jax.pictures.{_FUNCTIONS[name]}"), name)
+    raise AttributeError(f"module 'llm_jax.show' has no attribute '{name}'")
+
+
+# ---------------------------------------------------------------- flags
+
+
+def _picture_flags(checkpoint: str = "required") -> cli.Flags:
+    """The flags of every picture: where it goes, and the checkpoint that it is of.
+
+    Args:
+      checkpoint: "required", "optional", or "" for no such flag.
+    """
+    flags = cli.Flags()
+    if checkpoint:
+        flags.string(
+            "checkpoint",
+            None if checkpoint == "required" else "",
+            "checkpoint: a run, a Hugging Face directory, a .gguf file, a peft directory, asset:NAME or hf:ORG/NAME",
+            required=checkpoint == "required",
+        )
+        flags.string("base", "", "with adapters: checkpoint of their base; default: the one that they name")
+        kinds = ["float32", "bfloat16", "float16"]
+        flags.enum("dtype", "float32", kinds, "dtype of checkpoints that llm_jax did not train")
+        flags.boolean(
+            "as_stored", False, "keep the quantized tensors of a .gguf file quantized instead of expanding them"
+        )
+    flags.string("html", "", "page to write, a file name that ends in .html")
+    flags.string("png", "", "image to write, a file name that ends in .png")
+    flags.boolean("color", None, "print colours; by default on a terminal, unless NO_COLOR is set")
+    return flags
+
 
 ROWS = cli.Flags()
 ROWS.integer("rows", 2, "number of rows to show")
@@ -24,6 +96,43 @@ TOKENS.multi_string(
 TOKENS.string("text", "", "text to split; by default standard input")
 TOKENS.boolean("ids", False, "also print a table of ids, byte spans and pieces")
 TOKENS.boolean("color", None, "print colours; by default on a terminal, unless NO_COLOR is set")
+
+ATTENTION = _picture_flags()
+ATTENTION.string("text", "", "text; by default standard input")
+ATTENTION.multi_integer("layer", [], "layer, from 0; may be repeated; default: all")
+ATTENTION.multi_integer("head", [], "head, from 0; may be repeated; default: all")
+
+POSITIONS = _picture_flags("optional")
+POSITIONS.integer("distance", 256, "largest distance")
+
+EMBEDDINGS = _picture_flags()
+EMBEDDINGS.string("word", None, "word whose neighbours are searched", required=True)
+EMBEDDINGS.multi_string(
+    "text", [], "text whose words are the neighbours, by layer; may be repeated; default: the embedding table's tokens"
+)
+EMBEDDINGS.integer("count", 8, "number of neighbours")
+
+QUANTIZATION = _picture_flags()
+QUANTIZATION.comma_separated("schemes", ["int8", "int4", "nf4"], "number formats to compare, e.g. int8,int4:64,nf4")
+QUANTIZATION.boolean("head", False, "also quantize the embeddings and the output head")
+
+LORA = _picture_flags()
+LORA.string(
+    "before", "", "checkpoint that is compared with; default: the base of the adapters, or init_from of the run"
+)
+LORA.integer("count", 32, "number of singular values of each weight, where two checkpoints are compared")
+
+SURPRISAL = _picture_flags()
+SURPRISAL.string("text", "", "text; by default standard input")
+SURPRISAL.boolean("eos", False, "count the end of the text as a token")
+
+PROBABILITIES = _picture_flags()
+PROBABILITIES.string("prompt", None, "text to continue", required=True)
+PROBABILITIES.integer("candidates", 8, "number of most likely tokens that each step lists")
+_SEARCH = ("n", "alternatives", "beams", "length_penalty", "early_stop", "beam_groups", "diversity", "contrastive")
+decoding_flags.define(PROBABILITIES, leave_out=(*_SEARCH, "draft", "draft_tokens", "stop"), max_new_tokens=8)
+
+PARAMETERS = _picture_flags()
 
 _COUNTED, _NOT_COUNTED = ("\033[32m", "\033[36m"), "\033[90m"  # green and cyan alternate; grey
 
@@ -81,9 +190,8 @@ def show_tokens(f: cli.Flags) -> None:
     from llm_jax.tokenizers import token_text
     from llm_jax.tokenizers.byte import utf8
 
-    text = f.text or sys.stdin.read()
+    text, colour = _text(f.text), _colored(f)
     utf8(text)
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ if f.color is None else f.color
     byte = tokenizers.get("byte").train([], 0)
     loaded = [(name, byte if name == "byte" else checkpoints.load_tokenizer(name)) for name in f.tokenizer]
     width = max(30, shutil.get_terminal_size().columns // len(loaded) - 3)
@@ -99,9 +207,158 @@ def show_tokens(f: cli.Flags) -> None:
         print(token_text.side_by_side(columns, width))
 
 
+def show_attention(f: cli.Flags) -> None:
+    """Which tokens each token attends to: `python -m llm_jax.show attention --checkpoint=X --text="some text"`.
+
+    Without --layer and --head: first a table of all heads, with the mean probabilities of the first token, the previous
+    token and the token itself, and the entropy; then the map of every head.
+    """
+    text, (model, params, tokenizer) = _text(f.text), _loaded(f)
+    from llm_jax.pictures.attention_maps import attention
+
+    _print(f, attention(model, params, tokenizer, text, f.layer, f.head))
+
+
+def show_positions(f: cli.Flags) -> None:
+    """Position schemes by distance: `python -m llm_jax.show positions --config.model.position.kind=alibi`.
+
+    With --checkpoint, of that model; otherwise of a configuration. Shown are the bias of the scores (alibi, t5), the
+    decay of rotary embeddings and its upper bound (rope), the similarity of position vectors (sinusoidal, learned) and
+    the norms of the vectors of relative positions (shaw).
+    """
+    if f.checkpoint and f.config.explicit:
+        raise UserError(f"--config.{min(f.config.explicit)} has no effect where --checkpoint is given")
+    from llm_jax.pictures.position_curves import positions
+
+    if f.checkpoint:
+        model, params, _ = _loaded(f)
+        _print(f, positions(model.config, params, f.distance))
+    else:
+        _print(f, positions(f.config.model, None, f.distance))
+
+
+def show_embeddings(f: cli.Flags) -> None:
+    """The neighbours of a word: `python -m llm_jax.show embeddings --checkpoint=X --word=bank [--text="..." ...]`.
+
+    Without --text, the tokens whose rows of the embedding table are nearest by cosine similarity. With --text, the
+    nearest words of the texts at every layer, to the first occurrence of the word in them: its meaning in its context.
+    """
+    model, params, tokenizer = _loaded(f)
+    from llm_jax.pictures.neighbourhoods import embeddings
+
+    _print(f, embeddings(model, params, tokenizer, f.word, f.text, f.count))
+
+
+def show_quantization(f: cli.Flags) -> None:
+    """The errors of number formats: `python -m llm_jax.show quantization --checkpoint=X --schemes=int4,nf4`.
+
+    The weights are rounded with absmax scales; `python -m llm_jax.quantize` has better methods.
+    """
+    _, params, _ = _loaded(f)
+    from llm_jax.pictures.quantization_errors import quantization
+
+    _print(f, quantization(params, f.schemes, f.head))
+
+
+def show_lora(f: cli.Flags) -> None:
+    """The singular values of updates: `python -m llm_jax.show lora --checkpoint=ADAPTERS`.
+
+    Of adapters (a run with lora.rank, or a peft directory), or of the difference to --before=CHECKPOINT, by default the
+    init_from of a run that trained all weights.
+    """
+    from llm_jax import checkpoints
+    from llm_jax.pictures import weight_updates
+
+    checkpoint = checkpoints.open(f.checkpoint, f.base)
+    status.show(f"loading {f.checkpoint}")
+    if isinstance(checkpoint, checkpoints.Adapters | checkpoints.Peft) and not f.before:
+        base, adapters = checkpoint.separate()
+        status.show("")
+        _print(f, weight_updates.adapters(base.params, adapters))
+        return
+    before = f.before or (checkpoint.run_config.init_from if checkpoint.run_config else "")
+    if not before:
+        raise UserError(f"{f.checkpoint} has no adapters; give --before=CHECKPOINT to compare it with")
+    old, new = (c.load(dtype=f.dtype, as_stored=f.as_stored).params for c in (checkpoints.open(before), checkpoint))
+    status.show("")
+    _print(f, weight_updates.difference(old, new, f.count))
+
+
+def show_surprisal(f: cli.Flags) -> None:
+    """How surprising each token is: `python -m llm_jax.show surprisal --checkpoint=X --text="some text"`.
+
+    The surprise is -log2 of the probability that the model gives to the token after those before it, in bits.
+    """
+    text, (model, params, tokenizer) = _text(f.text), _loaded(f)
+    from llm_jax.pictures.surprisals import surprisal
+
+    _print(f, surprisal(model, params, tokenizer, text, f.eos))
+
+
+def show_probabilities(f: cli.Flags) -> None:
+    """What a sampler leaves: `python -m llm_jax.show probabilities --checkpoint=X --prompt="some text" --top_k=40`.
+
+    For every token of the continuation: the candidates, their probabilities under the model and after each filter
+    (temperature, top-k, top-p, ...), and the token that was drawn.
+    """
+    options = decoding_flags.read(f)
+    if f.candidates < 1:
+        raise UserError(f"--candidates={f.candidates}; expected at least 1")
+    model, params, tokenizer = _loaded(f)
+    from llm_jax.pictures.sampling_steps import probabilities
+
+    _print(f, probabilities(model, params, tokenizer, f.prompt, options, f.candidates))
+
+
+def show_parameters(f: cli.Flags) -> None:
+    """The weights of a model: `python -m llm_jax.show parameters --checkpoint=X`: kinds, shapes, dtypes, bytes."""
+    from llm_jax.pictures.weight_tables import parameters
+
+    _print(f, parameters(_loaded(f).params))
+
+
+def _text(text: str) -> str:
+    return text or sys.stdin.read()
+
+
+def _loaded(f: cli.Flags) -> Any:
+    """The model, its parameters, stacked for a scan where that is possible, and the tokenizer."""
+    from llm_jax import checkpoints
+
+    status.show(f"loading {f.checkpoint}")
+    loaded = checkpoints.open(f.checkpoint, f.base).load(scan_layers=True, dtype=f.dtype, as_stored=f.as_stored)
+    status.show("")
+    return loaded
+
+
+def _colored(f: cli.Flags) -> bool:
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ if f.color is None else f.color
+
+
+def _print(f: cli.Flags, result: "Drawable") -> None:
+    """Writes the files that the flags name, or prints the result."""
+    for name in ("html", "png"):
+        path = f[name].value
+        if path and pathlib.Path(path).suffix != f".{name}":
+            raise UserError(f"--{name}={path}; expected a name that ends in .{name}")
+    written = [path for path in (f.html, f.png) if path]
+    for path in written:
+        result.save(path)
+    print("\n".join(f"wrote {path}" for path in written) or result.text(_colored(f)))
+
+
+_NEEDS: cli.Needs = ((("base", "dtype", "as_stored"), "--checkpoint is not given", lambda f: f.checkpoint),)
 SUBCOMMANDS = {
     "rows": cli.Command("show rows", show_rows, ROWS, config=Config),
     "tokens": cli.Command("show tokens", show_tokens, TOKENS),
+    "attention": cli.Command("show attention", show_attention, ATTENTION, compiles=True),
+    "positions": cli.Command("show positions", show_positions, POSITIONS, needs=_NEEDS, config=Config, compiles=True),
+    "embeddings": cli.Command("show embeddings", show_embeddings, EMBEDDINGS, compiles=True),
+    "quantization": cli.Command("show quantization", show_quantization, QUANTIZATION, compiles=True),
+    "lora": cli.Command("show lora", show_lora, LORA, compiles=True),
+    "surprisal": cli.Command("show surprisal", show_surprisal, SURPRISAL, compiles=True),
+    "probabilities": cli.Command("show probabilities", show_probabilities, PROBABILITIES, compiles=True),
+    "parameters": cli.Command("show parameters", show_parameters, PARAMETERS, compiles=True),
 }
 COMMAND = SUBCOMMANDS
 

@@ -13,6 +13,7 @@ from llm_jax.decoding.options import DecodingOptions
 from llm_jax.decoding.samplers import History
 from llm_jax.errors import UserError
 from llm_jax.model.transformer import Transformer
+from llm_jax.tokenizers import token_text
 from llm_jax.tokenizers.base import Tokenizer
 
 
@@ -40,6 +41,7 @@ class ExplainedStep:
       candidates: the most likely ids under the model, the chosen one included.
       model: their probabilities under the model itself.
       final: their probabilities in the distribution that was drawn from; 0 for removed tokens.
+      stages: their probabilities under the model, then after each filter in turn: filters + 1 lists.
       removed_by: for each candidate, the filter that removed it, or "".
       effects: what each filter removed of all tokens.
     """
@@ -48,6 +50,7 @@ class ExplainedStep:
     candidates: list[int]
     model: list[float]
     final: list[float]
+    stages: list[list[float]]
     removed_by: list[str]
     effects: list[FilterEffect]
 
@@ -109,7 +112,8 @@ def _step(logits: np.ndarray, names: list[str], chosen: int, greedy: bool, candi
     best = best if chosen in best else [*best[:-1], chosen]
     removed_by = [next((name for name, mask in zip(names, newly, strict=True) if mask[i]), "") for i in best]
     final = probabilities[-1] if not greedy else (np.arange(len(logits[0])) == chosen).astype(float)
-    return ExplainedStep(chosen, best, probabilities[0][best].tolist(), final[best].tolist(), removed_by, effects)
+    stages = probabilities[:, best].tolist()
+    return ExplainedStep(chosen, best, stages[0], final[best].tolist(), stages, removed_by, effects)
 
 
 def table(tokenizer: Tokenizer, number: int, step: ExplainedStep) -> str:
@@ -127,5 +131,4 @@ def table(tokenizer: Tokenizer, number: int, step: ExplainedStep) -> str:
 
 
 def _shown(tokenizer: Tokenizer, index: int) -> str:
-    text = tokenizer.decode([index])
-    return repr(text if text and "�" not in text else tokenizer.piece(index))
+    return repr(token_text.label(tokenizer, index))

@@ -33,6 +33,12 @@ def table(text: str, tokenizer: Tokenizer) -> list[str]:
     return [f"{i:>7} {begin:>5}-{end:<5} {_shown(tokenizer.piece(i).encode())}" for i, (begin, end) in both]
 
 
+def label(tokenizer: Tokenizer, index: int) -> str:
+    """The text of a token, or its piece if it has no text of its own (a special token, a part of a character)."""
+    text = tokenizer.decode([index])
+    return text if text and "�" not in text else tokenizer.piece(index)
+
+
 def side_by_side(columns: Sequence[Sequence[str]], width: int) -> str:
     rows = range(max(map(len, columns)))
     lines = ([c[r] if r < len(c) else "" for c in columns] for r in rows)

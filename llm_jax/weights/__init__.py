@@ -13,6 +13,7 @@ from llm_jax.weights.nodes import (
     is_dense,
     kind,
     partition,
+    summary,
     take,
 )
 from llm_jax.weights.quantized import IN, OUT, FakeQuant, QTensor, bits_per_weight, is_quantized, num_bytes, to_qtensor
@@ -40,6 +41,7 @@ __all__ = [
     "num_bytes",
     "partition",
     "repeat_rows",
+    "summary",
     "take",
     "to_qtensor",
 ]

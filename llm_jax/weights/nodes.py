@@ -21,6 +21,7 @@ To add a kind, subclass `Node`, implement its abstract methods, and call kernels
 """
 
 import abc
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -48,6 +49,22 @@ class Node(abc.ABC):
 
     def __init_subclass__(cls) -> None:
         NODES[cls.__name__] = cls
+        if "__repr__" not in vars(cls):  # that of a dataclass would print the numbers of every array
+            setattr(cls, "__repr__", Node.__repr__)  # noqa: B010
+
+    def __repr__(self) -> str:
+        return summary(self)
+
+    def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
+        """How the library treescope displays the weight in a notebook: its fields, with its shape and size beside."""
+        from treescope import rendering_parts, repr_lib
+
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        tree = repr_lib.render_object_constructor(type(self), fields, path, subtree_renderer)
+        note = rendering_parts.comment_color(
+            rendering_parts.text(f"  # {tuple(self.shape)}, {_num_bytes(self):,} bytes")
+        )
+        return rendering_parts.siblings_with_annotations(tree, extra_annotations=[note])
 
     @property
     @abc.abstractmethod
@@ -150,6 +167,23 @@ def is_dense(w: Weight) -> bool:
 def kind(w: Weight) -> str:
     """The name of `w`'s kind for messages: "array", or the class of a node, such as "QTensor"."""
     return type(w).__name__ if isinstance(w, Node) else "array"
+
+
+def summary(w: Any) -> str:
+    """A weight in one line, without its numbers: "float32[64, 32]", "QTensor(codes=int8[64, 32], ...)"."""
+    if isinstance(w, Node):
+        fields = [(f, getattr(w, f.name)) for f in dataclasses.fields(w)]  # type: ignore[arg-type]
+        parts = (
+            f"{f.name}={v!r}" if f.metadata.get("static") else f"{f.name}={summary(v)}"
+            for f, v in fields
+            if v is not None
+        )
+        return f"{type(w).__name__}({', '.join(parts)})"
+    return f"{w.dtype}{list(w.shape)}" if hasattr(w, "dtype") and hasattr(w, "shape") else repr(w)
+
+
+def _num_bytes(w: Weight) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(w))
 
 
 def cast(w: Weight, dtype: Any) -> Weight:

@@ -113,7 +113,12 @@ DRIVER = """<!doctype html><body>
 <pre id="result"></pre><script>
 document.getElementById("frame").addEventListener("load", (event) => {
   const frame = event.target.contentWindow, page = frame.document, report = {};
-  const all = (selector) => [...page.querySelectorAll(selector)];
+%(use)s  report.problems = frame.problems;
+  document.getElementById("result").textContent = JSON.stringify(report);
+});
+</script></body>"""
+# What the driver page does with the report.
+USE = """  const all = (selector) => [...page.querySelectorAll(selector)];
   const column = (n) => all(`#groups tbody tr td:nth-child(${n})`).map((cell) => cell.textContent);
   const change = (id, value, kind) => {
     page.getElementById(id).value = value;
@@ -153,20 +158,17 @@ document.getElementById("frame").addEventListener("load", (event) => {
   report.font = Math.min(...texts.map((text) => parseFloat(frame.getComputedStyle(text).fontSize)));
   report.labels = Math.min(...all("svg text").map((text) => 12 * text.getScreenCTM().a));
   report.colors = [frame.getComputedStyle(page.body).backgroundColor, frame.getComputedStyle(page.body).color];
-  report.problems = frame.problems;
-  document.getElementById("result").textContent = JSON.stringify(report);
-});
-</script></body>"""
+"""
 
 
-def drive(text, tmp_path, width, dark):
-    """What the driver page reports after it has used the report in a frame of this width."""
+def drive(text, tmp_path, width, dark, use=USE):
+    """What the driver page reports after it has used a page in a frame of this width."""
     browser = os.environ.get("BROWSER_BINARY") or next(filter(None, map(shutil.which, BROWSERS)), None)
     if not browser:
         pytest.skip("no Chromium: install one, or name it by BROWSER_BINARY")
     watched = text.replace("<head>", f"<head>{WATCH}", 1)
     driver = tmp_path / "driver.html"
-    driver.write_text(DRIVER % {"width": width, "page": html.escape(watched)})
+    driver.write_text(DRIVER % {"width": width, "page": html.escape(watched), "use": use})
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     options += [
         f"--blink-settings=preferredColorScheme={0 if dark else 1}",

@@ -1,0 +1,175 @@
+"""What pictures consist of: panels with figures and labels, and the base class of results that show themselves."""
+
+import abc
+import dataclasses
+import pathlib
+
+import numpy as np
+
+from llm_jax import files
+from llm_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Heatmaps:
+    """Matrices that share their rows, columns and colour scale, such as the heads of a layer.
+
+    Attributes:
+      title: what the matrices are.
+      names: one for each matrix; a single matrix may have the name "".
+      values: float (N, R, C); NaN where there is no value.
+      rows, columns: labels, R and C of them.
+      unit: of the values.
+      low, high: the ends of the colour scale.
+      diverging: whether the colours distinguish the sign, with 0 in the middle of the scale.
+    """
+
+    title: str
+    names: tuple[str, ...]
+    values: np.ndarray
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    unit: str
+    low: float
+    high: float
+    diverging: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Lines:
+    """Curves over a common axis.
+
+    Attributes:
+      x: float (R,).
+      values: float (C, R).
+      labels: C labels.
+    """
+
+    title: str
+    x: np.ndarray
+    values: np.ndarray
+    labels: tuple[str, ...]
+    x_label: str
+    y_label: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Rows of texts and numbers; a number is a float or an int, everything else is text."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str | float, ...], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Passage:
+    """A text whose tokens are coloured by a value.
+
+    Attributes:
+      tokens: the text of each token.
+      values: float (T,); NaN for a token without a value.
+      unit: of the values.
+      high: the value of the strongest colour. Negative values have another colour, which is strongest at -high.
+    """
+
+    title: str
+    tokens: tuple[str, ...]
+    values: np.ndarray
+    unit: str
+    high: float
+
+
+Panel = Heatmaps | Lines | Table | Passage
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A title, panels below each other, and a note that explains how to read them."""
+
+    title: str
+    panels: tuple[Panel, ...]
+    note: str = ""
+
+
+class Drawable(abc.ABC):
+    """A result that shows itself: by `print`, at the end of a notebook's cell, and as a file by `save`."""
+
+    @abc.abstractmethod
+    def picture(self) -> Picture:
+        """The panels of the result."""
+
+    def text(self, color: bool = False) -> str:
+        """For a terminal: with `color`, blocks and colours (escape sequences), else plain numbers."""
+        from llm_jax.pictures import render_text
+
+        return render_text.render(self.picture(), color)
+
+    def html(self) -> str:
+        """A page that needs no other file and no network."""
+        from llm_jax.pictures import render_html
+
+        return render_html.page(self.picture())
+
+    def png(self) -> bytes:
+        """The content of a PNG file."""
+        from llm_jax.pictures import render_png
+
+        return render_png.render(self.picture())
+
+    def save(self, path: str | pathlib.Path) -> None:
+        """Writes a page or an image, by the end of the name.
+
+        Raises:
+          UserError: the name ends neither in .html nor in .png, or the file cannot be written.
+        """
+        path = pathlib.Path(path).expanduser()
+        if path.suffix not in (".html", ".png"):
+            raise UserError(f"{path}: expected a name that ends in .html or .png")
+        files.write(path, self.html() if path.suffix == ".html" else self.png())
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def _repr_html_(self) -> str:
+        from llm_jax.pictures import render_html
+
+        return render_html.fragment(self.picture())
+
+    def _repr_png_(self) -> bytes:
+        return self.png()
+
+
+def number(value: float) -> str:
+    """A number as tables show it: four significant digits; "" for NaN."""
+    if isinstance(value, int):
+        return f"{value:,}"
+    return "" if np.isnan(value) else f"{value:.4g}"
+
+
+def describe(panel: Panel) -> str:
+    """A sentence about a panel, for readers who do not see it."""
+    if isinstance(panel, Heatmaps):
+        peak = np.unravel_index(np.nanargmax(panel.values), panel.values.shape) if _has_values(panel) else None
+        count = f"{len(panel.names)} matrices" if len(panel.names) > 1 else "A matrix"
+        text = f"{count} of {len(panel.rows)} rows and {len(panel.columns)} columns: {panel.title}."
+        if peak is None:
+            return text
+        name = f"{panel.names[peak[0]]}, " if panel.names[peak[0]] else ""
+        place = f"{name}row {panel.rows[peak[1]]}, column {panel.columns[peak[2]]}"
+        return f"{text} The largest value, {number(float(panel.values[peak]))} {panel.unit}, is at {place}."
+    if isinstance(panel, Lines):
+        ends = [f"{label} from {number(float(v[0]))} to {number(float(v[-1]))}" for label, v in _curves(panel)[:8]]
+        span = f"{panel.x_label} from {number(float(panel.x[0]))} to {number(float(panel.x[-1]))}"
+        return f"{len(panel.labels)} curves of {panel.y_label} over {span}: {'; '.join(ends)}."
+    if isinstance(panel, Table):
+        return f"A table of {len(panel.rows)} rows: {panel.title}."
+    return f"A text of {len(panel.tokens)} tokens, coloured by {panel.unit}: {panel.title}."
+
+
+def _has_values(panel: Heatmaps) -> bool:
+    return bool(np.isfinite(panel.values).any())
+
+
+def _curves(panel: Lines) -> list[tuple[str, np.ndarray]]:
+    return list(zip(panel.labels, panel.values, strict=True))

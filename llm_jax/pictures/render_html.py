@@ -1,0 +1,125 @@
+"""Pictures as HTML without scripts, references or a network: a whole page, or a fragment for a notebook or a page.
+
+Colours of text and lines are those of the surrounding page, so that one fragment serves light and dark pages.
+"""
+
+import base64
+import dataclasses
+import html
+import importlib.resources
+import io
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from llm_jax.pictures import colours, render_png
+from llm_jax.pictures.panels import Heatmaps, Lines, Passage, Picture, Table, describe, number
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light dark; }}
+body {{ margin: 0 auto; max-width: 75rem; padding: 0 1rem 3rem; background: #ffffff; color: #1b1f24; }}
+@media (prefers-color-scheme: dark) {{ body {{ background: #0f1216; color: #e6edf3; }} }}
+</style>
+</head>
+<body>
+<main>
+{body}
+</main>
+</body>
+</html>
+"""
+
+
+def page(picture: Picture) -> str:
+    """The picture as a page, light or dark as the browser prefers."""
+    return _PAGE.format(title=html.escape(picture.title), body=fragment(picture))
+
+
+def fragment(picture: Picture) -> str:
+    """The picture as an element with its own style."""
+    style = (importlib.resources.files(__package__) / "pictures.css").read_text()
+    parts = [f"<h2>{html.escape(picture.title)}</h2>"]
+    for panel in picture.panels:
+        parts.append(f"<section><h3>{html.escape(panel.title)}</h3>\n{_RENDERERS[type(panel)](panel)}</section>")
+    if picture.note:
+        parts.append(f"<p>{html.escape(picture.note)}</p>")
+    body = "\n".join(parts)
+    return f'<div class="llm-jax">\n<style>\n{style}</style>\n{body}\n</div>'
+
+
+def _heatmaps(maps: Heatmaps) -> str:
+    painted = colours.cells(maps)
+    label = html.escape(describe(maps))
+    ramp = dataclasses.replace(maps, values=np.linspace(maps.low, maps.high, 64)[None, None])
+    scale = _image(colours.cells(ramp)[0], "")
+    ends = [number(float(end)) for end in (maps.low, maps.high)]
+    legend = f'<p class="scale">{ends[0]} {scale} {ends[1]} {html.escape(maps.unit)}</p>'
+    if len(maps.names) > 1:
+        figures = (
+            f"<figure>{_image(image, f'{maps.title}, {name}')}<figcaption>{html.escape(name)}</figcaption></figure>"
+            for name, image in zip(maps.names, painted, strict=True)
+        )
+        return f'<div class="maps" role="group" aria-label="{label}">{"".join(figures)}</div>{legend}'
+    tracks = f"grid-template:auto repeat({len(maps.rows)},1.25rem)/auto repeat({len(maps.columns)},1.25rem)"
+    heads = "".join(
+        f'<span class="column" style="grid-column:{i}">{html.escape(name)}</span>'
+        for i, name in enumerate(maps.columns, 2)
+    )
+    sides = "".join(
+        f'<span class="row" style="grid-row:{i}">{html.escape(name)}</span>' for i, name in enumerate(maps.rows, 2)
+    )
+    body = f"{heads}{sides}{_image(painted[0], describe(maps))}"
+    return f'<div class="scroll"><div class="map" style="{tracks}">{body}</div></div>{legend}'
+
+
+def _image(image: np.ndarray, alt: str) -> str:
+    """An image of one pixel a value, uint8 (R, C, 4), within the page."""
+    from PIL import Image
+
+    content = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(image)).save(content, "PNG", optimize=True)
+    data = base64.b64encode(content.getvalue()).decode()
+    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
+
+
+def _lines(panel: Lines) -> str:
+    label = html.escape(describe(panel))
+    return render_png.svg(panel).replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+
+
+def _table(panel: Table) -> str:
+    def cell(tag: str, value: Any) -> str:
+        if isinstance(value, str):
+            return f"<{tag}>{html.escape(value)}</{tag}>"
+        return f'<{tag} class="number">{number(value)}</{tag}>'
+
+    head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in panel.columns)
+    rows = "".join(f"<tr>{''.join(cell('td', value) for value in row)}</tr>\n" for row in panel.rows)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table></div>'
+
+
+def _passage(panel: Passage) -> str:
+    spans = []
+    for token, value in zip(panel.tokens, map(float, panel.values), strict=True):
+        text = html.escape(token).replace("\n", "↵\n")
+        color = f"rgb({' '.join(map(str, colours.hue(value)))} / {colours.opacity(value, panel.high):.2f})"
+        title = "no value" if np.isnan(value) else f"{number(value)} {panel.unit}"
+        spans.append(f'<span title="{html.escape(title)}" style="background:{color}">{text}</span>')
+    strongest = f"rgb({' '.join(map(str, colours.SURPRISE))} / {colours.opacity(panel.high, panel.high):.2f})"
+    legend = f'<span style="background:{strongest}">&nbsp;{number(float(panel.high))}&nbsp;</span> '
+    legend += f"{html.escape(panel.unit)} or more"
+    text = f'<p class="passage">{"".join(spans)}</p>'
+    return (
+        f'<figure role="group" aria-label="{html.escape(describe(panel))}">{text}<p class="scale">{legend}</p></figure>'
+    )
+
+
+_RENDERERS: dict[type, Callable[[Any], str]] = {Heatmaps: _heatmaps, Lines: _lines, Table: _table, Passage: _passage}
