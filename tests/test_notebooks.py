@@ -1,4 +1,4 @@
-"""The notebooks of experiments/colab: committed without outputs, alike where they must be, and executed from a wheel."""
+"""The notebooks of experiments/colab: committed without outputs, with equal first cells, and executed from a wheel."""
 
 import ast
 import json
