@@ -1,4 +1,4 @@
-"""Progress bars on stderr, which show in a terminal and can be switched off for a block of code."""
+"""Progress bars on stderr, which show in a terminal and can be switched off for a block of code, and durations."""
 
 import contextlib
 import contextvars
@@ -23,3 +23,10 @@ def off() -> Iterator[None]:
         yield
     finally:
         _enabled.reset(token)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as "40 s", "12 min" or "3.5 h"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"

@@ -20,7 +20,8 @@ FLAGS = cli.Flags()
 FLAGS.multi_string(
     "checkpoint",
     None,
-    "checkpoint: a run, a Hugging Face directory, a .gguf file, a peft directory, asset:NAME or hf:ORG/NAME; may be "
+    "checkpoint: a run, a Hugging Face directory, a .gguf file, a peft directory, a zip file of one, asset:NAME, "
+    "hf:ORG/NAME or gs://BUCKET/PATH; may be "
     "repeated: the other checkpoints are compared with the first on the same examples or text",
     required=True,
 )

@@ -15,7 +15,8 @@ FLAGS = cli.Flags()
 FLAGS.string(
     "checkpoint",
     None,
-    "checkpoint: a run, a Hugging Face directory, a .gguf file, a peft directory, asset:NAME or hf:ORG/NAME",
+    "checkpoint: a run, a Hugging Face directory, a .gguf file, a peft directory, a zip file of one, asset:NAME, "
+    "hf:ORG/NAME or gs://BUCKET/PATH",
     required=True,
 )
 FLAGS.string("base", "", "with adapters: checkpoint of their base; default: the one that they name")

@@ -64,6 +64,15 @@ def release_freed_memory() -> None:
         trim(0)
 
 
+def available_memory() -> int | None:
+    """The memory in bytes that new processes may take without swapping, or None where the system does not say."""
+    try:
+        lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
 def disable_async_dispatch() -> None:
     """Makes JAX on CPU finish a computation before it dispatches the next. Call before JAX is used.
 

@@ -3,6 +3,7 @@
 Started again with the same command it resumes where it was, bit for bit.
 """
 
+import pathlib
 import sys
 import types
 
@@ -13,7 +14,7 @@ from llm_jax.schema import Config
 FLAGS = cli.Flags()
 FLAGS.string("workdir", None, "directory of the run (config, metrics, checkpoints)", required=True)
 FLAGS.integer("devices", None, "simulate this many CPU devices; default: the devices of this machine")
-FLAGS.boolean("dry_run", False, "print the parameters and their shardings, and stop")
+FLAGS.boolean("dry_run", False, "print parameters and shardings, and estimate time, memory and disk of the run")
 FLAGS.boolean("profile", False, "trace three steps of this start into WORKDIR/profile, for TensorBoard or xprof")
 NEEDS: cli.Needs = ((("profile",), "--dry_run is given", lambda f: not f.dry_run),)
 
@@ -23,25 +24,50 @@ def main(f: cli.Flags) -> int:
     runtime.simulate_devices(f.devices)
     if f.devices in (None, 1):
         runtime.disable_async_dispatch()
-    from llm_jax.training import inputs, trainer
-    from llm_jax.training import setup as setup_lib
+    from llm_jax.training import trainer
 
     config = f.config
     if f.dry_run:
-        import pathlib
-
-        prepared = trainer.prepare(config, pathlib.Path(f.workdir).expanduser())
-        print(inputs.describe(prepared.setup.config, prepared.inputs))
-        print(setup_lib.describe(prepared.setup))
+        print_estimate(config, pathlib.Path(f.workdir).expanduser())
         return 0
     signal = signals.Deferred()
-    summary = trainer.train(config, f.workdir, stop=signal, profile=f.profile)
+    summary = trainer.train(config, f.workdir, stop=signal, profile=f.profile, attachments=write_report)
     if signal.number and summary.get("stopped"):
         steps = config.train.steps
         message = f"saved at step {summary['steps']} of {steps}; the same command resumes from there"
         print(f"\n{message}", file=sys.stderr)
         return 128 + signal.number
     return 0
+
+
+def print_estimate(config: Config, workdir: pathlib.Path) -> None:
+    """Prints what a run consists of, how long it will take and what it needs; nothing is written to `workdir`."""
+    from llm_jax.training import estimate, inputs, trainer
+    from llm_jax.training import setup as setup_lib
+
+    prepared = trainer.prepare(config, workdir)
+    setup, data = prepared.setup, prepared.inputs
+    print(inputs.describe(setup.config, data))
+    print(setup_lib.describe(setup), flush=True)
+    held_out = {"": data.held_out, **data.held_out_by_source}
+    counts = {name: len(rows) for name, rows in held_out.items() if rows is not None}
+    needs = estimate.estimate(setup, counts, workdir, prepared.start.step)
+    print(estimate.describe(needs, setup.config, data.num_tokens[0]))
+
+
+def write_report(workdir: pathlib.Path) -> list[pathlib.Path]:
+    """Writes WORKDIR/report.html without secrets, which trackers get as an artifact, and returns its path."""
+    import dataclasses
+
+    from llm_jax import files
+    from llm_jax.research import page, runs
+    from llm_jax.training.trackers import redact
+
+    (run,) = runs.load([workdir])
+    public = dataclasses.replace(run, config=redact(run.config), samples=redact(run.samples))
+    path = workdir / "report.html"
+    files.write(path, page.render([public], workdir.absolute().name))
+    return [path]
 
 
 class _CallableModule(types.ModuleType):

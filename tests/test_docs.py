@@ -92,7 +92,7 @@ def test_every_option_path_and_link_in_the_documentation_exists(page):
     options = set(option_names.keys())
     sections = {key.split(".")[0] for key in options if "." in key}
     for name in re.findall(rf"`((?:{'|'.join(sections)})\.[a-z_0-9.]+)(?:=[^`]*)?`", text):
-        is_file = name.endswith((".py", ".json", ".jsonl", ".md", ".gguf", ".model", ".safetensors"))
+        is_file = name.endswith((".py", ".json", ".jsonl", ".html", ".md", ".gguf", ".model", ".safetensors"))
         is_code = name.split(".")[0] in ("data", "model", "lora", "quant", "checkpoint") and _is_attribute(name)
         assert name in options or name.rstrip(".") in {o.rpartition(".")[0] for o in options} or is_file or is_code, (
             name

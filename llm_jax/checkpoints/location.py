@@ -1,45 +1,66 @@
-"""Names of checkpoints: paths, asset:NAME and hf:ORG/NAME."""
+"""Names of checkpoints: paths, zip files, asset:NAME, hf:ORG/NAME and gs://BUCKET/PATH."""
 
 import os
 import pathlib
 
+from llm_jax.checkpoints import buckets, zip_files
 from llm_jax.data import assets
 from llm_jax.errors import UserError
 
-_PREFIXES = ("asset:", "hf:")
+_PREFIXES = ("asset:", "hf:", *buckets.PREFIXES)
 # The files that are downloaded from the hub: weights, configs, and every file of a tokenizer.
 _PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "vocab.txt", "merges.txt"]
 _OTHER_PATTERNS = ["consolidated*", "original/*", "onnx/*"]  # the same weights in the layouts of other programs
 
 
 def is_remote(name: str) -> bool:
-    """Whether a name is asset:NAME or hf:ORG/NAME rather than a path."""
+    """Whether a name is asset:NAME, hf:ORG/NAME or gs://BUCKET/PATH rather than a path."""
     return name.startswith(_PREFIXES)
+
+
+def lasting(name: str | os.PathLike[str], path: pathlib.Path) -> str:
+    """How records refer to a checkpoint: by its remote name, its zip file, or the absolute path of its directory.
+
+    Args:
+      path: the directory or file that `resolve` returned for `name`.
+    """
+    name = str(name)
+    if is_remote(name):
+        return name
+    return str((pathlib.Path(name).expanduser() if _is_zip(name) else path).absolute())
 
 
 def resolve(name: str | os.PathLike[str]) -> pathlib.Path:
     """The file or directory that a name stands for; assets and models of the hub are downloaded.
 
     Args:
-      name: a path, "asset:NAME" (`llm_jax.assets`) or "hf:ORG/NAME" (needs the package huggingface_hub).
+      name: a path; the path of a zip file, which is unpacked into the cache; "asset:NAME" (`llm_jax.assets`);
+        "hf:ORG/NAME" (needs the package huggingface_hub); or "gs://BUCKET/PATH" (needs the package gcsfs).
 
     Raises:
-      UserError: an unknown name, a failed download, or a .gguf file that does not exist. Other paths are
-        returned whether they exist or not.
+      UserError: an unknown name, a failed download, an unsafe or damaged zip file, or a .gguf or .zip file that does
+        not exist. Other paths are returned whether they exist or not.
     """
     name = str(name)
     if name.startswith("asset:"):
         return assets.path(name.removeprefix("asset:"))
     if name.startswith("hf:"):
         return _download(name.removeprefix("hf:"))
+    if is_remote(name):
+        path = buckets.fetch(name)
+        return zip_files.unpack(path) if _is_zip(name) else path
     try:
         path = pathlib.Path(name).expanduser()
-        if not path.exists() and path.suffix == ".gguf":
-            raise OSError("expected a GGUF file")
+        if not path.exists() and (path.suffix == ".gguf" or _is_zip(name)):
+            raise OSError(f"expected a {path.suffix[1:].upper()} file")
     except (RuntimeError, OSError, ValueError) as error:
         shown = name if len(name) <= 300 else f"{name[:80]}..."
         raise UserError(f"{shown}: no such file or directory ({error})") from error
-    return path
+    return zip_files.unpack(path) if _is_zip(name) and path.is_file() else path
+
+
+def _is_zip(name: str) -> bool:
+    return name.lower().endswith(".zip")
 
 
 def _download(name: str) -> pathlib.Path:

@@ -25,7 +25,8 @@ def open(name: str | os.PathLike[str], base: str = "") -> Checkpoint:
 
     Args:
       name: a run, or one of its checkpoints; a Hugging Face directory; a .gguf file; a directory of peft adapters;
-        "asset:NAME" (`llm_jax.assets`); or "hf:ORG/NAME" (needs the package huggingface_hub and a network).
+        a zip file of one of these; "asset:NAME" (`llm_jax.assets`); "hf:ORG/NAME" (needs the package huggingface_hub
+        and a network); or "gs://BUCKET/PATH" of one of these (needs the package gcsfs and a network).
       base: of adapters, the checkpoint of their base; "": the one that they name, or, if it is not there any more, a
         checkpoint of the same name beside them.
 
@@ -33,7 +34,7 @@ def open(name: str | os.PathLike[str], base: str = "") -> Checkpoint:
       UserError: no checkpoint there, or `base` is given for one without adapters.
     """
     path = location.resolve(name)
-    own_name = str(name) if location.is_remote(str(name)) else str(path.absolute())
+    own_name = location.lasting(name, path)
     if Peft.matches(path):
         return Peft(path, own_name, functools.partial(_open_base_of_peft, path, base))
     adapters = path.is_dir() and sorted(p.parent.name for p in path.glob("*/adapter_config.json"))
@@ -45,7 +46,7 @@ def open(name: str | os.PathLike[str], base: str = "") -> Checkpoint:
         raise UserError(f"{name}: holds adapters in subdirectories; give one of them: {', '.join(adapters)}")
     else:
         path = find(path)
-        own_name = own_name if location.is_remote(own_name) else str(path.absolute())
+        own_name = location.lasting(name, path)
         if read_config(path).lora.rank:
             return Adapters(path, own_name, functools.partial(_open_base_of_run, path, base))
         checkpoint = Run(path, own_name)
@@ -118,4 +119,4 @@ def located(recorded: str, directory: pathlib.Path) -> str:
 
 def _is_checkpoint(path: pathlib.Path) -> bool:
     files = ("config.json", "record.json", "checkpoints")
-    return any((path / name).exists() for name in files) or (path.is_file() and path.suffix == ".gguf")
+    return any((path / name).exists() for name in files) or (path.is_file() and path.suffix in (".gguf", ".zip"))

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from llm_jax import trees
 from llm_jax.kernels import matmul
 from llm_jax.model import attention_kernels, positions
-from llm_jax.model.layers import CAPTURE, Module, Norm
+from llm_jax.model.layers import ACTIVATION_STATS, CAPTURE, Module, Norm
 from llm_jax.parallel import mesh as mesh_lib
 
 # Letters of shapes: B batch, T queries, S keys, D width, N heads, K key/value heads, G heads per
@@ -186,6 +186,9 @@ class Attention(Module):
             mask = visible(queries, keys, window, c.causal)
             probabilities = attention_kernels.probabilities(q, k, mask, bias_BNTS, c.attention_softcap)
             self.sow(CAPTURE, "probabilities", probabilities)
+        if self.is_mutable_collection(ACTIVATION_STATS) and not self.is_initializing():
+            mask = visible(queries, keys, window, c.causal)
+            self.sow(ACTIVATION_STATS, "entropy", attention_kernels.entropy(q, k, mask, bias_BNTS, c.attention_softcap))
         add_values = scheme.values(queries.positions, keys.positions, table)
         name = "plain"
         if not self.is_initializing():  # initialization runs on a single token

@@ -288,6 +288,22 @@ def probabilities(
     return jax.nn.softmax(_scores(q, k, mask_BTS, bias_BNTS, softcap)[0], -1).reshape(b, n, t, -1)
 
 
+def entropy(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, mask_BTS: jax.Array, bias_BNTS: jax.Array | None, softcap: float = 0.0
+) -> jax.Array:
+    """The mean entropy of the attention probabilities in nats, over rows, heads and queries: float32 ().
+
+    Of at most 64 queries, evenly spaced, so that the probabilities of long rows are never formed as a whole.
+
+    Args:
+      q_BTNH, k_BSKH, mask_BTS, bias_BNTS, softcap: as in `attend`.
+    """
+    queries = slice(0, None, -(-q_BTNH.shape[1] // 64))
+    bias = None if bias_BNTS is None else bias_BNTS[:, :, queries]
+    p_BNTS = probabilities(q_BTNH[:, queries], k_BSKH, mask_BTS[:, queries], bias, softcap).astype(jnp.float32)
+    return jnp.mean(jnp.sum(jax.scipy.special.entr(p_BNTS), -1))
+
+
 def _scores(q, k, mask_BTS, bias_BNTS, softcap=0.0):
     """(scores (B, K, G T, S) in float32 or wider, their derivative by q k / sqrt(H), or None where it is 1).
 

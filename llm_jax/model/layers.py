@@ -12,6 +12,7 @@ from llm_jax.schema import ModelConfig, choice
 
 # Letters of shapes: B batch, T time, D width, F MLP width.
 
+ACTIVATION_STATS = "activations"  # Flax collection of statistics of every layer, filled if it is mutable
 CAPTURE = "capture"  # Flax collection of attention probabilities and hidden states; see `capture`
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {

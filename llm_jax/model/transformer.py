@@ -22,13 +22,12 @@ from llm_jax import trees, weights
 from llm_jax.errors import UserError
 from llm_jax.model import positions
 from llm_jax.model.attention import Attention, KVCache, Tokens, lengths_so_far, write_tokens
-from llm_jax.model.layers import CAPTURE, MLP, Module, Norm
+from llm_jax.model.layers import ACTIVATION_STATS, CAPTURE, MLP, Module, Norm
 from llm_jax.model.stages import layout, stages
 from llm_jax.schema import ModelConfig, choice
 
 # Letters of shapes: B batch, T time, S cache slots, D width, V vocabulary, N heads, K kv heads, H head width.
 
-ACTIVATION_STATS = "activations"  # Flax collection, filled if it is mutable
 REMAT = {
     "none": None,
     "dots": jax.checkpoint_policies.save_only_these_names("dot"),

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from llm_jax import files
+from llm_jax import files, runtime
 from llm_jax.errors import UserError
 
 _POLL, _SHOW_EVERY = 0.1, 1.0  # seconds
@@ -303,7 +303,7 @@ def _may_start(running: Sequence[_Child], peak: int) -> bool:
         return True
     if not all(child.set_up for child in running):
         return False
-    available = _available_memory()
+    available = runtime.available_memory()
     growth = sum(max(0, peak - _memory(child.process.pid, "VmRSS")) for child in running)
     return available is None or available - growth > _MEMORY_MARGIN * peak
 
@@ -321,15 +321,6 @@ def _memory(pid: int, field: str) -> int:
     except OSError:
         return 0
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), 0)
-
-
-def _available_memory() -> int | None:
-    """The memory in bytes that new processes may take without swapping, or None where the system does not say."""
-    try:
-        lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def _gpus() -> list[str]:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
+from llm_jax import bars
 from llm_jax.research import jobs
 from llm_jax.research.points import Point
 
@@ -121,7 +122,7 @@ def headline(statuses: Sequence[jobs.Status], left: float | None) -> str:
     """How many points are in which state, and the time left."""
     counts = {state: sum(s.state == state for s in statuses) for state in _ORDER}
     text = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
-    left_text = f"; about {duration(left)} left" if left is not None and left > 0 else ""
+    left_text = f"; about {bars.duration(left)} left" if left is not None and left > 0 else ""
     return f"{len(statuses)} points: {text}{left_text}"
 
 
@@ -135,13 +136,6 @@ def describe(line: Mapping[str, Any]) -> str:
     if line.get("tokens_per_second") is not None:
         parts.append(f"{line['tokens_per_second']:,.0f} tokens/s")
     return ", ".join(parts)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as "40 s", "12 min" or "3.5 h"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def last_line(path: pathlib.Path) -> dict[str, Any]:

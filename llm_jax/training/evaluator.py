@@ -12,7 +12,7 @@ from llm_jax.decoding.options import DecodingOptions
 from llm_jax.evaluation import answers, held_out
 from llm_jax.evaluation.prompts import PromptConfig
 from llm_jax.parallel import mesh as mesh_lib
-from llm_jax.training import inputs, measures
+from llm_jax.training import bad_steps, inputs, measures
 from llm_jax.training.setup import Setup
 from llm_jax.training.step import TrainState
 
@@ -25,8 +25,13 @@ class Evaluator:
         self._decoder = setup.model.clone(config=dataclasses.replace(setup.config.model, scan_layers=False))
         unstack = lambda params, frozen: trees.unstack(setup.method.model_params(params, frozen))  # noqa: E731
         self._unstack = jax.jit(unstack, out_shardings=setup.replicated)
-        norms = measures.activation_norms(setup.model)
-        self._norms = jax.jit(mesh_lib.within(setup.mesh, lambda p, f, b: norms(setup.method.model_params(p, f), b)))
+        layers = measures.layer_statistics(setup.model)
+
+        def statistics(params: Any, frozen: Any, batch: Any) -> dict[str, Any]:
+            values = layers(setup.method.model_params(params, frozen), batch)
+            return values | {"parameter": dict(zip(setup.weight_names, bad_steps.norms(params), strict=True))}
+
+        self._statistics = jax.jit(mesh_lib.within(setup.mesh, statistics))
 
     def final_note(self) -> str:
         """A line that says how many held-out rows the last evaluation counts, where that is not obvious, or ""."""
@@ -74,9 +79,14 @@ class Evaluator:
             parts = [f"held-out loss {figures['validation_loss']:.4f}", f"{bits:.3f} bits per byte", *parts]
         return ", ".join(parts) or "nothing is held out (data.validation_fraction=0)"
 
-    def activation_norms(self, state: TrainState, batch: Any) -> dict[str, Any]:
-        """{layer: root mean square of its output} of a batch, float."""
-        return jax.device_get(self._norms(state.params, state.frozen, batch))
+    def statistics(self, state: TrainState, batch: Any) -> dict[str, dict[str, Any]]:
+        """Statistics of the weights and of a batch, float.
+
+        Returns:
+          "parameter": the norm of every trainable weight; "activation": {layer: root mean square of its output};
+          "attention_entropy": {layer: mean entropy of its attention probabilities, nats}.
+        """
+        return jax.device_get(self._statistics(state.params, state.frozen, batch))
 
     def sample(self, title: str, state: TrainState) -> str:
         """Continuations of `eval.prompts`, as text under a title."""

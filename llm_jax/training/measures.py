@@ -1,4 +1,4 @@
-"""Figures of the machine and the model that a run reports: matmul peak, activation norms, peak memory, profiles."""
+"""Figures of the machine and the model that a run reports: matmul peak, statistics of layers, peak memory, profiles."""
 
 import math
 import pathlib
@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from llm_jax import trees
 from llm_jax.data.rows import Batch
 from llm_jax.model.attention import Tokens
-from llm_jax.model.transformer import ACTIVATION_STATS, Transformer
+from llm_jax.model.layers import ACTIVATION_STATS
+from llm_jax.model.transformer import Transformer
 
 
 def matmul_peak(dtype: Any) -> float:
@@ -34,20 +35,28 @@ def matmul_peak(dtype: Any) -> float:
     return 2 * n**3 / best * (1 if jax.default_backend() == "cpu" else jax.device_count())
 
 
-def activation_norms(model: Transformer) -> Callable[[Any, Batch], dict[str, jax.Array]]:
-    """A function (params, batch) -> {layer: root mean square of its output}, float32 () each; to be jitted."""
+def layer_statistics(model: Transformer) -> Callable[[Any, Batch], dict[str, dict[str, jax.Array]]]:
+    """A function (params, batch) -> {"activation": values, "attention_entropy": values}, to be jitted.
 
-    def norms(params: Any, batch: Batch) -> dict[str, jax.Array]:
+    The values are float32 () by layer, such as "layers/0": the root mean square of its output, and the mean entropy of
+    its attention probabilities in nats (`attention_kernels.entropy`).
+    """
+
+    def statistics(params: Any, batch: Batch) -> dict[str, dict[str, jax.Array]]:
         where = Tokens(batch["positions"], batch["segments"])
         _, state = model.apply(
             {"params": params}, batch["inputs"], where, method="features", mutable=[ACTIVATION_STATS]
         )
-        values: dict[str, jax.Array] = {}
+        kinds = {"rms": "activation", "attention/entropy": "attention_entropy"}
+        values: dict[str, dict[str, jax.Array]] = {kind: {} for kind in kinds.values()}
         for path, (value,) in trees.flatten(state[ACTIVATION_STATS]).items():
-            values |= dict(zip(trees.expand(path.removesuffix("/rms")), jnp.atleast_1d(value), strict=True))
+            for name, kind in kinds.items():
+                if path.endswith(f"/{name}"):
+                    layers = trees.expand(path.removesuffix(f"/{name}"))
+                    values[kind] |= dict(zip(layers, jnp.atleast_1d(value), strict=True))
         return values
 
-    return norms
+    return statistics
 
 
 def peak_memory() -> dict[str, int]:

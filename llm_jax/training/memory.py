@@ -46,7 +46,7 @@ def of_training_step(setup: Setup) -> Memory:
     state = setup.state.replace(frozen={})
     limit = jax.ShapeDtypeStruct((), "float32")
     compiled = setup.train_step.lower(state, setup.state.frozen, setup.batch, limit).compile()
-    return of(compiled, _bytes((state.optimizer, state.ema)))
+    return of(compiled, num_bytes((state.optimizer, state.ema)))
 
 
 def of_forward_pass(setup: Setup) -> Memory:
@@ -81,5 +81,6 @@ def with_remat(config: Config, remat: str) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))
 
 
-def _bytes(tree: Any) -> int:
+def num_bytes(tree: Any) -> int:
+    """The bytes of all arrays of a tree over all devices together; shapes are enough."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

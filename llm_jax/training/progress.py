@@ -12,10 +12,10 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from llm_jax import files
+from llm_jax import bars, files
 from llm_jax.errors import UserError
 from llm_jax.training.bad_steps import Watch, lines_up_to
-from llm_jax.training.trackers import Tracker
+from llm_jax.training.trackers import Trackers
 
 Metrics = Mapping[str, Any]  # of jax.Array
 _QUIET = 60.0  # seconds after which a run without a terminal prints a line in any case
@@ -56,7 +56,7 @@ class Progress:
         peak: float,
         watch: Watch,
         weights: Sequence[str] = (),
-        trackers: Sequence[Tracker] = (),
+        trackers: Trackers | None = None,
         norms_every: int = 0,
         verbose: bool = True,
     ):
@@ -73,11 +73,14 @@ class Progress:
         )
         self._start, self._steps, self._verbose = start, steps, verbose
         self._flops_per_token, self._peak = flops_per_token, peak
-        self._watch, self._weights, self._trackers, self._norms_every = watch, weights, trackers, norms_every
+        self._watch, self._weights, self._norms_every = watch, weights, norms_every
+        self._trackers = trackers or Trackers()
         self._pending: _Pending | None = None
         self._printed = time.perf_counter()
         self._clock = time.perf_counter()  # the end of what came before the step that is timed next
         self._line: dict[str, Any] = {}
+        self._last_evaluation = ""
+        self._first: tuple[int, float] | None = None  # a step after compilation, and when it was ready
         self.rates: list[float] = []  # tokens per second of every step
 
     def step(self, step: int, metrics: Metrics) -> dict[str, Any] | None:
@@ -115,26 +118,46 @@ class Progress:
             self._line["norms"] = {
                 name: dict(zip(self._weights, map(float, values), strict=True)) for name, values in norms.items()
             }
-        text = f"loss {values['loss']:.3f}, {rate:,.0f} tokens/s, MFU {mfu:.0%}"
+        text = f"loss {values['loss']:.3f}, {rate:,.0f} tokens/s, MFU {mfu:.0%}{self._last_evaluation}"
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update(1)
+        self._first = self._first or (step, ready)
         if self._verbose and self._bar.disable and (self._is_milestone(step) or ready - self._printed > _QUIET):
             self._printed = ready
-            print(f"step {step} of {self._steps}: {text}", flush=True)
+            print(f"step {step} of {self._steps}: {text}{self._time_left(step, ready)}", flush=True)
         if note := self._watch.see(step, values["loss"], bad, norms["gradient"]):
             self.write(note)
+
+    def _time_left(self, step: int, now: float) -> str:
+        """ ", N min left", from the steps so far with their evaluations and saves, the first step left out; or ""."""
+        if self._first is None or step <= self._first[0] or step == self._steps:
+            return ""
+        each = (now - self._first[1]) / (step - self._first[0])
+        return f", {bars.duration(each * (self._steps - step))} left"
 
     def _is_milestone(self, step: int) -> bool:
         """Whether a run without a terminal prints this step: the first, every tenth part and the last."""
         tenth = max(self._steps // 10, 1)
         return step in (self._start + 1, self._steps) or step % tenth == 0
 
-    def flush(self, norms: Mapping[str, Any] | None = None, **extra: float) -> dict[str, Any] | None:
-        """Writes and returns the line of the step in hand, with `extra` figures and norms of activations."""
+    def flush(self, statistics: Mapping[str, Mapping[str, Any]] | None = None, **extra: float) -> dict[str, Any] | None:
+        """Writes and returns the line of the step in hand.
+
+        Args:
+          statistics: {kind: {weight or layer: value}}: "parameter" and "activation" are norms beside those of the
+            gradients, "attention_entropy" is not.
+          extra: further figures, such as those of an evaluation.
+        """
         self.collect()
-        if norms:
-            self._line["norms"] = self._line.get("norms", {}) | {"activation": {k: float(v) for k, v in norms.items()}}
+        for kind, values in (statistics or {}).items():
+            numbers = {name: float(value) for name, value in values.items()}
+            if kind == "attention_entropy":
+                self._line[kind] = numbers
+            else:
+                self._line["norms"] = self._line.get("norms", {}) | {kind: numbers}
         self._line |= extra
+        if "validation_loss" in extra and "step" in self._line:
+            self._last_evaluation = f", held-out loss {extra['validation_loss']:.3f} at step {self._line['step']}"
         return self._write()
 
     def _write(self) -> dict[str, Any] | None:
@@ -149,8 +172,11 @@ class Progress:
         scalars = {k: v for k, v in line.items() if isinstance(v, float)}
         for kind, norms in line.get("norms", {}).items():
             scalars |= {f"{kind}_norm/{weight}": value for weight, value in norms.items()}
-        for tracker in self._trackers:
-            tracker.scalars(line["step"], scalars)
+            if kind in ("parameter", "update"):  # that of all weights together; `grad_norm` is that of the gradient
+                scalars[f"{kind}_norm"] = math.hypot(*norms.values())
+        entropies = line.get("attention_entropy", {})
+        scalars |= {f"attention_entropy/{layer}": value for layer, value in entropies.items()}
+        self._trackers.scalars(line["step"], scalars)
         return line
 
     def text(self, step: int, name: str, text: str) -> None:
@@ -162,8 +188,7 @@ class Progress:
                 file.write(json.dumps({"step": step, "name": name, "text": text}) + "\n")
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror})") from error
-        for tracker in self._trackers:
-            tracker.text(step, name, text)
+        self._trackers.text(step, name, text)
 
     def rewind(self, step: int) -> None:
         """Drops the lines after `step`."""

@@ -1,88 +1,165 @@
-"""Experiment trackers that get the figures of metrics.jsonl as well: `report.to`."""
+"""Experiment trackers that get what a run reports, besides its own files: `report.to`.
 
+A run that is resumed goes on in the same run of its tracker: WORKDIR/wandb_run and WORKDIR/mlflow_run hold its name.
+"""
+
+import html
 import importlib.util
+import os
 import pathlib
-from collections.abc import Callable, Mapping
+import re
+import secrets
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from llm_jax import files
 from llm_jax.errors import UserError
 from llm_jax.schema import choice
 
+_PROJECT = "llm_jax"  # unless WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME names another
+_COMPARED = ("loss", "validation_loss", "validation_bits_per_byte")  # in the table of hyperparameters of TensorBoard
+_AT_ONCE = 100  # parameters, or ten times as many metrics, that MLflow takes in one call
+_MAX_LENGTH = 500  # of the value of a parameter in MLflow
+
 
 class Tracker(Protocol):
-    """Where figures and texts of a run go, besides its own files."""
+    """Where figures, texts and pictures of a run go, besides its own files."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
 
     def text(self, step: int, name: str, text: str) -> None: ...
 
-    def close(self) -> None: ...
+    def picture(self, step: int, name: str, path: pathlib.Path) -> None:
+        """Takes a PNG."""
+
+    def finish(self, summary: Mapping[str, float], attachments: Sequence[pathlib.Path]) -> None:
+        """Takes the final figures of a complete run, and files such as its report."""
+
+    def close(self) -> None:
+        """Ends the process's part of the run, which may be resumed if it did not `finish`."""
 
 
 class TensorBoard:
-    """Event files under WORKDIR/tensorboard. What a killed run wrote past step `start` is hidden there."""
+    """Event files under WORKDIR/tensorboard. TensorBoard ignores what a killed run wrote past step `start`."""
 
     def __init__(self, workdir: pathlib.Path, config: Mapping[str, Any], start: int):
         from tensorboardX import SummaryWriter
+        from tensorboardX.summary import hparams
 
-        self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
-        if not start:
-            self._writer.add_text("config", "\n".join(f"    {key}: {value}" for key, value in config.items()), 0)
+        directory = workdir / "tensorboard"
+        begins = not (start and directory.is_dir())
+        self._writer = SummaryWriter(str(directory), purge_step=start + 1)
+        values = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in config.items()}
+        *beginning, self._end = hparams(values, dict.fromkeys(_COMPARED, 0.0))
+        if begins:
+            self._writer.add_text("config", "\n".join(f"    {key}: {value}" for key, value in values.items()), 0)
+            for summary in beginning:
+                self._writer.file_writer.add_summary(summary)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
     def text(self, step: int, name: str, text: str) -> None:
-        self._writer.add_text(name, "    " + text.replace("\n", "\n    "), step)  # Markdown: as it stands
+        self._writer.add_text(
+            name, "    " + text.replace("\n", "\n    "), step
+        )  # Markdown leaves indented text as it is
+
+    def picture(self, step: int, name: str, path: pathlib.Path) -> None:
+        from matplotlib import image
+
+        self._writer.add_image(name, image.imread(path), step, dataformats="HWC")
+
+    def finish(self, summary: Mapping[str, float], attachments: Sequence[pathlib.Path]) -> None:
+        self._writer.file_writer.add_summary(self._end)
 
     def close(self) -> None:
         self._writer.close()
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases, the same one when training goes on."""
+    """A run of Weights & Biases. The terminal, the command line and the environment are not sent."""
 
     def __init__(self, workdir: pathlib.Path, config: Mapping[str, Any], start: int):
         import wandb
 
+        self._wandb = wandb
         name = workdir.resolve().name
-        self._run = wandb.init(project="llm_jax", name=name, id=name, resume="allow", dir=workdir, config=dict(config))
+        # Runs of version 0.1 have the name of their directory as their id.
+        run_id = (_recorded(workdir, "wandb") or name) if start else secrets.token_hex(8)
+        project = os.environ.get("WANDB_PROJECT", _PROJECT)
+        settings = wandb.Settings(console="off", disable_git=True, save_code=False, x_disable_meta=True)
+        self._run = wandb.init(
+            project=project, name=name, id=run_id, resume="allow", dir=str(workdir), settings=settings
+        )
+        self._run.config.update(dict(config), allow_val_change=True)
+        _record(workdir, "wandb", run_id)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
 
     def text(self, step: int, name: str, text: str) -> None:
-        self._run.log({name: text}, step=step)
+        self._run.log({name: self._wandb.Html(f"<pre>{html.escape(text)}</pre>")}, step=step)
+
+    def picture(self, step: int, name: str, path: pathlib.Path) -> None:
+        self._run.log({name: self._wandb.Image(str(path))}, step=step)
+
+    def finish(self, summary: Mapping[str, float], attachments: Sequence[pathlib.Path]) -> None:
+        self._run.summary.update(dict(summary))
+        for path in attachments:
+            artifact = self._wandb.Artifact(f"{path.stem}-{self._run.id}", type=path.stem)
+            artifact.add_file(str(path))
+            self._run.log_artifact(artifact)
 
     def close(self) -> None:
         self._run.finish()
 
 
 class MLflow:
-    """A run of MLflow, at the tracking address that its own settings name."""
+    """A run of MLflow, at the tracking address of its own settings, such as MLFLOW_TRACKING_URI."""
 
     def __init__(self, workdir: pathlib.Path, config: Mapping[str, Any], start: int):
         import mlflow
+        from mlflow.entities import Metric, Param
 
-        self._mlflow = mlflow
-        mlflow.set_experiment("llm_jax")
-        known = workdir / "mlflow_run"
-        run = mlflow.start_run(
-            run_id=known.read_text() if start and known.exists() else None, run_name=workdir.resolve().name
-        )
-        known.write_text(run.info.run_id)
-        if not start:
-            mlflow.log_params(dict(config))
+        # A client of our own: the calls of the module refuse to begin where the user's program has a run open.
+        self._client, self._metric, self._status = mlflow.MlflowClient(), Metric, "KILLED"
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", _PROJECT)
+        experiment = self._client.get_experiment_by_name(name)
+        experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(name)
+        recorded = _recorded(workdir, "mlflow") if start else ""
+        if recorded:
+            self._client.set_terminated(recorded, "RUNNING")
+            self._run = recorded
+            return  # MLflow refuses other values of parameters
+        self._run = self._client.create_run(experiment_id, run_name=workdir.resolve().name).info.run_id
+        _record(workdir, "mlflow", self._run)
+        params = [Param(key, str(value)[:_MAX_LENGTH]) for key, value in config.items()]
+        for first in range(0, len(params), _AT_ONCE):
+            self._client.log_batch(self._run, params=params[first : first + _AT_ONCE])
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        self._mlflow.log_metrics(dict(values), step=step)
+        now = int(time.time() * 1000)
+        metrics = [self._metric(_mlflow_name(name), value, now, step) for name, value in values.items()]
+        for first in range(0, len(metrics), 10 * _AT_ONCE):
+            self._client.log_batch(self._run, metrics=metrics[first : first + 10 * _AT_ONCE])
 
     def text(self, step: int, name: str, text: str) -> None:
-        self._mlflow.log_text(text, f"{name}/{step}.txt")
+        self._client.log_text(self._run, text, f"{name}/{step}.txt")
+
+    def picture(self, step: int, name: str, path: pathlib.Path) -> None:
+        self._client.log_artifact(self._run, str(path), _mlflow_name(name))
+
+    def finish(self, summary: Mapping[str, float], attachments: Sequence[pathlib.Path]) -> None:
+        self._client.log_dict(self._run, dict(summary), "summary.json")
+        for path in attachments:
+            self._client.log_artifact(self._run, str(path), path.stem)
+        self._status = "FINISHED"
 
     def close(self) -> None:
-        self._mlflow.end_run()
+        self._client.set_terminated(self._run, self._status)
 
 
 TRACKERS: dict[str, Callable[[pathlib.Path, Mapping[str, Any], int], Tracker]] = {
@@ -104,22 +181,120 @@ def check(names: tuple[str, ...]) -> None:
             raise UserError(f"report.to={name} needs the package {package}; pip install {package}")
 
 
-def open_all(names: tuple[str, ...], workdir: pathlib.Path, config: Mapping[str, Any], start: int) -> list[Tracker]:
+class Trackers:
+    """Passes everything on to several trackers. One that fails is dropped with a note, and the run goes on.
+
+    Args:
+      trackers: {name in `TRACKERS`: tracker}.
+    """
+
+    def __init__(self, trackers: Mapping[str, Tracker] | None = None):
+        self._trackers = dict(trackers or {})
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Logs figures of a step."""
+        self._each(lambda tracker: tracker.scalars(step, values))
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """Logs a text, such as samples, in which passwords and tokens are replaced by "***"."""
+        public = redact(text)
+        self._each(lambda tracker: tracker.text(step, name, public))
+
+    def picture(self, step: int, name: str, path: pathlib.Path) -> None:
+        """Logs a PNG."""
+        self._each(lambda tracker: tracker.picture(step, name, path))
+
+    def finish(self, summary: Mapping[str, Any], attachments: Sequence[pathlib.Path] = ()) -> None:
+        """Logs the final figures of a complete run, nested ones by their dotted names, and files."""
+        numbers = _numbers(summary)
+        self._each(lambda tracker: tracker.finish(numbers, attachments))
+
+    def close(self) -> None:
+        """Ends all of them; may be called again."""
+        self._each(lambda tracker: tracker.close())
+        self._trackers = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._trackers)
+
+    def _each(self, call: Callable[[Tracker], None]) -> None:
+        for name, tracker in list(self._trackers.items()):
+            try:
+                call(tracker)
+            except Exception as error:  # many types, such as those of a network that is gone
+                del self._trackers[name]
+                print(
+                    f"note: report.to={name} has failed ({_reason(error)}); the run goes on without it, and its own "
+                    "files are complete",
+                    file=sys.stderr,
+                )
+
+
+def open_all(names: tuple[str, ...], workdir: pathlib.Path, config: Mapping[str, Any], start: int) -> Trackers:
     """The trackers of a run that is at step `start`.
 
     Args:
-      config: {dotted key: value}.
+      config: {dotted key: value}; passwords and tokens in it are replaced by "***".
 
     Raises:
       UserError: one's package is not installed, or it cannot begin.
     """
     check(names)
-    opened: list[Tracker] = []
+    opened: dict[str, Tracker] = {}
+    public = redact(config)
     for name in names:
         try:
-            opened.append(TRACKERS[name](workdir, config, start))
+            opened[name] = TRACKERS[name](workdir, public, start)
         except Exception as error:  # theirs are many: no network, not logged in, a path that cannot be written
-            for tracker in opened:
-                tracker.close()
-            raise UserError(f"report.to={name} cannot begin ({str(error).strip().splitlines()[-1]})") from error
-    return opened
+            Trackers(opened).close()
+            raise UserError(f"report.to={name} cannot begin ({_reason(error)})") from error
+    return Trackers(opened)
+
+
+_ASSIGNED = r"(?i)((?:token|secret|passw(?:or)?d|api_?key|signature|credential)s?[\"']?\s*[=:]\s*[\"']?)[^\s&;,'\")]+"
+_TOKENS = r"\b(?:hf_|sk-|ghp_|gho_|github_pat_|glpat-|xox[abp]-|AKIA|AIza|ya29\.)[\w.\-]{12,}"
+# What a secret looks like: USER:PASSWORD@ in an address, a name that assigns one, tokens of well-known services.
+_SECRETS = (
+    (re.compile(r"(?<=://)[^/@\s'\"]+(?=@)"), "***"),
+    (re.compile(_ASSIGNED), r"\1***"),
+    (re.compile(_TOKENS), "***"),
+)
+
+
+def redact(value: Any) -> Any:
+    """A text, or the texts of a tuple, list or mapping, with passwords and tokens replaced by "***"."""
+    if isinstance(value, str):
+        for pattern, replacement in _SECRETS:
+            value = pattern.sub(replacement, value)
+        return value
+    if isinstance(value, Mapping):
+        return {key: redact(item) for key, item in value.items()}
+    return type(value)(map(redact, value)) if isinstance(value, tuple | list) else value
+
+
+def _reason(error: Exception) -> str:
+    return str(redact((str(error).strip().splitlines() or [type(error).__name__])[-1]))
+
+
+def _numbers(summary: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers of nested mappings by dotted name."""
+    numbers: dict[str, float] = {}
+    for key, value in summary.items():
+        if isinstance(value, Mapping):
+            numbers |= _numbers(value, f"{prefix}{key}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            numbers[prefix + key] = value
+    return numbers
+
+
+def _mlflow_name(name: str) -> str:
+    return re.sub(r"[^\w\-. :/]", "_", name)
+
+
+def _recorded(workdir: pathlib.Path, tracker: str) -> str:
+    path = workdir / f"{tracker}_run"
+    return path.read_text().strip() if path.exists() else ""
+
+
+def _record(workdir: pathlib.Path, tracker: str, run: str) -> None:
+    files.write(workdir / f"{tracker}_run", run)

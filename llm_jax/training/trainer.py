@@ -9,7 +9,7 @@ import os
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -86,6 +86,7 @@ def train(
     stop: Callable[[], Any] | None = None,
     profile: bool = False,
     verbose: bool = True,
+    attachments: Callable[[pathlib.Path], Sequence[pathlib.Path]] = lambda workdir: (),
 ) -> dict[str, Any]:
     """Trains a model, or resumes the run in `workdir`, and returns its summary.
 
@@ -98,6 +99,8 @@ def train(
         manager as well, it is entered for the loop alone.
       profile: trace three steps into WORKDIR/profile.
       verbose: print the parameters, the progress and the results.
+      attachments: called with the workdir of a finished run that has trackers (`report.to`); they get the files that it
+        returns, such as a report.
 
     Returns:
       The figures of summary.json: validation_loss, validation_perplexity, validation_bits_per_byte, steps,
@@ -143,8 +146,7 @@ def train(
 
         # ---------------------------------------------------------------- the loop
         tracking = trackers.open_all(config.report.to, workdir, configuration.flat(config), beginning.step)
-        for tracker in tracking:
-            stack.callback(tracker.close)
+        stack.callback(tracking.close)
         writer = checkpoints.Writer(workdir, config, data.tokenizer, data.source.sha256, fingerprint, base_record)
         stack.callback(writer.close)
         flops = transformer.flops_per_token(config.model, c.seq_len)
@@ -207,13 +209,13 @@ def train(
                 continue
             if not due:
                 continue
-            norms = evaluator.activation_norms(state, batch) if "norms" in due else {}
+            statistics_of_state = evaluator.statistics(state, batch) if "norms" in due else {}
             if "evaluate" in due:
                 if done == c.steps and (note := evaluator.final_note()):
                     progress.write(note)
                 figures = evaluator.evaluate(state, done == c.steps)
                 progress.write(f"step {done}: {evaluator.describe(figures)}")
-            line = progress.flush(norms, **figures)
+            line = progress.flush(statistics_of_state, **figures)
             stopping = bool(callback and line and callback(line)) or stopping
             if "sample" in due and done < c.steps:
                 progress.text(done, "samples", evaluator.sample(f"after {done} steps", state))
@@ -238,6 +240,8 @@ def train(
         summary = results.summarize(setup, data, state, workdir, figures, rate)
         summary["seconds"] = time.perf_counter() - began
         files.write_json(workdir / "summary.json", summary)
+        if tracking:
+            tracking.finish(summary, attachments(workdir))
         say(results.describe_results(workdir, config, summary))
         say(f"next: {next_command.after_training(workdir, config, data.tokenizer)}")
         return summary

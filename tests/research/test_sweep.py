@@ -109,7 +109,7 @@ def test_the_first_job_is_alone_until_it_is_set_up_and_memory_limits_the_others(
         ready.unlink(missing_ok=True)
         (tmp_path / "go").unlink(missing_ok=True)
         record.clear()
-        monkeypatch.setattr(jobs, "_available_memory", lambda available=available: available)
+        monkeypatch.setattr(jobs.runtime, "available_memory", lambda available=available: available)
         jobs.run([make(i) for i in range(2)], SLOTS, show=observe)
         assert record[0] == 1 and max(record) == limit
 

@@ -3,15 +3,18 @@
 import importlib.util
 import itertools
 import json
+import math
 import os
+import re
 import signal
 import struct
 import time
 
+import jax.numpy as jnp
 import pytest
 
 import llm_jax
-from llm_jax import checkpoints
+from llm_jax import checkpoints, trees
 from llm_jax.errors import UserError
 from llm_jax.training import attempts as attempts_lib
 from llm_jax.training import trackers
@@ -97,6 +100,7 @@ def test_tensorboard_gets_figures_norms_and_samples(command, tmp_path):
     flags = ("--config.report.to=('tensorboard',)", "--config.report.norms_every=4", "--config.report.samples_every=4")
     command("train", f"--workdir={tmp_path}", *flags, "--config.eval.prompts=('the ',)", "--profile")
     seen: dict[str, list[int]] = {}
+    hyperparameters: set[bytes] = set()
     for path in (tmp_path / "tensorboard").iterdir():
         data = path.read_bytes()
         while data:  # a record: length, checksum, event, checksum
@@ -104,9 +108,22 @@ def test_tensorboard_gets_figures_norms_and_samples(command, tmp_path):
             event, data = Event.FromString(data[12 : 12 + length]), data[16 + length :]
             for value in event.summary.value:
                 seen.setdefault(value.tag, []).append(event.step)
+                hyperparameters |= set(re.findall(rb"optim\.lr|validation_loss", value.metadata.plugin_data.content))
     assert seen["loss"] == list(range(1, 9)) and seen["validation_loss"] == [4, 8]
-    for kind in ("gradient_norm/layers/1/mlp/up", "update_norm/embed/table", "activation_norm/layers/0"):
-        assert seen[kind] == ([1, 4, 8] if "activation" not in kind else [4, 8])
+    for kind in ("gradient_norm/layers/1/mlp/up", "update_norm/embed/table", "update_norm"):
+        assert seen[kind] == [1, 4, 8]
+    for kind in (
+        "activation_norm/layers/0",
+        "parameter_norm/embed/table",
+        "parameter_norm",
+        "attention_entropy/layers/1",
+    ):
+        assert seen[kind] == [4, 8]
+    assert hyperparameters == {b"optim.lr", b"validation_loss"} and "_hparams_/session_end_info" in seen
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    table = trees.flatten(llm_jax.load(tmp_path).params)["embed/table"]
+    assert last["norms"]["parameter"]["embed/table"] == pytest.approx(float(jnp.linalg.norm(table)), rel=1e-5)
+    assert all(0 < entropy < math.log(32) for entropy in last["attention_entropy"].values())
     assert seen["samples/text_summary"] == [4, 8]
     samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [sample["step"] for sample in samples] == [4, 8] and "the " in samples[0]["text"]

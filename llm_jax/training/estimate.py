@@ -1,0 +1,226 @@
+"""How long a run will take and what it needs: the step is compiled and a few steps on dummy rows are timed.
+
+The weights of these steps are zeros and the rows are made up; shapes, dtypes and shardings are those of the run, on
+which time and memory depend. Nothing is read from or written to the run directory.
+"""
+
+import dataclasses
+import math
+import pathlib
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llm_jax import bars, runtime
+from llm_jax.schema import Config
+from llm_jax.training import memory
+from llm_jax.training.setup import Setup
+
+_TIMED_STEPS = 5  # at most
+_SECONDS = 20.0  # after which no further step or batch is timed
+_SAFE_SHARE = 0.9  # of the free memory; a step that needs more is not run
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What a run will need.
+
+    Attributes:
+      compile_seconds: of the step and of the evaluation, or of reading them from the cache of compiled functions.
+      step_seconds: the median of the timed steps, or None where the step does not fit into the free memory.
+      timed_steps: their number.
+      batch_seconds: of a batch of an evaluation, or None.
+      steps: that remain to be done.
+      evaluation_batches: batches of all evaluations of the run together.
+      memory: of the step, as it is compiled.
+      free_memory: bytes that are free on a device, or in the machine for CPUs; None: unknown.
+      checkpoint_bytes: of one checkpoint.
+      checkpoints: the largest number of checkpoints that are on the disk at a time.
+      free_disk: bytes that are free where the run directory is.
+      spent_seconds: what the estimate took.
+    """
+
+    compile_seconds: float
+    step_seconds: float | None
+    timed_steps: int
+    batch_seconds: float | None
+    steps: int
+    evaluation_batches: int
+    memory: memory.Memory
+    free_memory: int | None
+    checkpoint_bytes: int
+    checkpoints: int
+    free_disk: int
+    spent_seconds: float
+
+    @property
+    def seconds(self) -> float | None:
+        """Of the remaining steps and evaluations, and of compiling them."""
+        if self.step_seconds is None or self.batch_seconds is None:
+            return None
+        evaluations = self.evaluation_batches * self.batch_seconds
+        return self.compile_seconds + self.steps * self.step_seconds + evaluations
+
+    @property
+    def disk_bytes(self) -> int:
+        return self.checkpoint_bytes * self.checkpoints
+
+
+def estimate(setup: Setup, held_out: Mapping[str, int], workdir: pathlib.Path, done: int = 0) -> Estimate:
+    """Compiles the step and the loss of an evaluation, and times a few of both.
+
+    Args:
+      held_out: {source: number of held-out rows}, "" for all together; {} where nothing is held out.
+      workdir: of the run; it may be missing.
+      done: steps that the run has done already.
+    """
+    config, began = setup.config, time.perf_counter()
+    state = setup.state.replace(frozen={})
+    limit = jnp.float32(math.inf)
+    step = setup.train_step.lower(state, setup.state.frozen, setup.batch, limit).compile()
+    loss = setup.loss.lower(setup.state.params, setup.state.frozen, setup.batch).compile()
+    compiled = time.perf_counter()
+    need = memory.of(step, memory.num_bytes((state.optimizer, state.ema)))
+    free = _free_memory()
+    devices = setup.mesh.size if jax.default_backend() == "cpu" else 1  # simulated devices share the memory
+    step_times: list[float] = []
+    batch_times: list[float] = []
+    if free is None or need.peak * devices < _SAFE_SHARE * free:
+        zeros = _zeros((state, setup.state.frozen))
+        batch = _dummy_batch(setup)
+        ahead = [zeros[0]]
+
+        def update() -> Any:
+            ahead[0], metrics = step(ahead[0], zeros[1], batch, limit)
+            return metrics
+
+        step_times = _timed(update)
+        params = ahead[0].params
+        batch_times = _timed(lambda: loss(params, zeros[1], batch)) if held_out else [0.0]
+    return Estimate(
+        compile_seconds=compiled - began,
+        step_seconds=statistics.median(step_times) if step_times else None,
+        timed_steps=len(step_times),
+        batch_seconds=statistics.median(batch_times) if batch_times else None,
+        steps=config.train.steps - done,
+        evaluation_batches=_evaluation_batches(config, held_out, done),
+        memory=need,
+        free_memory=free,
+        checkpoint_bytes=_checkpoint_bytes(setup),
+        checkpoints=_checkpoints(config),
+        free_disk=_free_disk(workdir),
+        spent_seconds=time.perf_counter() - began,
+    )
+
+
+def describe(e: Estimate, config: Config, epoch_tokens: int) -> str:
+    """The estimate in a few lines, with what it leaves out.
+
+    Args:
+      epoch_tokens: training tokens of one pass over the data.
+    """
+    tokens = e.steps * config.train.batch_size * config.train.seq_len
+    epochs = f" ({tokens / epoch_tokens:.2g} passes over the text)" if epoch_tokens else ""
+    lines = [f"to do: {e.steps:,} steps of {config.train.batch_size} x {config.train.seq_len} tokens{epochs}"]
+    if e.seconds is None or e.step_seconds is None or e.batch_seconds is None:
+        lines.append("time: not measured, because the step needs more memory than is free")
+    else:
+        rate = config.train.batch_size * config.train.seq_len / e.step_seconds
+        lines.append(
+            f"time: about {bars.duration(e.seconds)}: {e.steps:,} steps of {e.step_seconds:.3g} s "
+            f"({rate:,.0f} tokens/s), "
+            f"{bars.duration(e.evaluation_batches * e.batch_seconds)} of evaluations, "
+            f"{bars.duration(e.compile_seconds)} of compilation"
+        )
+    free = "" if e.free_memory is None else f", {_size(e.free_memory)} are free"
+    lines += [
+        f"memory: {_size(e.memory.peak)} on each device for the step ({_size(e.memory.arguments)} of weights, "
+        f"optimizer and batch, {_size(e.memory.temporaries)} of temporaries){free}",
+        f"disk: {_size(e.disk_bytes)}: {e.checkpoints} checkpoints of {_size(e.checkpoint_bytes)}; "
+        f"{_size(e.free_disk)} are free",
+    ]
+    if e.disk_bytes > e.free_disk:
+        lines.append("warning: the disk has no room for the checkpoints; lower checkpoint.keep_last or keep_best")
+    lines.append(
+        f"measured in {bars.duration(e.spent_seconds)} on {e.timed_steps} steps with weights of zeros and dummy rows; "
+        "without samples, tasks and saving"
+    )
+    return "\n".join(lines)
+
+
+def _timed(call: Callable[[], Any]) -> list[float]:
+    """Seconds of up to `_TIMED_STEPS` calls after a first that is not counted, within `_SECONDS`; at least one."""
+    began = time.perf_counter()
+    jax.block_until_ready(call())
+    seconds: list[float] = []
+    while not seconds or (len(seconds) < _TIMED_STEPS and time.perf_counter() - began < _SECONDS):
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def _zeros(shapes: Any) -> Any:
+    """Arrays of zeros, every shard on its device."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    return jax.jit(
+        lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes), out_shardings=shardings
+    )()
+
+
+def _dummy_batch(setup: Setup) -> dict[str, jax.Array]:
+    """Rows of one document each, all of whose tokens count."""
+    rows, length = next(iter(setup.batch.values())).shape
+    values = {"segments": 1, "mask": 1, "positions": jnp.arange(length, dtype=jnp.int32)}
+
+    def make() -> dict[str, jax.Array]:
+        return {name: jnp.broadcast_to(jnp.int32(values.get(name, 0)), (rows, length)) for name in setup.batch}
+
+    return jax.jit(make, out_shardings=dict.fromkeys(setup.batch, setup.batch_sharding))()
+
+
+def _evaluation_batches(config: Config, held_out: Mapping[str, int], done: int) -> int:
+    steps, every = config.train.steps, config.eval.every
+    during = len([step for step in range(every, steps, every) if step > done]) if every else 0
+
+    def batches(limit: int) -> int:
+        counts = (min(limit or count, count) for count in held_out.values())
+        return sum(math.ceil(count / config.train.batch_size) for count in counts)
+
+    return during * batches(config.eval.rows) + batches(config.eval.final_rows)
+
+
+def _checkpoint_bytes(setup: Setup) -> int:
+    state = setup.state
+    saved = setup.method.checkpoint_params(state.params, state.frozen)
+    return memory.num_bytes((saved, state.optimizer, state.ema))
+
+
+def _checkpoints(config: Config) -> int:
+    """The largest number of checkpoints at a time: a new one is complete before the oldest is removed."""
+    c = config.checkpoint
+    saves = 1 + (len(range(c.every, config.train.steps, c.every)) if c.every else 0)
+    return min(saves, c.keep_last + c.keep_best + 1)
+
+
+def _free_memory() -> int | None:
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    return runtime.available_memory()
+
+
+def _free_disk(workdir: pathlib.Path) -> int:
+    directory = workdir.absolute()
+    while not directory.is_dir():
+        directory = directory.parent
+    return shutil.disk_usage(directory).free
+
+
+def _size(number: float) -> str:
+    return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"

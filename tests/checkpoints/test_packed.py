@@ -1,0 +1,167 @@
+"""Checkpoints in zip files and in buckets: what is read, and what is refused."""
+
+import json
+import shutil
+import stat
+import zipfile
+
+import fsspec
+import pytest
+
+import llm_jax
+from llm_jax import checkpoints, trees
+from llm_jax.checkpoints import buckets, location, zip_files
+from llm_jax.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLM_JAX_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def files_of(directory):
+    return {p.relative_to(directory).as_posix(): p for p in directory.rglob("*") if p.is_file()}
+
+
+def packed(path, members, **attributes):
+    """A zip file at `path` of {name: text or file}; `attributes` are set on every entry."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            info = zipfile.ZipInfo(name)
+            info.compress_type = zipfile.ZIP_DEFLATED
+            for key, value in attributes.items():
+                setattr(info, key, value)
+            archive.writestr(info, content if isinstance(content, str) else content.read_bytes())
+    return path
+
+
+@pytest.mark.parametrize("inside", ["", "run/", "runs/a/"])
+def test_a_zip_of_a_run_is_loaded_by_its_content(trained, tmp_path, own_cache, inside):
+    members = {inside + name: path for name, path in files_of(trained).items()}
+    archive = packed(tmp_path / "run.zip", members | {"__MACOSX/._a": "x", f"{inside}.DS_Store": "x"})
+    expected = trees.fingerprint(llm_jax.load(trained).params)
+    assert trees.fingerprint(llm_jax.load(archive).params) == expected
+    checkpoint = llm_jax.open(archive)
+    assert checkpoint.form == "run" and checkpoint.name == str(archive)  # what records refer to
+    assert checkpoint.path.is_relative_to(own_cache) and llm_jax.open(checkpoint.name).path == checkpoint.path
+    again = llm_jax.open(archive.rename(tmp_path / "moved.ZIP"))  # the same content: nothing is unpacked again
+    assert again.config == checkpoint.config and len(list((own_cache / "zip").iterdir())) == 1
+    assert files_of(again.path) == files_of(checkpoint.path)
+
+
+def test_a_zip_of_one_checkpoint_or_one_gguf_file_is_found(trained, tmp_path):
+    archive = shutil.make_archive(str(tmp_path / "step"), "zip", checkpoints.find(trained))
+    assert llm_jax.open(archive).form == "run"
+    assert location.resolve(packed(tmp_path / "m.zip", {"models/small.gguf": "GGUF"})).name == "small.gguf"
+    assert (
+        location.lasting("~/m.zip", tmp_path).startswith("/") and location.lasting("gs://b/m.zip", tmp_path)[0] == "g"
+    )
+
+
+@pytest.mark.parametrize(
+    ("members", "attributes", "message"),
+    [
+        ({"../outside": "x"}, {}, "'../outside' leads out of the archive"),
+        ({"a/../../outside": "x"}, {}, "leads out"),
+        ({"/outside": "x"}, {}, "leads out"),
+        ({"..\\outside": "x"}, {}, "leads out"),
+        ({"C:/outside": "x"}, {}, "leads out"),
+        ({"config.json": "/etc/passwd"}, {"external_attr": (stat.S_IFLNK | 0o777) << 16}, "is a link or a device"),
+        ({"config.json": "x"}, {"external_attr": (stat.S_IFIFO | 0o666) << 16}, "is a link or a device"),
+        ({"config.json": "0" * 80_000_000}, {}, "80,000,000 bytes are packed in"),
+        ({"a.txt": "x", "b.txt": "x"}, {}, "holds a.txt, b.txt; expected one run"),
+        ({}, {}, "holds nothing; expected one run"),
+        ({"notes/a.txt": "x"}, {}, "holds a.txt; expected one run"),
+    ],
+)
+def test_an_unsafe_or_useless_zip_is_refused(tmp_path, own_cache, members, attributes, message):
+    archive = packed(tmp_path / "run.zip", members, **attributes)
+    with pytest.raises(UserError, match=message) as error:
+        llm_jax.load(archive)
+    assert "\n" not in str(error.value) and str(archive) in str(error.value)
+    assert not list(tmp_path.rglob("outside")) and not list(own_cache.rglob(".partial*"))
+
+
+def test_a_zip_that_lies_about_its_sizes_is_bounded_by_them(tmp_path, monkeypatch):
+    """The declared size of a member is that of what is written, whatever its data expand to."""
+    archive = packed(tmp_path / "run.zip", {"config.json": "0" * 100_000})
+    data = bytearray(archive.read_bytes())
+    true, false = (100_000).to_bytes(4, "little"), (10).to_bytes(4, "little")
+    assert data.count(true) == 2  # in the local header and in the directory
+    archive.write_bytes(data.replace(true, false))
+    with pytest.raises(UserError, match="not a readable zip file"):
+        llm_jax.load(archive)
+    assert all(path.stat().st_size < 100 for path in (tmp_path / "cache").rglob("*") if path.is_file())
+
+
+def test_a_damaged_a_missing_and_a_large_zip_are_told_apart(trained, tmp_path, monkeypatch):
+    (tmp_path / "text.zip").write_text("a zip, honestly")
+    archive = packed(tmp_path / "cut.zip", files_of(trained))
+    archive.write_bytes(archive.read_bytes()[:-500])
+    for name, message in (
+        ("text.zip", "text.zip: not a readable zip file"),
+        ("cut.zip", "cut.zip: not a readable zip file"),
+        ("gone.zip", "gone.zip: no such file or directory .expected a ZIP file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            llm_jax.load(tmp_path / name)
+    whole = packed(tmp_path / "run.zip", files_of(trained))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(zip_files.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(UserError, match="bytes unpacked, 1,000 are free in .*; set LLM_JAX_CACHE"):
+        llm_jax.load(whole)
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """A bucket in memory, through the same library as gs://."""
+    monkeypatch.setattr(buckets, "PREFIXES", ("memory://",))
+    monkeypatch.setattr(location, "_PREFIXES", ("asset:", "hf:", "memory://"))
+    memory = fsspec.filesystem("memory")
+    yield memory
+    memory.rm("/bucket", recursive=True)
+
+
+def test_a_run_in_a_bucket_is_copied_once_with_its_last_checkpoint(trained, bucket, own_cache):
+    for name, path in files_of(trained).items():
+        bucket.pipe_file(f"/bucket/run/{name}", path.read_bytes())
+        if name.startswith("checkpoints/8/") and not name.endswith("manifest.json"):
+            bucket.pipe_file(f"/bucket/run/{name.replace('/8/', '/12/')}", b"still being written")
+    expected = trees.fingerprint(llm_jax.load(trained).params)
+    checkpoint = llm_jax.open("memory://bucket/run")
+    assert trees.fingerprint(checkpoint.load().params) == expected
+    assert checkpoint.name == "memory://bucket/run" and checkpoint.path.name == "8"
+    copies = {path.name for path in own_cache.rglob("checkpoints/*")}
+    assert copies == {"8"}
+    before = checkpoint.path.stat().st_mtime_ns
+    assert llm_jax.open("memory://bucket/run").path.stat().st_mtime_ns == before  # from the cache
+    assert llm_jax.open("memory://bucket/run/checkpoints/8").config == checkpoint.config
+    bucket.pipe_file("/bucket/run/config.json", json.dumps({"changed": 1}).encode())
+    assert llm_jax.open("memory://bucket/run").path != checkpoint.path  # another object, another copy
+
+
+def test_files_and_zips_in_a_bucket_and_what_is_not_there(trained, bucket, tmp_path):
+    bucket.pipe_file("/bucket/run.zip", packed(tmp_path / "run.zip", files_of(trained)).read_bytes())
+    assert llm_jax.open("memory://bucket/run.zip").form == "run"
+    bucket.pipe_file("/bucket/small.gguf", b"GGUF")
+    assert location.resolve("memory://bucket/small.gguf").read_bytes() == b"GGUF"
+    with pytest.raises(UserError, match="memory://bucket/typo: nothing there; expected a run"):
+        llm_jax.load("memory://bucket/typo")
+
+
+def test_a_bucket_without_its_package_or_access_is_one_line(monkeypatch):
+    def missing(url):
+        raise ImportError("Please install gcsfs to access Google Storage")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
+    with pytest.raises(UserError, match="gs://bucket/run needs the package gcsfs; pip install gcsfs"):
+        llm_jax.load("gs://bucket/run")
+
+    class Refusing:
+        def find(self, root, detail):
+            raise PermissionError("Anonymous caller does not have access\nto the bucket")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda url: (Refusing(), url))
+    with pytest.raises(UserError, match=r"gs://bucket/run cannot be read .Anonymous caller does not have access.$"):
+        llm_jax.load("gs://bucket/run")
