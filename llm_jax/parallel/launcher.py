@@ -17,7 +17,11 @@ import time
 from collections.abc import Sequence
 from typing import Any, BinaryIO
 
+from llm_jax.parallel import rendezvous
+
 _PATIENCE = 30.0  # seconds that the other processes have to end by themselves after one has failed
+# Exit codes of processes that end because another one has: that of `rendezvous`, and SIGABRT by JAX.
+_FOLLOWING = (rendezvous.LOST, -signal.SIGABRT)
 
 
 def run(count: int, module: str, flags: Sequence[str]) -> int:
@@ -68,22 +72,20 @@ def run(count: int, module: str, flags: Sequence[str]) -> int:
 def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
     """Waits for all processes; returns the exit code of the first that failed, as a shell has it."""
     first, until = 0, float("inf")
-    while any(process.poll() is None for process in processes):
-        time.sleep(0.05)
-        failed = [(i, p.returncode) for i, p in enumerate(processes) if p.returncode]
+    while True:
+        codes = [process.poll() for process in processes]
+        failed = [(code in _FOLLOWING, i, code) for i, code in enumerate(codes) if code]
         if failed and not first:
-            i, code = failed[0]
+            _, i, code = min(failed)
             first, until = code if code > 0 else 128 - code, time.monotonic() + _PATIENCE
             if code < 0:
                 print(f"process {i} was killed by {signal.Signals(-code).name}", file=sys.stderr, flush=True)
+        if None not in codes:
+            return first
         if time.monotonic() > until:
             for process in processes:
-                if process.poll() is None:
-                    process.kill()
-    failed_codes = [p.returncode for p in processes if p.returncode]
-    if not first and failed_codes:
-        first = failed_codes[0] if failed_codes[0] > 0 else 128 - failed_codes[0]
-    return first
+                process.kill()
+        time.sleep(0.05)
 
 
 def _end_with_parent() -> None:

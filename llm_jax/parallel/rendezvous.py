@@ -27,6 +27,7 @@ LOST = 75  # exit code of the processes that remain when one is lost (EX_TEMPFAI
 _SILENCE = 20.0  # seconds without a sign of life after which a process is lost
 _BEAT = 2.0  # seconds between signs of life
 _FIRST_NOTE, _NOTES = 10.0, 60.0  # seconds until the first line about a wait, and between further ones
+_PATIENCE = 3.0  # seconds that the other processes have to end after a failure
 _LONGEST = 2**16  # bytes of a line
 _GREETING = "llm_jax-1"  # protocol and version
 
@@ -102,7 +103,7 @@ class Meeting:
             self._ended = True
         line = f"process {self.index} on {socket.gethostname()}: {message}"
         self._send_all(stop=line, code=code)
-        self._wait(lambda: not self._others, 3.0)
+        self._wait(lambda: not self._others, _PATIENCE)
 
     def finish(self, seconds: float = 60.0) -> None:
         """Waits until all processes have called this, at most for `seconds`; then nobody is missed any more."""
@@ -206,7 +207,8 @@ def end_process(line: str, code: int) -> None:
     flush = threading.Thread(target=sys.stdout.flush, daemon=True)
     flush.start()
     flush.join(0.5)
-    os.write(2, f"{'\n' * os.isatty(2)}error: {line}\n".encode())
+    newline = "\n" if os.isatty(2) else ""  # ends the line of a progress bar
+    os.write(2, f"{newline}error: {line}\n".encode())
     os._exit(code)
 
 

@@ -110,7 +110,8 @@ def train(
 
     Returns:
       The figures of summary.json: validation_loss, validation_perplexity, validation_bits_per_byte, steps,
-      tokens_per_second, seconds and others. For a run that was stopped early, {"stopped": what `stop` returned, or True, "steps": steps done}.
+      tokens_per_second, seconds and others. For a run that was stopped early, {"stopped": a true value (what `stop`
+      returned, or True), "steps": steps done}.
 
     Raises:
       UserError: the configuration, the data or the workdir cannot be used, or the loss is not finite.
