@@ -2,6 +2,7 @@
 # ./launch.sh [FLAGS]   set up .venv and train, evaluate and sample the default model (CPU, a few minutes);
 #                       flags go to the trainer, e.g. --config.train.seed=1
 # ./launch.sh test      set up .venv and run the tests
+# ./launch.sh processes N [FLAGS]   the same training as N connected processes on this machine (CPU)
 # PYTHON=/path/python3  chooses the interpreter
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -43,6 +44,18 @@ case "${1:-}" in
     case " $* " in *" --workdir"*) ;; *) set -- --workdir=runs/default "$@" ;; esac
     exec .venv/bin/python -m llm_jax.train --config=configs/default.py "$@"
     ;;
+  processes)
+    if ! [[ "${2:-}" =~ ^[1-9][0-9]*$ ]]; then
+      echo "error: processes '${2:-}'; expected the number of processes, such as ./launch.sh processes 2" >&2
+      exit 2
+    fi
+    count=$2
+    shift 2
+    [ -f .venv/tests ] && setup requirements.txt requirements-test.txt || setup requirements.txt
+    case " $* " in *" --workdir"*) ;; *) set -- --workdir=runs/processes "$@" ;; esac
+    case " $* " in *" --config="*) ;; *) set -- --config=configs/default.py "$@" ;; esac
+    exec .venv/bin/python -m llm_jax.parallel.launcher "$count" llm_jax.train "$@"
+    ;;
   test)
     shift
     setup requirements.txt requirements-test.txt
@@ -50,7 +63,7 @@ case "${1:-}" in
     exec .venv/bin/python -m pytest -q -m "not slow and not live" -n auto --maxprocesses=4 --dist loadfile "$@"
     ;;
   *)
-    echo "error: unknown job '$1'; expected nothing, test, or --flags of the trainer" >&2
+    echo "error: unknown job '$1'; expected nothing, test, processes, or --flags of the trainer" >&2
     exit 2
     ;;
 esac

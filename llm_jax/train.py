@@ -14,6 +14,11 @@ from llm_jax.schema import Config
 FLAGS = cli.Flags()
 FLAGS.string("workdir", None, "directory of the run (config, metrics, checkpoints)", required=True)
 FLAGS.integer("devices", None, "simulate this many CPU devices; default: the devices of this machine")
+FLAGS.string("coordinator_address", "", "of several processes: HOST:PORT of process 0; by default that of the cluster")
+FLAGS.integer("num_processes", 0, "number of processes, with --coordinator_address")
+FLAGS.integer("process_id", -1, "number of this process, from 0, with --coordinator_address")
+FLAGS.string("coordinator_bind_address", "", "HOST:PORT at which process 0 listens, if not --coordinator_address")
+FLAGS.number("start_timeout", 300.0, "seconds to wait until all processes have started")
 FLAGS.boolean("dry_run", False, "print parameters and shardings, and estimate time, memory and disk of the run")
 FLAGS.boolean("profile", False, "trace three steps of this start into WORKDIR/profile, for TensorBoard or xprof")
 NEEDS: cli.Needs = ((("profile",), "--dry_run is given", lambda f: not f.dry_run),)
@@ -24,6 +29,15 @@ def main(f: cli.Flags) -> int:
     runtime.simulate_devices(f.devices)
     if f.devices in (None, 1):
         runtime.disable_async_dispatch()
+    from llm_jax.parallel import processes
+
+    own = (f.coordinator_address, f.num_processes, f.process_id, f.coordinator_bind_address, f.start_timeout)
+    with processes.started(*own):
+        return _train(f)
+
+
+def _train(f: cli.Flags) -> int:
+    from llm_jax.parallel import processes
     from llm_jax.training import trainer
 
     config = f.config
@@ -32,11 +46,12 @@ def main(f: cli.Flags) -> int:
         return 0
     signal = signals.Deferred()
     summary = trainer.train(config, f.workdir, stop=signal, profile=f.profile, attachments=write_report)
-    if signal.number and summary.get("stopped"):
+    if number := int(summary.get("stopped", 0)):  # of the signal, which another process may have received
         steps = config.train.steps
         message = f"saved at step {summary['steps']} of {steps}; the same command resumes from there"
-        print(f"\n{message}", file=sys.stderr)
-        return 128 + signal.number
+        if processes.is_main():
+            print(f"\n{message}", file=sys.stderr)
+        return 128 + number
     return 0
 
 

@@ -1,6 +1,11 @@
-"""Writes checkpoints of runs, in the background during training. `run.py` describes the directory."""
+"""Writes checkpoints of runs, in the background during training. `run.py` describes the directory.
+
+Every process writes its shards of the arrays. Process 0 writes the rest, renames the directory when all shards are
+there, and removes old checkpoints; the other processes wait for it.
+"""
 
 import errno
+import itertools
 import pathlib
 import shutil
 import threading
@@ -13,6 +18,7 @@ from llm_jax import configuration, files, tokenizers, trees
 from llm_jax.checkpoints.manifest import FORMAT, steps, write_manifest
 from llm_jax.checkpoints.run import describe_leaves
 from llm_jax.errors import UserError
+from llm_jax.parallel import processes
 from llm_jax.schema import Config
 from llm_jax.tokenizers import Tokenizer
 
@@ -43,9 +49,12 @@ class Writer:
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        files.make_directory(self.directory)
-        for leftover in self.directory.glob(f"{files.PARTIAL}*"):
-            shutil.rmtree(leftover)
+        self._name, self._saves = processes.unique("saves"), itertools.count()
+        with processes.main_first("to open the checkpoints"):
+            if processes.is_main():
+                files.make_directory(self.directory)
+                for leftover in self.directory.glob(f"{files.PARTIAL}*"):
+                    shutil.rmtree(leftover)
 
     def save(
         self,
@@ -91,12 +100,15 @@ class Writer:
         if jax.default_backend() == "cpu":  # Orbax reads the buffers themselves, which the next step overwrites
             arrays = jax.tree.map(jnp.copy, arrays)
         items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items() if jax.tree.leaves(tree)}
+        key = f"{self._name}/{next(self._saves)}"
         try:
-            partial.mkdir()
+            with processes.main_first("to begin a checkpoint"):
+                if processes.is_main():
+                    partial.mkdir()
             self._orbax.save(partial.absolute() / "arrays", args=ocp.args.Composite(**items))
         except (OSError, ValueError) as error:  # ValueError comes from TensorStore
             raise self._unwritten(partial, error) from error
-        self._thread = threading.Thread(target=self._finish, args=(partial, record))
+        self._thread = threading.Thread(target=self._finish, args=(partial, record, key))
         self._thread.start()
 
     def wait(self) -> None:
@@ -118,19 +130,24 @@ class Writer:
     def discard(self, after: int) -> None:
         """Removes the checkpoints of later steps than `after`, from which training does not resume."""
         self.wait()
-        for step in steps(self.directory.parent):
-            if step > after:
-                self._remove(step)
+        with processes.main_first("to remove checkpoints"):
+            for step in steps(self.directory.parent) if processes.is_main() else []:
+                if step > after:
+                    self._remove(step)
 
-    def _finish(self, partial: pathlib.Path, record: dict[str, Any]) -> None:
+    def _finish(self, partial: pathlib.Path, record: dict[str, Any], key: str) -> None:
         try:
             self._orbax.wait_until_finished()
+            if not processes.is_main():
+                processes.broadcast(None, key, "to complete a checkpoint")
+                return
             tokenizers.save(self._tokenizer, partial / "tokenizer")
             files.write_json(partial / "config.json", configuration.as_dict(self._config))
             files.write_json(partial / "record.json", record)
             write_manifest(partial)
             files.rename(partial, self.directory / str(record["step"]), durable=True)
             self._prune()
+            processes.broadcast(None, key)
         except BaseException as error:  # raised by `wait`, in the caller's thread
             self._error = self._unwritten(partial, error)
 

@@ -12,6 +12,7 @@ from llm_jax.decoding.options import DecodingOptions
 from llm_jax.evaluation import answers, held_out
 from llm_jax.evaluation.prompts import PromptConfig
 from llm_jax.parallel import mesh as mesh_lib
+from llm_jax.parallel import processes
 from llm_jax.training import bad_steps, inputs, measures
 from llm_jax.training.setup import Setup
 from llm_jax.training.step import TrainState
@@ -32,6 +33,13 @@ class Evaluator:
             return values | {"parameter": dict(zip(setup.weight_names, bad_steps.norms(params), strict=True))}
 
         self._statistics = jax.jit(mesh_lib.within(setup.mesh, statistics))
+
+    def _local_params(self, state: TrainState) -> Any:
+        """The parameters of the model, one entry per layer; of several processes each has its own copy of all."""
+        params = self._unstack(state.model, state.frozen)
+        if processes.count() == 1:
+            return params
+        return jax.tree.map(lambda leaf: leaf.addressable_data(0), params)
 
     def final_note(self) -> str:
         """A line that says how many held-out rows the last evaluation counts, where that is not obvious, or ""."""
@@ -64,9 +72,12 @@ class Evaluator:
             suffix = f"/{source}" if source else ""
             figures |= {f"validation_{name}{suffix}": value for name, value in result.items()}
         for name, task in self._tasks.items():
+            params = self._local_params(state)
+            if not processes.is_main():
+                continue
             limit = (0 if final else config.eval.task_examples) or len(task.examples)
             count = min(limit, len(task.examples))
-            reader = (self._decoder, self._unstack(state.model, state.frozen), data.tokenizer)
+            reader = (self._decoder, params, data.tokenizer)
             records = list(answers.records(reader, task, PromptConfig(), range(count)))
             figures[f"task_{name}"] = answers.summary(records)["accuracy"]
         return figures
@@ -89,12 +100,15 @@ class Evaluator:
         return jax.device_get(self._statistics(state.params, state.frozen, batch))
 
     def sample(self, title: str, state: TrainState) -> str:
-        """Continuations of `eval.prompts`, as text under a title."""
+        """Continuations of `eval.prompts`, as text under a title; "" in other processes than process 0."""
+        params = self._local_params(state)
+        if not processes.is_main():
+            return ""
         config, tokenizer = self._setup.config, self._data.tokenizer
         prompts = [tokenizers.prompt(tokenizer, text) for text in config.eval.prompts]
         generated = loop.generate(
             self._decoder,
-            self._unstack(state.model, state.frozen),
+            params,
             prompts,
             DecodingOptions(temperature=0.8, top_p=0.95).sampler(),
             max_new_tokens=config.eval.max_new_tokens,

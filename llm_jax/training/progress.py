@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import sys
 import time
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from llm_jax import bars, files
 from llm_jax.errors import UserError
+from llm_jax.parallel import processes
 from llm_jax.training.bad_steps import Watch, lines_up_to
 from llm_jax.training.trackers import Trackers
 
@@ -180,7 +182,9 @@ class Progress:
         return line
 
     def text(self, step: int, name: str, text: str) -> None:
-        """Prints a text above the bar, appends it to samples.jsonl and gives it to the trackers."""
+        """Prints a text above the bar, appends it to samples.jsonl and gives it to the trackers, in process 0."""
+        if not processes.is_main():
+            return
         self.write(text)
         path = self._path.with_name("samples.jsonl")
         try:
@@ -216,6 +220,11 @@ class Progress:
 
 
 def _reopen(path: pathlib.Path, start: int):
-    """The metrics file, cut after the line of step `start`: later ones are written again."""
+    """The metrics file, cut after the line of step `start`: later ones are written again.
+
+    Process 0 writes it; others discard their lines.
+    """
+    if not processes.is_main():
+        return open(os.devnull, "a")
     files.write(path, "".join(json.dumps(line) + "\n" for line in lines_up_to(path, start)))
     return path.open("a")

@@ -15,11 +15,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llm_jax import bars, checkpoints, configuration, files, runtime, trees
+from llm_jax import bars, checkpoints, configuration, files, runtime, tokenizers, trees
 from llm_jax.checkpoints import adapters, run
 from llm_jax.errors import UserError
 from llm_jax.evaluation import builtin
 from llm_jax.model import transformer
+from llm_jax.parallel import processes
 from llm_jax.schema import Config
 from llm_jax.training import attempts, bad_steps, inputs, measures, next_command, results, start, trackers
 from llm_jax.training import setup as setup_lib
@@ -72,7 +73,12 @@ def prepare(config: Config, workdir: pathlib.Path | None = None) -> Prepared:
       UserError: see `start.find`, `setup.setup` and `inputs.load`.
     """
     beginning = check(config, workdir)
-    data = inputs.load(beginning.config, beginning)
+    with processes.main_first("to read the data"):
+        data = inputs.load(beginning.config, beginning)
+    digest, record = tokenizers.digest(data.tokenizer), configuration.as_dict(data.config)
+    processes.check_equal(
+        {"step": beginning.step, "text": data.source.sha256, "tokenizer": digest, **record}, "the run"
+    )
     setup = setup_lib.setup(data.config, data.vocab_size)
     reference = setup.load_reference(data.tokenizer)
     return Prepared(setup, beginning, data, reference)
@@ -90,6 +96,9 @@ def train(
 ) -> dict[str, Any]:
     """Trains a model, or resumes the run in `workdir`, and returns its summary.
 
+    Several processes (`parallel.processes`) call this alike, with a workdir that they share. Process 0 prints, writes
+    the files and calls `callback`. When one process is asked to stop, all stop, a few steps later.
+
     Args:
       config: a `Config`, or what `llm_jax.config` takes.
       workdir: the directory of the run: config.json, metrics.jsonl, summary.json and checkpoints/.
@@ -104,7 +113,8 @@ def train(
 
     Returns:
       The figures of summary.json: validation_loss, validation_perplexity, validation_bits_per_byte, steps,
-      tokens_per_second, seconds and others. For a run that was stopped early, {"stopped": True, "steps": steps done}.
+      tokens_per_second, seconds and others. For a run that was stopped early, {"stopped": a true value (what `stop`
+      returned, or True), "steps": steps done}.
 
     Raises:
       UserError: the configuration, the data or the workdir cannot be used, or the loss is not finite.
@@ -113,18 +123,28 @@ def train(
     if not str(workdir):
         raise UserError("--workdir is empty; expected the directory of the run")
     workdir = pathlib.Path(workdir).expanduser()
+    alone, is_main = processes.count() == 1, processes.is_main()
+    verbose = verbose and is_main
+    is_locked = False
     began = time.perf_counter()
     say = print if verbose else lambda *values, **options: None
     with contextlib.ExitStack() as stack:
         if not verbose:
             stack.enter_context(bars.off())
+        with processes.main_first("to lock the run directory"):
+            if is_main and not alone and workdir.is_dir():  # the processes must find the same checkpoints
+                stack.enter_context(contextlib.closing(files.lock(workdir)))
+                is_locked = True
         prepared = prepare(config, workdir)
         setup, beginning, data = prepared.setup, prepared.start, prepared.inputs
         config, c, method = setup.config, setup.config.train, setup.method
         say(inputs.describe(config, data))
         say(setup_lib.describe(setup))
-        files.make_directory(workdir)
-        stack.enter_context(contextlib.closing(files.lock(workdir)))
+        if is_main:
+            files.make_directory(workdir)
+        if is_main and not is_locked:
+            stack.enter_context(contextlib.closing(files.lock(workdir)))
+        processes.check_shared(workdir, "--workdir")
         watch = bad_steps.Watch(c, setup.weight_names, workdir / "metrics.jsonl", beginning.step)
 
         # ---------------------------------------------------------------- state
@@ -136,7 +156,8 @@ def train(
             say(f"resuming from {beginning.checkpoint}")
         del prepared
         runtime.release_freed_memory()
-        files.write_json(workdir / "config.json", configuration.as_dict(config))
+        if is_main:
+            files.write_json(workdir / "config.json", configuration.as_dict(config))
 
         # ---------------------------------------------------------------- evaluation and samples
         tasks = {pathlib.Path(name).stem: builtin.named(name) for name in config.eval.tasks}
@@ -145,7 +166,8 @@ def train(
             say(evaluator.sample("before training", state))
 
         # ---------------------------------------------------------------- the loop
-        tracking = trackers.open_all(config.report.to, workdir, configuration.flat(config), beginning.step)
+        reports = config.report.to if is_main else ()
+        tracking = trackers.open_all(reports, workdir, configuration.flat(config), beginning.step)
         stack.callback(tracking.close)
         writer = checkpoints.Writer(workdir, config, data.tokenizer, data.source.sha256, fingerprint, base_record)
         stack.callback(writer.close)
@@ -164,9 +186,10 @@ def train(
             verbose,
         )
         stack.callback(progress.close)
-        attempts.begin(workdir, beginning.step)
+        if is_main:
+            attempts.begin(workdir, beginning.step)
         rollbacks = bad_steps.Rollbacks()
-        profiler = measures.Profiler(workdir, beginning.step, c.steps, profile, progress.write)
+        profiler = measures.Profiler(workdir, beginning.step, c.steps, profile and is_main, progress.write)
         stack.callback(profiler.stop)
         periods = {
             "evaluate": config.eval.every,
@@ -177,7 +200,9 @@ def train(
         done, skipped_batches = beginning.step, beginning.record.get("skipped_batches", 0)
         stream = setup.batches(data.train, done + skipped_batches, c.steps + skipped_batches)
         figures: dict[str, float] = {}
-        stopping = False
+        agree = processes.Agreement()
+        stopping: Any = False
+        asked = False  # whether the callback has asked to stop
         scope = stack.enter_context(contextlib.ExitStack())
         if isinstance(stop, contextlib.AbstractContextManager):
             scope.enter_context(stop)
@@ -186,12 +211,13 @@ def train(
             batch = next(stream)
             state, metrics = setup.step(state, batch, watch.limit(done + 1))
             done, figures = done + 1, {}
-            stopping = bool(stop and stop())
+            stopping = agree(asked or (stop() if stop else False))
             due = {name for name, every in periods.items() if every and done % every == 0}
             due = {"save"} if stopping else due | {"evaluate", "save"} if done == c.steps else due
             try:
                 line = progress.step(done, metrics)
-                if callback and line and callback(line):
+                asked = asked or bool(callback and is_main and line and callback(line))
+                if asked and alone:
                     stopping, due = True, due | {"save"}
                 if due:
                     progress.collect()
@@ -216,7 +242,8 @@ def train(
                 figures = evaluator.evaluate(state, done == c.steps)
                 progress.write(f"step {done}: {evaluator.describe(figures)}")
             line = progress.flush(statistics_of_state, **figures)
-            stopping = bool(callback and line and callback(line)) or stopping
+            asked = asked or bool(callback and is_main and line and callback(line))
+            stopping = stopping or (asked and alone)
             if "sample" in due and done < c.steps:
                 progress.text(done, "samples", evaluator.sample(f"after {done} steps", state))
             if "save" in due or stopping:
@@ -230,18 +257,20 @@ def train(
         if config.eval.prompts and done == c.steps:
             progress.text(done, "samples", evaluator.sample("after training", state))
         progress.close()
-        attempts.end(workdir)
+        if is_main:
+            attempts.end(workdir)
         if done < c.steps:
-            return {"stopped": True, "steps": done}
+            return {"stopped": stopping, "steps": done}
 
         # ---------------------------------------------------------------- the results
         figures = figures or evaluator.evaluate(state, final=True)
         rate = statistics.median(progress.rates) if progress.rates else None
         summary = results.summarize(setup, data, state, workdir, figures, rate)
         summary["seconds"] = time.perf_counter() - began
-        files.write_json(workdir / "summary.json", summary)
-        if tracking:
-            tracking.finish(summary, attachments(workdir))
+        if is_main:
+            files.write_json(workdir / "summary.json", summary)
+            if tracking:
+                tracking.finish(summary, attachments(workdir))
         say(results.describe_results(workdir, config, summary))
         say(f"next: {next_command.after_training(workdir, config, data.tokenizer)}")
         return summary

@@ -1,0 +1,113 @@
+"""Runs a command as several processes on this machine, which talk over loopback.
+
+    python -m llm_jax.parallel.launcher N MODULE [FLAGS]
+
+Every line of a process is printed with its number. When a process ends with an error, the others are ended, and the
+exit code is that of the first one that failed. SIGINT and SIGTERM are passed on.
+"""
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any, BinaryIO
+
+from llm_jax.parallel import rendezvous
+
+_PATIENCE = 30.0  # seconds that the other processes have to end by themselves after one has failed
+# Exit codes of processes that end because another one has: that of `rendezvous`, and SIGABRT by JAX.
+_FOLLOWING = (rendezvous.LOST, -signal.SIGABRT)
+
+
+def run(count: int, module: str, flags: Sequence[str]) -> int:
+    """Runs `python -m MODULE FLAGS` as `count` connected processes and returns the exit code."""
+    with socket.create_server(("127.0.0.1", 0)) as server:  # a port that is free
+        port = server.getsockname()[1]
+    # CPU devices, unless the user names others: several processes cannot share an accelerator.
+    environment = {"JAX_PLATFORMS": "cpu", **os.environ}
+    processes: list[subprocess.Popen[bytes]] = []
+    received: list[int] = []
+
+    def pass_on(number: int, frame: Any) -> None:
+        received.append(number)
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, pass_on)
+    for i in range(count):
+        own = (f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={i}")
+        command = [sys.executable, "-m", module, *flags, *own]
+        # A group of its own, so that Ctrl-C in a terminal reaches each process once, through `pass_on`.
+        processes.append(
+            subprocess.Popen(
+                command,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+                preexec_fn=_end_with_parent,
+            )
+        )
+    lock = threading.Lock()
+    readers = [
+        threading.Thread(target=_copy, args=(stream, output, f"{i}: ".encode(), lock), daemon=True)
+        for i, process in enumerate(processes)
+        for stream, output in ((process.stdout, sys.stdout.buffer), (process.stderr, sys.stderr.buffer))
+    ]
+    for reader in readers:
+        reader.start()
+    code = _wait(processes)
+    for reader in readers:
+        reader.join(5.0)
+    return code
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
+    """Waits for all processes; returns the exit code of the first that failed, as a shell has it."""
+    first, until = 0, float("inf")
+    while True:
+        codes = [process.poll() for process in processes]
+        failed = [(code in _FOLLOWING, i, code) for i, code in enumerate(codes) if code]
+        if failed and not first:
+            _, i, code = min(failed)
+            first, until = code if code > 0 else 128 - code, time.monotonic() + _PATIENCE
+            if code < 0:
+                print(f"process {i} was killed by {signal.Signals(-code).name}", file=sys.stderr, flush=True)
+        if None not in codes:
+            return first
+        if time.monotonic() > until:
+            for process in processes:
+                process.kill()
+        time.sleep(0.05)
+
+
+def _end_with_parent() -> None:
+    """Lets the kernel send SIGTERM to this process when the launcher is killed (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def _copy(stream: BinaryIO, output: BinaryIO, prefix: bytes, lock: threading.Lock) -> None:
+    for line in stream:
+        with lock:
+            output.write(prefix + line.rstrip(b"\n") + b"\n")
+            output.flush()
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    if len(arguments) < 2 or not arguments[0].isdigit() or not int(arguments[0]):
+        print("error: expected the number of processes, a module and its flags", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(run(int(arguments[0]), arguments[1], arguments[2:]))
+
+
+if __name__ == "__main__":
+    main()
