@@ -136,7 +136,6 @@ OTHER_NAMES = {
 OTHER_FLAGS: dict[str, tuple[str, ...]] = {
     "adapter": ("checkpoint",),
     "bits": ("scheme",),
-    "chat_template": ("chat",),
     "dataset": ("data", "task"),
     "diversity_penalty": ("diversity",),
     "do_sample": ("temperature=1",),

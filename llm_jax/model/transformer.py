@@ -140,6 +140,7 @@ class Layers(Module):
         because traced code depends on the mesh in use.
         """
         c, inputs = self.config, self.variables
+        assert self.scope is not None
         if self.scope.mutable or not isinstance(jax.tree.leaves(inputs)[0], jax.core.Tracer):
             return None
         layer = rematerialized(c)

@@ -205,9 +205,9 @@ def group(runs: Sequence[Run]) -> list[Group]:
     corpora = {_data(run): run.corpus for run in reversed(runs) if run.corpus}
     collected: dict[tuple[str, int], list[Run]] = {}
     for run in runs:
-        options = json.dumps({k: v for k, v in run.config.items() if k != SEED and k not in NEUTRAL})
+        condition = json.dumps({k: v for k, v in run.config.items() if k != SEED and k not in NEUTRAL})
         # A run that has not ended records no hash; it belongs to the others of its configuration.
-        key = options + (run.corpus or corpora.get(_data(run), ""))
+        key = condition + (run.corpus or corpora.get(_data(run), ""))
         repeat = 0
         while any(other.seed == run.seed for other in collected.get((key, repeat), [])):
             repeat += 1
