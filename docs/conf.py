@@ -19,16 +19,20 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "api_pages",
+    "code_links",
     "command_help",
     "config_options",
     "docstrings",
     "experiment_pages",
+    "mathml",
+    "statement_cards",
 ]
 exclude_patterns = ["_build"]
 html_theme = "furo"
+html_math_renderer = "mathml"
 html_title = f"llm_jax {release}"
 
-myst_enable_extensions = ["colon_fence", "deflist"]
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 
 default_role = "code"  # docstrings write code between single backticks

@@ -1,35 +1,37 @@
-"""README and documentation: commands, flags, options and links that exist, and Python blocks that run."""
+"""README and documentation: commands, flags, options and links exist, and the blocks of code run."""
 
 import contextlib
 import copy
 import functools
 import importlib.util
-import pathlib
 import re
 import shlex
 
 import pytest
 
-import llm_jax
-from llm_jax import cli, configuration, option_names
+from llm_jax import cli, option_names
 from llm_jax.errors import UserError
+from tests import doc_blocks
+from tests.doc_blocks import ROOT
 
-ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted(
     [
         *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
         *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "docs" / "how_to").glob("*.md"),
         *(ROOT / "experiments").glob("**/README.md"),
         *(ROOT / "configs").glob("*.py"),
     ]
 )
-GUIDE = sorted({page for page in PAGES if "```python" in page.read_text()})
+# The pages whose blocks are run. Experiments have their own commands, which take up to hours.
+RUN = [
+    page for page in PAGES if page.suffix == ".md" and "experiments" not in page.parts and page.name != "CHANGELOG.md"
+]
 NAMES = {page: str(page.relative_to(ROOT)) for page in PAGES}
 PLACEHOLDER = re.compile(r"--config.*=[A-Z]+$|--config.KEY|=N$|\.\.\.|--FLAG")
 # Commands that have another name since 0.1.0; documentation must not use them.
 EARLIER = ("llm_jax.tokenizers.train", "llm_jax.tokenizers.show", "llm_jax.data.show", "llm_jax.data.assets")
 EARLIER += ("llm_jax.embeddings.train", "llm_jax.embeddings.probe")
-BLOCK = re.compile(r"(?P<skip>^% not run: .*\n)?^```python\n(?P<code>.*?)^```$", re.M | re.S)
 COMMAND = re.compile(r"python -m (llm_jax\.[a-z][a-z_.]*)((?:[^\n`\\#]|\\\n)*)")
 
 
@@ -101,7 +103,9 @@ def test_every_option_path_and_link_in_the_documentation_exists(page):
         assert (ROOT / path).exists() or path.startswith("docs/_build"), path
     for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
         # docs/experiments is a copy of experiments that the build makes.
-        target = ROOT / link if link.startswith("experiments/") and page.parent.name == "docs" else page.parent / link
+        target = page.parent / link
+        if "docs" in page.parts and "experiments/" in link:
+            target = ROOT / link[link.index("experiments/") :]
         assert target.exists(), link
 
 
@@ -113,52 +117,62 @@ def _is_attribute(name: str) -> bool:
     return False
 
 
-# ---------------------------------------------------------------- Python blocks
+# ---------------------------------------------------------------- blocks
+
+
+@pytest.mark.parametrize("page", RUN, ids=NAMES.get)
+def test_every_block_is_run_or_says_why_not(page):
+    for block in doc_blocks.blocks(page.read_text()):
+        where = f"{page}:{block.line}"
+        if block.language in ("bash", "python"):
+            assert not block.reason or len(block.reason) > 10, f"{where}: a reason is a sentence"
+        else:
+            assert not block.reason, f"{where}: only bash and python blocks are run"
+            assert not doc_blocks.COMMAND.search(block.code), f"{where}: a block with commands begins with ```bash"
+        if block.language == "python":
+            compile(block.code, where, "exec")
+        if block.language == "bash":
+            assert doc_blocks.commands(block.code), f"{where}: no command"
+
+
+def test_blocks_are_found_with_their_marks():
+    text = (
+        "a\n```bash\n# why\npython x \\\n  --y\nls\n```\n<!-- not run: takes an hour -->\n```python\n1 +\n```\n"
+        "<!-- exit code: 2 -->\n```bash\nfalse\n```\n\n```\npython -m llm_jax.x\n```\n"
+    )
+    first, second, third, fourth = doc_blocks.blocks(text)
+    assert (first.language, first.line, first.runs) == ("bash", 2, True)
+    assert doc_blocks.commands(first.code) == ["python x  --y", "ls"]
+    assert (second.reason, second.runs, third.exit_code, third.runs) == ("takes an hour", False, 2, True)
+    assert not fourth.runs and doc_blocks.COMMAND.search(fourth.code)
+
+
+def test_a_command_that_fails_fails_the_page(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = tmp_path / "page.md"
+    for code, error in ((2, None), (0, AssertionError), (3, AssertionError)):
+        page.write_text(f"<!-- exit code: {code} -->\n```bash\npython -m llm_jax.evaluate --checkpoint=nowhere\n```\n")
+        with pytest.raises(error, match="nowhere") if error else contextlib.nullcontext():
+            assert doc_blocks.run_page(page)
+    page.write_text("```python\nx = 1\n```\n```python\nassert x == 2\n```\n")
+    with pytest.raises(AssertionError):
+        doc_blocks.run_page(page)
 
 
 @pytest.fixture(scope="module")
-def tiny_runs(tmp_path_factory, tiny_defaults):
-    """A directory with the run runs/default of a tiny model, and two runs of adapters over it."""
-    directory = tmp_path_factory.mktemp("pages")
+def tiny_run(tmp_path_factory):
+    """The run of the recipe `tiny`, trained by the command of the tutorial."""
+    directory = tmp_path_factory.mktemp("tiny")
     with contextlib.chdir(directory):
-        llm_jax.train(llm_jax.config("default", {"train.steps": 8}), "runs/default", verbose=False)
-        for name, seed in (("lora", 1), ("lora-2", 2)):
-            options = {"init_from": "runs/default", "lora.rank": 2, "train.steps": 4, "train.seed": seed}
-            llm_jax.train(llm_jax.config("default", options), f"runs/{name}", verbose=False)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def tiny_defaults(text_file, cache):
-    """The recipes' defaults are those of a tiny model on a small text, while the blocks run."""
-    small = configuration.read(ROOT / "tests" / "tiny.py")
-    small["data"] |= {"source": str(text_file), "cache_dir": str(cache)}
-    defaults = configuration._defaults
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(configuration, "_defaults", lambda *_: small)
-        patch.setattr(configuration, "recipe", lambda name: _as_config_dict(small))
-        yield
-    assert configuration._defaults is defaults
-
-
-def _as_config_dict(mapping):
-    from ml_collections import ConfigDict
-
-    return ConfigDict(mapping)
+        code, output = doc_blocks.run_line("python -m llm_jax.train --config=tiny --workdir=runs/tiny")
+    assert not code, output
+    return directory / "runs" / "tiny"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", GUIDE, ids=NAMES.get)
-def test_python_blocks_run_in_order(page, tiny_runs, tmp_path, monkeypatch):
-    """Each page in a directory of its own, with the runs; a block after "% not run: REASON" is compiled only."""
-    (tmp_path / "runs").symlink_to(tiny_runs / "runs")
+@pytest.mark.parametrize("page", RUN, ids=NAMES.get)
+def test_the_blocks_of_a_page_run_in_order(page, tiny_run, tmp_path, monkeypatch):
+    """Each page has a directory of its own, which begins with a run of the recipe `tiny`."""
+    doc_blocks.prepare(tmp_path, tiny_run)
     monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {"__name__": "__main__"}
-    blocks = list(BLOCK.finditer(page.read_text()))
-    assert blocks
-    for block in blocks:
-        # Errors name the line of the page.
-        line = page.read_text()[: block.start("code")].count("\n")
-        code = compile("\n" * line + block["code"], str(page), "exec")
-        if not block["skip"]:
-            exec(code, names)
+    doc_blocks.run_page(page)

@@ -1,5 +1,6 @@
 """The directive `config-options`: a table of every configuration option, read from llm_jax/schema.py."""
 
+import re
 from typing import Any
 
 from docutils import nodes
@@ -12,18 +13,29 @@ from llm_jax.cli.config_help import options
 # Sections that are not part of `schema.Config`, with the recipe that holds their defaults.
 OTHERS = {"embeddings": (schema.EmbeddingsConfig, "word2vec")}
 
+GENERATED = re.compile(r"^```{(config-options|command-help|statements|measured)}", re.MULTILINE)
+
 
 class ConfigOptions(Directive):
-    """A section and a table for each section of the configuration."""
+    """A section and a table for each section of the configuration, or one table.
+
+    The argument, if there is one, is a name in OTHERS, or a regular expression of options and sections.
+    """
 
     optional_arguments = 1
 
     def run(self) -> list[nodes.Node]:
-        if self.arguments:
-            cls, recipe = OTHERS[self.arguments[0]]
+        name = self.arguments[0] if self.arguments else ""
+        if name in OTHERS:
+            cls, recipe = OTHERS[name]
             default = configuration.build(configuration.read(recipe), cls)
             return [table(options(cls, default))]
         rows = options(schema.Config, configuration.default())
+        if name:
+            chosen = [row for row in rows if re.match(rf"({name})(\.|$)", row[0])]
+            if not chosen:
+                raise self.error(f"no option matches {name}")
+            return [table(chosen)]
         sections = {key.split(".")[0] for key, *_ in rows if "." in key}
         groups: dict[str, list[tuple[str, str, str, str]]] = {}
         for row in rows:
@@ -62,7 +74,8 @@ def row(cells: list[nodes.Node]) -> nodes.row:
 
 def reread(app: Sphinx, env: Any, names: list[str]) -> None:
     """Makes generated pages anew in every build: Sphinx does not know that the package has changed."""
-    names[:] = sorted({*names, "options", "commands"} & set(env.found_docs))
+    generated = {name for name in env.found_docs if GENERATED.search(env.doc2path(name).read_text())}
+    names[:] = sorted({*names, *generated} & set(env.found_docs))
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

@@ -64,9 +64,7 @@ def main() -> None:
         print(f"turn {turn} of {flags.FLAGS.rounds}", flush=True)
     sizes = {name: weights.num_bytes(params) for name, params in made.items()}
     results = judge(seen, joules() is not None)
-    findings.save(HERE, results)
-    findings.replace_section(HERE / "README.md", "results", table(seen, sizes, results))
-    print(findings.summary(results))
+    print(findings.publish(HERE, results, table(seen, sizes)))
 
 
 def forms(base: Any) -> dict[str, Any]:
@@ -111,7 +109,7 @@ def judge(seen: dict[str, list[np.ndarray]], has_counter: bool) -> list[Finding]
     return [speed, findings.finding("L13", "joules a token", None, verdict, command=COMMAND, n=0, part="power")]
 
 
-def table(seen: dict[str, list[np.ndarray]], sizes: dict[str, int], results: list[Finding]) -> list[str]:
+def table(seen: dict[str, list[np.ndarray]], sizes: dict[str, int]) -> list[str]:
     """Markdown."""
     heads = ("form", "weights, MiB", "tokens/s of CPU time", "on the clock", "CPU rate over dense merged")
     lines = ["", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
@@ -122,7 +120,7 @@ def table(seen: dict[str, list[np.ndarray]], sizes: dict[str, int], results: lis
             f"| {name} | {sizes[name] / 2**20:,.0f} | {worked:.1f} | {clock:.1f} | "
             f"{np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) |"
         )
-    return [*lines, *findings.verdict_table(results)]
+    return lines
 
 
 if __name__ == "__main__":

@@ -113,9 +113,7 @@ def main() -> None:
     whole = config_lib.build(runpy.run_path(str(HERE.parents[1] / "configs" / "default.py"))["get_config"]())
     found = {name: [run(name, whole.lora, seed) for seed in range(SEEDS)] for name in CASES}
     results = [judge(name, runs) for name, runs in found.items()]
-    findings.save(HERE, results)
-    findings.replace_section(HERE / "README.md", "results", table(found, results))
-    print(findings.summary(results))
+    print(findings.publish(HERE, results, table(found)))
 
 
 def run(name: str, settings: schema.LoraConfig, seed: int) -> dict[str, float]:
@@ -172,7 +170,7 @@ def judge(name: str, runs: list[dict[str, float]]) -> Finding:
     return findings.finding("L11", measure, value, verdict, command=COMMAND, n=len(runs), part=name)
 
 
-def table(found, results) -> list[str]:
+def table(found) -> list[str]:
     """Markdown."""
     heads = list(next(iter(found.values()))[0])
     lines = ["", "Test loss on the new task, mean (least to most) of the seeds:", ""]
@@ -181,7 +179,7 @@ def table(found, results) -> list[str]:
         cells = [[r[h] for r in runs] for h in heads]
         said = [f"{np.mean(c):.3f} ({min(c):.3f} to {max(c):.3f})" for c in cells]
         lines.append(f"| {name} | " + " | ".join(said) + " |")
-    return [*lines, *findings.verdict_table(results)]
+    return lines
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from llm_jax.checkpoints import Loaded
 from llm_jax.embeddings import contextual
 from llm_jax.errors import UserError
 from llm_jax.intervals import Interval, mean, wilson
-from llm_jax.research import findings, verdicts
+from llm_jax.research import findings, pictures, verdicts
 from llm_jax.research.findings import Finding
 
 HERE = pathlib.Path(__file__).parent
@@ -40,12 +40,10 @@ def main() -> None:
     layers = list(vectors["bank"])
     table = {layer: figures({word: v[layer] for word, v in vectors.items()}) for layer in layers}
     results = [judge(table)]
-    findings.save(HERE, results)
     draw(table, vectors["bank"][layers[-1]], HERE / "senses.png")
     count = sum(len(s) for senses in words.values() for s in senses.values())
-    lines = ["", f"{len(words)} words, {count} sentences.", "", *markdown(table, results)]
-    findings.replace_section(HERE / "README.md", "results", lines)
-    print(findings.summary(results))
+    lines = ["", f"{len(words)} words, {count} sentences.", "", *markdown(table)]
+    print(findings.publish(HERE, results, lines))
 
 
 def read(path: pathlib.Path) -> dict[str, dict[str, list[str]]]:
@@ -120,7 +118,7 @@ def judge(table: dict) -> Finding:
     return findings.finding("E5", measure, table, verdict, command=COMMAND)
 
 
-def markdown(table: dict, results: list[Finding]) -> list[str]:
+def markdown(table: dict) -> list[str]:
     """Markdown."""
 
     def cell(values: Interval) -> str:
@@ -138,33 +136,26 @@ def markdown(table: dict, results: list[Finding]) -> list[str]:
             f"| {named} | {cell(row['within'])} | {cell(row['between'])} | {cell(row['difference'])} | "
             f"{row['words apart']} of {count} | {cell(row['nearest'])} | {bank} |"
         )
-    return [*lines, *findings.verdict_table(results)]
+    return lines
 
 
 def draw(table: dict, bank: np.ndarray, path: pathlib.Path) -> None:
     """Cosines by layer, and the occurrences of "bank" at the last layer on their first two principal axes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    for name in ("within", "between"):
-        middle, low, high = np.array([row[name] for row in table.values()]).T
-        left.plot(list(table), middle, marker="o", label=f"{name} senses")
-        left.fill_between(list(table), low, high, alpha=0.2)
-    left.set(xlabel="layer", ylabel="cosine of a word's vectors, mean over words")
-    left.legend()
-    left.grid(alpha=0.3)
-    flat = bank.reshape(-1, bank.shape[-1])
-    axes = np.linalg.svd(flat - flat.mean(0), full_matrices=False)[2][:2]
-    for vectors, sense, marker in zip(bank, ("river", "money"), "os", strict=True):
-        right.scatter(*(axes @ (vectors - flat.mean(0)).T), marker=marker, s=60, label=f"bank ({sense})")
-    right.set(xlabel="first principal axis", ylabel="second", title="bank, last layer")
-    right.legend()
-    right.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    with pictures.figure(path, 1, 2, figsize=(11, 4.5)) as (left, right):
+        for name in ("within", "between"):
+            middle, low, high = np.array([row[name] for row in table.values()]).T
+            left.plot(list(table), middle, marker="o", label=f"{name} senses")
+            left.fill_between(list(table), low, high, alpha=0.2)
+        left.set(xlabel="layer", ylabel="cosine of a word's vectors, mean over words")
+        left.legend()
+        left.grid(alpha=0.3)
+        flat = bank.reshape(-1, bank.shape[-1])
+        axes = np.linalg.svd(flat - flat.mean(0), full_matrices=False)[2][:2]
+        for vectors, sense, marker in zip(bank, ("river", "money"), "os", strict=True):
+            right.scatter(*(axes @ (vectors - flat.mean(0)).T), marker=marker, s=60, label=f"bank ({sense})")
+        right.set(xlabel="first principal axis", ylabel="second", title="bank, last layer")
+        right.legend()
+        right.grid(alpha=0.3)
 
 
 if __name__ == "__main__":

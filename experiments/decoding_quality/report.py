@@ -19,16 +19,12 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 
 from experiments.decoding_quality import metrics
 from llm_jax.intervals import Interval, bootstrap
-from llm_jax.research import findings, verdicts
+from llm_jax.research import findings, pictures, verdicts
 from llm_jax.research.findings import Finding
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 COMMAND = "PYTHONPATH=. python experiments/decoding_quality/run.py"
 
@@ -38,10 +34,8 @@ def write(here: pathlib.Path, made: Mapping[str, Any], steps: Mapping[str, Any],
     figures = {name: of_method(texts) for name, texts in made.items()}
     of_steps = {name: np.asarray(values) for name, values in steps.items()}
     results = judge(made, figures, of_steps, f"{COMMAND} {size}")
-    findings.save(here, results)
     draw(of_steps, here / "sizes.png")
-    findings.replace_section(here / "README.md", "results", tables(figures, results))
-    return findings.summary(results)
+    return findings.publish(here, results, tables(figures))
 
 
 def of_method(texts: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, ...] | float]:
@@ -117,25 +111,22 @@ def judge(made, figures, steps: Mapping[str, np.ndarray], command: str) -> list[
     ]
 
 
-def tables(figures: Mapping[str, Any], results: Sequence[Finding]) -> list[str]:
+def tables(figures: Mapping[str, Any]) -> list[str]:
     """The table of methods, then the verdicts."""
     names = list(next(iter(figures.values())))
     lines = ["", "| method | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for method, row in figures.items():
         cells = [f"{v[0]:.3g} ({v[1]:.3g}–{v[2]:.3g})" if isinstance(v, tuple) else f"{v:.2f}" for v in row.values()]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return [*lines, *findings.verdict_table(results)]
+    return lines
 
 
 def draw(steps: Mapping[str, np.ndarray], path: pathlib.Path) -> None:
     """How large the nucleus is, token by token, beside fixed k."""
-    figure, axes = plt.subplots(figsize=(6, 3.2))
-    sizes = np.sort(steps["nucleus"].ravel())
-    axes.plot(sizes, np.linspace(0, 1, len(sizes)))
-    for k in (40, 640):
-        axes.axvline(k, color="grey", linestyle=":")
-        axes.text(k, 0.02, f" k = {k}", color="grey")
-    axes.set(xscale="log", xlabel="tokens in the nucleus of .95", ylabel="share of the tokens of a human text")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    with pictures.figure(path, figsize=(6, 3.2)) as axes:
+        sizes = np.sort(steps["nucleus"].ravel())
+        axes.plot(sizes, np.linspace(0, 1, len(sizes)))
+        for k in (40, 640):
+            axes.axvline(k, color="grey", linestyle=":")
+            axes.text(k, 0.02, f" k = {k}", color="grey")
+        axes.set(xscale="log", xlabel="tokens in the nucleus of .95", ylabel="share of the tokens of a human text")

@@ -169,13 +169,11 @@ def write(found: dict[str, list[dict[str, float]]], command: str) -> str:
     """Writes results.json and the tables of README.md; returns the verdicts as text."""
     table = {loss: {k: mean([r[k] for r in runs]) for k in FIGURES} for loss, runs in found.items()}
     results = judge(found, table, command)
-    findings.save(HERE, results)
     lines = ["", "| loss | " + " | ".join(FIGURES.values()) + " |", "|---" * (len(FIGURES) + 1) + "|"]
     for loss, row in table.items():
         cells = (f"{m:.4f} ± {high - m:.4f}" for m, _, high in row.values())
         lines.append(f"| {loss} | " + " | ".join(cells) + " |")
-    findings.replace_section(HERE / "README.md", "results", [*lines, *findings.verdict_table(results)])
-    return findings.summary(results)
+    return findings.publish(HERE, results, lines)
 
 
 def judge(

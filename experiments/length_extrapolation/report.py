@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from llm_jax.intervals import Interval, mean, paired
-from llm_jax.research import findings, verdicts
+from llm_jax.research import findings, pictures, verdicts
 from llm_jax.research.findings import Finding
 
 MARGIN = 0.05  # nats a token
@@ -57,10 +57,8 @@ def write(here: pathlib.Path, root: pathlib.Path, seeds: int, kinds, scalings, c
         kind: [json.loads((root / f"copy_{kind}-{seed}.json").read_text()) for seed in range(seeds)] for kind in copying
     }
     results = judge(loss, copied, seeds)
-    findings.save(here, results)
     draw(loss, here / "lengths.png")
-    findings.replace_section(here / "README.md", "results", tables(loss, copied, results))
-    return findings.summary(results)
+    return findings.publish(here, results, tables(loss, copied))
 
 
 def rise(runs: list[Any], base: list[Any] | None = None) -> Interval:
@@ -136,7 +134,7 @@ def judge(loss: dict[str, list[Any]], copied: dict[str, list[Any]], seeds: int) 
     ]
 
 
-def tables(loss: dict[str, list[Any]], copied: dict[str, list[Any]], results: list[Finding]) -> list[str]:
+def tables(loss: dict[str, list[Any]], copied: dict[str, list[Any]]) -> list[str]:
     """Markdown."""
 
     def cell(values: list[float], exponent: bool = False) -> str:
@@ -154,34 +152,27 @@ def tables(loss: dict[str, list[Any]], copied: dict[str, list[Any]], results: li
     groups = ("seen", "new_place", "new_offset")
     lines += ["| kind | " + " | ".join(groups) + " |", "|---" * (len(groups) + 1) + "|"]
     lines += [f"| {k} | " + " | ".join(cell([r[g] for r in runs]) for g in groups) + " |" for k, runs in copied.items()]
-    return [*lines, *findings.verdict_table(results)]
+    return lines
 
 
 def draw(loss: dict[str, list[Any]], path: pathlib.Path) -> None:
     """Loss against length by the sliding window: the kinds, and rope's scalings at once and fine-tuned."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     plain = {k: v for k, v in loss.items() if "concatenated" not in k and "," not in k}
     panels = {
         "every kind": plain,
         "rope scaled at test time": {k: v for k, v in loss.items() if k == "rope" or "test time" in k},
         "rope fine-tuned at 8×": {k: v for k, v in loss.items() if k == "rope" or "fine-tuned" in k},
     }
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(14, 4.2), sharey=True, layout="constrained")
-    x = [int(f) for f in FACTORS]
-    for axis, (title, runs_by_name) in zip(axes, panels.items(), strict=True):
-        for name, runs in runs_by_name.items():
-            y = np.array([[r["sliding"][f] for f in FACTORS] for r in runs])
-            label = name.removeprefix("rope, ").removesuffix(" at test time").removesuffix(", fine-tuned")
-            axis.errorbar(x, y.mean(0), y.std(0, ddof=1), marker="o", markersize=3, capsize=2, label=label)
-        axis.set(title=title, xscale="log", xlabel="length / trained length")
-        axis.set_xticks(x, [f"{f}×" for f in FACTORS])
-        axis.set_xticks([], minor=True)
-        axis.legend(fontsize=7)
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("held-out loss, nats a token (sliding window)")
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    with pictures.figure(path, 1, len(panels), figsize=(14, 4.2), sharey=True) as axes:
+        x = [int(f) for f in FACTORS]
+        for axis, (title, runs_by_name) in zip(axes, panels.items(), strict=True):
+            for name, runs in runs_by_name.items():
+                y = np.array([[r["sliding"][f] for f in FACTORS] for r in runs])
+                label = name.removeprefix("rope, ").removesuffix(" at test time").removesuffix(", fine-tuned")
+                axis.errorbar(x, y.mean(0), y.std(0, ddof=1), marker="o", markersize=3, capsize=2, label=label)
+            axis.set(title=title, xscale="log", xlabel="length / trained length")
+            axis.set_xticks(x, [f"{f}×" for f in FACTORS])
+            axis.set_xticks([], minor=True)
+            axis.legend(fontsize=7)
+            axis.grid(alpha=0.3)
+        axes[0].set_ylabel("held-out loss, nats a token (sliding window)")

@@ -41,9 +41,7 @@ def main() -> None:
     taken = steps(config)
     merged = {dtype: merging(config, dtype) for dtype in ("float32", "bfloat16")}
     results = judge(taken, merged)
-    findings.save(HERE, results)
-    findings.replace_section(HERE / "README.md", "results", tables(taken, merged, results))
-    print(findings.summary(results))
+    print(findings.publish(HERE, results, tables(taken, merged)))
 
 
 def steps(config: schema.Config) -> dict[str, memory.Memory]:
@@ -111,7 +109,7 @@ def judge(taken: dict[str, memory.Memory], merged: dict[str, dict[str, float]]) 
     ]
 
 
-def tables(taken, merged, results) -> list[str]:
+def tables(taken, merged) -> list[str]:
     """Markdown."""
     forward = taken["forward, remat none"].peak
     lines = ["", "MiB, SmolLM2-135M, 4 x 256 tokens, float32, rank 8 on all linear layers:", ""]
@@ -123,7 +121,7 @@ def tables(taken, merged, results) -> list[str]:
     heads = next(iter(merged.values()))
     lines += ["", "| dtype | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     lines += [f"| {d} | " + " | ".join(f"{v:.2f}" for v in m.values()) + " |" for d, m in merged.items()]
-    return [*lines, *findings.verdict_table(results)]
+    return lines
 
 
 if __name__ == "__main__":

@@ -20,15 +20,11 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 
 from llm_jax.intervals import Interval, bootstrap
-from llm_jax.research import findings, verdicts
+from llm_jax.research import findings, pictures, verdicts
 from llm_jax.research.findings import Finding
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 COMMAND = "PYTHONPATH=. python experiments/prompt_sensitivity/run.py"
 Cells = dict[tuple[str, str, str], np.ndarray]  # (model, task, style) -> bool (paraphrases, examples)
@@ -38,10 +34,8 @@ def write(here: pathlib.Path, found: Sequence[Mapping[str, Any]], size: str) -> 
     """Writes results.json, spread.png and the tables of README.md; returns the verdicts as text."""
     cells, tokens = gather(found, "right"), gather(found, "tokens", "reasoning_tokens")
     results = judge(cells, tokens, f"{COMMAND} {size}")
-    findings.save(here, results)
     draw(cells, here / "spread.png")
-    findings.replace_section(here / "README.md", "results", tables(cells, tokens, results))
-    return findings.summary(results)
+    return findings.publish(here, results, tables(cells, tokens))
 
 
 def gather(found: Sequence[Mapping[str, Any]], *keys: str) -> Cells:
@@ -110,7 +104,7 @@ def judge(cells: Cells, tokens: Cells, command: str) -> list[Finding]:
     ]
 
 
-def tables(cells: Cells, tokens: Cells, results: Sequence[Finding]) -> list[str]:
+def tables(cells: Cells, tokens: Cells) -> list[str]:
     """Accuracy over paraphrases for each model, task and prompt type, then the verdicts."""
     lines = [
         "",
@@ -123,17 +117,14 @@ def tables(cells: Cells, tokens: Cells, results: Sequence[Finding]) -> list[str]
             f"| {model} | {task} | {style} | {a.mean():.2f} | {a.std(ddof=1):.2f} | {a.min():.2f} | {a.max():.2f} "
             f"| {tokens[model, task, style].mean():.1f} |"
         )
-    return [*lines, *findings.verdict_table(results)]
+    return lines
 
 
 def draw(cells: Cells, path: pathlib.Path) -> None:
     """The accuracy of every paraphrase."""
-    figure, axes = plt.subplots(figsize=(8, 3.4))
-    labels = [" ".join(key) for key in cells]
-    for place, right in enumerate(cells.values()):
-        axes.plot([place] * len(right), right.mean(1), "_", markersize=12)
-    axes.set_xticks(range(len(labels)), labels, rotation=60, ha="right", fontsize=6)
-    axes.set_ylabel("accuracy of each paraphrase")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    with pictures.figure(path, figsize=(8, 3.4)) as axes:
+        labels = [" ".join(key) for key in cells]
+        for place, right in enumerate(cells.values()):
+            axes.plot([place] * len(right), right.mean(1), "_", markersize=12)
+        axes.set_xticks(range(len(labels)), labels, rotation=60, ha="right", fontsize=6)
+        axes.set_ylabel("accuracy of each paraphrase")

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from llm_jax.intervals import paired
-from llm_jax.research import findings, verdicts
+from llm_jax.research import findings, pictures, verdicts
 from llm_jax.research.findings import Finding
 
 COMMAND = "PYTHONPATH=. python experiments/qat/sweep.py"
@@ -52,10 +52,8 @@ def judge(found: Found, seeds: int) -> list[Finding]:
 def write(here: pathlib.Path, found: Found, seeds: int) -> str:
     """Writes results.json, the picture and the table in README.md; returns the verdict as text."""
     results = judge(found, seeds)
-    findings.save(here, results)
     draw(found, here / "qat.png")
-    findings.replace_section(here / "README.md", "results", table(found, results))
-    return findings.summary(results)
+    return findings.publish(here, results, table(found, results))
 
 
 def table(found: Found, results: list[Finding]) -> list[str]:
@@ -71,29 +69,22 @@ def table(found: Found, results: list[Finding]) -> list[str]:
             cells.append(f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}" if values else "-")
         shares = [f"{results[0][f'{name}: {share}'].estimate:.0%}" for share in ("share", "share of rounding")]
         lines.append(f"| {' | '.join([name, *cells, *shares])} |")
-    return [*lines, *findings.verdict_table(results)]
+    return lines
 
 
 def draw(found: Found, path: pathlib.Path) -> None:
     """What each scheme loses to full precision: by the best method after training, and trained in the loop."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(8, 4), layout="constrained")
-    x = np.arange(len(found))
-    for shift, label in ((-0.2, "best after training"), (0.2, "in the loop")):
-        methods = [best(runs) if shift < 0 else "qat" for runs in found.values()]
-        values = [[r[m] - r["full"] for r in runs] for m, runs in zip(methods, found.values(), strict=True)]
-        axis.bar(x + shift, np.mean(values, 1), 0.4, yerr=np.std(values, 1, ddof=1), capsize=3, label=label)
-    axis.set_xticks(x, list(found))
-    axis.set(ylabel="loss above full precision, nats a token")
-    axis.axhline(0, color="black", linewidth=0.5)
-    axis.legend()
-    axis.grid(alpha=0.3, axis="y")
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    with pictures.figure(path, figsize=(8, 4)) as axis:
+        x = np.arange(len(found))
+        for shift, label in ((-0.2, "best after training"), (0.2, "in the loop")):
+            methods = [best(runs) if shift < 0 else "qat" for runs in found.values()]
+            values = [[r[m] - r["full"] for r in runs] for m, runs in zip(methods, found.values(), strict=True)]
+            axis.bar(x + shift, np.mean(values, 1), 0.4, yerr=np.std(values, 1, ddof=1), capsize=3, label=label)
+        axis.set_xticks(x, list(found))
+        axis.set(ylabel="loss above full precision, nats a token")
+        axis.axhline(0, color="black", linewidth=0.5)
+        axis.legend()
+        axis.grid(alpha=0.3, axis="y")
 
 
 def read(path: pathlib.Path) -> Any:

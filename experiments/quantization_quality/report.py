@@ -30,7 +30,7 @@ import numpy as np
 from llm_jax import cli, files
 from llm_jax.intervals import Interval, mean, paired
 from llm_jax.kernels import number_formats
-from llm_jax.research import findings
+from llm_jax.research import findings, pictures
 from llm_jax.research.findings import Finding
 
 HERE = pathlib.Path(__file__).parent
@@ -48,7 +48,6 @@ def loss_difference(found: dict[str, Any]) -> Interval:
 def write(here: pathlib.Path, language: dict, sentences: dict, speed: dict, labelled: dict, full: dict) -> str:
     """Writes results.json, the picture and the tables in README.md; returns the verdicts as text."""
     results = judge(language, sentences, speed)
-    findings.save(here, results)
     figures = {
         "full precision": {name: full[name] for name in ("perplexity", "bytes")},
         "reference model": language,
@@ -58,9 +57,8 @@ def write(here: pathlib.Path, language: dict, sentences: dict, speed: dict, labe
     }
     files.write_json(here / "figures.json", figures)
     draw(language, full, here / "quality.png")
-    lines = tables(language, sentences, speed, labelled, full, results)
-    findings.replace_section(here / "README.md", "results", lines)
-    return findings.summary(results)
+    lines = tables(language, sentences, speed, labelled, full)
+    return findings.publish(here, results, lines)
 
 
 def judge(language: dict, sentences: dict, speed: dict) -> list[Finding]:
@@ -124,7 +122,7 @@ def judge(language: dict, sentences: dict, speed: dict) -> list[Finding]:
     ]
 
 
-def tables(language, sentences, speed, labelled, full, results) -> list[str]:
+def tables(language, sentences, speed, labelled, full) -> list[str]:
     """Markdown."""
     lines = ["", f"Reference model, full precision: perplexity {full['perplexity']:.3f}, {full['bytes']:,} bytes.", ""]
     lines += [
@@ -159,37 +157,32 @@ def tables(language, sentences, speed, labelled, full, results) -> list[str]:
             lines.append(
                 f"| {name} | {mean:+.4f} ({low:+.4f}, {high:+.4f}) | {found['kl']:.5f} | {found['agreement']:.4f} |"
             )
-    return [*lines, *findings.verdict_table(results)]
+    return lines
 
 
 def draw(language: dict, full: dict, path: pathlib.Path) -> None:
     """Perplexity over that of the full model against bits a weight, a point per scheme and method."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(9, 5), layout="constrained")
-    methods = {name: name.split()[0 if name.startswith(OTHERS) else -1] for name in language}
-    for method, marker in zip(dict.fromkeys(methods.values()), "osv^D*PX", strict=False):
-        points = {n: f for n, f in language.items() if methods[n] == method}
-        x = [f["bits"] for f in points.values()]
-        y = [f["perplexity"] / full["perplexity"] - 1 for f in points.values()]
-        axis.scatter(x, np.maximum(y, 1e-5), marker=marker, label=method, alpha=0.7)
-    best: dict[str, tuple[float, float]] = {}
-    for name, found in language.items():
-        rise = max(found["perplexity"] / full["perplexity"] - 1, 1e-5)
-        scheme = name if name.startswith(OTHERS) else name.split()[0]
-        best[scheme] = min(best.get(scheme, (found["bits"], rise)), (found["bits"], rise), key=lambda p: p[1])
-    for scheme, point in best.items():
-        axis.annotate(scheme, point, fontsize=7, xytext=(3, 3), textcoords="offset points")
-    axis.set(
-        xlabel="bits a weight, scales and 8-bit tables included", ylabel="rise of perplexity, relative", yscale="log"
-    )
-    axis.legend(fontsize=8)
-    axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    with pictures.figure(path, figsize=(9, 5)) as axis:
+        methods = {name: name.split()[0 if name.startswith(OTHERS) else -1] for name in language}
+        for method, marker in zip(dict.fromkeys(methods.values()), "osv^D*PX", strict=False):
+            points = {n: f for n, f in language.items() if methods[n] == method}
+            x = [f["bits"] for f in points.values()]
+            y = [f["perplexity"] / full["perplexity"] - 1 for f in points.values()]
+            axis.scatter(x, np.maximum(y, 1e-5), marker=marker, label=method, alpha=0.7)
+        best: dict[str, tuple[float, float]] = {}
+        for name, found in language.items():
+            rise = max(found["perplexity"] / full["perplexity"] - 1, 1e-5)
+            scheme = name if name.startswith(OTHERS) else name.split()[0]
+            best[scheme] = min(best.get(scheme, (found["bits"], rise)), (found["bits"], rise), key=lambda p: p[1])
+        for scheme, point in best.items():
+            axis.annotate(scheme, point, fontsize=7, xytext=(3, 3), textcoords="offset points")
+        axis.set(
+            xlabel="bits a weight, scales and 8-bit tables included",
+            ylabel="rise of perplexity, relative",
+            yscale="log",
+        )
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
 
 
 def read(path: pathlib.Path) -> Any:

@@ -6,12 +6,12 @@ PYTHONPATH=. python experiments/reference_lm/curve.py --run=runs/reference_lm
 import json
 import pathlib
 
-import matplotlib
 import numpy as np
 from absl import flags
 
 from llm_jax import cli
 from llm_jax.errors import UserError
+from llm_jax.research import pictures
 
 HERE = pathlib.Path(__file__).parent
 WINDOW = 50  # steps of the running mean
@@ -21,9 +21,6 @@ flags.DEFINE_string("output", str(HERE / "curve.png"), "the picture")
 
 
 def main() -> None:
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     path = pathlib.Path(flags.FLAGS.run).expanduser() / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"--run={flags.FLAGS.run}: no metrics.jsonl here; expected a run")
@@ -31,19 +28,20 @@ def main() -> None:
     tokens = np.cumsum([line["tokens"] for line in lines]) / 1e6
     loss = np.asarray([line["loss"] for line in lines], float)
     held = [(t, line["validation_loss"]) for t, line in zip(tokens, lines, strict=True) if "validation_loss" in line]
-    figure, axes = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
-    axes.plot(tokens, loss, color="tab:blue", alpha=0.25, linewidth=0.6, label="training, each step")
-    if len(loss) >= WINDOW:
-        mean = np.convolve(loss, np.ones(WINDOW) / WINDOW, "valid")
-        axes.plot(tokens[WINDOW - 1 :], mean, color="tab:blue", label=f"training, mean of {WINDOW} steps")
-    if held[:-1]:
-        axes.plot(*zip(*held[:-1], strict=True), "o-", color="tab:orange", label="held out, the first eval.rows rows")
-    if held:
-        axes.plot(*held[-1], "s", color="tab:red", label="held out, all")
-    axes.set(xlabel="million tokens", ylabel="nats per token")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(flags.FLAGS.output, dpi=120)
+    with pictures.figure(flags.FLAGS.output, figsize=(7, 3.6), dpi=120) as axes:
+        axes.plot(tokens, loss, color="tab:blue", alpha=0.25, linewidth=0.6, label="training, each step")
+        if len(loss) >= WINDOW:
+            mean = np.convolve(loss, np.ones(WINDOW) / WINDOW, "valid")
+            axes.plot(tokens[WINDOW - 1 :], mean, color="tab:blue", label=f"training, mean of {WINDOW} steps")
+        if held[:-1]:
+            axes.plot(
+                *zip(*held[:-1], strict=True), "o-", color="tab:orange", label="held out, the first eval.rows rows"
+            )
+        if held:
+            axes.plot(*held[-1], "s", color="tab:red", label="held out, all")
+        axes.set(xlabel="million tokens", ylabel="nats per token")
+        axes.grid(alpha=0.3)
+        axes.legend()
     print(f"wrote {flags.FLAGS.output}")
 
 

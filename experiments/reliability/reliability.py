@@ -4,6 +4,9 @@
 
 Every part compares with one undisturbed run of `config.py`. Writes results.json and prints the table of the README.
 The full disk is a tmpfs of a few MiB; where it cannot be mounted (that takes root), the part says so.
+
+The rule: nothing is lost if every killed run (R1), and every run whose disk was full (R3), ends with the figures of
+the undisturbed one, no checkpoint is unreadable after a kill, and every damage of a file is detected (R2).
 """
 
 import json

@@ -57,9 +57,7 @@ def write(here: pathlib.Path, asked, runs, size: str, seeds: int) -> str:
       runs: what was found by each kind of training, seed by seed.
     """
     results = judge(asked, runs, runs["LoRA r=8"][0]["factors"], seeds, size)
-    findings.save(here, results)
-    findings.replace_section(here / "README.md", "results", table(asked, runs, results, size, seeds))
-    return findings.summary(results)
+    return findings.publish(here, results, table(asked, runs, size, seeds))
 
 
 def factor_shapes(run: pathlib.Path) -> dict[str, Any]:
@@ -123,7 +121,7 @@ def judge(asked, runs, shapes, seeds: int, size: str) -> list[Finding]:
     ]
 
 
-def table(asked, runs, results, size: str, seeds: int) -> list[str]:
+def table(asked, runs, size: str, seeds: int) -> list[str]:
     """Markdown."""
 
     def percent(estimate: float, low: float, high: float) -> str:
@@ -163,4 +161,4 @@ def table(asked, runs, results, size: str, seeds: int) -> list[str]:
             f"| {name} | {len(found)} | {accuracy} | {products(found)} | {first['trained_parameters']:,} | "
             f"{4 * first['trained_parameters'] / 2**20:.2f} | {seconds:.1f} | {f'{max(peaks):.2f}' if peaks else ''} |"
         )
-    return [*lines, *findings.verdict_table(results)]
+    return lines

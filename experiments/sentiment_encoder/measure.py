@@ -73,9 +73,7 @@ def main() -> None:
             files.write_json(kept, run(loaded, parts, kind, seed))
         found[kind].append(json.loads(kept.read_text()))
     results = [judge(found, f.seeds)]
-    findings.save(HERE, results)
-    findings.replace_section(HERE / "README.md", "results", table(found, results))
-    print(findings.summary(results))
+    print(findings.publish(HERE, results, table(found)))
 
 
 def encoded(loaded, sentences) -> dict[str, np.ndarray]:
@@ -178,7 +176,7 @@ def judge(found: dict[str, list[dict[str, Any]]], seeds: int) -> Finding:
     return findings.finding("L14", measure, gains, verdict, command=command, n=seeds)
 
 
-def table(found: dict[str, list[dict[str, Any]]], results: list[Finding]) -> list[str]:
+def table(found: dict[str, list[dict[str, Any]]]) -> list[str]:
     """Markdown."""
     heads: tuple[str, ...] = (
         "kind",
@@ -201,7 +199,7 @@ def table(found: dict[str, list[dict[str, Any]]], results: list[Finding]) -> lis
             f"{first['bytes of a step'] / 2**20:,.0f} |"
         )
     lines += ["", f"{100 * found['full'][0]['cut']:.1f} % of the training sentences have {LENGTH} tokens or more."]
-    return [*lines, *findings.verdict_table(results)]
+    return lines
 
 
 if __name__ == "__main__":

@@ -81,10 +81,8 @@ def main() -> None:
     table = {kind: [found[f"{kind} {s} {f.steps} {f.tune}"] for s in range(f.seeds)] for kind in KINDS}
     refused = {kind: found[f"{kind} refusals {f.steps} {f.tune}"] for kind in NEXT}
     results = judge(table, refused)
-    findings.save(HERE, results)
-    lines = markdown(table, refused, results)
-    findings.replace_section(HERE / "README.md", "models", ["", *lines])
-    print(findings.summary(results))
+    lines = markdown(table, refused)
+    print(findings.publish(HERE, results, ["", *lines], "models"))
 
 
 # ---------------------------------------------------------------- what is measured
@@ -225,7 +223,7 @@ def judge(table: dict, refused: dict) -> list[Finding]:
     ]
 
 
-def markdown(table: dict, refused: dict, results: list[Finding]) -> list[str]:
+def markdown(table: dict, refused: dict) -> list[str]:
     """Markdown."""
     f = flags.FLAGS
     lines = ["| kind | bits per byte | unknown tokens | MB of text seen | parameters |", "|---" * 5 + "|"]
@@ -242,7 +240,7 @@ def markdown(table: dict, refused: dict, results: list[Finding]) -> list[str]:
     lines += [
         f"| {kind} | {' | '.join('yes' if v else 'no' for v in said.values())} |" for kind, said in refused.items()
     ]
-    return [*lines, *findings.verdict_table(results)]
+    return lines
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from llm_jax import cli, tokenizers
 from llm_jax.data import assets
-from llm_jax.research import findings, verdicts
+from llm_jax.research import findings, pictures, verdicts
 from llm_jax.research.findings import Finding
 
 HERE = pathlib.Path(__file__).parent
@@ -44,13 +44,11 @@ def main() -> None:
     jobs = [(kind, size) for kind in ("word", *PIECES) for size in SIZES] + [(kind, SIZES[-1]) for kind in SINGLE]
     table = {(kind, size): figures(kind, size, train, held, new) for kind, size in tqdm(jobs)}
     results = judge(table)
-    findings.save(HERE, results)
     draw(table, HERE / "tradeoff.png")
     sizes = f"{sum(map(len, train)):,} characters of training text, {sum(map(len, held)):,} held out, "
     sizes += f"with {len(new):,} new words."
-    lines = [sizes, *tables(table, results)]
-    findings.replace_section(HERE / "README.md", "results", ["", *lines])
-    print(findings.summary(results))
+    lines = [sizes, *tables(table)]
+    print(findings.publish(HERE, results, ["", *lines]))
 
 
 def figures(kind: str, size: int, train: list[str], held: list[str], new: list[str]) -> dict[str, float]:
@@ -88,30 +86,25 @@ def judge(table: dict[tuple[str, int], dict[str, float]]) -> list[Finding]:
     ]
 
 
-def tables(table: dict, results: list[Finding]) -> list[str]:
+def tables(table: dict) -> list[str]:
     """Markdown."""
     lines = ["", "| kind | ids | tokens a word | unknown tokens | new words that come back |", "|---" * 5 + "|"]
     for (kind, _), row in table.items():
         shares = f"{row['unknown']:.2%} | {row['new words that come back']:.1%}"
         lines.append(f"| {kind} | {row['ids']:,.0f} | {row['tokens per word']:.2f} | {shares} |")
-    return [*lines, *findings.verdict_table(results)]
+    return lines
 
 
 def draw(table: dict, path: pathlib.Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for kind in ("word", *PIECES, *SINGLE):
-        rows = [row for (k, _), row in table.items() if k == kind]
-        axis.plot([r["ids"] for r in rows], [r["tokens per word"] for r in rows], marker="o", markersize=4, label=kind)
-    axis.set(xscale="log", yscale="log", xlabel="ids", ylabel="tokens a word, held-out text")
-    axis.legend(fontsize=8)
-    axis.grid(alpha=0.3, which="both")
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    with pictures.figure(path, figsize=(7, 4.5)) as axis:
+        for kind in ("word", *PIECES, *SINGLE):
+            rows = [row for (k, _), row in table.items() if k == kind]
+            axis.plot(
+                [r["ids"] for r in rows], [r["tokens per word"] for r in rows], marker="o", markersize=4, label=kind
+            )
+        axis.set(xscale="log", yscale="log", xlabel="ids", ylabel="tokens a word, held-out text")
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3, which="both")
 
 
 if __name__ == "__main__":

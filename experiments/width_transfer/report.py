@@ -7,7 +7,7 @@ measured against the rate that is best by the mean of the *other* seeds: the lea
 would count its own luck as a loss. It is judged by the 95 % t-interval of its mean over the seeds.
 
 The rate *transfers* under a parametrization if the interval lies below MARGIN at every width, and
-*does not* if the interval at the widest lies above MARGIN. The claim (width transfer by table 8 of
+*does not* if the interval at the widest lies above MARGIN. W1 (width transfer by table 8 of
 arXiv:2203.03466 makes the best rate hold across widths, which it does not by itself) holds if the rate
 transfers with it and does not without; fails if it does not transfer with it, or transfers without;
 else it is undecided.

@@ -87,15 +87,13 @@ def main() -> None:
     benchmark = json.loads((HERE.parent / "benchmarks" / "word2vec.json").read_text())["table"]
     cosines = {name: real_cosines(name) for name in ("minilm-l6-v2", "smollm2-135m-instruct")}
     results = judge(table, benchmark, cosines)
-    findings.save(HERE, results)
     shown = vectors.load(root / "skipgram-0.bin")
     picture.draw(shown, [w for w in MAP.split() if w in shown], HERE / "map.png")
     lines = [
         f"{text.num_words:,} words of {len(text.words):,} kinds, sha256 {text.sha256[:12]}.",
-        *tables(table, results),
+        *tables(table),
     ]
-    findings.replace_section(HERE / "README.md", "results", ["", *lines])
-    print(findings.summary(results))
+    print(findings.publish(HERE, results, ["", *lines]))
 
 
 def figures(found: vectors.WordVectors) -> dict:
@@ -153,7 +151,7 @@ def judge(table: dict, benchmark: dict, e3: dict[str, dict[str, float]]) -> list
     ]
 
 
-def tables(table: dict, results: list[Finding]) -> list[str]:
+def tables(table: dict) -> list[str]:
     """Markdown."""
     names = ("wordsim", "simlex", "analogies", "king queen")
     lines = ["", "| kind | " + " | ".join(names) + " |", "|---" * 5 + "|"]
@@ -161,7 +159,7 @@ def tables(table: dict, results: list[Finding]) -> list[str]:
         cells = ([r[n] for r in runs] for n in names)
         lines.append(f"| {kind} | " + " | ".join(f"{np.mean(c):.3f} ± {np.std(c, ddof=1):.3f}" for c in cells) + " |")
     lines += ["", f"Nearest to king (skip-gram, seed 0): {', '.join(table['skipgram'][0]['near king'])}."]
-    return [*lines, *findings.verdict_table(results)]
+    return lines
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import dataclasses
 import math
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from llm_jax import files
@@ -148,8 +148,26 @@ def as_dict(result: Finding) -> dict[str, Any]:
 
 def verdict_table(results: Sequence[Finding]) -> list[str]:
     """The lines of a table of verdicts, for a README."""
-    rows = [f"| {result.claim} | **{result.verdict}** |" for result in results]
-    return ["", "| claim | verdict |", "|---|---|", *rows, ""]
+    return markdown_table(["claim", "verdict"], [[result.claim, f"**{result.verdict}**"] for result in results])
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table in Markdown, between empty lines."""
+    return ["", *(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)), ""]
+
+
+def publish(directory: pathlib.Path, results: Sequence[Finding], lines: Sequence[str], section: str = "results") -> str:
+    """Writes results.json of an experiment, and `lines` with the verdicts into a section of its README.
+
+    Returns:
+      A line for each verdict, for the terminal.
+
+    Raises:
+      UserError: results.json cannot be written, or the README has no such section.
+    """
+    save(directory, results)
+    replace_section(directory / "README.md", section, [*lines, *verdict_table(results)])
+    return summary(results)
 
 
 def summary(results: Sequence[Finding]) -> str:

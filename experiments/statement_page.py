@@ -1,0 +1,200 @@
+"""What was measured about each statement, as HTML: pictures, verdicts, intervals, rules, published figures, commands.
+
+The documentation includes these fragments (docs/statements.md); `python experiments/verdicts.py --html=FILE` writes
+them as one page that needs no other file and no network.
+"""
+
+import ast
+import html
+import math
+import pathlib
+import re
+from collections.abc import Sequence
+
+from experiments.statements import GROUPS, STATEMENTS, Picture, Statement
+from llm_jax.research import findings
+from llm_jax.research.findings import Estimate, Finding
+
+Measured = tuple[Finding, str]  # with the directory of its experiment
+
+STYLE = (pathlib.Path(__file__).parent / "statement_page.css").read_text()
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light dark; }}
+body {{ margin: 0 auto; max-width: 60rem; padding: 0 1rem 3rem; font: 1rem/1.5 system-ui, sans-serif; }}
+{style}</style>
+</head>
+<body>
+<h1>{title}</h1>
+{body}
+</body>
+</html>
+"""
+TITLE = "Statements about language models, and what was measured"
+
+
+def measured(directory: pathlib.Path) -> dict[str, list[Measured]]:
+    """The findings of every results.json below `directory`, by statement, with the names of their experiments.
+
+    Raises:
+      UserError: a file cannot be read.
+    """
+    by_statement: dict[str, list[Measured]] = {}
+    for path in sorted(directory.glob("*/results.json")):
+        for result in findings.read(path):
+            by_statement.setdefault(result.statement, []).append((result, path.parent.name))
+    return by_statement
+
+
+def standalone(directory: pathlib.Path) -> str:
+    """All statements as one page that needs no other file and no network."""
+    by_statement = measured(directory)
+    parts = []
+    for letter, title in GROUPS.items():
+        parts.append(f"<h2>{title}</h2>")
+        for name, statement in STATEMENTS.items():
+            if name[0] == letter:
+                heading = f"{name}: {html.escape(statement.text)}"
+                parts += [f'<h3 id="{name.lower()}">{heading}</h3>', card(name, by_statement.get(name, []), directory)]
+    return _PAGE.format(title=TITLE, style=STYLE, body="\n".join(parts))
+
+
+def card(name: str, results: Sequence[Measured], directory: pathlib.Path, short: bool = False) -> str:
+    """What was measured about a statement, without a heading.
+
+    Args:
+      name: the identifier of the statement.
+      results: the findings about it.
+      directory: the directory `experiments/`, whose scripts state the rules.
+      short: whether to leave out rule, all estimates and command.
+    """
+    statement = STATEMENTS[name]
+    parts = []
+    for result, experiment in results:
+        parts += _finding(result, statement)
+        if not short:
+            parts.append(_estimates(result))
+            parts.append(f"<p>Measured again by:</p><pre>{html.escape(result.command)}</pre>")
+            if stated := rule(name, result.command, directory / experiment):
+                summary = "<summary>The rule, fixed before the run</summary>"
+                parts.append(f"<details>{summary}<pre>{html.escape(stated)}</pre></details>")
+    if statement.tests:
+        parts.append('<p><span class="verdict holds">holds</span>: exact, and held by tests.</p>')
+        if not short:
+            parts.append(f"<p>Tested again by:</p><pre>python -m pytest {html.escape(statement.tests)}</pre>")
+    elif not results:
+        parts.append('<p><span class="verdict open">not measured yet</span></p>')
+    if statement.published:
+        parts.append(f"<p>Published: {html.escape(statement.published)}.</p>")
+    return f'<div class="statement">{"".join(parts)}</div>'
+
+
+def rule(name: str, command: str, directory: pathlib.Path) -> str:
+    """The rule of a statement's verdict, from the documentation of the scripts of an experiment; "" if none is stated.
+
+    Args:
+      command: the command of the finding; its script is read first.
+    """
+    scripts = sorted(directory.glob("*.py"), key=lambda path: (path.name not in command, path.name))
+    entries = [entry for path in scripts for entry in _entries(ast.get_docstring(ast.parse(path.read_text())) or "")]
+    for pattern in (rf"{name}\b", rf".*\b{name}\b"):
+        for entry in entries:
+            if re.match(pattern, entry):
+                return entry
+    return ""
+
+
+def _entries(text: str) -> list[str]:
+    """The paragraphs of a docstring after the first one; each identifier at the beginning of a line starts another."""
+    paragraphs = re.split(r"\n\n|\n(?=[A-Z]\d+b? )", text.partition("\n\n")[2])
+    return [re.sub(r"\s+", " ", paragraph).strip() for paragraph in paragraphs]
+
+
+def kind(verdict: str | None) -> str:
+    """Whether a verdict "holds" or "fails", at least in part; "open" for all others."""
+    text = verdict or ""
+    return "holds" if text.startswith(("holds", "nothing lost")) else "fails" if text.startswith("fails") else "open"
+
+
+def _finding(result: Finding, statement: Statement) -> list[str]:
+    source = ", ".join(filter(None, [result.date, result.commit and f"commit {result.commit}", result.machine]))
+    part = f"{html.escape(result.part)}: " if result.part else ""
+    verdict = html.escape(result.verdict or "no verdict")
+    lines = [
+        f'<p>{part}<span class="verdict {kind(result.verdict)}">{verdict}</span><br>'
+        f"Measured: {html.escape(result.measure)}; {_runs(result.n)} ({html.escape(source)}).</p>"
+    ]
+    return lines + [text for picture in statement.pictures if (text := draw(result, picture))]
+
+
+def _runs(count: int) -> str:
+    return {0: "not run", 1: "one run"}.get(count, f"{count} independent runs (seeds)")
+
+
+def draw(result: Finding, picture: Picture) -> str:
+    """A dot with its interval for each estimate, on one axis with the thresholds; "" without such an estimate."""
+    rows = [e for e in result.estimates if e.estimate is not None and re.fullmatch(picture.conditions, e.condition)]
+    if not rows:
+        return ""
+
+    def scale(value: float) -> float:
+        return math.log10(value) if picture.log else value
+
+    values = [x for e in rows for x in (e.estimate, e.low, e.high) if x is not None]
+    low, high = min(map(scale, (*values, *picture.thresholds))), max(map(scale, (*values, *picture.thresholds)))
+    margin = 0.04 * (high - low) or 1.0
+
+    def place(value: float) -> str:
+        return f"{100 * (scale(value) - low + margin) / (high - low + 2 * margin):.2f}%"
+
+    limits = "".join(_line("limit", place(x), place(x), 0, 18) for x in picture.thresholds)
+    lines = []
+    for estimate in rows:
+        assert estimate.estimate is not None
+        marks = _line("axis", "0", "100%", 9, 9) + limits
+        if estimate.low is not None and estimate.high is not None:
+            marks += _line("interval", place(estimate.low), place(estimate.high), 9, 9)
+        marks += f'<circle cx="{place(estimate.estimate)}" cy="9" r="4.5"/>'
+        label, value = html.escape(estimate.condition or "all"), interval_text(estimate)
+        lines.append(
+            f'<div class="row"><span>{label}</span>'
+            f'<svg width="100%" height="18" role="img" aria-label="{label}: {value}">{marks}</svg>'
+            f'<span class="value">{value}</span></div>'
+        )
+    caption = picture.title or result.measure
+    if picture.thresholds:
+        limit = " and ".join(f"{x:.3g}" for x in picture.thresholds)
+        caption += f"; dashed: {limit} (the statement holds where estimates lie {picture.holds})"
+    if any(e.low is not None for e in rows):
+        caption += "; bars: 95 % intervals, or the range that the rule names"
+    return f"<figure><figcaption>{html.escape(caption)}</figcaption>{''.join(lines)}</figure>"
+
+
+def interval_text(estimate: Estimate) -> str:
+    """The estimate with its limits, such as "0.0063 (0.001 to 0.0116)"."""
+    if estimate.estimate is None:
+        return html.escape(estimate.text or ", ".join(map(str, estimate.values)) or "not measured")
+    limits = (estimate.low, estimate.high)
+    numbers = [f"{x:.3g}" if abs(x) < 1000 else f"{x:,.0f}" for x in (estimate.estimate, *limits) if x is not None]
+    return numbers[0] if len(numbers) < 3 else f"{numbers[0]} ({numbers[1]} to {numbers[2]})"
+
+
+def _line(name: str, x1: str, x2: str, y1: int, y2: int) -> str:
+    return f'<line class="{name}" x1="{x1}" x2="{x2}" y1="{y1}" y2="{y2}"/>'
+
+
+def _estimates(result: Finding) -> str:
+    rows = "".join(
+        f"<tr><td>{html.escape(e.condition or 'all')}</td><td>{interval_text(e)}</td></tr>" for e in result.estimates
+    )
+    count = len(result.estimates)
+    return (
+        f"<details><summary>All estimates ({count})</summary><table><tr><th>condition</th><th>estimate</th></tr>"
+        f"{rows}</table></details>"
+    )
