@@ -248,15 +248,15 @@ def test_pictures_are_drawn_with_every_evaluation_and_given_to_the_trackers(comm
     recorder = Recorder()
     monkeypatch.setitem(trackers.TRACKERS, "tensorboard", lambda workdir, config, start: recorder)
     flags = ["--config.report.to=('tensorboard',)", "--config.report.pictures=('attention','quantization')"]
-    flags += ["--config.train.steps=2", "--config.eval.every=1", "--config.eval.prompts=('the model',)"]
+    flags += ["--config.train.steps=3", "--config.eval.every=2", "--config.eval.prompts=('the model',)"]
     done = command("train", f"--workdir={tmp_path}", *flags)
     pictures = [(step, name, path) for kind, step, name, path in (c for c in recorder.calls if c[0] == "picture")]
-    assert [(step, name) for step, name, _ in pictures] == [(1, "pictures/attention"), (2, "pictures/attention")]
-    assert pictures[0][2] == tmp_path / "pictures" / "attention-1.png"
+    assert [(step, name) for step, name, _ in pictures] == [(2, "pictures/attention"), (3, "pictures/attention")]
+    assert pictures[0][2] == tmp_path / "pictures" / "attention-2.png"
     assert all(path.read_bytes().startswith(b"\x89PNG") for _, _, path in pictures)
     assert done.stdout.count("no picture 'quantization' (") == 2  # the groups of nf4 do not divide this model
     finished = next(call for call in recorder.calls if call[0] == "finish")
-    assert finished[2] == [tmp_path / "report.html"] and finished[1]["steps"] == 2
+    assert finished[2] == [tmp_path / "report.html"] and finished[1]["steps"] == 3
 
 
 def test_pictures_that_cannot_be_drawn_are_refused_before_training(command, tmp_path):
