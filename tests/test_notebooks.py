@@ -81,6 +81,7 @@ def execute(notebook, python, directory, **environment):
     os.environ["JUPYTER_PATH"] = str(directory / "jupyter")
     try:
         executed = nbformat.read(notebook, as_version=4)
+        executed.cells.append(nbformat.v4.new_code_cell("import llm_jax; print('package:', llm_jax.__file__)"))
         resources = {"metadata": {"path": str(directory)}}
         client = nbclient.NotebookClient(executed, timeout=900, kernel_name="installed", resources=resources)
         client.execute(env=environment)
@@ -139,8 +140,9 @@ CHECKS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_notebook_runs_from_top_to_bottom_outside_the_repository(name, python, tmp_path):
-    executed = execute(FOLDER / f"{name}.ipynb", python, tmp_path)
-    CHECKS[name](*printed(executed), tmp_path)
+    text, pictures = printed(execute(FOLDER / f"{name}.ipynb", python, tmp_path))
+    assert str(python.parents[1]) in text.split("package: ")[1]  # the wheel, not the checkout
+    CHECKS[name](text, pictures, tmp_path)
 
 
 @pytest.mark.live
