@@ -171,7 +171,7 @@ def get_config() -> ConfigDict:
                 "tasks": (),
                 "task_examples": 50,
             },
-            "report": {"to": (), "norms_every": 0, "samples_every": 0},
+            "report": {"to": (), "norms_every": 0, "samples_every": 0, "pictures": ()},
             "checkpoint": {"every": 350, "keep_last": 2, "keep_best": 1},
             "mesh": {
                 "data": -1,

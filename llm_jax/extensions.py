@@ -20,6 +20,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import linecache
 import os
 import pathlib
 import re
@@ -287,11 +288,27 @@ def _missing(key: str, specification: str, name: str) -> UserError:
 
 def _source(module: ModuleType, target: Any) -> bytes:
     file = getattr(module, "__file__", None)
-    return (
-        pathlib.Path(file).read_bytes()
-        if file and module.__name__ != "__main__"
-        else inspect.getsource(target).encode()
-    )
+    if file and module.__name__ != "__main__":
+        return pathlib.Path(file).read_bytes()
+    if isinstance(target, type) and not file:
+        return _source_in_cell(target).encode()
+    return inspect.getsource(target).encode()
+
+
+def _source_in_cell(cls: type) -> str:
+    """The source of a class of a notebook, which `inspect.getsource` reads for functions only.
+
+    Raises:
+      OSError: no function of the class has a source in which the class is defined.
+    """
+    for function in vars(cls).values():
+        code = getattr(inspect.unwrap(function) if callable(function) else function, "__code__", None)
+        cell = "".join(linecache.getlines(code.co_filename)) if code else ""
+        for node in ast.walk(ast.parse(cell)) if cell else ():
+            if isinstance(node, ast.ClassDef) and node.name == cls.__name__:
+                first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+                return "".join(cell.splitlines(keepends=True)[first - 1 : node.end_lineno])
+    raise OSError(f"no source of {cls.__name__}")
 
 
 def _file(name: str) -> pathlib.Path | None:

@@ -242,6 +242,9 @@ class ReportConfig:
     to: tuple[str, ...]  # loggers besides metrics.jsonl: "tensorboard", "wandb", "mlflow"
     norms_every: CountOrZero  # steps between norms of gradients, updates and activations per layer; 0: never
     samples_every: CountOrZero  # steps between continuations of eval.prompts; 0: before and after training only
+    # pictures of the model with every evaluation: "attention", "probabilities", "surprisal" (of the first of
+    # eval.prompts), "positions", "quantization"; written to pictures/ of the run and given to the loggers
+    pictures: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -66,7 +66,8 @@ def _picture_flags(checkpoint: str = "required") -> cli.Flags:
         flags.string(
             "checkpoint",
             None if checkpoint == "required" else "",
-            "checkpoint: a run, a Hugging Face directory, a .gguf file, a peft directory, asset:NAME or hf:ORG/NAME",
+            "checkpoint: a run, a Hugging Face directory, a .gguf file, a peft directory, a zip file of one, "
+            "asset:NAME, hf:ORG/NAME or gs://BUCKET/PATH",
             required=checkpoint == "required",
         )
         flags.string("base", "", "with adapters: checkpoint of their base; default: the one that they name")

@@ -48,7 +48,7 @@ def _train(f: cli.Flags) -> int:
     summary = trainer.train(config, f.workdir, stop=signal, profile=f.profile, attachments=write_report)
     if number := int(summary.get("stopped", 0)):  # of the signal, which another process may have received
         steps = config.train.steps
-        message = f"saved at step {summary['steps']} of {steps}; the same command resumes from there"
+        message = f"saved at step {summary['steps']} of {steps} in {f.workdir}; the same command resumes from there"
         if processes.is_main():
             print(f"\n{message}", file=sys.stderr)
         return 128 + number

@@ -5,11 +5,14 @@ import dataclasses
 import importlib
 import io
 import json
+import linecache
 import math
 import pathlib
 import re
 import shlex
 import shutil
+import sys
+import types
 
 import jax.numpy as jnp
 import pytest
@@ -281,6 +284,34 @@ def test_notebook(monkeypatch):
     )
     assert "the source of 'Typed' is not available" in refused(lambda: extensions.load("--filter", "__main__:Typed"))
     assert extension.target is NoPosition and re.fullmatch(r"__main__:Nope#[0-9a-f]{12}", extension.specification)
+
+
+CELL = """
+import dataclasses
+from llm_jax.model.positions import Position
+
+@dataclasses.dataclass(frozen=True)
+class Own(Position):
+    def declare(self):
+        return {}
+
+"""
+
+
+def test_a_class_in_a_cell_of_a_notebook_is_recorded_with_its_own_lines(monkeypatch):
+    """The kernel's `__main__` has no file; the sources of cells are in linecache, by the file name of their code."""
+    notebook = types.ModuleType("__main__")
+
+    def run(cell, name):
+        linecache.cache[name] = (len(cell), None, cell.splitlines(keepends=True), name)
+        exec(compile(cell, name, "exec"), vars(notebook))
+        return extensions.load("model.position.kind", "__main__:Own").specification
+
+    monkeypatch.setitem(sys.modules, "__main__", notebook)
+    first = run(CELL, "<cell 1>")
+    assert run(CELL + "x = 1\n", "<cell 2>") == first  # what else is in the cell does not count
+    assert run(CELL.replace("{}", "{'a': (1, 2)}"), "<cell 3>") != first
+    assert run(CELL.replace("frozen=True", "frozen=True, eq=False"), "<cell 4>") != first
 
 
 class NoPosition(positions.Position):

@@ -21,7 +21,7 @@ FIGURES = {BITS: "bits per byte", "validation_loss": "held-out loss", "loss": "t
 # eval.task_examples: they choose the examples behind the reported figures.
 NEUTRAL = (
     *("checkpoint.every", "checkpoint.keep_last", "checkpoint.keep_best"),
-    *("report.to", "report.norms_every", "report.samples_every"),
+    *("report.to", "report.norms_every", "report.samples_every", "report.pictures"),
     *("eval.every", "eval.prompts", "eval.tasks", "eval.max_new_tokens"),
     *("data.cache_dir", "data.workers"),
 )

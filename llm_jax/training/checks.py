@@ -12,7 +12,7 @@ from llm_jax import configuration
 from llm_jax.model import attention_kernels, transformer
 from llm_jax.model.transformer import Transformer
 from llm_jax.schema import Config, choice
-from llm_jax.training import bad_steps, losses, optim, step, trackers, trainable
+from llm_jax.training import bad_steps, losses, optim, run_pictures, step, trackers, trainable
 
 
 def config(
@@ -60,6 +60,7 @@ def check_training(config: Config) -> None:
     c = config.train
     losses.check(config)
     trackers.check(config.report.to)
+    run_pictures.check(config.report.pictures, config.eval.prompts)
     bad_steps.check(c)
     step.check_accumulation(c.batch_size, c.grad_accumulation, 1, losses.rows_together(config.loss))
     optim.schedule(config.optim, c.steps)

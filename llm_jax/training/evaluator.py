@@ -13,7 +13,7 @@ from llm_jax.evaluation import answers, held_out
 from llm_jax.evaluation.prompts import PromptConfig
 from llm_jax.parallel import mesh as mesh_lib
 from llm_jax.parallel import processes
-from llm_jax.training import bad_steps, inputs, measures
+from llm_jax.training import bad_steps, inputs, measures, run_pictures
 from llm_jax.training.setup import Setup
 from llm_jax.training.step import TrainState
 
@@ -32,7 +32,7 @@ class Evaluator:
             values = layers(setup.method.model_params(params, frozen), batch)
             return values | {"parameter": dict(zip(setup.weight_names, bad_steps.norms(params), strict=True))}
 
-        self._statistics = jax.jit(mesh_lib.within(setup.mesh, statistics))
+        self._statistics = jax.jit(mesh_lib.within(setup.mesh, statistics), out_shardings=setup.replicated)
 
     def _local_params(self, state: TrainState) -> Any:
         """The parameters of the model, one entry per layer; of several processes each has its own copy of all."""
@@ -98,6 +98,17 @@ class Evaluator:
           "attention_entropy": {layer: mean entropy of its attention probabilities, nats}.
         """
         return jax.device_get(self._statistics(state.params, state.frozen, batch))
+
+    def pictures(self, state: TrainState) -> dict[str, bytes | str]:
+        """{name: PNG, or why there is none} of `report.pictures`; {} in other processes than process 0."""
+        config, tokenizer = self._setup.config, self._data.tokenizer
+        if not config.report.pictures:
+            return {}
+        params = self._local_params(state)
+        if not processes.is_main():
+            return {}
+        text = config.eval.prompts[0] if config.eval.prompts else ""
+        return dict(run_pictures.draw(config.report.pictures, self._decoder, params, tokenizer, text))
 
     def sample(self, title: str, state: TrainState) -> str:
         """Continuations of `eval.prompts`, as text under a title; "" in other processes than process 0."""

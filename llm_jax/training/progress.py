@@ -194,6 +194,20 @@ class Progress:
             raise UserError(f"{path}: cannot be written ({error.strerror})") from error
         self._trackers.text(step, name, text)
 
+    def pictures(self, step: int, pictures: Mapping[str, bytes | str]) -> None:
+        """Writes WORKDIR/pictures/NAME-STEP.png and gives it to the trackers; prints why a picture is missing.
+
+        Args:
+          pictures: {name: PNG, or why there is none}.
+        """
+        for name, content in pictures.items():
+            if isinstance(content, str):
+                self.write(f"step {step}: no picture '{name}' ({content})")
+                continue
+            path = self._path.parent / "pictures" / f"{name}-{step}.png"
+            files.write(path, content)
+            self._trackers.picture(step, f"pictures/{name}", path)
+
     def rewind(self, step: int) -> None:
         """Drops the lines after `step`."""
         self._pending, self._line = None, {}

@@ -244,6 +244,8 @@ def train(
             line = progress.flush(statistics_of_state, **figures)
             asked = asked or bool(callback and is_main and line and callback(line))
             stopping = stopping or (asked and alone)
+            if "evaluate" in due:
+                progress.pictures(done, evaluator.pictures(state))
             if "sample" in due and done < c.steps:
                 progress.text(done, "samples", evaluator.sample(f"after {done} steps", state))
             if "save" in due or stopping:

@@ -83,6 +83,14 @@ def test_an_unsafe_or_useless_zip_is_refused(tmp_path, own_cache, members, attri
     assert not list(tmp_path.rglob("outside")) and not list(own_cache.rglob(".partial*"))
 
 
+def test_a_name_that_is_twice_in_a_zip_is_refused(tmp_path):
+    archive = packed(tmp_path / "run.zip", {"a/config.json": "first"})
+    with zipfile.ZipFile(archive, "a") as opened, pytest.warns(UserWarning, match="Duplicate"):
+        opened.writestr("a/config.json", "second")
+    with pytest.raises(UserError, match="'a/config.json' is in it twice"):
+        llm_jax.load(archive)
+
+
 def test_a_zip_that_lies_about_its_sizes_is_bounded_by_them(tmp_path, monkeypatch):
     """The declared size of a member is that of what is written, whatever its data expand to."""
     archive = packed(tmp_path / "run.zip", {"config.json": "0" * 100_000})

@@ -152,7 +152,7 @@ def test_a_signal_to_one_process(launch, run, tmp_path, index, number):
     checkpoints.verify(checkpoints.find(workdir))
     if number == signal.SIGTERM:
         assert launcher.returncode == 128 + number and lines(workdir)[-1]["step"] == step
-        assert f"0: saved at step {step} of 400; the same command resumes from there" in errors
+        assert f"0: saved at step {step} of 400 in {workdir}; the same command resumes from there" in errors
     else:
         assert launcher.returncode == 137
         assert f"{1 - index}: error: process {index} on" in errors and "resumes from the last checkpoint" in errors

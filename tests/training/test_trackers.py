@@ -242,3 +242,27 @@ def test_an_estimate_is_described_with_what_it_measured():
     assert lines[2].startswith("memory: 3.0 GiB on each device") and lines[2].endswith("8.0 GiB are free")
     assert lines[3] == "disk: 1.5 GiB: 3 checkpoints of 512.0 MiB; 1.0 GiB are free"
     assert lines[4].startswith("warning: the disk has no room") and "measured in 41 s on 5 steps" in lines[5]
+
+
+def test_pictures_are_drawn_with_every_evaluation_and_given_to_the_trackers(command, tmp_path, monkeypatch):
+    recorder = Recorder()
+    monkeypatch.setitem(trackers.TRACKERS, "tensorboard", lambda workdir, config, start: recorder)
+    flags = ["--config.report.to=('tensorboard',)", "--config.report.pictures=('attention','quantization')"]
+    flags += ["--config.train.steps=3", "--config.eval.every=2", "--config.eval.prompts=('the model',)"]
+    done = command("train", f"--workdir={tmp_path}", *flags)
+    pictures = [(step, name, path) for kind, step, name, path in (c for c in recorder.calls if c[0] == "picture")]
+    assert [(step, name) for step, name, _ in pictures] == [(2, "pictures/attention"), (3, "pictures/attention")]
+    assert pictures[0][2] == tmp_path / "pictures" / "attention-2.png"
+    assert all(path.read_bytes().startswith(b"\x89PNG") for _, _, path in pictures)
+    assert done.stdout.count("no picture 'quantization' (") == 2  # the groups of nf4 do not divide this model
+    finished = next(call for call in recorder.calls if call[0] == "finish")
+    assert finished[2] == [tmp_path / "report.html"] and finished[1]["steps"] == 3
+
+
+def test_pictures_that_cannot_be_drawn_are_refused_before_training(command, tmp_path):
+    for flags, message in (
+        (["--config.report.pictures=('atention',)"], "'report.pictures' is 'atention'; expected one of attention"),
+        (["--config.report.pictures=('surprisal',)"], "report.pictures=surprisal is a picture of the first of eval.pr"),
+    ):
+        assert message in command("train", f"--workdir={tmp_path / 'x'}", *flags, code=2).stderr
+    assert not (tmp_path / "x").exists()

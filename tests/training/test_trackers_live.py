@@ -26,6 +26,7 @@ def train(text_file, cache, tmp_path):
             "report.to": (tracker,),
             "report.norms_every": 2,
             "report.samples_every": 2,
+            "report.pictures": ("attention",),
             "eval.prompts": ("the ", f"https://me:{SECRET}@host/"),
             "train.steps": steps,
             "optim.schedule": "constant",
@@ -59,7 +60,7 @@ def test_mlflow_gets_one_run_with_config_metrics_samples_and_report(train, tmp_p
     for name in ("validation_loss", "parameter_norm", "attention_entropy/layers/0", "gradient_norm/embed/table"):
         assert name in run.data.metrics
     artifacts = {item.path for item in client.list_artifacts(run.info.run_id)}
-    assert {"samples", "report", "summary.json"} <= artifacts
+    assert {"samples", "report", "pictures", "summary.json"} <= artifacts
     (report,) = client.list_artifacts(run.info.run_id, "report")
     page = pathlib.Path(client.download_artifacts(run.info.run_id, report.path)).read_text()
     assert page.lower().startswith("<!doctype html>") and SECRET not in page
@@ -77,7 +78,7 @@ def test_wandb_gets_config_metrics_samples_and_report_without_secrets(train, tmp
     records = b"".join(contents(offline[0]).values()) + b"".join(contents(offline[1]).values())
     for text in (b"model.width", b"validation_loss", b"parameter_norm", b"attention_entropy/layers/1", b"samples"):
         assert text in records, text
-    assert any(path.suffix == ".html" for path in contents(offline[1]))
+    assert {".html", ".png"} <= {path.suffix for path in contents(offline[1])}
     assert b"report-" in b"".join(contents(offline[1]).values())
     assert SECRET.encode() not in records and b"f" * 40 not in records
 
@@ -89,6 +90,7 @@ def test_tensorboard_reads_its_hyperparameters(train, tmp_path):
     train("tensorboard", 8)
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     assert [event.step for event in events.Scalars("loss")] == list(range(1, 9))
+    assert [event.step for event in events.Images("pictures/attention")] == [4, 8]
     plugin = events.summary_metadata["_hparams_/session_start_info"].plugin_data
     assert plugin.plugin_name == "hparams" and b"optim.lr" in plugin.content
 

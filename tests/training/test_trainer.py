@@ -45,7 +45,8 @@ def test_a_signal_saves_and_ends_with_a_code_of_its_own(command, tmp_path, numbe
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number and "Traceback" not in errors
     step = checkpoints.steps(tmp_path)[-1]
-    assert f"saved at step {step} of 100000" in errors and lines(tmp_path)[-1]["step"] == step
+    assert f"saved at step {step} of 100000 in {tmp_path}; the same command resumes" in errors
+    assert lines(tmp_path)[-1]["step"] == step
     checkpoints.verify(checkpoints.find(tmp_path))
     attempts = [json.loads(line) for line in (tmp_path / "attempts.jsonl").read_text().splitlines()]
     assert len(attempts) == 1 and attempts[0]["ended"] > attempts[0]["began"]
