@@ -140,7 +140,10 @@ def cache_directory() -> pathlib.Path:
 def make_directory(directory: pathlib.Path) -> None:
     """Creates a directory with its parents. Raises UserError if that fails or the directory is not writable."""
     try:
+        missing = [path for path in (directory, *directory.parents) if not path.exists()]
         directory.mkdir(parents=True, exist_ok=True)
+        for path in missing:  # after a power failure a flushed file is of no use in a directory that is gone
+            _flush(path.parent)
         probe = directory / ".writable"
         probe.touch()
         probe.unlink(missing_ok=True)  # another process may look at the same time

@@ -215,6 +215,25 @@ def main_first(doing: str) -> Iterator[None]:
         broadcast(None)
 
 
+def local_copy(tree: Any) -> Any:
+    """All arrays of `tree` on the first device of this process; all processes must call this alike.
+
+    With one process the tree itself.
+
+    Args:
+      tree: arrays with `NamedSharding`s on one mesh.
+    """
+    if count() == 1:
+        return tree
+    import jax
+
+    def gather(leaf: Any) -> jax.Array:
+        everywhere = jax.sharding.NamedSharding(leaf.sharding.mesh, jax.sharding.PartitionSpec())
+        return jax.device_put(leaf, everywhere).addressable_data(0)
+
+    return jax.tree.map(gather, tree)
+
+
 def check_equal(values: dict[str, Any], what: str) -> None:
     """Raises UserError unless `values`, a dict of JSON values, are the same in this process and in process 0."""
     values = json.loads(json.dumps(values))

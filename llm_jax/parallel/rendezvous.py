@@ -103,7 +103,8 @@ class Meeting:
             self._ended = True
         line = f"process {self.index} on {socket.gethostname()}: {message}"
         self._send_all(stop=line, code=code)
-        self._wait(lambda: not self._others, _PATIENCE)
+        # A process that fails in the same way at the same time says so itself.
+        self._wait(lambda: all(other.done for other in self._others.values()), _PATIENCE)
 
     def finish(self, seconds: float = 60.0) -> None:
         """Waits until all processes have called this, at most for `seconds`; then nobody is missed any more."""
@@ -163,6 +164,9 @@ class Meeting:
     def _stop(self, line: str, code: int, source: _Connection | None = None) -> None:
         with self._changed:
             if self._ended:
+                if source:
+                    source.done = True
+                    self._changed.notify_all()
                 return
             self._ended = True
         if self.index == 0:

@@ -157,7 +157,7 @@ def train(
         del prepared
         runtime.release_freed_memory()
         if is_main:
-            files.write_json(workdir / "config.json", configuration.as_dict(config))
+            files.write_json(workdir / "config.json", configuration.as_dict(config), durable=True)
 
         # ---------------------------------------------------------------- evaluation and samples
         tasks = {pathlib.Path(name).stem: builtin.named(name) for name in config.eval.tasks}
@@ -171,6 +171,7 @@ def train(
         stack.callback(tracking.close)
         writer = checkpoints.Writer(workdir, config, data.tokenizer, data.source.sha256, fingerprint, base_record)
         stack.callback(writer.close)
+        writer.discard(beginning.step)  # damaged checkpoints, see `start.find`
         flops = transformer.flops_per_token(config.model, c.seq_len)
         peak = measures.matmul_peak(config.model.precision.compute)
         progress = Progress(
@@ -249,6 +250,7 @@ def train(
             if "save" in due or stopping:
                 saved = method.checkpoint_params(state.params, state.frozen)
                 loss = figures.get("validation_loss")
+                progress.sync()
                 writer.save(done, saved, state.optimizer, loss, skipped_batches, state.ema)
             progress.pause()
         scope.close()
