@@ -3,8 +3,7 @@
     with Recorder(directory) as recorder: ...      # records os.fsync and os.replace
     recorder.restore(moment, target)               # the directory as it was after the power failed at that moment
 
-The model is stricter than most file systems. A file holds what it held when it was last flushed, and nothing if it never
-was. A directory holds the names that it had when it was last flushed. A rename counts from the flush of its directory.
+The model is stricter than most file systems. A file holds what it held when it was last flushed, or nothing. A directory holds the names that it had when it was last flushed. A rename counts from the flush of its directory.
 """
 
 import os
@@ -32,7 +31,7 @@ class Recorder:
     def _on_fsync(self, descriptor: Any) -> None:
         number = descriptor if isinstance(descriptor, int) else descriptor.fileno()
         self._fsync(number)
-        path = pathlib.Path(os.readlink(f"/proc/self/fd/{number}"))
+        path = pathlib.Path(f"/proc/self/fd/{number}").readlink()
         if path.is_relative_to(self._root):
             self._flushed(path)
 
