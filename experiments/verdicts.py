@@ -57,6 +57,8 @@ STATEMENTS = {
     "R1": "A run that is killed and started again ends as an undisturbed one.",
     "R2": "A damaged checkpoint is detected before it is restored.",
     "R3": "A full disk damages no earlier checkpoint.",
+    "R4": "A run of several processes that loses one and is started again ends as an undisturbed one.",
+    "R5": "A run goes on after its disk was read-only for a while.",
 }
 
 

@@ -3,7 +3,8 @@
     with Recorder(directory) as recorder: ...      # records os.fsync and os.replace
     recorder.restore(moment, target)               # the directory as it was after the power failed at that moment
 
-The model is stricter than most file systems. A file holds what it held when it was last flushed, or nothing. A directory holds the names that it had when it was last flushed. A rename counts from the flush of its directory.
+The model is stricter than most file systems. A file holds what it held when it was last flushed, or nothing. A
+directory holds the names that it had when it was last flushed. A rename counts from the flush of its directory.
 """
 
 import os
