@@ -88,7 +88,11 @@ def train(workdir: pathlib.Path, processes: int = 1) -> subprocess.Popen:
 def send(process: subprocess.Popen, number: signal.Signals, draw: random.Random) -> None:
     """Sends a signal to a trainer, or to one of the trainers that a launcher has started."""
     children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    trainers = [int(word) for word in children.read_text().split()] if "launcher" in process.args[2] else [process.pid]
+    trainers = (
+        [int(word) for word in children.read_text().split()]
+        if "llm_jax.parallel.launcher" in str(process.args)
+        else [process.pid]
+    )
     if trainers:
         os.kill(draw.choice(trainers), number)
 
