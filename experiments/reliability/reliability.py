@@ -126,7 +126,8 @@ def arrays(workdir: pathlib.Path) -> dict[str, bytes]:
     directory = checkpoints.find(workdir)
     checkpoints.verify(directory)
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as orbax:
-        wanted = {"params": ocp.args.StandardRestore(), "optimizer": ocp.args.StandardRestore()}
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # for arrays that several processes have saved
+        wanted = {name: ocp.args.StandardRestore(fallback_sharding=here) for name in ("params", "optimizer")}
         tree = orbax.restore((directory / "arrays").absolute(), args=ocp.args.Composite(**wanted))
     leaves = jax.tree_util.tree_flatten_with_path({name: tree[name] for name in wanted})[0]
     return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}

@@ -16,9 +16,8 @@ class Recorder:
     def __init__(self, root: pathlib.Path):
         self._root = root
         self._files: dict[int, bytes] = {}  # inode: flushed content
-        self._directories: dict[int, dict[str, int]] = {}  # inode: flushed {name: inode}
-        self._is_directory: dict[int, bool] = {}
-        self.moments: list[tuple[dict[int, bytes], dict[int, dict[str, int]]]] = []
+        self._directories: dict[int, dict[str, tuple[int, bool]]] = {}  # inode: flushed {name: (inode, is directory)}
+        self.moments: list[tuple[dict[int, bytes], dict[int, dict[str, tuple[int, bool]]]]] = []
 
     def __enter__(self) -> "Recorder":
         self._fsync, self._replace = os.fsync, os.replace
@@ -43,9 +42,7 @@ class Recorder:
     def _flushed(self, path: pathlib.Path) -> None:
         inode = path.stat().st_ino
         if path.is_dir():
-            entries = {entry.name: entry.inode() for entry in os.scandir(path)}
-            self._is_directory |= {entry.inode(): entry.is_dir() for entry in os.scandir(path)}
-            self._directories[inode] = entries
+            self._directories[inode] = {entry.name: (entry.inode(), entry.is_dir()) for entry in os.scandir(path)}
         else:
             self._files[inode] = path.read_bytes()
         self._record()
@@ -59,8 +56,8 @@ class Recorder:
 
         def write(inode: int, path: pathlib.Path) -> None:
             path.mkdir()
-            for name, inner in directories.get(inode, {}).items():
-                if self._is_directory[inner]:
+            for name, (inner, is_directory) in directories.get(inode, {}).items():
+                if is_directory:
                     write(inner, path / name)
                 else:
                     (path / name).write_bytes(files.get(inner, b""))

@@ -196,7 +196,7 @@ def test_a_damaged_checkpoint_is_deleted_and_the_one_before_is_used_if_asked(com
     assert "checkpoints/4/record.json: damaged" in command(*flags, code=2).stderr
     assert checkpoints.steps(copy) == [4, 8]
     done = command("train", f"--workdir={copy}", "--config.checkpoint.on_damage=last", code=2)
-    assert "'checkpoint.on_damage' is 'last'; expected one of stop, previous" in done.stderr
+    assert "'checkpoint.on_damage' is 'last'; expected one of previous, stop" in done.stderr
 
 
 def test_another_format_is_refused(copy):
