@@ -22,7 +22,7 @@ from llm_jax import files
 from llm_jax.errors import UserError
 from llm_jax.parallel import rendezvous
 
-_HEARTBEAT = 100  # seconds, of JAX's own watch over the processes; that of `rendezvous` is faster
+_HEARTBEAT = 40  # seconds after which JAX ends all where a process is stopped; `rendezvous` sees one that has ended
 _TIMEOUT = 300.0  # seconds in which all processes must have started
 _STEPS_AHEAD = 3  # see `Agreement`
 _DAY = 24 * 3600
@@ -150,14 +150,14 @@ def count() -> int:
     """The number of processes."""
     import jax
 
-    return jax.process_count()
+    return jax.process_count() if jax.distributed.is_initialized() else 1  # otherwise devices would be initialized
 
 
 def index() -> int:
     """Which process this is, from 0."""
     import jax
 
-    return jax.process_index()
+    return jax.process_index() if jax.distributed.is_initialized() else 0
 
 
 def is_main() -> bool:

@@ -17,6 +17,7 @@ from llm_jax.checkpoints import Checkpoint, abstract_params
 from llm_jax.errors import UserError
 from llm_jax.model import positions
 from llm_jax.model.transformer import Transformer
+from llm_jax.parallel import processes
 from llm_jax.schema import Config, ModelConfig, choice
 from llm_jax.tokenizers import Tokenizer
 from llm_jax.training import losses, optim
@@ -75,7 +76,7 @@ def find(config: Config, workdir: pathlib.Path | None = None) -> Start:
     """
     if changes := _with_hashes(config):
         config = configuration.replace(config, changes)
-    saved, record, damaged = _last_checkpoint(config, workdir)
+    saved, record, damaged = _agreed_checkpoint(config, workdir) if workdir else (None, {}, ())
     recorded = next((checkpoints.read_config(d) for d in (workdir, saved) if d and (d / "config.json").exists()), None)
     origin = None
     if config.init_from and (config.lora.rank or not saved):
@@ -98,9 +99,18 @@ def find(config: Config, workdir: pathlib.Path | None = None) -> Start:
     return start
 
 
-def _last_checkpoint(
-    config: Config, workdir: pathlib.Path | None
-) -> tuple[pathlib.Path | None, dict[str, Any], tuple[str, ...]]:
+_Last = tuple[pathlib.Path | None, dict[str, Any], tuple[str, ...]]
+
+
+def _agreed_checkpoint(config: Config, workdir: pathlib.Path) -> _Last:
+    """What `_last_checkpoint` returns in process 0, which verifies alone."""
+    saved, record, damaged = _last_checkpoint(config, workdir) if processes.is_main() else (None, {}, ())
+    chosen = [saved.name if saved else "", record, damaged]
+    step, record, damaged = processes.broadcast(chosen, waiting_for="to verify the last checkpoint")
+    return workdir / "checkpoints" / step if step else None, record, tuple(damaged)
+
+
+def _last_checkpoint(config: Config, workdir: pathlib.Path) -> _Last:
     """(the checkpoint to resume from or None, its record, what is wrong with later ones).
 
     Raises:
@@ -108,8 +118,7 @@ def _last_checkpoint(
     """
     choice("checkpoint.on_damage", config.checkpoint.on_damage, ("stop", "previous"))
     damaged: list[str] = []
-    for step in reversed(checkpoints.steps(workdir) if workdir else []):
-        assert workdir
+    for step in reversed(checkpoints.steps(workdir)):
         directory = workdir / "checkpoints" / str(step)
         try:
             return directory, checkpoints.verify(directory), tuple(damaged)
