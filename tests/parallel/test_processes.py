@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -141,6 +142,29 @@ def test_adapters_in_two_processes(run, trained, tmp_path):
     assert_same_losses(tmp_path / "1", tmp_path / "2")
     run(1, tmp_path / "2", *flags, "--config.train.steps=5")
     assert lines(tmp_path / "2")[-1]["step"] == 5
+
+
+@pytest.mark.slow
+def test_processes_with_other_options_are_refused(tmp_path, text_file, cache):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    flags = (f"--config={ROOT / 'tests' / 'tiny.py'}", f"--workdir={tmp_path / 'run'}")
+    flags = (*flags, f"--config.data.source={text_file}", f"--config.data.cache_dir={cache}")
+    trainers = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "llm_jax.train", *flags, f"--config.optim.lr={rate}"),
+                *(f"--coordinator_address={address}", "--num_processes=2", f"--process_id={index}"),
+            ],
+            cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}, stderr=subprocess.PIPE, text=True,
+        )
+        for index, rate in enumerate(("1e-2", "2e-2"))
+    ]  # fmt: skip
+    errors = [trainer.communicate(timeout=120)[1] for trainer in trainers]
+    assert [trainer.returncode for trainer in trainers] == [2, 2]
+    for text in errors:
+        assert "the run differs between processes: optim.lr is 0.02 here and 0.01 in process 0" in text
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
