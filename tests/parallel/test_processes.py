@@ -156,7 +156,8 @@ def test_processes_with_other_options_are_refused(tmp_path, text_file, cache):
                 *(sys.executable, "-m", "llm_jax.train", *flags, f"--config.optim.lr={rate}"),
                 *(f"--coordinator_address={address}", "--num_processes=2", f"--process_id={index}"),
             ],
-            cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}, stderr=subprocess.PIPE, text=True,
+            cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+            stderr=subprocess.PIPE, text=True,
         )
         for index, rate in enumerate(("1e-2", "2e-2"))
     ]  # fmt: skip
