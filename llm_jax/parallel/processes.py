@@ -47,7 +47,7 @@ def started(
 
     Args:
       coordinator_address: HOST:PORT of process 0, the same in all processes.
-      num_processes: the number of processes.
+      num_processes: the number of processes; 1 alone: this process only, in a cluster too.
       process_id: which one this is, from 0.
       coordinator_bind_address: HOST:PORT at which process 0 listens. By default `coordinator_address`, and for a
         detected cluster that port on all interfaces.
@@ -106,6 +106,8 @@ def _report(meeting: rendezvous.Meeting, error: BaseException) -> None:
 
 
 def _explicit(address: str, count: int, index: int) -> tuple[str, int, int, None] | None:
+    if (address, count, index) == ("", 1, -1):
+        return None
     flags = f"--coordinator_address={address} --num_processes={count} --process_id={index}"
     if not address or count < 1 or not 0 <= index < count:
         raise UserError(
