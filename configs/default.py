@@ -172,7 +172,7 @@ def get_config() -> ConfigDict:
                 "task_examples": 50,
             },
             "report": {"to": (), "norms_every": 0, "samples_every": 0, "pictures": ()},
-            "checkpoint": {"every": 350, "keep_last": 2, "keep_best": 1},
+            "checkpoint": {"every": 350, "keep_last": 2, "keep_best": 1, "on_damage": "stop"},
             "mesh": {
                 "data": -1,
                 "fsdp": 1,

@@ -274,4 +274,9 @@ STATEMENTS = {
     ),
     "R2": Statement("A damaged checkpoint is detected before it is restored.", (Picture("lost|missed", (0,), "at"),)),
     "R3": Statement("A full disk damages no earlier checkpoint.", (Picture("lost", (0,), "at"),)),
+    "R4": Statement(
+        "A run of several processes that loses one and is started again ends as an undisturbed one.",
+        (Picture("lost", (0,), "at"),),
+    ),
+    "R5": Statement("A run goes on after its disk was read-only for a while.", (Picture("lost", (0,), "at"),)),
 }

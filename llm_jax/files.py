@@ -91,14 +91,15 @@ def rename(partial: pathlib.Path, path: pathlib.Path, *, durable: bool = False) 
     """
     if durable:
         for inner in sorted(partial.rglob("*")) if partial.is_dir() else []:
-            _flush(inner)
-        _flush(partial)
+            flush(inner)
+        flush(partial)
     os.replace(partial, path)
     if durable:
-        _flush(path.parent)
+        flush(path.parent)
 
 
-def _flush(path: pathlib.Path) -> None:
+def flush(path: pathlib.Path) -> None:
+    """Writes what the system buffers of a file, or the names in a directory, to the disk. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -140,7 +141,10 @@ def cache_directory() -> pathlib.Path:
 def make_directory(directory: pathlib.Path) -> None:
     """Creates a directory with its parents. Raises UserError if that fails or the directory is not writable."""
     try:
+        missing = [path for path in (directory, *directory.parents) if not path.exists()]
         directory.mkdir(parents=True, exist_ok=True)
+        for path in missing:  # after a power failure a flushed file is of no use in a directory that is gone
+            flush(path.parent)
         probe = directory / ".writable"
         probe.touch()
         probe.unlink(missing_ok=True)  # another process may look at the same time

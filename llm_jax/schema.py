@@ -252,6 +252,9 @@ class CheckpointConfig:
     every: CountOrZero  # steps between checkpoints; 0: at the end only
     keep_last: Count  # number of latest checkpoints that are kept
     keep_best: CountOrZero  # number of checkpoints with the lowest held-out loss that are kept besides
+    on_damage: (
+        str  # where the last checkpoint is damaged: "stop", or "previous" (delete it, resume from the one before)
+    )
 
 
 @dataclasses.dataclass(frozen=True)

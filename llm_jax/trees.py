@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from llm_jax.errors import UserError
 from llm_jax.schema import Rules
@@ -257,10 +258,17 @@ def fingerprint(tree: Tree) -> str:
     for name, path, i in named:
         stacked = layers_of(path) is not None
         for leaf in jax.tree.leaves(flat[path]):
-            array = np.ascontiguousarray(jax.device_get(leaf[i] if stacked else leaf))
+            array = np.ascontiguousarray(_on_host(leaf[i] if stacked else leaf))
             digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
             digest.update(array.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
+
+
+def _on_host(leaf: Any) -> np.ndarray:
+    """All of an array, of which other processes may hold parts; all processes must call this alike."""
+    if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+    return jax.device_get(leaf)
 
 
 def check(actual: Mapping[str, Any], expected: Mapping[str, Any], source: str) -> None:

@@ -2,14 +2,16 @@
 
     PYTHONPATH=. python experiments/reliability/reliability.py [--kills=50 --flips=400 --output=runs/reliability]
 
-Every part compares with one undisturbed run of `config.py`. Writes results.json and prints the table of the README.
-The full disk is a tmpfs of a few MiB; where it cannot be mounted (that takes root), the part says so.
+Every part compares with one undisturbed run of `config.py` with the same number of processes. Writes results.json and
+prints the table of the README; `--parts` measures some parts anew and keeps the results of the others. The full and the
+read-only disk are a tmpfs of a few MiB; where it cannot be mounted (that takes root), the parts say so.
 
 The rule: nothing is lost if every killed run (R1), and every run whose disk was full (R3), ends with the figures of
 the undisturbed one, no checkpoint is unreadable after a kill, and every damage of a file is detected (R2).
 """
 
 import json
+import math
 import os
 import pathlib
 import random
@@ -18,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from absl import flags
@@ -27,13 +30,20 @@ from llm_jax.errors import UserError
 from llm_jax.research import findings
 
 HERE = pathlib.Path(__file__).parent
-STATEMENTS = {"R1": "runs that were killed", "R2": "bits flipped and files cut", "R3": "disks that filled up"}
+STATEMENTS = {
+    "kills": ("R1", "runs that were killed"),
+    "flips": ("R2", "bits flipped and files cut"),
+    "full_disk": ("R3", "disks that filled up"),
+    "processes": ("R4", "runs of two processes of which one was killed"),
+    "read_only": ("R5", "disks that became read-only"),
+}
 # What must be the same in a disturbed run; times differ.
 KEPT = ("step", "loss", "grad_norm", "lr", "validation_loss")
 
-flags.DEFINE_integer("kills", 50, "processes to kill")
+flags.DEFINE_integer("kills", 50, "processes to kill in runs of one process, and in runs of two")
 flags.DEFINE_integer("flips", 400, "bits to flip")
 flags.DEFINE_integer("seed", 0, "of the moments and the bits")
+flags.DEFINE_list("parts", list(STATEMENTS), "what to measure")
 flags.DEFINE_string("output", "runs/reliability", "where the runs are kept; made anew")
 
 
@@ -41,22 +51,28 @@ def main() -> None:
     f = flags.FLAGS
     output = pathlib.Path(f.output).expanduser()
     shutil.rmtree(output, ignore_errors=True)
-    whole = output / "undisturbed"
-    seconds = finish(whole)
-    print(f"undisturbed: {seconds:.1f} s", flush=True)
-    found = {
-        "kills": kills(output, whole, f.kills, seconds, random.Random(f.seed)),
-        "flips": flips(whole, output / "flips", f.flips, random.Random(f.seed)),
-        "full_disk": full_disk(output / "disk", whole),
+    whole, seconds = {}, {}
+    for count in (1, 2) if "processes" in f.parts else (1,):
+        whole[count] = output / f"undisturbed-{count}"
+        seconds[count] = finish(whole[count], count)
+        print(f"undisturbed, {count} process{'es' * (count > 1)}: {seconds[count]:.1f} s", flush=True)
+    measure: dict[str, Callable[[], dict[str, Any] | None]] = {
+        "kills": lambda: kills(output, whole[1], f.kills, seconds[1], random.Random(f.seed)),
+        "flips": lambda: flips(whole[1], output / "flips", f.flips, random.Random(f.seed)),
+        "full_disk": lambda: full_disk(output / "disk", whole[1]),
+        "processes": lambda: kills(output, whole[2], f.kills, seconds[2], random.Random(f.seed), 2),
+        "read_only": lambda: read_only(output / "disk", whole[1]),
     }
     command = f"PYTHONPATH=. python experiments/reliability/reliability.py --kills={f.kills} --flips={f.flips}"
-    results = [
-        findings.finding(statement, name, value, verdict(value), command=command)
-        for (statement, name), value in zip(STATEMENTS.items(), found.values(), strict=True)
-    ]
-    findings.save(HERE, results)
-    for result, value in zip(results, found.values(), strict=True):
-        print(f"{result.claim}: {result.verdict}; {json.dumps(value)}")
+    results = {result.statement: result for result in findings.read(HERE / "results.json")}
+    for part in f.parts:
+        statement, name = STATEMENTS[part]
+        value = measure[part]()
+        results[statement] = findings.finding(
+            statement, name, value, verdict(value), command=f"{command} --parts={part}"
+        )
+        findings.save(HERE, [results[key] for key in sorted(results)])
+        print(f"{name}: {verdict(value)}; {json.dumps(value)}", flush=True)
 
 
 def verdict(value: dict[str, Any] | None) -> str:
@@ -65,16 +81,29 @@ def verdict(value: dict[str, Any] | None) -> str:
     return "nothing lost" if not value["lost"] else "LOST"
 
 
-def train(workdir: pathlib.Path) -> subprocess.Popen:
+def train(workdir: pathlib.Path, processes: int = 1) -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": str(HERE.parents[1]), "JAX_PLATFORMS": "cpu"}
-    full = [sys.executable, "-m", "llm_jax.train", f"--config={HERE / 'config.py'}", f"--workdir={workdir}"]
+    module = ("llm_jax.train",) if processes == 1 else ("llm_jax.parallel.launcher", str(processes), "llm_jax.train")
+    full = [sys.executable, "-m", *module, f"--config={HERE / 'config.py'}", f"--workdir={workdir}"]
     return subprocess.Popen(full, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-def finish(workdir: pathlib.Path) -> float:
+def send(process: subprocess.Popen, number: signal.Signals, draw: random.Random) -> None:
+    """Sends a signal to a trainer, or to one of the trainers that a launcher has started."""
+    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    trainers = (
+        [int(word) for word in children.read_text().split()]
+        if "llm_jax.parallel.launcher" in str(process.args)
+        else [process.pid]
+    )
+    if trainers:
+        os.kill(draw.choice(trainers), number)
+
+
+def finish(workdir: pathlib.Path, processes: int = 1) -> float:
     """Trains to the end; the seconds it took. Raises UserError if it does not get there."""
     began = time.perf_counter()
-    process = train(workdir)
+    process = train(workdir, processes)
     _, errors = process.communicate()
     if process.returncode:
         raise UserError(f"{workdir}: the trainer ended with {process.returncode}: {errors.strip()[-300:]}")
@@ -100,42 +129,55 @@ def arrays(workdir: pathlib.Path) -> dict[str, bytes]:
     directory = checkpoints.find(workdir)
     checkpoints.verify(directory)
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as orbax:
-        wanted = {"params": ocp.args.StandardRestore(), "optimizer": ocp.args.StandardRestore()}
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # for arrays that several processes have saved
+        wanted = {name: ocp.args.StandardRestore(fallback_sharding=here) for name in ("params", "optimizer")}
         tree = orbax.restore((directory / "arrays").absolute(), args=ocp.args.Composite(**wanted))
     leaves = jax.tree_util.tree_flatten_with_path({name: tree[name] for name in wanted})[0]
     return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
 
 
-def kills(output: pathlib.Path, whole: pathlib.Path, count: int, seconds: float, draw: random.Random) -> dict[str, Any]:
-    """Kills runs at random moments (four in five by SIGKILL, the rest by SIGTERM) until `count` were hit."""
+def kills(
+    output: pathlib.Path, whole: pathlib.Path, count: int, seconds: float, draw: random.Random, processes: int = 1
+) -> dict[str, Any]:
+    """Kills runs at random moments (four in five by SIGKILL, the rest by SIGTERM) until `count` were hit.
+
+    Of several processes one is hit, and the others have to end by themselves.
+    """
     hit: list[dict[str, Any]] = []
-    runs = differing = unreadable = 0
+    runs = differing = unreadable = unexplained = 0
     while len(hit) < count:
-        workdir = output / f"killed-{runs}"
+        workdir = output / f"killed-{processes}-{runs}"
         runs += 1
         while True:
             number = signal.SIGKILL if draw.random() < 0.8 else signal.SIGTERM
-            process = train(workdir)
+            process = train(workdir, processes)
             wait = draw.uniform(0.2, 1.0) * seconds if len(hit) < count else None
+            sent, saving = math.inf, False
             try:
-                process.communicate(timeout=wait)
+                _, errors = process.communicate(timeout=wait)
             except subprocess.TimeoutExpired:
                 saving = bool(list((workdir / "checkpoints").glob(".partial-*")))
-                process.send_signal(number)
-                process.communicate()
+                send(process, number, draw)
+                sent = time.perf_counter()
+                _, errors = process.communicate()
             if process.returncode == 0:
                 break
             reached = last_step(workdir)
             kept = checkpoints.steps(workdir)
             hit.append({"signal": number.name, "reached": reached, "kept": kept[-1] if kept else 0, "saving": saving})
+            hit[-1]["seconds"] = round(max(time.perf_counter() - sent, 0.0), 1)
+            # SIGTERM before the loop begins ends a trainer as SIGKILL does.
+            explained = "has ended without a message" in errors or "Terminating process because" in errors
+            unexplained += processes > 1 and not explained and process.returncode != 143
             for step in kept:
                 try:
                     checkpoints.verify(workdir / "checkpoints" / str(step))
                 except UserError:
                     unreadable += 1
-            print(f"kill {len(hit)} of {count}: {hit[-1]}", flush=True)
+            print(f"kill {len(hit)} of {count}: {hit[-1]}, exit code {process.returncode}", flush=True)
         differing += not same(workdir, whole)
     ends = {name: [h for h in hit if h["signal"] == name] for name in ("SIGKILL", "SIGTERM")}
+    several = {"seconds_until_all_had_ended_at_most": max(h["seconds"] for h in hit), "without_a_message": unexplained}
     return {
         "lost": differing + unreadable,
         "killed": {name: len(of) for name, of in ends.items()},
@@ -147,6 +189,7 @@ def kills(output: pathlib.Path, whole: pathlib.Path, count: int, seconds: float,
         "steps_done_again_at_most": {
             name: max((h["reached"] - h["kept"] for h in of), default=0) for name, of in ends.items()
         },
+        **(several if processes > 1 else {}),
     }
 
 
@@ -218,6 +261,41 @@ def full_disk(disk: pathlib.Path, whole: pathlib.Path) -> dict[str, Any] | None:
             subprocess.run(["umount", str(disk)], check=True)
         print(f"disk of {limit:,} bytes: exit code {codes[-1]}, {messages[-1]}", flush=True)
     return {"lost": lost, "disks": len(codes), "exit_codes": codes, "checkpoints_left": readable, "messages": messages}
+
+
+def read_only(disk: pathlib.Path, whole: pathlib.Path) -> dict[str, Any] | None:
+    """Makes the disk of a run read-only before it starts and while it trains, then writable again, and goes on."""
+    codes, messages, lost = [], [], 0
+    for before in (True, False):
+        disk.mkdir(parents=True, exist_ok=True)
+        mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)]
+        if subprocess.run(mount, capture_output=True, check=False).returncode:
+            return None
+        try:
+            if before:
+                subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+            process = train(disk / "run")
+            while not before and last_step(disk / "run") < 8 and process.poll() is None:
+                time.sleep(0.05)
+            # The kernel refuses to remount while a file is open for writing: a read-only bind mount lies over it.
+            if not before:
+                subprocess.run(["mount", "--bind", str(disk), str(disk)], check=True)
+                subprocess.run(["mount", "-o", "remount,bind,ro", str(disk)], check=True)
+            _, errors = process.communicate()
+            codes.append(process.returncode)
+            messages.append(errors.strip().splitlines()[-1].replace(str(disk), "DISK")[:160])
+            if before:
+                subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+            else:
+                subprocess.run(["umount", str(disk)], check=True)
+            for step in checkpoints.steps(disk / "run"):
+                checkpoints.verify(disk / "run" / "checkpoints" / str(step))
+            finish(disk / "run")
+            lost += not same(disk / "run", whole)
+        finally:
+            subprocess.run(["umount", str(disk)], check=True)
+        print(f"read-only disk: exit code {codes[-1]}, {messages[-1]}", flush=True)
+    return {"lost": lost, "disks": len(codes), "exit_codes": codes, "messages": messages}
 
 
 if __name__ == "__main__":

@@ -174,4 +174,5 @@ class Writer:
     def _remove(self, step: int) -> None:
         doomed = self.directory / f"{files.PARTIAL}{step}-old"
         (self.directory / str(step)).rename(doomed)
+        files.flush(self.directory)  # a power failure must not leave a part of it under its name
         shutil.rmtree(doomed)

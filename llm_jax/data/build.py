@@ -7,7 +7,6 @@ import fcntl
 import functools
 import itertools
 import json
-import os
 import pathlib
 import shutil
 import sys
@@ -15,6 +14,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from llm_jax import files as files_lib
 from llm_jax import tokenizers
 from llm_jax.data import catalog as catalog_lib
 from llm_jax.data import processes, streams
@@ -73,7 +73,7 @@ def build(
             shutil.rmtree(joined, ignore_errors=True)
             for side in sides:
                 _join(joined / side.name, parts, names[side.name], dtype)
-            joined.rename(directory)
+            files_lib.rename(joined, directory, durable=True)
             shutil.rmtree(parts, ignore_errors=True)
 
 
@@ -232,8 +232,6 @@ def _join(directory: pathlib.Path, parts: pathlib.Path, names: list[str], dtype:
                 for name in names:
                     with (parts / f"{name}.{ending}").open("rb") as part:
                         shutil.copyfileobj(part, joined, 2**20)
-                joined.flush()
-                os.fsync(joined.fileno())
     offsets, sizes, ends, end, single = parts / "offsets", parts / "bytes", parts / "ends", 0, True
     with offsets.open("wb") as until, sizes.open("wb") as joined, ends.open("wb") as last:
         until.write(np.zeros(1, np.int64).tobytes())

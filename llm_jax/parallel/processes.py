@@ -22,7 +22,7 @@ from llm_jax import files
 from llm_jax.errors import UserError
 from llm_jax.parallel import rendezvous
 
-_HEARTBEAT = 100  # seconds, of JAX's own watch over the processes; that of `rendezvous` is faster
+_HEARTBEAT = 40  # seconds after which JAX ends all where a process is stopped; `rendezvous` sees one that has ended
 _TIMEOUT = 300.0  # seconds in which all processes must have started
 _STEPS_AHEAD = 3  # see `Agreement`
 _DAY = 24 * 3600
@@ -47,7 +47,7 @@ def started(
 
     Args:
       coordinator_address: HOST:PORT of process 0, the same in all processes.
-      num_processes: the number of processes.
+      num_processes: the number of processes; 1 alone: this process only, in a cluster too.
       process_id: which one this is, from 0.
       coordinator_bind_address: HOST:PORT at which process 0 listens. By default `coordinator_address`, and for a
         detected cluster that port on all interfaces.
@@ -106,6 +106,8 @@ def _report(meeting: rendezvous.Meeting, error: BaseException) -> None:
 
 
 def _explicit(address: str, count: int, index: int) -> tuple[str, int, int, None] | None:
+    if (address, count, index) == ("", 1, -1):
+        return None
     flags = f"--coordinator_address={address} --num_processes={count} --process_id={index}"
     if not address or count < 1 or not 0 <= index < count:
         raise UserError(
@@ -150,14 +152,14 @@ def count() -> int:
     """The number of processes."""
     import jax
 
-    return jax.process_count()
+    return jax.process_count() if jax.distributed.is_initialized() else 1  # otherwise devices would be initialized
 
 
 def index() -> int:
     """Which process this is, from 0."""
     import jax
 
-    return jax.process_index()
+    return jax.process_index() if jax.distributed.is_initialized() else 0
 
 
 def is_main() -> bool:
@@ -213,6 +215,25 @@ def main_first(doing: str) -> Iterator[None]:
     yield
     if is_main():
         broadcast(None)
+
+
+def local_copy(tree: Any) -> Any:
+    """All arrays of `tree` on the first device of this process; all processes must call this alike.
+
+    With one process the tree itself.
+
+    Args:
+      tree: arrays with `NamedSharding`s on one mesh.
+    """
+    if count() == 1:
+        return tree
+    import jax
+
+    def gather(leaf: Any) -> jax.Array:
+        everywhere = jax.sharding.NamedSharding(leaf.sharding.mesh, jax.sharding.PartitionSpec())
+        return jax.device_put(leaf, everywhere).addressable_data(0)
+
+    return jax.tree.map(gather, tree)
 
 
 def check_equal(values: dict[str, Any], what: str) -> None:

@@ -1,9 +1,10 @@
 """Brings the processes of a run together over TCP, and ends all of them when one of them ends early.
 
 Process 0 listens at the coordinator address, and every other process connects to it and says which one it is. When all
-are there, each connection stays open: both ends send a sign of life, and a connection that closes or stays silent is a
-process that was killed or cannot be reached. Process 0 tells the others, and every process ends with one line that
-names it. Lines of JSON are exchanged, without JAX.
+are there, each connection stays open. When one closes, its process was killed; when the kernel's probes get no answer,
+its machine is lost. Process 0 tells the others, and every process ends with one line that names it. Lines of JSON are
+exchanged, without JAX. The probes are the kernel's because a thread of Python may have to wait for minutes, for example
+while a tokenizer is trained.
 
     meeting = rendezvous.meet(address, bind, count=4, index=0, seconds=300)
     meeting.fail("the disk is full", 2)      # the other processes end with this message and code
@@ -24,8 +25,8 @@ from typing import Any
 from llm_jax.errors import UserError
 
 LOST = 75  # exit code of the processes that remain when one is lost (EX_TEMPFAIL of sysexits.h: try again)
-_SILENCE = 20.0  # seconds without a sign of life after which a process is lost
-_BEAT = 2.0  # seconds between signs of life
+_SILENCE = 20  # seconds without an answer of the other machine after which a process is lost
+_PROBE = 5  # seconds between the kernel's probes
 _FIRST_NOTE, _NOTES = 10.0, 60.0  # seconds until the first line about a wait, and between further ones
 _PATIENCE = 3.0  # seconds that the other processes have to end after a failure
 _LONGEST = 2**16  # bytes of a line
@@ -38,16 +39,25 @@ class _Connection:
     Attributes:
       process: the process at the other end.
       host: its host name.
-      heard: when something last arrived, in seconds of `time.monotonic`.
+      unreachable: whether the other machine does not answer.
       done: whether the process has said that it is about to end.
     """
 
     def __init__(self, sock: socket.socket, process: int = 0, host: str = ""):
         self.socket, self.process, self.host = sock, process, host
-        self.heard, self.done = time.monotonic(), False
+        self.unreachable = self.done = False
         self._buffer = b""
         self._sending = threading.Lock()
         sock.settimeout(5.0)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in (
+            ("TCP_KEEPIDLE", _PROBE),
+            ("TCP_KEEPINTVL", _PROBE),
+            ("TCP_KEEPCNT", _SILENCE // _PROBE),
+            ("TCP_USER_TIMEOUT", 1000 * _SILENCE),
+        ):
+            if hasattr(socket, name):  # Linux has all
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
     def send(self, **message: Any) -> None:
         """Sends a message; a broken connection is noticed by `receive`."""
@@ -58,14 +68,16 @@ class _Connection:
         """The messages that have arrived since the last call; None: the connection is closed or carries others."""
         try:
             data = self.socket.recv(_LONGEST)
-        except TimeoutError:
-            return []
+        except TimeoutError as error:
+            self.unreachable = (
+                error.errno is not None
+            )  # ETIMEDOUT by the kernel; the time limit of `recv` has no number
+            return None if self.unreachable else []
         except OSError:
             return None
         *lines, self._buffer = (self._buffer + data).split(b"\n")
         if not data or len(self._buffer) > _LONGEST:
             return None
-        self.heard = time.monotonic()
         try:
             messages = [json.loads(line) for line in lines]
         except ValueError:
@@ -103,7 +115,8 @@ class Meeting:
             self._ended = True
         line = f"process {self.index} on {socket.gethostname()}: {message}"
         self._send_all(stop=line, code=code)
-        self._wait(lambda: not self._others, _PATIENCE)
+        # A process that fails in the same way at the same time says so itself.
+        self._wait(lambda: all(other.done for other in self._others.values()), _PATIENCE)
 
     def finish(self, seconds: float = 60.0) -> None:
         """Waits until all processes have called this, at most for `seconds`; then nobody is missed any more."""
@@ -125,18 +138,9 @@ class Meeting:
             self._changed.wait_for(condition, seconds)
 
     def _watch(self) -> None:
-        sent = 0.0
         while self._others:
             for key, _ in self._selector.select(0.5):
                 self._read(key.data)
-            now = time.monotonic()
-            if now - sent > _BEAT:
-                sent = now
-                for connection in list(self._others.values()):
-                    connection.send(alive=True)
-            for connection in list(self._others.values()):
-                if now - connection.heard > _SILENCE:
-                    self._lose(connection, f"has sent no sign of life for {_SILENCE:.0f} s")
 
     def _read(self, connection: _Connection) -> None:
         messages = connection.receive()
@@ -148,21 +152,26 @@ class Meeting:
                     connection.done = True
                     self._changed.notify_all()
         if messages is None:
-            self._lose(connection, "has ended without a message (killed?)")
+            self._lose(connection)
 
-    def _lose(self, connection: _Connection, how: str) -> None:
+    def _lose(self, connection: _Connection) -> None:
         with self._changed:
             self._selector.unregister(connection.socket)
             del self._others[connection.process]
             self._changed.notify_all()
         connection.close()
         if not connection.done:
+            silent = f"has not answered for {_SILENCE} s (machine or network down?)"
+            how = silent if connection.unreachable else "has ended without a message (killed?)"
             name = f"process {connection.process} on {connection.host}"
             self._stop(f"{name} {how}; the same command resumes from the last checkpoint", LOST)
 
     def _stop(self, line: str, code: int, source: _Connection | None = None) -> None:
         with self._changed:
             if self._ended:
+                if source:
+                    source.done = True
+                    self._changed.notify_all()
                 return
             self._ended = True
         if self.index == 0:
@@ -279,7 +288,6 @@ def _gather(bind: str, count: int, wait: _Wait) -> list[_Connection]:
                 connections[process] = connection
                 selector.register(connection.socket, selectors.EVENT_READ, connection)
     for connection in connections.values():
-        connection.heard = time.monotonic()
         connection.send(go=True, host=socket.gethostname())
     return list(connections.values())
 

@@ -95,7 +95,8 @@ def recipe(config: Config) -> dict[str, Any]:
 def job(point: Point) -> jobs.Job:
     """The training of a point as a process, which resumes from the last checkpoint."""
     recipe_path = str(point.workdir / "recipe.json")
-    command = ("-m", "llm_jax.train", f"--config={recipe_path}", f"--workdir={point.workdir}")
+    alone = "--num_processes=1"  # also where several sweeps share the points within a cluster's job
+    command = ("-m", "llm_jax.train", f"--config={recipe_path}", f"--workdir={point.workdir}", alone)
     metrics = point.workdir / "metrics.jsonl"
     return jobs.Job(
         point.name,

@@ -31,9 +31,10 @@ def goodput(workdir: pathlib.Path) -> float | None:
     Compiling, evaluating, saving and steps that were lost are not useful time. None where nothing has been timed.
     """
     lines = lines_up_to(workdir / "metrics.jsonl")
-    total = sum(attempt.get("ended", time.time()) - attempt["began"] for attempt in _read(workdir))
+    total = sum(max(attempt.get("ended", time.time()) - attempt["began"], 0.0) for attempt in _read(workdir))
     seconds = [line["seconds"] for line in lines if "seconds" in line]
-    return len(lines) * statistics.median(seconds) / total if seconds and total else None
+    # The clock of the machine may have been set in between, so that more time was useful than has passed.
+    return min(len(lines) * statistics.median(seconds) / total, 1.0) if seconds and total else None
 
 
 def _read(workdir: pathlib.Path) -> list[dict[str, float]]:
@@ -42,4 +43,4 @@ def _read(workdir: pathlib.Path) -> list[dict[str, float]]:
 
 
 def _write(workdir: pathlib.Path, attempts: list[dict[str, float]]) -> None:
-    files.write(workdir / "attempts.jsonl", "".join(json.dumps(attempt) + "\n" for attempt in attempts))
+    files.write(workdir / "attempts.jsonl", "".join(json.dumps(attempt) + "\n" for attempt in attempts), durable=True)

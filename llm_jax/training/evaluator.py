@@ -36,10 +36,7 @@ class Evaluator:
 
     def _local_params(self, state: TrainState) -> Any:
         """The parameters of the model, one entry per layer; of several processes each has its own copy of all."""
-        params = self._unstack(state.model, state.frozen)
-        if processes.count() == 1:
-            return params
-        return jax.tree.map(lambda leaf: leaf.addressable_data(0), params)
+        return processes.local_copy(self._unstack(state.model, state.frozen))
 
     def final_note(self) -> str:
         """A line that says how many held-out rows the last evaluation counts, where that is not obvious, or ""."""
@@ -84,7 +81,7 @@ class Evaluator:
 
     def describe(self, figures: Mapping[str, float]) -> str:
         """The figures in one line."""
-        parts = [f"{name} {figures[f'task_{name}']:.1%} right" for name in self._tasks]
+        parts = [f"{name} {figures[f'task_{name}']:.1%} right" for name in self._tasks if f"task_{name}" in figures]
         if "validation_loss" in figures:
             bits = figures["validation_bits_per_byte"]
             parts = [f"held-out loss {figures['validation_loss']:.4f}", f"{bits:.3f} bits per byte", *parts]

@@ -208,6 +208,11 @@ class Progress:
             files.write(path, content)
             self._trackers.picture(step, f"pictures/{name}", path)
 
+    def sync(self) -> None:
+        """Flushes the lines so far to the disk, so that after a power failure none is missing before a checkpoint."""
+        if processes.is_main():
+            os.fsync(self._file.fileno())
+
     def rewind(self, step: int) -> None:
         """Drops the lines after `step`."""
         self._pending, self._line = None, {}
@@ -240,5 +245,5 @@ def _reopen(path: pathlib.Path, start: int):
     """
     if not processes.is_main():
         return open(os.devnull, "a")
-    files.write(path, "".join(json.dumps(line) + "\n" for line in lines_up_to(path, start)))
+    files.write(path, "".join(json.dumps(line) + "\n" for line in lines_up_to(path, start)), durable=True)
     return path.open("a")

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from llm_jax.evaluation import classification
+from llm_jax.parallel import processes
 from llm_jax.schema import Config
 from llm_jax.training import attempts, measures
 from llm_jax.training import setup as setup_lib
@@ -37,9 +38,11 @@ def summarize(
         **measures.peak_memory(),
         "jax": jax.__version__,
     }
-    if data.test:
-        args = setup.model, setup.model_params(state), data.test, config.train.batch_size, setup.batch_sharding
-        test = classification.accuracy(*args)
+    params = processes.local_copy(setup.model_params(state)) if data.test else None
+    if data.test and processes.is_main():
+        alone = processes.count() == 1
+        sharding = setup.batch_sharding if alone else jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        test = classification.accuracy(setup.model, params, data.test, config.train.batch_size, sharding)
         summary |= {f"test_{name}": value for name, value in test.items()}
     return summary
 

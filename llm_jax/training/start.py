@@ -17,7 +17,8 @@ from llm_jax.checkpoints import Checkpoint, abstract_params
 from llm_jax.errors import UserError
 from llm_jax.model import positions
 from llm_jax.model.transformer import Transformer
-from llm_jax.schema import Config, ModelConfig
+from llm_jax.parallel import processes
+from llm_jax.schema import Config, ModelConfig, choice
 from llm_jax.tokenizers import Tokenizer
 from llm_jax.training import losses, optim
 
@@ -42,6 +43,7 @@ class Start:
       checkpoint: the directory of the run's own checkpoint that training resumes from, or None.
       record: the record of that checkpoint.
       previous: the configuration that the workdir was last trained with, or None.
+      damaged: what is wrong with later checkpoints, which are to be deleted (`checkpoint.on_damage`).
     """
 
     config: Config
@@ -49,6 +51,7 @@ class Start:
     checkpoint: pathlib.Path | None = None
     record: dict[str, Any] = dataclasses.field(default_factory=dict)
     previous: Config | None = None
+    damaged: tuple[str, ...] = ()
 
     @property
     def step(self) -> int:
@@ -73,7 +76,7 @@ def find(config: Config, workdir: pathlib.Path | None = None) -> Start:
     """
     if changes := _with_hashes(config):
         config = configuration.replace(config, changes)
-    saved = checkpoints.find(workdir) if workdir and checkpoints.steps(workdir) else None
+    saved, record, damaged = _agreed_checkpoint(config, workdir) if workdir else (None, {}, ())
     recorded = next((checkpoints.read_config(d) for d in (workdir, saved) if d and (d / "config.json").exists()), None)
     origin = None
     if config.init_from and (config.lora.rank or not saved):
@@ -87,13 +90,43 @@ def find(config: Config, workdir: pathlib.Path | None = None) -> Start:
         config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, warmup_steps=steps))
     if recorded and workdir:
         _refuse_another_run(workdir, recorded, config)
-    start = Start(config, origin, saved, checkpoints.verify(saved) if saved else {}, recorded)
+    start = Start(config, origin, saved, record, recorded, damaged)
     if start.step > config.train.steps:
         raise UserError(
             f"{workdir} is at step {start.step}, past train.steps={config.train.steps}; raise it or give another "
             "--workdir"
         )
     return start
+
+
+_Last = tuple[pathlib.Path | None, dict[str, Any], tuple[str, ...]]
+
+
+def _agreed_checkpoint(config: Config, workdir: pathlib.Path) -> _Last:
+    """What `_last_checkpoint` returns in process 0, which verifies alone."""
+    saved, record, damaged = _last_checkpoint(config, workdir) if processes.is_main() else (None, {}, ())
+    chosen = [saved.name if saved else "", record, damaged]
+    step, record, damaged = processes.broadcast(chosen, waiting_for="to verify the last checkpoint")
+    return workdir / "checkpoints" / step if step else None, record, tuple(damaged)
+
+
+def _last_checkpoint(config: Config, workdir: pathlib.Path) -> _Last:
+    """(the checkpoint to resume from or None, its record, what is wrong with later ones).
+
+    Raises:
+      UserError: the last checkpoint is damaged, and with `checkpoint.on_damage=previous` all of them are.
+    """
+    choice("checkpoint.on_damage", config.checkpoint.on_damage, ("stop", "previous"))
+    damaged: list[str] = []
+    for step in reversed(checkpoints.steps(workdir)):
+        directory = workdir / "checkpoints" / str(step)
+        try:
+            return directory, checkpoints.verify(directory), tuple(damaged)
+        except UserError as error:
+            damaged.append(str(error).split("; ")[0])
+            if config.checkpoint.on_damage == "stop" or step == checkpoints.steps(workdir)[0]:
+                raise
+    return None, {}, ()
 
 
 def _with_hashes(config: Config) -> dict[str, Any]:
@@ -111,6 +144,8 @@ def _with_hashes(config: Config) -> dict[str, Any]:
 
 def notes(start: Start) -> Iterator[str]:
     """Lines about what a user may not expect: options of the model that differ from `init_from`, a changed schedule."""
+    for text in start.damaged:
+        yield f"note: {text}; it is deleted (checkpoint.on_damage=previous)"
     if start.step and start.previous and start.previous.train.steps != start.config.train.steps:
         rate, new_rate = (
             float(optim.schedule(c.optim, c.train.steps)(start.step)) for c in (start.previous, start.config)

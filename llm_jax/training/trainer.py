@@ -30,6 +30,7 @@ from llm_jax.training.setup import Setup
 from llm_jax.training.step import TrainState
 
 Callback = Callable[[dict[str, Any]], Any]
+_OF_A_MACHINE = ("data.cache_dir", "data.workers")  # options that may differ between processes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +76,9 @@ def prepare(config: Config, workdir: pathlib.Path | None = None) -> Prepared:
     beginning = check(config, workdir)
     with processes.main_first("to read the data"):
         data = inputs.load(beginning.config, beginning)
-    digest, record = tokenizers.digest(data.tokenizer), configuration.as_dict(data.config)
-    processes.check_equal(
-        {"step": beginning.step, "text": data.source.sha256, "tokenizer": digest, **record}, "the run"
-    )
+    options = {k: v for k, v in configuration.flat(data.config).items() if k not in _OF_A_MACHINE}
+    contents = {"the text": data.source.sha256, "the tokenizer": tokenizers.digest(data.tokenizer)}
+    processes.check_equal(contents | options, "the run")
     setup = setup_lib.setup(data.config, data.vocab_size)
     reference = setup.load_reference(data.tokenizer)
     return Prepared(setup, beginning, data, reference)
@@ -157,7 +157,7 @@ def train(
         del prepared
         runtime.release_freed_memory()
         if is_main:
-            files.write_json(workdir / "config.json", configuration.as_dict(config))
+            files.write_json(workdir / "config.json", configuration.as_dict(config), durable=True)
 
         # ---------------------------------------------------------------- evaluation and samples
         tasks = {pathlib.Path(name).stem: builtin.named(name) for name in config.eval.tasks}
@@ -171,6 +171,7 @@ def train(
         stack.callback(tracking.close)
         writer = checkpoints.Writer(workdir, config, data.tokenizer, data.source.sha256, fingerprint, base_record)
         stack.callback(writer.close)
+        writer.discard(beginning.step)  # damaged checkpoints, see `start.find`
         flops = transformer.flops_per_token(config.model, c.seq_len)
         peak = measures.matmul_peak(config.model.precision.compute)
         progress = Progress(
@@ -251,6 +252,7 @@ def train(
             if "save" in due or stopping:
                 saved = method.checkpoint_params(state.params, state.frozen)
                 loss = figures.get("validation_loss")
+                progress.sync()
                 writer.save(done, saved, state.optimizer, loss, skipped_batches, state.ema)
             progress.pause()
         scope.close()

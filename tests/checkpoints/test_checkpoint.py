@@ -181,6 +181,24 @@ def test_a_damaged_checkpoint_stops_the_run_and_names_the_one_before(command, co
     checkpoints.verify(copy / "checkpoints" / "8")
 
 
+def test_a_damaged_checkpoint_is_deleted_and_the_one_before_is_used_if_asked(command, copy, trained):
+    flags = ("train", f"--workdir={copy}", "--config.checkpoint.on_damage=previous")
+    path = max(files_of(copy / "checkpoints" / "8" / "arrays"), key=lambda p: p.stat().st_size)
+    path.unlink()  # a missing shard
+    done = command(*flags)
+    assert (
+        f"note: {copy}/checkpoints/8: the file 'arrays/" in done.stdout and "is missing; it is deleted" in done.stdout
+    )
+    assert f"resuming from {copy}/checkpoints/4" in done.stdout
+    assert_same_run(copy, trained)
+    for step in (4, 8):
+        (copy / "checkpoints" / str(step) / "record.json").write_text("{")
+    assert "checkpoints/4/record.json: damaged" in command(*flags, code=2).stderr
+    assert checkpoints.steps(copy) == [4, 8]
+    done = command("train", f"--workdir={copy}", "--config.checkpoint.on_damage=last", code=2)
+    assert "'checkpoint.on_damage' is 'last'; expected one of previous, stop" in done.stderr
+
+
 def test_another_format_is_refused(copy):
     directory = copy / "checkpoints" / "8"
     record = json.loads((directory / "record.json").read_text())

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -118,6 +119,62 @@ def test_every_mesh_of_processes_gives_the_losses_of_one(run, trained, tmp_path,
     count, flags = MESHES[mesh]
     run(count, tmp_path / "run", *flags)
     assert_same_losses(trained, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_part_of_a_batch_is_held_out_and_answers_are_counted(run, tmp_path):
+    """A last batch that is not full, and the accuracy on a test split."""
+    rows = [{"text": f"{word} {i}", "label": word} for i in range(40) for word in ("good", "bad")]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = (f"--config.data.source={tmp_path / 'data.jsonl'}", "--config.data.kind=labelled", "--config.eval.rows=5")
+    for count in (1, 2):
+        run(count, tmp_path / str(count), *flags)
+    assert_same_losses(tmp_path / "1", tmp_path / "2")
+    one, two = (json.loads((tmp_path / str(count) / "summary.json").read_text()) for count in (1, 2))
+    assert two["test_accuracy"] == one["test_accuracy"] and two["test_count"] == one["test_count"]
+
+
+@pytest.mark.slow
+def test_adapters_in_two_processes(run, trained, tmp_path):
+    flags = (f"--config.init_from={trained}", "--config.lora.rank=2", "--config.train.steps=3")
+    run(1, tmp_path / "1", *flags)
+    run(2, tmp_path / "2", *flags, "--config.mesh.data=1", "--config.mesh.fsdp=2")
+    assert_same_losses(tmp_path / "1", tmp_path / "2")
+    run(1, tmp_path / "2", *flags, "--config.train.steps=5")
+    assert lines(tmp_path / "2")[-1]["step"] == 5
+
+
+@pytest.mark.slow
+def test_processes_with_other_options_are_refused(tmp_path, text_file, cache):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    flags = (f"--config={ROOT / 'tests' / 'tiny.py'}", f"--workdir={tmp_path / 'run'}")
+    flags = (*flags, f"--config.data.source={text_file}", f"--config.data.cache_dir={cache}")
+    trainers = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "llm_jax.train", *flags, f"--config.optim.lr={rate}"),
+                *(f"--coordinator_address={address}", "--num_processes=2", f"--process_id={index}"),
+            ],
+            cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+            stderr=subprocess.PIPE, text=True,
+        )
+        for index, rate in enumerate(("1e-2", "2e-2"))
+    ]  # fmt: skip
+    errors = [trainer.communicate(timeout=120)[1] for trainer in trainers]
+    assert [trainer.returncode for trainer in trainers] == [2, 2]
+    for text in errors:
+        assert "the run differs between processes: optim.lr is 0.02 here and 0.01 in process 0" in text
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_spikes_are_rolled_back_by_all(run, tmp_path):
+    flags = ("--config.optim.lr=1e-9", "--config.train.on_bad_step=rollback", "--config.train.spike_factor=1.0045")
+    flags = (*flags, "--config.train.steps=60", "--config.train.batch_size=2", "--config.checkpoint.every=6")
+    out, _ = run(2, tmp_path / "run", *flags)
+    assert "going back to step" in out
+    assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, 61))
 
 
 @pytest.mark.slow

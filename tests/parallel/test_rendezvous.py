@@ -1,6 +1,7 @@
 """The meeting of processes, each of which is a thread here."""
 
 import concurrent.futures
+import errno
 import os
 import queue
 import signal
@@ -111,28 +112,26 @@ def test_a_lost_process_ends_the_others(meet):
         assert ended[index][1] == 75
 
 
-def test_a_silent_process_is_lost(meet, monkeypatch):
-    monkeypatch.setattr(rendezvous, "_SILENCE", 0.7)
-    monkeypatch.setattr(rendezvous._Connection, "send", lambda *a, **k: None)  # as if frozen, or behind a dead network
-    monkeypatch.setattr(rendezvous, "_join", lambda address, *_: rendezvous._Connection(_connected(address)))
-    monkeypatch.setattr(rendezvous, "_gather", lambda bind, *_: [rendezvous._Connection(_accepted(bind), 1, "there")])
-    meet({0: 2, 1: 2})
-    assert "no sign of life for" in meet.ends.get(timeout=10)[1]
+def test_a_machine_that_does_not_answer_is_lost(meet):
+    """The kernel's probes fail with ETIMEDOUT."""
+    meetings = meet({0: 2, 1: 2})
+    connection = meetings[0]._others[1]
+    sock = connection.socket
+    assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+    options = ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT", "TCP_USER_TIMEOUT")
+    assert [sock.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) for name in options] == [5, 5, 4, 20_000]
 
+    class Dead:
+        def recv(self, size):
+            raise OSError(errno.ETIMEDOUT, "Connection timed out")
 
-def _connected(address):
-    host, port = address.split(":")
-    while True:
-        try:
-            return socket.create_connection((host, int(port)))
-        except OSError:
-            time.sleep(0.01)
+        def __getattr__(self, name):
+            return getattr(sock, name)
 
-
-def _accepted(bind):
-    host, port = bind.split(":")
-    with socket.create_server((host, int(port))) as server:
-        return server.accept()[0]
+    connection.socket = Dead()
+    meetings[1]._others[0].send(hello=True)  # wakes the one that reads
+    ended = {index: (line, code) for index, line, code in (meet.ends.get(timeout=10) for _ in range(2))}
+    assert "process 1 on" in ended[0][0] and "has not answered for 20 s" in ended[0][0] and ended[0][1] == 75
 
 
 def test_processes_that_have_finished_are_not_missed(meet):

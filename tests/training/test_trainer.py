@@ -170,6 +170,20 @@ def test_goodput_counts_the_time_of_killed_attempts(tmp_path, monkeypatch):
     assert attempts_lib.goodput(tmp_path) == pytest.approx(5 * 1.0 / (20 + 30))
 
 
+def test_goodput_survives_a_clock_that_is_set_back(tmp_path, monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr(time, "time", lambda: clock[0])
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "seconds": 1.0}) + "\n")
+    attempts_lib.begin(tmp_path, 0)
+    clock[0] = 10.0
+    attempts_lib.end(tmp_path)
+    assert attempts_lib.goodput(tmp_path) is None
+    attempts_lib.begin(tmp_path, 1)
+    clock[0] = 10.5
+    attempts_lib.end(tmp_path)
+    assert attempts_lib.goodput(tmp_path) == 1.0
+
+
 @pytest.mark.parametrize(
     ("flag", "message"), [("--config.data.source=", "data.source is empty"), ("--workdir=", "--workdir is empty")]
 )

@@ -1,0 +1,67 @@
+"""Which processes a command belongs to, from its flags and from the environment of a cluster."""
+
+import pytest
+
+from llm_jax.errors import UserError
+from llm_jax.parallel import processes
+
+VARIABLES = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
+SLURM = dict(zip(VARIABLES, ("4100", "node[003-004,7]", "4", "2", "0"), strict=True))
+OPEN_MPI = {
+    "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+}
+CASES = {
+    "nothing": ({}, None),
+    "slurm": (SLURM, ("node003:61444", 4, 2, [0])),
+    "one task of slurm": (SLURM | {"SLURM_NTASKS": "1"}, None),
+    "a batch script without srun": ({"SLURM_JOB_ID": "4100", "SLURM_NTASKS": "4"}, None),
+    "open mpi": (OPEN_MPI, ("10.96.0.1:64838", 2, 1, [1])),
+    "another port": (SLURM | {"JAX_COORDINATOR_PORT": "77"}, ("node003:77", 4, 2, [0])),
+    "a notebook in kubernetes": ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),
+}
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    for name in (*VARIABLES, *OPEN_MPI, "KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX", "JAX_COORDINATOR_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.filterwarnings("error")
+def test_a_cluster_is_detected(environment, case):
+    variables, expected = CASES[case]
+    for name, value in variables.items():
+        environment.setenv(name, value)
+    assert processes._detected(1.0) == expected
+
+
+def test_a_cluster_that_cannot_be_read_is_one_line(environment):
+    for name, value in (SLURM | {"SLURM_NTASKS": "four"}).items():
+        environment.setenv(name, value)
+    with pytest.raises(UserError, match=r"in a cluster \(Slurm\).*'four'.*; give --coordinator_address"):
+        processes._detected(1.0)
+
+
+def test_flags():
+    assert processes._explicit("host:1", 2, 1) == ("host:1", 2, 1, None)
+    assert processes._explicit("host:1", 1, 0) is None and processes._explicit("", 1, -1) is None
+    for flags in (("", 2, 0), ("host:1", 2, 2), ("host:1", 0, 0), ("host:1", 2, -1), ("host:1", -1, -1)):
+        with pytest.raises(UserError, match="expected all three, HOST:PORT of process 0"):
+            processes._explicit(*flags)
+    for address in ("host", "host:", "host:0", "host:70000", "host:x"):
+        with pytest.raises(UserError, match="expected HOST:PORT"), processes.started(address, 2, 1, timeout=0.1):
+            pass
+
+
+def test_one_process_needs_no_others(environment):
+    with processes.started():
+        assert (processes.count(), processes.index(), processes.is_main()) == (1, 0, True)
+        assert processes.broadcast({"a": 1}) == {"a": 1}
+        processes.barrier("here")
+        agree = processes.Agreement()
+        assert [agree(0), agree(15)] == [0, 15]
