@@ -22,11 +22,11 @@ _CHUNK_BYTES = 2**19  # of a tensor that are read before they are copied to thei
 _ALIGNMENT = 64  # bytes; JAX on CPU takes over memory with this alignment without a copy
 
 
-# dtype -> (unsigned integer of its size, its bits without the sign, bits of infinity; NaN has larger ones)
-_FORMATS = {
-    np.dtype(np.float32): (np.uint32, 0x7FFFFFFF, 0x7F800000),
-    np.dtype(np.float16): (np.uint16, 0x7FFF, 0x7C00),
-    np.dtype(ml_dtypes.bfloat16): (np.uint16, 0x7FFF, 0x7F80),
+# dtype -> bits of infinity; NaN has larger ones
+_INFINITY = {
+    np.dtype(np.float32): 0x7F800000,
+    np.dtype(np.float16): 0x7C00,
+    np.dtype(ml_dtypes.bfloat16): 0x7F80,
 }
 
 
@@ -191,10 +191,12 @@ def _copy(out: np.ndarray, source: TensorSource, spec: TensorSpec, spans: list[r
 
 def _all_finite(values: np.ndarray) -> bool:
     """Whether no value is NaN or infinite; by the bits, as numpy's functions are slow for bfloat16."""
-    if values.dtype not in _FORMATS:
+    if values.dtype not in _INFINITY or not values.size:
         return bool(np.isfinite(values).all())
-    integer, magnitude, infinity = _FORMATS[values.dtype]
-    return not values.size or int((np.ascontiguousarray(values).view(integer) & magnitude).max()) < infinity
+    infinity, size = _INFINITY[values.dtype], values.dtype.itemsize
+    bits, negative = np.ascontiguousarray(values).view(f"u{size}"), 1 << (8 * size - 1)
+    # The largest bits of negative values, if there are any, and of the others: two passes without a temporary array.
+    return int(bits.max()) < negative + infinity and int(bits.view(f"i{size}").max()) < infinity
 
 
 def stored_shape(spec: TensorSpec, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -51,6 +51,17 @@ _GEMMA = _LLAMA | {
     "attention.sliding_window": "sliding_window",
 }
 _GEMMA3 = _GEMMA | {"rope.freq_base_swa": "rope_local_base_freq"}
+_OLMO2 = {key: hf_key for key, hf_key in _LLAMA.items() if key != "attention.key_length"}
+_GRANITE = _OLMO2 | {
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
+}
+_STARCODER2 = _PHI | {"attention.layer_norm_epsilon": "norm_epsilon"}
+_NEOX = {key: hf_key for key, hf_key in _PHI.items() if key != "attention.head_count_kv"} | {
+    "use_parallel_residual": "use_parallel_residual"
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +77,8 @@ class Architecture:
       global_every: every n-th layer attends to the whole text, the others to a window. 0: no windows.
       rope_freqs: llama.cpp divides frequencies by the tensor rope_freqs.weight (the llama3 scaling).
       encoder: BERT, whose files have no pooler.
+      tied: the head may be the embedding table.
+      defaults: keys of config.json that files do not state, as llama.cpp knows one value only.
       scaled_layers: the number of layers of the one model that scales scores by (width / num_heads) ** -0.5.
     """
 
@@ -78,6 +91,8 @@ class Architecture:
     rope_freqs: bool = False
     encoder: bool = False
     scaled_layers: int = 0
+    tied: bool = True
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 ARCHITECTURES = {
@@ -89,6 +104,13 @@ ARCHITECTURES = {
     "phi2": Architecture("phi", _PHI, free_heads=False),
     "gpt2": Architecture("gpt2", _GPT2, free_heads=False, fused=True),
     "bert": Architecture("bert", _BERT, free_heads=False, encoder=True),
+    "smollm3": Architecture("smollm3", _LLAMA, interleaved=True),
+    "olmo2": Architecture("olmo2", _OLMO2, free_heads=False, tied=False),
+    "granite": Architecture("granite", _GRANITE, interleaved=True, free_heads=False),
+    "starcoder2": Architecture("starcoder2", _STARCODER2, free_heads=False),
+    "gptneox": Architecture(
+        "gpt_neox", _NEOX, free_heads=False, fused=True, tied=False, defaults={"hidden_act": "gelu_new"}
+    ),
 }
 _PATTERN = "attention.sliding_window_pattern"
 # Keys that are read elsewhere, or that do not affect the computation.
@@ -180,6 +202,7 @@ def _read_config(file: gguf.GgufFile, label: str, rope_freqs: np.ndarray | None)
             "rope_theta": 10000.0,
             "partial_rotary_factor": metadata.get(f"{arch}.rope.dimension_count", width) / width,
         } | c
+    c |= a.defaults
     if a.encoder:
         c |= {"hidden_act": "gelu", "type_vocab_size": file.tensors["token_types.weight"].shape[0]}
     if a.global_every:
@@ -251,6 +274,8 @@ def metadata(arch: str, json_config: Mapping[str, Any], config: ModelConfig) -> 
             f"a GGUF file of a {arch} cannot hold model.head_dim={head_dim}; its heads are {config.width} / "
             f"{config.num_heads} wide (model.width / model.num_heads)"
         )
+    if config.tie_embeddings and not a.tied:
+        raise UserError(f"a GGUF file of a {arch} needs an output head; model.tie_embeddings=True has none of its own")
     result = {
         f"{arch}.{key}": json_config[hf_key] for key, hf_key in a.keys.items() if json_config.get(hf_key) is not None
     }
@@ -261,6 +286,7 @@ def metadata(arch: str, json_config: Mapping[str, Any], config: ModelConfig) -> 
         result |= {f"{arch}.attention.key_length": head_dim, f"{arch}.attention.value_length": head_dim}
     if p.kind == "rope":
         result[f"{arch}.rope.dimension_count"] = round(head_dim * p.partial_rotary_factor)
+        result[f"{arch}.rope.freq_base"] = p.base
     if a.global_every:
         kinds = stages.layer_kinds(config)
         every = kinds.index("global") + 1 if "global" in kinds else 0

@@ -9,6 +9,7 @@ messages differently by their place, and every answer is rendered after the whol
 import bisect
 import contextlib
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from llm_jax.tokenizers.chat_template import Rendered
 from llm_jax.tokenizers.detokenize import common_prefix
 
 COUNTS = ("weight", "train", "trainable", "loss", "loss_mask")  # fields of messages that are 0 where none counts
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\b")  # the tag around what the assistant writes
 _SHOWN_FIELDS = ("tool_calls", "reasoning_content")  # fields of messages that a template must show
 
 Message = dict[str, Any]
@@ -105,7 +107,7 @@ def templated_texts(special: Any, conversations: Sequence[Conversation]) -> list
     jobs: list[dict[str, Any]] = []
     for c in conversations:
         template = chat_template.template_of(special, _job(c, c.messages))
-        marks = "{% generation" in template or "{%- generation" in template
+        marks = bool(_GENERATION.search(template))
         requests.append(_Request(c, marks, [] if marks else _windows(c, len(jobs)), _checks(c)))
         jobs += [
             _job(c, c.messages),

@@ -41,6 +41,22 @@ CHANGES = {
         "tie_embeddings": True,
         "position": dataclasses.replace(ROPE, kind="learned", max_length=64),
     },
+    "smollm3": {"num_layers": 4, "layer_pattern": ("global", "global", "global", "nope")},
+    "olmo2": {"head_dim": 0, "norm_placement": "output", "qk_norm": True, "qk_norm_axis": "width"},
+    "granite": {
+        "head_dim": 0,
+        "embedding_multiplier": 6.0,
+        "residual_multiplier": 0.4,
+        "attention_scale": 0.25,
+        "logits_scaling": 4.0,
+    },
+    "starcoder2": PLAIN | {"num_kv_heads": 2, "tie_embeddings": True},
+    "gptneox": PLAIN
+    | {
+        "parallel_residual": True,
+        "parallel_norms": True,
+        "position": dataclasses.replace(ROPE, base=5000.0, partial_rotary_factor=0.25),
+    },
 }
 
 

@@ -85,6 +85,13 @@ def test_codes_that_no_block_holds_are_expanded(vocabulary, tmp_path):
         ("gemma3", {"num_layers": 4, "layer_pattern": ("global", "local")}, "cannot hold model.layer_pattern"),
         ("qwen2", {"layer_pattern": ("local",)}, "sliding windows are not written to GGUF files of a qwen2"),
         ("gpt2", {"num_kv_heads": 2}, "gpt2 cannot hold model.num_kv_heads=2"),
+        (
+            "olmo2",
+            {"tie_embeddings": True},
+            "olmo2 needs an output head; model.tie_embeddings=True has none of its own",
+        ),
+        ("gptneox", {"activation": "gelu_exact"}, "gptneox cannot hold model.activation='gelu_exact'"),
+        ("smollm3", {"layer_pattern": ("global", "nope")}, "smollm3 cannot hold model.layer_pattern"),
     ],
 )
 def test_what_an_architecture_cannot_say_is_not_written(vocabulary, tmp_path, arch, change, message):

@@ -15,8 +15,9 @@ from llm_jax.model.transformer import Transformer
 
 HERE = pathlib.Path(__file__).with_name("beam_golden")
 CASES = json.loads((HERE / "cases.json").read_text())["cases"]
-EOS, LIMIT = 1, 5
-GROUPS = sorted({(c["beams"], c["length_penalty"], str(c["early_stop"])) for c in CASES})
+EOS = 1
+KEYS = ("beams", "length_penalty", "early_stop", "limit")
+GROUPS = sorted({tuple(c[key] for key in KEYS) for c in CASES}, key=str)
 
 
 @functools.cache
@@ -28,14 +29,10 @@ def network():
     return model, huggingface.load_params(HERE, kind, config, shardings)
 
 
-@pytest.mark.parametrize(("beams", "penalty", "early_stop"), GROUPS)
-def test_beams_are_those_of_transformers(beams, penalty, early_stop):
-    cases = [
-        c for c in CASES if (c["beams"], c["length_penalty"], str(c["early_stop"])) == (beams, penalty, early_stop)
-    ]
-    options = DecodingOptions(
-        beams=beams, n=beams, length_penalty=penalty, early_stop=cases[0]["early_stop"], max_new_tokens=LIMIT
-    )
+@pytest.mark.parametrize(("beams", "penalty", "early_stop", "limit"), GROUPS)
+def test_beams_are_those_of_transformers(beams, penalty, early_stop, limit):
+    cases = [c for c in CASES if tuple(c[key] for key in KEYS) == (beams, penalty, early_stop, limit)]
+    options = DecodingOptions(beams=beams, n=beams, length_penalty=penalty, early_stop=early_stop, max_new_tokens=limit)
     options.check(6)
     results = beam.search(*network(), [c["prompt"] for c in cases], options, eos=EOS)
     for case, found in zip(cases, results, strict=True):

@@ -5,6 +5,7 @@ Given ids play the model's part; they go through the loop, the stop strings and 
 
 import dataclasses
 import random
+import types
 
 import hypothesis
 import hypothesis.strategies as st
@@ -12,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llm_jax import tokenizers
 from llm_jax.decoding import loop
 from llm_jax.decoding.complete import complete
 from llm_jax.decoding.options import DecodingOptions
+from llm_jax.training import evaluator
 from tests.tokenizers import forms
 
 TEXTS = st.text(st.sampled_from("theca sorn.\n\té漢😀"), min_size=1, max_size=20)
@@ -129,3 +132,19 @@ def test_the_names_of_ends_end_a_text_and_the_prompt_is_decoded_with_it(network,
     new = [*tokenizer.encode(" yes"), *tokenizer.encode_chat("<|im_end|><|im_start|>"), *tokenizer.encode(" maybe")]
     completion, _ = ask(network, monkeypatch, tokenizer, tokenizer.encode("the cat"), new)
     assert (completion.text, completion.generated.stop) == (" yes", "eos")
+
+
+@pytest.mark.parametrize("form", [*forms.SENTENCEPIECE, "bytelevel"])
+def test_samples_of_training_are_whole_texts(monkeypatch, form):
+    tokenizer = forms.form(form)
+    prompt, whole = (tokenizers.prompt(tokenizer, text) for text in ("the cat", "the cat sat on the mat"))
+    options = types.SimpleNamespace(prompts=("the cat",), max_new_tokens=4)
+    stub = types.SimpleNamespace(
+        _local_params=lambda state: None,
+        _decoder=None,
+        _setup=types.SimpleNamespace(config=types.SimpleNamespace(eval=options)),
+        _data=types.SimpleNamespace(tokenizer=tokenizer),
+    )
+    generated = [types.SimpleNamespace(ids=whole[len(prompt) :])]
+    monkeypatch.setattr(evaluator.loop, "generate", lambda *_, **__: generated)
+    assert evaluator.Evaluator.sample(stub, "step 1", None) == "----- step 1\nthe cat sat on the mat"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from llm_jax import intervals
+from llm_jax import intervals, tokenizers
 from llm_jax.decoding import score
 from llm_jax.decoding.complete import complete
 from llm_jax.decoding.options import DecodingOptions
@@ -21,6 +21,7 @@ from llm_jax.evaluation.templates import STYLES, Example, Template
 from llm_jax.tokenizers.byte import ByteTokenizer
 from tests.data.test_labelled import TEMPLATE as TEMPLATE_OF_CHATS
 from tests.data.test_labelled import chat_tokenizer
+from tests.tokenizers import forms
 
 BYTES = ByteTokenizer()
 TEMPLATE = Template("Q: {text}\nA:")
@@ -238,6 +239,19 @@ def test_the_border_between_prompt_and_answer_keeps_all_text():
     for prompt, answer in (("ab", " c"), ("ab ", "c"), ("ab", "c")):
         head, tail = prompts.encode_pair(BYTES, prompt, answer)
         assert BYTES.decode(head + tail) == prompt + answer and not BYTES.decode(head).endswith(" ") and tail
+
+
+@pytest.mark.parametrize("form", [*forms.SENTENCEPIECE, "bytelevel"])
+def test_prompt_and_answer_are_tokenized_whole(form):
+    """Answers that continue a word, begin one after a space, or begin a line."""
+    tokenizer = forms.form(form)
+    for prompt, answer in (("the c", "at sat"), ("the cat", " sat"), ("hello\n", "yes"), ("the cat", "s")):
+        head, tail = prompts.encode_pair(tokenizer, prompt, answer)
+        assert [*head, *tail] == tokenizers.prompt(tokenizer, prompt + answer)
+        assert len(tokenizer.decode(head)) <= len(prompt) and tail
+    rendered = "<|im_start|>" if form == "bytelevel" else "</s>"
+    head, tail = prompts.encode_pair(tokenizer, f"{rendered}the", " cat", rendered=True)
+    assert [*head, *tail] == prompts.encode(tokenizer, f"{rendered}the cat", rendered=True)
 
 
 def test_the_interval_is_wilsons():

@@ -6,7 +6,8 @@ import pathlib
 import pytest
 
 from llm_jax import tokenizers
-from llm_jax.data.encode import ENCODERS
+from llm_jax.data.chat_text import ChatText
+from llm_jax.data.encode import ENCODERS, templated_example
 from llm_jax.errors import UserError
 from llm_jax.tokenizers import chat_template
 from tests.tokenizers import forms
@@ -73,6 +74,32 @@ def test_a_prompt_and_its_answer_without_a_template_are_tokenized_together(form)
     assert list(example.mask) == [0, *(0 for _ in tokenizer.encode("hello\n")), *(1,) * (len(whole) - len(tokenizer.encode("hello\n"))), 1]  # fmt: skip  # noqa: E501
     chosen, rejected = encode(tokenizer, {"prompt": "hello\n", "chosen": "yes", "rejected": "no"}, kind="preferences")
     assert list(chosen.ids) == list(example.ids) and rejected.ids[:3] == chosen.ids[:3]
+
+
+class _FixedOffsets:
+    """A tokenizer whose tokens cover these ranges of characters of any text."""
+
+    offsets = ((0, 2), (2, 5), (5, 5), (5, 8), (8, 9))
+
+    def encode_chat(self, text):
+        return list(range(len(self.offsets)))
+
+    def chat_offsets(self, text):
+        return list(self.offsets)
+
+
+def test_tokens_that_overlap_an_answer_count():
+    for span, mask in (((3, 7), [0, 1, 1, 1, 0]), ((2, 5), [0, 1, 0, 0, 0]), ((6, 9), [0, 0, 0, 1, 1])):
+        example = templated_example(_FixedOffsets(), ChatText("abcdefghi", [span]))
+        assert list(example.mask) == mask and example.size == span[1] - span[0]
+
+
+@pytest.mark.parametrize("tag", ["{% generation %}", "{%- generation -%}", "{%+ generation %}", "{%generation%}"])
+def test_generation_tags_of_every_form_mark_the_answers(tag):
+    template = "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' %}so "
+    template += tag + "{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    (example,) = encode(with_template("bytelevel", template), CONVERSATIONS["one"])
+    assert counted(with_template("bytelevel", template), example).replace("Ġ", " ").strip() == "yes no maybe"
 
 
 def test_generation_blocks_count_for_preferences_from_the_answers_on():

@@ -42,6 +42,16 @@ def special_names(tokenizer: library.Tokenizer) -> list[str]:
     return [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
 
 
+@pytest.mark.parametrize("name", ["bytelevel", "model"])
+def test_ids_that_end_a_text_are_written(name):
+    original = forms.form(name)
+    ends = {"eos_ids": [7, 9]}
+    config = json.dumps(original.special | ends).encode()
+    tokenizer = type(original).from_files(original.files() | {"tokenizer_config.json": config})
+    again = tokenizers.from_files(export.transformers_files(tokenizer, "llama"))
+    assert tokenizers.eos_ids(again) == tokenizers.eos_ids(tokenizer) == [original.eos, 7, 9]
+
+
 @pytest.mark.parametrize("name", forms.FORMS)
 def test_the_library_reads_the_same_ids(name):
     ours = forms.form(name)

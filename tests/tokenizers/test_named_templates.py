@@ -12,6 +12,7 @@ from llm_jax.data.encode import ENCODERS
 from llm_jax.errors import UserError
 from llm_jax.tokenizers import chat_template, export
 from llm_jax.training import inputs
+from llm_jax.training import setup as setup_lib
 from llm_jax.training import start as start_lib
 from tests.checkpoints.gguf_cases import small
 from tests.tokenizers import forms
@@ -181,3 +182,10 @@ def test_training_takes_the_named_template(checkpoint, tmp_path):
         assert loaded.tokenizer.special["chat_template"] == NAMED["rag"]
         text = loaded.tokenizer.decode(loaded.source.corpus(loaded.tokenizer).train.tokens)
         assert text.startswith("rag: ")
+
+
+def test_the_frozen_model_of_a_loss_may_be_the_base_with_all_its_templates(checkpoint):
+    overrides = {"init_from": str(checkpoint), "tokenizer.chat_template": "rag", "train.batch_size": 2}
+    overrides |= {"loss.kind": "dpo", "data.kind": "preferences"}
+    start = start_lib.find(configuration.load("default", overrides))
+    assert setup_lib.setup(start.config).load_reference(start.tokenizer).keys() >= {"embed", "layers"}
