@@ -22,12 +22,13 @@ from llm_jax import trees, weights
 from llm_jax.errors import UserError
 from llm_jax.model import positions
 from llm_jax.model.attention import Attention, KVCache, Tokens, lengths_so_far, write_tokens
-from llm_jax.model.layers import ACTIVATION_STATS, CAPTURE, MLP, Module, Norm
+from llm_jax.model.layers import CAPTURE, MLP, Module, Norm
 from llm_jax.model.stages import layout, stages
 from llm_jax.schema import ModelConfig, choice
 
 # Letters of shapes: B batch, T time, S cache slots, D width, V vocabulary, N heads, K kv heads, H head width.
 
+ACTIVATION_STATS = "activations"  # Flax collection, filled if it is mutable
 REMAT = {
     "none": None,
     "dots": jax.checkpoint_policies.save_only_these_names("dot"),
@@ -139,11 +140,10 @@ class Layers(Module):
         once per layer. XLA inlines the calls, so that the compiled code is the same. The function is new at every call,
         because traced code depends on the mesh in use.
         """
-        c, inputs = self.config, self.variables
         assert self.scope is not None
-        if self.scope.mutable or not isinstance(jax.tree.leaves(inputs)[0], jax.core.Tracer):
+        if self.scope.mutable or not isinstance(jax.tree.leaves(self.variables)[0], jax.core.Tracer):
             return None
-        layer = rematerialized(c)
+        c, layer = self.config, rematerialized(self.config)
 
         @functools.partial(jax.jit, static_argnums=0)
         def run_layer(kind: str, params: Any, *inputs: Any) -> Any:
