@@ -153,7 +153,7 @@ def _check_factors(name: str, flat: Mapping[str, Any], found: Mapping[str, Mappi
     for path, own in found.items():
         rows, _ = _matrix(flat[path].shape[trees.layers_of(path) is not None :])
         for size in (rows, max(own.values())):
-            if reason := number_formats.misfit(s, size):
+            if reason := number_formats.unsupported_reason(s, size):
                 raise UserError(f"lora.factors={name} for the adapter of '{path}': {reason}")
 
 
