@@ -25,9 +25,7 @@ FLAGS.multi_string(
     required=True,
 )
 FLAGS.define_base()
-FLAGS.string(
-    "data", "", "text to evaluate on, as data.source takes it; default: the held-out part of the run's own data"
-)
+FLAGS.string("data", "", "text to evaluate on, as data.source takes it; default: the held-out part of the run's data")
 FLAGS.string("kind", "", "with --data: its data.kind, e.g. instructions; default: that of the run, or text")
 FLAGS.string("field", "", "with --data: the field of a record that holds its text; default: that of the run, or text")
 FLAGS.integer("seq_len", 0, "tokens per window; default: train.seq_len of the run, or 512")

@@ -25,7 +25,7 @@ def main(f: cli.Flags) -> None:
         config = configuration.replace(config, {"model.vocab_size": size or 512})
         print(f"model.vocab_size={config.model.vocab_size}: the number of ids of the tokenizer, which may be smaller")
     if not f.memory:
-        print(memory.describe(memory.estimate(config), config))
+        print(memory.describe(memory.step_sizes(config), config))
         return
     rows = [("as given", config.model.remat, config)]
     for kind in memory.KINDS:

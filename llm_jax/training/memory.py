@@ -56,7 +56,7 @@ def of_forward_pass(setup: Setup) -> Memory:
 
 
 @dataclasses.dataclass(frozen=True)
-class Estimate:
+class StepSizes:
     """What a training step takes on one device, from shapes alone: nothing is compiled.
 
     Attributes:
@@ -73,22 +73,22 @@ class Estimate:
     gradients: int
 
 
-def estimate(config: Config) -> Estimate:
-    """The `Estimate` of a configuration with a `model.vocab_size`."""
+def step_sizes(config: Config) -> StepSizes:
+    """The `StepSizes` of a configuration with a `model.vocab_size`."""
     parts = setup(_named(config) if config.lora.rank else config)
     state, c = parts.state, config.train
-    return Estimate(
+    return StepSizes(
         parameters=num_parameters(parts.base),
         trainable=num_parameters(state.params),
         flops=transformer.flops_per_token(parts.config.model, c.seq_len) * c.batch_size * c.seq_len,
-        weights=_bytes((state.params, state.frozen)),
-        optimizer=_bytes((state.optimizer, state.ema)),
-        gradients=_bytes(state.params),
+        weights=num_bytes((state.params, state.frozen)),
+        optimizer=num_bytes((state.optimizer, state.ema)),
+        gradients=num_bytes(state.params),
     )
 
 
-def describe(e: Estimate, config: Config) -> str:
-    """An estimate as text."""
+def describe(e: StepSizes, config: Config) -> str:
+    """The sizes as text."""
     c, mib = config.train, 2**20
     total = (e.weights + e.optimizer + e.gradients) / mib
     size = f"{c.batch_size} x {c.seq_len} = {c.batch_size * c.seq_len:,} tokens"
