@@ -18,11 +18,6 @@ def get_config() -> ConfigDict:
     config.data.labelled.update({"label_field": "rating", "thresholds": (0.0,), "choices": ("negative", "positive")})
     config.data.labelled.question = "Is the sentiment of the sentence positive or negative? Answer with one word."
     config.data.labelled.update({"test_size": 1000.0, "validation_size": 500.0, "train_size": 2000})
-    config.tokenizer.kind = "hub"
-    # The geometry of init_from.
-    config.model.update({"vocab_size": 49152, "width": 576, "num_layers": 30, "num_heads": 9, "num_kv_heads": 3})
-    config.model.update({"mlp_dim": 1536, "qk_norm": False})
-    config.model.position.update({"base": 100000.0, "max_length": 8192})
     config.lora.update({"rank": 8, "alpha": 16.0, "targets": ("linear",)})
     config.train.update({"steps": 115, "batch_size": 8, "seq_len": 128, "loss_chunk": 16})
     config.optim.update({"lr": 1e-3, "warmup_steps": 10, "schedule": "linear", "weight_decay": 0.0})

@@ -16,14 +16,7 @@ from llm_jax.cli import decoding_flags, status
 from llm_jax.errors import UserError
 
 FLAGS = cli.Flags()
-FLAGS.string(
-    "checkpoint",
-    None,
-    "checkpoint: a run, a Hugging Face directory, a .gguf file, a peft directory, a zip file of one, asset:NAME, "
-    "hf:ORG/NAME or gs://BUCKET/PATH",
-    required=True,
-)
-FLAGS.string("base", "", "with adapters: checkpoint of their base; default: the one that they name")
+FLAGS.define_checkpoint()
 FLAGS.string("system", "", "system message at the beginning of the conversation")
 FLAGS.string("chat_template", "", "name of one of the tokenizer's chat templates; default: the one named default")
 FLAGS.boolean(

@@ -13,14 +13,8 @@ if TYPE_CHECKING:
     from llm_jax.checkpoints import Checkpoint
 
 FLAGS = cli.Flags()
-FLAGS.string(
-    "input",
-    None,
-    "checkpoint: a run, a Hugging Face directory, a .gguf file, a peft directory, a zip file of one, asset:NAME, "
-    "hf:ORG/NAME or gs://BUCKET/PATH",
-    required=True,
-)
-FLAGS.string("base", "", "with adapters: checkpoint of their base; default: the one that they name")
+FLAGS.string("input", None, f"checkpoint: {cli.CHECKPOINT_FORMS}", required=True)
+FLAGS.define_base()
 FLAGS.string("output", None, "directory (hf, peft) or file (gguf) to write; must not exist", required=True)
 FLAGS.enum(
     "to",

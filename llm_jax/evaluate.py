@@ -20,15 +20,12 @@ FLAGS = cli.Flags()
 FLAGS.multi_string(
     "checkpoint",
     None,
-    "checkpoint: a run, a Hugging Face directory, a .gguf file, a peft directory, a zip file of one, asset:NAME, "
-    "hf:ORG/NAME or gs://BUCKET/PATH; may be "
-    "repeated: the other checkpoints are compared with the first on the same examples or text",
+    f"checkpoint: {cli.CHECKPOINT_FORMS}; may be repeated: the other checkpoints are compared with the first on the "
+    "same examples or text",
     required=True,
 )
-FLAGS.string("base", "", "with adapters: checkpoint of their base; default: the one that they name")
-FLAGS.string(
-    "data", "", "text to evaluate on, as data.source takes it; default: the held-out part of the run's own data"
-)
+FLAGS.define_base()
+FLAGS.string("data", "", "text to evaluate on, as data.source takes it; default: the held-out part of the run's data")
 FLAGS.string("kind", "", "with --data: its data.kind, e.g. instructions; default: that of the run, or text")
 FLAGS.string("field", "", "with --data: the field of a record that holds its text; default: that of the run, or text")
 FLAGS.integer("seq_len", 0, "tokens per window; default: train.seq_len of the run, or 512")
@@ -103,7 +100,7 @@ class _HeldOut:
       name: the checkpoint, as the flag names it.
       config: the configuration of the run, or None for other checkpoints.
       data: where the text is.
-      everything: evaluate on all of the text, not on its held-out part only.
+      is_whole_text: evaluate on all of the text, not on its held-out part only.
       length: tokens of a window.
     """
 
@@ -111,7 +108,7 @@ class _HeldOut:
     checkpoint: Any
     config: Any
     data: Any
-    everything: bool
+    is_whole_text: bool
     length: int
 
     @property
@@ -129,12 +126,12 @@ def _held_out(f: cli.Flags, name: str) -> _HeldOut:
         raise UserError(f"{name} names no corpus of its own; give --data=FILE")
     data = configuration.default("data") if config is None else config.data
     length = f.seq_len or (512 if config is None else config.train.seq_len)
-    everything = bool(f.data)
+    is_whole_text = bool(f.data)
     if f.data:
         data = dataclasses.replace(data, source=f.data, kind=f.kind or data.kind, field=f.field or data.field)
     if former := configuration.former_source(data.source):  # it names the test split of an asset
-        data, everything = configuration.replace(data, former, "data."), False
-    held_out = _HeldOut(name, checkpoint, config, data, everything, length)
+        data, is_whole_text = configuration.replace(data, former, "data."), False
+    held_out = _HeldOut(name, checkpoint, config, data, is_whole_text, length)
     if not checkpoint.config.causal and not held_out.is_masked:
         raise UserError(f"{name} is a bidirectional model (model.causal=False); it sees what it would predict")
     transformer.check_length(checkpoint.config, length)
@@ -154,7 +151,7 @@ def on_text(f: cli.Flags) -> None:
     if len(several) > 1:
         _refuse_other_text(several)
     first = several[0]
-    source = open_source(first.data, first.everything)
+    source = open_source(first.data, first.is_whole_text)
     compressed = {} if first.is_masked else source.compressed_bits_per_byte()
     if len(several) == 1:
         _print_text(f, first, _measure(f, first, source), compressed)
@@ -200,7 +197,8 @@ def _measure(f: cli.Flags, held_out: _HeldOut, source: Any, by_unit: bool = Fals
     if held_out.is_masked:
         windows = masking.hider(held_out.config.loss, tokenizer)(windows, 0)
     loss = jax.jit(lambda params, batch: losses.language_model(model, params, batch, 0))
-    return {"bytes": split.num_bytes, **held_out_lib.evaluate(loss, params, windows, f.batch_size, device)}
+    figures = held_out_lib.evaluate(loss, params, windows, f.batch_size, device)
+    return {"bytes": split.num_bytes, "documents": len(split.offsets) - 1, **figures}
 
 
 def _print_text(f: cli.Flags, held_out: _HeldOut, figures: dict[str, Any], compressed: dict[str, float]) -> None:
@@ -216,9 +214,11 @@ def _print_text(f: cli.Flags, held_out: _HeldOut, figures: dict[str, Any], compr
         return
     packed = ", ".join(f"{name} {value:.3f}" for name, value in compressed.items())
     counted = f", {f.stride} counted in each" if f.stride else ""
+    noun, count = "document" if held_out.data.kind == "text" else "example", figures["documents"]
+    ends = ", the token at the end of each included" if held_out.data.kind == "text" and not held_out.is_masked else ""
     print(
-        f"{f.data or held_out.data.source}: {num_bytes:,} bytes, "
-        f"{figures['tokens']:,.0f} tokens in windows of {held_out.length}{counted}\n"
+        f"{f.data or held_out.data.source}: {num_bytes:,} bytes in {count:,} {noun}{'s' * (count != 1)}, "
+        f"{figures['tokens']:,.0f} tokens{ends}, in windows of {held_out.length}{counted}\n"
         f"loss {figures['loss']:.4f} nats a token, perplexity {figures['perplexity']:.2f}\n"
         f"{figures['bits_per_byte']:.3f} bits per byte{packed and f' ({packed})'}"
     )
@@ -236,10 +236,10 @@ def _refuse_other_text(several: list[_HeldOut]) -> None:
         for key in ("source", "kind", "field", "validation_fraction", "labelled"):
             values = [getattr(held_out.data, key) for held_out in (first, other)]
             ignored = (key == "labelled" and first.data.kind != "labelled") or (
-                key == "validation_fraction" and first.everything
+                key == "validation_fraction" and first.is_whole_text
             )
             if values[0] != values[1] and not ignored:
-                cure = "give --kind and --field" if first.everything else "give --data=FILE"
+                cure = "give --kind and --field" if first.is_whole_text else "give --data=FILE"
                 raise UserError(
                     f"--checkpoint={first.name} and --checkpoint={other.name} are not measured on the same text "
                     f"(data.{key} is {values[0]!r} and {values[1]!r}); {cure}"

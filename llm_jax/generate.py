@@ -13,14 +13,7 @@ from llm_jax.decoding.options import PROMPT
 from llm_jax.errors import UserError
 
 FLAGS = cli.Flags()
-FLAGS.string(
-    "checkpoint",
-    None,
-    "checkpoint: a run, a Hugging Face directory, a .gguf file, a peft directory, a zip file of one, asset:NAME, "
-    "hf:ORG/NAME or gs://BUCKET/PATH",
-    required=True,
-)
-FLAGS.string("base", "", "with adapters: checkpoint of their base; default: the one that they name")
+FLAGS.define_checkpoint()
 FLAGS.multi_string("prompt", None, "text to continue; may be repeated", required=True)
 FLAGS.boolean("chat", False, "format the prompt as a user message with the chat template, and print the answer alone")
 FLAGS.string("system", "", "with --chat: system message")

@@ -1,7 +1,8 @@
-"""Reports the memory of a training step before it runs: `python -m llm_jax.plan --memory --config=llama_7b`.
+"""Reports what a training step takes before it runs: `python -m llm_jax.plan --config=llama_7b [--memory]`.
 
-Compiles the configured step, and for comparison the forward pass, full training, LoRA, LoRA-FA and QLoRA over NF4,
-each with and without rematerialization, for the devices of this machine. Shapes are enough: no weights are loaded and
+Prints the number of parameters, the FLOPs of a step, and the memory of weights, optimizer state and gradients, from
+shapes alone. --memory compiles the configured step, and for comparison the forward pass, full training, LoRA, LoRA-FA
+and QLoRA over NF4, each with and without rematerialization, for the devices of this machine. No weights are loaded and
 nothing is computed. The process itself (Python and libraries, 300 to 630 MiB) and 20 to 80 MiB of other buffers come on
 top of the figures.
 """
@@ -11,21 +12,21 @@ from llm_jax.errors import UserError
 from llm_jax.schema import Config
 
 FLAGS = cli.Flags()
-FLAGS.boolean("memory", False, "print the memory of the compiled step")
+FLAGS.boolean("memory", False, "compile the step, which takes seconds to minutes, and print its memory")
 
 
 def main(f: cli.Flags) -> None:
     from llm_jax import configuration
     from llm_jax.training import memory, start
 
-    config = f.config
-    if not f.memory:
-        raise UserError("give --memory: the memory of a training step")
-    config = start.find(config).config
+    config = start.find(f.config).config
     if not config.model.vocab_size:  # that of the tokenizer, which is not trained here
         size = config.tokenizer.vocab_size if config.tokenizer.kind != "byte" else 259
         config = configuration.replace(config, {"model.vocab_size": size or 512})
         print(f"model.vocab_size={config.model.vocab_size}: the number of ids of the tokenizer, which may be smaller")
+    if not f.memory:
+        print(memory.describe(memory.step_sizes(config), config))
+        return
     rows = [("as given", config.model.remat, config)]
     for kind in memory.KINDS:
         for remat in ("none",) if kind == "forward" else ("none", "full"):

@@ -12,14 +12,7 @@ from llm_jax import cli, runtime
 from llm_jax.errors import UserError
 
 FLAGS = cli.Flags()
-FLAGS.string(
-    "checkpoint",
-    None,
-    "checkpoint: a run, a Hugging Face directory, a .gguf file, a peft directory, a zip file of one, asset:NAME, "
-    "hf:ORG/NAME or gs://BUCKET/PATH",
-    required=True,
-)
-FLAGS.string("base", "", "with adapters: checkpoint of their base; default: the one that they name")
+FLAGS.define_checkpoint()
 FLAGS.string("output", None, "run directory to write; must not exist", required=True)
 FLAGS.string(
     "scheme",

@@ -53,7 +53,9 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-    kind: str  # "word", "char", "byte", "bpe", "char_bpe", "byte_bpe", "wordpiece", "unigram" or FILE:NAME
+    # "word", "char", "byte", "bpe", "char_bpe", "byte_bpe", "wordpiece", "unigram" or FILE:NAME; those of checkpoints
+    # and of `path` are "hub" (tokenizer.json) and "sentencepiece" (tokenizer.model), which are not trained here
+    kind: str
     vocab_size: CountOrZero  # number of ids, special ids included; an upper bound for "char"; ignored by "byte"
     path: str  # path to an existing tokenizer; overrides kind and vocab_size; "": train one
     chat_template: str  # name of one of an existing tokenizer's chat templates, such as "tool_use"; "": by the record
@@ -229,7 +231,9 @@ class EvalConfig:
     every: CountOrZero  # steps between evaluations; 0: at the end only
     rows: CountOrZero  # held-out sequences per evaluation during training; 0: all
     final_rows: CountOrZero  # held-out sequences of the last evaluation; 0: all
-    prompts: tuple[str, ...]  # prompts that are continued before and after training
+    # prompts that are continued before and after training; where they are not set and data.source is not the default,
+    # the first words of held-out documents
+    prompts: tuple[str, ...]
     tasks: tuple[
         str, ...
     ]  # tasks evaluated zero-shot with every evaluation: names or JSONL files, see evaluation/tasks.py

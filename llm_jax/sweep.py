@@ -52,7 +52,7 @@ def main(f: cli.Flags) -> int:
     signal = signals.Deferred("saving the running points", jobs.kill_all)
     table = live_table.LiveTable()
     if f.search:
-        shares = jobs.slots(f.jobs, f.trials)
+        shares = jobs.machine_shares(f.jobs, f.trials)
         options = {"seed": f.draw_seed, "prune": f.prune, "stop": signal, "show": table}
         with signal:
             study, statuses = search.run(f.config, f.search, output, f.trials, shares, origin, **options)
@@ -75,7 +75,7 @@ def main(f: cli.Flags) -> int:
     with signal:
         statuses = jobs.run(
             [points.job(point) for point in planned],
-            jobs.slots(f.jobs, len(planned)),
+            jobs.machine_shares(f.jobs, len(planned)),
             stop=signal,
             show=lambda statuses: table(planned, statuses),
             retry_failed=f.retry_failed,

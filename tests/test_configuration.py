@@ -3,6 +3,7 @@ import runpy
 import subprocess
 import sys
 
+import jax
 import pytest
 from jax._src import xla_bridge
 
@@ -185,7 +186,7 @@ def test_config_does_not_initialize_devices(monkeypatch):
     def initialize(*args):
         raise AssertionError("the devices are initialized")
 
-    monkeypatch.setattr(xla_bridge, "backends", initialize)
+    monkeypatch.setattr(xla_bridge, "get_backend", initialize)
     llm_jax.config("default", {"model.position.kind": "t5", "model.width": 44, "train.batch_size": 2})
     with pytest.raises(AssertionError):
-        xla_bridge.get_backend("cpu")
+        jax.default_backend()

@@ -21,6 +21,21 @@ def test_the_step_as_given_stands_above_its_relatives(command):
     assert rows["as given", "none"] == rows["fa", "none"] != rows["lora", "none"]
 
 
+def test_without_memory_the_shapes_are_counted_and_nothing_is_compiled(command, monkeypatch):
+    monkeypatch.setattr(memory, "compiled", None)
+    lines = command("plan", *TINY).stdout.splitlines()
+    weights = 64 * 64 + 2 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64 + 2 * 16) + 64  # embeddings, layers, last norm
+    assert lines[0] == f"{weights:,} parameters, {weights:,} trained"
+    flops = 6.0 * (2 * (4 * 64 * 64 + 3 * 64 * 128) + 64 * 64) + 12 * 2 * 64 * 32
+    assert lines[1].startswith(f"{flops * 128:.3g} FLOPs a step of 4 x 32 = 128 tokens, ")
+    mib = 4 * weights / 2**20
+    assert lines[2].startswith(
+        f"{4 * mib:,.1f} MiB on one device: weights {mib:,.1f}, optimizer {2 * mib:,.1f}, gradients "
+    )
+    adapters = command("plan", *TINY, "--config.lora.rank=4").stdout.splitlines()
+    assert adapters[0].startswith(f"{weights:,} parameters, ") and adapters[2] != lines[2]
+
+
 def test_a_configuration_that_cannot_be_is_refused_before_the_table(command):
     done = command("plan", "--memory", *TINY, "--config.lora.rank=99", code=2)
     assert "lora.rank is 99" in done.stderr and not done.stdout

@@ -162,7 +162,7 @@ def judge(name: str, runs: list[dict[str, float]]) -> Finding:
     """The verdict by the rule above."""
     gained = [r["taken back"] for r in runs]
     cheap = all(r["trained share"] <= 0.25 and r["base unchanged"] for r in runs)
-    verdict = verdicts.range_above(gained, holds=0.5, fails=0.1)
+    verdict = verdicts.all_at_least(gained, holds=0.5, fails=0.1)
     if verdict == "holds" and not cheap:
         verdict = "undecided"
     value = Interval(float(np.mean(gained)), min(gained), max(gained))

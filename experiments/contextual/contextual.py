@@ -113,7 +113,7 @@ def judge(table: dict) -> Finding:
     static = [w[name] for w in table[TABLE]["words"].values() for name in ("within", "between")]
     bank = table[inner[-1]]["words"]["bank"]
     others = np.allclose(static, 1, atol=1e-6) and bank["within"] > bank["between"]
-    verdict = verdicts.named(apart, inner if others else [], "the layer is", separator=", ")
+    verdict = verdicts.holds_when(apart, inner if others else [], "the layer is", separator=", ")
     measure = "cosines of a word within and between its senses, by layer"
     return findings.finding("E5", measure, table, verdict, command=COMMAND)
 

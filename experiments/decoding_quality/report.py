@@ -64,7 +64,7 @@ def judge(made, figures, steps: Mapping[str, np.ndarray], command: str) -> list[
     gains = [b - g for b, g in zip(sums["beam 4"], sums["greedy"], strict=True)]
     gain, wins = bootstrap(gains), float(np.mean([g > 0 for g in gains]))
     local = gain[1] > 0 and wins > 0.5
-    d2 = verdicts.parts(["repetition", "local optimality"], [repetitive, local])
+    d2 = verdicts.holds_for(["repetition", "local optimality"], [repetitive, local])
 
     def by_text(name: str) -> Interval:
         return bootstrap(steps[name].mean(1))

@@ -78,7 +78,7 @@ def judge(loss: dict[str, list[Any]], copied: dict[str, list[Any]], seeds: int) 
 
     def beats(names: Sequence[str]) -> tuple[dict[str, Interval], str]:
         value = {name: gain(name) for name in names}
-        return value, verdicts.named([name for name in names if value[name].high < 0], names)
+        return value, verdicts.holds_when([name for name in names if value[name].high < 0], names)
 
     p2 = beats(["sinusoidal", "sinusoidal concatenated", "learned"])
     p5 = beats(["shaw keys", "shaw values"])
@@ -92,7 +92,7 @@ def judge(loss: dict[str, list[Any]], copied: dict[str, list[Any]], seeds: int) 
     if set(ABSOLUTE) & stay or not (staying or set(RELATIVE) - fail):
         p4 = "fails"
     elif set(ABSOLUTE) <= fail and staying:
-        p4 = verdicts.named(staying, RELATIVE, "the relative kind is")
+        p4 = verdicts.holds_when(staying, RELATIVE, "the relative kind is")
     else:
         p4 = "undecided"
 
@@ -119,7 +119,7 @@ def judge(loss: dict[str, list[Any]], copied: dict[str, list[Any]], seeds: int) 
     elif len(knows) == len(relative):
         p8 = f"holds for the kinds that learn the task ({', '.join(able)})"
     else:
-        p8 = verdicts.named(knows, relative, "the relative kind is")
+        p8 = verdicts.holds_when(knows, relative, "the relative kind is")
     accuracies = {
         f"{kind}, {group}": mean([r[group] for r in runs])
         for kind, runs in copied.items()

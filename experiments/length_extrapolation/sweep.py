@@ -74,7 +74,7 @@ def main() -> None:
     files.make_directory(root)
     phases = plan(root, f.size, f.seeds)
     for phase in phases:
-        jobs.run_all(phase, jobs.slots(f.jobs, len(phase)), show=live_table.print_changes())
+        jobs.run_all(phase, jobs.machine_shares(f.jobs, len(phase)), show=live_table.print_changes())
     print(report.write(HERE, root, f.seeds, list(KINDS), SCALINGS, COPYING))
 
 

@@ -73,10 +73,10 @@ def judge(cells: Cells, tokens: Cells, command: str) -> list[Finding]:
 
     spreads = {task: spread(cells[main, task, "zero_shot"]) for task in tasks}
     moved = [task for task, (found, chance) in spreads.items() if found > chance]
-    m1 = verdicts.named(moved, tasks, "the task is")
+    m1 = verdicts.holds_when(moved, tasks, "the task is")
     gains = {style: gain(main, style, tasks) for style in styles}
     better = [style for style, (_, low, _) in gains.items() if low > 0]
-    m2 = verdicts.named(better, styles)
+    m2 = verdicts.holds_when(better, styles)
     written = [t for t in tasks if t != "sentiment"]
     longer = bootstrap(
         np.concatenate([(tokens[main, t, "cot_zero_shot"] - tokens[main, t, "zero_shot"]).mean(0) for t in written])

@@ -45,7 +45,7 @@ def judge(found: Found, seeds: int) -> list[Finding]:
         holds += [name] if gain.low > 0 else []
         fails += [name] if gain.high < 0 else []
     none = "fails" if len(fails) == len(found) else "undecided"
-    verdict = verdicts.named(holds, list(found), "the scheme is", none=none)
+    verdict = verdicts.holds_when(holds, list(found), "the scheme is", none=none)
     return [findings.finding("Q2", "held-out loss, nats a token", value, verdict, command=COMMAND, n=seeds)]
 
 

@@ -83,7 +83,7 @@ def main() -> None:
             changes = follow | {"quant.qat.scheme": scheme, "quant.qat.learned_step": learned}
             followers.append(points.training(HERE / "config.py", changes, run_directory(root, name, seed)))
     for phase in (starts, followers):
-        jobs.run_all(phase, jobs.slots(f.jobs, len(phase)), show=live_table.print_changes())
+        jobs.run_all(phase, jobs.machine_shares(f.jobs, len(phase)), show=live_table.print_changes())
     found: dict[str, list[dict[str, float]]] = {name: [] for name in SCHEMES}
     for seed in tqdm(range(f.seeds), "comparing"):
         for name, (scheme, _, methods) in SCHEMES.items():

@@ -193,7 +193,7 @@ def judge(table: dict, refused: dict) -> list[Finding]:
     bits = {kind: [r["bits per byte"] for r in runs] for kind, runs in table.items()}
     more = {kind: {single: paired(bits[single], bits[kind]) for single in ("char", "byte")} for kind in PIECES}
     fewer = [kind for kind in PIECES if verdicts.all_above(list(more[kind].values())) == "holds"]
-    t1 = verdicts.named(fewer, PIECES, "the kind is")
+    t1 = verdicts.holds_when(fewer, PIECES, "the kind is")
     runs, cost = table[SWAPPED], {}
     for when in ("swapped in", "tuned"):
         for kind in OTHERS[1:]:

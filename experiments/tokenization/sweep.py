@@ -77,7 +77,7 @@ def judge(table: dict[tuple[str, int], dict[str, float]]) -> list[Finding]:
     )
     back = {kind: table[kind, SIZES[-1]]["new words that come back"] for kind in ("word", *PIECES)}
     able = [kind for kind in PIECES if back[kind] >= ENOUGH]
-    t3 = "fails" if back["word"] else verdicts.named(able, PIECES, "the kind is")
+    t3 = "fails" if back["word"] else verdicts.holds_when(able, PIECES, "the kind is")
     lengths = {f"{kind}, {size}": value for (kind, size), value in length.items()}
     t1, measure = "holds" if ordered and shrinks else "fails", f"share of the new words that come back, {SIZES[-1]} ids"
     return [

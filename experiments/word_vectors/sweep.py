@@ -136,8 +136,8 @@ def judge(table: dict, benchmark: dict, e3: dict[str, dict[str, float]]) -> list
     above = [c["cat mat"] > c["cat sat"] for c in e3.values()]
     verdict = "holds" if all(above) else "undecided" if any(above) else "fails"
     near = ["queen" in r["near king"] for r in table["skipgram"]]
-    e1_verdict = verdicts.named([k for k in KINDS if e1[k].low > 0], KINDS, "the kind is")
-    e2_verdict = verdicts.named([k for k in KINDS if e2[k].low > 0 and not lower.get(k)], KINDS, "the kind is")
+    e1_verdict = verdicts.holds_when([k for k in KINDS if e1[k].low > 0], KINDS, "the kind is")
+    e2_verdict = verdicts.holds_when([k for k in KINDS if e2[k].low > 0 and not lower.get(k)], KINDS, "the kind is")
     e2_values = e2 | {f"{kind} lower than gensim": names for kind, names in lower.items()}
     e4_verdict = "holds" if all(near) else "fails"
     return [

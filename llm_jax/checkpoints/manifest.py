@@ -31,7 +31,9 @@ def find(path: str | os.PathLike[str]) -> pathlib.Path:
     if (directory / "record.json").is_file():
         return directory
     if not directory.is_dir():
-        raise UserError(f"{path}: no such directory; expected a run or one of its checkpoints")
+        likely = len(directory.parts) == 1 or (len(directory.parts) == 2 and not directory.parent.exists())
+        hub = f"; a model of the Hugging Face hub is hf:{path}" if likely else ""
+        raise UserError(f"{path}: no such directory; expected a run or one of its checkpoints{hub}")
     finished = steps(directory)
     if not finished:
         raise UserError(f"{path}: no finished checkpoint here; expected a run or one of its checkpoints")

@@ -11,6 +11,7 @@ from llm_jax.cli.entry import call as call
 from llm_jax.cli.entry import forward as forward
 from llm_jax.cli.entry import run_script as run_script
 from llm_jax.cli.entry import start as start
+from llm_jax.cli.parsing import CHECKPOINT_FORMS as CHECKPOINT_FORMS
 from llm_jax.cli.parsing import Command as Command
 from llm_jax.cli.parsing import Flags as Flags
 from llm_jax.cli.parsing import Needs as Needs

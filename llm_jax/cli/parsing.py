@@ -22,6 +22,10 @@ COMPILATION_CACHE = (
 )
 
 
+CHECKPOINT_FORMS = (
+    "a run, a Hugging Face directory, a .gguf file, a peft directory, a zip file of one, asset:NAME, hf:ORG/NAME or "
+    "gs://BUCKET/PATH"
+)
 _BOOLEANS = {"yes": "true", "y": "true", "on": "true", "no": "false", "n": "false", "off": "false"}
 # What values of a kind of flag are, for messages.
 _EXPECTED = {"int": "an integer", "float": "a number", "bool": "true or false (also yes, no, on, off, 1, 0)"}
@@ -51,6 +55,15 @@ class Flags(flags.FlagValues):
 
     def string(self, name: str, default: str | None, meaning: str, **options: Any) -> None:
         flags.DEFINE_string(name, default, meaning, flag_values=self, **options)
+
+    def define_checkpoint(self) -> None:
+        """Defines --checkpoint, which is required, and --base."""
+        self.string("checkpoint", None, f"checkpoint: {CHECKPOINT_FORMS}", required=True)
+        self.define_base()
+
+    def define_base(self) -> None:
+        """Defines --base."""
+        self.string("base", "", "with adapters: checkpoint of their base; default: the one that they name")
 
     def integer(self, name: str, default: int | None, meaning: str, **options: Any) -> None:
         flags.DEFINE_integer(name, default, meaning, flag_values=self, **options)

@@ -17,7 +17,9 @@ _FORMATS = ("int8", "uint8", "int4", "uint4", "int2", "uint2", "nf4", "e2m1")
 _MOST_INPUTS = 2**20  # integer sums of as many products fit 32 bits
 
 
-def misfit(x: jax.Array, codes: tuple[Any, ...], s: Scheme, axis: int, contracted: int, accumulate: Any) -> str:
+def unsupported_reason(
+    x: jax.Array, codes: tuple[Any, ...], s: Scheme, axis: int, contracted: int, accumulate: Any
+) -> str:
     """The reason why the kernels do not compute a product, or ""; see `matmul.expanded_product` for the arguments."""
     rows = x.size // x.shape[-1] if x.shape[-1] else 0
     if s.format not in _FORMATS:

@@ -75,7 +75,7 @@ def expanded_product(x: jax.Array, codes: Codes, s: Scheme, axis: int, contracte
     Raises:
       UserError: see `native.library`.
     """
-    if not cpu_product.misfit(x, codes, s, axis, contracted, accumulate) and native.library() is not None:
+    if not cpu_product.unsupported_reason(x, codes, s, axis, contracted, accumulate) and native.library() is not None:
         return lax.platform_dependent(
             x,
             codes,

@@ -149,7 +149,7 @@ def scheme(name: str) -> Scheme:
     return dataclasses.replace(base, group=group, scale="float16" if half else base.scale)
 
 
-def misfit(s: Scheme, size: int) -> str:
+def unsupported_reason(s: Scheme, size: int) -> str:
     """The reason why an axis of `size` numbers cannot be divided into the groups of the scheme, or ""."""
     group, per_byte = s.group if s.group > 0 else size, 8 // FORMATS[s.format].bits
     if size % group:

@@ -38,7 +38,7 @@ def run(rows: int, inputs: int, outputs: int) -> int:
     print("choices   by the rows of activations; with more than the kernel takes, XLA")
     for name in number_formats.FOR_WEIGHTS:
         scheme = number_formats.scheme(name)
-        reason = cpu_product.misfit(jnp.ones((1, 256)), *_request(name, 256, 8))
+        reason = cpu_product.unsupported_reason(jnp.ones((1, 256)), *_request(name, 256, 8))
         if scheme.activations:
             reason = "the product of integers"
         rows_served = cpu_product.MOST_ROWS[number_formats.FORMATS[scheme.format].bits]
@@ -47,7 +47,7 @@ def run(rows: int, inputs: int, outputs: int) -> int:
         name
         for name in number_formats.FOR_WEIGHTS
         if not number_formats.scheme(name).activations
-        and not cpu_product.misfit(jnp.ones((1, 256)), *_request(name, 256, 8))
+        and not cpu_product.unsupported_reason(jnp.ones((1, 256)), *_request(name, 256, 8))
     ]
     failed = self_test(served)
     print(f"self-test {f'failed: {failed}' if failed else 'passed'}")

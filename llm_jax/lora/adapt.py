@@ -40,6 +40,19 @@ PRESETS = {
     "linear": rf"{_ATTENTION}|layers/\d+/mlp/(gate|up|down)",
     "embeddings": _EMBEDDINGS,
 }
+# Names of modules in peft's target_modules, and the weights that they are here.
+_OTHER_NAMES = {
+    "all-linear": "linear",
+    "q_proj": "layers/.*/query",
+    "k_proj": "layers/.*/key",
+    "v_proj": "layers/.*/value",
+    "o_proj": "layers/.*/attention/out",
+    "gate_proj": "layers/.*/gate",
+    "up_proj": "layers/.*/up",
+    "down_proj": "layers/.*/down",
+    "embed_tokens": "embeddings",
+    "lm_head": "head/kernel",
+}
 TRAINED = {
     "lora": ("a", "b"),
     "fa": ("b",),
@@ -74,7 +87,9 @@ def ranks(base: trees.Tree, config: LoraConfig) -> dict[str, dict[str, int]]:
         found[path] = own
     for source, patterns in (("lora.targets", config.targets), ("lora.ranks", [p for p, _ in config.ranks])):
         if unused := [pattern for pattern in patterns if pattern not in used]:
-            raise UserError(f"{source}: '{unused[0]}' matches no {'weight' if 'targets' in source else 'target'}")
+            other = _OTHER_NAMES.get(unused[0].rsplit(".", 1)[-1]) if source == "lora.targets" else None
+            cure = f"; did you mean '{other}'?" if other else ""
+            raise UserError(f"{source}: '{unused[0]}' matches no {'weight' if 'targets' in source else 'target'}{cure}")
     # All layers or none, so that any layout can be made of any other.
     adapted = {_template(name) for own in found.values() for name, rank in own.items() if rank}
     return {path: own for path, own in found.items() if any(_template(name) in adapted for name in own)}
@@ -153,7 +168,7 @@ def _check_factors(name: str, flat: Mapping[str, Any], found: Mapping[str, Mappi
     for path, own in found.items():
         rows, _ = _matrix(flat[path].shape[trees.layers_of(path) is not None :])
         for size in (rows, max(own.values())):
-            if reason := number_formats.misfit(s, size):
+            if reason := number_formats.unsupported_reason(s, size):
                 raise UserError(f"lora.factors={name} for the adapter of '{path}': {reason}")
 
 

@@ -58,7 +58,7 @@ def plan(params: Any, chosen: Rules, source: str) -> dict[str, str]:
             raise UserError(
                 f"{source}: '{path}' of shape {tuple(weight.shape)} is no matrix; keep it by ('{path}', '')"
             )
-        if reason := number_formats.misfit(s, weight.shape[axis(path)]):
+        if reason := number_formats.unsupported_reason(s, weight.shape[axis(path)]):
             raise UserError(f"{source}: {name} for '{path}': {reason}")
     return matched
 

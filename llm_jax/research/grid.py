@@ -48,6 +48,23 @@ _FUNCTIONS: dict[str, Callable[[float, float, int, np.random.Generator], Any]] =
 }
 
 
+def parse_assignment(text: str, flag: str, expected: str) -> tuple[str, str]:
+    """(dotted key, text of its values) of "KEY=VALUES".
+
+    Args:
+      flag, expected: the flag that the text is from and the form that it expects, for error messages.
+
+    Raises:
+      UserError: no key or no values; an unknown key.
+    """
+    key, _, values = (part.strip() for part in text.partition("="))
+    if not values:
+        raise UserError(f"{flag}: '{text}' is no assignment; expected {expected}")
+    if problem := option_names.unknown(key, Config, values):
+        raise UserError(f"{flag}: {problem}")
+    return key, values
+
+
 def parse(text: str, seed: int = 0) -> list[Overrides]:
     """The points of a grid: overrides by dotted key, in the order of the text, the last key varying fastest.
 
@@ -62,11 +79,7 @@ def parse(text: str, seed: int = 0) -> list[Overrides]:
     for clause in split(text, ";"):
         columns = {}
         for assignment in split(clause, "&"):
-            key, equals, values = (part.strip() for part in assignment.partition("="))
-            if not equals or not values:
-                raise UserError(f"--grid: '{assignment}' is no assignment; expected KEY=VALUE,VALUE,...")
-            if problem := option_names.unknown(key, Config, values):
-                raise UserError(f"--grid: {problem}")
+            key, values = parse_assignment(assignment, "--grid", "KEY=VALUE,VALUE,...")
             if key in keys:
                 raise UserError(f"--grid: '{key}' is given twice; give its values in one list")
             keys.append(key)

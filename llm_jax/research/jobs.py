@@ -61,7 +61,7 @@ class Status:
 
 
 @dataclasses.dataclass(frozen=True)
-class Slot:
+class MachineShare:
     """The share of the machine that one job gets: CPU cores, and environment variables that select a device."""
 
     cores: tuple[int, ...]
@@ -72,14 +72,14 @@ class Slot:
 class _Child:
     process: subprocess.Popen
     lock: Any
-    slot: Slot
+    share: MachineShare
     set_up: bool = False
 
 
 _children: set[subprocess.Popen] = set()
 
 
-def slots(count: int = 0, most: int = 10_000) -> list[Slot]:
+def machine_shares(count: int = 0, most: int = 10_000) -> list[MachineShare]:
     """The shares of this machine: one a GPU or TPU host if JAX can use it, else one a core.
 
     Args:
@@ -91,14 +91,14 @@ def slots(count: int = 0, most: int = 10_000) -> list[Slot]:
     if not count:
         count = len(gpus) or (1 if pathlib.Path("/dev/accel0").exists() else len(cores))
     count = max(1, min(count, most))
-    shares = [tuple(cores[i::count]) or tuple(cores) for i in range(count)]
+    cores_of = [tuple(cores[i::count]) or tuple(cores) for i in range(count)]
     if not gpus:
-        return [Slot(share) for share in shares]
+        return [MachineShare(of_share) for of_share in cores_of]
     names = [gpus[i % len(gpus)] for i in range(count)]
     environments = [{"CUDA_VISIBLE_DEVICES": name} for name in names]
     if count > len(gpus):  # several processes on one GPU must not each reserve most of its memory
         environments = [e | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} for e in environments]
-    return [Slot(share, environment) for share, environment in zip(shares, environments, strict=True)]
+    return [MachineShare(*pair) for pair in zip(cores_of, environments, strict=True)]
 
 
 def status(job: Job) -> Status:
@@ -131,7 +131,7 @@ def _recorded(job: Job) -> Status:
 
 def run(
     jobs: Sequence[Job],
-    shares: Sequence[Slot],
+    shares: Sequence[MachineShare],
     *,
     stop: Callable[[], Any] = lambda: False,
     show: Callable[[Sequence[Status]], None] = lambda statuses: None,
@@ -168,7 +168,7 @@ def run(
                 child.set_up = child.set_up or statuses[i].job.is_set_up()
                 if child.process.poll() is not None:
                     del running[i]
-                    free.append(child.slot)
+                    free.append(child.share)
                     statuses[i] = _end(statuses[i], child, WAITING if stopping else ENDED if i in ended else "")
                     changed = True
             if stop() and not stopping:
@@ -206,7 +206,7 @@ def run(
             child.lock.close()
 
 
-def run_all(jobs: Sequence[Job], shares: Sequence[Slot], **options: Any) -> None:
+def run_all(jobs: Sequence[Job], shares: Sequence[MachineShare], **options: Any) -> None:
     """As `run`, for jobs that all must succeed: the first one that fails stops the others.
 
     Raises:
@@ -233,7 +233,7 @@ def kill_all() -> None:
             process.kill()
 
 
-def _start(job: Job, slot: Slot, environment: Mapping[str, str]) -> tuple[Status, _Child | None]:
+def _start(job: Job, share: MachineShare, environment: Mapping[str, str]) -> tuple[Status, _Child | None]:
     files.make_directory(job.directory)
     current = status(job)  # another process may have done it since
     if current.state != WAITING:
@@ -257,15 +257,15 @@ def _start(job: Job, slot: Slot, environment: Mapping[str, str]) -> tuple[Status
                 "PYTHONUNBUFFERED": "1",
                 "PYTHONPATH": _python_path(),
                 **environment,
-                **slot.environment,
+                **share.environment,
             },
             start_new_session=True,  # Ctrl-C in a terminal reaches this process alone, which then ends its jobs
         )
     _children.add(process)
     if hasattr(os, "sched_setaffinity"):
         with contextlib.suppress(ProcessLookupError):
-            os.sched_setaffinity(process.pid, slot.cores)
-    return Status(job, RUNNING, began=time.time()), _Child(process, lock, slot)
+            os.sched_setaffinity(process.pid, share.cores)
+    return Status(job, RUNNING, began=time.time()), _Child(process, lock, share)
 
 
 def _python_path() -> str:

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from llm_jax import configuration, files, option_names
+from llm_jax import configuration, files
 from llm_jax.errors import UserError
 from llm_jax.research import grid, jobs, points
 from llm_jax.research import runs as runs_lib
@@ -41,7 +41,7 @@ def run(
     text: str,
     output: pathlib.Path,
     trials: int,
-    shares: Sequence[jobs.Slot],
+    shares: Sequence[jobs.MachineShare],
     provenance: Provenance,
     *,
     seed: int = 0,
@@ -176,11 +176,7 @@ def _clauses(text: str) -> dict[str, str]:
     """{dotted key: its range or values as text} of a search space."""
     clauses: dict[str, str] = {}
     for clause in grid.split(text, ";", "--search"):
-        key, equals, values = (part.strip() for part in clause.partition("="))
-        if not equals or not values:
-            raise UserError(f"--search: '{clause}' is no assignment; expected KEY=RANGE or KEY=VALUE,VALUE,...")
-        if problem := option_names.unknown(key, Config, values):
-            raise UserError(f"--search: {problem}")
+        key, values = grid.parse_assignment(clause, "--search", "KEY=RANGE or KEY=VALUE,VALUE,...")
         if key in clauses:
             raise UserError(f"--search: '{key}' is given twice")
         clauses[key] = re.sub(r"\s*,\s*", ",", values)

@@ -34,7 +34,7 @@ def at_most(estimate: float, holds: float, fails: float) -> str:
     return HOLDS if estimate <= holds else FAILS if estimate >= fails else UNDECIDED
 
 
-def range_above(values: Sequence[float], holds: float, fails: float) -> str:
+def all_at_least(values: Sequence[float], holds: float, fails: float) -> str:
     """Holds if the least value is at least `holds`, fails if the greatest is below `fails`, else undecided.
 
     NaN among the values is undecided.
@@ -44,7 +44,7 @@ def range_above(values: Sequence[float], holds: float, fails: float) -> str:
     return HOLDS if min(values) >= holds else FAILS if max(values) < fails else UNDECIDED
 
 
-def named(
+def holds_when(
     passing: Sequence[str], candidates: Sequence[str], noun: str = "", separator: str = " or ", none: str = FAILS
 ) -> str:
     """Holds if all candidates pass; "holds when NOUN A or B" names those that do; `none` if none does."""
@@ -55,7 +55,7 @@ def named(
     return f"holds when {noun and f'{noun} '}{separator.join(passing)}"
 
 
-def parts(names: Sequence[str], passing: Sequence[bool]) -> str:
+def holds_for(names: Sequence[str], passing: Sequence[bool]) -> str:
     """The verdict of a statement of two parts: holds, "holds for A only", or fails; without parts, undecided."""
     if not passing:
         return UNDECIDED

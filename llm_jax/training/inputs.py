@@ -1,17 +1,22 @@
 """The tokenizer and the rows that a configuration trains on and holds out."""
 
 import dataclasses
+import itertools
 from typing import Any
 
-from llm_jax import tokenizers
+from llm_jax import configuration, tokenizers
 from llm_jax.checkpoints import vocabulary
 from llm_jax.data import kinds, masking
 from llm_jax.data import rows as rows_lib
+from llm_jax.data.corpus import Corpus
 from llm_jax.errors import UserError
 from llm_jax.schema import Config
 from llm_jax.tokenizers import Tokenizer
 from llm_jax.training import start as start_lib
 from llm_jax.training.start import Start
+
+# Prompts that are taken from a text, the tokens of a document that are looked at, and words and characters of a prompt.
+_PROMPTS, _PROMPT_TOKENS, _PROMPT_WORDS, _PROMPT_CHARACTERS = 2, 64, 4, 40
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +87,7 @@ def load(config: Config, start: Start | None = None) -> Inputs:
         )
     hide = masking.hider(config.loss, tokenizer)
     return Inputs(
-        config,
+        _with_prompts(config, corpus, tokenizer),
         tokenizer,
         source,
         hide(train, c.seed),
@@ -92,6 +97,25 @@ def load(config: Config, start: Start | None = None) -> Inputs:
         masking.vocab_size(config.loss, tokenizer),
         (len(corpus.train.tokens), len(corpus.validation.tokens)),
     )
+
+
+def _with_prompts(config: Config, corpus: Corpus, tokenizer: Tokenizer) -> Config:
+    """The configuration with `eval.prompts` that fit the text, where they are not set.
+
+    The default prompts are Python code, as the default corpus is. For another text they are the first words of its
+    held-out documents (of training documents where nothing is held out), and there are none for data of another kind.
+    """
+    default = configuration.default()
+    is_set = "eval.prompts" in config.explicit or config.eval.prompts != default.eval.prompts
+    if is_set or config.data.source == default.data.source:
+        return config
+    split = corpus.validation if len(corpus.validation.tokens) else corpus.train
+    prompts: list[str] = []
+    for begin, end in itertools.pairwise(split.offsets[: _PROMPTS + 1] - split.offsets[0]):
+        text = tokenizer.decode(split.tokens[begin : min(end, begin + _PROMPT_TOKENS)].tolist())
+        prompts.append(" ".join(text.split()[:_PROMPT_WORDS])[:_PROMPT_CHARACTERS])
+    chosen = tuple(filter(None, prompts)) if config.data.kind == "text" else ()
+    return dataclasses.replace(config, eval=dataclasses.replace(config.eval, prompts=chosen))
 
 
 def describe(config: Config, inputs: Inputs) -> str:

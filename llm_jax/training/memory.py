@@ -5,9 +5,10 @@ from typing import Any
 
 import jax
 
+from llm_jax.model import transformer
 from llm_jax.schema import Config
 from llm_jax.training import trainable
-from llm_jax.training.setup import Setup, setup
+from llm_jax.training.setup import Setup, num_parameters, setup
 
 # Kinds of training that `plan` compares with the given one: {name: changes of the configuration}.
 KINDS = ("forward", "full", "lora", "fa", "qlora")
@@ -54,11 +55,58 @@ def of_forward_pass(setup: Setup) -> Memory:
     return of(setup.loss.lower(setup.state.params, setup.state.frozen, setup.batch).compile())
 
 
+@dataclasses.dataclass(frozen=True)
+class StepSizes:
+    """What a training step takes on one device, from shapes alone: nothing is compiled.
+
+    Attributes:
+      parameters, trainable: numbers of entries of all weights, and of those that are trained.
+      flops: floating-point operations of a step; see `transformer.flops_per_token`.
+      weights, optimizer, gradients: bytes.
+    """
+
+    parameters: int
+    trainable: int
+    flops: float
+    weights: int
+    optimizer: int
+    gradients: int
+
+
+def step_sizes(config: Config) -> StepSizes:
+    """The `StepSizes` of a configuration with a `model.vocab_size`."""
+    parts = setup(_named(config) if config.lora.rank else config)
+    state, c = parts.state, config.train
+    return StepSizes(
+        parameters=num_parameters(parts.base),
+        trainable=num_parameters(state.params),
+        flops=transformer.flops_per_token(parts.config.model, c.seq_len) * c.batch_size * c.seq_len,
+        weights=num_bytes((state.params, state.frozen)),
+        optimizer=num_bytes((state.optimizer, state.ema)),
+        gradients=num_bytes(state.params),
+    )
+
+
+def describe(e: StepSizes, config: Config) -> str:
+    """The sizes as text."""
+    c, mib = config.train, 2**20
+    total = (e.weights + e.optimizer + e.gradients) / mib
+    size = f"{c.batch_size} x {c.seq_len} = {c.batch_size * c.seq_len:,} tokens"
+    memory = f"weights {e.weights / mib:,.1f}, optimizer {e.optimizer / mib:,.1f}, gradients {e.gradients / mib:,.1f}"
+    return "\n".join(
+        [
+            f"{e.parameters:,} parameters, {e.trainable:,} trained",
+            f"{e.flops:.3g} FLOPs a step of {size}, {c.steps * e.flops:.3g} in {c.steps:,} steps",
+            f"{total:,.1f} MiB on one device: {memory}",
+            "activations come on top: --memory compiles the step and measures all of it",
+        ]
+    )
+
+
 def compiled(config: Config, kind: str) -> Memory:
     """The memory of one of `KINDS` under a configuration with a `model.vocab_size`, or of the step "as given"."""
     config = config if kind == "as given" else variant(config, kind)
-    # Shapes are enough: the weights of init_from are not read, and may be missing.
-    parts = setup(dataclasses.replace(config, init_from=config.init_from or "unnamed") if config.lora.rank else config)
+    parts = setup(_named(config) if config.lora.rank else config)
     return of_forward_pass(parts) if kind == "forward" else of_training_step(parts)
 
 
@@ -72,8 +120,12 @@ def variant(config: Config, kind: str) -> Config:
     quant = dataclasses.replace(config.quant, scheme="nf4" if kind == "qlora" else "")
     if adapters:
         quant = dataclasses.replace(quant, qat=dataclasses.replace(quant.qat, scheme=""))
-    # Shapes are enough: the weights of init_from are not read.
-    return dataclasses.replace(config, lora=lora, quant=quant, init_from=config.init_from or "unnamed")
+    return _named(dataclasses.replace(config, lora=lora, quant=quant))
+
+
+def _named(config: Config) -> Config:
+    """The configuration with a base for its adapters, which is not read and may be missing: shapes are enough."""
+    return dataclasses.replace(config, init_from=config.init_from or "unnamed")
 
 
 def with_remat(config: Config, remat: str) -> Config:

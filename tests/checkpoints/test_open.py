@@ -328,3 +328,10 @@ def test_older_records_name_the_skipped_batches_otherwise(paths, tmp_path):
     (directory / "record.json").write_text(json.dumps(record | {"jumped": 7}))
     write_manifest(directory)
     assert checkpoints.verify(directory)["skipped_batches"] == 7
+
+
+@pytest.mark.parametrize(("name", "hint"), [("gpt2", True), ("gpt2-org/gpt2", True), ("tests/gpt2", False)])
+def test_a_name_that_may_be_of_the_hub_is_answered_with_its_form(name, hint):
+    with pytest.raises(UserError, match=f"{name}: no such directory") as error:
+        checkpoints.open(name)
+    assert (f"a model of the Hugging Face hub is hf:{name}" in str(error.value)) == hint

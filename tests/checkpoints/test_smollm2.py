@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax import checkpoints
+from llm_jax import checkpoints, configuration
 from llm_jax.decoding import loop
 from llm_jax.decoding.options import DecodingOptions
 from llm_jax.tokenizers import chat_template
+from llm_jax.training import start
 
 GOLDEN = json.loads(pathlib.Path(__file__).with_name("smollm2_golden.json").read_text())["cases"]
 pytestmark = pytest.mark.slow  # fetches 90 MB once, and runs 135 M parameters
@@ -19,6 +20,14 @@ pytestmark = pytest.mark.slow  # fetches 90 MB once, and runs 135 M parameters
 @pytest.fixture(scope="module")
 def loaded():
     return checkpoints.load("asset:smollm2-135m-instruct")
+
+
+def test_the_sentiment_recipe_has_the_model_of_init_from():
+    config = start.find(configuration.load("sentiment_lora")).config
+    changes = {"vocab_size": 49152, "width": 576, "num_layers": 30, "num_heads": 9, "num_kv_heads": 3}
+    changes |= {"mlp_dim": 1536, "qk_norm": False, "position.base": 100000.0, "position.max_length": 8192}
+    assert config.model == configuration.replace(configuration.default("model"), changes, "model.")
+    assert config.tokenizer.kind == "hub" and config.tokenizer.vocab_size == 49152
 
 
 def test_texts_have_the_ids_of_transformers(loaded):

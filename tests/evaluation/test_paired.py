@@ -175,23 +175,23 @@ def test_what_cannot_be_paired_is_refused_in_one_line(tiny, monkeypatch):
     masked = dataclasses.replace(tiny, loss=dataclasses.replace(tiny.loss, masked="tokens"))
     other = dataclasses.replace(tiny.data, validation_fraction=0.5)
 
-    def held_out(config, data=tiny.data, everything=False):
-        return evaluate._HeldOut("runs/x", None, config, data, everything, 32)
+    def held_out(config, data=tiny.data, is_whole_text=False):
+        return evaluate._HeldOut("runs/x", None, config, data, is_whole_text, 32)
 
     for several, message in (
         ([held_out(tiny), held_out(masked)], r"predicts masked tokens \(loss.masked=tokens\)"),
         ([held_out(tiny), held_out(tiny, other)], r"\(data.validation_fraction is .* and 0.5\); give --data=FILE"),
         (
-            [held_out(tiny, everything=True), held_out(tiny, dataclasses.replace(other, kind="labelled"), True)],
+            [held_out(tiny, is_whole_text=True), held_out(tiny, dataclasses.replace(other, kind="labelled"), True)],
             r"\(data.kind is 'text' and 'labelled'\); give --kind and --field",
         ),
     ):
         with pytest.raises(UserError, match=message):
             evaluate._refuse_other_text(several)
-    evaluate._refuse_other_text([held_out(tiny, everything=True), held_out(tiny, other, True)])
+    evaluate._refuse_other_text([held_out(tiny, is_whole_text=True), held_out(tiny, other, True)])
     labels = dataclasses.replace(tiny.data, labelled=dataclasses.replace(tiny.data.labelled, label_field="answer"))
     evaluate._refuse_other_text([held_out(tiny), held_out(tiny, labels)])
-    evaluate._refuse_other_text([held_out(tiny, everything=True), held_out(tiny, labels, True)])
+    evaluate._refuse_other_text([held_out(tiny, is_whole_text=True), held_out(tiny, labels, True)])
     sizes = iter((np.ones(3), np.ones(4)))
     measure = lambda *_, **options: {"units": Units(size := next(sizes), size, size > 0), "tokens": 9}  # noqa: E731
     monkeypatch.setattr(evaluate, "_measure", measure)

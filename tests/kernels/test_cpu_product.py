@@ -174,21 +174,21 @@ def test_sizes_that_do_not_fit_are_refused(change, reason):
 
 
 def test_each_choice_has_a_reason():
-    def misfit(name, x, accumulate="float32", contracted=0, axis=-2):
+    def unsupported_reason(name, x, accumulate="float32", contracted=0, axis=-2):
         s = number_formats.scheme(name)
         f = number_formats.FORMATS[s.format]
         codes = jax.ShapeDtypeStruct((x.shape[-1] * f.bits // 8, 8), f.dtype)
-        return cpu_product.misfit(x, (codes, None, None), s, axis, contracted, accumulate)
+        return cpu_product.unsupported_reason(x, (codes, None, None), s, axis, contracted, accumulate)
 
     x = jnp.ones((1, 64))
     for name in ("int8", "int8_affine", "int4:64", "int2", "nf4", "mxfp4"):
-        assert misfit(name, x) == ""
-    assert misfit("int8", x.astype(jnp.bfloat16)) == "bfloat16 activations with float32 sums"
-    assert misfit("fp8_e4m3", x) == "the format e4m3 has no kernel"
-    assert misfit("int4", jnp.ones((17, 64))) == "17 rows of activations; the kernels of int4 take 1 to 16"
-    assert misfit("int8", jnp.ones((0, 64))) == "0 rows of activations; the kernels of int8 take 1 to 4"
-    assert misfit("int8", x, contracted=1) == "the groups do not lie along the contracted axis"
-    assert misfit("int8", x.astype(jnp.bfloat16), "bfloat16") == "bfloat16 activations with bfloat16 sums"
+        assert unsupported_reason(name, x) == ""
+    assert unsupported_reason("int8", x.astype(jnp.bfloat16)) == "bfloat16 activations with float32 sums"
+    assert unsupported_reason("fp8_e4m3", x) == "the format e4m3 has no kernel"
+    assert unsupported_reason("int4", jnp.ones((17, 64))) == "17 rows of activations; the kernels of int4 take 1 to 16"
+    assert unsupported_reason("int8", jnp.ones((0, 64))) == "0 rows of activations; the kernels of int8 take 1 to 4"
+    assert unsupported_reason("int8", x, contracted=1) == "the groups do not lie along the contracted axis"
+    assert unsupported_reason("int8", x.astype(jnp.bfloat16), "bfloat16") == "bfloat16 activations with bfloat16 sums"
 
 
 @pytest.mark.parametrize(("value", "message"), [("fast", "LLM_JAX_KERNELS=fast; expected one of auto, cpu, xla")])

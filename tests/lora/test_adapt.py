@@ -9,6 +9,7 @@ import pytest
 from llm_jax import lora, trees
 from llm_jax.configuration import build
 from llm_jax.errors import UserError
+from llm_jax.lora import adapt
 from llm_jax.lora.adapt import TRAINED
 from llm_jax.model.stages import layout
 from tests.lora import cases
@@ -247,6 +248,8 @@ def test_dropout_keeps_the_mean_and_its_share():
     [
         ({"targets": ()}, "lora.targets is empty"),
         ({"targets": ("attention", "layers/9/mlp/up")}, "'layers/9/mlp/up' matches no weight"),
+        ({"targets": ("q_proj",)}, r"'q_proj' matches no weight; did you mean 'layers/\.\*/query'\?"),
+        ({"targets": ("model.all-linear",)}, r"'model.all-linear' matches no weight; did you mean 'linear'\?"),
         ({"targets": ("attention", "linear")}, "'attention' and 'linear' overlap; both match 'layers/0/attention/key'"),
         ({"targets": (r"layers/(",)}, "is no regular expression"),
         ({"targets": (r"layers/.*",)}, r"of shape \((8|32),\); only matrices"),
@@ -265,6 +268,12 @@ def test_bad_settings_are_one_line(make, tiny, changes, message):
     with pytest.raises(UserError, match=message) as error:
         lora.init(jax.random.key(0), base, cases.config(tiny, **changes))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "answer"), adapt._OTHER_NAMES.items())
+def test_the_answer_to_a_name_of_peft_matches_weights(make, tiny, name, answer):
+    _, base = make(tie_embeddings=False)
+    assert any(any(own.values()) for own in adapt.ranks(base, cases.config(tiny, targets=(answer,))).values())
 
 
 def test_an_unknown_variant_is_refused_by_the_configuration(tiny):

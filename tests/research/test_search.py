@@ -80,7 +80,10 @@ def test_a_job_can_be_ended_early_and_further_ones_added(tmp_path):
     rest = [job("b", "open({!r}, 'w')"), job("c", "open({!r}, 'w')")]
     first = job("a", "import time; time.sleep(60)")
     statuses = jobs.run(
-        [first], jobs.slots(1), more=lambda s: rest.pop() if rest else None, should_end=lambda job: job is first
+        [first],
+        jobs.machine_shares(1),
+        more=lambda s: rest.pop() if rest else None,
+        should_end=lambda job: job is first,
     )
     assert [(s.job.name, s.state) for s in statuses] == [("a", "ended early"), ("c", "done"), ("b", "done")]
     assert not (tmp_path / "a" / "failed.json").exists()
@@ -106,7 +109,7 @@ def states(study):
 @pytest.mark.live
 def test_an_invalid_trial_fails_and_the_search_goes_on(tmp_path, base):
     space = "data.validation_fraction=uniform(1.5, 2)"  # more than all examples
-    study, statuses = search.run(base, space, tmp_path, 2, jobs.slots(1), Provenance("command"))
+    study, statuses = search.run(base, space, tmp_path, 2, jobs.machine_shares(1), Provenance("command"))
     assert states(study) == ["FAIL", "FAIL"] and statuses == []
     assert all("validation_fraction" in trial.user_attrs["error"] for trial in study.trials)
 
@@ -115,7 +118,7 @@ def test_an_invalid_trial_fails_and_the_search_goes_on(tmp_path, base):
 def test_trials_of_another_process_are_left_alone_until_they_are_free(tmp_path, base):
     import optuna
 
-    space, options = "optim.lr=1e-4,1e-2", {"shares": jobs.slots(1), "provenance": Provenance("command")}
+    space, options = "optim.lr=1e-4,1e-2", {"shares": jobs.machine_shares(1), "provenance": Provenance("command")}
     study, _ = search.run(base, space, tmp_path, 1, **options)
     other = optuna.load_study(study_name="search", storage=study._storage)
     running, created = other.ask(), other.ask()  # of the second, no option has been chosen yet
@@ -141,7 +144,7 @@ def test_trials_of_another_process_are_left_alone_until_they_are_free(tmp_path, 
 def test_another_experiment_in_the_same_directory_is_refused(tmp_path, base):
     def run(space="optim.lr=loguniform(1e-4, 1e-2)", **overrides):
         changed = configuration.load(base, {key.replace("__", "."): value for key, value in overrides.items()})
-        return search.run(changed, space, tmp_path, 1, jobs.slots(1), Provenance("command"))
+        return search.run(changed, space, tmp_path, 1, jobs.machine_shares(1), Provenance("command"))
 
     run()
     with pytest.raises(UserError, match=r"started with --config.data.source=.*, now other.txt; give another --output"):
@@ -158,7 +161,7 @@ def test_another_experiment_in_the_same_directory_is_refused(tmp_path, base):
 @pytest.mark.live
 def test_a_search_finds_the_best_rate_and_continues(tmp_path, base):
     stops = iter([False] * 8)
-    options = {"shares": jobs.slots(2), "provenance": Provenance("command")}
+    options = {"shares": jobs.machine_shares(2), "provenance": Provenance("command")}
     study, _ = search.run(base, SPACE, tmp_path, 25, stop=lambda: next(stops, True), **options)
     stopped_at = len(study.trials)
     assert stopped_at < 25

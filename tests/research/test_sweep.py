@@ -18,7 +18,7 @@ from llm_jax.research import grid, jobs, live_table, points
 from llm_jax.research.provenance import Provenance
 from tests.conftest import ROOT, call
 
-SLOTS = [jobs.Slot((0,)), jobs.Slot((0,))]
+SLOTS = [jobs.MachineShare((0,)), jobs.MachineShare((0,))]
 # At most 20 seconds: a job that waits for nothing ends its test.
 WAIT = "end = time.time() + 20\nwhile not os.path.exists({path!r}) and time.time() < end: time.sleep(0.01)\n"
 
@@ -134,7 +134,7 @@ stubborn = "import os, signal, time; signal.signal(15, signal.SIG_IGN); "
 stubborn += f"open({str(directory / 'began')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
 stop = signals.Deferred("saving the running points", jobs.kill_all)
 with stop:
-    jobs.run([jobs.Job("a", ("-c", stubborn), directory / "a", lambda: False)], jobs.slots(1), stop=stop)
+    jobs.run([jobs.Job("a", ("-c", stubborn), directory / "a", lambda: False)], jobs.machine_shares(1), stop=stop)
 """
 
 
@@ -168,12 +168,12 @@ def wait_for(condition, seconds=20):
 
 def test_shares_divide_the_cores_and_gpus(monkeypatch):
     cores = set(os.sched_getaffinity(0))
-    shares = jobs.slots()
+    shares = jobs.machine_shares()
     assert sorted(c for share in shares for c in share.cores) == sorted(cores) and len(shares) == len(cores)
-    assert jobs.slots(most=1) == [jobs.Slot(tuple(sorted(cores)))] and len(jobs.slots(7)) == 7
+    assert jobs.machine_shares(most=1) == [jobs.MachineShare(tuple(sorted(cores)))] and len(jobs.machine_shares(7)) == 7
     monkeypatch.setattr(jobs, "_gpus", lambda: ["0", "3"])
-    assert [share.environment for share in jobs.slots()] == [{"CUDA_VISIBLE_DEVICES": n} for n in ("0", "3")]
-    assert jobs.slots(3)[2].environment["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
+    assert [share.environment for share in jobs.machine_shares()] == [{"CUDA_VISIBLE_DEVICES": n} for n in ("0", "3")]
+    assert jobs.machine_shares(3)[2].environment["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
 
 
 # ---------------------------------------------------------------- points

@@ -1,5 +1,6 @@
 """Runs on very little text: nothing held out, a document of a few words, files without a last newline."""
 
+import dataclasses
 import io
 import json
 
@@ -81,6 +82,23 @@ def test_a_run_without_held_out_text(config_of, tmp_path, capsys, command):
     assert [line["step"] for line in lines] == [1, 2] and "validation_loss" not in lines[1]
     refused = command("evaluate", f"--checkpoint={tmp_path / 'run'}", code=2).stderr
     assert "holds out nothing (data.validation_fraction=0); give --data=FILE" in refused and refused.count("\n") == 1
+
+
+def test_prompts_that_are_not_set_are_the_first_words_of_the_held_out_text(config_of):
+    prompts = configuration.default("eval").prompts
+    unset = config_of("text", eval__prompts=prompts)
+    unset = dataclasses.replace(unset, explicit=unset.explicit - {"eval.prompts"})
+    data = inputs.load(unset)
+    text = data.tokenizer.decode(open_source(unset.data).corpus(data.tokenizer).validation.tokens.tolist())
+    first, *others = data.config.eval.prompts
+    assert text.startswith(first) and len(first.split()) == 4 and len(others) <= 1
+    assert inputs.load(config_of("text", eval__prompts=prompts)).config.eval.prompts == prompts  # set, to the default
+    assert inputs.load(config_of("text", eval__prompts=("a",))).config.eval.prompts == ("a",)
+    everything = configuration.replace(unset, {"data.validation_fraction": 0.0})
+    assert " ".join(WORDS).startswith(inputs.load(everything).config.eval.prompts[0])
+    pairs = config_of("instructions", eval__prompts=prompts)
+    pairs = dataclasses.replace(pairs, explicit=pairs.explicit - {"eval.prompts"})
+    assert inputs.load(pairs).config.eval.prompts == ()
 
 
 def test_the_best_checkpoints_need_held_out_text(config_of):
