@@ -8,8 +8,9 @@ the words of --words (by default the 150 most frequent of more than three letter
 import pathlib
 
 from llm_jax import cli
-from llm_jax.embeddings import measure, picture, vectors
+from llm_jax.embeddings import measure, vectors
 from llm_jax.errors import UserError
+from llm_jax.pictures import word_maps
 
 FLAGS = cli.Flags()
 FLAGS.string(
@@ -68,7 +69,7 @@ def main(f: cli.Flags) -> None:
         print(f"analogies: {right} of {asked} right ({right / max(asked, 1):.1%})")
     if f.map:
         words = f.words or [w for w in word_vectors.words if len(w) > 3][:150]
-        picture.draw(word_vectors, words, pathlib.Path(f.map).expanduser())
+        word_maps.draw(word_vectors, words, pathlib.Path(f.map).expanduser())
         print(f"wrote {f.map}")
 
 

@@ -30,9 +30,10 @@ from tqdm import tqdm
 from llm_jax import checkpoints, cli, files, runtime
 from llm_jax import configuration as config_lib
 from llm_jax.data import assets
-from llm_jax.embeddings import glove, measure, picture, texts, vectors, word2vec
+from llm_jax.embeddings import glove, measure, texts, vectors, word2vec
 from llm_jax.errors import UserError
 from llm_jax.intervals import mean, paired
+from llm_jax.pictures import word_maps
 from llm_jax.research import findings, verdicts
 from llm_jax.research.findings import Finding
 from llm_jax.schema import EmbeddingsConfig
@@ -88,7 +89,7 @@ def main() -> None:
     cosines = {name: real_cosines(name) for name in ("minilm-l6-v2", "smollm2-135m-instruct")}
     results = judge(table, benchmark, cosines)
     shown = vectors.load(root / "skipgram-0.bin")
-    picture.draw(shown, [w for w in MAP.split() if w in shown], HERE / "map.png")
+    word_maps.draw(shown, [w for w in MAP.split() if w in shown], HERE / "map.png")
     lines = [
         f"{text.num_words:,} words of {len(text.words):,} kinds, sha256 {text.sha256[:12]}.",
         *tables(table),

@@ -24,14 +24,19 @@ _CHARACTERS = 100  # of a line of a passage
 
 
 @contextlib.contextmanager
-def figure(width: float, height: float) -> Iterator[Any]:
-    """A figure of matplotlib, width and height in inches, that is closed at the end of the block; no window opens."""
+def figure(width: float, height: float, layout: Any = None) -> Iterator[Any]:
+    """A figure of matplotlib that is closed at the end of the block; no window opens.
+
+    Args:
+      width, height: in inches.
+      layout: of `matplotlib.pyplot.figure`, such as "constrained".
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    drawing = pyplot.figure(figsize=(width, height))
+    drawing = pyplot.figure(figsize=(width, height), layout=layout)
     try:
         yield drawing
     finally:

@@ -47,7 +47,7 @@ _TEMPLATE = """<!doctype html>
 <section id="options-section"><h2>Options that differ</h2>
 <div class="scroll"><table id="options"></table></div></section>
 <section id="samples-section"><h2>Samples</h2><div id="samples"></div></section>
-<section><details><summary>Options that are equal in all runs</summary>
+{sections}<section><details><summary>Options that are equal in all runs</summary>
 <div class="scroll"><table id="common"></table></div></details>
 <details><summary>Runs</summary><div class="scroll"><table id="runs"></table></div></details></section>
 </main>
@@ -59,11 +59,12 @@ _TEMPLATE = """<!doctype html>
 """
 
 
-def render(runs: Sequence[Run], title: str) -> str:
+def render(runs: Sequence[Run], title: str, sections: str = "") -> str:
     """The page as text.
 
     Args:
       title: the heading, such as the name of the sweep.
+      sections: HTML of further sections.
     """
     package = importlib.resources.files(__package__)
     text = json.dumps(_without_nan(data(runs)), allow_nan=False).replace("<", "\\u003c")
@@ -72,6 +73,7 @@ def render(runs: Sequence[Run], title: str) -> str:
         style=(package / "page.css").read_text(),
         script=(package / "page.js").read_text(),
         data=text,
+        sections=sections,
     )
 
 

@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from llm_jax.pictures import render_png
 from llm_jax.research import page
 from llm_jax.research import runs as runs_lib
 from llm_jax.research.runs import Run
@@ -13,22 +14,24 @@ from llm_jax.research.runs import Run
 
 @contextlib.contextmanager
 def figure(
-    path: str | pathlib.Path, rows: int = 1, columns: int = 1, *, dpi: int = 110, **options: Any
+    path: str | pathlib.Path,
+    rows: int = 1,
+    columns: int = 1,
+    *,
+    figsize: tuple[float, float],
+    dpi: int = 110,
+    **options: Any,
 ) -> Iterator[Any]:
-    """The axes of a figure of `rows` times `columns` pictures, as `pyplot.subplots` has them; writes `path` at the end.
+    """The axes of a figure of `rows` times `columns` pictures, as `Figure.subplots` has them; writes `path` at the end.
 
     Args:
-      options: further arguments of `pyplot.subplots`, such as figsize.
+      figsize: width and height in inches.
+      options: further arguments of `Figure.subplots`, such as sharey.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    picture, axes = pyplot.subplots(rows, columns, layout="constrained", **options)
-    yield axes
-    picture.savefig(path, dpi=dpi)
-    pyplot.close(picture)
+    width, height = figsize
+    with render_png.figure(width, height, "constrained") as drawing:
+        yield drawing.subplots(rows, columns, **options)
+        drawing.savefig(path, dpi=dpi)
 
 
 def draw(runs: Sequence[Run], directory: pathlib.Path, stem: str) -> list[pathlib.Path]:

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from llm_jax.data import wiki
-from llm_jax.embeddings import measure, picture, vectors
+from llm_jax.embeddings import measure, vectors
 from llm_jax.embeddings.vectors import WordVectors
 from llm_jax.errors import UserError
+from llm_jax.pictures import word_maps
 
 DRAW = np.random.default_rng(0)
 FOUND = WordVectors(("the", "größe", "🦜", "cat's"), DRAW.normal(size=(4, 5)).astype(np.float32))
@@ -175,7 +176,7 @@ def test_one_hot_vectors_know_no_similarity(tmp_path):
 
 def test_the_plane_keeps_the_widest_directions():
     matrix = np.array([[1, 0.05, 0], [-1, 0, 0.05], [0, 1, 0], [0, -1, 0]], np.float32)
-    places = picture.plane(WordVectors(("a", "b", "c", "d"), matrix), ["a", "b", "c", "d"])
+    places = word_maps.plane(WordVectors(("a", "b", "c", "d"), matrix), ["a", "b", "c", "d"])
     assert np.linalg.norm(places[0] - places[1]) == pytest.approx(2, abs=0.01)
     assert np.linalg.norm(places[2] - places[3]) == pytest.approx(2, abs=0.01)
 

@@ -10,6 +10,7 @@ import pytest
 from llm_jax.errors import UserError
 from llm_jax.pictures.panels import Drawable, Heatmaps, Lines, Passage, Picture, Table
 from tests.conftest import call
+from tests.pictures.test_figures import TEXT  # the functions are compiled for its length
 from tests.research.test_report import drive
 
 HOSTILE = "</p><script>document.title='broken'</script> $x_1$ \x1b[31m"
@@ -97,11 +98,11 @@ def test_commands_print_or_write(trained, tmp_path):
     assert done.stdout == f"wrote {page}\nwrote {image}\n" and "Positions: alibi" in page.read_text()
     model = f"--checkpoint={trained}"
     printed = {
-        "attention": ("--text=a b", "--layer=0", "--head=1"),
-        "embeddings": ("--word=the", "--text=the end of the text"),
+        "attention": (f"--text={TEXT}", "--layer=0", "--head=1"),
+        "embeddings": ("--word=token", f"--text={TEXT}"),
         "quantization": ("--schemes=int8",),
-        "surprisal": ("--text=the end",),
-        "probabilities": ("--prompt=the", "--max_new_tokens=2", "--temperature=0"),
+        "surprisal": (f"--text={TEXT}",),
+        "probabilities": (f"--prompt={TEXT}", "--max_new_tokens=3", "--temperature=0.7", "--top_k=5", "--top_p=0.9"),
         "parameters": (),
         "positions": ("--distance=3",),
     }
@@ -121,6 +122,7 @@ def test_wrong_requests_are_one_line(trained):
         (("positions", "--dtype=bfloat16"), "has no effect where --checkpoint is not given"),
         (("positions", "--position.kind=alibi"), "did you mean --config.model.position.kind?"),
         (("lora", model), "has no adapters; give --before=CHECKPOINT"),
+        (("lora", model, f"--before={trained}"), "no matrix differs between the two checkpoints"),
         (("quantization", model, "--schemes=int9"), "int9"),
         (("probabilities", model, "--prompt=a", "--candidates=0"), "--candidates=0; expected at least 1"),
         (("embeddings", model, "--word=zebra", "--text=no such word"), "does not occur in the texts"),

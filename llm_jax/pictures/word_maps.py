@@ -1,4 +1,4 @@
-"""Plots of word vectors."""
+"""Maps of word vectors."""
 
 import pathlib
 
@@ -6,6 +6,7 @@ import numpy as np
 
 from llm_jax.embeddings.vectors import WordVectors
 from llm_jax.errors import UserError
+from llm_jax.pictures import render_png
 
 
 def plane(vectors: WordVectors, words: list[str]) -> np.ndarray:
@@ -22,22 +23,16 @@ def draw(vectors: WordVectors, words: list[str], path: pathlib.Path) -> None:
     Raises:
       UserError: fewer than three words, a word without a vector, or a file that cannot be written.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     if len(words) < 3:
         raise UserError(f"--words has {len(words)} words; expected at least three")
     places = plane(vectors, words)
-    figure, axis = pyplot.subplots(figsize=(11, 8), layout="constrained")
-    axis.scatter(places[:, 0], places[:, 1], s=6)
-    for word, place in zip(words, places, strict=True):
-        axis.annotate(word, place, fontsize=7, xytext=(2, 2), textcoords="offset points")
-    axis.set(xticks=[], yticks=[])
-    try:
-        figure.savefig(path, dpi=110)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--map={path} cannot be written ({error})") from error
-    finally:
-        pyplot.close(figure)
+    with render_png.figure(11, 8, layout="constrained") as drawing:
+        axis = drawing.subplots()
+        axis.scatter(places[:, 0], places[:, 1], s=6)
+        for word, place in zip(words, places, strict=True):
+            axis.annotate(word, place, fontsize=7, xytext=(2, 2), textcoords="offset points")
+        axis.set(xticks=[], yticks=[])
+        try:
+            drawing.savefig(path, dpi=110)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--map={path} cannot be written ({error})") from error
