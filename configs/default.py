@@ -177,6 +177,7 @@ def get_config() -> ConfigDict:
                 "data": -1,
                 "fsdp": 1,
                 "tensor": 1,
+                "context": 1,
                 "rules": (
                     (r".*/(query|key|value|gate|up)|head/kernel", ("fsdp", "tensor")),
                     (r".*/(out|down)|embed/table", ("tensor", "fsdp")),

@@ -1,39 +1,104 @@
-"""Reports what a training step takes before it runs: `python -m llm_jax.plan --config=llama_7b [--memory]`.
+"""Reports what a training step needs before it runs, on TPUs that this machine does not have or on its own devices.
 
-Prints the number of parameters, the FLOPs of a step, and the memory of weights, optimizer state and gradients, from
-shapes alone. --memory compiles the configured step, and for comparison the forward pass, full training, LoRA, LoRA-FA
-and QLoRA over NF4, each with and without rematerialization, for the devices of this machine. No weights are loaded and
-nothing is computed. The process itself (Python and libraries, 300 to 630 MiB) and 20 to 80 MiB of other buffers come on
-top of the figures.
+    python -m llm_jax.plan --config=llama2_7b --topology=v5e:16x16 --batch_per_device=4
+    python -m llm_jax.plan --config=sentiment_lora --memory
+
+--topology compiles the step for a slice of a TPU (`pip install 'llm_jax[plan]'`, one to five minutes) and prints, for
+one device, memory, FLOPs, collectives, an estimated time and the largest arrays. --search tries meshes,
+rematerialization and batch sizes, and ranks them. --memory compiles the configured step, and for comparison the forward
+pass, full training, LoRA, LoRA-FA and QLoRA over NF4, for the devices of this machine; the process itself (Python and
+libraries, 300 to 630 MiB) and 20 to 80 MiB of other buffers come on top of its figures.
+
+Without these flags it prints the number of parameters, the FLOPs of a step, and the memory of weights, optimizer state
+and gradients, without compiling.
+
+Shapes are enough: no weights are loaded and nothing is computed.
 """
+
+import json
+from typing import Any
 
 from llm_jax import cli
 from llm_jax.errors import UserError
 from llm_jax.schema import Config
 
 FLAGS = cli.Flags()
-FLAGS.boolean("memory", False, "compile the step, which takes seconds to minutes, and print its memory")
+FLAGS.boolean("memory", False, "print the memory of the step, compiled for the devices of this machine")
+FLAGS.string(
+    "topology", "", "compile for this slice of a TPU, such as v5e:16x16 or v5p:4x4x4; v5e:16x16*2 is two slices"
+)
+FLAGS.integer("slices", 1, "number of slices of --topology, connected by the data-centre network", lower_bound=1)
+FLAGS.integer(
+    "batch_per_device", 0, "rows of a batch per device of --topology, instead of train.batch_size", lower_bound=0
+)
+FLAGS.boolean(
+    "decode",
+    False,
+    "compile a step of decoding: train.batch_size prompts of train.seq_len tokens, eval.max_new_tokens new ones",
+)
+FLAGS.boolean("search", False, "try meshes, model.remat and batch sizes, and rank those that fit by time per token")
+FLAGS.integer("limit", 12, "number of configurations that --search compiles", lower_bound=1)
+FLAGS.boolean("json", False, "print the report as one JSON object (with --search, a list of them)")
+NEEDS = (
+    (
+        ("slices", "batch_per_device", "decode", "search", "limit", "json"),
+        "--topology is not given",
+        lambda f: f.topology,
+    ),
+    (("decode",), "--search is given", lambda f: not f.search),
+    (("limit",), "--search is not given", lambda f: f.search),
+)
 
 
 def main(f: cli.Flags) -> None:
     from llm_jax import configuration
     from llm_jax.training import memory, start
 
+    if f.memory and f.topology:
+        raise UserError("--memory is for the devices of this machine, --topology for a TPU; give one of them")
     config = start.find(f.config).config
     if not config.model.vocab_size:  # that of the tokenizer, which is not trained here
         size = config.tokenizer.vocab_size if config.tokenizer.kind != "byte" else 259
         config = configuration.replace(config, {"model.vocab_size": size or 512})
-        print(f"model.vocab_size={config.model.vocab_size}: the number of ids of the tokenizer, which may be smaller")
-    if not f.memory:
+        if not f.json:
+            print(
+                f"model.vocab_size={config.model.vocab_size}: the number of ids of the tokenizer, which may be smaller"
+            )
+    if f.topology:
+        _for_topology(f, config)
+    elif f.memory:
+        _memory(config)
+    else:
         print(memory.describe(memory.step_sizes(config), config))
+
+
+def _for_topology(f: cli.Flags, config: Config) -> None:
+    from llm_jax import configuration
+    from llm_jax.parallel import topologies
+    from llm_jax.training import plan_search, planning
+
+    topology = topologies.parse(f.topology, f.slices)
+    if f.batch_per_device:
+        rows = f.batch_per_device * topology.chips * topology.chip.devices
+        config = configuration.replace(config, {"train.batch_size": rows})
+    if not f.search:
+        report = planning.plan(config, topology, f.decode)
+        print(json.dumps(report) if f.json else plan_search.describe(report))
         return
+    reports = plan_search.search(config, topology, f.limit, lambda line: None if f.json else print(line, flush=True))
+    print(json.dumps(reports) if f.json else plan_search.ranking(reports))
+
+
+def _memory(config: Config) -> None:
+    from llm_jax.training import memory
+
     rows = [("as given", config.model.remat, config)]
     for kind in memory.KINDS:
         for remat in ("none",) if kind == "forward" else ("none", "full"):
             rows.append((kind, remat, memory.with_remat(config, remat)))
     for i, (kind, remat, variant) in enumerate(rows):
         try:
-            figures = memory.compiled(variant, kind)
+            figures: Any = memory.compiled(variant, kind)
         except UserError as error:
             if not i:
                 raise
@@ -50,7 +115,7 @@ def main(f: cli.Flags) -> None:
         print(f"{kind:<12}{remat:<8}{sizes}", flush=True)
 
 
-COMMAND = cli.Command("plan", main, FLAGS, config=Config, compiles=True)
+COMMAND = cli.Command("plan", main, FLAGS, needs=NEEDS, config=Config, compiles=True)
 
 if __name__ == "__main__":
     cli.start(COMMAND)

@@ -266,7 +266,9 @@ class MeshConfig:
     data: MeshSize  # data parallelism: copies of the model; -1: all remaining devices
     fsdp: MeshSize  # fully sharded data parallelism: shards of weights, optimizer state and batch
     tensor: MeshSize  # tensor parallelism: shards of heads, MLP and vocabulary
-    rules: Rules  # (regular expression, (mesh axis of rows, mesh axis of columns)) over parameter names
+    context: MeshSize  # context parallelism: shards of the sequence; attention gathers the keys and values
+    rules: Rules  # (regular expression, (mesh axis of rows, mesh axis of columns)) over parameter names; an entry may
+    # be None or several axes, such as ("fsdp", "context")
 
 
 @dataclasses.dataclass(frozen=True)

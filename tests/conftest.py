@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from llm_jax import cli, schema
+from llm_jax import cli, runtime, schema
 from llm_jax import configuration as config_lib
 from llm_jax.model.transformer import Transformer
 from tests import compilation
@@ -75,13 +75,29 @@ def cache(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
-def command(text_file, cache):
+def simulated():
+    """simulated(count)(function, *arguments) -> its result, from the process that has `count` simulated devices."""
+    executors: dict[int, concurrent.futures.Executor] = {}
+
+    def process(count):
+        if count not in executors:
+            executors[count] = concurrent.futures.ProcessPoolExecutor(
+                1, multiprocessing.get_context("spawn"), runtime.simulate_devices, (count,)
+            )
+        return lambda *call: executors[count].submit(*call).result()
+
+    yield process
+    for executor in executors.values():
+        executor.shutdown()
+
+
+@pytest.fixture(scope="session")
+def command(text_file, cache, simulated):
     """command("evaluate", *flags) runs a command within this process and returns its exit code and output.
 
     A process of its own runs a command with `process=True`, `start` (returns the running process) or `largest_file`.
     One further process for each number of simulated devices runs the commands with --devices.
     """
-    simulated: dict[str, concurrent.futures.Executor] = {}
 
     def run(
         name: str,
@@ -100,10 +116,7 @@ def command(text_file, cache):
             )
         if not (start or largest_file or process):
             count = next((flag for flag in flags if flag.startswith("--devices=")), "")
-            if count and count not in simulated:
-                spawn = multiprocessing.get_context("spawn")
-                simulated[count] = concurrent.futures.ProcessPoolExecutor(1, spawn)
-            done = simulated[count].submit(call, name, *flags).result() if count else call(name, *flags)
+            done = simulated(int(count.split("=")[1]))(call, name, *flags) if count else call(name, *flags)
             assert code is None or done.returncode == code, done.stdout + done.stderr
             return done
         full = [sys.executable, "-m", f"llm_jax.{name}", *flags]
@@ -118,9 +131,7 @@ def command(text_file, cache):
         assert code is None or done.returncode == code, done.stdout + done.stderr
         return done
 
-    yield run
-    for executor in simulated.values():
-        executor.shutdown()
+    return run
 
 
 def call(name: str, *flags: str) -> subprocess.CompletedProcess[str]:

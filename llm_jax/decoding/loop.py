@@ -22,6 +22,7 @@ from llm_jax.decoding.samplers import History, Sampler
 from llm_jax.errors import UserError
 from llm_jax.model.attention import KVCache, Tokens
 from llm_jax.model.transformer import Transformer, check_length, init_cache
+from llm_jax.parallel import mesh as mesh_lib
 
 # Letters of shapes: B batch, P padded prompt, S cache slots, N new tokens, A alternatives, D width, V vocabulary.
 
@@ -123,7 +124,8 @@ def generate(
     """Continues every prompt.
 
     Args:
-      params: in the layout of `model.config`; scanned layers are unstacked first, which copies them.
+      params: in the layout of `model.config`; scanned layers are unstacked first, which copies them. Where they lie
+        on a mesh, the cache is split over it by heads and rows, and the text is that of one device up to rounding.
       prompts: token ids, at least one per prompt; lengths may differ.
       seeds: one per row, below 2^32, so that a row's text does not depend on the others. Default: 0, 1, ...
       eos: the ids that end a row. None: a row ends at `max_new_tokens` only.
@@ -213,7 +215,7 @@ def start(
     alternatives: int = 0,
 ) -> DecodingState:
     """Prefills the cache with the prompts, makes room for `max_new_tokens` tokens, and draws the first one."""
-    prompts_BP, lengths = padded(prompts)
+    prompts_BP, lengths = (mesh_lib.split_rows(array, params) for array in padded(prompts))
     room = bucket(max_new_tokens)
     return _start(model, room, alternatives, params, settings, prompts_BP, lengths)
 

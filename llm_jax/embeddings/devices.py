@@ -28,7 +28,7 @@ def compiled(many: Callable[..., jax.Array], split: tuple[bool, ...]) -> Callabl
         return jax.jit(functools.partial(many, lambda array: array), donate_argnums=0)
     gather = functools.partial(jax.lax.all_gather, axis_name="data", tiled=True)
     specs = (P(), *(P(None, "data") if parts else P() for parts in split))
-    mesh = mesh_lib.make(MeshConfig(data=-1, fsdp=1, tensor=1, rules=()))
+    mesh = mesh_lib.make(MeshConfig(data=-1, fsdp=1, tensor=1, context=1, rules=()))
     run = jax.shard_map(functools.partial(many, gather), mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
     return jax.jit(run, donate_argnums=0)
 

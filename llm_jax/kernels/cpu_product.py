@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax.kernels import native, number_formats
+from llm_jax.kernels import native, number_formats, target
 from llm_jax.kernels.number_formats import Scheme
 
 # Letters of shapes: M rows of activations, C the contracted axis of the weight, F its free one.
@@ -33,8 +33,8 @@ def unsupported_reason(
         return f"{x.dtype} activations with {jnp.dtype(accumulate)} sums"
     if codes[0].ndim != 2 or x.shape[-1] > _MOST_INPUTS or not codes[0].size:
         return f"codes of the shape {codes[0].shape}"
-    if jax.default_backend() != "cpu":
-        return f"JAX runs on {jax.default_backend()}"
+    if (platform := target.platform()) != "cpu":
+        return f"JAX runs on {platform}"
     # Whether a weight is sharded shows only when the program is compiled; XLA would gather it for a custom call.
     if jax.device_count() > 1:
         return f"JAX uses {jax.device_count()} devices"

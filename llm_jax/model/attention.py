@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax import trees
-from llm_jax.kernels import matmul
+from llm_jax.kernels import matmul, target
 from llm_jax.model import attention_kernels, positions
 from llm_jax.model.layers import ACTIVATION_STATS, CAPTURE, Module, Norm
 from llm_jax.parallel import mesh as mesh_lib
@@ -172,6 +172,11 @@ class Attention(Module):
             q = (q / (depth + 1)).astype(q.dtype)
         lengths = lengths_so_far(queries, keys) if scheme.depends_on_length else None
         q, k = scheme.rotate(q, queries.positions, lengths), scheme.rotate(k, queries.positions, lengths)
+        if (
+            cache is None and mesh_lib.in_use().get(mesh_lib.CONTEXT, 1) > 1
+        ):  # queries stay; keys and values of all shards
+            q = mesh_lib.constrain(q, mesh_lib.BATCH, mesh_lib.CONTEXT, mesh_lib.HEADS, None)
+            k, v = (mesh_lib.constrain(x, mesh_lib.BATCH, None, mesh_lib.HEADS, None) for x in (k, v))
         if cache is not None:
             cache = write_layer(cache, {"key": k, "value": v}, index)
             k, v = read_layer(cache, "key", q.dtype), read_layer(cache, "value", q.dtype)
@@ -192,7 +197,7 @@ class Attention(Module):
         add_values = scheme.values(queries.positions, keys.positions, table)
         name = "plain"
         if not self.is_initializing():  # initialization runs on a single token
-            name, _ = attention_kernels.choose(c, jax.default_backend(), q, k, cache is not None, mesh_lib.in_use())
+            name, _ = attention_kernels.choose(c, target.platform(), q, k, cache is not None, mesh_lib.in_use())
         if name == "splash":
             out = attention_kernels.splash(q, k, v, queries.segments, window, c.causal, c.attention_softcap)
         else:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llm_jax.errors import UserError
@@ -77,8 +78,9 @@ def _unsupported(name: str, config: ModelConfig, platform: str, q, k, cached: bo
         if q.dtype.itemsize != 2:
             return f"it needs half precision, and model.precision.compute is {q.dtype}"
         return f"the head width {width} is not a multiple of 8 up to 128" if width % 8 or width > 128 else ""
-    if length % 128:
-        return f"the length {length} is not a multiple of 128"
+    if length % (128 * devices.get(mesh_lib.CONTEXT, 1)):
+        pieces = devices.get(mesh_lib.CONTEXT, 1)
+        return f"the length {length} is not a multiple of 128" + (f" x mesh.context={pieces}" if pieces > 1 else "")
     shards = [devices.get(axis, 1) for axis in mesh_lib.BATCH]
     if batch % (shards[0] * shards[1]) or k.shape[2] % devices.get(mesh_lib.HEADS, 1):
         return f"{batch} rows or {k.shape[2]} key/value heads do not split over the mesh {devices}"
@@ -127,6 +129,8 @@ def splash(
 ) -> jax.Array:
     """`attend` by the splash kernel of JAX, run on each device of the mesh in use.
 
+    Under the mesh axis "context" a device has a part of the queries, and all keys and values of its rows.
+
     The kernel masks by indices in the row instead of positions; both order the tokens of a segment in the same way.
 
     Args:
@@ -147,30 +151,31 @@ def splash(
         mask = kernels.LocalMask((length, length), (window - 1, 0 if causal else window - 1), 0)
     else:
         mask = kernels.CausalMask((length, length)) if causal else kernels.FullMask((length, length))
-    block = next(b for b in _BLOCKS if length % b == 0)
+    pieces = devices.get(mesh_lib.CONTEXT, 1)
+    block = next(b for b in _BLOCKS if length % (b * pieces) == 0)
     kernel = kernels.make_splash_mha(
         kernels.MultiHeadMask([mask] * (heads // shards)),
         block_sizes=kernels.BlockSizes(block, block, block, block, block, block, block, block),
         head_shards=1,
-        q_seq_shards=1,
+        q_seq_shards=pieces,
         attn_logits_soft_cap=softcap or None,
         interpret=interpret,
     )
 
-    def local(q, k, v, segments):
+    def local(kernel, q, k, v, q_segments, k_segments):
         q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
-        out = jax.vmap(lambda q, k, v, s: kernel(q, k, v, kernels.SegmentIds(s, s)))(q, k, v, segments)
+        ids = kernels.SegmentIds(q_segments, k_segments)
+        out = jax.vmap(lambda q, k, v, s: kernel(q, k, v, s))(q, k, v, ids)
         return jnp.swapaxes(out, 1, 2).astype(q_BTNH.dtype)
 
+    arguments = (kernel, q_BTNH, k_BTKH, v_BTKH, segments_BT, segments_BT)
     if not devices:
-        return local(q_BTNH, k_BTKH, v_BTKH, segments_BT)
-    heads_spec, row_spec = (
-        P(mesh_lib.BATCH, None, mesh_lib.HEADS, None),
-        P(mesh_lib.BATCH, None),
-    )
-    return jax.shard_map(
-        local, in_specs=(heads_spec, heads_spec, heads_spec, row_spec), out_specs=heads_spec, check_vma=False
-    )(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+        return local(*arguments)
+    rows, parts = mesh_lib.BATCH, mesh_lib.CONTEXT
+    queries, keys = (P(rows, axis, mesh_lib.HEADS, None) for axis in (parts, None))
+    mask_spec = kernel.manual_sharding_spec(NamedSharding(jax.sharding.get_abstract_mesh(), P(None, parts)))
+    specs = (mask_spec, queries, keys, keys, P(rows, parts), P(rows, None))
+    return jax.shard_map(local, in_specs=specs, out_specs=queries, check_vma=False)(*arguments)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))

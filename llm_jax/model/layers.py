@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax import weights
+from llm_jax.parallel import mesh as mesh_lib
 from llm_jax.schema import ModelConfig, choice
 
 # Letters of shapes: B batch, T time, D width, F MLP width.
@@ -57,7 +58,8 @@ class Module(nn.Module):
         scale = 1.0 / (2 * self.config.num_layers) if depth_scale else 1.0
         init = nn.initializers.variance_scaling(scale, "fan_in", "normal")
         kernel = self.weight(name, init, (x.shape[-1], features))
-        y = weights.dot(x, kernel, accumulate=self.config.precision.accumulate)
+        path = "/".join((*self.path, name))
+        y = weights.dot(x, kernel, accumulate=self.config.precision.accumulate, gathered=mesh_lib.gathered(path))
         if bias:
             y += weights.dense(self.weight(f"{name}_bias", nn.initializers.zeros, (features,))).astype(y.dtype)
         return y

@@ -24,6 +24,7 @@ from llm_jax.model import positions
 from llm_jax.model.attention import Attention, KVCache, Tokens, lengths_so_far, write_tokens
 from llm_jax.model.layers import CAPTURE, MLP, Module, Norm
 from llm_jax.model.stages import layout, stages
+from llm_jax.parallel import mesh as mesh_lib
 from llm_jax.schema import ModelConfig, choice
 
 # Letters of shapes: B batch, T time, S cache slots, D width, V vocabulary, N heads, K kv heads, H head width.
@@ -298,7 +299,12 @@ class Transformer(Module):
         if (ratio := width_ratio(c)) != 1:
             x_BTD *= ratio
         logits = weights.dot(
-            x_BTD, table, transposed=tied, out_dtype=c.precision.output, accumulate=c.precision.accumulate
+            x_BTD,
+            table,
+            transposed=tied,
+            out_dtype=c.precision.output,
+            accumulate=c.precision.accumulate,
+            gathered=mesh_lib.gathered("embed/table" if tied else "head/kernel"),
         )
         if c.head_bias:
             logits += weights.dense(self.head.bias).astype(logits.dtype)

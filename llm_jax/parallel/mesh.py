@@ -1,10 +1,20 @@
-"""The device mesh, and the shardings of weights and batches on it."""
+"""The device mesh, and the shardings of weights and batches on it.
 
+data      copies of the model, each with its own rows of the batch; spans slices of a TPU, over the slow network
+fsdp      shards of weights, optimizer state and rows (ZeRO-3: Rajbhandari et al. 2020, arXiv:1910.02054)
+context   shards of the sequence; attention gathers the keys and values of a row, see `model.attention_kernels`
+tensor    shards of heads, MLP and vocabulary (Shoeybi et al. 2019, arXiv:1909.08053)
+"""
+
+import contextvars
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -12,46 +22,110 @@ from llm_jax import trees, weights
 from llm_jax.errors import UserError
 from llm_jax.schema import MeshConfig, Rules
 
-AXES = ("data", "fsdp", "tensor")
-BATCH, HEADS = ("data", "fsdp"), "tensor"  # the axes that shard the rows of a batch, and the attention heads
+AXES = ("data", "fsdp", "context", "tensor")
+BATCH, CONTEXT, HEADS = ("data", "fsdp"), "context", "tensor"  # the axes of rows, positions and attention heads
 
 
-def make(config: MeshConfig) -> Mesh:
-    """The mesh over all devices; the size of an axis of -1 follows from the other axes.
+def make(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh over devices; the size of an axis of -1 follows from the other axes.
+
+    Args:
+      devices: those of the mesh; None: all devices of JAX.
 
     Raises:
-      UserError: the product of the axis sizes is not the number of devices.
+      UserError: the product of the axis sizes is not the number of devices, or the devices are of several slices of a
+        TPU and the axis "data" is not a multiple of their number.
     """
+    devices = jax.devices() if devices is None else devices
     sizes = {axis: getattr(config, axis) for axis in AXES}
-    devices = jax.device_count()
     settings = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
     inferred = [axis for axis, size in sizes.items() if size == -1]
     if len(inferred) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise UserError(f"{settings}: expected positive numbers, and -1 (all remaining devices) for at most one axis")
     if inferred:
         known = math.prod(size for size in sizes.values() if size != -1)
-        sizes[inferred[0]] = devices // known if devices % known == 0 else 0
-    if math.prod(sizes.values()) != devices:
+        sizes[inferred[0]] = len(devices) // known if len(devices) % known == 0 else 0
+    if math.prod(sizes.values()) != len(devices):
         raise UserError(
-            f"{settings} does not fit {devices} device{'s' * (devices > 1)}; their product must be that number"
+            f"{settings} does not fit {len(devices)} device{'s' * (len(devices) > 1)}; their product must be that "
+            "number"
         )
     # Under explicit axes, the default of JAX, matrix products of sharded arrays raise an error.
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(arrangement(tuple(sizes.values()), devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def within(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, traced with `mesh` as the abstract mesh in use, for kernels that run under `shard_map`."""
+def arrangement(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+    """Devices as an array of this shape, whose last axes have the shortest ways over the network.
+
+    The first axis spans the slices of a TPU, so that no other collective crosses the slow network between them.
+
+    Raises:
+      UserError: the first axis is not a multiple of the number of slices.
+    """
+    if devices[0].platform != "tpu":
+        return mesh_utils.create_device_mesh(shape, devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if shape[0] % slices:
+        raise UserError(
+            f"mesh.{AXES[0]}={shape[0]} cannot span {slices} slices; expected a multiple of {slices} "
+            f"(--config.mesh.{AXES[0]}={slices}, with the other axes within a slice)"
+        )
+    within = (shape[0] // slices, *shape[1:])
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    between = (slices,) + (1,) * (len(shape) - 1)
+    return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
+
+
+# The rules of the weights of the function that is traced, see `within`.
+_RULES: contextvars.ContextVar[Rules] = contextvars.ContextVar("rules", default=())
+
+
+def within(mesh: Mesh, function: Callable[..., Any], rules: Rules = ()) -> Callable[..., Any]:
+    """`function`, traced with `mesh` as the abstract mesh in use, which `in_use` and `constrain` read.
+
+    Args:
+      rules: the shardings of the weights, see `shardings`: each is gathered over all axes but "tensor" where a matrix
+        product uses it. (): the compiler decides.
+    """
 
     def with_mesh(*arguments: Any) -> Any:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return function(*arguments)
+        token = _RULES.set(rules if mesh.size > 1 else ())
+        try:
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                return function(*arguments)
+        finally:
+            _RULES.reset(token)
 
     return with_mesh
+
+
+def gathered(path: str) -> P | None:
+    """The PartitionSpec (in, out) of a weight while a matrix product uses it, by the rules of `within`, or None.
+
+    Without it XLA may gather a weight in one layout for the forward pass and in another for the backward pass, or
+    gather activations instead of weights.
+    """
+    for pattern, axes in _RULES.get():
+        if re.fullmatch(pattern, trees.expand(path)[0]):
+            return P(*(HEADS if HEADS in _names(axis) else None for axis in axes or (None, None)))
+    return None
 
 
 def in_use() -> dict[str, int]:
     """{axis: size} of the mesh of the function that is traced, see `within`; {} without a mesh."""
     return dict(jax.sharding.get_abstract_mesh().shape)
+
+
+def constrain(array: jax.Array, *axes: Any) -> jax.Array:
+    """`array` sharded over these axes of the mesh in use, one entry (or None) per axis; unchanged without a mesh.
+
+    Axes of size 1 and those that do not divide the array are left out.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size <= 1 or mesh.manual_axes:
+        return array
+    return jax.lax.with_sharding_constraint(array, fitting(P(*axes), array.shape, mesh))
 
 
 def shardings(tree: Any, rules: Rules, mesh: Mesh, source: str = "mesh.rules") -> Any:
@@ -62,7 +136,8 @@ def shardings(tree: Any, rules: Rules, mesh: Mesh, source: str = "mesh.rules") -
 
     Args:
       tree: arrays or `jax.ShapeDtypeStruct`s.
-      rules: (regular expression, a tuple of the mesh axis or None of each axis of the weight); () replicates it.
+      rules: (regular expression, a tuple with the mesh axis, several mesh axes or None of each axis of the weight);
+        () replicates it.
       source: the config key of the rules, for error messages.
 
     Raises:
@@ -73,7 +148,7 @@ def shardings(tree: Any, rules: Rules, mesh: Mesh, source: str = "mesh.rules") -
     def leaf_shardings(path: str, weight: Any) -> Any:
         axes, stacked = matched[path], trees.layers_of(path) is not None
         rank = len(weight.shape) - stacked
-        named = [a for a in axes if a is not None] if isinstance(axes, tuple) else [axes]
+        named = [a for axis in axes for a in _names(axis)] if isinstance(axes, tuple) else [axes]
         if not isinstance(axes, tuple) or len(axes) not in (0, rank) or len(set(named)) < len(named):
             raise UserError(f"{source}: {axes!r} for '{path}'; expected () or {rank} different axes (or None)")
         if unknown := set(named) - set(AXES):
@@ -90,10 +165,15 @@ def shardings(tree: Any, rules: Rules, mesh: Mesh, source: str = "mesh.rules") -
     return trees.map_weights(leaf_shardings, tree)
 
 
-def fitting(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
-    """`spec` with None for each mesh axis whose size does not divide the axis of an array of this shape."""
-    axes = [a if a and shape[i] % mesh.shape[a] == 0 else None for i, a in enumerate(spec)]
-    return P(*axes)
+def _names(axis: Any) -> tuple[Any, ...]:
+    """The mesh axes of one entry of a rule or PartitionSpec."""
+    return axis if isinstance(axis, tuple) else () if axis is None else (axis,)
+
+
+def fitting(spec: P, shape: tuple[int, ...], mesh: Any) -> P:
+    """`spec` with None for mesh axes whose size does not divide the axis of an array of this shape."""
+    sizes = [math.prod(mesh.shape[name] for name in _names(axis)) for axis in spec]
+    return P(*(axis if shape[i] % sizes[i] == 0 else None for i, axis in enumerate(spec)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -101,16 +181,33 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def batch_sharding(mesh: Mesh, size: int) -> NamedSharding:
-    """The sharding of batches (B, T): rows over the mesh axes "data" and "fsdp".
+def split_rows(array: Any, params: Any) -> jax.Array:
+    """`array` (B, ...) on the mesh of the arrays of `params`, rows over "data" and "fsdp" where these divide them.
+
+    It is returned as it is where `params` lie on one device.
+    """
+    sharding = next((leaf.sharding for leaf in jax.tree.leaves(params) if hasattr(leaf, "sharding")), None)
+    if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
+        return array
+    return jax.device_put(array, NamedSharding(sharding.mesh, fitting(P(BATCH), array.shape, sharding.mesh)))
+
+
+def batch_sharding(mesh: Mesh, size: int, length: int = 0) -> NamedSharding:
+    """The sharding of batches (B, T): rows over the mesh axes "data" and "fsdp", positions over "context".
 
     Args:
       size: the number of rows, B.
+      length: the number of positions, T; 0: they are not sharded.
 
     Raises:
-      UserError: `size` is not a multiple of the number of devices of these axes.
+      UserError: `size` is not a multiple of the number of devices of the axes of the rows, or `length` of "context".
     """
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if size % shards:
         raise UserError(f"a batch of {size} sequences cannot be split over mesh data x fsdp = {shards} devices")
-    return NamedSharding(mesh, P(BATCH))
+    pieces = mesh.shape[CONTEXT] if length else 1
+    if pieces == 1:
+        return NamedSharding(mesh, P(BATCH))
+    if length % pieces:
+        raise UserError(f"train.seq_len={length} cannot be split over mesh.context={pieces} devices")
+    return NamedSharding(mesh, P(BATCH, CONTEXT))

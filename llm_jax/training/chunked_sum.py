@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from llm_jax.parallel import mesh as mesh_lib
+
 Chunk = Mapping[str, jax.Array]  # arrays (B, C, ...)
 
 # Letters of shapes: B batch, T time.
@@ -32,8 +34,14 @@ def sum_of_rows(
         order = jnp.argsort(1 - tokens["mask"], 1)
         tokens = {k: jnp.take_along_axis(a, jnp.expand_dims(order, range(2, a.ndim)), 1) for k, a in tokens.items()}
 
-    def chunked(array: jax.Array) -> jax.Array:
-        return jnp.moveaxis(array.reshape(rows, length // chunk, chunk, *array.shape[2:]), 1, 0)
+    if mesh_lib.in_use().get(mesh_lib.CONTEXT, 1) > 1:  # every chunk has positions of every device
+
+        def chunked(array: jax.Array) -> jax.Array:
+            return jnp.moveaxis(array.reshape(rows, chunk, length // chunk, *array.shape[2:]), 2, 0)
+    else:
+
+        def chunked(array: jax.Array) -> jax.Array:
+            return jnp.moveaxis(array.reshape(rows, length // chunk, chunk, *array.shape[2:]), 1, 0)
 
     chunks = jax.tree.map(chunked, dict(tokens))
     if sparse:

@@ -45,12 +45,40 @@ def smoothed(logits: jax.Array, targets: jax.Array, smoothing: float, z: float) 
       z: weight of log(sum exp(logits))^2, which keeps logits from drifting (Chowdhery et al. 2022,
         PaLM, arXiv:2204.02311, section 5).
     """
-    logits = logits.astype(jnp.float32)
-    total = jax.nn.logsumexp(logits, axis=-1)
-    loss = total - _pick(logits, targets)
+    if logits.dtype.itemsize < 4:
+        total, target = _total_and_target(logits, targets)
+    else:
+        logits = logits.astype(jnp.float32)
+        total, target = jax.nn.logsumexp(logits, axis=-1), _pick(logits, targets)
+    loss = total - target
     if smoothing:
-        loss = (1 - smoothing) * loss + smoothing * (total - jnp.mean(logits, -1))
+        loss = (1 - smoothing) * loss + smoothing * (total - jnp.mean(logits, -1, dtype=jnp.float32))
     return loss + z * jnp.square(total) if z else loss
+
+
+# Why a custom gradient: under autodiff XLA stores logits of 16 bits a second time, in float32, for its several uses.
+@jax.custom_vjp
+def _total_and_target(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(log sum exp of the logits, the logit of the target): (..., V), int (...) -> float32 (...) each."""
+    top = jnp.max(logits, -1, keepdims=True)
+    terms = jnp.exp(logits.astype(jnp.float32) - top.astype(jnp.float32))
+    total = jnp.log(jnp.sum(terms, -1)) + top[..., 0].astype(jnp.float32)
+    return total, _pick(logits, targets).astype(jnp.float32)
+
+
+def _total_and_target_forward(logits, targets):
+    total, target = _total_and_target(logits, targets)
+    return (total, target), (logits, targets, total)
+
+
+def _total_and_target_backward(saved, g):
+    logits, targets, total = saved
+    probabilities = jnp.exp(logits.astype(jnp.float32) - total[..., None])
+    is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
+    return (g[0][..., None] * probabilities + g[1][..., None] * is_target).astype(logits.dtype), None
+
+
+_total_and_target.defvjp(_total_and_target_forward, _total_and_target_backward)
 
 
 def unlikelihood(logits: jax.Array, targets: jax.Array, seen: jax.Array, candidates: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
 """The memory of a training step, as it is compiled, without running it."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -47,7 +48,7 @@ def of_training_step(setup: Setup) -> Memory:
     state = setup.state.replace(frozen={})
     limit = jax.ShapeDtypeStruct((), "float32")
     compiled = setup.train_step.lower(state, setup.state.frozen, setup.batch, limit).compile()
-    return of(compiled, num_bytes((state.optimizer, state.ema)))
+    return of(compiled, shard_bytes((state.optimizer, state.ema)))
 
 
 def of_forward_pass(setup: Setup) -> Memory:
@@ -136,3 +137,9 @@ def with_remat(config: Config, remat: str) -> Config:
 def num_bytes(tree: Any) -> int:
     """The bytes of all arrays of a tree over all devices together; shapes are enough."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def shard_bytes(tree: Any) -> int:
+    """Bytes of the parts of all arrays of a tree that one device holds; leaves are shapes with shardings."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)

@@ -13,7 +13,7 @@ the benchmarks and the experiments all call it.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -49,7 +49,7 @@ class Setup:
       method: full training, or adapters over frozen weights.
       model: the model that is trained.
       reference: the frozen model of the loss (the teacher, or DPO's reference), or None.
-      mesh: the devices, as axes "data", "fsdp" and "tensor".
+      mesh: the devices, as axes "data", "fsdp", "context" and "tensor".
       optimizer: the optax transformation.
       schedule: step -> learning rate.
       base: shapes of the weights that training starts from.
@@ -76,7 +76,7 @@ class Setup:
 
     @property
     def batch_sharding(self) -> NamedSharding:
-        return mesh_lib.batch_sharding(self.mesh, self.config.train.batch_size)
+        return mesh_lib.batch_sharding(self.mesh, self.config.train.batch_size, self.config.train.seq_len)
 
     @property
     def replicated(self) -> NamedSharding:
@@ -93,7 +93,9 @@ class Setup:
         c = self.config.train
         micro_batch = c.batch_size // c.grad_accumulation
         shape = dict(self.mesh.shape)
-        return attention_kernels.describe(self.config.model, jax.default_backend(), micro_batch, c.seq_len, shape)
+        return attention_kernels.describe(
+            self.config.model, self.mesh.devices.flat[0].platform, micro_batch, c.seq_len, shape
+        )
 
     def shardings(self, tree: Any) -> Any:
         """A NamedSharding for every leaf of a tree of the model's weights, by `mesh.rules`."""
@@ -215,6 +217,7 @@ def setup(
     vocab_size: int = 0,
     *,
     objective: Objective | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> Setup:
     """The parts of a training run, from shapes alone: no weights and no data are read.
 
@@ -222,6 +225,7 @@ def setup(
       config: `model.vocab_size` is the model's; where it is 0, `vocab_size` is.
       vocab_size: the number of ids that the data has.
       objective: another loss than that of `config.loss`.
+      devices: those of the mesh, which may be devices to compile for only; None: all devices of JAX.
 
     Raises:
       UserError: options that contradict each other, or that do not fit the devices; names them.
@@ -237,8 +241,8 @@ def setup(
 
     # ---------------------------------------------------------------- mesh and model
     checks.check_training(config)
-    mesh = mesh_lib.make(config.mesh)
-    batch_sharding = mesh_lib.batch_sharding(mesh, c.batch_size)
+    mesh = mesh_lib.make(config.mesh, devices)
+    batch_sharding = mesh_lib.batch_sharding(mesh, c.batch_size, c.seq_len)
     together = losses.rows_together(config.loss)
     step_lib.check_accumulation(c.batch_size, c.grad_accumulation, mesh.shape["data"] * mesh.shape["fsdp"], together)
     model = Transformer(config.model)
@@ -302,13 +306,13 @@ def setup(
         batch=dict.fromkeys(rows_lib.NAMES, shape),
         update=update,
         train_step=jax.jit(
-            mesh_lib.within(mesh, update),
+            mesh_lib.within(mesh, update, config.mesh.rules),
             donate_argnums=0,
             in_shardings=(state_shardings, None, batch_sharding, None),
             out_shardings=(state_shardings, copies),
         ),
         loss=jax.jit(
-            mesh_lib.within(mesh, held_out_loss),
+            mesh_lib.within(mesh, held_out_loss, config.mesh.rules),
             in_shardings=(where, None, batch_sharding),
             out_shardings=copies,
         ),
@@ -362,5 +366,5 @@ def describe(setup: Setup) -> str:
     total = f"{num_parameters(params):,} trainable parameters, {size / 2**20:,.1f} MiB"
     if (all_params := num_parameters(setup.base)) != num_parameters(params):
         total += f", over {all_params:,} frozen ones"
-    mesh = f"mesh {dict(setup.mesh.shape)} of {jax.device_count()} {jax.devices()[0].device_kind} device(s)"
+    mesh = f"mesh {dict(setup.mesh.shape)} of {setup.mesh.size} {setup.mesh.devices.flat[0].device_kind} device(s)"
     return "\n".join([head, *lines, total, f"{mesh}, attention kernel {setup.attention_kernel}, jax {jax.__version__}"])

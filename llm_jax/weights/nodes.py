@@ -100,7 +100,13 @@ Weight = jax.Array | Node
 
 
 def dot(
-    x: jax.Array, w: Weight, transposed: bool = False, *, out_dtype: Any = None, accumulate: Any = jnp.float32
+    x: jax.Array,
+    w: Weight,
+    transposed: bool = False,
+    *,
+    out_dtype: Any = None,
+    accumulate: Any = jnp.float32,
+    gathered: P | None = None,
 ) -> jax.Array:
     """Matrix product of activations with a weight of any kind.
 
@@ -113,6 +119,7 @@ def dot(
       transposed: multiply by w.T.
       out_dtype: dtype of the result; by default that of x.
       accumulate: dtype of the sums, or the dtype of x where it is wider.
+      gathered: how the weight is sharded while it is used, on the mesh in use; None: as the compiler decides.
 
     Returns:
       (..., out), or (..., in) with `transposed`.
@@ -120,9 +127,21 @@ def dot(
     out_dtype = jnp.dtype(out_dtype or x.dtype)
     accumulate = jnp.promote_types(accumulate, x.dtype)
     if isinstance(w, Node):
-        return w.dot(x, transposed, out_dtype, accumulate)
+        return gather(w, gathered).dot(x, transposed, out_dtype, accumulate)
     # The name is what a remat policy can keep: the product itself is hidden by its custom gradient.
-    return checkpoint_name(_dense_dot(x, w, transposed, out_dtype, accumulate), "dot")
+    return checkpoint_name(_dense_dot(x, w, transposed, out_dtype, accumulate, gathered), "dot")
+
+
+def gather(w: Weight, spec: P | None) -> Any:
+    """`w` with the sharding `spec` on the mesh in use; a sharded axis that `spec` leaves out is gathered."""
+    if spec is None:
+        return w
+    return jax.tree.map(
+        lambda s, leaf: jax.lax.with_sharding_constraint(leaf, s),
+        partition(w, spec),
+        w,
+        is_leaf=lambda s: isinstance(s, P),
+    )
 
 
 def take(w: Weight, ids: jax.Array) -> jax.Array:
@@ -209,19 +228,23 @@ def abstract(record: Mapping[str, Any] | None) -> Any:
 
 # Why a custom gradient: under autodiff a bf16 product with f32 sums is differentiated as an f32
 # product (half the speed), or with bf16 sums (weight gradients lose their low bits).
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _dense_dot(x: jax.Array, w: jax.Array, transposed: bool, out_dtype: Any, accumulate: Any) -> jax.Array:
-    return _product(x, w.astype(x.dtype), (x.ndim - 1,), (int(transposed),), accumulate).astype(out_dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def _dense_dot(
+    x: jax.Array, w: jax.Array, transposed: bool, out_dtype: Any, accumulate: Any, gathered: P | None
+) -> jax.Array:
+    w = gather(w.astype(x.dtype), gathered)
+    return _product(x, w, (x.ndim - 1,), (int(transposed),), accumulate).astype(out_dtype)
 
 
-def _dense_dot_forward(x, w, transposed, out_dtype, accumulate):
-    return _dense_dot(x, w, transposed, out_dtype, accumulate), (x, w)
+def _dense_dot_forward(x, w, transposed, out_dtype, accumulate, gathered):
+    return _dense_dot(x, w, transposed, out_dtype, accumulate, gathered), (x, w)
 
 
-def _dense_dot_backward(transposed, out_dtype, accumulate, saved, g):
+def _dense_dot_backward(transposed, out_dtype, accumulate, gathered, saved, g):
     x, w = saved
     g = g.astype(x.dtype)
-    dx = _product(g, w.astype(x.dtype), (g.ndim - 1,), (1 - int(transposed),), accumulate)
+    # Cast and gathered as in the forward pass: under rematerialization one gather serves both products.
+    dx = _product(g, gather(w.astype(x.dtype), gathered), (g.ndim - 1,), (1 - int(transposed),), accumulate)
     # The leading axes are contracted as they are: flattening them first halves the speed on CPU.
     leading = tuple(range(x.ndim - 1))
     dw = _product(g, x, leading, leading, accumulate) if transposed else _product(x, g, leading, leading, accumulate)

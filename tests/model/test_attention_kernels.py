@@ -99,7 +99,7 @@ def test_splash_under_a_mesh_is_mapped_over_its_devices(packed, tiny):
     mesh = mesh_lib.make(tiny.mesh)
 
     def splash(q, k, v):
-        assert mesh_lib.in_use() == {"data": 1, "fsdp": 1, "tensor": 1}
+        assert mesh_lib.in_use() == dict.fromkeys(mesh_lib.AXES, 1)
         return attention_kernels.splash(q, k, v, where.segments, None, True, interpret=True)
 
     got = jax.jit(mesh_lib.within(mesh, splash))

@@ -6,7 +6,7 @@ MESHES = {
     "data": {"data": 8},
     "fsdp": {"fsdp": 8, "data": 1},
     "tensor": {"tensor": 2, "data": -1},
-    "all": {"data": 2, "fsdp": 2, "tensor": 2},
+    "all": {"data": 1, "fsdp": 2, "context": 2, "tensor": 2},
 }
 
 

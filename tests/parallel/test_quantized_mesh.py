@@ -15,7 +15,7 @@ from llm_jax import weights
 from llm_jax.schema import MeshConfig
 from llm_jax.parallel import mesh as mesh_lib
 
-mesh = mesh_lib.make(MeshConfig(2, 2, 2, ()))
+mesh = mesh_lib.make(MeshConfig(data=2, fsdp=2, tensor=2, context=1, rules=()))
 w, x = jax.random.normal(jax.random.key(0), (256, 512)), jax.random.normal(jax.random.key(1), (4, 256))
 names = ("int8", "int4", "int4_affine:64", "nf4", "mxfp4", "w8a8")
 tree = {name: weights.to_qtensor(w, name, weights.IN) for name in names}

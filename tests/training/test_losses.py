@@ -137,6 +137,20 @@ def test_the_sum_is_that_of_numpy_whole_and_in_chunks(make, tiny, other, batch, 
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), found[0], other_way)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_logits_of_16_bits_have_the_loss_and_gradients_of_their_float32_values(smoothing):
+    logits = jax.random.normal(jax.random.key(0), (3, 5, 11), jnp.bfloat16) * 4
+    targets = jax.random.randint(jax.random.key(1), (3, 5), 0, 11)
+
+    def total(logits):
+        return jnp.sum(losses.smoothed(logits, targets, smoothing, 1e-3))
+
+    expected, slope = jax.value_and_grad(total)(logits.astype(jnp.float32))
+    value, gradient = jax.value_and_grad(total)(logits)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    np.testing.assert_allclose(gradient.astype(jnp.float32), slope, rtol=2**-8, atol=2**-9)
+
+
 def test_chunks_in_which_nothing_counts_are_not_computed():
     mask = np.zeros((2, 32), np.int32)
     mask[0, [3, 30]] = mask[1, 17] = 1  # in four chunks of 8, and after sorting in one

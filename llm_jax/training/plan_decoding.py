@@ -1,0 +1,47 @@
+"""Compiles a step of decoding for devices that this machine does not have, from shapes alone."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from llm_jax.checkpoints import abstract_params
+from llm_jax.checkpoints.checkpoint import with_dtype
+from llm_jax.decoding import loop
+from llm_jax.decoding.samplers import Sampler
+from llm_jax.model.transformer import Transformer
+from llm_jax.parallel import mesh as mesh_lib
+from llm_jax.quant import post_training
+from llm_jax.schema import Config
+
+
+def compiled(config: Config, devices: list[Any]) -> tuple[Any, Mesh]:
+    """(the loop that draws tokens, compiled, and its mesh).
+
+    `train.batch_size` prompts of `train.seq_len` tokens are continued by `eval.max_new_tokens`, by weights in
+    `model.precision.compute`, or in the formats of `quant.scheme`.
+
+    Raises:
+      UserError: see `mesh.make` and `mesh.shardings`.
+    """
+    mesh = mesh_lib.make(config.mesh, devices)
+    model, _ = loop.unrolled(Transformer(with_dtype(config.model, config.model.precision.compute)), {})
+    shapes = jax.eval_shape(lambda p: post_training.base(p, config.quant), abstract_params(model))
+    params = _placed(shapes, mesh_lib.shardings(shapes, config.mesh.rules, mesh))
+    rows, length = config.train.batch_size, config.train.seq_len
+    split = NamedSharding(mesh, mesh_lib.fitting(P(mesh_lib.BATCH), (rows,), mesh))
+    prompts = jax.ShapeDtypeStruct((rows, loop.bucket(length)), jnp.int32, sharding=split)
+    lengths = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=split)
+    room = loop.bucket(config.eval.max_new_tokens)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # kernels are chosen by its platform
+        settings = jax.eval_shape(lambda: loop.draw_settings(model, Sampler(), range(rows)))
+        prefill = loop._start.of_model(model).lower(room, 0, params, settings, prompts, lengths)
+        state = _placed(prefill.out_info, prefill.compile().output_shardings)
+        until = jax.ShapeDtypeStruct((), jnp.int32)
+        return loop.advance.of_model(model).lower(params, settings, state, until).compile(), mesh
+
+
+def _placed(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), tree, shardings)

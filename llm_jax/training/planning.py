@@ -1,0 +1,190 @@
+"""Compiles the training step of a configuration for devices that this machine does not have, and reports on it.
+
+    report = planning.plan(config, topologies.parse("v5e:16x16"))
+
+`plan` runs `python -m llm_jax.training.planning` in a process of its own; see `parallel.topologies`.
+"""
+
+import dataclasses
+import json
+import math
+import re
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+from llm_jax import configuration
+from llm_jax.errors import UserError
+from llm_jax.parallel import topologies
+from llm_jax.parallel.topologies import Topology
+from llm_jax.schema import Config
+
+Report = dict[str, Any]  # JSON values, see `report`
+
+ASSUMPTIONS = (
+    "compute: the largest of FLOPs at the chip's peak, the compiler's cycles (attention kernels: half the peak), and "
+    "reading all arguments once",
+    "collectives: a ring over one axis of the torus, in both directions; between slices the data-centre network",
+    "the shorter step hides all collectives behind compute, the longer one hides none",
+)
+# Matrix products of a tile in the kernels of splash attention.
+_KERNEL_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
+_KERNEL_SHARE = 0.5  # of the chip's peak
+
+
+def plan(config: Config, topology: Topology, decode: bool = False) -> Report:
+    """The report about the training step of a configuration with a `model.vocab_size`, see `report`.
+
+    Args:
+      decode: report on a step of decoding instead, see `plan_decoding`.
+
+    Raises:
+      UserError: options that contradict each other or the topology, a step that does not fit the memory of the chip,
+        or a topology that libtpu does not know.
+    """
+    request = {"config": configuration.as_dict(config), "topology": dataclasses.asdict(topology), "decode": decode}
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.run(
+            [sys.executable, "-m", "llm_jax.training.planning"],
+            input=json.dumps(request),
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=topologies.environment(),
+        )
+        errors.seek(0)
+        lines = errors.read().strip().splitlines()
+    if process.returncode == 0:
+        return json.loads(process.stdout.splitlines()[-1])
+    if process.returncode == 2:
+        raise UserError(lines[-1])
+    last = lines[-1][:200] if lines else "no message"
+    raise UserError(f"--topology={topology.name}: the compiler ended with code {process.returncode}: {last}")
+
+
+def report(config: Config, topology: Topology, decode: bool = False) -> Report:
+    """Compiles the training step, or a step of decoding, in this process, and reports on one device of the mesh.
+
+    Returns:
+      "topology", "devices", "mesh", "attention_kernel", "batch" (rows, tokens of a row), "decode";
+      "memory": bytes of "arguments" (with "optimizer"), "temporaries", "outputs", "peak" (the three together), "live"
+        (XLA's peak of what is used at one time), "capacity";
+      "flops": "compiled", "model" (6 N D and attention; 2 N of decoding), "cycles";
+      "collectives": rows of "kind", "axes", "count", "bytes";
+      "seconds": "compute", "collectives", "shortest", "longest"; "utilization": [of the longest, of the shortest];
+      "largest": rows of "bytes", "shape", "operation"; "assumptions".
+
+    Raises:
+      UserError: as `plan`.
+    """
+    import jax
+
+    from llm_jax.model import transformer
+    from llm_jax.parallel import hlo
+    from llm_jax.training import memory, plan_decoding
+    from llm_jax.training.setup import setup
+
+    devices = topologies.devices(topology)
+    if config.lora.rank and not config.init_from:  # shapes are enough: no weights are read
+        config = dataclasses.replace(config, init_from="unnamed")
+    rows, length = config.train.batch_size, config.train.seq_len
+    chip, per_device = topology.chip, topology.chip.devices
+    capacity = chip.memory // per_device
+    optimizer = 0
+    try:
+        if decode:
+            compiled, mesh = plan_decoding.compiled(config, devices)
+            kernel = "plain (keys are read from a cache)"
+            model_flops = transformer.flops_per_token(config.model, length) / 3 * rows / len(devices)
+        else:
+            parts = setup(config, devices=devices)
+            mesh, kernel = parts.mesh, parts.attention_kernel
+            state, limit = parts.state.replace(frozen={}), jax.ShapeDtypeStruct((), "float32")
+            compiled = parts.train_step.lower(state, parts.state.frozen, parts.batch, limit).compile()
+            optimizer = memory.shard_bytes((state.optimizer, state.ema))
+            model_flops = transformer.flops_per_token(config.model, length) * rows * length / len(devices)
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(_out_of_memory(str(error), topology, capacity)) from error
+    sizes = dict(mesh.shape)
+    figures = memory.of(compiled, optimizer)
+    live = getattr(compiled.memory_analysis(), "peak_memory_in_bytes", 0)
+    module = hlo.parse(compiled.as_text())
+    collectives = hlo.collectives(module, sizes)
+    kernel_flops, dense_flops, cycles = _kernel_flops(module, config, sizes), hlo.flops(module), hlo.cycles(module)
+    peak = chip.flops / per_device
+    compute = max(
+        (dense_flops + kernel_flops) / peak,
+        (cycles / chip.clock if chip.clock else 0.0) + kernel_flops / (_KERNEL_SHARE * peak),
+        figures.arguments / (chip.bandwidth / per_device),
+    )
+    network = sum(_seconds(row, sizes, topology) for row in collectives)
+    shortest, longest = max(compute, network), compute + network
+    return {
+        "topology": topology.name,
+        "devices": len(devices),
+        "mesh": sizes,
+        "attention_kernel": kernel,
+        "batch": [rows, length],
+        "decode": decode,
+        "memory": dataclasses.asdict(figures) | {"peak": figures.peak, "live": live, "capacity": capacity},
+        "flops": {"compiled": dense_flops + kernel_flops, "model": model_flops, "cycles": cycles},
+        "collectives": [dataclasses.asdict(row) for row in collectives],
+        "seconds": {"compute": compute, "collectives": network, "shortest": shortest, "longest": longest},
+        "utilization": [model_flops / (peak * seconds) for seconds in (longest, shortest)],
+        "largest": [dict(zip(("bytes", "shape", "operation"), row, strict=True)) for row in hlo.largest(module, 8)],
+        "assumptions": list(ASSUMPTIONS),
+    }
+
+
+def _kernel_flops(module: Any, config: Config, mesh: dict[str, int]) -> float:
+    """The FLOPs of attention kernels, which XLA does not know: those of half the pairs of a causal row."""
+    from llm_jax.model import positions
+
+    c, length = config.model, config.train.seq_len
+    rows = config.train.batch_size // config.train.grad_accumulation // (mesh["data"] * mesh["fsdp"])
+    pairs = length * length / mesh["context"] * (0.5 if c.causal else 1.0)
+    product = 2.0 * rows * (c.num_heads // mesh["tensor"]) * pairs * positions.head_dim(c)
+    return sum(
+        times * product * count
+        for _, instruction, times in module.executed()
+        for name, count in _KERNEL_PRODUCTS.items()
+        if instruction.opcode == "custom-call" and instruction.name.startswith(name)
+    )
+
+
+def _seconds(row: Any, mesh: dict[str, int], topology: Topology) -> float:
+    """The time of collectives on the links of a chip, if nothing else uses them."""
+    slow = row.axes == "slices"
+    ways = topology.slices if slow else math.prod(mesh.get(axis, 1) for axis in row.axes.split("+"))
+    passes = 2 if row.kind == "all-reduce" else 1
+    share = (ways - 1) / ways if ways > 1 else 1.0
+    speed = topology.chip.network if slow else 2 * topology.chip.link
+    return float(passes * share * row.bytes / (speed / topology.chip.devices))
+
+
+def _out_of_memory(message: str, topology: Topology, capacity: int) -> str:
+    """One line about a step that does not fit, with the sizes that the compiler names."""
+    text = " ".join(message.split())
+    used = re.search(r"Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) hbm", text)
+    if used is None:
+        return f"--topology={topology.name}: {text[:200]}"
+    return (
+        f"--topology={topology.name}: the step needs {used[1]} bytes of the {capacity / 2**30:.0f} GiB of a device; "
+        "use a smaller batch, model.remat=full, train.loss_chunk, or more of mesh.fsdp or mesh.tensor"
+    )
+
+
+def _main() -> None:
+    request = json.load(sys.stdin)
+    try:
+        options = request["topology"] | {"shape": tuple(request["topology"]["shape"])}
+        config = configuration.build(request["config"])
+        print(json.dumps(report(config, Topology(**options), request["decode"])))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    _main()

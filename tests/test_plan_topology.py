@@ -1,0 +1,100 @@
+"""Planning for TPUs: names of topologies, reports, the search, and (slow, where libtpu is installed) known figures."""
+
+import dataclasses
+import importlib.util
+
+import jax
+import pytest
+
+from llm_jax import configuration
+from llm_jax.errors import UserError
+from llm_jax.parallel import topologies
+from llm_jax.training import plan_search, planning
+from tests.parallel import on_mesh
+
+GIB = 2**30
+has_libtpu = importlib.util.find_spec("libtpu") is not None
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: name)
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """Compiles for this machine instead of a TPU, in this process."""
+    monkeypatch.setattr(topologies, "devices", lambda topology: jax.devices()[: topology.chips])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("v5e", "expected CHIP:AxB"),
+        ("v9:2x2", "unknown chip 'v9'; expected one of v4, v5e"),
+        ("v5e:2x2x2", "a slice of v5e has 2 axes, as in v5e:4x4"),
+        ("v5p:2x2", "a slice of v5p has 3 axes, as in v5p:4x4x4"),
+        ("h100:4x8", "CUDA plugin"),
+    ],
+)
+def test_a_topology_that_cannot_be_is_refused(text, message):
+    with pytest.raises(UserError, match=message):
+        topologies.parse(text)
+
+
+def test_names_of_topologies(installed):
+    topology = topologies.parse("v5e:4x8*2")
+    assert topology == topologies.Topology("v5e", (4, 8), 2) == topologies.parse("v5e:4x8", 2)
+    assert topology.name == "v5e:4x8*2" and topology.chips == 64
+
+
+@pytest.mark.skipif(has_libtpu, reason="libtpu is installed")
+def test_without_libtpu_a_line_says_what_to_install(command):
+    done = command("plan", "--config=llama2_7b", "--topology=v5e:2x2", code=2)
+    assert "pip install 'llm_jax[plan]'" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert "give --topology" in command("plan", "--config=llama2_7b", code=2).stderr
+    assert "--search has no effect" in command("plan", "--memory", "--search", code=2).stderr
+
+
+def test_a_report_and_its_text(on_cpu):
+    report = planning.report(on_mesh.tiny(**{"model.remat": "full"}), topologies.Topology("v5e", (1, 1)))
+    assert report["memory"]["peak"] > report["memory"]["arguments"] > report["memory"]["optimizer"] > 0
+    assert report["collectives"] == [] and report["seconds"]["shortest"] == report["seconds"]["longest"]
+    # Recomputing the forward pass adds a third at most; attention counts all pairs here, and all layers.
+    assert 1.0 < report["flops"]["compiled"] / report["flops"]["model"] < 1.5
+    text = plan_search.describe(report)
+    assert "v5e:1x1, 1 devices" in text and "6 N D" in text and "largest arrays" in text
+
+
+@pytest.mark.slow
+def test_a_step_of_decoding(on_cpu):
+    report = planning.report(on_mesh.tiny(), topologies.Topology("v5e", (1, 1)), decode=True)
+    assert report["decode"] and report["flops"]["compiled"] > 0 and "one new token" in plan_search.describe(report)
+
+
+def test_the_search_ranks_what_fits(monkeypatch):
+    config = configuration.load("llama2_7b")
+    topology = topologies.Topology("v5e", (4, 4))
+
+    def plan(config, topology):
+        if config.model.remat != "full":
+            raise UserError("does not fit")
+        tensor = config.mesh.tensor
+        return {
+            "batch": [config.train.batch_size, 1],
+            "seconds": {"longest": float(config.train.batch_size * tensor)},
+            "memory": {"peak": GIB},
+            "utilization": [0.1, 0.2],
+        }
+
+    monkeypatch.setattr(planning, "plan", plan)
+    lines = []
+    reports = plan_search.search(config, topology, 6, lines.append)
+    assert len(lines) == 6 and [r["changes"]["mesh.tensor"] for r in reports] == [1, 2, 4, 8][: len(reports)]
+    assert "--config.mesh.tensor=1" in plan_search.ranking(reports).splitlines()[1]
+    assert all(
+        c["train.batch_size"] % (c["mesh.data"] * c["mesh.fsdp"]) == 0 for c in plan_search.candidates(config, topology)
+    )
+    small = dataclasses.replace(topology, shape=(1, 1))
+    with pytest.raises(UserError, match="no mesh, remat and batch fits v5e:1x1"):
+        plan_search.search(config, small, 6, lines.append)
