@@ -56,6 +56,10 @@ case "${1:-}" in
     case " $* " in *" --config="*) ;; *) set -- --config=configs/default.py "$@" ;; esac
     exec .venv/bin/python -m llm_jax.parallel.launcher "$count" llm_jax.train "$@"
     ;;
+  slurm | k8s | tpu) # one of these, its options, -- and a command with its flags
+    [ -f .venv/tests ] && setup requirements.txt requirements-test.txt || setup requirements.txt
+    exec .venv/bin/python -m llm_jax.launch "$@"
+    ;;
   test)
     shift
     setup requirements.txt requirements-test.txt
@@ -63,7 +67,7 @@ case "${1:-}" in
     exec .venv/bin/python -m pytest -q -m "not slow and not live" -n auto --maxprocesses=4 --dist loadfile "$@"
     ;;
   *)
-    echo "error: unknown job '$1'; expected nothing, test, processes, or --flags of the trainer" >&2
+    echo "error: unknown job '$1'; expected nothing, test, processes, slurm, k8s, tpu, or --flags of the trainer" >&2
     exit 2
     ;;
 esac

@@ -22,6 +22,7 @@ COMMANDS = {
     "train_tokenizer": "train a tokenizer of any kind",
     "train_embeddings": "train word vectors by word2vec or GloVe",
     "probe_embeddings": "neighbours, analogies, human ratings and a map of word vectors",
+    "launch": "start a command on a cluster: Slurm, Kubernetes, a Cloud TPU slice",
     "assets": "models and texts by name: list, fetch, verify",
 }
 

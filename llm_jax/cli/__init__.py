@@ -9,6 +9,7 @@ first); 141 the reader of the output ended.
 
 from llm_jax.cli.entry import call as call
 from llm_jax.cli.entry import forward as forward
+from llm_jax.cli.entry import parse as parse
 from llm_jax.cli.entry import run_script as run_script
 from llm_jax.cli.entry import start as start
 from llm_jax.cli.parsing import CHECKPOINT_FORMS as CHECKPOINT_FORMS

@@ -50,6 +50,18 @@ def call(command: Commands, arguments: Sequence[str] = ()) -> int:
         return 2
 
 
+def parse(command: Commands, arguments: Sequence[str]) -> flags.FlagValues:
+    """The parsed flags of a command that is not run, such as one that is submitted to a cluster.
+
+    Raises:
+      UserError: invalid arguments.
+    """
+    command, arguments = select_subcommand(command, arguments)
+    values = copy.deepcopy(command.flags)
+    parsing.parse(command, values, arguments)
+    return values
+
+
 def run_script(main: Callable[[], None], interrupted: str = "interrupted") -> None:
     """Runs `main` of a script that defines its flags in `absl.flags.FLAGS`, with the errors and exit codes of commands.
 

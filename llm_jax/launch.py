@@ -1,0 +1,176 @@
+"""Starts a command on a cluster: `python -m llm_jax.launch slurm --nodes=2 -- train --config=default --workdir=runs/x`.
+
+What follows `--` is a command with its flags, as on this machine; its flags are checked before anything is submitted.
+`slurm` writes a batch script and submits it, `k8s` writes the manifest of a JobSet, `tpu` runs a command on all workers
+of a Cloud TPU slice.
+"""
+
+import importlib
+import pathlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Sequence
+
+from llm_jax import cli, files
+from llm_jax.__main__ import COMMANDS as NAMES
+from llm_jax.errors import UserError
+from llm_jax.parallel import clusters
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+_NAME = r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?"
+
+
+def _flags(processes: bool = True) -> cli.Flags:
+    flags = cli.Flags()
+    flags.multi_string("command", None, "the command and its flags; written after --")
+    flags.string("name", "llm-jax", "name of the job: lower-case letters, digits and hyphens")
+    if processes:
+        flags.integer("max_restarts", 20, "how often the job is started again after it was stopped from outside")
+    return flags
+
+
+SLURM = _flags()
+SLURM.integer("nodes", 1, "machines", lower_bound=1)
+SLURM.integer("tasks_per_node", 1, "processes of each machine; with GPUs one for each", lower_bound=1)
+SLURM.integer("cpus_per_task", 0, "CPU cores of each process; 0: the default of the cluster")
+SLURM.integer("gpus_per_node", 0, "GPUs of each machine")
+SLURM.string("time", "", "time limit such as 2-00:00:00; the run saves two minutes before it and is queued again")
+SLURM.string("partition", "", "partition; default: that of the cluster")
+SLURM.integer("array", 0, "start this many copies of the command, which divide the points of a sweep")
+SLURM.multi_string("sbatch", [], "a further option of sbatch such as --sbatch=--account=lab; repeatable")
+SLURM.string("logs", "slurm", "directory of the script and the logs, which all machines see")
+SLURM.boolean("submit", True, "submit the script; --nosubmit writes it only")
+
+K8S = _flags()
+K8S.string("image", None, "image with Python and llm_jax", required=True)
+K8S.integer("processes", 1, "pods of each slice", lower_bound=1)
+K8S.integer("slices", 1, "groups of pods, each on a TPU slice of its own", lower_bound=1)
+K8S.multi_string("resource", [], "a resource of each pod such as --resource=google.com/tpu=4; repeatable")
+K8S.multi_string("node_selector", [], "a label of the nodes such as --node_selector=KEY=VALUE; repeatable")
+K8S.multi_string("volume", [], "a volume such as --volume=CLAIM=/data, which holds the run directory; repeatable")
+K8S.string("output", "", "file of the manifest; default: standard output")
+
+TPU = _flags(processes=False)
+TPU.string("zone", "", "zone of the slice; default: that of gcloud")
+TPU.string("project", "", "project of the slice; default: that of gcloud")
+TPU.boolean("submit", True, "run the commands; --nosubmit prints them")
+
+
+def slurm(f: cli.Flags) -> int:
+    command = _checked(f)
+    if f.array and f.nodes * f.tasks_per_node > 1:
+        raise UserError("--array starts copies of one process each; leave out --nodes and --tasks_per_node")
+    job = clusters.Slurm(
+        name=_name(f),
+        nodes=f.nodes,
+        tasks_per_node=f.tasks_per_node,
+        cpus_per_task=f.cpus_per_task,
+        gpus_per_node=f.gpus_per_node,
+        time=f.time,
+        partition=f.partition,
+        array=f.array,
+        options=tuple(f.sbatch),
+        directory=str(pathlib.Path(f.logs).expanduser().absolute()),
+        max_restarts=f.max_restarts,
+    )
+    path = pathlib.Path(job.directory) / f"{job.name}.sh"
+    files.make_directory(path.parent)
+    files.write(path, clusters.slurm_script(job, [sys.executable, *command]))
+    print(f"wrote {path}")
+    return _run(["sbatch", str(path)], "--nosubmit writes the script only") if f.submit else 0
+
+
+def k8s(f: cli.Flags) -> None:
+    command = _checked(f)
+    job = clusters.JobSet(
+        name=_name(f),
+        image=f.image,
+        processes=f.processes,
+        slices=f.slices,
+        resources=_pairs("resource", f.resource),
+        node_selector=_pairs("node_selector", f.node_selector),
+        volumes=_pairs("volume", f.volume),
+        max_restarts=f.max_restarts,
+    )
+    import yaml
+
+    connected = "coordinator_address" in _command(f.command[0]).flags
+    manifest = clusters.jobset(job, ["python", *command], connected)
+    text = yaml.safe_dump(manifest, sort_keys=False, width=1000)
+    if not f.output:
+        print(text, end="")
+        return
+    files.write(pathlib.Path(f.output).expanduser(), text)
+    print(f"wrote {f.output}; submit it with: kubectl apply -f {f.output}")
+
+
+def tpu(f: cli.Flags) -> int:
+    command = _checked(f)
+    if not (ROOT / "requirements.txt").exists():
+        raise UserError("launch tpu copies the repository to the workers; run it from a clone of the repository")
+    archive = files.cache_directory() / "launch" / "llm_jax.tar.gz"
+    commands = clusters.tpu_commands(clusters.TPU(_name(f), f.zone, f.project), str(archive), command)
+    if not f.submit:
+        for line in commands:
+            print(shlex.join(line))
+        return 0
+    files.make_directory(archive.parent)
+    with tarfile.open(archive, "w:gz") as tar:
+        for path in ("llm_jax", "configs", "experiments", "requirements.txt"):
+            tar.add(ROOT / path, path, filter=lambda member: None if "__pycache__" in member.name else member)
+    for line in commands:
+        if code := _run(line, "--nosubmit prints the commands"):
+            return code
+    return 0
+
+
+def _command(name: str) -> cli.Command:
+    return importlib.import_module(f"llm_jax.{name}").COMMAND
+
+
+def _checked(f: cli.Flags) -> list[str]:
+    """The arguments of the interpreter for the command after `--`, whose flags and options are checked."""
+    arguments = f.command or []
+    if not arguments or arguments[0] not in NAMES or arguments[0] == "launch":
+        got = f"'{arguments[0]}'" if arguments else "nothing"
+        raise UserError(f"after -- stands {got}; expected a command and its flags, such as -- train --workdir=runs/x")
+    name, *rest = arguments
+    values = cli.parse(_command(name), rest)
+    if name == "train":
+        from llm_jax.training import trainer
+
+        trainer.check(values["config"].value)
+    return ["-m", f"llm_jax.{name}", *rest]
+
+
+def _name(f: cli.Flags) -> str:
+    if not re.fullmatch(_NAME, f.name):
+        raise UserError(f"--name={f.name}: expected at most 40 lower-case letters, digits and hyphens, a letter first")
+    return f.name
+
+
+def _pairs(flag: str, texts: Sequence[str]) -> dict[str, str]:
+    for text in texts:
+        if not all(text.rpartition("=")[::2]):
+            raise UserError(f"--{flag}={text}; expected NAME=VALUE")
+    return {name: value for name, _, value in (text.rpartition("=") for text in texts)}
+
+
+def _run(command: list[str], without: str) -> int:
+    if not shutil.which(command[0]):
+        raise UserError(f"{command[0]} is not installed on this machine; {without}")
+    return subprocess.run(command, check=False).returncode
+
+
+COMMAND = {
+    "slurm": cli.Command("launch slurm", slurm, SLURM, positional="command"),
+    "k8s": cli.Command("launch k8s", k8s, K8S, positional="command"),
+    "tpu": cli.Command("launch tpu", tpu, TPU, positional="command"),
+}
+
+if __name__ == "__main__":
+    cli.start(COMMAND)
