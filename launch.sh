@@ -3,6 +3,7 @@
 #                       flags go to the trainer, e.g. --config.train.seed=1
 # ./launch.sh test      set up .venv and run the tests
 # ./launch.sh processes N [FLAGS]   the same training as N connected processes on this machine (CPU)
+# ./launch.sh slurm|k8s|tpu [OPTIONS] -- COMMAND [FLAGS]   a command of llm_jax on a cluster (docs/how_to/launch.md)
 # PYTHON=/path/python3  chooses the interpreter
 set -euo pipefail
 cd "$(dirname "$0")"

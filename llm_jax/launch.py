@@ -143,7 +143,7 @@ def _checked(f: cli.Flags) -> list[str]:
     if name == "train":
         from llm_jax.training import trainer
 
-        trainer.check(values["config"].value)
+        trainer.check(values.config)
     return ["-m", f"llm_jax.{name}", *rest]
 
 

@@ -80,8 +80,8 @@ case $code in
   {codes})
     job=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
     job=${{job:-$SLURM_JOB_ID}}
-    if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {job.max_restarts} ] && scontrol show job "$job" | grep -q JobState=RUNNING; then
-      scontrol requeue "$job"
+    if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {job.max_restarts} ]; then
+      scontrol show job "$job" | grep -q JobState=RUNNING && scontrol requeue "$job"
     fi
     ;;
 esac
