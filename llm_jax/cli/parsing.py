@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import re
 import sys
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -125,7 +126,7 @@ def parse(command: Command, values: flags.FlagValues, arguments: Sequence[str]) 
     """
     arguments = list(arguments)
     if command.config is not None:
-        _note_repeated(arguments)
+        _note_repeated(arguments, command.config)
     if command.compiles:
         flags.DEFINE_boolean("compilation_cache", True, COMPILATION_CACHE, flag_values=values)
     source: Any = None
@@ -170,15 +171,20 @@ def refuse_without_effect(needs: Needs, values: flags.FlagValues) -> None:
             raise UserError(f"{' '.join(given[0].serialize().split())} has no effect where {condition}")
 
 
-def _note_repeated(arguments: Sequence[str]) -> None:
+def _note_repeated(arguments: Sequence[str], cls: Any) -> None:
     """Prints a note for every option of the configuration that is given several times with different values.
 
-    As everywhere with absl, the last value counts, so that a script can append overrides to those that it received.
+    As everywhere with absl, the last value counts, so that a script can append overrides to those that it received. The
+    values of tuples are joined.
     """
     given: dict[str, list[str]] = {}
-    for argument in arguments:
-        if match := re.fullmatch(r"--?(config(?:\.[^=\[]+)?)=(.*)", argument, re.DOTALL):
-            given.setdefault(match[1], []).append(match[2])
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if match := re.fullmatch(r"--?(no)?(config(?:\.[^=\[]+)?)(?:=(.*))?", argument, re.DOTALL):
+            annotation, text = _annotation(match[2], cls), match[3]
+            if text is None:
+                text = str(not match[1]) if annotation is bool else following
+            if typing.get_origin(annotation) is not tuple:
+                given.setdefault(match[2], []).append(text)
     for name, texts in given.items():
         if len(set(texts)) > 1:
             print(f"note: --{name} is given {len(texts)} times; --{name}={texts[-1]} counts", file=sys.stderr)

@@ -89,6 +89,8 @@ def ranks(base: trees.Tree, config: LoraConfig) -> dict[str, dict[str, int]]:
         if unused := [pattern for pattern in patterns if pattern not in used]:
             other = _OTHER_NAMES.get(unused[0].rsplit(".", 1)[-1]) if source == "lora.targets" else None
             cure = f"; did you mean '{other}'?" if other else ""
+            if "," in unused[0]:
+                cure = f"; several are written as {tuple(unused[0].split(','))}"
             raise UserError(f"{source}: '{unused[0]}' matches no {'weight' if 'targets' in source else 'target'}{cure}")
     # All layers or none, so that any layout can be made of any other.
     adapted = {_template(name) for own in found.values() for name, rank in own.items() if rank}
