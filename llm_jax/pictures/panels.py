@@ -71,6 +71,8 @@ class Passage:
       values: float (T,); NaN for a token without a value.
       unit: of the values.
       high: the value of the strongest colour. Negative values have another colour, which is strongest at -high.
+      legend: what the colours are; "": the value of the strongest one.
+      hints: for each token, the text that a page shows while the pointer is on it; (): its value.
     """
 
     title: str
@@ -78,6 +80,8 @@ class Passage:
     values: np.ndarray
     unit: str
     high: float
+    legend: str = ""
+    hints: tuple[str, ...] = ()
 
 
 Panel = Heatmaps | Lines | Table | Passage
@@ -164,7 +168,7 @@ def describe(panel: Panel) -> str:
         return f"{len(panel.labels)} curves of {panel.y_label} over {span}: {'; '.join(ends)}."
     if isinstance(panel, Table):
         return f"A table of {len(panel.rows)} rows: {panel.title}."
-    return f"A text of {len(panel.tokens)} tokens, coloured by {panel.unit}: {panel.title}."
+    return f"A text of {len(panel.tokens)} tokens, coloured by {panel.unit or 'token'}: {panel.title}."
 
 
 def _has_values(panel: Heatmaps) -> bool:

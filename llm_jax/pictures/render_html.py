@@ -98,7 +98,7 @@ def _lines(panel: Lines) -> str:
 def _table(panel: Table) -> str:
     def cell(tag: str, value: Any) -> str:
         if isinstance(value, str):
-            return f"<{tag}>{html.escape(value)}</{tag}>"
+            return f"<{tag}>{html.escape(value.replace(chr(10), '↵'))}</{tag}>"
         return f'<{tag} class="number">{number(value)}</{tag}>'
 
     head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in panel.columns)
@@ -108,14 +108,15 @@ def _table(panel: Table) -> str:
 
 def _passage(panel: Passage) -> str:
     spans = []
-    for token, value in zip(panel.tokens, map(float, panel.values), strict=True):
+    values = [float(value) for value in panel.values]
+    hints = panel.hints or ["no value" if np.isnan(value) else f"{number(value)} {panel.unit}" for value in values]
+    for token, value, title in zip(panel.tokens, values, hints, strict=True):
         text = html.escape(token).replace("\n", "↵\n")
         color = f"rgb({' '.join(map(str, colours.hue(value)))} / {colours.opacity(value, panel.high):.2f})"
-        title = "no value" if np.isnan(value) else f"{number(value)} {panel.unit}"
         spans.append(f'<span title="{html.escape(title)}" style="background:{color}">{text}</span>')
     strongest = f"rgb({' '.join(map(str, colours.SURPRISE))} / {colours.opacity(panel.high, panel.high):.2f})"
     legend = f'<span style="background:{strongest}">&nbsp;{number(float(panel.high))}&nbsp;</span> '
-    legend += f"{html.escape(panel.unit)} or more"
+    legend = html.escape(panel.legend) or f"{legend}{html.escape(panel.unit)} or more"
     text = f'<p class="passage">{"".join(spans)}</p>'
     return (
         f'<figure role="group" aria-label="{html.escape(describe(panel))}">{text}<p class="scale">{legend}</p></figure>'

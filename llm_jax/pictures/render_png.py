@@ -164,7 +164,7 @@ def _passage(panel: Passage, axis: Any) -> None:
         color = (*(c / 255 for c in colours.hue(value)), colours.opacity(value, panel.high))
         axis.add_patch(Rectangle((column, line + 0.08), len(text), 0.84, color=color, lw=0))
         axis.text(column, line + 0.5, _plain(text), family="monospace", fontsize=9, va="center")
-    legend = f"strongest colour: {number(float(panel.high))} {panel.unit} or more"
+    legend = panel.legend or f"strongest colour: {number(float(panel.high))} {panel.unit} or more"
     axis.text(0, places[-1][1] + 1.8 if places else 1, legend, fontsize=8, va="center")
 
 

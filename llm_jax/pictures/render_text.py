@@ -83,8 +83,8 @@ def _passage(panel: Passage, color: bool) -> list[str]:
     if not color:
         return _aligned((panel.unit, "token"), [(float(value), repr(token)) for token, value in pairs])
     text = "".join(f"{_background(float(value), panel.high)}{_visible(token)}{_END}" for token, value in pairs)
-    strongest = f"{_background(panel.high, panel.high)} {number(float(panel.high))} {_END}"
-    return [text.replace("↵", "↵\n"), f"{strongest} {panel.unit} or more"]
+    strongest = f"{_background(panel.high, panel.high)} {number(float(panel.high))} {_END} {panel.unit} or more"
+    return [text.replace("↵", "↵\n"), panel.legend or strongest]
 
 
 def _background(value: float, high: float) -> str:

@@ -1,6 +1,6 @@
 """Text with its tokens told apart: coloured on a terminal, between bars elsewhere."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from llm_jax.tokenizers.base import Tokenizer
 from llm_jax.tokenizers.byte import utf8
@@ -14,17 +14,25 @@ def painted(text: str, tokenizer: Tokenizer, colour: bool) -> str:
 
     A token that stands for a part of a character is shown by its bytes.
     """
-    whole, parts, last = utf8(text), [], 0
-    for k, (index, (begin, end)) in enumerate(zip(tokenizer.encode(text), tokenizer.spans(text), strict=True)):
-        begin = max(begin, last)
-        between, own = _shown(whole[last:begin]), _shown(whole[begin:end]) or _shown(tokenizer.piece(index).encode())
+    pieces, last = [], 0
+    for k, (between, own, index, (_, end)) in enumerate(parts(text, tokenizer)):
         if colour:
             start = _RED if index == tokenizer.unk else f"\x1b[{_COLOURS[k % len(_COLOURS)]}m"
-            parts.append(between + start + own + _END)
+            pieces.append(between + start + own + _END)
         else:
-            parts.append(between + "|" + (f"[{own}]" if index == tokenizer.unk else own))
+            pieces.append(between + "|" + (f"[{own}]" if index == tokenizer.unk else own))
         last = max(last, end)
-    return "".join(parts) + ("" if colour else "|") + _shown(whole[last:])
+    return "".join(pieces) + ("" if colour else "|") + _shown(utf8(text)[last:])
+
+
+def parts(text: str, tokenizer: Tokenizer) -> Iterator[tuple[str, str, int, tuple[int, int]]]:
+    """For each token: (text before it that belongs to no token, its text, its id, its span of bytes)."""
+    whole, last = utf8(text), 0
+    for index, (begin, end) in zip(tokenizer.encode(text), tokenizer.spans(text), strict=True):
+        begin = max(begin, last)
+        own = _shown(whole[begin:end]) or _shown(tokenizer.piece(index).encode())
+        yield _shown(whole[last:begin]), own, index, (begin, end)
+        last = max(last, end)
 
 
 def table(text: str, tokenizer: Tokenizer) -> list[str]:

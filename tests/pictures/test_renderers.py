@@ -92,11 +92,24 @@ def test_images_are_as_high_as_their_panels(tmp_path):
         result.save(tmp_path / "a.pdf")
 
 
-def test_commands_print_or_write(trained, tmp_path):
+def test_commands_print_or_write(trained, tmp_path, text_file, cache):
     page, image = tmp_path / "a.html", tmp_path / "a.png"
     done = call("show", "positions", f"--html={page}", f"--png={image}", "--config.model.position.kind=alibi")
     assert done.stdout == f"wrote {page}\nwrote {image}\n" and "Positions: alibi" in page.read_text()
     model = f"--checkpoint={trained}"
+    flags = ("--tokenizer=byte", "--text=né", "--ids", f"--html={page}")
+    assert call("show", "tokens", *flags).stdout == f"wrote {page}\n"
+    text = page.read_text()
+    assert 'title="id 198, bytes 1-2"' in text
+    assert "<td>0-1</td>" in text and "colours alternate" in text
+    rows = (
+        "--config=tests/tiny.py",
+        f"--config.data.source={text_file}",
+        f"--config.data.cache_dir={cache}",
+        "--rows=1",
+    )
+    assert call("show", "rows", *rows, f"--html={page}").returncode == 0
+    assert page.read_text().count(", counts") == 32 and "32 targets count" in page.read_text()
     printed = {
         "attention": (f"--text={TEXT}", "--layer=0", "--head=1"),
         "embeddings": ("--word=token", f"--text={TEXT}"),
