@@ -110,7 +110,7 @@ def test_a_7b_step_gathers_14_matrices_per_layer(name, rows, length, gathered):
     topology = topologies.parse(name)
     changes = {"train.batch_size": rows * topology.chips, "train.seq_len": length}
     report = planning.plan(configuration.load("llama2_7b", changes), topology)
-    moved = {kind: 0.0 for kind in ("all-gather", "all-reduce", "reduce-scatter", "collective-permute")}
+    moved = dict.fromkeys(("all-gather", "all-reduce", "reduce-scatter", "collective-permute"), 0.0)
     for row in report["collectives"]:
         moved[row["kind"]] = moved.get(row["kind"], 0.0) + row["bytes"] / GIB
     assert moved["all-gather"] + moved["collective-permute"] <= gathered
