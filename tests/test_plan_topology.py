@@ -98,3 +98,21 @@ def test_the_search_ranks_what_fits(monkeypatch):
     small = dataclasses.replace(topology, shape=(1, 1))
     with pytest.raises(UserError, match="no mesh, remat and batch fits v5e:1x1"):
         plan_search.search(config, small, 6, lines.append)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_libtpu, reason="libtpu is not installed (pip install 'llm_jax[plan]')")
+@pytest.mark.parametrize(
+    ("name", "rows", "length", "gathered"),
+    [("v5e:16x16", 4, 2048, 24.4), ("v5p:4x4x4", 4, 4096, 24.4)],
+)
+def test_a_7b_step_gathers_14_matrices_per_layer(name, rows, length, gathered):
+    topology = topologies.parse(name)
+    changes = {"train.batch_size": rows * topology.chips, "train.seq_len": length}
+    report = planning.plan(configuration.load("llama2_7b", changes), topology)
+    moved = dict.fromkeys(("all-gather", "all-reduce", "reduce-scatter", "collective-permute"), 0.0)
+    for row in report["collectives"]:
+        moved[row["kind"]] = moved.get(row["kind"], 0.0) + row["bytes"] / GIB
+    assert moved["all-gather"] + moved["collective-permute"] <= gathered
+    assert moved["all-reduce"] + moved["reduce-scatter"] <= 12.32
+    assert report["memory"]["peak"] < report["memory"]["capacity"]
