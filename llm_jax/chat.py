@@ -46,6 +46,7 @@ class Conversation:
       limit: number of tokens that fit in the context.
       system: the system message, or "".
       messages: those of user and assistant in turn.
+      prefix: `decoding.prefix.Prefix`, the cache of the last answer, of which the next one reuses the common prefix.
       seed: seed of the first answer; answer i uses seed + i.
       ends: texts that end an answer besides the stop strings of the user.
     """
@@ -56,6 +57,7 @@ class Conversation:
     seed: int
     ends: tuple[str, ...] = ()
     messages: list[dict[str, str]] = dataclasses.field(default_factory=list)
+    prefix: Any = None
 
     def ids(self, *new: dict[str, str]) -> list[int]:
         """The token ids of the conversation with `new` messages."""
@@ -123,6 +125,7 @@ def encoder(tokenizer: Any, plain: bool, checkpoint: str) -> Callable[[list[dict
 def main(f: cli.Flags) -> None:
     status.show(f"loading {f.checkpoint}")
     from llm_jax import checkpoints, tokenizers
+    from llm_jax.decoding.prefix import Prefix
     from llm_jax.model import positions
 
     options = decoding_flags.read(f)
@@ -137,7 +140,7 @@ def main(f: cli.Flags) -> None:
     bounds = [n for n in (options.context, positions.make(config).max_length()) if n]
     limit = min(bounds, default=config.position.max_length)
     ends = (_TURN_OF_USER,) if f.plain else ()
-    conversation = Conversation(encode, limit, f.system, options.seed, ends)
+    conversation = Conversation(encode, limit, f.system, options.seed, ends, prefix=Prefix())
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if interactive:
         print(f"{f.checkpoint}: type a message; /help lists commands, Ctrl-C ends an answer, Ctrl-D the program")
@@ -181,7 +184,14 @@ def answer(conversation: Conversation, loaded: Any, text: str, options: Any) -> 
 
     with _recorded_interrupt() as interrupted:
         ((completion,),) = complete.complete(
-            loaded.model, loaded.params, loaded.tokenizer, [ids], options, show=show, cancel=lambda: bool(interrupted)
+            loaded.model,
+            loaded.params,
+            loaded.tokenizer,
+            [ids],
+            options,
+            show=show,
+            cancel=lambda: bool(interrupted),
+            prefix=conversation.prefix,
         )
     status.show("")
     print(flush=True)

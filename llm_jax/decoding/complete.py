@@ -8,6 +8,7 @@ from llm_jax import tokenizers, weights
 from llm_jax.decoding import beam, contrastive, loop, speculative, stops
 from llm_jax.decoding.loop import Generated
 from llm_jax.decoding.options import PROMPT, DecodingOptions
+from llm_jax.decoding.prefix import Prefix
 from llm_jax.errors import UserError
 from llm_jax.model import positions
 from llm_jax.model.transformer import Transformer
@@ -41,6 +42,7 @@ def complete(
     draft: tuple[Transformer, Any] | None = None,
     show: Callable[[int, str], None] | None = None,
     cancel: Callable[[], Any] | None = None,
+    prefix: Prefix | None = None,
 ) -> list[list[Completion]]:
     """`options.n` continuations of every prompt; beams best first.
 
@@ -51,6 +53,8 @@ def complete(
       show: called with (row, text) when more text of a row is certain; row i * n + j is continuation j of prompt i.
         The texts of a row, joined, are the text of its completion.
       cancel: with `show`: called after every token; a true value ends the texts where they are.
+      prefix: for one continuation of one prompt: the cache of the request before, whose first tokens are not prefilled
+        again, and after this request that of this one. Methods that do not draw token by token ignore it.
 
     Raises:
       UserError: options that are out of range, contradict each other, or cannot be met.
@@ -96,9 +100,8 @@ def complete(
                 model, params, rows, options.sampler(), draft, options.draft_tokens, **common
             )
         else:
-            generated = loop.generate(
-                model, params, rows, options.sampler(all_filters=True), alternatives=options.alternatives, **common
-            )
+            common |= {"alternatives": options.alternatives, "prefix": prefix}
+            generated = loop.generate(model, params, rows, options.sampler(all_filters=True), **common)
     flat = [
         Completion(stops.cut(decode.text(row.ids), options.stop), row)
         for decode, row in zip(detokenizers, generated, strict=True)

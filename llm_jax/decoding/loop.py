@@ -10,7 +10,7 @@ positions.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,9 @@ from llm_jax.errors import UserError
 from llm_jax.model.attention import KVCache, Tokens
 from llm_jax.model.transformer import Transformer, check_length, init_cache
 from llm_jax.parallel import mesh as mesh_lib
+
+if TYPE_CHECKING:
+    from llm_jax.decoding.prefix import Prefix
 
 # Letters of shapes: B batch, P padded prompt, S cache slots, N new tokens, A alternatives, D width, V vocabulary.
 
@@ -120,6 +123,7 @@ def generate(
     alternatives: int = 0,
     stop: StopFn | None = None,
     watch: Callable[[list[Generated]], Any] | None = None,
+    prefix: "Prefix | None" = None,
 ) -> list[Generated]:
     """Continues every prompt.
 
@@ -133,6 +137,7 @@ def generate(
       alternatives: how many of the most likely tokens to record at each step.
       stop: called with the generated ids of each row; see `StopFn`.
       watch: called with the rows so far after every token; a true value ends the rows where they are.
+      prefix: `prefix.Prefix`, for one prompt: the cache of the request before, and after this one that of this one.
 
     Raises:
       UserError: an empty prompt, an id outside the vocabulary, max_new_tokens below 1, or a length beyond the
@@ -142,13 +147,18 @@ def generate(
     seeds = list(range(len(prompts))) if seeds is None else list(seeds)
     check(model, prompts, max_new_tokens, seeds)
     settings = draw_settings(model, sampler, seeds, eos, vocab_size)
-    state = start(model, params, settings, prompts, max_new_tokens, alternatives)
+    state = (prefix.start if prefix else start)(model, params, settings, prompts, max_new_tokens, alternatives)
 
-    def step(state: DecodingState, until: int) -> DecodingState:
-        # One token needs no loop, whose compilation takes longer than that of the prefill.
-        return advance(model, params, settings, state, jnp.int32(until)) if until > 1 else state
+    def step(current: DecodingState, until: int) -> DecodingState:
+        nonlocal state
+        if until > 1:  # one token needs no loop, which takes longer to compile than the prefill
+            state = advance(model, params, settings, current, jnp.int32(until))
+        return state
 
-    return run(step, state, settings, max_new_tokens, stop, watch)
+    rows = run(step, state, settings, max_new_tokens, stop, watch)
+    if prefix:
+        prefix.keep(state)
+    return rows
 
 
 def run(
@@ -279,12 +289,18 @@ def begin(
 
     For use under `jax.jit`.
     """
-    b, p = prompts_BP.shape
-    x_BPD, cache = prefill(model, params, prompts_BP, lengths, p + room)
-    return x_BPD, DecodingState(
+    x_BPD, cache = prefill(model, params, prompts_BP, lengths, prompts_BP.shape[1] + room)
+    history = History(jnp.pad(prompts_BP, ((0, 0), (0, room))), lengths, lengths)
+    return x_BPD, empty_state(cache, history, last_logits(model, params, x_BPD, lengths), room, alternatives)
+
+
+def empty_state(cache: KVCache, history: History, logits: jax.Array, room: int, alternatives: int) -> DecodingState:
+    """The state before the first of at most `room` tokens, which is drawn from `logits` (B, V)."""
+    b = len(logits)
+    return DecodingState(
         cache,
-        History(jnp.pad(prompts_BP, ((0, 0), (0, room))), lengths, lengths),
-        last_logits(model, params, x_BPD, lengths),
+        history,
+        logits,
         jnp.int32(0),
         jnp.zeros((b, room), jnp.int32),
         jnp.zeros((b, room), jnp.float32),

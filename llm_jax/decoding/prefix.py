@@ -1,0 +1,128 @@
+"""Reuses the cache of keys and values from request to request: only the tokens after the common prefix are prefilled.
+
+    prefix = Prefix()
+    loop.generate(model, params, [first], sampler, max_new_tokens=8, prefix=prefix)
+    loop.generate(model, params, [second], sampler, max_new_tokens=8, prefix=prefix)
+
+In this cache, the slot of a token is its position. A request that shares its first tokens with the one before writes
+the others over those that followed there; slots beyond them are masked.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llm_jax.decoding import compiled, loop
+from llm_jax.decoding.loop import DecodingState, DrawSettings
+from llm_jax.decoding.samplers import History
+from llm_jax.model import positions
+from llm_jax.model.attention import KVCache, Tokens
+from llm_jax.model.transformer import Transformer, init_cache
+
+# Letters of shapes: B batch, here 1; P padded new tokens, S cache slots.
+
+
+class Prefix:
+    """The tokens of one row whose keys and values are cached, for requests to the same model that begin as it does.
+
+    Attributes:
+      reused: number of tokens of the last prompt that were in the cache.
+      prefilled: number of the others.
+    """
+
+    def __init__(self) -> None:
+        self.reused = self.prefilled = 0
+        self._state: DecodingState | None = None
+
+    def start(
+        self,
+        model: Transformer,
+        params: Any,
+        settings: DrawSettings,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        alternatives: int = 0,
+    ) -> DecodingState:
+        """As `loop.start`, for one prompt. The last token of the prompt is computed in any case, for its logits."""
+        (prompt,) = prompts
+        state, self._state = self._state, None  # `_extend` donates its cache
+        cached = cached_ids(state) if state else []
+        common = common_length(cached, prompt[:-1])
+        if positions.make(model.config).changes_keys(jnp.asarray(len(cached)), jnp.asarray(common)):
+            common = 0  # the keys were computed with the frequencies of a longer text
+        new_BP, _ = loop.padded([prompt[common:]])
+        end, room = common + new_BP.shape[1], loop.bucket(max_new_tokens)
+        if state is None:
+            # Copies, as no two donated arrays may be the same.
+            cache = jax.tree.map(jnp.copy, init_cache(model.config, 1, loop.bucket(end) + room))
+        elif state.cache.tokens.positions.shape[1] < end + room:
+            cache = resized(state.cache, loop.bucket(end) + room)
+        else:
+            cache = state.cache
+        history = np.zeros(cache.tokens.positions.shape, np.int32)
+        history[0, : len(prompt)] = prompt
+        self.reused, self.prefilled = common, len(prompt) - common
+        count = np.int32(self.prefilled)
+        return _extend(model, room, alternatives, params, settings, cache, history, np.int32(common), new_BP, count)
+
+    def keep(self, state: DecodingState) -> None:
+        """Keeps the state after the last token, for the next request, which takes over the memory of its cache."""
+        self._state = state
+
+
+def cached_ids(state: DecodingState) -> list[int]:
+    """The token ids whose keys and values are in the cache of a state of `Prefix.start`."""
+    return np.asarray(state.history.ids)[0, : int(state.cache.index)].tolist()
+
+
+def common_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """The number of first elements that are equal."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def resized(cache: KVCache, slots: int) -> KVCache:
+    """The cache with empty slots up to a number of `slots`."""
+
+    def pad(array: jax.Array) -> jax.Array:
+        return jnp.pad(array, [(0, 0), (0, slots - array.shape[1]), *[(0, 0)] * (array.ndim - 2)])
+
+    return KVCache(jax.tree.map(pad, cache.tokens), cache.index, jax.tree.map(pad, cache.layers))
+
+
+@compiled.jit(static=(0, 1), donate=(4,))
+def _extend(
+    model: Transformer,
+    room: int,
+    alternatives: int,
+    params: Any,
+    settings: DrawSettings,
+    cache: KVCache,
+    history_BS: jax.Array,
+    common: jax.Array,
+    new_BP: jax.Array,
+    count: jax.Array,
+) -> DecodingState:
+    """Prefills tokens after the first `common` ones of the cache, and draws a token.
+
+    Args:
+      room: number of tokens that can be drawn.
+      cache: of one row; its slots are positions.
+      history_BS: int32 (1, S), the whole prompt, padded.
+      common: int32 (), how many tokens of the cache are those of the prompt.
+      new_BP: int32 (1, P), the tokens of the prompt after them, padded.
+      count: int32 (), their number.
+    """
+    length = common + count
+    kept = jnp.arange(cache.tokens.positions.shape[1]) < common
+    slots = dataclasses.replace(cache.tokens, segments=jnp.where(kept, cache.tokens.segments, 0))
+    index_BP = common + jnp.arange(new_BP.shape[1], dtype=jnp.int32)[None]
+    tokens = Tokens(jnp.minimum(index_BP, length - 1), (index_BP < length).astype(jnp.int32))
+    x_BPD, cache = loop.apply(model, params, new_BP, tokens, KVCache(slots, common, cache.layers), method="features")
+    logits = loop.last_logits(model, params, x_BPD, count[None])
+    cache = dataclasses.replace(cache, index=length)  # the next token is written over the padding
+    history = History(history_BS, length[None], length[None])
+    return loop.draw_token(loop.empty_state(cache, history, logits, room, alternatives), settings)
