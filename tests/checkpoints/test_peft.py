@@ -175,6 +175,13 @@ def test_what_is_not_known_is_refused_in_one_line(bases, tmp_path, monkeypatch, 
     assert "\n" not in str(error.value) and "cannot be read" not in str(error.value)
 
 
+def test_errors_of_an_adapter_config_do_not_blame_the_base(bases, tmp_path):
+    checkpoint = opened(bases, written(tmp_path / "a", "plain", bias="some"))
+    with pytest.raises(UserError, match="bias='some' is unknown") as error:
+        _ = checkpoint.config
+    assert str(error.value).startswith(f"{checkpoint.path / peft_config.CONFIG}: bias=")
+
+
 def test_plain_patterns_match_the_end_of_a_name_as_in_peft(tmp_path):
     """Patterns without groups, which are matched in this process."""
     patterns = {
