@@ -185,7 +185,7 @@ def test_errors_of_an_adapter_config_do_not_blame_the_base(bases, tmp_path):
 def test_plain_patterns_match_the_end_of_a_name_as_in_peft(tmp_path):
     """Patterns without groups, which are matched in this process."""
     patterns = {
-        r"^model\.layers\.\d+\.self_attn\.q_proj": 2,
+        r"^model\.layers\.\d\d\.self_attn\.q_proj": 2,
         r"layers\.\d\.mlp\.up_proj": 3,
         "l.yers.12.mlp.up_proj": 5,
     }
