@@ -279,6 +279,8 @@ def metadata(arch: str, json_config: Mapping[str, Any], config: ModelConfig) -> 
     result = {
         f"{arch}.{key}": json_config[hf_key] for key, hf_key in a.keys.items() if json_config.get(hf_key) is not None
     }
+    # llama.cpp takes floats for them, and config.json has integers where they are whole.
+    result |= {key: float(value) for key, value in result.items() if key.endswith(("_scale", ".scale"))}
     result |= {f"{arch}.feed_forward_length": config.mlp_dim, f"{arch}.vocab_size": config.vocab_size}
     if a.encoder:
         result |= {f"{arch}.attention.causal": False, "tokenizer.ggml.token_type_count": config.type_vocab_size}

@@ -101,6 +101,16 @@ def test_what_an_architecture_cannot_say_is_not_written(vocabulary, tmp_path, ar
     assert list(tmp_path.iterdir()) == []
 
 
+def test_scales_are_floats_where_they_are_whole(vocabulary, tmp_path):
+    """llama.cpp refuses integers."""
+    config, params = small("granite", vocabulary.vocab_size)
+    gguf_model.save(tmp_path / "m.gguf", config, params, vocabulary, "F32")
+    metadata = gguf.read(tmp_path / "m.gguf").metadata
+    scales = {key: metadata[f"granite.{key}"] for key in ("embedding_scale", "logit_scale", "attention.scale")}
+    assert scales == {"embedding_scale": 6.0, "logit_scale": 4.0, "attention.scale": 0.25}
+    assert all(isinstance(scale, float) for scale in scales.values())
+
+
 def test_windows_by_layer_are_read(vocabulary, tmp_path):
     config, params = small("gemma3", vocabulary.vocab_size, num_layers=3, layer_pattern=("local", "local", "global"))
     gguf_model.save(tmp_path / "m.gguf", config, params, vocabulary, "F32")

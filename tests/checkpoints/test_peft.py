@@ -175,6 +175,32 @@ def test_what_is_not_known_is_refused_in_one_line(bases, tmp_path, monkeypatch, 
     assert "\n" not in str(error.value) and "cannot be read" not in str(error.value)
 
 
+def test_errors_of_an_adapter_config_do_not_blame_the_base(bases, tmp_path):
+    checkpoint = opened(bases, written(tmp_path / "a", "plain", bias="some"))
+    with pytest.raises(UserError, match="bias='some' is unknown") as error:
+        _ = checkpoint.config
+    assert str(error.value).startswith(f"{checkpoint.path / peft_config.CONFIG}: bias=")
+
+
+def test_plain_patterns_match_the_end_of_a_name_as_in_peft(tmp_path):
+    """Patterns without groups, which are matched in this process."""
+    patterns = {
+        r"^model\.layers\.\d\d\.self_attn\.q_proj": 2,
+        r"layers\.\d\.mlp\.up_proj": 3,
+        "l.yers.12.mlp.up_proj": 5,
+    }
+    values = {
+        "model.layers.10.self_attn.q_proj": 2,
+        "encoder.model.layers.1.self_attn.q_proj": 8,
+        "model.layers.1.mlp.up_proj": 3,
+        "model.layers.12.mlp.up_proj": 5,
+        "model.layers.1.mlp.up_proj.more": 8,
+        "model.xlayers.1.mlp.up_proj": 8,
+    }
+    config = {"r": 8, "rank_pattern": patterns}
+    assert peft_config.pattern_values(tmp_path, config, "rank_pattern", list(values)) == list(values.values())
+
+
 def test_keys_that_change_no_computation_are_accepted(bases, tmp_path):
     _, kind, model, params = bases["llama"]
     harmless = dict.fromkeys(peft_config._HARMLESS, "value") | {"new_feature": None, "other": False, "third": {}}
