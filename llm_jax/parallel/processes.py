@@ -243,6 +243,7 @@ def check_equal(values: dict[str, Any], what: str) -> None:
         if values.get(key) != value:
             own = values.get(key)
             raise UserError(f"{what} differs between processes: {key} is {own!r} here and {value!r} in process 0")
+    barrier("equal")  # process 0 does not go on before all have compared
 
 
 def check_shared(directory: pathlib.Path, flag: str) -> None:

@@ -1,11 +1,14 @@
 import json
 
+import pytest
+
 import llm_jax
 from llm_jax import checkpoints
 from tests.checkpoints.power_loss import Recorder
 from tests.conftest import ROOT
 
 
+@pytest.mark.slow
 def test_after_a_power_failure_at_any_moment_every_checkpoint_is_whole(text_file, cache, tmp_path):
     changes = {"data.source": str(text_file), "data.cache_dir": str(cache), "checkpoint.every": 3}
     config = llm_jax.config(ROOT / "tests" / "tiny.py", changes)

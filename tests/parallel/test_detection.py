@@ -18,7 +18,7 @@ CASES = {
     "slurm": (SLURM, ("node003:61444", 4, 2, [0])),
     "one task of slurm": (SLURM | {"SLURM_NTASKS": "1"}, None),
     "a batch script without srun": ({"SLURM_JOB_ID": "4100", "SLURM_NTASKS": "4"}, None),
-    "open mpi": (OPEN_MPI, ("10.96.0.1:64838", 2, 1, [1])),
+    "open mpi": (OPEN_MPI, ("10.96.0.1:62624", 2, 1, [1])),
     "another port": (SLURM | {"JAX_COORDINATOR_PORT": "77"}, ("node003:77", 4, 2, [0])),
     "a notebook in kubernetes": ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),
 }

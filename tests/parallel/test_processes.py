@@ -127,6 +127,7 @@ def test_part_of_a_batch_is_held_out_and_answers_are_counted(run, tmp_path):
     rows = [{"text": f"{word} {i}", "label": word} for i in range(40) for word in ("good", "bad")]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     flags = (f"--config.data.source={tmp_path / 'data.jsonl'}", "--config.data.kind=labelled", "--config.eval.rows=5")
+    flags = (*flags, "--config.train.seq_len=128")
     for count in (1, 2):
         run(count, tmp_path / str(count), *flags)
     assert_same_losses(tmp_path / "1", tmp_path / "2")
@@ -198,6 +199,7 @@ def test_a_run_goes_on_with_another_number_of_processes_and_another_mesh(run, tr
 def test_a_signal_to_one_process(launch, run, tmp_path, index, number):
     """SIGTERM: all save the same step. SIGKILL: the others end. The restart goes on bit for bit."""
     workdir, flags = tmp_path / "run", ("--config.train.steps=400", "--config.checkpoint.every=25")
+    flags = (*flags, "--config.eval.every=0")  # a step at which a run is stopped is not evaluated
     launcher = launch(2, workdir, *flags)
     wait_for_step(launcher, workdir, 40)
     os.kill(process_ids(workdir)[index], number)
