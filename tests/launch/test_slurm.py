@@ -43,6 +43,13 @@ def state(slurm, job: str) -> str:
     return " ".join(sorted(set(re.findall(r"JobState=(\w+)", done.stdout))))
 
 
+def ended(slurm, job: str) -> str:
+    """The state of a job, which must not be one of failure."""
+    current = state(slurm, job)
+    assert not {"FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"} & set(current.split()), current
+    return current
+
+
 def wait_for(condition, seconds: float, context) -> None:
     until = time.monotonic() + seconds
     while not condition():
@@ -78,8 +85,9 @@ def test_a_job_of_two_processes_that_loses_one_is_queued_again_and_ends(slurm, t
     assert len(processes) == 2, found.stdout
     os.kill(processes[-1], signal.SIGKILL)
     wait_for(lambda: state(slurm, job) == "PENDING", 90, logs_of(logs))
+    time.sleep(3.0)  # Slurm itself waits two minutes; within a second, the node refuses a job that it has just ended
     subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], env=slurm, check=True)
-    wait_for(lambda: state(slurm, job) == "COMPLETED", 400, logs_of(logs))
+    wait_for(lambda: ended(slurm, job) == "COMPLETED", 400, logs_of(logs))
     assert "resuming from" in logs_of(logs)()
     assert json.loads((workdir / "summary.json").read_text())["steps"] == 400
     assert sorted(set(steps(workdir))) == list(range(1, 401))
@@ -103,6 +111,6 @@ def test_an_array_divides_the_points_of_a_sweep(slurm, tmp_path, text_file, cach
         "--grid=train.seed=0..3",
     ]
     job = submit(slurm, logs, "--array=2", *sweep)
-    wait_for(lambda: state(slurm, job) == "COMPLETED", 400, logs_of(logs))
+    wait_for(lambda: ended(slurm, job) == "COMPLETED", 400, logs_of(logs))
     assert len(list(output.glob("*/summary.json"))) == 4
     assert len(list(logs.glob("*.log"))) == 2
