@@ -165,7 +165,7 @@ def get_config() -> ConfigDict:
             "eval": {
                 "every": 100,
                 "rows": 64,
-                "final_rows": 0,
+                "final_rows": -1,
                 "prompts": ("def ", "import os\n\nclass "),
                 "max_new_tokens": 64,
                 "tasks": (),

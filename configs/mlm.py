@@ -24,6 +24,6 @@ def get_config() -> ConfigDict:
     config.model.position.update({"kind": "learned", "max_length": 512})
     config.train.update({"steps": 1000, "batch_size": 16, "seq_len": 128, "loss_chunk": 32})
     config.optim.update({"lr": 1e-3, "warmup_steps": 100, "schedule": "linear", "weight_decay": 0.01, "beta2": 0.999})
-    config.eval.update({"every": 250, "rows": 128, "prompts": ()})
+    config.eval.update({"every": 250, "rows": 128, "final_rows": 0, "prompts": ()})
     config.checkpoint.update({"every": 100})
     return config

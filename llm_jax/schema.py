@@ -230,7 +230,8 @@ class LoraConfig:
 class EvalConfig:
     every: CountOrZero  # steps between evaluations; 0: at the end only
     rows: CountOrZero  # held-out sequences per evaluation during training; 0: all
-    final_rows: CountOrZero  # held-out sequences of the last evaluation; 0: all
+    # held-out sequences of the last evaluation; 0: all; -1: eval.rows if that is set, else all
+    final_rows: Annotated[int, (-1, 2**62)]
     # prompts that are continued before and after training; where they are not set and data.source is not the default,
     # the first words of held-out documents
     prompts: tuple[str, ...]

@@ -17,6 +17,6 @@ def get_config() -> ConfigDict:
     config.model.update({"width": 64, "num_layers": 2, "mlp_dim": 128})
     config.optim.update({"warmup_steps": 5})
     config.train.update({"steps": 60, "batch_size": 8, "seq_len": 64})
-    config.eval.update({"every": 20, "rows": 8, "prompts": ()})
+    config.eval.update({"every": 20, "rows": 8, "final_rows": 0, "prompts": ()})
     config.checkpoint.update({"every": 5, "keep_last": 2, "keep_best": 0})
     return config

@@ -274,7 +274,7 @@ def not_comparable(group: Group, baseline: Group, name: str) -> str:
     else:
         texts = [run.config["data.source"] for run in runs]
     # A number of rows is another part of the text where the rows have another length.
-    keys = [*_HELD_OUT, *(["train.seq_len"] if any(run.config["eval.final_rows"] for run in runs) else [])]
+    keys = [*_HELD_OUT, *(["train.seq_len"] if any(run.config["eval.final_rows"] > 0 for run in runs) else [])]
     if texts[0] != texts[1] or any(runs[0].config[key] != runs[1].config[key] for key in keys):
         return "other text"
     if name != BITS and any(runs[0].config[key] != runs[1].config[key] for key in _TOKENIZER):

@@ -39,12 +39,12 @@ class Evaluator:
         return processes.local_copy(self._unstack(state.model, state.frozen))
 
     def final_note(self) -> str:
-        """A line that says how many held-out rows the last evaluation counts, where that is not obvious, or ""."""
+        """A line that says how many held-out rows the last evaluation counts, or "" where all evaluations count all."""
         rows, config = self._data.held_out, self._setup.config.eval
         if rows is None:
             return ""
         count, during = (min(limit or len(rows), len(rows)) for limit in (config.final_rows, config.rows))
-        if count == during:
+        if count == during == len(rows):
             return ""
         return f"last evaluation: {count:,} of {len(rows):,} held-out rows (eval.final_rows={config.final_rows})"
 

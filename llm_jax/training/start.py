@@ -88,6 +88,9 @@ def find(config: Config, workdir: pathlib.Path | None = None) -> Start:
     if config.optim.warmup_steps < 0:
         steps = recorded.optim.warmup_steps if recorded else optim.warmup_steps(config.optim, config.train.steps)
         config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, warmup_steps=steps))
+    if config.eval.final_rows < 0:
+        rows = config.eval.rows if "eval.rows" in config.explicit else 0
+        config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, final_rows=rows))
     if recorded and workdir:
         _refuse_another_run(workdir, recorded, config)
     start = Start(config, origin, saved, record, recorded, damaged)

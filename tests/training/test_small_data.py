@@ -148,14 +148,21 @@ def test_headers_of_compressed_formats_do_not_count(tmp_path):
 
 
 def test_the_last_evaluation_has_its_own_number_of_rows(config_of):
-    """A line says how many rows it has, unless it has as many as those before it."""
+    """A line says how many rows it has, unless all evaluations have all; without one of its own, it has eval.rows."""
     changes = {"data__validation_fraction": 0.4, "train__seq_len": 32}
 
     def evaluator(rows, final):
         prepared = trainer.prepare(config_of("lines", **changes, eval__rows=rows, eval__final_rows=final))
         return prepared, trainer.Evaluator(prepared.setup, prepared.inputs, {})
 
-    for rows, final, message in ((0, 0, ""), (1, 0, "(eval.final_rows=0)"), (99, 0, ""), (2, 2, ""), (0, 2, ": 2 of")):
+    for rows, final, message in (
+        (0, 0, ""),
+        (1, 0, "(eval.final_rows=0)"),
+        (99, 0, ""),
+        (2, 2, ": 2 of"),
+        (0, 2, ": 2 of"),
+        (2, -1, ": 2 of"),
+    ):
         note = evaluator(rows, final)[1].final_note()
         assert message in note and bool(message) == bool(note)
     prepared, few = evaluator(1, 3)
