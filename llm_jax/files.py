@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import pathlib
+import re
 import secrets
 import shutil
 import socket
@@ -35,6 +36,7 @@ def new_file(path: pathlib.Path, *, source: str = "", durable: bool = False) -> 
     Raises:
       UserError: the file cannot be written.
     """
+    check_local(path)
     partial = path.with_name(f"{PARTIAL}{secrets.token_hex(8)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,8 +140,15 @@ def cache_directory() -> pathlib.Path:
     return pathlib.Path(os.environ.get("LLM_JAX_CACHE", "~/.cache/llm_jax")).expanduser()
 
 
+def check_local(path: pathlib.Path) -> None:
+    """Raises UserError for an address such as gs://bucket/run, which would become a directory of that name."""
+    if re.match(r"[a-zA-Z][\w+.-]+:/", str(path)):
+        raise UserError(f"{path}: an address cannot be written to; give a directory, such as one of a mounted bucket")
+
+
 def make_directory(directory: pathlib.Path) -> None:
     """Creates a directory with its parents. Raises UserError if that fails or the directory is not writable."""
+    check_local(directory)
     try:
         missing = [path for path in (directory, *directory.parents) if not path.exists()]
         directory.mkdir(parents=True, exist_ok=True)

@@ -29,13 +29,14 @@ def _flags(processes: bool = True) -> cli.Flags:
     flags.multi_string("command", None, "the command and its flags; written after --")
     flags.string("name", "llm-jax", "name of the job: lower-case letters, digits and hyphens")
     if processes:
-        flags.integer("max_restarts", 20, "how often the job is started again after it was stopped from outside")
+        meaning = "how often the job is started again after it was stopped from outside"
+        flags.integer("max_restarts", 20, meaning, lower_bound=0)
     return flags
 
 
 SLURM = _flags()
 SLURM.integer("nodes", 1, "machines", lower_bound=1)
-SLURM.integer("tasks_per_node", 1, "processes of each machine; with GPUs one for each", lower_bound=1)
+SLURM.integer("tasks_per_node", 1, "processes of each machine; one for each GPU", lower_bound=1)
 SLURM.integer("cpus_per_task", 0, "CPU cores of each process; 0: the default of the cluster")
 SLURM.integer("gpus_per_node", 0, "GPUs of each machine")
 SLURM.string("time", "", "time limit such as 2-00:00:00; the run saves two minutes before it and is queued again")
@@ -64,6 +65,14 @@ def slurm(f: cli.Flags) -> int:
     command = _checked(f)
     if f.array and f.nodes * f.tasks_per_node > 1:
         raise UserError("--array starts copies of one process each; leave out --nodes and --tasks_per_node")
+    if f.array and f.command[0] != "sweep":
+        raise UserError(f"--array divides the points of a sweep; {f.command[0]} would do the same in every copy")
+    if f.gpus_per_node not in (0, f.tasks_per_node):
+        raise UserError(
+            f"--gpus_per_node={f.gpus_per_node} --tasks_per_node={f.tasks_per_node}: each process uses one GPU; give "
+            "both the same number"
+        )
+    _refuse_copies(f.command, f.nodes * f.tasks_per_node)
     job = clusters.Slurm(
         name=_name(f),
         nodes=f.nodes,
@@ -86,6 +95,7 @@ def slurm(f: cli.Flags) -> int:
 
 def k8s(f: cli.Flags) -> None:
     command = _checked(f)
+    _refuse_copies(f.command, f.processes * f.slices)
     job = clusters.JobSet(
         name=_name(f),
         image=f.image,
@@ -98,8 +108,7 @@ def k8s(f: cli.Flags) -> None:
     )
     import yaml
 
-    connected = "coordinator_address" in _command(f.command[0]).flags
-    manifest = clusters.jobset(job, ["python", *command], connected)
+    manifest = clusters.jobset(job, ["python", *command], _is_connected(f.command))
     text = yaml.safe_dump(manifest, sort_keys=False, width=1000)
     if not f.output:
         print(text, end="")
@@ -128,8 +137,20 @@ def tpu(f: cli.Flags) -> int:
     return 0
 
 
-def _command(name: str) -> cli.Command:
+def _command(name: str) -> cli.Commands:
     return importlib.import_module(f"llm_jax.{name}").COMMAND
+
+
+def _is_connected(arguments: Sequence[str]) -> bool:
+    """Whether the processes of a command work together on one result."""
+    command, _ = cli.select_subcommand(_command(arguments[0]), arguments[1:])
+    return "coordinator_address" in command.flags
+
+
+def _refuse_copies(arguments: Sequence[str], processes: int) -> None:
+    """Raises UserError where several processes would each do the same work; those of a sweep divide its points."""
+    if processes > 1 and arguments[0] != "sweep" and not _is_connected(arguments):
+        raise UserError(f"{arguments[0]} runs in one process; {processes} would do the same work")
 
 
 def _checked(f: cli.Flags) -> list[str]:
@@ -141,9 +162,10 @@ def _checked(f: cli.Flags) -> list[str]:
     name, *rest = arguments
     values = cli.parse(_command(name), rest)
     if name == "train":
-        from llm_jax.training import trainer
+        from llm_jax.training import checks
 
-        trainer.check(values.config)
+        files.check_local(pathlib.Path(values.workdir))
+        checks.check(values.config)  # neither the devices nor the checkpoints of the cluster are here
     return ["-m", f"llm_jax.{name}", *rest]
 
 

@@ -52,7 +52,8 @@ def test_names_of_topologies(installed):
 def test_without_libtpu_a_line_says_what_to_install(command):
     done = command("plan", "--config=llama2_7b", "--topology=v5e:2x2", code=2)
     assert "pip install 'llm_jax[plan]'" in done.stderr and len(done.stderr.splitlines()) == 1
-    assert "give --topology" in command("plan", "--config=llama2_7b", code=2).stderr
+    both = ("--memory", "--topology=v5e:2x2")
+    assert "give one of them" in command("plan", "--config=llama2_7b", *both, code=2).stderr
     assert "--search has no effect" in command("plan", "--memory", "--search", code=2).stderr
 
 

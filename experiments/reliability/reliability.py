@@ -6,8 +6,9 @@ Every part compares with one undisturbed run of `config.py` with the same number
 prints the table of the README; `--parts` measures some parts anew and keeps the results of the others. The full and the
 read-only disk are a tmpfs of a few MiB; where it cannot be mounted (that takes root), the parts say so.
 
-The rule: nothing is lost if every killed run (R1), and every run whose disk was full (R3), ends with the figures of
-the undisturbed one, no checkpoint is unreadable after a kill, and every damage of a file is detected (R2).
+The rule: nothing is lost if every killed run (R1; R4 with two processes), every run whose disk was full (R3) and every
+run whose disk became read-only (R5) ends with the figures of the undisturbed one, no checkpoint is unreadable after a
+kill, and every damage of a file is detected (R2).
 """
 
 import json

@@ -38,6 +38,8 @@ def unpack(path: pathlib.Path) -> pathlib.Path:
         if not directory.is_dir():
             with zipfile.ZipFile(path) as archive, files.new_directory(directory, exist_ok=True) as partial:
                 _extract(path, archive, partial)
+    except UserError:  # a ValueError too
+        raise
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as error:

@@ -178,7 +178,7 @@ def _note_repeated(arguments: Sequence[str], cls: Any) -> None:
     values of tuples are joined.
     """
     given: dict[str, list[str]] = {}
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
         if match := re.fullmatch(r"--?(no)?(config(?:\.[^=\[]+)?)(?:=(.*))?", argument, re.DOTALL):
             annotation, text = _annotation(match[2], cls), match[3]
             if text is None:

@@ -298,15 +298,18 @@ def entropy(
 ) -> jax.Array:
     """The mean entropy of the attention probabilities in nats, over rows, heads and queries: float32 ().
 
-    Of at most 64 queries, evenly spaced, so that the probabilities of long rows are never formed as a whole.
+    Queries without a key, those of padding, do not count. Of at most 64 queries, evenly spaced, so that the
+    probabilities of long rows are never formed as a whole.
 
     Args:
       q_BTNH, k_BSKH, mask_BTS, bias_BNTS, softcap: as in `attend`.
     """
     queries = slice(0, None, -(-q_BTNH.shape[1] // 64))
     bias = None if bias_BNTS is None else bias_BNTS[:, :, queries]
-    p_BNTS = probabilities(q_BTNH[:, queries], k_BSKH, mask_BTS[:, queries], bias, softcap).astype(jnp.float32)
-    return jnp.mean(jnp.sum(jax.scipy.special.entr(p_BNTS), -1))
+    mask_BTS = mask_BTS[:, queries]
+    p_BNTS = probabilities(q_BTNH[:, queries], k_BSKH, mask_BTS, bias, softcap).astype(jnp.float32)
+    entropy_BNT = jnp.sum(jax.scipy.special.entr(p_BNTS), -1)
+    return jnp.mean(entropy_BNT, where=jnp.broadcast_to(mask_BTS.any(-1)[:, None], entropy_BNT.shape))
 
 
 def _scores(q, k, mask_BTS, bias_BNTS, softcap=0.0):

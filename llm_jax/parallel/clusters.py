@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llm_jax.errors import UserError
 from llm_jax.parallel import rendezvous
 
 PORT = 8476
@@ -30,7 +31,7 @@ class Slurm:
       partition: "": the default one.
       array: 0, or the number of independent copies of the command, which divide the points of a sweep.
       options: further options of sbatch, such as "--account=lab".
-      directory: for the script and the logs; also where the job starts.
+      directory: for the script and the logs.
       max_restarts: how often the job is put into the queue again after an exit code of `RESUMABLE`.
     """
 
@@ -67,6 +68,10 @@ def slurm_script(job: Slurm, command: Sequence[str]) -> str:
         "signal": "TERM@120",
     }
     options = [f"--{name}={value}" for name, value in values.items() if value] + ["--requeue", *job.options]
+    for option in options:
+        if not option.isprintable() or '"' in option:
+            raise UserError(f"{option!r} cannot stand in a batch script")
+    options = [f'"{option}"' if " " in option else option for option in options]
     lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in options)]
     codes = "|".join(map(str, RESUMABLE))
     return (

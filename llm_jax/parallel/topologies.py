@@ -104,6 +104,8 @@ def parse(text: str, slices: int = 1) -> Topology:
             "--topology compiles for a TPU with libtpu, which is not installed: pip install 'llm_jax[plan]', or "
             "'jax[tpu]'"
         )
+    if match[3] and slices not in (1, int(match[3])):
+        raise UserError(f"--topology={text} has {match[3]} slices, --slices={slices}; give one of them")
     return Topology(kind, shape, int(match[3] or slices))
 
 

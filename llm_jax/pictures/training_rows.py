@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_jax import checkpoints
+from llm_jax import checkpoints, tokenizers
 from llm_jax.data import masking, row_text
 from llm_jax.data import rows as rows_lib
 from llm_jax.data.kinds import open_source
@@ -69,12 +69,15 @@ def rows(config: Config, first: int = 0, count: int = 2, held_out: bool = False)
     checkpoint = config.init_from or config.tokenizer.path
     at_most = "tokenizer.vocab_size" not in config.explicit
     tokenizer = checkpoints.load_tokenizer(checkpoint) if checkpoint else source.tokenizer(config.tokenizer, at_most)
+    tokenizer = tokenizers.with_chat_template(tokenizer, config.tokenizer.chat_template)
     corpus = source.corpus(tokenizer)
     data: Any = rows_lib.training(config, corpus)
     if held_out:
         data, _ = rows_lib.held_out(config.data, corpus, config.train.seq_len)
         if data is None:
             raise UserError("--held_out: nothing is held out (data.validation_fraction=0)")
+        if first >= len(data):
+            raise UserError(f"--first={first}: {len(data)} rows are held out, numbered from 0")
         count = min(count, len(data) - first)
     data = masking.hider(config.loss, tokenizer)(data, 0 if held_out else config.train.seed)
     titles, segments_of_rows = [], []

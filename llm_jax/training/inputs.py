@@ -59,6 +59,11 @@ def load(config: Config, start: Start | None = None) -> Inputs:
     config, c = start.config, start.config.train
     own = start.tokenizer if start.checkpoint else None  # a resumed run has its tokenizer, should the path be gone
     t = config.tokenizer
+    if t.chat_template and not t.path and not start.tokenizer:
+        raise UserError(
+            f"tokenizer.chat_template={t.chat_template}: a tokenizer that is trained here has no chat templates; set "
+            "tokenizer.path or init_from"
+        )
     named = vocabulary.named_tokenizer(t.path, own, t.chat_template) if t.path else None
     if named:
         size = dataclasses.replace(config.tokenizer, kind=named.kind, vocab_size=named.vocab_size)

@@ -251,11 +251,13 @@ def open_all(names: tuple[str, ...], workdir: pathlib.Path, config: Mapping[str,
     return Trackers(opened)
 
 
-_ASSIGNED = r"(?i)((?:token|secret|passw(?:or)?d|api_?key|signature|credential)s?[\"']?\s*[=:]\s*[\"']?)[^\s&;,'\")]+"
+_NAME = r"[\w-]*(?:token|secret|passw(?:or)?d|key|sig|signature|credential)s?"
+_ASSIGNED = rf"(?i)(\b{_NAME}[\"']?\s*[=:]\s*)(?:\"[^\"\n]*\"|'[^'\n]*'|[^\s&;,'\")]+)"
 _TOKENS = r"\b(?:hf_|sk-|ghp_|gho_|github_pat_|glpat-|xox[abp]-|AKIA|AIza|ya29\.)[\w.\-]{12,}"
 # What a secret looks like: USER:PASSWORD@ in an address, a name that assigns one, tokens of well-known services.
 _SECRETS = (
-    (re.compile(r"(?<=://)[^/@\s'\"]+(?=@)"), "***"),
+    (re.compile(r"(?<=://)[^@\s'\"]+(?=@)"), "***"),
+    (re.compile(r"(?i)\b(bearer|basic)\s+[\w.~+/=-]{8,}"), r"\1 ***"),
     (re.compile(_ASSIGNED), r"\1***"),
     (re.compile(_TOKENS), "***"),
 )

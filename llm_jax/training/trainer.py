@@ -123,6 +123,7 @@ def train(
     if not str(workdir):
         raise UserError("--workdir is empty; expected the directory of the run")
     workdir = pathlib.Path(workdir).expanduser()
+    files.check_local(workdir)
     alone, is_main = processes.count() == 1, processes.is_main()
     verbose = verbose and is_main
     is_locked = False
@@ -201,6 +202,7 @@ def train(
         done, skipped_batches = beginning.step, beginning.record.get("skipped_batches", 0)
         stream = setup.batches(data.train, done + skipped_batches, c.steps + skipped_batches)
         figures: dict[str, float] = {}
+        evaluated = False
         agree = processes.Agreement()
         stopping: Any = False
         asked = False  # whether the callback has asked to stop
@@ -211,7 +213,7 @@ def train(
             profiler.at(done, state)
             batch = next(stream)
             state, metrics = setup.step(state, batch, watch.limit(done + 1))
-            done, figures = done + 1, {}
+            done, figures, evaluated = done + 1, {}, False
             stopping = agree(asked or (stop() if stop else False))
             due = {name for name, every in periods.items() if every and done % every == 0}
             due = {"save"} if stopping else due | {"evaluate", "save"} if done == c.steps else due
@@ -240,7 +242,7 @@ def train(
             if "evaluate" in due:
                 if done == c.steps and (note := evaluator.final_note()):
                     progress.write(note)
-                figures = evaluator.evaluate(state, done == c.steps)
+                figures, evaluated = evaluator.evaluate(state, done == c.steps), True
                 progress.write(f"step {done}: {evaluator.describe(figures)}")
             line = progress.flush(statistics_of_state, **figures)
             asked = asked or bool(callback and is_main and line and callback(line))
@@ -267,7 +269,8 @@ def train(
             return {"stopped": stopping, "steps": done}
 
         # ---------------------------------------------------------------- the results
-        figures = figures or evaluator.evaluate(state, final=True)
+        if not evaluated:  # a run that was complete when it was started; the figures of processes differ
+            figures = evaluator.evaluate(state, final=True)
         rate = statistics.median(progress.rates) if progress.rates else None
         summary = results.summarize(setup, data, state, workdir, figures, rate)
         summary["seconds"] = time.perf_counter() - began
@@ -335,7 +338,7 @@ def _rollback_step(config: Config, workdir: pathlib.Path, bad: bad_steps.BadStep
     Raises:
       UserError: `train.on_bad_step` is not "rollback".
     """
-    saved = checkpoints.steps(workdir)
+    saved = processes.broadcast(checkpoints.steps(workdir), waiting_for="to choose the checkpoint to go back to")
     if config.train.on_bad_step != "rollback":
         cure = "lower optim.lr, or set train.on_bad_step to skip or rollback"
         raise UserError(f"step {bad.step}: {bad.what}; {f'step {saved[-1]} is saved; ' if saved else ''}{cure}")

@@ -36,7 +36,7 @@ def figures(cache: pathlib.Path) -> dict[str, dict[str, object]]:
         for fraction in (0.2, 0.001):  # the second is less than any document
             source = Source(data_config(names, cache, validation_fraction=fraction, workers=0))
             for kind in ("byte", "char"):
-                corpus = source.corpus(source.tokenizer(TokenizerConfig(kind, 20, "")))
+                corpus = source.corpus(source.tokenizer(TokenizerConfig(kind, 20, "", "")))
                 sides = (corpus.train, corpus.validation)
                 found[f"{names} {fraction} {kind}"] = {
                     "bytes": [side.num_bytes for side in sides],

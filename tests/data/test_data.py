@@ -163,7 +163,7 @@ def test_stdlib_has_no_tests_in_it():
 @pytest.mark.parametrize("kind", ["byte", "char", "bpe"])
 def test_the_cache_holds_what_the_tokenizer_says_and_is_used_again(tmp_path, text_file, kind, monkeypatch):
     source = Source(config(text_file, tmp_path))
-    tokenizer = source.tokenizer(TokenizerConfig(kind, 300, ""))
+    tokenizer = source.tokenizer(TokenizerConfig(kind, 300, "", ""))
     corpus = source.corpus(tokenizer)
     texts = list(source.texts(held=False, limit=10**9))
     expected = [i for text in texts for i in (BOS, *tokenizer.encode(text), EOS)]
@@ -172,7 +172,7 @@ def test_the_cache_holds_what_the_tokenizer_says_and_is_used_again(tmp_path, tex
     monkeypatch.setattr(type(tokenizer), "encode", None)
     monkeypatch.setattr(type(tokenizer), "train", None)
     again = Source(config(text_file, tmp_path))
-    assert tokenizers.digest(again.tokenizer(TokenizerConfig(kind, 300, ""))) == tokenizers.digest(tokenizer)
+    assert tokenizers.digest(again.tokenizer(TokenizerConfig(kind, 300, "", ""))) == tokenizers.digest(tokenizer)
     np.testing.assert_array_equal(again.corpus(tokenizer).train.tokens, expected)
 
 

@@ -349,6 +349,6 @@ def test_a_damaged_cache_is_named(tmp_path):
 def test_a_tokenizer_is_trained_on_the_training_split(tmp_path):
     records = [{"text": "abc"[i % 3] * (i + 1), "label": "yes" if i % 2 else "no"} for i in range(60)]
     found = source(write(tmp_path / "a.jsonl", records), tmp_path)
-    tokenizer = found.tokenizer(TokenizerConfig("char", 99, ""))
+    tokenizer = found.tokenizer(TokenizerConfig("char", 99, "", ""))
     assert {"a", "b", "c", "y", "s"} <= {tokenizer.decode([i]) for i in range(tokenizer.vocab_size)}
     assert len(list(tmp_path.glob("cache/tokenizers/char-99-*"))) == 1
