@@ -138,7 +138,7 @@ OTHER_FLAGS: dict[str, tuple[str, ...]] = {
     "bits": ("scheme",),
     "dataset": ("data", "task"),
     "diversity_penalty": ("diversity",),
-    "do_sample": ("temperature=1",),
+    "do_sample": ("temperature=0 (greedy) or 1",),
     "early_stopping": ("early_stop",),
     "eos_token_id": ("eos",),
     "epsilon_cutoff": ("epsilon",),

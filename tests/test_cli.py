@@ -231,7 +231,7 @@ def test_names_of_other_codebases_and_sections_are_answered_with_the_option(flag
     ("flag", "message"),
     [
         ("--num_beams=4", "unknown flag --num_beams; did you mean --beams?"),
-        ("--do_sample", "unknown flag --do_sample; did you mean --temperature=1?"),
+        ("--do_sample", "unknown flag --do_sample; did you mean --temperature=0 (greedy) or 1?"),
         ("--model_name_or_path=x", "unknown flag --model_name_or_path; did you mean --checkpoint?"),
         ("--temperature=hot", "--temperature=hot; expected a number"),
         ("--early_stop=maybe", "--early_stop=maybe: expected true, false or never"),

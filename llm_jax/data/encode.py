@@ -175,7 +175,10 @@ def _record(text: str) -> dict[str, Any]:
     except ValueError:
         record = None
     if not isinstance(record, dict):
-        raise UserError(f"{_head(text)} is no record; this data.kind reads JSON lines, CSV, TSV, Parquet or hf:NAME")
+        raise UserError(
+            f"{_head(text)} is no record; this data.kind reads JSON lines, CSV, TSV, Parquet or hf:NAME; plain text is "
+            "data.kind=text"
+        )
     return record
 
 

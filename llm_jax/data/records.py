@@ -21,7 +21,7 @@ from llm_jax.errors import UserError
 
 _ROWS = 256  # of a table, read at a time
 _SNIFFED = 2**16  # bytes of a .json file that tell what it holds
-_MISSING = "is not in it; it has {}. Name the field of the text with data.field"
+_MISSING = "is not in it; it has {}. Name the field of the text with data.field; chats are data.kind=instructions"
 
 # Yields (start, size) of each document in its order: the byte of the uncompressed file, or the row, where it begins,
 # and the bytes of its text in UTF-8. Returns the sha256 of the uncompressed content, or of the field that is read of a

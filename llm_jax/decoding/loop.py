@@ -392,7 +392,9 @@ def bucket(length: int) -> int:
 
 def check(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, seeds: Sequence[int]) -> None:
     """Raises UserError for a request that the model cannot serve."""
-    if not len(prompts) or not all(len(prompt) for prompt in prompts):
+    if not len(prompts):
+        raise UserError("there is no prompt; expected at least one")
+    if not all(len(prompt) for prompt in prompts):
         raise UserError("the prompt is empty; expected at least one token (BOS will do)")
     if max_new_tokens < 1:
         raise UserError(f"--max_new_tokens={max_new_tokens}; expected at least 1")

@@ -153,7 +153,9 @@ def unsupported_reason(s: Scheme, size: int) -> str:
     """The reason why an axis of `size` numbers cannot be divided into the groups of the scheme, or ""."""
     group, per_byte = s.group if s.group > 0 else size, 8 // FORMATS[s.format].bits
     if size % group:
-        return f"the group {group} does not divide its {size} inputs"
+        fitting = next((g for g in (128, 64, 32, 16, 8) if g < group and size % g == 0), 0)
+        cure = f"; give the group after a colon, such as {s.format}:{fitting}" if fitting else ""
+        return f"the group {group} does not divide its {size} inputs{cure}"
     return f"groups of {group} do not pack {per_byte} to a byte" if group % per_byte else ""
 
 

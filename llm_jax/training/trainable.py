@@ -141,6 +141,9 @@ def method(config: Config) -> TrainingMethod:
         for name, no_effect in ADAPTERS_ONLY.items():
             if (value := getattr(config.lora, name)) != no_effect:
                 raise UserError(f"lora.{name}={value} has no effect with lora.rank=0; set lora.rank to train adapters")
+        ignored = sorted(key for key in config.explicit if key.startswith("lora."))
+        if ignored and "lora.rank" not in config.explicit:
+            raise UserError(f"{ignored[0]} is set and has no effect with lora.rank=0; set lora.rank, such as 8")
         if config.quant.scheme:
             raise UserError(
                 f"quant.scheme={config.quant.scheme} quantizes the frozen base of adapters; set lora.rank, or see "

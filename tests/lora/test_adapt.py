@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import llm_jax
 from llm_jax import lora, trees
 from llm_jax.configuration import build
 from llm_jax.errors import UserError
@@ -290,3 +291,9 @@ def test_adapters_of_another_model_are_refused(make, tiny):
         lora.attach(wide, adapters)
     with pytest.raises(UserError, match="adapts 'layers/0:2/0::1/attention/key', which the base lacks"):
         lora.attach(trees.unstack(base), adapters)
+
+
+def test_options_of_adapters_without_a_rank_are_refused():
+    with pytest.raises(UserError, match=r"lora.alpha is set and has no effect with lora.rank=0; set lora.rank"):
+        llm_jax.config("default", {"lora.alpha": 32.0})
+    llm_jax.config("chat_lora", {"lora.rank": 0})  # a recipe of adapters for full fine-tuning

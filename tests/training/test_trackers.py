@@ -266,3 +266,18 @@ def test_pictures_that_cannot_be_drawn_are_refused_before_training(command, tmp_
     ):
         assert message in command("train", f"--workdir={tmp_path / 'x'}", *flags, code=2).stderr
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("https://x.net/a?sv=1&sig=AbC%2Fd&e=2", "https://x.net/a?sv=1&sig=***&e=2"),
+        ("aws_secret_access_key=abc/def", "aws_secret_access_key=***"),
+        ("Authorization: Bearer abcdefgh.ijk", "Authorization: Bearer ***"),
+        ("password = 'hunter 2 x' end", "password = *** end"),
+        ("s3://user:p/w@host/data", "s3://***@host/data"),
+        ("the key of C, tokens a second", "the key of C, tokens a second"),
+    ],
+)
+def test_more_forms_of_secrets_are_replaced(text, expected):
+    assert trackers.redact(text) == expected
