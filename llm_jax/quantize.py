@@ -26,7 +26,7 @@ FLAGS.enum(
 )
 FLAGS.string("head", "int8", "scheme of the embeddings and the output head; none leaves them unquantized")
 FLAGS.multi_string(
-    "rule", [], "REGEX=SCHEME (or none) for weights whose name matches, e.g. 'layers/0/.*=int8'; may be repeated"
+    "rule", [], "REGEX=SCHEME (or none) for weights whose name matches, e.g. 'layers/0/mlp/.*=int8'; may be repeated"
 )
 FLAGS.string("fallback", "", "scheme for weights whose scheme this backend cannot run; default: an error")
 FLAGS.string("data", "", "calibration text, as data.source takes it; default: the training text of the run")

@@ -282,6 +282,10 @@ def test_of_options_given_twice_the_last_counts_and_a_note_says_so(capsys):
     assert capsys.readouterr().err == "note: --config is given 2 times; --config=gpt3 counts\n"
 
 
+def test_a_command_without_arguments_has_its_default_configuration():
+    assert parsed() == configuration.load("default")
+
+
 def test_every_answer_to_another_name_is_an_option_with_a_valid_value():
     options = set(option_names.keys())
     for name, answer in option_names.OTHER_NAMES.items():

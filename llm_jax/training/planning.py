@@ -69,7 +69,7 @@ def report(config: Config, topology: Topology, decode: bool = False) -> Report:
     Returns:
       "topology", "devices", "mesh", "attention_kernel", "batch" (rows, tokens of a row), "decode";
       "memory": bytes of "arguments" (with "optimizer"), "temporaries", "outputs", "peak" (the three together), "live"
-        (XLA's peak of what is used at one time), "capacity";
+      (XLA's peak of what is used at one time), "capacity";
       "flops": "compiled", "model" (6 N D and attention; 2 N of decoding), "cycles";
       "collectives": rows of "kind", "axes", "count", "bytes";
       "seconds": "compute", "collectives", "shortest", "longest"; "utilization": [of the longest, of the shortest];
