@@ -65,7 +65,7 @@ case "${1:-}" in
     shift
     setup requirements.txt requirements-test.txt
     touch .venv/tests
-    exec .venv/bin/python -m pytest -q -m "not slow and not live" -n auto --maxprocesses=4 --dist loadfile "$@"
+    exec .venv/bin/python -m pytest -q -m "not slow and not live" -n auto --maxprocesses=4 --dist loadfile --no-loadscope-reorder "$@"
     ;;
   *)
     echo "error: unknown job '$1'; expected nothing, test, processes, slurm, k8s, tpu, or --flags of the trainer" >&2

@@ -290,7 +290,7 @@ def _source(module: ModuleType, target: Any) -> bytes:
     file = getattr(module, "__file__", None)
     if file and module.__name__ != "__main__":
         return pathlib.Path(file).read_bytes()
-    if isinstance(target, type) and not file:
+    if isinstance(target, type) and target.__module__ == "__main__" and not file:
         return _source_in_cell(target).encode()
     return inspect.getsource(target).encode()
 

@@ -37,6 +37,19 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
 sys.argv = [module, *flags]
 runpy.run_module(module, run_name="__main__")
 """
+# The files that take longest come first, so that no worker of xdist begins one at the end; the others keep their order.
+LONGEST = (
+    *("lora/test_run.py", "checkpoints/test_checkpoint.py", "training/test_losses.py", "decoding/test_methods.py"),
+    *("training/test_trainer.py", "training/test_callable.py", "model/test_transformer.py"),
+    *("quant/test_post_training.py", "parallel/test_mesh.py", "training/test_optim.py", "training/test_step.py"),
+    *("lora/test_adapt.py", "lora/test_quantized.py", "decoding/test_loop.py", "decoding/test_complete.py"),
+    *("evaluation/test_tasks.py", "lora/test_step.py", "evaluation/test_classification.py"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {ROOT / "tests" / name: index for index, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
 @pytest.fixture(scope="session")
