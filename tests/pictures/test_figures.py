@@ -247,7 +247,8 @@ def test_weights_of_every_kind_are_one_line_with_kinds_shapes_and_dtypes():
 
 
 def test_treescope_displays_the_sizes_of_weights():
-    treescope = pytest.importorskip("treescope")
+    import treescope  # Flax requires it
+
     q = weights.to_qtensor(jnp.ones((64, 32)), "int8", weights.IN)
     text = treescope.render_to_text({"kernel": q})
     assert "QTensor(" in text and "# (64, 32), 2,176 bytes" in text and "scheme='int8'" in text
