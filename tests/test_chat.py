@@ -134,11 +134,19 @@ def test_ctrl_c_ends_the_answer_and_ctrl_d_the_program(trained):
     os.close(end)
     shown = ""
 
-    def wait_for(pattern, seconds=120):
+    def wait_for(pattern, seconds=120, press=b""):
+        """Waits for text; `press` is typed now and again while nothing comes.
+
+        CPython's input() misses a signal that arrives after the prompt is drawn and before it waits for keys.
+        """
         nonlocal shown
         until = time.monotonic() + seconds
+        pressed = float("-inf")
         while not (match := re.search(pattern, shown, re.DOTALL)):
             assert time.monotonic() < until and process.poll() is None, shown
+            if press and time.monotonic() > pressed + 5:
+                os.write(terminal, press)
+                pressed = time.monotonic()
             if select.select([terminal], [], [], 1)[0]:
                 shown += os.read(terminal, 4096).decode(errors="replace")
         shown = shown[match.end() :]
@@ -146,8 +154,7 @@ def test_ctrl_c_ends_the_answer_and_ctrl_d_the_program(trained):
 
     try:
         before = int(wait_for(r"\[([\d,]+) tokens left\] > ")[1].replace(",", ""))
-        os.write(terminal, b"\x03")  # at the prompt
-        wait_for(r"Ctrl-D ends the program.*\[[\d,]+ tokens left\] > ")
+        wait_for(r"Ctrl-D ends the program.*\[[\d,]+ tokens left\] > ", press=b"\x03")  # at the prompt
         os.write(terminal, b"the model\n")
         wait_for(r"compiling.*\x1b\[K[^\x1b]")  # the first text
         os.write(terminal, b"\x03")
