@@ -227,7 +227,7 @@ def start(
     """Prefills the cache with the prompts, makes room for `max_new_tokens` tokens, and draws the first one."""
     prompts_BP, lengths = (mesh_lib.split_rows(array, params) for array in padded(prompts))
     room = bucket(max_new_tokens)
-    return _start(model, room, alternatives, params, settings, prompts_BP, lengths)
+    return prefill_and_draw(model, room, alternatives, params, settings, prompts_BP, lengths)
 
 
 def padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -270,7 +270,7 @@ def last_logits(model: Transformer, params: Any, x_BPD: jax.Array, lengths: jax.
 
 
 @compiled.jit(static=(0, 1))
-def _start(
+def prefill_and_draw(
     model: Transformer,
     room: int,
     alternatives: int,
@@ -279,6 +279,7 @@ def _start(
     prompts_BP: jax.Array,
     lengths: jax.Array,
 ) -> DecodingState:
+    """`start` for padded prompts: ids int32 (B, P) and lengths int32 (B,)."""
     return draw_token(begin(model, room, alternatives, params, prompts_BP, lengths)[1], settings)
 
 

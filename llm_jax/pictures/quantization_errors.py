@@ -98,7 +98,7 @@ def quantization(params: Any, schemes: Sequence[str] = SCHEMES, head: bool = Fal
         for s, name in enumerate(schemes):
             error, q = _error(flat[path], name, post_training.axis(path))
             errors[s, i] = float(error)
-            num_bytes[s] += quantized.num_bytes(q)
+            num_bytes[s] += weights.num_bytes(q)
     return QuantizationErrors(tuple(schemes), paths, sizes, errors, 8 * num_bytes / sizes.sum())
 
 

@@ -170,13 +170,13 @@ def _quantize_weight(
 ) -> tuple[Any, WeightSummary]:
     """(the weight quantized by `scheme`, or unchanged if it is "", its summary)."""
     if not scheme:
-        return w, WeightSummary(path, "", tuple(w.shape), quantized.bits_per_weight(w), quantized.num_bytes(w), 0.0)
+        return w, WeightSummary(path, "", tuple(w.shape), quantized.bits_per_weight(w), weights.num_bytes(w), 0.0)
     method = options.method if inputs is not None or not methods.METHODS[options.method][1] else "mse"
     q = _quantize(w.astype(jnp.float32), inputs, method, scheme, axis(path), options.act_order)
     error, output = jax.device_get(_errors(w, q, inputs))
     output_error = None if inputs is None else float(output)
     return q, WeightSummary(
-        path, scheme, q.shape, quantized.bits_per_weight(q), quantized.num_bytes(q), float(error), output_error
+        path, scheme, q.shape, quantized.bits_per_weight(q), weights.num_bytes(q), float(error), output_error
     )
 
 

@@ -185,7 +185,7 @@ def lines(params: Any) -> list[WeightSummary]:
     found = trees.flatten(params).items()
     return [
         WeightSummary(
-            path, getattr(w, "scheme", ""), tuple(w.shape), quantized.bits_per_weight(w), quantized.num_bytes(w), 0.0
+            path, getattr(w, "scheme", ""), tuple(w.shape), quantized.bits_per_weight(w), weights.num_bytes(w), 0.0
         )
         for path, w in found
     ]

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llm_jax import bars, runtime
+from llm_jax import bars, runtime, weights
 from llm_jax.schema import Config
 from llm_jax.training import memory
 from llm_jax.training.setup import Setup
@@ -85,7 +85,7 @@ def estimate(setup: Setup, held_out: Mapping[str, int], workdir: pathlib.Path, d
     step = setup.train_step.lower(state, setup.state.frozen, setup.batch, limit).compile()
     loss = setup.loss.lower(setup.state.params, setup.state.frozen, setup.batch).compile()
     compiled = time.perf_counter()
-    need = memory.of(step, memory.num_bytes((state.optimizer, state.ema)))
+    need = memory.of(step, weights.num_bytes((state.optimizer, state.ema)))
     free = _free_memory()
     devices = setup.mesh.size if jax.default_backend() == "cpu" else 1  # simulated devices share the memory
     step_times: list[float] = []
@@ -198,7 +198,7 @@ def _evaluation_batches(config: Config, held_out: Mapping[str, int], done: int) 
 def _checkpoint_bytes(setup: Setup) -> int:
     state = setup.state
     saved = setup.method.checkpoint_params(state.params, state.frozen)
-    return memory.num_bytes((saved, state.optimizer, state.ema))
+    return weights.num_bytes((saved, state.optimizer, state.ema))
 
 
 def _checkpoints(config: Config) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from llm_jax import weights
 from llm_jax.model import transformer
 from llm_jax.schema import Config
 from llm_jax.training import trainable
@@ -82,9 +83,9 @@ def step_sizes(config: Config) -> StepSizes:
         parameters=num_parameters(parts.base),
         trainable=num_parameters(state.params),
         flops=transformer.flops_per_token(parts.config.model, c.seq_len) * c.batch_size * c.seq_len,
-        weights=num_bytes((state.params, state.frozen)),
-        optimizer=num_bytes((state.optimizer, state.ema)),
-        gradients=num_bytes(state.params),
+        weights=weights.num_bytes((state.params, state.frozen)),
+        optimizer=weights.num_bytes((state.optimizer, state.ema)),
+        gradients=weights.num_bytes(state.params),
     )
 
 
@@ -132,11 +133,6 @@ def _named(config: Config) -> Config:
 def with_remat(config: Config, remat: str) -> Config:
     """The configuration with another `model.remat`."""
     return dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))
-
-
-def num_bytes(tree: Any) -> int:
-    """The bytes of all arrays of a tree over all devices together; shapes are enough."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def shard_bytes(tree: Any) -> int:

@@ -37,7 +37,7 @@ def compiled(config: Config, devices: list[Any]) -> tuple[Any, Mesh]:
     room = loop.bucket(config.eval.max_new_tokens)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # kernels are chosen by its platform
         settings = jax.eval_shape(lambda: loop.draw_settings(model, Sampler(), range(rows)))
-        prefill = loop._start.of_model(model).lower(room, 0, params, settings, prompts, lengths)
+        prefill = loop.prefill_and_draw.of_model(model).lower(room, 0, params, settings, prompts, lengths)
         state = _placed(prefill.out_info, prefill.compile().output_shardings)
         until = jax.ShapeDtypeStruct((), jnp.int32)
         return loop.advance.of_model(model).lower(params, settings, state, until).compile(), mesh

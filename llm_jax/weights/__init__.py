@@ -12,11 +12,12 @@ from llm_jax.weights.nodes import (
     dot,
     is_dense,
     kind,
+    num_bytes,
     partition,
     summary,
     take,
 )
-from llm_jax.weights.quantized import IN, OUT, FakeQuant, QTensor, bits_per_weight, is_quantized, num_bytes, to_qtensor
+from llm_jax.weights.quantized import IN, OUT, FakeQuant, QTensor, bits_per_weight, is_quantized, to_qtensor
 
 __all__ = [
     "IN",

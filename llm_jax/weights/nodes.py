@@ -62,7 +62,7 @@ class Node(abc.ABC):
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
         tree = repr_lib.render_object_constructor(type(self), fields, path, subtree_renderer)
         note = rendering_parts.comment_color(
-            rendering_parts.text(f"  # {tuple(self.shape)}, {_num_bytes(self):,} bytes")
+            rendering_parts.text(f"  # {tuple(self.shape)}, {num_bytes(self):,} bytes")
         )
         return rendering_parts.siblings_with_annotations(tree, extra_annotations=[note])
 
@@ -201,8 +201,9 @@ def summary(w: Any) -> str:
     return f"{w.dtype}{list(w.shape)}" if hasattr(w, "dtype") and hasattr(w, "shape") else repr(w)
 
 
-def _num_bytes(w: Weight) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(w))
+def num_bytes(tree: Any) -> int:
+    """Bytes of all arrays of a weight or a tree, over all devices together; shapes are enough."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def cast(w: Weight, dtype: Any) -> Weight:

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from llm_jax import trees
 from llm_jax.kernels import matmul, number_formats
-from llm_jax.weights.nodes import Node, Weight, decay_mask, dense, dot, partition, take
+from llm_jax.weights.nodes import Node, Weight, decay_mask, dense, dot, num_bytes, partition, take
 
 # Letters of shapes: I in, O out, G groups.
 
@@ -140,11 +140,6 @@ def to_qtensor(
 def is_quantized(weight: Weight) -> bool:
     """Whether `weight` is stored as codes of a number format."""
     return isinstance(weight, QTensor)
-
-
-def num_bytes(weight: Any) -> int:
-    """Size of an array or a node in bytes, scales included."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weight))
 
 
 def bits_per_weight(weight: Any) -> float:

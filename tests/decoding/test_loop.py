@@ -68,7 +68,7 @@ def test_other_lengths_and_settings_do_not_compile_again(make):
         loop.generate(model, params, [[5] * length], sampler, max_new_tokens=count)
 
     def sizes():
-        functions = [f.of_model(model) for f in (loop._start, loop.advance)]
+        functions = [f.of_model(model) for f in (loop.prefill_and_draw, loop.advance)]
         return [function._cache_size() for function in functions]
 
     call(3, 4, temperature=0.5, top_p=0.9)
