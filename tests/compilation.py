@@ -1,8 +1,9 @@
 """How the tests compile, in this process and in those it starts.
 
 Most programs here are tiny and run once, so most of the time would go into compiling them. Executables are cached in a
-directory that the processes of a session share, and XLA leaves out expensive optimizations and its fusion emitters,
-which take half of the time of compiling for a CPU. Two markers restore what a user has: `optimized` (golden steps,
+directory that the processes of a session share. XLA leaves out expensive optimizations and its fusion emitters, which
+take half of the time of compiling for a CPU, and generates the code of a program in one part: in 32 parts, its default,
+it takes 1.7 times the CPU time. Two markers restore what a user has: `optimized` (golden steps,
 memory and time are of the code that users run; implied by `slow` and `live`) and `uncached` (bitwise resume is of
 programs that each process compiled for itself). `OPTIMIZED_TESTS=1` marks every test as optimized, as .ci/full does.
 """
@@ -18,7 +19,7 @@ import pytest
 from jax._src import compiler
 from jax.experimental.compilation_cache import compilation_cache
 
-_FUSION = "xla_cpu_use_fusion_emitters"
+_CHEAP = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
 _DIRECTORY = "JAX_COMPILATION_CACHE_DIR"  # set it to keep the cache from session to session
 
 
@@ -34,20 +35,20 @@ def share_cache() -> None:
     )
 
 
-def _without_fusion_emitters(get_options):
+def _cheap(get_options):
     """JAX has no public option that all compilations of a process share, so this wraps where they get theirs."""
 
     @functools.wraps(get_options)
     def options(*args, env_options_overrides=None, **kwargs):
         overrides = dict(env_options_overrides or {})
         if os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "true":
-            overrides[_FUSION] = False
+            overrides |= _CHEAP
         return get_options(*args, env_options_overrides=overrides, **kwargs)
 
     return options
 
 
-compiler.get_compile_options = _without_fusion_emitters(compiler.get_compile_options)
+compiler.get_compile_options = _cheap(compiler.get_compile_options)
 
 
 def _set(option: str, value: bool) -> bool:
@@ -67,7 +68,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if _set("jax_disable_most_optimizations", not optimized):
         jax.clear_caches()
         jax.devices()  # reads XLA_FLAGS once: what follows is for child processes
-        flags = os.environ.get("XLA_FLAGS", "").replace(f"--{_FUSION}=false", "").split()
-        os.environ["XLA_FLAGS"] = " ".join(flags if optimized else [*flags, f"--{_FUSION}=false"])
+        cheap = [f"--{name}={str(value).lower()}" for name, value in _CHEAP.items()]
+        flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if flag not in cheap]
+        os.environ["XLA_FLAGS"] = " ".join(flags if optimized else [*flags, *cheap])
     if _set("jax_enable_compilation_cache", not item.get_closest_marker("uncached")):
         compilation_cache.reset_cache()
