@@ -12,9 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import llm_jax
+from llm_jax import tokenizers
+from llm_jax.checkpoints import huggingface
 from llm_jax.errors import UserError
 from llm_jax.tokenizers import export
+from tests.checkpoints.gguf_cases import small
 from tests.conftest import ROOT
+from tests.tokenizers import forms
 
 
 def test_a_run_becomes_a_hugging_face_directory_that_every_command_takes(trained, command, text_file, tmp_path):
@@ -59,6 +63,18 @@ def test_what_cannot_be_converted_ends_in_one_line_and_writes_nothing(trained, c
     assert "tokenizer.kind=hub" in said(to="gguf")
     assert "--format=Q5_K cannot be written" in said("--format=Q5_K", to="gguf")
     assert (tmp_path / "there").read_text() == "keep"
+
+
+def test_all_ids_that_end_a_text_are_written(command, tmp_path):
+    """By config.json, generation_config.json and the name of a token: transformers ends generation at each of them."""
+    original = forms.form("bytelevel")
+    files = original.files() | {"generation_config.json": json.dumps({"eos_token_id": [original.eos, 7]}).encode()}
+    config, params = small("llama", original.vocab_size)
+    huggingface.save(tmp_path / "in", "llama", config, params, files, {"eos_token_id": 9})
+    command("convert", f"--input={tmp_path / 'in'}", f"--output={tmp_path / 'out'}", "--to=hf")
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert written["eos_token_id"] == [original.eos, 7, 9]
+    assert tokenizers.eos_ids(llm_jax.open(tmp_path / "out").tokenizer) == [original.eos, 7, 9]
 
 
 INTERRUPTED = """

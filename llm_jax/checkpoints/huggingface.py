@@ -164,14 +164,16 @@ def _with_stored_features(source: "_Files", family: str, config: ModelConfig) ->
 
 def _with_quantization(directory: pathlib.Path, error: UserError) -> UserError:
     """The error of reading tensors; of a directory whose config.json says that they are quantized, that they are."""
-    quantization = json.loads((directory / "config.json").read_text()).get("quantization_config")
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    if method is None:
+    content = json.loads((directory / "config.json").read_text())
+    quantization = content.get("quantization_config") or content.get("quantization")  # the latter is MLX's
+    if not isinstance(quantization, dict):
         return error
+    method = quantization.get("quant_method")
+    described = f"quant_method={method!r}" if method else f"{quantization}"[:80]
     reason = " ".join(str(error).removeprefix(f"{directory}: ").splitlines()[:2])
     return UserError(
-        f"{directory}: config.json has a quantization_config of quant_method={method!r}, and weights that it quantized "
-        f"cannot be read ({reason}); expected the unquantized model, or a GGUF file"
+        f"{directory}: config.json has a quantization_config of {described}, and weights that it quantized cannot be "
+        f"read ({reason}); expected the unquantized model, or a GGUF file (as the base of adapters: by --base=PATH)"
     )
 
 
@@ -368,6 +370,7 @@ def _shards(directory: pathlib.Path) -> list[pathlib.Path]:
 
 def _read_header(path: pathlib.Path) -> dict[str, _Tensor]:
     """The tensors of a safetensors file by name. Raises UserError if it is damaged."""
+    files.refuse_pointer(path)
     try:
         with safe_open(path, framework="numpy"):  # checks the header against the file
             pass

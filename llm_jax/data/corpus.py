@@ -21,7 +21,7 @@ from llm_jax.errors import UserError
 from llm_jax.schema import DataConfig, TokenizerConfig, choice
 from llm_jax.tokenizers import Tokenizer
 
-FORMAT = 4  # of the cache; part of its key
+FORMAT = 5  # of the cache; part of its key
 _TOKENIZERS = 2  # version of the training of tokenizers; part of the key of those in the cache
 _SAMPLE = 128 * 2**20  # bytes of text that a tokenizer is trained on, at most
 _COMPRESSED = 16 * 2**20  # bytes of held-out text that are compressed, at most
