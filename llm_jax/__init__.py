@@ -13,15 +13,17 @@ if TYPE_CHECKING:
     from llm_jax.checkpoints import load as load
     from llm_jax.checkpoints import open as open
     from llm_jax.checkpoints import save as save
+    from llm_jax.tokenizers.chat_template import apply_chat_template as apply_chat_template
     from llm_jax.training.checks import config as config
     from llm_jax.training.trainer import train as train
 
 __version__ = "0.1.0"
-__all__ = ["config", "load", "open", "save", "show", "train"]
+__all__ = ["apply_chat_template", "config", "load", "open", "save", "show", "train"]
 
 # name: (module, attribute), or (module, "") for the module itself. Imported on first use, so that `import llm_jax` does
 # not import JAX.
 _PUBLIC = {
+    "apply_chat_template": ("llm_jax.tokenizers.chat_template", "apply_chat_template"),
     "config": ("llm_jax.training.checks", "config"),
     "load": ("llm_jax.checkpoints", "load"),
     "open": ("llm_jax.checkpoints", "open"),

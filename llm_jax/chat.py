@@ -111,15 +111,14 @@ def encoder(tokenizer: Any, plain: bool, checkpoint: str) -> Callable[[list[dict
     """
     from llm_jax.tokenizers import chat_template
 
-    special = getattr(tokenizer, "special", {})
     if plain:
         return lambda messages: chat_template.plain_ids(tokenizer, messages)
-    if not special.get("chat_template"):
+    if not getattr(tokenizer, "special", {}).get("chat_template"):
         raise UserError(
             f"{checkpoint} has no chat template; give --plain to write turns as 'user: ...' and 'assistant: ...', or "
             "use python -m llm_jax.generate to continue a text"
         )
-    return lambda messages: tokenizer.encode_chat(chat_template.render(special, messages))
+    return lambda messages: chat_template.apply_chat_template(tokenizer, messages, add_generation_prompt=True)
 
 
 def main(f: cli.Flags) -> None:
@@ -128,8 +127,8 @@ def main(f: cli.Flags) -> None:
     from llm_jax.decoding.prefix import Prefix
     from llm_jax.model import positions
 
-    options = decoding_flags.read(f)
     checkpoint = checkpoints.open(f.checkpoint, f.base)
+    options = decoding_flags.read(f, checkpoint)
     encode = encoder(tokenizers.with_chat_template(checkpoint.tokenizer, f.chat_template), f.plain, f.checkpoint)
     if not checkpoint.config.causal:
         raise UserError(f"{f.checkpoint} is a bidirectional model (model.causal=False); it writes no text")

@@ -28,8 +28,11 @@ FLAGS.string(
     "",
     "with --to=hf or peft: the Hugging Face model_type, e.g. llama; default: that of the input, or the first that fits",
 )
-FLAGS.string(
-    "format", "F16", "with --to=gguf: type of matrices that are not quantized yet: F32, F16, BF16, Q8_0, Q4_0 or Q4_1"
+FLAGS.enum(
+    "format",
+    "F16",
+    ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"],
+    "with --to=gguf: type of matrices that are not quantized yet",
 )
 FLAGS.enum("dtype", "float32", ["float32", "bfloat16", "float16"], "with --to=hf: dtype of the tensors")
 NEEDS: cli.Needs = (
@@ -43,7 +46,7 @@ def main(f: cli.Flags) -> None:
     import jax
 
     from llm_jax import checkpoints, tokenizers, trees
-    from llm_jax.checkpoints import gguf_model, huggingface
+    from llm_jax.checkpoints import generation_config, gguf_model, huggingface
     from llm_jax.checkpoints.families import FAMILIES
     from llm_jax.kernels import blocks
     from llm_jax.tokenizers import export
@@ -75,8 +78,10 @@ def main(f: cli.Flags) -> None:
         return
     _announce(output, f"{family} in {f.dtype}", count * jax.numpy.dtype(f.dtype).itemsize)
     ids = export.special_ids(tokenizer)
-    if len(ends := tokenizers.eos_ids(tokenizer)) > 1:
-        files["generation_config.json"] = json.dumps(ids | {"eos_token_id": ends}).encode()
+    generation = checkpoint.generation_config
+    if len(ends := tokenizers.eos_ids(tokenizer)) > 1 or generation:
+        generation = generation | ids | ({"eos_token_id": ends} if len(ends) > 1 else {})
+        files[generation_config.FILE] = json.dumps(generation).encode()
     huggingface.save(output, family, config, params, files, ids)
     for note in export.notes(tokenizer):
         print(f"note: {note}")
@@ -101,6 +106,7 @@ def _peft(checkpoint: "Checkpoint", output: pathlib.Path, name: str) -> None:
     from llm_jax import lora
     from llm_jax.checkpoints import Adapters, abstract_params, peft_export
     from llm_jax.model.transformer import Transformer
+    from llm_jax.tokenizers import export
 
     if not isinstance(checkpoint, Adapters):
         raise UserError(f"--to=peft writes adapters; {checkpoint.path} is not a run with lora.rank above 0")
@@ -111,6 +117,12 @@ def _peft(checkpoint: "Checkpoint", output: pathlib.Path, name: str) -> None:
         print(f"note: the adapters were trained over a base in {config.quant.scheme}; peft applies them to any base")
     abstract = abstract_params(Transformer(dataclasses.replace(config.model, scan_layers=False)))
     readable = base.form == "huggingface"
+    tokenizer = checkpoint.tokenizer
+    try:
+        files = export.transformers_files(tokenizer, family)
+    except UserError as error:
+        files = {}
+        print(f"note: no tokenizer is written beside the adapters ({error})")
     peft_export.save(
         output,
         family,
@@ -120,10 +132,12 @@ def _peft(checkpoint: "Checkpoint", output: pathlib.Path, name: str) -> None:
         rank_stabilized=config.lora.rank_stabilized,
         dropout=config.lora.dropout,
         base_name=str(base.path) if readable else None,
+        other_files=files,
     )
     if not readable:
         print(f"note: transformers cannot read the base {base.name}; convert it with --to=hf for peft")
-    print(f"wrote {output}: adapters of a {family}; {sum(p.stat().st_size for p in output.iterdir()) / 2**20:.1f} MiB")
+    num_bytes = sum(p.stat().st_size for p in output.rglob("*") if p.is_file())
+    print(f"wrote {output}: adapters of a {family}{' and the tokenizer' * bool(files)}; {num_bytes / 2**20:.1f} MiB")
 
 
 COMMAND = cli.Command(

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import pathlib
+import sys
 from typing import Any
 
 from llm_jax import cli
@@ -28,6 +29,7 @@ FLAGS.define_base()
 FLAGS.string("data", "", "text to evaluate on, as data.source takes it; default: the held-out part of the run's data")
 FLAGS.string("kind", "", "with --data: its data.kind, e.g. instructions; default: that of the run, or text")
 FLAGS.string("field", "", "with --data: the field of a record that holds its text; default: that of the run, or text")
+FLAGS.boolean("whole_file", False, "with --data: a text file is one document, rather than cut into several")
 FLAGS.integer("seq_len", 0, "tokens per window; default: train.seq_len of the run, or 512")
 FLAGS.integer(
     "stride", 0, "sliding window: count only the last N targets of each window, e.g. 64; 0 counts all, without overlap"
@@ -72,7 +74,7 @@ NEEDS: cli.Needs = (
     (("chat_template",), "--chat is not given", lambda f: f.chat),
     (("limit", "dtype"), "neither --task nor --harness is given", lambda f: f.task or f.harness),
     (("harness_path",), "--harness is not given", lambda f: f.harness),
-    (("kind", "field"), "--data is not given", lambda f: f.data),
+    (("kind", "field", "whole_file"), "--data is not given", lambda f: f.data),
     (("seq_len", "stride"), "--task or --harness is given", lambda f: not (f.task or f.harness)),
 )
 
@@ -146,13 +148,17 @@ def _held_out(f: cli.Flags, name: str) -> _HeldOut:
 
 def on_text(f: cli.Flags) -> None:
     from llm_jax.data.kinds import open_source
+    from llm_jax.evaluation import held_out as held_out_lib
 
     several = [_held_out(f, name) for name in f.checkpoint]
     if len(several) > 1:
-        _refuse_other_text(several)
+        held_out_lib.refuse_other_text(several)
     first = several[0]
-    source = open_source(first.data, first.is_whole_text)
+    source: Any = open_source(first.data, first.is_whole_text, in_pieces=not f.whole_file)
     compressed = {} if first.is_masked else source.compressed_bits_per_byte()
+    if f.data and first.data.kind == "text" and any(file.format == "pieces" for file in source.catalog.files):
+        note = f"note: {f.data} is cut at line breaks into several documents; --whole_file scores it as one document"
+        print(note, file=sys.stderr)
     if len(several) == 1:
         _print_text(f, first, _measure(f, first, source), compressed)
         return
@@ -227,29 +233,6 @@ def _print_text(f: cli.Flags, held_out: _HeldOut, figures: dict[str, Any], compr
 def _finite(figures: dict[str, Any]) -> dict[str, Any]:
     """The figures with None (null in JSON) in place of NaN and infinity, such as the perplexity of a diverged model."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}
-
-
-def _refuse_other_text(several: list[_HeldOut]) -> None:
-    """Raises UserError unless the checkpoints are measured on the same documents."""
-    first = several[0]
-    for other in several[1:]:
-        for key in ("source", "kind", "field", "validation_fraction", "labelled"):
-            values = [getattr(held_out.data, key) for held_out in (first, other)]
-            ignored = (key == "labelled" and first.data.kind != "labelled") or (
-                key == "validation_fraction" and first.is_whole_text
-            )
-            if values[0] != values[1] and not ignored:
-                cure = "give --kind and --field" if first.is_whole_text else "give --data=FILE"
-                raise UserError(
-                    f"--checkpoint={first.name} and --checkpoint={other.name} are not measured on the same text "
-                    f"(data.{key} is {values[0]!r} and {values[1]!r}); {cure}"
-                )
-    for held_out in several:
-        if held_out.is_masked:
-            raise UserError(
-                f"{held_out.name} predicts masked tokens (loss.masked={held_out.config.loss.masked}), which differ "
-                "between checkpoints; evaluate it alone"
-            )
 
 
 def _compare_text(f: cli.Flags, several: list[_HeldOut], source: Any, compressed: dict[str, float]) -> None:

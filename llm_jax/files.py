@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 from llm_jax.errors import UserError
 
 PARTIAL = ".partial-"  # prefix of the temporary names
+_POINTER = b"version https://git-lfs.github.com/spec/"  # begins a pointer of Git LFS
 
 
 @contextlib.contextmanager
@@ -133,6 +134,15 @@ def read_json(path: pathlib.Path) -> Any:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged, not JSON ({error})") from error
+
+
+def refuse_pointer(path: pathlib.Path) -> None:
+    """Raises UserError for a file that Git LFS has put in the place of a large one, which was not downloaded."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise UserError(
+                f"{path}: a pointer of Git LFS, not the file itself; run `git lfs pull` there, or download the file"
+            )
 
 
 def cache_directory() -> pathlib.Path:

@@ -51,12 +51,13 @@ def main(f: cli.Flags) -> None:
     from llm_jax.tokenizers import chat_template
     from llm_jax.tokenizers.base import digest
 
-    options = decoding_flags.read(f)
+    checkpoint = checkpoints.open(f.checkpoint, f.base)
+    options = decoding_flags.read(f, checkpoint)
     if f.stream + f.explain + f.json > 1:
         raise UserError("--stream, --explain and --json print different things; choose one")
     if (f.stream or f.explain) and (len(f.prompt) > 1 or options.n > 1):
         raise UserError(f"--{'stream' if f.stream else 'explain'} shows one continuation of one --prompt")
-    model, params, tokenizer = checkpoints.load(f.checkpoint, dtype=f.dtype, as_stored=f.as_stored, base=f.base)
+    model, params, tokenizer = checkpoint.load(dtype=f.dtype, as_stored=f.as_stored)
     if f.cache:
         model = model.clone(config=dataclasses.replace(model.config, kv_cache=f.cache))
     if not model.config.causal:
@@ -71,15 +72,16 @@ def main(f: cli.Flags) -> None:
     if f.chat:
         if not isinstance(tokenizer, tokenizers.PretrainedTokenizer):
             raise UserError(f"--chat needs a tokenizer with a chat template; this checkpoint's is {tokenizer.kind}")
-        special = tokenizers.with_chat_template(tokenizer, f.chat_template).special
+        chosen = tokenizers.with_chat_template(tokenizer, f.chat_template)
         system = [{"role": "system", "content": f.system}] if f.system else []
-        texts = [chat_template.render(special, [*system, {"role": "user", "content": text}]) for text in f.prompt]
-        prompts = [tokenizer.encode_chat(text) for text in texts]
+        conversations = [[*system, {"role": "user", "content": text}] for text in f.prompt]
+        prompts = [chat_template.apply_chat_template(chosen, messages, True) for messages in conversations]
     else:
         prompts = [tokenizers.prompt(tokenizer, text) for text in f.prompt]
     status.show("compiling, unless the cache has the functions")
     if f.explain:
         ids = complete.fit(model, complete.prompt_ids(tokenizer, prompts[0]), options)
+        complete.note_length(model, [ids], options)
         eos = complete.eos_ids(tokenizer, options)
         vocab = min(tokenizer.vocab_size, model.config.vocab_size)
         steps = explain.explain(model, params, ids, options, seed=options.seed, eos=eos, vocab_size=vocab)

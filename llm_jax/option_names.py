@@ -2,10 +2,13 @@
 
 import dataclasses
 import difflib
+import functools
+import inspect
 import typing
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
+from llm_jax.errors import UserError
 from llm_jax.schema import Config
 
 # Options that have been renamed: an old checkpoint is read under the new name, an old override is answered with it.
@@ -47,16 +50,20 @@ OTHER_NAMES = {
     "dataset": "data.source",
     "dataset_name": "data.source",
     "dataset_text_field": "data.field",
+    "decay_lr": "optim.schedule",
     "depth": "model.num_layers",
     "dim": "model.width",
     "dtype": "model.precision.compute",
     "embedding_dim": "model.width",
     "epochs": "train.steps",
+    "eval_interval": "eval.every",
+    "eval_iters": "eval.rows",
     "eval_steps": "eval.every",
     "eval_strategy": "eval.every",
     "evaluation_strategy": "eval.every",
     "ffn_dim": "model.mlp_dim",
     "fp16": "model.precision.compute=float16",
+    "grad_clip": "optim.clip_norm",
     "gradient_accumulation": "train.grad_accumulation",
     "gradient_accumulation_steps": "train.grad_accumulation",
     "gradient_checkpointing": "model.remat=full",
@@ -72,9 +79,13 @@ OTHER_NAMES = {
     "learning_rate": "optim.lr",
     "load_in_4bit": "quant.scheme=nf4",
     "load_in_8bit": "quant.scheme=int8",
+    "logging_to": "report.to",
+    "lora.kind": "lora.variant",
+    "lora.type": "lora.variant",
     "lora_alpha": "lora.alpha",
     "lora_dropout": "lora.dropout",
     "lora_r": "lora.rank",
+    "lr_decay_iters": "train.steps",
     "lr_scheduler": "optim.schedule",
     "lr_scheduler_type": "optim.schedule",
     "max_grad_norm": "optim.clip_norm",
@@ -83,6 +94,7 @@ OTHER_NAMES = {
     "max_seq_len": "train.seq_len",
     "max_seq_length": "train.seq_len",
     "max_steps": "train.steps",
+    "min_lr": "optim.final_lr_fraction",
     "mixed_precision": "model.precision.compute=bfloat16",
     "mlm_probability": "loss.mask_prob",
     "model_max_length": "train.seq_len",
@@ -105,6 +117,9 @@ OTHER_NAMES = {
     "optimizer": "optim.kind",
     "per_device_train_batch_size": "train.batch_size",
     "pretrained": "init_from",
+    "quant.bits": "quant.scheme",
+    "quant.kind": "quant.scheme",
+    "quantization": "quant.scheme",
     "r": "lora.rank",
     "random_seed": "train.seed",
     "report_to": "report.to",
@@ -126,7 +141,9 @@ OTHER_NAMES = {
     "use_rslora": "lora.rank_stabilized",
     "val_fraction": "data.validation_fraction",
     "validation_split": "data.validation_fraction",
+    "wandb_log": "report.to",
     "warmup": "optim.warmup_steps",
+    "warmup_iters": "optim.warmup_steps",
     "warmup_ratio": "optim.warmup_steps",
     "wd": "optim.weight_decay",
 }
@@ -135,7 +152,12 @@ OTHER_NAMES = {
 # Names that other codebases use for flags: the flags here, of which the first that a command has is meant.
 OTHER_FLAGS: dict[str, tuple[str, ...]] = {
     "adapter": ("checkpoint",),
+    "adapter_name_or_path": ("checkpoint",),
+    "assistant_model": ("draft",),
+    "batch": ("batch_size",),
     "bits": ("scheme",),
+    "checkpoint": ("input",),
+    "ctx_size": ("context",),
     "dataset": ("data", "task"),
     "diversity_penalty": ("diversity",),
     "do_sample": ("temperature=0 (greedy) or 1",),
@@ -144,32 +166,124 @@ OTHER_FLAGS: dict[str, tuple[str, ...]] = {
     "epsilon_cutoff": ("epsilon",),
     "eta_cutoff": ("eta",),
     "greedy": ("temperature=0",),
+    "input": ("checkpoint", "data"),
+    "input_text": ("prompt",),
     "load_in_4bit": ("scheme=nf4",),
     "load_in_8bit": ("scheme=int8",),
+    "lora": ("checkpoint",),
+    "max_gen_toks": ("max_new_tokens",),
     "max_length": ("max_new_tokens",),
+    "max_position_embeddings": ("context",),
+    "max_seq_len": ("seq_len", "context"),
+    "max_seq_length": ("seq_len", "context"),
     "max_tokens": ("max_new_tokens",),
-    "min_length": ("max_new_tokens",),
     "model": ("checkpoint", "input"),
     "model_args": ("checkpoint",),
     "model_id": ("checkpoint", "input"),
     "model_name_or_path": ("checkpoint", "input"),
     "model_path": ("checkpoint", "input"),
+    "n_ctx": ("context",),
+    "n_predict": ("max_new_tokens",),
     "no_repeat_ngram_size": ("no_repeat_ngram",),
     "num_beam_groups": ("beam_groups",),
     "num_beams": ("beams",),
     "num_fewshot": ("shots",),
+    "num_predict": ("max_new_tokens",),
     "num_return_sequences": ("n",),
+    "num_samples": ("n",),
+    "out_dir": ("workdir", "output"),
     "output_dir": ("workdir", "output"),
     "output_path": ("output",),
+    "outtype": ("format",),
+    "peft": ("checkpoint",),
     "penalty_alpha": ("contrastive",),
+    "per_device_eval_batch_size": ("batch_size",),
+    "pretrained": ("checkpoint", "input"),
+    "pretrained_model_name_or_path": ("checkpoint", "input"),
     "prompt_lookup_num_tokens": ("draft=prompt",),
-    "assistant_model": ("draft",),
     "quantization": ("scheme",),
+    "repeat_penalty": ("repetition_penalty",),
     "save_dir": ("workdir", "output"),
+    "start": ("prompt",),
+    "logits_processor": ("filter",),
     "stop_strings": ("stop",),
+    "stopping_criteria": ("stop",),
+    "streamer": ("stream",),
     "system_prompt": ("system",),
     "tasks": ("task",),
+    "temp": ("temperature",),
+    "text": ("prompt",),
+    "torch_dtype": ("dtype",),
+    "workdir": ("checkpoint", "output"),
 }
+
+# Names that other codebases use for options and flags that do not exist here, and what holds or is done instead.
+EXPLAINED = {
+    "assistant_tokenizer": "a draft model has the tokenizer of the model",
+    "attention_dropout": "the model has no dropout; lora.dropout is that of adapters",
+    "cpu": "the environment variable JAX_PLATFORMS=cpu chooses the CPU",
+    "compile": "every step is compiled",
+    "device": "JAX takes an accelerator if there is one; the variable JAX_PLATFORMS=cpu, cuda or tpu chooses",
+    "device_map": "the model is placed on the default device; JAX_PLATFORMS=cpu, cuda or tpu chooses it",
+    "dropout": "the model has no dropout; lora.dropout is that of adapters",
+    "generation_config": "give its options by themselves; generate and chat read generation_config.json",
+    "group_by_length": "examples are always packed into rows of train.seq_len tokens",
+    "hidden_dropout": "the model has no dropout; lora.dropout is that of adapters",
+    "log_interval": "metrics.jsonl in the workdir has a line for every step",
+    "logging_dir": "metrics.jsonl and the files of report.to are written into --workdir",
+    "load_in_4bit": "python -m llm_jax.quantize --scheme=nf4 writes a quantized checkpoint",
+    "load_in_8bit": "python -m llm_jax.quantize --scheme=int8 writes a quantized checkpoint",
+    "logging_steps": "metrics.jsonl in the workdir has a line for every step",
+    "logging_strategy": "metrics.jsonl in the workdir has a line for every step",
+    "low_cpu_mem_usage": "weights are always read from the file straight to the device",
+    "min_length": "there is no smallest length; --ignore_eos continues to --max_new_tokens",
+    "min_new_tokens": "there is no smallest length; --ignore_eos continues to --max_new_tokens",
+    "no_cuda": "the environment variable JAX_PLATFORMS=cpu chooses the CPU",
+    "packing": "documents and examples are always packed into rows, and attention does not cross them",
+    "pad_token_id": "padding is masked, and needs no token",
+    "push_to_hub": "nothing is uploaded; convert --to=hf writes a directory that huggingface_hub uploads",
+    "quantization_config": "python -m llm_jax.quantize --scheme=nf4 writes a quantized checkpoint",
+    "remove_unused_columns": "fields that data.kind does not read are ignored",
+    "resume": "the same command with the same --workdir resumes from its last checkpoint",
+    "resume_from_checkpoint": "the same command with the same --workdir resumes from its last checkpoint",
+    "torch_compile": "every step is compiled",
+    "trust_remote_code": "no code of a checkpoint is run",
+    "use_cache": "the key-value cache is always used",
+    "use_cpu": "the environment variable JAX_PLATFORMS=cpu chooses the CPU",
+}
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def answers_keywords(target: F) -> F:
+    """Decorates a function or a dataclass: an unknown keyword argument is answered with the name that it has here.
+
+    It raises UserError, with a hint of `OTHER_FLAGS` or `EXPLAINED`, or the nearest name.
+    """
+    function: Any = target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
+    names = [name for name in inspect.signature(function).parameters if name != "self"]
+
+    @functools.wraps(function)
+    def checked(*arguments: Any, **keywords: Any) -> Any:
+        for name in keywords:
+            if name not in names:
+                raise UserError(f"{target.__name__}() has no argument '{name}'; {_keyword_hint(name, names)}")
+        return function(*arguments, **keywords)
+
+    if not isinstance(target, type):
+        return checked  # type: ignore[return-value]
+    target.__init__ = checked  # type: ignore[misc]
+    return target
+
+
+def _keyword_hint(name: str, names: Sequence[str]) -> str:
+    if other := next((flag for flag in OTHER_FLAGS.get(name, ()) if flag.split("=")[0] in names), None):
+        return f"did you mean {other}?"
+    if name in EXPLAINED:
+        return EXPLAINED[name]
+    near = difflib.get_close_matches(name, names, 1, 0.5)
+    return f"did you mean {near[0]}?" if near else f"expected {', '.join(names)}"
 
 
 def options(cls: Any) -> dict[str, Any]:
@@ -188,19 +302,24 @@ def keys(cls: Any = Config, prefix: str = "") -> Iterator[str]:
 
 
 def nearest(key: str, cls: Any = Config) -> str:
-    """A phrase that names the option that `key` was renamed to, is called elsewhere, or is nearest to."""
+    """A phrase that names the option that `key` was renamed to, is called elsewhere, or is nearest to.
+
+    For a name of `EXPLAINED`, that says what is done instead.
+    """
     if cls is Config and key in RENAMED:
         return f"it is now '{RENAMED[key]}'"
+    if (name := _last(key)) in EXPLAINED and name not in OTHER_NAMES:
+        return EXPLAINED[name]
     return f"did you mean '{resolve(key, cls) or _similar(key, cls)}'?"
 
 
 def resolve(key: str, cls: Any = Config) -> str:
     """The option that a name without its section, or a name of other codebases, stands for; "" if there is none."""
     options = list(keys(cls))
-    name = key.rsplit(".", 1)[-1].lower().replace("-", "_")
+    name = _last(key)
     ends = [option for option in options if option.endswith(f".{key}")]  # the section is missing
-    if not ends and cls is Config and name in OTHER_NAMES:
-        return OTHER_NAMES[name]
+    if not ends and cls is Config and (other := OTHER_NAMES.get(key, OTHER_NAMES.get(name))):
+        return other
     ends = ends or [option for option in options if option.rsplit(".", 1)[-1] == name]  # another section's name
     return max(ends, key=lambda option: (-option.count("."), _similarity(option, key)), default="")
 
@@ -226,6 +345,11 @@ def annotation(key: str, cls: Any = Config) -> Any:
     """The annotated type of the option with a dotted name."""
     section, _, rest = key.partition(".")
     return annotation(rest, options(cls)[section]) if rest else options(cls)[section]
+
+
+def _last(key: str) -> str:
+    """The name of an option without its section, with underscores."""
+    return key.rsplit(".", 1)[-1].lower().replace("-", "_")
 
 
 def _similar(key: str, cls: Any) -> str:

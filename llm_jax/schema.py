@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 from llm_jax.errors import UserError
+from llm_jax.value_names import suggestion
 
 Rules = tuple[tuple[str, Any], ...]  # (regular expression over names, value) pairs; the first match applies
 
@@ -348,5 +349,6 @@ def type_text(annotation: Any) -> str:
 def choice(key: str, value: str, options: Mapping[str, Any] | tuple[str, ...]) -> Any:
     """options[value] (or value itself of a tuple), or a UserError that names the key and the choices."""
     if value not in options:
-        raise UserError(f"config key '{key}' is {value!r}; expected one of {', '.join(sorted(options))}")
+        expected = f"expected one of {', '.join(sorted(options))}{suggestion(value, options)}"
+        raise UserError(f"config key '{key}' is {value!r}; {expected}")
     return options[value] if isinstance(options, Mapping) else value

@@ -261,9 +261,11 @@ def show_probabilities(f: cli.Flags) -> None:
     For every token of the continuation: the candidates, their probabilities under the model and after each filter
     (temperature, top-k, top-p, ...), and the token that was drawn.
     """
-    options = decoding_flags.read(f)
+    from llm_jax import checkpoints
+
     if f.candidates < 1:
         raise UserError(f"--candidates={f.candidates}; expected at least 1")
+    options = decoding_flags.read(f, checkpoints.open(f.checkpoint, f.base))
     model, params, tokenizer = _loaded(f)
     from llm_jax.pictures.sampling_steps import probabilities
 

@@ -12,9 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import llm_jax
+from llm_jax import tokenizers
+from llm_jax.checkpoints import huggingface
 from llm_jax.errors import UserError
 from llm_jax.tokenizers import export
+from tests.checkpoints.gguf_cases import small
 from tests.conftest import ROOT
+from tests.tokenizers import forms
 
 
 def test_a_run_becomes_a_hugging_face_directory_that_every_command_takes(trained, command, text_file, tmp_path):
@@ -33,8 +37,22 @@ def test_a_run_becomes_a_hugging_face_directory_that_every_command_takes(trained
     run = lambda loaded: jax.jit(loaded.model.apply)({"params": loaded.params}, ids)  # noqa: E731
     np.testing.assert_allclose(run(after), run(before), atol=1e-5)
     flags = (f"--checkpoint={tmp_path / 'hf'}", f"--data={text_file}", "--seq_len=32")
-    assert "bits per byte" in command("evaluate", *flags).stdout
-    assert command("generate", flags[0], "--prompt=the", "--max_new_tokens=4", "--temperature=0").stdout
+    cut, whole = command("evaluate", *flags), command("evaluate", *flags, "--whole_file")
+    assert "bits per byte" in cut.stdout and "is cut at line breaks into several documents; --whole_f" in cut.stderr
+    assert "bytes in 1 document," in whole.stdout and not whole.stderr
+    (tmp_path / "hf" / "generation_config.json").write_text('{"do_sample": true, "top_k": 3, "max_length": 20}')
+    greedy = command("generate", flags[0], "--prompt=the", "--max_new_tokens=4", "--temperature=0")
+    assert greedy.stdout and "generation_config" not in greedy.stderr
+    recommended = command("generate", flags[0], "--prompt=the", "--max_new_tokens=4", "--seed=3")
+    assert recommended.stderr.startswith("note: --top_k=3, from generation_config.json; any flag of sampling")
+    assert (
+        recommended.stdout
+        == command("generate", flags[0], "--prompt=the", "--max_new_tokens=4", "--seed=3", "--top_k=3").stdout
+    )
+    command("convert", f"--input={tmp_path / 'hf'}", f"--output={tmp_path / 'again'}", "--to=hf")
+    carried = json.loads((tmp_path / "again" / "generation_config.json").read_text())
+    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    assert carried == {"do_sample": True, "top_k": 3, "max_length": 20, **ends}
 
 
 def test_what_cannot_be_converted_ends_in_one_line_and_writes_nothing(trained, command, tmp_path, monkeypatch):
@@ -57,8 +75,20 @@ def test_what_cannot_be_converted_ends_in_one_line_and_writes_nothing(trained, c
     assert "tokenizer.json cannot express" in said()
     monkeypatch.undo()
     assert "tokenizer.kind=hub" in said(to="gguf")
-    assert "--format=Q5_K cannot be written" in said("--format=Q5_K", to="gguf")
+    assert "--format=Q5_K; expected one of F32, F16" in said("--format=Q5_K", to="gguf")
     assert (tmp_path / "there").read_text() == "keep"
+
+
+def test_all_ids_that_end_a_text_are_written(command, tmp_path):
+    """By config.json, generation_config.json and the name of a token: transformers ends generation at each of them."""
+    original = forms.form("bytelevel")
+    files = original.files() | {"generation_config.json": json.dumps({"eos_token_id": [original.eos, 7]}).encode()}
+    config, params = small("llama", original.vocab_size)
+    huggingface.save(tmp_path / "in", "llama", config, params, files, {"eos_token_id": 9})
+    command("convert", f"--input={tmp_path / 'in'}", f"--output={tmp_path / 'out'}", "--to=hf")
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert written["eos_token_id"] == [original.eos, 7, 9]
+    assert tokenizers.eos_ids(llm_jax.open(tmp_path / "out").tokenizer) == [original.eos, 7, 9]
 
 
 INTERRUPTED = """

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from llm_jax import configuration, files, trees
+from llm_jax import configuration, files, option_names, trees
 from llm_jax.checkpoints.adapters import Adapters
 from llm_jax.checkpoints.checkpoint import Checkpoint, Loaded, abstract_params
 from llm_jax.checkpoints.gguf_model import Gguf
@@ -56,6 +56,7 @@ __all__ = [
 ]
 
 
+@option_names.answers_keywords
 def load(
     name: str | os.PathLike[str],
     scan_layers: bool = False,

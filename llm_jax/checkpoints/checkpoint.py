@@ -55,6 +55,11 @@ class Checkpoint(abc.ABC):
         return None
 
     @property
+    def generation_config(self) -> dict[str, Any]:
+        """The content of generation_config.json, in which Hugging Face models state how to sample; {} without it."""
+        return {}
+
+    @property
     @abc.abstractmethod
     def config(self) -> ModelConfig:
         """The configuration of the model. Raises UserError if it cannot be read or is not supported."""

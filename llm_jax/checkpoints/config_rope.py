@@ -22,6 +22,10 @@ def read(c: Mapping[str, Any], parameters: Mapping[str, Any] | None = None) -> d
       UserError: the scaling is not supported.
     """
     rope = dict(parameters or c.get("rope_parameters") or c.get("rope_scaling") or {})
+    if by_layer_type := [value for value in rope.values() if isinstance(value, dict)]:
+        rope = dict(by_layer_type[0])
+        if any(value != rope for value in by_layer_type):
+            raise UserError("config.json: rope_parameters that differ by layer type are supported for gemma3_text only")
     kind: Any = rope.get("rope_type", rope.get("type", "default"))
     kind = _FORMER_NAMES.get(kind, kind)
     base = rope.get("rope_theta", c.get("rope_theta", 10000.0))

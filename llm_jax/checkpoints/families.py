@@ -74,10 +74,10 @@ FAMILIES: dict[str, Family] = {
     "gpt2": Family("GPT2LMHeadModel", names.GPT2, _gpt.read_gpt2, _gpt.write_gpt2, "transformer.", tied=True),
     "bert": Family("BertModel", names.BERT, _gpt.read_bert, _gpt.write_bert, "bert.", tied=True),
 }
-# Families of mixtures of experts, and keys of config.json that only they have.
+# Families of mixtures of experts without "moe" in their names, and the keys for the number of experts.
 _MIXTURES = frozenset(
-    "dbrx deepseek_v2 deepseek_v3 ernie4_5_moe glm4_moe gpt_oss granitemoe hunyuan_v1_moe jetmoe llama4 llama4_text "
-    "minimax mixtral olmoe phimoe qwen2_moe qwen3_moe qwen3_next".split()
+    "dbrx deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 flex_olmo gpt_oss jamba jetmoe kimi_k25 kimi_linear llama4 "
+    "llama4_text longcat_flash minimax minimax_m2 mixtral nemotron_h qwen3_next".split()
 )
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
@@ -103,9 +103,7 @@ def model_config(c: Mapping[str, Any]) -> tuple[str, ModelConfig]:
       UserError: an unknown family, a missing key, or a setting that the model does not support.
     """
     family = c.get("model_type")
-    if (isinstance(family, str) and family in _MIXTURES) or any(
-        isinstance(c.get(key), int) and c[key] > 0 for key in _EXPERTS
-    ):
+    if _is_mixture(c):
         raise UserError(
             f"config.json: model_type is {family!r}, a mixture of experts, and those are not supported; "
             f"expected one of {', '.join(FAMILIES)}"
@@ -120,6 +118,14 @@ def model_config(c: Mapping[str, Any]) -> tuple[str, ModelConfig]:
         raise UserError(f"config.json of a {family}: {error} is missing or not supported") from error
     # Checked like a configuration, so that errors name a value of another type or out of range.
     return family, configuration.replace(neutral(), changes, "model.")
+
+
+def _is_mixture(c: Mapping[str, Any]) -> bool:
+    """Whether a config.json is that of a mixture of experts: by the number of experts, else by the name."""
+    sections = [c, *(value for value in c.values() if isinstance(value, dict))]  # text_config, ffn_config
+    counts = [section[key] for section in sections for key in _EXPERTS if isinstance(section.get(key), int)]
+    name = str(c.get("model_type"))
+    return any(count > 0 for count in counts) if counts else name in _MIXTURES or "moe" in name
 
 
 def hf_config(family: str, m: ModelConfig) -> dict[str, Any]:

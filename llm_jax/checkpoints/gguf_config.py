@@ -174,6 +174,10 @@ def read_config(file: gguf.GgufFile, label: str, rope_freqs: np.ndarray | None =
 def _read_config(file: gguf.GgufFile, label: str, rope_freqs: np.ndarray | None) -> tuple[str, ModelConfig]:
     metadata = {key: _same_in_all_layers(value) for key, value in file.metadata.items()}
     arch = metadata.get("general.architecture")
+    if (content := metadata.get("general.type", "model")) != "model":
+        raise UserError(f"{label}: general.type is {content!r}; expected the file of a whole model")
+    if isinstance(experts := metadata.get(f"{arch}.expert_count"), int) and experts > 0:
+        raise UserError(f"{label}: {arch}.expert_count={experts}: a mixture of experts is not supported")
     if not isinstance(arch, str) or arch not in ARCHITECTURES:
         raise UserError(f"{label}: general.architecture is {arch!r}; expected one of {', '.join(ARCHITECTURES)}")
     table = file.tensors.get("token_embd.weight")

@@ -6,7 +6,7 @@ import json
 import pathlib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from llm_jax import files, tokenizers, trees, weights
-from llm_jax.checkpoints import assemble, config_json
+from llm_jax.checkpoints import assemble, config_json, generation_config
 from llm_jax.checkpoints.checkpoint import Checkpoint, Shardings, abstract_params, check_geometry, check_vocabulary
 from llm_jax.checkpoints.families import FAMILIES, hf_config, model_config
 from llm_jax.errors import UserError
@@ -66,6 +66,11 @@ class HuggingFace(Checkpoint):
     @property
     def family(self) -> str:
         return self._config[0]
+
+    @functools.cached_property
+    def generation_config(self) -> dict[str, Any]:
+        """As for every checkpoint. Raises UserError if the file cannot be read."""
+        return generation_config.read(self.path)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -164,14 +169,16 @@ def _with_stored_features(source: "_Files", family: str, config: ModelConfig) ->
 
 def _with_quantization(directory: pathlib.Path, error: UserError) -> UserError:
     """The error of reading tensors; of a directory whose config.json says that they are quantized, that they are."""
-    quantization = json.loads((directory / "config.json").read_text()).get("quantization_config")
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    if method is None:
+    content = json.loads((directory / "config.json").read_text())
+    quantization = content.get("quantization_config") or content.get("quantization")  # the latter is MLX's
+    if not isinstance(quantization, dict):
         return error
+    method = quantization.get("quant_method")
+    described = f"quant_method={method!r}" if method else f"{quantization}"[:80]
     reason = " ".join(str(error).removeprefix(f"{directory}: ").splitlines()[:2])
     return UserError(
-        f"{directory}: config.json has a quantization_config of quant_method={method!r}, and weights that it quantized "
-        f"cannot be read ({reason}); expected the unquantized model, or a GGUF file"
+        f"{directory}: config.json has a quantization_config of {described}, and weights that it quantized cannot be "
+        f"read ({reason}); expected the unquantized model, or a GGUF file (as the base of adapters: by --base=PATH)"
     )
 
 
@@ -246,9 +253,14 @@ def save(
             total = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index}
             (partial / "model.safetensors.index.json").write_text(json.dumps(total, indent=1))
         (partial / "config.json").write_text(files.dump_json(json_config))
-        for name, content in other_files.items():
-            (partial / name).parent.mkdir(exist_ok=True)
-            (partial / name).write_bytes(content)
+        write_files(partial, other_files)
+
+
+def write_files(directory: pathlib.Path, contents: Mapping[str, bytes]) -> None:
+    """Writes files by name, which may be in a subdirectory."""
+    for name, content in contents.items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_bytes(content)
 
 
 def write_safetensors(tensors: dict[str, np.ndarray], path: pathlib.Path) -> None:
@@ -368,6 +380,7 @@ def _shards(directory: pathlib.Path) -> list[pathlib.Path]:
 
 def _read_header(path: pathlib.Path) -> dict[str, _Tensor]:
     """The tensors of a safetensors file by name. Raises UserError if it is damaged."""
+    files.refuse_pointer(path)
     try:
         with safe_open(path, framework="numpy"):  # checks the header against the file
             pass

@@ -1,13 +1,13 @@
 """Writes adapters as a directory of the `peft` package; `peft.py` reads them."""
 
 import pathlib
+from collections.abc import Mapping
 
 import numpy as np
 
 from llm_jax import files, lora, trees
-from llm_jax.checkpoints import assemble
+from llm_jax.checkpoints import assemble, huggingface
 from llm_jax.checkpoints.families import FAMILIES
-from llm_jax.checkpoints.huggingface import write_safetensors
 from llm_jax.checkpoints.peft_config import CONFIG
 from llm_jax.checkpoints.peft_tensors import ROOT, TABLE, TENSORS
 from llm_jax.errors import UserError
@@ -25,6 +25,7 @@ def save(
     rank_stabilized: bool = False,
     dropout: float = 0.0,
     base_name: str | None = None,
+    other_files: Mapping[str, bytes] | None = None,
 ) -> None:
     """Writes a directory that `peft` loads; it appears complete or not at all.
 
@@ -35,6 +36,7 @@ def save(
       rank_stabilized: scale = alpha / sqrt(rank) instead of alpha / rank.
       dropout: recorded as lora_dropout, for further training.
       base_name: recorded as base_model_name_or_path.
+      other_files: content by name, such as the tokenizer's files.
 
     Raises:
       UserError: the directory exists, or peft cannot hold the adapters.
@@ -90,8 +92,9 @@ def save(
     if config.tie_embeddings and specs[TABLE].name.removesuffix(".weight") in ranks:
         settings["ensure_weight_tying"] = True  # the head uses the adapted table, as it does here
     with files.new_directory(directory, source=f"--output={directory}") as partial:
-        write_safetensors(tensors, partial / TENSORS)
+        huggingface.write_safetensors(tensors, partial / TENSORS)
         (partial / CONFIG).write_text(files.dump_json(settings))
+        huggingface.write_files(partial, other_files or {})
 
 
 def _number(value: float) -> int | float:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from llm_jax import trees, weights
+from llm_jax import files, trees, weights
 from llm_jax.checkpoints import assemble, peft_config
 from llm_jax.checkpoints.families import FAMILIES
 from llm_jax.checkpoints.huggingface import ALIASES, WRAPPERS
@@ -312,6 +312,7 @@ def _read_file(directory: pathlib.Path) -> dict[str, np.ndarray]:
         pickled = [p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
         reason = f" ({pickled[0]} is pickled: it could run code, and is not read)" if pickled else ""
         raise UserError(f"{directory}: no {TENSORS} here{reason}")
+    files.refuse_pointer(path)
     try:
         with safe_open(path, framework="numpy") as handle:
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)

@@ -6,7 +6,7 @@ import pathlib
 from llm_jax import tokenizers
 from llm_jax.checkpoints import location, opening, peft
 from llm_jax.errors import UserError
-from llm_jax.tokenizers import Tokenizer
+from llm_jax.tokenizers import Tokenizer, special
 
 
 def load_tokenizer(name: str | os.PathLike[str]) -> Tokenizer:
@@ -24,7 +24,8 @@ def load_tokenizer(name: str | os.PathLike[str]) -> Tokenizer:
         return tokenizers.load(path)
     if path.is_file() and path.name in tokenizers.PRETRAINED_FILES:
         return tokenizers.from_directory(path.parent, path.name)
-    if any((path / file).is_file() for file in tokenizers.PRETRAINED_FILES) and not peft.Peft.matches(path):
+    names = (*tokenizers.PRETRAINED_FILES, *special.OLDER_VOCABULARIES)
+    if any((path / file).is_file() for file in names) and not peft.Peft.matches(path):
         return tokenizers.from_directory(path)
     return opening.open(name).tokenizer
 

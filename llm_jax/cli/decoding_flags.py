@@ -1,6 +1,7 @@
 """The decoding options as flags of a command."""
 
 import dataclasses
+import sys
 from collections.abc import Collection
 from typing import Any
 
@@ -8,6 +9,9 @@ from absl import flags
 
 from llm_jax.cli.parsing import Flags
 from llm_jax.decoding.options import GROUPS, DecodingOptions, parse_bias
+
+# Groups of options that say how tokens are chosen, which the seed in them does not.
+_CHOICES = ("sampling", "penalties", "search")
 
 
 def define(values: Flags, leave_out: Collection[str] = (), **defaults: Any) -> None:
@@ -35,10 +39,33 @@ def define(values: Flags, leave_out: Collection[str] = (), **defaults: Any) -> N
     values.group("")
 
 
-def read(values: Flags) -> DecodingOptions:
-    """The options that the flags of a command state."""
+def read(values: Flags, checkpoint: Any) -> DecodingOptions:
+    """The options that the flags of a command state.
+
+    Where none of sampling, penalties or search is given, those of the checkpoint's generation_config.json count, and a
+    line on stderr says so. Runs have their own defaults, also over a base with such a file.
+
+    Args:
+      checkpoint: a `checkpoints.Checkpoint`.
+
+    Raises:
+      UserError: an invalid --logit_bias, or an invalid value in generation_config.json.
+    """
+    from llm_jax.checkpoints import generation_config
+
     fields = (field.name for field in dataclasses.fields(DecodingOptions) if field.name in values)
     options: dict[str, Any] = {name: values[name].value for name in fields}
+    choices = [f.name for f in dataclasses.fields(DecodingOptions) if f.metadata["group"] in _CHOICES]
+    is_chosen = any(values[name].present for name in choices if name in values and name != "seed")
+    if checkpoint.run_config is None and not is_chosen:
+        stated = generation_config.sampling(checkpoint.generation_config, checkpoint.config.vocab_size)
+        if stated:
+            text = " ".join(f"--{name}={value:g}" for name, value in stated.items())
+            note = (
+                f"note: {text}, from generation_config.json; any flag of sampling, penalties or search replaces these"
+            )
+            print(note, file=sys.stderr)
+        options |= stated
     options["logit_bias"] = [parse_bias(text) for text in options["logit_bias"]]
     frozen: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in options.items()}
     return DecodingOptions(**frozen)

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import re
+import shlex
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ from ml_collections import ConfigDict, config_flags
 
 from llm_jax import configuration, option_names
 from llm_jax.errors import UserError
+from llm_jax.value_names import suggestion
 
 # Rows (flags, condition under which they have no effect, function of the flags that is true if they have one).
 Needs = Sequence[tuple[tuple[str, ...], str, Callable[[Any], Any]]]
@@ -27,6 +29,7 @@ CHECKPOINT_FORMS = (
     "a run, a Hugging Face directory, a .gguf file, a peft directory, a zip file of one, asset:NAME, hf:ORG/NAME or "
     "gs://BUCKET/PATH"
 )
+_POSITIONAL = ("prompt", "checkpoint", "input", "workdir", "text")  # flags that an argument without a flag may mean
 _BOOLEANS = {"yes": "true", "y": "true", "on": "true", "no": "false", "n": "false", "off": "false"}
 # What values of a kind of flag are, for messages.
 _EXPECTED = {"int": "an integer", "float": "a number", "bool": "true or false (also yes, no, on, off, 1, 0)"}
@@ -144,7 +147,7 @@ def parse(command: Command, values: flags.FlagValues, arguments: Sequence[str]) 
     except flags.UnrecognizedFlagError as error:
         raise UserError(_unknown_flag(error.flagname, command, values)) from error
     except flags.IllegalFlagValueError as error:
-        raise UserError(_illegal_value(error, command, values)) from error
+        raise UserError(_illegal_value(error, command, values) + _stray(arguments, error, command)) from error
     except flags.Error as error:
         raise UserError(_message(error)) from error
     except (ValueError, TypeError, LookupError) as error:  # ml_collections, for a value that does not fit the option
@@ -156,7 +159,9 @@ def parse(command: Command, values: flags.FlagValues, arguments: Sequence[str]) 
     if positional and command.positional:
         values[command.positional].value = [*(values[command.positional].value or []), *positional]
     elif positional:
-        raise UserError(f"unexpected argument '{positional[0]}'; options are written --name=value")
+        absent = next((name for name in _POSITIONAL if name in values and not values[name].present), "")
+        cure = _as_flag(positional[0], absent, command) or "options are written --name=value"
+        raise UserError(f"unexpected argument '{positional[0]}'; {cure}")
     if command.config is not None:
         changes = vars(values["config"])["_override_values"]
         values["config"].value = configuration.load(source, changes, cls=command.config)
@@ -237,9 +242,28 @@ def _overrides(arguments: Sequence[str]) -> dict[str, str]:
     return {match[1]: match[2] for match in matches if match}
 
 
+def _stray(arguments: Sequence[str], error: flags.Error, command: Command) -> str:
+    """ "; did you mean --NAME=TEXT?" where a required flag is missing and an argument has no flag, else ""."""
+    missing = re.search(r"Flag --(\S+) must have a value other than None", str(error))
+    pairs = zip(["", *arguments], arguments, strict=False)
+    stray = [
+        text for before, text in pairs if not text.startswith("-") and (not before.startswith("-") or "=" in before)
+    ]
+    return f"; {_as_flag(stray[0], missing[1], command)}" if missing and stray else ""
+
+
+def _as_flag(text: str, name: str, command: Command) -> str:
+    """ "did you mean --NAME=TEXT?", with --config for a recipe or a file of a configuration; "" without a name."""
+    if command.config is not None and (text.endswith((".py", ".json", ".toml")) or text in configuration.recipes()):
+        name = "config"
+    return f"did you mean --{name}={shlex.quote(text)}?" if name else ""
+
+
 def _unknown_flag(name: str, command: Command, values: flags.FlagValues) -> str:
     if flag := next((flag for flag in option_names.OTHER_FLAGS.get(name, ()) if flag.split("=")[0] in values), None):
         return f"unknown flag --{name}; did you mean --{flag}?"
+    if name in option_names.EXPLAINED and (command.config is None or name not in option_names.OTHER_NAMES):
+        return f"unknown flag --{name}; {option_names.EXPLAINED[name]}"
     if command.config is not None and (option := option_names.resolve(name, command.config)):
         return f"unknown flag --{name}; did you mean --config.{option}?"
     near = difflib.get_close_matches(name, list(values), 1, 0.5)
@@ -257,7 +281,7 @@ def _illegal_value(error: Any, command: Command, values: flags.FlagValues) -> st
         return configuration.wrong_type(name.removeprefix("config."), value, annotation)
     parser: Any = values[name].parser if name in values else None
     if choices := getattr(parser, "enum_values", None):
-        return f"--{name}={value}; expected one of {', '.join(filter(None, choices))}"
+        return f"--{name}={value}; expected one of {', '.join(filter(None, choices))}{suggestion(value, choices)}"
     if parser and parser.flag_type() in _EXPECTED and not reason.startswith("expected"):
         return f"--{name}={value}; expected {_EXPECTED[parser.flag_type()]}"
     return _message(error)

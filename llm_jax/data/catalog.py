@@ -113,19 +113,22 @@ def texts(file: File, field: str, starts: np.ndarray, sizes: np.ndarray) -> Iter
         yield text
 
 
-def read(source: str, field: str, directory: pathlib.Path, workers: int) -> tuple[Catalog, list["SourceScan"]]:
+def read(
+    source: str, field: str, directory: pathlib.Path, workers: int, in_pieces: bool = True
+) -> tuple[Catalog, list["SourceScan"]]:
     """The catalog of `data.source`, and the scans of its sources.
 
     Args:
       field: see `Catalog.field`.
       directory: where scans are stored, with the sizes and times of the files.
       workers: processes that scan; see `processes.each`.
+      in_pieces: see `sources.files`.
 
     Raises:
       UserError: a source is missing, cannot be read, or has no text; the scan cannot be written.
     """
     names = tuple(sources.weights(source))
-    scans = [SourceScan.make(name, len(names) > 1, field, directory, workers) for name in names]
+    scans = [SourceScan.make(name, len(names) > 1, field, directory, workers, in_pieces) for name in names]
     sha256 = hashlib.sha256()
     for scan in scans:
         for file, digest in zip(scan.files, scan.digests, strict=True):
@@ -166,9 +169,11 @@ class SourceScan:
     is_new: bool
 
     @classmethod
-    def make(cls, name: str, prefix: bool, field: str, directory: pathlib.Path, workers: int) -> "SourceScan":
+    def make(
+        cls, name: str, prefix: bool, field: str, directory: pathlib.Path, workers: int, in_pieces: bool
+    ) -> "SourceScan":
         """Scans the files that are not in the stored scan, or have changed since."""
-        files = sources.files(name, prefix)
+        files = sources.files(name, prefix, in_pieces=in_pieces)
         stamps = [file.stamp() for file in files]
         key = json.dumps([name, str(pathlib.Path.cwd()), prefix, field, _FORMAT])
         path = directory / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.scan"

@@ -21,7 +21,7 @@ from llm_jax.errors import UserError
 from llm_jax.schema import DataConfig, TokenizerConfig, choice
 from llm_jax.tokenizers import Tokenizer
 
-FORMAT = 4  # of the cache; part of its key
+FORMAT = 5  # of the cache; part of its key
 _TOKENIZERS = 2  # version of the training of tokenizers; part of the key of those in the cache
 _SAMPLE = 128 * 2**20  # bytes of text that a tokenizer is trained on, at most
 _COMPRESSED = 16 * 2**20  # bytes of held-out text that are compressed, at most
@@ -71,6 +71,7 @@ class Source:
 
     Args:
       whole: hold everything out and train on nothing, for text that is only evaluated on.
+      in_pieces: whether a text file that is a source by itself is cut into several documents.
 
     Attributes:
       sha256: hash of all documents.
@@ -80,12 +81,13 @@ class Source:
       UserError: an unknown kind of data; see `catalog.read` and `split.held_out`.
     """
 
-    def __init__(self, config: DataConfig, whole: bool = False):
+    def __init__(self, config: DataConfig, whole: bool = False, in_pieces: bool = True):
         self._encoder = choice("data.kind", config.kind, ENCODERS)
         self.config = config
         self.cache = cache_directory(config)
         field = config.field if config.kind == "text" else ""
-        self.catalog, self._scans = catalog.read(config.source, field, self.cache / "scans", config.workers)
+        scans = self.cache / "scans"
+        self.catalog, self._scans = catalog.read(config.source, field, scans, config.workers, in_pieces)
         self.held = split.EVERYTHING if whole else split.held_out(self.catalog, config.validation_fraction)
         for scan in self._scans:
             scan.write()
@@ -94,6 +96,8 @@ class Source:
         self._key = f"{self.sha256[:24]}-{'whole' if whole else f'{config.validation_fraction:g}'}"
         if config.kind != "text":
             self._key = f"{config.kind}-{self._key}"
+        if [file.format for file in self.catalog.files] == ["text"]:  # its pieces have the same hash
+            self._key = f"file-{self._key}"
 
     def texts(self, held: bool, limit: int) -> Iterator[str]:
         """The texts of one side in their order, or a sample of documents if they have more than `limit` bytes.

@@ -8,8 +8,8 @@
 message says otherwise by `weight`, `train`, `trainable`, `loss` or `loss_mask` (0 or false).
 
 "preferences": a record has `chosen` and `rejected`, two answers to its `prompt`, and makes two examples in this order;
-prompt and answers are text or lists of messages (without a prompt, the messages that both begin with are the prompt);
-the answers count.
+prompt and answers are text or lists of messages (without a prompt, or with one that they repeat, the messages that both
+begin with are the prompt); the answers count.
 
 "labelled" is in `labelled.py`.
 
@@ -82,6 +82,11 @@ def _documents(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[Tokenized
 
 def _instruction(text: str) -> list[Conversation]:
     record = _record(text)
+    if record.get("label") is False:
+        raise UserError(
+            f"the record {_head(text)}: 'label' is false, so that its answer is not wanted; leave such records out, or "
+            "make pairs of 'chosen' and 'rejected' for data.kind=preferences"
+        )
     for name in ("messages", "conversations"):
         if name in record:
             turns = _from_sharegpt(_parsed(text, name, record[name]))
@@ -147,10 +152,16 @@ def _preference(text: str) -> list[Conversation]:
     _need(text, record, ("chosen", "rejected"), "'chosen' and 'rejected', and their 'prompt'")
     prompt = _messages(text, record["prompt"], "user") if record.get("prompt") else []
     answers = [_messages(text, record[name], "assistant") for name in ("chosen", "rejected")]
-    shared = 0 if prompt else sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*answers)))  # noqa: B905
+    shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*answers)))  # noqa: B905
+    begin = next((message["role"] for message in answers[0][:shared] if message["role"] != "system"), "")
+    if prompt and begin == "user":  # whole conversations, which have the prompt as well
+        if not all(message in answers[0][:shared] for message in prompt):
+            raise UserError(f"the record {_head(text)}: 'prompt' is not that of the conversations in 'chosen'")
+        prompt = []
+    shared = 0 if prompt else shared
     if shared == min(map(len, answers)):
         raise UserError(f"the record {_head(text)}: 'chosen' and 'rejected' are the same answer, or have none")
-    bare = isinstance(record.get("prompt", ""), str)
+    bare = isinstance(record.get("prompt", ""), str) and not shared
     return [_conversation(text, record, prompt + answer, len(prompt) + shared, bare) for answer in answers]
 
 

@@ -9,11 +9,12 @@ from llm_jax.schema import DataConfig, choice
 AnySource = Source | LabelledSource
 
 
-def open_source(config: DataConfig, whole: bool = False) -> AnySource:
+def open_source(config: DataConfig, whole: bool = False, in_pieces: bool = True) -> AnySource:
     """The documents, records or labelled texts of a data config, scanned once and remembered.
 
     Args:
       whole: hold everything out and train on nothing, for data that is only evaluated on.
+      in_pieces: see `corpus.Source`.
 
     Raises:
       UserError: an unknown kind; no source; data that is missing, cannot be read, or has too little in it to be split.
@@ -21,7 +22,7 @@ def open_source(config: DataConfig, whole: bool = False) -> AnySource:
     choice("data.kind", config.kind, ROWS)
     if not config.source.strip():
         raise UserError("data.source is empty; expected a file, a directory, asset:NAME, or another source of text")
-    return LabelledSource(config, whole) if config.kind == "labelled" else Source(config, whole)
+    return LabelledSource(config, whole) if config.kind == "labelled" else Source(config, whole, in_pieces)
 
 
 def is_sparse(config: DataConfig) -> bool:

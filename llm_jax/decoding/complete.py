@@ -1,10 +1,12 @@
 """Continues texts by the method that the options ask for: the library call behind `generate`."""
 
 import dataclasses
+import functools
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from llm_jax import tokenizers, weights
+from llm_jax import option_names, tokenizers, weights
 from llm_jax.decoding import beam, contrastive, loop, speculative, stops
 from llm_jax.decoding.loop import Generated
 from llm_jax.decoding.options import PROMPT, DecodingOptions
@@ -32,6 +34,7 @@ class Completion:
     score: float | None = None
 
 
+@option_names.answers_keywords
 def complete(
     model: Transformer,
     params: Any,
@@ -66,6 +69,7 @@ def complete(
     if not model.config.causal:
         raise UserError("a bidirectional model (model.causal=False) does not continue text")
     ids = [fit(model, prompt_ids(tokenizer, prompt), options) for prompt in prompts]
+    note_length(model, ids, options)
     model, params = loop.unrolled(model, params)
     common: dict[str, Any] = {"eos": eos_ids(tokenizer, options), "vocab_size": vocab}
     if options.method == "beam":
@@ -143,6 +147,27 @@ def fit(model: Transformer, ids: list[int], options: DecodingOptions) -> list[in
             f"--max_new_tokens={options.max_new_tokens}; shorten it, or give --truncate=left or --truncate=right"
         )
     return ids[-room:] if options.truncate == "left" else ids[:room]
+
+
+def note_length(model: Transformer, prompts: Sequence[Sequence[int]], options: DecodingOptions) -> None:
+    """Prints a line on stderr, once, where prompt and continuation may exceed the positions of the model.
+
+    Their number is `model.position.max_length`, in other software max_position_embeddings or context_length. ALiBi and
+    models without positions have no such number.
+    """
+    position = model.config.position
+    longest = max(map(len, prompts), default=0)
+    if position.kind in ("alibi", "none") or longest + options.max_new_tokens <= position.max_length:
+        return
+    _print_once(
+        f"note: prompt and max_new_tokens={options.max_new_tokens} may exceed the {position.max_length:,} positions "
+        "of the model (max_position_embeddings, here model.position.max_length); text beyond them is often worse"
+    )
+
+
+@functools.cache
+def _print_once(note: str) -> None:
+    print(note, file=sys.stderr)
 
 
 def _watcher(

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from llm_jax import option_names
 from llm_jax.errors import UserError
 
 if TYPE_CHECKING:  # `generate --help` reads this module without importing JAX
@@ -37,6 +38,7 @@ def _option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+@option_names.answers_keywords
 @dataclasses.dataclass(frozen=True)
 class DecodingOptions:
     """How text is continued. Every default leaves its option off; `check` states the rules.

@@ -9,6 +9,7 @@ the others over those that followed there; slots beyond them are masked.
 """
 
 import dataclasses
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +30,9 @@ from llm_jax.model.transformer import Transformer, init_cache
 class Prefix:
     """The tokens of one row whose keys and values are cached, for requests to the same model that begin as it does.
 
+    A request with another model, or with weights that are not the same arrays (other adapters, or layers that were
+    unstacked anew), reuses nothing.
+
     Attributes:
       reused: number of tokens of the last prompt that were in the cache.
       prefilled: number of the others.
@@ -37,6 +41,8 @@ class Prefix:
     def __init__(self) -> None:
         self.reused = self.prefilled = 0
         self._state: DecodingState | None = None
+        self._model: Transformer | None = None
+        self._weights: list[weakref.ref[jax.Array]] = []  # so that this object keeps no weights in memory
 
     def start(
         self,
@@ -50,6 +56,9 @@ class Prefix:
         """As `loop.start`, for one prompt. The last token of the prompt is computed in any case, for its logits."""
         (prompt,) = prompts
         state, self._state = self._state, None  # `_extend` donates its cache
+        leaves = jax.tree.leaves(params)
+        if model != self._model or not self._has(leaves):
+            state, self._model, self._weights = None, model, [weakref.ref(leaf) for leaf in leaves]
         cached = cached_ids(state) if state else []
         common = common_length(cached, prompt[:-1])
         if positions.make(model.config).changes_keys(jnp.asarray(len(cached)), jnp.asarray(common)):
@@ -68,6 +77,11 @@ class Prefix:
         self.reused, self.prefilled = common, len(prompt) - common
         count = np.int32(self.prefilled)
         return _extend(model, room, alternatives, params, settings, cache, history, np.int32(common), new_BP, count)
+
+    def _has(self, leaves: Sequence[jax.Array]) -> bool:
+        """Whether the keys and values were computed with these weights."""
+        pairs = zip(self._weights, leaves, strict=False)
+        return len(self._weights) == len(leaves) and all(weight() is leaf for weight, leaf in pairs)
 
     def keep(self, state: DecodingState) -> None:
         """Keeps the state after the last token, for the next request, which takes over the memory of its cache."""

@@ -1,7 +1,7 @@
 """Held-out loss, perplexity and bits per byte."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -55,3 +55,30 @@ def evaluate(
         "bits_per_byte": nats / math.log(2) / num_bytes,
         "tokens": tokens,
     }
+
+
+def refuse_other_text(several: Sequence[Any]) -> None:
+    """Raises UserError unless checkpoints are measured on the same documents.
+
+    Args:
+      several: the held-out text of each, as `llm_jax.evaluate` describes it.
+    """
+    first = several[0]
+    for other in several[1:]:
+        for key in ("source", "kind", "field", "validation_fraction", "labelled"):
+            values = [getattr(held_out.data, key) for held_out in (first, other)]
+            ignored = (key == "labelled" and first.data.kind != "labelled") or (
+                key == "validation_fraction" and first.is_whole_text
+            )
+            if values[0] != values[1] and not ignored:
+                cure = "give --kind and --field" if first.is_whole_text else "give --data=FILE"
+                raise UserError(
+                    f"--checkpoint={first.name} and --checkpoint={other.name} are not measured on the same text "
+                    f"(data.{key} is {values[0]!r} and {values[1]!r}); {cure}"
+                )
+    for held_out in several:
+        if held_out.is_masked:
+            raise UserError(
+                f"{held_out.name} predicts masked tokens (loss.masked={held_out.config.loss.masked}), which differ "
+                "between checkpoints; evaluate it alone"
+            )

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.errors import UserError
+from llm_jax.value_names import suggestion
 
 # Letters of shapes: I in, O out, G groups, N numbers of a group.
 
@@ -135,7 +136,10 @@ def scheme(name: str) -> Scheme:
     """
     stem, colon, suffix = name.partition(":")
     if stem not in SCHEMES:
-        raise UserError(f"the scheme '{name}' is unknown; expected one of {', '.join(FOR_WEIGHTS)}, or NAME:GROUP")
+        near = suggestion(stem, FOR_WEIGHTS)
+        raise UserError(
+            f"the scheme '{name}' is unknown; expected one of {', '.join(FOR_WEIGHTS)}, or NAME:GROUP{near}"
+        )
     base = SCHEMES[stem]
     if not colon:
         return base

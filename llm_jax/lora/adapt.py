@@ -52,6 +52,11 @@ _OTHER_NAMES = {
     "down_proj": "layers/.*/down",
     "embed_tokens": "embeddings",
     "lm_head": "head/kernel",
+    "q": "layers/.*/query",
+    "k": "layers/.*/key",
+    "v": "layers/.*/value",
+    "mlp": "layers/.*/mlp/(gate|up|down)",
+    "all": "linear",
 }
 TRAINED = {
     "lora": ("a", "b"),
@@ -87,7 +92,10 @@ def ranks(base: trees.Tree, config: LoraConfig) -> dict[str, dict[str, int]]:
         found[path] = own
     for source, patterns in (("lora.targets", config.targets), ("lora.ranks", [p for p, _ in config.ranks])):
         if unused := [pattern for pattern in patterns if pattern not in used]:
-            other = _OTHER_NAMES.get(unused[0].rsplit(".", 1)[-1]) if source == "lora.targets" else None
+            last = unused[0].rsplit(".", 1)[-1]
+            other = _OTHER_NAMES.get(last) if source == "lora.targets" else None
+            if any(name.endswith(f"/{last}") for path in found for name in trees.expand(path)):
+                other = f"layers/.*/{last}"  # the pattern matches the whole name of a weight
             cure = f"; did you mean '{other}'?" if other else ""
             if "," in unused[0]:
                 cure = f"; several are written as {tuple(unused[0].split(','))}"

@@ -26,31 +26,33 @@ class TrainingRows(Drawable):
     Attributes:
       titles: for each row, its number and its numbers of tokens, segments and targets.
       segments: for each row, its segments, each a list of (token id, whether it counts as a target).
+      heads: for each row, the title of each segment.
       tokenizer: of the ids.
     """
 
     titles: tuple[str, ...]
     segments: tuple[list[list[tuple[int, bool]]], ...]
+    heads: tuple[list[str], ...]
     tokenizer: Tokenizer
 
     def text(self, color: bool = False) -> str:
         lines = []
-        for title, segments in zip(self.titles, self.segments, strict=True):
+        for title, segments, heads in zip(self.titles, self.segments, self.heads, strict=True):
             lines.append(title)
-            for number, tokens in enumerate(segments, 1):
-                lines.append(f"segment {number}: {len(tokens)} tokens")
+            for number, (tokens, head) in enumerate(zip(segments, heads, strict=True), 1):
+                lines.append(head)
                 colours = (_COUNTED[number % 2], _NOT_COUNTED) if color else ("", "")
                 lines += row_text.lines(self.tokenizer, tokens, colours)
         return "\n".join(lines)
 
     def picture(self) -> Picture:
         panels: list[Panel] = []
-        for title, segments in zip(self.titles, self.segments, strict=True):
-            for number, tokens in enumerate(segments, 1):
+        for title, segments, heads in zip(self.titles, self.segments, self.heads, strict=True):
+            for number, (tokens, head) in enumerate(zip(segments, heads, strict=True), 1):
                 labels = forward.labels(self.tokenizer, [index for index, _ in tokens])
                 values = np.array([1.0 if counts else np.nan for _, counts in tokens])
                 hints = tuple(f"id {index}, {'counts' if counts else 'does not count'}" for index, counts in tokens)
-                name = f"{title}; segment {number}" if number == 1 else f"segment {number}: {len(tokens)} tokens"
+                name = f"{title}; {head}" if number == 1 else head
                 panels.append(Passage(name, labels, values, "", 1.0, _LEGEND, hints))
         return Picture("Rows", tuple(panels))
 
@@ -80,14 +82,21 @@ def rows(config: Config, first: int = 0, count: int = 2, held_out: bool = False)
             raise UserError(f"--first={first}: {len(data)} rows are held out, numbered from 0")
         count = min(count, len(data) - first)
     data = masking.hider(config.loss, tokenizer)(data, 0 if held_out else config.train.seed)
-    titles, segments_of_rows = [], []
+    titles, segments_of_rows, heads = [], [], []
     for index in range(first, first + count):
         row: Any = data[index]
         segments = list(row_text.segments(row, config.loss.masked != "none"))
         padding = int((row["segments"] == 0).sum())
         titles.append(
-            f"row {index}: {config.train.seq_len - padding} tokens in {len(segments)} segments, "
+            f"row {index}: {config.train.seq_len - padding} inputs in {len(segments)} segments, "
             f"{int(row['mask'].sum())} targets count, {padding} of padding"
         )
         segments_of_rows.append(segments)
-    return TrainingRows(tuple(titles), tuple(segments_of_rows), tokenizer)
+        inputs = np.bincount(row["segments"], minlength=len(segments) + 1)[1:]
+        heads.append([_head(number, len(s), int(inputs[number - 1])) for number, s in enumerate(segments, 1)])
+    return TrainingRows(tuple(titles), tuple(segments_of_rows), tuple(heads), tokenizer)
+
+
+def _head(number: int, tokens: int, inputs: int) -> str:
+    """The title of a segment, whose last token may be a target without being an input."""
+    return f"segment {number}: {tokens} tokens" + ", the last as a target alone" * (tokens > inputs)

@@ -22,7 +22,7 @@ def text(runs: Sequence[Run], samples: bool = True) -> str:
     blocks.append(
         _columns(
             [
-                ["", "group", "seeds", runs_lib.FIGURES[figure], "best", "difference to (1)", *_MEASURES],
+                ["", "group", runs_lib.SEED, runs_lib.FIGURES[figure], "best", "difference to (1)", *_MEASURES],
                 *_figures(groups, figure),
             ]
         )
@@ -82,18 +82,26 @@ def _unfinished(run: Run, figure: str) -> str:
 
 
 def _options(groups: Sequence[Group]) -> list[list[str]]:
-    return [[key, *(_shortened(str(group.options[key])) for group in groups)] for key in groups[0].options]
+    return [[key, *shortened([str(group.options[key]) for group in groups])] for key in groups[0].options]
 
 
-def _shortened(text: str) -> str:
-    """The text with its middle left out where it is long, such as paths and lists of rules."""
-    half = _CELL_LENGTH // 2 - 1
-    return text if len(text) <= _CELL_LENGTH else f"{text[:half]}...{text[-half:]}"
+def shortened(texts: Sequence[str]) -> list[str]:
+    """Texts with their middles left out where they are long, such as paths; different ones stay different."""
+    length = _CELL_LENGTH
+    while len(set(cut := [_without_middle(text, length) for text in texts])) < len(set(texts)):
+        length *= 2
+    return cut
+
+
+def _without_middle(text: str, length: int) -> str:
+    half = length // 2 - 1
+    return text if len(text) <= length else f"{text[:half]}...{text[-half:]}"
 
 
 def _figures(groups: Sequence[Group], figure: str) -> list[list[str]]:
     rows = []
-    for number, group in enumerate(groups, 1):
+    labels = shortened([group.label for group in groups])
+    for number, (group, label) in enumerate(zip(groups, labels, strict=True), 1):
         seeds = ",".join(str(run.seed) for run in group.runs)
         seeds += f" ({group.unfinished} unfinished)" * bool(group.unfinished)
         best = min((value for run in group.runs if (value := run.best(figure)) is not None), default=None)
@@ -102,7 +110,7 @@ def _figures(groups: Sequence[Group], figure: str) -> list[list[str]]:
         rows.append(
             [
                 f"({number})",
-                _shortened(group.label),
+                label,
                 seeds,
                 interval_text(group.mean(figure)),
                 "" if best is None else f"{best:.4f}",

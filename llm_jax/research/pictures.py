@@ -1,13 +1,14 @@
 """PNGs of runs: the curves with bands over the seeds, and the results with their intervals."""
 
 import contextlib
+import dataclasses
 import math
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from llm_jax.pictures import render_png
-from llm_jax.research import page
+from llm_jax.research import comparison, page
 from llm_jax.research import runs as runs_lib
 from llm_jax.research.runs import Run
 
@@ -37,6 +38,8 @@ def figure(
 def draw(runs: Sequence[Run], directory: pathlib.Path, stem: str) -> list[pathlib.Path]:
     """Writes STEM-curves.png and STEM-results.png and returns their paths; a picture without figures is left out."""
     groups, main = runs_lib.group(runs), runs_lib.main_figure(runs)
+    names = comparison.shortened([group.label for group in groups])
+    groups = [dataclasses.replace(group, label=name) for group, name in zip(groups, names, strict=True)]
     label = runs_lib.FIGURES[main]
     paths = []
     found = [(group.label, name, page.curve(group, name)) for group in groups for name in ("loss", main)]

@@ -131,7 +131,8 @@ def find(paths: Iterable[str | os.PathLike[str]]) -> list[pathlib.Path]:
     for path in map(pathlib.Path, paths):
         path = path.expanduser()
         if not path.is_dir():
-            raise UserError(f"{path}: no such directory; expected a run or a sweep")
+            problem = "a file" if path.exists() else "no such directory"
+            raise UserError(f"{path}: {problem}; expected a run or a sweep{_of_checkpoints(path.exists())}")
         if (path / "config.json").exists():
             result[path] = None
             continue
@@ -142,6 +143,12 @@ def find(paths: Iterable[str | os.PathLike[str]]) -> list[pathlib.Path]:
             )
         result.update(dict.fromkeys(below))
     return list(result)
+
+
+def _of_checkpoints(exists: bool) -> str:
+    """What compares checkpoints of any form, for error messages."""
+    command = "python -m llm_jax.evaluate --checkpoint=A --checkpoint=B --data=FILE"
+    return f"; {command} compares checkpoints of any form" * exists
 
 
 def load(paths: Iterable[str | os.PathLike[str]]) -> list[Run]:
@@ -161,8 +168,11 @@ def read(path: pathlib.Path, name: str = "") -> Run:
     Raises:
       UserError: a file is damaged.
     """
+    content = files.read_json(path / "config.json")
+    if not isinstance(content, dict) or not content.keys() & {"train", "tokenizer"}:
+        raise UserError(f"{path}: not a run of llm_jax.train; expected a run or a sweep{_of_checkpoints(True)}")
     try:
-        config = configuration.flat(configuration.build(configuration.upgrade(files.read_json(path / "config.json"))))
+        config = configuration.flat(configuration.build(configuration.upgrade(content)))
     except UserError as error:
         raise UserError(f"{path}: not a run of llm_jax.train ({error})") from error
     summary = path / "summary.json"

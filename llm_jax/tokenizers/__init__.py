@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from llm_jax import extensions
 from llm_jax.errors import UserError
+from llm_jax.files import refuse_pointer
 from llm_jax.tokenizers import special
 from llm_jax.tokenizers.base import (
     PretrainedTokenizer,
@@ -130,9 +131,13 @@ def read_files(directory: pathlib.Path, names: Iterable[str] = PRETRAINED_FILES)
     Args:
       names: files of the vocabulary; those of `special.FILES` and further chat templates are read in any case.
     """
-    paths = [directory / name for name in (*names, *special.FILES)]
+    older = special.OLDER_VOCABULARIES if names is PRETRAINED_FILES else ()
+    paths = [directory / name for name in (*names, *older, *special.FILES)]
     paths += sorted(directory.glob(f"{special.TEMPLATES}/*.jinja"))
-    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in paths if path.is_file()}
+    paths = [path for path in paths if path.is_file()]
+    for path in paths:
+        refuse_pointer(path)
+    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in paths}
 
 
 def with_chat_template(tokenizer: T, name: str) -> T:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from llm_jax.errors import UserError
-from llm_jax.tokenizers.base import Tokenizer
+from llm_jax.tokenizers.base import PretrainedTokenizer, Tokenizer
 
 _SECONDS, _BYTES = 10, 2**30  # for each conversation
 Message = Mapping[str, Any]  # {"role": ..., "content": ...}, and what else the template reads
@@ -59,6 +59,29 @@ def render(
       UserError: no template, or one that fails, refuses the messages, or takes too long or too much memory.
     """
     return render_all(special, [job(messages, answer, tools, documents)])[0].text
+
+
+def apply_chat_template(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    add_generation_prompt: bool = False,
+    tools: Sequence[Any] | None = None,
+    documents: Sequence[Any] | None = None,
+) -> list[int]:
+    """The token ids of a conversation by the tokenizer's chat template, those of transformers' method of this name.
+
+    Args:
+      messages: {"role": "system", "user" or "assistant", "content": text} each.
+      add_generation_prompt: whether the ids end with the begin of an answer.
+      tools: descriptions of tools that the model may call.
+      documents: documents for retrieval-augmented generation.
+
+    Raises:
+      UserError: the tokenizer has no chat template, or see `render`.
+    """
+    if not isinstance(tokenizer, PretrainedTokenizer):
+        raise UserError(f"a tokenizer of kind {tokenizer.kind} has no chat template; expected one of a chat model")
+    return tokenizer.encode_chat(render(tokenizer.special, messages, add_generation_prompt, tools, documents))
 
 
 def plain_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:

@@ -19,6 +19,9 @@ KEY = "tokenizer.ggml."
 SPACE = "\u2581"  # represents a space in a piece
 Written = dict[str, Any] | None  # keys below `KEY`; None for a vocabulary of another form
 _CONTINUES = "##"  # begins a WordPiece that does not begin a word
+# Pre-tokenizers of model "gpt2" whose vocabularies have the form of Gemma 4's -> whether texts begin with BOS even if
+# the file denies it.
+_UTF8 = {"gemma4": True, "granite-embed-multi-311m": True, "sarvam-moe": False}
 _NFC = {"type": "NFC"}
 _SPACE_TO_SYMBOL = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 _SPLIT_AT_SPACE = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
@@ -41,6 +44,8 @@ def read(metadata: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
       UserError: a vocabulary of another kind, or an incomplete one.
     """
     kind = metadata.get(KEY + "model")
+    if kind == "gpt2" and str(metadata.get(KEY + "pre")) in _UTF8:
+        kind = "gemma4"
     if not isinstance(kind, str) or kind not in _READERS:
         expected = "'gpt2' (byte-level BPE), 'llama' or 'gemma4' (BPE with byte fallback), or 'bert' (WordPiece)"
         raise UserError(f"{KEY}model is {kind!r}; expected {expected}")
@@ -131,7 +136,8 @@ def _read_gemma4(
     tokenizer.pre_tokenizer = pre_tokenizers.build(_SPLIT_AT_SPACE)
     decoders = library.decoders
     tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
-    return tokenizer, True  # also where the file states the contrary, as in llama.cpp
+    forced = _UTF8.get(str(metadata.get(KEY + "pre")), True)  # as in llama.cpp
+    return tokenizer, forced or bool(metadata.get(KEY + "add_bos_token"))
 
 
 def _read_bert(metadata: Mapping[str, Any], tokens: list[str], types: Sequence[int]) -> tuple[library.Tokenizer, bool]:
@@ -177,11 +183,12 @@ _READERS: dict[str, Callable[..., tuple[library.Tokenizer, bool]]] = {
 }
 
 
-def write(tokenizer: library.Tokenizer, vocab_size: int) -> dict[str, Any]:
+def write(tokenizer: library.Tokenizer, vocab_size: int, add_bos: bool) -> dict[str, Any]:
     """Kind, tokens, types and merges or scores; the inverse of `read`, without the ids of special tokens.
 
     Args:
       vocab_size: ids from the tokenizer's size to this one are marked as unused.
+      add_bos: whether texts begin with BOS.
 
     Raises:
       UserError: GGUF cannot represent the vocabulary.
@@ -196,6 +203,9 @@ def write(tokenizer: library.Tokenizer, vocab_size: int) -> dict[str, Any]:
     names = [f"[PAD{i}]" if token is None else token for i, token in enumerate(tokens)]
     for form in (_write_byte_level, _write_llama, _write_gemma4, _write_bert):
         if (metadata := form(state, model, names, types)) is not None:
+            if metadata["model"] == "gemma4" and not add_bos:
+                metadata |= {"model": "gpt2", "pre": "sarvam-moe"}
+            metadata["add_bos_token"] = add_bos
             return {KEY + name: value for name, value in metadata.items()}
     raise UserError(
         "tokenizer.json cannot become GGUF: expected byte-level BPE with a pre-tokenizer that GGUF names, BPE with "

@@ -1,5 +1,7 @@
 """Pretrained tokenizers of the `tokenizers` library: tokenizer.json, and vocabularies of GGUF files."""
 
+import functools
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self
@@ -7,7 +9,7 @@ from typing import Any, ClassVar, Self
 import tokenizers as library
 
 from llm_jax.errors import UserError
-from llm_jax.tokenizers import gguf_vocabulary, hub_files
+from llm_jax.tokenizers import gguf_vocabulary, hub_files, hub_vocabulary
 from llm_jax.tokenizers import special as special_tokens
 from llm_jax.tokenizers.base import eos_ids, in_bytes, laid_out
 from llm_jax.tokenizers.byte import utf8
@@ -104,8 +106,20 @@ class HubTokenizer:
         self._tokenizer.encode_special_tokens = True
         return self._tokenizer.encode(text).ids
 
+    @functools.cached_property
+    def _misread(self) -> dict[int, str]:
+        """Added tokens that the decoder takes for bytes, such as "café": {id: text}."""
+        added = self._tokenizer.get_added_tokens_decoder() if self._by_bytes else {}
+        texts = {index: token.content for index, token in added.items() if not token.special}
+        return {index: text for index, text in texts.items() if self._tokenizer.decode([index]) != text}
+
     def decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        cuts = [i for i, index in enumerate(ids) if index in self._misread] if self._misread else []
+        text = ""
+        for begin, end in itertools.pairwise([-1, *cuts, len(ids)]):
+            text += self._tokenizer.decode(list(ids[begin + 1 : end]), skip_special_tokens=True)
+            text += self._misread[ids[end]] if end < len(ids) else ""
+        return text
 
     def spans(self, text: str) -> list[tuple[int, int]]:
         size = len(utf8(text))
@@ -139,13 +153,13 @@ class HubTokenizer:
 
     @classmethod
     def from_pretrained(cls, files: dict[str, bytes]) -> Self:
-        """The tokenizer of a checkpoint: tokenizer.json, and `special.FILES` beside it.
+        """The tokenizer of a checkpoint: tokenizer.json, or else the vocabulary in other files, and `special.FILES`.
 
         Raises:
-          UserError: no tokenizer.json, or files that cannot be read.
+          UserError: no vocabulary, or files that cannot be read.
         """
         if "tokenizer.json" not in files:
-            raise UserError("no tokenizer.json here")
+            files = files | {"tokenizer.json": hub_vocabulary.tokenizer_json(files)}
         tokenizer = cls(hub_files.completed(files), {})
         special = special_tokens.read(files, tokenizer._tokenizer.token_to_id, tokenizer._tokenizer.id_to_token)
         add_bos = special["add_bos_token"]
@@ -161,9 +175,8 @@ class HubTokenizer:
         Raises:
           UserError: GGUF cannot represent the vocabulary.
         """
-        metadata = gguf_vocabulary.write(self._tokenizer, vocab_size)
+        metadata = gguf_vocabulary.write(self._tokenizer, vocab_size, bool(self.special.get("add_bos_token")))
         key = gguf_vocabulary.KEY
-        metadata[key + "add_bos_token"] = bool(self.special.get("add_bos_token"))
         for name, gguf_name in special_tokens.GGUF_NAMES:
             if (index := self._id(f"{name}_token")) is not None:
                 metadata[f"{key}{gguf_name}_token_id"] = index

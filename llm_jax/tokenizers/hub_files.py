@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llm_jax.errors import UserError
+from llm_jax.tokenizers import special
 
 _CONFIG = "tokenizer_config.json"
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -51,7 +52,7 @@ def completed(files: Mapping[str, bytes]) -> str:
         for name in (_CONFIG, "special_tokens_map.json", "added_tokens.json", "config.json")
     }
     config = parsed[_CONFIG]
-    kind = str(config.get("tokenizer_class")).removesuffix("Fast").removesuffix("Tokenizer")
+    kind = special.class_name(config, parsed["config.json"])
     if "dropout" in (model := content.get("model") or {}):
         model["dropout"] = None
     if isinstance(space := config.get("add_prefix_space"), bool):

@@ -58,6 +58,10 @@ _CASED = (
     r"|<digits>| ?[^\s\p{L}\p{N}]+[\r\n/]*"
 ) + _SPACES
 _GPT4O = _CASED.replace("<suffixes>", _ENGLISH_SUFFIXES + "?").replace("<digits>", r"\p{N}{1,3}")
+_LETTERS_WITHOUT_HAN = [letters.replace("]", r"&&[^\p{Han}]]") for letters in (_UPPER, _LOWER)]
+_KIMI_K2 = r"\p{Han}+|" + (
+    _GPT4O.replace(_UPPER, _LETTERS_WITHOUT_HAN[0]).replace(_LOWER, _LETTERS_WITHOUT_HAN[1]).replace("n/]*", "n]*")
+)
 _KANA_AND_HAN = "[一-龥぀-ゟ゠-ヿ]+"
 _DEEPSEEK3 = (
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"""
@@ -92,6 +96,17 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
     ),
     "deepseek-coder": PreTokenizer((*_regexes("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _HAN_AND_HANGUL), _DIGITS, _BYTES)),
     "deepseek-v3": PreTokenizer((*_regexes(r"\p{N}{1,3}", _KANA_AND_HAN, _DEEPSEEK3), _BYTES)),
+    "kimi-k2": PreTokenizer((*_regexes(_KIMI_K2), _BYTES)),
+    "afmoe": PreTokenizer(
+        (
+            *_regexes(
+                r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))",  # groups of three, counted from the end of a number
+                "[一-鿿㐀-䶿豈-﫿぀-ゟ゠-ヿ･-ﾟ⼀-⿟เ-๿຀-໿ក-៿က-႟ꩠ-ꩿꧠ-꧿가-힯ᄀ-ᇿ]+",
+                _DEEPSEEK3,
+            ),
+            _BYTES,
+        )
+    ),
     "tekken": PreTokenizer(
         (*_regexes(_CASED.replace("<suffixes>", "").replace("<digits>", r"\p{N}")), _BYTES),
         ignore_merges=True,

@@ -18,6 +18,8 @@ FILES = (
     "generation_config.json",
     "config.json",
 )
+# Files of the vocabulary of tokenizers that were saved without tokenizer.json.
+OLDER_VOCABULARIES = ("vocab.json", "merges.txt", "vocab.txt")
 TEMPLATES = "additional_chat_templates"  # directory of chat templates besides chat_template.jinja, as NAME.jinja
 _GGUF_TEMPLATE = "tokenizer.chat_template"  # with .NAME for those besides the default one
 
@@ -119,8 +121,7 @@ def read(
     """
     parsed = {name: json.loads(files.get(name, b"{}")) for name in FILES if name.endswith(".json")}
     config, model = parsed["tokenizer_config.json"], parsed["config.json"]
-    kind = config.get("tokenizer_class") or _CLASS_OF_MODEL.get(str(model.get("model_type")), "")
-    defaults = _CLASSES.get(str(kind).removesuffix("Fast").removesuffix("Tokenizer"), {})
+    defaults = class_tokens(class_name(config, model))
     defaults = {name: token for name, token in defaults.items() if index_of(token) is not None and name not in own}
     sources = (config, parsed["special_tokens_map.json"])
     special: dict[str, Any] = {}
@@ -139,6 +140,21 @@ def read(
     if special["eos_token"] is None and "eos_token" not in {*config, *own} and ends:
         special["eos_token"] = token_of(ends[0])
     return special | ({"eos_ids": list(dict.fromkeys(ends))} if ends else {})
+
+
+def class_name(tokenizer_config: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """The tokenizer class of transformers, without "Tokenizer" and "Fast"; "" where the files name none.
+
+    Args:
+      tokenizer_config, config: the content of tokenizer_config.json and of config.json.
+    """
+    kind = tokenizer_config.get("tokenizer_class") or _CLASS_OF_MODEL.get(str(config.get("model_type")), "")
+    return str(kind).removesuffix("Fast").removesuffix("Tokenizer")
+
+
+def class_tokens(kind: str) -> dict[str, str]:
+    """The special tokens of a tokenizer class where the files name none: {"eos_token": token, ...}."""
+    return _CLASSES.get(kind, {})
 
 
 def without_eos(special: Mapping[str, Any], eos: int | None) -> dict[str, list[int]]:

@@ -1,5 +1,6 @@
 """Text with its tokens told apart: coloured on a terminal, between bars elsewhere."""
 
+import re
 from collections.abc import Iterator, Sequence
 
 from llm_jax.tokenizers.base import Tokenizer
@@ -42,9 +43,24 @@ def table(text: str, tokenizer: Tokenizer) -> list[str]:
 
 
 def label(tokenizer: Tokenizer, index: int) -> str:
-    """The text of a token, or its piece if it has no text of its own (a special token, a part of a character)."""
-    text = tokenizer.decode([index])
-    return text if text and "�" not in text else tokenizer.piece(index)
+    """The text of a token, or its piece if it has none of its own, such as a special token.
+
+    Bytes that are a part of a character are written as <0xE2>.
+    """
+    text, piece = tokenizer.decode([index]), tokenizer.piece(index)
+    if "�" in text and (own := _bytes_of(piece)) is not None:
+        characters = own.decode(errors="surrogateescape")
+        return "".join(f"<0x{ord(c) - 0xDC00:02X}>" if 0xDC80 <= ord(c) <= 0xDCFF else c for c in characters)
+    return text if text and "�" not in text else piece
+
+
+def _bytes_of(piece: str) -> bytes | None:
+    """The bytes of a piece that names them: <0xE2>, \\xe2, or in the alphabet of byte-level BPE; else None."""
+    from llm_jax.tokenizers.words import BYTES
+
+    if match := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>|\\x([0-9a-f]{2})", piece):
+        return bytes.fromhex(match[1] or match[2])
+    return bytes(BYTES[c] for c in piece) if all(c in BYTES for c in piece) else None
 
 
 def side_by_side(columns: Sequence[Sequence[str]], width: int) -> str:

@@ -84,6 +84,9 @@ def repeat_rows(params: Any, count: int) -> Any:
       params: a tree of weights of any kind, one entry per layer (`trees.unstack`).
     """
 
+    if count == 1:
+        return params
+
     def repeat(w: Any) -> Any:
         if not isinstance(w, Adapted) or w.scale.ndim < 2:
             return w

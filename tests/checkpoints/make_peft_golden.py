@@ -82,6 +82,8 @@ ADAPTERS = {
     "tokens": ("llama", QUERIES | {"trainable_token_indices": [3, 40]}),
     "tokens-tied": ("llama3", QUERIES | {"trainable_token_indices": [5, 40, 63]}),
     "tokens-of-both": ("llama", QUERIES | {"trainable_token_indices": {"embed_tokens": [3, 40], "lm_head": [4]}}),
+    "tokens-tied-of-both": ("llama3", QUERIES | {"trainable_token_indices": {"embed_tokens": [3, 40], "lm_head": [4]}}),
+    "tokens-tied-same": ("llama3", QUERIES | {"trainable_token_indices": {"embed_tokens": [3, 9], "lm_head": [3, 9]}}),
     "resized": ("llama", QUERIES | {"resize": 67}),
     "resized-tied": ("llama3", QUERIES | {"resize": 67}),
     "patterns": (

@@ -155,9 +155,22 @@ def test_keys_that_change_nothing_are_accepted_with_that_value_only(plain):
     expected = gguf_model.read_config(plain, "file")[1]
     for key, neutral_value, other in (
         ("rope.scaling.attn_factor", 1.0, 1.5),
+        ("rope.scaling.yarn_attn_factor", 1.0, 1.5),
+        ("rope.scaling.yarn_ext_factor", -1.0, 0.5),
+        ("rope.scaling.yarn_ext_factor", 1.0, 0.0),
         ("rope.scaling.yarn_beta_fast", 32.0, 16.0),
+        ("rope.scaling.yarn_beta_slow", 1.0, 2.0),
+        ("rope.scaling.yarn_log_multiplier", 0.0, 0.1),
+        ("attention.clamp_kqv", 0.0, 8.0),
+        ("attention.max_alibi_bias", 0.0, 8.0),
         ("expert_count", 0, 8),
         ("expert_used_count", 0, 2),
+        ("expert_shared_count", 0, 1),
+        ("leading_dense_block_count", 0, 1),
+        ("nextn_predict_layers", 0, 1),
+        ("embedding_scale", 1.0, 12.0),
+        ("residual_scale", 1.0, 0.2),
+        ("logit_scale", 0.0, 0.5),
         ("tensor_data_layout", "Meta AI original pth", "transposed"),
         ("attention.causal", True, False),
         ("logit_scale", 1.0, 0.5),
@@ -167,6 +180,12 @@ def test_keys_that_change_nothing_are_accepted_with_that_value_only(plain):
         assert gguf_model.read_config(changed, "file")[1] == expected, key
         with pytest.raises(UserError, match=f"llama.{key}=.* is not supported|num_kv_heads"):
             gguf_model.read_config(gguf.GgufFile(plain.metadata | {f"llama.{key}": other}, plain.tensors), "file")
+    mixture = gguf.GgufFile({"general.architecture": "qwen3moe", "qwen3moe.expert_count": 128}, {})
+    with pytest.raises(UserError, match="file: qwen3moe.expert_count=128: a mixture of experts is not supported"):
+        gguf_model.read_config(mixture, "file")
+    adapter = gguf.GgufFile(plain.metadata | {"general.type": "adapter"}, plain.tensors)
+    with pytest.raises(UserError, match="file: general.type is 'adapter'; expected the file of a whole model"):
+        gguf_model.read_config(adapter, "file")
     pooled = gguf.GgufFile(plain.metadata | {"llama.pooling_type": 3}, plain.tensors)
     assert gguf_model.read_config(pooled, "file")[1] == expected
 

@@ -162,8 +162,6 @@ def test_every_wrong_tensor_is_named(llama):
         (lambda p: edit(p, hidden_act="xielu"), "'xielu' is missing or not supported"),
         (lambda p: edit(p, rope_parameters={"rope_type": "xrope"}), "rope_type is 'xrope'; expected one of"),
         (lambda p: edit(p, rope_parameters={"rope_type": "longrope"}), "'short_factor' is missing"),
-        (lambda p: edit(p, model_type="qwen3_moe"), "'qwen3_moe', a mixture of experts"),
-        (lambda p: edit(p, num_local_experts=8), "'llama', a mixture of experts"),
         (lambda p: edit(p, num_attention_heads=5), "does not divide"),
         (lambda p: index(p, "../model.safetensors"), "names the file '../model.safetensors'"),
         (lambda p: index(p, "other.safetensors"), "other.safetensors: named in model.safetensors.index.json"),
@@ -175,6 +173,30 @@ def test_damaged_or_hostile_directories_end_in_one_clear_error(llama, change, me
     change(path)
     with pytest.raises(UserError, match=message):
         read(path)
+
+
+MIXTURES = (
+    *("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32"),
+    *("deepseek_v4", "olmoe", "flex_olmo", "granitemoe", "granitemoeshared", "granitemoehybrid", "phimoe", "gpt_oss"),
+    *("llama4", "llama4_text", "dbrx", "jamba", "jetmoe", "glm4_moe", "ernie4_5_moe", "hunyuan_v1_moe", "minimax"),
+    *("minimax_m2", "lfm2_moe", "bailing_moe", "kimi_k25", "kimi_linear", "longcat_flash", "nemotron_h", "afmoe"),
+)
+
+
+def test_mixtures_of_experts_are_refused_as_such():
+    """By the name of the family, and by the keys that published files have, wherever they are."""
+    llama = GOLDEN["llama"]["config"]
+    counts = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    configs = [{"model_type": name} for name in MIXTURES]
+    configs += [{"model_type": name, key: 8} for key in counts for name in ("llama", "new_one")]
+    configs += [{"model_type": "new_one", section: {counts[0]: 8}} for section in ("text_config", "ffn_config")]
+    for config in configs:
+        with pytest.raises(UserError, match=f"model_type is '{config['model_type']}', a mixture of experts") as error:
+            model_config(llama | config)
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="model_type is 'granitemoehybrid'; expected one of llama"):
+        model_config({"model_type": "granitemoehybrid", "num_local_experts": 0})  # a dense one
+    model_config(llama | dict.fromkeys(counts, 0))
 
 
 def edit(path, **changes):
@@ -245,6 +267,15 @@ def test_settings_that_would_change_the_numbers_are_refused(name, change, messag
         model_config(GOLDEN[name]["config"] | change)
 
 
+def test_rotary_settings_by_layer_type_count_if_they_are_the_same():
+    """transformers 5 writes rope_parameters for every layer type of some models."""
+    same, other = ({"rope_theta": base, "rope_type": "default"} for base in (5e5, 1e4))
+    nested = {"full_attention": same, "sliding_attention": same}
+    assert model_config(GOLDEN["llama"]["config"] | {"rope_parameters": nested})[1].position.base == 5e5
+    with pytest.raises(UserError, match="rope_parameters that differ by layer type are supported for gemma3_text only"):
+        model_config(GOLDEN["llama"]["config"] | {"rope_parameters": nested | {"sliding_attention": other}})
+
+
 def test_what_config_json_leaves_out_is_what_the_class_would_take():
     without = lambda name, *keys: {k: v for k, v in GOLDEN[name]["config"].items() if k not in keys}  # noqa: E731
     gemma = model_config(without("gemma2", "final_logit_softcapping", "attn_logit_softcapping"))[1]
@@ -257,6 +288,10 @@ def test_what_config_json_leaves_out_is_what_the_class_would_take():
     neox = model_config(without("gpt_neox", "rope_parameters", "attention_bias") | {"rotary_emb_base": 5e4})[1]
     assert (neox.position.base, neox.position.partial_rotary_factor, neox.bias) == (5e4, 0.25, True)
     assert model_config(without("starcoder2", "use_bias", "tie_word_embeddings"))[1].bias
+    starcoder2 = model_config(without("starcoder2", "hidden_act", "num_key_value_heads", "norm_epsilon"))[1]
+    assert (starcoder2.activation, starcoder2.num_kv_heads, starcoder2.norm_eps) == ("gelu", 2, 1e-5)
+    assert model_config(without("olmo2", "rms_norm_eps"))[1].norm_eps == 1e-5
+    assert model_config(without("granite", "attention_multiplier"))[1].attention_scale == 1.0
 
 
 def test_tensors_are_written_in_the_dtype_that_config_json_names(llama, tmp_path):

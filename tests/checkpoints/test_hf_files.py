@@ -1,5 +1,6 @@
 """What directories of Hugging Face hold in the wild: other names, contradictions, leftovers, and what is downloaded."""
 
+import dataclasses
 import fnmatch
 import json
 import sys
@@ -9,10 +10,12 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
-from llm_jax.checkpoints import huggingface, location, opening
+from llm_jax import tokenizers
+from llm_jax.checkpoints import assemble, gguf, huggingface, location, opening, peft_tensors
 from llm_jax.checkpoints.checkpoint import on_default_device
+from llm_jax.checkpoints.names import TensorSpec
 from llm_jax.errors import UserError
 from tests.checkpoints.test_hf import edit, read, write_directory
 
@@ -150,9 +153,17 @@ def test_quantized_and_empty_tensors_are_refused_by_what_they_are(saved):
     def empty(tensors):
         tensors["model.norm.weight"] = np.zeros(0, np.float32)
 
-    for change, method, detail in ((gptq, "gptq", "qweight' is of type I32"), (scaled, "fp8", "weight_scale_inv")):
-        path = saved("llama", change, quantization_config={"quant_method": method})
-        with pytest.raises(UserError, match=f"quantization_config of quant_method='{method}'.*{detail}") as error:
+    def mlx(tensors):
+        tensors["model.layers.0.mlp.up_proj.weight"] = np.zeros((48, 4), np.uint32)
+        tensors["model.layers.0.mlp.up_proj.scales"] = np.ones((48, 1), np.float16)
+
+    for change, key, setting, named, detail in (
+        (gptq, "quantization_config", {"quant_method": "gptq"}, "quant_method='gptq'", "qweight' is of type I32"),
+        (scaled, "quantization_config", {"quant_method": "fp8"}, "quant_method='fp8'", "weight_scale_inv"),
+        (mlx, "quantization", {"group_size": 64, "bits": 4}, "{'group_size': 64, 'bits': 4}", "is of type U32"),
+    ):
+        path = saved("llama", change, **{key: setting})
+        with pytest.raises(UserError, match=f"quantization_config of {named}.*{detail}.*--base=PATH") as error:
             checkpoint = opening.open(path)
             checkpoint.params(checkpoint.config, on_default_device)
         assert "\n" not in str(error.value)
@@ -160,23 +171,64 @@ def test_quantized_and_empty_tensors_are_refused_by_what_they_are(saved):
         read(saved("llama", empty))
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, np.float64])
-def test_weights_that_are_not_finite_are_named(saved, capsys, dtype):
-    def change(value):
-        def write(tensors):
-            tensors["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"].astype(dtype)
-            tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16, np.float64]
 
-        return write
 
+class _InMemory:
+    """A source of `assemble` with one tensor."""
+
+    label = "memory"
+
+    def __init__(self, values):
+        self.values, self.shapes = values, {"w": values.shape}
+
+    def read(self, name, slices):
+        return self.values[slices]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("chunk_bytes", [64, 2**20])  # some rows at a time, or all
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_value_that_is_not_finite_is_found_at_every_place_of_its_part(monkeypatch, dtype, chunk_bytes, part):
+    """Two groups of two parts, as of GPT-NeoX's queries and keys."""
+    monkeypatch.setattr(assemble, "_CHUNK_BYTES", chunk_bytes)
     largest = float(ml_dtypes.finfo(dtype).max) if dtype is not np.float64 else 1e30
-    read(saved("llama", change(-largest)))
-    assert "NaN" not in capsys.readouterr().err
-    for value in (np.nan, -np.inf):
-        read(saved("llama", change(value)))
-        assert "1 tensors have values that are NaN or infinite, so that outputs may be NaN: model.layers.1.mlp.up" in (
-            capsys.readouterr().err
-        )
+    spec = TensorSpec("w", part=(part, 2), groups=2)
+    for place in np.ndindex(7, 12):
+        for value in (np.nan, -np.nan, np.inf, -np.inf, largest, -largest):
+            stored = np.ones((7, 12), dtype)
+            stored[place] = value
+            finite = assemble._fill(np.empty((7, 6), np.float32), _InMemory(stored), spec, [range(7), range(6)], 6)
+            assert finite == (np.isfinite(value) or place[1] // 3 % 2 != part), (place, value)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize("place", [(0, 0), (-1, -1)])
+@pytest.mark.parametrize("scan", [True, False])
+def test_weights_that_are_not_finite_are_named(saved, capsys, layer, place, scan):
+    """In one file, and in the shards of several."""
+    broken = f"model.layers.{layer}.mlp.up_proj.weight"
+
+    def change(tensors):
+        tensors[broken] = tensors[broken].astype(ml_dtypes.bfloat16)
+        tensors[broken][place] = np.nan
+
+    path = saved("llama", change)
+    message = f"1 tensors have values that are NaN or infinite, so that outputs may be NaN: {broken}\n"
+    huggingface_params(path, scan)
+    assert message in capsys.readouterr().err
+    tensors = load_file(path / "model.safetensors")
+    (path / "model.safetensors").unlink()
+    for i in range(2):
+        part = {name: tensors[name] for name in sorted(tensors)[i::2]}
+        save_file(part, path / f"model-0000{i + 1}-of-00002.safetensors")
+    huggingface_params(path, scan)
+    assert message in capsys.readouterr().err
+
+
+def huggingface_params(path, scan):
+    kind, config = huggingface.read_config(path)
+    return huggingface.load_params(path, kind, dataclasses.replace(config, scan_layers=scan), on_default_device)
 
 
 def test_a_tensor_under_two_names_is_refused(saved):
@@ -223,3 +275,20 @@ def test_the_hub_is_asked_for_weights_and_for_every_file_of_a_tokenizer(monkeypa
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     location.resolve("hf:org/name")
     assert asked == [wanted]
+
+
+def test_a_pointer_of_git_lfs_is_named_as_one(saved, tmp_path):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 134\n"
+    directory = saved("llama")
+    (directory / "adapter_model.safetensors").write_text(pointer)
+    (directory / "tokenizer.json").write_text(pointer)
+    (directory / "model.gguf").write_text(pointer)
+    (directory / "model.safetensors").write_text(pointer)
+    for name, read_file in (
+        ("model.safetensors", lambda: read(directory)),
+        ("adapter_model.safetensors", lambda: peft_tensors._read_file(directory)),
+        ("tokenizer.json", lambda: tokenizers.from_directory(directory)),
+        ("model.gguf", lambda: gguf.read(directory / "model.gguf")),
+    ):
+        with pytest.raises(UserError, match=f"{directory / name}: a pointer of Git LFS, .* run `git lfs pull`"):
+            read_file()

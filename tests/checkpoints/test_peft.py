@@ -106,6 +106,8 @@ def lora_kinds(params):
         ("tied-both", {}),
         ("saved-tied-both", {}),
         ("tokens-tied", {}),
+        ("tokens-tied-same", {}),
+        ("tokens-tied-of-both", {"tie_embeddings": False}),
         ("resized", {"vocab_size": 67}),
         ("resized-tied", {"vocab_size": 67}),
     ],
@@ -229,6 +231,25 @@ def test_names_of_adapters_as_other_software_writes_them(bases, tmp_path, patter
     save_file(two, directory / peft_tensors.TENSORS)
     with pytest.raises(UserError, match="is a second factor of .*; expected one adapter"):
         load(directory, kind, model.config, params)
+
+
+@pytest.mark.parametrize(
+    ("name", "copy", "shape"),
+    [
+        ("tokens", "model.embed_tokens.token_adapter.trainable_tokens_original", (64, 32)),
+        ("saved-head", "lm_head.original_module.weight", (64, 32)),
+    ],
+)
+def test_what_was_replaced_is_not_read(bases, tmp_path, name, copy, shape):
+    path = written(tmp_path / "a", name) / peft_tensors.TENSORS
+
+    def params():
+        checkpoint = opened(bases, path.parent)
+        return checkpoint.params(dataclasses.replace(checkpoint.config, scan_layers=False), on_default_device)
+
+    expected = params()
+    save_file(load_file(path) | {f"base_model.model.{copy}": np.full(shape, 7, np.float32)}, path)
+    jax.tree.map(np.testing.assert_array_equal, params(), expected)
 
 
 def test_listed_modules_without_factors_are_named(bases, tmp_path, capsys):

@@ -209,6 +209,24 @@ def test_a_fraction_outside_0_to_below_1_is_refused(tmp_path, text_file, fractio
         Source(config(text_file, tmp_path, fraction))
 
 
+def test_a_text_file_is_one_document_where_it_is_not_cut(tmp_path):
+    """Also in a directory by itself; the caches of both are apart, though the text is the same."""
+    path = tmp_path / "in" / "a.txt"
+    path.parent.mkdir()
+    path.write_text("one line of text\n" * 100)
+    settings, byte = [config(p, tmp_path / "c") for p in (path, path.parent)], tokenizers.get("byte").train([], 0)
+    counts = [
+        len(source.corpus(byte).validation.offsets) - 1
+        for source in (
+            Source(settings[0], whole=True),
+            Source(settings[0], whole=True, in_pieces=False),
+            Source(settings[1], whole=True),
+            Source(settings[0], whole=True),
+        )
+    ]
+    assert counts == [2, 1, 1, 2]
+
+
 def test_a_damaged_cache_says_what_to_delete(tmp_path, text_file):
     source = Source(config(text_file, tmp_path))
     tokenizer = tokenizers.get("byte").train([], 0)

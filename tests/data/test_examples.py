@@ -152,9 +152,21 @@ def test_preferences_are_two_examples_of_one_prompt():
     ]
 
 
+def test_a_prompt_beside_whole_conversations_is_not_repeated():
+    pair = {"chosen": TALK[1:3], "rejected": [TALK[1], {"role": "assistant", "content": "5"}]}
+    expected = examples(pair, "preferences")
+    assert expected[0] == ("^user: 2+2?\n\nassistant: 4§", "4§")
+    for prompt in ("2+2?", [TALK[1]]):
+        assert examples({"prompt": prompt} | pair, "preferences") == expected
+    turns = {"prompt": [TALK[1]], "chosen": TALK[2:], "rejected": [*TALK[2:4], TALK[2]]}
+    assert examples(turns, "preferences")[0][0].startswith("^user: 2+2?")  # it is not in them
+
+
 @pytest.mark.parametrize(
     ("kind", "record", "message"),
     [
+        ("instructions", {"prompt": "a", "completion": "b", "label": False}, "'label' is false, so that its"),
+        ("preferences", {"prompt": "3?", "chosen": TALK[1:3], "rejected": [TALK[1], TALK[4]]}, "'prompt' is not that"),
         ("instructions", {"text": "a"}, "has text; expected 'messages', or 'prompt' and 'answer'"),
         ("instructions", {"prompt": "a", "answer": None}, "expected 'messages', or"),
         ("instructions", {"messages": TALK[:2]}, "and one by the assistant"),

@@ -1,10 +1,13 @@
 import json
+import re
 
 import numpy as np
+import pytest
 
 from llm_jax import tokenizers
 from llm_jax.data import row_text
 from llm_jax.data.rows import Packed, Rows
+from llm_jax.tokenizers import token_text
 from tests.data.test_data import stream
 from tests.data.test_examples import split
 from tests.tokenizers import forms
@@ -48,9 +51,22 @@ def test_the_command_shows_rows(tmp_path, command):
     )
     said = command("show", "rows", *flags, "--rows=1").stdout.splitlines()
     assert said[0].startswith("row 0: ") and "in 2 segments, 8 targets count" in said[0]
+    heads = [re.fullmatch(r"segment \d: (\d+) tokens(, the last as a target alone)?", line) for line in said]
+    inputs = sum(int(head[1]) - bool(head[2]) for head in heads if head)
+    assert f"row 0: {inputs} inputs in 2 segments" in said[0]
     assert said[2].startswith("- <bos>ask ") and said[3] == "+ yes<eos>"
     assert len(command("show", "rows", *flags, "--rows=99", "--held_out").stdout.splitlines()) < 40
     assert "expected at least 1 row" in command("show", "rows", *flags, "--rows=0", code=2).stderr
+
+
+@pytest.mark.parametrize("form", ["byte", "bytelevel", "metaspace"])
+def test_bytes_of_a_part_of_a_character_are_readable(form):
+    """Byte-level BPE writes them in an alphabet of its own, such as "ðŁ"."""
+    tokenizer = BYTE if form == "byte" else forms.form(form)
+    text = "🙂"
+    labels = [token_text.label(tokenizer, i) for i in tokenizer.encode(text)]
+    assert "".join(label for label in labels if label not in ("▁", "")) == "<0xF0><0x9F><0x99><0x82>"
+    assert token_text.label(tokenizer, tokenizer.encode("a")[-1]) == "a"
 
 
 def test_special_tokens_have_their_names_and_a_newline_that_counts_is_seen():

@@ -3,13 +3,15 @@
 import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from llm_jax import lora
+import llm_jax
+from llm_jax import lora, tokenizers
 from llm_jax.decoding import explain, stops
 from llm_jax.decoding.complete import complete
 from llm_jax.decoding.options import DecodingOptions
@@ -226,3 +228,24 @@ def test_the_command_and_the_library_give_the_same(trained, command):
     streamed = command("generate", f"--checkpoint={trained}", "--prompt=a", "--max_new_tokens=8", "--stream")
     plain = command("generate", f"--checkpoint={trained}", "--prompt=a", "--max_new_tokens=8")
     assert streamed.stdout == plain.stdout
+
+
+def test_a_draft_has_the_same_tokenizer_and_may_have_more_rows(command, trained, tmp_path, monkeypatch):
+    model, params, tokenizer = llm_jax.load(trained)
+    rows = model.config.vocab_size + 5
+    padded = jax.tree.map(lambda w: jnp.pad(w, [(0, 5 * (n == rows - 5)) for n in w.shape]), params)
+    wider = model.clone(config=dataclasses.replace(model.config, vocab_size=rows))
+    llm_jax.save(wider, padded, tokenizer, tmp_path / "padded")
+    other = tokenizers.get("char").train(["the model"], 64)
+    llm_jax.save(wider, padded, other, tmp_path / "other")
+
+    def generate(draft, code=2):
+        return command("generate", f"--checkpoint={trained}", f"--draft={draft}", "--prompt=a", code=code).stderr
+
+    assert f"--draft={tmp_path / 'other'} has another tokenizer than {trained}" in generate(tmp_path / "other")
+
+    def refuse(*_, draft, **others):
+        raise UserError(f"a draft of {draft[0].config.vocab_size} rows")
+
+    monkeypatch.setattr("llm_jax.decoding.complete.complete", refuse)
+    assert f"a draft of {rows} rows" in generate(tmp_path / "padded")

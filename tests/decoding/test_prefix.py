@@ -1,11 +1,14 @@
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llm_jax import lora
 from llm_jax.decoding import loop
 from llm_jax.decoding.options import DecodingOptions
 from llm_jax.decoding.prefix import Prefix, cached_ids, common_length
+from tests.lora import cases
 
 SYSTEM, QUESTION, NEXT = list(range(10, 22)), [30, 31, 32, 33], [40, 41, 42, 43, 44, 45, 46]
 KINDS = {
@@ -71,6 +74,25 @@ def test_an_interrupted_request_leaves_a_usable_prefix(make):
     )
     assert ended.ids == row.ids[:3] and prefix.reused == len(SYSTEM) - 1
     assert cached_ids(prefix._state) == [*SYSTEM, *row.ids[:2]]
+
+
+def test_other_adapters_over_one_base_reuse_nothing_of_a_prefix(make, tiny):
+    """The keys and values in the cache are those of the adapters before."""
+    model, base = make(scan_layers=False, num_layers=1)
+    combined = lora.combine(cases.made(base, cases.config(tiny)))
+    adapted, plain = (lora.attach(base, lora.mix(combined, jnp.array([weight]))) for weight in (1.0, 0.0))
+    prefix, sampler = Prefix(), DecodingOptions(temperature=0).sampler(all_filters=True)
+    for params, reused in (
+        (adapted, 0),
+        (adapted, len(SYSTEM) - 1),
+        (plain, 0),
+        (plain, len(SYSTEM) - 1),
+        (adapted, 0),
+    ):
+        (alone,) = loop.generate(model, params, [SYSTEM], sampler, max_new_tokens=8, prefix=Prefix())
+        (row,) = loop.generate(model, params, [SYSTEM], sampler, max_new_tokens=8, prefix=prefix)
+        assert (row.ids, prefix.reused) == (alone.ids, reused)
+        np.testing.assert_allclose(row.log_probabilities, alone.log_probabilities, atol=2e-5)
 
 
 @pytest.mark.parametrize(("a", "b", "length"), [([], [1], 0), ([1, 2], [1, 2, 3], 2), ([1, 2, 3], [1, 4, 3], 1)])

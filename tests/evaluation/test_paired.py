@@ -15,6 +15,7 @@ from llm_jax import checkpoints, evaluate, intervals, tokenizers
 from llm_jax.data.corpus import Split
 from llm_jax.data.rows import Packed, Pairs, Rows
 from llm_jax.errors import UserError
+from llm_jax.evaluation import held_out as held_out_lib
 from llm_jax.evaluation import paired
 from llm_jax.evaluation.paired import Units
 
@@ -187,11 +188,11 @@ def test_what_cannot_be_paired_is_refused_in_one_line(tiny, monkeypatch):
         ),
     ):
         with pytest.raises(UserError, match=message):
-            evaluate._refuse_other_text(several)
-    evaluate._refuse_other_text([held_out(tiny, is_whole_text=True), held_out(tiny, other, True)])
+            held_out_lib.refuse_other_text(several)
+    held_out_lib.refuse_other_text([held_out(tiny, is_whole_text=True), held_out(tiny, other, True)])
     labels = dataclasses.replace(tiny.data, labelled=dataclasses.replace(tiny.data.labelled, label_field="answer"))
-    evaluate._refuse_other_text([held_out(tiny), held_out(tiny, labels)])
-    evaluate._refuse_other_text([held_out(tiny, is_whole_text=True), held_out(tiny, labels, True)])
+    held_out_lib.refuse_other_text([held_out(tiny), held_out(tiny, labels)])
+    held_out_lib.refuse_other_text([held_out(tiny, is_whole_text=True), held_out(tiny, labels, True)])
     sizes = iter((np.ones(3), np.ones(4)))
     measure = lambda *_, **options: {"units": Units(size := next(sizes), size, size > 0), "tokens": 9}  # noqa: E731
     monkeypatch.setattr(evaluate, "_measure", measure)

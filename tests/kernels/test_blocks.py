@@ -10,12 +10,19 @@ import pytest
 
 from llm_jax.kernels import blocks
 
+# ggml's numbers of the types (enum ggml_type).
+CODES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q2_K": 10, "Q3_K": 11, "Q4_K": 12}
+CODES |= {"Q5_K": 13, "Q6_K": 14, "IQ4_NL": 20, "IQ4_XS": 23, "BF16": 30, "MXFP4": 39}
 GOLDEN = np.load(pathlib.Path(__file__).with_name("blocks_golden.npz"))
 
 
 @pytest.mark.parametrize("name", [k.removesuffix("_bytes") for k in GOLDEN if k.endswith("_bytes")])
 def test_bytes_are_read_as_the_gguf_package_reads_them(name):
     np.testing.assert_array_equal(blocks.decode(name, GOLDEN[f"{name}_bytes"]), GOLDEN[f"{name}_numbers"])
+
+
+def test_formats_have_the_numbers_of_ggml():
+    assert {name: block.code for name, block in blocks.FORMATS.items()} == CODES
 
 
 @pytest.mark.parametrize("name", [k.removesuffix("_written") for k in GOLDEN if k.endswith("_written")])

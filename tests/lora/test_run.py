@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import llm_jax
-from llm_jax import checkpoints, files, lora, trees, weights
+from llm_jax import checkpoints, files, lora, tokenizers, trees, weights
 from llm_jax.checkpoints import adapters as adapters_form
 from llm_jax.checkpoints.manifest import write_manifest
 from llm_jax.errors import UserError
@@ -80,6 +80,8 @@ def test_peft_and_back_over_a_base_of_hugging_faces(trained, command, tmp_path):
     command("train", f"--workdir={tmp_path / 'run'}", *flags)
     command("convert", f"--input={tmp_path / 'run'}", f"--output={tmp_path / 'peft'}", "--to=peft")
     ours, theirs = llm_jax.load(tmp_path / "run"), llm_jax.load(tmp_path / "peft")
+    assert {"tokenizer.json", "tokenizer_config.json"} <= {path.name for path in (tmp_path / "peft").iterdir()}
+    assert tokenizers.digest(ours.tokenizer) == tokenizers.digest(theirs.tokenizer)
     ids = jnp.asarray([ours.tokenizer.encode("the model reads")])
     logits = [jax.jit(one.model.apply)({"params": one.params}, ids) for one in (ours, theirs, llm_jax.load(trained))]
     np.testing.assert_allclose(logits[1], logits[0], atol=1e-5)

@@ -143,6 +143,18 @@ def test_one_run_is_not_runs_and_long_names_are_cut(tmp_path):
     assert "ry/directory/end.txt" in text and "...y/directory/other.txt" in text
 
 
+def test_different_names_stay_different_when_they_are_cut(tmp_path):
+    beginning, end = "a/long/path/of/a/directory/", "/and/the/end/of/the/path.txt"
+    for i in range(2):
+        write_run(tmp_path / str(i), data__source=f"{beginning}{i}{end}")
+    lines = comparison.text(runs.load([tmp_path])).splitlines()
+    cells = next(line.split() for line in lines if line.startswith("data.source"))
+    assert cells[1] != cells[2] and lines[3] != lines[4]
+    labels = [line.split()[1] for line in lines if line.startswith(("(1)  source", "(2)  source"))]
+    assert len({*labels}) == 2
+    assert next(line.split() for line in lines if "tokens/s" in line)[1] == "train.seed"
+
+
 def test_options_that_change_the_figure_distinguish_groups(tmp_path):
     for i, options in enumerate(({}, {"eval__final_rows": 2}, {"eval__rows": 2}, {"eval__prompts": ("a",)})):
         write_run(tmp_path / f"run{i}", train__seed=i, **options)
@@ -176,7 +188,15 @@ def test_what_is_no_run_and_a_damaged_file_are_one_line(tmp_path):
     assert runs.read(path.parent).step == 4
     config = (path.parent / "config.json").read_text()
     (path.parent / "config.json").write_text('{"architectures": ["Llama"]}')  # of a Hugging Face directory
-    with pytest.raises(UserError, match=r"a: not a run of llm_jax.train \(unknown config key 'architectures'"):
+    other = (
+        r"a run or a sweep; python -m llm_jax.evaluate --checkpoint=A --checkpoint=B --data=FILE compares checkpoints"
+    )
+    with pytest.raises(UserError, match=f"a: not a run of llm_jax.train; expected {other} of any form"):
+        runs.load([path.parent])
+    with pytest.raises(UserError, match=f"config.json: a file; expected {other}"):
+        runs.load([path.parent / "config.json"])
+    (path.parent / "config.json").write_text('{"train": 1, "zzz": 2}')
+    with pytest.raises(UserError, match=r"a: not a run of llm_jax.train \("):
         runs.read(path.parent)
     (path.parent / "config.json").write_text(config)
     path.write_text('{"step"\n' + path.read_text())

@@ -1,4 +1,5 @@
-"""Writes pre_tokenizers_golden.json: the ids of llama.cpp by every pre-tokenizer that GGUF files name.
+"""Writes pre_tokenizers_golden.json: the ids of llama.cpp by every pre-tokenizer that GGUF files name, and the names of
+`PRE_TOKENIZERS` by which it gives the ids of an alias.
 
 The vocabulary merges across the borders of words, so that the ids show where a pre-tokenizer cuts; words without merges
 show whether a word that is a token stays whole. No upper case outside ASCII, which llama.cpp approximates.
@@ -13,7 +14,7 @@ import tempfile
 
 import tokenizers as library
 
-from llm_jax.tokenizers.pre_tokenizers import PRE_TOKENIZERS
+from llm_jax.tokenizers.pre_tokenizers import ALIASES, PRE_TOKENIZERS
 
 TEXTS = [
     "the don't we'll I'VE you'Re 'tis it's SHE'D they'RE o'clock rock'n'roll",
@@ -30,7 +31,7 @@ TEXTS = [
 WORDS = ["Ġdouble", "Case", "the", "Ġ123", "678"]
 # The texts (by index) in which llama.cpp approximates the expressions of a pre-tokenizer: it does not tell upper case
 # from lower case, takes marks out of words, or leaves the digits of a number together.
-APPROXIMATED = {"tekken": (8,), "gpt-4o": (8,), "youtu": (2,), "deepseek-llm": (1, 7)}
+APPROXIMATED = {"tekken": (8,), "gpt-4o": (8,), "kimi-k2": (8,), "youtu": (2,), "deepseek-llm": (1, 7)}
 
 
 def metadata(golden: dict, pre: str) -> dict:
@@ -62,14 +63,25 @@ def main() -> None:
     path = pathlib.Path(__file__).with_name("pre_tokenizers_golden.json")
     earlier = json.loads(path.read_text()) if path.exists() else {"merges": merges()}
     golden = {"merges": earlier["merges"], "texts": TEXTS, "ids": {}}
-    for pre in PRE_TOKENIZERS:
+
+    def encoded(pre: str) -> tuple[bool, list[list[int]]]:
+        """Whether llama.cpp adds BOS, and its ids of the texts without it."""
         with tempfile.TemporaryDirectory() as directory:
-            gguf.write(pathlib.Path(directory) / "vocabulary.gguf", metadata(golden, pre), {}, [])
+            names = metadata(golden, pre) | {"tokenizer.ggml.bos_token_id": 3}
+            gguf.write(pathlib.Path(directory) / "vocabulary.gguf", names, {}, [])
             model = opened(pathlib.Path(directory) / "vocabulary.gguf", vocab_only=True)
-            golden["ids"][pre] = [
-                None if index in APPROXIMATED.get(pre, ()) else model.tokenize(text.encode(), add_bos=False)
-                for index, text in enumerate(TEXTS)
-            ]
+            ids = [model.tokenize(text.encode(), add_bos=False) for text in TEXTS]
+            return model.tokenize(b"a", add_bos=True)[0] == 3, ids
+
+    made = {pre: encoded(pre) for pre in PRE_TOKENIZERS}
+    for pre, (_, ids) in made.items():
+        approximated = APPROXIMATED.get(pre, ())
+        golden["ids"][pre] = [None if index in approximated else row for index, row in enumerate(ids)]
+    golden["aliases"] = {
+        alias: [pre for pre in PRE_TOKENIZERS if made[pre] == result]
+        for alias in ALIASES
+        for result in [encoded(alias)]
+    }
     path.write_text(json.dumps(golden) + "\n")
 
 

@@ -5,6 +5,7 @@ import pathlib
 
 import pytest
 
+import llm_jax
 from llm_jax import tokenizers
 from llm_jax.data.chat_text import ChatText
 from llm_jax.data.encode import ENCODERS, templated_example
@@ -41,6 +42,16 @@ def test_chats_have_the_text_and_the_ids_of_transformers(form, template):
         if case["mask"]:
             assert list(example.mask) == case["mask"], case["conversation"]
         assert example.ends_document
+
+
+def test_a_chat_template_is_applied_from_python_as_by_transformers():
+    case = next(c for c in GOLDEN if c["template"] == "chatml" and c["conversation"] == "two")
+    tokenizer, messages = with_template(case["form"], CHATML), CONVERSATIONS["two"]["messages"]
+    assert llm_jax.apply_chat_template(tokenizer, messages) == case["ids"]
+    begun = llm_jax.apply_chat_template(tokenizer, messages, add_generation_prompt=True)
+    assert begun[: len(case["ids"])] == case["ids"] and len(begun) > len(case["ids"])
+    with pytest.raises(UserError, match="a tokenizer of kind byte has no chat template"):
+        llm_jax.apply_chat_template(tokenizers.get("byte").train([], 0), messages)
 
 
 def counted(tokenizer, example) -> str:

@@ -5,8 +5,9 @@ import json
 import pytest
 import tokenizers as library
 
-from llm_jax import tokenizers
+from llm_jax import checkpoints, tokenizers
 from llm_jax.errors import UserError
+from llm_jax.tokenizers import pre_tokenizers
 from tests.tokenizers import forms
 
 SIZE = 317  # of the vocabulary of `forms.bytelevel_json`
@@ -92,3 +93,54 @@ def test_dropout_of_merges_is_off():
     assert {tuple(tokenizer.encode("the cat sat on the mat")) for _ in range(8)} == {
         tuple(read(forms.bytelevel_json()).encode("the cat sat on the mat"))
     }
+
+
+@pytest.mark.parametrize(
+    ("config", "pre"),
+    [
+        ({"tokenizer_class": "GPT2Tokenizer"}, "gpt-2"),
+        ({}, "gpt-2"),  # by config.json
+        ({"tokenizer_class": "Qwen2TokenizerFast"}, "qwen2"),
+    ],
+)
+def test_vocab_json_and_merges_txt_without_tokenizer_json(config, pre, tmp_path):
+    content = json.loads(forms.bytelevel_json())
+    merges = "".join(" ".join(pair) + "\n" for pair in content["model"]["merges"])
+    (tmp_path / "vocab.json").write_text(json.dumps(content["model"]["vocab"]))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + merges)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    tokenizer = checkpoints.load_tokenizer(tmp_path)
+    content["pre_tokenizer"] = pre_tokenizers.sequence(pre)
+    content["normalizer"] = {"type": "NFC"} if pre == "qwen2" else None
+    expected = read(json.dumps(content), tokenizer_config={"eos_token": "<|endoftext|>"})
+    for text in ("the cat's  mat 123\n\n e\u0301 日", "I'llama <|endoftext|>"):
+        assert tokenizer.encode(text) == expected.encode(text)
+        assert tokenizer.decode(tokenizer.encode(text)) == expected.decode(expected.encode(text))
+    assert tokenizer.encode_chat("a<|endoftext|>")[-1] == tokenizer.eos == 0 and tokenizer.decode([0]) == ""
+    (tmp_path / "merges.txt").write_text("zz zz\n")
+    with pytest.raises(UserError, match="vocab.json and merges.txt do not fit each other"):
+        tokenizers.from_directory(tmp_path)
+
+
+def test_vocab_txt_without_tokenizer_json(tmp_path):
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "The", "cafe", "café", "##s"]
+    (tmp_path / "vocab.txt").write_text("\n".join(pieces) + "\n")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    tokenizer = tokenizers.from_directory(tmp_path)
+    assert tokenizer.encode_marked("The cafés x") == [2, 5, 7, 9, 1, 3] and tokenizer.vocab_size == len(pieces)
+    assert (tokenizer.unk, tokenizer.mask, tokenizer.special["pad_token"]) == (1, 4, "[PAD]")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": False}))
+    assert tokenizers.from_directory(tmp_path).encode("The cafés") == [6, 8, 9]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "FSMTTokenizer"}))
+    with pytest.raises(UserError, match="no tokenizer.json here, and vocab.txt of the class 'FSMT' cannot be read; tr"):
+        tokenizers.from_directory(tmp_path)
+
+
+def test_added_tokens_of_letters_that_stand_for_bytes_are_decoded_as_they_are():
+    """The decoder of byte-level BPE takes é for the byte E9."""
+    config = {"added_tokens_decoder": {str(SIZE): {"content": "café"}, str(SIZE + 1): {"content": "größe"}}}
+    tokenizer = read(forms.bytelevel_json(), tokenizer_config=config)
+    for text in ("the café sat", "cafégröße", "größe é café ", "café<|im_end|>"):
+        ids = tokenizer.encode_chat(text)
+        assert {SIZE, SIZE + 1} & set(ids) and tokenizer.decode(ids) == text.replace("<|im_end|>", "")

@@ -1,0 +1,72 @@
+"""What other codebases call the values of options and flags, and the value that is nearest to a mistyped one."""
+
+import difflib
+from collections.abc import Iterable
+
+# Value elsewhere, in lower case: the values here, of which the first that an option allows is meant.
+OTHER_VALUES: dict[str, tuple[str, ...]] = {
+    "4bit": ("nf4", "int4"),
+    "8bit": ("int8",),
+    "adam": ("adamw",),
+    "adamw_8bit": ("adamw",),
+    "adamw_bnb_8bit": ("adamw",),
+    "adamw_torch": ("adamw",),
+    "adamw_torch_fused": ("adamw",),
+    "bf16": ("bfloat16", "BF16"),
+    "bitsandbytes": ("nf4", "int8"),
+    "bnb": ("nf4", "int8"),
+    "chat": ("instructions",),
+    "chatml": ("instructions",),
+    "classification": ("labelled",),
+    "clm": ("text",),
+    "constant_with_warmup": ("constant",),
+    "conversations": ("instructions",),
+    "cosine_with_min_lr": ("cosine",),
+    "cosine_with_restarts": ("cosine",),
+    "cosine_with_warmup": ("cosine",),
+    "dpo": ("preferences",),
+    "f16": ("float16", "F16"),
+    "f32": ("float32", "F32"),
+    "float": ("float32",),
+    "fp16": ("float16", "F16"),
+    "fp32": ("float32", "F32"),
+    "fp4": ("nf4", "mxfp4"),
+    "fp8": ("fp8_e4m3",),
+    "geglu": ("gated",),
+    "gelu_fast": ("gelu",),
+    "gelu_new": ("gelu",),
+    "gelu_pytorch_tanh": ("gelu",),
+    "gguf_q4_0": ("Q4_0",),
+    "half": ("float16",),
+    "instruct": ("instructions",),
+    "instruction": ("instructions",),
+    "layernorm": ("layer",),
+    "messages": ("instructions",),
+    "pretrain": ("text",),
+    "q3_k_m": ("Q4_0", "int4"),
+    "q4_k_m": ("Q4_0", "int4"),
+    "q4_k_s": ("Q4_0", "int4"),
+    "q5_k_m": ("Q8_0", "int8"),
+    "q6_k": ("Q8_0", "int8"),
+    "q8": ("Q8_0", "int8"),
+    "qlora": ("lora",),
+    "rmsnorm": ("rms",),
+    "rotary": ("rope",),
+    "rslora": ("lora",),
+    "sft": ("instructions",),
+    "swiglu": ("gated", "silu"),
+    "swish": ("silu",),
+    "tensorboardx": ("tensorboard",),
+    "torch.bfloat16": ("bfloat16",),
+    "torch.float16": ("float16",),
+    "torch.float32": ("float32",),
+    "warmup_stable_decay": ("wsd",),
+}
+
+
+def suggestion(value: str, allowed: Iterable[str]) -> str:
+    """ "; did you mean 'X'?" for the allowed value that `value` is called elsewhere or is nearest to, or ""."""
+    values = [text for text in allowed if text]
+    meant = next((text for text in OTHER_VALUES.get(value.lower(), ()) if text in values), None)
+    near = [meant] if meant else difflib.get_close_matches(value, values, 1, 0.7)
+    return f"; did you mean '{near[0]}'?" if near else ""

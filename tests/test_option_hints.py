@@ -1,0 +1,99 @@
+"""Names and values of other codebases, in flags, options and keyword arguments, are answered with those here."""
+
+import importlib
+
+import pytest
+
+import llm_jax
+from llm_jax import cli, value_names
+from llm_jax.checkpoints import generation_config
+from llm_jax.decoding.complete import complete
+from llm_jax.decoding.options import DecodingOptions
+from llm_jax.errors import UserError
+
+TRAIN, GENERATE = ("train", "--workdir=unused"), ("generate", "--checkpoint=nowhere", "--prompt=a")
+CONVERT = ("convert", "--output=unused")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((*GENERATE, "--min_new_tokens=3"), "there is no smallest length; --ignore_eos continues to --max_new_tokens"),
+        ((*GENERATE, "--device=cuda"), "JAX_PLATFORMS=cpu, cuda or tpu chooses"),
+        ((*GENERATE, "--dtype=bf16"), "expected one of float32, bfloat16, float16; did you mean 'bfloat16'?"),
+        ((*TRAIN, "--logging_steps=3"), "metrics.jsonl in the workdir has a line for every step"),
+        ((*TRAIN, "--resume_from_checkpoint"), "the same command with the same --workdir resumes"),
+        ((*TRAIN, "--config.train.packing=true"), "unknown config key 'train.packing'; documents and examples are al"),
+        ((*TRAIN, "--load_in_4bit"), "did you mean --config.quant.scheme=nf4?"),
+        ((*TRAIN, "--config.lora.kind=dora"), "unknown config key 'lora.kind'; did you mean 'lora.variant'?"),
+        ((*TRAIN, "--config.model.precision.compute=bf16"), "did you mean 'bfloat16'?"),
+        ((*TRAIN, "--config.model.precision.params=fp16"), "did you mean 'float16'?"),
+        ((*TRAIN, "--config.optim.kind=adamw_torch"), "did you mean 'adamw'?"),
+        ((*TRAIN, "--config.optim.schedule=cosine_with_warmup"), "did you mean 'cosine'?"),
+        ((*TRAIN, "--config.data.kind=chat"), "did you mean 'instructions'?"),
+        ((*TRAIN, "--config.model.position.kind=sinusodial"), "did you mean 'sinusoidal'?"),
+        (("train", "configs/tiny.py"), "error: --workdir is required; did you mean --config=configs/tiny.py?"),
+        ((*TRAIN, "runs/x"), "unexpected argument 'runs/x'; options are written --name=value"),
+        ((*CONVERT, "--to=hf", "--checkpoint=x"), "unknown flag --checkpoint; did you mean --input?"),
+        ((*CONVERT, "--to=gguf", "--input=x", "--format=Q4_K_M"), "Q4_0 or Q4_1".replace(" or", ",")),
+        ((*CONVERT, "--to=gguf", "--input=x", "--format=Q4_K_M"), "did you mean 'Q4_0'?"),
+        (("generate", "--checkpoint=nowhere", "a text"), "--prompt is required; did you mean --prompt='a text'?"),
+        (("evaluate", "runs/x"), "error: --checkpoint is required; did you mean --checkpoint=runs/x?"),
+    ],
+)
+def test_flags_options_and_values_of_other_codebases(flags, message, capsys):
+    name, *arguments = flags
+    assert cli.call(importlib.import_module(f"llm_jax.{name}").COMMAND, arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_no_other_value_hides_one_of_the_same_name():
+    for value, meant in value_names.OTHER_VALUES.items():
+        assert value not in meant and value == value.lower()
+        assert value_names.suggestion(value.upper(), meant[:1]) == f"; did you mean '{meant[0]}'?"
+    assert value_names.suggestion("zzz", ["text", ""]) == ""
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: DecodingOptions(do_sample=True), r"DecodingOptions\(\) .* 'do_sample'; did you mean temperature=0 "),
+        (lambda: DecodingOptions(num_beams=4), "'num_beams'; did you mean beams?"),
+        (lambda: DecodingOptions(min_new_tokens=4), "'min_new_tokens'; there is no smallest length"),
+        (lambda: llm_jax.load("x", torch_dtype="auto"), r"load\(\) has no argument 'torch_dtype'; did you mean dtype?"),
+        (lambda: llm_jax.load("x", device_map="auto"), "'device_map'; the model is placed on the default device"),
+        (lambda: llm_jax.load("x", load_in_4bit=True), "'load_in_4bit'; python -m llm_jax.quantize --scheme=nf4"),
+        (lambda: llm_jax.load("x", zzz=1), "'zzz'; expected name, scan_layers, dtype, as_stored, base"),
+        (lambda: complete(None, None, None, [], None, stopping=1), r"complete\(\) has no argument 'stopping'"),
+    ],
+)
+def test_keyword_arguments_of_other_libraries(call, message):
+    with pytest.raises(UserError, match=message):
+        call()
+    assert DecodingOptions(top_k=3) == DecodingOptions(top_k=3) != DecodingOptions()
+
+
+@pytest.mark.parametrize(
+    ("content", "options"),
+    [
+        ({}, {}),
+        ({"bos_token_id": 1, "temperature": None, "top_p": 1.0, "top_k": 0, "do_sample": True}, {}),
+        ({"do_sample": True, "temperature": 0.6, "top_p": 0.9}, {"temperature": 0.6, "top_p": 0.9}),
+        ({"top_k": 50, "epsilon_cutoff": 0.01}, {"top_k": 9, "epsilon": 0.01}),
+        (
+            {"do_sample": False, "temperature": 0.6, "top_k": 5, "repetition_penalty": 1.1},
+            {"repetition_penalty": 1.1, "temperature": 0.0},
+        ),
+        ({"top_p": 2}, "generation_config.json: --top_p=2; expected a number in"),
+        ({"temperature": "hot"}, "generation_config.json: the value of --temperature is 'hot'; expected a number"),
+        ({"top_k": 1.5}, "generation_config.json: the value of --top_k is 1.5; expected an integer"),
+    ],
+)
+def test_sampling_options_of_generation_config(content, options):
+    if isinstance(options, str):
+        with pytest.raises(UserError) as error:
+            generation_config.sampling(content, 9)
+        assert str(error.value).startswith(options)
+    else:
+        assert generation_config.sampling(content, 9) == options
