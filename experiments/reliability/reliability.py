@@ -39,6 +39,7 @@ STATEMENTS = {
     "processes": ("R4", "runs of two processes of which one was killed"),
     "read_only": ("R5", "disks that became read-only"),
 }
+STEPS = 60  # of `config.py`
 HANG = 300  # seconds after a kill in which all processes must have ended
 EXPLAINED = ("has ended without a message", "Terminating process because")  # why the other processes ended
 # What must be the same in a disturbed run; times differ.
@@ -187,7 +188,7 @@ def kills(
 
 
 def killed(workdir: pathlib.Path, seconds: float, draw: random.Random, processes: int) -> list[dict[str, Any]]:
-    """Trains to the end, killed at random moments; a record of every kill.
+    """Trains to the end, killed at random moments (half of them after a random step); a record of every kill.
 
     Args:
       seconds: how long an undisturbed run takes.
@@ -197,8 +198,14 @@ def killed(workdir: pathlib.Path, seconds: float, draw: random.Random, processes
         number = signal.SIGKILL if draw.random() < 0.8 else signal.SIGTERM
         process = train(workdir, processes)
         sent, saving = math.inf, False
+        moment = draw.uniform(0.2, 1.0) * seconds
+        if draw.random() < 0.5:  # while it trains and saves, which is short beside the start
+            step = draw.randint(min(last_step(workdir), STEPS - 1), STEPS - 1)
+            while process.poll() is None and last_step(workdir) <= step:
+                time.sleep(0.02)
+            moment = draw.uniform(0.0, 0.3)
         try:
-            _, errors = process.communicate(timeout=draw.uniform(0.2, 1.0) * seconds)
+            _, errors = process.communicate(timeout=moment)
         except subprocess.TimeoutExpired:
             saving = bool(list((workdir / "checkpoints").glob(".partial-*")))
             send(process, number, draw)
