@@ -175,7 +175,7 @@ def load(key: str, specification: str) -> Extension:
     name, recorded = match["name"], match["sha256"]
     bare = specification.partition("#")[0] if recorded else specification
     options = _options(key, bare, match["options"] or "")
-    path = _file(match["module"])
+    path = find_file(match["module"])
     source = path.read_bytes() if path else b""
     place = str(path or match["module"])
     if recorded:
@@ -261,7 +261,7 @@ def _record(place: str, sha256: str) -> pathlib.Path:
 
 def _is_allowed(place: str, sha256: str) -> bool:
     allowed = os.environ.get("LLM_JAX_ALLOW", "").split(os.pathsep)
-    return place in {str(_file(name) or name) for name in allowed if name} or _record(place, sha256).exists()
+    return place in {str(find_file(name) or name) for name in allowed if name} or _record(place, sha256).exists()
 
 
 def _allow(place: str, sha256: str) -> None:
@@ -311,7 +311,7 @@ def _source_in_cell(cls: type) -> str:
     raise OSError(f"no source of {cls.__name__}")
 
 
-def _file(name: str) -> pathlib.Path | None:
+def find_file(name: str) -> pathlib.Path | None:
     """The file of `NAME`, `NAME.py`, `DIRECTORY/NAME.py` or `PACKAGE.NAME` below the current directory or sys.path."""
     if name == "__main__":
         return None

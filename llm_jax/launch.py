@@ -5,23 +5,32 @@ What follows `--` is a command with its flags, as on this machine; its flags are
 of a Cloud TPU slice.
 """
 
+import base64
+import gzip
 import importlib
+import io
+import itertools
 import pathlib
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-from llm_jax import cli, files
+from llm_jax import cli, configuration, extensions, files
 from llm_jax.__main__ import COMMANDS as NAMES
 from llm_jax.errors import UserError
 from llm_jax.parallel import clusters
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 _NAME = r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?"
+
+
+_MOST_FILES = 100_000  # bytes of the files that a manifest carries, encoded; a command of Linux has room for 131,072
 
 
 def _flags(processes: bool = True) -> cli.Flags:
@@ -62,7 +71,7 @@ TPU.boolean("submit", True, "run the commands; --nosubmit prints them")
 
 
 def slurm(f: cli.Flags) -> int:
-    command = _checked(f)
+    command, _ = _checked(f)
     if f.array and f.nodes * f.tasks_per_node > 1:
         raise UserError("--array starts copies of one process each; leave out --nodes and --tasks_per_node")
     if f.array and f.command[0] != "sweep":
@@ -94,8 +103,15 @@ def slurm(f: cli.Flags) -> int:
 
 
 def k8s(f: cli.Flags) -> None:
-    command = _checked(f)
+    command, values = _checked(f)
     _refuse_copies(f.command, f.processes * f.slices)
+    volumes = _pairs("volume", f.volume)
+    own = _archive(_own_files("k8s", f.command, values, tuple(volumes.values())))
+    if len(own) > _MOST_FILES:
+        raise UserError(
+            f"the configuration and parts of your own take {len(own):,} bytes in the manifest; expected at most "
+            f"{_MOST_FILES:,}; put them into a volume and name them by their path there"
+        )
     job = clusters.JobSet(
         name=_name(f),
         image=f.image,
@@ -103,12 +119,12 @@ def k8s(f: cli.Flags) -> None:
         slices=f.slices,
         resources=_pairs("resource", f.resource),
         node_selector=_pairs("node_selector", f.node_selector),
-        volumes=_pairs("volume", f.volume),
+        volumes=volumes,
         max_restarts=f.max_restarts,
     )
     import yaml
 
-    manifest = clusters.jobset(job, ["python", *command], _is_connected(f.command))
+    manifest = clusters.jobset(job, ["python", *command], _is_connected(f.command), own)
     text = yaml.safe_dump(manifest, sort_keys=False, width=1000)
     if not f.output:
         print(text, end="")
@@ -118,7 +134,8 @@ def k8s(f: cli.Flags) -> None:
 
 
 def tpu(f: cli.Flags) -> int:
-    command = _checked(f)
+    command, values = _checked(f)
+    own = _own_files("tpu", f.command, values)
     if not (ROOT / "requirements.txt").exists():
         raise UserError("launch tpu copies the repository to the workers; run it from a clone of the repository")
     archive = files.cache_directory() / "launch" / "llm_jax.tar.gz"
@@ -131,6 +148,8 @@ def tpu(f: cli.Flags) -> int:
     with tarfile.open(archive, "w:gz") as tar:
         for path in ("llm_jax", "configs", "experiments", "requirements.txt"):
             tar.add(ROOT / path, path, filter=lambda member: None if "__pycache__" in member.name else member)
+        for name, file in own.items():
+            tar.add(file, name)
     for line in commands:
         if code := _run(line, "--nosubmit prints the commands"):
             return code
@@ -153,8 +172,8 @@ def _refuse_copies(arguments: Sequence[str], processes: int) -> None:
         raise UserError(f"{arguments[0]} runs in one process; {processes} would do the same work")
 
 
-def _checked(f: cli.Flags) -> list[str]:
-    """The arguments of the interpreter for the command after `--`, whose flags and options are checked."""
+def _checked(f: cli.Flags) -> tuple[list[str], Any]:
+    """The arguments of the interpreter for the command after `--`, and its flags and options, which are checked."""
     arguments = f.command or []
     if not arguments or arguments[0] not in NAMES or arguments[0] == "launch":
         got = f"'{arguments[0]}'" if arguments else "nothing"
@@ -166,7 +185,73 @@ def _checked(f: cli.Flags) -> list[str]:
 
         files.check_local(pathlib.Path(values.workdir))
         checks.check(values.config)  # neither the devices nor the checkpoints of the cluster are here
-    return ["-m", f"llm_jax.{name}", *rest]
+    return ["-m", f"llm_jax.{name}", *rest], values
+
+
+def _own_files(
+    cluster: str, arguments: Sequence[str], values: Any, mounted: tuple[str, ...] = ()
+) -> dict[str, pathlib.Path]:
+    """{relative path: file} of the configuration files and the user's own parts that a command names.
+
+    Args:
+      cluster: for messages.
+      arguments: of the command, whose flags are `values`.
+      mounted: directories that the machines of the job see; files in them need no copy.
+
+    Raises:
+      UserError: a file that is not below the current directory, or named by another than a relative path.
+    """
+    named: dict[str, pathlib.Path] = {}
+    for flag, following in itertools.pairwise([*arguments, ""]):
+        if flag == "--config" or flag.startswith("--config="):
+            name = flag.partition("=")[2] or following
+            for candidate in (name, f"{name}/config.json"):  # a file, or a run
+                if pathlib.PurePath(candidate).suffix and pathlib.Path(candidate).expanduser().is_file():
+                    named[candidate] = pathlib.Path(candidate).expanduser().resolve()
+    config = getattr(values, "config", None)
+    for text in (*arguments, *(() if config is None else _strings(configuration.as_dict(config)))):
+        for part in re.findall(r"([^\s:=,;'\"()\[\]]+):[A-Za-z_]", text):
+            if path := extensions.find_file(part):
+                named[part] = path
+    here, installed = (
+        pathlib.Path.cwd(),
+        [pathlib.Path(sysconfig.get_path(n)) for n in ("stdlib", "purelib", "platlib")],
+    )
+    own = {}
+    for name, path in named.items():
+        if any(pathlib.PurePath(name).is_relative_to(directory) for directory in mounted):
+            continue
+        if any(path.is_relative_to(directory) for directory in (*installed, ROOT / "llm_jax")):
+            continue
+        if pathlib.PurePath(name).is_absolute() or name.startswith("~") or not path.is_relative_to(here):
+            raise UserError(
+                f"{name}: launch {cluster} copies files below the current directory only, which the command names by "
+                "relative paths; copy the file there"
+            )
+        own[str(path.relative_to(here))] = path
+    return own
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """All texts in nested dictionaries and sequences."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _strings(part)
+
+
+def _archive(own: Mapping[str, pathlib.Path]) -> str:
+    """Files as a compressed tar archive in base64, the same for the same contents; "" without files."""
+    if not own:
+        return ""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, path in sorted(own.items()):
+            member = tarfile.TarInfo(name)
+            member.size = path.stat().st_size
+            tar.addfile(member, io.BytesIO(path.read_bytes()))
+    return base64.b64encode(gzip.compress(buffer.getvalue(), mtime=0)).decode()
 
 
 def _name(f: cli.Flags) -> str:

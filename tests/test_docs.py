@@ -176,3 +176,10 @@ def test_the_blocks_of_a_page_run_in_order(page, tiny_run, tmp_path, monkeypatch
     doc_blocks.prepare(tmp_path, tiny_run)
     monkeypatch.chdir(tmp_path)
     doc_blocks.run_page(page)
+
+
+def test_every_protection_is_held_by_a_test_that_exists():
+    names = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", (ROOT / "docs" / "security.md").read_text())
+    assert len(names) > 15
+    for path, test in names:
+        assert f"def {test or 'test_'}" in (ROOT / path).read_text(), (path, test)

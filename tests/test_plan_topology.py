@@ -1,6 +1,5 @@
 """Planning for TPUs: names of topologies, reports, the search, and (slow, where libtpu is installed) known figures."""
 
-import dataclasses
 import importlib.util
 
 import jax
@@ -73,32 +72,69 @@ def test_a_step_of_decoding(on_cpu):
     assert report["decode"] and report["flops"]["compiled"] > 0 and "one new token" in plan_search.describe(report)
 
 
-def test_the_search_ranks_what_fits(monkeypatch):
-    config = configuration.load("llama2_7b")
-    topology = topologies.Topology("v5e", (4, 4))
+@pytest.fixture
+def compiler(monkeypatch):
+    """Stands in for the compiler: a step needs `ratio` times what its shapes say; the changes that it has compiled."""
+    compiled = []
 
     def plan(config, topology):
-        if config.model.remat != "full":
-            raise UserError("does not fit")
-        tensor = config.mesh.tensor
+        changes = searched(config)
+        compiled.append(changes)
+        needed = compiler.ratio * plan_search.least_bytes(config, changes, topology)
+        if needed > topology.chip.memory:
+            raise planning.DoesNotFit("does not fit", needed)
         return {
             "batch": [config.train.batch_size, 1],
-            "seconds": {"longest": float(config.train.batch_size * tensor)},
-            "memory": {"peak": GIB},
+            "seconds": {"longest": float(config.train.batch_size * config.mesh.tensor)},
+            "memory": {"peak": needed},
             "utilization": [0.1, 0.2],
         }
 
+    def compiler(ratio):
+        compiler.ratio = ratio
+        return compiled
+
     monkeypatch.setattr(planning, "plan", plan)
-    lines = []
+    return compiler
+
+
+def searched(config):
+    """The options that a search changes."""
+    axes = {f"mesh.{axis}": getattr(config.mesh, axis) for axis in ("data", "fsdp", "tensor", "context")}
+    return axes | {"model.remat": config.model.remat, "train.batch_size": config.train.batch_size}
+
+
+def test_the_search_ranks_what_fits(compiler):
+    config, topology, lines = configuration.load("llama2_7b"), topologies.Topology("v5e", (4, 4)), []
+    compiled = compiler(1.2)
     reports = plan_search.search(config, topology, 6, lines.append)
-    assert len(lines) == 6 and [r["changes"]["mesh.tensor"] for r in reports] == [1, 2, 4, 8][: len(reports)]
-    assert "--config.mesh.tensor=1" in plan_search.ranking(reports).splitlines()[1]
+    assert len(compiled) == 6 and any("not compiled (--limit=6)" in line for line in lines)
+    assert [plan_search.per_token(r) for r in reports] == sorted(plan_search.per_token(r) for r in reports)
+    assert (
+        f"--config.mesh.tensor={reports[0]['changes']['mesh.tensor']}" in plan_search.ranking(reports).splitlines()[1]
+    )
     assert all(
         c["train.batch_size"] % (c["mesh.data"] * c["mesh.fsdp"]) == 0 for c in plan_search.candidates(config, topology)
     )
-    small = dataclasses.replace(topology, shape=(1, 1))
-    with pytest.raises(UserError, match="no mesh, remat and batch fits v5e:1x1"):
-        plan_search.search(config, small, 6, lines.append)
+
+
+def test_what_did_not_fit_decides_what_is_tried_next(compiler):
+    """With a compiler that needs twice the lower bound, at most a few large steps are tried before one that fits."""
+    config, topology, lines = configuration.load("llama2_7b"), topologies.Topology("v5e", (4, 4)), []
+    compiler(2.0)
+    assert plan_search.search(config, topology, 4, lines.append)
+    assert sum("needs" in line for line in lines) == 1
+
+
+def test_a_search_without_success_names_the_closest(compiler):
+    config, lines = configuration.load("llama2_7b"), []
+    with pytest.raises(UserError, match=r"of 0 that were compiled fits v5e:1x1; the closest \(.*\) needs at least 7"):
+        plan_search.search(config, topologies.Topology("v5e", (1, 1)), 6, lines.append)
+    topology, compiled = topologies.Topology("v5e", (4, 4)), compiler(50.0)
+    with pytest.raises(UserError, match=r"of 3 that were compiled fits v5e:4x4; the closest \(.*remat=full") as raised:
+        plan_search.search(config, topology, 3, lines.append)
+    least = min(50 * plan_search.least_bytes(config, changes, topology) for changes in compiled)
+    assert f"needs {least / GIB:.1f} of the 16 GiB" in str(raised.value)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """What is lost when a run is killed, its checkpoints damaged, its disk full: real processes, real signals.
 
     PYTHONPATH=. python experiments/reliability/reliability.py [--kills=50 --flips=400 --output=runs/reliability]
+    PYTHONPATH=. python experiments/reliability/reliability.py --parts=processes --resume     # after an interruption
 
 Every part compares with one undisturbed run of `config.py` with the same number of processes. Writes results.json and
 prints the table of the README; `--parts` measures some parts anew and keeps the results of the others. The full and the
@@ -26,7 +27,7 @@ from typing import Any
 
 from absl import flags
 
-from llm_jax import checkpoints, cli
+from llm_jax import checkpoints, cli, files
 from llm_jax.errors import UserError
 from llm_jax.research import findings
 
@@ -38,6 +39,9 @@ STATEMENTS = {
     "processes": ("R4", "runs of two processes of which one was killed"),
     "read_only": ("R5", "disks that became read-only"),
 }
+STEPS = 60  # of `config.py`
+HANG = 300  # seconds after a kill in which all processes must have ended
+EXPLAINED = ("has ended without a message", "Terminating process because")  # why the other processes ended
 # What must be the same in a disturbed run; times differ.
 KEPT = ("step", "loss", "grad_norm", "lr", "validation_loss")
 
@@ -45,23 +49,28 @@ flags.DEFINE_integer("kills", 50, "processes to kill in runs of one process, and
 flags.DEFINE_integer("flips", 400, "bits to flip")
 flags.DEFINE_integer("seed", 0, "of the moments and the bits")
 flags.DEFINE_list("parts", list(STATEMENTS), "what to measure")
-flags.DEFINE_string("output", "runs/reliability", "where the runs are kept; made anew")
+flags.DEFINE_string("output", "runs/reliability", "where the runs are kept; made anew without --resume")
+flags.DEFINE_bool("resume", False, "keep the finished runs in --output, with the kills that they survived")
 
 
 def main() -> None:
     f = flags.FLAGS
     output = pathlib.Path(f.output).expanduser()
-    shutil.rmtree(output, ignore_errors=True)
+    if not f.resume:
+        shutil.rmtree(output, ignore_errors=True)
     whole, seconds = {}, {}
-    for count in (1, 2) if "processes" in f.parts else (1,):
-        whole[count] = output / f"undisturbed-{count}"
-        seconds[count] = finish(whole[count], count)
+    for count in sorted({1 + (part == "processes") for part in f.parts}):
+        whole[count], duration = output / f"undisturbed-{count}", output / f"undisturbed-{count}.json"
+        if not duration.exists():
+            shutil.rmtree(whole[count], ignore_errors=True)
+            files.write(duration, json.dumps(finish(whole[count], count)))
+        seconds[count] = json.loads(duration.read_text())
         print(f"undisturbed, {count} process{'es' * (count > 1)}: {seconds[count]:.1f} s", flush=True)
     measure: dict[str, Callable[[], dict[str, Any] | None]] = {
-        "kills": lambda: kills(output, whole[1], f.kills, seconds[1], random.Random(f.seed)),
+        "kills": lambda: kills(output, whole[1], f.kills, seconds[1], f.seed),
         "flips": lambda: flips(whole[1], output / "flips", f.flips, random.Random(f.seed)),
         "full_disk": lambda: full_disk(output / "disk", whole[1]),
-        "processes": lambda: kills(output, whole[2], f.kills, seconds[2], random.Random(f.seed), 2),
+        "processes": lambda: kills(output, whole[2], f.kills, seconds[2], f.seed, 2),
         "read_only": lambda: read_only(output / "disk", whole[1]),
     }
     command = f"PYTHONPATH=. python experiments/reliability/reliability.py --kills={f.kills} --flips={f.flips}"
@@ -138,60 +147,93 @@ def arrays(workdir: pathlib.Path) -> dict[str, bytes]:
 
 
 def kills(
-    output: pathlib.Path, whole: pathlib.Path, count: int, seconds: float, draw: random.Random, processes: int = 1
+    output: pathlib.Path, whole: pathlib.Path, count: int, seconds: float, seed: int, processes: int = 1
 ) -> dict[str, Any]:
-    """Kills runs at random moments (four in five by SIGKILL, the rest by SIGTERM) until `count` were hit.
+    """Kills runs at random moments (four in five by SIGKILL, the rest by SIGTERM) until at least `count` were hit.
 
-    Of several processes one is hit, and the others have to end by themselves.
+    Of several processes one is hit, and the others have to end by themselves. Every run that has ended is a line of
+    killed-PROCESSES.jsonl in `output`, and is not repeated.
     """
-    hit: list[dict[str, Any]] = []
-    runs = differing = unreadable = unexplained = 0
-    while len(hit) < count:
-        workdir = output / f"killed-{processes}-{runs}"
-        runs += 1
-        while True:
-            number = signal.SIGKILL if draw.random() < 0.8 else signal.SIGTERM
-            process = train(workdir, processes)
-            wait = draw.uniform(0.2, 1.0) * seconds if len(hit) < count else None
-            sent, saving = math.inf, False
-            try:
-                _, errors = process.communicate(timeout=wait)
-            except subprocess.TimeoutExpired:
-                saving = bool(list((workdir / "checkpoints").glob(".partial-*")))
-                send(process, number, draw)
-                sent = time.perf_counter()
-                _, errors = process.communicate()
-            if process.returncode == 0:
-                break
-            reached = last_step(workdir)
-            kept = checkpoints.steps(workdir)
-            hit.append({"signal": number.name, "reached": reached, "kept": kept[-1] if kept else 0, "saving": saving})
-            hit[-1]["seconds"] = round(max(time.perf_counter() - sent, 0.0), 1)
-            # SIGTERM before the loop begins ends a trainer as SIGKILL does.
-            explained = "has ended without a message" in errors or "Terminating process because" in errors
-            unexplained += processes > 1 and not explained and process.returncode != 143
-            for step in kept:
-                try:
-                    checkpoints.verify(workdir / "checkpoints" / str(step))
-                except UserError:
-                    unreadable += 1
-            print(f"kill {len(hit)} of {count}: {hit[-1]}, exit code {process.returncode}", flush=True)
-        differing += not same(workdir, whole)
-    ends = {name: [h for h in hit if h["signal"] == name] for name in ("SIGKILL", "SIGTERM")}
-    several = {"seconds_until_all_had_ended_at_most": max(h["seconds"] for h in hit), "without_a_message": unexplained}
+    path = output / f"killed-{processes}.jsonl"
+    runs = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    while sum(len(run["kills"]) for run in runs) < count:
+        workdir = output / f"killed-{processes}-{len(runs)}"
+        shutil.rmtree(workdir, ignore_errors=True)
+        hits = killed(workdir, seconds, random.Random(f"{seed} {processes} {len(runs)}"), processes)
+        runs.append({"kills": hits, "differs": not same(workdir, whole)})
+        with path.open("a") as file:
+            file.write(json.dumps(runs[-1]) + "\n")
+        print(f"{sum(len(run['kills']) for run in runs)} of {count} kills: {runs[-1]}", flush=True)
+        shutil.rmtree(workdir)
+    hits = [hit for run in runs for hit in run["kills"]]
+    differing, unreadable = sum(run["differs"] for run in runs), sum(hit["unreadable"] for hit in hits)
+    ends = {name: [hit for hit in hits if hit["signal"] == name] for name in ("SIGKILL", "SIGTERM")}
+    several = {
+        "seconds_until_all_had_ended_at_most": max(hit["seconds"] for hit in hits),
+        "without_a_message": sum(not hit["explained"] for hit in hits),
+    }
     return {
         "lost": differing + unreadable,
         "killed": {name: len(of) for name, of in ends.items()},
-        "while_saving": sum(h["saving"] for h in hit),
-        "in_training": sum(h["reached"] > 0 for h in hit),
+        "while_saving": sum(hit["saving"] for hit in hits),
+        "in_training": sum(hit["reached"] > 0 for hit in hits),
         "unreadable_checkpoints": unreadable,
-        "runs": runs,
+        "runs": len(runs),
         "runs_that_differ_from_the_undisturbed_one": differing,
         "steps_done_again_at_most": {
-            name: max((h["reached"] - h["kept"] for h in of), default=0) for name, of in ends.items()
+            name: max((hit["reached"] - hit["kept"] for hit in of), default=0) for name, of in ends.items()
         },
         **(several if processes > 1 else {}),
     }
+
+
+def killed(workdir: pathlib.Path, seconds: float, draw: random.Random, processes: int) -> list[dict[str, Any]]:
+    """Trains to the end, killed at random moments (half of them after a random step); a record of every kill.
+
+    Args:
+      seconds: how long an undisturbed run takes.
+    """
+    hits: list[dict[str, Any]] = []
+    while True:
+        number = signal.SIGKILL if draw.random() < 0.8 else signal.SIGTERM
+        process = train(workdir, processes)
+        sent, saving = math.inf, False
+        moment = draw.uniform(0.2, 1.0) * seconds
+        if draw.random() < 0.5:  # while it trains and saves, which is short beside the start
+            step = draw.randint(min(last_step(workdir), STEPS - 1), STEPS - 1)
+            while process.poll() is None and last_step(workdir) <= step:
+                time.sleep(0.02)
+            moment = draw.uniform(0.0, 0.3)
+        try:
+            _, errors = process.communicate(timeout=moment)
+        except subprocess.TimeoutExpired:
+            saving = bool(list((workdir / "checkpoints").glob(".partial-*")))
+            send(process, number, draw)
+            sent = time.perf_counter()
+            _, errors = process.communicate(timeout=HANG)
+        if process.returncode == 0:
+            return hits
+        if sent == math.inf:
+            raise UserError(f"{workdir}: the trainer ended by itself with {process.returncode}: {errors[-300:]}")
+        reached, kept, unreadable = last_step(workdir), checkpoints.steps(workdir), 0
+        for step in kept:
+            try:
+                checkpoints.verify(workdir / "checkpoints" / str(step))
+            except UserError:
+                unreadable += 1
+        hits.append(
+            {
+                "signal": number.name,
+                "code": process.returncode,
+                "reached": reached,
+                "kept": kept[-1] if kept else 0,
+                "saving": saving,
+                "unreadable": unreadable,
+                "seconds": round(time.perf_counter() - sent, 1),
+                # SIGTERM before the loop begins ends a trainer as SIGKILL does.
+                "explained": any(text in errors for text in EXPLAINED) or process.returncode == 143,
+            }
+        )
 
 
 def last_step(workdir: pathlib.Path) -> int:

@@ -130,25 +130,31 @@ class Layers(Module):
                     else:
                         depth = jnp.int32(i) if c.scale_attention_by_depth else None
                         params = self.variables["params"][str(i)]
-                        x_BTD, caches[str(i)] = run_layer(kind, params, *inputs, depth)
+                        x_BTD, caches[str(i)] = run_layer(kind, i, params, *inputs, depth)
             start = stop
         return x_BTD, (caches if cache is not None else None)
 
     def _traced_once(self) -> Callable[..., Any] | None:
-        """A function (kind, parameters, *inputs of the layer) -> its result, or None where each layer is a module.
+        """A function (kind, index, parameters, *inputs of the layer) -> its result, or None if each layer is a module.
 
-        Layers of one kind, with weights of the same kinds, are traced and lowered once under `jax.jit`, instead of
-        once per layer. XLA inlines the calls, so that the compiled code is the same. The function is new at every call,
-        because traced code depends on the mesh in use.
+        Layers of one kind, with weights of the same kinds that are gathered alike, are traced and lowered once under
+        `jax.jit`, instead of once per layer. XLA inlines the calls, so that the compiled code is the same. The function
+        is new at every call, because traced code depends on the mesh in use.
         """
         assert self.scope is not None
         if self.scope.mutable or not isinstance(jax.tree.leaves(self.variables)[0], jax.core.Tracer):
             return None
-        c, layer = self.config, rematerialized(self.config)
+        c, layer, path = self.config, rematerialized(self.config), "/".join(self.path)
+        first: dict[Any, int] = {}  # {how the weights of a layer are gathered: the first such layer}
 
-        @functools.partial(jax.jit, static_argnums=0)
-        def run_layer(kind: str, params: Any, *inputs: Any) -> Any:
-            return layer(c, kind).apply({"params": params}, *inputs)
+        @functools.partial(jax.jit, static_argnums=(0, 1))
+        def traced(kind: str, index: int, params: Any, *inputs: Any) -> Any:
+            with mesh_lib.below(f"{path}/{index}"):
+                return layer(c, kind).apply({"params": params}, *inputs)
+
+        def run_layer(kind: str, index: int, params: Any, *inputs: Any) -> Any:
+            gathered = tuple(mesh_lib.gathered(f"{path}/{index}/{name}") for name in trees.flatten(params))
+            return traced(kind, first.setdefault(gathered, index), params, *inputs)
 
         return run_layer
 

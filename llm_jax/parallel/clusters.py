@@ -122,15 +122,18 @@ class JobSet:
     grace_seconds: int = 300
 
 
-def jobset(job: JobSet, command: Sequence[str], connected: bool) -> dict[str, Any]:
+def jobset(job: JobSet, command: Sequence[str], connected: bool, archive: str = "") -> dict[str, Any]:
     """The manifest of a JobSet (jobset.x-k8s.io/v1alpha2) that runs `command` in every pod.
 
     Args:
       job: the options.
       command: such as ("python", "-m", "llm_jax.train", ...).
       connected: whether the command takes `--coordinator_address` and its kin; else the pods are independent.
+      archive: base64 of a .tar.gz that is unpacked in the working directory of the image first; "": none.
     """
-    line = shlex.join(command)
+    line = f"exec {shlex.join(command)}"
+    if archive:
+        line = f"echo {archive} | base64 -d | tar -xz && {line}"
     if connected and job.processes * job.slices > 1:
         line += (
             f" --coordinator_address={job.name}-workers-0-0.{job.name}:{PORT} --coordinator_bind_address=0.0.0.0:{PORT}"
@@ -141,7 +144,7 @@ def jobset(job: JobSet, command: Sequence[str], connected: bool) -> dict[str, An
     container = {
         "name": "worker",
         "image": job.image,
-        "command": ["bash", "-c", f"exec {line}"],
+        "command": ["bash", "-c", line],
         "ports": [{"containerPort": PORT}],
         "env": [{"name": "JOB_INDEX", "valueFrom": index}],
         "resources": {"limits": dict(job.resources), "requests": dict(job.resources)} if job.resources else {},

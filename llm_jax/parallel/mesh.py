@@ -6,10 +6,11 @@ context   shards of the sequence; attention gathers the keys and values of a row
 tensor    shards of heads, MLP and vocabulary (Shoeybi et al. 2019, arXiv:1909.08053)
 """
 
+import contextlib
 import contextvars
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -79,6 +80,7 @@ def arrangement(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
 
 # The rules of the weights of the function that is traced, see `within`.
 _RULES: contextvars.ContextVar[Rules] = contextvars.ContextVar("rules", default=())
+_PREFIX: contextvars.ContextVar[str] = contextvars.ContextVar("prefix", default="")  # see `below`
 
 
 def within(mesh: Mesh, function: Callable[..., Any], rules: Rules = ()) -> Callable[..., Any]:
@@ -106,10 +108,21 @@ def gathered(path: str) -> P | None:
     Without it XLA may gather a weight in one layout for the forward pass and in another for the backward pass, or
     gather activations instead of weights.
     """
+    name = trees.expand(_PREFIX.get() + path)[0]
     for pattern, axes in _RULES.get():
-        if re.fullmatch(pattern, trees.expand(path)[0]):
+        if re.fullmatch(pattern, name):
             return P(*(HEADS if HEADS in _names(axis) else None for axis in axes or (None, None)))
     return None
+
+
+@contextlib.contextmanager
+def below(path: str) -> Iterator[None]:
+    """In the block, `gathered` takes paths below `path`: for a module that is applied to a part of the parameters."""
+    token = _PREFIX.set(f"{path}/")
+    try:
+        yield
+    finally:
+        _PREFIX.reset(token)
 
 
 def in_use() -> dict[str, int]:

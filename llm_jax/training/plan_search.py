@@ -35,47 +35,68 @@ def candidates(config: Config, topology: Topology) -> Iterator[dict[str, Any]]:
                 }
 
 
-def activation_bytes(config: Config, changes: dict[str, Any], topology: Topology) -> float:
-    """A lower bound of the memory of a step: the saved activations of all layers, and weights and optimizer."""
+def least_bytes(config: Config, changes: dict[str, Any], topology: Topology) -> float:
+    """A lower bound of the memory of a step on one device: saved activations of all layers, weights and optimizer."""
     c, devices = config.model, topology.chips * topology.chip.devices
     rows = changes["train.batch_size"] / (changes["mesh.data"] * changes["mesh.fsdp"])
     per_token = {"full": c.width, "dots": 6 * c.width + 3 * c.mlp_dim, "none": 10 * c.width + 4 * c.mlp_dim}
     size = 2 if c.precision.compute in ("bfloat16", "float16") else 4
     saved = rows * config.train.seq_len * c.num_layers * per_token[changes["model.remat"]] * size
     saved /= 1 if changes["model.remat"] == "full" else changes["mesh.tensor"]
-    weights = 0.0 if config.lora.rank else 12.0 * flops_per_token(c, 0) / 6 / devices * topology.slices
-    return saved + weights
+    # Weights and the two moments of AdamW in float32; a frozen base has its weights only, of half a byte or more each.
+    per_weight = 12.0 if not config.lora.rank else 0.5 if config.quant.scheme else 2.0
+    return saved + per_weight * flops_per_token(c, 0) / 6 / devices * topology.slices
 
 
 def search(config: Config, topology: Topology, limit: int, log: Callable[[str], Any]) -> list[Report]:
     """The reports of the configurations that fit, by the longest estimated time per token.
 
-    Those whose saved activations alone exceed the memory are not compiled.
+    Those that cannot fit by `least_bytes` are not compiled. Where one does not fit, the ratio of what the compiler says
+    that it needs to its `least_bytes` is expected of the others, and those that fit by that expectation come next.
 
     Args:
       limit: number of configurations to compile.
-      log: is called with a line about every configuration that is compiled.
+      log: is called with a line about every configuration that is compiled, and about those that are not.
 
     Raises:
-      UserError: none fits; the message of the last one.
+      UserError: none fits; names the one that needs the least memory.
     """
     capacity = topology.chip.memory / topology.chip.devices
-    plausible = [c for c in candidates(config, topology) if activation_bytes(config, c, topology) < capacity]
+    pending = [(least_bytes(config, c, topology), c) for c in candidates(config, topology)]
+    too_large = [pair for pair in pending if pair[0] >= capacity]
+    pending = [pair for pair in pending if pair[0] < capacity]
     reports: list[Report] = []
-    failure: UserError | None = None
-    for changes in plausible[:limit]:
+    misses: list[tuple[float, str]] = []  # (bytes, text) of those that do not fit
+    ratio = 1.0
+    while pending and len(reports) + len(misses) < limit:
+        likely = (pair for pair in pending if pair[0] * ratio < capacity)
+        least, changes = next(likely, min(pending, key=lambda pair: pair[0]))
+        if least * ratio >= capacity and reports:
+            break
+        pending.remove((least, changes))
         text = " ".join(f"{name}={value}" for name, value in changes.items())
         try:
             report = planning.plan(configuration.replace(config, changes), topology)
-        except UserError as error:
-            failure = error
-            log(f"{text}: {error}")
+        except planning.DoesNotFit as error:
+            misses.append((error.needed, text))
+            ratio = max(ratio, error.needed / least)
+            log(f"{text}: needs {error.needed / GIB:.2f} of {capacity / GIB:.0f} GiB")
             continue
         reports.append(report | {"changes": changes})
         log(f"{text}: {report['memory']['peak'] / GIB:.2f} GiB, {per_token(report) * 1e9:.1f} ns/token")
+    if too_large:
+        log(f"{len(too_large)} combinations were not compiled: their weights and activations exceed the memory")
+    if pending:
+        reason = f"--limit={limit}" if len(reports) + len(misses) == limit else "by those that did not fit, too large"
+        log(f"{len(pending)} combinations were not compiled ({reason})")
     if not reports:
-        raise failure or UserError(
-            f"--search: no mesh, remat and batch fits {topology.name}; use a shorter train.seq_len or more devices"
+        needed, text = (
+            min(misses) if misses else min((n, " ".join(f"{k}={v}" for k, v in c.items())) for n, c in too_large)
+        )
+        raise UserError(
+            f"--search: no mesh, remat and batch of {len(misses)} that were compiled fits {topology.name}; the closest "
+            f"({text}) needs {'' if misses else 'at least '}{needed / GIB:.1f} of the {capacity / GIB:.0f} GiB of a "
+            "device; use a shorter train.seq_len or more devices"
         )
     return sorted(reports, key=per_token)
 

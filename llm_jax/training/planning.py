@@ -31,6 +31,19 @@ ASSUMPTIONS = (
 # Matrix products of a tile in the kernels of splash attention.
 _KERNEL_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
 _KERNEL_SHARE = 0.5  # of the chip's peak
+_DOES_NOT_FIT = 3  # exit code of the process that compiles
+
+
+class DoesNotFit(UserError):
+    """A step that exceeds the memory of a device.
+
+    Attributes:
+      needed: bytes, as the compiler says.
+    """
+
+    def __init__(self, message: str, needed: float):
+        super().__init__(message)
+        self.needed = needed
 
 
 def plan(config: Config, topology: Topology, decode: bool = False) -> Report:
@@ -40,8 +53,8 @@ def plan(config: Config, topology: Topology, decode: bool = False) -> Report:
       decode: report on a step of decoding instead, see `plan_decoding`.
 
     Raises:
-      UserError: options that contradict each other or the topology, a step that does not fit the memory of the chip,
-        or a topology that libtpu does not know.
+      DoesNotFit: the step does not fit the memory of a device.
+      UserError: options that contradict each other or the topology, or a topology that libtpu does not know.
     """
     request = {"config": configuration.as_dict(config), "topology": dataclasses.asdict(topology), "decode": decode}
     with tempfile.TemporaryFile("w+") as errors:
@@ -59,6 +72,8 @@ def plan(config: Config, topology: Topology, decode: bool = False) -> Report:
         return json.loads(process.stdout.splitlines()[-1])
     if process.returncode == 2:
         raise UserError(lines[-1])
+    if process.returncode == _DOES_NOT_FIT:
+        raise DoesNotFit(**json.loads(process.stdout.splitlines()[-1]))
     last = lines[-1][:200] if lines else "no message"
     raise UserError(f"--topology={topology.name}: the compiler ended with code {process.returncode}: {last}")
 
@@ -105,7 +120,7 @@ def report(config: Config, topology: Topology, decode: bool = False) -> Report:
             optimizer = memory.shard_bytes((state.optimizer, state.ema))
             model_flops = transformer.flops_per_token(config.model, length) * rows * length / len(devices)
     except jax.errors.JaxRuntimeError as error:
-        raise UserError(_out_of_memory(str(error), topology, capacity)) from error
+        raise _compiler_error(str(error), topology, capacity) from error
     sizes = dict(mesh.shape)
     figures = memory.of(compiled, optimizer)
     live = getattr(compiled.memory_analysis(), "peak_memory_in_bytes", 0)
@@ -163,15 +178,17 @@ def _seconds(row: Any, mesh: dict[str, int], topology: Topology) -> float:
     return float(passes * share * row.bytes / (speed / topology.chip.devices))
 
 
-def _out_of_memory(message: str, topology: Topology, capacity: int) -> str:
-    """One line about a step that does not fit, with the sizes that the compiler names."""
+def _compiler_error(message: str, topology: Topology, capacity: int) -> UserError:
+    """The error of one line for a message of the compiler; `DoesNotFit` with the sizes that it names."""
     text = " ".join(message.split())
-    used = re.search(r"Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) hbm", text)
+    used = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", text)
     if used is None:
-        return f"--topology={topology.name}: {text[:200]}"
-    return (
-        f"--topology={topology.name}: the step needs {used[1]} bytes of the {capacity / 2**30:.0f} GiB of a device; "
-        "use a smaller batch, model.remat=full, train.loss_chunk, or more of mesh.fsdp or mesh.tensor"
+        return UserError(f"--topology={topology.name}: {text[:200]}")
+    needed = float(used[1]) * 1024 ** " KMGT".index(used[2] or " ")
+    return DoesNotFit(
+        f"--topology={topology.name}: the step needs {needed / 2**30:.2f} of the {capacity / 2**30:.0f} GiB of a "
+        "device; use a smaller batch, model.remat=full, train.loss_chunk, or more of mesh.fsdp or mesh.tensor",
+        needed,
     )
 
 
@@ -181,6 +198,9 @@ def _main() -> None:
         options = request["topology"] | {"shape": tuple(request["topology"]["shape"])}
         config = configuration.build(request["config"])
         print(json.dumps(report(config, Topology(**options), request["decode"])))
+    except DoesNotFit as error:
+        print(json.dumps({"message": str(error), "needed": error.needed}))
+        sys.exit(_DOES_NOT_FIT)
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

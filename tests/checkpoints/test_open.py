@@ -3,7 +3,10 @@
 import dataclasses
 import itertools
 import json
+import pathlib
+import pickle
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +52,44 @@ def paths(tiny, vocabulary, tmp_path_factory):
     writer.close()
     peft_export.save(found["peft"], "llama", config, adapters, loaded.params, base_name=base["path"])
     return found
+
+
+@pytest.fixture(scope="module")
+def audited():
+    """`with audited as events` collects what is reported to the hook of Python, which cannot be removed."""
+    audit = Audit()
+    sys.addaudithook(audit.hook)
+    return audit
+
+
+class Audit:
+    """Records what unpickles or starts a program."""
+
+    EVENTS = ("pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen")
+
+    def __init__(self):
+        self.events, self.on = [], False
+
+    def hook(self, event, arguments):
+        if self.on and event in self.EVENTS:
+            self.events.append((event, arguments))
+
+    def __enter__(self):
+        self.events, self.on = [], True
+        return self.events
+
+    def __exit__(self, *error):
+        self.on = False
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_loading_runs_no_code(paths, form, audited):
+    with audited as events:
+        llm_jax.load(paths[form])
+    assert events == []
+    with audited as events:
+        pickle.loads(pickle.dumps(pathlib.PurePosixPath("a")))
+    assert events[0][0] == "pickle.find_class"
 
 
 @pytest.mark.parametrize("form", FORMS)

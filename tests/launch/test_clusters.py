@@ -82,7 +82,7 @@ def test_a_machine_without_slurm_is_told_what_to_do(tmp_path, capsys, monkeypatc
     assert "sbatch is not installed on this machine; --nosubmit writes the script only" in capsys.readouterr().err
 
 
-def test_a_jobset_numbers_its_processes_over_slices(capsys):
+def test_a_jobset_numbers_its_processes_over_slices(tmp_path, capsys):
     flags = ["--image=i", "--processes=2", "--slices=3", "--volume=claim=/data", "--resource=google.com/tpu=4"]
     assert cli.call(launch.COMMAND, ["k8s", "--name=run", *flags, *TRAIN]) == 0
     manifest = yaml.safe_load(capsys.readouterr().out)
@@ -93,9 +93,11 @@ def test_a_jobset_numbers_its_processes_over_slices(capsys):
     assert container["resources"]["limits"] == {"google.com/tpu": "4"}
     shell, option, line = container["command"]
     environment = os.environ | {"JOB_INDEX": "2", "JOB_COMPLETION_INDEX": "1"}
-    printed = subprocess.run([shell, option, line.replace("exec ", "echo ", 1)], env=environment, capture_output=True)
+    line = line.replace("exec ", "echo ", 1)
+    printed = subprocess.run([shell, option, line], env=environment, capture_output=True, cwd=tmp_path)
     arguments = printed.stdout.decode().split()
     assert {"--num_processes=6", "--process_id=5", "--coordinator_address=run-workers-0-0.run:8476"} < set(arguments)
+    assert (tmp_path / "tests" / "tiny.py").read_bytes() == pathlib.Path("tests/tiny.py").read_bytes()
 
 
 def test_commands_without_a_coordinator_get_no_flags_for_one(capsys):
@@ -121,10 +123,42 @@ def test_a_tpu_slice_gets_the_repository_and_the_command(tmp_path, capsys, monke
     calls = (tmp_path / "calls").read_text()
     assert calls.count("--worker=all") == 2 and calls.count("--zone=z") == 2
     with tarfile.open(worker / "llm_jax.tar.gz") as archive:
-        assert {"llm_jax/train.py", "configs/default.py", "requirements.txt"} < set(archive.getnames())
+        expected = {"llm_jax/train.py", "configs/default.py", "requirements.txt", "tests/tiny.py"}
+        assert expected < set(archive.getnames())
     install, run = (tmp_path / "ran").read_text().splitlines()
     assert "pip install" in install and "jax[tpu]" in install
     assert shlex.split(run) == [str(worker / "llm_jax"), "-m", "llm_jax.train", *TRAIN[2:]]
+
+
+@pytest.fixture
+def directory(tmp_path, monkeypatch):
+    """A user's directory with a configuration, in which a part of the user's own is named, and the current one."""
+    (tmp_path / "here" / "parts").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("LLM_JAX_CACHE", str(tmp_path / "cache"))
+    part = pathlib.Path("parts/mine.py")
+    part.write_text("import optax\n\n\ndef plain(config):\n    return optax.scale(1.0)\n")
+    text = "[optim]\nkind = 'parts/mine.py:plain'\n[model]\nvocab_size = 264\n"
+    pathlib.Path("small.toml").write_text(text)
+    (tmp_path / "away.toml").write_text(text)
+    return tmp_path
+
+
+def test_files_of_ones_own_travel_with_the_command(directory):
+    arguments = ["train", "--config=small.toml", "--workdir=/data/x"]
+    own = launch._own_files("tpu", arguments, cli.parse(launch._command("train"), arguments[1:]))
+    assert {name: path.name for name, path in own.items()} == {"small.toml": "small.toml", "parts/mine.py": "mine.py"}
+    assert not launch._own_files("tpu", ["train", "--config=default"], None)
+
+
+@pytest.mark.parametrize("flags", [["tpu", "--nosubmit"], ["k8s", "--image=i"]])
+def test_files_elsewhere_are_refused_unless_the_job_sees_them(directory, capsys, flags):
+    away = directory / "away.toml"
+    command = ["--", "train", f"--config={away}", "--workdir=/data/x"]
+    assert cli.call(launch.COMMAND, [*flags, *command]) == 2
+    assert f"{away}: launch {flags[0]} copies files below the current directory only" in capsys.readouterr().err
+    if flags[0] == "k8s":
+        assert cli.call(launch.COMMAND, [*flags, f"--volume=claim={directory}", *command]) == 0
 
 
 @pytest.mark.live

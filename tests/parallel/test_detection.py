@@ -1,9 +1,13 @@
 """Which processes a command belongs to, from its flags and from the environment of a cluster."""
 
+import socket
+from unittest import mock
+
+import jax
 import pytest
 
 from llm_jax.errors import UserError
-from llm_jax.parallel import processes
+from llm_jax.parallel import processes, rendezvous
 
 VARIABLES = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 SLURM = dict(zip(VARIABLES, ("4100", "node[003-004,7]", "4", "2", "0"), strict=True))
@@ -65,3 +69,39 @@ def test_one_process_needs_no_others(environment):
         processes.barrier("here")
         agree = processes.Agreement()
         assert [agree(0), agree(15)] == [0, 15]
+
+
+@pytest.mark.parametrize(
+    ("variables", "flags", "bind", "expected"),
+    [
+        ({}, ("10.0.0.1:77", 2, 0), "", "10.0.0.1:77"),
+        ({}, ("host:77", 2, 0), "127.0.0.1:78", "127.0.0.1:78"),
+        (SLURM, (), "127.0.0.1:78", "127.0.0.1:78"),
+        (SLURM, (), "", "[::]:61444"),  # the name of a detected machine may be one of several addresses
+    ],
+)
+def test_the_coordinator_listens_where_it_is_told(environment, variables, flags, bind, expected):
+    for name, value in variables.items():
+        environment.setenv(name, value)
+    listened = []
+
+    class Stopped(Exception):
+        pass
+
+    def initialize(*arguments, coordinator_bind_address, **options):
+        listened.append(coordinator_bind_address)
+        raise Stopped
+
+    environment.setattr(rendezvous, "meet", lambda address, bind, *rest: listened.append(bind) or mock.Mock())
+    environment.setattr(processes.time, "sleep", lambda seconds: None)
+    environment.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(Stopped), processes.started(*flags, coordinator_bind_address=bind):
+        pass
+    assert listened == [expected.removeprefix("[::]"), expected]
+
+
+def test_the_meeting_is_at_the_named_interface():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    with rendezvous._listen(f"127.0.0.1:{port}") as server:
+        assert server.getsockname() == ("127.0.0.1", port)

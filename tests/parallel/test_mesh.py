@@ -1,6 +1,16 @@
+import dataclasses
 import json
+import re
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractMesh
+
+from llm_jax.checkpoints import abstract_params
+from llm_jax.model.transformer import Transformer
+from llm_jax.parallel import mesh as mesh_lib
+from tests.parallel import on_mesh
 
 MESHES = {
     "data": {"data": 8},
@@ -65,3 +75,19 @@ def test_dry_run_prints_the_shardings_and_writes_nothing(command, tmp_path):
 def test_a_mesh_that_does_not_fit_is_refused(command, tmp_path, flags, message):
     done = command("train", f"--workdir={tmp_path / 'x'}", "--devices=8", *flags, code=2)
     assert message in done.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(("layer", "scanned"), [("1", False), (".*", True)])
+def test_rules_that_name_layers_hold_while_weights_are_gathered(layer, scanned):
+    """Layers that are not scanned are traced once for all that are gathered alike; here layer 1 differs."""
+    rules = (
+        (r"layers/.*/attention/query", ("fsdp", "tensor")),
+        (rf"layers/{layer}/mlp/up", ("tensor", "fsdp")),
+        (r".*", ("fsdp", None)),
+    )
+    model = Transformer(dataclasses.replace(on_mesh.tiny().model, scan_layers=scanned))
+    mesh = AbstractMesh((1, 4, 1, 2), mesh_lib.AXES)
+    apply = mesh_lib.within(mesh, lambda params, tokens: model.apply({"params": params}, tokens), rules)
+    text = str(jax.make_jaxpr(apply)(abstract_params(model), jax.ShapeDtypeStruct((8, 16), jnp.int32)))
+    columns, rows = (len(re.findall(rf"spec=\w+\({axes}\)", text)) for axes in ("None, 'tensor'", "'tensor', None"))
+    assert (columns, rows) == (1 if scanned else 2, 1)

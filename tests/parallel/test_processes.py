@@ -193,14 +193,25 @@ def test_a_run_goes_on_with_another_number_of_processes_and_another_mesh(run, tr
         assert line == {k: pytest.approx(expected[k], rel=2e-3) for k in line}
 
 
+STOPPED = ("--config.train.steps=200", "--config.checkpoint.every=25")
+STOPPED = (*STOPPED, "--config.eval.every=0")  # a step at which a run is stopped is not evaluated
+
+
+@pytest.fixture(scope="module")
+def undisturbed(run, tmp_path_factory):
+    """The figures of every step of a run of two processes with the options `STOPPED`."""
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    run(2, workdir, *STOPPED)
+    return [{k: line.get(k) for k in ("step", *FIGURES)} for line in lines(workdir)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("index", [0, 1])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_signal_to_one_process(launch, run, tmp_path, index, number):
+def test_a_signal_to_one_process(launch, run, undisturbed, tmp_path, index, number):
     """SIGTERM: all save the same step. SIGKILL: the others end. The restart goes on bit for bit."""
-    workdir, flags = tmp_path / "run", ("--config.train.steps=400", "--config.checkpoint.every=25")
-    flags = (*flags, "--config.eval.every=0")  # a step at which a run is stopped is not evaluated
-    launcher = launch(2, workdir, *flags)
+    workdir = tmp_path / "run"
+    launcher = launch(2, workdir, *STOPPED)
     wait_for_step(launcher, workdir, 40)
     os.kill(process_ids(workdir)[index], number)
     began = time.monotonic()
@@ -211,15 +222,13 @@ def test_a_signal_to_one_process(launch, run, tmp_path, index, number):
     checkpoints.verify(checkpoints.find(workdir))
     if number == signal.SIGTERM:
         assert launcher.returncode == 128 + number and lines(workdir)[-1]["step"] == step
-        assert f"0: saved at step {step} of 400 in {workdir}; the same command resumes from there" in errors
+        assert f"0: saved at step {step} of 200 in {workdir}; the same command resumes from there" in errors
     else:
         assert launcher.returncode == 137
         assert f"{1 - index}: error: process {index} on" in errors and "resumes from the last checkpoint" in errors
-    out, _ = run(2, workdir, *flags)
+    out, _ = run(2, workdir, *STOPPED)
     assert f"0: resuming from {workdir}/checkpoints/{step}" in out
-    run(2, tmp_path / "undisturbed", *flags)
-    for line, expected in zip(lines(workdir), lines(tmp_path / "undisturbed"), strict=True):
-        assert {k: line.get(k) for k in ("step", *FIGURES)} == {k: expected.get(k) for k in ("step", *FIGURES)}
+    assert [{k: line.get(k) for k in ("step", *FIGURES)} for line in lines(workdir)] == undisturbed
 
 
 @pytest.mark.slow
