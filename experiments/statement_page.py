@@ -12,30 +12,13 @@ import re
 from collections.abc import Sequence
 
 from experiments.statements import GROUPS, STATEMENTS, Picture, Statement
+from llm_jax.pictures import html_document
 from llm_jax.research import findings
 from llm_jax.research.findings import Estimate, Finding
 
 Measured = tuple[Finding, str]  # with the directory of its experiment
 
 STYLE = (pathlib.Path(__file__).parent / "statement_page.css").read_text()
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light dark; }}
-body {{ margin: 0 auto; max-width: 60rem; padding: 0 1rem 3rem; font: 1rem/1.5 system-ui, sans-serif; }}
-{style}</style>
-</head>
-<body>
-<h1>{title}</h1>
-{body}
-</body>
-</html>
-"""
 TITLE = "Statements about language models, and what was measured"
 
 
@@ -62,7 +45,8 @@ def standalone(directory: pathlib.Path) -> str:
             if name[0] == letter:
                 heading = f"{name}: {html.escape(statement.text)}"
                 parts += [f'<h3 id="{name.lower()}">{heading}</h3>', card(name, by_statement.get(name, []), directory)]
-    return _PAGE.format(title=TITLE, style=STYLE, body="\n".join(parts))
+    body = "\n".join([f"<h1>{html.escape(TITLE)}</h1>", *parts])
+    return html_document.render(TITLE, body, f"body {{ max-width: 60rem; }}\n{STYLE}")
 
 
 def card(name: str, results: Sequence[Measured], directory: pathlib.Path, short: bool = False) -> str:

@@ -2,7 +2,11 @@
 
 Runs that differ in the seed alone form a group. Prints the options that differ between groups, the held-out bits per
 byte with 95 % intervals over the seeds, the differences to the first group paired by seed, speed, memory and samples.
+With --tokens, two runs are also compared token by token on their held-out text.
 """
+
+import os
+import sys
 
 from llm_jax import cli
 from llm_jax.errors import UserError
@@ -10,6 +14,9 @@ from llm_jax.errors import UserError
 FLAGS = cli.Flags()
 FLAGS.multi_string("run", [], "a run, a sweep, or a directory with runs; may be repeated, and given without --run=")
 FLAGS.boolean("samples", True, "also print the last samples of each group")
+FLAGS.boolean("tokens", False, "also print the held-out tokens on which two runs differ most in loss (two runs only)")
+FLAGS.integer("token_rows", 64, "number of held-out rows of train.seq_len tokens that --tokens compares")
+NEEDS: cli.Needs = ((("token_rows",), "--tokens is not given", lambda f: f.tokens),)
 
 
 def main(f: cli.Flags) -> None:
@@ -17,10 +24,17 @@ def main(f: cli.Flags) -> None:
 
     if not f.run:
         raise UserError("name at least one run or sweep: python -m llm_jax.compare RUN RUN ...")
-    print(comparison.text(runs.load(f.run), f.samples))
+    loaded = runs.load(f.run)
+    print(comparison.text(loaded, f.samples))
+    if f.tokens:
+        from llm_jax.research import held_out_tokens
+        from llm_jax.training import losses
+
+        differences = held_out_tokens.differences(loaded, f.token_rows, losses.token_losses)
+        print(f"\n{differences.text(sys.stdout.isatty() and 'NO_COLOR' not in os.environ)}")
 
 
-COMMAND = cli.Command("compare", main, FLAGS, positional="run")
+COMMAND = cli.Command("compare", main, FLAGS, needs=NEEDS, positional="run", compiles=True)
 
 if __name__ == "__main__":
     cli.start(COMMAND)

@@ -13,34 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from llm_jax.pictures import colours, render_png
+from llm_jax.pictures import colours, html_document, render_png
 from llm_jax.pictures.panels import Heatmaps, Lines, Passage, Picture, Table, describe, number
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light dark; }}
-body {{ margin: 0 auto; max-width: 75rem; padding: 0 1rem 3rem; background: #ffffff; color: #1b1f24; }}
-@media (prefers-color-scheme: dark) {{ body {{ background: #0f1216; color: #e6edf3; }} }}
-</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""
 
 
 def page(picture: Picture) -> str:
     """The picture as a page, light or dark as the browser prefers."""
-    return _PAGE.format(title=html.escape(picture.title), body=fragment(picture))
+    return html_document.render(picture.title, f"<main>\n{fragment(picture)}\n</main>")
 
 
 def fragment(picture: Picture) -> str:

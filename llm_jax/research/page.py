@@ -14,24 +14,14 @@ from typing import Any
 import numpy as np
 
 from llm_jax.intervals import Interval
+from llm_jax.pictures import html_document
 from llm_jax.research import runs as runs_lib
 from llm_jax.research.runs import Group, Run
 
 _MAX_POINTS = 300  # of a curve
 _NOT_DRAWN = {"step", "tokens", "seconds", "bad"}
 _MAX_SAMPLES = 6  # of a group
-_TEMPLATE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{title}</title>
-<style>
-{style}</style>
-</head>
-<body>
-<header><h1>{title}</h1><p id="summary"></p></header>
+_BODY = """<header><h1>{title}</h1><p id="summary"></p></header>
 <main>
 <section><h2>Groups</h2>
 <p class="controls"><label>Filter <input id="filter" type="search" placeholder="alibi, lr=0.001"></label>
@@ -53,10 +43,7 @@ _TEMPLATE = """<!doctype html>
 </main>
 <script type="application/json" id="data">{data}</script>
 <script>
-{script}</script>
-</body>
-</html>
-"""
+{script}</script>"""
 
 
 def render(runs: Sequence[Run], title: str, sections: str = "") -> str:
@@ -68,13 +55,13 @@ def render(runs: Sequence[Run], title: str, sections: str = "") -> str:
     """
     package = importlib.resources.files(__package__)
     text = json.dumps(_without_nan(data(runs)), allow_nan=False).replace("<", "\\u003c")
-    return _TEMPLATE.format(
+    body = _BODY.format(
         title=html.escape(title),
-        style=(package / "page.css").read_text(),
         script=(package / "page.js").read_text(),
         data=text,
         sections=sections,
     )
+    return html_document.render(title, body, (package / "page.css").read_text())
 
 
 def data(runs: Sequence[Run]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from llm_jax.research import grid, jobs, runs
 from llm_jax.research.provenance import Provenance
 from llm_jax.schema import Config
 
+LOCK = ".sweep.lock"  # held while the points of a sweep or the trials of a search are recorded
 # Options that may change between the calls of a sweep: the results of finished runs stay valid.
 _MAY_CHANGE = (*runs.NEUTRAL, "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.rules", "train.steps")
 
@@ -59,15 +60,16 @@ def plan(base: Config, overrides: Sequence[Mapping[str, Any]], output: pathlib.P
 
 
 def write(points: Sequence[Point], output: pathlib.Path, provenance: Provenance) -> None:
-    """Writes recipe.json of every point, and sweep.json; points of earlier calls stay in it."""
+    """Writes recipe.json of every point, and sweep.json; points of earlier and concurrent calls stay in it."""
     files.make_directory(output)
-    record = read(output)
     for point in points:
         files.make_directory(point.workdir)
         files.write_json(point.workdir / "recipe.json", recipe(point.config))
-        record["points"][point.name] = dict(point.overrides)
-    keys = dict.fromkeys(key for overrides in record["points"].values() for key in overrides)
-    files.write_json(output / "sweep.json", record | {"keys": list(keys)} | dataclasses.asdict(provenance))
+    with files.lock(output, LOCK, wait=True):  # another sweep may start at the same moment
+        record = read(output)
+        record["points"] |= {point.name: dict(point.overrides) for point in points}
+        keys = dict.fromkeys(key for overrides in record["points"].values() for key in overrides)
+        files.write_json(output / "sweep.json", record | {"keys": list(keys)} | dataclasses.asdict(provenance))
 
 
 def read(output: pathlib.Path) -> dict[str, Any]:

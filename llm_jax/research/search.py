@@ -79,7 +79,6 @@ def run(
         pruner=optuna.pruners.MedianPruner() if prune else optuna.pruners.NopPruner(),
     )
     _refuse_another_study(study, base, _clauses(text), output)
-    study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials))  # a continued search draws anew
     started: list[Point] = []
     active: dict[str, Any] = {}
     reported: dict[str, int] = {}
@@ -124,13 +123,20 @@ def run(
             if name not in active and frozen.params.keys() >= space.keys() and not jobs.is_locked(output / name):
                 yield optuna.trial.Trial(study, frozen._trial_id)
 
+    def claim() -> Any:
+        """A new trial, or None where all processes together have created `trials` of them."""
+        with files.lock(output, points.LOCK, wait=True):
+            number = len(study.trials)
+            study.sampler = optuna.samplers.TPESampler(seed=seed + number)  # no process repeats another's draws
+            return study.ask() if number < trials else None
+
     def more(statuses: Sequence[jobs.Status]) -> jobs.Job | None:
         settle(statuses)
         for trial in interrupted():
             if job := start(trial):
                 return job
-        while len(study.trials) < trials:
-            if job := start(study.ask()):
+        while trial := claim():
+            if job := start(trial):
                 return job
         return None
 

@@ -1,5 +1,7 @@
 """How long a run will take and what it needs: the step is compiled and a few steps on dummy rows are timed.
 
+A run whose weights and optimizer alone do not fit into the free memory is not compiled.
+
 The weights of these steps are zeros and the rows are made up; shapes, dtypes and shardings are those of the run, on
 which time and memory depend. Nothing is read from or written to the run directory.
 """
@@ -31,13 +33,14 @@ class Estimate:
     """What a run will need.
 
     Attributes:
-      compile_seconds: of the step and of the evaluation, or of reading them from the cache of compiled functions.
+      compile_seconds: of the step and of the evaluation, or of reading them from the cache of compiled functions; None
+        where nothing was compiled because the weights and the optimizer alone do not fit into the free memory.
       step_seconds: the median of the timed steps, or None where the step does not fit into the free memory.
       timed_steps: their number.
       batch_seconds: of a batch of an evaluation, or None.
       steps: that remain to be done.
       evaluation_batches: batches of all evaluations of the run together.
-      memory: of the step, as it is compiled.
+      memory: of the step, as it is compiled; where nothing was compiled, of weights and optimizer alone, from shapes.
       free_memory: bytes that are free on a device, or in the machine for CPUs; None: unknown.
       checkpoint_bytes: of one checkpoint.
       checkpoints: the largest number of checkpoints that are on the disk at a time.
@@ -45,7 +48,7 @@ class Estimate:
       spent_seconds: what the estimate took.
     """
 
-    compile_seconds: float
+    compile_seconds: float | None
     step_seconds: float | None
     timed_steps: int
     batch_seconds: float | None
@@ -61,7 +64,7 @@ class Estimate:
     @property
     def seconds(self) -> float | None:
         """Of the remaining steps and evaluations, and of compiling them."""
-        if self.step_seconds is None or self.batch_seconds is None:
+        if self.compile_seconds is None or self.step_seconds is None or self.batch_seconds is None:
             return None
         evaluations = self.evaluation_batches * self.batch_seconds
         return self.compile_seconds + self.steps * self.step_seconds + evaluations
@@ -82,15 +85,19 @@ def estimate(setup: Setup, held_out: Mapping[str, int], workdir: pathlib.Path, d
     config, began = setup.config, time.perf_counter()
     state = setup.state.replace(frozen={})
     limit = jnp.float32(math.inf)
-    step = setup.train_step.lower(state, setup.state.frozen, setup.batch, limit).compile()
-    loss = setup.loss.lower(setup.state.params, setup.state.frozen, setup.batch).compile()
-    compiled = time.perf_counter()
-    need = memory.of(step, weights.num_bytes((state.optimizer, state.ema)))
     free = _free_memory()
     devices = setup.mesh.size if jax.default_backend() == "cpu" else 1  # simulated devices share the memory
+    optimizer_bytes = memory.shard_bytes((state.optimizer, state.ema))
+    need = memory.Memory(memory.shard_bytes((state, setup.state.frozen)), 0, 0, optimizer_bytes)
+    compile_seconds: float | None = None
     step_times: list[float] = []
     batch_times: list[float] = []
-    if free is None or need.peak * devices < _SAFE_SHARE * free:
+    if free is None or need.peak * devices < free:
+        step = setup.train_step.lower(state, setup.state.frozen, setup.batch, limit).compile()
+        loss = setup.loss.lower(setup.state.params, setup.state.frozen, setup.batch).compile()
+        compile_seconds = time.perf_counter() - began
+        need = memory.of(step, optimizer_bytes)
+    if compile_seconds is not None and (free is None or need.peak * devices < _SAFE_SHARE * free):
         zeros = _zeros((state, setup.state.frozen))
         batch = _dummy_batch(setup)
         ahead = [zeros[0]]
@@ -103,7 +110,7 @@ def estimate(setup: Setup, held_out: Mapping[str, int], workdir: pathlib.Path, d
         params = ahead[0].params
         batch_times = _timed(lambda: loss(params, zeros[1], batch)) if held_out else [0.0]
     return Estimate(
-        compile_seconds=compiled - began,
+        compile_seconds=compile_seconds,
         step_seconds=statistics.median(step_times) if step_times else None,
         timed_steps=len(step_times),
         batch_seconds=statistics.median(batch_times) if batch_times else None,
@@ -127,7 +134,13 @@ def describe(e: Estimate, config: Config, epoch_tokens: int) -> str:
     tokens = e.steps * config.train.batch_size * config.train.seq_len
     epochs = f" ({tokens / epoch_tokens:.2g} passes over the text)" if epoch_tokens else ""
     lines = [f"to do: {e.steps:,} steps of {config.train.batch_size} x {config.train.seq_len} tokens{epochs}"]
-    if e.seconds is None or e.step_seconds is None or e.batch_seconds is None:
+    free = "" if e.free_memory is None else f", {_size(e.free_memory)} are free"
+    if e.compile_seconds is None:
+        lines.append(
+            f"memory: too little: weights and optimizer alone take {_size(e.memory.arguments)} on each device{free}; "
+            "nothing was compiled"
+        )
+    elif e.seconds is None or e.step_seconds is None or e.batch_seconds is None:
         lines.append("time: not measured, because the step needs more memory than is free")
     else:
         rate = config.train.batch_size * config.train.seq_len / e.step_seconds
@@ -137,19 +150,22 @@ def describe(e: Estimate, config: Config, epoch_tokens: int) -> str:
             f"{bars.duration(e.evaluation_batches * e.batch_seconds)} of evaluations, "
             f"{bars.duration(e.compile_seconds)} of compilation"
         )
-    free = "" if e.free_memory is None else f", {_size(e.free_memory)} are free"
-    lines += [
-        f"memory: {_size(e.memory.peak)} on each device for the step ({_size(e.memory.arguments)} of weights, "
-        f"optimizer and batch, {_size(e.memory.temporaries)} of temporaries){free}",
+    if e.compile_seconds is not None:
+        lines.append(
+            f"memory: {_size(e.memory.peak)} on each device for the step ({_size(e.memory.arguments)} of weights, "
+            f"optimizer and batch, {_size(e.memory.temporaries)} of temporaries){free}"
+        )
+    lines.append(
         f"disk: {_size(e.disk_bytes)}: {e.checkpoints} checkpoints of {_size(e.checkpoint_bytes)}; "
-        f"{_size(e.free_disk)} are free",
-    ]
+        f"{_size(e.free_disk)} are free"
+    )
     if e.disk_bytes > e.free_disk:
         lines.append("warning: the disk has no room for the checkpoints; lower checkpoint.keep_last or keep_best")
-    lines.append(
-        f"measured in {bars.duration(e.spent_seconds)} on {e.timed_steps} steps with weights of zeros and dummy rows; "
-        "without samples, tasks and saving"
-    )
+    if e.timed_steps:
+        lines.append(
+            f"measured in {bars.duration(e.spent_seconds)} on {e.timed_steps} steps with weights of zeros and dummy "
+            "rows; without samples, tasks and saving"
+        )
     return "\n".join(lines)
 
 

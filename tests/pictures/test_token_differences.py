@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax import report, tokenizers
+from llm_jax import tokenizers
 from llm_jax.data.rows import Rows
 from llm_jax.errors import UserError
 from llm_jax.pictures.token_differences import token_differences
+from llm_jax.research import held_out_tokens, runs
+from llm_jax.training import losses
 from tests.conftest import call
 from tests.data.test_data import stream
 
@@ -42,7 +44,7 @@ def test_nothing_to_compare_is_an_error():
         token_differences(("a", "b"), [(lambda p, b: b["mask"], 0.0)] * 2, BYTE, row)
 
 
-def test_the_report_of_two_runs_has_their_tokens(command, trained, tmp_path):
+def test_the_report_and_the_comparison_of_two_runs_have_their_tokens(command, trained, tmp_path, monkeypatch):
     other = tmp_path / "other"
     command("train", f"--workdir={other}", "--config.train.steps=3")
     output = tmp_path / "report.html"
@@ -53,12 +55,16 @@ def test_the_report_of_two_runs_has_their_tokens(command, trained, tmp_path):
     assert "Tokens where the models differ most" in page and "tokens that other predicts worse than trained" in page
     assert page.count('class="passage"') == 1 and page.count("<script") == 2
     figures = json.loads(command("evaluate", f"--checkpoint={trained}", "--json").stdout)
-    everything = report.token_differences(("a", "b"), [trained, other], 10_000)
+    everything = held_out_tokens.differences(runs.load([trained, other]), 10_000, losses.token_losses)
     assert everything.means[0] == pytest.approx(figures["loss"] / math.log(2), rel=1e-4)
     assert everything.count == figures["tokens"] and everything.means[1] > everything.means[0]  # half of the steps
-    for runs, message in (
+    for paths, message in (
         ((str(trained),), "--tokens compares 2 runs on at least 1 row; 1 runs"),
         ((str(trained), str(other), "--token_rows=0"), "--token_rows=0"),
     ):
-        done = call("report", *runs, "--tokens", f"--output={output}")
-        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+        for name, *more in (("report", f"--output={output}"), ("compare",)):
+            done = call(name, *paths, "--tokens", *more)
+            assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+    monkeypatch.setattr(held_out_tokens, "differences", lambda *arguments: everything)
+    printed = call("compare", str(trained), str(other), "--tokens").stdout
+    assert "2 runs in 2 groups" in printed and "tokens that other predicts worse than trained" in printed

@@ -1,6 +1,8 @@
 """The text of a search space, and searches by Optuna with a stub for the trainer."""
 
+import concurrent.futures
 import json
+import time
 
 import pytest
 
@@ -177,3 +179,17 @@ def test_a_search_finds_the_best_rate_and_continues(tmp_path, base):
     assert best["optim.lr"] == pytest.approx(study.best_params["optim.lr"], rel=1e-3)
     config = configuration.load(tmp_path / f"trial-{study.best_trial.number:04d}" / "recipe.json")
     assert config.model.width == best["model.width"] and json.loads((tmp_path / "sweep.json").read_text())["command"]
+
+
+@pytest.mark.live
+def test_two_processes_do_not_exceed_the_number_of_trials(tmp_path, base, monkeypatch):
+    import optuna
+
+    ask = optuna.Study.ask
+    monkeypatch.setattr(optuna.Study, "ask", lambda study: time.sleep(0.3) or ask(study))  # both count before one asks
+    options = {"shares": jobs.machine_shares(1), "provenance": Provenance("command")}
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        calls = [pool.submit(search.run, base, "optim.lr=1e-4,1e-2", tmp_path, 3, **options) for _ in range(2)]
+        studies = [call.result()[0] for call in calls]
+    assert states(studies[0]) == states(studies[1]) == ["COMPLETE"] * 3
+    assert len(points.read(tmp_path)["points"]) == 3

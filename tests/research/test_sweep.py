@@ -195,6 +195,24 @@ def test_recipes_build_the_configurations_of_the_points_with_what_was_explicit(t
     assert list(record["points"]) == [point.name for point in planned]
 
 
+def test_two_sweeps_that_start_at_once_are_both_recorded(tmp_path, monkeypatch):
+    read = points.read
+
+    def read_slowly(output):
+        record = read(output)
+        time.sleep(0.1)  # long enough for the other one to read the same record
+        return record
+
+    monkeypatch.setattr(points, "read", read_slowly)
+    sweeps = [plan(tmp_path, f"train.seed={seed}") for seed in range(3)]
+    threads = [threading.Thread(target=points.write, args=(sweep, tmp_path, Provenance())) for sweep in sweeps]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(read(tmp_path)["points"]) == ["seed=0", "seed=1", "seed=2"]
+
+
 def test_a_wrong_point_and_a_run_with_other_options_are_refused_before_anything_is_written(tmp_path):
     with pytest.raises(UserError, match=r"point width=64: .*|point width=0: .*expected a number"):
         plan(tmp_path / "a", "model.width=64,0")

@@ -211,11 +211,17 @@ def test_an_estimate_counts_evaluations_and_checkpoints_and_runs_nothing_that_do
     kept = config.checkpoint.keep_last + config.checkpoint.keep_best + 1
     assert result.checkpoints == min(5, kept) and result.free_disk > 0
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(estimate.runtime, "available_memory", lambda: 1000)
+    monkeypatch.setattr(estimate.runtime, "available_memory", lambda: result.memory.peak)
     small = estimate.estimate(parts, held_out, tmp_path)
     assert small.seconds is None and small.timed_steps == 0 and small.memory == result.memory
     text = estimate.describe(small, config, 0)
     assert "time: not measured, because the step needs more memory than is free" in text
+    monkeypatch.setattr(estimate.runtime, "available_memory", lambda: 1000)
+    monkeypatch.delattr(estimate.memory, "of")  # nothing is compiled
+    none = estimate.estimate(parts, held_out, tmp_path)
+    assert none.seconds is None and none.memory.peak == pytest.approx(3 * 4 * weights, rel=0.01)
+    lines = [line for line in estimate.describe(none, config, 0).splitlines() if "memory" in line]
+    assert len(lines) == 1 and lines[0].startswith("memory: too little: weights and optimizer alone take ")
 
 
 def test_an_estimate_is_described_with_what_it_measured():
