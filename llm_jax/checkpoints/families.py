@@ -76,7 +76,7 @@ FAMILIES: dict[str, Family] = {
 }
 # Families of mixtures of experts without "moe" in their names, and the keys for the number of experts.
 _MIXTURES = frozenset(
-    "dbrx deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 flex_olmo gpt_oss jamba jetmoe kimi_k25 kimi_linear llama4 "
+    "dbrx deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 flex_olmo gpt_oss jamba kimi_k25 kimi_linear llama4 "
     "llama4_text longcat_flash minimax minimax_m2 mixtral nemotron_h qwen3_next".split()
 )
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")

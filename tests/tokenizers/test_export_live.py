@@ -65,6 +65,53 @@ def test_named_chat_templates_are_chosen_as_transformers_chooses_them(tmp_path, 
         assert chat_template.render(rag, messages, answer=False, tools=tools) == named
 
 
+@pytest.mark.parametrize(
+    ("kind", "model", "config"),
+    [
+        ("GPT2Tokenizer", "gpt2", {}),
+        ("", "gpt2", {"add_prefix_space": True}),
+        ("Qwen2Tokenizer", "qwen2", {}),
+        ("BertTokenizer", "bert", {}),
+        ("", "bert", {"do_lower_case": False}),
+    ],
+)
+def test_tokenizers_without_tokenizer_json_are_those_of_transformers(tmp_path, kind, model, config):
+    import transformers
+
+    if model == "bert":
+        pieces = [
+            "[PAD]",
+            "[UNK]",
+            "[CLS]",
+            "[SEP]",
+            "[MASK]",
+            "the",
+            "The",
+            "cat",
+            "caf",
+            "##e",
+            "##é",
+            "##s",
+            ",",
+            "日",
+        ]
+        (tmp_path / "vocab.txt").write_text("\n".join(pieces) + "\n")
+    else:
+        state = json.loads(forms.bytelevel_json())["model"]
+        (tmp_path / "vocab.json").write_text(json.dumps(state["vocab"]))
+        merges = "".join(" ".join(pair) + "\n" for pair in state["merges"])
+        (tmp_path / "merges.txt").write_text("#version: 0.2\n" + merges)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model}))
+    names = {"tokenizer_class": kind} if kind else {}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | names))
+    ours, theirs = tokenizers.from_directory(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in [*TEXTS, *MORE_TEXTS, "The cafés, the CAT's 1234"]:
+        if not any(token in text for token in theirs.all_special_tokens):
+            assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode(text), text
+            assert model != "bert" or theirs(text)["input_ids"] == ours.encode_marked(text)
+    assert theirs.eos_token_id == ours.eos
+
+
 def test_auto_classes_give_our_ids_and_logits(family):
     import torch
     import transformers

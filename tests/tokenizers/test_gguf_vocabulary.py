@@ -187,13 +187,30 @@ def test_gemma_4_is_read_as_llama_cpp_reads_it():
     assert tokenizers.eos_ids(tokenizer) == [1, gemma4()[KEY + "tokens"].index("<turn|>")]
     again = tokenizers.from_gguf(tokenizer.to_gguf(tokenizer.vocab_size))
     assert [again.encode(t) for t in (text, " the", "a")] == [tokenizer.encode(t) for t in (text, " the", "a")]
-    for pre, bos in (("sarvam-moe", None), ("granite-embed-multi-311m", 2)):  # the same form by another name
-        other = tokenizers.from_gguf(gemma4() | {KEY + "model": "gpt2", KEY + "pre": pre})
-        assert other.encode(text) == tokenizer.encode(text) and other.bos == bos
-        again = tokenizers.from_gguf(other.to_gguf(other.vocab_size))
-        assert again.encode(text) == other.encode(text) and again.bos == bos
     with pytest.raises(UserError, match="unknown_token_id or a byte token is missing"):
         tokenizers.from_gguf({k: v for k, v in gemma4().items() if "unknown" not in k})
+
+
+@pytest.mark.parametrize(
+    ("names", "bos", "written"),
+    [
+        ({}, 2, ("gemma4", None)),
+        ({KEY + "model": "gpt2", KEY + "pre": "granite-embed-multi-311m"}, 2, ("gemma4", None)),
+        ({KEY + "model": "gpt2", KEY + "pre": "sarvam-moe"}, None, ("gpt2", "sarvam-moe")),
+        ({KEY + "model": "gpt2", KEY + "pre": "sarvam-moe", KEY + "add_bos_token": True}, 2, ("gemma4", None)),
+    ],
+)
+def test_the_form_of_gemma_4_by_its_names(names, bos, written):
+    """With merges that no scores give, so that it is not written as SentencePiece's form."""
+    changes = {KEY + "merges": ["h e", "t he"], KEY + "tokens": ["he"], KEY + "token_type": [1]}
+    metadata = gemma4() | {key: [*gemma4()[key], *more] for key, more in changes.items()} | names
+    tokenizer, text = tokenizers.from_gguf(metadata), "the cat  the he\n\n\ncé"
+    expected = tokenizers.from_gguf(gemma4()).encode("the cat  the")
+    assert tokenizer.encode("the cat  the") == expected and tokenizer.bos == bos
+    saved = tokenizer.to_gguf(tokenizer.vocab_size)
+    assert (saved[KEY + "model"], saved.get(KEY + "pre")) == written
+    again = tokenizers.from_gguf(saved)
+    assert again.encode(text) == tokenizer.encode(text) and again.bos == bos
 
 
 PIECES = [
