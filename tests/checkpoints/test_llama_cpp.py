@@ -168,7 +168,7 @@ APPROXIMATED = (
 )
 
 
-@pytest.mark.parametrize("pre", [pre for pre in PRE_TOKENIZERS if pre not in APPROXIMATED.split()])
+@pytest.mark.parametrize("pre", [pre for pre in PRE_TOKENIZERS if pre not in APPROXIMATED])
 def test_every_splitting_is_llama_cpps(tmp_path, pre):
     metadata = gguf.read(location.resolve(ASSET)).metadata | {"tokenizer.ggml.pre": pre}
     gguf.write(tmp_path / "vocabulary.gguf", metadata, {}, [])
