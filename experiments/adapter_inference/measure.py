@@ -15,7 +15,6 @@ if joules a token are lower in every round, fails if higher in every round; with
 
 import dataclasses
 import pathlib
-import runpy
 import time
 from typing import Any
 
@@ -23,17 +22,14 @@ import jax
 import numpy as np
 from absl import flags
 
-from llm_jax import checkpoints, cli, lora, runtime, weights
-from llm_jax import configuration as config_lib
+from llm_jax import checkpoints, cli, configuration, lora, runtime, weights
 from llm_jax.decoding import loop
 from llm_jax.decoding.options import DecodingOptions
 from llm_jax.intervals import Interval
 from llm_jax.quant import post_training
-from llm_jax.research import findings
+from llm_jax.research import experiments, findings
 from llm_jax.research.findings import Finding
 
-HERE = pathlib.Path(__file__).parent
-COMMAND = "PYTHONPATH=. python experiments/adapter_inference/measure.py"
 MODEL, PROMPT = "asset:smollm2-135m-instruct", list(range(100, 116))
 MERGED, QLORA = "dense, merged", "NF4 base, attached (QLoRA)"
 
@@ -44,7 +40,7 @@ flags.DEFINE_integer("tokens", 8, "new tokens that are timed")
 def main() -> None:
     runtime.retain_freed_memory()
     model, base, _ = checkpoints.load(MODEL)
-    made = forms(base)
+    models = forms(base)
     del base
     sampler = DecodingOptions(temperature=0).sampler()
 
@@ -54,22 +50,21 @@ def main() -> None:
         loop.generate(model, params, [PROMPT], sampler, max_new_tokens=new)
         return np.asarray([time.perf_counter() - start, time.process_time() - worked, (joules() or 0) - (spent or 0)])
 
-    seen: dict[str, list[np.ndarray]] = {name: [] for name in made}
+    costs: dict[str, list[np.ndarray]] = {name: [] for name in models}
     for turn in range(flags.FLAGS.rounds + 1):
-        for name, params in made.items():
-            one = once(params, 1)
-            found = once(params, flags.FLAGS.tokens + 1) - one
+        for name, params in models.items():
+            first = once(params, 1)
+            rest = once(params, flags.FLAGS.tokens + 1) - first
             if turn:  # the first compiles
-                seen[name].append(found / flags.FLAGS.tokens)
+                costs[name].append(rest / flags.FLAGS.tokens)
         print(f"turn {turn} of {flags.FLAGS.rounds}", flush=True)
-    sizes = {name: weights.num_bytes(params) for name, params in made.items()}
-    results = judge(seen, joules() is not None)
-    print(findings.publish(HERE, results, table(seen, sizes)))
+    sizes = {name: weights.num_bytes(params) for name, params in models.items()}
+    print(experiments.publish(__file__, judge(costs, joules() is not None), table(costs, sizes)))
 
 
 def forms(base: Any) -> dict[str, Any]:
     """{name: parameters}"""
-    default = config_lib.build(runpy.run_path(str(HERE.parents[1] / "configs" / "default.py"))["get_config"]())
+    default = configuration.default()
     adapters = lora.init(jax.random.key(0), base, dataclasses.replace(default.lora, rank=8))
     trained, fixed = lora.split(adapters, "lora")
     move = lambda x: x + 0.01 * jax.random.normal(jax.random.key(x.size), x.shape)  # noqa: E731
@@ -87,40 +82,38 @@ def forms(base: Any) -> dict[str, Any]:
 def joules() -> float | None:
     """What the processor's packages have used so far, or None where no counter can be read."""
     try:
-        found = [int(p.read_text()) for p in pathlib.Path("/sys/class/powercap").glob("intel-rapl:?/energy_uj")]
+        counters = [int(p.read_text()) for p in pathlib.Path("/sys/class/powercap").glob("intel-rapl:?/energy_uj")]
     except OSError:
         return None
-    return sum(found) / 1e6 if found else None
+    return sum(counters) / 1e6 if counters else None
 
 
-def judge(seen: dict[str, list[np.ndarray]], has_counter: bool) -> list[Finding]:
-    """The verdicts by the rules above; `has_counter`: whether the energy was measured."""
+def judge(costs: dict[str, list[np.ndarray]], has_counter: bool) -> list[Finding]:
+    """The verdicts by the rules above; `has_counter` says whether energy was measured."""
 
     def finding(part: str, measure: str, column: int) -> Finding:
-        ratios = [float(a[column] / b[column]) for a, b in zip(seen[MERGED], seen[QLORA], strict=True)]
+        ratios = [float(a[column] / b[column]) for a, b in zip(costs[MERGED], costs[QLORA], strict=True)]
         verdict = "holds" if min(ratios) > 1 else "fails" if max(ratios) < 1 else "undecided"
         value = Interval(float(np.median(ratios)), min(ratios), max(ratios))
-        return findings.finding("L13", measure, value, verdict, command=COMMAND, part=part)
+        return findings.finding("L13", measure, value, verdict, part=part)
 
     speed = finding("speed", "tokens per second of CPU time, NF4 base with adapter over dense merged", 1)
     if has_counter:
         return [speed, finding("power", "joules a token, dense merged over NF4 base with adapter", 2)]
     verdict = "untested here (no energy counter can be read)"
-    return [speed, findings.finding("L13", "joules a token", None, verdict, command=COMMAND, n=0, part="power")]
+    return [speed, findings.finding("L13", "joules a token", None, verdict, n=0, part="power")]
 
 
-def table(seen: dict[str, list[np.ndarray]], sizes: dict[str, int]) -> list[str]:
+def table(costs: dict[str, list[np.ndarray]], sizes: dict[str, int]) -> list[str]:
     """Markdown."""
-    heads = ("form", "weights, MiB", "tokens/s of CPU time", "on the clock", "CPU rate over dense merged")
-    lines = ["", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for name, found in seen.items():
-        clock, worked = np.median([1 / f[:2] for f in found], 0)
-        ratios = [a[1] / b[1] for a, b in zip(seen[MERGED], found, strict=True)]
-        lines.append(
-            f"| {name} | {sizes[name] / 2**20:,.0f} | {worked:.1f} | {clock:.1f} | "
-            f"{np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) |"
-        )
-    return lines
+    head = ["form", "weights, MiB", "tokens/s of CPU time", "on the clock", "CPU rate over dense merged"]
+    rows = []
+    for name, rounds in costs.items():
+        clock, cpu = np.median([1 / cost[:2] for cost in rounds], 0)
+        ratios = [a[1] / b[1] for a, b in zip(costs[MERGED], rounds, strict=True)]
+        ratio = findings.interval_text((np.median(ratios), min(ratios), max(ratios)), 2)
+        rows.append([name, f"{sizes[name] / 2**20:,.0f}", f"{cpu:.1f}", f"{clock:.1f}", ratio])
+    return ["", *findings.markdown_table(head, rows)]
 
 
 if __name__ == "__main__":

@@ -17,24 +17,17 @@ else undecided.
 """
 
 import dataclasses
-import pathlib
-import runpy
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from llm_jax import cli, lora, schema, trees
-from llm_jax import configuration as config_lib
-from llm_jax.intervals import Interval
-from llm_jax.research import findings, verdicts
+from llm_jax import cli, configuration, lora, schema, trees
+from llm_jax.research import experiments, findings, verdicts
 from llm_jax.research.findings import Finding
 
-HERE = pathlib.Path(__file__).parent
-COMMAND = "PYTHONPATH=. python experiments/architectures/measure.py"
 SEEDS, STEPS = 3, {"base": 400, "new": 200}
 CLASSES, SIZE, NOISES = 4, 12, 32
 
@@ -98,8 +91,8 @@ def denoise(params, key, new):
     level = jax.random.randint(b, (256,), 1, NOISES) / NOISES
     kept = jnp.cos(level * jnp.pi / 2)[:, None]  # the cosine schedule
     noise = jax.random.normal(c, points.shape)
-    said: Any = Denoiser().apply({"params": params}, kept * points + jnp.sqrt(1 - kept**2) * noise, level)
-    return jnp.mean((said - noise) ** 2)
+    predicted: Any = Denoiser().apply({"params": params}, kept * points + jnp.sqrt(1 - kept**2) * noise, level)
+    return jnp.mean((predicted - noise) ** 2)
 
 
 # name -> (loss, model, inputs to initialize it with, targets, rank)
@@ -110,10 +103,9 @@ CASES = {
 
 
 def main() -> None:
-    whole = config_lib.build(runpy.run_path(str(HERE.parents[1] / "configs" / "default.py"))["get_config"]())
-    found = {name: [run(name, whole.lora, seed) for seed in range(SEEDS)] for name in CASES}
-    results = [judge(name, runs) for name, runs in found.items()]
-    print(findings.publish(HERE, results, table(found)))
+    settings = configuration.default().lora
+    figures = {name: [run(name, settings, seed) for seed in range(SEEDS)] for name in CASES}
+    print(experiments.publish(__file__, [judge(name, runs) for name, runs in figures.items()], table(figures)))
 
 
 def run(name: str, settings: schema.LoraConfig, seed: int) -> dict[str, float]:
@@ -165,21 +157,19 @@ def judge(name: str, runs: list[dict[str, float]]) -> Finding:
     verdict = verdicts.all_at_least(gained, holds=0.5, fails=0.1)
     if verdict == "holds" and not cheap:
         verdict = "undecided"
-    value = Interval(float(np.mean(gained)), min(gained), max(gained))
     measure = "share of the loss between frozen and full that adapters take back"
-    return findings.finding("L11", measure, value, verdict, command=COMMAND, n=len(runs), part=name)
+    return findings.finding("L11", measure, findings.span(gained), verdict, n=len(runs), part=name)
 
 
-def table(found) -> list[str]:
+def table(figures: dict[str, list[dict[str, float]]]) -> list[str]:
     """Markdown."""
-    heads = list(next(iter(found.values()))[0])
-    lines = ["", "Test loss on the new task, mean (least to most) of the seeds:", ""]
-    lines += ["| model | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
-    for name, runs in found.items():
-        cells = [[r[h] for r in runs] for h in heads]
-        said = [f"{np.mean(c):.3f} ({min(c):.3f} to {max(c):.3f})" for c in cells]
-        lines.append(f"| {name} | " + " | ".join(said) + " |")
-    return lines
+    names = list(next(iter(figures.values()))[0])
+    rows = (
+        [model, *(findings.interval_text(findings.span([run[name] for run in runs])) for name in names)]
+        for model, runs in figures.items()
+    )
+    title = "Test loss on the new task, mean (least to most) of the seeds:"
+    return ["", title, "", *findings.markdown_table(["model", *names], rows)]
 
 
 if __name__ == "__main__":

@@ -23,11 +23,10 @@ from llm_jax.checkpoints import Loaded
 from llm_jax.embeddings import contextual
 from llm_jax.errors import UserError
 from llm_jax.intervals import Interval, mean, wilson
-from llm_jax.research import findings, pictures, verdicts
+from llm_jax.research import experiments, findings, pictures, verdicts
 from llm_jax.research.findings import Finding
 
 HERE = pathlib.Path(__file__).parent
-COMMAND = "PYTHONPATH=. python experiments/contextual/contextual.py"
 TABLE = "table"  # the rows of the embedding table, without positions and norm
 
 flags.DEFINE_string("checkpoint", "asset:minilm-l6-v2", "whose vectors are asked")
@@ -39,23 +38,22 @@ def main() -> None:
     vectors = {word: occurrences(loaded, word, senses) for word, senses in words.items()}
     layers = list(vectors["bank"])
     table = {layer: figures({word: v[layer] for word, v in vectors.items()}) for layer in layers}
-    results = [judge(table)]
     draw(table, vectors["bank"][layers[-1]], HERE / "senses.png")
     count = sum(len(s) for senses in words.values() for s in senses.values())
-    lines = ["", f"{len(words)} words, {count} sentences.", "", *markdown(table)]
-    print(findings.publish(HERE, results, lines))
+    lines = ["", f"{len(words)} words, {count} sentences.", "", *tables(table)]
+    print(experiments.publish(__file__, [judge(table)], lines))
 
 
 def read(path: pathlib.Path) -> dict[str, dict[str, list[str]]]:
     """word -> sense -> sentences."""
-    found: dict[str, dict[str, list[str]]] = {}
+    words: dict[str, dict[str, list[str]]] = {}
     for line in filter(None, path.read_text().splitlines()):
         head, colon, sense = line.partition(": ")
         if colon and " " not in head:
-            sentences = found.setdefault(head, {}).setdefault(sense, [])
+            sentences = words.setdefault(head, {}).setdefault(sense, [])
         else:
             sentences.append(line)
-    return found
+    return words
 
 
 def occurrences(loaded: Loaded, word: str, senses: dict[str, list[str]]) -> dict[str, np.ndarray]:
@@ -115,28 +113,20 @@ def judge(table: dict) -> Finding:
     others = np.allclose(static, 1, atol=1e-6) and bank["within"] > bank["between"]
     verdict = verdicts.holds_when(apart, inner if others else [], "the layer is", separator=", ")
     measure = "cosines of a word within and between its senses, by layer"
-    return findings.finding("E5", measure, table, verdict, command=COMMAND)
+    return findings.finding("E5", measure, table, verdict)
 
 
-def markdown(table: dict) -> list[str]:
+def tables(table: dict) -> list[str]:
     """Markdown."""
-
-    def cell(values: Interval) -> str:
-        return "{:.3f} ({:.3f} to {:.3f})".format(*values)
-
-    count = len(table[TABLE]["words"])
-    lines = [
-        "| layer | within | between | within - between | words apart | nearest has the sense | bank |",
-        "|---" * 7 + "|",
-    ]
+    count, rows = len(table[TABLE]["words"]), []
     for layer, row in table.items():
+        cosines = [findings.interval_text(row[name]) for name in ("within", "between", "difference")]
         bank = "{within:.3f} / {between:.3f}".format(**row["words"]["bank"])
-        named = {TABLE: "static table", "0": "0 (with positions)"}.get(layer, layer)
-        lines.append(
-            f"| {named} | {cell(row['within'])} | {cell(row['between'])} | {cell(row['difference'])} | "
-            f"{row['words apart']} of {count} | {cell(row['nearest'])} | {bank} |"
-        )
-    return lines
+        name = {TABLE: "static table", "0": "0 (with positions)"}.get(layer, layer)
+        apart = f"{row['words apart']} of {count}"
+        rows.append([name, *cosines, apart, findings.interval_text(row["nearest"]), bank])
+    head = ["layer", "within", "between", "within - between", "words apart", "nearest has the sense", "bank"]
+    return findings.markdown_table(head, rows)
 
 
 def draw(table: dict, bank: np.ndarray, path: pathlib.Path) -> None:

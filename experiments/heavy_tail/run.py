@@ -19,30 +19,25 @@ D6  "softmax with cross-entropy causes the heavy tail and the repetition; its lo
 """
 
 import itertools
-import json
-import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from tqdm import tqdm
 
-from llm_jax import cli, configuration, files
-from llm_jax.errors import UserError
+from llm_jax import cli, configuration
 from llm_jax.intervals import Interval, mean, paired
 from llm_jax.model.transformer import Transformer
-from llm_jax.research import findings
+from llm_jax.research import experiments, findings
 from llm_jax.research.findings import Finding
 from llm_jax.training import losses
 from llm_jax.training.setup import setup
 
-HERE = pathlib.Path(__file__).parent
 VOCAB, LENGTH, BATCH, RECENT, RARE = 96, 64, 16, 8, 0.01
 
-flags.DEFINE_integer("seeds", 3, "sources and models")
-flags.DEFINE_integer("steps", 400, "of training")
+flags.DEFINE_integer("seeds", 3, "sources and models", lower_bound=2)
+flags.DEFINE_integer("steps", 400, "of training", lower_bound=1)
 flags.DEFINE_integer("width", 48, "of the model")
 flags.DEFINE_string("runs", "runs/heavy_tail", "where what is done is kept")
 
@@ -62,18 +57,14 @@ FIGURES = {
 
 def main() -> None:
     f = flags.FLAGS
-    if f.seeds < 2 or f.steps < 1:
-        raise UserError(f"--seeds={f.seeds} --steps={f.steps}; expected at least 2 seeds and 1 step")
-    root = pathlib.Path(f.runs).expanduser() / f"{f.width}-{f.steps}"
-    files.make_directory(root)
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in LOSSES}
-    for seed in tqdm(range(f.seeds), "seeds"):
-        for name, changes in LOSSES.items():
-            path = root / f"{name.replace(' ', '_')}-{seed}.json"
-            if not path.exists():
-                files.write_json(path, one(changes, seed, f.steps, f.width))
-            found[name].append(json.loads(path.read_text()))
-    print(write(found, f"PYTHONPATH=. python experiments/heavy_tail/run.py --seeds={f.seeds} --steps={f.steps}"))
+    root = experiments.directory(f.runs, f.width, f.steps)
+    figures = experiments.measure(
+        root, LOSSES, f.seeds, lambda loss, seed: train_and_compare(LOSSES[loss], seed, f.steps, f.width)
+    )
+    table = {loss: {k: mean([run[k] for run in runs]) for k in FIGURES} for loss, runs in figures.items()}
+    rows = ([loss, *(f"{m:.4f} ± {high - m:.4f}" for m, _, high in row.values())] for loss, row in table.items())
+    lines = ["", *findings.markdown_table(["loss", *FIGURES.values()], rows)]
+    print(experiments.publish(__file__, judge(figures, table), lines, flags=("seeds", "steps")))
 
 
 def source(key: jax.Array) -> jax.Array:
@@ -96,17 +87,11 @@ def texts(key: jax.Array, p: jax.Array, count: int) -> jax.Array:
     return jnp.concatenate([start[:, None], more.T], 1).astype(jnp.int32)
 
 
-def one(changes: dict[str, Any], seed: int, steps: int, width: int) -> dict[str, float]:
+def train_and_compare(changes: dict[str, Any], seed: int, steps: int, width: int) -> dict[str, float]:
     """Trains a model with one loss and compares it with its source."""
     config = configuration.load("default")
-    shape = {
-        "vocab_size": VOCAB,
-        "width": width,
-        "num_layers": 2,
-        "num_heads": 4,
-        "num_kv_heads": 4,
-        "mlp_dim": 2 * width,
-    }
+    shape = {"vocab_size": VOCAB, "width": width, "num_layers": 2, "num_heads": 4, "num_kv_heads": 4}
+    shape["mlp_dim"] = 2 * width
     keys = jax.random.split(jax.random.key(seed), 4)
     p = source(keys[0])
     # AdamW with decay of all weights and a cosine to zero, without warm-up and clipping.
@@ -135,8 +120,8 @@ def one(changes: dict[str, Any], seed: int, steps: int, width: int) -> dict[str,
     for start in range(0, steps, 100):
         state, _ = parts.scan(state, batches(jnp.arange(start, min(start + 100, steps))))
     params = state.params
-    found = jax.jit(lambda params: compare(model, params, p, keys[3], "entmax" in str(changes)))(params)
-    return {name: float(value) for name, value in found.items()}
+    compared = jax.jit(lambda params: compare(model, params, p, keys[3], "entmax" in str(changes)))(params)
+    return {name: float(value) for name, value in compared.items()}
 
 
 def compare(model: Transformer, params: Any, p: jax.Array, key: jax.Array, sparse: bool) -> dict[str, jax.Array]:
@@ -147,15 +132,14 @@ def compare(model: Transformer, params: Any, p: jax.Array, key: jax.Array, spars
     truth = p[ids]
     before = jnp.stack([jnp.roll(ids, i, 1) for i in range(RECENT)], -1)
     recent = jnp.max(jax.nn.one_hot(before, VOCAB), 2)
-    kept = slice(16, None)
     rare = truth < RARE
-    found = {
+    figures = {
         "tail": jnp.sum(jnp.where(rare, q - truth, 0), -1),
         "impossible": jnp.sum(jnp.where(truth == 0, q, 0), -1),
         "recent": jnp.sum(recent * (q - truth), -1),
         "distance": 0.5 * jnp.sum(jnp.abs(q - truth), -1),
     }
-    return {name: jnp.mean(value[:, kept]) for name, value in found.items()}
+    return {name: jnp.mean(value[:, 16:]) for name, value in figures.items()}
 
 
 def growth() -> list[float]:
@@ -165,26 +149,13 @@ def growth() -> list[float]:
     return np.diff(np.asarray(losses.cross_entropy(logits, jnp.zeros(21, jnp.int32)))).tolist()
 
 
-def write(found: dict[str, list[dict[str, float]]], command: str) -> str:
-    """Writes results.json and the tables of README.md; returns the verdicts as text."""
-    table = {loss: {k: mean([r[k] for r in runs]) for k in FIGURES} for loss, runs in found.items()}
-    results = judge(found, table, command)
-    lines = ["", "| loss | " + " | ".join(FIGURES.values()) + " |", "|---" * (len(FIGURES) + 1) + "|"]
-    for loss, row in table.items():
-        cells = (f"{m:.4f} ± {high - m:.4f}" for m, _, high in row.values())
-        lines.append(f"| {loss} | " + " | ".join(cells) + " |")
-    return findings.publish(HERE, results, lines)
-
-
-def judge(
-    found: dict[str, list[dict[str, float]]], table: dict[str, dict[str, Interval]], command: str
-) -> list[Finding]:
-    """The verdicts by the rules above; `found` has the figures of every loss by seed, `table` their intervals."""
-    base = found["cross-entropy"]
-    others = [name for name in found if name != "cross-entropy"]
+def judge(figures: dict[str, list[dict[str, float]]], table: dict[str, dict[str, Interval]]) -> list[Finding]:
+    """The verdicts by the rules above; `figures` are those of every loss by seed, `table` has their intervals."""
+    base = figures["cross-entropy"]
+    others = [name for name in figures if name != "cross-entropy"]
 
     def less(figure: str) -> dict[str, Interval]:
-        return {o: paired([r[figure] for r in found[o]], [r[figure] for r in base]) for o in others}
+        return {o: paired([r[figure] for r in figures[o]], [r[figure] for r in base]) for o in others}
 
     tail, recent, rises = less("tail"), less("recent"), growth()
     exponential = all(b >= 1.5 * a for a, b in itertools.pairwise(rises))
@@ -202,8 +173,8 @@ def judge(
     measure = "mass of tokens of probability below .01, minus the truth"
     differences = tail | {f"{k}, last 8 tokens": v for k, v in recent.items()}
     return [
-        findings.finding("D3", measure, masses, d3, command=command, n=len(base)),
-        findings.finding("D6", "the same, minus that of cross-entropy", differences, d6, command=command, n=len(base)),
+        findings.finding("D3", measure, masses, d3, n=len(base)),
+        findings.finding("D6", "the same, minus that of cross-entropy", differences, d6, n=len(base)),
     ]
 
 

@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import json
 import pathlib
-import runpy
 from typing import Any
 
 import jax
@@ -23,8 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from llm_jax import cli, files, runtime
-from llm_jax import configuration as config_lib
+from llm_jax import cli, configuration, files, runtime
 from llm_jax.model.attention import Tokens
 from llm_jax.training.setup import setup
 
@@ -68,7 +66,7 @@ def training_batch(key: jax.Array) -> dict[str, jax.Array]:
 def main() -> None:
     runtime.retain_freed_memory()
     f = flags.FLAGS
-    default = config_lib.build(runpy.run_path(str(pathlib.Path(__file__).with_name("config.py")))["get_config"]())
+    default = configuration.load(pathlib.Path(__file__).with_name("config.py"))
     position = dataclasses.replace(default.model.position, kind=f.kind)
     shape = {"vocab_size": BASE + SYMBOLS, "num_layers": 2, "width": 64, "mlp_dim": 128}
     config = dataclasses.replace(

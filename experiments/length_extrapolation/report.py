@@ -19,13 +19,13 @@ P8  of the kinds that learn the task (mean accuracy on seen offsets of at least 
     absolute or no relative kind learns it.
 """
 
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from llm_jax import files
 from llm_jax.intervals import Interval, mean, paired
 from llm_jax.research import findings, pictures, verdicts
 from llm_jax.research.findings import Finding
@@ -33,32 +33,26 @@ from llm_jax.research.findings import Finding
 MARGIN = 0.05  # nats a token
 LEARNED = 0.9
 ABSOLUTE, RELATIVE = ("sinusoidal", "learned"), ("shaw", "t5", "alibi", "rope")
-COMMAND = "PYTHONPATH=. python experiments/length_extrapolation/sweep.py"
 FACTORS = ("1", "2", "4", "8")
 
 
-def write(here: pathlib.Path, root: pathlib.Path, seeds: int, kinds, scalings, copying) -> str:
-    """Writes results.json, lengths.png and the tables in README.md; returns the verdicts as text."""
+def read(root: pathlib.Path, seeds: int, kinds, scalings, copying) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
+    """Losses and accuracies of copying by kind and seed, from the files that the jobs have written."""
 
-    def read(run: str, name: str = "lengths") -> list[Any]:
-        paths = [root / f"{run}-{seed}".replace(" ", "_") / f"{name}.json" for seed in range(seeds)]
-        return [json.loads(path.read_text()) for path in paths]
+    def of_seeds(name: str) -> list[Any]:
+        return [files.read_json(root / name.format(seed)) for seed in range(seeds)]
 
-    loss = {kind: [t["as trained"] for t in read(kind)] for kind in kinds}
+    loss = {kind: [t["as trained"] for t in of_seeds(f"{kind.replace(' ', '_')}-{{}}/lengths.json")] for kind in kinds}
+    measured = of_seeds("rope-{}/scalings.json")
     for scaling in scalings[1:]:
-        at_once = [t[scaling] for t in read("rope", "scalings")]
+        at_once = [table[scaling] for table in measured]
         for table, plain in zip(at_once, loss["rope"], strict=True):
             for protocol in table:  # at the trained length, a factor of 1: no scaling
                 table[protocol]["1"] = plain[protocol]["1"]
         loss[f"rope, {scaling} at test time"] = at_once
     for scaling in scalings:
-        loss[f"rope, {scaling}, fine-tuned"] = [t["as trained"] for t in read(f"tuned_{scaling}")]
-    copied = {
-        kind: [json.loads((root / f"copy_{kind}-{seed}.json").read_text()) for seed in range(seeds)] for kind in copying
-    }
-    results = judge(loss, copied, seeds)
-    draw(loss, here / "lengths.png")
-    return findings.publish(here, results, tables(loss, copied))
+        loss[f"rope, {scaling}, fine-tuned"] = [t["as trained"] for t in of_seeds(f"tuned_{scaling}-{{}}/lengths.json")]
+    return loss, {kind: of_seeds(f"copy_{kind}-{{}}.json") for kind in copying}
 
 
 def rise(runs: list[Any], base: list[Any] | None = None) -> Interval:
@@ -73,16 +67,12 @@ def judge(loss: dict[str, list[Any]], copied: dict[str, list[Any]], seeds: int) 
     def gain(kind: str) -> Interval:  # over no positions, at the trained length
         return paired([run["windows"]["1"] for run in loss[kind]], [run["windows"]["1"] for run in loss["none"]])
 
-    def finding(statement: str, measure: str, value: dict[str, Interval], verdict: str) -> Finding:
-        return findings.finding(statement, measure, value, verdict, command=COMMAND, n=seeds)
-
     def beats(names: Sequence[str]) -> tuple[dict[str, Interval], str]:
         value = {name: gain(name) for name in names}
         return value, verdicts.holds_when([name for name in names if value[name].high < 0], names)
 
     p2 = beats(["sinusoidal", "sinusoidal concatenated", "learned"])
-    p5 = beats(["shaw keys", "shaw values"])
-    value, verdict = p5
+    value, verdict = beats(["shaw keys", "shaw values"])
     p5 = value | {"shaw": gain("shaw")}, verdict
 
     rises = {kind: rise(loss[kind]) for kind in ("none", *ABSOLUTE, *RELATIVE)}
@@ -125,34 +115,33 @@ def judge(loss: dict[str, list[Any]], copied: dict[str, list[Any]], seeds: int) 
         for kind, runs in copied.items()
         for group in ("seen", "new_place", "new_offset")
     }
-    return [
-        finding("P2", "loss at 1x minus that of no positions, nats a token", *p2),
-        finding("P4", "rise of the loss from 1x to 8x, nats a token", rises, p4),
-        finding("P5", "loss at 1x minus that of no positions, nats a token", *p5),
-        finding("P7", "loss at 8x minus the loss of unscaled rope at 1x, nats a token", ropes, p7),
-        finding("P8", "accuracy of copying; differences on new_place", accuracies | differences, p8),
+    rows = [
+        ("P2", "loss at 1x minus that of no positions, nats a token", *p2),
+        ("P4", "rise of the loss from 1x to 8x, nats a token", rises, p4),
+        ("P5", "loss at 1x minus that of no positions, nats a token", *p5),
+        ("P7", "loss at 8x minus the loss of unscaled rope at 1x, nats a token", ropes, p7),
+        ("P8", "accuracy of copying; differences on new_place", accuracies | differences, p8),
     ]
+    return [findings.finding(*row, n=seeds) for row in rows]
 
 
 def tables(loss: dict[str, list[Any]], copied: dict[str, list[Any]]) -> list[str]:
     """Markdown."""
 
-    def cell(values: list[float], exponent: bool = False) -> str:
-        values = [float(np.exp(v)) for v in values] if exponent else values
-        digits = 1 if exponent else 2
-        return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}"
-
-    lines = ["", "Perplexity, mean ± standard deviation over the seeds:", ""]
-    heads = [f"{protocol} {factor}×" for protocol in ("windows", "sliding") for factor in FACTORS]
-    lines += ["| kind | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
-    for kind, runs in loss.items():
-        cells = [cell([r[p][f] for r in runs], exponent=True) for p in ("windows", "sliding") for f in FACTORS]
-        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
-    lines += ["", "Accuracy of copying the token k back, last half of the sequence:", ""]
+    columns = [(protocol, factor) for protocol in ("windows", "sliding") for factor in FACTORS]
     groups = ("seen", "new_place", "new_offset")
-    lines += ["| kind | " + " | ".join(groups) + " |", "|---" * (len(groups) + 1) + "|"]
-    lines += [f"| {k} | " + " | ".join(cell([r[g] for r in runs]) for g in groups) + " |" for k, runs in copied.items()]
-    return lines
+    perplexities = (
+        [kind, *(findings.deviation_text([np.exp(run[p][f]) for run in runs], 1) for p, f in columns)]
+        for kind, runs in loss.items()
+    )
+    accuracies = (
+        [kind, *(findings.deviation_text([run[group] for run in runs], 2) for group in groups)]
+        for kind, runs in copied.items()
+    )
+    lines = ["", "Perplexity, mean ± standard deviation over the seeds:", ""]
+    lines += findings.markdown_table(["kind", *(f"{protocol} {factor}×" for protocol, factor in columns)], perplexities)
+    lines += ["", "Accuracy of copying the token k back, last half of the sequence:", ""]
+    return [*lines, *findings.markdown_table(["kind", *groups], accuracies)]
 
 
 def draw(loss: dict[str, list[Any]], path: pathlib.Path) -> None:

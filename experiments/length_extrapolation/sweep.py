@@ -3,7 +3,7 @@
     PYTHONPATH=. python experiments/length_extrapolation/sweep.py [--size=full] [--seeds=3] [--jobs=2]
 
 Trains, fine-tunes, measures, draws and judges. What is done is kept under --runs and not done again: the
-same command goes on where it was stopped. Writes results.json, table.md and lengths.png beside this file.
+same command goes on where it was stopped. Writes results.json, lengths.png and the tables in README.md.
 """
 
 import pathlib
@@ -11,15 +11,14 @@ import pathlib
 from absl import flags
 
 from experiments.length_extrapolation import report
-from llm_jax import cli, files
-from llm_jax.errors import UserError
-from llm_jax.research import jobs, live_table, points
+from llm_jax import cli
+from llm_jax.research import experiments, jobs, live_table, points
 from llm_jax.research.jobs import Job
 
 HERE = pathlib.Path(__file__).parent
 
-flags.DEFINE_string("size", "cpu", "cpu, or full (an accelerator)")
-flags.DEFINE_integer("seeds", 3, "runs of each kind")
+flags.DEFINE_enum("size", "cpu", ("cpu", "full"), "cpu, or full (an accelerator)")
+flags.DEFINE_integer("seeds", 3, "runs of each kind", lower_bound=2)
 flags.DEFINE_integer("jobs", 0, "processes at a time, each on its share of the cores; 0: one a core, or one with a GPU")
 flags.DEFINE_string("runs", "runs/length_extrapolation", "where the runs are kept")
 
@@ -68,14 +67,12 @@ SIZES = {
 
 def main() -> None:
     f = flags.FLAGS
-    if f.size not in SIZES or f.seeds < 2:
-        raise UserError(f"--size={f.size} --seeds={f.seeds}; expected one of {', '.join(SIZES)} and at least 2 seeds")
-    root = pathlib.Path(f.runs).expanduser() / f.size
-    files.make_directory(root)
-    phases = plan(root, f.size, f.seeds)
-    for phase in phases:
+    root = experiments.directory(f.runs, f.size)
+    for phase in plan(root, f.size, f.seeds):
         jobs.run_all(phase, jobs.machine_shares(f.jobs, len(phase)), show=live_table.print_changes())
-    print(report.write(HERE, root, f.seeds, list(KINDS), SCALINGS, COPYING))
+    loss, copied = report.read(root, f.seeds, list(KINDS), SCALINGS, COPYING)
+    report.draw(loss, HERE / "lengths.png")
+    print(experiments.publish(__file__, report.judge(loss, copied, f.seeds), report.tables(loss, copied)))
 
 
 def plan(root: pathlib.Path, size: str, seeds: int) -> list[list[Job]]:

@@ -16,7 +16,6 @@ L7  "LoRA's weakness: large input activations are stored": holds if LoRA-FA, whi
 """
 
 import dataclasses
-import pathlib
 import time
 from typing import Any
 
@@ -26,13 +25,10 @@ import numpy as np
 
 from llm_jax import cli, configuration, lora, schema
 from llm_jax.model.transformer import Transformer
-from llm_jax.research import findings, verdicts
+from llm_jax.research import experiments, findings, verdicts
 from llm_jax.research.findings import Finding
 from llm_jax.training import memory, start
 
-HERE = pathlib.Path(__file__).parent
-ROOT = HERE.parents[1]
-COMMAND = "PYTHONPATH=. python experiments/lora_memory/measure.py"
 SHAPE: dict[str, Any] = {"batch_size": 4, "seq_len": 256}
 
 
@@ -40,33 +36,26 @@ def main() -> None:
     config = start.find(configuration.load("sentiment_lora")).config
     taken = steps(config)
     merged = {dtype: merging(config, dtype) for dtype in ("float32", "bfloat16")}
-    results = judge(taken, merged)
-    print(findings.publish(HERE, results, tables(taken, merged)))
+    print(experiments.publish(__file__, judge(taken, merged), tables(taken, merged)))
 
 
 def steps(config: schema.Config) -> dict[str, memory.Memory]:
     """{"kind, remat": its memory}"""
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, loss_chunk=0, **SHAPE))
-    found = {}
+    taken = {}
     for name in memory.KINDS:
         for remat in ("none",) if name == "forward" else ("none", "full"):
-            found[f"{name}, remat {remat}"] = memory.compiled(memory.with_remat(config, remat), name)
-            print(f"{name}, remat {remat}: {found[f'{name}, remat {remat}'].peak / 2**20:,.0f} MiB", flush=True)
-    return found
+            label = f"{name}, remat {remat}"
+            taken[label] = memory.compiled(memory.with_remat(config, remat), name)
+            print(f"{label}: {taken[label].peak / 2**20:,.0f} MiB", flush=True)
+    return taken
 
 
 def merging(config: schema.Config, dtype: str) -> dict[str, float]:
     """Differences of logits, and times of a forward pass relative to the plain base."""
-    shape: dict[str, Any] = {
-        "width": 192,
-        "num_layers": 4,
-        "num_heads": 3,
-        "num_kv_heads": 3,
-        "mlp_dim": 512,
-        "vocab_size": 1024,
-    }
+    shape: dict[str, Any] = {"width": 192, "num_layers": 4, "num_heads": 3, "num_kv_heads": 3, "mlp_dim": 512}
     precision = dataclasses.replace(config.model.precision, params=dtype, compute=dtype)
-    model = Transformer(dataclasses.replace(config.model, precision=precision, **shape))
+    model = Transformer(dataclasses.replace(config.model, precision=precision, vocab_size=1024, **shape))
     ids = jax.random.randint(jax.random.key(0), (4, 128), 0, 1024)
     base = jax.jit(model.init)(jax.random.key(1), ids[:1, :1])["params"]
     trained, fixed = lora.split(lora.init(jax.random.key(2), base, config.lora), "lora")
@@ -74,7 +63,7 @@ def merging(config: schema.Config, dtype: str) -> dict[str, float]:
     adapters = lora.join(trained, fixed)
     forms = {"plain": base, "attached": lora.attach(base, adapters), "merged": lora.merge(base, adapters)}
     logits = jax.jit(lambda params: model.apply({"params": params}, ids))
-    made = {name: np.asarray(logits(params), np.float64) for name, params in forms.items()}
+    outputs = {name: np.asarray(logits(params), np.float64) for name, params in forms.items()}
     times: dict[str, list[float]] = {name: [] for name in forms}
     for _ in range(20):
         for name, params in forms.items():
@@ -84,8 +73,10 @@ def merging(config: schema.Config, dtype: str) -> dict[str, float]:
     plain = float(np.median(times["plain"]))
     size = lambda x: float(np.sqrt(np.mean(x**2)))  # noqa: E731
     return {
-        "roundings": size(made["merged"] - made["attached"]) / size(made["attached"]) / float(jnp.finfo(dtype).eps),
-        "moved": size(made["attached"] - made["plain"]) / size(made["plain"]),
+        "roundings": size(outputs["merged"] - outputs["attached"])
+        / size(outputs["attached"])
+        / float(jnp.finfo(dtype).eps),
+        "moved": size(outputs["attached"] - outputs["plain"]) / size(outputs["plain"]),
         "attached time": float(np.median(times["attached"])) / plain,
         "merged time": float(np.median(times["merged"])) / plain,
     }
@@ -103,25 +94,24 @@ def judge(taken: dict[str, memory.Memory], merged: dict[str, dict[str, float]]) 
     l6, l7 = verdicts.within(full, 2.5, 3.5), verdicts.at_most(share, holds=0.8, fails=0.95)
     l4_measure = "merged against attached: roundings of the dtype, times over the plain base"
     return [
-        findings.finding("L4", l4_measure, merged, l4, command=COMMAND),
-        findings.finding("L6", "peak memory over that of the forward pass", ratios, l6, command=COMMAND),
-        findings.finding("L7", "temporaries of LoRA-FA over those of LoRA", share, l7, command=COMMAND),
+        findings.finding("L4", l4_measure, merged, l4),
+        findings.finding("L6", "peak memory over that of the forward pass", ratios, l6),
+        findings.finding("L7", "temporaries of LoRA-FA over those of LoRA", share, l7),
     ]
 
 
-def tables(taken, merged) -> list[str]:
+def tables(taken: dict[str, memory.Memory], merged: dict[str, dict[str, float]]) -> list[str]:
     """Markdown."""
     forward = taken["forward, remat none"].peak
-    lines = ["", "MiB, SmolLM2-135M, 4 x 256 tokens, float32, rank 8 on all linear layers:", ""]
-    lines += ["| step | arguments | of these the optimizer | temporaries | outputs | peak | over forward |"]
-    lines += ["|---|---|---|---|---|---|---|"]
+    head = ["step", "arguments", "of these the optimizer", "temporaries", "outputs", "peak", "over forward"]
+    rows = []
     for name, m in taken.items():
-        cells = [f"{b / 2**20:,.0f}" for b in (m.arguments, m.optimizer, m.temporaries, m.outputs, m.peak)]
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {m.peak / forward:.2f} |")
-    heads = next(iter(merged.values()))
-    lines += ["", "| dtype | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
-    lines += [f"| {d} | " + " | ".join(f"{v:.2f}" for v in m.values()) + " |" for d, m in merged.items()]
-    return lines
+        sizes = [f"{b / 2**20:,.0f}" for b in (m.arguments, m.optimizer, m.temporaries, m.outputs, m.peak)]
+        rows.append([name, *sizes, f"{m.peak / forward:.2f}"])
+    lines = ["", "MiB, SmolLM2-135M, 4 x 256 tokens, float32, rank 8 on all linear layers:", ""]
+    lines += findings.markdown_table(head, rows)
+    rows = [[dtype, *(f"{value:.2f}" for value in figures.values())] for dtype, figures in merged.items()]
+    return [*lines, "", *findings.markdown_table(["dtype", *next(iter(merged.values()))], rows)]
 
 
 if __name__ == "__main__":

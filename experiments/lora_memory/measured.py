@@ -25,19 +25,8 @@ from llm_jax.training import memory, start
 from llm_jax.training.setup import setup
 
 HERE = pathlib.Path(__file__).parent
-ROOT = HERE.parents[1]
-CASES = (
-    ("forward", "none"),
-    ("full", "none"),
-    ("full", "full"),
-    ("lora", "none"),
-    ("lora", "full"),
-    ("lora", "dots"),
-    ("fa", "none"),
-    ("fa", "full"),
-    ("qlora", "none"),
-    ("qlora", "full"),
-)
+CASES: tuple[str, ...] = ("forward-none", "full-none", "full-full", "lora-none", "lora-full", "lora-dots")
+CASES += ("fa-none", "fa-full", "qlora-none", "qlora-full")
 STEPS = 2
 
 flags.DEFINE_string("case", "", "one of them, such as lora-dots; empty: all")
@@ -47,25 +36,25 @@ def main() -> None:
     if flags.FLAGS.case:
         print(json.dumps(one(*flags.FLAGS.case.split("-"))))
         return
-    found = {}
-    for case in map("-".join, CASES):
+    figures = {}
+    for case in CASES:
         command = [sys.executable, __file__, f"--case={case}"]
-        said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        found[case] = json.loads(said.splitlines()[-1])
-        print(case, {k: f"{v / 2**20:,.0f} MiB" for k, v in found[case].items()}, flush=True)
-        write(found)
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        figures[case] = json.loads(output.splitlines()[-1])
+        print(case, {k: f"{v / 2**20:,.0f} MiB" for k, v in figures[case].items()}, flush=True)
+        write(figures)
 
 
-def write(found: dict[str, dict[str, int]]) -> None:
+def write(figures: dict[str, dict[str, int]]) -> None:
     """What there is so far."""
-    files.write_json(HERE / "measured.json", found)
-    heads = ("step", "planned, MiB", "measured, MiB", "measured / planned", "the rest of the process, MiB")
-    lines = ["", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for case, taken in found.items():
+    files.write_json(HERE / "measured.json", figures)
+    head = ["step", "planned, MiB", "measured, MiB", "measured / planned", "the rest of the process, MiB"]
+    rows = []
+    for case, taken in figures.items():
         planned, measured, rest = (taken[k] / 2**20 for k in ("planned", "measured", "rest"))
-        name = ", remat ".join(case.split("-"))
-        lines.append(f"| {name} | {planned:,.0f} | {measured:,.0f} | {measured / planned:.2f} | {rest:,.0f} |")
-    findings.replace_section(HERE / "README.md", "measured", [*lines, ""])
+        ratio = f"{measured / planned:.2f}"
+        rows.append([case.replace("-", ", remat "), f"{planned:,.0f}", f"{measured:,.0f}", ratio, f"{rest:,.0f}"])
+    findings.replace_section(HERE / "README.md", "measured", ["", *findings.markdown_table(head, rows), ""])
 
 
 def one(name: str, remat: str) -> dict[str, int]:
@@ -98,9 +87,9 @@ def one(name: str, remat: str) -> dict[str, int]:
 
 def resident(field: str) -> int:
     """Bytes; VmRSS: now, VmHWM: at most since the mark was reset."""
-    found = re.search(rf"{field}:\s+(\d+) kB", pathlib.Path("/proc/self/status").read_text())
-    assert found
-    return int(found[1]) * 1024
+    line = re.search(rf"{field}:\s+(\d+) kB", pathlib.Path("/proc/self/status").read_text())
+    assert line
+    return int(line[1]) * 1024
 
 
 if __name__ == "__main__":

@@ -5,7 +5,19 @@
 A start is trained in full precision from every seed. From there, for the same steps on the same batches: once
 more in full precision, quantized after that by several methods; and with every scheme in the loop. What is done
 is kept under --runs and not done again: the same command goes on where it was stopped. Writes results.json,
-qat.png and the tables in README.md.
+qat.png and the tables in README.md. The rule below was fixed before the run.
+
+The *lost* loss of a scheme is the held-out loss of the best method after training minus that of the full model
+(both trained for the same steps in all). The *gain* is the loss of that method minus that of the model trained
+with quantization in the loop, as integers. Both are paired by seed and judged by the 95 % t-interval of the mean
+over the seeds; the best method is the one with the least mean loss.
+
+Q2  holds for a scheme if the interval of the gain lies above 0, fails for it if it lies below, else undecided.
+    Holds if it holds for all schemes; "holds when" names those for which it does, if there are some; else fails
+    if it fails for all, else undecided.
+The share recovered is the mean gain over the mean lost loss: of the best method, and, as torchao counts it, of
+plain rounding (absmax). The aim of this project, two thirds, is judged for 4 bits and below: it is given beside the
+verdict.
 """
 
 import pathlib
@@ -14,25 +26,20 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
-from tqdm import tqdm
 
-from experiments.qat import report
-from llm_jax import checkpoints, cli, files, trees
+from llm_jax import checkpoints, cli, trees
 from llm_jax.data.corpus import Source
 from llm_jax.data.rows import Rows, Shuffled
 from llm_jax.errors import UserError
 from llm_jax.evaluation import held_out
+from llm_jax.intervals import paired
 from llm_jax.model.transformer import Transformer
 from llm_jax.quant import calibrate, post_training
-from llm_jax.research import jobs, live_table, points
+from llm_jax.research import experiments, findings, jobs, live_table, pictures, points, verdicts
+from llm_jax.research.findings import Finding
 from llm_jax.training import losses
 
 HERE = pathlib.Path(__file__).parent
-
-flags.DEFINE_string("size", "cpu", "cpu, or full (an accelerator)")
-flags.DEFINE_integer("seeds", 3, "starts")
-flags.DEFINE_integer("jobs", 1, "runs at a time, each on its share of the cores; 0: one a core, or one a GPU")
-flags.DEFINE_string("runs", "runs/qat", "where the runs are kept")
 
 # Name -> (scheme, learned steps, methods of quantizing after training). Tables are in 8 bits.
 SCHEMES = {
@@ -66,12 +73,17 @@ SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
+flags.DEFINE_enum("size", "cpu", list(SIZES), "cpu, or full (an accelerator)")
+flags.DEFINE_integer("seeds", 3, "starts", lower_bound=2)
+flags.DEFINE_integer("jobs", 1, "runs at a time, each on its share of the cores; 0: one a core, or one a GPU")
+flags.DEFINE_string("runs", "runs/qat", "where the runs are kept")
+
+Losses = dict[str, list[dict[str, float]]]  # held-out losses by scheme, seed and method
+
+
 def main() -> None:
     f = flags.FLAGS
-    if f.size not in SIZES or f.seeds < 2:
-        raise UserError(f"--size={f.size} --seeds={f.seeds}; expected one of {', '.join(SIZES)} and at least 2 seeds")
-    root = pathlib.Path(f.runs).expanduser() / f.size
-    files.make_directory(root)
+    root = experiments.directory(f.runs, f.size)
     everywhere, after = SIZES[f.size]
     starts, followers = [], []
     for seed in range(f.seeds):
@@ -81,26 +93,20 @@ def main() -> None:
         followers.append(points.training(HERE / "config.py", follow, root / f"plain-{seed}"))
         for name, (scheme, learned, _) in SCHEMES.items():
             changes = follow | {"quant.qat.scheme": scheme, "quant.qat.learned_step": learned}
-            followers.append(points.training(HERE / "config.py", changes, run_directory(root, name, seed)))
+            run = root / f"{experiments.file_name(name)}-{seed}"
+            followers.append(points.training(HERE / "config.py", changes, run))
     for phase in (starts, followers):
         jobs.run_all(phase, jobs.machine_shares(f.jobs, len(phase)), show=live_table.print_changes())
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in SCHEMES}
-    for seed in tqdm(range(f.seeds), "comparing"):
-        for name, (scheme, _, methods) in SCHEMES.items():
-            run = run_directory(root, name, seed)
-            if not (run / "compared.json").exists():
-                files.write_json(run / "compared.json", compare(root / f"plain-{seed}", run, scheme, methods))
-            found[name].append(report.read(run / "compared.json"))
-    print(report.write(HERE, found, f.seeds))
+    figures = experiments.measure(root / "compared", SCHEMES, f.seeds, lambda name, seed: compare(root, name, seed))
+    results = [judge(figures, f.seeds)]
+    draw(figures, HERE / "qat.png")
+    print(experiments.publish(__file__, results, table(figures, results[0])))
 
 
-def run_directory(root: pathlib.Path, name: str, seed: int) -> pathlib.Path:
-    """The run that trains with a scheme in the loop."""
-    return root / f"{name.replace(':', '-')}-{seed}"
-
-
-def compare(plain: pathlib.Path, trained: pathlib.Path, scheme: str, methods: tuple[str, ...]) -> dict[str, float]:
+def compare(root: pathlib.Path, name: str, seed: int) -> dict[str, float]:
     """Held-out losses, nats a token: of the full model, of each method after training, and of the trained integers."""
+    plain, trained = root / f"plain-{seed}", root / f"{experiments.file_name(name)}-{seed}"
+    scheme, _, methods = SCHEMES[name]
     model, params, tokenizer = checkpoints.load(plain)
     config = checkpoints.read_config(checkpoints.find(plain))
     corpus = Source(config.data).corpus(tokenizer)
@@ -114,18 +120,68 @@ def compare(plain: pathlib.Path, trained: pathlib.Path, scheme: str, methods: tu
 
     shuffled = Shuffled(Rows(corpus.train, config.train.seq_len), 0)
     planned = post_training.plan(params, post_training.rules(scheme, "int8"), "the experiment")
-    found = {"full": loss(params)}
+    figures = {"full": loss(params)}
     for method in methods:
         rows = [shuffled[i] for i in range(128)] if calibrate.needs_text(planned, method) else []
-        kept = trained / f"after-{method}"
-        made, _ = calibrate.run(
-            model, trees.flatten(params), planned, rows, calibrate.CalibrationOptions(method, True, 32), kept
-        )
-        found[method] = loss(made)
-    found["qat"] = loss(post_training.finish(checkpoints.load(trained).params))
-    if not all(np.isfinite(list(found.values()))):
-        raise UserError(f"{trained}: a loss is not finite ({found})")
-    return found
+        options = calibrate.CalibrationOptions(method, True, 32)
+        directory = trained / f"after-{method}"
+        quantized, _ = calibrate.run(model, trees.flatten(params), planned, rows, options, directory)
+        figures[method] = loss(quantized)
+    figures["qat"] = loss(post_training.finish(checkpoints.load(trained).params))
+    if not all(np.isfinite(list(figures.values()))):
+        raise UserError(f"{trained}: a loss is not finite ({figures})")
+    return figures
+
+
+def best(runs: list[dict[str, float]]) -> str:
+    """The method after training with the least mean loss."""
+    return min((m for m in runs[0] if m not in ("full", "qat")), key=lambda m: np.mean([r[m] for r in runs]))
+
+
+def judge(figures: Losses, seeds: int) -> Finding:
+    """The verdict by the rule above."""
+    value: dict[str, Any] = {}
+    holds, fails = [], []
+    for name, runs in figures.items():
+        method = best(runs)
+        gain, lost = (paired([r[method] for r in runs], [r[kind] for r in runs]) for kind in ("qat", "full"))
+        value |= {f"{name}: lost by {method}": lost, f"{name}: gain": gain, f"{name}: share": gain[0] / lost[0]}
+        rounding, trained, full = (np.mean([r[kind] for r in runs]) for kind in ("absmax", "qat", "full"))
+        value[f"{name}: share of rounding"] = float((rounding - trained) / (rounding - full))
+        holds += [name] if gain.low > 0 else []
+        fails += [name] if gain.high < 0 else []
+    none = "fails" if len(fails) == len(figures) else "undecided"
+    verdict = verdicts.holds_when(holds, list(figures), "the scheme is", none=none)
+    return findings.finding("Q2", "held-out loss, nats a token", value, verdict, n=seeds)
+
+
+def table(figures: Losses, result: Finding) -> list[str]:
+    """Markdown."""
+    methods = list(dict.fromkeys(m for runs in figures.values() for m in runs[0]))
+    rows = []
+    for name, runs in figures.items():
+        values = [[r[method] for r in runs if method in r] for method in methods]
+        cells = [findings.deviation_text(v, 4) if v else "-" for v in values]
+        shares = [f"{result[f'{name}: {share}'].estimate:.0%}" for share in ("share", "share of rounding")]
+        rows.append([name, *cells, *shares])
+    head = ["scheme", *methods, "recovered of the best", "recovered of absmax"]
+    title = "Held-out loss in nats a token, mean ± standard deviation over the seeds:"
+    return ["", title, "", *findings.markdown_table(head, rows)]
+
+
+def draw(figures: Losses, path: pathlib.Path) -> None:
+    """What each scheme loses to full precision: by the best method after training, and trained in the loop."""
+    with pictures.figure(path, figsize=(8, 4)) as axis:
+        x = np.arange(len(figures))
+        for shift, label in ((-0.2, "best after training"), (0.2, "in the loop")):
+            methods = [best(runs) if shift < 0 else "qat" for runs in figures.values()]
+            values = [[r[m] - r["full"] for r in runs] for m, runs in zip(methods, figures.values(), strict=True)]
+            axis.bar(x + shift, np.mean(values, 1), 0.4, yerr=np.std(values, 1, ddof=1), capsize=3, label=label)
+        axis.set_xticks(x, list(figures))
+        axis.set(ylabel="loss above full precision, nats a token")
+        axis.axhline(0, color="black", linewidth=0.5)
+        axis.legend()
+        axis.grid(alpha=0.3, axis="y")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The verdicts, the tables and the picture of the quantization experiment.
 
-    PYTHONPATH=. python experiments/quantization_quality/report.py    # again, from the figures in results.json
+    PYTHONPATH=. python experiments/quantization_quality/report.py    # again, from figures.json
 
 The rules below were fixed before the run, but for the words of Q1: that schemes which leave activations as they are
 say nothing of activations, and stand apart, was put in after it. No threshold was touched.
@@ -21,7 +21,6 @@ Q3  smaller: fewer bytes than float32. less memory: weights and temporaries of o
     three are so of int8, w8a8 and int4; "holds when" says of which; else fails.
 """
 
-import json
 import pathlib
 from typing import Any
 
@@ -30,13 +29,12 @@ import numpy as np
 from llm_jax import cli, files
 from llm_jax.intervals import Interval, mean, paired
 from llm_jax.kernels import number_formats
-from llm_jax.research import findings, pictures
+from llm_jax.research import experiments, findings, pictures
 from llm_jax.research.findings import Finding
 
 HERE = pathlib.Path(__file__).parent
 MARGIN = float(np.log(1.01))
 COSINE = 0.99
-COMMAND = "PYTHONPATH=. python experiments/quantization_quality/sweep.py"
 OTHERS = ("ggml", "llama.cpp")
 EIGHT = ("int8", "int8:32", "w8a8", "w8a8_static", "fp8_e4m3", "fp8_e5m2")
 
@@ -45,27 +43,19 @@ def loss_difference(found: dict[str, Any]) -> Interval:
     return paired(found["loss"], found["full_loss"])
 
 
-def write(here: pathlib.Path, language: dict, sentences: dict, speed: dict, labelled: dict, full: dict) -> str:
-    """Writes results.json, the picture and the tables in README.md; returns the verdicts as text."""
-    results = judge(language, sentences, speed)
-    figures = {
-        "full precision": {name: full[name] for name in ("perplexity", "bytes")},
-        "reference model": language,
-        "MiniLM": sentences,
-        "speed": speed,
-        "SmolLM2 (already Q4_1)": labelled,
-    }
-    files.write_json(here / "figures.json", figures)
-    draw(language, full, here / "quality.png")
-    lines = tables(language, sentences, speed, labelled, full)
-    return findings.publish(here, results, lines)
+def publish(figures: dict[str, Any]) -> str:
+    """Writes results.json, the picture and the tables in README.md; returns the verdicts as text.
+
+    Args:
+      figures: what figures.json holds.
+    """
+    draw(figures["reference model"], figures["full precision"], HERE / "quality.png")
+    results = judge(figures["reference model"], figures["MiniLM"], figures["speed"])
+    return experiments.publish(str(HERE / "sweep.py"), results, tables(figures))
 
 
 def judge(language: dict, sentences: dict, speed: dict) -> list[Finding]:
     """The verdicts by the rules above."""
-
-    def finding(statement: str, part: str, measure: str, value: dict[str, Any], verdict: str) -> Finding:
-        return findings.finding(statement, measure, value, verdict, command=COMMAND, part=part)
 
     costs = {name: loss_difference(found) for name, found in language.items()}
     eight: dict[bool, dict[str, Interval]] = {True: {}, False: {}}  # with activations, without
@@ -114,49 +104,45 @@ def judge(language: dict, sentences: dict, speed: dict) -> list[Finding]:
         q3 = "holds when " + "; ".join(f"{name}: {', '.join(parts) or 'nothing'}" for name, parts in good)
     else:
         q3 = "fails"
+    difference = "loss difference, nats a token"
     return [
-        finding("Q1", "weights and activations", "loss difference, nats a token", eight[True], q1),
-        finding("Q1", "weights alone", "loss difference, nats a token", eight[False], q1_weights),
-        finding("Q1b", "", "difference to ggml's formats of equal size, nats a token", pairs, q1b),
-        finding("Q3", "", "ratios to float32", ratios, q3),
+        findings.finding("Q1", difference, eight[True], q1, part="weights and activations"),
+        findings.finding("Q1", difference, eight[False], q1_weights, part="weights alone"),
+        findings.finding("Q1b", "difference to ggml's formats of equal size, nats a token", pairs, q1b),
+        findings.finding("Q3", "ratios to float32", ratios, q3),
     ]
 
 
-def tables(language, sentences, speed, labelled, full) -> list[str]:
+def tables(figures: dict[str, Any]) -> list[str]:
     """Markdown."""
-    lines = ["", f"Reference model, full precision: perplexity {full['perplexity']:.3f}, {full['bytes']:,} bytes.", ""]
-    lines += [
-        "| scheme and method | bits a weight | bytes | perplexity | loss difference (95 %) | KL | same greedy token "
-        "| MiniLM cosine | order |",
-        "|---" * 9 + "|",
-    ]
-    for name, found in sorted(language.items(), key=lambda item: (-item[1]["bits"], item[0])):
-        mean, low, high = loss_difference(found)
+    full, language, sentences, speed, labelled = (
+        figures[name] for name in ("full precision", "reference model", "MiniLM", "speed", "SmolLM2 (already Q4_1)")
+    )
+
+    def difference(of_cell: dict[str, Any]) -> str:
+        return "{:+.4f} ({:+.4f}, {:+.4f})".format(*loss_difference(of_cell))
+
+    rows = []
+    for name, cell in sorted(language.items(), key=lambda item: (-item[1]["bits"], item[0])):
         vector = sentences.get(name)
-        ends = f"{vector['cosine']:.5f} | {vector['order']:.5f}" if vector else "- | -"
-        lines.append(
-            f"| {name} | {found['bits']:.3f} | {found['bytes']:,} | {found['perplexity']:.3f} | {mean:+.4f} "
-            f"({low:+.4f}, {high:+.4f}) | {found['kl']:.5f} | {found['agreement']:.4f} | {ends} |"
-        )
-    lines += ["", "| weights | bytes | temporaries | tokens/s (median) | over float32 |", "|---|---|---|---|---|"]
-    for name, found in speed.items():
-        ratio = found["median"] / speed["float32"]["median"]
-        lines.append(
-            f"| {name} | {found['bytes']:,} | {found['temporary_bytes']:,} | {found['median']:.1f} | {ratio:.2f} |"
-        )
+        ends = [f"{vector['cosine']:.5f}", f"{vector['order']:.5f}"] if vector else ["-", "-"]
+        sizes = [f"{cell['bits']:.3f}", f"{cell['bytes']:,}", f"{cell['perplexity']:.3f}"]
+        rows.append([name, *sizes, difference(cell), f"{cell['kl']:.5f}", f"{cell['agreement']:.4f}", *ends])
+    head = ["scheme and method", "bits a weight", "bytes", "perplexity", "loss difference (95 %)", "KL"]
+    head += ["same greedy token", "MiniLM cosine", "order"]
+    lines = ["", f"Reference model, full precision: perplexity {full['perplexity']:.3f}, {full['bytes']:,} bytes.", ""]
+    lines += findings.markdown_table(head, rows)
+    rows = []
+    for name, cell in speed.items():
+        ratio = cell["median"] / speed["float32"]["median"]
+        sizes = [f"{cell['bytes']:,}", f"{cell['temporary_bytes']:,}"]
+        rows.append([name, *sizes, f"{cell['median']:.1f}", f"{ratio:.2f}"])
+    head = ["weights", "bytes", "temporaries", "tokens/s (median)", "over float32"]
+    lines += ["", *findings.markdown_table(head, rows)]
     if labelled:
-        lines += [
-            "",
-            "SmolLM2-135M, *already Q4_1* (so 8 bits only):",
-            "",
-            "| scheme | loss difference | KL | same |",
-            "|---" * 4 + "|",
-        ]
-        for name, found in labelled.items():
-            mean, low, high = loss_difference(found)
-            lines.append(
-                f"| {name} | {mean:+.4f} ({low:+.4f}, {high:+.4f}) | {found['kl']:.5f} | {found['agreement']:.4f} |"
-            )
+        rows = [[n, difference(c), f"{c['kl']:.5f}", f"{c['agreement']:.4f}"] for n, c in labelled.items()]
+        lines += ["", "SmolLM2-135M, *already Q4_1* (so 8 bits only):", ""]
+        lines += findings.markdown_table(["scheme", "loss difference", "KL", "same"], rows)
     return lines
 
 
@@ -185,16 +171,8 @@ def draw(language: dict, full: dict, path: pathlib.Path) -> None:
         axis.grid(alpha=0.3)
 
 
-def read(path: pathlib.Path) -> Any:
-    return json.loads(path.read_text())
-
-
 def main() -> None:
-    figures = read(HERE / "figures.json")
-    full, language, sentences, speed, labelled = (
-        figures[name] for name in ("full precision", "reference model", "MiniLM", "speed", "SmolLM2 (already Q4_1)")
-    )
-    print(write(HERE, language, sentences, speed, labelled, full))
+    print(publish(files.read_json(HERE / "figures.json")))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ command goes on where it was stopped. Writes results.json, quality.png and the t
 """
 
 import dataclasses
+import functools
 import hashlib
 import math
 import pathlib
@@ -16,24 +17,24 @@ import tempfile
 import jax
 import numpy as np
 from absl import flags
-from tqdm import tqdm
 
 from experiments.quantization_quality import measure, report
 from experiments.quantization_quality.measure import Cell
-from llm_jax import checkpoints, cli, files, runtime, tokenizers, trees, weights
+from llm_jax import bars, checkpoints, cli, files, runtime, tokenizers, trees, weights
 from llm_jax.checkpoints import gguf, gguf_model, location
 from llm_jax.data.corpus import Source
 from llm_jax.data.rows import Rows, Shuffled
 from llm_jax.errors import UserError
 from llm_jax.quant import post_training
+from llm_jax.research import experiments
 
 HERE = pathlib.Path(__file__).parent
 
 flags.DEFINE_string("checkpoint", None, "a run of configs/reference_lm.py", required=True)
 flags.DEFINE_string("runs", "runs/quantization_quality", "where finished cells are kept")
-flags.DEFINE_integer("rows", 64, "held-out sequences, spread over the text")
-flags.DEFINE_integer("calibration", 32, "training sequences that methods calibrate on")
-flags.DEFINE_integer("sentences", 200, "for MiniLM")
+flags.DEFINE_integer("rows", 64, "held-out sequences, spread over the text", lower_bound=3)
+flags.DEFINE_integer("calibration", 32, "training sequences that methods calibrate on", lower_bound=1)
+flags.DEFINE_integer("sentences", 200, "for MiniLM", lower_bound=3)
 flags.DEFINE_string("llama_python", "", "an interpreter with llama_cpp, whose quantizer is measured too")
 flags.DEFINE_boolean("smollm2", True, "also SmolLM2 in 8 bits (slow: 135 M parameters)")
 
@@ -60,8 +61,6 @@ LABELLED = (Cell("int8", "absmax"), Cell("w8a8", "absmax"))
 def main() -> None:
     runtime.retain_freed_memory()
     f = flags.FLAGS
-    if f.rows < 3 or f.calibration < 1 or f.sentences < 3:
-        raise UserError("--rows and --sentences are at least 3, --calibration at least 1")
     path = location.resolve(f.checkpoint)
     model, params, tokenizer = checkpoints.load(path)
     config = checkpoints.read_config(checkpoints.find(path))
@@ -72,41 +71,40 @@ def main() -> None:
     calibration = [seen[i] for i in range(f.calibration)]
     measured = b"".join(row["inputs"].tobytes() for row in [*rows, *calibration])
     digest = hashlib.sha256((checkpoints.find(path) / "manifest.json").read_bytes() + measured).hexdigest()[:12]
-    root = pathlib.Path(f.runs).expanduser() / f"{digest}-{f.rows}-{f.calibration}-{f.sentences}"
-    files.make_directory(root)
+    root = experiments.directory(f.runs, digest, f.rows, f.calibration, f.sentences)
 
     language = {}
-    for cell in tqdm(CELLS, "reference model"):
-        language[cell.name] = kept(
-            root / "language", cell.name, lambda c=cell: one(model, params, c, calibration, rows)
+    for cell in bars.bar(CELLS, "reference model"):
+        language[cell.name] = cached(
+            root / "language", cell.name, functools.partial(measure_cell, model, params, cell, calibration, rows)
         )
     for kind in LLAMA if f.llama_python else ():
-        language[f"llama.cpp {kind}"] = kept(
-            root / "language", f"llama.cpp {kind}", lambda k=kind: of_llama(model, params, tokenizer, k, rows)
+        language[f"llama.cpp {kind}"] = cached(
+            root / "language", f"llama.cpp {kind}", functools.partial(of_llama, model, params, tokenizer, kind, rows)
         )
-    full = kept(
+    full = cached(
         root, "full", lambda: measure.against(model, params, params, rows) | {"bytes": weights.num_bytes(params)}
     )
-    sentences = of_sentences(root, f.sentences)
-    speed = kept(root, "speed", lambda: of_speed(model, params, calibration, tokenizer))
-    labelled = of_smollm2(root, config) if f.smollm2 else {}
-    print(report.write(HERE, language, sentences, speed, labelled, full))
+    figures = {
+        "full precision": {name: full[name] for name in ("perplexity", "bytes")},
+        "reference model": language,
+        "MiniLM": of_sentences(root, f.sentences),
+        "speed": cached(root, "speed", lambda: of_speed(model, params, calibration)),
+        "SmolLM2 (already Q4_1)": of_smollm2(root, config) if f.smollm2 else {},
+    }
+    files.write_json(HERE / "figures.json", figures)
+    print(report.publish(figures))
 
 
-def kept(root: pathlib.Path, name: str, make):
-    """What `make` gives, or gave in an earlier run of this command."""
-    place = root / f"{name.replace(' ', '_').replace(':', '-')}.json"
-    if not place.exists():
-        files.make_directory(root)
-        files.write_json(place, make())
-    return report.read(place)
+def cached(directory: pathlib.Path, name: str, compute):
+    return experiments.cached(directory / f"{experiments.file_name(name)}.json", compute)
 
 
-def one(model, params, cell: Cell, calibration, rows) -> dict:
-    made, size = measure.quantize_model(model, params, cell, calibration)
-    matrices = [w for w in trees.flatten(made).values() if weights.is_quantized(w)]
+def measure_cell(model, params, cell: Cell, calibration, rows) -> dict:
+    quantized, size = measure.quantize_model(model, params, cell, calibration)
+    matrices = [w for w in trees.flatten(quantized).values() if weights.is_quantized(w)]
     bits = 8 * sum(map(weights.num_bytes, matrices)) / sum(int(np.prod(w.shape)) for w in matrices)
-    return measure.against(model, params, measure.expanded(made), rows) | {"bytes": size, "bits": bits}
+    return measure.against(model, params, measure.expanded(quantized), rows) | {"bytes": size, "bits": bits}
 
 
 def of_llama(model, params, tokenizer, kind: str, rows) -> dict:
@@ -137,16 +135,16 @@ def of_sentences(root: pathlib.Path, count: int) -> dict:
         ids = [[*i, tokenizer.eos] if i[-1] != tokenizer.eos else i for i in ids]
     calibration = [padded(i, 64) for i in ids[count:]]
     whole = measure.vectors(model, params, ids[:count])
-    found = {}
-    for cell in tqdm(SENTENCE_CELLS, "MiniLM"):
 
-        def figures(cell=cell) -> dict:
-            made, size = measure.quantize_model(model, params, cell, calibration)
-            vectors = measure.vectors(model, measure.expanded(made), ids[:count])
-            return measure.compare_vectors(whole, vectors) | {"bytes": size}
+    def figures(cell: Cell) -> dict:
+        quantized, size = measure.quantize_model(model, params, cell, calibration)
+        vectors = measure.vectors(model, measure.expanded(quantized), ids[:count])
+        return measure.compare_vectors(whole, vectors) | {"bytes": size}
 
-        found[cell.name] = kept(root / "sentences", cell.name, figures)
-    return found
+    return {
+        cell.name: cached(root / "sentences", cell.name, functools.partial(figures, cell))
+        for cell in bars.bar(SENTENCE_CELLS, "MiniLM")
+    }
 
 
 def padded(ids, length: int) -> dict[str, np.ndarray]:
@@ -163,7 +161,7 @@ def padded(ids, length: int) -> dict[str, np.ndarray]:
     }
 
 
-def of_speed(model, params, calibration, tokenizer) -> dict:
+def of_speed(model, params, calibration) -> dict:
     by_name = {"float32": params}
     for scheme in SPEEDS:
         chosen = post_training.rules(scheme, "int8")
@@ -175,15 +173,14 @@ def of_speed(model, params, calibration, tokenizer) -> dict:
 
 def of_smollm2(root: pathlib.Path, config) -> dict:
     """Its file is Q4_1: 8 bits only, and labelled so."""
-    found = {cell.name: root / "smollm2" / f"{cell.name.replace(' ', '_')}.json" for cell in LABELLED}
-    if not all(place.exists() for place in found.values()):
-        model, params, tokenizer = checkpoints.load("asset:smollm2-135m-instruct")
-        source = Source(dataclasses.replace(config.data, source="asset:shakespeare"), whole=True)
-        held = Rows(source.corpus(tokenizer).validation, 256)
-        rows = [held[int(i)] for i in np.linspace(0, held.full - 1, 16).astype(int)]
-        for cell in LABELLED:
-            kept(root / "smollm2", cell.name, lambda c=cell: one(model, params, c, [], rows))
-    return {name: report.read(place) for name, place in found.items()}
+    model, params, tokenizer = checkpoints.load("asset:smollm2-135m-instruct")
+    source = Source(dataclasses.replace(config.data, source="asset:shakespeare"), whole=True)
+    held = Rows(source.corpus(tokenizer).validation, 256)
+    rows = [held[int(i)] for i in np.linspace(0, held.full - 1, 16).astype(int)]
+    return {
+        cell.name: cached(root / "smollm2", cell.name, functools.partial(measure_cell, model, params, cell, [], rows))
+        for cell in LABELLED
+    }
 
 
 if __name__ == "__main__":

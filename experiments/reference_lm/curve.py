@@ -3,7 +3,6 @@
 PYTHONPATH=. python experiments/reference_lm/curve.py --run=runs/reference_lm
 """
 
-import json
 import pathlib
 
 import numpy as np
@@ -11,7 +10,7 @@ from absl import flags
 
 from llm_jax import cli
 from llm_jax.errors import UserError
-from llm_jax.research import pictures
+from llm_jax.research import pictures, runs
 
 HERE = pathlib.Path(__file__).parent
 WINDOW = 50  # steps of the running mean
@@ -24,7 +23,7 @@ def main() -> None:
     path = pathlib.Path(flags.FLAGS.run).expanduser() / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"--run={flags.FLAGS.run}: no metrics.jsonl here; expected a run")
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = runs.read_lines(path)
     tokens = np.cumsum([line["tokens"] for line in lines]) / 1e6
     loss = np.asarray([line["loss"] for line in lines], float)
     held = [(t, line["validation_loss"]) for t, line in zip(tokens, lines, strict=True) if "validation_loss" in line]

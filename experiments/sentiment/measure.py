@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from jax.scipy.optimize import minimize
-from llm_jax.evaluation.statistics import wilson
 
 from llm_jax import checkpoints, cli, configuration, files, runtime
 from llm_jax.data import labelled
@@ -18,6 +17,7 @@ from llm_jax.data.labelled import LabelledSource
 from llm_jax.data.rows import Packed
 from llm_jax.errors import UserError
 from llm_jax.evaluation import classification
+from llm_jax.intervals import wilson
 from llm_jax.model.attention import Tokens
 
 SHOTS = 4

@@ -25,8 +25,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from llm_jax import checkpoints, trees
 from llm_jax.intervals import Interval, mean, paired
 from llm_jax.research import findings, verdicts
@@ -49,17 +47,6 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9+]+", "-", name.lower()).strip("-")
 
 
-def write(here: pathlib.Path, asked, runs, size: str, seeds: int) -> str:
-    """Writes results.json and the table in README.md; returns the verdicts as text.
-
-    Args:
-      asked: what was found by each way of prompting.
-      runs: what was found by each kind of training, seed by seed.
-    """
-    results = judge(asked, runs, runs["LoRA r=8"][0]["factors"], seeds, size)
-    return findings.publish(here, results, table(asked, runs, size, seeds))
-
-
 def factor_shapes(run: pathlib.Path) -> dict[str, Any]:
     """Shapes of one weight's a and b in a checkpoint, one layer's."""
     directory = checkpoints.find(run)
@@ -76,12 +63,6 @@ def judge(asked, runs, shapes, seeds: int, size: str) -> list[Finding]:
     def difference(name: str, other: str = "LoRA r=8") -> Interval:
         return paired(points[name], points[other])
 
-    def finding(statement: str, measure: str, value: Any, verdict: str) -> Finding:
-        if statement != "L12" and (seeds < 3 or size != "cpu"):
-            verdict = f"untested here (wants {COMMAND}, three seeds)"
-        command = f"{COMMAND} --size={size} --seeds={seeds}"
-        return findings.finding(statement, measure, value, verdict, command=command, n=seeds)
-
     share = 100 * runs["LoRA r=8"][0]["trained_parameters"] / runs["LoRA r=8"][0]["parameters"]
     l1 = difference("LoRA r=8", "full")
     l1_verdict = verdicts.above(l1, -MARGIN)
@@ -96,69 +77,48 @@ def judge(asked, runs, shapes, seeds: int, size: str) -> list[Finding]:
     prompted = {kind: Interval(*(100 * v[k] for k in ("accuracy", "low", "high"))) for kind, v in asked.items()}
     (i, r), (r2, o) = shapes["a"], shapes["b"]
     l12 = {"a": shapes["a"], "b": shapes["b"], "a b": [i, o], "b a": f"needs {o} = {i}; {r2} x {r}"}
-    return [
-        finding(
-            "L1",
-            "accuracy of LoRA r=8 minus full fine-tuning, points; share trained, %",
-            {"difference": l1, "share": share},
-            l1_verdict,
-        ),
-        finding("L5", "accuracy of PiSSA minus LoRA, r=8, points", l5, verdicts.above(l5)),
-        finding("L8", "accuracy with factors in int8 minus LoRA, r=8, points", l8, verdicts.above(l8, -MARGIN)),
-        finding(
-            "L9",
-            "accuracy over an NF4 base minus LoRA, r=8, points; both quantized beside it",
-            {"NF4 base": l9, "both": difference("QLoRA r=8, both")},
-            verdicts.above(l9, -MARGIN),
-        ),
-        finding("L10", "accuracy of LoRA r=8 against prompting, %", {"LoRA r=8": best} | prompted, l10),
-        finding(
-            "L12",
-            "A is d x r, B is r x d and dW = B A",
-            l12,
-            "fails as written: of these shapes A B is the update, B A at best r x r",
-        ),
+    l1_measure = "accuracy of LoRA r=8 minus full fine-tuning, points; share trained, %"
+    l9_measure = "accuracy over an NF4 base minus LoRA, r=8, points; both quantized beside it"
+    l9_values = {"NF4 base": l9, "both": difference("QLoRA r=8, both")}
+    l12_verdict = "fails as written: of these shapes A B is the update, B A at best r x r"
+    rows = [
+        ("L1", l1_measure, {"difference": l1, "share": share}, l1_verdict),
+        ("L5", "accuracy of PiSSA minus LoRA, r=8, points", l5, verdicts.above(l5)),
+        ("L8", "accuracy with factors in int8 minus LoRA, r=8, points", l8, verdicts.above(l8, -MARGIN)),
+        ("L9", l9_measure, l9_values, verdicts.above(l9, -MARGIN)),
+        ("L10", "accuracy of LoRA r=8 against prompting, %", {"LoRA r=8": best} | prompted, l10),
+        ("L12", "A is d x r, B is r x d and dW = B A", l12, l12_verdict),
     ]
+    if seeds < 3 or size != "cpu":
+        untested = f"untested here (wants {COMMAND}, three seeds)"
+        rows = [(*row[:3], row[3] if row[0] == "L12" else untested) for row in rows]
+    return [findings.finding(*row, n=seeds) for row in rows]
 
 
 def table(asked, runs, size: str, seeds: int) -> list[str]:
     """Markdown."""
 
-    def percent(estimate: float, low: float, high: float) -> str:
-        return f"{estimate:.1f}" if np.isnan(low) else f"{estimate:.1f} ({low:.1f} to {high:.1f})"
+    def percent(prompted: dict[str, Any]) -> str:
+        return findings.interval_text([100 * prompted[k] for k in ("accuracy", "low", "high")], 1)
 
-    def products(found: Sequence[dict[str, Any]]) -> str:
-        """Of the seed that was asked, if it is done."""
-        asked = [
-            percent(*(100 * r["products"][k] for k in ("accuracy", "low", "high"))) for r in found if "products" in r
-        ]
-        return asked[0] if asked else ""
+    def products(results: Sequence[dict[str, Any]]) -> str:
+        """Of the seed that was asked about product reviews, if it is done."""
+        return next((percent(r["products"]) for r in results if "products" in r), "")
 
-    lines = ["", f"Size `{size}`, {seeds} seed{'s' * (seeds > 1)}:", ""]
-    heads = (
-        "kind",
-        "seeds",
-        "accuracy, %",
-        "product reviews, %",
-        "trained",
-        "adapter, MiB",
-        "step, s",
-        "peak memory, GiB",
-    )
-    lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for kind, found in asked.items():
-        said = percent(*(100 * found[k] for k in ("accuracy", "low", "high")))
-        lines.append(f"| {kind} | | {said} | {products([found])} | {found.get('trained_parameters', 0):,} | | | |")
-    for name, found in runs.items():
-        if not found:
-            continue
-        accuracy = percent(*mean([100 * r["test_accuracy"] for r in found]))
-        first = found[0]
-        # A run that was stopped and went on has the time and the peak of its last part: it is shorter than 100 steps.
-        peaks = [r["peak_host_bytes"] / 2**30 for r in found if r["seconds"] > 100 * r["step_seconds"]]
-        seconds = min(r["step_seconds"] for r in found)  # the run that was least disturbed
-        lines.append(
-            f"| {name} | {len(found)} | {accuracy} | {products(found)} | {first['trained_parameters']:,} | "
-            f"{4 * first['trained_parameters'] / 2**20:.2f} | {seconds:.1f} | {f'{max(peaks):.2f}' if peaks else ''} |"
-        )
-    return lines
+    rows = [
+        [kind, "", percent(r), products([r]), f"{r.get('trained_parameters', 0):,}", "", "", ""]
+        for kind, r in asked.items()
+    ]
+    for name, results in runs.items():
+        if results:
+            accuracy = findings.interval_text(mean([100 * r["test_accuracy"] for r in results]), 1)
+            trained = results[0]["trained_parameters"]
+            # A run that was resumed has the time and the peak of its last part: it is shorter than 100 steps.
+            peaks = [r["peak_host_bytes"] / 2**30 for r in results if r["seconds"] > 100 * r["step_seconds"]]
+            seconds = min(r["step_seconds"] for r in results)  # the run that was least disturbed
+            peak = f"{max(peaks):.2f}" if peaks else ""
+            sizes = [f"{trained:,}", f"{4 * trained / 2**20:.2f}", f"{seconds:.1f}", peak]
+            rows.append([name, len(results), accuracy, products(results), *sizes])
+    head = ["kind", "seeds", "accuracy, %", "product reviews, %", "trained", "adapter, MiB", "step, s"]
+    title = f"Size `{size}`, {seeds} seed{'s' * (seeds > 1)}:"
+    return ["", title, "", *findings.markdown_table([*head, "peak memory, GiB"], rows)]

@@ -18,17 +18,20 @@ from typing import Any
 
 import numpy as np
 from absl import flags
-from tqdm import tqdm
 
 from experiments.sentiment import report
-from llm_jax import cli, files
+from llm_jax import bars, cli, files
 from llm_jax.errors import UserError
+from llm_jax.research import experiments
+from llm_jax.research import runs as runs_lib
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
 
-flags.DEFINE_string("size", "cpu", "cpu: 2,000 training and 1,000 test sentences; smoke: a few steps, to try it")
-flags.DEFINE_integer("seeds", 3, "runs of each kind that is trained")
+flags.DEFINE_enum(
+    "size", "cpu", ("cpu", "smoke"), "cpu: 2,000 training and 1,000 test sentences; smoke: a few steps, to try it"
+)
+flags.DEFINE_integer("seeds", 3, "runs of each kind that is trained", lower_bound=1)
 flags.DEFINE_string("runs", "runs/sentiment", "where the runs themselves are kept")
 flags.DEFINE_string("part", "1/1", "2/3: the second of every three jobs, beside processes that do the others")
 
@@ -61,23 +64,20 @@ OTHER = "amazon-reviews"
 def main() -> None:
     f = flags.FLAGS
     part = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", f.part)
-    if f.size not in SIZES or f.seeds < 1:
-        raise UserError(f"--size={f.size} --seeds={f.seeds}; expected one of {', '.join(SIZES)} and at least 1 seed")
     if not part or int(part[1]) > int(part[2]):
         raise UserError(f"--part={f.part}; expected 1/2 or 2/2, say")
-    root = pathlib.Path(f.runs).expanduser() / f.size
-    files.make_directory(root)
+    root = experiments.directory(f.runs, f.size)
     jobs = [(name, seed) for seed in range(f.seeds) for name in TRAINED]
     jobs = [(kind, 0) for kind in PROMPTED] + sorted(jobs, key=lambda job: job[0] not in report.JUDGED)
     file = HERE / "runs.jsonl" if f.size == "cpu" else root / "runs.jsonl"
     mine = jobs[int(part[1]) - 1 :: int(part[2])]
-    with tqdm(mine) as bar:
+    with bars.bar(mine) as bar:
         for name, seed in bar:
             if (name, seed) in finished(file, f.size):  # perhaps by another process, since this one began
                 continue
             bar.set_description(f"{name}, seed {seed}")
-            found = asked(root, name, f.size) if name in PROMPTED else trained(root, name, seed, f.size)
-            line = {"job": name, "seed": seed, "recipe": recipe(name, f.size), **found}
+            figures = asked(root, name, f.size) if name in PROMPTED else trained(root, name, seed, f.size)
+            line = {"job": name, "seed": seed, "recipe": recipe(name, f.size), **figures}
             with file.open("a") as lines:
                 lines.write(json.dumps(line) + "\n")
     done = finished(file, f.size)
@@ -86,8 +86,11 @@ def main() -> None:
         print(f"{len(missing)} of {len(jobs)} jobs are not done yet; started again without --part it goes on")
     if {*PROMPTED, *report.JUDGED}.intersection(missing):
         return
-    of = {name: [done[name, seed] for seed in range(f.seeds) if (name, seed) in done] for name in TRAINED}
-    print(report.write(HERE, {kind: done[kind, 0] for kind in PROMPTED}, of, f.size, f.seeds))
+    prompted = {kind: done[kind, 0] for kind in PROMPTED}
+    runs = {name: [done[name, seed] for seed in range(f.seeds) if (name, seed) in done] for name in TRAINED}
+    results = report.judge(prompted, runs, runs["LoRA r=8"][0]["factors"], f.seeds, f.size)
+    table = report.table(prompted, runs, f.size, f.seeds)
+    print(experiments.publish(__file__, results, table, flags=("size", "seeds")))
 
 
 def recipe(name: str, size: str) -> str:
@@ -98,17 +101,16 @@ def recipe(name: str, size: str) -> str:
 
 def finished(file: pathlib.Path, size: str) -> dict[tuple[str, int], dict[str, Any]]:
     """What is on record of jobs as they are now."""
-    lines = map(json.loads, file.read_text().splitlines()) if file.exists() else ()
-    return {(one["job"], one["seed"]): one for one in lines if one["recipe"] == recipe(one["job"], size)}
+    lines = runs_lib.read_lines(file)
+    return {(line["job"], line["seed"]): line for line in lines if line["recipe"] == recipe(line["job"], size)}
 
 
 def asked(root: pathlib.Path, kind: str, size: str) -> dict[str, Any]:
     """The figures of what needs no training of the model."""
-    place = root / f"{kind}.json"
-    flags = (f"--kind={kind}", f"--output={place}", f"--other={OTHER if size == 'cpu' else ''}", *SIZES[size][1])
+    output = root / f"{kind}.json"
+    flags = (f"--kind={kind}", f"--output={output}", f"--other={OTHER if size == 'cpu' else ''}", *SIZES[size][1])
     run([str(HERE / "measure.py"), *flags], root / f"{kind}.log")
-    found: dict[str, Any] = json.loads(place.read_text())
-    return found
+    return files.read_json(output)
 
 
 def trained(root: pathlib.Path, name: str, seed: int, size: str) -> dict[str, Any]:
@@ -118,22 +120,21 @@ def trained(root: pathlib.Path, name: str, seed: int, size: str) -> dict[str, An
     overrides = [f"--config.{key}={value}" for key, value in changes.items()]
     train = ["-m", "llm_jax.train", f"--config={RECIPE}", f"--workdir={workdir}", *overrides]
     run(train, root / f"{workdir.name}.log")
-    summary = json.loads((workdir / "summary.json").read_text())
+    summary = files.read_json(workdir / "summary.json")
     keys = ("test_accuracy", "test_right", "test_count", "trained_parameters", "parameters", "validation_loss")
-    found = {key: summary[key] for key in (*keys, "tokens_per_second", "seconds", "peak_host_bytes", "jax")}
-    found["step_seconds"] = step_seconds(workdir)
+    figures = {key: summary[key] for key in (*keys, "tokens_per_second", "seconds", "peak_host_bytes", "jax")}
+    figures["step_seconds"] = step_seconds(workdir)
     if name != "full":
-        found["factors"] = report.factor_shapes(workdir)
+        figures["factors"] = report.factor_shapes(workdir)
     if size == "cpu" and seed == 0:
         ask = ["-m", "llm_jax.evaluate", f"--checkpoint={workdir}", f"--data=sentiment:{OTHER}", "--json"]
-        found["products"] = json.loads(run(ask, root / f"{workdir.name}-products.log"))
-    return found
+        figures["products"] = json.loads(run(ask, root / f"{workdir.name}-products.log"))
+    return figures
 
 
 def step_seconds(workdir: pathlib.Path) -> float:
     """The median of a training step."""
-    steps = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return float(np.median([step["seconds"] for step in steps]))
+    return float(np.median([step["seconds"] for step in runs_lib.read_lines(workdir / "metrics.jsonl")]))
 
 
 def run(command: list[str], log: pathlib.Path) -> str:

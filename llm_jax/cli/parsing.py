@@ -283,7 +283,9 @@ def _illegal_value(error: Any, command: Command, values: flags.FlagValues) -> st
     if choices := getattr(parser, "enum_values", None):
         return f"--{name}={value}; expected one of {', '.join(filter(None, choices))}{suggestion(value, choices)}"
     if parser and parser.flag_type() in _EXPECTED and not reason.startswith("expected"):
-        return f"--{name}={value}; expected {_EXPECTED[parser.flag_type()]}"
+        limits = [(word, getattr(parser, f"{end}_bound", None)) for word, end in (("from", "lower"), ("to", "upper"))]
+        bounds = "".join(f" {word} {limit}" for word, limit in limits if limit is not None)
+        return f"--{name}={value}; expected {_EXPECTED[parser.flag_type()]}{bounds}"
     return _message(error)
 
 

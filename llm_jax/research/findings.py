@@ -13,6 +13,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from llm_jax import files
 from llm_jax.errors import UserError
 from llm_jax.intervals import Interval
@@ -82,15 +84,16 @@ class Finding:
 
 
 def finding(
-    statement: str, measure: str, values: Any, verdict: str | None, *, command: str, n: int = 1, part: str = ""
+    statement: str, measure: str, values: Any, verdict: str | None, *, command: str = "", n: int = 1, part: str = ""
 ) -> Finding:
     """A finding of this machine and this day.
 
     Args:
       values: a number, an `Interval`, a sequence of numbers, a text, or a mapping of conditions to such values, which
         may be nested.
+      command: measures it again; "" leaves the provenance to `experiments.publish`.
     """
-    source = provenance.here(command)
+    source = provenance.here(command) if command else provenance.Provenance()
     return Finding(statement, part, measure, verdict, n, estimates(values), **dataclasses.asdict(source))
 
 
@@ -112,10 +115,16 @@ def estimates(values: Any, condition: str = "") -> tuple[Estimate, ...]:
 
 
 def save(directory: pathlib.Path, results: Sequence[Finding]) -> None:
-    """Writes results.json, and keeps what other scripts have written there; raises UserError if that fails."""
+    """Writes results.json, and keeps what other scripts have written there; raises UserError if that fails.
+
+    A result that is recorded already, with equal estimates, keeps its commit, machine and date: it is the same
+    measurement.
+    """
     path = directory / "results.json"
+    recorded = read(path) if path.exists() else []
     scripts = {_script(result) for result in results}
-    others = [result for result in read(path) if _script(result) not in scripts] if path.exists() else []
+    others = [result for result in recorded if _script(result) not in scripts]
+    results = [_with_recorded_provenance(result, recorded) for result in results]
     everything = sorted([*others, *results], key=lambda r: r.claim) if others else list(results)
     files.write_json(path, [as_dict(result) for result in everything])
 
@@ -147,27 +156,31 @@ def as_dict(result: Finding) -> dict[str, Any]:
 
 
 def verdict_table(results: Sequence[Finding]) -> list[str]:
-    """The lines of a table of verdicts, for a README."""
-    return markdown_table(["claim", "verdict"], [[result.claim, f"**{result.verdict}**"] for result in results])
+    """The lines of a table of verdicts between empty lines, for a README."""
+    rows = [[result.claim, f"**{result.verdict}**"] for result in results]
+    return ["", *markdown_table(["claim", "verdict"], rows), ""]
 
 
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a table in Markdown, between empty lines."""
-    return ["", *(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)), ""]
+def markdown_table(head: Sequence[str], rows: Iterable[Iterable[Any]]) -> list[str]:
+    """The lines of a table in Markdown."""
+    lines = ["|" + "|".join(f" {cell} " if cell != "" else " " for cell in cells) + "|" for cells in (head, *rows)]
+    return [lines[0], "|---" * len(head) + "|", *lines[1:]]
 
 
-def publish(directory: pathlib.Path, results: Sequence[Finding], lines: Sequence[str], section: str = "results") -> str:
-    """Writes results.json of an experiment, and `lines` with the verdicts into a section of its README.
+def interval_text(interval: Iterable[float], digits: int = 3) -> str:
+    """An estimate with its limits, such as "0.513 (0.401 to 0.624)"; the estimate alone where the limits are NaN."""
+    estimate, low, high = (f"{x:.{digits}f}" for x in interval)
+    return estimate if low == "nan" else f"{estimate} ({low} to {high})"
 
-    Returns:
-      A line for each verdict, for the terminal.
 
-    Raises:
-      UserError: results.json cannot be written, or the README has no such section.
-    """
-    save(directory, results)
-    replace_section(directory / "README.md", section, [*lines, *verdict_table(results)])
-    return summary(results)
+def deviation_text(values: Sequence[float], digits: int = 3) -> str:
+    """The mean of values with their standard deviation, such as "0.513 ± 0.040"."""
+    return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}"
+
+
+def span(values: Sequence[float]) -> Interval:
+    """The mean of values, with the least and the greatest of them as limits."""
+    return Interval(float(np.mean(values)), min(values), max(values))
 
 
 def summary(results: Sequence[Finding]) -> str:
@@ -188,6 +201,13 @@ def replace_section(path: pathlib.Path, name: str, lines: Sequence[str]) -> None
         raise UserError(f"{path}: has {count} sections '<!-- {name}: ... -->'; expected one")
     body = "\n".join(lines) + "\n"
     files.write(path, pattern.sub(lambda match: match[1] + body + match[2], text))
+
+
+def _with_recorded_provenance(result: Finding, recorded: Sequence[Finding]) -> Finding:
+    for other in recorded:
+        if (other.claim, other.n, other.estimates) == (result.claim, result.n, result.estimates):
+            return dataclasses.replace(result, commit=other.commit, machine=other.machine, date=other.date)
+    return result
 
 
 def _tuples(entry: Mapping[str, Any]) -> dict[str, Any]:

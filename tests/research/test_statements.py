@@ -56,7 +56,7 @@ def test_every_picture_shows_estimates_and_every_interval_of_a_judged_finding_ca
         (["P4", "P7"], "length_extrapolation.report", "MARGIN", 1),
         (["L1", "L8", "L9"], "sentiment.report", "MARGIN", -1),
         (["Q1"], "quantization_quality.report", "MARGIN", 1),
-        (["W1"], "width_transfer.report", "MARGIN", 1),
+        (["W1"], "width_transfer.sweep", "MARGIN", 1),
         (["T3"], "tokenization.sweep", "ENOUGH", 1),
     ],
 )

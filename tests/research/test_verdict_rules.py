@@ -84,7 +84,7 @@ def test_p8():
 
 
 def test_q2():
-    report = load("qat.report")
+    report = load("qat.sweep")
 
     def judge(**gains):
         found = {
@@ -93,7 +93,7 @@ def test_q2():
             ]
             for name, gain in gains.items()
         }
-        return of(report.judge(found, SEEDS))["Q2"]
+        return report.judge(found, SEEDS).verdict
 
     assert judge(a=0.1, b=0.1) == "holds"
     assert judge(a=0.1, b=0.0) == "holds when the scheme is a"
@@ -215,7 +215,7 @@ def test_l4_l6_l7():
 
 
 def test_w1():
-    report = load("width_transfer.report")
+    report = load("width_transfer.sweep")
 
     def verdict(with_transfer, without):
         lost = {

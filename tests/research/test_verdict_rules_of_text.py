@@ -100,7 +100,7 @@ def test_e5():
 
 
 def decoded(loops=4, gain=1.0, outside=0.2, entropy=0.4, large=400, perplexity=1.0):
-    module = load("decoding_quality.report")
+    module = load("decoding_quality.run")
     rng = np.random.default_rng(0)
     repeating, plain = [1, 2] * 8, list(range(16))
     methods = {"greedy": 3.0, "human": 1.0, "sampling": 1.2, "beam 4": 3.0, "nucleus 0.95": perplexity}
@@ -121,7 +121,7 @@ def decoded(loops=4, gain=1.0, outside=0.2, entropy=0.4, large=400, perplexity=1
         "nucleus mass": np.full((20, 20), 0.96),
     } | {f"entropy of {n}": np.full((20, 20), entropy) for n in ("nucleus", "40", "40, temperature 0.7")}
     figures = {name: module.of_method(texts) for name, texts in made.items()}
-    return of(module.judge(made, figures, steps, "command"))
+    return of(module.judge(made, figures, steps))
 
 
 def test_d2_d4_d5():
@@ -146,7 +146,7 @@ def test_d3_and_d6(monkeypatch):
             for name, (a, b) in figures.items()
         }
         table = {k: {f: intervals.mean([r[f] for r in runs]) for f in module.FIGURES} for k, runs in found.items()}
-        return of(module.judge(found, table, "command"))
+        return of(module.judge(found, table))
 
     assert verdict(tail=0.0055)["D3"] == "holds" and verdict(tail=0.005)["D3"] == "fails"
     everything = verdict(recent=0.0055, growth=(1.0, 1.5))
@@ -159,7 +159,7 @@ def test_d3_and_d6(monkeypatch):
 
 
 def test_m1_to_m4():
-    module = load("prompt_sensitivity.report")
+    module = load("prompt_sensitivity.run")
     rng = np.random.default_rng(0)
 
     def verdict(template=0.6, gain=0.3, tokens=5.0, small=0.0):
@@ -174,7 +174,7 @@ def test_m1_to_m4():
                 lengths["main", task, style] = np.full((4, 60), 3.0) + tokens * (style == "cot_zero_shot")
             for style, p in (("zero_shot", 0.5), ("cot_zero_shot", 0.5 + small), ("expert", 0.5)):
                 cells["small", task, style] = draw([p] * 4)
-        return of(module.judge(cells, lengths, "command"))
+        return of(module.judge(cells, lengths))
 
     moved = verdict()
     assert moved["M1"] == "holds" and moved["M2"] == "holds" and moved["M3"] == "holds"
