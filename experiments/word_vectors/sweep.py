@@ -50,7 +50,7 @@ def main() -> None:
     runtime.retain_freed_memory()
     f = flags.FLAGS
     root = experiments.directory(f.runs, f.min_count, f.glove_epochs)
-    config = configuration.load("word2vec", {"glove": {"window": 5}}, EmbeddingsConfig)
+    config = configuration.load("word2vec", {"glove.window": 5}, EmbeddingsConfig)
     with tempfile.TemporaryDirectory() as scratch:
         text = texts.build(config.source, f.min_count, 0, pathlib.Path(scratch))
         counted = glove.cooccurrences(text, config.glove.window, config.glove.memory * 2**20, pathlib.Path(scratch))
