@@ -159,12 +159,12 @@ def with_chat_template(tokenizer: T, name: str) -> T:
 
 
 def from_gguf(metadata: Mapping[str, Any]) -> PretrainedTokenizer:
-    """The tokenizer in the metadata of a GGUF file: SentencePiece ("llama"), or a kind that `gguf_vocabulary` reads.
+    """The tokenizer in the metadata of a GGUF file: SentencePiece ("llama", "t5"), or what `gguf_vocabulary` reads.
 
     Raises:
       UserError: a vocabulary of another kind, or an incomplete one.
     """
-    kind: Any = get("sentencepiece" if metadata.get("tokenizer.ggml.model") == "llama" else "hub")
+    kind: Any = get("sentencepiece" if metadata.get("tokenizer.ggml.model") in ("llama", "t5") else "hub")
     return kind.from_gguf(metadata)
 
 

@@ -47,7 +47,9 @@ def read(metadata: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     if kind == "gpt2" and str(metadata.get(KEY + "pre")) in _UTF8:
         kind = "gemma4"
     if not isinstance(kind, str) or kind not in _READERS:
-        expected = "'gpt2' (byte-level BPE), 'llama' or 'gemma4' (BPE with byte fallback), or 'bert' (WordPiece)"
+        expected = (
+            "'gpt2' (byte-level BPE), 'llama', 'gemma4' (BPE with byte fallback), 't5' (unigram), 'bert' (WordPiece)"
+        )
         raise UserError(f"{KEY}model is {kind!r}; expected {expected}")
     try:
         tokens, types = _tokens(metadata)

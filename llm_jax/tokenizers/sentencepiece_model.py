@@ -1,10 +1,11 @@
-"""Pretrained SentencePiece vocabularies: tokenizer.model, and the "llama" vocabulary of GGUF."""
+"""Pretrained SentencePiece vocabularies: tokenizer.model, and the vocabularies "llama" and "t5" of GGUF."""
 
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
+import numpy as np
 import sentencepiece
 import sentencepiece.sentencepiece_model_pb2
 
@@ -18,6 +19,7 @@ proto: Any = sentencepiece.sentencepiece_model_pb2  # made at import, so unknown
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # the same in GGUF and in sentencepiece
 _SPACE = "\u2581"  # represents a space in a piece
 _GGML = "tokenizer.ggml."
+_CHARSMAP = f"{_GGML}precompiled_charsmap"  # the normalization of a unigram vocabulary, uint8
 
 
 class SentencePieceTokenizer:
@@ -163,12 +165,19 @@ class SentencePieceTokenizer:
         )
         return tokenizer
 
+    def encode_marked(self, text: str) -> list[int]:
+        """The ids of `text` between BOS and, where the metadata of a GGUF file add it, EOS."""
+        ids = [*([] if self.bos is None else [self.bos]), *self.encode(text)]
+        return [*ids, self.eos] if self.special.get("add_eos_token") and self.eos is not None else ids
+
     def to_gguf(self, vocab_size: int) -> dict[str, Any]:
-        if (
-            self._proto.trainer_spec.model_type != proto.TrainerSpec.BPE
-            or self._proto.normalizer_spec.precompiled_charsmap
-        ):
-            raise UserError("tokenizer.model cannot become GGUF: expected BPE without normalization")
+        trainer, normalizer = self._proto.trainer_spec, self._proto.normalizer_spec
+        unigram = trainer.model_type == proto.TrainerSpec.UNIGRAM and not trainer.byte_fallback
+        bpe = trainer.model_type == proto.TrainerSpec.BPE and not normalizer.precompiled_charsmap
+        if not (unigram or bpe):
+            raise UserError(
+                "tokenizer.model cannot become GGUF: expected BPE without normalization, or unigram without bytes"
+            )
         pieces = [(p.piece, p.score, p.type) for p in self._proto.pieces]
         pieces += [
             (self._names[i], 0.0, _CONTROL) if i in self._names else (f"[PAD{i}]", 0.0, _UNUSED)
@@ -182,14 +191,18 @@ class SentencePieceTokenizer:
             for piece, score, kind in pieces
         ]
         metadata: dict[str, Any] = {
-            _GGML + "model": "llama",
+            _GGML + "model": "t5" if unigram else "llama",
             _GGML + "tokens": [piece for piece, _, _ in pieces],
             _GGML + "scores": [score for _, score, _ in pieces],
             _GGML + "token_type": [kind for _, _, kind in pieces],
             _GGML + "add_bos_token": bool(self.special.get("add_bos_token")),
-            _GGML + "add_space_prefix": self._proto.normalizer_spec.add_dummy_prefix,
-            _GGML + "remove_extra_whitespaces": self._proto.normalizer_spec.remove_extra_whitespaces,
+            _GGML + "add_space_prefix": normalizer.add_dummy_prefix,
+            _GGML + "remove_extra_whitespaces": normalizer.remove_extra_whitespaces,
         }
+        if unigram:
+            metadata[_GGML + "add_eos_token"] = bool(self.special.get("add_eos_token"))
+        if normalizer.precompiled_charsmap:
+            metadata[_CHARSMAP] = list(np.frombuffer(normalizer.precompiled_charsmap, np.uint8))
         for name, gguf_name in special_tokens.GGUF_NAMES:
             if (index := self._id(name)) is not None:
                 metadata[f"{_GGML}{gguf_name}_token_id"] = index
@@ -198,22 +211,24 @@ class SentencePieceTokenizer:
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> Self:
-        """The "llama" vocabulary of a GGUF file: BPE merged by score, with byte fallback.
+        """The vocabulary "llama" of a GGUF file, BPE merged by score, with byte fallback; or "t5", unigram.
 
         Raises:
           UserError: a vocabulary of another kind, or an incomplete one.
         """
-        if (kind := metadata.get(_GGML + "model")) != "llama":
-            raise UserError(f"{_GGML}model is {kind!r}; expected 'llama'")
+        if (form := metadata.get(_GGML + "model")) not in ("llama", "t5"):
+            raise UserError(f"{_GGML}model is {form!r}; expected 'llama' or 't5'")
         tokens, scores, types = (metadata.get(_GGML + name) for name in ("tokens", "scores", "token_type"))
         if not (isinstance(tokens, list) and isinstance(scores, list) and isinstance(types, list)):
-            raise UserError(f"{_GGML}tokens, scores and token_type are needed for a vocabulary of the kind 'llama'")
+            raise UserError(f"{_GGML}tokens, scores and token_type are needed for a vocabulary of the kind {form!r}")
         if not len(tokens) == len(scores) == len(types):
             raise UserError(f"{_GGML}tokens, scores and token_type are {len(tokens)}, {len(scores)}, {len(types)} long")
         special: dict[str, Any] = {
             "chat_template": special_tokens.read_gguf_templates(metadata),
-            "add_bos_token": bool(metadata.get(_GGML + "add_bos_token", True)),
+            "add_bos_token": bool(metadata.get(_GGML + "add_bos_token", form == "llama")),
         }
+        if form == "t5":
+            special["add_eos_token"] = bool(metadata.get(_GGML + "add_eos_token", True))
         try:
             model = proto.ModelProto()
             types = special_tokens.control_ends(tokens, types, _NORMAL, _CONTROL)
@@ -230,10 +245,11 @@ class SentencePieceTokenizer:
                     setattr(model.trainer_spec, f"{name}_piece", tokens[token_id])
             if unknown is not None:
                 model.trainer_spec.unk_piece = model.pieces[unknown].piece
-            model.trainer_spec.model_type = proto.TrainerSpec.BPE
+            model.trainer_spec.model_type = getattr(proto.TrainerSpec, "BPE" if form == "llama" else "UNIGRAM")
             model.trainer_spec.byte_fallback = _BYTE in types
             model.normalizer_spec.name = "identity"
-            model.normalizer_spec.add_dummy_prefix = bool(metadata.get(_GGML + "add_space_prefix", True))
+            model.normalizer_spec.precompiled_charsmap = bytes(int(byte) % 256 for byte in metadata.get(_CHARSMAP, ()))
+            model.normalizer_spec.add_dummy_prefix = bool(metadata.get(_GGML + "add_space_prefix", form == "llama"))
             model.normalizer_spec.remove_extra_whitespaces = bool(
                 metadata.get(_GGML + "remove_extra_whitespaces", False)
             )

@@ -21,7 +21,7 @@ from llm_jax.data import assets
 from llm_jax.tokenizers.hub import HubTokenizer
 from llm_jax.tokenizers.pre_tokenizers import PRE_TOKENIZERS
 from tests.checkpoints.gguf_cases import llama3, small
-from tests.tokenizers import forms, test_gguf_vocabulary
+from tests.tokenizers import forms, test_foreign, test_gguf_vocabulary
 
 ASSET = "asset:smollm2-135m-instruct"
 TEXTS = ("alls_well_that_ends_well", "areopagitica", "comedy_of_errors")
@@ -164,7 +164,7 @@ def test_llama_cpp_gives_our_features_of_bert(tmp_path):
 
 # llama.cpp approximates their expressions: letters without case, marks, or digits.
 APPROXIMATED = (
-    "tekken gpt-4o kimi-k2 granite-embed-multi-97m tiny_aya youtu deepseek-llm deepseek-coder superbpe".split()
+    "tekken gpt-4o kimi-k2 granite-embed-multi-97m tiny_aya afmoe youtu deepseek-llm deepseek-coder superbpe".split()
 )
 
 
@@ -189,9 +189,10 @@ def random_texts(letters, count=200):
     return ["".join(draw.choices(letters, k=30)) for _ in range(count)]
 
 
-@pytest.mark.parametrize(
-    "name", ["model", "prepend", "bytelevel", "wordpiece", "cased wordpiece", "gemma4", "sarvam-moe", "bpe"]
-)
+FORMS = ("model", "prepend", "bytelevel", "wordpiece", "cased wordpiece", "gemma4", "unordered gemma4", "sarvam-moe")
+
+
+@pytest.mark.parametrize("name", [*FORMS, "bpe", "nmt_nfkc unigram", "identity unigram"])
 def test_llama_cpp_reads_every_kind_of_vocabulary_that_we_write(tmp_path, name):
     arch, texts = "llama", random_texts("the cat sdog  \n\t.,é日x[]") + ["The Cats, the Cat! Thé"]
     if name in ("model", "prepend", "bytelevel"):
@@ -201,7 +202,15 @@ def test_llama_cpp_reads_every_kind_of_vocabulary_that_we_write(tmp_path, name):
         written = tokenizers.exportable(tokenizer)
         texts = random_texts(["def", " main", "(self)", ":\n    ", "\n\n        ", "return", " 1", "é"])
     elif name == "sarvam-moe":
-        tokenizer = tokenizers.from_gguf(test_gguf_vocabulary.gemma4() | SARVAM)
+        tokenizer = tokenizers.from_gguf(test_gguf_vocabulary.unordered() | SARVAM)
+        written = tokenizer
+    elif "unigram" in name:
+        options = {"model_type": "unigram", "byte_fallback": False, "hard_vocab_limit": False}
+        content = test_foreign.model(**options, normalization_rule_name=name.split()[0])
+        tokenizer = written = tokenizers.from_files({"tokenizer.model": content})
+        texts = random_texts(["hello", " world", "quick", "  ", "größe", "①２", "日", ",", "fox", "\n", "the"])
+    elif name == "unordered gemma4":
+        arch, tokenizer = "gemma4", tokenizers.from_gguf(test_gguf_vocabulary.unordered())
         written = tokenizer
     elif name == "gemma4":
         arch, tokenizer = name, tokenizers.from_gguf(test_gguf_vocabulary.gemma4())

@@ -97,6 +97,26 @@ def test_what_gguf_cannot_hold_is_refused():
             SentencePieceTokenizer(model(hard_vocab_limit=False, **options), {}).to_gguf(320)
 
 
+@pytest.mark.parametrize("normalization", ["nmt_nfkc", "identity"])
+def test_unigram_without_bytes_goes_through_a_gguf_file_as_t5(normalization):
+    options = {"model_type": "unigram", "byte_fallback": False, "hard_vocab_limit": False}
+    content = model(**options, normalization_rule_name=normalization)
+    config = json.dumps({"add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>"}).encode()
+    original = tokenizers.from_files({"tokenizer.model": content, "tokenizer_config.json": config})
+    written = original.to_gguf(original.vocab_size)
+    assert written["tokenizer.ggml.model"] == "t5"
+    assert ("tokenizer.ggml.precompiled_charsmap" in written) == (normalization == "nmt_nfkc")
+    again = tokenizers.from_gguf(written)
+    for text in ("hello quick fox", "  two  ①２ ｇröße", "hello 日本 fox", ""):
+        assert again.encode(text) == original.encode(text)
+        assert again.decode(again.encode(text)) == original.decode(original.encode(text))
+        assert again.encode_marked(text) == [1, *original.encode(text)]  # EOS is not added: the file says so
+    assert (again.bos, again.eos, again.unk) == (1, 2, 0)
+    silent = {key: value for key, value in written.items() if not key.endswith(("add_bos_token", "add_eos_token"))}
+    t5 = tokenizers.from_gguf(silent)  # as the vocabulary of T5
+    assert t5.bos is None and t5.encode_marked("hello") == [*original.encode("hello"), 2]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -105,7 +125,7 @@ def test_what_gguf_cannot_hold_is_refused():
         ({"tokens": [3] * 320}, "is malformed"),
         ({"token_type": [99] * 320}, "is malformed|cannot be read"),
         ({"tokens": ["a"] * 320}, "cannot be read"),
-        ({"model": "t5"}, "tokenizer.ggml.model is 't5'; expected 'gpt2'"),
+        ({"model": "rwkv"}, "tokenizer.ggml.model is 'rwkv'; expected 'gpt2'"),
     ],
 )
 def test_damaged_vocabularies_are_one_clear_error(llama, change, message):

@@ -191,6 +191,12 @@ def test_gemma_4_is_read_as_llama_cpp_reads_it():
         tokenizers.from_gguf({k: v for k, v in gemma4().items() if "unknown" not in k})
 
 
+def unordered():
+    """`gemma4` with merges that no scores give, so that it is not written as SentencePiece's form."""
+    changes = {KEY + "merges": ["h e", "t he"], KEY + "tokens": ["he"], KEY + "token_type": [1]}
+    return gemma4() | {key: [*gemma4()[key], *more] for key, more in changes.items()}
+
+
 @pytest.mark.parametrize(
     ("names", "bos", "written"),
     [
@@ -201,10 +207,7 @@ def test_gemma_4_is_read_as_llama_cpp_reads_it():
     ],
 )
 def test_the_form_of_gemma_4_by_its_names(names, bos, written):
-    """With merges that no scores give, so that it is not written as SentencePiece's form."""
-    changes = {KEY + "merges": ["h e", "t he"], KEY + "tokens": ["he"], KEY + "token_type": [1]}
-    metadata = gemma4() | {key: [*gemma4()[key], *more] for key, more in changes.items()} | names
-    tokenizer, text = tokenizers.from_gguf(metadata), "the cat  the he\n\n\ncé"
+    tokenizer, text = tokenizers.from_gguf(unordered() | names), "the cat  the he\n\n\ncé"
     expected = tokenizers.from_gguf(gemma4()).encode("the cat  the")
     assert tokenizer.encode("the cat  the") == expected and tokenizer.bos == bos
     saved = tokenizer.to_gguf(tokenizer.vocab_size)
