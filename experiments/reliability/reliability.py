@@ -165,6 +165,10 @@ def kills(
             file.write(json.dumps(runs[-1]) + "\n")
         print(f"{sum(len(run['kills']) for run in runs)} of {count} kills: {runs[-1]}", flush=True)
         shutil.rmtree(workdir)
+    for run in runs:  # a kill while a run starts leaves the steps and checkpoints of the kill before
+        states = [(0, 0), *((hit["reached"], hit["kept"]) for hit in run["kills"])]
+        for hit, before, after in zip(run["kills"], states, states[1:], strict=False):
+            hit["in_training"] = after != before
     hits = [hit for run in runs for hit in run["kills"]]
     differing, unreadable = sum(run["differs"] for run in runs), sum(hit["unreadable"] for hit in hits)
     ends = {name: [hit for hit in hits if hit["signal"] == name] for name in ("SIGKILL", "SIGTERM")}
@@ -176,12 +180,13 @@ def kills(
         "lost": differing + unreadable,
         "killed": {name: len(of) for name, of in ends.items()},
         "while_saving": sum(hit["saving"] for hit in hits),
-        "in_training": sum(hit["reached"] > 0 for hit in hits),
+        "in_training": sum(hit["in_training"] for hit in hits),
         "unreadable_checkpoints": unreadable,
         "runs": len(runs),
         "runs_that_differ_from_the_undisturbed_one": differing,
         "steps_done_again_at_most": {
-            name: max((hit["reached"] - hit["kept"] for hit in of), default=0) for name, of in ends.items()
+            name: max((hit["reached"] - hit["kept"] for hit in of if hit["in_training"]), default=0)
+            for name, of in ends.items()
         },
         **(several if processes > 1 else {}),
     }
