@@ -134,7 +134,8 @@ def functions(config: schema.Config, model: Transformer):
     def learn(params, batches):
         train = dataclasses.replace(config.train, steps=batches["inputs"].shape[0])
         parts = setup(dataclasses.replace(config, train=train, model=model.config))
-        return parts.scan(parts.init(params), batches)[0].params
+        # The state is donated, but the weights are used again: they are copied.
+        return parts.scan(parts.init(jax.tree.map(jnp.copy, params)), batches)[0].params
 
     @jax.jit
     def nats(params, batches):
