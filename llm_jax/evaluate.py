@@ -157,8 +157,11 @@ def on_text(f: cli.Flags) -> None:
     source: Any = open_source(first.data, first.is_whole_text, in_pieces=not f.whole_file)
     compressed = {} if first.is_masked else source.compressed_bits_per_byte()
     if f.data and first.data.kind == "text" and any(file.format == "pieces" for file in source.catalog.files):
-        note = f"note: {f.data} is cut at line breaks into several documents; --whole_file scores it as one document"
-        print(note, file=sys.stderr)
+        print(
+            f"note: {f.data} is cut at line breaks into several documents, whose first tokens have no context and thus "
+            "a higher loss; --whole_file scores it as one document",
+            file=sys.stderr,
+        )
     if len(several) == 1:
         _print_text(f, first, _measure(f, first, source), compressed)
         return

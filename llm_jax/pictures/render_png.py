@@ -2,8 +2,10 @@
 
 import contextlib
 import io
+import logging
 import re
 import textwrap
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,20 +29,25 @@ _CHARACTERS = 100  # of a line of a passage
 def figure(width: float, height: float, layout: Any = None) -> Iterator[Any]:
     """A figure of matplotlib that is closed at the end of the block; no window opens.
 
+    Its warnings about fonts (characters that a font lacks, the cache of fonts) are not printed.
+
     Args:
       width, height: in inches.
       layout: of `matplotlib.pyplot.figure`, such as "constrained".
     """
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     drawing = pyplot.figure(figsize=(width, height), layout=layout)
-    try:
-        yield drawing
-    finally:
-        pyplot.close(drawing)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+        try:
+            yield drawing
+        finally:
+            pyplot.close(drawing)
 
 
 def render(picture: Picture) -> bytes:
@@ -51,7 +58,7 @@ def render(picture: Picture) -> bytes:
     with figure(_WIDTH, height) as drawing:
 
         def write(text: str, top: float, size: float) -> None:
-            drawing.text(_MARGIN / _WIDTH, 1 - top / height, _plain(text), fontsize=size, va="top")
+            drawing.text(_MARGIN / _WIDTH, 1 - top / height, plain(text), fontsize=size, va="top")
 
         write(picture.title, 0.12, 13)
         top = 0.5
@@ -104,8 +111,8 @@ def _heatmaps(maps: Heatmaps, axis: Any) -> None:
     axis.set_frame_on(False)
     if len(maps.names) == 1:
         axis.imshow(colours.cells(maps)[0], interpolation="nearest", aspect="auto")
-        axis.set_xticks(range(columns), [_plain(label) for label in maps.columns], rotation=90, fontsize=7)
-        axis.set_yticks(range(rows), [_plain(label) for label in maps.rows], fontsize=7)
+        axis.set_xticks(range(columns), [plain(label) for label in maps.columns], rotation=90, fontsize=7)
+        axis.set_yticks(range(rows), [plain(label) for label in maps.rows], fontsize=7)
         axis.tick_params(length=0)
         return
     axis.set(xticks=[], yticks=[])
@@ -114,7 +121,7 @@ def _heatmaps(maps: Heatmaps, axis: Any) -> None:
     for n, cells in enumerate(colours.cells(maps)):
         top, left = gap + n // _ACROSS * (rows + gap), n % _ACROSS * (columns + gap)
         image[top : top + rows, left : left + columns] = cells
-        axis.text(left - 0.5, top - 0.7, _plain(maps.names[n]), fontsize=7, va="bottom")
+        axis.text(left - 0.5, top - 0.7, plain(maps.names[n]), fontsize=7, va="bottom")
     axis.imshow(image, interpolation="nearest", aspect="equal")
     axis.set_anchor("NW")
 
@@ -133,7 +140,7 @@ def _height_of_heatmaps(maps: Heatmaps) -> float:
 def _lines(panel: Lines, axis: Any) -> None:
     for i, (label, values) in enumerate(zip(panel.labels, panel.values, strict=True)):
         style = ("-", "--", ":", "-.")[i // len(colours.SERIES) % 4]
-        axis.plot(panel.x, values, style, color=colours.SERIES[i % len(colours.SERIES)], label=_plain(label))
+        axis.plot(panel.x, values, style, color=colours.SERIES[i % len(colours.SERIES)], label=plain(label))
     axis.set(xlabel=panel.x_label, ylabel=panel.y_label)
     axis.grid(alpha=0.25, color="#808080")
     if 1 < len(panel.labels) <= 16:
@@ -142,7 +149,7 @@ def _lines(panel: Lines, axis: Any) -> None:
 
 def _table(panel: Table, axis: Any) -> None:
     axis.axis("off")
-    rows = [[_plain(c) if isinstance(c, str) else number(c) for c in row] for row in panel.rows[:_MOST_ROWS]]
+    rows = [[plain(c) if isinstance(c, str) else number(c) for c in row] for row in panel.rows[:_MOST_ROWS]]
     if len(panel.rows) > _MOST_ROWS:
         rows.append([f"and {len(panel.rows) - _MOST_ROWS:,} more rows", *[""] * (len(panel.columns) - 1)])
     rows = rows or [[""] * len(panel.columns)]
@@ -163,7 +170,7 @@ def _passage(panel: Passage, axis: Any) -> None:
     for column, line, text, value in places:
         color = (*(c / 255 for c in colours.hue(value)), colours.opacity(value, panel.high))
         axis.add_patch(Rectangle((column, line + 0.08), len(text), 0.84, color=color, lw=0))
-        axis.text(column, line + 0.5, _plain(text), family="monospace", fontsize=9, va="center")
+        axis.text(column, line + 0.5, plain(text), family="monospace", fontsize=9, va="center")
     legend = panel.legend or f"strongest colour: {number(float(panel.high))} {panel.unit} or more"
     axis.text(0, places[-1][1] + 1.8 if places else 1, legend, fontsize=8, va="center")
 
@@ -183,7 +190,7 @@ def _wrapped(panel: Passage) -> list[tuple[int, int, str, float]]:
     return places
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text that matplotlib does not take for a formula, without control characters."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text).replace("$", r"\$")
 

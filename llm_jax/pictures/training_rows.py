@@ -88,8 +88,8 @@ def rows(config: Config, first: int = 0, count: int = 2, held_out: bool = False)
         segments = list(row_text.segments(row, config.loss.masked != "none"))
         padding = int((row["segments"] == 0).sum())
         titles.append(
-            f"row {index}: {config.train.seq_len - padding} inputs in {len(segments)} segments, "
-            f"{int(row['mask'].sum())} targets count, {padding} of padding"
+            f"row {index}: {config.train.seq_len - padding} inputs in {len(segments)} "
+            f"segment{'s' * (len(segments) != 1)}, {int(row['mask'].sum())} targets count, {padding} of padding"
         )
         segments_of_rows.append(segments)
         inputs = np.bincount(row["segments"], minlength=len(segments) + 1)[1:]

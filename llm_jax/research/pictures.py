@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import math
 import pathlib
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from llm_jax.pictures import render_png
 from llm_jax.research import comparison, page
 from llm_jax.research import runs as runs_lib
 from llm_jax.research.runs import Run
+
+_LINE = 40  # characters of a line of a name
 
 
 @contextlib.contextmanager
@@ -39,6 +42,7 @@ def draw(runs: Sequence[Run], directory: pathlib.Path, stem: str) -> list[pathli
     """Writes STEM-curves.png and STEM-results.png and returns their paths; a picture without figures is left out."""
     groups, main = runs_lib.group(runs), runs_lib.main_figure(runs)
     names = comparison.shortened([group.label for group in groups])
+    names = [render_png.plain("\n".join(textwrap.wrap(name, _LINE))) for name in names]
     groups = [dataclasses.replace(group, label=name) for group, name in zip(groups, names, strict=True)]
     label = runs_lib.FIGURES[main]
     paths = []
@@ -54,12 +58,13 @@ def draw(runs: Sequence[Run], directory: pathlib.Path, stem: str) -> list[pathli
                     axis.fill_between(points["step"], points["low"], points["high"], color=line.get_color(), alpha=0.2)
                 axis.set(xlabel="step", ylabel=title)
                 axis.grid(alpha=0.3)
-            if len(groups) > 1:
-                axes[0].legend(fontsize=8)
+            if len(groups) > 1 and (lines := axes[0].get_lines()):
+                axes[0].legend(lines, [line.get_label() for line in lines], fontsize=8)  # names may begin with "_"
     results = [(group.label, mean) for group in groups if (mean := group.mean(main))]
     if results:
         paths.append(directory / f"{stem}-results.png")
-        with figure(paths[-1], figsize=(7, 1 + 0.35 * len(results)), dpi=130) as axis:
+        height = sum(0.15 + 0.2 * (name.count("\n") + 1) for name, _ in results)
+        with figure(paths[-1], figsize=(7, 1 + height), dpi=130) as axis:
             for i, (group_label, mean) in enumerate(results):
                 half = 0.0 if math.isnan(mean.low) else mean.high - mean.estimate
                 axis.errorbar(mean.estimate, i, xerr=half, marker="o", capsize=3, label=group_label)

@@ -132,7 +132,8 @@ def find(paths: Iterable[str | os.PathLike[str]]) -> list[pathlib.Path]:
         path = path.expanduser()
         if not path.is_dir():
             problem = "a file" if path.exists() else "no such directory"
-            raise UserError(f"{path}: {problem}; expected a run or a sweep{_of_checkpoints(path.exists())}")
+            is_checkpoint = path.exists() or ":" in str(path)  # a GGUF file, asset:NAME, hf:ORG/NAME
+            raise UserError(f"{path}: {problem}; expected a run or a sweep{_of_checkpoints(is_checkpoint)}")
         if (path / "config.json").exists():
             result[path] = None
             continue

@@ -195,6 +195,8 @@ def test_what_is_no_run_and_a_damaged_file_are_one_line(tmp_path):
         runs.load([path.parent])
     with pytest.raises(UserError, match=f"config.json: a file; expected {other}"):
         runs.load([path.parent / "config.json"])
+    with pytest.raises(UserError, match=f"asset:x: no such directory; expected {other}"):
+        runs.load(["asset:x"])
     (path.parent / "config.json").write_text('{"train": 1, "zzz": 2}')
     with pytest.raises(UserError, match=r"a: not a run of llm_jax.train \("):
         runs.read(path.parent)

@@ -3,15 +3,17 @@
 import dataclasses
 import html
 import json
+import logging
 import os
 import re
 import shutil
 import subprocess
+import warnings
 
 import pytest
 
 from llm_jax import intervals
-from llm_jax.research import page, runs
+from llm_jax.research import page, pictures, runs
 from tests.conftest import call
 from tests.research.test_compare import write_run
 
@@ -81,6 +83,17 @@ def test_the_command_writes_a_page_without_references_and_two_pictures(sweep, tm
     assert json.loads(block)["groups"][0]["samples"][-1]["text"] == HOSTILE
     assert text.count("<script") == text.count("</script>") == 2
     assert call("report", str(sweep), "--nopng").stdout.strip() == str(sweep / "report.html")
+
+
+def test_matplotlib_prints_no_warning(tmp_path, capsys):
+    """Not of characters that its font lacks, of names that a legend leaves out, and that it builds its font cache."""
+    for name in ("_old", "_文字 $x_1$"):
+        write_run(tmp_path / name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(pictures.draw(runs.load([tmp_path]), tmp_path, "x")) == 2
+    logging.getLogger("matplotlib.font_manager").warning("Matplotlib is building the font cache")
+    assert capsys.readouterr().err == ""
 
 
 def test_wrong_arguments_are_one_line(tmp_path, sweep):
