@@ -147,6 +147,7 @@ def get_config() -> ConfigDict:
                 "batch_size": 8,
                 "seq_len": 256,
                 "grad_accumulation": 1,
+                "gather_once": False,
                 "loss_chunk": 0,
                 "on_bad_step": "stop",
                 "spike_factor": 0.0,

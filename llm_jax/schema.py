@@ -207,6 +207,7 @@ class TrainConfig:
     batch_size: Count  # sequences per optimizer step, over all devices and micro-batches
     seq_len: Count  # tokens per sequence
     grad_accumulation: Count  # number of micro-batches per optimizer step
+    gather_once: bool  # gather sharded weights once per step, not per micro-batch; all then lie on every device
     loss_chunk: CountOrZero  # number of positions whose logits are computed at a time; 0: all of seq_len
     on_bad_step: str  # on a non-finite loss or a spike: "stop", "skip" (the update) or "rollback" (and skip batches)
     spike_factor: PositiveOrZero  # a spike is a loss above this many times the median of the last 50; 0: none

@@ -164,6 +164,7 @@ def test_a_configuration_that_is_none_is_named(source, message, tmp_path, monkey
         ({"model.mlp": "wide"}, "'model.mlp' is 'wide'; expected one of gated, plain"),
         ({"model.attention_kernel": "flash"}, "'model.attention_kernel' is 'flash'; expected one of"),
         ({"train.seq_len": 2048, "model.position.kind": "learned"}, "go past the 1024 positions"),
+        ({"train.gather_once": True}, "train.gather_once=True has no effect with train.grad_accumulation=1"),
         ({"train.grad_accumulation": 3}, "train.batch_size=8 cannot be split into train.grad_accumulation=3"),
         ({"optim.kind": "adam"}, "'optim.kind' is 'adam'; expected one of"),
         ({"optim.schedule": "step"}, "'optim.schedule' is 'step'; expected one of"),

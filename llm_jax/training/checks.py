@@ -62,6 +62,7 @@ def check_training(config: Config) -> None:
     trackers.check(config.report.to)
     run_pictures.check(config.report.pictures, config.eval.prompts)
     bad_steps.check(c)
+    step.check_gather_once(c.gather_once, c.grad_accumulation)
     step.check_accumulation(c.batch_size, c.grad_accumulation, 1, losses.rows_together(config.loss))
     optim.schedule(config.optim, c.steps)
     trainable.method(config)

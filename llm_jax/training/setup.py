@@ -32,7 +32,7 @@ from llm_jax.model.transformer import Transformer
 from llm_jax.parallel import mesh as mesh_lib
 from llm_jax.schema import Config
 from llm_jax.tokenizers import Tokenizer
-from llm_jax.training import bad_steps, checks, losses, optim, trainable
+from llm_jax.training import bad_steps, checks, gather_once, losses, optim, trainable
 from llm_jax.training import step as step_lib
 from llm_jax.training.step import TrainState
 
@@ -276,7 +276,12 @@ def setup(
         objective = losses.make(config.loss, model, c.loss_chunk, reference_model, sparse=sparse)
 
     def loss(params: Any, frozen: Any, batch: Batch, step: Any, key: jax.Array) -> Any:
-        return objective(method.model_params(params, frozen, key, step), frozen, batch, step, key)
+        params = gather_once.attach(method.model_params(params, frozen, key, step), frozen)
+        return objective(params, frozen, batch, step, key)
+
+    def gather(params: Any, frozen: Any) -> Any:
+        m = config.model
+        return gather_once.before_micro_batches(params, frozen, m.precision.compute, m.tie_embeddings)
 
     def held_out_loss(params: Any, frozen: Any, batch: Batch) -> Any:
         return losses.language_model(model, method.model_params(params, frozen), batch, c.loss_chunk, sparse)
@@ -291,6 +296,8 @@ def setup(
         update_norms=config.report.norms_every > 0,
         ema_decay=config.optim.ema_decay,
         rows_together=together,
+        gather=gather if c.gather_once else None,
+        shardings=where,
     )
     shape = jax.ShapeDtypeStruct((c.batch_size, c.seq_len), jnp.int32, sharding=batch_sharding)
     return Setup(

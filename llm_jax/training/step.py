@@ -78,6 +78,8 @@ def make(
     update_norms: bool = False,
     ema_decay: float = 0.0,
     rows_together: int = 1,
+    gather: Callable[[Any, Any], Any] | None = None,
+    shardings: Any = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """A pure function (state, frozen, batch, limit=inf) -> (state, metrics), to be jitted with the state donated.
 
@@ -88,6 +90,8 @@ def make(
       update_norms: metrics hold the norms of the updates, too.
       ema_decay: of the state's average, see `average`; unused where it has none.
       rows_together: neighbouring rows that go into the same micro-batch.
+      gather: (params, frozen) -> the frozen parameters for all micro-batches, see `gather_once`.
+      shardings: with `gather`, those of the trainable parameters and of their gradients.
 
     Micro-batches add up sums of losses and gradients (in float32 or wider), which are divided by the
     number of all counted targets: the same update, up to rounding, as the batch in one piece.
@@ -108,9 +112,13 @@ def make(
                 return jnp.swapaxes(groups, 0, 1).reshape(grad_accumulation, -1, *array.shape[1:])
 
             micro = jax.tree.map(split, batch)
+            if gather is not None:
+                frozen = gather(state.params, frozen)
 
             def add(sums: Any, part: tuple[jax.Array, Batch]) -> tuple[Any, None]:
                 terms = gradient(state.params, frozen, part[1], state.step, jax.random.fold_in(key, part[0]))
+                if gather is not None:  # otherwise the sums of gradients would lie as the gathered copies do
+                    terms = (terms[0], jax.lax.with_sharding_constraint(terms[1], shardings))
                 return jax.tree.map(jnp.add, sums, terms), None
 
             def zero(leaf: jax.Array) -> jax.Array:
@@ -142,6 +150,15 @@ def make(
         return new, metrics
 
     return step
+
+
+def check_gather_once(gather_once: bool, grad_accumulation: int) -> None:
+    """Raises UserError where `train.gather_once` has no effect."""
+    if gather_once and grad_accumulation == 1:
+        raise UserError(
+            "train.gather_once=True has no effect with train.grad_accumulation=1, where each weight is gathered for "
+            "one batch only; leave it out"
+        )
 
 
 def check_accumulation(batch_size: int, grad_accumulation: int, ways: int, rows_together: int = 1) -> None:

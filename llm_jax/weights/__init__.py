@@ -3,6 +3,7 @@
 from llm_jax.weights.low_rank import Adapted, Decomposed, Dropped, repeat_rows
 from llm_jax.weights.nodes import (
     NODES,
+    Gathered,
     Node,
     Weight,
     abstract,
@@ -10,6 +11,7 @@ from llm_jax.weights.nodes import (
     decay_mask,
     dense,
     dot,
+    gather,
     is_dense,
     kind,
     num_bytes,
@@ -27,6 +29,7 @@ __all__ = [
     "Decomposed",
     "Dropped",
     "FakeQuant",
+    "Gathered",
     "Node",
     "QTensor",
     "Weight",
@@ -36,6 +39,7 @@ __all__ = [
     "decay_mask",
     "dense",
     "dot",
+    "gather",
     "is_dense",
     "is_quantized",
     "kind",

@@ -32,6 +32,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
+from llm_jax import trees
 from llm_jax.errors import UserError
 
 # Letters of shapes: B batch, I in, O out, R rank.
@@ -99,6 +100,38 @@ class Node(abc.ABC):
 Weight = jax.Array | Node
 
 
+@trees.register
+@dataclasses.dataclass(frozen=True)
+class Gathered(Node):
+    """A sharded array beside its gathered copy for matrix products; gradients are those of the array.
+
+    It exists within a training step only.
+
+    Attributes:
+      weight: (I, O), sharded.
+      copy: (I, O), the same values in the dtype of the computation, gathered; its gradient is zero.
+    """
+
+    weight: jax.Array
+    copy: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight.shape
+
+    def dot(self, x: jax.Array, transposed: bool, out_dtype: Any, accumulate: Any) -> jax.Array:
+        return dot(x, self, transposed, out_dtype=out_dtype, accumulate=accumulate)
+
+    def take(self, ids: jax.Array) -> jax.Array:
+        return take(self.weight, ids)
+
+    def dense(self) -> jax.Array:
+        return self.weight
+
+    def partition(self, spec: P) -> "Gathered":
+        return Gathered(spec, spec)  # type: ignore[arg-type]
+
+
 def dot(
     x: jax.Array,
     w: Weight,
@@ -126,10 +159,13 @@ def dot(
     """
     out_dtype = jnp.dtype(out_dtype or x.dtype)
     accumulate = jnp.promote_types(accumulate, x.dtype)
-    if isinstance(w, Node):
+    copy = None
+    if isinstance(w, Gathered):
+        w, copy = w.weight, w.copy
+    elif isinstance(w, Node):
         return gather(w, gathered).dot(x, transposed, out_dtype, accumulate)
     # The name is what a remat policy can keep: the product itself is hidden by its custom gradient.
-    return checkpoint_name(_dense_dot(x, w, transposed, out_dtype, accumulate, gathered), "dot")
+    return checkpoint_name(_dense_dot(x, w, copy, transposed, out_dtype, accumulate, gathered), "dot")
 
 
 def gather(w: Weight, spec: P | None) -> Any:
@@ -229,27 +265,32 @@ def abstract(record: Mapping[str, Any] | None) -> Any:
 
 # Why a custom gradient: under autodiff a bf16 product with f32 sums is differentiated as an f32
 # product (half the speed), or with bf16 sums (weight gradients lose their low bits).
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
 def _dense_dot(
-    x: jax.Array, w: jax.Array, transposed: bool, out_dtype: Any, accumulate: Any, gathered: P | None
-) -> jax.Array:
-    w = gather(w.astype(x.dtype), gathered)
-    return _product(x, w, (x.ndim - 1,), (int(transposed),), accumulate).astype(out_dtype)
+    x: jax.Array, w: jax.Array, copy: jax.Array | None, transposed: bool, out_dtype: Any, accumulate: Any,
+    gathered: P | None,
+) -> jax.Array:  # fmt: skip
+    """`copy`: w in the dtype of x, gathered already."""
+    return _product(x, _operand(x, w, copy, gathered), (x.ndim - 1,), (int(transposed),), accumulate).astype(out_dtype)
 
 
-def _dense_dot_forward(x, w, transposed, out_dtype, accumulate, gathered):
-    return _dense_dot(x, w, transposed, out_dtype, accumulate, gathered), (x, w)
+def _operand(x, w, copy, gathered):
+    return gather(w.astype(x.dtype), gathered) if copy is None else copy.astype(x.dtype)
+
+
+def _dense_dot_forward(x, w, copy, transposed, out_dtype, accumulate, gathered):
+    return _dense_dot(x, w, copy, transposed, out_dtype, accumulate, gathered), (x, w, copy)
 
 
 def _dense_dot_backward(transposed, out_dtype, accumulate, gathered, saved, g):
-    x, w = saved
+    x, w, copy = saved
     g = g.astype(x.dtype)
     # Cast and gathered as in the forward pass: under rematerialization one gather serves both products.
-    dx = _product(g, gather(w.astype(x.dtype), gathered), (g.ndim - 1,), (1 - int(transposed),), accumulate)
+    dx = _product(g, _operand(x, w, copy, gathered), (g.ndim - 1,), (1 - int(transposed),), accumulate)
     # The leading axes are contracted as they are: flattening them first halves the speed on CPU.
     leading = tuple(range(x.ndim - 1))
     dw = _product(g, x, leading, leading, accumulate) if transposed else _product(x, g, leading, leading, accumulate)
-    return dx.astype(x.dtype), dw.astype(w.dtype)
+    return dx.astype(x.dtype), dw.astype(w.dtype), None if copy is None else jnp.zeros_like(copy)
 
 
 _dense_dot.defvjp(_dense_dot_forward, _dense_dot_backward)

@@ -18,9 +18,13 @@ from llm_jax.parallel import mesh as mesh_lib
 PATH = pathlib.Path(__file__).with_name("golden.json")
 RECIPES = ("default", "gpt3", "llama2_7b", "llama3_8b", "llama2_70b", "qwen3_32b")
 MESHES = {"fsdp": (1, 256, 1, 1), "fsdp_tensor": (1, 32, 1, 8)}
-STEPS: dict[str, tuple[tuple[str, int], ...]] = {
-    "fsdp": (("data", 1), ("fsdp", 8)),
-    "fsdp_context_tensor": (("data", 1), ("fsdp", 2), ("context", 2), ("tensor", 2)),
+FSDP = (("data", 1), ("fsdp", 8))
+ACCUMULATED = (("train.batch_size", 16), ("train.grad_accumulation", 2))
+STEPS: dict[str, tuple[tuple[tuple[str, Any], ...], ...]] = {  # (sizes of the mesh, further options)
+    "fsdp": (FSDP,),
+    "fsdp_context_tensor": ((("data", 1), ("fsdp", 2), ("context", 2), ("tensor", 2)),),
+    "fsdp_accumulated": (FSDP, ACCUMULATED),
+    "fsdp_accumulated_gather_once": (FSDP, (*ACCUMULATED, ("train.gather_once", True))),
 }
 
 
@@ -48,7 +52,7 @@ def main() -> None:
     from tests.parallel import on_mesh
 
     recorded = json.loads(PATH.read_text())["collectives"] if PATH.exists() else {}
-    recorded[version()] = {name: on_mesh.step_collectives(sizes) for name, sizes in STEPS.items()}
+    recorded[version()] = {name: on_mesh.step_collectives(*step) for name, step in STEPS.items()}
     PATH.write_text(json.dumps({"shardings": shardings(), "collectives": recorded}, indent=1) + "\n")
 
 
