@@ -1,11 +1,12 @@
 """What `model.scan_layers=auto` and `model.precision.compute=auto` become, and that runs keep it."""
 
 import dataclasses
+import importlib
 import json
 
 import pytest
 
-from llm_jax import configuration, runtime
+from llm_jax import cli, configuration, runtime
 from llm_jax.errors import UserError
 from llm_jax.training import machine_choice, setup, start
 
@@ -72,7 +73,6 @@ def test_values_of_the_option():
 
 @pytest.mark.parametrize(("text", "value"), [("auto", "auto"), ("no", False), ("True", True)])
 def test_override_on_the_command_line(text, value):
-    from llm_jax import cli, train
-
-    values = cli.parse(train.COMMAND, ["--workdir=x", "--config=tiny", f"--config.model.scan_layers={text}"])
+    command = importlib.import_module("llm_jax.train").COMMAND
+    values = cli.parse(command, ["--workdir=x", "--config=tiny", f"--config.model.scan_layers={text}"])
     assert values.config.model == dataclasses.replace(configuration.load("tiny").model, scan_layers=value)
