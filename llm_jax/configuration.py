@@ -26,7 +26,7 @@ from typing import Annotated, Any
 from llm_jax import extensions
 from llm_jax.errors import UserError
 from llm_jax.option_names import RENAMED, nearest, options
-from llm_jax.schema import Config, EmbeddingsConfig, Rules, choice, type_text
+from llm_jax.schema import BoolOrAuto, Config, EmbeddingsConfig, Rules, choice, type_text
 
 # The recipe that has the default values of a configuration dataclass.
 DEFAULT_RECIPES: dict[Any, str] = {Config: "default", EmbeddingsConfig: "word2vec"}
@@ -333,6 +333,12 @@ def _plain(mapping: Any) -> dict[str, Any]:
 
 def _convert(value: Any, kind: Any, key: str, declared: Any = None) -> Any:
     """`value` as the type `kind`; `declared` is the whole annotation of the option, for the error message."""
+    if kind == BoolOrAuto:
+        if isinstance(value, str):  # from the command line
+            value = {"true": True, "false": False, "1": True, "0": False}.get(value.lower(), value)
+        if type(value) is bool or value == "auto":
+            return value
+        raise UserError(wrong_type(key, value, kind))
     if typing.get_origin(kind) is Annotated:
         plain, allowed = typing.get_args(kind)
         value = _convert(value, plain, key, kind)

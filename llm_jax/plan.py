@@ -15,6 +15,7 @@ and gradients, without compiling.
 Shapes are enough: no weights are loaded and nothing is computed.
 """
 
+import dataclasses
 import json
 from typing import Any
 
@@ -75,9 +76,10 @@ def main(f: cli.Flags) -> None:
 def _for_topology(f: cli.Flags, config: Config) -> None:
     from llm_jax import configuration
     from llm_jax.parallel import topologies
-    from llm_jax.training import plan_search, planning
+    from llm_jax.training import machine_choice, plan_search, planning
 
     topology = topologies.parse(f.topology, f.slices)
+    config = dataclasses.replace(config, model=machine_choice.resolve(config.model, "tpu", ())[0])
     if f.batch_per_device:
         rows = f.batch_per_device * topology.chips * topology.chip.devices
         config = configuration.replace(config, {"train.batch_size": rows})

@@ -113,12 +113,22 @@ def enable_compilation_cache(directory: pathlib.Path) -> None:
 
 def _machine() -> str:
     """A name for the instruction set of the CPU: code compiled for one CPU may use instructions that others lack."""
+    features = _cpu_features() or platform.processor()
+    return f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:8]}"
+
+
+def cpu_instructions() -> frozenset[str]:
+    """The instruction sets of the CPU, such as "avx2", as Linux spells them; empty where they are not known."""
+    return frozenset(_cpu_features().partition(":")[2].split())
+
+
+def _cpu_features() -> str:
+    """The line of /proc/cpuinfo with the instruction sets, or ""."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        features = next(line for line in lines if line.lower().startswith(("flags", "features")))
-    except (OSError, StopIteration):
-        features = platform.processor()
-    return f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:8]}"
+    except OSError:
+        return ""
+    return next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
 
 
 def _delete_incomplete(directory: pathlib.Path) -> None:

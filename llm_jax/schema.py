@@ -24,6 +24,9 @@ Seed = Annotated[int, (0, 2**32 - 1)]
 MeshSize = Annotated[int, (-1, 2**31)]
 LoraVariant = Annotated[str, ("lora", "fa", "dora", "pissa", "loftq")]
 Dtype = Annotated[str, ("float32", "bfloat16", "float16", "float64")]
+DtypeOrAuto = Annotated[str, ("auto", "float32", "bfloat16", "float16", "float64")]
+# A bool, or the text "auto", which `training.setup` replaces before the option is used.
+BoolOrAuto = Annotated[bool, ("auto",)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +95,8 @@ class PositionConfig:
 @dataclasses.dataclass(frozen=True)
 class PrecisionConfig:
     params: Dtype  # dtype of weights and optimizer state
-    compute: Dtype  # dtype of activations and of the operands of matrix products
+    # dtype of activations and of the operands of matrix products; "auto": the fastest on the machine, see docs/speed.md
+    compute: DtypeOrAuto
     accumulate: Dtype  # dtype in which matrix products are accumulated
     output: Dtype  # dtype of the logits
 
@@ -146,7 +150,8 @@ class ModelConfig:
     ]  # storage of cached keys and values: "compute" (dtype precision.compute) or "int8" (one scale per head)
     position: PositionConfig
     precision: PrecisionConfig
-    scan_layers: bool  # scan over stacked layers (compile time independent of depth) instead of unrolling them
+    # scan over stacked layers (compile time independent of depth) instead of unrolling them; "auto": see docs/speed.md
+    scan_layers: BoolOrAuto
     remat: str  # rematerialization in the backward pass: "none", "dots" (all but matrix products), "full"
 
 
@@ -330,6 +335,8 @@ class EmbeddingsConfig:
 
 def type_text(annotation: Any) -> str:
     """The type and the range of an option as text, such as "int, at least 1"."""
+    if annotation == BoolOrAuto:
+        return "bool | 'auto'"
     if typing.get_origin(annotation) is Annotated:
         plain, *rest = typing.get_args(annotation)
         allowed = next((value for value in rest if isinstance(value, tuple)), None)

@@ -189,12 +189,13 @@ def show_positions(f: cli.Flags) -> None:
     if f.checkpoint and f.config.explicit:
         raise UserError(f"--config.{min(f.config.explicit)} has no effect where --checkpoint is given")
     from llm_jax.pictures.position_curves import positions
+    from llm_jax.training import machine_choice
 
     if f.checkpoint:
         model, params, _ = _loaded(f)
         _print(f, positions(model.config, params, f.distance))
     else:
-        _print(f, positions(f.config.model, None, f.distance))
+        _print(f, positions(machine_choice.fixed(f.config.model), None, f.distance))
 
 
 def show_embeddings(f: cli.Flags) -> None:

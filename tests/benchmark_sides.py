@@ -11,7 +11,7 @@ def constant(rate: float = 1.0, loss: float = 2.0, fails_at: int = 99) -> Job:
         if number == fails_at:
             raise ValueError(f"turn {number}")
         seconds = 5.0 if number < 0 else 1.0
-        return {"items/s": rate + number, "seconds": seconds, "loss": loss}
+        return {"items/s": rate + number, "seconds": seconds, "CPU seconds": 2 * seconds, "loss": loss}
 
     return Job(turn, "toy 1.0", {"bounds": [["items/s", "read GB/s", 2.0]]})
 

@@ -7,11 +7,12 @@ import sys
 
 import pytest
 
-from experiments.benchmarks import __main__ as command
 from experiments.benchmarks import rendering, runner, suites, word2vec, worker
 from experiments.benchmarks.runner import Measure, Side
 from llm_jax.errors import UserError
+from tests.research.verdict_cases import load
 
+command, gpu = load("benchmarks.__main__"), load("benchmarks.gpu")
 TOY = "tests.benchmark_sides:"
 
 
@@ -56,7 +57,7 @@ def test_record_has_ratios_shares_of_bounds_and_what_compiling_took(toy):
     assert (ratio["low"], ratio["median"], ratio["high"]) == (2.0, 2.5, 3.0)
     share = next(s for s in toy["of bounds"] if s["side"] == "fast")
     assert share["values"] == [3 * 2 / 8, 4 * 2 / 8]
-    assert toy["details"]["fast"][runner.FIRST] == 4.0
+    assert [toy["details"]["fast"][name] for name in runner.FIRST.values()] == [4.0, 8.0]
     assert toy["sides"]["fast"]["peak MiB"]["median"] > 1
 
 
@@ -92,7 +93,7 @@ def test_other_work_leaves_out_the_time_of_the_benchmark_itself(monkeypatch):
 
 def test_table_of_a_measure(toy):
     text = rendering.markdown(toy)
-    assert "|  | items/s | peak MiB | first step, extra s |" in text
+    assert "|  | items/s | peak MiB | first step, extra s | first step, extra CPU s |" in text
     assert "| fast | slow | items/s | 2.50 (2.00 to 3.00) |" in text
     assert "| fast | items/s | read GB/s | 0.88 (0.75 to 1.00) |" in text
     assert "| slow | 1.5 |" in text
@@ -111,9 +112,9 @@ def test_pages_show_the_latest_results(tmp_path):
         assert text == original.read_text(), "python -m experiments.benchmarks --render renders the results"
 
 
-@pytest.mark.parametrize("name", ["quick", "cpu", "parts"])
+@pytest.mark.parametrize("name", ["quick", "cpu", "parts", "gpu"])
 def test_options_of_every_side_fit_its_function(name):
-    measures = suites.suite(name)
+    measures = gpu.measures() if name == "gpu" else suites.suite(name)
     assert len({measure.name for measure in measures}) == len(measures)
     for measure in measures:
         names = [side.name for side in measure.sides]
@@ -121,6 +122,15 @@ def test_options_of_every_side_fit_its_function(name):
         for side in measure.sides:
             inspect.signature(worker.resolve(side.prepare)).bind(**side.options)
             assert set(side.rivals) <= set(names) - {side.name}, f"{measure.name}: {side.name}"
+
+
+def test_what_a_machine_without_a_gpu_lacks_is_said_in_one_line(monkeypatch):
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
+    with pytest.raises(
+        UserError, match="JAX for CUDA: nvidia-smi is not found: this machine has no NVIDIA GPU"
+    ) as error:
+        gpu.main()
+    assert "\n" not in str(error.value)
 
 
 def test_unknown_measures_are_refused():

@@ -63,7 +63,7 @@ def test_a_missing_key_is_named():
         ("--config.model.num_heads=3", "does not divide model.num_heads=3"),
         ("--config.model.layer_pattern=('far',)", "expected kinds out of global, local, nope"),
         ("--config.optim.lr=nan", "'optim.lr' is nan; expected a finite number (float, at least 0)"),
-        ("--config.model.precision.compute=floatx", "expected one of bfloat16, float16, float32, float64"),
+        ("--config.model.precision.compute=floatx", "expected one of auto, bfloat16, float16, float32, float64"),
         ("--config.mesh.fsdp=3", "does not fit 1 device"),
         ("--config.train.loss_chunk=5", "must divide train.seq_len=32"),
         ("--config.optim.decay_rules=(('x',0.0),('.*',1.0))", "the rule 'x' matches no parameter"),

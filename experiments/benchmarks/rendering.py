@@ -35,6 +35,7 @@ def circumstances(record: Record) -> str:
         parts.append(f"load {min(record['load']):.1f} to {max(record['load']):.1f}")
     state = {True: "a quiet machine", False: "**a busy machine**", None: "load not recorded"}[record["quiet"]]
     cores = f"{m['cores']} core{'s' if m['cores'] > 1 else ''} of {m['cpu']}"
+    cores = f"{m['gpu']}, {cores}" if "gpu" in m else cores
     where = cores + (f" ({', '.join(m['instructions'])})" if m["instructions"] else "")
     return f"{record['date']}, {where}; {record['rounds']} rounds; {', '.join([state, *parts])}."
 
@@ -44,7 +45,9 @@ def markdown(record: Record) -> str:
     lines = [f"### {record['title']}", "", record["note"], "", circumstances(record), ""]
     sides, details = record["sides"], record["details"]
     names = [n for n in dict.fromkeys(n for figures in sides.values() for n in figures) if not _hidden(record, n)]
-    extra = [n for n in (FIRST, "weights MiB", "optimizer state MiB") if any(n in d for d in details.values())]
+    extra = [
+        n for n in (*FIRST.values(), "weights MiB", "optimizer state MiB") if any(n in d for d in details.values())
+    ]
 
     def cell(name: str, side: str) -> str:
         if name in extra:
@@ -80,7 +83,7 @@ def highlights(records: Mapping[str, Record]) -> str:
     rows = []
     for record in records.values():
         for r in record["ratios"]:
-            if re.fullmatch(r".*/s|peak MiB|seconds", r["figure"]) and not _hidden(record, r["figure"]):
+            if re.fullmatch(r".*/s|(GPU )?peak MiB|seconds", r["figure"]) and not _hidden(record, r["figure"]):
                 state = " (busy)" if record["quiet"] is False else ""
                 rows.append([record["title"], r["side"], r["figure"], r["rival"], spread(r) + state])
     return "\n".join(table(["measure", "", "figure", "beside", "ratio"], rows))
@@ -88,7 +91,7 @@ def highlights(records: Mapping[str, Record]) -> str:
 
 def _hidden(record: Record, figure: str) -> bool:
     """Seconds beside a rate, and CPU time where the clock says enough."""
-    if figure == "seconds":
+    if figure in ("seconds", "CPU seconds"):
         return any("/s" in name for figures in record["sides"].values() for name in figures)
     return bool(record["quiet"]) and figure.endswith("of CPU time")
 

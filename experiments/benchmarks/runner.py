@@ -19,7 +19,8 @@ from typing import Any
 
 QUIET = 0.05  # largest share of the cores' time that other work may take on a machine that is called quiet
 BOUNDS = "bounds"  # the side that measures what the machine can do
-FIRST = "first step, extra s"  # above the median of the later ones: compiling, and allocating memory
+# What the first step takes above the median of the later ones, to compile and to allocate memory.
+FIRST = {"seconds": "first step, extra s", "CPU seconds": "first step, extra CPU s"}
 ROOT = pathlib.Path(__file__).parents[2]
 
 Figures = dict[str, float]
@@ -114,8 +115,10 @@ def run(measure: Measure, peer_python: str, say: Callable[[str], None] = print) 
     record["missing"] |= failed
     for name, figures in values.items():
         if "loss" in figures:
-            compiling = first[name]["seconds"] - statistics.median(figures["seconds"])
-            record["details"][name] |= {FIRST: round(max(0.0, compiling), 1), "first loss": first[name]["loss"]}
+            for figure, extra in FIRST.items():
+                above = first[name][figure] - statistics.median(figures[figure])
+                record["details"][name][extra] = round(max(0.0, above), 1)
+            record["details"][name]["first loss"] = first[name]["loss"]
             del figures["loss"]
     known_bounds = values.pop(BOUNDS, {})
     record["bounds"] = summarize(known_bounds)
@@ -348,7 +351,18 @@ def machine() -> dict[str, Any]:
         "instructions": [name for name in known if name in fields.get("flags", "").split()],
         "cores": len(os.sched_getaffinity(0)),
         "memory GiB": round(memory, 1),
+        **_gpu(),
     }
+
+
+def _gpu() -> dict[str, str]:
+    """The name of the first NVIDIA GPU, if there is one."""
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    with contextlib.suppress(OSError):
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode == 0 and result.stdout.strip():
+            return {"gpu": result.stdout.splitlines()[0].strip()}
+    return {}
 
 
 def _descendants(pid: int) -> Iterator[int]:

@@ -11,7 +11,7 @@ from experiments.benchmarks.training import PLAIN
 # Options of a side whose value starts with this are paths of the model in another format; see `models.path`.
 MODEL_PATH = "model:"
 _HF = MODEL_PATH + "hf"
-_BOUNDS = Side("bounds", "machine:bounds")
+BOUNDS = Side("bounds", "machine:bounds")
 _QLORA_HEAD = ""  # bitsandbytes leaves embeddings and head as they are
 
 
@@ -41,7 +41,7 @@ def training(dtype: str, rows: int, length: int, rounds: int, full: bool) -> Mea
         f"A training step over all weights, {dtype}",
         f"SmolLM2-135M, {rows} x {length} tokens, AdamW, weights and optimizer in float32, products in {dtype}. "
         "A step of pretraining and one of full fine-tuning are the same. A turn is one step.",
-        (_BOUNDS, *ours, *peers),
+        (BOUNDS, *ours, *peers),
         rounds,
         same_loss=1e-4 if dtype == "float32" else 1e-2,
     )
@@ -57,7 +57,7 @@ def lora(rows: int, length: int, rounds: int) -> Measure:
         "A LoRA step",
         f"SmolLM2-135M, {rows} x {length} tokens, float32, rank 8 on all linear layers, AdamW. A turn is one step.",
         (
-            _BOUNDS,
+            BOUNDS,
             Side("llm_jax", "training:llm_jax", _ours(rows, length, options), rivals=("peft",)),
             Side("llm_jax, remat=dots", "training:llm_jax", _ours(rows, length, sparing), rivals=("peft",)),
             Side("peft", "training:torch", peer, peer=True),
@@ -76,7 +76,7 @@ def qlora(rows: int, length: int, rounds: int) -> Measure:
         "A QLoRA step",
         f"As the LoRA step, {rows} x {length} tokens, over frozen NF4 weights with double quantization.",
         (
-            _BOUNDS,
+            BOUNDS,
             Side("llm_jax", "training:llm_jax", _ours(rows, length, quantized), rivals=("peft + bitsandbytes", "peft")),
             Side("peft + bitsandbytes", "training:torch", peer | {"nf4": True}, peer=True),
             Side("peft", "training:torch", peer, peer=True),
@@ -107,7 +107,7 @@ def decode(formats: list[str], batches: list[int], rounds: int, llama: list[str]
         "Decoding and prefill",
         "SmolLM2-135M, greedy, 32 tokens after a prompt of 16, with 1, 4 or 16 rows; prefill of 512 tokens. Quantized "
         "weights of llm_jax have the embedding table and the head in int8; 'as stored' is the file in Q4_1.",
-        (_BOUNDS, *ours, *peers),
+        (BOUNDS, *ours, *peers),
         rounds,
     )
 
@@ -176,6 +176,23 @@ def positions(rounds: int, length: int = 2048) -> Measure:
     return Measure("positions", "What a position scheme costs", note, tuple(sides), rounds)
 
 
+def layouts(rounds: int) -> Measure:
+    """The training step in the dtypes and layouts that `auto` chooses from (`llm_jax.training.machine_choice`)."""
+    base = "float32 scanned"
+    sides = [
+        Side(
+            f"{dtype} {layout}",
+            "training:llm_jax",
+            _ours(2, 256, {"model.precision.compute": dtype, "model.scan_layers": layout == "scanned"}),
+            rivals=() if f"{dtype} {layout}" == base else (base,),
+        )
+        for dtype in ("float32", "bfloat16")
+        for layout in ("scanned", "unrolled")
+    ]
+    note = "SmolLM2-135M (30 layers), 2 x 256 tokens, all weights, AdamW; products in the dtype of the row."
+    return Measure("layouts", "Scanned and unrolled layers", note, (BOUNDS, *sides), rounds)
+
+
 def word2vec(kind: str, seeds: int) -> Measure:
     """word2vec beside gensim, in speed and quality."""
     return Measure(
@@ -231,4 +248,4 @@ def suite(name: str) -> list[Measure]:
         ]
     kinds = ("skipgram", "cbow")
     words = [word2vec(kind, 3) for kind in kinds]
-    return [optimizers(7), positions(5), *words, tokenizing(3), documents()]
+    return [layouts(3), optimizers(7), positions(5), *words, tokenizing(3), documents()]

@@ -47,9 +47,9 @@ def timed(work: Callable[[], object]) -> tuple[float, float]:
 
 
 def rates(unit: str, amount: float, times: tuple[float, float]) -> dict[str, float]:
-    """The figures "UNIT/s" and "UNIT/s of CPU time", and "seconds" on the clock."""
+    """The figures "UNIT/s" and "UNIT/s of CPU time", and "seconds" and "CPU seconds"."""
     clock, cpu = (max(seconds, 1e-9) for seconds in times)
-    return {f"{unit}/s": amount / clock, f"{unit}/s of CPU time": amount / cpu, "seconds": clock}
+    return {f"{unit}/s": amount / clock, f"{unit}/s of CPU time": amount / cpu, "seconds": clock, "CPU seconds": cpu}
 
 
 def peak_mib() -> float:
@@ -59,6 +59,17 @@ def peak_mib() -> float:
         return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024  # type: ignore[index]
     except (OSError, TypeError):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def peaks() -> dict[str, float]:
+    """The figure "peak MiB", and "GPU peak MiB" where a GPU is used."""
+    figures = {"peak MiB": peak_mib()}
+    jax, torch = sys.modules.get("jax"), sys.modules.get("torch")
+    if jax is not None and jax.default_backend() == "gpu":
+        figures["GPU peak MiB"] = jax.local_devices()[0].memory_stats()["peak_bytes_in_use"] / 2**20
+    elif torch is not None and torch.cuda.is_initialized():
+        figures["GPU peak MiB"] = torch.cuda.max_memory_allocated() / 2**20
+    return figures
 
 
 def resolve(name: str) -> Callable[..., Job]:
@@ -80,7 +91,8 @@ def main() -> None:
         answer({"software": job.software, "details": dict(job.details)})
         for line in sys.stdin:
             figures = dict(job.turn(int(line)))
-            figures.setdefault("peak MiB", peak_mib())
+            for figure, value in peaks().items():
+                figures.setdefault(figure, value)
             answer(figures)
     except ModuleNotFoundError as error:
         answer({"error": f"{error.name} is not installed"})

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict, config_flags
 
 from llm_jax import configuration, option_names
 from llm_jax.errors import UserError
+from llm_jax.schema import BoolOrAuto
 from llm_jax.value_names import suggestion
 
 # Rows (flags, condition under which they have no effect, function of the flags that is true if they have one).
@@ -140,7 +141,7 @@ def parse(command: Command, values: flags.FlagValues, arguments: Sequence[str]) 
             if problem := option_names.unknown(key, command.config, value):
                 raise UserError(problem)
         source = source or configuration.DEFAULT_RECIPES[command.config]
-        complete = configuration.as_dict(configuration.load(source, cls=command.config))
+        complete = _with_texts(configuration.as_dict(configuration.load(source, cls=command.config)), command.config)
         config_flags.DEFINE_config_dict("config", ConfigDict(complete), flag_values=values, sys_argv=["", *arguments])
     try:
         positional = values(["", *_as_absl_reads(arguments, values, command.config)])[1:]
@@ -166,6 +167,17 @@ def parse(command: Command, values: flags.FlagValues, arguments: Sequence[str]) 
         changes = vars(values["config"])["_override_values"]
         values["config"].value = configuration.load(source, changes, cls=command.config)
     refuse_without_effect(command.needs, values)
+
+
+def _with_texts(section: dict[str, Any], cls: Any) -> dict[str, Any]:
+    """The defaults with a text where a bool may be overridden by "auto": ml_collections keeps the type of a default."""
+    result = {}
+    for name, kind in option_names.options(cls).items():
+        value = section[name]
+        if dataclasses.is_dataclass(kind):
+            value = _with_texts(value, kind)
+        result[name] = str(value) if kind == BoolOrAuto else value
+    return result
 
 
 def refuse_without_effect(needs: Needs, values: flags.FlagValues) -> None:
@@ -204,7 +216,7 @@ def _as_absl_reads(arguments: Sequence[str], values: flags.FlagValues, cls: Any)
     for argument in arguments:
         if match := re.fullmatch(r"(--?([^=]+)=)(.*)", argument, re.DOTALL):
             annotation, text = _annotation(match[2], cls), match[3]
-            if annotation is bool or (match[2] in values and getattr(values[match[2]], "boolean", False)):
+            if annotation in (bool, BoolOrAuto) or (match[2] in values and getattr(values[match[2]], "boolean", False)):
                 text = _BOOLEANS.get(text.strip().lower(), text)
             elif annotation == tuple[str, ...] and "," not in text and not text.lstrip().startswith(tuple("([\"'")):
                 text = repr((text,)) if text else text

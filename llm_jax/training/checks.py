@@ -12,7 +12,7 @@ from llm_jax import configuration
 from llm_jax.model import attention_kernels, transformer
 from llm_jax.model.transformer import Transformer
 from llm_jax.schema import Config, choice
-from llm_jax.training import bad_steps, losses, optim, run_pictures, step, trackers, trainable
+from llm_jax.training import bad_steps, losses, machine_choice, optim, run_pictures, step, trackers, trainable
 
 
 def config(
@@ -44,7 +44,9 @@ def check(config: Config) -> None:
     choice("model.attention_kernel", config.model.attention_kernel, attention_kernels.IMPLEMENTATIONS)
     # Neither the layout nor the kernel changes a weight; the choice of a kernel would initialize the devices.
     vocab_size = config.model.vocab_size or config.tokenizer.vocab_size or 512
-    plain = dataclasses.replace(config.model, vocab_size=vocab_size, scan_layers=True, attention_kernel="plain")
+    plain = dataclasses.replace(
+        machine_choice.fixed(config.model), vocab_size=vocab_size, scan_layers=True, attention_kernel="plain"
+    )
     model = Transformer(plain)
     method = trainable.method(config)
 

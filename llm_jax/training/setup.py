@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from llm_jax import checkpoints, tokenizers, trees
+from llm_jax import checkpoints, runtime, tokenizers, trees
 from llm_jax.checkpoints import Checkpoint, abstract_params
 from llm_jax.checkpoints.checkpoint import with_dtype
 from llm_jax.data import rows as rows_lib
@@ -32,7 +32,7 @@ from llm_jax.model.transformer import Transformer
 from llm_jax.parallel import mesh as mesh_lib
 from llm_jax.schema import Config
 from llm_jax.tokenizers import Tokenizer
-from llm_jax.training import bad_steps, checks, gather_once, losses, optim, trainable
+from llm_jax.training import bad_steps, checks, gather_once, losses, machine_choice, optim, trainable
 from llm_jax.training import step as step_lib
 from llm_jax.training.step import TrainState
 
@@ -58,6 +58,7 @@ class Setup:
       update: the pure function that `train_step` jits.
       train_step: jitted (state without frozen, frozen, batch, limit) -> (state, metrics); the state is donated.
       loss: jitted (trainable, frozen, batch) -> (sum of the cross-entropy in nats, number of targets), float32 () each.
+      choices: one line for every option that was `auto`: its value, and why; or that `auto` would be faster.
     """
 
     config: Config
@@ -73,6 +74,7 @@ class Setup:
     update: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     train_step: Any
     loss: Any
+    choices: tuple[str, ...] = ()
 
     @property
     def batch_sharding(self) -> NamedSharding:
@@ -242,6 +244,9 @@ def setup(
     # ---------------------------------------------------------------- mesh and model
     checks.check_training(config)
     mesh = mesh_lib.make(config.mesh, devices)
+    platform = mesh.devices.flat[0].platform
+    chosen, choices = machine_choice.resolve(config.model, platform, runtime.cpu_instructions())
+    config = dataclasses.replace(config, model=chosen)
     batch_sharding = mesh_lib.batch_sharding(mesh, c.batch_size, c.seq_len)
     together = losses.rows_together(config.loss)
     step_lib.check_accumulation(c.batch_size, c.grad_accumulation, mesh.shape["data"] * mesh.shape["fsdp"], together)
@@ -300,6 +305,7 @@ def setup(
         shardings=where,
     )
     shape = jax.ShapeDtypeStruct((c.batch_size, c.seq_len), jnp.int32, sharding=batch_sharding)
+    advice = machine_choice.advice(config, platform, runtime.cpu_instructions())
     return Setup(
         config=config,
         method=method,
@@ -323,6 +329,7 @@ def setup(
             in_shardings=(where, None, batch_sharding),
             out_shardings=copies,
         ),
+        choices=(*choices, *([advice] if advice else [])),
     )
 
 
@@ -374,4 +381,12 @@ def describe(setup: Setup) -> str:
     if (all_params := num_parameters(setup.base)) != num_parameters(params):
         total += f", over {all_params:,} frozen ones"
     mesh = f"mesh {dict(setup.mesh.shape)} of {setup.mesh.size} {setup.mesh.devices.flat[0].device_kind} device(s)"
-    return "\n".join([head, *lines, total, f"{mesh}, attention kernel {setup.attention_kernel}, jax {jax.__version__}"])
+    return "\n".join(
+        [
+            head,
+            *lines,
+            total,
+            *setup.choices,
+            f"{mesh}, attention kernel {setup.attention_kernel}, jax {jax.__version__}",
+        ]
+    )

@@ -20,7 +20,7 @@ from llm_jax.model.transformer import Transformer
 from llm_jax.parallel import processes
 from llm_jax.schema import Config, ModelConfig, choice
 from llm_jax.tokenizers import Tokenizer
-from llm_jax.training import losses, optim
+from llm_jax.training import losses, machine_choice, optim
 
 # Options that may change when a run is resumed: whole keys, and sections by their dot.
 _RESUMABLE = (
@@ -78,6 +78,8 @@ def find(config: Config, workdir: pathlib.Path | None = None) -> Start:
         config = configuration.replace(config, changes)
     saved, record, damaged = _agreed_checkpoint(config, workdir) if workdir else (None, {}, ())
     recorded = next((checkpoints.read_config(d) for d in (workdir, saved) if d and (d / "config.json").exists()), None)
+    if recorded:
+        config = dataclasses.replace(config, model=_as_recorded(config.model, recorded.model))
     origin = None
     if config.init_from and (config.lora.rank or not saved):
         origin = checkpoints.open_base(config.init_from)
@@ -221,6 +223,16 @@ def _refuse_another_run(workdir: pathlib.Path, before: Config, now: Config) -> N
         raise UserError(f"{workdir} holds another run ({differences}); give another --workdir")
 
 
+def _as_recorded(model: ModelConfig, recorded: ModelConfig) -> ModelConfig:
+    """The model with what `auto` stood for when the run was begun, so that it continues alike on any machine."""
+    if model.scan_layers == "auto":
+        model = dataclasses.replace(model, scan_layers=recorded.scan_layers)
+    if model.precision.compute == "auto":
+        precision = dataclasses.replace(model.precision, compute=recorded.precision.compute)
+        model = dataclasses.replace(model, precision=precision)
+    return model
+
+
 def _is_of_the_run(key: str) -> bool:
     return key.split(".")[0] in _OF_THE_RUN
 
@@ -234,5 +246,5 @@ def _changes_shapes(model: ModelConfig, change: dict[str, Any], expected: dict[s
 
 def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every weight, by its name in the per-layer layout."""
-    abstract = abstract_params(Transformer(dataclasses.replace(model, scan_layers=False)))
+    abstract = abstract_params(Transformer(dataclasses.replace(machine_choice.fixed(model), scan_layers=False)))
     return {path: leaf.shape for path, leaf in trees.flatten(abstract).items()}
