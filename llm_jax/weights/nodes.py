@@ -33,6 +33,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from llm_jax.errors import UserError
+from llm_jax.kernels import cpu_dense, native
 
 # Letters of shapes: B batch, I in, O out, R rank.
 
@@ -233,8 +234,13 @@ def abstract(record: Mapping[str, Any] | None) -> Any:
 def _dense_dot(
     x: jax.Array, w: jax.Array, transposed: bool, out_dtype: Any, accumulate: Any, gathered: P | None
 ) -> jax.Array:
-    w = gather(w.astype(x.dtype), gathered)
-    return _product(x, w, (x.ndim - 1,), (int(transposed),), accumulate).astype(out_dtype)
+    def by_xla(x, w):
+        return _product(x, gather(w.astype(x.dtype), gathered), (x.ndim - 1,), (int(transposed),), accumulate)
+
+    if cpu_dense.unsupported_reason(x, w, accumulate) or native.library(silent=True) is None:
+        return by_xla(x, w).astype(out_dtype)
+    kernel = functools.partial(cpu_dense.product, transposed=transposed)
+    return lax.platform_dependent(x, w, cpu=kernel, default=by_xla).astype(out_dtype)
 
 
 def _dense_dot_forward(x, w, transposed, out_dtype, accumulate, gathered):
