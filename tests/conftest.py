@@ -19,6 +19,8 @@ import pytest
 
 from llm_jax import cli, runtime, schema
 from llm_jax import configuration as config_lib
+from llm_jax.errors import UserError
+from llm_jax.kernels import native
 from llm_jax.model.transformer import Transformer
 from tests import compilation
 from tests.compilation import pytest_runtest_setup as pytest_runtest_setup
@@ -50,6 +52,16 @@ LONGEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {ROOT / "tests" / name: index for index, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path, len(order)))
+
+
+@pytest.fixture(scope="session")
+def compiled_kernels() -> None:
+    """Skips tests of the kernels in C++ where no compiler is installed and none has been cached."""
+    if native.loaded()[0] is None:
+        try:
+            native.find_compiler()
+        except UserError as error:
+            pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")

@@ -80,7 +80,7 @@ class _Tensors:
     def as_stored(self, spec: names.TensorSpec) -> QTensor | None:
         """A tensor with its codes, or None if no quantization scheme equals its format."""
         tensor = self.file.tensors[spec.name]
-        if tensor.format not in gguf_blocks.SCHEMES or len(tensor.shape) != 2 or spec.part[1] > 1:
+        if tensor.format not in gguf_blocks.READABLE or len(tensor.shape) != 2 or spec.part[1] > 1:
             return None
         return gguf_blocks.from_rows(tensor.format, tensor.rows(self._rows(spec.name)), spec.transposed)
 
@@ -112,8 +112,8 @@ def load_params(
       config: of the file's model.
       abstract: shapes and dtypes of the parameters, in any layout.
       shardings: abstract parameters -> their shardings.
-      as_stored: return tensors in Q8_0, Q4_0 and Q4_1 as QTensors on the default device instead of expanding them;
-        needs one entry per layer.
+      as_stored: return tensors in the formats `gguf_blocks.READABLE` as QTensors on the default device instead of
+        expanding them; needs one entry per layer.
     """
     source = _Tensors(str(path), file, _heads(file.metadata["general.architecture"], config))
     encoder = ARCHITECTURES[file.metadata["general.architecture"]].encoder

@@ -8,6 +8,7 @@ and MXFP4 are positions in a table of values.
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -25,6 +26,7 @@ class BlockFormat:
       size: bytes of a block.
       decode: uint8 (..., K, size) -> float32 (..., K, numbers).
       encode: the inverse, which rounds as ggml does; None for formats that are only read.
+      groups: for formats that are groups of integers, their `Groups`; None for others. uint8 (..., K, size).
     """
 
     code: int
@@ -32,6 +34,27 @@ class BlockFormat:
     size: int
     decode: Callable[[np.ndarray], np.ndarray]
     encode: Callable[[np.ndarray], np.ndarray] | None = None
+    groups: Callable[[np.ndarray], "Groups"] | None = None
+
+
+class Groups(NamedTuple):
+    """Blocks as groups of integers that share a scale: the numbers are codes * scale + offset, rounded after each.
+
+    Attributes:
+      codes: int8 or uint8 (..., K, G, N), for G groups of N numbers in a block.
+      scale: float32 (..., K, G, 1).
+      offset: float32 (..., K, G, 1), or None.
+    """
+
+    codes: np.ndarray
+    scale: np.ndarray
+    offset: np.ndarray | None = None
+
+    def numbers(self) -> np.ndarray:
+        """float32 (..., K, G N)."""
+        values = self.codes.astype(np.float32) * self.scale
+        values = values if self.offset is None else values + self.offset
+        return values.reshape(*values.shape[:-2], -1)
 
 
 def decode(name: str, rows: np.ndarray) -> np.ndarray:
@@ -75,14 +98,14 @@ def _q4_1(b: np.ndarray) -> np.ndarray:
     return _half(b[..., :2]) * _nibbles(b[..., 4:]) + _half(b[..., 2:4])
 
 
-def _q5_0(b: np.ndarray) -> np.ndarray:
-    q = _nibbles(b[..., 6:]) | _fifth_bits(b[..., 2:6])
-    return _half(b[..., :2]) * (q.astype(np.float32) - 16)
+def _q5_0(b: np.ndarray) -> Groups:
+    codes = (_nibbles(b[..., 6:]) | _fifth_bits(b[..., 2:6])).astype(np.int8) - np.int8(16)
+    return Groups(codes[..., None, :], _half(b[..., :2])[..., None])
 
 
-def _q5_1(b: np.ndarray) -> np.ndarray:
-    q = _nibbles(b[..., 8:]) | _fifth_bits(b[..., 4:8])
-    return _half(b[..., :2]) * q + _half(b[..., 2:4])
+def _q5_1(b: np.ndarray) -> Groups:
+    codes = _nibbles(b[..., 8:]) | _fifth_bits(b[..., 4:8])
+    return Groups(codes[..., None, :], _half(b[..., :2])[..., None], _half(b[..., 2:4])[..., None])
 
 
 def _q8_0(b: np.ndarray) -> np.ndarray:
@@ -97,11 +120,11 @@ def _six_bits(s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return scales[..., None].astype(np.float32), minima[..., None].astype(np.float32)
 
 
-def _k_quants(b: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    """d scale code - dmin minimum, for codes (..., 8, 32)."""
+def _k_quants(b: np.ndarray, codes: np.ndarray) -> Groups:
+    """d scale code - dmin minimum, for codes (..., 8, 32). The products of d and dmin are exact in float32."""
     scales, minima = _six_bits(b[..., 4:16])
     d, dmin = _half(b[..., :2])[..., None], _half(b[..., 2:4])[..., None]
-    return (d * scales * codes - dmin * minima).reshape(*b.shape[:-1], 256)
+    return Groups(codes, d * scales, -(dmin * minima))
 
 
 def _pairs_of_32(q: np.ndarray) -> np.ndarray:
@@ -110,23 +133,23 @@ def _pairs_of_32(q: np.ndarray) -> np.ndarray:
     return np.stack([q & 15, q >> 4], -2).reshape(*q.shape[:-2], 8, 32)
 
 
-def _q4_k(b: np.ndarray) -> np.ndarray:
+def _q4_k(b: np.ndarray) -> Groups:
     return _k_quants(b, _pairs_of_32(b[..., 16:]))
 
 
-def _q5_k(b: np.ndarray) -> np.ndarray:
+def _q5_k(b: np.ndarray) -> Groups:
     fifth = (b[..., 16:48][..., None, :] >> np.arange(8, dtype=np.uint8)[:, None]) & 1
     return _k_quants(b, _pairs_of_32(b[..., 48:]) | (fifth << 4))
 
 
-def _q6_k(b: np.ndarray) -> np.ndarray:
+def _q6_k(b: np.ndarray) -> Groups:
     low = b[..., :128].reshape(*b.shape[:-1], 2, 2, 32)  # half, part, place
     low = np.concatenate([low & 15, low >> 4], -2)  # half, 4, place
     high = b[..., 128:192].reshape(*b.shape[:-1], 2, 1, 32)
     high = (high >> np.array([0, 2, 4, 6], np.uint8)[:, None]) & 3
-    codes = (low | (high << 4)).astype(np.float32).reshape(*b.shape[:-1], 16, 16) - 32
+    codes = (low | (high << 4)).astype(np.int8).reshape(*b.shape[:-1], 16, 16) - np.int8(32)
     scales = np.ascontiguousarray(b[..., 192:208]).view(np.int8).astype(np.float32)[..., None]
-    return (_half(b[..., 208:])[..., None] * scales * codes).reshape(*b.shape[:-1], 256)
+    return Groups(codes, _half(b[..., 208:])[..., None] * scales)
 
 
 def _pairs_of_bits(x: np.ndarray) -> np.ndarray:
@@ -134,22 +157,22 @@ def _pairs_of_bits(x: np.ndarray) -> np.ndarray:
     return (x[..., None, :] >> np.array([0, 2, 4, 6], np.uint8)[:, None]) & 3
 
 
-def _q2_k(b: np.ndarray) -> np.ndarray:
+def _q2_k(b: np.ndarray) -> Groups:
     codes = _pairs_of_bits(b[..., 16:80].reshape(*b.shape[:-1], 2, 32)).reshape(*b.shape[:-1], 16, 16)
     scales = (b[..., :16] & 15).astype(np.float32)[..., None]
     minima = (b[..., :16] >> 4).astype(np.float32)[..., None]
     d, dmin = _half(b[..., 80:82])[..., None], _half(b[..., 82:84])[..., None]
-    return (d * scales * codes - dmin * minima).reshape(*b.shape[:-1], 256)
+    return Groups(codes, d * scales, -(dmin * minima))
 
 
-def _q3_k(b: np.ndarray) -> np.ndarray:
+def _q3_k(b: np.ndarray) -> Groups:
     low = _pairs_of_bits(b[..., 32:96].reshape(*b.shape[:-1], 2, 32)).reshape(*b.shape[:-1], 16, 16)
     third = (b[..., None, :32] >> np.arange(8, dtype=np.uint8)[:, None]) & 1  # 0: 4 is subtracted
-    codes = low.astype(np.float32) - 4 * (1 - third.reshape(*b.shape[:-1], 16, 16).astype(np.float32))
+    codes = low.astype(np.int8) - np.int8(4) * (1 - third.reshape(*b.shape[:-1], 16, 16).astype(np.int8))
     s = b[..., 96:108]
     fifth_and_sixth = _pairs_of_bits(s[..., 8:]).reshape(*b.shape[:-1], 16)
     scales = (_nibbles(s[..., :8]) | (fifth_and_sixth << 4)).astype(np.float32)[..., None] - 32
-    return (_half(b[..., 108:])[..., None] * scales * codes).reshape(*b.shape[:-1], 256)
+    return Groups(codes, _half(b[..., 108:])[..., None] * scales)
 
 
 _IQ4_VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
@@ -219,20 +242,24 @@ def _plain(code: int, dtype: type | np.dtype) -> BlockFormat:
     return BlockFormat(code, 1, np.dtype(dtype).itemsize, read, write)
 
 
+def _grouped(code: int, numbers: int, size: int, groups: Callable[[np.ndarray], Groups]) -> BlockFormat:
+    return BlockFormat(code, numbers, size, lambda b: groups(b).numbers(), groups=groups)
+
+
 FORMATS = {
     "F32": _plain(0, np.float32),
     "F16": _plain(1, np.float16),
     "BF16": _plain(30, ml_dtypes.bfloat16),
     "Q4_0": BlockFormat(2, 32, 18, _q4_0, _to_q4_0),
     "Q4_1": BlockFormat(3, 32, 20, _q4_1, _to_q4_1),
-    "Q5_0": BlockFormat(6, 32, 22, _q5_0),
-    "Q5_1": BlockFormat(7, 32, 24, _q5_1),
+    "Q5_0": _grouped(6, 32, 22, _q5_0),
+    "Q5_1": _grouped(7, 32, 24, _q5_1),
     "Q8_0": BlockFormat(8, 32, 34, _q8_0, _to_q8_0),
-    "Q2_K": BlockFormat(10, 256, 84, _q2_k),
-    "Q3_K": BlockFormat(11, 256, 110, _q3_k),
-    "Q4_K": BlockFormat(12, 256, 144, _q4_k),
-    "Q5_K": BlockFormat(13, 256, 176, _q5_k),
-    "Q6_K": BlockFormat(14, 256, 210, _q6_k),
+    "Q2_K": _grouped(10, 256, 84, _q2_k),
+    "Q3_K": _grouped(11, 256, 110, _q3_k),
+    "Q4_K": _grouped(12, 256, 144, _q4_k),
+    "Q5_K": _grouped(13, 256, 176, _q5_k),
+    "Q6_K": _grouped(14, 256, 210, _q6_k),
     "IQ4_NL": BlockFormat(20, 32, 18, _iq4_nl),
     "IQ4_XS": BlockFormat(23, 256, 136, _iq4_xs),
     "MXFP4": BlockFormat(39, 32, 17, _mxfp4),

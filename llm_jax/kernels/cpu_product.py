@@ -1,4 +1,8 @@
-"""Products with quantized weights for few rows of activations, by the kernels in C++ (`cpu/quantized_product.cc`)."""
+"""Products with quantized weights by the kernels in C++.
+
+`product` multiplies a few rows of float32 activations (`cpu/quantized_product.cc`), `integer_product` any number of
+rows in int8 (`cpu/integer_product.cc`).
+"""
 
 from typing import Any
 
@@ -6,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax.kernels import native, number_formats, target
+from llm_jax.kernels import native, number_formats
 from llm_jax.kernels.number_formats import Scheme
 
 # Letters of shapes: M rows of activations, C the contracted axis of the weight, F its free one.
@@ -33,15 +37,7 @@ def unsupported_reason(
         return f"{x.dtype} activations with {jnp.dtype(accumulate)} sums"
     if codes[0].ndim != 2 or x.shape[-1] > _MOST_INPUTS or not codes[0].size:
         return f"codes of the shape {codes[0].shape}"
-    if (platform := target.platform()) != "cpu":
-        return f"JAX runs on {platform}"
-    # Whether a weight is sharded shows only when the program is compiled; XLA would gather it for a custom call.
-    if jax.device_count() > 1:
-        return f"JAX uses {jax.device_count()} devices"
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size > 1 or mesh.manual_axes:
-        return "a mesh of devices is in use"
-    return ""
+    return native.unusable_reason()
 
 
 def product(x: jax.Array, codes: tuple[Any, ...], s: Scheme, axis: int, path: str = "auto") -> jax.Array:
@@ -70,7 +66,9 @@ def product(x: jax.Array, codes: tuple[Any, ...], s: Scheme, axis: int, path: st
     outputs = packed.shape[1 if axis == -2 else 0]
     values = f.values or (np.arange(2**f.bits) + f.low if f.bits < 8 else ())
     call = jax.ffi.ffi_call(
-        native.TARGET, jax.ShapeDtypeStruct((x.size // inputs, outputs), jnp.float32), vmap_method="sequential"
+        "llm_jax_quantized_product",
+        jax.ShapeDtypeStruct((x.size // inputs, outputs), jnp.float32),
+        vmap_method="sequential",
     )
     y = call(
         x.reshape(-1, inputs),
@@ -85,5 +83,32 @@ def product(x: jax.Array, codes: tuple[Any, ...], s: Scheme, axis: int, path: st
         path=native.PATHS.index(path),
         values=np.asarray(values, np.float32),
         scale_values=scale_values,
+    )
+    return y.reshape(*x.shape[:-1], outputs)
+
+
+def unsupported_integer_reason(x: jax.Array, codes: jax.Array) -> str:
+    """The reason why the kernels do not compute a product of integers, or ""; see `integer_product`."""
+    if codes.ndim != 2 or not x.size or not codes.size or x.shape[-1] > _MOST_INPUTS:
+        return f"activations of the shape {x.shape} and codes of the shape {codes.shape}"
+    if reason := native.unusable_reason():
+        return reason
+    library = native.library()
+    if library is None:
+        return "XLA computes everything"
+    fastest = native.PATHS[library.llm_jax_fastest_path()]
+    return "" if fastest == "avx512_vnni" else f"this CPU has {fastest}; the kernel needs avx512_vnni"
+
+
+def integer_product(x: jax.Array, x_scale: jax.Array, codes: jax.Array, scale: jax.Array, axis: int) -> jax.Array:
+    """The product of int8 activations and int8 weights (`cpu/integer_product.cc`); see `matmul.integer_product`."""
+    inputs, outputs = x.shape[-1], codes.shape[1 if axis == -2 else 0]
+    result = jax.ShapeDtypeStruct((x.size // inputs, outputs), jnp.float32)
+    y = jax.ffi.ffi_call("llm_jax_integer_product", result, vmap_method="sequential")(
+        x.reshape(-1, inputs),
+        jnp.broadcast_to(x_scale.astype(jnp.float32), (*x.shape[:-1], 1)).reshape(-1),
+        codes,
+        scale.astype(jnp.float32).reshape(-1),
+        by_output=int(axis == -1),
     )
     return y.reshape(*x.shape[:-1], outputs)

@@ -1,9 +1,11 @@
 """Products with quantized weights: arrays in, arrays out.
 
-`expanded_product` is the entry point. Few rows of float32 activations on a CPU go to the kernels in C++
-(`cpu_product`), all else through XLA; `native` documents the environment variable that overrides the choice.
+`expanded_product` and `integer_product` are the entry points. Few rows of float32 activations, and activations in int8,
+go to the kernels in C++ on a CPU (`cpu_product`), all else through XLA; `native` documents the environment variable
+that overrides the choice.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -41,7 +43,7 @@ def round_to_int8(x: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def integer_product(x: jax.Array, x_scale: jax.Array, codes: jax.Array, scale: jax.Array, axis: int) -> jax.Array:
-    """The product of int8 activations and int8 weights, with exact int32 sums.
+    """The product of int8 activations and int8 weights, with exact int32 sums, the same by the kernel as by XLA.
 
     Args:
       x: int8 (..., C).
@@ -52,10 +54,18 @@ def integer_product(x: jax.Array, x_scale: jax.Array, codes: jax.Array, scale: j
     Returns:
       float32 (..., F).
     """
-    total = lax.dot_general(
-        x, codes, (((x.ndim - 1,), (2 + axis,)), ((), ())), preferred_element_type=jnp.int32
-    ).astype(jnp.float32)
-    return total * x_scale * scale.reshape(-1)
+
+    def by_xla(x, x_scale, codes, scale):
+        total = lax.dot_general(
+            x, codes, (((x.ndim - 1,), (2 + axis,)), ((), ())), preferred_element_type=jnp.int32
+        ).astype(jnp.float32)
+        return total * x_scale * scale.reshape(-1)
+
+    if cpu_product.unsupported_integer_reason(x, codes):
+        return by_xla(x, x_scale, codes, scale)
+    return lax.platform_dependent(
+        x, x_scale, codes, scale, cpu=functools.partial(cpu_product.integer_product, axis=axis), default=by_xla
+    )
 
 
 def expanded_product(x: jax.Array, codes: Codes, s: Scheme, axis: int, contracted: int, accumulate: Any) -> jax.Array:

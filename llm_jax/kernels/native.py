@@ -1,7 +1,8 @@
 """The kernels in C++: compiled on first use, cached, and registered with XLA.
 
-The environment variable LLM_JAX_KERNELS chooses who computes products with quantized weights: "xla", "cpu" (an error
-where the kernels cannot be compiled), or "auto", the default: the kernels where they can be compiled, else XLA.
+The environment variable LLM_JAX_KERNELS chooses who computes products with quantized weights and attention over a
+cache: "xla", "cpu" (an error where the kernels cannot be compiled), or "auto", the default: the kernels where they can
+be compiled, else XLA.
 """
 
 import ctypes
@@ -19,13 +20,18 @@ import jax
 
 from llm_jax import files
 from llm_jax.errors import UserError
+from llm_jax.kernels import target
 
 SETTING = "LLM_JAX_KERNELS"
 SETTINGS = ("auto", "cpu", "xla")
-TARGET = "llm_jax_quantized_product"
-PATHS = ("auto", "portable", "avx2", "avx512", "avx512_vnni")  # `Path` of product.h
+TARGETS = {  # name of a custom call of XLA -> symbol of its handler
+    "llm_jax_quantized_product": "LlmJaxQuantizedProduct",
+    "llm_jax_integer_product": "LlmJaxIntegerProduct",
+    "llm_jax_bfloat16_product": "LlmJaxBFloat16Product",
+    "llm_jax_cached_attention": "LlmJaxCachedAttention",
+}
+PATHS = ("auto", "portable", "avx2", "avx512", "avx512_vnni")  # `Path` of machine.h
 SOURCES = pathlib.Path(__file__).parent / "cpu"
-MAIN = SOURCES / "quantized_product.cc"
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-pthread", "-fno-math-errno")
 
 
@@ -41,8 +47,11 @@ def setting() -> str:
     return value
 
 
-def library() -> ctypes.CDLL | None:
-    """The kernels, registered with XLA under `TARGET`; None if products are to go through XLA.
+def library(silent: bool = False) -> ctypes.CDLL | None:
+    """The kernels, registered with XLA under `TARGETS`; None if XLA is to compute everything.
+
+    Args:
+      silent: print no line that says why XLA computes.
 
     Raises:
       UserError: LLM_JAX_KERNELS has an unknown value, or is "cpu" where the kernels cannot be compiled.
@@ -54,7 +63,8 @@ def library() -> ctypes.CDLL | None:
     if library is None:
         if wanted == "cpu":
             raise UserError(f"{SETTING}=cpu: {reason}")
-        _note(reason)
+        if not silent:
+            _note(reason)
     return library
 
 
@@ -65,8 +75,22 @@ def loaded() -> tuple[ctypes.CDLL | None, str]:
         library = ctypes.CDLL(str(_compiled()))
     except (UserError, OSError) as error:
         return None, str(error)
-    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library.LlmJaxQuantizedProduct), platform="cpu")
+    for name, symbol in TARGETS.items():
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
     return library, ""
+
+
+def unusable_reason() -> str:
+    """The reason why no kernel serves the function that is being traced, whatever its arguments, or ""."""
+    if (platform_name := target.platform()) != "cpu":
+        return f"JAX runs on {platform_name}"
+    # Whether an array is sharded shows only when the program is compiled; XLA would gather it for a custom call.
+    if jax.device_count() > 1:
+        return f"JAX uses {jax.device_count()} devices"
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size > 1 or mesh.manual_axes:
+        return "a mesh of devices is in use"
+    return ""
 
 
 @functools.cache
@@ -86,7 +110,7 @@ def _compiled() -> pathlib.Path:
         if source.is_file():
             key.update(source.name.encode() + b"\0" + source.read_bytes())
     directory = files.cache_directory() / "kernels"
-    path = directory / f"{MAIN.stem}-{key.hexdigest()[:20]}.so"
+    path = directory / f"kernels-{key.hexdigest()[:20]}.so"
     if path.exists():
         return path
     compiler = find_compiler()
@@ -122,7 +146,10 @@ def compile_library(compiler: str, flags: tuple[str, ...]) -> bytes:
     with tempfile.TemporaryDirectory() as directory:
         output = pathlib.Path(directory) / "kernels.so"
         done = subprocess.run(
-            [compiler, *flags, "-o", str(output), str(MAIN)], capture_output=True, text=True, check=False
+            [compiler, *flags, "-o", str(output), *map(str, sorted(SOURCES.glob("*.cc")))],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode or not output.exists():
             errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()

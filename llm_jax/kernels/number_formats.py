@@ -123,8 +123,14 @@ SCHEMES = {
     "fp8_e5m2": Scheme("e5m2", CHANNEL),
     "mxfp4": Scheme("e2m1", 32, "e8m0"),  # OCP Microscaling Formats 1.0, section 5
     "double": Scheme("dynamic8", 256, offset="mean"),  # of scales (QLoRA, section 3)
+    # Blocks of GGUF files, whose scales are exact in float32 only (`blocks.Groups`).
+    "q2_k": Scheme("uint2", 16, offset="minimum"),
+    "q3_k": Scheme("int4", 16),
+    "q4_k": Scheme("uint4", 32, offset="minimum"),
+    "q5_k": Scheme("uint8", 32, offset="minimum"),
+    "q6_k": Scheme("int8", 16),
 }
-FOR_WEIGHTS = tuple(name for name in SCHEMES if name != "double")
+FOR_WEIGHTS = tuple(name for name in SCHEMES if name not in ("double", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"))
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llm_jax.kernels import cpu_product, matmul, native, number_formats
+from llm_jax.kernels import cpu_attention, cpu_product, matmul, native, number_formats
 from llm_jax.kernels.number_formats import Scheme
 
 _TOLERANCE = 1e-5  # of a self-test, relative to the sum of the magnitudes of the terms of an output
@@ -29,7 +29,7 @@ def run(rows: int, inputs: int, outputs: int) -> int:
     print(f"setting   {native.SETTING}={native.setting()}")
     if library is None:
         reason = "the setting" if native.setting() == "xla" else native.loaded()[1]
-        print(f"kernels   none, XLA computes all products: {reason}")
+        print(f"kernels   none, XLA computes everything: {reason}")
         return 0
     path = native.PATHS[library.llm_jax_fastest_path()]
     print(f"kernels   {library._name}")
@@ -38,11 +38,16 @@ def run(rows: int, inputs: int, outputs: int) -> int:
     print("choices   by the rows of activations; with more than the kernel takes, XLA")
     for name in number_formats.FOR_WEIGHTS:
         scheme = number_formats.scheme(name)
-        reason = cpu_product.unsupported_reason(jnp.ones((1, 256)), *_request(name, 256, 8))
+        codes, *rest = _request(name, 256, 8)
         if scheme.activations:
-            reason = "the product of integers"
-        rows_served = cpu_product.MOST_ROWS[number_formats.FORMATS[scheme.format].bits]
-        print(f"  {name:<12} {f'XLA: {reason}' if reason else f'kernel, 1 to {rows_served} rows'}")
+            reason, limit = cpu_product.unsupported_integer_reason(jnp.ones((1, 256), jnp.int8), codes[0]), "any rows"
+        else:
+            reason = cpu_product.unsupported_reason(jnp.ones((1, 256)), codes, *rest)
+            limit = f"1 to {cpu_product.MOST_ROWS[number_formats.FORMATS[scheme.format].bits]} rows"
+        print(f"  {name:<12} {f'XLA: {reason}' if reason else f'kernel, {limit}'}")
+    reason = cpu_attention.unsupported_reason(*_heads(256)[:2])
+    most = cpu_attention.MOST_QUERIES
+    print(f"  {'attention':<12} {f'XLA: {reason}' if reason else f'kernel, 1 to {most} queries over a cache'}")
     served = [
         name
         for name in number_formats.FOR_WEIGHTS
@@ -56,7 +61,7 @@ def run(rows: int, inputs: int, outputs: int) -> int:
 
 
 def self_test(names: list[str]) -> str:
-    """Compares the kernel of every scheme with the XLA product; returns what differs, or ""."""
+    """Compares the kernels, for every scheme, with XLA; returns what differs, or ""."""
     for name in names:
         codes, s, axis, *_ = _request(name, 192, 77)
         x = jax.random.normal(jax.random.key(1), (3, 192))
@@ -65,7 +70,25 @@ def self_test(names: list[str]) -> str:
         error = jnp.max(jnp.abs(got - expected) / _reference(jnp.abs(x), codes, s, magnitudes=True))
         if not error < _TOLERANCE:
             return f"the relative error of {name} is {float(error):.1e}; expected less than {_TOLERANCE}"
+    q, k, v = _heads(256)
+    weights = jax.nn.softmax(jnp.einsum("bth,bsh->bts", q[:, :, 0], k[:, :, 0]) / 8)
+    expected = jnp.einsum("bts,bsh->bth", weights, v[:, :, 0])
+    got = cpu_attention.attention(q, k, v, jnp.ones((1, 3, 256), bool), None)[:, :, 0]
+    if not jnp.allclose(got, expected, atol=1e-5):
+        return "attention over a cache differs from that of XLA"
+    x8, codes8, scale = jnp.ones((2, 192), jnp.int8) * 3, jnp.ones((192, 77), jnp.int8) * -5, jnp.full((1, 77), 0.5)
+    if not cpu_product.unsupported_integer_reason(x8, codes8):
+        got = cpu_product.integer_product(x8, jnp.float32(2), codes8, scale, _AXIS)
+        if not (got == -15 * 192).all():
+            return "the product of integers is wrong"
     return ""
+
+
+def _heads(keys: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries, keys and values of one head: float32 (1, 3, 1, 64), and (1, keys, 1, 64) twice."""
+    shapes = ((1, 3, 1, 64), (1, keys, 1, 64), (1, keys, 1, 64))
+    q, k, v = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes))
+    return q, k, v
 
 
 def _reference(x: jax.Array, codes: matmul.Codes, s: Scheme, magnitudes: bool = False) -> jax.Array:

@@ -7,6 +7,7 @@ caches.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 
 from llm_jax import trees
 from llm_jax.kernels import matmul, target
+from llm_jax.kernels.cpu_attention import Cached
 from llm_jax.model import attention_kernels, positions
 from llm_jax.model.layers import ACTIVATION_STATS, CAPTURE, Module, Norm
 from llm_jax.parallel import mesh as mesh_lib
@@ -107,12 +109,22 @@ def write_layer(
     return {name: write(cache[name], array, index) for name, array in arrays.items()}
 
 
+def stored_layer(cache: dict[str, jax.Array], name: str) -> Cached:
+    """The keys or values of the cache of a layer as they are stored; `name` is "key" or "value"."""
+    return (cache[name], cache[f"{name}_scale"]) if f"{name}_scale" in cache else cache[name]
+
+
+def expand(stored: Cached, dtype: Any) -> jax.Array:
+    """The keys or values (B, S, K, H) of `stored_layer` in `dtype`."""
+    if isinstance(stored, tuple):
+        codes, scale = stored
+        return (codes.astype(jnp.float32) * scale.astype(jnp.float32)).astype(dtype)
+    return stored.astype(dtype)
+
+
 def read_layer(cache: dict[str, jax.Array], name: str, dtype: Any) -> jax.Array:
     """The keys or values (B, S, K, H) of the cache of a layer, in `dtype`; `name` is "key" or "value"."""
-    values = cache[name]
-    if f"{name}_scale" in cache:
-        values = values.astype(jnp.float32) * cache[f"{name}_scale"].astype(jnp.float32)
-    return values.astype(dtype)
+    return expand(stored_layer(cache, name), dtype)
 
 
 class Attention(Module):
@@ -206,6 +218,12 @@ class Attention(Module):
                 out = attention_kernels.attend_adding(q, k, v, mask, bias_BNTS, add_values, c.attention_softcap)
             elif name in ("xla", "cudnn"):
                 out = attention_kernels.fused(name, q, k, v, mask, bias_BNTS)
+            elif cache is not None:
+                keys_BSKH, values_BSKH = stored_layer(cache, "key"), stored_layer(cache, "value")
+                read = functools.partial(expand, dtype=q.dtype)
+                out = attention_kernels.attend_cached(
+                    q, keys_BSKH, values_BSKH, mask, bias_BNTS, c.attention_softcap, read
+                )
             else:
                 out = attention_kernels.attend(q, k, v, mask, bias_BNTS, c.attention_softcap)
         return self.linear(out.reshape(*x_BTD.shape[:2], -1), "out", c.width, depth_scale=True, bias=bias), cache

@@ -18,6 +18,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llm_jax.errors import UserError
+from llm_jax.kernels import cpu_attention, native
+from llm_jax.kernels.cpu_attention import Cached
 from llm_jax.model import positions
 from llm_jax.parallel import mesh as mesh_lib
 from llm_jax.schema import ModelConfig, choice
@@ -176,6 +178,39 @@ def splash(
     mask_spec = kernel.manual_sharding_spec(NamedSharding(jax.sharding.get_abstract_mesh(), P(None, parts)))
     specs = (mask_spec, queries, keys, keys, P(rows, parts), P(rows, None))
     return jax.shard_map(local, in_specs=specs, out_specs=queries, check_vma=False)(*arguments)
+
+
+def attend_cached(
+    q_BTNH: jax.Array,
+    k_BSKH: Cached,
+    v_BSKH: Cached,
+    mask_BTS: jax.Array,
+    bias_BNTS: jax.Array | None,
+    softcap: float,
+    read: Callable[[Cached], jax.Array],
+) -> jax.Array:
+    """`attend` over a cache, by the kernel in C++ where it serves (`kernels.cpu_attention`).
+
+    Args:
+      k_BSKH, v_BSKH: arrays, or int8 codes with their scales.
+      read: the array of keys or values of one of them.
+    """
+
+    def plain(q, k, v, mask, bias):
+        return attend(q, read(k), read(v), mask, bias, softcap)
+
+    arguments = (q_BTNH, k_BSKH, v_BSKH, mask_BTS, bias_BNTS)
+    if cpu_attention.unsupported_reason(q_BTNH, k_BSKH) or native.library(silent=True) is None:
+        return plain(*arguments)
+
+    @jax.custom_vjp
+    def kernel(q, k, v, mask, bias):
+        return jax.lax.platform_dependent(
+            q, k, v, mask, bias, cpu=functools.partial(cpu_attention.attention, softcap=softcap), default=plain
+        )
+
+    kernel.defvjp(lambda *arguments: jax.vjp(plain, *arguments), lambda gradients, g: gradients(g))
+    return kernel(*arguments)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))

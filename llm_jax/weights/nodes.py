@@ -34,6 +34,7 @@ from jax.sharding import PartitionSpec as P
 
 from llm_jax import trees
 from llm_jax.errors import UserError
+from llm_jax.kernels import cpu_dense, native
 
 # Letters of shapes: B batch, I in, O out, R rank.
 
@@ -271,7 +272,15 @@ def _dense_dot(
     gathered: P | None,
 ) -> jax.Array:  # fmt: skip
     """`copy`: w in the dtype of x, gathered already."""
-    return _product(x, _operand(x, w, copy, gathered), (x.ndim - 1,), (int(transposed),), accumulate).astype(out_dtype)
+
+    def by_xla(x, w):
+        return _product(x, _operand(x, w, copy, gathered), (x.ndim - 1,), (int(transposed),), accumulate)
+
+    is_whole = copy is None and gathered is None
+    if not is_whole or cpu_dense.unsupported_reason(x, w, accumulate) or native.library(silent=True) is None:
+        return by_xla(x, w).astype(out_dtype)
+    kernel = functools.partial(cpu_dense.product, transposed=transposed)
+    return lax.platform_dependent(x, w, cpu=kernel, default=by_xla).astype(out_dtype)
 
 
 def _operand(x, w, copy, gathered):

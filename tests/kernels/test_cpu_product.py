@@ -22,6 +22,7 @@ from llm_jax.kernels import cpu_product, native, number_formats
 from tests.kernels import random_products
 from tests.kernels.random_products import draw
 
+pytestmark = pytest.mark.usefixtures("compiled_kernels")
 PATHS = native.PATHS[1:]
 FORMATS = {
     "int8": {},
@@ -258,6 +259,13 @@ def test_address_sanitizer_finds_nothing(tmp_path):
         "from tests.kernels import test_cpu_product as t\n"
         "for name, by_output, path in itertools.product(t.FORMATS, (False, True), filter(t.available, t.PATHS)):\n"
         "    t.test_products_equal_those_in_float64(name, by_output, path)\n"
+        "from tests.kernels import test_cpu_attention, test_cpu_dense, test_cpu_integers\n"
+        "for dtype, path in itertools.product(('float32', 'bfloat16', 'int8'), filter(t.available, t.PATHS[:3])):\n"
+        "    test_cpu_attention.test_attention_equals_the_formula_in_float64(path, dtype)\n"
+        "for by_output in (False, True):\n"
+        "    test_cpu_dense.test_products_equal_those_in_float64(by_output)\n"
+        "for by_output in (False, True) if t.available('avx512_vnni') else ():\n"
+        "    test_cpu_integers.test_products_are_exact(by_output)\n"
         "print('passed')\n"
     )
     environment = os.environ | {"LD_PRELOAD": runtime.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0"}

@@ -12,6 +12,7 @@ from llm_jax import weights
 from llm_jax.kernels import native
 from llm_jax.weights import IN, OUT, QTensor, quantized
 
+pytestmark = pytest.mark.usefixtures("compiled_kernels")
 C, F = 192, 48  # contracted, free
 
 
@@ -27,7 +28,7 @@ def normal(i, *shape):
 
 
 def uses_kernel(function, *arguments) -> bool:
-    return native.TARGET in jax.jit(function).lower(*arguments).as_text()
+    return "llm_jax_quantized_product" in jax.jit(function).lower(*arguments).as_text()
 
 
 @pytest.mark.parametrize("axis", [IN, OUT])

@@ -10,7 +10,6 @@ namespace llm_jax {
 
 enum CodeKind : int64_t { kInt8 = 0, kUint8 = 1, kTable = 2 };
 enum ScaleKind : int64_t { kNone = 0, kFloat32 = 1, kFloat16 = 2, kExponent = 3, kNested = 4 };
-enum Path : int64_t { kAuto = 0, kPortable = 1, kAvx2 = 2, kAvx512 = 3, kVnni = 4 };
 
 // A matrix of scales (rows, columns); an axis of size 1 is shared by all rows or columns.
 // kExponent: a byte e is 2^(e - 127). kNested: a byte c is table[c] * inner + mean, and `inner` has
@@ -87,6 +86,30 @@ inline float ScaleAt(const Scales& s, int64_t row, int64_t column) {
     default:
       return 0.0f;
   }
+}
+
+inline bool Divides(int64_t part, int64_t whole) { return part > 0 && whole % part == 0; }
+
+inline const char* CheckScales(const Product& p, const Scales& s) {
+  const int64_t groups = NumGroups(p), rows = p.by_output ? p.outputs : groups,
+                columns = p.by_output ? groups : p.outputs;
+  if ((s.rows != rows && s.rows != 1) || (s.columns != columns && s.columns != 1)) return "the shape of the scales";
+  if (s.kind == kNested && !(Divides(s.inner_rows, s.rows) && Divides(s.inner_columns, s.columns))) {
+    return "the shape of the scales of the scales";
+  }
+  return nullptr;
+}
+
+// What is wrong with the sizes of a product, or null.
+inline const char* Check(const Product& p) {
+  constexpr int64_t kMost = int64_t{1} << 31;
+  if (p.rows < 0 || p.inputs < 1 || p.outputs < 0) return "the shape of the operands";
+  if (p.rows > kMost || p.inputs > (1 << 20) || p.outputs > kMost) return "the size of the operands";
+  if (p.bits != 8 && p.bits != 4 && p.bits != 2) return "the bits of a code";
+  if (p.kind != (p.bits < 8 ? kTable : p.kind) || p.kind < kInt8 || p.kind > kUint8 + (p.bits < 8)) return "the codes";
+  if (!Divides(p.group, p.inputs) || !Divides(CodesPerByte(p), p.group)) return "the size of a group";
+  if (const char* reason = CheckScales(p, p.scale)) return reason;
+  return p.offset.kind == kNone ? nullptr : CheckScales(p, p.offset);
 }
 
 }  // namespace llm_jax

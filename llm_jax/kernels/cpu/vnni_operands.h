@@ -106,10 +106,20 @@ static float LargestMagnitude(const float* x, int64_t count) {
   return _mm512_reduce_max_ps(largest) + _mm512_reduce_add_ps(not_a_number);
 }
 
-// The power of two by which numbers up to `largest` are multiplied to be integers of three digits.
-static int Exponent(float largest) {
-  const int e = 22 - std::ilogb(largest);
-  return std::ldexp(largest, e) <= kLargest ? e : e - 1;
+// 2^e for exponents of normal numbers.
+static inline float PowerOfTwo(int e) {
+  const uint32_t bits = static_cast<uint32_t>(e + 127) << 23;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+// The power of two by which numbers up to `largest`, a normal number, are multiplied to be integers of three digits.
+static inline int Exponent(float largest) {
+  uint32_t bits;
+  std::memcpy(&bits, &largest, 4);
+  const int e = 22 - (static_cast<int>(bits >> 23) - 127);
+  return largest * PowerOfTwo(e) <= kLargest ? e : e - 1;
 }
 
 // The input that byte `b` of a row of codes holds in its lowest bits.
@@ -146,16 +156,19 @@ static bool PrepareRow(const Product& p, const Planes& planes, int64_t row, Acti
     int8_t* digits = a->digits.data() + (row * num_panels + j) * a->parts * kDigits * width;
     float largest = of_row;
     if (!p.by_output) {
-      largest = 0;
+      __m512 of_panel = _mm512_setzero_ps();  // numbers are finite, as `of_row` is
       for (int64_t s = 0; s < a->parts; ++s) {
         const float* part = x + InputOfByte(p, panel.begin) + s * bytes;
-        largest = std::max(largest, LargestMagnitude(part, panel.size));
+        for (int64_t i = 0; i < panel.size; i += 16) {
+          of_panel = _mm512_max_ps(of_panel, _mm512_abs_ps(_mm512_maskz_loadu_ps(First16(panel.size - i), part + i)));
+        }
       }
+      largest = _mm512_reduce_max_ps(of_panel);
     }
     // Numbers below 2^-40 of the row are as good as 0.
     const int exponent = largest > of_row * 0x1p-40f ? Exponent(largest) : Exponent(of_row > 0 ? of_row : 1);
-    const __m512 to_integers = _mm512_set1_ps(std::ldexp(1.0f, exponent));
-    int64_t panel_sum = 0;
+    const __m512 to_integers = _mm512_set1_ps(PowerOfTwo(exponent));
+    __m512i sums = _mm512_setzero_si512();  // 64-bit
     int32_t* start = a->start.data() + (row * num_panels + j) * kDigits * 16;
     for (int64_t lane = 0; lane < width; lane += 16) {
       __m512i sum = _mm512_setzero_si512();
@@ -171,8 +184,8 @@ static bool PrepareRow(const Product& p, const Planes& planes, int64_t row, Acti
         }
         sum = _mm512_add_epi32(sum, integers);
       }
-      panel_sum += _mm512_reduce_add_epi64(_mm512_cvtepi32_epi64(_mm512_castsi512_si256(sum))) +
-                   _mm512_reduce_add_epi64(_mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(sum, 1)));
+      sums = _mm512_add_epi64(sums, _mm512_cvtepi32_epi64(_mm512_castsi512_si256(sum)));
+      sums = _mm512_add_epi64(sums, _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(sum, 1)));
       if (!p.by_output) continue;
       // An accumulator has the sum of four bytes.
       alignas(64) int32_t of_bytes[16];
@@ -189,6 +202,7 @@ static bool PrepareRow(const Product& p, const Planes& planes, int64_t row, Acti
         start[2 * 16 + lane / 4 + i] = static_cast<int32_t>(four);
       }
     }
+    const int64_t panel_sum = _mm512_reduce_add_epi64(sums);
     if (p.by_output) {
       for (int64_t d = 0; d < kDigits; ++d) {
         for (int64_t i = width / 4; i < 16; ++i) start[d * 16 + i] = 0;
@@ -206,7 +220,7 @@ static bool PrepareRow(const Product& p, const Planes& planes, int64_t row, Acti
       int32_t* first = start - j * kDigits * 16;
       for (int64_t i = 0; i < kDigits * 16; ++i) first[i] += start[i];
     }
-    const float unit = std::ldexp(1.0f, -exponent);
+    const float unit = PowerOfTwo(-exponent);
     a->unit[row * num_panels + j] = unit;
     a->total[row * num_panels + j] = unit * static_cast<float>(panel_sum);
   }

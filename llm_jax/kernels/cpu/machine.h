@@ -1,0 +1,71 @@
+// The instruction sets of the CPU, and work on several threads.
+
+#ifndef LLM_JAX_KERNELS_CPU_MACHINE_H_
+#define LLM_JAX_KERNELS_CPU_MACHINE_H_
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <thread>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define LLM_JAX_X86 1
+#endif
+
+#define LLM_JAX_PRAGMA(text) _Pragma(#text)
+#if defined(__clang__)
+#define LLM_JAX_TARGET(names) \
+  LLM_JAX_PRAGMA(clang attribute push(__attribute__((target(names))), apply_to = function))
+#define LLM_JAX_END_TARGET LLM_JAX_PRAGMA(clang attribute pop)
+#else
+#define LLM_JAX_TARGET(names) LLM_JAX_PRAGMA(GCC push_options) LLM_JAX_PRAGMA(GCC target(names))
+#define LLM_JAX_END_TARGET LLM_JAX_PRAGMA(GCC pop_options)
+#endif
+
+namespace llm_jax {
+
+enum Path : int64_t { kAuto = 0, kPortable = 1, kAvx2 = 2, kAvx512 = 3, kVnni = 4 };
+
+static Path FastestPath() {
+#if LLM_JAX_X86
+  __builtin_cpu_init();
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (avx512 && __builtin_cpu_supports("avx512vnni")) return kVnni;
+  if (avx512) return kAvx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
+#endif
+  return kPortable;
+}
+
+// Calls work(0) ... work(count - 1) by this thread and up to `threads` - 1 others, which `schedule` starts. A task that
+// starts late finds nothing left, so that the caller never waits for a thread that is busy with other work.
+template <typename Work, typename Schedule>
+static void InParallel(int64_t count, int64_t threads, const Work& work, const Schedule& schedule) {
+  if (count <= 1 || threads <= 1) {
+    for (int64_t i = 0; i < count; ++i) work(i);
+    return;
+  }
+  struct State {
+    std::atomic<int64_t> next{0}, done{0};
+  };
+  auto state = std::make_shared<State>();
+  const Work* borrowed = &work;  // used only for a part that the caller waits for
+  auto take = [state, borrowed, count] {
+    for (int64_t i; (i = state->next.fetch_add(1)) < count;) {
+      (*borrowed)(i);
+      state->done.fetch_add(1, std::memory_order_release);
+    }
+  };
+  for (int64_t i = 1; i < std::min(count, threads); ++i) schedule(take);
+  take();
+  for (int64_t spins = 0; state->done.load(std::memory_order_acquire) < count; ++spins) {
+    if (spins > 4096) std::this_thread::yield();
+  }
+}
+
+}  // namespace llm_jax
+
+#endif  // LLM_JAX_KERNELS_CPU_MACHINE_H_

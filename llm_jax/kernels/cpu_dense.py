@@ -1,0 +1,48 @@
+"""Products of a row with a bfloat16 weight, by the kernel in C++ (`cpu/bfloat16_product.cc`).
+
+XLA reads a bfloat16 weight at a fraction of the memory bandwidth. It reads a float32 weight at the full one.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llm_jax.kernels import native
+
+# Letters of shapes: ... leading axes of x, C the contracted axis of the weight, F its free one.
+
+MOST_ROWS = 1  # with more, XLA's matmul is faster
+_LEAST_SIZE = 2**17  # numbers of a weight; to read fewer by XLA costs less than to compile the kernel
+
+
+def unsupported_reason(x: jax.Array, w: jax.Array, accumulate: Any) -> str:
+    """The reason why the kernel does not compute a product, or ""; see `product` for the arguments."""
+    if x.dtype != jnp.bfloat16 or w.dtype != jnp.bfloat16 or jnp.dtype(accumulate) != jnp.float32:
+        return f"{x.dtype} activations, {w.dtype} weights and {jnp.dtype(accumulate)} sums"
+    if not 1 <= (rows := x.size // max(x.shape[-1], 1)) <= MOST_ROWS:
+        return f"{rows} rows of activations; the kernel takes 1 to {MOST_ROWS}"
+    if w.ndim != 2 or w.size < _LEAST_SIZE:
+        return f"a weight of the shape {w.shape}, which XLA reads fast"
+    return native.unusable_reason()
+
+
+def product(x: jax.Array, w: jax.Array, transposed: bool, path: str = "auto") -> jax.Array:
+    """The product of a few rows and a weight, with float32 sums.
+
+    The result of a row depends neither on other rows nor on the number of threads.
+
+    Args:
+      x: bfloat16 (..., C).
+      w: bfloat16 (C, F), or (F, C) if `transposed`.
+      path: a name of `native.PATHS`, for tests.
+
+    Returns:
+      float32 (..., F).
+    """
+    outputs = w.shape[0 if transposed else 1]
+    result = jax.ShapeDtypeStruct((x.size // x.shape[-1], outputs), jnp.float32)
+    y = jax.ffi.ffi_call("llm_jax_bfloat16_product", result, vmap_method="sequential")(
+        x.reshape(-1, x.shape[-1]), w, by_output=int(transposed), path=native.PATHS.index(path)
+    )
+    return y.reshape(*x.shape[:-1], outputs)
