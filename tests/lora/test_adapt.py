@@ -251,6 +251,7 @@ def test_dropout_keeps_the_mean_and_its_share():
         ({"targets": ("attention", "layers/9/mlp/up")}, "'layers/9/mlp/up' matches no weight"),
         ({"targets": ("q_proj",)}, r"'q_proj' matches no weight; did you mean 'layers/\.\*/query'\?"),
         ({"targets": ("query,key",)}, r"'query,key' matches no weight; several are written as \('query', 'key'\)"),
+        ({"targets": ("query",)}, r"'query' matches no weight; did you mean 'layers/\.\*/query'\?"),
         ({"targets": ("model.all-linear",)}, r"'model.all-linear' matches no weight; did you mean 'linear'\?"),
         ({"targets": ("attention", "linear")}, "'attention' and 'linear' overlap; both match 'layers/0/attention/key'"),
         ({"targets": (r"layers/(",)}, "is no regular expression"),
