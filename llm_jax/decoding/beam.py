@@ -15,7 +15,8 @@ import numpy as np
 
 from llm_jax import trees, weights
 from llm_jax.decoding import compiled, loop
-from llm_jax.decoding.loop import DrawSettings, Generated, StopFn
+from llm_jax.decoding.continuations import Generated, StopFn
+from llm_jax.decoding.loop import DrawSettings
 from llm_jax.decoding.options import EARLY_STOP, DecodingOptions
 from llm_jax.decoding.samplers import History
 from llm_jax.model.attention import KVCache, Tokens

@@ -8,7 +8,7 @@ from typing import Any
 
 from llm_jax import option_names, tokenizers, weights
 from llm_jax.decoding import beam, contrastive, loop, speculative, stops
-from llm_jax.decoding.loop import Generated
+from llm_jax.decoding.continuations import Generated
 from llm_jax.decoding.options import PROMPT, DecodingOptions
 from llm_jax.decoding.prefix import Prefix
 from llm_jax.errors import UserError

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax import trees, weights
-from llm_jax.decoding import compiled, loop
-from llm_jax.decoding.loop import DecodingState, DrawSettings, Generated, StopFn
+from llm_jax.decoding import compiled, continuations, loop
+from llm_jax.decoding.continuations import Generated, StopFn
+from llm_jax.decoding.loop import DecodingState, DrawSettings
 from llm_jax.decoding.samplers import Sampler, argmax
 from llm_jax.model.attention import KVCache, Tokens
 from llm_jax.model.transformer import Transformer
@@ -68,7 +69,7 @@ def search(
         state = _advance(model, params, settings, k, alpha, carry, jnp.int32(until))
         return state.decoding
 
-    return loop.run(advance, state.decoding, settings, max_new_tokens, stop, watch)
+    return continuations.run(advance, state.decoding, settings.eos, max_new_tokens, stop, watch)
 
 
 @compiled.jit(static=(0,))

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax import trees
-from llm_jax.decoding import compiled
+from llm_jax.decoding import compiled, continuations
+from llm_jax.decoding.continuations import Generated, StopFn
 from llm_jax.decoding.samplers import History, Sampler
 from llm_jax.errors import UserError
 from llm_jax.model.attention import KVCache, Tokens
@@ -30,28 +31,6 @@ if TYPE_CHECKING:
 # Letters of shapes: B batch, P padded prompt, S cache slots, N new tokens, A alternatives, D width, V vocabulary.
 
 _SMALLEST_BUCKET = 32
-CHUNK = 16  # tokens between two checks for stop strings
-
-# (row, its generated ids, how many of them were checked before) -> how many ids to keep if the row ends, else None.
-StopFn = Callable[[int, list[int], int], int | None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Generated:
-    """The continuation of one prompt.
-
-    Attributes:
-      ids: generated token ids, without the prompt and without EOS.
-      log_probabilities: natural log-probability of each id, and of EOS where the row ended with it, under the model
-        itself (before any filter). They sum to the log-probability of the sequence.
-      stop: why the row ended: "eos", "stop" (a stop string) or "length" (max_new_tokens).
-      alternatives: for each generated token, the most likely ids and their log-probabilities.
-    """
-
-    ids: list[int]
-    log_probabilities: list[float]
-    stop: str
-    alternatives: list[dict[int, float]] = dataclasses.field(default_factory=list)
 
 
 @trees.register
@@ -155,42 +134,10 @@ def generate(
             state = advance(model, params, settings, current, jnp.int32(until))
         return state
 
-    rows = run(step, state, settings, max_new_tokens, stop, watch)
+    rows = continuations.run(step, state, settings.eos, max_new_tokens, stop, watch)
     if prefix:
         prefix.keep(state)
     return rows
-
-
-def run(
-    step: Callable[[Any, int], Any],
-    state: Any,
-    settings: DrawSettings,
-    max_new_tokens: int,
-    stop: StopFn | None,
-    watch: Callable[[list[Generated]], Any] | None,
-) -> list[Generated]:
-    """Runs the loop to its end, and pauses it where `stop` or `watch` must see the rows (see `generate`).
-
-    Args:
-      step: (state, until) -> the state with `until` tokens, or with all rows done. A state has the last six
-        fields of `DecodingState`.
-    """
-    pause = 1 if watch else CHUNK if stop else max_new_tokens
-    stopped_at: dict[int, int] = {}  # row -> how many ids it keeps
-    checked = np.zeros(len(state.done), np.int64)
-    for until in (*range(pause, max_new_tokens, pause), max_new_tokens):
-        state = step(state, until)
-        done = np.array(state.done)
-        if stop:
-            for row, (ids, count) in enumerate(zip(*jax.device_get((state.ids, state.count)), strict=True)):
-                if row not in stopped_at and (keep := stop(row, ids[:count].tolist(), int(checked[row]))) is not None:
-                    stopped_at[row] = keep
-                checked[row] = count
-            done[list(stopped_at)] = True
-            state = dataclasses.replace(state, done=jnp.asarray(done))
-        if done.all() | bool(watch and watch(results(state, settings, stopped_at))):
-            break
-    return results(state, settings, stopped_at)
 
 
 def unrolled(model: Transformer, params: Any) -> tuple[Transformer, Any]:
@@ -360,25 +307,6 @@ def append(history: History, ids: jax.Array, rows: jax.Array) -> History:
     places = jnp.where(rows, history.length, history.ids.shape[1])  # past the end: not written
     appended = history.ids.at[jnp.arange(len(ids)), places].set(ids, mode="drop")
     return History(appended, history.length + rows, history.prompt)
-
-
-def results(state: Any, settings: DrawSettings, stopped_at: dict[int, int]) -> list[Generated]:
-    """The rows so far, on the host.
-
-    Args:
-      stopped_at: for the rows that a stop string ended, how many ids they keep.
-    """
-    eos_ids = set(np.asarray(settings.eos).tolist())
-    rows = []
-    arrays = (state.ids, state.log_probabilities, state.count, state.alternative_ids, state.alternative_logs)
-    for row, (ids, logs, count, other_ids, other_logs) in enumerate(zip(*jax.device_get(arrays), strict=True)):
-        n = stopped_at.get(row, int(count))
-        ended = row not in stopped_at and n > 0 and int(ids[n - 1]) in eos_ids
-        pairs = zip(other_ids[:n], other_logs[:n], strict=True)
-        alternatives = [dict(zip(i.tolist(), x.tolist(), strict=True)) for i, x in pairs if len(i)]
-        stop = "stop" if row in stopped_at else "eos" if ended else "length"
-        rows.append(Generated(ids[: n - ended].tolist(), logs[:n].tolist(), stop, alternatives))
-    return rows
 
 
 def apply(model: Transformer, params: Any, *inputs: Any, method: str = "__call__") -> Any:

@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax import trees
-from llm_jax.decoding import loop
-from llm_jax.decoding.loop import DrawSettings, Generated, StopFn
+from llm_jax.decoding import continuations, loop
+from llm_jax.decoding.continuations import Generated, StopFn
+from llm_jax.decoding.loop import DrawSettings
 from llm_jax.decoding.samplers import History, Sampler, draw
 from llm_jax.errors import UserError
 from llm_jax.model import positions
@@ -107,7 +108,7 @@ def generate(
         rounds = jnp.int32(until if stop or watch else max_new_tokens)  # a round adds a token or more
         return _advance(model, draft_model, draft_tokens, params, draft_params, settings, state, rounds, max_new_tokens)
 
-    return loop.run(step, state, settings, max_new_tokens, stop, watch)
+    return continuations.run(step, state, settings.eos, max_new_tokens, stop, watch)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))

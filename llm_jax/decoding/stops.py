@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from llm_jax.decoding.loop import StopFn
+from llm_jax.decoding.continuations import StopFn
 from llm_jax.errors import UserError
 from llm_jax.tokenizers import detokenize
 from llm_jax.tokenizers.base import PretrainedTokenizer, Tokenizer

@@ -17,7 +17,8 @@ from llm_jax.checkpoints import Loaded
 from llm_jax.errors import UserError
 from llm_jax.model import transformer
 from llm_jax.model.attention import Tokens
-from llm_jax.model.transformer import Embed, Layer, Transformer
+from llm_jax.model.layer_stack import Layer
+from llm_jax.model.transformer import Embed, Transformer
 from llm_jax.schema import choice
 
 # Letters of shapes: L layers and the embeddings below them, B batch, T time, D width.

@@ -22,8 +22,9 @@ from llm_jax.data.rows import ROWS, Row, Shuffled
 from llm_jax.errors import UserError
 from llm_jax.kernels import number_formats
 from llm_jax.model.attention import Tokens
+from llm_jax.model.layer_stack import Layer
 from llm_jax.model.stages import layer_kinds
-from llm_jax.model.transformer import Layer, Transformer
+from llm_jax.model.transformer import Transformer
 from llm_jax.quant import methods, partial
 from llm_jax.quant.post_training import WeightSummary, axis
 from llm_jax.schema import Config, ModelConfig

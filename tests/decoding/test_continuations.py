@@ -16,6 +16,7 @@ import pytest
 from llm_jax import tokenizers
 from llm_jax.decoding import loop
 from llm_jax.decoding.complete import complete
+from llm_jax.decoding.continuations import run
 from llm_jax.decoding.options import DecodingOptions
 from llm_jax.training import evaluator
 from tests.tokenizers import forms
@@ -26,7 +27,7 @@ STOPS = st.lists(st.text(st.sampled_from("the c\né😀"), min_size=1, max_size=
 
 @dataclasses.dataclass(frozen=True)
 class Replayed:
-    """The fields of a state that `loop.run` reads."""
+    """The fields of a state that `continuations.run` reads."""
 
     ids: jnp.ndarray
     log_probabilities: jnp.ndarray
@@ -53,7 +54,7 @@ def replay(model, params, rows, *, continuations, max_new_tokens, eos, stop, wat
         at_eos = np.array([int(i[c - 1]) in eos if c else False for i, c in zip(ids, count, strict=True)])
         return dataclasses.replace(state, count=count, done=np.asarray(state.done) | at_eos)
 
-    return loop.run(step, state, settings, max_new_tokens, stop, watch)
+    return run(step, state, settings.eos, max_new_tokens, stop, watch)
 
 
 @pytest.fixture(scope="module")

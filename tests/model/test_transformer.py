@@ -10,8 +10,9 @@ from llm_jax.errors import UserError
 from llm_jax.model import distances, positions
 from llm_jax.model.attention import Tokens, read_layer, visible
 from llm_jax.model.attention_kernels import attend
+from llm_jax.model.layer_stack import Layer
 from llm_jax.model.stages import stages
-from llm_jax.model.transformer import Layer, Transformer, init_cache, matmul_parameters
+from llm_jax.model.transformer import Transformer, init_cache, matmul_parameters
 
 LENGTH = 12
 LAYOUTS = {
