@@ -24,10 +24,8 @@ FLAGS.boolean(
     False,
     "write the turns as 'user: ...' and 'assistant: ...' instead of using the chat template; for models without one",
 )
-FLAGS.enum("dtype", "float32", ["float32", "bfloat16", "float16"], "dtype of checkpoints that llm_jax did not train")
-FLAGS.boolean(
-    "as_stored", False, "keep the quantized tensors of a .gguf file quantized instead of expanding them to floats"
-)
+FLAGS.define_dtype()
+FLAGS.define_as_stored()
 # Several texts, searches and drafts make no conversation.
 _LEFT_OUT = (
     *("n", "alternatives", "truncate", "beams", "length_penalty", "early_stop", "beam_groups", "diversity"),

@@ -34,7 +34,7 @@ FLAGS.enum(
     ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"],
     "with --to=gguf: type of matrices that are not quantized yet",
 )
-FLAGS.enum("dtype", "float32", ["float32", "bfloat16", "float16"], "with --to=hf: dtype of the tensors")
+FLAGS.define_dtype("with --to=hf: dtype of the tensors")
 NEEDS: cli.Needs = (
     (("format",), "--to=gguf is not given", lambda f: f.to == "gguf"),
     (("dtype",), "--to=hf is not given", lambda f: f.to == "hf"),

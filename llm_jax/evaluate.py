@@ -35,16 +35,9 @@ FLAGS.integer(
     "stride", 0, "sliding window: count only the last N targets of each window, e.g. 64; 0 counts all, without overlap"
 )
 FLAGS.integer("batch_size", 16, "number of windows, or of examples of a task, that are evaluated together")
-FLAGS.boolean(
-    "as_stored", False, "keep the quantized tensors of a .gguf file quantized instead of expanding them to floats"
-)
+FLAGS.define_as_stored()
 FLAGS.boolean("json", False, "print one JSON object instead of text")
-FLAGS.enum(
-    "dtype",
-    "float32",
-    ["float32", "bfloat16", "float16"],
-    "with --task or --harness: dtype of checkpoints that llm_jax did not train",
-)
+FLAGS.define_dtype("with --task or --harness: dtype of checkpoints that llm_jax did not train")
 FLAGS.string("task", "", "task to measure accuracy on: arithmetic, copying, sentiment, or a JSONL file of examples")
 FLAGS.string(
     "style",

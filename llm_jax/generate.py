@@ -20,10 +20,8 @@ FLAGS.string("system", "", "with --chat: system message")
 FLAGS.string(
     "chat_template", "", "with --chat: name of one of the tokenizer's chat templates; default: the one named default"
 )
-FLAGS.enum("dtype", "float32", ["float32", "bfloat16", "float16"], "dtype of checkpoints that llm_jax did not train")
-FLAGS.boolean(
-    "as_stored", False, "keep the quantized tensors of a .gguf file quantized instead of expanding them to floats"
-)
+FLAGS.define_dtype()
+FLAGS.define_as_stored()
 FLAGS.enum(
     "cache",
     "",

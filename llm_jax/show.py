@@ -66,19 +66,9 @@ def _picture_flags(checkpoint: str = "required") -> cli.Flags:
     """
     flags = cli.Flags()
     if checkpoint:
-        flags.string(
-            "checkpoint",
-            None if checkpoint == "required" else "",
-            "checkpoint: a run, a Hugging Face directory, a .gguf file, a peft directory, a zip file of one, "
-            "asset:NAME, hf:ORG/NAME or gs://BUCKET/PATH",
-            required=checkpoint == "required",
-        )
-        flags.string("base", "", "with adapters: checkpoint of their base; default: the one that they name")
-        kinds = ["float32", "bfloat16", "float16"]
-        flags.enum("dtype", "float32", kinds, "dtype of checkpoints that llm_jax did not train")
-        flags.boolean(
-            "as_stored", False, "keep the quantized tensors of a .gguf file quantized instead of expanding them"
-        )
+        flags.define_checkpoint(required=checkpoint == "required")
+        flags.define_dtype()
+        flags.define_as_stored()
     flags.string("html", "", "page to write, a file name that ends in .html")
     flags.string("png", "", "image to write, a file name that ends in .png")
     flags.boolean("color", None, "print colours; by default on a terminal, unless NO_COLOR is set")

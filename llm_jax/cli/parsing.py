@@ -61,14 +61,24 @@ class Flags(flags.FlagValues):
     def string(self, name: str, default: str | None, meaning: str, **options: Any) -> None:
         flags.DEFINE_string(name, default, meaning, flag_values=self, **options)
 
-    def define_checkpoint(self) -> None:
-        """Defines --checkpoint, which is required, and --base."""
-        self.string("checkpoint", None, f"checkpoint: {CHECKPOINT_FORMS}", required=True)
+    def define_checkpoint(self, required: bool = True) -> None:
+        """Defines --checkpoint and --base."""
+        default = None if required else ""
+        self.string("checkpoint", default, f"checkpoint: {CHECKPOINT_FORMS}", required=required)
         self.define_base()
 
     def define_base(self) -> None:
         """Defines --base."""
         self.string("base", "", "with adapters: checkpoint of their base; default: the one that they name")
+
+    def define_dtype(self, meaning: str = "dtype of checkpoints that llm_jax did not train") -> None:
+        """Defines --dtype."""
+        self.enum("dtype", "float32", ["float32", "bfloat16", "float16"], meaning)
+
+    def define_as_stored(self) -> None:
+        """Defines --as_stored."""
+        meaning = "keep the quantized tensors of a .gguf file quantized instead of expanding them to floats"
+        self.boolean("as_stored", False, meaning)
 
     def integer(self, name: str, default: int | None, meaning: str, **options: Any) -> None:
         flags.DEFINE_integer(name, default, meaning, flag_values=self, **options)
