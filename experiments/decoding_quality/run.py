@@ -70,21 +70,28 @@ METHODS: dict[str, dict[str, Any]] = {
 def main() -> None:
     f = flags.FLAGS
     digest = hashlib.sha256(f"{f.checkpoint} {f.text}".encode()).hexdigest()[:8]
-    root = experiments.directory(f.runs, digest, f.prompts, f.prompt_tokens, f.new_tokens)
+    root = experiments.directory(f.runs, digest, f.prompts, f.prompt_tokens, f.new_tokens, f.batch_size)
     model, params, tokenizer = checkpoints.load(f.checkpoint)
     prompts, human = texts(tokenizer, f.prompts, f.prompt_tokens, f.new_tokens)
-    continuations = {"human": experiments.cached(root / "human.json", lambda: of_human(model, params, prompts, human))}
+    continuations = {}
+    continuations["human"], origin = experiments.cached(
+        root / "human.json", lambda: of_human(model, params, prompts, human)
+    )
+    origins = [origin]
     for name, options in bars.bar(METHODS.items(), "methods"):
-        continuations[name] = experiments.cached(
+        continuations[name], origin = experiments.cached(
             root / f"{experiments.file_name(name)}.json",
             functools.partial(continued, model, params, tokenizer, prompts, options),
         )
-    steps = experiments.cached(root / "steps.json", lambda: of_steps(model, params, prompts, human))
+        origins.append(origin)
+    steps, origin = experiments.cached(root / "steps.json", lambda: of_steps(model, params, prompts, human))
+    origins.append(origin)
     steps = {name: np.asarray(values) for name, values in steps.items()}
     figures = {name: of_method(texts) for name, texts in continuations.items()}
     draw(steps, HERE / "sizes.png")
     results = judge(continuations, figures, steps)
-    print(experiments.publish(__file__, results, tables(figures), flags=("prompts", "new_tokens")))
+    command = experiments.command(__file__, {"checkpoint": "RUN", "text": "FILE"})
+    print(experiments.publish(__file__, results, tables(figures), origins=origins, measured_by=command))
 
 
 def texts(tokenizer, count: int, head: int, tail: int) -> tuple[list[list[int]], list[list[int]]]:

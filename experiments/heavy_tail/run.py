@@ -58,13 +58,13 @@ FIGURES = {
 def main() -> None:
     f = flags.FLAGS
     root = experiments.directory(f.runs, f.width, f.steps)
-    figures = experiments.measure(
+    figures, origins = experiments.measure(
         root, LOSSES, f.seeds, lambda loss, seed: train_and_compare(LOSSES[loss], seed, f.steps, f.width)
     )
     table = {loss: {k: mean([run[k] for run in runs]) for k in FIGURES} for loss, runs in figures.items()}
     rows = ([loss, *(f"{m:.4f} ± {high - m:.4f}" for m, _, high in row.values())] for loss, row in table.items())
     lines = ["", *findings.markdown_table(["loss", *FIGURES.values()], rows)]
-    print(experiments.publish(__file__, judge(figures, table), lines, flags=("seeds", "steps")))
+    print(experiments.publish(__file__, judge(figures, table), lines, origins=origins))
 
 
 def source(key: jax.Array) -> jax.Array:

@@ -22,8 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from llm_jax import cli, configuration, files, runtime
+from llm_jax import cli, configuration, runtime
 from llm_jax.model.attention import Tokens
+from llm_jax.research import experiments, provenance
 from llm_jax.training.setup import setup
 
 SYMBOLS, BASE, LENGTH, HALF = 16, 5, 40, 20
@@ -66,6 +67,7 @@ def training_batch(key: jax.Array) -> dict[str, jax.Array]:
 def main() -> None:
     runtime.retain_freed_memory()
     f = flags.FLAGS
+    origin = provenance.here("")
     default = configuration.load(pathlib.Path(__file__).with_name("config.py"))
     position = dataclasses.replace(default.model.position, kind=f.kind)
     shape = {"vocab_size": BASE + SYMBOLS, "num_layers": 2, "width": 64, "mlp_dim": 128}
@@ -101,7 +103,7 @@ def main() -> None:
     # The last symbols in all groups, so that they differ in what was trained alone.
     table = {name: float(ask(state.params, jnp.asarray(offsets), True)) for name, offsets in groups.items()}
     if f.output:
-        files.write_json(pathlib.Path(f.output), table)
+        experiments.write_figures(pathlib.Path(f.output), table, origin)
     print(json.dumps(table))
 
 

@@ -19,11 +19,12 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from llm_jax import checkpoints, cli, files, runtime
+from llm_jax import checkpoints, cli, runtime
 from llm_jax.data.corpus import Source
 from llm_jax.data.rows import Rows
 from llm_jax.model import rope
 from llm_jax.model.transformer import Transformer
+from llm_jax.research import experiments, provenance
 from llm_jax.training import losses
 
 FACTORS = (1, 2, 4, 8)
@@ -38,6 +39,7 @@ flags.DEFINE_boolean("scalings", False, "also every scaling of rope, applied now
 def main() -> None:
     runtime.retain_freed_memory()
     f = flags.FLAGS
+    origin = provenance.here("")
     model, params, tokenizer = checkpoints.load(f.checkpoint, scan_layers=True)
     config = checkpoints.read_config(checkpoints.find(f.checkpoint))
     split = Source(config.data).corpus(tokenizer).validation
@@ -57,7 +59,7 @@ def main() -> None:
             for protocol, stride in (("windows", length), ("sliding", f.original_length // 2)):
                 found[protocol][str(factor)] = mean_loss(scaled, params, Rows(split, length, stride), f.original_length)
             print(scaling or "as trained", {p: round(found[p][str(factor)], 4) for p in found}, flush=True)
-    files.write_json(pathlib.Path(f.output), table)
+    experiments.write_figures(pathlib.Path(f.output), table, origin)
 
 
 def mean_loss(model: Transformer, params, rows: Rows, original: int) -> float:

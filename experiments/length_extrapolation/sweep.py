@@ -70,9 +70,10 @@ def main() -> None:
     root = experiments.directory(f.runs, f.size)
     for phase in plan(root, f.size, f.seeds):
         jobs.run_all(phase, jobs.machine_shares(f.jobs, len(phase)), show=live_table.print_changes())
-    loss, copied = report.read(root, f.seeds, list(KINDS), SCALINGS, COPYING)
+    loss, copied, origins = report.read(root, f.seeds, list(KINDS), SCALINGS, COPYING)
     report.draw(loss, HERE / "lengths.png")
-    print(experiments.publish(__file__, report.judge(loss, copied, f.seeds), report.tables(loss, copied)))
+    results = report.judge(loss, copied, f.seeds)
+    print(experiments.publish(__file__, results, report.tables(loss, copied), origins=origins))
 
 
 def plan(root: pathlib.Path, size: str, seeds: int) -> list[list[Job]]:

@@ -35,8 +35,9 @@ from llm_jax.evaluation import answers
 from llm_jax.evaluation.builtin import TASKS
 from llm_jax.evaluation.prompts import PromptConfig
 from llm_jax.intervals import Interval, bootstrap
-from llm_jax.research import experiments, findings, pictures, verdicts
+from llm_jax.research import experiments, findings, pictures, provenance, verdicts
 from llm_jax.research.findings import Finding
+from llm_jax.research.provenance import Provenance
 
 HERE = pathlib.Path(__file__).parent
 STYLES = ("zero_shot", "few_shot", "expert", "cot_zero_shot", "cot_few_shot")
@@ -68,9 +69,10 @@ def main() -> None:
             records.append(cell | answered(loaded, path, task, config, file))
     cells, tokens = gather(records, "right"), gather(records, "tokens", "reasoning_tokens")
     draw(cells, HERE / "spread.png")
-    names, suffix = ("examples", "shots", "reasoning_tokens"), " --reference=RUN" if f.reference else ""
+    origins = list(dict.fromkeys(origin for record in records for origin in record["origins"]))
+    command = experiments.command(__file__, {"model": "RUN", "reference": "RUN"})
     results = judge(cells, tokens)
-    print(experiments.publish(__file__, results, table(cells, tokens), flags=names, suffix=suffix))
+    print(experiments.publish(__file__, results, table(cells, tokens), origins=origins, measured_by=command))
 
 
 def answered(loaded, path: str, task, config: PromptConfig, file: pathlib.Path) -> dict[str, Any]:
@@ -78,9 +80,12 @@ def answered(loaded, path: str, task, config: PromptConfig, file: pathlib.Path) 
     log = answers.AnswerLog(file, {"checkpoint": path, "task": task.digest(), **dataclasses.asdict(config)})
     done = {record["index"] for record in log.records}
     rest = [i for i in range(len(task.examples)) if i not in done]
+    origin = dataclasses.asdict(provenance.here(""))
     for record in answers.records(loaded, task, config, rest, batch_size=8):
-        log.add(record)
-    return {key: [record[key] for record in log.records] for key in ("right", "tokens", "reasoning_tokens")}
+        log.add(record | {"origin": origin})
+    figures = {key: [record[key] for record in log.records] for key in ("right", "tokens", "reasoning_tokens")}
+    # Records of earlier versions have no origin.
+    return figures | {"origins": [Provenance(**record.get("origin", {})) for record in log.records]}
 
 
 def gather(records: Sequence[Mapping[str, Any]], *keys: str) -> Cells:

@@ -97,10 +97,12 @@ def main() -> None:
             followers.append(points.training(HERE / "config.py", changes, run))
     for phase in (starts, followers):
         jobs.run_all(phase, jobs.machine_shares(f.jobs, len(phase)), show=live_table.print_changes())
-    figures = experiments.measure(root / "compared", SCHEMES, f.seeds, lambda name, seed: compare(root, name, seed))
+    figures, origins = experiments.measure(
+        root / "compared", SCHEMES, f.seeds, lambda name, seed: compare(root, name, seed)
+    )
     results = [judge(figures, f.seeds)]
     draw(figures, HERE / "qat.png")
-    print(experiments.publish(__file__, results, table(figures, results[0])))
+    print(experiments.publish(__file__, results, table(figures, results[0]), origins=origins))
 
 
 def compare(root: pathlib.Path, name: str, seed: int) -> dict[str, float]:

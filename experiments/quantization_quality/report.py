@@ -21,6 +21,7 @@ Q3  smaller: fewer bytes than float32. less memory: weights and temporaries of o
     three are so of int8, w8a8 and int4; "holds when" says of which; else fails.
 """
 
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -31,6 +32,7 @@ from llm_jax.intervals import Interval, mean, paired
 from llm_jax.kernels import number_formats
 from llm_jax.research import experiments, findings, pictures
 from llm_jax.research.findings import Finding
+from llm_jax.research.provenance import Provenance
 
 HERE = pathlib.Path(__file__).parent
 MARGIN = float(np.log(1.01))
@@ -51,7 +53,15 @@ def publish(figures: dict[str, Any]) -> str:
     """
     draw(figures["reference model"], figures["full precision"], HERE / "quality.png")
     results = judge(figures["reference model"], figures["MiniLM"], figures["speed"])
-    return experiments.publish(str(HERE / "sweep.py"), results, tables(figures))
+    origin = Provenance(**figures.get("provenance", {}))  # figures.json of earlier versions has none
+    lines = tables(figures)
+    return experiments.publish(
+        str(HERE / "sweep.py"),
+        results,
+        lines,
+        origins=[dataclasses.replace(origin, command="")],
+        measured_by=origin.command,
+    )
 
 
 def judge(language: dict, sentences: dict, speed: dict) -> list[Finding]:

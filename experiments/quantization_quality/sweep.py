@@ -13,6 +13,8 @@ import math
 import pathlib
 import subprocess
 import tempfile
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,7 +28,8 @@ from llm_jax.data.corpus import Source
 from llm_jax.data.rows import Rows, Shuffled
 from llm_jax.errors import UserError
 from llm_jax.quant import post_training
-from llm_jax.research import experiments
+from llm_jax.research import experiments, provenance
+from llm_jax.research.provenance import Provenance
 
 HERE = pathlib.Path(__file__).parent
 
@@ -72,6 +75,8 @@ def main() -> None:
     measured = b"".join(row["inputs"].tobytes() for row in [*rows, *calibration])
     digest = hashlib.sha256((checkpoints.find(path) / "manifest.json").read_bytes() + measured).hexdigest()[:12]
     root = experiments.directory(f.runs, digest, f.rows, f.calibration, f.sentences)
+    origins: list[Provenance] = []
+    cached = functools.partial(cached_figures, origins)
 
     language = {}
     for cell in bars.bar(CELLS, "reference model"):
@@ -88,16 +93,21 @@ def main() -> None:
     figures = {
         "full precision": {name: full[name] for name in ("perplexity", "bytes")},
         "reference model": language,
-        "MiniLM": of_sentences(root, f.sentences),
+        "MiniLM": of_sentences(root, f.sentences, cached),
         "speed": cached(root, "speed", lambda: of_speed(model, params, calibration)),
-        "SmolLM2 (already Q4_1)": of_smollm2(root, config) if f.smollm2 else {},
+        "SmolLM2 (already Q4_1)": of_smollm2(root, config, cached) if f.smollm2 else {},
     }
+    command = experiments.command(__file__, {"checkpoint": "RUN", "llama_python": "PYTHON"})
+    figures["provenance"] = dataclasses.asdict(provenance.combine(origins, command))
     files.write_json(HERE / "figures.json", figures)
     print(report.publish(figures))
 
 
-def cached(directory: pathlib.Path, name: str, compute):
-    return experiments.cached(directory / f"{experiments.file_name(name)}.json", compute)
+def cached_figures(origins: list[Provenance], directory: pathlib.Path, name: str, compute: Callable[[], Any]) -> Any:
+    """The figures of a file, see `experiments.cached`; their origin is added to `origins`."""
+    figures, origin = experiments.cached(directory / f"{experiments.file_name(name)}.json", compute)
+    origins.append(origin)
+    return figures
 
 
 def measure_cell(model, params, cell: Cell, calibration, rows) -> dict:
@@ -123,7 +133,7 @@ def of_llama(model, params, tokenizer, kind: str, rows) -> dict:
         return figures | {"bytes": sum(t.rows().nbytes for t in tensors), "bits": bits}
 
 
-def of_sentences(root: pathlib.Path, count: int) -> dict:
+def of_sentences(root: pathlib.Path, count: int, cached: Callable[..., Any]) -> dict:
     """MiniLM's vectors of movie reviews; calibrated on sentences that are not measured."""
     model, params, tokenizer = checkpoints.load("asset:minilm-l6-v2")
     params = {name: part for name, part in params.items() if name != "pooler"}  # the vectors are means over tokens
@@ -171,7 +181,7 @@ def of_speed(model, params, calibration) -> dict:
     return measure.speeds(model, by_name, calibration[0]["inputs"][:32].tolist(), 64, 5)
 
 
-def of_smollm2(root: pathlib.Path, config) -> dict:
+def of_smollm2(root: pathlib.Path, config, cached: Callable[..., Any]) -> dict:
     """Its file is Q4_1: 8 bits only, and labelled so."""
     model, params, tokenizer = checkpoints.load("asset:smollm2-135m-instruct")
     source = Source(dataclasses.replace(config.data, source="asset:shakespeare"), whole=True)

@@ -29,7 +29,7 @@ from absl import flags
 
 from llm_jax import checkpoints, cli, files
 from llm_jax.errors import UserError
-from llm_jax.research import findings
+from llm_jax.research import experiments, findings
 
 HERE = pathlib.Path(__file__).parent
 STATEMENTS = {
@@ -73,7 +73,7 @@ def main() -> None:
         "processes": lambda: kills(output, whole[2], f.kills, seconds[2], f.seed, 2),
         "read_only": lambda: read_only(output / "disk", whole[1]),
     }
-    command = f"PYTHONPATH=. python experiments/reliability/reliability.py --kills={f.kills} --flips={f.flips}"
+    command = experiments.command(__file__)
     results = {result.statement: result for result in findings.read(HERE / "results.json")}
     for part in f.parts:
         statement, name = STATEMENTS[part]
@@ -152,12 +152,12 @@ def kills(
     """Kills runs at random moments (four in five by SIGKILL, the rest by SIGTERM) until at least `count` were hit.
 
     Of several processes one is hit, and the others have to end by themselves. Every run that has ended is a line of
-    killed-PROCESSES.jsonl in `output`, and is not repeated.
+    killed-PROCESSES-SEED.jsonl in `output`, and is not repeated.
     """
-    path = output / f"killed-{processes}.jsonl"
+    path = output / f"killed-{processes}-{seed}.jsonl"
     runs = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     while sum(len(run["kills"]) for run in runs) < count:
-        workdir = output / f"killed-{processes}-{len(runs)}"
+        workdir = output / f"killed-{processes}-{seed}-{len(runs)}"
         shutil.rmtree(workdir, ignore_errors=True)
         hits = killed(workdir, seconds, random.Random(f"{seed} {processes} {len(runs)}"), processes)
         runs.append({"kills": hits, "differs": not same(workdir, whole)})

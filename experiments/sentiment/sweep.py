@@ -7,6 +7,7 @@ same command goes on where it was stopped, on this machine or another, and a job
 What the verdicts are of comes first; then results.json and the table in README.md are written, of what there is.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -22,8 +23,9 @@ from absl import flags
 from experiments.sentiment import report
 from llm_jax import bars, cli, files
 from llm_jax.errors import UserError
-from llm_jax.research import experiments
+from llm_jax.research import experiments, provenance
 from llm_jax.research import runs as runs_lib
+from llm_jax.research.provenance import Provenance
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -76,8 +78,9 @@ def main() -> None:
             if (name, seed) in finished(file, f.size):  # perhaps by another process, since this one began
                 continue
             bar.set_description(f"{name}, seed {seed}")
+            origin = dataclasses.asdict(provenance.here(""))
             figures = asked(root, name, f.size) if name in PROMPTED else trained(root, name, seed, f.size)
-            line = {"job": name, "seed": seed, "recipe": recipe(name, f.size), **figures}
+            line = {"job": name, "seed": seed, "recipe": recipe(name, f.size), "origin": origin, **figures}
             with file.open("a") as lines:
                 lines.write(json.dumps(line) + "\n")
     done = finished(file, f.size)
@@ -90,7 +93,9 @@ def main() -> None:
     runs = {name: [done[name, seed] for seed in range(f.seeds) if (name, seed) in done] for name in TRAINED}
     results = report.judge(prompted, runs, runs["LoRA r=8"][0]["factors"], f.seeds, f.size)
     table = report.table(prompted, runs, f.size, f.seeds)
-    print(experiments.publish(__file__, results, table, flags=("size", "seeds")))
+    # Lines of earlier versions have no origin.
+    origins = [Provenance(**done[job].get("origin", {})) for job in jobs if job in done]
+    print(experiments.publish(__file__, results, table, origins=origins))
 
 
 def recipe(name: str, size: str) -> str:

@@ -58,8 +58,8 @@ def main() -> None:
     parts = {name: encoded(loaded, sentences) for name, sentences in chosen.items()}
     recipe = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()[:12]
     root = experiments.directory(f.runs, recipe)
-    figures = experiments.measure(root, KINDS, f.seeds, lambda kind, seed: train(loaded, parts, kind, seed))
-    print(experiments.publish(__file__, [judge(figures, f.seeds)], table(figures), flags=("seeds",)))
+    figures, origins = experiments.measure(root, KINDS, f.seeds, lambda kind, seed: train(loaded, parts, kind, seed))
+    print(experiments.publish(__file__, [judge(figures, f.seeds)], table(figures), origins=origins))
 
 
 def encoded(loaded, sentences) -> dict[str, np.ndarray]:

@@ -68,12 +68,14 @@ def main() -> None:
     config = configuration.load("default", changes)
     source = Source(config.data)
     root = experiments.directory(f.runs, f.steps, f.tune)
-    table = experiments.measure(root, KINDS, f.seeds, lambda kind, seed: run(config, source, kind, seed))
-    refused = {
-        kind: experiments.cached(root / f"{kind}-refusals.json", functools.partial(refusals, source, kind))
-        for kind in NEXT
-    }
-    print(experiments.publish(__file__, judge(table, refused), ["", *tables(table, refused)], section="models"))
+    table, origins = experiments.measure(root, KINDS, f.seeds, lambda kind, seed: run(config, source, kind, seed))
+    refused = {}
+    for kind in NEXT:
+        path = root / f"{kind}-refusals.json"
+        refused[kind], origin = experiments.cached(path, functools.partial(refusals, source, kind))
+        origins.append(origin)
+    lines = ["", *tables(table, refused)]
+    print(experiments.publish(__file__, judge(table, refused), lines, section="models", origins=origins))
 
 
 # ---------------------------------------------------------------- what is measured

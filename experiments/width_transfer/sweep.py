@@ -91,11 +91,13 @@ def main() -> None:
     runs: dict[str, tuple[str, int, int]] = {}
     for run in itertools.product(KINDS, widths, powers):
         runs.setdefault(name(*run), run)
-    figures = experiments.measure(experiments.directory(f.runs), runs, f.seeds, measure)
+    root = experiments.directory(f.runs, widths[0], f.held_rows)
+    figures, origins = experiments.measure(root, runs, f.seeds, measure)
     table = {kind: {width: losses(kind, width) for width in widths} for kind in KINDS}
     lost = {kind: losses_given_up(of_kind, widths[0]) for kind, of_kind in table.items()}
     result = judge(lost, f.seeds)
-    print(experiments.publish(__file__, [result], tables(table, lost, powers, result), verdicts=False))
+    lines = tables(table, lost, powers, result)
+    print(experiments.publish(__file__, [result], lines, origins=origins, verdicts=False))
 
 
 def stacked(rows, count: int):

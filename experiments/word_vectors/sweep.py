@@ -67,14 +67,15 @@ def main() -> None:
             vectors.save(learned, root / f"{experiments.file_name(kind)}-{seed}.bin")
             return figures(learned)
 
-        table = experiments.measure(root, (*KINDS, SHUFFLED), f.seeds, train)
+        table, origins = experiments.measure(root, (*KINDS, SHUFFLED), f.seeds, train)
     parts = files.read_json(HERE.parent / "benchmarks" / "parts.json")
     lower = {kind: word2vec_benchmark.lower(parts[f"word2vec_{kind}"]) for kind in ("skipgram", "cbow")}
     cosines = {name: real_cosines(name) for name in ("minilm-l6-v2", "smollm2-135m-instruct")}
     shown = vectors.load(root / "skipgram-0.bin")
     word_maps.draw(shown, [w for w in MAP.split() if w in shown], HERE / "map.png")
     size = f"{text.num_words:,} words of {len(text.words):,} kinds, sha256 {text.sha256[:12]}."
-    print(experiments.publish(__file__, judge(table, lower, cosines), ["", size, *tables(table)]))
+    lines = ["", size, *tables(table)]
+    print(experiments.publish(__file__, judge(table, lower, cosines), lines, origins=origins))
 
 
 def figures(learned: vectors.WordVectors) -> dict:

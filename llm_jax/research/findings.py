@@ -115,16 +115,11 @@ def estimates(values: Any, condition: str = "") -> tuple[Estimate, ...]:
 
 
 def save(directory: pathlib.Path, results: Sequence[Finding]) -> None:
-    """Writes results.json, and keeps what other scripts have written there; raises UserError if that fails.
-
-    A result that is recorded already, with equal estimates, keeps its commit, machine and date: it is the same
-    measurement.
-    """
+    """Writes results.json, and keeps what other scripts have written there; raises UserError if that fails."""
     path = directory / "results.json"
     recorded = read(path) if path.exists() else []
     scripts = {_script(result) for result in results}
     others = [result for result in recorded if _script(result) not in scripts]
-    results = [_with_recorded_provenance(result, recorded) for result in results]
     everything = sorted([*others, *results], key=lambda r: r.claim) if others else list(results)
     files.write_json(path, [as_dict(result) for result in everything])
 
@@ -201,13 +196,6 @@ def replace_section(path: pathlib.Path, name: str, lines: Sequence[str]) -> None
         raise UserError(f"{path}: has {count} sections '<!-- {name}: ... -->'; expected one")
     body = "\n".join(lines) + "\n"
     files.write(path, pattern.sub(lambda match: match[1] + body + match[2], text))
-
-
-def _with_recorded_provenance(result: Finding, recorded: Sequence[Finding]) -> Finding:
-    for other in recorded:
-        if (other.claim, other.n, other.estimates) == (result.claim, result.n, result.estimates):
-            return dataclasses.replace(result, commit=other.commit, machine=other.machine, date=other.date)
-    return result
 
 
 def _tuples(entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,8 +19,10 @@ class Provenance:
     Attributes:
       command: measures it again.
       commit: git commit of the code, with "+changes" where tracked files differed from it.
-      machine: processor, number of cores, accelerator, Python, JAX.
+      machine: processor, number of cores, versions of Python and JAX.
       date: day of the measurement, ISO 8601.
+
+    A result of several commits, machines or days names all of them, see `combine`.
     """
 
     command: str = ""
@@ -31,6 +34,25 @@ class Provenance:
 def here(command: str) -> Provenance:
     """The provenance of what `command` measures now on this machine."""
     return Provenance(command, commit(), machine(), datetime.date.today().isoformat())
+
+
+def combine(origins: Iterable[Provenance], command: str) -> Provenance:
+    """The provenance of a result that follows from figures measured at several times or on several machines.
+
+    Args:
+      origins: the provenance of each figure; their commands are not used.
+      command: measures the result again.
+
+    Returns:
+      Different commits and machines are joined by "; ", in the order of their dates, and different days are
+      OLDEST..NEWEST. Beside known values, one that is not known is "unknown".
+    """
+    ordered = sorted(origins, key=lambda origin: origin.date)
+    commits, machines, dates = (
+        list(dict.fromkeys(getattr(origin, name) for origin in ordered)) for name in ("commit", "machine", "date")
+    )
+    ends = dates if len(dates) < 2 else [dates[0] or "unknown", dates[-1]]
+    return Provenance(command, _join(commits), _join(machines), "..".join(ends))
 
 
 def command_line(name: str) -> str:
@@ -66,6 +88,10 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def _join(values: list[str]) -> str:
+    return values[0] if len(values) == 1 else "; ".join(value or "unknown" for value in values)
 
 
 def _git(*arguments: str) -> str:

@@ -14,6 +14,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from llm_jax import configuration, files
 from llm_jax.errors import UserError
 from llm_jax.research import grid, jobs, points
@@ -127,7 +129,7 @@ def run(
         """A new trial, or None where all processes together have created `trials` of them."""
         with files.lock(output, points.LOCK, wait=True):
             number = len(study.trials)
-            study.sampler = optuna.samplers.TPESampler(seed=seed + number)  # no process repeats another's draws
+            study.sampler = optuna.samplers.TPESampler(seed=sampler_seed(seed, number))
             return study.ask() if number < trials else None
 
     def more(statuses: Sequence[jobs.Status]) -> jobs.Job | None:
@@ -166,6 +168,11 @@ def run(
     )
     settle(statuses)
     return study, statuses
+
+
+def sampler_seed(seed: int, number: int) -> int:
+    """The 32-bit seed of the draws of one trial, which differ from those of other trials and other searches."""
+    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
 
 
 def describe(study: Any, output: pathlib.Path) -> str:

@@ -193,3 +193,9 @@ def test_two_processes_do_not_exceed_the_number_of_trials(tmp_path, base, monkey
         studies = [call.result()[0] for call in calls]
     assert states(studies[0]) == states(studies[1]) == ["COMPLETE"] * 3
     assert len(points.read(tmp_path)["points"]) == 3
+
+
+def test_searches_with_different_seeds_have_different_draws():
+    seeds = {search.sampler_seed(seed, number) for seed in range(4) for number in range(100)}
+    assert len(seeds) == 400 and all(0 <= seed < 2**32 for seed in seeds)
+    assert search.sampler_seed(3, 5) == search.sampler_seed(3, 5)
