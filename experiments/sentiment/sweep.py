@@ -3,8 +3,10 @@
     PYTHONPATH=. python experiments/sentiment/sweep.py [--size=cpu|smoke] [--seeds=3] [--part=1/2]
 
 One job after the other. What a finished job found is a line of runs.jsonl beside this file, which is committed: the
-same command goes on where it was stopped, on this machine or another, and a job whose recipe has changed is done again.
-What the verdicts are of comes first; then results.json and the table in README.md are written, of what there is.
+same command goes on where it was stopped, on this machine or another, and a job is done again if an option that its
+figures follow from has changed. recipes.jsonl has the configurations of the jobs that train, by the digests in
+runs.jsonl. What the verdicts are of comes first; then results.json and the table in README.md are written, of what
+there is.
 """
 
 import dataclasses
@@ -21,11 +23,12 @@ import numpy as np
 from absl import flags
 
 from experiments.sentiment import report
-from llm_jax import bars, cli, files
+from llm_jax import bars, cli, configuration, files
 from llm_jax.errors import UserError
 from llm_jax.research import experiments, provenance
 from llm_jax.research import runs as runs_lib
 from llm_jax.research.provenance import Provenance
+from llm_jax.schema import Config
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -60,6 +63,14 @@ SIZES: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
     "smoke": (FAST | {"train.steps": 12, "optim.warmup_steps": 2}, ("--test=64", "--train=64")),
 }
 RECIPE = ROOT / "configs" / "sentiment_lora.py"
+# Options that a run takes from the checkpoint `init_from`, whatever the configuration has: training refuses others.
+GEOMETRY = (
+    *(
+        f"model.{key}"
+        for key in ("vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "mlp_dim", "qk_norm")
+    ),
+    *("model.position.base", "model.position.max_length", "tokenizer.kind", "tokenizer.vocab_size"),
+)
 OTHER = "amazon-reviews"
 
 
@@ -80,6 +91,7 @@ def main() -> None:
             bar.set_description(f"{name}, seed {seed}")
             origin = dataclasses.asdict(provenance.here(""))
             figures = asked(root, name, f.size) if name in PROMPTED else trained(root, name, seed, f.size)
+            record_recipe(file, name, f.size)
             line = {"job": name, "seed": seed, "recipe": recipe(name, f.size), "origin": origin, **figures}
             with file.open("a") as lines:
                 lines.write(json.dumps(line) + "\n")
@@ -98,16 +110,50 @@ def main() -> None:
     print(experiments.publish(__file__, results, table, origins=origins))
 
 
+def config_of(name: str, size: str) -> Config:
+    """The configuration of a job that trains, without its seed."""
+    return configuration.load(RECIPE, SIZES[size][0] | TRAINED[name])
+
+
 def recipe(name: str, size: str) -> str:
     """A digest of what a job's figures follow from, beside its seed."""
-    parts = [SIZES[size], TRAINED.get(name, OTHER), RECIPE.read_text() if name in TRAINED else ""]
+    parts = configuration.as_dict(config_of(name, size)) if name in TRAINED else [SIZES[size], OTHER, ""]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
+def figure_options(config: Config) -> dict[str, Any]:
+    """{dotted key: value} of the options that figures follow from, beside the seed."""
+    ignored = {*runs_lib.NEUTRAL, *GEOMETRY, "train.seed"}
+    return {key: value for key, value in configuration.flat(config).items() if key not in ignored}
+
+
+def recorded_recipes(file: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """{digest: options that figures follow from} of the recipes beside a file of runs, under today's names."""
+    return {
+        line["recipe"]: figure_options(configuration.build(configuration.upgrade(line["config"])))
+        for line in runs_lib.read_lines(file.with_name("recipes.jsonl"))
+    }
+
+
+def record_recipe(file: pathlib.Path, name: str, size: str) -> None:
+    """Adds the configuration of a job that trains to the recipes beside a file of runs."""
+    digest = recipe(name, size)
+    if name in TRAINED and digest not in recorded_recipes(file):
+        with file.with_name("recipes.jsonl").open("a") as lines:
+            config = configuration.as_dict(config_of(name, size))
+            lines.write(json.dumps({"recipe": digest, "config": config}) + "\n")
+
+
 def finished(file: pathlib.Path, size: str) -> dict[tuple[str, int], dict[str, Any]]:
-    """What is on record of jobs as they are now."""
+    """The lines of the jobs as they are now: their options are the recorded ones, however they are written."""
+    recorded = recorded_recipes(file)
+    options = {name: figure_options(config_of(name, size)) for name in TRAINED}
+
+    def is_current(job: str, digest: str) -> bool:
+        return recorded.get(digest) == options[job] if job in TRAINED else digest == recipe(job, size)
+
     lines = runs_lib.read_lines(file)
-    return {(line["job"], line["seed"]): line for line in lines if line["recipe"] == recipe(line["job"], size)}
+    return {(line["job"], line["seed"]): line for line in lines if is_current(line["job"], line["recipe"])}
 
 
 def asked(root: pathlib.Path, kind: str, size: str) -> dict[str, Any]:
