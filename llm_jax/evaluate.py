@@ -147,7 +147,15 @@ def on_text(f: cli.Flags) -> None:
     if len(several) > 1:
         held_out_lib.refuse_other_text(several)
     first = several[0]
+    if f.whole_file and first.data.kind != "text":
+        raise UserError(
+            f"--whole_file has no effect where data.kind is {first.data.kind}: each record is an example; leave it out"
+        )
     source: Any = open_source(first.data, first.is_whole_text, in_pieces=not f.whole_file)
+    if f.whole_file and all(file.format != "text" for file in source.catalog.files):
+        raise UserError(
+            f"--whole_file has no effect on --data={f.data}: it has no text file that could be cut; leave it out"
+        )
     compressed = {} if first.is_masked else source.compressed_bits_per_byte()
     if f.data and first.data.kind == "text" and any(file.format == "pieces" for file in source.catalog.files):
         print(

@@ -152,12 +152,13 @@ def fit(model: Transformer, ids: list[int], options: DecodingOptions) -> list[in
 def note_length(model: Transformer, prompts: Sequence[Sequence[int]], options: DecodingOptions) -> None:
     """Prints a line on stderr, once, where prompt and continuation may exceed the positions of the model.
 
-    Their number is `model.position.max_length`, in other software max_position_embeddings or context_length. ALiBi and
-    models without positions have no such number.
+    Their number is `model.position.max_length`, in other software max_position_embeddings or context_length. Only rotary
+    positions have a length up to which they were trained and are computed beyond it: a table of learned positions ends
+    there (`fit`), and `max_length` means nothing to the other schemes.
     """
     position = model.config.position
     longest = max(map(len, prompts), default=0)
-    if position.kind in ("alibi", "none") or longest + options.max_new_tokens <= position.max_length:
+    if position.kind != "rope" or longest + options.max_new_tokens <= position.max_length:
         return
     _print_once(
         f"note: prompt and max_new_tokens={options.max_new_tokens} may exceed the {position.max_length:,} positions "

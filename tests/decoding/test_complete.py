@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 import llm_jax
 from llm_jax import lora, tokenizers
 from llm_jax.decoding import explain, stops
-from llm_jax.decoding.complete import complete
+from llm_jax.decoding.complete import complete, note_length
 from llm_jax.decoding.options import DecodingOptions
 from llm_jax.errors import UserError
+from llm_jax.model.transformer import Transformer
 from llm_jax.tokenizers import detokenize
 from llm_jax.tokenizers.byte import ByteTokenizer
 from tests.lora import cases
@@ -249,3 +250,16 @@ def test_a_draft_has_the_same_tokenizer_and_may_have_more_rows(command, trained,
 
     monkeypatch.setattr("llm_jax.decoding.complete.complete", refuse)
     assert f"a draft of {rows} rows" in generate(tmp_path / "padded")
+
+
+def test_only_rotary_positions_have_a_length_beyond_which_texts_are_noted(tiny, capsys):
+    def note(kind, max_length):
+        position = dataclasses.replace(tiny.model.position, kind=kind, max_length=max_length)
+        model = Transformer(dataclasses.replace(tiny.model, position=position))
+        note_length(model, [[1] * 4], DecodingOptions(max_new_tokens=73))
+        return capsys.readouterr().err
+
+    assert note("rope", 76).startswith("note: prompt and max_new_tokens=73 may exceed the 76 positions")
+    assert not note("rope", 77)
+    for kind in ("t5", "shaw", "sinusoidal", "alibi", "none"):
+        assert not note(kind, 75)

@@ -203,3 +203,18 @@ def test_what_cannot_be_paired_is_refused_in_one_line(tiny, monkeypatch):
 def test_figures_that_are_not_finite_are_null_in_json():
     figures = evaluate._finite({"loss": math.nan, "perplexity": math.inf, "tokens": 3, "name": "a"})
     assert figures == {"loss": None, "perplexity": None, "tokens": 3, "name": "a"}
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "message"),
+    [
+        ("x.jsonl", (), "x.jsonl: it has no text file that could be cut; leave it out"),
+        ("x.jsonl", ("--kind=labelled",), "where data.kind is labelled: each record is an example; leave it out"),
+        ("x.txt", ("--kind=preferences",), "where data.kind is preferences"),
+    ],
+)
+def test_whole_file_is_refused_where_no_text_file_is_cut(command, trained, tmp_path, name, flags, message):
+    path = tmp_path / name
+    path.write_text('{"text": "the model reads a token", "label": "a"}\n')
+    done = command("evaluate", f"--checkpoint={trained}", f"--data={path}", "--whole_file", *flags, code=2)
+    assert message in done.stderr and "--whole_file has no effect" in done.stderr
