@@ -39,6 +39,9 @@ _SPECIFICATION = re.compile(
     r"(?P<module>[^:#()]+):(?P<name>\w+)(\((?P<options>.*)\))?(#(?P<sha256>[0-9a-f]{12}))?", re.S
 )
 
+KEYS = ("model.position.kind", "tokenizer.kind", "optim.kind", "loss.kind")  # of the configuration
+FLAGS = ("filter",)  # of commands
+
 
 @dataclasses.dataclass(frozen=True)
 class Extension:
@@ -311,12 +314,22 @@ def _source_in_cell(cls: type) -> str:
     raise OSError(f"no source of {cls.__name__}")
 
 
+def module_name(specification: str) -> str:
+    """FILE of `FILE:NAME(OPTIONS)#SHA256`; "" for the name of a built-in part."""
+    match = _SPECIFICATION.fullmatch(specification)
+    return match["module"] if match else ""
+
+
+def relative_path(name: str) -> str:
+    """Where the file of `NAME`, `NAME.py`, `DIRECTORY/NAME.py` or `PACKAGE.NAME` is in a directory that has it."""
+    return name if name.endswith(".py") else f"{name.replace('.', '/')}.py"
+
+
 def find_file(name: str) -> pathlib.Path | None:
     """The file of `NAME`, `NAME.py`, `DIRECTORY/NAME.py` or `PACKAGE.NAME` below the current directory or sys.path."""
     if name == "__main__":
         return None
-    relative = name if name.endswith(".py") else f"{name.replace('.', '/')}.py"
-    candidates = (pathlib.Path(directory).expanduser() / relative for directory in ("", *sys.path))
+    candidates = (pathlib.Path(directory).expanduser() / relative_path(name) for directory in ("", *sys.path))
     return next((path.resolve() for path in candidates if path.is_file()), None)
 
 

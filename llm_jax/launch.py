@@ -5,11 +5,14 @@ What follows `--` is a command with its flags, as on this machine; its flags are
 of a Cloud TPU slice.
 """
 
+import ast
 import base64
 import gzip
 import importlib
+import importlib.machinery
 import io
 import itertools
+import os
 import pathlib
 import re
 import shlex
@@ -18,7 +21,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from llm_jax import cli, configuration, extensions, files
@@ -109,7 +112,7 @@ def k8s(f: cli.Flags) -> None:
     own = _archive(_own_files("k8s", f.command, values, tuple(volumes.values())))
     if len(own) > _MOST_FILES:
         raise UserError(
-            f"the configuration and parts of your own take {len(own):,} bytes in the manifest; expected at most "
+            f"the files of your own take {len(own):,} bytes in the manifest; expected at most "
             f"{_MOST_FILES:,}; put them into a volume and name them by their path there"
         )
     job = clusters.JobSet(
@@ -191,7 +194,10 @@ def _checked(f: cli.Flags) -> tuple[list[str], Any]:
 def _own_files(
     cluster: str, arguments: Sequence[str], values: Any, mounted: tuple[str, ...] = ()
 ) -> dict[str, pathlib.Path]:
-    """{relative path: file} of the configuration files and the user's own parts that a command names.
+    """{relative path: file} of the user's own files that a command needs to start, by the names that it uses.
+
+    These are the file of `--config` or `--points`, the parts of the user's own (`extensions`), and the modules below
+    the current directory that these files import. Prints their names on stderr.
 
     Args:
       cluster: for messages.
@@ -199,46 +205,106 @@ def _own_files(
       mounted: directories that the machines of the job see; files in them need no copy.
 
     Raises:
-      UserError: a file that is not below the current directory, or named by another than a relative path.
+      UserError: a file is not below the current directory, is named by another than a relative path, or is found
+        through PYTHONPATH.
     """
-    named: dict[str, pathlib.Path] = {}
-    for flag, following in itertools.pairwise([*arguments, ""]):
-        if flag == "--config" or flag.startswith("--config="):
-            name = flag.partition("=")[2] or following
-            for candidate in (name, f"{name}/config.json"):  # a file, or a run
-                if pathlib.PurePath(candidate).suffix and pathlib.Path(candidate).expanduser().is_file():
-                    named[candidate] = pathlib.Path(candidate).expanduser().resolve()
-    config = getattr(values, "config", None)
-    for text in (*arguments, *(() if config is None else _strings(configuration.as_dict(config)))):
-        for part in re.findall(r"([^\s:=,;'\"()\[\]]+):[A-Za-z_]", text):
-            if path := extensions.find_file(part):
-                named[part] = path
-    here, installed = (
-        pathlib.Path.cwd(),
-        [pathlib.Path(sysconfig.get_path(n)) for n in ("stdlib", "purelib", "platlib")],
-    )
-    own = {}
-    for name, path in named.items():
-        if any(pathlib.PurePath(name).is_relative_to(directory) for directory in mounted):
+    rule = f"launch {cluster} copies files below the current directory only, which the command names by relative paths"
+    own: dict[str, pathlib.Path] = {}
+    pending = [*_named_files(arguments, values), *_part_files(_parts(values), rule)]
+    done: set[str] = set()
+    while pending:
+        name = str(pathlib.PurePath(pending.pop()))
+        path = pathlib.Path(name).expanduser()
+        if name in done or path.resolve().is_relative_to(ROOT / "llm_jax"):
             continue
-        if any(path.is_relative_to(directory) for directory in (*installed, ROOT / "llm_jax")):
-            continue
-        if pathlib.PurePath(name).is_absolute() or name.startswith("~") or not path.is_relative_to(here):
-            raise UserError(
-                f"{name}: launch {cluster} copies files below the current directory only, which the command names by "
-                "relative paths; copy the file there"
-            )
-        own[str(path.relative_to(here))] = path
+        done.add(name)
+        if ".." in path.parts:
+            raise UserError(f"{name}: {rule}; name it without '..'")
+        if not any(pathlib.PurePath(name).is_relative_to(directory) for directory in mounted):
+            if path.is_absolute():
+                raise UserError(f"{name}: {rule}; copy the file there")
+            own[name] = path.resolve()
+        if path.suffix == ".py":
+            for module in _imported(name, path):
+                pending += _module_files(module, f"{name} imports", rule)
+    if own:
+        print(f"note: launch {cluster} sends {', '.join(sorted(own))} with the command", file=sys.stderr)
     return own
 
 
-def _strings(value: Any) -> Iterator[str]:
-    """All texts in nested dictionaries and sequences."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for part in value.values() if isinstance(value, Mapping) else value:
-            yield from _strings(part)
+def _named_files(arguments: Sequence[str], values: Any) -> Iterator[str]:
+    """The files of the flags --config, also that of a run, and --points, as they are named."""
+    for flag, following in itertools.pairwise([*arguments, ""]):
+        if match := re.fullmatch(r"--?(?:config|points)(?:=(.*))?", flag, re.DOTALL):
+            name = following if match[1] is None else match[1]
+            for candidate in (name, f"{name}/config.json"):  # a file, or a run
+                if pathlib.PurePath(candidate).suffix and pathlib.Path(candidate).expanduser().is_file():
+                    yield candidate
+
+
+def _parts(values: Any) -> Iterator[str]:
+    """FILE of the parts of the user's own that the configuration, a sweep over it or the flags name."""
+    flags = {} if values is None else values.flag_values_dict()
+    config = flags.get("config")
+    texts = [] if config is None else list(configuration.flat(config).items())
+    for grid in (flags.get("grid"), flags.get("search")):
+        if isinstance(grid, str):
+            clauses = (clause.partition("=") for clause in re.split("[;&]", grid))
+            texts += [(key.strip(), part) for key, _, text in clauses for part in re.findall(r"[^\s:,()]+:\w+", text)]
+    if points := flags.get("points"):
+        from llm_jax.research import grid as grid_lib
+
+        texts += [item for overrides in grid_lib.read_file(points) for item in overrides.items()]
+    specifications = [text for key, text in texts if key in extensions.KEYS]
+    specifications += [text for flag in extensions.FLAGS for text in flags.get(flag) or ()]
+    yield from filter(None, map(extensions.module_name, specifications))
+
+
+def _part_files(names: Iterable[str], rule: str) -> Iterator[str]:
+    """The files of parts, relative to the current directory or absolute; none for those of installed packages."""
+    for name in names:
+        relative, path = extensions.relative_path(name), extensions.find_file(name)
+        if path is None:  # a package, or what a notebook defines
+            yield from _module_files(name, "the module", rule)
+        elif pathlib.Path(relative).expanduser().is_file():
+            yield relative
+        elif not any(path.is_relative_to(sysconfig.get_path(n)) for n in ("stdlib", "purelib", "platlib")):
+            raise UserError(f"{name}: {rule}; it was found through PYTHONPATH as {path}: copy the file there")
+
+
+def _imported(name: str, path: pathlib.Path) -> Iterator[str]:
+    """The modules that a Python file may import, also those that are attributes of other modules: dotted names."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError) as error:
+        raise UserError(f"{name}: not a Python file ({error})") from error
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not (node.level and path.is_absolute()):  # those are in a volume
+            package = pathlib.PurePath(name).parts[: -node.level] if node.level else ()
+            module = ".".join([*package, *filter(None, [node.module])])
+            yield from (".".join(filter(None, (module, alias.name))) for alias in node.names)
+
+
+def _module_files(module: str, context: str, rule: str) -> Iterator[str]:
+    """The files below the current directory that are executed when a module is imported; none for installed ones.
+
+    Raises:
+      UserError: the module is found through PYTHONPATH.
+    """
+    parts = module.split(".")
+    bases = ["/".join(parts[:n]) for n in range(1, len(parts) + 1)]
+    if pathlib.Path(f"{parts[0]}.py").is_file() or pathlib.Path(parts[0]).is_dir():
+        candidates = (candidate for base in bases for candidate in (f"{base}/__init__.py", f"{base}.py"))
+        yield from (candidate for candidate in candidates if pathlib.Path(candidate).is_file())
+        return
+    directories = [directory for directory in os.environ.get("PYTHONPATH", "").split(os.pathsep) if directory]
+    spec = importlib.machinery.PathFinder.find_spec(parts[0], directories)
+    places = [] if spec is None else [spec.origin] if spec.origin else list(spec.submodule_search_locations or ())
+    path = pathlib.Path(places[0]).resolve() if places else ROOT / "llm_jax"
+    if not (path.is_relative_to(ROOT / "llm_jax") or {"site-packages", "dist-packages"} & set(path.parts)):
+        raise UserError(f"{context} {module}: {rule}; it was found through PYTHONPATH as {path}: copy it there")
 
 
 def _archive(own: Mapping[str, pathlib.Path]) -> str:

@@ -152,9 +152,9 @@ def fit(model: Transformer, ids: list[int], options: DecodingOptions) -> list[in
 def note_length(model: Transformer, prompts: Sequence[Sequence[int]], options: DecodingOptions) -> None:
     """Prints a line on stderr, once, where prompt and continuation may exceed the positions of the model.
 
-    Their number is `model.position.max_length`, in other software max_position_embeddings or context_length. Only rotary
-    positions have a length up to which they were trained and are computed beyond it: a table of learned positions ends
-    there (`fit`), and `max_length` means nothing to the other schemes.
+    Their number is `model.position.max_length`, in other software max_position_embeddings or context_length. Rotary
+    positions are computed beyond the length of training. A table of learned positions ends there (`fit`), and the other
+    schemes do not read `max_length`.
     """
     position = model.config.position
     longest = max(map(len, prompts), default=0)

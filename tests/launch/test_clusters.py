@@ -1,5 +1,8 @@
 """Batch scripts, manifests and commands for clusters; tests/launch/test_slurm.py has a real Slurm."""
 
+import base64
+import gzip
+import io
 import os
 import pathlib
 import shlex
@@ -10,6 +13,7 @@ import pytest
 import yaml
 
 from llm_jax import cli, launch
+from llm_jax.errors import UserError
 from llm_jax.parallel import clusters
 
 TRAIN = ("--", "train", "--config=tests/tiny.py", "--workdir=runs/x")
@@ -144,11 +148,69 @@ def directory(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_files_of_ones_own_travel_with_the_command(directory):
-    arguments = ["train", "--config=small.toml", "--workdir=/data/x"]
-    own = launch._own_files("tpu", arguments, cli.parse(launch._command("train"), arguments[1:]))
-    assert {name: path.name for name, path in own.items()} == {"small.toml": "small.toml", "parts/mine.py": "mine.py"}
+def own_files(*arguments):
+    """{name in the archive: contents} of the files that a command takes along."""
+    name, *flags = arguments
+    files = launch._own_files("k8s", arguments, cli.parse(launch._command(name), flags))
+    archive = io.BytesIO(gzip.decompress(base64.b64decode(launch._archive(files))))
+    with tarfile.open(fileobj=archive) as tar:
+        return {member.name: tar.extractfile(member).read().decode() for member in tar}
+
+
+def test_files_of_ones_own_travel_with_the_command(directory, capsys):
+    assert own_files("train", "--config=small.toml", "--workdir=/data/x").keys() == {"small.toml", "parts/mine.py"}
+    assert capsys.readouterr().err == "note: launch k8s sends parts/mine.py, small.toml with the command\n"
     assert not launch._own_files("tpu", ["train", "--config=default"], None)
+    assert own_files(
+        "sweep", "--output=/data/x", "--grid=optim.kind=adamw,parts.mine:plain; train.seed=0,1"
+    ).keys() == {"parts/mine.py"}
+
+
+def test_files_travel_under_the_names_of_the_command(directory):
+    pathlib.Path("link.toml").symlink_to(directory / "away.toml")
+    files = own_files("train", "--config=./link.toml", "--workdir=/data/x")
+    assert files.keys() == {"link.toml", "parts/mine.py"} and files["link.toml"].startswith("[optim]")
+
+
+def test_modules_that_a_configuration_imports_travel_with_it(directory):
+    pathlib.Path("tools").mkdir()
+    texts = {
+        "tools/__init__.py": "",
+        "tools/sizes.py": "from .numbers import WIDTH\n",
+        "tools/numbers.py": "import json\nWIDTH = 64\n",
+        "helper.py": "from tools import sizes\n",
+        "unused.py": "",
+        "mine.py": "import helper\n\n\ndef get_config():\n    return {'model': {'width': helper.sizes.WIDTH}}\n",
+    }
+    for name, text in texts.items():
+        pathlib.Path(name).write_text(text)
+    assert set(launch._own_files("tpu", ["train", "--config=mine.py"], None)) == texts.keys() - {"unused.py"}
+
+
+def test_a_text_that_looks_like_a_part_is_not_sent(directory, capsys):
+    pathlib.Path("helper.py").write_text("password = 'x'\n")
+    arguments = ["generate", "--checkpoint=/data/x", "--prompt=helper:Hello"]
+    command = launch._command("generate")
+    assert not launch._own_files("k8s", arguments, cli.parse(command, arguments[1:]))
+    assert not capsys.readouterr().err
+    arguments.append("--filter=helper:Hello(a=1)")
+    assert list(launch._own_files("k8s", arguments, cli.parse(command, arguments[1:]))) == ["helper.py"]
+
+
+@pytest.mark.parametrize("kind", ["elsewhere:plain", "elsewhere.py:plain"])
+def test_what_is_found_through_pythonpath_or_dots_is_refused(directory, monkeypatch, kind):
+    away = directory / "away"
+    away.mkdir()
+    (away / "elsewhere.py").write_text(pathlib.Path("parts/mine.py").read_text())
+    monkeypatch.setenv("PYTHONPATH", str(away))
+    monkeypatch.syspath_prepend(away)
+    with pytest.raises(UserError, match=r"elsewhere.*: launch k8s copies .* found through PYTHONPATH as .*: copy the"):
+        own_files("train", f"--config.optim.kind={kind}", "--workdir=/data/x")
+    pathlib.Path("mine.py").write_text("import elsewhere\n")
+    with pytest.raises(UserError, match=r"mine.py imports elsewhere: launch tpu copies .* through PYTHONPATH"):
+        launch._own_files("tpu", ["train", "--config=mine.py"], None)
+    with pytest.raises(UserError, match=r"parts/../small.toml: launch tpu copies .*; name it without '..'"):
+        launch._own_files("tpu", ["train", "--config=parts/../small.toml"], None)
 
 
 @pytest.mark.parametrize("flags", [["tpu", "--nosubmit"], ["k8s", "--image=i"]])
