@@ -8,10 +8,12 @@ import pytest
 from llm_jax import configuration
 from llm_jax.errors import UserError
 from llm_jax.parallel import topologies
-from llm_jax.training import plan_search, planning
+from llm_jax.training import memory, plan_search, planning
+from llm_jax.training.setup import setup
 from tests.parallel import on_mesh
 
 GIB = 2**30
+LLAMA = ("llama2_7b", {"model.vocab_size": 32000})
 has_libtpu = importlib.util.find_spec("libtpu") is not None
 
 
@@ -57,8 +59,11 @@ def test_without_libtpu_a_line_says_what_to_install(command):
 
 
 def test_a_report_and_its_text(on_cpu):
-    report = planning.report(on_mesh.tiny(**{"model.remat": "full"}), topologies.Topology("v5e", (1, 1)))
+    config = on_mesh.tiny(**{"model.remat": "full"})
+    report = planning.report(config, topologies.Topology("v5e", (1, 1)))
     assert report["memory"]["peak"] > report["memory"]["arguments"] > report["memory"]["optimizer"] > 0
+    state = plan_search.state_bytes(config)
+    assert plan_search.least_bytes(config, searched(config), state) == state <= report["memory"]["arguments"]
     assert report["collectives"] == [] and report["seconds"]["shortest"] == report["seconds"]["longest"]
     # Recomputing the forward pass adds a third at most; attention counts all pairs here, and all layers.
     assert 1.0 < report["flops"]["compiled"] / report["flops"]["model"] < 1.5
@@ -80,7 +85,9 @@ def compiler(monkeypatch):
     def plan(config, topology):
         changes = searched(config)
         compiled.append(changes)
-        needed = compiler.ratio * plan_search.least_bytes(config, changes, topology)
+        if config.train.batch_size % (changes["mesh.data"] * changes["mesh.fsdp"] * config.train.grad_accumulation):
+            raise UserError(f"train.batch_size={config.train.batch_size} cannot be split")
+        needed = compiler.ratio * plan_search.typical_bytes(config, changes, state_bytes(config))
         if needed > topology.chip.memory:
             raise planning.DoesNotFit("does not fit", needed)
         return {
@@ -94,7 +101,16 @@ def compiler(monkeypatch):
         compiler.ratio = ratio
         return compiled
 
+    known = {}
+
+    def state_bytes(config, compute=plan_search.state_bytes):
+        if config.model.width not in known:  # they do not depend on what a search changes
+            known[config.model.width] = compute(config)
+        return known[config.model.width]
+
+    compiler.state_bytes = state_bytes
     monkeypatch.setattr(planning, "plan", plan)
+    monkeypatch.setattr(plan_search, "state_bytes", state_bytes)
     return compiler
 
 
@@ -105,7 +121,7 @@ def searched(config):
 
 
 def test_the_search_ranks_what_fits(compiler):
-    config, topology, lines = configuration.load("llama2_7b"), topologies.Topology("v5e", (4, 4)), []
+    config, topology, lines = configuration.load(*LLAMA), topologies.Topology("v5e", (4, 4)), []
     compiled = compiler(1.2)
     reports = plan_search.search(config, topology, 6, lines.append)
     assert len(compiled) == 6 and any("not compiled (--limit=6)" in line for line in lines)
@@ -120,21 +136,62 @@ def test_the_search_ranks_what_fits(compiler):
 
 def test_what_did_not_fit_decides_what_is_tried_next(compiler):
     """With a compiler that needs twice the lower bound, at most a few large steps are tried before one that fits."""
-    config, topology, lines = configuration.load("llama2_7b"), topologies.Topology("v5e", (4, 4)), []
+    config, topology, lines = configuration.load(*LLAMA), topologies.Topology("v5e", (4, 4)), []
     compiler(2.0)
     assert plan_search.search(config, topology, 4, lines.append)
     assert sum("needs" in line for line in lines) == 1
 
 
 def test_a_search_without_success_names_the_closest(compiler):
-    config, lines = configuration.load("llama2_7b"), []
+    config, lines = configuration.load(*LLAMA), []
     with pytest.raises(UserError, match=r"of 0 that were compiled fits v5e:1x1; the closest \(.*\) needs at least 7"):
         plan_search.search(config, topologies.Topology("v5e", (1, 1)), 6, lines.append)
     topology, compiled = topologies.Topology("v5e", (4, 4)), compiler(50.0)
     with pytest.raises(UserError, match=r"of 3 that were compiled fits v5e:4x4; the closest \(.*remat=full") as raised:
         plan_search.search(config, topology, 3, lines.append)
-    least = min(50 * plan_search.least_bytes(config, changes, topology) for changes in compiled)
+    state = compiler.state_bytes(config)
+    least = min(50 * plan_search.typical_bytes(config, changes, state) for changes in compiled)
     assert f"needs {least / GIB:.1f} of the 16 GiB" in str(raised.value)
+
+
+def test_a_search_goes_on_after_a_combination_that_is_refused(compiler):
+    topology = topologies.Topology("v5e", (4, 4))
+    config = configuration.load(LLAMA[0], {**LLAMA[1], "train.grad_accumulation": 8})
+    lines, compiled = [], compiler(0.01)
+    reports = plan_search.search(config, topology, 40, lines.append)
+    refused = [line for line in lines if line.endswith("cannot be split")]
+    assert reports and refused and len(reports) + len(refused) == len(compiled)
+    assert all(report["batch"][0] % 8 == 0 for report in reports)
+    config = configuration.replace(config, {"train.grad_accumulation": 16})
+    with pytest.raises(
+        UserError, match=r"3 combinations were refused and none was compiled; mesh.data.*cannot be split"
+    ):
+        plan_search.search(config, topology, 3, lines.append)
+
+
+def bytes_of_states(cases):
+    """(lower bound, bytes of the state on a device) of each configuration, from shapes."""
+    pairs = []
+    for changes in cases:
+        config = on_mesh.tiny(**changes)
+        least = plan_search.least_bytes(config, searched(config), plan_search.state_bytes(config))
+        pairs.append((least, memory.shard_bytes(setup(config).state)))
+    return pairs
+
+
+def test_the_lower_bound_is_one_for_every_optimizer_dtype_scheme_and_mesh(simulated):
+    mesh = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
+    adapters = {"lora.rank": 2, "init_from": "unnamed", "quant.head": ""}
+    spread = ((".*/(query|key|value|gate|up)|head/kernel", ("fsdp", ("data", "tensor"))), (".*", ()))
+    cases = [
+        mesh,
+        {**mesh, "optim.kind": "adafactor", "train.grad_accumulation": 2},
+        {**mesh, "optim.kind": "lion", "model.precision.params": "bfloat16", "optim.ema_decay": 0.9},
+        {**mesh, **adapters, "quant.scheme": "int2:16"},
+        {**mesh, "mesh.rules": spread, "optim.kind": "sgd"},
+    ]
+    for least, held in simulated(8)(bytes_of_states, cases):
+        assert held / 8 <= least <= held
 
 
 @pytest.mark.slow

@@ -1,15 +1,19 @@
 """Tries meshes, rematerialization and batch sizes for a topology, and prints reports of `planning` as text."""
 
+import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from llm_jax import configuration
+import jax
+
+from llm_jax import configuration, weights
 from llm_jax.errors import UserError
-from llm_jax.model.transformer import flops_per_token
 from llm_jax.parallel.topologies import Topology
 from llm_jax.schema import Config
-from llm_jax.training import planning
+from llm_jax.training import losses, planning
 from llm_jax.training.planning import Report
+from llm_jax.training.setup import setup
 
 GIB = 2**30
 
@@ -35,70 +39,113 @@ def candidates(config: Config, topology: Topology) -> Iterator[dict[str, Any]]:
                 }
 
 
-def least_bytes(config: Config, changes: dict[str, Any], topology: Topology) -> float:
-    """A lower bound of the memory of a step on one device: saved activations of all layers, weights and optimizer."""
-    c, devices = config.model, topology.chips * topology.chip.devices
-    rows = changes["train.batch_size"] / (changes["mesh.data"] * changes["mesh.fsdp"])
+def state_bytes(config: Config) -> int:
+    """Bytes of one copy of what a step holds from its start: weights, frozen ones included, optimizer state, average.
+
+    They come from shapes and dtypes alone, on a mesh of one device of this machine.
+
+    Raises:
+      UserError: options that contradict each other.
+    """
+    mesh = dataclasses.replace(config.mesh, data=1, fsdp=1, tensor=1, context=1)
+    rows = config.train.grad_accumulation * losses.rows_together(config.loss)
+    train = dataclasses.replace(config.train, batch_size=rows)
+    init_from = config.init_from or ("unnamed" if config.lora.rank else "")  # shapes are enough: no weights are read
+    config = dataclasses.replace(config, mesh=mesh, train=train, init_from=init_from, explicit=frozenset())
+    state = setup(config, devices=jax.devices()[:1]).state
+    return weights.num_bytes((state.params, state.frozen, state.optimizer, state.ema))
+
+
+def least_bytes(config: Config, changes: dict[str, Any], state: int) -> float:
+    """A lower bound of the memory of a step on one device: its share of the `state_bytes`, if all of them are split.
+
+    Activations, gradients and weights that are not sharded come on top.
+    """
+    axes = [axis for _, spec in config.mesh.rules for axis in (spec if isinstance(spec, tuple) else (spec,))]
+    names = {name for axis in axes if axis for name in (axis if isinstance(axis, tuple) else (axis,))}
+    return state / math.prod(changes[f"mesh.{name}"] for name in names)
+
+
+def typical_bytes(config: Config, changes: dict[str, Any], state: int) -> float:
+    """An estimate of the memory of a step on one device: `least_bytes` and the saved activations of a micro-batch."""
+    c = config.model
+    rows = changes["train.batch_size"] / (changes["mesh.data"] * changes["mesh.fsdp"] * config.train.grad_accumulation)
     per_token = {"full": c.width, "dots": 6 * c.width + 3 * c.mlp_dim, "none": 10 * c.width + 4 * c.mlp_dim}
     size = 2 if c.precision.compute in ("bfloat16", "float16") else 4
     saved = rows * config.train.seq_len * c.num_layers * per_token[changes["model.remat"]] * size
     saved /= 1 if changes["model.remat"] == "full" else changes["mesh.tensor"]
-    # Weights and the two moments of AdamW in float32; a frozen base has its weights only, of half a byte or more each.
-    per_weight = 12.0 if not config.lora.rank else 0.5 if config.quant.scheme else 2.0
-    return saved + per_weight * flops_per_token(c, 0) / 6 / devices * topology.slices
+    return least_bytes(config, changes, state) + saved
 
 
 def search(config: Config, topology: Topology, limit: int, log: Callable[[str], Any]) -> list[Report]:
     """The reports of the configurations that fit, by the longest estimated time per token.
 
     Those that cannot fit by `least_bytes` are not compiled. Where one does not fit, the ratio of what the compiler says
-    that it needs to its `least_bytes` is expected of the others, and those that fit by that expectation come next.
+    that it needs to its `typical_bytes` is expected of the others, and those that fit by that expectation come next.
+    Configurations that are refused, such as a batch that `train.grad_accumulation` does not divide, do not count as
+    compiled; the search ends where as many as `limit` are refused before any is compiled.
 
     Args:
       limit: number of configurations to compile.
-      log: is called with a line about every configuration that is compiled, and about those that are not.
+      log: is called with a line about every configuration that is compiled or refused, and about those that are not
+        compiled.
 
     Raises:
-      UserError: none fits; names the one that needs the least memory.
+      UserError: none fits; names the one that needs the least memory, or why the first is refused.
     """
     capacity = topology.chip.memory / topology.chip.devices
-    pending = [(least_bytes(config, c, topology), c) for c in candidates(config, topology)]
-    too_large = [pair for pair in pending if pair[0] >= capacity]
-    pending = [pair for pair in pending if pair[0] < capacity]
+    state = state_bytes(config)
+    pending, too_large = [], []  # (bytes, changes)
+    for changes in candidates(config, topology):
+        least = least_bytes(config, changes, state)
+        if least < capacity:
+            pending.append((typical_bytes(config, changes, state), changes))
+        else:
+            too_large.append((least, changes))
     reports: list[Report] = []
     misses: list[tuple[float, str]] = []  # (bytes, text) of those that do not fit
+    refused: list[str] = []
     ratio = 1.0
-    while pending and len(reports) + len(misses) < limit:
+    while pending and len(reports) + len(misses) < limit and (reports or misses or len(refused) < limit):
         likely = (pair for pair in pending if pair[0] * ratio < capacity)
-        least, changes = next(likely, min(pending, key=lambda pair: pair[0]))
-        if least * ratio >= capacity and reports:
+        typical, changes = next(likely, min(pending, key=lambda pair: pair[0]))
+        if typical * ratio >= capacity and reports:
             break
-        pending.remove((least, changes))
-        text = " ".join(f"{name}={value}" for name, value in changes.items())
+        pending.remove((typical, changes))
+        text = _text(changes)
         try:
             report = planning.plan(configuration.replace(config, changes), topology)
         except planning.DoesNotFit as error:
             misses.append((error.needed, text))
-            ratio = max(ratio, error.needed / least)
+            ratio = max(ratio, error.needed / typical)
             log(f"{text}: needs {error.needed / GIB:.2f} of {capacity / GIB:.0f} GiB")
+            continue
+        except UserError as error:
+            refused.append(f"{text}: {error}")
+            log(refused[-1])
             continue
         reports.append(report | {"changes": changes})
         log(f"{text}: {report['memory']['peak'] / GIB:.2f} GiB, {per_token(report) * 1e9:.1f} ns/token")
     if too_large:
-        log(f"{len(too_large)} combinations were not compiled: their weights and activations exceed the memory")
+        log(f"{len(too_large)} combinations were not compiled: their weights and optimizer exceed the memory")
     if pending:
-        reason = f"--limit={limit}" if len(reports) + len(misses) == limit else "by those that did not fit, too large"
+        compiled = len(reports) + len(misses)
+        reason = "by those that did not fit, too large" if compiled and compiled < limit else f"--limit={limit}"
         log(f"{len(pending)} combinations were not compiled ({reason})")
-    if not reports:
-        needed, text = (
-            min(misses) if misses else min((n, " ".join(f"{k}={v}" for k, v in c.items())) for n, c in too_large)
-        )
-        raise UserError(
-            f"--search: no mesh, remat and batch of {len(misses)} that were compiled fits {topology.name}; the closest "
-            f"({text}) needs {'' if misses else 'at least '}{needed / GIB:.1f} of the {capacity / GIB:.0f} GiB of a "
-            "device; use a shorter train.seq_len or more devices"
-        )
-    return sorted(reports, key=per_token)
+    if reports:
+        return sorted(reports, key=per_token)
+    if refused and not misses:
+        raise UserError(f"--search: {len(refused)} combinations were refused and none was compiled; {refused[0]}")
+    needed, text = min(misses or [(least, _text(changes)) for least, changes in too_large])
+    raise UserError(
+        f"--search: no mesh, remat and batch of {len(misses)} that were compiled fits {topology.name}; the closest "
+        f"({text}) needs {'' if misses else 'at least '}{needed / GIB:.1f} of the {capacity / GIB:.0f} GiB of a "
+        "device; use a shorter train.seq_len or more devices"
+    )
+
+
+def _text(changes: dict[str, Any]) -> str:
+    return " ".join(f"{name}={value}" for name, value in changes.items())
 
 
 def per_token(report: Report) -> float:

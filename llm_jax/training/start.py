@@ -136,14 +136,11 @@ def _last_checkpoint(config: Config, workdir: pathlib.Path) -> _Last:
 
 def _with_hashes(config: Config) -> dict[str, Any]:
     """{key: specification with the hash of its source} of the parts of the user's own."""
-    tables: dict[str, Any] = {
-        "model.position.kind": positions.SCHEMES,
-        "tokenizer.kind": tokenizers.KINDS,
-        "optim.kind": optim.OPTIMIZERS,
-        "loss.kind": losses.KINDS,
-    }
+    tables: tuple[Any, ...] = (positions.SCHEMES, tokenizers.KINDS, optim.OPTIMIZERS, losses.KINDS)
     values = configuration.flat(config)
-    recorded = {key: extensions.pinned(key, values[key], table) for key, table in tables.items()}
+    recorded = {
+        key: extensions.pinned(key, values[key], table) for key, table in zip(extensions.KEYS, tables, strict=True)
+    }
     return {key: value for key, value in recorded.items() if value != values[key]}
 
 
