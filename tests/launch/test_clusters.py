@@ -170,6 +170,8 @@ def test_files_travel_under_the_names_of_the_command(directory):
     pathlib.Path("link.toml").symlink_to(directory / "away.toml")
     files = own_files("train", "--config=./link.toml", "--workdir=/data/x")
     assert files.keys() == {"link.toml", "parts/mine.py"} and files["link.toml"].startswith("[optim]")
+    pathlib.Path("second.toml").symlink_to("small.toml")
+    assert "second.toml" in own_files("train", "--config=second.toml", "--workdir=/data/x")
 
 
 def test_modules_that_a_configuration_imports_travel_with_it(directory):
