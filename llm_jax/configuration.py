@@ -80,7 +80,10 @@ def load(
     if cls is not Config:
         return config
     before = flat(default())
-    explicit = {key for key, value in flat(config).items() if value != before[key]} | _leaves(overrides or {})
+    explicit = {key for key, value in flat(config).items() if value != before[key]}
+    if not config.lora.rank:  # a recipe may prepare options of adapters, which have an effect once there is a rank
+        explicit = {key for key in explicit if not key.startswith("lora.")}
+    explicit |= _leaves(overrides or {})
     if isinstance(source, Config):
         explicit |= source.explicit
     elif isinstance(source, Mapping):

@@ -5,6 +5,7 @@ cache: "xla", "cpu" (an error where the kernels cannot be compiled), or "auto", 
 be compiled, else XLA.
 """
 
+import concurrent.futures
 import ctypes
 import functools
 import hashlib
@@ -32,7 +33,7 @@ TARGETS = {  # name of a custom call of XLA -> symbol of its handler
 }
 PATHS = ("auto", "portable", "avx2", "avx512", "avx512_vnni")  # `Path` of machine.h
 SOURCES = pathlib.Path(__file__).parent / "cpu"
-FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-pthread", "-fno-math-errno")
+FLAGS = ("-O3", "-std=c++17", "-fPIC", "-pthread", "-fno-math-errno")
 
 
 def setting() -> str:
@@ -145,13 +146,15 @@ def compile_library(compiler: str, flags: tuple[str, ...]) -> bytes:
     """
     with tempfile.TemporaryDirectory() as directory:
         output = pathlib.Path(directory) / "kernels.so"
-        done = subprocess.run(
-            [compiler, *flags, "-o", str(output), *map(str, sorted(SOURCES.glob("*.cc")))],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode or not output.exists():
-            errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
-            raise UserError(f"{compiler} cannot compile the kernels ({(errors or ['no message'])[0].strip()})")
+
+        def run(*arguments: str) -> None:
+            done = subprocess.run([compiler, *flags, *arguments], capture_output=True, text=True, check=False)
+            if done.returncode:
+                errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
+                raise UserError(f"{compiler} cannot compile the kernels ({(errors or ['no message'])[0].strip()})")
+
+        sources = {str(path): f"{directory}/{path.stem}.o" for path in sorted(SOURCES.glob("*.cc"))}
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            list(pool.map(lambda source: run("-c", source, "-o", sources[source]), sources))
+        run("-shared", *sources.values(), "-o", str(output))
         return output.read_bytes()

@@ -298,3 +298,6 @@ def test_options_of_adapters_without_a_rank_are_refused():
     with pytest.raises(UserError, match=r"lora.alpha is set and has no effect with lora.rank=0; set lora.rank"):
         llm_jax.config("default", {"lora.alpha": 32.0})
     llm_jax.config("chat_lora", {"lora.rank": 0})  # a recipe of adapters for full fine-tuning
+    assert llm_jax.config("llama2_7b").lora.alpha == 32  # prepared, and without effect until there is a rank
+    with pytest.raises(UserError, match="lora.alpha is set and has no effect"):
+        llm_jax.config("llama2_7b", {"lora.alpha": 16.0})
