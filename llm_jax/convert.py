@@ -71,10 +71,13 @@ def main(f: cli.Flags) -> None:
         if f.format in blocks.FORMATS:
             block = blocks.FORMATS[f.format]
             _announce(output, f.format, count * block.size // block.numbers)
-        formats = gguf_model.save(output, config, params, tokenizers.exportable(tokenizer), f.format)
+        sampling, lost = generation_config.to_gguf(checkpoint.generation_config)
+        formats = gguf_model.save(output, config, params, tokenizers.exportable(tokenizer), f.format, sampling)
         used = {kind: sum(1 for k in formats.values() if k == kind) for kind in sorted(set(formats.values()))}
         summary = ", ".join(f"{n} tensors {kind}" for kind, n in used.items())
         print(f"wrote {output}: {summary}; {output.stat().st_size / 2**20:.1f} MiB")
+        if lost:
+            print(f"note: GGUF has no key for {', '.join(lost)} of {checkpoint.generation_config_path}")
         return
     _announce(output, f"{family} in {f.dtype}", count * jax.numpy.dtype(f.dtype).itemsize)
     ids = export.special_ids(tokenizer)

@@ -113,7 +113,9 @@ def main(f: cli.Flags) -> None:
     saved = dataclasses.replace(run_config, model=dataclasses.replace(model.config, scan_layers=False))
     no_training = dataclasses.replace(saved.quant, scheme="", qat=dataclasses.replace(saved.quant.qat, scheme=""))
     saved = dataclasses.replace(saved, quant=no_training, lora=configuration.default("lora"))
-    checkpoints.write_run(partial / "run", saved, params, tokenizer, text)
+    # Adapters of a run sample as every run of training, whatever their base recommends.
+    generation = {} if checkpoint.form == "adapters" else checkpoint.generation_config
+    checkpoints.write_run(partial / "run", saved, params, tokenizer, text, generation)
     files.rename(partial / "run", output, durable=True)
     shutil.rmtree(partial)
     print(quant.table(lines))

@@ -91,6 +91,25 @@ def test_all_ids_that_end_a_text_are_written(command, tmp_path):
     assert tokenizers.eos_ids(llm_jax.open(tmp_path / "out").tokenizer) == [original.eos, 7, 9]
 
 
+def test_copies_keep_the_recommended_sampling(command, tmp_path):
+    """Quantized, then in a GGUF file, then as a Hugging Face directory. The tokenizer has fewer ids than the model."""
+    original = forms.form("bytelevel")
+    sampling = {"do_sample": True, "temperature": 0.7, "top_k": 400, "top_p": 0.9}
+    files = original.files() | {"generation_config.json": json.dumps(sampling).encode()}
+    config, params = small("llama", original.vocab_size + 150)
+    huggingface.save(tmp_path / "in", "llama", config, params, files)
+    command("quantize", f"--checkpoint={tmp_path / 'in'}", f"--output={tmp_path / 'run'}", "--scheme=int8")
+    assert llm_jax.open(tmp_path / "run").generation_config == sampling
+    done = command("generate", f"--checkpoint={tmp_path / 'run'}", "--prompt=the", "--max_new_tokens=1")
+    note = f"--temperature=0.7 --top_k={original.vocab_size} --top_p=0.9, from generation_config.json; any flag"
+    assert note in done.stderr
+    command("convert", f"--input={tmp_path / 'run'}", f"--output={tmp_path / 'a.gguf'}", "--to=gguf")
+    command("convert", f"--input={tmp_path / 'a.gguf'}", f"--output={tmp_path / 'hf'}", "--to=hf")
+    written = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    assert {key: written.get(key) for key in sampling} == sampling
+    command("quantize", f"--checkpoint={tmp_path / 'run'}", f"--output={tmp_path / 'again'}", code=2)
+
+
 INTERRUPTED = """
 import os, signal, time
 from llm_jax import cli

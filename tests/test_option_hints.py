@@ -1,6 +1,7 @@
 """Names and values of other codebases, in flags, options and keyword arguments, are answered with those here."""
 
 import importlib
+import pathlib
 
 import pytest
 
@@ -85,15 +86,39 @@ def test_keyword_arguments_of_other_libraries(call, message):
             {"do_sample": False, "temperature": 0.6, "top_k": 5, "repetition_penalty": 1.1},
             {"repetition_penalty": 1.1, "temperature": 0.0},
         ),
-        ({"top_p": 2}, "generation_config.json: --top_p=2; expected a number in"),
-        ({"temperature": "hot"}, "generation_config.json: the value of --temperature is 'hot'; expected a number"),
-        ({"top_k": 1.5}, "generation_config.json: the value of --top_k is 1.5; expected an integer"),
+        ({"top_p": 2, "typical_p": 1.5, "epsilon_cutoff": 1, "eta_cutoff": -1, "no_repeat_ngram_size": -1}, {}),
+        ({"top_p": 0.0, "min_p": 0.1}, {"min_p": 0.1, "top_k": 1}),
+        ({"top_p": -0.5}, "--top_p=-0.5; expected a number in"),
+        ({"top_k": -1, "top_p": 0.0}, "--top_k=-1; expected a number in"),
+        ({"temperature": "hot"}, "the value of --temperature is 'hot'; expected a number"),
+        ({"temperature": 10**400}, f"--temperature=1{36 * '0'}...; expected 0, or a size"),
+        ({"no_repeat_ngram_size": 10**400}, f"--no_repeat_ngram=1{36 * '0'}...; expected a number in"),
+        ({"top_k": 1.5}, "the value of --top_k is 1.5; expected an integer"),
     ],
 )
 def test_sampling_options_of_generation_config(content, options):
+    path = pathlib.Path("model/generation_config.json")
     if isinstance(options, str):
         with pytest.raises(UserError) as error:
-            generation_config.sampling(content, 9)
-        assert str(error.value).startswith(options)
+            generation_config.sampling(content, 9, path)
+        text = str(error.value)
+        assert text.startswith(f"{path}: {options}") and "--temperature=1, which replaces" in text and "\n" not in text
     else:
-        assert generation_config.sampling(content, 9) == options
+        assert generation_config.sampling(content, 9, path) == options
+
+
+def test_sampling_options_in_the_metadata_of_gguf_files():
+    sampled = {
+        "do_sample": True,
+        "temperature": 0.7,
+        "top_k": 20,
+        "top_p": 0.95,
+        "min_p": 0.05,
+        "repetition_penalty": 1.1,
+    }
+    for content in ({}, sampled, {"do_sample": False, "repetition_penalty": 1.1}):
+        metadata, lost = generation_config.to_gguf(content)
+        assert generation_config.from_gguf(metadata) == content and not lost
+    assert generation_config.to_gguf(sampled)[0]["general.sampling.penalty_last_n"] == -1
+    wrong = {"top_k": 10**400, "top_p": 10**400, "min_p": "a", "typical_p": 0.5, "eos_token_id": 3}
+    assert generation_config.to_gguf(wrong) == ({}, ["top_k", "top_p", "min_p", "typical_p"])

@@ -13,6 +13,7 @@ subclass and add it to `opening.open`.
 import dataclasses
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -134,13 +135,21 @@ def save(model: Transformer, params: Any, tokenizer: Tokenizer, path: str | os.P
         write_run(partial, config, params, tokenizer)
 
 
-def write_run(directory: pathlib.Path, config: Any, params: Any, tokenizer: Tokenizer, corpus: str = "") -> None:
+def write_run(
+    directory: pathlib.Path,
+    config: Any,
+    params: Any,
+    tokenizer: Tokenizer,
+    corpus: str = "",
+    generation: Mapping[str, Any] | None = None,
+) -> None:
     """Writes a run with one checkpoint, of step 0, into an existing directory.
 
     Args:
       corpus: sha256 of the text that the parameters were computed with, for the record.
+      generation: the content of generation_config.json, if there is one.
     """
-    writer = Writer(directory, config, tokenizer, corpus)
+    writer = Writer(directory, config, tokenizer, corpus, generation=generation)
     writer.save(0, params, {}, None)
     writer.close()
     files.write_json(directory / "config.json", configuration.as_dict(config))

@@ -47,10 +47,6 @@ class Adapters(Run):
             raise unreadable_base(self.path, error) from error
 
     @property
-    def generation_config(self) -> dict[str, Any]:
-        return self.base.generation_config
-
-    @property
     def family(self) -> str:
         return self.base.family if self.base.run_config is None else families.first_family(self.config)
 

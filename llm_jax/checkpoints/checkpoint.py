@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax import trees, weights
+from llm_jax.checkpoints import generation_config
 from llm_jax.errors import UserError
 from llm_jax.model.stages import layout
 from llm_jax.model.transformer import Transformer
@@ -55,9 +56,19 @@ class Checkpoint(abc.ABC):
         return None
 
     @property
+    def generation_config_path(self) -> pathlib.Path:
+        """The file that `generation_config` is read from, which need not exist."""
+        path = self.path / generation_config.FILE
+        return path if path.is_file() or self.base is None else self.base.generation_config_path
+
+    @property
     def generation_config(self) -> dict[str, Any]:
-        """The content of generation_config.json, in which Hugging Face models state how to sample; {} without it."""
-        return {}
+        """How to sample, as in generation_config.json of Hugging Face models; {} if neither it nor its base states it.
+
+        Raises:
+          UserError: the file cannot be read.
+        """
+        return generation_config.read(self.generation_config_path)
 
     @property
     @abc.abstractmethod

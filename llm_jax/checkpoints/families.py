@@ -121,11 +121,11 @@ def model_config(c: Mapping[str, Any]) -> tuple[str, ModelConfig]:
 
 
 def _is_mixture(c: Mapping[str, Any]) -> bool:
-    """Whether a config.json is that of a mixture of experts: by the number of experts, else by the name."""
+    """Whether a config.json is that of a mixture of experts: more than one expert, else by the name."""
     sections = [c, *(value for value in c.values() if isinstance(value, dict))]  # text_config, ffn_config
     counts = [section[key] for section in sections for key in _EXPERTS if isinstance(section.get(key), int)]
     name = str(c.get("model_type"))
-    return any(count > 0 for count in counts) if counts else name in _MIXTURES or "moe" in name
+    return any(count > 1 for count in counts) if counts else name in _MIXTURES or "moe" in name
 
 
 def hf_config(family: str, m: ModelConfig) -> dict[str, Any]:

@@ -1,9 +1,11 @@
-"""generation_config.json of Hugging Face directories: the sampling options that the authors of a model recommend."""
+"""The sampling options that the authors of a model recommend: generation_config.json, and metadata of GGUF files."""
 
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
+
+import numpy as np
 
 from llm_jax.decoding.options import DecodingOptions
 from llm_jax.errors import UserError
@@ -23,11 +25,27 @@ OPTIONS = {
 }
 _PENALTIES = ("repetition_penalty", "no_repeat_ngram")  # they also change greedy decoding
 _INTEGERS = ("top_k", "no_repeat_ngram")
+# Values that transformers 5.24 takes for "off", besides the defaults.
+_OFF: Mapping[str, Callable[[Any], bool]] = {
+    "top_p": lambda p: p > 1,
+    "typical_p": lambda p: p > 1,
+    "epsilon": lambda p: p < 0 or p >= 1,
+    "eta": lambda p: p < 0 or p >= 1,
+    "no_repeat_ngram": lambda n: n < 0,
+}
+# Keys of this file: keys of GGUF's metadata (llama.cpp takes them for defaults), and their types there.
+_GGUF = {
+    "temperature": ("general.sampling.temp", np.float32),
+    "top_k": ("general.sampling.top_k", np.int32),
+    "top_p": ("general.sampling.top_p", np.float32),
+    "min_p": ("general.sampling.min_p", np.float32),
+    "repetition_penalty": ("general.sampling.penalty_repeat", np.float32),
+}
+_LARGEST_INT, _LARGEST_FLOAT = 2**31 - 1, float(np.finfo(np.float32).max)
 
 
-def read(directory: pathlib.Path) -> dict[str, Any]:
-    """The content of the file in a directory, {} without it. Raises UserError if it is no JSON object."""
-    path = directory / FILE
+def read(path: pathlib.Path) -> dict[str, Any]:
+    """The content of a generation_config.json, {} without it. Raises UserError if it is no JSON object."""
     if not path.is_file():
         return {}
     try:
@@ -39,27 +57,77 @@ def read(directory: pathlib.Path) -> dict[str, Any]:
     return content
 
 
-def sampling(content: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
+def sampling(content: Mapping[str, Any], vocab_size: int, path: pathlib.Path) -> dict[str, Any]:
     """The fields of `DecodingOptions` that a generation_config.json states, where they differ from the defaults.
 
     `do_sample: false` is temperature 0, which leaves the penalties alone. A `top_k` above the vocabulary is its size.
+    `top_p: 0` keeps the most likely token alone, as in transformers, and values that transformers ignores are ignored.
+
+    Args:
+      path: the file, for error messages.
 
     Raises:
       UserError: a value that is no number or out of its range.
     """
+    try:
+        return _checked(content, vocab_size)
+    except UserError as error:
+        cure = "correct it, or give a flag of sampling, such as --temperature=1, which replaces all of them"
+        raise UserError(f"{path}: {error}; {cure}") from error
+
+
+def _checked(content: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
     stated = {OPTIONS[key]: value for key, value in content.items() if key in OPTIONS and value is not None}
     for name, value in stated.items():
         expected: Any = int if name in _INTEGERS else (int, float)
         if isinstance(value, bool) or not isinstance(value, expected):
             kind = "an integer" if name in _INTEGERS else "a number"
-            raise UserError(f"{FILE}: the value of --{name} is {value!r}; expected {kind}")
+            raise UserError(f"the value of --{name} is {value!r}; expected {kind}")
     if content.get("do_sample") is False:
         stated = {name: value for name, value in stated.items() if name in _PENALTIES} | {"temperature": 0.0}
+    stated = {name: value for name, value in stated.items() if not (name in _OFF and _OFF[name](value))}
+    if stated.get("top_p") == 0 and stated.get("top_k", 0) >= 0:
+        stated = {name: value for name, value in stated.items() if name != "top_p"} | {"top_k": 1}
     if "top_k" in stated:
         stated["top_k"] = min(stated["top_k"], vocab_size)
-    try:
-        options = DecodingOptions(**stated)
-        options.check(vocab_size)
-    except UserError as error:
-        raise UserError(f"{FILE}: {error}") from error
+    options = DecodingOptions(**stated)
+    options.check(vocab_size)
     return {name: stated[name] for name in stated if name in options.changed()}
+
+
+def to_gguf(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """(the metadata of a GGUF file that states the options, the keys of those that it cannot state).
+
+    `do_sample: false` is temperature 0.
+    """
+    stated = {key: value for key, value in content.items() if key in OPTIONS and value is not None}
+    if content.get("do_sample") is False:
+        stated = {key: value for key, value in stated.items() if OPTIONS[key] in _PENALTIES} | {"temperature": 0.0}
+    metadata, lost = {}, []
+    for key, value in stated.items():
+        name, dtype = _GGUF.get(key, ("", np.float32))
+        is_number = isinstance(value, int if dtype is np.int32 else (int, float)) and not isinstance(value, bool)
+        if name and is_number and abs(value) <= (_LARGEST_INT if dtype is np.int32 else _LARGEST_FLOAT):
+            metadata[name] = dtype(value)
+        else:
+            lost.append(key)
+    if "general.sampling.penalty_repeat" in metadata:
+        metadata["general.sampling.penalty_last_n"] = np.int32(-1)  # all tokens, where llama.cpp takes the last 64
+    return metadata, lost
+
+
+def from_gguf(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `to_gguf`: {} where the metadata states no option."""
+    content: dict[str, Any] = {}
+    for key, (name, dtype) in _GGUF.items():
+        if (value := metadata.get(name)) is not None:
+            # The shortest decimal number of a float32: 0.7, not 0.699999988079071.
+            content[key] = float(str(np.float32(value))) if dtype is np.float32 and isinstance(value, float) else value
+    if "top_k" in content and isinstance(content["top_k"], int):
+        content["top_k"] = max(content["top_k"], 0)  # llama.cpp takes a negative one for "off"
+    if content.get("temperature") == 0:
+        del content["temperature"]
+        content["do_sample"] = False
+    elif content.keys() - {"repetition_penalty"}:
+        content["do_sample"] = True  # without it, transformers takes the most likely token
+    return content

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from llm_jax import tokenizers, trees, weights
-from llm_jax.checkpoints import assemble, gguf, gguf_blocks, gguf_rope, names
+from llm_jax.checkpoints import assemble, generation_config, gguf, gguf_blocks, gguf_rope, names
 from llm_jax.checkpoints.checkpoint import (
     Checkpoint,
     Shardings,
@@ -55,6 +55,14 @@ class Gguf(Checkpoint):
         tokenizer = tokenizers.from_gguf(self.file.metadata)
         check_vocabulary(tokenizer, self.config, self.path)
         return tokenizer
+
+    @property
+    def generation_config_path(self) -> pathlib.Path:
+        return self.path
+
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        return generation_config.from_gguf(self.file.metadata)
 
     def params(self, config: ModelConfig, shardings: Shardings, as_stored: bool = False) -> dict[str, Any]:
         check_geometry(self.config, config, self.name)
@@ -126,7 +134,14 @@ def _heads(arch: str, config: ModelConfig) -> dict[str, int]:
     return {"attn_q": config.num_heads, "attn_k": config.num_kv_heads} if ARCHITECTURES[arch].interleaved else {}
 
 
-def save(path: pathlib.Path, config: ModelConfig, params: Any, tokenizer: Tokenizer, format: str) -> dict[str, str]:
+def save(
+    path: pathlib.Path,
+    config: ModelConfig,
+    params: Any,
+    tokenizer: Tokenizer,
+    format: str,
+    other_metadata: Mapping[str, Any] | None = None,
+) -> dict[str, str]:
     """Writes a file that llama.cpp loads.
 
     Args:
@@ -134,6 +149,7 @@ def save(path: pathlib.Path, config: ModelConfig, params: Any, tokenizer: Tokeni
       format: of matrices: F32, F16, BF16, Q8_0, Q4_0 or Q4_1. Rows that its blocks do not divide are written in F16,
         norms and biases in F32, and the embeddings and the head of a 4-bit file in Q8_0. Quantized weights that a
         block format holds without a change keep their codes.
+      other_metadata: entries besides those of the model and the tokenizer.
 
     Returns:
       {tensor name: format}.
@@ -184,6 +200,7 @@ def save(path: pathlib.Path, config: ModelConfig, params: Any, tokenizer: Tokeni
         shapes[gguf_rope.TENSOR] = rope_freqs.shape
     tensors = {name: (shape, chosen_format(name, shape)) for name, shape in shapes.items()}
     entries = metadata(arch, json_config, config) | _vocabulary(tokenizer, config.vocab_size)
+    entries |= other_metadata or {}
     described = {name: gguf.GgufTensor(shape, stored_as, path, 0) for name, (shape, stored_as) in tensors.items()}
     again = read_config(gguf.GgufFile(entries, described), "the file to be written", rope_freqs)[1]
     refuse_difference(f"a GGUF file of a {arch}", dataclasses.replace(config, head_dim=again.head_dim), again)

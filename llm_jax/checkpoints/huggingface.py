@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from llm_jax import files, tokenizers, trees, weights
-from llm_jax.checkpoints import assemble, config_json, generation_config
+from llm_jax.checkpoints import assemble, config_json
 from llm_jax.checkpoints.checkpoint import Checkpoint, Shardings, abstract_params, check_geometry, check_vocabulary
 from llm_jax.checkpoints.families import FAMILIES, hf_config, model_config
 from llm_jax.errors import UserError
@@ -66,11 +66,6 @@ class HuggingFace(Checkpoint):
     @property
     def family(self) -> str:
         return self._config[0]
-
-    @functools.cached_property
-    def generation_config(self) -> dict[str, Any]:
-        """As for every checkpoint. Raises UserError if the file cannot be read."""
-        return generation_config.read(self.path)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llm_jax import lora, tokenizers
-from llm_jax.checkpoints import generation_config, location, peft_config, peft_tensors
+from llm_jax.checkpoints import location, peft_config, peft_tensors
 from llm_jax.checkpoints.checkpoint import (
     Checkpoint,
     Loaded,
@@ -78,7 +78,9 @@ class Peft(Checkpoint):
     def tokenizer(self) -> Tokenizer:
         """The one beside the adapters, if there is one: its chat template and tokens may be new; else the base's."""
         if (self.path / "tokenizer" / "kind.json").is_file():
-            return tokenizers.load(self.path / "tokenizer")
+            tokenizer = tokenizers.load(self.path / "tokenizer")
+            check_vocabulary(tokenizer, self.config, self.path)
+            return tokenizer
         if not any((self.path / name).is_file() for name in tokenizers.PRETRAINED_FILES):
             return self.base.tokenizer
         # What ends a text is also written in files of the base.
@@ -86,15 +88,10 @@ class Peft(Checkpoint):
         try:
             inherited = {path.name: path.read_bytes() for path in paths if path.is_file()}
             tokenizer = tokenizers.from_files(inherited | tokenizers.read_files(self.path))
-        except (UserError, OSError, ValueError, TypeError, AttributeError) as error:
+        except (UserError, OSError, ValueError, TypeError, AttributeError, LookupError) as error:
             raise UserError(f"{self.path}: the tokenizer cannot be read ({error})") from error
         check_vocabulary(tokenizer, self.config, self.path)
         return tokenizer
-
-    @property
-    def generation_config(self) -> dict[str, Any]:
-        """The one beside the adapters, else that of the base."""
-        return generation_config.read(self.path) or self.base.generation_config
 
     @property
     def family(self) -> str:

@@ -9,12 +9,14 @@ import itertools
 import pathlib
 import shutil
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from llm_jax import configuration, files, tokenizers, trees
+from llm_jax.checkpoints import generation_config
 from llm_jax.checkpoints.manifest import FORMAT, steps, write_manifest
 from llm_jax.checkpoints.run import describe_leaves
 from llm_jax.errors import UserError
@@ -31,6 +33,7 @@ class Writer:
       corpus: sha256 of the training text, for the records.
       other: `trees.fingerprint` of the frozen model of the loss, or "", for the records.
       base: of adapters: {"path", "sha256"} of the weights that they adapt, for the records.
+      generation: the content of generation_config.json; no such file is written if it is empty.
     """
 
     def __init__(
@@ -41,11 +44,13 @@ class Writer:
         corpus: str,
         other: str = "",
         base: dict[str, str] | None = None,
+        generation: Mapping[str, Any] | None = None,
     ):
         import orbax.checkpoint as ocp  # slow to import, and loading most checkpoints does not need it
 
         self.directory = workdir / "checkpoints"
         self._config, self._tokenizer, self._corpus, self._other, self._base = config, tokenizer, corpus, other, base
+        self._generation = generation
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -144,6 +149,8 @@ class Writer:
             tokenizers.save(self._tokenizer, partial / "tokenizer")
             files.write_json(partial / "config.json", configuration.as_dict(self._config))
             files.write_json(partial / "record.json", record)
+            if self._generation:
+                files.write_json(partial / generation_config.FILE, self._generation)
             write_manifest(partial)
             files.rename(partial, self.directory / str(record["step"]), durable=True)
             self._prune()

@@ -42,8 +42,8 @@ def define(values: Flags, leave_out: Collection[str] = (), **defaults: Any) -> N
 def read(values: Flags, checkpoint: Any) -> DecodingOptions:
     """The options that the flags of a command state.
 
-    Where none of sampling, penalties or search is given, those of the checkpoint's generation_config.json count, and a
-    line on stderr says so. Runs have their own defaults, also over a base with such a file.
+    Where none of sampling, penalties or search is given, those of the checkpoint's generation_config.json (or of the
+    metadata of its GGUF file) count, and a line on stderr says so. Adapters of runs do not take those of their base.
 
     Args:
       checkpoint: a `checkpoints.Checkpoint`.
@@ -57,13 +57,14 @@ def read(values: Flags, checkpoint: Any) -> DecodingOptions:
     options: dict[str, Any] = {name: values[name].value for name in fields}
     choices = [f.name for f in dataclasses.fields(DecodingOptions) if f.metadata["group"] in _CHOICES]
     is_chosen = any(values[name].present for name in choices if name in values and name != "seed")
-    if checkpoint.run_config is None and not is_chosen:
-        stated = generation_config.sampling(checkpoint.generation_config, checkpoint.config.vocab_size)
+    if checkpoint.form != "adapters" and not is_chosen and (content := checkpoint.generation_config):
+        path, vocab_size = checkpoint.generation_config_path, checkpoint.config.vocab_size
+        if generation_config.OPTIONS.keys() & content.keys():
+            vocab_size = min(vocab_size, checkpoint.tokenizer.vocab_size)
+        stated = generation_config.sampling(content, vocab_size, path)
         if stated:
             text = " ".join(f"--{name}={value:g}" for name, value in stated.items())
-            note = (
-                f"note: {text}, from generation_config.json; any flag of sampling, penalties or search replaces these"
-            )
+            note = f"note: {text}, from {path.name}; any flag of sampling, penalties or search replaces these"
             print(note, file=sys.stderr)
         options |= stated
     options["logit_bias"] = [parse_bias(text) for text in options["logit_bias"]]

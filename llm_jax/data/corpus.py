@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import lzma
 import pathlib
@@ -96,8 +97,12 @@ class Source:
         self._key = f"{self.sha256[:24]}-{'whole' if whole else f'{config.validation_fraction:g}'}"
         if config.kind != "text":
             self._key = f"{config.kind}-{self._key}"
-        if [file.format for file in self.catalog.files] == ["text"]:  # its pieces have the same hash
+        # A file that is a source by itself has the same hash whether it is cut into pieces or not.
+        is_whole = [[file.format for file in scan.files] == ["text"] for scan in self._scans]
+        if is_whole == [True]:
             self._key = f"file-{self._key}"
+        elif any(is_whole):
+            self._key = f"files-{hashlib.sha256(bytes(is_whole)).hexdigest()[:8]}-{self._key}"
 
     def texts(self, held: bool, limit: int) -> Iterator[str]:
         """The texts of one side in their order, or a sample of documents if they have more than `limit` bytes.

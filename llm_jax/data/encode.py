@@ -82,10 +82,10 @@ def _documents(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[Tokenized
 
 def _instruction(text: str) -> list[Conversation]:
     record = _record(text)
-    if record.get("label") is False:
+    if str(record.get("label")).lower() in ("false", "0", "0.0"):  # CSV and TSV files hold text
         raise UserError(
-            f"the record {_head(text)}: 'label' is false, so that its answer is not wanted; leave such records out, or "
-            "make pairs of 'chosen' and 'rejected' for data.kind=preferences"
+            f"the record {_head(text)}: 'label' is {record['label']!r}, so that its answer is not wanted; leave such "
+            "records out, or make pairs of 'chosen' and 'rejected' for data.kind=preferences"
         )
     for name in ("messages", "conversations"):
         if name in record:
@@ -153,10 +153,13 @@ def _preference(text: str) -> list[Conversation]:
     prompt = _messages(text, record["prompt"], "user") if record.get("prompt") else []
     answers = [_messages(text, record[name], "assistant") for name in ("chosen", "rejected")]
     shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*answers)))  # noqa: B905
-    begin = next((message["role"] for message in answers[0][:shared] if message["role"] != "system"), "")
-    if prompt and begin == "user":  # whole conversations, which have the prompt as well
+    first = [next((m["role"] for m in answer if m["role"] != "system"), "") for answer in answers]
+    if prompt and "user" in first:  # whole conversations, which have the prompt as well
         if not all(message in answers[0][:shared] for message in prompt):
-            raise UserError(f"the record {_head(text)}: 'prompt' is not that of the conversations in 'chosen'")
+            raise UserError(
+                f"the record {_head(text)}: 'prompt' is not that of the conversations in 'chosen' and 'rejected'; give "
+                "the same prompt in all three, or only the answers in 'chosen' and 'rejected'"
+            )
         prompt = []
     shared = 0 if prompt else shared
     if shared == min(map(len, answers)):

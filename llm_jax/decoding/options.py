@@ -117,7 +117,11 @@ class DecodingOptions:
         "penalties", 0.0, "subtract this from the logit of a token for each time it was generated, e.g. 0.5"
     )
     no_repeat_ngram: int = _option(
-        "penalties", 0, "never repeat a sequence of this many tokens, prompt included, e.g. 3; 0 is off", 0
+        "penalties",
+        0,
+        "never repeat a sequence of this many tokens, prompt included, e.g. 3; 0 is off",
+        0,
+        2**31 - 1,
     )
     logit_bias: tuple[tuple[int, float], ...] = _option(
         "penalties", (), "ID:BIAS adds a bias to the logit of a token id, e.g. 42:-5; may be repeated"
@@ -192,12 +196,17 @@ class DecodingOptions:
             value, low, high = getattr(self, field.name), field.metadata["low"], field.metadata["high"]
             if isinstance(value, int | float) and not isinstance(value, bool):
                 above = low < value if field.metadata["open_low"] else low <= value
-                if not (above and value <= high and math.isfinite(value)):
+                is_finite = isinstance(value, int) or math.isfinite(value)  # math converts to float, which may overflow
+                if not (above and value <= high and is_finite):
                     left = "(" if field.metadata["open_low"] or low == -math.inf else "["
                     right = ")" if high == math.inf else "]"
-                    raise UserError(f"--{field.name}={value}; expected a number in {left}{low:g}, {high:g}{right}")
+                    raise UserError(
+                        f"--{field.name}={_short(value)}; expected a number in {left}{low:g}, {high:g}{right}"
+                    )
                 if not _representable(value):
-                    raise UserError(f"--{field.name}={value}; expected 0, or a size from {_SMALLEST:g} to {_LARGEST:g}")
+                    raise UserError(
+                        f"--{field.name}={_short(value)}; expected 0, or a size from {_SMALLEST:g} to {_LARGEST:g}"
+                    )
         if self.top_k > vocab_size:
             raise UserError(f"--top_k={self.top_k} is more than the {vocab_size} tokens of the vocabulary")
         if self.alternatives > vocab_size:
@@ -291,6 +300,10 @@ class DecodingOptions:
 def _representable(value: float) -> bool:
     """Whether float32 logits can be combined with a number without overflow, which would draw arbitrary tokens."""
     return not value or _SMALLEST <= abs(value) <= _LARGEST
+
+
+def _short(value: float) -> str:
+    return text if len(text := str(value)) <= 40 else f"{text[:37]}..."
 
 
 def parse_bias(text: str) -> tuple[int, float]:

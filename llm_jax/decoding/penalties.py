@@ -66,7 +66,8 @@ class NoRepeatNgram:
 
         # A place whose n - 1 predecessors are the last n - 1 tokens repeats an n-gram.
         inside = (places >= self.n - 1) & (places < history.length[:, None])
-        repeats = jax.lax.fori_loop(1, jnp.asarray(self.n), same, inside)
+        n = jnp.minimum(self.n, slots + 1)  # no place is inside if n is larger
+        repeats = jax.lax.fori_loop(1, n, same, inside)
         banned = jnp.zeros(logits.shape, bool).at[jnp.arange(rows)[:, None], history.ids].max(repeats)
         remaining = jnp.where(banned, -jnp.inf, logits)
         return jnp.where(jnp.any(remaining > -jnp.inf, -1, keepdims=True), remaining, logits)

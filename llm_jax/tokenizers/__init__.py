@@ -121,7 +121,7 @@ def from_directory(directory: pathlib.Path, name: str = "") -> Tokenizer:
         return load(directory / "tokenizer")
     try:
         return from_files(read_files(directory, [name] if name else PRETRAINED_FILES))
-    except (UserError, OSError, ValueError, TypeError, AttributeError) as error:
+    except (UserError, OSError, ValueError, TypeError, AttributeError, LookupError) as error:
         raise UserError(f"{directory}: the tokenizer cannot be read ({error})") from error
 
 
@@ -190,7 +190,7 @@ def load(directory: pathlib.Path) -> Tokenizer:
             get(extensions.require_hash("tokenizer.kind", saved["kind"])).from_files(files),
             saved["sha256"],
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{directory}: no readable tokenizer here ({error})") from error

@@ -38,7 +38,10 @@ def completed(files: Mapping[str, bytes]) -> str:
     Raises:
       UserError: a file gives a token an id that it cannot have.
     """
-    text = files["tokenizer.json"].decode()
+    try:
+        text = files["tokenizer.json"].decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"tokenizer.json is damaged: {error}") from error
     try:
         content = json.loads(text)
         before = json.dumps(content)
@@ -48,7 +51,7 @@ def completed(files: Mapping[str, bytes]) -> str:
     if not isinstance(content, dict) or not all(isinstance(content.get(p), dict | None) for p in parts):
         return text
     parsed = {
-        name: json.loads(files.get(name, b"{}"))
+        name: special.parse(files, name)
         for name in (_CONFIG, "special_tokens_map.json", "added_tokens.json", "config.json")
     }
     config = parsed[_CONFIG]
@@ -60,7 +63,13 @@ def completed(files: Mapping[str, bytes]) -> str:
     normalizer = content.get("normalizer") or {}
     if kind in _BERT and normalizer.get("type") == "BertNormalizer":
         normalizer |= {key: config[name] for name, key in _NORMALIZER.items() if name in config}
-    _add_tokens(content, parsed)
+    try:
+        _add_tokens(content, parsed)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        names = ", ".join(name for name in ("tokenizer.json", *parsed) if name in files)
+        raise UserError(f"a token in {names} has not the form of a token ({error!r})") from error
     return text if json.dumps(content) == before else json.dumps(content, ensure_ascii=False)
 
 

@@ -4,7 +4,6 @@ What these files leave out (how text is normalized and cut into words) follows f
 transformers.
 """
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,7 +26,7 @@ def tokenizer_json(files: Mapping[str, bytes]) -> bytes:
     Raises:
       UserError: no vocabulary, one of a class that is not supported, or a damaged one.
     """
-    tokenizer_config, config = (json.loads(files.get(name, b"{}")) for name in ("tokenizer_config.json", "config.json"))
+    tokenizer_config, config = (special.parse(files, name) for name in ("tokenizer_config.json", "config.json"))
     kind = special.class_name(tokenizer_config, config)
     if "vocab.json" in files and "merges.txt" in files and kind in _BYTE_LEVEL:
         return _byte_level(files, kind)
@@ -43,8 +42,8 @@ def tokenizer_json(files: Mapping[str, bytes]) -> bytes:
 
 
 def _byte_level(files: Mapping[str, bytes], kind: str) -> bytes:
-    vocabulary = json.loads(files["vocab.json"])
-    lines = files["merges.txt"].decode().split("\n")
+    vocabulary = special.parse(files, "vocab.json")
+    lines = _lines(files, "merges.txt")
     pairs = (line.partition(" ") for line in lines if line and not line.startswith("#version"))
     merges = [(first, second) for first, _, second in pairs]
     try:
@@ -60,8 +59,7 @@ def _byte_level(files: Mapping[str, bytes], kind: str) -> bytes:
 
 
 def _wordpiece(files: Mapping[str, bytes]) -> bytes:
-    pieces = [line.rstrip("\r") for line in files["vocab.txt"].decode().removesuffix("\n").split("\n")]
-    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    vocabulary = {piece: index for index, piece in enumerate(_lines(files, "vocab.txt"))}
     if missing := [token for token in ("[UNK]", "[CLS]", "[SEP]") if token not in vocabulary]:
         raise UserError(f"vocab.txt lacks {', '.join(missing)}")
     tokenizer = library.Tokenizer(library.models.WordPiece(vocabulary, unk_token="[UNK]"))
@@ -74,6 +72,15 @@ def _wordpiece(files: Mapping[str, bytes]) -> bytes:
         special_tokens=[(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")],
     )
     return _with_special(tokenizer, _BERT_TOKENS)
+
+
+def _lines(files: Mapping[str, bytes], name: str) -> list[str]:
+    """The lines of a file, with any line ends; other characters that `str.splitlines` divides at may be in a piece."""
+    try:
+        text = files[name].decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is damaged: {error}") from error
+    return [line.rstrip("\r") for line in text.removesuffix("\n").split("\n")]
 
 
 def _with_special(tokenizer: library.Tokenizer, names: Any) -> bytes:

@@ -151,11 +151,14 @@ class SentencePieceTokenizer:
         Raises:
           UserError: files that cannot be read.
         """
-        config = json.loads(files.get("tokenizer_config.json", b"{}"))
-        added = config.get("added_tokens") or {
-            token["content"]: int(index) for index, token in config.get("added_tokens_decoder", {}).items()
-        }
-        added = json.loads(files.get("added_tokens.json", b"{}")) | added
+        config = special_tokens.parse(files, "tokenizer_config.json")
+        try:
+            added = config.get("added_tokens") or {
+                token["content"]: int(index) for index, token in config.get("added_tokens_decoder", {}).items()
+            }
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise UserError(f"tokenizer_config.json: 'added_tokens_decoder' is damaged ({error!r})") from error
+        added = special_tokens.parse(files, "added_tokens.json") | added
         tokenizer = cls(files["tokenizer.model"], {"added_tokens": added})
         own = [f"{name}_token" for name, _ in special_tokens.GGUF_NAMES if tokenizer._id(name) is not None]
         special = special_tokens.read(files, tokenizer._index, lambda i: tokenizer.piece(i) or None, own)

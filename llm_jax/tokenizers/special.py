@@ -119,7 +119,7 @@ def read(
     Raises:
       UserError: an id that ends a text is no number.
     """
-    parsed = {name: json.loads(files.get(name, b"{}")) for name in FILES if name.endswith(".json")}
+    parsed = {name: parse(files, name) for name in FILES if name.endswith(".json")}
     config, model = parsed["tokenizer_config.json"], parsed["config.json"]
     defaults = class_tokens(class_name(config, model))
     defaults = {name: token for name, token in defaults.items() if index_of(token) is not None and name not in own}
@@ -140,6 +140,21 @@ def read(
     if special["eos_token"] is None and "eos_token" not in {*config, *own} and ends:
         special["eos_token"] = token_of(ends[0])
     return special | ({"eos_ids": list(dict.fromkeys(ends))} if ends else {})
+
+
+def parse(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    """The JSON object in one of the files of a tokenizer; {} without this file.
+
+    Raises:
+      UserError: the file holds something else.
+    """
+    try:
+        content = json.loads(files.get(name, b"{}"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{name} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{name} holds a {type(content).__name__}; expected a JSON object")
+    return content
 
 
 def class_name(tokenizer_config: Mapping[str, Any], config: Mapping[str, Any]) -> str:

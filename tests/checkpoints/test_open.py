@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers as library
 
 import llm_jax
 from llm_jax import checkpoints, configuration, lora, tokenizers, trees
@@ -223,6 +224,10 @@ def test_the_tokenizer_beside_adapters_of_peft_counts(paths, vocabulary, tmp_pat
     assert {5, 6} <= {*tokenizers.eos_ids(tokenizer)}
     truncate(adapters / "tokenizer.json")
     with pytest.raises(UserError, match="peft: the tokenizer cannot be read"):
+        llm_jax.load(adapters)
+    words = library.Tokenizer(library.models.WordLevel({f"w{i}": i for i in range(999)}, "w0"))
+    tokenizers.save(type(vocabulary)(words.to_str(), {}), adapters / "tokenizer")
+    with pytest.raises(UserError, match="peft: the tokenizer has 999 ids, the model only"):
         llm_jax.load(adapters)
 
 

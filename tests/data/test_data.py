@@ -227,6 +227,18 @@ def test_a_text_file_is_one_document_where_it_is_not_cut(tmp_path):
     assert counts == [2, 1, 1, 2]
 
 
+@pytest.mark.parametrize("in_pieces", [(True, False), (False, True)])
+def test_several_files_cut_and_whole_have_caches_of_their_own(tmp_path, in_pieces):
+    paths = [tmp_path / name for name in ("a.txt", "b.txt")]
+    for path in paths:
+        path.write_text("one line of text\n" * 100)
+    settings = config(",".join(map(str, paths)), tmp_path / "c")
+    byte = tokenizers.get("byte").train([], 0)
+    for cut in in_pieces:
+        source = Source(settings, whole=True, in_pieces=cut)
+        assert len(source.corpus(byte).validation.offsets) - 1 == (4 if cut else 2)
+
+
 def test_a_damaged_cache_says_what_to_delete(tmp_path, text_file):
     source = Source(config(text_file, tmp_path))
     tokenizer = tokenizers.get("byte").train([], 0)

@@ -1,5 +1,6 @@
 """tokenizer.json with the tokens and settings of other files: first space, BERT's normalizer; as transformers 5.24."""
 
+import itertools
 import json
 
 import pytest
@@ -118,8 +119,37 @@ def test_vocab_json_and_merges_txt_without_tokenizer_json(config, pre, tmp_path)
         assert tokenizer.encode(text) == expected.encode(text)
         assert tokenizer.decode(tokenizer.encode(text)) == expected.decode(expected.encode(text))
     assert tokenizer.encode_chat("a<|endoftext|>")[-1] == tokenizer.eos == 0 and tokenizer.decode([0]) == ""
+    (tmp_path / "merges.txt").write_bytes(("#version: 0.2\n" + merges).replace("\n", "\r\n").encode())
+    assert tokenizers.digest(tokenizers.from_directory(tmp_path)) == tokenizers.digest(tokenizer)
     (tmp_path / "merges.txt").write_text("zz zz\n")
     with pytest.raises(UserError, match="vocab.json and merges.txt do not fit each other"):
+        tokenizers.from_directory(tmp_path)
+
+
+@pytest.mark.parametrize("vocabulary", ["tokenizer.json", "vocab.json", "tokenizer.model"])
+def test_a_damaged_file_of_a_tokenizer_is_named(vocabulary, tmp_path):
+    content = json.loads(forms.bytelevel_json())["model"]
+    merges = "".join(" ".join(pair) + "\n" for pair in content["merges"]).encode()
+    vocabularies = {
+        "tokenizer.json": {"tokenizer.json": forms.bytelevel_json().encode()},
+        "vocab.json": {"vocab.json": json.dumps(content["vocab"]).encode(), "merges.txt": merges},
+        "tokenizer.model": {"tokenizer.model": forms.form("model").files()["tokenizer.model"]},
+    }
+    files = vocabularies[vocabulary] | {"config.json": b'{"model_type": "gpt2"}'}
+    damaged = ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json"]
+    damaged += [name for name in files if name != "tokenizer.model"]
+    for name, damage in itertools.product(damaged, (b"[1]", b'{"a": ', b"\xff\xfe")):
+        for path, data in (files | {name: damage}).items():
+            (tmp_path / path).write_bytes(data)
+        with pytest.raises(UserError) as error:
+            tokenizers.from_directory(tmp_path)
+        text = str(error.value)
+        assert text.startswith(f"{tmp_path}: the tokenizer cannot be read (") and name in text and "\n" not in text
+        (tmp_path / name).unlink()
+    (tmp_path / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"400": {"special": true}}}')
+    for path, data in files.items():
+        (tmp_path / path).write_bytes(data)
+    with pytest.raises(UserError, match="tokenizer_config.json"):
         tokenizers.from_directory(tmp_path)
 
 
