@@ -114,17 +114,19 @@ def chart(records: Mapping[str, Record], path: pathlib.Path) -> None:
     from matplotlib import pyplot
 
     bars = [
-        (f"{r['side']} / {r['rival']}: {r['figure'].removesuffix(', tokens/s')}", r)
-        for record in records.values()
+        (f"{name}: {r['side']} / {r['rival']}, {r['figure'].removesuffix(', tokens/s')}", r)
+        for name, record in records.items()
         for r in record["ratios"]
         if r["figure"].endswith("/s")
     ]
     if not bars:
         return
+    labels = [label for label, _ in bars]
+    assert len(set(labels)) == len(labels), "bars of one label would be drawn over each other"
     figure, axes = pyplot.subplots(figsize=(9, 1 + 0.24 * len(bars)), layout="constrained")
     middles = [r["median"] for _, r in bars]
     errors = [[r["median"] - r["low"] for _, r in bars], [r["high"] - r["median"] for _, r in bars]]
-    axes.barh([label for label, _ in bars], middles, xerr=errors, color="#4477aa", ecolor="#222222", capsize=2)
+    axes.barh(labels, middles, xerr=errors, color="#4477aa", ecolor="#222222", capsize=2)
     axes.axvline(1.0, color="#cc3311", linewidth=1)
     axes.invert_yaxis()
     axes.set_xlabel("ratio of rates in the same round; the line is equality")
