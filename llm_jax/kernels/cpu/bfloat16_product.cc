@@ -23,22 +23,8 @@ struct BFloat16Product {
   int64_t rows, inputs, outputs, by_output;
 };
 
-namespace portable {
-#include "bfloat16_path.h"
-}  // namespace portable
-
-#if LLM_JAX_X86
-LLM_JAX_TARGET("avx2,fma,f16c")
-namespace avx2 {
-#include "bfloat16_path.h"
-}  // namespace avx2
-LLM_JAX_END_TARGET
-LLM_JAX_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512")
-namespace avx512 {
-#include "bfloat16_path.h"
-}  // namespace avx512
-LLM_JAX_END_TARGET
-#endif
+#define LLM_JAX_PATH_HEADER "bfloat16_path.h"
+#include "every_path.h"
 
 static void Outputs(const BFloat16Product& p, Path path, const float* x, int64_t begin, int64_t end) {
 #if LLM_JAX_X86

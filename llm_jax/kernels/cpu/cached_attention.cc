@@ -42,22 +42,8 @@ struct Attention {
   float softcap;  // 0: none
 };
 
-namespace portable {
-#include "attention_path.h"
-}  // namespace portable
-
-#if LLM_JAX_X86
-LLM_JAX_TARGET("avx2,fma,f16c")
-namespace avx2 {
-#include "attention_path.h"
-}  // namespace avx2
-LLM_JAX_END_TARGET
-LLM_JAX_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512")
-namespace avx512 {
-#include "attention_path.h"
-}  // namespace avx512
-LLM_JAX_END_TARGET
-#endif
+#define LLM_JAX_PATH_HEADER "attention_path.h"
+#include "every_path.h"
 
 static void Head(const Attention& a, Path path, int64_t row, int64_t head, const std::vector<int64_t>& keys,
                  std::vector<float>* scores) {

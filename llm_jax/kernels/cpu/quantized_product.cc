@@ -16,21 +16,10 @@
 
 namespace llm_jax {
 
-namespace portable {
-#include "float_path.h"
-}  // namespace portable
+#define LLM_JAX_PATH_HEADER "float_path.h"
+#include "every_path.h"
 
 #if LLM_JAX_X86
-LLM_JAX_TARGET("avx2,fma,f16c")
-namespace avx2 {
-#include "float_path.h"
-}  // namespace avx2
-LLM_JAX_END_TARGET
-LLM_JAX_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512")
-namespace avx512 {
-#include "float_path.h"
-}  // namespace avx512
-LLM_JAX_END_TARGET
 LLM_JAX_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")
 #include "vnni_operands.h"
 #include "vnni_path.h"
