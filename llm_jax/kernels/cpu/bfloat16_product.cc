@@ -64,10 +64,8 @@ extern "C" {
 // For tests and measurements: the product with `threads` new threads. Returns what is wrong with its sizes, or null.
 const char* llm_jax_bfloat16_product(const llm_jax::BFloat16Product* p, int64_t path, int64_t threads) {
   if (const char* reason = llm_jax::Check(*p)) return reason;
-  std::vector<std::thread> started;
-  llm_jax::Run(*p, static_cast<llm_jax::Path>(path), threads,
-               [&](const auto& task) { started.emplace_back([task] { task(); }); });
-  for (std::thread& thread : started) thread.join();
+  llm_jax::OnNewThreads(
+      [&](const auto& schedule) { llm_jax::Run(*p, static_cast<llm_jax::Path>(path), threads, schedule); });
   return nullptr;
 }
 }

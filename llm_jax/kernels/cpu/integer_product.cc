@@ -181,9 +181,7 @@ extern "C" {
 // For tests and measurements: the product with `threads` new threads. Returns what is wrong with its sizes, or null.
 const char* llm_jax_integer_product(const llm_jax::IntegerProduct* p, int64_t threads) {
   if (const char* reason = llm_jax::Check(*p)) return reason;
-  std::vector<std::thread> started;
-  llm_jax::Run(*p, threads, [&](const auto& task) { started.emplace_back([task] { task(); }); });
-  for (std::thread& thread : started) thread.join();
+  llm_jax::OnNewThreads([&](const auto& schedule) { llm_jax::Run(*p, threads, schedule); });
   return nullptr;
 }
 }

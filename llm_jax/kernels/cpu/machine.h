@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <memory>
 #include <thread>
+#include <vector>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -64,6 +65,14 @@ static void InParallel(int64_t count, int64_t threads, const Work& work, const S
   for (int64_t spins = 0; state->done.load(std::memory_order_acquire) < count; ++spins) {
     if (spins > 4096) std::this_thread::yield();
   }
+}
+
+// Calls run(schedule), where `schedule` starts a new thread for a task, and waits for these threads. For tests.
+template <typename Run>
+static void OnNewThreads(const Run& run) {
+  std::vector<std::thread> started;
+  run([&](const auto& task) { started.emplace_back([task] { task(); }); });
+  for (std::thread& thread : started) thread.join();
 }
 
 }  // namespace llm_jax
