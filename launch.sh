@@ -39,11 +39,23 @@ setup() { # setup NAME REQUIREMENTS...: .venv with these installed, made anew wh
   fi
 }
 
+defaults() { # defaults WORKDIR FLAGS...: in flags, what the default run has and FLAGS do not set
+  local given=" ${*:2} "
+  flags=()
+  [[ $given == *" --workdir"* ]] || flags+=("--workdir=$1")
+  [[ $given == *" --config="* || $given == *" --config "* ]] && return
+  flags+=(--config=configs/default.py)
+  local key
+  for key in model.scan_layers model.precision.compute; do # "auto": what trains fastest on this machine
+    [[ $given == *" --config.$key"* ]] || flags+=("--config.$key=auto")
+  done
+}
+
 case "${1:-}" in
   "" | --*)
     [ -f .venv/tests ] && setup requirements.txt requirements-test.txt || setup requirements.txt
-    case " $* " in *" --workdir"*) ;; *) set -- --workdir=runs/default "$@" ;; esac
-    exec .venv/bin/python -m llm_jax.train --config=configs/default.py "$@"
+    defaults runs/default "$@"
+    exec .venv/bin/python -m llm_jax.train "${flags[@]}" "$@"
     ;;
   processes)
     if ! [[ "${2:-}" =~ ^[1-9][0-9]*$ ]]; then
@@ -53,9 +65,8 @@ case "${1:-}" in
     count=$2
     shift 2
     [ -f .venv/tests ] && setup requirements.txt requirements-test.txt || setup requirements.txt
-    case " $* " in *" --workdir"*) ;; *) set -- --workdir=runs/processes "$@" ;; esac
-    case " $* " in *" --config="*) ;; *) set -- --config=configs/default.py "$@" ;; esac
-    exec .venv/bin/python -m llm_jax.parallel.launcher "$count" llm_jax.train "$@"
+    defaults runs/processes "$@"
+    exec .venv/bin/python -m llm_jax.parallel.launcher "$count" llm_jax.train "${flags[@]}" "$@"
     ;;
   slurm | k8s | tpu) # one of these, its options, -- and a command with its flags
     [ -f .venv/tests ] && setup requirements.txt requirements-test.txt || setup requirements.txt
