@@ -5,6 +5,9 @@
     files.write(path, "text"); files.write_json(path, value); value = files.read_json(path)
 
 Everything is created with the permissions of the user's umask.
+
+A path is a `pathlib.Path`; of gs://BUCKET/PATH and s3://BUCKET/PATH `path` makes one of `etils.epath`, with the same
+methods. What a bucket does in another way than a disk, such as appending and locking, stands in `objects.py`.
 """
 
 import contextlib
@@ -16,13 +19,29 @@ import re
 import secrets
 import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
+from llm_jax import object_locks, objects
 from llm_jax.errors import UserError
 
 PARTIAL = ".partial-"  # prefix of the temporary names
 _POINTER = b"version https://git-lfs.github.com/spec/"  # begins a pointer of Git LFS
+
+
+def path(name: str | os.PathLike[str]) -> pathlib.Path:
+    """The path that a user has named: ~/PATH is expanded, gs://BUCKET/PATH and s3://BUCKET/PATH are of object stores.
+
+    Raises:
+      UserError: the package of an object store is not installed, or its address names no bucket.
+    """
+    return objects.path(os.fspath(name)) if objects.is_object(name) else pathlib.Path(name).expanduser()
+
+
+def absolute(path: pathlib.Path) -> pathlib.Path:
+    """The path from the root of the file system; an address of an object store as it is."""
+    return path if objects.is_object(path) else path.absolute()
 
 
 @contextlib.contextmanager
@@ -37,6 +56,12 @@ def new_file(path: pathlib.Path, *, source: str = "", durable: bool = False) -> 
     Raises:
       UserError: the file cannot be written.
     """
+    if objects.is_object(path):
+        with tempfile.TemporaryFile() as file:
+            yield file
+            file.seek(0)
+            objects.write(path, file.read())
+        return
     check_local(path)
     partial = path.with_name(f"{PARTIAL}{secrets.token_hex(8)}")
     try:
@@ -66,6 +91,12 @@ def new_directory(
     Raises:
       UserError: the directory cannot be written.
     """
+    if objects.is_object(path):
+        with tempfile.TemporaryDirectory() as temporary:
+            yield pathlib.Path(temporary)
+            objects.upload(pathlib.Path(temporary), path)
+        return
+    check_local(path)
     partial = path.with_name(f"{PARTIAL}{secrets.token_hex(8)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,12 +157,59 @@ def dump_json(value: Any) -> str:
     return json.dumps(value, indent=1) + "\n"
 
 
+def read(path: pathlib.Path) -> bytes:
+    """The content of a file. Raises OSError, or UserError for an object that is there and cannot be read."""
+    return objects.read(path) if objects.is_object(path) else path.read_bytes()
+
+
+def modified(path: pathlib.Path) -> float:
+    """When a file was last written, in seconds since 1970. Raises OSError."""
+    return objects.modified(path) if objects.is_object(path) else path.stat().st_mtime
+
+
+def below(directory: pathlib.Path) -> dict[str, pathlib.Path]:
+    """{name relative to `directory`: path} of the files in a directory and those below it, sorted."""
+    if objects.is_object(directory):
+        return {name: directory / name for name in sorted(objects.find(directory))}
+    return {p.relative_to(directory).as_posix(): p for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def open_to_append(path: pathlib.Path) -> TextIO:
+    """A text file that is written at its end. An object is written whole, every few seconds and by `sync`."""
+    return objects.Appender(path) if objects.is_object(path) else path.open("a")  # type: ignore[return-value]
+
+
+def sync(file: TextIO) -> None:
+    """Writes what was appended so far to the disk or the object store. Raises OSError or UserError."""
+    if isinstance(file, objects.Appender):
+        file.sync()
+    else:
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def local_copy(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A file or directory on a disk of this machine: `path` itself, or a temporary copy of what an object store has."""
+    if not objects.is_object(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        copy = pathlib.Path(temporary) / path.name
+        if path.is_dir():
+            objects.download(path, copy)
+        else:
+            copy.write_bytes(objects.read(path))
+        yield copy
+
+
 def read_json(path: pathlib.Path) -> Any:
     """The value of a JSON file. Raises UserError if it cannot be read or is not JSON."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(read(path))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror or 'no such object'})") from error
+    except UserError:
+        raise
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged, not JSON ({error})") from error
 
@@ -150,15 +228,27 @@ def cache_directory() -> pathlib.Path:
     return pathlib.Path(os.environ.get("LLM_JAX_CACHE", "~/.cache/llm_jax")).expanduser()
 
 
-def check_local(path: pathlib.Path) -> None:
-    """Raises UserError for an address such as gs://bucket/run, which would become a directory of that name."""
-    if re.match(r"[a-zA-Z][\w+.-]+:/", str(path)):
+def check_local(path: str | os.PathLike[str]) -> None:
+    """Raises UserError for an address such as https://host/run, which would become a directory of that name."""
+    if not objects.is_object(path) and re.match(r"[a-zA-Z][\w+.-]+:/", str(path)):
         raise UserError(f"{path}: an address cannot be written to; give a directory, such as one of a mounted bucket")
+
+
+def check_reachable(path: pathlib.Path) -> None:
+    """Raises UserError where `check_local` does, and unless the bucket of an object store can be listed."""
+    check_local(path)
+    if objects.is_object(path):
+        objects.check(path)
 
 
 def make_directory(directory: pathlib.Path) -> None:
     """Creates a directory with its parents. Raises UserError if that fails or the directory is not writable."""
     check_local(directory)
+    if objects.is_object(directory):  # a directory of an object store is there as soon as there is an object in it
+        probe = directory / f".writable-{secrets.token_hex(8)}"
+        objects.write(probe, b"")
+        objects.remove(probe)
+        return
     try:
         missing = [path for path in (directory, *directory.parents) if not path.exists()]
         directory.mkdir(parents=True, exist_ok=True)
@@ -184,6 +274,8 @@ def lock(workdir: pathlib.Path, name: str = ".lock", *, wait: bool = False) -> A
     Raises:
       UserError: another process holds the lock, without `wait`.
     """
+    if objects.is_object(workdir):
+        return object_locks.Lock(workdir, name, LOCKED)
     file = (workdir / name).open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -198,3 +290,9 @@ def lock(workdir: pathlib.Path, name: str = ".lock", *, wait: bool = False) -> A
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     return file
+
+
+def check_lock(held: Any) -> None:
+    """Raises UserError if another process has taken over a lock of an object store; that of a disk cannot be lost."""
+    if isinstance(held, object_locks.Lock):
+        held.check()

@@ -186,7 +186,7 @@ def _checked(f: cli.Flags) -> tuple[list[str], Any]:
     if name == "train":
         from llm_jax.training import checks
 
-        files.check_local(pathlib.Path(values.workdir))
+        files.check_local(values.workdir)
         checks.check(values.config)  # neither the devices nor the checkpoints of the cluster are here
     return ["-m", f"llm_jax.{name}", *rest], values
 

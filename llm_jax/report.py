@@ -5,7 +5,6 @@ bands over the seeds, parallel coordinates, options that differ, samples, time a
 With --tokens, two runs are also compared token by token on their held-out text.
 """
 
-import pathlib
 import sys
 
 from llm_jax import cli
@@ -26,15 +25,17 @@ NEEDS: cli.Needs = ((("token_rows",), "--tokens is not given", lambda f: f.token
 
 
 def main(f: cli.Flags) -> None:
-    from llm_jax import files
+    from llm_jax import files, objects
     from llm_jax.research import page, pictures, runs
 
     if not f.path:
         raise UserError("name at least one run or sweep: python -m llm_jax.report PATH ...")
-    last = pathlib.Path(f.path[-1]).expanduser()
-    output = pathlib.Path(f.output).expanduser() if f.output else last / "report.html"
+    last = files.path(f.path[-1])
+    output = files.path(f.output) if f.output else last / "report.html"
     if output.suffix != ".html":
         raise UserError(f"--output={f.output}; expected a name that ends in .html")
+    if f.png and objects.is_object(output):
+        raise UserError(f"--png writes beside {output}, and pictures cannot be written there; give --output=FILE.html")
     loaded = runs.load(f.path)
     sections = ""
     if f.tokens:
@@ -44,9 +45,9 @@ def main(f: cli.Flags) -> None:
 
         differences = held_out_tokens.differences(loaded, f.token_rows, losses.token_losses)
         sections = f"<section>{render_html.fragment(differences.picture())}</section>\n"
-    if not output.parent.is_dir():
+    if not objects.is_object(output) and not output.parent.is_dir():
         print(f"note: the directory {output.parent} is made", file=sys.stderr)
-    files.write(output, page.render(loaded, f.title or last.absolute().name, sections))
+    files.write(output, page.render(loaded, f.title or files.absolute(last).name, sections))
     written = [output, *(pictures.draw(loaded, output.parent, output.stem) if f.png else [])]
     print("\n".join(str(path) for path in written))
 

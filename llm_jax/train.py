@@ -7,7 +7,7 @@ import pathlib
 import sys
 import types
 
-from llm_jax import cli, runtime
+from llm_jax import cli, files, runtime
 from llm_jax.cli import signals
 from llm_jax.schema import Config
 
@@ -42,7 +42,7 @@ def _train(f: cli.Flags) -> int:
 
     config = f.config
     if f.dry_run:
-        print_estimate(config, pathlib.Path(f.workdir).expanduser())
+        print_estimate(config, files.path(f.workdir))
         return 0
     signal = signals.Deferred()
     summary = trainer.train(config, f.workdir, stop=signal, profile=f.profile, attachments=write_report)
@@ -74,14 +74,13 @@ def write_report(workdir: pathlib.Path) -> list[pathlib.Path]:
     """Writes WORKDIR/report.html without secrets, which trackers get as an artifact, and returns its path."""
     import dataclasses
 
-    from llm_jax import files
     from llm_jax.research import page, runs
     from llm_jax.training.trackers import redact
 
     (run,) = runs.load([workdir])
     public = dataclasses.replace(run, config=redact(run.config), samples=redact(run.samples))
     path = workdir / "report.html"
-    files.write(path, page.render([public], workdir.absolute().name))
+    files.write(path, page.render([public], files.absolute(workdir).name))
     return [path]
 
 

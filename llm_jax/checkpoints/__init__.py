@@ -119,7 +119,7 @@ def save(model: Transformer, params: Any, tokenizer: Tokenizer, path: str | os.P
     Raises:
       UserError: the directory exists or cannot be written, or names or shapes do not fit the model.
     """
-    path = pathlib.Path(path).expanduser()
+    path = files.path(path)
     if path.exists():
         raise UserError(f"{path} exists; give another path, or remove it")
     per_layer = Transformer(dataclasses.replace(model.config, scan_layers=False))

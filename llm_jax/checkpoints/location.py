@@ -1,20 +1,21 @@
-"""Names of checkpoints: paths, zip files, asset:NAME, hf:ORG/NAME and gs://BUCKET/PATH."""
+"""Names of checkpoints: paths, zip files, asset:NAME, hf:ORG/NAME, gs://BUCKET/PATH and s3://BUCKET/PATH."""
 
 import os
 import pathlib
 
+from llm_jax import objects
 from llm_jax.checkpoints import buckets, zip_files
 from llm_jax.data import assets
 from llm_jax.errors import UserError
 
-_PREFIXES = ("asset:", "hf:", *buckets.PREFIXES)
+_PREFIXES = ("asset:", "hf:", *objects.PREFIXES)
 # The files that are downloaded from the hub: weights, configs, and every file of a tokenizer.
 _PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "vocab.txt", "merges.txt"]
 _OTHER_PATTERNS = ["consolidated*", "original/*", "onnx/*"]  # the same weights in the layouts of other programs
 
 
 def is_remote(name: str) -> bool:
-    """Whether a name is asset:NAME, hf:ORG/NAME or gs://BUCKET/PATH rather than a path."""
+    """Whether a name is asset:NAME, hf:ORG/NAME, gs://BUCKET/PATH or s3://BUCKET/PATH rather than a path."""
     return name.startswith(_PREFIXES)
 
 
@@ -35,7 +36,8 @@ def resolve(name: str | os.PathLike[str]) -> pathlib.Path:
 
     Args:
       name: a path; the path of a zip file, which is unpacked into the cache; "asset:NAME" (`llm_jax.assets`);
-        "hf:ORG/NAME" (needs the package huggingface_hub); or "gs://BUCKET/PATH" (needs the package gcsfs).
+        "hf:ORG/NAME" (needs the package huggingface_hub); "gs://BUCKET/PATH" (needs the package gcsfs); or
+        "s3://BUCKET/PATH" (needs the package s3fs).
 
     Raises:
       UserError: an unknown name, a failed download, an unsafe or damaged zip file, or a .gguf or .zip file that does

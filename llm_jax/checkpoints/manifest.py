@@ -6,6 +6,7 @@ import pathlib
 from typing import Any
 
 from llm_jax import files
+from llm_jax.checkpoints import storage
 from llm_jax.errors import UserError
 
 FORMAT = 1  # version of the checkpoint format that is written, and the only one that is read
@@ -13,9 +14,7 @@ FORMAT = 1  # version of the checkpoint format that is written, and the only one
 
 def steps(workdir: pathlib.Path) -> list[int]:
     """The steps of the finished checkpoints of a run, in ascending order."""
-    directory = workdir / "checkpoints"
-    names = [p.name for p in directory.iterdir()] if directory.is_dir() else []
-    return sorted(int(name) for name in names if name.isascii() and name.isdigit())
+    return storage.steps(workdir / "checkpoints")
 
 
 def find(path: str | os.PathLike[str]) -> pathlib.Path:
@@ -27,7 +26,7 @@ def find(path: str | os.PathLike[str]) -> pathlib.Path:
     Raises:
       UserError: no checkpoint there.
     """
-    directory = pathlib.Path(path).expanduser()
+    directory = files.path(path)
     if (directory / "record.json").is_file():
         return directory
     if not directory.is_dir():
@@ -53,7 +52,7 @@ def verify(directory: pathlib.Path) -> dict[str, Any]:
       UserError: a file is missing, added or changed, or the checkpoint has another format version.
     """
     manifest, record = (_read_json(directory / name) for name in ("manifest.json", "record.json"))
-    if not isinstance(manifest, dict) or (directory / "manifest.json").read_text() != files.dump_json(manifest):
+    if not isinstance(manifest, dict) or files.read(directory / "manifest.json") != files.dump_json(manifest).encode():
         raise UserError(f"{directory}: the file 'manifest.json' is damaged{_fallback(directory)}")
     if not isinstance(record, dict):
         raise UserError(f"{directory}: the file 'record.json' is damaged{_fallback(directory)}")
@@ -88,8 +87,7 @@ def _fallback(directory: pathlib.Path) -> str:
 
 
 def _files(directory: pathlib.Path) -> dict[str, pathlib.Path]:
-    paths = sorted(p for p in directory.rglob("*") if p.is_file() and p != directory / "manifest.json")
-    return {p.relative_to(directory).as_posix(): p for p in paths}
+    return {name: path for name, path in files.below(directory).items() if name != "manifest.json"}
 
 
 def _sha256(path: pathlib.Path) -> str:

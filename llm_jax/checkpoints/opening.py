@@ -26,7 +26,7 @@ def open(name: str | os.PathLike[str], base: str = "") -> Checkpoint:
     Args:
       name: a run, or one of its checkpoints; a Hugging Face directory; a .gguf file; a directory of peft adapters;
         a zip file of one of these; "asset:NAME" (`llm_jax.assets`); "hf:ORG/NAME" (needs the package huggingface_hub
-        and a network); or "gs://BUCKET/PATH" of one of these (needs the package gcsfs and a network).
+        and a network); or "gs://BUCKET/PATH" or "s3://BUCKET/PATH" of one of these (needs the package gcsfs or s3fs).
       base: of adapters, the checkpoint of their base; "": the one that they name, or, if it is not there any more, a
         checkpoint of the same name beside them.
 

@@ -10,8 +10,8 @@
       manifest.json    the sha256 of every other file
 
 A checkpoint is written under a temporary name and renamed once the manifest exists, so that a killed process leaves
-the earlier checkpoints unchanged. The manifest is verified before anything is restored, because Orbax casts dtypes
-and returns flipped bits without an error.
+the earlier checkpoints unchanged; `storage.py` says how, and how in object stores. The manifest is verified before
+anything is restored, because Orbax casts dtypes and returns flipped bits without an error.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from typing import Any
 import jax
 
 from llm_jax import configuration, files, tokenizers, trees, weights
-from llm_jax.checkpoints import families, manifest
+from llm_jax.checkpoints import families, manifest, storage
 from llm_jax.checkpoints.checkpoint import Checkpoint, Shardings, abstract_params, arranged
 from llm_jax.errors import UserError
 from llm_jax.model.transformer import Transformer
@@ -57,7 +57,7 @@ class Run(Checkpoint):
     def identity(self) -> str:
         """The manifest: the sha256 of every file."""
         try:
-            return (self.path / "manifest.json").read_text()
+            return files.read(self.path / "manifest.json").decode()
         except (OSError, ValueError) as error:
             raise UserError(f"{self.path}: manifest.json cannot be read ({error})") from error
 
@@ -135,7 +135,8 @@ def read_arrays(directory: pathlib.Path, **items: Any) -> Any:
 
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as orbax:
         arguments = {name: ocp.args.StandardRestore(tree) for name, tree in items.items()}
-        return orbax.restore(directory.absolute() / "arrays", args=ocp.args.Composite(**arguments))
+        with storage.readable_by_orbax(directory / "arrays") as arrays:
+            return orbax.restore(arrays, args=ocp.args.Composite(**arguments))
 
 
 def abstract_tree(records: Mapping[str, Any]) -> dict[str, Any]:

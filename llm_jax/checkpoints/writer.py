@@ -7,7 +7,6 @@ there, and removes old checkpoints; the other processes wait for it.
 import errno
 import itertools
 import pathlib
-import shutil
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax import configuration, files, tokenizers, trees
-from llm_jax.checkpoints import generation_config
+from llm_jax.checkpoints import generation_config, storage
 from llm_jax.checkpoints.manifest import FORMAT, steps, write_manifest
 from llm_jax.checkpoints.run import describe_leaves
 from llm_jax.errors import UserError
@@ -58,8 +57,7 @@ class Writer:
         with processes.main_first("to open the checkpoints"):
             if processes.is_main():
                 files.make_directory(self.directory)
-                for leftover in self.directory.glob(f"{files.PARTIAL}*"):
-                    shutil.rmtree(leftover)
+                storage.remove_unfinished(self.directory)
 
     def save(
         self,
@@ -85,7 +83,7 @@ class Writer:
         import orbax.checkpoint as ocp
 
         self.wait()
-        partial = self.directory / f"{files.PARTIAL}{step}"
+        partial = storage.begin(self.directory, step)
         record = {
             "format": FORMAT,
             "step": step,
@@ -109,8 +107,8 @@ class Writer:
         try:
             with processes.main_first("to begin a checkpoint"):
                 if processes.is_main():
-                    partial.mkdir()
-            self._orbax.save(partial.absolute() / "arrays", args=ocp.args.Composite(**items))
+                    storage.create(partial)
+            self._orbax.save(files.absolute(partial) / "arrays", args=ocp.args.Composite(**items))
         except (OSError, ValueError) as error:  # ValueError comes from TensorStore
             raise self._unwritten(partial, error) from error
         self._thread = threading.Thread(target=self._finish, args=(partial, record, key))
@@ -138,7 +136,7 @@ class Writer:
         with processes.main_first("to remove checkpoints"):
             for step in steps(self.directory.parent) if processes.is_main() else []:
                 if step > after:
-                    self._remove(step)
+                    storage.remove(self.directory / str(step))
 
     def _finish(self, partial: pathlib.Path, record: dict[str, Any], key: str) -> None:
         try:
@@ -152,14 +150,14 @@ class Writer:
             if self._generation:
                 files.write_json(partial / generation_config.FILE, self._generation)
             write_manifest(partial)
-            files.rename(partial, self.directory / str(record["step"]), durable=True)
+            storage.commit(partial, self.directory / str(record["step"]))
             self._prune()
             processes.broadcast(None, key)
         except BaseException as error:  # raised by `wait`, in the caller's thread
             self._error = self._unwritten(partial, error)
 
     def _unwritten(self, partial: pathlib.Path, error: BaseException) -> UserError:
-        shutil.rmtree(partial, ignore_errors=True)
+        storage.abandon(partial)
         number = getattr(error.__cause__ or error, "errno", 0)
         lines = [line.strip()[:200] for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         full = number == errno.ENOSPC or "RESOURCE_EXHAUSTED" in str(error)
@@ -176,10 +174,4 @@ class Writer:
         measured = [step for step in finished if losses[step] is not None]
         best = sorted(measured, key=lambda step: (losses[step], step))[: keep.keep_best]
         for step in set(finished) - set(finished[-max(keep.keep_last, 1) :]) - set(best):
-            self._remove(step)
-
-    def _remove(self, step: int) -> None:
-        doomed = self.directory / f"{files.PARTIAL}{step}-old"
-        (self.directory / str(step)).rename(doomed)
-        files.flush(self.directory)  # a power failure must not leave a part of it under its name
-        shutil.rmtree(doomed)
+            storage.remove(self.directory / str(step))

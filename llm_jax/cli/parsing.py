@@ -27,8 +27,8 @@ COMPILATION_CACHE = (
 
 
 CHECKPOINT_FORMS = (
-    "a run, a Hugging Face directory, a .gguf file, a peft directory, a zip file of one, asset:NAME, hf:ORG/NAME or "
-    "gs://BUCKET/PATH"
+    "a run, a Hugging Face directory, a .gguf file, a peft directory, a zip file of one, asset:NAME, hf:ORG/NAME, "
+    "gs://BUCKET/PATH or s3://BUCKET/PATH"
 )
 _POSITIONAL = ("prompt", "checkpoint", "input", "workdir", "text")  # flags that an argument without a flag may mean
 _BOOLEANS = {"yes": "true", "y": "true", "on": "true", "no": "false", "n": "false", "off": "false"}

@@ -128,8 +128,8 @@ def find(paths: Iterable[str | os.PathLike[str]]) -> list[pathlib.Path]:
       UserError: no such directory, or there is no run in it.
     """
     result: dict[pathlib.Path, None] = {}
-    for path in map(pathlib.Path, paths):
-        path = path.expanduser()
+    for path in map(files.path, paths):
+        files.check_reachable(path)
         if not path.is_dir():
             problem = "a file" if path.exists() else "no such directory"
             is_checkpoint = path.exists() or ":" in str(path)  # a GGUF file, asset:NAME, hf:ORG/NAME
@@ -159,7 +159,7 @@ def load(paths: Iterable[str | os.PathLike[str]]) -> list[Run]:
       UserError: there are none, or a file of a run is damaged.
     """
     directories = find(paths)
-    names = _names([path.absolute() for path in directories])
+    names = _names([files.absolute(path) for path in directories])
     return [read(path, name) for path, name in zip(directories, names, strict=True)]
 
 

@@ -13,7 +13,7 @@ def begin(workdir: pathlib.Path, step: int) -> None:
     """Records in attempts.jsonl that a trainer starts. One that was killed ended when it last wrote metrics."""
     attempts, metrics = _read(workdir), workdir / "metrics.jsonl"
     if attempts and "ended" not in attempts[-1]:
-        last = metrics.stat().st_mtime if metrics.exists() else 0.0
+        last = files.modified(metrics) if metrics.exists() else 0.0
         attempts[-1]["ended"] = max(attempts[-1]["began"], last)
     _write(workdir, [*attempts, {"step": step, "began": time.time()}])
 

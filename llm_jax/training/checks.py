@@ -2,13 +2,15 @@
 
 import dataclasses
 import os
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from llm_jax import configuration
+from llm_jax import configuration, objects
+from llm_jax.errors import UserError
 from llm_jax.model import attention_kernels, transformer
 from llm_jax.model.transformer import Transformer
 from llm_jax.schema import Config, choice
@@ -55,6 +57,23 @@ def check(config: Config) -> None:
         return base, method.init(base, jax.random.key(0))[0]
 
     method.optimizer(*jax.eval_shape(params, jax.ShapeDtypeStruct((1, 1), jnp.int32)))
+
+
+def check_storage(workdir: pathlib.Path, config: Config, profile: bool, processes: int) -> None:
+    """Raises UserError for what cannot be written to a workdir in an object store."""
+    if not objects.is_object(workdir):
+        return
+    if profile:
+        raise UserError(
+            f"--profile writes into the workdir, and a trace cannot be written to {workdir}; give a directory"
+        )
+    if "tensorboard" in config.report.to:
+        raise UserError(f"report.to=tensorboard appends to files, which {workdir} cannot; use wandb or mlflow")
+    if processes > 1 and not objects.has_orbax_driver(workdir):
+        raise UserError(
+            f"--workdir={workdir}: Orbax has no driver for s3://, through which {processes} processes could write one "
+            "checkpoint; give gs://, or a directory that all processes share"
+        )
 
 
 def check_training(config: Config) -> None:

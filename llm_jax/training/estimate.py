@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llm_jax import bars, runtime, weights
+from llm_jax import bars, objects, runtime, weights
 from llm_jax.schema import Config
 from llm_jax.training import memory
 from llm_jax.training.setup import Setup
@@ -44,7 +44,7 @@ class Estimate:
       free_memory: bytes that are free on a device, or in the machine for CPUs; None: unknown.
       checkpoint_bytes: of one checkpoint.
       checkpoints: the largest number of checkpoints that are on the disk at a time.
-      free_disk: bytes that are free where the run directory is.
+      free_disk: bytes that are free where the run directory is; None in an object store.
       spent_seconds: what the estimate took.
     """
 
@@ -58,7 +58,7 @@ class Estimate:
     free_memory: int | None
     checkpoint_bytes: int
     checkpoints: int
-    free_disk: int
+    free_disk: int | None
     spent_seconds: float
 
     @property
@@ -156,10 +156,10 @@ def describe(e: Estimate, config: Config, epoch_tokens: int) -> str:
             f"optimizer and batch, {_size(e.memory.temporaries)} of temporaries){free}"
         )
     lines.append(
-        f"disk: {_size(e.disk_bytes)}: {e.checkpoints} checkpoints of {_size(e.checkpoint_bytes)}; "
-        f"{_size(e.free_disk)} are free"
+        f"disk: {_size(e.disk_bytes)}: {e.checkpoints} checkpoints of {_size(e.checkpoint_bytes)}"
+        + ("" if e.free_disk is None else f"; {_size(e.free_disk)} are free")
     )
-    if e.disk_bytes > e.free_disk:
+    if e.free_disk is not None and e.disk_bytes > e.free_disk:
         lines.append("warning: the disk has no room for the checkpoints; lower checkpoint.keep_last or keep_best")
     if e.timed_steps:
         lines.append(
@@ -231,7 +231,9 @@ def _free_memory() -> int | None:
     return runtime.available_memory()
 
 
-def _free_disk(workdir: pathlib.Path) -> int:
+def _free_disk(workdir: pathlib.Path) -> int | None:
+    if objects.is_object(workdir):
+        return None
     directory = workdir.absolute()
     while not directory.is_dir():
         directory = directory.parent

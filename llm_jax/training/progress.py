@@ -188,7 +188,7 @@ class Progress:
         self.write(text)
         path = self._path.with_name("samples.jsonl")
         try:
-            with path.open("a") as file:
+            with files.open_to_append(path) as file:
                 file.write(json.dumps({"step": step, "name": name, "text": text}) + "\n")
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror})") from error
@@ -206,12 +206,13 @@ class Progress:
                 continue
             path = self._path.parent / "pictures" / f"{name}-{step}.png"
             files.write(path, content)
-            self._trackers.picture(step, f"pictures/{name}", path)
+            with files.local_copy(path) as local:
+                self._trackers.picture(step, f"pictures/{name}", local)
 
     def sync(self) -> None:
         """Flushes the lines so far to the disk, so that after a power failure none is missing before a checkpoint."""
         if processes.is_main():
-            os.fsync(self._file.fileno())
+            files.sync(self._file)
 
     def rewind(self, step: int) -> None:
         """Drops the lines after `step`."""
@@ -246,4 +247,4 @@ def _reopen(path: pathlib.Path, start: int):
     if not processes.is_main():
         return open(os.devnull, "a")
     files.write(path, "".join(json.dumps(line) + "\n" for line in lines_up_to(path, start)), durable=True)
-    return path.open("a")
+    return files.open_to_append(path)

@@ -10,11 +10,12 @@ import pathlib
 import re
 import secrets
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from llm_jax import files
+from llm_jax import files, objects
 from llm_jax.errors import UserError
 from llm_jax.schema import choice
 
@@ -90,10 +91,9 @@ class WeightsAndBiases:
         # Runs of version 0.1 have the name of their directory as their id.
         run_id = (_recorded(workdir, "wandb") or name) if start else secrets.token_hex(8)
         project = os.environ.get("WANDB_PROJECT", _PROJECT)
+        directory = tempfile.mkdtemp() if objects.is_object(workdir) else str(workdir)
         settings = wandb.Settings(console="off", disable_git=True, save_code=False, x_disable_meta=True)
-        self._run = wandb.init(
-            project=project, name=name, id=run_id, resume="allow", dir=str(workdir), settings=settings
-        )
+        self._run = wandb.init(project=project, name=name, id=run_id, resume="allow", dir=directory, settings=settings)
         self._run.config.update(dict(config), allow_val_change=True)
         _record(workdir, "wandb", run_id)
 

@@ -22,7 +22,7 @@ from llm_jax.evaluation import builtin
 from llm_jax.model import transformer
 from llm_jax.parallel import processes
 from llm_jax.schema import Config
-from llm_jax.training import attempts, bad_steps, inputs, measures, next_command, results, start, trackers
+from llm_jax.training import attempts, bad_steps, checks, inputs, measures, next_command, results, start, trackers
 from llm_jax.training import setup as setup_lib
 from llm_jax.training.evaluator import Evaluator
 from llm_jax.training.progress import Progress
@@ -122,11 +122,12 @@ def train(
     config = config if isinstance(config, Config) else configuration.load(config)
     if not str(workdir):
         raise UserError("--workdir is empty; expected the directory of the run")
-    workdir = pathlib.Path(workdir).expanduser()
-    files.check_local(workdir)
+    workdir = files.path(workdir)
+    files.check_reachable(workdir)
+    checks.check_storage(workdir, config, profile, processes.count())
     alone, is_main = processes.count() == 1, processes.is_main()
     verbose = verbose and is_main
-    is_locked = False
+    lock = None
     began = time.perf_counter()
     say = print if verbose else lambda *values, **options: None
     with contextlib.ExitStack() as stack:
@@ -134,8 +135,7 @@ def train(
             stack.enter_context(bars.off())
         with processes.main_first("to lock the run directory"):
             if is_main and not alone and workdir.is_dir():  # the processes must find the same checkpoints
-                stack.enter_context(contextlib.closing(files.lock(workdir)))
-                is_locked = True
+                lock = stack.enter_context(contextlib.closing(files.lock(workdir)))
         prepared = prepare(config, workdir)
         setup, beginning, data = prepared.setup, prepared.start, prepared.inputs
         config, c, method = setup.config, setup.config.train, setup.method
@@ -143,8 +143,8 @@ def train(
         say(setup_lib.describe(setup))
         if is_main:
             files.make_directory(workdir)
-        if is_main and not is_locked:
-            stack.enter_context(contextlib.closing(files.lock(workdir)))
+        if is_main and lock is None:
+            lock = stack.enter_context(contextlib.closing(files.lock(workdir)))
         processes.check_shared(workdir, "--workdir")
         watch = bad_steps.Watch(c, setup.weight_names, workdir / "metrics.jsonl", beginning.step)
 
@@ -255,6 +255,7 @@ def train(
                 saved = method.checkpoint_params(state.params, state.frozen)
                 loss = figures.get("validation_loss")
                 progress.sync()
+                files.check_lock(lock)
                 writer.save(done, saved, state.optimizer, loss, skipped_batches, state.ema)
             progress.pause()
         scope.close()
@@ -277,7 +278,9 @@ def train(
         if is_main:
             files.write_json(workdir / "summary.json", summary)
             if tracking:
-                tracking.finish(summary, attachments(workdir))
+                with contextlib.ExitStack() as copies:
+                    paths = [copies.enter_context(files.local_copy(path)) for path in attachments(workdir)]
+                    tracking.finish(summary, paths)
         say(results.describe_results(workdir, config, summary))
         say(f"next: {next_command.after_training(workdir, config, data.tokenizer)}")
         return summary

@@ -1,0 +1,97 @@
+"""How a checkpoint of a run appears complete or not at all, on a disk and in an object store.
+
+On a disk it is written under a temporary name and renamed. Objects cannot be renamed: there a checkpoint is complete
+when its manifest.json exists, which is written last and deleted first. Orbax writes the arrays of gs:// itself; for
+s3:// it has no driver, so that checkpoints are written to the cache directory of this machine, and uploaded.
+"""
+
+import contextlib
+import hashlib
+import pathlib
+import shutil
+from collections.abc import Iterator
+
+from llm_jax import files, objects
+
+
+def steps(directory: pathlib.Path) -> list[int]:
+    """The steps of the complete checkpoints in `directory`, ascending."""
+    if objects.is_object(directory):
+        names = objects.finished(directory)
+    else:
+        names = [p.name for p in directory.iterdir()] if directory.is_dir() else []
+    return sorted(int(name) for name in names if name.isascii() and name.isdigit())
+
+
+def begin(directory: pathlib.Path, step: int) -> pathlib.Path:
+    """The path under which checkpoint `step` is written, which `create` creates."""
+    if not objects.is_object(directory):
+        return directory / f"{files.PARTIAL}{step}"
+    if objects.has_orbax_driver(directory):
+        return directory / str(step)
+    return _uploads(directory) / str(step)
+
+
+def create(partial: pathlib.Path) -> None:
+    """Creates the directory that `begin` names. Raises OSError, UserError."""
+    if objects.is_object(partial):
+        objects.remove(partial)  # of an attempt that was not finished
+    else:
+        partial.mkdir(parents=True)
+
+
+def commit(partial: pathlib.Path, path: pathlib.Path) -> None:
+    """Makes the checkpoint at `partial`, which has its manifest, complete under its path. Raises OSError, UserError."""
+    if not objects.is_object(path):
+        files.rename(partial, path, durable=True)
+    elif partial != path:
+        objects.remove(path)
+        objects.upload(partial, path)
+        shutil.rmtree(partial)
+
+
+def abandon(partial: pathlib.Path) -> None:
+    """Removes a checkpoint that could not be written; errors are ignored."""
+    if objects.is_object(partial):
+        with contextlib.suppress(Exception):
+            objects.remove(partial)
+    else:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def remove(path: pathlib.Path) -> None:
+    """Removes a complete checkpoint. Raises OSError, UserError."""
+    if objects.is_object(path):
+        objects.remove(path)
+        return
+    doomed = path.with_name(f"{files.PARTIAL}{path.name}-old")
+    path.rename(doomed)
+    files.flush(path.parent)  # a power failure must not leave a part of it under its name
+    shutil.rmtree(doomed)
+
+
+def remove_unfinished(directory: pathlib.Path) -> None:
+    """Removes what trainers that were killed have left in `directory`. Raises OSError, UserError."""
+    if objects.is_object(directory):
+        shutil.rmtree(_uploads(directory), ignore_errors=True)
+        finished = set(objects.finished(directory))
+        for name in {name.split("/")[0] for name in objects.find(directory)} - finished:
+            objects.remove(directory / name)
+        return
+    for leftover in directory.glob(f"{files.PARTIAL}*"):
+        shutil.rmtree(leftover)
+
+
+def _uploads(directory: pathlib.Path) -> pathlib.Path:
+    """Where the checkpoints of one run are written that are then uploaded."""
+    return files.cache_directory() / "uploads" / hashlib.sha256(str(directory).encode()).hexdigest()[:32]
+
+
+@contextlib.contextmanager
+def readable_by_orbax(arrays: pathlib.Path) -> Iterator[pathlib.Path]:
+    """The directory of arrays of a checkpoint, or a temporary copy where Orbax has no driver for its store."""
+    if objects.has_orbax_driver(arrays):
+        yield files.absolute(arrays)
+        return
+    with files.local_copy(arrays) as copy:
+        yield copy

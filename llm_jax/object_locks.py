@@ -1,0 +1,148 @@
+"""Locks of directories of an object store, which has none of its own: objects that are created once and kept alive."""
+
+import contextlib
+import json
+import os
+import pathlib
+import secrets
+import socket
+import sys
+import threading
+import time
+from typing import Any
+
+from llm_jax import objects
+from llm_jax.errors import UserError
+
+_BEAT = 5.0  # seconds between the signs of life of the holder of a lock
+_STALE = 30.0  # seconds without one after which a lock is taken over
+
+
+class Lock:
+    """A lock of a directory, which other processes respect that make a `Lock` there.
+
+    The lock is an object `NAME-NUMBER`, created on condition that there is none (If-None-Match; ifGenerationMatch=0).
+    The holder writes it again every few seconds. A process that finds it watches it: after `_STALE` seconds without a
+    change, or at once if its process is gone from this machine, it creates the one of the next number. No clocks of
+    two machines are compared.
+
+    Raises:
+      UserError: another process holds the lock, or it cannot be written.
+    """
+
+    def __init__(self, directory: Any, name: str, locked: str):
+        self._directory, self._name, self._locked = directory, name, locked
+        self._own = {"process": os.getpid(), "started": _started(os.getpid()), "machine": _machine()}
+        self._own |= {"host": socket.gethostname(), "token": secrets.token_hex(8)}
+        self._number = self._take()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._keep, daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raises UserError if another process has taken the lock over."""
+        if self._numbers()[-1:] != [self._number] or not self._is_own():
+            raise UserError(
+                f"{self._directory}: another trainer has taken this run over, because this one gave no sign of life "
+                f"for {_STALE:.0f} s; it goes on there"
+            )
+
+    def close(self) -> None:
+        """Releases the lock; may be called again."""
+        if self._stop.is_set():
+            return
+        self._stop.set()
+        self._thread.join()
+        with contextlib.suppress(Exception):  # a lock that stays is stale soon
+            if self._is_own():
+                objects.delete(self._object(self._number))
+
+    def _take(self) -> int:
+        numbers = self._numbers()
+        if numbers:
+            self._watch(numbers[-1])
+        number = max(numbers, default=0) + 1
+        try:
+            objects.create(self._object(number), self._content(0))
+        except FileExistsError as error:
+            raise self._refusal(self._read(number)) from error
+        for older in numbers:
+            objects.delete(self._object(older))
+        return number
+
+    def _watch(self, number: int) -> None:
+        """Returns when lock `number` is stale or released. Raises UserError if its holder is at work."""
+        before = self._read(number)
+        until = time.monotonic() + _STALE
+        if before and before.get("machine") == self._own["machine"]:
+            if _started(before["process"]) != before["started"]:
+                return
+            raise self._refusal(before)
+        if before:
+            print(
+                f"{self._directory}: locked by {_describe(before)}; waiting up to {_STALE:.0f} s for a sign of life",
+                file=sys.stderr,
+                flush=True,
+            )
+        while time.monotonic() < until:
+            time.sleep(min(_BEAT / 4, max(until - time.monotonic(), 0.0)))
+            now = self._read(number)
+            if not now:
+                return
+            if now != before:
+                raise self._refusal(now)
+
+    def _keep(self) -> None:
+        beat = 0
+        while not self._stop.wait(_BEAT):
+            with contextlib.suppress(Exception):  # the network may come back; `check` says whether the lock is lost
+                if not self._is_own():
+                    return
+                beat += 1
+                objects.write(self._object(self._number), self._content(beat))
+
+    def _is_own(self) -> bool:
+        return self._read(self._number).get("token") == self._own["token"]
+
+    def _read(self, number: int) -> dict[str, Any]:
+        try:
+            return json.loads(objects.read(self._object(number)))
+        except (FileNotFoundError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            return {}
+
+    def _numbers(self) -> list[int]:
+        with objects.errors(self._directory, "cannot be read"):
+            names = [path.name.rpartition("-")[2] for path in self._directory.glob(f"{self._name}-*")]
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def _object(self, number: int) -> Any:
+        return self._directory / f"{self._name}-{number}"
+
+    def _content(self, beat: int) -> bytes:
+        return json.dumps(self._own | {"beat": beat}).encode()
+
+    def _refusal(self, holder: dict[str, Any]) -> UserError:
+        return UserError(f"{self._directory}: {self._locked} ({_describe(holder)}); end it first")
+
+
+def _describe(holder: dict[str, Any]) -> str:
+    return f"process {holder.get('process', '?')} on {holder.get('host', '?')}"
+
+
+def _machine() -> str:
+    """What distinguishes this start of this machine, and its container, from others."""
+    boot = pathlib.Path("/proc/sys/kernel/random/boot_id")
+    with contextlib.suppress(OSError):
+        return f"{socket.gethostname()} {boot.read_text().strip()} {pathlib.Path('/proc/self/ns/pid').readlink()}"
+    return f"{socket.gethostname()} {secrets.token_hex(8)}"  # unknown: the signs of life decide
+
+
+def _started(process: int) -> str:
+    """When a process of this machine was started, in ticks of its kernel; "" if it has ended."""
+    try:
+        fields = pathlib.Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] in "ZX" else fields[19]

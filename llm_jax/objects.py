@@ -1,0 +1,315 @@
+"""Object stores, gs://BUCKET/PATH and s3://BUCKET/PATH: what a directory on a disk can do and a bucket cannot.
+
+Paths are those of `etils.epath`, through fsspec (gcsfs, s3fs), the libraries that Orbax uses. An object is replaced as
+a whole, atomically; it cannot be renamed, appended to, flushed, mapped or locked. `llm_jax.files` calls this module for
+such paths.
+"""
+
+import concurrent.futures
+import contextlib
+import functools
+import io
+import logging
+import os
+import pathlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from llm_jax.errors import UserError
+
+_EXTRAS = {"gs": ("gcs", "gcsfs"), "s3": ("s3", "s3fs")}  # {scheme: (extra of this package, package)}
+PREFIXES = tuple(f"{scheme}://" for scheme in _EXTRAS)
+LAST = "manifest.json"  # the object of a directory that is written last and deleted first: without it, it is unfinished
+# {scheme: function (file system, bucket, prefix) that lists an object}: unlike fsspec's own, it tells a missing bucket
+# from a missing object.
+_LIST_ONE: dict[str, Callable[[Any, str, str], Any]] = {
+    "gs": lambda system, bucket, prefix: system.call("GET", "b/{}/o", bucket, prefix=prefix, maxResults=1),
+    "s3": lambda system, bucket, prefix: system.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1),
+}
+_ANSWER = 30.0  # seconds in which a store must answer a first request
+_UPLOAD_EVERY = 15.0  # seconds between uploads of an object that grows
+_TRANSFERS = 8  # objects that are transferred at a time
+_CURES = {
+    "gs": "run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS",
+    "s3": "run `aws configure`, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (AWS_PROFILE)",
+}
+_NO_CREDENTIALS = ("credential", "anonymous", "401", "unauthorized", "invalidaccesskeyid", "signaturedoesnotmatch")
+_NO_PERMISSION = ("403", "forbidden", "accessdenied", "access denied", "permission", "does not have")
+
+
+def is_object(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is an address of an object store."""
+    return os.fspath(path).startswith(PREFIXES)
+
+
+def path(address: str) -> Any:
+    """The `epath.Path` of an address, which has the methods of `pathlib.Path`.
+
+    Raises:
+      UserError: the address names no bucket, or the package of its store is not installed.
+    """
+    _require(address)
+    from etils import epath
+
+    return epath.Path(address)
+
+
+def has_orbax_driver(path: str | os.PathLike[str]) -> bool:
+    """Whether Orbax reads and writes arrays at a path. It has a driver for gs://, none for s3://."""
+    return not os.fspath(path).startswith("s3://")
+
+
+def check(path: Any) -> None:
+    """Raises UserError, within seconds, unless the bucket of a path exists and may be listed."""
+    bucket, _, prefix = _key(path).partition("/")
+
+    def look() -> None:
+        try:
+            _LIST_ONE[_scheme(path)](_system(_scheme(path)), bucket, prefix)
+        except FileNotFoundError as error:
+            raise UserError(f"{path}: there is no bucket '{bucket}'; create it first, or correct the name") from error
+
+    _within(look, path)
+
+
+def write(path: Any, content: bytes) -> None:
+    """Replaces an object; readers see the old or the new one. Raises UserError."""
+    with errors(path, "cannot be written"):
+        _system(_scheme(path)).pipe_file(_key(path), content)
+
+
+def create(path: Any, content: bytes) -> None:
+    """Writes an object on condition that there is none (If-None-Match; ifGenerationMatch=0).
+
+    Raises:
+      FileExistsError: there is one.
+      UserError: it cannot be written.
+    """
+    with errors(path, "cannot be written"):
+        _system(_scheme(path)).pipe_file(_key(path), content, mode="create")
+
+
+def read(path: Any) -> bytes:
+    """The content of an object.
+
+    Raises:
+      FileNotFoundError: there is none.
+      UserError: it cannot be read.
+    """
+    with errors(path, "cannot be read"):
+        return _system(_scheme(path)).cat_file(_key(path))
+
+
+def modified(path: Any) -> float:
+    """When an object was written, in seconds since 1970 by the clock of the store."""
+    return _system(_scheme(path)).modified(_key(path)).timestamp()
+
+
+def find(path: Any) -> dict[str, dict[str, Any]]:
+    """{name relative to `path`: information of fsspec} of the objects below a path; "." for the object itself."""
+    root = _key(path)
+    with errors(path, "cannot be read"):
+        try:
+            listing = _system(_scheme(path)).find(root, detail=True)
+        except FileNotFoundError:
+            return {}
+    infos = {name.lstrip("/").removeprefix(root).lstrip("/") or ".": info for name, info in listing.items()}
+    return {name: info for name, info in infos.items() if info["type"] == "file"}
+
+
+def finished(directory: Any) -> list[str]:
+    """The names of the directories below `directory` that hold the object `LAST`."""
+    with errors(directory, "cannot be read"):
+        return [path.parent.name for path in directory.glob(f"*/{LAST}")]
+
+
+def upload(directory: pathlib.Path, path: Any) -> None:
+    """Copies the files of a directory below `path`, those named `LAST` after all others. Raises UserError."""
+    paths = [file for file in sorted(directory.rglob("*")) if file.is_file()]
+    system = _system(_scheme(path))
+
+    def put(file: pathlib.Path) -> None:
+        system.put_file(str(file), f"{_key(path)}/{file.relative_to(directory).as_posix()}")
+
+    with errors(path, "cannot be written"):
+        _each(put, [file for file in paths if file.name != LAST])
+        for file in paths:
+            if file.name == LAST:
+                put(file)
+
+
+def download(path: Any, directory: pathlib.Path) -> None:
+    """Copies the objects below `path` into a directory. Raises UserError."""
+    _each(lambda name: fetch(path / name, directory / name, directory), list(find(path)))
+
+
+def fetch(path: Any, file: pathlib.Path, directory: pathlib.Path) -> None:
+    """Copies an object into a file in or below a directory. Raises UserError."""
+    if not file.resolve().is_relative_to(directory.resolve()):
+        raise UserError(f"{path}: its name leads out of the directory")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with errors(path, "cannot be read"):
+        _system(_scheme(path)).get_file(_key(path), str(file))
+
+
+def remove(path: Any) -> None:
+    """Deletes the objects below a path, those named `LAST` first, so that a part of it is never taken for the whole."""
+    for name in sorted(find(path), key=lambda name: name.rsplit("/", 1)[-1] != LAST):
+        delete(path if name == "." else path / name)
+
+
+def delete(path: Any) -> None:
+    """Deletes an object if it is there. Raises UserError."""
+    with errors(path, "cannot be deleted"), contextlib.suppress(FileNotFoundError):
+        _system(_scheme(path)).rm_file(_key(path))
+
+
+class Appender(io.TextIOBase):
+    """A text object that grows: it is kept in memory and written again as a whole.
+
+    It is written at most every few seconds in the background, and at `sync` and `close`.
+
+    Args:
+      path: the object, which may exist.
+    """
+
+    def __init__(self, path: Any):
+        self._path, self._written = path, time.monotonic()
+        self._parts: list[str] = [read(path).decode()] if path.exists() else []
+        self._upload: threading.Thread | None = None
+        self._changed = False
+
+    def write(self, text: str) -> int:
+        self._parts.append(text)
+        self._changed = True
+        return len(text)
+
+    def flush(self) -> None:
+        """Starts an upload if the last one was long ago. One that fails is tried again, and fails at `sync`."""
+        if self.closed or not self._changed or time.monotonic() - self._written < _UPLOAD_EVERY:
+            return
+        if self._upload is None or not self._upload.is_alive():
+            self._written, self._changed = time.monotonic(), False
+            self._upload = threading.Thread(target=self._try, args=("".join(self._parts).encode(),), daemon=True)
+            self._upload.start()
+
+    def sync(self) -> None:
+        """Writes what has not been written. Raises UserError."""
+        if self._upload is not None:
+            self._upload.join()  # it must not replace the newer content
+        if self._changed:
+            write(self._path, "".join(self._parts).encode())
+            self._written, self._changed = time.monotonic(), False
+
+    def close(self) -> None:
+        if not self.closed:
+            try:
+                self.sync()
+            finally:
+                super().close()
+
+    def _try(self, content: bytes) -> None:
+        try:
+            write(self._path, content)
+        except UserError:
+            self._changed = True
+
+
+def _each(function: Callable[[Any], None], values: list[Any]) -> None:
+    with concurrent.futures.ThreadPoolExecutor(_TRANSFERS) as pool:
+        for _ in pool.map(function, values):
+            pass
+
+
+def _scheme(path: str | os.PathLike[str]) -> str:
+    return os.fspath(path).split("://", 1)[0]
+
+
+def _key(path: str | os.PathLike[str]) -> str:
+    """BUCKET/PATH."""
+    return os.fspath(path).split("://", 1)[1].rstrip("/")
+
+
+def _require(address: str) -> None:
+    scheme = _scheme(address)
+    extra, package = _EXTRAS[scheme]
+    if not _key(address).split("/")[0]:
+        raise UserError(f"{address}: names no bucket; expected {scheme}://BUCKET/PATH")
+    try:
+        _system(scheme)
+    except ImportError as error:
+        raise UserError(f"{address} needs the package {package}; pip install 'llm_jax[{extra}]'") from error
+    except Exception as error:
+        raise _error(address, "cannot be read", error) from error
+
+
+@functools.cache
+def _system(scheme: str) -> Any:
+    """The fsspec file system of a scheme, the one that `epath` uses."""
+    import fsspec
+    from etils.epath import backend
+
+    # Listings are not cached, because other processes write too.
+    defaults: dict[str, dict[str, Any]] = {
+        "gs": {"use_listings_cache": False},
+        "s3": {
+            "use_listings_cache": False,
+            "config_kwargs": {"connect_timeout": 5, "retries": {"mode": "standard", "max_attempts": 2}},
+        },
+    }
+    fsspec.config.conf[scheme] = defaults[scheme] | fsspec.config.conf.get(scheme, {})
+    if scheme == "gs":
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs errors with tracebacks, and raises them too
+        # gcsfs looks for a feature of buckets that needs further permissions, and logs where it has none.
+        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+        if emulator := os.environ.get("STORAGE_EMULATOR_HOST"):  # that of TensorStore has a name of its own
+            os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", emulator)
+    return backend.fsspec_backend.fs(f"{scheme}://")
+
+
+def _within(function: Callable[[], None], path: Any) -> None:
+    """Calls a function that asks a store for the first time. Raises UserError if it fails or there is no answer."""
+    raised: list[Exception] = []
+
+    def call() -> None:
+        try:
+            function()
+        except Exception as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=call, daemon=True)  # the clients try again for a minute and more
+    thread.start()
+    thread.join(_ANSWER)
+    if thread.is_alive():
+        raise UserError(f"{path}: its store does not answer within {_ANSWER:.0f} s; check the network")
+    for error in raised:
+        with errors(path, "cannot be read"):
+            raise error
+
+
+@contextlib.contextmanager
+def errors(path: Any, problem: str) -> Iterator[None]:
+    """Turns the errors of a store's client, of many types, into UserErrors; FileNotFoundError, FileExistsError stay."""
+    try:
+        yield
+    except (UserError, FileExistsError):
+        raise
+    except FileNotFoundError as error:
+        if "bucket" in str(error).lower() and "exist" in str(error).lower():
+            raise _error(path, problem, error) from error
+        raise
+    except Exception as error:
+        raise _error(path, problem, error) from error
+
+
+def _error(path: Any, problem: str, error: Exception) -> UserError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    text = f"{type(error).__name__} {getattr(error, 'code', '')} {error}".lower()
+    cure = ""
+    if any(word in text for word in _NO_CREDENTIALS):
+        cure = f"; {_CURES[_scheme(path)]}"
+    elif isinstance(error, PermissionError) or any(word in text for word in _NO_PERMISSION):
+        cure = "; give the account of your credentials the permission to list, read, write and delete objects there"
+    return UserError(f"{path}: {problem} ({reason}){cure}")
