@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from llm_jax import cli
 from llm_jax.errors import UserError
+from llm_jax.files import local_path
 
 if TYPE_CHECKING:
     from llm_jax.checkpoints import Checkpoint
@@ -51,7 +52,7 @@ def main(f: cli.Flags) -> None:
     from llm_jax.kernels import blocks
     from llm_jax.tokenizers import export
 
-    output = pathlib.Path(f.output).expanduser()
+    output = local_path(f.output, "--output")
     if output.exists():
         raise UserError(f"--output={output} exists; give another, or remove it")
     checkpoint = checkpoints.open(f.input, f.base)

@@ -39,6 +39,13 @@ def path(name: str | os.PathLike[str]) -> pathlib.Path:
     return objects.path(os.fspath(name)) if objects.is_object(name) else pathlib.Path(name).expanduser()
 
 
+def local_path(name: str, flag: str) -> pathlib.Path:
+    """As `path`, for commands that write to disks only. Raises UserError for the address of an object store."""
+    if objects.is_object(name):
+        raise UserError(f"{flag}={name}: this command writes to disks only; give a directory")
+    return path(name)
+
+
 def absolute(path: pathlib.Path) -> pathlib.Path:
     """The path from the root of the file system; an address of an object store as it is."""
     return path if objects.is_object(path) else path.absolute()

@@ -56,7 +56,7 @@ def main(f: cli.Flags) -> None:
     from llm_jax.quant import calibrate
     from llm_jax.quant import post_training as quant
 
-    output = pathlib.Path(f.output).expanduser()
+    output = files.local_path(f.output, "--output")
     if output.exists():
         raise UserError(f"--output={output} exists; give another, or remove it")
     if f.sequences < 1 or f.batch_size < 1 or f.seq_len < 0:

@@ -5,7 +5,9 @@ bands over the seeds, parallel coordinates, options that differ, samples, time a
 With --tokens, two runs are also compared token by token on their held-out text.
 """
 
+import pathlib
 import sys
+import tempfile
 
 from llm_jax import cli
 from llm_jax.errors import UserError
@@ -34,8 +36,6 @@ def main(f: cli.Flags) -> None:
     output = files.path(f.output) if f.output else last / "report.html"
     if output.suffix != ".html":
         raise UserError(f"--output={f.output}; expected a name that ends in .html")
-    if f.png and objects.is_object(output):
-        raise UserError(f"--png writes beside {output}, and pictures cannot be written there; give --output=FILE.html")
     loaded = runs.load(f.path)
     sections = ""
     if f.tokens:
@@ -48,8 +48,13 @@ def main(f: cli.Flags) -> None:
     if not objects.is_object(output) and not output.parent.is_dir():
         print(f"note: the directory {output.parent} is made", file=sys.stderr)
     files.write(output, page.render(loaded, f.title or files.absolute(last).name, sections))
-    written = [output, *(pictures.draw(loaded, output.parent, output.stem) if f.png else [])]
-    print("\n".join(str(path) for path in written))
+    print(output)
+    if f.png:
+        with tempfile.TemporaryDirectory() as temporary:
+            for picture in pictures.draw(loaded, pathlib.Path(temporary), output.stem):
+                path = output.with_name(picture.name)
+                files.write(path, picture.read_bytes())
+                print(path)
 
 
 COMMAND = cli.Command("report", main, FLAGS, needs=NEEDS, positional="path", compiles=True)

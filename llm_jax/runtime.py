@@ -9,6 +9,7 @@ import os
 import pathlib
 import platform
 import re
+import signal
 import sys
 import time
 import traceback
@@ -41,6 +42,12 @@ def simulate_devices(count: int | None) -> None:
         if jax.default_backend() == "cpu" and jax.device_count() == count:
             return  # an earlier call in this process
         raise UserError(f"--devices={count}: JAX already runs with other devices in this process") from error
+
+
+def end_with_parent(number: int = signal.SIGTERM) -> None:
+    """Lets the kernel send a signal to this process when the one that started it ends (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
 
 
 def retain_freed_memory() -> None:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from llm_jax import cli
+from llm_jax import cli, files
 from llm_jax.cli import signals
 from llm_jax.errors import UserError
 from llm_jax.schema import Config
@@ -45,7 +45,7 @@ def main(f: cli.Flags) -> int:
         raise UserError("--search cannot be combined with --grid or --points; give fixed options as --config.KEY")
     if f.jobs < 0 or f.trials < 1:
         raise UserError(f"--jobs={f.jobs} --trials={f.trials}; expected jobs from 0 (chosen) and at least 1 trial")
-    output = pathlib.Path(f.output).expanduser()
+    output = files.local_path(f.output, "--output")
     if (output / "config.json").exists():
         raise UserError(f"--output={output} is a run; expected a directory for the runs of the sweep")
     origin = provenance.here(provenance.command_line("sweep"))

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from llm_jax import cli, runtime
 from llm_jax.errors import UserError
-from llm_jax.files import PARTIAL
+from llm_jax.files import PARTIAL, local_path
 from llm_jax.schema import EmbeddingsConfig
 
 FLAGS = cli.Flags()
@@ -26,7 +26,7 @@ def main(f: cli.Flags) -> None:
 
     config: EmbeddingsConfig = f.config
     choice("kind", config.kind, ("skipgram", "cbow", "glove"))
-    output = pathlib.Path(f.output).expanduser()
+    output = local_path(f.output, "--output")
     if output.exists():
         raise UserError(f"--output={output} exists; give another, or remove it")
     try:

@@ -4,7 +4,6 @@
 `python -m llm_jax.show tokens --tokenizer=DIR` shows how it splits text.
 """
 
-import pathlib
 from collections.abc import Iterator
 
 from tqdm import tqdm
@@ -12,7 +11,7 @@ from tqdm import tqdm
 from llm_jax import cli, tokenizers
 from llm_jax.data import sources, text_blocks
 from llm_jax.errors import UserError
-from llm_jax.files import new_directory
+from llm_jax.files import local_path, new_directory
 
 FLAGS = cli.Flags()
 FLAGS.enum("kind", None, tokenizers.TRAINED, "kind of tokenizer", required=True)
@@ -24,7 +23,7 @@ NEEDS: cli.Needs = ((("vocab_size", "sample"), "--kind=byte is given", lambda f:
 
 
 def main(f: cli.Flags) -> None:
-    output = pathlib.Path(f.output).expanduser()
+    output = local_path(f.output, "--output")
     if output.exists():
         raise UserError(f"--output={output} exists; give another, or remove it")
     if f.sample < 1 or (f.vocab_size < 1 and f.kind != "byte"):

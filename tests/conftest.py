@@ -11,13 +11,15 @@ import random
 import runpy
 import subprocess
 import sys
+import typing
 
+import fsspec.implementations.memory
 import hypothesis
 import jax
 import jax.numpy as jnp
 import pytest
 
-from llm_jax import cli, runtime, schema
+from llm_jax import cli, objects, runtime, schema
 from llm_jax import configuration as config_lib
 from llm_jax.errors import UserError
 from llm_jax.kernels import native
@@ -165,6 +167,39 @@ def call(name: str, *flags: str) -> subprocess.CompletedProcess[str]:
     with contextlib.chdir(ROOT), contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
         code = cli.call(importlib.import_module(f"llm_jax.{name}").COMMAND, flags)
     return subprocess.CompletedProcess([name, *flags], code, out.getvalue(), errors.getvalue())
+
+
+class Bucket(fsspec.implementations.memory.MemoryFileSystem):
+    """Object stores in memory, behind the interface through which gs:// and s3:// are reached."""
+
+    cachable = False
+    store: typing.ClassVar[dict] = {}
+    pseudo_dirs: typing.ClassVar[list] = [""]
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(str(path).split("://", 1)[-1])
+
+    def glob(self, path, **options):
+        return [name.lstrip("/") for name in super().glob(path, **options)]
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """s3://bucket and gs://bucket in memory, without their packages."""
+    from etils.epath import backend
+
+    system = Bucket()
+
+    def look(system, name, prefix):
+        if name != "bucket":
+            raise FileNotFoundError(name)
+
+    monkeypatch.setattr(type(backend.fsspec_backend), "fs", lambda self, path: system)
+    monkeypatch.setattr(objects, "_system", lambda scheme: system)
+    monkeypatch.setattr(objects, "_LIST_ONE", {"gs": look, "s3": look})
+    yield system
+    system.store.clear()
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ Every line of a process is printed with its number. When a process ends with an 
 exit code is that of the first one that failed. SIGINT and SIGTERM are passed on.
 """
 
-import ctypes
 import os
 import signal
 import socket
@@ -17,6 +16,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, BinaryIO
 
+from llm_jax import runtime
 from llm_jax.parallel import rendezvous
 
 _PATIENCE = 30.0  # seconds that the other processes have to end by themselves after one has failed
@@ -52,7 +52,7 @@ def run(count: int, module: str, flags: Sequence[str]) -> int:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 start_new_session=True,
-                preexec_fn=_end_with_parent,
+                preexec_fn=runtime.end_with_parent,
             )
         )
     lock = threading.Lock()
@@ -86,12 +86,6 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
             for process in processes:
                 process.kill()
         time.sleep(0.05)
-
-
-def _end_with_parent() -> None:
-    """Lets the kernel send SIGTERM to this process when the launcher is killed (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _copy(stream: BinaryIO, output: BinaryIO, prefix: bytes, lock: threading.Lock) -> None:

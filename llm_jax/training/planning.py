@@ -8,13 +8,15 @@
 import dataclasses
 import json
 import math
+import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 from typing import Any
 
-from llm_jax import configuration
+from llm_jax import configuration, runtime
 from llm_jax.errors import UserError
 from llm_jax.parallel import topologies
 from llm_jax.parallel.topologies import Topology
@@ -57,6 +59,7 @@ def plan(config: Config, topology: Topology, decode: bool = False) -> Report:
       UserError: options that contradict each other or the topology, or a topology that libtpu does not know.
     """
     request = {"config": configuration.as_dict(config), "topology": dataclasses.asdict(topology), "decode": decode}
+    request["parent"] = os.getpid()
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.run(
             [sys.executable, "-m", "llm_jax.training.planning"],
@@ -193,7 +196,12 @@ def _compiler_error(message: str, topology: Topology, capacity: int) -> UserErro
 
 
 def _main() -> None:
+    runtime.end_with_parent(
+        signal.SIGKILL
+    )  # a command that is ended alone would leave the compiler at work for minutes
     request = json.load(sys.stdin)
+    if os.getppid() != request["parent"]:
+        sys.exit(1)
     try:
         options = request["topology"] | {"shape": tuple(request["topology"]["shape"])}
         config = configuration.build(request["config"])

@@ -3,14 +3,14 @@
 import json
 import shutil
 import stat
+import time
 import zipfile
 
-import fsspec
 import pytest
 
 import llm_jax
-from llm_jax import checkpoints, trees
-from llm_jax.checkpoints import buckets, location, zip_files
+from llm_jax import checkpoints, files, objects, trees
+from llm_jax.checkpoints import location, zip_files
 from llm_jax.errors import UserError
 
 
@@ -121,55 +121,70 @@ def test_a_damaged_a_missing_and_a_large_zip_are_told_apart(trained, tmp_path, m
         llm_jax.load(whole)
 
 
-@pytest.fixture
-def bucket(monkeypatch):
-    """A bucket in memory, through the same library as gs://."""
-    monkeypatch.setattr(buckets, "PREFIXES", ("memory://",))
-    monkeypatch.setattr(location, "_PREFIXES", ("asset:", "hf:", "memory://"))
-    memory = fsspec.filesystem("memory")
-    yield memory
-    memory.rm("/bucket", recursive=True)
-
-
 def test_a_run_in_a_bucket_is_copied_once_with_its_last_checkpoint(trained, bucket, own_cache):
     for name, path in files_of(trained).items():
         bucket.pipe_file(f"/bucket/run/{name}", path.read_bytes())
         if name.startswith("checkpoints/8/") and not name.endswith("manifest.json"):
             bucket.pipe_file(f"/bucket/run/{name.replace('/8/', '/12/')}", b"still being written")
     expected = trees.fingerprint(llm_jax.load(trained).params)
-    checkpoint = llm_jax.open("memory://bucket/run")
+    checkpoint = llm_jax.open("s3://bucket/run")
     assert trees.fingerprint(checkpoint.load().params) == expected
-    assert checkpoint.name == "memory://bucket/run" and checkpoint.path.name == "8"
+    assert checkpoint.name == "s3://bucket/run" and checkpoint.path.name == "8"
     copies = {path.name for path in own_cache.rglob("checkpoints/*")}
     assert copies == {"8"}
     before = checkpoint.path.stat().st_mtime_ns
-    assert llm_jax.open("memory://bucket/run").path.stat().st_mtime_ns == before  # from the cache
-    assert llm_jax.open("memory://bucket/run/checkpoints/8").config == checkpoint.config
+    assert llm_jax.open("s3://bucket/run").path.stat().st_mtime_ns == before  # from the cache
+    assert llm_jax.open("s3://bucket/run/checkpoints/8").config == checkpoint.config
     bucket.pipe_file("/bucket/run/config.json", json.dumps({"changed": 1}).encode())
-    assert llm_jax.open("memory://bucket/run").path != checkpoint.path  # another object, another copy
+    assert llm_jax.open("s3://bucket/run").path != checkpoint.path  # another object, another copy
 
 
 def test_files_and_zips_in_a_bucket_and_what_is_not_there(trained, bucket, tmp_path):
     bucket.pipe_file("/bucket/run.zip", packed(tmp_path / "run.zip", files_of(trained)).read_bytes())
-    assert llm_jax.open("memory://bucket/run.zip").form == "run"
+    assert llm_jax.open("s3://bucket/run.zip").form == "run"
     bucket.pipe_file("/bucket/small.gguf", b"GGUF")
-    assert location.resolve("memory://bucket/small.gguf").read_bytes() == b"GGUF"
-    with pytest.raises(UserError, match="memory://bucket/typo: nothing there; expected a run"):
-        llm_jax.load("memory://bucket/typo")
+    assert location.resolve("s3://bucket/small.gguf").read_bytes() == b"GGUF"
+    with pytest.raises(UserError, match="s3://bucket/typo: nothing there; expected a run"):
+        llm_jax.load("s3://bucket/typo")
 
 
-def test_a_bucket_without_its_package_or_access_is_one_line(monkeypatch):
-    def missing(url):
-        raise ImportError("Please install gcsfs to access Google Storage")
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("gs://bucket/run", r"needs the package gcsfs; pip install 'llm_jax\[gcs\]'"),
+        ("s3://bucket/run", r"needs the package s3fs; pip install 'llm_jax\[s3\]'"),
+        ("s3:///run", "names no bucket; expected s3://BUCKET/PATH"),
+    ],
+)
+def test_an_object_store_without_its_package_or_a_bucket_is_one_line(monkeypatch, address, message):
+    def missing(scheme):
+        raise ImportError("Please install it")
 
-    monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
-    with pytest.raises(UserError, match="gs://bucket/run needs the package gcsfs; pip install gcsfs"):
+    monkeypatch.setattr(objects, "_system", missing)
+    with pytest.raises(UserError, match=f"^{address} *:?.*{message}$"):
+        llm_jax.load(address)
+
+
+def test_a_bucket_that_is_missing_or_refuses_is_one_line(bucket, monkeypatch):
+    with pytest.raises(UserError, match="s3://typo/run: there is no bucket 'typo'; create it first"):
+        llm_jax.load("s3://typo/run")
+
+    def refuse(*arguments):
+        raise error
+
+    monkeypatch.setattr(objects, "_LIST_ONE", {"gs": refuse, "s3": refuse})
+    error = PermissionError("Access denied\nto the bucket")
+    with pytest.raises(UserError, match=r"^s3://bucket/run: cannot be read \(Access denied\); give the account of"):
+        llm_jax.load("s3://bucket/run")
+    error = RuntimeError("Anonymous caller does not have access")
+    with pytest.raises(UserError, match=r"cannot be read \(Anonymous caller.*\); run `gcloud auth"):
+        llm_jax.load("gs://bucket/run")
+    monkeypatch.setattr(objects, "_ANSWER", 0.01)
+    monkeypatch.setattr(objects, "_LIST_ONE", {"gs": lambda *arguments: time.sleep(0.1)})
+    with pytest.raises(UserError, match="gs://bucket/run: its store does not answer within 0 s; check the network"):
         llm_jax.load("gs://bucket/run")
 
-    class Refusing:
-        def find(self, root, detail):
-            raise PermissionError("Anonymous caller does not have access\nto the bucket")
 
-    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda url: (Refusing(), url))
-    with pytest.raises(UserError, match=r"gs://bucket/run cannot be read .Anonymous caller does not have access.$"):
-        llm_jax.load("gs://bucket/run")
+def test_a_name_that_leads_out_of_the_directory_is_refused(bucket, tmp_path):
+    with pytest.raises(UserError, match="leads out of the directory"):
+        objects.fetch(files.path("s3://bucket/x"), tmp_path / "a" / ".." / ".." / "x", tmp_path)

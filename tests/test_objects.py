@@ -1,0 +1,195 @@
+"""Object stores as run directories, in memory; `training/test_objects_live.py` does so with real servers."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+import llm_jax
+from llm_jax import files, object_locks, objects, trees
+from llm_jax.checkpoints import storage
+from llm_jax.errors import UserError
+from llm_jax.training import trainer
+from tests.conftest import ROOT
+
+DIRECTORY = "s3://bucket/run"
+
+
+@pytest.fixture
+def directory(bucket, tmp_path, monkeypatch):
+    monkeypatch.setenv("LLM_JAX_CACHE", str(tmp_path / "cache"))
+    return files.path(DIRECTORY)
+
+
+def test_files_are_written_read_appended_and_listed(directory):
+    files.make_directory(directory)
+    assert files.below(directory) == {}
+    files.write_json(directory / "a.json", {"a": 1})
+    assert files.read_json(directory / "a.json") == {"a": 1}
+    with pytest.raises(UserError, match="^s3://bucket/run/b.json: cannot be read .no such object.$"):
+        files.read_json(directory / "b.json")
+    with files.open_to_append(directory / "m.jsonl") as file:
+        file.write("1\n")
+        file.flush()
+        assert not (directory / "m.jsonl").exists()  # not yet: it is uploaded every few seconds
+        files.sync(file)
+        assert files.read(directory / "m.jsonl") == b"1\n"
+        file.write("2\n")
+    with files.open_to_append(directory / "m.jsonl") as file:
+        file.write("3\n")
+    assert files.read(directory / "m.jsonl") == b"1\n2\n3\n"
+    assert abs(files.modified(directory / "m.jsonl") - time.time()) < 60
+    assert list(files.below(directory)) == ["a.json", "m.jsonl"]
+    with files.local_copy(directory) as copy:
+        assert {p.name: p.read_bytes() for p in copy.iterdir()} == {
+            "a.json": b'{\n "a": 1\n}\n',
+            "m.jsonl": b"1\n2\n3\n",
+        }
+
+
+def test_appended_lines_are_uploaded_in_the_background_and_again_where_that_failed(directory, bucket, monkeypatch):
+    monkeypatch.setattr(objects, "_UPLOAD_EVERY", 0.0)
+    with files.open_to_append(directory / "m.jsonl") as file:
+        with monkeypatch.context() as broken:
+            broken.setattr(bucket, "pipe_file", lambda *arguments, **options: 1 / 0)
+            file.write("1\n")
+            file.flush()
+            file._upload.join()
+            with pytest.raises(UserError, match="m.jsonl: cannot be written .division by zero.$"):
+                files.sync(file)
+        file.write("2\n")
+        file.flush()
+        file._upload.join()
+        assert files.read(directory / "m.jsonl") == b"1\n2\n"
+
+
+def test_a_directory_appears_complete_or_not_at_all(directory, bucket, monkeypatch):
+    path = directory / "checkpoints" / "4"
+    with files.new_directory(path) as partial:
+        (partial / "a").write_text("a")
+        (partial / "manifest.json").write_text("{}")
+    with pytest.raises(ZeroDivisionError), files.new_directory(directory / "checkpoints" / "8") as partial:
+        (partial / "manifest.json").write_text("{}")
+        raise ZeroDivisionError
+    assert storage.steps(path.parent) == [4]
+    order = []
+    rm, put = bucket.rm_file, bucket.put_file
+    monkeypatch.setattr(bucket, "rm_file", lambda name: (order.append(name), rm(name)))
+    monkeypatch.setattr(bucket, "put_file", lambda file, name: (order.append(name), put(file, name)))
+    with files.new_directory(path.with_name("12")) as partial:
+        for name in ("z", "manifest.json", "a"):
+            (partial / name).write_text("a")
+    assert order[-1].endswith("12/manifest.json")
+    del order[:]
+    storage.remove(path)
+    assert order[0].endswith("4/manifest.json") and storage.steps(path.parent) == [12]
+    files.write(directory / "checkpoints" / "16" / "arrays" / "d", "half")
+    storage.remove_unfinished(path.parent)
+    assert {name.split("/")[0] for name in files.below(path.parent)} == {"12"}
+
+
+def test_a_lock_is_held_by_one_process_and_survives_none(directory, monkeypatch):
+    monkeypatch.setattr(object_locks, "_BEAT", 0.04)
+    monkeypatch.setattr(object_locks, "_STALE", 0.4)
+    lock = files.lock(directory)
+    files.check_lock(lock)
+    with pytest.raises(UserError, match=rf"^{DIRECTORY}: another trainer is at work here \(process \d+ on .*\); end"):
+        files.lock(directory)
+    lock._own |= {"machine": "another", "host": "elsewhere"}
+    time.sleep(0.2)  # a sign of life from there
+    with pytest.raises(UserError, match=r"another trainer is at work here \(process \d+ on elsewhere\)"):
+        files.lock(directory)
+    lock._stop.set()  # it is stopped or cut off
+    lock._thread.join()
+    began = time.monotonic()
+    successor = files.lock(directory)
+    assert time.monotonic() - began >= 0.4
+    with pytest.raises(UserError, match="another trainer has taken this run over"):
+        files.check_lock(lock)
+    files.check_lock(successor)
+    lock.close()
+    assert [path.name for path in directory.glob(".lock*")] == [".lock-2"]
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    successor._own["process"] = dead.pid
+    successor._stop.set()
+    successor._thread.join()
+    objects.write(directory / ".lock-2", successor._content(1))
+    began = time.monotonic()
+    third = files.lock(directory)  # without waiting: that process is gone
+    assert time.monotonic() - began < 0.3
+    third.close()
+    third.close()
+    assert not list(directory.glob(".lock*"))
+
+
+def test_two_that_take_a_stale_lock_over_at_once(directory, monkeypatch):
+    """The second one finds the next number taken."""
+    monkeypatch.setattr(object_locks.Lock, "_watch", lambda self, number: None)
+    numbers = object_locks.Lock._numbers
+    first = files.lock(directory)
+    monkeypatch.setattr(object_locks.Lock, "_numbers", lambda self: [])  # as it was a moment ago
+    with pytest.raises(UserError, match="another trainer is at work here"):
+        files.lock(directory)
+    monkeypatch.setattr(object_locks.Lock, "_numbers", numbers)
+    files.check_lock(first)
+    first.close()
+
+
+def test_a_run_is_stopped_resumed_read_and_reported(directory, trained, text_file, cache, command):
+    """As an undisturbed run on a disk, bit for bit."""
+    changes = {"data.source": str(text_file), "data.cache_dir": str(cache)}
+    config = llm_jax.config(ROOT / "tests" / "tiny.py", changes)
+    stopped = trainer.train(config, DIRECTORY, callback=lambda line: line["step"] == 5, verbose=False)
+    assert stopped["stopped"] and stopped["steps"] < 8
+    files.write(directory / "checkpoints" / "7" / "arrays" / "d", "of a process that was killed")
+    summary = trainer.train(config, DIRECTORY, verbose=False)
+    own, local = (list(map(json.loads, files.read(p / "metrics.jsonl").splitlines())) for p in (directory, trained))
+    for line in own + local:
+        for key in ("tokens_per_second", "mfu", "seconds"):
+            line.pop(key)
+    assert own == local
+    assert summary["steps"] == 8 and files.read_json(directory / "summary.json")["steps"] == 8
+    assert not list(directory.glob(".lock*")) and storage.steps(directory / "checkpoints")[-1] == 8
+    fingerprint = trees.fingerprint(llm_jax.load(trained).params)
+    loaded = llm_jax.load(DIRECTORY)
+    assert trees.fingerprint(loaded.params) == fingerprint
+    assert "run" in command("compare", DIRECTORY, str(trained)).stdout
+    command("report", DIRECTORY)
+    assert b"<!doctype html>" in files.read(directory / "report.html")[:100].lower()
+    assert files.read(directory / "report-curves.png")[:4] == b"\x89PNG"
+    llm_jax.save(*loaded, "s3://bucket/saved")
+    assert trees.fingerprint(llm_jax.load("s3://bucket/saved").params) == fingerprint
+    with pytest.raises(UserError, match="s3://bucket/saved exists"):
+        llm_jax.save(*loaded, "s3://bucket/saved")
+
+    arrays = files.below(directory / "checkpoints" / "8" / "arrays")
+    damaged = next(path for name, path in arrays.items() if "/d/" in name)
+    content = bytearray(files.read(damaged))
+    content[len(content) // 2] ^= 1
+    files.write(damaged, bytes(content))
+    with pytest.raises(UserError, match=r"s3://bucket/run/checkpoints/8: the file 'arrays/.*' is damaged .*checkpoint"):
+        trainer.train(config, DIRECTORY, verbose=False)
+    config = llm_jax.config(ROOT / "tests" / "tiny.py", changes | {"checkpoint.on_damage": "previous"})
+    trainer.train(config, DIRECTORY, verbose=False)
+    assert trees.fingerprint(llm_jax.load(DIRECTORY).params) == fingerprint
+
+
+def test_what_an_object_store_cannot_do_is_refused(command, bucket, monkeypatch):
+    for flag, message in (
+        ("--profile", "error: --profile writes into the workdir, and a trace cannot be written to s3://bucket/x"),
+        ("--config.report.to=('tensorboard',)", "error: report.to=tensorboard appends to files, which s3://bucket/x"),
+    ):
+        assert command("train", "--workdir=s3://bucket/x", flag, code=2).stderr.startswith(message)
+    for name, *flags in (
+        ("sweep", "--config=tests/tiny.py", "--grid=train.seed=0,1"),
+        ("convert", "--input=s3://bucket/x", "--to=hf"),
+        ("quantize", "--checkpoint=s3://bucket/x", "--scheme=int8"),
+    ):
+        refused = command(name, *flags, "--output=s3://bucket/s", code=2).stderr
+        assert refused == "error: --output=s3://bucket/s: this command writes to disks only; give a directory\n"
+    monkeypatch.setattr(trainer.processes, "count", lambda: 2)
+    with pytest.raises(UserError, match="--workdir=s3://bucket/x: Orbax has no driver for s3://, .* 2 processes"):
+        trainer.train(llm_jax.config(ROOT / "tests" / "tiny.py"), "s3://bucket/x")
