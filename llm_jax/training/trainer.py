@@ -30,6 +30,7 @@ from llm_jax.training.setup import Setup
 from llm_jax.training.step import TrainState
 
 Callback = Callable[[dict[str, Any]], Any]
+_SLOW_SAVE = 5.0  # seconds that training waits for its storage before a line says so
 _OF_A_MACHINE = ("data.cache_dir", "data.workers")  # options that may differ between processes
 
 
@@ -256,7 +257,11 @@ def train(
                 loss = figures.get("validation_loss")
                 progress.sync()
                 files.check_lock(lock)
+                save_began = time.perf_counter()
                 writer.save(done, saved, state.optimizer, loss, skipped_batches, state.ema)
+                if (seconds := time.perf_counter() - save_began) > _SLOW_SAVE:
+                    cure = f"a larger checkpoint.every ({config.checkpoint.every}) or faster storage avoids it"
+                    progress.write(f"step {done}: saving held training up for {seconds:.0f} s; {cure}")
             progress.pause()
         scope.close()
         profiler.close(state)
