@@ -1,7 +1,8 @@
-"""A directory as a slow disk: `python slow_disk.py DIRECTORY MOUNT_POINT BYTES_PER_SECOND SECONDS_PER_CALL` (fusepy)."""
+"""A directory as a slow disk: `python slow_disk.py DIRECTORY MOUNT_POINT BYTES_PER_SECOND SECONDS_PER_CALL`."""
 
 import errno
 import os
+import pathlib
 import sys
 import threading
 import time
@@ -76,16 +77,16 @@ class SlowDisk(fuse.Operations):
             raise fuse.FuseOSError(errno.EACCES)
 
     def mkdir(self, path, mode):
-        os.mkdir(path, mode)
+        pathlib.Path(path).mkdir(mode)
 
     def rmdir(self, path):
-        os.rmdir(path)
+        pathlib.Path(path).rmdir()
 
     def unlink(self, path):
-        os.unlink(path)
+        pathlib.Path(path).unlink()
 
     def chmod(self, path, mode):
-        os.chmod(path, mode)
+        pathlib.Path(path).chmod(mode)
 
     def utimens(self, path, times=None):
         os.utime(path, times)
