@@ -130,7 +130,7 @@ def test_filter_applies(directory, make):
     assert own.margin == 2.0 and greedy.filters[-1].margin == 3.0 and greedy.greedy
     kept = own(jnp.array([[1.0, 3.5, 2.0, 1.4]]), None)
     assert [float(x) for x in kept[0]] == [-float("inf"), 3.5, 2.0, -float("inf")]
-    assert "leaves nothing for --filter to do" in message
+    assert "--filter would have no effect" in message
 
 
 def refused(function) -> str:

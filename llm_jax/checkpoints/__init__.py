@@ -121,7 +121,7 @@ def save(model: Transformer, params: Any, tokenizer: Tokenizer, path: str | os.P
     """
     path = pathlib.Path(path).expanduser()
     if path.exists():
-        raise UserError(f"{path} exists; give another path, or remove it")
+        raise UserError(f"{path} already exists; choose another path, or remove it")
     per_layer = Transformer(dataclasses.replace(model.config, scan_layers=False))
     shapes, expected = (
         {name: {"shape": weight.shape} for name, weight in trees.flatten(tree).items()}

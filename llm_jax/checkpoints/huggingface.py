@@ -221,7 +221,7 @@ def save(
       UserError: the directory exists, or the family cannot hold the model.
     """
     if directory.exists():
-        raise UserError(f"--output={directory} exists; give another, or remove it")
+        raise UserError(f"--output={directory} already exists; choose another path, or remove it")
     dtype = np.dtype(ml_dtypes.bfloat16 if config.precision.params == "bfloat16" else config.precision.params)
     json_config = hf_config(family, config) | {"torch_dtype": config.precision.params} | (special_ids or {})
     parts = assemble.by_tensor(assemble.specs(FAMILIES[family].tensor_names(config), params))

@@ -350,7 +350,7 @@ def test_instructions_are_trained_on_end_to_end(tmp_path, command):
     )
     assert whole["tokens"] > found["tokens"] and text["tokens"] == whole["tokens"]  # EOS after every answer
     assert "not given" in command("evaluate", f"--checkpoint={tmp_path / 'run'}", "--kind=text", code=2).stderr
-    assert "never cut" in command("evaluate", f"--checkpoint={tmp_path / 'run'}", "--stride=8", code=2).stderr
+    assert "are not split" in command("evaluate", f"--checkpoint={tmp_path / 'run'}", "--stride=8", code=2).stderr
 
 
 def test_preferences_are_trained_on_by_dpo(tmp_path, command, trained):

@@ -203,9 +203,9 @@ def test_explain_refuses_a_beam_search(make):
     [
         (["--top_p=1.5"], "--top_p=1.5; expected a number in (0, 1]"),
         (["--top_k=1000"], "--top_k=1000 is more than the 259 tokens"),
-        (["--temperature=0", "--top_p=0.5"], "--temperature=0 is greedy and leaves nothing for --top_p"),
+        (["--temperature=0", "--top_p=0.5"], "--temperature=0 is greedy; --top_p would have no effect"),
         (["--beams=2", "--stream"], "no text before its end"),
-        (["--stream", "--json"], "choose one"),
+        (["--stream", "--json"], "use only one"),
         (["--logit_bias=x"], "expected ID:BIAS"),
         (["--context=20"], "fills the context"),
     ],
