@@ -38,7 +38,7 @@ def test_a_run_becomes_a_hugging_face_directory_that_every_command_takes(trained
     np.testing.assert_allclose(run(after), run(before), atol=1e-5)
     flags = (f"--checkpoint={tmp_path / 'hf'}", f"--data={text_file}", "--seq_len=32")
     cut, whole = command("evaluate", *flags), command("evaluate", *flags, "--whole_file")
-    assert "bits per byte" in cut.stdout and "is cut at line breaks into several documents, whose first" in cut.stderr
+    assert "bits per byte" in cut.stdout and "is split at line breaks into several documents; their first" in cut.stderr
     assert "bytes in 1 document," in whole.stdout and not whole.stderr
     (tmp_path / "hf" / "generation_config.json").write_text('{"do_sample": true, "top_k": 3, "max_length": 20}')
     greedy = command("generate", flags[0], "--prompt=the", "--max_new_tokens=4", "--temperature=0")

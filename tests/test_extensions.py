@@ -26,7 +26,7 @@ from llm_jax.training import optim
 
 ROOT = pathlib.Path(__file__).parents[1]
 RECIPES = re.findall(
-    r"```(python|bash)\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text().partition("## Parts of your own")[2], re.S
+    r"```(python|bash)\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text().partition("## Custom parts")[2], re.S
 )
 COMMANDS = [shlex.split(text.strip()) for language, text in RECIPES if language == "bash"]
 TRAININGS = [words for words in COMMANDS if "llm_jax.train" in words]

@@ -1,8 +1,8 @@
 """The training state and the update step of all kinds of training.
 
 The trainable parameters are a separate tree, and the gradient is taken only with respect to this tree: the loss
-builds the model's parameters from the trainable and the frozen ones. In pretraining and full fine-tuning the trainable tree
-holds all weights; adapters are a small trainable tree over a frozen base.
+builds the model's parameters from the trainable and the frozen ones. In pretraining and full fine-tuning the trainable
+tree contains all weights; adapters are a small trainable tree over a frozen base.
 """
 
 import math

@@ -104,8 +104,8 @@ def train(
       workdir: the directory of the run: config.json, metrics.jsonl, summary.json and checkpoints/.
       callback: called after every step with a dict of metrics, with the keys of metrics.jsonl (step, loss,
         tokens_per_second, validation_loss after an evaluation, ...). A true return value stops the run.
-      stop: called after every step; if it returns a true value, the run saves a checkpoint and stops. If it is a context
-        manager, it is active during the training loop.
+      stop: called after every step; if it returns a true value, the run saves a checkpoint and stops. A context manager
+        is entered during the training loop.
       profile: trace three steps into WORKDIR/profile.
       verbose: print the parameters, the progress and the results.
       attachments: called with the workdir when a run with trackers (`report.to`) has finished; returns files, such as a
