@@ -1,4 +1,4 @@
-"""What cluster managers read: a batch script for Slurm, a JobSet for Kubernetes, commands for a Cloud TPU slice.
+"""Job descriptions: batch scripts for Slurm, JobSets for Kubernetes, commands for a Cloud TPU slice.
 
 Everything here is text from options. A job whose processes end with an exit code of `RESUMABLE` is started again, and
 the command resumes from its last checkpoint.
