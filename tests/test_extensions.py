@@ -221,7 +221,7 @@ def test_other_tables(directory, monkeypatch, tiny):
     assert "expected a dataclass" in refused(DecodingOptions(filter=("my_sign:sign",)).sampler)
     (directory / "wrong.py").write_text(WRONG)
     filters = {
-        "my_decay:Decay": "it is no filter; expected a method __call__(self, logits, history) -> logits",
+        "my_decay:Decay": "it is not a filter; expected a method __call__(self, logits, history) -> logits",
         "wrong:OneRow": "__call__ returns float32 of shape (7,); expected floats of shape (2, 7) = (batch, vocab_size)",
         "my_margin:Margin(margin='a')": "option 'margin' is 'a'; expected float",
     }

@@ -84,7 +84,7 @@ class HuggingFace(Checkpoint):
 def read_config(directory: pathlib.Path) -> tuple[str, ModelConfig]:
     """(family, configuration of the model) of a directory.
 
-    Where config.json contradicts the tensors in the files, the tensors count, and a line on stderr says so.
+    If config.json contradicts the tensors in the files, the tensors take precedence and a note is printed on stderr.
 
     Raises:
       UserError: see `families.model_config`.
@@ -148,7 +148,7 @@ def _with_stored_features(source: "_Files", family: str, config: ModelConfig) ->
             contradictions.setdefault(key, []).append(f"{name} is {state}")
     for key, tensors in contradictions.items():
         print(
-            f"note: {source.label}: config.json contradicts the tensors about {key}; the tensors count: "
+            f"note: {source.label}: config.json contradicts the tensors about {key}; using the tensors: "
             f"{', '.join(tensors)}",
             file=sys.stderr,
             flush=True,
