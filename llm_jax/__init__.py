@@ -1,4 +1,4 @@
-"""llm_jax: every concept of a large language model is a part that one config override swaps.
+"""llm_jax: research on language models in JAX; one configuration override swaps each part of a model or its training.
 
 config = llm_jax.config("default", {"model.position.kind": "alibi"})
 summary = llm_jax.train(config, "runs/alibi")

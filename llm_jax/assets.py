@@ -1,6 +1,6 @@
-"""Lists, fetches and verifies models and texts: `python -m llm_jax.assets [--fetch=NAME] [--verify]`.
+"""Lists, downloads and verifies models and texts: `python -m llm_jax.assets [--fetch=NAME] [--verify]`.
 
-Other commands fetch `asset:NAME` when they need it.
+Other commands download `asset:NAME` on first use.
 """
 
 from llm_jax import cli
@@ -8,8 +8,8 @@ from llm_jax.data import assets
 from llm_jax.errors import UserError
 
 FLAGS = cli.Flags()
-FLAGS.multi_string("fetch", [], "asset to fetch, whose path is printed; may be repeated")
-FLAGS.boolean("verify", False, "compare the files in the cache with the hashes of the fetched ones")
+FLAGS.multi_string("fetch", [], "asset to download; its path is printed; may be repeated")
+FLAGS.boolean("verify", False, "compare the cached files with the hashes recorded at download")
 
 
 def main(f: cli.Flags) -> None:
@@ -25,7 +25,7 @@ def main(f: cli.Flags) -> None:
         state = "damaged" if damaged else "here" if fetched else ""
         print(f"{name:<24}{state:<9}{asset.requirement:<32}{asset.about}")
     if problems:
-        raise UserError(f"not as fetched: {'; '.join(dict.fromkeys(problems))}; delete and fetch anew")
+        raise UserError(f"damaged files: {'; '.join(dict.fromkeys(problems))}; delete the directory and fetch again")
 
 
 COMMAND = cli.Command("assets", main, FLAGS)

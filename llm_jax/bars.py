@@ -1,4 +1,4 @@
-"""Progress bars on stderr, which show in a terminal and can be switched off for a block of code, and durations."""
+"""Progress bars on stderr, and durations as text."""
 
 import contextlib
 import contextvars
@@ -11,13 +11,13 @@ _enabled = contextvars.ContextVar("progress_bars", default=True)
 
 
 def bar(*args: Any, **options: Any) -> Any:
-    """A `tqdm` bar, as its arguments say, that shows in a terminal only, and not within `off`."""
+    """A `tqdm` bar with these arguments, shown only in a terminal and outside of `off`."""
     return tqdm(*args, disable=None if _enabled.get() else True, **options)
 
 
 @contextlib.contextmanager
 def off() -> Iterator[None]:
-    """No bar that is created within the block shows."""
+    """Context in which new bars are not shown."""
     token = _enabled.set(False)
     try:
         yield

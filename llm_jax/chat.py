@@ -1,7 +1,7 @@
-"""A conversation with a checkpoint in the terminal: `python -m llm_jax.chat --checkpoint=runs/chat`.
+"""Starts a conversation with a checkpoint in the terminal: `python -m llm_jax.chat --checkpoint=runs/chat`.
 
-Type a message and Enter. Ctrl-C ends an answer, Ctrl-D the program, and /help lists commands. Without a terminal, every
-line of standard input is a message, and the answers are printed one after the other.
+Type a message and press Enter. Ctrl-C stops an answer, Ctrl-D exits, and /help lists commands. Without a terminal,
+every line of standard input is a message, and the answers are printed in the same order.
 """
 
 import contextlib
@@ -18,35 +18,35 @@ from llm_jax.errors import UserError
 FLAGS = cli.Flags()
 FLAGS.define_checkpoint()
 FLAGS.string("system", "", "system message at the beginning of the conversation")
-FLAGS.string("chat_template", "", "name of one of the tokenizer's chat templates; default: the one named default")
+FLAGS.string("chat_template", "", "name of a chat template of the tokenizer; default: the template named default")
 FLAGS.boolean(
     "plain",
     False,
-    "write the turns as 'user: ...' and 'assistant: ...' instead of using the chat template; for models without one",
+    "format the turns as 'user: ...' and 'assistant: ...'; for models without a chat template",
 )
 FLAGS.define_dtype()
 FLAGS.define_as_stored()
-# Several texts, searches and drafts make no conversation.
+# Options that a conversation does not support: several continuations, searches and speculative decoding.
 _LEFT_OUT = (
     *("n", "alternatives", "truncate", "beams", "length_penalty", "early_stop", "beam_groups", "diversity"),
     *("contrastive", "draft", "draft_tokens"),
 )
 decoding_flags.define(FLAGS, leave_out=_LEFT_OUT, max_new_tokens=512)
-_TURN_OF_USER = "\n\nuser:"  # where a model without chat training begins to write both parts
+_TURN_OF_USER = "\n\nuser:"  # a model without chat training generates this and then continues as the user
 
 
 @dataclasses.dataclass
 class Conversation:
-    """The messages so far, and how the next answer is drawn.
+    """The state of a conversation.
 
     Attributes:
-      encode: messages -> token ids of the whole conversation and of the begin of an answer.
-      limit: number of tokens that fit in the context.
+      encode: function of messages that returns the token ids of the conversation and of the beginning of an answer.
+      limit: maximum number of tokens of the context.
       system: the system message, or "".
-      messages: those of user and assistant in turn.
-      prefix: `decoding.prefix.Prefix`, the cache of the last answer, of which the next one reuses the common prefix.
+      messages: the messages of user and assistant, alternating.
+      prefix: `decoding.prefix.Prefix`, the cache of the last answer; the next answer reuses the common prefix.
       seed: seed of the first answer; answer i uses seed + i.
-      ends: texts that end an answer besides the stop strings of the user.
+      ends: additional stop strings.
     """
 
     encode: Callable[[list[dict[str, str]]], list[int]]
@@ -65,7 +65,7 @@ class Conversation:
 
 def set_system(conversation: Conversation, text: str) -> str:
     conversation.system = text
-    return "the system message is set" if text else "there is no system message now"
+    return "the system message is set" if text else "the system message is removed"
 
 
 def reset(conversation: Conversation, text: str) -> str:
@@ -87,14 +87,14 @@ def describe_commands(conversation: Conversation, text: str) -> str:
 # name: (function of the conversation and the text after the name that returns what is printed, meaning)
 COMMANDS: dict[str, tuple[Callable[[Conversation, str], str], str]] = {
     "/system": (set_system, "TEXT: set the system message of the conversation; without TEXT, remove it"),
-    "/reset": (reset, "forget all messages but the system message"),
+    "/reset": (reset, "remove all messages except the system message"),
     "/seed": (set_seed, "NUMBER: set the random seed of the answers"),
-    "/help": (describe_commands, "list the commands; Ctrl-C ends an answer, Ctrl-D ends the program"),
+    "/help": (describe_commands, "list the commands; Ctrl-C stops an answer, Ctrl-D exits"),
 }
 
 
 def run_command(conversation: Conversation, line: str) -> str:
-    """What the command in a line that begins with "/" prints."""
+    """Runs the command in a line that begins with "/" and returns the text to print."""
     name, _, text = line.partition(" ")
     if name not in COMMANDS:
         return f"unknown command {name}; expected one of {', '.join(COMMANDS)}"
@@ -102,10 +102,10 @@ def run_command(conversation: Conversation, line: str) -> str:
 
 
 def encoder(tokenizer: Any, plain: bool, checkpoint: str) -> Callable[[list[dict[str, str]]], list[int]]:
-    """The function messages -> token ids of a conversation, tokenized whole.
+    """Returns the function that converts messages to the token ids of the whole conversation.
 
     Raises:
-      UserError: the tokenizer has no chat template, and the plain format is not asked for.
+      UserError: the tokenizer has no chat template, and `plain` is False.
     """
     from llm_jax.tokenizers import chat_template
 
@@ -129,7 +129,10 @@ def main(f: cli.Flags) -> None:
     options = decoding_flags.read(f, checkpoint)
     encode = encoder(tokenizers.with_chat_template(checkpoint.tokenizer, f.chat_template), f.plain, f.checkpoint)
     if not checkpoint.config.causal:
-        raise UserError(f"{f.checkpoint} is a bidirectional model (model.causal=False); it writes no text")
+        raise UserError(
+            f"{f.checkpoint} is a bidirectional model (model.causal=False), which cannot generate text; expected a "
+            "causal model"
+        )
     loaded = checkpoint.load(dtype=f.dtype, as_stored=f.as_stored)
     status.show("")
     config = loaded.model.config
@@ -140,7 +143,7 @@ def main(f: cli.Flags) -> None:
     conversation = Conversation(encode, limit, f.system, options.seed, ends, prefix=Prefix())
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if interactive:
-        print(f"{f.checkpoint}: type a message; /help lists commands, Ctrl-C ends an answer, Ctrl-D the program")
+        print(f"{f.checkpoint}: type a message; /help lists commands, Ctrl-C stops an answer, Ctrl-D exits")
     with _own_interrupts():
         for line in _lines(conversation, interactive):
             if line.startswith("/") and not line.startswith("//"):
@@ -150,7 +153,7 @@ def main(f: cli.Flags) -> None:
 
 
 def answer(conversation: Conversation, loaded: Any, text: str, options: Any) -> None:
-    """Answers a message: prints the answer while it is generated, and adds both to the conversation."""
+    """Generates and prints the answer to a message, and adds the message and the answer to the conversation."""
     from llm_jax.decoding import complete, stops
 
     message = {"role": "user", "content": text}
@@ -158,8 +161,8 @@ def answer(conversation: Conversation, loaded: Any, text: str, options: Any) -> 
     room = conversation.limit - len(ids)
     if room < 1:
         print(
-            f"the message does not fit: the conversation would have {len(ids)} tokens, the context has "
-            f"{conversation.limit}; shorten it, or begin anew with /reset",
+            f"the message does not fit: the conversation would have {len(ids)} tokens, but the context has "
+            f"{conversation.limit}; shorten the message, or remove all messages with /reset",
             flush=True,
         )
         return
@@ -194,13 +197,14 @@ def answer(conversation: Conversation, loaded: Any, text: str, options: Any) -> 
     print(flush=True)
     if not interrupted and completion.generated.stop == "length":
         full = options.max_new_tokens == room
-        reason = "the context is full; /reset begins anew" if full else f"--max_new_tokens={options.max_new_tokens}"
+        reason = "the context is full; /reset removes all messages"
+        reason = reason if full else f"--max_new_tokens={options.max_new_tokens}"
         print(f"({reason})", file=sys.stderr)
     conversation.messages += [message, {"role": "assistant", "content": completion.text.strip()}]
 
 
 def _lines(conversation: Conversation, interactive: bool) -> Iterator[str]:
-    """The lines that the user types, or those of standard input."""
+    """Yields the lines that the user types, or the lines of standard input."""
     if not interactive:
         yield from (line.rstrip("\n") for line in sys.stdin)
         return
@@ -211,7 +215,7 @@ def _lines(conversation: Conversation, interactive: bool) -> Iterator[str]:
         try:
             yield input(f"[{max(left, 0):,} tokens left] > ")
         except KeyboardInterrupt:
-            print("\nCtrl-D ends the program")
+            print("\nCtrl-D exits")
         except EOFError:
             print()
             return
@@ -219,7 +223,7 @@ def _lines(conversation: Conversation, interactive: bool) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _own_interrupts() -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt, and does not end the program after some seconds as for other commands."""
+    """Context in which Ctrl-C raises KeyboardInterrupt, without the timer that ends other commands."""
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
@@ -229,7 +233,7 @@ def _own_interrupts() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _recorded_interrupt() -> Iterator[list[int]]:
-    """A list that gets an entry at Ctrl-C, which has no other effect."""
+    """Context in which Ctrl-C only appends an entry to the returned list."""
     received: list[int] = []
     previous = signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
     try:

@@ -1,7 +1,7 @@
-"""Compares runs in the terminal: `python -m llm_jax.compare RUN RUN ...`; a sweep stands for all its runs.
+"""Compares runs in the terminal: `python -m llm_jax.compare RUN RUN ...`. A sweep includes all of its runs.
 
-Runs that differ in the seed alone form a group. Prints the options that differ between groups, the held-out bits per
-byte with 95 % intervals over the seeds, the differences to the first group paired by seed, speed, memory and samples.
+Runs that differ only in the seed form a group. Prints the options that differ between groups, the held-out bits per
+byte with 95 % intervals over the seeds, the differences from the first group paired by seed, speed, memory and samples.
 With --tokens, two runs are also compared token by token on their held-out text.
 """
 
@@ -12,9 +12,9 @@ from llm_jax import cli
 from llm_jax.errors import UserError
 
 FLAGS = cli.Flags()
-FLAGS.multi_string("run", [], "a run, a sweep, or a directory with runs; may be repeated, and given without --run=")
+FLAGS.multi_string("run", [], "a run, a sweep, or a directory with runs; may be repeated; --run= may be omitted")
 FLAGS.boolean("samples", True, "also print the last samples of each group")
-FLAGS.boolean("tokens", False, "also print the held-out tokens on which two runs differ most in loss (two runs only)")
+FLAGS.boolean("tokens", False, "also print the held-out tokens whose losses differ most between exactly two runs")
 FLAGS.integer("token_rows", 64, "number of held-out rows of train.seq_len tokens that --tokens compares")
 NEEDS: cli.Needs = ((("token_rows",), "--tokens is not given", lambda f: f.tokens),)
 

@@ -27,13 +27,13 @@ FLAGS.enum(
 FLAGS.string(
     "family",
     "",
-    "with --to=hf or peft: the Hugging Face model_type, e.g. llama; default: that of the input, or the first that fits",
+    "with --to=hf or peft: Hugging Face model_type, e.g. llama; default: the type of the input, or the first that fits",
 )
 FLAGS.enum(
     "format",
     "F16",
     ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"],
-    "with --to=gguf: type of matrices that are not quantized yet",
+    "with --to=gguf: tensor type of matrices that are not already quantized",
 )
 FLAGS.define_dtype("with --to=hf: dtype of the tensors")
 NEEDS: cli.Needs = (
@@ -54,12 +54,12 @@ def main(f: cli.Flags) -> None:
 
     output = local_path(f.output, "--output")
     if output.exists():
-        raise UserError(f"--output={output} exists; give another, or remove it")
+        raise UserError(f"--output={output} already exists; choose another path, or remove it")
     checkpoint = checkpoints.open(f.input, f.base)
     if f.to == "peft":
         _peft(checkpoint, output, f.family)
         return
-    if f.to == "hf":  # what cannot be written is refused before the weights are read
+    if f.to == "hf":  # report unsupported models before the weights are read
         family = _family(f.family or checkpoint.family)
         files = export.transformers_files(checkpoint.tokenizer, family)
     model, params, tokenizer = checkpoint.load()
@@ -93,8 +93,8 @@ def main(f: cli.Flags) -> None:
     print(f"wrote {output}: {family} ({FAMILIES[family].architecture}) in {f.dtype}; {num_bytes / 2**20:.1f} MiB")
 
 
-def _announce(output: pathlib.Path, what: str, size: int) -> None:
-    print(f"writing {output}: {what}, about {size / 2**20:,.0f} MiB", flush=True)
+def _announce(output: pathlib.Path, description: str, size: int) -> None:
+    print(f"writing {output}: {description}, about {size / 2**20:,.0f} MiB", flush=True)
 
 
 def _family(name: str) -> str:
@@ -126,7 +126,7 @@ def _peft(checkpoint: "Checkpoint", output: pathlib.Path, name: str) -> None:
         files = export.transformers_files(tokenizer, family)
     except UserError as error:
         files = {}
-        print(f"note: no tokenizer is written beside the adapters ({error})")
+        print(f"note: the tokenizer is not written ({error})")
     peft_export.save(
         output,
         family,

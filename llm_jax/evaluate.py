@@ -1,4 +1,4 @@
-"""Evaluates a checkpoint: held-out loss, perplexity and bits per byte, or its accuracy on a task.
+"""Evaluates a checkpoint: held-out loss, perplexity and bits per byte, or accuracy on a task.
 
 python -m llm_jax.evaluate --checkpoint=runs/x [--data=FILE]
 python -m llm_jax.evaluate --checkpoint=runs/x --task=arithmetic       # or a JSONL file of examples
@@ -21,20 +21,20 @@ FLAGS = cli.Flags()
 FLAGS.multi_string(
     "checkpoint",
     None,
-    f"checkpoint: {cli.CHECKPOINT_FORMS}; may be repeated: the other checkpoints are compared with the first on the "
-    "same examples or text",
+    f"checkpoint: {cli.CHECKPOINT_FORMS}; may be repeated to compare every other checkpoint with the first on the same "
+    "text or examples",
     required=True,
 )
 FLAGS.define_base()
-FLAGS.string("data", "", "text to evaluate on, as data.source takes it; default: the held-out part of the run's data")
-FLAGS.string("kind", "", "with --data: its data.kind, e.g. instructions; default: that of the run, or text")
-FLAGS.string("field", "", "with --data: the field of a record that holds its text; default: that of the run, or text")
-FLAGS.boolean("whole_file", False, "with --data: a text file is one document, rather than cut into several")
+FLAGS.string("data", "", "text to evaluate, in the form of data.source; default: the held-out part of the run's data")
+FLAGS.string("kind", "", "with --data: kind of data, e.g. instructions; default: data.kind of the run, or text")
+FLAGS.string("field", "", "with --data: text field of a record; default: data.field of the run, or text")
+FLAGS.boolean("whole_file", False, "with --data: treat a text file as one document instead of splitting it")
 FLAGS.integer("seq_len", 0, "tokens per window; default: train.seq_len of the run, or 512")
 FLAGS.integer(
-    "stride", 0, "sliding window: count only the last N targets of each window, e.g. 64; 0 counts all, without overlap"
+    "stride", 0, "sliding window: score only the last N targets of each window, e.g. 64; 0: score all, without overlap"
 )
-FLAGS.integer("batch_size", 16, "number of windows, or of examples of a task, that are evaluated together")
+FLAGS.integer("batch_size", 16, "number of windows (or of task examples) that are evaluated in one batch")
 FLAGS.define_as_stored()
 FLAGS.boolean("json", False, "print one JSON object instead of text")
 FLAGS.define_dtype("with --task or --harness: dtype of checkpoints that llm_jax did not train")
@@ -42,22 +42,20 @@ FLAGS.string("task", "", "task to measure accuracy on: arithmetic, copying, sent
 FLAGS.string(
     "style",
     "zero_shot",
-    "prompting style: zero_shot, few_shot, expert, cot_zero_shot or cot_few_shot; all evaluates each",
+    "prompting style: zero_shot, few_shot, expert, cot_zero_shot or cot_few_shot; all evaluates every style",
 )
-FLAGS.integer("template", 0, "index of the task's prompt template; -1 evaluates each")
-FLAGS.integer("shots", -1, "number of solved examples in the prompt; -1: the number of the style")
-FLAGS.string("select", "random", "how these examples are chosen: first, random or balanced (over the answers)")
-FLAGS.integer("shot_seed", 0, "seed of the choice and the order of the examples in the prompt")
+FLAGS.integer("template", 0, "index of the task's prompt template; -1 evaluates every template")
+FLAGS.integer("shots", -1, "number of solved examples in the prompt; -1: the default of the style")
+FLAGS.string("select", "random", "how solved examples are selected: first, random or balanced (over the answers)")
+FLAGS.integer("shot_seed", 0, "seed for the selection and the order of solved examples")
 FLAGS.boolean("chat", False, "format prompts with the chat template of the tokenizer")
 FLAGS.string(
-    "chat_template", "", "with --chat: name of one of the tokenizer's chat templates; default: the one named default"
+    "chat_template", "", "with --chat: name of a chat template of the tokenizer; default: the template named default"
 )
 FLAGS.string("normalize", "none", "length normalization of the log-probabilities of choices: none, tokens or bytes")
-FLAGS.integer(
-    "context", 0, "maximum number of tokens of a prompt with its answer; 0: the number of positions of the model"
-)
+FLAGS.integer("context", 0, "maximum number of tokens of a prompt and its answer; 0: the maximum length of the model")
 FLAGS.integer("limit", 0, "maximum number of examples to evaluate; 0: all")
-FLAGS.string("output", "", "directory for one record per example; the same command resumes from them")
+FLAGS.string("output", "", "directory for the records of all examples; the same command resumes from them")
 FLAGS.string("harness", "", "tasks of lm-eval, separated by commas, e.g. piqa,hellaswag (pip install lm-eval)")
 FLAGS.string("harness_path", "", "directory with additional lm-eval tasks")
 
@@ -92,11 +90,11 @@ class _HeldOut:
     """The held-out text of a checkpoint, before its weights and the text are read.
 
     Attributes:
-      name: the checkpoint, as the flag names it.
+      name: value of the flag --checkpoint.
       config: the configuration of the run, or None for other checkpoints.
-      data: where the text is.
-      is_whole_text: evaluate on all of the text, not on its held-out part only.
-      length: tokens of a window.
+      data: `DataConfig` of the text.
+      is_whole_text: whether to evaluate the whole text instead of its held-out part.
+      length: tokens per window.
     """
 
     name: str
@@ -118,24 +116,27 @@ def _held_out(f: cli.Flags, name: str) -> _HeldOut:
     checkpoint = checkpoints.open(name, f.base)
     config = checkpoint.run_config
     if config is None and not f.data:
-        raise UserError(f"{name} names no corpus of its own; give --data=FILE")
+        raise UserError(f"{name} records no training data; set --data=FILE")
     data = configuration.default("data") if config is None else config.data
     length = f.seq_len or (512 if config is None else config.train.seq_len)
     is_whole_text = bool(f.data)
     if f.data:
         data = dataclasses.replace(data, source=f.data, kind=f.kind or data.kind, field=f.field or data.field)
-    if former := configuration.former_source(data.source):  # it names the test split of an asset
+    if former := configuration.former_source(data.source):  # a former source name selects the test split of an asset
         data, is_whole_text = configuration.replace(data, former, "data."), False
     held_out = _HeldOut(name, checkpoint, config, data, is_whole_text, length)
     if not checkpoint.config.causal and not held_out.is_masked:
-        raise UserError(f"{name} is a bidirectional model (model.causal=False); it sees what it would predict")
+        raise UserError(
+            f"{name} is a bidirectional model (model.causal=False), which sees the tokens that it would predict; "
+            "expected a causal model"
+        )
     transformer.check_length(checkpoint.config, length)
     if not 0 <= f.stride <= length:
-        raise UserError(f"--stride={f.stride}; expected 0 to the window of {length} tokens")
+        raise UserError(f"--stride={f.stride}; expected 0 to {length}, the number of tokens per window")
     if held_out.is_masked and (f.stride or data.kind != "text"):
-        raise UserError(f"{name} finds hidden tokens (loss.masked); it takes text, without --stride")
+        raise UserError(f"{name} was trained with loss.masked; expected data.kind=text and no --stride")
     if f.stride and data.kind != "text":
-        raise UserError(f"--stride={f.stride}; examples (data.kind={data.kind}) are never cut")
+        raise UserError(f"--stride={f.stride} needs data.kind=text; examples of data.kind={data.kind} are not split")
     return held_out
 
 
@@ -149,18 +150,18 @@ def on_text(f: cli.Flags) -> None:
     first = several[0]
     if f.whole_file and first.data.kind != "text":
         raise UserError(
-            f"--whole_file has no effect where data.kind is {first.data.kind}: each record is an example; leave it out"
+            f"--whole_file has no effect where data.kind is {first.data.kind}: each record is an example; omit the flag"
         )
     source: Any = open_source(first.data, first.is_whole_text, in_pieces=not f.whole_file)
     if f.whole_file and all(file.format != "text" for file in source.catalog.files):
         raise UserError(
-            f"--whole_file has no effect on --data={f.data}: it has no text file that could be cut; leave it out"
+            f"--whole_file has no effect on --data={f.data}, which has no text file that would be split; omit the flag"
         )
     compressed = {} if first.is_masked else source.compressed_bits_per_byte()
     if f.data and first.data.kind == "text" and any(file.format == "pieces" for file in source.catalog.files):
         print(
-            f"note: {f.data} is cut at line breaks into several documents, whose first tokens have no context and thus "
-            "a higher loss; --whole_file scores it as one document",
+            f"note: {f.data} is split at line breaks into several documents; their first tokens have no context and "
+            "thus a higher loss; --whole_file scores the file as one document",
             file=sys.stderr,
         )
     if len(several) == 1:
@@ -170,7 +171,7 @@ def on_text(f: cli.Flags) -> None:
 
 
 def _measure(f: cli.Flags, held_out: _HeldOut, source: Any, by_unit: bool = False) -> dict[str, Any]:
-    """The figures of one checkpoint, and with `by_unit` its `paired.Units`."""
+    """Returns the metrics of one checkpoint, and with `by_unit` its `paired.Units`."""
     import jax
     import numpy as np
 
@@ -194,7 +195,7 @@ def _measure(f: cli.Flags, held_out: _HeldOut, source: Any, by_unit: bool = Fals
         units = paired.Units(values, np.ones(count), measured)
         return {"units": units, **classification.summary(right)}
     if not len(split.tokens):
-        raise UserError(f"{held_out.name} holds out nothing (data.validation_fraction=0); give --data=FILE")
+        raise UserError(f"{held_out.name} has no held-out data (data.validation_fraction=0); set --data=FILE")
     kind = held_out.data.kind
     windows: Any = Rows(split, held_out.length, f.stride) if f.stride else ROWS[kind](split, held_out.length)
     if by_unit:
@@ -223,19 +224,19 @@ def _print_text(f: cli.Flags, held_out: _HeldOut, figures: dict[str, Any], compr
         print(json.dumps({**_finite(figures), "compressed_bits_per_byte": compressed}, allow_nan=False))
         return
     packed = ", ".join(f"{name} {value:.3f}" for name, value in compressed.items())
-    counted = f", {f.stride} counted in each" if f.stride else ""
+    counted = f", {f.stride} scored in each" if f.stride else ""
     noun, count = "document" if held_out.data.kind == "text" else "example", figures["documents"]
-    ends = ", the token at the end of each included" if held_out.data.kind == "text" and not held_out.is_masked else ""
+    ends = " including end-of-text" if held_out.data.kind == "text" and not held_out.is_masked else ""
     print(
         f"{f.data or held_out.data.source}: {num_bytes:,} bytes in {count:,} {noun}{'s' * (count != 1)}, "
         f"{figures['tokens']:,.0f} tokens{ends}, in windows of {held_out.length}{counted}\n"
-        f"loss {figures['loss']:.4f} nats a token, perplexity {figures['perplexity']:.2f}\n"
+        f"loss {figures['loss']:.4f} nats per token, perplexity {figures['perplexity']:.2f}\n"
         f"{figures['bits_per_byte']:.3f} bits per byte{packed and f' ({packed})'}"
     )
 
 
 def _finite(figures: dict[str, Any]) -> dict[str, Any]:
-    """The figures with None (null in JSON) in place of NaN and infinity, such as the perplexity of a diverged model."""
+    """Replaces NaN and infinity, such as the perplexity of a diverged model, by None (null in JSON)."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}
 
 
@@ -272,8 +273,8 @@ def _compare_text(f: cli.Flags, several: list[_HeldOut], source: Any, compressed
     print(paired.table([held_out.name for held_out in several], columns, figures))
     if any(row.get("low", 0) is None and math.isfinite(row["difference"]) for row in figures):
         print(
-            f"no interval: {figures[0]['units']:,} {noun} count as fewer than {intervals.FEWEST_UNITS} of equal size, "
-            "because there are few or a few of them hold most of the bytes"
+            f"no interval: the {figures[0]['units']:,} {noun} correspond to fewer than {intervals.FEWEST_UNITS} of "
+            "equal size, because a few of them contain most of the bytes"
         )
 
 
@@ -294,7 +295,7 @@ def on_task(f: cli.Flags) -> None:
     for config in configs:
         config.check(task)
     count = min(f.limit or len(task.examples), len(task.examples))
-    results: list[dict[str, Any]] = []  # of each prompt, of each checkpoint in turn
+    results: list[dict[str, Any]] = []  # one entry for each prompt and checkpoint
     by_checkpoint = [_ask(f, name, task, configs, count) for name in f.checkpoint]
     for config, *several in zip(configs, *by_checkpoint, strict=True):
         rights = [np.array([bool(record["right"]) for record in records]) for records in several]
@@ -310,7 +311,7 @@ def on_task(f: cli.Flags) -> None:
         return
     width = max(map(len, ("checkpoint", *f.checkpoint))) if len(f.checkpoint) > 1 else 0
     head = f"{'style':<14} {'template':>8} {'examples':>8} {'accuracy':>8}  {'95 % interval':<14} {'tokens':>6}"
-    print(f"{'checkpoint':<{width}}  {head}  difference to the first, 95 % interval" if width else head)
+    print(f"{'checkpoint':<{width}}  {head}  difference from the first, 95 % interval" if width else head)
     for row in results:
         tokens = row["reasoning_tokens"] + row["tokens"]
         line = (
@@ -324,7 +325,7 @@ def on_task(f: cli.Flags) -> None:
 
 
 def _ask(f: cli.Flags, name: str, task: Any, configs: list[Any], count: int) -> list[list[dict[str, Any]]]:
-    """The records of the first `count` examples, for each of the prompts in `configs`, in the order of the examples."""
+    """Returns, for each prompt in `configs`, the records of the first `count` examples in the order of the examples."""
     from llm_jax import bars, checkpoints, tokenizers
     from llm_jax.evaluation import answers
 
@@ -334,7 +335,7 @@ def _ask(f: cli.Flags, name: str, task: Any, configs: list[Any], count: int) -> 
     weights = hashlib.sha256(checkpoint.identity.encode()).hexdigest()[:16]
     settings = {"checkpoint": name, "weights": weights, "task": task.digest()}
     settings |= {"dtype": f.dtype, "as_stored": f.as_stored}
-    settings |= {"chat_template": f.chat_template} if f.chat_template else {}  # absent from records of before
+    settings |= {"chat_template": f.chat_template} if f.chat_template else {}  # older records have no such key
     directory = pathlib.Path(f.output) if f.output else None
     if directory and len(f.checkpoint) > 1:  # a directory for each checkpoint
         directory /= f"{f.checkpoint.index(name)}-{pathlib.Path(name).name}"

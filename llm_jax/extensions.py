@@ -1,10 +1,10 @@
-"""Parts that a user defines outside of the package: `FILE:NAME` takes the place of the name of a built-in part.
+"""Custom parts from files of the user: `FILE:NAME` instead of the name of a built-in part.
 
     --config.model.position.kind="my_decay.py:Decay(strength=0.5)"
 
-FILE is a Python file in the current directory or on PYTHONPATH (`.py` may be omitted), a module that can be imported,
-or `__main__`, for a part that a notebook defines. NAME is a class or a function in it. The arguments in parentheses are
-its options; they are keyword arguments whose values are Python literals.
+FILE is a Python file in the current directory or on PYTHONPATH (`.py` may be omitted), an importable module, or
+`__main__` for a part defined in a notebook. NAME is a class or a function in FILE. The options in parentheses are
+keyword arguments whose values are Python literals.
 
 A checkpoint records the specification together with a hash of the source: `FILE:NAME(OPTIONS)#SHA256`. Whatever loads
 the checkpoint imports FILE again, and fails where it is missing or has changed (modules that FILE imports are not
@@ -45,14 +45,14 @@ FLAGS = ("filter",)  # of commands
 
 @dataclasses.dataclass(frozen=True)
 class Extension:
-    """A part of the user's own.
+    """A custom part.
 
     Attributes:
-      key: the configuration key or the flag that names it.
+      key: the configuration key or flag whose value specifies the part.
       specification: `FILE:NAME(OPTIONS)#SHA256`, with the first 12 hexadecimal digits of the sha256 of FILE (of the
         source of NAME in a notebook).
       target: the class or function.
-      options: the values in the parentheses.
+      options: the options in parentheses.
     """
 
     key: str
@@ -78,16 +78,16 @@ class Extension:
         return functools.partial(function, **self.options) if self.options else function
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Calls the target or a method of it.
+        """Calls the target or one of its methods.
 
         Raises:
-          UserError: it raises an exception, which is named with its place in the file.
+          UserError: the call raises an exception; the message has its type, text and line.
         """
         try:
             return function(*arguments)
         except UserError:
             raise
-        except Exception as error:  # the code is a user's and may raise anything
+        except Exception as error:  # user code may raise any exception
             raise self.error(f"it fails ({describe_exception(error)})") from error
 
     def check_output(
@@ -101,10 +101,10 @@ class Extension:
         """Traces a function of the part and compares the shape of the array that it returns; None is accepted.
 
         Args:
-          name: of the function, for the message.
+          name: name of the function, for the message.
           arguments: trees of arrays or `jax.ShapeDtypeStruct`s.
-          shape: {what an axis is: its size}.
-          broadcasts: accept an axis of size 1 in the place of any other.
+          shape: {name of an axis: expected size}.
+          broadcasts: whether axes of size 1 are also accepted.
 
         Raises:
           UserError: the function raises an exception, or returns anything else than an array of this shape.
@@ -143,7 +143,7 @@ class Extension:
 
 
 def describe_exception(error: BaseException) -> str:
-    """The type and the message of an exception on one line, with the innermost line of a file that is the user's."""
+    """The type and message of an exception on one line, with its innermost line in a file of the user."""
     frames = traceback.extract_tb(error.__traceback__)
     package, site = str(pathlib.Path(__file__).parent), sysconfig.get_paths()["purelib"]
     library = sysconfig.get_paths()["stdlib"]
@@ -209,7 +209,7 @@ def load(key: str, specification: str) -> Extension:
 
 
 def pinned(key: str, value: str, table: Mapping[str, Any] | tuple[str, ...]) -> str:
-    """The value of a configuration key as a checkpoint records it: a specification is completed by its hash.
+    """Returns the value of a configuration key for a checkpoint record; adds the hash to a specification.
 
     Raises:
       UserError: see `load`.
@@ -230,14 +230,14 @@ def _options(key: str, specification: str, text: str) -> dict[str, Any]:
 
 
 def require_hash(key: str, value: str) -> str:
-    """`value` of a checkpoint. Raises UserError for a part of the user's own without the hash of its source."""
+    """Returns a recorded value. Raises UserError for a custom part without the hash of its source."""
     if ":" in value and not re.search("#[0-9a-f]{12}$", value):
         raise UserError(f"{key}={value}: a checkpoint must record the hash of the source; expected FILE:NAME#SHA256")
     return value
 
 
 def _type(parameter: inspect.Parameter) -> type | None:
-    """The type of an option where it is a plain one, by its annotation or else its default; None: not known."""
+    """The plain type of an option, from its annotation or default; None: unknown."""
     plain = {kind.__name__: kind for kind in (bool, int, float, str)}
     annotation = parameter.annotation
     if annotation is parameter.empty:
@@ -268,7 +268,7 @@ def _is_allowed(place: str, sha256: str) -> bool:
 
 
 def _allow(place: str, sha256: str) -> None:
-    with contextlib.suppress(OSError):  # a cache that cannot be written: $LLM_JAX_ALLOW remains
+    with contextlib.suppress(OSError):  # without a writable cache, $LLM_JAX_ALLOW can be used
         record = _record(place, sha256)
         record.parent.mkdir(parents=True, exist_ok=True)
         record.touch()
@@ -277,7 +277,7 @@ def _allow(place: str, sha256: str) -> None:
 def _import(key: str, specification: str, name: str, path: pathlib.Path | None, source: bytes) -> ModuleType:
     try:
         return _module(path, source) if path and "." not in name.removesuffix(".py") else importlib.import_module(name)
-    except Exception as error:  # the file is a user's and may raise anything
+    except Exception as error:  # user code may raise any exception
         if isinstance(error, ModuleNotFoundError) and error.name is not None and name.startswith(error.name):
             raise _missing(key, specification, name) from error
         raise UserError(f"{key}={specification}: {name} fails ({describe_exception(error)})") from error
@@ -335,11 +335,11 @@ def find_file(name: str) -> pathlib.Path | None:
 
 @functools.lru_cache(64)
 def _module(path: pathlib.Path, source: bytes) -> ModuleType:
-    """The module of a file, executed once for each content that the file has had."""
+    """The module of a file, executed once for each version of its content."""
     spec = importlib.util.spec_from_file_location(f"{path.stem}_{hashlib.sha256(source).hexdigest()[:12]}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[module.__name__] = module  # dataclasses look their module up
+    sys.modules[module.__name__] = module  # dataclasses look up their module
     try:
         exec(compile(source, str(path), "exec"), vars(module))
     except BaseException:

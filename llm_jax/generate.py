@@ -15,10 +15,10 @@ from llm_jax.errors import UserError
 FLAGS = cli.Flags()
 FLAGS.define_checkpoint()
 FLAGS.multi_string("prompt", None, "text to continue; may be repeated", required=True)
-FLAGS.boolean("chat", False, "format the prompt as a user message with the chat template, and print the answer alone")
+FLAGS.boolean("chat", False, "format the prompt as a user message with the chat template; print only the answer")
 FLAGS.string("system", "", "with --chat: system message")
 FLAGS.string(
-    "chat_template", "", "with --chat: name of one of the tokenizer's chat templates; default: the one named default"
+    "chat_template", "", "with --chat: name of a chat template of the tokenizer; default: the template named default"
 )
 FLAGS.define_dtype()
 FLAGS.define_as_stored()
@@ -52,7 +52,7 @@ def main(f: cli.Flags) -> None:
     checkpoint = checkpoints.open(f.checkpoint, f.base)
     options = decoding_flags.read(f, checkpoint)
     if f.stream + f.explain + f.json > 1:
-        raise UserError("--stream, --explain and --json print different things; choose one")
+        raise UserError("--stream, --explain and --json are different output formats; use only one")
     if (f.stream or f.explain) and (len(f.prompt) > 1 or options.n > 1):
         raise UserError(f"--{'stream' if f.stream else 'explain'} shows one continuation of one --prompt")
     model, params, tokenizer = checkpoint.load(dtype=f.dtype, as_stored=f.as_stored)
@@ -63,20 +63,20 @@ def main(f: cli.Flags) -> None:
     options.check(min(tokenizer.vocab_size, model.config.vocab_size))
     draft = None
     if options.draft not in ("", PROMPT):
-        guesser = checkpoints.load(options.draft, dtype=f.dtype)
-        if digest(guesser.tokenizer) != digest(tokenizer):
+        draft_model = checkpoints.load(options.draft, dtype=f.dtype)
+        if digest(draft_model.tokenizer) != digest(tokenizer):
             raise UserError(f"--draft={options.draft} has another tokenizer than {f.checkpoint}")
-        draft = guesser.model, guesser.params
+        draft = draft_model.model, draft_model.params
     if f.chat:
         if not isinstance(tokenizer, tokenizers.PretrainedTokenizer):
             raise UserError(f"--chat needs a tokenizer with a chat template; this checkpoint's is {tokenizer.kind}")
-        chosen = tokenizers.with_chat_template(tokenizer, f.chat_template)
+        chat_tokenizer = tokenizers.with_chat_template(tokenizer, f.chat_template)
         system = [{"role": "system", "content": f.system}] if f.system else []
         conversations = [[*system, {"role": "user", "content": text}] for text in f.prompt]
-        prompts = [chat_template.apply_chat_template(chosen, messages, True) for messages in conversations]
+        prompts = [chat_template.apply_chat_template(chat_tokenizer, messages, True) for messages in conversations]
     else:
         prompts = [tokenizers.prompt(tokenizer, text) for text in f.prompt]
-    status.show("compiling, unless the cache has the functions")
+    status.show("compiling, or loading compiled functions from the cache")
     if f.explain:
         ids = complete.fit(model, complete.prompt_ids(tokenizer, prompts[0]), options)
         complete.note_length(model, [ids], options)
@@ -87,32 +87,34 @@ def main(f: cli.Flags) -> None:
             status.show("")
             print(explain.table(tokenizer, number, step), flush=True)
         return
-    shown = [] if f.chat else [tokenizer.decode(prompt) for prompt in prompts]
-    head = iter(shown)  # printed with the first text, when nothing can be wrong with the request any more
+    prompt_texts = [] if f.chat else [tokenizer.decode(prompt) for prompt in prompts]
+    first_prompt = iter(prompt_texts)  # printed only with the first generated text, after all checks have passed
 
     def show(row: int, text: str) -> None:
         status.show("")
-        print(next(head, "") + text, end="", flush=True)
+        print(next(first_prompt, "") + text, end="", flush=True)
 
-    made = complete.complete(model, params, tokenizer, prompts, options, draft=draft, show=show if f.stream else None)
+    completions = complete.complete(
+        model, params, tokenizer, prompts, options, draft=draft, show=show if f.stream else None
+    )
     status.show("")
     if f.stream:
-        print(next(head, ""))
+        print(next(first_prompt, ""))
         return
-    for i, several in enumerate(made):
-        for j, one in enumerate(several):
+    for i, prompt_completions in enumerate(completions):
+        for j, completion in enumerate(prompt_completions):
             if f.json:
-                said = {
+                record = {
                     "prompt": f.prompt[i],
-                    "text": one.text,
-                    "score": one.score,
-                    **dataclasses.asdict(one.generated),
+                    "text": completion.text,
+                    "score": completion.score,
+                    **dataclasses.asdict(completion.generated),
                 }
-                print(json.dumps(said))
+                print(json.dumps(record))
                 continue
             if i or j:
                 print("-" * 40)
-            print("".join(shown[i : i + 1]) + one.text)
+            print("".join(prompt_texts[i : i + 1]) + completion.text)
 
 
 COMMAND = cli.Command(
@@ -121,7 +123,7 @@ COMMAND = cli.Command(
     FLAGS,
     needs=NEEDS,
     compiles=True,
-    memory_cure="give fewer prompts, a smaller --n or --max_new_tokens, --cache=int8, --dtype=bfloat16, or --as_stored",
+    memory_cure="use fewer prompts, a smaller --n or --max_new_tokens, --cache=int8, --dtype=bfloat16, or --as_stored",
 )
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""95 % confidence intervals of what runs and evaluations measure."""
+"""95 % confidence intervals for the results of runs and evaluations."""
 
 import math
 from collections.abc import Sequence
@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-_BLOCK = 2**20  # indices that the bootstrap draws at a time
+_BLOCK = 2**20  # number of indices that the bootstrap draws at a time
 _NORMAL_QUANTILE = 1.959963984540054  # for an interval of 95 %
-FEWEST_UNITS = 5  # effective units of `ratio` that have an interval
+FEWEST_UNITS = 5  # minimum effective number of units for an interval of `ratio`
 
 
 class Interval(NamedTuple):
@@ -60,7 +60,7 @@ def bootstrap(values: Sequence[float] | np.ndarray, seed: int = 0, draws: int = 
         raise ValueError("the bootstrap needs at least one value")
     generator = np.random.default_rng(seed)
     means = np.empty(draws)
-    rows = max(1, _BLOCK // len(x))  # the numbers of a block are those that one call for all resamples would draw
+    rows = max(1, _BLOCK // len(x))  # blocks draw the same numbers as one call for all resamples
     for start in range(0, draws, rows):
         block = means[start : start + rows]
         block[:] = x[generator.integers(0, len(x), (len(block), len(x)))].mean(1)
@@ -72,7 +72,7 @@ def wilson(right: int, count: int, z: float = 1.959963984540054) -> tuple[float,
     """The limits of the interval of the proportion right / count (Wilson 1927, "Probable inference"); NaN of 0 / 0.
 
     Args:
-      z: the quantile of the normal distribution; by default that of a 95 % interval.
+      z: the quantile of the normal distribution; the default gives a 95 % interval.
     """
     if not count:
         return math.nan, math.nan
@@ -117,7 +117,7 @@ def ratio(amounts: np.ndarray, sizes: np.ndarray) -> Interval:
         return Interval(value, math.nan, math.nan)
     from scipy import stats
 
-    without_unit = (amounts - value * sizes) / (total - sizes)  # by how much the ratio falls without each unit
+    without_unit = (amounts - value * sizes) / (total - sizes)  # decrease of the ratio without each unit
     error = math.sqrt((count - 1) / count * float(np.sum(np.square(without_unit))))
     half = float(stats.t.ppf(0.975, effective - 1)) * error
     return Interval(value, value - half, value + half)

@@ -1,8 +1,8 @@
 """Starts a command on a cluster: `python -m llm_jax.launch slurm --nodes=2 -- train --config=default --workdir=runs/x`.
 
-What follows `--` is a command with its flags, as on this machine; its flags are checked before anything is submitted.
-`slurm` writes a batch script and submits it, `k8s` writes the manifest of a JobSet, `tpu` runs a command on all workers
-of a Cloud TPU slice.
+The arguments after `--` are a command and its flags, as on a local machine; they are validated before anything is
+submitted. `slurm` writes a batch script and submits it, `k8s` writes the manifest of a JobSet, and `tpu` runs a command
+on all workers of a Cloud TPU slice.
 """
 
 import ast
@@ -33,7 +33,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 _NAME = r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?"
 
 
-_MOST_FILES = 100_000  # bytes of the files that a manifest carries, encoded; a command of Linux has room for 131,072
+_MOST_FILES = 100_000  # maximum encoded bytes of embedded files; Linux limits an argument to 131,072 bytes
 
 
 def _flags(processes: bool = True) -> cli.Flags:
@@ -41,36 +41,36 @@ def _flags(processes: bool = True) -> cli.Flags:
     flags.multi_string("command", None, "the command and its flags; written after --")
     flags.string("name", "llm-jax", "name of the job: lower-case letters, digits and hyphens")
     if processes:
-        meaning = "how often the job is started again after it was stopped from outside"
+        meaning = "maximum number of restarts after the job was preempted or lost a process"
         flags.integer("max_restarts", 20, meaning, lower_bound=0)
     return flags
 
 
 SLURM = _flags()
-SLURM.integer("nodes", 1, "machines", lower_bound=1)
-SLURM.integer("tasks_per_node", 1, "processes of each machine; one for each GPU", lower_bound=1)
-SLURM.integer("cpus_per_task", 0, "CPU cores of each process; 0: the default of the cluster")
-SLURM.integer("gpus_per_node", 0, "GPUs of each machine")
-SLURM.string("time", "", "time limit such as 2-00:00:00; the run saves two minutes before it and is queued again")
-SLURM.string("partition", "", "partition; default: that of the cluster")
-SLURM.integer("array", 0, "start this many copies of the command, which divide the points of a sweep")
-SLURM.multi_string("sbatch", [], "a further option of sbatch such as --sbatch=--account=lab; repeatable")
-SLURM.string("logs", "slurm", "directory of the script and the logs, which all machines see")
-SLURM.boolean("submit", True, "submit the script; --nosubmit writes it only")
+SLURM.integer("nodes", 1, "number of machines", lower_bound=1)
+SLURM.integer("tasks_per_node", 1, "number of processes per machine; with GPUs, one per GPU", lower_bound=1)
+SLURM.integer("cpus_per_task", 0, "number of CPU cores per process; 0: the default of the cluster")
+SLURM.integer("gpus_per_node", 0, "number of GPUs per machine")
+SLURM.string("time", "", "time limit such as 2-00:00:00; the run saves two minutes before the limit and is requeued")
+SLURM.string("partition", "", "partition; default: the default partition of the cluster")
+SLURM.integer("array", 0, "number of copies of the command, which divide the points of a sweep")
+SLURM.multi_string("sbatch", [], "additional option of sbatch, such as --sbatch=--account=lab; may be repeated")
+SLURM.string("logs", "slurm", "directory of the script and the logs, shared by all machines")
+SLURM.boolean("submit", True, "submit the script; --nosubmit only writes it")
 
 K8S = _flags()
 K8S.string("image", None, "image with Python and llm_jax", required=True)
-K8S.integer("processes", 1, "pods of each slice", lower_bound=1)
-K8S.integer("slices", 1, "groups of pods, each on a TPU slice of its own", lower_bound=1)
-K8S.multi_string("resource", [], "a resource of each pod such as --resource=google.com/tpu=4; repeatable")
-K8S.multi_string("node_selector", [], "a label of the nodes such as --node_selector=KEY=VALUE; repeatable")
-K8S.multi_string("volume", [], "a volume such as --volume=CLAIM=/data, which holds the run directory; repeatable")
-K8S.string("output", "", "file of the manifest; default: standard output")
+K8S.integer("processes", 1, "number of pods per slice", lower_bound=1)
+K8S.integer("slices", 1, "number of TPU slices, each with its own group of pods", lower_bound=1)
+K8S.multi_string("resource", [], "resource of each pod, such as --resource=google.com/tpu=4; may be repeated")
+K8S.multi_string("node_selector", [], "label of the nodes, such as --node_selector=KEY=VALUE; may be repeated")
+K8S.multi_string("volume", [], "volume for the run directory, such as --volume=CLAIM=/data; may be repeated")
+K8S.string("output", "", "manifest file to write; default: standard output")
 
 TPU = _flags(processes=False)
-TPU.string("zone", "", "zone of the slice; default: that of gcloud")
-TPU.string("project", "", "project of the slice; default: that of gcloud")
-TPU.boolean("submit", True, "run the commands; --nosubmit prints them")
+TPU.string("zone", "", "zone of the slice; default: the zone configured in gcloud")
+TPU.string("project", "", "project of the slice; default: the project configured in gcloud")
+TPU.boolean("submit", True, "run the gcloud commands; --nosubmit only prints them")
 
 
 def slurm(f: cli.Flags) -> int:
@@ -180,7 +180,9 @@ def _checked(f: cli.Flags) -> tuple[list[str], Any]:
     arguments = f.command or []
     if not arguments or arguments[0] not in NAMES or arguments[0] == "launch":
         got = f"'{arguments[0]}'" if arguments else "nothing"
-        raise UserError(f"after -- stands {got}; expected a command and its flags, such as -- train --workdir=runs/x")
+        raise UserError(
+            f"the command after -- is {got}; expected a command and flags, such as -- train --workdir=runs/x"
+        )
     name, *rest = arguments
     values = cli.parse(_command(name), rest)
     if name == "train":

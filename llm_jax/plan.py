@@ -1,18 +1,18 @@
-"""Reports what a training step needs before it runs, on TPUs that this machine does not have or on its own devices.
+"""Reports the memory, FLOPs and time of a training step without running it, for TPUs or for the local devices.
 
     python -m llm_jax.plan --config=llama2_7b --topology=v5e:16x16 --batch_per_device=4
     python -m llm_jax.plan --config=sentiment_lora --memory
 
 --topology compiles the step for a slice of a TPU (`pip install 'llm_jax[plan]'`, one to five minutes) and prints, for
-one device, memory, FLOPs, collectives, an estimated time and the largest arrays. --search tries meshes,
-rematerialization and batch sizes, and ranks them. --memory compiles the configured step, and for comparison the forward
-pass, full training, LoRA, LoRA-FA and QLoRA over NF4, for the devices of this machine; the process itself (Python and
-libraries, 300 to 630 MiB) and 20 to 80 MiB of other buffers come on top of its figures.
+one device, memory, FLOPs, collectives, an estimated time and the largest arrays. --search ranks meshes,
+rematerialization and batch sizes. --memory compiles the configured step for the devices of this machine and, for
+comparison, the forward pass, full training, LoRA, LoRA-FA and QLoRA over NF4; the process itself needs 300 to 630 MiB
+for Python and libraries and 20 to 80 MiB for other buffers in addition.
 
-Without these flags it prints the number of parameters, the FLOPs of a step, and the memory of weights, optimizer state
-and gradients, without compiling.
+Without these flags, the command prints the number of parameters, the FLOPs of a step, and the memory of weights,
+optimizer state and gradients, without compiling.
 
-Shapes are enough: no weights are loaded and nothing is computed.
+All results are computed from shapes: no weights are loaded and no step is executed.
 """
 
 import dataclasses
@@ -24,18 +24,14 @@ from llm_jax.errors import UserError
 from llm_jax.schema import Config
 
 FLAGS = cli.Flags()
-FLAGS.boolean("memory", False, "print the memory of the step, compiled for the devices of this machine")
-FLAGS.string(
-    "topology", "", "compile for this slice of a TPU, such as v5e:16x16 or v5p:4x4x4; v5e:16x16*2 is two slices"
-)
+FLAGS.boolean("memory", False, "compile the step for the devices of this machine and print its memory")
+FLAGS.string("topology", "", "compile for this TPU slice, such as v5e:16x16 or v5p:4x4x4; v5e:16x16*2: two slices")
 FLAGS.integer("slices", 1, "number of slices of --topology, connected by the data-centre network", lower_bound=1)
-FLAGS.integer(
-    "batch_per_device", 0, "rows of a batch per device of --topology, instead of train.batch_size", lower_bound=0
-)
+FLAGS.integer("batch_per_device", 0, "batch rows per device of --topology, instead of train.batch_size", lower_bound=0)
 FLAGS.boolean(
     "decode",
     False,
-    "compile a step of decoding: train.batch_size prompts of train.seq_len tokens, eval.max_new_tokens new ones",
+    "compile a decoding step: train.batch_size prompts of train.seq_len tokens, eval.max_new_tokens new tokens",
 )
 FLAGS.boolean("search", False, "try meshes, model.remat and batch sizes, and rank those that fit by time per token")
 FLAGS.integer("limit", 12, "number of configurations that --search compiles", lower_bound=1)
@@ -56,14 +52,15 @@ def main(f: cli.Flags) -> None:
     from llm_jax.training import memory, start
 
     if f.memory and f.topology:
-        raise UserError("--memory is for the devices of this machine, --topology for a TPU; give one of them")
+        raise UserError("--memory is for the devices of this machine, --topology for a TPU; use only one of them")
     config = start.find(f.config).config
-    if not config.model.vocab_size:  # that of the tokenizer, which is not trained here
+    if not config.model.vocab_size:  # use the size of the tokenizer, which this command does not train
         size = config.tokenizer.vocab_size if config.tokenizer.kind != "byte" else 259
         config = configuration.replace(config, {"model.vocab_size": size or 512})
         if not f.json:
             print(
-                f"model.vocab_size={config.model.vocab_size}: the number of ids of the tokenizer, which may be smaller"
+                f"note: using model.vocab_size={config.model.vocab_size} from the tokenizer's configuration; the "
+                "trained tokenizer may have fewer ids"
             )
     if f.topology:
         _for_topology(f, config)
@@ -104,9 +101,9 @@ def _memory(config: Config) -> None:
         except UserError as error:
             if not i:
                 raise
-            print(f"{kind:<12}{remat:<8}  {error}")  # such as groups of NF4 that do not divide this geometry
+            print(f"{kind:<12}{remat:<8}  {error}")  # for example, a group of NF4 does not divide a dimension
             continue
-        if not i:  # after what may be wrong with the configuration
+        if not i:  # print the heading only if the configuration is valid
             batch = f"{config.train.batch_size} x {config.train.seq_len} tokens"
             print(f"{batch}, {config.model.precision.params} weights, on one device; MiB")
             print(

@@ -1,8 +1,8 @@
 """Inspects word vectors: `python -m llm_jax.probe_embeddings --vectors=vectors.txt [--neighbours=king] [--all]`.
 
---analogy=man,king,woman asks what is to "woman" as "king" is to "man". --all prints the correlation with
-WordSim-353 and SimLex-999 and the analogies' accuracy (assets of `llm_jax.assets`); --map=FILE.png draws
-the words of --words (by default the 150 most frequent of more than three letters) on their first two principal axes.
+--analogy=man,king,woman prints the words that are to "woman" as "king" is to "man". --all prints the rank correlation
+with WordSim-353 and SimLex-999 and the accuracy on analogies (downloaded as assets). --map=FILE.png plots words on the
+first two principal components; the default is the 150 most frequent words of more than three letters.
 """
 
 import pathlib
@@ -16,14 +16,14 @@ FLAGS = cli.Flags()
 FLAGS.string(
     "vectors",
     None,
-    "word vectors in word2vec's binary format (.bin), or in its text format or that of fastText or GloVe",
+    "word vectors in the binary (.bin) or text format of word2vec, or in the text format of fastText or GloVe",
     required=True,
 )
 FLAGS.enum(
     "encoding_errors",
     "strict",
     ["strict", "replace", "ignore"],
-    "bytes of words that are not UTF-8: an error, replaced by U+FFFD, or left out",
+    "treatment of words that are not UTF-8: strict (an error), replace (by U+FFFD), or ignore (drop the bytes)",
 )
 FLAGS.multi_string("neighbours", [], "word whose nearest neighbours are printed, e.g. king; may be repeated")
 FLAGS.multi_string(
@@ -31,7 +31,7 @@ FLAGS.multi_string(
 )
 FLAGS.integer("count", 10, "number of neighbours or answers to print")
 FLAGS.boolean("all", False, "print the rank correlation with WordSim-353 and SimLex-999, and the accuracy on analogies")
-FLAGS.string("map", "", "PNG file to write: a map of words on the first two principal axes")
+FLAGS.string("map", "", "PNG file to write: a map of words on the first two principal components")
 FLAGS.comma_separated(
     "words",
     [],
@@ -65,8 +65,8 @@ def main(f: cli.Flags) -> None:
             pairs = f"{agreement.pairs} of {agreement.of} pairs"
             print(f"{title}: rank correlation {agreement.correlation:.3f} over {pairs}")
         sections = measure.analogies(word_vectors, assets.path("analogies"))
-        right, asked = (sum(s[i] for s in sections.values()) for i in (0, 1))
-        print(f"analogies: {right} of {asked} right ({right / max(asked, 1):.1%})")
+        correct, total = (sum(s[i] for s in sections.values()) for i in (0, 1))
+        print(f"analogies: {correct} of {total} correct ({correct / max(total, 1):.1%})")
     if f.map:
         words = f.words or [w for w in word_vectors.words if len(w) > 3][:150]
         word_maps.draw(word_vectors, words, pathlib.Path(f.map).expanduser())

@@ -1,7 +1,7 @@
 """Quantizes a checkpoint: `python -m llm_jax.quantize --checkpoint=runs/x --output=runs/x-int4 --scheme=int4`.
 
-Adapters are merged first: into dense weights, or into the codes of a quantized base, which loses a part of them that is
-printed. If it is interrupted, the same command resumes with the next layer.
+Adapters are merged first: into dense weights, or into the codes of a quantized base; the command prints the rounding
+error of the latter. After an interruption, the same command resumes with the next layer.
 """
 
 import dataclasses
@@ -17,22 +17,19 @@ FLAGS.string("output", None, "run directory to write; must not exist", required=
 FLAGS.string(
     "scheme",
     "",
-    "number format, e.g. int8, w8a8, int4, nf4, or with a group size, int4:64; required unless the run "
-    "was trained with "
+    "number format, e.g. int8, w8a8, int4, nf4, or int4:64 with a group size; required unless the run was trained with "
     "quant.qat or over a quantized base",
 )
-FLAGS.enum(
-    "method", "absmax", ["absmax", "percentile", "mse", "smoothquant", "awq", "gptq"], "how scales and codes are chosen"
-)
+FLAGS.enum("method", "absmax", ["absmax", "percentile", "mse", "smoothquant", "awq", "gptq"], "quantization method")
 FLAGS.string("head", "int8", "scheme of the embeddings and the output head; none leaves them unquantized")
 FLAGS.multi_string(
     "rule", [], "REGEX=SCHEME (or none) for weights whose name matches, e.g. 'layers/0/mlp/.*=int8'; may be repeated"
 )
-FLAGS.string("fallback", "", "scheme for weights whose scheme this backend cannot run; default: an error")
-FLAGS.string("data", "", "calibration text, as data.source takes it; default: the training text of the run")
+FLAGS.string("fallback", "", "scheme for weights whose scheme this backend does not support; default: an error")
+FLAGS.string("data", "", "calibration text, in the form of data.source; default: the training text of the run")
 FLAGS.integer("sequences", 64, "number of calibration sequences")
 FLAGS.integer("seq_len", 0, "tokens per calibration sequence; default: train.seq_len of the run, or 512")
-FLAGS.integer("batch_size", 8, "number of calibration sequences that are processed together")
+FLAGS.integer("batch_size", 8, "number of calibration sequences per batch")
 FLAGS.boolean("act_order", True, "with --method=gptq: quantize the inputs with the largest activations first")
 
 _CALIBRATED = ("smoothquant", "awq", "gptq")
@@ -58,12 +55,12 @@ def main(f: cli.Flags) -> None:
 
     output = files.local_path(f.output, "--output")
     if output.exists():
-        raise UserError(f"--output={output} exists; give another, or remove it")
+        raise UserError(f"--output={output} already exists; choose another path, or remove it")
     if f.sequences < 1 or f.batch_size < 1 or f.seq_len < 0:
-        said = f"--sequences={f.sequences} --batch_size={f.batch_size} --seq_len={f.seq_len}"
-        raise UserError(f"{said}; expected positive numbers")
+        values = f"--sequences={f.sequences} --batch_size={f.batch_size} --seq_len={f.seq_len}"
+        raise UserError(f"{values}; expected positive numbers")
 
-    # ---------------------------------------------------------------- the model, and what becomes of each weight
+    # ---------------------------------------------------------------- the model, and the scheme of each weight
     checkpoint = checkpoints.open(f.checkpoint, f.base)
     model, params, tokenizer = checkpoint.load()
     quant.check_finite(params, f.checkpoint)
@@ -76,15 +73,15 @@ def main(f: cli.Flags) -> None:
         length = f.seq_len or run_config.train.seq_len
     before = weights.num_bytes(params)
     params, costs = lora.fold(params)
-    made = "has adapters over a quantized base, which go into its own codes" if costs else ""
+    existing_scheme = "has adapters over a quantized base, which are merged into its codes" if costs else ""
     if quant.is_quantization_aware(params):
-        made = "was trained as integers already"
-    if made:
+        existing_scheme = "was trained with quant.qat"
+    if existing_scheme:
         if f.scheme:
-            raise UserError(f"--scheme={f.scheme}: {f.checkpoint} {made}; leave --scheme out")
+            raise UserError(f"--scheme={f.scheme}: {f.checkpoint} {existing_scheme}; omit --scheme")
         planned = dict.fromkeys(trees.flatten(params), "")
     elif not f.scheme:
-        raise UserError("--scheme is needed; one of " + ", ".join(number_formats.FOR_WEIGHTS))
+        raise UserError("--scheme is required; expected one of " + ", ".join(number_formats.FOR_WEIGHTS))
     else:
         planned = quant.plan(params, quant.rules(_none(f.scheme), _none(f.head), _rules(f.rule)), "--scheme, --rule")
         planned = quant.runnable(params, planned, f.fallback)
@@ -92,28 +89,31 @@ def main(f: cli.Flags) -> None:
     # ---------------------------------------------------------------- the calibration text
     rows: list[Row] = []
     text = ""
-    if not made and calibrate.needs_text(planned, f.method):
+    if not existing_scheme and calibrate.needs_text(planned, f.method):
         if checkpoint.run_config is None and not f.data:
-            raise UserError(f"--method={f.method} needs calibration text; {f.checkpoint} names none, give --data=FILE")
+            raise UserError(
+                f"--method={f.method} needs calibration text, and {f.checkpoint} records no training data; set "
+                "--data=FILE"
+            )
         transformer.check_length(model.config, length)
         rows, text = calibrate.text(run_config, f.data, tokenizer, length, f.sequences)
         print(f"calibrating on {len(rows)} sequences of {length} tokens", flush=True)
 
-    # ---------------------------------------------------------------- layer by layer, and written
+    # ---------------------------------------------------------------- quantize layer by layer, and write the run
     partial = output.with_name(f".{output.name}.partial")
     _claim(partial, {**_request(f), "from": checkpoint.identity, "planned": planned, "text": text})
-    if made:
+    if existing_scheme:
         params = quant.finish(params)
         lines = quant.lines(params)
     else:
         options = calibrate.CalibrationOptions(f.method, f.act_order, f.batch_size)
-        flat, params = trees.flatten(params), {}  # each weight goes when it has been quantized
+        flat, params = trees.flatten(params), {}  # each weight is freed after it has been quantized
         params, lines = calibrate.run(model, flat, planned, rows, options, partial)
-    quant.check_finite(params, f"{f.checkpoint}, quantized: a float16 scale cannot hold it")
+    quant.check_finite(params, f"{f.checkpoint}, quantized: a scale exceeds the range of float16")
     saved = dataclasses.replace(run_config, model=dataclasses.replace(model.config, scan_layers=False))
     no_training = dataclasses.replace(saved.quant, scheme="", qat=dataclasses.replace(saved.quant.qat, scheme=""))
     saved = dataclasses.replace(saved, quant=no_training, lora=configuration.default("lora"))
-    # Adapters of a run sample as every run of training, whatever their base recommends.
+    # A run that trained adapters does not inherit the sampling options of its base.
     generation = {} if checkpoint.form == "adapters" else checkpoint.generation_config
     checkpoints.write_run(partial / "run", saved, params, tokenizer, text, generation)
     files.rename(partial / "run", output, durable=True)
@@ -124,8 +124,8 @@ def main(f: cli.Flags) -> None:
     if costs:
         worst = max(costs, key=lambda path: costs[path])
         print(
-            f"rounding the merged weights lost {sum(costs.values()) / len(costs):.3f} of what the adapters had added, "
-            f"in the mean of {len(costs)} weights; at worst {costs[worst]:.3f} ({worst})"
+            f"relative error of the merged updates after rounding: mean {sum(costs.values()) / len(costs):.3f} over "
+            f"{len(costs)} weights, maximum {costs[worst]:.3f} ({worst})"
         )
     print(f"wrote {output}; next: python -m llm_jax.evaluate --checkpoint={output}")
 
@@ -134,14 +134,14 @@ def _none(name: str) -> str:
     return "" if name == "none" else name
 
 
-def _rules(said: list[str]) -> tuple[tuple[str, str], ...]:
-    found = []
-    for rule in said:
+def _rules(texts: list[str]) -> tuple[tuple[str, str], ...]:
+    rules = []
+    for rule in texts:
         pattern, equals, scheme = rule.rpartition("=")
         if not equals or not pattern:
             raise UserError(f"--rule={rule}; expected REGEX=SCHEME")
-        found.append((pattern, _none(scheme)))
-    return tuple(found)
+        rules.append((pattern, _none(scheme)))
+    return tuple(rules)
 
 
 def _request(f: cli.Flags) -> dict[str, object]:
@@ -150,17 +150,17 @@ def _request(f: cli.Flags) -> dict[str, object]:
 
 
 def _claim(partial: pathlib.Path, request: dict[str, object]) -> None:
-    """The directory of an unfinished command, if it is this very one; else made anew."""
+    """Keeps the directory of an interrupted command with the same request, or creates an empty directory."""
     from llm_jax import files
 
-    said = partial / "request.json"
-    if said.exists() and files.read_json(said) == request:
-        print(f"going on from {partial}")
+    request_path = partial / "request.json"
+    if request_path.exists() and files.read_json(request_path) == request:
+        print(f"resuming from {partial}")
         shutil.rmtree(partial / "run", ignore_errors=True)
         return
     shutil.rmtree(partial, ignore_errors=True)
     files.make_directory(partial)
-    files.write_json(said, request)
+    files.write_json(request_path, request)
 
 
 COMMAND = cli.Command(
@@ -170,7 +170,7 @@ COMMAND = cli.Command(
     needs=NEEDS,
     interrupted="interrupted; the same command resumes with the next layer",
     compiles=True,
-    memory_cure="give a smaller --batch_size or a shorter --seq_len",
+    memory_cure="use a smaller --batch_size or a shorter --seq_len",
 )
 
 if __name__ == "__main__":

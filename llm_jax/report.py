@@ -1,8 +1,8 @@
-"""Writes a page about runs: `python -m llm_jax.report PATH ...`, a run, several, or a sweep.
+"""Writes a report about runs: `python -m llm_jax.report PATH ...`. A PATH is a run or a sweep.
 
-report.html needs no other file and no network: a table of groups of runs that can be sorted and filtered, curves with
-bands over the seeds, parallel coordinates, options that differ, samples, time and memory. Two PNGs are written beside.
-With --tokens, two runs are also compared token by token on their held-out text.
+report.html opens offline. It has a table of groups of runs that can be sorted and filtered, curves with bands over the
+seeds, parallel coordinates, options that differ, samples, time and memory. Two PNG files are written to the same
+directory. With --tokens, two runs are also compared token by token on their held-out text.
 """
 
 import pathlib
@@ -13,15 +13,11 @@ from llm_jax import cli
 from llm_jax.errors import UserError
 
 FLAGS = cli.Flags()
-FLAGS.multi_string("path", [], "a run, a sweep, or a directory with runs; may be repeated, and given without --path=")
-FLAGS.string(
-    "output",
-    "",
-    "the page, a name that ends in .html; a missing directory is made; default: report.html in the last PATH",
-)
+FLAGS.multi_string("path", [], "a run, a sweep, or a directory with runs; may be repeated; --path= may be omitted")
+FLAGS.string("output", "", ".html file to write; its directory is created; default: report.html in the last PATH")
 FLAGS.string("title", "", "heading of the page; default: the name of the last PATH")
-FLAGS.boolean("png", True, "also write PNGs of the curves and the results beside the page")
-FLAGS.boolean("tokens", False, "also list the held-out tokens on which two runs differ most in loss (two runs only)")
+FLAGS.boolean("png", True, "also write PNG files of the curves and the results to the same directory")
+FLAGS.boolean("tokens", False, "also list the held-out tokens whose losses differ most between exactly two runs")
 FLAGS.integer("token_rows", 64, "number of held-out rows of train.seq_len tokens that --tokens compares")
 NEEDS: cli.Needs = ((("token_rows",), "--tokens is not given", lambda f: f.tokens),)
 
@@ -46,7 +42,7 @@ def main(f: cli.Flags) -> None:
         differences = held_out_tokens.differences(loaded, f.token_rows, losses.token_losses)
         sections = f"<section>{render_html.fragment(differences.picture())}</section>\n"
     if not objects.is_object(output) and not output.parent.is_dir():
-        print(f"note: the directory {output.parent} is made", file=sys.stderr)
+        print(f"note: creating the directory {output.parent}", file=sys.stderr)
     files.write(output, page.render(loaded, f.title or files.absolute(last).name, sections))
     print(output)
     if f.png:

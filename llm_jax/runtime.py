@@ -1,4 +1,4 @@
-"""Settings of the process for JAX and the allocator, and what the errors of a device mean.
+"""Settings of the process for JAX and the allocator, and explanations of device errors.
 
 Simulated devices, dispatch, the cache of compiled functions, freed memory.
 """
@@ -31,7 +31,7 @@ def simulate_devices(count: int | None) -> None:
         return
     if count < 1:
         raise UserError(
-            f"--devices={count}; expected at least 1 simulated CPU device; leave it out to use this machine's devices"
+            f"--devices={count}; expected at least 1 simulated CPU device; omit the flag to use this machine's devices"
         )
     import jax
 

@@ -1,9 +1,9 @@
 """Trains every point of a grid: `python -m llm_jax.sweep --grid="optim.lr=1e-3,3e-3; train.seed=0..2" --output=runs/x`.
 
-Every point is a run directory below --output. The same command continues a sweep that was stopped: points that are
-done are not trained again, points that another process trains are left alone, points that failed are named and run
-again with --retry_failed. `;` forms the product of keys, `&` advances keys together; values are lists (a,b,c), ranges
-(0..2, 8..64..8), linspace, logspace, uniform and loguniform(FROM, TO, COUNT). With --search, Optuna chooses the points.
+Every point is a run directory in --output. The same command continues an interrupted sweep: it skips points that are
+done or that another process trains, and reports points that failed, which --retry_failed runs again. `;` forms the
+Cartesian product of keys, `&` varies keys together; values are lists (a,b,c), ranges (0..2, 8..64..8), linspace,
+logspace, uniform and loguniform(FROM, TO, COUNT). With --search, Optuna selects the points.
 """
 
 import pathlib
@@ -20,14 +20,14 @@ from llm_jax.schema import Config
 FLAGS = cli.Flags()
 FLAGS.string("output", None, "directory of the sweep", required=True)
 FLAGS.string("grid", "", 'keys and values, such as "model.position.kind=rope,alibi; train.seed=0..2"')
-FLAGS.string("points", "", "a Python file whose get_points() returns overrides, {key: value} each")
+FLAGS.string("points", "", "Python file whose get_points() returns the overrides of every point, {key: value}")
 FLAGS.string("search", "", 'ranges for Optuna, such as "optim.lr=loguniform(1e-4, 1e-2); model.width=64,128"')
 FLAGS.integer("trials", 20, "with --search: number of points")
-FLAGS.boolean("prune", True, "with --search: end points early that are worse than the median at the same step")
-FLAGS.integer("jobs", 0, "points at a time, each on its share of the cores; 0: one a core, or one a GPU")
+FLAGS.boolean("prune", True, "with --search: stop points early that are worse than the median at the same step")
+FLAGS.integer("jobs", 0, "number of points that run concurrently, on equal shares of the cores; 0: one per core or GPU")
 FLAGS.integer("draw_seed", 0, "seed of uniform and loguniform, and of --search")
 FLAGS.boolean("retry_failed", False, "also run points that failed before")
-FLAGS.boolean("dry_run", False, "check and list the points, and stop")
+FLAGS.boolean("dry_run", False, "validate and list the points without running them")
 NEEDS: cli.Needs = (
     (("jobs", "retry_failed"), "--dry_run is given", lambda f: not f.dry_run),
     (("trials", "prune"), "--search is not given", lambda f: f.search),
@@ -40,11 +40,13 @@ def main(f: cli.Flags) -> int:
     from llm_jax.training import trainer
 
     if not (f.grid or f.points or f.search):
-        raise UserError("--grid, --points or --search is required: the points to train")
+        raise UserError("--grid, --points or --search is required to define the points")
     if f.search and (f.grid or f.points):
-        raise UserError("--search cannot be combined with --grid or --points; give fixed options as --config.KEY")
+        raise UserError("--search cannot be combined with --grid or --points; set fixed options with --config.KEY")
     if f.jobs < 0 or f.trials < 1:
-        raise UserError(f"--jobs={f.jobs} --trials={f.trials}; expected jobs from 0 (chosen) and at least 1 trial")
+        raise UserError(
+            f"--jobs={f.jobs} --trials={f.trials}; expected --jobs of at least 0 and --trials of at least 1"
+        )
     output = files.local_path(f.output, "--output")
     if (output / "config.json").exists():
         raise UserError(f"--output={output} is a run; expected a directory for the runs of the sweep")
@@ -86,7 +88,7 @@ def main(f: cli.Flags) -> int:
 
 
 def finish(statuses: Sequence[Any], signal_number: int, output: pathlib.Path) -> int:
-    """Prints what failed and how to continue; returns the exit code."""
+    """Prints the failed points and how to continue; returns the exit code."""
     from llm_jax.research import jobs, live_table
 
     failed = [status for status in statuses if status.state == jobs.FAILED]

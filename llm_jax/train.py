@@ -1,6 +1,6 @@
 """Trains a language model: `python -m llm_jax.train --config=configs/default.py --workdir=runs/x`.
 
-Started again with the same command it resumes where it was, bit for bit.
+The same command resumes an interrupted run; the result equals the result of an uninterrupted run bit for bit.
 """
 
 import pathlib
@@ -14,13 +14,13 @@ from llm_jax.schema import Config
 FLAGS = cli.Flags()
 FLAGS.string("workdir", None, "directory of the run (config, metrics, checkpoints)", required=True)
 FLAGS.integer("devices", None, "simulate this many CPU devices; default: the devices of this machine")
-FLAGS.string("coordinator_address", "", "of several processes: HOST:PORT of process 0; by default that of the cluster")
-FLAGS.integer("num_processes", 0, "number of processes, with --coordinator_address")
-FLAGS.integer("process_id", -1, "number of this process, from 0, with --coordinator_address")
-FLAGS.string("coordinator_bind_address", "", "HOST:PORT at which process 0 listens, if not --coordinator_address")
+FLAGS.string("coordinator_address", "", "several processes: HOST:PORT of process 0; default: detected from the cluster")
+FLAGS.integer("num_processes", 0, "with --coordinator_address: number of processes")
+FLAGS.integer("process_id", -1, "with --coordinator_address: index of this process, from 0")
+FLAGS.string("coordinator_bind_address", "", "HOST:PORT at which process 0 listens; default: --coordinator_address")
 FLAGS.number("start_timeout", 300.0, "seconds to wait until all processes have started")
 FLAGS.boolean("dry_run", False, "print parameters and shardings, and estimate time, memory and disk of the run")
-FLAGS.boolean("profile", False, "trace three steps of this start into WORKDIR/profile, for TensorBoard or xprof")
+FLAGS.boolean("profile", False, "write a trace of three training steps to WORKDIR/profile, for TensorBoard or xprof")
 NEEDS: cli.Needs = ((("profile",), "--dry_run is given", lambda f: not f.dry_run),)
 
 
@@ -31,8 +31,8 @@ def main(f: cli.Flags) -> int:
         runtime.disable_async_dispatch()
     from llm_jax.parallel import processes
 
-    own = (f.coordinator_address, f.num_processes, f.process_id, f.coordinator_bind_address, f.start_timeout)
-    with processes.started(*own):
+    addresses = (f.coordinator_address, f.num_processes, f.process_id, f.coordinator_bind_address, f.start_timeout)
+    with processes.started(*addresses):
         return _train(f)
 
 
@@ -46,7 +46,7 @@ def _train(f: cli.Flags) -> int:
         return 0
     signal = signals.Deferred()
     summary = trainer.train(config, f.workdir, stop=signal, profile=f.profile, attachments=write_report)
-    if number := int(summary.get("stopped", 0)):  # of the signal, which another process may have received
+    if number := int(summary.get("stopped", 0)):  # the signal number; another process may have received the signal
         steps = config.train.steps
         message = f"saved at step {summary['steps']} of {steps} in {f.workdir}; the same command resumes from there"
         if processes.is_main():
@@ -56,7 +56,7 @@ def _train(f: cli.Flags) -> int:
 
 
 def print_estimate(config: Config, workdir: pathlib.Path) -> None:
-    """Prints what a run consists of, how long it will take and what it needs; nothing is written to `workdir`."""
+    """Prints the parameters, shardings and estimated time, memory and disk space of a run; writes nothing."""
     from llm_jax.training import estimate, inputs, trainer
     from llm_jax.training import setup as setup_lib
 
@@ -71,7 +71,7 @@ def print_estimate(config: Config, workdir: pathlib.Path) -> None:
 
 
 def write_report(workdir: pathlib.Path) -> list[pathlib.Path]:
-    """Writes WORKDIR/report.html without secrets, which trackers get as an artifact, and returns its path."""
+    """Writes WORKDIR/report.html, with secrets removed, for upload to trackers; returns a list with its path."""
     import dataclasses
 
     from llm_jax.research import page, runs
@@ -85,7 +85,7 @@ def write_report(workdir: pathlib.Path) -> list[pathlib.Path]:
 
 
 class _CallableModule(types.ModuleType):
-    """`llm_jax.train` is this module, and stays the function when the module has been imported."""
+    """Makes the module callable, so that `llm_jax.train(...)` still works after this module has been imported."""
 
     def __call__(self, *args, **kwargs):
         from llm_jax.training import trainer

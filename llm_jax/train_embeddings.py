@@ -1,6 +1,6 @@
-"""Vectors of words from text: `python -m llm_jax.train_embeddings --config=configs/word2vec.py --output=vectors.txt`.
+"""Trains word vectors: `python -m llm_jax.train_embeddings --config=configs/word2vec.py --output=vectors.txt`.
 
-Writes word2vec's text form, or its binary form where the name ends in .bin; gensim and `probe_embeddings` read both.
+Writes word2vec's text format, or its binary format if the name ends in .bin; gensim and `probe_embeddings` read both.
 """
 
 import pathlib
@@ -15,7 +15,7 @@ from llm_jax.files import PARTIAL, local_path
 from llm_jax.schema import EmbeddingsConfig
 
 FLAGS = cli.Flags()
-FLAGS.string("output", None, "the file to write; it must not exist", required=True)
+FLAGS.string("output", None, "file to write; must not exist", required=True)
 FLAGS.integer("devices", None, "simulate this many CPU devices; default: the devices of this machine")
 
 
@@ -28,7 +28,7 @@ def main(f: cli.Flags) -> None:
     choice("kind", config.kind, ("skipgram", "cbow", "glove"))
     output = local_path(f.output, "--output")
     if output.exists():
-        raise UserError(f"--output={output} exists; give another, or remove it")
+        raise UserError(f"--output={output} already exists; choose another path, or remove it")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.TemporaryDirectory(prefix=PARTIAL, dir=output.parent)
@@ -36,22 +36,23 @@ def main(f: cli.Flags) -> None:
         raise UserError(f"--output={output} cannot be written ({error.strerror})") from error
     with scratch:
         text = texts.build(config.source, config.min_count, config.max_words, pathlib.Path(scratch.name))
-        print(f"{text.num_words:,} words of {len(text.words):,} kinds (sha256 {text.sha256[:12]})", flush=True)
+        print(f"{text.num_words:,} words, vocabulary of {len(text.words):,} (sha256 {text.sha256[:12]})", flush=True)
         start = time.perf_counter()
         if config.kind == "glove":
             path = glove.cooccurrences(
                 text, config.glove.window, config.glove.memory * 2**20, pathlib.Path(scratch.name)
             )
             with tqdm(total=config.epochs * (path.stat().st_size // 12), unit=" cells", disable=None) as bar:
-                found = glove.train(text, config, path, bar.update)
+                word_vectors = glove.train(text, config, path, bar.update)
         else:
             with tqdm(total=config.epochs * len(text.ids), unit=" words", unit_scale=True, disable=None) as bar:
-                found = word2vec.train(text, config, bar.update)
+                word_vectors = word2vec.train(text, config, bar.update)
         seconds = time.perf_counter() - start
-        vectors.save(found, output)
+        vectors.save(word_vectors, output)
     rate = config.epochs * text.num_words / seconds
-    print(f"wrote {output}: {len(found.words):,} vectors of {config.width} in {seconds:.1f} s, {rate:,.0f} words/s")
-    print(f"next: python -m llm_jax.probe_embeddings --vectors={output} --neighbours={found.words[0]}")
+    count, first_word = len(word_vectors.words), word_vectors.words[0]
+    print(f"wrote {output}: {count:,} vectors of {config.width} in {seconds:.1f} s, {rate:,.0f} words/s")
+    print(f"next: python -m llm_jax.probe_embeddings --vectors={output} --neighbours={first_word}")
 
 
 COMMAND = cli.Command("train_embeddings", main, FLAGS, config=EmbeddingsConfig, compiles=True)

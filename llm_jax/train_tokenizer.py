@@ -15,22 +15,22 @@ from llm_jax.files import local_path, new_directory
 
 FLAGS = cli.Flags()
 FLAGS.enum("kind", None, tokenizers.TRAINED, "kind of tokenizer", required=True)
-FLAGS.integer("vocab_size", 0, "vocabulary size with the special tokens, e.g. 8192 (char: the maximum); not for byte")
+FLAGS.integer("vocab_size", 0, "vocabulary size including special tokens, e.g. 8192 (char: the maximum); not for byte")
 FLAGS.multi_string("input", None, "text file, directory, glob or asset:NAME; may be repeated", required=True)
 FLAGS.string("output", None, "directory to write; must not exist", required=True)
-FLAGS.integer("sample", 128, "maximum amount of training text in MiB; from larger inputs, blocks are drawn at random")
+FLAGS.integer("sample", 128, "maximum training text in MiB; larger inputs are sampled in random blocks")
 NEEDS: cli.Needs = ((("vocab_size", "sample"), "--kind=byte is given", lambda f: f.kind != "byte"),)
 
 
 def main(f: cli.Flags) -> None:
     output = local_path(f.output, "--output")
     if output.exists():
-        raise UserError(f"--output={output} exists; give another, or remove it")
+        raise UserError(f"--output={output} already exists; choose another path, or remove it")
     if f.sample < 1 or (f.vocab_size < 1 and f.kind != "byte"):
         raise UserError(f"--vocab_size={f.vocab_size} --sample={f.sample}; expected positive numbers")
     paths = [path for name in f.input for path in sources.paths(name, "--input")]
     if not any(p.stat().st_size for p in paths):
-        raise UserError(f"--input={f.input[0]}: there is no text in it")
+        raise UserError(f"--input={f.input[0]} contains no text")
     size = min(sum(p.stat().st_size for p in paths), f.sample * 2**20)
     with tqdm(total=size, desc="reading", unit="B", unit_scale=True, disable=None) as bar:
 

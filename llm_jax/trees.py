@@ -40,8 +40,8 @@ def register(cls: type[T]) -> type[T]:
     """Class decorator: registers a dataclass as a pytree; fields with the metadata {"static": True} are static.
 
     `jax.tree_util.register_dataclass` must not be used: up to jax 0.10 the structures of two of its classes with equal
-    fields compare equal, and `jax.jit` then, whenever their hashes collide (about one pair in 128), runs the code that
-    was compiled for the one on the other.
+    fields compare equal, and `jax.jit` then, whenever their hashes collide (about one pair in 128), runs the code
+    compiled for one class on the other.
     """
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     static = tuple(field.name for field in fields if field.metadata.get("static"))
@@ -218,7 +218,7 @@ def restage(tree: Tree, stages: Stages = ()) -> dict[str, Any]:
 
 
 def stackable(tree: Tree, stages: Stages) -> bool:
-    """Whether `restage` accepts this layout: the weights of layers that would be stacked are of one kind."""
+    """Whether `restage` accepts this layout: all weights to be stacked are of the same kind."""
     kinds: dict[str, Any] = {}
     for path, weight in flatten(jax.eval_shape(unstack, tree)).items():
         if stages and (single := _SINGLE.fullmatch(path)):
@@ -265,7 +265,7 @@ def fingerprint(tree: Tree) -> str:
 
 
 def _on_host(leaf: Any) -> np.ndarray:
-    """All of an array, of which other processes may hold parts; all processes must call this alike."""
+    """Returns the whole array, which may be sharded over processes; all processes must call this together."""
     if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
         return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
     return jax.device_get(leaf)

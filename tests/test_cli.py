@@ -217,7 +217,7 @@ def test_overrides_have_the_types_of_their_options_and_count_as_explicit():
         ("--devices=some", "--devices=some; expected an integer"),
         (
             "--devices=0",
-            "--devices=0; expected at least 1 simulated CPU device; leave it out to use this machine's devices",
+            "--devices=0; expected at least 1 simulated CPU device; omit the flag to use this machine's devices",
         ),
         ("--dry_run=maybe", "--dry_run=maybe; expected true or false (also yes, no, on, off, 1, 0)"),
         ("--help-config=zzz", "--help-config=zzz: no option contains this; did you mean 'tokenizer.vocab_size'?"),
@@ -276,7 +276,7 @@ def test_of_options_given_twice_the_last_counts_and_a_note_says_so(capsys):
         "--config.train.seed=1", "--config.train.steps=3", "--config.train.seed=2", "--config.train.steps=3"
     )
     assert (config.train.seed, config.train.steps) == (2, 3)
-    assert capsys.readouterr().err == "note: --config.train.seed is given 2 times; --config.train.seed=2 counts\n"
+    assert capsys.readouterr().err == "note: --config.train.seed is given 2 times; using --config.train.seed=2\n"
     assert parsed("--config.train.seed", "1", "--config.train.seed", "2").train.seed == 2
     assert not parsed("--config.model.qk_norm=yes", "--noconfig.model.qk_norm").model.qk_norm
     first, second = capsys.readouterr().err.splitlines()
@@ -284,7 +284,7 @@ def test_of_options_given_twice_the_last_counts_and_a_note_says_so(capsys):
     assert parsed("--config.eval.prompts=a", "--config.eval.prompts=b").eval.prompts == ("a", "b")
     assert not capsys.readouterr().err  # the values of a tuple are joined
     assert parsed("--config=default", "--config=gpt3") == configuration.load("gpt3")
-    assert capsys.readouterr().err == "note: --config is given 2 times; --config=gpt3 counts\n"
+    assert capsys.readouterr().err == "note: --config is given 2 times; using --config=gpt3\n"
 
 
 def test_a_command_without_arguments_has_its_default_configuration():

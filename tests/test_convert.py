@@ -38,13 +38,13 @@ def test_a_run_becomes_a_hugging_face_directory_that_every_command_takes(trained
     np.testing.assert_allclose(run(after), run(before), atol=1e-5)
     flags = (f"--checkpoint={tmp_path / 'hf'}", f"--data={text_file}", "--seq_len=32")
     cut, whole = command("evaluate", *flags), command("evaluate", *flags, "--whole_file")
-    assert "bits per byte" in cut.stdout and "is cut at line breaks into several documents, whose first" in cut.stderr
+    assert "bits per byte" in cut.stdout and "is split at line breaks into several documents; their first" in cut.stderr
     assert "bytes in 1 document," in whole.stdout and not whole.stderr
     (tmp_path / "hf" / "generation_config.json").write_text('{"do_sample": true, "top_k": 3, "max_length": 20}')
     greedy = command("generate", flags[0], "--prompt=the", "--max_new_tokens=4", "--temperature=0")
     assert greedy.stdout and "generation_config" not in greedy.stderr
     recommended = command("generate", flags[0], "--prompt=the", "--max_new_tokens=4", "--seed=3")
-    assert recommended.stderr.startswith("note: --top_k=3, from generation_config.json; any flag of sampling")
+    assert recommended.stderr.startswith("note: using --top_k=3 from generation_config.json; any flag for sampling")
     assert (
         recommended.stdout
         == command("generate", flags[0], "--prompt=the", "--max_new_tokens=4", "--seed=3", "--top_k=3").stdout
@@ -66,7 +66,7 @@ def test_what_cannot_be_converted_ends_in_one_line_and_writes_nothing(trained, c
         return done.stderr
 
     (tmp_path / "there").write_text("keep")
-    assert "there exists; give another" in said(output=tmp_path / "there")
+    assert "there already exists; choose another path" in said(output=tmp_path / "there")
     assert "no such directory" in said(input=tmp_path / "nothing")
     assert "none.gguf: no such file or directory (expected a GGUF file)" in said(input=tmp_path / "none.gguf")
     assert "there: not a GGUF file" in said(input=tmp_path / "there")
@@ -101,7 +101,7 @@ def test_copies_keep_the_recommended_sampling(command, tmp_path):
     command("quantize", f"--checkpoint={tmp_path / 'in'}", f"--output={tmp_path / 'run'}", "--scheme=int8")
     assert llm_jax.open(tmp_path / "run").generation_config == sampling
     done = command("generate", f"--checkpoint={tmp_path / 'run'}", "--prompt=the", "--max_new_tokens=1")
-    note = f"--temperature=0.7 --top_k={original.vocab_size} --top_p=0.9, from generation_config.json; any flag"
+    note = f"--temperature=0.7 --top_k={original.vocab_size} --top_p=0.9 from generation_config.json; any flag"
     assert note in done.stderr
     command("convert", f"--input={tmp_path / 'run'}", f"--output={tmp_path / 'a.gguf'}", "--to=gguf")
     command("convert", f"--input={tmp_path / 'a.gguf'}", f"--output={tmp_path / 'hf'}", "--to=hf")

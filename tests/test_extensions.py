@@ -26,7 +26,7 @@ from llm_jax.training import optim
 
 ROOT = pathlib.Path(__file__).parents[1]
 RECIPES = re.findall(
-    r"```(python|bash)\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text().partition("## Parts of your own")[2], re.S
+    r"```(python|bash)\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text().partition("## Custom parts")[2], re.S
 )
 COMMANDS = [shlex.split(text.strip()) for language, text in RECIPES if language == "bash"]
 TRAININGS = [words for words in COMMANDS if "llm_jax.train" in words]
@@ -130,7 +130,7 @@ def test_filter_applies(directory, make):
     assert own.margin == 2.0 and greedy.filters[-1].margin == 3.0 and greedy.greedy
     kept = own(jnp.array([[1.0, 3.5, 2.0, 1.4]]), None)
     assert [float(x) for x in kept[0]] == [-float("inf"), 3.5, 2.0, -float("inf")]
-    assert "leaves nothing for --filter to do" in message
+    assert "--filter would have no effect" in message
 
 
 def refused(function) -> str:
@@ -221,7 +221,7 @@ def test_other_tables(directory, monkeypatch, tiny):
     assert "expected a dataclass" in refused(DecodingOptions(filter=("my_sign:sign",)).sampler)
     (directory / "wrong.py").write_text(WRONG)
     filters = {
-        "my_decay:Decay": "it is no filter; expected a method __call__(self, logits, history) -> logits",
+        "my_decay:Decay": "it is not a filter; expected a method __call__(self, logits, history) -> logits",
         "wrong:OneRow": "__call__ returns float32 of shape (7,); expected floats of shape (2, 7) = (batch, vocab_size)",
         "my_margin:Margin(margin='a')": "option 'margin' is 'a'; expected float",
     }

@@ -54,7 +54,7 @@ def test_without_libtpu_a_line_says_what_to_install(command):
     done = command("plan", "--config=llama2_7b", "--topology=v5e:2x2", code=2)
     assert "pip install 'llm_jax[plan]'" in done.stderr and len(done.stderr.splitlines()) == 1
     both = ("--memory", "--topology=v5e:2x2")
-    assert "give one of them" in command("plan", "--config=llama2_7b", *both, code=2).stderr
+    assert "use only one of them" in command("plan", "--config=llama2_7b", *both, code=2).stderr
     assert "--search has no effect" in command("plan", "--memory", "--search", code=2).stderr
 
 

@@ -6,7 +6,7 @@
     model, params, tokenizer = checkpoints.load("runs/x")
     checkpoints.save(model, params, tokenizer, "runs/y")
 
-`Checkpoint` in `checkpoint.py` is the interface; every form is a subclass in a file of its own. To add a form, write a
+`Checkpoint` in `checkpoint.py` is the interface; every form is a subclass in a separate file. To add a form, write a
 subclass and add it to `opening.open`.
 """
 
@@ -77,7 +77,7 @@ def load(
       base: of adapters, the checkpoint of their base; see `open`.
 
     Raises:
-      UserError: no checkpoint there, or one that is damaged or not supported.
+      UserError: there is no checkpoint, or it is damaged or not supported.
     """
     return open(name, base).load(scan_layers, dtype, as_stored)
 
@@ -104,7 +104,7 @@ def load_separately(*names: str | os.PathLike[str]) -> tuple[Loaded, list[dict[s
     fingerprint = trees.fingerprint(base.params)
     for name, (other, _) in zip(names[1:], separated[1:], strict=True):
         if trees.fingerprint(other.params) != fingerprint:
-            raise UserError(f"{name}: its adapters are over another base than those of {names[0]}")
+            raise UserError(f"{name}: the base of its adapters differs from the base of {names[0]}")
     return base, [adapters for _, adapters in separated]
 
 
@@ -121,7 +121,7 @@ def save(model: Transformer, params: Any, tokenizer: Tokenizer, path: str | os.P
     """
     path = files.path(path)
     if path.exists():
-        raise UserError(f"{path} exists; give another path, or remove it")
+        raise UserError(f"{path} already exists; choose another path, or remove it")
     per_layer = Transformer(dataclasses.replace(model.config, scan_layers=False))
     shapes, expected = (
         {name: {"shape": weight.shape} for name, weight in trees.flatten(tree).items()}

@@ -1,4 +1,4 @@
-"""Runs that hold low-rank adapters: the adapters, and a reference to the base that they adapt."""
+"""Runs that trained low-rank adapters: the adapters, and a reference to their base."""
 
 import dataclasses
 import functools
@@ -40,7 +40,7 @@ class Adapters(Run):
 
     @functools.cached_property
     def base(self) -> Checkpoint:
-        """The checkpoint of the base. Raises UserError if there is none any more."""
+        """The checkpoint of the base. Raises UserError if it no longer exists."""
         try:
             return self._open_base(self.record["base"]["path"])
         except UserError as error:
@@ -51,7 +51,7 @@ class Adapters(Run):
         return self.base.family if self.base.run_config is None else families.first_family(self.config)
 
     def params(self, config: ModelConfig, shardings: Shardings, as_stored: bool = False) -> dict[str, Any]:
-        """As for every checkpoint, but dtypes are those of the run, over which the adapters were trained."""
+        """Like `Checkpoint.params`, but with the dtypes of the run that trained the adapters."""
         base, adapters = self._separate(shardings)
         frozen = post_training.base(lora.rebase(base, adapters), self.run_config.quant)
         params = lora.attach(frozen, adapters, factors=self.run_config.lora.factors)

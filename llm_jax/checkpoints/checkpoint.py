@@ -1,4 +1,4 @@
-"""What every form of checkpoint offers: its config, tokenizer, parameters and identity."""
+"""The interface of all forms of checkpoints: config, tokenizer, parameters and identity."""
 
 import abc
 import dataclasses
@@ -29,12 +29,12 @@ class Loaded(NamedTuple):
 
 
 class Checkpoint(abc.ABC):
-    """A checkpoint on disk, of which nothing has been read yet. `llm_jax.open` returns one.
+    """A checkpoint on disk, read lazily. `llm_jax.open` returns a `Checkpoint`.
 
     Attributes:
       form: "run", "adapters", "huggingface", "gguf" or "peft".
-      path: the directory or file; of a run, the directory of one of its checkpoints.
-      name: how records refer to it: asset:NAME, hf:ORG/NAME, or the absolute path.
+      path: the directory or file; for a run, the directory of one of its checkpoints.
+      name: the name in records: asset:NAME, hf:ORG/NAME, or the absolute path.
       run_config: the whole configuration, if `llm_jax.train` wrote the checkpoint; None for other forms.
       base: the checkpoint that adapters adapt; None for other forms.
     """
@@ -63,7 +63,7 @@ class Checkpoint(abc.ABC):
 
     @property
     def generation_config(self) -> dict[str, Any]:
-        """How to sample, as in generation_config.json of Hugging Face models; {} if neither it nor its base states it.
+        """The content of generation_config.json, also from the base of adapters; {} if there is none.
 
         Raises:
           UserError: the file cannot be read.
@@ -82,7 +82,7 @@ class Checkpoint(abc.ABC):
 
     @property
     def identity(self) -> str:
-        """A text that distinguishes this checkpoint from others: name, size and modification time of its files."""
+        """A text that identifies this checkpoint: name, size and modification time of its files."""
         files = [self.path] if self.path.is_file() else sorted(p for p in self.path.iterdir() if p.is_file())
         return "; ".join(f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files)
 
@@ -119,13 +119,13 @@ class Checkpoint(abc.ABC):
 
 
 def unreadable_base(path: pathlib.Path, error: UserError) -> UserError:
-    """The error of adapters at `path` whose base raised `error`."""
+    """Converts an `error` of reading the base to an error of the adapters at `path`."""
     return UserError(f"{path}: the base of its adapters cannot be read: {error}")
 
 
 def abstract_params(model: Transformer) -> dict[str, Any]:
     """Shapes and dtypes of the dense parameters of a model, without computing them."""
-    stacked = model.clone(config=dataclasses.replace(model.config, scan_layers=True))  # traces a layer, not all of them
+    stacked = model.clone(config=dataclasses.replace(model.config, scan_layers=True))  # traces only one layer
     variables = jax.eval_shape(stacked.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))
     params = variables["params"]
     return params if model.config.scan_layers else jax.eval_shape(trees.unstack, params)

@@ -1,4 +1,4 @@
-"""The sampling options that the authors of a model recommend: generation_config.json, and metadata of GGUF files."""
+"""The recommended sampling options of a model, from generation_config.json or the metadata of a GGUF file."""
 
 import json
 import pathlib
@@ -25,7 +25,7 @@ OPTIONS = {
 }
 _PENALTIES = ("repetition_penalty", "no_repeat_ngram")  # they also change greedy decoding
 _INTEGERS = ("top_k", "no_repeat_ngram")
-# Values that transformers 5.24 takes for "off", besides the defaults.
+# Values that transformers 5.24 treats as "off", besides the defaults.
 _OFF: Mapping[str, Callable[[Any], bool]] = {
     "top_p": lambda p: p > 1,
     "typical_p": lambda p: p > 1,
@@ -58,7 +58,7 @@ def read(path: pathlib.Path) -> dict[str, Any]:
 
 
 def sampling(content: Mapping[str, Any], vocab_size: int, path: pathlib.Path) -> dict[str, Any]:
-    """The fields of `DecodingOptions` that a generation_config.json states, where they differ from the defaults.
+    """Returns the fields of `DecodingOptions` that a generation_config.json sets to non-default values.
 
     `do_sample: false` is temperature 0, which leaves the penalties alone. A `top_k` above the vocabulary is its size.
     `top_p: 0` keeps the most likely token alone, as in transformers, and values that transformers ignores are ignored.
@@ -67,7 +67,7 @@ def sampling(content: Mapping[str, Any], vocab_size: int, path: pathlib.Path) ->
       path: the file, for error messages.
 
     Raises:
-      UserError: a value that is no number or out of its range.
+      UserError: a value is not a number or is out of range.
     """
     try:
         return _checked(content, vocab_size)

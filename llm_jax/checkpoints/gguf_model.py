@@ -158,7 +158,7 @@ def save(
       UserError: the file exists, no architecture holds the model, or the tokenizer is of another kind.
     """
     if path.exists():
-        raise UserError(f"--output={path} exists; give another, or remove it")
+        raise UserError(f"--output={path} already exists; choose another path, or remove it")
     if format not in blocks.FORMATS or blocks.FORMATS[format].encode is None:
         raise UserError(f"--format={format} cannot be written; expected one of F32, F16, BF16, Q8_0, Q4_0, Q4_1")
     arch, json_config = architecture(config)

@@ -84,7 +84,7 @@ class HuggingFace(Checkpoint):
 def read_config(directory: pathlib.Path) -> tuple[str, ModelConfig]:
     """(family, configuration of the model) of a directory.
 
-    Where config.json contradicts the tensors in the files, the tensors count, and a line on stderr says so.
+    If config.json contradicts the tensors in the files, the tensors take precedence and a note is printed on stderr.
 
     Raises:
       UserError: see `families.model_config`.
@@ -148,7 +148,7 @@ def _with_stored_features(source: "_Files", family: str, config: ModelConfig) ->
             contradictions.setdefault(key, []).append(f"{name} is {state}")
     for key, tensors in contradictions.items():
         print(
-            f"note: {source.label}: config.json contradicts the tensors about {key}; the tensors count: "
+            f"note: {source.label}: config.json contradicts the tensors about {key}; using the tensors: "
             f"{', '.join(tensors)}",
             file=sys.stderr,
             flush=True,
@@ -221,7 +221,7 @@ def save(
       UserError: the directory exists, or the family cannot hold the model.
     """
     if directory.exists():
-        raise UserError(f"--output={directory} exists; give another, or remove it")
+        raise UserError(f"--output={directory} already exists; choose another path, or remove it")
     dtype = np.dtype(ml_dtypes.bfloat16 if config.precision.params == "bfloat16" else config.precision.params)
     json_config = hf_config(family, config) | {"torch_dtype": config.precision.params} | (special_ids or {})
     parts = assemble.by_tensor(assemble.specs(FAMILIES[family].tensor_names(config), params))

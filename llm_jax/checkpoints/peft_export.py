@@ -42,7 +42,7 @@ def save(
       UserError: the directory exists, or peft cannot hold the adapters.
     """
     if directory.exists():
-        raise UserError(f"--output={directory} exists; give another, or remove it")
+        raise UserError(f"--output={directory} already exists; choose another path, or remove it")
     specs = assemble.specs(FAMILIES[family].tensor_names(config), base)
     if any(path.endswith("/start_a") for path in trees.flatten(adapters)):
         adapters = lora.plain(adapters)

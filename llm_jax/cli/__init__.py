@@ -1,10 +1,10 @@
-"""What all commands share: flags and `--config`, one-line errors, exit codes, help and signals.
+"""Shared code of all commands: flags and `--config`, one-line errors, exit codes, help and signals.
 
-A command is a `Command`: a name, a function of the parsed flags, and the definitions of the flags. `start` runs it as
-the process; `call` runs it within a process, as tests and notebooks do.
+A `Command` has a name, a function of the parsed flags, and the definitions of the flags. `start` runs a command as the
+main program; `call` runs it within a process, for tests and notebooks.
 
-Exit codes: 0 success; 2 invalid input (one line on stderr); 130 ended by SIGINT, 143 by SIGTERM (the trainer saves
-first); 141 the reader of the output ended.
+Exit codes: 0 success; 2 invalid input (one line on stderr); 130 ended by SIGINT; 143 ended by SIGTERM (the trainer
+saves a checkpoint first in both cases); 141 the reader of the output has ended.
 """
 
 from llm_jax.cli.entry import Commands as Commands

@@ -14,9 +14,9 @@ from llm_jax.schema import type_text
 
 @functools.cache
 def meanings(cls: type) -> dict[str, str]:
-    """{field: its comment}: beside it, within its annotation, or on lines of its own above it.
+    """Returns {field: comment}; the comment is on the line of the field, within its annotation, or above the field.
 
-    Comment lines above a field that has a comment beside it continue the comment of the field before.
+    Comment lines above a field that also has a comment on its own line continue the comment of the previous field.
     """
     source = textwrap.dedent(inspect.getsource(cls))
     fields = {field.name for field in dataclasses.fields(cls)}
@@ -41,7 +41,7 @@ def meanings(cls: type) -> dict[str, str]:
 
 
 def options(cls: type, default: Any, prefix: str = "") -> list[tuple[str, str, str, str]]:
-    """(dotted key, type, default value, meaning) of every option of a dataclass of the schema."""
+    """Returns (dotted key, type, default value, meaning) for every option of a dataclass of the schema."""
     rows = []
     for name, annotation in option_names.options(cls).items():
         value = getattr(default, name)

@@ -10,7 +10,7 @@ from absl import flags
 from llm_jax.cli.parsing import Flags
 from llm_jax.decoding.options import GROUPS, DecodingOptions, parse_bias
 
-# Groups of options that say how tokens are chosen, which the seed in them does not.
+# Groups of options that replace the sampling options of a checkpoint (except the seed).
 _CHOICES = ("sampling", "penalties", "search")
 
 
@@ -19,8 +19,8 @@ def define(values: Flags, leave_out: Collection[str] = (), **defaults: Any) -> N
 
     Args:
       values: the flags of the command.
-      leave_out: names of fields that get no flag.
-      defaults: default values that differ from those of the fields.
+      leave_out: names of fields without a flag.
+      defaults: default values that replace the defaults of the fields.
     """
     kinds: dict[type, Any] = {bool: values.boolean, int: values.integer, float: values.number, str: values.string}
     for field in sorted(dataclasses.fields(DecodingOptions), key=lambda field: GROUPS.index(field.metadata["group"])):
@@ -40,10 +40,11 @@ def define(values: Flags, leave_out: Collection[str] = (), **defaults: Any) -> N
 
 
 def read(values: Flags, checkpoint: Any) -> DecodingOptions:
-    """The options that the flags of a command state.
+    """Returns the decoding options from the flags of a command.
 
-    Where none of sampling, penalties or search is given, those of the checkpoint's generation_config.json (or of the
-    metadata of its GGUF file) count, and a line on stderr says so. Adapters of runs do not take those of their base.
+    If no flag for sampling, penalties or search is given, the options of the checkpoint's generation_config.json (or of
+    the metadata of its GGUF file) are used, and a note is printed on stderr. Runs that trained adapters do not inherit
+    the options of their base.
 
     Args:
       checkpoint: a `checkpoints.Checkpoint`.
@@ -64,7 +65,7 @@ def read(values: Flags, checkpoint: Any) -> DecodingOptions:
         stated = generation_config.sampling(content, vocab_size, path)
         if stated:
             text = " ".join(f"--{name}={value:g}" for name, value in stated.items())
-            note = f"note: {text}, from {path.name}; any flag of sampling, penalties or search replaces these"
+            note = f"note: using {text} from {path.name}; any flag for sampling, penalties or search replaces these"
             print(note, file=sys.stderr)
         options |= stated
     options["logit_bias"] = [parse_bias(text) for text in options["logit_bias"]]

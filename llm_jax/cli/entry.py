@@ -1,4 +1,4 @@
-"""Runs commands: as the process (`start`), within a process (`call`), and scripts with flags of absl (`run_script`)."""
+"""Runs commands as the main program (`start`) or within a process (`call`), and scripts (`run_script`)."""
 
 import copy
 import os
@@ -19,11 +19,11 @@ Commands = Command | Mapping[str, Command]
 
 
 def start(command: Commands, arguments: Sequence[str] | None = None) -> None:
-    """Runs a command as the process: installs signal handlers and exits with the command's code.
+    """Runs a command as the main program: installs signal handlers and exits with the command's exit code.
 
     Args:
-      command: a command, or {name: command} for a command with subcommands, the first argument being the name.
-      arguments: the flags; by default those of the process.
+      command: a command, or {name: command} for a command with subcommands; the first argument is then the name.
+      arguments: the flags; default: `sys.argv[1:]`.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
@@ -34,7 +34,7 @@ def start(command: Commands, arguments: Sequence[str] | None = None) -> None:
 
 
 def call(command: Commands, arguments: Sequence[str] = ()) -> int:
-    """Runs a command within this process and returns its exit code; signal handlers stay as they are.
+    """Runs a command within this process and returns its exit code; does not change signal handlers.
 
     The command prints to sys.stdout and sys.stderr. The flags of the command keep no state between calls.
 
@@ -51,7 +51,7 @@ def call(command: Commands, arguments: Sequence[str] = ()) -> int:
 
 
 def parse(command: Commands, arguments: Sequence[str]) -> flags.FlagValues:
-    """The parsed flags of a command that is not run, such as one that is submitted to a cluster.
+    """Returns the parsed flags of a command without running it, for example before it is submitted to a cluster.
 
     Raises:
       UserError: invalid arguments.
@@ -66,7 +66,8 @@ def run_script(main: Callable[[], None], interrupted: str = "interrupted") -> No
     """Runs `main` of a script that defines its flags in `absl.flags.FLAGS`, with the errors and exit codes of commands.
 
     Args:
-      interrupted: the message at SIGINT.
+      main: function without arguments.
+      interrupted: message printed on SIGINT.
     """
 
     def run(values: flags.FlagValues) -> None:
@@ -77,7 +78,7 @@ def run_script(main: Callable[[], None], interrupted: str = "interrupted") -> No
 
 
 def forward(earlier: str, name: str, *arguments: str) -> None:
-    """Runs the command that `python -m llm_jax.EARLIER` has been renamed to, with a line on stderr that names it."""
+    """Runs the command under its new name and prints a note on stderr that `python -m llm_jax.EARLIER` was renamed."""
     command = " ".join((f"python -m llm_jax.{name}", *arguments))
     print(f"note: python -m llm_jax.{earlier} is now {command}", file=sys.stderr)
     sys.argv[1:1] = arguments
@@ -85,10 +86,10 @@ def forward(earlier: str, name: str, *arguments: str) -> None:
 
 
 def select_subcommand(command: Commands, arguments: Sequence[str]) -> tuple[Command, list[str]]:
-    """The command that the arguments select, and the arguments that remain for it.
+    """Returns the command that the arguments select, and the remaining arguments.
 
     Raises:
-      UserError: no such subcommand.
+      UserError: unknown or missing subcommand.
     """
     arguments = list(arguments)
     if isinstance(command, Command):
@@ -134,10 +135,10 @@ def _execute(command: Command, values: flags.FlagValues, arguments: Sequence[str
     """Runs a command and returns its exit code.
 
     Args:
-      process: whether the command is the process, whose settings it may change.
+      process: whether the command is the main program and may change settings of the process.
 
     Raises:
-      UserError: invalid arguments, or an error of the device that the user can do something about.
+      UserError: invalid arguments, or a device error that the user can fix, such as too little memory.
     """
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file it writes
     if text := help_lib.requested(command, arguments):

@@ -18,12 +18,12 @@ _WIDTH = 100
 
 
 def is_help(argument: str) -> bool:
-    """Whether an argument asks for the flags of a command."""
+    """Whether an argument is a help flag."""
     return argument in ("-h", "--help", "-help", "-?", "--helpfull", "--helpshort")
 
 
 def requested(command: Command, arguments: Sequence[str]) -> str:
-    """The text that `--help` or `--help-config [KEY]` among the arguments asks for, or "".
+    """Returns the help text if the arguments contain `--help` or `--help-config [KEY]`, else "".
 
     Raises:
       UserError: no option contains the KEY of `--help-config`.
@@ -77,10 +77,10 @@ def describe(command: Command) -> str:
 
 
 def describe_options(cls: Any, text: str = "") -> str:
-    """Every option of a configuration whose dotted key or meaning contains `text`: type, range, default, meaning.
+    """Describes every option whose dotted key or meaning contains `text`: type, range, default and meaning.
 
     Raises:
-      UserError: there is none.
+      UserError: no option contains `text`.
     """
     default = configuration.load(configuration.DEFAULT_RECIPES[cls], cls=cls)
     needle = text.removeprefix("--").removeprefix("config.").lower()

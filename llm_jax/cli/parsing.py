@@ -1,4 +1,4 @@
-"""Parses the flags of a command, `--config` with its overrides, and refuses flags that have no effect."""
+"""Parses the flags of a command and `--config` with its overrides; flags without effect are errors."""
 
 import dataclasses
 import difflib
@@ -21,8 +21,8 @@ from llm_jax.value_names import suggestion
 Needs = Sequence[tuple[tuple[str, ...], str, Callable[[Any], Any]]]
 
 COMPILATION_CACHE = (
-    "keep compiled functions in $LLM_JAX_CACHE/compiled (default: ~/.cache/llm_jax/compiled, at most 1 GiB), so that "
-    "the command starts faster the next time; a JAX_COMPILATION_CACHE_DIR that is set is used instead"
+    "cache compiled functions in $LLM_JAX_CACHE/compiled (default: ~/.cache/llm_jax/compiled, at most 1 GiB), so that "
+    "the command starts faster the next time; JAX_COMPILATION_CACHE_DIR takes precedence"
 )
 
 
@@ -30,27 +30,27 @@ CHECKPOINT_FORMS = (
     "a run, a Hugging Face directory, a .gguf file, a peft directory, a zip file of one, asset:NAME, hf:ORG/NAME, "
     "gs://BUCKET/PATH or s3://BUCKET/PATH"
 )
-_POSITIONAL = ("prompt", "checkpoint", "input", "workdir", "text")  # flags that an argument without a flag may mean
+_POSITIONAL = ("prompt", "checkpoint", "input", "workdir", "text")  # flags suggested for a positional argument
 _BOOLEANS = {"yes": "true", "y": "true", "on": "true", "no": "false", "n": "false", "off": "false"}
-# What values of a kind of flag are, for messages.
+# Descriptions of the values of each type of flag, for messages.
 _EXPECTED = {"int": "an integer", "float": "a number", "bool": "true or false (also yes, no, on, off, 1, 0)"}
 
 
 class Flags(flags.FlagValues):
-    """The flags of one command, apart from those of all others; once parsed, their values are its attributes.
+    """The flags of one command; after parsing, their values are attributes.
 
-    The methods define flags, like `absl.flags.DEFINE_string` and its relatives: name, default, meaning; with
-    `required=True` and the default None, a flag must be given.
+    The methods define flags by name, default and meaning, like `absl.flags.DEFINE_string`. A flag with
+    `required=True` and the default None must be given.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        # absl keeps attributes of the object as flags.
+        # Written to __dict__, because absl treats attributes as flags.
         self.__dict__["groups"] = {}  # name of a flag: its group, if it has one
         self.__dict__["_group"] = ""
 
     def group(self, name: str) -> None:
-        """Puts the flags that are defined from now on into a group of `--help`; "": into none."""
+        """Sets the group of `--help` for all flags that are defined afterwards; "": no group."""
         self.__dict__["_group"] = name
 
     def __setitem__(self, name: str, flag: Any) -> None:
@@ -69,7 +69,7 @@ class Flags(flags.FlagValues):
 
     def define_base(self) -> None:
         """Defines --base."""
-        self.string("base", "", "with adapters: checkpoint of their base; default: the one that they name")
+        self.string("base", "", "with adapters: checkpoint of their base; default: the recorded path")
 
     def define_dtype(self, meaning: str = "dtype of checkpoints that llm_jax did not train") -> None:
         """Defines --dtype."""
@@ -109,14 +109,14 @@ class Command:
     Attributes:
       name: the name after `python -m llm_jax.`, with the subcommand if there is one: "train", "show rows".
       main: runs the command with the parsed flags as attributes; returns the exit code, None for 0.
-      flags: the definitions of the flags, apart from those of all other commands.
-      needs: flags that have no effect by themselves; giving one in vain is an error.
-      interrupted: the message at SIGINT.
+      flags: the definitions of the flags.
+      needs: flags that need other flags; using one that has no effect is an error.
+      interrupted: message printed on SIGINT.
       config: the dataclass that `--config` fills, `schema.Config` or `schema.EmbeddingsConfig`; None: no `--config`.
       subcommands: the commands that `--help` lists.
-      positional: the name of the repeatable flag that arguments without a flag are values of; "": they are refused.
+      positional: name of the repeatable flag that receives positional arguments; "": positional arguments are errors.
       compiles: whether the command compiles functions and thus has the flag --compilation_cache.
-      memory_cure: what to do when no memory is left on the device.
+      memory_cure: advice printed when the device runs out of memory.
     """
 
     name: str
@@ -180,7 +180,7 @@ def parse(command: Command, values: flags.FlagValues, arguments: Sequence[str]) 
 
 
 def _with_texts(section: dict[str, Any], cls: Any) -> dict[str, Any]:
-    """The defaults with a text where a bool may be overridden by "auto": ml_collections keeps the type of a default."""
+    """Converts the defaults of `BoolOrAuto` options to strings, because ml_collections keeps the type of a default."""
     result = {}
     for name, kind in option_names.options(cls).items():
         value = section[name]
@@ -191,7 +191,7 @@ def _with_texts(section: dict[str, Any], cls: Any) -> dict[str, Any]:
 
 
 def refuse_without_effect(needs: Needs, values: flags.FlagValues) -> None:
-    """Raises UserError for a flag that is given, even with its default value, and has no effect beside the others."""
+    """Raises UserError for a flag that was given, even with its default value, but has no effect with the others."""
     for names, condition, has_effect in needs:
         given = [values[name] for name in names if values[name].present]
         if given and not has_effect(values):
@@ -201,8 +201,8 @@ def refuse_without_effect(needs: Needs, values: flags.FlagValues) -> None:
 def _note_repeated(arguments: Sequence[str], cls: Any) -> None:
     """Prints a note for every option of the configuration that is given several times with different values.
 
-    As everywhere with absl, the last value counts, so that a script can append overrides to those that it received. The
-    values of tuples are joined.
+    As usual with absl, the last value applies, so that a script can append overrides to its arguments. The values of
+    tuples are concatenated.
     """
     given: dict[str, list[str]] = {}
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
@@ -214,13 +214,13 @@ def _note_repeated(arguments: Sequence[str], cls: Any) -> None:
                 given.setdefault(match[2], []).append(text)
     for name, texts in given.items():
         if len(set(texts)) > 1:
-            print(f"note: --{name} is given {len(texts)} times; --{name}={texts[-1]} counts", file=sys.stderr)
+            print(f"note: --{name} is given {len(texts)} times; using --{name}={texts[-1]}", file=sys.stderr)
 
 
 def _as_absl_reads(arguments: Sequence[str], values: flags.FlagValues, cls: Any) -> list[str]:
-    """The arguments with two spellings replaced by those that absl and ml_collections read.
+    """Rewrites two spellings that absl and ml_collections do not accept.
 
-    These are yes, on, no and off of booleans, and a single text without a comma for a tuple of texts.
+    These are yes, on, no and off for booleans, and a single string without a comma for a tuple of strings.
     """
     result = []
     for argument in arguments:
@@ -244,7 +244,7 @@ def _annotation(flag: str, cls: Any) -> Any:
 
 
 def _split_source(arguments: list[str]) -> tuple[str | None, list[str]]:
-    """The value of the last `--config=SOURCE` (or `--config SOURCE`), and the other arguments."""
+    """Returns the value of the last `--config=SOURCE` (or `--config SOURCE`), and the other arguments."""
     source, remaining = None, []
     iterator = iter(arguments)
     for argument in iterator:
@@ -259,13 +259,13 @@ def _split_source(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _overrides(arguments: Sequence[str]) -> dict[str, str]:
-    """{key: text} of the arguments --config.KEY=VALUE; an index into a tuple, as in KEY[0], is left out."""
+    """Returns {key: text} of the arguments --config.KEY=VALUE; the index in KEY[0]=VALUE is dropped."""
     matches = (re.match(r"--?(?:no)?config\.([^=\[]+)[^=]*=?(.*)", argument, re.DOTALL) for argument in arguments)
     return {match[1]: match[2] for match in matches if match}
 
 
 def _stray(arguments: Sequence[str], error: flags.Error, command: Command) -> str:
-    """ "; did you mean --NAME=TEXT?" where a required flag is missing and an argument has no flag, else ""."""
+    """Returns "; did you mean --NAME=TEXT?" if a required flag is missing and an argument has no flag, else ""."""
     missing = re.search(r"Flag --(\S+) must have a value other than None", str(error))
     pairs = zip(["", *arguments], arguments, strict=False)
     stray = [
@@ -275,7 +275,7 @@ def _stray(arguments: Sequence[str], error: flags.Error, command: Command) -> st
 
 
 def _as_flag(text: str, name: str, command: Command) -> str:
-    """ "did you mean --NAME=TEXT?", with --config for a recipe or a file of a configuration; "" without a name."""
+    """Returns "did you mean --NAME=TEXT?", with --config for a recipe or configuration file; "" without a name."""
     if command.config is not None and (text.endswith((".py", ".json", ".toml")) or text in configuration.recipes()):
         name = "config"
     return f"did you mean --{name}={shlex.quote(text)}?" if name else ""
@@ -294,7 +294,7 @@ def _unknown_flag(name: str, command: Command, values: flags.FlagValues) -> str:
 
 
 def _illegal_value(error: Any, command: Command, values: flags.FlagValues) -> str:
-    """The message for a value that does not fit its flag or its option: the flag, the value and what is expected."""
+    """Returns the message for an invalid value of a flag or an option: the flag, the value and what is expected."""
     match = re.fullmatch(r"flag --?([^=]+)=(.*?): (.*)", str(error), re.DOTALL)
     if match is None:
         return _message(error)
@@ -312,7 +312,7 @@ def _illegal_value(error: Any, command: Command, values: flags.FlagValues) -> st
 
 
 def _message(error: Any) -> str:
-    """The last line of a message, with the words of the command line."""
+    """Returns the last line of an absl error in the wording of the commands."""
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     text = lines[-1] if lines else type(error).__name__
     if match := re.search(r"Flag --(\S+) must have a value other than None", text):

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM of a command that runs as a process, and how such a process ends."""
+"""Handlers of SIGINT and SIGTERM for commands that run as the main program, and the exit of such a process."""
 
 import contextlib
 import functools
@@ -14,23 +14,23 @@ _installed = False
 
 
 def install(message: str) -> None:
-    """Makes SIGINT raise KeyboardInterrupt, and end the process with `message` should the exception be lost."""
+    """Makes SIGINT raise KeyboardInterrupt; if the exception is lost, the process exits with `message`."""
     global _installed
     _installed = True
     signal.signal(signal.SIGINT, functools.partial(_interrupt, message))
 
 
 class Deferred:
-    """A context in which a first SIGINT or SIGTERM is recorded instead of obeyed; a second one ends the process.
+    """A context in which the first SIGINT or SIGTERM is only recorded; a second signal ends the process.
 
-    Without `install`, in a notebook or a test, the handlers of the process stay as they are.
+    If `install` was not called, as in a notebook or a test, the signal handlers are not changed.
 
     Args:
-      note: the message at the first signal.
+      note: message printed at the first signal.
       before_end: called at the second signal, before the process ends.
 
     Attributes:
-      number: the signal that has arrived, or 0; calling the object returns it.
+      number: number of the received signal, or 0; calling the object returns it.
     """
 
     def __init__(self, note: str = "saving after this step", before_end: Callable[[], object] = lambda: None) -> None:
@@ -53,16 +53,16 @@ class Deferred:
     def _record(self, number: int, frame: Any) -> None:
         if self.number:
             self._before_end()
-            leave(128 + number, "\nended at once; the same command resumes from the last checkpoint")
+            leave(128 + number, "\nstopped without saving; the same command resumes from the last checkpoint")
         self.number = number
         # os.write, because the signal may interrupt a print.
-        os.write(2, f"\n{signal.Signals(number).name}: {self._note}; once more to end at once\n".encode())
+        os.write(2, f"\n{signal.Signals(number).name}: {self._note}; repeat to stop immediately\n".encode())
 
 
 def leave(code: int, message: str = "") -> None:
-    """Ends the process with an exit code and a message on stderr, without waiting for other threads.
+    """Exits the process with an exit code and a message on stderr, without waiting for other threads.
 
-    Threads of the data pipeline and of Orbax would otherwise be cut off with tracebacks.
+    A normal exit would print tracebacks of the threads of the data pipeline and of Orbax.
     """
     threading.excepthook = lambda failed: None
     with contextlib.suppress(BrokenPipeError):

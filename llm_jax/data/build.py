@@ -26,7 +26,7 @@ from llm_jax.errors import UserError
 from llm_jax.files import new_file
 from llm_jax.tokenizers import Tokenizer
 
-_MIN_BYTES = 16 * 2**20  # of text for which a process is worth its start
+_MIN_BYTES = 16 * 2**20  # minimum bytes of text per process
 _PARTS = 512  # of about the same size, within these bounds in bytes
 _SMALLEST, _LARGEST = 2**20, 64 * 2**20
 
@@ -39,9 +39,9 @@ def build(
 ) -> None:
     """Writes the tokens of all documents into `directory`, which appears when it is complete.
 
-    Each side ("train", "validation") has tokens.bin, offsets.npy and bytes.npy by example, mask.bin if only some tokens
-    of the kind of data are targets, and split.json. Finished parts stay after an interruption, and the next call
-    continues from them. While one process builds, others wait.
+    Each split ("train", "validation") has tokens.bin, offsets.npy and bytes.npy by example, mask.bin if only some
+    tokens of the kind of data are targets, and split.json. Finished parts are kept after an interruption, and the next
+    call continues from them. Only one process builds at a time; others wait.
 
     Raises:
       UserError: documents cannot be read or encoded; the disk is full or cannot be written.
@@ -90,7 +90,7 @@ def _writing(directory: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _alone(path: pathlib.Path) -> Iterator[None]:
-    """Only one process at a time executes the block. The lock of a process that was killed is free."""
+    """Context that only one process at a time can enter; the lock of a killed process is released."""
     with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -26,8 +26,8 @@ from llm_jax.data.streams import one_by_one
 from llm_jax.errors import UserError
 from llm_jax.files import PARTIAL
 
-_FORMAT = 2  # of the stored scans
-_MIN_BYTES = 256 * 2**20  # to scan for which a process is worth its start
+_FORMAT = 2  # version of the format of stored scans
+_MIN_BYTES = 256 * 2**20  # minimum bytes to scan per process
 _RACE = 2 * 10**9  # nanoseconds; a file that has just changed may change again with the same time stamp
 _BLOCK = 2**14  # documents in memory at a time
 
@@ -104,7 +104,7 @@ def texts(file: File, field: str, starts: np.ndarray, sizes: np.ndarray) -> Iter
     """The texts of documents of one file, by their starts and sizes, int64 (documents,) each.
 
     Raises:
-      UserError: a text has not the size that it had when it was scanned.
+      UserError: the size of a text has changed since it was scanned.
     """
     documents = FORMATS[file.format].read(file.path, field, starts, sizes)
     for size, text in zip(one_by_one(sizes), documents, strict=True):

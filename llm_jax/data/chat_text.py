@@ -1,9 +1,9 @@
 """Conversations as text, with the ranges of characters that the loss counts.
 
-By a chat template, an answer is what it adds to the conversation before it. Rendering that conversation for every
-answer takes a time that grows with the square of their number, so each answer is rendered after the first answer alone
-(a "window"), and the parts are put together. If they are not the text of the whole conversation, the template renders
-messages differently by their place, and every answer is rendered after the whole conversation before it.
+With a chat template, the text of an answer is the text that it adds to the preceding conversation. Rendering the whole
+preceding conversation for every answer takes quadratic time, so each answer is first rendered after the first answer
+only (a "window"), and the parts are concatenated. If the result differs from the text of the whole conversation, the
+template renders messages differently by position, and every answer is rendered after the whole preceding conversation.
 """
 
 import bisect
@@ -18,8 +18,14 @@ from llm_jax.tokenizers import chat_template
 from llm_jax.tokenizers.chat_template import Rendered
 from llm_jax.tokenizers.detokenize import common_prefix
 
-COUNTS = ("weight", "train", "trainable", "loss", "loss_mask")  # fields of messages that are 0 where none counts
-_GENERATION = re.compile(r"\{%[-+]?\s*generation\b")  # the tag around what the assistant writes
+COUNTS = (
+    "weight",
+    "train",
+    "trainable",
+    "loss",
+    "loss_mask",
+)  # fields of messages; 0 excludes the message from the loss
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\b")  # the tag around generated text
 _SHOWN_FIELDS = ("tool_calls", "reasoning_content")  # fields of messages that a template must show
 
 Message = dict[str, Any]
@@ -30,11 +36,12 @@ class Conversation(NamedTuple):
     """Messages to render.
 
     Attributes:
-      messages: of the conversation; those of the assistant from index `first` on count.
-      first: index of the first message that may count; a field of `COUNTS` that is 0 leaves one out.
+      messages: the messages; the loss counts messages of the assistant from index `first` on.
+      first: index of the first message that the loss may count; a field of `COUNTS` with the value 0 excludes a
+        message.
       bare: whether prompt and answer are plain text.
-      tools, documents: what the record has under these names.
-      record: the begin of the record, for messages about errors.
+      tools, documents: the values of these keys of the record.
+      record: the beginning of the record, for error messages.
     """
 
     messages: list[dict[str, Any]]
@@ -45,7 +52,7 @@ class Conversation(NamedTuple):
     record: str
 
     def answers(self) -> list[int]:
-        """Indices of the messages that count."""
+        """Indices of the messages that the loss counts."""
         return [i for i in self.by_assistant() if i >= self.first and not self._left_out(i)]
 
     def by_assistant(self) -> list[int]:
@@ -57,14 +64,14 @@ class Conversation(NamedTuple):
 
 
 class ChatText(NamedTuple):
-    """A rendered conversation, and the ranges of characters that count."""
+    """A rendered conversation and the ranges of characters that the loss counts."""
 
     text: str
     answers: list[Span]
 
 
 def plain_texts(conversation: Conversation) -> list[ChatText]:
-    """The conversation without a template, in parts: each but a last one ends with an answer, which EOS follows."""
+    """Returns the conversation without a template, in parts that end with an answer, except perhaps the last part."""
     c = conversation
     if c.tools or c.documents:
         raise UserError(f"the record {c.record} has tools or documents, and no chat template shows them")
@@ -88,7 +95,7 @@ def _text_of_parts(conversation: Conversation, content: Any) -> str:
     if isinstance(content, str):
         return content
     if any(part.get("type") != "text" or not isinstance(part.get("text"), str) for part in content):
-        raise UserError(f"the record {conversation.record}: a part of a message is no text")
+        raise UserError(f"the record {conversation.record}: a part of a message is not text")
     return "".join(part["text"] for part in content)
 
 
@@ -234,16 +241,16 @@ def _groups(items: Iterable[Any], size: int) -> Iterator[tuple[Any, ...]]:
 
 
 def _begin(before: str, asked: str, answered: str) -> int:
-    """Where an answer begins: after what also stands in the text that asks for it."""
+    """The position at which an answer begins: the end of the common prefix with the text that precedes the answer."""
     shared = len(asked) if answered.startswith(asked) else len(common_prefix(asked, answered))
     return max(len(before), shared)
 
 
 def _by_prefixes(special: Any, conversations: Sequence[tuple[Conversation, str]]) -> list[list[ChatText]]:
-    """Finds each answer as what it adds to the text of the conversation before it.
+    """Finds each answer as the text that it adds to the preceding conversation.
 
     Args:
-      conversations: with the text of the whole of each.
+      conversations: (conversation, text of the whole conversation) pairs.
     """
     jobs: list[dict[str, Any]] = []
     for c, _ in conversations:
@@ -271,7 +278,7 @@ def _prefix_texts(c: Conversation, whole: str, rendered: Iterable[Rendered | Use
         span = (_begin(before, asked, answered), len(answered))
         if whole.startswith(answered):
             spans.append(span)
-        else:  # rendered differently when the conversation goes on
+        else:  # rendered differently if more messages follow
             texts.append(ChatText(answered, [span]))
     return [*texts, ChatText(whole, spans)] if spans else texts
 
@@ -286,7 +293,7 @@ def _checks(c: Conversation) -> list[_Check]:
     counted = c.answers()
     for i, message in enumerate(c.messages):
         for field in _SHOWN_FIELDS:
-            # Templates may leave out the reasoning of earlier turns.
+            # Templates may omit the reasoning of earlier turns.
             if message.get(field) and (field == "tool_calls" or i in counted):
                 less = {name: value for name, value in message.items() if name != field}
                 less["content"] = message.get("content") or ""
@@ -311,7 +318,7 @@ def _check_shown(special: Any, checks: Sequence[_Check]) -> None:
 
 
 def _marked(c: Conversation, whole: Rendered) -> list[Span]:
-    """The ranges that the template's `{% generation %}` blocks mark, of the messages that count."""
+    """The ranges of counted messages that the template marks with `{% generation %}` blocks."""
     by_assistant, counted = c.by_assistant(), c.answers()
     if counted == by_assistant:
         return whole.answers

@@ -22,15 +22,15 @@ from llm_jax.errors import UserError
 from llm_jax.schema import DataConfig, TokenizerConfig, choice
 from llm_jax.tokenizers import Tokenizer
 
-FORMAT = 5  # of the cache; part of its key
+FORMAT = 5  # version of the format of the cache; part of its key
 _TOKENIZERS = 2  # version of the training of tokenizers; part of the key of those in the cache
-_SAMPLE = 128 * 2**20  # bytes of text that a tokenizer is trained on, at most
-_COMPRESSED = 16 * 2**20  # bytes of held-out text that are compressed, at most
+_SAMPLE = 128 * 2**20  # maximum bytes of training text of a tokenizer
+_COMPRESSED = 16 * 2**20  # maximum bytes of held-out text that are compressed
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """One side of a corpus as a stream of tokens, of documents (`tokenizers.document`) or examples.
+    """A split of a corpus as a stream of tokens of documents (`tokenizers.document`) or examples.
 
     Attributes:
       tokens: (tokens,), uint16 or uint32, mapped from disk.
@@ -71,8 +71,8 @@ class Source:
     """The documents of a data config, scanned once and then read from the stored scan.
 
     Args:
-      whole: hold everything out and train on nothing, for text that is only evaluated on.
-      in_pieces: whether a text file that is a source by itself is cut into several documents.
+      whole: whether all text is held out, for evaluation only.
+      in_pieces: whether a single text file is split into several documents.
 
     Attributes:
       sha256: hash of all documents.
@@ -97,7 +97,7 @@ class Source:
         self._key = f"{self.sha256[:24]}-{'whole' if whole else f'{config.validation_fraction:g}'}"
         if config.kind != "text":
             self._key = f"{config.kind}-{self._key}"
-        # A file that is a source by itself has the same hash whether it is cut into pieces or not.
+        # The hash of a single file does not depend on `in_pieces`.
         is_whole = [[file.format for file in scan.files] == ["text"] for scan in self._scans]
         if is_whole == [True]:
             self._key = f"file-{self._key}"
@@ -105,9 +105,9 @@ class Source:
             self._key = f"files-{hashlib.sha256(bytes(is_whole)).hexdigest()[:8]}-{self._key}"
 
     def texts(self, held: bool, limit: int) -> Iterator[str]:
-        """The texts of one side in their order, or a sample of documents if they have more than `limit` bytes.
+        """Yields the texts of one split in order, or a sample of documents if they have more than `limit` bytes.
 
-        Up to 4 billion documents, their indices take 4 bytes of memory each, and twice that while they are listed.
+        For up to 4 billion documents, an index takes 4 bytes of memory, and 8 bytes while the indices are collected.
         """
         blocks, total = [], 0
         for block in self.catalog.blocks():
@@ -213,13 +213,13 @@ def trained_tokenizer(
     """The tokenizer of a config, trained on `texts`, or read from the cache if it is in it under `key`.
 
     Args:
-      at_most: if the texts do not allow `config.vocab_size` ids, take as many as they allow.
+      at_most: whether `config.vocab_size` is only an upper bound for texts that are too small.
 
     Raises:
       UserError: an unknown kind, or one that cannot be trained on these texts; a cache that cannot be written.
     """
     kind = tokenizers.get(config.kind)
-    kind_name = re.sub(r"[^\w.-]+", "_", kind.kind)  # FILE:NAME of a user's own class has others
+    kind_name = re.sub(r"[^\w.-]+", "_", kind.kind)  # a custom class has other options
     name = f"{kind_name}-{'at-most-' if at_most else ''}{config.vocab_size}-{key}-{_TOKENIZERS}"
     directory = cache / "tokenizers" / name
     if not directory.exists():

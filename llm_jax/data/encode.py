@@ -7,18 +7,18 @@
 `input`, `output`, `history`). A `system` beside them is the first message. What the assistant writes counts, unless a
 message says otherwise by `weight`, `train`, `trainable`, `loss` or `loss_mask` (0 or false).
 
-"preferences": a record has `chosen` and `rejected`, two answers to its `prompt`, and makes two examples in this order;
-prompt and answers are text or lists of messages (without a prompt, or with one that they repeat, the messages that both
-begin with are the prompt); the answers count.
+"preferences": a record has a `prompt` and two answers, `chosen` and `rejected`, and gives two examples in this order.
+Prompt and answers are text or lists of messages; if there is no prompt, or both answers repeat it, their common first
+messages are the prompt. The loss counts the answers.
 
 "labelled" is in `labelled.py`.
 
-A conversation is rendered by the chat template of the tokenizer and tokenized whole; the tokens that overlap the
-characters of an answer count. Those characters are what the template's `{% generation %}` blocks mark, or else what an
-answer adds to the text that asks for it. A record's `tools` and `documents`, and all fields of its messages, are passed
-to the template. If the template renders an answer differently once the conversation goes on, that answer makes an
-example of its own, rendered as the last message. Without a template, a prompt is followed at once by its answer,
-messages are "role: content" and an empty line each, and EOS follows what the assistant writes.
+The chat template of the tokenizer renders a conversation, which is tokenized as a whole. The loss counts the tokens
+that overlap the characters of an answer: the characters in the template's `{% generation %}` blocks, or, without such
+blocks, the text that the answer adds to the preceding conversation. The template receives `tools` and `documents` of
+the record and all fields of the messages. If the template renders an answer differently when more messages follow, the
+answer becomes a separate example, rendered as the last message. Without a template, an answer directly follows its
+prompt, messages are written as "role: content" and an empty line, and EOS follows every answer.
 """
 
 import contextlib
@@ -44,8 +44,8 @@ class TokenizedExample(NamedTuple):
 
     Attributes:
       ids: token ids.
-      mask: for each token, 1 where the loss counts it; empty where it counts all.
-      size: bytes in UTF-8 of the text that counts.
+      mask: 1 for each token that the loss counts, else 0; empty if the loss counts all tokens.
+      size: bytes in UTF-8 of the counted text.
       ends_document: False if another example of the same document follows.
     """
 
@@ -57,13 +57,13 @@ class TokenizedExample(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """How the texts of documents become examples.
+    """Converts the texts of documents to examples.
 
     Attributes:
       encode: (tokenizer, texts) -> examples, in the order of the texts.
       plain: the text of a document on which a tokenizer is trained.
-      masks: whether the loss leaves out some tokens.
-      examples: examples of one document; at least so many where a template needs more.
+      masks: whether the loss ignores some tokens.
+      examples: number of examples of one document; a template may need more.
     """
 
     encode: Callable[[Tokenizer, Iterable[str]], Iterator[TokenizedExample]]
@@ -121,22 +121,22 @@ def _from_sharegpt(turns: list[Any]) -> list[Any]:
 
 
 def _parsed(text: str, name: str, value: Any) -> list[Any]:
-    """A list, which tables and CSV files hold as JSON text."""
+    """Returns a list; tables and CSV files contain it as JSON text."""
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
             value = json.loads(value)
     if not isinstance(value, list):
-        raise UserError(f"the record {_head(text)}: '{name}' is no list")
+        raise UserError(f"the record {_head(text)}: '{name}' is not a list")
     return value
 
 
 def _system(text: str, record: dict[str, Any]) -> list[dict[str, Any]]:
-    """The message of the system, where a record has it beside its turns."""
+    """The system message of a record that has it outside of its turns, as a list."""
     return _messages(text, record["system"], "system") if record.get("system") else []
 
 
 def _history(text: str, record: dict[str, Any]) -> list[dict[str, Any]]:
-    """The turns before the instruction, where a record of Alpaca has them: pairs of a question and its answer."""
+    """The turns before the instruction of an Alpaca record, from its pairs of a question and an answer."""
     pairs = _parsed(text, "history", record.get("history") or [])
     if not all(isinstance(pair, list) and list(map(type, pair)) == [str, str] for pair in pairs):
         raise UserError(f"the record {_head(text)}: expected 'history' as pairs of a question and its answer")
@@ -179,7 +179,7 @@ def _conversation(
             raise UserError(f"the record {_head(text)}: '{flag}' of a message is {value!r}; expected 0 or 1")
     conversation = Conversation(messages, first, bare, tools, documents, _head(text))
     if not conversation.answers():
-        raise UserError(f"the record {_head(text)}: the loss counts no message by the assistant; leave it out")
+        raise UserError(f"the record {_head(text)}: the loss counts no message of the assistant; remove the record")
     return conversation
 
 
@@ -190,8 +190,8 @@ def _record(text: str) -> dict[str, Any]:
         record = None
     if not isinstance(record, dict):
         raise UserError(
-            f"{_head(text)} is no record; this data.kind reads JSON lines, CSV, TSV, Parquet or hf:NAME; plain text is "
-            "data.kind=text"
+            f"{_head(text)} is not a record; this data.kind reads JSON lines, CSV, TSV, Parquet or hf:NAME; plain text "
+            "needs data.kind=text"
         )
     return record
 
@@ -266,7 +266,7 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def templated_example(tokenizer: Any, text: ChatText) -> TokenizedExample:
-    """The tokens of a text of a chat template; those that overlap an answer count."""
+    """The tokens of a rendered text; the loss counts tokens that overlap an answer."""
     ids, offsets = tokenizer.encode_chat(text.text), tokenizer.chat_offsets(text.text)
     size = sum(len(text.text[a:b].encode()) for a, b in text.answers)
     return TokenizedExample(ids, _mask(offsets, text.answers), size)
@@ -288,7 +288,7 @@ def plain_example(tokenizer: Tokenizer, parts: Sequence[ChatText]) -> TokenizedE
 
 
 def _mask(offsets: Sequence[Span], answers: Sequence[Span]) -> bytes:
-    """1 for every token that overlaps an answer, and for those of no width between them."""
+    """Returns 1 for every token that overlaps an answer, and for tokens of width 0 between such tokens, else 0."""
     mask = np.zeros(len(offsets), np.uint8)
     first, last = np.asarray(offsets, np.int64).reshape(-1, 2).T
     for begin, end in answers:

@@ -1,4 +1,4 @@
-"""What `data.kind` decides beside how rows are made: what reads the data, and whether few targets count."""
+"""Functions that depend on `data.kind`: opening the data, and whether few targets are counted."""
 
 from llm_jax.data.corpus import Source
 from llm_jax.data.labelled import LabelledSource
@@ -10,10 +10,10 @@ AnySource = Source | LabelledSource
 
 
 def open_source(config: DataConfig, whole: bool = False, in_pieces: bool = True) -> AnySource:
-    """The documents, records or labelled texts of a data config, scanned once and remembered.
+    """Opens the documents, records or labelled texts of a data config; their scan is cached.
 
     Args:
-      whole: hold everything out and train on nothing, for data that is only evaluated on.
+      whole: whether all data is held out, for evaluation only.
       in_pieces: see `corpus.Source`.
 
     Raises:
@@ -26,5 +26,5 @@ def open_source(config: DataConfig, whole: bool = False, in_pieces: bool = True)
 
 
 def is_sparse(config: DataConfig) -> bool:
-    """Whether few targets of a row count, because they are answers."""
+    """Whether few targets of a row are counted, because only answers are targets."""
     return config.kind != "text"

@@ -4,8 +4,8 @@ A record (a line of JSON lines, a row of CSV, TSV, Parquet or a data set of `dat
 `data.labelled` names their fields. The label is one of `choices`, the index of one, or a rating, which `thresholds`
 divide. Records without text, and texts that occur again, are left out.
 
-The splits depend on the texts alone, not on their order: in the order of the SHA-256 of the text, the first examples
-are the test split, the next ones the validation split, and those after them are trained on.
+The splits depend on the texts, not on their order. The examples are sorted by the SHA-256 of the text; the first are
+the test split, the next the validation split, and the rest the training split.
 
 Where the tokenizer has a chat template, an example is a conversation: the question is the system message, the text the
 user's and the answer the assistant's. Otherwise it is `template`, a space and the answer. Only the answer is a target.
@@ -35,7 +35,7 @@ from llm_jax.schema import DataConfig, LabelledConfig, TokenizerConfig
 from llm_jax.tokenizers import Tokenizer
 
 _FORMAT = 2  # of the token cache; part of its key
-_MARK = "\N{SYMBOL FOR NULL}"  # stands for the text while the chat template is rendered; in no template
+_MARK = "\N{SYMBOL FOR NULL}"  # placeholder of the text while the chat template is rendered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +113,7 @@ def _rating(label: Any, catalog: Catalog, index: int) -> float:
 
 
 def _choices(labels: Iterable[Any]) -> tuple[str, ...]:
-    """The labels that occur, numbers in their order and other labels in alphabetical order."""
+    """The labels in the data: numbers in numerical order, other labels in alphabetical order."""
     names = {_name(label) for label in labels}
     if all(name.lstrip("-").isdigit() for name in names):
         return tuple(sorted(names, key=int))
@@ -147,7 +147,7 @@ class Prompts:
       shots: examples with their answers that come before the question (few-shot prompting).
 
     Attributes:
-      answers: token ids of each choice, with what ends an answer.
+      answers: token ids of each choice, with the tokens that end an answer.
 
     Raises:
       UserError: a template without {text}, or two choices with the same token ids.
@@ -182,15 +182,15 @@ class Prompts:
             )
 
     def question(self, example: LabelledText) -> list[int]:
-        """The token ids up to where the answer begins."""
+        """The token ids before the answer."""
         return self.encode(example)[0]
 
     def answer(self, example: LabelledText) -> list[int]:
-        """The token ids of the right answer, with what ends it."""
+        """The token ids of the correct answer, with the tokens that end it."""
         return self.encode(example)[1]
 
     def encode(self, example: LabelledText) -> tuple[list[int], list[int]]:
-        """The token ids up to where the answer begins, and those of the right answer.
+        """Returns the token ids before the answer, and the token ids of the correct answer.
 
         Raises:
           UserError: the text changes the ids of the answer, so that they are not in `answers`.
@@ -221,7 +221,7 @@ class Prompts:
         return _ended(list(ids), mask.index(1), self._tokenizer.eos)
 
     def _is_plain(self, text: str) -> bool:
-        """Whether a text holds no name of a special token."""
+        """Whether a text contains no name of a special token."""
         return self._tokenizer.encode_chat(text) == self._tokenizer.encode(text)
 
 
@@ -245,7 +245,7 @@ def _prompt_parts(options: LabelledConfig, choices: tuple[str, ...]) -> tuple[st
 def _rendered(
     special: dict[str, Any], question: str, shots: Sequence[tuple[str, str]], choices: Sequence[str]
 ) -> list[ChatText]:
-    """For each choice the conversation that it answers, with `_MARK` in the place of the text."""
+    """Returns, for each choice, the conversation with this answer and `_MARK` as the text."""
     turns: list[Message] = []
     for text, answer in shots:
         turns += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
@@ -284,7 +284,7 @@ class LabelledSource:
     """The examples of a data config of the kind "labelled"; it is used like `corpus.Source`.
 
     Args:
-      whole: put everything in the test and validation splits and train on nothing, for data that is only evaluated on.
+      whole: whether all examples are in the test and validation splits, for evaluation only.
 
     Attributes:
       choices: the possible answers.
@@ -360,12 +360,12 @@ class LabelledSource:
         return dataclasses.replace(corpus_lib.open_split(directory / part)[0], choices=choices)
 
     def compressed_bits_per_byte(self) -> dict[str, float]:
-        """Empty: the bits per byte of answers are not comparable with those of a compressed text."""
+        """Returns {}, because bits per byte of answers are not comparable with compressed text."""
         return {}
 
 
 def _size(size: float, total: int) -> int:
-    """The number of examples that a number, or a share below 1, stands for; of a share, at least one."""
+    """Converts a number of examples, or a share below 1, to a number of examples; a share gives at least one."""
     return int(size) if size >= 1 or not size else max(1, round(size * total))
 
 

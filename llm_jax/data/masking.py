@@ -1,8 +1,8 @@
 """Rows for masked language modelling (Devlin et al. 2019, BERT, arXiv:1810.04805, section 3.1).
 
-`loss.masked` names the units that are chosen with the probability `loss.mask_prob`: single "tokens", or "words" with
-all of their tokens. Of the chosen tokens, 80 % become the mask token, 10 % a random token, and 10 % stay; they are the
-only targets. BOS, EOS and the unknown token are never chosen.
+`loss.masked` selects the units that are masked with probability `loss.mask_prob`: single "tokens", or whole "words". Of
+the selected tokens, 80 % are replaced by the mask token and 10 % by a random token; 10 % are unchanged. Only selected
+tokens are targets. BOS, EOS and the unknown token are never selected.
 """
 
 import dataclasses
@@ -78,7 +78,7 @@ def _in_word(character: str) -> bool:
 class Masked:
     """Rows whose inputs are masked tokens, and whose targets are the tokens at the same positions.
 
-    The masked positions are a function of (seed, index), so that they differ whenever a row comes again in a stream.
+    The masked positions are a function of (seed, index), so that they differ when a row is repeated in a stream.
 
     Attributes:
       rows: rows of the kind "text", or a stream of them.
@@ -102,7 +102,7 @@ class Masked:
 
     @property
     def bytes_per_target(self) -> float:
-        """Bytes of the whole text over the number of its tokens, which approximates that of the masked text."""
+        """Bytes of the whole text divided by the number of its tokens; approximates the value for masked tokens."""
         return self.rows.bytes_per_target
 
     def __len__(self) -> int:
@@ -124,7 +124,7 @@ class Masked:
 
 
 def hider(config: LossConfig, tokenizer: Tokenizer) -> Callable[[Any, int], Any]:
-    """A function (rows, seed) -> the rows, masked as `loss.masked` says."""
+    """Returns a function (rows, seed) -> rows masked by `loss.masked`."""
     if config.masked == "none":
         return lambda rows, seed: rows
     vocabulary = Vocabulary.of(tokenizer)

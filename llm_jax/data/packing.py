@@ -29,7 +29,7 @@ class Packing(NamedTuple):
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> Packing:
-    """Puts every example into the row with the least sufficient room, the longest first, and shuffles the rows.
+    """Packs each example, longest first, into the row with the least sufficient free space, and shuffles the rows.
 
     Args:
       lengths: int (examples,), each at least 0; examples of length 0 or longer than `capacity` are left out.
@@ -38,8 +38,8 @@ def best_fit(lengths: np.ndarray, capacity: int) -> Packing:
     fit = (lengths > 0) & (lengths <= capacity)
     order = np.argsort(np.where(fit, -lengths, 1), kind="stable")[: np.count_nonzero(fit)]
     row_of, rows = np.zeros(len(order), np.int64), 0
-    open_rows = [array.array("q") for _ in range(capacity + 1)]  # rows by the room in them
-    rooms = 0  # bit r: there is a row with room r
+    open_rows = [array.array("q") for _ in range(capacity + 1)]  # rows by free space
+    rooms = 0  # bit r: a row with free space r exists
     for position, example in enumerate(one_by_one(order)):
         length = int(lengths[example])
         if enough := rooms >> length:
@@ -51,7 +51,7 @@ def best_fit(lengths: np.ndarray, capacity: int) -> Packing:
             rows += 1
         row_of[position] = row
         open_rows[room - length].append(row)
-        rooms |= (room > length) << (room - length)  # a full row takes no more
+        rooms |= (room > length) << (room - length)  # a full row is complete
     row_of = np.random.default_rng(0).permutation(rows)[row_of]
     starts = np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=rows))])
     return Packing(order[np.argsort(row_of, kind="stable")], starts)

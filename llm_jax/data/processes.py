@@ -75,6 +75,6 @@ def _begin() -> None:
 
 
 def _end_with(parent: Any) -> None:
-    """Ends this process with its parent, which cannot end it when it is killed."""
+    """Ends this process when its parent ends, even if the parent was killed."""
     parent.join()
     os._exit(1)

@@ -18,7 +18,7 @@ from llm_jax.data.records import Scan
 from llm_jax.data.streams import decode, one_by_one, opened, plain_name, seekable
 from llm_jax.errors import UserError
 
-_PIECE = 64 * 1024  # bytes; a single text file is cut into documents of about this size
+_PIECE = 64 * 1024  # bytes; a single text file is split into documents of about this size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,9 +73,9 @@ def _read_text(path: str, field: str, starts: np.ndarray, sizes: np.ndarray) -> 
 
 
 def _scan_pieces(path: str, field: str) -> Scan:
-    """Cuts at line breaks, into documents of about 64 KiB, or into about fifty if the file is smaller.
+    """Splits at line breaks into documents of about 64 KiB, or into about fifty if the file is smaller.
 
-    Documents have 1 KiB at least, or 64 bytes in a file of 1 KiB or less, so that a part of it can be held out.
+    Documents have at least 1 KiB, or 64 bytes in a file of up to 1 KiB, so that a part of the file can be held out.
 
     The documents of an uncompressed file are in the order of their starts as text ("0", "1024", "131072", "2048") );
     those of a compressed one, which is read from its beginning only, in their own.

@@ -10,10 +10,10 @@ from llm_jax.tokenizers import Tokenizer
 
 
 def segments(row: dict[str, np.ndarray], masked: bool = False) -> Iterator[list[tuple[int, bool]]]:
-    """The tokens of each segment of a row, and whether each counts as a target. Padding is left out.
+    """Returns the tokens of each segment of a row, and whether each token is a counted target. Padding is omitted.
 
     Args:
-      masked: targets are the tokens at the places of the inputs, not those after them.
+      masked: whether targets are the tokens at the positions of the inputs instead of the next tokens.
     """
     for segment in range(1, int(row["segments"].max()) + 1):
         where = np.flatnonzero(row["segments"] == segment)
@@ -28,12 +28,12 @@ def segments(row: dict[str, np.ndarray], masked: bool = False) -> Iterator[list[
 
 
 def lines(tokenizer: Tokenizer, tokens: list[tuple[int, bool]], colours: tuple[str, str]) -> Iterator[str]:
-    """Tokens as text, a line for every line and every change from what counts to what does not.
+    """Formats tokens as text, with a new line for every line break and every change between counted and other tokens.
 
     Tokens that decode to nothing, such as special tokens, are shown by their names, and newlines as "↵".
 
     Args:
-      colours: what is written before text that counts, and that does not; "": no colours.
+      colours: escape codes before counted and before other text; "": no colours.
     """
     for counts, run in itertools.groupby(tokens, lambda token: token[1]):
         text = ""

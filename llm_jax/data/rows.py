@@ -107,7 +107,7 @@ class Rows:
 
 
 class _Examples:
-    """The base of rows of examples: an example is never cut, and has a segment and positions of its own."""
+    """Base class of rows of examples. An example is never split, and has its own segment and positions."""
 
     split: Split
     seq_len: int
@@ -259,7 +259,7 @@ class Shuffled:
     seed: int
 
     def __post_init__(self) -> None:
-        self.rows.full  # noqa: B018 (raises where there is none)
+        self.rows.full  # noqa: B018 (raises if there is no full row)
 
     @functools.cached_property
     def order(self) -> grain.MapDataset:
@@ -328,7 +328,7 @@ def training(config: Config, corpus: Corpus) -> Shuffled | Mixed:
 
 
 def held_out(config: DataConfig, corpus: Corpus, seq_len: int) -> tuple[AnyRows | None, dict[str, AnyRows]]:
-    """(the held-out rows or None, those of each source by name if there are several and the source has any)."""
+    """Returns (held-out rows or None, {source: held-out rows} if there are several sources)."""
     parts: dict[str, AnyRows] = {}
     if not len(corpus.validation.tokens):
         return None, parts

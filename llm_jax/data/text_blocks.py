@@ -10,7 +10,7 @@ _BLOCK = 2**20
 
 
 def texts(paths: Sequence[pathlib.Path], limit: int) -> Iterator[str]:
-    """The text of files in blocks of a MiB, cut between characters; of more than `limit` bytes, a fair draw of blocks.
+    """Yields the text of files in blocks of a MiB; beyond `limit` bytes, a uniform random sample of blocks.
 
     Raises:
       UserError: a file that cannot be read or is not UTF-8.
@@ -35,6 +35,6 @@ def texts(paths: Sequence[pathlib.Path], limit: int) -> Iterator[str]:
 
 
 def _boundary(block: bytes, place: int) -> int:
-    """The first place from `place` on, at most three bytes later, at which a character may begin."""
+    """The first position from `place` on, at most three bytes later, at which a character may begin."""
     after = range(place, min(place + 3, len(block)))
     return next((i for i in after if block[i] & 0xC0 != 0x80), min(place + 3, len(block)))

@@ -20,7 +20,7 @@ _MARKS = re.compile(r"'{2,}|^=+.*?=+\s*$", re.MULTILINE)
 
 
 def articles(path: pathlib.Path) -> Iterator[str]:
-    """Yields the text of each article, one paragraph a line; redirects and pages of other name spaces are left out.
+    """Yields the text of each article, one paragraph per line, without redirects and pages of other name spaces.
 
     Raises:
       UserError: the file cannot be read, or is not a Wikipedia dump.

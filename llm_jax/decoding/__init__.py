@@ -1,1 +1,1 @@
-"""From logits to text."""
+"""Decoding: samplers, beam search, contrastive search and speculative decoding."""

@@ -1,8 +1,8 @@
 """Beam search, plain and diverse, for prompts of any lengths.
 
-The K beams of each of G groups advance together as B G K rows of one cache. Ended hypotheses stand in a pool of K per
-group, ranked by log-probability / length^penalty, EOS counted. As in transformers, only the K best candidates of a
-step may end; the ones behind them replace those that did, so that K hypotheses go on.
+The K beams of each of G groups advance together as B G K rows of one cache. Each group has a pool of K ended
+hypotheses, ranked by log-probability / length^penalty, where the length includes EOS. As in transformers, only the K
+best candidates of a step may end; the next best candidates replace them, so that K hypotheses continue.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ class Beam:
 
     Attributes:
       generated: its tokens.
-      score: log-probability / length^penalty, under what the filters leave.
+      score: log-probability / length^penalty, under the filtered distribution.
     """
 
     generated: Generated
@@ -44,8 +44,8 @@ class Hypotheses:
     """Token sequences and their log-probabilities.
 
     Attributes:
-      total: float32 (B, G, K), log-probability of a sequence under what the filters leave; -inf for an empty place.
-      rank: float32 (B, G, K), total / length^penalty; -inf for an empty place.
+      total: float32 (B, G, K), log-probability of a sequence under the filtered distribution; -inf for an empty slot.
+      rank: float32 (B, G, K), total / length^penalty; -inf for an empty slot.
       ids: int32 (B, G, K, N).
       logs: float32 (B, G, K, N), log-probability of each token under the model itself.
       length: int32 (B, G, K).
@@ -64,10 +64,10 @@ class BeamState:
     """The carry of the loop.
 
     Attributes:
-      cache, history: of R rows.
-      logits: (R, V), of the next token.
-      time: int32 (), tokens of every running hypothesis.
-      running, ended: the hypotheses that go on, and the pool of those that ended.
+      cache, history: cache and tokens of R rows.
+      logits: (R, V), logits of the next token.
+      time: int32 (), number of tokens of every running hypothesis.
+      running, ended: the running hypotheses, and the pools of ended hypotheses.
       closed: bool (B,), rows whose pool was final before the last step.
     """
 
@@ -83,10 +83,10 @@ class BeamState:
 @trees.register
 @dataclasses.dataclass(frozen=True)
 class BeamSettings:
-    """Numbers of the search; changing them does not recompile.
+    """Numeric settings of the search; changing them does not recompile.
 
     Attributes:
-      early_stop: the place in `options.EARLY_STOP` (False, True, "never").
+      early_stop: index into `options.EARLY_STOP` (False, True, "never").
       limit: max_new_tokens.
     """
 
@@ -108,7 +108,7 @@ def search(
 ) -> list[list[Beam]]:
     """The `options.n` best hypotheses of a beam search for every prompt, best first.
 
-    Args and errors are those of `loop.generate`. Of the options, those of the beam search and the penalties apply.
+    For arguments and errors, see `loop.generate`. Only the options for beam search and penalties are used.
     """
     groups, limit = options.beam_groups, options.max_new_tokens
     model, params = loop.unrolled(model, params)
@@ -128,7 +128,7 @@ def search(
         if int(state.time) < limit and bool(jnp.all(_closed(state, beams))):
             break
     else:
-        state = _end(state, beams, jnp.isfinite(state.running.total))  # what is still running ends at its length
+        state = _end(state, beams, jnp.isfinite(state.running.total))  # running hypotheses end at the maximum length
     return _results(jax.device_get(state.ended), np.asarray(settings.eos), options, stop)
 
 
@@ -152,7 +152,7 @@ def _start(
         jnp.zeros((*shape, room), jnp.float32),
         jnp.zeros(shape, jnp.int32),
     )
-    first = dataclasses.replace(empty, total=empty.total.at[..., 0].set(0.0))  # one hypothesis, the empty one
+    first = dataclasses.replace(empty, total=empty.total.at[..., 0].set(0.0))  # a single, empty hypothesis
     history = History(jnp.pad(prompts_BP, ((0, 0), (0, room))), lengths, lengths)
     every = jnp.repeat(jnp.arange(b), groups * beams)  # the row of the prompt that each beam copies
     logits = loop.last_logits(model, params, x_BPD, lengths)
@@ -200,12 +200,12 @@ def _advance(
             _gather(s.running.logs, parent).at[..., s.time].set(logs),
             jnp.broadcast_to(s.time + 1, token.shape),
         )
-        # Only the best `width` candidates may end: an unlikely EOS behind them is no hypothesis.
+        # Only the best `width` candidates may end.
         ends = is_eos & (jnp.arange(token.shape[-1]) < width) & ~closed[:, None, None]
         ended = _merge(s.ended, dataclasses.replace(candidates, rank=jnp.where(ends, candidates.rank, -jnp.inf)))
         taken = jnp.stack([_first(~is_eos[:, g], width) for g in range(groups)], 1)
         running = jax.tree.map(lambda x: _gather(x, taken), candidates)
-        # Where fewer than K candidates go on, ended ones fill the places; they count as empty.
+        # If fewer than K candidates continue, ended candidates fill the slots and are treated as empty.
         running = dataclasses.replace(running, total=jnp.where(_gather(is_eos, taken), -jnp.inf, running.total))
         first_row = jnp.arange(b * groups).reshape(b, groups, 1) * width
         rows = (first_row + jnp.take_along_axis(parent, taken, -1)).reshape(-1)
@@ -234,7 +234,7 @@ def _closed(s: BeamState, beams: BeamSettings) -> jax.Array:
     hope = jnp.max(s.running.total, -1) / length**beams.length_penalty
     worst = jnp.min(s.ended.rank, -1)
     final = jnp.isfinite(worst) & ((jnp.asarray(beams.early_stop) == 1) | (hope <= worst))
-    final |= jnp.all(jnp.isneginf(s.running.total), -1)  # nothing is left to run
+    final |= jnp.all(jnp.isneginf(s.running.total), -1)  # no running hypothesis is left
     return s.closed | jnp.all(final, -1)
 
 
@@ -256,7 +256,7 @@ def _merge(ended: Hypotheses, others: Hypotheses) -> Hypotheses:
 
 
 def _gather(array: jax.Array, index: jax.Array) -> jax.Array:
-    """Entries of (B, G, K, ...) at places int32 (B, G, M): (B, G, M, ...)."""
+    """Selects the entries of (B, G, K, ...) at the indices int32 (B, G, M): (B, G, M, ...)."""
     return jax.vmap(jax.vmap(lambda x, i: x[i]))(array, index)
 
 
@@ -274,7 +274,7 @@ def _results(ended: Hypotheses, eos: np.ndarray, options: DecodingOptions, stop:
         beams = []
         for i in np.argsort(-rank, kind="stable")[: options.n]:
             if not np.isfinite(rank[i]):
-                continue  # fewer hypotheses exist than asked for
+                continue  # fewer hypotheses exist than requested
             tokens, n = ids[i, : lengths[i]].tolist(), int(lengths[i])
             at_eos = bool(tokens[-1] in eos)
             reason = "eos" if at_eos else "stop" if stop and stop(row, tokens, n - 1) is not None else "length"

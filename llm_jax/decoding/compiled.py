@@ -1,4 +1,4 @@
-"""Compiled functions of models, of which only those of the last few models stay in memory."""
+"""A `jit` decorator that keeps the compiled functions of only the last few models in memory."""
 
 import functools
 from collections.abc import Callable
@@ -12,8 +12,8 @@ _MODELS = 8  # models whose compiled functions are kept
 def jit(*, static: tuple[int, ...] = (), donate: tuple[int, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
     """A decorator like `jax.jit` for functions (model, *arguments) of modules, with the model as a static argument.
 
-    `jax.jit` keeps the compiled code of all models for as long as the process lives, which in a sweep over geometries
-    are many. This decorator compiles one function per model and drops the least recently used.
+    `jax.jit` keeps the compiled code of all models, for example of all geometries of a sweep. This decorator keeps one
+    compiled function per model and drops the least recently used.
 
     Args:
       static: which arguments after the model are static, from 0.

@@ -1,4 +1,4 @@
-"""Continues texts by the method that the options ask for: the library call behind `generate`."""
+"""Continues texts with the decoding method of the options; the function behind the command `generate`."""
 
 import dataclasses
 import functools
@@ -24,9 +24,9 @@ class Completion:
     """One continuation.
 
     Attributes:
-      text: what it adds to the prompt's text, without EOS and stop string.
+      text: the generated text, without the prompt, EOS and stop string.
       generated: its token ids and their log-probabilities.
-      score: of a beam, log-probability / length^penalty; None for other methods.
+      score: log-probability / length^penalty of a beam; None for other methods.
     """
 
     text: str
@@ -47,20 +47,20 @@ def complete(
     cancel: Callable[[], Any] | None = None,
     prefix: Prefix | None = None,
 ) -> list[list[Completion]]:
-    """`options.n` continuations of every prompt; beams best first.
+    """Generates `options.n` continuations of every prompt; beams are sorted, best first.
 
     Args:
       params: in the layout of `model.config`.
       prompts: texts, or lists of token ids.
-      draft: the model that `options.draft` names and its parameters; it has the same tokenizer.
-      show: called with (row, text) when more text of a row is certain; row i * n + j is continuation j of prompt i.
-        The texts of a row, joined, are the text of its completion.
-      cancel: with `show`: called after every token; a true value ends the texts where they are.
-      prefix: for one continuation of one prompt: the cache of the request before, whose first tokens are not prefilled
-        again, and after this request that of this one. Methods that do not draw token by token ignore it.
+      draft: the draft model of `options.draft` and its parameters; it has the same tokenizer.
+      show: called with (row, text) when more text of a row is final; row i * n + j is continuation j of prompt i. The
+        concatenated texts of a row are the text of its completion.
+      cancel: with `show`: called after every token; if it returns a true value, generation stops.
+      prefix: for one continuation of one prompt: the cache of the previous request, whose common prefix is not
+        prefilled again. It is updated by this request. Methods that do not sample token by token ignore it.
 
     Raises:
-      UserError: options that are out of range, contradict each other, or cannot be met.
+      UserError: options are out of range, contradict each other, or are not supported by the model.
     """
     if isinstance(prompts, str) or any(not isinstance(prompt, str | Sequence) for prompt in prompts):
         raise UserError("prompts is a single prompt; expected a list of texts or of lists of token ids")
@@ -74,7 +74,7 @@ def complete(
     common: dict[str, Any] = {"eos": eos_ids(tokenizer, options), "vocab_size": vocab}
     if options.method == "beam":
         if show:
-            raise UserError("a beam search has no text before its end; leave --stream out")
+            raise UserError("--beams has no text before the search ends; omit --stream")
         common["stop"] = stops.stop_fn(tokenizer, options.stop, options.max_new_tokens, ids)
         completions = []
         for prompt, beams in zip(ids, beam.search(model, params, ids, options, **common), strict=True):
@@ -122,19 +122,19 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
 
 
 def eos_ids(tokenizer: Tokenizer, options: DecodingOptions) -> list[int]:
-    """The ids that end a text."""
+    """The token ids that end a text."""
     return [] if options.ignore_eos else list(dict.fromkeys([*options.eos, *tokenizers.eos_ids(tokenizer)]))
 
 
 def fit(model: Transformer, ids: list[int], options: DecodingOptions) -> list[int]:
-    """The prompt, cut at the end that `options.truncate` names so that the continuation fits into the context.
+    """Returns the prompt, truncated on the side `options.truncate` so that the continuation fits into the context.
 
     Raises:
-      UserError: an id that the model lacks, or a prompt that does not fit and may not be cut.
+      UserError: an id outside the model's vocabulary, or a too long prompt without `options.truncate`.
     """
     vocab = model.config.vocab_size
     if any(not 0 <= i < vocab for i in ids):
-        raise UserError(f"the prompt has a token that the model lacks (its ids end at {vocab - 1})")
+        raise UserError(f"the prompt has a token outside the model's vocabulary (its ids end at {vocab - 1})")
     bounds = [b for b in (options.context, positions.make(model.config).max_length()) if b]
     room = min(bounds, default=len(ids) + options.max_new_tokens) - options.max_new_tokens
     if len(ids) <= room:
@@ -150,7 +150,7 @@ def fit(model: Transformer, ids: list[int], options: DecodingOptions) -> list[in
 
 
 def note_length(model: Transformer, prompts: Sequence[Sequence[int]], options: DecodingOptions) -> None:
-    """Prints a line on stderr, once, where prompt and continuation may exceed the positions of the model.
+    """Prints a note on stderr, once, if prompt and continuation may exceed the maximum length of the model.
 
     Their number is `model.position.max_length`, in other software max_position_embeddings or context_length. Rotary
     positions are computed beyond the length of training. A table of learned positions ends there (`fit`), and the other

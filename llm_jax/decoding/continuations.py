@@ -1,4 +1,4 @@
-"""The rows of a request on the host: where a row ends, and what is read from the state of a decoding loop."""
+"""Runs a decoding loop from the host: the ends of rows, and the results in the state of the loop."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import numpy as np
 
 _CHUNK = 16  # tokens between two checks for stop strings
 
-# (row, its generated ids, how many of them were checked before) -> how many ids to keep if the row ends, else None.
+# (row, its generated ids, number of ids checked before) -> number of ids to keep if the row ends, else None.
 StopFn = Callable[[int, list[int], int], int | None]
 
 
@@ -40,7 +40,7 @@ def run(
     stop: StopFn | None,
     watch: Callable[[list[Generated]], Any] | None,
 ) -> list[Generated]:
-    """Runs the loop to its end, and pauses it where `stop` or `watch` must see the rows (see `loop.generate`).
+    """Runs the loop to its end, and pauses it whenever `stop` or `watch` must be called (see `loop.generate`).
 
     Args:
       step: (state, until) -> the state with `until` tokens, or with all rows done. A state has the last six
@@ -48,7 +48,7 @@ def run(
       eos: int32 (E,), the ids that end a row.
     """
     pause = 1 if watch else _CHUNK if stop else max_new_tokens
-    stopped_at: dict[int, int] = {}  # row -> how many ids it keeps
+    stopped_at: dict[int, int] = {}  # row -> number of ids to keep
     checked = np.zeros(len(state.done), np.int64)
     for until in (*range(pause, max_new_tokens, pause), max_new_tokens):
         state = step(state, until)
@@ -71,7 +71,7 @@ def results(state: Any, eos: jax.Array, stopped_at: dict[int, int]) -> list[Gene
     Args:
       state: a state of `run`.
       eos: int32 (E,), the ids that end a row.
-      stopped_at: for the rows that a stop string ended, how many ids they keep.
+      stopped_at: {row that a stop string ended: number of ids to keep}.
     """
     eos_ids = set(np.asarray(eos).tolist())
     rows = []

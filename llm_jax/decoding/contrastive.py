@@ -1,7 +1,7 @@
 """Contrastive search (Su et al. 2022, arXiv:2202.06417): likely tokens whose features differ from the context's.
 
-Each step takes, of the k most likely tokens, the one with the largest (1 - alpha) p(token) - alpha max_j cos(h, h_j)
-(equation 5), where h is the feature vector of the candidate and h_j are those of all tokens before it.
+Each step selects, among the k most likely tokens, the token with the largest (1 - alpha) p(token) -
+alpha max_j cos(h, h_j) (equation 5), where h is the feature vector of the candidate and h_j of a preceding token.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ class ContrastiveState:
     """The carry of the loop.
 
     Attributes:
-      decoding: the state of plain decoding, whose logits are those of the next token and whose cache has all tokens.
+      decoding: the state of plain decoding; its logits predict the next token, and its cache contains all tokens.
       features: float32 (B, S, D), feature vectors of the tokens so far, normalized to length 1.
     """
 
@@ -50,7 +50,7 @@ def search(
     stop: StopFn | None = None,
     watch: Callable[[list[Generated]], None] | None = None,
 ) -> list[Generated]:
-    """Continues every prompt. The other arguments and the errors are those of `loop.generate`.
+    """Continues every prompt. For other arguments and errors, see `loop.generate`.
 
     Args:
       sampler: its filters (penalties) apply before the k candidates are chosen.

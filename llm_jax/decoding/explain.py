@@ -1,4 +1,4 @@
-"""How each token was chosen: the candidates, their probabilities, and the tokens that each filter removed."""
+"""Explains sampling: the candidates of each step, their probabilities, and the tokens that each filter removed."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -19,12 +19,12 @@ from llm_jax.tokenizers.base import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class FilterEffect:
-    """What one filter removed.
+    """The tokens that one filter removed.
 
     Attributes:
-      filter: its name.
-      tokens: how many tokens it removed.
-      mass: the probability that they had before it.
+      filter: name of the filter.
+      tokens: number of removed tokens.
+      mass: total probability of the removed tokens before the filter.
     """
 
     filter: str
@@ -34,16 +34,16 @@ class FilterEffect:
 
 @dataclasses.dataclass(frozen=True)
 class ExplainedStep:
-    """How one token was chosen.
+    """One sampling step.
 
     Attributes:
-      chosen: its id.
-      candidates: the most likely ids under the model, the chosen one included.
-      model: their probabilities under the model itself.
-      final: their probabilities in the distribution that was drawn from; 0 for removed tokens.
-      stages: their probabilities under the model, then after each filter in turn: filters + 1 lists.
+      chosen: the sampled id.
+      candidates: the most likely ids under the model, including the sampled one.
+      model: probabilities of the candidates under the model itself.
+      final: probabilities of the candidates in the filtered distribution; 0 for removed tokens.
+      stages: probabilities of the candidates under the model, then after each filter: filters + 1 lists.
       removed_by: for each candidate, the filter that removed it, or "".
-      effects: what each filter removed of all tokens.
+      effects: the effect of each filter on the whole vocabulary.
     """
 
     chosen: int
@@ -70,13 +70,13 @@ def explain(
 
     Args:
       prompt: token ids.
-      candidates: how many of the most likely tokens each step lists.
+      candidates: number of most likely tokens per step.
 
     Raises:
-      UserError: as `loop.generate`, or a method that does not draw token by token.
+      UserError: see `loop.generate`; or a method that does not sample token by token.
     """
     if options.method != "sample":
-        raise UserError(f"--explain shows draws and greedy decoding, not {options.method}")
+        raise UserError(f"--explain needs sampling or greedy decoding; the method is {options.method}")
     model, params = loop.unrolled(model, params)
     loop.check(model, [prompt], options.max_new_tokens, [seed])
     sampler = options.sampler()
@@ -85,7 +85,7 @@ def explain(
 
     @jax.jit
     def stages(settings: loop.DrawSettings, logits: jax.Array, history: History) -> jax.Array:
-        before = History(history.ids, history.length - 1, history.prompt)  # the last token was drawn from `logits`
+        before = History(history.ids, history.length - 1, history.prompt)  # the last token was sampled from `logits`
         return jnp.stack(settings.sampler.stages(settings.mask_padded_vocab(logits), before))[:, 0]
 
     state = loop.start(model, params, settings, [prompt], options.max_new_tokens)
@@ -99,7 +99,7 @@ def explain(
 
 
 def _step(logits: np.ndarray, names: list[str], chosen: int, greedy: bool, candidates: int) -> ExplainedStep:
-    """The step for logits (filters + 1, V): those of the model, then those after each filter."""
+    """Returns the step for logits (filters + 1, V): of the model, then after each filter."""
     probabilities = np.exp(logits - logits.max(-1, keepdims=True))
     probabilities /= probabilities.sum(-1, keepdims=True)
     removed = np.isneginf(logits)

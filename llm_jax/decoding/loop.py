@@ -107,16 +107,17 @@ def generate(
     """Continues every prompt.
 
     Args:
-      params: in the layout of `model.config`; scanned layers are unstacked first, which copies them. Where they lie
-        on a mesh, the cache is split over it by heads and rows, and the text is that of one device up to rounding.
+      params: in the layout of `model.config`; scanned layers are unstacked first, which copies them. If they are
+        sharded over a mesh, the cache is sharded by heads and rows, and the text equals the text of one device up to
+        rounding.
       prompts: token ids, at least one per prompt; lengths may differ.
       seeds: one per row, below 2^32, so that a row's text does not depend on the others. Default: 0, 1, ...
       eos: the ids that end a row. None: a row ends at `max_new_tokens` only.
       vocab_size: ids at or above it are never drawn (for a model whose vocabulary is padded). Default: the model's.
       alternatives: how many of the most likely tokens to record at each step.
       stop: called with the generated ids of each row; see `StopFn`.
-      watch: called with the rows so far after every token; a true value ends the rows where they are.
-      prefix: `prefix.Prefix`, for one prompt: the cache of the request before, and after this one that of this one.
+      watch: called with the rows so far after every token; if it returns a true value, all rows end.
+      prefix: `prefix.Prefix`, for one prompt: the cache of the previous request, which this request updates.
 
     Raises:
       UserError: an empty prompt, an id outside the vocabulary, max_new_tokens below 1, or a length beyond the
@@ -320,7 +321,7 @@ def bucket(length: int) -> int:
 
 
 def check(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, seeds: Sequence[int]) -> None:
-    """Raises UserError for a request that the model cannot serve."""
+    """Raises UserError for a request that the model does not support."""
     if not len(prompts):
         raise UserError("there is no prompt; expected at least one")
     if not all(len(prompt) for prompt in prompts):

@@ -41,12 +41,12 @@ def _option(
 @option_names.answers_keywords
 @dataclasses.dataclass(frozen=True)
 class DecodingOptions:
-    """How text is continued. Every default leaves its option off; `check` states the rules.
+    """Options for text generation. By default every option is off; `check` validates combinations.
 
     The metadata of a field holds its `group` of options, `about` (the help text of its flag) and its range.
     """
 
-    max_new_tokens: int = _option("stops", 128, "largest number of tokens to generate", 1)
+    max_new_tokens: int = _option("stops", 128, "maximum number of tokens to generate", 1)
     temperature: float = _option(
         "sampling", 1.0, "sampling temperature: divides the logits; 0 is greedy decoding, e.g. 0.7", 0
     )
@@ -76,8 +76,8 @@ class DecodingOptions:
     typical_p: float = _option(
         "sampling",
         1.0,
-        "locally typical sampling (Meister et al. 2023): keep the most typical tokens up to probability mass p, e.g. "
-        "0.95; 1 is off",
+        "locally typical sampling (Meister et al. 2023): keep the tokens whose surprisal is closest to the entropy, up "
+        "to probability mass p, e.g. 0.95; 1 is off",
         0,
         1,
         True,
@@ -85,65 +85,62 @@ class DecodingOptions:
     epsilon: float = _option(
         "sampling",
         0.0,
-        "epsilon sampling (Hewitt et al. 2022): keep tokens of at least this probability, e.g. 0.0003; 0 is off",
+        "epsilon sampling (Hewitt et al. 2022): keep tokens with at least this probability, e.g. 0.0003; 0 is off",
         0,
         1,
     )
     eta: float = _option(
         "sampling",
         0.0,
-        "eta sampling (Hewitt et al. 2022): as epsilon, with a threshold that falls where the entropy is high, e.g. "
+        "eta sampling (Hewitt et al. 2022): like epsilon, with a threshold that decreases with the entropy, e.g. "
         "0.0003; 0 is off",
         0,
         1,
     )
     filter: tuple[str, ...] = _option(
-        "sampling", (), "filter of your own, FILE:NAME or FILE:NAME(OPTION=VALUE), after all others; may be repeated"
+        "sampling", (), "custom filter, FILE:NAME or FILE:NAME(OPTION=VALUE), applied last; may be repeated"
     )
-    n: int = _option("output", 1, "number of continuations per prompt: draws, or the best beams with --beams", 1)
-    seed: int = _option("sampling", 0, "random seed of the draws; continuation i uses seed + i", 0, 2**32 - 1)
+    n: int = _option("output", 1, "number of continuations per prompt: samples, or with --beams the best beams", 1)
+    seed: int = _option("sampling", 0, "random seed; continuation i uses seed + i", 0, 2**32 - 1)
     repetition_penalty: float = _option(
         "penalties",
         1.0,
-        "repetition penalty (Keskar et al. 2019): divide the logits of earlier tokens, prompt included, e.g. 1.2; "
+        "repetition penalty (Keskar et al. 2019): divide the logits of tokens in the prompt or continuation, e.g. 1.2; "
         "1 is off",
         0,
         open_low=True,
     )
     presence_penalty: float = _option(
-        "penalties", 0.0, "subtract this from the logit of every token that was generated before, e.g. 0.5"
+        "penalties", 0.0, "subtract this value from the logit of every token generated before, e.g. 0.5"
     )
     frequency_penalty: float = _option(
-        "penalties", 0.0, "subtract this from the logit of a token for each time it was generated, e.g. 0.5"
+        "penalties", 0.0, "subtract this value from the logit of a token for each of its occurrences so far, e.g. 0.5"
     )
     no_repeat_ngram: int = _option(
         "penalties",
         0,
-        "never repeat a sequence of this many tokens, prompt included, e.g. 3; 0 is off",
+        "never repeat an n-gram of this length from the prompt or continuation, e.g. 3; 0 is off",
         0,
         2**31 - 1,
     )
     logit_bias: tuple[tuple[int, float], ...] = _option(
         "penalties", (), "ID:BIAS adds a bias to the logit of a token id, e.g. 42:-5; may be repeated"
     )
-    eos: tuple[int, ...] = _option(
-        "stops", (), "token id that ends a text, besides those of the tokenizer; may be repeated"
-    )
-    ignore_eos: bool = _option("stops", False, "do not end a text at EOS, only at its length and at stop strings")
+    eos: tuple[int, ...] = _option("stops", (), "additional token id that ends a text; may be repeated")
+    ignore_eos: bool = _option("stops", False, "do not end a text at end-of-text tokens")
     stop: tuple[str, ...] = _option(
         "stops",
         (),
-        "stop string: ends a text and is left out of it; the name of a special token stops at that token; may be "
-        "repeated",
+        "string, or name of a special token, that ends a text and is removed from it; may be repeated",
     )
     alternatives: int = _option(
-        "output", 0, "number of most likely tokens whose log-probabilities --json prints at each step, e.g. 5", 0
+        "output", 0, "with --json: print the log-probabilities of this many most likely tokens per step, e.g. 5", 0
     )
     context: int = _option(
-        "stops", 0, "largest number of tokens of prompt and continuation; 0: as many as the model has positions", 0
+        "stops", 0, "maximum number of tokens of prompt and continuation; 0: the maximum length of the model", 0
     )
     truncate: str = _option(
-        "stops", "", "end at which a prompt too long for the context is cut, left or right; empty: it is refused"
+        "stops", "", "side on which a too long prompt is truncated, left or right; empty: a too long prompt is an error"
     )
     beams: int = _option("search", 1, "beam search: number of beams, e.g. 4; 1 is off", 1)
     length_penalty: float = _option(
@@ -152,15 +149,15 @@ class DecodingOptions:
     early_stop: bool | str = _option(
         "search",
         False,
-        "beam search: true ends as soon as all beams have ended; false also when the best running beam, at its "
-        "present length, ranks below the ended ones; never only when no running beam can still rank above them",
+        "beam search: true stops when --beams texts have ended; false also requires that the best running beam, at its "
+        "current length, scores below them; never stops only when no running beam can reach a better score",
     )
     beam_groups: int = _option("search", 1, "diverse beam search (Vijayakumar et al. 2016): number of groups", 1)
     diversity: float = _option(
         "search",
         0.0,
-        "diverse beam search: subtract this from a token's score for each beam of earlier groups that chose it, "
-        "e.g. 0.5",
+        "diverse beam search: subtract this value from the score of a token for each beam of earlier groups that "
+        "selected it, e.g. 0.5",
         0,
     )
     contrastive: float = _option(
@@ -179,7 +176,7 @@ class DecodingOptions:
 
     @property
     def method(self) -> str:
-        """The one of `METHODS` that the options ask for."""
+        """The decoding method: "beam", "contrastive", "speculative" or "sample"."""
         if self.beams > 1:
             return "beam"
         if self.contrastive:
@@ -191,7 +188,11 @@ class DecodingOptions:
         return {f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
 
     def check(self, vocab_size: int) -> None:
-        """Raises UserError for an option out of its range, or one that has no effect beside the others."""
+        """Validates the options.
+
+        Raises:
+          UserError: an option is out of range, contradicts another option, or has no effect.
+        """
         for field in dataclasses.fields(self):
             value, low, high = getattr(self, field.name), field.metadata["low"], field.metadata["high"]
             if isinstance(value, int | float) and not isinstance(value, bool):
@@ -224,27 +225,28 @@ class DecodingOptions:
         if self.early_stop not in EARLY_STOP:
             raise UserError(f"--early_stop={self.early_stop}; expected true, false or never")
         if "" in self.stop:
-            raise UserError("--stop='' would end every text at once; leave it out")
+            raise UserError("--stop='' would end every text immediately; expected a non-empty string")
         self._check_together()
 
     def _check_together(self) -> None:
         changed = self.changed()
         filters = changed & {"top_p", "min_p", "typical_p", "epsilon", "eta"}
         if self.temperature == 0 and (unused := filters | (changed & {"top_k"} if not self.contrastive else set())):
-            raise UserError(f"--temperature=0 is greedy and leaves nothing for {_flags(unused)} to choose from")
+            raise UserError(f"--temperature=0 is greedy; {_flags(unused)} would have no effect")
         if self.temperature == 0 and self.method == "sample" and self.n > 1:
             raise UserError(
-                f"--temperature=0 is greedy and gives the same text --n={self.n} times; draw, or use --beams"
+                f"--temperature=0 is greedy and would repeat the same text --n={self.n} times; raise --temperature, or "
+                "use --beams"
             )
         methods = changed & {"beams", "contrastive", "draft"}
         if len(methods) > 1:
-            raise UserError(f"{_flags(methods)} are different ways to decode; choose one")
+            raise UserError(f"{_flags(methods)} are different decoding methods; use only one")
         for names, condition, have_effect in NEEDS:
             if (unused := changed & set(names)) and not have_effect(self):
                 raise UserError(f"--{min(unused)} has no effect where {condition}")
         if self.beams > 1:
             if unused := filters | changed & {"temperature", "top_k", "seed", "filter"}:
-                raise UserError(f"a beam search draws nothing; --beams leaves nothing for {_flags(unused)} to do")
+                raise UserError(f"--beams is deterministic; {_flags(unused)} would have no effect")
             if self.n > self.beams:
                 raise UserError(f"--n={self.n} is more than --beams={self.beams}")
             if self.beams % self.beam_groups:
@@ -255,16 +257,16 @@ class DecodingOptions:
                     f"--contrastive chooses among --top_k candidates; --top_k={self.top_k}, expected 2 or more"
                 )
             if unused := filters | changed & {"temperature", "seed", "n", "filter"}:
-                raise UserError(f"contrastive search draws nothing; it leaves nothing for {_flags(unused)} to do")
+                raise UserError(f"--contrastive is deterministic; {_flags(unused)} would have no effect")
         if self.alternatives and self.method != "sample":
-            raise UserError(f"--alternatives is for drawing and greedy decoding, not for {self.method}")
+            raise UserError(f"--alternatives needs sampling or greedy decoding; the method is {self.method}")
 
     def sampler(self, all_filters: bool = False) -> "Sampler":
-        """The chain of filters that the options ask for; temperature 0 is greedy.
+        """Returns the sampler with the filters that the options select; temperature 0 is greedy.
 
         Args:
-          all_filters: include the filters whose options are off, disabled. All samplers then differ in numbers only, so
-            that a decoder is compiled once for all options (which takes about a second longer).
+          all_filters: also include the other filters, disabled. Samplers then differ only in numbers, so that a decoder
+            is compiled once for all options (which takes about a second longer).
         """
         import jax.numpy as jnp
 
@@ -290,15 +292,15 @@ class DecodingOptions:
             (self.epsilon and not greedy, samplers.Epsilon(float(self.epsilon))),
             (self.eta and not greedy, samplers.Eta(float(self.eta))),
         ]
-        own = [samplers.own_filter(specification) for specification in self.filter]
+        custom = [samplers.own_filter(specification) for specification in self.filter]
         if all_filters:
             chain = [samplers.OptionalFilter(bool(enabled), row) for enabled, row in rows]
-            return samplers.Sampler((*chain, *own, samplers.OptionalFilter(greedy, samplers.Argmax())))
-        return samplers.Sampler((*(row for enabled, row in rows if enabled), *own), greedy)
+            return samplers.Sampler((*chain, *custom, samplers.OptionalFilter(greedy, samplers.Argmax())))
+        return samplers.Sampler((*(row for enabled, row in rows if enabled), *custom), greedy)
 
 
 def _representable(value: float) -> bool:
-    """Whether float32 logits can be combined with a number without overflow, which would draw arbitrary tokens."""
+    """Whether a number can be combined with float32 logits without overflow, which would produce arbitrary tokens."""
     return not value or _SMALLEST <= abs(value) <= _LARGEST
 
 

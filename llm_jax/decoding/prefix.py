@@ -4,8 +4,8 @@
     loop.generate(model, params, [first], sampler, max_new_tokens=8, prefix=prefix)
     loop.generate(model, params, [second], sampler, max_new_tokens=8, prefix=prefix)
 
-In this cache, the slot of a token is its position. A request that shares its first tokens with the one before writes
-the others over those that followed there; slots beyond them are masked.
+In this cache, the slot of a token is its position. A request that shares its first tokens with the previous request
+overwrites the slots after the common prefix; later slots are masked.
 """
 
 import dataclasses
@@ -28,14 +28,14 @@ from llm_jax.model.transformer import Transformer, init_cache
 
 
 class Prefix:
-    """The tokens of one row whose keys and values are cached, for requests to the same model that begin as it does.
+    """The cached keys and values of one row, for requests to the same model with a common prefix.
 
     A request with another model, or with weights that are not the same arrays (other adapters, or layers that were
     unstacked anew), reuses nothing.
 
     Attributes:
       reused: number of tokens of the last prompt that were in the cache.
-      prefilled: number of the others.
+      prefilled: number of the other tokens.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class Prefix:
         max_new_tokens: int,
         alternatives: int = 0,
     ) -> DecodingState:
-        """As `loop.start`, for one prompt. The last token of the prompt is computed in any case, for its logits."""
+        """Like `loop.start`, for one prompt. The last token of the prompt is always computed, for its logits."""
         (prompt,) = prompts
         state, self._state = self._state, None  # `_extend` donates its cache
         leaves = jax.tree.leaves(params)
@@ -84,7 +84,7 @@ class Prefix:
         return len(self._weights) == len(leaves) and all(weight() is leaf for weight, leaf in pairs)
 
     def keep(self, state: DecodingState) -> None:
-        """Keeps the state after the last token, for the next request, which takes over the memory of its cache."""
+        """Stores the state after the last token; the next request reuses the memory of its cache."""
         self._state = state
 
 
@@ -94,7 +94,7 @@ def cached_ids(state: DecodingState) -> list[int]:
 
 
 def common_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """The number of first elements that are equal."""
+    """The length of the common prefix."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
@@ -126,9 +126,9 @@ def _extend(
       room: number of tokens that can be drawn.
       cache: of one row; its slots are positions.
       history_BS: int32 (1, S), the whole prompt, padded.
-      common: int32 (), how many tokens of the cache are those of the prompt.
-      new_BP: int32 (1, P), the tokens of the prompt after them, padded.
-      count: int32 (), their number.
+      common: int32 (), length of the common prefix of the cached tokens and the prompt.
+      new_BP: int32 (1, P), the other tokens of the prompt, padded.
+      count: int32 (), number of tokens in `new_BP`.
     """
     length = common + count
     kept = jnp.arange(cache.tokens.positions.shape[1]) < common

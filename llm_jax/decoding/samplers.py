@@ -1,8 +1,8 @@
 """Samplers: (logits, keys) -> ids, as chains of filters.
 
 A filter is a frozen dataclass, (logits, history) -> logits, that removes tokens by setting their logits to -inf, or
-shifts logits. Numeric settings are pytree leaves, so that changing them does not recompile; `OptionalFilter` makes
-whether a filter applies such a setting. A chain applies in the order: penalties (`penalties.py`), temperature, top-k,
+shifts logits. Numeric settings are pytree leaves, so that changing them does not recompile; `OptionalFilter` adds such
+a setting to enable a filter. A chain applies in the order: penalties (`penalties.py`), temperature, top-k,
 top-p, min-p, typical, epsilon, eta, draw.
 """
 
@@ -27,7 +27,7 @@ class History:
     Attributes:
       ids: int32 (B, S); the first `length` of a row are its prompt and its generated tokens, without gaps.
       length: int32 (B,).
-      prompt: int32 (B,), how many of them belong to the prompt.
+      prompt: int32 (B,), number of tokens of the prompt.
     """
 
     ids: jax.Array
@@ -49,7 +49,7 @@ class OptionalFilter:
 
     Attributes:
       enabled: bool ().
-      filter: the filter; it is not computed where it does not apply.
+      filter: the filter; it is not computed if it is disabled.
     """
 
     enabled: bool | jax.Array
@@ -158,7 +158,7 @@ class Eta:
 @trees.register
 @dataclasses.dataclass(frozen=True)
 class Argmax:
-    """Keeps the most likely token alone, the first of several: drawing after it is greedy decoding."""
+    """Keeps only the most likely token (the first of equal ones), so that sampling is greedy."""
 
     def __call__(self, logits: jax.Array, history: History) -> jax.Array:
         return jnp.where(jnp.arange(logits.shape[-1]) == argmax(logits)[:, None], logits, -jnp.inf)
@@ -167,7 +167,7 @@ class Argmax:
 @trees.register
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """Applies filters, then takes the most likely token (`greedy`) or draws one with each row's own key."""
+    """Applies filters, then selects the most likely token (`greedy`) or samples one with the key of each row."""
 
     filters: tuple[Filter, ...] = ()
     greedy: bool = dataclasses.field(default=False, metadata={"static": True})
@@ -180,7 +180,7 @@ class Sampler:
         return stages
 
     def log_probabilities(self, logits: jax.Array, history: History) -> jax.Array:
-        """Log-probabilities of the distribution it draws from: float32 (B, V), -inf for removed tokens."""
+        """Log-probabilities of the filtered distribution: float32 (B, V), -inf for removed tokens."""
         last = self.stages(logits, history)[-1]
         if self.greedy:
             return jnp.where(jnp.arange(last.shape[-1]) == argmax(last)[:, None], 0.0, -jnp.inf)
@@ -213,7 +213,7 @@ def draw(logits: jax.Array, keys: jax.Array) -> jax.Array:
 
 
 def _invert(weights: jax.Array, uniform: jax.Array) -> jax.Array:
-    """The index at which the cumulative weights (B, N) pass `uniform` (B,) of their sum; never one of weight 0."""
+    """The index at which the cumulative weights (B, N) exceed the share `uniform` (B,) of their sum: int32 (B,)."""
     total = jnp.cumsum(weights, -1)
     passed = (total > uniform[:, None] * total[:, -1:]) & (weights > 0)
     last = weights.shape[-1] - 1 - jnp.argmax(weights[:, ::-1] > 0, -1)  # rounding may let none pass
@@ -221,7 +221,7 @@ def _invert(weights: jax.Array, uniform: jax.Array) -> jax.Array:
 
 
 def own_filter(specification: str) -> Filter:
-    """The filter of the user's own that `FILE:NAME(OPTIONS)` specifies.
+    """Loads the custom filter `FILE:NAME(OPTIONS)`.
 
     Raises:
       UserError: see `extensions.load`; it is not a dataclass, or JAX does not know it as a pytree.
@@ -230,7 +230,7 @@ def own_filter(specification: str) -> Filter:
     if not (isinstance(extension.target, type) and dataclasses.is_dataclass(extension.target)):
         raise extension.error("expected a dataclass, (logits, history) -> logits")
     if not any("__call__" in vars(base) for base in extension.target.__mro__):
-        raise extension.error("it is no filter; expected a method __call__(self, logits, history) -> logits")
+        raise extension.error("it is not a filter; expected a method __call__(self, logits, history) -> logits")
     new_filter = extension.call(extension.bind(extension.target))
     if jax.tree_util.all_leaves([new_filter]):
         raise extension.error("JAX does not know this dataclass; decorate it with @llm_jax.trees.register")

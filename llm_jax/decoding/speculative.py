@@ -69,9 +69,9 @@ def generate(
     stop: StopFn | None = None,
     watch: Callable[[list[Generated]], None] | None = None,
 ) -> list[Generated]:
-    """Continues every prompt as `loop.generate` does; a seed gives other draws than there, of the same distribution.
+    """Continues every prompt, with the same distribution as `loop.generate`, but other samples for the same seed.
 
-    The other arguments are those of `loop.generate`.
+    For other arguments, see `loop.generate`.
 
     Args:
       draft: the draft model and its parameters, or None for prompt look-up.
@@ -105,7 +105,7 @@ def generate(
     state = _start(model, draft_model, room, draft_tokens, params, draft_params, prompts_BP, lengths)
 
     def step(state: SpeculativeState, until: int) -> SpeculativeState:
-        rounds = jnp.int32(until if stop or watch else max_new_tokens)  # a round adds a token or more
+        rounds = jnp.int32(until if stop or watch else max_new_tokens)  # every round adds at least one token
         return _advance(model, draft_model, draft_tokens, params, draft_params, settings, state, rounds, max_new_tokens)
 
     return continuations.run(step, state, settings.eos, max_new_tokens, stop, watch)
@@ -253,7 +253,7 @@ def _propose(
 
 
 def _known(model: Transformer, ids: jax.Array) -> jax.Array:
-    """`ids` with the last id in the place of those that the model's embedding table lacks; any draft is exact."""
+    """Replaces ids outside the model's embedding table by the last id; the output is exact for any draft."""
     return jnp.minimum(ids, model.config.vocab_size - 1)
 
 

@@ -28,7 +28,7 @@ def stop_fn(
         if special_id(tokenizer, text) is not None:
             continue
         ids = tokenizer.encode(text)
-        # Vocabularies that strip the first space write it behind other text.
+        # Vocabularies that strip a leading space keep it after other text.
         if text not in tokenizer.decode(ids) and text not in tokenizer.decode(tokenizer.encode("a" + text)):
             raise UserError(f"--stop={text!r} can never occur: the tokenizer cannot write it")
         if len(ids) > max_new_tokens and len(text) > max_new_tokens * _longest(tokenizer):
@@ -36,7 +36,7 @@ def stop_fn(
     detokenizers = [detokenize.after(tokenizer, prompt) for prompt in prompts]
 
     def find(row: int, ids: list[int], checked: int) -> int | None:
-        # Every length is looked at: a stop string may be in the text of some ids and not in that of one id more.
+        # All lengths are checked, because a stop string in the text of some ids may disappear with one more id.
         for count in range(checked + 1, len(ids) + 1):
             if ids[count - 1] in special:
                 return count

@@ -1,9 +1,9 @@
-"""Measures what a model can do.
+"""Evaluation of models.
 
 tasks           examples, templates and a metric, from a JSONL file; `builtin` has three of them
 templates       examples as text: paraphrases and prompting styles, as data
-prompts         how a task is put to a model: `PromptConfig`, and its prompts as token ids
-answers         the answers of a model to a task, judged, with a resumable log
+prompts         `PromptConfig`, and the prompts of a task as token ids
+answers         the answers of a model to a task, their scores, and a resumable log
 classification  accuracy on labelled examples (`data.kind=labelled`)
 held_out        loss, perplexity and bits per byte on held-out text
 paired          several models on the same documents or examples, and intervals of their differences

@@ -1,4 +1,4 @@
-"""The answers of a model to the examples of a task, and whether they are right."""
+"""The answers of a model to the examples of a task, and whether they are correct."""
 
 import json
 import pathlib
@@ -32,7 +32,7 @@ class _Answer(NamedTuple):
 def records(
     model: Model, task: Task, config: PromptConfig, indices: Sequence[int], batch_size: int = 8
 ) -> Iterator[dict[str, Any]]:
-    """Asks the model the examples with these indices and yields one record for each, in this order.
+    """Evaluates the model on the examples with these indices and yields one record for each, in this order.
 
     Decoding is greedy. A record is {"index", "right", "prediction", "answer", "reasoning_tokens", "tokens"}, and
     "scores" where choices are scored: natural log-probabilities, divided as `config.normalize` says.
@@ -70,10 +70,10 @@ class AnswerLog:
 
     Args:
       path: the file; None: records are kept in memory only.
-      settings: what the records depend on.
+      settings: all settings that the records depend on.
 
     Raises:
-      UserError: the file holds records of other settings, is not a file of records, or cannot be written.
+      UserError: the file has records with other settings, is not a file of records, or cannot be written.
     """
 
     def __init__(self, path: pathlib.Path | None, settings: Mapping[str, Any]):
@@ -81,7 +81,7 @@ class AnswerLog:
         self._path = path
         if path is None:
             return
-        lines = path.read_text().split("\n")[:-1] if path.exists() else []  # an interruption may cut the last line
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []  # an interruption may truncate the last line
         try:
             header, *self.records = [json.loads(line) for line in lines] or [dict(settings)]
         except ValueError as error:
@@ -89,7 +89,8 @@ class AnswerLog:
         if header != dict(settings):
             other = [k for k in settings if not isinstance(header, dict) or header.get(k) != settings[k]]
             raise UserError(
-                f"--output={path} holds the records of another run ({', '.join(other)} differ); name another"
+                f"--output={path} holds the records of another run ({', '.join(other)} differ); choose "
+                "another directory"
             )
         with files.new_file(path, source=f"--output={path}:") as file:
             file.write("".join(f"{line}\n" for line in lines or [json.dumps(dict(settings))]).encode())

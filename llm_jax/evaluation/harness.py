@@ -22,8 +22,8 @@ def language_model(
     Once lm-eval has called `apply_chat_template`, contexts are rendered conversations: their special tokens become ids.
 
     Args:
-      context: tokens of a request at most, or the positions of the model if it has fewer; longer requests lose their
-        left end.
+      context: maximum number of tokens of a request, bounded by the maximum length of the model; longer requests are
+        truncated on the left.
 
     Raises:
       UserError: the package lm-eval is not installed.
@@ -116,7 +116,7 @@ def run(
 
     Args:
       path: a directory with more task files.
-      limit: examples of each task; 0: all.
+      limit: maximum number of examples per task; 0: all.
 
     Raises:
       UserError: lm-eval is not installed, has no such task, or cannot fetch its data.

@@ -15,7 +15,7 @@ from llm_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Units:
-    """What a model reaches on every unit of a data set.
+    """The results of a model on every unit of a data set.
 
     Attributes:
       values: float64 (units,): bits of each document, or 1.0 for each example that is right.
@@ -59,7 +59,7 @@ def bits_by_document(
 
 
 def compare(units: Sequence[Units], *, proportions: bool) -> list[dict[str, Any]]:
-    """The figures of each model over the units that all models measured.
+    """Returns the results of each model over the units that were measured for all models.
 
     Args:
       proportions: whether values are 0 or 1 and sizes 1.

@@ -1,4 +1,4 @@
-"""How a task is put to a model: style, template, solved examples and chat template, and the prompts as token ids."""
+"""Prompts of tasks: style, template, solved examples and chat template, and the prompts as token ids."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -21,17 +21,17 @@ NORMALIZERS = {
 
 @dataclasses.dataclass(frozen=True)
 class PromptConfig:
-    """How a task is put to a model.
+    """Options for the prompts of a task.
 
     Attributes:
       style: one of `templates.STYLES`.
       template: index of one of the task's paraphrases.
-      shots: number of solved examples; -1: the number that the style has.
+      shots: number of solved examples; -1: the default of the style.
       select, shot_seed: which solved examples, and in which order; see `templates.choose_shots`.
       chat: whether the chat template of the tokenizer renders the prompt.
       normalize: one of `NORMALIZERS`, by which log-probabilities of choices are divided.
-      context: tokens of a prompt and its answer at most; 0: the positions of the model. Longer prompts lose their left
-        end.
+      context: maximum number of tokens of a prompt and its answer; 0: the maximum length of the model. Longer prompts
+        are truncated on the left.
     """
 
     style: str = "zero_shot"
@@ -44,7 +44,7 @@ class PromptConfig:
     context: int = 0
 
     def check(self, task: Task) -> None:
-        """Raises UserError where an option is out of range for the task."""
+        """Raises UserError if an option is out of range for the task."""
         for name, value, options in (("style", self.style, STYLES), ("normalize", self.normalize, NORMALIZERS)):
             if value not in options:
                 raise UserError(f"--{name}={value}; expected one of {', '.join(options)}")

@@ -1,8 +1,8 @@
 """Low-rank adapters over frozen weights: pure functions on trees.
 
-    adapters = lora.init(key, base, config.lora)       a tree of its own, keyed by the weights it adapts
+    adapters = lora.init(key, base, config.lora)       a separate tree, keyed by the paths of the adapted weights
     trainable, fixed = lora.split(adapters, variant)   trained entries, and the rest
-    params = lora.attach(base, adapters)               parameters of the model; copies and multiplies nothing
+    params = lora.attach(base, adapters)               parameters of the model; no copies or products
     params = lora.materialize(base, adapters)          dense arrays, for any Flax model and for merging
     base = lora.unmerge(params, adapters)
     several = lora.combine(one, other); lora.mix(several, mixture)

@@ -4,7 +4,7 @@ Variants, and their entries at an adapted path besides `a`, `b` and `scale`:
 
     lora    a Gaussian, b zero: step 0 equals the base bit for bit (Hu et al. 2021, arXiv:2106.09685); under `jit`
             with `model.qk_norm` to 1e-6, where XLA sums the norms of keys in another order
-    fa      the same with a frozen, so that the backward pass saves only x a (LoRA-FA: Zhang et al. 2023,
+    fa      as lora, with a frozen, so that the backward pass saves only x a (LoRA-FA: Zhang et al. 2023,
             arXiv:2308.03303)
     dora    DoRA: magnitude (O,), trained, and squares (O,); see `weights.Decomposed`
     pissa   a b is initialized with the leading singular vectors of the weight, which `rebase` subtracts from the
@@ -40,7 +40,7 @@ PRESETS = {
     "linear": rf"{_ATTENTION}|layers/\d+/mlp/(gate|up|down)",
     "embeddings": _EMBEDDINGS,
 }
-# Names of modules in peft's target_modules, and the weights that they are here.
+# {module name in peft's target_modules: weights in llm_jax}.
 _OTHER_NAMES = {
     "all-linear": "linear",
     "q_proj": "layers/.*/query",
@@ -118,7 +118,7 @@ def _rank(name: str, shape: tuple[int, ...], target: str, rules: Any, default: i
 
 
 def _matrix(shape: Sequence[int]) -> tuple[int, int]:
-    """(I, O) of a kernel of any rank: the last axis is what comes out, the others what goes in."""
+    """(I, O) of a kernel of any rank: the last axis is the output, all others are inputs."""
     return int(np.prod(shape[:-1])), shape[-1]
 
 
@@ -146,11 +146,11 @@ def init(key: jax.Array, base: trees.Tree, config: LoraConfig, original: trees.T
       UserError: see `ranks`; or "loftq" without `original`.
     """
     if config.variant == "loftq" and original is None:
-        raise UserError("lora.variant=loftq starts from what quantization lost; set quant.scheme")
+        raise UserError("lora.variant=loftq starts from the quantization error; set quant.scheme")
     flat, originals = trees.flatten(base), trees.flatten(base if original is None else original)
     found = ranks(base, config)
     some = [name for own in found.values() for name, rank in own.items() if not rank]
-    if config.variant == "dora" and some:  # its magnitude would be trained all the same
+    if config.variant == "dora" and some:  # its magnitude would still be trained
         raise UserError(
             f"lora.targets: '{some[0]}' is left out; lora.variant=dora adapts a weight in all layers or none"
         )
@@ -262,7 +262,7 @@ def check(base: trees.Tree, adapters: trees.Tree, source: str) -> None:
     """Checks that the adapters fit the base.
 
     Args:
-      source: where the adapters come from, for the error.
+      source: name of the adapters for the error message.
 
     Raises:
       UserError: the base lacks an adapted path, an entry is missing, or the shapes of a and b do not fit.

@@ -34,7 +34,7 @@ _BLOCKS = (512, 256, 128)  # tile sizes of splash; the largest that divides the 
 def choose(
     config: ModelConfig, platform: str, q: Any, k: Any, cached: bool, devices: dict[str, int]
 ) -> tuple[str, str]:
-    """(name of the implementation, the reason against the fused one or "").
+    """Returns (name of the implementation, reason why the fused kernel is not used, or "").
 
     Args:
       platform: "cpu", "gpu" or "tpu".
@@ -53,7 +53,7 @@ def choose(
         name = next((name for name, reason in reasons.items() if not reason), "plain")
         return name, "" if name in reasons else "; ".join(f"not {n}: {r}" for n, r in reasons.items())
     reason = _unsupported(requested, config, platform, q, k, cached, devices)
-    # A model that is trained with a fused kernel is decoded with the plain one, which can read a cache.
+    # Decoding uses the plain kernel, because fused kernels cannot read a cache.
     if reason and cached:
         return "plain", f"not {requested}: {reason}"
     if reason:
@@ -90,7 +90,7 @@ def _unsupported(name: str, config: ModelConfig, platform: str, q, k, cached: bo
 
 
 def describe(config: ModelConfig, platform: str, batch: int, length: int, devices: dict[str, int]) -> str:
-    """The implementation for batches of `batch` rows of `length` tokens, with the reason against a fused one.
+    """The implementation for `batch` rows of `length` tokens, with the reason why the fused kernel is not used.
 
     Args:
       platform: "cpu", "gpu" or "tpu".
@@ -189,11 +189,11 @@ def attend_cached(
     softcap: float,
     read: Callable[[Cached], jax.Array],
 ) -> jax.Array:
-    """`attend` over a cache, by the kernel in C++ where it serves (`kernels.cpu_attention`).
+    """`attend` over a cache, with the C++ kernel if it supports the case (`kernels.cpu_attention`).
 
     Args:
       k_BSKH, v_BSKH: arrays, or int8 codes with their scales.
-      read: the array of keys or values of one of them.
+      read: function that expands `Cached` keys or values to an array.
     """
 
     def plain(q, k, v, mask, bias):
@@ -333,8 +333,8 @@ def entropy(
 ) -> jax.Array:
     """The mean entropy of the attention probabilities in nats, over rows, heads and queries: float32 ().
 
-    Queries without a key, those of padding, do not count. Of at most 64 queries, evenly spaced, so that the
-    probabilities of long rows are never formed as a whole.
+    Queries of padding are excluded. At most 64 evenly spaced queries are used, to bound the memory of the
+    probabilities.
 
     Args:
       q_BTNH, k_BSKH, mask_BTS, bias_BNTS, softcap: as in `attend`.
@@ -348,7 +348,7 @@ def entropy(
 
 
 def _scores(q, k, mask_BTS, bias_BNTS, softcap=0.0):
-    """(scores (B, K, G T, S) in float32 or wider, their derivative by q k / sqrt(H), or None where it is 1).
+    """Returns (scores (B, K, G T, S) in float32 or wider, their derivative by q k / sqrt(H), or None if it is 1).
 
     Masked entries are lowered by 1e30.
     """

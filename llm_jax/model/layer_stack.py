@@ -29,7 +29,7 @@ REMAT = {
 
 
 class Layer(Module):
-    """Attention and MLP with residual connections, and norms as `model.norm_placement` says.
+    """Attention and MLP with residual connections and norms, placed by `model.norm_placement`.
 
     If the collection `ACTIVATION_STATS` is mutable, the layer sows "rms", the root mean square of its output.
 
@@ -92,7 +92,7 @@ class Block(Module):
 
 
 class Layers(Module):
-    """All layers, scanned stage by stage or unrolled, as `model.scan_layers` says."""
+    """All layers, scanned stage by stage or unrolled, by `model.scan_layers`."""
 
     @nn.compact
     def __call__(self, x_BTD, queries, keys, bias, cache, index):

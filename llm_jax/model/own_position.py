@@ -1,4 +1,4 @@
-"""Checks the hooks of a position scheme of the user's own, from shapes alone."""
+"""Checks the hooks of a custom position scheme, from shapes alone."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from llm_jax.extensions import Extension
 
-_B, _T, _S = 2, 3, 5  # sizes of the batch, the queries and the keys that the hooks are traced with
+_B, _T, _S = 2, 3, 5  # sizes of the batch, the queries and the keys in the traces
 
 
 def check(extension: Extension, scheme: Any, head_dim: int) -> None:
@@ -18,7 +18,7 @@ def check(extension: Extension, scheme: Any, head_dim: int) -> None:
       head_dim: width of an attention head.
 
     Raises:
-      UserError: a hook raises an exception, or returns an array of another shape than `positions.Position` declares.
+      UserError: a hook raises an exception, or returns an array whose shape differs from the one in `Position`.
     """
     heads, width = scheme.config.num_heads, scheme.config.width
     dtype = scheme.config.precision.compute

@@ -1,4 +1,4 @@
-"""Position encodings. `model.position.kind` selects one, or a subclass of `Position` of the user's own (`extensions`).
+"""Position schemes. `model.position.kind` selects one, or a custom subclass of `Position` (`extensions`).
 
 A scheme is a frozen dataclass with hooks, each of which is the identity by default. Positions are int32 (B, T) and
 start at 0 in every document. Phases are computed in float32, whatever the compute dtype is.
@@ -28,8 +28,8 @@ Table = Mapping[str, Any]  # {name: weight} of the scheme
 class Position:
     """The scheme "none", and the base class whose hooks the other schemes override.
 
-    Of the hooks, `positions` and `q_positions` are int32 (B, T), `k_positions` int32 (B, S), and `table` holds the
-    weights of `declare` or, in `keys` and `values`, of `declare_layer`.
+    In all hooks, `positions` and `q_positions` are int32 (B, T), and `k_positions` is int32 (B, S). `table` contains
+    the weights of `declare`, or in `keys` and `values` the weights of `declare_layer`.
     """
 
     config: ModelConfig
@@ -80,7 +80,7 @@ class Position:
     def changes_keys(self, before: jax.Array, after: jax.Array) -> jax.Array:
         """Whether the keys of a document change when it grows from length `before` to `after`: int32 (B, T) -> bool.
 
-        The keys that are in a cache are then computed again; see `Transformer.features`.
+        Cached keys are then recomputed; see `Transformer.features`.
         """
         return jnp.zeros_like(before, bool)
 
@@ -171,9 +171,9 @@ class Rope(Position):
 class LengthDependentRope(Rope):
     """Rotary position embeddings whose frequencies depend on the length of the document: dynamic and longrope.
 
-    Where the frequencies change, so do the outputs of every layer for all earlier tokens, and with them the keys and
-    values of the next layer. A cached decoding step then equals the full forward pass only if the whole cache is
-    computed again, as transformers does for longrope (Phi-3), but not for dynamic scaling.
+    If the frequencies change, the outputs of every layer change for all earlier tokens, and so do the keys and values
+    of the next layer. Cached decoding then equals the full forward pass only if the whole cache is recomputed, which
+    transformers does for longrope (Phi-3), but not for dynamic scaling.
     """
 
     depends_on_length: ClassVar[bool] = True
@@ -320,7 +320,7 @@ def make(config: ModelConfig, kind: str = "global") -> Position:
 
 @functools.lru_cache(64)
 def _own(extension: extensions.Extension, config: ModelConfig) -> Position:
-    """The scheme of a class of the user's own, with its hooks checked."""
+    """Creates a custom scheme and checks its hooks."""
     scheme: Position = extension.call(extension.bind(extension.subclass_of(Position)), config)
     extension.call(scheme.check)
     own_position.check(extension, scheme, head_dim(config))

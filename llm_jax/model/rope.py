@@ -5,12 +5,12 @@ A scaling adapts the frequencies of a model trained on `original_length` positio
     linear   divides all frequencies by `scaling_factor` (Chen et al. 2023, arXiv:2306.15595)
     ntk      enlarges the base: the highest frequency is kept, and the lowest is divided by `scaling_factor`
              (bloc97 2023)
-    dynamic  as ntk, with a factor that grows with the sequence beyond `original_length` (emozilla 2023)
+    dynamic  like ntk, with a factor that grows with the sequence beyond `original_length` (emozilla 2023)
     yarn     keeps high frequencies, divides low ones by `scaling_factor`, interpolates between them, and scales the
              attention scores (Peng et al. 2023, arXiv:2309.00071, section 3)
-    llama3   as yarn, with an interpolation that is linear in the frequency, and without a scale of the scores
+    llama3   like yarn, with an interpolation that is linear in the frequency, and without a scale of the scores
              (code of Llama 3.1, apply_scaling)
-    longrope divides each frequency by a factor of its own, from `short_factors` in documents of up to
+    longrope divides each frequency by a separate factor, from `short_factors` in documents of up to
              `original_length` tokens and from `long_factors` in longer ones, and scales the attention scores
              (Ding et al. 2024, arXiv:2402.13753)
 """
@@ -110,7 +110,7 @@ def frequency_index(c: PositionConfig, length: jax.Array) -> jax.Array:
 
 
 def attention_factor(c: PositionConfig) -> float:
-    """Factor of rotated queries and keys: `model.position.attention_factor`, or by default that of the scaling's paper.
+    """Factor of rotated queries and keys: `model.position.attention_factor`; if it is 0, the formula of the paper.
 
     It is 0.1 ln(scaling_factor) + 1 for YaRN (arXiv:2309.00071, eq. 22), sqrt(1 + ln(scaling_factor) /
     ln(original_length)) for longrope (arXiv:2402.13753, section 3.3), and 1 for the other scalings.
@@ -149,7 +149,7 @@ def _dynamic(c: PositionConfig, width: int, length: jax.Array | None) -> jax.Arr
 
 
 def _yarn(c: PositionConfig, width: int, length: jax.Array | None) -> np.ndarray:
-    def pair_index(rotations: float) -> float:  # of the pair that makes so many rotations over original_length
+    def pair_index(rotations: float) -> float:  # index of the pair with this number of rotations over original_length
         return width * math.log(c.original_length / (rotations * 2 * math.pi)) / (2 * math.log(c.base))
 
     low, high = pair_index(c.beta_fast), pair_index(c.beta_slow)

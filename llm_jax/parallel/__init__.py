@@ -1,1 +1,1 @@
-"""Devices as a mesh, and which axis of it each weight is split over."""
+"""Device meshes, shardings, and several processes."""

@@ -1,4 +1,4 @@
-"""What cluster managers read: a batch script for Slurm, a JobSet for Kubernetes, commands for a Cloud TPU slice.
+"""Job descriptions: batch scripts for Slurm, JobSets for Kubernetes, commands for a Cloud TPU slice.
 
 Everything here is text from options. A job whose processes end with an exit code of `RESUMABLE` is started again, and
 the command resumes from its last checkpoint.
@@ -26,13 +26,13 @@ class Slurm:
     Attributes:
       name: the name of the job and of its files.
       nodes, tasks_per_node: processes of the command; JAX gives each task one GPU of its node.
-      cpus_per_task, gpus_per_node: what is reserved; 0: the default of the cluster.
-      time: the time limit, such as "2-00:00:00"; "": that of the partition.
-      partition: "": the default one.
+      cpus_per_task, gpus_per_node: reserved cores and GPUs; 0: the default of the cluster.
+      time: the time limit, such as "2-00:00:00"; "": the limit of the partition.
+      partition: name of the partition; "": the default partition.
       array: 0, or the number of independent copies of the command, which divide the points of a sweep.
-      options: further options of sbatch, such as "--account=lab".
-      directory: for the script and the logs.
-      max_restarts: how often the job is put into the queue again after an exit code of `RESUMABLE`.
+      options: additional options of sbatch, such as "--account=lab".
+      directory: directory of the script and the logs.
+      max_restarts: maximum number of times that the job is requeued after an exit code in `RESUMABLE`.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Slurm:
 def slurm_script(job: Slurm, command: Sequence[str]) -> str:
     """The batch script of a job that runs `command` in every task and requeues itself.
 
-    Slurm sends SIGTERM to the tasks two minutes before the time limit, which the trainer answers with a checkpoint.
+    Slurm sends SIGTERM to the tasks two minutes before the time limit; the trainer then saves a checkpoint.
     """
     logs = f"{job.directory}/{job.name}-{'%A_%a' if job.array else '%j'}.log"
     values: dict[str, Any] = {
@@ -70,7 +70,7 @@ def slurm_script(job: Slurm, command: Sequence[str]) -> str:
     options = [f"--{name}={value}" for name, value in values.items() if value] + ["--requeue", *job.options]
     for option in options:
         if not option.isprintable() or '"' in option:
-            raise UserError(f"{option!r} cannot stand in a batch script")
+            raise UserError(f"{option!r} is not allowed in a batch script")
     options = [f'"{option}"' if " " in option else option for option in options]
     lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in options)]
     codes = "|".join(map(str, RESUMABLE))
@@ -107,8 +107,8 @@ class JobSet:
       resources: of a pod, such as {"google.com/tpu": "4"}.
       node_selector: labels of the nodes, such as {"cloud.google.com/gke-tpu-topology": "4x4"}.
       volumes: {name of a PersistentVolumeClaim: the path at which pods see it}; the run directory is in one of them.
-      max_restarts: how often all pods are started again after one has failed.
-      grace_seconds: between SIGTERM and SIGKILL, for the last checkpoint.
+      max_restarts: maximum number of times that all pods are restarted after a failure.
+      grace_seconds: seconds between SIGTERM and SIGKILL, for the last checkpoint.
     """
 
     name: str
@@ -128,7 +128,8 @@ def jobset(job: JobSet, command: Sequence[str], connected: bool, archive: str = 
     Args:
       job: the options.
       command: such as ("python", "-m", "llm_jax.train", ...).
-      connected: whether the command takes `--coordinator_address` and its kin; else the pods are independent.
+      connected: whether the command accepts `--coordinator_address` and related flags; otherwise the pods are
+        independent.
       archive: base64 of a .tar.gz that is unpacked in the working directory of the image first; "": none.
     """
     line = f"exec {shlex.join(command)}"
@@ -184,7 +185,7 @@ def jobset(job: JobSet, command: Sequence[str], connected: bool, archive: str = 
 
 @dataclasses.dataclass(frozen=True)
 class TPU:
-    """A slice of Cloud TPU that exists; `zone` and `project` are those of gcloud's settings if they are ""."""
+    """An existing Cloud TPU slice; if `zone` or `project` is "", gcloud's setting is used."""
 
     name: str
     zone: str = ""
@@ -207,7 +208,7 @@ mkdir -p llm_jax && tar -xzf llm_jax.tar.gz -C llm_jax && cd llm_jax
 .venv/bin/python -m pip install --quiet -r requirements.txt 'jax[tpu]'
 exec .venv/bin/python {shlex.join(command)}
 """
-    # Encoded, because the text passes through several shells.
+    # encoded, because several shells parse the text
     text = base64.b64encode(script.encode()).decode()
     return [
         [*vm, "scp", archive, f"{job.name}:llm_jax.tar.gz", "--worker=all", *where],

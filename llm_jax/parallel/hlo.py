@@ -1,10 +1,9 @@
-"""What a compiled program does, read from its text: collectives, FLOPs and estimated cycles, with loop trips counted.
+"""Collectives, FLOPs and estimated cycles of a compiled program, parsed from its text, including loop iterations.
 
     module = hlo.parse(executable.as_text())
     hlo.collectives(module, dict(mesh.shape))      hlo.flops(module)      hlo.cycles(module)
 
-`cost_analysis()` of XLA counts the body of a loop once, whatever the number of its trips, so a scan over layers is
-counted as one layer.
+`cost_analysis()` of XLA counts the body of a loop only once, so a scan over layers is counted as one layer.
 """
 
 import collections
@@ -71,7 +70,7 @@ class Module:
 
     @functools.cached_property
     def trips(self) -> dict[str, int]:
-        """How often each computation runs. A loop of an unknown number of trips counts as one."""
+        """The number of executions of each computation; a loop with an unknown trip count is counted once."""
         count: collections.Counter[str] = collections.Counter({self.entry: 1})
         for name in reversed(self.computations):
             for instruction in self.computations[name] if count[name] else ():
@@ -81,7 +80,7 @@ class Module:
         return dict(count)
 
     def executed(self) -> Iterator[tuple[str, Instruction, int]]:
-        """(computation, instruction, how often it runs) of all instructions that run."""
+        """(computation, instruction, number of executions) of all executed instructions."""
         for name, instructions in self.computations.items():
             if times := self.trips.get(name, 0):
                 for instruction in instructions:

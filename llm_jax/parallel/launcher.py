@@ -1,9 +1,9 @@
-"""Runs a command as several processes on this machine, which talk over loopback.
+"""Runs a command as several connected processes on this machine, over the loopback interface.
 
     python -m llm_jax.parallel.launcher N MODULE [FLAGS]
 
-Every line of a process is printed with its number. When a process ends with an error, the others are ended, and the
-exit code is that of the first one that failed. SIGINT and SIGTERM are passed on.
+Every output line begins with the number of its process. If a process fails, the launcher ends the others and exits with
+the exit code of the first process that failed. SIGINT and SIGTERM are forwarded to all processes.
 """
 
 import os

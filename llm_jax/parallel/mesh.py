@@ -31,7 +31,7 @@ def make(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh over devices; the size of an axis of -1 follows from the other axes.
 
     Args:
-      devices: those of the mesh; None: all devices of JAX.
+      devices: devices of the mesh; None: all devices of JAX.
 
     Raises:
       UserError: the product of the axis sizes is not the number of devices, or the devices are of several slices of a
@@ -84,7 +84,7 @@ _PREFIX: contextvars.ContextVar[str] = contextvars.ContextVar("prefix", default=
 
 
 def within(mesh: Mesh, function: Callable[..., Any], rules: Rules = ()) -> Callable[..., Any]:
-    """`function`, traced with `mesh` as the abstract mesh in use, which `in_use` and `constrain` read.
+    """Wraps `function` so that it is traced with `mesh` as the current abstract mesh of `in_use` and `constrain`.
 
     Args:
       rules: the shardings of the weights, see `shardings`: each is gathered over all axes but "tensor" where a matrix
@@ -117,7 +117,7 @@ def gathered(path: str) -> P | None:
 
 @contextlib.contextmanager
 def below(path: str) -> Iterator[None]:
-    """In the block, `gathered` takes paths below `path`: for a module that is applied to a part of the parameters."""
+    """Context in which `gathered` takes paths relative to `path`, for a module applied to a part of the parameters."""
     token = _PREFIX.set(f"{path}/")
     try:
         yield
@@ -165,7 +165,9 @@ def shardings(tree: Any, rules: Rules, mesh: Mesh, source: str = "mesh.rules") -
         if not isinstance(axes, tuple) or len(axes) not in (0, rank) or len(set(named)) < len(named):
             raise UserError(f"{source}: {axes!r} for '{path}'; expected () or {rank} different axes (or None)")
         if unknown := set(named) - set(AXES):
-            raise UserError(f"{source}: {unknown.pop()!r} is no mesh axis; expected one of {', '.join(AXES)} or None")
+            raise UserError(
+                f"{source}: {unknown.pop()!r} is not a mesh axis; expected one of {', '.join(AXES)} or None"
+            )
         axes = (None,) * stacked + (axes or (None,) * rank)
         specs = weights.partition(weight, P(*axes))
         return jax.tree.map(

@@ -1,4 +1,4 @@
-"""Several processes: start-up, and what they tell and agree with each other.
+"""Several processes: start-up, communication and agreement.
 
     with processes.started("10.0.0.1:1234", num_processes=2, process_id=0): ...
 
@@ -22,11 +22,11 @@ from llm_jax import files
 from llm_jax.errors import UserError
 from llm_jax.parallel import rendezvous
 
-_HEARTBEAT = 40  # seconds after which JAX ends all where a process is stopped; `rendezvous` sees one that has ended
+_HEARTBEAT = 40  # seconds after which JAX ends all processes if one is stopped; `rendezvous` detects ended ones
 _TIMEOUT = 300.0  # seconds in which all processes must have started
 _STEPS_AHEAD = 3  # see `Agreement`
 _DAY = 24 * 3600
-_calls = itertools.count()  # numbers the keys of what is exchanged; all processes count alike
+_calls = itertools.count()  # counter for the keys of messages; equal in all processes
 _meeting: rendezvous.Meeting | None = None
 
 
@@ -93,7 +93,7 @@ def started(
 
 
 def _report(meeting: rendezvous.Meeting, error: BaseException) -> None:
-    """Tells the other processes about an error of this one."""
+    """Reports an error of this process to the other processes."""
     if isinstance(error, UserError):
         meeting.fail(str(error), 2)
     elif isinstance(error, KeyboardInterrupt):
@@ -156,7 +156,7 @@ def count() -> int:
 
 
 def index() -> int:
-    """Which process this is, from 0."""
+    """The index of this process, from 0."""
     import jax
 
     return jax.process_index() if jax.distributed.is_initialized() else 0
@@ -173,17 +173,17 @@ def unique(name: str) -> str:
 
 
 def barrier(name: str) -> None:
-    """Waits until all processes have come to this call."""
+    """Waits until all processes have reached this call."""
     if count() > 1:
         _client().wait_at_barrier(f"llm_jax/{unique(name)}", _DAY * 1000)
 
 
 def broadcast(value: Any, key: str = "", waiting_for: str = "") -> Any:
-    """Process 0's `value`, a JSON value, in all processes.
+    """Returns the `value` of process 0, a JSON value, in all processes.
 
     Args:
       key: a name that is used once; by default the calls are numbered, so all processes must make the same ones.
-      waiting_for: what process 0 does, for the line that a process prints which waits for long.
+      waiting_for: description of the work of process 0, printed by processes that wait for a long time.
     """
     if count() == 1:
         return value
@@ -203,9 +203,9 @@ def broadcast(value: Any, key: str = "", waiting_for: str = "") -> Any:
 
 @contextlib.contextmanager
 def main_first(doing: str) -> Iterator[None]:
-    """Process 0 runs the block first; the others run it when process 0 has finished it.
+    """Context that process 0 enters first; the others enter it when process 0 has left it.
 
-    What process 0 has written into a cache is found by the others, and a cache that is not shared is filled by each.
+    If a cache is shared, the others find what process 0 has written; otherwise each process fills its own cache.
 
     Args:
       doing: what the block does, such as "to read the data".
@@ -218,9 +218,9 @@ def main_first(doing: str) -> Iterator[None]:
 
 
 def local_copy(tree: Any) -> Any:
-    """All arrays of `tree` on the first device of this process; all processes must call this alike.
+    """Returns all arrays of `tree` on the first device of this process; all processes must call this together.
 
-    With one process the tree itself.
+    With one process, returns the tree itself.
 
     Args:
       tree: arrays with `NamedSharding`s on one mesh.
@@ -243,7 +243,7 @@ def check_equal(values: dict[str, Any], what: str) -> None:
         if values.get(key) != value:
             own = values.get(key)
             raise UserError(f"{what} differs between processes: {key} is {own!r} here and {value!r} in process 0")
-    barrier("equal")  # process 0 does not go on before all have compared
+    barrier("equal")  # process 0 waits until all processes have compared
 
 
 def check_shared(directory: pathlib.Path, flag: str) -> None:
@@ -272,11 +272,13 @@ def check_shared(directory: pathlib.Path, flag: str) -> None:
 
 
 class Agreement:
-    """Lets all processes stop after the same step when one of them, or several, ask for it.
+    """Stops all processes after the same step if any of them requests it.
 
-    Every process calls the object once after dispatching each step. A process that asks proposes a step a little ahead.
-    All see the proposal in time, because no process can be more than two steps ahead of another: a process dispatches
-    step n + 1 only after it has read the metrics of step n - 1, to which all processes have contributed.
+    Every process calls the object once after dispatching each step. A process that wants to stop proposes a step a
+    little ahead. All processes see the proposal in time, because no process can be more than two steps ahead of
+    another: a process dispatches step n + 1 only after it has read the metrics of step n - 1, to which all processes
+      have
+    contributed.
     """
 
     def __init__(self) -> None:
@@ -284,7 +286,7 @@ class Agreement:
         self._call = 0
 
     def __call__(self, wanted: Any) -> Any:
-        """The agreed value where this is the last step, otherwise 0.
+        """Returns the agreed value if this is the last step, otherwise 0.
 
         Args:
           wanted: a JSON value; a true one asks all processes to stop.

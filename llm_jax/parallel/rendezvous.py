@@ -1,10 +1,10 @@
-"""Brings the processes of a run together over TCP, and ends all of them when one of them ends early.
+"""Connects the processes of a run over TCP, and ends all of them if one ends early.
 
-Process 0 listens at the coordinator address, and every other process connects to it and says which one it is. When all
-are there, each connection stays open. When one closes, its process was killed; when the kernel's probes get no answer,
-its machine is lost. Process 0 tells the others, and every process ends with one line that names it. Lines of JSON are
-exchanged, without JAX. The probes are the kernel's because a thread of Python may have to wait for minutes, for example
-while a tokenizer is trained.
+Process 0 listens at the coordinator address; every other process connects to it and sends its index. The connections
+stay open during the run. A closed connection means that its process was killed; unanswered keep-alive probes of the
+kernel mean that its machine is lost. Process 0 informs the others, and every process exits with one line that names the
+lost process. The messages are lines of JSON and do not use JAX. The kernel sends the probes, because a Python thread
+may be blocked for minutes, for example while a tokenizer is trained.
 
     meeting = rendezvous.meet(address, bind, count=4, index=0, seconds=300)
     meeting.fail("the disk is full", 2)      # the other processes end with this message and code
@@ -27,9 +27,9 @@ from llm_jax.errors import UserError
 LOST = 75  # exit code of the processes that remain when one is lost (EX_TEMPFAIL of sysexits.h: try again)
 _SILENCE = 20  # seconds without an answer of the other machine after which a process is lost
 _PROBE = 5  # seconds between the kernel's probes
-_FIRST_NOTE, _NOTES = 10.0, 60.0  # seconds until the first line about a wait, and between further ones
-_PATIENCE = 3.0  # seconds that the other processes have to end after a failure
-_LONGEST = 2**16  # bytes of a line
+_FIRST_NOTE, _NOTES = 10.0, 60.0  # seconds until the first message about waiting, and between further messages
+_PATIENCE = 3.0  # seconds for the other processes to end after a failure
+_LONGEST = 2**16  # maximum bytes of a line
 _GREETING = "llm_jax-1"  # protocol and version
 
 
@@ -40,7 +40,7 @@ class _Connection:
       process: the process at the other end.
       host: its host name.
       unreachable: whether the other machine does not answer.
-      done: whether the process has said that it is about to end.
+      done: whether the process has announced its end.
     """
 
     def __init__(self, sock: socket.socket, process: int = 0, host: str = ""):
@@ -60,12 +60,12 @@ class _Connection:
                 sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
     def send(self, **message: Any) -> None:
-        """Sends a message; a broken connection is noticed by `receive`."""
+        """Sends a message; `receive` detects a broken connection."""
         with self._sending, contextlib.suppress(OSError):
             self.socket.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> list[dict[str, Any]] | None:
-        """The messages that have arrived since the last call; None: the connection is closed or carries others."""
+        """Returns the messages since the last call; None if the connection is closed or has invalid messages."""
         try:
             data = self.socket.recv(_LONGEST)
         except TimeoutError as error:
@@ -119,7 +119,7 @@ class Meeting:
         self._wait(lambda: all(other.done for other in self._others.values()), _PATIENCE)
 
     def finish(self, seconds: float = 60.0) -> None:
-        """Waits until all processes have called this, at most for `seconds`; then nobody is missed any more."""
+        """Waits, for at most `seconds`, until all processes have called this; then lost connections are ignored."""
         others = list(self._others.values())
         if self.index:
             self._send_all(done=True)
@@ -196,8 +196,8 @@ def meet(
       address: HOST:PORT of process 0, as the other processes reach it.
       bind: HOST:PORT at which process 0 listens; HOST "" listens on all interfaces.
       count: the number of processes.
-      index: which one this is.
-      seconds: how long to wait.
+      index: index of this process.
+      seconds: time limit.
       end: see `Meeting`; by default `end_process`.
       note: prints a line while waiting; by default to stderr.
 
@@ -212,7 +212,7 @@ def meet(
 
 
 def end_process(line: str, code: int) -> None:
-    """Ends this process at once, from any thread, with a line on stderr."""
+    """Exits this process immediately, from any thread, with a line on stderr."""
     flush = threading.Thread(target=sys.stdout.flush, daemon=True)
     flush.start()
     flush.join(0.5)
@@ -222,7 +222,7 @@ def end_process(line: str, code: int) -> None:
 
 
 class _Wait:
-    """A time limit, and lines about what is waited for."""
+    """A time limit with messages about the wait."""
 
     def __init__(self, seconds: float, note: Callable[[str], Any]):
         self.seconds, self._note = seconds, note
@@ -230,7 +230,7 @@ class _Wait:
         self._next = time.monotonic() + _FIRST_NOTE
 
     def over(self, line: str) -> bool:
-        """Whether the time is over; prints `line` from time to time."""
+        """Whether the time limit is exceeded; prints `line` from time to time."""
         now = time.monotonic()
         if now >= self._next:
             self._next = now + _NOTES
@@ -239,7 +239,7 @@ class _Wait:
 
 
 def _gather(bind: str, count: int, wait: _Wait) -> list[_Connection]:
-    """Process 0: the connections of all other processes."""
+    """In process 0: accepts the connections of all other processes."""
     connections: dict[int, _Connection] = {}
     greeted: list[_Connection] = []
 
@@ -293,7 +293,7 @@ def _gather(bind: str, count: int, wait: _Wait) -> list[_Connection]:
 
 
 def _join(address: str, count: int, index: int, wait: _Wait) -> _Connection:
-    """Every other process: the connection to process 0, once all processes are connected."""
+    """In every other process: connects to process 0 and waits until all processes are connected."""
     while True:
         line = f"process {index}: waiting for process 0 at {address}"
         with contextlib.suppress(OSError):

@@ -1,7 +1,7 @@
-"""Devices to compile for that this machine does not have, by name: `v5e:16x16`, `v5p:4x4x4`, `v5e:16x16*2`.
+"""Compile-only TPU devices by name: `v5e:16x16`, `v5p:4x4x4`, `v5e:16x16*2`.
 
-`libtpu` compiles for every TPU without one. It writes to the terminal, reads the environment of the process and ends
-the process for some names, so it is used in a process of its own, with `environment()`.
+`libtpu` compiles for every TPU on any machine. It writes to the terminal, reads the environment of the process and ends
+the process for some names, so it is used in a separate process with `environment()`.
 """
 
 import dataclasses
@@ -16,15 +16,15 @@ from llm_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What a chip can do at most, per chip, as its vendor publishes it.
+    """Published peak figures of a chip.
 
     Attributes:
-      flops: of dense bfloat16 products, per second.
-      memory: bytes of its main memory.
-      bandwidth: of that memory, bytes per second.
-      link: of one link to a neighbour in one direction, bytes per second.
-      network: to other slices, bytes per second.
-      clock: cycles per second of its matrix units; 0: not published.
+      flops: FLOP/s of dense bfloat16 products.
+      memory: size of the main memory in bytes.
+      bandwidth: memory bandwidth in bytes per second.
+      link: bandwidth of one link to a neighbour in one direction, in bytes per second.
+      network: bandwidth to other slices in bytes per second.
+      clock: clock of the matrix units in Hz; 0: not published.
       rank: number of axes of its topologies.
       devices: JAX devices per chip.
       wrapped: number of chips from which on an axis of the topology is a ring.

@@ -1,1 +1,1 @@
-"""Quantization: rules over names, calibration, and methods that choose scales and codes."""
+"""Quantization: rules over names, calibration, and methods that determine scales and codes."""

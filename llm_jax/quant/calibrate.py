@@ -58,14 +58,14 @@ def needs_text(planned: Mapping[str, str], method: str) -> bool:
 
 
 def text(config: Config, source_name: str, tokenizer: Tokenizer, length: int, count: int) -> tuple[list[Row], str]:
-    """(up to `count` rows of `length` tokens, sha256 of the calibration text).
+    """Returns (up to `count` rows of `length` tokens, sha256 of the calibration text).
 
     Args:
-      config: of the run that trained the model. Rows are prepared as for its training: a masked language model is
-        calibrated on rows with masked tokens.
+      config: configuration of the run that trained the model. Rows are prepared as in training; a masked language model
+        is calibrated on rows with masked tokens.
       source_name: the source of the text, as in `data.source`, all of which is used; "" for the training text of
         the run.
-      tokenizer: of the model.
+      tokenizer: the tokenizer of the model.
       length: tokens per row.
       count: largest number of rows.
 
@@ -94,14 +94,14 @@ def run(
     options: CalibrationOptions,
     finished: pathlib.Path,
 ) -> tuple[dict[str, Any], list[WeightSummary]]:
-    """(quantized parameters, one summary per weight).
+    """Quantizes the weights; returns (quantized parameters, one summary per weight).
 
     Args:
       model: the model of the parameters.
       flat: {path: dense weight}, one entry per layer (`layers/17/...`). Weights are removed from it as they are read.
       planned: {path: scheme, or "" for none}, see `post_training.plan`.
       rows: calibration rows of one length; may be empty unless `needs_text`.
-      options: of the calibration.
+      options: options of the calibration.
       finished: directory of finished layers, which are read instead of being quantized again. The caller ensures
         that they belong to this model and these options.
 

@@ -36,7 +36,7 @@ def plan(params: Any, chosen: Rules, source: str) -> dict[str, str]:
 
     Args:
       params: in any layout; may be abstract.
-      source: where the rules stand, for errors.
+      source: config key or flags of the rules, for error messages.
 
     Raises:
       UserError: a rule matches nothing or names an unknown scheme, a group does not divide the inputs of a weight, or a
@@ -56,7 +56,8 @@ def plan(params: Any, chosen: Rules, source: str) -> dict[str, str]:
             raise UserError(f"{source}: '{path}' is of the kind {type(weight).__name__}; merge it first")
         if len(weight.shape) - (trees.layers_of(path) is not None) != 2:
             raise UserError(
-                f"{source}: '{path}' of shape {tuple(weight.shape)} is no matrix; keep it by ('{path}', '')"
+                f"{source}: '{path}' of shape {tuple(weight.shape)} is not a matrix; exclude it with the "
+                f"rule ('{path}', '')"
             )
         if reason := number_formats.unsupported_reason(s, weight.shape[axis(path)]):
             raise UserError(f"{source}: {name} for '{path}': {reason}")
@@ -96,7 +97,7 @@ def _rounded(weight: jax.Array, scheme: str, axis: int, stacked: bool) -> QTenso
 
 
 def base(params: Any, config: QuantConfig) -> Any:
-    """The frozen base of adapters, quantized by `quant.scheme`; unchanged where that is ""."""
+    """The frozen base of adapters, quantized by `quant.scheme`; unchanged if it is ""."""
     if not config.scheme:
         return params
     return quantize_params(params, rules(config.scheme, config.head, config.rules), "quant")
@@ -120,12 +121,12 @@ def check_finite(params: Any, source: str) -> None:
     """Checks that all numbers and scales are finite.
 
     Raises:
-      UserError: names the first weight with an infinite or undefined number.
+      UserError: a weight has infinite or NaN values; the message names the first.
     """
     for path, weight in trees.flatten(params).items():
         for leaf in jax.tree.leaves(weight):
             if jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(jnp.all(jnp.isfinite(leaf.astype(jnp.float32)))):
-                raise UserError(f"{source}: '{path}' has numbers that are infinite or undefined (NaN)")
+                raise UserError(f"{source}: '{path}' has values that are infinite or NaN")
 
 
 def unsupported(name: str) -> str:
@@ -145,10 +146,10 @@ def unsupported(name: str) -> str:
 
 
 def runnable(params: Any, planned: dict[str, str], fallback: str) -> dict[str, str]:
-    """The plan, with `fallback` for schemes that the backend cannot run.
+    """Replaces schemes that the backend does not support by `fallback`.
 
     Raises:
-      UserError: there are such schemes and no fallback, or it does not fit.
+      UserError: the backend does not support a scheme and there is no fallback, or the fallback does not fit.
     """
     reasons = {name: unsupported(name) for name in sorted(set(planned.values())) if name}
     bad = {name: reason for name, reason in reasons.items() if reason}

@@ -1,4 +1,4 @@
-"""Quantization-aware training: `FakeQuant` nodes round the trained weights in every use, as QTensors will.
+"""Quantization-aware training: `FakeQuant` nodes round the trained weights in every use, like QTensors.
 
 `post_training.finish` (python -m llm_jax.quantize) converts the trained weights to QTensors.
 """

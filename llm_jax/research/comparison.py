@@ -12,7 +12,7 @@ _CELL_LENGTH = 44  # of a name or a value of an option
 
 
 def text(runs: Sequence[Run], samples: bool = True) -> str:
-    """Options that differ, figures with intervals and paired differences to the first group, and the last samples."""
+    """Returns the differing options, results with intervals, paired differences and last samples as text."""
     groups = runs_lib.group(runs)
     figure = runs_lib.main_figure(runs)
     head = f"{runs_lib.count(len(runs), 'run')} in {runs_lib.count(len(groups), 'group')}"
@@ -56,7 +56,7 @@ _MEASURES = {
 
 
 def figures(group: Group) -> dict[str, str]:
-    """Speed, memory, size and time of a group, as text: the means over its runs."""
+    """The mean speed, memory, size and time of the runs of a group, as text."""
     result = {}
     for label, (name, form, unit) in _MEASURES.items():
         mean = group.mean(name)
@@ -67,7 +67,7 @@ def figures(group: Group) -> dict[str, str]:
 
 
 def interval_text(interval: Interval | None, digits: int = 4, sign: bool = False) -> str:
-    """An interval as "1.234 [1.200, 1.268]", without limits where they are not known."""
+    """Formats an interval as "1.234 [1.200, 1.268]", or without unknown limits."""
     if interval is None:
         return ""
     form = f"{{:{'+' if sign else ''}.{digits}f}}"
@@ -86,7 +86,7 @@ def _options(groups: Sequence[Group]) -> list[list[str]]:
 
 
 def shortened(texts: Sequence[str]) -> list[str]:
-    """Texts with their middles left out where they are long, such as paths; different ones stay different."""
+    """Shortens long texts, such as paths, in the middle; different texts stay different."""
     length = _CELL_LENGTH
     while len(set(cut := [_without_middle(text, length) for text in texts])) < len(set(texts)):
         length *= 2

@@ -1,4 +1,4 @@
-"""The form of an experiment: a measure function, asked for each condition and seed once, and a rule that judges.
+"""Experiments: a function that measures each condition and seed once, and a rule that decides the verdict.
 
     def main() -> None:
         f = flags.FLAGS
@@ -27,7 +27,7 @@ from llm_jax.research import findings, provenance
 from llm_jax.research.findings import Finding
 from llm_jax.research.provenance import Provenance
 
-# Flags that change no figure: where files are kept, how many processes work, and which part is measured now.
+# Flags that do not change results: directories, numbers of processes, and the selected part.
 NEUTRAL = ("runs", "jobs", "part", "parts", "output", "resume")
 
 
@@ -39,7 +39,7 @@ def directory(runs: str, *names: object) -> pathlib.Path:
 
 
 def file_name(condition: str) -> str:
-    """A condition as a part of a file's name."""
+    """Converts a condition to a part of a file name."""
     return condition.replace(" ", "_").replace(":", "-")
 
 
@@ -101,12 +101,12 @@ def measure(
 
 
 def command(script: str, placeholders: Mapping[str, str] | None = None) -> str:
-    """The command line of a script of experiments/ with every flag that has another value than its default.
+    """The command line of a script in experiments/ with every flag that has a non-default value.
 
-    Flags of `NEUTRAL` are left out.
+    Flags in `NEUTRAL` are omitted.
 
     Args:
-      placeholders: by flag, the text that stands for its value, such as RUN for a path.
+      placeholders: {flag: text that replaces its value}, such as RUN for a path.
     """
     path = pathlib.Path(script)
     texts = placeholders or {}

@@ -1,9 +1,9 @@
-"""What experiments and sweeps find, in one form: results.json of a directory is a list of findings.
+"""Results of experiments and sweeps: the results.json file of a directory is a list of findings.
 
     results = [finding("P4", "rise of the loss, nats a token", {"alibi": intervals.mean(rises)}, "holds", command=...)]
     save(directory, results)
 
-A finding belongs to a statement and holds estimates under conditions, a verdict, and where it comes from.
+A finding belongs to a statement and contains estimates by condition, a verdict, and its provenance.
 """
 
 import dataclasses
@@ -23,16 +23,16 @@ from llm_jax.research import provenance
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """What was measured under one condition.
+    """The measurement of one condition.
 
     Attributes:
-      condition: the setting, such as "alibi" or "alibi / 8x"; "" where a finding has one estimate only.
-      estimate: the value, usually a mean over seeds or examples; None where `values` or `text` say more.
-      low, high: the limits of its interval, or of its range where the measure says so; None: not measured.
+      condition: the setting, such as "alibi" or "alibi / 8x"; "" if the finding has only one estimate.
+      estimate: the value, usually a mean over seeds or examples; None if `values` or `text` is used.
+      low, high: the limits of its interval, or of its range if the measure is a range; None: not measured.
       n: number of independent values behind the estimate; None: the number of the finding.
-      seed: the seed, for what was measured with one.
-      values: single values that belong together, such as one for each seed.
-      text: what is no number, such as names.
+      seed: the seed of a measurement with a single seed.
+      values: individual values, such as one for each seed.
+      text: a result that is not a number, such as names.
     """
 
     condition: str
@@ -47,15 +47,15 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """What was measured about a statement.
+    """The measurements for a statement.
 
     Attributes:
       statement: identifier of the statement, such as "P4".
-      part: the part of the statement, where it has several findings; "" for all of it.
-      measure: what the estimates are, with their unit.
-      verdict: what the rule says that was written before the run; None: the finding is no test of a statement.
+      part: the part of the statement, if it has several findings; "": the whole statement.
+      measure: the measured quantity, with its unit.
+      verdict: the verdict of the rule that was written before the run; None: the finding does not test a statement.
       n: number of independent runs, such as seeds.
-      estimates: what was measured, by condition.
+      estimates: the estimates, by condition.
       command, commit, machine, date: see `provenance.Provenance`.
     """
 
@@ -86,12 +86,12 @@ class Finding:
 def finding(
     statement: str, measure: str, values: Any, verdict: str | None, *, command: str = "", n: int = 1, part: str = ""
 ) -> Finding:
-    """A finding of this machine and this day.
+    """Creates a finding with the provenance of this machine and the current date.
 
     Args:
       values: a number, an `Interval`, a sequence of numbers, a text, or a mapping of conditions to such values, which
         may be nested.
-      command: measures it again; "" leaves the provenance to `experiments.publish`.
+      command: the command that reproduces it; "": `experiments.publish` adds the provenance.
     """
     source = provenance.here(command) if command else provenance.Provenance()
     return Finding(statement, part, measure, verdict, n, estimates(values), **dataclasses.asdict(source))
@@ -184,7 +184,7 @@ def summary(results: Sequence[Finding]) -> str:
 
 
 def replace_section(path: pathlib.Path, name: str, lines: Sequence[str]) -> None:
-    """Replaces what stands between `<!-- NAME: ... -->` and `<!-- end of NAME -->` in a text file.
+    """Replaces the lines between `<!-- NAME: ... -->` and `<!-- end of NAME -->` in a text file.
 
     Raises:
       UserError: the file has no such section, or several.

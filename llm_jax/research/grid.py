@@ -3,14 +3,14 @@
     points = parse("model.position.kind=rope,alibi; train.seed=0..2")
     points = parse("model.width=64,128 & model.mlp_dim=128,256; optim.lr=loguniform(1e-4, 1e-2, 5)")
 
-`;` forms the product of what it separates, `&` advances keys together. The values of a key are
+`;` forms the Cartesian product of keys, `&` varies keys together. The values of a key are
 
     a,b,c                     a list
-    0..2, 8..64..8            numbers from the first to the last, by steps of 1 or of the third
-    linspace(a, b, n)         n numbers from a to b at equal distances
+    0..2, 8..64..8            numbers from the first to the last, in steps of 1 or of the third number
+    linspace(a, b, n)         n numbers from a to b with equal differences
     logspace(a, b, n)         n numbers from a to b with equal ratios
-    uniform(a, b, n)          n draws, uniform between a and b
-    loguniform(a, b, n)       n draws whose logarithm is uniform
+    uniform(a, b, n)          n random numbers, uniform between a and b
+    loguniform(a, b, n)       n random numbers between a and b, log-uniform
 """
 
 import ast
@@ -49,7 +49,7 @@ _FUNCTIONS: dict[str, Callable[[float, float, int, np.random.Generator], Any]] =
 
 
 def parse_assignment(text: str, flag: str, expected: str) -> tuple[str, str]:
-    """(dotted key, text of its values) of "KEY=VALUES".
+    """Splits "KEY=VALUES" into (dotted key, text of its values).
 
     Args:
       flag, expected: the flag that the text is from and the form that it expects, for error messages.
@@ -59,7 +59,7 @@ def parse_assignment(text: str, flag: str, expected: str) -> tuple[str, str]:
     """
     key, _, values = (part.strip() for part in text.partition("="))
     if not values:
-        raise UserError(f"{flag}: '{text}' is no assignment; expected {expected}")
+        raise UserError(f"{flag}: '{text}' is not an assignment; expected {expected}")
     if problem := option_names.unknown(key, Config, values):
         raise UserError(f"{flag}: {problem}")
     return key, values
@@ -113,7 +113,7 @@ def read_file(path: str) -> list[Overrides]:
         raise UserError(f"--points={path}: no such file; expected a Python file with get_points()")
     try:
         module = runpy.run_path(str(pathlib.Path(path).expanduser()))
-    except Exception as error:  # it is Python code and may raise anything
+    except Exception as error:  # user code may raise any exception
         raise UserError(f"--points={path} cannot be read ({type(error).__name__}: {error})") from error
     if not callable(module.get("get_points")):
         raise UserError(f"--points={path}: no function get_points() in this file")
@@ -130,7 +130,7 @@ def read_file(path: str) -> list[Overrides]:
 def names(points: Sequence[Overrides]) -> list[str]:
     """A directory name for every point, such as "kind=rope_seed=0": the shortest unambiguous end of each key.
 
-    A name depends on the keys of the sweep and on the point's own values, not on its place in the sweep.
+    A name depends on the keys of the sweep and on the values of the point, not on its position in the sweep.
 
     Raises:
       UserError: two points are equal.
@@ -149,7 +149,7 @@ def names(points: Sequence[Overrides]) -> list[str]:
 
 
 def short_keys(keys: Iterable[str]) -> dict[str, str]:
-    """{dotted key: its shortest end that is no end of another key}, for headings and names."""
+    """Returns {dotted key: its shortest suffix that is not a suffix of another key}, for headings and names."""
     keys = sorted(keys)
     result = {}
     for key in keys:
@@ -224,10 +224,10 @@ def _number(key: str, value: Decimal, kind: Any) -> int | float:
 
 
 def convert(key: str, text: str, kind: Any, flag: str = "--grid") -> Any:
-    """The text of one value as the type of its option.
+    """Converts the text of one value to the type of its option.
 
     Raises:
-      UserError: the text is no such value; `flag` names where it stands.
+      UserError: the text is not a valid value; the message names `flag`.
     """
     try:
         if kind is str:

@@ -1,4 +1,4 @@
-"""Runs commands of the Python interpreter side by side: resumable, locked, as memory and devices permit.
+"""Runs commands of the Python interpreter concurrently: resumable, locked, and limited by memory and devices.
 
 A job is done when its result exists, so that the same call continues where an earlier one was stopped. While a job
 runs, its directory is locked: processes that run the same jobs, on this machine or on others with a shared file
@@ -33,14 +33,14 @@ ELSEWHERE, ENDED = "running elsewhere", "ended early"
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A command, and how to see that it is done.
+    """A command with its directory and completion checks.
 
     Attributes:
       name: the name in messages.
       command: the arguments of the Python interpreter, such as ("-m", "llm_jax.train", ...).
       directory: holds log.txt, the lock, and failed.json if the job failed.
       is_done: whether the result of the job exists.
-      is_set_up: whether a running job is past its set-up, so that its memory is known and its caches are written.
+      is_set_up: whether a running job has finished its set-up; its memory is then known and its caches are written.
     """
 
     name: str
@@ -80,11 +80,11 @@ _children: set[subprocess.Popen] = set()
 
 
 def machine_shares(count: int = 0, most: int = 10_000) -> list[MachineShare]:
-    """The shares of this machine: one a GPU or TPU host if JAX can use it, else one a core.
+    """Divides this machine into shares: one per GPU or TPU host if JAX can use it, else one per core.
 
     Args:
-      count: the number of shares; 0 chooses it.
-      most: no more than this many, such as the number of jobs.
+      count: number of shares; 0: determined automatically.
+      most: maximum number of shares, such as the number of jobs.
     """
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
     gpus = _gpus()
@@ -110,7 +110,7 @@ def status(job: Job) -> Status:
 
 def is_locked(directory: pathlib.Path) -> bool:
     """Whether another process works in the directory of a job."""
-    for name in (_LOCK, ".lock"):  # the lock of a job, and that of a trainer which was started by hand
+    for name in (_LOCK, ".lock"):  # the locks of a job and of a trainer that was started manually
         if (directory / name).exists():
             try:
                 files.lock(directory, name).close()
@@ -120,7 +120,7 @@ def is_locked(directory: pathlib.Path) -> bool:
 
 
 def _recorded(job: Job) -> Status:
-    """The state of a job that nobody runs, from its files."""
+    """The state of a job that no process runs, from its files."""
     if job.is_done():
         return Status(job, DONE)
     failure = job.directory / "failed.json"
@@ -142,16 +142,16 @@ def run(
 ) -> list[Status]:
     """Runs the jobs that are not done, one in each share of the machine, and returns the state of all.
 
-    The first job that starts is alone until it is set up: the others then find its caches, and its memory is known. A
-    further job starts only while enough memory is free. A job that another process runs is left alone.
+    The first job runs alone until it is set up, so that the others can use its caches and its memory is known. Another
+    job starts only if enough memory is free. Jobs that another process runs are skipped.
 
     Args:
-      stop: polled; a true value sends SIGTERM to the running jobs, waits for them and returns.
-      show: called with the states when one has changed, and every second.
+      stop: polled; if it returns a true value, `run` sends SIGTERM to the running jobs, waits for them and returns.
+      show: called with the states after every change, and every second.
       retry_failed: also run jobs that failed in an earlier call.
-      environment: further environment variables of the jobs.
-      more: called with the states when a share of the machine is free and no job waits; returns a further job, or None.
-      should_end: called for every running job each second; a true value ends the job early by SIGTERM.
+      environment: additional environment variables of the jobs.
+      more: called with the states when a share of the machine is free and no job waits; returns another job, or None.
+      should_end: called for every running job each second; if it returns a true value, the job is ended by SIGTERM.
     """
     statuses = [status(job) for job in jobs]
     for s in statuses:
@@ -194,7 +194,7 @@ def run(
                 ended |= end_now
             states = {s.state for s in statuses}
             idle = 0 if running or WAITING in states else idle + 1
-            # A lock may be held for a moment by a process that looks whether it is free.
+            # A process that tests a lock holds it for a moment.
             if not running and (stopping or idle > (_IDLE_POLLS if ELSEWHERE in states else 0)):
                 return statuses
             time.sleep(_POLL)
@@ -207,10 +207,10 @@ def run(
 
 
 def run_all(jobs: Sequence[Job], shares: Sequence[MachineShare], **options: Any) -> None:
-    """As `run`, for jobs that all must succeed: the first one that fails stops the others.
+    """Like `run`, for jobs that must all succeed: the first failure stops the others.
 
     Raises:
-      UserError: a job failed, or another process runs it; names it with its last line and its log.
+      UserError: a job failed, or another process runs it; the message has its name, last line and log.
     """
     failures: list[Status] = []
     show = options.pop("show", lambda statuses: None)
@@ -227,7 +227,7 @@ def run_all(jobs: Sequence[Job], shares: Sequence[MachineShare], **options: Any)
 
 
 def kill_all() -> None:
-    """Ends every running job of this process at once."""
+    """Kills all running jobs of this process."""
     for process in list(_children):
         with contextlib.suppress(ProcessLookupError):
             process.kill()
@@ -259,7 +259,7 @@ def _start(job: Job, share: MachineShare, environment: Mapping[str, str]) -> tup
                 **environment,
                 **share.environment,
             },
-            start_new_session=True,  # Ctrl-C in a terminal reaches this process alone, which then ends its jobs
+            start_new_session=True,  # Ctrl-C in a terminal reaches only this process, which then ends its jobs
         )
     _children.add(process)
     if hasattr(os, "sched_setaffinity"):
@@ -269,7 +269,7 @@ def _start(job: Job, share: MachineShare, environment: Mapping[str, str]) -> tup
 
 
 def _python_path() -> str:
-    """PYTHONPATH of a job: it imports the package from where this process has it."""
+    """PYTHONPATH of a job, which imports the package from the same path as this process."""
     return os.pathsep.join(filter(None, [str(pathlib.Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
 
 
@@ -315,7 +315,7 @@ def _terminate(processes: Iterable[subprocess.Popen]) -> None:
 
 
 def _memory(pid: int, field: str) -> int:
-    """VmRSS or VmHWM (the peak) of a process in bytes; 0 where the system does not say."""
+    """VmRSS or VmHWM (the peak) of a process in bytes; 0 if unknown."""
     try:
         lines = pathlib.Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""The state of a sweep while it runs: a table that is painted over in a terminal, or lines where there is none."""
+"""The state of a running sweep: a table that is redrawn in a terminal, or lines without a terminal."""
 
 import json
 import os
@@ -13,15 +13,15 @@ from llm_jax import bars
 from llm_jax.research import jobs
 from llm_jax.research.points import Point
 
-_LINE_EVERY = 60.0  # seconds between lines about the progress where there is no terminal
+_LINE_EVERY = 60.0  # seconds between progress lines without a terminal
 _ORDER = (jobs.RUNNING, jobs.FAILED, jobs.ELSEWHERE, jobs.DONE, jobs.ENDED, jobs.WAITING)
 
 
 class LiveTable:
-    """Shows the states of the points of a sweep; call it with both.
+    """Shows the states of the points of a sweep; call it with the points and the states.
 
     Args:
-      stream: where to print; a terminal gets a table that is painted over.
+      stream: output stream; on a terminal, the table is redrawn.
     """
 
     def __init__(self, stream: TextIO | None = None):
@@ -102,7 +102,7 @@ def table(
     steps: Mapping[str, int],
     height: int,
 ) -> list[str]:
-    """A line for each point, at most `height`: running and failed ones first where not all fit."""
+    """A line for each point, at most `height` lines; if not all fit, running and failed points come first."""
     rows = list(zip(points, statuses, strict=True))
     hidden = ""
     if len(rows) > height:
@@ -119,7 +119,7 @@ def table(
 
 
 def headline(statuses: Sequence[jobs.Status], left: float | None) -> str:
-    """How many points are in which state, and the time left."""
+    """The number of points in each state, and the time left."""
     counts = {state: sum(s.state == state for s in statuses) for state in _ORDER}
     text = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
     left_text = f"; about {bars.duration(left)} left" if left is not None and left > 0 else ""

@@ -1,4 +1,4 @@
-"""report.html: one page about runs that needs no other file and no network.
+"""report.html: a self-contained page about runs.
 
 The figures are JSON in the page; page.js draws curves, tables and parallel coordinates from them.
 """
@@ -65,7 +65,7 @@ def render(runs: Sequence[Run], title: str, sections: str = "") -> str:
 
 
 def data(runs: Sequence[Run]) -> dict[str, Any]:
-    """What the page shows, as JSON values."""
+    """The data of the page, as JSON values."""
     groups = runs_lib.group(runs)
     figure = runs_lib.main_figure(runs)
     varied = list(groups[0].options)
@@ -85,9 +85,9 @@ def data(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def curve(group: Group, name: str) -> dict[str, list[Any]] | None:
-    """The mean, the least and the greatest value over the seeds by step; None where no run has the figure.
+    """The mean, minimum and maximum over the seeds by step; None if no run has the metric.
 
-    Steps are those that all runs have; of many steps, means of equal numbers of neighbours are taken.
+    Only steps that all runs have are used; long curves are averaged over equal numbers of consecutive steps.
     """
     curves = [dict(points) for run in group.runs if (points := run.curve(name))]
     if not curves:

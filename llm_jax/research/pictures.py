@@ -1,4 +1,4 @@
-"""PNGs of runs: the curves with bands over the seeds, and the results with their intervals."""
+"""PNG files about runs: curves with bands over the seeds, and results with their intervals."""
 
 import contextlib
 import dataclasses

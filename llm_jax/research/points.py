@@ -1,4 +1,4 @@
-"""The points of a sweep: one run directory each, with its configuration, checked before any of them starts.
+"""The points of a sweep: each has a run directory and a configuration, validated before any point starts.
 
 OUTPUT/sweep.json           the keys of the sweep, overrides of every point, command, commit, machine, date
 OUTPUT/NAME/recipe.json     the options that differ from the defaults or are overridden, for `train --config`
@@ -30,7 +30,7 @@ class Point:
 
     Attributes:
       name: the name of its run directory.
-      overrides: what distinguishes it, by dotted key.
+      overrides: its overrides, by dotted key.
       config: the complete configuration.
       workdir: its run directory.
     """
@@ -147,6 +147,6 @@ def _refuse_another_run(point: Point) -> None:
     for key, value in now.items():
         if value != before[key] and key not in _MAY_CHANGE:
             raise UserError(
-                f"{point.workdir} was trained with {key}={before[key]!r}, now {value!r}; give another --output or "
+                f"{point.workdir} was trained with {key}={before[key]!r}, now {value!r}; choose another --output or "
                 "remove the directory"
             )

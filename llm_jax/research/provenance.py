@@ -1,4 +1,4 @@
-"""Where a result comes from: command, commit, machine and date."""
+"""The provenance of a result: command, commit, machine and date."""
 
 import dataclasses
 import datetime
@@ -14,10 +14,10 @@ from collections.abc import Iterable
 
 @dataclasses.dataclass(frozen=True)
 class Provenance:
-    """Where a result comes from; "" stands for what is not known.
+    """The provenance of a result; unknown values are "".
 
     Attributes:
-      command: measures it again.
+      command: the command that reproduces the result.
       commit: git commit of the code, with "+changes" where tracked files differed from it.
       machine: processor, number of cores, versions of Python and JAX.
       date: day of the measurement, ISO 8601.
@@ -32,7 +32,7 @@ class Provenance:
 
 
 def here(command: str) -> Provenance:
-    """The provenance of what `command` measures now on this machine."""
+    """The provenance of a measurement by `command` now on this machine."""
     return Provenance(command, commit(), machine(), datetime.date.today().isoformat())
 
 
@@ -66,8 +66,8 @@ def commit() -> str:
     """The git commit of this code, with "+changes" where tracked files differ from it; "" outside a checkout."""
     root = pathlib.Path(__file__).parent
     head = _git("-C", str(root), "rev-parse", "--short=10", "HEAD")
-    tracked = _git("-C", str(root), "ls-files", "--", pathlib.Path(__file__).name)  # not a checkout of something else
-    if not head or not tracked:
+    tracked = _git("-C", str(root), "ls-files", "--", pathlib.Path(__file__).name)
+    if not head or not tracked:  # not a checkout of this package
         return ""
     return head + ("+changes" if _git("-C", str(root), "status", "--porcelain", "--untracked-files=no") else "")
 

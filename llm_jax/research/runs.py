@@ -1,4 +1,4 @@
-"""Reads runs: what a run directory holds, runs of a sweep, and groups of runs that differ in the seed alone."""
+"""Reads run directories and sweeps, and groups runs that differ only in the seed."""
 
 import dataclasses
 import functools
@@ -37,13 +37,13 @@ _TOKENIZER = ("tokenizer.kind", "tokenizer.vocab_size", "tokenizer.path")
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a run directory holds.
+    """The content of a run directory.
 
     Attributes:
-      name: the shortest end of the path that is no other run's.
+      name: the shortest unique suffix of the path.
       path: the directory.
       config: the configuration by dotted key.
-      metrics: the lines of metrics.jsonl, one a step, with step, loss, ...
+      metrics: the lines of metrics.jsonl, one per step, with step, loss, ...
       summary: the figures of summary.json; {} for a run that has not ended.
       samples: the lines of samples.jsonl, with step and text; the last of every step.
     """
@@ -62,7 +62,7 @@ class Run:
 
     @property
     def corpus(self) -> str:
-        """The hash of the corpus, or "" where the run has not ended or does not record it."""
+        """The hash of the corpus, or "" if the run has not ended or does not record it."""
         return self.summary.get("corpus", {}).get("sha256", "")
 
     @property
@@ -76,28 +76,29 @@ class Run:
         return bool(self.summary) and self.summary.get("steps", self.step) == self.step
 
     def final(self, name: str) -> float | None:
-        """A figure at the end, or the latest one of an unfinished run; None without it."""
+        """The final value of a metric, or the latest value of an unfinished run; None if missing."""
         if self.is_finished and isinstance(self.summary.get(name), int | float):
             return self.summary[name]
         return next((line[name] for line in reversed(self.metrics) if line.get(name) is not None), None)
 
     def best(self, name: str) -> float | None:
-        """The least finite value of a figure during the run, or None."""
+        """The minimum finite value of a metric during the run, or None."""
         values = [line[name] for line in self.metrics if line.get(name) is not None]
         values += [self.summary[name]] if isinstance(self.summary.get(name), int | float) else []
         return min(filter(math.isfinite, values), default=None)
 
     def curve(self, name: str) -> list[tuple[int, float]]:
-        """(step, value) of a figure wherever it was measured."""
+        """(step, value) of every measurement of a metric."""
         return [(line["step"], line[name]) for line in self.metrics if line.get(name) is not None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Runs that differ in the seed alone.
+    """Runs that differ only in the seed.
 
     Attributes:
-      label: what distinguishes the group, such as "kind=alibi"; the name of the run if it is alone and nothing does.
+      label: the options of the group that differ, such as "kind=alibi", or the name of a single run without such
+        options.
       runs: the runs by ascending seed.
       options: the options that are not equal in all groups, by dotted key.
     """
@@ -107,22 +108,22 @@ class Group:
     options: Mapping[str, Any]
 
     def values(self, name: str) -> dict[int, float]:
-        """{seed: a figure at the end} of the finished runs that have it."""
+        """{seed: final value of a metric} of the finished runs that have the metric."""
         return {run.seed: value for run in self.runs if run.is_finished and (value := run.final(name)) is not None}
 
     @property
     def unfinished(self) -> int:
-        """The number of runs that have not ended; they are in no mean and no difference."""
+        """The number of unfinished runs, which are excluded from means and differences."""
         return sum(not run.is_finished for run in self.runs)
 
     def mean(self, name: str) -> Interval | None:
-        """The mean of a figure over the finished runs with its interval (NaN limits for one run), or None."""
+        """The mean of a metric over the finished runs with its interval (NaN limits for one run), or None."""
         values = list(self.values(name).values())
         return intervals.mean(values) if values else None
 
 
 def find(paths: Iterable[str | os.PathLike[str]]) -> list[pathlib.Path]:
-    """The run directories that paths stand for: a run, a sweep, or a directory with runs below it.
+    """Returns the run directories of paths: a run, a sweep, or a directory that contains runs.
 
     Raises:
       UserError: no such directory, or there is no run in it.
@@ -153,7 +154,7 @@ def _of_checkpoints(exists: bool) -> str:
 
 
 def load(paths: Iterable[str | os.PathLike[str]]) -> list[Run]:
-    """The runs that paths stand for, see `find`.
+    """Loads the runs of paths; see `find`.
 
     Raises:
       UserError: there are none, or a file of a run is damaged.
@@ -208,7 +209,7 @@ def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def group(runs: Sequence[Run]) -> list[Group]:
-    """Runs that differ in the seed alone together, in the order of their first run.
+    """Groups runs that differ only in the seed, in the order of their first run.
 
     Two runs with equal configurations, the seed included, are in different groups, and so are runs of one configuration
     whose corpora had other texts.
@@ -255,7 +256,7 @@ def differing_options(runs: Sequence[Run]) -> list[str]:
 
 
 def difference(group: Group, baseline: Group, name: str) -> tuple[Interval, int] | None:
-    """The mean difference of a figure at the end, group minus baseline, and the number of pairs.
+    """Returns the mean difference of the final values of a metric, group minus baseline, and the number of pairs.
 
     Pairs are finished runs with the same seed; without a common seed, it is the difference of the means, without
     limits, and the number is 0. None where a group has no finished run with such a figure, or where the figures cannot

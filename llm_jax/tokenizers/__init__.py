@@ -1,4 +1,4 @@
-"""Tokenizers by kind: those of `KINDS`, and classes of the user's own with the members of `Tokenizer`."""
+"""Tokenizers by kind: the kinds in `KINDS`, and custom classes with the members of `Tokenizer`."""
 
 import functools
 import importlib
@@ -59,19 +59,19 @@ KINDS = {
     "word": "words.WordTokenizer",
     "wordpiece": "words.WordPieceTokenizer",
 }
-PRETRAINED_FILES = ("tokenizer.json", "tokenizer.model")  # either of them holds a pretrained vocabulary
+PRETRAINED_FILES = ("tokenizer.json", "tokenizer.model")  # files of pretrained vocabularies
 T = TypeVar("T", bound=Tokenizer)
-TRAINED = tuple(kind for kind in KINDS if kind not in ("hub", "sentencepiece"))  # the kinds that can be trained here
+TRAINED = tuple(kind for kind in KINDS if kind not in ("hub", "sentencepiece"))  # the kinds that can be trained
 
-SIZED = tuple(kind for kind in TRAINED if kind not in ("byte", "char"))  # of these, vocab_size is the exact size
+SIZED = tuple(kind for kind in TRAINED if kind not in ("byte", "char"))  # trained kinds with exactly vocab_size ids
 
 
 def get(kind: str) -> type[Tokenizer]:
     """The class of a kind.
 
     Args:
-      kind: a key of `KINDS`, or the specification of a class of the user's own, which becomes `kind` of the class. Its
-        options are keyword arguments of the method `train`.
+      kind: a key of `KINDS`, or the specification of a custom class, which becomes its `kind`. The options are keyword
+        arguments of the method `train`.
 
     Raises:
       UserError: an unknown kind; a class that lacks a method of `Tokenizer`.
@@ -109,7 +109,7 @@ def from_files(files: dict[str, bytes]) -> PretrainedTokenizer:
 
 
 def from_directory(directory: pathlib.Path, name: str = "") -> Tokenizer:
-    """The tokenizer in a checkpoint's directory: a pretrained one, or the one that `convert` wrote to tokenizer/.
+    """Loads the tokenizer of a checkpoint directory: a pretrained one, or the files in tokenizer/ from `convert`.
 
     Args:
       name: one of `PRETRAINED_FILES`, to read this file only.
@@ -126,7 +126,7 @@ def from_directory(directory: pathlib.Path, name: str = "") -> Tokenizer:
 
 
 def read_files(directory: pathlib.Path, names: Iterable[str] = PRETRAINED_FILES) -> dict[str, bytes]:
-    """The files of a pretrained tokenizer in a directory, as `from_files` takes them.
+    """Reads the files of a pretrained tokenizer in a directory, for `from_files`.
 
     Args:
       names: files of the vocabulary; those of `special.FILES` and further chat templates are read in any case.
@@ -141,10 +141,10 @@ def read_files(directory: pathlib.Path, names: Iterable[str] = PRETRAINED_FILES)
 
 
 def with_chat_template(tokenizer: T, name: str) -> T:
-    """The tokenizer with one of its chat templates in the place of all; with "", the tokenizer as it is.
+    """Returns the tokenizer with only one of its chat templates; with "", the unchanged tokenizer.
 
     Raises:
-      UserError: it has no chat template of this name.
+      UserError: the tokenizer has no chat template with this name.
     """
     if not name:
         return tokenizer

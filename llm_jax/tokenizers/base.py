@@ -1,4 +1,4 @@
-"""The protocol of all tokenizers, and their form on disk."""
+"""The protocol of tokenizers, and their files."""
 
 import hashlib
 import itertools
@@ -9,12 +9,12 @@ from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 from llm_jax.errors import UserError
 
-# The special tokens of the kinds that are trained here, by id.
+# The special tokens of trained kinds, by id.
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
 
 
 class VocabularyTooLarge(UserError):
-    """The text allows fewer ids than are wanted.
+    """The text allows fewer ids than requested.
 
     Attributes:
       largest: returns the tokenizer with as many ids as the text allows.
@@ -32,9 +32,9 @@ class Tokenizer(Protocol):
       kind: the name it is registered under (`tokenizers.KINDS`).
       exact: whether decode(encode(text)) == text for every text that encodes to UTF-8.
       vocab_size: ids run from 0 to vocab_size - 1, special tokens included.
-      bos, eos: ids at the begin and the end of a document; None where the vocabulary has no such id.
+      bos, eos: ids at the beginning and the end of a document; None if the vocabulary has no such id.
         Text never encodes to them, and they decode to nothing.
-      unk: id of text that the vocabulary cannot represent; None where it represents all text.
+      unk: id of text that the vocabulary cannot represent; None if it represents all text.
     """
 
     kind: ClassVar[str]
@@ -57,10 +57,10 @@ class Tokenizer(Protocol):
         """Trains a tokenizer with at most `vocab_size` ids.
 
         Args:
-          texts: training text; it may be held in memory, so the caller bounds it.
+          texts: training text; may be kept in memory, so the caller must limit its size.
 
         Raises:
-          UserError: `vocab_size` is too small; `VocabularyTooLarge` if the text does not allow as many ids.
+          UserError: `vocab_size` is too small; `VocabularyTooLarge` if the text does not allow that many ids.
         """
 
     def encode(self, text: str) -> list[int]:
@@ -85,7 +85,7 @@ class Tokenizer(Protocol):
 
 @runtime_checkable
 class PretrainedTokenizer(Tokenizer, Protocol):
-    """A tokenizer that was trained elsewhere and is read from the files of a checkpoint.
+    """A tokenizer that is loaded from the files of a checkpoint and cannot be trained.
 
     Attributes:
       special: names of special tokens ("bos_token", ...), "chat_template" (a text, or {name: text} where there are
@@ -148,7 +148,7 @@ def document(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of text to be continued: BOS, where the vocabulary has it, then the text."""
+    """The ids of a prompt: BOS, if the vocabulary has it, then the text."""
     ids = tokenizer.encode(text)
     return ids if tokenizer.bos is None else [tokenizer.bos, *ids]
 
@@ -156,8 +156,8 @@ def prompt(tokenizer: Tokenizer, text: str) -> list[int]:
 def eos_ids(tokenizer: Tokenizer) -> list[int]:
     """The ids that end generation, EOS first.
 
-    Beside EOS these are the ids that the files of a pretrained tokenizer name; where they name none, those of special
-    tokens whose names say that they end a text or a turn, such as <|im_end|>.
+    Besides EOS, these are the ids listed in the files of a pretrained tokenizer; if the files list none, the special
+    tokens whose names indicate the end of a text or a turn, such as <|im_end|>.
     """
     others: Sequence[int] = ()
     if isinstance(tokenizer, PretrainedTokenizer):
@@ -173,6 +173,6 @@ def save(tokenizer: Tokenizer, directory: pathlib.Path) -> None:
 
 
 def all_files(tokenizer: Tokenizer) -> dict[str, bytes]:
-    """The tokenizer's files and `kind.json`, with which `tokenizers.load` checks them."""
+    """The tokenizer's files, and `kind.json` with the hash that `tokenizers.load` verifies."""
     record = json.dumps({"kind": tokenizer.kind, "sha256": digest(tokenizer)}) + "\n"
     return tokenizer.files() | {"kind.json": record.encode()}

@@ -1,4 +1,4 @@
-"""Text with its tokens told apart: coloured on a terminal, between bars elsewhere."""
+"""Text with visible token boundaries: colours on a terminal, bars elsewhere."""
 
 import re
 from collections.abc import Iterator, Sequence

@@ -1,1 +1,1 @@
-"""Training: `train` runs a whole run; `setup`, `inputs` and `start` are its pieces, for a loop of one's own."""
+"""Training: `trainer.train` runs a complete run; `setup`, `inputs` and `start` are its parts, for custom loops."""

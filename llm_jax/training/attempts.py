@@ -1,4 +1,4 @@
-"""How long trainers have been at work on a run, and how much of that time was useful."""
+"""Records the starts and ends of the trainers of a run, and computes the goodput."""
 
 import json
 import pathlib
@@ -10,7 +10,7 @@ from llm_jax.training.bad_steps import lines_up_to
 
 
 def begin(workdir: pathlib.Path, step: int) -> None:
-    """Records in attempts.jsonl that a trainer starts. One that was killed ended when it last wrote metrics."""
+    """Records in attempts.jsonl that a trainer starts. The end of a killed trainer is its last line of metrics."""
     attempts, metrics = _read(workdir), workdir / "metrics.jsonl"
     if attempts and "ended" not in attempts[-1]:
         last = files.modified(metrics) if metrics.exists() else 0.0
@@ -26,14 +26,14 @@ def end(workdir: pathlib.Path) -> None:
 
 
 def goodput(workdir: pathlib.Path) -> float | None:
-    """The share of the trainers' time that went into steps which count: their number times their median time.
+    """The share of the trainers' time spent on steps that were kept: their number times their median time.
 
-    Compiling, evaluating, saving and steps that were lost are not useful time. None where nothing has been timed.
+    Compiling, evaluating, saving and lost steps do not count. None if no step has been timed.
     """
     lines = lines_up_to(workdir / "metrics.jsonl")
     total = sum(max(attempt.get("ended", time.time()) - attempt["began"], 0.0) for attempt in _read(workdir))
     seconds = [line["seconds"] for line in lines if "seconds" in line]
-    # The clock of the machine may have been set in between, so that more time was useful than has passed.
+    # If the clock of the machine was changed, the quotient may exceed 1.
     return min(len(lines) * statistics.median(seconds) / total, 1.0) if seconds and total else None
 
 

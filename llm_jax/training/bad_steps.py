@@ -16,18 +16,18 @@ from llm_jax.errors import UserError
 from llm_jax.schema import TrainConfig, choice
 
 ACTIONS = ("stop", "skip", "rollback")
-_HISTORY = 50  # the number of losses whose median a spike is compared with
-_ENOUGH = 20  # with fewer losses than this, no loss counts as a spike
+_HISTORY = 50  # number of previous losses whose median is the reference for a spike
+_ENOUGH = 20  # minimum number of losses for the detection of spikes
 _PATIENCE = 3  # consecutive bad steps, or rollbacks to one checkpoint, after which the run ends
 
 
 @dataclasses.dataclass
 class BadStep(Exception):
-    """A step whose update must not be kept.
+    """A step whose update must be discarded.
 
     Attributes:
-      step: its number, from 1.
-      what: a phrase that says what is wrong.
+      step: number of the step, from 1.
+      what: the reason, as a phrase.
     """
 
     step: int
@@ -66,7 +66,7 @@ def lines_up_to(metrics: pathlib.Path, step: float = math.inf) -> list[dict[str,
 
 
 def check(config: TrainConfig) -> None:
-    """Raises UserError where `train.on_bad_step` is unknown."""
+    """Raises UserError if `train.on_bad_step` is unknown."""
     choice("train.on_bad_step", config.on_bad_step, ACTIONS)
 
 
@@ -93,16 +93,16 @@ class Watch:
                 self._losses[line["step"]] = line["loss"]
 
     def limit(self, step: int) -> float:
-        """The largest loss of step `step` that does not count as a spike; infinity where none does."""
+        """The largest loss of step `step` that is not a spike; infinity if spikes are not detected."""
         losses = [loss for s, loss in sorted(self._losses.items()) if s <= step - 2][-_HISTORY:]
         if not self._config.spike_factor or len(losses) < _ENOUGH:
             return math.inf
         return self._config.spike_factor * statistics.median(losses)
 
     def see(self, step: int, loss: float, bad: bool, gradient_norms: np.ndarray) -> str:
-        """Records a step, and returns a line about a bad one, or "".
+        """Records a step, and returns a message about a bad step, or "".
 
-        Raises BadStep for a bad one, unless its update was skipped and few before it were.
+        Raises `BadStep` for a bad step, unless its update was skipped and only few updates before it were skipped.
 
         Args:
           gradient_norms: float32 (number of weights,).
@@ -137,7 +137,7 @@ class Watch:
 
 
 class Rollbacks:
-    """Counts the rollbacks to every checkpoint, and ends a run that cannot get past one."""
+    """Counts the rollbacks to each checkpoint, and stops a run after too many rollbacks to the same checkpoint."""
 
     def __init__(self) -> None:
         self._to: dict[int, int] = {}

@@ -34,17 +34,18 @@ def config(
 
 
 def check(config: Config) -> None:
-    """Checks a configuration from shapes alone. With `init_from`, the model is not checked: the checkpoint decides it.
+    """Checks a configuration from shapes alone. With `init_from`, the model is not checked, because
+    the checkpoint determines it.
 
     Raises:
-      UserError: options that contradict each other; names them.
+      UserError: options contradict each other; the message names them.
     """
     check_training(config)
     if config.init_from:
         return
     transformer.check_length(config.model, config.train.seq_len)
     choice("model.attention_kernel", config.model.attention_kernel, attention_kernels.IMPLEMENTATIONS)
-    # Neither the layout nor the kernel changes a weight; the choice of a kernel would initialize the devices.
+    # The layout and the kernel do not change the weights, and selecting a kernel would initialize the devices.
     vocab_size = config.model.vocab_size or config.tokenizer.vocab_size or 512
     plain = dataclasses.replace(
         machine_choice.fixed(config.model), vocab_size=vocab_size, scan_layers=True, attention_kernel="plain"

@@ -1,4 +1,4 @@
-"""Sums over the positions of a batch, a chunk of positions at a time, which bounds the memory of the terms."""
+"""Sums over the positions of a batch in chunks of positions, which bounds the memory of the terms."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -17,15 +17,15 @@ Chunk = Mapping[str, jax.Array]  # arrays (B, C, ...)
 def sum_of_rows(
     part: Callable[[Chunk], jax.Array], chunk: int, tokens: Mapping[str, jax.Array], sparse: bool = False
 ) -> jax.Array:
-    """The sum of part(tokens), float32 (B,), over chunks of their second axis, `chunk` long; 0: at once.
+    """Returns the sum of part(tokens) over chunks of the second axis, float32 (B,).
 
-    The backward pass computes every chunk again: the intermediate values of `part` are not kept.
+    The backward pass recomputes every chunk, so the intermediate values of `part` are not stored.
 
     Args:
-      part: arrays (B, C, ...) of one chunk -> its sum for every row, float32 (B,).
+      part: function of the arrays (B, C, ...) of one chunk that returns the sum of every row, float32 (B,).
       chunk: C, a divisor of T; 0: one chunk of all positions.
-      tokens: arrays (B, T, ...), "mask" among them.
-      sparse: few positions count. They are moved to the front of their rows, and chunks without any are skipped.
+      tokens: arrays (B, T, ...), including "mask".
+      sparse: whether few positions have mask 1; these are moved to the front of the row and empty chunks are skipped.
     """
     rows, length = tokens["mask"].shape
     if chunk in (0, length):
@@ -34,7 +34,7 @@ def sum_of_rows(
         order = jnp.argsort(1 - tokens["mask"], 1)
         tokens = {k: jnp.take_along_axis(a, jnp.expand_dims(order, range(2, a.ndim)), 1) for k, a in tokens.items()}
 
-    if mesh_lib.in_use().get(mesh_lib.CONTEXT, 1) > 1:  # every chunk has positions of every device
+    if mesh_lib.in_use().get(mesh_lib.CONTEXT, 1) > 1:  # so that every chunk has positions on every device
 
         def chunked(array: jax.Array) -> jax.Array:
             return jnp.moveaxis(array.reshape(rows, chunk, length // chunk, *array.shape[2:]), 2, 0)

@@ -1,9 +1,9 @@
-"""How long a run will take and what it needs: the step is compiled and a few steps on dummy rows are timed.
+"""Estimates the time, memory and disk space of a run: compiles the step and times a few steps on dummy rows.
 
 A run whose weights and optimizer alone do not fit into the free memory is not compiled.
 
-The weights of these steps are zeros and the rows are made up; shapes, dtypes and shardings are those of the run, on
-which time and memory depend. Nothing is read from or written to the run directory.
+The weights of these steps are zeros and the rows are synthetic. Time and memory depend only on shapes, dtypes and
+shardings, which equal the run's. Nothing is read from or written to the run directory.
 """
 
 import dataclasses
@@ -24,28 +24,28 @@ from llm_jax.training import memory
 from llm_jax.training.setup import Setup
 
 _TIMED_STEPS = 5  # at most
-_SECONDS = 20.0  # after which no further step or batch is timed
-_SAFE_SHARE = 0.9  # of the free memory; a step that needs more is not run
+_SECONDS = 20.0  # time limit, after which no further step or batch is timed
+_SAFE_SHARE = 0.9  # share of the free memory; a step that needs more is not run
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """What a run will need.
+    """The estimated time, memory and disk space of a run.
 
     Attributes:
-      compile_seconds: of the step and of the evaluation, or of reading them from the cache of compiled functions; None
-        where nothing was compiled because the weights and the optimizer alone do not fit into the free memory.
-      step_seconds: the median of the timed steps, or None where the step does not fit into the free memory.
-      timed_steps: their number.
-      batch_seconds: of a batch of an evaluation, or None.
-      steps: that remain to be done.
-      evaluation_batches: batches of all evaluations of the run together.
-      memory: of the step, as it is compiled; where nothing was compiled, of weights and optimizer alone, from shapes.
-      free_memory: bytes that are free on a device, or in the machine for CPUs; None: unknown.
-      checkpoint_bytes: of one checkpoint.
-      checkpoints: the largest number of checkpoints that are on the disk at a time.
-      free_disk: bytes that are free where the run directory is; None in an object store.
-      spent_seconds: what the estimate took.
+      compile_seconds: time to compile the step and the evaluation, or to read them from the compilation cache; None
+        if nothing was compiled because the weights and the optimizer state alone exceed the free memory.
+      step_seconds: median time of the timed steps, or None if the step exceeds the free memory.
+      timed_steps: number of timed steps.
+      batch_seconds: time of a batch of an evaluation, or None.
+      steps: number of remaining steps.
+      evaluation_batches: number of batches of all evaluations of the run together.
+      memory: memory of the compiled step; if nothing was compiled, of the weights and the optimizer state.
+      free_memory: free bytes on a device, or in the machine for CPUs; None: unknown.
+      checkpoint_bytes: size of one checkpoint.
+      checkpoints: maximum number of checkpoints on the disk at the same time.
+      free_disk: free bytes on the disk of the run directory; None in an object store.
+      spent_seconds: time that the estimate took.
     """
 
     compile_seconds: float | None
@@ -63,7 +63,7 @@ class Estimate:
 
     @property
     def seconds(self) -> float | None:
-        """Of the remaining steps and evaluations, and of compiling them."""
+        """Estimated seconds to compile and run the remaining steps and evaluations."""
         if self.compile_seconds is None or self.step_seconds is None or self.batch_seconds is None:
             return None
         evaluations = self.evaluation_batches * self.batch_seconds
@@ -78,9 +78,9 @@ def estimate(setup: Setup, held_out: Mapping[str, int], workdir: pathlib.Path, d
     """Compiles the step and the loss of an evaluation, and times a few of both.
 
     Args:
-      held_out: {source: number of held-out rows}, "" for all together; {} where nothing is held out.
-      workdir: of the run; it may be missing.
-      done: steps that the run has done already.
+      held_out: {source: number of held-out rows}, with the key "" for all together; {} without held-out data.
+      workdir: directory of the run; may not exist.
+      done: number of steps that the run has done.
     """
     config, began = setup.config, time.perf_counter()
     state = setup.state.replace(frozen={})
@@ -126,7 +126,7 @@ def estimate(setup: Setup, held_out: Mapping[str, int], workdir: pathlib.Path, d
 
 
 def describe(e: Estimate, config: Config, epoch_tokens: int) -> str:
-    """The estimate in a few lines, with what it leaves out.
+    """Returns the estimate as text, with the costs that it does not include.
 
     Args:
       epoch_tokens: training tokens of one pass over the data.
@@ -170,7 +170,7 @@ def describe(e: Estimate, config: Config, epoch_tokens: int) -> str:
 
 
 def _timed(call: Callable[[], Any]) -> list[float]:
-    """Seconds of up to `_TIMED_STEPS` calls after a first that is not counted, within `_SECONDS`; at least one."""
+    """Seconds of each of up to `_TIMED_STEPS` calls (at least one) within `_SECONDS`, after one untimed call."""
     began = time.perf_counter()
     jax.block_until_ready(call())
     seconds: list[float] = []
@@ -190,7 +190,7 @@ def _zeros(shapes: Any) -> Any:
 
 
 def _dummy_batch(setup: Setup) -> dict[str, jax.Array]:
-    """Rows of one document each, all of whose tokens count."""
+    """A batch whose rows are single documents with all targets counted: int32 (batch_size, seq_len) arrays."""
     rows, length = next(iter(setup.batch.values())).shape
     values = {"segments": 1, "mask": 1, "positions": jnp.arange(length, dtype=jnp.int32)}
 
@@ -218,7 +218,7 @@ def _checkpoint_bytes(setup: Setup) -> int:
 
 
 def _checkpoints(config: Config) -> int:
-    """The largest number of checkpoints at a time: a new one is complete before the oldest is removed."""
+    """The maximum number of checkpoints at a time; a new checkpoint is completed before the oldest is removed."""
     c = config.checkpoint
     saves = 1 + (len(range(c.every, config.train.steps, c.every)) if c.every else 0)
     return min(saves, c.keep_last + c.keep_best + 1)

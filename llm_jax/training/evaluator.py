@@ -1,4 +1,4 @@
-"""Held-out figures, task accuracies and samples of a training state."""
+"""Held-out metrics, task accuracies and samples of a training state."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from llm_jax.training.step import TrainState
 
 
 class Evaluator:
-    """Held-out figures, task accuracies and samples of a state; its functions compile once."""
+    """Computes held-out metrics, task accuracies and samples of a state; compiles each function once."""
 
     def __init__(self, setup: Setup, data: inputs.Inputs, tasks: Mapping[str, Any]):
         self._setup, self._data, self._tasks = setup, data, tasks
@@ -35,11 +35,11 @@ class Evaluator:
         self._statistics = jax.jit(mesh_lib.within(setup.mesh, statistics), out_shardings=setup.replicated)
 
     def _local_params(self, state: TrainState) -> Any:
-        """The parameters of the model, one entry per layer; of several processes each has its own copy of all."""
+        """The parameters of the model, one entry per layer; with several processes, each has a copy of all of them."""
         return processes.local_copy(self._unstack(state.model, state.frozen))
 
     def final_note(self) -> str:
-        """A line that says how many held-out rows the last evaluation counts, or "" where all evaluations count all."""
+        """The note with the number of held-out rows of the final evaluation, or "" if every evaluation uses all."""
         rows, config = self._data.held_out, self._setup.config.eval
         if rows is None:
             return ""
@@ -49,14 +49,14 @@ class Evaluator:
         return f"last evaluation: {count:,} of {len(rows):,} held-out rows (eval.final_rows={config.final_rows})"
 
     def evaluate(self, state: TrainState, final: bool) -> dict[str, float]:
-        """validation_* over held-out rows, by source too, and task_* accuracies.
+        """Computes validation_* metrics of the held-out rows, also by source, and task_* accuracies.
 
         Args:
           final: whether this is the last evaluation, with its own numbers of rows and of examples.
 
         Returns:
-          Figures of `held_out.evaluate` under "validation_NAME" and "validation_NAME/SOURCE", none where nothing is
-          held out, and an accuracy under "task_NAME".
+          The metrics of `held_out.evaluate` as "validation_NAME" and "validation_NAME/SOURCE", if there are held-out
+          rows, and accuracies as "task_NAME".
         """
         setup, data, config = self._setup, self._data, self._setup.config
         loss = lambda params, batch: setup.loss(params, state.frozen, batch)  # noqa: E731
@@ -80,7 +80,7 @@ class Evaluator:
         return figures
 
     def describe(self, figures: Mapping[str, float]) -> str:
-        """The figures in one line."""
+        """Returns the metrics as one line of text."""
         parts = [f"{name} {figures[f'task_{name}']:.1%} right" for name in self._tasks if f"task_{name}" in figures]
         if "validation_loss" in figures:
             bits = figures["validation_bits_per_byte"]
@@ -97,7 +97,7 @@ class Evaluator:
         return jax.device_get(self._statistics(state.params, state.frozen, batch))
 
     def pictures(self, state: TrainState) -> dict[str, bytes | str]:
-        """{name: PNG, or why there is none} of `report.pictures`; {} in other processes than process 0."""
+        """Returns {name: PNG bytes, or the reason for a missing picture}; {} except in process 0."""
         config, tokenizer = self._setup.config, self._data.tokenizer
         if not config.report.pictures:
             return {}
@@ -108,7 +108,7 @@ class Evaluator:
         return dict(run_pictures.draw(config.report.pictures, self._decoder, params, tokenizer, text))
 
     def sample(self, title: str, state: TrainState) -> str:
-        """Continuations of `eval.prompts`, as text under a title; "" in other processes than process 0."""
+        """Returns continuations of `eval.prompts` as text under a title; "" except in process 0."""
         params = self._local_params(state)
         if not processes.is_main():
             return ""

@@ -1,8 +1,8 @@
 """Weights that are gathered once per step instead of once per micro-batch (`train.gather_once`).
 
-Under `mesh.fsdp` every micro-batch gathers every weight before its products. Gathered before the loop over
-micro-batches, a weight is moved once, and a copy in the dtype of the computation stays on every device for the whole
-step. Gradients are summed over the devices for every micro-batch as before.
+By default, `mesh.fsdp` gathers every weight before its products in every micro-batch. With `train.gather_once`, every
+weight is gathered before the loop over micro-batches, and every device keeps a copy in the compute dtype for the whole
+step. In both cases gradients are summed over the devices for every micro-batch.
 """
 
 import re
@@ -14,17 +14,17 @@ from llm_jax import trees, weights
 from llm_jax.parallel import mesh as mesh_lib
 
 COPIES = "copies"  # entry of the frozen parameters
-_NOT_MULTIPLIED = re.compile(r"(.*/)?(position_[^/]*|types)")  # tables of which rows are taken
+_NOT_MULTIPLIED = re.compile(r"(.*/)?(position_[^/]*|types)")  # tables that are indexed by row
 
 
 def before_micro_batches(params: Any, frozen: Any, dtype: Any, tied: bool) -> dict[str, Any]:
-    """The frozen parameters, gathered, with gathered copies of the trainable weights that are dense arrays.
+    """Returns the frozen parameters and gathered copies of the dense trainable weights.
 
     Args:
-      params: the trainable weights, or those of adapters, which are not sharded.
+      params: the trainable weights, or adapters, which are not sharded.
       frozen: {name: parameters}.
-      dtype: of the computation, and of the copies; frozen weights keep theirs.
-      tied: whether the embedding table is the output head, too.
+      dtype: compute dtype, also of the copies; frozen weights keep their dtype.
+      tied: whether the embedding table is also the output head.
     """
 
     def copied(path: str, w: Any) -> Any:
@@ -39,14 +39,14 @@ def before_micro_batches(params: Any, frozen: Any, dtype: Any, tied: bool) -> di
 
 
 def _spec(path: str, w: Any, tied: bool) -> P | None:
-    """How a weight is sharded while a matrix product uses it; None for one that no product uses."""
+    """The sharding of a weight during its matrix product; None for a weight without a matrix product."""
     stacked, spec = trees.layers_of(path) is not None, mesh_lib.gathered(path)
     multiplied = len(w.shape) - stacked == 2 and not _NOT_MULTIPLIED.fullmatch(path) and (tied or path != "embed/table")
     return P(*(None,) * stacked, *spec) if multiplied and spec is not None else None
 
 
 def attach(params: Any, frozen: Any) -> Any:
-    """The parameters of the model with the copies that `before_micro_batches` has made."""
+    """The parameters of the model with the copies from `before_micro_batches`."""
     if COPIES not in frozen:
         return params
     copies = trees.flatten(frozen[COPIES])

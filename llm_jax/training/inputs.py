@@ -1,4 +1,4 @@
-"""The tokenizer and the rows that a configuration trains on and holds out."""
+"""The tokenizer and the training and held-out rows of a configuration."""
 
 import dataclasses
 import itertools
@@ -15,23 +15,23 @@ from llm_jax.tokenizers import Tokenizer
 from llm_jax.training import start as start_lib
 from llm_jax.training.start import Start
 
-# Prompts that are taken from a text, the tokens of a document that are looked at, and words and characters of a prompt.
+# Limits of prompts taken from a text: their number, the tokens of a document that are read, words and characters.
 _PROMPTS, _PROMPT_TOKENS, _PROMPT_WORDS, _PROMPT_CHARACTERS = 2, 64, 4, 40
 
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What training reads.
+    """The inputs of training.
 
     Attributes:
       config: the configuration, with the kind and size of the tokenizer.
       tokenizer: the tokenizer of the rows.
-      source: the documents; `sha256` and `num_bytes` are theirs.
-      train: an endless stream, shuffled anew every epoch; row i is a function of (train.seed, i).
-      held_out: the held-out rows, in their order, or None where nothing is held out.
-      held_out_by_source: the held-out rows of each source, where there are several.
-      test: the rows of the test split, whose accuracy is measured at the end, or None.
-      vocab_size: the ids that a model of these rows has.
+      source: the documents, with their `sha256` and `num_bytes`.
+      train: an endless stream of rows, reshuffled every epoch; row i is a function of (train.seed, i).
+      held_out: the held-out rows in order, or None without held-out data.
+      held_out_by_source: {source: held-out rows}, if there are several sources.
+      test: the rows of the test split, on which accuracy is measured at the end, or None.
+      vocab_size: number of ids that the model needs.
       num_tokens: training tokens of one epoch, and held-out tokens.
     """
 
@@ -47,21 +47,23 @@ class Inputs:
 
 
 def load(config: Config, start: Start | None = None) -> Inputs:
-    """Reads and tokenizes `data.source` (from the cache where it has been tokenized before).
+    """Reads and tokenizes `data.source`, or reads its tokens from the cache.
 
     Args:
-      start: where the run starts from, which may bring a tokenizer; None: it is looked up from `config`.
+      start: the start of the run, which may include a tokenizer; None: determined from `config`.
 
     Raises:
       UserError: no such source, too little text, or another tokenizer or text than the checkpoint was trained on.
     """
     start = start or start_lib.find(config)
     config, c = start.config, start.config.train
-    own = start.tokenizer if start.checkpoint else None  # a resumed run has its tokenizer, should the path be gone
+    own = (
+        start.tokenizer if start.checkpoint else None
+    )  # a resumed run uses the tokenizer of its checkpoint, even if the path no longer exists
     t = config.tokenizer
     if t.chat_template and not t.path and not start.tokenizer:
         raise UserError(
-            f"tokenizer.chat_template={t.chat_template}: a tokenizer that is trained here has no chat templates; set "
+            f"tokenizer.chat_template={t.chat_template}: a newly trained tokenizer has no chat templates; set "
             "tokenizer.path or init_from"
         )
     named = vocabulary.named_tokenizer(t.path, own, t.chat_template) if t.path else None
@@ -80,7 +82,8 @@ def load(config: Config, start: Start | None = None) -> Inputs:
     if start.record and start.record["corpus"] != source.sha256:
         raise UserError(
             f"data.source={config.data.source}: its text has changed since the run was started "
-            f"(sha256 {start.record['corpus'][:12]}, now {source.sha256[:12]}); restore it or give another --workdir"
+            f"(sha256 {start.record['corpus'][:12]}, now {source.sha256[:12]}); restore the data or choose "
+            "another --workdir"
         )
     corpus = source.corpus(tokenizer)
     train = rows_lib.training(config, corpus)

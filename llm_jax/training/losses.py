@@ -56,7 +56,7 @@ def smoothed(logits: jax.Array, targets: jax.Array, smoothing: float, z: float) 
     return loss + z * jnp.square(total) if z else loss
 
 
-# Why a custom gradient: under autodiff XLA stores logits of 16 bits a second time, in float32, for its several uses.
+# A custom gradient, because with automatic differentiation XLA also stores 16-bit logits in float32.
 @jax.custom_vjp
 def _total_and_target(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(log sum exp of the logits, the logit of the target): (..., V), int (...) -> float32 (...) each."""
@@ -90,7 +90,7 @@ def unlikelihood(logits: jax.Array, targets: jax.Array, seen: jax.Array, candida
       logits: (B, C, V).
       targets: int (B, C).
       seen: int (B, T), the ids of the context.
-      candidates: bool (B, C, T), which of them stand before the target, each id once.
+      candidates: bool (B, C, T), which of them precede the target; each id is counted once.
 
     Returns:
       float32 (B, C).
@@ -103,7 +103,7 @@ def unlikelihood(logits: jax.Array, targets: jax.Array, seen: jax.Array, candida
 
 
 def candidates(batch: Batch) -> jax.Array:
-    """bool (B, T, T): is the token s of the input the first of its id in the document, and at t or before?"""
+    """bool (B, T, T): whether input token s is at or before t and the first occurrence of its id in the document."""
     ids, segments = batch["inputs"], batch["segments"]
     before = jnp.tril(jnp.ones((ids.shape[1],) * 2, bool))
     same = (segments[:, :, None] == segments[:, None]) & before
@@ -114,19 +114,19 @@ def candidates(batch: Batch) -> jax.Array:
 def entmax15(logits: jax.Array) -> jax.Array:
     """1.5-entmax, [logits / 2 - threshold]_+^2: (..., V) -> float32 (..., V), sparse, of sum 1.
 
-    Peters et al. 2019, arXiv:1905.05702, equation 10. The threshold is the root of a convex falling
-    function, which Newton's method nears from below, never past it; the last step is exact. (Their
+    Peters et al. 2019, arXiv:1905.05702, equation 10. The threshold is the root of a convex decreasing
+    function; Newton's method approaches it from below, and the last step is exact. (Their
     algorithm sorts, which is slow on accelerators.)
     """
     x = logits.astype(jnp.float32) / 2
-    # Nothing further than 1 below the largest is in the support.
+    # Entries more than 1 below the largest are not in the support.
     x = jnp.maximum(x - jnp.max(x, -1, keepdims=True), -1.0)
 
     def newton(_: int, t: jax.Array) -> jax.Array:
         over = jnp.maximum(x - t, 0)
         return t + (jnp.sum(jnp.square(over), -1, keepdims=True) - 1) / (2 * jnp.sum(over, -1, keepdims=True))
 
-    # The slowest start, V equal logits, halves the distance: 16 steps serve a vocabulary of 2^24.
+    # In the slowest case, V equal logits, each step halves the distance: 16 steps suffice for a vocabulary of 2^24.
     threshold = jax.lax.fori_loop(0, 16, newton, jnp.full((*x.shape[:-1], 1), -1.0, jnp.float32))
     return jnp.square(jnp.maximum(x - threshold, 0))
 
@@ -134,8 +134,8 @@ def entmax15(logits: jax.Array) -> jax.Array:
 def entmax_loss(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """The loss whose gradient is entmax15(logits) - onehot(target): (..., V), int (...) -> float32 (...).
 
-    Peters et al. 2019, equation 12: (p - onehot) logits + 4/3 (1 - sum p^1.5). It is 0 where the target
-    leads all others by 2.
+    Peters et al. 2019, equation 12: (p - onehot) logits + 4/3 (1 - sum p^1.5). It is 0 if the logit of
+    the target exceeds all others by at least 2.
     """
     return _entmax_loss(logits.astype(jnp.float32), targets)
 
@@ -162,7 +162,7 @@ _entmax_loss.defvjp(_entmax_forward, _entmax_backward)
 def divergence(logits: jax.Array, teacher: jax.Array, temperature: float) -> jax.Array:
     """T^2 KL(teacher || student), both at temperature T: (..., V) twice -> float32 (...).
 
-    Hinton et al. 2015, arXiv:1503.02531, section 2; T^2 keeps its gradient of the size of the cross-entropy's.
+    Hinton et al. 2015, arXiv:1503.02531, section 2; T^2 gives its gradient the same scale as the cross-entropy's.
     """
     student, teacher = (jax.nn.log_softmax(x.astype(jnp.float32) / temperature) for x in (logits, teacher))
     return temperature**2 * jnp.sum(jnp.exp(teacher) * (teacher - student), -1)
@@ -199,13 +199,13 @@ def head(model: Transformer, params: Any, x_BCD: jax.Array) -> jax.Array:
 def language_model(
     model: Transformer, params: Any, batch: Batch, chunk: int, sparse: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-    """(sum of the cross-entropy over the counted targets in nats, number of these), both float32 ().
+    """Returns (sum of the cross-entropy over the counted targets in nats, number of counted targets), float32 () each.
 
     Args:
       batch: int32 (B, T) arrays, see `data.rows`.
-      chunk: the number of positions whose logits are in memory at a time, forward and backward (the backward pass
-        computes them again); a divisor of T. 0: all positions at once.
-      sparse: few targets count; see `chunked_sum.sum_of_rows`.
+      chunk: number of positions whose logits are in memory at a time, a divisor of T; the backward pass recomputes
+        them. 0: all positions at once.
+      sparse: whether few targets are counted; see `chunked_sum.sum_of_rows`.
     """
     return jnp.sum(row_losses(model, params, batch, chunk, sparse)), _count(batch)
 
@@ -227,7 +227,7 @@ def token_losses(model: Transformer, params: Any, batch: Batch) -> jax.Array:
 
 
 def is_sparse(config: Config) -> bool:
-    """Whether few targets of a row count: the answers alone, or the masked tokens."""
+    """Whether few targets of a row are counted: only the answers, or only the masked tokens."""
     return kinds.is_sparse(config.data) or config.loss.masked != "none"
 
 
@@ -238,7 +238,7 @@ def make(
     reference: Transformer | None = None,
     sparse: bool = False,
 ) -> Loss:
-    """The loss that `loss.kind` names, for `training.step.make`.
+    """Returns the loss function of `loss.kind` for `training.step.make`.
 
     Args:
       chunk, sparse: see `language_model`.
@@ -281,7 +281,7 @@ def make(
         assert reference is not None
         scores = -row_losses(model, params, batch, chunk, sparse)
         reference_scores = -row_losses(reference, frozen["reference"], batch, chunk, sparse)
-        counted = jnp.any(batch["mask"].reshape(scores.shape[0] // 2, -1), -1)  # pairs of padding do not count
+        counted = jnp.any(batch["mask"].reshape(scores.shape[0] // 2, -1), -1)  # exclude pairs of padding rows
         total = jnp.sum(preference(scores, reference_scores, c.beta) * counted)
         return total, jnp.sum(counted).astype(jnp.float32)
 
@@ -289,7 +289,7 @@ def make(
 
 
 def _own(extension: extensions.Extension) -> Callable[..., jax.Array]:
-    """The loss of the user's own, checked with few tokens: a scalar would be taken as the loss of every token."""
+    """A custom loss, checked on a few tokens, because a scalar would be broadcast to every token."""
     loss = extension.bind(extension.target)
     arguments = jax.ShapeDtypeStruct((2, 3, 7), jnp.float32), jax.ShapeDtypeStruct((2, 3), jnp.int32)
     extension.check_output("the loss", loss, arguments, {"batch": 2, "tokens": 3})
@@ -304,7 +304,7 @@ def _count(batch: Batch) -> jax.Array:
 
 
 def check(config: Config) -> None:
-    """Raises UserError where the options of the loss contradict each other or the rest of the configuration."""
+    """Raises UserError if options of the loss contradict each other or the rest of the configuration."""
     c = config.loss
     kind = c.kind
     selected = extensions.select("loss.kind", kind, KINDS)
@@ -351,8 +351,8 @@ def check_reference(
     """Raises UserError unless the reference model `name` has the vocabulary of the trained model.
 
     Args:
-      other: the tokenizer of the reference.
-      tokenizer: that of the trained model; None: only the numbers of ids are compared.
+      other: the tokenizer of the reference model.
+      tokenizer: the tokenizer of the trained model; None: only the vocabulary sizes are compared.
     """
     digests = [tokenizers.digest(t)[:12] for t in (other, tokenizer or other)]
     if digests[0] != digests[1] or reference.vocab_size != config.vocab_size:
@@ -365,7 +365,7 @@ def check_reference(
 
 
 def rows_together(config: LossConfig) -> int:
-    """How many neighbouring rows of a batch belong together."""
+    """The number of consecutive rows of a batch that must stay in the same micro-batch."""
     return 2 if config.kind == "dpo" else 1
 
 

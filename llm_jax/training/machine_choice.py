@@ -1,9 +1,9 @@
-"""What `model.scan_layers=auto` and `model.precision.compute=auto` stand for: the fastest on a machine.
+"""Resolves `model.scan_layers=auto` and `model.precision.compute=auto` to the fastest values on a machine.
 
 The rules follow measurements of the training step of a model of 135 M parameters with 30 layers (`layouts` of
 experiments/benchmarks):
 
-- CPUs multiply bfloat16 faster than float32 with AMX (six times) and AVX512-BF16 (twice), and nowhere else.
+- CPUs multiply bfloat16 faster than float32 only with AMX (six times) and AVX512-BF16 (twice).
 - On CPUs, unrolled layers are faster than scanned ones: by a tenth in float32, by a fifth to nine tenths in bfloat16,
   where XLA copies whole stacks of scanned weights. They take less memory, but compile in a time that grows with the
   depth, so deep models are scanned.
@@ -15,17 +15,17 @@ from collections.abc import Collection
 
 from llm_jax.schema import Config, ModelConfig
 
-_BFLOAT16 = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16"}  # flags of /proc/cpuinfo, and names
-_UNROLLED = 64  # largest number of layers that are unrolled: about half a second of compiling each
+_BFLOAT16 = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16"}  # {flag of /proc/cpuinfo: name}
+_UNROLLED = 64  # maximum number of unrolled layers; each adds about half a second of compile time
 
 
 def fixed(model: ModelConfig) -> ModelConfig:
-    """The model with values that depend on no machine in place of `auto`; for shapes, which these do not change."""
+    """Replaces `auto` by values that do not depend on the machine. These options do not change shapes."""
     return _with(model, True, "float32")
 
 
 def resolve(model: ModelConfig, platform: str, instructions: Collection[str]) -> tuple[ModelConfig, list[str]]:
-    """The model without `auto`, and one line for every choice, with its reason.
+    """Replaces `auto`; returns the model and one line with the reason of every choice.
 
     Args:
       platform: "cpu", "gpu" or "tpu", where the model is trained.
@@ -53,7 +53,7 @@ def resolve(model: ModelConfig, platform: str, instructions: Collection[str]) ->
 
 
 def advice(config: Config, platform: str, instructions: Collection[str]) -> str:
-    """A note that `auto` would be faster, where it would choose bfloat16 and neither option is set; else ""."""
+    """A note that `auto` would be faster, if it would select bfloat16 and neither option is set; else ""."""
     keys = ("model.precision.compute", "model.scan_layers")
     precision = dataclasses.replace(config.model.precision, compute="auto")
     fastest, _ = resolve(dataclasses.replace(config.model, precision=precision), platform, instructions)
@@ -64,7 +64,7 @@ def advice(config: Config, platform: str, instructions: Collection[str]) -> str:
 
 
 def _with(model: ModelConfig, scan: bool, compute: str) -> ModelConfig:
-    """The model with these values where it has "auto"."""
+    """Replaces "auto" in the model by these values."""
     if model.precision.compute == "auto":
         model = dataclasses.replace(model, precision=dataclasses.replace(model.precision, compute=compute))
     return dataclasses.replace(model, scan_layers=scan) if model.scan_layers == "auto" else model

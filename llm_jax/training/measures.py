@@ -1,4 +1,4 @@
-"""Figures of the machine and the model that a run reports: matmul peak, statistics of layers, peak memory, profiles."""
+"""Measurements of the machine and the model: matmul peak, layer statistics, peak memory, profiles."""
 
 import math
 import pathlib
@@ -36,7 +36,7 @@ def matmul_peak(dtype: Any) -> float:
 
 
 def layer_statistics(model: Transformer) -> Callable[[Any, Batch], dict[str, dict[str, jax.Array]]]:
-    """A function (params, batch) -> {"activation": values, "attention_entropy": values}, to be jitted.
+    """Returns a function (params, batch) -> {"activation": values, "attention_entropy": values}; jit it before use.
 
     The values are float32 () by layer, such as "layers/0": the root mean square of its output, and the mean entropy of
     its attention probabilities in nats (`attention_kernels.entropy`).
@@ -60,7 +60,7 @@ def layer_statistics(model: Transformer) -> Callable[[Any, Batch], dict[str, dic
 
 
 def peak_memory() -> dict[str, int]:
-    """The largest memory in use so far, in bytes: of this process, and of a device that reports it."""
+    """The peak memory so far, in bytes: of this process, and of a device, if it reports its peak."""
     unit = 1 if sys.platform == "darwin" else 1024
     peaks = {"peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
     stats = jax.local_devices()[0].memory_stats()
@@ -68,12 +68,12 @@ def peak_memory() -> dict[str, int]:
 
 
 class Profiler:
-    """Traces three steps into WORKDIR/profile, in the form that TensorBoard and xprof open.
+    """Writes a trace of three steps to WORKDIR/profile for TensorBoard and xprof.
 
     Args:
-      start, stop: the first step that this process runs and the step after its last. Steps start + 3 to start + 5 are
-        traced, which leaves out compilation; in a shorter run its last three.
-      enabled: False: trace nothing.
+      start, stop: the first step that this process runs, and the step after the last one. Steps start + 3 to start + 5
+        are traced, after compilation; in a shorter run, the last three steps.
+      enabled: whether to write a trace.
       write: prints the line that names the directory.
     """
 
@@ -84,7 +84,7 @@ class Profiler:
         self._first = max(min(start + 3, stop - 3), start) if enabled else None
 
     def at(self, done: int, state: Any) -> None:
-        """Call before every step, with the state that it starts from."""
+        """Starts or ends the trace; call before every step with the current state."""
         if self._first is None:
             return
         if not self._active and self._first <= done < self._first + 3:
@@ -95,13 +95,13 @@ class Profiler:
             self.close(state)
 
     def stop(self) -> None:
-        """Ends a trace that is still running, as after an error."""
+        """Ends a running trace, for example after an error."""
         if self._active:
             self._active, self._first = False, None
             jax.profiler.stop_trace()
 
     def close(self, state: Any) -> None:
-        """Ends a trace that is still running, and prints where it is."""
+        """Ends a running trace and prints its directory."""
         if self._active:
             jax.block_until_ready(state)
             self.stop()

@@ -1,4 +1,4 @@
-"""The memory of a training step, as it is compiled, without running it."""
+"""The memory of a compiled training step, without running it."""
 
 import dataclasses
 import math
@@ -12,19 +12,19 @@ from llm_jax.schema import Config
 from llm_jax.training import trainable
 from llm_jax.training.setup import Setup, num_parameters, setup
 
-# Kinds of training that `plan` compares with the given one: {name: changes of the configuration}.
+# Kinds of training that `plan` compares with the configured one: {name: changes of the configuration}.
 KINDS = ("forward", "full", "lora", "fa", "qlora")
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of a compiled function on one device.
+    """The memory of a compiled function on one device, in bytes.
 
     Attributes:
       arguments: weights, optimizer state and batch.
       temporaries: activations, gradients and the rest.
-      outputs: those that do not take the place of an argument.
-      optimizer: the optimizer's state and the average of the weights, which are part of the arguments.
+      outputs: outputs that do not reuse the memory of an argument.
+      optimizer: the part of the arguments that is optimizer state or the moving average of the weights.
     """
 
     arguments: int
@@ -38,14 +38,14 @@ class Memory:
 
 
 def of(executable: Any, optimizer: int = 0) -> Memory:
-    """The memory of a compiled function, of which `optimizer` bytes are the optimizer's."""
+    """The memory of a compiled function; `optimizer` is the size of the optimizer state in bytes."""
     analysis = executable.memory_analysis()
     outputs = max(analysis.output_size_in_bytes - analysis.alias_size_in_bytes, 0)
     return Memory(analysis.argument_size_in_bytes, analysis.temp_size_in_bytes, outputs, optimizer)
 
 
 def of_training_step(setup: Setup) -> Memory:
-    """The memory of one update as the trainer runs it: all micro-batches, the average of the weights included."""
+    """The memory of one update of the trainer, including all micro-batches and the moving average of the weights."""
     state = setup.state.replace(frozen={})
     limit = jax.ShapeDtypeStruct((), "float32")
     compiled = setup.train_step.lower(state, setup.state.frozen, setup.batch, limit).compile()
@@ -59,12 +59,12 @@ def of_forward_pass(setup: Setup) -> Memory:
 
 @dataclasses.dataclass(frozen=True)
 class StepSizes:
-    """What a training step takes on one device, from shapes alone: nothing is compiled.
+    """The size and FLOPs of a training step on one device, computed from shapes without compiling.
 
     Attributes:
-      parameters, trainable: numbers of entries of all weights, and of those that are trained.
+      parameters, trainable: number of entries of all weights, and of the trainable weights.
       flops: floating-point operations of a step; see `transformer.flops_per_token`.
-      weights, optimizer, gradients: bytes.
+      weights, optimizer, gradients: sizes in bytes.
     """
 
     parameters: int
@@ -106,16 +106,16 @@ def describe(e: StepSizes, config: Config) -> str:
 
 
 def compiled(config: Config, kind: str) -> Memory:
-    """The memory of one of `KINDS` under a configuration with a `model.vocab_size`, or of the step "as given"."""
+    """The memory of the step of one of `KINDS`, or "as given" of the configured step; needs `model.vocab_size`."""
     config = config if kind == "as given" else variant(config, kind)
     parts = setup(_named(config) if config.lora.rank else config)
     return of_forward_pass(parts) if kind == "forward" else of_training_step(parts)
 
 
 def variant(config: Config, kind: str) -> Config:
-    """The configuration of one of `KINDS`: adapters have rank 8 where `lora.rank` is 0, "qlora" has an NF4 base."""
+    """The configuration for one of `KINDS`; adapters have rank 8 if `lora.rank` is 0, and "qlora" has an NF4 base."""
     adapters = kind in ("lora", "fa", "qlora")
-    if not adapters:  # no adapters, and none of their options
+    if not adapters:  # no adapters, and default values of their options
         lora = dataclasses.replace(config.lora, rank=0, **trainable.ADAPTERS_ONLY)
     else:
         lora = dataclasses.replace(config.lora, rank=config.lora.rank or 8, variant="fa" if kind == "fa" else "lora")
@@ -126,7 +126,7 @@ def variant(config: Config, kind: str) -> Config:
 
 
 def _named(config: Config) -> Config:
-    """The configuration with a base for its adapters, which is not read and may be missing: shapes are enough."""
+    """Sets a placeholder as `init_from` of adapters; it is not read, because only shapes are needed."""
     return dataclasses.replace(config, init_from=config.init_from or "unnamed")
 
 
@@ -136,6 +136,6 @@ def with_remat(config: Config, remat: str) -> Config:
 
 
 def shard_bytes(tree: Any) -> int:
-    """Bytes of the parts of all arrays of a tree that one device holds; leaves are shapes with shardings."""
+    """The bytes on one device of all arrays of a tree; leaves are `jax.ShapeDtypeStruct`s with shardings."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)

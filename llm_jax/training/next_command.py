@@ -1,4 +1,4 @@
-"""The command to try after a run, which depends on what the run trained."""
+"""The command that a finished run suggests."""
 
 import pathlib
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from llm_jax.schema import Config
 from llm_jax.tokenizers import Tokenizer
 
-# (name of the command, its other flags, whether it fits a configuration). The first row that fits counts.
+# (name of the command, its other flags, whether it applies to a configuration). The first row that applies is used.
 _COMMANDS: tuple[tuple[str, str, Callable[[Config], bool]], ...] = (
     ("evaluate", "", lambda c: c.loss.masked != "none" or not c.model.causal),
     ("evaluate", "", lambda c: c.data.kind == "labelled"),
@@ -16,7 +16,7 @@ _COMMANDS: tuple[tuple[str, str, Callable[[Config], bool]], ...] = (
 
 
 def after_training(workdir: pathlib.Path, config: Config, tokenizer: Tokenizer) -> str:
-    """The command line that uses the model of a finished run: generate, chat or evaluate."""
+    """Returns a command line that uses the model of a finished run: generate, chat or evaluate."""
     name, flags = next((name, flags) for name, flags, fits in _COMMANDS if fits(config))
     if name == "chat" and not getattr(tokenizer, "special", {}).get("chat_template"):
         flags = " --plain"
@@ -25,7 +25,7 @@ def after_training(workdir: pathlib.Path, config: Config, tokenizer: Tokenizer) 
 
 
 def _quoted(text: str) -> str:
-    """The text as a word of a POSIX shell."""
+    """Quotes a text for a POSIX shell."""
     if text.isprintable() and not set(text) & set('"\\$`!'):
         return f'"{text}"'
     escaped = text.encode("unicode_escape").decode().replace("'", "\\'")

@@ -1,8 +1,8 @@
-"""Optimizers and schedules by name, on optax; an optimizer may be a function of the user's own (`extensions`).
+"""Optimizers and schedules by name, built on optax. An optimizer may be a custom function (`extensions`).
 
     gradients -> clipped -> the rule of `optim.kind` -> x width transfer -> + decay -> x lr_rules -> x rate
 
-Scanned layers are stacked in one array. Every rule treats each of them as a separate weight, so that updates do not
+Scanned layers are stacked in one array. Every rule treats each layer as a separate weight, so that updates do not
 depend on `model.scan_layers`.
 """
 
@@ -24,13 +24,13 @@ from llm_jax.schema import OptimConfig, Rules, choice
 
 
 class Rule(NamedTuple):
-    """An update rule, and how its learning rates change with the width of the model.
+    """An update rule and the scaling of its learning rates with the width of the model.
 
     Attributes:
-      make: the transformation from gradients to updates, before the learning rate.
+      make: returns the transformation from gradients to updates, before the learning rate.
       hidden: power of (base width / width) that multiplies the learning rate of hidden matrices (Yang et al. 2022,
         arXiv:2203.03466, table 8).
-      vectors: the same for all other weights.
+      vectors: power of (base width / width) that multiplies the learning rate of all other weights.
     """
 
     make: Callable[[OptimConfig], optax.GradientTransformation]
@@ -41,10 +41,10 @@ class Rule(NamedTuple):
 OPTIMIZERS: dict[str, Rule] = {
     # Loshchilov and Hutter 2019, arXiv:1711.05101
     "adamw": Rule(lambda c: optax.scale_by_adam(c.beta1, c.beta2, c.eps), 1, 0),
-    # Chen et al. 2023, arXiv:2302.06675; entries of one size, as Adam's, so table 8 holds as for Adam
+    # Chen et al. 2023, arXiv:2302.06675; all entries have equal size, as in Adam, so table 8 applies as for Adam
     "lion": Rule(lambda c: optax.scale_by_lion(c.beta1, c.beta2), 1, 0),
     "adafactor": Rule(lambda c: _adafactor(), 1, 0),
-    # The update is orthogonal times sqrt(width), which changes features by sqrt(width): half of Adam's power.
+    # The update is an orthogonal matrix times sqrt(width), which changes features by sqrt(width): half of Adam's power.
     "muon": Rule(lambda c: _muon(c), 0.5, 0),
     "sgd": Rule(lambda c: optax.trace(c.beta1), 0, -1),
 }
@@ -70,18 +70,18 @@ SCHEDULES: dict[str, Callable[[OptimConfig, int], optax.Schedule]] = {
     "cosine": lambda c, steps: optax.cosine_decay_schedule(c.lr, steps, c.final_lr_fraction),
     "linear": lambda c, steps: optax.linear_schedule(c.lr, c.lr * c.final_lr_fraction, steps),
     "constant": lambda c, steps: optax.constant_schedule(c.lr),
-    "wsd": _wsd,  # Hu et al. 2024, MiniCPM, arXiv:2404.06395, with a linear fall
+    "wsd": _wsd,  # Hu et al. 2024, MiniCPM, arXiv:2404.06395, with linear decay
     "inverse_sqrt": _inverse_sqrt,  # Vaswani et al. 2017, arXiv:1706.03762, equation 3
 }
 
 
 def warmup_steps(config: OptimConfig, steps: int) -> int:
-    """The steps of linear warm-up: `optim.warmup_steps`, or a fourteenth of all steps where that is -1."""
+    """The number of warm-up steps: `optim.warmup_steps`, or a fourteenth of all steps if it is -1."""
     return steps // 14 if config.warmup_steps < 0 else config.warmup_steps
 
 
 def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
-    """The learning rate by step: a linear warm-up from 0, then `optim.schedule` up to step `steps`.
+    """Returns the schedule: a linear warm-up from 0, then `optim.schedule` up to step `steps`.
 
     Raises:
       UserError: an unknown schedule, or a warm-up that is not shorter than the training.
@@ -92,7 +92,7 @@ def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
         raise UserError(f"config key 'optim.warmup_steps' is {config.warmup_steps}; expected less than {steps} steps")
     if not config.warmup_steps:
         return after(config, steps)
-    # The first update has the rate of step 1: one of rate 0 would be wasted.
+    # The first update uses the rate of step 1, because an update with rate 0 would have no effect.
     warmup = optax.linear_schedule(config.lr / config.warmup_steps, config.lr, config.warmup_steps - 1)
     return optax.join_schedules([warmup, after(config, steps - config.warmup_steps)], [config.warmup_steps])
 
@@ -105,18 +105,18 @@ def make(
     adapters: Any = None,
     b_lr_ratio: float = 1.0,
 ) -> optax.GradientTransformation:
-    """Clipping, the optimizer, decoupled weight decay by rules, and the learning rate, in this order.
+    """Returns the transformation: clipping, the optimizer, decoupled weight decay by rules, and the learning rate.
 
     Args:
-      params: the tree of the model's weights (shapes suffice); the rules match its names.
+      params: the parameter tree of the model (arrays or shapes); the rules match its names.
       width_ratio: base width / width (`transformer.width_ratio`). It scales the updates of the rule but not the weight
         decay, which shrinks weights by the same factor at every width.
-      adapters: the trainable tree where that is not `params`: parts (a, b, ...) of adapters, which have the decay and
-        the learning rate of the weight that they adapt.
+      adapters: the trainable tree if it is not `params`: the parts (a, b, ...) of adapters. They have the decay and the
+        learning rate of the adapted weight.
       b_lr_ratio: factor on the learning rate of the parts b (LoRA+: Hayou et al. 2024, arXiv:2402.12354).
 
     Raises:
-      UserError: an unknown kind, or a rule that matches nothing or names no number.
+      UserError: an unknown kind, a rule that matches nothing, or a rule whose value is not a number.
     """
 
     def factors_of(rules: Rules, source: str) -> dict[str, float]:
@@ -143,7 +143,7 @@ def make(
 
 
 def _rule(kind: str) -> Rule:
-    """The rule of `optim.kind`. That of the user's own transforms its learning rates with the width as Adam does."""
+    """The rule of `optim.kind`. The learning rates of a custom optimizer scale with the width like Adam's."""
     rule = extensions.select("optim.kind", kind, OPTIMIZERS)
     if not isinstance(rule, extensions.Extension):
         return rule
@@ -159,14 +159,14 @@ def _rule(kind: str) -> Rule:
 
 
 def shardings(state: Any, params: Any, placed: Any, copies: NamedSharding) -> Any:
-    """The shardings of an optimizer state: an entry that belongs to a weight is sharded like the weight.
+    """Returns the shardings of an optimizer state; an entry that belongs to a weight is sharded like the weight.
 
-    A state holds trees like the parameters, some with axes of size 1 (factored moments) or without the weights of
-    another rule. The end of a leaf's path says which weight it belongs to.
+    A state contains trees like the parameters; some have axes of size 1 (factored moments), and some lack the weights
+    of other rules. The end of a leaf's path is the path of its weight.
 
     Args:
       state, params: trees of shapes.
-      placed: the shardings of the parameters.
+      placed: tree of the shardings of the parameters.
       copies: the sharding of everything else (step counts).
     """
     weights, _ = jax.tree_util.tree_flatten_with_path(params)
@@ -189,7 +189,7 @@ def _is_hidden(path: str, leaf: Any) -> bool:
 
 
 def _map(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
-    """`function(path of the weight, leaf, *others)` on every leaf of every weight."""
+    """Applies `function(path of the weight, leaf, *others)` to every leaf of every weight."""
     return trees.map_weights(lambda path, *w: jax.tree.map(lambda *leaf: function(path, *leaf), *w), tree, *rest)
 
 
@@ -226,7 +226,7 @@ def _muon(c: OptimConfig) -> optax.GradientTransformation:
     weight decay (Liu et al. 2025, arXiv:2502.16982, equation 4).
     """
 
-    def axes(updates: Any) -> Any:  # all others are batch axes: the one of the layers
+    def axes(updates: Any) -> Any:  # all other axes are batch axes (layers)
         return jax.tree.map(lambda leaf: contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1), updates)
 
     def resized(updates: Any, _: Any) -> Any:
@@ -245,9 +245,11 @@ class FactoredMoments(NamedTuple):
     """The state of Adafactor.
 
     Attributes:
-      steps: int32 (), updates done.
-      rows: of matrices (..., in, out) the moving mean square of every row, (..., in, 1), else of every entry.
-      columns: of matrices that of every column, (..., 1, out), else nothing, of size 1.
+      steps: int32 (), number of updates.
+      rows: float; for matrices (..., in, out), the moving mean square of every row, (..., in, 1); for other weights, of
+        every entry.
+      columns: float; for matrices, the moving mean square of every column, (..., 1, out); for other weights, unused and
+        of size 1.
     """
 
     steps: jax.Array
@@ -259,8 +261,8 @@ def _adafactor() -> optax.GradientTransformation:
     """Adam without momentum, with second moments factored into rows and columns.
 
     Algorithm 4 of Shazeer and Stern 2018 (arXiv:1804.04235), with the decay 1 - t^-0.8 and the clipping
-    of updates to an RMS of 1 of its sections 6 and 7.2. Rates are absolute. Not optax's, which takes the
-    two longest axes for rows and columns and so mixes the layers of a scan.
+    of updates to an RMS of 1 of its sections 6 and 7.2. Learning rates are absolute. optax's version is
+    not used, because it factors the two longest axes and so mixes the layers of a scan.
     """
 
     def own(path: str, leaf: Any) -> tuple[int, ...]:
@@ -280,7 +282,7 @@ def _adafactor() -> optax.GradientTransformation:
 
     def divided(path: str, gradient: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
         axes = own(path, gradient)
-        if len(axes) > 1:  # root by root: the product of two small moments would be 0
+        if len(axes) > 1:  # separate roots, because the product of two small moments would underflow to 0
             update = gradient * jax.lax.rsqrt(rows / jnp.mean(rows, -2, keepdims=True)) * jax.lax.rsqrt(columns)
         else:
             update = gradient * jax.lax.rsqrt(rows)

@@ -1,4 +1,4 @@
-"""Compiles a step of decoding for devices that this machine does not have, from shapes alone."""
+"""Compiles a decoding step for target devices, from shapes alone."""
 
 from typing import Any
 
@@ -18,10 +18,10 @@ from llm_jax.schema import Config
 
 
 def compiled(config: Config, devices: list[Any]) -> tuple[Any, Mesh]:
-    """(the loop that draws tokens, compiled, and its mesh).
+    """Returns the compiled decoding loop and its mesh.
 
-    `train.batch_size` prompts of `train.seq_len` tokens are continued by `eval.max_new_tokens`, by weights in
-    `model.precision.compute`, or in the formats of `quant.scheme`.
+    `train.batch_size` prompts of `train.seq_len` tokens are continued by `eval.max_new_tokens` tokens, with weights in
+    `model.precision.compute` or in the formats of `quant.scheme`.
 
     Raises:
       UserError: see `mesh.make` and `mesh.shardings`.
@@ -35,7 +35,7 @@ def compiled(config: Config, devices: list[Any]) -> tuple[Any, Mesh]:
     prompts = jax.ShapeDtypeStruct((rows, loop.bucket(length)), jnp.int32, sharding=split)
     lengths = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=split)
     room = loop.bucket(config.eval.max_new_tokens)
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # kernels are chosen by its platform
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # the platform determines the kernels
         settings = jax.eval_shape(lambda: loop.draw_settings(model, Sampler(), range(rows)))
         prefill = loop.prefill_and_draw.of_model(model).lower(room, 0, params, settings, prompts, lengths)
         state = _placed(prefill.out_info, prefill.compile().output_shardings)

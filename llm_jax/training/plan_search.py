@@ -19,10 +19,10 @@ GIB = 2**30
 
 
 def candidates(config: Config, topology: Topology) -> Iterator[dict[str, Any]]:
-    """Changes of a configuration to try, the most promising first.
+    """Returns the changes of a configuration to try, most promising first.
 
-    The axis "data" spans the slices, "tensor" takes 1, 2, 4 or 8 neighbours as far as the heads divide, and "fsdp" the
-    rest; larger batches per device come first, and less rematerialization.
+    The axis "data" spans the slices, "tensor" has 1, 2, 4 or 8 neighbouring devices if it divides the heads, and "fsdp"
+    has the rest. Larger batches per device and less rematerialization come first.
     """
     devices = topology.chips * topology.chip.devices
     within = devices // topology.slices
@@ -40,9 +40,9 @@ def candidates(config: Config, topology: Topology) -> Iterator[dict[str, Any]]:
 
 
 def state_bytes(config: Config) -> int:
-    """Bytes of one copy of what a step holds from its start: weights, frozen ones included, optimizer state, average.
+    """Returns the bytes of one copy of all weights, the optimizer state and the moving average.
 
-    They come from shapes and dtypes alone, on a mesh of one device of this machine.
+    Computed from shapes and dtypes on a mesh of one device of this machine.
 
     Raises:
       UserError: options that contradict each other.
@@ -59,7 +59,7 @@ def state_bytes(config: Config) -> int:
 def least_bytes(config: Config, changes: dict[str, Any], state: int) -> float:
     """A lower bound of the memory of a step on one device: its share of the `state_bytes`, if all of them are split.
 
-    Activations, gradients and weights that are not sharded come on top.
+    Activations, gradients and unsharded weights need additional memory.
     """
     axes = [axis for _, spec in config.mesh.rules for axis in (spec if isinstance(spec, tuple) else (spec,))]
     names = {name for axis in axes if axis for name in (axis if isinstance(axis, tuple) else (axis,))}
@@ -78,20 +78,19 @@ def typical_bytes(config: Config, changes: dict[str, Any], state: int) -> float:
 
 
 def search(config: Config, topology: Topology, limit: int, log: Callable[[str], Any]) -> list[Report]:
-    """The reports of the configurations that fit, by the longest estimated time per token.
+    """Returns the reports of the configurations that fit, sorted by the upper estimate of the time per token.
 
-    Those that cannot fit by `least_bytes` are not compiled. Where one does not fit, the ratio of what the compiler says
-    that it needs to its `typical_bytes` is expected of the others, and those that fit by that expectation come next.
-    Configurations that are refused, such as a batch that `train.grad_accumulation` does not divide, do not count as
-    compiled; the search ends where as many as `limit` are refused before any is compiled.
+    Configurations whose `least_bytes` exceed the memory are not compiled. If a configuration does not fit, the ratio of
+    its compiled memory to its `typical_bytes` corrects the estimates of the others, and those that should fit are tried
+    next. Invalid configurations, such as a batch that `train.grad_accumulation` does not divide, do not count toward
+    `limit`; the search ends if `limit` of them occur before any configuration compiles.
 
     Args:
       limit: number of configurations to compile.
-      log: is called with a line about every configuration that is compiled or refused, and about those that are not
-        compiled.
+      log: called with a line about every compiled or invalid configuration, and about those that are not compiled.
 
     Raises:
-      UserError: none fits; names the one that needs the least memory, or why the first is refused.
+      UserError: no configuration fits; the message names the closest one, or the error of the first invalid one.
     """
     capacity = topology.chip.memory / topology.chip.devices
     state = state_bytes(config)
@@ -135,7 +134,7 @@ def search(config: Config, topology: Topology, limit: int, log: Callable[[str], 
     if reports:
         return sorted(reports, key=per_token)
     if refused and not misses:
-        raise UserError(f"--search: {len(refused)} combinations were refused and none was compiled; {refused[0]}")
+        raise UserError(f"--search: {len(refused)} combinations are invalid and none was compiled; {refused[0]}")
     needed, text = min(misses or [(least, _text(changes)) for least, changes in too_large])
     raise UserError(
         f"--search: no mesh, remat and batch of {len(misses)} that were compiled fits {topology.name}; the closest "
@@ -149,7 +148,7 @@ def _text(changes: dict[str, Any]) -> str:
 
 
 def per_token(report: Report) -> float:
-    """The longest estimated time of a step per token of the batch, in seconds."""
+    """The upper estimate of the step time divided by the tokens of the batch, in seconds."""
     rows, length = report["batch"]
     return float(report["seconds"]["longest"] / (rows * length))
 

@@ -1,8 +1,8 @@
-"""Compiles the training step of a configuration for devices that this machine does not have, and reports on it.
+"""Compiles the training step of a configuration for target devices and reports its memory, FLOPs and time.
 
     report = planning.plan(config, topologies.parse("v5e:16x16"))
 
-`plan` runs `python -m llm_jax.training.planning` in a process of its own; see `parallel.topologies`.
+`plan` runs `python -m llm_jax.training.planning` in a separate process; see `parallel.topologies`.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ ASSUMPTIONS = (
 )
 # Matrix products of a tile in the kernels of splash attention.
 _KERNEL_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
-_KERNEL_SHARE = 0.5  # of the chip's peak
+_KERNEL_SHARE = 0.5  # share of the chip's peak FLOPs
 _DOES_NOT_FIT = 3  # exit code of the process that compiles
 
 
@@ -40,7 +40,7 @@ class DoesNotFit(UserError):
     """A step that exceeds the memory of a device.
 
     Attributes:
-      needed: bytes, as the compiler says.
+      needed: bytes reported by the compiler.
     """
 
     def __init__(self, message: str, needed: float):
@@ -49,14 +49,14 @@ class DoesNotFit(UserError):
 
 
 def plan(config: Config, topology: Topology, decode: bool = False) -> Report:
-    """The report about the training step of a configuration with a `model.vocab_size`, see `report`.
+    """Returns the report about the training step of a configuration with `model.vocab_size`; see `report`.
 
     Args:
-      decode: report on a step of decoding instead, see `plan_decoding`.
+      decode: report on a decoding step instead; see `plan_decoding`.
 
     Raises:
-      DoesNotFit: the step does not fit the memory of a device.
-      UserError: options that contradict each other or the topology, or a topology that libtpu does not know.
+      DoesNotFit: the step does not fit into the memory of a device.
+      UserError: options contradict each other or the topology, or libtpu does not support the topology.
     """
     request = {"config": configuration.as_dict(config), "topology": dataclasses.asdict(topology), "decode": decode}
     request["parent"] = os.getpid()
@@ -82,12 +82,12 @@ def plan(config: Config, topology: Topology, decode: bool = False) -> Report:
 
 
 def report(config: Config, topology: Topology, decode: bool = False) -> Report:
-    """Compiles the training step, or a step of decoding, in this process, and reports on one device of the mesh.
+    """Compiles the training step, or a decoding step, in this process and reports on one device of the mesh.
 
     Returns:
       "topology", "devices", "mesh", "attention_kernel", "batch" (rows, tokens of a row), "decode";
       "memory": bytes of "arguments" (with "optimizer"), "temporaries", "outputs", "peak" (the three together), "live"
-      (XLA's peak of what is used at one time), "capacity";
+      (XLA's peak of the memory in use at one time), "capacity";
       "flops": "compiled", "model" (6 N D and attention; 2 N of decoding), "cycles";
       "collectives": rows of "kind", "axes", "count", "bytes";
       "seconds": "compute", "collectives", "shortest", "longest"; "utilization": [of the longest, of the shortest];
@@ -156,7 +156,7 @@ def report(config: Config, topology: Topology, decode: bool = False) -> Report:
 
 
 def _kernel_flops(module: Any, config: Config, mesh: dict[str, int]) -> float:
-    """The FLOPs of attention kernels, which XLA does not know: those of half the pairs of a causal row."""
+    """The FLOPs of attention kernels, which XLA does not count; a causal row has half of the pairs."""
     from llm_jax.model import positions
 
     c, length = config.model, config.train.seq_len
@@ -172,7 +172,7 @@ def _kernel_flops(module: Any, config: Config, mesh: dict[str, int]) -> float:
 
 
 def _seconds(row: Any, mesh: dict[str, int], topology: Topology) -> float:
-    """The time of collectives on the links of a chip, if nothing else uses them."""
+    """The time of collectives on otherwise idle links of a chip, in seconds."""
     slow = row.axes == "slices"
     ways = topology.slices if slow else math.prod(mesh.get(axis, 1) for axis in row.axes.split("+"))
     passes = 2 if row.kind == "all-reduce" else 1
@@ -182,7 +182,7 @@ def _seconds(row: Any, mesh: dict[str, int], topology: Topology) -> float:
 
 
 def _compiler_error(message: str, topology: Topology, capacity: int) -> UserError:
-    """The error of one line for a message of the compiler; `DoesNotFit` with the sizes that it names."""
+    """Converts a compiler message to a one-line error; `DoesNotFit` if the message reports memory sizes."""
     text = " ".join(message.split())
     used = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", text)
     if used is None:

@@ -1,4 +1,4 @@
-"""What a run reports while it trains: the progress bar, metrics.jsonl and the trackers."""
+"""Reports the metrics of a run during training: progress bar, metrics.jsonl and trackers."""
 
 import dataclasses
 import json
@@ -20,15 +20,15 @@ from llm_jax.training.bad_steps import Watch, lines_up_to
 from llm_jax.training.trackers import Trackers
 
 Metrics = Mapping[str, Any]  # of jax.Array
-_QUIET = 60.0  # seconds after which a run without a terminal prints a line in any case
+_QUIET = 60.0  # maximum seconds between printed lines without a terminal
 
 
 @dataclasses.dataclass
 class _Pending:
-    """A step that has been dispatched and whose metrics have not been read.
+    """A dispatched step whose metrics have not been read.
 
     Attributes:
-      ready: when its result was there, in seconds of `time.perf_counter`; None: not known yet.
+      ready: time at which the result was ready, in seconds of `time.perf_counter`; None: not known yet.
     """
 
     step: int
@@ -37,14 +37,14 @@ class _Pending:
 
 
 class Progress:
-    """Reports every step once its result is there, without making the next step wait.
+    """Reports every step when its result is ready, without delaying the next step.
 
-    A step's time runs from the end of the step before it (or of an evaluation or save) to its own end.
+    The time of a step is measured from the end of the previous step, evaluation or save to the end of the step.
 
     Args:
-      watch: sees every step, and raises `BadStep` out of the method that collects a bad one.
+      watch: receives every step; for a bad step it raises `BadStep`, also from the methods of this class.
       weights: the per-layer names of the trainable weights, in the order of the norms.
-      trackers: get what the file gets.
+      trackers: receive the same data as metrics.jsonl.
       norms_every: steps between lines with norms; 0: none.
       verbose: whether to show the bar and print.
     """
@@ -79,23 +79,25 @@ class Progress:
         self._trackers = trackers or Trackers()
         self._pending: _Pending | None = None
         self._printed = time.perf_counter()
-        self._clock = time.perf_counter()  # the end of what came before the step that is timed next
+        self._clock = time.perf_counter()  # end of the previous step, evaluation or save
         self._line: dict[str, Any] = {}
         self._last_evaluation = ""
-        self._first: tuple[int, float] | None = None  # a step after compilation, and when it was ready
+        self._first: tuple[int, float] | None = (
+            None  # the first step after compilation, and the time at which it was ready
+        )
         self.rates: list[float] = []  # tokens per second of every step
 
     def step(self, step: int, metrics: Metrics) -> dict[str, Any] | None:
-        """Takes the metrics of a step that has been dispatched; writes and returns the line of the step before."""
+        """Records the metrics of a dispatched step; writes and returns the line of the previous step."""
         before, self._pending = self._pending, _Pending(step, metrics)
         self._collect(before)
         line = self._write()
-        if all(value.is_ready() for value in metrics.values()):  # a CPU has finished the step when it is dispatched
+        if all(value.is_ready() for value in metrics.values()):  # on CPUs, dispatch waits until the step is finished
             self._pending.ready = time.perf_counter()
         return line
 
     def collect(self) -> None:
-        """Waits for the step in hand and reads its metrics."""
+        """Waits for the pending step and reads its metrics."""
         before, self._pending = self._pending, None
         self._collect(before)
 
@@ -131,24 +133,24 @@ class Progress:
             self.write(note)
 
     def _time_left(self, step: int, now: float) -> str:
-        """ ", N min left", from the steps so far with their evaluations and saves, the first step left out; or ""."""
+        """Returns ", N min left", estimated from the steps after the first, with evaluations and saves; or ""."""
         if self._first is None or step <= self._first[0] or step == self._steps:
             return ""
         each = (now - self._first[1]) / (step - self._first[0])
         return f", {bars.duration(each * (self._steps - step))} left"
 
     def _is_milestone(self, step: int) -> bool:
-        """Whether a run without a terminal prints this step: the first, every tenth part and the last."""
+        """Whether a run without a terminal prints this step: the first, the last, and every tenth of the run."""
         tenth = max(self._steps // 10, 1)
         return step in (self._start + 1, self._steps) or step % tenth == 0
 
     def flush(self, statistics: Mapping[str, Mapping[str, Any]] | None = None, **extra: float) -> dict[str, Any] | None:
-        """Writes and returns the line of the step in hand.
+        """Writes and returns the line of the pending step.
 
         Args:
-          statistics: {kind: {weight or layer: value}}: "parameter" and "activation" are norms beside those of the
-            gradients, "attention_entropy" is not.
-          extra: further figures, such as those of an evaluation.
+          statistics: {kind: {weight or layer: value}}; the kinds are the norms "parameter" and "activation", and
+            "attention_entropy".
+          extra: additional metrics, such as the results of an evaluation.
         """
         self.collect()
         for kind, values in (statistics or {}).items():
@@ -174,7 +176,7 @@ class Progress:
         scalars = {k: v for k, v in line.items() if isinstance(v, float)}
         for kind, norms in line.get("norms", {}).items():
             scalars |= {f"{kind}_norm/{weight}": value for weight, value in norms.items()}
-            if kind in ("parameter", "update"):  # that of all weights together; `grad_norm` is that of the gradient
+            if kind in ("parameter", "update"):  # norm over all weights; the norm of the gradient is `grad_norm`
                 scalars[f"{kind}_norm"] = math.hypot(*norms.values())
         entropies = line.get("attention_entropy", {})
         scalars |= {f"attention_entropy/{layer}": value for layer, value in entropies.items()}
@@ -182,7 +184,7 @@ class Progress:
         return line
 
     def text(self, step: int, name: str, text: str) -> None:
-        """Prints a text above the bar, appends it to samples.jsonl and gives it to the trackers, in process 0."""
+        """In process 0, prints a text above the bar, appends it to samples.jsonl and sends it to the trackers."""
         if not processes.is_main():
             return
         self.write(text)
@@ -195,10 +197,10 @@ class Progress:
         self._trackers.text(step, name, text)
 
     def pictures(self, step: int, pictures: Mapping[str, bytes | str]) -> None:
-        """Writes WORKDIR/pictures/NAME-STEP.png and gives it to the trackers; prints why a picture is missing.
+        """Writes WORKDIR/pictures/NAME-STEP.png and sends it to the trackers; prints the reason for a missing picture.
 
         Args:
-          pictures: {name: PNG, or why there is none}.
+          pictures: {name: PNG bytes, or the reason why the picture cannot be drawn}.
         """
         for name, content in pictures.items():
             if isinstance(content, str):
@@ -210,7 +212,7 @@ class Progress:
                 self._trackers.picture(step, f"pictures/{name}", local)
 
     def sync(self) -> None:
-        """Flushes the lines so far to the disk, so that after a power failure none is missing before a checkpoint."""
+        """Flushes metrics.jsonl to the disk, so that after a power failure no line before a checkpoint is missing."""
         if processes.is_main():
             files.sync(self._file)
 
@@ -224,7 +226,7 @@ class Progress:
         self.pause()
 
     def pause(self) -> None:
-        """Restarts the clock after an evaluation or a save, whose time belongs to no step."""
+        """Restarts the clock after an evaluation or a save, whose time is not part of a step."""
         self._clock = time.perf_counter()
 
     def write(self, text: str) -> None:
@@ -234,15 +236,15 @@ class Progress:
             sys.stdout.flush()
 
     def close(self) -> None:
-        """Closes the bar and the file; may be called again."""
+        """Closes the bar and the file; further calls have no effect."""
         self._bar.close()
         self._file.close()
 
 
 def _reopen(path: pathlib.Path, start: int):
-    """The metrics file, cut after the line of step `start`: later ones are written again.
+    """Opens the metrics file and truncates it after the line of step `start`; later steps are repeated.
 
-    Process 0 writes it; others discard their lines.
+    Process 0 writes the file; other processes discard their lines.
     """
     if not processes.is_main():
         return open(os.devnull, "a")

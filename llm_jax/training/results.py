@@ -1,4 +1,4 @@
-"""The results of a finished run: the figures of summary.json, and what is printed of them."""
+"""The results of a finished run: the metrics in summary.json and their printed form."""
 
 import pathlib
 from collections.abc import Mapping
@@ -19,10 +19,10 @@ from llm_jax.training.step import TrainState
 def summarize(
     setup: Setup, data: Inputs, state: TrainState, workdir: pathlib.Path, figures: Mapping[str, Any], rate: float | None
 ) -> dict[str, Any]:
-    """The figures of summary.json, without "seconds".
+    """Returns the metrics of summary.json, without "seconds".
 
     Args:
-      figures: those of the last evaluation.
+      figures: metrics of the final evaluation.
       rate: tokens per second.
     """
     config = setup.config
@@ -48,7 +48,7 @@ def summarize(
 
 
 def describe_results(workdir: pathlib.Path, config: Config, summary: Mapping[str, Any]) -> str:
-    """The final figures, and where the checkpoint is."""
+    """Returns the final metrics and the path of the checkpoint as text."""
     key = "validation_bits_per_byte"
     test = {name.removeprefix("test_"): value for name, value in summary.items() if name.startswith("test_")}
     if key in summary:

@@ -1,4 +1,4 @@
-"""Pictures of a model while it trains: `report.pictures`."""
+"""Pictures of a model during training: `report.pictures`."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,22 +22,22 @@ _OF_TEXTS = ("attention", "probabilities", "surprisal")
 
 
 def check(names: tuple[str, ...], prompts: tuple[str, ...]) -> None:
-    """Raises UserError for an unknown picture, or one of a text where `eval.prompts` has none."""
+    """Raises UserError for an unknown picture, or for a picture that needs a text if `eval.prompts` is empty."""
     for name in names:
         choice("report.pictures", name, PICTURES)
         if name in _OF_TEXTS and not prompts:
-            raise UserError(f"report.pictures={name} is a picture of the first of eval.prompts, which is empty")
+            raise UserError(f"report.pictures={name} needs a text; set eval.prompts to at least one prompt")
 
 
 def draw(
     names: tuple[str, ...], model: Transformer, params: Any, tokenizer: Tokenizer, text: str
 ) -> Iterator[tuple[str, bytes | str]]:
-    """Yields (name, PNG) of each picture, or (name, the reason) of one that this model does not have.
+    """Yields (name, PNG bytes) of each picture, or (name, reason) if the model does not support the picture.
 
     Args:
-      names: of `PICTURES`.
+      names: names in `PICTURES`.
       params: one entry per layer.
-      text: what attention, surprisal and probabilities are of.
+      text: input of the pictures of attention, surprisal and probabilities.
     """
     for name in names:
         try:

@@ -1,13 +1,13 @@
-"""Everything that a configuration determines before any data or weights are read, in one place.
+"""Builds the parts of a training run from a configuration, before any data or weights are read.
 
     parts = setup(start.find(config).config, vocab_size)
     state = parts.init()                        # random weights, or those of init_from
     for batch in parts.batches(rows, 0, 100):
         state, metrics = parts.step(state, batch)
 
-`setup` works from shapes alone: it makes the mesh, the model, the optimizer, the shardings and the jitted functions,
-and raises `UserError` for every contradiction in the configuration that can be seen without data. The trainer, `plan`,
-the benchmarks and the experiments all call it.
+`setup` works with shapes only. It builds the mesh, the model, the optimizer, the shardings and the jitted functions,
+and raises `UserError` for every contradiction in the configuration that can be detected without data. The trainer,
+`plan`, the benchmarks and the experiments all call it.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ from llm_jax.training import bad_steps, checks, gather_once, losses, machine_cho
 from llm_jax.training import step as step_lib
 from llm_jax.training.step import TrainState
 
-# (params, frozen, batch, step, key) -> (sum over the counted targets, their number), float32 () each: `losses.make`.
+# (params, frozen, batch, step, key) -> (sum over the counted targets, number of targets), float32 () each
 Objective = Callable[[Any, Any, Batch, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
@@ -46,19 +46,19 @@ class Setup:
 
     Attributes:
       config: the configuration, with `model.vocab_size` set.
-      method: full training, or adapters over frozen weights.
-      model: the model that is trained.
-      reference: the frozen model of the loss (the teacher, or DPO's reference), or None.
-      mesh: the devices, as axes "data", "fsdp", "context" and "tensor".
+      method: `FullTraining`, or `AdapterTraining` over frozen weights.
+      model: the trained model.
+      reference: the frozen model in the loss (the teacher of distillation, or the reference of DPO), or None.
+      mesh: the devices, with axes "data", "fsdp", "context" and "tensor".
       optimizer: the optax transformation.
-      schedule: step -> learning rate.
-      base: shapes of the weights that training starts from.
-      state: shapes of the training state, `state.frozen` included where the base is dense.
+      schedule: function step -> learning rate.
+      base: shapes of the initial weights.
+      state: shapes of the training state, including `state.frozen` if the base is dense.
       batch: shapes of a batch, int32 (batch_size, seq_len) each.
       update: the pure function that `train_step` jits.
       train_step: jitted (state without frozen, frozen, batch, limit) -> (state, metrics); the state is donated.
       loss: jitted (trainable, frozen, batch) -> (sum of the cross-entropy in nats, number of targets), float32 () each.
-      choices: one line for every option that was `auto`: its value, and why; or that `auto` would be faster.
+      choices: one line for every option that was `auto`, with its value and reason, or a note that `auto` is faster.
     """
 
     config: Config
@@ -91,7 +91,7 @@ class Setup:
 
     @property
     def attention_kernel(self) -> str:
-        """The attention kernel that this machine and model use, and why no faster one."""
+        """The attention kernel for this machine and model, and the reason if it is not the fastest."""
         c = self.config.train
         micro_batch = c.batch_size // c.grad_accumulation
         shape = dict(self.mesh.shape)
@@ -100,20 +100,20 @@ class Setup:
         )
 
     def shardings(self, tree: Any) -> Any:
-        """A NamedSharding for every leaf of a tree of the model's weights, by `mesh.rules`."""
+        """Returns a NamedSharding for every leaf of a parameter tree, by `mesh.rules`."""
         return mesh_lib.shardings(tree, self.config.mesh.rules, self.mesh)
 
     def random_params(self) -> Any:
-        """Initial weights drawn with `train.seed`, on the mesh."""
+        """Returns random initial weights for `train.seed`, on the mesh."""
         tokens = jnp.zeros((1, 1), jnp.int32)
         init = jax.jit(lambda key: self.model.init(key, tokens)["params"], out_shardings=_shardings_of(self.base))
         return init(jax.random.key(self.config.train.seed))
 
     def load_base(self, origin: Checkpoint | None = None) -> Any:
-        """The weights that training starts from: those of `init_from`, or random ones.
+        """Returns the initial weights: the weights of `init_from`, or random weights.
 
         Args:
-          origin: the checkpoint of `init_from`, where it is open already.
+          origin: the checkpoint of `init_from`, if it is already open.
         """
         if origin is None and not self.config.init_from:
             return self.random_params()
@@ -121,10 +121,10 @@ class Setup:
         return origin.params(self.config.model, self.shardings)
 
     def load_reference(self, tokenizer: Tokenizer | None = None) -> Any:
-        """The weights of the loss's frozen model, on the mesh; {} where there is none.
+        """Returns the weights of the frozen model in the loss, on the mesh; {} if the loss has no frozen model.
 
         Args:
-          tokenizer: that of the trained model; None: its vocabulary is compared by size only.
+          tokenizer: the tokenizer of the trained model; None: only the vocabulary sizes are compared.
 
         Raises:
           UserError: the vocabulary of the frozen model differs from that of the trained model.
@@ -142,11 +142,11 @@ class Setup:
         return jax.device_put(loaded.params, self.shardings(loaded.params))
 
     def init(self, base: Any = None, reference: Any = None) -> TrainState:
-        """The training state before the first step.
+        """Returns the training state before the first step.
 
         Args:
-          base: the weights to start from, which may be donated; None: `load_base()`.
-          reference: the weights of the loss's frozen model; None: `load_reference()`.
+          base: the initial weights, which may be donated; None: `load_base()`.
+          reference: the weights of the frozen model in the loss; None: `load_reference()`.
         """
         base = self.load_base() if base is None else base
         params, constants = self.init_trainable(base)
@@ -154,23 +154,23 @@ class Setup:
         return self.begin(params).replace(frozen=frozen)
 
     def init_trainable(self, base: Any) -> tuple[Any, Any]:
-        """(trainable parameters, the constant parts of adapters), initialized with `train.seed`."""
-        # The key is an argument, so that runs with other seeds do not compile again.
+        """Returns (trainable parameters, constant parts of adapters), initialized with `train.seed`."""
+        # The key is an argument, so that other seeds do not recompile.
         donated = (0,) if self.method.donates_base() else ()
         shardings = (_shardings_of(self.state.params), self.replicated)
         init = jax.jit(self.method.init, out_shardings=shardings, donate_argnums=donated)
         return init(base, jax.random.key(self.config.train.seed))
 
     def freeze(self, base: Any, constants: Any, reference: Any) -> dict[str, Any]:
-        """What stays as it is while training, on the mesh: the base of adapters, their constants, the reference."""
+        """Returns the frozen parameters, on the mesh: base and constant parts of adapters, and the reference model."""
         shapes = jax.eval_shape(self.method.freeze, base, constants)
-        # One weight after the other rather than in one jitted function, which would hold all of them twice.
+        # One weight at a time, because one jitted function for all would need twice their memory.
         where = _frozen_shardings(shapes, self.shardings, self.mesh)
         frozen = jax.device_put(self.method.freeze(base, constants), where)
         return frozen | ({"reference": reference} if self.reference is not None else {})
 
     def begin(self, params: Any) -> TrainState:
-        """The state at step 0 with these trainable parameters, which are donated; `frozen` is empty."""
+        """Returns the state at step 0 for trainable parameters, which are donated; `frozen` is empty."""
         shapes = self.state.replace(frozen={})
         begin = jax.jit(self._begin, out_shardings=_shardings_of(shapes), donate_argnums=0)
         return begin(params)
@@ -179,10 +179,10 @@ class Setup:
         return step_lib.init(self.optimizer, params, ema=bool(self.config.optim.ema_decay))
 
     def step(self, state: TrainState, batch: Batch, limit: float = math.inf) -> tuple[TrainState, dict[str, jax.Array]]:
-        """One update: (new state, metrics). The arrays of `state` are donated, except those of `state.frozen`.
+        """Performs one update; returns (new state, metrics). All arrays of `state` except `state.frozen` are donated.
 
         Args:
-          limit: a loss above it makes the step a bad one; see `training.step.make`.
+          limit: a loss above the limit makes the step a bad step; see `training.step.make`.
         """
         frozen = state.frozen
         new, metrics = self.train_step(state.replace(frozen={}), frozen, batch, jnp.float32(limit))
@@ -196,21 +196,21 @@ class Setup:
         return jax.jit(mesh_lib.within(self.mesh, scan), donate_argnums=0)
 
     def scan(self, state: TrainState, batches: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        """Many updates in one compiled loop: (new state, metrics with a leading axis of steps).
+        """Performs several updates in one compiled loop; returns (new state, metrics with a leading axis of steps).
 
         Args:
-          batches: int32 (steps, batch_size, seq_len) each.
+          batches: arrays int32 (steps, batch_size, seq_len).
         """
         frozen = state.frozen
         new, metrics = self._scan(state.replace(frozen={}), frozen, batches)
         return new.replace(frozen=frozen), metrics
 
     def model_params(self, state: TrainState) -> Any:
-        """The parameters that are evaluated: those of the average where `optim.ema_decay` keeps one."""
+        """The parameters for evaluation: the moving average with `optim.ema_decay`, else the current parameters."""
         return self.method.model_params(state.model, state.frozen)
 
     def batches(self, rows: rows_lib.AnyRows | Any, start: int, stop: int) -> Iterator[Batch]:
-        """The batches of the steps `start` to `stop - 1`, built ahead of use in the background."""
+        """Yields the batches of steps `start` to `stop - 1`, which are prefetched in the background."""
         return rows_lib.batches(rows, start, stop, self.config.train.batch_size, self.batch_sharding)
 
 
@@ -221,20 +221,22 @@ def setup(
     objective: Objective | None = None,
     devices: Sequence[Any] | None = None,
 ) -> Setup:
-    """The parts of a training run, from shapes alone: no weights and no data are read.
+    """Builds the parts of a training run from shapes, without reading weights or data.
 
     Args:
-      config: `model.vocab_size` is the model's; where it is 0, `vocab_size` is.
-      vocab_size: the number of ids that the data has.
-      objective: another loss than that of `config.loss`.
-      devices: those of the mesh, which may be devices to compile for only; None: all devices of JAX.
+      config: the configuration; if `model.vocab_size` is 0, `vocab_size` is used.
+      vocab_size: number of ids of the tokenizer.
+      objective: loss function that replaces `config.loss`.
+      devices: devices of the mesh, which may be compile-only devices; None: all devices of JAX.
 
     Raises:
-      UserError: options that contradict each other, or that do not fit the devices; names them.
+      UserError: options contradict each other or do not fit the devices; the message names them.
     """
     c = config.train
     if not config.model.vocab_size and not vocab_size:
-        raise UserError("config key 'model.vocab_size' is 0, the tokenizer's; give --config.model.vocab_size=N")
+        raise UserError(
+            "config key 'model.vocab_size' is 0, but there is no tokenizer; set --config.model.vocab_size=N"
+        )
     if config.model.vocab_size and config.model.vocab_size < vocab_size:
         size = config.model.vocab_size
         raise UserError(f"config key 'model.vocab_size' is {size}; the tokenizer has {vocab_size} ids")
@@ -254,7 +256,7 @@ def setup(
     transformer.check_length(config.model, c.seq_len)
     reference_model = _reference(config, model)
 
-    # ---------------------------------------------------------------- what is trained and what is frozen
+    # ---------------------------------------------------------------- trainable and frozen parameters
     method = trainable.method(config)
     base = abstract_params(model)
     params, constants = jax.eval_shape(method.init, base, jax.random.key(0))
@@ -348,7 +350,7 @@ def _reference(config: Config, model: Transformer) -> Transformer | None:
 
 
 def _frozen_shardings(frozen: Any, place: Callable[[Any], Any], mesh: Mesh) -> Any:
-    """The base lies by `mesh.rules`; the constants of adapters are small, so every device has a copy."""
+    """The base is sharded by `mesh.rules`; the constant parts of adapters are small and replicated."""
     copies = mesh_lib.replicated(mesh)
     return {name: place(t) if name == "base" else jax.tree.map(lambda _: copies, t) for name, t in frozen.items()}
 
@@ -362,12 +364,12 @@ def _shardings_of(tree: Any) -> Any:
 
 
 def num_parameters(tree: Any) -> int:
-    """The number of entries of all arrays of a tree (shapes suffice)."""
+    """The number of entries of all arrays (or shapes) of a tree."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
 def describe(setup: Setup) -> str:
-    """The table of trainable parameters with shapes, dtypes and shardings, and a line about mesh and kernels."""
+    """Returns a table of the trainable parameters with shapes, dtypes and shardings, and a line about the mesh."""
     lines, size = [], 0
     params = setup.state.params
     for path, weight in trees.flatten(params).items():

@@ -1,10 +1,10 @@
-"""Where a run starts from, and the configuration that follows from it.
+"""Determines where a run starts from, and the resulting configuration.
 
     1. the last checkpoint of the workdir;  2. the weights of `init_from`;  3. random weights
 
-Adapters are initialized or restored in the same order, over the weights of `init_from`. A checkpoint says what its
-model is: with `init_from`, the options of `model` and `tokenizer` are those of the checkpoint, except the ones that a
-run chooses freely and the ones that were set explicitly and change no weight's shape.
+Adapters are initialized or restored in the same order, over the weights of `init_from`. With `init_from`, the options
+of `model` and `tokenizer` come from the checkpoint, except options that every run sets itself (`_OF_THE_RUN`) and
+options that were set explicitly and do not change the shape of a weight.
 """
 
 import dataclasses
@@ -22,28 +22,28 @@ from llm_jax.schema import Config, ModelConfig, choice
 from llm_jax.tokenizers import Tokenizer
 from llm_jax.training import losses, machine_choice, optim
 
-# Options that may change when a run is resumed: whole keys, and sections by their dot.
+# Options that may change when a run is resumed: keys, or sections that end with a dot.
 _RESUMABLE = (
     *("eval.", "report.", "checkpoint.", "mesh."),
     *("train.steps", "train.on_bad_step", "train.spike_factor", "model.attention_kernel", "model.kv_cache"),
-    *("data.cache_dir", "data.workers", "tokenizer.path"),  # the tokenizer itself is compared
+    *("data.cache_dir", "data.workers", "tokenizer.path"),  # the hash of the tokenizer is compared instead
 )
-# Options of a model that change neither its weights nor what it computes, up to rounding. A run chooses them, not the
-# checkpoint that it starts from.
+# Options of a model that change neither its weights nor, up to rounding, its outputs. The run determines them, not the
+# checkpoint of `init_from`.
 _OF_THE_RUN = ("scan_layers", "remat", "attention_kernel", "kv_cache", "precision")
 
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """Where a run starts from.
+    """The start of a run.
 
     Attributes:
-      config: the configuration, with what follows from `init_from`.
-      origin: the checkpoint of `init_from`, where its weights are read, or None.
-      checkpoint: the directory of the run's own checkpoint that training resumes from, or None.
+      config: the configuration, including the options from `init_from`.
+      origin: the checkpoint of `init_from` if its weights are needed, or None.
+      checkpoint: the directory of the checkpoint of this run from which training resumes, or None.
       record: the record of that checkpoint.
       previous: the configuration that the workdir was last trained with, or None.
-      damaged: what is wrong with later checkpoints, which are to be deleted (`checkpoint.on_damage`).
+      damaged: messages about later, damaged checkpoints, which will be deleted (`checkpoint.on_damage`).
     """
 
     config: Config
@@ -55,12 +55,12 @@ class Start:
 
     @property
     def step(self) -> int:
-        """The number of updates done."""
+        """The number of completed updates."""
         return self.record.get("step", 0)
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """The tokenizer that the weights are bound to, or None where it is still to be trained or loaded."""
+        """The tokenizer of the initial weights, or None if it has yet to be trained or loaded."""
         if self.checkpoint:
             return tokenizers.load(self.checkpoint / "tokenizer")
         if not self.origin:
@@ -69,10 +69,10 @@ class Start:
 
 
 def find(config: Config, workdir: pathlib.Path | None = None) -> Start:
-    """Where a run in `workdir` starts from; None: a run without a workdir, which resumes nothing.
+    """Determines the start of a run in `workdir`; without `workdir`, nothing is resumed.
 
     Raises:
-      UserError: the workdir holds another run, a checkpoint is damaged, or an override contradicts `init_from`.
+      UserError: the workdir contains another run, a checkpoint is damaged, or an override contradicts `init_from`.
     """
     if changes := _with_hashes(config):
         config = configuration.replace(config, changes)
@@ -83,7 +83,7 @@ def find(config: Config, workdir: pathlib.Path | None = None) -> Start:
     origin = None
     if config.init_from and (config.lora.rank or not saved):
         origin = checkpoints.open_base(config.init_from)
-    if config.init_from and saved and recorded:  # the run has a model of its own
+    if config.init_from and saved and recorded:  # a resumed run uses the model of its own checkpoint
         config = _from_checkpoint(config, recorded.model, tokenizers.load(saved / "tokenizer"), str(workdir))
     elif origin:
         config = _from_checkpoint(config, origin.config, origin.tokenizer, origin.name)
@@ -98,8 +98,8 @@ def find(config: Config, workdir: pathlib.Path | None = None) -> Start:
     start = Start(config, origin, saved, record, recorded, damaged)
     if start.step > config.train.steps:
         raise UserError(
-            f"{workdir} is at step {start.step}, past train.steps={config.train.steps}; raise it or give another "
-            "--workdir"
+            f"{workdir} is at step {start.step}, past train.steps={config.train.steps}; raise train.steps or choose "
+            "another --workdir"
         )
     return start
 
@@ -108,7 +108,7 @@ _Last = tuple[pathlib.Path | None, dict[str, Any], tuple[str, ...]]
 
 
 def _agreed_checkpoint(config: Config, workdir: pathlib.Path) -> _Last:
-    """What `_last_checkpoint` returns in process 0, which verifies alone."""
+    """Returns the result of `_last_checkpoint` in process 0; other processes do not verify checkpoints."""
     saved, record, damaged = _last_checkpoint(config, workdir) if processes.is_main() else (None, {}, ())
     chosen = [saved.name if saved else "", record, damaged]
     step, record, damaged = processes.broadcast(chosen, waiting_for="to verify the last checkpoint")
@@ -116,7 +116,7 @@ def _agreed_checkpoint(config: Config, workdir: pathlib.Path) -> _Last:
 
 
 def _last_checkpoint(config: Config, workdir: pathlib.Path) -> _Last:
-    """(the checkpoint to resume from or None, its record, what is wrong with later ones).
+    """Returns (checkpoint to resume from or None, its record, messages about later, damaged checkpoints).
 
     Raises:
       UserError: the last checkpoint is damaged, and with `checkpoint.on_damage=previous` all of them are.
@@ -135,7 +135,7 @@ def _last_checkpoint(config: Config, workdir: pathlib.Path) -> _Last:
 
 
 def _with_hashes(config: Config) -> dict[str, Any]:
-    """{key: specification with the hash of its source} of the parts of the user's own."""
+    """Returns {key: specification with the hash of its source} for the custom parts of a configuration."""
     tables: tuple[Any, ...] = (positions.SCHEMES, tokenizers.KINDS, optim.OPTIMIZERS, losses.KINDS)
     values = configuration.flat(config)
     recorded = {
@@ -145,7 +145,7 @@ def _with_hashes(config: Config) -> dict[str, Any]:
 
 
 def notes(start: Start) -> Iterator[str]:
-    """Lines about what a user may not expect: options of the model that differ from `init_from`, a changed schedule."""
+    """Returns notes about model options that differ from `init_from`, and about a changed schedule."""
     for text in start.damaged:
         yield f"note: {text}; it is deleted (checkpoint.on_damage=previous)"
     if start.step and start.previous and start.previous.train.steps != start.config.train.steps:
@@ -168,10 +168,10 @@ def notes(start: Start) -> Iterator[str]:
 
 
 def _from_checkpoint(config: Config, model: ModelConfig, tokenizer: Tokenizer | None, name: str) -> Config:
-    """`config` with the model and the tokenizer of a checkpoint.
+    """Replaces the model and the tokenizer of `config` by those of a checkpoint.
 
     Raises:
-      UserError: an option that was set explicitly changes the shape of a weight; names it.
+      UserError: an option that was set explicitly changes the shape of a weight; the message names both.
     """
     own, saved = configuration.flat(config.model), configuration.flat(model)
     default = configuration.flat(configuration.default("model"))
@@ -182,7 +182,7 @@ def _from_checkpoint(config: Config, model: ModelConfig, tokenizer: Tokenizer | 
     try:
         shapes = _shapes(configuration.replace(model, changes, "model."))
     except UserError as error:
-        raise UserError(f"{name}: its model cannot be changed so ({error})") from error
+        raise UserError(f"{name}: the overrides of its model are invalid ({error})") from error
     expected = _shapes(model)
     if shapes != expected:
         key = next((k for k in changes if _changes_shapes(model, {k: changes[k]}, expected)), next(iter(changes)))
@@ -206,22 +206,26 @@ def _from_checkpoint(config: Config, model: ModelConfig, tokenizer: Tokenizer | 
 
 
 def _refuse_another_run(workdir: pathlib.Path, before: Config, now: Config) -> None:
-    """Raises UserError where the workdir holds a run whose configuration differs in what may not change."""
+    """Raises UserError if the workdir contains a run that differs in options that must not change."""
     old, new = configuration.flat(before), configuration.flat(now)
     changed = [k for k in new if new[k] != old[k] and k not in _RESUMABLE and f"{k.split('.')[0]}." not in _RESUMABLE]
     if now.lora.rank:  # a base may move; its hash is compared
         changed = [k for k in changed if k != "init_from"]
-    if not new["model.vocab_size"]:  # 0 means the tokenizer's, which the file names
+    if not new[
+        "model.vocab_size"
+    ]:  # 0 means the vocabulary size of the tokenizer, which the recorded configuration contains
         changed = [k for k in changed if k != "model.vocab_size"]
-    if now.tokenizer.path or now.init_from:  # they decide both, and the tokenizer itself is compared
+    if (
+        now.tokenizer.path or now.init_from
+    ):  # they determine kind and size; the hash of the tokenizer is compared instead
         changed = [k for k in changed if k not in ("tokenizer.kind", "tokenizer.vocab_size")]
     if changed:
         differences = "; ".join(f"{k} was {old[k]!r}, now {new[k]!r}" for k in changed[:4])
-        raise UserError(f"{workdir} holds another run ({differences}); give another --workdir")
+        raise UserError(f"{workdir} contains another run ({differences}); choose another --workdir")
 
 
 def _as_recorded(model: ModelConfig, recorded: ModelConfig) -> ModelConfig:
-    """The model with what `auto` stood for when the run was begun, so that it continues alike on any machine."""
+    """Replaces `auto` by the recorded values, so that the run continues with the same values on any machine."""
     if model.scan_layers == "auto":
         model = dataclasses.replace(model, scan_layers=recorded.scan_layers)
     if model.precision.compute == "auto":
@@ -237,7 +241,7 @@ def _is_of_the_run(key: str) -> bool:
 def _changes_shapes(model: ModelConfig, change: dict[str, Any], expected: dict[str, tuple[int, ...]]) -> bool:
     try:
         return _shapes(configuration.replace(model, change, "model.")) != expected
-    except UserError:  # it needs another change beside it
+    except UserError:  # valid only together with another change
         return False
 
 

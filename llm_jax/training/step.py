@@ -1,8 +1,8 @@
-"""The training state and the update step that all kinds of training share.
+"""The training state and the update step of all kinds of training.
 
-The trainable parameters are a tree of their own, and the gradient is taken with respect to that tree alone: the loss
-builds the model's parameters from it and from the frozen ones. In pretraining and full fine-tuning the trainable tree
-holds all weights; adapters are a small trainable tree over a frozen base.
+The trainable parameters are a separate tree, and the gradient is taken only with respect to this tree: the loss
+builds the model's parameters from the trainable and the frozen ones. In pretraining and full fine-tuning the trainable
+tree contains all weights; adapters are a small trainable tree over a frozen base.
 """
 
 import math
@@ -18,8 +18,8 @@ from llm_jax.data.rows import Batch
 from llm_jax.errors import UserError
 from llm_jax.training import bad_steps
 
-# (trainable, frozen, batch, step, key) -> (sum over the counted targets, their number), float32 () each.
-# `step` counts the updates done; `key` is the micro-batch's own, a function of (seed, step, micro-batch).
+# (trainable, frozen, batch, step, key) -> (sum over the counted targets, number of targets), float32 () each.
+# `step` is the number of previous updates; `key` is a function of (seed, step, micro-batch).
 Loss = Callable[[Any, Any, Batch, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
@@ -27,11 +27,11 @@ class TrainState(flax.struct.PyTreeNode):
     """The state of training, a pytree.
 
     Attributes:
-      step: int32 (), the number of updates done.
+      step: int32 (), the number of updates.
       params: the trainable parameters.
       optimizer: the state of the optimizer.
       ema: the exponential moving average of `params`, in float32 or wider, or None.
-      frozen: the parameters that training does not change ({} in full training); an update leaves them alone.
+      frozen: the parameters that training does not change; {} in full training.
     """
 
     step: Any
@@ -42,7 +42,7 @@ class TrainState(flax.struct.PyTreeNode):
 
     @property
     def model(self) -> Any:
-        """The trainable parameters that are evaluated: their average where there is one, in the dtypes of `params`."""
+        """The trainable parameters for evaluation: their moving average if it exists, in the dtypes of `params`."""
         return self.params if self.ema is None else jax.tree.map(lambda e, p: e.astype(p.dtype), self.ema, self.params)
 
 
@@ -58,11 +58,11 @@ def init(optimizer: optax.GradientTransformation, params: Any, ema: bool = False
 def average(ema: Any, params: Any, decay: float, step: jax.Array) -> Any:
     """d ema + (1 - d) params, where d = min(decay, (1 + step) / (10 + step)).
 
-    The smaller d of the first steps lets the average forget where it started (the rule of TensorFlow's
+    The smaller d of the first steps reduces the influence of the initial values (the rule of TensorFlow's
     ExponentialMovingAverage).
 
     Args:
-      step: the number of updates before.
+      step: number of previous updates.
     """
     d = jnp.minimum(decay, (1 + step) / (10 + step))
     return jax.tree.map(lambda e, p: (d * e + (1 - d) * p.astype(e.dtype)).astype(e.dtype), ema, params)
@@ -81,20 +81,20 @@ def make(
     gather: Callable[[Any, Any], Any] | None = None,
     shardings: Any = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """A pure function (state, frozen, batch, limit=inf) -> (state, metrics), to be jitted with the state donated.
+    """Returns the pure update function (state, frozen, batch, limit=inf) -> (state, metrics), to be jitted.
 
-    A step is bad where the loss or the gradient is not finite, or the loss is above `limit`, float32 ().
+    A step is bad if the loss or the gradient is not finite, or if the loss exceeds `limit`, float32 ().
 
     Args:
-      skip_bad: a bad step changes nothing but the count of steps.
-      update_norms: metrics hold the norms of the updates, too.
-      ema_decay: of the state's average, see `average`; unused where it has none.
-      rows_together: neighbouring rows that go into the same micro-batch.
-      gather: (params, frozen) -> the frozen parameters for all micro-batches, see `gather_once`.
-      shardings: with `gather`, those of the trainable parameters and of their gradients.
+      skip_bad: whether a bad step changes nothing except the step count.
+      update_norms: whether the metrics include the norms of the updates.
+      ema_decay: decay of the moving average, see `average`; unused if the state has no average.
+      rows_together: number of consecutive rows that must be in the same micro-batch.
+      gather: function (params, frozen) -> frozen parameters for all micro-batches, see `gather_once`.
+      shardings: with `gather`, the shardings of the trainable parameters and of their gradients.
 
-    Micro-batches add up sums of losses and gradients (in float32 or wider), which are divided by the
-    number of all counted targets: the same update, up to rounding, as the batch in one piece.
+    The sums of losses and gradients over the micro-batches (in float32 or wider) are divided by the total number of
+    counted targets. Up to rounding, the update equals the update of the whole batch.
     """
     gradient = jax.value_and_grad(loss, has_aux=True)
 
@@ -107,7 +107,7 @@ def make(
         else:
 
             def split(array: jax.Array) -> jax.Array:
-                # Group r goes to micro-batch r % A, so that each is spread over all devices.
+                # Group r is part of micro-batch r % A, so that every micro-batch is spread over all devices.
                 groups = array.reshape(-1, grad_accumulation, rows_together, *array.shape[1:])
                 return jnp.swapaxes(groups, 0, 1).reshape(grad_accumulation, -1, *array.shape[1:])
 
@@ -117,7 +117,9 @@ def make(
 
             def add(sums: Any, part: tuple[jax.Array, Batch]) -> tuple[Any, None]:
                 terms = gradient(state.params, frozen, part[1], state.step, jax.random.fold_in(key, part[0]))
-                if gather is not None:  # otherwise the sums of gradients would lie as the gathered copies do
+                if (
+                    gather is not None
+                ):  # otherwise the sums of gradients would have the shardings of the gathered copies
                     terms = (terms[0], jax.lax.with_sharding_constraint(terms[1], shardings))
                 return jax.tree.map(jnp.add, sums, terms), None
 
@@ -153,7 +155,7 @@ def make(
 
 
 def check_gather_once(gather_once: bool, grad_accumulation: int) -> None:
-    """Raises UserError where `train.gather_once` has no effect."""
+    """Raises UserError if `train.gather_once` has no effect."""
     if gather_once and grad_accumulation == 1:
         raise UserError(
             "train.gather_once=True has no effect with train.grad_accumulation=1, where each weight is gathered for "
@@ -162,7 +164,7 @@ def check_gather_once(gather_once: bool, grad_accumulation: int) -> None:
 
 
 def check_accumulation(batch_size: int, grad_accumulation: int, ways: int, rows_together: int = 1) -> None:
-    """Raises UserError unless a batch splits into micro-batches that each split over the devices."""
+    """Raises UserError unless the batch divides into micro-batches that divide over the devices."""
     if grad_accumulation < 1 or batch_size % (grad_accumulation * ways * rows_together):
         raise UserError(
             f"train.batch_size={batch_size} cannot be split into train.grad_accumulation={grad_accumulation} "

@@ -1,6 +1,6 @@
-"""Experiment trackers that get what a run reports, besides its own files: `report.to`.
+"""Experiment trackers that receive the metrics, texts and pictures of a run: `report.to`.
 
-A run that is resumed goes on in the same run of its tracker: WORKDIR/wandb_run and WORKDIR/mlflow_run hold its name.
+A resumed run continues the same run of its tracker; WORKDIR/wandb_run and WORKDIR/mlflow_run contain its id.
 """
 
 import html
@@ -19,31 +19,33 @@ from llm_jax import files, objects
 from llm_jax.errors import UserError
 from llm_jax.schema import choice
 
-_PROJECT = "llm_jax"  # unless WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME names another
+_PROJECT = "llm_jax"  # default of WANDB_PROJECT and MLFLOW_EXPERIMENT_NAME
 _COMPARED = ("loss", "validation_loss", "validation_bits_per_byte")  # in the table of hyperparameters of TensorBoard
-_AT_ONCE = 100  # parameters, or ten times as many metrics, that MLflow takes in one call
-_MAX_LENGTH = 500  # of the value of a parameter in MLflow
+_AT_ONCE = (
+    100  # maximum number of parameters in one call of MLflow; the maximum number of metrics is ten times as large
+)
+_MAX_LENGTH = 500  # maximum length of the value of a parameter in MLflow
 
 
 class Tracker(Protocol):
-    """Where figures, texts and pictures of a run go, besides its own files."""
+    """A destination of the metrics, texts and pictures of a run."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
 
     def text(self, step: int, name: str, text: str) -> None: ...
 
     def picture(self, step: int, name: str, path: pathlib.Path) -> None:
-        """Takes a PNG."""
+        """Logs a PNG file."""
 
     def finish(self, summary: Mapping[str, float], attachments: Sequence[pathlib.Path]) -> None:
-        """Takes the final figures of a complete run, and files such as its report."""
+        """Logs the final metrics of a complete run, and files such as its report."""
 
     def close(self) -> None:
-        """Ends the process's part of the run, which may be resumed if it did not `finish`."""
+        """Closes the tracker; the run may be resumed later if it did not `finish`."""
 
 
 class TensorBoard:
-    """Event files under WORKDIR/tensorboard. TensorBoard ignores what a killed run wrote past step `start`."""
+    """Event files in WORKDIR/tensorboard. TensorBoard ignores events of a killed run after step `start`."""
 
     def __init__(self, workdir: pathlib.Path, config: Mapping[str, Any], start: int):
         from tensorboardX import SummaryWriter
@@ -66,7 +68,7 @@ class TensorBoard:
     def text(self, step: int, name: str, text: str) -> None:
         self._writer.add_text(
             name, "    " + text.replace("\n", "\n    "), step
-        )  # Markdown leaves indented text as it is
+        )  # Markdown does not format indented text
 
     def picture(self, step: int, name: str, path: pathlib.Path) -> None:
         from matplotlib import image
@@ -88,7 +90,7 @@ class WeightsAndBiases:
 
         self._wandb = wandb
         name = workdir.resolve().name
-        # Runs of version 0.1 have the name of their directory as their id.
+        # Runs from version 0.1 use the name of their directory as id.
         run_id = (_recorded(workdir, "wandb") or name) if start else secrets.token_hex(8)
         project = os.environ.get("WANDB_PROJECT", _PROJECT)
         directory = tempfile.mkdtemp() if objects.is_object(workdir) else str(workdir)
@@ -118,13 +120,13 @@ class WeightsAndBiases:
 
 
 class MLflow:
-    """A run of MLflow, at the tracking address of its own settings, such as MLFLOW_TRACKING_URI."""
+    """A run of MLflow at the tracking URI of MLflow's settings, such as MLFLOW_TRACKING_URI."""
 
     def __init__(self, workdir: pathlib.Path, config: Mapping[str, Any], start: int):
         import mlflow
         from mlflow.entities import Metric, Param
 
-        # A client of our own: the calls of the module refuse to begin where the user's program has a run open.
+        # A separate client, because the functions of the module fail if the user's program has an active run.
         self._client, self._metric, self._status = mlflow.MlflowClient(), Metric, "KILLED"
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", _PROJECT)
         experiment = self._client.get_experiment_by_name(name)
@@ -133,7 +135,7 @@ class MLflow:
         if recorded:
             self._client.set_terminated(recorded, "RUNNING")
             self._run = recorded
-            return  # MLflow refuses other values of parameters
+            return  # MLflow rejects a changed value of a parameter
         self._run = self._client.create_run(experiment_id, run_name=workdir.resolve().name).info.run_id
         _record(workdir, "mlflow", self._run)
         params = [Param(key, str(value)[:_MAX_LENGTH]) for key, value in config.items()]
@@ -169,11 +171,11 @@ TRACKERS: dict[str, Callable[[pathlib.Path, Mapping[str, Any], int], Tracker]] =
 }
 
 
-_PACKAGES = {"tensorboard": "tensorboardX"}  # where the package has another name
+_PACKAGES = {"tensorboard": "tensorboardX"}  # packages whose name differs from the tracker's
 
 
 def check(names: tuple[str, ...]) -> None:
-    """Raises UserError where one is unknown, or its package is not installed."""
+    """Raises UserError if a tracker is unknown or its package is not installed."""
     for name in names:
         choice("report.to", name, TRACKERS)
         package = _PACKAGES.get(name, name)
@@ -182,7 +184,7 @@ def check(names: tuple[str, ...]) -> None:
 
 
 class Trackers:
-    """Passes everything on to several trackers. One that fails is dropped with a note, and the run goes on.
+    """Forwards everything to several trackers. If a tracker fails, a note is printed and it is no longer used.
 
     Args:
       trackers: {name in `TRACKERS`: tracker}.
@@ -192,11 +194,11 @@ class Trackers:
         self._trackers = dict(trackers or {})
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Logs figures of a step."""
+        """Logs the metrics of a step."""
         self._each(lambda tracker: tracker.scalars(step, values))
 
     def text(self, step: int, name: str, text: str) -> None:
-        """Logs a text, such as samples, in which passwords and tokens are replaced by "***"."""
+        """Logs a text, such as samples, after replacing passwords and tokens by "***"."""
         public = redact(text)
         self._each(lambda tracker: tracker.text(step, name, public))
 
@@ -205,12 +207,12 @@ class Trackers:
         self._each(lambda tracker: tracker.picture(step, name, path))
 
     def finish(self, summary: Mapping[str, Any], attachments: Sequence[pathlib.Path] = ()) -> None:
-        """Logs the final figures of a complete run, nested ones by their dotted names, and files."""
+        """Logs the final metrics of a complete run, nested metrics by dotted names, and files."""
         numbers = _numbers(summary)
         self._each(lambda tracker: tracker.finish(numbers, attachments))
 
     def close(self) -> None:
-        """Ends all of them; may be called again."""
+        """Closes all trackers; further calls have no effect."""
         self._each(lambda tracker: tracker.close())
         self._trackers = {}
 
@@ -221,7 +223,7 @@ class Trackers:
         for name, tracker in list(self._trackers.items()):
             try:
                 call(tracker)
-            except Exception as error:  # many types, such as those of a network that is gone
+            except Exception as error:  # many types, such as network errors
                 del self._trackers[name]
                 print(
                     f"note: report.to={name} has failed ({_reason(error)}); the run goes on without it, and its own "
@@ -231,13 +233,13 @@ class Trackers:
 
 
 def open_all(names: tuple[str, ...], workdir: pathlib.Path, config: Mapping[str, Any], start: int) -> Trackers:
-    """The trackers of a run that is at step `start`.
+    """Opens the trackers of a run that is at step `start`.
 
     Args:
       config: {dotted key: value}; passwords and tokens in it are replaced by "***".
 
     Raises:
-      UserError: one's package is not installed, or it cannot begin.
+      UserError: the package of a tracker is not installed, or the tracker cannot start.
     """
     check(names)
     opened: dict[str, Tracker] = {}
@@ -245,16 +247,16 @@ def open_all(names: tuple[str, ...], workdir: pathlib.Path, config: Mapping[str,
     for name in names:
         try:
             opened[name] = TRACKERS[name](workdir, public, start)
-        except Exception as error:  # theirs are many: no network, not logged in, a path that cannot be written
+        except Exception as error:  # many types: no network, not logged in, an unwritable path
             Trackers(opened).close()
-            raise UserError(f"report.to={name} cannot begin ({_reason(error)})") from error
+            raise UserError(f"report.to={name} cannot start ({_reason(error)})") from error
     return Trackers(opened)
 
 
 _NAME = r"[\w-]*(?:token|secret|passw(?:or)?d|key|sig|signature|credential)s?"
 _ASSIGNED = rf"(?i)(\b{_NAME}[\"']?\s*[=:]\s*)(?:\"[^\"\n]*\"|'[^'\n]*'|[^\s&;,'\")]+)"
 _TOKENS = r"\b(?:hf_|sk-|ghp_|gho_|github_pat_|glpat-|xox[abp]-|AKIA|AIza|ya29\.)[\w.\-]{12,}"
-# What a secret looks like: USER:PASSWORD@ in an address, a name that assigns one, tokens of well-known services.
+# Patterns of secrets: USER:PASSWORD@ in a URL, assignments to secret names, tokens of well-known services.
 _SECRETS = (
     (re.compile(r"(?<=://)[^@\s'\"]+(?=@)"), "***"),
     (re.compile(r"(?i)\b(bearer|basic)\s+[\w.~+/=-]{8,}"), r"\1 ***"),
@@ -264,7 +266,7 @@ _SECRETS = (
 
 
 def redact(value: Any) -> Any:
-    """A text, or the texts of a tuple, list or mapping, with passwords and tokens replaced by "***"."""
+    """Replaces passwords and tokens by "***" in a text, or in the texts of a tuple, list or mapping."""
     if isinstance(value, str):
         for pattern, replacement in _SECRETS:
             value = pattern.sub(replacement, value)
@@ -279,7 +281,7 @@ def _reason(error: Exception) -> str:
 
 
 def _numbers(summary: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """The numbers of nested mappings by dotted name."""
+    """Returns {dotted name: number} of nested mappings."""
     numbers: dict[str, float] = {}
     for key, value in summary.items():
         if isinstance(value, Mapping):

@@ -3,9 +3,9 @@
     trainable, constants = method.init(base, key)       `constants` are the parts of adapters that are not trained
     frozen = method.freeze(base, constants)
     params = method.model_params(trainable, frozen)     the parameters that the model is applied with
-    saved = method.checkpoint_params(trainable, frozen)     what a checkpoint holds; `method.split` is the inverse
+    saved = method.checkpoint_params(trainable, frozen)     the content of a checkpoint; `method.split` is the inverse
 
-Both classes have the same methods, so that no other code asks which of them it has.
+Both classes have the same methods, so that other code need not distinguish them.
 """
 
 import dataclasses
@@ -25,8 +25,8 @@ from llm_jax.training import optim
 
 Trees = tuple[Any, Any]
 
-# Options that would have no effect without adapters, with the value that asks for nothing. (`targets` and `alpha` are
-# not among them: a recipe for adapters keeps them when it is run with lora.rank=0.)
+# {option that has no effect without adapters: its neutral value}. (`targets` and `alpha` are not included, because a
+# recipe for adapters keeps them when it is run with lora.rank=0.)
 ADAPTERS_ONLY: dict[str, Any] = {
     "ranks": (),
     "rank_stabilized": False,
@@ -44,11 +44,11 @@ class FullTraining:
     config: Config
 
     def reads_base(self, resumed: bool) -> bool:
-        """Whether the initial weights are needed: a resumed run has its own."""
+        """Whether the initial weights are needed; a resumed run reads its checkpoint instead."""
         return not resumed
 
     def init(self, base: Any, key: jax.Array) -> Trees:
-        """(all weights, {}). Raises UserError where a weight of `base` is not a dense array."""
+        """Returns (all weights, {}). Raises UserError if a weight of `base` is not a dense array."""
         for path, weight in trees.flatten(base).items():
             if not weights.is_dense(weight):
                 raise UserError(
@@ -75,7 +75,7 @@ class FullTraining:
         return optim.make(c.optim, c.train.steps, trainable, width_ratio(c.model))
 
     def shardings(self, trainable: Any, mesh: Mesh) -> Any:
-        """Where the trainable parameters lie: by `mesh.rules`."""
+        """The shardings of the trainable parameters, by `mesh.rules`."""
         return mesh_lib.shardings(trainable, self.config.mesh.rules, mesh)
 
     def donates_base(self) -> bool:
@@ -90,11 +90,11 @@ class AdapterTraining:
     config: Config
 
     def reads_base(self, resumed: bool) -> bool:
-        """Whether the weights of `init_from` are needed: always, a checkpoint holds the adapters alone."""
+        """Whether the weights of `init_from` are needed: always, because a checkpoint contains only the adapters."""
         return True
 
     def init(self, base: Any, key: jax.Array) -> Trees:
-        """(trainable parts of the adapters, the other parts), each keyed by the path of the adapted weight."""
+        """Returns (trainable parts of the adapters, constant parts), each keyed by the path of the adapted weight."""
         c = self.config
         # PiSSA starts from the full weights; other variants start from the frozen ones.
         adapted = base if c.lora.variant == "pissa" else post_training.base(base, c.quant)
@@ -115,12 +115,12 @@ class AdapterTraining:
         return lora.split(saved, self.config.lora.variant)
 
     def optimizer(self, base: Any, trainable: Any) -> optax.GradientTransformation:
-        """The optimizer of `optim`; adapters decay, and have the learning rate, of the weight that they adapt."""
+        """The optimizer of `optim`; adapters have the weight decay and the learning rate of the adapted weight."""
         c = self.config
         return optim.make(c.optim, c.train.steps, base, width_ratio(c.model), trainable, c.lora.b_lr_ratio)
 
     def shardings(self, trainable: Any, mesh: Mesh) -> Any:
-        """Where the trainable parameters lie: adapters are small, so every device has a copy."""
+        """The shardings of the trainable parameters; adapters are small and replicated."""
         return jax.tree.map(lambda _: mesh_lib.replicated(mesh), trainable)
 
     def donates_base(self) -> bool:
@@ -132,10 +132,10 @@ TrainingMethod = FullTraining | AdapterTraining
 
 
 def method(config: Config) -> TrainingMethod:
-    """The kind of training that `lora.rank` asks for.
+    """Returns the kind of training: adapters if `lora.rank` is above 0, else full training.
 
     Raises:
-      UserError: options of adapters without a rank, adapters without `init_from`, or QAT of adapters.
+      UserError: options of adapters with rank 0, adapters without `init_from`, or QAT with adapters.
     """
     if not config.lora.rank:
         for name, no_effect in ADAPTERS_ONLY.items():

@@ -1,6 +1,6 @@
 """The training loop: `summary = train(config, workdir)`.
 
-Called again with the same arguments it resumes from the last checkpoint, bit for bit on the same mesh.
+A second call with the same arguments resumes from the last checkpoint, bit for bit on the same mesh.
 """
 
 import contextlib
@@ -36,13 +36,13 @@ _OF_A_MACHINE = ("data.cache_dir", "data.workers")  # options that may differ be
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """What is known of a run before its weights are loaded.
+    """A run before its weights are loaded.
 
     Attributes:
-      setup: the parts of training, with the configuration that follows from `init_from` and the data.
+      setup: the parts of training, with the configuration after `init_from` and the data have been applied.
       start: where the run starts from.
       inputs: the tokenizer and the rows.
-      reference: the weights of the loss's frozen model, or {}.
+      reference: the weights of the frozen model in the loss, or {}.
     """
 
     setup: Setup
@@ -52,7 +52,7 @@ class Prepared:
 
 
 def check(config: Config, workdir: pathlib.Path | None = None) -> start.Start:
-    """Checks what can be checked without data, and returns where the run starts from.
+    """Validates a configuration without reading data, and returns the start of the run.
 
     Raises:
       UserError: see `start.find` and `setup.setup`; an unknown task.
@@ -67,9 +67,9 @@ def check(config: Config, workdir: pathlib.Path | None = None) -> start.Start:
 
 
 def prepare(config: Config, workdir: pathlib.Path | None = None) -> Prepared:
-    """Finds where a run starts from, checks its configuration, reads its data and sets it up.
+    """Determines the start of a run, validates its configuration, reads its data and builds its setup.
 
-    What can be checked without data is checked before the data is read. Nothing is written to `workdir`.
+    The configuration is validated before the data is read. Nothing is written to `workdir`.
 
     Raises:
       UserError: see `start.find`, `setup.setup` and `inputs.load`.
@@ -97,25 +97,25 @@ def train(
 ) -> dict[str, Any]:
     """Trains a model, or resumes the run in `workdir`, and returns its summary.
 
-    Several processes (`parallel.processes`) call this alike, with a workdir that they share. Process 0 prints, writes
-    the files and calls `callback`. When one process is asked to stop, all stop, a few steps later.
+    With several processes (`parallel.processes`), every process calls this function with a shared workdir. Process 0
+    prints, writes the files and calls `callback`. If one process is asked to stop, all stop a few steps later.
 
     Args:
-      config: a `Config`, or what `llm_jax.config` takes.
+      config: a `Config`, or an argument of `llm_jax.config`.
       workdir: the directory of the run: config.json, metrics.jsonl, summary.json and checkpoints/.
-      callback: called with the metrics of every step, a dict as metrics.jsonl has it (step, loss, tokens_per_second,
-        validation_loss where the step was evaluated, ...). A true value stops the run.
-      stop: called after every step; a true value stops the run, which saves a checkpoint first. If it is a context
-        manager as well, it is entered for the loop alone.
+      callback: called after every step with a dict of metrics, with the keys of metrics.jsonl (step, loss,
+        tokens_per_second, validation_loss after an evaluation, ...). A true return value stops the run.
+      stop: called after every step; if it returns a true value, the run saves a checkpoint and stops. A context manager
+        is entered during the training loop.
       profile: trace three steps into WORKDIR/profile.
       verbose: print the parameters, the progress and the results.
-      attachments: called with the workdir of a finished run that has trackers (`report.to`); they get the files that it
-        returns, such as a report.
+      attachments: called with the workdir when a run with trackers (`report.to`) has finished; returns files, such as a
+        report, that are uploaded to the trackers.
 
     Returns:
-      The figures of summary.json: validation_loss, validation_perplexity, validation_bits_per_byte, steps,
-      tokens_per_second, seconds and others. For a run that was stopped early, {"stopped": a true value (what `stop`
-      returned, or True), "steps": steps done}.
+      The metrics of summary.json: validation_loss, validation_perplexity, validation_bits_per_byte, steps,
+      tokens_per_second, seconds and others. For a run that was stopped early, {"stopped": the value returned by
+      `stop`, or True, "steps": number of completed steps}.
 
     Raises:
       UserError: the configuration, the data or the workdir cannot be used, or the loss is not finite.
@@ -206,7 +206,7 @@ def train(
         evaluated = False
         agree = processes.Agreement()
         stopping: Any = False
-        asked = False  # whether the callback has asked to stop
+        asked = False  # whether the callback returned a true value
         scope = stack.enter_context(contextlib.ExitStack())
         if isinstance(stop, contextlib.AbstractContextManager):
             scope.enter_context(stop)
@@ -275,7 +275,7 @@ def train(
             return {"stopped": stopping, "steps": done}
 
         # ---------------------------------------------------------------- the results
-        if not evaluated:  # a run that was complete when it was started; the figures of processes differ
+        if not evaluated:  # the run was already complete; these metrics differ between processes
             figures = evaluator.evaluate(state, final=True)
         rate = statistics.median(progress.rates) if progress.rates else None
         summary = results.summarize(setup, data, state, workdir, figures, rate)
@@ -292,17 +292,17 @@ def train(
 
 
 def _check_reference(prepared: Prepared, workdir: pathlib.Path) -> str:
-    """The fingerprint of the loss's frozen model, or "". Raises UserError where a resumed run had another one."""
+    """Returns the fingerprint of the frozen model in the loss, or "". Raises UserError if a resumed run's differs."""
     reference, beginning, config = prepared.reference, prepared.start, prepared.setup.config
     fingerprint = trees.fingerprint(reference) if reference else ""
     if reference and beginning.checkpoint and beginning.record["other"] != fingerprint:
         name = config.loss.teacher or config.init_from
-        raise UserError(f"{name}: its weights have changed since {workdir} was started; give another --workdir")
+        raise UserError(f"{name}: its weights have changed since {workdir} was started; choose another --workdir")
     return fingerprint
 
 
 def _initial_state(prepared: Prepared) -> tuple[TrainState, dict[str, str] | None]:
-    """(the state that the run begins or resumes with, the path and hash of the base of adapters for the record)."""
+    """Returns (the initial or resumed state, the path and hash of the base of adapters for the record)."""
     setup, beginning = prepared.setup, prepared.start
     base = setup.load_base(beginning.origin) if setup.method.reads_base(bool(beginning.checkpoint)) else None
     base_record = None
@@ -322,7 +322,7 @@ def _initial_state(prepared: Prepared) -> tuple[TrainState, dict[str, str] | Non
 def _earlier_state(
     setup: Setup, beginning: start.Start, workdir: pathlib.Path, step: int, frozen: dict[str, Any]
 ) -> TrainState:
-    """The state after `step` updates, from the run's last checkpoint, or initialized again for step 0."""
+    """Returns the state after `step` updates: from the last checkpoint, or initialized again for step 0."""
     if step:
         directory = checkpoints.find(workdir)
         return restore(setup, directory, checkpoints.verify(directory))[0].replace(frozen=frozen)
@@ -331,7 +331,7 @@ def _earlier_state(
 
 
 def restore(setup: Setup, directory: pathlib.Path, record: Mapping[str, Any]) -> tuple[TrainState, Any]:
-    """(the state of a verified checkpoint with empty `frozen`, the constant parts of adapters)."""
+    """Returns (state of a verified checkpoint with empty `frozen`, constant parts of adapters)."""
     shapes = setup.state
     saved = setup.method.checkpoint_params(shapes.params, shapes.frozen)
     params, *rest = run.restore_state(directory, record, saved, shapes.optimizer, shapes.ema)
@@ -341,7 +341,7 @@ def restore(setup: Setup, directory: pathlib.Path, record: Mapping[str, Any]) ->
 
 
 def _rollback_step(config: Config, workdir: pathlib.Path, bad: bad_steps.BadStep) -> int:
-    """The step to go back to: that of the last regular checkpoint, or 0.
+    """Returns the step of the last regular checkpoint, or 0.
 
     Raises:
       UserError: `train.on_bad_step` is not "rollback".
@@ -350,5 +350,5 @@ def _rollback_step(config: Config, workdir: pathlib.Path, bad: bad_steps.BadStep
     if config.train.on_bad_step != "rollback":
         cure = "lower optim.lr, or set train.on_bad_step to skip or rollback"
         raise UserError(f"step {bad.step}: {bad.what}; {f'step {saved[-1]} is saved; ' if saved else ''}{cure}")
-    # Not one that was saved for a signal: an undisturbed run would not have it.
+    # Exclude checkpoints saved on a signal, which an uninterrupted run would not have.
     return ([s for s in saved if s % (config.checkpoint.every or 1) == 0] or saved or [0])[-1]

@@ -1,4 +1,4 @@
-"""Weights as typed values: dense arrays, low-rank adapters and quantized codes behind `dot`, `take` and `dense`."""
+"""Weights as typed values: dense arrays, low-rank adapters and quantized weights with `dot`, `take` and `dense`."""
 
 from llm_jax.weights.low_rank import Adapted, Decomposed, Dropped, repeat_rows
 from llm_jax.weights.nodes import (

@@ -51,14 +51,14 @@ class Node(abc.ABC):
 
     def __init_subclass__(cls) -> None:
         NODES[cls.__name__] = cls
-        if "__repr__" not in vars(cls):  # that of a dataclass would print the numbers of every array
+        if "__repr__" not in vars(cls):  # the default repr of a dataclass prints all numbers
             setattr(cls, "__repr__", Node.__repr__)  # noqa: B010
 
     def __repr__(self) -> str:
         return summary(self)
 
     def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
-        """How the library treescope displays the weight in a notebook: its fields, with its shape and size beside."""
+        """Displays the weight in a notebook with treescope: its fields, shape and size."""
         from treescope import rendering_parts, repr_lib
 
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
@@ -104,7 +104,7 @@ Weight = jax.Array | Node
 @trees.register
 @dataclasses.dataclass(frozen=True)
 class Gathered(Node):
-    """A sharded array beside its gathered copy for matrix products; gradients are those of the array.
+    """A sharded array with a gathered copy for matrix products; the gradient goes to the array.
 
     It exists within a training step only.
 
@@ -151,9 +151,9 @@ def dot(
       x: (..., in), or (..., out) with `transposed`.
       w: (in, out).
       transposed: multiply by w.T.
-      out_dtype: dtype of the result; by default that of x.
-      accumulate: dtype of the sums, or the dtype of x where it is wider.
-      gathered: how the weight is sharded while it is used, on the mesh in use; None: as the compiler decides.
+      out_dtype: dtype of the result; default: the dtype of x.
+      accumulate: dtype of the sums, or the dtype of x if it is wider.
+      gathered: sharding of the weight during the product, on the current mesh; None: the compiler decides.
 
     Returns:
       (..., out), or (..., in) with `transposed`.
@@ -170,7 +170,7 @@ def dot(
 
 
 def gather(w: Weight, spec: P | None) -> Any:
-    """`w` with the sharding `spec` on the mesh in use; a sharded axis that `spec` leaves out is gathered."""
+    """Applies the sharding `spec` on the current mesh; sharded axes that are not in `spec` are gathered."""
     if spec is None:
         return w
     return jax.tree.map(
@@ -195,7 +195,7 @@ def take(w: Weight, ids: jax.Array) -> jax.Array:
 
 
 def dense(w: Weight) -> jax.Array:
-    """The dense array of a weight: (in, out), or (layers, in, out) where layers are stacked.
+    """The dense array of a weight: (in, out), or (layers, in, out) if layers are stacked.
 
     Raises:
       ValueError: the rows of a batch use different adapters, so that there is no single dense array.
@@ -206,12 +206,12 @@ def dense(w: Weight) -> jax.Array:
 
 
 def partition(w: Weight, spec: P) -> Any:
-    """The structure of `w` with a PartitionSpec for every leaf, derived from `spec`, that of the dense array."""
+    """The structure of `w` with a PartitionSpec for every leaf, derived from the `spec` of the dense array."""
     return w.partition(spec) if isinstance(w, Node) else spec
 
 
 def decay_mask(w: Weight) -> Any:
-    """`w`'s structure with True for every leaf that weight decay applies to; True for an array."""
+    """The structure of `w` with True for every leaf with weight decay; True for an array."""
     return w.decay_mask() if isinstance(w, Node) else True
 
 
@@ -221,7 +221,7 @@ def is_dense(w: Weight) -> bool:
 
 
 def kind(w: Weight) -> str:
-    """The name of `w`'s kind for messages: "array", or the class of a node, such as "QTensor"."""
+    """The kind of a weight for messages: "array", or the class of a node, such as "QTensor"."""
     return type(w).__name__ if isinstance(w, Node) else "array"
 
 
@@ -264,14 +264,14 @@ def abstract(record: Mapping[str, Any] | None) -> Any:
     return NODES[record["node"]](**static, **{name: abstract(field) for name, field in record["fields"].items()})
 
 
-# Why a custom gradient: under autodiff a bf16 product with f32 sums is differentiated as an f32
-# product (half the speed), or with bf16 sums (weight gradients lose their low bits).
+# A custom gradient, because automatic differentiation of a bf16 product with f32 sums gives an f32
+# product (half the speed), or bf16 sums (weight gradients lose their low bits).
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
 def _dense_dot(
     x: jax.Array, w: jax.Array, copy: jax.Array | None, transposed: bool, out_dtype: Any, accumulate: Any,
     gathered: P | None,
 ) -> jax.Array:  # fmt: skip
-    """`copy`: w in the dtype of x, gathered already."""
+    """The product of x with a dense w; `copy` is w in the dtype of x, already gathered, or None."""
 
     def by_xla(x, w):
         return _product(x, _operand(x, w, copy, gathered), (x.ndim - 1,), (int(transposed),), accumulate)
@@ -294,9 +294,9 @@ def _dense_dot_forward(x, w, copy, transposed, out_dtype, accumulate, gathered):
 def _dense_dot_backward(transposed, out_dtype, accumulate, gathered, saved, g):
     x, w, copy = saved
     g = g.astype(x.dtype)
-    # Cast and gathered as in the forward pass: under rematerialization one gather serves both products.
+    # Cast and gathered as in the forward pass: under rematerialization both products share one gather.
     dx = _product(g, _operand(x, w, copy, gathered), (g.ndim - 1,), (1 - int(transposed),), accumulate)
-    # The leading axes are contracted as they are: flattening them first halves the speed on CPU.
+    # The leading axes are contracted without flattening, which would halve the speed on CPU.
     leading = tuple(range(x.ndim - 1))
     dw = _product(g, x, leading, leading, accumulate) if transposed else _product(x, g, leading, leading, accumulate)
     return dx.astype(x.dtype), dw.astype(w.dtype), None if copy is None else jnp.zeros_like(copy)

@@ -33,8 +33,8 @@ class QTensor(Node):
     Attributes: for a weight (I, O) with the scheme s, where leading layer axes precede those of every leaf.
       codes: (I, O) in the dtype of the format, or uint8 with the axis of the groups divided by 8 / bits.
       scale: (G, O) along IN, (I, G) along OUT; G = 1 for a channel, (1, 1) for a tensor; in the dtype of s.scale, or
-        a QTensor where the scales themselves are quantized.
-      offset: None, or in the shape and dtype of the scale, or float32 (1, 1) for a mean.
+        a QTensor if the scales are quantized.
+      offset: None, or an array with the shape and dtype of the scale, or float32 (1, 1) for a mean.
       smooth: None, or float16 (I,): the weight is diag(smooth) times the decoded codes.
       input_scale: None, or float32 (): the scale of int8 activations, set if and only if s.activations is "static".
       scheme: a name that `number_formats.scheme` accepts.
@@ -62,7 +62,7 @@ class QTensor(Node):
         return checkpoint_name(y, "dot")
 
     def take(self, ids: jax.Array) -> jax.Array:
-        if self.axis == IN or self.smooth is not None:  # the scale of a row depends on its neighbours
+        if self.axis == IN or self.smooth is not None:  # a group spans several rows
             return take(self.dense(), ids)
 
         def rows(a: jax.Array | None) -> jax.Array | None:
@@ -186,7 +186,7 @@ _quantized_dot.defvjp(_quantized_dot_forward, _quantized_dot_backward)
 @trees.register
 @dataclasses.dataclass(frozen=True)
 class FakeQuant(Node):
-    """A dense weight in quantization-aware training, rounded in every use as its QTensor will be.
+    """A dense weight in quantization-aware training, rounded in every use like the final QTensor.
 
     Gradients use the straight-through estimator (Bengio et al. 2013, arXiv:1308.3432). With `step` the scales are
     trained too (LSQ: Esser et al. 2020, arXiv:1902.08153, equations 1 to 3).

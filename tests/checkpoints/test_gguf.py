@@ -203,7 +203,7 @@ def test_blocks_that_are_only_read_are_the_weights_of_a_model(plain, tmp_path, k
 
 def test_what_exists_is_not_overwritten(written, vocabulary):
     path, config, params = written
-    with pytest.raises(UserError, match="exists; give another"):
+    with pytest.raises(UserError, match="already exists; choose another path"):
         gguf_model.save(path, config, params, vocabulary, "F32")
 
 

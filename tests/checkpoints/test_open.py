@@ -352,7 +352,7 @@ def test_what_is_saved_is_loaded(make, tiny, tmp_path, kind, scan_layers):
     logits = [jax.jit(one.model.apply)({"params": one.params}, ids) for one in (loaded, other)]
     np.testing.assert_allclose(*logits, atol=2e-5 if kind != "bfloat16" else 0.1)
     assert configuration.load(tmp_path / "saved").model == model.config
-    with pytest.raises(UserError, match="exists; give another path"):
+    with pytest.raises(UserError, match="already exists; choose another path"):
         llm_jax.save(model, params, ByteTokenizer(), tmp_path / "saved")
 
 

@@ -93,7 +93,7 @@ def test_lists_that_tables_hold_as_json_text_are_lists():
     assert examples({"messages": json.dumps(TALK)}) == examples({"messages": TALK})
     assert examples({"messages": TALK, "tools": "[]"}) == examples({"messages": TALK})
     for record in ({"messages": "hello"}, {"messages": TALK, "tools": "none"}):
-        with pytest.raises(UserError, match=r"'(messages|tools)' is no list"):
+        with pytest.raises(UserError, match=r"'(messages|tools)' is not a list"):
             examples(record)
 
 
@@ -179,8 +179,8 @@ def test_a_prompt_beside_whole_conversations_is_not_repeated():
         ("instructions", {"messages": [{"role": "user"}]}, "expected messages with 'role' and 'content'"),
         ("instructions", {"prompt": 5, "answer": "a"}, "expected messages with 'role' and 'content', and text"),
         ("instructions", {"messages": [TALK[2] | {"weight": 0.5}]}, "'weight' of a message is 0.5; expected 0 or 1"),
-        ("instructions", {"messages": [TALK[2] | {"weight": 0}]}, "the loss counts no message by the assistant"),
-        ("instructions", [1], "is no record; this data.kind reads JSON lines"),
+        ("instructions", {"messages": [TALK[2] | {"weight": 0}]}, "the loss counts no message of the assistant"),
+        ("instructions", [1], "is not a record; this data.kind reads JSON lines"),
         ("preferences", {"prompt": "a", "chosen": "b"}, "expected 'chosen' and 'rejected'"),
         ("preferences", {"chosen": TALK, "rejected": TALK}, "are the same answer"),
     ],
@@ -350,7 +350,7 @@ def test_instructions_are_trained_on_end_to_end(tmp_path, command):
     )
     assert whole["tokens"] > found["tokens"] and text["tokens"] == whole["tokens"]  # EOS after every answer
     assert "not given" in command("evaluate", f"--checkpoint={tmp_path / 'run'}", "--kind=text", code=2).stderr
-    assert "never cut" in command("evaluate", f"--checkpoint={tmp_path / 'run'}", "--stride=8", code=2).stderr
+    assert "are not split" in command("evaluate", f"--checkpoint={tmp_path / 'run'}", "--stride=8", code=2).stderr
 
 
 def test_preferences_are_trained_on_by_dpo(tmp_path, command, trained):

@@ -174,7 +174,7 @@ def test_a_run_goes_on_bit_for_bit_and_is_evaluated(command, tmp_path, text_file
     summary = json.loads((whole / "summary.json").read_text())
     assert found["loss"] == pytest.approx(summary["validation_loss"], rel=1e-5)
     assert found["tokens"] == summary["validation_tokens"] and found["compressed_bits_per_byte"] == {}
-    assert "finds hidden tokens" in command("evaluate", f"--checkpoint={whole}", "--stride=4", code=2).stderr
+    assert "was trained with loss.masked" in command("evaluate", f"--checkpoint={whole}", "--stride=4", code=2).stderr
     (tmp_path / "a.txt").write_text("a")
     said = command("evaluate", f"--checkpoint={whole}", f"--data={tmp_path / 'a.txt'}", code=2).stderr
     assert "no held-out token counts" in said

@@ -153,7 +153,7 @@ def test_prompts_that_cannot_be_continued_are_refused(ask, make):
         ask([[300]])
     with pytest.raises(UserError, match="does not fit"):
         ask(["a"], stop=("abc",), max_new_tokens=2)
-    with pytest.raises(UserError, match="no text before its end"):
+    with pytest.raises(UserError, match="no text before the search ends"):
         ask(["a"], beams=2, show=print)
     with pytest.raises(UserError, match="draft="):
         ask(["a"], draft="some/model")
@@ -203,9 +203,9 @@ def test_explain_refuses_a_beam_search(make):
     [
         (["--top_p=1.5"], "--top_p=1.5; expected a number in (0, 1]"),
         (["--top_k=1000"], "--top_k=1000 is more than the 259 tokens"),
-        (["--temperature=0", "--top_p=0.5"], "--temperature=0 is greedy and leaves nothing for --top_p"),
-        (["--beams=2", "--stream"], "no text before its end"),
-        (["--stream", "--json"], "choose one"),
+        (["--temperature=0", "--top_p=0.5"], "--temperature=0 is greedy; --top_p would have no effect"),
+        (["--beams=2", "--stream"], "no text before the search ends"),
+        (["--stream", "--json"], "use only one"),
         (["--logit_bias=x"], "expected ID:BIAS"),
         (["--context=20"], "fills the context"),
     ],

@@ -154,7 +154,7 @@ def test_a_task_of_two_models(command, trained, other, tmp_path):
     assert (second["difference"], second["difference_low"], second["difference_high"]) == pytest.approx(expected)
     assert second["accuracy"] - first["accuracy"] == pytest.approx(second["difference"])
     table = command("evaluate", *flags).stdout.splitlines()
-    assert len(table) == 3 and "difference to the first" in table[0] and f"{second['difference']:+.3f} (" in table[2]
+    assert len(table) == 3 and "difference from the first" in table[0] and f"{second['difference']:+.3f} (" in table[2]
 
 
 def test_labelled_examples_of_two_models(command, trained, other, tmp_path):
@@ -208,8 +208,8 @@ def test_figures_that_are_not_finite_are_null_in_json():
 @pytest.mark.parametrize(
     ("name", "flags", "message"),
     [
-        ("x.jsonl", (), "x.jsonl: it has no text file that could be cut; leave it out"),
-        ("x.jsonl", ("--kind=labelled",), "where data.kind is labelled: each record is an example; leave it out"),
+        ("x.jsonl", (), "x.jsonl, which has no text file that would be split; omit the flag"),
+        ("x.jsonl", ("--kind=labelled",), "where data.kind is labelled: each record is an example; omit the flag"),
         ("x.txt", ("--kind=preferences",), "where data.kind is preferences"),
     ],
 )

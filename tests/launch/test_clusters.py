@@ -65,8 +65,8 @@ def test_a_script_reserves_what_was_asked_for(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["slurm"], "after -- stands nothing; expected a command and its flags"),
-        (["slurm", "--", "trian"], "after -- stands 'trian'"),
+        (["slurm"], "the command after -- is nothing; expected a command and flags"),
+        (["slurm", "--", "trian"], "the command after -- is 'trian'"),
         (["slurm", "--", "train", "--workdir=x", "--config.model.widht=3"], "did you mean 'model.width'"),
         (["slurm", "--", "train", "--workdir=x", "--config.model.width=33"], "width"),
         (["slurm", "--array=2", "--nodes=2", *TRAIN], "--array starts copies of one process each"),

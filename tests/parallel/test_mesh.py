@@ -69,7 +69,7 @@ def test_dry_run_prints_the_shardings_and_writes_nothing(command, tmp_path):
         (["--config.mesh.data=0"], "positive number"),
         (["--config.mesh.data=-1", "--config.mesh.fsdp=-1"], "for at most one axis"),
         (["--config.train.batch_size=6"], "cannot be split over mesh data x fsdp = 8"),
-        (["--config.mesh.rules=(('.*',('rows',None)),)"], "'rows' is no mesh axis"),
+        (["--config.mesh.rules=(('.*',('rows',None)),)"], "'rows' is not a mesh axis"),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused(command, tmp_path, flags, message):

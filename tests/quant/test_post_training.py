@@ -68,7 +68,7 @@ def test_presets_keep_norms_and_put_tables_in_8_bits(make):
         ),
         (
             post_training.rules("int8", "int8", (("final_norm/scale", "int8"),)),
-            "'final_norm/scale' of shape .* is no matrix",
+            "'final_norm/scale' of shape .* is not a matrix",
         ),
         (
             post_training.rules("int8", "int8", (("embed/table", 8),)),
@@ -110,7 +110,7 @@ def test_what_is_quantized_already_and_what_is_no_number_is_refused(make):
         post_training.quantize_params(once, post_training.rules("int4:16", "int8"), "here")
     post_training.check_finite(once, "here")
     bad = trees.map_weights(lambda p, w: w.at[0].set(jnp.nan) if p == "final_norm/scale" else w, params)
-    with pytest.raises(UserError, match="here: 'final_norm/scale' has numbers that are infinite or undefined"):
+    with pytest.raises(UserError, match="here: 'final_norm/scale' has values that are infinite or NaN"):
         post_training.check_finite(bad, "here")
 
 

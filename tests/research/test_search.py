@@ -68,7 +68,7 @@ def test_flags_of_a_search_are_checked(tmp_path):
     for flags, message in (
         (["--search=optim.lr=1,2", "--grid=train.seed=0"], "cannot be combined"),
         (["--grid=train.seed=0", "--trials=3"], "--trials=3 has no effect"),
-        (["--search=optim.lr=1,2", "--trials=0"], "at least 1 trial"),
+        (["--search=optim.lr=1,2", "--trials=0"], "--trials of at least 1"),
     ):
         done = call("sweep", f"--output={tmp_path / 'x'}", *flags)
         assert done.returncode == 2 and message in done.stderr

@@ -151,9 +151,9 @@ def test_every_answer_is_trained_as_it_is_rendered_when_it_is_the_last():
         ("", {"messages": [USER, YES | {"tool_calls": CALL}]}, "no chat template shows 'tool_calls'"),
         ("", {"messages": [USER, YES | {"reasoning_content": "x"}]}, "no chat template shows 'reasoning_content'"),
         ("", {"messages": [USER, YES], "tools": [{}]}, "has tools or documents, and no chat template shows them"),
-        ("", {"messages": [{"role": "user", "content": [{"type": "image"}]}, YES]}, "a part of a message is no text"),
+        ("", {"messages": [{"role": "user", "content": [{"type": "image"}]}, YES]}, "a part of a message is not text"),
         (CHATML, {"messages": [USER, {"role": "assistant", "content": None}]}, "expected messages with"),
-        (CHATML, {"messages": [USER, YES], "tools": "clock"}, "'tools' is no list"),
+        (CHATML, {"messages": [USER, YES], "tools": "clock"}, "'tools' is not a list"),
     ],
 )
 def test_what_no_template_can_show_is_refused(template, record, message):

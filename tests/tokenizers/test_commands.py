@@ -24,7 +24,7 @@ def test_a_tokenizer_is_trained_and_shown(command, text_file, tmp_path):
     again = command(
         "train_tokenizer", "--kind=byte", f"--input={text_file}", f"--output={tmp_path / 'w'}", code=2
     ).stderr
-    assert "exists; give another" in again
+    assert "already exists; choose another path" in again
 
 
 def test_a_run_takes_a_tokenizer_and_goes_on_with_no_other(command, text_file, tmp_path):
@@ -78,7 +78,7 @@ def test_more_text_than_the_sample_is_drawn_in_blocks_between_characters(tmp_pat
     [
         (None, "no such file or directory"),
         (b"ab\xff" + b"c" * 50, "not UTF-8 text at byte 2"),
-        (b"", "there is no text in it"),
+        (b"", "contains no text"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(command, tmp_path, content, message):

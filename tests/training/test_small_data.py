@@ -81,7 +81,7 @@ def test_a_run_without_held_out_text(config_of, tmp_path, capsys, command):
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2] and "validation_loss" not in lines[1]
     refused = command("evaluate", f"--checkpoint={tmp_path / 'run'}", code=2).stderr
-    assert "holds out nothing (data.validation_fraction=0); give --data=FILE" in refused and refused.count("\n") == 1
+    assert "has no held-out data (data.validation_fraction=0); set --data=FILE" in refused and refused.count("\n") == 1
 
 
 def test_prompts_that_are_not_set_are_the_first_words_of_the_held_out_text(config_of):

@@ -268,7 +268,7 @@ def test_pictures_are_drawn_with_every_evaluation_and_given_to_the_trackers(comm
 def test_pictures_that_cannot_be_drawn_are_refused_before_training(command, tmp_path):
     for flags, message in (
         (["--config.report.pictures=('atention',)"], "'report.pictures' is 'atention'; expected one of attention"),
-        (["--config.report.pictures=('surprisal',)"], "report.pictures=surprisal is a picture of the first of eval.pr"),
+        (["--config.report.pictures=('surprisal',)"], "report.pictures=surprisal needs a text; set eval.pr"),
     ):
         assert message in command("train", f"--workdir={tmp_path / 'x'}", *flags, code=2).stderr
     assert not (tmp_path / "x").exists()
