@@ -1,9 +1,9 @@
 """Benchmarks of a machine with an NVIDIA GPU, in under eight minutes: `python -m experiments.benchmarks.gpu`.
 
-Products with quantized weights, training with cuDNN's attention and without, LoRA, QLoRA and decoding, beside torch,
-peft, bitsandbytes and transformers where they are installed. Needs JAX for CUDA: pip install 'jax[cuda13]'. Writes
-gpu.json and the tables of README.md. `--only`, `--rounds`, `--peer_python` and `--output` are those of
-`python -m experiments.benchmarks`.
+Products with quantized weights by XLA and by the kernel in Pallas, training with cuDNN's attention and without, LoRA,
+QLoRA and decoding, beside torch, peft, bitsandbytes and transformers where they are installed. Needs JAX for CUDA: pip
+install 'jax[cuda13]'. Writes gpu.json and the tables of README.md. `--only`, `--rounds`, `--peer_python` and `--output`
+are those of `python -m experiments.benchmarks`.
 """
 
 import json
@@ -24,11 +24,13 @@ from experiments.benchmarks.runner import Measure, Side
 from experiments.benchmarks.training import PLAIN
 from llm_jax import cli
 from llm_jax.errors import UserError
+from llm_jax.kernels import native, pallas
 
 flags.DEFINE_float("seconds", 400.0, "no further measure is begun after this time")
 flags.DEFINE_bool("check", False, "say whether this machine can run it, and measure nothing")
 
 ROWS, LENGTH = 8, 1024
+_PALLAS = {native.SETTING: pallas.SETTING}
 _SIZES = {"rows": ROWS, "length": LENGTH}
 _PEER = {"model": suites.MODEL_PATH + "hf", "dtype": "bfloat16", **_SIZES}
 
@@ -51,7 +53,8 @@ def measures() -> list[Measure]:
         Measure(
             "products",
             "Products with quantized weights",
-            "bfloat16 activations times a weight of 4096 x 4096.",
+            "bfloat16 activations times a weight of 4096 x 4096, by XLA and by the kernel in Pallas, which has up to "
+            "64 rows. The relative error is beside the float32 product with the expanded weight.",
             (
                 suites.BOUNDS,
                 *(
@@ -62,6 +65,16 @@ def measures() -> list[Measure]:
                         rivals=("bfloat16",) if name != "bfloat16" else (),
                     )
                     for name in formats
+                ),
+                *(
+                    Side(
+                        f"{name}, Pallas",
+                        "products:llm_jax",
+                        {"scheme": name, "rows": [1, 16, 64]},
+                        rivals=("bfloat16", name),
+                        environment=_PALLAS,
+                    )
+                    for name in formats[1:]
                 ),
             ),
             5,
@@ -117,6 +130,16 @@ def measures() -> list[Measure]:
                         rivals=(f"transformers {name}",) if name in ("bfloat16", "nf4") else ("llm_jax bfloat16",),
                     )
                     for name in formats
+                ),
+                *(
+                    Side(
+                        f"llm_jax {name}, Pallas",
+                        "decoding:llm_jax",
+                        decoding | {"weights": name},
+                        rivals=(f"llm_jax {name}",),
+                        environment=_PALLAS,
+                    )
+                    for name in formats[1:]
                 ),
                 Side("transformers bfloat16", "decoding:transformers", transformers, peer=True),
                 Side("transformers nf4", "decoding:transformers", transformers | {"nf4": True}, peer=True),

@@ -37,6 +37,7 @@ class Side:
       options: keyword arguments of the function.
       peer: runs in the interpreter of `--peer_python`.
       rivals: names of the sides that its figures are divided by.
+      environment: environment variables of its process.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Side:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     peer: bool = False
     rivals: tuple[str, ...] = ()
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,7 +258,7 @@ class Worker(contextlib.AbstractContextManager):
             stderr=self._errors,
             text=True,
             cwd=ROOT,
-            env=os.environ | settings,
+            env=os.environ | settings | dict(side.environment),
         )
         try:
             ready = self._receive()

@@ -1,8 +1,8 @@
 """Products with quantized weights: arrays in, arrays out.
 
-`expanded_product` and `integer_product` are the entry points. Few rows of float32 activations, and activations in int8,
-go to the kernels in C++ on a CPU (`cpu_product`), all else through XLA; `native` documents the environment variable
-that overrides the choice.
+`expanded_product` and `integer_product` are the entry points. On a CPU, few rows of float32 activations, and
+activations in int8, go to the kernels in C++ (`cpu_product`); on a TPU, bfloat16 and int8 activations go to kernels in
+Pallas (`pallas`); all else goes through XLA. `native` documents the environment variable that overrides the choice.
 """
 
 import functools
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from llm_jax.kernels import cpu_product, native, number_formats
+from llm_jax.kernels import cpu_product, native, number_formats, pallas, target
 from llm_jax.kernels.number_formats import Scheme
 
 # Letters of shapes: ... leading axes of x, C the contracted axis of the weight, F its free one.
@@ -42,7 +42,9 @@ def round_to_int8(x: jax.Array, scale: jax.Array) -> jax.Array:
     return jnp.clip(jnp.round(x.astype(jnp.float32) / jnp.where(scale > 0, scale, 1.0)), -127, 127).astype(jnp.int8)
 
 
-def integer_product(x: jax.Array, x_scale: jax.Array, codes: jax.Array, scale: jax.Array, axis: int) -> jax.Array:
+def integer_product(
+    x: jax.Array, x_scale: jax.Array, codes: jax.Array, scale: jax.Array, axis: int, out_dtype: Any = jnp.float32
+) -> jax.Array:
     """The product of int8 activations and int8 weights, with exact int32 sums, the same by the kernel as by XLA.
 
     Args:
@@ -50,25 +52,33 @@ def integer_product(x: jax.Array, x_scale: jax.Array, codes: jax.Array, scale: j
       x_scale: float32 (..., 1) or ().
       codes: int8 (C, F) for axis -2, (F, C) for axis -1.
       scale: float32 (1, F) or (F, 1), or (1, 1).
+      out_dtype: dtype of the result.
 
     Returns:
-      float32 (..., F).
+      (..., F) in `out_dtype`.
     """
 
     def by_xla(x, x_scale, codes, scale):
         total = lax.dot_general(
             x, codes, (((x.ndim - 1,), (2 + axis,)), ((), ())), preferred_element_type=jnp.int32
         ).astype(jnp.float32)
-        return total * x_scale * scale.reshape(-1)
+        return (total * x_scale * scale.reshape(-1)).astype(out_dtype)
 
+    if not pallas.unsupported_integer_reason(x, codes, axis):
+        kernel = functools.partial(pallas.integer_product, axis=axis, out_dtype=out_dtype)
+        return _on_device(kernel, by_xla, x, x_scale, codes, scale)
     if cpu_product.unsupported_integer_reason(x, codes):
         return by_xla(x, x_scale, codes, scale)
-    return lax.platform_dependent(
-        x, x_scale, codes, scale, cpu=functools.partial(cpu_product.integer_product, axis=axis), default=by_xla
-    )
+
+    def on_cpu(x, x_scale, codes, scale):
+        return cpu_product.integer_product(x, x_scale, codes, scale, axis).astype(out_dtype)
+
+    return lax.platform_dependent(x, x_scale, codes, scale, cpu=on_cpu, default=by_xla)
 
 
-def expanded_product(x: jax.Array, codes: Codes, s: Scheme, axis: int, contracted: int, accumulate: Any) -> jax.Array:
+def expanded_product(
+    x: jax.Array, codes: Codes, s: Scheme, axis: int, contracted: int, accumulate: Any, out_dtype: Any
+) -> jax.Array:
     """The product of x and a weight that is decoded for it.
 
     Args:
@@ -78,21 +88,32 @@ def expanded_product(x: jax.Array, codes: Codes, s: Scheme, axis: int, contracte
       axis: axis of the groups, -2 or -1.
       contracted: axis of the weight that the product sums over, 0 or 1.
       accumulate: dtype of the sums.
+      out_dtype: dtype of the result.
 
     Returns:
-      (..., F) in `accumulate`. The weight is rounded to the dtype of x, for any number of rows.
+      (..., F) in `out_dtype`. The weight is rounded to the dtype of x, for any number of rows.
 
     Raises:
       UserError: see `native.library`.
     """
+
+    def by_xla(x, codes):
+        return xla_product(x, codes, s, axis, contracted, accumulate).astype(out_dtype)
+
+    if not pallas.unsupported_reason(x, codes, s, axis, contracted, accumulate):
+        kernel = functools.partial(pallas.product, s=s, axis=axis, contracted=contracted, out_dtype=out_dtype)
+        return _on_device(kernel, by_xla, x, codes)
     if not cpu_product.unsupported_reason(x, codes, s, axis, contracted, accumulate) and native.library() is not None:
         return lax.platform_dependent(
-            x,
-            codes,
-            cpu=lambda x, codes: cpu_product.product(x, codes, s, axis),
-            default=lambda x, codes: xla_product(x, codes, s, axis, contracted, accumulate),
+            x, codes, cpu=lambda x, codes: cpu_product.product(x, codes, s, axis).astype(out_dtype), default=by_xla
         )
-    return xla_product(x, codes, s, axis, contracted, accumulate)
+    return by_xla(x, codes)
+
+
+def _on_device(kernel: Any, by_xla: Any, *arguments: Any) -> jax.Array:
+    """A product by a kernel where the program is compiled for the platform it was chosen for, otherwise by XLA."""
+    branches = dict.fromkeys(pallas.PLATFORMS[target.platform()], kernel)
+    return lax.platform_dependent(*arguments, **branches, default=by_xla)
 
 
 def xla_product(x: jax.Array, codes: Codes, s: Scheme, axis: int, contracted: int, accumulate: Any) -> jax.Array:

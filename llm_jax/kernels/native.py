@@ -1,8 +1,8 @@
 """The kernels in C++: compiled on first use, cached, and registered with XLA.
 
 The environment variable LLM_JAX_KERNELS chooses who computes products with quantized weights and attention over a
-cache: "xla", "cpu" (an error where the kernels cannot be compiled), or "auto", the default: the kernels where they can
-be compiled, else XLA.
+cache: "xla", "cpu" (an error where the kernels cannot be compiled), "pallas" (products: see `pallas`), or "auto", the
+default: on a CPU, the kernels in C++ where they can be compiled, on a TPU those in Pallas, else XLA.
 """
 
 import concurrent.futures
@@ -24,7 +24,7 @@ from llm_jax.errors import UserError
 from llm_jax.kernels import target
 
 SETTING = "LLM_JAX_KERNELS"
-SETTINGS = ("auto", "cpu", "xla")
+SETTINGS = ("auto", "cpu", "pallas", "xla")
 TARGETS = {  # name of a custom call of XLA -> symbol of its handler
     "llm_jax_quantized_product": "LlmJaxQuantizedProduct",
     "llm_jax_integer_product": "LlmJaxIntegerProduct",
@@ -37,7 +37,7 @@ FLAGS = ("-O3", "-std=c++17", "-fPIC", "-pthread", "-fno-math-errno")
 
 
 def setting() -> str:
-    """The value of LLM_JAX_KERNELS: "auto" (the default), "cpu" or "xla".
+    """The value of LLM_JAX_KERNELS: "auto" (the default), "cpu", "pallas" or "xla".
 
     Raises:
       UserError: the variable has another value.
@@ -58,7 +58,7 @@ def library(silent: bool = False) -> ctypes.CDLL | None:
       UserError: LLM_JAX_KERNELS has an unknown value, or is "cpu" where the kernels cannot be compiled.
     """
     wanted = setting()
-    if wanted == "xla":
+    if wanted in ("pallas", "xla"):
         return None
     library, reason = loaded()
     if library is None:

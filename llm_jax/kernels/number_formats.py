@@ -14,12 +14,14 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.errors import UserError
+from llm_jax.kernels import target
 from llm_jax.value_names import suggestion
 
 # Letters of shapes: I in, O out, G groups, N numbers of a group.
@@ -246,10 +248,20 @@ def encode(w: jax.Array, scale: jax.Array, offset: jax.Array | None, s: Scheme, 
     return joined(codes, axis)
 
 
-def decode(codes: jax.Array, scale: jax.Array, offset: jax.Array | None, s: Scheme, axis: int) -> jax.Array:
-    """The values of codes, float32 (..., I, O): the inverse of `encode`, whose arguments and result it takes."""
-    f = FORMATS[s.format]
-    values = _values(_unpacked(codes, s, axis), f) * jnp.expand_dims(scale_values(scale), axis)
+def decode(
+    codes: jax.Array,
+    scale: jax.Array,
+    offset: jax.Array | None,
+    s: Scheme,
+    axis: int,
+    lookup: Callable[[jax.Array, tuple[float, ...]], jax.Array] | None = None,
+) -> jax.Array:
+    """The values of codes, float32 (..., I, O): the inverse of `encode`, whose arguments and result it takes.
+
+    Args:
+      lookup: called as lookup(codes, values) in place of values[codes]; by default `select` on a TPU.
+    """
+    values = _values(_unpacked(codes, s, axis), FORMATS[s.format], lookup) * jnp.expand_dims(scale_values(scale), axis)
     if offset is not None:
         values = values + jnp.expand_dims(scale_values(offset), axis)
     return joined(values, axis)
@@ -315,7 +327,22 @@ def _unpacked(codes: jax.Array, s: Scheme, axis: int) -> jax.Array:
     return jnp.concatenate([(grouped >> (i * bits)) & (2**bits - 1) for i in range(per_byte)], axis)
 
 
-def _values(codes: jax.Array, f: NumberFormat) -> jax.Array:
+def select(codes: jax.Array, values: tuple[float, ...]) -> jax.Array:
+    """values[codes] by a tree of selections, float32 (...): fast on TPUs, which read tables number by number.
+
+    Args:
+      codes: integer (...), below the number of values, which is a power of two.
+    """
+    level: list[Any] = [jnp.float32(value) for value in values]
+    for i in range((len(values) - 1).bit_length()):
+        bit = (codes & 2**i) != 0
+        level = [jnp.where(bit, high, low) for low, high in zip(level[::2], level[1::2], strict=True)]
+    return jnp.asarray(level[0])
+
+
+def _values(codes: jax.Array, f: NumberFormat, lookup: Any) -> jax.Array:
+    if f.values and (lookup or target.platform() == "tpu"):
+        return jnp.asarray((lookup or select)(codes, f.values))
     if f.values:
         return jnp.asarray(f.values, jnp.float32)[codes]
     return codes.astype(jnp.float32) + (f.low if f.bits < 8 else 0.0)

@@ -8,10 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llm_jax.kernels import cpu_attention, cpu_product, matmul, native, number_formats
+from llm_jax.kernels import cpu_attention, cpu_product, matmul, native, number_formats, pallas, target
 from llm_jax.kernels.number_formats import Scheme
 
 _TOLERANCE = 1e-5  # of a self-test, relative to the sum of the magnitudes of the terms of an output
+_PALLAS_TOLERANCE = 1e-2  # of the kernels in Pallas: of the largest output; scales differ in the last bit
 _AXIS = -2  # of the groups
 
 
@@ -27,9 +28,13 @@ def run(rows: int, inputs: int, outputs: int) -> int:
     """
     library = native.library()
     print(f"setting   {native.SETTING}={native.setting()}")
+    if target.platform() != "cpu":
+        _show_pallas(rows, inputs, outputs)
+        return _check_pallas(rows, inputs, outputs)
     if library is None:
-        reason = "the setting" if native.setting() == "xla" else native.loaded()[1]
+        reason = "the setting" if native.setting() in ("pallas", "xla") else native.loaded()[1]
         print(f"kernels   none, XLA computes everything: {reason}")
+        _show_pallas(rows, inputs, outputs)
         return 0
     path = native.PATHS[library.llm_jax_fastest_path()]
     print(f"kernels   {library._name}")
@@ -48,6 +53,7 @@ def run(rows: int, inputs: int, outputs: int) -> int:
     reason = cpu_attention.unsupported_reason(*_heads(256)[:2])
     most = cpu_attention.MOST_QUERIES
     print(f"  {'attention':<12} {f'XLA: {reason}' if reason else f'kernel, 1 to {most} queries over a cache'}")
+    _show_pallas(rows, inputs, outputs)
     served = [
         name
         for name in number_formats.FOR_WEIGHTS
@@ -57,6 +63,49 @@ def run(rows: int, inputs: int, outputs: int) -> int:
     failed = self_test(served)
     print(f"self-test {f'failed: {failed}' if failed else 'passed'}")
     _measure([name for name in ("int8", "int4", "int2", "nf4", "mxfp4") if name in served], rows, inputs, outputs)
+    return int(bool(failed))
+
+
+def _show_pallas(rows: int, inputs: int, outputs: int) -> None:
+    """Prints what the kernels in Pallas compute, for a product and for its transposed one (the backward pass)."""
+    print(f"pallas    here: {pallas.unusable_reason() or 'used'}; choices for {rows} rows of bfloat16 and a weight of")
+    print(f"          {inputs} x {outputs}: the product and, after the comma, the transposed product")
+    for platform in ("tpu", "gpu"):
+        module = pallas.kernels(platform)
+        for name in number_formats.FOR_WEIGHTS:
+            s = number_formats.scheme(name)
+            codes: Any = jax.eval_shape(lambda name=name: _request(name, inputs, outputs)[0])
+            choices = []
+            for contracted in (0, 1):
+                x: Any = jax.ShapeDtypeStruct((rows, (inputs, outputs)[contracted]), jnp.bfloat16)
+                if s.activations and contracted == 0:
+                    reason = pallas.integer_reason(platform, x, codes[0], _AXIS)
+                else:
+                    reason = module.unsupported_reason(x, codes, s, _AXIS, contracted, jnp.float32)
+                choices.append(f"XLA: {reason}" if reason else "kernel")
+            print(f"  {platform}: {name:<12} {', '.join(choices)}")
+
+
+def _check_pallas(rows: int, inputs: int, outputs: int) -> int:
+    """Compares and measures the kernels in Pallas on a TPU or a GPU; returns the exit code."""
+    if reason := pallas.unusable_reason():
+        print(f"self-test none, XLA computes everything: {reason}")
+        return 0
+    names = [name for name in number_formats.FOR_WEIGHTS if not number_formats.scheme(name).activations]
+    served, failed = [], ""
+    for name in names:
+        codes, s, axis, *rest = _request(name, inputs, outputs)
+        x = jax.random.normal(jax.random.key(1), (rows, inputs), jnp.bfloat16)
+        if pallas.unsupported_reason(x, codes, s, axis, *rest):
+            continue
+        served.append(name)
+        got = pallas.product(x, codes, s, axis, 0)
+        expected = matmul.xla_product(x, codes, s, axis, *rest)
+        error = float(jnp.max(jnp.abs(got - expected)) / jnp.max(jnp.abs(expected)))
+        if not error < _PALLAS_TOLERANCE:
+            failed = failed or f"the relative error of {name} is {error:.1e}; expected less than {_PALLAS_TOLERANCE}"
+    print(f"self-test {f'failed: {failed}' if failed else 'passed'}")
+    _measure(served, rows, inputs, outputs, jnp.bfloat16)
     return int(bool(failed))
 
 
@@ -117,28 +166,36 @@ def _request(name: str, inputs: int, outputs: int) -> tuple[matmul.Codes, Scheme
     return (codes, scale, offset), s, _AXIS, 0, jnp.dtype("float32")
 
 
-def _measure(names: list[str], rows: int, inputs: int, outputs: int) -> None:
-    print(
-        f"measured  a weight of {inputs} x {outputs}; bytes of the weight and its scales; x is the time beside float32"
-    )
+def _measure(names: list[str], rows: int, inputs: int, outputs: int, dtype: Any = jnp.float32) -> None:
+    """Prints the time of each product with activations in `dtype`: float32 for the kernels in C++, else for Pallas."""
+    compiled, base_name = dtype == jnp.float32, str(jnp.dtype(dtype))
+    print(f"measured  a weight of {inputs} x {outputs}; bytes of the weight and its scales; x: time beside {base_name}")
     print(f"  {'':<10}{'rows':>5}{'GB/s':>8}{'GFLOP/s':>9}{'x':>6}{'XLA: GB/s':>12}{'GFLOP/s':>9}{'x':>6}")
-    dense = jax.random.normal(jax.random.key(0), (inputs, outputs))
+    dense = jax.random.normal(jax.random.key(0), (inputs, outputs), dtype)
     for count in dict.fromkeys((1, rows)):
-        x = jax.random.normal(jax.random.key(1), (count, inputs))
+        x = jax.random.normal(jax.random.key(1), (count, inputs), dtype)
         flops = 2e-9 * count * inputs * outputs
         base = _seconds(jax.jit(jnp.dot), x, dense)
-        print(f"  {'float32':<10}{count:>5}{'':>23}{dense.nbytes / base / 1e9:>12.1f}{flops / base:>9.1f}{1:>6.1f}")
+        print(f"  {base_name:<10}{count:>5}{'':>23}{dense.nbytes / base / 1e9:>12.1f}{flops / base:>9.1f}{1:>6.1f}")
         for name in names:
             codes, *rest = _request(name, inputs, outputs)
             size = sum(leaf.nbytes for leaf in jax.tree.leaves(codes)) / 1e9
             line = f"  {name:<10}{count:>5}"
             scheme, axis, contracted, accumulate = rest
-            kernel = jax.jit(functools.partial(cpu_product.product, s=scheme, axis=axis))
+            kernel = jax.jit(
+                functools.partial(cpu_product.product, s=scheme, axis=axis)
+                if compiled
+                else functools.partial(pallas.product, s=scheme, axis=axis, contracted=contracted)
+            )
             xla = jax.jit(
                 functools.partial(matmul.xla_product, s=scheme, axis=axis, contracted=contracted, accumulate=accumulate)
             )
             for function, widths in ((kernel, (8, 9, 6)), (xla, (12, 9, 6))):
-                if function is kernel and count > cpu_product.MOST_ROWS[number_formats.FORMATS[scheme.format].bits]:
+                if (
+                    compiled
+                    and function is kernel
+                    and count > cpu_product.MOST_ROWS[number_formats.FORMATS[scheme.format].bits]
+                ):
                     line += " " * sum(widths)
                     continue
                 seconds = _seconds(function, x, codes)

@@ -302,6 +302,16 @@ def flops(module: Module) -> int:
     return total
 
 
+def product_kernel_flops(module: Module) -> int:
+    """The multiplications and additions of the kernels of Pallas for products with quantized weights."""
+    total = 0
+    for computation, instruction, times in module.executed():
+        if instruction.opcode == "custom-call" and re.match(r"llm_jax_\w+_product", instruction.name):
+            inputs = dimensions(module.shapes(computation)[instruction.operand_names[0]])[0][1][-1]
+            total += times * 2 * inputs * math.prod(dimensions(instruction.shape)[0][1])
+    return total
+
+
 def _dot_flops(instruction: Instruction, lhs: tuple[int, ...], rhs: tuple[int, ...]) -> int:
     contracted = [int(n) for n in re.findall(r"\d+", instruction.attribute("lhs_contracting_dims"))]
     outputs = math.prod(dimensions(instruction.shape)[0][1])

@@ -25,7 +25,7 @@ from llm_jax.schema import Config
 Report = dict[str, Any]  # JSON values, see `report`
 
 ASSUMPTIONS = (
-    "compute: the largest of FLOPs at the chip's peak, the compiler's cycles (attention kernels: half the peak), and "
+    "compute: the largest of FLOPs at the chip's peak, the compiler's cycles (kernels in Pallas: half the peak), and "
     "reading all arguments once",
     "collectives: a ring over one axis of the torus, in both directions; between slices the data-centre network",
     "the shorter step hides all collectives behind compute, the longer one hides none",
@@ -129,7 +129,8 @@ def report(config: Config, topology: Topology, decode: bool = False) -> Report:
     live = getattr(compiled.memory_analysis(), "peak_memory_in_bytes", 0)
     module = hlo.parse(compiled.as_text())
     collectives = hlo.collectives(module, sizes)
-    kernel_flops, dense_flops, cycles = _kernel_flops(module, config, sizes), hlo.flops(module), hlo.cycles(module)
+    kernel_flops = _kernel_flops(module, config, sizes) + hlo.product_kernel_flops(module)
+    dense_flops, cycles = hlo.flops(module), hlo.cycles(module)
     peak = chip.flops / per_device
     compute = max(
         (dense_flops + kernel_flops) / peak,

@@ -156,9 +156,8 @@ def _quantized_dot(x: jax.Array, q: QTensor, transposed: bool, out_dtype: Any, a
             x8, x_scale = matmul.quantize_rows(x)
         else:
             x8, x_scale = matmul.round_to_int8(x, q.input_scale), q.input_scale
-        return matmul.integer_product(x8, x_scale, codes, scale, q.axis).astype(out_dtype)
-    y = matmul.expanded_product(x, (codes, scale, offset), s, q.axis, contracted, accumulate)
-    return y.astype(out_dtype)
+        return matmul.integer_product(x8, x_scale, codes, scale, q.axis, out_dtype)
+    return matmul.expanded_product(x, (codes, scale, offset), s, q.axis, contracted, accumulate, out_dtype)
 
 
 def _quantized_dot_forward(x, q, transposed, out_dtype, accumulate):
@@ -170,8 +169,9 @@ def _quantized_dot_backward(transposed, out_dtype, accumulate, saved, g):
     q, like = saved
     s, contracted = number_formats.scheme(q.scheme), 1 - int(transposed)
     # The straight-through estimate ignores the rounding of the activations.
-    dx = matmul.expanded_product(g.astype(like.dtype), q._stored(), s, q.axis, contracted, accumulate)
-    return dx.astype(like.dtype), jax.tree.map(_no_gradient, q)
+    g = g.astype(like.dtype)
+    dx = matmul.expanded_product(g, q._stored(), s, q.axis, contracted, accumulate, like.dtype)
+    return dx, jax.tree.map(_no_gradient, q)
 
 
 def _no_gradient(leaf: jax.Array) -> Any:

@@ -192,7 +192,9 @@ def test_each_choice_has_a_reason():
     assert unsupported_reason("int8", x.astype(jnp.bfloat16), "bfloat16") == "bfloat16 activations with bfloat16 sums"
 
 
-@pytest.mark.parametrize(("value", "message"), [("fast", "LLM_JAX_KERNELS=fast; expected one of auto, cpu, xla")])
+@pytest.mark.parametrize(
+    ("value", "message"), [("fast", "LLM_JAX_KERNELS=fast; expected one of auto, cpu, pallas, xla")]
+)
 def test_an_unknown_setting_is_refused(monkeypatch, value, message):
     monkeypatch.setenv("LLM_JAX_KERNELS", value)
     with pytest.raises(UserError, match=message):
