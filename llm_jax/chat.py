@@ -194,7 +194,9 @@ def answer(conversation: Conversation, loaded: Any, text: str, options: Any) -> 
     print(flush=True)
     if not interrupted and completion.generated.stop == "length":
         full = options.max_new_tokens == room
-        reason = "the context is full; /reset begins anew" if full else f"--max_new_tokens={options.max_new_tokens}"
+        reason = (
+            "the context is full; /reset begins anew" if full else f"cut at --max_new_tokens={options.max_new_tokens}"
+        )
         print(f"({reason})", file=sys.stderr)
     conversation.messages += [message, {"role": "assistant", "content": completion.text.strip()}]
 

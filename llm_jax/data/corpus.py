@@ -24,6 +24,7 @@ from llm_jax.tokenizers import Tokenizer
 
 FORMAT = 5  # of the cache; part of its key
 _TOKENIZERS = 2  # version of the training of tokenizers; part of the key of those in the cache
+_CONVERSATIONS = 2  # version of the conversion of records to conversations; part of the key of their examples
 _SAMPLE = 128 * 2**20  # bytes of text that a tokenizer is trained on, at most
 _COMPRESSED = 16 * 2**20  # bytes of held-out text that are compressed, at most
 
@@ -96,7 +97,7 @@ class Source:
         self.num_bytes = self.catalog.num_bytes()
         self._key = f"{self.sha256[:24]}-{'whole' if whole else f'{config.validation_fraction:g}'}"
         if config.kind != "text":
-            self._key = f"{config.kind}-{self._key}"
+            self._key = f"{config.kind}-{_CONVERSATIONS}-{self._key}"
         # A file that is a source by itself has the same hash whether it is cut into pieces or not.
         is_whole = [[file.format for file in scan.files] == ["text"] for scan in self._scans]
         if is_whole == [True]:
