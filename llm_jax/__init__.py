@@ -40,7 +40,8 @@ def __getattr__(name: str) -> Any:
         module, attribute = _PUBLIC[name]
         imported = importlib.import_module(module)
         return getattr(imported, attribute) if attribute else imported
-    raise AttributeError(f"module 'llm_jax' has no attribute '{name}'")
+    names = importlib.import_module("llm_jax.attribute_names")
+    raise names.no_attribute("module 'llm_jax'", name)
 
 
 def __dir__() -> list[str]:

@@ -198,7 +198,7 @@ def answer(conversation: Conversation, loaded: Any, text: str, options: Any) -> 
     if not interrupted and completion.generated.stop == "length":
         full = options.max_new_tokens == room
         reason = "the context is full; /reset removes all messages"
-        reason = reason if full else f"--max_new_tokens={options.max_new_tokens}"
+        reason = reason if full else f"cut at --max_new_tokens={options.max_new_tokens}"
         print(f"({reason})", file=sys.stderr)
     conversation.messages += [message, {"role": "assistant", "content": completion.text.strip()}]
 

@@ -158,7 +158,7 @@ def on_text(f: cli.Flags) -> None:
             f"--whole_file has no effect on --data={f.data}, which has no text file that would be split; omit the flag"
         )
     compressed = {} if first.is_masked else source.compressed_bits_per_byte()
-    if f.data and first.data.kind == "text" and any(file.format == "pieces" for file in source.catalog.files):
+    if f.data and first.data.kind == "text" and _is_cut(source.catalog):
         print(
             f"note: {f.data} is split at line breaks into several documents; their first tokens have no context and "
             "thus a higher loss; --whole_file scores the file as one document",
@@ -168,6 +168,12 @@ def on_text(f: cli.Flags) -> None:
         _print_text(f, first, _measure(f, first, source), compressed)
         return
     _compare_text(f, several, source, compressed)
+
+
+def _is_cut(catalog: Any) -> bool:
+    """Whether a text file has become several documents."""
+    counts = zip([0, *catalog.until], catalog.until, catalog.files, strict=False)
+    return any(file.format == "pieces" and end - begin > 1 for begin, end, file in counts)
 
 
 def _measure(f: cli.Flags, held_out: _HeldOut, source: Any, by_unit: bool = False) -> dict[str, Any]:

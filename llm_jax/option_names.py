@@ -2,13 +2,10 @@
 
 import dataclasses
 import difflib
-import functools
-import inspect
 import typing
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import Any
 
-from llm_jax.errors import UserError
 from llm_jax.schema import Config
 
 # Options that have been renamed: an old checkpoint is read under the new name, an old override is answered with it.
@@ -55,7 +52,6 @@ OTHER_NAMES = {
     "dim": "model.width",
     "dtype": "model.precision.compute",
     "embedding_dim": "model.width",
-    "epochs": "train.steps",
     "eval_interval": "eval.every",
     "eval_iters": "eval.rows",
     "eval_steps": "eval.every",
@@ -108,11 +104,9 @@ OTHER_NAMES = {
     "n_layer": "model.num_layers",
     "n_layers": "model.num_layers",
     "num_attention_heads": "model.num_heads",
-    "num_epochs": "train.steps",
     "num_hidden_layers": "model.num_layers",
     "num_key_value_heads": "model.num_kv_heads",
     "num_steps": "train.steps",
-    "num_train_epochs": "train.steps",
     "num_workers": "data.workers",
     "optimizer": "optim.kind",
     "per_device_train_batch_size": "train.batch_size",
@@ -144,8 +138,20 @@ OTHER_NAMES = {
     "wandb_log": "report.to",
     "warmup": "optim.warmup_steps",
     "warmup_iters": "optim.warmup_steps",
-    "warmup_ratio": "optim.warmup_steps",
     "wd": "optim.weight_decay",
+    "bnb_4bit_compute_dtype": "model.precision.compute",
+    "bnb_4bit_quant_type": "quant.scheme",
+    "data_seed": "train.seed",
+    "dataset_num_proc": "data.workers",
+    "deepspeed": "mesh.fsdp",
+    "init_lora_weights": "lora.variant",
+    "load_best_model_at_end": "checkpoint.keep_best",
+    "lora_target_modules": "lora.targets",
+    "loss_type": "loss.kind",
+    "optim": "optim.kind",
+    "per_device_eval_batch_size": "train.batch_size",
+    "preprocessing_num_workers": "data.workers",
+    "use_peft": "lora.rank",
 }
 
 
@@ -250,40 +256,60 @@ EXPLAINED = {
     "trust_remote_code": "no code of a checkpoint is run",
     "use_cache": "the key-value cache is always used",
     "use_cpu": "the environment variable JAX_PLATFORMS=cpu chooses the CPU",
+    "assistant_only_loss": (
+        "data.kind=instructions counts the answers of the assistant only; data.kind=text counts every token"
+    ),
+    "auto_find_batch_size": "train --dry_run estimates the memory of a train.batch_size",
+    "attn_implementation": (
+        "the attention kernel is chosen for the machine; model.attention_kernel chooses it in training"
+    ),
+    "cache_dir": "the environment variables LLM_JAX_CACHE and HF_HOME name the caches",
+    "completion_only_loss": (
+        "data.kind=instructions counts the answers of the assistant only; data.kind=text counts every token"
+    ),
+    "do_eval": "python -m llm_jax.evaluate evaluates a checkpoint; training evaluates every eval.every steps",
+    "do_train": "python -m llm_jax.train trains",
+    "epochs": (
+        "train.steps is the length of a run; an epoch has about (training tokens) / (train.batch_size * "
+        "train.seq_len) steps"
+    ),
+    "eval_packing": "documents and examples are always packed into rows, and attention does not cross them",
+    "local_files_only": "the environment variable HF_HUB_OFFLINE=1 keeps the hub out",
+    "lora.bias": "adapters train no biases",
+    "lora.task_type": "the task is that of the model",
+    "max_length": (
+        "train.seq_len is the number of tokens of a row, model.position.max_length the number of positions of the model"
+    ),
+    "metric_for_best_model": "checkpoint.keep_best keeps the checkpoints of the lowest held-out loss",
+    "modules_to_save": "with lora.rank, only adapters are trained; lora.targets may name the embeddings and the head",
+    "neftune_noise_alpha": "no noise is added to embeddings",
+    "num_epochs": (
+        "train.steps is the length of a run; an epoch has about (training tokens) / (train.batch_size * "
+        "train.seq_len) steps"
+    ),
+    "num_train_epochs": (
+        "train.steps is the length of a run; an epoch has about (training tokens) / (train.batch_size * "
+        "train.seq_len) steps"
+    ),
+    "overwrite_output_dir": "a run resumes from its --workdir; to begin anew, give another one or remove it",
+    "padding_free": "documents and examples are always packed into rows, and attention does not cross them",
+    "ref_model": "the reference model of DPO is the model that training starts from (init_from)",
+    "ref_model_name_or_path": "the reference model of DPO is the model that training starts from (init_from)",
+    "return_dict_in_generate": "complete returns texts, token ids and log-probabilities",
+    "revision": (
+        "the main branch is taken; for another one, download it (hf download ORG/NAME --revision=X "
+        "--local-dir=DIR) and give DIR"
+    ),
+    "run_name": "a run has the name of its --workdir",
+    "subfolder": "give the path of the subdirectory",
+    "token": "huggingface_hub takes the token of `hf auth login` or of the environment variable HF_TOKEN",
+    "tokenizer_name": "the tokenizer is that of init_from; a new model takes tokenizer.kind or tokenizer.path",
+    "train_on_inputs": (
+        "data.kind=instructions counts the answers of the assistant only; data.kind=text counts every token"
+    ),
+    "use_auth_token": "huggingface_hub takes the token of `hf auth login` or of the environment variable HF_TOKEN",
+    "warmup_ratio": "optim.warmup_steps is the number of steps of the warmup: the ratio times train.steps",
 }
-
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def answers_keywords(target: F) -> F:
-    """Decorates a function or a dataclass: an unknown keyword argument is answered with the name that it has here.
-
-    It raises UserError, with a hint of `OTHER_FLAGS` or `EXPLAINED`, or the nearest name.
-    """
-    function: Any = target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
-    names = [name for name in inspect.signature(function).parameters if name != "self"]
-
-    @functools.wraps(function)
-    def checked(*arguments: Any, **keywords: Any) -> Any:
-        for name in keywords:
-            if name not in names:
-                raise UserError(f"{target.__name__}() has no argument '{name}'; {_keyword_hint(name, names)}")
-        return function(*arguments, **keywords)
-
-    if not isinstance(target, type):
-        return checked  # type: ignore[return-value]
-    target.__init__ = checked  # type: ignore[misc]
-    return target
-
-
-def _keyword_hint(name: str, names: Sequence[str]) -> str:
-    if other := next((flag for flag in OTHER_FLAGS.get(name, ()) if flag.split("=")[0] in names), None):
-        return f"did you mean {other}?"
-    if name in EXPLAINED:
-        return EXPLAINED[name]
-    near = difflib.get_close_matches(name, names, 1, 0.5)
-    return f"did you mean {near[0]}?" if near else f"expected {', '.join(names)}"
 
 
 def options(cls: Any) -> dict[str, Any]:
@@ -308,6 +334,8 @@ def nearest(key: str, cls: Any = Config) -> str:
     """
     if cls is Config and key in RENAMED:
         return f"it is now '{RENAMED[key]}'"
+    if key in EXPLAINED and "." in key:
+        return EXPLAINED[key]
     if (name := _last(key)) in EXPLAINED and name not in OTHER_NAMES:
         return EXPLAINED[name]
     return f"did you mean '{resolve(key, cls) or _similar(key, cls)}'?"

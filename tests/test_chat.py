@@ -98,7 +98,10 @@ def test_a_model_without_a_template_is_refused_and_so_are_unknown_commands(say):
 def test_a_full_context_is_announced_and_a_message_that_does_not_fit_is_not_kept(say):
     done = say(["a", "word " * 30, "/reset", "a"], "--plain", "--context=24", "--ignore_eos")
     assert "the message does not fit" in done.out and "the context has 24" in done.out
-    assert "(the context is full; /reset removes all messages)" in done.errors or "(--max_new_tokens=8)" in done.errors
+    assert (
+        "(the context is full; /reset removes all messages)" in done.errors
+        or "(cut at --max_new_tokens=8)" in done.errors
+    )
     assert say(["word " * 200], "--plain", "--context=24").out.count("does not fit") == 1
 
 

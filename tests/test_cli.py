@@ -205,7 +205,11 @@ def test_overrides_have_the_types_of_their_options_and_count_as_explicit():
             "--per_device_train_batch_size=4",
             "unknown flag --per_device_train_batch_size; did you mean --config.train.batch_size?",
         ),
-        ("--num_train_epochs=1", "unknown flag --num_train_epochs; did you mean --config.train.steps?"),
+        (
+            "--num_train_epochs=1",
+            "unknown flag --num_train_epochs; train.steps is the length of a run; an epoch has about (training tokens) "
+            "/ (train.batch_size * train.seq_len) steps",
+        ),
         ("--output_dir=x", "unknown flag --output_dir; did you mean --workdir?"),
         ("--config.train.steps=abc", "config key 'train.steps' is 'abc'; expected int, at least 1"),
         ("--config.optim.lr=fast", "config key 'optim.lr' is 'fast'; expected float, at least 0"),

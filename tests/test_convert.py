@@ -40,6 +40,9 @@ def test_a_run_becomes_a_hugging_face_directory_that_every_command_takes(trained
     cut, whole = command("evaluate", *flags), command("evaluate", *flags, "--whole_file")
     assert "bits per byte" in cut.stdout and "is split at line breaks into several documents; their first" in cut.stderr
     assert "bytes in 1 document," in whole.stdout and not whole.stderr
+    (tmp_path / "short.txt").write_text("the model\n")
+    short = command("evaluate", flags[0], f"--data={tmp_path / 'short.txt'}", "--seq_len=32")
+    assert "10 bytes in 1 document," in short.stdout and not short.stderr
     (tmp_path / "hf" / "generation_config.json").write_text('{"do_sample": true, "top_k": 3, "max_length": 20}')
     greedy = command("generate", flags[0], "--prompt=the", "--max_new_tokens=4", "--temperature=0")
     assert greedy.stdout and "generation_config" not in greedy.stderr

@@ -7,10 +7,12 @@ import pytest
 
 import llm_jax
 from llm_jax import cli, value_names
-from llm_jax.checkpoints import generation_config
+from llm_jax.checkpoints import Loaded, generation_config
 from llm_jax.decoding.complete import complete
 from llm_jax.decoding.options import DecodingOptions
 from llm_jax.errors import UserError
+from llm_jax.tokenizers.hub import HubTokenizer
+from tests.tokenizers import forms
 
 TRAIN, GENERATE = ("train", "--workdir=unused"), ("generate", "--checkpoint=nowhere", "--prompt=a")
 CONVERT = ("convert", "--output=unused")
@@ -20,12 +22,24 @@ CONVERT = ("convert", "--output=unused")
     ("flags", "message"),
     [
         ((*GENERATE, "--min_new_tokens=3"), "there is no smallest length; --ignore_eos continues to --max_new_tokens"),
+        ((*GENERATE, "--attn_implementation=sdpa"), "the attention kernel is chosen for the machine"),
+        ((*GENERATE, "--revision=x"), "the main branch is taken"),
         ((*GENERATE, "--device=cuda"), "JAX_PLATFORMS=cpu, cuda or tpu chooses"),
         ((*GENERATE, "--dtype=bf16"), "expected one of float32, bfloat16, float16; did you mean 'bfloat16'?"),
         ((*TRAIN, "--logging_steps=3"), "metrics.jsonl in the workdir has a line for every step"),
         ((*TRAIN, "--resume_from_checkpoint"), "the same command with the same --workdir resumes"),
         ((*TRAIN, "--config.train.packing=true"), "unknown config key 'train.packing'; documents and examples are al"),
         ((*TRAIN, "--load_in_4bit"), "did you mean --config.quant.scheme=nf4?"),
+        ((*TRAIN, "--attn_implementation=sdpa"), "did you mean --config.model.attention_kernel?"),
+        ((*TRAIN, "--max_length=8"), "train.seq_len is the number of tokens of a row"),
+        ((*TRAIN, "--completion_only_loss=true"), "data.kind=instructions counts the answers"),
+        ((*TRAIN, "--dataset_num_proc=2"), "did you mean --config.data.workers?"),
+        ((*TRAIN, "--deepspeed=x.json"), "did you mean --config.mesh.fsdp?"),
+        ((*TRAIN, "--optim=adamw_torch"), "did you mean --config.optim.kind?"),
+        ((*TRAIN, "--some_unknown_flag=1"), "python -m llm_jax.train --help lists the flags"),
+        ((*TRAIN, "--config.train.warmup_ratio=0.1"), "optim.warmup_steps is the number of steps of the warmup"),
+        ((*TRAIN, "--config.lora.bias=none"), "unknown config key 'lora.bias'; adapters train no biases"),
+        ((*TRAIN, "--config.data.max_length=8"), "train.seq_len is the number of tokens of a row"),
         ((*TRAIN, "--config.lora.kind=dora"), "unknown config key 'lora.kind'; did you mean 'lora.variant'?"),
         ((*TRAIN, "--config.model.precision.compute=bf16"), "did you mean 'bfloat16'?"),
         ((*TRAIN, "--config.model.precision.params=fp16"), "did you mean 'float16'?"),
@@ -67,12 +81,56 @@ def test_no_other_value_hides_one_of_the_same_name():
         (lambda: llm_jax.load("x", load_in_4bit=True), "'load_in_4bit'; python -m llm_jax.quantize --scheme=nf4"),
         (lambda: llm_jax.load("x", zzz=1), "'zzz'; expected name, scan_layers, dtype, as_stored, base"),
         (lambda: complete(None, None, None, [], None, stopping=1), r"complete\(\) has no argument 'stopping'"),
+        (lambda: complete(None, None, None, [], top_k=1), r"did you mean options=DecodingOptions\(top_k=...\)\?"),
+        (lambda: complete(None, None, None, [], num_beams=1), r"did you mean options=DecodingOptions\(beams=...\)\?"),
+        (lambda: complete(None, None, None, [], do_sample=False), r"DecodingOptions\(temperature=0\)\?"),
+        (lambda: llm_jax.load("x", revision="main"), "'revision'; the main branch is taken"),
+        (lambda: llm_jax.load("x", attn_implementation="sdpa"), "the attention kernel is chosen for the machine"),
+        (lambda: llm_jax.load(pretrained_model_name_or_path="x"), "did you mean name?"),
+        (
+            lambda: llm_jax.config("tiny", learning_rate=1),
+            r'did you mean llm_jax.config\(RECIPE, {"optim.lr": ...}\)\?',
+        ),
+        (lambda: llm_jax.config("tiny", bf16=True), '{"model.precision.compute": "bfloat16"}'),
+        (lambda: llm_jax.config("tiny", packing=True), "'packing'; documents and examples are always packed"),
+        (lambda: llm_jax.train("tiny", output_dir="x"), "did you mean workdir?"),
+        (lambda: llm_jax.train("tiny", "x", model_name_or_path="y"), '{"init_from": ...}'),
     ],
 )
 def test_keyword_arguments_of_other_libraries(call, message):
     with pytest.raises(UserError, match=message):
         call()
     assert DecodingOptions(top_k=3) == DecodingOptions(top_k=3) != DecodingOptions()
+
+
+def test_a_single_value_of_an_option_of_several():
+    single = DecodingOptions(stop="\n", eos=2, logit_bias={3: -5.0})
+    assert single == DecodingOptions(stop=("\n",), eos=[2], logit_bias=((3, -5.0),))
+    single.check(9)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("AutoModelForCausalLM", "here it is llm_jax.load$"),
+        ("pipeline", r"here it is llm_jax.decoding.complete.complete\("),
+        ("zzz", "module 'llm_jax' has no attribute 'zzz'$"),
+    ],
+)
+def test_attributes_of_other_libraries(name, message):
+    with pytest.raises(AttributeError, match=message):
+        getattr(llm_jax, name)
+
+
+def test_attributes_of_what_load_returns():
+    loaded = Loaded(None, {}, HubTokenizer(forms.bytelevel_json(), {}))
+    assert not hasattr(loaded, "zzz") and loaded._fields == ("model", "params", "tokenizer")
+    with pytest.raises(AttributeError, match="no attribute 'save_pretrained'; here it is llm_jax.save"):
+        loaded.save_pretrained("x")
+    with pytest.raises(
+        AttributeError, match="HubTokenizer has no attribute 'apply_chat_template'; here it is llm_jax."
+    ):
+        loaded.tokenizer.apply_chat_template([])
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from llm_jax import configuration, files, option_names, trees
+from llm_jax import configuration, files, other_libraries, trees
 from llm_jax.checkpoints.adapters import Adapters
 from llm_jax.checkpoints.checkpoint import Checkpoint, Loaded, abstract_params
 from llm_jax.checkpoints.gguf_model import Gguf
@@ -57,7 +57,7 @@ __all__ = [
 ]
 
 
-@option_names.answers_keywords
+@other_libraries.answers_keywords
 def load(
     name: str | os.PathLike[str],
     scan_layers: bool = False,

@@ -4,12 +4,12 @@ import abc
 import dataclasses
 import pathlib
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from llm_jax import trees, weights
+from llm_jax import attribute_names, trees, weights
 from llm_jax.checkpoints import generation_config
 from llm_jax.errors import UserError
 from llm_jax.model.stages import layout
@@ -26,6 +26,11 @@ class Loaded(NamedTuple):
     model: Transformer
     params: dict[str, Any]
     tokenizer: Tokenizer
+
+    if not TYPE_CHECKING:  # type: ignore[misc]  # for which every attribute would exist
+
+        def __getattr__(self, name: str) -> Any:
+            raise attribute_names.no_attribute("the result of llm_jax.load (model, params, tokenizer)", name)
 
 
 class Checkpoint(abc.ABC):

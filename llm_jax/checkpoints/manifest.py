@@ -11,6 +11,8 @@ from llm_jax.errors import UserError
 
 FORMAT = 1  # version of the checkpoint format that is written, and the only one that is read
 
+_FORMS = "a run or one of its checkpoints, a Hugging Face or peft directory (with config.json or adapter_config.json)"
+
 
 def steps(workdir: pathlib.Path) -> list[int]:
     """The steps of the finished checkpoints of a run, in ascending order."""
@@ -32,10 +34,10 @@ def find(path: str | os.PathLike[str]) -> pathlib.Path:
     if not directory.is_dir():
         likely = len(directory.parts) == 1 or (len(directory.parts) == 2 and not directory.parent.exists())
         hub = f"; a model of the Hugging Face hub is hf:{path}" if likely else ""
-        raise UserError(f"{path}: no such directory; expected a run or one of its checkpoints{hub}")
+        raise UserError(f"{path}: no such directory; expected {_FORMS}{hub}")
     finished = steps(directory)
     if not finished:
-        raise UserError(f"{path}: no finished checkpoint here; expected a run or one of its checkpoints")
+        raise UserError(f"{path}: no finished checkpoint here; expected {_FORMS}")
     return directory / "checkpoints" / str(finished[-1])
 
 

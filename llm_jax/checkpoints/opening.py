@@ -38,6 +38,8 @@ def open(name: str | os.PathLike[str], base: str = "") -> Checkpoint:
     if Peft.matches(path):
         return Peft(path, own_name, functools.partial(_open_base_of_peft, path, base))
     adapters = path.is_dir() and sorted(p.parent.name for p in path.glob("*/adapter_config.json"))
+    if path.suffix in (".safetensors", ".bin", ".json") and path.is_file():
+        raise UserError(f"{name}: a file of a Hugging Face directory; give the directory, {path.parent}")
     if path.is_file():
         checkpoint: Checkpoint = Gguf(path, own_name)
     elif HuggingFace.matches(path):
@@ -45,6 +47,7 @@ def open(name: str | os.PathLike[str], base: str = "") -> Checkpoint:
     elif adapters and not (path / "config.json").exists():
         raise UserError(f"{name}: holds adapters in subdirectories; give one of them: {', '.join(adapters)}")
     else:
+        _refuse_parts(str(name), path)
         path = find(path)
         own_name = location.lasting(name, path)
         if read_config(path).lora.rank:
@@ -53,6 +56,16 @@ def open(name: str | os.PathLike[str], base: str = "") -> Checkpoint:
     if base:
         raise UserError(f"--base={base} names the base of adapters; {name} holds none")
     return checkpoint
+
+
+def _refuse_parts(name: str, path: pathlib.Path) -> None:
+    """Raises UserError for a directory that would be a checkpoint with another file, or is a part of one."""
+    if path.is_dir() and not (path / "record.json").exists() and not (path / "checkpoints").exists():
+        for weights in sorted(path.glob("*.safetensors")):
+            missing = "adapter_config.json" if weights.name.startswith("adapter") else "config.json"
+            raise UserError(f"{name}: no {missing} beside {weights.name}; a Hugging Face directory has both")
+    if path.name == "checkpoints" and any(path.glob("*/record.json")):
+        raise UserError(f"{name}: holds the checkpoints of a run; give the run, {path.parent}, or one of them")
 
 
 def open_base(name: str | os.PathLike[str]) -> Checkpoint:

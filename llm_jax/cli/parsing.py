@@ -288,7 +288,7 @@ def _unknown_flag(name: str, command: Command, values: flags.FlagValues) -> str:
         return f"unknown flag --{name}; {option_names.EXPLAINED[name]}"
     if command.config is not None and (option := option_names.resolve(name, command.config)):
         return f"unknown flag --{name}; did you mean --config.{option}?"
-    near = difflib.get_close_matches(name, list(values), 1, 0.5)
+    near = difflib.get_close_matches(name, list(values), 1, 0.6)
     hint = f"did you mean --{near[0]}?" if near else f"python -m llm_jax.{command.name} --help lists the flags"
     return f"unknown flag --{name}; {hint}"
 

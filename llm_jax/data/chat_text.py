@@ -27,6 +27,7 @@ COUNTS = (
 )  # fields of messages; 0 excludes the message from the loss
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\b")  # the tag around generated text
 _SHOWN_FIELDS = ("tool_calls", "reasoning_content")  # fields of messages that a template must show
+_PARTS = "the chat template cannot show a content in parts; give text"
 
 Message = dict[str, Any]
 Span = tuple[int, int]  # begin and end of a range of characters or bytes
@@ -126,7 +127,7 @@ def templated_texts(special: Any, conversations: Sequence[Conversation]) -> list
     hidden: list[_Check] = []  # fields that a window does not show
     with contextlib.closing(chat_template.render_each(special, jobs)) as rendered:
         for request in requests:
-            c, whole = request.conversation, chat_template.checked(next(rendered))
+            c, whole = request.conversation, _whole(request.conversation, next(rendered))
             windows = list(itertools.islice(rendered, len(request.windows)))
             spans = _marked(c, whole) if request.marks else _by_windows(c, whole.text, windows)
             if spans is None:
@@ -134,9 +135,7 @@ def templated_texts(special: Any, conversations: Sequence[Conversation]) -> list
             texts.append([ChatText(whole.text, spans or [])])
             for message in c.messages:
                 if isinstance(message.get("content"), list) and str(message["content"]) in whole.text:
-                    raise UserError(
-                        f"the record {c.record}: the chat template cannot show a content in parts; give text"
-                    )
+                    raise UserError(f"the record {c.record}: {_PARTS}")
             for check in request.checks:
                 pair = list(itertools.islice(rendered, 2))
                 if any(isinstance(text, UserError) for text in pair) or pair[0] == pair[1]:
@@ -146,6 +145,13 @@ def templated_texts(special: Any, conversations: Sequence[Conversation]) -> list
         texts[index] = answers
     _check_shown(special, hidden)
     return texts
+
+
+def _whole(c: Conversation, rendered: Rendered | UserError) -> Rendered:
+    """The text of the whole conversation. Raises UserError if the template fails, with the record."""
+    if isinstance(rendered, UserError) and any(isinstance(message.get("content"), list) for message in c.messages):
+        raise UserError(f"the record {c.record}: {_PARTS} ({rendered})")
+    return chat_template.checked(rendered)
 
 
 class _Check(NamedTuple):

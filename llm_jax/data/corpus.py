@@ -24,6 +24,7 @@ from llm_jax.tokenizers import Tokenizer
 
 FORMAT = 5  # version of the format of the cache; part of its key
 _TOKENIZERS = 2  # version of the training of tokenizers; part of the key of those in the cache
+_CONVERSATIONS = 2  # version of the conversion of records to conversations; part of the key of their examples
 _SAMPLE = 128 * 2**20  # maximum bytes of training text of a tokenizer
 _COMPRESSED = 16 * 2**20  # maximum bytes of held-out text that are compressed
 
@@ -96,7 +97,7 @@ class Source:
         self.num_bytes = self.catalog.num_bytes()
         self._key = f"{self.sha256[:24]}-{'whole' if whole else f'{config.validation_fraction:g}'}"
         if config.kind != "text":
-            self._key = f"{config.kind}-{self._key}"
+            self._key = f"{config.kind}-{_CONVERSATIONS}-{self._key}"
         # The hash of a single file does not depend on `in_pieces`.
         is_whole = [[file.format for file in scan.files] == ["text"] for scan in self._scans]
         if is_whole == [True]:

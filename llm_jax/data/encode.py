@@ -101,8 +101,10 @@ def _instruction(text: str) -> list[Conversation]:
     if "completion" in record and "answer" not in record:
         record["answer"] = record["completion"]
     _need(text, record, ("prompt", "answer"), "'messages', or 'prompt' and 'answer'")
-    ask, answer = _messages(text, record["prompt"], "user"), _messages(text, record["answer"], "assistant")
-    return [_conversation(text, record, ask + answer, len(ask), isinstance(record["prompt"], str))]
+    system = _system(text, record)
+    ask = system + _messages(text, record["prompt"], "user")
+    answer = _messages(text, record["answer"], "assistant")
+    return [_conversation(text, record, ask + answer, len(ask), isinstance(record["prompt"], str) and not system)]
 
 
 _SHAREGPT = {"human": "user", "gpt": "assistant"}  # other names are those of the roles
@@ -164,8 +166,10 @@ def _preference(text: str) -> list[Conversation]:
     shared = 0 if prompt else shared
     if shared == min(map(len, answers)):
         raise UserError(f"the record {_head(text)}: 'chosen' and 'rejected' are the same answer, or have none")
-    bare = isinstance(record.get("prompt", ""), str) and not shared
-    return [_conversation(text, record, prompt + answer, len(prompt) + shared, bare) for answer in answers]
+    system = _system(text, record)
+    bare = isinstance(record.get("prompt", ""), str) and not shared and not system
+    before, first_answer = system + prompt, len(system) + len(prompt) + shared
+    return [_conversation(text, record, before + answer, first_answer, bare) for answer in answers]
 
 
 def _conversation(
@@ -209,10 +213,16 @@ def _messages(text: str, value: Any, role: str) -> list[dict[str, Any]]:
     """Messages from a list of them, or from text that `role` writes."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
-    valid = isinstance(value, list) and all(isinstance(m, dict) and _is_message(m) for m in value)
-    if not valid or (role == "assistant" and not any(m["role"] == "assistant" for m in value)):
-        wanted = "one by the assistant" if role == "assistant" else "text"
-        raise UserError(f"the record {_head(text)}: expected messages with 'role' and 'content', and {wanted}")
+    expected = "expected messages with 'role' and 'content'"
+    if not isinstance(value, list):
+        raise UserError(f"the record {_head(text)}: {expected}, or text, not {type(value).__name__}")
+    for index, message in enumerate(value):
+        if not isinstance(message, dict) or not _is_message(message):
+            raise UserError(f"the record {_head(text)}: {expected}, and message {index} is {_head(str(message))}")
+    roles = dict.fromkeys(message["role"] for message in value)
+    if role == "assistant" and role not in roles:
+        names = f"the roles are {', '.join(map(repr, roles))}" if roles else "it has no messages"
+        raise UserError(f"the record {_head(text)}: {expected}, and one with the role 'assistant'; {names}")
     return [dict(message) for message in value]
 
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from llm_jax import option_names, tokenizers, weights
+from llm_jax import other_libraries, tokenizers, weights
 from llm_jax.decoding import beam, contrastive, loop, speculative, stops
 from llm_jax.decoding.continuations import Generated
 from llm_jax.decoding.options import PROMPT, DecodingOptions
@@ -34,13 +34,13 @@ class Completion:
     score: float | None = None
 
 
-@option_names.answers_keywords
+@functools.partial(other_libraries.answers_keywords, within=other_libraries.within_options(DecodingOptions))
 def complete(
     model: Transformer,
     params: Any,
     tokenizer: Tokenizer,
     prompts: Sequence[str | Sequence[int]],
-    options: DecodingOptions,
+    options: DecodingOptions = DecodingOptions(),  # noqa: B008  (frozen)
     *,
     draft: tuple[Transformer, Any] | None = None,
     show: Callable[[int, str], None] | None = None,

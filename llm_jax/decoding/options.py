@@ -2,10 +2,10 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from llm_jax import option_names
+from llm_jax import other_libraries
 from llm_jax.errors import UserError
 
 if TYPE_CHECKING:  # `generate --help` reads this module without importing JAX
@@ -38,10 +38,12 @@ def _option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-@option_names.answers_keywords
+@other_libraries.answers_keywords
 @dataclasses.dataclass(frozen=True)
 class DecodingOptions:
     """Options for text generation. By default every option is off; `check` validates combinations.
+
+    An option of several values (`stop`, `eos`, `filter`) also takes a single one, and `logit_bias` a dictionary.
 
     The metadata of a field holds its `group` of options, `about` (the help text of its flag) and its range.
     """
@@ -173,6 +175,15 @@ class DecodingOptions:
         f"speculative decoding (Leviathan et al. 2022): checkpoint of a draft model, or '{PROMPT}' for prompt look-up",
     )
     draft_tokens: int = _option("search", 4, "speculative decoding: number of draft tokens per round", 1)
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(field.default, tuple) and not isinstance(value, tuple):
+                if isinstance(value, Mapping):  # of biases
+                    value = tuple(value.items())
+                value = (value,) if isinstance(value, str | int) else tuple(value)
+                object.__setattr__(self, field.name, value)
 
     @property
     def method(self) -> str:

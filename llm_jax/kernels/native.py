@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 
 import jax
 
@@ -33,6 +34,8 @@ TARGETS = {  # name of a custom call of XLA -> symbol of its handler
 }
 PATHS = ("auto", "portable", "avx2", "avx512", "avx512_vnni")  # `Path` of machine.h
 SOURCES = pathlib.Path(__file__).parent / "cpu"
+_PATIENCE = 1.0  # seconds of compilation before a line says so
+_COMPILING = "note: compiling the kernels for the CPU, once on this machine; this may take half a minute"
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-pthread", "-fno-math-errno")
 
 
@@ -118,9 +121,12 @@ def _compiled() -> pathlib.Path:
     files.make_directory(directory)
     with files.lock(directory, wait=True):
         if not path.exists():
-            if sys.stderr.isatty():
-                print("note: compiling the kernels for quantized weights, once; this takes seconds", file=sys.stderr)
-            library = compile_library(compiler, (*FLAGS, f"-I{SOURCES}", "-isystem", jax.ffi.include_dir()))
+            note = threading.Timer(_PATIENCE, print, [_COMPILING], {"file": sys.stderr, "flush": True})
+            note.start()
+            try:
+                library = compile_library(compiler, (*FLAGS, f"-I{SOURCES}", "-isystem", jax.ffi.include_dir()))
+            finally:
+                note.cancel()
             files.write(path, library)
     return path
 

@@ -4,10 +4,11 @@ import functools
 import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import tokenizers as library
 
+from llm_jax import attribute_names
 from llm_jax.errors import UserError
 from llm_jax.tokenizers import gguf_vocabulary, hub_files, hub_vocabulary
 from llm_jax.tokenizers import special as special_tokens
@@ -32,6 +33,11 @@ class HubTokenizer:
         self._by_bytes = pre_tokenizer is not None and b'"ByteLevel"' in pre_tokenizer.__getstate__()
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+
+    if not TYPE_CHECKING:  # for which every attribute would exist
+
+        def __getattr__(self, name: str) -> Any:
+            raise attribute_names.no_attribute(type(self).__name__, name)
 
     def _set_special(self, special: Mapping[str, Any]) -> None:
         # All names, in one order, so that a saved tokenizer is loaded with the same digest.

@@ -1,6 +1,7 @@
 """Checks of options that depend on each other, without devices, data or checkpoints."""
 
 import dataclasses
+import functools
 import os
 import pathlib
 from collections.abc import Mapping
@@ -9,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llm_jax import configuration, objects
+from llm_jax import configuration, objects, other_libraries
 from llm_jax.errors import UserError
 from llm_jax.model import attention_kernels, transformer
 from llm_jax.model.transformer import Transformer
@@ -17,6 +18,9 @@ from llm_jax.schema import Config, choice
 from llm_jax.training import bad_steps, losses, machine_choice, optim, run_pictures, step, trackers, trainable
 
 
+@functools.partial(
+    other_libraries.answers_keywords, within=other_libraries.within_overrides("llm_jax.config(RECIPE, {})")
+)
 def config(
     source: str | os.PathLike[str] | Mapping[str, Any] | Config = "default",
     overrides: Mapping[str, Any] | None = None,

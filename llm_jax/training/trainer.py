@@ -5,6 +5,7 @@ A second call with the same arguments resumes from the last checkpoint, bit for 
 
 import contextlib
 import dataclasses
+import functools
 import os
 import pathlib
 import statistics
@@ -15,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llm_jax import bars, checkpoints, configuration, files, runtime, tokenizers, trees
+from llm_jax import bars, checkpoints, configuration, files, other_libraries, runtime, tokenizers, trees
 from llm_jax.checkpoints import adapters, run
 from llm_jax.errors import UserError
 from llm_jax.evaluation import builtin
@@ -85,6 +86,9 @@ def prepare(config: Config, workdir: pathlib.Path | None = None) -> Prepared:
     return Prepared(setup, beginning, data, reference)
 
 
+@functools.partial(
+    other_libraries.answers_keywords, within=other_libraries.within_overrides("llm_jax.config(RECIPE, {}) as `config`")
+)
 def train(
     config: Config | str | os.PathLike[str] | Mapping[str, Any],
     workdir: str | os.PathLike[str],

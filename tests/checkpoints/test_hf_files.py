@@ -292,3 +292,23 @@ def test_a_pointer_of_git_lfs_is_named_as_one(saved, tmp_path):
     ):
         with pytest.raises(UserError, match=f"{directory / name}: a pointer of Git LFS, .* run `git lfs pull`"):
             read_file()
+
+
+@pytest.mark.parametrize(
+    ("files", "name", "message"),
+    [
+        (["model-00001-of-00002.safetensors"], "", "no config.json beside model-00001-of-00002.safetensors; a Hugging"),
+        (["adapter_model.safetensors"], "", "no adapter_config.json beside adapter_model.safetensors; a Hugging Face"),
+        (["model.safetensors"], "model.safetensors", "a file of a Hugging Face directory; give the directory, .*/x$"),
+        (["config.json"], "config.json", "a file of a Hugging Face directory; give the directory, .*/x$"),
+        (["checkpoints/3/record.json"], "checkpoints", "holds the checkpoints of a run; give the run, .*/x, or one of"),
+        (["model.safetensors", "checkpoints/x"], "", "no finished checkpoint here; expected a run"),
+        (["notes.txt"], "", "no finished checkpoint here; expected a run or one of its checkpoints, a Hugging Face or"),
+    ],
+)
+def test_a_part_of_a_checkpoint_is_answered_with_what_is_missing(tmp_path, files, name, message):
+    for file in files:
+        (tmp_path / "x" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "x" / file).write_text("{}")
+    with pytest.raises(UserError, match=message):
+        opening.open(tmp_path / "x" / name)

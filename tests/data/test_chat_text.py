@@ -5,6 +5,7 @@ import pytest
 from llm_jax.data import chat_text
 from llm_jax.data.chat_text import ChatText, Conversation, templated_texts
 from llm_jax.tokenizers import chat_template
+from tests.data.test_examples import Chatting, examples
 from tests.tokenizers.chat_cases import CALL, TEMPLATES
 from tests.tokenizers.test_chat_golden import THINKING
 
@@ -70,3 +71,11 @@ def test_calls_are_checked_in_windows(requested):
     (texts,) = templated_texts({"chat_template": TEMPLATES["tools"]}, [c._replace(tools=tools)])
     assert texts.count("<call>") == 0 and texts[0].text.count("<call>") == 40 and len(texts[0].answers) == 80
     assert sum(len(job["messages"]) for job in requested) < 20 * 160
+
+
+def test_a_system_text_beside_a_prompt_is_its_first_message():
+    record = {"system": "Be brief.", "prompt": "2+2?", "answer": "4"}
+    assert examples(record) == [("^system: Be brief.\n\nuser: 2+2?\n\nassistant: 4§", "4§")]
+    pair = {"system": "Be brief.", "prompt": "2+2?", "chosen": "4", "rejected": "5"}
+    texts = examples(pair, "preferences", Chatting())
+    assert texts[1] == ("<|system|>Be brief.</s><|user|>2+2?</s><|assistant|>5</s>", "5</s>")

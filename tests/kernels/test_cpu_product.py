@@ -220,14 +220,14 @@ def test_processes_compile_once_and_the_cache_needs_no_compiler(monkeypatch, cap
     compilations = []
 
     def compile_library(compiler, flags):
-        time.sleep(0.05)  # for the other threads to come to the lock
+        time.sleep(0.1)  # for the other threads to come to the lock, and for the note
         compilations.append(compiler)
         return b"library"
 
     monkeypatch.setattr(native, "compile_library", compile_library)
     monkeypatch.setattr(native, "find_compiler", lambda: "c++")
     monkeypatch.setenv("LLM_JAX_CACHE", str(tmp_path))
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(native, "_PATIENCE", 0.01)
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
         paths = set(pool.map(lambda _: native._compiled(), range(3)))
     assert compilations == ["c++"] and len(paths) == 1 and paths.pop().read_bytes() == b"library"
@@ -237,6 +237,13 @@ def test_processes_compile_once_and_the_cache_needs_no_compiler(monkeypatch, cap
     assert native._compiled().read_bytes() == b"library"
     note = capsys.readouterr().err
     assert note.startswith("note: compiling the kernels") and note.count("\n") == 1
+
+
+def test_a_short_compilation_prints_nothing(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(native, "compile_library", lambda compiler, flags: b"library")
+    monkeypatch.setattr(native, "find_compiler", lambda: "c++")
+    monkeypatch.setenv("LLM_JAX_CACHE", str(tmp_path))
+    assert native._compiled().read_bytes() == b"library" and not capsys.readouterr().err
 
 
 def test_a_compiler_that_fails_is_named(monkeypatch, tmp_path):

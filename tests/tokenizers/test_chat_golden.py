@@ -148,12 +148,18 @@ def test_every_answer_is_trained_as_it_is_rendered_when_it_is_the_last():
         (CHATML, {"messages": [USER, YES | {"reasoning_content": "x"}]}, "does not show 'reasoning_content'"),
         (CHATML, {"messages": [USER, YES], "documents": [{"text": "b"}]}, "does not show 'documents'"),
         (CHATML, {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, YES]}, "content in parts"),
+        (
+            "{% for m in messages %}{{ m.role + m.content }}{% endfor %}",
+            {"messages": [USER, YES | {"content": [{"type": "text", "text": "a"}]}]},
+            "cannot show a content in parts; give text .the chat template fails .TypeError",
+        ),
         ("", {"messages": [USER, YES | {"tool_calls": CALL}]}, "no chat template shows 'tool_calls'"),
         ("", {"messages": [USER, YES | {"reasoning_content": "x"}]}, "no chat template shows 'reasoning_content'"),
         ("", {"messages": [USER, YES], "tools": [{}]}, "has tools or documents, and no chat template shows them"),
         ("", {"messages": [{"role": "user", "content": [{"type": "image"}]}, YES]}, "a part of a message is not text"),
         (CHATML, {"messages": [USER, {"role": "assistant", "content": None}]}, "expected messages with"),
         (CHATML, {"messages": [USER, YES], "tools": "clock"}, "'tools' is not a list"),
+        (CHATML, {"messages": []}, "and one with the role 'assistant'; it has no messages"),
     ],
 )
 def test_what_no_template_can_show_is_refused(template, record, message):
