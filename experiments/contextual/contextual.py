@@ -38,7 +38,7 @@ def main() -> None:
     vectors = {word: occurrences(loaded, word, senses) for word, senses in words.items()}
     layers = list(vectors["bank"])
     table = {layer: figures({word: v[layer] for word, v in vectors.items()}) for layer in layers}
-    draw(table, vectors["bank"][layers[-1]], HERE / "senses.png")
+    draw(table, vectors["bank"][layers[-1]], experiments.output(__file__) / "senses.png")
     count = sum(len(s) for senses in words.values() for s in senses.values())
     lines = ["", f"{len(words)} words, {count} sentences.", "", *tables(table)]
     print(experiments.publish(__file__, [judge(table)], lines))
@@ -149,4 +149,4 @@ def draw(table: dict, bank: np.ndarray, path: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_script(main)
+    cli.run_script(experiments.script(main, quick={}, runs="runs/contextual"))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
+from experiments import padded
 from llm_jax import trees, weights
 from llm_jax.checkpoints import gguf_blocks
 from llm_jax.data.rows import Row
@@ -128,21 +129,13 @@ def _parts(rows: Sequence[Row]):
 
 def vectors(model: Transformer, params: Any, sentences: Sequence[Sequence[int]]) -> np.ndarray:
     """Sentence vectors as all-MiniLM-L6-v2 makes them: the mean over tokens, of length 1; (sentences, width)."""
-    longest = max(map(len, sentences))
-    tokens = np.zeros((len(sentences), longest), np.int32)
-    for row, ids in zip(tokens, sentences, strict=True):
-        row[: len(ids)] = ids
-    mask = np.arange(longest) < np.array([len(ids) for ids in sentences])[:, None]
-    found = [_pooled(model, params, tokens[i : i + 16], mask[i : i + 16]) for i in range(0, len(sentences), 16)]
-    return np.concatenate([np.asarray(f) for f in found])
+    ids, mask = padded.pad(sentences)
+    means = [_mean(model, params, ids[i : i + 16], mask[i : i + 16]) for i in range(0, len(ids), 16)]
+    vectors = np.concatenate(means)
+    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _pooled(model: Transformer, params: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-    where = Tokens(jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape), mask.astype(jnp.int32))
-    x, _ = model.apply({"params": params}, tokens, where, method="features")
-    mean = jnp.sum(x * mask[..., None], 1) / jnp.sum(mask, 1, keepdims=True)
-    return mean / jnp.linalg.norm(mean, axis=-1, keepdims=True)
+_mean = jax.jit(padded.mean_features, static_argnums=0)
 
 
 def compare_vectors(full: np.ndarray, found: np.ndarray) -> dict[str, float]:

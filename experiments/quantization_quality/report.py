@@ -51,7 +51,7 @@ def publish(figures: dict[str, Any]) -> str:
     Args:
       figures: what figures.json holds.
     """
-    draw(figures["reference model"], figures["full precision"], HERE / "quality.png")
+    draw(figures["reference model"], figures["full precision"], experiments.output(__file__) / "quality.png")
     results = judge(figures["reference model"], figures["MiniLM"], figures["speed"])
     origin = Provenance(**figures.get("provenance", {}))  # figures.json of earlier versions has none
     lines = tables(figures)
