@@ -112,10 +112,10 @@ def continued(model, params, tokenizer, prompts, options) -> list[dict[str, Any]
     """Continuations of exactly the asked length (EOS ends none), by batches."""
     f, texts = flags.FLAGS, []
     for first in range(0, len(prompts), f.batch_size):
-        asked = DecodingOptions(max_new_tokens=f.new_tokens, ignore_eos=True, **options)
-        if asked.method == "sample":
-            asked = DecodingOptions(max_new_tokens=f.new_tokens, ignore_eos=True, seed=first, **options)
-        for (one,) in complete(model, params, tokenizer, prompts[first : first + f.batch_size], asked):
+        decoding = DecodingOptions(max_new_tokens=f.new_tokens, ignore_eos=True, **options)
+        if decoding.method == "sample":
+            decoding = DecodingOptions(max_new_tokens=f.new_tokens, ignore_eos=True, seed=first, **options)
+        for (one,) in complete(model, params, tokenizer, prompts[first : first + f.batch_size], decoding):
             texts.append({"ids": one.generated.ids, "logs": one.generated.log_probabilities, "text": one.text})
     return texts
 

@@ -79,8 +79,8 @@ def accuracies(kind: str, seed: int, steps: int) -> dict[str, float]:
         where = Tokens(batch["positions"], batch["segments"])
         logits: Any = model.apply({"params": params}, batch["inputs"], where)
         right = jnp.argmax(logits, -1) == batch["targets"]
-        asked = batch["mask"] * (batch["positions"] >= 2 + HALF)
-        return jnp.sum(right * asked) / jnp.sum(asked)
+        counted = batch["mask"] * (batch["positions"] >= 2 + HALF)
+        return jnp.sum(right * counted) / jnp.sum(counted)
 
     state = parts.init()
     for start in range(0, steps, 100):

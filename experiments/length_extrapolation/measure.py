@@ -47,10 +47,12 @@ def losses_by_length(run: pathlib.Path, original: int, blocks: int, scalings: Se
                     model.config.position, scaling=scaling, original_length=original, **settings
                 )
                 scaled = Transformer(dataclasses.replace(model.config, position=position))
-            found = table.setdefault(scaling or "as trained", {"windows": {}, "sliding": {}})
+            by_protocol = table.setdefault(scaling or "as trained", {"windows": {}, "sliding": {}})
             length = factor * original
             for protocol, stride in (("windows", length), ("sliding", original // 2)):
-                found[protocol][str(factor)] = mean_loss(scaled, params, Rows(split, length, stride), original, blocks)
+                by_protocol[protocol][str(factor)] = mean_loss(
+                    scaled, params, Rows(split, length, stride), original, blocks
+                )
     return table
 
 

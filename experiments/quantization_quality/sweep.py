@@ -110,16 +110,16 @@ def measure_cell(model, params, cell: Cell, calibration, rows) -> dict:
 def of_llama(model, params, tokenizer, kind: str, rows) -> dict:
     """llama.cpp quantizes the exported model; we read its file."""
     with tempfile.TemporaryDirectory() as directory:
-        whole, made = (pathlib.Path(directory) / f"{name}.gguf" for name in ("whole", "made"))
-        gguf_model.save(whole, model.config, params, tokenizers.exportable(tokenizer), "F32")
-        command = [flags.FLAGS.llama_python, str(HERE / "llama.py"), str(whole), str(made), kind]
+        exported, quantized = (pathlib.Path(directory) / f"{name}.gguf" for name in ("whole", "made"))
+        gguf_model.save(exported, model.config, params, tokenizers.exportable(tokenizer), "F32")
+        command = [flags.FLAGS.llama_python, str(HERE / "llama.py"), str(exported), str(quantized), kind]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise UserError(f"{command[0]} did not quantize to {kind}: {done.stderr.strip().splitlines()[-1:]}")
-        tensors = gguf.read(made).tensors.values()
+        tensors = gguf.read(quantized).tensors.values()
         matrices = [t for t in tensors if len(t.shape) == 2]
         bits = 8 * sum(t.rows().nbytes for t in matrices) / sum(math.prod(t.shape) for t in matrices)
-        figures = measure.against(model, params, checkpoints.load(made).params, rows)
+        figures = measure.against(model, params, checkpoints.load(quantized).params, rows)
         return figures | {"bytes": sum(t.rows().nbytes for t in tensors), "bits": bits}
 
 
@@ -134,12 +134,12 @@ def of_sentences(directory: pathlib.Path, count: int, origins: list[Provenance])
     if tokenizer.eos is not None:
         ids = [[*i, tokenizer.eos] if i[-1] != tokenizer.eos else i for i in ids]
     calibration = [row(i, 64) for i in ids[count:]]
-    whole = measure.vectors(model, params, ids[:count])
+    full = measure.vectors(model, params, ids[:count])
 
     def figures(cell: Cell) -> dict:
         quantized, size = measure.quantize_model(model, params, cell, calibration)
         vectors = measure.vectors(model, measure.expanded(quantized), ids[:count])
-        return measure.compare_vectors(whole, vectors) | {"bytes": size}
+        return measure.compare_vectors(full, vectors) | {"bytes": size}
 
     cells = {cell.name: functools.partial(figures, cell) for cell in SENTENCE_CELLS}
     return experiments.measure_all(directory, cells, origins)

@@ -61,12 +61,12 @@ def main() -> None:
     output = pathlib.Path(f.runs).expanduser()
     if not f.resume:
         shutil.rmtree(output, ignore_errors=True)
-    whole, seconds = {}, {}
+    undisturbed, seconds = {}, {}
     for count in sorted({1 + (part == "processes") for part in f.parts}):
-        whole[count], duration = output / f"undisturbed-{count}", output / f"undisturbed-{count}.json"
+        undisturbed[count], duration = output / f"undisturbed-{count}", output / f"undisturbed-{count}.json"
         if not duration.exists():
-            shutil.rmtree(whole[count], ignore_errors=True)
-            files.write(duration, json.dumps(finish(whole[count], count)))
+            shutil.rmtree(undisturbed[count], ignore_errors=True)
+            files.write(duration, json.dumps(finish(undisturbed[count], count)))
         seconds[count] = json.loads(duration.read_text())
         print(f"undisturbed, {count} process{'es' * (count > 1)}: {seconds[count]:.1f} s", flush=True)
     command, published = experiments.command(__file__), experiments.output(__file__)
@@ -75,15 +75,15 @@ def main() -> None:
         statement, name = STATEMENTS[part]
         origins: list[Provenance] = []
         compute: dict[str, Callable[[], dict[str, Any] | None]] = {
-            "flips": lambda: flips(whole[1], output / "flips", f.flips, random.Random(f.seed)),
-            "full_disk": lambda: full_disks(output / "disk", whole[1]),
-            "read_only": lambda: read_only_disks(output / "disk", whole[1]),
+            "flips": lambda: flips(undisturbed[1], output / "flips", f.flips, random.Random(f.seed)),
+            "full_disk": lambda: full_disks(output / "disk", undisturbed[1]),
+            "read_only": lambda: read_only_disks(output / "disk", undisturbed[1]),
         }
         if part in compute:
             value = experiments.cached(output / f"{part}.json", compute[part], origins)
         else:
             count = 1 + (part == "processes")
-            value = kills(output, whole[count], f.kills, seconds[count], f.seed, origins, count)
+            value = kills(output, undisturbed[count], f.kills, seconds[count], f.seed, origins, count)
         source = provenance.combine(origins, f"{command} --parts={part}")
         result = findings.finding(statement, name, value, verdict(value))
         results[statement] = dataclasses.replace(result, **dataclasses.asdict(source))
@@ -154,7 +154,7 @@ def arrays(workdir: pathlib.Path) -> dict[str, bytes]:
 
 def kills(
     output: pathlib.Path,
-    whole: pathlib.Path,
+    undisturbed: pathlib.Path,
     count: int,
     seconds: float,
     seed: int,
@@ -173,7 +173,7 @@ def kills(
         shutil.rmtree(workdir, ignore_errors=True)
         origin = {"origin": dataclasses.asdict(provenance.here(""))}
         hits = killed(workdir, seconds, random.Random(f"{seed} {processes} {len(runs)}"), processes)
-        runs.append({"kills": hits, "differs": not same(workdir, whole)} | origin)
+        runs.append({"kills": hits, "differs": not same(workdir, undisturbed)} | origin)
         with path.open("a") as file:
             file.write(json.dumps(runs[-1]) + "\n")
         print(f"{sum(len(run['kills']) for run in runs)} of {count} kills: {runs[-1]}", flush=True)
@@ -267,10 +267,10 @@ def last_step(workdir: pathlib.Path) -> int:
     return 0
 
 
-def flips(whole: pathlib.Path, scratch: pathlib.Path, count: int, draw: random.Random) -> dict[str, Any]:
+def flips(undisturbed: pathlib.Path, scratch: pathlib.Path, count: int, draw: random.Random) -> dict[str, Any]:
     """Flips one bit at a time, anywhere in a checkpoint, and cuts every file short: is each found?"""
     shutil.rmtree(scratch, ignore_errors=True)  # of an interrupted call
-    shutil.copytree(checkpoints.find(whole), scratch)
+    shutil.copytree(checkpoints.find(undisturbed), scratch)
     paths = sorted(path for path in scratch.rglob("*") if path.is_file() and path.stat().st_size)
     sizes = [path.stat().st_size for path in paths]
     missed = 0
@@ -300,20 +300,20 @@ def flips(whole: pathlib.Path, scratch: pathlib.Path, count: int, draw: random.R
     return {"lost": missed, "bits_flipped": count, "files_cut_short": cut, "missed": missed, "bytes": sum(sizes)}
 
 
-def full_disks(disk: pathlib.Path, whole: pathlib.Path) -> dict[str, Any] | None:
+def full_disks(disk: pathlib.Path, undisturbed: pathlib.Path) -> dict[str, Any] | None:
     """Trains on disks of several sizes until they are full, makes room, and goes on."""
-    size = sum(path.stat().st_size for path in checkpoints.find(whole).rglob("*") if path.is_file())
+    size = sum(path.stat().st_size for path in checkpoints.find(undisturbed).rglob("*") if path.is_file())
     limits = [int(share * size) // 4096 * 4096 for share in (0.5, 1.2, 1.7, 2.3, 2.8)]
-    return broken_disks(disk, whole, [(limit, [], [], [remount(disk, f"size={20 * size}")]) for limit in limits])
+    return broken_disks(disk, undisturbed, [(limit, [], [], [remount(disk, f"size={20 * size}")]) for limit in limits])
 
 
-def read_only_disks(disk: pathlib.Path, whole: pathlib.Path) -> dict[str, Any] | None:
+def read_only_disks(disk: pathlib.Path, undisturbed: pathlib.Path) -> dict[str, Any] | None:
     """Makes the disk of a run read-only before it starts and while it trains, then writable again, and goes on."""
     # The kernel refuses to remount while a file is open for writing: a read-only bind mount lies over the disk.
     bind = [["mount", "--bind", str(disk), str(disk)], remount(disk, "bind,ro")]
     size = 64 * 2**20
     cases = [(size, [remount(disk, "ro")], [], [remount(disk, "rw")]), (size, [], bind, [["umount", str(disk)]])]
-    return broken_disks(disk, whole, cases)
+    return broken_disks(disk, undisturbed, cases)
 
 
 Commands = list[list[str]]
@@ -324,9 +324,9 @@ def remount(disk: pathlib.Path, options: str) -> list[str]:
 
 
 def broken_disks(
-    disk: pathlib.Path, whole: pathlib.Path, cases: list[tuple[int, Commands, Commands, Commands]]
+    disk: pathlib.Path, undisturbed: pathlib.Path, cases: list[tuple[int, Commands, Commands, Commands]]
 ) -> dict[str, Any] | None:
-    """Trains on small disks (tmpfs), goes on after they are mended, and compares with `whole`; None without root.
+    """Trains on small disks (tmpfs) that break, and goes on after they are mended; None where none can be mounted.
 
     Args:
       cases: size in bytes, and the commands before the training, while it trains, and after it has ended.
@@ -351,7 +351,7 @@ def broken_disks(
                 checkpoints.verify(disk / "run" / "checkpoints" / str(step))
                 readable += 1
             finish(disk / "run")
-            lost += not same(disk / "run", whole)
+            lost += not same(disk / "run", undisturbed)
         finally:
             subprocess.run(["umount", str(disk)], check=True)
         print(f"disk of {size:,} bytes: exit code {codes[-1]}, {messages[-1]}", flush=True)

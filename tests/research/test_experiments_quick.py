@@ -41,11 +41,13 @@ def run(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_an_experiment_measures_once_and_publishes_below_its_runs(script, run, trained, tmp_path):
+def test_an_experiment_measures_once_and_publishes_below_its_runs(script, run, command, tmp_path):
     committed = {path: path.read_bytes() for path in script.parent.iterdir() if path.is_file()}
     arguments = ["--quick", f"--runs={tmp_path}"]
     if script.parent.name == "quantization_quality":
-        arguments.append(f"--checkpoint={trained}")
+        arguments.append(f"--checkpoint={tmp_path / 'model'}")
+        width = ("--config.model.width=128", "--config.model.mlp_dim=128")  # groups of 128 have to divide it
+        command("train", f"--workdir={tmp_path / 'model'}", "--config.train.steps=4", *width)
     run(script, *arguments)
     published = tmp_path / "quick" / "published"
     results = findings.read(published / "results.json")
