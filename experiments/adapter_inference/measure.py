@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from llm_jax import checkpoints, cli, configuration, lora, runtime, weights
+from llm_jax import checkpoints, cli, configuration, lora, weights
 from llm_jax.decoding import loop
 from llm_jax.decoding.options import DecodingOptions
 from llm_jax.intervals import Interval
@@ -38,7 +38,6 @@ flags.DEFINE_integer("tokens", 8, "new tokens that are timed")
 
 
 def main() -> None:
-    runtime.retain_freed_memory()
     model, base, _ = checkpoints.load(MODEL)
     models = forms(base)
     del base
@@ -117,4 +116,4 @@ def table(costs: dict[str, list[np.ndarray]], sizes: dict[str, int]) -> list[str
 
 
 if __name__ == "__main__":
-    cli.run_script(main)
+    cli.run_script(experiments.script(main, quick={"rounds": 1, "tokens": 1}, runs="runs/adapter_inference"))

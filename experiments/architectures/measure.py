@@ -23,12 +23,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from absl import flags
 
-from llm_jax import cli, configuration, lora, schema, trees
+from llm_jax import cli, configuration, lora, trees
 from llm_jax.research import experiments, findings, verdicts
 from llm_jax.research.findings import Finding
 
-SEEDS, STEPS = 3, {"base": 400, "new": 200}
 CLASSES, SIZE, NOISES = 4, 12, 32
 
 
@@ -102,19 +102,26 @@ CASES = {
 }
 
 
+flags.DEFINE_integer("seeds", 3, "bases of each architecture", lower_bound=1)
+flags.DEFINE_integer("steps", 200, "on the new task, after twice as many on the first", lower_bound=1)
+flags.DEFINE_string("runs", "runs/architectures", "where figures are kept")
+
+
 def main() -> None:
-    settings = configuration.default().lora
-    figures = {name: [run(name, settings, seed) for seed in range(SEEDS)] for name in CASES}
-    print(experiments.publish(__file__, [judge(name, runs) for name, runs in figures.items()], table(figures)))
+    f = flags.FLAGS
+    root = experiments.directory(f.runs, f.steps)
+    figures, origins = experiments.measure(root, CASES, f.seeds, lambda name, seed: run(name, f.steps, seed))
+    results = [judge(name, runs) for name, runs in figures.items()]
+    print(experiments.publish(__file__, results, table(figures), origins=origins))
 
 
-def run(name: str, settings: schema.LoraConfig, seed: int) -> dict[str, float]:
+def run(name: str, steps: int, seed: int) -> dict[str, float]:
     """Test losses on the new task of the frozen base, the adapted and the fully fine-tuned model."""
     loss, model, inputs, targets, rank = CASES[name]
-    settings = dataclasses.replace(settings, rank=rank, alpha=2.0 * rank, targets=(targets,))
+    settings = dataclasses.replace(configuration.default().lora, rank=rank, alpha=2.0 * rank, targets=(targets,))
     key = jax.random.key(seed)
     start = model.init(key, *inputs)["params"]
-    base = train(lambda p, k: loss(p, k, False), start, jax.random.fold_in(key, 1), STEPS["base"])
+    base = train(lambda p, k: loss(p, k, False), start, jax.random.fold_in(key, 1), 2 * steps)
     before = trees.fingerprint(base)
     trained, fixed = lora.split(lora.init(jax.random.fold_in(key, 2), base, settings), settings.variant)
 
@@ -123,8 +130,8 @@ def run(name: str, settings: schema.LoraConfig, seed: int) -> dict[str, float]:
 
     new = lambda p, k: loss(p, k, True)  # noqa: E731
     again = jax.random.fold_in(key, 3)
-    adapted = train(lambda t, k: new(bind(t), k), trained, again, STEPS["new"])
-    full = train(new, base, again, STEPS["new"])
+    adapted = train(lambda t, k: new(bind(t), k), trained, again, steps)
+    full = train(new, base, again, steps)
     size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
     test = jax.jit(lambda p: jnp.mean(jax.vmap(lambda k: new(p, k))(jax.random.split(jax.random.key(99), 32))))
     losses = {"frozen": float(test(base)), "adapted": float(test(bind(adapted))), "full": float(test(full))}
@@ -173,4 +180,4 @@ def table(figures: dict[str, list[dict[str, float]]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    cli.run_script(main)
+    cli.run_script(experiments.script(main, quick={"seeds": 2, "steps": 2}))

@@ -38,7 +38,7 @@ def main() -> None:
     vectors = {word: occurrences(loaded, word, senses) for word, senses in words.items()}
     layers = list(vectors["bank"])
     table = {layer: figures({word: v[layer] for word, v in vectors.items()}) for layer in layers}
-    draw(table, vectors["bank"][layers[-1]], HERE / "senses.png")
+    draw(table, vectors["bank"][layers[-1]], experiments.output(__file__) / "senses.png")
     count = sum(len(s) for senses in words.values() for s in senses.values())
     lines = ["", f"{len(words)} words, {count} sentences.", "", *tables(table)]
     print(experiments.publish(__file__, [judge(table)], lines))
@@ -58,7 +58,7 @@ def read(path: pathlib.Path) -> dict[str, dict[str, list[str]]]:
 
 def occurrences(loaded: Loaded, word: str, senses: dict[str, list[str]]) -> dict[str, np.ndarray]:
     """layer -> the vectors of `word` in its sentences, float32 (senses, sentences, D)."""
-    sentences = [s for some in senses.values() for s in some]
+    sentences = [s for by_sentence in senses.values() for s in by_sentence]
     forms = {tuple(loaded.tokenizer.encode(space + word)) for space in ("", " ")}
     places, rows = [], [contextual.ids(loaded, s) for s in sentences]
     for sentence, ids in zip(sentences, rows, strict=True):
@@ -85,20 +85,20 @@ def cosines(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def figures(vectors: dict[str, np.ndarray]) -> dict:
     """Of one layer: means over words with their intervals, and by word."""
-    by_word, right, asked = {}, 0.0, 0
-    for word, some in vectors.items():
-        cosine, same = cosines(some)
+    by_word, right, count = {}, 0.0, 0
+    for word, by_sentence in vectors.items():
+        cosine, same = cosines(by_sentence)
         apart = ~np.eye(len(cosine), dtype=bool)
         by_word[word] = {"within": cosine[same & apart].mean(), "between": cosine[~same].mean()}
         nearest = np.where(apart, cosine, -2).argmax(1)
         ties = (cosine >= cosine[np.arange(len(cosine)), nearest][:, None] - 1e-9) & apart
         right += float((same & ties).sum(1) @ (1 / ties.sum(1)))  # equal ones share the answer
-        asked += len(cosine)
+        count += len(cosine)
     of = {name: [w[name] for w in by_word.values()] for name in ("within", "between")}
     of["difference"] = np.subtract(of["within"], of["between"]).tolist()
     return {
         **{name: mean(values) for name, values in of.items()},
-        "nearest": Interval(right / asked, *wilson(round(right), asked)),
+        "nearest": Interval(right / count, *wilson(round(right), count)),
         "words apart": sum(d > 1e-9 for d in of["difference"]),
         "words": by_word,
     }
@@ -149,4 +149,4 @@ def draw(table: dict, bank: np.ndarray, path: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_script(main)
+    cli.run_script(experiments.script(main, quick={}, runs="runs/contextual"))

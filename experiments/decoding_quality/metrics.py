@@ -13,8 +13,8 @@ def ngrams(ids: Ids, n: int) -> list[tuple[int, ...]]:
 
 def distinct(texts: Sequence[Ids], n: int) -> float:
     """Share of all n-grams that are different ones (Li et al. 2016, arXiv:1510.03055, section 5.3)."""
-    found = [g for text in texts for g in ngrams(text, n)]
-    return len(set(found)) / len(found)
+    grams = [g for text in texts for g in ngrams(text, n)]
+    return len(set(grams)) / len(grams)
 
 
 def loops(ids: Ids, times: int = 3, shortest: int = 2) -> bool:
@@ -28,8 +28,8 @@ def loops(ids: Ids, times: int = 3, shortest: int = 2) -> bool:
 
 def repeated(ids: Ids, n: int = 4) -> float:
     """Share of a text's n-grams that stood in it before."""
-    found = ngrams(ids, n)
-    return 1 - len(set(found)) / len(found)
+    grams = ngrams(ids, n)
+    return 1 - len(set(grams)) / len(grams)
 
 
 def bleu(candidate: Ids, references: Sequence[Ids], longest: int = 4) -> float:

@@ -23,7 +23,7 @@ import functools
 import hashlib
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,7 +32,7 @@ import numpy as np
 from absl import flags
 
 from experiments.decoding_quality import metrics
-from llm_jax import bars, checkpoints, cli
+from llm_jax import checkpoints, cli
 from llm_jax.data import assets
 from llm_jax.decoding import loop, score
 from llm_jax.decoding.complete import complete
@@ -41,6 +41,7 @@ from llm_jax.errors import UserError
 from llm_jax.intervals import Interval, bootstrap
 from llm_jax.research import experiments, findings, pictures, verdicts
 from llm_jax.research.findings import Finding
+from llm_jax.research.provenance import Provenance
 
 HERE = pathlib.Path(__file__).parent
 
@@ -73,22 +74,15 @@ def main() -> None:
     root = experiments.directory(f.runs, digest, f.prompts, f.prompt_tokens, f.new_tokens, f.batch_size)
     model, params, tokenizer = checkpoints.load(f.checkpoint)
     prompts, human = texts(tokenizer, f.prompts, f.prompt_tokens, f.new_tokens)
-    continuations = {}
-    continuations["human"], origin = experiments.cached(
-        root / "human.json", lambda: of_human(model, params, prompts, human)
-    )
-    origins = [origin]
-    for name, options in bars.bar(METHODS.items(), "methods"):
-        continuations[name], origin = experiments.cached(
-            root / f"{experiments.file_name(name)}.json",
-            functools.partial(continued, model, params, tokenizer, prompts, options),
-        )
-        origins.append(origin)
-    steps, origin = experiments.cached(root / "steps.json", lambda: of_steps(model, params, prompts, human))
-    origins.append(origin)
-    steps = {name: np.asarray(values) for name, values in steps.items()}
+    computations: dict[str, Callable[[], Any]] = {"human": lambda: of_human(model, params, prompts, human)}
+    for name, options in METHODS.items():
+        computations[name] = functools.partial(continued, model, params, tokenizer, prompts, options)
+    computations["steps"] = lambda: of_steps(model, params, prompts, human)
+    origins: list[Provenance] = []
+    continuations = experiments.measure_all(root, computations, origins)
+    steps = {name: np.asarray(values) for name, values in continuations.pop("steps").items()}
     figures = {name: of_method(texts) for name, texts in continuations.items()}
-    draw(steps, HERE / "sizes.png")
+    draw(steps, experiments.output(__file__) / "sizes.png")
     results = judge(continuations, figures, steps)
     command = experiments.command(__file__, {"checkpoint": "RUN", "text": "FILE"})
     print(experiments.publish(__file__, results, tables(figures), origins=origins, measured_by=command))
@@ -118,10 +112,10 @@ def continued(model, params, tokenizer, prompts, options) -> list[dict[str, Any]
     """Continuations of exactly the asked length (EOS ends none), by batches."""
     f, texts = flags.FLAGS, []
     for first in range(0, len(prompts), f.batch_size):
-        asked = DecodingOptions(max_new_tokens=f.new_tokens, ignore_eos=True, **options)
-        if asked.method == "sample":
-            asked = DecodingOptions(max_new_tokens=f.new_tokens, ignore_eos=True, seed=first, **options)
-        for (one,) in complete(model, params, tokenizer, prompts[first : first + f.batch_size], asked):
+        decoding = DecodingOptions(max_new_tokens=f.new_tokens, ignore_eos=True, **options)
+        if decoding.method == "sample":
+            decoding = DecodingOptions(max_new_tokens=f.new_tokens, ignore_eos=True, seed=first, **options)
+        for (one,) in complete(model, params, tokenizer, prompts[first : first + f.batch_size], decoding):
             texts.append({"ids": one.generated.ids, "logs": one.generated.log_probabilities, "text": one.text})
     return texts
 
@@ -239,4 +233,4 @@ def draw(steps: Mapping[str, np.ndarray], path: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_script(main)
+    cli.run_script(experiments.script(main, {"prompts": 2, "prompt_tokens": 8, "new_tokens": 12, "batch_size": 2}))

@@ -179,4 +179,4 @@ def judge(figures: dict[str, list[dict[str, float]]], table: dict[str, dict[str,
 
 
 if __name__ == "__main__":
-    cli.run_script(main)
+    cli.run_script(experiments.script(main, {"seeds": 2, "steps": 4, "width": 16}))

@@ -1,7 +1,5 @@
 """P8: copy the token k places back, where k is told in two digits, by one position scheme and one seed.
 
-    PYTHONPATH=. python experiments/length_extrapolation/copy_back.py --kind=rope --seed=0 --output=FILE
-
 A sequence is two digits of k (in base 5) and 40 random symbols; at symbol t the target is symbol t - k.
 Three groups of targets tell learning from knowing how places relate:
 
@@ -13,29 +11,21 @@ Three groups of targets tell learning from knowing how places relate:
 
 import dataclasses
 import functools
-import json
 import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 
-from llm_jax import cli, configuration, runtime
+from llm_jax import configuration
 from llm_jax.model.attention import Tokens
-from llm_jax.research import experiments, provenance
 from llm_jax.training.setup import setup
 
 SYMBOLS, BASE, LENGTH, HALF = 16, 5, 40, 20
 OFFSETS = np.arange(1, 16)
 NEW_PLACE, NEW_OFFSET = np.array([3, 6, 9, 12]), np.array([4, 8, 13])
 BATCH = 32
-
-flags.DEFINE_string("kind", "rope", "model.position.kind")
-flags.DEFINE_integer("seed", 0, "of weights and data")
-flags.DEFINE_integer("steps", 1600, "of training")
-flags.DEFINE_string("output", "", "a JSON file for the accuracies; by default they are printed")
 
 
 def sequences(key: jax.Array, offsets: jax.Array, size: int) -> dict[str, jax.Array]:
@@ -64,48 +54,38 @@ def training_batch(key: jax.Array) -> dict[str, jax.Array]:
     return batch | {"mask": jnp.where(hidden, 0, batch["mask"])}
 
 
-def main() -> None:
-    runtime.retain_freed_memory()
-    f = flags.FLAGS
-    origin = provenance.here("")
+def accuracies(kind: str, seed: int, steps: int) -> dict[str, float]:
+    """Accuracies of a model that was trained for `steps`, by group of targets."""
     default = configuration.load(pathlib.Path(__file__).with_name("config.py"))
-    position = dataclasses.replace(default.model.position, kind=f.kind)
+    position = dataclasses.replace(default.model.position, kind=kind)
     shape = {"vocab_size": BASE + SYMBOLS, "num_layers": 2, "width": 64, "mlp_dim": 128}
     config = dataclasses.replace(
         default,
         model=dataclasses.replace(default.model, **shape, position=position),
         optim=dataclasses.replace(default.optim, weight_decay=0.01, lr=3e-3),
-        train=dataclasses.replace(default.train, steps=f.steps, seed=f.seed, batch_size=BATCH, loss_chunk=0),
+        train=dataclasses.replace(default.train, steps=steps, seed=seed, batch_size=BATCH, loss_chunk=0),
     )
     parts = setup(config)
     model = parts.model
 
     @jax.jit
     def batches(steps):
-        keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(1000 + f.seed)))(steps)
+        keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(1000 + seed)))(steps)
         return jax.lax.map(training_batch, keys)
 
-    def accuracy(params, offsets, late):
+    @jax.jit
+    def accuracy(params, offsets):
         batch = sequences(jax.random.key(7), offsets, 512)
         where = Tokens(batch["positions"], batch["segments"])
         logits: Any = model.apply({"params": params}, batch["inputs"], where)
         right = jnp.argmax(logits, -1) == batch["targets"]
-        asked = batch["mask"] * (batch["positions"] >= 2 + HALF if late else 1)
-        return jnp.sum(right * asked) / jnp.sum(asked)
+        counted = batch["mask"] * (batch["positions"] >= 2 + HALF)
+        return jnp.sum(right * counted) / jnp.sum(counted)
 
     state = parts.init()
-    for done in range(0, f.steps, 100):
-        state, metrics = parts.scan(state, batches(done + jnp.arange(100)))
-        print(f"{f.kind} seed {f.seed}: step {done + 100} of {f.steps}, loss {metrics['loss'][-1]:.3f}", flush=True)
+    for start in range(0, steps, 100):
+        state, _ = parts.scan(state, batches(jnp.arange(start, min(start + 100, steps))))
     seen = np.setdiff1d(OFFSETS, np.concatenate([NEW_PLACE, NEW_OFFSET]))
-    ask = jax.jit(accuracy, static_argnums=2)
     groups = {"seen": seen, "new_place": NEW_PLACE, "new_offset": NEW_OFFSET}
     # The last symbols in all groups, so that they differ in what was trained alone.
-    table = {name: float(ask(state.params, jnp.asarray(offsets), True)) for name, offsets in groups.items()}
-    if f.output:
-        experiments.write_figures(pathlib.Path(f.output), table, origin)
-    print(json.dumps(table))
-
-
-if __name__ == "__main__":
-    cli.run_script(main)
+    return {name: float(accuracy(state.params, jnp.asarray(offsets))) for name, offsets in groups.items()}

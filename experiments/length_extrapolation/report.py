@@ -26,41 +26,13 @@ from typing import Any
 import numpy as np
 
 from llm_jax.intervals import Interval, mean, paired
-from llm_jax.research import experiments, findings, pictures, verdicts
+from llm_jax.research import findings, pictures, verdicts
 from llm_jax.research.findings import Finding
-from llm_jax.research.provenance import Provenance
 
 MARGIN = 0.05  # nats a token
 LEARNED = 0.9
 ABSOLUTE, RELATIVE = ("sinusoidal", "learned"), ("shaw", "t5", "alibi", "rope")
 FACTORS = ("1", "2", "4", "8")
-
-
-def read(
-    root: pathlib.Path, seeds: int, kinds, scalings, copying
-) -> tuple[dict[str, list[Any]], dict[str, list[Any]], list[Provenance]]:
-    """Losses and accuracies of copying by kind and seed, and their origins, from the files that the jobs wrote."""
-    origins = []
-
-    def of_seeds(name: str) -> list[Any]:
-        tables = []
-        for seed in range(seeds):
-            table, origin = experiments.read_figures(root / name.format(seed))
-            tables.append(table)
-            origins.append(origin)
-        return tables
-
-    loss = {kind: [t["as trained"] for t in of_seeds(f"{kind.replace(' ', '_')}-{{}}/lengths.json")] for kind in kinds}
-    measured = of_seeds("rope-{}/scalings.json")
-    for scaling in scalings[1:]:
-        at_once = [table[scaling] for table in measured]
-        for table, plain in zip(at_once, loss["rope"], strict=True):
-            for protocol in table:  # at the trained length, a factor of 1: no scaling
-                table[protocol]["1"] = plain[protocol]["1"]
-        loss[f"rope, {scaling} at test time"] = at_once
-    for scaling in scalings:
-        loss[f"rope, {scaling}, fine-tuned"] = [t["as trained"] for t in of_seeds(f"tuned_{scaling}-{{}}/lengths.json")]
-    return loss, {kind: of_seeds(f"copy_{kind}-{{}}.json") for kind in copying}, origins
 
 
 def rise(runs: list[Any], base: list[Any] | None = None) -> Interval:

@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
 
 from llm_jax import cli, configuration, lora, schema
 from llm_jax.model.transformer import Transformer
@@ -29,29 +30,37 @@ from llm_jax.research import experiments, findings, verdicts
 from llm_jax.research.findings import Finding
 from llm_jax.training import memory, start
 
-SHAPE: dict[str, Any] = {"batch_size": 4, "seq_len": 256}
+DTYPES = ("float32", "bfloat16")
+STEPS = (
+    "forward, remat none",
+    *(f"{name}, remat {remat}" for name in memory.KINDS if name != "forward" for remat in ("none", "full")),
+)
+
+flags.DEFINE_integer("seq_len", 256, "tokens of each of 4 rows of a step")
+flags.DEFINE_integer("repeats", 20, "timed passes of each form")
+flags.DEFINE_string("runs", "runs/lora_memory", "where figures are kept")
 
 
 def main() -> None:
+    f = flags.FLAGS
     config = start.find(configuration.load("sentiment_lora")).config
-    taken = steps(config)
-    merged = {dtype: merging(config, dtype) for dtype in ("float32", "bfloat16")}
-    print(experiments.publish(__file__, judge(taken, merged), tables(taken, merged)))
+    train = dataclasses.replace(config.train, loss_chunk=0, batch_size=4, seq_len=f.seq_len)
+    config = dataclasses.replace(config, train=train)
+
+    def measure(condition: str, seed: int) -> dict[str, Any]:
+        name, option = condition.split(", ")
+        if name == "merging":
+            return merging(config, option, f.repeats)
+        return dataclasses.asdict(memory.compiled(memory.with_remat(config, option.removeprefix("remat ")), name))
+
+    root = experiments.directory(f.runs, f.seq_len, f.repeats)
+    figures, origins = experiments.measure(root, (*STEPS, *(f"merging, {dtype}" for dtype in DTYPES)), 1, measure)
+    taken = {name: memory.Memory(**figures[name][0]) for name in STEPS}
+    merged = {dtype: figures[f"merging, {dtype}"][0] for dtype in DTYPES}
+    print(experiments.publish(__file__, judge(taken, merged), tables(taken, merged), origins=origins))
 
 
-def steps(config: schema.Config) -> dict[str, memory.Memory]:
-    """{"kind, remat": its memory}"""
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, loss_chunk=0, **SHAPE))
-    taken = {}
-    for name in memory.KINDS:
-        for remat in ("none",) if name == "forward" else ("none", "full"):
-            label = f"{name}, remat {remat}"
-            taken[label] = memory.compiled(memory.with_remat(config, remat), name)
-            print(f"{label}: {taken[label].peak / 2**20:,.0f} MiB", flush=True)
-    return taken
-
-
-def merging(config: schema.Config, dtype: str) -> dict[str, float]:
+def merging(config: schema.Config, dtype: str, repeats: int) -> dict[str, float]:
     """Differences of logits, and times of a forward pass relative to the plain base."""
     shape: dict[str, Any] = {"width": 192, "num_layers": 4, "num_heads": 3, "num_kv_heads": 3, "mlp_dim": 512}
     precision = dataclasses.replace(config.model.precision, params=dtype, compute=dtype)
@@ -65,7 +74,7 @@ def merging(config: schema.Config, dtype: str) -> dict[str, float]:
     logits = jax.jit(lambda params: model.apply({"params": params}, ids))
     outputs = {name: np.asarray(logits(params), np.float64) for name, params in forms.items()}
     times: dict[str, list[float]] = {name: [] for name in forms}
-    for _ in range(20):
+    for _ in range(repeats):
         for name, params in forms.items():
             start = time.perf_counter()
             logits(params).block_until_ready()
@@ -115,4 +124,4 @@ def tables(taken: dict[str, memory.Memory], merged: dict[str, dict[str, float]])
 
 
 if __name__ == "__main__":
-    cli.run_script(main)
+    cli.run_script(experiments.script(main, quick={"seq_len": 16, "repeats": 1}))

@@ -68,7 +68,7 @@ def main() -> None:
             cell = {"model": model, "task": name, "style": style, "template": template}
             records.append(cell | answered(loaded, path, task, config, file))
     cells, tokens = gather(records, "right"), gather(records, "tokens", "reasoning_tokens")
-    draw(cells, HERE / "spread.png")
+    draw(cells, experiments.output(__file__) / "spread.png")
     origins = list(dict.fromkeys(origin for record in records for origin in record["origins"]))
     command = experiments.command(__file__, {"model": "RUN", "reference": "RUN"})
     results = judge(cells, tokens)
@@ -166,4 +166,4 @@ def draw(cells: Cells, path: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_script(main)
+    cli.run_script(experiments.script(main, {"examples": 2, "paraphrases": 2, "shots": 1, "reasoning_tokens": 4}))

@@ -35,7 +35,7 @@ from llm_jax.evaluation import held_out
 from llm_jax.intervals import paired
 from llm_jax.model.transformer import Transformer
 from llm_jax.quant import calibrate, post_training
-from llm_jax.research import experiments, findings, jobs, live_table, pictures, points, verdicts
+from llm_jax.research import experiments, findings, pictures, points, verdicts
 from llm_jax.research.findings import Finding
 from llm_jax.training import losses
 
@@ -53,6 +53,7 @@ SCHEMES = {
 # Overrides of all runs by size, and of what follows the start.
 SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "cpu": ({}, {"train.steps": 200, "optim.lr": 5e-4, "optim.warmup_steps": 20}),
+    "quick": ({"train.steps": 4, "optim.warmup_steps": 2}, {"optim.lr": 5e-4}),
     "full": (
         {
             "tokenizer.vocab_size": 8192,
@@ -73,7 +74,7 @@ SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-flags.DEFINE_enum("size", "cpu", list(SIZES), "cpu, or full (an accelerator)")
+flags.DEFINE_enum("size", "cpu", list(SIZES), "cpu, full (an accelerator), or quick")
 flags.DEFINE_integer("seeds", 3, "starts", lower_bound=2)
 flags.DEFINE_integer("jobs", 1, "runs at a time, each on its share of the cores; 0: one a core, or one a GPU")
 flags.DEFINE_string("runs", "runs/qat", "where the runs are kept")
@@ -95,14 +96,12 @@ def main() -> None:
             changes = follow | {"quant.qat.scheme": scheme, "quant.qat.learned_step": learned}
             run = root / f"{experiments.file_name(name)}-{seed}"
             followers.append(points.training(HERE / "config.py", changes, run))
-    for phase in (starts, followers):
-        jobs.run_all(phase, jobs.machine_shares(f.jobs, len(phase)), show=live_table.print_changes())
-    figures, origins = experiments.measure(
-        root / "compared", SCHEMES, f.seeds, lambda name, seed: compare(root, name, seed)
-    )
+    trained = [origin for phase in (starts, followers) for origin in experiments.train(phase, f.jobs)]
+    compared = root / "compared"
+    figures, origins = experiments.measure(compared, SCHEMES, f.seeds, lambda name, seed: compare(root, name, seed))
     results = [judge(figures, f.seeds)]
-    draw(figures, HERE / "qat.png")
-    print(experiments.publish(__file__, results, table(figures, results[0]), origins=origins))
+    draw(figures, experiments.output(__file__) / "qat.png")
+    print(experiments.publish(__file__, results, table(figures, results[0]), origins=[*trained, *origins]))
 
 
 def compare(root: pathlib.Path, name: str, seed: int) -> dict[str, float]:
@@ -187,4 +186,4 @@ def draw(figures: Losses, path: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_script(main)
+    cli.run_script(experiments.script(main, {"size": "quick", "seeds": 2}))

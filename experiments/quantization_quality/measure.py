@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
+from experiments import padded
 from llm_jax import trees, weights
 from llm_jax.checkpoints import gguf_blocks
 from llm_jax.data.rows import Row
@@ -45,14 +46,14 @@ def quantize_model(
 ) -> tuple[Any, int]:
     """(parameters, bytes of the matrices): one entry per layer; `params` stays as it is."""
     if cell.scheme.startswith("ggml "):
-        made = _ggml(params, cell.scheme.removeprefix("ggml "))
+        quantized = _ggml(params, cell.scheme.removeprefix("ggml "))
     else:
         planned = post_training.plan(params, post_training.rules(cell.scheme, head), "the experiment")
         options = calibrate.CalibrationOptions(cell.method, True, _BATCH)
         rows = rows if calibrate.needs_text(planned, cell.method) else []
         with tempfile.TemporaryDirectory() as finished:
-            made, _ = calibrate.run(model, trees.flatten(params), planned, rows, options, pathlib.Path(finished))
-    return made, weights.num_bytes(made)
+            quantized, _ = calibrate.run(model, trees.flatten(params), planned, rows, options, pathlib.Path(finished))
+    return quantized, weights.num_bytes(quantized)
 
 
 def _ggml(params: Any, kind: str) -> Any:
@@ -90,13 +91,13 @@ def against(model: Transformer, full: Any, params: Any, rows: Sequence[Row]) -> 
     """
     sums = [_compare(model, full, params, part) for part in _parts(rows)]
     counts, full_nats, nats, kl, same = (np.concatenate([np.asarray(s[i]) for s in sums]) for i in range(5))
-    whole = counts.sum()
+    total = counts.sum()
     return {
         "loss": (nats / counts).tolist(),
         "full_loss": (full_nats / counts).tolist(),
-        "perplexity": float(np.exp(nats.sum() / whole)),
-        "kl": float(kl.sum() / whole),
-        "agreement": float(same.sum() / whole),
+        "perplexity": float(np.exp(nats.sum() / total)),
+        "kl": float(kl.sum() / total),
+        "agreement": float(same.sum() / total),
     }
 
 
@@ -128,28 +129,20 @@ def _parts(rows: Sequence[Row]):
 
 def vectors(model: Transformer, params: Any, sentences: Sequence[Sequence[int]]) -> np.ndarray:
     """Sentence vectors as all-MiniLM-L6-v2 makes them: the mean over tokens, of length 1; (sentences, width)."""
-    longest = max(map(len, sentences))
-    tokens = np.zeros((len(sentences), longest), np.int32)
-    for row, ids in zip(tokens, sentences, strict=True):
-        row[: len(ids)] = ids
-    mask = np.arange(longest) < np.array([len(ids) for ids in sentences])[:, None]
-    found = [_pooled(model, params, tokens[i : i + 16], mask[i : i + 16]) for i in range(0, len(sentences), 16)]
-    return np.concatenate([np.asarray(f) for f in found])
+    ids, mask = padded.pad(sentences)
+    means = [_mean(model, params, ids[i : i + 16], mask[i : i + 16]) for i in range(0, len(ids), 16)]
+    vectors = np.concatenate(means)
+    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _pooled(model: Transformer, params: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-    where = Tokens(jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape), mask.astype(jnp.int32))
-    x, _ = model.apply({"params": params}, tokens, where, method="features")
-    mean = jnp.sum(x * mask[..., None], 1) / jnp.sum(mask, 1, keepdims=True)
-    return mean / jnp.linalg.norm(mean, axis=-1, keepdims=True)
+_mean = jax.jit(padded.mean_features, static_argnums=0)
 
 
-def compare_vectors(full: np.ndarray, found: np.ndarray) -> dict[str, float]:
+def compare_vectors(full: np.ndarray, quantized: np.ndarray) -> dict[str, float]:
     """Cosine to the full vectors (mean, least), and Spearman's correlation of the similarities of all pairs."""
-    cosines = np.sum(full * found, 1)
+    cosines = np.sum(full * quantized, 1)
     above = np.triu_indices(len(full), 1)
-    order = stats.spearmanr((full @ full.T)[above], (found @ found.T)[above]).statistic
+    order = stats.spearmanr((full @ full.T)[above], (quantized @ quantized.T)[above]).statistic
     return {"cosine": float(cosines.mean()), "least_cosine": float(cosines.min()), "order": float(order)}
 
 
@@ -166,20 +159,20 @@ def speeds(
         loop.generate(model, params, [list(prompt)], samplers.Sampler(greedy=True), max_new_tokens=tokens)
         return tokens / (time.perf_counter() - began)
 
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for name, params in by_name.items():
         generate(params)
-        found[name] = {
+        figures[name] = {
             "tokens_per_second": [],
             "bytes": weights.num_bytes(params),
             "temporary_bytes": _temporary(model, params),
         }
     for _ in range(repeats):
         for name, params in by_name.items():
-            found[name]["tokens_per_second"].append(generate(params))
-    for figures in found.values():
-        figures["median"] = statistics.median(figures["tokens_per_second"])
-    return found
+            figures[name]["tokens_per_second"].append(generate(params))
+    for of_model in figures.values():
+        of_model["median"] = statistics.median(of_model["tokens_per_second"])
+    return figures
 
 
 def _temporary(model: Transformer, params: Any) -> int:

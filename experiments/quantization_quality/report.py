@@ -41,8 +41,8 @@ OTHERS = ("ggml", "llama.cpp")
 EIGHT = ("int8", "int8:32", "w8a8", "w8a8_static", "fp8_e4m3", "fp8_e5m2")
 
 
-def loss_difference(found: dict[str, Any]) -> Interval:
-    return paired(found["loss"], found["full_loss"])
+def loss_difference(cell: dict[str, Any]) -> Interval:
+    return paired(cell["loss"], cell["full_loss"])
 
 
 def publish(figures: dict[str, Any]) -> str:
@@ -51,7 +51,7 @@ def publish(figures: dict[str, Any]) -> str:
     Args:
       figures: what figures.json holds.
     """
-    draw(figures["reference model"], figures["full precision"], HERE / "quality.png")
+    draw(figures["reference model"], figures["full precision"], experiments.output(__file__) / "quality.png")
     results = judge(figures["reference model"], figures["MiniLM"], figures["speed"])
     origin = Provenance(**figures.get("provenance", {}))  # figures.json of earlier versions has none
     lines = tables(figures)
@@ -67,7 +67,7 @@ def publish(figures: dict[str, Any]) -> str:
 def judge(language: dict, sentences: dict, speed: dict) -> list[Finding]:
     """The verdicts by the rules above."""
 
-    costs = {name: loss_difference(found) for name, found in language.items()}
+    costs = {name: loss_difference(cell) for name, cell in language.items()}
     eight: dict[bool, dict[str, Interval]] = {True: {}, False: {}}  # with activations, without
     for name, cost in costs.items():
         if (scheme := name.split()[0]) in EIGHT:
@@ -84,25 +84,25 @@ def judge(language: dict, sentences: dict, speed: dict) -> list[Finding]:
         return min((n for n in costs if n.split()[0] == scheme), key=lambda n: costs[n][0])
 
     pairs = {}
-    for ours, format_ in (("int4", "Q4_0"), ("int4_affine", "Q4_1")):
-        name = best(ours)
-        for theirs in (f"{maker} {format_}" for maker in OTHERS if f"{maker} {format_}" in language):
-            pairs[f"{name} - {theirs}"] = paired(language[name]["loss"], language[theirs]["loss"])
+    for scheme, format_ in (("int4", "Q4_0"), ("int4_affine", "Q4_1")):
+        name = best(scheme)
+        for reference in (f"{maker} {format_}" for maker in OTHERS if f"{maker} {format_}" in language):
+            pairs[f"{name} - {reference}"] = paired(language[name]["loss"], language[reference]["loss"])
     q1b = "holds" if all(low <= 0 for _, low, _ in pairs.values()) else "fails"
 
     plain = speed["float32"]
     ratios: dict[str, Any] = {}
     good = []
-    for name, found in speed.items():
+    for name, cell in speed.items():
         if name == "float32":
             continue
-        faster = mean(np.log(np.divide(found["tokens_per_second"], plain["tokens_per_second"])))
-        memory = [found["bytes"] + found["temporary_bytes"], plain["bytes"] + plain["temporary_bytes"]]
+        faster = mean(np.log(np.divide(cell["tokens_per_second"], plain["tokens_per_second"])))
+        memory = [cell["bytes"] + cell["temporary_bytes"], plain["bytes"] + plain["temporary_bytes"]]
         ratios[f"{name}: log ratio of tokens a second"] = faster
-        ratios[f"{name}: bytes over those of float32"] = found["bytes"] / plain["bytes"]
+        ratios[f"{name}: bytes over those of float32"] = cell["bytes"] / plain["bytes"]
         ratios[f"{name}: memory over that of float32"] = memory[0] / memory[1]
         parts = {
-            "smaller": found["bytes"] < plain["bytes"],
+            "smaller": cell["bytes"] < plain["bytes"],
             "less memory": memory[0] < memory[1],
             "faster": faster[1] > 0,
         }
@@ -166,10 +166,10 @@ def draw(language: dict, full: dict, path: pathlib.Path) -> None:
             y = [f["perplexity"] / full["perplexity"] - 1 for f in points.values()]
             axis.scatter(x, np.maximum(y, 1e-5), marker=marker, label=method, alpha=0.7)
         best: dict[str, tuple[float, float]] = {}
-        for name, found in language.items():
-            rise = max(found["perplexity"] / full["perplexity"] - 1, 1e-5)
+        for name, cell in language.items():
+            rise = max(cell["perplexity"] / full["perplexity"] - 1, 1e-5)
             scheme = name if name.startswith(OTHERS) else name.split()[0]
-            best[scheme] = min(best.get(scheme, (found["bits"], rise)), (found["bits"], rise), key=lambda p: p[1])
+            best[scheme] = min(best.get(scheme, (cell["bits"], rise)), (cell["bits"], rise), key=lambda p: p[1])
         for scheme, point in best.items():
             axis.annotate(scheme, point, fontsize=7, xytext=(3, 3), textcoords="offset points")
         axis.set(

@@ -20,9 +20,10 @@ import jax
 import numpy as np
 from absl import flags
 
+from experiments import padded
 from experiments.quantization_quality import measure, report
 from experiments.quantization_quality.measure import Cell
-from llm_jax import bars, checkpoints, cli, files, runtime, tokenizers, trees, weights
+from llm_jax import checkpoints, cli, files, tokenizers, trees, weights
 from llm_jax.checkpoints import gguf, gguf_model, location
 from llm_jax.data.corpus import Source
 from llm_jax.data.rows import Rows, Shuffled
@@ -62,7 +63,6 @@ LABELLED = (Cell("int8", "absmax"), Cell("w8a8", "absmax"))
 
 
 def main() -> None:
-    runtime.retain_freed_memory()
     f = flags.FLAGS
     path = location.resolve(f.checkpoint)
     model, params, tokenizer = checkpoints.load(path)
@@ -76,38 +76,28 @@ def main() -> None:
     digest = hashlib.sha256((checkpoints.find(path) / "manifest.json").read_bytes() + measured).hexdigest()[:12]
     root = experiments.directory(f.runs, digest, f.rows, f.calibration, f.sentences)
     origins: list[Provenance] = []
-    cached = functools.partial(cached_figures, origins)
-
-    language = {}
-    for cell in bars.bar(CELLS, "reference model"):
-        language[cell.name] = cached(
-            root / "language", cell.name, functools.partial(measure_cell, model, params, cell, calibration, rows)
-        )
+    cells: dict[str, Callable[[], Any]] = {
+        cell.name: functools.partial(measure_cell, model, params, cell, calibration, rows) for cell in CELLS
+    }
     for kind in LLAMA if f.llama_python else ():
-        language[f"llama.cpp {kind}"] = cached(
-            root / "language", f"llama.cpp {kind}", functools.partial(of_llama, model, params, tokenizer, kind, rows)
-        )
-    full = cached(
-        root, "full", lambda: measure.against(model, params, params, rows) | {"bytes": weights.num_bytes(params)}
-    )
+        cells[f"llama.cpp {kind}"] = functools.partial(of_llama, model, params, tokenizer, kind, rows)
+    whole_model: dict[str, Callable[[], Any]] = {
+        "full": lambda: measure.against(model, params, params, rows) | {"bytes": weights.num_bytes(params)},
+        "speed": lambda: of_speed(model, params, calibration),
+    }
+    language = experiments.measure_all(root / "language", cells, origins)
+    whole = experiments.measure_all(root, whole_model, origins)
     figures = {
-        "full precision": {name: full[name] for name in ("perplexity", "bytes")},
+        "full precision": {name: whole["full"][name] for name in ("perplexity", "bytes")},
         "reference model": language,
-        "MiniLM": of_sentences(root, f.sentences, cached),
-        "speed": cached(root, "speed", lambda: of_speed(model, params, calibration)),
-        "SmolLM2 (already Q4_1)": of_smollm2(root, config, cached) if f.smollm2 else {},
+        "MiniLM": of_sentences(root / "sentences", f.sentences, origins),
+        "speed": whole["speed"],
+        "SmolLM2 (already Q4_1)": of_smollm2(root / "smollm2", config, origins) if f.smollm2 else {},
     }
     command = experiments.command(__file__, {"checkpoint": "RUN", "llama_python": "PYTHON"})
     figures["provenance"] = dataclasses.asdict(provenance.combine(origins, command))
-    files.write_json(HERE / "figures.json", figures)
+    files.write_json(experiments.output(__file__) / "figures.json", figures)
     print(report.publish(figures))
-
-
-def cached_figures(origins: list[Provenance], directory: pathlib.Path, name: str, compute: Callable[[], Any]) -> Any:
-    """The figures of a file, see `experiments.cached`; their origin is added to `origins`."""
-    figures, origin = experiments.cached(directory / f"{experiments.file_name(name)}.json", compute)
-    origins.append(origin)
-    return figures
 
 
 def measure_cell(model, params, cell: Cell, calibration, rows) -> dict:
@@ -120,20 +110,20 @@ def measure_cell(model, params, cell: Cell, calibration, rows) -> dict:
 def of_llama(model, params, tokenizer, kind: str, rows) -> dict:
     """llama.cpp quantizes the exported model; we read its file."""
     with tempfile.TemporaryDirectory() as directory:
-        whole, made = (pathlib.Path(directory) / f"{name}.gguf" for name in ("whole", "made"))
-        gguf_model.save(whole, model.config, params, tokenizers.exportable(tokenizer), "F32")
-        command = [flags.FLAGS.llama_python, str(HERE / "llama.py"), str(whole), str(made), kind]
+        exported, quantized = (pathlib.Path(directory) / f"{name}.gguf" for name in ("whole", "made"))
+        gguf_model.save(exported, model.config, params, tokenizers.exportable(tokenizer), "F32")
+        command = [flags.FLAGS.llama_python, str(HERE / "llama.py"), str(exported), str(quantized), kind]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise UserError(f"{command[0]} did not quantize to {kind}: {done.stderr.strip().splitlines()[-1:]}")
-        tensors = gguf.read(made).tensors.values()
+        tensors = gguf.read(quantized).tensors.values()
         matrices = [t for t in tensors if len(t.shape) == 2]
         bits = 8 * sum(t.rows().nbytes for t in matrices) / sum(math.prod(t.shape) for t in matrices)
-        figures = measure.against(model, params, checkpoints.load(made).params, rows)
+        figures = measure.against(model, params, checkpoints.load(quantized).params, rows)
         return figures | {"bytes": sum(t.rows().nbytes for t in tensors), "bits": bits}
 
 
-def of_sentences(root: pathlib.Path, count: int, cached: Callable[..., Any]) -> dict:
+def of_sentences(directory: pathlib.Path, count: int, origins: list[Provenance]) -> dict[str, Any]:
     """MiniLM's vectors of movie reviews; calibrated on sentences that are not measured."""
     model, params, tokenizer = checkpoints.load("asset:minilm-l6-v2")
     params = {name: part for name, part in params.items() if name != "pooler"}  # the vectors are means over tokens
@@ -143,32 +133,23 @@ def of_sentences(root: pathlib.Path, count: int, cached: Callable[..., Any]) -> 
     ids = [tokenizers.prompt(tokenizer, text)[:64] for text in picked]
     if tokenizer.eos is not None:
         ids = [[*i, tokenizer.eos] if i[-1] != tokenizer.eos else i for i in ids]
-    calibration = [padded(i, 64) for i in ids[count:]]
-    whole = measure.vectors(model, params, ids[:count])
+    calibration = [row(i, 64) for i in ids[count:]]
+    full = measure.vectors(model, params, ids[:count])
 
     def figures(cell: Cell) -> dict:
         quantized, size = measure.quantize_model(model, params, cell, calibration)
         vectors = measure.vectors(model, measure.expanded(quantized), ids[:count])
-        return measure.compare_vectors(whole, vectors) | {"bytes": size}
+        return measure.compare_vectors(full, vectors) | {"bytes": size}
 
-    return {
-        cell.name: cached(root / "sentences", cell.name, functools.partial(figures, cell))
-        for cell in bars.bar(SENTENCE_CELLS, "MiniLM")
-    }
+    cells = {cell.name: functools.partial(figures, cell) for cell in SENTENCE_CELLS}
+    return experiments.measure_all(directory, cells, origins)
 
 
-def padded(ids, length: int) -> dict[str, np.ndarray]:
+def row(ids: list[int], length: int) -> dict[str, np.ndarray]:
     """A row of one segment."""
-    ids = np.asarray(ids[:length], np.int32)
-    full = np.pad(ids, (0, length - len(ids)))
-    there = (np.arange(length) < len(ids)).astype(np.int32)
-    return {
-        "inputs": full,
-        "targets": full,
-        "positions": np.arange(length, dtype=np.int32),
-        "segments": there,
-        "mask": there,
-    }
+    (inputs,), (mask,) = padded.pad([ids], length)
+    positions = np.arange(length, dtype=np.int32)
+    return {"inputs": inputs, "targets": inputs, "positions": positions, "segments": mask, "mask": mask}
 
 
 def of_speed(model, params, calibration) -> dict:
@@ -181,17 +162,15 @@ def of_speed(model, params, calibration) -> dict:
     return measure.speeds(model, by_name, calibration[0]["inputs"][:32].tolist(), 64, 5)
 
 
-def of_smollm2(root: pathlib.Path, config, cached: Callable[..., Any]) -> dict:
+def of_smollm2(directory: pathlib.Path, config, origins: list[Provenance]) -> dict[str, Any]:
     """Its file is Q4_1: 8 bits only, and labelled so."""
     model, params, tokenizer = checkpoints.load("asset:smollm2-135m-instruct")
     source = Source(dataclasses.replace(config.data, source="asset:shakespeare"), whole=True)
     held = Rows(source.corpus(tokenizer).validation, 256)
     rows = [held[int(i)] for i in np.linspace(0, held.full - 1, 16).astype(int)]
-    return {
-        cell.name: cached(root / "smollm2", cell.name, functools.partial(measure_cell, model, params, cell, [], rows))
-        for cell in LABELLED
-    }
+    cells = {cell.name: functools.partial(measure_cell, model, params, cell, [], rows) for cell in LABELLED}
+    return experiments.measure_all(directory, cells, origins)
 
 
 if __name__ == "__main__":
-    cli.run_script(main)
+    cli.run_script(experiments.script(main, {"rows": 3, "calibration": 2, "sentences": 3, "smollm2": False}))

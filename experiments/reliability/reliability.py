@@ -3,8 +3,8 @@
     PYTHONPATH=. python experiments/reliability/reliability.py [--kills=50 --flips=400 --output=runs/reliability]
     PYTHONPATH=. python experiments/reliability/reliability.py --parts=processes --resume     # after an interruption
 
-Every part compares with one undisturbed run of `config.py` with the same number of processes. Writes results.json and
-prints the table of the README; `--parts` measures some parts anew and keeps the results of the others. The full and the
+Every part compares with one undisturbed run of `config.py` with the same number of processes. Writes results.json;
+`--parts` measures some parts anew and keeps the results of the others. The full and the
 read-only disk are a tmpfs of a few MiB; where it cannot be mounted (that takes root), the parts say so.
 
 The rule: nothing is lost if every killed run (R1; R4 with two processes), every run whose disk was full (R3) and every
@@ -12,6 +12,7 @@ run whose disk became read-only (R5) ends with the figures of the undisturbed on
 kill, and every damage of a file is detected (R2).
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -29,7 +30,8 @@ from absl import flags
 
 from llm_jax import checkpoints, cli, files
 from llm_jax.errors import UserError
-from llm_jax.research import experiments, findings
+from llm_jax.research import experiments, findings, provenance
+from llm_jax.research.provenance import Provenance
 
 HERE = pathlib.Path(__file__).parent
 STATEMENTS = {
@@ -49,39 +51,43 @@ flags.DEFINE_integer("kills", 50, "processes to kill in runs of one process, and
 flags.DEFINE_integer("flips", 400, "bits to flip")
 flags.DEFINE_integer("seed", 0, "of the moments and the bits")
 flags.DEFINE_list("parts", list(STATEMENTS), "what to measure")
-flags.DEFINE_string("output", "runs/reliability", "where the runs are kept; made anew without --resume")
-flags.DEFINE_bool("resume", False, "keep the finished runs in --output, with the kills that they survived")
+flags.DEFINE_string("runs", "runs/reliability", "where the runs are kept; made anew without --resume")
+flags.DEFINE_alias("output", "runs")
+flags.DEFINE_bool("resume", False, "go on with the runs in --runs and the kills that they survived")
 
 
 def main() -> None:
     f = flags.FLAGS
-    output = pathlib.Path(f.output).expanduser()
+    output = pathlib.Path(f.runs).expanduser()
     if not f.resume:
         shutil.rmtree(output, ignore_errors=True)
-    whole, seconds = {}, {}
+    undisturbed, seconds = {}, {}
     for count in sorted({1 + (part == "processes") for part in f.parts}):
-        whole[count], duration = output / f"undisturbed-{count}", output / f"undisturbed-{count}.json"
+        undisturbed[count], duration = output / f"undisturbed-{count}", output / f"undisturbed-{count}.json"
         if not duration.exists():
-            shutil.rmtree(whole[count], ignore_errors=True)
-            files.write(duration, json.dumps(finish(whole[count], count)))
+            shutil.rmtree(undisturbed[count], ignore_errors=True)
+            files.write(duration, json.dumps(finish(undisturbed[count], count)))
         seconds[count] = json.loads(duration.read_text())
         print(f"undisturbed, {count} process{'es' * (count > 1)}: {seconds[count]:.1f} s", flush=True)
-    measure: dict[str, Callable[[], dict[str, Any] | None]] = {
-        "kills": lambda: kills(output, whole[1], f.kills, seconds[1], f.seed),
-        "flips": lambda: flips(whole[1], output / "flips", f.flips, random.Random(f.seed)),
-        "full_disk": lambda: full_disk(output / "disk", whole[1]),
-        "processes": lambda: kills(output, whole[2], f.kills, seconds[2], f.seed, 2),
-        "read_only": lambda: read_only(output / "disk", whole[1]),
-    }
-    command = experiments.command(__file__)
+    command, published = experiments.command(__file__), experiments.output(__file__)
     results = {result.statement: result for result in findings.read(HERE / "results.json")}
     for part in f.parts:
         statement, name = STATEMENTS[part]
-        value = measure[part]()
-        results[statement] = findings.finding(
-            statement, name, value, verdict(value), command=f"{command} --parts={part}"
-        )
-        findings.save(HERE, [results[key] for key in sorted(results)])
+        origins: list[Provenance] = []
+        compute: dict[str, Callable[[], dict[str, Any] | None]] = {
+            "flips": lambda: flips(undisturbed[1], output / "flips", f.flips, random.Random(f.seed)),
+            "full_disk": lambda: full_disks(output / "disk", undisturbed[1]),
+            "read_only": lambda: read_only_disks(output / "disk", undisturbed[1]),
+        }
+        if part in compute:
+            value = experiments.cached(output / f"{part}.json", compute[part], origins)
+        else:
+            count = 1 + (part == "processes")
+            value = kills(output, undisturbed[count], f.kills, seconds[count], f.seed, origins, count)
+        source = provenance.combine(origins, f"{command} --parts={part}")
+        result = findings.finding(statement, name, value, verdict(value))
+        results[statement] = dataclasses.replace(result, **dataclasses.asdict(source))
+        findings.save(published, [results[key] for key in sorted(results)])
         print(f"{name}: {verdict(value)}; {json.dumps(value)}", flush=True)
 
 
@@ -147,24 +153,33 @@ def arrays(workdir: pathlib.Path) -> dict[str, bytes]:
 
 
 def kills(
-    output: pathlib.Path, whole: pathlib.Path, count: int, seconds: float, seed: int, processes: int = 1
+    output: pathlib.Path,
+    undisturbed: pathlib.Path,
+    count: int,
+    seconds: float,
+    seed: int,
+    origins: list[Provenance],
+    processes: int = 1,
 ) -> dict[str, Any]:
     """Kills runs at random moments (four in five by SIGKILL, the rest by SIGTERM) until at least `count` were hit.
 
     Of several processes one is hit, and the others have to end by themselves. Every run that has ended is a line of
-    killed-PROCESSES-SEED.jsonl in `output`, and is not repeated.
+    killed-PROCESSES-SEED.jsonl in `output`, and is not repeated; their provenance is appended to `origins`.
     """
     path = output / f"killed-{processes}-{seed}.jsonl"
     runs = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     while sum(len(run["kills"]) for run in runs) < count:
         workdir = output / f"killed-{processes}-{seed}-{len(runs)}"
         shutil.rmtree(workdir, ignore_errors=True)
+        origin = {"origin": dataclasses.asdict(provenance.here(""))}
         hits = killed(workdir, seconds, random.Random(f"{seed} {processes} {len(runs)}"), processes)
-        runs.append({"kills": hits, "differs": not same(workdir, whole)})
+        runs.append({"kills": hits, "differs": not same(workdir, undisturbed)} | origin)
         with path.open("a") as file:
             file.write(json.dumps(runs[-1]) + "\n")
         print(f"{sum(len(run['kills']) for run in runs)} of {count} kills: {runs[-1]}", flush=True)
         shutil.rmtree(workdir)
+    # Lines of earlier versions have no origin.
+    origins += [Provenance(**run.get("origin", {})) for run in runs]
     for run in runs:  # a kill while a run starts leaves the steps and checkpoints of the kill before
         states = [(0, 0), *((hit["reached"], hit["kept"]) for hit in run["kills"])]
         for hit, before, after in zip(run["kills"], states, states[1:], strict=False):
@@ -252,9 +267,10 @@ def last_step(workdir: pathlib.Path) -> int:
     return 0
 
 
-def flips(whole: pathlib.Path, scratch: pathlib.Path, count: int, draw: random.Random) -> dict[str, Any]:
+def flips(undisturbed: pathlib.Path, scratch: pathlib.Path, count: int, draw: random.Random) -> dict[str, Any]:
     """Flips one bit at a time, anywhere in a checkpoint, and cuts every file short: is each found?"""
-    shutil.copytree(checkpoints.find(whole), scratch)
+    shutil.rmtree(scratch, ignore_errors=True)  # of an interrupted call
+    shutil.copytree(checkpoints.find(undisturbed), scratch)
     paths = sorted(path for path in scratch.rglob("*") if path.is_file() and path.stat().st_size)
     sizes = [path.stat().st_size for path in paths]
     missed = 0
@@ -284,67 +300,68 @@ def flips(whole: pathlib.Path, scratch: pathlib.Path, count: int, draw: random.R
     return {"lost": missed, "bits_flipped": count, "files_cut_short": cut, "missed": missed, "bytes": sum(sizes)}
 
 
-def full_disk(disk: pathlib.Path, whole: pathlib.Path) -> dict[str, Any] | None:
+def full_disks(disk: pathlib.Path, undisturbed: pathlib.Path) -> dict[str, Any] | None:
     """Trains on disks of several sizes until they are full, makes room, and goes on."""
-    size = sum(path.stat().st_size for path in checkpoints.find(whole).rglob("*") if path.is_file())
+    size = sum(path.stat().st_size for path in checkpoints.find(undisturbed).rglob("*") if path.is_file())
+    limits = [int(share * size) // 4096 * 4096 for share in (0.5, 1.2, 1.7, 2.3, 2.8)]
+    return broken_disks(disk, undisturbed, [(limit, [], [], [remount(disk, f"size={20 * size}")]) for limit in limits])
+
+
+def read_only_disks(disk: pathlib.Path, undisturbed: pathlib.Path) -> dict[str, Any] | None:
+    """Makes the disk of a run read-only before it starts and while it trains, then writable again, and goes on."""
+    # The kernel refuses to remount while a file is open for writing: a read-only bind mount lies over the disk.
+    bind = [["mount", "--bind", str(disk), str(disk)], remount(disk, "bind,ro")]
+    size = 64 * 2**20
+    cases = [(size, [remount(disk, "ro")], [], [remount(disk, "rw")]), (size, [], bind, [["umount", str(disk)]])]
+    return broken_disks(disk, undisturbed, cases)
+
+
+Commands = list[list[str]]
+
+
+def remount(disk: pathlib.Path, options: str) -> list[str]:
+    return ["mount", "-o", f"remount,{options}", str(disk)]
+
+
+def broken_disks(
+    disk: pathlib.Path, undisturbed: pathlib.Path, cases: list[tuple[int, Commands, Commands, Commands]]
+) -> dict[str, Any] | None:
+    """Trains on small disks (tmpfs) that break, and goes on after they are mended; None where none can be mounted.
+
+    Args:
+      cases: size in bytes, and the commands before the training, while it trains, and after it has ended.
+    """
     codes, messages, readable, lost = [], [], 0, 0
-    for share in (0.5, 1.2, 1.7, 2.3, 2.8):
+    for size, before, during, after in cases:
         disk.mkdir(parents=True, exist_ok=True)
-        limit = int(share * size) // 4096 * 4096
-        mount = ["mount", "-t", "tmpfs", "-o", f"size={limit}", "tmpfs", str(disk)]
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
         if subprocess.run(mount, capture_output=True, check=False).returncode:
             return None
         try:
+            run_all(before)
             process = train(disk / "run")
+            while during and last_step(disk / "run") < 8 and process.poll() is None:
+                time.sleep(0.05)
+            run_all(during)
             _, errors = process.communicate()
             codes.append(process.returncode)
             messages.append(errors.strip().splitlines()[-1].replace(str(disk), "DISK")[:160])
+            run_all(after)
             for step in checkpoints.steps(disk / "run"):
                 checkpoints.verify(disk / "run" / "checkpoints" / str(step))
                 readable += 1
-            subprocess.run(["mount", "-o", f"remount,size={20 * size}", str(disk)], check=True)
             finish(disk / "run")
-            lost += not same(disk / "run", whole)
+            lost += not same(disk / "run", undisturbed)
         finally:
             subprocess.run(["umount", str(disk)], check=True)
-        print(f"disk of {limit:,} bytes: exit code {codes[-1]}, {messages[-1]}", flush=True)
+        print(f"disk of {size:,} bytes: exit code {codes[-1]}, {messages[-1]}", flush=True)
     return {"lost": lost, "disks": len(codes), "exit_codes": codes, "checkpoints_left": readable, "messages": messages}
 
 
-def read_only(disk: pathlib.Path, whole: pathlib.Path) -> dict[str, Any] | None:
-    """Makes the disk of a run read-only before it starts and while it trains, then writable again, and goes on."""
-    codes, messages, lost = [], [], 0
-    for before in (True, False):
-        disk.mkdir(parents=True, exist_ok=True)
-        mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)]
-        if subprocess.run(mount, capture_output=True, check=False).returncode:
-            return None
-        try:
-            if before:
-                subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-            process = train(disk / "run")
-            while not before and last_step(disk / "run") < 8 and process.poll() is None:
-                time.sleep(0.05)
-            # The kernel refuses to remount while a file is open for writing: a read-only bind mount lies over it.
-            if not before:
-                subprocess.run(["mount", "--bind", str(disk), str(disk)], check=True)
-                subprocess.run(["mount", "-o", "remount,bind,ro", str(disk)], check=True)
-            _, errors = process.communicate()
-            codes.append(process.returncode)
-            messages.append(errors.strip().splitlines()[-1].replace(str(disk), "DISK")[:160])
-            if before:
-                subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
-            else:
-                subprocess.run(["umount", str(disk)], check=True)
-            for step in checkpoints.steps(disk / "run"):
-                checkpoints.verify(disk / "run" / "checkpoints" / str(step))
-            finish(disk / "run")
-            lost += not same(disk / "run", whole)
-        finally:
-            subprocess.run(["umount", str(disk)], check=True)
-        print(f"read-only disk: exit code {codes[-1]}, {messages[-1]}", flush=True)
-    return {"lost": lost, "disks": len(codes), "exit_codes": codes, "messages": messages}
+def run_all(commands: Commands) -> None:
+    for command in commands:
+        subprocess.run(command, check=True)
 
 
 if __name__ == "__main__":
-    cli.run_script(main)
+    cli.run_script(experiments.script(main, quick={"kills": 2, "flips": 4, "parts": ["kills", "flips"]}))

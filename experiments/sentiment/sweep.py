@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments.sentiment import report
+from experiments.sentiment import measure, report
 from llm_jax import bars, cli, configuration, files
 from llm_jax.errors import UserError
 from llm_jax.research import experiments, provenance
@@ -34,7 +34,10 @@ HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
 
 flags.DEFINE_enum(
-    "size", "cpu", ("cpu", "smoke"), "cpu: 2,000 training and 1,000 test sentences; smoke: a few steps, to try it"
+    "size",
+    "cpu",
+    ("cpu", "smoke", "quick"),
+    "cpu: 2,000 training and 1,000 test sentences; smoke: a few steps",
 )
 flags.DEFINE_integer("seeds", 3, "runs of each kind that is trained", lower_bound=1)
 flags.DEFINE_string("runs", "runs/sentiment", "where the runs themselves are kept")
@@ -58,9 +61,15 @@ TRAINED: dict[str, dict[str, object]] = {
 }
 # Layers one after the other: XLA's CPU backend stacks what a scan keeps of bfloat16 layers at the cost of all layers.
 FAST = {"model.precision.compute": "bfloat16", "model.scan_layers": False}
-SIZES: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
+SIZES: dict[str, tuple[dict[str, object], tuple[int, ...]]] = {
     "cpu": (FAST, ()),
-    "smoke": (FAST | {"train.steps": 12, "optim.warmup_steps": 2}, ("--test=64", "--train=64")),
+    "quick": (
+        FAST
+        | {"train.steps": 1, "train.batch_size": 2, "train.seq_len": 64, "optim.warmup_steps": 0}
+        | {"data.labelled.test_size": 4.0, "data.labelled.validation_size": 4.0, "data.labelled.train_size": 8},
+        (4, 8),
+    ),
+    "smoke": (FAST | {"train.steps": 12, "optim.warmup_steps": 2}, (64, 64)),
 }
 RECIPE = ROOT / "configs" / "sentiment_lora.py"
 # Options that a run takes from the checkpoint `init_from`, whatever the configuration has: training refuses others.
@@ -90,7 +99,7 @@ def main() -> None:
                 continue
             bar.set_description(f"{name}, seed {seed}")
             origin = dataclasses.asdict(provenance.here(""))
-            figures = asked(root, name, f.size) if name in PROMPTED else trained(root, name, seed, f.size)
+            figures = asked(name, f.size) if name in PROMPTED else trained(root, name, seed, f.size)
             record_recipe(file, name, f.size)
             line = {"job": name, "seed": seed, "recipe": recipe(name, f.size), "origin": origin, **figures}
             with file.open("a") as lines:
@@ -156,12 +165,10 @@ def finished(file: pathlib.Path, size: str) -> dict[tuple[str, int], dict[str, A
     return {(line["job"], line["seed"]): line for line in lines if is_current(line["job"], line["recipe"])}
 
 
-def asked(root: pathlib.Path, kind: str, size: str) -> dict[str, Any]:
+def asked(kind: str, size: str) -> dict[str, Any]:
     """The figures of what needs no training of the model."""
-    output = root / f"{kind}.json"
-    flags = (f"--kind={kind}", f"--output={output}", f"--other={OTHER if size == 'cpu' else ''}", *SIZES[size][1])
-    run([str(HERE / "measure.py"), *flags], root / f"{kind}.log")
-    return files.read_json(output)
+    test, train = SIZES[size][1] or (0, 0)
+    return measure.figures(kind, "movie-reviews", OTHER if size == "cpu" else "", test, train)
 
 
 def trained(root: pathlib.Path, name: str, seed: int, size: str) -> dict[str, Any]:
@@ -205,4 +212,4 @@ def run(command: list[str], log: pathlib.Path) -> str:
 
 
 if __name__ == "__main__":
-    cli.run_script(main)
+    cli.run_script(experiments.script(main, quick={"size": "quick", "seeds": 1}))

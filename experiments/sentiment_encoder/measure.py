@@ -15,8 +15,6 @@ lies below 0; else undecided. With fewer than three seeds it is untested.
 
 import dataclasses
 import functools
-import hashlib
-import pathlib
 import time
 from typing import Any
 
@@ -26,64 +24,52 @@ import numpy as np
 import optax
 from absl import flags
 
-from llm_jax import checkpoints, cli, configuration, lora, runtime
+from experiments import padded
+from llm_jax import checkpoints, cli, configuration, lora
 from llm_jax.data.labelled import LabelledSource
 from llm_jax.embeddings import contextual
 from llm_jax.intervals import Interval, mean, paired, wilson
-from llm_jax.model.attention import Tokens
 from llm_jax.research import experiments, findings, verdicts
 from llm_jax.research.findings import Finding
 from llm_jax.training import losses, memory
 
 MODEL, DATA, OTHER = "asset:minilm-l6-v2", "movie-reviews", "amazon-reviews"
 LENGTH, BATCH = 48, 32
-# kind -> (learning rate, times through the sentences)
-KINDS = {"frozen": (1e-2, 50), "LoRA r=8": (1e-3, 1), "full": (1e-4, 1)}
+# kind -> learning rate
+KINDS = {"frozen": 1e-2, "LoRA r=8": 1e-3, "full": 1e-4}
 
 flags.DEFINE_integer("seeds", 3, "runs of each kind")
+flags.DEFINE_integer("sentences", 2000, "training sentences at most; half as many are asked about", lower_bound=BATCH)
+flags.DEFINE_integer("rounds", 50, "times through the sentences with frozen features", lower_bound=1)
 flags.DEFINE_string("runs", "runs/sentiment_encoder", "where finished runs are kept")
-
-# Letters of shapes: B batch, T time, D width.
 
 
 def main() -> None:
-    runtime.retain_freed_memory()
     f = flags.FLAGS
     loaded = checkpoints.load(MODEL, scan_layers=True)
     films, products = (
         LabelledSource(configuration.load("sentiment_lora", {"data.source": f"asset:{name}"}).data).parts
         for name in (DATA, OTHER)
     )
-    chosen = {"train": films["train"], "test": films["test"], "products": products["test"]}
+    train_count, test_count = f.sentences, f.sentences // 2
+    chosen = {"train": films["train"][:train_count]}
+    chosen |= {"test": films["test"][:test_count], "products": products["test"][:test_count]}
     parts = {name: encoded(loaded, sentences) for name, sentences in chosen.items()}
-    recipe = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()[:12]
-    root = experiments.directory(f.runs, recipe)
+    root = experiments.directory(f.runs, f.sentences, f.rounds)
     figures, origins = experiments.measure(root, KINDS, f.seeds, lambda kind, seed: train(loaded, parts, kind, seed))
     print(experiments.publish(__file__, [judge(figures, f.seeds)], table(figures), origins=origins))
 
 
 def encoded(loaded, sentences) -> dict[str, np.ndarray]:
-    """Token ids (N, T), 0 past the end, lengths (N,) and labels (N,)."""
-    rows = [contextual.ids(loaded, s.text)[:LENGTH] for s in sentences]
-    tokens = np.zeros((len(rows), LENGTH), np.int32)
-    for row, ids in zip(tokens, rows, strict=True):
-        row[: len(ids)] = ids
-    lengths = np.asarray([len(ids) for ids in rows], np.int32)
-    return {"tokens": tokens, "lengths": lengths, "labels": np.asarray([s.label for s in sentences], np.int32)}
-
-
-def features(model, params, tokens_BT: jax.Array, lengths_B: jax.Array) -> jax.Array:
-    """(B, D): the mean over the tokens of each sentence."""
-    count_BT = jnp.broadcast_to(jnp.arange(LENGTH), tokens_BT.shape)
-    there_BT = (count_BT < lengths_B[:, None]).astype(jnp.int32)
-    x_BTD, _ = model.apply({"params": params}, tokens_BT, Tokens(count_BT * there_BT, there_BT), method="features")
-    return jnp.sum(x_BTD * there_BT[..., None], 1) / lengths_B[:, None]
+    """Token ids and mask, see `padded.pad`, and labels (N,)."""
+    tokens, mask = padded.pad([contextual.ids(loaded, s.text) for s in sentences], LENGTH)
+    return {"tokens": tokens, "mask": mask, "labels": np.asarray([s.label for s in sentences], np.int32)}
 
 
 def train(loaded, parts, kind: str, seed: int) -> dict[str, Any]:
     """Accuracies, parameters trained, seconds a step and bytes of the compiled step of one run."""
     model, base, _ = loaded
-    rate, rounds = KINDS[kind]
+    rate, rounds = KINDS[kind], flags.FLAGS.rounds if kind == "frozen" else 1
     whole: Any = lambda trained, base: trained  # noqa: E731
     trained: Any = jax.tree.map(jnp.copy, base)  # a step takes its arguments' place
     if kind != "full":
@@ -98,7 +84,7 @@ def train(loaded, parts, kind: str, seed: int) -> dict[str, Any]:
     def seen(trained, base, some):
         if "features" in some:
             return some["features"]
-        return features(model, whole(trained, base), some["tokens"], some["lengths"])
+        return padded.mean_features(model, whole(trained, base), some["tokens"], some["mask"])
 
     one = jax.jit(seen)
 
@@ -148,7 +134,7 @@ def train(loaded, parts, kind: str, seed: int) -> dict[str, Any]:
         "bytes of a step": memory.of(compiled, 0).peak,
         "trained": sum(x.size for x in jax.tree.leaves(state)),
         "seconds a step": float(np.median(times)),
-        "cut": float(np.mean(np.asarray(training["lengths"]) == LENGTH)),
+        "cut": float(np.mean(np.asarray(training["mask"])[:, -1])),
     }
 
 
@@ -187,4 +173,4 @@ def table(figures: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    cli.run_script(main)
+    cli.run_script(experiments.script(main, {"seeds": 2, "sentences": 64, "rounds": 1}))

@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from llm_jax import cli, configuration, runtime, schema, tokenizers
+from llm_jax import cli, configuration, schema, tokenizers
 from llm_jax.data.corpus import Source
 from llm_jax.data.rows import Rows, Shuffled
 from llm_jax.intervals import mean, paired
@@ -58,7 +58,6 @@ flags.DEFINE_string("runs", "runs/tokenization", "where finished figures are kep
 
 
 def main() -> None:
-    runtime.retain_freed_memory()
     f = flags.FLAGS
     changes = {
         "data": {"source": "asset:shakespeare", "validation_fraction": 0.02},
@@ -69,11 +68,8 @@ def main() -> None:
     source = Source(config.data)
     root = experiments.directory(f.runs, f.steps, f.tune)
     table, origins = experiments.measure(root, KINDS, f.seeds, lambda kind, seed: run(config, source, kind, seed))
-    refused = {}
-    for kind in NEXT:
-        path = root / f"{kind}-refusals.json"
-        refused[kind], origin = experiments.cached(path, functools.partial(refusals, source, kind))
-        origins.append(origin)
+    answers = {f"{kind}-refusals": functools.partial(refusals, source, kind) for kind in NEXT}
+    refused = dict(zip(NEXT, experiments.measure_all(root, answers, origins).values(), strict=True))
     lines = ["", *tables(table, refused)]
     print(experiments.publish(__file__, judge(table, refused), lines, section="models", origins=origins))
 
@@ -224,4 +220,4 @@ def tables(table: dict, refused: dict) -> list[str]:
 
 
 if __name__ == "__main__":
-    cli.run_script(main)
+    cli.run_script(experiments.script(main, {"seeds": 2, "steps": 2, "tune": 1}))

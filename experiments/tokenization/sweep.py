@@ -15,37 +15,46 @@ import pathlib
 import re
 
 from absl import flags
-from tqdm import tqdm
 
 from llm_jax import cli, tokenizers
 from llm_jax.data import assets
 from llm_jax.research import experiments, findings, pictures, verdicts
 from llm_jax.research.findings import Finding
 
-HERE = pathlib.Path(__file__).parent
 PIECES = ("wordpiece", "unigram", "bpe", "char_bpe", "byte_bpe")
 SINGLE = ("char", "byte")
 SIZES = (1024, 2048, 4096, 8192)
-HELD = 20  # every one of so many paragraphs is held out
 WORD = re.compile(r"[A-Za-z]+")
 ENOUGH = 0.99
 
 flags.DEFINE_string("asset", "shakespeare", "the directory of texts")
+flags.DEFINE_list("sizes", list(map(str, SIZES)), "of the vocabularies, the largest last")
+flags.DEFINE_integer("share", 1, "one of so many paragraphs is used", lower_bound=1)
+flags.DEFINE_string("runs", "runs/tokenization_lengths", "where figures are kept")
 
 
 def main() -> None:
-    text = "\n\n".join(path.read_text() for path in sorted(assets.path(flags.FLAGS.asset).glob("*.txt")))
-    paragraphs = [p + "\n\n" for p in re.split(r"\n\s*\n", text) if p.strip()]
-    held = paragraphs[::HELD]
-    train = [p for i, p in enumerate(paragraphs) if i % HELD]
+    f = flags.FLAGS
+    text = "\n\n".join(path.read_text() for path in sorted(assets.path(f.asset).glob("*.txt")))
+    paragraphs = [p + "\n\n" for p in re.split(r"\n\s*\n", text) if p.strip()][:: f.share]
+    held = paragraphs[::20]
+    train = [p for i, p in enumerate(paragraphs) if i % 20]
     known = {w for p in train for w in WORD.findall(p)}
     new = sorted({w for p in held for w in WORD.findall(p)} - known)
-    jobs = [(kind, size) for kind in ("word", *PIECES) for size in SIZES] + [(kind, SIZES[-1]) for kind in SINGLE]
-    table = {(kind, size): figures(kind, size, train, held, new) for kind, size in tqdm(jobs)}
-    draw(table, HERE / "tradeoff.png")
-    sizes = f"{sum(map(len, train)):,} characters of training text, {sum(map(len, held)):,} held out, "
-    sizes += f"with {len(new):,} new words."
-    print(experiments.publish(__file__, judge(table), ["", sizes, *tables(table)]))
+    sizes = [int(size) for size in f.sizes]
+    points = [(kind, size) for kind in ("word", *PIECES) for size in sizes] + [(kind, sizes[-1]) for kind in SINGLE]
+    conditions = {f"{kind} {size}": (kind, size) for kind, size in points}
+    measured, origins = experiments.measure(
+        experiments.directory(f.runs, f.asset, f.share),
+        conditions,
+        1,
+        lambda name, seed: figures(*conditions[name], train, held, new),
+    )
+    table = {point: measured[name][0] for name, point in conditions.items()}
+    draw(table, experiments.output(__file__) / "tradeoff.png")
+    counts = f"{sum(map(len, train)):,} characters of training text, {sum(map(len, held)):,} held out, "
+    counts += f"with {len(new):,} new words."
+    print(experiments.publish(__file__, judge(table), ["", counts, *tables(table)], origins=origins))
 
 
 def figures(kind: str, size: int, train: list[str], held: list[str], new: list[str]) -> dict[str, float]:
@@ -64,19 +73,20 @@ def figures(kind: str, size: int, train: list[str], held: list[str], new: list[s
 def judge(table: dict[tuple[str, int], dict[str, float]]) -> list[Finding]:
     """The verdicts by the rules above; `table` has the figures by kind and size of the vocabulary."""
     length = {key: row["tokens per word"] for key, row in table.items()}
+    sizes = sorted({size for _, size in table})
     ordered = all(
-        length["word", size] < length[kind, size] < min(length[k, SIZES[-1]] for k in SINGLE)
-        for size in SIZES
+        length["word", size] < length[kind, size] < min(length[k, sizes[-1]] for k in SINGLE)
+        for size in sizes
         for kind in PIECES
     )
     shrinks = all(
-        length[kind, a] >= length[kind, b] for kind in ("word", *PIECES) for a, b in itertools.pairwise(SIZES)
+        length[kind, a] >= length[kind, b] for kind in ("word", *PIECES) for a, b in itertools.pairwise(sizes)
     )
-    back = {kind: table[kind, SIZES[-1]]["new words that come back"] for kind in ("word", *PIECES)}
+    back = {kind: table[kind, sizes[-1]]["new words that come back"] for kind in ("word", *PIECES)}
     able = [kind for kind in PIECES if back[kind] >= ENOUGH]
     t3 = "fails" if back["word"] else verdicts.holds_when(able, PIECES, "the kind is")
     lengths = {f"{kind}, {size}": value for (kind, size), value in length.items()}
-    t1, measure = "holds" if ordered and shrinks else "fails", f"share of the new words that come back, {SIZES[-1]} ids"
+    t1, measure = "holds" if ordered and shrinks else "fails", f"share of the new words that come back, {sizes[-1]} ids"
     return [
         findings.finding("T1", "tokens a word by kind and vocabulary", lengths, t1),
         findings.finding("T3", measure, back, t3),
@@ -107,4 +117,4 @@ def draw(table: dict, path: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_script(main)
+    cli.run_script(experiments.script(main, quick={"sizes": ["512", "1024"], "share": 40}))

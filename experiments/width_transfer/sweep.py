@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from llm_jax import cli, configuration, runtime
+from llm_jax import cli, configuration
 from llm_jax.data.corpus import Source
 from llm_jax.data.rows import Rows, Shuffled
 from llm_jax.intervals import Interval, mean
@@ -51,7 +51,6 @@ flags.DEFINE_string("runs", "runs/width_transfer", "where finished runs are kept
 
 
 def main() -> None:
-    runtime.retain_freed_memory()
     f = flags.FLAGS
     widths, powers = [int(w) for w in f.widths], [int(p) for p in f.powers]
     base = configuration.load(HERE / "config.py")
@@ -173,4 +172,6 @@ def judge(lost: Mapping[str, Mapping[int, Interval]], seeds: int) -> Finding:
 
 
 if __name__ == "__main__":
-    cli.run_script(main)
+    cli.run_script(
+        experiments.script(main, {"seeds": 2, "widths": ["32", "64"], "powers": ["-8", "-6"], "held_rows": 8})
+    )

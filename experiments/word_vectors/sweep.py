@@ -25,7 +25,7 @@ import numpy as np
 from absl import flags
 
 from experiments.benchmarks import word2vec as word2vec_benchmark
-from llm_jax import checkpoints, cli, configuration, files, runtime
+from llm_jax import checkpoints, cli, configuration, files
 from llm_jax.data import assets
 from llm_jax.embeddings import glove, measure, texts, vectors, word2vec
 from llm_jax.intervals import mean, paired
@@ -47,7 +47,6 @@ flags.DEFINE_string("runs", "runs/word_vectors", "where figures and vectors are 
 
 
 def main() -> None:
-    runtime.retain_freed_memory()
     f = flags.FLAGS
     root = experiments.directory(f.runs, f.min_count, f.glove_epochs)
     config = configuration.load("word2vec", {"glove.window": 5}, EmbeddingsConfig)
@@ -72,7 +71,7 @@ def main() -> None:
     lower = {kind: word2vec_benchmark.lower(parts[f"word2vec_{kind}"]) for kind in ("skipgram", "cbow")}
     cosines = {name: real_cosines(name) for name in ("minilm-l6-v2", "smollm2-135m-instruct")}
     shown = vectors.load(root / "skipgram-0.bin")
-    word_maps.draw(shown, [w for w in MAP.split() if w in shown], HERE / "map.png")
+    word_maps.draw(shown, [w for w in MAP.split() if w in shown], experiments.output(__file__) / "map.png")
     size = f"{text.num_words:,} words of {len(text.words):,} kinds, sha256 {text.sha256[:12]}."
     lines = ["", size, *tables(table)]
     print(experiments.publish(__file__, judge(table, lower, cosines), lines, origins=origins))
@@ -137,4 +136,4 @@ def tables(table: dict) -> list[str]:
 
 
 if __name__ == "__main__":
-    cli.run_script(main)
+    cli.run_script(experiments.script(main, {"seeds": 2, "min_count": 100, "glove_epochs": 1}))

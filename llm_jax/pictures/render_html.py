@@ -92,10 +92,16 @@ def _passage(panel: Passage) -> str:
     for token, value, title in zip(panel.tokens, values, hints, strict=True):
         text = html.escape(token).replace("\n", "↵\n")
         color = f"rgb({' '.join(map(str, colours.hue(value)))} / {colours.opacity(value, panel.high):.2f})"
-        spans.append(f'<span title="{html.escape(title)}" style="background:{color}">{text}</span>')
-    strongest = f"rgb({' '.join(map(str, colours.SURPRISE))} / {colours.opacity(panel.high, panel.high):.2f})"
-    legend = f'<span style="background:{strongest}">&nbsp;{number(float(panel.high))}&nbsp;</span> '
-    legend = html.escape(panel.legend) or f"{legend}{html.escape(panel.unit)} or more"
+        # With a negative tabindex, a tap focuses the token, and the style shows its title; Tab passes it over.
+        hint = f'title="{html.escape(title)}" tabindex="-1"'
+        spans.append(f'<span {hint} style="background:{color}">{text}</span>')
+    ends = [-panel.high, panel.high] if any(value < 0 for value in values) else [panel.high]
+    swatches = (
+        f'<span style="background:rgb({" ".join(map(str, colours.hue(end)))} / '
+        f'{colours.opacity(end, panel.high):.2f})">&nbsp;{number(float(end))}&nbsp;</span>'
+        for end in ends
+    )
+    legend = html.escape(panel.legend) or f"{' '.join(swatches)} {html.escape(panel.unit)} or more"
     text = f'<p class="passage">{"".join(spans)}</p>'
     return (
         f'<figure role="group" aria-label="{html.escape(describe(panel))}">{text}<p class="scale">{legend}</p></figure>'

@@ -18,7 +18,8 @@ from llm_jax.tokenizers import Tokenizer
 # Letters of shapes: R rows, B batch, T time.
 
 _BEFORE, _AFTER = 12, 4  # tokens of context beside a token
-_EXCERPT = 400  # tokens of the coloured excerpt
+_EXCERPTS = 3  # coloured rows
+_EXCERPT = 400  # tokens of a coloured row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +33,8 @@ class TokenDifferences(Drawable):
       bits: float64 (tokens, 2), their losses under both models.
       means: float64 (2,), bits a token of both models over all tokens that were compared.
       count: how many tokens were compared.
-      excerpt: labels of the tokens of the row with the largest sum of absolute differences.
-      excerpt_differences: float64 of the excerpt: bits of the second minus bits of the first; NaN where no loss counts.
+      excerpts: labels of the tokens of the rows with the largest sums of absolute differences, the largest first.
+      excerpt_bits: float64 (T, 2) of each excerpt, losses under both models; NaN where no loss counts.
     """
 
     names: tuple[str, str]
@@ -43,8 +44,8 @@ class TokenDifferences(Drawable):
     bits: np.ndarray
     means: np.ndarray
     count: int
-    excerpt: tuple[str, ...]
-    excerpt_differences: np.ndarray
+    excerpts: tuple[tuple[str, ...], ...]
+    excerpt_bits: tuple[np.ndarray, ...]
 
     def picture(self) -> Picture:
         first, second = self.names
@@ -57,14 +58,20 @@ class TokenDifferences(Drawable):
             Table(f"tokens that {second} predicts worse than {first}", columns, tuple(r for r in rows if r[-1] > 0)),
             Table(f"tokens that {second} predicts better than {first}", columns, tuple(r for r in rows if r[-1] <= 0)),
         ]
-        title = f"the row with the largest differences: {second} is worse where orange, better where blue"
-        high = float(np.nanmax(np.abs(self.excerpt_differences), initial=0.0)) or 1.0
-        panels.append(Passage(title, self.excerpt, self.excerpt_differences, "bits of difference", high))
+        differences = [bits[:, 1] - bits[:, 0] for bits in self.excerpt_bits]
+        high = max((float(np.nanmax(np.abs(d), initial=0.0)) for d in differences), default=0.0) or 1.0
+        for i, (tokens, bits, values) in enumerate(zip(self.excerpts, self.excerpt_bits, differences, strict=True), 1):
+            title = f"text {i} of {len(self.excerpts)}: {second} is worse where orange, better where blue"
+            hints = tuple("no loss" if np.isnan(b - a) else self._hint(a, b) for a, b in bits)
+            panels.append(Passage(title, tokens, values, "bits of difference", high, hints=hints))
         note = (
             f"{self.count:,} held-out tokens were compared: {self.means[0]:.3f} bits a token for {first}, "
             f"{self.means[1]:.3f} for {second}."
         )
         return Picture("Tokens where the models differ most", tuple(panels), note)
+
+    def _hint(self, first: float, second: float) -> str:
+        return f"{second - first:+.2f} bits: {self.names[0]} {first:.2f}, {self.names[1]} {second:.2f}"
 
 
 def token_differences(
@@ -108,8 +115,8 @@ def token_differences(
     better = [(r, t) for r, t in places[count:] if difference_RT[r, t] < 0]
     listed = [(int(r), int(t)) for r, t in (*worse, *better)]
     contexts = [_context(tokenizer, arrays[r], t) for r, t in listed]
-    index = int(np.abs(difference_RT).sum(1).argmax())
-    excerpt = slice(0, _EXCERPT)
+    largest = np.argsort(-np.abs(difference_RT).sum(1), kind="stable")[:_EXCERPTS]
+    counted_2RT = np.where(mask_RT, bits_2RT, np.nan)
     return TokenDifferences(
         names,
         tuple(label for _, label, _ in contexts),
@@ -118,8 +125,8 @@ def token_differences(
         np.array([bits_2RT[:, r, t] for r, t in listed]).reshape(-1, 2),
         bits_2RT[:, mask_RT].mean(1),
         int(mask_RT.sum()),
-        forward.labels(tokenizer, arrays[index]["targets"][excerpt].tolist()),
-        np.where(mask_RT[index], difference_RT[index], np.nan)[excerpt],
+        tuple(forward.labels(tokenizer, arrays[r]["targets"][:_EXCERPT].tolist()) for r in largest),
+        tuple(counted_2RT[:, r, :_EXCERPT].T for r in largest),
     )
 
 

@@ -10,25 +10,77 @@ conditions as a constant, and three functions: `measure(condition, seed)` return
 `judge(figures)` the findings by the rules, `tables(figures)` lines for the README. Figures are kept in
 files below --runs, each with the commit, machine and date of its measurement, so that the same command goes on where it
 was stopped, and results have the provenance of the figures that they follow from.
+
+    if __name__ == "__main__":
+        cli.run_script(experiments.script(main, quick={"seeds": 2, "steps": 4}))
+
+With --quick, the flags of `quick` have these values, and all files are written below RUNS/quick: the whole experiment
+is tried in a few minutes, and nothing in experiments/ changes.
 """
 
 import dataclasses
 import functools
 import pathlib
 import shlex
+import shutil
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from absl import flags as absl_flags
 
-from llm_jax import bars, files
+from llm_jax import bars, files, runtime
 from llm_jax.errors import UserError
-from llm_jax.research import findings, provenance
+from llm_jax.research import findings, jobs, live_table, provenance
 from llm_jax.research.findings import Finding
 from llm_jax.research.provenance import Provenance
 
 # Flags that do not change results: directories, numbers of processes, and the selected part.
-NEUTRAL = ("runs", "jobs", "part", "parts", "output", "resume")
+NEUTRAL = ("runs", "jobs", "part", "parts", "output", "resume", "quick")
+
+
+def script(main: Callable[[], None], quick: Mapping[str, Any], runs: str = "") -> Callable[[], None]:
+    """The function that runs `main` of a script of experiments/, for `cli.run_script`; defines the flag --quick.
+
+    Args:
+      quick: by flag, its value with --quick, where the command does not give another one.
+      runs: the default of --runs, for a script that keeps no figures and does not define this flag.
+    """
+    flags = absl_flags.FLAGS
+    if runs:
+        absl_flags.DEFINE_string("runs", runs, "where results are written with --quick", flag_values=flags)
+    absl_flags.DEFINE_boolean(
+        "quick", False, "try everything in its smallest form; writes below RUNS/quick only", flag_values=flags
+    )
+
+    @functools.wraps(main)
+    def run() -> None:
+        if flags.quick:
+            for name, value in quick.items():
+                if not flags[name].present:
+                    flags[name].value = value
+            flags["runs"].value = str(directory(flags.runs, "quick"))
+        runtime.retain_freed_memory()
+        try:
+            main()
+        except KeyboardInterrupt:
+            if not runs:
+                print(f"\nfigures are kept in {flags.runs}; the same command goes on with the others", file=sys.stderr)
+            raise
+
+    return run
+
+
+def output(script: str) -> pathlib.Path:
+    """Where results, tables and pictures of a script are written: beside it, or with --quick RUNS/published."""
+    flags = absl_flags.FLAGS
+    beside = pathlib.Path(script).parent
+    if not ("quick" in flags and flags.quick):
+        return beside
+    published = directory(flags.runs, "published")
+    if not (published / "README.md").exists():
+        shutil.copy(beside / "README.md", published)
+    return published
 
 
 def directory(runs: str, *names: object) -> pathlib.Path:
@@ -43,32 +95,54 @@ def file_name(condition: str) -> str:
     return condition.replace(" ", "_").replace(":", "-")
 
 
-def write_figures(path: pathlib.Path, figures: Any, origin: Provenance) -> None:
-    """Writes figures, which are JSON values, with the commit, machine and date of their measurement."""
-    fields = dataclasses.asdict(origin)
-    del fields["command"]
-    files.write_json(path, {"figures": figures} | fields)
+def cached(path: pathlib.Path, compute: Callable[[], Any], origins: list[Provenance]) -> Any:
+    """The figures of a JSON file, as JSON values; where it is missing, they are computed and written first.
 
-
-def read_figures(path: pathlib.Path) -> tuple[Any, Provenance]:
-    """(figures, where they were measured) of a file; files of earlier versions have no origin.
+    Args:
+      origins: the provenance of the figures is appended; that of files of earlier versions is not known.
 
     Raises:
-      UserError: the file cannot be read.
+      UserError: the file cannot be read or written.
     """
-    record = files.read_json(path)
-    if not isinstance(record, dict) or record.keys() != {"figures", "commit", "machine", "date"}:
-        return record, Provenance()
-    return record.pop("figures"), Provenance(**record)
-
-
-def cached(path: pathlib.Path, compute: Callable[[], Any]) -> tuple[Any, Provenance]:
-    """(figures, where they were measured) of a JSON file; where it is missing, they are computed and written first."""
     if not path.exists():
         files.make_directory(path.parent)
         origin = provenance.here("")
-        write_figures(path, compute(), origin)
-    return read_figures(path)
+        files.write_json(path, {"figures": compute()} | _fields(origin))
+    record = files.read_json(path)
+    if isinstance(record, dict) and record.keys() == {"figures", *_fields(Provenance())}:
+        figures = record.pop("figures")
+        origins.append(Provenance(**record))
+        return figures
+    origins.append(Provenance())
+    return record
+
+
+def train(trainings: Sequence[jobs.Job], count: int) -> list[Provenance]:
+    """Runs the trainings that are not done, `count` at a time (0: see `jobs.machine_shares`), and shows their states.
+
+    Returns:
+      Where each was trained, as its directory records: of a training that went on at another commit, all of them; of
+      one by an earlier version, one that is not known.
+
+    Raises:
+      UserError: a training failed, or another process runs it.
+    """
+    origins = []
+    for training in trainings:
+        path = training.directory / "origins.json"
+        records = files.read_json(path) if path.exists() else []
+        if not training.is_done() and (here := _fields(provenance.here(""))) not in records:
+            records.append(here)
+            files.make_directory(training.directory)
+            files.write_json(path, records)
+        origins += [Provenance(**record) for record in records] or [Provenance()]
+    jobs.run_all(trainings, jobs.machine_shares(count, len(trainings)), show=live_table.print_changes())
+    return origins
+
+
+def _fields(origin: Provenance) -> dict[str, str]:
+    """A provenance as JSON values, without the command."""
+    return {name: value for name, value in dataclasses.asdict(origin).items() if name != "command"}
 
 
 def measure(
@@ -82,22 +156,34 @@ def measure(
     Raises:
       UserError: two conditions have the same file name.
     """
-    figures: dict[str, list[Any]] = {condition: [] for condition in conditions}
+    names = list(dict.fromkeys(conditions))
+    points = {f"{name}-{seed}": functools.partial(compute, name, seed) for seed in range(seeds) for name in names}
+    origins: list[Provenance] = []
+    figures = measure_all(directory, points, origins)
+    return {name: [figures[f"{name}-{seed}"] for seed in range(seeds)] for name in names}, origins
+
+
+def measure_all(
+    directory: pathlib.Path, computations: Mapping[str, Callable[[], Any]], origins: list[Provenance]
+) -> dict[str, Any]:
+    """{name: figures} of {name: their computation}; what a file NAME.json in `directory` has is not computed again.
+
+    Args:
+      computations: each returns figures as JSON values; a name may contain "/".
+      origins: where each was measured is appended.
+
+    Raises:
+      UserError: two names have the same file name.
+    """
     names: dict[str, str] = {}
-    for condition in figures:
-        other = names.setdefault(file_name(condition), condition)
-        if other != condition:
-            raise UserError(
-                f"conditions '{other}' and '{condition}' have the same file name, {file_name(condition)}; rename one"
-            )
-    origins = []
-    points = [(condition, seed) for seed in range(seeds) for condition in figures]
-    for condition, seed in bars.bar(points, "runs"):
-        path = directory / f"{file_name(condition)}-{seed}.json"
-        value, origin = cached(path, functools.partial(compute, condition, seed))
-        figures[condition].append(value)
-        origins.append(origin)
-    return figures, origins
+    for name in computations:
+        other = names.setdefault(file_name(name), name)
+        if other != name:
+            raise UserError(f"'{other}' and '{name}' have the same file name, {file_name(name)}; rename one")
+    return {
+        name: cached(directory / f"{file_name(name)}.json", compute, origins)
+        for name, compute in bars.bar(computations.items(), "measuring")
+    }
 
 
 def command(script: str, placeholders: Mapping[str, str] | None = None) -> str:
@@ -144,7 +230,7 @@ def publish(
     Raises:
       UserError: results.json cannot be written, or the README has no such section.
     """
-    directory = pathlib.Path(script).parent
+    directory = output(script)
     line = measured_by or command(script)
     source = provenance.here(line) if origins is None else provenance.combine(origins, line)
     path = directory / "results.json"

@@ -12,7 +12,7 @@ from absl import flags
 from llm_jax import files
 from llm_jax.errors import UserError
 from llm_jax.intervals import Interval
-from llm_jax.research import experiments, findings, provenance
+from llm_jax.research import experiments, findings, jobs, provenance
 from tests.conftest import ROOT
 
 README = "# A\n\n<!-- results: written by run.py -->\n<!-- end of results -->\n"
@@ -34,6 +34,53 @@ def test_every_condition_and_seed_is_measured_once(tmp_path):
     (root / "int4-64-1.json").unlink()
     assert experiments.measure(root, ["a b", "int4:64"], 2, compute)[0] == figures
     assert calls[4:] == [("int4:64", 1)]
+
+    with pytest.raises(KeyboardInterrupt):  # Ctrl-C at the second point
+        experiments.measure(root, ["c", "d"], 2, lambda c, seed: interrupt() if c == "d" else compute(c, seed))
+    assert calls[5:] == [("c", 0)]
+    experiments.measure(root, ["c", "d"], 2, compute)
+    assert calls[6:] == [("d", 0), ("c", 1), ("d", 1)]
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def test_quick_sets_the_flags_of_the_experiment_and_publishes_below_its_runs(script, script_flags, tmp_path):
+    values = {}
+
+    def main():
+        values.update(seeds=script_flags.seeds, widths=script_flags.widths, large=script_flags.large)
+        result = findings.finding("Q9", "loss", 0.5, "holds")
+        experiments.publish(script, [result], ["", "quick"])
+        (experiments.output(script) / "x.png").write_bytes(b"")
+
+    run = experiments.script(main, quick={"seeds": 2, "widths": ["8"]})
+    script_flags(["run.py", "--quick", "--widths=16", f"--runs={tmp_path / 'runs'}"])
+    run()
+    assert values == {"seeds": 2, "widths": ["16"], "large": True}
+    published = tmp_path / "runs" / "quick" / "published"
+    assert sorted(path.name for path in published.iterdir()) == ["README.md", "results.json", "x.png"]
+    assert "quick" in (published / "README.md").read_text() and (tmp_path / "README.md").read_text() == README
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "runs"]
+    script_flags.quick = False
+    assert experiments.output(script) == tmp_path
+
+
+def test_results_say_where_their_models_were_trained(tmp_path, monkeypatch):
+    job = jobs.Job(
+        "a", ("-c", f"open({str(tmp_path / 'a' / 'done')!r}, 'w')"), tmp_path / "a", (tmp_path / "a" / "done").exists
+    )
+    old = dataclasses.replace(job, directory=tmp_path / "old", is_done=lambda: True)
+    new = dataclasses.replace(OLD, commit="abcdef0123", date="2021-01-01")
+    monkeypatch.setattr(provenance, "here", lambda command: OLD)
+    failing = dataclasses.replace(job, command=("-c", "raise SystemExit('no')"))
+    with pytest.raises(UserError, match="a is failed: no"):
+        experiments.train([failing], 1)
+    monkeypatch.setattr(provenance, "here", lambda command: new)
+    assert experiments.train([job, old], 1) == [OLD, new, provenance.Provenance()]  # it went on at another commit
+    monkeypatch.setattr(provenance, "here", lambda command: pytest.fail("trained again"))
+    assert experiments.train([job, old], 1) == [OLD, new, provenance.Provenance()]
 
 
 @pytest.fixture
@@ -126,7 +173,7 @@ def test_results_of_figures_without_origin_keep_their_provenance(script, tmp_pat
 
 
 def test_conditions_with_one_file_name_are_refused(tmp_path):
-    with pytest.raises(UserError, match="'a b' and 'a_b' have the same file name, a_b"):
+    with pytest.raises(UserError, match="'a b-0' and 'a_b-0' have the same file name, a_b-0"):
         experiments.measure(tmp_path, ["a b", "a_b"], 1, lambda condition, seed: pytest.fail("measured"))
 
 
@@ -148,6 +195,7 @@ IN_FILES = {
     "decoding_quality": {"checkpoint", "text"},  # a digest in the directory
     "prompt_sensitivity": {"model", "reference", "paraphrases"},  # the header and the name of each file
     "quantization_quality": {"checkpoint", "llama_python", "smollm2"},  # a digest; which files are measured
+    "tokenization": {"sizes"},  # the names of conditions
     "width_transfer": {"widths", "powers"},  # the names of conditions; the base width is in the directory
 }
 

@@ -1,0 +1,91 @@
+"""Every experiment in its smallest form: measured, judged and published below --runs, and not measured again."""
+
+import os
+import pathlib
+import runpy
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from absl import flags
+
+from llm_jax.cli import entry
+from llm_jax.research import findings
+from tests.conftest import ROOT
+
+SCRIPTS = sorted(p for p in (ROOT / "experiments").glob("*/*.py") if "experiments.script(" in p.read_text())
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Runs a script of experiments/ within this process; its flags are removed afterwards."""
+
+    def run_script(path, *arguments):
+        monkeypatch.setattr(sys, "argv", [str(path), *arguments])
+        # Errors are raised, not printed: `signals.leave` would end the tests.
+        monkeypatch.setattr(entry, "_start", lambda c, arguments: entry._execute(c, c.flags, arguments))
+        before = set(flags.FLAGS)
+        try:
+            runpy.run_path(str(path), run_name="__main__")
+        finally:
+            for name in set(flags.FLAGS) - before:
+                delattr(flags.FLAGS, name)
+            for defined in (flags.FLAGS.flags_by_module_dict(), flags.FLAGS.flags_by_module_id_dict()):
+                for of_module in defined.values():
+                    of_module[:] = [flag for flag in of_module if flag.name in before]
+
+    return run_script
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_an_experiment_measures_once_and_publishes_below_its_runs(script, run, command, tmp_path):
+    committed = {path: path.read_bytes() for path in script.parent.iterdir() if path.is_file()}
+    arguments = ["--quick", f"--runs={tmp_path}"]
+    if script.parent.name == "quantization_quality":
+        arguments.append(f"--checkpoint={tmp_path / 'model'}")
+        width = ("--config.model.width=128", "--config.model.mlp_dim=128")  # groups of 128 have to divide it
+        command("train", f"--workdir={tmp_path / 'model'}", "--config.train.steps=4", *width)
+    run(script, *arguments)
+    published = tmp_path / "quick" / "published"
+    results = findings.read(published / "results.json")
+    assert results and all(r.verdict and r.command and r.date for r in results)
+    if script.parent.name not in ("reliability", "width_transfer"):  # their tables have no rows of verdicts
+        text = (published / "README.md").read_text()
+        assert all(f"| **{r.verdict}** |" in text for r in results)
+    measured, content = figures(tmp_path), (published / "results.json").read_bytes()
+    if script.parent.name not in ("adapter_inference", "contextual"):  # seconds long: nothing is kept
+        run(script, *arguments, *(["--resume"] if script.parent.name == "reliability" else []))
+        assert (published / "results.json").read_bytes() == content and figures(tmp_path) == measured
+    assert {path: path.read_bytes() for path in script.parent.iterdir() if path.is_file()} == committed
+
+
+@pytest.mark.slow
+def test_an_experiment_that_is_interrupted_or_killed_goes_on_where_it_was_stopped(run, tmp_path):
+    script = ROOT / "experiments" / "heavy_tail" / "run.py"
+    arguments = ["--quick", f"--runs={tmp_path}"]
+    measured: dict[pathlib.Path, int] = {}
+    for number, code in ((signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):
+        process = subprocess.Popen(
+            [sys.executable, str(script), *arguments],
+            cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        while len(figures(tmp_path)) == len(measured):
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.02)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == code and "Traceback" not in errors
+        assert number == signal.SIGKILL or "the same command goes on" in errors
+        assert measured.items() <= figures(tmp_path).items()
+        measured = figures(tmp_path)
+    assert len(measured) < 8 and not (tmp_path / "quick" / "published").exists()
+    run(script, *arguments)
+    assert measured.items() <= figures(tmp_path).items() and len(figures(tmp_path)) == 8
+
+
+def figures(runs):
+    """{path: time of its last change} of the files of figures."""
+    return {p: p.stat().st_mtime_ns for p in runs.rglob("*.json") if p.parent.name != "published"}
