@@ -157,7 +157,7 @@ def test_ctrl_c_ends_the_answer_and_ctrl_d_the_program(trained):
 
     try:
         before = int(wait_for(r"\[([\d,]+) tokens left\] > ")[1].replace(",", ""))
-        wait_for(r"Ctrl-D ends the program.*\[[\d,]+ tokens left\] > ", press=b"\x03")  # at the prompt
+        wait_for(r"Ctrl-D exits.*\[[\d,]+ tokens left\] > ", press=b"\x03")  # at the prompt
         os.write(terminal, b"the model\n")
         wait_for(r"compiling.*\x1b\[K[^\x1b]")  # the first text
         os.write(terminal, b"\x03")

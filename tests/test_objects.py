@@ -162,7 +162,7 @@ def test_a_run_is_stopped_resumed_read_and_reported(directory, trained, text_fil
     assert files.read(directory / "report-curves.png")[:4] == b"\x89PNG"
     llm_jax.save(*loaded, "s3://bucket/saved")
     assert trees.fingerprint(llm_jax.load("s3://bucket/saved").params) == fingerprint
-    with pytest.raises(UserError, match="s3://bucket/saved exists"):
+    with pytest.raises(UserError, match="s3://bucket/saved already exists"):
         llm_jax.save(*loaded, "s3://bucket/saved")
 
     arrays = files.below(directory / "checkpoints" / "8" / "arrays")
