@@ -65,7 +65,7 @@ SIZES: dict[str, tuple[dict[str, object], tuple[int, ...]]] = {
     "cpu": (FAST, ()),
     "quick": (
         FAST
-        | {"train.steps": 1, "train.batch_size": 2, "train.seq_len": 64, "optim.warmup_steps": 0}
+        | {"train.steps": 1, "train.batch_size": 2, "optim.warmup_steps": 0}
         | {"data.labelled.test_size": 4.0, "data.labelled.validation_size": 4.0, "data.labelled.train_size": 8},
         (4, 8),
     ),
