@@ -26,6 +26,7 @@ FLAGS.boolean(
 )
 FLAGS.define_dtype()
 FLAGS.define_as_stored()
+FLAGS.define_activations()
 # Several texts, searches and drafts make no conversation.
 _LEFT_OUT = (
     *("n", "alternatives", "truncate", "beams", "length_penalty", "early_stop", "beam_groups", "diversity"),
@@ -130,7 +131,7 @@ def main(f: cli.Flags) -> None:
     encode = encoder(tokenizers.with_chat_template(checkpoint.tokenizer, f.chat_template), f.plain, f.checkpoint)
     if not checkpoint.config.causal:
         raise UserError(f"{f.checkpoint} is a bidirectional model (model.causal=False); it writes no text")
-    loaded = checkpoint.load(dtype=f.dtype, as_stored=f.as_stored)
+    loaded = checkpoint.load(dtype=f.dtype, as_stored=f.as_stored, activations=f.activations)
     status.show("")
     config = loaded.model.config
     options.check(min(loaded.tokenizer.vocab_size, config.vocab_size))
