@@ -26,6 +26,7 @@ FLAGS.boolean(
 )
 FLAGS.define_dtype()
 FLAGS.define_as_stored()
+FLAGS.define_activations()
 # Options that a conversation does not support: several continuations, searches and speculative decoding.
 _LEFT_OUT = (
     *("n", "alternatives", "truncate", "beams", "length_penalty", "early_stop", "beam_groups", "diversity"),
@@ -133,7 +134,7 @@ def main(f: cli.Flags) -> None:
             f"{f.checkpoint} is a bidirectional model (model.causal=False), which cannot generate text; expected a "
             "causal model"
         )
-    loaded = checkpoint.load(dtype=f.dtype, as_stored=f.as_stored)
+    loaded = checkpoint.load(dtype=f.dtype, as_stored=f.as_stored, activations=f.activations)
     status.show("")
     config = loaded.model.config
     options.check(min(loaded.tokenizer.vocab_size, config.vocab_size))

@@ -36,6 +36,7 @@ FLAGS.integer(
 )
 FLAGS.integer("batch_size", 16, "number of windows (or of task examples) that are evaluated in one batch")
 FLAGS.define_as_stored()
+FLAGS.define_activations()
 FLAGS.boolean("json", False, "print one JSON object instead of text")
 FLAGS.define_dtype("with --task or --harness: dtype of checkpoints that llm_jax did not train")
 FLAGS.string("task", "", "task to measure accuracy on: arithmetic, copying, sentiment, or a JSONL file of examples")
@@ -188,7 +189,9 @@ def _measure(f: cli.Flags, held_out: _HeldOut, source: Any, by_unit: bool = Fals
     from llm_jax.evaluation import held_out as held_out_lib
     from llm_jax.training import losses
 
-    model, params, tokenizer = held_out.checkpoint.load(scan_layers=True, as_stored=f.as_stored)
+    model, params, tokenizer = held_out.checkpoint.load(
+        scan_layers=True, as_stored=f.as_stored, activations=f.activations
+    )
     corpus = source.corpus(tokenizer)
     split = corpus.validation
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -336,11 +339,12 @@ def _ask(f: cli.Flags, name: str, task: Any, configs: list[Any], count: int) -> 
     from llm_jax.evaluation import answers
 
     checkpoint = checkpoints.open(name, f.base)
-    loaded = checkpoint.load(dtype=f.dtype, as_stored=f.as_stored)
+    loaded = checkpoint.load(dtype=f.dtype, as_stored=f.as_stored, activations=f.activations)
     loaded = loaded._replace(tokenizer=tokenizers.with_chat_template(loaded.tokenizer, f.chat_template))
     weights = hashlib.sha256(checkpoint.identity.encode()).hexdigest()[:16]
     settings = {"checkpoint": name, "weights": weights, "task": task.digest()}
     settings |= {"dtype": f.dtype, "as_stored": f.as_stored}
+    settings |= {"activations": f.activations} if f.activations != "float" else {}
     settings |= {"chat_template": f.chat_template} if f.chat_template else {}  # older records have no such key
     directory = pathlib.Path(f.output) if f.output else None
     if directory and len(f.checkpoint) > 1:  # a directory for each checkpoint
@@ -370,8 +374,10 @@ def on_harness(f: cli.Flags) -> None:
     path = pathlib.Path(f.harness_path) if f.harness_path else None
     if path and not path.is_dir():
         raise UserError(f"--harness_path={path}: no such directory")
-    model, params, tokenizer = checkpoints.load(f.checkpoint[0], dtype=f.dtype, as_stored=f.as_stored, base=f.base)
-    results = harness.run(model, params, tokenizer, f.harness.split(","), path, f.batch_size, f.limit)
+    loaded = checkpoints.open(f.checkpoint[0], f.base).load(
+        dtype=f.dtype, as_stored=f.as_stored, activations=f.activations
+    )
+    results = harness.run(*loaded, f.harness.split(","), path, f.batch_size, f.limit)
     if f.json:
         print(json.dumps(results, default=str))
         return

@@ -22,6 +22,7 @@ FLAGS.string(
 )
 FLAGS.define_dtype()
 FLAGS.define_as_stored()
+FLAGS.define_activations()
 FLAGS.enum(
     "cache",
     "",
@@ -55,7 +56,7 @@ def main(f: cli.Flags) -> None:
         raise UserError("--stream, --explain and --json are different output formats; use only one")
     if (f.stream or f.explain) and (len(f.prompt) > 1 or options.n > 1):
         raise UserError(f"--{'stream' if f.stream else 'explain'} shows one continuation of one --prompt")
-    model, params, tokenizer = checkpoint.load(dtype=f.dtype, as_stored=f.as_stored)
+    model, params, tokenizer = checkpoint.load(dtype=f.dtype, as_stored=f.as_stored, activations=f.activations)
     if f.cache:
         model = model.clone(config=dataclasses.replace(model.config, kv_cache=f.cache))
     if not model.config.causal:

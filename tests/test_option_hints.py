@@ -79,7 +79,7 @@ def test_no_other_value_hides_one_of_the_same_name():
         (lambda: llm_jax.load("x", torch_dtype="auto"), r"load\(\) has no argument 'torch_dtype'; did you mean dtype?"),
         (lambda: llm_jax.load("x", device_map="auto"), "'device_map'; the model is placed on the default device"),
         (lambda: llm_jax.load("x", load_in_4bit=True), "'load_in_4bit'; python -m llm_jax.quantize --scheme=nf4"),
-        (lambda: llm_jax.load("x", zzz=1), "'zzz'; expected name, scan_layers, dtype, as_stored, base"),
+        (lambda: llm_jax.load("x", zzz=1), "'zzz'; expected name, scan_layers, dtype, as_stored, base, activations"),
         (lambda: complete(None, None, None, [], None, stopping=1), r"complete\(\) has no argument 'stopping'"),
         (lambda: complete(None, None, None, [], top_k=1), r"did you mean options=DecodingOptions\(top_k=...\)\?"),
         (lambda: complete(None, None, None, [], num_beams=1), r"did you mean options=DecodingOptions\(beams=...\)\?"),

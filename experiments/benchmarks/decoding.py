@@ -34,7 +34,10 @@ def turns(generate: Generate, batches: Sequence[int], prefill: bool) -> Callable
 
 
 def llm_jax(weights: str, batches: Sequence[int], prefill: bool = True) -> Job:
-    """Decoding with weights in "float32", "bfloat16", a scheme of `llm_jax.quantize`, or "as stored" in the file."""
+    """Decoding with weights in "float32", "bfloat16", a scheme of `llm_jax.quantize`, or "as stored" in the file.
+
+    "+a8" after a scheme or "as stored" rounds activations to 8 bits.
+    """
     import jax
 
     from llm_jax import checkpoints, runtime
@@ -45,10 +48,13 @@ def llm_jax(weights: str, batches: Sequence[int], prefill: bool = True) -> Job:
     from llm_jax.quant import post_training
 
     runtime.retain_freed_memory()
+    activations = "int8" if weights.endswith("+a8") else "float"
+    weights = weights.removesuffix("+a8")
     dtype = weights if weights == "bfloat16" else "float32"
     model, params, _ = checkpoints.load(MODEL, dtype=dtype, as_stored=weights == "as stored")
     if weights not in ("float32", "bfloat16", "as stored"):
         params = post_training.quantize_params(params, post_training.rules(weights, "int8"), "weights")
+    params = weights_lib.with_activations(params, activations)
     sampler = DecodingOptions(temperature=0).sampler()
 
     def generate(batch: int, prompt: int, new: int) -> Any:

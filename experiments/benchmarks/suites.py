@@ -91,8 +91,8 @@ def decode(formats: list[str], batches: list[int], rounds: int, llama: list[str]
     ours = []
     for name in formats:
         rivals = [f"transformers {name}"] if name in dtypes else ["llm_jax float32"]
-        if name in ("int4", "as stored", "int8"):
-            rivals += [f"llama.cpp {kind}" for kind in llama if (kind == "Q8_0") == (name == "int8")]
+        if (stem := name.removesuffix("+a8")) in ("int4", "as stored", "int8"):
+            rivals += [f"llama.cpp {kind}" for kind in llama if (kind == "Q8_0") == (stem == "int8")]
         ours.append(Side(f"llm_jax {name}", "decoding:llm_jax", options | {"weights": name}, rivals=tuple(rivals)))
     peers = [
         Side(f"transformers {dtype}", "decoding:transformers", options | {"model": _HF, "dtype": dtype}, peer=True)
@@ -106,7 +106,8 @@ def decode(formats: list[str], batches: list[int], rounds: int, llama: list[str]
         "decode",
         "Decoding and prefill",
         "SmolLM2-135M, greedy, 32 tokens after a prompt of 16, with 1, 4 or 16 rows; prefill of 512 tokens. Quantized "
-        "weights of llm_jax have the embedding table and the head in int8; 'as stored' is the file in Q4_1.",
+        "weights of llm_jax have the embedding table and the head in int8; 'as stored' is the file in Q4_1; '+a8' "
+        "rounds activations to 8 bits (--activations=int8), as llama.cpp does.",
         (BOUNDS, *ours, *peers),
         rounds,
     )
@@ -233,11 +234,11 @@ def suite(name: str) -> list[Measure]:
     if name == "quick":
         return [
             training("float32", 1, 256, 2, full=False),
-            decode(["float32", "int8", "int4"], [1], 2, ["Q4_0"], ["float32"]),
+            decode(["float32", "int8", "int4", "int4+a8"], [1], 2, ["Q4_0"], ["float32"]),
             start(1, full=False),
         ]
     if name == "cpu":
-        formats = ["float32", "bfloat16", "int8", "int4", "nf4", "as stored"]
+        formats = ["float32", "bfloat16", "int8", "int4", "nf4", "as stored", "int8+a8", "int4+a8", "as stored+a8"]
         return [
             training("float32", 4, 256, 2, full=True),
             training("bfloat16", 4, 256, 2, full=True),

@@ -64,6 +64,7 @@ def load(
     dtype: str = "float32",
     as_stored: bool = False,
     base: str = "",
+    activations: str = "float",
 ) -> Loaded:
     """The model, its parameters on the default device, and the tokenizer.
 
@@ -75,11 +76,13 @@ def load(
       as_stored: keep the quantized tensors of a .gguf file if a scheme of `llm_jax.kernels.number_formats` equals
         their format.
       base: of adapters, the checkpoint of their base; see `open`.
+      activations: "float", or "int8", which rounds the activations of products with quantized weights to 8 bits; see
+        `weights.with_activations`.
 
     Raises:
       UserError: there is no checkpoint, or it is damaged or not supported.
     """
-    return open(name, base).load(scan_layers, dtype, as_stored)
+    return open(name, base).load(scan_layers, dtype, as_stored, activations)
 
 
 def load_separately(*names: str | os.PathLike[str]) -> tuple[Loaded, list[dict[str, Any]]]:

@@ -110,7 +110,9 @@ class Checkpoint(abc.ABC):
           UserError: the weights are damaged or do not fit the model.
         """
 
-    def load(self, scan_layers: bool = False, dtype: str = "float32", as_stored: bool = False) -> Loaded:
+    def load(
+        self, scan_layers: bool = False, dtype: str = "float32", as_stored: bool = False, activations: str = "float"
+    ) -> Loaded:
         """The model, its parameters on the default device, and the tokenizer. See `llm_jax.load`."""
         if as_stored and self.form != "gguf":
             raise UserError(f"--as_stored keeps the quantized tensors of a .gguf file; {self.name} is not one")
@@ -120,6 +122,7 @@ class Checkpoint(abc.ABC):
             config = with_dtype(config, dtype)
         tokenizer = self.tokenizer
         params = self.params(config, on_default_device, as_stored=as_stored or self.form != "gguf")
+        params = weights.with_activations(params, activations)
         return Loaded(Transformer(dataclasses.replace(config, scan_layers=is_stacked(params))), params, tokenizer)
 
 

@@ -80,6 +80,11 @@ class Flags(flags.FlagValues):
         meaning = "keep the quantized tensors of a .gguf file quantized instead of expanding them to floats"
         self.boolean("as_stored", False, meaning)
 
+    def define_activations(self) -> None:
+        """Defines --activations."""
+        meaning = "activations of products with quantized weights: float, or int8, which is faster and less exact"
+        self.enum("activations", "float", ["float", "int8"], meaning)
+
     def integer(self, name: str, default: int | None, meaning: str, **options: Any) -> None:
         flags.DEFINE_integer(name, default, meaning, flag_values=self, **options)
 

@@ -1,9 +1,11 @@
 """Products with quantized weights by the kernels in C++.
 
 `product` multiplies a few rows of float32 activations (`cpu/quantized_product.cc`), `integer_product` any number of
-rows in int8 (`cpu/integer_product.cc`).
+rows in int8 (`cpu/integer_product.cc`), `blockwise_products` any number of rows that are rounded to 8 bits in blocks
+(`cpu/blockwise_product.cc`).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -26,18 +28,31 @@ def unsupported_reason(
 ) -> str:
     """The reason why the kernels do not compute a product, or ""; see `matmul.expanded_product` for the arguments."""
     rows = x.size // x.shape[-1] if x.shape[-1] else 0
-    if s.format not in _FORMATS:
-        return f"the format {s.format} has no kernel"
-    if axis + 2 != contracted:
-        return "the groups do not lie along the contracted axis"
+    if reason := _unsupported_weight(x, codes, s, axis, contracted):
+        return reason
     most_rows = MOST_ROWS[number_formats.FORMATS[s.format].bits]
     if not 1 <= rows <= most_rows:
         return f"{rows} rows of activations; the kernels of {s.format} take 1 to {most_rows}"
     if x.dtype != jnp.float32 or jnp.dtype(accumulate) != jnp.float32:  # XLA rounds the weight to the dtype of x
         return f"{x.dtype} activations with {jnp.dtype(accumulate)} sums"
+    return native.unusable_reason()
+
+
+def unsupported_blockwise_reason(x: jax.Array, codes: tuple[Any, ...], s: Scheme, axis: int, contracted: int) -> str:
+    """The reason why the kernels do not compute a product of rounded activations, or ""; see `blockwise_products`."""
+    if reason := _unsupported_weight(x, codes, s, axis, contracted):
+        return reason
+    return native.unusable_reason() if x.size else "no activations"
+
+
+def _unsupported_weight(x: jax.Array, codes: tuple[Any, ...], s: Scheme, axis: int, contracted: int) -> str:
+    if s.format not in _FORMATS:
+        return f"the format {s.format} has no kernel"
+    if axis + 2 != contracted:
+        return "the groups do not lie along the contracted axis"
     if codes[0].ndim != 2 or x.shape[-1] > _MOST_INPUTS or not codes[0].size:
         return f"codes of the shape {codes[0].shape}"
-    return native.unusable_reason()
+    return ""
 
 
 def product(x: jax.Array, codes: tuple[Any, ...], s: Scheme, axis: int, path: str = "auto") -> jax.Array:
@@ -55,36 +70,57 @@ def product(x: jax.Array, codes: tuple[Any, ...], s: Scheme, axis: int, path: st
     Returns:
       float32 (..., F).
     """
-    f = number_formats.FORMATS[s.format]
-    packed, scale, offset = codes
-    nothing = jnp.zeros((0, 0), jnp.float32)
-    inner, mean, scale_values = nothing, nothing, np.zeros(0, np.float32)
-    if isinstance(scale, tuple):
-        scale_values = np.asarray(number_formats.FORMATS["dynamic8"].values, np.float32)
-        scale, inner, mean = scale
-    inputs = x.shape[-1]
-    outputs = packed.shape[1 if axis == -2 else 0]
-    values = f.values or (np.arange(2**f.bits) + f.low if f.bits < 8 else ())
-    call = jax.ffi.ffi_call(
-        "llm_jax_quantized_product",
-        jax.ShapeDtypeStruct((x.size // inputs, outputs), jnp.float32),
-        vmap_method="sequential",
-    )
-    y = call(
-        x.reshape(-1, inputs),
-        packed,
-        scale,
-        inner,
-        mean,
-        nothing if offset is None else offset,
-        bits=f.bits,
-        group=s.group if s.group > 0 else inputs,
-        by_output=int(axis == -1),
-        path=native.PATHS.index(path),
-        values=np.asarray(values, np.float32),
-        scale_values=scale_values,
-    )
+    inputs, outputs = x.shape[-1], codes[0].shape[1 if axis == -2 else 0]
+    result = jax.ShapeDtypeStruct((x.size // inputs, outputs), jnp.float32)
+    call = jax.ffi.ffi_call("llm_jax_quantized_product", result, vmap_method="sequential")
+    y = call(x.reshape(-1, inputs), *_operands(codes), **_attributes(codes, s, axis, inputs, path))
     return y.reshape(*x.shape[:-1], outputs)
+
+
+def blockwise_products(
+    x: jax.Array, weights: Sequence[tuple[Any, ...]], s: Scheme, axis: int, path: str = "auto"
+) -> tuple[jax.Array, ...]:
+    """The products of activations, rounded to 8 bits in blocks as by `matmul.round_blocks`, with quantized weights.
+
+    The activations are rounded once. Sums within a block are exact; the values of NF4 are rounded to 8 bits. The result
+    of a row depends neither on other rows nor on the number of threads.
+
+    Args:
+      x: float32 (..., C).
+      weights: (codes, scale, offset) of each weight, as for `product`; all of the scheme s.
+      path: a name of `native.PATHS`, for tests.
+
+    Returns:
+      float32 (..., F) for each weight.
+    """
+    inputs, outputs = x.shape[-1], [codes[0].shape[1 if axis == -2 else 0] for codes in weights]
+    results = [jax.ShapeDtypeStruct((x.size // inputs, size), jnp.float32) for size in outputs]
+    call = jax.ffi.ffi_call("llm_jax_blockwise_product", results, vmap_method="sequential")
+    operands = [operand for codes in weights for operand in _operands(codes)]
+    ys = call(x.reshape(-1, inputs), *operands, **_attributes(weights[0], s, axis, inputs, path))
+    return tuple(y.reshape(*x.shape[:-1], size) for y, size in zip(ys, outputs, strict=True))
+
+
+def _operands(codes: tuple[Any, ...]) -> tuple[jax.Array, ...]:
+    """The operands of a custom call that describe a weight: codes, scale, inner scale, mean of the scales, offset."""
+    nothing = jnp.zeros((0, 0), jnp.float32)
+    packed, scale, offset = codes
+    scale, inner, mean = scale if isinstance(scale, tuple) else (scale, nothing, nothing)
+    return packed, scale, inner, mean, nothing if offset is None else offset
+
+
+def _attributes(codes: tuple[Any, ...], s: Scheme, axis: int, inputs: int, path: str) -> dict[str, Any]:
+    f = number_formats.FORMATS[s.format]
+    values = f.values or (np.arange(2**f.bits) + f.low if f.bits < 8 else ())
+    scale_values = number_formats.FORMATS["dynamic8"].values if isinstance(codes[1], tuple) else ()
+    return {
+        "bits": f.bits,
+        "group": s.group if s.group > 0 else inputs,
+        "by_output": int(axis == -1),
+        "path": native.PATHS.index(path),
+        "values": np.asarray(values, np.float32),
+        "scale_values": np.asarray(scale_values, np.float32),
+    }
 
 
 def unsupported_integer_reason(x: jax.Array, codes: jax.Array) -> str:

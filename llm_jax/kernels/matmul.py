@@ -1,11 +1,14 @@
 """Products with quantized weights: arrays in, arrays out.
 
-`expanded_product` and `integer_product` are the entry points. On a CPU, few rows of float32 activations, and
-activations in int8, go to the kernels in C++ (`cpu_product`); on a TPU, bfloat16 and int8 activations go to kernels in
-Pallas (`pallas`); all else goes through XLA. `native` documents the environment variable that overrides the choice.
+`expanded_product`, `integer_product` and `blockwise_products` are the entry points. On a CPU, C++ kernels (`cpu_product`)
+compute products with few rows of float32 activations and with int8 activations. On a TPU, Pallas kernels (`pallas`)
+compute products with bfloat16 and int8 activations. XLA computes all others. `native` documents the environment
+variable that overrides the choice.
 """
 
+import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -74,6 +77,62 @@ def integer_product(
         return cpu_product.integer_product(x, x_scale, codes, scale, axis).astype(out_dtype)
 
     return lax.platform_dependent(x, x_scale, codes, scale, cpu=on_cpu, default=by_xla)
+
+
+def round_blocks(x: jax.Array, group: int) -> jax.Array:
+    """Rounds activations to 8 bits in blocks, as ggml's Q8_0: a block is at most 32 activations of a group.
+
+    The scale of a block is its largest magnitude over 127; a block whose largest is below 1e-30 becomes 0.
+
+    Args:
+      x: float (..., C).
+      group: the size of the groups of the weight; it divides C.
+
+    Returns:
+      The rounded activations, float32 (..., C); NaN in a block that has a NaN or an inf.
+    """
+    x = x.astype(jnp.float32)
+    size = min(group, number_formats.ACTIVATION_BLOCK)
+    missing = -group % size
+    grouped = x.reshape(*x.shape[:-1], -1, group)
+    blocks = jnp.pad(grouped, [(0, 0)] * (grouped.ndim - 1) + [(0, missing)])
+    blocks = blocks.reshape(*grouped.shape[:-1], -1, size)
+    largest = jnp.max(jnp.abs(blocks), -1, keepdims=True)
+    inverse = jnp.where(largest >= 1e-30, 127 / largest, 0.0)
+    rounded = jnp.round(blocks * inverse) * jnp.where(jnp.isfinite(largest), largest / 127, jnp.nan)
+    return rounded.reshape(*grouped.shape[:-1], -1)[..., :group].reshape(x.shape)
+
+
+def blockwise_products(
+    x: jax.Array, weights: Sequence[Codes], s: Scheme, axis: int, contracted: int
+) -> tuple[jax.Array, ...]:
+    """The products of activations in 8 bits with weights whose groups lie along the contracted axis.
+
+    The kernel sums the products of integers within a block exactly and scales the sums; XLA multiplies the rounded
+    activations with the expanded weight in float32. They differ by the rounding of float32 sums.
+
+    Args:
+      x: float (..., C); see `round_blocks`.
+      weights: codes of each weight, all of the scheme s; see `expanded_product` for them and the other arguments.
+
+    Returns:
+      float32 (..., F) for each weight. The values of NF4 are rounded to multiples of 1/127.
+
+    Raises:
+      UserError: see `native.library`.
+    """
+
+    def by_xla(x: jax.Array, weights: Sequence[Codes]) -> tuple[jax.Array, ...]:
+        values = dataclasses.replace(s, format="nf4_int8") if s.format == "nf4" else s
+        rounded = round_blocks(x, s.group if s.group > 0 else x.shape[-1])
+        return tuple(xla_product(rounded, codes, values, axis, contracted, jnp.float32) for codes in weights)
+
+    x = x.astype(jnp.float32)
+    unsupported = any(cpu_product.unsupported_blockwise_reason(x, codes, s, axis, contracted) for codes in weights)
+    if unsupported or native.library() is None:
+        return by_xla(x, weights)
+    kernel = functools.partial(cpu_product.blockwise_products, s=s, axis=axis)
+    return lax.platform_dependent(x, tuple(weights), cpu=kernel, default=by_xla)
 
 
 def expanded_product(

@@ -7,7 +7,7 @@ code represents
 
 A *format* defines the values of the codes; a *scheme* is a format with a group size, the dtype of its scales,
 its offset, and the quantization of activations. Schemes have names (`SCHEMES`), to which a group size may be
-added: "int4:64", "int8:channel", "int8:tensor".
+added: "int4:64", "int8:channel", "int8:tensor"; and "+a8" for activations in 8 bits: "int4+a8", "int4:64+a8".
 """
 
 import dataclasses
@@ -27,6 +27,8 @@ from llm_jax.value_names import suggestion
 # Letters of shapes: I in, O out, G groups, N numbers of a group.
 
 CHANNEL, TENSOR = 0, -1  # group sizes: the whole axis, and the whole weight
+ACTIVATIONS_INT8 = "+a8"  # the end of the name of a scheme whose products round activations in blocks
+ACTIVATION_BLOCK = 32  # the most activations that share a scale, as in ggml's Q8_0
 _GROUPS = {"channel": CHANNEL, "tensor": TENSOR}
 
 
@@ -85,6 +87,7 @@ FORMATS = {
     "uint4": NumberFormat(4, 0, 15),
     "uint2": NumberFormat(2, 0, 3),
     "nf4": NumberFormat(4, -1, 1, _normal_float()),
+    "nf4_int8": NumberFormat(4, -1, 1, tuple(round(v * 127) / 127 for v in _normal_float())),  # times int8 activations
     "dynamic8": NumberFormat(8, -1, 1, _dynamic_tree()),
     "e2m1": NumberFormat(4, -6, 6, (*_E2M1, *(-v for v in _E2M1))),
     "e4m3": NumberFormat(8, -448, 448, dtype="float8_e4m3fn"),
@@ -101,7 +104,8 @@ class Scheme:
       group: how many numbers share a scale, or `CHANNEL` or `TENSOR`.
       scale: "float32", "float16", "e8m0" (a power of two in one byte), or the scheme that quantizes the scales.
       offset: "" (none), "minimum" of the group, or "mean" of the weight.
-      activations: "" (not quantized), or int8: "dynamic" (a scale per token) or "static" (one calibrated scale).
+      activations: "" (not quantized), or int8: "dynamic" (a scale per token), "static" (one calibrated scale), or
+        "blocks" (a scale per token and block of at most `ACTIVATION_BLOCK` inputs of a group).
     """
 
     format: str
@@ -132,16 +136,29 @@ SCHEMES = {
     "q5_k": Scheme("uint8", 32, offset="minimum"),
     "q6_k": Scheme("int8", 16),
 }
+
+
+def accepts_int8_activations(s: Scheme) -> bool:
+    """Whether `s` has a product with activations that are rounded in blocks: a scheme of integers or 4-bit floats."""
+    return not s.activations and (FORMATS[s.format].integers or s.format in ("nf4", "e2m1"))
+
+
 FOR_WEIGHTS = tuple(name for name in SCHEMES if name not in ("double", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"))
 
 
 @functools.cache
 def scheme(name: str) -> Scheme:
-    """The scheme named "NAME" or "NAME:GROUP".
+    """The scheme named "NAME" or "NAME:GROUP", either perhaps with "+a8".
 
     Raises:
-      UserError: the scheme does not exist, or the group is not a number of at least 2, "channel" or "tensor".
+      UserError: the scheme does not exist, or the group is not a number of at least 2, "channel" or "tensor", or
+        the products of "+a8" are not defined for it.
     """
+    if name.endswith(ACTIVATIONS_INT8):
+        base = scheme(name.removesuffix(ACTIVATIONS_INT8))
+        if not accepts_int8_activations(base):
+            raise UserError(f"the scheme '{name}': {ACTIVATIONS_INT8} expects integers, NF4 or MXFP4 as weights")
+        return dataclasses.replace(base, activations="blocks")
     stem, colon, suffix = name.partition(":")
     if stem not in SCHEMES:
         near = suggestion(stem, FOR_WEIGHTS)

@@ -168,10 +168,8 @@ class Attention(Module):
         scheme, h = positions.make(c, self.kind), positions.head_dim(c)
         window = c.window if self.kind == "local" else None
         bias = c.bias or c.attention_bias
-        q, k, v = (
-            self.linear(x_BTD, name, heads * h, bias=bias or c.qkv_bias)
-            for name, heads in (("query", c.num_heads), ("key", c.num_kv_heads), ("value", c.num_kv_heads))
-        )
+        heads = {"query": c.num_heads, "key": c.num_kv_heads, "value": c.num_kv_heads}
+        q, k, v = self.linears(x_BTD, {name: n * h for name, n in heads.items()}, bias=bias or c.qkv_bias)
         if c.qk_norm and c.qk_norm_axis == "width":
             q, k = self._norm(q, "query_norm"), self._norm(k, "key_norm")
         q, k, v = (x.reshape(*x.shape[:2], -1, h) for x in (q, k, v))

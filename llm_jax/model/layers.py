@@ -55,14 +55,22 @@ class Module(nn.Module):
         Returns:
           (..., features) in the dtype of x.
         """
+        return self.linears(x, {name: features}, depth_scale, bias)[0]
+
+    def linears(
+        self, x: jax.Array, features: dict[str, int], depth_scale: bool = False, bias: bool = False
+    ) -> list[jax.Array]:
+        """As `linear`, for several weights that multiply the same x: {name: features} -> [(..., features)]."""
         scale = 1.0 / (2 * self.config.num_layers) if depth_scale else 1.0
         init = nn.initializers.variance_scaling(scale, "fan_in", "normal")
-        kernel = self.weight(name, init, (x.shape[-1], features))
-        path = "/".join((*self.path, name))
-        y = weights.dot(x, kernel, accumulate=self.config.precision.accumulate, gathered=mesh_lib.gathered(path))
-        if bias:
-            y += weights.dense(self.weight(f"{name}_bias", nn.initializers.zeros, (features,))).astype(y.dtype)
-        return y
+        kernels, biases = [], []
+        for name, size in features.items():
+            kernels.append(self.weight(name, init, (x.shape[-1], size)))
+            biases.append(self.weight(f"{name}_bias", nn.initializers.zeros, (size,)) if bias else None)
+        gathered = [mesh_lib.gathered("/".join((*self.path, name))) for name in features]
+        ys = weights.dots(x, kernels, accumulate=self.config.precision.accumulate, gathered=gathered)
+        added = zip(ys, biases, strict=True)
+        return [y if b is None else y + weights.dense(b).astype(y.dtype) for y, b in added]
 
 
 class Norm(Module):
@@ -97,9 +105,9 @@ class MLP(Module):
         c = self.config
         activation = choice("model.activation", c.activation, ACTIVATIONS)
         bias = c.bias or c.mlp_bias
-        up_BTF = self.linear(x_BTD, "up", c.mlp_dim, bias=bias)
         if choice("model.mlp", c.mlp, ("gated", "plain")) == "gated":
-            hidden_BTF = activation(self.linear(x_BTD, "gate", c.mlp_dim, bias=bias)) * up_BTF
+            up_BTF, gate_BTF = self.linears(x_BTD, {"up": c.mlp_dim, "gate": c.mlp_dim}, bias=bias)
+            hidden_BTF = activation(gate_BTF) * up_BTF
         else:
-            hidden_BTF = activation(up_BTF)
+            hidden_BTF = activation(self.linear(x_BTD, "up", c.mlp_dim, bias=bias))
         return self.linear(hidden_BTF, "down", c.width, depth_scale=True, bias=bias)

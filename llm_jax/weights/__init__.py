@@ -19,9 +19,21 @@ from llm_jax.weights.nodes import (
     summary,
     take,
 )
-from llm_jax.weights.quantized import IN, OUT, FakeQuant, QTensor, bits_per_weight, is_quantized, to_qtensor
+from llm_jax.weights.quantized import (
+    ACTIVATIONS,
+    IN,
+    OUT,
+    FakeQuant,
+    QTensor,
+    bits_per_weight,
+    dots,
+    is_quantized,
+    to_qtensor,
+    with_activations,
+)
 
 __all__ = [
+    "ACTIVATIONS",
     "IN",
     "NODES",
     "OUT",
@@ -39,6 +51,7 @@ __all__ = [
     "decay_mask",
     "dense",
     "dot",
+    "dots",
     "gather",
     "is_dense",
     "is_quantized",
@@ -49,4 +62,5 @@ __all__ = [
     "summary",
     "take",
     "to_qtensor",
+    "with_activations",
 ]

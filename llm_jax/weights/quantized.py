@@ -15,12 +15,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from llm_jax import trees
+from llm_jax.errors import UserError
 from llm_jax.kernels import matmul, number_formats
 from llm_jax.weights.nodes import Node, Weight, decay_mask, dense, dot, num_bytes, partition, take
 
 # Letters of shapes: I in, O out, G groups.
 
 IN, OUT = -2, -1
+ACTIVATIONS = ("float", "int8")  # dtypes of the activations that quantized weights are multiplied with
 _STATIC: dict[str, Any] = {"static": True}
 
 
@@ -56,7 +58,7 @@ class QTensor(Node):
     def dot(self, x: jax.Array, transposed: bool, out_dtype: Any, accumulate: Any) -> jax.Array:
         if self.smooth is not None and not transposed:
             x = x * self.smooth.astype(x.dtype)
-        y = _quantized_dot(x, self, transposed, jnp.dtype(out_dtype), jnp.dtype(accumulate))
+        y = _quantized_dots(x, (self,), transposed, jnp.dtype(out_dtype), jnp.dtype(accumulate))[0]
         if self.smooth is not None and transposed:
             y = y * self.smooth.astype(y.dtype)
         return checkpoint_name(y, "dot")
@@ -137,6 +139,42 @@ def to_qtensor(
     return QTensor(codes, stored, offset, smooth, input_scale, scheme, axis)
 
 
+def with_activations(params: Any, activations: str) -> Any:
+    """Parameters whose products with quantized weights take activations in a dtype.
+
+    Args:
+      params: a tree of weights of any kind.
+      activations: "float", which changes nothing, or "int8": activations are rounded to 8 bits in blocks of at most 32
+        (`kernels.matmul.round_blocks`) for weights of integers, NF4 and MXFP4 that have no int8 activations yet.
+
+    Returns:
+      The same tree, with other schemes of its `QTensor`s.
+
+    Raises:
+      UserError: the dtype has another name, or no weight is multiplied with int8 activations.
+    """
+    if activations not in ACTIVATIONS:
+        raise UserError(f"activations={activations!r}; expected one of {', '.join(ACTIVATIONS)}")
+    if activations == "float":
+        return params
+
+    def rounded(w: Any) -> Any:
+        if not is_quantized(w) or not number_formats.accepts_int8_activations(number_formats.scheme(w.scheme)):
+            return w
+        return dataclasses.replace(w, scheme=w.scheme + number_formats.ACTIVATIONS_INT8)
+
+    params = jax.tree.map(rounded, params, is_leaf=is_quantized)
+    schemes = [
+        number_formats.scheme(w.scheme) for w in jax.tree.leaves(params, is_leaf=is_quantized) if is_quantized(w)
+    ]
+    if not any(s.activations for s in schemes):
+        raise UserError(
+            "--activations=int8 expects weights that are quantized to integers, NF4 or MXFP4; quantize the checkpoint, "
+            "or give --as_stored for a .gguf file"
+        )
+    return params
+
+
 def is_quantized(weight: Weight) -> bool:
     """Whether `weight` is stored as codes of a number format."""
     return isinstance(weight, QTensor)
@@ -147,31 +185,73 @@ def bits_per_weight(weight: Any) -> float:
     return 8 * num_bytes(weight) / int(np.prod(weight.shape))
 
 
+def dots(x: jax.Array, ws: list[Weight], *, accumulate: Any, gathered: list[P | None]) -> list[jax.Array]:
+    """The products of x with several weights, each as by `dot`.
+
+    Quantized weights of one scheme with int8 activations go to the kernel together, which rounds x once.
+
+    Args:
+      x: (..., in).
+      ws: weights (in, out) of any kind.
+      accumulate, gathered: as for `dot`; `gathered` has an entry for each weight.
+    """
+    first = ws[0]
+    if gathered == [None] * len(ws) and all(_share_activations(first, w) for w in ws):
+        ys = _quantized_dots(x, tuple(ws), False, x.dtype, jnp.promote_types(accumulate, x.dtype))
+        return [checkpoint_name(y, "dot") for y in ys]
+    return [dot(x, w, accumulate=accumulate, gathered=spec) for w, spec in zip(ws, gathered, strict=True)]
+
+
+def _share_activations(q: Weight, w: Weight) -> bool:
+    """Whether the products of x with `q` and with `w` round x in the same way, and have operands of the same kinds."""
+    return (
+        isinstance(q, QTensor)
+        and isinstance(w, QTensor)
+        and number_formats.scheme(q.scheme).activations == "blocks"
+        and (w.scheme, w.axis, w.smooth, q.smooth) == (q.scheme, IN, None, None)
+        and (w.offset is None) == (q.offset is None)
+    )
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _quantized_dot(x: jax.Array, q: QTensor, transposed: bool, out_dtype: Any, accumulate: Any) -> jax.Array:
-    s, contracted = number_formats.scheme(q.scheme), int(transposed)
-    codes, scale, offset = q._stored()
-    if s.activations and q.axis == contracted - 2:
-        if q.input_scale is None:
-            x8, x_scale = matmul.quantize_rows(x)
-        else:
-            x8, x_scale = matmul.round_to_int8(x, q.input_scale), q.input_scale
-        return matmul.integer_product(x8, x_scale, codes, scale, q.axis, out_dtype)
-    return matmul.expanded_product(x, (codes, scale, offset), s, q.axis, contracted, accumulate, out_dtype)
+def _quantized_dots(
+    x: jax.Array, qs: tuple[QTensor, ...], transposed: bool, out_dtype: Any, accumulate: Any
+) -> tuple[jax.Array, ...]:
+    """The products of x with weights of one scheme."""
+    s, contracted, axis = number_formats.scheme(qs[0].scheme), int(transposed), qs[0].axis
+    along = axis == contracted - 2
+    if s.activations == "blocks" and along:
+        ys = matmul.blockwise_products(x, [q._stored() for q in qs], s, axis, contracted)
+    elif s.activations and along:
+        ys = tuple(_integer_dot(x, q, out_dtype) for q in qs)
+    else:
+        ys = tuple(matmul.expanded_product(x, q._stored(), s, axis, contracted, accumulate, out_dtype) for q in qs)
+    return tuple(y.astype(out_dtype) for y in ys)
 
 
-def _quantized_dot_forward(x, q, transposed, out_dtype, accumulate):
+def _integer_dot(x: jax.Array, q: QTensor, out_dtype: Any) -> jax.Array:
+    codes, scale, _ = q._stored()
+    if q.input_scale is None:
+        x8, x_scale = matmul.quantize_rows(x)
+    else:
+        x8, x_scale = matmul.round_to_int8(x, q.input_scale), q.input_scale
+    return matmul.integer_product(x8, x_scale, codes, scale, q.axis, out_dtype)
+
+
+def _quantized_dots_forward(x, qs, transposed, out_dtype, accumulate):
     # The empty array carries the dtype of x, which is all that the gradient needs of x.
-    return _quantized_dot(x, q, transposed, out_dtype, accumulate), (q, jnp.zeros(0, x.dtype))
+    return _quantized_dots(x, qs, transposed, out_dtype, accumulate), (qs, jnp.zeros(0, x.dtype))
 
 
-def _quantized_dot_backward(transposed, out_dtype, accumulate, saved, g):
-    q, like = saved
-    s, contracted = number_formats.scheme(q.scheme), 1 - int(transposed)
+def _quantized_dots_backward(transposed, out_dtype, accumulate, saved, gs):
+    qs, like = saved
+    s, contracted = number_formats.scheme(qs[0].scheme), 1 - int(transposed)
     # The straight-through estimate ignores the rounding of the activations.
-    g = g.astype(like.dtype)
-    dx = matmul.expanded_product(g, q._stored(), s, q.axis, contracted, accumulate, like.dtype)
-    return dx, jax.tree.map(_no_gradient, q)
+    dxs = [
+        matmul.expanded_product(g.astype(like.dtype), q._stored(), s, q.axis, contracted, accumulate, like.dtype)
+        for g, q in zip(gs, qs, strict=True)
+    ]
+    return functools.reduce(jnp.add, dxs), jax.tree.map(_no_gradient, qs)
 
 
 def _no_gradient(leaf: jax.Array) -> Any:
@@ -180,7 +260,7 @@ def _no_gradient(leaf: jax.Array) -> Any:
     return np.zeros(leaf.shape, jax.dtypes.float0)
 
 
-_quantized_dot.defvjp(_quantized_dot_forward, _quantized_dot_backward)
+_quantized_dots.defvjp(_quantized_dots_forward, _quantized_dots_backward)
 
 
 @trees.register
@@ -217,8 +297,13 @@ class FakeQuant(Node):
     def dot(self, x: jax.Array, transposed: bool, out_dtype: Any, accumulate: Any) -> jax.Array:
         s = number_formats.scheme(self.scheme)
         if s.activations and self.axis == int(transposed) - 2:
-            x = self._where_active(_straight_through(x, _rounded_rows(x, self.input_scale)), x)
+            x = self._where_active(_straight_through(x, self._rounded_activations(x, s)), x)
         return dot(x, self._rounded(), transposed, out_dtype=out_dtype, accumulate=accumulate)
+
+    def _rounded_activations(self, x: jax.Array, s: number_formats.Scheme) -> jax.Array:
+        if s.activations == "blocks":
+            return matmul.round_blocks(x, s.group if s.group > 0 else x.shape[-1])
+        return _rounded_rows(x, self.input_scale)
 
     def take(self, ids: jax.Array) -> jax.Array:
         return take(self._rounded(), ids)

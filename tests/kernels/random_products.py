@@ -12,6 +12,8 @@ TABLES = {
     for name, f in number_formats.FORMATS.items()
     if f.bits < 8
 }
+# As products of rounded activations read them: the values of NF4 have 8 bits.
+ROUNDED_TABLES = TABLES | {"nf4": np.rint(TABLES["nf4"] * 127) / np.float32(127)}
 DYNAMIC = np.asarray(number_formats.FORMATS["dynamic8"].values, np.float32)
 KINDS = {"int8": 0, "uint8": 1}
 SCALES = ("none", "float32", "float16", "e8m0", "nested")
@@ -71,14 +73,15 @@ class Product:
             return DYNAMIC.astype(np.float64)[self.scale] * inner + np.float64(np.float32(0.01))
         return self.scale.astype(np.float64)
 
-    def weight(self) -> np.ndarray:
-        """The values of the codes, float64 (inputs, outputs)."""
+    def weight(self, tables: dict[str, np.ndarray] | None = None) -> np.ndarray:
+        """The values of the codes, float64 (inputs, outputs), by `TABLES` or other tables of values."""
+        tables = tables or TABLES
         codes, inputs = self.codes if self.by_output else self.codes.T, self.x.shape[1]
         outputs, groups = codes.shape[0], inputs // self.group
         if self.bits < 8:
             codes = codes.reshape(outputs, groups, 1, -1)
             shifts = np.arange(0, 8, self.bits, dtype=np.uint8)[:, None]
-            values = TABLES[self.format].astype(np.float64)[(codes >> shifts) & (2**self.bits - 1)]
+            values = tables[self.format].astype(np.float64)[(codes >> shifts) & (2**self.bits - 1)]
         else:
             values = codes.astype(np.float64)
         values = values.reshape(outputs, groups, self.group)
@@ -98,9 +101,13 @@ class Product:
         x_at: int = 0,
         y_at: int = 0,
         scale_at: int = 0,
+        blockwise: bool = False,
         **fields: int,
     ) -> np.ndarray:
         """The result of the kernel, float32 (rows, outputs); addresses replace those of arrays, `fields` those of it.
+
+        Args:
+          blockwise: use the kernel that rounds activations to 8 bits.
 
         Raises:
           ValueError: the kernel refuses the sizes.
@@ -125,14 +132,37 @@ class Product:
         request.scale.data = scale_at or request.scale.data
         for name, value in fields.items():
             setattr(request, name, value)
-        if reason := call(request, path, threads):
+        if reason := (call_blockwise([request], path, threads) if blockwise else call(request, path, threads)):
             raise ValueError(reason)
         return y
+
+    def rounded(self) -> np.ndarray:
+        """The activations rounded to 8 bits in blocks, float64 (rows, inputs), and NaN in a row that is not finite."""
+        x = np.full_like(self.x, np.nan)
+        for group in range(0, self.x.shape[1], self.group):
+            for first in range(group, group + self.group, 32):
+                last = min(first + 32, group + self.group)
+                block = self.x[:, first:last]
+                largest = np.abs(block).max(1, keepdims=True)
+                with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+                    inverse = np.where(largest >= 1e-30, np.float32(127) / largest, np.float32(0))
+                    x[:, first:last] = np.rint(block * inverse) * (largest / np.float32(127))
+        return x.astype(np.float64)
 
 
 def _scales(scale: np.ndarray, kind: str, inner: np.ndarray | None) -> CScales:
     nested = (DYNAMIC.ctypes.data, inner.ctypes.data, *inner.shape, 0.01) if inner is not None else (0, 0, 0, 0, 0.0)
     return CScales(scale.ctypes.data, SCALES.index(kind), *scale.shape, *nested)
+
+
+def call_blockwise(requests: list[CProduct], path: str, threads: int) -> str:
+    library, reason = native.loaded()
+    assert library is not None, reason
+    function = library.llm_jax_blockwise_product
+    function.restype = ctypes.c_char_p
+    function.argtypes = [ctypes.POINTER(CProduct), ctypes.c_int64, ctypes.c_int64, ctypes.c_int64]
+    array = (CProduct * len(requests))(*requests)
+    return (function(array, len(requests), native.PATHS.index(path), threads) or b"").decode()
 
 
 def call(request: CProduct, path: str, threads: int) -> str:

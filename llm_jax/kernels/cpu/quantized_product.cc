@@ -21,6 +21,7 @@ namespace llm_jax {
 
 #if LLM_JAX_X86
 LLM_JAX_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")
+#include "vnni_loads.h"
 #include "vnni_operands.h"
 #include "vnni_path.h"
 LLM_JAX_END_TARGET

@@ -90,12 +90,6 @@ static inline void SplitDigits(__m512i v, __m512i* digits) {
   digits[2] = v;
 }
 
-static inline __mmask16 First16(int64_t count) {
-  return static_cast<__mmask16>(count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1);
-}
-
-static inline __mmask64 First64(int64_t count) { return count >= 64 ? ~0ull : count <= 0 ? 0 : (1ull << count) - 1; }
-
 static float LargestMagnitude(const float* x, int64_t count) {
   __m512 largest = _mm512_setzero_ps(), not_a_number = _mm512_setzero_ps();
   for (int64_t i = 0; i < count; i += 16) {
