@@ -20,11 +20,11 @@ def segments(row: dict[str, np.ndarray], masked: bool = False) -> Iterator[list[
         if masked:
             yield [(int(row["targets"][i]), bool(row["mask"][i])) for i in where]
             continue
-        found = [(int(row["inputs"][where[0]]), False)]
-        found += [(int(row["targets"][i]), bool(row["mask"][i])) for i in where[:-1]]
+        tokens = [(int(row["inputs"][where[0]]), False)]
+        tokens += [(int(row["targets"][i]), bool(row["mask"][i])) for i in where[:-1]]
         if row["mask"][where[-1]]:  # else it begins the next document
-            found.append((int(row["targets"][where[-1]]), True))
-        yield found
+            tokens.append((int(row["targets"][where[-1]]), True))
+        yield tokens
 
 
 def lines(tokenizer: Tokenizer, tokens: list[tuple[int, bool]], colours: tuple[str, str]) -> Iterator[str]:

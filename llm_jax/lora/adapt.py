@@ -148,20 +148,20 @@ def init(key: jax.Array, base: trees.Tree, config: LoraConfig, original: trees.T
     if config.variant == "loftq" and original is None:
         raise UserError("lora.variant=loftq starts from the quantization error; set quant.scheme")
     flat, originals = trees.flatten(base), trees.flatten(base if original is None else original)
-    found = ranks(base, config)
-    some = [name for own in found.values() for name, rank in own.items() if not rank]
-    if config.variant == "dora" and some:  # its magnitude would still be trained
+    ranks_by_path = ranks(base, config)
+    without_rank = [name for own in ranks_by_path.values() for name, rank in own.items() if not rank]
+    if config.variant == "dora" and without_rank:  # its magnitude would still be trained
         raise UserError(
-            f"lora.targets: '{some[0]}' is left out; lora.variant=dora adapts a weight in all layers or none"
+            f"lora.targets: '{without_rank[0]}' is left out; lora.variant=dora adapts a weight in all layers or none"
         )
     if config.factors:
-        _check_factors(config.factors, flat, found)
+        _check_factors(config.factors, flat, ranks_by_path)
     widest: dict[str, int] = {}
-    for own in found.values():
+    for own in ranks_by_path.values():
         for name, rank in own.items():
             widest[_template(name)] = max(rank, widest.get(_template(name), 0))
     adapters: dict[str, Any] = {}
-    for path, own in found.items():
+    for path, own in ranks_by_path.items():
         starts = []
         for i, (name, rank) in enumerate(own.items()):
             here, whole = (w if trees.layers_of(path) is None else _layer(w, i) for w in (flat[path], originals[path]))
@@ -206,10 +206,10 @@ def _start(key: Any, name: str, base: Any, original: Any, rank: int, width: int,
     scale = config.alpha / max(rank, 1) ** (0.5 if config.rank_stabilized else 1.0)
     parts = {"scale": jnp.asarray(scale, dtype)}
     if config.variant in ("pissa", "loftq"):
-        whole = weights.dense(original).reshape(rows, columns).astype(dtype)
+        original_weight = weights.dense(original).reshape(rows, columns).astype(dtype)
         if config.variant == "loftq":
-            whole -= weights.dense(base).reshape(rows, columns).astype(dtype)
-        a, b = _leading(whole / scale, width)
+            original_weight -= weights.dense(base).reshape(rows, columns).astype(dtype)
+        a, b = _leading(original_weight / scale, width)
         parts |= {"a": a * own, "b": b * own[:, None]}
         if config.variant == "pissa":
             parts |= {"start_a": parts["a"], "start_b": parts["b"]}

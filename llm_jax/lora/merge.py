@@ -32,8 +32,8 @@ def materialize(base: trees.Tree, adapters: trees.Tree, *, factors: str = "") ->
     flat = trees.flatten(base)
     for path, parts in by_path(adapters).items():
         stacked = trees.layers_of(path) is not None
-        one = functools.partial(_dense, factors=factors)
-        flat[path] = (jax.vmap(one) if stacked else one)(weights.dense(flat[path]), parts)
+        merge_layer = functools.partial(_dense, factors=factors)
+        flat[path] = (jax.vmap(merge_layer) if stacked else merge_layer)(weights.dense(flat[path]), parts)
     return trees.unflatten(flat)
 
 

@@ -92,8 +92,8 @@ def quantize_params(params: Any, chosen: Rules, source: str) -> dict[str, Any]:
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _rounded(weight: jax.Array, scheme: str, axis: int, stacked: bool) -> QTensor:
     """Quantizes stacked layers one after the other, because NF4 needs temporary arrays of twice their size."""
-    one = functools.partial(quantized.to_qtensor, scheme=scheme, axis=axis)
-    return jax.lax.map(one, weight) if stacked else one(weight)
+    quantize_layer = functools.partial(quantized.to_qtensor, scheme=scheme, axis=axis)
+    return jax.lax.map(quantize_layer, weight) if stacked else quantize_layer(weight)
 
 
 def base(params: Any, config: QuantConfig) -> Any:
@@ -183,12 +183,12 @@ class WeightSummary:
 
 def lines(params: Any) -> list[WeightSummary]:
     """A summary of every weight of finished parameters, with an error of 0."""
-    found = trees.flatten(params).items()
+    weights_by_path = trees.flatten(params).items()
     return [
         WeightSummary(
             path, getattr(w, "scheme", ""), tuple(w.shape), quantized.bits_per_weight(w), weights.num_bytes(w), 0.0
         )
-        for path, w in found
+        for path, w in weights_by_path
     ]
 
 

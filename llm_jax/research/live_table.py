@@ -55,9 +55,11 @@ class LiveTable:
     ) -> float | None:
         """Seconds until the last step of all points at the rate so far, or None before there is one."""
         done = sum(steps[name] - first for name, first in self._first_steps.items())
-        ours = (jobs.RUNNING, jobs.WAITING)
+        active_states = (jobs.RUNNING, jobs.WAITING)
         remaining = sum(
-            p.config.train.steps - steps[p.name] for p, s in zip(points, statuses, strict=True) if s.state in ours
+            p.config.train.steps - steps[p.name]
+            for p, s in zip(points, statuses, strict=True)
+            if s.state in active_states
         )
         return (time.time() - self._began) / done * remaining if done > 0 else None
 
