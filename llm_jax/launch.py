@@ -109,10 +109,10 @@ def k8s(f: cli.Flags) -> None:
     command, values = _checked(f)
     _refuse_copies(f.command, f.processes * f.slices)
     volumes = _pairs("volume", f.volume)
-    own = _archive(_own_files("k8s", f.command, values, tuple(volumes.values())))
-    if len(own) > _MOST_FILES:
+    archive = _archive(_own_files("k8s", f.command, values, tuple(volumes.values())))
+    if len(archive) > _MOST_FILES:
         raise UserError(
-            f"the files of your own take {len(own):,} bytes in the manifest; expected at most "
+            f"the files of your own take {len(archive):,} bytes in the manifest; expected at most "
             f"{_MOST_FILES:,}; put them into a volume and name them by their path there"
         )
     job = clusters.JobSet(
@@ -127,7 +127,7 @@ def k8s(f: cli.Flags) -> None:
     )
     import yaml
 
-    manifest = clusters.jobset(job, ["python", *command], _is_connected(f.command), own)
+    manifest = clusters.jobset(job, ["python", *command], _is_connected(f.command), archive)
     text = yaml.safe_dump(manifest, sort_keys=False, width=1000)
     if not f.output:
         print(text, end="")
@@ -138,7 +138,7 @@ def k8s(f: cli.Flags) -> None:
 
 def tpu(f: cli.Flags) -> int:
     command, values = _checked(f)
-    own = _own_files("tpu", f.command, values)
+    user_files = _own_files("tpu", f.command, values)
     if not (ROOT / "requirements.txt").exists():
         raise UserError("launch tpu copies the repository to the workers; run it from a clone of the repository")
     archive = files.cache_directory() / "launch" / "llm_jax.tar.gz"
@@ -151,7 +151,7 @@ def tpu(f: cli.Flags) -> int:
     with tarfile.open(archive, "w:gz") as tar:
         for path in ("llm_jax", "configs", "experiments", "requirements.txt"):
             tar.add(ROOT / path, path, filter=lambda member: None if "__pycache__" in member.name else member)
-        for name, file in own.items():
+        for name, file in user_files.items():
             tar.add(file, name)
     for line in commands:
         if code := _run(line, "--nosubmit prints the commands"):

@@ -202,8 +202,8 @@ def save(
     entries = metadata(arch, json_config, config) | _vocabulary(tokenizer, config.vocab_size)
     entries |= other_metadata or {}
     described = {name: gguf.GgufTensor(shape, stored_as, path, 0) for name, (shape, stored_as) in tensors.items()}
-    again = read_config(gguf.GgufFile(entries, described), "the file to be written", rope_freqs)[1]
-    refuse_difference(f"a GGUF file of a {arch}", dataclasses.replace(config, head_dim=again.head_dim), again)
+    read_back = read_config(gguf.GgufFile(entries, described), "the file to be written", rope_freqs)[1]
+    refuse_difference(f"a GGUF file of a {arch}", dataclasses.replace(config, head_dim=read_back.head_dim), read_back)
     gguf.write(path, entries, tensors, (values(name) for name in tensors))
     return {name: stored_as for name, (_, stored_as) in tensors.items()}
 

@@ -160,8 +160,8 @@ def describe(panel: Panel) -> str:
         if peak is None:
             return text
         name = f"{panel.names[peak[0]]}, " if panel.names[peak[0]] else ""
-        place = f"{name}row {panel.rows[peak[1]]}, column {panel.columns[peak[2]]}"
-        return f"{text} The largest value, {number(float(panel.values[peak]))} {panel.unit}, is at {place}."
+        location = f"{name}row {panel.rows[peak[1]]}, column {panel.columns[peak[2]]}"
+        return f"{text} The largest value, {number(float(panel.values[peak]))} {panel.unit}, is at {location}."
     if isinstance(panel, Lines):
         ends = [f"{label} from {number(float(v[0]))} to {number(float(v[-1]))}" for label, v in _curves(panel)[:8]]
         span = f"{panel.x_label} from {number(float(panel.x[0]))} to {number(float(panel.x[-1]))}"

@@ -82,11 +82,11 @@ def quantize_params(params: Any, chosen: Rules, source: str) -> dict[str, Any]:
         if name and number_formats.scheme(name).activations == "static":
             raise UserError(f"{source}: {name} for '{path}' needs calibration; see python -m llm_jax.quantize")
 
-    def one(path: str, weight: Any) -> Any:
+    def quantize_weight(path: str, weight: Any) -> Any:
         stacked = trees.layers_of(path) is not None
         return _rounded(weight, planned[path], axis(path), stacked) if planned[path] else weight
 
-    return trees.map_weights(one, params)
+    return trees.map_weights(quantize_weight, params)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
@@ -106,10 +106,10 @@ def base(params: Any, config: QuantConfig) -> Any:
 def finish(params: Any) -> dict[str, Any]:
     """The parameters with every `FakeQuant`, nested ones included, replaced by its QTensor."""
 
-    def one(node: Any) -> Any:
+    def finish_node(node: Any) -> Any:
         return node.quantized() if isinstance(node, FakeQuant) else node
 
-    return jax.tree.map(one, params, is_leaf=lambda node: isinstance(node, FakeQuant))
+    return jax.tree.map(finish_node, params, is_leaf=lambda node: isinstance(node, FakeQuant))
 
 
 def is_quantization_aware(params: Any) -> bool:

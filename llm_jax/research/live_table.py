@@ -40,11 +40,11 @@ class LiveTable:
         }
         for name, done in steps.items():
             self._first_steps.setdefault(name, done)
-        left = self._time_left(points, statuses, steps)
+        seconds_left = self._time_left(points, statuses, steps)
         if self._stream.isatty():
-            self._paint(points, statuses, metrics, steps, left)
+            self._paint(points, statuses, metrics, steps, seconds_left)
         else:
-            self._print(statuses, metrics, left)
+            self._print(statuses, metrics, seconds_left)
 
     def close(self) -> None:
         """Leaves the table on the screen."""

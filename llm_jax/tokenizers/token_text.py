@@ -31,8 +31,8 @@ def parts(text: str, tokenizer: Tokenizer) -> Iterator[tuple[str, str, int, tupl
     encoded, last = utf8(text), 0
     for index, (begin, end) in zip(tokenizer.encode(text), tokenizer.spans(text), strict=True):
         begin = max(begin, last)
-        own = _shown(encoded[begin:end]) or _shown(tokenizer.piece(index).encode())
-        yield _shown(encoded[last:begin]), own, index, (begin, end)
+        token_text = _shown(encoded[begin:end]) or _shown(tokenizer.piece(index).encode())
+        yield _shown(encoded[last:begin]), token_text, index, (begin, end)
         last = max(last, end)
 
 
