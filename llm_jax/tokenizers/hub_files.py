@@ -114,8 +114,8 @@ def _add_tokens(content: dict[str, Any], parsed: Mapping[str, Any]) -> None:
             if isinstance(room, int) and index >= room:
                 continue
             raise UserError(
-                f"{source}: the token {name!r} has the id {index}; expected {expected_id}, the next one of tokenizer.json, "
-                "which lacks it; save the tokenizer again with tokenizer.json"
+                f"{source}: the token {name!r} has the id {index}; expected {expected_id}, the next one of "
+                "tokenizer.json, which lacks it; save the tokenizer again with tokenizer.json"
             )
         entries.append({"id": expected_id, **token})
         present.add(name)
