@@ -31,7 +31,7 @@ class AttentionMaps(Drawable):
     probabilities: np.ndarray
 
     def measures(self) -> dict[str, np.ndarray]:
-        """What each head does on average over the queries after the first: {measure: float64 (L, N)}.
+        """Averages over the queries after the first one: {measure: float64 (L, N)}.
 
         Probabilities of the first token, of the token before the query and of the query itself, and the entropy of
         the distribution in bits.
