@@ -135,8 +135,8 @@ def find(source: str | os.PathLike[str]) -> pathlib.Path:
     if path.exists():
         return path
     packaged = recipes_directory() / path.name
-    if path.parts[:-1] in ((), ("configs",)) and (found := packaged.with_suffix(".py")).is_file():
-        return found
+    if path.parts[:-1] in ((), ("configs",)) and (recipe_path := packaged.with_suffix(".py")).is_file():
+        return recipe_path
     near = difflib.get_close_matches(path.stem, recipes(), 1)
     raise UserError(
         f"configuration '{source}': no such file; {f'did you mean {near[0]!r}? ' if near else ''}expected a recipe "

@@ -145,10 +145,10 @@ def on_text(f: cli.Flags) -> None:
     from llm_jax.data.kinds import open_source
     from llm_jax.evaluation import held_out as held_out_lib
 
-    several = [_held_out(f, name) for name in f.checkpoint]
-    if len(several) > 1:
-        held_out_lib.refuse_other_text(several)
-    first = several[0]
+    held_out_texts = [_held_out(f, name) for name in f.checkpoint]
+    if len(held_out_texts) > 1:
+        held_out_lib.refuse_other_text(held_out_texts)
+    first = held_out_texts[0]
     if f.whole_file and first.data.kind != "text":
         raise UserError(
             f"--whole_file has no effect where data.kind is {first.data.kind}: each record is an example; omit the flag"
@@ -165,10 +165,10 @@ def on_text(f: cli.Flags) -> None:
             "thus a higher loss; --whole_file scores the file as one document",
             file=sys.stderr,
         )
-    if len(several) == 1:
+    if len(held_out_texts) == 1:
         _print_text(f, first, _measure(f, first, source), compressed)
         return
-    _compare_text(f, several, source, compressed)
+    _compare_text(f, held_out_texts, source, compressed)
 
 
 def _is_cut(catalog: Any) -> bool:

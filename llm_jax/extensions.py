@@ -147,9 +147,9 @@ def describe_exception(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     package, site = str(pathlib.Path(__file__).parent), sysconfig.get_paths()["purelib"]
     library = sysconfig.get_paths()["stdlib"]
-    own = [f for f in frames if f.lineno and not f.filename.startswith((package, site, library, "<"))]
-    place = f", {pathlib.Path(own[-1].filename).name} line {own[-1].lineno}" if own else ""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{place}"
+    user_frames = [f for f in frames if f.lineno and not f.filename.startswith((package, site, library, "<"))]
+    location = f", {pathlib.Path(user_frames[-1].filename).name} line {user_frames[-1].lineno}" if user_frames else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{location}"
 
 
 def select(key: str, value: str, table: Mapping[str, Any] | tuple[str, ...]) -> Any:
@@ -180,16 +180,16 @@ def load(key: str, specification: str) -> Extension:
     options = _options(key, bare, match["options"] or "")
     path = find_file(match["module"])
     source = path.read_bytes() if path else b""
-    place = str(path or match["module"])
+    file_name = str(path or match["module"])
     if recorded:
-        if path is None and place != "__main__":
-            raise _missing(key, bare, place)
+        if path is None and file_name != "__main__":
+            raise _missing(key, bare, file_name)
         if source:
-            _compare(key, bare, place, recorded, source)
-        if not _is_allowed(place, recorded):
+            _compare(key, bare, file_name, recorded, source)
+        if not _is_allowed(file_name, recorded):
             raise UserError(
-                f"{key}={bare}: a checkpoint asks for the code of {place}, never named on this machine; read it, "
-                f"and set LLM_JAX_ALLOW={place} if you trust it"
+                f"{key}={bare}: a checkpoint asks for the code of {file_name}, never named on this machine; read it, "
+                f"and set LLM_JAX_ALLOW={file_name} if you trust it"
             )
     module = _import(key, bare, match["module"], path, source)
     target = getattr(module, name, None)
@@ -204,7 +204,7 @@ def load(key: str, specification: str) -> Extension:
     if recorded:
         _compare(key, bare, match["module"], recorded, source)
     sha256 = _sha256(source)
-    _allow(place, sha256)
+    _allow(file_name, sha256)
     return Extension(key, f"{bare}#{sha256}", target, options)
 
 

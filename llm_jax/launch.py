@@ -109,10 +109,10 @@ def k8s(f: cli.Flags) -> None:
     command, values = _checked(f)
     _refuse_copies(f.command, f.processes * f.slices)
     volumes = _pairs("volume", f.volume)
-    own = _archive(_own_files("k8s", f.command, values, tuple(volumes.values())))
-    if len(own) > _MOST_FILES:
+    archive = _archive(_own_files("k8s", f.command, values, tuple(volumes.values())))
+    if len(archive) > _MOST_FILES:
         raise UserError(
-            f"the files of your own take {len(own):,} bytes in the manifest; expected at most "
+            f"the files of your own take {len(archive):,} bytes in the manifest; expected at most "
             f"{_MOST_FILES:,}; put them into a volume and name them by their path there"
         )
     job = clusters.JobSet(
@@ -127,7 +127,7 @@ def k8s(f: cli.Flags) -> None:
     )
     import yaml
 
-    manifest = clusters.jobset(job, ["python", *command], _is_connected(f.command), own)
+    manifest = clusters.jobset(job, ["python", *command], _is_connected(f.command), archive)
     text = yaml.safe_dump(manifest, sort_keys=False, width=1000)
     if not f.output:
         print(text, end="")
@@ -138,7 +138,7 @@ def k8s(f: cli.Flags) -> None:
 
 def tpu(f: cli.Flags) -> int:
     command, values = _checked(f)
-    own = _own_files("tpu", f.command, values)
+    user_files = _own_files("tpu", f.command, values)
     if not (ROOT / "requirements.txt").exists():
         raise UserError("launch tpu copies the repository to the workers; run it from a clone of the repository")
     archive = files.cache_directory() / "launch" / "llm_jax.tar.gz"
@@ -151,7 +151,7 @@ def tpu(f: cli.Flags) -> int:
     with tarfile.open(archive, "w:gz") as tar:
         for path in ("llm_jax", "configs", "experiments", "requirements.txt"):
             tar.add(ROOT / path, path, filter=lambda member: None if "__pycache__" in member.name else member)
-        for name, file in own.items():
+        for name, file in user_files.items():
             tar.add(file, name)
     for line in commands:
         if code := _run(line, "--nosubmit prints the commands"):
@@ -164,19 +164,19 @@ def _command(name: str) -> cli.Commands:
 
 
 def _is_connected(arguments: Sequence[str]) -> bool:
-    """Whether the processes of a command work together on one result."""
+    """Whether a command can run as several connected processes."""
     command, _ = cli.select_subcommand(_command(arguments[0]), arguments[1:])
     return "coordinator_address" in command.flags
 
 
 def _refuse_copies(arguments: Sequence[str], processes: int) -> None:
-    """Raises UserError where several processes would each do the same work; those of a sweep divide its points."""
+    """Raises UserError if several processes would repeat the same work; processes of a sweep divide its points."""
     if processes > 1 and arguments[0] != "sweep" and not _is_connected(arguments):
         raise UserError(f"{arguments[0]} runs in one process; {processes} would do the same work")
 
 
 def _checked(f: cli.Flags) -> tuple[list[str], Any]:
-    """The arguments of the interpreter for the command after `--`, and its flags and options, which are checked."""
+    """Returns the interpreter's arguments for the command after `--`, and its validated flags and options."""
     arguments = f.command or []
     if not arguments or arguments[0] not in NAMES or arguments[0] == "launch":
         got = f"'{arguments[0]}'" if arguments else "nothing"
@@ -189,22 +189,22 @@ def _checked(f: cli.Flags) -> tuple[list[str], Any]:
         from llm_jax.training import checks
 
         files.check_local(values.workdir)
-        checks.check(values.config)  # neither the devices nor the checkpoints of the cluster are here
+        checks.check(values.config)  # devices and checkpoints of the cluster are not available on this machine
     return ["-m", f"llm_jax.{name}", *rest], values
 
 
 def _own_files(
     cluster: str, arguments: Sequence[str], values: Any, mounted: tuple[str, ...] = ()
 ) -> dict[str, pathlib.Path]:
-    """{relative path: file} of the user's own files that a command needs to start, by the names that it uses.
+    """Returns {relative path: file} of the user's files that a command needs to start.
 
-    These are the file of `--config` or `--points`, the parts of the user's own (`extensions`), and the modules below
-    the current directory that these files import. Prints their names on stderr.
+    These are the file of `--config` or `--points`, custom parts (`extensions`), and the modules below the current
+    directory that these files import. Prints their names on stderr.
 
     Args:
-      cluster: for messages.
-      arguments: of the command, whose flags are `values`.
-      mounted: directories that the machines of the job see; files in them need no copy.
+      cluster: name for messages.
+      arguments: arguments of the command, whose flags are `values`.
+      mounted: directories that are mounted on the machines of the job; their files are not copied.
 
     Raises:
       UserError: a file is not below the current directory, is named by another than a relative path, or is found
@@ -235,7 +235,7 @@ def _own_files(
 
 
 def _named_files(arguments: Sequence[str], values: Any) -> Iterator[str]:
-    """The files of the flags --config, also that of a run, and --points, as they are named."""
+    """The files of --config (also of a run) and --points, with their names on the command line."""
     for flag, following in itertools.pairwise([*arguments, ""]):
         if match := re.fullmatch(r"--?(?:config|points)(?:=(.*))?", flag, re.DOTALL):
             name = following if match[1] is None else match[1]
@@ -245,7 +245,7 @@ def _named_files(arguments: Sequence[str], values: Any) -> Iterator[str]:
 
 
 def _parts(values: Any) -> Iterator[str]:
-    """FILE of the parts of the user's own that the configuration, a sweep over it or the flags name."""
+    """FILE of the custom parts in the configuration, in a sweep and in the flags."""
     flags = {} if values is None else values.flag_values_dict()
     config = flags.get("config")
     texts = [] if config is None else list(configuration.flat(config).items())
@@ -263,10 +263,10 @@ def _parts(values: Any) -> Iterator[str]:
 
 
 def _part_files(names: Iterable[str], rule: str) -> Iterator[str]:
-    """The files of parts, relative to the current directory or absolute; none for those of installed packages."""
+    """The files of custom parts, relative to the current directory or absolute, without installed packages."""
     for name in names:
         relative, path = extensions.relative_path(name), extensions.find_file(name)
-        if path is None:  # a package, or what a notebook defines
+        if path is None:  # an installed package, or a part defined in a notebook
             yield from _module_files(name, "the module", rule)
         elif pathlib.Path(relative).expanduser().is_file():
             yield relative
@@ -290,7 +290,7 @@ def _imported(name: str, path: pathlib.Path) -> Iterator[str]:
 
 
 def _module_files(module: str, context: str, rule: str) -> Iterator[str]:
-    """The files below the current directory that are executed when a module is imported; none for installed ones.
+    """The files below the current directory that are executed when a module is imported, without installed modules.
 
     Raises:
       UserError: the module is found through PYTHONPATH.
@@ -310,7 +310,7 @@ def _module_files(module: str, context: str, rule: str) -> Iterator[str]:
 
 
 def _archive(own: Mapping[str, pathlib.Path]) -> str:
-    """Files as a compressed tar archive in base64, the same for the same contents; "" without files."""
+    """Files as a compressed tar archive in base64, equal for equal contents; "" without files."""
     if not own:
         return ""
     buffer = io.BytesIO()

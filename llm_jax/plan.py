@@ -59,8 +59,8 @@ def main(f: cli.Flags) -> None:
         config = configuration.replace(config, {"model.vocab_size": size or 512})
         if not f.json:
             print(
-                f"note: using model.vocab_size={config.model.vocab_size} from the tokenizer's configuration; the "
-                "trained tokenizer may have fewer ids"
+                f"model.vocab_size={config.model.vocab_size}: the vocabulary size in the tokenizer's configuration; "
+                "the trained tokenizer may have fewer ids"
             )
     if f.topology:
         _for_topology(f, config)

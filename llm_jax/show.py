@@ -1,7 +1,7 @@
 """Pictures of models and data: `python -m llm_jax.show NAME [--FLAG=VALUE ...]`.
 
-In a terminal they are text, with blocks and colours; --html=FILE and --png=FILE write files. In a notebook, functions
-of the same names return results that display themselves:
+In a terminal, the output is text with blocks and colours; --html=FILE and --png=FILE write files. In a notebook, the
+functions with the same names return results that are displayed as pictures:
 
     model, params, tokenizer = llm_jax.load("asset:smollm2-135m-instruct")
     llm_jax.show.attention(model, params, tokenizer, "The cat sat on the mat.")
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from llm_jax.pictures.weight_updates import adapters as adapters
     from llm_jax.pictures.weight_updates import difference as difference
 
-# The functions for notebooks: name: module of `llm_jax.pictures`. Imported on first use, as the commands do.
+# {function for notebooks: its module in `llm_jax.pictures`}; imported on first use.
 _FUNCTIONS = {
     "adapters": "weight_updates",
     "attention": "attention_maps",
@@ -59,39 +59,39 @@ def __getattr__(name: str) -> Any:
 
 
 def _picture_flags(checkpoint: str = "required") -> cli.Flags:
-    """The flags of every picture: where it goes, and the checkpoint that it is of.
+    """Returns the flags of a picture: the output files, and the checkpoint.
 
     Args:
-      checkpoint: "required", "optional", or "" for no such flag.
+      checkpoint: "required", "optional", or "" for no flag --checkpoint.
     """
     flags = cli.Flags()
     if checkpoint:
         flags.define_checkpoint(required=checkpoint == "required")
         flags.define_dtype()
         flags.define_as_stored()
-    flags.string("html", "", "page to write, a file name that ends in .html")
-    flags.string("png", "", "image to write, a file name that ends in .png")
-    flags.boolean("color", None, "print colours; by default on a terminal, unless NO_COLOR is set")
+    flags.string("html", "", ".html file to write")
+    flags.string("png", "", ".png file to write")
+    flags.boolean("color", None, "print colours; default: on a terminal, unless NO_COLOR is set")
     return flags
 
 
 ROWS = _picture_flags("")
 ROWS.integer("rows", 2, "number of rows to show")
 ROWS.integer("first", 0, "index of the first row; the batch of step i begins with row i * train.batch_size")
-ROWS.boolean("held_out", False, "show held-out rows in their order instead of rows of the training data")
+ROWS.boolean("held_out", False, "show held-out rows in order, instead of training rows")
 
 TOKENS = _picture_flags("")
 TOKENS.multi_string(
     "tokenizer",
     None,
-    "byte, a directory of train_tokenizer, a checkpoint or asset:NAME; may be repeated to compare",
+    "byte, an output directory of train_tokenizer, a checkpoint or asset:NAME; may be repeated to compare tokenizers",
     required=True,
 )
-TOKENS.string("text", "", "text to split; by default standard input")
+TOKENS.string("text", "", "text to split; default: standard input")
 TOKENS.boolean("ids", False, "also print a table of ids, byte spans and pieces")
 
 ATTENTION = _picture_flags()
-ATTENTION.string("text", "", "text; by default standard input")
+ATTENTION.string("text", "", "text; default: standard input")
 ATTENTION.multi_integer("layer", [], "layer, from 0; may be repeated; default: all")
 ATTENTION.multi_integer("head", [], "head, from 0; may be repeated; default: all")
 
@@ -99,9 +99,9 @@ POSITIONS = _picture_flags("optional")
 POSITIONS.integer("distance", 256, "largest distance")
 
 EMBEDDINGS = _picture_flags()
-EMBEDDINGS.string("word", None, "word whose neighbours are searched", required=True)
+EMBEDDINGS.string("word", None, "word whose nearest neighbours are shown", required=True)
 EMBEDDINGS.multi_string(
-    "text", [], "text whose words are the neighbours, by layer; may be repeated; default: the embedding table's tokens"
+    "text", [], "text whose words are compared at every layer; may be repeated; default: compare the embedding table"
 )
 EMBEDDINGS.integer("count", 8, "number of neighbours")
 
@@ -110,18 +110,16 @@ QUANTIZATION.comma_separated("schemes", ["int8", "int4", "nf4"], "number formats
 QUANTIZATION.boolean("head", False, "also quantize the embeddings and the output head")
 
 LORA = _picture_flags()
-LORA.string(
-    "before", "", "checkpoint that is compared with; default: the base of the adapters, or init_from of the run"
-)
-LORA.integer("count", 32, "number of singular values of each weight, where two checkpoints are compared")
+LORA.string("before", "", "checkpoint before training; default: the base of the adapters, or init_from of the run")
+LORA.integer("count", 32, "when two checkpoints are compared: number of singular values per weight")
 
 SURPRISAL = _picture_flags()
-SURPRISAL.string("text", "", "text; by default standard input")
+SURPRISAL.string("text", "", "text; default: standard input")
 SURPRISAL.boolean("eos", False, "count the end of the text as a token")
 
 PROBABILITIES = _picture_flags()
 PROBABILITIES.string("prompt", None, "text to continue", required=True)
-PROBABILITIES.integer("candidates", 8, "number of most likely tokens that each step lists")
+PROBABILITIES.integer("candidates", 8, "number of most likely tokens per step")
 _SEARCH = ("n", "alternatives", "beams", "length_penalty", "early_stop", "beam_groups", "diversity", "contrastive")
 decoding_flags.define(PROBABILITIES, leave_out=(*_SEARCH, "draft", "draft_tokens", "stop"), max_new_tokens=8)
 
@@ -131,10 +129,10 @@ PARAMETERS = _picture_flags()
 def show_rows(f: cli.Flags) -> None:
     """Rows as the model sees them: `python -m llm_jax.show rows --config=default --rows=2`.
 
-    Every segment of a row is shown by itself. Lines with + are tokens that the loss counts, lines with - are not; on a
-    terminal they are coloured (grey is not counted). Special tokens have their names, and a newline is shown as ↵. In a
-    conversation, everything that the chat template writes for an answer counts: the end mark, and the newline after it
-    where the template has one, unless the template marks what it generates.
+    Segments are shown separately. The loss counts the tokens on lines with +, and ignores lines with - (grey on a
+    terminal). Special tokens are shown by name, and a newline as ↵. In a conversation, the loss counts everything that
+    the chat template writes for an answer, such as the end-of-turn token and the newline after it, unless the template
+    marks the generated part.
     """
     if f.rows < 1 or f.first < 0:
         raise UserError(f"--rows={f.rows} --first={f.first}; expected at least 1 row, from 0")
@@ -146,8 +144,8 @@ def show_rows(f: cli.Flags) -> None:
 def show_tokens(f: cli.Flags) -> None:
     """Text split into tokens: `python -m llm_jax.show tokens --tokenizer=A [--tokenizer=B] --text="some text"`.
 
-    On a terminal, tokens have alternating background colours and unknown tokens are red; elsewhere bars separate the
-    tokens and brackets mark unknown ones. --ids adds a table: id, bytes of the text, piece.
+    On a terminal, tokens have alternating background colours and unknown tokens are red; otherwise bars separate the
+    tokens and brackets mark unknown tokens. --ids adds a table with id, byte span and piece.
     """
     from llm_jax import checkpoints
     from llm_jax.pictures.token_splits import tokens
@@ -160,8 +158,8 @@ def show_tokens(f: cli.Flags) -> None:
 def show_attention(f: cli.Flags) -> None:
     """Which tokens each token attends to: `python -m llm_jax.show attention --checkpoint=X --text="some text"`.
 
-    Without --layer and --head: first a table of all heads, with the mean probabilities of the first token, the previous
-    token and the token itself, and the entropy; then the map of every head.
+    Without --layer and --head, a table summarizes all heads: the mean attention to the first token, the previous token
+    and the token itself, and the entropy. The maps of all heads follow.
     """
     text, (model, params, tokenizer) = _text(f.text), _loaded(f)
     from llm_jax.pictures.attention_maps import attention
@@ -172,9 +170,9 @@ def show_attention(f: cli.Flags) -> None:
 def show_positions(f: cli.Flags) -> None:
     """Position schemes by distance: `python -m llm_jax.show positions --config.model.position.kind=alibi`.
 
-    With --checkpoint, of that model; otherwise of a configuration. Shown are the bias of the scores (alibi, t5), the
-    decay of rotary embeddings and its upper bound (rope), the similarity of position vectors (sinusoidal, learned) and
-    the norms of the vectors of relative positions (shaw).
+    Shows the scheme of --checkpoint, or of the configuration: the bias of the scores (alibi, t5), the decay of rotary
+    embeddings and its upper bound (rope), the similarity of position vectors (sinusoidal, learned), or the norms of the
+    vectors of relative positions (shaw).
     """
     if f.checkpoint and f.config.explicit:
         raise UserError(f"--config.{min(f.config.explicit)} has no effect where --checkpoint is given")
@@ -191,8 +189,8 @@ def show_positions(f: cli.Flags) -> None:
 def show_embeddings(f: cli.Flags) -> None:
     """The neighbours of a word: `python -m llm_jax.show embeddings --checkpoint=X --word=bank [--text="..." ...]`.
 
-    Without --text, the tokens whose rows of the embedding table are nearest by cosine similarity. With --text, the
-    nearest words of the texts at every layer, to the first occurrence of the word in them: its meaning in its context.
+    Without --text, shows the tokens whose rows of the embedding table have the largest cosine similarity. With --text,
+    compares the first occurrence of the word with all other words of the texts, at every layer.
     """
     model, params, tokenizer = _loaded(f)
     from llm_jax.pictures.neighbourhoods import embeddings
@@ -203,7 +201,7 @@ def show_embeddings(f: cli.Flags) -> None:
 def show_quantization(f: cli.Flags) -> None:
     """The errors of number formats: `python -m llm_jax.show quantization --checkpoint=X --schemes=int4,nf4`.
 
-    The weights are rounded with absmax scales; `python -m llm_jax.quantize` has better methods.
+    The weights are rounded with absmax scales; `python -m llm_jax.quantize` has more accurate methods.
     """
     _, params, _ = _loaded(f)
     from llm_jax.pictures.quantization_errors import quantization
@@ -214,8 +212,8 @@ def show_quantization(f: cli.Flags) -> None:
 def show_lora(f: cli.Flags) -> None:
     """The singular values of updates: `python -m llm_jax.show lora --checkpoint=ADAPTERS`.
 
-    Of adapters (a run with lora.rank, or a peft directory), or of the difference to --before=CHECKPOINT, by default the
-    init_from of a run that trained all weights.
+    Decomposes the updates of adapters (a run with lora.rank, or a peft directory), or the difference from
+    --before=CHECKPOINT; for a run that trained all weights, the default of --before is its init_from.
     """
     from llm_jax import checkpoints
     from llm_jax.pictures import weight_updates
@@ -229,16 +227,16 @@ def show_lora(f: cli.Flags) -> None:
         return
     before = f.before or (checkpoint.run_config.init_from if checkpoint.run_config else "")
     if not before:
-        raise UserError(f"{f.checkpoint} has no adapters; give --before=CHECKPOINT to compare it with")
+        raise UserError(f"{f.checkpoint} has no adapters; set --before=CHECKPOINT for a comparison")
     old, new = (c.load(dtype=f.dtype, as_stored=f.as_stored).params for c in (checkpoints.open(before), checkpoint))
     status.show("")
     _print(f, weight_updates.difference(old, new, f.count))
 
 
 def show_surprisal(f: cli.Flags) -> None:
-    """How surprising each token is: `python -m llm_jax.show surprisal --checkpoint=X --text="some text"`.
+    """The surprisal of each token: `python -m llm_jax.show surprisal --checkpoint=X --text="some text"`.
 
-    The surprise is -log2 of the probability that the model gives to the token after those before it, in bits.
+    The surprisal is -log2 p(token | preceding tokens) in bits.
     """
     text, (model, params, tokenizer) = _text(f.text), _loaded(f)
     from llm_jax.pictures.surprisals import surprisal
@@ -247,10 +245,10 @@ def show_surprisal(f: cli.Flags) -> None:
 
 
 def show_probabilities(f: cli.Flags) -> None:
-    """What a sampler leaves: `python -m llm_jax.show probabilities --checkpoint=X --prompt="some text" --top_k=40`.
+    """Sampling step by step: `python -m llm_jax.show probabilities --checkpoint=X --prompt="some text" --top_k=40`.
 
-    For every token of the continuation: the candidates, their probabilities under the model and after each filter
-    (temperature, top-k, top-p, ...), and the token that was drawn.
+    For every generated token, shows the candidates, their probabilities before the filters and after each filter
+    (temperature, top-k, top-p, ...), and the sampled token.
     """
     from llm_jax import checkpoints
 
@@ -275,7 +273,7 @@ def _text(text: str) -> str:
 
 
 def _loaded(f: cli.Flags) -> Any:
-    """The model, its parameters, stacked for a scan where that is possible, and the tokenizer."""
+    """Loads the model, its parameters (stacked for a scan if possible), and the tokenizer."""
     from llm_jax import checkpoints
 
     status.show(f"loading {f.checkpoint}")
@@ -289,7 +287,7 @@ def _colored(f: cli.Flags) -> bool:
 
 
 def _print(f: cli.Flags, result: "Drawable") -> None:
-    """Writes the files that the flags name, or prints the result."""
+    """Writes the files of --html and --png, or prints the result."""
     for name in ("html", "png"):
         path = f[name].value
         if path and pathlib.Path(path).suffix != f".{name}":

@@ -284,7 +284,7 @@ def test_of_options_given_twice_the_last_counts_and_a_note_says_so(capsys):
     assert parsed("--config.train.seed", "1", "--config.train.seed", "2").train.seed == 2
     assert not parsed("--config.model.qk_norm=yes", "--noconfig.model.qk_norm").model.qk_norm
     first, second = capsys.readouterr().err.splitlines()
-    assert "--config.train.seed=2 counts" in first and "--config.model.qk_norm=False counts" in second
+    assert "using --config.train.seed=2" in first and "using --config.model.qk_norm=False" in second
     assert parsed("--config.eval.prompts=a", "--config.eval.prompts=b").eval.prompts == ("a", "b")
     assert not capsys.readouterr().err  # the values of a tuple are joined
     assert parsed("--config=default", "--config=gpt3") == configuration.load("gpt3")

@@ -100,7 +100,7 @@ def test_recipes_together(run, directory):
     original = path.read_text()
     path.write_text(original.replace("log1p", "sqrt"))
     assert "my_decay.py has changed since the checkpoint was written" in run(GENERATION, code=2)
-    assert "holds another run (model.position.kind was" in run(train, "--workdir=runs/decay", code=2)
+    assert "contains another run (model.position.kind was" in run(train, "--workdir=runs/decay", code=2)
     path.unlink()
     message = run(GENERATION, code=2)
     assert "no file or module 'my_decay.py'; run in the directory of the file" in message and message.count("\n") == 1

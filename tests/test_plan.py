@@ -45,7 +45,7 @@ def test_the_default_vocabulary_is_that_of_the_tokenizer(command, monkeypatch):
     sizes = []
     monkeypatch.setattr(memory, "compiled", lambda config, kind: sizes.append(config.model.vocab_size) or FIGURES)
     said = command("plan", "--memory", "--config.tokenizer.vocab_size=64", *TINY[1:]).stdout.splitlines()
-    assert said[0].startswith("note: using model.vocab_size=64 from the tokenizer")
+    assert said[0].startswith("model.vocab_size=64: the vocabulary size in the tokenizer")
     explicit = command("plan", "--memory", *TINY).stdout.splitlines()
     assert said[1:] == explicit and set(sizes) == {64}
     assert command("plan", "--memory").stdout.startswith("model.vocab_size=")

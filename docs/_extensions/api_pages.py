@@ -1,4 +1,4 @@
-"""Writes docs/api/: a page for each room of the package, with the modules that it has at build time."""
+"""Writes docs/api/: one page per subpackage, with its modules."""
 
 import pathlib
 import re
@@ -7,7 +7,7 @@ from sphinx.application import Sphinx
 
 import llm_jax
 
-# Rooms in the order of the import floors. A room that is missing here follows at the end under its own name.
+# Subpackages from the highest import layer to the lowest. Other subpackages follow under their own names.
 TITLES = {
     "llm_jax": "llm_jax: the public functions",
     "llm_jax.training": "Training",
@@ -28,11 +28,11 @@ TITLES = {
 }
 
 
-def modules(room: str) -> list[str]:
-    """The names of a room's modules, without commands, which `python -m NAME --help` documents."""
-    root = pathlib.Path(llm_jax.__file__).parent.joinpath(*room.split(".")[1:])
-    names = [f"{room}.{path.stem}" for path in sorted(root.glob("*.py"))]
-    return [room, *(name for name in names if ".__" not in name and not is_command(name))]
+def modules(package: str) -> list[str]:
+    """The names of the modules of a subpackage, without commands, which `python -m NAME --help` documents."""
+    root = pathlib.Path(llm_jax.__file__).parent.joinpath(*package.split(".")[1:])
+    names = [f"{package}.{path.stem}" for path in sorted(root.glob("*.py"))]
+    return [package, *(name for name in names if ".__" not in name and not is_command(name))]
 
 
 def is_command(name: str) -> bool:
@@ -43,18 +43,18 @@ def is_command(name: str) -> bool:
 
 def write(app: Sphinx) -> None:
     root = pathlib.Path(llm_jax.__file__).parent
-    rooms = ["llm_jax", *sorted(f"llm_jax.{path.name}" for path in root.glob("*/") if any(path.glob("*.py")))]
-    titles = {room: title for room, title in TITLES.items() if room in rooms}
-    titles |= {room: room.rpartition(".")[2].capitalize() for room in rooms if room not in titles}
+    packages = ["llm_jax", *sorted(f"llm_jax.{path.name}" for path in root.glob("*/") if any(path.glob("*.py")))]
+    titles = {package: title for package, title in TITLES.items() if package in packages}
+    titles |= {package: package.rpartition(".")[2].capitalize() for package in packages if package not in titles}
     directory = pathlib.Path(app.srcdir) / "api"
     directory.mkdir(exist_ok=True)
-    for room, title in titles.items():
+    for package, title in titles.items():
         lines = [title, "=" * len(title), ""]
-        for name in modules(room):
-            if name != room:
+        for name in modules(package):
+            if name != package:
                 lines += [name, "-" * len(name), ""]
-            lines += [f".. automodule:: {name}", *(["   :ignore-module-all:"] if name == room else []), ""]
-        page = directory / f"{room}.rst"
+            lines += [f".. automodule:: {name}", *(["   :ignore-module-all:"] if name == package else []), ""]
+        page = directory / f"{package}.rst"
         if not page.exists() or page.read_text() != "\n".join(lines):
             page.write_text("\n".join(lines))
 

@@ -77,22 +77,26 @@ def sampling(content: Mapping[str, Any], vocab_size: int, path: pathlib.Path) ->
 
 
 def _checked(content: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
-    stated = {OPTIONS[key]: value for key, value in content.items() if key in OPTIONS and value is not None}
-    for name, value in stated.items():
+    sampling_options = {OPTIONS[key]: value for key, value in content.items() if key in OPTIONS and value is not None}
+    for name, value in sampling_options.items():
         expected: Any = int if name in _INTEGERS else (int, float)
         if isinstance(value, bool) or not isinstance(value, expected):
             kind = "an integer" if name in _INTEGERS else "a number"
             raise UserError(f"the value of --{name} is {value!r}; expected {kind}")
     if content.get("do_sample") is False:
-        stated = {name: value for name, value in stated.items() if name in _PENALTIES} | {"temperature": 0.0}
-    stated = {name: value for name, value in stated.items() if not (name in _OFF and _OFF[name](value))}
-    if stated.get("top_p") == 0 and stated.get("top_k", 0) >= 0:
-        stated = {name: value for name, value in stated.items() if name != "top_p"} | {"top_k": 1}
-    if "top_k" in stated:
-        stated["top_k"] = min(stated["top_k"], vocab_size)
-    options = DecodingOptions(**stated)
+        sampling_options = {name: value for name, value in sampling_options.items() if name in _PENALTIES} | {
+            "temperature": 0.0
+        }
+    sampling_options = {
+        name: value for name, value in sampling_options.items() if not (name in _OFF and _OFF[name](value))
+    }
+    if sampling_options.get("top_p") == 0 and sampling_options.get("top_k", 0) >= 0:
+        sampling_options = {name: value for name, value in sampling_options.items() if name != "top_p"} | {"top_k": 1}
+    if "top_k" in sampling_options:
+        sampling_options["top_k"] = min(sampling_options["top_k"], vocab_size)
+    options = DecodingOptions(**sampling_options)
     options.check(vocab_size)
-    return {name: stated[name] for name in stated if name in options.changed()}
+    return {name: sampling_options[name] for name in sampling_options if name in options.changed()}
 
 
 def to_gguf(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -100,11 +104,11 @@ def to_gguf(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
     `do_sample: false` is temperature 0.
     """
-    stated = {key: value for key, value in content.items() if key in OPTIONS and value is not None}
+    options = {key: value for key, value in content.items() if key in OPTIONS and value is not None}
     if content.get("do_sample") is False:
-        stated = {key: value for key, value in stated.items() if OPTIONS[key] in _PENALTIES} | {"temperature": 0.0}
+        options = {key: value for key, value in options.items() if OPTIONS[key] in _PENALTIES} | {"temperature": 0.0}
     metadata, lost = {}, []
-    for key, value in stated.items():
+    for key, value in options.items():
         name, dtype = _GGUF.get(key, ("", np.float32))
         is_number = isinstance(value, int if dtype is np.int32 else (int, float)) and not isinstance(value, bool)
         if name and is_number and abs(value) <= (_LARGEST_INT if dtype is np.int32 else _LARGEST_FLOAT):

@@ -167,7 +167,7 @@ def save(
     config = dataclasses.replace(config, pooler=False)
     parts = assemble.by_tensor(assemble.specs(names.gguf(ARCHITECTURES[arch].fused, encoder), trees.unflatten(flat)))
     heads = _heads(arch, config)
-    kept = {name: _kept_format([(spec, flat[path]) for spec, path in part]) for name, part in parts.items()}
+    kept_formats = {name: _kept_format([(spec, flat[path]) for spec, path in part]) for name, part in parts.items()}
 
     rotated = round(positions.head_dim(config) * config.position.partial_rotary_factor)
     rope_freqs = gguf_rope.factors(config.position, rotated) if config.position.scaling == "llama3" else None
@@ -176,7 +176,7 @@ def save(
         if name == gguf_rope.TENSOR:
             assert rope_freqs is not None
             return rope_freqs
-        if kept[name]:
+        if kept_formats[name]:
             array = gguf_blocks.to_rows(flat[parts[name][0][1]])
         else:
             array = assemble.stored_tensor([(spec, weights.dense(flat[path])) for spec, path in parts[name]])
@@ -189,8 +189,8 @@ def save(
     def chosen_format(name: str, shape: tuple[int, ...]) -> str:
         if len(shape) == 1:
             return "F32"
-        if kept[name]:
-            return kept[name]
+        if kept_formats[name]:
+            return kept_formats[name]
         finer = format.startswith("Q4") and name in ("token_embd.weight", "output.weight")
         preferred = "Q8_0" if finer else format
         return preferred if shape[-1] % blocks.FORMATS[preferred].numbers == 0 else "F16"
@@ -202,8 +202,8 @@ def save(
     entries = metadata(arch, json_config, config) | _vocabulary(tokenizer, config.vocab_size)
     entries |= other_metadata or {}
     described = {name: gguf.GgufTensor(shape, stored_as, path, 0) for name, (shape, stored_as) in tensors.items()}
-    again = read_config(gguf.GgufFile(entries, described), "the file to be written", rope_freqs)[1]
-    refuse_difference(f"a GGUF file of a {arch}", dataclasses.replace(config, head_dim=again.head_dim), again)
+    read_back = read_config(gguf.GgufFile(entries, described), "the file to be written", rope_freqs)[1]
+    refuse_difference(f"a GGUF file of a {arch}", dataclasses.replace(config, head_dim=read_back.head_dim), read_back)
     gguf.write(path, entries, tensors, (values(name) for name in tensors))
     return {name: stored_as for name, (_, stored_as) in tensors.items()}
 

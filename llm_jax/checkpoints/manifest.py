@@ -84,8 +84,8 @@ def _read_json(path: pathlib.Path) -> Any:
 def _fallback(directory: pathlib.Path) -> str:
     """A phrase that names another checkpoint of the run to resume from, or ""."""
     run = directory.parent.parent
-    others = [step for step in steps(run) if str(step) != directory.name] if directory.name.isdigit() else []
-    return f"; delete this directory to go on from checkpoint {others[-1]}" if others else ""
+    other_steps = [step for step in steps(run) if str(step) != directory.name] if directory.name.isdigit() else []
+    return f"; delete this directory to go on from checkpoint {other_steps[-1]}" if other_steps else ""
 
 
 def _files(directory: pathlib.Path) -> dict[str, pathlib.Path]:

@@ -119,12 +119,12 @@ def located(recorded: str, directory: pathlib.Path) -> str:
     relative = directory / recorded
     if not pathlib.Path(recorded).is_absolute() and relative.exists():
         return str(relative)
-    own = directory.absolute()
+    adapters_directory = directory.absolute()
     parts = [part for part in pathlib.PureWindowsPath(recorded).parts if part not in ("..", ".", "/")]  # of any system
-    for above in (own, *own.parents)[:_LEVELS]:
+    for above in (adapters_directory, *adapters_directory.parents)[:_LEVELS]:
         for start in range(len(parts)):
             candidate = above.joinpath(*parts[start:])
-            if not parts[start].isdigit() and candidate != own and _is_checkpoint(candidate):
+            if not parts[start].isdigit() and candidate != adapters_directory and _is_checkpoint(candidate):
                 print(f"note: {recorded} does not exist; the base is {candidate}", file=sys.stderr)
                 return str(candidate)
     return ""

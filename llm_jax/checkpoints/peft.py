@@ -123,10 +123,10 @@ class Peft(Checkpoint):
 
     def _base_params(self, config: ModelConfig, shardings: Shardings) -> dict[str, Any]:
         """The parameters over which the adapters were trained, one entry per layer."""
-        own = dataclasses.replace(self.base.config, scan_layers=False, precision=config.precision)
+        base_config = dataclasses.replace(self.base.config, scan_layers=False, precision=config.precision)
         tensors, untied = self._tensors, self.base.config.tie_embeddings and not self.config.tie_embeddings
         try:
-            base = self.base.params(own, shardings)
+            base = self.base.params(base_config, shardings)
         except UserError as error:
             raise unreadable_base(self.path, error) from error
         return peft_tensors.changed_base(tensors, self.family, self.config, base, untied)

@@ -224,11 +224,11 @@ def adapters(tensors: AdapterTensors, family: str, config: ModelConfig, base: tr
 def _note_missing(tensors: AdapterTensors, names: Table, family: str) -> None:
     """Prints the modules that target_modules lists and the file has no factors of; they stay as they are."""
     present = {_plain_name(family, f"{module}.weight", names) for module in tensors.factors}
-    listed = peft_config.listed_tensors(tensors.config, names)
-    if missing := [name.removesuffix(".weight") for name in listed if name not in present]:
+    expected_names = peft_config.listed_tensors(tensors.config, names)
+    if missing := [name.removesuffix(".weight") for name in expected_names if name not in present]:
         print(
             f"note: {tensors.directory}: {CONFIG} lists {', '.join(tensors.config['target_modules'])} in "
-            f"target_modules, and {TENSORS} has no factors for {len(missing)} of these {len(listed)} modules "
+            f"target_modules, and {TENSORS} has no factors for {len(missing)} of these {len(expected_names)} modules "
             f"({missing[0]}, ...); they stay as in the base",
             file=sys.stderr,
         )

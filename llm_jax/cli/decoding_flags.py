@@ -62,12 +62,12 @@ def read(values: Flags, checkpoint: Any) -> DecodingOptions:
         path, vocab_size = checkpoint.generation_config_path, checkpoint.config.vocab_size
         if generation_config.OPTIONS.keys() & content.keys():
             vocab_size = min(vocab_size, checkpoint.tokenizer.vocab_size)
-        stated = generation_config.sampling(content, vocab_size, path)
-        if stated:
-            text = " ".join(f"--{name}={value:g}" for name, value in stated.items())
+        recommended = generation_config.sampling(content, vocab_size, path)
+        if recommended:
+            text = " ".join(f"--{name}={value:g}" for name, value in recommended.items())
             note = f"note: using {text} from {path.name}; any flag for sampling, penalties or search replaces these"
             print(note, file=sys.stderr)
-        options |= stated
+        options |= recommended
     options["logit_bias"] = [parse_bias(text) for text in options["logit_bias"]]
     frozen: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in options.items()}
     return DecodingOptions(**frozen)

@@ -60,14 +60,14 @@ def describe(command: Command) -> str:
         )
         lines += _entry("--config.KEY=VALUE", "override an option, as in --config.model.position.kind=alibi")
         lines += _entry("--help-config[=TEXT]", "describe all options, or those whose name or meaning contains TEXT")
-    own = flags.FLAGS.get_key_flags_for_module(sys.argv[0]) if command.flags is flags.FLAGS else None
-    listed = own if own is not None else [command.flags[name] for name in command.flags]
+    script_flags = flags.FLAGS.get_key_flags_for_module(sys.argv[0]) if command.flags is flags.FLAGS else None
+    shown_flags = script_flags if script_flags is not None else [command.flags[name] for name in command.flags]
     groups = getattr(command.flags, "groups", {})
-    for flag in listed:
+    for flag in shown_flags:
         lines += [] if flag.name in groups else _flag(flag)
     for group in dict.fromkeys(groups.values()):
         lines += ["", f"{group}:"]
-        for flag in listed:
+        for flag in shown_flags:
             lines += _flag(flag) if groups.get(flag.name) == group else []
     lines += [""] if groups else []
     if command.compiles:

@@ -198,9 +198,9 @@ def _with_texts(section: dict[str, Any], cls: Any) -> dict[str, Any]:
 def refuse_without_effect(needs: Needs, values: flags.FlagValues) -> None:
     """Raises UserError for a flag that was given, even with its default value, but has no effect with the others."""
     for names, condition, has_effect in needs:
-        given = [values[name] for name in names if values[name].present]
-        if given and not has_effect(values):
-            raise UserError(f"{' '.join(given[0].serialize().split())} has no effect where {condition}")
+        present_flags = [values[name] for name in names if values[name].present]
+        if present_flags and not has_effect(values):
+            raise UserError(f"{' '.join(present_flags[0].serialize().split())} has no effect where {condition}")
 
 
 def _note_repeated(arguments: Sequence[str], cls: Any) -> None:

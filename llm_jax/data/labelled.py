@@ -205,15 +205,15 @@ class Prompts:
 
     def _split(self, text: str, template: ChatText) -> tuple[list[int], list[int]]:
         """`encode` with `_MARK` in the template replaced by `text`."""
-        whole = template.text.replace(_MARK, text)
-        begin, end = (len(whole) - (len(template.text) - place) for place in template.answers[-1])
+        full_text = template.text.replace(_MARK, text)
+        begin, end = (len(full_text) - (len(template.text) - place) for place in template.answers[-1])
         if not self._chat:
-            ids, mask, _, _ = plain_example(self._tokenizer, [ChatText(whole, [(begin, end)])])
+            ids, mask, _, _ = plain_example(self._tokenizer, [ChatText(full_text, [(begin, end)])])
         elif self._is_plain(text):
-            ids, mask, _, _ = templated_example(self._tokenizer, ChatText(whole, [(begin, end)]))
+            ids, mask, _, _ = templated_example(self._tokenizer, ChatText(full_text, [(begin, end)]))
         else:  # names of special tokens in a text stay text, so the text is encoded by itself
             head, *middle, tail = template.text.split(_MARK)
-            place = begin - (len(whole) - len(tail))
+            place = begin - (len(full_text) - len(tail))
             last = templated_example(self._tokenizer, ChatText(tail, [(place, place + end - begin)]))
             within = self._tokenizer.encode(text)
             before = [i for part in (head, *middle) for i in (*self._tokenizer.encode_chat(part), *within)]

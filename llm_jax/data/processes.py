@@ -45,7 +45,7 @@ def each(
                 yield i, work(*job)
                 bar.update(costs[i])
             return
-        others = set(multiprocessing.active_children())
+        children_before = set(multiprocessing.active_children())
         pool = concurrent.futures.ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _begin)
         try:
             try:
@@ -56,7 +56,7 @@ def each(
                 yield numbers[done], done.result()
                 bar.update(costs[numbers[done]])
         except BrokenProcessPool as error:
-            for child in set(multiprocessing.active_children()) - others:
+            for child in set(multiprocessing.active_children()) - children_before:
                 child.kill()  # a process that was starting while the pool broke would wait for ever
             raise UserError(
                 f"{title}: a process was killed or could not start (out of memory?); the same command resumes; "

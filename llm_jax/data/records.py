@@ -83,10 +83,10 @@ def _read_lines(path: str, field: str, starts: np.ndarray, sizes: np.ndarray) ->
 
 
 def _of_line(path: str, number: int, start: int, line: bytes, field: str) -> str:
-    where = f"{path}, line {number}" if number else f"{path}, byte {start}"
+    location = f"{path}, line {number}" if number else f"{path}, byte {start}"
     text = _line_text(path, start, line)
-    record = _record(where, text)
-    return _field(where, field, record) if field else text
+    record = _record(location, text)
+    return _field(location, field, record) if field else text
 
 
 def _field(where: str, field: str, record: dict[str, Any]) -> str:
@@ -144,8 +144,8 @@ def _scan_delimited(form: _Delimited, path: str, field: str) -> Scan:
         records = _delimited(form, path, stream, 0, digest.update)
         columns = form.columns or _columns(path, records)
         for number, start, values in records:
-            where = f"{path}, line {number}"
-            yield start, utf8_size(where, _of_values(where, columns, values, field))
+            location = f"{path}, line {number}"
+            yield start, utf8_size(location, _of_values(location, columns, values, field))
     return digest.hexdigest()
 
 

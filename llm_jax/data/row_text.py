@@ -16,15 +16,15 @@ def segments(row: dict[str, np.ndarray], masked: bool = False) -> Iterator[list[
       masked: whether targets are the tokens at the positions of the inputs instead of the next tokens.
     """
     for segment in range(1, int(row["segments"].max()) + 1):
-        where = np.flatnonzero(row["segments"] == segment)
+        indices = np.flatnonzero(row["segments"] == segment)
         if masked:
-            yield [(int(row["targets"][i]), bool(row["mask"][i])) for i in where]
+            yield [(int(row["targets"][i]), bool(row["mask"][i])) for i in indices]
             continue
-        found = [(int(row["inputs"][where[0]]), False)]
-        found += [(int(row["targets"][i]), bool(row["mask"][i])) for i in where[:-1]]
-        if row["mask"][where[-1]]:  # else it begins the next document
-            found.append((int(row["targets"][where[-1]]), True))
-        yield found
+        tokens = [(int(row["inputs"][indices[0]]), False)]
+        tokens += [(int(row["targets"][i]), bool(row["mask"][i])) for i in indices[:-1]]
+        if row["mask"][indices[-1]]:  # else it begins the next document
+            tokens.append((int(row["targets"][indices[-1]]), True))
+        yield tokens
 
 
 def lines(tokenizer: Tokenizer, tokens: list[tuple[int, bool]], colours: tuple[str, str]) -> Iterator[str]:

@@ -109,14 +109,14 @@ def _smallest(catalog: Catalog, rule: HeldOut) -> np.ndarray:
     """uint64 (1,): the group with the fewest bytes; of several, the first by name."""
     least = min(int(sizes.min()) for _, sizes in _groups(catalog, rule) if len(sizes))
 
-    def named() -> Iterator[tuple[str, int]]:
+    def smallest_groups() -> Iterator[tuple[str, int]]:
         for indices in catalog.blocks():
             records, files = catalog[indices], catalog.file(indices)
             for i in np.flatnonzero(rule.sizes(records) == least):
                 file = catalog.files[files[i]]
                 yield file.group or file.document(int(records["start"][i])), int(records["group"][i])
 
-    return np.array([min(named())[1]], np.uint64)
+    return np.array([min(smallest_groups())[1]], np.uint64)
 
 
 def _shared(catalog: Catalog) -> tuple[np.ndarray, np.ndarray]:

@@ -36,5 +36,5 @@ def texts(paths: Sequence[pathlib.Path], limit: int) -> Iterator[str]:
 
 def _boundary(block: bytes, place: int) -> int:
     """The first position from `place` on, at most three bytes later, at which a character may begin."""
-    after = range(place, min(place + 3, len(block)))
-    return next((i for i in after if block[i] & 0xC0 != 0x80), min(place + 3, len(block)))
+    candidates = range(place, min(place + 3, len(block)))
+    return next((i for i in candidates if block[i] & 0xC0 != 0x80), min(place + 3, len(block)))

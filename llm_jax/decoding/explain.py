@@ -85,8 +85,10 @@ def explain(
 
     @jax.jit
     def stages(settings: loop.DrawSettings, logits: jax.Array, history: History) -> jax.Array:
-        before = History(history.ids, history.length - 1, history.prompt)  # the last token was sampled from `logits`
-        return jnp.stack(settings.sampler.stages(settings.mask_padded_vocab(logits), before))[:, 0]
+        previous_history = History(
+            history.ids, history.length - 1, history.prompt
+        )  # the last token was sampled from `logits`
+        return jnp.stack(settings.sampler.stages(settings.mask_padded_vocab(logits), previous_history))[:, 0]
 
     state = loop.start(model, params, settings, [prompt], options.max_new_tokens)
     for time in range(options.max_new_tokens):

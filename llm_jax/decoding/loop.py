@@ -172,7 +172,7 @@ def start(
     max_new_tokens: int,
     alternatives: int = 0,
 ) -> DecodingState:
-    """Prefills the cache with the prompts, makes room for `max_new_tokens` tokens, and draws the first one."""
+    """Prefills a cache for the prompts and `max_new_tokens` tokens, and samples the first token."""
     prompts_BP, lengths = (mesh_lib.split_rows(array, params) for array in padded(prompts))
     room = bucket(max_new_tokens)
     return prefill_and_draw(model, room, alternatives, params, settings, prompts_BP, lengths)

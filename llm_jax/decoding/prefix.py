@@ -131,8 +131,8 @@ def _extend(
       count: int32 (), number of tokens in `new_BP`.
     """
     length = common + count
-    kept = jnp.arange(cache.tokens.positions.shape[1]) < common
-    slots = dataclasses.replace(cache.tokens, segments=jnp.where(kept, cache.tokens.segments, 0))
+    is_common = jnp.arange(cache.tokens.positions.shape[1]) < common
+    slots = dataclasses.replace(cache.tokens, segments=jnp.where(is_common, cache.tokens.segments, 0))
     index_BP = common + jnp.arange(new_BP.shape[1], dtype=jnp.int32)[None]
     tokens = Tokens(jnp.minimum(index_BP, length - 1), (index_BP < length).astype(jnp.int32))
     x_BPD, cache = loop.apply(model, params, new_BP, tokens, KVCache(slots, common, cache.layers), method="features")

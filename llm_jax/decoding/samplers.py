@@ -203,8 +203,8 @@ def draw(logits: jax.Array, keys: jax.Array) -> jax.Array:
     Inverts the cumulative distribution twice, over blocks of tokens and then within a block, with two uniform
     numbers: one Gumbel number per token (jax.random.categorical) costs a millisecond per row on CPU.
     """
-    rest = -logits.shape[-1] % _BLOCK
-    padded = jnp.pad(logits, ((0, 0), (0, rest)), constant_values=-jnp.inf)
+    padding = -logits.shape[-1] % _BLOCK
+    padded = jnp.pad(logits, ((0, 0), (0, padding)), constant_values=-jnp.inf)
     weights = jnp.exp(padded - jnp.max(padded, -1, keepdims=True)).reshape(len(logits), -1, _BLOCK)
     uniforms = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
     block = _invert(jnp.sum(weights, -1), uniforms[:, 0])

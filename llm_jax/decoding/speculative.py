@@ -197,12 +197,14 @@ def _advance(
         new = jnp.where(places == accepted[:, None], extra[:, None], jnp.pad(proposed, ((0, 0), (0, 1))))
         # A row takes the accepted tokens and one more, up to EOS and the limit.
         ends = settings.is_eos(new) & (places <= accepted[:, None])
-        taken = jnp.where(jnp.any(ends, 1), jnp.argmax(ends, 1), accepted) + 1
-        taken = jnp.where(s.done, 0, jnp.minimum(taken, limit - s.count))
-        last_end = jnp.any(ends & (places < taken[:, None]), 1)
+        accepted_count = jnp.where(jnp.any(ends, 1), jnp.argmax(ends, 1), accepted) + 1
+        accepted_count = jnp.where(s.done, 0, jnp.minimum(accepted_count, limit - s.count))
+        last_end = jnp.any(ends & (places < accepted_count[:, None]), 1)
         logs = jnp.take_along_axis(logs_BKV, new[..., None], -1)[..., 0]
-        history = History(_write(s.history.ids, new, s.history.length), s.history.length + taken, s.history.prompt)
-        count = s.count + taken
+        history = History(
+            _write(s.history.ids, new, s.history.length), s.history.length + accepted_count, s.history.prompt
+        )
+        count = s.count + accepted_count
         return SpeculativeState(
             dataclasses.replace(cache, index=history.length - 1),
             draft_cache and dataclasses.replace(draft_cache, index=history.length - 1),

@@ -74,9 +74,9 @@ def showable(text: str, stops: Sequence[str]) -> str:
     Args:
       text: text that no later token changes (`detokenize.Detokenizer.settled`).
     """
-    before = cut(text, stops)
-    if len(before) < len(text):
-        return before
+    settled = cut(text, stops)
+    if len(settled) < len(text):
+        return settled
     begun = (n for s in stops for n in range(min(len(s) - 1, len(text)), 0, -1) if text.endswith(s[:n]))
     return text[: len(text) - max(begun, default=0)]
 

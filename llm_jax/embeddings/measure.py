@@ -58,8 +58,8 @@ def agreement(vectors: WordVectors, path: pathlib.Path) -> Agreement:
     rated = []
     for number, line in enumerate(_lines(path), 1):
         try:
-            one, other, rating = line.lower().split("\t")[:3]
-            rated.append((one.strip(), other.strip(), float(rating)))
+            first, second, rating = line.lower().split("\t")[:3]
+            rated.append((first.strip(), second.strip(), float(rating)))
         except ValueError as error:
             raise UserError(
                 f"{path}: line {number} is {line!r}; expected a word, a word and a rating, separated by tabs"

@@ -81,15 +81,15 @@ def ranks(base: trees.Tree, config: LoraConfig) -> dict[str, dict[str, int]]:
     used: set[str] = set()
     found: dict[str, dict[str, int]] = {}
     for path, weight in trees.flatten(base).items():
-        own = {}
+        layer_ranks = {}
         for name in trees.expand(path):
             hits = [target for target, rule in rules if rule.fullmatch(name)]
             if len(hits) > 1:
                 raise UserError(f"lora.targets: '{hits[0]}' and '{hits[1]}' overlap; both match '{name}'")
             used.update(hits)
             shape = weight.shape[trees.layers_of(path) is not None :]
-            own[name] = _rank(name, shape, hits[0], by_rank, config.rank, used) if hits else 0
-        found[path] = own
+            layer_ranks[name] = _rank(name, shape, hits[0], by_rank, config.rank, used) if hits else 0
+        found[path] = layer_ranks
     for source, patterns in (("lora.targets", config.targets), ("lora.ranks", [p for p, _ in config.ranks])):
         if unused := [pattern for pattern in patterns if pattern not in used]:
             last = unused[0].rsplit(".", 1)[-1]
@@ -101,8 +101,12 @@ def ranks(base: trees.Tree, config: LoraConfig) -> dict[str, dict[str, int]]:
                 cure = f"; several are written as {tuple(unused[0].split(','))}"
             raise UserError(f"{source}: '{unused[0]}' matches no {'weight' if 'targets' in source else 'target'}{cure}")
     # All layers or none, so that any layout can be made of any other.
-    adapted = {_template(name) for own in found.values() for name, rank in own.items() if rank}
-    return {path: own for path, own in found.items() if any(_template(name) in adapted for name in own)}
+    adapted = {_template(name) for layer_ranks in found.values() for name, rank in layer_ranks.items() if rank}
+    return {
+        path: layer_ranks
+        for path, layer_ranks in found.items()
+        if any(_template(name) in adapted for name in layer_ranks)
+    }
 
 
 def _rank(name: str, shape: tuple[int, ...], target: str, rules: Any, default: int, used: set[str]) -> int:
@@ -148,20 +152,20 @@ def init(key: jax.Array, base: trees.Tree, config: LoraConfig, original: trees.T
     if config.variant == "loftq" and original is None:
         raise UserError("lora.variant=loftq starts from the quantization error; set quant.scheme")
     flat, originals = trees.flatten(base), trees.flatten(base if original is None else original)
-    found = ranks(base, config)
-    some = [name for own in found.values() for name, rank in own.items() if not rank]
-    if config.variant == "dora" and some:  # its magnitude would still be trained
+    ranks_by_path = ranks(base, config)
+    without_rank = [name for own in ranks_by_path.values() for name, rank in own.items() if not rank]
+    if config.variant == "dora" and without_rank:  # its magnitude would still be trained
         raise UserError(
-            f"lora.targets: '{some[0]}' is left out; lora.variant=dora adapts a weight in all layers or none"
+            f"lora.targets: '{without_rank[0]}' is left out; lora.variant=dora adapts a weight in all layers or none"
         )
     if config.factors:
-        _check_factors(config.factors, flat, found)
+        _check_factors(config.factors, flat, ranks_by_path)
     widest: dict[str, int] = {}
-    for own in found.values():
+    for own in ranks_by_path.values():
         for name, rank in own.items():
             widest[_template(name)] = max(rank, widest.get(_template(name), 0))
     adapters: dict[str, Any] = {}
-    for path, own in found.items():
+    for path, own in ranks_by_path.items():
         starts = []
         for i, (name, rank) in enumerate(own.items()):
             here, whole = (w if trees.layers_of(path) is None else _layer(w, i) for w in (flat[path], originals[path]))
@@ -202,21 +206,21 @@ def _start(key: Any, name: str, base: Any, original: Any, rank: int, width: int,
     """The entries of one layer's weight."""
     rows, columns = _matrix(base.shape)
     dtype = jnp.promote_types(jnp.float32, _dtype(base))
-    own = jnp.arange(width) < rank
+    within_rank = jnp.arange(width) < rank
     scale = config.alpha / max(rank, 1) ** (0.5 if config.rank_stabilized else 1.0)
     parts = {"scale": jnp.asarray(scale, dtype)}
     if config.variant in ("pissa", "loftq"):
-        whole = weights.dense(original).reshape(rows, columns).astype(dtype)
+        original_weight = weights.dense(original).reshape(rows, columns).astype(dtype)
         if config.variant == "loftq":
-            whole -= weights.dense(base).reshape(rows, columns).astype(dtype)
-        a, b = _leading(whole / scale, width)
-        parts |= {"a": a * own, "b": b * own[:, None]}
+            original_weight -= weights.dense(base).reshape(rows, columns).astype(dtype)
+        a, b = _leading(original_weight / scale, width)
+        parts |= {"a": a * within_rank, "b": b * within_rank[:, None]}
         if config.variant == "pissa":
             parts |= {"start_a": parts["a"], "start_b": parts["b"]}
         return parts
     # x a is then about as large as x; of a one-hot input, a row of a table, one entry is not zero.
     entries = 1 if re.fullmatch(_EMBEDDINGS, name) else rows
-    a = jax.random.normal(key, (rows, width), dtype) * (own / entries**0.5).astype(dtype)
+    a = jax.random.normal(key, (rows, width), dtype) * (within_rank / entries**0.5).astype(dtype)
     parts |= {"a": a, "b": jnp.zeros((width, columns), dtype)}
     if config.variant == "dora":
         squares = jnp.sum(weights.dense(base).reshape(rows, columns).astype(dtype) ** 2, 0)
@@ -334,8 +338,8 @@ def attach(
             raise UserError(f"'{path}' of shape {flat[path].shape} is no matrix; use lora.materialize")
         keys = None
         if dropout and key is not None:
-            own = np.array([_hash(name) for name in trees.expand(path)], np.uint32)
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, own)
+            name_hashes = np.array([_hash(name) for name in trees.expand(path)], np.uint32)
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, name_hashes)
             keys = keys[0] if stacked is None else keys
         flat[path] = node(flat[path], parts, factors, dropout, keys)
     return trees.unflatten(flat)

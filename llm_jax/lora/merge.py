@@ -32,8 +32,8 @@ def materialize(base: trees.Tree, adapters: trees.Tree, *, factors: str = "") ->
     flat = trees.flatten(base)
     for path, parts in by_path(adapters).items():
         stacked = trees.layers_of(path) is not None
-        one = functools.partial(_dense, factors=factors)
-        flat[path] = (jax.vmap(one) if stacked else one)(weights.dense(flat[path]), parts)
+        merge_layer = functools.partial(_dense, factors=factors)
+        flat[path] = (jax.vmap(merge_layer) if stacked else merge_layer)(weights.dense(flat[path]), parts)
     return trees.unflatten(flat)
 
 
@@ -49,11 +49,11 @@ def rounded(adapters: trees.Tree, factors: str) -> dict[str, Any]:
     if not factors:
         return trees.unflatten(trees.flatten(adapters))
 
-    def one(path: str, leaf: Any) -> Any:
+    def unmerge_leaf(path: str, leaf: Any) -> Any:
         is_factor = path.endswith(("/a", "/b"))
         return weights.dense(FakeQuant(leaf, None, None, None, factors, IN)) if is_factor else leaf
 
-    return trees.map_weights(one, adapters)
+    return trees.map_weights(unmerge_leaf, adapters)
 
 
 def requantize(base: trees.Tree, adapters: trees.Tree, *, factors: str = "") -> tuple[dict[str, Any], dict[str, float]]:
@@ -85,9 +85,9 @@ def _folded(weight: Adapted | Decomposed) -> tuple[Any, tuple[jax.Array, ...]]:
     merged, q = weight.dense(), (weight.weight if isinstance(weight, Decomposed) else weight).base
     if not isinstance(q, QTensor):
         return merged, ()
-    again = quantized.to_qtensor(merged, q.scheme, q.axis)
-    lost, added = weights.dense(again) - merged, merged - weights.dense(q)
-    return again, (jnp.sum(jnp.square(lost)), jnp.sum(jnp.square(added)))
+    requantized = quantized.to_qtensor(merged, q.scheme, q.axis)
+    lost, added = weights.dense(requantized) - merged, merged - weights.dense(q)
+    return requantized, (jnp.sum(jnp.square(lost)), jnp.sum(jnp.square(added)))
 
 
 _folded_layers = jax.jit(jax.vmap(_folded))

@@ -52,8 +52,8 @@ class Instruction:
 
     @property
     def callees(self) -> list[str]:
-        listed = [name for text in _BRANCHES.findall(self.attributes) for name in re.findall(r"[\w.\-]+", text)]
-        return _CALLS.findall(self.attributes) + listed
+        callees = [name for text in _BRANCHES.findall(self.attributes) for name in re.findall(r"[\w.\-]+", text)]
+        return _CALLS.findall(self.attributes) + callees
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,8 +42,8 @@ def run(count: int, module: str, flags: Sequence[str]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, pass_on)
     for i in range(count):
-        own = (f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={i}")
-        command = [sys.executable, "-m", module, *flags, *own]
+        process_flags = (f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={i}")
+        command = [sys.executable, "-m", module, *flags, *process_flags]
         # A group of its own, so that Ctrl-C in a terminal reaches each process once, through `pass_on`.
         processes.append(
             subprocess.Popen(

@@ -58,13 +58,13 @@ def started(
     """
     global _meeting
     explicit = (coordinator_address, num_processes, process_id) != ("", 0, -1)
-    where = _explicit(coordinator_address, num_processes, process_id) if explicit else _detected(timeout)
-    if where is None:
+    connection = _explicit(coordinator_address, num_processes, process_id) if explicit else _detected(timeout)
+    if connection is None:
         yield
         return
     import jax
 
-    address, count, index, local_devices = where
+    address, count, index, local_devices = connection
     bind = coordinator_bind_address or (address if explicit else f":{address.rpartition(':')[2]}")
     meeting = rendezvous.meet(address, bind, count, index, timeout)
     try:
@@ -241,8 +241,10 @@ def check_equal(values: dict[str, Any], what: str) -> None:
     values = json.loads(json.dumps(values))
     for key, value in broadcast(values).items():
         if values.get(key) != value:
-            own = values.get(key)
-            raise UserError(f"{what} differs between processes: {key} is {own!r} here and {value!r} in process 0")
+            local_value = values.get(key)
+            raise UserError(
+                f"{what} differs between processes: {key} is {local_value!r} here and {value!r} in process 0"
+            )
     barrier("equal")  # process 0 waits until all processes have compared
 
 

@@ -120,10 +120,10 @@ class Meeting:
 
     def finish(self, seconds: float = 60.0) -> None:
         """Waits, for at most `seconds`, until all processes have called this; then lost connections are ignored."""
-        others = list(self._others.values())
+        connections = list(self._others.values())
         if self.index:
             self._send_all(done=True)
-        self._wait(lambda: all(other.done for other in others), seconds)
+        self._wait(lambda: all(other.done for other in connections), seconds)
         with self._changed:
             self._ended = True
         if not self.index:

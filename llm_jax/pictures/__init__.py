@@ -1,7 +1,7 @@
-"""Pictures of models: what they attend to, expect, store and change.
+"""Pictures of models, their data and their weights.
 
-A picture is data first. A function of a module of its subject (`attention_maps`, `surprisals`, ...) returns a typed
-result, whose figures are numpy arrays with labels. Its `picture` arranges them as panels (`panels`), and three
-renderers draw panels: `render_text` for terminals, `render_html` for pages and notebooks, `render_png` for files. To
-add a picture, write such a module; to add a kind of panel, add its function to each renderer.
+The functions in `attention_maps`, `surprisals` and the other modules return dataclasses of labelled numpy arrays. The
+method `picture` of a result arranges them as panels (`panels`). Three renderers draw panels: `render_text` for
+terminals, `render_html` for pages and notebooks, `render_png` for files. To add a picture, write such a module; to add
+a kind of panel, add a function to each renderer.
 """

@@ -31,7 +31,7 @@ class AttentionMaps(Drawable):
     probabilities: np.ndarray
 
     def measures(self) -> dict[str, np.ndarray]:
-        """What each head does on average over the queries after the first: {measure: float64 (L, N)}.
+        """Averages over the queries after the first one: {measure: float64 (L, N)}.
 
         Probabilities of the first token, of the token before the query and of the query itself, and the entropy of
         the distribution in bits.
@@ -61,9 +61,9 @@ class AttentionMaps(Drawable):
                 unit = "bits" if is_entropy else "probability"
                 panels.append(Heatmaps(title, ("",), values[None], rows, columns, unit, 0.0, high))
         for layer, p_NTS in zip(self.layers, self.probabilities, strict=True):
-            one = len(self.heads) == 1
-            title = f"layer {layer}, head {self.heads[0]}" if one else f"layer {layer}"
-            names = ("",) if one else columns
+            single_head = len(self.heads) == 1
+            title = f"layer {layer}, head {self.heads[0]}" if single_head else f"layer {layer}"
+            names = ("",) if single_head else columns
             panels.append(Heatmaps(title, names, p_NTS, self.tokens, self.tokens, "probability", 0.0, 1.0))
         note = "A row is a token that attends, a column a token that is attended to; each row sums to 1."
         return Picture("Attention", tuple(panels), note)

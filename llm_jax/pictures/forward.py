@@ -35,7 +35,7 @@ def capture(model: Transformer, params: Any, rows: Sequence[Sequence[int]]) -> c
     """Attention probabilities and hidden states of rows of ids, padded on the right to a power of two.
 
     Returns:
-      The result of `capture.capture` on the host; padded positions are for the caller to cut off.
+      The result of `capture.capture` on the host, including padded positions.
     """
     length = 1 << (max(map(len, rows)) - 1).bit_length()
     tokens_BT = np.zeros((len(rows), length), np.int32)
@@ -43,7 +43,7 @@ def capture(model: Transformer, params: Any, rows: Sequence[Sequence[int]]) -> c
     for i, row in enumerate(rows):
         tokens_BT[i, : len(row)] = row
         segments_BT[i, : len(row)] = 1
-    # Padding stays within the positions of a learned table.
+    # Padding must not exceed the positions of a learned table.
     positions_BT = np.arange(length, dtype=np.int32) * segments_BT
     where = Tokens(jnp.asarray(positions_BT), jnp.asarray(segments_BT))
     run = jax.jit(lambda params, tokens, where: capture_lib.capture(model, params, tokens, where))

@@ -1,4 +1,4 @@
-"""The frame of every HTML page: it needs no other file and no network, and is light or dark as the browser prefers."""
+"""The frame of every HTML page: self-contained, with the light or dark setting of the browser."""
 
 import html
 import importlib.resources

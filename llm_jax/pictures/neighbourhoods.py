@@ -96,11 +96,11 @@ def _in_table(params: Any, tokenizer: Tokenizer, word: str, count: int) -> Neigh
     # The word itself is the last row, so that tokens of equal text do not hide it.
     words = (*(f"{i}\0{label}" for i, label in enumerate(labels)), "word")
     vectors = WordVectors(words, np.concatenate([table[:size], vector[None]]))
-    own = {f"{i}\0{labels[i]}" for i in ids}
+    query_names = {f"{i}\0{labels[i]}" for i in ids}
     nearest = measure.neighbours(vectors, "word", count + len(ids))
-    kept = [(name.partition("\0")[2], cosine) for name, cosine in nearest if name not in own][:count]
-    names = tuple(repr(name) for name, _ in kept)
-    return Neighbourhood(repr(word), ("embedding table",), (names,), np.array([[cosine for _, cosine in kept]]))
+    neighbours = [(name.partition("\0")[2], cosine) for name, cosine in nearest if name not in query_names][:count]
+    names = tuple(repr(name) for name, _ in neighbours)
+    return Neighbourhood(repr(word), ("embedding table",), (names,), np.array([[cosine for _, cosine in neighbours]]))
 
 
 def _in_texts(

@@ -1,4 +1,4 @@
-"""What pictures consist of: panels with figures and labels, and the base class of results that show themselves."""
+"""Panels of pictures, and the base class of results that can be displayed."""
 
 import abc
 import dataclasses
@@ -97,7 +97,7 @@ class Picture:
 
 
 class Drawable(abc.ABC):
-    """A result that shows itself: by `print`, at the end of a notebook's cell, and as a file by `save`."""
+    """A result that can be displayed by `print`, in a notebook, and as a file by `save`."""
 
     @abc.abstractmethod
     def picture(self) -> Picture:
@@ -110,7 +110,7 @@ class Drawable(abc.ABC):
         return render_text.render(self.picture(), color)
 
     def html(self) -> str:
-        """A page that needs no other file and no network."""
+        """A self-contained HTML page."""
         from llm_jax.pictures import render_html
 
         return render_html.page(self.picture())
@@ -152,7 +152,7 @@ def number(value: float) -> str:
 
 
 def describe(panel: Panel) -> str:
-    """A sentence about a panel, for readers who do not see it."""
+    """A sentence that describes a panel, for screen readers."""
     if isinstance(panel, Heatmaps):
         peak = np.unravel_index(np.nanargmax(panel.values), panel.values.shape) if _has_values(panel) else None
         count = f"{len(panel.names)} matrices" if len(panel.names) > 1 else "A matrix"
@@ -160,8 +160,8 @@ def describe(panel: Panel) -> str:
         if peak is None:
             return text
         name = f"{panel.names[peak[0]]}, " if panel.names[peak[0]] else ""
-        place = f"{name}row {panel.rows[peak[1]]}, column {panel.columns[peak[2]]}"
-        return f"{text} The largest value, {number(float(panel.values[peak]))} {panel.unit}, is at {place}."
+        location = f"{name}row {panel.rows[peak[1]]}, column {panel.columns[peak[2]]}"
+        return f"{text} The largest value, {number(float(panel.values[peak]))} {panel.unit}, is at {location}."
     if isinstance(panel, Lines):
         ends = [f"{label} from {number(float(v[0]))} to {number(float(v[-1]))}" for label, v in _curves(panel)[:8]]
         span = f"{panel.x_label} from {number(float(panel.x[0]))} to {number(float(panel.x[-1]))}"

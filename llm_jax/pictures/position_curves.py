@@ -1,4 +1,4 @@
-"""What a position scheme adds to attention scores, and how it decays with distance."""
+"""The effect of a position scheme on attention scores, as a function of the distance."""
 
 import dataclasses
 from typing import Any

@@ -1,4 +1,4 @@
-"""The error that each number format makes in each weight of a model."""
+"""The quantization error of each number format for each weight of a model."""
 
 import dataclasses
 import functools
@@ -75,7 +75,7 @@ def quantization(params: Any, schemes: Sequence[str] = SCHEMES, head: bool = Fal
     """Quantizes every weight by each scheme, with absmax scales, and measures the errors.
 
     Args:
-      params: weights of any kind; what is quantized or adapted already is expanded first.
+      params: weights of any kind; quantized and adapted weights are expanded first.
       schemes: names of number formats, see `python -m llm_jax.quantize --help`.
       head: whether the embeddings and the output head are quantized too.
 

@@ -18,7 +18,7 @@ from llm_jax.pictures.panels import Heatmaps, Lines, Passage, Picture, Table, de
 
 
 def page(picture: Picture) -> str:
-    """The picture as a page, light or dark as the browser prefers."""
+    """The picture as a page, with the light or dark setting of the browser."""
     return html_document.render(picture.title, f"<main>\n{fragment(picture)}\n</main>")
 
 

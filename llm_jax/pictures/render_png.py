@@ -191,7 +191,7 @@ def _wrapped(panel: Passage) -> list[tuple[int, int, str, float]]:
 
 
 def plain(text: str) -> str:
-    """Text that matplotlib does not take for a formula, without control characters."""
+    """Escapes text so that matplotlib does not parse it as a formula, and removes control characters."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text).replace("$", r"\$")
 
 

@@ -95,7 +95,7 @@ def _background(value: float, high: float) -> str:
 
 
 def _visible(token: str) -> str:
-    """The token on one line, without characters that a terminal would obey."""
+    """The token on one line, without control characters."""
     return "".join(c if c.isprintable() else "↵" if c == "\n" else repr(c)[1:-1] for c in token)
 
 

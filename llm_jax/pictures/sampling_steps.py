@@ -1,4 +1,4 @@
-"""What a sampler leaves of the candidates at each step, and the token that it draws."""
+"""The candidates of each sampling step after each filter, and the sampled token."""
 
 import dataclasses
 from collections.abc import Sequence

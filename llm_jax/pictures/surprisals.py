@@ -1,4 +1,4 @@
-"""How surprising each token of a text is to a model."""
+"""The surprisal of each token of a text."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""The tokens of a text on which two models differ most in loss."""
+"""The tokens of a text whose losses differ most between two models."""
 
 import dataclasses
 import math

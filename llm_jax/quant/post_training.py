@@ -82,18 +82,18 @@ def quantize_params(params: Any, chosen: Rules, source: str) -> dict[str, Any]:
         if name and number_formats.scheme(name).activations == "static":
             raise UserError(f"{source}: {name} for '{path}' needs calibration; see python -m llm_jax.quantize")
 
-    def one(path: str, weight: Any) -> Any:
+    def quantize_weight(path: str, weight: Any) -> Any:
         stacked = trees.layers_of(path) is not None
         return _rounded(weight, planned[path], axis(path), stacked) if planned[path] else weight
 
-    return trees.map_weights(one, params)
+    return trees.map_weights(quantize_weight, params)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _rounded(weight: jax.Array, scheme: str, axis: int, stacked: bool) -> QTensor:
     """Quantizes stacked layers one after the other, because NF4 needs temporary arrays of twice their size."""
-    one = functools.partial(quantized.to_qtensor, scheme=scheme, axis=axis)
-    return jax.lax.map(one, weight) if stacked else one(weight)
+    quantize_layer = functools.partial(quantized.to_qtensor, scheme=scheme, axis=axis)
+    return jax.lax.map(quantize_layer, weight) if stacked else quantize_layer(weight)
 
 
 def base(params: Any, config: QuantConfig) -> Any:
@@ -106,10 +106,10 @@ def base(params: Any, config: QuantConfig) -> Any:
 def finish(params: Any) -> dict[str, Any]:
     """The parameters with every `FakeQuant`, nested ones included, replaced by its QTensor."""
 
-    def one(node: Any) -> Any:
+    def finish_node(node: Any) -> Any:
         return node.quantized() if isinstance(node, FakeQuant) else node
 
-    return jax.tree.map(one, params, is_leaf=lambda node: isinstance(node, FakeQuant))
+    return jax.tree.map(finish_node, params, is_leaf=lambda node: isinstance(node, FakeQuant))
 
 
 def is_quantization_aware(params: Any) -> bool:
@@ -183,12 +183,12 @@ class WeightSummary:
 
 def lines(params: Any) -> list[WeightSummary]:
     """A summary of every weight of finished parameters, with an error of 0."""
-    found = trees.flatten(params).items()
+    weights_by_path = trees.flatten(params).items()
     return [
         WeightSummary(
             path, getattr(w, "scheme", ""), tuple(w.shape), quantized.bits_per_weight(w), weights.num_bytes(w), 0.0
         )
-        for path, w in found
+        for path, w in weights_by_path
     ]
 
 

@@ -31,7 +31,7 @@ def prepare(params: Any, config: QuantConfig) -> Any:
     source = "quant.qat"
     planned = plan(params, rules(config.qat.scheme, config.head, config.rules), source)
 
-    def one(path: str, w: Any) -> Any:
+    def prepare_weight(path: str, w: Any) -> Any:
         name = planned[path]
         if not name:
             return w
@@ -45,7 +45,7 @@ def prepare(params: Any, config: QuantConfig) -> Any:
             step, _ = methods.clip(w, s, axis(path), signed=False)
         return FakeQuant(w, step, None, None, name, axis(path))
 
-    return trees.map_weights(one, params)
+    return trees.map_weights(prepare_weight, params)
 
 
 def delayed(params: Any, step: jax.Array, start: int) -> Any:
@@ -53,9 +53,9 @@ def delayed(params: Any, step: jax.Array, start: int) -> Any:
     if not start:
         return params
 
-    def one(node: Any) -> Any:
+    def delay_node(node: Any) -> Any:
         if not isinstance(node, FakeQuant):
             return node
         return dataclasses.replace(node, active=jnp.broadcast_to(step >= start, node.shape[:-2]))
 
-    return jax.tree.map(one, params, is_leaf=lambda node: isinstance(node, FakeQuant))
+    return jax.tree.map(delay_node, params, is_leaf=lambda node: isinstance(node, FakeQuant))

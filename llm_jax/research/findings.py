@@ -119,8 +119,8 @@ def save(directory: pathlib.Path, results: Sequence[Finding]) -> None:
     path = directory / "results.json"
     recorded = read(path) if path.exists() else []
     scripts = {_script(result) for result in results}
-    others = [result for result in recorded if _script(result) not in scripts]
-    everything = sorted([*others, *results], key=lambda r: r.claim) if others else list(results)
+    other_findings = [result for result in recorded if _script(result) not in scripts]
+    everything = sorted([*other_findings, *results], key=lambda r: r.claim) if other_findings else list(results)
     files.write_json(path, [as_dict(result) for result in everything])
 
 

@@ -1,4 +1,4 @@
-"""The held-out tokens on which two runs differ most in loss."""
+"""The held-out tokens whose losses differ most between two runs."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -40,11 +40,11 @@ class LiveTable:
         }
         for name, done in steps.items():
             self._first_steps.setdefault(name, done)
-        left = self._time_left(points, statuses, steps)
+        seconds_left = self._time_left(points, statuses, steps)
         if self._stream.isatty():
-            self._paint(points, statuses, metrics, steps, left)
+            self._paint(points, statuses, metrics, steps, seconds_left)
         else:
-            self._print(statuses, metrics, left)
+            self._print(statuses, metrics, seconds_left)
 
     def close(self) -> None:
         """Leaves the table on the screen."""
@@ -55,9 +55,11 @@ class LiveTable:
     ) -> float | None:
         """Seconds until the last step of all points at the rate so far, or None before there is one."""
         done = sum(steps[name] - first for name, first in self._first_steps.items())
-        ours = (jobs.RUNNING, jobs.WAITING)
+        active_states = (jobs.RUNNING, jobs.WAITING)
         remaining = sum(
-            p.config.train.steps - steps[p.name] for p, s in zip(points, statuses, strict=True) if s.state in ours
+            p.config.train.steps - steps[p.name]
+            for p, s in zip(points, statuses, strict=True)
+            if s.state in active_states
         )
         return (time.time() - self._began) / done * remaining if done > 0 else None
 

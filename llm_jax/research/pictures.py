@@ -46,8 +46,8 @@ def draw(runs: Sequence[Run], directory: pathlib.Path, stem: str) -> list[pathli
     groups = [dataclasses.replace(group, label=name) for group, name in zip(groups, names, strict=True)]
     label = runs_lib.FIGURES[main]
     paths = []
-    found = [(group.label, name, page.curve(group, name)) for group in groups for name in ("loss", main)]
-    curves = [(group_label, name, points) for group_label, name, points in found if points]
+    curve_rows = [(group.label, name, page.curve(group, name)) for group in groups for name in ("loss", main)]
+    curves = [(group_label, name, points) for group_label, name, points in curve_rows if points]
     if curves:
         paths.append(directory / f"{stem}-curves.png")
         with figure(paths[-1], 1, 2, figsize=(11, 4), dpi=130) as axes:

@@ -142,11 +142,11 @@ def _refuse_another_run(point: Point) -> None:
     path = point.workdir / "recipe.json"
     if not path.exists() or not (point.workdir / "config.json").exists():
         return
-    before = configuration.flat(configuration.load(path))
-    now = configuration.flat(point.config)
-    for key, value in now.items():
-        if value != before[key] and key not in _MAY_CHANGE:
+    recorded = configuration.flat(configuration.load(path))
+    requested = configuration.flat(point.config)
+    for key, value in requested.items():
+        if value != recorded[key] and key not in _MAY_CHANGE:
             raise UserError(
-                f"{point.workdir} was trained with {key}={before[key]!r}, now {value!r}; choose another --output or "
+                f"{point.workdir} was trained with {key}={recorded[key]!r}, now {value!r}; choose another --output or "
                 "remove the directory"
             )

@@ -264,13 +264,13 @@ def difference(group: Group, baseline: Group, name: str) -> tuple[Interval, int]
     """
     if not_comparable(group, baseline, name):
         return None
-    ours, theirs = group.values(name), baseline.values(name)
-    if not ours or not theirs:
+    group_values, baseline_values = group.values(name), baseline.values(name)
+    if not group_values or not baseline_values:
         return None
-    common = sorted(set(ours) & set(theirs))
+    common = sorted(set(group_values) & set(baseline_values))
     if common:
-        return intervals.paired([ours[s] for s in common], [theirs[s] for s in common]), len(common)
-    means = [intervals.mean(list(values.values())).estimate for values in (ours, theirs)]
+        return intervals.paired([group_values[s] for s in common], [baseline_values[s] for s in common]), len(common)
+    means = [intervals.mean(list(values.values())).estimate for values in (group_values, baseline_values)]
     return Interval(means[0] - means[1], float("nan"), float("nan")), 0
 
 

@@ -1,4 +1,4 @@
-"""Rules that turn figures into verdicts. A rule is written before the run: the figures decide, not the reader."""
+"""Rules that decide verdicts from results. A rule is written before the run."""
 
 import math
 from collections.abc import Sequence

@@ -159,10 +159,10 @@ def eos_ids(tokenizer: Tokenizer) -> list[int]:
     Besides EOS, these are the ids listed in the files of a pretrained tokenizer; if the files list none, the special
     tokens whose names indicate the end of a text or a turn, such as <|im_end|>.
     """
-    others: Sequence[int] = ()
+    other_ids: Sequence[int] = ()
     if isinstance(tokenizer, PretrainedTokenizer):
-        others = tokenizer.special.get("eos_ids") or tokenizer.named_ends
-    return list(dict.fromkeys([*([] if tokenizer.eos is None else [tokenizer.eos]), *others]))
+        other_ids = tokenizer.special.get("eos_ids") or tokenizer.named_ends
+    return list(dict.fromkeys([*([] if tokenizer.eos is None else [tokenizer.eos]), *other_ids]))
 
 
 def save(tokenizer: Tokenizer, directory: pathlib.Path) -> None:

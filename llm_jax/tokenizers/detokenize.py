@@ -34,11 +34,11 @@ class Detokenizer:
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of a continuation."""
-        whole = self.tokenizer.decode([*self.context, *ids])
-        if whole.startswith(self.before):
-            return whole[len(self.before) :]
+        decoded = self.tokenizer.decode([*self.context, *ids])
+        if decoded.startswith(self.before):
+            return decoded[len(self.before) :]
         # The ids complete a character that the prompt began, or change how its last bytes are read.
-        return whole[len(common_prefix(self.before, whole)) :]
+        return decoded[len(common_prefix(self.before, decoded)) :]
 
     def settled(self, ids: Sequence[int]) -> str:
         """The longest known prefix of `text(ids)` that no later id changes.
@@ -56,14 +56,14 @@ class Detokenizer:
 def after(tokenizer: Tokenizer, prompt: Sequence[int]) -> Detokenizer:
     """The detokenizer of continuations of `prompt`."""
     ids = tuple(int(i) for i in prompt)
-    whole = tokenizer.decode(list(ids))
+    decoded = tokenizer.decode(list(ids))
     for window in _WINDOWS:
         for start in range(len(ids) - window, max(0, len(ids) - window - 4), -1):  # a character has up to 4 bytes
             context = ids[start:]
             before = tokenizer.decode(list(context))
-            if before.strip() and whole.endswith(before) and not _BYTE.fullmatch(tokenizer.piece(ids[start])):
+            if before.strip() and decoded.endswith(before) and not _BYTE.fullmatch(tokenizer.piece(ids[start])):
                 return Detokenizer(tokenizer, context, before)
-    return Detokenizer(tokenizer, ids, whole)
+    return Detokenizer(tokenizer, ids, decoded)
 
 
 def common_prefix(a: str, b: str) -> str:

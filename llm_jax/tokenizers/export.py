@@ -79,9 +79,9 @@ def _config(tokenizer: Tokenizer, state: Mapping[str, Any], family: str) -> dict
         template = tokenizer.special.get("chat_template")
         if isinstance(template, dict):
             template = [{"name": name, "template": text} for name, text in template.items()]
-        others = {"chat_template": template, "eos_ids": tokenizer.special.get("eos_ids")}
+        other_settings = {"chat_template": template, "eos_ids": tokenizer.special.get("eos_ids")}
     else:
-        names, others = {f"{token.strip('<>')}_token": token for token in SPECIAL}, {}
+        names, other_settings = {f"{token.strip('<>')}_token": token for token in SPECIAL}, {}
     names["unk_token"] = names["unk_token"] or state["model"].get("unk_token")
     added = {token["content"] for token in state["added_tokens"] if token["special"]}
     names |= {name: next((t for t in tokens if t in added), None) for name, tokens in _OTHER_NAMES.items()}
@@ -92,7 +92,7 @@ def _config(tokenizer: Tokenizer, state: Mapping[str, Any], family: str) -> dict
         "add_bos_token": tokenizer.bos is not None,
         # Any other token would be added to the vocabulary.
         **{name: token for name, token in names.items() if token in known},
-        **{key: value for key, value in others.items() if value},
+        **{key: value for key, value in other_settings.items() if value},
     }
     if family in _REPLACED and not _is_split_by(state, _REPLACED[family]):
         config["auto_map"] = _AUTO_MAP

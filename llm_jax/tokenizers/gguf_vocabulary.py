@@ -152,8 +152,8 @@ def _read_bert(metadata: Mapping[str, Any], tokens: list[str], types: Sequence[i
     needed = []
     for name in ("cls_token_id", "seperator_token_id", "unknown_token_id"):
         keys = ("bos_token_id", name) if name == "cls_token_id" else (name,)
-        stated = (token_id(metadata, key, len(tokens)) for key in keys)
-        needed_id = next((index for index in (*stated, named[name]) if index is not None), None)
+        special_ids = (token_id(metadata, key, len(tokens)) for key in keys)
+        needed_id = next((index for index in (*special_ids, named[name]) if index is not None), None)
         if needed_id is None:
             raise UserError(f"{KEY}{name} is missing")
         needed.append(tokens[needed_id])

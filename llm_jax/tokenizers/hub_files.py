@@ -107,19 +107,19 @@ def _add_tokens(content: dict[str, Any], parsed: Mapping[str, Any]) -> None:
         if (name := token["content"]) in present:
             continue
         following = max(ids.values(), default=-1) + 1
-        own = ids.get(name, following)
-        if isinstance(room, int) and own >= room:
+        expected_id = ids.get(name, following)
+        if isinstance(room, int) and expected_id >= room:
             continue
-        if index not in (None, own):
+        if index not in (None, expected_id):
             if isinstance(room, int) and index >= room:
                 continue
             raise UserError(
-                f"{source}: the token {name!r} has the id {index}; expected {own}, the next one of tokenizer.json, "
-                "which lacks it; save the tokenizer again with tokenizer.json"
+                f"{source}: the token {name!r} has the id {index}; expected {expected_id}, the next one of "
+                "tokenizer.json, which lacks it; save the tokenizer again with tokenizer.json"
             )
-        entries.append({"id": own, **token})
+        entries.append({"id": expected_id, **token})
         present.add(name)
-        ids[name] = own
+        ids[name] = expected_id
     content["added_tokens"] = entries
 
 

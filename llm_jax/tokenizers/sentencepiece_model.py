@@ -160,8 +160,8 @@ class SentencePieceTokenizer:
             raise UserError(f"tokenizer_config.json: 'added_tokens_decoder' is damaged ({error!r})") from error
         added = special_tokens.parse(files, "added_tokens.json") | added
         tokenizer = cls(files["tokenizer.model"], {"added_tokens": added})
-        own = [f"{name}_token" for name, _ in special_tokens.GGUF_NAMES if tokenizer._id(name) is not None]
-        special = special_tokens.read(files, tokenizer._index, lambda i: tokenizer.piece(i) or None, own)
+        own_names = [f"{name}_token" for name, _ in special_tokens.GGUF_NAMES if tokenizer._id(name) is not None]
+        special = special_tokens.read(files, tokenizer._index, lambda i: tokenizer.piece(i) or None, own_names)
         # Llama's files leave add_bos_token out and mean true.
         tokenizer._set_special(
             special | {"add_bos_token": special["add_bos_token"] is not False, "added_tokens": added}

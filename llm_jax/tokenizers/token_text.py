@@ -28,11 +28,11 @@ def painted(text: str, tokenizer: Tokenizer, colour: bool) -> str:
 
 def parts(text: str, tokenizer: Tokenizer) -> Iterator[tuple[str, str, int, tuple[int, int]]]:
     """For each token: (text before it that belongs to no token, its text, its id, its span of bytes)."""
-    whole, last = utf8(text), 0
+    encoded, last = utf8(text), 0
     for index, (begin, end) in zip(tokenizer.encode(text), tokenizer.spans(text), strict=True):
         begin = max(begin, last)
-        own = _shown(whole[begin:end]) or _shown(tokenizer.piece(index).encode())
-        yield _shown(whole[last:begin]), own, index, (begin, end)
+        token_text = _shown(encoded[begin:end]) or _shown(tokenizer.piece(index).encode())
+        yield _shown(encoded[last:begin]), token_text, index, (begin, end)
         last = max(last, end)
 
 

@@ -190,8 +190,8 @@ class ByteBpeTokenizer(WordTokenizer):
 def _byte_names() -> dict[str, int]:
     """The character that represents each byte: itself if printable, else the next one from U+0100 (GPT-2)."""
     printing = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [b for b in range(256) if b not in printing]
-    return {chr(b): b for b in printing} | {chr(0x100 + i): b for i, b in enumerate(others)}
+    other_bytes = [b for b in range(256) if b not in printing]
+    return {chr(b): b for b in printing} | {chr(0x100 + i): b for i, b in enumerate(other_bytes)}
 
 
 BYTES = _byte_names()

@@ -57,16 +57,15 @@ def load(config: Config, start: Start | None = None) -> Inputs:
     """
     start = start or start_lib.find(config)
     config, c = start.config, start.config.train
-    own = (
-        start.tokenizer if start.checkpoint else None
-    )  # a resumed run uses the tokenizer of its checkpoint, even if the path no longer exists
+    # A resumed run uses the tokenizer of its checkpoint, even if the path no longer exists.
+    resumed_tokenizer = start.tokenizer if start.checkpoint else None
     t = config.tokenizer
     if t.chat_template and not t.path and not start.tokenizer:
         raise UserError(
             f"tokenizer.chat_template={t.chat_template}: a newly trained tokenizer has no chat templates; set "
             "tokenizer.path or init_from"
         )
-    named = vocabulary.named_tokenizer(t.path, own, t.chat_template) if t.path else None
+    named = vocabulary.named_tokenizer(t.path, resumed_tokenizer, t.chat_template) if t.path else None
     if named:
         size = dataclasses.replace(config.tokenizer, kind=named.kind, vocab_size=named.vocab_size)
         config = dataclasses.replace(config, tokenizer=size)

@@ -97,18 +97,18 @@ def unlikelihood(logits: jax.Array, targets: jax.Array, seen: jax.Array, candida
     """
     logs = jax.nn.log_softmax(logits.astype(jnp.float32))
     ids = jnp.broadcast_to(seen[:, None], candidates.shape)
-    rest = 1 - jnp.exp(jnp.take_along_axis(logs, ids, -1))
+    complement = 1 - jnp.exp(jnp.take_along_axis(logs, ids, -1))
     wrong = candidates & (ids != targets[..., None])
-    return -jnp.sum(jnp.where(wrong, jnp.log(jnp.maximum(rest, 1e-5)), 0), -1)
+    return -jnp.sum(jnp.where(wrong, jnp.log(jnp.maximum(complement, 1e-5)), 0), -1)
 
 
 def candidates(batch: Batch) -> jax.Array:
     """bool (B, T, T): whether input token s is at or before t and the first occurrence of its id in the document."""
     ids, segments = batch["inputs"], batch["segments"]
-    before = jnp.tril(jnp.ones((ids.shape[1],) * 2, bool))
-    same = (segments[:, :, None] == segments[:, None]) & before
-    again = jnp.any(same & ~jnp.eye(ids.shape[1], dtype=bool) & (ids[:, :, None] == ids[:, None]), -1)
-    return same & ~again[:, None]
+    causal = jnp.tril(jnp.ones((ids.shape[1],) * 2, bool))
+    same = (segments[:, :, None] == segments[:, None]) & causal
+    repeated = jnp.any(same & ~jnp.eye(ids.shape[1], dtype=bool) & (ids[:, :, None] == ids[:, None]), -1)
+    return same & ~repeated[:, None]
 
 
 def entmax15(logits: jax.Array) -> jax.Array:
@@ -250,7 +250,7 @@ def make(
     """
     c = config
     kind = extensions.select("loss.kind", c.kind, KINDS)
-    own = _own(kind) if isinstance(kind, extensions.Extension) else None
+    custom_loss = _own(kind) if isinstance(kind, extensions.Extension) else None
 
     def supervised(params: Any, frozen: Any, batch: Batch, step: jax.Array, key: jax.Array):
         tokens: dict[str, jax.Array] = {"x": features(model, params, batch)}
@@ -262,8 +262,8 @@ def make(
 
         def part(chunk: Chunk) -> jax.Array:
             logits, targets = head(model, params, chunk["x"]), chunk["targets"]
-            if own is not None:
-                loss = own(logits, targets)
+            if custom_loss is not None:
+                loss = custom_loss(logits, targets)
             elif c.kind == "entmax":
                 loss = entmax_loss(logits, targets)
             else:

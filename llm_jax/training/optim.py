@@ -87,14 +87,14 @@ def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
       UserError: an unknown schedule, or a warm-up that is not shorter than the training.
     """
     config = dataclasses.replace(config, warmup_steps=warmup_steps(config, steps))
-    after = choice("optim.schedule", config.schedule, SCHEDULES)
+    main_schedule = choice("optim.schedule", config.schedule, SCHEDULES)
     if not 0 <= config.warmup_steps < max(steps, 1):
         raise UserError(f"config key 'optim.warmup_steps' is {config.warmup_steps}; expected less than {steps} steps")
     if not config.warmup_steps:
-        return after(config, steps)
+        return main_schedule(config, steps)
     # The first update uses the rate of step 1, because an update with rate 0 would have no effect.
     warmup = optax.linear_schedule(config.lr / config.warmup_steps, config.lr, config.warmup_steps - 1)
-    return optax.join_schedules([warmup, after(config, steps - config.warmup_steps)], [config.warmup_steps])
+    return optax.join_schedules([warmup, main_schedule(config, steps - config.warmup_steps)], [config.warmup_steps])
 
 
 def make(
@@ -149,13 +149,13 @@ def _rule(kind: str) -> Rule:
         return rule
     make = rule.bind(rule.target)
 
-    def own(config: OptimConfig) -> optax.GradientTransformation:
+    def custom_rule(config: OptimConfig) -> optax.GradientTransformation:
         transformation = rule.call(make, config)
         if not (hasattr(transformation, "init") and hasattr(transformation, "update")):
             raise rule.error(f"it returns {type(transformation).__name__}; expected an optax transformation")
         return transformation
 
-    return Rule(own, 1, 0)
+    return Rule(custom_rule, 1, 0)
 
 
 def shardings(state: Any, params: Any, placed: Any, copies: NamedSharding) -> Any:
@@ -265,15 +265,15 @@ def _adafactor() -> optax.GradientTransformation:
     not used, because it factors the two longest axes and so mixes the layers of a scan.
     """
 
-    def own(path: str, leaf: Any) -> tuple[int, ...]:
+    def layer_axes(path: str, leaf: Any) -> tuple[int, ...]:
         """The axes of one layer's weight."""
         return tuple(range(trees.layers_of(path) is not None, leaf.ndim))
 
     def rows_of(path: str, square: jax.Array) -> jax.Array:
-        return jnp.mean(square, -1, keepdims=True) if len(own(path, square)) > 1 else square
+        return jnp.mean(square, -1, keepdims=True) if len(layer_axes(path, square)) > 1 else square
 
     def columns_of(path: str, square: jax.Array) -> jax.Array:
-        axes = own(path, square)
+        axes = layer_axes(path, square)
         return jnp.mean(square, -2, keepdims=True) if len(axes) > 1 else jnp.zeros((1,) * square.ndim, square.dtype)
 
     def init(params: Any) -> FactoredMoments:
@@ -281,7 +281,7 @@ def _adafactor() -> optax.GradientTransformation:
         return FactoredMoments(jnp.int32(0), _map(rows_of, zeros), _map(columns_of, zeros))
 
     def divided(path: str, gradient: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
-        axes = own(path, gradient)
+        axes = layer_axes(path, gradient)
         if len(axes) > 1:  # separate roots, because the product of two small moments would underflow to 0
             update = gradient * jax.lax.rsqrt(rows / jnp.mean(rows, -2, keepdims=True)) * jax.lax.rsqrt(columns)
         else:

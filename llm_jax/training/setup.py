@@ -165,8 +165,8 @@ class Setup:
         """Returns the frozen parameters, on the mesh: base and constant parts of adapters, and the reference model."""
         shapes = jax.eval_shape(self.method.freeze, base, constants)
         # One weight at a time, because one jitted function for all would need twice their memory.
-        where = _frozen_shardings(shapes, self.shardings, self.mesh)
-        frozen = jax.device_put(self.method.freeze(base, constants), where)
+        shardings = _frozen_shardings(shapes, self.shardings, self.mesh)
+        frozen = jax.device_put(self.method.freeze(base, constants), shardings)
         return frozen | ({"reference": reference} if self.reference is not None else {})
 
     def begin(self, params: Any) -> TrainState:
@@ -261,11 +261,11 @@ def setup(
     base = abstract_params(model)
     params, constants = jax.eval_shape(method.init, base, jax.random.key(0))
     frozen = jax.eval_shape(method.freeze, base, constants)
-    place = functools.partial(mesh_lib.shardings, rules=config.mesh.rules, mesh=mesh)
-    frozen = _placed(frozen, _frozen_shardings(frozen, place, mesh))
+    place_weights = functools.partial(mesh_lib.shardings, rules=config.mesh.rules, mesh=mesh)
+    frozen = _placed(frozen, _frozen_shardings(frozen, place_weights, mesh))
     if reference_model is not None:
         shapes = abstract_params(reference_model)
-        frozen |= {"reference": _placed(shapes, place(shapes))}
+        frozen |= {"reference": _placed(shapes, place_weights(shapes))}
     optimizer = method.optimizer(base, params)
     schedule = optim.schedule(config.optim, c.steps)
     state = jax.eval_shape(functools.partial(step_lib.init, optimizer, ema=bool(config.optim.ema_decay)), params)
@@ -316,7 +316,7 @@ def setup(
         mesh=mesh,
         optimizer=optimizer,
         schedule=schedule,
-        base=_placed(base, place(base)),
+        base=_placed(base, place_weights(base)),
         state=_placed(state, state_shardings).replace(frozen=frozen),
         batch=dict.fromkeys(rows_lib.NAMES, shape),
         update=update,

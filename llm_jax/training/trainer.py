@@ -210,7 +210,7 @@ def train(
         evaluated = False
         agree = processes.Agreement()
         stopping: Any = False
-        asked = False  # whether the callback returned a true value
+        stop_requested = False  # whether the callback returned a true value
         scope = stack.enter_context(contextlib.ExitStack())
         if isinstance(stop, contextlib.AbstractContextManager):
             scope.enter_context(stop)
@@ -219,13 +219,13 @@ def train(
             batch = next(stream)
             state, metrics = setup.step(state, batch, watch.limit(done + 1))
             done, figures, evaluated = done + 1, {}, False
-            stopping = agree(asked or (stop() if stop else False))
+            stopping = agree(stop_requested or (stop() if stop else False))
             due = {name for name, every in periods.items() if every and done % every == 0}
             due = {"save"} if stopping else due | {"evaluate", "save"} if done == c.steps else due
             try:
                 line = progress.step(done, metrics)
-                asked = asked or bool(callback and is_main and line and callback(line))
-                if asked and alone:
+                stop_requested = stop_requested or bool(callback and is_main and line and callback(line))
+                if stop_requested and alone:
                     stopping, due = True, due | {"save"}
                 if due:
                     progress.collect()
@@ -250,8 +250,8 @@ def train(
                 figures, evaluated = evaluator.evaluate(state, done == c.steps), True
                 progress.write(f"step {done}: {evaluator.describe(figures)}")
             line = progress.flush(statistics_of_state, **figures)
-            asked = asked or bool(callback and is_main and line and callback(line))
-            stopping = stopping or (asked and alone)
+            stop_requested = stop_requested or bool(callback and is_main and line and callback(line))
+            stopping = stopping or (stop_requested and alone)
             if "evaluate" in due:
                 progress.pictures(done, evaluator.pictures(state))
             if "sample" in due and done < c.steps:

@@ -146,7 +146,7 @@ def test_runs_over_one_base_are_mixed(run, command, trained, tmp_path):
     assert all(np.abs(expected[i] - expected[2]).max() > 1e-3 for i in (0, 1))
     with pytest.raises(UserError, match=r"a run without adapters; lora.rank is 0"):
         checkpoints.load_separately(trained)
-    with pytest.raises(UserError, match=r"elsewhere: its adapters are over another base than those of"):
+    with pytest.raises(UserError, match=r"elsewhere: the base of its adapters differs from the base of"):
         checkpoints.load_separately(run, paths[2])
 
 

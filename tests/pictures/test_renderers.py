@@ -134,7 +134,7 @@ def test_wrong_requests_are_one_line(trained):
         (("positions", model, "--config.model.position.kind=alibi"), "has no effect where --checkpoint is given"),
         (("positions", "--dtype=bfloat16"), "has no effect where --checkpoint is not given"),
         (("positions", "--position.kind=alibi"), "did you mean --config.model.position.kind?"),
-        (("lora", model), "has no adapters; give --before=CHECKPOINT"),
+        (("lora", model), "has no adapters; set --before=CHECKPOINT"),
         (("lora", model, f"--before={trained}"), "no matrix differs between the two checkpoints"),
         (("quantization", model, "--schemes=int9"), "int9"),
         (("probabilities", model, "--prompt=a", "--candidates=0"), "--candidates=0; expected at least 1"),

@@ -54,7 +54,7 @@ def test_a_space_is_read():
         ("optim.lr=loguniform(0, 0.1)", "FROM below TO"),
         ("optim.lr=uniform(1)", "FROM below TO"),
         ("optim.rate=1", "unknown config key"),
-        ("optim.lr", "is no assignment"),
+        ("optim.lr", "is not an assignment"),
         ("optim.lr=1; optim.lr=2", "given twice"),
         ("model.width=8,a", "--search: model.width=a"),
     ],

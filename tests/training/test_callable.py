@@ -111,7 +111,7 @@ def test_setup_refuses_contradictions_without_data(config):
     ):
         with pytest.raises(UserError, match=message):
             setup(configuration.replace(config, changes), 259)
-    with pytest.raises(UserError, match="'model.vocab_size' is 0, the tokenizer's"):
+    with pytest.raises(UserError, match="'model.vocab_size' is 0, but there is no tokenizer"):
         setup(config)
 
 

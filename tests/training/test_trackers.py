@@ -247,7 +247,10 @@ def test_an_estimate_is_described_with_what_it_measured():
     )
     assert lines[2].startswith("memory: 3.0 GiB on each device") and lines[2].endswith("8.0 GiB are free")
     assert lines[3] == "disk: 1.5 GiB: 3 checkpoints of 512.0 MiB; 1.0 GiB are free"
-    assert lines[4].startswith("warning: the disk has no room") and "measured in 41 s on 5 steps" in lines[5]
+    assert (
+        lines[4].startswith("warning: the checkpoints do not fit on the disk")
+        and "measured in 41 s on 5 steps" in lines[5]
+    )
 
 
 def test_pictures_are_drawn_with_every_evaluation_and_given_to_the_trackers(command, tmp_path, monkeypatch):
