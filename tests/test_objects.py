@@ -81,7 +81,7 @@ def test_a_directory_appears_complete_or_not_at_all(directory, bucket, monkeypat
     with files.new_directory(path.with_name("12")) as partial:
         for name in ("z", "manifest.json", "a"):
             (partial / name).write_text("a")
-    assert order[-1].endswith("12/manifest.json")
+    assert [name.rsplit("/", 1)[-1] for name in order] in (["a", "z", "manifest.json"], ["z", "a", "manifest.json"])
     del order[:]
     storage.remove(path)
     assert order[0].endswith("4/manifest.json") and storage.steps(path.parent) == [12]
@@ -142,7 +142,15 @@ def test_a_run_is_stopped_resumed_read_and_reported(directory, trained, text_fil
     """As an undisturbed run on a disk, bit for bit."""
     changes = {"data.source": str(text_file), "data.cache_dir": str(cache)}
     config = llm_jax.config(ROOT / "tests" / "tiny.py", changes)
-    stopped = trainer.train(config, DIRECTORY, callback=lambda line: line["step"] == 5, verbose=False)
+    written = []
+
+    def stop(line):
+        if line["step"] == 5:  # after the save of step 4, before which its lines are to be there
+            written.extend(files.read(directory / "metrics.jsonl").splitlines())
+        return written
+
+    stopped = trainer.train(config, DIRECTORY, callback=stop, verbose=False)
+    assert len(written) >= 4
     assert stopped["stopped"] and stopped["steps"] < 8
     files.write(directory / "checkpoints" / "7" / "arrays" / "d", "of a process that was killed")
     summary = trainer.train(config, DIRECTORY, verbose=False)

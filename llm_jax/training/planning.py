@@ -197,9 +197,8 @@ def _compiler_error(message: str, topology: Topology, capacity: int) -> UserErro
 
 
 def _main() -> None:
-    runtime.end_with_parent(
-        signal.SIGKILL
-    )  # a command that is ended alone would leave the compiler at work for minutes
+    # Without this, the compiler would work on for minutes when the command alone is ended.
+    runtime.end_with_parent(signal.SIGKILL)
     request = json.load(sys.stdin)
     if os.getppid() != request["parent"]:
         sys.exit(1)

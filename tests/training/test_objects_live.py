@@ -113,7 +113,7 @@ def kill(process):
 
 
 def killed_in_a_save(start, workdir, thresholds, processes=1):
-    """Starts the run again and again, and kills it when it begins to write a checkpoint; the number of unfinished ones.
+    """Starts the run again and again, and kills it when it begins to write a checkpoint; how often one was unfinished.
 
     Args:
       thresholds: for each start, the step from which a checkpoint counts.
@@ -122,16 +122,20 @@ def killed_in_a_save(start, workdir, thresholds, processes=1):
 
     unfinished = 0
     checkpoints = files.path(workdir) / "checkpoints"
+
+    def begun():
+        return {name.split("/")[0] for name in objects.find(checkpoints) if name[0].isdigit()}
+
+    def staged():
+        return list((files.cache_directory() / "uploads").glob("*/*"))
+
     for threshold in thresholds:
         process = start(workdir, processes=processes)
         while process.poll() is None:
-            begun = {int(name.split("/")[0]) for name in objects.find(checkpoints)}
-            if max(begun, default=0) >= threshold:
+            if max(map(int, begun()), default=0) >= threshold or any(int(p.name) >= threshold for p in staged()):
                 break
         kill(process)
-        unfinished += len(
-            {name.split("/")[0] for name in objects.find(checkpoints)} - set(objects.finished(checkpoints))
-        )
+        unfinished += bool(begun() - set(objects.finished(checkpoints)) or staged())
     return unfinished
 
 
