@@ -32,7 +32,8 @@ setup() { # setup NAME REQUIREMENTS...: .venv with these installed, made anew wh
     echo "installing $*"
     local files=()
     for file in "$@"; do files+=(-r "$file"); done
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check "${files[@]}"
+    # Most modules are never imported: Python compiles those that are at their first import.
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile "${files[@]}"
     # Scripts in any directory import the package, also in the one above a clone that is called llm_jax.
     pwd > "$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/llm_jax_clone.pth"
     echo "$stamp" > .venv/installed

@@ -1,5 +1,6 @@
 """Measurements of the machine and the model: matmul peak, layer statistics, peak memory, profiles."""
 
+import functools
 import math
 import pathlib
 import resource
@@ -18,10 +19,11 @@ from llm_jax.model.layers import ACTIVATION_STATS
 from llm_jax.model.transformer import Transformer
 
 
+@functools.cache
 def matmul_peak(dtype: Any) -> float:
     """The measured FLOP/s of a square matrix product in `dtype`, over all devices of this kind.
 
-    Simulated CPU devices share the same cores and count once.
+    Measured once per process. Simulated CPU devices share the same cores and count once.
     """
     n = 1024 if jax.default_backend() == "cpu" else 8192
     a = jnp.ones((n, n), dtype)

@@ -139,7 +139,8 @@ def train(
         if not verbose:
             stack.enter_context(bars.off())
         with processes.main_first("to lock the run directory"):
-            if is_main and not alone and workdir.is_dir():  # the processes must find the same checkpoints
+            # Another trainer may delete the checkpoint that this one reads; several processes must find the same one.
+            if is_main and workdir.is_dir() and (not alone or (workdir / "config.json").is_file()):
                 lock = stack.enter_context(contextlib.closing(files.lock(workdir)))
         prepared = prepare(config, workdir)
         setup, beginning, data = prepared.setup, prepared.start, prepared.inputs

@@ -70,7 +70,7 @@ def test_every_command_takes_it(run, command, text_file, tmp_path):
     assert command("generate", f"--checkpoint={run}", "--prompt=the ", "--max_new_tokens=3").stdout
     command("convert", f"--input={run}", f"--output={tmp_path / 'hf'}", "--to=hf")  # merged
     again = llm_jax.load(tmp_path / "hf")
-    np.testing.assert_allclose(again.model.apply({"params": again.params}, ids), logits, atol=2e-5)
+    np.testing.assert_allclose(jax.jit(again.model.apply)({"params": again.params}, ids), logits, atol=2e-5)
 
 
 def test_peft_and_back_over_a_base_of_hugging_faces(trained, command, tmp_path):
@@ -94,7 +94,7 @@ def test_peft_and_back_over_a_base_of_hugging_faces(trained, command, tmp_path):
     assert "/gone does not exist, nor a checkpoint of this name" in command("convert", *moved, code=2).stderr
     command("convert", *moved, f"--base={tmp_path / 'base'}")
     merged = llm_jax.load(tmp_path / "merged")
-    np.testing.assert_allclose(merged.model.apply({"params": merged.params}, ids), logits[1], atol=2e-5)
+    np.testing.assert_allclose(jax.jit(merged.model.apply)({"params": merged.params}, ids), logits[1], atol=2e-5)
 
 
 @pytest.mark.parametrize(
@@ -138,9 +138,9 @@ def test_runs_over_one_base_are_mixed(run, command, trained, tmp_path):
     ids = jnp.asarray([base.tokenizer.encode("the model")] * 3)
     mixture = jnp.array([[1.0, 0], [0, 1.0], [0, 0]])
     forms = [lora.attach(base.params, lora.mix(lora.combine(*found), mixture)), lora.attach(base.params, found[1])]
-    together, second = (base.model.apply({"params": params}, ids) for params in forms)
+    together, second = (jax.jit(base.model.apply)({"params": params}, ids) for params in forms)
     alone = [llm_jax.load(path) for path in (*paths[:2], trained)]
-    expected = [one.model.apply({"params": one.params}, ids)[0] for one in alone]
+    expected = [jax.jit(one.model.apply)({"params": one.params}, ids)[0] for one in alone]
     np.testing.assert_allclose(together, expected, atol=2e-5)
     np.testing.assert_allclose(second[0], expected[1], atol=2e-5)
     assert all(np.abs(expected[i] - expected[2]).max() > 1e-3 for i in (0, 1))

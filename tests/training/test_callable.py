@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 import llm_jax
-from llm_jax import configuration, trees
+from llm_jax import configuration, files, trees
 from llm_jax.errors import UserError
 from llm_jax.training import inputs, start
 from llm_jax.training.setup import setup
@@ -36,7 +37,7 @@ def test_train_returns_its_summary_and_a_callback_sees_every_step(config, tmp_pa
     assert summary["validation_loss"] == pytest.approx(seen[-1]["validation_loss"])
     assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
     model, params, tokenizer = llm_jax.load(tmp_path)
-    assert model.apply({"params": params}, np.array([tokenizer.encode("the")])).shape[-1] == 259
+    assert jax.jit(model.apply)({"params": params}, np.array([tokenizer.encode("the")])).shape[-1] == 259
 
 
 def test_a_run_stopped_by_its_callback_resumes_bit_for_bit(config, tmp_path):
@@ -207,10 +208,19 @@ def test_another_tokenizer_than_that_of_init_from_is_refused(base, text_file, ca
         start.find(config)
 
 
+@pytest.fixture(scope="module")
+def short_run(config, tmp_path_factory):
+    """A run of three steps with the schedule "cosine"."""
+    workdir = tmp_path_factory.mktemp("short") / "run"
+    llm_jax.train(configuration.replace(config, {"optim.schedule": "cosine", "train.steps": 3}), workdir, verbose=False)
+    return workdir
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "inverse_sqrt"])
-def test_resuming_with_more_steps_says_how_the_learning_rate_changes(config, tmp_path, schedule):
+def test_resuming_with_more_steps_says_how_the_learning_rate_changes(config, short_run, tmp_path, schedule):
     short = configuration.replace(config, {"optim.schedule": schedule, "train.steps": 3})
-    llm_jax.train(short, tmp_path, verbose=False)
+    shutil.copytree(short_run, tmp_path, dirs_exist_ok=True)
+    files.write_json(tmp_path / "config.json", configuration.as_dict(short))  # as a run with this schedule writes it
     longer = start.find(configuration.replace(short, {"train.steps": 30}), tmp_path)
     lines = list(start.notes(longer))
     if schedule in ("constant", "inverse_sqrt"):

@@ -20,8 +20,6 @@ from llm_jax.training import attempts as attempts_lib
 from llm_jax.training import trackers
 from tests.conftest import ROOT
 
-pytestmark = pytest.mark.uncached
-
 
 def wait_for_step(process, workdir, step):
     metrics = workdir / "metrics.jsonl"
@@ -53,6 +51,7 @@ def test_a_signal_saves_and_ends_with_a_code_of_its_own(command, tmp_path, numbe
     assert 0 < attempts_lib.goodput(tmp_path) < 1
 
 
+@pytest.mark.uncached
 def test_spikes_are_jumped_over_the_same_way_when_the_run_is_interrupted(text_file, cache, tmp_path):
     # Nothing is learned at this rate: the loss goes up and down around ln 259, depending on the batch.
     changes = {"data.source": str(text_file), "data.cache_dir": str(cache), "train.steps": 60, "train.batch_size": 2}
