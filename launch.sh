@@ -53,6 +53,10 @@ defaults() { # defaults WORKDIR FLAGS...: in flags, what the default run has and
 }
 
 case "${1:-}" in
+  -h | --help)
+    sed -n '2,/^set /{/^# /s/^# //p}' launch.sh
+    echo "The FLAGS: .venv/bin/python -m llm_jax.train --help"
+    ;;
   "" | --*)
     [ -f .venv/tests ] && setup requirements.txt requirements-test.txt || setup requirements.txt
     defaults runs/default "$@"

@@ -25,6 +25,20 @@ COMMANDS = {
     "launch": "start a command on a cluster: Slurm, Kubernetes, a Cloud TPU slice",
     "assets": "models and texts by name: list, fetch, verify",
 }
+# What other codebases call them.
+OTHER_NAMES = {
+    "benchmark": "kernels",
+    "export": "convert",
+    "finetune": "train",
+    "infer": "generate",
+    "inference": "generate",
+    "merge": "convert",
+    "plot": "report",
+    "run": "generate",
+    "sample": "generate",
+    "test": "evaluate",
+    "visualize": "show",
+}
 
 
 def main() -> None:
@@ -38,7 +52,7 @@ def main() -> None:
             print(f"  {command:<18} {purpose}")
         return
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, 1, 0.5)
+        near = [OTHER_NAMES[name]] if name in OTHER_NAMES else difflib.get_close_matches(name, COMMANDS, 1, 0.5)
         hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(COMMANDS)}"
         print(f"error: unknown command '{name}'; {hint}", file=sys.stderr)
         sys.exit(2)

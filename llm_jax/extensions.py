@@ -161,6 +161,8 @@ def select(key: str, value: str, table: Mapping[str, Any] | tuple[str, ...]) -> 
     Raises:
       UserError: `value` is neither the name of a built-in part nor a specification that `load` accepts.
     """
+    if value.endswith(".py"):
+        raise UserError(f"{key}={value}: expected FILE:NAME, with the name of a class or function in the file")
     if value in table or ":" not in value:
         return choice(key, value, table)
     return load(key, value)

@@ -74,6 +74,7 @@ TPU.boolean("submit", True, "run the gcloud commands; --nosubmit only prints the
 
 
 def slurm(f: cli.Flags) -> int:
+    """Writes a batch script for Slurm and submits it: `python -m llm_jax.launch slurm --nodes=2 -- train ...`."""
     command, _ = _checked(f)
     if f.array and f.nodes * f.tasks_per_node > 1:
         raise UserError("--array starts copies of one process each; leave out --nodes and --tasks_per_node")
@@ -106,6 +107,7 @@ def slurm(f: cli.Flags) -> int:
 
 
 def k8s(f: cli.Flags) -> None:
+    """Writes a JobSet for Kubernetes: `python -m llm_jax.launch k8s --image=IMAGE --output=job.yaml -- train ...`."""
     command, values = _checked(f)
     _refuse_copies(f.command, f.processes * f.slices)
     volumes = _pairs("volume", f.volume)
@@ -137,6 +139,7 @@ def k8s(f: cli.Flags) -> None:
 
 
 def tpu(f: cli.Flags) -> int:
+    """Runs a command on a Cloud TPU slice: `python -m llm_jax.launch tpu --name=NAME --zone=ZONE -- train ...`."""
     command, values = _checked(f)
     user_files = _own_files("tpu", f.command, values)
     if not (ROOT / "requirements.txt").exists():

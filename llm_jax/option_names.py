@@ -197,8 +197,8 @@ OTHER_FLAGS: dict[str, tuple[str, ...]] = {
     "num_predict": ("max_new_tokens",),
     "num_return_sequences": ("n",),
     "num_samples": ("n",),
-    "out_dir": ("workdir", "output"),
-    "output_dir": ("workdir", "output"),
+    "out_dir": ("workdir", "output", "checkpoint", "input"),
+    "output_dir": ("workdir", "output", "checkpoint", "input"),
     "output_path": ("output",),
     "outtype": ("format",),
     "peft": ("checkpoint",),
@@ -225,13 +225,16 @@ OTHER_FLAGS: dict[str, tuple[str, ...]] = {
 
 # Names that other codebases use for options and flags that do not exist here, and what holds or is done instead.
 EXPLAINED = {
+    "always_save_checkpoint": "checkpoint.every, checkpoint.keep_last and checkpoint.keep_best decide what is kept",
     "assistant_tokenizer": "a draft model has the tokenizer of the model",
     "attention_dropout": "the model has no dropout; lora.dropout is that of adapters",
+    "backend": "devices of one machine need no backend; --coordinator_address connects several processes",
     "cpu": "the environment variable JAX_PLATFORMS=cpu chooses the CPU",
     "compile": "every step is compiled",
     "device": "JAX takes an accelerator if there is one; the variable JAX_PLATFORMS=cpu, cuda or tpu chooses",
     "device_map": "the model is placed on the default device; JAX_PLATFORMS=cpu, cuda or tpu chooses it",
     "dropout": "the model has no dropout; lora.dropout is that of adapters",
+    "eval_only": "python -m llm_jax.evaluate --checkpoint=WORKDIR evaluates a run",
     "generation_config": "give its options by themselves; generate and chat read generation_config.json",
     "group_by_length": "examples are always packed into rows of train.seq_len tokens",
     "hidden_dropout": "the model has no dropout; lora.dropout is that of adapters",
@@ -245,6 +248,7 @@ EXPLAINED = {
     "min_length": "there is no smallest length; --ignore_eos continues to --max_new_tokens",
     "min_new_tokens": "there is no smallest length; --ignore_eos continues to --max_new_tokens",
     "no_cuda": "the environment variable JAX_PLATFORMS=cpu chooses the CPU",
+    "num_samples": "training prints one continuation for each of eval.prompts; generate --n=N prints several",
     "packing": "documents and examples are always packed into rows, and attention does not cross them",
     "pad_token_id": "padding is masked, and needs no token",
     "push_to_hub": "nothing is uploaded; convert --to=hf writes a directory that huggingface_hub uploads",
@@ -309,6 +313,8 @@ EXPLAINED = {
     ),
     "use_auth_token": "huggingface_hub takes the token of `hf auth login` or of the environment variable HF_TOKEN",
     "warmup_ratio": "optim.warmup_steps is the number of steps of the warmup: the ratio times train.steps",
+    "wandb_project": "the environment variable WANDB_PROJECT names the project",
+    "wandb_run_name": "a run has the name of its --workdir",
 }
 
 
@@ -330,7 +336,7 @@ def keys(cls: Any = Config, prefix: str = "") -> Iterator[str]:
 def nearest(key: str, cls: Any = Config) -> str:
     """A phrase that names the option that `key` was renamed to, is called elsewhere, or is nearest to.
 
-    For a name of `EXPLAINED`, that says what is done instead.
+    For a name of `EXPLAINED`, that says what is done instead; for a name that resembles no option, how to list them.
     """
     if cls is Config and key in RENAMED:
         return f"it is now '{RENAMED[key]}'"
@@ -338,7 +344,8 @@ def nearest(key: str, cls: Any = Config) -> str:
         return EXPLAINED[key]
     if (name := _last(key)) in EXPLAINED and name not in OTHER_NAMES:
         return EXPLAINED[name]
-    return f"did you mean '{resolve(key, cls) or _similar(key, cls)}'?"
+    option = resolve(key, cls) or _similar(key, cls)
+    return f"did you mean '{option}'?" if option else "--help-config describes the options"
 
 
 def resolve(key: str, cls: Any = Config) -> str:
@@ -381,7 +388,11 @@ def _last(key: str) -> str:
 
 
 def _similar(key: str, cls: Any) -> str:
-    return difflib.get_close_matches(key, list(keys(cls)), 1, 0.0)[0]
+    """The option whose dotted name, or whose name without the section, is nearest to that of `key`; "" if none is."""
+    options = list(keys(cls))
+    similarity = {option: max(_similarity(option, key), _similarity(_last(option), _last(key))) for option in options}
+    best = max(options, key=lambda option: (similarity[option], _similarity(option, key)))
+    return best if similarity[best] >= 0.6 else ""
 
 
 def _similarity(option: str, key: str) -> float:

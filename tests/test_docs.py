@@ -6,6 +6,8 @@ import functools
 import importlib.util
 import re
 import shlex
+import shutil
+import subprocess
 
 import pytest
 
@@ -183,3 +185,13 @@ def test_every_protection_is_held_by_a_test_that_exists():
     assert len(names) > 15
     for path, test in names:
         assert f"def {test or 'test_'}" in (ROOT / path).read_text(), (path, test)
+
+
+def test_the_help_of_the_script_names_every_job_and_installs_nothing(tmp_path):
+    script = shutil.copy(ROOT / "launch.sh", tmp_path)
+    run = subprocess.run(["bash", script, "--help"], capture_output=True, text=True, check=True)
+    jobs = re.findall(r"^  ([a-z0-9 |]+)\)", (ROOT / "launch.sh").read_text().partition("\ncase ")[2], re.MULTILINE)
+    assert len(jobs) == 3
+    for name in [word for job in jobs for word in job.split(" | ")]:
+        assert name in run.stdout
+    assert list(tmp_path.iterdir()) == [tmp_path / "launch.sh"]

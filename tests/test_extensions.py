@@ -14,13 +14,17 @@ import shutil
 import sys
 import types
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from llm_jax import checkpoints, cli, configuration, extensions, tokenizers
+from llm_jax import checkpoints, cli, configuration, extensions, tokenizers, trees
 from llm_jax.decoding.options import DecodingOptions
 from llm_jax.errors import UserError
 from llm_jax.model import positions
+from llm_jax.model.layers import ACTIVATION_STATS
+from llm_jax.model.transformer import Transformer
 from llm_jax.training import losses as losses_lib
 from llm_jax.training import optim
 
@@ -312,6 +316,58 @@ def test_a_class_in_a_cell_of_a_notebook_is_recorded_with_its_own_lines(monkeypa
     assert run(CELL + "x = 1\n", "<cell 2>") == first  # what else is in the cell does not count
     assert run(CELL.replace("{}", "{'a': (1, 2)}"), "<cell 3>") != first
     assert run(CELL.replace("frozen=True", "frozen=True, eq=False"), "<cell 4>") != first
+
+
+AXES_OF_SIZE_1 = """
+import dataclasses
+import jax.numpy as jnp
+from llm_jax.model.positions import Position
+
+@dataclasses.dataclass(frozen=True)
+class Narrow(Position):
+    full: bool = False
+
+    def declare(self):
+        return {"slope": (1,)}
+
+    def declare_layer(self):
+        return {"key": (1,)}
+
+    def _size(self, bias, q_positions, k_positions):
+        shape = (len(bias), self.config.num_heads, q_positions.shape[1], k_positions.shape[1])
+        return jnp.broadcast_to(bias, shape) if self.full else bias
+
+    def bias(self, q_positions, k_positions, table):
+        distance = jnp.abs(q_positions[:, None, :, None] - k_positions[:, None, None, :])
+        return self._size(table["slope"] * distance.astype(jnp.float32), q_positions, k_positions)
+
+    def keys(self, q, q_positions, k_positions, table):
+        bias = table["key"] * k_positions[:, None, None, :].astype(jnp.float32)
+        return self._size(bias, q_positions, k_positions)
+"""
+
+
+def test_a_bias_may_have_axes_of_size_1(directory, tiny):
+    """The loss, its gradients and the entropy of attention are those of the bias with all axes in full."""
+    (directory / "narrow.py").write_text(AXES_OF_SIZE_1)
+    tokens = jnp.arange(16).reshape(2, 8)
+
+    def model(kind):
+        position = dataclasses.replace(tiny.model.position, kind=kind)
+        return Transformer(dataclasses.replace(tiny.model, num_layers=1, position=position))
+
+    def gradients(model, params):
+        def loss(params):
+            logits, stats = model.apply({"params": params}, tokens, mutable=[ACTIVATION_STATS])
+            return jnp.sum(jnp.sin(logits)), stats
+
+        return jax.jit(jax.grad(loss, has_aux=True))(params)
+
+    with contextlib.chdir(directory):
+        params = jax.jit(model("narrow.py:Narrow").init)(jax.random.key(0), tokens)["params"]
+        narrow, full = (gradients(model(f"narrow.py:Narrow(full={full})"), params) for full in (False, True))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), narrow, full)
+    assert trees.flatten(narrow[0])["embed/position_slope"].item()
 
 
 class NoPosition(positions.Position):

@@ -6,6 +6,7 @@ import pathlib
 import pytest
 
 import llm_jax
+from llm_jax import __main__ as commands
 from llm_jax import cli, value_names
 from llm_jax.checkpoints import Loaded, generation_config
 from llm_jax.decoding.complete import complete
@@ -54,6 +55,23 @@ CONVERT = ("convert", "--output=unused")
         ((*CONVERT, "--to=gguf", "--input=x", "--format=Q4_K_M"), "did you mean 'Q4_0'?"),
         (("generate", "--checkpoint=nowhere", "a text"), "--prompt is required; did you mean --prompt='a text'?"),
         (("evaluate", "runs/x"), "error: --checkpoint is required; did you mean --checkpoint=runs/x?"),
+        ((*TRAIN, "--n_layer=2", "--wandb_project=x"), "model.num_layers?; unknown flag --wandb_project; the environm"),
+        ((*TRAIN, "--config.n_embd=2", "--config.qqqqqq=1"), "'model.width'?; unknown config key 'qqqqqq'; --help-con"),
+        ((*TRAIN, "--num_samples=3"), "training prints one continuation for each of eval.prompts"),
+        ((*TRAIN, "--config.init_from=resume"), "no such checkpoint; the same command with the same --workdir resumes"),
+        ((*TRAIN, "--config.init_from=scratch"), "without init_from, the weights are random; leave it out"),
+        ((*TRAIN, "--config.data.source=shakespeare_char"), "matches it as a glob; did you mean asset:shakespeare?"),
+        ((*TRAIN, "--config.data.source=openwebtext"), "a data set of the Hugging Face hub is hf:openwebtext"),
+        ((*TRAIN, "--config.data.source=https://x.y/z.txt"), "an address is not read, download the file first"),
+        ((*TRAIN, "--config.data.source=asset:shakespear"), "did you mean 'shakespeare'?"),
+        ((*TRAIN, "--config.tokenizer.kind=gpt2"), "did you mean 'byte_bpe'?"),
+        (
+            (*TRAIN, "--config.model.position.kind=my.py"),
+            "position.kind=my.py: expected FILE:NAME, with the name of a ",
+        ),
+        ((*TRAIN, "--config.model.num_heads=2"), "does not divide model.num_heads=2; set model.num_kv_heads=2 (keys a"),
+        ((*TRAIN, "--config.model.num_heads=6", "--config.model.width=96"), "set model.num_kv_heads=2, or another div"),
+        (("generate", "--out_dir=x", "--prompt=a"), "unknown flag --out_dir; did you mean --checkpoint?"),
     ],
 )
 def test_flags_options_and_values_of_other_codebases(flags, message, capsys):
@@ -61,6 +79,24 @@ def test_flags_options_and_values_of_other_codebases(flags, message, capsys):
     assert cli.call(importlib.import_module(f"llm_jax.{name}").COMMAND, arguments) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_names_of_commands_elsewhere(monkeypatch, capsys):
+    assert set(commands.OTHER_NAMES.values()) <= set(commands.COMMANDS) and not set(commands.OTHER_NAMES) & set(
+        commands.COMMANDS
+    )
+    monkeypatch.setattr("sys.argv", ["llm-jax", "sample"])
+    with pytest.raises(SystemExit):
+        commands.main()
+    assert capsys.readouterr().err == "error: unknown command 'sample'; did you mean generate?\n"
+
+
+def test_every_subcommand_has_a_purpose(capsys):
+    for name in ("launch", "show"):
+        command = importlib.import_module(f"llm_jax.{name}").COMMAND
+        assert cli.call(command, ["--help"]) == 0
+        lines = capsys.readouterr().out.splitlines()[2:]
+        assert len(lines) == len(command) and all(len(line.split()) > 3 for line in lines)
 
 
 def test_no_other_value_hides_one_of_the_same_name():

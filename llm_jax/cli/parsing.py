@@ -151,17 +151,17 @@ def parse(command: Command, values: flags.FlagValues, arguments: Sequence[str]) 
     source: Any = None
     if command.config is not None:
         source, arguments = _split_source(arguments)
-        overrides = _overrides(arguments)
-        for key, value in overrides.items():
-            if problem := option_names.unknown(key, command.config, value):
-                raise UserError(problem)
+        problems = [option_names.unknown(key, command.config, value) for key, value in _overrides(arguments).items()]
+        if problems := list(filter(None, problems)):
+            raise UserError("; ".join(problems))
         source = source or configuration.DEFAULT_RECIPES[command.config]
         complete = _with_texts(configuration.as_dict(configuration.load(source, cls=command.config)), command.config)
         config_flags.DEFINE_config_dict("config", ConfigDict(complete), flag_values=values, sys_argv=["", *arguments])
     try:
         positional = values(["", *_as_absl_reads(arguments, values, command.config)])[1:]
     except flags.UnrecognizedFlagError as error:
-        raise UserError(_unknown_flag(error.flagname, command, values)) from error
+        names = dict.fromkeys([error.flagname, *_unknown_names(arguments, values)])
+        raise UserError("; ".join(_unknown_flag(name, command, values) for name in names)) from error
     except flags.IllegalFlagValueError as error:
         raise UserError(_illegal_value(error, command, values) + _stray(arguments, error, command)) from error
     except flags.Error as error:
@@ -284,6 +284,12 @@ def _as_flag(text: str, name: str, command: Command) -> str:
     if command.config is not None and (text.endswith((".py", ".json", ".toml")) or text in configuration.recipes()):
         name = "config"
     return f"did you mean --{name}={shlex.quote(text)}?" if name else ""
+
+
+def _unknown_names(arguments: Sequence[str], values: flags.FlagValues) -> list[str]:
+    """The names of the arguments --NAME=VALUE that are neither flags of the command nor options of `--config`."""
+    names = [match[1] for text in arguments if (match := re.fullmatch(r"--?([A-Za-z_][\w-]*)=.*", text, re.DOTALL))]
+    return [name for name in names if name not in values]
 
 
 def _unknown_flag(name: str, command: Command, values: flags.FlagValues) -> str:

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 
 from llm_jax.errors import UserError
 from llm_jax.files import PARTIAL, cache_directory, dump_json, new_directory
+from llm_jax.value_names import suggestion
 
 _MANIFEST = ".sha256.json"
 
@@ -127,7 +128,7 @@ def path(name: str) -> pathlib.Path:
       UserError: the name is unknown, the download failed, or the archive has another sha256.
     """
     if name not in ASSETS:
-        raise UserError(f"asset:{name} is unknown; expected one of {', '.join(ASSETS)}")
+        raise UserError(f"asset:{name} is unknown; expected one of {', '.join(ASSETS)}{suggestion(name, ASSETS)}")
     asset = ASSETS[name]
     target = directory(asset)
     if not target.is_dir():

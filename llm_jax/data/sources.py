@@ -1,6 +1,7 @@
 """Resolves the names of sources to files: "stdlib", asset:NAME, hf:NAME, files, directories and glob patterns."""
 
 import dataclasses
+import difflib
 import glob
 import math
 import os
@@ -100,7 +101,7 @@ def files(source: str, prefix: bool = False, option: str = "data.source", in_pie
             names = glob.glob(str(path), recursive=True)
             files = [_file(pathlib.Path(n), n) for n in names if pathlib.Path(n).is_file()]
             if not names:
-                raise UserError(f"{option}={source}: no such file or directory, and no file matches it as a glob")
+                raise UserError(_missing(source, option))
     if not in_pieces:
         files = [dataclasses.replace(f, group=f.name, format="text") if f.format == "pieces" else f for f in files]
     files.sort(key=lambda f: f.name)
@@ -119,8 +120,22 @@ def paths(source: str, option: str) -> list[pathlib.Path]:
         raise UserError(f"{option}={source}: expected files, asset:NAME or stdlib, not a data set of datasets")
     paths = sorted(pathlib.Path(file.path) for file in files(source, option=option))
     if not paths:
-        raise UserError(f"{option}={source}: no such file or directory, and no file matches it as a glob")
+        raise UserError(_missing(source, option))
     return paths
+
+
+def _missing(source: str, option: str) -> str:
+    """The message for a source that is no file, with the source that may be meant."""
+    asset = difflib.get_close_matches(source, assets.ASSETS, 1, 0.7)
+    if "://" in source:
+        cure = "; an address is not read, download the file first"
+    elif asset:
+        cure = f"; did you mean asset:{asset[0]}?"
+    elif re.fullmatch(r"[\w-]+(/[\w-]+)?", source) and not pathlib.Path(source).parent.name:
+        cure = f"; a data set of the Hugging Face hub is hf:{source}"
+    else:
+        cure = ""
+    return f"{option}={source}: no such file or directory, and no file matches it as a glob{cure}"
 
 
 def _asset_format(source: str) -> str:

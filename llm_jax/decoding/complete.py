@@ -166,6 +166,20 @@ def note_length(model: Transformer, prompts: Sequence[Sequence[int]], options: D
     )
 
 
+def note_unknown(tokenizer: Tokenizer, texts: Sequence[str]) -> None:
+    """Prints a line on stderr, once, that names the parts of texts for which the vocabulary has no token."""
+    if tokenizer.unk is None or tokenizer.unk in (tokenizer.bos, tokenizer.eos):
+        return
+    unknown: dict[str, None] = {}
+    for text in texts:
+        encoded = text.encode()
+        pairs = zip(tokenizer.encode(text), tokenizer.spans(text), strict=True)
+        unknown |= {encoded[a:b].decode(errors="replace"): None for token, (a, b) in pairs if token == tokenizer.unk}
+    if unknown:
+        shown = ", ".join(map(repr, list(unknown)[:8])) + (" and others" if len(unknown) > 8 else "")
+        _print_once(f"note: the tokenizer has no token for {shown} of the prompt; the model sees its unknown token")
+
+
 @functools.cache
 def _print_once(note: str) -> None:
     print(note, file=sys.stderr)

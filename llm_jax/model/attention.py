@@ -197,6 +197,9 @@ class Attention(Module):
         layer_bias = scheme.keys(q, queries.positions, keys.positions, table)
         if layer_bias is not None:
             bias_BNTS = layer_bias if bias_BNTS is None else layer_bias + bias_BNTS
+        if bias_BNTS is not None:  # a scheme may leave any axis at size 1, which the backward pass does not sum over
+            size = (q.shape[2], q.shape[1], keys.positions.shape[1])
+            bias_BNTS = jnp.broadcast_to(bias_BNTS, (bias_BNTS.shape[0], *size))
         if self.is_mutable_collection(CAPTURE) and not self.is_initializing():
             mask = visible(queries, keys, window, c.causal)
             probabilities = attention_kernels.probabilities(q, k, mask, bias_BNTS, c.attention_softcap)

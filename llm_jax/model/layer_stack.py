@@ -98,6 +98,7 @@ class Layers(Module):
     def __call__(self, x_BTD, queries, keys, bias, cache, index):
         c, caches, start = self.config, {}, 0
         layer, run_layer = rematerialized(c), self._traced_once()
+        self._check_layout()
         for kinds, repeats in stages(c):
             stop = start + len(kinds) * repeats
             if c.scan_layers:
@@ -124,6 +125,16 @@ class Layers(Module):
                         x_BTD, caches[str(i)] = run_layer(kind, i, params, *inputs, depth)
             start = stop
         return x_BTD, (caches if cache is not None else None)
+
+    def _check_layout(self) -> None:
+        """Raises UserError where the parameters have the layout of the other value of `model.scan_layers`."""
+        names = self.variables.get("params", {})
+        if names and any(":" in name for name in names) != bool(self.config.scan_layers):
+            stacked, model = ("single layers", "True") if self.config.scan_layers else ("stacked layers", "False")
+            raise UserError(
+                f"the parameters have {stacked}, and the model has model.scan_layers={model}; use them with the model "
+                "that they belong to, such as setup.model with setup.model_params(state)"
+            )
 
     def _traced_once(self) -> Callable[..., Any] | None:
         """A function (kind, index, parameters, *inputs of the layer) -> its result, or None if each layer is a module.

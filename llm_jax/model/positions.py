@@ -7,6 +7,7 @@ start at 0 in every document. Phases are computed in float32, whatever the compu
 import abc
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -334,9 +335,17 @@ def head_dim(config: ModelConfig) -> int:
       UserError: num_heads is not a multiple of num_kv_heads, or width is not a multiple of num_heads.
     """
     if config.num_heads % config.num_kv_heads:
-        raise UserError(f"model.num_kv_heads={config.num_kv_heads} does not divide model.num_heads={config.num_heads}")
+        cure = f"set model.num_kv_heads={math.gcd(config.num_heads, config.num_kv_heads)}, or another divisor"
+        if config.num_kv_heads > config.num_heads:
+            cure = f"set model.num_kv_heads={config.num_heads} (keys and values for each head), or another divisor"
+        raise UserError(
+            f"model.num_kv_heads={config.num_kv_heads} does not divide model.num_heads={config.num_heads}; {cure}"
+        )
     if config.head_dim:
         return config.head_dim
     if config.width % config.num_heads:
-        raise UserError(f"model.num_heads={config.num_heads} does not divide model.width={config.width}")
+        raise UserError(
+            f"model.num_heads={config.num_heads} does not divide model.width={config.width}; change one of them, or "
+            "set model.head_dim"
+        )
     return config.width // config.num_heads

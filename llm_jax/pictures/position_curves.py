@@ -118,7 +118,8 @@ def _bias(scheme: Position, flat: dict[str, Any], length: int) -> list[Curves]:
     bias = scheme.bias(query, keys, table)
     if bias is None:
         return []
-    values_NR = np.asarray(bias, np.float64)[0, :, 0] + 0.0  # 0 instead of -0
+    values = np.asarray(bias, np.float64)[0, :, 0] + 0.0  # 0 instead of -0
+    values_NR = np.broadcast_to(values, (scheme.config.num_heads, len(distances)))
     return [Curves("bias of the scores", distances, tuple(f"head {n}" for n in range(len(values_NR))), values_NR)]
 
 

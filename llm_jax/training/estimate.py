@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax import bars, objects, runtime, weights
+from llm_jax.data import rows
+from llm_jax.errors import UserError
 from llm_jax.schema import Config
 from llm_jax.training import memory
 from llm_jax.training.setup import Setup
@@ -222,6 +224,29 @@ def _checkpoints(config: Config) -> int:
     c = config.checkpoint
     saves = 1 + (len(range(c.every, config.train.steps, c.every)) if c.every else 0)
     return min(saves, c.keep_last + c.keep_best + 1)
+
+
+def check_batch(setup: Setup) -> None:
+    """Refuses a batch that cannot fit, before its rows are built: that would take minutes and end without a message.
+
+    A lower bound is compared with the memory that is free: the int32 arrays of the batch, and the embeddings of the
+    tokens of a micro-batch.
+
+    Raises:
+      UserError: the batch needs more memory than is free on a device, or in the machine for CPUs.
+    """
+    c, model, free = setup.config.train, setup.config.model, _free_memory()
+    devices = setup.mesh.devices.flat
+    on_cpu = devices[0].platform == "cpu"
+    share = (sum(d.process_index == jax.process_index() for d in devices) if on_cpu else 1) / len(devices)
+    tokens = c.batch_size * c.seq_len
+    activations = tokens // c.grad_accumulation * model.width * jnp.dtype(model.precision.compute).itemsize
+    needed = share * (tokens * len(rows.NAMES) * 4 + activations)
+    if free is not None and needed > free:
+        raise UserError(
+            f"train.batch_size={c.batch_size} rows of train.seq_len={c.seq_len} tokens need more than {_size(needed)}, "
+            f"and {_size(free)} are free; lower one of them"
+        )
 
 
 def _free_memory() -> int | None:

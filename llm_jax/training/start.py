@@ -68,6 +68,13 @@ class Start:
         return tokenizers.with_chat_template(self.origin.tokenizer, self.config.tokenizer.chat_template)
 
 
+# Values of `init_from` in nanoGPT that name no checkpoint.
+_NO_CHECKPOINT = {
+    "resume": "the same command with the same --workdir resumes; leave init_from out",
+    "scratch": "without init_from, the weights are random; leave it out",
+}
+
+
 def find(config: Config, workdir: pathlib.Path | None = None) -> Start:
     """Determines the start of a run in `workdir`; without `workdir`, nothing is resumed.
 
@@ -81,6 +88,8 @@ def find(config: Config, workdir: pathlib.Path | None = None) -> Start:
     if recorded:
         config = dataclasses.replace(config, model=_as_recorded(config.model, recorded.model))
     origin = None
+    if config.init_from in _NO_CHECKPOINT and not pathlib.Path(config.init_from).exists():
+        raise UserError(f"init_from={config.init_from}: no such checkpoint; {_NO_CHECKPOINT[config.init_from]}")
     if config.init_from and (config.lora.rank or not saved):
         origin = checkpoints.open_base(config.init_from)
     if config.init_from and saved and recorded:  # a resumed run uses the model of its own checkpoint
@@ -89,6 +98,11 @@ def find(config: Config, workdir: pathlib.Path | None = None) -> Start:
         config = _from_checkpoint(config, origin.config, origin.tokenizer, origin.name)
     if config.optim.warmup_steps < 0:
         steps = recorded.optim.warmup_steps if recorded else optim.warmup_steps(config.optim, config.train.steps)
+        if recorded and steps >= config.train.steps:
+            raise UserError(
+                f"{workdir} was started with train.steps={recorded.train.steps}, whose warm-up takes {steps} steps, "
+                f"and train.steps is now {config.train.steps}; raise it or give another --workdir"
+            )
         config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, warmup_steps=steps))
     if config.eval.final_rows < 0:
         rows = config.eval.rows if "eval.rows" in config.explicit else 0
@@ -189,7 +203,7 @@ def _from_checkpoint(config: Config, model: ModelConfig, tokenizer: Tokenizer | 
         path = next(p for p in [*shapes, *expected] if shapes.get(p) != expected.get(p))
         raise UserError(
             f"model.{key}={changes[key]!r} does not fit the weights of {name}, where it is {saved[key]!r} (it "
-            f"changes '{path}'); leave it out"
+            f"changes '{path}'); leave it out, or give --config=default if it comes from a recipe"
         )
     config = dataclasses.replace(config, model=configuration.replace(model, changes, "model."))
     if tokenizer is None:

@@ -23,7 +23,18 @@ from llm_jax.evaluation import builtin
 from llm_jax.model import transformer
 from llm_jax.parallel import processes
 from llm_jax.schema import Config
-from llm_jax.training import attempts, bad_steps, checks, inputs, measures, next_command, results, start, trackers
+from llm_jax.training import (
+    attempts,
+    bad_steps,
+    checks,
+    estimate,
+    inputs,
+    measures,
+    next_command,
+    results,
+    start,
+    trackers,
+)
 from llm_jax.training import setup as setup_lib
 from llm_jax.training.evaluator import Evaluator
 from llm_jax.training.progress import Progress
@@ -61,7 +72,8 @@ def check(config: Config, workdir: pathlib.Path | None = None) -> start.Start:
     beginning = start.find(config, workdir)
     config = beginning.config
     provisional = config.model.vocab_size or config.tokenizer.vocab_size or 512
-    setup_lib.setup(dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=provisional)))
+    sized = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=provisional))
+    estimate.check_batch(setup_lib.setup(sized))
     for name in config.eval.tasks:
         builtin.named(name)
     return beginning

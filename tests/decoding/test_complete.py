@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import llm_jax
 from llm_jax import lora, tokenizers
 from llm_jax.decoding import explain, stops
-from llm_jax.decoding.complete import complete, note_length
+from llm_jax.decoding.complete import complete, note_length, note_unknown
 from llm_jax.decoding.options import DecodingOptions
 from llm_jax.errors import UserError
 from llm_jax.model.transformer import Transformer
@@ -263,3 +263,13 @@ def test_only_rotary_positions_have_a_length_beyond_which_texts_are_noted(tiny, 
     assert not note("rope", 77)
     for kind in ("t5", "shaw", "sinusoidal", "alibi", "none"):
         assert not note(kind, 75)
+
+
+def test_characters_of_a_prompt_that_the_vocabulary_does_not_have_are_named(capsys):
+    tokenizer = tokenizers.get("char").train(["the model"], 64)
+    note_unknown(tokenizer, ["the model", "hello"])
+    assert not capsys.readouterr().err
+    note_unknown(tokenizer, ["the", "m\u20acZ\u20ac"])
+    assert capsys.readouterr().err.startswith("note: the tokenizer has no token for '\u20ac', 'Z' of the prompt; ")
+    note_unknown(tokenizers.get("byte")(), ["\u20ac"])
+    assert not capsys.readouterr().err

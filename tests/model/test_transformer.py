@@ -348,3 +348,11 @@ def test_unrolled_layers_of_a_kind_are_traced_once(make, monkeypatch, name, cach
     ]
     for expected, actual in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_parameters_in_the_layout_of_the_other_model_are_refused(make, scan_layers):
+    model = Transformer(dataclasses.replace(make()[0].config, scan_layers=not scan_layers))
+    params = make(scan_layers=scan_layers)[1]
+    with pytest.raises(UserError, match=f"layers, and the model has model.scan_layers={not scan_layers}; use them"):
+        jax.eval_shape(model.apply, {"params": params}, jnp.zeros((1, 1), jnp.int32))

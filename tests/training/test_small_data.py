@@ -52,6 +52,13 @@ def config_of(tmp_path):
     return make
 
 
+def test_a_batch_that_cannot_fit_is_refused_before_its_rows_are_built(config_of):
+    """Building its rows would take minutes, during which a signal waits for the end of the step."""
+    config = config_of("text", train__batch_size=10**9, train__grad_accumulation=10**3)
+    with pytest.raises(UserError, match="train.batch_size=1000000000 rows of train.seq_len=100 tokens need more than "):
+        trainer.check(config)
+
+
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("fraction", [0.0, 0.1])
 def test_every_kind_of_data_is_read_to_its_last_byte(name, fraction, config_of):
