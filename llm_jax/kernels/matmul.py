@@ -1,9 +1,9 @@
 """Products with quantized weights: arrays in, arrays out.
 
-`expanded_product`, `integer_product` and `blockwise_products` are the entry points. On a CPU, C++ kernels (`cpu_product`)
-compute products with few rows of float32 activations and with int8 activations. On a TPU, Pallas kernels (`pallas`)
-compute products with bfloat16 and int8 activations. XLA computes all others. `native` documents the environment
-variable that overrides the choice.
+`expanded_product`, `integer_product` and `blockwise_products` are the entry points. On a CPU, C++ kernels
+(`cpu_product`) compute products with few rows of float32 activations and with int8 activations. On a TPU, Pallas
+kernels (`pallas`) compute products with bfloat16 and int8 activations. XLA computes all others. `native` documents the
+environment variable that overrides the choice.
 """
 
 import dataclasses
