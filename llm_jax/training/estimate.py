@@ -162,7 +162,7 @@ def describe(e: Estimate, config: Config, epoch_tokens: int) -> str:
         + ("" if e.free_disk is None else f"; {_size(e.free_disk)} are free")
     )
     if e.free_disk is not None and e.disk_bytes > e.free_disk:
-        lines.append("warning: the disk has no room for the checkpoints; lower checkpoint.keep_last or keep_best")
+        lines.append("warning: the checkpoints do not fit on the disk; lower checkpoint.keep_last or keep_best")
     if e.timed_steps:
         lines.append(
             f"measured in {bars.duration(e.spent_seconds)} on {e.timed_steps} steps with weights of zeros and dummy "
