@@ -156,7 +156,7 @@ def test_log_probabilities_sum_to_the_score_of_the_sequence_eos_included(make):
     eos = free[4]
     (one,) = loop.generate(model, params, [[5]], DecodingOptions().sampler(), max_new_tokens=8, eos=eos)
     ids = [5, *one.ids, eos]
-    scores = jax.nn.log_softmax(model.apply({"params": params}, jnp.asarray([ids]))[0])
+    scores = jax.nn.log_softmax(jax.jit(model.apply)({"params": params}, jnp.asarray([ids]))[0])
     expected = sum(float(scores[t, ids[t + 1]]) for t in range(len(ids) - 1))
     assert len(one.log_probabilities) == len(one.ids) + 1
     np.testing.assert_allclose(sum(one.log_probabilities), expected, atol=1e-4)

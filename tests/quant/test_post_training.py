@@ -181,7 +181,8 @@ def test_the_command_writes_what_evaluate_and_load_take(command, trained, tmp_pa
     assert isinstance(flat["layers/1/mlp/down"], QTensor) and not isinstance(flat["layers/0/mlp/down"], QTensor)
     full, dense, _ = llm_jax.load(trained)
     tokens = jnp.asarray([tokenizer.encode("the model reads a token")])
-    exact, got = (jax.nn.log_softmax(m.apply({"params": p}, tokens)) for m, p in ((full, dense), (model, params)))
+    pairs = (full, dense), (model, params)
+    exact, got = (jax.nn.log_softmax(jax.jit(m.apply)({"params": p}, tokens)) for m, p in pairs)
     assert 1e-4 < jnp.abs(exact - got).mean() < 0.3
     before = json.loads((trained / "summary.json").read_text())["validation_loss"]
     after = json.loads(command("evaluate", f"--checkpoint={out}", "--json").stdout)["loss"]
@@ -243,7 +244,7 @@ def test_qat_trees_round_forward_and_train_the_dense_weights(make):
 
 def test_rounding_starts_when_it_is_asked_to(make):
     model, params = make()
-    prepared = qat.prepare(params, QUANT)
+    prepared = jax.jit(lambda p: qat.prepare(p, QUANT))(params)
     tokens = jnp.arange(20)[None] % 50
     apply = jax.jit(lambda p, step: model.apply({"params": qat.delayed(p, step, 3)}, tokens))
     plain = jax.jit(lambda p: model.apply({"params": p}, tokens))
