@@ -8,6 +8,7 @@ import numpy as np
 from llm_jax import lora, trees
 
 IDS = np.random.RandomState(0).randint(3, 259, (4, 12))
+_init = jax.jit(lora.init, static_argnums=2)
 
 
 def config(tiny, **changes):
@@ -16,7 +17,7 @@ def config(tiny, **changes):
 
 def made(base, settings, seed=0):
     """An adapter tree with every trained entry moved away from its start."""
-    adapters = jax.jit(lambda p: lora.init(jax.random.key(seed), p, settings))(base)
+    adapters = _init(jax.random.key(seed), base, settings)
     trained, fixed = lora.split(adapters, settings.variant)
     draw = lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size + seed), x.shape, x.dtype)  # noqa: E731
     return lora.join(jax.tree.map(draw, trained), fixed)

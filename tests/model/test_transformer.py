@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -89,8 +90,9 @@ def tokens():
     return jax.random.randint(jax.random.key(1), (2, LENGTH), 3, 259)
 
 
+@functools.partial(jax.jit, static_argnums=0)  # one function, so that tests of one model share its programs
 def logits(model, params, *inputs):
-    return jax.jit(lambda p, *i: model.apply({"params": p}, *i))(params, *inputs)
+    return model.apply({"params": params}, *inputs)
 
 
 def test_causality_by_gradient(any_model, tokens):
@@ -105,7 +107,8 @@ def test_causality_by_gradient(any_model, tokens):
         )
 
     x += jax.random.normal(jax.random.key(2), x.shape)
-    reach = jax.jit(jax.vmap(jax.grad(at), (None, 0)))(x, jnp.arange(LENGTH))[:, 0]
+    gradient = jax.jit(jax.grad(at))
+    reach = jnp.concatenate([gradient(x, t) for t in range(LENGTH)])
     depends = jnp.max(jnp.abs(reach), -1) > 0
     np.testing.assert_array_equal(np.triu(depends, 1), False)
     assert np.diag(depends).all() and depends[-1, 0 if "local" not in model.config.layer_pattern else -2]
@@ -239,6 +242,7 @@ def test_attention_and_its_gradients_equal_the_formula(bias):
     def ours(q, key, value, added):
         return attend(q, key, value, mask, added)
 
+    @functools.partial(jax.jit, static_argnums=0)
     def both(function):
         total = lambda *a: jnp.sum(jnp.sin(function(*a)))  # noqa: E731
         return function(q, key, value, added), jax.grad(total, (0, 1, 2, 3) if bias else (0, 1, 2))(
@@ -292,7 +296,8 @@ def test_stages_of_a_pattern_that_does_not_divide_the_depth(tiny):
 def test_bf16_compute_keeps_f32_parameters_and_logits(make, tiny, tokens):
     model, params = make(precision=dataclasses.replace(tiny.model.precision, compute="bfloat16"))
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    assert model.apply({"params": params}, tokens, method="features")[0].dtype == jnp.bfloat16
+    features = jax.eval_shape(lambda p: model.apply({"params": p}, tokens, method="features")[0], params)
+    assert features.dtype == jnp.bfloat16
     got = logits(model, params, tokens)
     assert got.dtype == jnp.float32
     exact, _ = make()
@@ -317,15 +322,15 @@ def test_positions_past_a_learned_table_are_refused(make, tiny):
     with pytest.raises(UserError, match="go past the 8 positions"):
         check_length(config, 9)
     model = Transformer(config)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 1), int))["params"]
-    assert jnp.isnan(model.apply({"params": params}, jnp.zeros((1, 9), int))[0, 8]).all()
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), int))["params"]
+    assert jnp.isnan(jax.jit(model.apply)({"params": params}, jnp.zeros((1, 9), int))[0, 8]).all()
 
 
 @pytest.mark.parametrize("name", ["local", "parallel"])
 @pytest.mark.parametrize("cached", [False, True])
 def test_unrolled_layers_of_a_kind_are_traced_once(make, monkeypatch, name, cached):
     """Their outputs, caches and gradients have the bits of layers that are traced one by one."""
-    model, params = make(scan_layers=False, **LAYOUTS[name])
+    model, params = make(scan_layers=False, **LAYOUTS[name] | {"num_layers": {"local": 4, "parallel": 3}[name]})
     tokens = jnp.arange(LENGTH)[None]
 
     def loss(params, one_by_one):
