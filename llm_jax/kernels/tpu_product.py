@@ -178,6 +178,9 @@ def _call(x, x_scale, codes, s, axis, contracted, out_dtype, interpret):
     def add(name: str, array: Any, spec: pl.BlockSpec) -> None:
         if array.dtype == jnp.float16:  # which Mosaic does not have
             array = lax.bitcast_convert_type(array, jnp.int16)
+        height: Any = spec.block_shape[0] if spec.block_shape else 0
+        if name in ("scale", "offset") and height != array.shape[0] and height % (32 // array.dtype.itemsize):
+            array = array.astype(jnp.int32)  # a block of narrower numbers would begin within a register
         operands[name], specs[name] = array, spec
 
     add("codes", packed, strip(packed, 1 - contracted))
@@ -206,7 +209,8 @@ def _call(x, x_scale, codes, s, axis, contracted, out_dtype, interpret):
                 (x.shape[1], b.width) if contracted == 0 else (b.width, x.shape[1]), jnp.bfloat16
             )
     repeats = packed.shape[1] // operands["inner"].shape[1] if "inner" in operands else 1
-    body = functools.partial(_kernel, s, axis, contracted, b, repeats, tuple(operands), tuple(scratch))
+    dtypes = {"scale": scale.dtype, "offset": None if offset is None else offset.dtype}
+    body = functools.partial(_kernel, s, axis, contracted, b, repeats, dtypes, tuple(operands), tuple(scratch))
     y = pl.pallas_call(
         body,
         grid=(-(-outputs // b.width), b.steps),
@@ -223,7 +227,7 @@ def _call(x, x_scale, codes, s, axis, contracted, out_dtype, interpret):
     return y[:count].reshape(*lead, outputs)
 
 
-def _kernel(s, axis, contracted, b, repeats, operands, scratch, *references):
+def _kernel(s, axis, contracted, b, repeats, dtypes, operands, scratch, *references):
     """One block of rows times one strip of the weight."""
     ref = dict(zip((*operands, "y", *scratch), references, strict=True))
     integers = "x_scale" in ref
@@ -272,9 +276,9 @@ def _kernel(s, axis, contracted, b, repeats, operands, scratch, *references):
 
     @pl.when(rows == 0)
     def _():
-        ref["scale32"][...] = _scales(ref, 0 if contracted else strip * b.width, repeats)
+        ref["scale32"][...] = _scales(ref, dtypes["scale"], 0 if contracted else strip * b.width, repeats)
         if "offset" in ref:
-            ref["offset32"][...] = _float(ref["offset"][...])
+            ref["offset32"][...] = _float(ref["offset"][...], dtypes["offset"])
         loop(first)
 
     if "weight" in ref:
@@ -296,29 +300,26 @@ def _expand(codes: jax.Array, scale: jax.Array, offset: jax.Array | None, s: Sch
 
 
 def _lookup(codes: jax.Array, values: tuple[float, ...]) -> jax.Array:
-    """values[codes] by permutations of the lanes of registers: int32 (..., n) -> float32."""
-    columns = codes.shape[-1]
-    if columns % _LANES:
-        return number_formats.select(codes, values)
-    rows = codes.reshape(-1, columns)
-    lane = lax.broadcasted_iota(jnp.int32, (rows.shape[0], _LANES), 1)
-    table = number_formats.select(lane & (len(values) - 1), values)
-    pieces = [
-        jnp.take_along_axis(table, rows[:, start : start + _LANES], 1, mode="promise_in_bounds")
-        for start in range(0, columns, _LANES)
-    ]
-    return jnp.concatenate(pieces, 1).reshape(codes.shape)
+    """values[codes] of 16 values, which lie in the rows of two registers: int32 (groups, rows, columns) -> float32."""
+    registers = codes.reshape(-1, _SUBLANES, codes.shape[-1])
+    row = lax.broadcasted_iota(jnp.int32, registers.shape, 1)
+    low, high = (
+        jnp.take_along_axis(number_formats.select(row, half), registers & 7, 1, mode="promise_in_bounds")
+        for half in (values[:8], values[8:])
+    )
+    return jnp.where(registers < 8, low, high).reshape(codes.shape)
 
 
-def _scales(ref: dict[str, Any], first: Any, repeats: int) -> jax.Array:
+def _scales(ref: dict[str, Any], dtype: Any, first: Any, repeats: int) -> jax.Array:
     """The scales of a strip, float32.
 
     Args:
+      dtype: that of the stored scales.
       first: number of the first column of the strip.
       repeats: how many scales share a scale, where the scales are quantized.
     """
     if "inner" not in ref:
-        return _float(ref["scale"][...])
+        return _float(ref["scale"][...], dtype)
     codes, inner = ref["scale"][...], ref["inner"][...]
     shape = inner.shape[1], codes.shape[1]
     own = lax.broadcasted_iota(jnp.int32, shape, 0) == (lax.broadcasted_iota(jnp.int32, shape, 1) + first) // repeats
@@ -326,12 +327,12 @@ def _scales(ref: dict[str, Any], first: Any, repeats: int) -> jax.Array:
     return _dynamic(codes.astype(jnp.int32)) * inner + ref["mean"][0, 0]
 
 
-def _float(scale: jax.Array) -> jax.Array:
-    """Stored scales or offsets as float32. Those of float16 and e8m0 are given by their bits, int16 and uint8."""
-    if scale.dtype == jnp.float32:
+def _float(scale: jax.Array, dtype: Any) -> jax.Array:
+    """Scales or offsets that are stored in `dtype` as float32. Those of float16 and e8m0 are given by their bits."""
+    if dtype == jnp.float32:
         return scale
     bits = scale.astype(jnp.int32)
-    if scale.dtype == jnp.uint8:
+    if dtype == jnp.uint8:
         return lax.bitcast_convert_type(bits << 23, jnp.float32)
     magnitude = bits & 0x7FFF
     normal = lax.bitcast_convert_type((magnitude << 13) + (112 << 23), jnp.float32)

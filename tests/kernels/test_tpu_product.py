@@ -94,7 +94,7 @@ def test_scales_are_decoded_as_the_reference_does():
     halves = np.arange(2**16, dtype=np.uint16)
     values = halves.view(np.float16).astype(np.float32)
     finite = np.isfinite(values)
-    decoded = np.asarray(tpu_product._float(jnp.asarray(halves.view(np.int16))))
+    decoded = np.asarray(tpu_product._float(jnp.asarray(halves.view(np.int16)), jnp.float16))
     assert (decoded == values)[finite].all()
     table = np.asarray(number_formats.FORMATS["dynamic8"].values, np.float32)
     np.testing.assert_allclose(tpu_product._dynamic(jnp.arange(256)), table, rtol=3e-7)

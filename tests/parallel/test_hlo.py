@@ -33,6 +33,7 @@ ENTRY %main (a: f32[4,8,16], b: f32[16,32]) -> f32[4,8,32] {
   %part = bf16[4,32] copy(%b)
   %send = (f32[8,4]{1,0}, u32[], token[]) send(%data, %token), channel_id=3, is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="all-reduce.1_0",_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
   %data = f32[8,4]{1,0} copy(%b)
+  %llm_jax_nf4_product.3 = bf16[4,64]{1,0} custom-call(%part, %codes), custom_call_target="tpu_custom_call"
   %again = bf16[16,32] all-gather(%part), channel_id=3, replica_groups=[2,4]<=[4,2]T(1,0)
   ROOT %convolution = f32[4,8,32]{2,1,0} convolution(%a, %b.1), window={size=3 pad=1_1}, dim_labels=b0f_0io->b0f, backend_config={"estimated_cycles":"100"}
   %b.1 = f32[3,16,32] parameter(2)
@@ -62,6 +63,10 @@ def test_the_notations_of_a_tpu():
     # A window of 3 over 8 positions has 22 pairs that are not in the padding.
     assert hlo.flops(module) == 2 * 4 * 22 * 16 * 32
     assert hlo.cycles(module) == 100
+
+
+def test_kernels_for_quantized_products_are_counted_by_their_activations_and_result():
+    assert hlo.product_kernel_flops(hlo.parse(LOOP)) == 2 * 4 * 32 * 64
 
 
 def test_other_text_is_refused():
