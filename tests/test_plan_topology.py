@@ -164,7 +164,7 @@ def test_a_search_goes_on_after_a_combination_that_is_refused(compiler):
     assert all(report["batch"][0] % 8 == 0 for report in reports)
     config = configuration.replace(config, {"train.grad_accumulation": 16})
     with pytest.raises(
-        UserError, match=r"3 combinations were refused and none was compiled; mesh.data.*cannot be split"
+        UserError, match=r"3 combinations are invalid and none was compiled; mesh.data.*cannot be split"
     ):
         plan_search.search(config, topology, 3, lines.append)
 

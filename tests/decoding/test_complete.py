@@ -194,7 +194,7 @@ def test_explain_says_what_each_filter_removed(make):
 
 
 def test_explain_refuses_a_beam_search(make):
-    with pytest.raises(UserError, match="not beam"):
+    with pytest.raises(UserError, match="the method is beam"):
         next(explain.explain(*make(scan_layers=False), [5], DecodingOptions(beams=2)))
 
 

@@ -275,7 +275,7 @@ def test_the_commands_train_and_probe(command, text_file, tmp_path):
     flags = (f"--config.source={text_file}", "--config.width=8", "--config.epochs=1", "--config.min_count=1")
     for kind, name in (("cbow", "v.bin"), ("glove", "v.txt")):
         said = command("train_embeddings", *flags, f"--config.kind={kind}", f"--output={tmp_path / name}").stdout
-        assert "8,000 words of 14 kinds" in said and "wrote" in said
+        assert "8,000 words, vocabulary of 14" in said and "wrote" in said
     assert sorted(p.name for p in tmp_path.iterdir()) == ["v.bin", "v.txt"]
     shown = command(
         "probe_embeddings", f"--vectors={tmp_path / 'v.bin'}", "--neighbours=token", f"--map={tmp_path / 'm.png'}"

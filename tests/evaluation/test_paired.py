@@ -59,7 +59,7 @@ def test_a_document_that_dominates_leaves_no_interval_and_valid_json(monkeypatch
     assert row["difference"] == 1 and row["low"] is row["high"] is None
     evaluate._compare_text(types.SimpleNamespace(json=False, data=""), several, None, {})
     out = capsys.readouterr().out
-    assert "+1.0000 (no interval)" in out and "31 documents count as fewer than 5 of equal size" in out
+    assert "+1.0000 (no interval)" in out and "31 documents correspond to fewer than 5 of equal size" in out
 
 
 def test_the_interval_of_matched_pairs_is_that_of_the_paper():
