@@ -135,7 +135,7 @@ def _peft(checkpoint: "Checkpoint", output: pathlib.Path, name: str) -> None:
         abstract,
         rank_stabilized=config.lora.rank_stabilized,
         dropout=config.lora.dropout,
-        base_name=str(base.path) if readable else None,
+        base_name=str(base.path) if readable else base.name,
         other_files=files,
     )
     if not readable:

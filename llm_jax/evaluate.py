@@ -73,9 +73,8 @@ NEEDS: cli.Needs = (
 
 def main(f: cli.Flags) -> None:
     if f.batch_size < 1 or f.seq_len < 0 or f.limit < 0:
-        raise UserError(
-            f"--batch_size={f.batch_size} --seq_len={f.seq_len} --limit={f.limit}; expected positive numbers"
-        )
+        numbers = f"--batch_size={f.batch_size} --seq_len={f.seq_len} --limit={f.limit}"
+        raise UserError(f"{numbers}; expected positive numbers")
     if bool(f.task) + bool(f.harness) + bool(f.data) > 1:
         raise UserError("--task, --harness and --data are different evaluations; choose one")
     if f.task:
@@ -207,18 +206,19 @@ def _measure(f: cli.Flags, held_out: _HeldOut, source: Any, by_unit: bool = Fals
         raise UserError(f"{held_out.name} has no held-out data (data.validation_fraction=0); set --data=FILE")
     kind = held_out.data.kind
     windows: Any = Rows(split, held_out.length, f.stride) if f.stride else ROWS[kind](split, held_out.length)
+    batch_size = held_out_lib.batch_size(f.batch_size, windows)
     if by_unit:
         sizes = corpus_lib.open_split(split.directory)[1]
         loss_of_tokens = jax.jit(lambda params, batch: losses.token_losses(model, params, batch))
         return {
-            "units": paired.bits_by_document(loss_of_tokens, params, windows, sizes, f.batch_size, device),
+            "units": paired.bits_by_document(loss_of_tokens, params, windows, sizes, batch_size, device),
             "tokens": len(split.tokens),
         }
     if held_out.is_masked:
         windows = masking.hider(held_out.config.loss, tokenizer)(windows, 0)
     loss = jax.jit(lambda params, batch: losses.language_model(model, params, batch, 0))
-    figures = held_out_lib.evaluate(loss, params, windows, f.batch_size, device)
-    return {"bytes": split.num_bytes, "documents": len(split.offsets) - 1, **figures}
+    metrics = held_out_lib.evaluate(loss, params, windows, batch_size, device)
+    return {"bytes": split.num_bytes, "documents": len(split.offsets) - 1, **metrics}
 
 
 def _print_text(f: cli.Flags, held_out: _HeldOut, figures: dict[str, Any], compressed: dict[str, float]) -> None:

@@ -7,7 +7,7 @@ import pathlib
 import sys
 import types
 
-from llm_jax import cli, files, runtime
+from llm_jax import cli, files, objects, runtime
 from llm_jax.cli import signals
 from llm_jax.schema import Config
 
@@ -44,7 +44,7 @@ def _train(f: cli.Flags) -> int:
     if f.dry_run:
         print_estimate(config, files.path(f.workdir))
         return 0
-    signal = signals.Deferred()
+    signal = signals.Deferred(resumption=lambda: resumption(f))
     summary = trainer.train(config, f.workdir, stop=signal, profile=f.profile, attachments=write_report)
     if number := int(summary.get("stopped", 0)):  # the signal number; another process may have received the signal
         steps = config.train.steps
@@ -53,6 +53,17 @@ def _train(f: cli.Flags) -> int:
             print(f"\n{message}", file=sys.stderr)
         return 128 + number
     return 0
+
+
+def resumption(f: cli.Flags) -> str:
+    """What the same command does after it was stopped. Called at an interrupt: imports nothing and reads no network."""
+    workdir = f["workdir"].value
+    if not workdir or objects.is_object(workdir):
+        return "the same command resumes from the last checkpoint, or from step 0 without one"
+    names = [path.name for path in (files.path(workdir) / "checkpoints").glob("*")]
+    if steps := [int(name) for name in names if name.isascii() and name.isdigit()]:
+        return f"the same command resumes from the checkpoint of step {max(steps)}"
+    return "the same command starts again from step 0 (there is no checkpoint yet)"
 
 
 def print_estimate(config: Config, workdir: pathlib.Path) -> None:
@@ -100,7 +111,7 @@ COMMAND = cli.Command(
     main,
     FLAGS,
     needs=NEEDS,
-    interrupted="interrupted; the same command resumes from the last checkpoint",
+    interrupted=lambda f: f"interrupted; {resumption(f)}",
     config=Config,
     compiles=True,
     memory_cure=(

@@ -13,6 +13,7 @@ subclass and add it to `opening.open`.
 import dataclasses
 import os
 import pathlib
+import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -111,17 +112,27 @@ def load_separately(*names: str | os.PathLike[str]) -> tuple[Loaded, list[dict[s
     return base, [adapters for _, adapters in separated]
 
 
-def save(model: Transformer, params: Any, tokenizer: Tokenizer, path: str | os.PathLike[str]) -> None:
+@typing.overload
+def save(model: Transformer, params: Any, tokenizer: Tokenizer, path: str | os.PathLike[str]) -> None: ...
+@typing.overload
+def save(model: Loaded, path: str | os.PathLike[str], /) -> None: ...
+def save(model: Any, params: Any = None, tokenizer: Any = None, path: Any = None) -> None:
     """Writes a run directory with one checkpoint, which `load` and every command take.
 
     Args:
-      model: its configuration is recorded.
+      model: its configuration is recorded. Or the result of `load`, followed by the path alone.
       params: weights of any kind (arrays, quantized, with adapters), stacked for a scan or one entry per layer.
       path: the directory; it appears complete or not at all.
 
     Raises:
       UserError: the directory exists or cannot be written, or names or shapes do not fit the model.
     """
+    if isinstance(model, Loaded) and tokenizer is None:
+        (model, params, tokenizer), path = model, params if path is None else path
+    if not isinstance(model, Transformer) or tokenizer is None or path is None:
+        raise UserError(
+            "llm_jax.save: expected model, params, tokenizer and path, or the result of llm_jax.load and path"
+        )
     path = files.path(path)
     if path.exists():
         raise UserError(f"{path} already exists; choose another path, or remove it")

@@ -173,7 +173,8 @@ def _with_quantization(directory: pathlib.Path, error: UserError) -> UserError:
     reason = " ".join(str(error).removeprefix(f"{directory}: ").splitlines()[:2])
     return UserError(
         f"{directory}: config.json has a quantization_config of {described}, and weights that it quantized cannot be "
-        f"read ({reason}); expected the unquantized model, or a GGUF file (as the base of adapters: by --base=PATH)"
+        f"read ({reason}); expected the unquantized model, or a GGUF file (as the base of adapters: by --base=PATH, in "
+        "Python base=PATH)"
     )
 
 

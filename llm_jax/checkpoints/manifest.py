@@ -5,12 +5,13 @@ import os
 import pathlib
 from typing import Any
 
-from llm_jax import files
+from llm_jax import files, objects
 from llm_jax.checkpoints import storage
 from llm_jax.errors import UserError
 
 FORMAT = 1  # version of the checkpoint format that is written, and the only one that is read
 
+_SHOWN_RUNS = 3  # runs in a directory that are named
 _FORMS = "a run or one of its checkpoints, a Hugging Face or peft directory (with config.json or adapter_config.json)"
 
 
@@ -37,8 +38,25 @@ def find(path: str | os.PathLike[str]) -> pathlib.Path:
         raise UserError(f"{path}: no such directory; expected {_FORMS}{hub}")
     finished = steps(directory)
     if not finished:
-        raise UserError(f"{path}: no finished checkpoint here; expected {_FORMS}")
+        raise UserError(f"{path}: {_without_checkpoint(directory)}")
     return directory / "checkpoints" / str(finished[-1])
+
+
+def _without_checkpoint(directory: pathlib.Path) -> str:
+    """Explains that a directory has no finished checkpoint, and names the runs in it or the run that it belongs to."""
+    if not objects.is_object(directory):
+        for above in files.absolute(directory).parents[:3]:
+            if (above / "record.json").is_file():
+                return f"a part of a checkpoint; give the checkpoint, {above}"
+        if finished := [run for p in directory.glob("*/checkpoints") if steps(run := p.parent)]:
+            finished.sort(key=lambda run: run.stat().st_mtime, reverse=True)
+            names = ", ".join(map(str, finished[:_SHOWN_RUNS]))
+            others = f" or one of {len(finished) - _SHOWN_RUNS:,} others" if len(finished) > _SHOWN_RUNS else ""
+            return f"a directory of runs; give one of them: {names}{others}"
+        run = directory.parent if directory.name == "checkpoints" else directory
+        if (run / "config.json").is_file() and (run / "checkpoints").is_dir():
+            return f"the run {run} has no finished checkpoint; the command that started it goes on with it"
+    return f"no finished checkpoint here; expected {_FORMS}"
 
 
 def write_manifest(directory: pathlib.Path) -> None:

@@ -17,6 +17,7 @@ from llm_jax.checkpoints.peft import Peft
 from llm_jax.checkpoints.run import Run, read_config
 from llm_jax.errors import UserError
 
+_FLAG = "with --base=PATH (in Python, base=PATH)"
 _LEVELS = 4  # directories, from that of the adapters up, in which a base is searched for
 
 
@@ -89,7 +90,7 @@ def _open_base_of_run(path: pathlib.Path, base: str, recorded: str) -> Checkpoin
 
 def _open_base_of_peft(path: pathlib.Path, base: str, recorded: str) -> Checkpoint:
     if not (base or recorded):
-        raise UserError("adapter_config.json names none (base_model_name_or_path); give its path with --base=PATH")
+        raise UserError(f"adapter_config.json names none (base_model_name_or_path); give its path {_FLAG}")
     if name := base or located(recorded, path):
         return open(name)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", recorded):
@@ -97,13 +98,11 @@ def _open_base_of_peft(path: pathlib.Path, base: str, recorded: str) -> Checkpoi
     try:
         return open(f"hf:{recorded}")
     except UserError as error:
-        raise UserError(f"{error}; give its path with --base=PATH") from error
+        raise UserError(f"{error}; give its path {_FLAG}") from error
 
 
 def _missing(recorded: str) -> NoReturn:
-    raise UserError(
-        f"{recorded} does not exist, nor a checkpoint of this name beside the adapters; give it with --base=PATH"
-    )
+    raise UserError(f"{recorded} does not exist, nor a checkpoint of this name beside the adapters; give it {_FLAG}")
 
 
 def located(recorded: str, directory: pathlib.Path) -> str:

@@ -104,7 +104,7 @@ def select_subcommand(command: Commands, arguments: Sequence[str]) -> tuple[Comm
 
 
 def _start(command: Command, arguments: Sequence[str]) -> None:
-    signals.install(command.interrupted)
+    signals.install(lambda: command.interrupted_message(command.flags))
     code = 0
     try:
         code = _execute(command, command.flags, arguments, process=True)
@@ -113,7 +113,7 @@ def _start(command: Command, arguments: Sequence[str]) -> None:
         status.show("")
         signals.leave(2, f"error: {error}")
     except KeyboardInterrupt:
-        signals.leave(130, f"\n{command.interrupted}")
+        signals.leave(130, f"\n{command.interrupted_message(command.flags)}")
     except BrokenPipeError:
         if not _reader_ended():
             raise

@@ -31,6 +31,7 @@ CHECKPOINT_FORMS = (
     "gs://BUCKET/PATH or s3://BUCKET/PATH"
 )
 _POSITIONAL = ("prompt", "checkpoint", "input", "workdir", "text")  # flags suggested for a positional argument
+_REQUIRED = ("checkpoint", "input", "prompt", "output", "to")  # the order of positional arguments in a suggestion
 _BOOLEANS = {"yes": "true", "y": "true", "on": "true", "no": "false", "n": "false", "off": "false"}
 # Descriptions of the values of each type of flag, for messages.
 _EXPECTED = {"int": "an integer", "float": "a number", "bool": "true or false (also yes, no, on, off, 1, 0)"}
@@ -116,7 +117,7 @@ class Command:
       main: runs the command with the parsed flags as attributes; returns the exit code, None for 0.
       flags: the definitions of the flags.
       needs: flags that need other flags; using one that has no effect is an error.
-      interrupted: message printed on SIGINT.
+      interrupted: message printed on SIGINT, or a function that returns it from the flags, which may not be parsed yet.
       config: the dataclass that `--config` fills, `schema.Config` or `schema.EmbeddingsConfig`; None: no `--config`.
       subcommands: the commands that `--help` lists.
       positional: name of the repeatable flag that receives positional arguments; "": positional arguments are errors.
@@ -128,12 +129,16 @@ class Command:
     main: Callable[[Any], int | None]
     flags: Any
     needs: Needs = ()
-    interrupted: str = "interrupted"
+    interrupted: str | Callable[[Any], str] = "interrupted"
     config: Any = None
     subcommands: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     positional: str = ""
     compiles: bool = False
     memory_cure: str = "use a smaller batch, or a device with more memory"
+
+    def interrupted_message(self, values: flags.FlagValues) -> str:
+        """The message printed on SIGINT."""
+        return self.interrupted if isinstance(self.interrupted, str) else self.interrupted(values)
 
 
 def parse(command: Command, values: flags.FlagValues, arguments: Sequence[str]) -> None:
@@ -148,6 +153,7 @@ def parse(command: Command, values: flags.FlagValues, arguments: Sequence[str]) 
         _note_repeated(arguments, command.config)
     if command.compiles:
         flags.DEFINE_boolean("compilation_cache", True, COMPILATION_CACHE, flag_values=values)
+    arguments = [_with_underscores(argument, values) for argument in arguments]
     source: Any = None
     if command.config is not None:
         source, arguments = _split_source(arguments)
@@ -248,6 +254,19 @@ def _annotation(flag: str, cls: Any) -> Any:
     return option_names.annotation(key, cls)
 
 
+def _with_underscores(argument: str, values: flags.FlagValues) -> str:
+    """Rewrites --top-p=0.9 as --top_p=0.9, and --no-stream as --nostream, where the latter is a flag."""
+    dashed, equals, text = argument.partition("=")
+    name = dashed.lstrip("-").replace("-", "_")
+    if not dashed.startswith("--") or dashed[2:] in values or "-" not in dashed[2:]:
+        return argument
+    for prefix in ("", "no_"):
+        known = name.removeprefix(prefix)
+        if name.startswith(prefix) and known in values and (not prefix or getattr(values[known], "boolean", False)):
+            return f"--{prefix.rstrip('_')}{known}{equals}{text}"
+    return argument
+
+
 def _split_source(arguments: list[str]) -> tuple[str | None, list[str]]:
     """Returns the value of the last `--config=SOURCE` (or `--config SOURCE`), and the other arguments."""
     source, remaining = None, []
@@ -270,13 +289,20 @@ def _overrides(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def _stray(arguments: Sequence[str], error: flags.Error, command: Command) -> str:
-    """Returns "; did you mean --NAME=TEXT?" if a required flag is missing and an argument has no flag, else ""."""
-    missing = re.search(r"Flag --(\S+) must have a value other than None", str(error))
+    """Returns "; did you mean --NAME=TEXT?" if a required flag is missing and an argument has no flag, else "".
+
+    For several of both, the suggestion is the whole command.
+    """
+    missing = re.findall(r"Flag --(\S+) must have a value other than None", str(error))
     pairs = zip(["", *arguments], arguments, strict=False)
     stray = [
         text for before, text in pairs if not text.startswith("-") and (not before.startswith("-") or "=" in before)
     ]
-    return f"; {_as_flag(stray[0], missing[1], command)}" if missing and stray else ""
+    if len(missing) > 1 and len(stray) > 1 and command.config is None:
+        names = sorted(missing, key=lambda name: _REQUIRED.index(name) if name in _REQUIRED else len(_REQUIRED))
+        values = " ".join(f"--{name}={shlex.quote(text)}" for name, text in zip(names, stray, strict=False))
+        return f"; did you mean python -m llm_jax.{command.name} {values}?"
+    return f"; {_as_flag(stray[0], missing[0], command)}" if missing and stray else ""
 
 
 def _as_flag(text: str, name: str, command: Command) -> str:
@@ -299,7 +325,7 @@ def _unknown_flag(name: str, command: Command, values: flags.FlagValues) -> str:
         return f"unknown flag --{name}; {option_names.EXPLAINED[name]}"
     if command.config is not None and (option := option_names.resolve(name, command.config)):
         return f"unknown flag --{name}; did you mean --config.{option}?"
-    near = difflib.get_close_matches(name, list(values), 1, 0.6)
+    near = difflib.get_close_matches(name.replace("-", "_"), list(values), 1, 0.6)
     hint = f"did you mean --{near[0]}?" if near else f"python -m llm_jax.{command.name} --help lists the flags"
     return f"unknown flag --{name}; {hint}"
 

@@ -13,8 +13,8 @@ _PATIENCE = 5.0  # seconds between an interrupt and the end of the process
 _installed = False
 
 
-def install(message: str) -> None:
-    """Makes SIGINT raise KeyboardInterrupt; if the exception is lost, the process exits with `message`."""
+def install(message: Callable[[], str]) -> None:
+    """Makes SIGINT raise KeyboardInterrupt; if the exception is lost, the process exits with `message()`."""
     global _installed
     _installed = True
     signal.signal(signal.SIGINT, functools.partial(_interrupt, message))
@@ -28,14 +28,20 @@ class Deferred:
     Args:
       note: message printed at the first signal.
       before_end: called at the second signal, before the process ends.
+      resumption: returns what the same command does after the process was ended by the second signal.
 
     Attributes:
       number: number of the received signal, or 0; calling the object returns it.
     """
 
-    def __init__(self, note: str = "saving after this step", before_end: Callable[[], object] = lambda: None) -> None:
+    def __init__(
+        self,
+        note: str = "saving after this step",
+        before_end: Callable[[], object] = lambda: None,
+        resumption: Callable[[], str] = lambda: "the same command resumes from the last checkpoint",
+    ) -> None:
         self.number = 0
-        self._note, self._before_end = note, before_end
+        self._note, self._before_end, self._resumption = note, before_end, resumption
         self._previous: dict[int, Any] = {}
 
     def __call__(self) -> int:
@@ -53,7 +59,7 @@ class Deferred:
     def _record(self, number: int, frame: Any) -> None:
         if self.number:
             self._before_end()
-            leave(128 + number, "\nstopped without saving; the same command resumes from the last checkpoint")
+            leave(128 + number, f"\nstopped without saving; {self._resumption()}")
         self.number = number
         # os.write, because the signal may interrupt a print.
         os.write(2, f"\n{signal.Signals(number).name}: {self._note}; repeat to stop immediately\n".encode())
@@ -73,12 +79,12 @@ def leave(code: int, message: str = "") -> None:
     os._exit(code)
 
 
-def _interrupt(message: str, number: int, frame: Any) -> None:
+def _interrupt(message: Callable[[], str], number: int, frame: Any) -> None:
     if frame is not None and frame.f_code.co_name == "_xla_gc_callback":  # an exception raised there is lost
         signal.signal(signal.SIGALRM, functools.partial(_interrupt, message))
         signal.setitimer(signal.ITIMER_REAL, 0.01)
         return
-    timer = threading.Timer(_PATIENCE, leave, (128 + signal.SIGINT, f"\n{message}"))
+    timer = threading.Timer(_PATIENCE, lambda: leave(128 + signal.SIGINT, f"\n{message()}"))
     timer.daemon = True
     timer.start()
     raise KeyboardInterrupt

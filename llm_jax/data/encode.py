@@ -3,9 +3,10 @@
 "text": a document is an example, and every token after the first is a target.
 
 "instructions": a record has `messages`, each with a `role` and a `content`, or a `prompt` and its `answer` (or
-`completion`); or it is a record of ShareGPT (`conversations` with `from` and `value`) or of Alpaca (`instruction`,
-`input`, `output`, `history`). A `system` beside them is the first message. What the assistant writes counts, unless a
-message says otherwise by `weight`, `train`, `trainable`, `loss` or `loss_mask` (0 or false).
+`completion`; or `question` and `answer`, or `query` and `response`, without a `context`); or it is a record of ShareGPT
+(`conversations` with `from` and `value`) or of Alpaca (`instruction`, `input`, `output`, `history`). A `system` beside
+them is the first message. What the assistant writes counts, unless a message says otherwise by `weight`, `train`,
+`trainable`, `loss` or `loss_mask` (0 or false).
 
 "preferences": a record has a `prompt` and two answers, `chosen` and `rejected`, and gives two examples in this order.
 Prompt and answers are text or lists of messages; if there is no prompt, or both answers repeat it, their common first
@@ -98,13 +99,26 @@ def _instruction(text: str) -> list[Conversation]:
         messages = [*_system(text, record), *_history(text, record)]
         messages += _messages(text, question, "user") + _messages(text, record["output"], "assistant")
         return [_conversation(text, record, messages, 0, False)]
-    if "completion" in record and "answer" not in record:
-        record["answer"] = record["completion"]
+    record |= _prompt_and_answer(record)
     _need(text, record, ("prompt", "answer"), "'messages', or 'prompt' and 'answer'")
     system = _system(text, record)
     ask = system + _messages(text, record["prompt"], "user")
     answer = _messages(text, record["answer"], "assistant")
     return [_conversation(text, record, ask + answer, len(ask), isinstance(record["prompt"], str) and not system)]
+
+
+# Other names of 'prompt' and 'answer'.
+_PAIRS = (("prompt", "completion"), ("question", "answer"), ("query", "response"))
+
+
+def _prompt_and_answer(record: dict[str, Any]) -> dict[str, Any]:
+    """`prompt` and `answer` of a record that has them under other names, {} if it is not clear which they are."""
+    if {"prompt", "answer"} <= record.keys():
+        return {}
+    pairs = [pair for pair in _PAIRS if set(pair) <= record.keys()]
+    if len(pairs) != 1 or (pairs[0][0] != "prompt" and ("prompt" in record or record.get("context"))):
+        return {}
+    return dict(zip(("prompt", "answer"), (record[name] for name in pairs[0]), strict=True))
 
 
 _SHAREGPT = {"human": "user", "gpt": "assistant"}  # other names are those of the roles

@@ -33,18 +33,7 @@ def evaluate(
     """
     if not len(rows):
         raise UserError("nothing is held out (data.validation_fraction=0)")
-    count_rows = min(limit, len(rows)) if limit else len(rows)
-    steps = -(-count_rows // batch_size)
-    sums: list[tuple[jax.Array, jax.Array]] = []
-    stream = batches(rows, 0, steps, batch_size, sharding)
-    for step, batch in enumerate(bars.bar(stream, "evaluating", steps, leave=False, delay=2)):
-        if count_rows < min((step + 1) * batch_size, len(rows)):  # the last batch has more rows than are counted
-            counted = jax.numpy.arange(batch_size) < count_rows - step * batch_size
-            batch = batch | {"mask": batch["mask"] * counted[:, None]}
-        # One step at a time: on CPU, programs with collectives that run together starve each other of threads.
-        jax.block_until_ready(sums[-1:])
-        sums.append(loss(params, batch))
-    nats, tokens = (float(sum(float(x) for x in part)) for part in zip(*jax.device_get(sums), strict=True))
+    nats, tokens = sums(loss, params, rows, batch_size, sharding, limit)
     if not tokens:
         raise UserError("no held-out token counts; hold out more text (data.validation_fraction)")
     num_bytes = rows.bytes_per_target * tokens
@@ -55,6 +44,37 @@ def evaluate(
         "bits_per_byte": nats / math.log(2) / num_bytes,
         "tokens": tokens,
     }
+
+
+def sums(
+    function: Callable[[Any, Batch], tuple[jax.Array, ...]],
+    params: Any,
+    rows: AnyRows,
+    batch_size: int,
+    sharding: jax.sharding.Sharding,
+    limit: int = 0,
+) -> list[float]:
+    """The outputs of a jitted (params, batch) -> (float32 (), ...), each summed over the first `limit` rows (0: all).
+
+    The other arguments are those of `evaluate`.
+    """
+    count_rows = min(limit, len(rows)) if limit else len(rows)
+    steps = -(-count_rows // batch_size)
+    outputs: list[tuple[jax.Array, ...]] = []
+    stream = batches(rows, 0, steps, batch_size, sharding)
+    for step, batch in enumerate(bars.bar(stream, "evaluating", steps, leave=False, delay=2)):
+        if count_rows < min((step + 1) * batch_size, len(rows)):  # the last batch has more rows than are counted
+            counted = jax.numpy.arange(batch_size) < count_rows - step * batch_size
+            batch = batch | {"mask": batch["mask"] * counted[:, None]}
+        # One step at a time: on CPU, programs with collectives that run together starve each other of threads.
+        jax.block_until_ready(outputs[-1:])
+        outputs.append(function(params, batch))
+    return [float(sum(float(x) for x in part)) for part in zip(*jax.device_get(outputs), strict=True)]
+
+
+def batch_size(largest: int, rows: AnyRows) -> int:
+    """The smallest power of two that is enough for all rows, at most `largest`: rows of padding only cost time."""
+    return min(largest, 1 << (len(rows) - 1).bit_length()) if len(rows) else largest
 
 
 def refuse_other_text(several: Sequence[Any]) -> None:

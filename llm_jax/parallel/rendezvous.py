@@ -164,7 +164,9 @@ class Meeting:
             silent = f"has not answered for {_SILENCE} s (machine or network down?)"
             how = silent if connection.unreachable else "has ended without a message (killed?)"
             name = f"process {connection.process} on {connection.host}"
-            self._stop(f"{name} {how}; the same command resumes from the last checkpoint", LOST)
+            self._stop(
+                f"{name} {how}; the same command resumes from the last checkpoint, or from step 0 without one", LOST
+            )
 
     def _stop(self, line: str, code: int, source: _Connection | None = None) -> None:
         with self._changed:

@@ -13,9 +13,17 @@ from llm_jax.evaluation import answers, held_out
 from llm_jax.evaluation.prompts import PromptConfig
 from llm_jax.parallel import mesh as mesh_lib
 from llm_jax.parallel import processes
-from llm_jax.training import bad_steps, inputs, measures, run_pictures
+from llm_jax.training import bad_steps, inputs, losses, measures, run_pictures
 from llm_jax.training.setup import Setup
 from llm_jax.training.step import TrainState
+
+
+def describe_preferences(figures: Mapping[str, float]) -> str:
+    """Returns the accuracy and the mean margin of held-out preferences as text, or "" if they were not measured."""
+    if "validation_preference_accuracy" not in figures:
+        return ""
+    accuracy, margin = (figures[f"validation_preference_{name}"] for name in ("accuracy", "margin"))
+    return f"chosen answer preferred {accuracy:.1%}, mean margin {margin:.4f}"
 
 
 class Evaluator:
@@ -32,6 +40,14 @@ class Evaluator:
             values = layers(setup.method.model_params(params, frozen), batch)
             return values | {"parameter": dict(zip(setup.weight_names, bad_steps.norms(params), strict=True))}
 
+        def preferences(params: Any, frozen: Any, batch: Any) -> Any:
+            weights, c = setup.method.model_params(params, frozen), setup.config
+            assert setup.reference is not None
+            reference = setup.reference, frozen["reference"]
+            return losses.preferences(setup.model, weights, *reference, batch, c.loss.beta, c.train.loss_chunk)
+
+        rules = setup.config.mesh.rules
+        self._preferences = jax.jit(mesh_lib.within(setup.mesh, preferences, rules), out_shardings=setup.replicated)
         self._statistics = jax.jit(mesh_lib.within(setup.mesh, statistics), out_shardings=setup.replicated)
 
     def _local_params(self, state: TrainState) -> Any:
@@ -46,6 +62,8 @@ class Evaluator:
         count, during = (min(limit or len(rows), len(rows)) for limit in (config.final_rows, config.rows))
         if count == during == len(rows):
             return ""
+        if count == len(rows):
+            return f"last evaluation: all {count:,} held-out rows"
         return f"last evaluation: {count:,} of {len(rows):,} held-out rows (eval.final_rows={config.final_rows})"
 
     def evaluate(self, state: TrainState, final: bool) -> dict[str, float]:
@@ -56,16 +74,23 @@ class Evaluator:
 
         Returns:
           The metrics of `held_out.evaluate` as "validation_NAME" and "validation_NAME/SOURCE", if there are held-out
-          rows, and accuracies as "task_NAME".
+          rows; of DPO also "validation_preference_accuracy", the share of pairs whose chosen answer has the larger
+          log-ratio to the reference, and "validation_preference_margin", the mean of `losses.preference_margin`; and
+          accuracies as "task_NAME".
         """
         setup, data, config = self._setup, self._data, self._setup.config
         loss = lambda params, batch: setup.loss(params, state.frozen, batch)  # noqa: E731
         figures: dict[str, float] = {}
         limit = config.eval.final_rows if final else config.eval.rows
+        preferences = lambda params, batch: self._preferences(params, state.frozen, batch)  # noqa: E731
         for source, rows in {"": data.held_out, **data.held_out_by_source}.items():
             if rows is None:
                 continue
-            result = held_out.evaluate(loss, state.model, rows, config.train.batch_size, setup.batch_sharding, limit)
+            arguments = (state.model, rows, config.train.batch_size, setup.batch_sharding, limit)
+            result = held_out.evaluate(loss, *arguments)
+            if config.loss.kind == "dpo":
+                right, margin, pairs = held_out.sums(preferences, *arguments)
+                result |= {"preference_accuracy": right / pairs, "preference_margin": margin / pairs} if pairs else {}
             suffix = f"/{source}" if source else ""
             figures |= {f"validation_{name}{suffix}": value for name, value in result.items()}
         for name, task in self._tasks.items():
@@ -85,6 +110,8 @@ class Evaluator:
         if "validation_loss" in figures:
             bits = figures["validation_bits_per_byte"]
             parts = [f"held-out loss {figures['validation_loss']:.4f}", f"{bits:.3f} bits per byte", *parts]
+        if preference := describe_preferences(figures):
+            parts.append(preference)
         return ", ".join(parts) or "nothing is held out (data.validation_fraction=0)"
 
     def statistics(self, state: TrainState, batch: Any) -> dict[str, dict[str, Any]]:

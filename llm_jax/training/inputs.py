@@ -2,13 +2,16 @@
 
 import dataclasses
 import itertools
+import json
 from typing import Any
 
 from llm_jax import configuration, tokenizers
 from llm_jax.checkpoints import vocabulary
+from llm_jax.data import corpus as corpus_lib
 from llm_jax.data import kinds, masking
 from llm_jax.data import rows as rows_lib
 from llm_jax.data.corpus import Corpus
+from llm_jax.data.encode import ENCODERS
 from llm_jax.errors import UserError
 from llm_jax.schema import Config
 from llm_jax.tokenizers import Tokenizer
@@ -33,6 +36,7 @@ class Inputs:
       test: the rows of the test split, on which accuracy is measured at the end, or None.
       vocab_size: number of ids that the model needs.
       num_tokens: training tokens of one epoch, and held-out tokens.
+      empty_answers: number of training examples whose answer has no text.
     """
 
     config: Config
@@ -44,6 +48,7 @@ class Inputs:
     test: rows_lib.Packed | None
     vocab_size: int
     num_tokens: tuple[int, int]
+    empty_answers: int = 0
 
 
 def load(config: Config, start: Start | None = None) -> Inputs:
@@ -103,7 +108,20 @@ def load(config: Config, start: Start | None = None) -> Inputs:
         rows_lib.test(config.data, corpus, c.seq_len),
         masking.vocab_size(config.loss, tokenizer),
         (len(corpus.train.tokens), len(corpus.validation.tokens)),
+        _empty_answers(config, corpus, tokenizer),
     )
+
+
+def _empty_answers(config: Config, corpus: Corpus, tokenizer: Tokenizer) -> int:
+    """The number of training examples with as many counted bytes as an empty answer, which may be those of markers."""
+    if config.data.kind not in ("instructions", "preferences") or corpus.train.directory is None:
+        return 0
+    try:
+        record = json.dumps({"prompt": "a", "answer": ""})
+        (example,) = ENCODERS["instructions"].encode(tokenizer, [record])
+    except UserError:  # the chat template refuses an empty answer
+        return 0
+    return int((corpus_lib.open_split(corpus.train.directory)[1] == example.size).sum())
 
 
 def _with_prompts(config: Config, corpus: Corpus, tokenizer: Tokenizer) -> Config:
@@ -138,6 +156,16 @@ def describe(config: Config, inputs: Inputs) -> str:
     )
     if _is_default_size(config) and t.kind in tokenizers.SIZED and t.vocab_size < size:
         line += f"\nnote: the vocabulary has {t.vocab_size} ids, all that the text allows; the default is {size}"
+    held_out_share = inputs.num_tokens[1] / max(sum(inputs.num_tokens), 1)
+    if config.data.kind == "text" and held_out_share > 2 * config.data.validation_fraction > 0:
+        line += (
+            f"\nnote: {held_out_share:.0%} of the text is held out, not data.validation_fraction="
+            f"{config.data.validation_fraction}: documents are held out as a whole, and there are too few of them"
+        )
+    if count := inputs.empty_answers:
+        line += (
+            f"\nnote: {count:,} training example{'s' * (count != 1)} with an empty answer; remove what is not wanted"
+        )
     return line
 
 

@@ -169,12 +169,17 @@ def divergence(logits: jax.Array, teacher: jax.Array, temperature: float) -> jax
 
 
 def preference(scores_2P: jax.Array, reference_2P: jax.Array, beta: float) -> jax.Array:
-    """-log sigmoid(beta (difference of the pair's log-ratios)): (2P,) log-probabilities twice -> (P,).
+    """-log sigmoid(margin): (2P,) log-probabilities twice -> (P,); see `preference_margin`."""
+    return -jax.nn.log_sigmoid(preference_margin(scores_2P, reference_2P, beta))
+
+
+def preference_margin(scores_2P: jax.Array, reference_2P: jax.Array, beta: float) -> jax.Array:
+    """beta (difference of the pair's log-ratios): (2P,) log-probabilities in nats twice -> (P,).
 
     Rows 2i are chosen, rows 2i + 1 rejected (Rafailov et al. 2023, DPO, arXiv:2305.18290, equation 7).
     """
     ratios = (scores_2P - reference_2P).reshape(-1, 2)
-    return -jax.nn.log_sigmoid(beta * (ratios[:, 0] - ratios[:, 1]))
+    return beta * (ratios[:, 0] - ratios[:, 1])
 
 
 def _pick(values: jax.Array, ids: jax.Array) -> jax.Array:
@@ -218,6 +223,28 @@ def row_losses(model: Transformer, params: Any, batch: Batch, chunk: int, sparse
 
     tokens = {"x": features(model, params, batch), "targets": batch["targets"], "mask": batch["mask"]}
     return sum_of_rows(part, chunk, tokens, sparse)
+
+
+def preferences(
+    model: Transformer,
+    params: Any,
+    reference: Transformer,
+    reference_params: Any,
+    batch: Batch,
+    beta: float,
+    chunk: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns (pairs with a positive margin, sum of the margins, number of pairs), float32 () each.
+
+    A pair counts if both of its rows have targets. The margin is that of `preference_margin`.
+    """
+    scores = -row_losses(model, params, batch, chunk, sparse=True)
+    reference_scores = -row_losses(reference, reference_params, batch, chunk, sparse=True)
+    counted = jnp.all(jnp.any(batch["mask"], -1).reshape(-1, 2), -1)
+    margins = preference_margin(scores, reference_scores, beta)
+    terms = (margins > 0, margins, jnp.ones_like(margins))
+    right, total, count = (jnp.sum(term * counted).astype(jnp.float32) for term in terms)
+    return right, total, count
 
 
 def token_losses(model: Transformer, params: Any, batch: Batch) -> jax.Array:

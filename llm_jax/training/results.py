@@ -9,7 +9,7 @@ import jax
 from llm_jax.evaluation import classification
 from llm_jax.parallel import processes
 from llm_jax.schema import Config
-from llm_jax.training import attempts, measures
+from llm_jax.training import attempts, evaluator, measures
 from llm_jax.training import setup as setup_lib
 from llm_jax.training.inputs import Inputs
 from llm_jax.training.setup import Setup
@@ -61,6 +61,7 @@ def describe_results(workdir: pathlib.Path, config: Config, summary: Mapping[str
         first = "held-out: nothing (data.validation_fraction=0); all text was trained on"
     lines = [
         first,
+        *([f"held-out: {preference}"] if (preference := evaluator.describe_preferences(summary)) else []),
         *(f"of {name.split('/', 1)[1]}: {value:.3f}" for name, value in summary.items() if name.startswith(f"{key}/")),
         *([f"test: {classification.describe(test)}"] if test else []),
         f"checkpoint: {workdir / 'checkpoints' / str(config.train.steps)}",

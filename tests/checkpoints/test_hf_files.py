@@ -304,6 +304,10 @@ def test_a_pointer_of_git_lfs_is_named_as_one(saved, tmp_path):
         (["checkpoints/3/record.json"], "checkpoints", "holds the checkpoints of a run; give the run, .*/x, or one of"),
         (["model.safetensors", "checkpoints/x"], "", "no finished checkpoint here; expected a run"),
         (["notes.txt"], "", "no finished checkpoint here; expected a run or one of its checkpoints, a Hugging Face or"),
+        (["a/checkpoints/3/record.json", "b/checkpoints/x"], "", "a directory of runs; give one of them: .*/x/a$"),
+        ([f"{name}/checkpoints/3/x" for name in "abcde"], "", "(/x/[a-e].*){3} or one of 2 others$"),
+        (["checkpoints/3/record.json", "checkpoints/3/params/x"], "checkpoints/3/params", "give the .*/checkpoints/3$"),
+        (["config.json", "checkpoints/x"], "checkpoints", "the run .*/x has no finished checkpoint; the command that"),
     ],
 )
 def test_a_part_of_a_checkpoint_is_answered_with_what_is_missing(tmp_path, files, name, message):

@@ -43,7 +43,7 @@ def paths(tiny, vocabulary, tmp_path_factory):
     huggingface.save(found["huggingface"], "llama", config, params, vocabulary.files())
     gguf_model.save(found["gguf"], config, params, vocabulary, "Q8_0")
     loaded = llm_jax.load(found["huggingface"])
-    llm_jax.save(loaded.model, loaded.params, loaded.tokenizer, found["run"])
+    llm_jax.save(loaded, found["run"])
     settings = lora_config(tiny, rank=2, targets=("attention",))
     adapters = make_adapters(loaded.params, settings)
     base = {"path": str(found["huggingface"]), "sha256": trees.fingerprint(loaded.params)}
@@ -202,6 +202,10 @@ def test_adapters_name_what_is_missing(paths, tmp_path):
     edit(copy / peft_config.CONFIG, base_model_name_or_path=None)
     with pytest.raises(UserError, match="names none .base_model_name_or_path.; give its path with --base=PATH"):
         llm_jax.load(copy)
+    with pytest.raises(
+        UserError, match="save: expected model, params, tokenizer and path, or the result of llm_jax.lo"
+    ):
+        llm_jax.save(*llm_jax.load(paths["run"])[:2], copy)
     edit(copy / peft_config.CONFIG, base_model_name_or_path="org/unknown")
     with pytest.raises(UserError, match="hf:org/unknown .*; give its path with --base=PATH"):
         llm_jax.load(copy)

@@ -4,10 +4,22 @@ import pytest
 
 from llm_jax.data import chat_text
 from llm_jax.data.chat_text import ChatText, Conversation, templated_texts
+from llm_jax.errors import UserError
 from llm_jax.tokenizers import chat_template
 from tests.data.test_examples import Chatting, examples
 from tests.tokenizers.chat_cases import CALL, TEMPLATES
 from tests.tokenizers.test_chat_golden import THINKING
+
+
+@pytest.mark.parametrize("names", [("prompt", "completion"), ("question", "answer"), ("query", "response")])
+def test_prompt_and_answer_have_other_names(names):
+    record = dict(zip(names, ("ask ", "yes"), strict=True))
+    assert examples(record | {"context": ""}) == examples({"prompt": "ask ", "answer": "yes"})
+    if names[0] != "prompt":
+        for other in ({"context": "a text"}, {"query": "a", "response": "b", "question": "c", "answer": "d"}):
+            with pytest.raises(UserError, match="expected 'messages', or 'prompt' and 'answer'"):
+                examples({**record, **other})
+
 
 END = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 UNIFORM = {

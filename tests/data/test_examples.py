@@ -355,12 +355,12 @@ def test_instructions_are_trained_on_end_to_end(tmp_path, command):
 
 def test_preferences_are_trained_on_by_dpo(tmp_path, command, trained):
     path = tmp_path / "a.jsonl"
-    path.write_text(
-        "".join(json.dumps({"prompt": f"{i}: ", "chosen": "yes", "rejected": "no!"}) + "\n" for i in range(100))
-    )
+    records = (json.dumps({"prompt": f"{i}: ", "chosen": "yes", "rejected": "no!"}) for i in range(100))
+    path.write_text("\n".join(records))
     flags = (f"--config.data.source={path}", f"--config.data.cache_dir={tmp_path}", f"--config.init_from={trained}")
     kinds = ("--config.data.kind=preferences", "--config.loss.kind=dpo")
-    command("train", f"--workdir={tmp_path / 'run'}", *flags, *kinds)
+    printed = command("train", f"--workdir={tmp_path / 'run'}", *flags, *kinds).stdout
+    assert "chosen answer preferred 100.0%, mean margin" in printed
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert losses[0] == pytest.approx(np.log(2), abs=1e-4) and losses[-1] < losses[0]  # equation 7 at the reference
     for wrong in ((flags[2], kinds[1]), (*flags, kinds[0])):  # the one without the other

@@ -128,7 +128,7 @@ SIGNALLED = """
 import pathlib, sys
 from llm_jax.cli import signals
 from llm_jax.research import jobs
-signals.install("interrupted")
+signals.install(lambda: "interrupted")
 directory = pathlib.Path(sys.argv[1])
 stubborn = "import os, signal, time; signal.signal(15, signal.SIG_IGN); "
 stubborn += f"open({str(directory / 'began')!r}, 'w').write(str(os.getpid())); time.sleep(60)"

@@ -207,6 +207,10 @@ def test_dpo_comes_to_prefer_the_chosen_rows(make, tiny, batch):
         state, _ = one(state, frozen, batch)
     gain = np.asarray(scores(state.params) - scores(params)).reshape(-1, 2)[:3]
     assert (gain[:, 0] > gain[:, 1]).all()
+    measured = losses.preferences(model, state.params, model, params, batch, 0.5, 0)
+    np.testing.assert_allclose(measured, [3, 0.5 * (gain[:, 0] - gain[:, 1]).sum(), 3], rtol=1e-4)
+    halved = batch | {"mask": batch["mask"].at[1].set(0)}  # a pair of which one row counts is no pair
+    assert losses.preferences(model, params, model, state.params, halved, 0.5, 0)[::2] == (0, 2)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import re
 
 import pytest
 
@@ -11,8 +12,11 @@ from llm_jax import bars, configuration
 from llm_jax.data.kinds import open_source
 from llm_jax.errors import UserError
 from llm_jax.training import inputs, trainer
+from llm_jax.training import start as start_lib
 from tests.conftest import ROOT
 from tests.data.configs import data_config
+from tests.tokenizers.chat_cases import TEMPLATES
+from tests.tokenizers.test_chat_golden import with_template
 
 WORDS = ("the model reads a token and then the token after it returns one line of text " * 13).split()[:200]
 
@@ -74,7 +78,28 @@ def test_every_kind_of_data_is_read_to_its_last_byte(name, fraction, config_of):
         assert sorted(text) == sorted(FILES[name][1])
     else:
         assert all(word in text for word in set(WORDS))
-    assert ("nothing held out" in inputs.describe(config, data)) == (fraction == 0)
+    description = inputs.describe(config, data)
+    assert ("nothing held out" in description) == (fraction == 0)
+    share = data.num_tokens[1] / sum(data.num_tokens)
+    assert ("not data.validation_fraction=0.1: documents" in description) == (
+        config.data.kind == "text" and share > 0.2
+    )
+
+
+@pytest.mark.parametrize("kind", ["bytes", "chat"])
+def test_empty_answers_are_counted(kind, config_of, monkeypatch):
+    records_of = [{"prompt": f"say {i}", "answer": "" if i < 30 else "yes"} for i in range(40)]
+    monkeypatch.setitem(FILES, "instructions", ("i.jsonl", records(*records_of)))
+    config = config_of("instructions", data__validation_fraction=0.0)
+    start = start_lib.find(config)
+    if kind == "chat":
+        tokenizer = with_template("bytelevel", TEMPLATES["chatml"])
+        config = dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, kind=tokenizer.kind))
+        start = dataclasses.replace(start, config=config)
+        monkeypatch.setattr(start_lib.Start, "tokenizer", tokenizer)
+    data = inputs.load(config, start)
+    assert data.empty_answers == 30
+    assert "note: 30 training examples with an empty answer" in inputs.describe(config, data)
 
 
 def test_a_run_without_held_out_text(config_of, tmp_path, capsys, command):
@@ -164,14 +189,14 @@ def test_the_last_evaluation_has_its_own_number_of_rows(config_of):
 
     for rows, final, message in (
         (0, 0, ""),
-        (1, 0, "(eval.final_rows=0)"),
+        (1, 0, "held-out rows$"),
         (99, 0, ""),
-        (2, 2, ": 2 of"),
+        (2, 2, r": 2 of .* \(eval.final_rows=2\)$"),
         (0, 2, ": 2 of"),
         (2, -1, ": 2 of"),
     ):
         note = evaluator(rows, final)[1].final_note()
-        assert message in note and bool(message) == bool(note)
+        assert re.search(message, note) and bool(message) == bool(note)
     prepared, few = evaluator(1, 3)
     state, counted = prepared.setup.init(), [int(prepared.inputs.held_out[i]["mask"].sum()) for i in range(3)]
     assert few.evaluate(state, final=False)["validation_tokens"] == counted[0]

@@ -1,5 +1,6 @@
 """The trainer as a process: what it tells, and what it does when something goes wrong."""
 
+import copy
 import importlib.util
 import itertools
 import json
@@ -49,6 +50,23 @@ def test_a_signal_saves_and_ends_with_a_code_of_its_own(command, tmp_path, numbe
     attempts = [json.loads(line) for line in (tmp_path / "attempts.jsonl").read_text().splitlines()]
     assert len(attempts) == 1 and attempts[0]["ended"] > attempts[0]["began"]
     assert 0 < attempts_lib.goodput(tmp_path) < 1
+
+
+@pytest.mark.parametrize(
+    ("directory", "message"),
+    [
+        ("x", "the same command starts again from step 0 (there is no checkpoint yet)"),
+        ("x/checkpoints/.partial-9", "the same command starts again from step 0 (there is no checkpoint yet)"),
+        ("x/checkpoints/40", "the same command resumes from the checkpoint of step 40"),
+        ("", "the same command resumes from the last checkpoint, or from step 0 without one"),
+    ],
+)
+def test_an_interrupt_tells_where_the_same_command_starts(tmp_path, directory, message):
+    (tmp_path / directory).mkdir(parents=True, exist_ok=True)
+    command = importlib.import_module("llm_jax.train").COMMAND
+    values = copy.deepcopy(command.flags)
+    values["workdir"].value = str(tmp_path / "x") if directory else None
+    assert command.interrupted_message(values) == f"interrupted; {message}"
 
 
 @pytest.mark.uncached
