@@ -94,13 +94,13 @@ def round_blocks(x: jax.Array, group: int) -> jax.Array:
     x = x.astype(jnp.float32)
     size = min(group, number_formats.ACTIVATION_BLOCK)
     missing = -group % size
-    grouped = x.reshape(*x.shape[:-1], -1, group)
+    grouped = x.reshape(*x.shape[:-1], x.shape[-1] // group, group)
     blocks = jnp.pad(grouped, [(0, 0)] * (grouped.ndim - 1) + [(0, missing)])
-    blocks = blocks.reshape(*grouped.shape[:-1], -1, size)
+    blocks = blocks.reshape(*grouped.shape[:-1], -(-group // size), size)
     largest = jnp.max(jnp.abs(blocks), -1, keepdims=True)
     inverse = jnp.where(largest >= 1e-30, 127 / largest, 0.0)
     rounded = jnp.round(blocks * inverse) * jnp.where(jnp.isfinite(largest), largest / 127, jnp.nan)
-    return rounded.reshape(*grouped.shape[:-1], -1)[..., :group].reshape(x.shape)
+    return rounded.reshape(*grouped.shape[:-1], group + missing)[..., :group].reshape(x.shape)
 
 
 def blockwise_products(

@@ -157,6 +157,7 @@ def test_kernels_equal_xla_for_one_weight_and_for_several(name, monkeypatch):
 def test_rounding_of_activations_equals_that_of_the_kernel():
     p = draw("int8", 200, 3, 4, group=40)
     np.testing.assert_allclose(matmul.round_blocks(jnp.asarray(p.x), 40), p.rounded(), rtol=1e-6)
+    assert matmul.round_blocks(jnp.zeros((2, 0, 200)), 40).shape == (2, 0, 200)
     p.x[1, 5], p.x[2, 50] = np.nan, np.inf
     result = np.asarray(matmul.round_blocks(jnp.asarray(p.x), 40))
     assert np.isnan(result[1, :32]).all() and np.isnan(result[2, 40:72]).all() and np.isnan(result).sum() == 64
