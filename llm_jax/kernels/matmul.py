@@ -121,18 +121,22 @@ def blockwise_products(
     Raises:
       UserError: see `native.library`.
     """
-
-    def by_xla(x: jax.Array, weights: Sequence[Codes]) -> tuple[jax.Array, ...]:
-        values = dataclasses.replace(s, format="nf4_int8") if s.format == "nf4" else s
-        rounded = round_blocks(x, s.group if s.group > 0 else x.shape[-1])
-        return tuple(xla_product(rounded, codes, values, axis, contracted, jnp.float32) for codes in weights)
-
+    by_xla = functools.partial(xla_blockwise_products, s=s, axis=axis, contracted=contracted)
     x = x.astype(jnp.float32)
     unsupported = any(cpu_product.unsupported_blockwise_reason(x, codes, s, axis, contracted) for codes in weights)
     if unsupported or native.library() is None:
         return by_xla(x, weights)
     kernel = functools.partial(cpu_product.blockwise_products, s=s, axis=axis)
     return lax.platform_dependent(x, tuple(weights), cpu=kernel, default=by_xla)
+
+
+def xla_blockwise_products(
+    x: jax.Array, weights: Sequence[Codes], s: Scheme, axis: int, contracted: int
+) -> tuple[jax.Array, ...]:
+    """As `blockwise_products`, by XLA: the reference of the kernel."""
+    values = dataclasses.replace(s, format="nf4_int8") if s.format == "nf4" else s
+    rounded = round_blocks(x, s.group if s.group > 0 else x.shape[-1])
+    return tuple(xla_product(rounded, codes, values, axis, contracted, jnp.float32) for codes in weights)
 
 
 def expanded_product(
