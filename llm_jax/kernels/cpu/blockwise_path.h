@@ -3,7 +3,7 @@
 
 constexpr int64_t kTile = 64;  // outputs of a tile
 
-#if defined(__AVX512BW__) && defined(__AVX512VL__)
+#if LLM_JAX_VECTOR_BITS == 512
 // The codes of a block of x, and their sum. Returns the bits of its largest magnitude.
 static inline uint32_t RoundBlock(const float* x, int64_t size, int64_t stride, int8_t* codes, int32_t* sum) {
   const auto first = [](int64_t count) { return static_cast<__mmask32>((uint64_t{1} << count) - 1); };
@@ -61,7 +61,7 @@ static void Round(const Product& p, const Blocks& blocks, const ByteValues& valu
 
 // y[n] += the sum over a block, for the outputs of a tile; `w` has pairs of inputs, (S / 2, kTile, 2).
 static inline void AddBlock(const int8_t* x, const int16_t* w, int64_t pairs, int32_t* __restrict acc) {
-#if defined(__AVX2__)
+#if LLM_JAX_VECTOR_BITS >= 256
   __m256i sums[kTile / 8];
   for (int64_t i = 0; i < kTile / 8; ++i) sums[i] = _mm256_setzero_si256();
   for (int64_t k = 0; k < pairs; ++k) {
