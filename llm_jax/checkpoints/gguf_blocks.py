@@ -1,5 +1,6 @@
 """GGUF blocks <-> `QTensor`, without changing a code or a scale, for formats that a quantization scheme equals."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,8 @@ def block_format(q: QTensor, transposed: bool) -> str | None:
     """
     if q.smooth is not None or q.axis != (IN if transposed else OUT):
         return None
-    scheme = number_formats.scheme(q.scheme)
+    # Blocks do not depend on how the products treat the activations.
+    scheme = dataclasses.replace(number_formats.scheme(q.scheme), activations="")
     equal = (name for name, other in SCHEMES.items() if number_formats.scheme(other) == scheme)
     return next(equal, None)
 

@@ -94,13 +94,13 @@ def round_blocks(x: jax.Array, group: int) -> jax.Array:
     x = x.astype(jnp.float32)
     size = min(group, number_formats.ACTIVATION_BLOCK)
     missing = -group % size
-    grouped = x.reshape(*x.shape[:-1], -1, group)
+    grouped = x.reshape(*x.shape[:-1], x.shape[-1] // group, group)
     blocks = jnp.pad(grouped, [(0, 0)] * (grouped.ndim - 1) + [(0, missing)])
-    blocks = blocks.reshape(*grouped.shape[:-1], -1, size)
+    blocks = blocks.reshape(*grouped.shape[:-1], -(-group // size), size)
     largest = jnp.max(jnp.abs(blocks), -1, keepdims=True)
     inverse = jnp.where(largest >= 1e-30, 127 / largest, 0.0)
     rounded = jnp.round(blocks * inverse) * jnp.where(jnp.isfinite(largest), largest / 127, jnp.nan)
-    return rounded.reshape(*grouped.shape[:-1], -1)[..., :group].reshape(x.shape)
+    return rounded.reshape(*grouped.shape[:-1], group + missing)[..., :group].reshape(x.shape)
 
 
 def blockwise_products(
@@ -121,18 +121,22 @@ def blockwise_products(
     Raises:
       UserError: see `native.library`.
     """
-
-    def by_xla(x: jax.Array, weights: Sequence[Codes]) -> tuple[jax.Array, ...]:
-        values = dataclasses.replace(s, format="nf4_int8") if s.format == "nf4" else s
-        rounded = round_blocks(x, s.group if s.group > 0 else x.shape[-1])
-        return tuple(xla_product(rounded, codes, values, axis, contracted, jnp.float32) for codes in weights)
-
+    by_xla = functools.partial(xla_blockwise_products, s=s, axis=axis, contracted=contracted)
     x = x.astype(jnp.float32)
     unsupported = any(cpu_product.unsupported_blockwise_reason(x, codes, s, axis, contracted) for codes in weights)
     if unsupported or native.library() is None:
         return by_xla(x, weights)
     kernel = functools.partial(cpu_product.blockwise_products, s=s, axis=axis)
     return lax.platform_dependent(x, tuple(weights), cpu=kernel, default=by_xla)
+
+
+def xla_blockwise_products(
+    x: jax.Array, weights: Sequence[Codes], s: Scheme, axis: int, contracted: int
+) -> tuple[jax.Array, ...]:
+    """As `blockwise_products`, by XLA: the reference of the kernel."""
+    values = dataclasses.replace(s, format="nf4_int8") if s.format == "nf4" else s
+    rounded = round_blocks(x, s.group if s.group > 0 else x.shape[-1])
+    return tuple(xla_product(rounded, codes, values, axis, contracted, jnp.float32) for codes in weights)
 
 
 def expanded_product(

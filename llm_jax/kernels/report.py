@@ -50,6 +50,7 @@ def run(rows: int, inputs: int, outputs: int) -> int:
             reason = cpu_product.unsupported_reason(jnp.ones((1, 256)), codes, *rest)
             limit = f"1 to {cpu_product.MOST_ROWS[number_formats.FORMATS[scheme.format].bits]} rows"
         print(f"  {name:<12} {f'XLA: {reason}' if reason else f'kernel, {limit}'}")
+    print(f"  {'NAME+a8':<12} as NAME, with any rows of activations that are rounded to 8 bits (--activations=int8)")
     reason = cpu_attention.unsupported_reason(*_heads(256)[:2])
     most = cpu_attention.MOST_QUERIES
     print(f"  {'attention':<12} {f'XLA: {reason}' if reason else f'kernel, 1 to {most} queries over a cache'}")
@@ -112,13 +113,18 @@ def _check_pallas(rows: int, inputs: int, outputs: int) -> int:
 def self_test(names: list[str]) -> str:
     """Compares the kernels, for every scheme, with XLA; returns what differs, or ""."""
     for name in names:
-        codes, s, axis, *_ = _request(name, 192, 77)
+        codes, s, axis, contracted, _ = _request(name, 192, 77)
         x = jax.random.normal(jax.random.key(1), (3, 192))
         got = cpu_product.product(x, codes, s, axis)
         expected = _reference(x, codes, s)
         error = jnp.max(jnp.abs(got - expected) / _reference(jnp.abs(x), codes, s, magnitudes=True))
         if not error < _TOLERANCE:
             return f"the relative error of {name} is {float(error):.1e}; expected less than {_TOLERANCE}"
+        (rounded,) = cpu_product.blockwise_products(x, [codes], s, axis)
+        (expected,) = matmul.xla_blockwise_products(x, [codes], s, axis, contracted)
+        error = jnp.max(jnp.abs(rounded - expected) / _reference(jnp.abs(x), codes, s, magnitudes=True))
+        if not error < _TOLERANCE:
+            return f"the relative error of {name}+a8 is {float(error):.1e}; expected less than {_TOLERANCE}"
     q, k, v = _heads(256)
     weights = jax.nn.softmax(jnp.einsum("bth,bsh->bts", q[:, :, 0], k[:, :, 0]) / 8)
     expected = jnp.einsum("bts,bsh->bth", weights, v[:, :, 0])

@@ -13,9 +13,11 @@ from llm_jax.errors import UserError
 from llm_jax.kernels import cpu_product, matmul, native, number_formats
 from tests.kernels import random_products
 from tests.kernels.random_products import draw
-from tests.kernels.test_cpu_product import FORMATS, PATHS, available, guarded
+from tests.kernels.test_cpu_product import FORMATS, available, guarded
 
-SHAPES = ((192, 1, 1), (384, 70, 1), (192, 129, 3), (576, 256, 2), (384, 68, 13))  # inputs, outputs, rows
+PATHS = ("portable", "avx2", "avx512_vnni")  # avx512 rounds as avx512_vnni does and multiplies by the source of avx2
+
+SHAPES = ((192, 1, 1), (384, 70, 1), (192, 129, 4), (576, 256, 2), (384, 68, 13))  # inputs, outputs, rows
 MORE_FORMATS = {
     "int8 odd": {"group": 6},
     "int8 long": {"group": 48},
@@ -33,11 +35,13 @@ def kernels(compiled_kernels):
 
 
 def check_products(name: str, by_output: bool, path: str) -> None:
+    dirty = draw("int8", 1024, 8, 16)  # its rounded activations stay in the memory that the next product uses
     for inputs, outputs, rows in SHAPES:
         for inner_parts in (1, outputs) if ALL_FORMATS[name].get("scale") == "nested" else (1,):
             options = {"by_output": by_output, "inner_parts": inner_parts, **ALL_FORMATS[name]}
             p = draw(name.split()[0], inputs, outputs, rows, **options)
             w, x = p.weight(random_products.ROUNDED_TABLES), p.rounded()
+            dirty.run(path, blockwise=True)
             error = np.abs(p.run(path, blockwise=True) - x @ w) / (np.abs(x) @ np.abs(w))
             assert error.max() < 1e-6, (inputs, outputs, rows, inner_parts)
 
@@ -58,7 +62,7 @@ def test_results_depend_neither_on_threads_nor_on_other_rows(options, by_output)
     result = p.run(blockwise=True)
     for threads in (2, 3, 7):
         np.testing.assert_array_equal(p.run(threads=threads, blockwise=True), result)
-    for row in (0, 100):
+    for row in (0, 31, 100):  # 31 is the last row of a part that is rounded by one thread
         one_row = dataclasses.replace(p, x=p.x[row : row + 1].copy())
         np.testing.assert_array_equal(one_row.run(blockwise=True), result[row : row + 1])
 
@@ -152,6 +156,25 @@ def test_kernels_equal_xla_for_one_weight_and_for_several(name, monkeypatch):
         np.testing.assert_allclose(result, by_xla, rtol=1e-5, atol=1e-5)
         exact = x @ weights.dense(w)
         assert 1e-4 < jnp.abs(result - exact).max() / jnp.abs(exact).max() < 2e-2  # activations are rounded
+
+
+def test_smoothed_weights_tables_and_fake_weights_round_the_activations():
+    """Weights with and without a smoothing vector do not share the activations."""
+    x, numbers = jax.random.normal(jax.random.key(0), (3, 96)), jax.random.normal(jax.random.key(1), (96, 64))
+    plain = weights.to_qtensor(numbers, "int4+a8", weights.IN)
+    smoothed = dataclasses.replace(plain, smooth=jnp.linspace(0.5, 2, 96, dtype=jnp.float16))
+    fake = weights.FakeQuant(numbers, None, None, None, "int4+a8", weights.IN)
+    x_smoothed = x * smoothed.smooth.astype(jnp.float32)
+    for pair in ((plain, smoothed), (smoothed, smoothed)):
+        products = weights.dots(x, list(pair), accumulate=jnp.float32, gathered=[None, None])
+        for w, y in zip(pair, products, strict=True):
+            expected = matmul.round_blocks(x if w is plain else x_smoothed, 32) @ weights.dense(plain)
+            np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(weights.dot(x, fake), weights.dot(x, plain), rtol=1e-5, atol=1e-5)
+    table = weights.to_qtensor(numbers.T, "int4+a8", weights.OUT)
+    expected = matmul.round_blocks(x, 32) @ weights.dense(table).T
+    np.testing.assert_allclose(weights.dot(x, table, transposed=True), expected, rtol=1e-5, atol=1e-5)
+    assert weights.dot(x[:0], plain).shape == (0, 64)
 
 
 def test_rounding_of_activations_equals_that_of_the_kernel():

@@ -30,6 +30,13 @@ def test_a_wrong_kernel_is_named(command, without_measurements, monkeypatch):
     assert done.stdout.splitlines()[-1].startswith("self-test failed: the relative error of int8 is ")
 
 
+def test_a_wrong_kernel_of_rounded_activations_is_named(command, without_measurements, monkeypatch):
+    right = cpu_product.blockwise_products
+    monkeypatch.setattr(cpu_product, "blockwise_products", lambda *arguments: [right(*arguments)[0] * 1.001])
+    done = command("kernels", code=1)
+    assert done.stdout.splitlines()[-1].startswith("self-test failed: the relative error of int8+a8 is ")
+
+
 def test_a_setting_of_xla_is_the_reason_for_all(command, monkeypatch):
     monkeypatch.setenv("LLM_JAX_KERNELS", "xla")
     assert command("kernels").stdout.splitlines()[1] == "kernels   none, XLA computes everything: the setting"

@@ -273,7 +273,20 @@ def test_training_with_rounding_learns_and_becomes_integers(command, tmp_path):
     assert isinstance(trees.flatten(got.params)["embed/table"], QTensor)
     tokens = jnp.asarray([tokenizer.encode("the model reads a token")])
     apply = jax.jit(lambda m, p: m.apply({"params": p}, tokens), static_argnums=0)
-    np.testing.assert_allclose(apply(model, params), apply(got.model, got.params), atol=2e-4)
+    logits = apply(got.model, got.params)
+    np.testing.assert_allclose(apply(model, params), logits, atol=2e-4)
+    rounded = llm_jax.load(tmp_path / "int", activations="int8")
+    error = np.abs(apply(rounded.model, rounded.params) - logits)
+    assert error.max() > 1e-4 and error.mean() < 0.03 * np.abs(logits).mean()
+    done = command("evaluate", f"--checkpoint={tmp_path / 'run'}", "--activations=int8", code=2)
+    assert "--activations=int8 expects weights that are quantized to integers, NF4 or MXFP4" in done.stderr
+    losses = [
+        json.loads(command("evaluate", f"--checkpoint={tmp_path / 'int'}", "--json", f"--activations={a}").stdout)[
+            "loss"
+        ]
+        for a in ("float", "int8")
+    ]
+    assert 0 < abs(losses[1] - losses[0]) < 0.02 * losses[0]
 
 
 def test_steps_that_are_learned_do_not_decay(make):

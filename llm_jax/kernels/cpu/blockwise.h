@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "product.h"
@@ -96,6 +97,20 @@ inline Blocks BlocksOf(const Product& p) {
     }
   }
   return b;
+}
+
+constexpr uint32_t kInfinity = 0x7f800000u;  // the bits of an infinity; those of NaN are larger
+
+inline float FromBits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+// The factor from the activations of a block to their codes, from the bits of the largest magnitude.
+inline float Inverse(uint32_t bits) {
+  const float largest = FromBits(bits);
+  return bits < kInfinity && largest >= 1e-30f ? 127.0f / largest : 0.0f;
 }
 
 // Rounded activations; J is the number of blocks, S their stride.

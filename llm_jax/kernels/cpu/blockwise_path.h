@@ -3,43 +3,65 @@
 
 constexpr int64_t kTile = 64;  // outputs of a tile
 
+#if LLM_JAX_VECTOR_BITS == 512
+// The codes of a block of x, and their sum. Returns the bits of its largest magnitude.
+static inline uint32_t RoundBlock(const float* x, int64_t size, int64_t stride, int8_t* codes, int32_t* sum) {
+  const auto first = [](int64_t count) { return static_cast<__mmask32>((uint64_t{1} << count) - 1); };
+  const __mmask32 inside = first(size), stored = first(stride);
+  const __m512 low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(inside), x),
+               high = _mm512_maskz_loadu_ps(static_cast<__mmask16>(inside >> 16), x + 16);
+  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+  const uint32_t bits = _mm512_reduce_max_epu32(_mm512_max_epu32(_mm512_and_si512(_mm512_castps_si512(low), magnitude),
+                                                                 _mm512_and_si512(_mm512_castps_si512(high), magnitude)));
+  const __m512 inverse = _mm512_set1_ps(Inverse(bits));
+  const __mmask16 finite = bits < kInfinity ? 0xffff : 0;
+  const __m512i low_codes = _mm512_maskz_cvtps_epi32(finite, _mm512_mul_ps(low, inverse)),
+                high_codes = _mm512_maskz_cvtps_epi32(finite, _mm512_mul_ps(high, inverse));
+  *sum = _mm512_reduce_add_epi32(_mm512_add_epi32(low_codes, high_codes));
+  const __m256i bytes =
+      _mm256_inserti128_si256(_mm256_castsi128_si256(_mm512_cvtepi32_epi8(low_codes)), _mm512_cvtepi32_epi8(high_codes), 1);
+  _mm256_mask_storeu_epi8(codes, stored, bytes);
+  return bits;
+}
+#else
+static inline uint32_t RoundBlock(const float* x, int64_t size, int64_t stride, int8_t* codes, int32_t* sum) {
+  uint32_t bits = 0;
+  for (int64_t i = 0; i < size; ++i) {
+    uint32_t magnitude;
+    std::memcpy(&magnitude, x + i, 4);
+    magnitude &= 0x7fffffffu;
+    bits = magnitude > bits ? magnitude : bits;
+  }
+  const float inverse = Inverse(bits);
+  *sum = 0;
+  for (int64_t i = 0; i < stride; ++i) {
+    const int32_t code = i < size && bits < kInfinity ? static_cast<int32_t>(__builtin_rintf(x[i] * inverse)) : 0;
+    codes[i] = static_cast<int8_t>(code);
+    *sum += code;
+  }
+  return bits;
+}
+#endif
+
 // Rounds a row of x; see blockwise.h.
 static void Round(const Product& p, const Blocks& blocks, const ByteValues& values, int64_t row, Rounded* r) {
   const int64_t count = blocks.list.size();
   for (int64_t j = 0; j < count; ++j) {
     const Block& block = blocks.list[j];
-    const float* x = p.x + row * p.inputs + block.first;
-    int8_t* codes = r->codes.data() + (row * count + j) * blocks.stride;
-    uint32_t bits[kBlock] = {}, largest_bits = 0;
-    std::memcpy(bits, x, block.size * sizeof(float));
-    for (int64_t i = 0; i < kBlock; ++i) {
-      const uint32_t magnitude = bits[i] & 0x7fffffffu;
-      largest_bits = magnitude > largest_bits ? magnitude : largest_bits;
-    }
-    float largest;
-    std::memcpy(&largest, &largest_bits, 4);
-    const bool finite = largest_bits < 0x7f800000u;
-    const float inverse = finite && largest >= 1e-30f ? 127.0f / largest : 0.0f;
-    float padded[kBlock];
-    std::memcpy(padded, bits, sizeof(padded));
-    int8_t rounded[kBlock];
-    int32_t sum = 0;
-    for (int64_t i = 0; i < kBlock; ++i) {
-      const int32_t code = finite ? static_cast<int32_t>(__builtin_rintf(padded[i] * inverse)) : 0;
-      rounded[i] = static_cast<int8_t>(code);
-      sum += code;
-    }
-    std::memcpy(codes, rounded, blocks.stride);
-    const float scale = !finite ? NAN : inverse > 0 ? largest / 127.0f : 0.0f;
-    r->scale[row * count + j] = scale * values.unit;
-    r->total[row * count + j] = scale * static_cast<float>(sum);
-    r->start[row * count + j] = -values.zero * sum;
+    const int64_t index = row * count + j;
+    int32_t sum;
+    const uint32_t bits = RoundBlock(p.x + row * p.inputs + block.first, block.size, blocks.stride,
+                                     r->codes.data() + index * blocks.stride, &sum);
+    const float scale = bits >= kInfinity ? NAN : Inverse(bits) > 0 ? FromBits(bits) / 127.0f : 0.0f;
+    r->scale[index] = scale * values.unit;
+    r->total[index] = scale * static_cast<float>(sum);
+    r->start[index] = -values.zero * sum;
   }
 }
 
 // y[n] += the sum over a block, for the outputs of a tile; `w` has pairs of inputs, (S / 2, kTile, 2).
 static inline void AddBlock(const int8_t* x, const int16_t* w, int64_t pairs, int32_t* __restrict acc) {
-#if defined(__AVX2__)
+#if LLM_JAX_VECTOR_BITS >= 256
   __m256i sums[kTile / 8];
   for (int64_t i = 0; i < kTile / 8; ++i) sums[i] = _mm256_setzero_si256();
   for (int64_t k = 0; k < pairs; ++k) {

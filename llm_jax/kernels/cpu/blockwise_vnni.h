@@ -6,7 +6,7 @@ namespace vnni {
 constexpr int64_t kColumns = 64;   // outputs of a tile
 constexpr int64_t kChunk = 128;    // blocks of a tile that are expanded together: they stay in the second-level cache
 constexpr int64_t kRows = 6;       // rows of a tile, as many as have registers
-constexpr int64_t kAheadBytes = 4096;
+constexpr int64_t kAheadBytes = 4096;  // that are fetched in advance where codes lie by outputs
 
 static inline __m512i Table(const ByteValues& v) {
   return _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(v.bytes)));
