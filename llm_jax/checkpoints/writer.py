@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llm_jax import configuration, files, tokenizers, trees
+from llm_jax import configuration, files, objects, tokenizers, trees
 from llm_jax.checkpoints import generation_config, storage
 from llm_jax.checkpoints.manifest import FORMAT, steps, write_manifest
 from llm_jax.checkpoints.run import describe_leaves
@@ -33,6 +33,7 @@ class Writer:
       other: `trees.fingerprint` of the frozen model of the loss, or "", for the records.
       base: of adapters: {"path", "sha256"} of the weights that they adapt, for the records.
       generation: the content of generation_config.json; no such file is written if it is empty.
+      lock: the `files.lock` of the run. Once another trainer has taken it over, nothing is written or removed.
     """
 
     def __init__(
@@ -44,18 +45,20 @@ class Writer:
         other: str = "",
         base: dict[str, str] | None = None,
         generation: Mapping[str, Any] | None = None,
+        lock: Any = None,
     ):
         import orbax.checkpoint as ocp  # slow to import, and loading most checkpoints does not need it
 
         self.directory = workdir / "checkpoints"
         self._config, self._tokenizer, self._corpus, self._other, self._base = config, tokenizer, corpus, other, base
-        self._generation = generation
+        self._generation, self._lock = generation, lock
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._name, self._saves = processes.unique("saves"), itertools.count()
         with processes.main_first("to open the checkpoints"):
             if processes.is_main():
+                files.check_lock(lock)
                 files.make_directory(self.directory)
                 storage.remove_unfinished(self.directory)
 
@@ -107,6 +110,7 @@ class Writer:
         try:
             with processes.main_first("to begin a checkpoint"):
                 if processes.is_main():
+                    files.check_lock(self._lock)
                     storage.create(partial)
             self._orbax.save(files.absolute(partial) / "arrays", args=ocp.args.Composite(**items))
         except (OSError, ValueError) as error:  # ValueError comes from TensorStore
@@ -144,6 +148,7 @@ class Writer:
             if not processes.is_main():
                 processes.broadcast(None, key, "to complete a checkpoint")
                 return
+            files.check_lock(self._lock)
             tokenizers.save(self._tokenizer, partial / "tokenizer")
             files.write_json(partial / "config.json", configuration.as_dict(self._config))
             files.write_json(partial / "record.json", record)
@@ -157,13 +162,19 @@ class Writer:
             self._error = self._unwritten(partial, error)
 
     def _unwritten(self, partial: pathlib.Path, error: BaseException) -> UserError:
-        storage.abandon(partial)
+        try:
+            files.check_lock(self._lock)
+            storage.abandon(partial)
+            finished = steps(self.directory.parent)
+            last = f"the last one is of step {finished[-1]}" if finished else "there is none before it"
+        except objects.StoreError:
+            last = "the last finished one stays"
+        except UserError as lost:  # what is at `partial` now belongs to another trainer
+            return lost
         number = getattr(error.__cause__ or error, "errno", 0)
         lines = [line.strip()[:200] for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         full = number == errno.ENOSPC or "RESOURCE_EXHAUSTED" in str(error)
         reason = "no space left on the device" if full else lines[0]
-        finished = steps(self.directory.parent)
-        last = f"the last one is of step {finished[-1]}" if finished else "there is none before it"
         return UserError(f"{self.directory}: the checkpoint cannot be written ({reason}); {last}")
 
     def _prune(self) -> None:
