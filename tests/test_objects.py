@@ -209,7 +209,9 @@ def test_a_store_that_fails_in_a_save_or_while_a_checkpoint_is_verified(director
         for name in ("put_file", "find"):
             broken.setattr(bucket, name, fail)
         writer.save(12, {"w": jnp.zeros(1)}, {}, None)
-        with pytest.raises(UserError, match=r"run/checkpoints: the checkpoint cannot be written .*no network.*stays$"):
+        broken.setattr(writer._orbax, "close", fail)
+        cannot = r"run/checkpoints: the checkpoint cannot be written \(.*no network.*\); the last finished one stays$"
+        with pytest.raises(UserError, match=cannot):
             writer.close()
     assert start._last_checkpoint(config, directory)[0].name == "8"
 

@@ -4,6 +4,7 @@ Every process writes its shards of the arrays. Process 0 writes the rest, rename
 there, and removes old checkpoints; the other processes wait for it.
 """
 
+import contextlib
 import errno
 import itertools
 import pathlib
@@ -113,7 +114,10 @@ class Writer:
                     files.check_lock(self._lock)
                     storage.create(partial)
             self._orbax.save(files.absolute(partial) / "arrays", args=ocp.args.Composite(**items))
-        except (OSError, ValueError) as error:  # ValueError comes from TensorStore
+        except Exception as error:
+            # ValueError comes from TensorStore, others from the client of an object store.
+            if not isinstance(error, OSError | ValueError) and not objects.is_object(self.directory):
+                raise
             raise self._unwritten(partial, error) from error
         self._thread = threading.Thread(target=self._finish, args=(partial, record, key))
         self._thread.start()
@@ -132,7 +136,8 @@ class Writer:
         try:
             self.wait()
         finally:
-            self._orbax.close()
+            with contextlib.suppress(Exception):  # `wait` has raised it; Orbax raises it again, or one of its cleanup
+                self._orbax.close()
 
     def discard(self, after: int) -> None:
         """Removes the checkpoints of later steps than `after`, from which training does not resume."""
