@@ -262,6 +262,20 @@ def test_a_run_is_stopped_resumed_read_and_reported(directory, trained, text_fil
     trainer.train(config, DIRECTORY, verbose=False)
     assert trees.fingerprint(llm_jax.load(DIRECTORY).params) == fingerprint
 
+    def state():
+        return {name: files.read(path) for name, path in files.below(directory).items() if not name.startswith(".lock")}
+
+    def take_over(line):
+        if line["step"] == 9:
+            before.update(state())
+            files.write(directory / ".lock-99", json.dumps({"token": "of the successor"}))
+
+    before = {}
+    config = llm_jax.config(ROOT / "tests" / "tiny.py", changes | {"train.steps": 12})
+    with pytest.raises(UserError, match="another trainer has taken this run over"):
+        trainer.train(config, DIRECTORY, callback=take_over, verbose=False)
+    assert before and state() == before
+
 
 def test_what_an_object_store_cannot_do_is_refused(command, bucket, monkeypatch):
     for flag, message in (
