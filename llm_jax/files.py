@@ -12,6 +12,7 @@ methods. What a bucket does in another way than a disk, such as appending and lo
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import pathlib
@@ -181,9 +182,15 @@ def below(directory: pathlib.Path) -> dict[str, pathlib.Path]:
     return {p.relative_to(directory).as_posix(): p for p in sorted(directory.rglob("*")) if p.is_file()}
 
 
-def open_to_append(path: pathlib.Path) -> TextIO:
-    """A text file that is written at its end. An object is written whole, every few seconds and by `sync`."""
-    return objects.Appender(path) if objects.is_object(path) else path.open("a")  # type: ignore[return-value]
+def open_to_append(path: pathlib.Path, held: Any = None) -> TextIO:
+    """A text file that is written at its end. An object is written whole, every few seconds and by `sync`.
+
+    Args:
+      held: the `lock` of its directory; an object is not written after another process has taken it over.
+    """
+    if objects.is_object(path):
+        return objects.Appender(path, functools.partial(check_lock, held))  # type: ignore[return-value]
+    return path.open("a")
 
 
 def sync(file: TextIO) -> None:

@@ -113,9 +113,8 @@ class Lock:
             return {}
 
     def _numbers(self) -> list[int]:
-        with objects.errors(self._directory, "cannot be read"):
-            names = [path.name.rpartition("-")[2] for path in self._directory.glob(f"{self._name}-*")]
-        return sorted(int(name) for name in names if name.isdecimal())
+        parts = [name.rpartition("-") for name in objects.names(self._directory)]
+        return sorted(int(number) for name, _, number in parts if name == self._name and number.isdecimal())
 
     def _object(self, number: int) -> Any:
         return self._directory / f"{self._name}-{number}"

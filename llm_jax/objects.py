@@ -19,6 +19,11 @@ from typing import Any
 
 from llm_jax.errors import UserError
 
+
+class StoreError(UserError):
+    """A request to an object store that failed: no network, no permission, or an error of the store."""
+
+
 _EXTRAS = {"gs": ("gcs", "gcsfs"), "s3": ("s3", "s3fs")}  # {scheme: (extra of this package, package)}
 PREFIXES = tuple(f"{scheme}://" for scheme in _EXTRAS)
 LAST = "manifest.json"  # the object of a directory that is written last and deleted first: without it, it is unfinished
@@ -30,6 +35,7 @@ _LIST_ONE: dict[str, Callable[[Any, str, str], Any]] = {
 }
 _ANSWER = 30.0  # seconds in which a store must answer a first request
 _UPLOAD_EVERY = 15.0  # seconds between uploads of an object that grows
+_REST = 10  # the time between these uploads, in durations of the last one
 _TRANSFERS = 8  # objects that are transferred at a time
 _CURES = {
     "gs": "run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS",
@@ -121,8 +127,18 @@ def find(path: Any) -> dict[str, dict[str, Any]]:
 
 def finished(directory: Any) -> list[str]:
     """The names of the directories below `directory` that hold the object `LAST`."""
+    # `glob` would read a name such as run[1] as a pattern.
+    return [name.split("/")[0] for name in find(directory) if name.endswith(f"/{LAST}") and name.count("/") == 1]
+
+
+def names(directory: Any) -> list[str]:
+    """The names of the objects and directories in a directory. Raises UserError."""
     with errors(directory, "cannot be read"):
-        return [path.parent.name for path in directory.glob(f"*/{LAST}")]
+        try:
+            listing = _system(_scheme(directory)).ls(_key(directory), detail=False)
+        except FileNotFoundError:
+            return []
+    return [name.rstrip("/").rsplit("/", 1)[-1] for name in listing]
 
 
 def upload(directory: pathlib.Path, path: Any) -> None:
@@ -169,14 +185,16 @@ def delete(path: Any) -> None:
 class Appender(io.TextIOBase):
     """A text object that grows: it is kept in memory and written again as a whole.
 
-    It is written at most every few seconds in the background, and at `sync` and `close`.
+    It is written at most every few seconds in the background, and at `sync` and `close`. The longer an upload takes,
+    the longer the time to the next one, so that a long file does not keep the network busy.
 
     Args:
       path: the object, which may exist.
+      check: called before every upload; raises UserError if another process writes the object now.
     """
 
-    def __init__(self, path: Any):
-        self._path, self._written = path, time.monotonic()
+    def __init__(self, path: Any, check: Callable[[], None] = lambda: None):
+        self._path, self._check, self._next = path, check, time.monotonic() + _UPLOAD_EVERY
         self._parts: list[str] = [read(path).decode()] if path.exists() else []
         self._upload: threading.Thread | None = None
         self._changed = False
@@ -188,11 +206,11 @@ class Appender(io.TextIOBase):
 
     def flush(self) -> None:
         """Starts an upload if the last one was long ago. One that fails is tried again, and fails at `sync`."""
-        if self.closed or not self._changed or time.monotonic() - self._written < _UPLOAD_EVERY:
+        if self.closed or not self._changed or time.monotonic() < self._next:
             return
         if self._upload is None or not self._upload.is_alive():
-            self._written, self._changed = time.monotonic(), False
-            self._upload = threading.Thread(target=self._try, args=("".join(self._parts).encode(),), daemon=True)
+            self._changed = False
+            self._upload = threading.Thread(target=self._try, args=(self._content(),), daemon=True)
             self._upload.start()
 
     def sync(self) -> None:
@@ -200,8 +218,8 @@ class Appender(io.TextIOBase):
         if self._upload is not None:
             self._upload.join()  # it must not replace the newer content
         if self._changed:
-            write(self._path, "".join(self._parts).encode())
-            self._written, self._changed = time.monotonic(), False
+            self._write(self._content())
+            self._changed = False
 
     def close(self) -> None:
         if not self.closed:
@@ -210,9 +228,22 @@ class Appender(io.TextIOBase):
             finally:
                 super().close()
 
+    def _content(self) -> bytes:
+        self._parts = ["".join(self._parts)]
+        return self._parts[0].encode()
+
+    def _write(self, content: bytes) -> None:
+        began = time.monotonic()
+        try:
+            self._check()
+            write(self._path, content)
+        finally:
+            now = time.monotonic()
+            self._next = now + max(_UPLOAD_EVERY, _REST * (now - began))
+
     def _try(self, content: bytes) -> None:
         try:
-            write(self._path, content)
+            self._write(content)
         except UserError:
             self._changed = True
 
@@ -304,7 +335,7 @@ def errors(path: Any, problem: str) -> Iterator[None]:
         raise _error(path, problem, error) from error
 
 
-def _error(path: Any, problem: str, error: Exception) -> UserError:
+def _error(path: Any, problem: str, error: Exception) -> StoreError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
     text = f"{type(error).__name__} {getattr(error, 'code', '')} {error}".lower()
     cure = ""
@@ -312,4 +343,4 @@ def _error(path: Any, problem: str, error: Exception) -> UserError:
         cure = f"; {_CURES[_scheme(path)]}"
     elif isinstance(error, PermissionError) or any(word in text for word in _NO_PERMISSION):
         cure = "; give the account of your credentials the permission to list, read, write and delete objects there"
-    return UserError(f"{path}: {problem} ({reason}){cure}")
+    return StoreError(f"{path}: {problem} ({reason}){cure}")

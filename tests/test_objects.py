@@ -1,17 +1,19 @@
 """Object stores as run directories, in memory; `training/test_objects_live.py` does so with real servers."""
 
+import contextlib
 import json
 import subprocess
 import sys
 import time
 
+import jax.numpy as jnp
 import pytest
 
 import llm_jax
-from llm_jax import files, object_locks, objects, trees
+from llm_jax import checkpoints, files, object_locks, objects, trees
 from llm_jax.checkpoints import storage
 from llm_jax.errors import UserError
-from llm_jax.training import trainer
+from llm_jax.training import start, trainer
 from tests.conftest import ROOT
 
 DIRECTORY = "s3://bucket/run"
@@ -51,6 +53,7 @@ def test_files_are_written_read_appended_and_listed(directory):
 
 def test_appended_lines_are_uploaded_in_the_background_and_again_where_that_failed(directory, bucket, monkeypatch):
     monkeypatch.setattr(objects, "_UPLOAD_EVERY", 0.0)
+    monkeypatch.setattr(objects, "_REST", 0)
     with files.open_to_append(directory / "m.jsonl") as file:
         with monkeypatch.context() as broken:
             broken.setattr(bucket, "pipe_file", lambda *arguments, **options: 1 / 0)
@@ -138,6 +141,81 @@ def test_two_that_take_a_stale_lock_over_at_once(directory, monkeypatch):
     first.close()
 
 
+def test_names_that_are_patterns(bucket):
+    """`glob` would find nothing below s3://bucket/run[1], so that a run there would start again from step 0."""
+    directory = files.path("s3://bucket/run[1]")
+    files.write(directory / "checkpoints" / "4" / "manifest.json", "{}")
+    files.write(directory / "checkpoints" / "4" / "arrays" / "manifest.json", "{}")
+    files.write(directory / "checkpoints" / "40" / "record.json", "{}")
+    assert storage.steps(directory / "checkpoints") == [4]
+    with contextlib.closing(files.lock(directory)) as lock:
+        files.check_lock(lock)
+        with pytest.raises(UserError, match="another trainer is at work here"):
+            files.lock(directory)
+    files.write(directory / "checkpoints" / "copy of 4" / "record.json", "{}")
+    storage.remove_unfinished(directory / "checkpoints")
+    names = list(files.below(directory / "checkpoints"))
+    assert names == ["4/arrays/manifest.json", "4/manifest.json", "copy of 4/record.json"]
+
+
+def test_a_trainer_that_wakes_up_leaves_the_run_to_its_successor(directory, monkeypatch):
+    """It was suspended for longer than its lock holds; nothing of the run is written or removed any more."""
+    monkeypatch.setattr(objects, "_UPLOAD_EVERY", 0.0)
+    config = llm_jax.config(ROOT / "tests" / "tiny.py")
+    sleeper = files.lock(directory)
+    writer = checkpoints.Writer(directory, config, None, "", lock=sleeper)
+    lines = files.open_to_append(directory / "metrics.jsonl", sleeper)
+    lines.write("1\n")
+    files.sync(lines)
+    lines.write("2\n")
+    files.write(directory / ".lock-2", json.dumps({"token": "of the successor"}))
+    files.write(directory / "metrics.jsonl", "1\n2\n3\n")
+    files.write(directory / "checkpoints" / "4" / "manifest.json", "{}")
+    before = {name: files.read(path) for name, path in files.below(directory).items()}
+    lost = "^s3://bucket/run: another trainer has taken this run over"
+    lines.flush()
+    for write in (
+        lines.close,
+        lambda: writer.save(4, {"w": jnp.zeros(1)}, {}, None),
+        lambda: checkpoints.Writer(directory, config, None, "", lock=sleeper),
+    ):
+        with pytest.raises(UserError, match=lost):
+            write()
+    writer._finish(directory / "checkpoints" / "4", {"step": 4}, "")
+    with pytest.raises(UserError, match=lost):
+        writer.close()
+    assert {name: files.read(path) for name, path in files.below(directory).items()} == before
+    sleeper.close()
+
+
+def test_a_store_that_fails_in_a_save_or_while_a_checkpoint_is_verified(directory, trained, bucket, monkeypatch):
+    """The save fails with one line although the other checkpoints cannot be listed; no checkpoint counts as damaged."""
+    config = llm_jax.config(ROOT / "tests" / "tiny.py", {"checkpoint.on_damage": "previous"})
+    tokenizer = llm_jax.load(trained).tokenizer
+    writer = checkpoints.Writer(directory, config, tokenizer, "")
+    for step in (4, 8):
+        writer.save(step, {"w": jnp.zeros(1)}, {}, None)
+    writer.wait()
+
+    def fail(*arguments, **options):
+        raise ConnectionError("no network")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(bucket, "cat_file", lambda name: fail() if "8/record" in name else bucket._cat(name))
+        bucket._cat = type(bucket).cat_file.__get__(bucket)
+        with pytest.raises(UserError, match=r"checkpoints/8/record.json: cannot be read .no network.$"):
+            start._last_checkpoint(config, directory)
+    with monkeypatch.context() as broken:
+        for name in ("put_file", "find"):
+            broken.setattr(bucket, name, fail)
+        writer.save(12, {"w": jnp.zeros(1)}, {}, None)
+        broken.setattr(writer._orbax, "close", fail)
+        cannot = r"run/checkpoints: the checkpoint cannot be written \(.*no network.*\); the last finished one stays$"
+        with pytest.raises(UserError, match=cannot):
+            writer.close()
+    assert start._last_checkpoint(config, directory)[0].name == "8"
+
+
 def test_a_run_is_stopped_resumed_read_and_reported(directory, trained, text_file, cache, command):
     """As an undisturbed run on a disk, bit for bit."""
     changes = {"data.source": str(text_file), "data.cache_dir": str(cache)}
@@ -183,6 +261,20 @@ def test_a_run_is_stopped_resumed_read_and_reported(directory, trained, text_fil
     config = llm_jax.config(ROOT / "tests" / "tiny.py", changes | {"checkpoint.on_damage": "previous"})
     trainer.train(config, DIRECTORY, verbose=False)
     assert trees.fingerprint(llm_jax.load(DIRECTORY).params) == fingerprint
+
+    def state():
+        return {name: files.read(path) for name, path in files.below(directory).items() if not name.startswith(".lock")}
+
+    def take_over(line):
+        if line["step"] == 9:
+            before.update(state())
+            files.write(directory / ".lock-99", json.dumps({"token": "of the successor"}))
+
+    before = {}
+    config = llm_jax.config(ROOT / "tests" / "tiny.py", changes | {"train.steps": 12})
+    with pytest.raises(UserError, match="another trainer has taken this run over"):
+        trainer.train(config, DIRECTORY, callback=take_over, verbose=False)
+    assert before and state() == before
 
 
 def test_what_an_object_store_cannot_do_is_refused(command, bucket, monkeypatch):

@@ -1,5 +1,6 @@
 """Finds the checkpoints of a run, hashes their files, and verifies the hashes. `run.py` describes the directory."""
 
+import contextlib
 import hashlib
 import os
 import pathlib
@@ -95,6 +96,8 @@ def verify(directory: pathlib.Path) -> dict[str, Any]:
 def _read_json(path: pathlib.Path) -> Any:
     try:
         return files.read_json(path)
+    except objects.StoreError:
+        raise
     except UserError as error:
         raise UserError(f"{error}{_fallback(path.parent)}") from error
 
@@ -111,5 +114,6 @@ def _files(directory: pathlib.Path) -> dict[str, pathlib.Path]:
 
 
 def _sha256(path: pathlib.Path) -> str:
-    with path.open("rb") as file:
+    reading = objects.errors(path, "cannot be read") if objects.is_object(path) else contextlib.nullcontext()
+    with reading, path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -76,7 +76,8 @@ def remove_unfinished(directory: pathlib.Path) -> None:
         shutil.rmtree(_uploads(directory), ignore_errors=True)
         finished = set(objects.finished(directory))
         for name in {name.split("/")[0] for name in objects.find(directory)} - finished:
-            objects.remove(directory / name)
+            if name.isascii() and name.isdigit():  # what else is there does not belong to the run
+                objects.remove(directory / name)
         return
     for leftover in directory.glob(f"{files.PARTIAL}*"):
         shutil.rmtree(leftover)

@@ -4,6 +4,7 @@ Every process writes its shards of the arrays. Process 0 writes the rest, rename
 there, and removes old checkpoints; the other processes wait for it.
 """
 
+import contextlib
 import errno
 import itertools
 import pathlib
@@ -14,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llm_jax import configuration, files, tokenizers, trees
+from llm_jax import configuration, files, objects, tokenizers, trees
 from llm_jax.checkpoints import generation_config, storage
 from llm_jax.checkpoints.manifest import FORMAT, steps, write_manifest
 from llm_jax.checkpoints.run import describe_leaves
@@ -33,6 +34,7 @@ class Writer:
       other: `trees.fingerprint` of the frozen model of the loss, or "", for the records.
       base: of adapters: {"path", "sha256"} of the weights that they adapt, for the records.
       generation: the content of generation_config.json; no such file is written if it is empty.
+      lock: the `files.lock` of the run. Once another trainer has taken it over, nothing is written or removed.
     """
 
     def __init__(
@@ -44,18 +46,20 @@ class Writer:
         other: str = "",
         base: dict[str, str] | None = None,
         generation: Mapping[str, Any] | None = None,
+        lock: Any = None,
     ):
         import orbax.checkpoint as ocp  # slow to import, and loading most checkpoints does not need it
 
         self.directory = workdir / "checkpoints"
         self._config, self._tokenizer, self._corpus, self._other, self._base = config, tokenizer, corpus, other, base
-        self._generation = generation
+        self._generation, self._lock = generation, lock
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._name, self._saves = processes.unique("saves"), itertools.count()
         with processes.main_first("to open the checkpoints"):
             if processes.is_main():
+                files.check_lock(lock)
                 files.make_directory(self.directory)
                 storage.remove_unfinished(self.directory)
 
@@ -107,9 +111,13 @@ class Writer:
         try:
             with processes.main_first("to begin a checkpoint"):
                 if processes.is_main():
+                    files.check_lock(self._lock)
                     storage.create(partial)
             self._orbax.save(files.absolute(partial) / "arrays", args=ocp.args.Composite(**items))
-        except (OSError, ValueError) as error:  # ValueError comes from TensorStore
+        except Exception as error:
+            # ValueError comes from TensorStore, others from the client of an object store.
+            if not isinstance(error, OSError | ValueError) and not objects.is_object(self.directory):
+                raise
             raise self._unwritten(partial, error) from error
         self._thread = threading.Thread(target=self._finish, args=(partial, record, key))
         self._thread.start()
@@ -128,7 +136,8 @@ class Writer:
         try:
             self.wait()
         finally:
-            self._orbax.close()
+            with contextlib.suppress(Exception):  # `wait` has raised it; Orbax raises it again, or one of its cleanup
+                self._orbax.close()
 
     def discard(self, after: int) -> None:
         """Removes the checkpoints of later steps than `after`, from which training does not resume."""
@@ -144,6 +153,7 @@ class Writer:
             if not processes.is_main():
                 processes.broadcast(None, key, "to complete a checkpoint")
                 return
+            files.check_lock(self._lock)
             tokenizers.save(self._tokenizer, partial / "tokenizer")
             files.write_json(partial / "config.json", configuration.as_dict(self._config))
             files.write_json(partial / "record.json", record)
@@ -157,13 +167,19 @@ class Writer:
             self._error = self._unwritten(partial, error)
 
     def _unwritten(self, partial: pathlib.Path, error: BaseException) -> UserError:
-        storage.abandon(partial)
+        try:
+            files.check_lock(self._lock)
+            storage.abandon(partial)
+            finished = steps(self.directory.parent)
+            last = f"the last one is of step {finished[-1]}" if finished else "there is none before it"
+        except objects.StoreError:
+            last = "the last finished one stays"
+        except UserError as lost:  # what is at `partial` now belongs to another trainer
+            return lost
         number = getattr(error.__cause__ or error, "errno", 0)
         lines = [line.strip()[:200] for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         full = number == errno.ENOSPC or "RESOURCE_EXHAUSTED" in str(error)
         reason = "no space left on the device" if full else lines[0]
-        finished = steps(self.directory.parent)
-        last = f"the last one is of step {finished[-1]}" if finished else "there is none before it"
         return UserError(f"{self.directory}: the checkpoint cannot be written ({reason}); {last}")
 
     def _prune(self) -> None:

@@ -47,6 +47,7 @@ class Progress:
       trackers: receive the same data as metrics.jsonl.
       norms_every: steps between lines with norms; 0: none.
       verbose: whether to show the bar and print.
+      lock: the `files.lock` of the run; see `files.open_to_append`.
     """
 
     def __init__(
@@ -61,9 +62,11 @@ class Progress:
         trackers: Trackers | None = None,
         norms_every: int = 0,
         verbose: bool = True,
+        lock: Any = None,
     ):
         self._path = workdir / "metrics.jsonl"
-        self._file = _reopen(self._path, start)
+        self._lock = lock
+        self._file = _reopen(self._path, start, lock)
         self._bar = tqdm(
             total=steps,
             initial=start,
@@ -190,7 +193,7 @@ class Progress:
         self.write(text)
         path = self._path.with_name("samples.jsonl")
         try:
-            with files.open_to_append(path) as file:
+            with files.open_to_append(path, self._lock) as file:
                 file.write(json.dumps({"step": step, "name": name, "text": text}) + "\n")
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror})") from error
@@ -220,7 +223,7 @@ class Progress:
         """Drops the lines after `step`."""
         self._pending, self._line = None, {}
         self._file.close()
-        self._file = _reopen(self._path, step)
+        self._file = _reopen(self._path, step, self._lock)
         self._bar.n = step
         self._bar.refresh()
         self.pause()
@@ -241,7 +244,7 @@ class Progress:
         self._file.close()
 
 
-def _reopen(path: pathlib.Path, start: int):
+def _reopen(path: pathlib.Path, start: int, lock: Any):
     """Opens the metrics file and truncates it after the line of step `start`; later steps are repeated.
 
     Process 0 writes the file; other processes discard their lines.
@@ -249,4 +252,4 @@ def _reopen(path: pathlib.Path, start: int):
     if not processes.is_main():
         return open(os.devnull, "a")
     files.write(path, "".join(json.dumps(line) + "\n" for line in lines_up_to(path, start)), durable=True)
-    return files.open_to_append(path)
+    return files.open_to_append(path, lock)

@@ -12,7 +12,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from llm_jax import checkpoints, configuration, extensions, tokenizers, trees
+from llm_jax import checkpoints, configuration, extensions, objects, tokenizers, trees
 from llm_jax.checkpoints import Checkpoint, abstract_params
 from llm_jax.errors import UserError
 from llm_jax.model import positions
@@ -142,6 +142,8 @@ def _last_checkpoint(config: Config, workdir: pathlib.Path) -> _Last:
         try:
             return directory, checkpoints.verify(directory), tuple(damaged)
         except UserError as error:
+            if isinstance(error, objects.StoreError):  # not damaged; a later attempt may be able to read it
+                raise
             damaged.append(str(error).split("; ")[0])
             if config.checkpoint.on_damage == "stop" or step == checkpoints.steps(workdir)[0]:
                 raise

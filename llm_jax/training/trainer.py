@@ -188,7 +188,9 @@ def train(
         reports = config.report.to if is_main else ()
         tracking = trackers.open_all(reports, workdir, configuration.flat(config), beginning.step)
         stack.callback(tracking.close)
-        writer = checkpoints.Writer(workdir, config, data.tokenizer, data.source.sha256, fingerprint, base_record)
+        writer = checkpoints.Writer(
+            workdir, config, data.tokenizer, data.source.sha256, fingerprint, base_record, lock=lock
+        )
         stack.callback(writer.close)
         writer.discard(beginning.step)  # damaged checkpoints, see `start.find`
         flops = transformer.flops_per_token(config.model, c.seq_len)
@@ -204,6 +206,7 @@ def train(
             tracking,
             config.report.norms_every,
             verbose,
+            lock,
         )
         stack.callback(progress.close)
         if is_main:
@@ -272,8 +275,8 @@ def train(
             if "save" in due or stopping:
                 saved = method.checkpoint_params(state.params, state.frozen)
                 loss = figures.get("validation_loss")
-                progress.sync()
                 files.check_lock(lock)
+                progress.sync()
                 save_began = time.perf_counter()
                 writer.save(done, saved, state.optimizer, loss, skipped_batches, state.ema)
                 if (seconds := time.perf_counter() - save_began) > _SLOW_SAVE:
