@@ -233,18 +233,16 @@ def preferences(
     batch: Batch,
     beta: float,
     chunk: int,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
     """Returns (pairs with a positive margin, sum of the margins, number of pairs), float32 () each.
 
-    A pair counts if both of its rows have targets. The margin is that of `preference_margin`.
+    A pair counts if both of its rows have targets; see `preference_margin` for the margin.
     """
     scores = -row_losses(model, params, batch, chunk, sparse=True)
     reference_scores = -row_losses(reference, reference_params, batch, chunk, sparse=True)
     counted = jnp.all(jnp.any(batch["mask"], -1).reshape(-1, 2), -1)
     margins = preference_margin(scores, reference_scores, beta)
-    terms = (margins > 0, margins, jnp.ones_like(margins))
-    right, total, count = (jnp.sum(term * counted).astype(jnp.float32) for term in terms)
-    return right, total, count
+    return tuple(jnp.sum(term * counted).astype(jnp.float32) for term in (margins > 0, margins, 1))
 
 
 def token_losses(model: Transformer, params: Any, batch: Batch) -> jax.Array:
