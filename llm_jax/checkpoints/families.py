@@ -85,7 +85,7 @@ _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_exp
 @functools.cache
 def neutral() -> ModelConfig:
     """The configuration that `read` functions change: the defaults, without features that no family has by default."""
-    sizes = {"width": 1, "num_layers": 1, "window": 1, "num_heads": 1, "num_kv_heads": 1, "mlp_dim": 1}
+    sizes = {"width": 1, "num_layers": 1, "num_heads": 1, "num_kv_heads": 1, "mlp_dim": 1}
     features = {
         "norm_eps": 1e-6,
         "qk_norm": False,

@@ -26,6 +26,7 @@ _ROWS = 256  # rows of x of a block
 _CHUNK = 512  # numbers of the contracted axis that are decoded at once
 _STRIPS = (1024, 512, 256, 128)  # widths of a strip of the free axis
 _LANES, _SUBLANES = 128, 8
+_NO_BLOCKS = "no blocks of it fit registers and VMEM"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,7 @@ def unsupported_reason(
         if s.group <= 0 or s.group * f.bits // 8 % _SUBLANES:
             return f"groups of {s.group or 'a channel'} do not fill the rows of a register"
     reason = _unsupported(x, codes[0])
-    return reason or ("" if blocks(x, codes, s, axis, contracted) else "its blocks do not fit VMEM")
+    return reason or ("" if blocks(x, codes, s, axis, contracted) else _NO_BLOCKS)
 
 
 def unsupported_integer_reason(x: jax.Array, codes: jax.Array, axis: int) -> str:
@@ -72,7 +73,7 @@ def unsupported_integer_reason(x: jax.Array, codes: jax.Array, axis: int) -> str
     s, contracted = number_formats.SCHEMES["w8a8"], axis + 2
     reason = _unsupported(x, codes)
     scale = jax.ShapeDtypeStruct((1, codes.shape[1 - contracted]), jnp.float32)
-    return reason or ("" if blocks(x, (codes, scale, None), s, axis, contracted) else "its blocks do not fit VMEM")
+    return reason or ("" if blocks(x, (codes, scale, None), s, axis, contracted) else _NO_BLOCKS)
 
 
 def _unsupported(x: jax.Array, codes: jax.Array) -> str:
@@ -82,7 +83,7 @@ def _unsupported(x: jax.Array, codes: jax.Array) -> str:
 
 
 def blocks(x: jax.Array, codes: tuple[Any, ...], s: Scheme, axis: int, contracted: int) -> Blocks | None:
-    """The blocks of a product, for the arguments of `product`; None if no blocks fit VMEM."""
+    """The blocks of a product, for the arguments of `product`; None if no blocks fit registers and VMEM."""
     bits, group = number_formats.FORMATS[s.format].bits, max(s.group, 1)
     shape = number_formats.logical_shape(codes[0].shape, s, axis)
     inputs, outputs = shape[contracted], shape[1 - contracted]

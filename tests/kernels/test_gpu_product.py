@@ -8,6 +8,7 @@ import pytest
 from llm_jax import weights
 from llm_jax.kernels import gpu_product, matmul, number_formats
 from llm_jax.weights import IN, OUT
+from tests.kernels.test_tpu_product import tolerance
 
 FLOAT = jnp.dtype("float32")
 SCHEMES = ("int8", "int8:64", "int8_affine", "int4", "int4:channel", "int4_affine", "int2:64", "nf4", "mxfp4")
@@ -25,9 +26,7 @@ def check(scheme, axis, contracted, rows=3):
     assert gpu_product.unsupported_reason(x, codes, s, axis, contracted, FLOAT) == ""
     y = gpu_product.product(x, codes, s, axis, contracted, interpret=True)
     expected = np.asarray(matmul.xla_product(x, codes, s, axis, contracted, FLOAT))
-    dense = np.abs(np.asarray(q.dense() if contracted == 0 else q.dense().T))
-    assert y.shape == expected.shape
-    assert (np.abs(y - expected) <= 1e-6 * (np.abs(np.asarray(x, np.float32)) @ dense)).all()
+    assert y.shape == expected.shape and (np.abs(y - expected) <= tolerance(x, q, contracted)).all()
 
 
 @pytest.mark.parametrize(("scheme", "axis", "contracted"), [("nf4", IN, 0), ("int4_affine", IN, 1)])
