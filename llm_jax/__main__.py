@@ -19,6 +19,7 @@ COMMANDS = {
     "compare": "options, metrics and paired differences of runs, in the terminal",
     "report": "an HTML report about runs: tables, curves, parallel coordinates, samples",
     "show": "pictures of a model: tokens, rows, attention, positions, embeddings, quantization, updates, probabilities",
+    "tokenize": "tokenize a corpus into the token cache, on this machine or on a Ray cluster",
     "train_tokenizer": "train a tokenizer of any kind",
     "train_embeddings": "train word vectors by word2vec or GloVe",
     "probe_embeddings": "neighbours, analogies, human ratings and a map of word vectors",

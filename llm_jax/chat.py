@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from llm_jax import cli
+from llm_jax import cli, runtime
 from llm_jax.cli import decoding_flags, status
 from llm_jax.errors import UserError
 
@@ -27,6 +27,7 @@ FLAGS.boolean(
 FLAGS.define_dtype()
 FLAGS.define_as_stored()
 FLAGS.define_activations()
+FLAGS.define_mesh()
 # Options that a conversation does not support: several continuations, searches and speculative decoding.
 _LEFT_OUT = (
     *("n", "alternatives", "truncate", "beams", "length_penalty", "early_stop", "beam_groups", "diversity"),
@@ -121,6 +122,7 @@ def encoder(tokenizer: Any, plain: bool, checkpoint: str) -> Callable[[list[dict
 
 
 def main(f: cli.Flags) -> None:
+    runtime.simulate_devices(f.devices)
     status.show(f"loading {f.checkpoint}")
     from llm_jax import checkpoints, tokenizers
     from llm_jax.decoding.prefix import Prefix
@@ -134,7 +136,7 @@ def main(f: cli.Flags) -> None:
             f"{f.checkpoint} is a bidirectional model (model.causal=False), which cannot generate text; expected a "
             "causal model"
         )
-    loaded = checkpoint.load(dtype=f.dtype, as_stored=f.as_stored, activations=f.activations)
+    loaded = checkpoint.load(dtype=f.dtype, as_stored=f.as_stored, activations=f.activations, mesh=f.mesh)
     status.show("")
     config = loaded.model.config
     options.check(min(loaded.tokenizer.vocab_size, config.vocab_size))
@@ -247,6 +249,7 @@ COMMAND = cli.Command(
     "chat",
     main,
     FLAGS,
+    needs=cli.MESH_NEEDS,
     compiles=True,
     memory_cure="give a smaller --context, --dtype=bfloat16, or --as_stored for a .gguf file",
 )

@@ -14,7 +14,7 @@ import pathlib
 import sys
 from typing import Any
 
-from llm_jax import cli
+from llm_jax import cli, runtime
 from llm_jax.errors import UserError
 
 FLAGS = cli.Flags()
@@ -37,6 +37,7 @@ FLAGS.integer(
 FLAGS.integer("batch_size", 16, "number of windows (or of task examples) that are evaluated in one batch")
 FLAGS.define_as_stored()
 FLAGS.define_activations()
+FLAGS.define_mesh()
 FLAGS.boolean("json", False, "print one JSON object instead of text")
 FLAGS.define_dtype("with --task or --harness: dtype of checkpoints that llm_jax did not train")
 FLAGS.string("task", "", "task to measure accuracy on: arithmetic, copying, sentiment, or a JSONL file of examples")
@@ -62,6 +63,7 @@ FLAGS.string("harness_path", "", "directory with additional lm-eval tasks")
 
 _OF_TASKS = ("style", "template", "shots", "select", "shot_seed", "chat", "normalize", "context", "output")
 NEEDS: cli.Needs = (
+    *cli.MESH_NEEDS,
     (_OF_TASKS, "--task is not given", lambda f: f.task),
     (("chat_template",), "--chat is not given", lambda f: f.chat),
     (("limit", "dtype"), "neither --task nor --harness is given", lambda f: f.task or f.harness),
@@ -72,6 +74,7 @@ NEEDS: cli.Needs = (
 
 
 def main(f: cli.Flags) -> None:
+    runtime.simulate_devices(f.devices)
     if f.batch_size < 1 or f.seq_len < 0 or f.limit < 0:
         numbers = f"--batch_size={f.batch_size} --seq_len={f.seq_len} --limit={f.limit}"
         raise UserError(f"{numbers}; expected positive numbers")
@@ -186,17 +189,29 @@ def _measure(f: cli.Flags, held_out: _HeldOut, source: Any, by_unit: bool = Fals
     from llm_jax.data.rows import ROWS, Packed, Rows
     from llm_jax.evaluation import classification, paired
     from llm_jax.evaluation import held_out as held_out_lib
+    from llm_jax.parallel import mesh as mesh_lib
     from llm_jax.training import losses
 
     model, params, tokenizer = held_out.checkpoint.load(
-        scan_layers=True, as_stored=f.as_stored, activations=f.activations
+        scan_layers=True, as_stored=f.as_stored, activations=f.activations, mesh=f.mesh
     )
     corpus = source.corpus(tokenizer)
     split = corpus.validation
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    mesh, rules = mesh_lib.mesh_of(params), held_out.checkpoint.mesh_rules
+    shards = mesh_lib.row_shards(mesh) if mesh else 1
+
+    def divisible(size: int) -> int:
+        """The next number of rows that the mesh divides; rows of padding do not count."""
+        return -(-size // shards) * shards
+
+    def compiled(function: Any) -> Any:
+        return jax.jit(mesh_lib.within(mesh, function, rules) if mesh else function)
+
+    device: Any = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    device = mesh_lib.batch_sharding(mesh, shards) if mesh else device
     if split.choices:
         rows = Packed(corpus.test or split, held_out.length)
-        indices, right = classification.right_answers(model, params, rows, f.batch_size, device)
+        indices, right = classification.right_answers(model, params, rows, divisible(f.batch_size), device)
         count = len(rows.split.offsets) - 1
         values, measured = np.zeros(count), np.zeros(count, bool)
         values[indices], measured[indices] = right, True
@@ -206,17 +221,17 @@ def _measure(f: cli.Flags, held_out: _HeldOut, source: Any, by_unit: bool = Fals
         raise UserError(f"{held_out.name} has no held-out data (data.validation_fraction=0); set --data=FILE")
     kind = held_out.data.kind
     windows: Any = Rows(split, held_out.length, f.stride) if f.stride else ROWS[kind](split, held_out.length)
-    batch_size = held_out_lib.batch_size(f.batch_size, windows)
+    batch_size = divisible(held_out_lib.batch_size(f.batch_size, windows))
     if by_unit:
         sizes = corpus_lib.open_split(split.directory)[1]
-        loss_of_tokens = jax.jit(lambda params, batch: losses.token_losses(model, params, batch))
+        loss_of_tokens = compiled(lambda params, batch: losses.token_losses(model, params, batch))
         return {
             "units": paired.bits_by_document(loss_of_tokens, params, windows, sizes, batch_size, device),
             "tokens": len(split.tokens),
         }
     if held_out.is_masked:
         windows = masking.hider(held_out.config.loss, tokenizer)(windows, 0)
-    loss = jax.jit(lambda params, batch: losses.language_model(model, params, batch, 0))
+    loss = compiled(lambda params, batch: losses.language_model(model, params, batch, 0))
     metrics = held_out_lib.evaluate(loss, params, windows, batch_size, device)
     return {"bytes": split.num_bytes, "documents": len(split.offsets) - 1, **metrics}
 
@@ -339,7 +354,7 @@ def _ask(f: cli.Flags, name: str, task: Any, configs: list[Any], count: int) -> 
     from llm_jax.evaluation import answers
 
     checkpoint = checkpoints.open(name, f.base)
-    loaded = checkpoint.load(dtype=f.dtype, as_stored=f.as_stored, activations=f.activations)
+    loaded = checkpoint.load(dtype=f.dtype, as_stored=f.as_stored, activations=f.activations, mesh=f.mesh)
     loaded = loaded._replace(tokenizer=tokenizers.with_chat_template(loaded.tokenizer, f.chat_template))
     weights = hashlib.sha256(checkpoint.identity.encode()).hexdigest()[:16]
     settings = {"checkpoint": name, "weights": weights, "task": task.digest()}
@@ -375,7 +390,7 @@ def on_harness(f: cli.Flags) -> None:
     if path and not path.is_dir():
         raise UserError(f"--harness_path={path}: no such directory")
     loaded = checkpoints.open(f.checkpoint[0], f.base).load(
-        dtype=f.dtype, as_stored=f.as_stored, activations=f.activations
+        dtype=f.dtype, as_stored=f.as_stored, activations=f.activations, mesh=f.mesh
     )
     results = harness.run(*loaded, f.harness.split(","), path, f.batch_size, f.limit)
     if f.json:

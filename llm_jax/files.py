@@ -24,7 +24,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any, BinaryIO, TextIO
 
-from llm_jax import object_locks, objects
+from llm_jax import object_appender, object_locks, objects
 from llm_jax.errors import UserError
 
 PARTIAL = ".partial-"  # prefix of the temporary names
@@ -189,13 +189,13 @@ def open_to_append(path: pathlib.Path, held: Any = None) -> TextIO:
       held: the `lock` of its directory; an object is not written after another process has taken it over.
     """
     if objects.is_object(path):
-        return objects.Appender(path, functools.partial(check_lock, held))  # type: ignore[return-value]
+        return object_appender.Appender(path, functools.partial(check_lock, held))  # type: ignore[return-value]
     return path.open("a")
 
 
 def sync(file: TextIO) -> None:
     """Writes what was appended so far to the disk or the object store. Raises OSError or UserError."""
-    if isinstance(file, objects.Appender):
+    if isinstance(file, object_appender.Appender):
         file.sync()
     else:
         os.fsync(file.fileno())

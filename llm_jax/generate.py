@@ -6,7 +6,7 @@
 import dataclasses
 import json
 
-from llm_jax import cli
+from llm_jax import cli, runtime
 from llm_jax.cli import decoding_flags, status
 from llm_jax.decoding import options as decoding
 from llm_jax.decoding.options import PROMPT
@@ -23,6 +23,7 @@ FLAGS.string(
 FLAGS.define_dtype()
 FLAGS.define_as_stored()
 FLAGS.define_activations()
+FLAGS.define_mesh()
 FLAGS.enum(
     "cache",
     "",
@@ -37,6 +38,7 @@ FLAGS.boolean("json", False, "print one JSON object per continuation, with the l
 decoding_flags.define(FLAGS)
 NEEDS: cli.Needs = (
     *decoding.NEEDS,
+    *cli.MESH_NEEDS,
     (("system", "chat_template"), "--chat is not given", lambda f: f.chat),
     (("alternatives",), "--json is not given", lambda f: f.json),
     (("stop",), "--explain is given", lambda f: not f.explain),
@@ -44,6 +46,7 @@ NEEDS: cli.Needs = (
 
 
 def main(f: cli.Flags) -> None:
+    runtime.simulate_devices(f.devices)
     status.show(f"loading {f.checkpoint}")
     from llm_jax import checkpoints, tokenizers
     from llm_jax.decoding import complete, explain
@@ -56,7 +59,9 @@ def main(f: cli.Flags) -> None:
         raise UserError("--stream, --explain and --json are different output formats; use only one")
     if (f.stream or f.explain) and (len(f.prompt) > 1 or options.n > 1):
         raise UserError(f"--{'stream' if f.stream else 'explain'} shows one continuation of one --prompt")
-    model, params, tokenizer = checkpoint.load(dtype=f.dtype, as_stored=f.as_stored, activations=f.activations)
+    model, params, tokenizer = checkpoint.load(
+        dtype=f.dtype, as_stored=f.as_stored, activations=f.activations, mesh=f.mesh
+    )
     if f.cache:
         model = model.clone(config=dataclasses.replace(model.config, kv_cache=f.cache))
     if not model.config.causal:
@@ -64,7 +69,7 @@ def main(f: cli.Flags) -> None:
     options.check(min(tokenizer.vocab_size, model.config.vocab_size))
     draft = None
     if options.draft not in ("", PROMPT):
-        draft_model = checkpoints.load(options.draft, dtype=f.dtype)
+        draft_model = checkpoints.load(options.draft, dtype=f.dtype, mesh=f.mesh)
         if digest(draft_model.tokenizer) != digest(tokenizer):
             raise UserError(f"--draft={options.draft} has another tokenizer than {f.checkpoint}")
         draft = draft_model.model, draft_model.params

@@ -8,20 +8,27 @@ such paths.
 import concurrent.futures
 import contextlib
 import functools
-import io
 import logging
 import os
 import pathlib
+import queue
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
 from llm_jax.errors import UserError
+
+T = TypeVar("T")
 
 
 class StoreError(UserError):
     """A request to an object store that failed: no network, no permission, or an error of the store."""
+
+
+class Unanswered(StoreError):
+    """A store that does not answer any more. Further requests of this process fail at once until `check` succeeds."""
 
 
 _EXTRAS = {"gs": ("gcs", "gcsfs"), "s3": ("s3", "s3fs")}  # {scheme: (extra of this package, package)}
@@ -34,8 +41,11 @@ _LIST_ONE: dict[str, Callable[[Any, str, str], Any]] = {
     "s3": lambda system, bucket, prefix: system.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1),
 }
 _ANSWER = 30.0  # seconds in which a store must answer a first request
-_UPLOAD_EVERY = 15.0  # seconds between uploads of an object that grows
-_REST = 10  # the time between these uploads, in durations of the last one
+_SILENCE = 15.0  # seconds without a byte of an answer after which a request is repeated or given up
+_PROBE = 15.0  # seconds between requests to a store while another request, or a library, waits for it
+_SILENT = 60.0  # seconds without an answer to these requests after which the store is given up
+_unanswering: set[str] = set()  # schemes of stores that do not answer
+_BLOCK = 2**23  # bytes that are read of a stream at a time
 _TRANSFERS = 8  # objects that are transferred at a time
 _CURES = {
     "gs": "run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS",
@@ -73,17 +83,51 @@ def check(path: Any) -> None:
 
     def look() -> None:
         try:
-            _LIST_ONE[_scheme(path)](_system(_scheme(path)), bucket, prefix)
+            _LIST_ONE[_scheme(path)](_client(_scheme(path)), bucket, prefix)
         except FileNotFoundError as error:
             raise UserError(f"{path}: there is no bucket '{bucket}'; create it first, or correct the name") from error
 
     _within(look, path)
+    _unanswering.discard(_scheme(path))
+
+
+def bounded(path: str | os.PathLike[str], call: Callable[[], T]) -> T:
+    """Returns `call()`, which may take as long as it needs while the store of `path` answers other requests.
+
+    Raises:
+      Unanswered: the store has not answered for more than a minute; `call` is left behind in its thread.
+    """
+    if not is_object(path):
+        return call()
+    outcome: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            outcome.put((call(), None))
+        except BaseException as error:
+            outcome.put((None, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    answered = time.monotonic()
+    while True:
+        with contextlib.suppress(queue.Empty):
+            value, error = outcome.get(timeout=_PROBE)
+            if error is not None:
+                raise error
+            return value
+        try:
+            check(path)
+            answered = time.monotonic()
+        except UserError:
+            if (seconds := time.monotonic() - answered) > _SILENT:
+                _unanswering.add(_scheme(path))
+                raise Unanswered(f"{path}: its store has not answered for {seconds:.0f} s; check the network") from None
 
 
 def write(path: Any, content: bytes) -> None:
     """Replaces an object; readers see the old or the new one. Raises UserError."""
     with errors(path, "cannot be written"):
-        _system(_scheme(path)).pipe_file(_key(path), content)
+        _request(path, "pipe_file", _key(path), content)
 
 
 def create(path: Any, content: bytes) -> None:
@@ -94,7 +138,7 @@ def create(path: Any, content: bytes) -> None:
       UserError: it cannot be written.
     """
     with errors(path, "cannot be written"):
-        _system(_scheme(path)).pipe_file(_key(path), content, mode="create")
+        _request(path, "pipe_file", _key(path), content, mode="create")
 
 
 def read(path: Any) -> bytes:
@@ -105,12 +149,39 @@ def read(path: Any) -> bytes:
       UserError: it cannot be read.
     """
     with errors(path, "cannot be read"):
-        return _system(_scheme(path)).cat_file(_key(path))
+        return _request(path, "cat_file", _key(path))
 
 
 def modified(path: Any) -> float:
     """When an object was written, in seconds since 1970 by the clock of the store."""
-    return _system(_scheme(path)).modified(_key(path)).timestamp()
+    return _request(path, "modified", _key(path)).timestamp()
+
+
+def stamp(path: str) -> tuple[int, int]:
+    """(bytes, time of the last write in nanoseconds by the clock of the store) of an object. Raises UserError."""
+    with errors(path, "cannot be read"):
+        size = _request(path, "info", _key(path))["size"]
+        return size, int(_request(path, "modified", _key(path)).timestamp() * 1e9)
+
+
+def stream(path: str) -> Any:
+    """An object as a binary stream, which is read in blocks. Raises UserError."""
+    with errors(path, "cannot be read"):
+        return _request(path, "open", _key(path), "rb", block_size=_BLOCK)
+
+
+def matching(address: str) -> dict[str, str]:
+    """{name: address} of an object, of the objects below a directory, or of those that match a glob pattern.
+
+    The name is relative to a directory, and otherwise the last part of the address or, of a pattern, the address.
+    """
+    if content := find(address):
+        last = address.rstrip("/").rsplit("/", 1)[-1]
+        return {last: address} if "." in content else {n: f"{address.rstrip('/')}/{n}" for n in content}
+    with errors(address, "cannot be read"):
+        listing = _request(address, "glob", _key(address), detail=True)
+    keys = [key.lstrip("/") for key, info in listing.items() if info["type"] == "file"]
+    return {f"{_scheme(address)}://{key}": f"{_scheme(address)}://{key}" for key in keys}
 
 
 def find(path: Any) -> dict[str, dict[str, Any]]:
@@ -118,7 +189,7 @@ def find(path: Any) -> dict[str, dict[str, Any]]:
     root = _key(path)
     with errors(path, "cannot be read"):
         try:
-            listing = _system(_scheme(path)).find(root, detail=True)
+            listing = _request(path, "find", root, detail=True)
         except FileNotFoundError:
             return {}
     infos = {name.lstrip("/").removeprefix(root).lstrip("/") or ".": info for name, info in listing.items()}
@@ -135,7 +206,7 @@ def names(directory: Any) -> list[str]:
     """The names of the objects and directories in a directory. Raises UserError."""
     with errors(directory, "cannot be read"):
         try:
-            listing = _system(_scheme(directory)).ls(_key(directory), detail=False)
+            listing = _request(directory, "ls", _key(directory), detail=False)
         except FileNotFoundError:
             return []
     return [name.rstrip("/").rsplit("/", 1)[-1] for name in listing]
@@ -144,16 +215,27 @@ def names(directory: Any) -> list[str]:
 def upload(directory: pathlib.Path, path: Any) -> None:
     """Copies the files of a directory below `path`, those named `LAST` after all others. Raises UserError."""
     paths = [file for file in sorted(directory.rglob("*")) if file.is_file()]
-    system = _system(_scheme(path))
 
     def put(file: pathlib.Path) -> None:
-        system.put_file(str(file), f"{_key(path)}/{file.relative_to(directory).as_posix()}")
+        _request(path, "put_file", str(file), f"{_key(path)}/{file.relative_to(directory).as_posix()}")
 
     with errors(path, "cannot be written"):
         _each(put, [file for file in paths if file.name != LAST])
         for file in paths:
             if file.name == LAST:
                 put(file)
+
+
+def put(file: pathlib.Path, path: Any) -> None:
+    """Copies a file to an object. Raises UserError."""
+    with errors(path, "cannot be written"):
+        _request(path, "put_file", str(file), _key(path))
+
+
+def copy_to(path: Any, file: BinaryIO) -> None:
+    """Copies an object to an open file. Raises UserError."""
+    with errors(path, "cannot be read"), stream(path) as source:
+        shutil.copyfileobj(source, file, _BLOCK)
 
 
 def download(path: Any, directory: pathlib.Path) -> None:
@@ -167,7 +249,7 @@ def fetch(path: Any, file: pathlib.Path, directory: pathlib.Path) -> None:
         raise UserError(f"{path}: its name leads out of the directory")
     file.parent.mkdir(parents=True, exist_ok=True)
     with errors(path, "cannot be read"):
-        _system(_scheme(path)).get_file(_key(path), str(file))
+        _request(path, "get_file", _key(path), str(file))
 
 
 def remove(path: Any) -> None:
@@ -179,73 +261,7 @@ def remove(path: Any) -> None:
 def delete(path: Any) -> None:
     """Deletes an object if it is there. Raises UserError."""
     with errors(path, "cannot be deleted"), contextlib.suppress(FileNotFoundError):
-        _system(_scheme(path)).rm_file(_key(path))
-
-
-class Appender(io.TextIOBase):
-    """A text object that grows: it is kept in memory and written again as a whole.
-
-    It is written at most every few seconds in the background, and at `sync` and `close`. The longer an upload takes,
-    the longer the time to the next one, so that a long file does not keep the network busy.
-
-    Args:
-      path: the object, which may exist.
-      check: called before every upload; raises UserError if another process writes the object now.
-    """
-
-    def __init__(self, path: Any, check: Callable[[], None] = lambda: None):
-        self._path, self._check, self._next = path, check, time.monotonic() + _UPLOAD_EVERY
-        self._parts: list[str] = [read(path).decode()] if path.exists() else []
-        self._upload: threading.Thread | None = None
-        self._changed = False
-
-    def write(self, text: str) -> int:
-        self._parts.append(text)
-        self._changed = True
-        return len(text)
-
-    def flush(self) -> None:
-        """Starts an upload if the last one was long ago. One that fails is tried again, and fails at `sync`."""
-        if self.closed or not self._changed or time.monotonic() < self._next:
-            return
-        if self._upload is None or not self._upload.is_alive():
-            self._changed = False
-            self._upload = threading.Thread(target=self._try, args=(self._content(),), daemon=True)
-            self._upload.start()
-
-    def sync(self) -> None:
-        """Writes what has not been written. Raises UserError."""
-        if self._upload is not None:
-            self._upload.join()  # it must not replace the newer content
-        if self._changed:
-            self._write(self._content())
-            self._changed = False
-
-    def close(self) -> None:
-        if not self.closed:
-            try:
-                self.sync()
-            finally:
-                super().close()
-
-    def _content(self) -> bytes:
-        self._parts = ["".join(self._parts)]
-        return self._parts[0].encode()
-
-    def _write(self, content: bytes) -> None:
-        began = time.monotonic()
-        try:
-            self._check()
-            write(self._path, content)
-        finally:
-            now = time.monotonic()
-            self._next = now + max(_UPLOAD_EVERY, _REST * (now - began))
-
-    def _try(self, content: bytes) -> None:
-        try:
-            self._write(content)
-        except UserError:
-            self._changed = True
+        _request(path, "rm_file", _key(path))
 
 
 def _each(function: Callable[[Any], None], values: list[Any]) -> None:
@@ -269,15 +285,22 @@ def _require(address: str) -> None:
     if not _key(address).split("/")[0]:
         raise UserError(f"{address}: names no bucket; expected {scheme}://BUCKET/PATH")
     try:
-        _system(scheme)
+        _client(scheme)
     except ImportError as error:
         raise UserError(f"{address} needs the package {package}; pip install 'llm_jax[{extra}]'") from error
     except Exception as error:
         raise _error(address, "cannot be read", error) from error
 
 
+def _request(path: Any, name: str, *arguments: Any, **options: Any) -> Any:
+    """Calls a method of the fsspec file system of `path`. Raises Unanswered, and the errors of the client."""
+    if _scheme(path) in _unanswering:
+        raise Unanswered(f"{os.fspath(path)}: the store does not answer; check the network")
+    return bounded(path, lambda: getattr(_client(_scheme(path)), name)(*arguments, **options))
+
+
 @functools.cache
-def _system(scheme: str) -> Any:
+def _client(scheme: str) -> Any:
     """The fsspec file system of a scheme, the one that `epath` uses."""
     import fsspec
     from etils.epath import backend
@@ -287,17 +310,28 @@ def _system(scheme: str) -> Any:
         "gs": {"use_listings_cache": False},
         "s3": {
             "use_listings_cache": False,
-            "config_kwargs": {"connect_timeout": 5, "retries": {"mode": "standard", "max_attempts": 2}},
+            "config_kwargs": {
+                "connect_timeout": 5,
+                "read_timeout": _SILENCE,
+                "retries": {"mode": "standard", "max_attempts": 2},
+            },
         },
     }
-    fsspec.config.conf[scheme] = defaults[scheme] | fsspec.config.conf.get(scheme, {})
     if scheme == "gs":
+        import aiohttp  # a dependency of gcsfs
+
+        # gcsfs makes six attempts.
+        defaults["gs"]["requests_timeout"] = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=_SILENCE)
         logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs errors with tracebacks, and raises them too
         # gcsfs looks for a feature of buckets that needs further permissions, and logs where it has none.
         os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
         if emulator := os.environ.get("STORAGE_EMULATOR_HOST"):  # that of TensorStore has a name of its own
             os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", emulator)
-    return backend.fsspec_backend.fs(f"{scheme}://")
+    fsspec.config.conf[scheme] = defaults[scheme] | fsspec.config.conf.get(scheme, {})
+    system = backend.fsspec_backend.fs(f"{scheme}://")
+    if scheme == "s3":
+        system.retries = 2  # each of them makes two attempts
+    return system
 
 
 def _within(function: Callable[[], None], path: Any) -> None:
@@ -335,12 +369,17 @@ def errors(path: Any, problem: str) -> Iterator[None]:
         raise _error(path, problem, error) from error
 
 
+def reason(error: BaseException) -> str:
+    """The first line of the text of an error."""
+    unnamed = "no answer" if isinstance(error, TimeoutError) else type(error).__name__
+    return (str(error).strip().splitlines() or [unnamed])[0][:200]
+
+
 def _error(path: Any, problem: str, error: Exception) -> StoreError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
     text = f"{type(error).__name__} {getattr(error, 'code', '')} {error}".lower()
     cure = ""
     if any(word in text for word in _NO_CREDENTIALS):
         cure = f"; {_CURES[_scheme(path)]}"
     elif isinstance(error, PermissionError) or any(word in text for word in _NO_PERMISSION):
         cure = "; give the account of your credentials the permission to list, read, write and delete objects there"
-    return StoreError(f"{path}: {problem} ({reason}){cure}")
+    return StoreError(f"{path}: {problem} ({reason(error)}){cure}")

@@ -184,7 +184,9 @@ class Bucket(fsspec.implementations.memory.MemoryFileSystem):
         return super()._strip_protocol(str(path).split("://", 1)[-1])
 
     def glob(self, path, **options):
-        return [name.lstrip("/") for name in super().glob(path, **options)]
+        names = super().glob(path, **options)
+        stripped = [name.lstrip("/") for name in names]
+        return dict(zip(stripped, names.values(), strict=True)) if options.get("detail") else stripped
 
 
 @pytest.fixture
@@ -199,7 +201,7 @@ def bucket(monkeypatch):
             raise FileNotFoundError(name)
 
     monkeypatch.setattr(type(backend.fsspec_backend), "fs", lambda self, path: system)
-    monkeypatch.setattr(objects, "_system", lambda scheme: system)
+    monkeypatch.setattr(objects, "_client", lambda scheme: system)
     monkeypatch.setattr(objects, "_LIST_ONE", {"gs": look, "s3": look})
     yield system
     system.store.clear()

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 import llm_jax
-from llm_jax import checkpoints, files, object_locks, objects, trees
+from llm_jax import checkpoints, files, object_appender, object_faults, object_locks, objects, trees
 from llm_jax.checkpoints import storage
 from llm_jax.errors import UserError
 from llm_jax.training import start, trainer
@@ -52,8 +52,8 @@ def test_files_are_written_read_appended_and_listed(directory):
 
 
 def test_appended_lines_are_uploaded_in_the_background_and_again_where_that_failed(directory, bucket, monkeypatch):
-    monkeypatch.setattr(objects, "_UPLOAD_EVERY", 0.0)
-    monkeypatch.setattr(objects, "_REST", 0)
+    monkeypatch.setattr(object_appender, "_UPLOAD_EVERY", 0.0)
+    monkeypatch.setattr(object_appender, "_REST", 0)
     with files.open_to_append(directory / "m.jsonl") as file:
         with monkeypatch.context() as broken:
             broken.setattr(bucket, "pipe_file", lambda *arguments, **options: 1 / 0)
@@ -160,7 +160,7 @@ def test_names_that_are_patterns(bucket):
 
 def test_a_trainer_that_wakes_up_leaves_the_run_to_its_successor(directory, monkeypatch):
     """It was suspended for longer than its lock holds; nothing of the run is written or removed any more."""
-    monkeypatch.setattr(objects, "_UPLOAD_EVERY", 0.0)
+    monkeypatch.setattr(object_appender, "_UPLOAD_EVERY", 0.0)
     config = llm_jax.config(ROOT / "tests" / "tiny.py")
     sleeper = files.lock(directory)
     writer = checkpoints.Writer(directory, config, None, "", lock=sleeper)
@@ -214,6 +214,70 @@ def test_a_store_that_fails_in_a_save_or_while_a_checkpoint_is_verified(director
         with pytest.raises(UserError, match=cannot):
             writer.close()
     assert start._last_checkpoint(config, directory)[0].name == "8"
+
+
+def test_a_call_is_not_waited_for_once_its_store_does_not_answer(directory, monkeypatch):
+    """A slow call is; afterwards requests fail at once, until the store answers again."""
+    monkeypatch.setattr(objects, "_PROBE", 0.02)
+    monkeypatch.setattr(objects, "_SILENT", 0.1)
+    assert objects.bounded(directory, lambda: time.sleep(0.3) or "slow") == "slow"
+    with pytest.raises(ZeroDivisionError):
+        objects.bounded(directory, lambda: 1 / 0)
+    with monkeypatch.context() as hanging:
+        hanging.setattr(objects, "_ANSWER", 0.02)
+        hanging.setattr(objects, "_LIST_ONE", {"s3": lambda *arguments: time.sleep(1)})
+        with pytest.raises(
+            UserError, match="^s3://bucket/run: its store has not answered for .* s; check the network$"
+        ):
+            objects.bounded(directory, lambda: time.sleep(5))
+        with pytest.raises(UserError, match="the store does not answer"):
+            files.write(directory / "a", "a")
+    objects.check(directory)
+    files.write(directory / "a", "a")
+
+
+def test_a_checkpoint_that_hangs_is_one_line_and_does_not_hold_up_the_end(bucket, trained, monkeypatch):
+    writer = checkpoints.Writer(
+        files.path("gs://bucket/run"), llm_jax.config(ROOT / "tests" / "tiny.py"), llm_jax.load(trained).tokenizer, ""
+    )
+    monkeypatch.setattr(objects, "_PROBE", 0.02)
+    monkeypatch.setattr(objects, "_SILENT", 0.1)
+    monkeypatch.setattr(objects, "_ANSWER", 0.02)
+    monkeypatch.setattr(objects, "_LIST_ONE", {"gs": lambda *arguments: time.sleep(1)})
+    monkeypatch.setattr(writer._orbax, "save", lambda *arguments, **options: None)
+    monkeypatch.setattr(writer._orbax, "wait_until_finished", lambda: time.sleep(30))
+    monkeypatch.setattr(writer._orbax, "close", lambda: time.sleep(30))
+    writer.save(4, {"w": jnp.zeros(1)}, {}, None)
+    began = time.monotonic()
+    cannot = (
+        r"run/checkpoints: the checkpoint cannot be written \(.*has not answered for .*\); the last finished one stays$"
+    )
+    with pytest.raises(UserError, match=cannot):
+        writer.close()
+    assert time.monotonic() - began < 20
+    objects._unanswering.clear()
+
+
+def test_errors_of_clients_are_one_line_and_other_errors_stay(directory, tmp_path):
+    client = {"__name__": "s3fs.core"}
+    exec("def fail(): raise PermissionError('no route')", client)
+
+    def fail():
+        raise PermissionError("no route")
+
+    message = "^s3://bucket/run: cannot be read or written .no route.; give the account"
+    with pytest.raises(UserError, match=message), object_faults.reported(directory):
+        client["fail"]()
+    for path, function in ((directory, fail), (tmp_path, client["fail"])):
+        with pytest.raises(PermissionError), object_faults.reported(path):
+            function()
+    explained = []
+    for function in (client["fail"], fail):
+        try:
+            function()
+        except PermissionError as error:
+            explained.append(object_faults.explain(error))
+    assert explained[0].startswith("an object store cannot be read or written (no route)") and explained[1] == ""
 
 
 def test_a_run_is_stopped_resumed_read_and_reported(directory, trained, text_file, cache, command):

@@ -80,7 +80,7 @@ def _corpus(directory: pathlib.Path, megabytes: int) -> tuple[pathlib.Path, str]
     from llm_jax.data import catalog
 
     path = directory / "corpus.jsonl"
-    documents, _ = catalog.read("stdlib", "text", directory / "scans", 1)
+    documents, _ = catalog.read("stdlib", "text", str(directory), 1)
     texts = [text for i in range(len(documents)) for text in documents.texts(np.array([i]))]
     pieces = [text[begin : begin + 2000] for text in texts for begin in range(0, len(text), 2000)]
     written, number = 0, 0

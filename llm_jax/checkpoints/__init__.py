@@ -66,8 +66,9 @@ def load(
     as_stored: bool = False,
     base: str = "",
     activations: str = "float",
+    mesh: str = "",
 ) -> Loaded:
-    """The model, its parameters on the default device, and the tokenizer.
+    """The model, its parameters, and the tokenizer.
 
     Args:
       name: as for `open`. Adapters are attached to their base; a run of adapters records its hash, which is checked.
@@ -79,11 +80,14 @@ def load(
       base: of adapters, the checkpoint of their base; see `open`.
       activations: "float", or "int8", which rounds the activations of products with quantized weights to 8 bits; see
         `weights.with_activations`.
+      mesh: sizes of the axes of a mesh of all devices over which the weights are sharded by `mesh.rules`, such as
+        "tensor=4" or "tensor=4,data=2"; the default of "data" is all remaining devices. Decoding then divides rows and
+        cache too. "": the default device alone.
 
     Raises:
       UserError: there is no checkpoint, or it is damaged or not supported.
     """
-    return open(name, base).load(scan_layers, dtype, as_stored, activations)
+    return open(name, base).load(scan_layers, dtype, as_stored, activations, mesh)
 
 
 def load_separately(*names: str | os.PathLike[str]) -> tuple[Loaded, list[dict[str, Any]]]:

@@ -13,6 +13,7 @@ from llm_jax.checkpoints.checkpoint import (
     Loaded,
     Shardings,
     arranged,
+    beside,
     on_default_device,
     unreadable_base,
 )
@@ -90,7 +91,7 @@ class Adapters(Run):
         except UserError as error:
             raise unreadable_base(self.path, error) from error
         check_base(self.path, self.record, trees.fingerprint(base))
-        return base, self.adapters()
+        return base, beside(self.adapters(), base)
 
 
 def restore_adapters(directory: pathlib.Path, record: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -9,12 +10,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llm_jax import attribute_names, trees, weights
+from llm_jax import attribute_names, configuration, trees, weights
 from llm_jax.checkpoints import generation_config
 from llm_jax.errors import UserError
 from llm_jax.model.stages import layout
 from llm_jax.model.transformer import Transformer
-from llm_jax.schema import Config, ModelConfig
+from llm_jax.parallel import mesh as mesh_lib
+from llm_jax.schema import Config, ModelConfig, Rules
 from llm_jax.tokenizers import Tokenizer
 
 Shardings = Callable[[Any], Any]  # abstract parameters -> a `jax.sharding.Sharding` for every leaf
@@ -110,10 +112,21 @@ class Checkpoint(abc.ABC):
           UserError: the weights are damaged or do not fit the model.
         """
 
+    @property
+    def mesh_rules(self) -> Rules:
+        """The shardings of the weights: `mesh.rules` of the run, or their default."""
+        return (self.run_config or configuration.default()).mesh.rules
+
     def load(
-        self, scan_layers: bool = False, dtype: str = "float32", as_stored: bool = False, activations: str = "float"
+        self,
+        scan_layers: bool = False,
+        dtype: str = "float32",
+        as_stored: bool = False,
+        activations: str = "float",
+        mesh: str = "",
     ) -> Loaded:
-        """The model, its parameters on the default device, and the tokenizer. See `llm_jax.load`."""
+        """The model, its parameters on the default device or a mesh, and the tokenizer. See `llm_jax.load`."""
+        place = self._on_mesh(mesh) if mesh else on_default_device
         if as_stored and self.form != "gguf":
             raise UserError(f"--as_stored keeps the quantized tensors of a .gguf file; {self.name} is not one")
         # The attention kernel depends on the machine, not on the checkpoint.
@@ -121,9 +134,14 @@ class Checkpoint(abc.ABC):
         if self.run_config is None and (self.base is None or self.base.run_config is None):
             config = with_dtype(config, dtype)
         tokenizer = self.tokenizer
-        params = self.params(config, on_default_device, as_stored=as_stored or self.form != "gguf")
+        params = self.params(config, place, as_stored=as_stored or self.form != "gguf")
         params = weights.with_activations(params, activations)
         return Loaded(Transformer(dataclasses.replace(config, scan_layers=is_stacked(params))), params, tokenizer)
+
+    def _on_mesh(self, sizes: str) -> Shardings:
+        """A `Shardings` over a mesh of all devices, with the axis sizes of `mesh.parse`."""
+        mesh = mesh_lib.make(mesh_lib.parse(sizes, configuration.default("mesh")))
+        return functools.partial(mesh_lib.shardings, rules=self.mesh_rules, mesh=mesh)
 
 
 def unreadable_base(path: pathlib.Path, error: UserError) -> UserError:
@@ -153,6 +171,12 @@ def on_default_device(tree: Any) -> Any:
     """A `Shardings` that places every leaf on the default device."""
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.tree.map(lambda _: device, tree)
+
+
+def beside(tree: Any, params: Any) -> Any:
+    """Arrays on the devices of `params`: if these are sharded over a mesh, a copy on every device of it."""
+    mesh = mesh_lib.mesh_of(params)
+    return tree if mesh is None else jax.device_put(tree, mesh_lib.replicated(mesh))
 
 
 def arranged(

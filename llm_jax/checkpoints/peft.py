@@ -19,6 +19,7 @@ from llm_jax.checkpoints.checkpoint import (
     Loaded,
     Shardings,
     arranged,
+    beside,
     check_vocabulary,
     on_default_device,
     unreadable_base,
@@ -99,7 +100,7 @@ class Peft(Checkpoint):
 
     def params(self, config: ModelConfig, shardings: Shardings, as_stored: bool = False) -> dict[str, Any]:
         base = self._base_params(config, shardings)
-        adapters = peft_tensors.adapters(self._tensors, self.family, self.config, base)
+        adapters = beside(peft_tensors.adapters(self._tensors, self.family, self.config, base), base)
         return arranged(lora.attach(base, adapters), config, shardings, as_stored)
 
     def separate(self) -> tuple[Loaded, dict[str, Any]]:

@@ -22,7 +22,7 @@ from typing import Any
 
 import jax
 
-from llm_jax import configuration, files, tokenizers, trees, weights
+from llm_jax import configuration, files, objects, tokenizers, trees, weights
 from llm_jax.checkpoints import families, manifest, storage
 from llm_jax.checkpoints.checkpoint import Checkpoint, Shardings, abstract_params, arranged
 from llm_jax.errors import UserError
@@ -133,10 +133,16 @@ def read_arrays(directory: pathlib.Path, **items: Any) -> Any:
     """{item name: tree} as Orbax reads them; `items` are abstract trees with shardings."""
     import orbax.checkpoint as ocp  # slow to import, and other forms of checkpoints do not need it
 
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as orbax:
-        arguments = {name: ocp.args.StandardRestore(tree) for name, tree in items.items()}
-        with storage.readable_by_orbax(directory / "arrays") as arrays:
-            return orbax.restore(arrays, args=ocp.args.Composite(**arguments))
+    def read() -> Any:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as orbax:
+            arguments = {name: ocp.args.StandardRestore(tree) for name, tree in items.items()}
+            with storage.readable_by_orbax(directory / "arrays") as arrays:
+                return orbax.restore(arrays, args=ocp.args.Composite(**arguments))
+
+    if not objects.is_object(directory):
+        return read()
+    with objects.errors(directory, "cannot be read"):  # its files have been verified
+        return objects.bounded(directory, read)
 
 
 def abstract_tree(records: Mapping[str, Any]) -> dict[str, Any]:

@@ -56,6 +56,7 @@ class Writer:
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._unanswered = False  # whether a store does not answer any more
         self._name, self._saves = processes.unique("saves"), itertools.count()
         with processes.main_first("to open the checkpoints"):
             if processes.is_main():
@@ -113,7 +114,9 @@ class Writer:
                 if processes.is_main():
                     files.check_lock(self._lock)
                     storage.create(partial)
-            self._orbax.save(files.absolute(partial) / "arrays", args=ocp.args.Composite(**items))
+            arguments = ocp.args.Composite(**items)
+            arrays_path = files.absolute(partial) / "arrays"
+            objects.bounded(partial, lambda: self._orbax.save(arrays_path, args=arguments))
         except Exception as error:
             # ValueError comes from TensorStore, others from the client of an object store.
             if not isinstance(error, OSError | ValueError) and not objects.is_object(self.directory):
@@ -136,8 +139,9 @@ class Writer:
         try:
             self.wait()
         finally:
-            with contextlib.suppress(Exception):  # `wait` has raised it; Orbax raises it again, or one of its cleanup
-                self._orbax.close()
+            if not self._unanswered:  # otherwise Orbax would wait for its writes
+                with contextlib.suppress(Exception):  # `wait` has raised it; Orbax raises it, or one of its cleanup
+                    self._orbax.close()
 
     def discard(self, after: int) -> None:
         """Removes the checkpoints of later steps than `after`, from which training does not resume."""
@@ -149,7 +153,7 @@ class Writer:
 
     def _finish(self, partial: pathlib.Path, record: dict[str, Any], key: str) -> None:
         try:
-            self._orbax.wait_until_finished()
+            objects.bounded(partial, self._orbax.wait_until_finished)
             if not processes.is_main():
                 processes.broadcast(None, key, "to complete a checkpoint")
                 return
@@ -167,6 +171,7 @@ class Writer:
             self._error = self._unwritten(partial, error)
 
     def _unwritten(self, partial: pathlib.Path, error: BaseException) -> UserError:
+        self._unanswered = self._unanswered or isinstance(error, objects.Unanswered)
         try:
             files.check_lock(self._lock)
             storage.abandon(partial)

@@ -15,6 +15,7 @@ from llm_jax.cli.entry import run_script as run_script
 from llm_jax.cli.entry import select_subcommand as select_subcommand
 from llm_jax.cli.entry import start as start
 from llm_jax.cli.parsing import CHECKPOINT_FORMS as CHECKPOINT_FORMS
+from llm_jax.cli.parsing import MESH_NEEDS as MESH_NEEDS
 from llm_jax.cli.parsing import Command as Command
 from llm_jax.cli.parsing import Flags as Flags
 from llm_jax.cli.parsing import Needs as Needs

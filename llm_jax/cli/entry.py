@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from absl import flags, logging
 
-from llm_jax import files, runtime
+from llm_jax import files, object_faults, runtime
 from llm_jax.cli import help as help_lib
 from llm_jax.cli import parsing, signals, status
 from llm_jax.cli.parsing import Command
@@ -151,5 +151,9 @@ def _execute(command: Command, values: flags.FlagValues, arguments: Sequence[str
         return command.main(values) or 0
     except (RuntimeError, AssertionError) as error:
         if message := runtime.explain_device_error(error, command.memory_cure):
+            raise UserError(message) from error
+        raise
+    except Exception as error:
+        if message := object_faults.explain(error):
             raise UserError(message) from error
         raise

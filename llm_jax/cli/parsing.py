@@ -30,6 +30,7 @@ CHECKPOINT_FORMS = (
     "a run, a Hugging Face directory, a .gguf file, a peft directory, a zip file of one, asset:NAME, hf:ORG/NAME, "
     "gs://BUCKET/PATH or s3://BUCKET/PATH"
 )
+MESH_NEEDS: Needs = ((("devices",), "--mesh is not given", lambda f: f.mesh),)  # of `Flags.define_mesh`
 _POSITIONAL = ("prompt", "checkpoint", "input", "workdir", "text")  # flags suggested for a positional argument
 _REQUIRED = ("checkpoint", "input", "prompt", "output", "to")  # the order of positional arguments in a suggestion
 _BOOLEANS = {"yes": "true", "y": "true", "on": "true", "no": "false", "n": "false", "off": "false"}
@@ -85,6 +86,16 @@ class Flags(flags.FlagValues):
         """Defines --activations."""
         meaning = "activations of products with quantized weights: float, or int8, which is faster and less exact"
         self.enum("activations", "float", ["float", "int8"], meaning)
+
+    def define_mesh(self) -> None:
+        """Defines --mesh and --devices."""
+        self.string(
+            "mesh",
+            "",
+            "shard the model over all devices: sizes of the axes data, fsdp and tensor, such as tensor=4,data=2; "
+            "default of data: all remaining devices; default without the flag: one device",
+        )
+        self.integer("devices", None, "with --mesh: simulate this many CPU devices; default: those of this machine")
 
     def integer(self, name: str, default: int | None, meaning: str, **options: Any) -> None:
         flags.DEFINE_integer(name, default, meaning, flag_values=self, **options)

@@ -10,6 +10,7 @@ import json
 import pathlib
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -17,7 +18,7 @@ import numpy as np
 from llm_jax import files as files_lib
 from llm_jax import tokenizers
 from llm_jax.data import catalog as catalog_lib
-from llm_jax.data import processes, streams
+from llm_jax.data import processes, ray_engine, streams
 from llm_jax.data.catalog import Catalog
 from llm_jax.data.encode import ENCODERS
 from llm_jax.data.sources import File
@@ -35,13 +36,23 @@ _Job = tuple[pathlib.Path, str, str, str, str, Iterable[_Run]]
 
 
 def build(
-    directory: pathlib.Path, catalog: Catalog, held: HeldOut, tokenizer: Tokenizer, kind: str, workers: int
+    directory: pathlib.Path,
+    catalog: Catalog,
+    held: HeldOut,
+    tokenizer: Tokenizer,
+    kind: str,
+    workers: int,
+    engine: str = "local",
 ) -> None:
     """Writes the tokens of all documents into `directory`, which appears when it is complete.
 
     Each split ("train", "validation") has tokens.bin, offsets.npy and bytes.npy by example, mask.bin if only some
     tokens of the kind of data are targets, and split.json. Finished parts are kept after an interruption, and the next
-    call continues from them. Only one process builds at a time; others wait.
+    call continues from them. Only one process builds at a time; others wait. Every engine writes the same bytes.
+
+    Args:
+      engine: "local": processes of this machine; "ray": a cluster (`ray_engine`), whose machines can read the files of
+        the catalog.
 
     Raises:
       UserError: documents cannot be read or encoded; the disk is full or cannot be written.
@@ -67,8 +78,11 @@ def build(
                         documents = _Documents(side.path, _runs(side, catalog.files, first, end))
                         jobs.append((parts, name, dtype.name, kind, catalog.field, documents))
                         costs.append(size)
-            for _ in processes.each(_part, jobs, costs, "tokenizing", workers=workers, min_bytes=_MIN_BYTES):
-                pass
+            if engine == ray_engine.NAME:
+                _receive(parts, _tokenizer_files(parts / "tokenizer"), jobs, costs)
+            else:
+                for _ in processes.each(_part, jobs, costs, "tokenizing", workers=workers, min_bytes=_MIN_BYTES):
+                    pass
             joined = parts / "joined"
             shutil.rmtree(joined, ignore_errors=True)
             for side in sides:
@@ -198,9 +212,14 @@ def _part(
     runs: Iterable[_Run],
 ) -> None:
     """Tokenizes documents into NAME.tokens and NAME.mask; NAME.npz appears when they are finished."""
-    encoder = ENCODERS[kind]
     saved = parts / "tokenizer"
-    tokenizer = _tokenizer(saved, saved.stat().st_ino)
+    _encode(parts, name, dtype, kind, field, runs, _tokenizer(saved, saved.stat().st_ino))
+
+
+def _encode(
+    parts: pathlib.Path, name: str, dtype: str, kind: str, field: str, runs: Iterable[_Run], tokenizer: Tokenizer
+) -> None:
+    encoder = ENCODERS[kind]
     lengths, sizes, ends = array.array("q"), array.array("q"), array.array("b")
     with _writing(parts.parent), contextlib.ExitStack() as files:
         tokens = files.enter_context((parts / f"{name}.tokens").open("wb"))
@@ -221,6 +240,42 @@ def _part(
         with new_file(parts / f"{name}.npz", source=f"data.cache_dir: {parts.parent}") as finished:
             counts = np.asarray(lengths, np.int64), np.asarray(sizes, np.int64)
             np.savez(finished, lengths=counts[0], sizes=counts[1], ends=np.asarray(ends, bool))
+
+
+def _tokenizer_files(directory: pathlib.Path) -> tuple[tuple[str, bytes], ...]:
+    """(name, content) of the files of a saved tokenizer."""
+    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    return tuple((path.relative_to(directory).as_posix(), path.read_bytes()) for path in paths)
+
+
+@functools.lru_cache(1)
+def _received_tokenizer(saved: tuple[tuple[str, bytes], ...]) -> Tokenizer:
+    with tempfile.TemporaryDirectory() as directory:
+        for name, content in saved:
+            path = pathlib.Path(directory, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        return tokenizers.load(pathlib.Path(directory))
+
+
+def _part_remotely(
+    saved: tuple[tuple[str, bytes], ...], name: str, dtype: str, kind: str, field: str, runs: Iterable[_Run]
+) -> dict[str, bytes]:
+    """{name: content} of the files that `_part` writes, on a machine of a cluster."""
+    with tempfile.TemporaryDirectory() as directory:
+        parts = pathlib.Path(directory)
+        _encode(parts, name, dtype, kind, field, runs, _received_tokenizer(saved))
+        return {path.name: path.read_bytes() for path in parts.iterdir()}
+
+
+def _receive(parts: pathlib.Path, saved: tuple[tuple[str, bytes], ...], jobs: list[_Job], costs: list[int]) -> None:
+    """Runs the jobs of `_part` on a cluster, and writes the files of each part, NAME.npz last."""
+    arguments = [(*rest, [(f, np.array(s), np.array(n)) for f, s, n in documents]) for _, *rest, documents in jobs]
+    work = functools.partial(_part_remotely, saved)
+    for _, contents in ray_engine.each(work, arguments, costs, "tokenizing"):
+        for name in sorted(contents, key=lambda name: name.endswith(".npz")):
+            with new_file(parts / name, source=f"data.cache_dir: {parts.parent}") as file:
+                file.write(contents[name])
 
 
 def _join(directory: pathlib.Path, parts: pathlib.Path, names: list[str], dtype: np.dtype) -> None:

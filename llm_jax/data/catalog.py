@@ -3,6 +3,7 @@
 Scans are processed in blocks and stored on disk: their memory grows with the number of files, not of documents.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
@@ -12,14 +13,14 @@ import os
 import pathlib
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import IO
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-from llm_jax import files
-from llm_jax.data import processes, sources
+from llm_jax import files, objects
+from llm_jax.data import processes, ray_engine, shared_cache, sources
 from llm_jax.data.readers import FORMATS
 from llm_jax.data.sources import File
 from llm_jax.data.streams import one_by_one
@@ -29,6 +30,7 @@ from llm_jax.files import PARTIAL
 _FORMAT = 2  # version of the format of stored scans
 _MIN_BYTES = 256 * 2**20  # minimum bytes to scan per process
 _RACE = 2 * 10**9  # nanoseconds; a file that has just changed may change again with the same time stamp
+_REQUESTS = 16  # to an object store at a time
 _BLOCK = 2**14  # documents in memory at a time
 
 # A document: where it begins in its file (`readers.Scan`), the bytes of its text in UTF-8, and a hash of the name of
@@ -114,21 +116,27 @@ def texts(file: File, field: str, starts: np.ndarray, sizes: np.ndarray) -> Iter
 
 
 def read(
-    source: str, field: str, directory: pathlib.Path, workers: int, in_pieces: bool = True
+    source: str,
+    field: str,
+    cache_dir: str,
+    workers: int,
+    in_pieces: bool = True,
+    engine: str = "local",
 ) -> tuple[Catalog, list["SourceScan"]]:
     """The catalog of `data.source`, and the scans of its sources.
 
     Args:
       field: see `Catalog.field`.
-      directory: where scans are stored, with the sizes and times of the files.
+      cache_dir: the option `data.cache_dir`; scans are stored there, with the sizes and times of the files.
       workers: processes that scan; see `processes.each`.
       in_pieces: see `sources.files`.
+      engine: "local", or "ray" (see `ray_engine`).
 
     Raises:
       UserError: a source is missing, cannot be read, or has no text; the scan cannot be written.
     """
     names = tuple(sources.weights(source))
-    scans = [SourceScan.make(name, len(names) > 1, field, directory, workers, in_pieces) for name in names]
+    scans = [SourceScan.make(name, len(names) > 1, field, cache_dir, workers, in_pieces, engine) for name in names]
     sha256 = hashlib.sha256()
     for scan in scans:
         for file, digest in zip(scan.files, scan.digests, strict=True):
@@ -157,6 +165,7 @@ class SourceScan:
       counts: number of documents of each file.
       records: RECORD of all documents, mapped from disk.
       path: where the scan is stored.
+      cache_dir: the option `data.cache_dir`.
       is_new: whether it differs from the stored one.
     """
 
@@ -166,17 +175,21 @@ class SourceScan:
     counts: list[int]
     records: np.ndarray
     path: pathlib.Path
+    cache_dir: str
     is_new: bool
 
     @classmethod
     def make(
-        cls, name: str, prefix: bool, field: str, directory: pathlib.Path, workers: int, in_pieces: bool
+        cls, name: str, prefix: bool, field: str, cache_dir: str, workers: int, in_pieces: bool, engine: str
     ) -> "SourceScan":
         """Scans the files that are not in the stored scan, or have changed since."""
         files = sources.files(name, prefix, in_pieces=in_pieces)
-        stamps = [file.stamp() for file in files]
-        key = json.dumps([name, str(pathlib.Path.cwd()), prefix, field, _FORMAT])
+        stamps = _stamps(files)
+        directory = shared_cache.directory(cache_dir) / "scans"
+        where = "" if objects.is_object(name) else str(pathlib.Path.cwd())
+        key = json.dumps([name, where, prefix, field, _FORMAT])
         path = directory / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.scan"
+        shared_cache.fetch(cache_dir, path)
         stored, records = _stored(path)
         keys = [_key(file, stamp) for file, stamp in zip(files, stamps, strict=True)]
         scans = {i: stored[key] for i, key in enumerate(keys) if key in stored}
@@ -184,10 +197,15 @@ class SourceScan:
         if is_new:
             with _scratch(directory) as scratch:
                 todo = [i for i in range(len(files)) if i not in scans]
-                jobs = [(files[i], field, scratch) for i in todo]
+                jobs = [(files[i], field) for i in todo]
                 costs = [s if isinstance(s, int) else n for s, n in (stamps[i] for i in todo)]
                 title = f"reading {name}"
-                results = dict(processes.each(_scan, jobs, costs, title, workers=workers, min_bytes=_MIN_BYTES))
+                if engine == ray_engine.NAME:
+                    scanned = ray_engine.each(_scan_remotely, jobs, costs, title)
+                    results = {i: _append_received(scratch, digest, records) for i, (digest, records) in scanned}
+                else:
+                    local = [(*job, scratch) for job in jobs]
+                    results = dict(processes.each(_scan, local, costs, title, workers=workers, min_bytes=_MIN_BYTES))
                 maps = {part.name: mapped(part, RECORD) for part in scratch.iterdir()}
                 scans |= {todo[i]: (digest, maps[part][at]) for i, (digest, part, at) in results.items()}
                 with tempfile.TemporaryFile(dir=directory) as joined:
@@ -201,7 +219,7 @@ class SourceScan:
             )
             raise UserError(f"data.source={name}: there is no text in it ({content})")
         digests, parts = zip(*(scans[i] for i in range(len(files))), strict=True)
-        return cls(files, stamps, list(digests), [len(p) for p in parts], records, path, is_new)
+        return cls(files, stamps, list(digests), [len(p) for p in parts], records, path, cache_dir, is_new)
 
     def write(self) -> None:
         """Stores a new scan, without files that changed just now. Raises UserError if it cannot be written."""
@@ -216,10 +234,12 @@ class SourceScan:
             file.write(header + b" " * (-len(header) - 1 & 7) + b"\n")  # records begin at multiples of 8
             for end, count, is_sure in zip(itertools.accumulate(self.counts), self.counts, sure, strict=True):
                 _append(file, self.records[end - count : end * is_sure])
+        shared_cache.publish(self.cache_dir, self.path)
 
     def changed(self) -> str:
         """The path of a file that has changed since it was scanned, or ""."""
-        return next((f.path for f, s in zip(self.files, self.stamps, strict=True) if f.stamp() != s), "")
+        stamps = zip(self.files, self.stamps, _stamps(self.files), strict=True)
+        return next((file.path for file, before, now in stamps if now != before), "")
 
 
 def mapped(file: pathlib.Path | IO[bytes], dtype: DTypeLike, offset: int = 0) -> np.ndarray:
@@ -298,6 +318,30 @@ def _scan(file: File, field: str, scratch: pathlib.Path) -> tuple[str, str, slic
             records["group"] = [int.from_bytes(_hash(file.group or file.document(start))[:8]) for start, _ in block]
             written.write(records.tobytes())
         return digest, path.name, slice(first, written.tell() // RECORD.itemsize)
+
+
+def _scan_remotely(file: File, field: str) -> tuple[str, np.ndarray]:
+    """The sha256 of a file and RECORD of its documents, on a machine of a cluster."""
+    with tempfile.TemporaryDirectory() as scratch:
+        digest, name, _ = _scan(file, field, pathlib.Path(scratch))
+        return digest, np.fromfile(pathlib.Path(scratch, name), RECORD)
+
+
+def _append_received(scratch: pathlib.Path, digest: str, records: np.ndarray) -> tuple[str, str, slice]:
+    """What `_scan` returns, for documents that another machine has found."""
+    path = scratch / "received"
+    with path.open("ab") as written:
+        first = written.tell() // RECORD.itemsize
+        _append(written, records)
+        return digest, path.name, slice(first, first + len(records))
+
+
+def _stamps(files: Sequence[File]) -> list[tuple[int | str, int]]:
+    """`File.stamp` of each file; of objects, each of which takes a request, several at a time."""
+    if not any(objects.is_object(file.path) for file in files):
+        return [file.stamp() for file in files]
+    with concurrent.futures.ThreadPoolExecutor(_REQUESTS) as pool:
+        return list(pool.map(File.stamp, files))
 
 
 def _hash(group: str) -> bytes:

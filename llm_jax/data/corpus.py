@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from llm_jax import bars, files, tokenizers
-from llm_jax.data import catalog, split
+from llm_jax.data import catalog, shared_cache, split
 from llm_jax.data.build import build
 from llm_jax.data.encode import ENCODERS
 from llm_jax.errors import UserError
@@ -74,6 +74,7 @@ class Source:
     Args:
       whole: whether all text is held out, for evaluation only.
       in_pieces: whether a single text file is split into several documents.
+      engine: where text is scanned and tokenized: "local", or "ray" (see `ray_engine`).
 
     Attributes:
       sha256: hash of all documents.
@@ -83,13 +84,14 @@ class Source:
       UserError: an unknown kind of data; see `catalog.read` and `split.held_out`.
     """
 
-    def __init__(self, config: DataConfig, whole: bool = False, in_pieces: bool = True):
+    def __init__(self, config: DataConfig, whole: bool = False, in_pieces: bool = True, engine: str = "local"):
         self._encoder = choice("data.kind", config.kind, ENCODERS)
-        self.config = config
-        self.cache = cache_directory(config)
+        self.config, self._engine = config, engine
+        self.cache = shared_cache.directory(config.cache_dir)
         field = config.field if config.kind == "text" else ""
-        scans = self.cache / "scans"
-        self.catalog, self._scans = catalog.read(config.source, field, scans, config.workers, in_pieces)
+        self.catalog, self._scans = catalog.read(
+            config.source, field, config.cache_dir, config.workers, in_pieces, engine
+        )
         self.held = split.EVERYTHING if whole else split.held_out(self.catalog, config.validation_fraction)
         for scan in self._scans:
             scan.write()
@@ -139,7 +141,7 @@ class Source:
         Args:
           at_most: see `trained_tokenizer`.
         """
-        return trained_tokenizer(self.cache, self._key, config, self.texts(False, _SAMPLE), at_most)
+        return trained_tokenizer(self.config.cache_dir, self._key, config, self.texts(False, _SAMPLE), at_most)
 
     def corpus(self, tokenizer: Tokenizer) -> Corpus:
         """All documents as tokens, from the cache if they are in it.
@@ -149,11 +151,14 @@ class Source:
             damaged.
         """
         directory = self.cache / "corpora" / f"{self._key}-{tokenizers.digest(tokenizer)[:24]}-{FORMAT}"
+        shared_cache.fetch(self.config.cache_dir, directory)
         if not directory.exists():
-            build(directory, self.catalog, self.held, tokenizer, self.config.kind, self.config.workers)
+            kind, workers = self.config.kind, self.config.workers
+            build(directory, self.catalog, self.held, tokenizer, kind, workers, self._engine)
             if changed := next(filter(None, (scan.changed() for scan in self._scans)), ""):
                 shutil.rmtree(directory, ignore_errors=True)
                 raise UserError(f"{changed}: changed while it was being tokenized; start again")
+            shared_cache.publish(self.config.cache_dir, directory)
         train, train_sizes = open_split(directory / "train")
         validation, held_sizes = open_split(directory / "validation")
         parts: dict[str, Corpus] = {}
@@ -203,17 +208,13 @@ class Source:
         return {name: 8 * (sizes[name] + len(packer.flush())) / total for name, packer in packers.items()}
 
 
-def cache_directory(config: DataConfig) -> pathlib.Path:
-    """The directory of tokenized corpora and trained tokenizers."""
-    return pathlib.Path(config.cache_dir or "~/.cache/llm_jax").expanduser()
-
-
 def trained_tokenizer(
-    cache: pathlib.Path, key: str, config: TokenizerConfig, texts: Iterable[str], at_most: bool
+    cache_dir: str, key: str, config: TokenizerConfig, texts: Iterable[str], at_most: bool
 ) -> Tokenizer:
     """The tokenizer of a config, trained on `texts`, or read from the cache if it is in it under `key`.
 
     Args:
+      cache_dir: the option `data.cache_dir`.
       at_most: whether `config.vocab_size` is only an upper bound for texts that are too small.
 
     Raises:
@@ -222,7 +223,8 @@ def trained_tokenizer(
     kind = tokenizers.get(config.kind)
     kind_name = re.sub(r"[^\w.-]+", "_", kind.kind)  # a custom class has other options
     name = f"{kind_name}-{'at-most-' if at_most else ''}{config.vocab_size}-{key}-{_TOKENIZERS}"
-    directory = cache / "tokenizers" / name
+    directory = shared_cache.directory(cache_dir) / "tokenizers" / name
+    shared_cache.fetch(cache_dir, directory)
     if not directory.exists():
         try:
             tokenizer = kind.train(bars.bar(texts, "training the tokenizer", leave=False), config.vocab_size)
@@ -232,6 +234,7 @@ def trained_tokenizer(
             tokenizer = error.largest()
         with new_cache(directory) as partial:
             tokenizers.save(tokenizer, partial)
+        shared_cache.publish(cache_dir, directory)
     return tokenizers.load(directory)
 
 

@@ -25,7 +25,7 @@ import numpy as np
 from llm_jax import tokenizers
 from llm_jax.data import catalog as catalog_lib
 from llm_jax.data import corpus as corpus_lib
-from llm_jax.data import sources
+from llm_jax.data import shared_cache, sources
 from llm_jax.data.catalog import Catalog
 from llm_jax.data.chat_text import ChatText, Conversation, Message, templated_texts
 from llm_jax.data.corpus import Corpus, Split
@@ -299,8 +299,8 @@ class LabelledSource:
                 f"data.source={config.source}: weights have no effect with data.kind=labelled; leave them out"
             )
         self.config = config
-        self.cache = corpus_lib.cache_directory(config)
-        catalog, scans = catalog_lib.read(config.source, "", self.cache / "scans", config.workers)
+        self.cache = shared_cache.directory(config.cache_dir)
+        catalog, scans = catalog_lib.read(config.source, "", config.cache_dir, config.workers)
         self._examples, self.choices = read(catalog, config.labelled)
         self.parts = {"train": [], "validation": self._examples, "test": self._examples} if whole else self._divided()
         for scan in scans:
@@ -333,7 +333,7 @@ class LabelledSource:
         """
         _, (before, after) = _prompt_parts(self.config.labelled, self.choices)
         texts = (f"{before}{e.text}{after} {self.choices[e.label]}" for e in self.parts["train"])
-        return corpus_lib.trained_tokenizer(self.cache, self._key, config, texts, at_most)
+        return corpus_lib.trained_tokenizer(self.config.cache_dir, self._key, config, texts, at_most)
 
     def corpus(self, tokenizer: Tokenizer) -> Corpus:
         """The splits as tokens, from the cache if they are in it.

@@ -37,7 +37,7 @@ class FileFormat:
     whole: bool = False
 
 
-def of(path: pathlib.Path, alone: bool) -> str:
+def of(path: str, alone: bool) -> str:
     """The name of the format of a file, in `FORMATS`.
 
     Text is one document, or several pieces if the file is the only one of its source (`alone`). A .json file holds an
@@ -46,8 +46,8 @@ def of(path: pathlib.Path, alone: bool) -> str:
     Raises:
       UserError: a .json file that is alone and holds neither.
     """
-    suffix = plain_name(path).suffix.lower()
-    if suffix == ".json" and (form := records.json_form(str(path))):
+    suffix = plain_name(pathlib.PurePosixPath(path)).suffix.lower()
+    if suffix == ".json" and (form := records.json_form(path)):
         return form
     if suffix == ".json" and alone:
         raise UserError(f"{path}: expected an array of JSON objects, or one object a line")

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from llm_jax import objects
 from llm_jax.data.streams import BOM, decode, one_by_one, opened, seekable, utf8_size
 from llm_jax.errors import UserError
 
@@ -230,7 +231,7 @@ def _parquet(path: str, field: str, rows: np.ndarray | None) -> Iterator[tuple[i
         raise UserError(f"{path}: reading Parquet needs a package; pip install pyarrow") from error
     try:
         if seekable(path):
-            file = parquet.ParquetFile(path)
+            file = parquet.ParquetFile(objects.stream(path) if objects.is_object(path) else path)
         else:
             with opened(path) as stream:
                 file = parquet.ParquetFile(pyarrow.BufferReader(stream.read()))

@@ -9,6 +9,7 @@ import pathlib
 import re
 import sysconfig
 
+from llm_jax import objects
 from llm_jax.data import assets, readers, records, streams
 from llm_jax.errors import UserError
 
@@ -42,6 +43,8 @@ class File:
         if self.format == "hf":
             dataset = records.data_set(self.path)
             return dataset._fingerprint, len(dataset)
+        if objects.is_object(self.path):
+            return objects.stamp(self.path)
         try:
             status = os.stat(self.path)
         except OSError as error:
@@ -75,9 +78,9 @@ def files(source: str, prefix: bool = False, option: str = "data.source", in_pie
 
     "stdlib" is the source code of the running Python's standard library, each package a group; "asset:NAME" is one of
     `llm_jax.assets`; "hf:NAME" and "hf:NAME:SPLIT" are data sets of `datasets`. Every other source is a file, a
-    directory (without hidden files) or a glob pattern. The suffix of a file says what it holds: JSON lines, CSV, TSV,
-    Parquet or text, which may be compressed (.gz, .bz2, .xz, .zst). A text file is one document; the only file of a
-    source is cut into several.
+    directory (without hidden files) or a glob pattern, on a disk or in an object store (gs://, s3://). The suffix of a
+    file says what it holds: JSON lines, CSV, TSV, Parquet or text, which may be compressed (.gz, .bz2, .xz, .zst). A
+    text file is one document; the only file of a source is cut into several.
 
     Args:
       prefix: whether names begin with the source, which makes them unique among several sources.
@@ -91,6 +94,13 @@ def files(source: str, prefix: bool = False, option: str = "data.source", in_pie
         files = _stdlib()
     elif source.startswith("hf:"):
         files = [File(source, "", source[3:], "hf")]
+    elif objects.is_object(source):
+        objects.check(objects.path(source))
+        addresses = objects.matching(source)
+        visible = [name for name in addresses if not any(part.startswith(".") for part in name.split("/"))]
+        files = [_file(addresses[name], name, alone=addresses[name] == source) for name in visible]
+        if not files:
+            raise UserError(f"{option}={source}: no such object or directory, and no object matches it as a glob")
     else:
         path = assets.locate(source)
         if path.is_file():
@@ -116,8 +126,9 @@ def paths(source: str, option: str) -> list[pathlib.Path]:
     Raises:
       UserError: there is no file, or the source is a data set of `datasets`.
     """
-    if source.startswith("hf:"):
-        raise UserError(f"{option}={source}: expected files, asset:NAME or stdlib, not a data set of datasets")
+    if source.startswith("hf:") or objects.is_object(source):
+        other = "a data set of datasets" if source.startswith("hf:") else "objects of a bucket"
+        raise UserError(f"{option}={source}: expected files, asset:NAME or stdlib, not {other}")
     paths = sorted(pathlib.Path(file.path) for file in files(source, option=option))
     if not paths:
         raise UserError(_missing(source, option))
@@ -172,7 +183,7 @@ def _visible_files(directory: pathlib.Path, option: str, source: str) -> list[pa
         raise
 
 
-def _file(path: pathlib.Path, name: str, alone: bool = False, form: str = "") -> File:
+def _file(path: str | pathlib.Path, name: str, alone: bool = False, form: str = "") -> File:
     name = streams.plain_name(pathlib.PurePosixPath(name)).as_posix() if alone else name
-    form = form or readers.of(path, alone)
+    form = form or readers.of(str(path), alone)
     return File(name, name if readers.FORMATS[form].whole else "", str(path), form)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from llm_jax import objects
 from llm_jax.errors import UserError
 
 BOM = "\ufeff"
@@ -42,10 +43,22 @@ PACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".x
 
 @contextlib.contextmanager
 def opened(path: str) -> Iterator[Any]:
-    """The file as a stream of uncompressed bytes. Raises UserError if it cannot be read."""
+    """The file, or the object of an object store, as a stream of uncompressed bytes.
+
+    Raises:
+      UserError: it cannot be read.
+    """
     try:
-        with PACKED.get(pathlib.Path(path).suffix, open)(path, "rb") as stream:
-            yield stream
+        with contextlib.ExitStack() as stack:
+            file: Any = path
+            if objects.is_object(path):
+                stack.enter_context(objects.errors(path, "cannot be read"))
+                file = stack.enter_context(objects.stream(path))
+            if packed := PACKED.get(pathlib.Path(path).suffix):
+                file = stack.enter_context(packed(file, "rb"))
+            elif file is path:
+                file = stack.enter_context(open(path, "rb"))
+            yield file
     except Exception as error:
         known = isinstance(error, OSError | EOFError | zlib.error | lzma.LZMAError)
         if not known and type(error).__name__ != "ZstdError":  # a class that exists only where the package does

@@ -115,7 +115,7 @@ def search(
     loop.check(model, prompts, limit, [0] * len(prompts))
     settings = loop.draw_settings(model, options.sampler(), [0], eos, vocab_size)
     beams = BeamSettings(options.length_penalty, options.diversity, EARLY_STOP.index(options.early_stop), limit)
-    prompts_BP, lengths = loop.padded(prompts)
+    prompts_BP, lengths = loop.padded(prompts, params)
     state = _start(model, groups, options.beams // groups, loop.bucket(limit), params, prompts_BP, lengths)
     for until in range(1, limit + 1) if stop else (limit,):
         state = _advance(model, params, settings, beams, state, jnp.int32(until))

@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 
+from llm_jax.parallel import mesh
+
 _MODELS = 8  # models whose compiled functions are kept
 
 
@@ -13,7 +15,8 @@ def jit(*, static: tuple[int, ...] = (), donate: tuple[int, ...] = ()) -> Callab
     """A decorator like `jax.jit` for functions (model, *arguments) of modules, with the model as a static argument.
 
     `jax.jit` keeps the compiled code of all models, for example of all geometries of a sweep. This decorator keeps one
-    compiled function per model and drops the least recently used.
+    compiled function per model and drops the least recently used. Functions of parameters that are sharded over a mesh
+    are traced with this mesh in use.
 
     Args:
       static: which arguments after the model are static, from 0.
@@ -31,7 +34,8 @@ def jit(*, static: tuple[int, ...] = (), donate: tuple[int, ...] = ()) -> Callab
 
         @functools.wraps(function)
         def compiled(model: Any, *arguments: Any) -> Any:
-            return of_model(model)(*arguments)
+            with mesh.entered(arguments):
+                return of_model(model)(*arguments)
 
         compiled.of_model = of_model  # type: ignore[attr-defined]
         return compiled

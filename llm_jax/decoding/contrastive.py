@@ -60,7 +60,7 @@ def search(
     model, params = loop.unrolled(model, params)
     loop.check(model, prompts, max_new_tokens, [0] * len(prompts))
     settings = loop.draw_settings(model, sampler, [0] * len(prompts), eos, vocab_size)
-    prompts_BP, lengths = loop.padded(prompts)
+    prompts_BP, lengths = loop.padded(prompts, params)
     state = _start(model, loop.bucket(max_new_tokens), params, prompts_BP, lengths)
 
     def advance(decoding: DecodingState, until: int) -> DecodingState:

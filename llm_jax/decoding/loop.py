@@ -173,13 +173,16 @@ def start(
     alternatives: int = 0,
 ) -> DecodingState:
     """Prefills a cache for the prompts and `max_new_tokens` tokens, and samples the first token."""
-    prompts_BP, lengths = (mesh_lib.split_rows(array, params) for array in padded(prompts))
+    prompts_BP, lengths = padded(prompts, params)
     room = bucket(max_new_tokens)
     return prefill_and_draw(model, room, alternatives, params, settings, prompts_BP, lengths)
 
 
-def padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+def padded(prompts: Sequence[Sequence[int]], params: Any) -> tuple[Any, Any]:
     """Pads prompts to a bucket.
+
+    Args:
+      params: if they are sharded over a mesh, the rows are divided over it.
 
     Returns:
       Ids int32 (B, P), and lengths int32 (B,).
@@ -188,7 +191,7 @@ def padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     prompts_BP = np.zeros((len(prompts), bucket(int(lengths.max()))), np.int32)
     for row, prompt in zip(prompts_BP, prompts, strict=True):
         row[: len(prompt)] = prompt
-    return prompts_BP, lengths
+    return mesh_lib.split_rows(prompts_BP, params), mesh_lib.split_rows(lengths, params)
 
 
 def prefill(

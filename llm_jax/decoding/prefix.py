@@ -63,7 +63,7 @@ class Prefix:
         common = common_length(cached, prompt[:-1])
         if positions.make(model.config).changes_keys(jnp.asarray(len(cached)), jnp.asarray(common)):
             common = 0  # the keys were computed with the frequencies of a longer text
-        new_BP, _ = loop.padded([prompt[common:]])
+        new_BP, _ = loop.padded([prompt[common:]], params)
         end, room = common + new_BP.shape[1], loop.bucket(max_new_tokens)
         if state is None:
             # Copies, as no two donated arrays may be the same.

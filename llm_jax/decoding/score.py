@@ -61,7 +61,7 @@ def score(
     for first in range(0, len(order), batch_size):
         batch = order[first : first + batch_size]
         rows = [[*pairs[i][0], *pairs[i][1]] for i in batch]
-        ids_BT, lengths = loop.padded(rows + [[0]] * (batch_size - len(batch)))
+        ids_BT, lengths = loop.padded(rows + [[0]] * (batch_size - len(batch)), params)
         logs, best = jax.device_get(_score(model, params, ids_BT, lengths))
         for row, i in enumerate(batch):
             answer = slice(len(pairs[i][0]) - 1, len(rows[row]) - 1)  # the logits before a token predict it

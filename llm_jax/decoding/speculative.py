@@ -9,7 +9,6 @@ tokens are overwritten by the next round before any query attends to them.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax import trees
-from llm_jax.decoding import continuations, loop
+from llm_jax.decoding import compiled, continuations, loop
 from llm_jax.decoding.continuations import Generated, StopFn
 from llm_jax.decoding.loop import DrawSettings
 from llm_jax.decoding.samplers import History, Sampler, draw
@@ -100,7 +99,7 @@ def generate(
         check_length(draft[0].config, max(map(len, prompts)) + max_new_tokens)
     draft_model, draft_params = draft or (None, None)
     settings = loop.draw_settings(model, sampler, seeds, eos, vocab_size)
-    prompts_BP, lengths = loop.padded(prompts)
+    prompts_BP, lengths = loop.padded(prompts, params)
     room = loop.bucket(max_new_tokens)
     state = _start(model, draft_model, room, draft_tokens, params, draft_params, prompts_BP, lengths)
 
@@ -111,7 +110,7 @@ def generate(
     return continuations.run(step, state, settings.eos, max_new_tokens, stop, watch)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@compiled.jit(static=(0, 1, 2))
 def _start(
     model: Transformer,
     draft_model: Transformer | None,
@@ -143,7 +142,7 @@ def _start(
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=6)
+@compiled.jit(static=(0, 1), donate=(5,))
 def _advance(
     model: Transformer,
     draft_model: Transformer | None,

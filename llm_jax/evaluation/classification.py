@@ -12,6 +12,7 @@ from llm_jax.decoding import score
 from llm_jax.intervals import wilson
 from llm_jax.model.attention import Tokens
 from llm_jax.model.transformer import Transformer
+from llm_jax.parallel import mesh as mesh_lib
 
 # Letters of shapes: B batch, T time, N examples in a row, D width, V vocabulary.
 
@@ -63,7 +64,8 @@ def _by_first_token(
     examples, right = [], []
     stream = batches(rows, 0, steps, batch_size, sharding)
     for step, batch in enumerate(bars.bar(stream, "answering", steps, leave=False)):
-        right_BN, present_BN = jax.device_get(answer(params, batch))
+        with mesh_lib.entered(params):
+            right_BN, present_BN = jax.device_get(answer(params, batch))
         for row in range(batch_size):
             examples.append(rows.documents(step * batch_size + row))
             right.append(right_BN[row][present_BN[row]])

@@ -19,7 +19,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llm_jax import trees, weights
+from llm_jax import configuration, trees, weights
 from llm_jax.errors import UserError
 from llm_jax.schema import MeshConfig, Rules
 
@@ -53,6 +53,22 @@ def make(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         )
     # Under explicit axes, the default of JAX, matrix products of sharded arrays raise an error.
     return Mesh(arrangement(tuple(sizes.values()), devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def parse(text: str, config: MeshConfig) -> MeshConfig:
+    """`config` with the axis sizes of a flag such as "tensor=4,data=2"; decoding has no use for the axis "context".
+
+    Raises:
+      UserError: an unknown or repeated axis, or a size that is not an integer.
+    """
+    sizes: dict[str, Any] = {}
+    for part in text.split(","):
+        axis, equals, size = (word.strip() for word in part.partition("="))
+        if not equals or axis not in (*BATCH, HEADS) or axis in sizes:
+            names = ", ".join((*BATCH, HEADS))
+            raise UserError(f"--mesh={text}; expected sizes of different axes ({names}), such as tensor=4,data=2")
+        sizes[axis] = int(size) if size.lstrip("-").isdecimal() else size
+    return configuration.replace(config, sizes, "mesh.")
 
 
 def arrangement(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
@@ -201,10 +217,29 @@ def split_rows(array: Any, params: Any) -> jax.Array:
 
     It is returned as it is where `params` lie on one device.
     """
-    sharding = next((leaf.sharding for leaf in jax.tree.leaves(params) if hasattr(leaf, "sharding")), None)
-    if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
-        return array
-    return jax.device_put(array, NamedSharding(sharding.mesh, fitting(P(BATCH), array.shape, sharding.mesh)))
+    mesh = mesh_of(params)
+    return array if mesh is None else jax.device_put(array, NamedSharding(mesh, fitting(P(BATCH), array.shape, mesh)))
+
+
+def mesh_of(arrays: Any) -> Mesh | None:
+    """The mesh of several devices over which the arrays of a tree are sharded; None for arrays on one device."""
+    leaves = (leaf for leaf in jax.tree.leaves(arrays) if isinstance(leaf, jax.Array))
+    first = next(leaves, None)
+    if first is None or isinstance(first, jax.core.Tracer) or not isinstance(first.sharding, NamedSharding):
+        return None
+    mesh = first.sharding.mesh
+    return mesh if isinstance(mesh, Mesh) and mesh.size > 1 else None
+
+
+def entered(arrays: Any) -> contextlib.AbstractContextManager[Any]:
+    """Context in which functions are traced with the mesh of `arrays` as the mesh in use, see `mesh_of`."""
+    mesh = mesh_of(arrays)
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def row_shards(mesh: Mesh) -> int:
+    """The number of parts into which the mesh divides the rows of a batch."""
+    return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
 def batch_sharding(mesh: Mesh, size: int, length: int = 0) -> NamedSharding:
@@ -217,7 +252,7 @@ def batch_sharding(mesh: Mesh, size: int, length: int = 0) -> NamedSharding:
     Raises:
       UserError: `size` is not a multiple of the number of devices of the axes of the rows, or `length` of "context".
     """
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = row_shards(mesh)
     if size % shards:
         raise UserError(f"a batch of {size} sequences cannot be split over mesh data x fsdp = {shards} devices")
     pieces = mesh.shape[CONTEXT] if length else 1

@@ -51,11 +51,12 @@ class Inputs:
     empty_answers: int = 0
 
 
-def load(config: Config, start: Start | None = None) -> Inputs:
+def load(config: Config, start: Start | None = None, engine: str = "local") -> Inputs:
     """Reads and tokenizes `data.source`, or reads its tokens from the cache.
 
     Args:
       start: the start of the run, which may include a tokenizer; None: determined from `config`.
+      engine: where text that is not in the cache is tokenized, see `data.corpus.Source`.
 
     Raises:
       UserError: no such source, too little text, or another tokenizer or text than the checkpoint was trained on.
@@ -74,7 +75,7 @@ def load(config: Config, start: Start | None = None) -> Inputs:
     if named:
         size = dataclasses.replace(config.tokenizer, kind=named.kind, vocab_size=named.vocab_size)
         config = dataclasses.replace(config, tokenizer=size)
-    source = kinds.open_source(config.data)
+    source = kinds.open_source(config.data, engine=engine)
     tokenizer = start.tokenizer or named or source.tokenizer(config.tokenizer, at_most=_is_default_size(config))
     if named:
         vocabulary.check_tokenizer(config.tokenizer.path, named, tokenizer)

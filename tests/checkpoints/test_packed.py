@@ -160,7 +160,7 @@ def test_an_object_store_without_its_package_or_a_bucket_is_one_line(monkeypatch
     def missing(scheme):
         raise ImportError("Please install it")
 
-    monkeypatch.setattr(objects, "_system", missing)
+    monkeypatch.setattr(objects, "_client", missing)
     with pytest.raises(UserError, match=f"^{address} *:?.*{message}$"):
         llm_jax.load(address)
 

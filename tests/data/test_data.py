@@ -81,7 +81,7 @@ def config(path, cache, fraction=0.1, workers=0) -> DataConfig:
 
 
 def read(source: str, cache) -> catalog.Catalog:
-    return catalog.read(source, "text", cache / "scans", 1)[0]
+    return catalog.read(source, "text", cache, 1)[0]
 
 
 def test_a_file_is_cut_into_documents_and_nothing_is_lost(tmp_path):

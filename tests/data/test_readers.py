@@ -87,7 +87,7 @@ def test_parquet_gives_its_column_and_leaves_out_what_is_empty(tmp_path, options
     source = Source(config(tmp_path / "a.parquet", tmp_path))
     some = np.arange(3, len(source.catalog), 41)
     assert list(source.catalog.texts(some)) == [TEXTS[i] for i in some]
-    whole = list(catalog.read(str(tmp_path / "a.parquet"), "", tmp_path, 1)[0].texts(np.arange(9)))
+    whole = list(catalog.read(str(tmp_path / "a.parquet"), "", str(tmp_path), 1)[0].texts(np.arange(9)))
     assert [json.loads(record) for record in whole] == [{"id": i, "text": TEXTS[i]} for i in range(9)]
 
 
@@ -251,7 +251,7 @@ def test_a_scan_is_remembered_until_a_file_changes(tmp_path, monkeypatch):
 def test_catalog_reads_documents_in_any_files(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(json_lines(TEXTS[:50]))
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(json_lines(TEXTS[50:])))
-    found, _ = catalog.read(f"{tmp_path / 'a.jsonl'},{tmp_path / 'b.jsonl.gz'}", "text", tmp_path / "m", 1)
+    found, _ = catalog.read(f"{tmp_path / 'a.jsonl'},{tmp_path / 'b.jsonl.gz'}", "text", str(tmp_path / "m"), 1)
     assert found.ends == (50, 300)
     for some in (np.array([3, 49, 50, 51, 299]), np.array([], np.int64), np.arange(0, 300, 7)):
         assert list(found.texts(some)) == [TEXTS[i] for i in some]

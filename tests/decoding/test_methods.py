@@ -260,9 +260,9 @@ def test_speculative_rows_depend_on_their_seeds_only_and_other_lengths_do_not_co
             *small, prompts, DecodingOptions().sampler(), other, 3, max_new_tokens=count, seeds=seeds)]  # fmt: skip
 
     first = call([[2], [3, 4, 0]], [1, 2])
-    compiled = speculative._advance._cache_size()
+    compiled = speculative._advance.of_model(small[0])._cache_size()
     assert call([[0] * 9, [3, 4, 0]], [7, 2])[1] == first[1] != call([[2], [3, 4, 0]], [1, 3], 5)[1]
-    assert speculative._advance._cache_size() == compiled
+    assert speculative._advance.of_model(small[0])._cache_size() == compiled
 
 
 def test_a_padded_draft_that_equals_the_model_is_accepted(small, padded):

@@ -18,6 +18,7 @@ from tests.conftest import ROOT
 
 pytestmark = pytest.mark.live
 STORES = ("gs", "s3")
+SERVERS: dict[str, subprocess.Popen] = {}  # those that run
 STEPS, EVERY = 40, 4
 TIMING = ("tokens_per_second", "mfu", "seconds")
 
@@ -49,6 +50,7 @@ def environment(tmp_path_factory):
     }
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(gcs, **quiet) as one, subprocess.Popen(s3, **quiet) as other:
+        SERVERS.update(gs=one, s3=other)
         for port in ports:
             until = time.monotonic() + 60
             while socket.socket().connect_ex(("127.0.0.1", port)):
@@ -239,3 +241,42 @@ def test_a_store_that_cannot_be_used_is_one_line_within_a_minute(start, store, s
         server.shutdown()
     (line,) = errors.strip().splitlines()
     assert line.startswith(f"error: {store}://missing/run: ") and message in line, line
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_a_store_that_hangs_ends_training_with_one_line_within_minutes(start, store):
+    """It accepts connections and does not answer: in the training loop, and before the resumed run has its lock."""
+    from llm_jax import files, objects
+
+    workdir = f"{store}://bucket/hung"
+    endless = ("--config.train.steps=400000", "--config.optim.schedule=constant")
+    process = start(workdir, *endless)
+    while not objects.finished(files.path(workdir) / "checkpoints"):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    for resumed in (False, True):
+        SERVERS[store].send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        try:
+            errors = finish(start(workdir, *endless) if resumed else process, code=2, seconds=400)
+        finally:
+            SERVERS[store].send_signal(signal.SIGCONT)
+        lines = [line for line in errors.strip().splitlines() if not line.startswith("note:")]
+        assert len(lines) == 1 and lines[0].startswith(f"error: {workdir}"), errors
+        print(store, resumed, f"{time.monotonic() - began:.0f} s", lines[0])
+        until = time.monotonic() + 60
+        while not objects.finished(files.path(workdir) / "checkpoints"):
+            assert time.monotonic() < until  # no checkpoint was lost
+    process = start(workdir, *endless)
+    steps = max(map(int, objects.finished(files.path(workdir) / "checkpoints")))
+    while max(map(int, objects.finished(files.path(workdir) / "checkpoints")), default=0) <= steps:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    kill(process)
+
+
+def test_a_sweep_with_a_directory_in_a_store_is_refused_before_any_run(environment):
+    command = [sys.executable, "-m", "llm_jax.sweep", "--grid=train.seed=0,1", "--output=s3://bucket/sweep"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr == "error: --output=s3://bucket/sweep: this command writes to disks only; give a directory\n"

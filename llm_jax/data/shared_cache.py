@@ -1,0 +1,65 @@
+"""A token cache in an object store (data.cache_dir=gs://... or s3://...), which many machines share.
+
+Arrays are mapped from files, so each machine has a copy in a directory of its own. What a machine lacks is copied from
+the store; what it has built is uploaded. A directory in the store is complete when its manifest.json exists.
+"""
+
+import hashlib
+import json
+import pathlib
+
+from llm_jax import files, objects
+
+
+def directory(cache_dir: str) -> pathlib.Path:
+    """The directory of this machine for `data.cache_dir`: that directory, or the copy of one in an object store."""
+    if not objects.is_object(cache_dir):
+        return pathlib.Path(cache_dir or "~/.cache/llm_jax").expanduser()
+    return files.cache_directory() / "shared" / hashlib.sha256(cache_dir.rstrip("/").encode()).hexdigest()[:32]
+
+
+def fetch(cache_dir: str, path: pathlib.Path) -> None:
+    """Copies a file or directory from the store if it is there and not here. Does nothing for a cache on a disk.
+
+    Args:
+      path: below `directory(cache_dir)`.
+
+    Raises:
+      UserError: the store cannot be read, or this machine's copy not be written.
+    """
+    if not objects.is_object(cache_dir) or path.exists():
+        return
+    origin = _origin(cache_dir, path)
+    content = objects.find(origin)
+    if "." in content:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with files.new_file(path) as file:
+            objects.copy_to(origin, file)
+    elif objects.LAST in content:
+        with files.new_directory(path, exist_ok=True) as partial:
+            objects.download(origin, partial)
+            (partial / objects.LAST).unlink()
+
+
+def publish(cache_dir: str, path: pathlib.Path) -> None:
+    """Uploads a file or directory of this machine. Does nothing for a cache on a disk.
+
+    Args:
+      path: below `directory(cache_dir)`; a directory replaces an incomplete one.
+
+    Raises:
+      UserError: the store cannot be written.
+    """
+    if not objects.is_object(cache_dir):
+        return
+    origin = _origin(cache_dir, path)
+    if path.is_file():
+        objects.put(path, origin)
+        return
+    objects.upload(path, origin)
+    names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+    objects.write(origin / objects.LAST, json.dumps(names).encode())
+
+
+def _origin(cache_dir: str, path: pathlib.Path) -> pathlib.Path:
+    return files.path(cache_dir) / path.relative_to(directory(cache_dir)).as_posix()
