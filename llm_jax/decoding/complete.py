@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+import operator
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llm_jax import other_libraries, tokenizers, weights
@@ -114,10 +115,23 @@ def complete(
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
-    """The ids of a prompt. Raises UserError for an empty one where the vocabulary has no BOS to begin with."""
-    ids = tokenizers.prompt(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
+    """The ids of a prompt.
+
+    Raises:
+      UserError: the prompt is empty and the tokenizer does not begin texts with BOS, or it is a list of messages or of
+        other values that are not ids.
+    """
+    if not isinstance(prompt, str) and any(isinstance(part, Mapping) for part in prompt):
+        raise UserError(
+            "a prompt is a list of messages; expected text or token ids, such as "
+            "llm_jax.apply_chat_template(tokenizer, messages, add_generation_prompt=True)"
+        )
+    try:
+        ids = tokenizers.prompt(tokenizer, prompt) if isinstance(prompt, str) else [operator.index(i) for i in prompt]
+    except TypeError as error:
+        raise UserError(f"a prompt is {str(prompt)[:60]!r}; expected text, or a list of token ids") from error
     if not ids:
-        raise UserError("the prompt is empty, and this vocabulary has no BOS to begin with; give some text")
+        raise UserError("the prompt is empty, and this tokenizer does not begin texts with BOS; give some text")
     return ids
 
 

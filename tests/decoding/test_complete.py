@@ -151,6 +151,10 @@ def test_prompts_that_cannot_be_continued_are_refused(ask, make):
         ask([[]])
     with pytest.raises(UserError, match="outside the model's vocabulary"):
         ask([[300]])
+    with pytest.raises(UserError, match=r"a prompt is a list of messages; .*llm_jax.apply_chat_template"):
+        ask([[{"role": "user", "content": "a"}]])
+    with pytest.raises(UserError, match=r"expected text, or a list of token ids"):
+        ask([["a", "b"]])
     with pytest.raises(UserError, match="does not fit"):
         ask(["a"], stop=("abc",), max_new_tokens=2)
     with pytest.raises(UserError, match="no text before the search ends"):
