@@ -3,6 +3,7 @@
 import importlib
 import pathlib
 
+import numpy as np
 import pytest
 
 import llm_jax
@@ -191,6 +192,34 @@ def test_attributes_of_what_load_returns():
         AttributeError, match="HubTokenizer has no attribute 'apply_chat_template'; here it is llm_jax."
     ):
         loaded.tokenizer.apply_chat_template([])
+    with pytest.raises(TypeError, match=r"HubTokenizer is not callable; tokenizer.encode\(TEXT\) returns the ids"):
+        loaded.tokenizer("a", return_tensors="np")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda t: t.encode("a", add_special_tokens=True),
+            r"encode\(\) has no argument 'add_special_tokens'; encode adds",
+        ),
+        (lambda t: t.encode(["a", "b"]), "a text is a list; expected a str"),
+        (
+            lambda t: t.decode([1], skip_special_tokens=True),
+            "'skip_special_tokens'; decode always omits special tokens",
+        ),
+        (lambda t: t.decode([[1, 2]]), "expected the ids of one text"),
+        (lambda t: t.decode(np.ones((1, 2), np.int32)), "expected the ids of one text"),
+        (lambda t: t.decode([-1]), "expected the ids of one text, a list of integers from 0"),
+        (lambda t: llm_jax.apply_chat_template(t, [], tokenize=False), "'tokenize'; the result is a list of token ids"),
+        (lambda t: llm_jax.apply_chat_template(t, "hello"), "messages: 'hello' is not a message; expected one convers"),
+        (lambda t: llm_jax.apply_chat_template(t, [[{"role": "user"}]]), "is not a message; expected one conversation"),
+        (lambda t: llm_jax.apply_chat_template(t, [{"from": "human", "value": "a"}]), "is not a message"),
+    ],
+)
+def test_calls_of_tokenizers_of_transformers(call, message):
+    with pytest.raises(UserError, match=message):
+        call(HubTokenizer(forms.bytelevel_json(), {}))
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,7 @@ def complete(
     options.check(vocab)
     if not model.config.causal:
         raise UserError("a bidirectional model (model.causal=False) does not continue text")
+    note_special(tokenizer, [prompt for prompt in prompts if isinstance(prompt, str)])
     ids = [fit(model, prompt_ids(tokenizer, prompt), options) for prompt in prompts]
     note_length(model, ids, options)
     model, params = loop.unrolled(model, params)
@@ -192,6 +193,21 @@ def note_unknown(tokenizer: Tokenizer, texts: Sequence[str]) -> None:
     if unknown:
         shown = ", ".join(map(repr, list(unknown)[:8])) + (" and others" if len(unknown) > 8 else "")
         _print_once(f"note: the tokenizer has no token for {shown} of the prompt; the model sees its unknown token")
+
+
+def note_special(tokenizer: Tokenizer, texts: Sequence[str]) -> None:
+    """Prints a line on stderr, once, if texts contain the name of a special token, which `encode` reads as text."""
+    if not isinstance(tokenizer, tokenizers.PretrainedTokenizer):
+        return
+    for text in texts:
+        pairs = zip(tokenizer.encode_chat(text), tokenizer.encode(text), strict=False)
+        name = next((tokenizer.piece(special) for special, plain in pairs if special != plain), "")
+        if name and name in text:
+            _print_once(
+                f"note: {name!r} in the prompt is read as text, not as a special token; generate --chat and "
+                "llm_jax.apply_chat_template write special tokens, and tokenizer.encode_chat(TEXT) reads them"
+            )
+            return
 
 
 @functools.cache
