@@ -83,6 +83,7 @@ def main(f: cli.Flags) -> None:
     else:
         prompts = [tokenizers.prompt(tokenizer, text) for text in f.prompt]
         complete.note_unknown(tokenizer, f.prompt)
+        complete.note_special(tokenizer, f.prompt)
     status.show("compiling, or loading compiled functions from the cache")
     if f.explain:
         ids = complete.fit(model, complete.prompt_ids(tokenizer, prompts[0]), options)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from llm_jax.schema import Config
+from llm_jax.unsupported_names import explanation
 
 # Options that have been renamed: an old checkpoint is read under the new name, an old override is answered with it.
 RENAMED = {
@@ -29,6 +30,8 @@ RENAMED = {
 }
 # Names that other codebases use for options: the section and the option here, or a complete override.
 OTHER_NAMES = {
+    "activation_checkpointing": "model.remat=full",
+    "activation_checkpointing_kwargs": "model.remat",
     "adam_beta1": "optim.beta1",
     "adam_beta2": "optim.beta2",
     "adam_epsilon": "optim.eps",
@@ -58,11 +61,14 @@ OTHER_NAMES = {
     "eval_strategy": "eval.every",
     "evaluation_strategy": "eval.every",
     "ffn_dim": "model.mlp_dim",
+    "eval_accumulation_steps": "train.batch_size",
+    "eval_on_start": "eval.every",
     "fp16": "model.precision.compute=float16",
     "grad_clip": "optim.clip_norm",
     "gradient_accumulation": "train.grad_accumulation",
     "gradient_accumulation_steps": "train.grad_accumulation",
     "gradient_checkpointing": "model.remat=full",
+    "gradient_checkpointing_kwargs": "model.remat",
     "head_size": "model.head_dim",
     "hidden_act": "model.activation",
     "hidden_size": "model.width",
@@ -72,6 +78,8 @@ OTHER_NAMES = {
     "label_smoothing_factor": "loss.label_smoothing",
     "layer_norm_eps": "model.norm_eps",
     "layers": "model.num_layers",
+    "layers_pattern": "lora.targets",
+    "layers_to_transform": "lora.targets",
     "learning_rate": "optim.lr",
     "load_in_4bit": "quant.scheme=nf4",
     "load_in_8bit": "quant.scheme=int8",
@@ -116,15 +124,18 @@ OTHER_NAMES = {
     "quantization": "quant.scheme",
     "r": "lora.rank",
     "random_seed": "train.seed",
+    "rank_pattern": "lora.ranks",
     "report_to": "report.to",
     "resume_from": "init_from",
     "rms_norm_eps": "model.norm_eps",
     "rope_theta": "model.position.base",
     "save_steps": "checkpoint.every",
+    "save_strategy": "checkpoint.every",
     "save_total_limit": "checkpoint.keep_last",
     "sequence_length": "train.seq_len",
     "sliding_window": "model.window",
     "target_modules": "lora.targets",
+    "target_parameters": "lora.targets",
     "tie_word_embeddings": "model.tie_embeddings",
     "tied_embeddings": "model.tie_embeddings",
     "torch_dtype": "model.precision.compute",
@@ -178,7 +189,6 @@ OTHER_FLAGS: dict[str, tuple[str, ...]] = {
     "load_in_8bit": ("scheme=int8",),
     "lora": ("checkpoint",),
     "max_gen_toks": ("max_new_tokens",),
-    "max_length": ("max_new_tokens",),
     "max_position_embeddings": ("context",),
     "max_seq_len": ("seq_len", "context"),
     "max_seq_length": ("seq_len", "context"),
@@ -196,18 +206,15 @@ OTHER_FLAGS: dict[str, tuple[str, ...]] = {
     "num_fewshot": ("shots",),
     "num_predict": ("max_new_tokens",),
     "num_return_sequences": ("n",),
-    "num_samples": ("n",),
     "out_dir": ("workdir", "output", "checkpoint", "input"),
     "output_dir": ("workdir", "output", "checkpoint", "input"),
     "output_path": ("output",),
-    "outtype": ("format",),
     "peft": ("checkpoint",),
     "penalty_alpha": ("contrastive",),
     "per_device_eval_batch_size": ("batch_size",),
     "pretrained": ("checkpoint", "input"),
     "pretrained_model_name_or_path": ("checkpoint", "input"),
     "prompt_lookup_num_tokens": ("draft=prompt",),
-    "quantization": ("scheme",),
     "repeat_penalty": ("repetition_penalty",),
     "save_dir": ("workdir", "output"),
     "start": ("prompt",),
@@ -221,100 +228,32 @@ OTHER_FLAGS: dict[str, tuple[str, ...]] = {
     "text": ("prompt",),
     "torch_dtype": ("dtype",),
     "workdir": ("checkpoint", "output"),
-}
-
-# Names that other codebases use for options and flags that do not exist here, and what holds or is done instead.
-EXPLAINED = {
-    "always_save_checkpoint": "checkpoint.every, checkpoint.keep_last and checkpoint.keep_best decide what is kept",
-    "assistant_tokenizer": "a draft model has the tokenizer of the model",
-    "attention_dropout": "the model has no dropout; lora.dropout is that of adapters",
-    "backend": "devices of one machine need no backend; --coordinator_address connects several processes",
-    "cpu": "the environment variable JAX_PLATFORMS=cpu chooses the CPU",
-    "compile": "every step is compiled",
-    "device": "JAX takes an accelerator if there is one; the variable JAX_PLATFORMS=cpu, cuda or tpu chooses",
-    "device_map": "the model is placed on the default device; JAX_PLATFORMS=cpu, cuda or tpu chooses it",
-    "dropout": "the model has no dropout; lora.dropout is that of adapters",
-    "eval_only": "python -m llm_jax.evaluate --checkpoint=WORKDIR evaluates a run",
-    "generation_config": "give its options by themselves; generate and chat read generation_config.json",
-    "group_by_length": "examples are always packed into rows of train.seq_len tokens",
-    "hidden_dropout": "the model has no dropout; lora.dropout is that of adapters",
-    "log_interval": "metrics.jsonl in the workdir has a line for every step",
-    "logging_dir": "metrics.jsonl and the files of report.to are written into --workdir",
-    "load_in_4bit": "python -m llm_jax.quantize --scheme=nf4 writes a quantized checkpoint",
-    "load_in_8bit": "python -m llm_jax.quantize --scheme=int8 writes a quantized checkpoint",
-    "logging_steps": "metrics.jsonl in the workdir has a line for every step",
-    "logging_strategy": "metrics.jsonl in the workdir has a line for every step",
-    "low_cpu_mem_usage": "weights are always read from the file straight to the device",
-    "min_length": "there is no smallest length; --ignore_eos continues to --max_new_tokens",
-    "min_new_tokens": "there is no smallest length; --ignore_eos continues to --max_new_tokens",
-    "no_cuda": "the environment variable JAX_PLATFORMS=cpu chooses the CPU",
-    "num_samples": "training prints one continuation for each of eval.prompts; generate --n=N prints several",
-    "packing": "documents and examples are always packed into rows, and attention does not cross them",
-    "pad_token_id": "padding is masked, and needs no token",
-    "push_to_hub": "nothing is uploaded; convert --to=hf writes a directory that huggingface_hub uploads",
-    "quantization_config": "python -m llm_jax.quantize --scheme=nf4 writes a quantized checkpoint",
-    "remove_unused_columns": "fields that data.kind does not read are ignored",
-    "resume": "the same command with the same --workdir resumes from its last checkpoint",
-    "resume_from_checkpoint": "the same command with the same --workdir resumes from its last checkpoint",
-    "torch_compile": "every step is compiled",
-    "trust_remote_code": "no code of a checkpoint is run",
-    "use_cache": "the key-value cache is always used",
-    "use_cpu": "the environment variable JAX_PLATFORMS=cpu chooses the CPU",
-    "assistant_only_loss": (
-        "data.kind=instructions counts the answers of the assistant only; data.kind=text counts every token"
-    ),
-    "auto_find_batch_size": "train --dry_run estimates the memory of a train.batch_size",
-    "attn_implementation": (
-        "the attention kernel is chosen for the machine; model.attention_kernel chooses it in training"
-    ),
-    "cache_dir": "the environment variables LLM_JAX_CACHE and HF_HOME name the caches",
-    "completion_only_loss": (
-        "data.kind=instructions counts the answers of the assistant only; data.kind=text counts every token"
-    ),
-    "do_eval": "python -m llm_jax.evaluate evaluates a checkpoint; training evaluates every eval.every steps",
-    "do_train": "python -m llm_jax.train trains",
-    "epochs": (
-        "train.steps is the length of a run; an epoch has about (training tokens) / (train.batch_size * "
-        "train.seq_len) steps"
-    ),
-    "eval_packing": "documents and examples are always packed into rows, and attention does not cross them",
-    "local_files_only": "the environment variable HF_HUB_OFFLINE=1 keeps the hub out",
-    "lora.bias": "adapters train no biases",
-    "lora.task_type": "the task is that of the model",
-    "max_length": (
-        "train.seq_len is the number of tokens of a row, model.position.max_length the number of positions of the model"
-    ),
-    "metric_for_best_model": "checkpoint.keep_best keeps the checkpoints of the lowest held-out loss",
-    "modules_to_save": "with lora.rank, only adapters are trained; lora.targets may name the embeddings and the head",
-    "neftune_noise_alpha": "no noise is added to embeddings",
-    "num_epochs": (
-        "train.steps is the length of a run; an epoch has about (training tokens) / (train.batch_size * "
-        "train.seq_len) steps"
-    ),
-    "num_train_epochs": (
-        "train.steps is the length of a run; an epoch has about (training tokens) / (train.batch_size * "
-        "train.seq_len) steps"
-    ),
-    "overwrite_output_dir": "a run resumes from its --workdir; to begin anew, give another one or remove it",
-    "padding_free": "documents and examples are always packed into rows, and attention does not cross them",
-    "ref_model": "the reference model of DPO is the model that training starts from (init_from)",
-    "ref_model_name_or_path": "the reference model of DPO is the model that training starts from (init_from)",
-    "return_dict_in_generate": "complete returns texts, token ids and log-probabilities",
-    "revision": (
-        "the main branch is taken; for another one, download it (hf download ORG/NAME --revision=X "
-        "--local-dir=DIR) and give DIR"
-    ),
-    "run_name": "a run has the name of its --workdir",
-    "subfolder": "give the path of the subdirectory",
-    "token": "huggingface_hub takes the token of `hf auth login` or of the environment variable HF_TOKEN",
-    "tokenizer_name": "the tokenizer is that of init_from; a new model takes tokenizer.kind or tokenizer.path",
-    "train_on_inputs": (
-        "data.kind=instructions counts the answers of the assistant only; data.kind=text counts every token"
-    ),
-    "use_auth_token": "huggingface_hub takes the token of `hf auth login` or of the environment variable HF_TOKEN",
-    "warmup_ratio": "optim.warmup_steps is the number of steps of the warmup: the ratio times train.steps",
-    "wandb_project": "the environment variable WANDB_PROJECT names the project",
-    "wandb_run_name": "a run has the name of its --workdir",
+    "apply_chat_template": ("chat",),
+    "bad_words_ids": ("logit_bias",),
+    "base_model": ("base",),
+    "base_model_name_or_path": ("base",),
+    "bnb_4bit_quant_type": ("scheme",),
+    "cache_implementation": ("cache",),
+    "cache_type_k": ("cache",),
+    "cache_type_v": ("cache",),
+    "calibration_data": ("data",),
+    "calibration_dataset": ("data",),
+    "hf_repo": ("checkpoint=hf:ORG/NAME",),
+    "log_samples": ("output",),
+    "max_length": ("max_new_tokens", "seq_len"),
+    "num_assistant_tokens": ("draft_tokens",),
+    "num_samples": ("n", "sequences"),
+    "outfile": ("output",),
+    "outtype": ("format", "scheme"),
+    "output_logits": ("json",),
+    "output_scores": ("json",),
+    "quantization": ("scheme", "format"),
+    "q_group_size": ("scheme=int4:64",),
+    "group_size": ("scheme=int4:64",),
+    "w_bit": ("scheme",),
+    "reverse_prompt": ("stop",),
+    "sequence_bias": ("logit_bias",),
+    "suppress_tokens": ("logit_bias",),
 }
 
 
@@ -336,14 +275,15 @@ def keys(cls: Any = Config, prefix: str = "") -> Iterator[str]:
 def nearest(key: str, cls: Any = Config) -> str:
     """A phrase that names the option that `key` was renamed to, is called elsewhere, or is nearest to.
 
-    For a name of `EXPLAINED`, that says what is done instead; for a name that resembles no option, how to list them.
+    For a name of `unsupported_names`, that says what is done instead; for a name that resembles no option, how to list
+    them.
     """
     if cls is Config and key in RENAMED:
         return f"it is now '{RENAMED[key]}'"
-    if key in EXPLAINED and "." in key:
-        return EXPLAINED[key]
-    if (name := _last(key)) in EXPLAINED and name not in OTHER_NAMES:
-        return EXPLAINED[name]
+    if "." in key and (text := explanation(key)):
+        return text
+    if (name := _last(key)) not in OTHER_NAMES and (text := explanation(name)):
+        return text
     option = resolve(key, cls) or _similar(key, cls)
     return f"did you mean '{option}'?" if option else "--help-config describes the options"
 

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from llm_jax import option_names
+from llm_jax import option_names, unsupported_names
 from llm_jax.errors import UserError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -20,7 +20,7 @@ _KEYWORDS = {"checkpoint": "name"}
 def answers_keywords(target: F, within: Callable[[str], str] = lambda name: "") -> F:
     """Decorates a function or a dataclass: an unknown keyword argument is answered with the name that it has here.
 
-    It raises UserError, with a hint of `option_names.OTHER_FLAGS` or `option_names.EXPLAINED`, or the nearest name.
+    It raises UserError, with a hint of `option_names.OTHER_FLAGS` or `unsupported_names`, or the nearest name.
 
     Args:
       within: (name of an unknown keyword argument) -> the argument that it is a part of, as it is written, such as
@@ -48,8 +48,8 @@ def _keyword_hint(name: str, names: Sequence[str], within: Callable[[str], str])
         return f"did you mean {other}?"
     if argument := within(name):
         return f"did you mean {argument}?"
-    if name in option_names.EXPLAINED:
-        return option_names.EXPLAINED[name]
+    if explanation := unsupported_names.explanation(name):
+        return explanation
     near = difflib.get_close_matches(name, names, 1, 0.5)
     return f"did you mean {near[0]}?" if near else f"expected {', '.join(names)}"
 
@@ -74,7 +74,7 @@ def within_overrides(argument: str) -> Callable[[str], str]:
     """
 
     def within(name: str) -> str:
-        explained = name in option_names.EXPLAINED and name not in option_names.OTHER_NAMES
+        explained = name not in option_names.OTHER_NAMES and unsupported_names.explanation(name)
         option, _, value = ("" if explained else option_names.resolve(name)).partition("=")
         written = f'"{value}"' if value else "..."
         return argument.format(f'{{"{option}": {written}}}') if option else ""

@@ -10,7 +10,11 @@ OTHER_VALUES: dict[str, tuple[str, ...]] = {
     "adam": ("adamw",),
     "adamw_8bit": ("adamw",),
     "adamw_bnb_8bit": ("adamw",),
+    "adamw_anyprecision": ("adamw",),
+    "adamw_apex_fused": ("adamw",),
+    "adamw_hf": ("adamw",),
     "adamw_torch": ("adamw",),
+    "adamw_torch_8bit": ("adamw",),
     "adamw_torch_fused": ("adamw",),
     "bf16": ("bfloat16", "BF16"),
     "bitsandbytes": ("nf4", "int8"),
@@ -40,10 +44,21 @@ OTHER_VALUES: dict[str, tuple[str, ...]] = {
     "gguf_q4_0": ("Q4_0",),
     "gpt2": ("byte_bpe",),
     "half": ("float16",),
+    "huggingface": ("hf",),
+    "llama.cpp": ("gguf",),
+    "adapter": ("peft",),
+    "adapters": ("peft",),
     "instruct": ("instructions",),
     "instruction": ("instructions",),
     "layernorm": ("layer",),
     "messages": ("instructions",),
+    "lion_32bit": ("lion",),
+    "lion_8bit": ("lion",),
+    "paged_adamw": ("adamw",),
+    "paged_adamw_32bit": ("adamw",),
+    "paged_adamw_8bit": ("adamw",),
+    "paged_lion_32bit": ("lion",),
+    "paged_lion_8bit": ("lion",),
     "pretrain": ("text",),
     "q3_k_m": ("Q4_0", "int4"),
     "q4_k_m": ("Q4_0", "int4"),
@@ -51,10 +66,11 @@ OTHER_VALUES: dict[str, tuple[str, ...]] = {
     "q5_k_m": ("Q8_0", "int8"),
     "q6_k": ("Q8_0", "int8"),
     "q8": ("Q8_0", "int8"),
-    "qlora": ("lora",),
     "rmsnorm": ("rms",),
     "rotary": ("rope",),
-    "rslora": ("lora",),
+    "safetensors": ("hf",),
+    "transformers": ("hf",),
+    "pytorch": ("hf",),
     "sft": ("instructions",),
     "swiglu": ("gated", "silu"),
     "swish": ("silu",),
@@ -66,10 +82,21 @@ OTHER_VALUES: dict[str, tuple[str, ...]] = {
     "warmup_stable_decay": ("wsd",),
 }
 
+# Values elsewhere, in lower case, of which another option holds the effect, and how it is set here.
+SET_BY_OTHER_OPTIONS = {
+    "lora_plus": "lora.variant=lora with lora.b_lr_ratio",
+    "loraplus": "lora.variant=lora with lora.b_lr_ratio",
+    "qdora": "lora.variant=dora with quant.scheme=nf4",
+    "qlora": "lora.variant=lora with quant.scheme=nf4",
+    "rslora": "lora.variant=lora with lora.rank_stabilized=True",
+}
+
 
 def suggestion(value: str, allowed: Iterable[str]) -> str:
     """ "; did you mean 'X'?" for the allowed value that `value` is called elsewhere or is nearest to, or ""."""
     values = [text for text in allowed if text]
+    if (options := SET_BY_OTHER_OPTIONS.get(value.lower())) and "lora" in values:
+        return f"; did you mean {options}?"
     meant = next((text for text in OTHER_VALUES.get(value.lower(), ()) if text in values), None)
     near = [meant] if meant else difflib.get_close_matches(value, values, 1, 0.7)
     return f"; did you mean '{near[0]}'?" if near else ""

@@ -3,6 +3,7 @@
 import importlib
 import pathlib
 
+import numpy as np
 import pytest
 
 import llm_jax
@@ -74,6 +75,25 @@ CONVERT = ("convert", "--output=unused")
         ),
         ((*TRAIN, "--config.model.num_heads=2"), "does not divide model.num_heads=2; set model.num_kv_heads=2 (keys a"),
         ((*TRAIN, "--config.model.num_heads=6", "--config.model.width=96"), "set model.num_kv_heads=2, or another div"),
+        ((*GENERATE, "--grammar=x.gbnf"), "constrained decoding is not supported; --filter adds a filter of your own"),
+        ((*GENERATE, "--output_scores"), "did you mean --json?"),
+        ((*GENERATE, "--num_assistant_tokens=3"), "did you mean --draft_tokens?"),
+        ((*GENERATE, "--llm_int8_threshold=6"), "int8 schemes have no parts in other dtypes"),
+        ((*TRAIN, "--config.rank_pattern=x"), "did you mean 'lora.ranks'?"),
+        ((*TRAIN, "--config.local_rank=0"), "--coordinator_address connects several processes"),
+        ((*TRAIN, "--config.rpo_alpha=1"), "loss.kind=dpo has the option loss.beta only"),
+        ((*TRAIN, "--hub_model_id=x"), "nothing is uploaded"),
+        ((*TRAIN, "--save_strategy=epoch"), "did you mean --config.checkpoint.every?"),
+        ((*TRAIN, "--dataset_train_split=x"), "data.source=hf:NAME:SPLIT"),
+        ((*TRAIN, "--config.output_dir=x"), "--workdir is the directory of a run"),
+        ((*TRAIN, "--config.lora.variant=rslora"), "did you mean lora.variant=lora with lora.rank_stabilized=True?"),
+        ((*TRAIN, "--config.lora.variant=qlora"), "did you mean lora.variant=lora with quant.scheme=nf4?"),
+        ((*TRAIN, "--config.optim.kind=paged_adamw_8bit"), "did you mean 'adamw'?"),
+        (("quantize", "--group_size=64"), "unknown flag --group_size; did you mean --scheme=int4:64?"),
+        (("quantize", "--num_samples=64"), "unknown flag --num_samples; did you mean --sequences?"),
+        (("quantize", "--outtype=q8_0"), "unknown flag --outtype; did you mean --scheme?"),
+        ((*CONVERT, "--input=x", "--to=safetensors"), "expected one of hf, gguf, peft; did you mean 'hf'?"),
+        ((*CONVERT, "--input=x"), "error: --to is required; expected one of hf, gguf, peft"),
         (("generate", "--out_dir=x", "--prompt=a"), "unknown flag --out_dir; did you mean --checkpoint?"),
     ],
 )
@@ -153,6 +173,8 @@ def test_a_single_value_of_an_option_of_several():
     [
         ("AutoModelForCausalLM", "here it is llm_jax.load$"),
         ("pipeline", r"here it is llm_jax.decoding.complete.complete\("),
+        ("complete", "here it is llm_jax.decoding.complete.complete$"),
+        ("BitsAndBytesConfig", "here it is the option quant.scheme"),
         ("zzz", "module 'llm_jax' has no attribute 'zzz'$"),
     ],
 )
@@ -170,6 +192,34 @@ def test_attributes_of_what_load_returns():
         AttributeError, match="HubTokenizer has no attribute 'apply_chat_template'; here it is llm_jax."
     ):
         loaded.tokenizer.apply_chat_template([])
+    with pytest.raises(TypeError, match=r"HubTokenizer is not callable; tokenizer.encode\(TEXT\) returns the ids"):
+        loaded.tokenizer("a", return_tensors="np")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda t: t.encode("a", add_special_tokens=True),
+            r"encode\(\) has no argument 'add_special_tokens'; encode adds",
+        ),
+        (lambda t: t.encode(["a", "b"]), "a text is a list; expected a str"),
+        (
+            lambda t: t.decode([1], skip_special_tokens=True),
+            "'skip_special_tokens'; decode always omits special tokens",
+        ),
+        (lambda t: t.decode([[1, 2]]), "expected the ids of one text"),
+        (lambda t: t.decode(np.ones((1, 2), np.int32)), "expected the ids of one text"),
+        (lambda t: t.decode([-1]), "expected the ids of one text, a list of integers from 0"),
+        (lambda t: llm_jax.apply_chat_template(t, [], tokenize=False), "'tokenize'; the result is a list of token ids"),
+        (lambda t: llm_jax.apply_chat_template(t, "hello"), "messages: 'hello' is not a message; expected one convers"),
+        (lambda t: llm_jax.apply_chat_template(t, [[{"role": "user"}]]), "is not a message; expected one conversation"),
+        (lambda t: llm_jax.apply_chat_template(t, [{"from": "human", "value": "a"}]), "is not a message"),
+    ],
+)
+def test_calls_of_tokenizers_of_transformers(call, message):
+    with pytest.raises(UserError, match=message):
+        call(HubTokenizer(forms.bytelevel_json(), {}))
 
 
 @pytest.mark.parametrize(

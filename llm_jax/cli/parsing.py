@@ -12,7 +12,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from llm_jax import configuration, option_names
+from llm_jax import configuration, option_names, unsupported_names
 from llm_jax.errors import UserError
 from llm_jax.schema import BoolOrAuto
 from llm_jax.value_names import suggestion
@@ -332,8 +332,9 @@ def _unknown_names(arguments: Sequence[str], values: flags.FlagValues) -> list[s
 def _unknown_flag(name: str, command: Command, values: flags.FlagValues) -> str:
     if flag := next((flag for flag in option_names.OTHER_FLAGS.get(name, ()) if flag.split("=")[0] in values), None):
         return f"unknown flag --{name}; did you mean --{flag}?"
-    if name in option_names.EXPLAINED and (command.config is None or name not in option_names.OTHER_NAMES):
-        return f"unknown flag --{name}; {option_names.EXPLAINED[name]}"
+    is_option = command.config is not None and name in option_names.OTHER_NAMES
+    if not is_option and (explanation := unsupported_names.explanation(name)):
+        return f"unknown flag --{name}; {explanation}"
     if command.config is not None and (option := option_names.resolve(name, command.config)):
         return f"unknown flag --{name}; did you mean --config.{option}?"
     near = difflib.get_close_matches(name.replace("-", "_"), list(values), 1, 0.6)
@@ -351,6 +352,8 @@ def _illegal_value(error: Any, command: Command, values: flags.FlagValues) -> st
         return configuration.wrong_type(name.removeprefix("config."), value, annotation)
     parser: Any = values[name].parser if name in values else None
     if choices := getattr(parser, "enum_values", None):
+        if value == "None" and values[name].value is None:
+            return f"--{name} is required; expected one of {', '.join(filter(None, choices))}"
         return f"--{name}={value}; expected one of {', '.join(filter(None, choices))}{suggestion(value, choices)}"
     if parser and parser.flag_type() in _EXPECTED and not reason.startswith("expected"):
         limits = [(word, getattr(parser, f"{end}_bound", None)) for word, end in (("from", "lower"), ("to", "upper"))]

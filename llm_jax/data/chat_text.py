@@ -149,9 +149,10 @@ def templated_texts(special: Any, conversations: Sequence[Conversation]) -> list
 
 def _whole(c: Conversation, rendered: Rendered | UserError) -> Rendered:
     """The text of the whole conversation. Raises UserError if the template fails, with the record."""
-    if isinstance(rendered, UserError) and any(isinstance(message.get("content"), list) for message in c.messages):
-        raise UserError(f"the record {c.record}: {_PARTS} ({rendered})")
-    return chat_template.checked(rendered)
+    if isinstance(rendered, UserError):
+        has_parts = any(isinstance(message.get("content"), list) for message in c.messages)
+        raise UserError(f"the record {c.record}: {f'{_PARTS} ({rendered})' if has_parts else rendered}")
+    return rendered
 
 
 class _Check(NamedTuple):

@@ -22,7 +22,10 @@ from llm_jax.errors import UserError
 
 _ROWS = 256  # of a table, read at a time
 _SNIFFED = 2**16  # bytes of a .json file that tell what it holds
-_MISSING = "is not in it; it has {}. Name the field of the text with data.field; chats are data.kind=instructions"
+_MISSING = (
+    "is not in it; it has {}. Name the field of the text with data.field (evaluate: --field); chats are "
+    "data.kind=instructions (evaluate: --kind=instructions)"
+)
 
 # Yields (start, size) of each document in its order: the byte of the uncompressed file, or the row, where it begins,
 # and the bytes of its text in UTF-8. Returns the sha256 of the uncompressed content, or of the field that is read of a
@@ -250,7 +253,7 @@ def _parquet(path: str, field: str, rows: np.ndarray | None) -> Iterator[tuple[i
 
 
 def data_set(name: str) -> Any:
-    """The data set of `datasets` with the name NAME or NAME:SPLIT; the default split is "train".
+    """The data set of `datasets` with the name NAME, NAME:SPLIT or NAME:CONFIG:SPLIT; the default split is "train".
 
     Raises:
       UserError: `datasets` is not installed, or cannot load the data set.
@@ -259,15 +262,18 @@ def data_set(name: str) -> Any:
         import datasets
     except ImportError as error:
         raise UserError(f"hf:{name} needs a package; pip install datasets") from error
-    path, _, split = name.partition(":")
+    path, *rest = re.split(r":(?![^\[]*\])", name)  # not at the colon of a slice, train[:10%]
+    split = rest[-1] if rest else ""
+    config = ":".join(rest[:-1])  # some data sets have several, such as wikitext
     datasets.disable_progress_bars()
     for library in ("datasets", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.ERROR)  # without a warning for every retry
     try:
-        return datasets.load_dataset(path, split=split or "train")
+        return datasets.load_dataset(path, config or None, split=split or "train")
     except Exception as error:  # of the network, of builders, of files
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"data.source: hf:{name} cannot be loaded ({reason})") from error
+        cure = "; expected hf:NAME:CONFIG:SPLIT" if "config" in reason.lower() else ""
+        raise UserError(f"data.source: hf:{name} cannot be loaded ({reason}){cure}") from error
 
 
 def _hub(path: str, field: str, rows: np.ndarray | None) -> Iterator[tuple[int, list[Any]]]:

@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+import operator
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llm_jax import other_libraries, tokenizers, weights
@@ -68,6 +69,7 @@ def complete(
     options.check(vocab)
     if not model.config.causal:
         raise UserError("a bidirectional model (model.causal=False) does not continue text")
+    note_special(tokenizer, [prompt for prompt in prompts if isinstance(prompt, str)])
     ids = [fit(model, prompt_ids(tokenizer, prompt), options) for prompt in prompts]
     note_length(model, ids, options)
     model, params = loop.unrolled(model, params)
@@ -114,10 +116,23 @@ def complete(
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
-    """The ids of a prompt. Raises UserError for an empty one where the vocabulary has no BOS to begin with."""
-    ids = tokenizers.prompt(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
+    """The ids of a prompt.
+
+    Raises:
+      UserError: the prompt is empty and the tokenizer does not begin texts with BOS, or it is a list of messages or of
+        other values that are not ids.
+    """
+    if not isinstance(prompt, str) and any(isinstance(part, Mapping) for part in prompt):
+        raise UserError(
+            "a prompt is a list of messages; expected text or token ids, such as "
+            "llm_jax.apply_chat_template(tokenizer, messages, add_generation_prompt=True)"
+        )
+    try:
+        ids = tokenizers.prompt(tokenizer, prompt) if isinstance(prompt, str) else [operator.index(i) for i in prompt]
+    except TypeError as error:
+        raise UserError(f"a prompt is {str(prompt)[:60]!r}; expected text, or a list of token ids") from error
     if not ids:
-        raise UserError("the prompt is empty, and this vocabulary has no BOS to begin with; give some text")
+        raise UserError("the prompt is empty, and this tokenizer does not begin texts with BOS; give some text")
     return ids
 
 
@@ -178,6 +193,21 @@ def note_unknown(tokenizer: Tokenizer, texts: Sequence[str]) -> None:
     if unknown:
         shown = ", ".join(map(repr, list(unknown)[:8])) + (" and others" if len(unknown) > 8 else "")
         _print_once(f"note: the tokenizer has no token for {shown} of the prompt; the model sees its unknown token")
+
+
+def note_special(tokenizer: Tokenizer, texts: Sequence[str]) -> None:
+    """Prints a line on stderr, once, if texts contain the name of a special token, which `encode` reads as text."""
+    if not isinstance(tokenizer, tokenizers.PretrainedTokenizer):
+        return
+    for text in texts:
+        pairs = zip(tokenizer.encode_chat(text), tokenizer.encode(text), strict=False)
+        name = next((tokenizer.piece(special) for special, plain in pairs if special != plain), "")
+        if name and name in text:
+            _print_once(
+                f"note: {name!r} in the prompt is read as text, not as a special token; generate --chat and "
+                "llm_jax.apply_chat_template write special tokens, and tokenizer.encode_chat(TEXT) reads them"
+            )
+            return
 
 
 @functools.cache

@@ -92,13 +92,10 @@ def ranks(base: trees.Tree, config: LoraConfig) -> dict[str, dict[str, int]]:
         found[path] = layer_ranks
     for source, patterns in (("lora.targets", config.targets), ("lora.ranks", [p for p, _ in config.ranks])):
         if unused := [pattern for pattern in patterns if pattern not in used]:
-            last = unused[0].rsplit(".", 1)[-1]
-            other = _OTHER_NAMES.get(last) if source == "lora.targets" else None
-            if any(name.endswith(f"/{last}") for path in found for name in trees.expand(path)):
-                other = f"layers/.*/{last}"  # the pattern matches the whole name of a weight
-            cure = f"; did you mean '{other}'?" if other else ""
+            cure = f"; did you mean '{other}'?" if (other := _other_pattern(unused[0], source, found)) else ""
             if "," in unused[0]:
-                cure = f"; several are written as {tuple(unused[0].split(','))}"
+                several = [part.strip() for part in unused[0].split(",")]
+                cure = f"; several are written as {tuple(_other_pattern(p, source, found) or p for p in several)}"
             raise UserError(f"{source}: '{unused[0]}' matches no {'weight' if 'targets' in source else 'target'}{cure}")
     # All layers or none, so that any layout can be made of any other.
     adapted = {_template(name) for layer_ranks in found.values() for name, rank in layer_ranks.items() if rank}
@@ -107,6 +104,19 @@ def ranks(base: trees.Tree, config: LoraConfig) -> dict[str, dict[str, int]]:
         for path, layer_ranks in found.items()
         if any(_template(name) in adapted for name in layer_ranks)
     }
+
+
+def _other_pattern(pattern: str, source: str, found: Mapping[str, Mapping[str, int]]) -> str | None:
+    """The pattern that is meant by the last part of a name, or by a name of peft; None if none is known.
+
+    Args:
+      source: "lora.targets" or "lora.ranks".
+      found: {path: {name of the weight in each layer: rank}}.
+    """
+    last = pattern.rsplit(".", 1)[-1]
+    if any(name.endswith(f"/{last}") for path in found for name in trees.expand(path)):
+        return f"layers/.*/{last}"  # a pattern matches the whole name of a weight
+    return _OTHER_NAMES.get(last) if source == "lora.targets" else None
 
 
 def _rank(name: str, shape: tuple[int, ...], target: str, rules: Any, default: int, used: set[str]) -> int:

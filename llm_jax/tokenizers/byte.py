@@ -10,9 +10,11 @@ _FIRST = 3
 
 
 def utf8(text: str) -> bytes:
-    """The UTF-8 of `text`. Raises UserError with the position of an unpaired surrogate."""
+    """The UTF-8 of `text`. Raises UserError for other types, and with the position of an unpaired surrogate."""
     try:
         return text.encode()
+    except AttributeError as error:
+        raise UserError(f"a text is a {type(text).__name__}; expected a str (encode texts one by one)") from error
     except UnicodeEncodeError as error:
         raise UserError(
             f"text has an unpaired surrogate at character {error.start}; UTF-8 cannot represent it"

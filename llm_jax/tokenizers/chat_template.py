@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from llm_jax import other_libraries
 from llm_jax.errors import UserError
 from llm_jax.tokenizers.base import PretrainedTokenizer, Tokenizer
 
@@ -61,6 +62,7 @@ def render(
     return render_all(special, [job(messages, answer, tools, documents)])[0].text
 
 
+@other_libraries.answers_keywords
 def apply_chat_template(
     tokenizer: Tokenizer,
     messages: Sequence[Message],
@@ -77,8 +79,15 @@ def apply_chat_template(
       documents: documents for retrieval-augmented generation.
 
     Raises:
-      UserError: the tokenizer has no chat template, or see `render`.
+      UserError: `messages` is not a list of messages with roles, the tokenizer has no chat template, or see `render`.
     """
+    wrong = [m for m in messages if not (isinstance(m, Mapping) and "role" in m)]
+    if isinstance(messages, str | Mapping) or wrong:
+        shown = repr(messages if isinstance(messages, str | Mapping) else wrong[0])
+        raise UserError(
+            f"messages: {shown[:60]} is not a message; expected one conversation, a list such as "
+            '[{"role": "user", "content": "..."}]'
+        )
     if not isinstance(tokenizer, PretrainedTokenizer):
         raise UserError(f"a tokenizer of kind {tokenizer.kind} has no chat template; expected one of a chat model")
     return tokenizer.encode_chat(render(tokenizer.special, messages, add_generation_prompt, tools, documents))

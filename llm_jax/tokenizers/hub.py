@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import tokenizers as library
 
-from llm_jax import attribute_names
+from llm_jax import attribute_names, other_libraries
 from llm_jax.errors import UserError
 from llm_jax.tokenizers import gguf_vocabulary, hub_files, hub_vocabulary
 from llm_jax.tokenizers import special as special_tokens
@@ -38,6 +38,12 @@ class HubTokenizer:
 
         def __getattr__(self, name: str) -> Any:
             raise attribute_names.no_attribute(type(self).__name__, name)
+
+        def __call__(self, *arguments: Any, **keywords: Any) -> Any:  # as in transformers
+            raise TypeError(
+                f"{type(self).__name__} is not callable; tokenizer.encode(TEXT) returns the ids of one text, without "
+                "special tokens, and llm_jax.tokenizers.prompt(tokenizer, TEXT) with the BOS of the tokenizer"
+            )
 
     def _set_special(self, special: Mapping[str, Any]) -> None:
         # All names, in one order, so that a saved tokenizer is loaded with the same digest.
@@ -87,6 +93,7 @@ class HubTokenizer:
     def train(cls, texts: Iterable[str], vocab_size: int) -> Self:
         raise UserError("tokenizer.kind=hub is read from a checkpoint, not trained; choose bpe, unigram, byte, ...")
 
+    @other_libraries.answers_keywords
     def encode(self, text: str) -> list[int]:
         utf8(text)
         self._tokenizer.encode_special_tokens = True  # text that looks like a special token is text
@@ -119,7 +126,16 @@ class HubTokenizer:
         texts = {index: token.content for index, token in added.items() if not token.special}
         return {index: text for index, text in texts.items() if self._tokenizer.decode([index]) != text}
 
+    @other_libraries.answers_keywords
     def decode(self, ids: Sequence[int]) -> str:
+        try:
+            return self._decode(ids)
+        except (TypeError, OverflowError) as error:
+            raise UserError(
+                "expected the ids of one text, a list of integers from 0; decode several texts one by one"
+            ) from error
+
+    def _decode(self, ids: Sequence[int]) -> str:
         cuts = [i for i, index in enumerate(ids) if index in self._misread] if self._misread else []
         text = ""
         for begin, end in itertools.pairwise([-1, *cuts, len(ids)]):

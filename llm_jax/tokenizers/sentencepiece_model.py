@@ -9,6 +9,7 @@ import numpy as np
 import sentencepiece
 import sentencepiece.sentencepiece_model_pb2
 
+from llm_jax import other_libraries
 from llm_jax.errors import UserError
 from llm_jax.tokenizers import special as special_tokens
 from llm_jax.tokenizers.base import eos_ids, in_bytes
@@ -101,6 +102,7 @@ class SentencePieceTokenizer:
     def train(cls, texts: Iterable[str], vocab_size: int) -> Self:
         raise UserError("tokenizer.kind=sentencepiece is read from a checkpoint, not trained; choose bpe or unigram")
 
+    @other_libraries.answers_keywords
     def encode(self, text: str) -> list[int]:
         utf8(text)
         return self._pieces.encode(text)
@@ -124,6 +126,7 @@ class SentencePieceTokenizer:
             begin += len(part)
         return offsets
 
+    @other_libraries.answers_keywords
     def decode(self, ids: Sequence[int]) -> str:
         return self._pieces.decode([int(i) for i in ids if 0 <= i < self.regular_size and i not in self._names])
 

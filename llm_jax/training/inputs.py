@@ -36,6 +36,7 @@ class Inputs:
       test: the rows of the test split, on which accuracy is measured at the end, or None.
       vocab_size: number of ids that the model needs.
       num_tokens: training tokens of one epoch, and held-out tokens.
+      epoch_rows: number of training rows of one epoch, or 0 if sources are sampled by weight.
       empty_answers: number of training examples whose answer has no text.
     """
 
@@ -48,6 +49,7 @@ class Inputs:
     test: rows_lib.Packed | None
     vocab_size: int
     num_tokens: tuple[int, int]
+    epoch_rows: int = 0
     empty_answers: int = 0
 
 
@@ -109,6 +111,7 @@ def load(config: Config, start: Start | None = None, engine: str = "local") -> I
         rows_lib.test(config.data, corpus, c.seq_len),
         masking.vocab_size(config.loss, tokenizer),
         (len(corpus.train.tokens), len(corpus.validation.tokens)),
+        train.rows.full if isinstance(train, rows_lib.Shuffled) else 0,
         _empty_answers(config, corpus, tokenizer),
     )
 
@@ -155,6 +158,12 @@ def describe(config: Config, inputs: Inputs) -> str:
         f"training tokens, {held_out}; tokenizer {t.kind}, {t.vocab_size} ids "
         f"({tokenizers.digest(t)[:12]})"
     )
+    if inputs.epoch_rows:
+        epochs = config.train.steps * config.train.batch_size / inputs.epoch_rows
+        line += (
+            f"\nan epoch has {inputs.epoch_rows:,} rows of {config.train.seq_len} tokens: train.steps="
+            f"{config.train.steps} and train.batch_size={config.train.batch_size} are {epochs:.2g} epochs"
+        )
     if _is_default_size(config) and t.kind in tokenizers.SIZED and t.vocab_size < size:
         line += f"\nnote: the vocabulary has {t.vocab_size} ids, all that the text allows; the default is {size}"
     held_out_share = inputs.num_tokens[1] / max(sum(inputs.num_tokens), 1)

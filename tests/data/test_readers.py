@@ -4,12 +4,13 @@ import importlib
 import json
 import lzma
 import sys
+import types
 
 import numpy as np
 import pytest
 
 from llm_jax import tokenizers
-from llm_jax.data import catalog, readers
+from llm_jax.data import catalog, readers, records
 from llm_jax.data.corpus import Source
 from llm_jax.errors import UserError
 from llm_jax.schema import DataConfig
@@ -109,10 +110,27 @@ def test_a_data_set_of_datasets_gives_its_column(tmp_path):
     parquet(tmp_path / "set" / "test.parquet", TEXTS[:7])
     assert texts(f"hf:{tmp_path / 'set'}", tmp_path) == TEXTS
     assert texts(f"hf:{tmp_path / 'set'}:test", tmp_path) == TEXTS[:7]
+    assert texts(f"hf:{tmp_path / 'set'}:default:test", tmp_path) == TEXTS[:7]
     with pytest.raises(UserError, match=r"the column 'words' is not in it; it has id, text"):
         texts(f"hf:{tmp_path / 'set'}", tmp_path, field="words")
     with pytest.raises(UserError, match="cannot be loaded"):
         texts(f"hf:{tmp_path / 'nothing'}", tmp_path)
+
+
+def test_the_name_of_a_data_set_has_its_configuration_and_its_split(monkeypatch):
+    def load_dataset(path, config, split):
+        if path == "several" and config is None:
+            raise ValueError("Config name is missing.")
+        return path, config, split
+
+    monkeypatch.setitem(
+        sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset, disable_progress_bars=lambda: None)
+    )
+    assert records.data_set("org/a") == ("org/a", None, "train")
+    assert records.data_set("org/a:test") == ("org/a", None, "test")
+    assert records.data_set("several:v1:train[:10%]") == ("several", "v1", "train[:10%]")
+    with pytest.raises(UserError, match=r"hf:several:test .*Config name is missing.*expected hf:NAME:CONFIG:SPLIT"):
+        records.data_set("several:test")
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,15 @@ from hypothesis import strategies as st
 import llm_jax
 from llm_jax import lora, tokenizers
 from llm_jax.decoding import explain, stops
-from llm_jax.decoding.complete import complete, note_length, note_unknown
+from llm_jax.decoding.complete import complete, note_length, note_special, note_unknown
 from llm_jax.decoding.options import DecodingOptions
 from llm_jax.errors import UserError
 from llm_jax.model.transformer import Transformer
 from llm_jax.tokenizers import detokenize
 from llm_jax.tokenizers.byte import ByteTokenizer
+from llm_jax.tokenizers.hub import HubTokenizer
 from tests.lora import cases
+from tests.tokenizers import forms
 
 BYTES = ByteTokenizer()
 # Letters only, so that texts are readable: every other id is made impossible.
@@ -151,6 +153,10 @@ def test_prompts_that_cannot_be_continued_are_refused(ask, make):
         ask([[]])
     with pytest.raises(UserError, match="outside the model's vocabulary"):
         ask([[300]])
+    with pytest.raises(UserError, match=r"a prompt is a list of messages; .*llm_jax.apply_chat_template"):
+        ask([[{"role": "user", "content": "a"}]])
+    with pytest.raises(UserError, match=r"expected text, or a list of token ids"):
+        ask([["a", "b"]])
     with pytest.raises(UserError, match="does not fit"):
         ask(["a"], stop=("abc",), max_new_tokens=2)
     with pytest.raises(UserError, match="no text before the search ends"):
@@ -273,3 +279,16 @@ def test_characters_of_a_prompt_that_the_vocabulary_does_not_have_are_named(caps
     assert capsys.readouterr().err.startswith("note: the tokenizer has no token for '\u20ac', 'Z' of the prompt; ")
     note_unknown(tokenizers.get("byte")(), ["\u20ac"])
     assert not capsys.readouterr().err
+
+
+def test_the_name_of_a_special_token_in_a_prompt_is_noted(capsys):
+    tokenizer = HubTokenizer(forms.bytelevel_json(), {})
+    special = next(iter(tokenizer._tokenizer.get_added_tokens_decoder().values())).content
+    note_special(tokenizer, ["hello", "a < b | c >"])
+    note_special(BYTES, [special])
+    assert not capsys.readouterr().err
+    note_special(tokenizer, ["hello", f"{special}user"])
+    error = capsys.readouterr().err
+    assert error.startswith(f"note: {special!r} in the prompt is read as text") and error.count("\n") == 1
+    note_special(tokenizer, [special])
+    assert not capsys.readouterr().err  # once

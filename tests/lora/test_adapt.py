@@ -250,7 +250,7 @@ def test_dropout_keeps_the_mean_and_its_share():
         ({"targets": ()}, "lora.targets is empty"),
         ({"targets": ("attention", "layers/9/mlp/up")}, "'layers/9/mlp/up' matches no weight"),
         ({"targets": ("q_proj",)}, r"'q_proj' matches no weight; did you mean 'layers/\.\*/query'\?"),
-        ({"targets": ("query,key",)}, r"'query,key' matches no weight; several are written as \('query', 'key'\)"),
+        ({"targets": ("q_proj, key",)}, r"several are written as \('layers/\.\*/query', 'layers/\.\*/key'\)"),
         ({"targets": ("query",)}, r"'query' matches no weight; did you mean 'layers/\.\*/query'\?"),
         ({"targets": ("model.all-linear",)}, r"'model.all-linear' matches no weight; did you mean 'linear'\?"),
         ({"targets": ("attention", "linear")}, "'attention' and 'linear' overlap; both match 'layers/0/attention/key'"),

@@ -153,6 +153,11 @@ def test_every_answer_is_trained_as_it_is_rendered_when_it_is_the_last():
             {"messages": [USER, YES | {"content": [{"type": "text", "text": "a"}]}]},
             "cannot show a content in parts; give text .the chat template fails .TypeError",
         ),
+        (
+            "{% for m in messages %}{{ m.role + m.content }}{% endfor %}",
+            {"messages": [USER, YES | {"content": None, "tool_calls": CALL}]},
+            "the record '.*': the chat template fails .TypeError",
+        ),
         ("", {"messages": [USER, YES | {"tool_calls": CALL}]}, "no chat template shows 'tool_calls'"),
         ("", {"messages": [USER, YES | {"reasoning_content": "x"}]}, "no chat template shows 'reasoning_content'"),
         ("", {"messages": [USER, YES], "tools": [{}]}, "has tools or documents, and no chat template shows them"),
