@@ -163,7 +163,7 @@ def of_method(texts: Texts) -> dict[str, Any]:
     ids = [t["ids"] for t in texts]
     repeated = [1 - metrics.distinct([text], 4) for text in ids]
     return {
-        "perplexity": Interval(*map(math.exp, bootstrap([-np.mean(t["logs"]) for t in texts]))),
+        "perplexity": Interval(*map(math.exp, bootstrap([-float(np.mean(t["logs"])) for t in texts]))),
         "self-BLEU": bootstrap(metrics.self_bleu(ids)),
         "loops %": Interval(*(100 * x for x in bootstrap([metrics.loops(text) for text in ids]))),
         "4-grams repeated %": Interval(*(100 * x for x in bootstrap(repeated))),

@@ -159,7 +159,8 @@ def kills(
 
     Of several processes one is hit, and the others have to end by themselves. A run that has ended is not repeated.
     """
-    f, ended = flags.FLAGS, []
+    f = flags.FLAGS
+    ended: list[dict[str, Any]] = []
     while sum(len(run["kills"]) for run in ended) < f.kills:
         workdir = output / f"killed-{processes}-{f.seed}-{len(ended)}"
         draw = random.Random(f"{f.seed} {processes} {len(ended)}")
@@ -247,7 +248,7 @@ def killed(
 def send(process: subprocess.Popen, number: signal.Signals, draw: random.Random) -> None:
     """Sends a signal to a trainer, or to one of the trainers that a launcher has started."""
     trainers = [process.pid]
-    if LAUNCHER in process.args:
+    if LAUNCHER in str(process.args):
         words = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         trainers = [int(word) for word in words]
     if trainers:

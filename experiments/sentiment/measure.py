@@ -89,10 +89,10 @@ def probed(
     """Logistic regression on the features where the answer would begin; the penalty by validation."""
     prompts = labelled.Prompts(loaded.tokenizer, source.config.labelled, source.choices)
     parts = [train, source.parts["validation"], *tests]
-    x = [last_features(loaded, [prompts.question(s) for s in sentences]) for sentences in parts]
+    features = [last_features(loaded, [prompts.question(s) for s in sentences]) for sentences in parts]
     y = [np.asarray([s.label for s in sentences]) for sentences in parts]
-    mean, deviation = x[0].mean(0), x[0].std(0) + 1e-6
-    x = [jnp.asarray((features - mean) / deviation) for features in x]
+    mean, deviation = features[0].mean(0), features[0].std(0) + 1e-6
+    x = [jnp.asarray((of_part - mean) / deviation) for of_part in features]
     signs = jnp.asarray(2.0 * y[0] - 1)
 
     @jax.jit

@@ -41,8 +41,8 @@ TRAINED: dict[str, dict[str, object]] = {
 }
 # Layers one after the other: XLA's CPU backend stacks what a scan keeps of bfloat16 layers at the cost of all layers.
 FAST = {"model.precision.compute": "bfloat16", "model.scan_layers": False}
-SMOKE = {"train.steps": 1, "train.batch_size": 2, "optim.warmup_steps": 0, "data.labelled.train_size": 8}
-SMOKE |= {"data.labelled.test_size": 4.0, "data.labelled.validation_size": 4.0}
+SMOKE: dict[str, object] = {"train.steps": 1, "train.batch_size": 2, "optim.warmup_steps": 0}
+SMOKE |= {"data.labelled.test_size": 4.0, "data.labelled.validation_size": 4.0, "data.labelled.train_size": 8}
 # Overrides, and the test and training sentences of jobs that train no model; (): all.
 SIZES: dict[str, tuple[dict[str, object], tuple[int, ...]]] = {"cpu": (FAST, ()), "smoke": (FAST | SMOKE, (4, 8))}
 flags.DEFINE_enum("size", "cpu", list(SIZES), "cpu: 2,000 training and 1,000 test sentences; smoke: a step of each")
