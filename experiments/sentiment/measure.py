@@ -38,13 +38,14 @@ def untrained(kind: str, products: bool, test: int = 0, train: int = 0) -> dict[
 
     Args:
       products: whether product reviews are asked about besides.
-      test, train: test sentences, and training sentences of the probe; 0: all.
+      test, train: test and validation sentences, and training sentences of the probe; 0: all.
     """
     loaded = checkpoints.load(MODEL, dtype="bfloat16")  # as the runs that are trained compute
     films = source(DATA)
     tests = [s.parts["test"][: test or None] for s in (films, *([source(OTHER)] if products else []))]
     if kind == "probe":
-        accuracies = probed(loaded, films, tests, films.parts["train"][: train or None])
+        parts = [films.parts["train"][: train or None], films.parts["validation"][: test or None], *tests]
+        accuracies = probed(loaded, films, parts)
     else:
         shots = balanced(films.parts["train"]) if kind == "few-shot" else ()
         accuracies = [answered(loaded, films, sentences, shots) for sentences in tests]
@@ -83,12 +84,12 @@ def balanced(sentences: Sequence[LabelledText]) -> list[LabelledText]:
     return [s for pair in zip(*classes, strict=True) for s in pair]
 
 
-def probed(
-    loaded: Loaded, source: LabelledSource, tests: list[list[LabelledText]], train: Sequence[LabelledText]
-) -> list[dict[str, float]]:
-    """Logistic regression on the features where the answer would begin; the penalty by validation."""
+def probed(loaded: Loaded, source: LabelledSource, parts: list[list[LabelledText]]) -> list[dict[str, float]]:
+    """Logistic regression on the features where the answer would begin: its accuracies on all parts but two.
+
+    The first part is for training, the second for the choice of the penalty.
+    """
     prompts = labelled.Prompts(loaded.tokenizer, source.config.labelled, source.choices)
-    parts = [train, source.parts["validation"], *tests]
     features = [last_features(loaded, [prompts.question(s) for s in sentences]) for sentences in parts]
     y = [np.asarray([s.label for s in sentences]) for sentences in parts]
     mean, deviation = features[0].mean(0), features[0].std(0) + 1e-6
