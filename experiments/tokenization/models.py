@@ -55,6 +55,7 @@ CHANGES = {
     "model": {"width": 128, "num_layers": 2, "num_heads": 4, "num_kv_heads": 4, "mlp_dim": 352},
     "train": {"batch_size": 8, "seq_len": 128},
 }
+_loss = jax.jit(losses.language_model, static_argnums=(0, 3))
 
 flags.DEFINE_integer("seeds", 3, "runs of each kind")
 flags.DEFINE_integer("steps", 300, "of training")
@@ -114,9 +115,9 @@ def trained(config: Config, corpus: Corpus, start: int, stop: int, params: Any =
 def bits_per_byte(config: Config, params: Any, corpus: Corpus) -> float:
     """Of the held-out text."""
     model, device = Transformer(config.model), jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    loss = jax.jit(lambda params, batch: losses.language_model(model, params, batch, 0))
     rows = Rows(corpus.validation, config.train.seq_len)
-    return held_out.evaluate(loss, params, rows, 16, device)["bits_per_byte"]
+    figures = held_out.evaluate(lambda params, batch: _loss(model, params, batch, 0), params, rows, 16, device)
+    return figures["bits_per_byte"]
 
 
 def refusals(config: Config, source: Source, kind: str) -> dict[str, bool]:
