@@ -7,7 +7,6 @@ figures follow from, so that a job with other options is done anew.
 """
 
 import functools
-import itertools
 import json
 import pathlib
 import re
@@ -45,7 +44,8 @@ SMOKE: dict[str, object] = {"train.steps": 1, "train.batch_size": 2, "optim.warm
 SMOKE |= {"data.labelled.test_size": 4.0, "data.labelled.validation_size": 4.0, "data.labelled.train_size": 8}
 # Overrides, and the test and training sentences of jobs that train no model; (): all.
 SIZES: dict[str, tuple[dict[str, object], tuple[int, ...]]] = {"cpu": (FAST, ()), "smoke": (SMOKE, (4, 8))}
-flags.DEFINE_enum("size", "cpu", list(SIZES), "cpu: 2,000 training and 1,000 test sentences; smoke: a step of each")
+
+flags.DEFINE_enum("size", "cpu", list(SIZES), "cpu: 2,000 training and 1,000 test sentences; smoke: a step")
 flags.DEFINE_integer("seeds", 3, "runs of each kind that is trained", lower_bound=1)
 flags.DEFINE_string("runs", "runs/sentiment", "where the runs themselves are kept")
 flags.DEFINE_string("part", "1/1", "2/3: the second of every three jobs, beside processes that do the others")
@@ -71,19 +71,20 @@ def main() -> None:
     ):
         figures.setdefault(kind, []).append(found)
     prompted = {kind: figures[kind][0] for kind in measure.PROMPTED}
-    trained = {kind: figures[kind] for kind in TRAINED}
+    trained = {kind: figures[kind] for kind in TRAINED if kind in figures}
     results = report.judge(prompted, trained, f.seeds, f.size)
     print(experiments.publish(__file__, results, report.table(prompted, trained, f.size, f.seeds), origins=origins))
 
 
 def all_jobs(root: pathlib.Path, size: str, seeds: int) -> dict[tuple[str, int, str], Callable[[], Any]]:
-    """{(kind, seed, digest of the options that the figures follow from): job}; verdicts need the first ones."""
+    """{(kind, seed, digest of the options that the figures follow from): job}; those that verdicts need come first."""
     overrides, counts = SIZES[size]
     computations: dict[tuple[str, int, str], Callable[[], Any]] = {}
     for kind in measure.PROMPTED:
         digest = experiments.digest(json.dumps([overrides, counts]))
         computations[kind, 0, digest] = functools.partial(measure.untrained, kind, size == "cpu", *counts)
-    for seed, kind in sorted(itertools.product(range(seeds), TRAINED), key=lambda job: job[1] not in report.JUDGED):
+    others = [kind for kind in TRAINED if kind not in report.JUDGED] if size == "cpu" else []
+    for kind, seed in [(kind, seed) for kinds in (report.JUDGED, others) for seed in range(seeds) for kind in kinds]:
         config = configuration.load(RECIPE, overrides | TRAINED[kind])
         options = {key: value for key, value in configuration.flat(config).items() if key in config.explicit}
         digest = experiments.digest(json.dumps({key: options[key] for key in sorted(options.keys() - {*runs.NEUTRAL})}))
