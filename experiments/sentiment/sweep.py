@@ -41,6 +41,7 @@ TRAINED: dict[str, dict[str, object]] = {
 # Layers one after the other: XLA's CPU backend stacks what a scan keeps of bfloat16 layers at the cost of all layers.
 FAST = {"model.precision.compute": "bfloat16", "model.scan_layers": False}
 SMOKE: dict[str, object] = {"train.steps": 1, "train.batch_size": 2, "optim.warmup_steps": 0}
+SMOKE |= {"lora.targets": (r"layers/\d+/mlp/up",)}  # PiSSA decomposes every weight
 SMOKE |= {"data.labelled.test_size": 4.0, "data.labelled.validation_size": 4.0, "data.labelled.train_size": 8}
 # Overrides, and the test and training sentences of jobs that train no model; (): all.
 SIZES: dict[str, tuple[dict[str, object], tuple[int, ...]]] = {"cpu": (FAST, ()), "smoke": (SMOKE, (4, 8))}
