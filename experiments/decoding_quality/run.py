@@ -138,19 +138,20 @@ def of_steps(loaded: Loaded, prompts: list[list[int]], human: list[list[int]]) -
         p = -jnp.sort(-jax.nn.softmax(loop.apply(loaded.model, loaded.params, x, method="logits")[0]), -1)
         mass = jnp.cumsum(p, -1)
 
-        def of_first(count):  # entropy of the first `count`, (T, 1) or (), alone
-            kept = jnp.where(jnp.arange(p.shape[-1]) < count, p, 0)
+        def of_first(count):  # entropy of the first `count` (T,) alone
+            kept = jnp.where(jnp.arange(p.shape[-1]) < count[:, None], p, 0)
             return entropy(kept / jnp.sum(kept, -1, keepdims=True))
 
         size = jnp.sum(mass - p < 0.95, -1)
-        cold = jax.nn.softmax(jax.nn.log_softmax(jnp.log(p) / 0.7)[:, :40])
+        cold = jax.nn.log_softmax(jnp.log(p) / 0.7)[:, :40]
+        cold = jnp.exp(cold - jax.nn.logsumexp(cold, -1, keepdims=True))
         return {
             "nucleus": size,
             "nucleus mass": jnp.take_along_axis(mass, size[:, None] - 1, -1)[:, 0],
             "mass of 40": mass[:, 39],
             "entropy": entropy(p),
-            "entropy of nucleus": of_first(size[:, None]),
-            "entropy of 40": of_first(40),
+            "entropy of nucleus": of_first(size),
+            "entropy of 40": of_first(jnp.full_like(size, 40)),
             "entropy of 40, temperature 0.7": entropy(cold),
         }
 
