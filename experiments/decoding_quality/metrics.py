@@ -17,19 +17,12 @@ def distinct(texts: Sequence[Ids], n: int) -> float:
     return len(set(grams)) / len(grams)
 
 
-def loops(ids: Ids, times: int = 3, shortest: int = 2) -> bool:
+def loops(ids: Ids) -> bool:
     """Whether a text ends in a phrase of two tokens or more that stands there three times in a row.
 
     The repetition of Holtzman et al. 2020, arXiv:1904.09751, section 5.
     """
-    tail = list(ids)
-    return any(tail[-n:] * times == tail[-n * times :] for n in range(shortest, len(tail) // times + 1))
-
-
-def repeated(ids: Ids, n: int = 4) -> float:
-    """Share of a text's n-grams that stood in it before."""
-    grams = ngrams(ids, n)
-    return 1 - len(set(grams)) / len(grams)
+    return any(list(ids[-n:]) * 3 == list(ids[-3 * n :]) for n in range(2, len(ids) // 3 + 1))
 
 
 def bleu(candidate: Ids, references: Sequence[Ids], longest: int = 4) -> float:
@@ -40,8 +33,7 @@ def bleu(candidate: Ids, references: Sequence[Ids], longest: int = 4) -> float:
         most: collections.Counter = collections.Counter()
         for reference in references:
             most |= collections.Counter(ngrams(reference, n))
-        hits, total = sum((own & most).values()), sum(own.values())
-        add = int(n > 1)
+        hits, total, add = (own & most).total(), own.total(), int(n > 1)
         if not hits + add:
             return 0.0
         logs += math.log((hits + add) / (total + add)) / longest

@@ -2,8 +2,7 @@
 
     PYTHONPATH=. python experiments/decoding_quality/run.py [--prompts=16] [--new_tokens=48] [--batch_size=16]
 
-Every method of `METHODS` continues the same prompts. What is done is kept under --runs and not done again.
-Writes results.json, the table of README.md and sizes.png. The rules below were fixed before the run.
+Every method of `METHODS` continues the same prompts. The rules below were fixed before the run.
 
 Intervals are 95 %, by bootstrap over the texts (over the texts' means where a figure has a value a token).
 
@@ -19,11 +18,11 @@ D5  holds if the nucleus has mass .95 or more at every token, its size's 10 % an
     of the beam.
 """
 
+import dataclasses
 import functools
-import hashlib
 import math
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -33,6 +32,7 @@ from absl import flags
 
 from experiments.decoding_quality import metrics
 from llm_jax import checkpoints, cli
+from llm_jax.checkpoints import Loaded
 from llm_jax.data import assets
 from llm_jax.decoding import loop, score
 from llm_jax.decoding.complete import complete
@@ -42,8 +42,6 @@ from llm_jax.intervals import Interval, bootstrap
 from llm_jax.research import experiments, findings, pictures, verdicts
 from llm_jax.research.findings import Finding
 from llm_jax.research.provenance import Provenance
-
-HERE = pathlib.Path(__file__).parent
 
 flags.DEFINE_string("checkpoint", "asset:smollm2-135m-instruct", "the model")
 flags.DEFINE_string("text", "", "human text, a file; by default sentences of editorials (asset:nyt)")
@@ -66,89 +64,94 @@ METHODS: dict[str, dict[str, Any]] = {
     "typical 0.95": {"typical_p": 0.95},
     "eta 0.0006": {"eta": 0.0006},
 }
+MEASURES = {
+    "D2": "texts that end in a loop, %; log-probability of beam minus greedy, nats",
+    "D4": "tokens with more than 5 % of the mass outside the 40 likeliest; share of the entropy kept",
+    "D5": "size of the nucleus of .95, quantiles; distance to the human log-perplexity",
+}
+Texts = list[dict[str, Any]]  # token ids and their log-probabilities
 
 
 def main() -> None:
     f = flags.FLAGS
-    digest = hashlib.sha256(f"{f.checkpoint} {f.text}".encode()).hexdigest()[:8]
+    digest = experiments.digest(f.checkpoint, f.text)
     root = experiments.directory(f.runs, digest, f.prompts, f.prompt_tokens, f.new_tokens, f.batch_size)
-    model, params, tokenizer = checkpoints.load(f.checkpoint)
-    prompts, human = texts(tokenizer, f.prompts, f.prompt_tokens, f.new_tokens)
-    computations: dict[str, Callable[[], Any]] = {"human": lambda: of_human(model, params, prompts, human)}
-    for name, options in METHODS.items():
-        computations[name] = functools.partial(continued, model, params, tokenizer, prompts, options)
-    computations["steps"] = lambda: of_steps(model, params, prompts, human)
+    loaded = checkpoints.load(f.checkpoint)
+    prompts, human = windows(loaded)
+    computations = {"human": functools.partial(of_human, loaded, prompts, human)}
+    computations |= {name: functools.partial(continued, loaded, prompts, name) for name in METHODS}
     origins: list[Provenance] = []
-    continuations = experiments.measure_all(root, computations, origins)
-    steps = {name: np.asarray(values) for name, values in continuations.pop("steps").items()}
-    figures = {name: of_method(texts) for name, texts in continuations.items()}
-    draw(steps, experiments.output(__file__) / "sizes.png")
-    results = judge(continuations, figures, steps)
+    texts = experiments.measure_all(root, computations, origins)
+    of_tokens = {"steps": functools.partial(of_steps, loaded, prompts, human)}
+    steps = {k: np.asarray(v) for k, v in experiments.measure_all(root, of_tokens, origins)["steps"].items()}
+    figures = {name: of_method(of_name) for name, of_name in texts.items()}
+    draw(steps["nucleus"], experiments.output(__file__) / "sizes.png")
+    rows = [[method, *map(cell, row.values())] for method, row in figures.items()]
+    lines = ["", *findings.markdown_table(["method", *figures["human"]], rows)]
     command = experiments.command(__file__, {"checkpoint": "RUN", "text": "FILE"})
-    print(experiments.publish(__file__, results, tables(figures), origins=origins, measured_by=command))
+    results = judge(texts, figures, steps)
+    print(experiments.publish(__file__, results, lines, origins=origins, measured_by=command))
 
 
-def texts(tokenizer, count: int, head: int, tail: int) -> tuple[list[list[int]], list[list[int]]]:
+def windows(loaded: Loaded) -> tuple[list[list[int]], list[list[int]]]:
     """Windows of a human text, each cut into a prompt and what came next."""
-    file = pathlib.Path(flags.FLAGS.text) if flags.FLAGS.text else assets.path("nyt")
-    text = file.read_text("utf-8")
-    if not flags.FLAGS.text:  # lines of id, rating, sentence, in the order of the articles
+    f = flags.FLAGS
+    text = pathlib.Path(f.text or assets.path("nyt")).read_text("utf-8")
+    if not f.text:  # lines of id, rating, sentence, in the order of the articles
         text = " ".join(line.split("\t")[2] for line in text.splitlines())
-    size = head + tail
-    ids = tokenizer.encode(text[: 40 * size * count * 2])
-    step = len(ids) // count
+    size = f.prompt_tokens + f.new_tokens
+    ids = loaded.tokenizer.encode(text[: 40 * size * f.prompts * 2])
+    step = len(ids) // f.prompts
     if step < size:
-        raise UserError(f"the human text has {len(ids)} tokens; {count} windows of {size} need more")
-    windows = [ids[i * step : i * step + size] for i in range(count)]
-    return [w[:head] for w in windows], [w[head:] for w in windows]
+        raise UserError(f"the human text has {len(ids)} tokens; {f.prompts} windows of {size} need more")
+    starts = range(0, f.prompts * step, step)
+    return [ids[i : i + f.prompt_tokens] for i in starts], [ids[i + f.prompt_tokens : i + size] for i in starts]
 
 
-def of_human(model, params, prompts, human) -> list[dict[str, Any]]:
-    scored = score.score(model, params, list(zip(prompts, human, strict=True)), 4)
+def of_human(loaded: Loaded, prompts: list[list[int]], human: list[list[int]]) -> Texts:
+    scored = score.score(loaded.model, loaded.params, list(zip(prompts, human, strict=True)), 4)
     return [{"ids": ids, "logs": one.log_probabilities} for ids, one in zip(human, scored, strict=True)]
 
 
-def continued(model, params, tokenizer, prompts, options) -> list[dict[str, Any]]:
-    """Continuations of exactly the asked length (EOS ends none), by batches."""
-    f, texts = flags.FLAGS, []
+def continued(loaded: Loaded, prompts: list[list[int]], method: str) -> Texts:
+    """Continuations of exactly `new_tokens` (EOS ends none), by batches."""
+    f = flags.FLAGS
+    options = DecodingOptions(max_new_tokens=f.new_tokens, ignore_eos=True, **METHODS[method])
+    texts: Texts = []
     for first in range(0, len(prompts), f.batch_size):
-        decoding = DecodingOptions(max_new_tokens=f.new_tokens, ignore_eos=True, **options)
-        if decoding.method == "sample":
-            decoding = DecodingOptions(max_new_tokens=f.new_tokens, ignore_eos=True, seed=first, **options)
-        for (one,) in complete(model, params, tokenizer, prompts[first : first + f.batch_size], decoding):
-            texts.append({"ids": one.generated.ids, "logs": one.generated.log_probabilities, "text": one.text})
+        seeded = dataclasses.replace(options, seed=first) if options.method == "sample" else options
+        for (text,) in complete(*loaded, prompts[first : first + f.batch_size], seeded):
+            generated = text.generated
+            texts.append({"ids": generated.ids, "logs": generated.log_probabilities, "text": text.text})
     return texts
 
 
-def of_steps(model, params, prompts, human) -> dict[str, list[float]]:
+def of_steps(loaded: Loaded, prompts: list[list[int]], human: list[list[int]]) -> dict[str, list[float]]:
     """At every token of the human text: size of the nucleus, what fixed k keep, entropies before and after."""
+
+    def entropy(p):
+        return -jnp.sum(jnp.where(p > 0, p * jnp.log(p), 0), -1)
 
     @jax.jit
     def look(ids):
-        x = loop.apply(model, params, ids[None], method="features")[0][:, len(prompts[0]) - 1 : -1]
-        logits = loop.apply(model, params, x, method="logits")[0]
-        p = -jnp.sort(-jax.nn.softmax(logits), -1)
+        x = loop.apply(loaded.model, loaded.params, ids[None], method="features")[0][:, len(prompts[0]) - 1 : -1]
+        p = -jnp.sort(-jax.nn.softmax(loop.apply(loaded.model, loaded.params, x, method="logits")[0]), -1)
         mass = jnp.cumsum(p, -1)
 
-        def entropy(p):
-            return -jnp.sum(jnp.where(p > 0, p * jnp.log(p), 0), -1)
-
-        def of_first(count):  # the first `count` (T,) alone
+        def of_first(count):  # entropy of the first `count` (T,) alone
             kept = jnp.where(jnp.arange(p.shape[-1]) < count[:, None], p, 0)
             return entropy(kept / jnp.sum(kept, -1, keepdims=True))
 
         size = jnp.sum(mass - p < 0.95, -1)
-        forty = jnp.full_like(size, 40)
         cold = jax.nn.log_softmax(jnp.log(p) / 0.7)[:, :40]
         cold = jnp.exp(cold - jax.nn.logsumexp(cold, -1, keepdims=True))
         return {
             "nucleus": size,
             "nucleus mass": jnp.take_along_axis(mass, size[:, None] - 1, -1)[:, 0],
             "mass of 40": mass[:, 39],
-            "mass of 640": mass[:, 639],
             "entropy": entropy(p),
             "entropy of nucleus": of_first(size),
-            "entropy of 40": of_first(forty),
+            "entropy of 40": of_first(jnp.full_like(size, 40)),
             "entropy of 40, temperature 0.7": entropy(cold),
         }
 
@@ -156,75 +159,63 @@ def of_steps(model, params, prompts, human) -> dict[str, list[float]]:
     return {k: np.stack([r[k] for r in rows]).astype(float).tolist() for k in rows[0]}
 
 
-def of_method(texts: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, ...] | float]:
+def of_method(texts: Texts) -> dict[str, Any]:
     """The figures of one method's texts."""
     ids = [t["ids"] for t in texts]
-    nats = bootstrap([-np.mean(t["logs"]) for t in texts])
+    repeated = [1 - metrics.distinct([text], 4) for text in ids]
     return {
-        "perplexity": Interval(*(math.exp(x) for x in nats)),
+        "perplexity": Interval(*map(math.exp, bootstrap([-float(np.mean(t["logs"])) for t in texts]))),
         "self-BLEU": bootstrap(metrics.self_bleu(ids)),
-        "loops %": Interval(*(100 * x for x in bootstrap([metrics.loops(i) for i in ids]))),
-        "4-grams repeated %": Interval(*(100 * x for x in bootstrap([metrics.repeated(i) for i in ids]))),
+        "loops %": Interval(*(100 * x for x in bootstrap([metrics.loops(text) for text in ids]))),
+        "4-grams repeated %": Interval(*(100 * x for x in bootstrap(repeated))),
         "distinct-2": metrics.distinct(ids, 2),
         "distinct-4": metrics.distinct(ids, 4),
     }
 
 
-def judge(
-    continuations: Mapping[str, Any], figures: Mapping[str, Any], steps: Mapping[str, np.ndarray]
-) -> list[Finding]:
+def cell(value: Interval | float) -> str:
+    if isinstance(value, Interval):
+        return f"{value.estimate:.3g} ({value.low:.3g}–{value.high:.3g})"
+    return f"{value:.2f}"
+
+
+def judge(texts: Mapping[str, Texts], figures: Mapping[str, Any], steps: Mapping[str, np.ndarray]) -> list[Finding]:
     """The verdicts by the rules above."""
     loops = {name: figures[name]["loops %"] for name in ("greedy", "human", "sampling", "beam 4", "nucleus 0.95")}
-    repetitive = all(loops["greedy"][1] > loops[other][2] for other in ("human", "sampling"))
-    sums = {name: [sum(t["logs"]) for t in continuations[name]] for name in ("greedy", "beam 4")}
-    gains = [b - g for b, g in zip(sums["beam 4"], sums["greedy"], strict=True)]
-    gain, wins = bootstrap(gains), float(np.mean([g > 0 for g in gains]))
-    local = gain[1] > 0 and wins > 0.5
-    d2 = verdicts.holds_for(["repetition", "local optimality"], [repetitive, local])
+    repetitive = all(loops["greedy"].low > loops[other].high for other in ("human", "sampling"))
+    greedy, beam = ([sum(t["logs"]) for t in texts[name]] for name in ("greedy", "beam 4"))
+    gains = np.subtract(beam, greedy)
+    gain, wins = bootstrap(gains), float(np.mean(gains > 0))
+    d2 = verdicts.holds_for(["repetition", "local optimality"], [repetitive, gain.low > 0 and wins > 0.5])
     outside = bootstrap((steps["mass of 40"] < 0.95).mean(1))
     kept = {
-        name: bootstrap((steps[f"entropy of {name}"].mean(1) / steps["entropy"].mean(1)).tolist())
+        name: bootstrap(steps[f"entropy of {name}"].mean(1) / steps["entropy"].mean(1))
         for name in ("nucleus", "40", "40, temperature 0.7")
     }
-    leaves = outside[1] >= 0.1
-    low = kept["40, temperature 0.7"][2] < 0.5
+    leaves, low = outside.low >= 0.1, kept["40, temperature 0.7"].high < 0.5
     d4 = "holds" if leaves and low else "fails"
     if leaves != low:
         d4 = "holds when the mass left out counts, not the entropy" if leaves else "holds when entropy counts"
-
     sizes = np.quantile(steps["nucleus"], [0.1, 0.5, 0.9])
     covers, changes = bool((steps["nucleus mass"] >= 0.95 - 1e-4).all()), bool(sizes[2] >= 10 * sizes[0])
-    human = math.log(figures["human"]["perplexity"][0])
-    away = {n: abs(math.log(figures[n]["perplexity"][0]) - human) for n in figures if n != "human"}
+    nats = {name: math.log(row["perplexity"].estimate) for name, row in figures.items()}
+    away = {name: abs(x - nats["human"]) for name, x in nats.items() if name != "human"}
     nearer = away["nucleus 0.95"] < min(away["greedy"], away["beam 4"])
-    d5 = "holds" if covers and changes and nearer else "fails"
-    d2_values = {**loops, "beam - greedy": gain, "prompts where the beam is likelier": wins}
     shares = {f"entropy kept by {name}": share for name, share in kept.items()}
-    d4_values = {"outside": outside, **shares, "mass of 40": bootstrap(steps["mass of 40"].mean(1))}
-    d5_values = {"10 %": sizes[0], "median": sizes[1], "90 %": sizes[2]}
-    d5_values |= {f"distance {name}": distance for name, distance in away.items()}
-    d4_measure = "tokens with more than 5 % of the mass outside the 40 likeliest; share of the entropy kept"
-    rows = [
-        ("D2", "texts that end in a loop, %; log-probability of beam minus greedy, nats", d2_values, d2),
-        ("D4", d4_measure, d4_values, d4),
-        ("D5", "size of the nucleus of .95, quantiles; distance to the human log-perplexity", d5_values, d5),
-    ]
-    return [findings.finding(*row) for row in rows]
+    distances = {f"distance {name}": distance for name, distance in away.items()}
+    quantiles = dict(zip(("10 %", "median", "90 %"), sizes, strict=True))
+    judgements: dict[str, tuple[Any, str]] = {
+        "D2": ({**loops, "beam - greedy": gain, "prompts where the beam is likelier": wins}, d2),
+        "D4": ({"outside": outside, **shares, "mass of 40": bootstrap(steps["mass of 40"].mean(1))}, d4),
+        "D5": (quantiles | distances, "holds" if covers and changes and nearer else "fails"),
+    }
+    return [findings.finding(name, MEASURES[name], *judgements[name]) for name in MEASURES]
 
 
-def tables(figures: Mapping[str, Any]) -> list[str]:
-    """Markdown."""
-    rows = []
-    for method, row in figures.items():
-        cells = [f"{v[0]:.3g} ({v[1]:.3g}–{v[2]:.3g})" if isinstance(v, tuple) else f"{v:.2f}" for v in row.values()]
-        rows.append([method, *cells])
-    return ["", *findings.markdown_table(["method", *next(iter(figures.values()))], rows)]
-
-
-def draw(steps: Mapping[str, np.ndarray], path: pathlib.Path) -> None:
+def draw(nucleus: np.ndarray, path: pathlib.Path) -> None:
     """How large the nucleus is, token by token, beside fixed k."""
     with pictures.figure(path, figsize=(6, 3.2)) as axes:
-        sizes = np.sort(steps["nucleus"].ravel())
+        sizes = np.sort(nucleus.ravel())
         axes.plot(sizes, np.linspace(0, 1, len(sizes)))
         for k in (40, 640):
             axes.axvline(k, color="grey", linestyle=":")

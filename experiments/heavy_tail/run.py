@@ -2,9 +2,7 @@
 
     PYTHONPATH=. python experiments/heavy_tail/run.py [--seeds=3] [--steps=400]
 
-A small decoder is trained on text from a source whose distribution is known: after each token, a third of the
-vocabulary can come, with probabilities that fall as a power of the rank. What the model gives to each next token
-is then compared with the truth, by loss and seed. What is done is kept under --runs and not done again.
+A small decoder is trained on text whose distribution is known, and compared with it.
 
 The rules, fixed before the run (95 % t-intervals over the seeds, comparisons paired by seed):
 
@@ -27,22 +25,17 @@ import numpy as np
 from absl import flags
 
 from llm_jax import cli, configuration
-from llm_jax.intervals import Interval, mean, paired
+from llm_jax.data.rows import NAMES
 from llm_jax.model.transformer import Transformer
 from llm_jax.research import experiments, findings
-from llm_jax.research.findings import Finding
+from llm_jax.research.findings import Figures, Finding
 from llm_jax.training import losses
 from llm_jax.training.setup import setup
 
 VOCAB, LENGTH, BATCH, RECENT, RARE = 96, 64, 16, 8, 0.01
-
-flags.DEFINE_integer("seeds", 3, "sources and models", lower_bound=2)
-flags.DEFINE_integer("steps", 400, "of training", lower_bound=1)
-flags.DEFINE_integer("width", 48, "of the model")
-flags.DEFINE_string("runs", "runs/heavy_tail", "where what is done is kept")
-
+BASELINE = "cross-entropy"
 LOSSES: dict[str, dict[str, Any]] = {
-    "cross-entropy": {},
+    BASELINE: {},
     "label smoothing 0.1": {"label_smoothing": 0.1},
     "unlikelihood": {"kind": "unlikelihood", "unlikelihood": 1.0},
     "entmax 1.5": {"kind": "entmax"},
@@ -54,17 +47,22 @@ FIGURES = {
     "distance": "total variation distance to the truth",
 }
 
+flags.DEFINE_integer("seeds", 3, "sources and models", lower_bound=2)
+flags.DEFINE_integer("steps", 400, "of training", lower_bound=1)
+flags.DEFINE_integer("width", 48, "of the model")
+flags.DEFINE_string("runs", "runs/heavy_tail", "where what is done is kept")
+
 
 def main() -> None:
     f = flags.FLAGS
     root = experiments.directory(f.runs, f.width, f.steps)
-    figures, origins = experiments.measure(
-        root, LOSSES, f.seeds, lambda loss, seed: train_and_compare(LOSSES[loss], seed, f.steps, f.width)
+    figures, origins = experiments.measure(root, LOSSES, f.seeds, train_and_compare)
+    means = [findings.means(figures, name) for name in FIGURES]
+    rows = (
+        [loss, *(f"{m[loss].estimate:.4f} ± {m[loss].high - m[loss].estimate:.4f}" for m in means)] for loss in LOSSES
     )
-    table = {loss: {k: mean([run[k] for run in runs]) for k in FIGURES} for loss, runs in figures.items()}
-    rows = ([loss, *(f"{m:.4f} ± {high - m:.4f}" for m, _, high in row.values())] for loss, row in table.items())
     lines = ["", *findings.markdown_table(["loss", *FIGURES.values()], rows)]
-    print(experiments.publish(__file__, judge(figures, table), lines, origins=origins))
+    print(experiments.publish(__file__, judge(figures), lines, origins=origins))
 
 
 def source(key: jax.Array) -> jax.Array:
@@ -87,54 +85,45 @@ def texts(key: jax.Array, p: jax.Array, count: int) -> jax.Array:
     return jnp.concatenate([start[:, None], more.T], 1).astype(jnp.int32)
 
 
-def train_and_compare(changes: dict[str, Any], seed: int, steps: int, width: int) -> dict[str, float]:
+def train_and_compare(loss: str, seed: int) -> dict[str, float]:
     """Trains a model with one loss and compares it with its source."""
-    config = configuration.load("default")
-    shape = {"vocab_size": VOCAB, "width": width, "num_layers": 2, "num_heads": 4, "num_kv_heads": 4}
-    shape["mlp_dim"] = 2 * width
-    keys = jax.random.split(jax.random.key(seed), 4)
-    p = source(keys[0])
+    f = flags.FLAGS
+    model = {"vocab_size": VOCAB, "width": f.width, "num_layers": 2, "num_heads": 4, "num_kv_heads": 4}
     # AdamW with decay of all weights and a cosine to zero, without warm-up and clipping.
-    optim: dict[str, Any] = {"lr": 3e-3, "warmup_steps": 0, "final_lr_fraction": 0.0, "beta2": 0.999, "clip_norm": 0.0}
-    optim |= {"weight_decay": 0.01, "decay_rules": ((".*", 1.0),)}
-    train = {"steps": steps, "batch_size": BATCH, "seq_len": LENGTH, "loss_chunk": 0}
-    parts = setup(configuration.load(config, {"model": shape, "loss": changes, "optim": optim, "train": train}))
-    model = parts.model
-    params = jax.jit(model.init)(keys[1], jnp.zeros((1, 1), jnp.int32))["params"]
-    spread = jnp.broadcast_to(jnp.arange(LENGTH, dtype=jnp.int32), (BATCH, LENGTH))
+    optim = {"lr": 3e-3, "warmup_steps": 0, "final_lr_fraction": 0.0, "beta2": 0.999, "clip_norm": 0.0}
+    changes = {
+        "model": model | {"mlp_dim": 2 * f.width},
+        "loss": LOSSES[loss],
+        "optim": optim | {"weight_decay": 0.01, "decay_rules": ((".*", 1.0),)},
+        "train": {"steps": f.steps, "batch_size": BATCH, "seq_len": LENGTH, "loss_chunk": 0},
+    }
+    parts = setup(configuration.load("default", changes))
+    for_source, for_model, for_training, for_test = jax.random.split(jax.random.key(seed), 4)
+    p = source(for_source)
 
     @jax.jit
-    def batches(indices: jax.Array) -> dict[str, jax.Array]:
-        ids = jax.lax.map(lambda index: texts(jax.random.fold_in(keys[2], index), p, BATCH), indices)
+    def batches(steps: jax.Array) -> dict[str, jax.Array]:
+        ids = jax.lax.map(lambda step: texts(jax.random.fold_in(for_training, step), p, BATCH), steps)
         ones = jnp.ones_like(ids[..., 1:])
-        positions = jnp.broadcast_to(spread, ones.shape)
-        return {
-            "inputs": ids[..., :-1],
-            "targets": ids[..., 1:],
-            "positions": positions,
-            "segments": ones,
-            "mask": ones,
-        }
+        columns = (ids[..., :-1], ids[..., 1:], jnp.cumsum(ones, -1) - 1, ones, ones)
+        return dict(zip(NAMES, columns, strict=True))
 
-    state = parts.init(params)
-    for start in range(0, steps, 100):
-        state, _ = parts.scan(state, batches(jnp.arange(start, min(start + 100, steps))))
-    params = state.params
-    compared = jax.jit(lambda params: compare(model, params, p, keys[3], "entmax" in str(changes)))(params)
+    state = parts.init(jax.jit(parts.model.init)(for_model, jnp.zeros((1, 1), jnp.int32))["params"])
+    for start in range(0, f.steps, 100):
+        state, _ = parts.scan(state, batches(jnp.arange(start, min(start + 100, f.steps))))
+    probabilities = losses.entmax15 if loss.startswith("entmax") else jax.nn.softmax
+    compared = jax.jit(lambda params: compare(parts.model, params, p, for_test, probabilities))(state.params)
     return {name: float(value) for name, value in compared.items()}
 
 
-def compare(model: Transformer, params: Any, p: jax.Array, key: jax.Array, sparse: bool) -> dict[str, jax.Array]:
+def compare(model: Transformer, params: Any, p: jax.Array, key: jax.Array, probabilities: Any) -> dict[str, jax.Array]:
     """The figures over fresh texts, from their 16th token on."""
     ids = texts(key, p, 64)[:, :-1]
-    logits: Any = model.apply({"params": params}, ids)
-    q = losses.entmax15(logits) if sparse else jax.nn.softmax(logits)
-    truth = p[ids]
+    q, truth = probabilities(model.apply({"params": params}, ids)), p[ids]
     before = jnp.stack([jnp.roll(ids, i, 1) for i in range(RECENT)], -1)
     recent = jnp.max(jax.nn.one_hot(before, VOCAB), 2)
-    rare = truth < RARE
     figures = {
-        "tail": jnp.sum(jnp.where(rare, q - truth, 0), -1),
+        "tail": jnp.sum(jnp.where(truth < RARE, q - truth, 0), -1),
         "impossible": jnp.sum(jnp.where(truth == 0, q, 0), -1),
         "recent": jnp.sum(recent * (q - truth), -1),
         "distance": 0.5 * jnp.sum(jnp.abs(q - truth), -1),
@@ -144,38 +133,30 @@ def compare(model: Transformer, params: Any, p: jax.Array, key: jax.Array, spars
 
 def growth() -> list[float]:
     """Increments of the cross-entropy as the right token's score falls from 0 to -20, one at a time."""
-    scores = jnp.arange(21.0)
-    logits = jnp.zeros((21, VOCAB)).at[:, 0].set(-scores)
+    logits = jnp.zeros((21, VOCAB)).at[:, 0].set(-jnp.arange(21.0))
     return np.diff(np.asarray(losses.cross_entropy(logits, jnp.zeros(21, jnp.int32)))).tolist()
 
 
-def judge(figures: dict[str, list[dict[str, float]]], table: dict[str, dict[str, Interval]]) -> list[Finding]:
-    """The verdicts by the rules above; `figures` are those of every loss by seed, `table` has their intervals."""
-    base = figures["cross-entropy"]
-    others = [name for name in figures if name != "cross-entropy"]
-
-    def less(figure: str) -> dict[str, Interval]:
-        return {o: paired([r[figure] for r in figures[o]], [r[figure] for r in base]) for o in others}
-
-    tail, recent, rises = less("tail"), less("recent"), growth()
-    exponential = all(b >= 1.5 * a for a, b in itertools.pairwise(rises))
-    lighter = [o for o in others if tail[o].high < 0]
-    rarer = [o for o in others if recent[o].high < 0]
-    repeats = table["cross-entropy"]["recent"].low > 0.005
-    d3 = "holds" if table["cross-entropy"]["tail"].low > 0.005 else "fails"
+def judge(figures: Figures) -> list[Finding]:
+    """The verdicts by the rules above."""
+    masses, excess = (findings.means(figures, name) for name in ("tail", "recent"))
+    tail, recent = (findings.differences(figures, name, BASELINE) for name in ("tail", "recent"))
+    exponential = all(after >= 1.5 * before for before, after in itertools.pairwise(growth()))
+    lighter, rarer = ([loss for loss, x in less.items() if x.high < 0] for less in (tail, recent))
+    repeats = excess[BASELINE].low > 0.005
     parts = [
         f"the growth is {'exponential' if exponential else 'not exponential (at most 1 a step: linear)'}",
         f"a lighter tail with {' and '.join(lighter) or 'none'}",
         f"repetition {'is in excess' if repeats else 'is not in excess'}, less with {' and '.join(rarer) or 'none'}",
     ]
+    d3 = "holds" if masses[BASELINE].low > 0.005 else "fails"
     d6 = f"{'holds' if exponential and lighter and repeats and rarer else 'fails'}: {'; '.join(parts)}"
-    masses = {loss: row["tail"] for loss, row in table.items()}
-    measure = "mass of tokens of probability below .01, minus the truth"
-    differences = tail | {f"{k}, last 8 tokens": v for k, v in recent.items()}
-    return [
-        findings.finding("D3", measure, masses, d3, n=len(base)),
-        findings.finding("D6", "the same, minus that of cross-entropy", differences, d6, n=len(base)),
+    differences = tail | {f"{loss}, last 8 tokens": x for loss, x in recent.items()}
+    rows = [
+        ("D3", "mass of tokens of probability below .01, minus the truth", masses, d3),
+        ("D6", "the same, minus that of cross-entropy", differences, d6),
     ]
+    return [findings.finding(*row, n=len(figures[BASELINE])) for row in rows]
 
 
 if __name__ == "__main__":

@@ -1,18 +1,19 @@
 """What is lost when a run is killed, its checkpoints damaged, its disk full: real processes, real signals.
 
-    PYTHONPATH=. python experiments/reliability/reliability.py [--kills=50 --flips=400 --output=runs/reliability]
+    PYTHONPATH=. python experiments/reliability/reliability.py [--kills=50 --flips=400]
     PYTHONPATH=. python experiments/reliability/reliability.py --parts=processes --resume     # after an interruption
 
-Every part compares with one undisturbed run of `config.py` with the same number of processes. Writes results.json;
-`--parts` measures some parts anew and keeps the results of the others. The full and the
-read-only disk are a tmpfs of a few MiB; where it cannot be mounted (that takes root), the parts say so.
+Every part compares with one undisturbed run of `config.py` with the same number of processes; `--parts` measures some
+parts anew and keeps the results of the others. The disks are tmpfs, which only root can mount.
 
 The rule: nothing is lost if every killed run (R1; R4 with two processes), every run whose disk was full (R3) and every
 run whose disk became read-only (R5) ends with the figures of the undisturbed one, no checkpoint is unreadable after a
 kill, and every damage of a file is detected (R2).
 """
 
+import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -28,9 +29,9 @@ from typing import Any
 
 from absl import flags
 
-from llm_jax import checkpoints, cli, files
+from llm_jax import checkpoints, cli
 from llm_jax.errors import UserError
-from llm_jax.research import experiments, findings, provenance
+from llm_jax.research import experiments, findings, provenance, runs
 from llm_jax.research.provenance import Provenance
 
 HERE = pathlib.Path(__file__).parent
@@ -46,13 +47,13 @@ HANG = 300  # seconds after a kill in which all processes must have ended
 EXPLAINED = ("has ended without a message", "Terminating process because")  # why the other processes ended
 # What must be the same in a disturbed run; times differ.
 KEPT = ("step", "loss", "grad_norm", "lr", "validation_loss")
+LAUNCHER = "llm_jax.parallel.launcher"
 
 flags.DEFINE_integer("kills", 50, "processes to kill in runs of one process, and in runs of two")
 flags.DEFINE_integer("flips", 400, "bits to flip")
 flags.DEFINE_integer("seed", 0, "of the moments and the bits")
 flags.DEFINE_list("parts", list(STATEMENTS), "what to measure")
 flags.DEFINE_string("runs", "runs/reliability", "where the runs are kept; made anew without --resume")
-flags.DEFINE_alias("output", "runs")
 flags.DEFINE_bool("resume", False, "go on with the runs in --runs and the kills that they survived")
 
 
@@ -61,29 +62,22 @@ def main() -> None:
     output = pathlib.Path(f.runs).expanduser()
     if not f.resume:
         shutil.rmtree(output, ignore_errors=True)
-    undisturbed, seconds = {}, {}
-    for count in sorted({1 + (part == "processes") for part in f.parts}):
-        undisturbed[count], duration = output / f"undisturbed-{count}", output / f"undisturbed-{count}.json"
-        if not duration.exists():
-            shutil.rmtree(undisturbed[count], ignore_errors=True)
-            files.write(duration, json.dumps(finish(undisturbed[count], count)))
-        seconds[count] = json.loads(duration.read_text())
-        print(f"undisturbed, {count} process{'es' * (count > 1)}: {seconds[count]:.1f} s", flush=True)
     command, published = experiments.command(__file__), experiments.output(__file__)
     results = {result.statement: result for result in findings.read(HERE / "results.json")}
     for part in f.parts:
-        statement, name = STATEMENTS[part]
+        count = 1 + (part == "processes")
+        undisturbed = output / f"undisturbed-{count}"
+        duration = output / f"{undisturbed.name}.json"
+        if not duration.exists():
+            shutil.rmtree(undisturbed, ignore_errors=True)  # of an interrupted call
+        seconds = experiments.cached(duration, functools.partial(finish, undisturbed, count), [])
         origins: list[Provenance] = []
-        compute: dict[str, Callable[[], dict[str, Any] | None]] = {
-            "flips": lambda: flips(undisturbed[1], output / "flips", f.flips, random.Random(f.seed)),
-            "full_disk": lambda: full_disks(output / "disk", undisturbed[1]),
-            "read_only": lambda: read_only_disks(output / "disk", undisturbed[1]),
-        }
-        if part in compute:
-            value = experiments.cached(output / f"{part}.json", compute[part], origins)
+        if part in ("kills", "processes"):
+            value = kills(output, undisturbed, count, seconds, origins)
         else:
-            count = 1 + (part == "processes")
-            value = kills(output, undisturbed[count], f.kills, seconds[count], f.seed, origins, count)
+            measure = functools.partial(flips if part == "flips" else disks, part, output / part, undisturbed)
+            value = experiments.cached(output / f"{part}.json", measure, origins)
+        statement, name = STATEMENTS[part]
         source = provenance.combine(origins, f"{command} --parts={part}")
         result = findings.finding(statement, name, value, verdict(value))
         results[statement] = dataclasses.replace(result, **dataclasses.asdict(source))
@@ -97,23 +91,14 @@ def verdict(value: dict[str, Any] | None) -> str:
     return "nothing lost" if not value["lost"] else "LOST"
 
 
+# ---------------------------------------------------------------- runs
+
+
 def train(workdir: pathlib.Path, processes: int = 1) -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": str(HERE.parents[1]), "JAX_PLATFORMS": "cpu"}
-    module = ("llm_jax.train",) if processes == 1 else ("llm_jax.parallel.launcher", str(processes), "llm_jax.train")
+    module = ("llm_jax.train",) if processes == 1 else (LAUNCHER, str(processes), "llm_jax.train")
     full = [sys.executable, "-m", *module, f"--config={HERE / 'config.py'}", f"--workdir={workdir}"]
     return subprocess.Popen(full, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-
-def send(process: subprocess.Popen, number: signal.Signals, draw: random.Random) -> None:
-    """Sends a signal to a trainer, or to one of the trainers that a launcher has started."""
-    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    trainers = (
-        [int(word) for word in children.read_text().split()]
-        if "llm_jax.parallel.launcher" in str(process.args)
-        else [process.pid]
-    )
-    if trainers:
-        os.kill(draw.choice(trainers), number)
 
 
 def finish(workdir: pathlib.Path, processes: int = 1) -> float:
@@ -126,11 +111,23 @@ def finish(workdir: pathlib.Path, processes: int = 1) -> float:
     return time.perf_counter() - began
 
 
+def last_step(workdir: pathlib.Path) -> int:
+    return next((line["step"] for line in reversed(runs.read_lines(workdir / "metrics.jsonl"))), 0)
+
+
+def is_readable(directory: pathlib.Path) -> bool:
+    """Whether a checkpoint has its files as they were written."""
+    with contextlib.suppress(UserError):
+        checkpoints.verify(directory)
+        return True
+    return False
+
+
 def same(a: pathlib.Path, b: pathlib.Path) -> bool:
     """Whether two finished runs have the same metrics and the same bytes of parameters and optimizer state."""
 
     def metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
-        lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+        lines = runs.read_lines(workdir / "metrics.jsonl")
         return [{key: line[key] for key in KEPT if key in line} for line in lines]
 
     return metrics(a) == metrics(b) and arrays(a) == arrays(b)
@@ -152,67 +149,62 @@ def arrays(workdir: pathlib.Path) -> dict[str, bytes]:
     return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
 
 
-def kills(
-    output: pathlib.Path,
-    undisturbed: pathlib.Path,
-    count: int,
-    seconds: float,
-    seed: int,
-    origins: list[Provenance],
-    processes: int = 1,
-) -> dict[str, Any]:
-    """Kills runs at random moments (four in five by SIGKILL, the rest by SIGTERM) until at least `count` were hit.
+# ---------------------------------------------------------------- kills
 
-    Of several processes one is hit, and the others have to end by themselves. Every run that has ended is a line of
-    killed-PROCESSES-SEED.jsonl in `output`, and is not repeated; their provenance is appended to `origins`.
+
+def kills(
+    output: pathlib.Path, undisturbed: pathlib.Path, processes: int, seconds: float, origins: list[Provenance]
+) -> dict[str, Any]:
+    """Kills runs at random moments (four in five by SIGKILL, the rest by SIGTERM) until at least --kills were hit.
+
+    Of several processes one is hit, and the others have to end by themselves. A run that has ended is not repeated.
     """
-    path = output / f"killed-{processes}-{seed}.jsonl"
-    runs = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    while sum(len(run["kills"]) for run in runs) < count:
-        workdir = output / f"killed-{processes}-{seed}-{len(runs)}"
-        shutil.rmtree(workdir, ignore_errors=True)
-        origin = {"origin": dataclasses.asdict(provenance.here(""))}
-        hits = killed(workdir, seconds, random.Random(f"{seed} {processes} {len(runs)}"), processes)
-        runs.append({"kills": hits, "differs": not same(workdir, undisturbed)} | origin)
-        with path.open("a") as file:
-            file.write(json.dumps(runs[-1]) + "\n")
-        print(f"{sum(len(run['kills']) for run in runs)} of {count} kills: {runs[-1]}", flush=True)
-        shutil.rmtree(workdir)
-    # Lines of earlier versions have no origin.
-    origins += [Provenance(**run.get("origin", {})) for run in runs]
-    for run in runs:  # a kill while a run starts leaves the steps and checkpoints of the kill before
+    f = flags.FLAGS
+    ended: list[dict[str, Any]] = []
+    while sum(len(run["kills"]) for run in ended) < f.kills:
+        workdir = output / f"killed-{processes}-{f.seed}-{len(ended)}"
+        draw = random.Random(f"{f.seed} {processes} {len(ended)}")
+        compute = functools.partial(killed, workdir, undisturbed, seconds, draw, processes)
+        ended.append(experiments.cached(workdir.with_suffix(".json"), compute, origins))
+        print(f"{sum(len(run['kills']) for run in ended)} of {f.kills} kills: {ended[-1]}", flush=True)
+    hits: list[dict[str, Any]] = []
+    for run in ended:  # a kill while a run starts leaves the steps and checkpoints of the kill before
         states = [(0, 0), *((hit["reached"], hit["kept"]) for hit in run["kills"])]
-        for hit, before, after in zip(run["kills"], states, states[1:], strict=False):
-            hit["in_training"] = after != before
-    hits = [hit for run in runs for hit in run["kills"]]
-    differing, unreadable = sum(run["differs"] for run in runs), sum(hit["unreadable"] for hit in hits)
+        hits += [
+            hit | {"in_training": after != before}
+            for hit, before, after in zip(run["kills"], states, states[1:], strict=False)
+        ]
+    differing, unreadable = sum(run["differs"] for run in ended), sum(hit["unreadable"] for hit in hits)
     ends = {name: [hit for hit in hits if hit["signal"] == name] for name in ("SIGKILL", "SIGTERM")}
-    several = {
-        "seconds_until_all_had_ended_at_most": max(hit["seconds"] for hit in hits),
-        "without_a_message": sum(not hit["explained"] for hit in hits),
+    again = {
+        name: max((hit["reached"] - hit["kept"] for hit in of_signal if hit["in_training"]), default=0)
+        for name, of_signal in ends.items()
     }
-    return {
+    figures = {
         "lost": differing + unreadable,
-        "killed": {name: len(of) for name, of in ends.items()},
+        "killed": {name: len(of_signal) for name, of_signal in ends.items()},
         "while_saving": sum(hit["saving"] for hit in hits),
         "in_training": sum(hit["in_training"] for hit in hits),
         "unreadable_checkpoints": unreadable,
-        "runs": len(runs),
+        "runs": len(ended),
         "runs_that_differ_from_the_undisturbed_one": differing,
-        "steps_done_again_at_most": {
-            name: max((hit["reached"] - hit["kept"] for hit in of if hit["in_training"]), default=0)
-            for name, of in ends.items()
-        },
-        **(several if processes > 1 else {}),
+        "steps_done_again_at_most": again,
     }
+    if processes > 1:
+        figures["seconds_until_all_had_ended_at_most"] = max(hit["seconds"] for hit in hits)
+        figures["without_a_message"] = sum(not hit["explained"] for hit in hits)
+    return figures
 
 
-def killed(workdir: pathlib.Path, seconds: float, draw: random.Random, processes: int) -> list[dict[str, Any]]:
+def killed(
+    workdir: pathlib.Path, undisturbed: pathlib.Path, seconds: float, draw: random.Random, processes: int
+) -> dict[str, Any]:
     """Trains to the end, killed at random moments (half of them after a random step); a record of every kill.
 
     Args:
-      seconds: how long an undisturbed run takes.
+      seconds: how long the undisturbed run takes.
     """
+    shutil.rmtree(workdir, ignore_errors=True)
     hits: list[dict[str, Any]] = []
     while True:
         number = signal.SIGKILL if draw.random() < 0.8 else signal.SIGTERM
@@ -232,23 +224,20 @@ def killed(workdir: pathlib.Path, seconds: float, draw: random.Random, processes
             sent = time.perf_counter()
             _, errors = process.communicate(timeout=HANG)
         if process.returncode == 0:
-            return hits
+            differs = not same(workdir, undisturbed)
+            shutil.rmtree(workdir)
+            return {"kills": hits, "differs": differs}
         if sent == math.inf:
             raise UserError(f"{workdir}: the trainer ended by itself with {process.returncode}: {errors[-300:]}")
-        reached, kept, unreadable = last_step(workdir), checkpoints.steps(workdir), 0
-        for step in kept:
-            try:
-                checkpoints.verify(workdir / "checkpoints" / str(step))
-            except UserError:
-                unreadable += 1
+        kept = checkpoints.steps(workdir)
         hits.append(
             {
                 "signal": number.name,
                 "code": process.returncode,
-                "reached": reached,
+                "reached": last_step(workdir),
                 "kept": kept[-1] if kept else 0,
                 "saving": saving,
-                "unreadable": unreadable,
+                "unreadable": sum(not is_readable(workdir / "checkpoints" / str(step)) for step in kept),
                 "seconds": round(time.perf_counter() - sent, 1),
                 # SIGTERM before the loop begins ends a trainer as SIGKILL does.
                 "explained": any(text in errors for text in EXPLAINED) or process.returncode == 143,
@@ -256,81 +245,62 @@ def killed(workdir: pathlib.Path, seconds: float, draw: random.Random, processes
         )
 
 
-def last_step(workdir: pathlib.Path) -> int:
-    path = workdir / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    for line in reversed(lines):
-        try:
-            return json.loads(line)["step"]
-        except ValueError:  # what the killed process was writing
-            continue
-    return 0
+def send(process: subprocess.Popen, number: signal.Signals, draw: random.Random) -> None:
+    """Sends a signal to a trainer, or to one of the trainers that a launcher has started."""
+    trainers = [process.pid]
+    if LAUNCHER in str(process.args):
+        words = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        trainers = [int(word) for word in words]
+    if trainers:
+        os.kill(draw.choice(trainers), number)
 
 
-def flips(undisturbed: pathlib.Path, scratch: pathlib.Path, count: int, draw: random.Random) -> dict[str, Any]:
+# ---------------------------------------------------------------- damage
+
+
+def flips(part: str, scratch: pathlib.Path, undisturbed: pathlib.Path) -> dict[str, Any]:
     """Flips one bit at a time, anywhere in a checkpoint, and cuts every file short: is each found?"""
+    f, draw = flags.FLAGS, random.Random(flags.FLAGS.seed)
     shutil.rmtree(scratch, ignore_errors=True)  # of an interrupted call
     shutil.copytree(checkpoints.find(undisturbed), scratch)
     paths = sorted(path for path in scratch.rglob("*") if path.is_file() and path.stat().st_size)
     sizes = [path.stat().st_size for path in paths]
+
+    def is_missed(path: pathlib.Path, damage: Callable[[bytes], bytes]) -> bool:
+        content = path.read_bytes()
+        path.write_bytes(damage(content))
+        missed = is_readable(scratch)
+        path.write_bytes(content)
+        return missed
+
+    def flip(content: bytes) -> bytes:
+        where = draw.randrange(len(content))
+        return content[:where] + bytes([content[where] ^ 1 << draw.randrange(8)]) + content[where + 1 :]
+
     missed = 0
-
-    def is_found() -> bool:
-        try:
-            checkpoints.verify(scratch)
-        except UserError:
-            return True
-        return False
-
-    for i in range(count):  # half of them by size, half of them file by file
-        path = draw.choices(paths, sizes)[0] if i % 2 else draw.choice(paths)
-        before = path.read_bytes()
-        where = draw.randrange(len(before))
-        path.write_bytes(before[:where] + bytes([before[where] ^ 1 << draw.randrange(8)]) + before[where + 1 :])
-        missed += not is_found()
-        path.write_bytes(before)
-    cut = 0
-    for path in paths:
-        before = path.read_bytes()
-        path.write_bytes(before[: draw.randrange(len(before))])
-        missed += not is_found()
-        cut += 1
-        path.write_bytes(before)
+    for i in range(f.flips):  # half of them by size, half of them file by file
+        missed += is_missed(draw.choices(paths, sizes)[0] if i % 2 else draw.choice(paths), flip)
+    missed += sum(is_missed(path, lambda content: content[: draw.randrange(len(content))]) for path in paths)
     checkpoints.verify(scratch)  # the damage was undone, so what was found was the damage
-    return {"lost": missed, "bits_flipped": count, "files_cut_short": cut, "missed": missed, "bytes": sum(sizes)}
+    counts = {"bits_flipped": f.flips, "files_cut_short": len(paths), "missed": missed}
+    return {"lost": missed} | counts | {"bytes": sum(sizes)}
 
 
-def full_disks(disk: pathlib.Path, undisturbed: pathlib.Path) -> dict[str, Any] | None:
-    """Trains on disks of several sizes until they are full, makes room, and goes on."""
-    size = sum(path.stat().st_size for path in checkpoints.find(undisturbed).rglob("*") if path.is_file())
-    limits = [int(share * size) // 4096 * 4096 for share in (0.5, 1.2, 1.7, 2.3, 2.8)]
-    return broken_disks(disk, undisturbed, [(limit, [], [], [remount(disk, f"size={20 * size}")]) for limit in limits])
-
-
-def read_only_disks(disk: pathlib.Path, undisturbed: pathlib.Path) -> dict[str, Any] | None:
-    """Makes the disk of a run read-only before it starts and while it trains, then writable again, and goes on."""
-    # The kernel refuses to remount while a file is open for writing: a read-only bind mount lies over the disk.
-    bind = [["mount", "--bind", str(disk), str(disk)], remount(disk, "bind,ro")]
-    size = 64 * 2**20
-    cases = [(size, [remount(disk, "ro")], [], [remount(disk, "rw")]), (size, [], bind, [["umount", str(disk)]])]
-    return broken_disks(disk, undisturbed, cases)
-
-
-Commands = list[list[str]]
-
-
-def remount(disk: pathlib.Path, options: str) -> list[str]:
-    return ["mount", "-o", f"remount,{options}", str(disk)]
-
-
-def broken_disks(
-    disk: pathlib.Path, undisturbed: pathlib.Path, cases: list[tuple[int, Commands, Commands, Commands]]
-) -> dict[str, Any] | None:
-    """Trains on small disks (tmpfs) that break, and goes on after they are mended; None where none can be mounted.
-
-    Args:
-      cases: size in bytes, and the commands before the training, while it trains, and after it has ended.
-    """
+def disks(part: str, disk: pathlib.Path, undisturbed: pathlib.Path) -> dict[str, Any] | None:
+    """Trains on small disks (tmpfs) that break, and goes on after they are mended; None where none can be mounted."""
+    # Size in bytes, and the commands before the training, while it trains, and after it has ended.
+    cases: list[tuple[int, list[list[str]], list[list[str]], list[list[str]]]]
+    if part == "full_disk":
+        size = sum(path.stat().st_size for path in checkpoints.find(undisturbed).rglob("*") if path.is_file())
+        limits = [int(share * size) // 4096 * 4096 for share in (0.5, 1.2, 1.7, 2.3, 2.8)]
+        cases = [(limit, [], [], [remount(disk, f"size={20 * size}")]) for limit in limits]
+    else:
+        # The kernel refuses to remount while a file is open for writing: a read-only bind mount lies over the disk.
+        bind = [["mount", "--bind", str(disk), str(disk)], remount(disk, "bind,ro")]
+        cases = [
+            (64 * 2**20, [remount(disk, "ro")], [], [remount(disk, "rw")]),
+            (64 * 2**20, [], bind, [["umount", str(disk)]]),
+        ]
     codes, messages, readable, lost = [], [], 0, 0
     for size, before, during, after in cases:
         disk.mkdir(parents=True, exist_ok=True)
@@ -358,7 +328,11 @@ def broken_disks(
     return {"lost": lost, "disks": len(codes), "exit_codes": codes, "checkpoints_left": readable, "messages": messages}
 
 
-def run_all(commands: Commands) -> None:
+def remount(disk: pathlib.Path, options: str) -> list[str]:
+    return ["mount", "-o", f"remount,{options}", str(disk)]
+
+
+def run_all(commands: list[list[str]]) -> None:
     for command in commands:
         subprocess.run(command, check=True)
 

@@ -1,5 +1,7 @@
-"""What needs no training of the model: zero-shot, few-shot, and a linear probe of its features."""
+"""What a job of the sentiment experiment measures: accuracies of a prompted, a probed or a trained model."""
 
+import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -8,100 +10,115 @@ import numpy as np
 from jax.scipy.optimize import minimize
 
 from experiments import padded
-from llm_jax import checkpoints, configuration
+from llm_jax import checkpoints, configuration, files, trees
+from llm_jax.checkpoints import Loaded
 from llm_jax.data import labelled
-from llm_jax.data.labelled import LabelledSource
+from llm_jax.data.labelled import LabelledSource, LabelledText
 from llm_jax.data.rows import Packed
 from llm_jax.evaluation import classification
-from llm_jax.intervals import wilson
+from llm_jax.research import runs
 
+MODEL, DATA, OTHER = "asset:smollm2-135m-instruct", "movie-reviews", "amazon-reviews"
+PROMPTED = ("zero-shot", "few-shot", "probe")
 SHOTS = 4
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+SUMMARY = (
+    *("test_accuracy", "test_right", "test_count", "trained_parameters", "parameters", "validation_loss"),
+    *("tokens_per_second", "seconds", "peak_host_bytes", "jax"),
+)
 
 
-def figures(kind: str, data: str, other: str, test: int, train: int) -> dict[str, Any]:
+def source(name: str) -> LabelledSource:
+    """The rated sentences of an asset."""
+    return LabelledSource(configuration.load("sentiment_lora", {"data.source": f"asset:{name}"}).data)
+
+
+def untrained(kind: str, products: bool, test: int = 0, train: int = 0) -> dict[str, Any]:
     """Accuracies of "zero-shot", "few-shot" or "probe" on test sentences, with their intervals.
 
     Args:
-      data: the asset of rated sentences.
-      other: another one, whose test sentences are asked about besides; "": none.
-      test, train: test sentences, and training sentences of the probe; 0: all.
+      products: whether product reviews are asked about besides.
+      test, train: test and validation sentences, and training sentences of the probe; 0: all.
     """
-    # As the runs that are trained compute.
-    model, params, tokenizer = checkpoints.load("asset:smollm2-135m-instruct", dtype="bfloat16")
-    sources = [
-        LabelledSource(configuration.load("sentiment_lora", {"data.source": f"asset:{name}"}).data)
-        for name in (data, other)
-        if name
-    ]
-    tests = [source.parts["test"][: test or None] for source in sources]
-    count = train if kind == "probe" else SHOTS * (kind == "few-shot")
-    measure = probed if kind == "probe" else answered
-    accuracies = measure(model, params, tokenizer, sources[0], tests, count)
-    products = {"products": accuracies[1]} if other else {}
-    return accuracies[0] | products | {"data": sources[0].sha256}
+    loaded = checkpoints.load(MODEL, dtype="bfloat16")  # as the runs that are trained compute
+    films = source(DATA)
+    tests = [s.parts["test"][: test or None] for s in (films, *([source(OTHER)] if products else []))]
+    if kind == "probe":
+        parts = [films.parts["train"][: train or None], films.parts["validation"][: test or None], *tests]
+        accuracies = probed(loaded, films, parts)
+    else:
+        shots = balanced(films.parts["train"]) if kind == "few-shot" else ()
+        accuracies = [answered(loaded, films, sentences, shots) for sentences in tests]
+    return accuracies[0] | ({"products": accuracies[1]} if products else {}) | {"data": films.sha256}
 
 
-def answered(model, params, tokenizer, source, tests, count):
-    """The likelier of the two answers, asked after `count` answered examples."""
-    shots = balanced(source.parts["train"], count) if count else ()
-    prompts = labelled.Prompts(tokenizer, source.config.labelled, source.choices, shots)
+def trained(run: pathlib.Path, products: bool) -> dict[str, Any]:
+    """The figures of a finished run; with `products`, the accuracy on product reviews besides."""
+    summary = files.read_json(run / "summary.json")
+    seconds = [step["seconds"] for step in runs.read_lines(run / "metrics.jsonl")]
+    figures = {key: summary[key] for key in SUMMARY} | {"step_seconds": float(np.median(seconds))}
+    record = checkpoints.verify(checkpoints.find(run))["params"]
+    for path in [path for path in record if path.endswith("/mlp/up/a")][:1]:  # shapes of one weight's factors
+        lead = trees.layers_of(path) is not None
+        figures["factors"] = {name: record[path[:-1] + name]["shape"][lead:] for name in ("a", "b")}
+    if products:
+        other = source(OTHER)
+        figures["products"] = answered(checkpoints.load(run, scan_layers=True), other, other.parts["test"])
+    return figures
+
+
+def answered(
+    loaded: Loaded, source: LabelledSource, sentences: Sequence[LabelledText], shots: Sequence[LabelledText] = ()
+) -> dict[str, float]:
+    """The accuracy of the likelier of the two answers, asked after `shots` with their answers."""
+    prompts = labelled.Prompts(loaded.tokenizer, source.config.labelled, source.choices, shots)
+    split = labelled.encode(sentences, prompts, source.choices)
+    rows = Packed(split, max(256, int(np.diff(split.offsets).max())))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-
-    def right(chosen):
-        split = labelled.encode(chosen, prompts, source.choices)
-        rows = Packed(split, max(256, int(np.diff(split.offsets).max())))
-        return classification.accuracy(model, params, rows, 8, device)
-
-    return [right(chosen) for chosen in tests]
+    return classification.accuracy(loaded.model, loaded.params, rows, 8, device)
 
 
-def balanced(sentences, count):
-    """The first sentences of each class in turn."""
-    classes = [[s for s in sentences if s.label == label][: count // 2] for label in (0, 1)]
+def balanced(sentences: Sequence[LabelledText]) -> list[LabelledText]:
+    """The first sentences of each class in turn, `SHOTS` in all."""
+    classes = [[s for s in sentences if s.label == label][: SHOTS // 2] for label in (0, 1)]
     return [s for pair in zip(*classes, strict=True) for s in pair]
 
 
-def probed(model, params, tokenizer, source, tests, count):
-    """Logistic regression on the features where the answer would begin; the penalty by validation."""
-    prompts = labelled.Prompts(tokenizer, source.config.labelled, source.choices)
-    parts = {"train": source.parts["train"][: count or None], "validation": source.parts["validation"]}
-    x, y = {}, {}
-    for part, chosen in (parts | dict(enumerate(tests))).items():
-        x[part] = last_features(model, params, [prompts.question(s) for s in chosen])
-        y[part] = np.asarray([s.label for s in chosen])
-    mean, deviation = x["train"].mean(0), x["train"].std(0) + 1e-6
-    x = {part: jnp.asarray((v - mean) / deviation) for part, v in x.items()}
+def probed(loaded: Loaded, source: LabelledSource, parts: list[list[LabelledText]]) -> list[dict[str, float]]:
+    """Logistic regression on the features where the answer would begin: its accuracies on all parts but two.
+
+    The first part is for training, the second for the choice of the penalty.
+    """
+    prompts = labelled.Prompts(loaded.tokenizer, source.config.labelled, source.choices)
+    features = [last_features(loaded, [prompts.question(s) for s in sentences]) for sentences in parts]
+    y = [np.asarray([s.label for s in sentences]) for sentences in parts]
+    mean, deviation = features[0].mean(0), features[0].std(0) + 1e-6
+    x = [jnp.asarray((of_part - mean) / deviation) for of_part in features]
+    signs = jnp.asarray(2.0 * y[0] - 1)
 
     @jax.jit
     def fit(penalty):
-        signs = jnp.asarray(2.0 * y["train"] - 1)
-
         def loss(w):
-            return jnp.mean(jax.nn.softplus(-signs * (x["train"] @ w[:-1] + w[-1]))) + penalty * jnp.sum(w[:-1] ** 2)
+            return jnp.mean(jax.nn.softplus(-signs * (x[0] @ w[:-1] + w[-1]))) + penalty * jnp.sum(w[:-1] ** 2)
 
-        return minimize(loss, jnp.zeros(x["train"].shape[1] + 1), method="BFGS", options={"maxiter": 200}).x
+        return minimize(loss, jnp.zeros(x[0].shape[1] + 1), method="BFGS", options={"maxiter": 200}).x
 
-    def right(w, part):
-        return int(np.sum((np.asarray(x[part] @ w[:-1] + w[-1]) > 0) == y[part]))
+    def right(w, part: int) -> np.ndarray:
+        return (np.asarray(x[part] @ w[:-1] + w[-1]) > 0) == y[part]
 
-    w = max((fit(penalty) for penalty in PENALTIES), key=lambda w: right(w, "validation"))
-
-    def accuracy(part):
-        count = len(y[part])
-        low, high = wilson(right(w, part), count)
-        return {"accuracy": right(w, part) / count, "low": low, "high": high, "right": right(w, part), "count": count}
-
-    return [accuracy(part) | {"trained_parameters": int(w.size)} for part in range(len(tests))]
+    w = max((fit(penalty) for penalty in PENALTIES), key=lambda w: int(np.sum(right(w, 1))))
+    size = {"trained_parameters": int(w.size)}
+    return [classification.summary(right(w, part)) | size for part in range(2, len(parts))]
 
 
-def last_features(model, params, questions, size=16):
-    """(questions, width): what the model makes of the last token of each."""
+def last_features(loaded: Loaded, questions: list[list[int]], size: int = 16) -> np.ndarray:
+    """float32 (questions, width): what the model makes of the last token of each."""
 
     @jax.jit
     def last(params, ids, mask):
-        x = padded.features(model, params, ids, mask)
+        x = padded.features(loaded.model, params, ids, mask)
         return jnp.take_along_axis(x, jnp.sum(mask, 1)[:, None, None] - 1, 1)[:, 0].astype(jnp.float32)
 
     ids, mask = padded.pad(questions)
-    return np.concatenate([last(params, ids[i : i + size], mask[i : i + size]) for i in range(0, len(ids), size)])
+    starts = range(0, len(ids), size)
+    return np.concatenate([last(loaded.params, ids[i : i + size], mask[i : i + size]) for i in starts])

@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python experiments/tokenization/sweep.py
 
-Writes results.json, tradeoff.png and the tables in README.md. The rules of the verdicts were fixed before the run:
+The rules of the verdicts were fixed before the run:
 
 T1  holds if at every size words take fewer tokens a word than every kind of pieces, these fewer than characters,
     and no kind of words or pieces takes more at a larger size; else fails.
@@ -32,6 +32,8 @@ flags.DEFINE_list("sizes", list(map(str, SIZES)), "of the vocabularies, the larg
 flags.DEFINE_integer("share", 1, "one of so many paragraphs is used", lower_bound=1)
 flags.DEFINE_string("runs", "runs/tokenization_lengths", "where figures are kept")
 
+Table = dict[tuple[str, int], dict[str, float]]  # figures by kind and size of the vocabulary
+
 
 def main() -> None:
     f = flags.FLAGS
@@ -39,78 +41,65 @@ def main() -> None:
     paragraphs = [p + "\n\n" for p in re.split(r"\n\s*\n", text) if p.strip()][:: f.share]
     held = paragraphs[::20]
     train = [p for i, p in enumerate(paragraphs) if i % 20]
-    known = {w for p in train for w in WORD.findall(p)}
-    new = sorted({w for p in held for w in WORD.findall(p)} - known)
+    known, words = ({w for p in part for w in WORD.findall(p)} for part in (train, held))
+    new = sorted(words - known)
     sizes = [int(size) for size in f.sizes]
     points = [(kind, size) for kind in ("word", *PIECES) for size in sizes] + [(kind, sizes[-1]) for kind in SINGLE]
     conditions = {f"{kind} {size}": (kind, size) for kind, size in points}
-    measured, origins = experiments.measure(
-        experiments.directory(f.runs, f.asset, f.share),
-        conditions,
-        1,
-        lambda name, seed: figures(*conditions[name], train, held, new),
-    )
-    table = {point: measured[name][0] for name, point in conditions.items()}
+
+    def measure(condition: str, seed: int) -> dict[str, float]:
+        kind, size = conditions[condition]
+        tokenizer = tokenizers.get(kind).train(train, size)
+        rows = [tokenizer.encode(p) for p in held]
+        tokens = sum(map(len, rows))
+        return {
+            "ids": tokenizer.vocab_size,
+            "tokens per word": tokens / sum(len(p.split()) for p in held),
+            "unknown": sum(row.count(tokenizer.unk) for row in rows if tokenizer.unk is not None) / tokens,
+            "new words that come back": sum(tokenizer.decode(tokenizer.encode(f" {w}")) == f" {w}" for w in new)
+            / len(new),
+        }
+
+    figures, origins = experiments.measure(experiments.directory(f.runs, f.asset, f.share), conditions, 1, measure)
+    table = {point: figures[name][0] for name, point in conditions.items()}
     draw(table, experiments.output(__file__) / "tradeoff.png")
-    counts = f"{sum(map(len, train)):,} characters of training text, {sum(map(len, held)):,} held out, "
-    counts += f"with {len(new):,} new words."
-    print(experiments.publish(__file__, judge(table), ["", counts, *tables(table)], origins=origins))
-
-
-def figures(kind: str, size: int, train: list[str], held: list[str], new: list[str]) -> dict[str, float]:
-    tokenizer = tokenizers.get(kind).train(train, size)
-    rows = [tokenizer.encode(p) for p in held]
-    tokens, words = sum(map(len, rows)), sum(len(p.split()) for p in held)
-    back = sum(int(tokenizer.decode(tokenizer.encode(" " + w)) == " " + w) for w in new)
-    return {
-        "ids": tokenizer.vocab_size,
-        "tokens per word": tokens / words,
-        "unknown": sum(row.count(tokenizer.unk) for row in rows if tokenizer.unk is not None) / tokens,
-        "new words that come back": back / len(new),
-    }
-
-
-def judge(table: dict[tuple[str, int], dict[str, float]]) -> list[Finding]:
-    """The verdicts by the rules above; `table` has the figures by kind and size of the vocabulary."""
-    length = {key: row["tokens per word"] for key, row in table.items()}
-    sizes = sorted({size for _, size in table})
-    ordered = all(
-        length["word", size] < length[kind, size] < min(length[k, sizes[-1]] for k in SINGLE)
-        for size in sizes
-        for kind in PIECES
-    )
-    shrinks = all(
-        length[kind, a] >= length[kind, b] for kind in ("word", *PIECES) for a, b in itertools.pairwise(sizes)
-    )
-    back = {kind: table[kind, sizes[-1]]["new words that come back"] for kind in ("word", *PIECES)}
-    able = [kind for kind in PIECES if back[kind] >= ENOUGH]
-    t3 = "fails" if back["word"] else verdicts.holds_when(able, PIECES, "the kind is")
-    lengths = {f"{kind}, {size}": value for (kind, size), value in length.items()}
-    t1, measure = "holds" if ordered and shrinks else "fails", f"share of the new words that come back, {sizes[-1]} ids"
-    return [
-        findings.finding("T1", "tokens a word by kind and vocabulary", lengths, t1),
-        findings.finding("T3", measure, back, t3),
-    ]
-
-
-def tables(table: dict) -> list[str]:
-    """Markdown."""
     rows = (
         [kind, f"{row['ids']:,.0f}", f"{row['tokens per word']:.2f}", f"{row['unknown']:.2%}",
          f"{row['new words that come back']:.1%}"]
         for (kind, _), row in table.items()
     )  # fmt: skip
     head = ["kind", "ids", "tokens a word", "unknown tokens", "new words that come back"]
-    return ["", *findings.markdown_table(head, rows)]
+    counts = f"{sum(map(len, train)):,} characters of training text, {sum(map(len, held)):,} held out, "
+    lines = ["", f"{counts}with {len(new):,} new words.", "", *findings.markdown_table(head, rows)]
+    print(experiments.publish(__file__, judge(table), lines, origins=origins))
 
 
-def draw(table: dict, path: pathlib.Path) -> None:
+def judge(table: Table) -> list[Finding]:
+    """The verdicts by the rules above."""
+    length = {key: row["tokens per word"] for key, row in table.items()}
+    sizes = sorted({size for _, size in table})
+    single = min(length[kind, sizes[-1]] for kind in SINGLE)
+    ordered = all(length["word", s] < length[kind, s] < single for s in sizes for kind in PIECES)
+    shrinks = all(
+        length[kind, a] >= length[kind, b] for kind in ("word", *PIECES) for a, b in itertools.pairwise(sizes)
+    )
+    back = {kind: table[kind, sizes[-1]]["new words that come back"] for kind in ("word", *PIECES)}
+    able = [kind for kind in PIECES if back[kind] >= ENOUGH]
+    t1 = "holds" if ordered and shrinks else "fails"
+    t3 = "fails" if back["word"] else verdicts.holds_when(able, PIECES, "the kind is")
+    lengths = {f"{kind}, {size}": value for (kind, size), value in length.items()}
+    return [
+        findings.finding("T1", "tokens a word by kind and vocabulary", lengths, t1),
+        findings.finding("T3", f"share of the new words that come back, {sizes[-1]} ids", back, t3),
+    ]
+
+
+def draw(table: Table, path: pathlib.Path) -> None:
     with pictures.figure(path, figsize=(7, 4.5)) as axis:
         for kind in ("word", *PIECES, *SINGLE):
             rows = [row for (k, _), row in table.items() if k == kind]
-            axis.plot(
-                [r["ids"] for r in rows], [r["tokens per word"] for r in rows], marker="o", markersize=4, label=kind
-            )
+            x, y = ([row[name] for row in rows] for name in ("ids", "tokens per word"))
+            axis.plot(x, y, marker="o", markersize=4, label=kind)
         axis.set(xscale="log", yscale="log", xlabel="ids", ylabel="tokens a word, held-out text")
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3, which="both")

@@ -2,8 +2,7 @@
 
     PYTHONPATH=. python experiments/word_vectors/sweep.py [--seeds=3] [--min_count=5]
 
-Trains skip-gram, CBOW and GloVe, and skip-gram on the same text with its words in random order. What is done is
-kept under --runs and not done again. Writes results.json, map.png and the tables in README.md.
+Trains skip-gram, CBOW and GloVe, and skip-gram on the same text with its words in random order.
 
 The rules of the verdicts were fixed before the run. Every interval is the 95 % t-interval of a mean over the seeds.
 
@@ -20,6 +19,7 @@ E4  holds if queen is among the ten nearest of king in every run of skip-gram; e
 import dataclasses
 import pathlib
 import tempfile
+from typing import Any
 
 import numpy as np
 from absl import flags
@@ -28,15 +28,21 @@ from experiments.benchmarks import word2vec as word2vec_benchmark
 from llm_jax import checkpoints, cli, configuration, files
 from llm_jax.data import assets
 from llm_jax.embeddings import glove, measure, texts, vectors, word2vec
-from llm_jax.intervals import mean, paired
 from llm_jax.pictures import word_maps
 from llm_jax.research import experiments, findings, verdicts
-from llm_jax.research.findings import Finding
+from llm_jax.research.findings import Figures, Finding
 from llm_jax.schema import EmbeddingsConfig
 
-HERE = pathlib.Path(__file__).parent
 KINDS = ("skipgram", "cbow", "glove")
 SHUFFLED = "skipgram of shuffled text"
+MEASURES = {
+    "E1": "rank correlation with WordSim-353; one-hot: 0",
+    "E2": "the same minus that of shuffled text; figures lower than gensim's",
+    "E3": "cosines of cat and mat, cat and sat, in the input tables of real checkpoints",
+    "E4": "queen among the ten nearest of king, skip-gram",
+}
+COLUMNS = ("wordsim", "simlex", "analogies", "king queen")
+REAL = ("minilm-l6-v2", "smollm2-135m-instruct")
 MAP = "king queen prince duke lord lady man woman father mother son daughter brother sister war peace army soldier "
 MAP += "sea ship land river city house door heart eye hand head blood love hate god heaven earth sun moon night day"
 
@@ -58,81 +64,65 @@ def main() -> None:
             settings = dataclasses.replace(config, kind="skipgram" if kind == SHUFFLED else kind, seed=seed)
             if kind == "glove":
                 learned = glove.train(text, dataclasses.replace(settings, epochs=f.glove_epochs), counted)
-            elif kind == SHUFFLED:
-                ids = np.random.default_rng(seed).permutation(text.ids)
-                learned = word2vec.train(dataclasses.replace(text, ids=ids), settings)
             else:
-                learned = word2vec.train(text, settings)
+                ids = np.random.default_rng(seed).permutation(text.ids) if kind == SHUFFLED else text.ids
+                learned = word2vec.train(dataclasses.replace(text, ids=ids), settings)
             vectors.save(learned, root / f"{experiments.file_name(kind)}-{seed}.bin")
-            return figures(learned)
+            sections = measure.analogies(learned, assets.path("analogies")).values()
+            return {
+                "wordsim": measure.agreement(learned, assets.path("wordsim")).correlation,
+                "simlex": measure.agreement(learned, assets.path("simlex")).correlation,
+                "analogies": sum(right for right, _ in sections) / sum(asked for _, asked in sections),
+                "king queen": measure.cosine(learned, "king", "queen"),
+                "near king": [word for word, _ in measure.neighbours(learned, "king", 10)],
+            }
 
-        table, origins = experiments.measure(root, (*KINDS, SHUFFLED), f.seeds, train)
-    parts = files.read_json(HERE.parent / "benchmarks" / "parts.json")
+        figures, origins = experiments.measure(root, (*KINDS, SHUFFLED), f.seeds, train)
+    parts = files.read_json(pathlib.Path(word2vec_benchmark.__file__).with_name("parts.json"))
     lower = {kind: word2vec_benchmark.lower(parts[f"word2vec_{kind}"]) for kind in ("skipgram", "cbow")}
-    cosines = {name: real_cosines(name) for name in ("minilm-l6-v2", "smollm2-135m-instruct")}
     shown = vectors.load(root / "skipgram-0.bin")
     word_maps.draw(shown, [w for w in MAP.split() if w in shown], experiments.output(__file__) / "map.png")
+    rows = ([k, *(findings.deviation_text([r[n] for r in runs]) for n in COLUMNS)] for k, runs in figures.items())
     size = f"{text.num_words:,} words of {len(text.words):,} kinds, sha256 {text.sha256[:12]}."
-    lines = ["", size, *tables(table)]
-    print(experiments.publish(__file__, judge(table, lower, cosines), lines, origins=origins))
-
-
-def figures(learned: vectors.WordVectors) -> dict:
-    sections = measure.analogies(learned, assets.path("analogies")).values()
-    return {
-        "wordsim": measure.agreement(learned, assets.path("wordsim")).correlation,
-        "simlex": measure.agreement(learned, assets.path("simlex")).correlation,
-        "analogies": sum(right for right, _ in sections) / sum(asked for _, asked in sections),
-        "king queen": measure.cosine(learned, "king", "queen"),
-        "near king": [word for word, _ in measure.neighbours(learned, "king", 10)],
-    }
+    lines = ["", size, "", *findings.markdown_table(["kind", *COLUMNS], rows), ""]
+    lines.append(f"Nearest to king (skip-gram, seed 0): {', '.join(figures['skipgram'][0]['near king'])}.")
+    results = judge(figures, lower, {name: real_cosines(name) for name in REAL})
+    print(experiments.publish(__file__, results, lines, origins=origins))
 
 
 def real_cosines(name: str) -> dict[str, float]:
     """Cosines between words that are one token each in the input table of a checkpoint."""
     loaded = checkpoints.load(f"asset:{name}")
     space = " " if loaded.model.config.causal else ""  # byte pairs keep the space before a word
-    ids = {word: loaded.tokenizer.encode(space + word) for word in ("cat", "mat", "sat", "king", "queen")}
-    assert all(len(i) == 1 for i in ids.values())
-    rows = np.stack([np.asarray(loaded.params["embed"]["table"][i[0]]) for i in ids.values()])
-    words = vectors.WordVectors(tuple(ids), rows)
-    return {f"{a} {b}": measure.cosine(words, a, b) for a, b in (("cat", "mat"), ("cat", "sat"), ("king", "queen"))}
+    words = ("cat", "mat", "sat", "king", "queen")
+    ids = [loaded.tokenizer.encode(space + word) for word in words]
+    assert all(len(i) == 1 for i in ids)
+    table = vectors.WordVectors(words, np.asarray(loaded.params["embed"]["table"])[np.concatenate(ids)])
+    return {f"{a} {b}": measure.cosine(table, a, b) for a, b in (("cat", "mat"), ("cat", "sat"), ("king", "queen"))}
 
 
-def judge(table: dict, lower: dict[str, list[str]], e3: dict[str, dict[str, float]]) -> list[Finding]:
+def judge(figures: Figures, lower: dict[str, list[str]], cosines: dict[str, dict[str, float]]) -> list[Finding]:
     """The verdicts by the rules above.
 
     Args:
-      table: the figures of every kind by seed.
+      figures: of every kind by seed.
       lower: the figures that are lower than gensim's, by kind.
-      e3: cosines between words in the input tables of checkpoints.
+      cosines: between words in the input tables of checkpoints.
     """
-    wordsim = {kind: [r["wordsim"] for r in runs] for kind, runs in table.items()}
-    e1 = {kind: mean(wordsim[kind]) for kind in KINDS}
-    e2 = {kind: paired(wordsim[kind], wordsim[SHUFFLED]) for kind in KINDS}
-    above = [c["cat mat"] > c["cat sat"] for c in e3.values()]
-    verdict = "holds" if all(above) else "undecided" if any(above) else "fails"
-    near = ["queen" in r["near king"] for r in table["skipgram"]]
-    e1_verdict = verdicts.holds_when([k for k in KINDS if e1[k].low > 0], KINDS, "the kind is")
-    e2_verdict = verdicts.holds_when([k for k in KINDS if e2[k].low > 0 and not lower.get(k)], KINDS, "the kind is")
-    e2_values = e2 | {f"{kind} lower than gensim": names for kind, names in lower.items()}
-    e4_verdict = "holds" if all(near) else "fails"
-    rows = [
-        ("E1", "rank correlation with WordSim-353; one-hot: 0", e1, e1_verdict),
-        ("E2", "the same minus that of shuffled text; figures lower than gensim's", e2_values, e2_verdict),
-        ("E3", "cosines of cat and mat, cat and sat, in the input tables of real checkpoints", e3, verdict),
-        ("E4", "queen among the ten nearest of king, skip-gram", near, e4_verdict),
-    ]
-    return [findings.finding(*row, n=len(near)) for row in rows]
-
-
-def tables(table: dict) -> list[str]:
-    """Markdown."""
-    names = ("wordsim", "simlex", "analogies", "king queen")
-    rows = ([kind, *(findings.deviation_text([r[n] for r in runs]) for n in names)] for kind, runs in table.items())
-    lines = ["", *findings.markdown_table(["kind", *names], rows)]
-    lines += ["", f"Nearest to king (skip-gram, seed 0): {', '.join(table['skipgram'][0]['near king'])}."]
-    return lines
+    correlations, more = findings.means(figures, "wordsim"), findings.differences(figures, "wordsim", SHUFFLED)
+    correlations.pop(SHUFFLED)
+    related = [kind for kind in KINDS if correlations[kind].low > 0]
+    taught = [kind for kind in KINDS if more[kind].low > 0 and not lower.get(kind)]
+    lower_figures = {f"{kind} lower than gensim": names for kind, names in lower.items()}
+    nearer = [table["cat mat"] > table["cat sat"] for table in cosines.values()]
+    near = ["queen" in run["near king"] for run in figures["skipgram"]]
+    judgements: dict[str, tuple[Any, str]] = {
+        "E1": (correlations, verdicts.holds_when(related, KINDS, "the kind is")),
+        "E2": (more | lower_figures, verdicts.holds_when(taught, KINDS, "the kind is")),
+        "E3": (cosines, "holds" if all(nearer) else "undecided" if any(nearer) else "fails"),
+        "E4": (near, "holds" if all(near) else "fails"),
+    }
+    return [findings.finding(name, MEASURES[name], *judgements[name], n=len(near)) for name in MEASURES]
 
 
 if __name__ == "__main__":

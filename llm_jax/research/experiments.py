@@ -20,6 +20,7 @@ is tried in a few minutes, and nothing in experiments/ changes.
 
 import dataclasses
 import functools
+import hashlib
 import pathlib
 import shlex
 import shutil
@@ -93,6 +94,11 @@ def directory(runs: str, *names: object) -> pathlib.Path:
 def file_name(condition: str) -> str:
     """Converts a condition to a part of a file name."""
     return condition.replace(" ", "_").replace(":", "-")
+
+
+def digest(*values: str) -> str:
+    """8 hexadecimal digits for values such as paths, which names of directories and files cannot contain."""
+    return hashlib.sha256(" ".join(values).encode()).hexdigest()[:8]
 
 
 def cached(path: pathlib.Path, compute: Callable[[], Any], origins: list[Provenance]) -> Any:

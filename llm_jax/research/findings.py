@@ -15,10 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from llm_jax import files
+from llm_jax import files, intervals
 from llm_jax.errors import UserError
 from llm_jax.intervals import Interval
 from llm_jax.research import provenance
+
+Figures = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,6 +178,25 @@ def deviation_text(values: Sequence[float], digits: int = 3) -> str:
 def span(values: Sequence[float]) -> Interval:
     """The mean of values, with the least and the greatest of them as limits."""
     return Interval(float(np.mean(values)), min(values), max(values))
+
+
+def means(figures: Figures, name: str, scale: float = 1.0) -> dict[str, Interval]:
+    """{condition: mean over the seeds of a figure times `scale`, with its t-interval}.
+
+    Args:
+      figures: {condition: {name of a figure: value} of each seed}.
+    """
+    return {condition: intervals.mean([scale * run[name] for run in runs]) for condition, runs in figures.items()}
+
+
+def differences(figures: Figures, name: str, baseline: str, scale: float = 1.0) -> dict[str, Interval]:
+    """{condition: mean difference of a figure to the baseline, paired by seed}, for all other conditions.
+
+    The arguments are those of `means`.
+    """
+    values = {condition: [scale * run[name] for run in runs] for condition, runs in figures.items()}
+    reference = values.pop(baseline)
+    return {condition: intervals.paired(xs, reference) for condition, xs in values.items()}
 
 
 def summary(results: Sequence[Finding]) -> str:

@@ -9,7 +9,7 @@ import shlex
 import pytest
 from absl import flags
 
-from llm_jax import files
+from llm_jax import files, intervals
 from llm_jax.errors import UserError
 from llm_jax.intervals import Interval
 from llm_jax.research import experiments, findings, jobs, provenance
@@ -188,6 +188,9 @@ def test_tables_and_texts_of_figures():
     assert findings.interval_text(Interval(0.5, float("nan"), float("nan")), 1) == "0.5"
     assert findings.deviation_text([1.0, 3.0], 1) == "2.0 ± 1.4"
     assert findings.span([1.0, 4.0, 1.0]) == Interval(2.0, 1.0, 4.0)
+    figures = {"a": [{"x": 1.0}, {"x": 2.0}], "b": [{"x": 3.0}, {"x": 5.0}]}
+    assert {name: mean.estimate for name, mean in findings.means(figures, "x").items()} == {"a": 1.5, "b": 4.0}
+    assert findings.differences(figures, "x", "a", scale=10) == {"b": intervals.paired([30, 50], [10, 20])}
 
 
 # Flags that name figure files, or the settings within them, in another way than by the directory.

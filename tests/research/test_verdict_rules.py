@@ -132,13 +132,14 @@ def sentiment(count=SEEDS, size="cpu", share=0.01, **points):
     runs = {
         name: [
             {"test_accuracy": (x + 0.1 * i * (name == "full")) / 100, "trained_parameters": share, "parameters": 1}
+            | {"factors": {"a": (4, 2), "b": (2, 6)}}
             for i in range(count)
         ]
         for name, x in points.items()
     }
     prompted = {"accuracy": 0.7, "low": 0.65, "high": 0.75}
     asked = dict.fromkeys(("zero-shot", "few-shot"), prompted)
-    return of(report.judge(asked, runs, {"a": (4, 2), "b": (2, 6)}, count, size))
+    return of(report.judge(asked, runs, count, size))
 
 
 def test_l1_l5_l8_l9_l10():

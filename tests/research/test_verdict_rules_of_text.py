@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from llm_jax import intervals
 from llm_jax.intervals import Interval
 from tests.research.verdict_cases import load, of, seeds
 
@@ -145,8 +144,7 @@ def test_d3_and_d6(monkeypatch):
             name: [{"tail": a + 1e-4 * i, "recent": b + 1e-4 * i, "impossible": 0.0, "distance": 0.0} for i in range(3)]
             for name, (a, b) in figures.items()
         }
-        table = {k: {f: intervals.mean([r[f] for r in runs]) for f in module.FIGURES} for k, runs in found.items()}
-        return of(module.judge(found, table))
+        return of(module.judge(found))
 
     assert verdict(tail=0.0055)["D3"] == "holds" and verdict(tail=0.005)["D3"] == "fails"
     everything = verdict(recent=0.0055, growth=(1.0, 1.5))
