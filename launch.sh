@@ -7,6 +7,7 @@
 # PYTHON=/path/python3  chooses the interpreter
 set -euo pipefail
 cd "$(dirname "$0")"
+unset PYTHONDONTWRITEBYTECODE # without bytecode each process would compile all that it imports, which takes seconds
 
 usable() { # the version of an interpreter that starts, is 3.11 or newer and can make environments
   "$1" -c 'import sys, venv, ensurepip; assert sys.version_info >= (3, 11); print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null

@@ -2,6 +2,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import gc
 import importlib
 import io
 import multiprocessing
@@ -57,6 +58,13 @@ LONGEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {ROOT / "tests" / name: index for index, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path, len(order)))
+
+
+def pytest_collection_finish() -> None:
+    """Collects cyclic garbage less often: with JAX's many small objects it takes 7 percent of the CPU time."""
+    gc.collect()
+    gc.freeze()  # modules and tests stay to the end
+    gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture(scope="session")

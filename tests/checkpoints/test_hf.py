@@ -60,7 +60,8 @@ def test_logits_equal_those_of_transformers(directory):
     ids, count = jnp.asarray(cases.ids(name)), jnp.arange(cases.LENGTH)[None].repeat(2, 0)
     where = Tokens(count, jnp.asarray(cases.MASK))
 
-    def run(params, ids, where):  # not compiled: the operations are shared by all families, programs are not
+    @jax.jit
+    def run(params, ids, where):
         x, _ = model.apply({"params": params}, ids, where, method="features")
         if name == "bert":
             return {"features": x, "pooled": model.apply({"params": params}, x, method="pooled")}
@@ -77,7 +78,7 @@ def test_logits_equal_those_of_transformers(directory):
     moved = run(params, jnp.roll(ids, 3, 1), left)["logits"][1, 3:]
     np.testing.assert_allclose(moved, np.asarray(golden["logits"])[1, :9], atol=1e-5, rtol=1e-5)
     cache = init_cache(model.config, 2, cases.LENGTH)
-    step = model.apply if cache.tokens.ids is None else jax.jit(model.apply)  # a condition is compiled at every call
+    step = jax.jit(model.apply)
     for part in (slice(i, i + 1) for i in range(cases.LENGTH)):
         tokens = jax.tree.map(lambda a, part=part: a[:, part], where)
         logits, cache = step({"params": params}, ids[:, part], tokens, cache)

@@ -1,6 +1,7 @@
 """`open` for every form on disk: its class, what it offers, and what it refuses; `save` and back."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import pathlib
@@ -317,6 +318,11 @@ def test_garbage_is_refused_in_one_line(paths, tmp_path, form, damage, message):
     assert "\n" not in str(error.value) and "Traceback" not in str(error.value)
 
 
+@functools.partial(jax.jit, static_argnums=0)  # what is saved with and without a scan shares its programs
+def logits(model, params, ids):
+    return model.apply({"params": params}, ids)
+
+
 def quantized(params):
     return post_training.quantize_params(params, post_training.rules("int4:16", "int8"), "here")
 
@@ -353,8 +359,8 @@ def test_what_is_saved_is_loaded(make, tiny, tmp_path, kind, scan_layers):
     assert trees.fingerprint(other.params) == trees.fingerprint(params)
     ids = jnp.ones((1, 5), int)
     assert other.model.config.scan_layers == (not scan_layers and kind != "mixed")
-    logits = [jax.jit(one.model.apply)({"params": one.params}, ids) for one in (loaded, other)]
-    np.testing.assert_allclose(*logits, atol=2e-5 if kind != "bfloat16" else 0.1)
+    both = [logits(one.model, one.params, ids) for one in (loaded, other)]
+    np.testing.assert_allclose(*both, atol=2e-5 if kind != "bfloat16" else 0.1)
     assert configuration.load(tmp_path / "saved").model == model.config
     with pytest.raises(UserError, match="already exists; choose another path"):
         llm_jax.save(model, params, ByteTokenizer(), tmp_path / "saved")

@@ -93,6 +93,7 @@ def test_one_token_needs_no_loop(make):
     assert (ended.ids, ended.stop, ended.log_probabilities) == ([], "eos", first.log_probabilities)
 
 
+@pytest.mark.uncached  # the cache of the tests keeps executables in memory
 def test_compiled_code_of_many_geometries_does_not_stay_in_memory(make):
     """Executables of the models of a sweep are freed, but for those of the last few."""
 

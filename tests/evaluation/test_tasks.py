@@ -221,17 +221,18 @@ def test_generation_reads_the_answer_and_reasoning_comes_before_it(of):
     model, params, tokenizer = of
     task = Task("t", (TEMPLATE,), (ASKED, ASKED), SHOTS, extract=r"(.)", stop=(), max_new_tokens=6, reasoning_tokens=5)
     (first, second) = answers.records(of, task, PromptConfig(), [0, 1], batch_size=2)
-    text = complete(model, params, tokenizer, ["Q: asked\nA:"], DecodingOptions(temperature=0, max_new_tokens=6))[0][
-        0
-    ].text
-    assert first["prediction"] == last(text) and {**first, "index": 1} == second
-    (reasoned,) = answers.records(of, task, PromptConfig("cot_zero_shot"), [0], batch_size=2)
+
+    def written(prompt, **options):  # twice, as the batches of two above, so that they share a program
+        return complete(model, params, tokenizer, [prompt] * 2, DecodingOptions(temperature=0, **options))[0][0]
+
+    assert first["prediction"] == last(written("Q: asked\nA:", max_new_tokens=6).text)
+    assert {**first, "index": 1} == second
+    reasoned, again = answers.records(of, task, PromptConfig("cot_zero_shot"), [0, 1], batch_size=2)
+    assert {**reasoned, "index": 1} == again
     begun = "Q: asked\nA:\nLet's think step by step."
-    options = DecodingOptions(temperature=0, max_new_tokens=5, stop=("\n\n",))
-    thought = complete(model, params, tokenizer, [begun], options)[0][0]
+    thought = written(begun, max_new_tokens=5, stop=("\n\n",))
     whole = begun + thought.text.rstrip() + "\nTherefore, the answer is"
-    text = complete(model, params, tokenizer, [whole], DecodingOptions(temperature=0, max_new_tokens=6))[0][0].text
-    assert reasoned["prediction"] == last(text)
+    assert reasoned["prediction"] == last(written(whole, max_new_tokens=6).text)
     assert reasoned["reasoning_tokens"] == len(thought.generated.ids)
 
 

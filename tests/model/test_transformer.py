@@ -95,7 +95,28 @@ def logits(model, params, *inputs):
     return model.apply({"params": params}, *inputs)
 
 
-def test_causality_by_gradient(any_model, tokens):
+def test_a_token_changes_its_own_logits_and_later_ones_only(any_model, tokens):
+    model, params = any_model
+    before, far = logits(model, params, tokens), -2 if "local" in model.config.layer_pattern else 0
+    for t in range(LENGTH):
+        other = np.array(tokens)
+        other[:, t] = np.where(other[:, t] > 9, other[:, t] - 1, 20)
+        changed = np.any(logits(model, params, other) != before, -1)
+        assert not changed[:, :t].any() and changed[:, t].all(), t
+        assert changed[:, -1].all() or t not in (far % LENGTH, LENGTH - 1), t
+
+
+# The backward pass of positions added, rotated and biased, and of both patterns; .ci/full takes them all.
+BY_GRADIENT = [("learned", "uniform"), ("shaw", "uniform"), ("t5", "local"), ("rope", "parallel")]
+
+
+@pytest.mark.parametrize(
+    "any_model",
+    [pytest.param(case, marks=[] if case in BY_GRADIENT else pytest.mark.slow) for case in CASES],
+    ids="-".join,
+    indirect=True,
+)
+def test_causality_by_gradient(any_model):
     model, params = any_model
     x = jnp.zeros((1, LENGTH, params["embed"]["table"].shape[1]))
 

@@ -1,14 +1,7 @@
-import json
-import os
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from tests.conftest import ROOT
 
 
 @pytest.fixture
@@ -24,19 +17,3 @@ def batch():
         "segments": segments,
         "mask": mask,
     }
-
-
-@pytest.fixture
-def on_mesh():
-    """on_mesh("optimizers" or "losses") -> what tests/training/on_mesh.py prints."""
-
-    def run(what: str):
-        # The programs are tiny: most of the time would go into optimizing them.
-        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}
-        full = [sys.executable, "-m", "tests.training.on_mesh", what]
-        done = subprocess.run(full, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-        assert not done.returncode, done.stderr
-        return json.loads(done.stdout.splitlines()[-1])
-
-    return run

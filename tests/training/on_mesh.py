@@ -1,13 +1,8 @@
-"""Steps on a simulated mesh beside steps on one device: `python -m tests.training.on_mesh optimizers|losses`.
-
-Prints a JSON object: for every optimizer or loss the losses of both, and the share of the optimizer's
-state that is split over devices. A process of its own, because the number of devices cannot be changed.
-"""
+"""Steps on a simulated mesh beside steps on one device, for a process with 4 devices (`simulated`)."""
 
 import dataclasses
-import json
 import runpy
-import sys
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,41 +13,42 @@ from llm_jax.parallel import mesh as mesh_lib
 from llm_jax.training import losses, optim, step
 
 STEPS = 3
-# AdamW and the cross-entropy are trained on meshes by tests/parallel; SGD's state is one tree, as Lion's.
-KINDS = {
-    "optimizers": ("lion", "adafactor", "muon"),
-    "losses": ("unlikelihood", "entmax", "distillation", "dpo"),
-}
 
 
-def main() -> None:
-    jax.config.update("jax_num_cpu_devices", 4)
+def compare(kinds: Sequence[str]) -> dict[str, dict]:
+    """For every optimizer or loss: the losses on one device and on a mesh, and how much of the state is split.
+
+    Returns:
+      {kind: {"losses": [one device, mesh], "split": share of the optimizer's state that is split over devices}}
+    """
     config = config_lib.build(runpy.run_path("tests/tiny.py")["get_config"]())
     model = Transformer(dataclasses.replace(config.model, vocab_size=256, num_layers=1))
     start, other = (jax.jit(model.init)(jax.random.key(i), jnp.zeros((1, 1), jnp.int32))["params"] for i in (0, 1))
     found = {}
-    for kind in KINDS[sys.argv[1]]:
+    for kind in kinds:
         rule, loss = config.optim, config.loss
         if kind in optim.OPTIMIZERS:
             rule = dataclasses.replace(rule, kind=kind)
         else:
             loss = dataclasses.replace(loss, kind=kind)
-        found[kind] = compare(config, rule, loss, model, start, other)
-    print(json.dumps(found))
+        found[kind] = _compare(config, rule, loss, model, start, other)
+    return found
 
 
-def compare(config, rule, loss, model, params, other):
+def _compare(config, rule, loss, model, params, other):
+    """One device: whole rows in one batch, no average. The mesh: chunks, micro-batches and an average."""
     mesh = mesh_lib.make(dataclasses.replace(config.mesh, data=1, fsdp=2, tensor=2))
     copies, placed = mesh_lib.replicated(mesh), mesh_lib.shardings(params, config.mesh.rules, mesh)
     optimizer = optim.make(rule, 8, params)
-    objective = losses.make(loss, model, 8, model if loss.kind in ("distillation", "dpo") else None)
-    one = step.make(
-        objective, optimizer, optim.schedule(rule, 8), 0, 2, ema_decay=0.9, rows_together=losses.rows_together(loss)
-    )
+    reference = model if loss.kind in ("distillation", "dpo") else None
+    rate, together = optim.schedule(rule, 8), losses.rows_together(loss)
+    one = step.make(losses.make(loss, model, 0, reference), optimizer, rate, 0, 1)
+    parts = losses.make(loss, model, 8, reference)
+    in_parts = step.make(parts, optimizer, rate, 0, 2, ema_decay=0.9, rows_together=together)
     state = step.init(optimizer, params, ema=True)
     state_shardings = step.TrainState(copies, placed, optim.shardings(state.optimizer, params, placed, copies), placed)
     on_mesh = jax.jit(
-        mesh_lib.within(mesh, one),
+        mesh_lib.within(mesh, in_parts),
         in_shardings=(state_shardings, {"reference": placed}, mesh_lib.batch_sharding(mesh, 8)),
         out_shardings=(state_shardings, copies),
     )
@@ -62,7 +58,8 @@ def compare(config, rule, loss, model, params, other):
     batch["positions"] = jnp.cumsum(ones, 1) - 1
     runs = []
     # The mesh's state is put on it first: a second step of a state that was elsewhere would compile again.
-    for function, now in ((jax.jit(one), state), (on_mesh, jax.device_put(state, state_shardings))):
+    alone = step.init(optimizer, params)
+    for function, now in ((jax.jit(one), alone), (on_mesh, jax.device_put(state, state_shardings))):
         seen = []
         for _ in range(STEPS):
             now, metrics = function(now, {"reference": other}, batch)
@@ -71,7 +68,3 @@ def compare(config, rule, loss, model, params, other):
     leaves = jax.tree.leaves(now.optimizer)
     split = sum(leaf.size for leaf in leaves if not leaf.sharding.is_fully_replicated)
     return {"losses": runs, "split": split / sum(leaf.size for leaf in leaves)}
-
-
-if __name__ == "__main__":
-    main()

@@ -20,6 +20,7 @@ from llm_jax.model.attention import Tokens
 from llm_jax.tokenizers.byte import ByteTokenizer
 from llm_jax.tokenizers.char import CharTokenizer
 from llm_jax.training import losses, step
+from tests.training import on_mesh
 
 KINDS = losses.KINDS
 EXTRAS = {"cross_entropy": {"z_loss": 0.1, "label_smoothing": 0.2}, "unlikelihood": {"unlikelihood": 0.7}}
@@ -118,7 +119,7 @@ def built(tiny, model, kind, chunk=0, sparse=False):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_sum_is_that_of_numpy_whole_and_in_chunks(make, tiny, other, batch, kind):
+def test_the_sum_is_that_of_numpy_whole_in_chunks_and_in_micro_batches(make, tiny, other, batch, kind):
     model, params = make()
     where = Tokens(batch["positions"], batch["segments"])
     apply = jax.jit(lambda p: model.apply({"params": p}, batch["inputs"], where))
@@ -126,7 +127,7 @@ def test_the_sum_is_that_of_numpy_whole_and_in_chunks(make, tiny, other, batch, 
     want = numpy_loss(kind, logits, others, batch)
     found = []
     for chunk, sparse in ((0, False), (8, False), (8, True)):
-        loss, _ = built(tiny, model, kind, chunk, sparse)
+        loss, config = built(tiny, model, kind, chunk, sparse)
         one = jax.jit(
             jax.value_and_grad(lambda p, loss=loss: loss(p, {"reference": other}, batch, 0, None), has_aux=True)
         )
@@ -135,6 +136,12 @@ def test_the_sum_is_that_of_numpy_whole_and_in_chunks(make, tiny, other, batch, 
         found.append(gradient)
     for other_way in found[1:]:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), found[0], other_way)
+    # The last loss again, in two micro-batches.
+    optimizer = optax.sgd(1.0)
+    update = step.make(loss, optimizer, lambda _: 1.0, 0, 2, rows_together=losses.rows_together(config))
+    _, metrics = jax.jit(update)(step.init(optimizer, params), {"reference": other}, batch)
+    expected = [want[0] / want[1], optax.tree.norm(found[-1]) / want[1], batch["mask"].sum()]
+    np.testing.assert_allclose([metrics[k] for k in ("loss", "grad_norm", "tokens")], expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -164,21 +171,8 @@ def test_chunks_in_which_nothing_counts_are_not_computed():
     assert np.all(np.isnan(losses.sum_of_rows(part, 4, tokens)))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_micro_batches_add_up(make, tiny, other, batch, kind):
-    model, params = make()
-    loss, config = built(tiny, model, kind, 8)
-    seen = []
-    for accumulation in (1, 2):
-        optimizer = optax.sgd(1.0)
-        one = step.make(loss, optimizer, lambda _: 1.0, 0, accumulation, rows_together=losses.rows_together(config))
-        _, metrics = jax.jit(one)(step.init(optimizer, params), {"reference": other}, batch)
-        seen.append([float(metrics[k]) for k in ("loss", "grad_norm", "tokens")])
-    np.testing.assert_allclose(*seen, rtol=1e-4)
-
-
-def test_losses_on_a_mesh_are_those_of_one_device(on_mesh):
-    found = on_mesh("losses")
+def test_losses_on_a_mesh_are_those_of_one_device(simulated):
+    found = simulated(4)(on_mesh.compare, [kind for kind in KINDS if kind != "cross_entropy"])  # see tests/parallel
     assert len(found) == 4
     for kind, seen in found.items():
         np.testing.assert_allclose(*seen["losses"], rtol=2e-3, err_msg=kind)

@@ -12,6 +12,7 @@ from llm_jax.checkpoints import run as run_form
 from llm_jax.errors import UserError
 from llm_jax.tokenizers.byte import ByteTokenizer
 from llm_jax.training import optim, step
+from tests.training import on_mesh
 from tests.training.test_step import loss_of
 
 KINDS = sorted(optim.OPTIMIZERS)
@@ -137,37 +138,29 @@ def test_scanned_layers_are_updated_as_separate_ones(tiny, kind):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *results)
 
 
-def run(model, params, config, batch, states, steps, resume=None):
-    """Training steps, each state appended to `states`."""
-    optimizer = optim.make(config.optim, 8, params)
-    decay = config.optim.ema_decay
-    one = jax.jit(step.make(loss_of(model), optimizer, optim.schedule(config.optim, 8), 0, 1, ema_decay=decay))
-    state = resume or step.init(optimizer, params, bool(decay))
-    for _ in range(steps):
-        state, _ = one(state, None, batch)
-        states.append(state)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_resume_is_bitwise(make, tiny, batch, tmp_path, kind):
     model, params = make()
     config = dataclasses.replace(tiny, optim=dataclasses.replace(tiny.optim, kind=kind, ema_decay=0.5))
-    whole: list[step.TrainState] = []
-    run(model, params, config, batch, whole, 3)
+    optimizer = optim.make(config.optim, 8, params)
+    update = jax.jit(step.make(loss_of(model), optimizer, optim.schedule(config.optim, 8), 0, 1, ema_decay=0.5))
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    # Committed to the device as restored arrays are, so that both call one program.
+    whole = [jax.device_put(step.init(optimizer, params, True), device)]
+    for _ in range(3):
+        whole.append(update(whole[-1], None, batch)[0])
     writer = checkpoints.Writer(tmp_path, config, ByteTokenizer(), "")
-    writer.save(2, whole[1].params, whole[1].optimizer, None, ema=whole[1].ema)
+    writer.save(2, whole[2].params, whole[2].optimizer, None, ema=whole[2].ema)
     writer.close()
     directory = checkpoints.find(tmp_path)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), whole[1])
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), whole[2])
     read = run_form.restore_state(
         directory, checkpoints.verify(directory), abstract.params, abstract.optimizer, abstract.ema
     )
     loaded = checkpoints.load(directory, scan_layers=True).params  # what is loaded is the average
-    jax.tree.map(np.testing.assert_array_equal, loaded, whole[1].ema)
-    again: list[step.TrainState] = []
-    run(model, params, config, batch, again, 1, step.TrainState(jnp.int32(2), *read))
-    jax.tree.map(np.testing.assert_array_equal, again[-1], whole[-1])
+    jax.tree.map(np.testing.assert_array_equal, loaded, whole[2].ema)
+    resumed = step.TrainState(jax.device_put(jnp.int32(2), device), *read)
+    jax.tree.map(np.testing.assert_array_equal, update(resumed, None, batch)[0], whole[3])
 
 
 def test_the_average_is_its_formula(tiny):
@@ -221,8 +214,9 @@ def test_width_transfer_scales_the_logits(make):
         make(base_width=8, scale_embeddings=True)
 
 
-def test_on_a_mesh_all_are_split_and_give_the_losses_of_one_device(on_mesh):
-    found = on_mesh("optimizers")
+def test_on_a_mesh_all_are_split_and_give_the_losses_of_one_device(simulated):
+    # AdamW is trained on meshes by tests/parallel; SGD's state is one tree, as Lion's.
+    found = simulated(4)(on_mesh.compare, ["lion", "adafactor", "muon"])
     assert len(found) == 3
     for kind, seen in found.items():
         np.testing.assert_allclose(*seen["losses"], rtol=2e-3, err_msg=kind)
