@@ -1,6 +1,6 @@
 """Products with quantized weights by the kernels in C++.
 
-`product` multiplies a few rows of float32 activations (`cpu/quantized_product.cc`), `integer_product` any number of
+`products` multiplies a few rows of float32 activations (`cpu/quantized_product.cc`), `integer_product` any number of
 rows in int8 (`cpu/integer_product.cc`), `blockwise_products` any number of rows that are rounded to 8 bits in blocks
 (`cpu/blockwise_product.cc`).
 """
@@ -26,7 +26,7 @@ _MOST_INPUTS = 2**20  # integer sums of as many products fit 32 bits
 def unsupported_reason(
     x: jax.Array, codes: tuple[Any, ...], s: Scheme, axis: int, contracted: int, accumulate: Any
 ) -> str:
-    """The reason why the kernels do not compute a product, or ""; see `matmul.expanded_product` for the arguments."""
+    """The reason why the kernels do not compute a product, or ""; see `matmul.expanded_products` for the arguments."""
     rows = x.size // x.shape[-1] if x.shape[-1] else 0
     if reason := _unsupported_weight(x, codes, s, axis, contracted):
         return reason
@@ -55,26 +55,29 @@ def _unsupported_weight(x: jax.Array, codes: tuple[Any, ...], s: Scheme, axis: i
     return ""
 
 
-def product(x: jax.Array, codes: tuple[Any, ...], s: Scheme, axis: int, path: str = "auto") -> jax.Array:
-    """The product of a few rows and a quantized weight, with the values of the codes in full precision.
+def products(
+    x: jax.Array, weights: Sequence[tuple[Any, ...]], s: Scheme, axis: int, path: str = "auto"
+) -> tuple[jax.Array, ...]:
+    """The products of a few rows with quantized weights, with the values of the codes in full precision.
 
     Activations are not quantized: they enter as 24-bit integers, so the error is that of a float32 product (see
     `cpu/vnni_operands.h`). The result of a row depends neither on other rows nor on the number of threads.
 
     Args:
       x: float32 (..., C).
-      codes: (codes, scale, offset) of a weight whose groups lie along C: axis -2 for a weight (C, F), -1 for (F, C).
-        The scale may be (codes, scale, mean) itself.
+      weights: (codes, scale, offset) of each weight, whose groups lie along C: axis -2 for a weight (C, F), -1 for
+        (F, C); all of the scheme s. The scale may be (codes, scale, mean) itself.
       path: a name of `native.PATHS`, for tests.
 
     Returns:
-      float32 (..., F).
+      float32 (..., F) for each weight.
     """
-    inputs, outputs = x.shape[-1], codes[0].shape[1 if axis == -2 else 0]
-    result = jax.ShapeDtypeStruct((x.size // inputs, outputs), jnp.float32)
-    call = jax.ffi.ffi_call("llm_jax_quantized_product", result, vmap_method="sequential")
-    y = call(x.reshape(-1, inputs), *_operands(codes), **_attributes(codes, s, axis, inputs, path))
-    return y.reshape(*x.shape[:-1], outputs)
+    return _call("llm_jax_quantized_product", x, weights, s, axis, path)
+
+
+def product(x: jax.Array, codes: tuple[Any, ...], s: Scheme, axis: int, path: str = "auto") -> jax.Array:
+    """As `products`, with one weight."""
+    return products(x, [codes], s, axis, path)[0]
 
 
 def blockwise_products(
@@ -87,15 +90,20 @@ def blockwise_products(
 
     Args:
       x: float32 (..., C).
-      weights: (codes, scale, offset) of each weight, as for `product`; all of the scheme s.
-      path: a name of `native.PATHS`, for tests.
+      weights, s, axis, path: as for `products`.
 
     Returns:
       float32 (..., F) for each weight.
     """
+    return _call("llm_jax_blockwise_product", x, weights, s, axis, path)
+
+
+def _call(
+    target: str, x: jax.Array, weights: Sequence[tuple[Any, ...]], s: Scheme, axis: int, path: str
+) -> tuple[jax.Array, ...]:
     inputs, outputs = x.shape[-1], [codes[0].shape[1 if axis == -2 else 0] for codes in weights]
     results = [jax.ShapeDtypeStruct((x.size // inputs, size), jnp.float32) for size in outputs]
-    call = jax.ffi.ffi_call("llm_jax_blockwise_product", results, vmap_method="sequential")
+    call = jax.ffi.ffi_call(target, results, vmap_method="sequential")
     operands = [operand for codes in weights for operand in _operands(codes)]
     ys = call(x.reshape(-1, inputs), *operands, **_attributes(weights[0], s, axis, inputs, path))
     return tuple(y.reshape(*x.shape[:-1], size) for y, size in zip(ys, outputs, strict=True))

@@ -29,7 +29,7 @@ _PROGRAMS = 1024  # a GPU is busy with as many; long sums are divided to have th
 def unsupported_reason(
     x: jax.Array, codes: tuple[Any, ...], s: Scheme, axis: int, contracted: int, accumulate: Any
 ) -> str:
-    """The reason why the kernel does not compute a product, or ""; see `matmul.expanded_product` for the arguments."""
+    """The reason why the kernel does not compute a product, or ""; see `matmul.expanded_products` for the arguments."""
     if x.dtype not in (jnp.bfloat16, jnp.float16) or jnp.dtype(accumulate) != jnp.float32:
         return f"{x.dtype} activations with {jnp.dtype(accumulate)} sums; the kernel has 16-bit floats with float32"
     f = number_formats.FORMATS[s.format]
@@ -70,7 +70,7 @@ def product(
 
     Args:
       x: bfloat16 or float16 (..., C).
-      codes, s, axis, contracted: see `matmul.expanded_product`.
+      codes, s, axis, contracted: see `matmul.expanded_products`.
       out_dtype: dtype of the result.
       interpret: whether to interpret the kernel on another device.
 

@@ -1,6 +1,6 @@
 """Products with quantized weights: arrays in, arrays out.
 
-`expanded_product`, `integer_product` and `blockwise_products` are the entry points. On a CPU, C++ kernels
+`expanded_products`, `integer_product` and `blockwise_products` are the entry points. On a CPU, C++ kernels
 (`cpu_product`) compute products with few rows of float32 activations and with int8 activations. On a TPU, Pallas
 kernels (`pallas`) compute products with bfloat16 and int8 activations. XLA computes all others. `native` documents the
 environment variable that overrides the choice.
@@ -113,7 +113,7 @@ def blockwise_products(
 
     Args:
       x: float (..., C); see `round_blocks`.
-      weights: codes of each weight, all of the scheme s; see `expanded_product` for them and the other arguments.
+      weights: codes of each weight, all of the scheme s; see `expanded_products` for them and the other arguments.
 
     Returns:
       float32 (..., F) for each weight. The values of NF4 are rounded to multiples of 1/127.
@@ -139,22 +139,28 @@ def xla_blockwise_products(
     return tuple(xla_product(rounded, codes, values, axis, contracted, jnp.float32) for codes in weights)
 
 
-def expanded_product(
-    x: jax.Array, codes: Codes, s: Scheme, axis: int, contracted: int, accumulate: Any, out_dtype: Any
-) -> jax.Array:
-    """The product of x and a weight that is decoded for it.
+def expanded_products(
+    x: jax.Array,
+    weights: Sequence[Codes],
+    s: Scheme,
+    axis: int,
+    contracted: int,
+    accumulate: Any,
+    out_dtype: Any,
+) -> tuple[jax.Array, ...]:
+    """The products of x and weights that are decoded for it.
 
     Args:
       x: float (..., C).
-      codes: (codes, scale, offset) of a weight (I, O), see `number_formats.encode`. Where the scheme quantizes its
-        scales, the scale is (codes, scale, offset) with the scheme `number_formats.nested`.
+      weights: (codes, scale, offset) of each weight (I, O), see `number_formats.encode`; all of the scheme s. Where the
+        scheme quantizes its scales, a scale is (codes, scale, offset) with the scheme `number_formats.nested`.
       axis: axis of the groups, -2 or -1.
       contracted: axis of the weight that the product sums over, 0 or 1.
       accumulate: dtype of the sums.
-      out_dtype: dtype of the result.
+      out_dtype: dtype of the results.
 
     Returns:
-      (..., F) in `out_dtype`. The weight is rounded to the dtype of x, for any number of rows.
+      (..., F) in `out_dtype` for each weight. The weight is rounded to the dtype of x, for any number of rows.
 
     Raises:
       UserError: see `native.library`.
@@ -163,14 +169,19 @@ def expanded_product(
     def by_xla(x, codes):
         return xla_product(x, codes, s, axis, contracted, accumulate).astype(out_dtype)
 
-    if not pallas.unsupported_reason(x, codes, s, axis, contracted, accumulate):
+    def by_cpu(x, weights):
+        return tuple(y.astype(out_dtype) for y in cpu_product.products(x, weights, s, axis))
+
+    def all_by_xla(x, weights):
+        return tuple(by_xla(x, codes) for codes in weights)
+
+    if not any(pallas.unsupported_reason(x, codes, s, axis, contracted, accumulate) for codes in weights):
         kernel = functools.partial(pallas.product, s=s, axis=axis, contracted=contracted, out_dtype=out_dtype)
-        return _on_device(kernel, by_xla, x, codes)
-    if not cpu_product.unsupported_reason(x, codes, s, axis, contracted, accumulate) and native.library() is not None:
-        return lax.platform_dependent(
-            x, codes, cpu=lambda x, codes: cpu_product.product(x, codes, s, axis).astype(out_dtype), default=by_xla
-        )
-    return by_xla(x, codes)
+        return tuple(_on_device(kernel, by_xla, x, codes) for codes in weights)
+    unsupported = any(cpu_product.unsupported_reason(x, codes, s, axis, contracted, accumulate) for codes in weights)
+    if unsupported or native.library() is None:
+        return all_by_xla(x, weights)
+    return lax.platform_dependent(x, tuple(weights), cpu=by_cpu, default=all_by_xla)
 
 
 def _on_device(kernel: Any, by_xla: Any, *arguments: Any) -> jax.Array:

@@ -41,7 +41,7 @@ def unusable_reason() -> str:
 def unsupported_reason(
     x: jax.Array, codes: tuple[Any, ...], s: Scheme, axis: int, contracted: int, accumulate: Any
 ) -> str:
-    """The reason why the kernel of the device does not compute a product, or ""; see `matmul.expanded_product`."""
+    """The reason why the kernel of the device does not compute a product, or ""; see `matmul.expanded_products`."""
     reason = unusable_reason()
     return reason or kernels(target.platform()).unsupported_reason(x, codes, s, axis, contracted, accumulate)
 
@@ -61,7 +61,7 @@ def integer_reason(platform: str, x: jax.Array, codes: jax.Array, axis: int) -> 
 def product(
     x: jax.Array, codes: tuple[Any, ...], s: Scheme, axis: int, contracted: int, out_dtype: Any = jnp.float32
 ) -> jax.Array:
-    """The product by the kernel of the device; see `matmul.expanded_product`."""
+    """The product by the kernel of the device; see `matmul.expanded_products`."""
     platform = target.platform()
     interpret = platform == "cpu"
     result: jax.Array = kernels(platform).product(x, codes, s, axis, contracted, out_dtype, interpret)

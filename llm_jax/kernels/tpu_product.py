@@ -51,7 +51,7 @@ class Blocks:
 def unsupported_reason(
     x: jax.Array, codes: tuple[Any, ...], s: Scheme, axis: int, contracted: int, accumulate: Any
 ) -> str:
-    """The reason why the kernel does not compute a product, or ""; see `matmul.expanded_product` for the arguments."""
+    """The reason why the kernel does not compute a product, or ""; see `matmul.expanded_products` for the arguments."""
     if x.dtype != jnp.bfloat16 or jnp.dtype(accumulate) != jnp.float32:
         return f"{x.dtype} activations with {jnp.dtype(accumulate)} sums; the kernel has bfloat16 with float32"
     f = number_formats.FORMATS[s.format]
@@ -127,7 +127,7 @@ def product(
 
     Args:
       x: bfloat16 (..., C).
-      codes, s, axis, contracted: see `matmul.expanded_product`.
+      codes, s, axis, contracted: see `matmul.expanded_products`.
       out_dtype: dtype of the result.
       interpret: whether to interpret the kernel on another device, or `pltpu.InterpretParams`.
 

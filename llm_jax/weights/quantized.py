@@ -188,7 +188,8 @@ def bits_per_weight(weight: Any) -> float:
 def dots(x: jax.Array, ws: list[Weight], *, accumulate: Any, gathered: list[P | None]) -> list[jax.Array]:
     """The products of x with several weights, each as by `dot`.
 
-    Quantized weights of one scheme with int8 activations go to the kernel together, which rounds x once.
+    Quantized weights of one scheme go to the kernel together, which prepares x once and divides all of them among its
+    threads.
 
     Args:
       x: (..., in).
@@ -203,11 +204,11 @@ def dots(x: jax.Array, ws: list[Weight], *, accumulate: Any, gathered: list[P | 
 
 
 def _share_activations(q: Weight, w: Weight) -> bool:
-    """Whether the products of x with `q` and with `w` round x in the same way, and have operands of the same kinds."""
+    """Whether products of x with `q` and `w` prepare x in the same way, and have operands of the same kinds."""
     return (
         isinstance(q, QTensor)
         and isinstance(w, QTensor)
-        and number_formats.scheme(q.scheme).activations == "blocks"
+        and number_formats.scheme(q.scheme).activations in ("", "blocks")
         and (w.scheme, w.axis, w.smooth, q.smooth) == (q.scheme, IN, None, None)
         and (w.offset is None) == (q.offset is None)
     )
@@ -225,7 +226,7 @@ def _quantized_dots(
     elif s.activations and along:
         ys = tuple(_integer_dot(x, q, out_dtype) for q in qs)
     else:
-        ys = tuple(matmul.expanded_product(x, q._stored(), s, axis, contracted, accumulate, out_dtype) for q in qs)
+        ys = matmul.expanded_products(x, [q._stored() for q in qs], s, axis, contracted, accumulate, out_dtype)
     return tuple(y.astype(out_dtype) for y in ys)
 
 
@@ -247,10 +248,10 @@ def _quantized_dots_backward(transposed, out_dtype, accumulate, saved, gs):
     qs, like = saved
     s, contracted = number_formats.scheme(qs[0].scheme), 1 - int(transposed)
     # The straight-through estimate ignores the rounding of the activations.
-    dxs = [
-        matmul.expanded_product(g.astype(like.dtype), q._stored(), s, q.axis, contracted, accumulate, like.dtype)
-        for g, q in zip(gs, qs, strict=True)
-    ]
+    dxs: list[jax.Array] = []
+    for g, q in zip(reversed(gs), reversed(qs), strict=True):  # the order of separate products
+        g = g.astype(like.dtype)
+        dxs += matmul.expanded_products(g, [q._stored()], s, q.axis, contracted, accumulate, like.dtype)
     return functools.reduce(jnp.add, dxs), jax.tree.map(_no_gradient, qs)
 
 

@@ -132,7 +132,7 @@ class Product:
         request.scale.data = scale_at or request.scale.data
         for name, value in fields.items():
             setattr(request, name, value)
-        if reason := (call_blockwise([request], path, threads) if blockwise else call(request, path, threads)):
+        if reason := call([request], path, threads, blockwise):
             raise ValueError(reason)
         return y
 
@@ -155,23 +155,15 @@ def _scales(scale: np.ndarray, kind: str, inner: np.ndarray | None) -> CScales:
     return CScales(scale.ctypes.data, SCALES.index(kind), *scale.shape, *nested)
 
 
-def call_blockwise(requests: list[CProduct], path: str, threads: int) -> str:
+def call(requests: list[CProduct], path: str, threads: int, blockwise: bool) -> str:
+    """Calls a kernel for several weights; returns what it says is wrong with their sizes, or ""."""
     library, reason = native.loaded()
     assert library is not None, reason
-    function = library.llm_jax_blockwise_product
+    function = library.llm_jax_blockwise_product if blockwise else library.llm_jax_quantized_product
     function.restype = ctypes.c_char_p
     function.argtypes = [ctypes.POINTER(CProduct), ctypes.c_int64, ctypes.c_int64, ctypes.c_int64]
     array = (CProduct * len(requests))(*requests)
     return (function(array, len(requests), native.PATHS.index(path), threads) or b"").decode()
-
-
-def call(request: CProduct, path: str, threads: int) -> str:
-    library, reason = native.loaded()
-    assert library is not None, reason
-    function = library.llm_jax_quantized_product
-    function.restype = ctypes.c_char_p
-    function.argtypes = [ctypes.POINTER(CProduct), ctypes.c_int64, ctypes.c_int64]
-    return (function(ctypes.byref(request), native.PATHS.index(path), threads) or b"").decode()
 
 
 def draw(

@@ -52,6 +52,24 @@ def test_products_and_gradients_equal_those_of_the_dense_weight(scheme, axis):
     np.testing.assert_allclose(dx, np.asarray(g, np.float64) @ w.T, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("scheme", ["int4", "nf4"])
+def test_weights_of_one_scheme_share_a_call(scheme):
+    """And results and gradients are those of separate products, bit for bit."""
+    x, qs = normal(1, 2, C), [setup(scheme, IN), setup(scheme, IN), quantized.to_qtensor(normal(3, C, 64), scheme, IN)]
+
+    def separate(x):
+        return [weights.dot(x, q) for q in qs]
+
+    def together(x):
+        return weights.dots(x, qs, accumulate=jnp.float32, gathered=[None] * len(qs))
+
+    def both(function):
+        return jax.jit(lambda x: (function(x), jax.grad(lambda x: sum(jnp.sum(y**2) for y in function(x)))(x)))
+
+    assert both(together).lower(x).as_text().count("@llm_jax_quantized_product") == 2  # forward, once for each function
+    jax.tree.map(np.testing.assert_array_equal, both(together)(x), both(separate)(x))
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_results_in_half_precision_do_not_depend_on_the_number_of_rows(dtype):
     """The weight is rounded to the dtype of the activations for a few rows (decoding) as for many (verification)."""

@@ -46,7 +46,7 @@ static void Run(const BFloat16Product& p, Path path, int64_t threads, const Sche
   const int64_t unit = p.by_output ? 1 : 64, units = (p.outputs + unit - 1) / unit;
   const int64_t parts = std::max<int64_t>(1, std::min(units, useful > 1 ? 4 * useful : 1));
   const int64_t size = (units + parts - 1) / parts * unit;
-  InParallel((p.outputs + size - 1) / size, useful,
+  InParallel((p.outputs + size - 1) / size, useful, true,
              [&](int64_t i) { Outputs(p, path, x, i * size, std::min((i + 1) * size, p.outputs)); }, schedule);
 }
 

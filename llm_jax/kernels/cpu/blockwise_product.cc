@@ -15,6 +15,7 @@
 
 #include "blockwise.h"
 #include "machine.h"
+#include "parts.h"
 #include "product.h"
 
 namespace llm_jax {
@@ -69,44 +70,15 @@ static void Vnni(const Product& p, const Blocks& blocks, const ByteValues& v, co
 }
 #endif
 
-// A part of a product: some of its rows and outputs.
-struct Part {
-  int64_t weight, first_row, last_row, begin, end;
-};
-
-static std::vector<Part> PartsOf(const Product* products, int64_t count, int64_t threads, bool by_rows) {
-  constexpr int64_t kUnit = 64, kFewRows = 48;
-  int64_t units = 0;
-  for (int64_t i = 0; i < count; ++i) units += (products[i].outputs + kUnit - 1) / kUnit;
-  // A row reads its codes once: wide parts, whose bytes lie together in memory.
-  const int64_t rows = products[0].rows, wanted = threads > 1 ? (rows == 1 ? 2 : 4) * threads : 1;
-  const int64_t size = std::max<int64_t>(1, units / wanted) * kUnit;
-  const int64_t row_parts =
-      by_rows ? std::max<int64_t>(1, std::min(rows / kFewRows, (wanted + units - 1) / std::max<int64_t>(units, 1))) : 1;
-  const int64_t row_size = std::max<int64_t>(1, (rows + row_parts - 1) / row_parts);
-  std::vector<Part> parts;
-  for (int64_t i = 0; i < count; ++i) {
-    for (int64_t n = 0; n < products[i].outputs; n += size) {
-      for (int64_t m = 0; m < rows; m += row_size) {
-        parts.push_back({i, m, std::min(m + row_size, rows), n, std::min(n + size, products[i].outputs)});
-      }
-    }
-  }
-  return parts;
-}
-
 // The products of the same x with `count` weights of the same format, group and layout.
 template <typename Schedule>
 static void Run(const Product* products, int64_t count, Path path, int64_t threads, const Schedule& schedule) {
-  constexpr int64_t kWorth = 1 << 17;  // codes times rows that are worth the waking of a thread
   if (path == kAuto) path = FastestPath();
   const Product& p = products[0];
   const Blocks blocks = BlocksOf(p);
   const ByteValues values = ByteValuesOf(p);
   const int64_t num_blocks = blocks.list.size();
-  int64_t outputs = 0;
-  for (int64_t i = 0; i < count; ++i) outputs += products[i].outputs;
-  const int64_t useful = std::max<int64_t>(1, std::min(threads, p.inputs * outputs * std::min<int64_t>(p.rows, 64) / kWorth));
+  const int64_t useful = UsefulThreads(products, count, threads, std::min<int64_t>(p.rows, 64));
   thread_local Rounded memory;  // keeps its memory from call to call
   Rounded* rounded = &memory;
   rounded->codes.resize(p.rows * num_blocks * blocks.stride);
@@ -114,26 +86,27 @@ static void Run(const Product* products, int64_t count, Path path, int64_t threa
   rounded->total.resize(p.rows * num_blocks);
   rounded->start.resize(p.rows * num_blocks);
   constexpr int64_t kRowsOfPart = 16;
+  const bool again = p.rows <= kRowsOfPart;
   InParallel(
-      (p.rows + kRowsOfPart - 1) / kRowsOfPart, useful,
+      (p.rows + kRowsOfPart - 1) / kRowsOfPart, useful, again,
       [&](int64_t i) {
         const int64_t last = std::min((i + 1) * kRowsOfPart, p.rows);
         for (int64_t row = i * kRowsOfPart; row < last; ++row) RoundRow(p, path, blocks, values, row, rounded);
       },
       schedule);
-  bool by_rows = true;
+  bool divide_rows = true;
 #if LLM_JAX_X86
   thread_local vnni::Lanes lanes_memory;
   const vnni::Lanes* lanes = nullptr;
   if (path == kVnni && p.by_output && vnni::HasLanes(p, blocks)) {
     vnni::LanesOf(p, blocks, values, *rounded, &lanes_memory);
     lanes = &lanes_memory;
-    by_rows = false;
+    divide_rows = false;
   }
 #endif
-  const std::vector<Part> parts = PartsOf(products, count, useful, by_rows);
+  const std::vector<Part> parts = PartsOf(products, count, useful, divide_rows);
   InParallel(
-      parts.size(), useful,
+      parts.size(), useful, again,
       [&](int64_t i) {
         const Part& part = parts[i];
         const Product& product = products[part.weight];
@@ -145,20 +118,6 @@ static void Run(const Product* products, int64_t count, Path path, int64_t threa
         AnyOutputs(product, path, blocks, values, *rounded, part.first_row, part.last_row, part.begin, part.end);
       },
       schedule);
-}
-
-// What is wrong with the sizes, or null.
-static const char* Check(const Product* products, int64_t count) {
-  if (count < 1) return "the number of weights";
-  for (int64_t i = 0; i < count; ++i) {
-    const Product &p = products[i], &first = products[0];
-    if (const char* reason = Check(p)) return reason;
-    if (p.rows != first.rows || p.inputs != first.inputs || p.group != first.group || p.bits != first.bits ||
-        p.kind != first.kind || p.by_output != first.by_output || p.x != first.x) {
-      return "one of several weights";
-    }
-  }
-  return nullptr;
 }
 
 }  // namespace llm_jax
@@ -180,31 +139,13 @@ const char* llm_jax_blockwise_product(const llm_jax::Product* products, int64_t 
 
 namespace llm_jax {
 
-constexpr size_t kOperands = 5;  // of a weight: codes, scale, inner scale, mean of the scales, offset
-
 static ffi::Error BlockwiseProduct(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::RemainingArgs weights,
                                    ffi::RemainingRets results, int64_t bits, int64_t group, int64_t by_output,
                                    int64_t path, ffi::Span<const float> values, ffi::Span<const float> scale_values) {
-  const auto shape = x.dimensions();
-  if (shape.size() != 2) return Refused("the rank of an operand");
-  if (results.size() < 1 || weights.size() != kOperands * results.size()) return Refused("the number of weights");
-  std::vector<Product> products(results.size());
-  for (size_t i = 0; i < results.size(); ++i) {
-    const auto operand = [&](size_t j) { return weights.get<ffi::AnyBuffer>(kOperands * i + j).value(); };
-    const Weight weight{operand(0), operand(1), operand(2), operand(3), operand(4), bits, group, by_output, values, scale_values};
-    Product& p = products[i];
-    if (const char* reason = ToProduct(weight, &p)) return Refused(reason);
-    auto y = results.get<ffi::AnyBuffer>(i);
-    if (!y.has_value() || (*y)->element_type() != ffi::DataType::F32) return Refused("the type of a result");
-    const auto result = (*y)->dimensions();
-    p.x = x.typed_data();
-    p.y = (*y)->typed_data<float>();
-    p.rows = shape[0];
-    if (result.size() != 2 || shape[1] != p.inputs || result[0] != p.rows || result[1] != p.outputs) {
-      return Refused("the shape of the operands");
-    }
+  std::vector<Product> products;
+  if (const char* reason = ToProducts(x, weights, results, bits, group, by_output, values, scale_values, &products)) {
+    return Refused(reason);
   }
-  if (const char* reason = Check(products.data(), products.size())) return Refused(reason);
   Run(products.data(), products.size(), static_cast<Path>(path), std::max<int64_t>(1, pool.num_threads()),
       [&](auto task) { pool.Schedule(std::move(task)); });
   return ffi::Error::Success();

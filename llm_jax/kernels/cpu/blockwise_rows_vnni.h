@@ -52,25 +52,37 @@ static void LanesOf(const Product& p, const Blocks& blocks, const ByteValues& v,
   }
 }
 
-template <int BITS, bool TABLE, bool SIGNED, bool JOINT, bool GROUPS, int OUTPUTS>
+// The sums of four vectors.
+static inline __m128 SumsOfFour(const __m512* v) {
+  const __m512 a = _mm512_add_ps(_mm512_shuffle_f32x4(v[0], v[1], 0x44), _mm512_shuffle_f32x4(v[0], v[1], 0xee)),
+               b = _mm512_add_ps(_mm512_shuffle_f32x4(v[2], v[3], 0x44), _mm512_shuffle_f32x4(v[2], v[3], 0xee));
+  const __m512 lanes = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));  // one of each
+  const __m512 pairs = _mm512_add_ps(lanes, _mm512_permute_ps(lanes, 0x4e));
+  return _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, _mm512_add_ps(pairs, _mm512_permute_ps(pairs, 0xb1))));
+}
+
+// ROWS rows of x times OUTPUTS outputs.
+template <int BITS, bool TABLE, bool SIGNED, bool JOINT, bool GROUPS, int ROWS, int OUTPUTS>
 static void SomeOutputs(const Product& p, const Lanes& lanes, __m512i table, int64_t row, int64_t first,
                         const float* scales, int64_t scale_stride) {
   constexpr int PARTS = 8 / BITS, SUMS = JOINT ? 1 : PARTS;
   const int64_t row_bytes = NumGroups(p) * GroupBytes(p);
   const uint8_t* w = p.codes + first * row_bytes;
-  __m512 sums[OUTPUTS];
+  __m512 sums[ROWS][4];
 #pragma GCC unroll 4
-  for (int n = 0; n < OUTPUTS; ++n) sums[n] = _mm512_setzero_ps();
+  for (int m = 0; m < ROWS; ++m) {
+#pragma GCC unroll 4
+    for (int n = 0; n < 4; ++n) sums[m][n] = _mm512_setzero_ps();
+  }
   for (int64_t j = 0; j < lanes.vectors; ++j) {
-    const int64_t vector = row * lanes.vectors + j;
     const __mmask64 mask = First64(row_bytes - j * 64);
-    __m512i bytes[OUTPUTS], acc[OUTPUTS];
+    __m512i bytes[OUTPUTS], acc[ROWS][OUTPUTS];
     __m512 of_weight[OUTPUTS];
     const __m512i group = _mm512_loadu_si512(lanes.group.data() + j * 16);
 #pragma GCC unroll 4
     for (int n = 0; n < OUTPUTS; ++n) {
       bytes[n] = _mm512_maskz_loadu_epi8(mask, w + n * row_bytes + j * 64);
-      _mm_prefetch(reinterpret_cast<const char*>(w + (j * OUTPUTS + n) * 64 + kAheadBytes), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(w + (j * OUTPUTS + n) * 64 + kAheadBytes), _MM_HINT_T1);
       if (SIGNED) bytes[n] = _mm512_xor_si512(bytes[n], _mm512_set1_epi8(-128));
       if (GROUPS) {
         of_weight[n] = _mm512_permutexvar_ps(group, _mm512_loadu_ps(scales + n * scale_stride + lanes.first_group[j]));
@@ -78,33 +90,44 @@ static void SomeOutputs(const Product& p, const Lanes& lanes, __m512i table, int
     }
 #pragma GCC unroll 4
     for (int s = 0; s < PARTS; ++s) {
-      const int64_t at = (vector * SUMS + (JOINT ? 0 : s)) * 16;
-      const __m512i x = _mm512_loadu_si512(lanes.codes.data() + (vector * PARTS + s) * 64);
-      const __m512i start = _mm512_loadu_si512(lanes.start.data() + at);
-      const __m512 scale = _mm512_loadu_ps(lanes.scale.data() + at);
+      __m512i codes[OUTPUTS];
 #pragma GCC unroll 4
       for (int n = 0; n < OUTPUTS; ++n) {
-        __m512i codes = Part<BITS>(bytes[n], s);
-        if (TABLE) codes = _mm512_shuffle_epi8(table, codes);
-        acc[n] = _mm512_dpbusd_epi32(JOINT && s ? acc[n] : start, codes, x);
-        if (JOINT && s + 1 < PARTS) continue;
-        if (GROUPS) {
-          sums[n] = AddScaled(acc[n], scale, of_weight[n], sums[n]);
-        } else {
-          sums[n] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[n]), scale, sums[n]);
+        codes[n] = Part<BITS>(bytes[n], s);
+        if (TABLE) codes[n] = _mm512_shuffle_epi8(table, codes[n]);
+      }
+#pragma GCC unroll 4
+      for (int m = 0; m < ROWS; ++m) {
+        const int64_t vector = (row + m) * lanes.vectors + j, at = (vector * SUMS + (JOINT ? 0 : s)) * 16;
+        const __m512i x = _mm512_loadu_si512(lanes.codes.data() + (vector * PARTS + s) * 64);
+        const __m512i start = _mm512_loadu_si512(lanes.start.data() + at);
+        const __m512 scale = _mm512_loadu_ps(lanes.scale.data() + at);
+#pragma GCC unroll 4
+        for (int n = 0; n < OUTPUTS; ++n) {
+          acc[m][n] = _mm512_dpbusd_epi32(JOINT && s ? acc[m][n] : start, codes[n], x);
+          if (JOINT && s + 1 < PARTS) continue;
+          if (GROUPS) {
+            sums[m][n] = AddScaled(acc[m][n], scale, of_weight[n], sums[m][n]);
+          } else {
+            sums[m][n] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[m][n]), scale, sums[m][n]);
+          }
         }
       }
     }
   }
 #pragma GCC unroll 4
-  for (int n = 0; n < OUTPUTS; ++n) {
-    const float sum = _mm512_reduce_add_ps(sums[n]);
-    p.y[row * p.outputs + first + n] = GROUPS ? sum : sum * scales[n * scale_stride];
+  for (int m = 0; m < ROWS; ++m) {
+    alignas(16) float total[4];
+    _mm_store_ps(total, SumsOfFour(sums[m]));
+    float* y = p.y + (row + m) * p.outputs + first;
+#pragma GCC unroll 4
+    for (int n = 0; n < OUTPUTS; ++n) y[n] = GROUPS ? total[n] : total[n] * scales[n * scale_stride];
   }
 }
 
 template <int BITS, bool TABLE, bool SIGNED, bool JOINT, bool GROUPS>
 static void ByOutput(const Product& p, const ByteValues& v, const Lanes& lanes, int64_t begin, int64_t end) {
+  constexpr int MOST = JOINT || GROUPS ? 2 : 4;  // rows at a time, as many as have registers
   const __m512i table = Table(v);
   const int64_t groups = NumGroups(p), stride = groups + 16;
   std::vector<float> scales(4 * stride), offsets(p.offset.kind != kNone ? 4 * stride : 0);
@@ -120,13 +143,16 @@ static void ByOutput(const Product& p, const ByteValues& v, const Lanes& lanes, 
       load(p.scale, n + i, scales.data() + i * stride);
       if (p.offset.kind != kNone) load(p.offset, n + i, offsets.data() + i * stride);
     }
-    for (int64_t m = 0; m < p.rows; ++m) {
-      if (count == 4) {
-        SomeOutputs<BITS, TABLE, SIGNED, JOINT, GROUPS, 4>(p, lanes, table, m, n, scales.data(), stride);
-      } else {
-        SomeOutputs<BITS, TABLE, SIGNED, JOINT, GROUPS, 1>(p, lanes, table, m, n, scales.data(), stride);
+    for (int64_t m = 0; m < p.rows;) {
+      const bool several = count == 4 && p.rows - m >= MOST;
+      if (several) SomeOutputs<BITS, TABLE, SIGNED, JOINT, GROUPS, MOST, 4>(p, lanes, table, m, n, scales.data(), stride);
+      if (count == 4 && !several) {
+        SomeOutputs<BITS, TABLE, SIGNED, JOINT, GROUPS, 1, 4>(p, lanes, table, m, n, scales.data(), stride);
       }
-      if (p.offset.kind == kNone) continue;
+      if (count == 1) SomeOutputs<BITS, TABLE, SIGNED, JOINT, GROUPS, 1, 1>(p, lanes, table, m, n, scales.data(), stride);
+      m += several ? MOST : 1;
+    }
+    for (int64_t m = 0; m < p.rows && p.offset.kind != kNone; ++m) {
       const float* total = lanes.total.data() + m * groups;
       for (int64_t i = 0; i < count; ++i) {
         float sum = 0;

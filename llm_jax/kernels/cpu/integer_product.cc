@@ -151,7 +151,7 @@ static void Run(const IntegerProduct& p, int64_t threads, const Schedule& schedu
   }
   InParallel(
       (p.outputs + integers::kTile - 1) / integers::kTile,
-      std::max<int64_t>(1, std::min(threads, p.rows * p.inputs * p.outputs / kWorth)),
+      std::max<int64_t>(1, std::min(threads, p.rows * p.inputs * p.outputs / kWorth)), p.rows <= 16,
       [&](int64_t i) {
         thread_local std::vector<int8_t> packed;  // keeps its memory from call to call
         packed.resize(stride * integers::kTile + 64);

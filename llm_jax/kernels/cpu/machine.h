@@ -5,8 +5,11 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
+#include <functional>
 #include <memory>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -41,10 +44,68 @@ static Path FastestPath() {
   return kPortable;
 }
 
-// Calls work(0) ... work(count - 1) by this thread and up to `threads` - 1 others, which `schedule` starts. A task that
-// starts late finds nothing left, so that the caller never waits for a thread that is busy with other work.
+static inline void Pause() {
+#if LLM_JAX_X86
+  _mm_pause();
+#else
+  std::this_thread::yield();
+#endif
+}
+
+// Threads that wait a short time for the next task. Decoding calls a product every few microseconds, and to wake a thread
+// of the pool takes about as long as such a product.
+class Crew {
+ public:
+  static Crew& Get() {
+    static Crew* crew = new Crew;  // never destroyed: threads may still wait when the process ends
+    return *crew;
+  }
+
+  // Offers a task to up to `wanted` waiting threads; returns their number. An earlier offer ends.
+  int64_t Offer(const std::function<void()>& task, int64_t wanted) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    const int64_t count = std::min(waiting_, wanted);
+    task_ = task;
+    offers_.store(count, std::memory_order_release);
+    return count;
+  }
+
+  // Waits for tasks and runs them, until there is none for `kPatience`.
+  void Wait() {
+    constexpr auto kPatience = std::chrono::microseconds(200), kEager = std::chrono::microseconds(20);
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      ++waiting_;
+      lock.unlock();
+      const auto start = std::chrono::steady_clock::now();
+      for (auto waited = start - start; waited < kPatience && !offers_.load(std::memory_order_acquire);
+           waited = std::chrono::steady_clock::now() - start) {
+        if (waited < kEager) Pause(); else std::this_thread::yield();
+      }
+      lock.lock();
+      --waiting_;
+      const int64_t offers = offers_.load(std::memory_order_relaxed);
+      if (!offers) return;
+      offers_.store(offers - 1, std::memory_order_relaxed);
+      const std::function<void()> task = task_;
+      lock.unlock();
+      task();
+      lock.lock();
+    }
+  }
+
+ private:
+  std::mutex mutex_;
+  int64_t waiting_ = 0;
+  std::function<void()> task_;
+  std::atomic<int64_t> offers_{0};  // threads that may still take the task
+};
+
+// Calls work(0) ... work(count - 1) by this thread and up to `threads` - 1 others: those of the crew, and as many as are
+// missing, which `schedule` starts. A task that starts late finds nothing left, so that the caller never waits for a thread
+// that is busy with other work. The others stay with the crew afterwards if `again`: the next call is expected at once.
 template <typename Work, typename Schedule>
-static void InParallel(int64_t count, int64_t threads, const Work& work, const Schedule& schedule) {
+static void InParallel(int64_t count, int64_t threads, bool again, const Work& work, const Schedule& schedule) {
   if (count <= 1 || threads <= 1) {
     for (int64_t i = 0; i < count; ++i) work(i);
     return;
@@ -60,10 +121,16 @@ static void InParallel(int64_t count, int64_t threads, const Work& work, const S
       state->done.fetch_add(1, std::memory_order_release);
     }
   };
-  for (int64_t i = 1; i < std::min(count, threads); ++i) schedule(take);
+  const int64_t others = std::min(count, threads) - 1;
+  for (int64_t i = Crew::Get().Offer(take, others); i < others; ++i) {
+    schedule([take, again] {
+      take();
+      if (again) Crew::Get().Wait();
+    });
+  }
   take();
   for (int64_t spins = 0; state->done.load(std::memory_order_acquire) < count; ++spins) {
-    if (spins > 4096) std::this_thread::yield();
+    if (spins > 1024) std::this_thread::yield(); else Pause();
   }
 }
 

@@ -4,6 +4,7 @@
 #define LLM_JAX_KERNELS_CPU_OPERANDS_H_
 
 #include <string>
+#include <vector>
 
 #include "product.h"
 #include "xla/ffi/api/ffi.h"
@@ -66,6 +67,35 @@ inline const char* ToProduct(const Weight& w, Product* p) {
   if (w.offset.element_type() == ffi::DataType::F32) p->offset.kind = kFloat32;
   if (w.offset.element_type() == ffi::DataType::F16) p->offset.kind = kFloat16;
   return p->offset.kind == kNone ? "the type of the offsets" : nullptr;
+}
+
+constexpr size_t kOperands = 5;  // of a weight: codes, scale, inner scale, mean of the scales, offset
+
+// The products of x with every weight. Returns what is wrong, or null.
+inline const char* ToProducts(const ffi::Buffer<ffi::F32>& x, const ffi::RemainingArgs& weights,
+                              const ffi::RemainingRets& results, int64_t bits, int64_t group, int64_t by_output,
+                              ffi::Span<const float> values, ffi::Span<const float> scale_values,
+                              std::vector<Product>* products) {
+  const auto shape = x.dimensions();
+  if (shape.size() != 2) return "the rank of an operand";
+  if (results.size() < 1 || weights.size() != kOperands * results.size()) return "the number of weights";
+  products->resize(results.size());
+  for (size_t i = 0; i < results.size(); ++i) {
+    const auto operand = [&](size_t j) { return weights.get<ffi::AnyBuffer>(kOperands * i + j).value(); };
+    const Weight weight{operand(0), operand(1), operand(2), operand(3), operand(4), bits, group, by_output, values, scale_values};
+    Product& p = (*products)[i];
+    if (const char* reason = ToProduct(weight, &p)) return reason;
+    auto y = results.get<ffi::AnyBuffer>(i);
+    if (!y.has_value() || (*y)->element_type() != ffi::DataType::F32) return "the type of a result";
+    const auto result = (*y)->dimensions();
+    p.x = x.typed_data();
+    p.y = (*y)->typed_data<float>();
+    p.rows = shape[0];
+    if (result.size() != 2 || shape[1] != p.inputs || result[0] != p.rows || result[1] != p.outputs) {
+      return "the shape of the operands";
+    }
+  }
+  return Check(products->data(), products->size());
 }
 
 }  // namespace llm_jax

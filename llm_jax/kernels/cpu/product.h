@@ -112,6 +112,20 @@ inline const char* Check(const Product& p) {
   return p.offset.kind == kNone ? nullptr : CheckScales(p, p.offset);
 }
 
+// What is wrong with the sizes of the products of one x with `count` weights of the same format, group and layout, or null.
+inline const char* Check(const Product* products, int64_t count) {
+  if (count < 1) return "the number of weights";
+  for (int64_t i = 0; i < count; ++i) {
+    const Product &p = products[i], &first = products[0];
+    if (const char* reason = Check(p)) return reason;
+    if (p.rows != first.rows || p.inputs != first.inputs || p.group != first.group || p.bits != first.bits ||
+        p.kind != first.kind || p.by_output != first.by_output || p.x != first.x) {
+      return "one of several weights";
+    }
+  }
+  return nullptr;
+}
+
 }  // namespace llm_jax
 
 #endif  // LLM_JAX_KERNELS_CPU_PRODUCT_H_

@@ -41,13 +41,15 @@ static inline __attribute__((always_inline)) __m512i Part(__m512i bytes, int par
   return _mm512_and_si512(_mm512_srli_epi16(bytes, part * BITS), _mm512_set1_epi8((1 << BITS) - 1));
 }
 
-// Fetches the next panel row by row while a panel is computed tile by tile: memory is read in the order of addresses.
+// Fetches the next panel row by row while a panel is computed tile by tile: memory is read in the order of addresses. Into
+// the second-level cache: the first one has too few outstanding misses for the bandwidth of memory (on Zen 4, to fetch into
+// it reads 10 to 14 GB/s on one core, into the second 13 to 20).
 struct Ahead {
   const uint8_t* row;
   int64_t column, width, stride;
 
   inline void Fetch() {
-    _mm_prefetch(reinterpret_cast<const char*>(row + column), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(row + column), _MM_HINT_T1);
     column += 64;
     if (column >= width) {
       column = 0;

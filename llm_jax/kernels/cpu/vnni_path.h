@@ -189,7 +189,7 @@ static inline __attribute__((always_inline)) void RowPanel(const uint8_t* w, int
 #pragma GCC unroll 4
   for (int n = 0; n < OUTPUTS; ++n) {
     bytes[n] = _mm512_maskz_loadu_epi8(mask, w + n * stride);
-    _mm_prefetch(reinterpret_cast<const char*>(ahead + n * 64), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(ahead + n * 64), _MM_HINT_T1);
     if (SIGNED) bytes[n] = _mm512_xor_si512(bytes[n], _mm512_set1_epi8(-128));
   }
 #pragma GCC unroll 4
