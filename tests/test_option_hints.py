@@ -1,5 +1,6 @@
 """Names and values of other codebases, in flags, options and keyword arguments, are answered with those here."""
 
+import copy
 import importlib
 import pathlib
 
@@ -7,7 +8,7 @@ import pytest
 
 import llm_jax
 from llm_jax import __main__ as commands
-from llm_jax import cli, value_names
+from llm_jax import cli, tokenizers, value_names
 from llm_jax.checkpoints import Loaded, generation_config
 from llm_jax.decoding.complete import complete
 from llm_jax.decoding.options import DecodingOptions
@@ -170,6 +171,18 @@ def test_attributes_of_what_load_returns():
         AttributeError, match="HubTokenizer has no attribute 'apply_chat_template'; here it is llm_jax."
     ):
         loaded.tokenizer.apply_chat_template([])
+
+
+@pytest.mark.parametrize(("kind", "size"), [("char", 40), ("byte", 0), ("word", 10)])
+def test_calls_and_attributes_of_tokenizers(kind, size):
+    tokenizer = tokenizers.get(kind).train(["the model reads the text " * 20], size)
+    with pytest.raises(AttributeError, match="Tokenizer has no attribute 'stoi'; here it is tokenizer.encode"):
+        _ = tokenizer.stoi
+    with pytest.raises(TypeError, match=r"Tokenizer is not called; here it is tokenizer.encode\(text\)"):
+        tokenizer("the")
+    with pytest.raises(UserError, match="a tokenizer encodes one text; expected str, not list"):
+        tokenizer.encode(["the", "model"])
+    assert tokenizer.decode(copy.deepcopy(tokenizer).encode("the")) == "the"
 
 
 @pytest.mark.parametrize(

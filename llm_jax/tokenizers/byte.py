@@ -4,13 +4,15 @@ from collections.abc import Iterable, Sequence
 from typing import ClassVar, Self
 
 from llm_jax.errors import UserError
-from llm_jax.tokenizers.base import SPECIAL, laid_out
+from llm_jax.tokenizers.base import SPECIAL, OtherNames, laid_out
 
 _FIRST = 3
 
 
 def utf8(text: str) -> bytes:
-    """The UTF-8 of `text`. Raises UserError with the position of an unpaired surrogate."""
+    """The UTF-8 of `text`. Raises UserError for another type, and with the position of an unpaired surrogate."""
+    if not isinstance(text, str):
+        raise UserError(f"a tokenizer encodes one text; expected str, not {type(text).__name__}")
     try:
         return text.encode()
     except UnicodeEncodeError as error:
@@ -19,7 +21,7 @@ def utf8(text: str) -> bytes:
         ) from error
 
 
-class ByteTokenizer:
+class ByteTokenizer(OtherNames):
     """One token per byte."""
 
     kind: ClassVar[str] = "byte"

@@ -13,6 +13,7 @@ from llm_jax.data import rows as rows_lib
 from llm_jax.data.corpus import Corpus
 from llm_jax.data.encode import ENCODERS
 from llm_jax.errors import UserError
+from llm_jax.evaluation import held_out as held_out_lib
 from llm_jax.schema import Config
 from llm_jax.tokenizers import Tokenizer
 from llm_jax.training import start as start_lib
@@ -37,6 +38,7 @@ class Inputs:
       vocab_size: number of ids that the model needs.
       num_tokens: training tokens of one epoch, and held-out tokens.
       empty_answers: number of training examples whose answer has no text.
+      unknown_note: `held_out.unknown_note` of the held-out tokens.
     """
 
     config: Config
@@ -49,6 +51,7 @@ class Inputs:
     vocab_size: int
     num_tokens: tuple[int, int]
     empty_answers: int = 0
+    unknown_note: str = ""
 
 
 def load(config: Config, start: Start | None = None) -> Inputs:
@@ -109,6 +112,7 @@ def load(config: Config, start: Start | None = None) -> Inputs:
         masking.vocab_size(config.loss, tokenizer),
         (len(corpus.train.tokens), len(corpus.validation.tokens)),
         _empty_answers(config, corpus, tokenizer),
+        held_out_lib.unknown_note(tokenizer, corpus.validation.tokens),
     )
 
 
@@ -166,7 +170,7 @@ def describe(config: Config, inputs: Inputs) -> str:
         line += (
             f"\nnote: {count:,} training example{'s' * (count != 1)} with an empty answer; remove what is not wanted"
         )
-    return line
+    return f"{line}\n{inputs.unknown_note}" if inputs.unknown_note else line
 
 
 def _is_default_size(config: Config) -> bool:

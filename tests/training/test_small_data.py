@@ -5,12 +5,14 @@ import io
 import json
 import re
 
+import numpy as np
 import pytest
 
 import llm_jax
 from llm_jax import bars, configuration
 from llm_jax.data.kinds import open_source
 from llm_jax.errors import UserError
+from llm_jax.evaluation import held_out as held_out_lib
 from llm_jax.training import inputs, trainer
 from llm_jax.training import start as start_lib
 from tests.conftest import ROOT
@@ -84,6 +86,18 @@ def test_every_kind_of_data_is_read_to_its_last_byte(name, fraction, config_of):
     assert ("not data.validation_fraction=0.1: documents" in description) == (
         config.data.kind == "text" and share > 0.2
     )
+
+
+@pytest.mark.parametrize("size", [12, 60])
+def test_a_note_says_how_much_of_the_held_out_text_is_unknown(size, config_of):
+    """With 12 ids, the vocabulary lacks most characters of the text, and bits per byte would look good."""
+    config = config_of("text", data__validation_fraction=0.1, tokenizer__kind="char", tokenizer__vocab_size=size)
+    data = inputs.load(config)
+    held_out = data.held_out.split.tokens
+    share = np.mean(held_out == data.tokenizer.unk)
+    note = f"note: {share:.0%} of the held-out tokens are unknown to the tokenizer; bits per byte are too low"
+    assert (note in inputs.describe(config, data)) == (share > 0.1) == (size == 12)
+    assert held_out_lib.unknown_note(data.tokenizer, held_out[:0]) == ""
 
 
 @pytest.mark.parametrize("kind", ["bytes", "chat"])
