@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import re
 
 import numpy as np
@@ -63,6 +64,17 @@ def test_a_batch_that_cannot_fit_is_refused_before_its_rows_are_built(config_of)
     config = config_of("text", train__batch_size=10**9, train__grad_accumulation=10**3)
     with pytest.raises(UserError, match="train.batch_size=1000000000 rows of train.seq_len=100 tokens need more than "):
         trainer.check(config)
+
+
+def test_a_workdir_that_cannot_be_written_is_refused_before_the_data_is_read(config_of, tmp_path, monkeypatch):
+    config = config_of("text", data__source="no such text")
+    (tmp_path / "file").write_text("")
+    for workdir in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(UserError, match=r"cannot be written to \(.*file is not a directory\)"):
+            trainer.train(config, workdir, verbose=False)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(UserError, match="cannot be written to .no permission to write to"):
+        trainer.train(config, tmp_path / "a" / "b", verbose=False)
 
 
 @pytest.mark.parametrize("name", FILES)
