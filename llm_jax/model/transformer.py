@@ -213,7 +213,7 @@ def check_tokens(config: ModelConfig, tokens: Any, where: Tokens | None = None, 
     """
     named = {"tokens": tokens, "types": types}
     named |= {} if where is None else {"where.positions": where.positions, "where.segments": where.segments}
-    shape = getattr(tokens, "shape", ())
+    shape: Any = getattr(tokens, "shape", ())
     for name, array in named.items():
         if array is None:
             continue
