@@ -63,8 +63,8 @@ def load(
 
     Args:
       source: the name of a recipe in configs/ ("default"); the path of a Python file with `get_config()`, of a .json
-        or .toml file, or of a run or checkpoint directory; a nested mapping; or a `Config`. What it leaves out has
-        the value of configs/default.py.
+        or .toml file, or of a run or checkpoint directory; a mapping, nested or with dotted keys; or a `Config`. What
+        it leaves out has the value of configs/default.py.
       overrides: {dotted key: value}, such as {"model.position.kind": "alibi"}.
       cls: the dataclass to build: `Config`, or `EmbeddingsConfig` for word vectors.
 
@@ -290,6 +290,9 @@ def _complete(mapping: Mapping[str, Any], cls: Any = Config) -> dict[str, Any]:
 def _overlay(base: dict[str, Any], mapping: Mapping[str, Any], prefix: str = "", renamed: bool = False) -> None:
     """Writes the values of `mapping` over `base`, section by section; unknown keys too, which `build` then names."""
     for name, value in mapping.items():
+        if isinstance(name, str) and "." in name:  # a dotted key is the sections that it names
+            name, _, option = name.partition(".")
+            value = {option: value}
         key = f"{prefix}{name}"
         if renamed and key in RENAMED:
             name = RENAMED[key].rsplit(".", 1)[1]
@@ -334,8 +337,14 @@ def _plain(mapping: Any) -> dict[str, Any]:
     return {k: _plain(v) if hasattr(v, "items") else v for k, v in mapping.items()}
 
 
+def python_value(value: Any) -> Any:
+    """A scalar of NumPy or JAX, for example from np.logspace, as a number or text of Python; other values unchanged."""
+    return value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value
+
+
 def _convert(value: Any, kind: Any, key: str, declared: Any = None) -> Any:
     """`value` as the type `kind`; `declared` is the whole annotation of the option, for the error message."""
+    value = python_value(value)
     if kind == BoolOrAuto:
         if isinstance(value, str):  # from the command line
             value = {"true": True, "false": False, "1": True, "0": False}.get(value.lower(), value)

@@ -215,10 +215,11 @@ def _measure(f: cli.Flags, held_out: _HeldOut, source: Any, by_unit: bool = Fals
         count = len(rows.split.offsets) - 1
         values, measured = np.zeros(count), np.zeros(count, bool)
         values[indices], measured[indices] = right, True
-        units = paired.Units(values, np.ones(count), measured)
-        return {"units": units, **classification.summary(right)}
+        return {"units": paired.Units(values, np.ones(count), measured), **classification.summary(right)}
     if not len(split.tokens):
         raise UserError(f"{held_out.name} has no held-out data (data.validation_fraction=0); set --data=FILE")
+    if note := held_out_lib.unknown_note(tokenizer, split.tokens):
+        print(note, file=sys.stderr)
     kind = held_out.data.kind
     windows: Any = Rows(split, held_out.length, f.stride) if f.stride else ROWS[kind](split, held_out.length)
     batch_size = divisible(held_out_lib.batch_size(f.batch_size, windows))
@@ -389,9 +390,8 @@ def on_harness(f: cli.Flags) -> None:
     path = pathlib.Path(f.harness_path) if f.harness_path else None
     if path and not path.is_dir():
         raise UserError(f"--harness_path={path}: no such directory")
-    loaded = checkpoints.open(f.checkpoint[0], f.base).load(
-        dtype=f.dtype, as_stored=f.as_stored, activations=f.activations, mesh=f.mesh
-    )
+    checkpoint = checkpoints.open(f.checkpoint[0], f.base)
+    loaded = checkpoint.load(dtype=f.dtype, as_stored=f.as_stored, activations=f.activations, mesh=f.mesh)
     results = harness.run(*loaded, f.harness.split(","), path, f.batch_size, f.limit)
     if f.json:
         print(json.dumps(results, default=str))

@@ -255,6 +255,20 @@ def check_reachable(path: pathlib.Path) -> None:
         objects.check(path)
 
 
+def check_writable(directory: pathlib.Path) -> None:
+    """Raises UserError if a local directory cannot be created or written to, without creating it.
+
+    `make_directory` detects more cases. This check comes before minutes of work whose result belongs there.
+    """
+    if objects.is_object(directory):
+        return
+    existing = next(path for path in (directory, *directory.parents) if os.path.exists(path))  # noqa: PTH110
+    if not existing.is_dir():
+        raise UserError(f"{directory}: cannot be written to ({existing} is not a directory)")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{directory}: cannot be written to (no permission to write to {existing})")
+
+
 def make_directory(directory: pathlib.Path) -> None:
     """Creates a directory with its parents. Raises UserError if that fails or the directory is not writable."""
     check_local(directory)

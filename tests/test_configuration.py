@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 from jax._src import xla_bridge
 
@@ -191,3 +192,20 @@ def test_config_does_not_initialize_devices(monkeypatch):
     llm_jax.config("default", {"model.position.kind": "t5", "model.width": 44, "train.batch_size": 2})
     with pytest.raises(AssertionError):
         jax.default_backend()
+
+
+def test_mappings_with_dotted_keys_and_scalars_of_arrays():
+    nested = {"model": {"width": 32, "position": {"kind": "alibi"}}, "train": {"seed": 2}, "optim": {"lr": 0.5}}
+    dotted = {
+        "model.position.kind": np.str_("alibi"),
+        "model": {"width": np.int64(32)},
+        "train.seed": jax.numpy.int32(2),
+        "optim.lr": np.float32(0.5),
+    }
+    assert llm_jax.config(dotted) == llm_jax.config("default", dotted) == llm_jax.config(nested)
+    with pytest.raises(UserError, match="unknown config key 'model.n_layer'; did you mean 'model.num_layers'?"):
+        llm_jax.config({"model.width": 32, "model.n_layer": 2})
+    with pytest.raises(UserError, match="config key 'train.seed' is 1.5; expected int"):
+        llm_jax.config("default", {"train.seed": np.float64(1.5)})
+    with pytest.raises(UserError, match="config key 'model.width' is array"):
+        llm_jax.config("default", {"model.width": np.array([32])})

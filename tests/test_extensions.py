@@ -145,7 +145,7 @@ def refused(function) -> str:
 
 
 WRONG = """
-import dataclasses, jax.numpy as jnp
+import dataclasses, jax, jax.numpy as jnp, optax
 from llm_jax import trees
 from my_decay import Decay
 
@@ -174,6 +174,9 @@ class OneRow:
 def mean(logits, targets): return jnp.mean(logits)
 def three(config): return 3
 def fails(config): raise RuntimeError("no")
+def complete(config): return optax.adam(config.lr)
+def crashes(config): return optax.stateless(lambda updates, params: 1 / 0)
+def flat(config): return optax.stateless(lambda updates, params: jax.tree.map(jnp.ravel, updates))
 """
 CASES = {
     "my_decay.py:Decay(strenth=2)": "it has no option 'strenth'; its options are strength",
@@ -239,6 +242,13 @@ def test_other_tables(directory, monkeypatch, tiny):
         "fails": "RuntimeError: no",
     }.items():
         assert message in refused(lambda name=name: optim._rule(f"wrong:{name}").make(tiny.optim))
+    for name, message in {
+        "complete": "the updates have the opposite sign of the gradients; leave out the learning rate and the sign",
+        "crashes": "it fails (ZeroDivisionError: division by zero, wrong.py line",
+        "flat": "the updates have other shapes than the gradients",
+    }.items():
+        config = dataclasses.replace(tiny.optim, kind=f"wrong:{name}", decay_rules=((".*", 1.0),))
+        assert message in refused(lambda config=config: optim.make(config, 8, {"w": jnp.zeros((4, 3))}))
     assert (optim._rule("my_sign:sign").hidden, optim._rule("my_sign:sign").vectors) == (1, 0)
 
 

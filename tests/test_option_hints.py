@@ -1,5 +1,6 @@
 """Names and values of other codebases, in flags, options and keyword arguments, are answered with those here."""
 
+import copy
 import importlib
 import pathlib
 
@@ -8,7 +9,7 @@ import pytest
 
 import llm_jax
 from llm_jax import __main__ as commands
-from llm_jax import cli, value_names
+from llm_jax import cli, tokenizers, value_names
 from llm_jax.checkpoints import Loaded, generation_config
 from llm_jax.decoding.complete import complete
 from llm_jax.decoding.options import DecodingOptions
@@ -220,6 +221,18 @@ def test_attributes_of_what_load_returns():
 def test_calls_of_tokenizers_of_transformers(call, message):
     with pytest.raises(UserError, match=message):
         call(HubTokenizer(forms.bytelevel_json(), {}))
+
+
+@pytest.mark.parametrize(("kind", "size"), [("char", 40), ("byte", 0), ("word", 10)])
+def test_calls_and_attributes_of_tokenizers(kind, size):
+    tokenizer = tokenizers.get(kind).train(["the model reads the text " * 20], size)
+    with pytest.raises(AttributeError, match="Tokenizer has no attribute 'stoi'; here it is tokenizer.encode"):
+        _ = tokenizer.stoi
+    with pytest.raises(TypeError, match=r"Tokenizer is not callable; tokenizer.encode\(TEXT\) returns the ids"):
+        tokenizer("the")
+    with pytest.raises(UserError, match="a text is a list; expected a str"):
+        tokenizer.encode(["the", "model"])
+    assert tokenizer.decode(copy.deepcopy(tokenizer).encode("the")) == "the"
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,8 @@ class DecodingOptions:
     top_k: int = _option(
         "sampling",
         0,
-        "top-k sampling: keep the k most likely tokens, e.g. 40; 0 is off. With --contrastive: candidates per step",
+        "top-k sampling: keep the k most likely tokens, e.g. 40; 0, or more than the vocabulary has, keeps all. With "
+        "--contrastive: candidates per step",
         0,
     )
     top_p: float = _option(
@@ -219,7 +220,7 @@ class DecodingOptions:
                     raise UserError(
                         f"--{field.name}={_short(value)}; expected 0, or a size from {_SMALLEST:g} to {_LARGEST:g}"
                     )
-        if self.top_k > vocab_size:
+        if self.contrastive and self.top_k > vocab_size:
             raise UserError(f"--top_k={self.top_k} is more than the {vocab_size} tokens of the vocabulary")
         if self.alternatives > vocab_size:
             raise UserError(

@@ -5,11 +5,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from llm_jax import bars
 from llm_jax.data.rows import AnyRows, Batch, batches
 from llm_jax.errors import UserError
+from llm_jax.tokenizers import Tokenizer
 
+_SAMPLE = 1_000_000  # held-out tokens that are searched for the unknown token
 LossFunction = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
 
 
@@ -70,6 +73,25 @@ def sums(
         jax.block_until_ready(outputs[-1:])
         outputs.append(function(params, batch))
     return [float(sum(float(x) for x in part)) for part in zip(*jax.device_get(outputs), strict=True)]
+
+
+def unknown_note(tokenizer: Tokenizer, tokens: np.ndarray) -> str:
+    """A note if at least 1 % of held-out tokens are the unknown token, else "".
+
+    All text that the vocabulary lacks is then one token, which is easy to predict, so bits per byte are too low.
+
+    Args:
+      tokens: integers (tokens,); the first million are read.
+    """
+    if tokenizer.unk is None or tokenizer.unk in (tokenizer.bos, tokenizer.eos):
+        return ""
+    share = float(np.mean(tokens[:_SAMPLE] == tokenizer.unk)) if len(tokens) else 0.0
+    if share < 0.01:
+        return ""
+    return (
+        f"note: {share:.0%} of the held-out tokens are unknown to the tokenizer; bits per byte are too low and cannot "
+        "be compared with those of other tokenizers or compressors"
+    )
 
 
 def batch_size(largest: int, rows: AnyRows) -> int:

@@ -9,14 +9,14 @@ any kind of `weights.Weight`.
 """
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax import trees, weights
+from llm_jax import attribute_names, trees, weights
 from llm_jax.errors import UserError
 from llm_jax.model import positions
 from llm_jax.model.attention import KVCache, Tokens, lengths_so_far, write_tokens
@@ -96,6 +96,17 @@ class Transformer(Module):
         if c.pooler:
             self.pooler = Pooler(c)
 
+    if not TYPE_CHECKING:  # for which every attribute would exist
+
+        @nn.nowrap
+        def __getattr__(self, name: str) -> Any:
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                if name in attribute_names.ATTRIBUTES:
+                    raise attribute_names.no_attribute("Transformer", name) from None
+                raise
+
     def __call__(self, tokens_BT: jax.Array, where: Tokens | None = None, cache: KVCache | None = None) -> Any:
         """int32 (B, T) -> logits (B, T, V) in the output dtype, or with a cache (logits, cache); see `features`."""
         x_BTD, updated = self.features(tokens_BT, where, cache)
@@ -125,9 +136,15 @@ class Transformer(Module):
           (features (B, T, D) in the compute dtype, the updated cache or None).
 
         Raises:
-          UserError: arrays of another rank, shape or dtype, or ids out of range; see `check_tokens`.
+          UserError: a call without parameters; arrays of another rank, shape or dtype, or ids out of range; see
+            `check_tokens`.
         """
         check_tokens(self.config, tokens_BT, where, types_BT)
+        if self.scope is None or not (self.is_initializing() or self.has_variable("params", "embed")):
+            raise UserError(
+                'the model is called without its parameters; call model.apply({"params": params}, tokens), with the '
+                "params of llm_jax.load or of model.init"
+            )
         where = consecutive(tokens_BT) if where is None else where
         layers: Any
         if cache is None:
@@ -196,14 +213,23 @@ def check_tokens(config: ModelConfig, tokens: Any, where: Tokens | None = None, 
     """
     named = {"tokens": tokens, "types": types}
     named |= {} if where is None else {"where.positions": where.positions, "where.segments": where.segments}
-    shape = jnp.shape(tokens)
+    shape: Any = getattr(tokens, "shape", ())
     for name, array in named.items():
         if array is None:
             continue
+        if not hasattr(array, "dtype"):
+            raise UserError(f"{name}: {type(array).__name__}; expected an array, such as jnp.asarray({name})")
         dtype = jnp.result_type(array)
         if not jnp.issubdtype(dtype, jnp.integer) or len(shape) != 2 or jnp.shape(array) != shape:
             expected = "(batch, length)" if name == "tokens" else f"{shape}, that of the tokens"
             raise UserError(f"{name}: {dtype} of shape {jnp.shape(array)}; expected integers of shape {expected}")
+    if not shape[1]:
+        raise UserError(f"tokens: shape {shape}; expected at least one token per row")
+    if not config.vocab_size:
+        raise UserError(
+            "model.vocab_size is 0, which a run replaces by the size of its tokenizer; set it, for example to "
+            "tokenizer.vocab_size"
+        )
     is_known = not isinstance(tokens, jax.core.Tracer) and getattr(tokens, "is_fully_addressable", True)
     if is_known and (values := np.asarray(tokens)).size:
         wrong = values[(values < 0) | (values >= config.vocab_size)]

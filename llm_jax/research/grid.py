@@ -29,7 +29,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from llm_jax import option_names
+from llm_jax import configuration, option_names
 from llm_jax.errors import UserError
 from llm_jax.schema import Config
 
@@ -124,7 +124,7 @@ def read_file(path: str) -> list[Overrides]:
         for key, value in point.items():
             if problem := option_names.unknown(str(key), Config, str(value)):
                 raise UserError(f"--points={path}: {problem}")
-    return [dict(point) for point in points]
+    return [{key: configuration.python_value(value) for key, value in point.items()} for point in points]
 
 
 def names(points: Sequence[Overrides]) -> list[str]:

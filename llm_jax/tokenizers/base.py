@@ -5,8 +5,9 @@ import itertools
 import json
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkable
 
+from llm_jax import attribute_names
 from llm_jax.errors import UserError
 
 # The special tokens of trained kinds, by id.
@@ -81,6 +82,21 @@ class Tokenizer(Protocol):
     @classmethod
     def from_files(cls, files: dict[str, bytes]) -> Self:
         """The tokenizer that `files` determine. Raises UserError for files that cannot be read."""
+
+
+class OtherNames:
+    """Base class of the built-in tokenizers. Answers the attributes and the call that other libraries have."""
+
+    if not TYPE_CHECKING:  # for which every attribute would exist
+
+        def __getattr__(self, name: str) -> Any:
+            raise attribute_names.no_attribute(type(self).__name__, name)
+
+        def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+            raise TypeError(
+                f"{type(self).__name__} is not callable; tokenizer.encode(TEXT) returns the ids of one text, without "
+                "special tokens, and llm_jax.tokenizers.prompt(tokenizer, TEXT) with the BOS of the tokenizer"
+            )
 
 
 @runtime_checkable

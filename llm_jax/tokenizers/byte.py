@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import ClassVar, Self
 
 from llm_jax.errors import UserError
-from llm_jax.tokenizers.base import SPECIAL, laid_out
+from llm_jax.tokenizers.base import SPECIAL, OtherNames, laid_out
 
 _FIRST = 3
 
@@ -21,7 +21,7 @@ def utf8(text: str) -> bytes:
         ) from error
 
 
-class ByteTokenizer:
+class ByteTokenizer(OtherNames):
     """One token per byte."""
 
     kind: ClassVar[str] = "byte"

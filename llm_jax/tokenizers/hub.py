@@ -4,19 +4,19 @@ import functools
 import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import tokenizers as library
 
-from llm_jax import attribute_names, other_libraries
+from llm_jax import other_libraries
 from llm_jax.errors import UserError
 from llm_jax.tokenizers import gguf_vocabulary, hub_files, hub_vocabulary
 from llm_jax.tokenizers import special as special_tokens
-from llm_jax.tokenizers.base import eos_ids, in_bytes, laid_out
+from llm_jax.tokenizers.base import OtherNames, eos_ids, in_bytes, laid_out
 from llm_jax.tokenizers.byte import utf8
 
 
-class HubTokenizer:
+class HubTokenizer(OtherNames):
     """A tokenizer.json with the names of its special tokens and its chat template. See `base.PretrainedTokenizer`."""
 
     kind: ClassVar[str] = "hub"
@@ -33,17 +33,6 @@ class HubTokenizer:
         self._by_bytes = pre_tokenizer is not None and b'"ByteLevel"' in pre_tokenizer.__getstate__()
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-
-    if not TYPE_CHECKING:  # for which every attribute would exist
-
-        def __getattr__(self, name: str) -> Any:
-            raise attribute_names.no_attribute(type(self).__name__, name)
-
-        def __call__(self, *arguments: Any, **keywords: Any) -> Any:  # as in transformers
-            raise TypeError(
-                f"{type(self).__name__} is not callable; tokenizer.encode(TEXT) returns the ids of one text, without "
-                "special tokens, and llm_jax.tokenizers.prompt(tokenizer, TEXT) with the BOS of the tokenizer"
-            )
 
     def _set_special(self, special: Mapping[str, Any]) -> None:
         # All names, in one order, so that a saved tokenizer is loaded with the same digest.

@@ -13,6 +13,7 @@ from llm_jax.data import rows as rows_lib
 from llm_jax.data.corpus import Corpus
 from llm_jax.data.encode import ENCODERS
 from llm_jax.errors import UserError
+from llm_jax.evaluation import held_out as held_out_lib
 from llm_jax.schema import Config
 from llm_jax.tokenizers import Tokenizer
 from llm_jax.training import start as start_lib
@@ -38,6 +39,7 @@ class Inputs:
       num_tokens: training tokens of one epoch, and held-out tokens.
       epoch_rows: number of training rows of one epoch, or 0 if sources are sampled by weight.
       empty_answers: number of training examples whose answer has no text.
+      unknown_note: `held_out.unknown_note` of the held-out tokens.
     """
 
     config: Config
@@ -51,6 +53,7 @@ class Inputs:
     num_tokens: tuple[int, int]
     epoch_rows: int = 0
     empty_answers: int = 0
+    unknown_note: str = ""
 
 
 def load(config: Config, start: Start | None = None, engine: str = "local") -> Inputs:
@@ -113,6 +116,7 @@ def load(config: Config, start: Start | None = None, engine: str = "local") -> I
         (len(corpus.train.tokens), len(corpus.validation.tokens)),
         train.rows.full if isinstance(train, rows_lib.Shuffled) else 0,
         _empty_answers(config, corpus, tokenizer),
+        held_out_lib.unknown_note(tokenizer, corpus.validation.tokens),
     )
 
 
@@ -176,7 +180,7 @@ def describe(config: Config, inputs: Inputs) -> str:
         line += (
             f"\nnote: {count:,} training example{'s' * (count != 1)} with an empty answer; remove what is not wanted"
         )
-    return line
+    return f"{line}\n{inputs.unknown_note}" if inputs.unknown_note else line
 
 
 def _is_default_size(config: Config) -> bool:

@@ -127,6 +127,8 @@ def make(
     rule = _rule(config.kind)
     parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     parts.append(rule.make(config))
+    if config.kind not in OPTIMIZERS:
+        _check_custom(config.kind, parts[-1], trainable)
     if width_ratio != 1 and adapters is None:
         powers = _map(lambda path, leaf: rule.hidden if _is_hidden(path, leaf) else rule.vectors, params)
         parts.append(_scaled(jax.tree.map(lambda power: width_ratio**power, powers)))
@@ -156,6 +158,35 @@ def _rule(kind: str) -> Rule:
         return transformation
 
     return Rule(custom_rule, 1, 0)
+
+
+def _check_custom(kind: str, transformation: optax.GradientTransformation, params: Any) -> None:
+    """Traces the update of a custom optimizer, and compares its sign with that of gradients of 1 on small weights.
+
+    Raises:
+      UserError: the update raises an exception, has other shapes than the gradients, or has the opposite sign: the
+        function returns a complete optimizer such as `optax.adam`, and the trainer would change the sign again.
+    """
+    extension = extensions.load("optim.kind", kind)
+
+    def update(params: Any) -> Any:
+        return transformation.update(params, transformation.init(params), params)[0]
+
+    updates = extension.call(jax.eval_shape, update, params)
+    shapes, expected = (jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (updates, params))
+    if shapes != expected:
+        raise extension.error("the updates have other shapes than the gradients")
+    with jax.ensure_compile_time_eval():
+        small = jax.tree.map(lambda leaf: jnp.ones([min(size, 2) for size in leaf.shape], leaf.dtype), params)
+        try:
+            total = sum(float(jnp.sum(leaf)) for leaf in jax.tree.leaves(update(small)))
+        except Exception:  # code of the user, which may expect the real shapes
+            return
+    if total < 0:
+        raise extension.error(
+            "the updates have the opposite sign of the gradients; leave out the learning rate and the sign, which the "
+            "trainer applies (optax.scale_by_adam() instead of optax.adam(lr))"
+        )
 
 
 def shardings(state: Any, params: Any, placed: Any, copies: NamedSharding) -> Any:

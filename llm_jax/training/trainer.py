@@ -141,6 +141,7 @@ def train(
         raise UserError("--workdir is empty; expected the directory of the run")
     workdir = files.path(workdir)
     files.check_reachable(workdir)
+    files.check_writable(workdir)
     checks.check_storage(workdir, config, profile, processes.count())
     alone, is_main = processes.count() == 1, processes.is_main()
     verbose = verbose and is_main

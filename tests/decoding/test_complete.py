@@ -208,7 +208,7 @@ def test_explain_refuses_a_beam_search(make):
     ("flags", "says"),
     [
         (["--top_p=1.5"], "--top_p=1.5; expected a number in (0, 1]"),
-        (["--top_k=1000"], "--top_k=1000 is more than the 259 tokens"),
+        (["--contrastive=0.5", "--top_k=1000"], "--top_k=1000 is more than the 259 tokens"),
         (["--temperature=0", "--top_p=0.5"], "--temperature=0 is greedy; --top_p would have no effect"),
         (["--beams=2", "--stream"], "no text before the search ends"),
         (["--stream", "--json"], "use only one"),

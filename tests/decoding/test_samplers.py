@@ -184,7 +184,8 @@ def test_a_sampler_with_all_filters_draws_the_same_and_compiles_once():
     "bad",
     [
         {"temperature": -1}, {"temperature": float("nan")}, {"temperature": float("inf")}, {"top_k": -1},
-        {"top_k": 51}, {"top_p": 0}, {"top_p": 1.1}, {"min_p": -0.1}, {"typical_p": 0}, {"epsilon": 2},
+        {"top_k": 51, "contrastive": 0.5}, {"epsilon": 2},
+        {"top_p": 0}, {"top_p": 1.1}, {"min_p": -0.1}, {"typical_p": 0},
         {"repetition_penalty": 0}, {"no_repeat_ngram": -1}, {"max_new_tokens": 0}, {"seed": -1}, {"seed": 2**32},
         {"stop": ("",)}, {"eos": (50,)}, {"logit_bias": ((50, 1.0),)}, {"logit_bias": ((1, float("nan")),)},
         {"truncate": "middle"}, {"alternatives": 51}, {"n": 0},
@@ -200,6 +201,10 @@ def test_a_sampler_with_all_filters_draws_the_same_and_compiles_once():
 def test_options_out_of_range_or_against_each_other_are_refused(bad):
     with pytest.raises(UserError, match=f"--{next(iter(bad))}"):
         DecodingOptions(**bad).check(vocab_size=50)
+
+
+def test_top_k_above_the_vocabulary_is_accepted():
+    DecodingOptions(top_k=51).check(vocab_size=50)
 
 
 @pytest.mark.parametrize(

@@ -194,12 +194,28 @@ def test_an_int8_cache_rounds_every_head_and_token_and_nothing_else(make, tokens
             r"where.segments: int\d\d of shape \(2, 4\); expected integers of shape \(2, 3\), that of the tokens",
         ),
         (np.zeros((2, 3), np.int32), None, np.zeros((1, 3), int), r"types: int\d\d of shape \(1, 3\); expected"),
+        ([[1, 2]], None, None, r"tokens: list; expected an array, such as jnp.asarray\(tokens\)"),
+        (np.zeros((2, 0), int), None, None, r"tokens: shape \(2, 0\); expected at least one token per row"),
+        (np.zeros((2, 3), int), None, None, r"called without its parameters; call model.apply\({\"params\": params}"),
     ],
 )  # fmt: skip
 def test_inputs_of_another_shape_dtype_or_range_are_refused(tiny, tokens, where, types, message):
     model = Transformer(tiny.model)
     with pytest.raises(UserError, match=message):
         model.apply({}, tokens, where, None, types, method="features")
+
+
+def test_calls_of_other_codebases_name_the_call_of_this_model(tiny):
+    model, tokens = Transformer(tiny.model), jnp.zeros((1, 2), int)
+    for call in (lambda: model(tokens), lambda: model.apply({"embed": {}, "layers": {}}, tokens)):
+        with pytest.raises(UserError, match="called without its parameters"):
+            call()
+    with pytest.raises(AttributeError, match="Transformer has no attribute 'get_num_params'; here it is sum"):
+        model.get_num_params()
+    with pytest.raises(AttributeError, match='has no attribute "zzz"'):
+        _ = model.zzz
+    with pytest.raises(UserError, match="model.vocab_size is 0, which a run replaces by the size of its tokenizer"):
+        Transformer(dataclasses.replace(tiny.model, vocab_size=0)).init(jax.random.key(0), tokens)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

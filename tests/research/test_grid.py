@@ -1,5 +1,7 @@
 """The text of a grid, and the names of its points."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -79,8 +81,10 @@ def test_names_are_short_distinct_and_independent_of_the_place_in_the_sweep():
 
 def test_a_python_file_gives_points(tmp_path):
     path = tmp_path / "points.py"
-    path.write_text("def get_points():\n    return ({'model.width': w, 'optim.lr': 1 / w} for w in (8, 16))\n")
-    assert grid.read_file(str(path)) == [{"model.width": 8, "optim.lr": 1 / 8}, {"model.width": 16, "optim.lr": 1 / 16}]
+    points = "({'model.width': w, 'optim.lr': 1 / w} for w in np.array([8, 16]))"
+    path.write_text(f"import numpy as np\n\ndef get_points():\n    return {points}\n")
+    read = [{"model.width": 8, "optim.lr": 1 / 8}, {"model.width": 16, "optim.lr": 1 / 16}]
+    assert grid.read_file(str(path)) == read == json.loads(json.dumps(grid.read_file(str(path))))
     for text, message in [("x = 1", "no function get_points"), ("1/0", "ZeroDivisionError")]:
         path.write_text(text)
         with pytest.raises(UserError, match=message):

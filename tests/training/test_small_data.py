@@ -3,14 +3,17 @@
 import dataclasses
 import io
 import json
+import os
 import re
 
+import numpy as np
 import pytest
 
 import llm_jax
 from llm_jax import bars, configuration
 from llm_jax.data.kinds import open_source
 from llm_jax.errors import UserError
+from llm_jax.evaluation import held_out as held_out_lib
 from llm_jax.training import inputs, trainer
 from llm_jax.training import start as start_lib
 from tests.conftest import ROOT
@@ -63,6 +66,17 @@ def test_a_batch_that_cannot_fit_is_refused_before_its_rows_are_built(config_of)
         trainer.check(config)
 
 
+def test_a_workdir_that_cannot_be_written_is_refused_before_the_data_is_read(config_of, tmp_path, monkeypatch):
+    config = config_of("text", data__source="no such text")
+    (tmp_path / "file").write_text("")
+    for workdir in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(UserError, match=r"cannot be written to \(.*file is not a directory\)"):
+            trainer.train(config, workdir, verbose=False)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(UserError, match="cannot be written to .no permission to write to"):
+        trainer.train(config, tmp_path / "a" / "b", verbose=False)
+
+
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("fraction", [0.0, 0.1])
 def test_every_kind_of_data_is_read_to_its_last_byte(name, fraction, config_of):
@@ -88,6 +102,18 @@ def test_every_kind_of_data_is_read_to_its_last_byte(name, fraction, config_of):
         rows = 2 * len(set(WORDS))
         assert f"an epoch has {rows} rows of 100 tokens: train.steps=2 and train.batch_size=" in description
         assert f" are {2 * config.train.batch_size / rows:.2g} epochs" in description
+
+
+@pytest.mark.parametrize("size", [12, 60])
+def test_a_note_says_how_much_of_the_held_out_text_is_unknown(size, config_of):
+    """With 12 ids, the vocabulary lacks most characters of the text, and bits per byte would look good."""
+    config = config_of("text", data__validation_fraction=0.1, tokenizer__kind="char", tokenizer__vocab_size=size)
+    data = inputs.load(config)
+    held_out = data.held_out.split.tokens
+    share = np.mean(held_out == data.tokenizer.unk)
+    note = f"note: {share:.0%} of the held-out tokens are unknown to the tokenizer; bits per byte are too low"
+    assert (note in inputs.describe(config, data)) == (share > 0.1) == (size == 12)
+    assert held_out_lib.unknown_note(data.tokenizer, held_out[:0]) == ""
 
 
 @pytest.mark.parametrize("kind", ["bytes", "chat"])
