@@ -20,7 +20,6 @@ is tried in a few minutes, and nothing in experiments/ changes.
 
 import dataclasses
 import functools
-import os
 import pathlib
 import shlex
 import shutil
@@ -130,7 +129,7 @@ def run_directory(root: pathlib.Path, condition: str, seed: int) -> pathlib.Path
 
 def trainings(
     root: pathlib.Path,
-    config: str | os.PathLike[str],
+    config: str | pathlib.Path,
     conditions: Mapping[str, Mapping[str, Any]],
     seeds: int,
     *,

@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import functools
 import importlib
 import re
 import shlex
@@ -10,7 +9,7 @@ import shlex
 import pytest
 from absl import flags
 
-from llm_jax import configuration, files
+from llm_jax import files
 from llm_jax.errors import UserError
 from llm_jax.intervals import Interval
 from llm_jax.research import experiments, findings, jobs, provenance
@@ -43,18 +42,6 @@ def test_every_condition_and_seed_is_measured_once(tmp_path):
     assert calls[6:] == [("d", 0), ("c", 1), ("d", 1)]
 
 
-def test_computations_take_turns_after_a_round_that_compiles():
-    calls = []
-
-    def compute(name):
-        calls.append(name)
-        return len(calls)
-
-    computations = {name: functools.partial(compute, name) for name in "ab"}
-    assert experiments.in_turns(computations, 2) == {"a": [3, 5], "b": [4, 6]}
-    assert calls == ["a", "b"] * 3
-
-
 def interrupt():
     raise KeyboardInterrupt
 
@@ -78,27 +65,6 @@ def test_quick_sets_the_flags_of_the_experiment_and_publishes_below_its_runs(scr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "runs"]
     script_flags.quick = False
     assert experiments.output(script) == tmp_path
-
-
-def test_the_runs_of_a_script_are_kept_below_its_name(monkeypatch):
-    values = flags.FlagValues()
-    monkeypatch.setattr(experiments.absl_flags, "FLAGS", values)
-    experiments.script(test_the_runs_of_a_script_are_kept_below_its_name, {})
-    assert values["runs"].default == "runs/research" and values["quick"].default is False
-
-
-def test_trainings_of_conditions_start_from_those_of_the_same_seed(tmp_path):
-    def configs(conditions, **options):
-        trainings = experiments.trainings(tmp_path, "default", conditions, 2, **options)
-        return [(job.directory.name, configuration.load(job.directory / "recipe.json")) for job in trainings]
-
-    first = configs({"a b": {"model.position.kind": "alibi"}, "c": {"train.steps": 7}})
-    assert [name for name, _ in first] == ["a_b-0", "c-0", "a_b-1", "c-1"]
-    kinds = [(c.train.seed, c.model.position.kind, c.train.steps == 7, c.init_from) for _, c in first]
-    assert kinds == [(0, "alibi", False, ""), (0, "rope", True, ""), (1, "alibi", False, ""), (1, "rope", True, "")]
-    (_, second), (_, third) = configs({"d": {}}, start="a b", first_seed=1000)
-    assert [second.train.seed, third.train.seed] == [1000, 1001]
-    assert [second.init_from, third.init_from] == [str(experiments.run_directory(tmp_path, "a b", i)) for i in (0, 1)]
 
 
 def test_results_say_where_their_models_were_trained(tmp_path, monkeypatch):
@@ -222,12 +188,6 @@ def test_tables_and_texts_of_figures():
     assert findings.interval_text(Interval(0.5, float("nan"), float("nan")), 1) == "0.5"
     assert findings.deviation_text([1.0, 3.0], 1) == "2.0 ± 1.4"
     assert findings.span([1.0, 4.0, 1.0]) == Interval(2.0, 1.0, 4.0)
-    runs, columns = {"a": [{"x": 1.0}, {"x": 3.0}]}, {"x": lambda run: run["x"], "2x": lambda run: 2 * run["x"]}
-    assert findings.condition_table("kind", runs, columns)[2:] == ["| a | 2.000 ± 1.414 | 4.000 ± 2.828 |"]
-    assert findings.condition_table("kind", runs, columns, str)[::2] == [
-        "| kind | x | 2x |",
-        "| a | [1.0, 3.0] | [2.0, 6.0] |",
-    ]
 
 
 # Flags that name figure files, or the settings within them, in another way than by the directory.
