@@ -61,22 +61,28 @@ def card(name: str, results: Sequence[Measured], directory: pathlib.Path, short:
     statement = STATEMENTS[name]
     parts = []
     for result, experiment in results:
-        parts += _finding(result, statement)
+        parts.append(_finding(result, statement))
         if not short:
-            parts.append(_estimates(result))
-            parts.append(f"<p>Measured again by:</p><pre>{html.escape(result.command)}</pre>")
+            parts += [_estimates(result), _command("Measured", result.command)]
             if stated := rule(name, result.command, directory / experiment):
-                summary = "<summary>The rule, fixed before the run</summary>"
-                parts.append(f"<details>{summary}<pre>{html.escape(stated)}</pre></details>")
+                parts.append(_details("The rule, fixed before the run", f"<pre>{html.escape(stated)}</pre>"))
     if statement.tests:
         parts.append('<p><span class="verdict holds">holds</span>: exact, and held by tests.</p>')
         if not short:
-            parts.append(f"<p>Tested again by:</p><pre>python -m pytest {html.escape(statement.tests)}</pre>")
+            parts.append(_command("Tested", f"python -m pytest {statement.tests}"))
     elif not results:
         parts.append('<p><span class="verdict open">not measured yet</span></p>')
     if statement.published:
         parts.append(f"<p>Published: {html.escape(statement.published)}.</p>")
     return f'<div class="statement">{"".join(parts)}</div>'
+
+
+def _command(verb: str, command: str) -> str:
+    return f"<p>{verb} again by:</p><pre>{html.escape(command)}</pre>"
+
+
+def _details(summary: str, content: str) -> str:
+    return f"<details><summary>{summary}</summary>{content}</details>"
 
 
 def rule(name: str, command: str, directory: pathlib.Path) -> str:
@@ -106,19 +112,16 @@ def kind(verdict: str | None) -> str:
     return "holds" if text.startswith(("holds", "nothing lost")) else "fails" if text.startswith("fails") else "open"
 
 
-def _finding(result: Finding, statement: Statement) -> list[str]:
+def _finding(result: Finding, statement: Statement) -> str:
     source = ", ".join(filter(None, [result.date, result.commit and f"commit {result.commit}", result.machine]))
     part = f"{html.escape(result.part)}: " if result.part else ""
     verdict = html.escape(result.verdict or "no verdict")
-    lines = [
+    runs = {0: "not run", 1: "one run"}.get(result.n, f"{result.n} independent runs (seeds)")
+    text = (
         f'<p>{part}<span class="verdict {kind(result.verdict)}">{verdict}</span><br>'
-        f"Measured: {html.escape(result.measure)}; {_runs(result.n)} ({html.escape(source)}).</p>"
-    ]
-    return lines + [text for picture in statement.pictures if (text := draw(result, picture))]
-
-
-def _runs(count: int) -> str:
-    return {0: "not run", 1: "one run"}.get(count, f"{count} independent runs (seeds)")
+        f"Measured: {html.escape(result.measure)}; {runs} ({html.escape(source)}).</p>"
+    )
+    return text + "".join(draw(result, picture) for picture in statement.pictures)
 
 
 def draw(result: Finding, picture: Picture) -> str:
@@ -127,11 +130,10 @@ def draw(result: Finding, picture: Picture) -> str:
     if not rows:
         return ""
 
-    def scale(value: float) -> float:
-        return math.log10(value) if picture.log else value
-
+    scale = math.log10 if picture.log else float
     values = [x for e in rows for x in (e.estimate, e.low, e.high) if x is not None]
-    low, high = min(map(scale, (*values, *picture.thresholds))), max(map(scale, (*values, *picture.thresholds)))
+    scaled = [scale(x) for x in (*values, *picture.thresholds)]
+    low, high = min(scaled), max(scaled)
     margin = 0.04 * (high - low) or 1.0
 
     def place(value: float) -> str:
@@ -177,8 +179,5 @@ def _estimates(result: Finding) -> str:
     rows = "".join(
         f"<tr><td>{html.escape(e.condition or 'all')}</td><td>{interval_text(e)}</td></tr>" for e in result.estimates
     )
-    count = len(result.estimates)
-    return (
-        f"<details><summary>All estimates ({count})</summary><table><tr><th>condition</th><th>estimate</th></tr>"
-        f"{rows}</table></details>"
-    )
+    table = f"<table><tr><th>condition</th><th>estimate</th></tr>{rows}</table>"
+    return _details(f"All estimates ({len(result.estimates)})", table)

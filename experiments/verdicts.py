@@ -24,7 +24,7 @@ def table(directory: pathlib.Path) -> list[str]:
     """The lines of a table of all statements, with what the results.json of every experiment says."""
     by_statement = statement_page.measured(directory)
     if unknown := sorted(set(by_statement) - set(STATEMENTS)):
-        raise UserError(f"{directory}: results.json of {unknown[0]}, which is not in STATEMENTS of statements.py")
+        raise UserError(f"{directory}: results.json of {unknown[0]}, which is not in statements.toml")
     lines = ["| | statement | measured | verdict | in |", "|---|---|---|---|---|"]
     for name, statement in STATEMENTS.items():
         for result, experiment in by_statement.get(name, []):

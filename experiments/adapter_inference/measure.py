@@ -14,6 +14,7 @@ if joules a token are lower in every round, fails if higher in every round; with
 """
 
 import dataclasses
+import functools
 import pathlib
 import time
 from typing import Any
@@ -27,7 +28,7 @@ from llm_jax.decoding import loop
 from llm_jax.decoding.options import DecodingOptions
 from llm_jax.intervals import Interval
 from llm_jax.quant import post_training
-from llm_jax.research import experiments, findings
+from llm_jax.research import experiments, findings, verdicts
 from llm_jax.research.findings import Finding
 
 MODEL, PROMPT = "asset:smollm2-135m-instruct", list(range(100, 116))
@@ -39,24 +40,22 @@ flags.DEFINE_integer("tokens", 8, "new tokens that are timed")
 
 def main() -> None:
     model, base, _ = checkpoints.load(MODEL)
-    models = forms(base)
+    models, tokens = forms(base), flags.FLAGS.tokens
     del base
     sampler = DecodingOptions(temperature=0).sampler()
 
-    def once(params: Any, new: int) -> np.ndarray:
+    def cost(params: Any, new: int) -> np.ndarray:
         """Seconds on the clock, of the processor, and joules (0 without a counter)."""
-        start, worked, spent = time.perf_counter(), time.process_time(), joules()
+        before = np.asarray([time.perf_counter(), time.process_time(), joules() or 0])
         loop.generate(model, params, [PROMPT], sampler, max_new_tokens=new)
-        return np.asarray([time.perf_counter() - start, time.process_time() - worked, (joules() or 0) - (spent or 0)])
+        return np.asarray([time.perf_counter(), time.process_time(), joules() or 0]) - before
 
-    costs: dict[str, list[np.ndarray]] = {name: [] for name in models}
-    for turn in range(flags.FLAGS.rounds + 1):
-        for name, params in models.items():
-            first = once(params, 1)
-            rest = once(params, flags.FLAGS.tokens + 1) - first
-            if turn:  # the first compiles
-                costs[name].append(rest / flags.FLAGS.tokens)
-        print(f"turn {turn} of {flags.FLAGS.rounds}", flush=True)
+    def of_a_token(params: Any) -> np.ndarray:
+        first = cost(params, 1)
+        return (cost(params, tokens + 1) - first) / tokens
+
+    computations = {name: functools.partial(of_a_token, params) for name, params in models.items()}
+    costs = experiments.in_turns(computations, flags.FLAGS.rounds)
     sizes = {name: weights.num_bytes(params) for name, params in models.items()}
     print(experiments.publish(__file__, judge(costs, joules() is not None), table(costs, sizes)))
 
@@ -64,17 +63,16 @@ def main() -> None:
 def forms(base: Any) -> dict[str, Any]:
     """{name: parameters}"""
     default = configuration.default()
-    adapters = lora.init(jax.random.key(0), base, dataclasses.replace(default.lora, rank=8))
-    trained, fixed = lora.split(adapters, "lora")
-    move = lambda x: x + 0.01 * jax.random.normal(jax.random.key(x.size), x.shape)  # noqa: E731
-    adapters = lora.join(jax.tree.map(move, trained), fixed)
-    coded = {s: post_training.base(base, dataclasses.replace(default.quant, scheme=s)) for s in ("nf4", "int8")}
+    trained, fixed = lora.split(lora.init(jax.random.key(0), base, dataclasses.replace(default.lora, rank=8)), "lora")
+    moved = jax.tree.map(lambda x: x + 0.01 * jax.random.normal(jax.random.key(x.size), x.shape), trained)
+    adapters = lora.join(moved, fixed)
+    nf4, int8 = (post_training.base(base, dataclasses.replace(default.quant, scheme=s)) for s in ("nf4", "int8"))
     return {
         MERGED: lora.merge(base, adapters),
         "dense, attached": lora.attach(base, adapters),
-        QLORA: lora.attach(coded["nf4"], adapters),
-        "NF4 base, merged into its codes": lora.requantize(coded["nf4"], adapters)[0],
-        "int8 base, attached": lora.attach(coded["int8"], adapters),
+        QLORA: lora.attach(nf4, adapters),
+        "NF4 base, merged into its codes": lora.requantize(nf4, adapters)[0],
+        "int8 base, attached": lora.attach(int8, adapters),
     }
 
 
@@ -87,31 +85,32 @@ def joules() -> float | None:
     return sum(counters) / 1e6 if counters else None
 
 
+def over_merged(costs: dict[str, list[np.ndarray]], name: str, column: int) -> Interval:
+    """The median, least and greatest ratio of a cost of the dense merged model to that of a form, over the turns."""
+    ratios = [float(a[column] / b[column]) for a, b in zip(costs[MERGED], costs[name], strict=True)]
+    return Interval(float(np.median(ratios)), min(ratios), max(ratios))
+
+
 def judge(costs: dict[str, list[np.ndarray]], has_counter: bool) -> list[Finding]:
     """The verdicts by the rules above; `has_counter` says whether energy was measured."""
-
-    def finding(part: str, measure: str, column: int) -> Finding:
-        ratios = [float(a[column] / b[column]) for a, b in zip(costs[MERGED], costs[QLORA], strict=True)]
-        verdict = "holds" if min(ratios) > 1 else "fails" if max(ratios) < 1 else "undecided"
-        value = Interval(float(np.median(ratios)), min(ratios), max(ratios))
-        return findings.finding("L13", measure, value, verdict, part=part)
-
-    speed = finding("speed", "tokens per second of CPU time, NF4 base with adapter over dense merged", 1)
-    if has_counter:
-        return [speed, finding("power", "joules a token, dense merged over NF4 base with adapter", 2)]
-    verdict = "untested here (no energy counter can be read)"
-    return [speed, findings.finding("L13", "joules a token", None, verdict, n=0, part="power")]
+    speed, power = over_merged(costs, QLORA, 1), over_merged(costs, QLORA, 2) if has_counter else None
+    of_speed = "tokens per second of CPU time, NF4 base with adapter over dense merged"
+    results = [findings.finding("L13", of_speed, speed, verdicts.above(speed, 1), part="speed")]
+    if power is None:
+        verdict = "untested here (no energy counter can be read)"
+        return [*results, findings.finding("L13", "joules a token", None, verdict, n=0, part="power")]
+    of_power = "joules a token, dense merged over NF4 base with adapter"
+    return [*results, findings.finding("L13", of_power, power, verdicts.above(power, 1), part="power")]
 
 
 def table(costs: dict[str, list[np.ndarray]], sizes: dict[str, int]) -> list[str]:
     """Markdown."""
-    head = ["form", "weights, MiB", "tokens/s of CPU time", "on the clock", "CPU rate over dense merged"]
     rows = []
-    for name, rounds in costs.items():
-        clock, cpu = np.median([1 / cost[:2] for cost in rounds], 0)
-        ratios = [a[1] / b[1] for a, b in zip(costs[MERGED], rounds, strict=True)]
-        ratio = findings.interval_text((np.median(ratios), min(ratios), max(ratios)), 2)
+    for name, turns in costs.items():
+        clock, cpu = np.median([1 / cost[:2] for cost in turns], 0)
+        ratio = findings.interval_text(over_merged(costs, name, 1), 2)
         rows.append([name, f"{sizes[name] / 2**20:,.0f}", f"{cpu:.1f}", f"{clock:.1f}", ratio])
+    head = ["form", "weights, MiB", "tokens/s of CPU time", "on the clock", "CPU rate over dense merged"]
     return ["", *findings.markdown_table(head, rows)]
 
 

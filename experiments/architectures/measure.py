@@ -17,6 +17,8 @@ else undecided.
 """
 
 import dataclasses
+import functools
+import operator
 from typing import Any
 
 import flax.linen as nn
@@ -28,6 +30,7 @@ from absl import flags
 from llm_jax import cli, configuration, lora, trees
 from llm_jax.research import experiments, findings, verdicts
 from llm_jax.research.findings import Finding
+from llm_jax.training.setup import num_parameters
 
 CLASSES, SIZE, NOISES = 4, 12, 32
 
@@ -104,7 +107,6 @@ CASES = {
 
 flags.DEFINE_integer("seeds", 3, "bases of each architecture", lower_bound=1)
 flags.DEFINE_integer("steps", 200, "on the new task, after twice as many on the first", lower_bound=1)
-flags.DEFINE_string("runs", "runs/architectures", "where figures are kept")
 
 
 def main() -> None:
@@ -120,25 +122,26 @@ def run(name: str, steps: int, seed: int) -> dict[str, float]:
     loss, model, inputs, targets, rank = CASES[name]
     settings = dataclasses.replace(configuration.default().lora, rank=rank, alpha=2.0 * rank, targets=(targets,))
     key = jax.random.key(seed)
-    start = model.init(key, *inputs)["params"]
-    base = train(lambda p, k: loss(p, k, False), start, jax.random.fold_in(key, 1), 2 * steps)
+    base = train(
+        functools.partial(loss, new=False), model.init(key, *inputs)["params"], jax.random.fold_in(key, 1), 2 * steps
+    )
     before = trees.fingerprint(base)
     trained, fixed = lora.split(lora.init(jax.random.fold_in(key, 2), base, settings), settings.variant)
+    new_loss, new_key = functools.partial(loss, new=True), jax.random.fold_in(key, 3)
 
     def bind(trained):
         return lora.materialize(base, lora.join(trained, fixed))
 
-    new = lambda p, k: loss(p, k, True)  # noqa: E731
-    again = jax.random.fold_in(key, 3)
-    adapted = train(lambda t, k: new(bind(t), k), trained, again, steps)
-    full = train(new, base, again, steps)
-    size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
-    test = jax.jit(lambda p: jnp.mean(jax.vmap(lambda k: new(p, k))(jax.random.split(jax.random.key(99), 32))))
+    @jax.jit
+    def test(params):
+        return jnp.mean(jax.vmap(lambda key: new_loss(params, key))(jax.random.split(jax.random.key(99), 32)))
+
+    adapted = train(lambda trained, key: new_loss(bind(trained), key), trained, new_key, steps)
+    full = train(new_loss, base, new_key, steps)
     losses = {"frozen": float(test(base)), "adapted": float(test(bind(adapted))), "full": float(test(full))}
-    gained = (losses["frozen"] - losses["adapted"]) / (losses["frozen"] - losses["full"])
     return losses | {
-        "taken back": gained,
-        "trained share": size(trained) / size(base),
+        "taken back": (losses["frozen"] - losses["adapted"]) / (losses["frozen"] - losses["full"]),
+        "trained share": num_parameters(trained) / num_parameters(base),
         "base unchanged": float(trees.fingerprint(base) == before),
     }
 
@@ -149,12 +152,14 @@ def train(loss, params, key, steps: int):
 
     def step(carry, i):
         params, state = carry
-        gradient = jax.grad(loss)(params, jax.random.fold_in(key, i))
-        updates, state = optimizer.update(gradient, state)
+        updates, state = optimizer.update(jax.grad(loss)(params, jax.random.fold_in(key, i)), state)
         return (optax.apply_updates(params, updates), state), None
 
-    whole = jax.jit(lambda p: jax.lax.scan(step, (p, optimizer.init(p)), jnp.arange(steps))[0][0])
-    return whole(params)
+    @jax.jit
+    def all_steps(params):
+        return jax.lax.scan(step, (params, optimizer.init(params)), jnp.arange(steps))[0][0]
+
+    return all_steps(params)
 
 
 def judge(name: str, runs: list[dict[str, float]]) -> Finding:
@@ -162,21 +167,17 @@ def judge(name: str, runs: list[dict[str, float]]) -> Finding:
     gained = [r["taken back"] for r in runs]
     cheap = all(r["trained share"] <= 0.25 and r["base unchanged"] for r in runs)
     verdict = verdicts.all_at_least(gained, holds=0.5, fails=0.1)
-    if verdict == "holds" and not cheap:
-        verdict = "undecided"
+    verdict = "undecided" if verdict == "holds" and not cheap else verdict
     measure = "share of the loss between frozen and full that adapters take back"
     return findings.finding("L11", measure, findings.span(gained), verdict, n=len(runs), part=name)
 
 
 def table(figures: dict[str, list[dict[str, float]]]) -> list[str]:
     """Markdown."""
-    names = list(next(iter(figures.values()))[0])
-    rows = (
-        [model, *(findings.interval_text(findings.span([run[name] for run in runs])) for name in names)]
-        for model, runs in figures.items()
-    )
+    columns = {name: operator.itemgetter(name) for name in next(iter(figures.values()))[0]}
     title = "Test loss on the new task, mean (least to most) of the seeds:"
-    return ["", title, "", *findings.markdown_table(["model", *names], rows)]
+    lines = findings.condition_table("model", figures, columns, lambda x: findings.interval_text(findings.span(x)))
+    return ["", title, "", *lines]
 
 
 if __name__ == "__main__":

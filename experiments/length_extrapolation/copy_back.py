@@ -9,23 +9,33 @@ Three groups of targets tell learning from knowing how places relate:
     new_offset  offsets that were never trained; their digits were, in other pairs
 """
 
-import dataclasses
 import functools
-import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import decoders
 from llm_jax import configuration
 from llm_jax.model.attention import Tokens
 from llm_jax.training.setup import setup
 
 SYMBOLS, BASE, LENGTH, HALF = 16, 5, 40, 20
-OFFSETS = np.arange(1, 16)
-NEW_PLACE, NEW_OFFSET = np.array([3, 6, 9, 12]), np.array([4, 8, 13])
 BATCH = 32
+SETTING: dict[str, Any] = decoders.UNTIED | {
+    "model.vocab_size": BASE + SYMBOLS,
+    "model.num_layers": 2,
+    "model.width": 64,
+    "model.mlp_dim": 128,
+    "optim.weight_decay": 0.01,
+    "optim.lr": 3e-3,
+    "train.batch_size": BATCH,
+    "train.loss_chunk": 0,
+}
+GROUPS = {"seen": np.array([1, 2, 5, 7, 10, 11, 14, 15]), "new_place": np.array([3, 6, 9, 12])}
+TRAINED = np.sort(np.concatenate(list(GROUPS.values())))
+GROUPS["new_offset"] = np.array([4, 8, 13])
 
 
 def sequences(key: jax.Array, offsets: jax.Array, size: int) -> dict[str, jax.Array]:
@@ -37,36 +47,27 @@ def sequences(key: jax.Array, offsets: jax.Array, size: int) -> dict[str, jax.Ar
     t = jnp.arange(LENGTH) - k[:, None]
     targets = jnp.take_along_axis(symbols, jnp.maximum(t, 0), 1)
     pad = ((0, 0), (2, 0))
-    count = jnp.broadcast_to(jnp.arange(LENGTH + 2), inputs.shape)
+    positions = jnp.broadcast_to(jnp.arange(LENGTH + 2), inputs.shape)
     return {
         "inputs": inputs,
         "targets": jnp.pad(targets, pad),
         "mask": jnp.pad((t >= 0).astype(jnp.int32), pad),
-        "positions": count,
-        "segments": jnp.ones_like(count),
+        "positions": positions,
+        "segments": jnp.ones_like(positions),
         "k": k,
     }
 
 
 def training_batch(key: jax.Array) -> dict[str, jax.Array]:
-    batch = sequences(key, jnp.asarray(np.setdiff1d(OFFSETS, NEW_OFFSET)), BATCH)
-    hidden = jnp.isin(batch.pop("k"), NEW_PLACE)[:, None] & (batch["positions"] >= 2 + HALF)
+    batch = sequences(key, jnp.asarray(TRAINED), BATCH)
+    hidden = jnp.isin(batch.pop("k"), GROUPS["new_place"])[:, None] & (batch["positions"] >= 2 + HALF)
     return batch | {"mask": jnp.where(hidden, 0, batch["mask"])}
 
 
 def accuracies(kind: str, seed: int, steps: int) -> dict[str, float]:
-    """Accuracies of a model that was trained for `steps`, by group of targets."""
-    default = configuration.load(pathlib.Path(__file__).with_name("config.py"))
-    position = dataclasses.replace(default.model.position, kind=kind)
-    shape = {"vocab_size": BASE + SYMBOLS, "num_layers": 2, "width": 64, "mlp_dim": 128}
-    config = dataclasses.replace(
-        default,
-        model=dataclasses.replace(default.model, **shape, position=position),
-        optim=dataclasses.replace(default.optim, weight_decay=0.01, lr=3e-3),
-        train=dataclasses.replace(default.train, steps=steps, seed=seed, batch_size=BATCH, loss_chunk=0),
-    )
-    parts = setup(config)
-    model = parts.model
+    """Accuracies at the last symbols of a model that was trained for `steps`, by group of targets."""
+    changes = {"model.position.kind": kind, "train.steps": steps, "train.seed": seed}
+    parts = setup(configuration.load("default", SETTING | changes))
 
     @jax.jit
     def batches(steps):
@@ -77,7 +78,7 @@ def accuracies(kind: str, seed: int, steps: int) -> dict[str, float]:
     def accuracy(params, offsets):
         batch = sequences(jax.random.key(7), offsets, 512)
         where = Tokens(batch["positions"], batch["segments"])
-        logits: Any = model.apply({"params": params}, batch["inputs"], where)
+        logits: Any = parts.model.apply({"params": params}, batch["inputs"], where)
         right = jnp.argmax(logits, -1) == batch["targets"]
         counted = batch["mask"] * (batch["positions"] >= 2 + HALF)
         return jnp.sum(right * counted) / jnp.sum(counted)
@@ -85,7 +86,4 @@ def accuracies(kind: str, seed: int, steps: int) -> dict[str, float]:
     state = parts.init()
     for start in range(0, steps, 100):
         state, _ = parts.scan(state, batches(jnp.arange(start, min(start + 100, steps))))
-    seen = np.setdiff1d(OFFSETS, np.concatenate([NEW_PLACE, NEW_OFFSET]))
-    groups = {"seen": seen, "new_place": NEW_PLACE, "new_offset": NEW_OFFSET}
-    # The last symbols in all groups, so that they differ in what was trained alone.
-    return {name: float(accuracy(state.params, jnp.asarray(offsets))) for name, offsets in groups.items()}
+    return {name: float(accuracy(state.params, jnp.asarray(offsets))) for name, offsets in GROUPS.items()}

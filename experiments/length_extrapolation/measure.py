@@ -1,4 +1,4 @@
-"""The held-out loss of one run at several lengths, by both protocols, as it is or with rope's scalings.
+"""The held-out loss of one run at several lengths, by both protocols, as it is or with a scaling of rope.
 
 The same targets are asked at every length: blocks spread over the held-out text, each as long as the
 longest window. Protocols: `windows` cuts a block into windows that do not overlap (a target has none to
@@ -8,11 +8,9 @@ targets only (a target has almost a whole window before it).
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from llm_jax import checkpoints
@@ -22,52 +20,44 @@ from llm_jax.model.transformer import Transformer
 from llm_jax.training import losses
 
 FACTORS = (1, 2, 4, 8)
+Losses = dict[str, dict[str, float]]  # nats a token by protocol and factor of the length
+
 _loss = jax.jit(losses.language_model, static_argnums=(0, 3))
 
 
-def losses_by_length(run: pathlib.Path, original: int, blocks: int, scalings: Sequence[str] = ("",)) -> dict[str, Any]:
-    """{scaling, or "as trained": {protocol: {factor of the length: nats a token}}} of a run.
+def losses_by_length(run: pathlib.Path, original: int, blocks: int, scaling: str = "") -> Losses:
+    """The held-out losses of a run.
 
     Args:
       original: the length that the model was first trained at.
-      blocks: how many blocks of held-out text are asked.
-      scalings: those of rope to apply now, by the factor of the length; "": the model as it was trained.
+      blocks: number of blocks of held-out text.
+      scaling: of rope, by the factor of the length; "": the model as it was trained.
     """
     model, params, tokenizer = checkpoints.load(run, scan_layers=True)
-    config = checkpoints.read_config(checkpoints.find(run))
-    split = Source(config.data).corpus(tokenizer).validation
-    table: dict[str, Any] = {}
-    for scaling in scalings:
-        for factor in FACTORS[1:] if scaling else FACTORS:
-            scaled = model
-            if scaling:
-                # Dynamic scaling takes the factor from the length itself.
-                settings: dict[str, Any] = {"scaling_factor": 1.0 if scaling == "dynamic" else float(factor)}
-                position = dataclasses.replace(
-                    model.config.position, scaling=scaling, original_length=original, **settings
-                )
-                scaled = Transformer(dataclasses.replace(model.config, position=position))
-            by_protocol = table.setdefault(scaling or "as trained", {"windows": {}, "sliding": {}})
-            length = factor * original
-            for protocol, stride in (("windows", length), ("sliding", original // 2)):
-                by_protocol[protocol][str(factor)] = mean_loss(
-                    scaled, params, Rows(split, length, stride), original, blocks
-                )
-    return table
+    split = Source(checkpoints.read_config(checkpoints.find(run)).data).corpus(tokenizer).validation
+    by_protocol: Losses = {"windows": {}, "sliding": {}}
+    for factor in FACTORS:
+        scaled, length = model, factor * original
+        if scaling and factor > 1:
+            # Dynamic scaling takes the factor from the length itself.
+            settings: dict[str, Any] = {"scaling_factor": 1.0 if scaling == "dynamic" else float(factor)}
+            settings |= {"scaling": scaling, "original_length": original}
+            position = dataclasses.replace(model.config.position, **settings)
+            scaled = Transformer(dataclasses.replace(model.config, position=position))
+        for protocol, stride in (("windows", length), ("sliding", original // 2)):
+            rows = Rows(split, length, stride)
+            by_protocol[protocol][str(factor)] = mean_loss(scaled, params, rows, FACTORS[-1] * original, blocks)
+    return by_protocol
 
 
-def mean_loss(model: Transformer, params, rows: Rows, original: int, blocks: int) -> float:
-    """Nats per counted target over the rows that cover the blocks."""
-    block = FACTORS[-1] * original
+def mean_loss(model: Transformer, params: Any, rows: Rows, block: int, blocks: int) -> float:
+    """Nats per counted target over the rows that cover `blocks` blocks of `block` tokens."""
     per_block, last = block // rows.step, (len(rows.split.tokens) - 1) // block - 1
     starts = np.linspace(1, last, blocks).astype(int)  # the first has no context before it
-    indexes = [b * per_block + i for b in starts for i in range(per_block)]
-    size = min(len(indexes), max(1, 4096 // rows.seq_len))
-    nats = count = 0.0
-    for start in range(0, len(indexes), size):
-        part = [rows[i] for i in indexes[start : start + size]]
-        part += [rows[len(rows) + block] for _ in range(size - len(part))]  # padding
-        batch = {name: jnp.asarray(np.stack([row[name] for row in part])) for name in part[0]}
-        total, number = _loss(model, params, batch, 0)
-        nats, count = nats + float(total), count + float(number)
-    return nats / count
+    covering = [rows[start * per_block + i] for start in starts for i in range(per_block)]
+    size = min(len(covering), max(1, 4096 // rows.seq_len))
+    covering += [rows[len(rows) + block]] * (-len(covering) % size)  # padding
+    batches = [covering[i : i + size] for i in range(0, len(covering), size)]
+    stacked = [{name: np.stack([row[name] for row in batch]) for name in batch[0]} for batch in batches]
+    nats, count = np.array([jax.device_get(_loss(model, params, batch, 0)) for batch in stacked], float).sum(0)
+    return float(nats / count)

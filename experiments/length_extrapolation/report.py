@@ -19,8 +19,10 @@ P8  of the kinds that learn the task (mean accuracy on seen offsets of at least 
     absolute or no relative kind learns it.
 """
 
+import functools
+import operator
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,114 +35,103 @@ MARGIN = 0.05  # nats a token
 LEARNED = 0.9
 ABSOLUTE, RELATIVE = ("sinusoidal", "learned"), ("shaw", "t5", "alibi", "rope")
 FACTORS = ("1", "2", "4", "8")
+GROUPS = ("seen", "new_place", "new_offset")
+
+Runs = Mapping[str, Sequence[Any]]  # figures by condition and seed
 
 
-def rise(runs: list[Any], base: list[Any] | None = None) -> Interval:
-    """The interval of loss at 8 times - loss at 1 time (of `base`, by default the same run)."""
-    base = base or runs
-    return paired([r["sliding"]["8"] for r in runs], [b["sliding"]["1"] for b in base])
-
-
-def judge(loss: dict[str, list[Any]], copied: dict[str, list[Any]], seeds: int) -> list[Finding]:
+def judge(loss: Runs, copied: Runs, seeds: int) -> list[Finding]:
     """The verdicts by the rules above."""
 
-    def gain(kind: str) -> Interval:  # over no positions, at the trained length
-        return paired([run["windows"]["1"] for run in loss[kind]], [run["windows"]["1"] for run in loss["none"]])
+    def gains(kinds: Iterable[str]) -> dict[str, Interval]:  # over no positions, at the trained length
+        at_1 = {kind: [run["windows"]["1"] for run in loss[kind]] for kind in (*kinds, "none")}
+        return {kind: paired(at_1[kind], at_1["none"]) for kind in kinds}
 
-    def beats(names: Sequence[str]) -> tuple[dict[str, Interval], str]:
-        value = {name: gain(name) for name in names}
-        return value, verdicts.holds_when([name for name in names if value[name].high < 0], names)
+    def rises(kinds: Iterable[str], base: str = "") -> dict[str, Interval]:
+        at_1 = {kind: [run["sliding"]["1"] for run in loss[base or kind]] for kind in kinds}
+        return {kind: paired([run["sliding"]["8"] for run in loss[kind]], at_1[kind]) for kind in kinds}
 
-    p2 = beats(["sinusoidal", "sinusoidal concatenated", "learned"])
-    value, verdict = beats(["shaw keys", "shaw values"])
-    p5 = value | {"shaw": gain("shaw")}, verdict
+    absolute_gains = gains(["sinusoidal", "sinusoidal concatenated", "learned"])
+    shaw_gains = gains(["shaw keys", "shaw values", "shaw"])
+    p2 = verdicts.holds_when([kind for kind, gain in absolute_gains.items() if gain.high < 0], list(absolute_gains))
+    parts = ["shaw keys", "shaw values"]
+    p5 = verdicts.holds_when([part for part in parts if shaw_gains[part].high < 0], parts)
 
-    rises = {kind: rise(loss[kind]) for kind in ("none", *ABSOLUTE, *RELATIVE)}
-    fail = {kind for kind, (_, low, _) in rises.items() if low > MARGIN}
-    stay = {kind for kind, (_, _, high) in rises.items() if high < MARGIN}
-    staying = [k for k in RELATIVE if k in stay]
-    if set(ABSOLUTE) & stay or not (staying or set(RELATIVE) - fail):
+    of_kinds = rises(("none", *ABSOLUTE, *RELATIVE))
+    fail = {kind for kind, rise in of_kinds.items() if rise.low > MARGIN}
+    staying = [kind for kind in RELATIVE if of_kinds[kind].high < MARGIN]
+    if any(of_kinds[kind].high < MARGIN for kind in ABSOLUTE) or set(RELATIVE) <= fail:
         p4 = "fails"
     elif set(ABSOLUTE) <= fail and staying:
         p4 = verdicts.holds_when(staying, RELATIVE, "the relative kind is")
     else:
         p4 = "undecided"
 
-    ropes = {k: rise(v, loss["rope"]) for k, v in loss.items() if k == "rope" or k.startswith("rope,")}
-    low, high = ropes["rope"][1:]
-    scaled = [k.removeprefix("rope, ") for k, v in ropes.items() if k != "rope" and v[2] < MARGIN]
-    if high < MARGIN:
-        p7 = "holds"
-    elif scaled:
-        p7 = ("fails without scaling; " if low > MARGIN else "undecided without; ") + f"holds when: {'; '.join(scaled)}"
-    else:
-        p7 = "fails" if low > MARGIN else "undecided"
+    ropes = rises([kind for kind in loss if kind == "rope" or kind.startswith("rope,")], "rope")
+    p7 = verdicts.above(ropes["rope"], MARGIN)
+    p7 = {"holds": "fails", "fails": "holds"}.get(p7, p7)  # it generalizes if it does not rise
+    scaled = [kind.removeprefix("rope, ") for kind, rise in ropes.items() if kind != "rope" and rise.high < MARGIN]
+    if scaled and p7 != "holds":
+        unscaled = "fails without scaling" if p7 == "fails" else "undecided without"
+        p7 = f"{unscaled}; holds when: {'; '.join(scaled)}"
 
-    able = [k for k, runs in copied.items() if np.mean([r["seen"] for r in runs]) >= LEARNED]
-    absolute, relative = [k for k in able if k in ABSOLUTE], [k for k in able if k in RELATIVE]
-
-    def above(a: str, b: str) -> Interval:
-        return paired([run["new_place"] for run in copied[a]], [run["new_place"] for run in copied[b]])
-
-    differences = {f"{a} - {b}": above(a, b) for a in relative for b in absolute}
-    knows = [a for a in relative if all(differences[f"{a} - {b}"][1] > 0 for b in absolute)]
+    able = [kind for kind, runs in copied.items() if np.mean([run["seen"] for run in runs]) >= LEARNED]
+    absolute, relative = ([kind for kind in able if kind in kinds] for kinds in (ABSOLUTE, RELATIVE))
+    places = {kind: [run["new_place"] for run in copied[kind]] for kind in able}
+    differences = {f"{a} - {b}": paired(places[a], places[b]) for a in relative for b in absolute}
+    better = [a for a in relative if all(differences[f"{a} - {b}"].low > 0 for b in absolute)]
     if not absolute or not relative:
         p8 = f"undecided: the task was learned by {', '.join(able) or 'no kind'} only"
-    elif len(knows) == len(relative):
+    elif better == relative:
         p8 = f"holds for the kinds that learn the task ({', '.join(able)})"
     else:
-        p8 = verdicts.holds_when(knows, relative, "the relative kind is")
+        p8 = verdicts.holds_when(better, relative, "the relative kind is")
     accuracies = {
-        f"{kind}, {group}": mean([r[group] for r in runs])
-        for kind, runs in copied.items()
-        for group in ("seen", "new_place", "new_offset")
+        f"{kind}, {group}": mean([run[group] for run in runs]) for kind, runs in copied.items() for group in GROUPS
     }
+    gain = "loss at 1x minus that of no positions, nats a token"
     rows = [
-        ("P2", "loss at 1x minus that of no positions, nats a token", *p2),
-        ("P4", "rise of the loss from 1x to 8x, nats a token", rises, p4),
-        ("P5", "loss at 1x minus that of no positions, nats a token", *p5),
+        ("P2", gain, absolute_gains, p2),
+        ("P4", "rise of the loss from 1x to 8x, nats a token", of_kinds, p4),
+        ("P5", gain, shaw_gains, p5),
         ("P7", "loss at 8x minus the loss of unscaled rope at 1x, nats a token", ropes, p7),
         ("P8", "accuracy of copying; differences on new_place", accuracies | differences, p8),
     ]
     return [findings.finding(*row, n=seeds) for row in rows]
 
 
-def tables(loss: dict[str, list[Any]], copied: dict[str, list[Any]]) -> list[str]:
+def tables(loss: Runs, copied: Runs) -> list[str]:
     """Markdown."""
-
-    columns = [(protocol, factor) for protocol in ("windows", "sliding") for factor in FACTORS]
-    groups = ("seen", "new_place", "new_offset")
-    perplexities = (
-        [kind, *(findings.deviation_text([np.exp(run[p][f]) for run in runs], 1) for p, f in columns)]
-        for kind, runs in loss.items()
-    )
-    accuracies = (
-        [kind, *(findings.deviation_text([run[group] for run in runs], 2) for group in groups)]
-        for kind, runs in copied.items()
-    )
-    lines = ["", "Perplexity, mean ± standard deviation over the seeds:", ""]
-    lines += findings.markdown_table(["kind", *(f"{protocol} {factor}×" for protocol, factor in columns)], perplexities)
-    lines += ["", "Accuracy of copying the token k back, last half of the sequence:", ""]
-    return [*lines, *findings.markdown_table(["kind", *groups], accuracies)]
-
-
-def draw(loss: dict[str, list[Any]], path: pathlib.Path) -> None:
-    """Loss against length by the sliding window: the kinds, and rope's scalings at once and fine-tuned."""
-    plain = {k: v for k, v in loss.items() if "concatenated" not in k and "," not in k}
-    panels = {
-        "every kind": plain,
-        "rope scaled at test time": {k: v for k, v in loss.items() if k == "rope" or "test time" in k},
-        "rope fine-tuned at 8×": {k: v for k, v in loss.items() if k == "rope" or "fine-tuned" in k},
+    perplexities = {
+        f"{protocol} {factor}×": lambda run, protocol=protocol, factor=factor: np.exp(run[protocol][factor])
+        for protocol in ("windows", "sliding")
+        for factor in FACTORS
     }
+    accuracies = {group: operator.itemgetter(group) for group in GROUPS}
+    return [
+        *("", "Perplexity, mean ± standard deviation over the seeds:", ""),
+        *findings.condition_table("kind", loss, perplexities, functools.partial(findings.deviation_text, digits=1)),
+        *("", "Accuracy of copying the token k back, last half of the sequence:", ""),
+        *findings.condition_table("kind", copied, accuracies, functools.partial(findings.deviation_text, digits=2)),
+    ]
+
+
+def draw(loss: Runs, path: pathlib.Path) -> None:
+    """Loss against length by the sliding window: the kinds, and rope's scalings at once and fine-tuned."""
+    panels = {
+        "every kind": [kind for kind in loss if "concatenated" not in kind and "," not in kind],
+        "rope scaled at test time": [kind for kind in loss if kind == "rope" or "test time" in kind],
+        "rope fine-tuned at 8×": [kind for kind in loss if kind == "rope" or "fine-tuned" in kind],
+    }
+    lengths = [int(factor) for factor in FACTORS]
     with pictures.figure(path, 1, len(panels), figsize=(14, 4.2), sharey=True) as axes:
-        x = [int(f) for f in FACTORS]
-        for axis, (title, runs_by_name) in zip(axes, panels.items(), strict=True):
-            for name, runs in runs_by_name.items():
-                y = np.array([[r["sliding"][f] for f in FACTORS] for r in runs])
-                label = name.removeprefix("rope, ").removesuffix(" at test time").removesuffix(", fine-tuned")
-                axis.errorbar(x, y.mean(0), y.std(0, ddof=1), marker="o", markersize=3, capsize=2, label=label)
+        for axis, (title, kinds) in zip(axes, panels.items(), strict=True):
+            for kind in kinds:
+                y = np.array([[run["sliding"][factor] for factor in FACTORS] for run in loss[kind]])
+                label = kind.removeprefix("rope, ").removesuffix(" at test time").removesuffix(", fine-tuned")
+                axis.errorbar(lengths, y.mean(0), y.std(0, ddof=1), marker="o", markersize=3, capsize=2, label=label)
             axis.set(title=title, xscale="log", xlabel="length / trained length")
-            axis.set_xticks(x, [f"{f}×" for f in FACTORS])
+            axis.set_xticks(lengths, [f"{factor}×" for factor in FACTORS])
             axis.set_xticks([], minor=True)
             axis.legend(fontsize=7)
             axis.grid(alpha=0.3)

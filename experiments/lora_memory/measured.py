@@ -27,14 +27,13 @@ from llm_jax.training.setup import setup
 HERE = pathlib.Path(__file__).parent
 CASES: tuple[str, ...] = ("forward-none", "full-none", "full-full", "lora-none", "lora-full", "lora-dots")
 CASES += ("fa-none", "fa-full", "qlora-none", "qlora-full")
-STEPS = 2
 
 flags.DEFINE_string("case", "", "one of them, such as lora-dots; empty: all")
 
 
 def main() -> None:
     if flags.FLAGS.case:
-        print(json.dumps(one(*flags.FLAGS.case.split("-"))))
+        print(json.dumps(measure(*flags.FLAGS.case.split("-"))))
         return
     figures = {}
     for case in CASES:
@@ -42,31 +41,31 @@ def main() -> None:
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         figures[case] = json.loads(output.splitlines()[-1])
         print(case, {k: f"{v / 2**20:,.0f} MiB" for k, v in figures[case].items()}, flush=True)
-        write(figures)
+        files.write_json(HERE / "measured.json", figures)
+        findings.replace_section(HERE / "README.md", "measured", ["", *table(figures), ""])
 
 
-def write(figures: dict[str, dict[str, int]]) -> None:
-    """What there is so far."""
-    files.write_json(HERE / "measured.json", figures)
-    head = ["step", "planned, MiB", "measured, MiB", "measured / planned", "the rest of the process, MiB"]
+def table(figures: dict[str, dict[str, int]]) -> list[str]:
+    """Markdown."""
     rows = []
     for case, taken in figures.items():
-        planned, measured, rest = (taken[k] / 2**20 for k in ("planned", "measured", "rest"))
-        ratio = f"{measured / planned:.2f}"
-        rows.append([case.replace("-", ", remat "), f"{planned:,.0f}", f"{measured:,.0f}", ratio, f"{rest:,.0f}"])
-    findings.replace_section(HERE / "README.md", "measured", ["", *findings.markdown_table(head, rows), ""])
+        planned, measured, rest = (f"{taken[name] / 2**20:,.0f}" for name in ("planned", "measured", "rest"))
+        ratio = f"{taken['measured'] / taken['planned']:.2f}"
+        rows.append([case.replace("-", ", remat "), planned, measured, ratio, rest])
+    head = ["step", "planned, MiB", "measured, MiB", "measured / planned", "the rest of the process, MiB"]
+    return findings.markdown_table(head, rows)
 
 
-def one(name: str, remat: str) -> dict[str, int]:
-    """Bytes, {"planned", "measured", "rest"}."""
+def measure(kind: str, remat: str) -> dict[str, int]:
+    """Bytes of two steps, {"planned", "measured", "rest"}."""
     runtime.retain_freed_memory()
     runtime.disable_async_dispatch()
     config = memory.with_remat(start.find(configuration.load("sentiment_lora")).config, remat)
-    parts = setup(memory.variant(config, name))
+    parts = setup(memory.variant(config, kind))
     state = parts.init()
     rows = {name: jnp.ones(leaf.shape, leaf.dtype) for name, leaf in parts.batch.items()}
     shapes = parts.state.replace(frozen={}), parts.state.frozen, parts.batch
-    if name == "forward":
+    if kind == "forward":
         compiled = parts.loss.lower(shapes[0].params, *shapes[1:]).compile()
     else:
         compiled = parts.train_step.lower(*shapes, jnp.float32(jnp.inf)).compile()
@@ -74,22 +73,21 @@ def one(name: str, remat: str) -> dict[str, int]:
     runtime.release_freed_memory()
     before, arrays = resident("VmRSS"), sum(array.nbytes for array in jax.live_arrays())
     pathlib.Path("/proc/self/clear_refs").write_text("5")
-    for _ in range(STEPS):
-        if name == "forward":
-            jax.block_until_ready(compiled(state.params, state.frozen, rows))
+    for _ in range(2):
+        frozen = state.frozen
+        if kind == "forward":
+            jax.block_until_ready(compiled(state.params, frozen, rows))
         else:
-            frozen = state.frozen
             state, _ = compiled(state.replace(frozen={}), frozen, rows, jnp.float32(jnp.inf))
             state = jax.block_until_ready(state).replace(frozen=frozen)
     measured = resident("VmHWM") - before + arrays
-    return {"planned": memory.of(compiled, 0).peak, "measured": measured, "rest": before - arrays}
+    return {"planned": memory.of(compiled).peak, "measured": measured, "rest": before - arrays}
 
 
 def resident(field: str) -> int:
     """Bytes; VmRSS: now, VmHWM: at most since the mark was reset."""
-    line = re.search(rf"{field}:\s+(\d+) kB", pathlib.Path("/proc/self/status").read_text())
-    assert line
-    return int(line[1]) * 1024
+    kilobytes = re.findall(rf"{field}:\s+(\d+) kB", pathlib.Path("/proc/self/status").read_text())
+    return int(kilobytes[0]) * 1024
 
 
 if __name__ == "__main__":

@@ -2,10 +2,7 @@
 
     PYTHONPATH=. python experiments/qat/sweep.py [--size=full] [--seeds=3]
 
-A start is trained in full precision from every seed. From there, for the same steps on the same batches: once
-more in full precision, quantized after that by several methods; and with every scheme in the loop. What is done
-is kept under --runs and not done again: the same command goes on where it was stopped. Writes results.json,
-qat.png and the tables in README.md. The rule below was fixed before the run.
+The rule below was fixed before the run.
 
 The *lost* loss of a scheme is the held-out loss of the best method after training minus that of the full model
 (both trained for the same steps in all). The *gain* is the loss of that method minus that of the model trained
@@ -27,19 +24,18 @@ import jax
 import numpy as np
 from absl import flags
 
-from llm_jax import checkpoints, cli, trees
+from experiments import decoders
+from experiments.quantization_quality import measure
+from llm_jax import checkpoints, cli
 from llm_jax.data.corpus import Source
-from llm_jax.data.rows import Rows, Shuffled
+from llm_jax.data.rows import Rows
 from llm_jax.errors import UserError
 from llm_jax.evaluation import held_out
 from llm_jax.intervals import paired
-from llm_jax.model.transformer import Transformer
 from llm_jax.quant import calibrate, post_training
-from llm_jax.research import experiments, findings, pictures, points, verdicts
+from llm_jax.research import experiments, findings, pictures, verdicts
 from llm_jax.research.findings import Finding
 from llm_jax.training import losses
-
-HERE = pathlib.Path(__file__).parent
 
 # Name -> (scheme, learned steps, methods of quantizing after training). Tables are in 8 bits.
 SCHEMES = {
@@ -52,32 +48,14 @@ SCHEMES = {
 
 # Overrides of all runs by size, and of what follows the start.
 SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "cpu": ({}, {"train.steps": 200, "optim.lr": 5e-4, "optim.warmup_steps": 20}),
-    "quick": ({"train.steps": 4, "optim.warmup_steps": 2}, {"optim.lr": 5e-4}),
-    "full": (
-        {
-            "tokenizer.vocab_size": 8192,
-            "model.width": 768,
-            "model.num_layers": 12,
-            "model.num_heads": 12,
-            "model.num_kv_heads": 12,
-            "model.mlp_dim": 2048,
-            "model.precision.compute": "bfloat16",
-            "train.steps": 20000,
-            "train.batch_size": 64,
-            "train.seq_len": 512,
-            "optim.lr": 6e-4,
-            "optim.warmup_steps": 1000,
-        },
-        {"train.steps": 4000, "optim.lr": 1e-4, "optim.warmup_steps": 200},
-    ),
+    "quick": (decoders.SMALL | {"train.steps": 4, "optim.warmup_steps": 2}, {"optim.lr": 5e-4}),
+    "cpu": (decoders.SMALL, {"train.steps": 200, "optim.lr": 5e-4, "optim.warmup_steps": 20}),
+    "full": (decoders.FULL, {"train.steps": 4000, "optim.lr": 1e-4, "optim.warmup_steps": 200}),
 }
-
 
 flags.DEFINE_enum("size", "cpu", list(SIZES), "cpu, full (an accelerator), or quick")
 flags.DEFINE_integer("seeds", 3, "starts", lower_bound=2)
 flags.DEFINE_integer("jobs", 1, "runs at a time, each on its share of the cores; 0: one a core, or one a GPU")
-flags.DEFINE_string("runs", "runs/qat", "where the runs are kept")
 
 Losses = dict[str, list[dict[str, float]]]  # held-out losses by scheme, seed and method
 
@@ -85,52 +63,39 @@ Losses = dict[str, list[dict[str, float]]]  # held-out losses by scheme, seed an
 def main() -> None:
     f = flags.FLAGS
     root = experiments.directory(f.runs, f.size)
-    everywhere, after = SIZES[f.size]
-    starts, followers = [], []
-    for seed in range(f.seeds):
-        start = root / f"start-{seed}"
-        starts.append(points.training(HERE / "config.py", everywhere | {"train.seed": seed}, start))
-        follow = everywhere | after | {"train.seed": seed + 1000, "init_from": str(start)}
-        followers.append(points.training(HERE / "config.py", follow, root / f"plain-{seed}"))
-        for name, (scheme, learned, _) in SCHEMES.items():
-            changes = follow | {"quant.qat.scheme": scheme, "quant.qat.learned_step": learned}
-            run = root / f"{experiments.file_name(name)}-{seed}"
-            followers.append(points.training(HERE / "config.py", changes, run))
-    trained = [origin for phase in (starts, followers) for origin in experiments.train(phase, f.jobs)]
-    compared = root / "compared"
-    figures, origins = experiments.measure(compared, SCHEMES, f.seeds, lambda name, seed: compare(root, name, seed))
-    results = [judge(figures, f.seeds)]
+    start, after = SIZES[f.size]
+    followers = {"plain": start | after}
+    for name, (scheme, learned, _) in SCHEMES.items():
+        followers[name] = start | after | {"quant.qat.scheme": scheme, "quant.qat.learned_step": learned}
+    starts = experiments.trainings(root, "default", {"start": start}, f.seeds)
+    rest = experiments.trainings(root, "default", followers, f.seeds, start="start", first_seed=1000)
+    trained = [*experiments.train(starts, f.jobs), *experiments.train(rest, f.jobs)]
+    figures, origins = experiments.measure(root / "compared", SCHEMES, f.seeds, lambda *point: compare(root, *point))
+    result = judge(figures, f.seeds)
     draw(figures, experiments.output(__file__) / "qat.png")
-    print(experiments.publish(__file__, results, table(figures, results[0]), origins=[*trained, *origins]))
+    print(experiments.publish(__file__, [result], table(figures, result), origins=[*trained, *origins]))
 
 
 def compare(root: pathlib.Path, name: str, seed: int) -> dict[str, float]:
     """Held-out losses, nats a token: of the full model, of each method after training, and of the trained integers."""
-    plain, trained = root / f"plain-{seed}", root / f"{experiments.file_name(name)}-{seed}"
     scheme, _, methods = SCHEMES[name]
+    plain, in_the_loop = (experiments.run_directory(root, condition, seed) for condition in ("plain", name))
     model, params, tokenizer = checkpoints.load(plain)
     config = checkpoints.read_config(checkpoints.find(plain))
-    corpus = Source(config.data).corpus(tokenizer)
-    held = Rows(corpus.validation, config.train.seq_len)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    held = Rows(Source(config.data).corpus(tokenizer).validation, config.train.seq_len)
+    calibration, _ = calibrate.text(config, "", tokenizer, config.train.seq_len, 128)
 
-    def loss(params: Any, model: Transformer = model) -> float:
-        one = jax.jit(lambda params, batch: losses.language_model(model, params, batch, 0))
-        rows = min(len(held), 1024)
-        return held_out.evaluate(one, params, held, 32, device, rows)["loss"]
+    def loss(params: Any) -> float:
+        function = jax.jit(lambda params, batch: losses.language_model(model, params, batch, 0))
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        return held_out.evaluate(function, params, held, 32, device, limit=1024)["loss"]
 
-    shuffled = Shuffled(Rows(corpus.train, config.train.seq_len), 0)
-    planned = post_training.plan(params, post_training.rules(scheme, "int8"), "the experiment")
     figures = {"full": loss(params)}
     for method in methods:
-        rows = [shuffled[i] for i in range(128)] if calibrate.needs_text(planned, method) else []
-        options = calibrate.CalibrationOptions(method, True, 32)
-        directory = trained / f"after-{method}"
-        quantized, _ = calibrate.run(model, trees.flatten(params), planned, rows, options, directory)
-        figures[method] = loss(quantized)
-    figures["qat"] = loss(post_training.finish(checkpoints.load(trained).params))
+        figures[method] = loss(measure.quantize(model, params, f"{scheme} {method}", calibration, batch_size=32))
+    figures["qat"] = loss(post_training.finish(checkpoints.load(in_the_loop).params))
     if not all(np.isfinite(list(figures.values()))):
-        raise UserError(f"{trained}: a loss is not finite ({figures})")
+        raise UserError(f"{in_the_loop}: a loss is not finite ({figures})")
     return figures
 
 

@@ -1,98 +1,84 @@
-"""Schemes x methods x groups after training, on full-precision weights: Q1 and Q3.
+"""Schemes x methods x groups after training, on full-precision weights: Q1 and Q3; see README.md and report.py.
 
-    PYTHONPATH=. python experiments/quantization_quality/sweep.py --checkpoint=runs/reference_lm [--rows=64]
-
-Quantizes, measures, draws and judges. Cells that are done are kept under --runs and not done again: the same
-command goes on where it was stopped. Writes results.json, quality.png and the tables in README.md.
+PYTHONPATH=. python experiments/quantization_quality/sweep.py --checkpoint=runs/reference_lm [--rows=64]
 """
 
 import dataclasses
 import functools
 import hashlib
-import math
-import pathlib
-import subprocess
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from absl import flags
 
 from experiments import padded
 from experiments.quantization_quality import measure, report
-from experiments.quantization_quality.measure import Cell
-from llm_jax import checkpoints, cli, files, tokenizers, trees, weights
-from llm_jax.checkpoints import gguf, gguf_model, location
+from llm_jax import checkpoints, cli, files, tokenizers
+from llm_jax.checkpoints import Loaded, location
 from llm_jax.data.corpus import Source
-from llm_jax.data.rows import Rows, Shuffled
-from llm_jax.errors import UserError
-from llm_jax.quant import post_training
+from llm_jax.data.rows import Row, Rows
+from llm_jax.quant import calibrate, post_training
 from llm_jax.research import experiments, provenance
 from llm_jax.research.provenance import Provenance
-
-HERE = pathlib.Path(__file__).parent
+from llm_jax.schema import Config
 
 flags.DEFINE_string("checkpoint", None, "a run of configs/reference_lm.py", required=True)
-flags.DEFINE_string("runs", "runs/quantization_quality", "where finished cells are kept")
 flags.DEFINE_integer("rows", 64, "held-out sequences, spread over the text", lower_bound=3)
 flags.DEFINE_integer("calibration", 32, "training sequences that methods calibrate on", lower_bound=1)
 flags.DEFINE_integer("sentences", 200, "for MiniLM", lower_bound=3)
 flags.DEFINE_string("llama_python", "", "an interpreter with llama_cpp, whose quantizer is measured too")
 flags.DEFINE_boolean("smollm2", True, "also SmolLM2 in 8 bits (slow: 135 M parameters)")
 
-CELLS = [
-    *(Cell("int8", m) for m in ("absmax", "percentile", "mse")),
-    *(Cell(s, m) for s in ("w8a8", "w8a8_static") for m in ("absmax", "percentile", "mse", "smoothquant")),
-    *(Cell(s, "absmax") for s in ("int8:32", "int8_affine", "fp8_e4m3", "fp8_e5m2")),
-    *(Cell(s, m) for s in ("int4", "int4_affine") for m in ("absmax", "mse", "awq", "gptq")),
-    *(Cell(s, m) for s in ("int4:64", "int4:128", "nf4") for m in ("absmax", "awq", "gptq")),
-    *(Cell("mxfp4", m) for m in ("absmax", "mse", "gptq")),
-    *(Cell(s, m) for s in ("int4:channel", "int2", "int2_affine") for m in ("mse", "gptq")),
-    *(Cell(f"ggml {s}", "") for s in ("Q8_0", "Q4_1", "Q4_0")),
-]
-SENTENCE_CELLS = [
-    *(Cell(s, "absmax") for s in ("int8", "int8:32", "fp8_e4m3", "fp8_e5m2", "mxfp4")),
-    *(Cell(s, m) for s in ("w8a8", "w8a8_static") for m in ("absmax", "percentile", "smoothquant")),
-    *(Cell(s, m) for s in ("int4", "int4_affine", "nf4") for m in ("absmax", "awq", "gptq")),
-]
+# Methods by scheme.
+LANGUAGE = {
+    "int8": ("absmax", "percentile", "mse"),
+    **dict.fromkeys(("w8a8", "w8a8_static"), ("absmax", "percentile", "mse", "smoothquant")),
+    **dict.fromkeys(("int8:32", "int8_affine", "fp8_e4m3", "fp8_e5m2"), ("absmax",)),
+    **dict.fromkeys(("int4", "int4_affine"), ("absmax", "mse", "awq", "gptq")),
+    **dict.fromkeys(("int4:64", "int4:128", "nf4"), ("absmax", "awq", "gptq")),
+    "mxfp4": ("absmax", "mse", "gptq"),
+    **dict.fromkeys(("int4:channel", "int2", "int2_affine"), ("mse", "gptq")),
+}
+SENTENCES = {
+    **dict.fromkeys(("int8", "int8:32", "fp8_e4m3", "fp8_e5m2", "mxfp4"), ("absmax",)),
+    **dict.fromkeys(("w8a8", "w8a8_static"), ("absmax", "percentile", "smoothquant")),
+    **dict.fromkeys(("int4", "int4_affine", "nf4"), ("absmax", "awq", "gptq")),
+}
+SMOLLM2 = dict.fromkeys(("int8", "w8a8"), ("absmax",))
 SPEEDS = ("int8", "w8a8", "int4", "nf4")
-LLAMA = ("Q8_0", "Q4_0", "Q4_1", "Q4_K_M")
-LABELLED = (Cell("int8", "absmax"), Cell("w8a8", "absmax"))
+FILES = {"ggml": ("Q8_0", "Q4_1", "Q4_0"), "llama.cpp": ("Q8_0", "Q4_0", "Q4_1", "Q4_K_M")}
+
+Cells = dict[str, Callable[[], Any]]
 
 
 def main() -> None:
     f = flags.FLAGS
     path = location.resolve(f.checkpoint)
-    model, params, tokenizer = checkpoints.load(path)
+    loaded = checkpoints.load(path)
     config = checkpoints.read_config(checkpoints.find(path))
-    corpus = Source(config.data).corpus(tokenizer)
-    seen, held = Shuffled(Rows(corpus.train, config.train.seq_len), 0), Rows(corpus.validation, config.train.seq_len)
-    rows = [held[int(i)] for i in np.linspace(0, held.full - 1, f.rows).astype(int)]
-    rows = [row for row in rows if row["mask"].sum()]
-    calibration = [seen[i] for i in range(f.calibration)]
-    measured = b"".join(row["inputs"].tobytes() for row in [*rows, *calibration])
-    digest = hashlib.sha256((checkpoints.find(path) / "manifest.json").read_bytes() + measured).hexdigest()[:12]
+    rows = spread(Rows(Source(config.data).corpus(loaded.tokenizer).validation, config.train.seq_len), f.rows)
+    calibration, _ = calibrate.text(config, "", loaded.tokenizer, config.train.seq_len, f.calibration)
+    texts = b"".join(row["inputs"].tobytes() for row in [*rows, *calibration])
+    digest = hashlib.sha256((checkpoints.find(path) / "manifest.json").read_bytes() + texts).hexdigest()[:12]
     root = experiments.directory(f.runs, digest, f.rows, f.calibration, f.sentences)
     origins: list[Provenance] = []
-    cells: dict[str, Callable[[], Any]] = {
-        cell.name: functools.partial(measure_cell, model, params, cell, calibration, rows) for cell in CELLS
-    }
-    for kind in LLAMA if f.llama_python else ():
-        cells[f"llama.cpp {kind}"] = functools.partial(of_llama, model, params, tokenizer, kind, rows)
-    whole_model: dict[str, Callable[[], Any]] = {
-        "full": lambda: measure.against(model, params, params, rows) | {"bytes": weights.num_bytes(params)},
-        "speed": lambda: of_speed(model, params, calibration),
-    }
-    language = experiments.measure_all(root / "language", cells, origins)
-    whole = experiments.measure_all(root, whole_model, origins)
+
+    def measured(part: str, cells: Cells) -> dict[str, Any]:
+        return experiments.measure_all(root / part, cells, origins)
+
+    language = cells(LANGUAGE, measure.of_scheme, loaded, calibration, rows)
+    for maker in FILES if f.llama_python else ("ggml",):
+        language |= cells({maker: FILES[maker]}, measure.of_gguf, loaded, rows, f.llama_python)
+    reference = measured("language", language)
+    full = measured("", {"full": lambda: measure.of_full_precision(loaded, rows)})["full"]
+    speed = measured("", {"speed": lambda: speeds(loaded, calibration[0]["inputs"][:32].tolist())})["speed"]
     figures = {
-        "full precision": {name: whole["full"][name] for name in ("perplexity", "bytes")},
-        "reference model": language,
-        "MiniLM": of_sentences(root / "sentences", f.sentences, origins),
-        "speed": whole["speed"],
-        "SmolLM2 (already Q4_1)": of_smollm2(root / "smollm2", config, origins) if f.smollm2 else {},
+        "full precision": {name: full[name] for name in ("perplexity", "bytes")},
+        "reference model": reference,
+        "MiniLM": measured("sentences", of_sentences(f.sentences)),
+        "speed": speed,
+        "SmolLM2 (already Q4_1)": measured("smollm2", of_smollm2(config)) if f.smollm2 else {},
     }
     command = experiments.command(__file__, {"checkpoint": "RUN", "llama_python": "PYTHON"})
     figures["provenance"] = dataclasses.asdict(provenance.combine(origins, command))
@@ -100,76 +86,50 @@ def main() -> None:
     print(report.publish(figures))
 
 
-def measure_cell(model, params, cell: Cell, calibration, rows) -> dict:
-    quantized, size = measure.quantize_model(model, params, cell, calibration)
-    matrices = [w for w in trees.flatten(quantized).values() if weights.is_quantized(w)]
-    bits = 8 * sum(map(weights.num_bytes, matrices)) / sum(int(np.prod(w.shape)) for w in matrices)
-    return measure.against(model, params, measure.expanded(quantized), rows) | {"bytes": size, "bits": bits}
+def cells(methods: Mapping[str, Sequence[str]], compute: Callable[..., Any], loaded: Loaded, *arguments: Any) -> Cells:
+    """{"SCHEME METHOD": its measurement, compute(loaded, "SCHEME METHOD", *arguments)}."""
+    names = [f"{scheme} {method}" for scheme, of_scheme in methods.items() for method in of_scheme]
+    return {name: functools.partial(compute, loaded, name, *arguments) for name in names}
 
 
-def of_llama(model, params, tokenizer, kind: str, rows) -> dict:
-    """llama.cpp quantizes the exported model; we read its file."""
-    with tempfile.TemporaryDirectory() as directory:
-        exported, quantized = (pathlib.Path(directory) / f"{name}.gguf" for name in ("whole", "made"))
-        gguf_model.save(exported, model.config, params, tokenizers.exportable(tokenizer), "F32")
-        command = [flags.FLAGS.llama_python, str(HERE / "llama.py"), str(exported), str(quantized), kind]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise UserError(f"{command[0]} did not quantize to {kind}: {done.stderr.strip().splitlines()[-1:]}")
-        tensors = gguf.read(quantized).tensors.values()
-        matrices = [t for t in tensors if len(t.shape) == 2]
-        bits = 8 * sum(t.rows().nbytes for t in matrices) / sum(math.prod(t.shape) for t in matrices)
-        figures = measure.against(model, params, checkpoints.load(quantized).params, rows)
-        return figures | {"bytes": sum(t.rows().nbytes for t in tensors), "bits": bits}
+def spread(rows: Rows, count: int) -> list[Row]:
+    """Rows without padding, spread over the text; those without a target are left out."""
+    return [row for i in np.linspace(0, rows.full - 1, count).astype(int) if (row := rows[int(i)])["mask"].sum()]
 
 
-def of_sentences(directory: pathlib.Path, count: int, origins: list[Provenance]) -> dict[str, Any]:
-    """MiniLM's vectors of movie reviews; calibrated on sentences that are not measured."""
-    model, params, tokenizer = checkpoints.load("asset:minilm-l6-v2")
-    params = {name: part for name, part in params.items() if name != "pooler"}  # the vectors are means over tokens
+def of_sentences(count: int) -> Cells:
+    """MiniLM's vectors of movie reviews; calibrated on reviews that are not measured."""
+    loaded = checkpoints.load("asset:minilm-l6-v2")
+    loaded.params.pop("pooler")  # the vectors are means over tokens
     lines = location.resolve("asset:movie-reviews").read_text(errors="replace").splitlines()
-    texts = [line.split("\t")[-1] for line in lines]
-    picked = [texts[i] for i in np.random.default_rng(0).permutation(len(texts))[: count + 32]]
-    ids = [tokenizers.prompt(tokenizer, text)[:64] for text in picked]
-    if tokenizer.eos is not None:
-        ids = [[*i, tokenizer.eos] if i[-1] != tokenizer.eos else i for i in ids]
-    calibration = [row(i, 64) for i in ids[count:]]
-    full = measure.vectors(model, params, ids[:count])
-
-    def figures(cell: Cell) -> dict:
-        quantized, size = measure.quantize_model(model, params, cell, calibration)
-        vectors = measure.vectors(model, measure.expanded(quantized), ids[:count])
-        return measure.compare_vectors(full, vectors) | {"bytes": size}
-
-    cells = {cell.name: functools.partial(figures, cell) for cell in SENTENCE_CELLS}
-    return experiments.measure_all(directory, cells, origins)
-
-
-def row(ids: list[int], length: int) -> dict[str, np.ndarray]:
-    """A row of one segment."""
-    (inputs,), (mask,) = padded.pad([ids], length)
-    positions = np.arange(length, dtype=np.int32)
-    return {"inputs": inputs, "targets": inputs, "positions": positions, "segments": mask, "mask": mask}
-
-
-def of_speed(model, params, calibration) -> dict:
-    by_name = {"float32": params}
-    for scheme in SPEEDS:
-        chosen = post_training.rules(scheme, "int8")
-        by_name[scheme] = jax.jit(lambda p, chosen=chosen: post_training.quantize_params(p, chosen, "the experiment"))(
-            params
+    picked = np.random.default_rng(0).permutation(len(lines))[: count + 32]
+    ids = [tokenizers.prompt(loaded.tokenizer, lines[i].split("\t")[-1])[:64] for i in picked]
+    calibration = []
+    for of_review in ids[count:]:
+        (inputs,), (mask,) = padded.pad([of_review], 64)
+        positions = np.arange(64, dtype=np.int32)
+        calibration.append(
+            {"inputs": inputs, "targets": inputs, "positions": positions, "segments": mask, "mask": mask}
         )
-    return measure.speeds(model, by_name, calibration[0]["inputs"][:32].tolist(), 64, 5)
+    full = measure.sentence_vectors(loaded.model, loaded.params, ids[:count])
+    return cells(SENTENCES, measure.of_sentence_vectors, loaded, calibration, ids[:count], full)
 
 
-def of_smollm2(directory: pathlib.Path, config, origins: list[Provenance]) -> dict[str, Any]:
+def of_smollm2(config: Config) -> Cells:
     """Its file is Q4_1: 8 bits only, and labelled so."""
-    model, params, tokenizer = checkpoints.load("asset:smollm2-135m-instruct")
+    loaded = checkpoints.load("asset:smollm2-135m-instruct")
     source = Source(dataclasses.replace(config.data, source="asset:shakespeare"), whole=True)
-    held = Rows(source.corpus(tokenizer).validation, 256)
-    rows = [held[int(i)] for i in np.linspace(0, held.full - 1, 16).astype(int)]
-    cells = {cell.name: functools.partial(measure_cell, model, params, cell, [], rows) for cell in LABELLED}
-    return experiments.measure_all(directory, cells, origins)
+    rows = spread(Rows(source.corpus(loaded.tokenizer).validation, 256), 16)
+    return cells(SMOLLM2, measure.of_scheme, loaded, [], rows)
+
+
+def speeds(loaded: Loaded, prompt: Sequence[int]) -> dict[str, Any]:
+    """The figures of `measure.speeds` of the model in float32 and by every scheme."""
+    by_scheme = {"float32": loaded.params}
+    for scheme in SPEEDS:
+        rules = post_training.rules(scheme, "int8")
+        by_scheme[scheme] = post_training.quantize_params(loaded.params, rules, "the experiment")
+    return measure.speeds(loaded.model, by_scheme, prompt)
 
 
 if __name__ == "__main__":

@@ -12,18 +12,16 @@ from llm_jax import cli
 from llm_jax.errors import UserError
 from llm_jax.research import pictures, runs
 
-HERE = pathlib.Path(__file__).parent
 WINDOW = 50  # steps of the running mean
 
 flags.DEFINE_string("run", "runs/reference_lm", "the run")
-flags.DEFINE_string("output", str(HERE / "curve.png"), "the picture")
+flags.DEFINE_string("output", str(pathlib.Path(__file__).with_name("curve.png")), "the picture")
 
 
 def main() -> None:
-    path = pathlib.Path(flags.FLAGS.run).expanduser() / "metrics.jsonl"
-    if not path.is_file():
+    lines = runs.read_lines(pathlib.Path(flags.FLAGS.run).expanduser() / "metrics.jsonl")
+    if not lines:
         raise UserError(f"--run={flags.FLAGS.run}: no metrics.jsonl here; expected a run")
-    lines = runs.read_lines(path)
     tokens = np.cumsum([line["tokens"] for line in lines]) / 1e6
     loss = np.asarray([line["loss"] for line in lines], float)
     held = [(t, line["validation_loss"]) for t, line in zip(tokens, lines, strict=True) if "validation_loss" in line]
@@ -32,12 +30,10 @@ def main() -> None:
         if len(loss) >= WINDOW:
             mean = np.convolve(loss, np.ones(WINDOW) / WINDOW, "valid")
             axes.plot(tokens[WINDOW - 1 :], mean, color="tab:blue", label=f"training, mean of {WINDOW} steps")
-        if held[:-1]:
-            axes.plot(
-                *zip(*held[:-1], strict=True), "o-", color="tab:orange", label="held out, the first eval.rows rows"
-            )
-        if held:
-            axes.plot(*held[-1], "s", color="tab:red", label="held out, all")
+        for points, style, label in ((held[:-1], "o-", "the first eval.rows rows"), (held[-1:], "s", "all")):
+            if points:
+                color = "tab:orange" if style == "o-" else "tab:red"
+                axes.plot(*zip(*points, strict=True), style, color=color, label=f"held out, {label}")
         axes.set(xlabel="million tokens", ylabel="nats per token")
         axes.grid(alpha=0.3)
         axes.legend()

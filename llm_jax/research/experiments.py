@@ -26,30 +26,35 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from absl import flags as absl_flags
 
 from llm_jax import bars, files, runtime
 from llm_jax.errors import UserError
-from llm_jax.research import findings, jobs, live_table, provenance
+from llm_jax.research import findings, jobs, live_table, points, provenance
 from llm_jax.research.findings import Finding
 from llm_jax.research.provenance import Provenance
+
+T = TypeVar("T")
 
 # Flags that do not change results: directories, numbers of processes, and the selected part.
 NEUTRAL = ("runs", "jobs", "part", "parts", "output", "resume", "quick")
 
 
 def script(main: Callable[[], None], quick: Mapping[str, Any], runs: str = "") -> Callable[[], None]:
-    """The function that runs `main` of a script of experiments/, for `cli.run_script`; defines the flag --quick.
+    """The function that runs `main` of a script of experiments/, for `cli.run_script`; defines --quick and --runs.
 
     Args:
       quick: by flag, its value with --quick, where the command does not give another one.
-      runs: the default of --runs, for a script that keeps no figures and does not define this flag.
+      runs: the default of --runs, for a script that keeps no figures. Otherwise it is runs/NAME, where the script of
+        experiments/NAME/ does not define the flag.
     """
     flags = absl_flags.FLAGS
-    if runs:
-        absl_flags.DEFINE_string("runs", runs, "where results are written with --quick", flag_values=flags)
+    if "runs" not in flags:
+        name = pathlib.Path(main.__code__.co_filename).parent.name
+        text = "where results are written with --quick" if runs else "where figures are kept"
+        absl_flags.DEFINE_string("runs", runs or f"runs/{name}", text, flag_values=flags)
     absl_flags.DEFINE_boolean(
         "quick", False, "try everything in its smallest form; writes below RUNS/quick only", flag_values=flags
     )
@@ -123,6 +128,42 @@ def cached(path: pathlib.Path, compute: Callable[[], Any], origins: list[Provena
     return record
 
 
+def run_directory(root: pathlib.Path, condition: str, seed: int) -> pathlib.Path:
+    """The directory of the training of a condition from a seed; see `trainings`."""
+    return root / file_name(f"{condition}-{seed}")
+
+
+def trainings(
+    root: pathlib.Path,
+    config: str | pathlib.Path,
+    conditions: Mapping[str, Mapping[str, Any]],
+    seeds: int,
+    *,
+    start: str = "",
+    first_seed: int = 0,
+) -> list[jobs.Job]:
+    """The trainings of a recipe with the overrides of each condition, from each seed, below `root`.
+
+    Args:
+      config: name or path of the recipe.
+      conditions: overrides by condition.
+      start: the condition whose trained weights of the same seed are the `init_from` of all; "": random weights.
+      first_seed: the `train.seed` of seed 0.
+
+    Raises:
+      UserError: a configuration is invalid, or a finished training has other options.
+    """
+    jobs_of_seeds = []
+    for seed in range(seeds):
+        of_seed: dict[str, Any] = {"train.seed": first_seed + seed}
+        if start:
+            of_seed["init_from"] = str(run_directory(root, start, seed))
+        for condition, changes in conditions.items():
+            directory = run_directory(root, condition, seed)
+            jobs_of_seeds.append(points.training(config, {**changes, **of_seed}, directory))
+    return jobs_of_seeds
+
+
 def train(trainings: Sequence[jobs.Job], count: int) -> list[Provenance]:
     """Runs the trainings that are not done, `count` at a time (0: see `jobs.machine_shares`), and shows their states.
 
@@ -190,6 +231,18 @@ def measure_all(
         name: cached(directory / f"{file_name(name)}.json", compute, origins)
         for name, compute in bars.bar(computations.items(), "measuring")
     }
+
+
+def in_turns(computations: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
+    """{name: the results of its computation}, one for each round, after a round that compiles.
+
+    In a round, each computation runs once, so that other work of the machine affects all of them alike.
+    """
+    results: dict[str, list[T]] = {name: [] for name in computations}
+    for _ in bars.bar(range(rounds + 1), "measuring"):
+        for name, compute in computations.items():
+            results[name].append(compute())
+    return {name: of_rounds[1:] for name, of_rounds in results.items()}
 
 
 def command(script: str, placeholders: Mapping[str, str] | None = None) -> str:

@@ -10,7 +10,7 @@ import dataclasses
 import math
 import pathlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -162,6 +162,28 @@ def markdown_table(head: Sequence[str], rows: Iterable[Iterable[Any]]) -> list[s
     """The lines of a table in Markdown."""
     lines = ["|" + "|".join(f" {cell} " if cell != "" else " " for cell in cells) + "|" for cells in (head, *rows)]
     return [lines[0], "|---" * len(head) + "|", *lines[1:]]
+
+
+def condition_table(
+    name: str,
+    figures: Mapping[str, Sequence[Any]],
+    columns: Mapping[str, Callable[[Any], float]],
+    text: Callable[[list[float]], str] | None = None,
+) -> list[str]:
+    """The lines of a table with a row for each condition and a column for each of its values.
+
+    Args:
+      name: heading of the conditions.
+      figures: {condition: figures of each seed}.
+      columns: {heading: figures of a seed -> value}.
+      text: the values of all seeds -> a cell; None: `deviation_text`.
+    """
+    cell = text or deviation_text
+    rows = (
+        [condition, *(cell([value(run) for run in runs]) for value in columns.values())]
+        for condition, runs in figures.items()
+    )
+    return markdown_table([name, *columns], rows)
 
 
 def interval_text(interval: Iterable[float], digits: int = 3) -> str:

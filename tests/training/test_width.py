@@ -1,7 +1,6 @@
 """A small sweep: of two learning rates the better one stays it when the model grows wider, with width transfer."""
 
 import dataclasses
-import runpy
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ from llm_jax.data.corpus import Source
 from llm_jax.data.rows import Rows, Shuffled
 from llm_jax.model.transformer import Transformer, width_ratio
 from llm_jax.training import losses, optim, step
-from tests.conftest import ROOT
+from tests.research.verdict_cases import load
 
 LOW, HIGH = 2.0**-6, 2.0**-2
 
@@ -21,7 +20,7 @@ LOW, HIGH = 2.0**-6, 2.0**-2
 @pytest.mark.slow
 def test_the_better_rate_holds_across_widths():
     """At width 32 the high rate is better; at width 256 it is so with width transfer, and not without."""
-    config = config_lib.build(runpy.run_path(str(ROOT / "experiments/width_transfer/config.py"))["get_config"]())
+    config = config_lib.load("default", load("width_transfer.sweep").SETTING)
     c, source = config.train, Source(config.data)
     tokenizer = source.tokenizer(config.tokenizer)
     corpus = source.corpus(tokenizer)

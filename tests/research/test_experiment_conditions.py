@@ -1,0 +1,50 @@
+"""What experiments share: where figures are kept, trainings of conditions, turns of computations, and tables."""
+
+import functools
+
+from absl import flags
+
+from llm_jax import configuration
+from llm_jax.research import experiments, findings
+
+
+def test_the_runs_of_a_script_are_kept_below_its_name(monkeypatch):
+    values = flags.FlagValues()
+    monkeypatch.setattr(experiments.absl_flags, "FLAGS", values)
+    experiments.script(test_the_runs_of_a_script_are_kept_below_its_name, {})
+    assert values["runs"].default == "runs/research" and values["quick"].default is False
+
+
+def test_trainings_of_conditions_start_from_those_of_the_same_seed(tmp_path):
+    def configs(conditions, **options):
+        trainings = experiments.trainings(tmp_path, "default", conditions, 2, **options)
+        return [(job.directory.name, configuration.load(job.directory / "recipe.json")) for job in trainings]
+
+    first = configs({"a b": {"model.position.kind": "alibi"}, "c": {"train.steps": 7}})
+    assert [name for name, _ in first] == ["a_b-0", "c-0", "a_b-1", "c-1"]
+    kinds = [(c.train.seed, c.model.position.kind, c.train.steps == 7, c.init_from) for _, c in first]
+    assert kinds == [(0, "alibi", False, ""), (0, "rope", True, ""), (1, "alibi", False, ""), (1, "rope", True, "")]
+    (_, second), (_, third) = configs({"d": {}}, start="a b", first_seed=1000)
+    assert [second.train.seed, third.train.seed] == [1000, 1001]
+    assert [second.init_from, third.init_from] == [str(experiments.run_directory(tmp_path, "a b", i)) for i in (0, 1)]
+
+
+def test_computations_take_turns_after_a_round_that_compiles():
+    calls = []
+
+    def compute(name):
+        calls.append(name)
+        return len(calls)
+
+    computations = {name: functools.partial(compute, name) for name in "ab"}
+    assert experiments.in_turns(computations, 2) == {"a": [3, 5], "b": [4, 6]}
+    assert calls == ["a", "b"] * 3
+
+
+def test_a_table_has_a_row_for_each_condition():
+    runs, columns = {"a": [{"x": 1.0}, {"x": 3.0}]}, {"x": lambda run: run["x"], "2x": lambda run: 2 * run["x"]}
+    assert findings.condition_table("kind", runs, columns)[2:] == ["| a | 2.000 ± 1.414 | 4.000 ± 2.828 |"]
+    assert findings.condition_table("kind", runs, columns, str)[::2] == [
+        "| kind | x | 2x |",
+        "| a | [1.0, 3.0] | [2.0, 6.0] |",
+    ]
