@@ -17,6 +17,8 @@ All results are computed from shapes: no weights are loaded and no step is execu
 
 import dataclasses
 import json
+import math
+import sys
 from typing import Any
 
 from llm_jax import cli
@@ -35,15 +37,16 @@ FLAGS.boolean(
 )
 FLAGS.boolean("search", False, "try meshes, model.remat and batch sizes, and rank those that fit by time per token")
 FLAGS.integer("limit", 12, "number of configurations that --search compiles", lower_bound=1)
+FLAGS.number("minutes", 30.0, "time limit of --search; 0: none", lower_bound=0.0)
 FLAGS.boolean("json", False, "print the report as one JSON object (with --search, a list of them)")
 NEEDS = (
     (
-        ("slices", "batch_per_device", "decode", "search", "limit", "json"),
+        ("slices", "batch_per_device", "decode", "search", "limit", "minutes", "json"),
         "--topology is not given",
         lambda f: f.topology,
     ),
     (("decode",), "--search is given", lambda f: not f.search),
-    (("limit",), "--search is not given", lambda f: f.search),
+    (("limit", "minutes"), "--search is not given", lambda f: f.search),
 )
 
 
@@ -71,12 +74,15 @@ def main(f: cli.Flags) -> None:
 
 
 def _for_topology(f: cli.Flags, config: Config) -> None:
+    import jax
+
     from llm_jax import configuration
     from llm_jax.parallel import topologies
     from llm_jax.training import machine_choice, plan_search, planning
 
     topology = topologies.parse(f.topology, f.slices)
-    config = dataclasses.replace(config, model=machine_choice.resolve(config.model, "tpu", ())[0])
+    jax.config.update("jax_platforms", "cpu")  # libtpu without a TPU would search for one
+    config = dataclasses.replace(config, model=machine_choice.resolve(config.model, topology.platform, ())[0])
     if f.batch_per_device:
         rows = f.batch_per_device * topology.chips * topology.chip.devices
         config = configuration.replace(config, {"train.batch_size": rows})
@@ -84,8 +90,19 @@ def _for_topology(f: cli.Flags, config: Config) -> None:
         report = planning.plan(config, topology, f.decode)
         print(json.dumps(report) if f.json else plan_search.describe(report))
         return
-    reports = plan_search.search(config, topology, f.limit, lambda line: None if f.json else print(line, flush=True))
-    print(json.dumps(reports) if f.json else plan_search.ranking(reports))
+    reports: list[planning.Report] = []
+    try:
+        seconds = f.minutes * 60 or math.inf
+        for report in plan_search.search(config, topology, f.limit, lambda line: _log(f, line), seconds):
+            reports.append(report)
+    finally:  # an interrupted search prints the reports that it has
+        if reports:
+            reports.sort(key=plan_search.per_token)
+            print(json.dumps(reports) if f.json else plan_search.ranking(reports), flush=True)
+
+
+def _log(f: cli.Flags, line: str) -> None:
+    print(line, flush=True, file=sys.stderr if f.json else sys.stdout)
 
 
 def _memory(config: Config) -> None:

@@ -5,9 +5,9 @@ import importlib.util
 import jax
 import pytest
 
-from llm_jax import configuration
+from llm_jax import cli, configuration, plan
 from llm_jax.errors import UserError
-from llm_jax.parallel import topologies
+from llm_jax.parallel import hlo, topologies
 from llm_jax.training import memory, plan_search, planning
 from llm_jax.training.setup import setup
 from tests.parallel import on_mesh
@@ -15,6 +15,7 @@ from tests.parallel import on_mesh
 GIB = 2**30
 LLAMA = ("llama2_7b", {"model.vocab_size": 32000})
 has_libtpu = importlib.util.find_spec("libtpu") is not None
+has_cuda_plugin = importlib.util.find_spec("jax_cuda12_plugin") is not None
 
 
 @pytest.fixture
@@ -35,7 +36,8 @@ def on_cpu(monkeypatch):
         ("v9:2x2", "unknown chip 'v9'; expected one of v4, v5e"),
         ("v5e:2x2x2", "a slice of v5e has 2 axes, as in v5e:4x4"),
         ("v5p:2x2", "a slice of v5p has 3 axes, as in v5p:4x4x4"),
-        ("h100:4x8", "CUDA plugin"),
+        ("h100:8", "a slice of h100 has HOSTSxGPUS, as in h100:4x4"),
+        ("h100:4x8*2", "slices are parts of TPUs; give the number of hosts"),
     ],
 )
 def test_a_topology_that_cannot_be_is_refused(text, message):
@@ -46,7 +48,14 @@ def test_a_topology_that_cannot_be_is_refused(text, message):
 def test_names_of_topologies(installed):
     topology = topologies.parse("v5e:4x8*2")
     assert topology == topologies.Topology("v5e", (4, 8), 2) == topologies.parse("v5e:4x8", 2)
-    assert topology.name == "v5e:4x8*2" and topology.chips == 64
+    assert topology.name == "v5e:4x8*2" and topology.chips == 64 and topology.platform == "tpu"
+    assert topologies.parse("h100:4x8").platform == "gpu"
+
+
+def test_without_the_cuda_plugin_a_line_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"h100:4x8 compiles for a GPU .* pip install 'llm_jax\[plan-gpu\]'"):
+        topologies.parse("h100:4x8")
 
 
 @pytest.mark.skipif(has_libtpu, reason="libtpu is installed")
@@ -58,11 +67,29 @@ def test_without_libtpu_a_line_says_what_to_install(command):
     assert "--search has no effect" in command("plan", "--memory", "--search", code=2).stderr
 
 
+@pytest.mark.parametrize(
+    ("axes", "speed"),
+    [
+        ("fsdp", 4.5e11),  # within a host: NVLink
+        ("data", 5e10),  # one GPU of each host: one network card
+        ("data+fsdp", 4e11),  # all GPUs of four hosts: eight network cards of each host
+        ("other", 4e11),
+    ],
+)
+def test_collectives_between_gpus(axes, speed):
+    mesh = {"data": 4, "fsdp": 8, "context": 1, "tensor": 1}
+    ways = {"fsdp": 8, "data": 4, "data+fsdp": 32}.get(axes)
+    seconds = planning.collective_seconds(
+        hlo.Collectives("all-gather", axes, 1, 10**9), mesh, topologies.Topology("h100", (4, 8))
+    )
+    assert seconds == pytest.approx(1e9 * ((ways - 1) / ways if ways else 1) / speed)
+
+
 def test_a_report_and_its_text(on_cpu):
     config = on_mesh.tiny(**{"model.remat": "full"})
     report = planning.report(config, topologies.Topology("v5e", (1, 1)))
     assert report["memory"]["peak"] > report["memory"]["arguments"] > report["memory"]["optimizer"] > 0
-    state = plan_search.state_bytes(config)
+    state, _ = plan_search.state_sizes(config)
     assert plan_search.least_bytes(config, searched(config), state) == state <= report["memory"]["arguments"]
     assert report["collectives"] == [] and report["seconds"]["shortest"] == report["seconds"]["longest"]
     # Recomputing the forward pass adds a third at most; attention counts all pairs here, and all layers.
@@ -82,12 +109,16 @@ def compiler(monkeypatch):
     """Stands in for the compiler: a step needs `ratio` times what its shapes say; the changes that it has compiled."""
     compiled = []
 
-    def plan(config, topology):
+    def plan(config, topology, seconds):
         changes = searched(config)
         compiled.append(changes)
         if config.train.batch_size % (changes["mesh.data"] * changes["mesh.fsdp"] * config.train.grad_accumulation):
             raise UserError(f"train.batch_size={config.train.batch_size} cannot be split")
-        needed = compiler.ratio * plan_search.typical_bytes(config, changes, state_bytes(config))
+        needed = compiler.ratio * plan_search.typical_bytes(config, changes, state_sizes(config)[0])
+        if seconds < 1:
+            raise TimeoutError
+        if len(compiled) == compiler.interrupted:
+            raise KeyboardInterrupt
         if needed > topology.chip.memory:
             raise planning.DoesNotFit("does not fit", needed)
         return {
@@ -97,20 +128,20 @@ def compiler(monkeypatch):
             "utilization": [0.1, 0.2],
         }
 
-    def compiler(ratio):
-        compiler.ratio = ratio
+    def compiler(ratio, interrupted=0):
+        compiler.ratio, compiler.interrupted = ratio, interrupted
         return compiled
 
     known = {}
 
-    def state_bytes(config, compute=plan_search.state_bytes):
+    def state_sizes(config, compute=plan_search.state_sizes):
         if config.model.width not in known:  # they do not depend on what a search changes
             known[config.model.width] = compute(config)
         return known[config.model.width]
 
-    compiler.state_bytes = state_bytes
+    compiler.state_sizes = state_sizes
     monkeypatch.setattr(planning, "plan", plan)
-    monkeypatch.setattr(plan_search, "state_bytes", state_bytes)
+    monkeypatch.setattr(plan_search, "state_sizes", state_sizes)
     return compiler
 
 
@@ -123,12 +154,21 @@ def searched(config):
 def test_the_search_ranks_what_fits(compiler):
     config, topology, lines = configuration.load(*LLAMA), topologies.Topology("v5e", (4, 4)), []
     compiled = compiler(1.2)
-    reports = plan_search.search(config, topology, 6, lines.append)
+    reports = list(plan_search.search(config, topology, 6, lines.append))
     assert len(compiled) == 6 and any("not compiled (--limit=6)" in line for line in lines)
-    assert [plan_search.per_token(r) for r in reports] == sorted(plan_search.per_token(r) for r in reports)
-    assert (
-        f"--config.mesh.tensor={reports[0]['changes']['mesh.tensor']}" in plan_search.ranking(reports).splitlines()[1]
-    )
+    assert any(line.startswith("6 of 6 (") and " left): mesh.data=1" in line for line in lines)
+    best = min(reports, key=plan_search.per_token)
+    ranking = plan_search.ranking(reports).splitlines()
+    assert f"--config.mesh.tensor={best['changes']['mesh.tensor']}" in ranking[1] and len(ranking) == 1 + len(reports)
+    times = [float(line.split()[0]) for line in ranking[1:]]
+    assert times == sorted(times)
+    # The best estimates are compiled first: without rematerialization nothing is computed twice.
+    _, parameters = compiler.state_sizes(config)
+    predicted = [
+        plan_search.predicted_seconds(config, changes, topology, parameters) / changes["train.batch_size"]
+        for changes in compiled
+    ]
+    assert predicted == sorted(predicted)
     assert all(
         c["train.batch_size"] % (c["mesh.data"] * c["mesh.fsdp"]) == 0 for c in plan_search.candidates(config, topology)
     )
@@ -138,18 +178,18 @@ def test_what_did_not_fit_decides_what_is_tried_next(compiler):
     """With a compiler that needs twice the lower bound, at most a few large steps are tried before one that fits."""
     config, topology, lines = configuration.load(*LLAMA), topologies.Topology("v5e", (4, 4)), []
     compiler(2.0)
-    assert plan_search.search(config, topology, 4, lines.append)
+    assert list(plan_search.search(config, topology, 4, lines.append))
     assert sum("needs" in line for line in lines) == 1
 
 
 def test_a_search_without_success_names_the_closest(compiler):
     config, lines = configuration.load(*LLAMA), []
     with pytest.raises(UserError, match=r"of 0 that were compiled fits v5e:1x1; the closest \(.*\) needs at least 7"):
-        plan_search.search(config, topologies.Topology("v5e", (1, 1)), 6, lines.append)
+        list(plan_search.search(config, topologies.Topology("v5e", (1, 1)), 6, lines.append))
     topology, compiled = topologies.Topology("v5e", (4, 4)), compiler(50.0)
     with pytest.raises(UserError, match=r"of 3 that were compiled fits v5e:4x4; the closest \(.*remat=full") as raised:
-        plan_search.search(config, topology, 3, lines.append)
-    state = compiler.state_bytes(config)
+        list(plan_search.search(config, topology, 3, lines.append))
+    state, _ = compiler.state_sizes(config)
     least = min(50 * plan_search.typical_bytes(config, changes, state) for changes in compiled)
     assert f"needs {least / GIB:.1f} of the 16 GiB" in str(raised.value)
 
@@ -158,7 +198,7 @@ def test_a_search_goes_on_after_a_combination_that_is_refused(compiler):
     topology = topologies.Topology("v5e", (4, 4))
     config = configuration.load(LLAMA[0], {**LLAMA[1], "train.grad_accumulation": 8})
     lines, compiled = [], compiler(0.01)
-    reports = plan_search.search(config, topology, 40, lines.append)
+    reports = list(plan_search.search(config, topology, 40, lines.append))
     refused = [line for line in lines if line.endswith("cannot be split")]
     assert reports and refused and len(reports) + len(refused) == len(compiled)
     assert all(report["batch"][0] % 8 == 0 for report in reports)
@@ -166,7 +206,23 @@ def test_a_search_goes_on_after_a_combination_that_is_refused(compiler):
     with pytest.raises(
         UserError, match=r"3 combinations are invalid and none was compiled; mesh.data.*cannot be split"
     ):
-        plan_search.search(config, topology, 3, lines.append)
+        list(plan_search.search(config, topology, 3, lines.append))
+
+
+def test_a_search_ends_by_its_time_limit(compiler):
+    config, topology, lines = configuration.load(*LLAMA), topologies.Topology("v5e", (4, 4)), []
+    compiled = compiler(1.0)
+    with pytest.raises(UserError, match=r"none of \d+ combinations was compiled within 0 s"):
+        list(plan_search.search(config, topology, 3, lines.append, seconds=0.5))
+    assert len(compiled) == 1 and any("the time limit of" in line for line in lines)
+
+
+def test_an_interrupted_search_prints_its_reports(compiler, installed, capsys):
+    compiled = compiler(1.0, interrupted=3)
+    with pytest.raises(KeyboardInterrupt):
+        cli.call(plan.COMMAND, ("--config=llama2_7b", "--topology=v5e:4x4", "--search"))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(compiled) == 3 and lines[-3].split()[0] == "ns/token" and "--config.mesh.fsdp=" in lines[-1]
 
 
 def bytes_of_states(cases):
@@ -174,7 +230,7 @@ def bytes_of_states(cases):
     pairs = []
     for changes in cases:
         config = on_mesh.tiny(**changes)
-        least = plan_search.least_bytes(config, searched(config), plan_search.state_bytes(config))
+        least = plan_search.least_bytes(config, searched(config), plan_search.state_sizes(config)[0])
         pairs.append((least, memory.shard_bytes(setup(config).state)))
     return pairs
 
@@ -210,3 +266,20 @@ def test_a_7b_step_gathers_14_matrices_per_layer(name, rows, length, gathered):
     assert moved["all-gather"] + moved["collective-permute"] <= gathered
     assert moved["all-reduce"] + moved["reduce-scatter"] <= 12.32
     assert report["memory"]["peak"] < report["memory"]["capacity"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_cuda_plugin, reason="the CUDA plugin is not installed (pip install 'llm_jax[plan-gpu]')")
+@pytest.mark.parametrize("chip", topologies.GPUS)
+def test_a_step_compiles_for_gpus_with_weights_and_not_activations_gathered(chip):
+    changes = {"train.batch_size": 8, "train.seq_len": 512, "model.attention_kernel": "plain", "model.num_layers": 2}
+    changes |= {"model.width": 512, "model.mlp_dim": 1024, "model.num_heads": 8, "model.num_kv_heads": 8}
+    report = planning.plan(configuration.load("llama2_7b", changes), topologies.parse(f"{chip}:1x8"))
+    layer = 4 * 512 * 512 + 3 * 512 * 1024
+    moved = {}
+    for row in report["collectives"]:
+        moved[row["kind"]] = moved.get(row["kind"], 0) + row["bytes"]
+    # The weights of both passes in bfloat16, the head in float32, the ids of the rows.
+    assert moved["all-gather"] < 1.1 * (2 * 2 * 2 * layer + 4 * 512 * 32000)
+    assert report["flops"]["compiled"] / report["flops"]["model"] < 1.5
+    assert 0 < report["memory"]["peak"] < report["memory"]["capacity"] == topologies.GPUS[chip].memory

@@ -41,6 +41,9 @@ class Layer(Module):
 
     @nn.compact
     def __call__(self, x_BTD, queries, keys, bias, cache, index, depth=None):
+        # Otherwise the partitioner may split the width of the activations instead of their rows, as it splits weights,
+        # and multiply all rows on every device.
+        x_BTD = mesh_lib.constrain(x_BTD, mesh_lib.BATCH, mesh_lib.CONTEXT, None)
         x_BTD, cache = self._residual_blocks(x_BTD, queries, keys, bias, cache, index, depth)
         if self.is_mutable_collection(ACTIVATION_STATS) and not self.is_initializing():
             self.sow(ACTIVATION_STATS, "rms", jnp.sqrt(jnp.mean(jnp.square(x_BTD.astype(jnp.float32)))))

@@ -171,6 +171,7 @@ class Transformer(Module):
             x_BTD, layers = nn.cond(jnp.any(stale), recompute, advance, self)
         if self.config.norm_placement != "post":
             x_BTD = self.final_norm(x_BTD)
+        x_BTD = mesh_lib.constrain(x_BTD, mesh_lib.BATCH, mesh_lib.CONTEXT, None)
         return x_BTD, cache and KVCache(keys, cache.index + tokens_BT.shape[1], layers)
 
     def _run(self, tokens_BT, where, keys, caches, index, types_BT) -> tuple[jax.Array, Any]:

@@ -291,13 +291,14 @@ def _device_ids(text: str, devices: int) -> np.ndarray:
 
 
 def flops(module: Module) -> int:
-    """The multiplications and additions of all matrix products and convolutions. Kernels of Pallas count as none."""
+    """The multiplications and additions of all matrix products and convolutions, without those in other kernels."""
     total = 0
     for computation, instruction, times in module.executed():
-        if instruction.opcode in ("dot", "convolution"):
+        is_blas = instruction.attribute("custom_call_target").startswith('"__cublas$')
+        if instruction.opcode in ("dot", "convolution") or is_blas:
             shapes = module.shapes(computation)
             operands = [dimensions(shapes[name])[0][1] for name in instruction.operand_names[:2]]
-            count = _dot_flops if instruction.opcode == "dot" else _convolution_flops
+            count = _convolution_flops if instruction.opcode == "convolution" else _dot_flops
             total += times * count(instruction, *operands)
     return total
 
@@ -313,7 +314,10 @@ def product_kernel_flops(module: Module) -> int:
 
 
 def _dot_flops(instruction: Instruction, lhs: tuple[int, ...], rhs: tuple[int, ...]) -> int:
-    contracted = [int(n) for n in re.findall(r"\d+", instruction.attribute("lhs_contracting_dims"))]
+    text = instruction.attribute("lhs_contracting_dims")
+    if match := re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes):  # a call of cuBLAS
+        text = match[1]
+    contracted = [int(n) for n in re.findall(r"\d+", text)]
     outputs = math.prod(dimensions(instruction.shape)[0][1])
     return 2 * outputs * math.prod(lhs[axis] for axis in contracted)
 

@@ -2,18 +2,22 @@
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 
-from llm_jax import configuration, weights
+from llm_jax import bars, configuration, weights
 from llm_jax.errors import UserError
+from llm_jax.model import transformer
+from llm_jax.parallel import hlo
+from llm_jax.parallel import mesh as mesh_lib
 from llm_jax.parallel.topologies import Topology
 from llm_jax.schema import Config
 from llm_jax.training import losses, planning
 from llm_jax.training.planning import Report
-from llm_jax.training.setup import setup
+from llm_jax.training.setup import num_parameters, setup
 
 GIB = 2**30
 
@@ -39,8 +43,8 @@ def candidates(config: Config, topology: Topology) -> Iterator[dict[str, Any]]:
                 }
 
 
-def state_bytes(config: Config) -> int:
-    """Returns the bytes of one copy of all weights, the optimizer state and the moving average.
+def state_sizes(config: Config) -> tuple[int, int]:
+    """Returns (bytes of one copy of all weights, the optimizer state and the moving average; number of weights).
 
     Computed from shapes and dtypes on a mesh of one device of this machine.
 
@@ -52,14 +56,18 @@ def state_bytes(config: Config) -> int:
     train = dataclasses.replace(config.train, batch_size=rows)
     init_from = config.init_from or ("unnamed" if config.lora.rank else "")  # shapes are enough: no weights are read
     config = dataclasses.replace(config, mesh=mesh, train=train, init_from=init_from, explicit=frozenset())
-    state = setup(config, devices=jax.devices()[:1]).state
-    return weights.num_bytes((state.params, state.frozen, state.optimizer, state.ema))
+    parts = setup(config, devices=jax.devices()[:1])
+    state = parts.state
+    return weights.num_bytes((state.params, state.frozen, state.optimizer, state.ema)), num_parameters(parts.base)
 
 
 def least_bytes(config: Config, changes: dict[str, Any], state: int) -> float:
-    """A lower bound of the memory of a step on one device: its share of the `state_bytes`, if all of them are split.
+    """A lower bound of the memory of a step on one device: its share of `state`, if all of it is split.
 
     Activations, gradients and unsharded weights need additional memory.
+
+    Args:
+      state: bytes of the whole state; see `state_sizes`.
     """
     axes = [axis for _, spec in config.mesh.rules for axis in (spec if isinstance(spec, tuple) else (spec,))]
     names = {name for axis in axes if axis for name in (axis if isinstance(axis, tuple) else (axis,))}
@@ -77,70 +85,126 @@ def typical_bytes(config: Config, changes: dict[str, Any], state: int) -> float:
     return least_bytes(config, changes, state) + saved
 
 
-def search(config: Config, topology: Topology, limit: int, log: Callable[[str], Any]) -> list[Report]:
-    """Returns the reports of the configurations that fit, sorted by the upper estimate of the time per token.
+def predicted_seconds(config: Config, changes: dict[str, Any], topology: Topology, parameters: int) -> float:
+    """An estimate of the step time on one device from shapes: matrix products at the peak, then all collectives.
 
-    Configurations whose `least_bytes` exceed the memory are not compiled. If a configuration does not fit, the ratio of
-    its compiled memory to its `typical_bytes` corrects the estimates of the others, and those that should fit are tried
-    next. Invalid configurations, such as a batch that `train.grad_accumulation` does not divide, do not count toward
-    `limit`; the search ends if `limit` of them occur before any configuration compiles.
+    Weights are gathered for the forward and the backward pass of each micro-batch, gradients are reduced once, and
+    `mesh.tensor` sums the activations of two products per layer in each pass. Full rematerialization repeats the
+    forward pass.
+
+    Args:
+      parameters: number of weights.
+    """
+    c, length, chip = config.model, config.train.seq_len, topology.chip
+    mesh = {axis: changes[f"mesh.{axis}"] for axis in mesh_lib.AXES}
+    tensor, rows, parts = mesh["tensor"], changes["train.batch_size"], config.train.grad_accumulation
+    recomputed = {"none": 1.0, "dots": 1.0, "full": 4 / 3}[changes["model.remat"]]
+    flops = transformer.flops_per_token(c, length) * rows * length / math.prod(mesh.values()) * recomputed
+    size = 2 if c.precision.compute in ("bfloat16", "float16") else 4
+    weights_bytes = size * parameters // tensor
+    tokens = rows * length // (mesh["data"] * mesh["fsdp"])
+    passes = 3 if changes["model.remat"] == "full" else 2
+    moved = [
+        hlo.Collectives("all-gather", "fsdp", 0, 2 * parts * weights_bytes),
+        hlo.Collectives("all-reduce", "fsdp", 0, weights_bytes),
+        hlo.Collectives("all-reduce", "tensor", 0, 2 * passes * c.num_layers * tokens * c.width * size),
+        hlo.Collectives("all-reduce", hlo.SLICES, 0, weights_bytes // mesh["fsdp"] if topology.slices > 1 else 0),
+    ]
+    network = sum(planning.collective_seconds(row, mesh, topology) for row in moved if mesh.get(row.axes, 2) > 1)
+    return flops / (chip.flops / chip.devices) + network
+
+
+def search(
+    config: Config, topology: Topology, limit: int, log: Callable[[str], Any], seconds: float = math.inf
+) -> Iterator[Report]:
+    """Yields the reports of the configurations that fit, in the order of compilation.
+
+    Configurations whose `least_bytes` exceed the memory are not compiled. The others are compiled in the order of their
+    predicted time per token (`predicted_seconds`). If a configuration does not fit, the ratio of its compiled memory to
+    its `typical_bytes` corrects the estimates of the others, and those that should fit are tried next. Invalid
+    configurations, such as a batch that `train.grad_accumulation` does not divide, do not count toward `limit`; the
+    search ends if `limit` of them occur before any configuration compiles.
 
     Args:
       limit: number of configurations to compile.
-      log: called with a line about every compiled or invalid configuration, and about those that are not compiled.
+      log: called with a line before and after every compilation, and about those that are not compiled.
+      seconds: time limit; a compilation that exceeds it is ended.
 
     Raises:
       UserError: no configuration fits; the message names the closest one, or the error of the first invalid one.
     """
+    began = time.monotonic()
     capacity = topology.chip.memory / topology.chip.devices
-    state = state_bytes(config)
-    pending, too_large = [], []  # (bytes, changes)
+    state, parameters = state_sizes(config)
+    pending, too_large = [], []  # (predicted seconds per token, bytes, changes) and (bytes, changes)
     for changes in candidates(config, topology):
         least = least_bytes(config, changes, state)
         if least < capacity:
-            pending.append((typical_bytes(config, changes, state), changes))
+            step = predicted_seconds(config, changes, topology, parameters)
+            pending.append((step / changes["train.batch_size"], typical_bytes(config, changes, state), changes))
         else:
             too_large.append((least, changes))
-    reports: list[Report] = []
+    pending.sort(key=lambda candidate: candidate[0])
+    log(f"{len(pending)} combinations, best estimate first; at most {limit} are compiled, in one to five minutes each")
+    if too_large:
+        log(f"{len(too_large)} combinations are not compiled: their weights and optimizer exceed the memory")
+    compiled = 0
     misses: list[tuple[float, str]] = []  # (bytes, text) of those that do not fit
     refused: list[str] = []
     ratio = 1.0
-    while pending and len(reports) + len(misses) < limit and (reports or misses or len(refused) < limit):
-        likely = (pair for pair in pending if pair[0] * ratio < capacity)
-        typical, changes = next(likely, min(pending, key=lambda pair: pair[0]))
-        if typical * ratio >= capacity and reports:
+    reason = f"--limit={limit}"
+    while pending and compiled + len(misses) < limit and (compiled or misses or len(refused) < limit):
+        likely = (candidate for candidate in pending if candidate[1] * ratio < capacity)
+        candidate = next(likely, min(pending, key=lambda candidate: candidate[1]))
+        _, typical, changes = candidate
+        if typical * ratio >= capacity and compiled:
+            reason = "by those that did not fit, too large"
             break
-        pending.remove((typical, changes))
-        text = _text(changes)
+        pending.remove(candidate)
+        text, number = _text(changes), compiled + len(misses) + 1
+        log(f"{number} of {min(limit, number + len(pending))}{_remaining(began, number, limit, seconds)}: {text}")
         try:
-            report = planning.plan(configuration.replace(config, changes), topology)
+            rest = seconds - (time.monotonic() - began)
+            report = planning.plan(configuration.replace(config, changes), topology, seconds=max(rest, 0.0))
+        except TimeoutError:
+            pending.append(candidate)
+            reason = f"the time limit of {bars.duration(seconds)}"
+            break
         except planning.DoesNotFit as error:
             misses.append((error.needed, text))
             ratio = max(ratio, error.needed / typical)
-            log(f"{text}: needs {error.needed / GIB:.2f} of {capacity / GIB:.0f} GiB")
+            log(f"  needs {error.needed / GIB:.2f} of {capacity / GIB:.0f} GiB")
             continue
         except UserError as error:
             refused.append(f"{text}: {error}")
-            log(refused[-1])
+            log(f"  {error}")
             continue
-        reports.append(report | {"changes": changes})
-        log(f"{text}: {report['memory']['peak'] / GIB:.2f} GiB, {per_token(report) * 1e9:.1f} ns/token")
-    if too_large:
-        log(f"{len(too_large)} combinations were not compiled: their weights and optimizer exceed the memory")
+        compiled += 1
+        log(f"  {report['memory']['peak'] / GIB:.2f} GiB, {per_token(report) * 1e9:.1f} ns/token")
+        yield report | {"changes": changes}
     if pending:
-        compiled = len(reports) + len(misses)
-        reason = "by those that did not fit, too large" if compiled and compiled < limit else f"--limit={limit}"
         log(f"{len(pending)} combinations were not compiled ({reason})")
-    if reports:
-        return sorted(reports, key=per_token)
+    if compiled:
+        return
     if refused and not misses:
         raise UserError(f"--search: {len(refused)} combinations are invalid and none was compiled; {refused[0]}")
+    if not misses and pending:
+        raise UserError(f"--search: none of {len(pending)} combinations was compiled within {bars.duration(seconds)}")
     needed, text = min(misses or [(least, _text(changes)) for least, changes in too_large])
     raise UserError(
         f"--search: no mesh, remat and batch of {len(misses)} that were compiled fits {topology.name}; the closest "
         f"({text}) needs {'' if misses else 'at least '}{needed / GIB:.1f} of the {capacity / GIB:.0f} GiB of a "
         "device; use a shorter train.seq_len or more devices"
     )
+
+
+def _remaining(began: float, number: int, limit: int, seconds: float) -> str:
+    """The time until the search ends, by the mean of the compilations before `number`; "" before the first."""
+    elapsed = time.monotonic() - began
+    if number == 1:
+        return ""
+    left = min((limit - number + 1) * elapsed / (number - 1), seconds - elapsed)
+    return f" ({bars.duration(elapsed)} so far, about {bars.duration(max(left, 0))} left)"
 
 
 def _text(changes: dict[str, Any]) -> str:
@@ -154,9 +218,9 @@ def per_token(report: Report) -> float:
 
 
 def ranking(reports: list[Report]) -> str:
-    """The table of `search`, best first."""
+    """A table of the reports of `search`, the shortest upper estimate of the time per token first."""
     lines = [f"{'ns/token':>9} {'utilization':>15} {'peak GiB':>9}  changes"]
-    for report in reports:
+    for report in sorted(reports, key=per_token):
         low, high = report["utilization"]
         changes = " ".join(f"--config.{name}={value}" for name, value in report["changes"].items())
         peak = report["memory"]["peak"] / GIB

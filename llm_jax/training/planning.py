@@ -16,6 +16,8 @@ import sys
 import tempfile
 from typing import Any
 
+import numpy as np
+
 from llm_jax import configuration, runtime
 from llm_jax.errors import UserError
 from llm_jax.parallel import topologies
@@ -24,14 +26,28 @@ from llm_jax.schema import Config
 
 Report = dict[str, Any]  # JSON values, see `report`
 
-ASSUMPTIONS = (
-    "compute: the largest of FLOPs at the chip's peak, the compiler's cycles (kernels in Pallas: half the peak), and "
-    "reading all arguments once",
-    "collectives: a ring over one axis of the torus, in both directions; between slices the data-centre network",
-    "the shorter step hides all collectives behind compute, the longer one hides none",
-)
-# Matrix products of a tile in the kernels of splash attention.
-_KERNEL_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
+ASSUMPTIONS = {
+    "tpu": (
+        "compute: the largest of FLOPs at the chip's peak, the compiler's cycles (kernels in Pallas: half the peak), "
+        "and reading all arguments once",
+        "collectives: a ring over one axis of the torus, in both directions; between slices the data-centre network",
+        "the shorter step hides all collectives behind compute, the longer one hides none",
+    ),
+    "gpu": (
+        "compute: the larger of FLOPs at the GPU's peak (attention kernels: half the peak) and reading all arguments "
+        "once",
+        "collectives: NVLink within a host; between hosts one network card for each GPU of a group",
+        "the shorter step hides all collectives behind compute, the longer one hides none",
+    ),
+}
+# Matrix products of a tile in the kernels of splash attention and of cuDNN, by instruction and target of the call.
+_KERNEL_PRODUCTS = {
+    "splash_mha_fwd": 2,
+    "splash_mha_dq": 3,
+    "splash_mha_dkv": 4,
+    "__cudnn$fmhaSoftmax": 2,
+    "__cudnn$fmhaSoftmaxBackward": 5,
+}
 _KERNEL_SHARE = 0.5  # share of the chip's peak FLOPs
 _DOES_NOT_FIT = 3  # exit code of the process that compiles
 
@@ -48,27 +64,35 @@ class DoesNotFit(UserError):
         self.needed = needed
 
 
-def plan(config: Config, topology: Topology, decode: bool = False) -> Report:
+def plan(config: Config, topology: Topology, decode: bool = False, seconds: float = math.inf) -> Report:
     """Returns the report about the training step of a configuration with `model.vocab_size`; see `report`.
+
+    The process that compiles is killed when this function raises, including KeyboardInterrupt.
 
     Args:
       decode: report on a decoding step instead; see `plan_decoding`.
+      seconds: time limit.
 
     Raises:
       DoesNotFit: the step does not fit into the memory of a device.
+      TimeoutError: the compilation exceeds the time limit.
       UserError: options contradict each other or the topology, or libtpu does not support the topology.
     """
     request = {"config": configuration.as_dict(config), "topology": dataclasses.asdict(topology), "decode": decode}
     request["parent"] = os.getpid()
     with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.run(
-            [sys.executable, "-m", "llm_jax.training.planning"],
-            input=json.dumps(request),
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env=topologies.environment(),
-        )
+        try:
+            process = subprocess.run(
+                [sys.executable, "-m", "llm_jax.training.planning"],
+                input=json.dumps(request),
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=topologies.environment(),
+                timeout=seconds if math.isfinite(seconds) else None,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise TimeoutError(f"--topology={topology.name}: not compiled within {seconds:.0f} s") from error
         errors.seek(0)
         lines = errors.read().strip().splitlines()
     if process.returncode == 0:
@@ -124,8 +148,17 @@ def report(config: Config, topology: Topology, decode: bool = False) -> Report:
             model_flops = transformer.flops_per_token(config.model, length) * rows * length / len(devices)
     except jax.errors.JaxRuntimeError as error:
         raise _compiler_error(str(error), topology, capacity) from error
+    except RuntimeError as error:
+        if "cuDNN not found" not in str(error):
+            raise
+        raise UserError(
+            f"--topology={topology.name}: model.attention_kernel=cudnn, the choice of auto, needs cuDNN, which is not "
+            "installed: pip install 'llm_jax[plan-gpu]', or set --config.model.attention_kernel=plain"
+        ) from error
     sizes = dict(mesh.shape)
     figures = memory.of(compiled, optimizer)
+    if topology.platform == "gpu" and figures.peak > capacity:  # its compiler does not refuse the step
+        raise _does_not_fit(topology, figures.peak, capacity)
     live = getattr(compiled.memory_analysis(), "peak_memory_in_bytes", 0)
     module = hlo.parse(compiled.as_text())
     collectives = hlo.collectives(module, sizes)
@@ -137,7 +170,7 @@ def report(config: Config, topology: Topology, decode: bool = False) -> Report:
         (cycles / chip.clock if chip.clock else 0.0) + kernel_flops / (_KERNEL_SHARE * peak),
         figures.arguments / (chip.bandwidth / per_device),
     )
-    network = sum(_seconds(row, sizes, topology) for row in collectives)
+    network = sum(collective_seconds(row, sizes, topology) for row in collectives)
     shortest, longest = max(compute, network), compute + network
     return {
         "topology": topology.name,
@@ -152,7 +185,7 @@ def report(config: Config, topology: Topology, decode: bool = False) -> Report:
         "seconds": {"compute": compute, "collectives": network, "shortest": shortest, "longest": longest},
         "utilization": [model_flops / (peak * seconds) for seconds in (longest, shortest)],
         "largest": [dict(zip(("bytes", "shape", "operation"), row, strict=True)) for row in hlo.largest(module, 8)],
-        "assumptions": list(ASSUMPTIONS),
+        "assumptions": list(ASSUMPTIONS[topology.platform]),
     }
 
 
@@ -168,18 +201,31 @@ def _kernel_flops(module: Any, config: Config, mesh: dict[str, int]) -> float:
         times * product * count
         for _, instruction, times in module.executed()
         for name, count in _KERNEL_PRODUCTS.items()
-        if instruction.opcode == "custom-call" and instruction.name.startswith(name)
+        if instruction.opcode == "custom-call"
+        and (instruction.name.startswith(name) or instruction.attribute("custom_call_target") == f'"{name}"')
     )
 
 
-def _seconds(row: Any, mesh: dict[str, int], topology: Topology) -> float:
-    """The time of collectives on otherwise idle links of a chip, in seconds."""
+def collective_seconds(row: Any, mesh: dict[str, int], topology: Topology) -> float:
+    """The time of collectives (`hlo.Collectives`) on otherwise idle links of a chip, in seconds."""
+    chip, axes = topology.chip, row.axes.split("+")
     slow = row.axes == "slices"
-    ways = topology.slices if slow else math.prod(mesh.get(axis, 1) for axis in row.axes.split("+"))
+    ways = topology.slices if slow else math.prod(mesh.get(axis, 1) for axis in axes)
     passes = 2 if row.kind == "all-reduce" else 1
     share = (ways - 1) / ways if ways > 1 else 1.0
-    speed = topology.chip.network if slow else 2 * topology.chip.link
-    return float(passes * share * row.bytes / (speed / topology.chip.devices))
+    if chip.gpu is not None:
+        speed = _gpu_speed([axis in axes for axis in mesh], tuple(mesh.values()), topology)
+    else:
+        speed = chip.network if slow else 2 * chip.link
+    return float(passes * share * row.bytes / (speed / chip.devices))
+
+
+def _gpu_speed(varying: list[bool], sizes: tuple[int, ...], topology: Topology) -> float:
+    """Bytes per second that each GPU of a group receives, if the devices of a group differ in the `varying` axes."""
+    chip, hosts = topology.chip, np.arange(math.prod(sizes)).reshape(sizes) // topology.shape[1]
+    group = hosts[tuple(slice(None) if flag or not any(varying) else 0 for flag in varying)]
+    members = int(np.sum(group == 0))
+    return chip.link if members == group.size else min(chip.link, members * chip.network)
 
 
 def _compiler_error(message: str, topology: Topology, capacity: int) -> UserError:
@@ -188,7 +234,10 @@ def _compiler_error(message: str, topology: Topology, capacity: int) -> UserErro
     used = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", text)
     if used is None:
         return UserError(f"--topology={topology.name}: {text[:200]}")
-    needed = float(used[1]) * 1024 ** " KMGT".index(used[2] or " ")
+    return _does_not_fit(topology, float(used[1]) * 1024 ** " KMGT".index(used[2] or " "), capacity)
+
+
+def _does_not_fit(topology: Topology, needed: float, capacity: int) -> DoesNotFit:
     return DoesNotFit(
         f"--topology={topology.name}: the step needs {needed / 2**30:.2f} of the {capacity / 2**30:.0f} GiB of a "
         "device; use a smaller batch, model.remat=full, train.loss_chunk, or more of mesh.fsdp or mesh.tensor",

@@ -299,6 +299,8 @@ def _dense_dot_backward(transposed, out_dtype, accumulate, gathered, saved, g):
     # The leading axes are contracted without flattening, which would halve the speed on CPU.
     leading = tuple(range(x.ndim - 1))
     dw = _product(g, x, leading, leading, accumulate) if transposed else _product(x, g, leading, leading, accumulate)
+    if gathered is not None:  # otherwise XLA may keep the sum over all devices until the optimizer reads its part
+        dw = lax.optimization_barrier(dw)
     return dx.astype(x.dtype), dw.astype(w.dtype), None if copy is None else jnp.zeros_like(copy)
 
 

@@ -72,3 +72,20 @@ def test_kernels_for_quantized_products_are_counted_by_their_activations_and_res
 def test_other_text_is_refused():
     with pytest.raises(ValueError, match="ENTRY"):
         hlo.parse("nothing")
+
+
+BLAS = """HloModule gemm
+
+ENTRY %main (a: bf16[4,8], b: bf16[8,16]) -> bf16[4,16] {
+  %a = bf16[4,8]{1,0} parameter(0)
+  %b = bf16[8,16]{1,0} parameter(1)
+  %gemm.1 = (bf16[4,16]{1,0}, s8[32]{0}) custom-call(%a, %b), custom_call_target="__cublas$gemm", \
+backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],\
+"rhs_contracting_dimensions":["0"],"lhs_batch_dimensions":[]}}}
+  ROOT %c = bf16[4,16]{1,0} get-tuple-element(%gemm.1), index=0
+}
+"""
+
+
+def test_products_that_a_gpu_leaves_to_cublas_are_counted():
+    assert hlo.flops(hlo.parse(BLAS)) == 2 * 4 * 8 * 16
