@@ -134,7 +134,7 @@ def describe(e: Estimate, config: Config, epoch_tokens: int) -> str:
       epoch_tokens: training tokens of one pass over the data.
     """
     tokens = e.steps * config.train.batch_size * config.train.seq_len
-    epochs = f" ({tokens / epoch_tokens:.2g} passes over the text)" if epoch_tokens else ""
+    epochs = f" ({tokens / epoch_tokens:,.2f} passes over the text)" if epoch_tokens else ""
     lines = [f"to do: {e.steps:,} steps of {config.train.batch_size} x {config.train.seq_len} tokens{epochs}"]
     free = "" if e.free_memory is None else f", {_size(e.free_memory)} are free"
     if e.compile_seconds is None:

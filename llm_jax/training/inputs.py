@@ -165,8 +165,8 @@ def describe(config: Config, inputs: Inputs) -> str:
     if inputs.epoch_rows:
         epochs = config.train.steps * config.train.batch_size / inputs.epoch_rows
         line += (
-            f"\nan epoch has {inputs.epoch_rows:,} rows of {config.train.seq_len} tokens: train.steps="
-            f"{config.train.steps} and train.batch_size={config.train.batch_size} are {epochs:.2g} epochs"
+            f"\nan epoch has {inputs.epoch_rows:,} rows of {config.train.seq_len} tokens; train.steps="
+            f"{config.train.steps} with train.batch_size={config.train.batch_size} is {epochs:,.2f} epochs"
         )
     if _is_default_size(config) and t.kind in tokenizers.SIZED and t.vocab_size < size:
         line += f"\nnote: the vocabulary has {t.vocab_size} ids, all that the text allows; the default is {size}"

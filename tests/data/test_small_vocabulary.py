@@ -31,7 +31,7 @@ def test_the_default_size_is_lowered_and_an_explicit_one_is_refused(kind, source
         size = data.tokenizer.vocab_size
         assert 4 < size < config.tokenizer.vocab_size == 2048 and data.vocab_size == size
         note = f"note: the vocabulary has {size} ids, all that the text allows; the default is 2048"
-        assert inputs.describe(config, data).splitlines()[1] == note
+        assert note in inputs.describe(config, data).splitlines()
     with pytest.raises(UserError, match=f"{size}"):
         load(**{"tokenizer.vocab_size": 2048})
     if kind in ("bpe", "word"):

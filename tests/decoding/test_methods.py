@@ -352,8 +352,8 @@ def test_contrastive_search_does_not_look_at_padding(make, monkeypatch):
     prompts, original = [[5, 9, 5], [7], list(range(20, 40))], loop.padded
 
     def search(fill):
-        def padded(prompts):
-            ids, lengths = original(prompts)
+        def padded(prompts, params):
+            ids, lengths = original(prompts, params)
             return np.where(np.arange(ids.shape[1]) < lengths[:, None], ids, fill).astype(np.int32), lengths
 
         monkeypatch.setattr(loop, "padded", padded)

@@ -241,7 +241,7 @@ def test_an_estimate_is_described_with_what_it_measured():
     )
     config = configuration.default()
     lines = estimate.describe(needs, config, 700 * config.train.batch_size * config.train.seq_len // 2).splitlines()
-    assert lines[0].endswith("tokens (2 passes over the text)") and lines[0].startswith("to do: 700 steps of")
+    assert lines[0].endswith("tokens (2.00 passes over the text)") and lines[0].startswith("to do: 700 steps of")
     assert (
         lines[1].startswith("time: about 6 min: 700 steps of 0.5 s") and "10 s of evaluations, 30 s of comp" in lines[1]
     )
