@@ -101,7 +101,7 @@ def test_every_kind_of_data_is_read_to_its_last_byte(name, fraction, config_of):
     if name == "preferences" and fraction == 0:  # a row for each answer
         rows = 2 * len(set(WORDS))
         assert f"an epoch has {rows} rows of 100 tokens; train.steps=2 with train.batch_size=" in description
-        assert f" are {2 * config.train.batch_size / rows:.2g} epochs" in description
+        assert f" is {2 * config.train.batch_size / rows:,.2f} epochs" in description
 
 
 @pytest.mark.parametrize("size", [12, 60])
