@@ -1,7 +1,5 @@
 """Tokens a second of adapters merged, attached, and over quantized bases; energy where a counter is readable. L13.
 
-    PYTHONPATH=. python experiments/adapter_inference/measure.py [--rounds=3] [--tokens=8]
-
 SmolLM2-135M in float32 and an adapter of rank 8 on all linear layers, moved away from its start; greedy, one row, a
 prompt of 16 tokens. A rate is that of the tokens after the first. All forms take turns, round by round; where other
 work shares the cores, the processor's own seconds say more than the clock's. Writes results.json and the table in

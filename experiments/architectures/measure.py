@@ -1,7 +1,5 @@
 """LoRA on architectures that are not ours: a ConvNeXt V2 block and a small denoising diffusion model. L11.
 
-    PYTHONPATH=. python experiments/architectures/measure.py
-
 Both are plain Flax modules; `lora.materialize` adapts their kernels inside the jitted loss. A base is trained on one
 task, frozen, and adapted to another; three seeds. Writes results.json and the table in README.md beside this file.
 

@@ -1,7 +1,5 @@
 """Do vectors depend on context? E5: ambiguous words by layer of the real MiniLM, beside its own static table.
 
-    PYTHONPATH=. python experiments/contextual/contextual.py
-
 senses.txt has 25 words in two senses of five sentences each. By layer: the cosines of a word's vectors, averaged over
 pairs of sentences of the same sense (within) and of different senses (between), with 95 % t-intervals over words; and
 the share of sentences whose nearest other one with the word has its sense (chance: 4 of 9), with Wilson's interval.

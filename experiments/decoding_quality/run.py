@@ -1,7 +1,5 @@
 """The table of the nucleus paper on a real model and a held-out human text: D2, D4, D5.
 
-    PYTHONPATH=. python experiments/decoding_quality/run.py [--prompts=16] [--new_tokens=48] [--batch_size=16]
-
 Every method of `METHODS` continues the same prompts. The rules below were fixed before the run.
 
 Intervals are 95 %, by bootstrap over the texts (over the texts' means where a figure has a value a token).
@@ -49,7 +47,6 @@ flags.DEFINE_integer("prompts", 16, "texts continued", lower_bound=2)
 flags.DEFINE_integer("prompt_tokens", 32, "of each", lower_bound=2)
 flags.DEFINE_integer("new_tokens", 48, "of each", lower_bound=2)
 flags.DEFINE_integer("batch_size", 16, "texts at a time", lower_bound=2)
-flags.DEFINE_string("runs", "runs/decoding_quality", "where what is done is kept")
 
 METHODS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0},

@@ -1,7 +1,5 @@
 """Is the tail of a model's distribution too heavy, and does the loss make it so? D3, D6.
 
-    PYTHONPATH=. python experiments/heavy_tail/run.py [--seeds=3] [--steps=400]
-
 A small decoder is trained on text whose distribution is known, and compared with it.
 
 The rules, fixed before the run (95 % t-intervals over the seeds, comparisons paired by seed):
@@ -50,7 +48,6 @@ FIGURES = {
 flags.DEFINE_integer("seeds", 3, "sources and models", lower_bound=2)
 flags.DEFINE_integer("steps", 400, "of training", lower_bound=1)
 flags.DEFINE_integer("width", 48, "of the model")
-flags.DEFINE_string("runs", "runs/heavy_tail", "where what is done is kept")
 
 
 def main() -> None:

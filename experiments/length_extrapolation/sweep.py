@@ -1,7 +1,4 @@
-"""Every position scheme trained at one length and asked at 1, 2, 4 and 8 times that length: P2, P4, P5, P7, P8.
-
-PYTHONPATH=. python experiments/length_extrapolation/sweep.py [--size=full] [--seeds=3] [--jobs=2]
-"""
+"""Every position scheme trained at one length and asked at 1, 2, 4 and 8 times that length: P2, P4, P5, P7, P8."""
 
 from typing import Any
 

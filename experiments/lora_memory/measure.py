@@ -1,7 +1,5 @@
 """What a training step takes, and what merging costs: L4, L6, L7.
 
-    PYTHONPATH=. python experiments/lora_memory/measure.py
-
 Memory is that of compiled steps (`llm_jax.plan --memory`), from shapes alone: the SmolLM2-135M geometry, 4 x 256
 tokens, float32, scanned layers. Merging is run on a small model of random weights. Writes results.json and the tables
 in README.md beside this file. The rules, fixed before the run:

@@ -1,7 +1,5 @@
 """Real steps of SmolLM2-135M beside what `plan --memory` says of them: the resident peak of this machine (Linux).
 
-    PYTHONPATH=. python experiments/lora_memory/measured.py
-
 Every step runs in a process of its own. Measured is what the steps add to what the process held when they began (the
 kernel's high-water mark is reset there), and the arrays that it held then: weights, optimizer and batch. The rest of
 the process (interpreter, libraries, compiler and what it leaves) stands beside it. Writes measured.json and the table

@@ -1,7 +1,5 @@
 """How much do answers depend on how one asks? Tasks x paraphrases x prompt types x models: M1 to M4.
 
-    PYTHONPATH=. python experiments/prompt_sensitivity/run.py [--reference=RUN] [--examples=8]
-
 The rules below were fixed before the run. A cell is one model x task x prompt type x paraphrase; its accuracy is over
 the same examples everywhere. Intervals are 95 %, by bootstrap over examples.
 
@@ -45,7 +43,6 @@ flags.DEFINE_integer("examples", 8, "of each task", lower_bound=2)
 flags.DEFINE_integer("shots", 2, "solved examples in few-shot prompts")
 flags.DEFINE_integer("reasoning_tokens", 24, "of a chain of thought at most")
 flags.DEFINE_integer("paraphrases", 10, "ways to put each question", lower_bound=2, upper_bound=10)
-flags.DEFINE_string("runs", "runs/prompt_sensitivity", "where records are kept")
 
 
 def main() -> None:

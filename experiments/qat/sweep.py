@@ -1,7 +1,5 @@
 """Quantizing after training against training with quantization in the loop, for the same budget: Q2.
 
-    PYTHONPATH=. python experiments/qat/sweep.py [--size=full] [--seeds=3]
-
 The rule below was fixed before the run.
 
 The *lost* loss of a scheme is the held-out loss of the best method after training minus that of the full model

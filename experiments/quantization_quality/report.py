@@ -1,7 +1,5 @@
 """The verdicts, the tables and the picture of the quantization experiment.
 
-    PYTHONPATH=. python experiments/quantization_quality/report.py    # again, from figures.json
-
 The rules below were fixed before the run, but for the words of Q1: that schemes which leave activations as they are
 say nothing of activations, and stand apart, was put in after it. No threshold was touched.
 

@@ -1,7 +1,4 @@
-"""Schemes x methods x groups after training, on full-precision weights: Q1 and Q3; see README.md and report.py.
-
-PYTHONPATH=. python experiments/quantization_quality/sweep.py --checkpoint=runs/reference_lm [--rows=64]
-"""
+"""Schemes x methods x groups after training, on full-precision weights: Q1 and Q3; see README.md and report.py."""
 
 import dataclasses
 import functools

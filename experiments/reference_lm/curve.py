@@ -1,7 +1,4 @@
-"""The curve of a run, from its metrics.jsonl: training loss (and its running mean) and held-out loss by token.
-
-PYTHONPATH=. python experiments/reference_lm/curve.py --run=runs/reference_lm
-"""
+"""The curve of a run, from its metrics.jsonl: training loss (and its running mean) and held-out loss by token."""
 
 import pathlib
 

@@ -1,8 +1,5 @@
 """What is lost when a run is killed, its checkpoints damaged, its disk full: real processes, real signals.
 
-    PYTHONPATH=. python experiments/reliability/reliability.py [--kills=50 --flips=400]
-    PYTHONPATH=. python experiments/reliability/reliability.py --parts=processes --resume     # after an interruption
-
 Every part compares with one undisturbed run of `config.py` with the same number of processes; `--parts` measures some
 parts anew and keeps the results of the others. The disks are tmpfs, which only root can mount.
 

@@ -1,7 +1,5 @@
 """Sentiment by SmolLM2-135M: prompted, probed, adapted, fully fine-tuned. L1, L5, L8, L9, L10, L12.
 
-    PYTHONPATH=. python experiments/sentiment/sweep.py [--size=cpu|smoke] [--seeds=3] [--part=1/2]
-
 The figures of a finished job are a file in figures/, which is committed; its name has a digest of the options that the
 figures follow from, so that a job with other options is done anew.
 """

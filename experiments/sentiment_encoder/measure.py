@@ -1,7 +1,5 @@
 """MiniLM with a classification head on film reviews: frozen, LoRA, full. L14.
 
-    PYTHONPATH=. python experiments/sentiment_encoder/measure.py [--seeds=3] [--runs=runs/sentiment_encoder]
-
 The features of a sentence are the mean over its tokens, of the encoder's own tokenizer; the head is linear and starts
 at zero. Sentences are padded, or cut, to 48 tokens. 2,000 training and 1,000 test sentences, once through in batches
 of 32; the head on frozen features has 50 rounds. The rates are customary ones, not searched for.
@@ -38,7 +36,6 @@ KINDS = {"frozen": 1e-2, "LoRA r=8": 1e-3, "full": 1e-4}  # with their learning 
 flags.DEFINE_integer("seeds", 3, "runs of each kind")
 flags.DEFINE_integer("sentences", 2000, "training sentences at most; half as many are asked about", lower_bound=BATCH)
 flags.DEFINE_integer("rounds", 50, "times through the sentences with frozen features", lower_bound=1)
-flags.DEFINE_string("runs", "runs/sentiment_encoder", "where finished runs are kept")
 
 
 def main() -> None:

@@ -1,7 +1,5 @@
 """Models of each kind of tokenizer in bits per byte, and what a model loses with another vocabulary: T1 and T2.
 
-    PYTHONPATH=. python experiments/tokenization/models.py [--seeds=3] [--steps=300]
-
 A decoder of 128 x 2 layers is trained on the same number of tokens of Shakespeare for every kind (so those with short
 tokens see less text) and asked for held-out text. That of byte pairs is then given other vocabularies of the same size,
 as they are and after --tune more steps, beside --tune more steps with its own.
@@ -60,7 +58,6 @@ _loss = jax.jit(losses.language_model, static_argnums=(0, 3))
 flags.DEFINE_integer("seeds", 3, "runs of each kind")
 flags.DEFINE_integer("steps", 300, "of training")
 flags.DEFINE_integer("tune", 100, "more steps after a swap")
-flags.DEFINE_string("runs", "runs/tokenization", "where finished figures are kept")
 
 
 def main() -> None:

@@ -1,7 +1,5 @@
 """Kinds of tokenizer by vocabulary size on held-out text: T1 and T3.
 
-    PYTHONPATH=. python experiments/tokenization/sweep.py
-
 The rules of the verdicts were fixed before the run:
 
 T1  holds if at every size words take fewer tokens a word than every kind of pieces, these fewer than characters,

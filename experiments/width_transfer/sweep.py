@@ -1,7 +1,5 @@
 """Does the best learning rate of a narrow model stay the best when it grows wider, with and without μP?
 
-    PYTHONPATH=. python experiments/width_transfer/sweep.py [--widths=32,128,256] [--seeds=5]
-
 Trains every width at every rate from every seed, twice: with model.base_width (μP) and without. The rules below were
 fixed before the run.
 

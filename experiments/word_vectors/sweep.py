@@ -1,7 +1,5 @@
 """Do vectors of words capture similarity? E1 to E4 on the Wikipedia sample and Shakespeare.
 
-    PYTHONPATH=. python experiments/word_vectors/sweep.py [--seeds=3] [--min_count=5]
-
 Trains skip-gram, CBOW and GloVe, and skip-gram on the same text with its words in random order.
 
 The rules of the verdicts were fixed before the run. Every interval is the 95 % t-interval of a mean over the seeds.
@@ -49,7 +47,6 @@ MAP += "sea ship land river city house door heart eye hand head blood love hate 
 flags.DEFINE_integer("seeds", 3, "runs of each kind", lower_bound=2)
 flags.DEFINE_integer("min_count", 5, "rarer words are left out")
 flags.DEFINE_integer("glove_epochs", 10, "passes of GloVe over the co-occurrences")
-flags.DEFINE_string("runs", "runs/word_vectors", "where figures and vectors are kept")
 
 
 def main() -> None:

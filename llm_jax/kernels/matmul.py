@@ -175,9 +175,11 @@ def expanded_products(
     def all_by_xla(x, weights):
         return tuple(by_xla(x, codes) for codes in weights)
 
-    if not any(pallas.unsupported_reason(x, codes, s, axis, contracted, accumulate) for codes in weights):
+    if not pallas.unusable_reason():  # such a kernel has one weight, and may not serve all of them
         kernel = functools.partial(pallas.product, s=s, axis=axis, contracted=contracted, out_dtype=out_dtype)
-        return tuple(_on_device(kernel, by_xla, x, codes) for codes in weights)
+        unserved = [pallas.unsupported_reason(x, codes, s, axis, contracted, accumulate) for codes in weights]
+        pairs = zip(weights, unserved, strict=True)
+        return tuple(by_xla(x, codes) if reason else _on_device(kernel, by_xla, x, codes) for codes, reason in pairs)
     unsupported = any(cpu_product.unsupported_reason(x, codes, s, axis, contracted, accumulate) for codes in weights)
     if unsupported or native.library() is None:
         return all_by_xla(x, weights)

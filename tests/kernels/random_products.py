@@ -112,15 +112,27 @@ class Product:
         Raises:
           ValueError: the kernel refuses the sizes.
         """
-        outputs = self.codes.shape[0 if self.by_output else 1]
-        y = np.full((self.x.shape[0], outputs), np.nan, np.float32)
+        y = self.no_result()
+        request = self.request(y_at or y.ctypes.data, codes_at, x_at, scale_at)
+        for name, value in fields.items():
+            setattr(request, name, value)
+        if reason := call([request], path, threads, blockwise):
+            raise ValueError(reason)
+        return y
+
+    def no_result(self) -> np.ndarray:
+        """NaN in the shape of the result."""
+        return np.full((self.x.shape[0], self.codes.shape[0 if self.by_output else 1]), np.nan, np.float32)
+
+    def request(self, y_at: int, codes_at: int = 0, x_at: int = 0, scale_at: int = 0) -> CProduct:
+        """The product as the kernels take it; addresses that are not 0 replace those of its arrays."""
         table = TABLES.get(self.format)
         request = CProduct(
             x_at or self.x.ctypes.data,
             codes_at or self.codes.ctypes.data,
-            y_at or y.ctypes.data,
+            y_at,
             *self.x.shape,
-            outputs,
+            self.codes.shape[0 if self.by_output else 1],
             KINDS.get(self.format, 2),
             self.bits,
             self.group,
@@ -130,11 +142,7 @@ class Product:
             CScales() if self.offset is None else _scales(self.offset, str(self.offset.dtype), None),
         )
         request.scale.data = scale_at or request.scale.data
-        for name, value in fields.items():
-            setattr(request, name, value)
-        if reason := call([request], path, threads, blockwise):
-            raise ValueError(reason)
-        return y
+        return request
 
     def rounded(self) -> np.ndarray:
         """The activations rounded to 8 bits in blocks, float64 (rows, inputs), and NaN in a row that is not finite."""

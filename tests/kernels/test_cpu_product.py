@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import mmap
 import os
+import pathlib
 import subprocess
 import sys
 import time
@@ -82,6 +83,31 @@ def test_results_depend_neither_on_threads_nor_on_other_rows(by_output):
         np.testing.assert_array_equal(p.run(threads=threads), whole)
     for row in range(5):
         np.testing.assert_array_equal(dataclasses.replace(p, x=p.x[row : row + 1].copy()).run(), whole[row : row + 1])
+
+
+@pytest.mark.parametrize("blockwise", [False, True])
+@pytest.mark.parametrize("by_output", [False, True])
+def test_weights_of_one_call_have_the_results_of_calls_of_their_own(by_output, blockwise):
+    """On several threads, whose parts end within a tile, after one output, and at the end of a weight."""
+    products = [draw("int4", 1024, n, 3, group=32, by_output=by_output, seed=n) for n in (500, 65, 64, 129)]
+    products = [dataclasses.replace(p, x=products[0].x) for p in products]
+    alone = [p.run(blockwise=blockwise) for p in products]
+    for threads in (1, 3, 7):
+        results = [p.no_result() for p in products]
+        requests = [p.request(y.ctypes.data) for p, y in zip(products, results, strict=True)]
+        assert not random_products.call(requests, "auto", threads, blockwise)
+        for result, expected in zip(results, alone, strict=True):
+            np.testing.assert_array_equal(result, expected)
+
+
+@pytest.mark.parametrize("sanitizer", ["", pytest.param("-fsanitize=thread", marks=pytest.mark.slow)])
+def test_threads_that_wait_get_the_next_task(sanitizer, tmp_path):
+    """Also with several callers at once, whose parts run once each; see crew.cc."""
+    program, source = tmp_path / "crew", pathlib.Path(__file__).with_name("crew.cc")
+    flags = ("-O1", "-std=c++17", "-pthread", f"-I{native.SOURCES}", *filter(None, [sanitizer]))
+    subprocess.run([native.find_compiler(), *flags, source, "-o", program], check=True)
+    done = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and not done.stderr
 
 
 @pytest.mark.parametrize("by_output", [False, True])

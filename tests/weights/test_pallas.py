@@ -71,6 +71,19 @@ def test_shard_map_computes_every_part():
     np.testing.assert_allclose(jax.jit(product)(x, q).astype(float), x @ q.dense(), rtol=2e-2, atol=4e-2)
 
 
+def test_a_weight_without_a_kernel_leaves_the_others_theirs(monkeypatch):
+    """On GPUs, tiles depend on the number of outputs."""
+    reason = pallas.unsupported_reason
+    monkeypatch.setattr(
+        pallas,
+        "unsupported_reason",
+        lambda x, codes, *rest: "narrow" * (codes[0].shape[1] < F) or reason(x, codes, *rest),
+    )
+    qs = [jax.tree.map(lambda leaf: leaf[0], stack("int8", outputs=outputs)) for outputs in (F, F // 2, 2 * F)]
+    together = lambda x: weights.dots(x, qs, accumulate=jnp.float32, gathered=[None] * 3)  # noqa: E731
+    assert kernels_in(together, normal(1, 3, C)) == 2
+
+
 def test_integer_products_use_the_kernel():
     q = jax.tree.map(lambda leaf: leaf[0], stack("w8a8"))
     assert kernels_in(weights.dot, normal(1, 3, C), q) == 1

@@ -74,7 +74,7 @@ static void Run(const Attention& a, Path path, int64_t threads, const Schedule& 
   if (path == kAuto) path = FastestPath();
   const int64_t work = a.rows * a.queries * a.keys * a.heads * a.width;
   InParallel(
-      a.rows * a.kv_heads, std::max<int64_t>(1, std::min(threads, work / kWorth)), true,
+      a.rows * a.kv_heads, std::max<int64_t>(1, std::min(threads, work / kWorth)), false,  // XLA may want the threads next
       [&](int64_t i) {
         thread_local std::vector<int64_t> keys;  // keep their memory from call to call
         thread_local std::vector<float> scores;

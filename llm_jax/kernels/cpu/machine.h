@@ -103,7 +103,8 @@ class Crew {
 
 // Calls work(0) ... work(count - 1) by this thread and up to `threads` - 1 others: those of the crew, and as many as are
 // missing, which `schedule` starts. A task that starts late finds nothing left, so that the caller never waits for a thread
-// that is busy with other work. The others stay with the crew afterwards if `again`: the next call is expected at once.
+// that is busy with other work. If `again`, the threads that were started join the crew afterwards: the next call is expected
+// at once, and XLA, whose threads they are, has no other work for them until then.
 template <typename Work, typename Schedule>
 static void InParallel(int64_t count, int64_t threads, bool again, const Work& work, const Schedule& schedule) {
   if (count <= 1 || threads <= 1) {
