@@ -331,27 +331,12 @@ def on_task(f: cli.Flags) -> None:
             if "difference" in row:
                 result |= {f"difference_{key}": row[key] for key in ("low", "high")} | {"difference": row["difference"]}
             results.append(result)
-    if f.json:
-        print(json.dumps(results))
-        return
-    width = max(map(len, ("checkpoint", *f.checkpoint))) if len(f.checkpoint) > 1 else 0
-    head = f"{'style':<14} {'template':>8} {'examples':>8} {'accuracy':>8}  {'95 % interval':<14} {'tokens':>6}"
-    print(f"{'checkpoint':<{width}}  {head}  difference from the first, 95 % interval" if width else head)
-    for row in results:
-        tokens = row["reasoning_tokens"] + row["tokens"]
-        line = (
-            f"{row['style']:<14} {row['template']:>8} {row['examples']:>8} {row['accuracy']:>8.3f}  "
-            f"{row['low']:.3f} to {row['high']:.3f} {tokens:>6.1f}"
-        )
-        if "difference" in row:
-            interval = f"{row['difference_low']:+.3f} to {row['difference_high']:+.3f}"
-            line += f"  {row['difference']:+.3f} ({interval})"
-        print(f"{row['checkpoint']:<{width}}  {line}" if width else line)
+    print(json.dumps(results) if f.json else answers.table(results))
 
 
 def _ask(f: cli.Flags, name: str, task: Any, configs: list[Any], count: int) -> list[list[dict[str, Any]]]:
     """Returns, for each prompt in `configs`, the records of the first `count` examples in the order of the examples."""
-    from llm_jax import bars, checkpoints, tokenizers
+    from llm_jax import checkpoints, tokenizers
     from llm_jax.evaluation import answers
 
     checkpoint = checkpoints.open(name, f.base)
@@ -365,20 +350,7 @@ def _ask(f: cli.Flags, name: str, task: Any, configs: list[Any], count: int) -> 
     directory = pathlib.Path(f.output) if f.output else None
     if directory and len(f.checkpoint) > 1:  # a directory for each checkpoint
         directory /= f"{f.checkpoint.index(name)}-{pathlib.Path(name).name}"
-    records: list[list[dict[str, Any]]] = []
-    with bars.bar(total=count * len(configs), desc=task.name, leave=False, delay=2) as bar:
-        for config in configs:
-            path = directory / f"{task.name}-{config.style}-{config.template}.jsonl" if directory else None
-            log = answers.AnswerLog(path, settings | dataclasses.asdict(config))
-            done = {record["index"] for record in log.records}
-            bar.update(len(done))
-            missing = [i for i in range(count) if i not in done]
-            for record in answers.records(loaded, task, config, missing, f.batch_size):
-                log.add(record)
-                bar.update()
-            inside = (record for record in log.records if record["index"] < count)
-            records.append(sorted(inside, key=lambda record: record["index"]))
-    return records
+    return answers.of_prompts(loaded, task, configs, count, f.batch_size, directory, settings)
 
 
 def on_harness(f: cli.Flags) -> None:

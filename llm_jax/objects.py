@@ -7,8 +7,6 @@ such paths.
 
 import concurrent.futures
 import contextlib
-import functools
-import logging
 import os
 import pathlib
 import queue
@@ -18,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, TypeVar
 
+from llm_jax import object_clients
 from llm_jax.errors import UserError
 
 T = TypeVar("T")
@@ -28,7 +27,7 @@ class StoreError(UserError):
 
 
 class Unanswered(StoreError):
-    """A store that does not answer any more. Further requests of this process fail at once until `check` succeeds."""
+    """A store that does not answer. For a while, further requests of this process fail at once."""
 
 
 _EXTRAS = {"gs": ("gcs", "gcsfs"), "s3": ("s3", "s3fs")}  # {scheme: (extra of this package, package)}
@@ -41,10 +40,10 @@ _LIST_ONE: dict[str, Callable[[Any, str, str], Any]] = {
     "s3": lambda system, bucket, prefix: system.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1),
 }
 _ANSWER = 30.0  # seconds in which a store must answer a first request
-_SILENCE = 15.0  # seconds without a byte of an answer after which a request is repeated or given up
 _PROBE = 15.0  # seconds between requests to a store while another request, or a library, waits for it
 _SILENT = 60.0  # seconds without an answer to these requests after which the store is given up
-_unanswering: set[str] = set()  # schemes of stores that do not answer
+_PAUSE = 60.0  # seconds in which requests to a store that was given up fail at once; the next one looks for it again
+_unanswering: dict[str, float] = {}  # {scheme of a store that was given up: when, by `time.monotonic`}
 _BLOCK = 2**23  # bytes that are read of a stream at a time
 _TRANSFERS = 8  # objects that are transferred at a time
 _CURES = {
@@ -83,16 +82,18 @@ def check(path: Any) -> None:
 
     def look() -> None:
         try:
-            _LIST_ONE[_scheme(path)](_client(_scheme(path)), bucket, prefix)
+            _LIST_ONE[_scheme(path)](object_clients.client(_scheme(path)), bucket, prefix)
         except FileNotFoundError as error:
             raise UserError(f"{path}: there is no bucket '{bucket}'; create it first, or correct the name") from error
 
     _within(look, path)
-    _unanswering.discard(_scheme(path))
+    _unanswering.pop(_scheme(path), None)
 
 
 def bounded(path: str | os.PathLike[str], call: Callable[[], T]) -> T:
     """Returns `call()`, which may take as long as it needs while the store of `path` answers other requests.
+
+    An error of the store is an answer too: whether it concerns `call` is left to `call`.
 
     Raises:
       Unanswered: the store has not answered for more than a minute; `call` is left behind in its thread.
@@ -117,11 +118,14 @@ def bounded(path: str | os.PathLike[str], call: Callable[[], T]) -> T:
             return value
         try:
             check(path)
-            answered = time.monotonic()
-        except UserError:
-            if (seconds := time.monotonic() - answered) > _SILENT:
-                _unanswering.add(_scheme(path))
-                raise Unanswered(f"{path}: its store has not answered for {seconds:.0f} s; check the network") from None
+        except UserError as error:
+            if object_clients.is_of_network(error):
+                if (seconds := time.monotonic() - answered) > _SILENT:
+                    _unanswering[_scheme(path)] = time.monotonic()
+                    text = f"{path}: its store has not answered for {seconds:.0f} s; check the network"
+                    raise Unanswered(text) from None
+                continue
+        answered = time.monotonic()
 
 
 def write(path: Any, content: bytes) -> None:
@@ -285,7 +289,7 @@ def _require(address: str) -> None:
     if not _key(address).split("/")[0]:
         raise UserError(f"{address}: names no bucket; expected {scheme}://BUCKET/PATH")
     try:
-        _client(scheme)
+        object_clients.client(scheme)
     except ImportError as error:
         raise UserError(f"{address} needs the package {package}; pip install 'llm_jax[{extra}]'") from error
     except Exception as error:
@@ -294,44 +298,24 @@ def _require(address: str) -> None:
 
 def _request(path: Any, name: str, *arguments: Any, **options: Any) -> Any:
     """Calls a method of the fsspec file system of `path`. Raises Unanswered, and the errors of the client."""
-    if _scheme(path) in _unanswering:
-        raise Unanswered(f"{os.fspath(path)}: the store does not answer; check the network")
-    return bounded(path, lambda: getattr(_client(_scheme(path)), name)(*arguments, **options))
+    _refuse_if_given_up(path)
+    return bounded(path, lambda: getattr(object_clients.client(_scheme(path)), name)(*arguments, **options))
 
 
-@functools.cache
-def _client(scheme: str) -> Any:
-    """The fsspec file system of a scheme, the one that `epath` uses."""
-    import fsspec
-    from etils.epath import backend
-
-    # Listings are not cached, because other processes write too.
-    defaults: dict[str, dict[str, Any]] = {
-        "gs": {"use_listings_cache": False},
-        "s3": {
-            "use_listings_cache": False,
-            "config_kwargs": {
-                "connect_timeout": 5,
-                "read_timeout": _SILENCE,
-                "retries": {"mode": "standard", "max_attempts": 2},
-            },
-        },
-    }
-    if scheme == "gs":
-        import aiohttp  # a dependency of gcsfs
-
-        # gcsfs makes six attempts.
-        defaults["gs"]["requests_timeout"] = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=_SILENCE)
-        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs errors with tracebacks, and raises them too
-        # gcsfs looks for a feature of buckets that needs further permissions, and logs where it has none.
-        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-        if emulator := os.environ.get("STORAGE_EMULATOR_HOST"):  # that of TensorStore has a name of its own
-            os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", emulator)
-    fsspec.config.conf[scheme] = defaults[scheme] | fsspec.config.conf.get(scheme, {})
-    system = backend.fsspec_backend.fs(f"{scheme}://")
-    if scheme == "s3":
-        system.retries = 2  # each of them makes two attempts
-    return system
+def _refuse_if_given_up(path: Any) -> None:
+    """Raises Unanswered if the store of `path` was given up and, if that was a while ago, still does not answer."""
+    scheme = _scheme(path)
+    if (given_up := _unanswering.get(scheme)) is None:
+        return
+    try:
+        if time.monotonic() - given_up < _PAUSE:
+            raise TimeoutError
+        _unanswering[scheme] = time.monotonic()  # other threads need not look too
+        check(path)
+    except (TimeoutError, UserError) as error:
+        if object_clients.is_of_network(error):
+            raise Unanswered(f"{os.fspath(path)}: the store does not answer; check the network") from error
+        _unanswering.pop(scheme, None)
 
 
 def _within(function: Callable[[], None], path: Any) -> None:
@@ -348,7 +332,8 @@ def _within(function: Callable[[], None], path: Any) -> None:
     thread.start()
     thread.join(_ANSWER)
     if thread.is_alive():
-        raise UserError(f"{path}: its store does not answer within {_ANSWER:.0f} s; check the network")
+        text = f"{path}: its store does not answer within {_ANSWER:.0f} s; check the network"
+        raise UserError(text) from TimeoutError()
     for error in raised:
         with errors(path, "cannot be read"):
             raise error

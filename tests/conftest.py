@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from llm_jax import cli, objects, runtime, schema
+from llm_jax import cli, object_clients, objects, runtime, schema
 from llm_jax import configuration as config_lib
 from llm_jax.errors import UserError
 from llm_jax.kernels import native
@@ -209,7 +209,7 @@ def bucket(monkeypatch):
             raise FileNotFoundError(name)
 
     monkeypatch.setattr(type(backend.fsspec_backend), "fs", lambda self, path: system)
-    monkeypatch.setattr(objects, "_client", lambda scheme: system)
+    monkeypatch.setattr(object_clients, "client", lambda scheme: system)
     monkeypatch.setattr(objects, "_LIST_ONE", {"gs": look, "s3": look})
     yield system
     system.store.clear()

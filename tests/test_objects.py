@@ -232,8 +232,28 @@ def test_a_call_is_not_waited_for_once_its_store_does_not_answer(directory, monk
             objects.bounded(directory, lambda: time.sleep(5))
         with pytest.raises(UserError, match="the store does not answer"):
             files.write(directory / "a", "a")
-    objects.check(directory)
+        monkeypatch.setattr(objects, "_PAUSE", 0.0)  # the store is looked for again, and still does not answer
+        with pytest.raises(UserError, match="the store does not answer"):
+            files.write(directory / "a", "a")
     files.write(directory / "a", "a")
+    assert not objects._unanswering
+
+
+@pytest.mark.parametrize("error", [PermissionError("403"), OSError("503 slow down"), FileNotFoundError("bucket")])
+def test_a_store_that_answers_with_an_error_is_not_given_up(directory, monkeypatch, error):
+    """An account may lose the permission to list, and a busy store asks for fewer requests, while an upload goes on."""
+    monkeypatch.setattr(objects, "_PROBE", 0.01)
+    monkeypatch.setattr(objects, "_SILENT", 0.02)
+
+    def refuse(*arguments):
+        raise error
+
+    monkeypatch.setattr(objects, "_LIST_ONE", {"s3": refuse})
+    assert objects.bounded(directory, lambda: time.sleep(0.2) or "slow") == "slow"
+    error = type("ServerDisconnectedError", (type("ClientConnectionError", (Exception,), {}),), {})("no route")
+    with pytest.raises(objects.Unanswered, match="has not answered for"):
+        objects.bounded(directory, lambda: time.sleep(0.2))
+    objects._unanswering.clear()
 
 
 def test_a_checkpoint_that_hangs_is_one_line_and_does_not_hold_up_the_end(bucket, trained, monkeypatch):

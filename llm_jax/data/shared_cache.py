@@ -1,7 +1,8 @@
 """A token cache in an object store (data.cache_dir=gs://... or s3://...), which many machines share.
 
 Arrays are mapped from files, so each machine has a copy in a directory of its own. What a machine lacks is copied from
-the store; what it has built is uploaded. A directory in the store is complete when its manifest.json exists.
+the store; what it has built is uploaded. A directory in the store is complete when its manifest.json exists, and the
+files that it names: a rule of the bucket that deletes old objects may have deleted some of them.
 """
 
 import hashlib
@@ -35,7 +36,7 @@ def fetch(cache_dir: str, path: pathlib.Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with files.new_file(path) as file:
             objects.copy_to(origin, file)
-    elif objects.LAST in content:
+    elif objects.LAST in content and content.keys() >= set(json.loads(objects.read(origin / objects.LAST))):
         with files.new_directory(path, exist_ok=True) as partial:
             objects.download(origin, partial)
             (partial / objects.LAST).unlink()

@@ -1,11 +1,12 @@
 """The answers of a model to the examples of a task, and whether they are correct."""
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from llm_jax import files
+from llm_jax import bars, files
 from llm_jax.decoding import score, stops
 from llm_jax.decoding.complete import complete, fit
 from llm_jax.decoding.options import DecodingOptions
@@ -164,3 +165,61 @@ def _choose(
         scores = [next(values) for _ in example.choices]
         answers.append(_Answer(example.choices[scores.index(max(scores))], 0, scores))
     return answers
+
+
+def of_prompts(
+    model: Model,
+    task: Task,
+    configs: Sequence[PromptConfig],
+    count: int,
+    batch_size: int,
+    directory: pathlib.Path | None,
+    settings: Mapping[str, Any],
+) -> list[list[dict[str, Any]]]:
+    """Returns, for each prompt in `configs`, the records of the first `count` examples in the order of the examples.
+
+    Args:
+      directory: of an `AnswerLog` for each prompt, whose records are not measured again; None: no log.
+      settings: what the records depend on in addition to the prompt.
+
+    Raises:
+      UserError: the log of a prompt has other settings, or cannot be read or written.
+    """
+    of_all: list[list[dict[str, Any]]] = []
+    with bars.bar(total=count * len(configs), desc=task.name, leave=False, delay=2) as bar:
+        for config in configs:
+            path = directory / f"{task.name}-{config.style}-{config.template}.jsonl" if directory else None
+            log = AnswerLog(path, {**settings, **dataclasses.asdict(config)})
+            done = {record["index"] for record in log.records}
+            bar.update(len(done))
+            missing = [i for i in range(count) if i not in done]
+            for record in records(model, task, config, missing, batch_size):
+                log.add(record)
+                bar.update()
+            inside = (record for record in log.records if record["index"] < count)
+            of_all.append(sorted(inside, key=lambda record: record["index"]))
+    return of_all
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """A table with a row for each prompt and checkpoint.
+
+    Args:
+      results: each with the values of a `PromptConfig` and of `summary`, "checkpoint", and for all checkpoints but the
+        first "difference" to it with "difference_low" and "difference_high", the limits of its 95 % interval.
+    """
+    names = [row["checkpoint"] for row in results]
+    width = max(map(len, ("checkpoint", *names))) if any("difference" in row for row in results) else 0
+    head = f"{'style':<14} {'template':>8} {'examples':>8} {'accuracy':>8}  {'95 % interval':<14} {'tokens':>6}"
+    lines = [f"{'checkpoint':<{width}}  {head}  difference from the first, 95 % interval" if width else head]
+    for row in results:
+        tokens = row["reasoning_tokens"] + row["tokens"]
+        line = (
+            f"{row['style']:<14} {row['template']:>8} {row['examples']:>8} {row['accuracy']:>8.3f}  "
+            f"{row['low']:.3f} to {row['high']:.3f} {tokens:>6.1f}"
+        )
+        if "difference" in row:
+            interval = f"{row['difference_low']:+.3f} to {row['difference_high']:+.3f}"
+            line += f"  {row['difference']:+.3f} ({interval})"
+        lines.append(f"{row['checkpoint']:<{width}}  {line}" if width else line)
+    return "\n".join(lines)

@@ -67,7 +67,7 @@ def parse(text: str, config: MeshConfig) -> MeshConfig:
         if not equals or axis not in (*BATCH, HEADS) or axis in sizes:
             names = ", ".join((*BATCH, HEADS))
             raise UserError(f"--mesh={text}; expected sizes of different axes ({names}), such as tensor=4,data=2")
-        sizes[axis] = int(size) if size.lstrip("-").isdecimal() else size
+        sizes[axis] = int(size) if re.fullmatch(r"-?\d+", size) else size
     return configuration.replace(config, sizes, "mesh.")
 
 

@@ -162,7 +162,8 @@ def search(
             break
         pending.remove(candidate)
         text, number = _text(changes), compiled + len(misses) + 1
-        log(f"{number} of {min(limit, number + len(pending))}{_remaining(began, number, limit, seconds)}: {text}")
+        last = min(limit, number + len(pending))
+        log(f"{number} of {last}{_remaining(began, number, last, seconds)}: {text}")
         try:
             rest = seconds - (time.monotonic() - began)
             report = planning.plan(configuration.replace(config, changes), topology, seconds=max(rest, 0.0))
@@ -198,12 +199,12 @@ def search(
     )
 
 
-def _remaining(began: float, number: int, limit: int, seconds: float) -> str:
-    """The time until the search ends, by the mean of the compilations before `number`; "" before the first."""
+def _remaining(began: float, number: int, last: int, seconds: float) -> str:
+    """The time until compilation `last` ends, by the mean of those before `number`; "" before the first."""
     elapsed = time.monotonic() - began
     if number == 1:
         return ""
-    left = min((limit - number + 1) * elapsed / (number - 1), seconds - elapsed)
+    left = min((last - number + 1) * elapsed / (number - 1), seconds - elapsed)
     return f" ({bars.duration(elapsed)} so far, about {bars.duration(max(left, 0))} left)"
 
 

@@ -9,7 +9,7 @@ import zipfile
 import pytest
 
 import llm_jax
-from llm_jax import checkpoints, files, objects, trees
+from llm_jax import checkpoints, files, object_clients, objects, trees
 from llm_jax.checkpoints import location, zip_files
 from llm_jax.errors import UserError
 
@@ -160,7 +160,7 @@ def test_an_object_store_without_its_package_or_a_bucket_is_one_line(monkeypatch
     def missing(scheme):
         raise ImportError("Please install it")
 
-    monkeypatch.setattr(objects, "_client", missing)
+    monkeypatch.setattr(object_clients, "client", missing)
     with pytest.raises(UserError, match=f"^{address} *:?.*{message}$"):
         llm_jax.load(address)
 

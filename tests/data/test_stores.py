@@ -101,12 +101,13 @@ def test_a_corpus_of_a_bucket_is_built_once_for_all_machines(texts, tmp_path, mo
     np.testing.assert_array_equal(one.train.offsets, other.train.offsets)
 
 
-def test_an_unfinished_corpus_in_the_bucket_is_not_used(texts, bucket, tmp_path, monkeypatch):
+@pytest.mark.parametrize("removed", [("manifest.json", "train/tokens.bin"), ("train/tokens.bin",)])
+def test_an_incomplete_corpus_in_the_bucket_is_not_used(texts, bucket, tmp_path, monkeypatch, removed):
     config = data_config(texts, "s3://bucket/cache")
     Source(config).corpus(byte_tokenizer())
     (manifest,) = [name for name in bucket.find("bucket/cache/corpora") if name.endswith("manifest.json")]
-    bucket.rm_file(manifest)
-    bucket.rm_file(manifest.replace("manifest.json", "train/tokens.bin"))
+    for name in removed:
+        bucket.rm_file(manifest.replace("manifest.json", name))
     monkeypatch.setenv("LLM_JAX_CACHE", str(tmp_path / "two"))
     Source(config).corpus(byte_tokenizer())
     assert bucket.exists(manifest) and bucket.exists(manifest.replace("manifest.json", "train/tokens.bin"))

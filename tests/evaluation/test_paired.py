@@ -18,6 +18,7 @@ from llm_jax.errors import UserError
 from llm_jax.evaluation import held_out as held_out_lib
 from llm_jax.evaluation import paired
 from llm_jax.evaluation.paired import Units
+from llm_jax.tokenizers.byte import ByteTokenizer
 
 DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
@@ -218,3 +219,15 @@ def test_whole_file_is_refused_where_no_text_file_is_cut(command, trained, tmp_p
     path.write_text('{"text": "the model reads a token", "label": "a"}\n')
     done = command("evaluate", f"--checkpoint={trained}", f"--data={path}", "--whole_file", *flags, code=2)
     assert message in done.stderr and "--whole_file has no effect" in done.stderr
+
+
+def test_unknown_tokens_of_the_evaluated_text_are_noted(command, trained, tmp_path, monkeypatch):
+    """Bits per byte are too low where the vocabulary lacks a part of the text."""
+    path = tmp_path / "x.txt"
+    path.write_text("the model reads a token\n\n" * 20)
+    flags = (f"--checkpoint={trained}", f"--data={path}")
+    assert "unknown to the tokenizer" not in command("evaluate", *flags).stderr
+    monkeypatch.setattr(ByteTokenizer, "unk", ByteTokenizer().encode("e")[0])
+    done = command("evaluate", *flags, "--json")
+    assert "% of the held-out tokens are unknown to the tokenizer; bits per byte are too low" in done.stderr
+    assert json.loads(done.stdout)["tokens"] > 0  # the note is not part of the JSON

@@ -84,6 +84,7 @@ def test_a_loaded_model_is_divided_over_the_mesh(simulated, trained):
         (["--mesh=context=2"], "expected sizes of different axes"),
         (["--mesh=tensor=2,tensor=4"], "expected sizes of different axes"),
         (["--mesh=tensor=x"], "config key 'mesh.tensor' is 'x'; expected"),
+        (["--mesh=tensor=--2"], "config key 'mesh.tensor' is '--2'; expected"),
         (["--mesh=tensor=3"], "does not fit 8 devices"),
         (["--mesh=tensor=0"], "expected positive numbers"),
         ([], "--devices=8 has no effect where --mesh is not given"),
