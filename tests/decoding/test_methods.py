@@ -177,7 +177,10 @@ def padded(small, make):
     return drafts
 
 
-@pytest.mark.parametrize("who", ["draft", "the model itself", "look-up", "narrower"])
+# The test of a padded draft accepts all that is proposed as "the model itself" does.
+@pytest.mark.parametrize(
+    "who", ["draft", pytest.param("the model itself", marks=pytest.mark.slow), "look-up", "narrower"]
+)
 def test_speculative_greedy_is_greedy(small, other, padded, who):
     draft = (padded | {"draft": other, "the model itself": small, "look-up": None})[who]
     prompts = [[2], [3, 4, 0, 2, 2, 3, 4], [0] * 35]
@@ -194,12 +197,18 @@ FILTERED = DecodingOptions(top_k=3, temperature=1.5, repetition_penalty=1.3)
 
 @pytest.mark.parametrize(
     ("who", "options"),
-    [(who, options) for who in ("draft", "look-up") for options in (DecodingOptions(), FILTERED)]
-    + [("narrower", DecodingOptions()), ("wider", FILTERED)],
-    ids=["draft-plain", "draft-filtered", "look-up-plain", "look-up-filtered", "narrower-plain", "wider-filtered"],
+    [
+        pytest.param("draft", DecodingOptions(), id="draft-plain", marks=pytest.mark.slow),
+        pytest.param("draft", FILTERED, id="draft-filtered"),
+        pytest.param("look-up", DecodingOptions(), id="look-up-plain", marks=pytest.mark.slow),
+        pytest.param("look-up", FILTERED, id="look-up-filtered"),
+        pytest.param("narrower", DecodingOptions(), id="narrower-plain"),
+        pytest.param("wider", FILTERED, id="wider-filtered", marks=pytest.mark.slow),
+    ],
 )
-def test_speculative_draws_have_the_models_own_distribution(small, other, padded, who, options):
+def test_speculative_draws_have_the_models_own_distribution(monkeypatch, small, other, padded, who, options):
     """Over all texts of three tokens, for two prompts in one batch: a round of two guesses and one more."""
+    monkeypatch.setattr(loop, "_SMALLEST_BUCKET", 8)  # the time is that of attention over slots, most of them empty
     prompts, count = [[2], [3, 4, 0, 2, 3]], 3000
     rows = [p for p in prompts for _ in range(count)]
     made = speculative.generate(

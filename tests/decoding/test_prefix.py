@@ -13,7 +13,10 @@ from tests.lora import cases
 SYSTEM, QUESTION, NEXT = list(range(10, 22)), [30, 31, 32, 33], [40, 41, 42, 43, 44, 45, 46]
 KINDS = {
     "rope, int8, local": ({"kind": "rope"}, {"kv_cache": "int8", "layer_pattern": ("local", "global"), "window": 5}),
-    "dynamic rope": ({"kind": "rope", "scaling": "dynamic", "scaling_factor": 2.0, "original_length": 20}, {}),
+    "dynamic rope": (
+        {"kind": "rope", "scaling": "dynamic", "scaling_factor": 2.0, "original_length": 20},
+        {"num_layers": 1},
+    ),
     "shaw": ({"kind": "shaw"}, {}),
     **{kind: ({"kind": kind}, {"kv_cache": "int8"}) for kind in ("alibi", "learned", "none", "sinusoidal", "t5")},
 }
@@ -29,7 +32,7 @@ def model_and_params(request, make, tiny):
 def test_answers_are_those_without_a_prefix_and_only_new_tokens_are_prefilled(model_and_params):
     """Over three requests: a longer one, which makes the cache larger, and one that leaves an earlier answer out."""
     model, params = model_and_params
-    sampler = DecodingOptions(repetition_penalty=1.3).sampler(all_filters=True)
+    sampler = DecodingOptions(repetition_penalty=1.3).sampler()
     prefix, prompt = Prefix(), [*SYSTEM, *QUESTION]
 
     def answer():
@@ -81,7 +84,7 @@ def test_other_adapters_over_one_base_reuse_nothing_of_a_prefix(make, tiny):
     model, base = make(scan_layers=False, num_layers=1)
     combined = lora.combine(cases.made(base, cases.config(tiny)))
     adapted, plain = (lora.attach(base, lora.mix(combined, jnp.array([weight]))) for weight in (1.0, 0.0))
-    prefix, sampler = Prefix(), DecodingOptions(temperature=0).sampler(all_filters=True)
+    prefix, sampler = Prefix(), DecodingOptions(temperature=0).sampler()
     for params, reused in (
         (adapted, 0),
         (adapted, len(SYSTEM) - 1),

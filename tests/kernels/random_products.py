@@ -2,6 +2,8 @@
 
 import ctypes
 import dataclasses
+import functools
+from typing import Any
 
 import numpy as np
 
@@ -217,3 +219,23 @@ def draw(
     return Product(
         format, group, by_output, x, codes.view(np.int8) if format == "int8" else codes, scales, scale, inner, offsets
     )
+
+
+@functools.lru_cache(maxsize=1)  # tests of one format and several instruction sets come one after the other
+def references(
+    format: str, shapes: tuple[tuple[int, int, int], ...], by_output: bool, rounded: bool, **options: Any
+) -> list[tuple[Product, np.ndarray, np.ndarray]]:
+    """Random products, each with its result in float64 and with the sums of magnitudes that bound its errors.
+
+    Args:
+      shapes: (inputs, outputs, rows) of each. Nested scales are drawn with one inner scale and with one per output.
+      rounded: round the activations to 8 bits, and read codes by `ROUNDED_TABLES`.
+      options: of `draw`.
+    """
+    products = []
+    for inputs, outputs, rows in shapes:
+        for inner_parts in (1, outputs) if options.get("scale") == "nested" else (1,):
+            p = draw(format, inputs, outputs, rows, by_output=by_output, inner_parts=inner_parts, **options)
+            w, x = p.weight(ROUNDED_TABLES if rounded else None), p.rounded() if rounded else p.x.astype(np.float64)
+            products.append((p, x @ w, np.abs(x) @ np.abs(w)))
+    return products

@@ -36,14 +36,10 @@ def kernels(compiled_kernels):
 
 def check_products(name: str, by_output: bool, path: str) -> None:
     dirty = draw("int8", 1024, 8, 16)  # its rounded activations stay in the memory that the next product uses
-    for inputs, outputs, rows in SHAPES:
-        for inner_parts in (1, outputs) if ALL_FORMATS[name].get("scale") == "nested" else (1,):
-            options = {"by_output": by_output, "inner_parts": inner_parts, **ALL_FORMATS[name]}
-            p = draw(name.split()[0], inputs, outputs, rows, **options)
-            w, x = p.weight(random_products.ROUNDED_TABLES), p.rounded()
-            dirty.run(path, blockwise=True)
-            error = np.abs(p.run(path, blockwise=True) - x @ w) / (np.abs(x) @ np.abs(w))
-            assert error.max() < 1e-6, (inputs, outputs, rows, inner_parts)
+    for p, expected, size in random_products.references(name.split()[0], SHAPES, by_output, True, **ALL_FORMATS[name]):
+        dirty.run(path, blockwise=True)
+        error = np.abs(p.run(path, blockwise=True) - expected) / size
+        assert error.max() < 1e-6, (p.x.shape, expected.shape)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -138,7 +134,8 @@ def test_sizes_that_do_not_fit_are_refused(change, reason):
 def test_kernels_equal_xla_for_one_weight_and_for_several(name, monkeypatch):
     """Three weights of one scheme share a custom call, and the products are those of XLA."""
     x = jax.random.normal(jax.random.key(0), (2, 3, 128))
-    ws = [weights.to_qtensor(jax.random.normal(jax.random.key(n), (128, n)), name, weights.IN) for n in (64, 32, 64)]
+    to_qtensor = jax.jit(weights.to_qtensor, static_argnums=(1, 2))
+    ws = [to_qtensor(jax.random.normal(jax.random.key(n), (128, n)), name, weights.IN) for n in (64, 32, 64)]
     ws = weights.with_activations(ws, "int8")
 
     def products(x, ws):
@@ -147,14 +144,15 @@ def test_kernels_equal_xla_for_one_weight_and_for_several(name, monkeypatch):
     function = jax.jit(products)
     results = function(x, ws)
     assert function.lower(x, ws).as_text().count("@llm_jax_blockwise_product") == 1
-    gradient = jax.grad(lambda x: sum(y.sum() for y in products(x, ws)))(x)
-    np.testing.assert_allclose(gradient[0, 0], sum(weights.dense(w).sum(1) for w in ws), rtol=1e-4, atol=1e-4)
-    np.testing.assert_array_equal(results[1], weights.dot(x, ws[1]))
+    gradient = jax.jit(jax.grad(lambda x: sum(y.sum() for y in products(x, ws))))(x)
+    dense = [np.asarray(w) for w in jax.jit(lambda ws: [weights.dense(w) for w in ws])(ws)]
+    np.testing.assert_allclose(gradient[0, 0], sum(w.sum(1) for w in dense), rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(results[1], jax.jit(weights.dot)(x, ws[1]))
     monkeypatch.setenv(native.SETTING, "xla")
-    for result, w in zip(results, ws, strict=True):
-        by_xla = weights.dot(x, w)
-        np.testing.assert_allclose(result, by_xla, rtol=1e-5, atol=1e-5)
-        exact = x @ weights.dense(w)
+    by_xla = jax.jit(lambda x, ws: [weights.dot(x, w) for w in ws])(x, ws)
+    for result, reference, w in zip(results, by_xla, dense, strict=True):
+        np.testing.assert_allclose(result, reference, rtol=1e-5, atol=1e-5)
+        exact = np.asarray(x) @ w
         assert 1e-4 < jnp.abs(result - exact).max() / jnp.abs(exact).max() < 2e-2  # activations are rounded
 
 

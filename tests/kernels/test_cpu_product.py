@@ -58,13 +58,9 @@ def test_products_equal_those_in_float64(name, by_output, path):
     """As exact as float32: the bound is that of a sum of rounded products."""
     if not available(path):
         pytest.skip(f"this CPU has no {path}")
-    for inputs, outputs, rows in SHAPES:
-        for inner_parts in (1, outputs) if FORMATS[name].get("scale") == "nested" else (1,):
-            options = {"by_output": by_output, "inner_parts": inner_parts, **FORMATS[name]}
-            p = draw(name.split()[0], inputs, outputs, rows, **options)
-            w, x = p.weight(), p.x.astype(np.float64)
-            error = np.abs(p.run(path) - x @ w) / (np.abs(x) @ np.abs(w))
-            assert error.max() < 4e-7, (inputs, outputs, rows, inner_parts)
+    for p, expected, size in random_products.references(name.split()[0], SHAPES, by_output, False, **FORMATS[name]):
+        error = np.abs(p.run(path) - expected) / size
+        assert error.max() < 4e-7, (p.x.shape, expected.shape)
 
 
 @pytest.mark.parametrize("by_output", [False, True])

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from llm_jax import weights
-from llm_jax.kernels import gpu_product, matmul, number_formats
+from llm_jax.kernels import gpu_product, number_formats
 from llm_jax.weights import IN, OUT
-from tests.kernels.test_tpu_product import tolerance
+from tests.kernels.test_tpu_product import to_qtensor, tolerance, xla_product
 
 FLOAT = jnp.dtype("float32")
 SCHEMES = ("int8", "int8:64", "int8_affine", "int4", "int4:channel", "int4_affine", "int2:64", "nf4", "mxfp4")
@@ -16,7 +16,7 @@ SCHEMES = ("int8", "int8:64", "int8_affine", "int4", "int4:channel", "int4_affin
 
 def setup(scheme, axis, contracted, rows=3, inputs=256, outputs=192):
     shape = (inputs, outputs) if axis == IN else (outputs, inputs)
-    q = weights.to_qtensor(jax.random.normal(jax.random.key(0), shape), scheme, axis)
+    q = to_qtensor(jax.random.normal(jax.random.key(0), shape), scheme, axis)
     return jax.random.normal(jax.random.key(1), (rows, shape[contracted]), jnp.bfloat16), q
 
 
@@ -24,8 +24,8 @@ def check(scheme, axis, contracted, rows=3):
     x, q = setup(scheme, axis, contracted, rows)
     s, codes = number_formats.scheme(scheme), q._stored()
     assert gpu_product.unsupported_reason(x, codes, s, axis, contracted, FLOAT) == ""
-    y = gpu_product.product(x, codes, s, axis, contracted, interpret=True)
-    expected = np.asarray(matmul.xla_product(x, codes, s, axis, contracted, FLOAT))
+    y = jax.jit(lambda x, codes: gpu_product.product(x, codes, s, axis, contracted, interpret=True))(x, codes)
+    expected = np.asarray(xla_product(x, codes, s, axis, contracted, FLOAT))
     assert y.shape == expected.shape and (np.abs(y - expected) <= tolerance(x, q, contracted)).all()
 
 

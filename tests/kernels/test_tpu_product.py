@@ -17,19 +17,25 @@ ODD = {0: [(3, 256, 384), (40, 256, 128), (300, 128, 640)], 1: [(3, 256, 256), (
 SCHEMES = ("int8", "int8:64", "int8_affine", "int4", "int4:128", "int4_affine", "int2", "nf4", "nf4:128", "mxfp4")
 
 
+# Compiled as wholes: one operation at a time, each is compiled alone.
+to_qtensor = jax.jit(weights.to_qtensor, static_argnums=(1, 2))
+xla_product = jax.jit(matmul.xla_product, static_argnums=(2, 3, 4, 5))
+dense = jax.jit(weights.dense)
+
+
 def operands(scheme, rows, inputs, outputs, contracted, axis=IN):
     """(x, a quantized weight) of a product; float16 and double scales are those that checkpoints have."""
     shape = (inputs, outputs) if contracted == 0 else (outputs, inputs)
     w = jax.random.normal(jax.random.key(0), shape)
-    return jax.random.normal(jax.random.key(1), (rows, inputs), jnp.bfloat16), weights.to_qtensor(w, scheme, axis)
+    return jax.random.normal(jax.random.key(1), (rows, inputs), jnp.bfloat16), to_qtensor(w, scheme, axis)
 
 
 def tolerance(x, q, contracted):
     """The bound of a product's error: of float32 sums, and of weights that differ in the last bits of float32, as with
     a fused multiplication and addition, and therefore round to another bfloat16."""
-    w = np.asarray(q.dense() if contracted == 0 else q.dense().T)
+    w = np.asarray(dense(q)) if contracted == 0 else np.asarray(dense(q)).T
     bits = _LAST_BITS * np.abs(w).max()
-    low, high = (np.asarray(jnp.asarray(w + side).astype(jnp.bfloat16), np.float32) for side in (-bits, bits))
+    low, high = ((w + side).astype(jnp.bfloat16).astype(np.float32) for side in (-bits, bits))
     return np.abs(np.asarray(x, np.float32)) @ (1e-6 * np.abs(w) + (high - low))
 
 
@@ -37,8 +43,8 @@ def check(scheme, rows, inputs, outputs, contracted, axis=IN, interpret=True):
     x, q = operands(scheme, rows, inputs, outputs, contracted, axis)
     s, codes = number_formats.scheme(scheme), q._stored()
     assert tpu_product.unsupported_reason(x, codes, s, axis, contracted, FLOAT) == ""
-    y = tpu_product.product(x, codes, s, axis, contracted, interpret=interpret)
-    expected = np.asarray(matmul.xla_product(x, codes, s, axis, contracted, FLOAT))
+    y = jax.jit(lambda x, codes: tpu_product.product(x, codes, s, axis, contracted, interpret=interpret))(x, codes)
+    expected = np.asarray(xla_product(x, codes, s, axis, contracted, FLOAT))
     assert y.shape == expected.shape and (np.abs(y - expected) <= tolerance(x, q, contracted)).all()
 
 

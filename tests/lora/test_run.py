@@ -32,6 +32,15 @@ def run(command, trained, tmp_path_factory):
     return workdir
 
 
+@pytest.fixture(scope="module")
+def over_int8(command, trained, tmp_path_factory):
+    """Eight steps of adapters over the run `trained` in int8."""
+    workdir = tmp_path_factory.mktemp("runs") / "over_int8"
+    flags = ("--config.lora.rank=4", "--config.quant.scheme=int8", "--config.optim.lr=0.1")
+    command("train", f"--workdir={workdir}", f"--config.init_from={trained}", *flags)
+    return workdir
+
+
 def arrays(workdir):
     directory = checkpoints.find(workdir)
     return adapters_form.restore_adapters(directory, checkpoints.verify(directory))
@@ -120,39 +129,34 @@ def test_adapters_train_over_a_base_that_is_split(run, command, trained, tmp_pat
     )
 
 
-def test_runs_over_one_base_are_mixed(run, command, trained, tmp_path):
+def test_runs_over_one_base_are_mixed(run, over_int8, command, trained, tmp_path):
     """A PiSSA run, which trained over another base, and one whose factors are rounded are as they are alone."""
     other = ("--config.lora.rank=2", "--config.lora.variant=pissa", "--config.lora.factors=int8")
-    paths = (run, tmp_path / "other", tmp_path / "elsewhere")
+    paths = (run, tmp_path / "other")
     command("train", f"--workdir={paths[1]}", f"--config.init_from={trained}", *other, "--config.train.steps=3")
-    command(
-        "train",
-        f"--workdir={paths[2]}",
-        f"--config.init_from={trained}",
-        *other,
-        "--config.train.steps=3",
-        "--config.lora.variant=lora",
-        "--config.quant.scheme=nf4:16",
-    )
-    base, found = checkpoints.load_separately(*paths[:2])
+    base, found = checkpoints.load_separately(*paths)
     ids = jnp.asarray([base.tokenizer.encode("the model")] * 3)
     mixture = jnp.array([[1.0, 0], [0, 1.0], [0, 0]])
     forms = [lora.attach(base.params, lora.mix(lora.combine(*found), mixture)), lora.attach(base.params, found[1])]
     together, second = (jax.jit(base.model.apply)({"params": params}, ids) for params in forms)
-    alone = [llm_jax.load(path) for path in (*paths[:2], trained)]
+    alone = [llm_jax.load(path) for path in (*paths, trained)]
     expected = [jax.jit(one.model.apply)({"params": one.params}, ids)[0] for one in alone]
     np.testing.assert_allclose(together, expected, atol=2e-5)
     np.testing.assert_allclose(second[0], expected[1], atol=2e-5)
     assert all(np.abs(expected[i] - expected[2]).max() > 1e-3 for i in (0, 1))
     with pytest.raises(UserError, match=r"a run without adapters; lora.rank is 0"):
         checkpoints.load_separately(trained)
-    with pytest.raises(UserError, match=r"elsewhere: the base of its adapters differs from the base of"):
-        checkpoints.load_separately(run, paths[2])
+    with pytest.raises(UserError, match=r"over_int8: the base of its adapters differs from the base of"):
+        checkpoints.load_separately(run, over_int8)
 
 
 @pytest.mark.parametrize(
     ("variant", "factors"),
-    [pytest.param("lora", "int8", marks=pytest.mark.uncached), ("loftq", ""), ("pissa", "")],
+    [
+        pytest.param("loftq", "int8", marks=pytest.mark.uncached),
+        ("pissa", ""),
+        *(pytest.param(variant, "", marks=pytest.mark.slow) for variant in ("lora", "loftq")),
+    ],
 )
 def test_qlora_resumes_bitwise_and_is_read_as_it_was_trained(command, trained, tmp_path, variant, factors):
     flags = (
@@ -177,19 +181,12 @@ def test_qlora_resumes_bitwise_and_is_read_as_it_was_trained(command, trained, t
     assert isinstance(node.base, weights.QTensor) and isinstance(node.a, weights.FakeQuant) == bool(factors)
 
 
-def test_adapters_are_merged_into_the_codes_of_their_base_at_a_price_that_is_told(command, trained, tmp_path):
-    flags = (
-        f"--config.init_from={trained}",
-        "--config.lora.rank=4",
-        "--config.quant.scheme=int8",
-        "--config.optim.lr=0.1",
-    )
-    command("train", f"--workdir={tmp_path / 'run'}", *flags)
-    to = (f"--checkpoint={tmp_path / 'run'}", f"--output={tmp_path / 'merged'}")
+def test_adapters_are_merged_into_the_codes_of_their_base_at_a_price_that_is_told(command, over_int8, tmp_path):
+    to = (f"--checkpoint={over_int8}", f"--output={tmp_path / 'merged'}")
     assert "has adapters over a quantized base" in command("quantize", *to, "--scheme=int4:16", code=2).stderr
     done = command("quantize", *to)
     assert "relative error of the merged updates" in done.stdout
-    ours, merged = llm_jax.load(tmp_path / "run"), llm_jax.load(tmp_path / "merged")
+    ours, merged = llm_jax.load(over_int8), llm_jax.load(tmp_path / "merged")
     node = trees.flatten(merged.params)["layers/0/mlp/up"]
     assert isinstance(node, weights.QTensor) and node.scheme == "int8"
     base = trees.flatten(ours.params)["layers/0/mlp/up"].base

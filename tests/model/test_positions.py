@@ -17,6 +17,7 @@ from llm_jax import trees
 from llm_jax.errors import UserError
 from llm_jax.model import distances, positions, rope
 from llm_jax.model.attention import Tokens
+from llm_jax.model.transformer import Transformer, check_length
 
 GOLDEN = json.loads(pathlib.Path(__file__).with_name("rope_golden.json").read_text())
 
@@ -273,3 +274,15 @@ def test_layers_without_positions_are_those_of_a_model_without_positions(make, t
     params = trees.map_weights(lambda path, w: w * 30 if "position" in path else w, params)
     got, expected = (jax.jit(m.apply)({"params": params}, tokens) for m in (model, plain))
     np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def test_positions_past_a_learned_table_are_refused(make, tiny):
+    config = dataclasses.replace(
+        tiny.model, position=dataclasses.replace(tiny.model.position, kind="learned", max_length=8)
+    )
+    check_length(config, 8)
+    with pytest.raises(UserError, match="go past the 8 positions"):
+        check_length(config, 9)
+    model = Transformer(config)
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), int))["params"]
+    assert jnp.isnan(jax.jit(model.apply)({"params": params}, jnp.zeros((1, 9), int))[0, 8]).all()

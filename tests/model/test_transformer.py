@@ -77,6 +77,10 @@ CASES = [
 ]
 
 
+def cases_of_the_gate(fast):  # the others are slow
+    return [pytest.param(case, marks=[] if case in fast else pytest.mark.slow) for case in CASES]
+
+
 @pytest.fixture(params=CASES, ids="-".join)
 def any_model(request, make, tiny):
     variant, layout = request.param
@@ -110,12 +114,7 @@ def test_a_token_changes_its_own_logits_and_later_ones_only(any_model, tokens):
 BY_GRADIENT = [("learned", "uniform"), ("shaw", "uniform"), ("t5", "local"), ("rope", "parallel")]
 
 
-@pytest.mark.parametrize(
-    "any_model",
-    [pytest.param(case, marks=[] if case in BY_GRADIENT else pytest.mark.slow) for case in CASES],
-    ids="-".join,
-    indirect=True,
-)
+@pytest.mark.parametrize("any_model", cases_of_the_gate(BY_GRADIENT), ids="-".join, indirect=True)
 def test_causality_by_gradient(any_model):
     model, params = any_model
     x = jnp.zeros((1, LENGTH, params["embed"]["table"].shape[1]))
@@ -138,10 +137,11 @@ def test_causality_by_gradient(any_model):
 def test_cached_decode_equals_the_full_forward_of_the_prefix(any_model, tokens):
     model, params = any_model
     counts = jnp.arange(LENGTH)[None].repeat(2, 0)
+    pad = ((0, 0), (0, LENGTH))  # the shape of the test of padding and packing
 
-    @jax.jit
     def full(params, t):  # what comes after position t is padding
-        return model.apply({"params": params}, tokens, Tokens(counts, (counts <= t).astype(int)))
+        where = Tokens(jnp.pad(counts, pad), jnp.pad((counts <= t).astype(int), pad))
+        return logits(model, params, jnp.pad(tokens, pad), where)
 
     step = jax.jit(lambda p, t, w, c: model.apply({"params": p}, t, w, c))
     start = Tokens(counts[:, :5], jnp.ones((2, 5), int))
@@ -222,17 +222,25 @@ def test_calls_of_other_codebases_name_the_call_of_this_model(tiny):
 def test_padding_and_packing_change_nothing(any_model, tokens, side):
     model, params = any_model
     alone = logits(model, params, tokens)
-    pad = ((0, 0), (3, 0) if side == "left" else (0, 3))
+    pad = ((0, 0), (LENGTH, 0) if side == "left" else (0, LENGTH))
     where = Tokens(jnp.pad(jnp.arange(LENGTH)[None].repeat(2, 0), pad), jnp.pad(jnp.ones_like(tokens), pad))
     got = logits(model, params, jnp.pad(tokens, pad), where)
-    real = slice(3, None) if side == "left" else slice(None, -3)
+    real = slice(LENGTH, None) if side == "left" else slice(None, -LENGTH)
     np.testing.assert_allclose(got[:, real], alone, atol=5e-5)
 
-    packed = tokens.reshape(1, -1)
-    where = Tokens(jnp.tile(jnp.arange(LENGTH), 2)[None], jnp.repeat(jnp.arange(1, 3), LENGTH)[None])
-    np.testing.assert_allclose(logits(model, params, packed, where).reshape(alone.shape), alone, atol=5e-5)
+    packed = tokens.reshape(1, -1).repeat(2, 0)  # both rows of tokens in each row
+    where = Tokens(
+        jnp.tile(jnp.arange(LENGTH), 2)[None].repeat(2, 0), jnp.repeat(jnp.arange(1, 3), LENGTH)[None].repeat(2, 0)
+    )
+    for row in logits(model, params, packed, where):
+        np.testing.assert_allclose(row.reshape(alone.shape), alone, atol=5e-5)
 
 
+# Every pattern of layers, and positions with weights in each layer; .ci/full takes all cases.
+LAID_OUT = [("rope", "uniform"), ("shaw", "uniform"), ("t5", "local"), ("rope", "parallel"), ("concatenate", "plain")]
+
+
+@pytest.mark.parametrize("any_model", cases_of_the_gate(LAID_OUT), ids="-".join, indirect=True)
 def test_scanned_and_single_layers_are_one_model(any_model, tokens):
     model, params = any_model
     assert trees.layers_of(next(p for p in trees.flatten(params) if "attention" in p))
@@ -348,23 +356,15 @@ def test_flops_count_every_matrix(make):
     )
 
 
-def test_positions_past_a_learned_table_are_refused(make, tiny):
-    from llm_jax.errors import UserError
-    from llm_jax.model.transformer import check_length
-
-    config = dataclasses.replace(
-        tiny.model, position=dataclasses.replace(tiny.model.position, kind="learned", max_length=8)
-    )
-    check_length(config, 8)
-    with pytest.raises(UserError, match="go past the 8 positions"):
-        check_length(config, 9)
-    model = Transformer(config)
-    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), int))["params"]
-    assert jnp.isnan(jax.jit(model.apply)({"params": params}, jnp.zeros((1, 9), int))[0, 8]).all()
-
-
-@pytest.mark.parametrize("name", ["local", "parallel"])
-@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize(
+    ("name", "cached"),
+    [
+        ("local", True),
+        ("parallel", False),
+        pytest.param("local", False, marks=pytest.mark.slow),
+        pytest.param("parallel", True, marks=pytest.mark.slow),
+    ],
+)
 def test_unrolled_layers_of_a_kind_are_traced_once(make, monkeypatch, name, cached):
     """Their outputs, caches and gradients have the bits of layers that are traced one by one."""
     model, params = make(scan_layers=False, **LAYOUTS[name] | {"num_layers": {"local": 4, "parallel": 3}[name]})

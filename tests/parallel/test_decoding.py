@@ -25,7 +25,7 @@ PROMPTS = [[5, 6, 7, 8], [9, 10], [11, 12, 13], [14]]
 def texts():
     """(ids on one device, ids on a mesh, the axes of the rows and heads of the cache of layer 0)."""
     config = on_mesh.tiny()
-    model = Transformer(dataclasses.replace(config.model, scan_layers=False))
+    model = Transformer(dataclasses.replace(config.model, scan_layers=False, num_layers=1))
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     mesh = mesh_lib.make(dataclasses.replace(config.mesh, data=2, fsdp=1, context=1, tensor=2), jax.devices()[:4])
     sharded = jax.device_put(params, mesh_lib.shardings(params, config.mesh.rules, mesh))

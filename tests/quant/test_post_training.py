@@ -176,14 +176,8 @@ def test_the_command_writes_what_evaluate_and_load_take(command, trained, tmp_pa
     ).stdout  # fmt: skip
     assert "calibrating on 4 sequences of 32 tokens" in said and "bits a weight" in said
     assert [p.name for p in tmp_path.iterdir()] == ["small"]
-    model, params, tokenizer = llm_jax.load(out)
-    flat = trees.flatten(params)
+    flat = trees.flatten(llm_jax.load(out).params)
     assert isinstance(flat["layers/1/mlp/down"], QTensor) and not isinstance(flat["layers/0/mlp/down"], QTensor)
-    full, dense, _ = llm_jax.load(trained)
-    tokens = jnp.asarray([tokenizer.encode("the model reads a token")])
-    pairs = (full, dense), (model, params)
-    exact, got = (jax.nn.log_softmax(jax.jit(m.apply)({"params": p}, tokens)) for m, p in pairs)
-    assert 1e-4 < jnp.abs(exact - got).mean() < 0.3
     before = json.loads((trained / "summary.json").read_text())["validation_loss"]
     after = json.loads(command("evaluate", f"--checkpoint={out}", "--json").stdout)["loss"]
     assert after == pytest.approx(before, abs=0.1) and after != before
