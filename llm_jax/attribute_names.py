@@ -11,11 +11,12 @@ ATTRIBUTES = {
     "AutoTokenizer": "llm_jax.load, or checkpoints.load_tokenizer",
     "batch_decode": "tokenizer.decode of each",
     "BitsAndBytesConfig": "the option quant.scheme, or python -m llm_jax.quantize",
+    "bos_token": "tokenizer.special",
     "bos_token_id": "tokenizer.bos",
     "capture": "llm_jax.model.capture.capture",
     "complete": "llm_jax.decoding.complete.complete",
     "configure_optimizers": "the options of optim; setup_lib.setup(config, vocab_size) returns the compiled step",
-    "convert_ids_to_tokens": "tokenizer.decode of each id",
+    "convert_ids_to_tokens": "tokenizer.piece of each id",
     "convert_tokens_to_ids": "tokenizer.encode",
     "DecodingOptions": "llm_jax.decoding.options.DecodingOptions",
     "DPOConfig": "llm_jax.config, with data.kind=preferences and loss.kind=dpo",
@@ -57,9 +58,25 @@ ATTRIBUTES = {
     "state_dict": "params, the second result of llm_jax.load",
     "stoi": "tokenizer.encode",
     "TextStreamer": "the argument show of llm_jax.decoding.complete.complete",
-    "tokenize": "tokenizer.encode, and decode of each id",
+    "tokenize": "tokenizer.encode, and tokenizer.piece of each id",
     "Trainer": "llm_jax.train",
     "TrainingArguments": "llm_jax.config",
+}
+
+# Keyword arguments of the forward pass of other codebases, and what does the same here.
+FORWARD_KEYWORDS = {
+    "attention_mask": "where=Tokens(positions, segments) of llm_jax.model.attention; segment 0 is padding",
+    "idx": "the tokens come after the parameters, without a name",
+    "input_ids": "the tokens come after the parameters, without a name",
+    "labels": "the model returns logits; jax.nn.log_softmax(logits) has the log-probabilities",
+    "output_attentions": "llm_jax.model.capture.capture(model, params, tokens).attentions",
+    "output_hidden_states": "llm_jax.model.capture.capture(model, params, tokens).hidden_states",
+    "past_key_values": "cache=..., from model.init_cache or an earlier call",
+    "position_ids": "where=Tokens(positions, segments) of llm_jax.model.attention",
+    "return_dict": "the model returns logits, or with a cache (logits, cache)",
+    "targets": "the model returns logits; jax.nn.log_softmax(logits) has the log-probabilities",
+    "token_type_ids": 'types_BT=... with method="features"; the model calls logits on the features',
+    "use_cache": "cache=..., from model.init_cache or an earlier call",
 }
 
 

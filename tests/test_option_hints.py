@@ -74,6 +74,7 @@ CONVERT = ("convert", "--output=unused")
             (*TRAIN, "--config.model.position.kind=my.py"),
             "position.kind=my.py: expected FILE:NAME, with the name of a ",
         ),
+        (("show", "tokens", "--checkpoint=x", "--text=a"), "--checkpoint; did you mean --tokenizer=CHECKPOINT?"),
         ((*TRAIN, "--config.model.num_heads=2"), "does not divide model.num_heads=2; set model.num_kv_heads=2 (keys a"),
         ((*TRAIN, "--config.model.num_heads=6", "--config.model.width=96"), "set model.num_kv_heads=2, or another div"),
         ((*GENERATE, "--grammar=x.gbnf"), "constrained decoding is not supported; --filter adds a filter of your own"),

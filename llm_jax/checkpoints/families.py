@@ -113,6 +113,9 @@ def model_config(c: Mapping[str, Any]) -> tuple[str, ModelConfig]:
     try:
         changes = {"vocab_size": c["vocab_size"]} | FAMILIES[family].read(c)
         changes.setdefault("tie_embeddings", c.get("tie_word_embeddings", FAMILIES[family].tied))
+        if changes["activation"] not in config_json.ACTIVATION_NAMES:
+            names = ", ".join(config_json.ACTIVATION_NAMES)
+            raise UserError(f"config.json: the activation is {changes['activation']!r}; expected one of {names}")
         changes["activation"] = config_json.ACTIVATION_NAMES[changes["activation"]]
     except KeyError as error:
         raise UserError(f"config.json of a {family}: {error} is missing or not supported") from error

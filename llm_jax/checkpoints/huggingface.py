@@ -20,6 +20,7 @@ from llm_jax.checkpoints import assemble, config_json
 from llm_jax.checkpoints.checkpoint import Checkpoint, Shardings, abstract_params, check_geometry, check_vocabulary
 from llm_jax.checkpoints.families import FAMILIES, hf_config, model_config
 from llm_jax.errors import UserError
+from llm_jax.model import positions
 from llm_jax.model.transformer import Transformer
 from llm_jax.schema import ModelConfig
 from llm_jax.tokenizers import Tokenizer
@@ -97,6 +98,7 @@ def read_config(directory: pathlib.Path) -> tuple[str, ModelConfig]:
         raise UserError(f"{directory / 'config.json'}: cannot be read ({error})") from error
     try:
         family, config = model_config(content)
+        positions.head_dim(config)  # raises UserError if the heads do not fit
     except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise UserError(f"{directory}: {error}") from error
     try:
@@ -389,4 +391,4 @@ def _read_header(path: pathlib.Path) -> dict[str, _Tensor]:
             for name, entry in header.items()
         }
     except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error})") from error
+        raise UserError(f"{path}: not a whole safetensors file ({error}); copy or download it again") from error

@@ -35,7 +35,10 @@ def find(path: str | os.PathLike[str]) -> pathlib.Path:
         return directory
     if not directory.is_dir():
         likely = len(directory.parts) == 1 or (len(directory.parts) == 2 and not directory.parent.exists())
-        hub = f"; a model of the Hugging Face hub is hf:{path}" if likely else ""
+        model = str(path) if likely else ""
+        if directory.parts[:2] == ("https:", "huggingface.co"):
+            model = "/".join(directory.parts[2:4])
+        hub = f"; a model of the Hugging Face hub is hf:{model}" if model else ""
         raise UserError(f"{path}: no such directory; expected {_FORMS}{hub}")
     finished = steps(directory)
     if not finished:

@@ -107,6 +107,13 @@ class Transformer(Module):
                     raise attribute_names.no_attribute("Transformer", name) from None
                 raise
 
+        @nn.nowrap
+        def apply(self, variables: Any, *arguments: Any, **keywords: Any) -> Any:
+            for name in attribute_names.FORWARD_KEYWORDS.keys() & keywords.keys():
+                cure = attribute_names.FORWARD_KEYWORDS[name]
+                raise UserError(f"the model has no argument '{name}'; {cure}")
+            return super().apply(variables, *arguments, **keywords)
+
     def __call__(self, tokens_BT: jax.Array, where: Tokens | None = None, cache: KVCache | None = None) -> Any:
         """int32 (B, T) -> logits (B, T, V) in the output dtype, or with a cache (logits, cache); see `features`."""
         x_BTD, updated = self.features(tokens_BT, where, cache)

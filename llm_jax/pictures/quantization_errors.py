@@ -64,6 +64,8 @@ class QuantizationErrors(Drawable):
             panels.append(Lines(title, layers.astype(float), np.nanmean(errors, -1), self.schemes, "layer", "error"))
         if len(layers):
             labels = tuple(f"layer {i}" for i in layers)
+            ends = tuple(name.rsplit("/", 1)[-1] for name in names)  # a text shows six letters of a column
+            names = ends if len(set(ends)) == len(names) else names
             for scheme, values in zip(self.schemes, errors, strict=True):
                 high = float(np.nanmax(values))
                 panels.append(Heatmaps(f"relative error, {scheme}", ("",), values[None], labels, names, "", 0.0, high))

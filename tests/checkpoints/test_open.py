@@ -391,3 +391,8 @@ def test_a_name_that_may_be_of_the_hub_is_answered_with_its_form(name, hint):
     with pytest.raises(UserError, match=f"{name}: no such directory") as error:
         checkpoints.open(name)
     assert (f"a model of the Hugging Face hub is hf:{name}" in str(error.value)) == hint
+
+
+def test_the_address_of_a_model_on_the_hub_suggests_its_name():
+    with pytest.raises(UserError, match="a model of the Hugging Face hub is hf:org/name$"):
+        llm_jax.open("https://huggingface.co/org/name/tree/main")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from llm_jax import trees
+from llm_jax.errors import UserError
 from llm_jax.model import positions
 from llm_jax.model.attention import Tokens
 from llm_jax.model.capture import capture
@@ -198,3 +199,15 @@ def test_attentions_and_hidden_states_equal_those_of_transformers(name, tmp_path
         np.testing.assert_allclose(got, want.numpy(), rtol=1e-4, atol=1e-6)
     for got, want in zip(captured.hidden_states, expected.hidden_states, strict=True):
         np.testing.assert_allclose(got, want.numpy(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "cure"),
+    [("attention_mask", "where=Tokens"), ("output_attentions", "capture"), ("input_ids", "come after")],
+)
+def test_keyword_arguments_of_other_codebases_name_those_of_this_model(make, name, cure):
+    model, params = make()
+    with pytest.raises(UserError, match=f"the model has no argument '{name}'; .*{cure}"):
+        model.apply({"params": params}, jnp.zeros((1, 2), int), **{name: 1})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'zzz'"):
+        model.apply({"params": params}, jnp.zeros((1, 2), int), zzz=1)

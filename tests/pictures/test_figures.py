@@ -188,6 +188,7 @@ def test_quantization_errors_are_those_of_rounding_by_hand(loaded):
     names, errors = result.by_layer()
     assert errors.shape == (2, 2, 7) and errors[0, 1, names.index("mlp/down")] == pytest.approx(error, rel=1e-2)
     assert np.all(errors[1] > 4 * errors[0]) and result.bits[0] > 8 > result.bits[1] > 4
+    assert {"key", "value", "down"} < set(str(result).split())  # a text has six letters for each column
     whole = llm_jax.show.quantization(params, ["int8"], head=True)
     assert "embed/table" in whole.paths
 
