@@ -173,7 +173,7 @@ OTHER_FLAGS: dict[str, tuple[str, ...]] = {
     "assistant_model": ("draft",),
     "batch": ("batch_size",),
     "bits": ("scheme",),
-    "checkpoint": ("input",),
+    "checkpoint": ("input", "tokenizer"),
     "ctx_size": ("context",),
     "dataset": ("data", "task"),
     "diversity_penalty": ("diversity",),
