@@ -269,7 +269,13 @@ def show_parameters(f: cli.Flags) -> None:
 
 
 def _text(text: str) -> str:
-    return text or sys.stdin.read()
+    """Returns the value of --text, or standard input."""
+    if not text and sys.stdin.isatty():
+        print("note: --text is not given; reading standard input (Ctrl-D ends it)", file=sys.stderr)
+    text = text or sys.stdin.read()
+    if not text:
+        raise UserError("--text is not given and standard input is empty; set --text")
+    return text
 
 
 def _loaded(f: cli.Flags) -> Any:

@@ -41,6 +41,11 @@ def test_a_configuration_that_cannot_be_is_refused_before_the_table(command):
     assert "lora.rank is 99" in done.stderr and not done.stdout
 
 
+def test_a_run_without_a_flag_is_suggested_as_the_configuration(command, trained):
+    error = command("plan", str(trained), code=2).stderr
+    assert f"unexpected argument '{trained}'; did you mean --config={trained}?" in error
+
+
 def test_the_default_vocabulary_is_that_of_the_tokenizer(command, monkeypatch):
     sizes = []
     monkeypatch.setattr(memory, "compiled", lambda config, kind: sizes.append(config.model.vocab_size) or FIGURES)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import pathlib
 import re
 import shlex
 import sys
@@ -317,8 +318,10 @@ def _stray(arguments: Sequence[str], error: flags.Error, command: Command) -> st
 
 
 def _as_flag(text: str, name: str, command: Command) -> str:
-    """Returns "did you mean --NAME=TEXT?", with --config for a recipe or configuration file; "" without a name."""
-    if command.config is not None and (text.endswith((".py", ".json", ".toml")) or text in configuration.recipes()):
+    """Returns "did you mean --NAME=TEXT?", with --config for a recipe or a file, or a run without a NAME; else ""."""
+    is_recipe = text.endswith((".py", ".json", ".toml")) or text in configuration.recipes()
+    is_run = not name and pathlib.Path(text, "config.json").is_file()
+    if command.config is not None and (is_recipe or is_run):
         name = "config"
     return f"did you mean --{name}={shlex.quote(text)}?" if name else ""
 

@@ -214,7 +214,7 @@ class DecodingOptions:
                     left = "(" if field.metadata["open_low"] or low == -math.inf else "["
                     right = ")" if high == math.inf else "]"
                     raise UserError(
-                        f"--{field.name}={_short(value)}; expected a number in {left}{low:g}, {high:g}{right}"
+                        f"--{field.name}={_short(value)}; expected a number in {left}{low:.10g}, {high:.10g}{right}"
                     )
                 if not _representable(value):
                     raise UserError(
@@ -229,7 +229,7 @@ class DecodingOptions:
         for name, ids in (("eos", self.eos), ("logit_bias", [i for i, _ in self.logit_bias])):
             bad = [i for i in ids if not 0 <= i < vocab_size]
             if bad:
-                raise UserError(f"--{name} names the id {bad[0]}; the vocabulary's run from 0 to {vocab_size - 1}")
+                raise UserError(f"--{name} has the token id {bad[0]}; expected an id from 0 to {vocab_size - 1}")
         if any(not _representable(bias) for _, bias in self.logit_bias):
             raise UserError(f"--logit_bias has a bias that is not 0, or of a size from {_SMALLEST:g} to {_LARGEST:g}")
         if self.truncate not in ("", "left", "right"):

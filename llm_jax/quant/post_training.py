@@ -194,9 +194,10 @@ def lines(params: Any) -> list[WeightSummary]:
 
 def table(rows: list[WeightSummary]) -> str:
     """The summaries as a text table, with a line per weight and the totals."""
-    head = f"{'weight':<32} {'scheme':<16} {'shape':<16} {'bits':>7} {'error':>8} {'output':>8} {'bytes':>12}"
+    width = max([32, *(len(row.path) for row in rows)])
+    head = f"{'weight':<{width}} {'scheme':<16} {'shape':<16} {'bits':>7} {'error':>8} {'output':>8} {'bytes':>12}"
     lines = [
-        f"{r.path:<32} {r.scheme or '-':<16} {r.shape!s:<16} {r.bits:>7.3f} {r.error:>8.4f} "
+        f"{r.path:<{width}} {r.scheme or '-':<16} {r.shape!s:<16} {r.bits:>7.3f} {r.error:>8.4f} "
         f"{'' if r.output_error is None else f'{r.output_error:.4f}':>8} {r.bytes:>12,}"
         for r in rows
     ]

@@ -244,8 +244,8 @@ def check_batch(setup: Setup) -> None:
     needed = share * (tokens * len(rows.NAMES) * 4 + activations)
     if free is not None and needed > free:
         raise UserError(
-            f"train.batch_size={c.batch_size} rows of train.seq_len={c.seq_len} tokens need more than {_size(needed)}, "
-            f"and {_size(free)} are free; lower one of them"
+            f"train.batch_size={c.batch_size} rows of train.seq_len={c.seq_len} tokens with model.width={model.width} "
+            f"need more than {_size(needed)}, and {_size(free)} are free; lower one of them"
         )
 
 

@@ -84,6 +84,8 @@ class Profiler:
     ):
         self._directory, self._active, self._write = workdir / "profile", False, write
         self._first = max(min(start + 3, stop - 3), start) if enabled else None
+        if enabled and start >= stop:
+            write(f"note: --profile writes no trace: the run has already reached train.steps={stop}")
 
     def at(self, done: int, state: Any) -> None:
         """Starts or ends the trace; call before every step with the current state."""

@@ -195,13 +195,17 @@ def _from_checkpoint(config: Config, model: ModelConfig, tokenizer: Tokenizer | 
     changes = {k: own[k] for k in own if own[k] != saved[k] and (k in explicit or _is_of_the_run(k))}
     if not own["vocab_size"]:
         changes.pop("vocab_size", None)
+    expected, reason = _shapes(model), ""
     try:
         shapes = _shapes(configuration.replace(model, changes, "model."))
     except UserError as error:
-        raise UserError(f"{name}: the overrides of its model are invalid ({error})") from error
-    expected = _shapes(model)
+        shapes, reason = {}, str(error)
     if shapes != expected:
-        key = next((k for k in changes if _changes_shapes(model, {k: changes[k]}, expected)), next(iter(changes)))
+        key = next((k for k in changes if _changes_shapes(model, {k: changes[k]}, expected)), None)
+        if reason and key is None:
+            raise UserError(f"{name}: the overrides of its model are invalid ({reason})")
+        key = key or next(iter(changes))
+        shapes = shapes or _shapes(configuration.replace(model, {key: changes[key]}, "model."))
         path = next(p for p in [*shapes, *expected] if shapes.get(p) != expected.get(p))
         raise UserError(
             f"model.{key}={changes[key]!r} does not fit the weights of {name}, where it is {saved[key]!r} (it "

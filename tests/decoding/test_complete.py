@@ -213,6 +213,8 @@ def test_explain_refuses_a_beam_search(make):
         (["--beams=2", "--stream"], "no text before the search ends"),
         (["--stream", "--json"], "use only one"),
         (["--logit_bias=x"], "expected ID:BIAS"),
+        (["--eos=999"], "--eos has the token id 999; expected an id from 0 to 258"),
+        (["--seed=-1"], "--seed=-1; expected a number in [0, 4294967295]"),
         (["--context=20"], "fills the context"),
     ],
 )

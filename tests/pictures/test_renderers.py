@@ -126,10 +126,13 @@ def test_commands_print_or_write(trained, tmp_path, text_file, cache):
     assert "\x1b[1m" in call("show", "parameters", model, "--color").stdout
 
 
-def test_wrong_requests_are_one_line(trained):
+def test_wrong_requests_are_one_line(trained, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
     model = f"--checkpoint={trained}"
     for flags, message in (
         (("attention", model, "--text=a b", "--layer=9"), "layer=9; the model has the layers 0 to 1"),
+        (("tokens", model), "unknown flag --checkpoint; did you mean --tokenizer?"),
+        (("attention", model), "--text is not given and standard input is empty; set --text"),
         (("attention", model, "--text=a b", "--html=a.txt"), "--html=a.txt; expected a name that ends in .html"),
         (("positions", model, "--config.model.position.kind=alibi"), "has no effect where --checkpoint is given"),
         (("positions", "--dtype=bfloat16"), "has no effect where --checkpoint is not given"),

@@ -164,6 +164,8 @@ def test_an_interrupted_calibration_goes_on_and_ends_the_same(single, tmp_path, 
     jax.tree.map(np.testing.assert_array_equal, again, whole)
     table = post_training.table(lines)
     assert "layers/1/mlp/up" in table and "int4:16" in table
+    long = dataclasses.replace(lines[0], path="layers/10/attention/query_norm/scale")
+    assert len({len(row) for row in post_training.table([lines[0], long]).splitlines()[:3]}) == 1  # aligned columns
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(whole))
     assert f"in {size:,} bytes" in table
 

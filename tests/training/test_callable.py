@@ -193,6 +193,16 @@ def test_an_override_that_changes_the_shape_of_a_weight_is_refused_by_name(base,
         start.find(config)
 
 
+def test_options_that_only_together_are_invalid_name_the_one_that_does_not_fit(base, text_file, cache):
+    """Such as those of a recipe for a small model over a checkpoint with another number of heads."""
+    changes = {"model.num_kv_heads": 3, "model.num_layers": 4, "init_from": str(base)}
+    with pytest.raises(UserError, match="model.num_layers=4 does not fit the weights of .*layers/3/.*--config=default"):
+        start.find(configuration.load(from_base(base, text_file, cache), changes))
+    del changes["model.num_layers"]
+    with pytest.raises(UserError, match="overrides of its model are invalid .*num_kv_heads=3"):
+        start.find(configuration.load(from_base(base, text_file, cache), changes))
+
+
 def test_an_override_that_changes_no_weight_is_taken_and_noted(base, text_file, cache):
     changes = {"model.norm_eps": 1e-6, "model.precision.compute": "bfloat16", "model.scan_layers": False}
     config = configuration.load(from_base(base, text_file, cache), changes)

@@ -18,7 +18,7 @@ import llm_jax
 from llm_jax import checkpoints, trees
 from llm_jax.errors import UserError
 from llm_jax.training import attempts as attempts_lib
-from llm_jax.training import trackers
+from llm_jax.training import measures, trackers
 from tests.conftest import ROOT
 
 
@@ -110,6 +110,13 @@ def test_a_disk_that_fills_up_loses_nothing(command, tmp_path):
     assert checkpoints.steps(tmp_path) == [4] and checkpoints.verify(checkpoints.find(tmp_path)) == before
     assert not list((tmp_path / "checkpoints").glob(".partial*"))
     command(*flags)
+
+
+def test_a_profile_of_a_finished_run_prints_a_note(tmp_path):
+    lines: list[str] = []
+    for start, enabled in ((8, True), (8, False), (7, True)):
+        measures.Profiler(tmp_path, start, 8, enabled, lines.append)
+    assert lines == ["note: --profile writes no trace: the run has already reached train.steps=8"]
 
 
 def test_tensorboard_gets_figures_norms_and_samples(command, tmp_path):
