@@ -152,9 +152,10 @@ def test_rows_with_adapters_of_their_own_are_searched_as_if_alone(make, tiny):
         contrasted = contrastive.search(model, params, prompts, GREEDY, k=3, alpha=0.6, max_new_tokens=6)
         return [[*(b.generated.ids for b in row), one.ids] for row, one in zip(searched, contrasted, strict=True)]
 
-    mixtures = jnp.array([[1.0, 0], [0, 1.0], [0, 0]])
-    first, second, neither = expected = [found(mixture, [[1, 5, 9]])[0] for mixture in mixtures]
-    assert found(mixtures, [[1, 5, 9]] * 3) == expected
+    mixtures, prompts = jnp.array([[1.0, 0], [0, 1.0], [0, 0]]), [[1, 5, 9]] * 3
+    expected = [found(jnp.stack([mixture] * 3), prompts)[0] for mixture in mixtures]  # three rows: the same programs
+    assert found(mixtures, prompts) == expected
+    first, second, neither = expected
     for i in range(3):  # each text of each method depends on the adapter
         assert first[i] != neither[i] and second[i] != neither[i] and first[i] != second[i]
 
