@@ -217,6 +217,14 @@ def test_a_search_ends_by_its_time_limit(compiler):
     assert len(compiled) == 1 and any("the time limit of" in line for line in lines)
 
 
+@pytest.mark.parametrize(("last", "limit", "left"), [(12, 1000.0, "5 min"), (4, 1000.0, "60 s"), (12, 100.0, "40 s")])
+def test_the_remaining_time_of_a_search(monkeypatch, last, limit, left):
+    """Two combinations took a minute; what remains is compiled at this speed, until the time limit."""
+    monkeypatch.setattr(plan_search.time, "monotonic", lambda: 160.0)
+    assert plan_search._remaining(100.0, 1, last, limit) == ""
+    assert f"about {left} left" in plan_search._remaining(100.0, 3, last, limit)
+
+
 def test_an_interrupted_search_prints_its_reports(compiler, installed, capsys):
     compiled = compiler(1.0, interrupted=3)
     with pytest.raises(KeyboardInterrupt):
