@@ -57,6 +57,7 @@ class Writer:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._unanswered = False  # whether a store does not answer any more
+        self._abandoned: pathlib.Path | None = None  # an unfinished checkpoint that was removed
         self._name, self._saves = processes.unique("saves"), itertools.count()
         with processes.main_first("to open the checkpoints"):
             if processes.is_main():
@@ -142,6 +143,8 @@ class Writer:
             if not self._unanswered:  # otherwise Orbax would wait for its writes
                 with contextlib.suppress(Exception):  # `wait` has raised it; Orbax raises it, or one of its cleanup
                     self._orbax.close()
+                if self._abandoned:  # a write that was in flight may have created a file after the removal
+                    storage.abandon(self._abandoned)
 
     def discard(self, after: int) -> None:
         """Removes the checkpoints of later steps than `after`, from which training does not resume."""
@@ -175,6 +178,7 @@ class Writer:
         try:
             files.check_lock(self._lock)
             storage.abandon(partial)
+            self._abandoned = partial
             finished = steps(self.directory.parent)
             last = f"the last one is of step {finished[-1]}" if finished else "there is none before it"
         except objects.StoreError:

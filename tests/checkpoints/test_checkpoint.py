@@ -12,6 +12,8 @@ import pytest
 import llm_jax
 from llm_jax import checkpoints, files, tokenizers, trees
 from llm_jax.checkpoints import run as run_form
+from llm_jax.checkpoints import storage
+from llm_jax.checkpoints import writer as writer_lib
 from llm_jax.decoding import loop
 from llm_jax.decoding.options import DecodingOptions
 from llm_jax.errors import UserError
@@ -256,6 +258,27 @@ def test_nodes_survive_a_checkpoint(make, tiny, tmp_path):
     assert isinstance(query, Adapted) and query.scale.shape == ()
     jax.tree.map(np.testing.assert_array_equal, loaded, trees.restage(params))
     assert jnp.isfinite(jax.jit(model.apply)({"params": loaded}, jnp.ones((1, 4), int))).all()
+
+
+def test_a_file_that_is_created_after_a_failed_checkpoint_was_removed_is_removed_too(tiny, monkeypatch, tmp_path):
+    remove, removed = storage.abandon, []
+
+    def abandon(partial):
+        remove(partial)
+        if not removed:  # a write of Orbax that was still in flight
+            (partial / "arrays").mkdir(parents=True)
+        removed.append(partial)
+
+    def fail(directory):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(storage, "abandon", abandon)
+    monkeypatch.setattr(writer_lib, "write_manifest", fail)
+    writer = checkpoints.Writer(tmp_path, tiny, tokenizers.get("byte").train([], 0), "")
+    writer.save(1, {"w": jnp.zeros(1)}, {}, None)
+    with pytest.raises(UserError, match="cannot be written"):
+        writer.close()
+    assert len(removed) == 2 and not list((tmp_path / "checkpoints").iterdir())
 
 
 def test_a_corpus_that_changed_under_a_run_is_refused(command, trained, text_file, tmp_path):

@@ -131,7 +131,7 @@ def test_wrong_requests_are_one_line(trained, monkeypatch):
     model = f"--checkpoint={trained}"
     for flags, message in (
         (("attention", model, "--text=a b", "--layer=9"), "layer=9; the model has the layers 0 to 1"),
-        (("tokens", model), "unknown flag --checkpoint; did you mean --tokenizer?"),
+        (("tokens", model), "unknown flag --checkpoint; did you mean --tokenizer=CHECKPOINT?"),
         (("attention", model), "--text is not given and standard input is empty; set --text"),
         (("attention", model, "--text=a b", "--html=a.txt"), "--html=a.txt; expected a name that ends in .html"),
         (("positions", model, "--config.model.position.kind=alibi"), "has no effect where --checkpoint is given"),
