@@ -101,7 +101,7 @@ def estimate(setup: Setup, held_out: Mapping[str, int], workdir: pathlib.Path, d
         need = memory.of(step, optimizer_bytes)
     if compile_seconds is not None and (free is None or need.peak * devices < _SAFE_SHARE * free):
         zeros = _zeros((state, setup.state.frozen))
-        batch = _dummy_batch(setup)
+        batch = dummy_batch(setup)
         ahead = [zeros[0]]
 
         def update() -> Any:
@@ -191,7 +191,7 @@ def _zeros(shapes: Any) -> Any:
     )()
 
 
-def _dummy_batch(setup: Setup) -> dict[str, jax.Array]:
+def dummy_batch(setup: Setup) -> dict[str, jax.Array]:
     """A batch whose rows are single documents with all targets counted: int32 (batch_size, seq_len) arrays."""
     rows, length = next(iter(setup.batch.values())).shape
     values = {"segments": 1, "mask": 1, "positions": jnp.arange(length, dtype=jnp.int32)}

@@ -236,3 +236,26 @@ def test_reliability():
     verdict = load("reliability.reliability").verdict
     assert verdict({"lost": 0}) == "nothing lost" and verdict({"lost": 1}) == "LOST"
     assert verdict(None).startswith("not run here")
+
+
+# ---------------------------------------------------------------- scale
+
+
+@pytest.mark.parametrize(
+    ("growth", "live", "arguments", "verdicts"),
+    [
+        (1.24, 0.9, 1.04, ("holds", "holds")),
+        (1.26, 0.9, 1.06, ("undecided", "undecided")),
+        (2.01, 1.0, 1.0, ("fails", "fails")),
+    ],
+)
+def test_s1_compile_time_and_s2_memory_on_each_side_of_their_thresholds(growth, live, arguments, verdicts):
+    rows = {
+        "small": [("layers", 2, {"compilation": 3.0}), ("layers", 32, {"compilation": 3.0 * growth})],
+        "large": [
+            ("devices", 16, {"arguments": 160.0, "live": 10.0}),
+            ("devices", 64, {"arguments": 40.0 * arguments, "live": 10.0 * live}),
+        ],
+    }
+    results = of(load("scaling.sweep").judge(rows))
+    assert (results["S1"], results["S2"]) == verdicts
