@@ -122,6 +122,7 @@ def encoder(tokenizer: Any, plain: bool, checkpoint: str) -> Callable[[list[dict
 
 
 def main(f: cli.Flags) -> None:
+    runtime.retain_freed_memory()
     runtime.simulate_devices(f.devices)
     status.show(f"loading {f.checkpoint}")
     from llm_jax import checkpoints, tokenizers

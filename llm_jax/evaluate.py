@@ -74,6 +74,7 @@ NEEDS: cli.Needs = (
 
 
 def main(f: cli.Flags) -> None:
+    runtime.retain_freed_memory()
     runtime.simulate_devices(f.devices)
     if f.batch_size < 1 or f.seq_len < 0 or f.limit < 0:
         numbers = f"--batch_size={f.batch_size} --seq_len={f.seq_len} --limit={f.limit}"

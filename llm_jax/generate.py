@@ -46,6 +46,7 @@ NEEDS: cli.Needs = (
 
 
 def main(f: cli.Flags) -> None:
+    runtime.retain_freed_memory()
     runtime.simulate_devices(f.devices)
     status.show(f"loading {f.checkpoint}")
     from llm_jax import checkpoints, tokenizers

@@ -1,4 +1,5 @@
 import os
+import pathlib
 import subprocess
 import sys
 import time
@@ -111,3 +112,25 @@ def test_a_platform_that_is_missing_is_one_line(monkeypatch):
         pytest.skip("this machine has CUDA")
     assert done.returncode == 2 and done.stderr.startswith("error: JAX finds no usable device for JAX_PLATFORMS=cuda")
     assert done.stderr.count("\n") == 1
+
+
+HUGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
+PROBE = """
+import pathlib
+import re
+
+from llm_jax import runtime
+
+runtime.retain_freed_memory()
+runtime.release_freed_memory()
+block = bytearray(b"x") * 2**26
+print(re.search(r"AnonHugePages: *(\\d+) kB", pathlib.Path("/proc/self/smaps_rollup").read_text()).group(1))
+"""
+
+
+@pytest.mark.skipif(
+    not HUGE_PAGES.exists() or "[never]" in HUGE_PAGES.read_text(), reason="the system has no transparent huge pages"
+)
+def test_retained_memory_has_huge_pages():
+    result = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True)
+    assert int(result.stdout) >= 2**15  # of 2**16 KiB; the rest may lack free blocks
