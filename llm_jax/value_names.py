@@ -93,10 +93,11 @@ SET_BY_OTHER_OPTIONS = {
 
 
 def suggestion(value: str, allowed: Iterable[str]) -> str:
-    """ "; did you mean 'X'?" for the allowed value that `value` is called elsewhere or is nearest to, or ""."""
+    """Returns "; did you mean 'X'?" for the allowed value that has this name elsewhere or the nearest name, or ""."""
     values = [text for text in allowed if text]
     if (options := SET_BY_OTHER_OPTIONS.get(value.lower())) and "lora" in values:
         return f"; did you mean {options}?"
     meant = next((text for text in OTHER_VALUES.get(value.lower(), ()) if text in values), None)
-    near = [meant] if meant else difflib.get_close_matches(value, values, 1, 0.7)
+    longer = [text for text in values if value and text.startswith(value.lower())]
+    near = [meant] if meant else longer if len(longer) == 1 else difflib.get_close_matches(value, values, 1, 0.7)
     return f"; did you mean '{near[0]}'?" if near else ""

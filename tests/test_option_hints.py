@@ -131,6 +131,12 @@ def test_no_other_value_hides_one_of_the_same_name():
     assert value_names.suggestion("zzz", ["text", ""]) == ""
 
 
+def test_a_beginning_of_a_single_value_suggests_it():
+    values = ["smollm2-135m-instruct", "tweets", "tweaks"]
+    assert value_names.suggestion("SmolLM2", values) == "; did you mean 'smollm2-135m-instruct'?"
+    assert value_names.suggestion("twe", values) == value_names.suggestion("", values) == ""
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

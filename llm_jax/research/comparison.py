@@ -51,6 +51,7 @@ _MEASURES = {
     "tokens/s": ("tokens_per_second", "{:,.0f}", 1.0),
     "memory, MiB": ("peak_device_bytes", "{:,.0f}", 2.0**20),
     "parameters": ("parameters", "{:,.0f}", 1.0),
+    "trainable": ("trained_parameters", "{:,.0f}", 1.0),
     "minutes": ("seconds", "{:.1f}", 60.0),
 }
 

@@ -89,6 +89,7 @@ function columns() {
     { title: "tokens/s", key: (g) => g.tokens_per_second, text: (g) => count(g.tokens_per_second), number: true },
     { title: "memory, MiB", key: (g) => g.memory, text: (g) => count(g.memory), number: true },
     { title: "parameters", key: (g) => g.parameters, text: (g) => count(g.parameters), number: true },
+    { title: "trainable", key: (g) => g.trainable, text: (g) => count(g.trainable), number: true },
   ];
 }
 

@@ -121,7 +121,8 @@ def _group(group: Group, figure: str) -> dict[str, Any]:
     mean = group.mean(figure)
     best = [value for run in group.runs if (value := run.best(figure)) is not None]
     memory = group.mean("peak_device_bytes") or group.mean("peak_host_bytes")
-    seconds, rate, parameters = (group.mean(name) for name in ("seconds", "tokens_per_second", "parameters"))
+    names = ("seconds", "tokens_per_second", "parameters", "trained_parameters")
+    seconds, rate, parameters, trainable = (group.mean(name) for name in names)
     curves = {name: curve(group, name) for name in _metrics(group.runs, figure)}
     return {
         "label": group.label,
@@ -133,6 +134,7 @@ def _group(group: Group, figure: str) -> dict[str, Any]:
         "tokens_per_second": rate and rate.estimate,
         "memory": memory and memory.estimate / 2**20,
         "parameters": parameters and parameters.estimate,
+        "trainable": trainable and trainable.estimate,
         "minutes": seconds and seconds.estimate / 60,
         "curves": {name: points for name, points in curves.items() if points},
         "samples": [{"step": s["step"], "text": s["text"]} for s in group.runs[0].samples[-_MAX_SAMPLES:]],

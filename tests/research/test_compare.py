@@ -22,7 +22,8 @@ def write_run(path, bits=2.0, steps=4, done=True, sample="", corpus="", **overri
     lines[1] |= {"validation_loss": 2 * bits - 0.2, "validation_bits_per_byte": bits - 0.1}
     if done:
         lines[-1] |= {"validation_loss": 2 * bits, "validation_bits_per_byte": bits}
-        summary = {"validation_loss": 2 * bits, "validation_bits_per_byte": bits, "steps": steps, "parameters": 1000}
+        summary = {"validation_loss": 2 * bits, "validation_bits_per_byte": bits, "steps": steps}
+        summary |= {"parameters": 1000, "trained_parameters": 50}
         summary |= {"corpus": {"sha256": corpus}} if corpus else {}
         summary |= {"tokens_per_second": 123.0, "peak_host_bytes": 512 * 2**20, "seconds": 90.0}
         (path / "summary.json").write_text(json.dumps(summary))
@@ -216,7 +217,7 @@ def test_the_command_prints_options_figures_differences_and_samples(sweep, tmp_p
     alone = call("compare", *(str(sweep / f"{kind}-{seed}") for kind in ("rope", "alibi") for seed in range(3))).stdout
     row = next(line for line in alone.splitlines() if line.startswith("(2)  kind=alibi"))
     assert "0,1,2" in row and "2.3900" in row and "-0.1100 [-0.1348, -0.0852]" in row and "1.8000" in row
-    assert row.split()[-4:] == ["123", "512", "1,000", "1.5"]
+    assert row.split()[-5:] == ["123", "512", "1,000", "50", "1.5"]
     assert (
         "(2) alibi-0, step 4\nby alibi" in alone and "by alibi" not in call("compare", str(sweep), "--nosamples").stdout
     )
