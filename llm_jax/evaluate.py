@@ -79,6 +79,9 @@ def main(f: cli.Flags) -> None:
     if f.batch_size < 1 or f.seq_len < 0 or f.limit < 0:
         numbers = f"--batch_size={f.batch_size} --seq_len={f.seq_len} --limit={f.limit}"
         raise UserError(f"{numbers}; expected positive numbers")
+    if joined := [name for name in f.checkpoint if "," in name and not pathlib.Path(name).exists()]:
+        repeated = " ".join(f"--checkpoint={name}" for name in joined[0].split(","))
+        raise UserError(f"--checkpoint={joined[0]}: no such directory; did you mean {repeated}?")
     if bool(f.task) + bool(f.harness) + bool(f.data) > 1:
         raise UserError("--task, --harness and --data are different evaluations; choose one")
     if f.task:

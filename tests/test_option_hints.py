@@ -240,6 +240,7 @@ def test_calls_and_attributes_of_tokenizers(kind, size):
     with pytest.raises(UserError, match="a text is a list; expected a str"):
         tokenizer.encode(["the", "model"])
     assert tokenizer.decode(copy.deepcopy(tokenizer).encode("the")) == "the"
+    assert len(tokenizer) == tokenizer.vocab_size > 3
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,9 @@ class OtherNames:
 
     if not TYPE_CHECKING:  # for which every attribute would exist
 
+        def __len__(self) -> int:
+            return self.vocab_size
+
         def __getattr__(self, name: str) -> Any:
             raise attribute_names.no_attribute(type(self).__name__, name)
 

@@ -161,7 +161,7 @@ def _with_hashes(config: Config) -> dict[str, Any]:
 
 
 def notes(start: Start) -> Iterator[str]:
-    """Returns notes about model options that differ from `init_from`, and about a changed schedule."""
+    """Returns notes on options that differ from `init_from`, on a changed schedule, and on untrained positions."""
     for text in start.damaged:
         yield f"note: {text}; it is deleted (checkpoint.on_damage=previous)"
     if start.step and start.previous and start.previous.train.steps != start.config.train.steps:
@@ -175,12 +175,25 @@ def notes(start: Start) -> Iterator[str]:
                 f"note: {steps}: with optim.schedule={start.config.optim.schedule} {rates}; constant, inverse_sqrt and "
                 "wsd before its decay continue without a jump"
             )
+    if not (start.step or start.origin) and (note := _untrained_positions(start.config)):
+        yield note
     if start.origin:
         before, now = configuration.flat(start.origin.config), configuration.flat(start.config.model)
         yield f"weights from {start.origin.name}"
         for key in now:
             if now[key] != before[key] and not _is_of_the_run(key) and key != "vocab_size":
                 yield f"note: model.{key} was {before[key]!r} there"
+
+
+def _untrained_positions(config: Config) -> str:
+    """Returns a note if the table of positions is longer than the rows, whose positions alone are trained, or ""."""
+    length, table = config.train.seq_len, positions.make(config.model).max_length()
+    if not table or table <= length:
+        return ""
+    return (
+        f"note: train.seq_len={length} trains positions 0 to {length - 1:,} of {table:,}. Texts longer than {length:,} "
+        f"tokens use untrained positions; --config.model.position.max_length={length} omits them"
+    )
 
 
 def _from_checkpoint(config: Config, model: ModelConfig, tokenizer: Tokenizer | None, name: str) -> Config:

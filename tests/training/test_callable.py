@@ -242,6 +242,14 @@ def test_resuming_with_more_steps_says_how_the_learning_rate_changes(config, sho
         )
 
 
+@pytest.mark.parametrize(("kind", "max_length"), [("learned", 64), ("learned", 32), ("rope", 64)])
+def test_positions_that_no_row_trains_are_noted(config, kind, max_length):
+    changes = {"model.position.kind": kind, "model.position.max_length": max_length, "train.seq_len": 32}
+    lines = list(start.notes(start.find(configuration.replace(config, changes))))
+    assert len(lines) == (kind == "learned" and max_length == 64)
+    assert all("trains positions 0 to 31 of 64" in line and "max_length=32 omits" in line for line in lines)
+
+
 def test_warm_up_is_a_share_of_the_run_by_default():
     from llm_jax.training import optim
 
