@@ -98,6 +98,12 @@ def suggestion(value: str, allowed: Iterable[str]) -> str:
     if (options := SET_BY_OTHER_OPTIONS.get(value.lower())) and "lora" in values:
         return f"; did you mean {options}?"
     meant = next((text for text in OTHER_VALUES.get(value.lower(), ()) if text in values), None)
-    longer = [text for text in values if value and text.startswith(value.lower())]
-    near = [meant] if meant else longer if len(longer) == 1 else difflib.get_close_matches(value, values, 1, 0.7)
+    lower = {text.lower(): text for text in values}
+    longer = [text for text in lower if value and text.startswith(value.lower())]
+    if meant or value.lower() in lower:
+        return f"; did you mean '{meant or lower[value.lower()]}'?"
+    near = [
+        lower[text]
+        for text in (longer if len(longer) == 1 else difflib.get_close_matches(value.lower(), lower, 1, 0.7))
+    ]
     return f"; did you mean '{near[0]}'?" if near else ""

@@ -134,6 +134,8 @@ def test_no_other_value_hides_one_of_the_same_name():
 def test_a_beginning_of_a_single_value_suggests_it():
     values = ["smollm2-135m-instruct", "tweets", "tweaks"]
     assert value_names.suggestion("SmolLM2", values) == "; did you mean 'smollm2-135m-instruct'?"
+    assert value_names.suggestion("NF4", ["nf4", "nf4_double"]) == "; did you mean 'nf4'?"
+    assert value_names.suggestion("q4_o", ["Q4_0", "Q8_0"]) == "; did you mean 'Q4_0'?"
     assert value_names.suggestion("twe", values) == value_names.suggestion("", values) == ""
 
 
