@@ -75,7 +75,8 @@ class Checkpoint(abc.ABC):
         Raises:
           UserError: the file cannot be read.
         """
-        return generation_config.read(self.generation_config_path)
+        path = self.path / generation_config.FILE
+        return generation_config.read(path) if path.is_file() or self.base is None else self.base.generation_config
 
     @property
     @abc.abstractmethod

@@ -218,5 +218,8 @@ def _kept_format(parts: list[tuple[names.TensorSpec, Any]]) -> str:
 
 def _vocabulary(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
     if not isinstance(tokenizer, PretrainedTokenizer):
-        raise UserError(f"GGUF files hold vocabularies of tokenizer.kind=hub or sentencepiece, not {tokenizer.kind}")
+        raise UserError(
+            f"GGUF files hold no vocabulary of tokenizer.kind={tokenizer.kind}; expected bpe or byte_bpe, or a "
+            "pretrained one (hub, sentencepiece)"
+        )
     return tokenizer.to_gguf(vocab_size)

@@ -143,8 +143,8 @@ class Transformer(Module):
           (features (B, T, D) in the compute dtype, the updated cache or None).
 
         Raises:
-          UserError: a call without parameters; arrays of another rank, shape or dtype, or ids out of range; see
-            `check_tokens`.
+          UserError: a call without parameters; arrays of another rank, shape or dtype, or ids out of range (see
+            `check_tokens`); without `where`, more tokens than the scheme has positions (`check_length`).
         """
         check_tokens(self.config, tokens_BT, where, types_BT)
         if self.scope is None or not (self.is_initializing() or self.has_variable("params", "embed")):
@@ -152,7 +152,9 @@ class Transformer(Module):
                 'the model is called without its parameters; call model.apply({"params": params}, tokens), with the '
                 "params of llm_jax.load or of model.init"
             )
-        where = consecutive(tokens_BT) if where is None else where
+        if where is None:
+            check_length(self.config, tokens_BT.shape[1])
+            where = consecutive(tokens_BT)
         layers: Any
         if cache is None:
             x_BTD, layers = self._run(tokens_BT, where, where, None, None, types_BT)
@@ -291,7 +293,7 @@ def check_length(config: ModelConfig, length: int) -> None:
     if bound is not None and length > bound:
         raise UserError(
             f"sequences of {length} tokens go past the {bound} positions of model.position.kind="
-            f"{config.position.kind}; raise model.position.max_length or shorten them"
+            f"{config.position.kind}; shorten them, or train with a larger model.position.max_length"
         )
 
 

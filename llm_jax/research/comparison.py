@@ -44,7 +44,8 @@ def text(runs: Sequence[Run], samples: bool = True) -> str:
 
 _REASONS = {
     "other text": "figures of different held-out texts cannot be compared (data.source, its content, or the part that "
-    "is measured differs); evaluate --checkpoint=A --checkpoint=B --data=FILE measures several checkpoints on one text",
+    "is measured differs; eval.final_rows=0 measures all rows); "
+    "evaluate --checkpoint=A --checkpoint=B --data=FILE measures several checkpoints on one text",
     "other tokenizer": "losses of different tokenizers cannot be compared; bits per byte can",
 }
 _MEASURES = {

@@ -285,8 +285,9 @@ def not_comparable(group: Group, baseline: Group, name: str) -> str:
         texts = [run.corpus for run in runs]
     else:
         texts = [run.config["data.source"] for run in runs]
-    # A number of rows is another part of the text where the rows have another length.
-    keys = [*_HELD_OUT, *(["train.seq_len"] if any(run.config["eval.final_rows"] > 0 for run in runs) else [])]
+    # A number of rows is another part of the text where the rows have another length or another tokenizer.
+    is_part = any(run.config["eval.final_rows"] > 0 for run in runs)
+    keys = [*_HELD_OUT, *(["train.seq_len", *_TOKENIZER] if is_part else [])]
     if texts[0] != texts[1] or any(runs[0].config[key] != runs[1].config[key] for key in keys):
         return "other text"
     if name != BITS and any(runs[0].config[key] != runs[1].config[key] for key in _TOKENIZER):

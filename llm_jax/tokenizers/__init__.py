@@ -169,7 +169,15 @@ def from_gguf(metadata: Mapping[str, Any]) -> PretrainedTokenizer:
 
 
 def exportable(tokenizer: Tokenizer) -> Tokenizer:
-    """The same vocabulary in a form that other software reads, if it has one: bpe and unigram as tokenizer.model."""
+    """The same vocabulary in a form that other software reads, if it has one.
+
+    bpe and unigram become a tokenizer.model, byte_bpe a tokenizer.json.
+    """
+    if tokenizer.kind == "byte_bpe":
+        from llm_jax.tokenizers import export
+
+        files = export.transformers_files(tokenizer, "gpt2")
+        return from_files({name: content for name, content in files.items() if "/" not in name})
     if tokenizer.kind not in ("bpe", "unigram"):
         return tokenizer
     (model,) = tokenizer.files().values()

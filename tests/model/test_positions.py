@@ -17,7 +17,7 @@ from llm_jax import trees
 from llm_jax.errors import UserError
 from llm_jax.model import distances, positions, rope
 from llm_jax.model.attention import Tokens
-from llm_jax.model.transformer import Transformer, check_length
+from llm_jax.model.transformer import Transformer, check_length, consecutive
 
 GOLDEN = json.loads(pathlib.Path(__file__).with_name("rope_golden.json").read_text())
 
@@ -285,4 +285,7 @@ def test_positions_past_a_learned_table_are_refused(make, tiny):
         check_length(config, 9)
     model = Transformer(config)
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), int))["params"]
-    assert jnp.isnan(jax.jit(model.apply)({"params": params}, jnp.zeros((1, 9), int))[0, 8]).all()
+    with pytest.raises(UserError, match="go past the 8 positions"):
+        jax.jit(model.apply)({"params": params}, jnp.zeros((1, 9), int))
+    where = consecutive(jnp.zeros((1, 9), int))
+    assert jnp.isnan(jax.jit(model.apply)({"params": params}, where.positions, where)[0, 8]).all()

@@ -103,6 +103,11 @@ TEXTS = [
     ({"corpus": "x"}, {"corpus": "x", "data__source": "copy"}, ""),
     ({"corpus": "x"}, {"corpus": "x", "data__validation_fraction": 0.1}, "other text"),
     ({"corpus": "x", "eval__final_rows": 2}, {"corpus": "x", "eval__final_rows": 2, "train__seq_len": 9}, "other text"),
+    (
+        {"corpus": "x", "eval__final_rows": 2},
+        {"corpus": "x", "eval__final_rows": 2, "tokenizer__kind": "x"},
+        "other text",
+    ),
     ({"corpus": "x"}, {"corpus": "x", "train__seq_len": 9}, ""),
     ({"corpus": "x"}, {"corpus": "x", "tokenizer__kind": "byte"}, ""),  # bits per byte can be compared
     ({"corpus": "x"}, {"corpus": "x", "tokenizer__kind": "byte", "of": "validation_loss"}, "other tokenizer"),

@@ -67,8 +67,9 @@ def test_the_vocabulary_in_a_gguf_file_is_the_same(llama, text):
     assert again.decode(again.encode(text)) == llama.decode(llama.encode(text))
 
 
-def test_pieces_of_ours_go_through_a_gguf_file():
-    ours = tokenizers.get("bpe").train(["def main(self):\n    return 1, größe\n"] * 50, 320)
+@pytest.mark.parametrize(("kind", "size"), [("bpe", 320), ("byte_bpe", 280)])
+def test_trained_vocabularies_go_through_a_gguf_file(kind, size):
+    ours = tokenizers.get(kind).train(["def main(self):\n    return 1, größe\n"] * 50, size)
     again = tokenizers.from_gguf(tokenizers.exportable(ours).to_gguf(330))
     for text in ("def main(x):\n        return  größe", " a  🦜\n\n", ""):
         assert again.encode(text) == ours.encode(text) and again.decode(again.encode(text)) == text
