@@ -2,13 +2,7 @@
 
 SmolLM2-135M in float32 and an adapter of rank 8 on all linear layers, moved away from its start; greedy, one row, a
 prompt of 16 tokens. A rate is that of the tokens after the first. All forms take turns, round by round; where other
-work shares the cores, the processor's own seconds say more than the clock's. Writes results.json and the table in
-README.md beside this file.
-
-The rule, fixed before the run: the speed half of L13 ("QLoRA gives faster inference") holds if in every round the NF4
-base with its adapter gives more tokens per second of CPU time than the dense merged model; fails if in every round it
-gives fewer; else undecided. The power half wants a counter of energy (Linux: /sys/class/powercap/*/energy_uj): it holds
-if joules a token are lower in every round, fails if higher in every round; without one it is untested here.
+work shares the cores, the processor's own seconds say more than the clock's.
 """
 
 import dataclasses
@@ -90,7 +84,7 @@ def over_merged(costs: dict[str, list[np.ndarray]], name: str, column: int) -> I
 
 
 def judge(costs: dict[str, list[np.ndarray]], has_counter: bool) -> list[Finding]:
-    """The verdicts by the rules above; `has_counter` says whether energy was measured."""
+    """The verdicts by the rules of statements.toml; `has_counter` says whether energy was measured."""
     speed, power = over_merged(costs, QLORA, 1), over_merged(costs, QLORA, 2) if has_counter else None
     of_speed = "tokens per second of CPU time, NF4 base with adapter over dense merged"
     results = [findings.finding("L13", of_speed, speed, verdicts.above(speed, 1), part="speed")]

@@ -3,10 +3,6 @@
 senses.txt has 25 words in two senses of five sentences each. By layer: the cosines of a word's vectors, averaged over
 pairs of sentences of the same sense (within) and of different senses (between), with 95 % t-intervals over words; and
 the share of sentences whose nearest other one with the word has its sense (chance: 4 of 9), with Wilson's interval.
-
-The rule of the verdict was fixed before the run. E5 holds if the static table gives a cosine of 1 for every pair, and
-in every layer above the embeddings the interval of within minus between lies above 0, and at the last layer within
-exceeds between for "bank"; holds when the layer is one of those whose interval lies above 0; fails if none does.
 """
 
 import pathlib
@@ -91,7 +87,7 @@ def figures(vectors: dict[str, np.ndarray]) -> dict:
 
 
 def judge(by_layer: dict) -> Finding:
-    """The verdict by the rule above; `by_layer` has the figures."""
+    """The verdict by the rule of statements.toml; `by_layer` has the figures."""
     inner = [layer for layer in by_layer if layer not in (TABLE, "0")]
     apart = [layer for layer in inner if by_layer[layer]["difference"].low > 0]
     static = [cosine for word in by_layer[TABLE]["words"].values() for cosine in word.values()]

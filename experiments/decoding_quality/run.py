@@ -1,19 +1,7 @@
 """The table of the nucleus paper on a real model and a held-out human text: D2, D4, D5.
 
-Every method of `METHODS` continues the same prompts. The rules below were fixed before the run.
-
-Intervals are 95 %, by bootstrap over the texts (over the texts' means where a figure has a value a token).
-
-D2  "greedy is repetitive": holds if greedy's share of texts that end in a loop lies above both that of the human
-    text and that of sampling, intervals apart. "Locally optimal": holds if the beam of 4 finds texts of the same
-    length that are likelier, by the interval of the paired difference of their log-probabilities, and in more than
-    half of the prompts. The claim holds if both do.
-D4  holds if at least a tenth of the tokens' distributions have more than 5 % of their mass outside the 40 likeliest
-    (what the nucleus of .95 would still draw from), and top-k 40 with temperature 0.7 keeps less than half of the
-    model's entropy, its interval below; "holds when" names which of the two.
-D5  holds if the nucleus has mass .95 or more at every token, its size's 10 % and 90 % quantiles differ by a factor
-    of 10 or more, and its texts' perplexity is nearer to the human text's (in logarithms) than those of greedy and
-    of the beam.
+Every method of `METHODS` continues the same prompts. Intervals are 95 %, by bootstrap over the texts (over the texts'
+means where a figure has a value a token).
 """
 
 import dataclasses
@@ -177,7 +165,7 @@ def cell(value: Interval | float) -> str:
 
 
 def judge(texts: Mapping[str, Texts], figures: Mapping[str, Any], steps: Mapping[str, np.ndarray]) -> list[Finding]:
-    """The verdicts by the rules above."""
+    """The verdicts by the rules of statements.toml."""
     loops = {name: figures[name]["loops %"] for name in ("greedy", "human", "sampling", "beam 4", "nucleus 0.95")}
     repetitive = all(loops["greedy"].low > loops[other].high for other in ("human", "sampling"))
     greedy, beam = ([sum(t["logs"]) for t in texts[name]] for name in ("greedy", "beam 4"))

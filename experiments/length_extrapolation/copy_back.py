@@ -9,7 +9,6 @@ Three groups of targets tell learning from knowing how places relate:
     new_offset  offsets that were never trained; their digits were, in other pairs
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -70,11 +69,6 @@ def accuracies(kind: str, seed: int, steps: int) -> dict[str, float]:
     parts = setup(configuration.load("default", SETTING | changes))
 
     @jax.jit
-    def batches(steps):
-        keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(1000 + seed)))(steps)
-        return jax.lax.map(training_batch, keys)
-
-    @jax.jit
     def accuracy(params, offsets):
         batch = sequences(jax.random.key(7), offsets, 512)
         where = Tokens(batch["positions"], batch["segments"])
@@ -83,7 +77,5 @@ def accuracies(kind: str, seed: int, steps: int) -> dict[str, float]:
         counted = batch["mask"] * (batch["positions"] >= 2 + HALF)
         return jnp.sum(right * counted) / jnp.sum(counted)
 
-    state = parts.init()
-    for start in range(0, steps, 100):
-        state, _ = parts.scan(state, batches(jnp.arange(start, min(start + 100, steps))))
-    return {name: float(accuracy(state.params, jnp.asarray(offsets))) for name, offsets in GROUPS.items()}
+    params = decoders.train(parts, None, training_batch, jax.random.key(1000 + seed))
+    return {name: float(accuracy(params, jnp.asarray(offsets))) for name, offsets in GROUPS.items()}

@@ -2,8 +2,7 @@
 
 Every step runs in a process of its own. Measured is what the steps add to what the process held when they began (the
 kernel's high-water mark is reset there), and the arrays that it held then: weights, optimizer and batch. The rest of
-the process (interpreter, libraries, compiler and what it leaves) stands beside it. Writes measured.json and the table
-in README.md beside this file.
+the process (interpreter, libraries, compiler and what it leaves) stands beside it.
 """
 
 import gc

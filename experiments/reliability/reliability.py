@@ -1,11 +1,7 @@
-"""What is lost when a run is killed, its checkpoints damaged, its disk full: real processes, real signals.
+"""What is lost when a run is killed, its checkpoints damaged, its disk full: real processes, real signals. R1 to R5.
 
 Every part compares with one undisturbed run of `config.py` with the same number of processes; `--parts` measures some
 parts anew and keeps the results of the others. The disks are tmpfs, which only root can mount.
-
-The rule: nothing is lost if every killed run (R1; R4 with two processes), every run whose disk was full (R3) and every
-run whose disk became read-only (R5) ends with the figures of the undisturbed one, no checkpoint is unreadable after a
-kill, and every damage of a file is detected (R2).
 """
 
 import contextlib

@@ -1,12 +1,4 @@
-"""Kinds of tokenizer by vocabulary size on held-out text: T1 and T3.
-
-The rules of the verdicts were fixed before the run:
-
-T1  holds if at every size words take fewer tokens a word than every kind of pieces, these fewer than characters,
-    and no kind of words or pieces takes more at a larger size; else fails.
-T3  holds if at the largest size every kind of pieces brings back at least 99 % of the held-out words that the
-    training text has not, and words none of them; holds when the kind is one of the pieces that do; else fails.
-"""
+"""Kinds of tokenizer by vocabulary size on held-out text: T1 and T3."""
 
 import itertools
 import pathlib
@@ -73,7 +65,7 @@ def main() -> None:
 
 
 def judge(table: Table) -> list[Finding]:
-    """The verdicts by the rules above."""
+    """The verdicts by the rules of statements.toml."""
     length = {key: row["tokens per word"] for key, row in table.items()}
     sizes = sorted({size for _, size in table})
     single = min(length[kind, sizes[-1]] for kind in SINGLE)

@@ -1,19 +1,8 @@
-"""Does the best learning rate of a narrow model stay the best when it grows wider, with and without μP?
+"""Does the best learning rate of a narrow model stay the best when it grows wider, with and without μP? W1.
 
-Trains every width at every rate from every seed, twice: with model.base_width (μP) and without. The rules below were
-fixed before the run.
-
-The *loss given up* at a width is the held-out loss of the rate that is best at the base width (by the
-mean over the seeds) minus that of the width's own best rate, in nats a token; a run that diverges counts
-as the loss of knowing nothing, log 256. Seeds pair by initialization and batches. Of each seed it is
-measured against the rate that is best by the mean of the *other* seeds: the least of several noisy means
-would count its own luck as a loss. It is judged by the 95 % t-interval of its mean over the seeds.
-
-The rate *transfers* under a parametrization if the interval lies below MARGIN at every width, and
-*does not* if the interval at the widest lies above MARGIN. W1 (width transfer by table 8 of
-arXiv:2203.03466 makes the best rate hold across widths, which it does not by itself) holds if the rate
-transfers with it and does not without; fails if it does not transfer with it, or transfers without;
-else it is undecided.
+Trains every width at every rate from every seed, twice: with model.base_width (μP) and without. Seeds pair by
+initialization and batches. The rate of a seed is measured against the one that is best by the mean of the *other*
+seeds: the least of several noisy means would count its own luck as a loss.
 """
 
 import functools
@@ -164,7 +153,7 @@ def transfers(lost: Mapping[int, Interval]) -> str:
 
 
 def judge(lost: Lost, seeds: int) -> Finding:
-    """The verdict by the rule above."""
+    """The verdict by the rule of statements.toml."""
     with_transfer, without = (transfers(lost[kind]) for kind in KINDS)
     fails = with_transfer == "no" or without == "yes"
     verdict = "holds" if (with_transfer, without) == ("yes", "no") else "fails" if fails else "undecided"

@@ -42,9 +42,11 @@ def test_computations_take_turns_after_a_round_that_compiles():
 
 
 def test_a_table_has_a_row_for_each_condition():
-    runs, columns = {"a": [{"x": 1.0}, {"x": 3.0}]}, {"x": lambda run: run["x"], "2x": lambda run: 2 * run["x"]}
-    assert findings.condition_table("kind", runs, columns)[2:] == ["| a | 2.000 ± 1.414 | 4.000 ± 2.828 |"]
-    assert findings.condition_table("kind", runs, columns, str)[::2] == [
-        "| kind | x | 2x |",
-        "| a | [1.0, 3.0] | [2.0, 6.0] |",
+    runs = {"a": [{"x": 1.0}, {"x": 3.0}], "b": [{"x": 2.0}, {"x": 2.5}]}
+    columns = {"x": findings.deviation("x", 2), "first": findings.first("x", ".1f", 10), "seeds": len}
+    assert findings.condition_table("kind", runs, columns) == [
+        "| kind | x | first | seeds |",
+        "|---|---|---|---|",
+        "| a | 2.00 ± 1.41 | 10.0 | 2 |",
+        "| b | 2.25 ± 0.35 | 20.0 | 2 |",
     ]
