@@ -65,10 +65,10 @@ def main() -> None:
     prompts, human = windows(loaded)
     computations = {"human": functools.partial(of_human, loaded, prompts, human)}
     computations |= {name: functools.partial(continued, loaded, prompts, name) for name in METHODS}
+    computations |= {"steps": functools.partial(of_steps, loaded, prompts, human)}
     origins: list[Provenance] = []
     texts = experiments.measure_all(root, computations, origins)
-    of_tokens = {"steps": functools.partial(of_steps, loaded, prompts, human)}
-    steps = {k: np.asarray(v) for k, v in experiments.measure_all(root, of_tokens, origins)["steps"].items()}
+    steps = {name: np.asarray(values) for name, values in texts.pop("steps").items()}
     figures = {name: of_method(of_name) for name, of_name in texts.items()}
     draw(steps["nucleus"], experiments.output(__file__) / "sizes.png")
     rows = [[method, *map(cell, row.values())] for method, row in figures.items()]
