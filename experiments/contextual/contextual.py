@@ -20,7 +20,7 @@ from llm_jax.research.findings import Finding
 
 TABLE = "table"  # the rows of the embedding table, without positions and norm
 
-flags.DEFINE_string("checkpoint", "asset:minilm-l6-v2", "whose vectors are asked")
+flags.DEFINE_string("checkpoint", "asset:minilm-l6-v2", "the encoder or decoder that computes the vectors")
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def read(path: pathlib.Path) -> dict[str, dict[str, list[str]]]:
-    """word -> sense -> sentences."""
+    """{word: {sense: sentences}}."""
     words: dict[str, dict[str, list[str]]] = {}
     for line in filter(None, path.read_text().splitlines()):
         head, colon, sense = line.partition(": ")
@@ -47,7 +47,7 @@ def read(path: pathlib.Path) -> dict[str, dict[str, list[str]]]:
 
 
 def occurrences(loaded: Loaded, word: str, senses: dict[str, list[str]]) -> dict[str, np.ndarray]:
-    """layer -> the vectors of `word` in its sentences, float32 (senses, sentences, D)."""
+    """{layer: the vectors of `word` in its sentences, float32 (senses, sentences, D)}."""
     sentences = [s for of_sense in senses.values() for s in of_sense]
     forms = {tuple(loaded.tokenizer.encode(space + word)) for space in ("", " ")}
     vectors = []
@@ -64,7 +64,11 @@ def occurrences(loaded: Loaded, word: str, senses: dict[str, list[str]]) -> dict
 
 
 def figures(vectors: dict[str, np.ndarray]) -> dict:
-    """Of one layer: means over words with their intervals, and by word; vectors are (senses, sentences, D)."""
+    """The figures of one layer: means over words with their intervals, and values by word.
+
+    Args:
+      vectors: by word, float32 (senses, sentences, D).
+    """
     by_word, right, count = {}, 0.0, 0
     for word, of_word in vectors.items():
         flat = of_word.reshape(-1, of_word.shape[-1]).astype(np.float64)

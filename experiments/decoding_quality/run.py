@@ -30,11 +30,11 @@ from llm_jax.research.findings import Finding
 from llm_jax.research.provenance import Provenance
 
 flags.DEFINE_string("checkpoint", "asset:smollm2-135m-instruct", "the model")
-flags.DEFINE_string("text", "", "human text, a file; by default sentences of editorials (asset:nyt)")
-flags.DEFINE_integer("prompts", 16, "texts continued", lower_bound=2)
-flags.DEFINE_integer("prompt_tokens", 32, "of each", lower_bound=2)
-flags.DEFINE_integer("new_tokens", 48, "of each", lower_bound=2)
-flags.DEFINE_integer("batch_size", 16, "texts at a time", lower_bound=2)
+flags.DEFINE_string("text", "", "file with human text; by default sentences of editorials (asset:nyt)")
+flags.DEFINE_integer("prompts", 16, "number of prompts", lower_bound=2)
+flags.DEFINE_integer("prompt_tokens", 32, "tokens of each prompt", lower_bound=2)
+flags.DEFINE_integer("new_tokens", 48, "tokens of each continuation", lower_bound=2)
+flags.DEFINE_integer("batch_size", 16, "prompts that are decoded together", lower_bound=2)
 
 METHODS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0},
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def windows(loaded: Loaded) -> tuple[list[list[int]], list[list[int]]]:
-    """Windows of a human text, each cut into a prompt and what came next."""
+    """Windows of a human text, each split into a prompt and its continuation."""
     f = flags.FLAGS
     text = pathlib.Path(f.text or assets.path("nyt")).read_text("utf-8")
     if not f.text:  # lines of id, rating, sentence, in the order of the articles
@@ -99,7 +99,7 @@ def of_human(loaded: Loaded, prompts: list[list[int]], human: list[list[int]]) -
 
 
 def continued(loaded: Loaded, prompts: list[list[int]], method: str) -> Texts:
-    """Continuations of exactly `new_tokens` (EOS ends none), by batches."""
+    """Continuations of exactly `new_tokens` tokens: EOS does not end them."""
     f = flags.FLAGS
     options = DecodingOptions(max_new_tokens=f.new_tokens, ignore_eos=True, **METHODS[method])
     texts: Texts = []
@@ -112,7 +112,7 @@ def continued(loaded: Loaded, prompts: list[list[int]], method: str) -> Texts:
 
 
 def of_steps(loaded: Loaded, prompts: list[list[int]], human: list[list[int]]) -> dict[str, list[float]]:
-    """At every token of the human text: size of the nucleus, what fixed k keep, entropies before and after."""
+    """At every token of the human text: size and mass of the nucleus, mass of the 40 likeliest, and entropies."""
 
     def entropy(p):
         return -jnp.sum(jnp.where(p > 0, p * jnp.log(p), 0), -1)
@@ -198,7 +198,7 @@ def judge(texts: Mapping[str, Texts], figures: Mapping[str, Any], steps: Mapping
 
 
 def draw(nucleus: np.ndarray, path: pathlib.Path) -> None:
-    """How large the nucleus is, token by token, beside fixed k."""
+    """The distribution of the size of the nucleus over tokens, beside fixed k."""
     with pictures.figure(path, figsize=(6, 3.2)) as axes:
         sizes = np.sort(nucleus.ravel())
         axes.plot(sizes, np.linspace(0, 1, len(sizes)))

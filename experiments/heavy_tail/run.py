@@ -37,9 +37,9 @@ FIGURES = {
     "distance": "total variation distance to the truth",
 }
 
-flags.DEFINE_integer("seeds", 3, "sources and models", lower_bound=2)
-flags.DEFINE_integer("steps", 400, "of training", lower_bound=1)
-flags.DEFINE_integer("width", 48, "of the model")
+flags.DEFINE_integer("seeds", 3, "number of sources, each with its own models", lower_bound=2)
+flags.DEFINE_integer("steps", 400, "training steps", lower_bound=1)
+flags.DEFINE_integer("width", 48, "width of the model")
 
 
 def main() -> None:
@@ -51,14 +51,14 @@ def main() -> None:
 
 
 def source(key: jax.Array) -> jax.Array:
-    """Next-token probabilities (VOCAB, VOCAB): a third can follow, p as rank^-1.5, in each one's own order."""
+    """Next-token probabilities float32 (VOCAB, VOCAB): rank^-1.5 for a third of the tokens, in random order, else 0."""
     ranks = jnp.argsort(jax.random.uniform(key, (VOCAB, VOCAB)), axis=-1) + 1.0
     p = jnp.where(ranks <= VOCAB // 3, ranks**-1.5, 0.0)
     return p / jnp.sum(p, -1, keepdims=True)
 
 
 def texts(key: jax.Array, p: jax.Array, count: int) -> jax.Array:
-    """int32 (count, LENGTH + 1) from the source."""
+    """Random texts of the source `p`, int32 (count, LENGTH + 1)."""
     first, rest = jax.random.split(key)
 
     def step(last: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -71,7 +71,7 @@ def texts(key: jax.Array, p: jax.Array, count: int) -> jax.Array:
 
 
 def train_and_compare(loss: str, seed: int) -> dict[str, float]:
-    """Trains a model with one loss and compares it with its source."""
+    """The figures of a model that is trained with a loss on text of the source of a seed."""
     f = flags.FLAGS
     model = {"vocab_size": VOCAB, "width": f.width, "num_layers": 2, "num_heads": 4, "num_kv_heads": 4}
     # AdamW with decay of all weights and a cosine to zero, without warm-up and clipping.
@@ -100,7 +100,7 @@ def train_and_compare(loss: str, seed: int) -> dict[str, float]:
 
 
 def compare(model: Transformer, params: Any, p: jax.Array, key: jax.Array, probabilities: Any) -> dict[str, jax.Array]:
-    """The figures over fresh texts, from their 16th token on."""
+    """The figures of a model, means over the tokens from the 16th on of 64 new texts."""
     ids = texts(key, p, 64)[:, :-1]
     q, truth = probabilities(model.apply({"params": params}, ids)), p[ids]
     before = jnp.stack([jnp.roll(ids, i, 1) for i in range(RECENT)], -1)

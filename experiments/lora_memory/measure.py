@@ -1,7 +1,7 @@
-"""What a training step takes, and what merging costs: L4, L6, L7.
+"""The memory of a training step, and the cost of merging: L4, L6, L7.
 
 Memory is that of compiled steps (`llm_jax.plan --memory`), from shapes alone: the SmolLM2-135M geometry, 4 x 256
-tokens, float32, scanned layers. Merging is run on a small model of random weights.
+tokens, float32, scanned layers. Merging is measured with a small model with random weights.
 """
 
 import dataclasses
@@ -27,8 +27,8 @@ STEPS = (
 )
 SMALL: dict[str, Any] = {"width": 192, "num_layers": 4, "num_heads": 3, "num_kv_heads": 3, "mlp_dim": 512}
 
-flags.DEFINE_integer("seq_len", 256, "tokens of each of 4 rows of a step")
-flags.DEFINE_integer("repeats", 20, "timed passes of each form")
+flags.DEFINE_integer("seq_len", 256, "tokens of each of the 4 rows of a step")
+flags.DEFINE_integer("repeats", 20, "timed forward passes of each form")
 
 
 def main() -> None:
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def merging(config: schema.Config, dtype: str, repeats: int) -> dict[str, float]:
-    """Differences of logits, and times of a forward pass relative to the plain base."""
+    """Differences of logits, and times of a forward pass over that of the base without adapters."""
     precision = dataclasses.replace(config.model.precision, params=dtype, compute=dtype)
     model = Transformer(dataclasses.replace(config.model, precision=precision, vocab_size=1024, **SMALL))
     ids = jax.random.randint(jax.random.key(0), (4, 128), 0, 1024)

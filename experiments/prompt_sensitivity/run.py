@@ -1,7 +1,6 @@
-"""How much do answers depend on how one asks? Tasks x paraphrases x prompt types x models: M1 to M4.
+"""Accuracy by task, paraphrase of the question, type of prompt, and model: M1 to M4.
 
-A cell is one model x task x prompt type x paraphrase; its accuracy is over the same examples everywhere. Intervals are
-95 %, by bootstrap over examples.
+All combinations have the same examples. Intervals are 95 %, by bootstrap over examples.
 """
 
 import dataclasses
@@ -26,11 +25,11 @@ STYLES = ("zero_shot", "few_shot", "expert", "cot_zero_shot", "cot_few_shot")
 Cells = dict[tuple[str, str, str], np.ndarray]  # (model, task, style) -> (paraphrases, examples)
 
 flags.DEFINE_string("model", "asset:smollm2-135m-instruct", "the instruct model")
-flags.DEFINE_string("reference", "", "a run of configs/reference_lm.py, asked too if given")
-flags.DEFINE_integer("examples", 8, "of each task", lower_bound=2)
+flags.DEFINE_string("reference", "", "a run of configs/reference_lm.py, which is measured too; empty: none")
+flags.DEFINE_integer("examples", 8, "examples of each task", lower_bound=2)
 flags.DEFINE_integer("shots", 2, "solved examples in few-shot prompts")
-flags.DEFINE_integer("reasoning_tokens", 24, "of a chain of thought at most")
-flags.DEFINE_integer("paraphrases", 10, "ways to put each question", lower_bound=2, upper_bound=10)
+flags.DEFINE_integer("reasoning_tokens", 24, "maximum number of tokens of a chain of thought")
+flags.DEFINE_integer("paraphrases", 10, "paraphrases of each question", lower_bound=2, upper_bound=10)
 
 
 def main() -> None:
@@ -74,7 +73,7 @@ def best_minus_worst(right: np.ndarray, draws: int = 2000) -> tuple[float, float
 
 
 def judge(cells: Cells, tokens: Cells) -> list[Finding]:
-    """The verdicts by the rules of statements.toml; `cells` are the right answers."""
+    """The verdicts by the rules of statements.toml; `cells`: 1 for each right answer."""
     main = next(iter(cells))[0]
     models, tasks = (sorted({key[i] for key in cells}) for i in (0, 1))
     styles = [s for s in dict.fromkeys(style for _, _, style in cells) if s != "zero_shot"]
@@ -107,7 +106,7 @@ def judge(cells: Cells, tokens: Cells) -> list[Finding]:
 
 
 def table(cells: Cells, tokens: Cells) -> list[str]:
-    """Accuracy over paraphrases for each model, task and prompt type."""
+    """Markdown: accuracy over paraphrases for each model, task and prompt type."""
     rows = []
     for key, right in cells.items():
         a = right.mean(1)

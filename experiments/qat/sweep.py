@@ -1,7 +1,7 @@
-"""Quantizing after training against training with quantization in the loop, for the same budget: Q2.
+"""Quantization after training compared with quantization-aware training, for the same number of steps: Q2.
 
-The share recovered is the mean gain over the mean lost loss: of the best method, and, as torchao counts it, of plain
-rounding (absmax). Comparisons are paired by seed and judged by the 95 % t-interval of the mean over the seeds.
+The recovered share is the mean gain over the mean lost loss, relative to the best method after training and, as torchao
+reports it, to plain rounding (absmax). Intervals are 95 % t-intervals over the seeds, paired by seed.
 """
 
 import pathlib
@@ -21,7 +21,7 @@ from llm_jax.quant import calibrate, post_training
 from llm_jax.research import experiments, findings, pictures, verdicts
 from llm_jax.research.findings import Finding
 
-# Name -> (scheme, learned steps, methods of quantizing after training). Tables are in 8 bits.
+# Name -> (scheme, whether the step sizes are learned, methods after training). Embedding tables have 8 bits.
 SCHEMES = {
     "int8": ("int8", False, ("absmax", "mse", "gptq")),
     "w8a8": ("w8a8", False, ("absmax", "mse", "smoothquant", "gptq")),
@@ -30,7 +30,7 @@ SCHEMES = {
     "int2": ("int2", True, ("absmax", "mse", "awq", "gptq")),
 }
 
-# Overrides of all runs by size, and of what follows the start.
+# By size: overrides of all runs, and of the runs that continue from the start.
 SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "quick": (decoders.SMALL | {"train.steps": 4, "optim.warmup_steps": 2}, {"optim.lr": 5e-4}),
     "cpu": (decoders.SMALL, {"train.steps": 200, "optim.lr": 5e-4, "optim.warmup_steps": 20}),
@@ -38,7 +38,7 @@ SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 flags.DEFINE_enum("size", "cpu", list(SIZES), "cpu, full (an accelerator), or quick")
-flags.DEFINE_integer("seeds", 3, "starts", lower_bound=2)
+flags.DEFINE_integer("seeds", 3, "number of starts", lower_bound=2)
 flags.DEFINE_integer("jobs", 1, "runs at a time, each on its share of the cores; 0: one a core, or one a GPU")
 
 Losses = dict[str, list[dict[str, float]]]  # held-out losses by scheme, seed and method
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def compare(root: pathlib.Path, name: str, seed: int) -> dict[str, float]:
-    """Held-out losses, nats a token: of the full model, of each method after training, and of the trained integers."""
+    """Held-out losses, nats a token: in full precision, of each method after training, and of the QAT model."""
     scheme, _, methods = SCHEMES[name]
     plain, in_the_loop = (experiments.run_directory(root, condition, seed) for condition in ("plain", name))
     model, params, tokenizer = checkpoints.load(plain)
@@ -117,7 +117,7 @@ def table(figures: Losses, result: Finding) -> list[str]:
 
 
 def draw(figures: Losses, path: pathlib.Path) -> None:
-    """What each scheme loses to full precision: by the best method after training, and trained in the loop."""
+    """The loss above full precision of each scheme: by the best method after training, and with QAT."""
     with pictures.figure(path, figsize=(8, 4)) as axis:
         x = np.arange(len(figures))
         for shift, label in ((-0.2, "best after training"), (0.2, "in the loop")):

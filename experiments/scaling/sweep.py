@@ -53,7 +53,7 @@ TOPOLOGIES = {
 
 flags.DEFINE_enum("chip", "h100", list(TOPOLOGIES), "accelerator that the large model is compiled for")
 flags.DEFINE_enum("part", "all", ["all", "compiled", "measured"], "compiled: only measure the large model")
-flags.DEFINE_integer("points", 9, "number of values of each series, the smallest first")
+flags.DEFINE_integer("points", 9, "number of values of each series, from the smallest")
 flags.DEFINE_integer("repeats", 7, "timed steps of each small model")
 
 

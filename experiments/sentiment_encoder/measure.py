@@ -1,8 +1,8 @@
 """MiniLM with a classification head on film reviews: frozen, LoRA, full. L14.
 
-The features of a sentence are the mean over its tokens, of the encoder's own tokenizer; the head is linear and starts
-at zero. Sentences are padded, or cut, to 48 tokens. 2,000 training and 1,000 test sentences, once through in batches
-of 32; the head on frozen features has 50 rounds. The rates are customary ones, not searched for.
+The features of a sentence are the mean over its tokens; the head is linear and starts at zero. Sentences are padded or
+truncated to 48 tokens. One epoch of 2,000 training sentences in batches of 32, 50 epochs for the head on frozen
+features; 1,000 test sentences. The learning rates are usual values that were not tuned.
 """
 
 import dataclasses
@@ -29,9 +29,11 @@ from llm_jax.training import losses, memory
 LENGTH, BATCH = 48, 32
 KINDS = {"frozen": 1e-2, "LoRA r=8": 1e-3, "full": 1e-4}  # with their learning rates
 
-flags.DEFINE_integer("seeds", 3, "runs of each kind")
-flags.DEFINE_integer("sentences", 2000, "training sentences at most; half as many are asked about", lower_bound=BATCH)
-flags.DEFINE_integer("rounds", 50, "times through the sentences with frozen features", lower_bound=1)
+flags.DEFINE_integer("seeds", 3, "models of each kind")
+flags.DEFINE_integer(
+    "sentences", 2000, "maximum number of training sentences; half as many are test sentences", lower_bound=BATCH
+)
+flags.DEFINE_integer("rounds", 50, "epochs with frozen features", lower_bound=1)
 
 
 def main() -> None:
@@ -54,7 +56,7 @@ def main() -> None:
 
 
 def train(loaded: checkpoints.Loaded, parts: list[dict[str, jax.Array]], kind: str, seed: int) -> dict[str, Any]:
-    """Accuracies, parameters trained, seconds a step and bytes of the compiled step of one run."""
+    """Accuracies, number of trained parameters, seconds a step, and bytes of the compiled step of a model."""
     model, base, _ = loaded
     # The trained part of the encoder, and (trained, base) -> all weights.
     encoder: Any = {}

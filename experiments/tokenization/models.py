@@ -1,8 +1,8 @@
-"""Models of each kind of tokenizer in bits per byte, and what a model loses with another vocabulary: T1 and T2.
+"""Bits per byte of models with each kind of tokenizer, and of a model with another vocabulary: T1 and T2.
 
-A decoder of 128 x 2 layers is trained on the same number of tokens of Shakespeare for every kind (so those with short
-tokens see less text) and asked for held-out text. That of byte pairs is then given other vocabularies of the same size,
-as they are and after --tune more steps, beside --tune more steps with its own. Intervals are those of means over seeds.
+A decoder with 2 layers of width 128 is trained on the same number of tokens of Shakespeare for every kind, so that
+kinds with short tokens see less text, and evaluated on held-out text. The model of byte pairs then gets other
+vocabularies of the same size, and is measured before and after --tune more steps, beside as many steps with its own.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ from llm_jax.training.setup import num_parameters, setup
 SIZE = 2048
 PIECES = ("wordpiece", "unigram", "bpe", "byte_bpe")
 KINDS = ("word", *PIECES, "char", "byte")
-SWAPPED, OTHERS = "bpe", ("bpe", "unigram", "wordpiece")  # the first is its own
+SWAPPED, OTHERS = "bpe", ("bpe", "unigram", "wordpiece")  # the first is the vocabulary of the model
 NEXT = {"bpe": "wordpiece", "wordpiece": "unigram", "unigram": "bpe"}
 WHEN = ("swapped in", "tuned")
 CHANGES = {
@@ -43,9 +43,9 @@ CHANGES = {
     "train": {"batch_size": 8, "seq_len": 128},
 }
 
-flags.DEFINE_integer("seeds", 3, "runs of each kind")
-flags.DEFINE_integer("steps", 300, "of training")
-flags.DEFINE_integer("tune", 100, "more steps after a swap")
+flags.DEFINE_integer("seeds", 3, "models of each kind")
+flags.DEFINE_integer("steps", 300, "training steps")
+flags.DEFINE_integer("tune", 100, "training steps after the vocabulary is replaced")
 
 
 def main() -> None:
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def run(config: Config, source: Source, kind: str, seed: int) -> dict[str, float]:
-    """Figures of one model, and of its swaps."""
+    """The figures of a model, and, of byte pairs, of the model with other vocabularies."""
     f = flags.FLAGS
     tokenizer, corpus = text(source, kind)
     sizes = {"model.vocab_size": tokenizer.vocab_size, "train.seed": seed}
@@ -98,13 +98,13 @@ def trained(config: Config, corpus: Corpus, start: int, stop: int, params: Any =
 
 
 def bits_per_byte(config: Config, params: Any, corpus: Corpus) -> float:
-    """Of the held-out text."""
+    """The bits per byte of the held-out text."""
     rows = Rows(corpus.validation, config.train.seq_len)
     return decoders.evaluate(Transformer(config.model), params, rows, 16)["bits_per_byte"]
 
 
 def refusals(config: Config, source: Source, kind: str) -> dict[str, bool]:
-    """Is the vocabulary the same when trained again, and another one refused by a checkpoint of this one?"""
+    """Whether training gives the same vocabulary twice, and whether a checkpoint refuses another vocabulary."""
     other = NEXT[kind]
     learned = [tokenizers.get(kind).train(source.texts(False, 2**20), SIZE) for _ in range(2)]
 

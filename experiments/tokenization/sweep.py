@@ -1,4 +1,4 @@
-"""Kinds of tokenizer by vocabulary size on held-out text: T1 and T3."""
+"""Kinds of tokenizers by vocabulary size, on held-out text: T1 and T3."""
 
 import itertools
 import pathlib
@@ -17,9 +17,9 @@ SIZES = (1024, 2048, 4096, 8192)
 WORD = re.compile(r"[A-Za-z]+")
 ENOUGH = 0.99
 
-flags.DEFINE_string("asset", "shakespeare", "the directory of texts")
-flags.DEFINE_list("sizes", list(map(str, SIZES)), "of the vocabularies, the largest last")
-flags.DEFINE_integer("share", 1, "one of so many paragraphs is used", lower_bound=1)
+flags.DEFINE_string("asset", "shakespeare", "name of the asset with the texts")
+flags.DEFINE_list("sizes", list(map(str, SIZES)), "sizes of the vocabularies, the largest last")
+flags.DEFINE_integer("share", 1, "one in this many paragraphs is used", lower_bound=1)
 flags.DEFINE_string("runs", "runs/tokenization_lengths", "where figures are kept")
 
 Table = dict[tuple[str, int], dict[str, float]]  # figures by kind and size of the vocabulary

@@ -37,12 +37,12 @@ SETTING: dict[str, Any] = {  # overrides of the recipe "default": two layers on 
 MARGIN = 0.05  # nats a token
 KINDS = ("μP", "as it is")
 
-flags.DEFINE_list("widths", ["32", "128", "256"], "the first is the base width")
-flags.DEFINE_list("powers", ["-9", "-8", "-7", "-6", "-5", "-4", "-3", "-2"], "the rates, as powers of two")
-flags.DEFINE_integer("seeds", 5, "runs of each kind")
-flags.DEFINE_integer("held_rows", 256, "rows of held-out text that a run is judged by")
+flags.DEFINE_list("widths", ["32", "128", "256"], "widths of the models; the first is the base width")
+flags.DEFINE_list("powers", ["-9", "-8", "-7", "-6", "-5", "-4", "-3", "-2"], "learning rates, as powers of two")
+flags.DEFINE_integer("seeds", 5, "models of each kind")
+flags.DEFINE_integer("held_rows", 256, "rows of held-out text")
 
-Lost = Mapping[str, Mapping[int, Interval]]  # losses given up by parametrization and width
+Lost = Mapping[str, Mapping[int, Interval]]  # the loss given up, by parametrization and width
 
 
 def main() -> None:
@@ -77,7 +77,7 @@ def main() -> None:
         return loss if math.isfinite(loss) else None  # diverged
 
     def losses(kind: str, width: int) -> np.ndarray:
-        """(powers, seeds); a run that has diverged has the loss of knowing nothing."""
+        """Losses (powers, seeds); a diverged run has the loss of the uniform distribution."""
         rows = [figures[name(kind, width, power)] for power in powers]
         return np.array([[math.log(256) if loss is None else loss for loss in row] for row in rows])
 
@@ -91,7 +91,7 @@ def main() -> None:
 
 
 def sizes(width: int, base_width: int) -> dict[str, Any]:
-    """Overrides of a model of this width; base_width: of μP, or 0."""
+    """Overrides of a model of this width; `base_width`: that of μP, or 0 without μP."""
     heads = width // SETTING["model.head_dim"]
     changes = {"width": width, "mlp_dim": 2 * width, "num_heads": heads, "num_kv_heads": heads}
     return {f"model.{name}": value for name, value in (changes | {"base_width": base_width}).items()}

@@ -1,4 +1,4 @@
-"""Do vectors of words capture similarity? E1 to E4 on the Wikipedia sample and Shakespeare.
+"""The similarity of word vectors: E1 to E4, on the Wikipedia sample and Shakespeare.
 
 Trains skip-gram, CBOW and GloVe, and skip-gram on the same text with its words in random order. Intervals are 95 %
 t-intervals of a mean over the seeds.
@@ -34,9 +34,9 @@ REAL = ("minilm-l6-v2", "smollm2-135m-instruct")
 MAP = "king queen prince duke lord lady man woman father mother son daughter brother sister war peace army soldier "
 MAP += "sea ship land river city house door heart eye hand head blood love hate god heaven earth sun moon night day"
 
-flags.DEFINE_integer("seeds", 3, "runs of each kind", lower_bound=2)
-flags.DEFINE_integer("min_count", 5, "rarer words are left out")
-flags.DEFINE_integer("glove_epochs", 10, "passes of GloVe over the co-occurrences")
+flags.DEFINE_integer("seeds", 3, "models of each kind", lower_bound=2)
+flags.DEFINE_integer("min_count", 5, "minimum number of occurrences of a word")
+flags.DEFINE_integer("glove_epochs", 10, "epochs of GloVe")
 
 
 def main() -> None:
