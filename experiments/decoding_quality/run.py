@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -63,9 +63,11 @@ def main() -> None:
     root = experiments.directory(f.runs, digest, f.prompts, f.prompt_tokens, f.new_tokens, f.batch_size)
     loaded = checkpoints.load(f.checkpoint)
     prompts, human = windows(loaded)
-    computations = {"human": functools.partial(of_human, loaded, prompts, human)}
-    computations |= {name: functools.partial(continued, loaded, prompts, name) for name in METHODS}
-    computations |= {"steps": functools.partial(of_steps, loaded, prompts, human)}
+    computations: dict[str, Callable[[], Any]] = {
+        "human": functools.partial(of_human, loaded, prompts, human),
+        **{name: functools.partial(continued, loaded, prompts, name) for name in METHODS},
+        "steps": functools.partial(of_steps, loaded, prompts, human),
+    }
     origins: list[Provenance] = []
     texts = experiments.measure_all(root, computations, origins)
     steps = {name: np.asarray(values) for name, values in texts.pop("steps").items()}
