@@ -21,7 +21,7 @@ from experiments import padded
 from llm_jax import checkpoints, cli, configuration, lora
 from llm_jax.data.labelled import LabelledSource
 from llm_jax.embeddings import contextual
-from llm_jax.intervals import Interval, mean, wilson
+from llm_jax.intervals import Interval, wilson
 from llm_jax.research import experiments, findings, verdicts
 from llm_jax.research.findings import Figures, Finding
 from llm_jax.training import losses, memory
@@ -136,9 +136,7 @@ def table(figures: Figures) -> list[str]:
         return Interval(*(100 * x for x in (right / count, *wilson(right, count))))
 
     columns = {
-        "accuracy, % (95 % over seeds)": lambda runs: findings.interval_text(
-            mean([100 * r["accuracy"] for r in runs]), 1
-        ),
+        "accuracy, % (95 % over seeds)": findings.interval("accuracy", 1, 100),
         "one seed's (Wilson)": lambda runs: "{1:.1f} to {2:.1f}".format(*share(runs, "right")),
         "product reviews, % (one seed's)": lambda runs: findings.interval_text(share(runs, "products right"), 1),
         "trained": findings.first("trained", ","),

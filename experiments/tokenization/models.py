@@ -24,7 +24,7 @@ from llm_jax import checkpoints, cli, configuration, tokenizers
 from llm_jax.data.corpus import Corpus, Source
 from llm_jax.data.rows import Rows, Shuffled
 from llm_jax.errors import UserError
-from llm_jax.intervals import mean, paired
+from llm_jax.intervals import paired
 from llm_jax.model.transformer import Transformer
 from llm_jax.research import experiments, findings, verdicts
 from llm_jax.research.findings import Figures, Finding
@@ -161,7 +161,7 @@ def judge(figures: Figures, refused: dict[str, dict[str, bool]]) -> list[Finding
 
 def tables(figures: Figures, refused: dict[str, dict[str, bool]]) -> list[str]:
     columns = {
-        "bits per byte": lambda runs: findings.interval_text(mean([run["bits per byte"] for run in runs])),
+        "bits per byte": findings.interval("bits per byte"),
         "unknown tokens": findings.first("unknown", ".2%"),
         "MB of text seen": findings.first("megabytes seen", ".2f"),
         "parameters": findings.first("parameters", ","),

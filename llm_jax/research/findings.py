@@ -183,8 +183,13 @@ def deviation(name: str, digits: int = 3) -> Callable[[Runs], str]:
     return lambda runs: deviation_text([run[name] for run in runs], digits)
 
 
-def first(name: str, form: str, scale: float = 1.0) -> Callable[[Runs], str]:
-    """A column of a `condition_table`: a figure that is the same for all seeds, times `scale`, by a format."""
+def interval(name: str, digits: int = 3, scale: float = 1) -> Callable[[Runs], str]:
+    """A column of a `condition_table`: the mean of a figure over the seeds, times `scale`, with its t-interval."""
+    return lambda runs: interval_text(intervals.mean([scale * run[name] for run in runs]), digits)
+
+
+def first(name: str, form: str, scale: float = 1) -> Callable[[Runs], str]:
+    """A column of a `condition_table`: a figure of the first seed, times `scale`, in a format such as ".2f"."""
     return lambda runs: format(scale * runs[0][name], form)
 
 
