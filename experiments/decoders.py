@@ -1,6 +1,16 @@
-"""Decoders that several experiments train, as overrides of the recipe "default"."""
+"""Small decoders that several experiments train: overrides of the recipe "default", training and held-out loss."""
 
+from collections.abc import Callable
 from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llm_jax.data.rows import AnyRows, Batch
+from llm_jax.evaluation import held_out
+from llm_jax.model.transformer import Transformer
+from llm_jax.training import losses
+from llm_jax.training.setup import Setup
 
 # About 1 M parameters: a minute on two CPU cores, 2.0 to 2.2 bits per byte.
 SMALL: dict[str, Any] = {
@@ -41,3 +51,29 @@ FULL = SMALL | {
     "optim.lr": 6e-4,
     "optim.warmup_steps": 1000,
 }
+
+_loss = jax.jit(losses.language_model, static_argnums=(0, 3))
+
+
+def train(parts: Setup, params: Any, make_batch: Callable[[jax.Array], Batch], key: jax.Array) -> Any:
+    """The weights after `train.steps` on generated batches.
+
+    Args:
+      params: the initial weights; None: random ones of `train.seed`.
+      make_batch: key -> int32 (batch_size, seq_len) each; every step has its own key.
+    """
+
+    @jax.jit
+    def batches(steps: jax.Array) -> Batch:
+        return jax.lax.map(lambda step: make_batch(jax.random.fold_in(key, step)), steps)
+
+    state, steps = parts.init(params), parts.config.train.steps
+    for start in range(0, steps, 100):
+        state, _ = parts.scan(state, batches(jnp.arange(start, min(start + 100, steps))))
+    return state.params
+
+
+def evaluate(model: Transformer, params: Any, rows: AnyRows, batch_size: int, limit: int = 0) -> dict[str, float]:
+    """The figures of `held_out.evaluate` on one device."""
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return held_out.evaluate(lambda *arguments: _loss(model, *arguments, 0), params, rows, batch_size, device, limit)

@@ -1,4 +1,4 @@
-"""Token ids as rows of one length, and what a model makes of them. Letters of shapes: B batch, T time, D width."""
+"""Token ids padded to one length, and their features. Letters of shapes: B batch, T time, D width."""
 
 from collections.abc import Sequence
 from typing import Any

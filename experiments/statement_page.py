@@ -4,7 +4,6 @@ The documentation includes these fragments (docs/statements.md); `python experim
 them as one page that needs no other file and no network.
 """
 
-import ast
 import html
 import math
 import pathlib
@@ -44,28 +43,27 @@ def standalone(directory: pathlib.Path) -> str:
         for name, statement in STATEMENTS.items():
             if name[0] == letter:
                 heading = f"{name}: {html.escape(statement.text)}"
-                parts += [f'<h3 id="{name.lower()}">{heading}</h3>', card(name, by_statement.get(name, []), directory)]
+                parts += [f'<h3 id="{name.lower()}">{heading}</h3>', card(name, by_statement.get(name, []))]
     body = "\n".join([f"<h1>{html.escape(TITLE)}</h1>", *parts])
     return html_document.render(TITLE, body, f"body {{ max-width: 60rem; }}\n{STYLE}")
 
 
-def card(name: str, results: Sequence[Measured], directory: pathlib.Path, short: bool = False) -> str:
+def card(name: str, results: Sequence[Measured], short: bool = False) -> str:
     """What was measured about a statement, without a heading.
 
     Args:
       name: the identifier of the statement.
       results: the findings about it.
-      directory: the directory `experiments/`, whose scripts state the rules.
       short: whether to leave out rule, all estimates and command.
     """
     statement = STATEMENTS[name]
     parts = []
-    for result, experiment in results:
+    for result, _ in results:
         parts.append(_finding(result, statement))
         if not short:
             parts += [_estimates(result), _command("Measured", result.command)]
-            if stated := rule(name, result.command, directory / experiment):
-                parts.append(_details("The rule, fixed before the run", f"<pre>{html.escape(stated)}</pre>"))
+    if statement.rule and not short:
+        parts.append(_details("The rule, fixed before the run", f"<pre>{html.escape(statement.rule)}</pre>"))
     if statement.tests:
         parts.append('<p><span class="verdict holds">holds</span>: exact, and held by tests.</p>')
         if not short:
@@ -83,27 +81,6 @@ def _command(verb: str, command: str) -> str:
 
 def _details(summary: str, content: str) -> str:
     return f"<details><summary>{summary}</summary>{content}</details>"
-
-
-def rule(name: str, command: str, directory: pathlib.Path) -> str:
-    """The rule of a statement's verdict, from the documentation of the scripts of an experiment; "" if none is stated.
-
-    Args:
-      command: the command of the finding; its script is read first.
-    """
-    scripts = sorted(directory.glob("*.py"), key=lambda path: (path.name not in command, path.name))
-    entries = [entry for path in scripts for entry in _entries(ast.get_docstring(ast.parse(path.read_text())) or "")]
-    for pattern in (rf"{name}\b", rf".*\b{name}\b"):
-        for entry in entries:
-            if re.match(pattern, entry):
-                return entry
-    return ""
-
-
-def _entries(text: str) -> list[str]:
-    """The paragraphs of a docstring after the first one; each identifier at the beginning of a line starts another."""
-    paragraphs = re.split(r"\n\n|\n(?=[A-Z]\d+b? )", text.partition("\n\n")[2])
-    return [re.sub(r"\s+", " ", paragraph).strip() for paragraph in paragraphs]
 
 
 def kind(verdict: str | None) -> str:

@@ -31,12 +31,14 @@ class Statement:
 
     Attributes:
       text: the statement, one sentence.
+      rule: how the verdict follows from the figures, written before the run; intervals are those of 95 %.
       pictures: each finding about the statement is shown by those that match one of its conditions.
       published: figures of the literature, with their source.
       tests: where tests hold the statement instead of an experiment: a file and an expression for `pytest -k`.
     """
 
     text: str
+    rule: str = ""
     pictures: tuple[Picture, ...] = ()
     published: str = ""
     tests: str = ""
@@ -53,6 +55,11 @@ def _picture(fields: dict[str, Any]) -> Picture:
 _file = tomllib.loads(pathlib.Path(__file__).with_suffix(".toml").read_text())
 GROUPS: dict[str, str] = _file["groups"]
 STATEMENTS = {
-    name: Statement(**fields | {"pictures": tuple(map(_picture, fields.get("pictures", ())))})
+    name: Statement(
+        text=fields.pop("text"),
+        rule=" ".join(fields.pop("rule", "").split()),
+        pictures=tuple(map(_picture, fields.pop("pictures", ()))),
+        **fields,
+    )
     for name, fields in _file["statements"].items()
 }

@@ -8,7 +8,8 @@ from sphinx.application import Sphinx
 
 def copy(app: Sphinx) -> None:
     source, target = pathlib.Path(app.srcdir).parent / "experiments", pathlib.Path(app.srcdir) / "experiments"
-    for path in [*source.glob("README.md"), *source.glob("*/README.md"), *source.glob("*/*.png")]:
+    patterns = ("README.md", "*/README.md", "*/*.png", "*/*.svg")
+    for path in (path for pattern in patterns for path in source.glob(pattern)):
         copied = target / path.relative_to(source)
         copied.parent.mkdir(parents=True, exist_ok=True)
         if not copied.exists() or copied.read_bytes() != path.read_bytes():

@@ -26,7 +26,7 @@ class Statements(Directive):
                 if name[0] == letter:
                     section = nodes.section(ids=[name.lower()], names=[name.lower()])
                     section += nodes.title(text=f"{name}: {statement.text}")
-                    section += raw(statement_page.card(name, measured.get(name, []), EXPERIMENTS))
+                    section += raw(statement_page.card(name, measured.get(name, [])))
                     for experiment in dict.fromkeys(experiment for _, experiment in measured.get(name, [])):
                         section += link("The experiment, with all tables: ", self, f"experiments/{experiment}/README")
                     group += section
@@ -47,7 +47,7 @@ class Measured(Directive):
             if name not in STATEMENTS:
                 raise self.error(f"unknown statement {name}; expected one of {', '.join(STATEMENTS)}")
             paragraph = link("", self, PAGE, name.lower(), f"{name}: {STATEMENTS[name].text}")
-            result += [paragraph, raw(statement_page.card(name, measured.get(name, []), EXPERIMENTS, short=True))]
+            result += [paragraph, raw(statement_page.card(name, measured.get(name, []), short=True))]
         return result
 
 

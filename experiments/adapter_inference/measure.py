@@ -1,14 +1,8 @@
-"""Tokens a second of adapters merged, attached, and over quantized bases; energy where a counter is readable. L13.
+"""Decoding speed of adapters that are merged, attached, or attached to quantized bases; energy if it can be read. L13.
 
-SmolLM2-135M in float32 and an adapter of rank 8 on all linear layers, moved away from its start; greedy, one row, a
-prompt of 16 tokens. A rate is that of the tokens after the first. All forms take turns, round by round; where other
-work shares the cores, the processor's own seconds say more than the clock's. Writes results.json and the table in
-README.md beside this file.
-
-The rule, fixed before the run: the speed half of L13 ("QLoRA gives faster inference") holds if in every round the NF4
-base with its adapter gives more tokens per second of CPU time than the dense merged model; fails if in every round it
-gives fewer; else undecided. The power half wants a counter of energy (Linux: /sys/class/powercap/*/energy_uj): it holds
-if joules a token are lower in every round, fails if higher in every round; without one it is untested here.
+SmolLM2-135M in float32 with an adapter of rank 8 on all linear layers, whose factors are random; greedy decoding of one
+row with a prompt of 16 tokens. The rate does not include the first token. Each round measures all forms once. If other
+processes share the cores, CPU time is more reliable than elapsed time.
 """
 
 import dataclasses
@@ -32,8 +26,8 @@ from llm_jax.research.findings import Finding
 MODEL, PROMPT = "asset:smollm2-135m-instruct", list(range(100, 116))
 MERGED, QLORA = "dense, merged", "NF4 base, attached (QLoRA)"
 
-flags.DEFINE_integer("rounds", 3, "turns that are counted")
-flags.DEFINE_integer("tokens", 8, "new tokens that are timed")
+flags.DEFINE_integer("rounds", 3, "measurements of each form, after one that compiles")
+flags.DEFINE_integer("tokens", 8, "timed tokens, after the first new token")
 
 
 def main() -> None:
@@ -43,7 +37,7 @@ def main() -> None:
     sampler = DecodingOptions(temperature=0).sampler()
 
     def cost(params: Any, new: int) -> np.ndarray:
-        """Seconds on the clock, of the processor, and joules (0 without a counter)."""
+        """Elapsed seconds, CPU seconds, and joules (0 without a counter), float64 (3,)."""
         before = np.asarray([time.perf_counter(), time.process_time(), joules() or 0])
         loop.generate(model, params, [PROMPT], sampler, max_new_tokens=new)
         return np.asarray([time.perf_counter(), time.process_time(), joules() or 0]) - before
@@ -59,7 +53,7 @@ def main() -> None:
 
 
 def forms(base: Any) -> dict[str, Any]:
-    """{name: parameters}"""
+    """The parameters of every form, by name."""
     default = configuration.default()
     trained, fixed = lora.split(lora.init(jax.random.key(0), base, dataclasses.replace(default.lora, rank=8)), "lora")
     moved = jax.tree.map(lambda x: x + 0.01 * jax.random.normal(jax.random.key(x.size), x.shape), trained)
@@ -75,7 +69,7 @@ def forms(base: Any) -> dict[str, Any]:
 
 
 def joules() -> float | None:
-    """What the processor's packages have used so far, or None where no counter can be read."""
+    """The energy that the processors have used since they were started, or None if it cannot be read."""
     try:
         counters = [int(p.read_text()) for p in pathlib.Path("/sys/class/powercap").glob("intel-rapl:?/energy_uj")]
     except OSError:
@@ -84,13 +78,13 @@ def joules() -> float | None:
 
 
 def over_merged(costs: dict[str, list[np.ndarray]], name: str, column: int) -> Interval:
-    """The median, least and greatest ratio of a cost of the dense merged model to that of a form, over the turns."""
+    """The median ratio of a cost of the dense merged model to that of a form over the rounds, with its range."""
     ratios = [float(a[column] / b[column]) for a, b in zip(costs[MERGED], costs[name], strict=True)]
     return Interval(float(np.median(ratios)), min(ratios), max(ratios))
 
 
 def judge(costs: dict[str, list[np.ndarray]], has_counter: bool) -> list[Finding]:
-    """The verdicts by the rules above; `has_counter` says whether energy was measured."""
+    """The verdicts by the rules of statements.toml; `has_counter`: whether energy was measured."""
     speed, power = over_merged(costs, QLORA, 1), over_merged(costs, QLORA, 2) if has_counter else None
     of_speed = "tokens per second of CPU time, NF4 base with adapter over dense merged"
     results = [findings.finding("L13", of_speed, speed, verdicts.above(speed, 1), part="speed")]

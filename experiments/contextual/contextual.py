@@ -3,10 +3,6 @@
 senses.txt has 25 words in two senses of five sentences each. By layer: the cosines of a word's vectors, averaged over
 pairs of sentences of the same sense (within) and of different senses (between), with 95 % t-intervals over words; and
 the share of sentences whose nearest other one with the word has its sense (chance: 4 of 9), with Wilson's interval.
-
-The rule of the verdict was fixed before the run. E5 holds if the static table gives a cosine of 1 for every pair, and
-in every layer above the embeddings the interval of within minus between lies above 0, and at the last layer within
-exceeds between for "bank"; holds when the layer is one of those whose interval lies above 0; fails if none does.
 """
 
 import pathlib
@@ -24,7 +20,7 @@ from llm_jax.research.findings import Finding
 
 TABLE = "table"  # the rows of the embedding table, without positions and norm
 
-flags.DEFINE_string("checkpoint", "asset:minilm-l6-v2", "whose vectors are asked")
+flags.DEFINE_string("checkpoint", "asset:minilm-l6-v2", "the encoder or decoder that computes the vectors")
 
 
 def main() -> None:
@@ -39,7 +35,7 @@ def main() -> None:
 
 
 def read(path: pathlib.Path) -> dict[str, dict[str, list[str]]]:
-    """word -> sense -> sentences."""
+    """{word: {sense: sentences}}."""
     words: dict[str, dict[str, list[str]]] = {}
     for line in filter(None, path.read_text().splitlines()):
         head, colon, sense = line.partition(": ")
@@ -51,7 +47,7 @@ def read(path: pathlib.Path) -> dict[str, dict[str, list[str]]]:
 
 
 def occurrences(loaded: Loaded, word: str, senses: dict[str, list[str]]) -> dict[str, np.ndarray]:
-    """layer -> the vectors of `word` in its sentences, float32 (senses, sentences, D)."""
+    """{layer: the vectors of `word` in its sentences, float32 (senses, sentences, D)}."""
     sentences = [s for of_sense in senses.values() for s in of_sense]
     forms = {tuple(loaded.tokenizer.encode(space + word)) for space in ("", " ")}
     vectors = []
@@ -68,7 +64,11 @@ def occurrences(loaded: Loaded, word: str, senses: dict[str, list[str]]) -> dict
 
 
 def figures(vectors: dict[str, np.ndarray]) -> dict:
-    """Of one layer: means over words with their intervals, and by word; vectors are (senses, sentences, D)."""
+    """The figures of one layer: means over words with their intervals, and values by word.
+
+    Args:
+      vectors: by word, float32 (senses, sentences, D).
+    """
     by_word, right, count = {}, 0.0, 0
     for word, of_word in vectors.items():
         flat = of_word.reshape(-1, of_word.shape[-1]).astype(np.float64)
@@ -91,7 +91,7 @@ def figures(vectors: dict[str, np.ndarray]) -> dict:
 
 
 def judge(by_layer: dict) -> Finding:
-    """The verdict by the rule above; `by_layer` has the figures."""
+    """The verdict by the rule of statements.toml; `by_layer` has the figures."""
     inner = [layer for layer in by_layer if layer not in (TABLE, "0")]
     apart = [layer for layer in inner if by_layer[layer]["difference"].low > 0]
     static = [cosine for word in by_layer[TABLE]["words"].values() for cosine in word.values()]

@@ -1,4 +1,4 @@
-"""What the texts of one method of decoding are like, from token ids alone."""
+"""Repetition and diversity of texts, from their token ids."""
 
 import collections
 import math
@@ -12,13 +12,13 @@ def ngrams(ids: Ids, n: int) -> list[tuple[int, ...]]:
 
 
 def distinct(texts: Sequence[Ids], n: int) -> float:
-    """Share of all n-grams that are different ones (Li et al. 2016, arXiv:1510.03055, section 5.3)."""
+    """The number of different n-grams over the number of n-grams (Li et al. 2016, arXiv:1510.03055, section 5.3)."""
     grams = [g for text in texts for g in ngrams(text, n)]
     return len(set(grams)) / len(grams)
 
 
 def loops(ids: Ids) -> bool:
-    """Whether a text ends in a phrase of two tokens or more that stands there three times in a row.
+    """Whether a text ends in three repetitions of a phrase of two tokens or more.
 
     The repetition of Holtzman et al. 2020, arXiv:1904.09751, section 5.
     """
@@ -42,5 +42,5 @@ def bleu(candidate: Ids, references: Sequence[Ids], longest: int = 4) -> float:
 
 
 def self_bleu(texts: Sequence[Ids]) -> list[float]:
-    """BLEU of every text against all others (Zhu et al. 2018, arXiv:1802.01886): high where texts are alike."""
+    """BLEU of every text against all others (Zhu et al. 2018, arXiv:1802.01886): high if texts are similar."""
     return [bleu(text, [*texts[:i], *texts[i + 1 :]]) for i, text in enumerate(texts)]

@@ -1,26 +1,14 @@
 """The table of the nucleus paper on a real model and a held-out human text: D2, D4, D5.
 
-Every method of `METHODS` continues the same prompts. The rules below were fixed before the run.
-
-Intervals are 95 %, by bootstrap over the texts (over the texts' means where a figure has a value a token).
-
-D2  "greedy is repetitive": holds if greedy's share of texts that end in a loop lies above both that of the human
-    text and that of sampling, intervals apart. "Locally optimal": holds if the beam of 4 finds texts of the same
-    length that are likelier, by the interval of the paired difference of their log-probabilities, and in more than
-    half of the prompts. The claim holds if both do.
-D4  holds if at least a tenth of the tokens' distributions have more than 5 % of their mass outside the 40 likeliest
-    (what the nucleus of .95 would still draw from), and top-k 40 with temperature 0.7 keeps less than half of the
-    model's entropy, its interval below; "holds when" names which of the two.
-D5  holds if the nucleus has mass .95 or more at every token, its size's 10 % and 90 % quantiles differ by a factor
-    of 10 or more, and its texts' perplexity is nearer to the human text's (in logarithms) than those of greedy and
-    of the beam.
+Every method of `METHODS` continues the same prompts. Intervals are 95 %, by bootstrap over the texts (over the texts'
+means where a figure has a value a token).
 """
 
 import dataclasses
 import functools
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -42,11 +30,11 @@ from llm_jax.research.findings import Finding
 from llm_jax.research.provenance import Provenance
 
 flags.DEFINE_string("checkpoint", "asset:smollm2-135m-instruct", "the model")
-flags.DEFINE_string("text", "", "human text, a file; by default sentences of editorials (asset:nyt)")
-flags.DEFINE_integer("prompts", 16, "texts continued", lower_bound=2)
-flags.DEFINE_integer("prompt_tokens", 32, "of each", lower_bound=2)
-flags.DEFINE_integer("new_tokens", 48, "of each", lower_bound=2)
-flags.DEFINE_integer("batch_size", 16, "texts at a time", lower_bound=2)
+flags.DEFINE_string("text", "", "file with human text; by default sentences of editorials (asset:nyt)")
+flags.DEFINE_integer("prompts", 16, "number of prompts", lower_bound=2)
+flags.DEFINE_integer("prompt_tokens", 32, "tokens of each prompt", lower_bound=2)
+flags.DEFINE_integer("new_tokens", 48, "tokens of each continuation", lower_bound=2)
+flags.DEFINE_integer("batch_size", 16, "prompts that are decoded together", lower_bound=2)
 
 METHODS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0},
@@ -75,12 +63,14 @@ def main() -> None:
     root = experiments.directory(f.runs, digest, f.prompts, f.prompt_tokens, f.new_tokens, f.batch_size)
     loaded = checkpoints.load(f.checkpoint)
     prompts, human = windows(loaded)
-    computations = {"human": functools.partial(of_human, loaded, prompts, human)}
-    computations |= {name: functools.partial(continued, loaded, prompts, name) for name in METHODS}
+    computations: dict[str, Callable[[], Any]] = {
+        "human": functools.partial(of_human, loaded, prompts, human),
+        **{name: functools.partial(continued, loaded, prompts, name) for name in METHODS},
+        "steps": functools.partial(of_steps, loaded, prompts, human),
+    }
     origins: list[Provenance] = []
     texts = experiments.measure_all(root, computations, origins)
-    of_tokens = {"steps": functools.partial(of_steps, loaded, prompts, human)}
-    steps = {k: np.asarray(v) for k, v in experiments.measure_all(root, of_tokens, origins)["steps"].items()}
+    steps = {name: np.asarray(values) for name, values in texts.pop("steps").items()}
     figures = {name: of_method(of_name) for name, of_name in texts.items()}
     draw(steps["nucleus"], experiments.output(__file__) / "sizes.png")
     rows = [[method, *map(cell, row.values())] for method, row in figures.items()]
@@ -91,7 +81,7 @@ def main() -> None:
 
 
 def windows(loaded: Loaded) -> tuple[list[list[int]], list[list[int]]]:
-    """Windows of a human text, each cut into a prompt and what came next."""
+    """Windows of a human text, each split into a prompt and its continuation."""
     f = flags.FLAGS
     text = pathlib.Path(f.text or assets.path("nyt")).read_text("utf-8")
     if not f.text:  # lines of id, rating, sentence, in the order of the articles
@@ -111,7 +101,7 @@ def of_human(loaded: Loaded, prompts: list[list[int]], human: list[list[int]]) -
 
 
 def continued(loaded: Loaded, prompts: list[list[int]], method: str) -> Texts:
-    """Continuations of exactly `new_tokens` (EOS ends none), by batches."""
+    """Continuations of exactly `new_tokens` tokens: EOS does not end them."""
     f = flags.FLAGS
     options = DecodingOptions(max_new_tokens=f.new_tokens, ignore_eos=True, **METHODS[method])
     texts: Texts = []
@@ -124,7 +114,7 @@ def continued(loaded: Loaded, prompts: list[list[int]], method: str) -> Texts:
 
 
 def of_steps(loaded: Loaded, prompts: list[list[int]], human: list[list[int]]) -> dict[str, list[float]]:
-    """At every token of the human text: size of the nucleus, what fixed k keep, entropies before and after."""
+    """At every token of the human text: size and mass of the nucleus, mass of the 40 likeliest, and entropies."""
 
     def entropy(p):
         return -jnp.sum(jnp.where(p > 0, p * jnp.log(p), 0), -1)
@@ -177,7 +167,7 @@ def cell(value: Interval | float) -> str:
 
 
 def judge(texts: Mapping[str, Texts], figures: Mapping[str, Any], steps: Mapping[str, np.ndarray]) -> list[Finding]:
-    """The verdicts by the rules above."""
+    """The verdicts by the rules of statements.toml."""
     loops = {name: figures[name]["loops %"] for name in ("greedy", "human", "sampling", "beam 4", "nucleus 0.95")}
     repetitive = all(loops["greedy"].low > loops[other].high for other in ("human", "sampling"))
     greedy, beam = ([sum(t["logs"]) for t in texts[name]] for name in ("greedy", "beam 4"))
@@ -210,7 +200,7 @@ def judge(texts: Mapping[str, Texts], figures: Mapping[str, Any], steps: Mapping
 
 
 def draw(nucleus: np.ndarray, path: pathlib.Path) -> None:
-    """How large the nucleus is, token by token, beside fixed k."""
+    """The distribution of the size of the nucleus over tokens, beside fixed k."""
     with pictures.figure(path, figsize=(6, 3.2)) as axes:
         sizes = np.sort(nucleus.ravel())
         axes.plot(sizes, np.linspace(0, 1, len(sizes)))

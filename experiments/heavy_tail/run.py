@@ -1,20 +1,10 @@
 """Is the tail of a model's distribution too heavy, and does the loss make it so? D3, D6.
 
 A small decoder is trained on text whose distribution is known, and compared with it.
-
-The rules, fixed before the run (95 % t-intervals over the seeds, comparisons paired by seed):
-
-D3  "cross-entropy with softmax makes unlikely tokens too likely": holds if the mass that the model gives to tokens of
-    true probability below .01, minus their true mass, lies above .005.
-D6  "softmax with cross-entropy causes the heavy tail and the repetition; its loss grows exponentially for linearly
-    lower scores": the growth is exponential if the increments of the loss, as the right token's score falls by 1 at
-    a time from 0 to -20, keep growing by half or more. The tail is the loss's doing if another loss has less excess in
-    the tail, interval below 0; the repetition, if cross-entropy gives the last 8 tokens more than .005 beyond the
-    truth and another loss gives them less. The claim holds if all three do, else it fails, and the verdict names what
-    each came to.
 """
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
+from experiments import decoders
 from llm_jax import cli, configuration
 from llm_jax.data.rows import NAMES
+from llm_jax.intervals import mean
 from llm_jax.model.transformer import Transformer
 from llm_jax.research import experiments, findings
 from llm_jax.research.findings import Figures, Finding
@@ -45,32 +37,28 @@ FIGURES = {
     "distance": "total variation distance to the truth",
 }
 
-flags.DEFINE_integer("seeds", 3, "sources and models", lower_bound=2)
-flags.DEFINE_integer("steps", 400, "of training", lower_bound=1)
-flags.DEFINE_integer("width", 48, "of the model")
+flags.DEFINE_integer("seeds", 3, "number of sources, each with its own models", lower_bound=2)
+flags.DEFINE_integer("steps", 400, "training steps", lower_bound=1)
+flags.DEFINE_integer("width", 48, "width of the model")
 
 
 def main() -> None:
     f = flags.FLAGS
     root = experiments.directory(f.runs, f.width, f.steps)
     figures, origins = experiments.measure(root, LOSSES, f.seeds, train_and_compare)
-    means = [findings.means(figures, name) for name in FIGURES]
-    rows = (
-        [loss, *(f"{m[loss].estimate:.4f} ± {m[loss].high - m[loss].estimate:.4f}" for m in means)] for loss in LOSSES
-    )
-    lines = ["", *findings.markdown_table(["loss", *FIGURES.values()], rows)]
+    lines = ["", *findings.condition_table("loss", figures, {title: half_width(n) for n, title in FIGURES.items()})]
     print(experiments.publish(__file__, judge(figures), lines, origins=origins))
 
 
 def source(key: jax.Array) -> jax.Array:
-    """Next-token probabilities (VOCAB, VOCAB): a third can follow, p as rank^-1.5, in each one's own order."""
+    """Next-token probabilities float32 (VOCAB, VOCAB): rank^-1.5 for a third of the tokens, in random order, else 0."""
     ranks = jnp.argsort(jax.random.uniform(key, (VOCAB, VOCAB)), axis=-1) + 1.0
     p = jnp.where(ranks <= VOCAB // 3, ranks**-1.5, 0.0)
     return p / jnp.sum(p, -1, keepdims=True)
 
 
 def texts(key: jax.Array, p: jax.Array, count: int) -> jax.Array:
-    """int32 (count, LENGTH + 1) from the source."""
+    """Random texts of the source `p`, int32 (count, LENGTH + 1)."""
     first, rest = jax.random.split(key)
 
     def step(last: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -83,7 +71,7 @@ def texts(key: jax.Array, p: jax.Array, count: int) -> jax.Array:
 
 
 def train_and_compare(loss: str, seed: int) -> dict[str, float]:
-    """Trains a model with one loss and compares it with its source."""
+    """The figures of a model that is trained with a loss on text of the source of a seed."""
     f = flags.FLAGS
     model = {"vocab_size": VOCAB, "width": f.width, "num_layers": 2, "num_heads": 4, "num_kv_heads": 4}
     # AdamW with decay of all weights and a cosine to zero, without warm-up and clipping.
@@ -98,23 +86,21 @@ def train_and_compare(loss: str, seed: int) -> dict[str, float]:
     for_source, for_model, for_training, for_test = jax.random.split(jax.random.key(seed), 4)
     p = source(for_source)
 
-    @jax.jit
-    def batches(steps: jax.Array) -> dict[str, jax.Array]:
-        ids = jax.lax.map(lambda step: texts(jax.random.fold_in(for_training, step), p, BATCH), steps)
-        ones = jnp.ones_like(ids[..., 1:])
-        columns = (ids[..., :-1], ids[..., 1:], jnp.cumsum(ones, -1) - 1, ones, ones)
+    def batch(key: jax.Array) -> dict[str, jax.Array]:
+        ids = texts(key, p, BATCH)
+        ones = jnp.ones_like(ids[:, 1:])
+        columns = (ids[:, :-1], ids[:, 1:], jnp.cumsum(ones, -1) - 1, ones, ones)
         return dict(zip(NAMES, columns, strict=True))
 
-    state = parts.init(jax.jit(parts.model.init)(for_model, jnp.zeros((1, 1), jnp.int32))["params"])
-    for start in range(0, f.steps, 100):
-        state, _ = parts.scan(state, batches(jnp.arange(start, min(start + 100, f.steps))))
+    initial = jax.jit(parts.model.init)(for_model, jnp.zeros((1, 1), jnp.int32))["params"]
+    params = decoders.train(parts, initial, batch, for_training)
     probabilities = losses.entmax15 if loss.startswith("entmax") else jax.nn.softmax
-    compared = jax.jit(lambda params: compare(parts.model, params, p, for_test, probabilities))(state.params)
+    compared = jax.jit(lambda params: compare(parts.model, params, p, for_test, probabilities))(params)
     return {name: float(value) for name, value in compared.items()}
 
 
 def compare(model: Transformer, params: Any, p: jax.Array, key: jax.Array, probabilities: Any) -> dict[str, jax.Array]:
-    """The figures over fresh texts, from their 16th token on."""
+    """The figures of a model, means over the tokens from the 16th on of 64 new texts."""
     ids = texts(key, p, 64)[:, :-1]
     q, truth = probabilities(model.apply({"params": params}, ids)), p[ids]
     before = jnp.stack([jnp.roll(ids, i, 1) for i in range(RECENT)], -1)
@@ -128,6 +114,16 @@ def compare(model: Transformer, params: Any, p: jax.Array, key: jax.Array, proba
     return {name: jnp.mean(value[:, 16:]) for name, value in figures.items()}
 
 
+def half_width(name: str) -> Callable[[findings.Runs], str]:
+    """A column: the mean of a figure over the seeds, and half of its interval."""
+
+    def cell(runs: findings.Runs) -> str:
+        estimate, _, high = mean([run[name] for run in runs])
+        return f"{estimate:.4f} ± {high - estimate:.4f}"
+
+    return cell
+
+
 def growth() -> list[float]:
     """Increments of the cross-entropy as the right token's score falls from 0 to -20, one at a time."""
     logits = jnp.zeros((21, VOCAB)).at[:, 0].set(-jnp.arange(21.0))
@@ -135,7 +131,7 @@ def growth() -> list[float]:
 
 
 def judge(figures: Figures) -> list[Finding]:
-    """The verdicts by the rules above."""
+    """The verdicts by the rules of statements.toml."""
     masses, excess = (findings.means(figures, name) for name in ("tail", "recent"))
     tail, recent = (findings.differences(figures, name, BASELINE) for name in ("tail", "recent"))
     exponential = all(after >= 1.5 * before for before, after in itertools.pairwise(growth()))

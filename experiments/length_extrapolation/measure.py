@@ -1,9 +1,9 @@
-"""The held-out loss of one run at several lengths, by both protocols, as it is or with a scaling of rope.
+"""The held-out loss of a run at several lengths, by two protocols, with or without a scaling of rope.
 
-The same targets are asked at every length: blocks spread over the held-out text, each as long as the
-longest window. Protocols: `windows` cuts a block into windows that do not overlap (a target has none to
-all of the window before it); `sliding` moves the window by half the trained length and counts its last
-targets only (a target has almost a whole window before it).
+Every length has the same targets: blocks spread over the held-out text, each as long as the longest window. Protocol
+`windows` splits a block into windows that do not overlap, so that the context of a target is between nothing and a
+whole window; `sliding` moves the window by half the trained length and counts only its last targets, so that each has
+almost a whole window of context.
 """
 
 import dataclasses

@@ -1,35 +1,17 @@
-"""The verdicts, the tables and the picture of the length experiment. The rules below were fixed before the run.
+"""The verdicts, the tables and the picture of the length experiment.
 
-A *rise* is the loss at 8 times the trained length minus the loss at 1 time, of the same targets, by the
-sliding window, in nats a token. Every comparison is paired by seed and judged by the 95 % t-interval of
-its mean over the seeds.
-
-P2  holds if sinusoidal vectors, added and concatenated, and learned ones, added, each have a lower loss at
-    the trained length than no positions (the interval of the difference lies below 0).
-P4  a kind *fails* past its length if the interval of its rise lies above MARGIN and *stays* if it lies
-    below. Holds if sinusoidal and learned fail and Shaw, T5, ALiBi and rope stay; holds when the kind is
-    one of those relative kinds that stay, if the absolute ones fail and some relative kinds stay; fails if
-    all relative kinds fail or an absolute kind stays; else undecided.
-P5  holds if keys alone and values alone each have a lower loss at the trained length than no positions.
-P7  fails if rope's rise lies above MARGIN, holds if it lies below; "holds when" names the scalings, at
-    test time or after the fine-tuning, whose rise from the *unscaled* loss at 1 time lies below MARGIN.
-P8  of the kinds that learn the task (mean accuracy on seen offsets of at least 0.9): holds if every
-    relative kind is more accurate than every absolute one on new_place (the interval of the difference
-    above 0); holds when the kind is one of those that are, if some are; else fails. Undecided if no
-    absolute or no relative kind learns it.
+Every comparison is paired by seed and judged by the 95 % t-interval of its mean over the seeds.
 """
 
-import functools
-import operator
+import itertools
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
 from llm_jax.intervals import Interval, mean, paired
 from llm_jax.research import findings, pictures, verdicts
-from llm_jax.research.findings import Finding
+from llm_jax.research.findings import Figures, Finding
 
 MARGIN = 0.05  # nats a token
 LEARNED = 0.9
@@ -37,11 +19,9 @@ ABSOLUTE, RELATIVE = ("sinusoidal", "learned"), ("shaw", "t5", "alibi", "rope")
 FACTORS = ("1", "2", "4", "8")
 GROUPS = ("seen", "new_place", "new_offset")
 
-Runs = Mapping[str, Sequence[Any]]  # figures by condition and seed
 
-
-def judge(loss: Runs, copied: Runs, seeds: int) -> list[Finding]:
-    """The verdicts by the rules above."""
+def judge(loss: Figures, copied: Figures, seeds: int) -> list[Finding]:
+    """The verdicts by the rules of statements.toml."""
 
     def gains(kinds: Iterable[str]) -> dict[str, Interval]:  # over no positions, at the trained length
         at_1 = {kind: [run["windows"]["1"] for run in loss[kind]] for kind in (*kinds, "none")}
@@ -100,23 +80,24 @@ def judge(loss: Runs, copied: Runs, seeds: int) -> list[Finding]:
     return [findings.finding(*row, n=seeds) for row in rows]
 
 
-def tables(loss: Runs, copied: Runs) -> list[str]:
+def tables(loss: Figures, copied: Figures) -> list[str]:
     """Markdown."""
-    perplexities = {
-        f"{protocol} {factor}×": lambda run, protocol=protocol, factor=factor: np.exp(run[protocol][factor])
-        for protocol in ("windows", "sliding")
-        for factor in FACTORS
-    }
-    accuracies = {group: operator.itemgetter(group) for group in GROUPS}
+
+    def perplexity(protocol: str, factor: str) -> Callable[[findings.Runs], str]:
+        return lambda runs: findings.deviation_text([np.exp(run[protocol][factor]) for run in runs], 1)
+
+    points = itertools.product(("windows", "sliding"), FACTORS)
+    perplexities = {f"{protocol} {factor}×": perplexity(protocol, factor) for protocol, factor in points}
+    accuracies = {group: findings.deviation(group, 2) for group in GROUPS}
     return [
         *("", "Perplexity, mean ± standard deviation over the seeds:", ""),
-        *findings.condition_table("kind", loss, perplexities, functools.partial(findings.deviation_text, digits=1)),
+        *findings.condition_table("kind", loss, perplexities),
         *("", "Accuracy of copying the token k back, last half of the sequence:", ""),
-        *findings.condition_table("kind", copied, accuracies, functools.partial(findings.deviation_text, digits=2)),
+        *findings.condition_table("kind", copied, accuracies),
     ]
 
 
-def draw(loss: Runs, path: pathlib.Path) -> None:
+def draw(loss: Figures, path: pathlib.Path) -> None:
     """Loss against length by the sliding window: the kinds, and rope's scalings at once and fine-tuned."""
     panels = {
         "every kind": [kind for kind in loss if "concatenated" not in kind and "," not in kind],

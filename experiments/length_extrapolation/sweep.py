@@ -1,4 +1,4 @@
-"""Every position scheme trained at one length and asked at 1, 2, 4 and 8 times that length: P2, P4, P5, P7, P8."""
+"""Position schemes are trained at one length and evaluated at 1, 2, 4 and 8 times that length: P2, P4, P5, P7, P8."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ KINDS = {
 SCALINGS = ("none", "linear", "ntk", "dynamic", "yarn", "llama3")
 COPYING = ("none", "sinusoidal", "learned", "shaw", "t5", "alibi", "rope")
 
-# Condition -> (the training that it measures, the scaling of rope that is applied to it).
+# Condition -> (the training, the scaling of rope at evaluation).
 CONDITIONS = {
     **{kind: (kind, "") for kind in KINDS},
     **{f"rope, {scaling} at test time": ("rope", scaling) for scaling in SCALINGS[1:]},
@@ -56,7 +56,7 @@ SIZES: dict[str, tuple[dict[str, Any], dict[str, Any], int, int]] = {
 }
 
 flags.DEFINE_enum("size", "cpu", list(SIZES), "cpu, full (an accelerator), or quick")
-flags.DEFINE_integer("seeds", 3, "runs of each kind", lower_bound=2)
+flags.DEFINE_integer("seeds", 3, "models of each kind", lower_bound=2)
 flags.DEFINE_integer("jobs", 0, "trainings at a time, each on its share of the cores; 0: one a core, or one a GPU")
 
 

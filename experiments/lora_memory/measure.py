@@ -1,16 +1,7 @@
-"""What a training step takes, and what merging costs: L4, L6, L7.
+"""The memory of a training step, and the cost of merging: L4, L6, L7.
 
 Memory is that of compiled steps (`llm_jax.plan --memory`), from shapes alone: the SmolLM2-135M geometry, 4 x 256
-tokens, float32, scanned layers. Merging is run on a small model of random weights. Writes results.json and the tables
-in README.md beside this file. The rules, fixed before the run:
-
-L4  holds if merged and attached logits differ by less than 8 roundings of the dtype in root mean square, relative to
-    the logits, in float32 and bfloat16, and the merged forward pass takes no longer than the plain one (the ratio of
-    the medians of alternating runs at most 1.05).
-L6  "full updating needs about 3x the memory of the forward pass": holds if peak(full) / peak(forward) lies from 2.5
-    to 3.5, without rematerialization; the ratio with it, and of the adapters, is given beside it.
-L7  "LoRA's weakness: large input activations are stored": holds if LoRA-FA, which keeps x a alone, has at most 80 %
-    of LoRA's temporaries without rematerialization; fails if it has 95 % or more; else undecided.
+tokens, float32, scanned layers. Merging is measured with a small model with random weights.
 """
 
 import dataclasses
@@ -36,8 +27,8 @@ STEPS = (
 )
 SMALL: dict[str, Any] = {"width": 192, "num_layers": 4, "num_heads": 3, "num_kv_heads": 3, "mlp_dim": 512}
 
-flags.DEFINE_integer("seq_len", 256, "tokens of each of 4 rows of a step")
-flags.DEFINE_integer("repeats", 20, "timed passes of each form")
+flags.DEFINE_integer("seq_len", 256, "tokens of each of the 4 rows of a step")
+flags.DEFINE_integer("repeats", 20, "timed forward passes of each form")
 
 
 def main() -> None:
@@ -60,7 +51,7 @@ def main() -> None:
 
 
 def merging(config: schema.Config, dtype: str, repeats: int) -> dict[str, float]:
-    """Differences of logits, and times of a forward pass relative to the plain base."""
+    """Differences of logits, and times of a forward pass over that of the base without adapters."""
     precision = dataclasses.replace(config.model.precision, params=dtype, compute=dtype)
     model = Transformer(dataclasses.replace(config.model, precision=precision, vocab_size=1024, **SMALL))
     ids = jax.random.randint(jax.random.key(0), (4, 128), 0, 1024)
@@ -92,7 +83,7 @@ def root_mean_square(x: np.ndarray) -> float:
 
 
 def judge(taken: dict[str, memory.Memory], merged: dict[str, dict[str, float]]) -> list[Finding]:
-    """The verdicts by the rules above."""
+    """The verdicts by the rules of statements.toml."""
     ratios = {name: step.peak / taken["forward, remat none"].peak for name, step in taken.items()}
     share = taken["fa, remat none"].temporaries / taken["lora, remat none"].temporaries
     l4 = "holds"

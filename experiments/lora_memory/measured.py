@@ -1,9 +1,8 @@
-"""Real steps of SmolLM2-135M beside what `plan --memory` says of them: the resident peak of this machine (Linux).
+"""The peak memory of real steps of SmolLM2-135M, beside the prediction of `plan --memory` (Linux).
 
-Every step runs in a process of its own. Measured is what the steps add to what the process held when they began (the
-kernel's high-water mark is reset there), and the arrays that it held then: weights, optimizer and batch. The rest of
-the process (interpreter, libraries, compiler and what it leaves) stands beside it. Writes measured.json and the table
-in README.md beside this file.
+Every case runs in its own process. The measured memory is the increase of the resident set during the steps (the
+kernel's high-water mark is reset before them), plus the arrays that exist before: weights, optimizer state and batch.
+The rest of the process (interpreter, libraries, compiler) is a column of its own.
 """
 
 import gc
@@ -26,7 +25,7 @@ HERE = pathlib.Path(__file__).parent
 CASES: tuple[str, ...] = ("forward-none", "full-none", "full-full", "lora-none", "lora-full", "lora-dots")
 CASES += ("fa-none", "fa-full", "qlora-none", "qlora-full")
 
-flags.DEFINE_string("case", "", "one of them, such as lora-dots; empty: all")
+flags.DEFINE_string("case", "", "a single case, such as lora-dots; empty: all")
 
 
 def main() -> None:
@@ -55,7 +54,7 @@ def table(figures: dict[str, dict[str, int]]) -> list[str]:
 
 
 def measure(kind: str, remat: str) -> dict[str, int]:
-    """Bytes of two steps, {"planned", "measured", "rest"}."""
+    """The memory of two steps in bytes: {"planned", "measured", "rest"}."""
     runtime.retain_freed_memory()
     runtime.disable_async_dispatch()
     config = memory.with_remat(start.find(configuration.load("sentiment_lora")).config, remat)
@@ -83,7 +82,7 @@ def measure(kind: str, remat: str) -> dict[str, int]:
 
 
 def resident(field: str) -> int:
-    """Bytes; VmRSS: now, VmHWM: at most since the mark was reset."""
+    """Resident memory in bytes; VmRSS: now, VmHWM: the maximum since the mark was reset."""
     kilobytes = re.findall(rf"{field}:\s+(\d+) kB", pathlib.Path("/proc/self/status").read_text())
     return int(kilobytes[0]) * 1024
 

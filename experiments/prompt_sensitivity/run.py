@@ -1,19 +1,6 @@
-"""How much do answers depend on how one asks? Tasks x paraphrases x prompt types x models: M1 to M4.
+"""Accuracy by task, paraphrase of the question, type of prompt, and model: M1 to M4.
 
-The rules below were fixed before the run. A cell is one model x task x prompt type x paraphrase; its accuracy is over
-the same examples everywhere. Intervals are 95 %, by bootstrap over examples.
-
-M1  holds for a task if the best and the worst paraphrase of a prompt type differ by more than chance would have
-    them: the best minus the worst accuracy lies above the 95 % quantile of that difference when each example's
-    answers are shuffled over the paraphrases (permutation test). The claim holds if it does so for zero-shot prompts
-    of every task of the instruct model, "holds when" names the tasks, and fails if for none.
-M2  for each prompt type, mean accuracy minus that of zero-shot, of the instruct model, paired by example and
-    paraphrase, over all tasks. The claim (the types help) holds if all intervals lie above 0; "holds when" names
-    those that do; fails if none.
-M3  "longer outputs": holds if chain-of-thought zero-shot writes more tokens than zero-shot, interval above 0, on
-    tasks that are written; "and better": if the accuracy in arithmetic rises, interval above 0.
-M4  "chain of thought pays for large models": here only that small ones gain nothing can be seen: "consistent, large
-    models untested here" if no model's interval of the gain in arithmetic lies above 0, else "fails".
+All combinations have the same examples. Intervals are 95 %, by bootstrap over examples.
 """
 
 import dataclasses
@@ -38,11 +25,11 @@ STYLES = ("zero_shot", "few_shot", "expert", "cot_zero_shot", "cot_few_shot")
 Cells = dict[tuple[str, str, str], np.ndarray]  # (model, task, style) -> (paraphrases, examples)
 
 flags.DEFINE_string("model", "asset:smollm2-135m-instruct", "the instruct model")
-flags.DEFINE_string("reference", "", "a run of configs/reference_lm.py, asked too if given")
-flags.DEFINE_integer("examples", 8, "of each task", lower_bound=2)
+flags.DEFINE_string("reference", "", "a run of configs/reference_lm.py, which is measured too; empty: none")
+flags.DEFINE_integer("examples", 8, "examples of each task", lower_bound=2)
 flags.DEFINE_integer("shots", 2, "solved examples in few-shot prompts")
-flags.DEFINE_integer("reasoning_tokens", 24, "of a chain of thought at most")
-flags.DEFINE_integer("paraphrases", 10, "ways to put each question", lower_bound=2, upper_bound=10)
+flags.DEFINE_integer("reasoning_tokens", 24, "maximum number of tokens of a chain of thought")
+flags.DEFINE_integer("paraphrases", 10, "paraphrases of each question", lower_bound=2, upper_bound=10)
 
 
 def main() -> None:
@@ -86,7 +73,7 @@ def best_minus_worst(right: np.ndarray, draws: int = 2000) -> tuple[float, float
 
 
 def judge(cells: Cells, tokens: Cells) -> list[Finding]:
-    """The verdicts by the rules above; `cells` are the right answers."""
+    """The verdicts by the rules of statements.toml; `cells`: 1 for each right answer."""
     main = next(iter(cells))[0]
     models, tasks = (sorted({key[i] for key in cells}) for i in (0, 1))
     styles = [s for s in dict.fromkeys(style for _, _, style in cells) if s != "zero_shot"]
@@ -119,7 +106,7 @@ def judge(cells: Cells, tokens: Cells) -> list[Finding]:
 
 
 def table(cells: Cells, tokens: Cells) -> list[str]:
-    """Accuracy over paraphrases for each model, task and prompt type."""
+    """Markdown: accuracy over paraphrases for each model, task and prompt type."""
     rows = []
     for key, right in cells.items():
         a = right.mean(1)

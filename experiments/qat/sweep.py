@@ -1,24 +1,12 @@
-"""Quantizing after training against training with quantization in the loop, for the same budget: Q2.
+"""Quantization after training compared with quantization-aware training, for the same number of steps: Q2.
 
-The rule below was fixed before the run.
-
-The *lost* loss of a scheme is the held-out loss of the best method after training minus that of the full model
-(both trained for the same steps in all). The *gain* is the loss of that method minus that of the model trained
-with quantization in the loop, as integers. Both are paired by seed and judged by the 95 % t-interval of the mean
-over the seeds; the best method is the one with the least mean loss.
-
-Q2  holds for a scheme if the interval of the gain lies above 0, fails for it if it lies below, else undecided.
-    Holds if it holds for all schemes; "holds when" names those for which it does, if there are some; else fails
-    if it fails for all, else undecided.
-The share recovered is the mean gain over the mean lost loss: of the best method, and, as torchao counts it, of
-plain rounding (absmax). The aim of this project, two thirds, is judged for 4 bits and below: it is given beside the
-verdict.
+The recovered share is the mean gain over the mean lost loss, relative to the best method after training and, as torchao
+reports it, to plain rounding (absmax). Intervals are 95 % t-intervals over the seeds, paired by seed.
 """
 
 import pathlib
 from typing import Any
 
-import jax
 import numpy as np
 from absl import flags
 
@@ -28,14 +16,12 @@ from llm_jax import checkpoints, cli
 from llm_jax.data.corpus import Source
 from llm_jax.data.rows import Rows
 from llm_jax.errors import UserError
-from llm_jax.evaluation import held_out
 from llm_jax.intervals import paired
 from llm_jax.quant import calibrate, post_training
 from llm_jax.research import experiments, findings, pictures, verdicts
 from llm_jax.research.findings import Finding
-from llm_jax.training import losses
 
-# Name -> (scheme, learned steps, methods of quantizing after training). Tables are in 8 bits.
+# Name -> (scheme, whether the step sizes are learned, methods after training). Embedding tables have 8 bits.
 SCHEMES = {
     "int8": ("int8", False, ("absmax", "mse", "gptq")),
     "w8a8": ("w8a8", False, ("absmax", "mse", "smoothquant", "gptq")),
@@ -44,7 +30,7 @@ SCHEMES = {
     "int2": ("int2", True, ("absmax", "mse", "awq", "gptq")),
 }
 
-# Overrides of all runs by size, and of what follows the start.
+# By size: overrides of all runs, and of the runs that continue from the start.
 SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "quick": (decoders.SMALL | {"train.steps": 4, "optim.warmup_steps": 2}, {"optim.lr": 5e-4}),
     "cpu": (decoders.SMALL, {"train.steps": 200, "optim.lr": 5e-4, "optim.warmup_steps": 20}),
@@ -52,7 +38,7 @@ SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 flags.DEFINE_enum("size", "cpu", list(SIZES), "cpu, full (an accelerator), or quick")
-flags.DEFINE_integer("seeds", 3, "starts", lower_bound=2)
+flags.DEFINE_integer("seeds", 3, "number of starts", lower_bound=2)
 flags.DEFINE_integer("jobs", 1, "runs at a time, each on its share of the cores; 0: one a core, or one a GPU")
 
 Losses = dict[str, list[dict[str, float]]]  # held-out losses by scheme, seed and method
@@ -75,7 +61,7 @@ def main() -> None:
 
 
 def compare(root: pathlib.Path, name: str, seed: int) -> dict[str, float]:
-    """Held-out losses, nats a token: of the full model, of each method after training, and of the trained integers."""
+    """Held-out losses, nats a token: in full precision, of each method after training, and of the QAT model."""
     scheme, _, methods = SCHEMES[name]
     plain, in_the_loop = (experiments.run_directory(root, condition, seed) for condition in ("plain", name))
     model, params, tokenizer = checkpoints.load(plain)
@@ -84,9 +70,7 @@ def compare(root: pathlib.Path, name: str, seed: int) -> dict[str, float]:
     calibration, _ = calibrate.text(config, "", tokenizer, config.train.seq_len, 128)
 
     def loss(params: Any) -> float:
-        function = jax.jit(lambda params, batch: losses.language_model(model, params, batch, 0))
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        return held_out.evaluate(function, params, held, 32, device, limit=1024)["loss"]
+        return decoders.evaluate(model, params, held, 32, limit=1024)["loss"]
 
     figures = {"full": loss(params)}
     for method in methods:
@@ -103,7 +87,7 @@ def best(runs: list[dict[str, float]]) -> str:
 
 
 def judge(figures: Losses, seeds: int) -> Finding:
-    """The verdict by the rule above."""
+    """The verdict by the rule of statements.toml."""
     value: dict[str, Any] = {}
     holds, fails = [], []
     for name, runs in figures.items():
@@ -124,8 +108,7 @@ def table(figures: Losses, result: Finding) -> list[str]:
     methods = list(dict.fromkeys(m for runs in figures.values() for m in runs[0]))
     rows = []
     for name, runs in figures.items():
-        values = [[r[method] for r in runs if method in r] for method in methods]
-        cells = [findings.deviation_text(v, 4) if v else "-" for v in values]
+        cells = [findings.deviation(method, 4)(runs) if method in runs[0] else "-" for method in methods]
         shares = [f"{result[f'{name}: {share}'].estimate:.0%}" for share in ("share", "share of rounding")]
         rows.append([name, *cells, *shares])
     head = ["scheme", *methods, "recovered of the best", "recovered of absmax"]
@@ -134,7 +117,7 @@ def table(figures: Losses, result: Finding) -> list[str]:
 
 
 def draw(figures: Losses, path: pathlib.Path) -> None:
-    """What each scheme loses to full precision: by the best method after training, and trained in the loop."""
+    """The loss above full precision of each scheme: by the best method after training, and with QAT."""
     with pictures.figure(path, figsize=(8, 4)) as axis:
         x = np.arange(len(figures))
         for shift, label in ((-0.2, "best after training"), (0.2, "in the loop")):

@@ -1,4 +1,4 @@
-"""What quantization costs: figures of a model against the same model in full precision, on the same text."""
+"""Figures of a quantized model compared with the same model in full precision, on the same text."""
 
 import functools
 import pathlib
@@ -40,7 +40,7 @@ def quantize(model: Transformer, params: Any, name: str, rows: Sequence[Row], ba
 
 
 def expanded(params: Any) -> Any:
-    """Weights that are only stored as codes as the numbers these stand for; one compiled program serves them all."""
+    """Dequantizes weight-only formats, so that one compiled program serves all schemes; others are unchanged."""
 
     def expand(path: str, w: Any) -> Any:
         activations = weights.is_quantized(w) and number_formats.scheme(w.scheme).activations
@@ -59,12 +59,12 @@ def of_scheme(loaded: Loaded, name: str, calibration: Sequence[Row], rows: Seque
 
 
 def of_full_precision(loaded: Loaded, rows: Sequence[Row]) -> dict[str, Any]:
-    """The same of the model itself, without bits."""
+    """The figures of the model itself, without bits."""
     return against(loaded.model, loaded.params, loaded.params, rows) | {"bytes": weights.num_bytes(loaded.params)}
 
 
 def of_gguf(loaded: Loaded, name: str, rows: Sequence[Row], llama_python: str) -> dict[str, Any]:
-    """The same of a GGUF file: "ggml Q4_0" is written by this package, "llama.cpp Q4_0" by llama.cpp's quantizer."""
+    """The figures of a GGUF file: llm_jax writes "ggml Q4_0", the quantizer of llama.cpp "llama.cpp Q4_0"."""
     maker, kind = name.split()
     with tempfile.TemporaryDirectory() as directory:
         path, quantized = pathlib.Path(directory, "exported.gguf"), pathlib.Path(directory, "quantized.gguf")
@@ -135,7 +135,7 @@ _mean = jax.jit(padded.mean_features, static_argnums=0)
 def of_sentence_vectors(
     loaded: Loaded, name: str, calibration: Sequence[Row], sentences: Sequence[Sequence[int]], full: np.ndarray
 ) -> dict[str, float]:
-    """Of the vectors of sentences, with a scheme and a method.
+    """The figures of sentence vectors with a scheme and a method.
 
     Args:
       full: the vectors of the full model, (sentences, D).
@@ -157,7 +157,7 @@ def of_sentence_vectors(
 def speeds(
     model: Transformer, by_name: Mapping[str, Any], prompt: Sequence[int], tokens: int = 64, repeats: int = 5
 ) -> dict[str, Any]:
-    """Decoding, greedy, one row: {name: {"tokens_per_second": one of each repeat, "bytes", "temporary_bytes", ...}}."""
+    """Greedy decoding of one row: {name: {"tokens_per_second": of each repeat, "bytes", "temporary_bytes", ...}}."""
 
     def generate(params: Any) -> float:
         began = time.perf_counter()

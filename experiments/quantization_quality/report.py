@@ -1,22 +1,7 @@
 """The verdicts, the tables and the picture of the quantization experiment.
 
-The rules below were fixed before the run, but for the words of Q1: that schemes which leave activations as they are
-say nothing of activations, and stand apart, was put in after it. No threshold was touched.
-
-A *loss difference* is the loss of the quantized model minus that of the full one, in nats a token, paired by
-row of held-out text, and judged by the 95 % t-interval of its mean over the rows.
-
-Q1  A way to quantize weights and activations to 8 bits has little loss if its interval lies below MARGIN (a
-    perplexity 1 % higher) on the reference model, and its sentence vectors keep a mean cosine of at least COSINE
-    on MiniLM. Holds if that is so of w8a8 (dynamic) and w8a8_static by absmax; "holds when" names the
-    schemes that quantize activations and their methods for which it is so, if some are; else fails. Schemes of 8 bits
-    for the weights alone are judged by the same bounds in an entry of their own, which names them.
-Q1b (an aim of this project) at 4 bits: int4 by its best method against ggml's Q4_0, and int4_affine against
-    Q4_1, of equal size (and against llama.cpp's files of those formats, where they were made): holds if no
-    interval of the difference of losses lies above 0.
-Q3  smaller: fewer bytes than float32. less memory: weights and temporaries of one token's pass together.
-    faster: the interval of the log ratio of tokens a second, paired by repeat, lies above 0. Holds if all
-    three are so of int8, w8a8 and int4; "holds when" says of which; else fails.
+A *loss difference* is the loss of the quantized model minus that of the full one, in nats a token, paired by row of
+held-out text, with the 95 % t-interval of its mean over the rows.
 """
 
 import dataclasses
@@ -57,7 +42,7 @@ def loss_difference(cell: dict[str, Any]) -> Interval:
 
 
 def judge(language: dict[str, Any], sentences: dict[str, Any], speed: dict[str, Any]) -> list[Finding]:
-    """The verdicts by the rules above."""
+    """The verdicts by the rules of statements.toml."""
     costs = {name: loss_difference(cell) for name, cell in language.items()}
     results = []
     for part, schemes in EIGHT_BITS.items():

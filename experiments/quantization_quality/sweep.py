@@ -1,4 +1,4 @@
-"""Schemes x methods x groups after training, on full-precision weights: Q1 and Q3; see README.md and report.py."""
+"""Quantization of full-precision weights after training, by scheme, method and group size: Q1, Q1b and Q3."""
 
 import dataclasses
 import functools
@@ -23,8 +23,8 @@ from llm_jax.schema import Config
 flags.DEFINE_string("checkpoint", None, "a run of configs/reference_lm.py", required=True)
 flags.DEFINE_integer("rows", 64, "held-out sequences, spread over the text", lower_bound=3)
 flags.DEFINE_integer("calibration", 32, "training sequences that methods calibrate on", lower_bound=1)
-flags.DEFINE_integer("sentences", 200, "for MiniLM", lower_bound=3)
-flags.DEFINE_string("llama_python", "", "an interpreter with llama_cpp, whose quantizer is measured too")
+flags.DEFINE_integer("sentences", 200, "sentences for MiniLM", lower_bound=3)
+flags.DEFINE_string("llama_python", "", "a Python interpreter with llama_cpp, whose quantizer is measured too")
 flags.DEFINE_boolean("smollm2", True, "also SmolLM2 in 8 bits (slow: 135 M parameters)")
 
 # Methods by scheme.
@@ -113,7 +113,7 @@ def of_sentences(count: int) -> Cells:
 
 
 def of_smollm2(config: Config) -> Cells:
-    """Its file is Q4_1: 8 bits only, and labelled so."""
+    """SmolLM2, whose weights are Q4_1 already: only with 8 bits."""
     loaded = checkpoints.load("asset:smollm2-135m-instruct")
     source = Source(dataclasses.replace(config.data, source="asset:shakespeare"), whole=True)
     rows = spread(Rows(source.corpus(loaded.tokenizer).validation, 256), 16)
@@ -121,7 +121,7 @@ def of_smollm2(config: Config) -> Cells:
 
 
 def speeds(loaded: Loaded, prompt: Sequence[int]) -> dict[str, Any]:
-    """The figures of `measure.speeds` of the model in float32 and by every scheme."""
+    """The figures of `measure.speeds` in float32 and with every scheme."""
     by_scheme = {"float32": loaded.params}
     for scheme in SPEEDS:
         rules = post_training.rules(scheme, "int8")

@@ -1,4 +1,4 @@
-"""The curve of a run, from its metrics.jsonl: training loss (and its running mean) and held-out loss by token."""
+"""The training loss of a run with its running mean, and its held-out loss, against the number of tokens."""
 
 import pathlib
 
@@ -11,8 +11,8 @@ from llm_jax.research import pictures, runs
 
 WINDOW = 50  # steps of the running mean
 
-flags.DEFINE_string("run", "runs/reference_lm", "the run")
-flags.DEFINE_string("output", str(pathlib.Path(__file__).with_name("curve.png")), "the picture")
+flags.DEFINE_string("run", "runs/reference_lm", "run directory")
+flags.DEFINE_string("output", str(pathlib.Path(__file__).with_name("curve.png")), "file of the picture")
 
 
 def main() -> None:

@@ -1,11 +1,7 @@
-"""What is lost when a run is killed, its checkpoints damaged, its disk full: real processes, real signals.
+"""Runs that are killed, damaged checkpoints, and full or read-only disks, with real processes: R1 to R5.
 
-Every part compares with one undisturbed run of `config.py` with the same number of processes; `--parts` measures some
-parts anew and keeps the results of the others. The disks are tmpfs, which only root can mount.
-
-The rule: nothing is lost if every killed run (R1; R4 with two processes), every run whose disk was full (R3) and every
-run whose disk became read-only (R5) ends with the figures of the undisturbed one, no checkpoint is unreadable after a
-kill, and every damage of a file is detected (R2).
+Every part compares with one undisturbed run of `config.py` with the same number of processes. `--parts` measures only
+some parts and keeps the results of the others. The disks are tmpfs, which only root can mount.
 """
 
 import contextlib
@@ -42,16 +38,16 @@ STATEMENTS = {
 STEPS = 60  # of `config.py`
 HANG = 300  # seconds after a kill in which all processes must have ended
 EXPLAINED = ("has ended without a message", "Terminating process because")  # why the other processes ended
-# What must be the same in a disturbed run; times differ.
+# Metrics that must be the same in a disturbed run; times differ.
 KEPT = ("step", "loss", "grad_norm", "lr", "validation_loss")
 LAUNCHER = "llm_jax.parallel.launcher"
 
 flags.DEFINE_integer("kills", 50, "processes to kill in runs of one process, and in runs of two")
 flags.DEFINE_integer("flips", 400, "bits to flip")
-flags.DEFINE_integer("seed", 0, "of the moments and the bits")
-flags.DEFINE_list("parts", list(STATEMENTS), "what to measure")
-flags.DEFINE_string("runs", "runs/reliability", "where the runs are kept; made anew without --resume")
-flags.DEFINE_bool("resume", False, "go on with the runs in --runs and the kills that they survived")
+flags.DEFINE_integer("seed", 0, "seed of the moments of the kills and of the flipped bits")
+flags.DEFINE_list("parts", list(STATEMENTS), "parts to measure")
+flags.DEFINE_string("runs", "runs/reliability", "directory of the runs; deleted first without --resume")
+flags.DEFINE_bool("resume", False, "continue with the runs in --runs")
 
 
 def main() -> None:
@@ -99,7 +95,7 @@ def train(workdir: pathlib.Path, processes: int = 1) -> subprocess.Popen:
 
 
 def finish(workdir: pathlib.Path, processes: int = 1) -> float:
-    """Trains to the end; the seconds it took. Raises UserError if it does not get there."""
+    """Trains to the end and returns the elapsed seconds; raises UserError if the training fails."""
     began = time.perf_counter()
     process = train(workdir, processes)
     _, errors = process.communicate()
@@ -113,7 +109,7 @@ def last_step(workdir: pathlib.Path) -> int:
 
 
 def is_readable(directory: pathlib.Path) -> bool:
-    """Whether a checkpoint has its files as they were written."""
+    """Whether the files of a checkpoint are those of its manifest."""
     with contextlib.suppress(UserError):
         checkpoints.verify(directory)
         return True
@@ -131,7 +127,7 @@ def same(a: pathlib.Path, b: pathlib.Path) -> bool:
 
 
 def arrays(workdir: pathlib.Path) -> dict[str, bytes]:
-    """Every array of the last checkpoint, optimizer state included, as bytes by name."""
+    """The bytes of every array of the last checkpoint by name, with the optimizer state."""
     import jax
     import numpy as np
     import orbax.checkpoint as ocp
@@ -152,9 +148,9 @@ def arrays(workdir: pathlib.Path) -> dict[str, bytes]:
 def kills(
     output: pathlib.Path, undisturbed: pathlib.Path, processes: int, seconds: float, origins: list[Provenance]
 ) -> dict[str, Any]:
-    """Kills runs at random moments (four in five by SIGKILL, the rest by SIGTERM) until at least --kills were hit.
+    """Kills runs at random moments, by SIGKILL (80 %) or SIGTERM, until there are --kills kills; returns the figures.
 
-    Of several processes one is hit, and the others have to end by themselves. A run that has ended is not repeated.
+    Of several processes one is killed, and the others have to end by themselves. A finished run is not repeated.
     """
     f = flags.FLAGS
     ended: list[dict[str, Any]] = []
@@ -196,10 +192,10 @@ def kills(
 def killed(
     workdir: pathlib.Path, undisturbed: pathlib.Path, seconds: float, draw: random.Random, processes: int
 ) -> dict[str, Any]:
-    """Trains to the end, killed at random moments (half of them after a random step); a record of every kill.
+    """Trains to the end with kills at random moments (half of them after a random step); a record of every kill.
 
     Args:
-      seconds: how long the undisturbed run takes.
+      seconds: duration of the undisturbed run.
     """
     shutil.rmtree(workdir, ignore_errors=True)
     hits: list[dict[str, Any]] = []
@@ -256,7 +252,7 @@ def send(process: subprocess.Popen, number: signal.Signals, draw: random.Random)
 
 
 def flips(part: str, scratch: pathlib.Path, undisturbed: pathlib.Path) -> dict[str, Any]:
-    """Flips one bit at a time, anywhere in a checkpoint, and cuts every file short: is each found?"""
+    """Flips single bits of a checkpoint and truncates each file; counts the damages that are not detected."""
     f, draw = flags.FLAGS, random.Random(flags.FLAGS.seed)
     shutil.rmtree(scratch, ignore_errors=True)  # of an interrupted call
     shutil.copytree(checkpoints.find(undisturbed), scratch)
@@ -278,13 +274,13 @@ def flips(part: str, scratch: pathlib.Path, undisturbed: pathlib.Path) -> dict[s
     for i in range(f.flips):  # half of them by size, half of them file by file
         missed += is_missed(draw.choices(paths, sizes)[0] if i % 2 else draw.choice(paths), flip)
     missed += sum(is_missed(path, lambda content: content[: draw.randrange(len(content))]) for path in paths)
-    checkpoints.verify(scratch)  # the damage was undone, so what was found was the damage
+    checkpoints.verify(scratch)  # every damage was undone
     counts = {"bits_flipped": f.flips, "files_cut_short": len(paths), "missed": missed}
     return {"lost": missed} | counts | {"bytes": sum(sizes)}
 
 
 def disks(part: str, disk: pathlib.Path, undisturbed: pathlib.Path) -> dict[str, Any] | None:
-    """Trains on small disks (tmpfs) that break, and goes on after they are mended; None where none can be mounted."""
+    """Trains on small disks (tmpfs) that fail, and continues after a repair; None if tmpfs cannot be mounted."""
     # Size in bytes, and the commands before the training, while it trains, and after it has ended.
     cases: list[tuple[int, list[list[str]], list[list[str]], list[list[str]]]]
     if part == "full_disk":

@@ -1,21 +1,11 @@
 """Step time, memory and compile time against depth, width, sequence length and number of devices: S1, S2.
 
-    PYTHONPATH=. python experiments/scaling/sweep.py --part=compiled [--chip=v5e]    # Llama-2-7B; no accelerator needed
-    PYTHONPATH=. python experiments/scaling/sweep.py [--chip=v5e]                    # the rest; publishes all
-
 Large: the training step of Llama-2-7B is compiled for H100 GPUs, or with --chip=v5e for slices of a TPU, by
 `llm_jax.plan --topology`, with full rematerialization, all devices in mesh.fsdp and one row of tokens per device;
 memory is that of the compiled step, and the step time is the range that `plan` estimates. Small: the training step of a
 small model is compiled and run on the CPU of this machine; the step time is the median of --repeats steps, and the
 compile time is the processor time of tracing and compiling. Each series varies one quantity; the other quantities have
-the values of `LARGE` and `SMALL`. Writes results.json, the tables in README.md and the pictures beside this file. The
-rules, fixed before the run:
-
-S1  with scanned layers, the compile time does not grow with the depth: holds if the deepest small model takes at most
-    1.25 times the compile time of the shallowest one; fails at 2 times or more; else undecided.
-S2  fully sharded, the memory of a device falls with the number of devices: holds if the arguments of the step on the
-    largest slice, times its devices, are at most 1.05 times those on the smallest slice, times its devices, and the
-    live memory falls too; fails if the live memory does not fall; else undecided.
+the values of `LARGE` and `SMALL`.
 """
 
 import pathlib
@@ -63,7 +53,7 @@ TOPOLOGIES = {
 
 flags.DEFINE_enum("chip", "h100", list(TOPOLOGIES), "accelerator that the large model is compiled for")
 flags.DEFINE_enum("part", "all", ["all", "compiled", "measured"], "compiled: only measure the large model")
-flags.DEFINE_integer("points", 9, "number of values of each series, the smallest first")
+flags.DEFINE_integer("points", 9, "number of values of each series, from the smallest")
 flags.DEFINE_integer("repeats", 7, "timed steps of each small model")
 
 
@@ -144,7 +134,7 @@ def measured(shape: dict[str, int], repeats: int) -> dict[str, float]:
 
 
 def judge(rows: dict[str, list[tuple[str, int, dict[str, float]]]]) -> list[Finding]:
-    """The verdicts by the rules above."""
+    """The verdicts by the rules of statements.toml."""
     by_depth = {value: row["compilation"] for axis, value, row in rows["small"] if axis == "layers"}
     growth = by_depth[max(by_depth)] / by_depth[min(by_depth)]
     verdict = verdicts.at_most(growth, holds=1.25, fails=2.0)

@@ -37,7 +37,7 @@ def untrained(kind: str, products: bool, test: int = 0, train: int = 0) -> dict[
     """Accuracies of "zero-shot", "few-shot" or "probe" on test sentences, with their intervals.
 
     Args:
-      products: whether product reviews are asked about besides.
+      products: whether product reviews are measured too.
       test, train: test and validation sentences, and training sentences of the probe; 0: all.
     """
     loaded = checkpoints.load(MODEL, dtype="bfloat16")  # as the runs that are trained compute
@@ -53,7 +53,7 @@ def untrained(kind: str, products: bool, test: int = 0, train: int = 0) -> dict[
 
 
 def trained(run: pathlib.Path, products: bool) -> dict[str, Any]:
-    """The figures of a finished run; with `products`, the accuracy on product reviews besides."""
+    """The figures of a finished run; with `products`, also the accuracy on product reviews."""
     summary = files.read_json(run / "summary.json")
     seconds = [step["seconds"] for step in runs.read_lines(run / "metrics.jsonl")]
     figures = {key: summary[key] for key in SUMMARY} | {"step_seconds": float(np.median(seconds))}
@@ -70,7 +70,7 @@ def trained(run: pathlib.Path, products: bool) -> dict[str, Any]:
 def answered(
     loaded: Loaded, source: LabelledSource, sentences: Sequence[LabelledText], shots: Sequence[LabelledText] = ()
 ) -> dict[str, float]:
-    """The accuracy of the likelier of the two answers, asked after `shots` with their answers."""
+    """The accuracy of the likelier of the two answers; `shots` are solved examples in the prompt."""
     prompts = labelled.Prompts(loaded.tokenizer, source.config.labelled, source.choices, shots)
     split = labelled.encode(sentences, prompts, source.choices)
     rows = Packed(split, max(256, int(np.diff(split.offsets).max())))
@@ -85,7 +85,7 @@ def balanced(sentences: Sequence[LabelledText]) -> list[LabelledText]:
 
 
 def probed(loaded: Loaded, source: LabelledSource, parts: list[list[LabelledText]]) -> list[dict[str, float]]:
-    """Logistic regression on the features where the answer would begin: its accuracies on all parts but two.
+    """Logistic regression on the features of the last token of the prompt: its accuracies on all parts but two.
 
     The first part is for training, the second for the choice of the penalty.
     """
@@ -112,7 +112,7 @@ def probed(loaded: Loaded, source: LabelledSource, parts: list[list[LabelledText
 
 
 def last_features(loaded: Loaded, questions: list[list[int]], size: int = 16) -> np.ndarray:
-    """float32 (questions, width): what the model makes of the last token of each."""
+    """The features of the last token of each question, float32 (questions, width)."""
 
     @jax.jit
     def last(params, ids, mask):

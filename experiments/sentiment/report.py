@@ -1,22 +1,8 @@
-"""The table and the verdicts of the sentiment experiment. The rules below were fixed before the run.
+"""The table and the verdicts of the sentiment experiment.
 
 Accuracies are in points of 100: of trained models the mean over the seeds with its 95 % t-interval, differences paired
-by seed; of others, and on product reviews (of the first seed's run), with the 95 % interval of Wilson.
-
-L1   holds if LoRA r=8 trains at most 2 % of the parameters and the interval of its difference to full
-     fine-tuning lies above -MARGIN; fails if it lies below -MARGIN; else undecided.
-L5   holds if the interval of PiSSA's difference to LoRA, both of rank 8, lies above 0; fails if below; else
-     undecided.
-L8   (low-rank factors in 8 bits, trained straight-through) and L9 (NF4 base with double quantization): hold if
-     the interval of the difference to LoRA r=8 lies above -MARGIN; fail if it lies below; else undecided. Of L8:
-     the trained masters stay float32, so that training takes no fewer bytes for them. Of L9: the base is of
-     Q4_1 numbers already, so that this is no measure of what NF4 costs full-precision weights.
-L10  holds if the interval of LoRA r=8 lies above that of zero-shot and of few-shot prompting; fails if it lies below
-     that of one of them; else undecided.
-L12  holds if a product that has the shape of the weight is a b with a (in, r) and b (r, out), which is the
-     text's "A is d x r, B is r x d" with ΔW = A B; its "ΔW = B A" would be r x r. Read off the trained arrays.
-
-With fewer than three seeds every verdict on what is trained is "untested here".
+by seed; of others, and on product reviews (of the first seed's run), with the 95 % interval of Wilson. With fewer than
+three seeds every verdict on what is trained is "untested here".
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,7 +27,12 @@ MEASURES = {
 
 
 def judge(prompted: Mapping[str, Any], runs: Figures, seeds: int, size: str) -> list[Finding]:
-    """The verdicts by the rules above: `prompted` has the figures of jobs that train no model, `runs` all others."""
+    """The verdicts by the rules of statements.toml.
+
+    Args:
+      prompted: the figures of jobs that train no model.
+      runs: those of all others.
+    """
     judged = {name: runs[name] for name in JUDGED}
     gains = findings.differences(judged, "test_accuracy", LORA, 100)
     l1 = findings.differences(judged, "test_accuracy", FULL, 100)[LORA]

@@ -1,7 +1,7 @@
-"""Sentiment by SmolLM2-135M: prompted, probed, adapted, fully fine-tuned. L1, L5, L8, L9, L10, L12.
+"""SmolLM2-135M classifies sentiment: prompted, probed, adapted, fully fine-tuned. L1, L5, L8, L9, L10, L12.
 
-The figures of a finished job are a file in figures/, which is committed; its name has a digest of the options that the
-figures follow from, so that a job with other options is done anew.
+The figures of a finished job are a file in figures/, which is committed. Its name contains a digest of the options that
+affect the figures, so that a job with other options is measured again.
 """
 
 import functools
@@ -21,7 +21,7 @@ from llm_jax.research.provenance import Provenance
 
 HERE = pathlib.Path(__file__).parent
 RECIPE = HERE.parents[1] / "configs" / "sentiment_lora.py"
-# What a run changes below the recipe (LoRA of rank 8 on all linear layers).
+# Overrides of the recipe (LoRA of rank 8 on all linear layers).
 TRAINED: dict[str, dict[str, object]] = {
     "LoRA r=1": {"lora.rank": 1, "lora.alpha": 2.0},
     "LoRA r=8": {},
@@ -44,9 +44,9 @@ SMOKE |= {"data.labelled.test_size": 4.0, "data.labelled.validation_size": 4.0, 
 # Overrides, and the test and training sentences of jobs that train no model; (): all.
 SIZES: dict[str, tuple[dict[str, object], tuple[int, ...]]] = {"cpu": (FAST, ()), "smoke": (SMOKE, (4, 8))}
 
-flags.DEFINE_enum("size", "cpu", list(SIZES), "cpu: 2,000 training and 1,000 test sentences; smoke: a step")
+flags.DEFINE_enum("size", "cpu", list(SIZES), "cpu: 2,000 training and 1,000 test sentences; smoke: one step")
 flags.DEFINE_integer("seeds", 3, "runs of each kind that is trained", lower_bound=1)
-flags.DEFINE_string("runs", "runs/sentiment", "where the runs themselves are kept")
+flags.DEFINE_string("runs", "runs/sentiment", "directory of the runs")
 flags.DEFINE_string("part", "1/1", "2/3: the second of every three jobs, beside processes that do the others")
 
 
@@ -94,7 +94,7 @@ def all_jobs(root: pathlib.Path, size: str, seeds: int) -> dict[tuple[str, int, 
 
 
 def train(changes: dict[str, object], workdir: pathlib.Path, products: bool) -> dict[str, Any]:
-    """The figures of a training, which goes on where it was stopped."""
+    """The figures of a training, which is resumed after an interruption."""
     training = points.training(RECIPE, changes, workdir)
     jobs.run_all([training], jobs.machine_shares(1), environment=points.environment(workdir.parent))
     return measure.trained(workdir, products)

@@ -1,12 +1,8 @@
 """MiniLM with a classification head on film reviews: frozen, LoRA, full. L14.
 
-The features of a sentence are the mean over its tokens, of the encoder's own tokenizer; the head is linear and starts
-at zero. Sentences are padded, or cut, to 48 tokens. 2,000 training and 1,000 test sentences, once through in batches
-of 32; the head on frozen features has 50 rounds. The rates are customary ones, not searched for.
-
-The rule, fixed before the run: L14 holds if, of LoRA and of full fine-tuning each, the 95 % t-interval over the seeds
-of the difference in test accuracy to the head on frozen features, paired by seed, lies above 0; fails if one of them
-lies below 0; else undecided. With fewer than three seeds it is untested.
+The features of a sentence are the mean over its tokens; the head is linear and starts at zero. Sentences are padded or
+truncated to 48 tokens. One epoch of 2,000 training sentences in batches of 32, 50 epochs for the head on frozen
+features; 1,000 test sentences. The learning rates are usual values that were not tuned.
 """
 
 import dataclasses
@@ -33,9 +29,11 @@ from llm_jax.training import losses, memory
 LENGTH, BATCH = 48, 32
 KINDS = {"frozen": 1e-2, "LoRA r=8": 1e-3, "full": 1e-4}  # with their learning rates
 
-flags.DEFINE_integer("seeds", 3, "runs of each kind")
-flags.DEFINE_integer("sentences", 2000, "training sentences at most; half as many are asked about", lower_bound=BATCH)
-flags.DEFINE_integer("rounds", 50, "times through the sentences with frozen features", lower_bound=1)
+flags.DEFINE_integer("seeds", 3, "models of each kind")
+flags.DEFINE_integer(
+    "sentences", 2000, "maximum number of training sentences; half as many are test sentences", lower_bound=BATCH
+)
+flags.DEFINE_integer("rounds", 50, "epochs with frozen features", lower_bound=1)
 
 
 def main() -> None:
@@ -58,7 +56,7 @@ def main() -> None:
 
 
 def train(loaded: checkpoints.Loaded, parts: list[dict[str, jax.Array]], kind: str, seed: int) -> dict[str, Any]:
-    """Accuracies, parameters trained, seconds a step and bytes of the compiled step of one run."""
+    """Accuracies, number of trained parameters, seconds a step, and bytes of the compiled step of a model."""
     model, base, _ = loaded
     # The trained part of the encoder, and (trained, base) -> all weights.
     encoder: Any = {}
@@ -125,7 +123,7 @@ def train(loaded: checkpoints.Loaded, parts: list[dict[str, jax.Array]], kind: s
 
 
 def judge(figures: Figures, seeds: int) -> Finding:
-    """The verdict by the rule above."""
+    """The verdict by the rule of statements.toml."""
     gains = findings.differences(figures, "accuracy", "frozen", 100)
     verdict = verdicts.all_above(list(gains.values())) if seeds >= 3 else "untested here (wants three seeds)"
     measure = "test accuracy minus that of a head on frozen features, points"
@@ -133,29 +131,21 @@ def judge(figures: Figures, seeds: int) -> Finding:
 
 
 def table(figures: Figures) -> list[str]:
-    accuracies, rows = findings.means(figures, "accuracy", 100), []
-    for kind, runs in figures.items():
-        first = runs[0]
-        films, products = (
-            Interval(*(100 * x for x in (right / first["count"], *wilson(right, first["count"]))))
-            for right in (first["right"], first["products right"])
-        )
-        rows.append(
-            [
-                kind,
-                findings.interval_text(accuracies[kind], 1),
-                f"{films.low:.1f} to {films.high:.1f}",
-                findings.interval_text(products, 1),
-                f"{first['trained']:,}",
-                f"{4 * first['trained'] / 2**20:.2f}",
-                f"{np.median([r['seconds a step'] for r in runs]):.3f}",
-                f"{first['bytes of a step'] / 2**20:,.0f}",
-            ]
-        )
-    head = ["kind", "accuracy, % (95 % over seeds)", "one seed's (Wilson)", "product reviews, % (one seed's)"]
-    head += ["trained", "of these MiB", "seconds a step", "memory of a step, MiB"]
+    def share(runs: findings.Runs, name: str) -> Interval:  # of the first seed's test sentences, in percent
+        right, count = runs[0][name], runs[0]["count"]
+        return Interval(*(100 * x for x in (right / count, *wilson(right, count))))
+
+    columns = {
+        "accuracy, % (95 % over seeds)": findings.interval("accuracy", 1, 100),
+        "one seed's (Wilson)": lambda runs: "{1:.1f} to {2:.1f}".format(*share(runs, "right")),
+        "product reviews, % (one seed's)": lambda runs: findings.interval_text(share(runs, "products right"), 1),
+        "trained": findings.first("trained", ","),
+        "of these MiB": findings.first("trained", ".2f", 4 / 2**20),
+        "seconds a step": lambda runs: f"{np.median([run['seconds a step'] for run in runs]):.3f}",
+        "memory of a step, MiB": findings.first("bytes of a step", ",.0f", 2**-20),
+    }
     note = f"{100 * figures['full'][0]['cut']:.1f} % of the training sentences have {LENGTH} tokens or more."
-    return ["", *findings.markdown_table(head, rows), "", note]
+    return ["", *findings.condition_table("kind", figures, columns), "", note]
 
 
 if __name__ == "__main__":

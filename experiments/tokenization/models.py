@@ -1,18 +1,8 @@
-"""Models of each kind of tokenizer in bits per byte, and what a model loses with another vocabulary: T1 and T2.
+"""Bits per byte of models with each kind of tokenizer, and of a model with another vocabulary: T1 and T2.
 
-A decoder of 128 x 2 layers is trained on the same number of tokens of Shakespeare for every kind (so those with short
-tokens see less text) and asked for held-out text. That of byte pairs is then given other vocabularies of the same size,
-as they are and after --tune more steps, beside --tune more steps with its own.
-
-The rules of the verdicts were fixed before the run. Every interval is the 95 % t-interval of a mean over the seeds.
-
-T1  in bits per byte: holds if the characters' figure and the bytes' are above that of every kind of pieces (paired by
-    seed, intervals above 0); holds when the kind is one of the pieces of which that is so; else fails. Words are told
-    and not judged: a model is not asked for what they call unknown.
-T2  holds if BPE, WordPiece and unigram, trained twice on the text, give the same vocabulary twice; a checkpoint of each
-    refuses the next one's, in training (--config.init_from) and put into its files; and every swap costs bits per byte,
-    as it is and after tuning (paired by seed, intervals above 0). Holds when the model is not trained on if only the
-    figures after tuning fail; else fails.
+A decoder with 2 layers of width 128 is trained on the same number of tokens of Shakespeare for every kind, so that
+kinds with short tokens see less text, and evaluated on held-out text. The model of byte pairs then gets other
+vocabularies of the same size, and is measured before and after --tune more steps, beside as many steps with its own.
 """
 
 import dataclasses
@@ -29,23 +19,22 @@ import numpy as np
 from absl import flags
 
 import llm_jax
+from experiments import decoders
 from llm_jax import checkpoints, cli, configuration, tokenizers
 from llm_jax.data.corpus import Corpus, Source
 from llm_jax.data.rows import Rows, Shuffled
 from llm_jax.errors import UserError
-from llm_jax.evaluation import held_out
 from llm_jax.intervals import paired
 from llm_jax.model.transformer import Transformer
 from llm_jax.research import experiments, findings, verdicts
 from llm_jax.research.findings import Figures, Finding
 from llm_jax.schema import Config, TokenizerConfig
-from llm_jax.training import losses
 from llm_jax.training.setup import num_parameters, setup
 
 SIZE = 2048
 PIECES = ("wordpiece", "unigram", "bpe", "byte_bpe")
 KINDS = ("word", *PIECES, "char", "byte")
-SWAPPED, OTHERS = "bpe", ("bpe", "unigram", "wordpiece")  # the first is its own
+SWAPPED, OTHERS = "bpe", ("bpe", "unigram", "wordpiece")  # the first is the vocabulary of the model
 NEXT = {"bpe": "wordpiece", "wordpiece": "unigram", "unigram": "bpe"}
 WHEN = ("swapped in", "tuned")
 CHANGES = {
@@ -53,11 +42,10 @@ CHANGES = {
     "model": {"width": 128, "num_layers": 2, "num_heads": 4, "num_kv_heads": 4, "mlp_dim": 352},
     "train": {"batch_size": 8, "seq_len": 128},
 }
-_loss = jax.jit(losses.language_model, static_argnums=(0, 3))
 
-flags.DEFINE_integer("seeds", 3, "runs of each kind")
-flags.DEFINE_integer("steps", 300, "of training")
-flags.DEFINE_integer("tune", 100, "more steps after a swap")
+flags.DEFINE_integer("seeds", 3, "models of each kind")
+flags.DEFINE_integer("steps", 300, "training steps")
+flags.DEFINE_integer("tune", 100, "training steps after the vocabulary is replaced")
 
 
 def main() -> None:
@@ -73,7 +61,7 @@ def main() -> None:
 
 
 def run(config: Config, source: Source, kind: str, seed: int) -> dict[str, float]:
-    """Figures of one model, and of its swaps."""
+    """The figures of a model, and, of byte pairs, of the model with other vocabularies."""
     f = flags.FLAGS
     tokenizer, corpus = text(source, kind)
     sizes = {"model.vocab_size": tokenizer.vocab_size, "train.seed": seed}
@@ -110,15 +98,13 @@ def trained(config: Config, corpus: Corpus, start: int, stop: int, params: Any =
 
 
 def bits_per_byte(config: Config, params: Any, corpus: Corpus) -> float:
-    """Of the held-out text."""
-    model, device = Transformer(config.model), jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    """The bits per byte of the held-out text."""
     rows = Rows(corpus.validation, config.train.seq_len)
-    figures = held_out.evaluate(lambda params, batch: _loss(model, params, batch, 0), params, rows, 16, device)
-    return figures["bits_per_byte"]
+    return decoders.evaluate(Transformer(config.model), params, rows, 16)["bits_per_byte"]
 
 
 def refusals(config: Config, source: Source, kind: str) -> dict[str, bool]:
-    """Is the vocabulary the same when trained again, and another one refused by a checkpoint of this one?"""
+    """Whether training gives the same vocabulary twice, and whether a checkpoint refuses another vocabulary."""
     other = NEXT[kind]
     learned = [tokenizers.get(kind).train(source.texts(False, 2**20), SIZE) for _ in range(2)]
 
@@ -148,7 +134,7 @@ def refusals(config: Config, source: Source, kind: str) -> dict[str, bool]:
 
 
 def judge(figures: Figures, refused: dict[str, dict[str, bool]]) -> list[Finding]:
-    """The verdicts by the rules above."""
+    """The verdicts by the rules of statements.toml."""
     more = {
         kind: findings.differences({k: figures[k] for k in ("char", "byte", kind)}, "bits per byte", kind)
         for kind in PIECES
@@ -174,11 +160,12 @@ def judge(figures: Figures, refused: dict[str, dict[str, bool]]) -> list[Finding
 
 
 def tables(figures: Figures, refused: dict[str, dict[str, bool]]) -> list[str]:
-    rows = []
-    for kind, bits in findings.means(figures, "bits per byte").items():
-        first = figures[kind][0]
-        numbers = [f"{first['unknown']:.2%}", f"{first['megabytes seen']:.2f}", f"{first['parameters']:,}"]
-        rows.append([kind, findings.interval_text(bits), *numbers])
+    columns = {
+        "bits per byte": findings.interval("bits per byte"),
+        "unknown tokens": findings.first("unknown", ".2%"),
+        "MB of text seen": findings.first("megabytes seen", ".2f"),
+        "parameters": findings.first("parameters", ","),
+    }
     swaps = []
     for kind in OTHERS:
         means = [np.mean([r[f"{kind} {when}"] for r in figures[SWAPPED]]) for when in WHEN]
@@ -186,7 +173,7 @@ def tables(figures: Figures, refused: dict[str, dict[str, bool]]) -> list[str]:
     swap_head = [f"the model of {SWAPPED} with", "as it is", f"after {flags.FLAGS.tune} more steps"]
     answers = ([kind, *("yes" if v else "no" for v in refusal.values())] for kind, refusal in refused.items())
     return [
-        *findings.markdown_table(["kind", "bits per byte", "unknown tokens", "MB of text seen", "parameters"], rows),
+        *findings.condition_table("kind", figures, columns),
         *["", *findings.markdown_table(swap_head, swaps)],
         *["", *findings.markdown_table(["kind", *next(iter(refused.values()))], answers)],
     ]

@@ -1,12 +1,4 @@
-"""Kinds of tokenizer by vocabulary size on held-out text: T1 and T3.
-
-The rules of the verdicts were fixed before the run:
-
-T1  holds if at every size words take fewer tokens a word than every kind of pieces, these fewer than characters,
-    and no kind of words or pieces takes more at a larger size; else fails.
-T3  holds if at the largest size every kind of pieces brings back at least 99 % of the held-out words that the
-    training text has not, and words none of them; holds when the kind is one of the pieces that do; else fails.
-"""
+"""Kinds of tokenizers by vocabulary size, on held-out text: T1 and T3."""
 
 import itertools
 import pathlib
@@ -25,9 +17,9 @@ SIZES = (1024, 2048, 4096, 8192)
 WORD = re.compile(r"[A-Za-z]+")
 ENOUGH = 0.99
 
-flags.DEFINE_string("asset", "shakespeare", "the directory of texts")
-flags.DEFINE_list("sizes", list(map(str, SIZES)), "of the vocabularies, the largest last")
-flags.DEFINE_integer("share", 1, "one of so many paragraphs is used", lower_bound=1)
+flags.DEFINE_string("asset", "shakespeare", "name of the asset with the texts")
+flags.DEFINE_list("sizes", list(map(str, SIZES)), "sizes of the vocabularies, the largest last")
+flags.DEFINE_integer("share", 1, "one in this many paragraphs is used", lower_bound=1)
 flags.DEFINE_string("runs", "runs/tokenization_lengths", "where figures are kept")
 
 Table = dict[tuple[str, int], dict[str, float]]  # figures by kind and size of the vocabulary
@@ -73,7 +65,7 @@ def main() -> None:
 
 
 def judge(table: Table) -> list[Finding]:
-    """The verdicts by the rules above."""
+    """The verdicts by the rules of statements.toml."""
     length = {key: row["tokens per word"] for key, row in table.items()}
     sizes = sorted({size for _, size in table})
     single = min(length[kind, sizes[-1]] for kind in SINGLE)

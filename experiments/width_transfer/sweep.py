@@ -1,19 +1,8 @@
-"""Does the best learning rate of a narrow model stay the best when it grows wider, with and without μP?
+"""Does the best learning rate of a narrow model stay the best when it grows wider, with and without μP? W1.
 
-Trains every width at every rate from every seed, twice: with model.base_width (μP) and without. The rules below were
-fixed before the run.
-
-The *loss given up* at a width is the held-out loss of the rate that is best at the base width (by the
-mean over the seeds) minus that of the width's own best rate, in nats a token; a run that diverges counts
-as the loss of knowing nothing, log 256. Seeds pair by initialization and batches. Of each seed it is
-measured against the rate that is best by the mean of the *other* seeds: the least of several noisy means
-would count its own luck as a loss. It is judged by the 95 % t-interval of its mean over the seeds.
-
-The rate *transfers* under a parametrization if the interval lies below MARGIN at every width, and
-*does not* if the interval at the widest lies above MARGIN. W1 (width transfer by table 8 of
-arXiv:2203.03466 makes the best rate hold across widths, which it does not by itself) holds if the rate
-transfers with it and does not without; fails if it does not transfer with it, or transfers without;
-else it is undecided.
+Trains every width at every rate from every seed, twice: with model.base_width (μP) and without. Seeds pair by
+initialization and batches. The rate of a seed is measured against the one that is best by the mean of the *other*
+seeds: the least of several noisy means would count its own luck as a loss.
 """
 
 import functools
@@ -48,12 +37,12 @@ SETTING: dict[str, Any] = {  # overrides of the recipe "default": two layers on 
 MARGIN = 0.05  # nats a token
 KINDS = ("μP", "as it is")
 
-flags.DEFINE_list("widths", ["32", "128", "256"], "the first is the base width")
-flags.DEFINE_list("powers", ["-9", "-8", "-7", "-6", "-5", "-4", "-3", "-2"], "the rates, as powers of two")
-flags.DEFINE_integer("seeds", 5, "runs of each kind")
-flags.DEFINE_integer("held_rows", 256, "rows of held-out text that a run is judged by")
+flags.DEFINE_list("widths", ["32", "128", "256"], "widths of the models; the first is the base width")
+flags.DEFINE_list("powers", ["-9", "-8", "-7", "-6", "-5", "-4", "-3", "-2"], "learning rates, as powers of two")
+flags.DEFINE_integer("seeds", 5, "models of each kind")
+flags.DEFINE_integer("held_rows", 256, "rows of held-out text")
 
-Lost = Mapping[str, Mapping[int, Interval]]  # losses given up by parametrization and width
+Lost = Mapping[str, Mapping[int, Interval]]  # the loss given up, by parametrization and width
 
 
 def main() -> None:
@@ -88,7 +77,7 @@ def main() -> None:
         return loss if math.isfinite(loss) else None  # diverged
 
     def losses(kind: str, width: int) -> np.ndarray:
-        """(powers, seeds); a run that has diverged has the loss of knowing nothing."""
+        """Losses (powers, seeds); a diverged run has the loss of the uniform distribution."""
         rows = [figures[name(kind, width, power)] for power in powers]
         return np.array([[math.log(256) if loss is None else loss for loss in row] for row in rows])
 
@@ -102,7 +91,7 @@ def main() -> None:
 
 
 def sizes(width: int, base_width: int) -> dict[str, Any]:
-    """Overrides of a model of this width; base_width: of μP, or 0."""
+    """Overrides of a model of this width; `base_width`: that of μP, or 0 without μP."""
     heads = width // SETTING["model.head_dim"]
     changes = {"width": width, "mlp_dim": 2 * width, "num_heads": heads, "num_kv_heads": heads}
     return {f"model.{name}": value for name, value in (changes | {"base_width": base_width}).items()}
@@ -164,7 +153,7 @@ def transfers(lost: Mapping[int, Interval]) -> str:
 
 
 def judge(lost: Lost, seeds: int) -> Finding:
-    """The verdict by the rule above."""
+    """The verdict by the rule of statements.toml."""
     with_transfer, without = (transfers(lost[kind]) for kind in KINDS)
     fails = with_transfer == "no" or without == "yes"
     verdict = "holds" if (with_transfer, without) == ("yes", "no") else "fails" if fails else "undecided"

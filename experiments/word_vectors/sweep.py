@@ -1,17 +1,7 @@
-"""Do vectors of words capture similarity? E1 to E4 on the Wikipedia sample and Shakespeare.
+"""The similarity of word vectors: E1 to E4, on the Wikipedia sample and Shakespeare.
 
-Trains skip-gram, CBOW and GloVe, and skip-gram on the same text with its words in random order.
-
-The rules of the verdicts were fixed before the run. Every interval is the 95 % t-interval of a mean over the seeds.
-
-E1  holds if the correlation with WordSim-353 of every kind lies above 0 (one-hot vectors have cosine 0 for
-    every pair, so no order and a correlation of 0); holds when the kind is one of those that do; else fails.
-E2  holds if every kind's correlation is higher than that of the shuffled text of the same seed (paired), and no
-    figure of experiments/benchmarks/parts.json is lower than gensim's; holds when the kind is one of those that
-    do; else fails.
-E3  "mat" does not stand in this text at all, so it is asked of the input tables of two real checkpoints: cosine of
-    cat and mat minus that of cat and sat holds if it is above 0 in both, fails if below in both, else is undecided.
-E4  holds if queen is among the ten nearest of king in every run of skip-gram; else fails.
+Trains skip-gram, CBOW and GloVe, and skip-gram on the same text with its words in random order. Intervals are 95 %
+t-intervals of a mean over the seeds.
 """
 
 import dataclasses
@@ -44,9 +34,9 @@ REAL = ("minilm-l6-v2", "smollm2-135m-instruct")
 MAP = "king queen prince duke lord lady man woman father mother son daughter brother sister war peace army soldier "
 MAP += "sea ship land river city house door heart eye hand head blood love hate god heaven earth sun moon night day"
 
-flags.DEFINE_integer("seeds", 3, "runs of each kind", lower_bound=2)
-flags.DEFINE_integer("min_count", 5, "rarer words are left out")
-flags.DEFINE_integer("glove_epochs", 10, "passes of GloVe over the co-occurrences")
+flags.DEFINE_integer("seeds", 3, "models of each kind", lower_bound=2)
+flags.DEFINE_integer("min_count", 5, "minimum number of occurrences of a word")
+flags.DEFINE_integer("glove_epochs", 10, "epochs of GloVe")
 
 
 def main() -> None:
@@ -79,9 +69,9 @@ def main() -> None:
     lower = {kind: word2vec_benchmark.lower(parts[f"word2vec_{kind}"]) for kind in ("skipgram", "cbow")}
     shown = vectors.load(root / "skipgram-0.bin")
     word_maps.draw(shown, [w for w in MAP.split() if w in shown], experiments.output(__file__) / "map.png")
-    rows = ([k, *(findings.deviation_text([r[n] for r in runs]) for n in COLUMNS)] for k, runs in figures.items())
     size = f"{text.num_words:,} words of {len(text.words):,} kinds, sha256 {text.sha256[:12]}."
-    lines = ["", size, "", *findings.markdown_table(["kind", *COLUMNS], rows), ""]
+    table = findings.condition_table("kind", figures, {name: findings.deviation(name) for name in COLUMNS})
+    lines = ["", size, "", *table, ""]
     lines.append(f"Nearest to king (skip-gram, seed 0): {', '.join(figures['skipgram'][0]['near king'])}.")
     results = judge(figures, lower, {name: real_cosines(name) for name in REAL})
     print(experiments.publish(__file__, results, lines, origins=origins))
@@ -99,7 +89,7 @@ def real_cosines(name: str) -> dict[str, float]:
 
 
 def judge(figures: Figures, lower: dict[str, list[str]], cosines: dict[str, dict[str, float]]) -> list[Finding]:
-    """The verdicts by the rules above.
+    """The verdicts by the rules of statements.toml.
 
     Args:
       figures: of every kind by seed.

@@ -5,11 +5,11 @@
         figures, origins = experiments.measure(experiments.directory(f.runs), CONDITIONS, f.seeds, measure)
         print(experiments.publish(__file__, judge(figures), tables(figures), origins=origins))
 
-The script declares its statements and their rules in its docstring, which the page of all statements shows, its
-conditions as a constant, and three functions: `measure(condition, seed)` returns figures as JSON values,
-`judge(figures)` the findings by the rules, `tables(figures)` lines for the README. Figures are kept in
-files below --runs, each with the commit, machine and date of its measurement, so that the same command goes on where it
-was stopped, and results have the provenance of the figures that they follow from.
+The statements and their rules are in experiments/statements.toml. The script declares its conditions as a constant,
+and three functions: `measure(condition, seed)` returns figures as JSON values, `judge(figures)` the findings by the
+rules, `tables(figures)` lines for the README. Figures are kept in files below --runs, each with the commit, machine and
+date of its measurement, so that the same command goes on where it was stopped, and results have the provenance of the
+figures that they follow from.
 
     if __name__ == "__main__":
         cli.run_script(experiments.script(main, quick={"seeds": 2, "steps": 4}))

@@ -20,7 +20,8 @@ from llm_jax.errors import UserError
 from llm_jax.intervals import Interval
 from llm_jax.research import provenance
 
-Figures = Mapping[str, Sequence[Mapping[str, Any]]]
+Runs = Sequence[Mapping[str, Any]]  # {name of a figure: value} of each seed
+Figures = Mapping[str, Runs]  # by condition
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,26 +165,32 @@ def markdown_table(head: Sequence[str], rows: Iterable[Iterable[Any]]) -> list[s
     return [lines[0], "|---" * len(head) + "|", *lines[1:]]
 
 
-def condition_table(
-    name: str,
-    figures: Mapping[str, Sequence[Any]],
-    columns: Mapping[str, Callable[[Any], float]],
-    text: Callable[[list[float]], str] | None = None,
-) -> list[str]:
-    """The lines of a table with a row for each condition and a column for each of its values.
+def condition_table(name: str, figures: Mapping[str, Any], columns: Mapping[str, Callable[[Any], object]]) -> list[str]:
+    """The lines of a table with a row for each condition.
 
     Args:
       name: heading of the conditions.
-      figures: {condition: figures of each seed}.
-      columns: {heading: figures of a seed -> value}.
-      text: the values of all seeds -> a cell; None: `deviation_text`.
+      figures: by condition.
+      columns: {heading: function of the figures of a condition that returns the cell}, such as `deviation("loss")`.
     """
-    cell = text or deviation_text
-    rows = (
-        [condition, *(cell([value(run) for run in runs]) for value in columns.values())]
-        for condition, runs in figures.items()
-    )
+    cells = columns.values()
+    rows = ([condition, *(cell(of_condition) for cell in cells)] for condition, of_condition in figures.items())
     return markdown_table([name, *columns], rows)
+
+
+def deviation(name: str, digits: int = 3) -> Callable[[Runs], str]:
+    """A column of a `condition_table`: mean and standard deviation of a figure over the seeds."""
+    return lambda runs: deviation_text([run[name] for run in runs], digits)
+
+
+def interval(name: str, digits: int = 3, scale: float = 1) -> Callable[[Runs], str]:
+    """A column of a `condition_table`: the mean of a figure over the seeds, times `scale`, with its t-interval."""
+    return lambda runs: interval_text(intervals.mean([scale * run[name] for run in runs]), digits)
+
+
+def first(name: str, form: str, scale: float = 1) -> Callable[[Runs], str]:
+    """A column of a `condition_table`: a figure of the first seed, times `scale`, in a format such as ".2f"."""
+    return lambda runs: format(scale * runs[0][name], form)
 
 
 def interval_text(interval: Iterable[float], digits: int = 3) -> str:
@@ -203,11 +210,7 @@ def span(values: Sequence[float]) -> Interval:
 
 
 def means(figures: Figures, name: str, scale: float = 1.0) -> dict[str, Interval]:
-    """{condition: mean over the seeds of a figure times `scale`, with its t-interval}.
-
-    Args:
-      figures: {condition: {name of a figure: value} of each seed}.
-    """
+    """{condition: mean over the seeds of a figure times `scale`, with its t-interval}."""
     return {condition: intervals.mean([scale * run[name] for run in runs]) for condition, runs in figures.items()}
 
 

@@ -42,9 +42,12 @@ def test_computations_take_turns_after_a_round_that_compiles():
 
 
 def test_a_table_has_a_row_for_each_condition():
-    runs, columns = {"a": [{"x": 1.0}, {"x": 3.0}]}, {"x": lambda run: run["x"], "2x": lambda run: 2 * run["x"]}
-    assert findings.condition_table("kind", runs, columns)[2:] == ["| a | 2.000 ± 1.414 | 4.000 ± 2.828 |"]
-    assert findings.condition_table("kind", runs, columns, str)[::2] == [
-        "| kind | x | 2x |",
-        "| a | [1.0, 3.0] | [2.0, 6.0] |",
+    runs = {"a": [{"x": 1.0, "n": 1000}, {"x": 3.0, "n": 7}], "b": [{"x": 2.0, "n": 5}, {"x": 2.5, "n": 7}]}
+    columns = {"x": findings.deviation("x", 2), "interval": findings.interval("x", 1, 10), "seeds": len}
+    columns |= {"n": findings.first("n", ","), "10 n": findings.first("n", ".1f", 10)}
+    assert findings.condition_table("kind", runs, columns) == [
+        "| kind | x | interval | seeds | n | 10 n |",
+        "|---|---|---|---|---|---|",
+        "| a | 2.00 ± 1.41 | 20.0 (-107.1 to 147.1) | 2 | 1,000 | 10000.0 |",
+        "| b | 2.25 ± 0.35 | 22.5 (-9.3 to 54.3) | 2 | 5 | 50.0 |",
     ]
