@@ -131,6 +131,20 @@ def test_a_process_may_compile_much_longer_than_the_others(run, trained, tmp_pat
 
 
 @pytest.mark.slow
+def test_a_process_that_is_killed_while_another_waits_for_its_first_step(launch, tmp_path):
+    workdir = tmp_path / "run"
+    launcher = launch(2, workdir, module="tests.parallel.slow_process")
+    while launcher.poll() is None and not (workdir / "attempts.jsonl").exists():
+        time.sleep(0.05)
+    time.sleep(3.0)
+    os.kill(process_ids(workdir)[1], signal.SIGKILL)
+    began = time.monotonic()
+    _, errors = launcher.communicate(timeout=60)
+    assert time.monotonic() - began < 30 and launcher.returncode == 137
+    assert "0: error: process 1 on" in errors and "Traceback" not in errors
+
+
+@pytest.mark.slow
 def test_part_of_a_batch_is_held_out_and_answers_are_counted(run, tmp_path):
     """A last batch that is not full, and the accuracy on a test split."""
     rows = [{"text": f"{word} {i}", "label": word} for i in range(40) for word in ("good", "bad")]
