@@ -16,6 +16,7 @@ from llm_jax.errors import UserError
 from llm_jax.model.stages import layout
 from llm_jax.model.transformer import Transformer
 from llm_jax.parallel import mesh as mesh_lib
+from llm_jax.parallel import processes
 from llm_jax.schema import Config, ModelConfig, Rules
 from llm_jax.tokenizers import Tokenizer
 
@@ -140,7 +141,8 @@ class Checkpoint(abc.ABC):
         return Loaded(Transformer(dataclasses.replace(config, scan_layers=is_stacked(params))), params, tokenizer)
 
     def _on_mesh(self, sizes: str) -> Shardings:
-        """A `Shardings` over a mesh of all devices, with the axis sizes of `mesh.parse`."""
+        """A `Shardings` over a mesh of all devices of this process, with the axis sizes of `mesh.parse`."""
+        processes.check_single(f"--mesh={sizes}")
         mesh = mesh_lib.make(mesh_lib.parse(sizes, configuration.default("mesh")))
         return functools.partial(mesh_lib.shardings, rules=self.mesh_rules, mesh=mesh)
 

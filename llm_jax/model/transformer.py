@@ -201,13 +201,16 @@ class Transformer(Module):
         table = self.embed.table if tied else self.head.kernel
         if (ratio := width_ratio(c)) != 1:
             x_BTD *= ratio
+        gathered = mesh_lib.gathered("embed/table" if tied else "head/kernel")
+        if gathered is not None and isinstance(table, jax.Array):
+            x_BTD, table = weights.reduce_first(x_BTD, table)
         logits = weights.dot(
             x_BTD,
             table,
             transposed=tied,
             out_dtype=c.precision.output,
             accumulate=c.precision.accumulate,
-            gathered=mesh_lib.gathered("embed/table" if tied else "head/kernel"),
+            gathered=gathered,
         )
         if c.head_bias:
             logits += weights.dense(self.head.bias).astype(logits.dtype)

@@ -20,6 +20,7 @@ from llm_jax import runtime
 from llm_jax.parallel import rendezvous
 
 _PATIENCE = 30.0  # seconds that the other processes have to end by themselves after one has failed
+_CONNECTED = ("llm_jax.train",)  # commands that can run as several processes
 # Exit codes of processes that end because another one has: that of `rendezvous`, and SIGABRT by JAX.
 _FOLLOWING = (rendezvous.LOST, -signal.SIGABRT)
 
@@ -99,6 +100,13 @@ def main() -> None:
     arguments = sys.argv[1:]
     if len(arguments) < 2 or not arguments[0].isdigit() or not int(arguments[0]):
         print("error: expected the number of processes, a module and its flags", file=sys.stderr)
+        sys.exit(2)
+    if arguments[1].startswith("llm_jax.") and arguments[1] not in _CONNECTED:
+        print(
+            f"error: {arguments[1]} runs in one process; expected {' or '.join(_CONNECTED)} (several devices of one "
+            "process: --mesh of generate, chat and evaluate)",
+            file=sys.stderr,
+        )
         sys.exit(2)
     sys.exit(run(int(arguments[0]), arguments[1], arguments[2:]))
 

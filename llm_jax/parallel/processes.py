@@ -120,15 +120,11 @@ def _explicit(address: str, count: int, index: int) -> tuple[str, int, int, None
 def _detected(timeout: float) -> tuple[str, int, int, list[int] | None] | None:
     """(coordinator address, number of processes, index, local devices) of a cluster that JAX detects, or None."""
     import jax
-    from jax._src import clusters  # jax.distributed.initialize has no way to ask whether there is a cluster
     from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
 
     if jax.distributed.is_initialized():
         return None
-    for cluster in clusters.ClusterEnv._cluster_types:
-        # In Kubernetes a pod that is no part of an indexed job, such as a notebook's, is a single process.
-        if cluster.opt_in_only_method or (cluster is clusters.K8sCluster and "JOB_COMPLETION_INDEX" not in os.environ):
-            continue
+    for cluster in _known_clusters():
         try:
             if not cluster.is_env_present():
                 continue
@@ -146,6 +142,32 @@ def _detected(timeout: float) -> tuple[str, int, int, list[int] | None] | None:
                 f"({' '.join(str(error).split())}); give --coordinator_address, --num_processes and --process_id"
             ) from error
     return None
+
+
+def _known_clusters() -> Iterator[Any]:
+    """The kinds of clusters that JAX detects by itself."""
+    from jax._src import clusters  # jax.distributed.initialize has no way to ask whether there is a cluster
+
+    for cluster in clusters.ClusterEnv._cluster_types:
+        # In Kubernetes a pod that is no part of an indexed job, such as a notebook's, is a single process.
+        if cluster.opt_in_only_method or (cluster is clusters.K8sCluster and "JOB_COMPLETION_INDEX" not in os.environ):
+            continue
+        yield cluster
+
+
+def check_single(flag: str) -> None:
+    """Raises UserError if this process is one of several of a job, connected or not, which `flag` cannot use."""
+    number = count()
+    for cluster in _known_clusters() if number == 1 else ():
+        with contextlib.suppress(Exception):  # a cluster that cannot be read: see `_detected`
+            if cluster.is_env_present():
+                number = cluster.get_process_count()
+                break
+    if number > 1:
+        raise UserError(
+            f"{flag} uses the devices of one process only, and this is one of {number} processes of a job; start the "
+            "command once, in Slurm with srun --ntasks=1"
+        )
 
 
 def count() -> int:
@@ -176,6 +198,42 @@ def barrier(name: str) -> None:
     """Waits until all processes have reached this call."""
     if count() > 1:
         _client().wait_at_barrier(f"llm_jax/{unique(name)}", _DAY * 1000)
+
+
+def connect(mesh: Any) -> None:
+    """Connects the processes for collectives over every combination of the axes of a mesh; all call this together.
+
+    On CPU, the first collective of a group of devices connects their processes, which Gloo waits for only 30 seconds.
+    Processes on a busy machine compile a training step with larger differences. Collectives of connected groups wait
+    for as long as necessary; `rendezvous` detects lost processes.
+
+    Args:
+      mesh: a `jax.sharding.Mesh` over the devices of all processes.
+    """
+    if count() == 1 or mesh.devices.flat[0].platform != "cpu":
+        return
+    import jax
+    import numpy as np
+
+    # `jax.device_put` of arrays of this process communicates over the second mesh.
+    of_processes = jax.sharding.Mesh(np.reshape(jax.devices(), (count(), -1)), ("process", "device"))
+    for grid in (mesh, of_processes):
+        axes = tuple(axis for axis in grid.axis_names if grid.shape[axis] > 1)
+        groups = [group for length in range(len(axes)) for group in itertools.combinations(axes, length + 1)]
+        spec = jax.sharding.PartitionSpec(axes)
+        ones = jax.make_array_from_callback(
+            (grid.size,),
+            jax.sharding.NamedSharding(grid, spec),
+            lambda _: np.ones(1, np.int32),
+        )
+
+        def sums(x: Any, groups: Any = groups) -> list[Any]:
+            return [jax.lax.psum(x, group) for group in groups]
+
+        sharded = jax.shard_map(sums, mesh=grid, in_specs=spec, out_specs=spec)
+        compiled = jax.jit(sharded).lower(ones).compile()
+        barrier("connect")
+        jax.block_until_ready(compiled(ones))
 
 
 def broadcast(value: Any, key: str = "", waiting_for: str = "") -> Any:

@@ -40,6 +40,11 @@ ASSUMPTIONS = {
         "the shorter step hides all collectives behind compute, the longer one hides none",
     ),
 }
+# Messages of libtpu about a step that is too large, with its bytes: of everything, or of the temporaries only.
+_TOO_LARGE = (
+    r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm",
+    r"memory required for HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds",
+)
 # Matrix products of a tile in the kernels of splash attention and of cuDNN, by instruction and target of the call.
 _KERNEL_PRODUCTS = {
     "splash_mha_fwd": 2,
@@ -231,7 +236,7 @@ def _gpu_speed(varying: list[bool], sizes: tuple[int, ...], topology: Topology) 
 def _compiler_error(message: str, topology: Topology, capacity: int) -> UserError:
     """Converts a compiler message to a one-line error; `DoesNotFit` if the message reports memory sizes."""
     text = " ".join(message.split())
-    used = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", text)
+    used = next(filter(None, (re.search(pattern, text) for pattern in _TOO_LARGE)), None)
     if used is None:
         return UserError(f"--topology={topology.name}: {text[:200]}")
     return _does_not_fit(topology, float(used[1]) * 1024 ** " KMGT".index(used[2] or " "), capacity)

@@ -94,6 +94,7 @@ def prepare(config: Config, workdir: pathlib.Path | None = None) -> Prepared:
     contents = {"the text": data.source.sha256, "the tokenizer": tokenizers.digest(data.tokenizer)}
     processes.check_equal(contents | options, "the run")
     setup = setup_lib.setup(data.config, data.vocab_size)
+    processes.connect(setup.mesh)
     reference = setup.load_reference(data.tokenizer)
     return Prepared(setup, beginning, data, reference)
 

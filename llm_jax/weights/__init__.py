@@ -16,6 +16,7 @@ from llm_jax.weights.nodes import (
     kind,
     num_bytes,
     partition,
+    reduce_first,
     summary,
     take,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "kind",
     "num_bytes",
     "partition",
+    "reduce_first",
     "repeat_rows",
     "summary",
     "take",

@@ -181,6 +181,28 @@ def gather(w: Weight, spec: P | None) -> Any:
     )
 
 
+@jax.custom_vjp
+def reduce_first(x: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns x and w; in the backward pass, the gradient of w is complete before the gradient of x is used.
+
+    Before a product of x with a large w at the end of a sharded model: otherwise XLA may sum the gradient of w over the
+    devices after the backward pass of all layers, and every device keeps the whole gradient until then.
+    """
+    return x, w
+
+
+def _reduce_first_forward(x, w):
+    # Without a gradient of w, the order would only keep XLA from removing its computation.
+    return (x.value, w.value), (() if w.perturbed else None)
+
+
+def _reduce_first_backward(saved, gradients):
+    return gradients if saved is None else lax.optimization_barrier(gradients)
+
+
+reduce_first.defvjp(_reduce_first_forward, _reduce_first_backward, symbolic_zeros=True)
+
+
 def take(w: Weight, ids: jax.Array) -> jax.Array:
     """Rows of an embedding table.
 

@@ -46,6 +46,32 @@ def test_a_mesh_writes_the_text_of_one_device_with_a_sharded_cache(simulated):
     assert "data" in rows and heads in ("tensor", ("tensor",))
 
 
+def rows_of_devices():
+    """The number of each row of padded prompts and of their lengths on every device: four prompts, then three."""
+    sizes = dataclasses.replace(on_mesh.tiny().mesh, data=2, fsdp=2, tensor=2)
+    params = jax.device_put(jnp.zeros(8), mesh_lib.replicated(mesh_lib.make(sizes)))
+    placed = []
+    for prompts in (PROMPTS, PROMPTS[:3]):
+        arrays = loop.padded(prompts, params)
+        shards = [sorted(array.addressable_shards, key=lambda shard: shard.device.id) for array in arrays]
+        rows = [list(range(len(prompts)))[prompt.index[0]] for prompt in shards[0]]
+        for prompt, length, numbers in zip(*shards, rows, strict=True):
+            assert [len(prompts[i]) for i in numbers] == length.data.tolist()
+            assert [prompts[i] for i in numbers] == [
+                row[:n] for row, n in zip(prompt.data.tolist(), length.data.tolist(), strict=True)
+            ]
+        placed.append(rows)
+    one = jnp.zeros((4, 2))
+    assert mesh_lib.split_rows(one, {"a": one}) is one
+    return placed
+
+
+def test_prompts_are_divided_over_the_devices_of_the_rows(simulated):
+    four, three = simulated(8)(rows_of_devices)
+    assert four == [[0], [0], [1], [1], [2], [2], [3], [3]]  # the axis "tensor" has copies
+    assert three == [[0, 1, 2]] * 8  # not divided by 2 x 2
+
+
 TEXTS = ("the model", "a token and then", "one", "text of")
 PROMPT_FLAGS = [*(f"--prompt={text}" for text in TEXTS), "--temperature=0"]
 MESH = ("--mesh=tensor=2,fsdp=2", "--devices=8")

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from llm_jax.errors import UserError
-from llm_jax.parallel import processes, rendezvous
+from llm_jax.parallel import launcher, processes, rendezvous
 
 VARIABLES = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 SLURM = dict(zip(VARIABLES, ("4100", "node[003-004,7]", "4", "2", "0"), strict=True))
@@ -49,6 +49,27 @@ def test_a_cluster_that_cannot_be_read_is_one_line(environment):
         environment.setenv(name, value)
     with pytest.raises(UserError, match=r"in a cluster \(Slurm\).*'four'.*; give --coordinator_address"):
         processes._detected(1.0)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_mesh_of_one_process_is_refused_in_a_job_of_several(environment, command, trained, case):
+    variables, expected = CASES[case]
+    for name, value in variables.items():
+        environment.setenv(name, value)
+    if expected is None:
+        return processes.check_single("--mesh=data=-1")
+    flags = (f"--checkpoint={trained}", "--prompt=a", "--mesh=data=-1")
+    (line,) = command("generate", *flags, code=2).stderr.splitlines()
+    assert f"--mesh=data=-1 uses the devices of one process only, and this is one of {expected[1]} processes" in line
+    return None
+
+
+def test_the_launcher_refuses_commands_of_one_process(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["launcher", "2", "llm_jax.generate", "--prompt=a"])
+    with pytest.raises(SystemExit, match="2"):
+        launcher.main()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: llm_jax.generate runs in one process; expected llm_jax.train (")
 
 
 def test_flags():

@@ -97,3 +97,20 @@ def test_rules_that_name_layers_hold_while_weights_are_gathered(layer, scanned):
     text = str(jax.make_jaxpr(apply)(abstract_params(model), jax.ShapeDtypeStruct((8, 16), jnp.int32)))
     columns, rows = (len(re.findall(rf"spec=\w+\({axes}\)", text)) for axes in ("None, 'tensor'", "'tensor', None"))
     assert (columns, rows) == (1 if scanned else 2, 1)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_gradient_of_the_head_is_reduced_before_the_layers(tied):
+    """Otherwise every device keeps the whole gradient of the head during the backward pass of the layers."""
+    config = on_mesh.tiny(**{"model.tie_embeddings": tied})
+    model, mesh = Transformer(config.model), AbstractMesh((1, 8, 1, 1), mesh_lib.AXES)
+    params, tokens = abstract_params(model), jax.ShapeDtypeStruct((8, 16), jnp.int32)
+
+    def loss(params, tokens):
+        return jnp.sum(model.apply({"params": params}, tokens))
+
+    def barriers(rules):
+        text = str(jax.make_jaxpr(mesh_lib.within(mesh, jax.grad(loss), rules))(params, tokens))
+        return re.findall(r"(\w+):\w+\[8,16,32\] (\w+):\w+\[[\d,]+\] = optimization_barrier", text)
+
+    assert len(barriers(config.mesh.rules)) == 1 and not barriers(())

@@ -19,11 +19,11 @@ FIGURES = ("loss", "grad_norm", "validation_loss")
 
 @pytest.fixture(scope="session")
 def launch(text_file, cache):
-    """launch(number of processes, workdir, *flags) -> the running launcher."""
+    """launch(number of processes, workdir, *flags, module="llm_jax.train") -> the running launcher."""
 
-    def start(count, workdir, *flags):
+    def start(count, workdir, *flags, module="llm_jax.train"):
         full = [
-            *(sys.executable, "-m", "llm_jax.parallel.launcher", str(count), "llm_jax.train"),
+            *(sys.executable, "-m", "llm_jax.parallel.launcher", str(count), module),
             *(f"--config={ROOT / 'tests' / 'tiny.py'}", f"--workdir={workdir}"),
             *(f"--config.data.source={text_file}", f"--config.data.cache_dir={cache}", *flags),
         ]
@@ -39,8 +39,8 @@ def launch(text_file, cache):
 def run(launch):
     """run(number of processes, workdir, *flags, code=0) runs to the end and returns (stdout, stderr)."""
 
-    def finish(*arguments, code=0):
-        process = launch(*arguments)
+    def finish(*arguments, code=0, **options):
+        process = launch(*arguments, **options)
         out, errors = process.communicate(timeout=300)
         assert process.returncode == code, out + errors
         return out, errors
@@ -119,6 +119,29 @@ def test_every_mesh_of_processes_gives_the_losses_of_one(run, trained, tmp_path,
     count, flags = MESHES[mesh]
     run(count, tmp_path / "run", *flags)
     assert_same_losses(trained, tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["data", "two devices each"])
+def test_a_process_may_compile_much_longer_than_the_others(run, trained, tmp_path, mesh):
+    """A delay of 40 seconds before the first training step; Gloo connects processes within 30 seconds only."""
+    _, flags = MESHES[mesh]
+    run(2, tmp_path / "run", *flags, module="tests.parallel.slow_process")
+    assert_same_losses(trained, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_while_another_waits_for_its_first_step(launch, tmp_path):
+    workdir = tmp_path / "run"
+    launcher = launch(2, workdir, module="tests.parallel.slow_process")
+    while launcher.poll() is None and not (workdir / "attempts.jsonl").exists():
+        time.sleep(0.05)
+    time.sleep(3.0)
+    os.kill(process_ids(workdir)[1], signal.SIGKILL)
+    began = time.monotonic()
+    _, errors = launcher.communicate(timeout=60)
+    assert time.monotonic() - began < 30 and launcher.returncode == 137
+    assert "0: error: process 1 on" in errors and "Traceback" not in errors
 
 
 @pytest.mark.slow

@@ -151,3 +151,22 @@ def test_repeated_rows_use_the_adapters_of_the_row_they_repeat():
     assert repeated["dense"] is w.base and repeated["one"].scale.shape == ()
     got = weights.dot(jnp.repeat(x, 2, 0), repeated["mixed"])
     np.testing.assert_allclose(got, jnp.repeat(weights.dot(x, w), 2, 0), rtol=1e-6)
+
+
+def test_reduce_first_orders_gradients_and_changes_no_value():
+    random = np.random.default_rng(0)
+    x, w = (jnp.asarray(random.normal(size=shape), jnp.float32) for shape in ((2, 3, 4), (4, 5)))
+
+    def loss(x, w, pair=weights.reduce_first):
+        x, w = pair(x, w)
+        return jnp.sum(jnp.tanh(weights.dot(x, w)))
+
+    plain = jax.grad(lambda x, w: loss(x, w, lambda *pair: pair), (0, 1))(x, w)
+    assert all(map(jnp.array_equal, jax.grad(loss, (0, 1))(x, w), plain))
+    (barrier,) = (
+        equation for equation in jax.make_jaxpr(jax.grad(loss, (0, 1)))(x, w).jaxpr.eqns
+        if equation.primitive.name == "optimization_barrier"
+    )  # fmt: skip
+    assert [operand.aval.shape for operand in barrier.invars] == [x.shape, w.shape]
+    # A frozen w has no gradient, whose computation the order would keep.
+    assert "optimization_barrier" not in str(jax.make_jaxpr(jax.grad(loss))(x, w))
