@@ -23,7 +23,7 @@ import pytest
 from llm_jax import cli, object_clients, objects, runtime, schema
 from llm_jax import configuration as config_lib
 from llm_jax.errors import UserError
-from llm_jax.kernels import native
+from llm_jax.kernels import compiler, native
 from llm_jax.model.transformer import Transformer
 from tests import compilation
 from tests.compilation import pytest_runtest_setup as pytest_runtest_setup
@@ -72,7 +72,7 @@ def compiled_kernels() -> None:
     """Skips tests of the kernels in C++ where no compiler is installed and none has been cached."""
     if native.loaded()[0] is None:
         try:
-            native.find_compiler()
+            compiler.find_compiler()
         except UserError as error:
             pytest.skip(str(error))
 

@@ -1,6 +1,8 @@
 """The distribution as a user installs it: what it carries, and that it works outside the repository."""
 
 import os
+import platform
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -35,17 +37,28 @@ assert 0 < len(completion.text) <= 4, completion  # a token is a byte
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """The wheel, built from the sdist as an index would offer it."""
-    directory = tmp_path_factory.mktemp("dist")
+def sdist(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("sdist")
     build = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", str(directory)]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
-    (sdist,) = directory.glob("*.tar.gz")
-    options = ("--no-deps", "--no-build-isolation", "--disable-pip-version-check")
-    build = [sys.executable, "-m", "pip", "wheel", *options, "-w", str(directory), str(sdist)]
-    subprocess.run(build, cwd=directory, check=True, capture_output=True)
-    (path,) = directory.glob("*.whl")
+    (path,) = directory.glob("*.tar.gz")
     return path
+
+
+def build_wheel(sdist, directory, **variables):
+    """The wheel, built from the sdist as an index would offer it, and what the build prints."""
+    options = ("--verbose", "--no-deps", "--no-build-isolation", "--disable-pip-version-check")
+    build = [sys.executable, "-m", "pip", "wheel", *options, "-w", str(directory), str(sdist)]
+    done = subprocess.run(
+        build, cwd=directory, env=os.environ | variables, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    (path,) = directory.glob("*.whl")
+    return path, done.stdout.decode()
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist, tmp_path_factory):
+    return build_wheel(sdist, tmp_path_factory.mktemp("dist"))[0]
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +74,8 @@ def python(wheel, tmp_path_factory):
     return python
 
 
-def execute(program, cwd):
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"JAX_PLATFORMS": "cpu"}
+def execute(program, cwd, **variables):
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"JAX_PLATFORMS": "cpu"} | variables
     done = subprocess.run([*map(str, program)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
     assert not done.returncode, done.stdout + done.stderr
     return done.stdout
@@ -75,6 +88,26 @@ def test_the_wheel_carries_the_recipes_and_the_marker_of_types(wheel):
     assert "llm_jax/py.typed" in names and "llm_jax/kernels/cpu/quantized_product.cc" in names
     assert {"llm_jax/py.typed", "llm_jax/research/page.css", "llm_jax/research/page.js"} <= set(names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"llm_jax"}
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler is installed")
+def test_the_kernels_of_the_wheel_need_neither_a_compiler_nor_a_cache(wheel, python, tmp_path):
+    assert wheel.name.endswith(f"-py3-none-{platform.system().lower()}_{platform.machine()}.whl")
+    without = {"CXX": "no-compiler", "LLM_JAX_CACHE": str(tmp_path / "cache")}
+    command = [python, "-m", "llm_jax.kernels", "--inputs=64", "--outputs=64"]
+    lines = execute(command, tmp_path, **without).splitlines()
+    (library,) = (line for line in lines if line.startswith("kernels "))
+    assert "/llm_jax/kernels/prebuilt/kernels-" in library and "self-test passed" in lines
+    assert not (tmp_path / "cache" / "kernels").exists()
+
+
+@pytest.mark.parametrize("variable", [{"CXX": "no-compiler"}, {"LLM_JAX_KERNELS": "xla"}])
+def test_a_wheel_without_kernels_is_for_any_platform_and_one_line_says_so(sdist, tmp_path, variable):
+    path, printed = build_wheel(sdist, tmp_path, **variable)
+    (line,) = (line.strip() for line in printed.splitlines() if "carries no compiled kernels" in line)
+    reason = {"CXX": "no C++ compiler was found (no-compiler)", "LLM_JAX_KERNELS": "LLM_JAX_KERNELS=xla"}
+    assert path.name.endswith("-py3-none-any.whl") and reason[next(iter(variable))] in line
+    assert not [name for name in zipfile.ZipFile(path).namelist() if name.endswith(".so")]
 
 
 def test_recipes_are_read_from_any_directory(python, tmp_path):

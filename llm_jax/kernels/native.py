@@ -1,28 +1,24 @@
-"""The kernels in C++: compiled on first use, cached, and registered with XLA.
+"""The kernels in C++: those of the wheel, else compiled on first use and cached; registered with XLA.
 
 The environment variable LLM_JAX_KERNELS chooses who computes products with quantized weights and attention over a
 cache: "xla", "cpu" (an error where the kernels cannot be compiled), "pallas" (products: see `pallas`), or "auto", the
 default: on a CPU, the kernels in C++ where they can be compiled, on a TPU those in Pallas, else XLA.
 """
 
-import concurrent.futures
+import contextlib
 import ctypes
 import functools
-import hashlib
 import os
 import pathlib
 import platform
-import shutil
-import subprocess
 import sys
-import tempfile
 import threading
 
 import jax
 
 from llm_jax import files
 from llm_jax.errors import UserError
-from llm_jax.kernels import target
+from llm_jax.kernels import compiler, target
 
 SETTING = "LLM_JAX_KERNELS"
 SETTINGS = ("auto", "cpu", "pallas", "xla")
@@ -34,10 +30,8 @@ TARGETS = {  # name of a custom call of XLA -> symbol of its handler
     "llm_jax_cached_attention": "LlmJaxCachedAttention",
 }
 PATHS = ("auto", "portable", "avx2", "avx512", "avx512_vnni")  # `Path` of machine.h
-SOURCES = pathlib.Path(__file__).parent / "cpu"
 _PATIENCE = 1.0  # seconds of compilation before a line says so
 _COMPILING = "note: compiling the kernels for the CPU, once on this machine; this may take half a minute"
-FLAGS = ("-O3", "-std=c++17", "-fPIC", "-pthread", "-fno-math-errno")
 
 
 def setting() -> str:
@@ -77,7 +71,7 @@ def library(silent: bool = False) -> ctypes.CDLL | None:
 def loaded() -> tuple[ctypes.CDLL | None, str]:
     """The kernels and "", or None and the reason why they cannot be compiled or loaded."""
     try:
-        library = ctypes.CDLL(str(_compiled()))
+        library = _load()
     except (UserError, OSError) as error:
         return None, str(error)
     for name, symbol in TARGETS.items():
@@ -103,65 +97,43 @@ def _note(reason: str) -> None:
     print(f"note: products with quantized weights use XLA, which is slower: {reason}", file=sys.stderr)
 
 
+def _load() -> ctypes.CDLL:
+    """Loads the library of the wheel where it fits this machine, else the compiled one.
+
+    Raises:
+      UserError, OSError: there is no library that can be loaded.
+    """
+    prebuilt = compiler.PREBUILT / compiler.file_name()
+    if prebuilt.exists():
+        with contextlib.suppress(OSError):  # built on a system with a newer C library
+            return ctypes.CDLL(str(prebuilt))
+    try:
+        return ctypes.CDLL(str(_compiled()))
+    except UserError as error:
+        if not compiler.PREBUILT.exists():
+            raise
+        raise UserError(f"the library of the wheel does not fit this system or jaxlib, and {error}") from None
+
+
 def _compiled() -> pathlib.Path:
     """The shared library of these sources, from the cache if it is there; several processes compile it once.
 
     Raises:
       UserError: it is not in the cache and cannot be compiled, or the cache cannot be written to.
     """
-    # The compiler is not part of the key, so that a cached library serves where no compiler is installed.
-    key = hashlib.sha256(repr((FLAGS, platform.machine(), platform.libc_ver(), jax.__version__)).encode())
-    for source in sorted(SOURCES.iterdir()):
-        if source.is_file():
-            key.update(source.name.encode() + b"\0" + source.read_bytes())
     directory = files.cache_directory() / "kernels"
-    path = directory / f"kernels-{key.hexdigest()[:20]}.so"
+    path = directory / compiler.file_name(*platform.libc_ver())
     if path.exists():
         return path
-    compiler = find_compiler()
+    program = compiler.find_compiler()
     files.make_directory(directory)
     with files.lock(directory, wait=True):
         if not path.exists():
             note = threading.Timer(_PATIENCE, print, [_COMPILING], {"file": sys.stderr, "flush": True})
             note.start()
             try:
-                library = compile_library(compiler, (*FLAGS, f"-I{SOURCES}", "-isystem", jax.ffi.include_dir()))
+                library = compiler.compile_for_xla(program)
             finally:
                 note.cancel()
             files.write(path, library)
     return path
-
-
-def find_compiler() -> str:
-    """The path of a C++ compiler: that of the environment variable CXX, else c++, g++ or clang++.
-
-    Raises:
-      UserError: there is none.
-    """
-    names = (os.environ["CXX"],) if os.environ.get("CXX") else ("c++", "g++", "clang++")
-    for name in names:
-        if path := shutil.which(name):
-            return path
-    raise UserError(f"no C++ compiler was found ({', '.join(names)}); install one, or set CXX")
-
-
-def compile_library(compiler: str, flags: tuple[str, ...]) -> bytes:
-    """The shared library of the kernels, compiled with `flags`.
-
-    Raises:
-      UserError: the compiler fails.
-    """
-    with tempfile.TemporaryDirectory() as directory:
-        output = pathlib.Path(directory) / "kernels.so"
-
-        def run(*arguments: str) -> None:
-            done = subprocess.run([compiler, *flags, *arguments], capture_output=True, text=True, check=False)
-            if done.returncode:
-                errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
-                raise UserError(f"{compiler} cannot compile the kernels ({(errors or ['no message'])[0].strip()})")
-
-        sources = {str(path): f"{directory}/{path.stem}.o" for path in sorted(SOURCES.glob("*.cc"))}
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            list(pool.map(lambda source: run("-c", source, "-o", sources[source]), sources))
-        run("-shared", *sources.values(), "-o", str(output))
-        return output.read_bytes()

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from llm_jax.errors import UserError
-from llm_jax.kernels import cpu_product, native, number_formats
+from llm_jax.kernels import compiler, cpu_product, native, number_formats
 from tests.kernels import random_products
 from tests.kernels.random_products import draw
 
@@ -100,8 +100,8 @@ def test_weights_of_one_call_have_the_results_of_calls_of_their_own(by_output, b
 def test_threads_that_wait_get_the_next_task(sanitizer, tmp_path):
     """Also with several callers at once, whose parts run once each; see crew.cc."""
     program, source = tmp_path / "crew", pathlib.Path(__file__).with_name("crew.cc")
-    flags = ("-O1", "-std=c++17", "-pthread", f"-I{native.SOURCES}", *filter(None, [sanitizer]))
-    subprocess.run([native.find_compiler(), *flags, source, "-o", program], check=True)
+    flags = ("-O1", "-std=c++17", "-pthread", f"-I{compiler.SOURCES}", *filter(None, [sanitizer]))
+    subprocess.run([compiler.find_compiler(), *flags, source, "-o", program], check=True)
     done = subprocess.run([program], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and not done.stderr
 
@@ -241,13 +241,13 @@ def test_without_a_compiler_products_use_xla_and_one_line_says_so(monkeypatch, c
 def test_processes_compile_once_and_the_cache_needs_no_compiler(monkeypatch, capsys, tmp_path):
     compilations = []
 
-    def compile_library(compiler, flags):
+    def compile_for_xla(program):
         time.sleep(0.1)  # for the other threads to come to the lock, and for the note
-        compilations.append(compiler)
+        compilations.append(program)
         return b"library"
 
-    monkeypatch.setattr(native, "compile_library", compile_library)
-    monkeypatch.setattr(native, "find_compiler", lambda: "c++")
+    monkeypatch.setattr(compiler, "compile_for_xla", compile_for_xla)
+    monkeypatch.setattr(compiler, "find_compiler", lambda: "c++")
     monkeypatch.setenv("LLM_JAX_CACHE", str(tmp_path))
     monkeypatch.setattr(native, "_PATIENCE", 0.01)
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
@@ -261,29 +261,38 @@ def test_processes_compile_once_and_the_cache_needs_no_compiler(monkeypatch, cap
     assert note.startswith("note: compiling the kernels") and note.count("\n") == 1
 
 
+def test_a_library_of_the_wheel_that_does_not_fit_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("LLM_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    monkeypatch.setattr(compiler, "PREBUILT", tmp_path)
+    (tmp_path / compiler.file_name()).write_bytes(b"no library")
+    with pytest.raises(UserError, match=r"the library of the wheel does not fit this system or jaxlib, and no C\+\+"):
+        native._load()
+
+
 def test_a_short_compilation_prints_nothing(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(native, "compile_library", lambda compiler, flags: b"library")
-    monkeypatch.setattr(native, "find_compiler", lambda: "c++")
+    monkeypatch.setattr(compiler, "compile_for_xla", lambda program: b"library")
+    monkeypatch.setattr(compiler, "find_compiler", lambda: "c++")
     monkeypatch.setenv("LLM_JAX_CACHE", str(tmp_path))
     assert native._compiled().read_bytes() == b"library" and not capsys.readouterr().err
 
 
 def test_a_compiler_that_fails_is_named(monkeypatch, tmp_path):
-    compiler = tmp_path / "cc"
-    compiler.write_text("#!/bin/sh\necho 'x.cc:1: error: no such header' >&2; exit 1\n")
-    compiler.chmod(0o755)
+    program = tmp_path / "cc"
+    program.write_text("#!/bin/sh\necho 'x.cc:1: error: no such header' >&2; exit 1\n")
+    program.chmod(0o755)
     with pytest.raises(UserError, match=r"cc cannot compile the kernels \(x.cc:1: error: no such header\)"):
-        native.compile_library(str(compiler), ())
+        compiler.compile_library(str(program), ())
 
 
 @pytest.mark.slow
 def test_address_sanitizer_finds_nothing(tmp_path):
     """The tests above in a process whose kernels are instrumented."""
-    compiler = native.find_compiler()
+    program = compiler.find_compiler()
     library = tmp_path / "kernels.so"
-    flags = ("-O1", "-g", *native.FLAGS[1:], "-fsanitize=address", f"-I{native.SOURCES}", "-DLLM_JAX_WITHOUT_XLA")
-    library.write_bytes(native.compile_library(compiler, flags))
-    runtime = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    flags = ("-O1", "-g", *compiler.FLAGS[1:], "-fsanitize=address", f"-I{compiler.SOURCES}", "-DLLM_JAX_WITHOUT_XLA")
+    library.write_bytes(compiler.compile_library(program, flags))
+    runtime = subprocess.run([program, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
     script = (
         "import ctypes, itertools; from llm_jax.kernels import native\n"
         f"library = ctypes.CDLL({str(library)!r}); native.loaded = lambda: (library, '')\n"
