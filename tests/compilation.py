@@ -40,6 +40,17 @@ def share_cache() -> None:
     )
 
 
+def with_optimized_hlo(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Compiles to the HLO that users get, but takes no time to generate fast code from it."""
+    changed = _set("jax_disable_most_optimizations", False)
+    try:
+        cheap = {"xla_backend_optimization_level": 0, "xla_cpu_parallel_codegen_split_count": 1}
+        return lowered.compile(compiler_options=cheap)
+    finally:
+        if changed:
+            _set("jax_disable_most_optimizations", True)
+
+
 def _cheap(get_options):
     """JAX has no public option that all compilations of a process share, so this wraps where they get theirs."""
 

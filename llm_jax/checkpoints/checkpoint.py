@@ -154,10 +154,17 @@ def unreadable_base(path: pathlib.Path, error: UserError) -> UserError:
 
 def abstract_params(model: Transformer) -> dict[str, Any]:
     """Shapes and dtypes of the dense parameters of a model, without computing them."""
-    stacked = model.clone(config=dataclasses.replace(model.config, scan_layers=True))  # traces only one layer
-    variables = jax.eval_shape(stacked.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))
-    params = variables["params"]
+    config = dataclasses.replace(model.config, scan_layers=True)  # traces only one layer
+    # Users may edit the file of a custom part (FILE:NAME) between two calls.
+    trace = _trace_params.__wrapped__ if ":" in config.position.kind else _trace_params
+    params = jax.tree.map(lambda leaf: leaf, trace(config))
     return params if model.config.scan_layers else jax.eval_shape(trees.unstack, params)
+
+
+@functools.lru_cache(maxsize=64)
+def _trace_params(config: ModelConfig) -> dict[str, Any]:
+    model, token = Transformer(config), jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return jax.eval_shape(model.init, jax.random.key(0), token)["params"]
 
 
 def with_dtype(config: ModelConfig, dtype: str) -> ModelConfig:

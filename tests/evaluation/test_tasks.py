@@ -323,9 +323,10 @@ def test_the_command_asks_a_file_and_goes_on(trained, command, tmp_path):
     assert len(table.splitlines()) == 6 and "95 % interval" in table
     shutil.copytree(trained, tmp_path / "run")
     flags[0] = f"--checkpoint={tmp_path / 'run'}"
-    command("evaluate", *flags[:2], f"--output={tmp_path / 'other'}")
+    other = (*flags[:2], flags[3], f"--output={tmp_path / 'other'}")
+    command("evaluate", *other)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "8")  # the weights are others now, by the same name
-    stale = command("evaluate", *flags[:2], f"--output={tmp_path / 'other'}", code=2)
+    stale = command("evaluate", *other, code=2)
     assert "the records of another run (weights differ)" in stale.stderr
     bad = command("evaluate", *flags[:1], "--task=nothing", code=2)
     assert "the task 'nothing' is unknown" in bad.stderr and bad.stderr.count("\n") == 1

@@ -2,19 +2,22 @@
 
 import dataclasses
 import functools
+import pathlib
 import runpy
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llm_jax import configuration
+from llm_jax import configuration, weights
 from llm_jax.parallel import hlo
 from llm_jax.parallel import mesh as mesh_lib
 from llm_jax.training.setup import setup
+from tests import compilation
 
 TRIPS = 5
 
@@ -31,12 +34,7 @@ def compiled_step(sizes: tuple[tuple[str, int], ...], options: tuple[tuple[str, 
     parts = setup(tiny(**{f"mesh.{axis}": size for axis, size in sizes}, **dict(options)))
     state, limit = parts.state.replace(frozen={}), jax.ShapeDtypeStruct((), "float32")
     lowered = parts.train_step.lower(state, parts.state.frozen, parts.batch, limit)
-    disabled = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", False)
-    try:
-        return parts, lowered.compile()
-    finally:
-        jax.config.update("jax_disable_most_optimizations", disabled)
+    return parts, compilation.with_optimized_hlo(lowered)
 
 
 def step_collectives(sizes: tuple[tuple[str, int], ...], options: tuple[tuple[str, Any], ...] = ()) -> list[str]:
@@ -95,3 +93,28 @@ def losses_and_gradients(sizes: tuple[tuple[str, int], ...], options: tuple[tupl
     base = parts.load_base()
     _, metrics = parts.step(parts.init(base), jax.device_put(batch, parts.batch_sharding))
     return float(metrics["loss"]), np.asarray(metrics["gradient_norms"]).tolist()
+
+
+def check_quantized_weights(path: pathlib.Path) -> None:
+    """Splits quantized weights over a mesh, multiplies with them, and writes and restores them."""
+    mesh = mesh_lib.make(dataclasses.replace(tiny().mesh, data=2, fsdp=2, tensor=2))
+    w, x = jax.random.normal(jax.random.key(0), (256, 512)), jax.random.normal(jax.random.key(1), (4, 256))
+    names = ("int8", "int4", "int4_affine:64", "nf4", "mxfp4", "w8a8")
+    tree = {name: weights.to_qtensor(w, name, weights.IN) for name in names}
+    split = jax.device_put(tree, mesh_lib.shardings(tree, ((".*", ("fsdp", "tensor")),), mesh))
+    for name in names:
+        q = split[name]
+        assert q.codes.sharding.spec == P("fsdp", "tensor"), name
+        assert q.codes.addressable_shards[0].data.size == q.codes.size // 4
+        scale = q.scale.codes if name == "nf4" else q.scale
+        assert scale.addressable_shards[0].data.size == scale.size // (2 if scale.shape[0] == 1 else 4), name
+        dot = jax.jit(mesh_lib.within(mesh, weights.dot)).lower(x, q).compile()
+        np.testing.assert_allclose(dot(x, q), jax.jit(weights.dot)(x, tree[name]), rtol=2e-4, atol=2e-4)
+        text = dot.as_text()
+        assert "all-gather" not in text or "s8[256,512]" not in text
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as orbax:
+        orbax.save(path, split)
+        one = jax.sharding.SingleDeviceSharding(jax.devices()[3])
+        wanted = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one), tree)
+        again = orbax.restore(path, wanted)
+    jax.tree.map(np.testing.assert_array_equal, again, tree)

@@ -36,7 +36,8 @@ def test_messages_are_rendered_as_text():
     ],
 )
 def test_templates_that_fail_or_reach_out_end_in_one_line(template, message, monkeypatch):
-    monkeypatch.setattr(chat_template, "_SECONDS", 1)
+    if "too much time" in message:  # the others end by themselves, however busy the machine is
+        monkeypatch.setattr(chat_template, "_SECONDS", 1)
     with pytest.raises(UserError, match=message):
         chat_template.render({"chat_template": template}, HI)
 

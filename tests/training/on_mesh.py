@@ -2,7 +2,6 @@
 
 import dataclasses
 import runpy
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,24 +14,13 @@ from llm_jax.training import losses, optim, step
 STEPS = 3
 
 
-def compare(kinds: Sequence[str]) -> dict[str, dict]:
-    """For every optimizer or loss: the losses on one device and on a mesh, and how much of the state is split.
-
-    Returns:
-      {kind: {"losses": [one device, mesh], "split": share of the optimizer's state that is split over devices}}
-    """
+def compare(optimizer: str, loss: str) -> tuple[list[float], list[float], float]:
+    """Returns the losses on one device, those on a mesh, and the share of the optimizer's state that is split."""
     config = config_lib.build(runpy.run_path("tests/tiny.py")["get_config"]())
     model = Transformer(dataclasses.replace(config.model, vocab_size=256, num_layers=1))
     start, other = (jax.jit(model.init)(jax.random.key(i), jnp.zeros((1, 1), jnp.int32))["params"] for i in (0, 1))
-    found = {}
-    for kind in kinds:
-        rule, loss = config.optim, config.loss
-        if kind in optim.OPTIMIZERS:
-            rule = dataclasses.replace(rule, kind=kind)
-        else:
-            loss = dataclasses.replace(loss, kind=kind)
-        found[kind] = _compare(config, rule, loss, model, start, other)
-    return found
+    rule = dataclasses.replace(config.optim, kind=optimizer)
+    return _compare(config, rule, dataclasses.replace(config.loss, kind=loss), model, start, other)
 
 
 def _compare(config, rule, loss, model, params, other):
@@ -67,4 +55,4 @@ def _compare(config, rule, loss, model, params, other):
         runs.append(seen)
     leaves = jax.tree.leaves(now.optimizer)
     split = sum(leaf.size for leaf in leaves if not leaf.sharding.is_fully_replicated)
-    return {"losses": runs, "split": split / sum(leaf.size for leaf in leaves)}
+    return *runs, split / sum(leaf.size for leaf in leaves)

@@ -19,7 +19,7 @@ from tests.conftest import ROOT
 
 @pytest.fixture(scope="module")
 def config(text_file, cache):
-    changes = {"data.source": str(text_file), "data.cache_dir": str(cache), "train.steps": 6, "checkpoint.every": 0}
+    changes = {"data.source": str(text_file), "data.cache_dir": str(cache), "checkpoint.every": 0}
     return llm_jax.config(ROOT / "tests" / "tiny.py", changes)
 
 
@@ -31,7 +31,7 @@ def test_train_returns_its_summary_and_a_callback_sees_every_step(config, tmp_pa
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     seen = []
     summary = llm_jax.train(config, tmp_path, callback=seen.append, verbose=False)
-    assert [line["step"] for line in seen] == [1, 2, 3, 4, 5, 6] and "validation_loss" in seen[-1]
+    assert [line["step"] for line in seen] == [1, 2, 3, 4, 5, 6, 7, 8] and "validation_loss" in seen[-1]
     assert [line["loss"] for line in seen] == losses(tmp_path)
     assert summary == json.loads((tmp_path / "summary.json").read_text())
     assert summary["validation_loss"] == pytest.approx(seen[-1]["validation_loss"])
@@ -60,7 +60,7 @@ def test_an_error_leaves_the_workdir_free_for_the_next_trainer(config, tmp_path)
 
     with pytest.raises(RuntimeError, match="from the callback"):
         llm_jax.train(config, tmp_path, callback=fail, verbose=False)
-    assert llm_jax.train(config, tmp_path, verbose=False)["steps"] == 6
+    assert llm_jax.train(config, tmp_path, verbose=False)["steps"] == 8
 
 
 def test_a_loop_of_ones_own_does_what_the_trainer_does(config, tmp_path):
@@ -92,7 +92,7 @@ def test_seconds_of_a_step_leave_out_evaluations(config, tmp_path, monkeypatch):
         return evaluate(self, state, final)
 
     monkeypatch.setattr(trainer.Evaluator, "evaluate", slow)
-    every = configuration.replace(config, {"eval.every": 2, "train.steps": 8})
+    every = configuration.replace(config, {"eval.every": 2})
     llm_jax.train(every, tmp_path, verbose=False)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()][2:]
     assert all(line["seconds"] < 0.4 for line in lines)
@@ -166,9 +166,12 @@ def test_init_from_says_what_the_model_is(base, text_file, cache, tmp_path):
     assert (resolved.tokenizer.kind, resolved.tokenizer.vocab_size) == ("byte", 259)
     llm_jax.train(config, tmp_path / "full", verbose=False)
     assert llm_jax.open(tmp_path / "full").config.width == 48
-    adapters = from_base(base, text_file, cache, train__batch_size=4, lora__rank=2)
-    llm_jax.train(adapters, tmp_path / "lora", verbose=False)
-    assert llm_jax.open(tmp_path / "lora").form == "adapters"
+    adapters = start.find(from_base(base, text_file, cache, train__batch_size=4, lora__rank=2)).config
+    assert adapters.model == dataclasses.replace(own, scan_layers=True)
+    parts = setup(adapters, 259)
+    assert all(path.endswith(("/a", "/b", "/scale")) for path in trees.flatten(parts.state.params))
+    loaded = trees.flatten(trees.unstack(parts.load_base()))
+    jax.tree.map(np.testing.assert_array_equal, loaded, trees.flatten(llm_jax.load(base).params))
     # A resumed run has its own weights: the base may be gone.
     longer = configuration.load(config, {"train.steps": 3, "init_from": str(base)})
     base.rename(base.with_name("moved"))

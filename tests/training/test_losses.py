@@ -20,7 +20,6 @@ from llm_jax.model.attention import Tokens
 from llm_jax.tokenizers.byte import ByteTokenizer
 from llm_jax.tokenizers.char import CharTokenizer
 from llm_jax.training import losses, step
-from tests.training import on_mesh
 
 KINDS = losses.KINDS
 EXTRAS = {"cross_entropy": {"z_loss": 0.1, "label_smoothing": 0.2}, "unlikelihood": {"unlikelihood": 0.7}}
@@ -100,6 +99,12 @@ def numpy_loss(kind, logits, other, batch):
 
 
 @pytest.fixture(scope="module")
+def make(make):
+    """make() -> (a model of one layer, its parameters): losses depend on its output alone."""
+    return lambda: make(num_layers=1, scan_layers=False)
+
+
+@pytest.fixture(scope="module")
 def other(make):
     model, _ = make()
     return jax.jit(model.init)(jax.random.key(7), jnp.zeros((1, 1), jnp.int32))["params"]
@@ -109,7 +114,14 @@ def other(make):
 def batch(batch):
     """Ids out of 30, so that they come again; the last pair of rows is padding."""
     ids = {name: batch[name] % 30 for name in ("inputs", "targets")}
-    return batch | ids | {"mask": batch["mask"].at[6:].set(0)}
+    return batch | ids | {"mask": without(batch, slice(6, None))}
+
+
+def without(batch, rows):
+    """The mask of a batch in which these rows do not count."""
+    mask = batch["mask"].copy()
+    mask[rows] = 0
+    return mask
 
 
 def built(tiny, model, kind, chunk=0, sparse=False):
@@ -125,22 +137,25 @@ def test_the_sum_is_that_of_numpy_whole_in_chunks_and_in_micro_batches(make, tin
     apply = jax.jit(lambda p: model.apply({"params": p}, batch["inputs"], where))
     logits, others = (np.asarray(apply(p), np.float64) for p in (params, other))
     want = numpy_loss(kind, logits, others, batch)
-    found = []
-    for chunk, sparse in ((0, False), (8, False), (8, True)):
-        loss, config = built(tiny, model, kind, chunk, sparse)
+    gradients = []
+    for chunk in (0, 8):
+        loss, _ = built(tiny, model, kind, chunk)
         one = jax.jit(
             jax.value_and_grad(lambda p, loss=loss: loss(p, {"reference": other}, batch, 0, None), has_aux=True)
         )
         (total, count), gradient = one(params)
         np.testing.assert_allclose([total, count], want, rtol=2e-5)
-        found.append(gradient)
-    for other_way in found[1:]:
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), found[0], other_way)
-    # The last loss again, in two micro-batches.
+        gradients.append(gradient)
+    # Chunks of the targets that count, in two micro-batches: the update is the gradient of the mean.
+    loss, config = built(tiny, model, kind, 8, sparse=True)
     optimizer = optax.sgd(1.0)
     update = step.make(loss, optimizer, lambda _: 1.0, 0, 2, rows_together=losses.rows_together(config))
-    _, metrics = jax.jit(update)(step.init(optimizer, params), {"reference": other}, batch)
-    expected = [want[0] / want[1], optax.tree.norm(found[-1]) / want[1], batch["mask"].sum()]
+    state, metrics = jax.jit(update)(step.init(optimizer, params), {"reference": other}, batch)
+    gradients.append(jax.tree.map(lambda old, new: (np.float64(old) - new) * want[1], params, state.params))
+    for other_way in gradients[1:]:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), gradients[0], other_way)
+    norm = optax.tree.norm(gradients[0])
+    expected = [want[0] / want[1], norm / want[1], batch["mask"].sum()]
     np.testing.assert_allclose([metrics[k] for k in ("loss", "grad_norm", "tokens")], expected, rtol=1e-4)
 
 
@@ -152,8 +167,8 @@ def test_logits_of_16_bits_have_the_loss_and_gradients_of_their_float32_values(s
     def total(logits):
         return jnp.sum(losses.smoothed(logits, targets, smoothing, 1e-3))
 
-    expected, slope = jax.value_and_grad(total)(logits.astype(jnp.float32))
-    value, gradient = jax.value_and_grad(total)(logits)
+    expected, slope = jax.jit(jax.value_and_grad(total))(logits.astype(jnp.float32))
+    value, gradient = jax.jit(jax.value_and_grad(total))(logits)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
     np.testing.assert_allclose(gradient.astype(jnp.float32), slope, rtol=2**-8, atol=2**-9)
 
@@ -169,13 +184,6 @@ def test_chunks_in_which_nothing_counts_are_not_computed():
 
     np.testing.assert_array_equal(jax.jit(lambda t: losses.sum_of_rows(part, 8, t, True))(tokens), [33, 49])
     assert np.all(np.isnan(losses.sum_of_rows(part, 4, tokens)))
-
-
-def test_losses_on_a_mesh_are_those_of_one_device(simulated):
-    found = simulated(4)(on_mesh.compare, [kind for kind in KINDS if kind != "cross_entropy"])  # see tests/parallel
-    assert len(found) == 4
-    for kind, seen in found.items():
-        np.testing.assert_allclose(*seen["losses"], rtol=2e-3, err_msg=kind)
 
 
 def test_distillation_and_dpo_start_where_they_must(make, tiny, batch):
@@ -201,10 +209,11 @@ def test_dpo_comes_to_prefer_the_chosen_rows(make, tiny, batch):
         state, _ = one(state, frozen, batch)
     gain = np.asarray(scores(state.params) - scores(params)).reshape(-1, 2)[:3]
     assert (gain[:, 0] > gain[:, 1]).all()
-    measured = losses.preferences(model, state.params, model, params, batch, 0.5, 0)
+    preferences = jax.jit(lambda params, other, batch: losses.preferences(model, params, model, other, batch, 0.5, 0))
+    measured = preferences(state.params, params, batch)
     np.testing.assert_allclose(measured, [3, 0.5 * (gain[:, 0] - gain[:, 1]).sum(), 3], rtol=1e-4)
-    halved = batch | {"mask": batch["mask"].at[1].set(0)}  # a pair of which one row counts is no pair
-    assert losses.preferences(model, params, model, state.params, halved, 0.5, 0)[::2] == (0, 2)
+    halved = batch | {"mask": without(batch, 1)}  # a pair of which one row counts is no pair
+    assert tuple(map(int, preferences(params, state.params, halved)[::2])) == (0, 2)
 
 
 @pytest.mark.parametrize(

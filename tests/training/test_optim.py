@@ -13,7 +13,6 @@ from llm_jax.errors import UserError
 from llm_jax.tokenizers.byte import ByteTokenizer
 from llm_jax.training import optim, step
 from tests.training import on_mesh
-from tests.training.test_step import loss_of
 
 KINDS = sorted(optim.OPTIMIZERS)
 QUERY, NORM, TABLE = "layers/0:3/0::1/attention/query", "layers/0:3/0::1/mlp_norm/scale", "embed/table"
@@ -139,14 +138,19 @@ def test_scanned_layers_are_updated_as_separate_ones(tiny, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_resume_is_bitwise(make, tiny, batch, tmp_path, kind):
-    model, params = make()
+def test_resume_is_bitwise(make, tiny, tmp_path, kind):
+    _, params = make()
     config = dataclasses.replace(tiny, optim=dataclasses.replace(tiny.optim, kind=kind, ema_decay=0.5))
     optimizer = optim.make(config.optim, 8, params)
-    update = jax.jit(step.make(loss_of(model), optimizer, optim.schedule(config.optim, 8), 0, 1, ema_decay=0.5))
+    batch = {"mask": jnp.ones((1, 1))}
+
+    def loss(trained, frozen, batch, count, key):  # whose gradients differ from step to step
+        return sum(jnp.sum(jnp.sin(leaf * (count + 1))) for leaf in jax.tree.leaves(trained)), jnp.float32(1)
+
+    update = jax.jit(step.make(loss, optimizer, optim.schedule(config.optim, 8), 0, 1, ema_decay=0.5))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     # Committed to the device as restored arrays are, so that both call one program.
-    whole = [jax.device_put(step.init(optimizer, params, True), device)]
+    whole = [jax.device_put(jax.jit(lambda params: step.init(optimizer, params, True))(params), device)]
     for _ in range(3):
         whole.append(update(whole[-1], None, batch)[0])
     writer = checkpoints.Writer(tmp_path, config, ByteTokenizer(), "")
@@ -214,13 +218,16 @@ def test_width_transfer_scales_the_logits(make):
         make(base_width=8, scale_embeddings=True)
 
 
-def test_on_a_mesh_all_are_split_and_give_the_losses_of_one_device(simulated):
-    # AdamW is trained on meshes by tests/parallel; SGD's state is one tree, as Lion's.
-    found = simulated(4)(on_mesh.compare, ["lion", "adafactor", "muon"])
-    assert len(found) == 3
-    for kind, seen in found.items():
-        np.testing.assert_allclose(*seen["losses"], rtol=2e-3, err_msg=kind)
-        assert seen["split"] > 0.7, kind  # the rest: norms, counts, and what an axis of size 1 cannot split
+# Every loss and optimizer once, except those of tests/parallel (AdamW with cross-entropy) and SGD, whose state is one
+# tree, as Lion's.
+@pytest.mark.parametrize(
+    ("kind", "loss"),
+    [("lion", "distillation"), ("adafactor", "entmax"), ("muon", "unlikelihood"), ("adamw", "dpo")],
+)
+def test_on_a_mesh_all_are_split_and_give_the_losses_of_one_device(simulated, kind, loss):
+    one_device, mesh, split = simulated(4)(on_mesh.compare, kind, loss)
+    np.testing.assert_allclose(one_device, mesh, rtol=2e-3)
+    assert split > 0.7  # the rest: norms, counts, and what an axis of size 1 cannot split
 
 
 def test_rates_follow_the_rules(tiny):

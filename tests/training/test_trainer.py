@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import struct
 import time
@@ -36,9 +37,10 @@ def lines(workdir):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_ends_with_a_code_of_its_own(command, tmp_path, number):
-    process = command("train", f"--workdir={tmp_path}", "--config.train.steps=100000", start=True)
+    flags = ("--config.train.steps=100000", "--config.eval.every=0", "--config.checkpoint.every=0")
+    process = command("train", f"--workdir={tmp_path}", *flags, start=True)
     wait_for_step(process, tmp_path, 2)
-    other = command("train", f"--workdir={tmp_path}", "--config.train.steps=100000", code=2)
+    other = command("train", f"--workdir={tmp_path}", *flags, code=2)
     assert f"another trainer is at work here (process {process.pid} on " in other.stderr
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
@@ -74,6 +76,7 @@ def test_spikes_are_jumped_over_the_same_way_when_the_run_is_interrupted(text_fi
     # Nothing is learned at this rate: the loss goes up and down around ln 259, depending on the batch.
     changes = {"data.source": str(text_file), "data.cache_dir": str(cache), "train.steps": 60, "train.batch_size": 2}
     changes |= {"optim.lr": 1e-9, "train.on_bad_step": "rollback", "train.spike_factor": 1.0045, "checkpoint.every": 6}
+    changes |= {"model.num_layers": 1, "model.scan_layers": False, "eval.every": 60}
     config = llm_jax.config(ROOT / "tests" / "tiny.py", changes)
     a, b = tmp_path / "a", tmp_path / "b"
 
@@ -99,11 +102,12 @@ def test_a_loss_that_is_not_finite_is_told_with_its_step_and_its_weights(command
     assert "gone back to step 0 3 times, giving up" in error
 
 
-def test_a_disk_that_fills_up_loses_nothing(command, tmp_path):
+def test_a_disk_that_fills_up_loses_nothing(command, trained, tmp_path):
     """A limit on the size of files stands for the full disk: arrays do not fit, small files do."""
-    command("train", f"--workdir={tmp_path}", "--config.train.steps=4")
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "checkpoints" / "8")
     before = checkpoints.verify(checkpoints.find(tmp_path))
-    flags = ("train", f"--workdir={tmp_path}", "--config.train.steps=8")
+    flags = ("train", f"--workdir={tmp_path}")
     done = command(*flags, code=2, largest_file=20_000)
     (error,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
     assert "the checkpoint cannot be written" in error and "the last one is of step 4" in error
