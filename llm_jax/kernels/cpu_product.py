@@ -141,7 +141,8 @@ def unsupported_integer_reason(x: jax.Array, codes: jax.Array) -> str:
     if library is None:
         return "XLA computes everything"
     fastest = native.PATHS[library.llm_jax_fastest_path()]
-    return "" if fastest == "avx512_vnni" else f"this CPU has {fastest}; the kernel needs avx512_vnni"
+    needed = "avx512_vnni", "avx512_amx", "neon_dot"
+    return "" if fastest in needed else f"this CPU has {fastest}; the kernel needs {' or '.join(needed)}"
 
 
 def integer_product(x: jax.Array, x_scale: jax.Array, codes: jax.Array, scale: jax.Array, axis: int) -> jax.Array:

@@ -3,6 +3,9 @@
 The environment variable LLM_JAX_KERNELS chooses who computes products with quantized weights and attention over a
 cache: "xla", "cpu" (an error where the kernels cannot be compiled), "pallas" (products: see `pallas`), or "auto", the
 default: on a CPU, the kernels in C++ where they can be compiled, on a TPU those in Pallas, else XLA.
+
+LLM_JAX_CPU_PATH chooses the instructions of the kernels in C++: a name of `PATHS`; "auto", the default, is the fastest
+of this CPU.
 """
 
 import contextlib
@@ -21,6 +24,7 @@ from llm_jax.errors import UserError
 from llm_jax.kernels import compiler, target
 
 SETTING = "LLM_JAX_KERNELS"
+PATH_SETTING = "LLM_JAX_CPU_PATH"
 SETTINGS = ("auto", "cpu", "pallas", "xla")
 TARGETS = {  # name of a custom call of XLA -> symbol of its handler
     "llm_jax_quantized_product": "LlmJaxQuantizedProduct",
@@ -29,7 +33,7 @@ TARGETS = {  # name of a custom call of XLA -> symbol of its handler
     "llm_jax_bfloat16_product": "LlmJaxBFloat16Product",
     "llm_jax_cached_attention": "LlmJaxCachedAttention",
 }
-PATHS = ("auto", "portable", "avx2", "avx512", "avx512_vnni")  # `Path` of machine.h
+PATHS = ("auto", "portable", "avx2", "avx512", "avx512_vnni", "avx512_amx", "neon_dot")  # `Path` of machine.h
 _PATIENCE = 1.0  # seconds of compilation before a line says so
 _COMPILING = "note: compiling the kernels for the CPU, once on this machine; this may take half a minute"
 
@@ -46,6 +50,18 @@ def setting() -> str:
     return value
 
 
+def path_setting() -> str:
+    """The value of LLM_JAX_CPU_PATH, a name of `PATHS`; "auto" by default.
+
+    Raises:
+      UserError: the variable has another value.
+    """
+    value = os.environ.get(PATH_SETTING, "") or "auto"
+    if value not in PATHS:
+        raise UserError(f"{PATH_SETTING}={value}; expected one of {', '.join(PATHS)}")
+    return value
+
+
 def library(silent: bool = False) -> ctypes.CDLL | None:
     """The kernels, registered with XLA under `TARGETS`; None if XLA is to compute everything.
 
@@ -53,9 +69,10 @@ def library(silent: bool = False) -> ctypes.CDLL | None:
       silent: print no line that says why XLA computes.
 
     Raises:
-      UserError: LLM_JAX_KERNELS has an unknown value, or is "cpu" where the kernels cannot be compiled.
+      UserError: LLM_JAX_KERNELS or LLM_JAX_CPU_PATH has an unknown value, LLM_JAX_KERNELS is "cpu" where the kernels
+        cannot be compiled, or the CPU does not have the instructions of LLM_JAX_CPU_PATH.
     """
-    wanted = setting()
+    wanted, path = setting(), path_setting()
     if wanted in ("pallas", "xla"):
         return None
     library, reason = loaded()
@@ -64,7 +81,21 @@ def library(silent: bool = False) -> ctypes.CDLL | None:
             raise UserError(f"{SETTING}=cpu: {reason}")
         if not silent:
             _note(reason)
+        return None
+    if not library.llm_jax_has_path(PATHS.index(path)):
+        missing = amx_reason(library) if path == "avx512_amx" else "this CPU does not have these instructions"
+        raise UserError(f"{PATH_SETTING}={path}: {missing}")
+    library.llm_jax_use_path(PATHS.index(path))
     return library
+
+
+def amx_reason(library: ctypes.CDLL) -> str:
+    """The reason why the kernels do not use AMX, or ""."""
+    if (path := path_setting()) not in ("auto", "avx512_amx"):
+        return f"{PATH_SETTING}={path}"
+    library.llm_jax_amx_reason.restype = ctypes.c_char_p
+    reason: str = library.llm_jax_amx_reason().decode()
+    return reason
 
 
 @functools.cache

@@ -38,7 +38,10 @@ def run(rows: int, inputs: int, outputs: int) -> int:
         return 0
     path = native.PATHS[library.llm_jax_fastest_path()]
     print(f"kernels   {library._name}")
-    print(f"path      {path}, the fastest this CPU has of {', '.join(native.PATHS[1:])}")
+    why = "the fastest this CPU has of" if native.path_setting() == "auto" else f"by {native.PATH_SETTING}, of"
+    print(f"path      {path}, {why} {', '.join(native.PATHS[1:])}")
+    reason = native.amx_reason(library)
+    print(f"amx       {f'not used: {reason}' if reason else 'used for 16 and more rows of 8-bit activations'}")
     print(f"threads   those of XLA, for {len(os.sched_getaffinity(0))} cores; JAX runs on {jax.default_backend()}")
     print("choices   by the rows of activations; with more than the kernel takes, XLA")
     for name in number_formats.FOR_WEIGHTS:

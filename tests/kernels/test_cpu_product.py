@@ -48,7 +48,7 @@ SHAPES = ((192, 1, 1), (384, 70, 1), (192, 129, 3), (576, 256, 2), (384, 68, 16)
 def available(path: str) -> bool:
     library, reason = native.loaded()
     assert library is not None, reason
-    return PATHS.index(path) + 1 <= library.llm_jax_fastest_path()
+    return bool(library.llm_jax_has_path(native.PATHS.index(path)))
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -221,6 +221,36 @@ def test_an_unknown_setting_is_refused(monkeypatch, value, message):
     monkeypatch.setenv("LLM_JAX_KERNELS", value)
     with pytest.raises(UserError, match=message):
         native.library()
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (
+            "sse",
+            "LLM_JAX_CPU_PATH=sse; expected one of auto, portable, avx2, avx512",
+        ),
+        ("neon_dot", "LLM_JAX_CPU_PATH=neon_dot: this CPU does not have these instructions"),
+    ],
+)
+def test_instructions_that_are_unknown_or_missing_are_refused(monkeypatch, value, message):
+    if value in PATHS and available(value):
+        pytest.skip(f"this CPU has {value}")
+    monkeypatch.setenv("LLM_JAX_CPU_PATH", value)
+    with pytest.raises(UserError, match=message):
+        native.library()
+
+
+def test_the_instructions_can_be_chosen(monkeypatch):
+    p = draw("int4", 192, 70, 3, group=32)
+    portable = p.run("portable")
+    monkeypatch.setenv("LLM_JAX_CPU_PATH", "portable")
+    library = native.library()
+    np.testing.assert_array_equal(p.run(), portable)
+    assert native.PATHS[library.llm_jax_fastest_path()] == "portable"
+    monkeypatch.undo()
+    native.library()
+    assert native.PATHS[library.llm_jax_fastest_path()] == native.PATHS[max(filter(library.llm_jax_has_path, range(7)))]
 
 
 def test_without_a_compiler_products_use_xla_and_one_line_says_so(monkeypatch, capsys, tmp_path):

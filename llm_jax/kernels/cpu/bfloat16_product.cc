@@ -26,6 +26,31 @@ struct BFloat16Product {
 #define LLM_JAX_PATH_HEADER "bfloat16_path.h"
 #include "every_path.h"
 
+#if LLM_JAX_AMX
+LLM_JAX_AMX_BEGIN
+#include "bfloat16_amx.h"
+LLM_JAX_AMX_END
+
+template <typename Schedule>
+static void RunByAmx(const BFloat16Product& p, int64_t threads, const Schedule& schedule) {
+  constexpr int64_t kWorth = 1 << 16;  // weights that are worth the waking of a thread
+  const int64_t stride = (p.inputs + amx::kInputs - 1) / amx::kInputs * amx::kInputs;
+  std::vector<uint16_t> padded;
+  if (stride != p.inputs) {
+    padded.resize(p.rows * stride);
+    for (int64_t m = 0; m < p.rows; ++m) std::memcpy(padded.data() + m * stride, p.x + m * p.inputs, 2 * p.inputs);
+  }
+  const uint16_t* x = stride == p.inputs ? p.x : padded.data();
+  const int64_t useful = std::max<int64_t>(1, std::min(threads, p.inputs * p.outputs / kWorth));
+  InParallel((p.outputs + amx::kOutputs - 1) / amx::kOutputs, useful, p.rows <= 16,
+             [&](int64_t i) {
+               const int64_t first = i * amx::kOutputs;
+               amx::Outputs(p, x, stride, first, std::min(first + amx::kOutputs, p.outputs));
+             },
+             schedule);
+}
+#endif
+
 static void Outputs(const BFloat16Product& p, Path path, const float* x, int64_t begin, int64_t end) {
 #if LLM_JAX_X86
   if (path >= kAvx512) return avx512::Outputs(p, x, begin, end);
@@ -37,6 +62,10 @@ static void Outputs(const BFloat16Product& p, Path path, const float* x, int64_t
 template <typename Schedule>
 static void Run(const BFloat16Product& p, Path path, int64_t threads, const Schedule& schedule) {
   constexpr int64_t kWorth = 1 << 16;  // weights that are worth the waking of a thread
+#if LLM_JAX_AMX
+  // One row is bound by memory, and the weight is not packed for it.
+  if (path == kAmx || (path == kAuto && p.rows > 1 && FastestPath() == kAmx)) return RunByAmx(p, threads, schedule);
+#endif
   if (path == kAuto) path = FastestPath();
   thread_local std::vector<float> wide;  // keeps its memory from call to call
   wide.resize(p.rows * p.inputs);

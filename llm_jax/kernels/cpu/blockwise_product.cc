@@ -29,6 +29,15 @@ LLM_JAX_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")
 #include "blockwise_vnni.h"
 #include "blockwise_rows_vnni.h"
 LLM_JAX_END_TARGET
+#if LLM_JAX_AMX
+LLM_JAX_AMX_BEGIN
+#include "blockwise_amx.h"
+LLM_JAX_AMX_END
+#endif
+#elif LLM_JAX_ARM
+LLM_JAX_TARGET(LLM_JAX_DOT_PRODUCTS)
+#include "blockwise_neon.h"
+LLM_JAX_END_TARGET
 #endif
 
 static void RoundRow(const Product& p, Path path, const Blocks& blocks, const ByteValues& values, int64_t row, Rounded* r) {
@@ -44,6 +53,8 @@ static void AnyOutputs(const Product& p, Path path, const Blocks& blocks, const 
 #if LLM_JAX_X86
   if (path >= kAvx512) return avx512::Outputs(p, blocks, v, r, first_row, last_row, begin, end);
   if (path == kAvx2) return avx2::Outputs(p, blocks, v, r, first_row, last_row, begin, end);
+#elif LLM_JAX_ARM
+  if (path == kNeonDot) return neon::Outputs(p, blocks, v, r, first_row, last_row, begin, end);
 #endif
   portable::Outputs(p, blocks, v, r, first_row, last_row, begin, end);
 }
@@ -60,8 +71,13 @@ static void VnniOf(const Product& p, const Blocks& blocks, const ByteValues& v, 
   vnni::OneRow<BITS, TABLE, SIGNED, false>(p, blocks, v, r, first_row, begin, end);
 }
 
-static void Vnni(const Product& p, const Blocks& blocks, const ByteValues& v, const Rounded& r, const vnni::Lanes* lanes,
-                 int64_t first_row, int64_t last_row, int64_t begin, int64_t end) {
+static void Vnni(const Product& p, Path path, const Blocks& blocks, const ByteValues& v, const Rounded& r,
+                 const vnni::Lanes* lanes, int64_t first_row, int64_t last_row, int64_t begin, int64_t end) {
+#if LLM_JAX_AMX
+  if (path == kAmx && !lanes && last_row - first_row >= amx::kFewestRows) {
+    return amx::ManyRows(p, blocks, v, r, first_row, last_row, begin, end);
+  }
+#endif
   const auto call = [&](auto function) { function(p, blocks, v, r, lanes, first_row, last_row, begin, end); };
   if (p.kind == kInt8) return call(VnniOf<8, false, true>);
   if (p.bits == 8) return call(VnniOf<8, false, false>);
@@ -98,7 +114,7 @@ static void Run(const Product* products, int64_t count, Path path, int64_t threa
 #if LLM_JAX_X86
   thread_local vnni::Lanes lanes_memory;
   const vnni::Lanes* lanes = nullptr;
-  if (path == kVnni && p.by_output && vnni::HasLanes(p, blocks)) {
+  if (path >= kVnni && p.by_output && vnni::HasLanes(p, blocks)) {
     vnni::LanesOf(p, blocks, values, *rounded, &lanes_memory);
     lanes = &lanes_memory;
     divide_rows = false;
@@ -111,8 +127,8 @@ static void Run(const Product* products, int64_t count, Path path, int64_t threa
         const Part& part = parts[i];
         const Product& product = products[part.weight];
 #if LLM_JAX_X86
-        if (path == kVnni) {
-          return Vnni(product, blocks, values, *rounded, lanes, part.first_row, part.last_row, part.begin, part.end);
+        if (path >= kVnni) {
+          return Vnni(product, path, blocks, values, *rounded, lanes, part.first_row, part.last_row, part.begin, part.end);
         }
 #endif
         AnyOutputs(product, path, blocks, values, *rounded, part.first_row, part.last_row, part.begin, part.end);

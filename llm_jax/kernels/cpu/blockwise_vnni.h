@@ -243,23 +243,29 @@ static void RowsOfHalf(const Product& p, const Blocks& blocks, const Rounded& r,
   }
 }
 
-static void ManyRows(const Product& p, const Blocks& blocks, const ByteValues& v, const Rounded& r, int64_t first_row,
-                     int64_t last_row, int64_t begin, int64_t end) {
+// Calls run(the expanded blocks, column, half) for each half of each tile, block after block.
+template <typename Run>
+static void EachHalf(const Product& p, const Blocks& blocks, const ByteValues& v, int64_t begin, int64_t end, const Run& run) {
   thread_local Expanded e;  // keeps its memory from call to call
   const int64_t all = blocks.list.size();
   for (int64_t column = begin; column < end; column += kColumns) {
     int64_t panel = 0;
     for (int64_t first = 0; first < all; first = e.last) {
       Expand(p, blocks, v, column, first, &panel, &e);
-      for (int64_t half = 0; half < 2 && column + 32 * half < end; ++half) {
-        if (p.offset.kind == kNone) {
-          RowsOfHalf<false>(p, blocks, r, e, first_row, last_row, column + 32 * half, half);
-        } else {
-          RowsOfHalf<true>(p, blocks, r, e, first_row, last_row, column + 32 * half, half);
-        }
-      }
+      for (int64_t half = 0; half < 2 && column + 32 * half < end; ++half) run(e, column + 32 * half, half);
     }
   }
+}
+
+static void ManyRows(const Product& p, const Blocks& blocks, const ByteValues& v, const Rounded& r, int64_t first_row,
+                     int64_t last_row, int64_t begin, int64_t end) {
+  EachHalf(p, blocks, v, begin, end, [&](const Expanded& e, int64_t column, int64_t half) {
+    if (p.offset.kind == kNone) {
+      RowsOfHalf<false>(p, blocks, r, e, first_row, last_row, column, half);
+    } else {
+      RowsOfHalf<true>(p, blocks, r, e, first_row, last_row, column, half);
+    }
+  });
 }
 
 }  // namespace vnni

@@ -16,32 +16,66 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #define LLM_JAX_X86 1
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#define LLM_JAX_ARM 1
+#if defined(__linux__)
+#include <sys/auxv.h>
 #endif
+#endif
+
+#include "amx.h"
 
 #define LLM_JAX_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
 #define LLM_JAX_TARGET(names) \
   LLM_JAX_PRAGMA(clang attribute push(__attribute__((target(names))), apply_to = function))
 #define LLM_JAX_END_TARGET LLM_JAX_PRAGMA(clang attribute pop)
+#define LLM_JAX_DOT_PRODUCTS "dotprod"
 #else
 #define LLM_JAX_TARGET(names) LLM_JAX_PRAGMA(GCC push_options) LLM_JAX_PRAGMA(GCC target(names))
 #define LLM_JAX_END_TARGET LLM_JAX_PRAGMA(GCC pop_options)
+#define LLM_JAX_DOT_PRODUCTS "arch=armv8.2-a+dotprod"
 #endif
 
 namespace llm_jax {
 
-enum Path : int64_t { kAuto = 0, kPortable = 1, kAvx2 = 2, kAvx512 = 3, kVnni = 4 };
+// "Portable" is what the compiler makes of plain C++: on ARM with NEON, which each 64-bit CPU has.
+enum Path : int64_t { kAuto = 0, kPortable = 1, kAvx2 = 2, kAvx512 = 3, kVnni = 4, kAmx = 5, kNeonDot = 6 };
 
-static Path FastestPath() {
+static inline Path DetectedPath() {
 #if LLM_JAX_X86
   __builtin_cpu_init();
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (avx512 && __builtin_cpu_supports("avx512vnni")) return kVnni;
+  if (avx512 && __builtin_cpu_supports("avx512vnni")) return *AmxReason() ? kVnni : kAmx;
   if (avx512) return kAvx512;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
+#elif LLM_JAX_ARM && defined(__linux__)
+  constexpr unsigned long kDotProducts = 1 << 20;  // HWCAP_ASIMDDP
+  if (getauxval(AT_HWCAP) & kDotProducts) return kNeonDot;
+#elif LLM_JAX_ARM && defined(__APPLE__)
+  return kNeonDot;  // each of their CPUs has it
 #endif
   return kPortable;
+}
+
+// The path that `llm_jax_use_path` has chosen; kAuto: the fastest.
+LLM_JAX_OF_LIBRARY inline std::atomic<int64_t>& ChosenPath() {
+  static std::atomic<int64_t> path{kAuto};
+  return path;
+}
+
+LLM_JAX_OF_LIBRARY inline Path FastestPath() {
+  static const Path detected = DetectedPath();
+  const int64_t chosen = ChosenPath().load(std::memory_order_relaxed);
+  return chosen == kAuto ? detected : static_cast<Path>(chosen);
+}
+
+// Whether this CPU has the instructions of a path.
+static inline bool HasPath(Path path) {
+  const Path fastest = DetectedPath();
+  return path == kAuto || path == kPortable || path == fastest || (path < fastest && fastest < kNeonDot);
 }
 
 static inline void Pause() {

@@ -50,6 +50,11 @@ inline bool IsConsecutive(const Product& p) {
 }
 
 inline float HalfToFloat(uint16_t half) {
+#if defined(__aarch64__)
+  __fp16 number;
+  std::memcpy(&number, &half, 2);
+  return number;
+#else
   const uint32_t sign = (half & 0x8000u) << 16, exponent = (half >> 10) & 31, fraction = half & 0x3ff;
   uint32_t bits = sign | ((exponent + 112) << 23) | (fraction << 13);
   if (exponent == 31) bits = sign | 0x7f800000u | (fraction << 13);
@@ -61,6 +66,7 @@ inline float HalfToFloat(uint16_t half) {
   float value;
   std::memcpy(&value, &bits, 4);
   return value;
+#endif
 }
 
 inline float ScaleAt(const Scales& s, int64_t row, int64_t column) {

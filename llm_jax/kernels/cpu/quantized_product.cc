@@ -44,7 +44,7 @@ static void Run(const Product* products, int64_t count, Path path, int64_t threa
   const int64_t useful = UsefulThreads(products, count, threads, std::min<int64_t>(products[0].rows, 4));
   const std::vector<Part> parts = PartsOf(products, count, useful, false);
 #if LLM_JAX_X86
-  if (path == kVnni && vnni::Has(products[0])) {
+  if (path >= kVnni && vnni::Has(products[0])) {
     thread_local vnni::Activations activations;  // keeps its memory from call to call
     const vnni::Planes planes = vnni::PlanesOf(products[0]);
     vnni::Prepare(products[0], planes, &activations);
@@ -85,6 +85,14 @@ const char* llm_jax_quantized_product(const llm_jax::Product* products, int64_t 
 }
 
 int64_t llm_jax_fastest_path() { return llm_jax::FastestPath(); }
+
+// All calls with the path kAuto use `path` from now on; kAuto: the fastest one of this CPU.
+void llm_jax_use_path(int64_t path) { llm_jax::ChosenPath() = path; }
+
+// The reason why kAmx is not a path of this process, or "".
+const char* llm_jax_amx_reason() { return llm_jax::AmxReason(); }
+
+int64_t llm_jax_has_path(int64_t path) { return llm_jax::HasPath(static_cast<llm_jax::Path>(path)); }
 }
 
 #ifndef LLM_JAX_WITHOUT_XLA

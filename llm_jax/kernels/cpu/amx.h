@@ -1,0 +1,166 @@
+// AMX: whether this process may use its instructions, and the shapes of its tiles.
+//
+// LLM_JAX_AMX_MODEL names a header that computes the instructions in software, for tests; with LLM_JAX_AMX_ASSUMED, only the
+// trial of the instructions decides.
+
+#ifndef LLM_JAX_KERNELS_CPU_AMX_H_
+#define LLM_JAX_KERNELS_CPU_AMX_H_
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#if defined(__x86_64__) && defined(__linux__) && __has_include(<amxtileintrin.h>)
+#define LLM_JAX_AMX 1
+#include <cpuid.h>
+#include <immintrin.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#ifdef LLM_JAX_AMX_MODEL
+#include LLM_JAX_AMX_MODEL
+#endif
+#if defined(__clang__)
+#define LLM_JAX_AMX_BEGIN \
+  _Pragma("clang attribute push(__attribute__((target(\"amx-tile,amx-int8,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c\"))), apply_to = function)")
+#define LLM_JAX_AMX_END _Pragma("clang attribute pop")
+#else
+#define LLM_JAX_AMX_BEGIN \
+  _Pragma("GCC push_options") _Pragma("GCC target(\"amx-tile,amx-int8,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c\")")
+#define LLM_JAX_AMX_END _Pragma("GCC pop_options")
+#endif
+#endif
+
+// Of functions whose static variables another library of kernels in the process does not share.
+#define LLM_JAX_OF_LIBRARY __attribute__((visibility("hidden")))
+
+namespace llm_jax {
+
+#if LLM_JAX_AMX
+LLM_JAX_AMX_BEGIN
+namespace amx {
+
+constexpr int64_t kTileRows = 16, kTileBytes = 64;
+
+// The operand of `ldtilecfg`.
+struct TileShapes {
+  uint8_t palette, start_row, reserved[14];
+  uint16_t bytes[16];  // of a row of each tile
+  uint8_t rows[16];
+};
+
+// Tiles 0 to 3 are sums of 2 x 2 blocks: two of rows with `rows0` and `rows1` rows, two of 16 outputs; 4 and 5 are the two
+// blocks of rows with `bytes` of the contracted axis, 6 and 7 the weights of the outputs.
+static inline TileShapes ShapesOf(int64_t rows0, int64_t rows1, int64_t bytes) {
+  TileShapes s{};
+  s.palette = 1;
+  const int64_t rows[8] = {rows0, rows0, rows1, rows1, rows0, rows1, bytes / 4, bytes / 4};
+  for (int i = 0; i < 8; ++i) {
+    s.rows[i] = static_cast<uint8_t>(rows[i]);
+    s.bytes[i] = static_cast<uint16_t>(rows[i] == 0 ? 0 : i == 4 || i == 5 ? bytes : kTileBytes);
+  }
+  return s;
+}
+
+// The compiler's intrinsics do not say which memory they read.
+static inline void Written(const void* memory) { asm volatile("" : : "r"(memory) : "memory"); }
+
+static inline void Use(const TileShapes& shapes) {
+  Written(&shapes);
+  _tile_loadconfig(&shapes);
+}
+
+// Restores the shapes of the caller's tiles at the end.
+class Tiles {
+ public:
+  Tiles() {
+    Written(&previous_);
+    _tile_storeconfig(&previous_);
+    Written(&previous_);
+  }
+  ~Tiles() {
+    if (previous_.palette) Use(previous_); else _tile_release();
+  }
+
+ private:
+  alignas(64) TileShapes previous_{};
+};
+
+// Whether the instructions give right sums. Some virtual machines announce instructions that are illegal there.
+inline bool Trial() {
+  static sigjmp_buf start;
+  struct sigaction action {}, previous {};
+  action.sa_handler = [](int) { siglongjmp(start, 1); };
+  sigemptyset(&action.sa_mask);
+  if (sigaction(SIGILL, &action, &previous)) return false;
+  volatile bool right = false;
+  if (!sigsetjmp(start, 1)) {
+    alignas(64) int8_t a[1024];
+    alignas(64) uint8_t b[1024];
+    alignas(64) uint16_t ones[512];
+    alignas(64) int32_t sums[256];
+    alignas(64) float floats[256];
+    for (int i = 0; i < 1024; ++i) {
+      a[i] = -3;
+      b[i] = 200;
+      ones[i / 2] = 0x3f80;
+    }
+    Use(ShapesOf(kTileRows, kTileRows, kTileBytes));
+    Written(a);
+    Written(b);
+    Written(ones);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_loadd(4, a, 64);
+    _tile_loadd(6, b, 64);
+    _tile_dpbsud(0, 4, 6);
+    _tile_loadd(5, ones, 64);
+    _tile_loadd(7, ones, 64);
+    _tile_dpbf16ps(1, 5, 7);
+    _tile_stored(0, sums, 64);
+    _tile_stored(1, floats, 64);
+    _tile_release();
+    Written(sums);
+    Written(floats);
+    bool all = true;
+    for (int i = 0; i < 256; ++i) all &= sums[i] == -3 * 200 * 64 && floats[i] == 32.0f;
+    right = all;
+  }
+  sigaction(SIGILL, &previous, nullptr);
+  return right;
+}
+
+// The reason why this process does not use AMX, or "".
+inline const char* FindReason() {
+  const char* path = std::getenv("LLM_JAX_CPU_PATH");  // its other values also prevent the trial
+  if (path && *path && std::strcmp(path, "auto") && std::strcmp(path, "avx512_amx")) return "LLM_JAX_CPU_PATH";
+#if !defined(LLM_JAX_AMX_MODEL) && !defined(LLM_JAX_AMX_ASSUMED)
+  constexpr unsigned kBFloat16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25, kOsXsave = 1u << 27;
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (~d & (kBFloat16 | kTile | kInt8))) return "this CPU has no AMX";
+  unsigned low, high;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & kOsXsave)) return "the operating system does not support AMX";
+  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  constexpr unsigned kTileState = 3u << 17;
+  if (~low & kTileState) return "the operating system does not support AMX";
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  if (syscall(SYS_arch_prctl, kRequestPermission, kTileData)) return "the operating system refuses the permission";
+#endif
+  return Trial() ? "" : "the instructions fail in a trial, although the CPU announces them";
+}
+
+}  // namespace amx
+LLM_JAX_AMX_END
+
+LLM_JAX_OF_LIBRARY inline const char* AmxReason() {
+  static const char* reason = amx::FindReason();
+  return reason;
+}
+#else
+inline const char* AmxReason() { return "the compiler of the kernels has no AMX for this system"; }
+#endif
+
+}  // namespace llm_jax
+
+#endif  // LLM_JAX_KERNELS_CPU_AMX_H_
