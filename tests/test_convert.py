@@ -77,7 +77,7 @@ def test_what_cannot_be_converted_ends_in_one_line_and_writes_nothing(trained, c
     monkeypatch.setattr(export, "transformers_files", refuse)
     assert "tokenizer.json cannot express" in said()
     monkeypatch.undo()
-    assert "tokenizer.kind=hub" in said(to="gguf")
+    assert "no vocabulary of tokenizer.kind=byte" in said(to="gguf")
     assert "--format=Q5_K; expected one of F32, F16" in said("--format=Q5_K", to="gguf")
     assert (tmp_path / "there").read_text() == "keep"
 
