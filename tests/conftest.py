@@ -20,8 +20,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from llm_jax import cli, object_clients, objects, runtime, schema
+from llm_jax import cli, object_clients, objects, runtime, schema, trees
 from llm_jax import configuration as config_lib
+from llm_jax.checkpoints import abstract_params
 from llm_jax.errors import UserError
 from llm_jax.kernels import compiler, native
 from llm_jax.model.transformer import Transformer
@@ -86,12 +87,20 @@ def tiny() -> schema.Config:
 
 @pytest.fixture(scope="session")
 def make(tiny):
-    """make(**changes of the model's config) -> (model, parameters)."""
+    """make(**changes of the model's config) -> (model, parameters).
+
+    The initial values depend on paths, shapes and `base_width` alone; models that agree in these share them.
+    """
+    initial: dict[tuple, dict] = {}
 
     @functools.cache
     def build(**changes):
         model = Transformer(dataclasses.replace(tiny.model, **changes))
-        return model, jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+        weights = trees.flatten(abstract_params(model)).items()
+        key = (model.config.base_width, *((path, weight.shape, weight.dtype) for path, weight in weights))
+        if key not in initial:
+            initial[key] = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+        return model, initial[key]
 
     return build
 
