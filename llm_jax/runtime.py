@@ -20,6 +20,7 @@ from llm_jax.errors import UserError
 _CACHE_BYTES = 2**30  # largest size of the cache of compiled functions
 _MIN_COMPILE_SECONDS = 0.1  # functions that compile faster are not cached: reading many small files takes as long
 _STALE_SECONDS = 60.0
+_OVERCOMMIT = pathlib.Path("/proc/sys/vm/overcommit_memory")  # 2: Linux counts addresses that are never accessed
 
 
 def simulate_devices(count: int | None) -> None:
@@ -79,8 +80,11 @@ def _reserve_huge_pages() -> None:
     """Extends the heap by addresses that the kernel is advised to back with huge pages; takes no memory by itself.
 
     The advice must precede the first access. The block is freed at once: malloc retains its addresses at the top of the
-    heap and allocates from them.
+    heap and allocates from them. Does nothing where a limit counts addresses, such as `ulimit -v`: too few would be
+    left for shared libraries and threads.
     """
+    if _addresses_are_limited():
+        return
     libc = ctypes.CDLL(None)
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.argtypes, libc.madvise.argtypes = [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -90,6 +94,19 @@ def _reserve_huge_pages() -> None:
         start = -(-block // mmap.PAGESIZE) * mmap.PAGESIZE
         libc.madvise(start, size - (start - block), mmap.MADV_HUGEPAGE)
         libc.free(block)
+
+
+def _addresses_are_limited() -> bool:
+    """Whether addresses count against a limit before they are accessed (Linux)."""
+    import resource
+
+    limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
+    if any(limit != resource.RLIM_INFINITY for limit in limits):
+        return True
+    try:
+        return _OVERCOMMIT.read_text().strip() == "2"
+    except OSError:
+        return False
 
 
 def available_memory() -> int | None:

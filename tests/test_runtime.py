@@ -134,3 +134,33 @@ print(re.search(r"AnonHugePages: *(\\d+) kB", pathlib.Path("/proc/self/smaps_rol
 def test_retained_memory_has_huge_pages():
     result = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True)
     assert int(result.stdout) >= 2**15  # of 2**16 KiB; the rest may lack free blocks
+
+
+LIMITS = (
+    "resource.setrlimit(resource.RLIMIT_AS, (2 * runtime.available_memory(), resource.RLIM_INFINITY))",
+    "resource.setrlimit(resource.RLIMIT_DATA, (2 * runtime.available_memory(), resource.RLIM_INFINITY))",
+    "runtime._OVERCOMMIT = pathlib.Path(sys.argv[1])",
+)
+LIMITED = """
+import pathlib
+import re
+import resource
+import sys
+
+from llm_jax import runtime
+
+{limit}
+runtime.retain_freed_memory()
+print(re.search(r"VmSize:\\s*(\\d+) kB", pathlib.Path("/proc/self/status").read_text()).group(1))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux reserves addresses for huge pages")
+@pytest.mark.parametrize("limit", LIMITS)
+def test_no_addresses_are_reserved_where_a_limit_counts_them(limit, tmp_path):
+    """JAX could not load its libraries if `ulimit -v` was little more than the reserved half of the memory."""
+    overcommit = tmp_path / "overcommit_memory"
+    overcommit.write_text("2\n")
+    command = [sys.executable, "-c", LIMITED.format(limit=limit), str(overcommit)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(result.stdout) < 2**19  # KiB
