@@ -1,6 +1,6 @@
-"""The build of a wheel: compiles the kernels in C++ where a compiler is installed (LLM_JAX_KERNELS=xla: never).
+"""Build hook of the wheel: compiles the C++ kernels if a compiler is installed, unless LLM_JAX_KERNELS=xla.
 
-The wheel then has the tag of its platform, otherwise it is for any.
+A wheel with compiled kernels has the tag of its platform, a wheel without them is for any platform.
 """
 
 import os
@@ -17,13 +17,14 @@ class Kernels(BuildHookInterface):  # type: ignore[misc]
     """Adds the compiled library to a wheel."""
 
     def dependencies(self) -> list[str]:
-        """jaxlib, which has the headers of the kernels, as far as the library is compiled."""
+        """Requires jaxlib, which ships the headers of XLA's FFI, if the kernels will be compiled."""
         if self._missing():
             return []
         requirements = pathlib.Path(self.root, "requirements.txt").read_text()
         return [f"jaxlib{version}" for version in re.findall(r"^jax\b(.*)$", requirements, re.M)]
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Compiles the library and adds it to the wheel. An editable install compiles the kernels on first use."""
         if version == "editable":
             return
         self._directory = tempfile.TemporaryDirectory()
@@ -40,7 +41,7 @@ class Kernels(BuildHookInterface):  # type: ignore[misc]
             return
         from packaging import tags
 
-        # On Linux that of this system's C library; those of manylinux and musllinux promise more.
+        # manylinux and musllinux promise that the library needs only old versions of the C and C++ libraries.
         platform = next(tag for tag in tags.platform_tags() if not tag.startswith(("manylinux", "musllinux")))
         build_data["force_include"][str(library)] = f"llm_jax/kernels/prebuilt/{library.name}"
         build_data["pure_python"] = False
@@ -51,7 +52,7 @@ class Kernels(BuildHookInterface):  # type: ignore[misc]
             self._directory.cleanup()
 
     def _missing(self) -> str:
-        """The reason why no library is compiled, or ""."""
+        """The reason why the kernels cannot or must not be compiled, or ""."""
         if os.environ.get("LLM_JAX_KERNELS") == "xla":
             return "LLM_JAX_KERNELS=xla"
         try:

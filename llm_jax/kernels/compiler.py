@@ -1,4 +1,4 @@
-"""Compiles the kernels in C++. It imports no JAX, because the build of a wheel uses it too (`hatch_build.py`).
+"""Compiles the C++ kernels. Imports no JAX, because the build of a wheel uses this module too (`hatch_build.py`).
 
 One library serves every CPU of an architecture: it chooses the instruction set at run time.
 """
@@ -33,12 +33,15 @@ def headers() -> pathlib.Path:
 
 
 def file_name(*details: str) -> str:
-    """The name of the library of these sources, flags, architecture and ABI of XLA's FFI.
+    """The file name of the library; contains a hash of its sources, flags, architecture and ABI of XLA's FFI.
 
     Args:
-      details: what else the library depends on.
+      details: further properties of the system that are hashed, such as the version of the C library.
+
+    Raises:
+      UserError: jaxlib is not installed.
     """
-    # The compiler is not part of the name, so that a cached or prebuilt library serves where no compiler is installed.
+    # The compiler is not hashed: a cached or prebuilt library is found where no compiler is installed.
     key = hashlib.sha256(repr((FLAGS, platform.machine(), *details)).encode())
     for path in (headers() / "xla" / "ffi" / "api" / "c_api.h", *sorted(SOURCES.iterdir())):
         if path.is_file():
