@@ -1,4 +1,4 @@
-// AMX: whether this process may use its instructions, and the shapes of its tiles.
+// AMX: whether this process may use its instructions, and the shapes of its tiles. Included by machine.h.
 //
 // LLM_JAX_AMX_MODEL names a header that computes the instructions in software, for tests; with LLM_JAX_AMX_ASSUMED, only the
 // trial of the instructions decides.
@@ -21,24 +21,16 @@
 #ifdef LLM_JAX_AMX_MODEL
 #include LLM_JAX_AMX_MODEL
 #endif
-#if defined(__clang__)
-#define LLM_JAX_AMX_BEGIN \
-  _Pragma("clang attribute push(__attribute__((target(\"amx-tile,amx-int8,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c\"))), apply_to = function)")
-#define LLM_JAX_AMX_END _Pragma("clang attribute pop")
-#else
-#define LLM_JAX_AMX_BEGIN \
-  _Pragma("GCC push_options") _Pragma("GCC target(\"amx-tile,amx-int8,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c\")")
-#define LLM_JAX_AMX_END _Pragma("GCC pop_options")
-#endif
+#define LLM_JAX_AMX_TARGET "amx-tile,amx-int8,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c"
 #endif
 
-// Of functions whose static variables another library of kernels in the process does not share.
-#define LLM_JAX_OF_LIBRARY __attribute__((visibility("hidden")))
+// For functions with static variables: each library of kernels in a process has its own.
+#define LLM_JAX_HIDDEN __attribute__((visibility("hidden")))
 
 namespace llm_jax {
 
 #if LLM_JAX_AMX
-LLM_JAX_AMX_BEGIN
+LLM_JAX_TARGET(LLM_JAX_AMX_TARGET)
 namespace amx {
 
 constexpr int64_t kTileRows = 16, kTileBytes = 64;
@@ -63,11 +55,11 @@ static inline TileShapes ShapesOf(int64_t rows0, int64_t rows1, int64_t bytes) {
   return s;
 }
 
-// The compiler's intrinsics do not say which memory they read.
-static inline void Written(const void* memory) { asm volatile("" : : "r"(memory) : "memory"); }
+// Makes the compiler complete all stores to memory and repeat all loads: its tile intrinsics do not declare their accesses.
+static inline void ClobberMemory(const void* memory) { asm volatile("" : : "r"(memory) : "memory"); }
 
-static inline void Use(const TileShapes& shapes) {
-  Written(&shapes);
+static inline void LoadShapes(const TileShapes& shapes) {
+  ClobberMemory(&shapes);
   _tile_loadconfig(&shapes);
 }
 
@@ -75,12 +67,12 @@ static inline void Use(const TileShapes& shapes) {
 class Tiles {
  public:
   Tiles() {
-    Written(&previous_);
+    ClobberMemory(&previous_);
     _tile_storeconfig(&previous_);
-    Written(&previous_);
+    ClobberMemory(&previous_);
   }
   ~Tiles() {
-    if (previous_.palette) Use(previous_); else _tile_release();
+    if (previous_.palette) LoadShapes(previous_); else _tile_release();
   }
 
  private:
@@ -94,6 +86,10 @@ inline bool Trial() {
   action.sa_handler = [](int) { siglongjmp(start, 1); };
   sigemptyset(&action.sa_mask);
   if (sigaction(SIGILL, &action, &previous)) return false;
+  sigset_t illegal, mask;  // a thread that blocks the signal would end the process
+  sigemptyset(&illegal);
+  sigaddset(&illegal, SIGILL);
+  pthread_sigmask(SIG_UNBLOCK, &illegal, &mask);
   volatile bool right = false;
   if (!sigsetjmp(start, 1)) {
     alignas(64) int8_t a[1024];
@@ -106,10 +102,10 @@ inline bool Trial() {
       b[i] = 200;
       ones[i / 2] = 0x3f80;
     }
-    Use(ShapesOf(kTileRows, kTileRows, kTileBytes));
-    Written(a);
-    Written(b);
-    Written(ones);
+    LoadShapes(ShapesOf(kTileRows, kTileRows, kTileBytes));
+    ClobberMemory(a);
+    ClobberMemory(b);
+    ClobberMemory(ones);
     _tile_zero(0);
     _tile_zero(1);
     _tile_loadd(4, a, 64);
@@ -121,12 +117,13 @@ inline bool Trial() {
     _tile_stored(0, sums, 64);
     _tile_stored(1, floats, 64);
     _tile_release();
-    Written(sums);
-    Written(floats);
+    ClobberMemory(sums);
+    ClobberMemory(floats);
     bool all = true;
     for (int i = 0; i < 256; ++i) all &= sums[i] == -3 * 200 * 64 && floats[i] == 32.0f;
     right = all;
   }
+  pthread_sigmask(SIG_SETMASK, &mask, nullptr);
   sigaction(SIGILL, &previous, nullptr);
   return right;
 }
@@ -151,14 +148,16 @@ inline const char* FindReason() {
 }
 
 }  // namespace amx
-LLM_JAX_AMX_END
+LLM_JAX_END_TARGET
 
-LLM_JAX_OF_LIBRARY inline const char* AmxReason() {
+LLM_JAX_HIDDEN inline const char* AmxReason() {
   static const char* reason = amx::FindReason();
   return reason;
 }
-#else
+#elif defined(__x86_64__)
 inline const char* AmxReason() { return "the compiler of the kernels has no AMX for this system"; }
+#else
+inline const char* AmxReason() { return "this CPU has no AMX"; }
 #endif
 
 }  // namespace llm_jax

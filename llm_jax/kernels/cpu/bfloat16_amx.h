@@ -4,10 +4,6 @@ namespace amx {
 
 constexpr int64_t kOutputs = 32, kInputs = 32;  // outputs of a part; inputs of a tile
 
-static inline __mmask16 First16(int64_t count) {
-  return static_cast<__mmask16>(count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1);
-}
-
 // The weights of 32 outputs: (K / 32, 2, 16 pairs of inputs, 16 outputs, 2), 0 beyond K and N.
 static void Pack(const BFloat16Product& p, int64_t first, uint16_t* packed) {
   const int64_t tile = kTileRows * kTileBytes / 2, width = std::min(kOutputs, p.outputs - first);
@@ -43,11 +39,11 @@ static void Outputs(const BFloat16Product& p, const uint16_t* x, int64_t stride,
   alignas(64) float sums[2 * kTileRows][kOutputs];
   for (int64_t first = begin; first < end; first += kOutputs) {
     Pack(p, first, memory.data());
-    Written(memory.data());
+    ClobberMemory(memory.data());
     for (int64_t row = 0; row < p.rows; row += 2 * kTileRows) {
       const int64_t rows0 = std::min(kTileRows, p.rows - row),
                     rows1 = std::max<int64_t>(0, std::min(kTileRows, p.rows - row - kTileRows));
-      Use(ShapesOf(rows0, rows1, kTileBytes));
+      LoadShapes(ShapesOf(rows0, rows1, kTileBytes));
       _tile_zero(0);
       _tile_zero(1);
       if (rows1) {
@@ -72,7 +68,7 @@ static void Outputs(const BFloat16Product& p, const uint16_t* x, int64_t stride,
         _tile_stored(2, &sums[kTileRows][0], 128);
         _tile_stored(3, &sums[kTileRows][16], 128);
       }
-      Written(sums);
+      ClobberMemory(sums);
       const int64_t width = std::min(kOutputs, end - first);
       for (int64_t r = 0; r < rows0 + rows1; ++r) std::memcpy(p.y + (row + r) * p.outputs + first, sums[r], 4 * width);
     }

@@ -27,9 +27,9 @@ struct BFloat16Product {
 #include "every_path.h"
 
 #if LLM_JAX_AMX
-LLM_JAX_AMX_BEGIN
+LLM_JAX_TARGET(LLM_JAX_AMX_TARGET)
 #include "bfloat16_amx.h"
-LLM_JAX_AMX_END
+LLM_JAX_END_TARGET
 
 template <typename Schedule>
 static void RunByAmx(const BFloat16Product& p, int64_t threads, const Schedule& schedule) {

@@ -12,14 +12,14 @@ template <bool OFFSET>
 static void RowsOfHalf(const Product& p, const Blocks& blocks, const Rounded& r, const vnni::Expanded& e, int64_t first_row,
                        int64_t last_row, int64_t column, int64_t half) {
   const int64_t all = blocks.list.size(), count = e.last - e.first, quads = blocks.stride / 4, stride = all * blocks.stride;
-  const __mmask16 inside[2] = {vnni::First16(p.outputs - column), vnni::First16(p.outputs - column - 16)};
+  const __mmask16 inside[2] = {First16(p.outputs - column), First16(p.outputs - column - 16)};
   alignas(64) static thread_local int32_t sums[kBlocks][2 * kTileRows][32];
   const Tiles tiles;
-  Written(e.bytes);
+  ClobberMemory(e.bytes);
   for (int64_t row = first_row; row < last_row; row += 2 * kTileRows) {
     const int64_t rows0 = std::min(kTileRows, last_row - row),
                   rows1 = std::max<int64_t>(0, std::min(kTileRows, last_row - row - kTileRows));
-    Use(ShapesOf(rows0, rows1, blocks.stride));
+    LoadShapes(ShapesOf(rows0, rows1, blocks.stride));
     for (int64_t j0 = e.first; j0 < e.last; j0 += kBlocks) {
       const int64_t some = std::min(kBlocks, e.last - j0);
       for (int64_t j = 0; j < some; ++j) {
@@ -43,7 +43,7 @@ static void RowsOfHalf(const Product& p, const Blocks& blocks, const Rounded& r,
         _tile_stored(2, &sums[j][kTileRows][0], 128);
         _tile_stored(3, &sums[j][kTileRows][16], 128);
       }
-      Written(sums);
+      ClobberMemory(sums);
       for (int64_t m = 0; m < rows0 + rows1; ++m) {
         float* y = p.y + (row + m) * p.outputs + column;
         __m512 total[2];

@@ -30,9 +30,9 @@ LLM_JAX_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")
 #include "blockwise_rows_vnni.h"
 LLM_JAX_END_TARGET
 #if LLM_JAX_AMX
-LLM_JAX_AMX_BEGIN
+LLM_JAX_TARGET(LLM_JAX_AMX_TARGET)
 #include "blockwise_amx.h"
-LLM_JAX_AMX_END
+LLM_JAX_END_TARGET
 #endif
 #elif LLM_JAX_ARM
 LLM_JAX_TARGET(LLM_JAX_DOT_PRODUCTS)

@@ -15,13 +15,13 @@ static void Tile(const IntegerProduct& p, const int8_t* x, int64_t stride, const
   for (int64_t row = 0; row < p.rows; row += 2 * kTileRows) {
     const int64_t rows0 = std::min(kTileRows, p.rows - row),
                   rows1 = std::max<int64_t>(0, std::min(kTileRows, p.rows - row - kTileRows));
-    if (rows0 != shaped0 || rows1 != shaped1) Use(ShapesOf(rows0, rows1, kTileBytes));
+    if (rows0 != shaped0 || rows1 != shaped1) LoadShapes(ShapesOf(rows0, rows1, kTileBytes));
     shaped0 = rows0;
     shaped1 = rows1;
     const int8_t *x0 = x + row * stride, *x1 = x0 + kTileRows * stride;
     for (int64_t half = 0; half < 2 && first + 32 * half < p.outputs; ++half) {
       const __m512i* w = packed + 2 * half;
-      Written(w);
+      ClobberMemory(w);
       _tile_zero(0);
       _tile_zero(1);
       if (rows1) {
@@ -46,10 +46,10 @@ static void Tile(const IntegerProduct& p, const int8_t* x, int64_t stride, const
         _tile_stored(2, &sums[kTileRows][0], 128);
         _tile_stored(3, &sums[kTileRows][16], 128);
       }
-      Written(sums);
+      ClobberMemory(sums);
       for (int64_t j = 0; j < 2; ++j) {
         const int64_t column = first + 32 * half + 16 * j;
-        const __mmask16 mask = integers::First16(p.outputs - column);
+        const __mmask16 mask = First16(p.outputs - column);
         if (!mask) break;
         const __m512 scale = p.scales == 1 ? _mm512_set1_ps(p.scale[0]) : _mm512_maskz_loadu_ps(mask, p.scale + column);
         for (int64_t r = 0; r < rows0 + rows1; ++r) {

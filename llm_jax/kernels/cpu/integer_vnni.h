@@ -5,12 +5,6 @@ namespace integers {
 
 constexpr int64_t kTile = 64;  // outputs of a tile
 
-static inline __mmask64 First64(int64_t count) { return count >= 64 ? ~0ull : count <= 0 ? 0 : (1ull << count) - 1; }
-
-static inline __mmask16 First16(int64_t count) {
-  return static_cast<__mmask16>(count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1);
-}
-
 // Four inputs of 64 outputs as vectors of 16 outputs with their four codes, plus 128: unsigned, as the instruction needs.
 static inline void PackFour(const __m512i* bytes, __m512i* out) {
   const __m512i low01 = _mm512_unpacklo_epi8(bytes[0], bytes[1]), high01 = _mm512_unpackhi_epi8(bytes[0], bytes[1]),

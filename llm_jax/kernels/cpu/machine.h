@@ -24,8 +24,6 @@
 #endif
 #endif
 
-#include "amx.h"
-
 #define LLM_JAX_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
 #define LLM_JAX_TARGET(names) \
@@ -37,6 +35,8 @@
 #define LLM_JAX_END_TARGET LLM_JAX_PRAGMA(GCC pop_options)
 #define LLM_JAX_DOT_PRODUCTS "arch=armv8.2-a+dotprod"
 #endif
+
+#include "amx.h"
 
 namespace llm_jax {
 
@@ -61,12 +61,12 @@ static inline Path DetectedPath() {
 }
 
 // The path that `llm_jax_use_path` has chosen; kAuto: the fastest.
-LLM_JAX_OF_LIBRARY inline std::atomic<int64_t>& ChosenPath() {
+LLM_JAX_HIDDEN inline std::atomic<int64_t>& ChosenPath() {
   static std::atomic<int64_t> path{kAuto};
   return path;
 }
 
-LLM_JAX_OF_LIBRARY inline Path FastestPath() {
+LLM_JAX_HIDDEN inline Path FastestPath() {
   static const Path detected = DetectedPath();
   const int64_t chosen = ChosenPath().load(std::memory_order_relaxed);
   return chosen == kAuto ? detected : static_cast<Path>(chosen);
@@ -77,6 +77,15 @@ static inline bool HasPath(Path path) {
   const Path fastest = DetectedPath();
   return path == kAuto || path == kPortable || path == fastest || (path < fastest && fastest < kNeonDot);
 }
+
+#if LLM_JAX_X86
+// Masks of the first `count` of 16 or 64 numbers; none below 0.
+static inline __mmask16 First16(int64_t count) {
+  return static_cast<__mmask16>(count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1);
+}
+
+static inline __mmask64 First64(int64_t count) { return count >= 64 ? ~0ull : count <= 0 ? 0 : (1ull << count) - 1; }
+#endif
 
 static inline void Pause() {
 #if LLM_JAX_X86

@@ -2,12 +2,6 @@
 
 namespace vnni {
 
-static inline __mmask16 First16(int64_t count) {
-  return static_cast<__mmask16>(count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1);
-}
-
-static inline __mmask64 First64(int64_t count) { return count >= 64 ? ~0ull : count <= 0 ? 0 : (1ull << count) - 1; }
-
 static inline __m512 Load16(const Scales& s, int64_t row, int64_t column, __mmask16 mask) {
   row = s.rows == 1 ? 0 : row;
   if (s.columns == 1) return _mm512_set1_ps(ScaleAt(s, row, 0));
