@@ -78,6 +78,7 @@ def load(config: Config, start: Start | None = None, engine: str = "local") -> I
         )
     named = vocabulary.named_tokenizer(t.path, resumed_tokenizer, t.chat_template) if t.path else None
     if named:
+        _check_overrides(config, named)
         size = dataclasses.replace(config.tokenizer, kind=named.kind, vocab_size=named.vocab_size)
         config = dataclasses.replace(config, tokenizer=size)
     source = kinds.open_source(config.data, engine=engine)
@@ -118,6 +119,17 @@ def load(config: Config, start: Start | None = None, engine: str = "local") -> I
         _empty_answers(config, corpus, tokenizer),
         held_out_lib.unknown_note(tokenizer, corpus.validation.tokens),
     )
+
+
+def _check_overrides(config: Config, named: Tokenizer) -> None:
+    """Raises UserError if an explicit option of the tokenizer contradicts the tokenizer at `tokenizer.path`."""
+    for name in ("kind", "vocab_size"):
+        value, expected = getattr(config.tokenizer, name), getattr(named, name)
+        if f"tokenizer.{name}" in config.explicit and value != expected and not config.init_from:
+            raise UserError(
+                f"tokenizer.{name}={value} contradicts tokenizer.path={config.tokenizer.path}, whose tokenizer has "
+                f"tokenizer.{name}={expected}; leave tokenizer.{name} out, or tokenizer.path to train a tokenizer"
+            )
 
 
 def _empty_answers(config: Config, corpus: Corpus, tokenizer: Tokenizer) -> int:
