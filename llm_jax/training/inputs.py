@@ -166,6 +166,7 @@ def _with_prompts(config: Config, corpus: Corpus, tokenizer: Tokenizer) -> Confi
 def describe(config: Config, inputs: Inputs) -> str:
     """Lines about the text and the tokenizer."""
     t, source, size = inputs.tokenizer, inputs.source, config.tokenizer.vocab_size
+    default_size = configuration.default("tokenizer").vocab_size
     held_out = (
         f"{inputs.num_tokens[1]:,} held out" if inputs.held_out else "nothing held out (data.validation_fraction=0)"
     )
@@ -182,6 +183,8 @@ def describe(config: Config, inputs: Inputs) -> str:
         )
     if _is_default_size(config) and t.kind in tokenizers.SIZED and t.vocab_size < size:
         line += f"\nnote: the vocabulary has {t.vocab_size} ids, all that the text allows; the default is {size}"
+    if not _is_default_size(config) and t.kind == "byte" and size not in (t.vocab_size, default_size):
+        line += f"\nnote: tokenizer.vocab_size={size} has no effect with tokenizer.kind='byte', which has {t.vocab_size} ids"
     held_out_share = inputs.num_tokens[1] / max(sum(inputs.num_tokens), 1)
     if config.data.kind == "text" and held_out_share > 2 * config.data.validation_fraction > 0:
         line += (

@@ -20,7 +20,7 @@ from llm_jax.model.transformer import Transformer
 from llm_jax.parallel import processes
 from llm_jax.schema import Config, ModelConfig, choice
 from llm_jax.tokenizers import Tokenizer
-from llm_jax.training import losses, machine_choice, optim
+from llm_jax.training import losses, machine_choice, optim, without_effect
 
 # Options that may change when a run is resumed: keys, or sections that end with a dot.
 _RESUMABLE = (
@@ -161,7 +161,7 @@ def _with_hashes(config: Config) -> dict[str, Any]:
 
 
 def notes(start: Start) -> Iterator[str]:
-    """Returns notes on options that differ from `init_from`, on a changed schedule, and on untrained positions."""
+    """Notes on a changed schedule, untrained positions, and options that have no effect or differ from `init_from`."""
     for text in start.damaged:
         yield f"note: {text}; it is deleted (checkpoint.on_damage=previous)"
     if start.step and start.previous and start.previous.train.steps != start.config.train.steps:
@@ -175,6 +175,8 @@ def notes(start: Start) -> Iterator[str]:
                 f"note: {steps}: with optim.schedule={start.config.optim.schedule} {rates}; constant, inverse_sqrt and "
                 "wsd before its decay continue without a jump"
             )
+    if not start.step:
+        yield from without_effect.notes(start.config)
     if not (start.step or start.origin) and (note := _untrained_positions(start.config)):
         yield note
     if start.origin:
