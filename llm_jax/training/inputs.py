@@ -184,7 +184,8 @@ def describe(config: Config, inputs: Inputs) -> str:
     if _is_default_size(config) and t.kind in tokenizers.SIZED and t.vocab_size < size:
         line += f"\nnote: the vocabulary has {t.vocab_size} ids, all that the text allows; the default is {size}"
     if not _is_default_size(config) and t.kind == "byte" and size not in (t.vocab_size, default_size):
-        line += f"\nnote: tokenizer.vocab_size={size} has no effect with tokenizer.kind='byte', which has {t.vocab_size} ids"
+        ids = f"which has {t.vocab_size} ids"
+        line += f"\nnote: tokenizer.vocab_size={size} has no effect with tokenizer.kind='byte', {ids}"
     held_out_share = inputs.num_tokens[1] / max(sum(inputs.num_tokens), 1)
     if config.data.kind == "text" and held_out_share > 2 * config.data.validation_fraction > 0:
         line += (
