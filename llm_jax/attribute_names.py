@@ -1,5 +1,7 @@
 """Attributes of other libraries, and what does the same here. This module imports nothing of the package."""
 
+from collections.abc import Mapping
+
 # Attributes that modules, models and tokenizers of other codebases have, and what does the same here.
 ATTRIBUTES = {
     "apply_chat_template": "llm_jax.apply_chat_template(tokenizer, messages)",
@@ -63,6 +65,25 @@ ATTRIBUTES = {
     "TrainingArguments": "llm_jax.config",
 }
 
+# Attributes of models alone: those of torch.nn.Module, and of nanoGPT.
+_SAME_ALWAYS = "not needed: no layer depends on whether the model trains"
+_PLACED = "jax.device_put(params, device): the model has no weights"
+_CAST = "llm_jax.load(name, dtype=...), or the option model.precision.compute: the model has no weights"
+MODEL_ATTRIBUTES = ATTRIBUTES | {
+    "bfloat16": _CAST,
+    "crop_block_size": "not needed: the model accepts all shorter texts; train.seq_len is the length of rows",
+    "cpu": _PLACED,
+    "cuda": _PLACED,
+    "eval": _SAME_ALWAYS,
+    "float": _CAST,
+    "half": _CAST,
+    "named_parameters": "llm_jax.trees.flatten(params), {name: weight}",
+    "requires_grad_": "the argument of jax.grad; the options of lora train adapters over frozen weights",
+    "to": _PLACED,
+    "train": f"{_SAME_ALWAYS}; llm_jax.train(config, workdir) trains",
+    "zero_grad": "not needed: jax.grad returns new gradients",
+}
+
 # Keyword arguments of the forward pass of other codebases, and what does the same here.
 FORWARD_KEYWORDS = {
     "attention_mask": "where=Tokens(positions, segments) of llm_jax.model.attention; segment 0 is padding",
@@ -80,7 +101,7 @@ FORWARD_KEYWORDS = {
 }
 
 
-def no_attribute(owner: str, name: str) -> AttributeError:
+def no_attribute(owner: str, name: str, table: Mapping[str, str] = ATTRIBUTES) -> AttributeError:
     """The error for an attribute that `owner` lacks, with what does the same if another codebase has it."""
-    cure = f"; here it is {ATTRIBUTES[name]}" if name in ATTRIBUTES else ""
+    cure = f"; here it is {table[name]}" if name in table else ""
     return AttributeError(f"{owner} has no attribute '{name}'{cure}")

@@ -20,10 +20,10 @@ import pathlib
 import runpy
 import tomllib
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
-from llm_jax import extensions
+from llm_jax import derived, extensions
 from llm_jax.errors import UserError
 from llm_jax.option_names import RENAMED, nearest, options
 from llm_jax.schema import BoolOrAuto, Config, EmbeddingsConfig, Rules, choice, type_text
@@ -74,6 +74,8 @@ def load(
     nested = _nested(source)
     _refuse_other_command(source, nested, cls)
     mapping = _complete(nested, cls)
+    if isinstance(source, str | os.PathLike) and find(source).is_dir():
+        derived.follow_again(mapping, _leaves(overrides or {}))
     for key, value in (overrides or {}).items():
         _set(mapping, key, value, cls)
     config = build(mapping, cls)
@@ -83,14 +85,17 @@ def load(
     explicit = {key for key, value in flat(config).items() if value != before[key]}
     if not config.lora.rank:  # a recipe may prepare options of adapters, which have an effect once there is a rank
         explicit = {key for key in explicit if not key.startswith("lora.")}
-    explicit |= _leaves(overrides or {})
-    if isinstance(source, Config):
-        explicit |= source.explicit
-    elif isinstance(source, Mapping):
-        explicit |= _leaves(source)
-    elif isinstance(source, str | os.PathLike) and find(source).suffix != ".py":  # a partial file, or a run
-        explicit |= _leaves(read(source))
+    partial = isinstance(source, Mapping) or (isinstance(source, str | os.PathLike) and find(source).suffix != ".py")
+    first = source.explicit if isinstance(source, Config) else _leaves(nested) if partial else frozenset()
+    for keys in (first, _leaves(overrides or {})):
+        explicit = _overridden(config, explicit, keys)
     return dataclasses.replace(config, explicit=frozenset(explicit))
+
+
+def _overridden(config: Config, explicit: Iterable[str], keys: Iterable[str]) -> set[str]:
+    """The explicit keys after an override of `keys`. A tokenizer.path replaces the kind and size set before it."""
+    is_path = "tokenizer.path" in keys and config.tokenizer.path
+    return {*explicit}.difference(("tokenizer.kind", "tokenizer.vocab_size") if is_path else ()) | {*keys}
 
 
 def read(source: str | os.PathLike[str]) -> dict[str, Any]:
@@ -258,7 +263,7 @@ def replace(config: Any, changes: Mapping[str, Any], prefix: str = "") -> Any:
         _set(mapping, key, value, type(config), prefix)
     changed = build(mapping, type(config), prefix)
     return (
-        dataclasses.replace(changed, explicit=config.explicit | _leaves(changes))
+        dataclasses.replace(changed, explicit=frozenset(_overridden(changed, config.explicit, _leaves(changes))))
         if isinstance(config, Config)
         else changed
     )

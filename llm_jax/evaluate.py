@@ -82,6 +82,9 @@ def main(f: cli.Flags) -> None:
     if joined := [name for name in f.checkpoint if "," in name and not pathlib.Path(name).exists()]:
         repeated = " ".join(f"--checkpoint={name}" for name in joined[0].split(","))
         raise UserError(f"--checkpoint={joined[0]}: no such directory; did you mean {repeated}?")
+    if twice := [name for name in f.checkpoint if f.checkpoint.count(name) > 1]:
+        count = f.checkpoint.count(twice[0])
+        raise UserError(f"--checkpoint={twice[0]} is given {count} times; expected different checkpoints")
     if bool(f.task) + bool(f.harness) + bool(f.data) > 1:
         raise UserError("--task, --harness and --data are different evaluations; choose one")
     if f.task:
@@ -230,10 +233,7 @@ def _measure(f: cli.Flags, held_out: _HeldOut, source: Any, by_unit: bool = Fals
     if by_unit:
         sizes = corpus_lib.open_split(split.directory)[1]
         loss_of_tokens = compiled(lambda params, batch: losses.token_losses(model, params, batch))
-        return {
-            "units": paired.bits_by_document(loss_of_tokens, params, windows, sizes, batch_size, device),
-            "tokens": len(split.tokens),
-        }
+        return {"units": paired.bits_by_document(loss_of_tokens, params, windows, sizes, batch_size, device)}
     if held_out.is_masked:
         windows = masking.hider(held_out.config.loss, tokenizer)(windows, 0)
     loss = compiled(lambda params, batch: losses.language_model(model, params, batch, 0))
@@ -293,7 +293,7 @@ def _compare_text(f: cli.Flags, several: list[_HeldOut], source: Any, compressed
     columns = [(value.replace("_", " "), [f"{row['value']:.4f}" for row in figures])]
     if not accuracies:
         columns.insert(0, ("window", [f"{held_out.length:,}" for held_out in several]))
-        columns.insert(0, ("tokens", [f"{figures['tokens']:,}" for figures in measured]))
+        columns.insert(0, ("tokens", [f"{unit.targets:,}" for unit in units]))
     packed = "".join(f"; {name} {bits:.3f}" for name, bits in compressed.items())
     noun = "examples" if accuracies or several[0].data.kind != "text" else "documents"
     left_out = len(units[0].sizes) - figures[0]["units"]
@@ -303,7 +303,7 @@ def _compare_text(f: cli.Flags, several: list[_HeldOut], source: Any, compressed
     if any(row.get("low", 0) is None and math.isfinite(row["difference"]) for row in figures):
         print(
             f"no interval: the {figures[0]['units']:,} {noun} correspond to fewer than {intervals.FEWEST_UNITS} of "
-            "equal size, because a few of them contain most of the bytes"
+            "equal size, because there are few or a few contain most of the bytes; --data=PATH measures another text"
         )
 
 

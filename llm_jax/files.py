@@ -258,15 +258,18 @@ def check_reachable(path: pathlib.Path) -> None:
 def check_writable(directory: pathlib.Path) -> None:
     """Raises UserError if a local directory cannot be created or written to, without creating it.
 
-    `make_directory` detects more cases. This check comes before minutes of work whose result belongs there.
+    This check comes before minutes of work whose result belongs there. It creates and removes a directory of another
+    name, because some file systems, such as /proc, refuse what their permissions allow.
     """
     if objects.is_object(directory):
         return
     existing = next(path for path in (directory, *directory.parents) if os.path.exists(path))  # noqa: PTH110
     if not existing.is_dir():
         raise UserError(f"{directory}: cannot be written to ({existing} is not a directory)")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"{directory}: cannot be written to (no permission to write to {existing})")
+    try:
+        pathlib.Path(tempfile.mkdtemp(prefix=".writable-", dir=existing)).rmdir()
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be written to ({existing}: {error.strerror})") from error
 
 
 def make_directory(directory: pathlib.Path) -> None:

@@ -70,7 +70,7 @@ def test_a_missing_key_is_named():
         ("--config.optim.decay_rules=(('x',0.0),('.*',1.0))", "the rule 'x' matches no parameter"),
         ("--config.data.source=/nowhere/text", "no such file"),
         ("--config.init_from=/nowhere/run", "no such directory"),
-        ("--config.train.seq_len=4000000", "fewer than one sequence"),
+        ("--config.train.seq_len=4000000", "rows of train.seq_len=4000000 tokens with"),
     ],
 )
 def test_bad_flags_end_in_one_line_and_exit_code_2(command, tmp_path, flag, message):

@@ -193,6 +193,15 @@ def test_attributes_of_other_libraries(name, message):
         getattr(llm_jax, name)
 
 
+@pytest.mark.parametrize(
+    ("name", "cure"),
+    [("eval", "not needed"), ("crop_block_size", "not needed"), ("to", "jax.device_put"), ("train", "not needed")],
+)
+def test_an_attribute_of_torch_modules_names_what_does_the_same(make, name, cure):
+    with pytest.raises(AttributeError, match=f"Transformer has no attribute '{name}'; here it is {cure}"):
+        getattr(make()[0], name)
+
+
 def test_attributes_of_what_load_returns():
     loaded = Loaded(None, {}, HubTokenizer(forms.bytelevel_json(), {}))
     assert not hasattr(loaded, "zzz") and loaded._fields == ("model", "params", "tokenizer")

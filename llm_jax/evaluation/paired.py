@@ -21,11 +21,13 @@ class Units:
       values: float64 (units,): bits of each document, or 1.0 for each example that is right.
       sizes: float64 (units,): bytes of each document; ones for examples.
       measured: bool (units,): the units that were measured; examples that do not fit into a window are left out.
+      targets: number of predicted tokens of all documents; 0 for the examples of a task.
     """
 
     values: np.ndarray
     sizes: np.ndarray
     measured: np.ndarray
+    targets: int = 0
 
 
 def bits_by_document(
@@ -45,17 +47,18 @@ def bits_by_document(
       batch_size: rows at a time.
       sharding: of a batch.
     """
-    bits, measured = np.zeros(len(sizes)), np.zeros(len(sizes), bool)
+    bits, measured, targets = np.zeros(len(sizes)), np.zeros(len(sizes), bool), 0
     steps = -(-len(rows) // batch_size)
     stream = batches(rows, 0, steps, batch_size, sharding)
     for step, batch in enumerate(bars.bar(stream, "evaluating", steps, leave=False, delay=2)):
-        nats_BT, segments_BT = jax.device_get((loss(params, batch), batch["segments"]))
+        nats_BT, segments_BT, mask_BT = jax.device_get((loss(params, batch), batch["segments"], batch["mask"]))
+        targets += int(mask_BT.sum())
         for row in range(min(batch_size, len(rows) - step * batch_size)):
             inside = segments_BT[row] > 0
             documents = rows.documents(step * batch_size + row)[segments_BT[row][inside] - 1]
             np.add.at(bits, documents, nats_BT[row][inside].astype(np.float64) / math.log(2))
             measured[documents] = True
-    return Units(bits, sizes.astype(np.float64), measured)
+    return Units(bits, sizes.astype(np.float64), measured, targets)
 
 
 def compare(units: Sequence[Units], *, proportions: bool) -> list[dict[str, Any]]:

@@ -103,8 +103,8 @@ class Transformer(Module):
             try:
                 return super().__getattr__(name)
             except AttributeError:
-                if name in attribute_names.ATTRIBUTES:
-                    raise attribute_names.no_attribute("Transformer", name) from None
+                if name in (table := attribute_names.MODEL_ATTRIBUTES):
+                    raise attribute_names.no_attribute("Transformer", name, table) from None
                 raise
 
         @nn.nowrap

@@ -162,10 +162,12 @@ def short_keys(keys: Iterable[str]) -> dict[str, str]:
 
 
 def split(text: str, separator: str, flag: str = "--grid") -> list[str]:
-    """The parts of a text between separators outside of brackets and quotes, without empty ones.
+    """The parts of a text between separators outside of brackets and quotes.
+
+    Empty parts, as after a last ";", are left out.
 
     Raises:
-      UserError: a bracket or quote is not closed; `flag` names the text.
+      UserError: a bracket or quote is not closed, or there is no value before or after a comma; `flag` names the text.
     """
     parts, depth, quote = [""], 0, ""
     for character in text:
@@ -181,6 +183,8 @@ def split(text: str, separator: str, flag: str = "--grid") -> list[str]:
             parts[-1] += character
     if depth or quote:
         raise UserError(f"{flag}: '{text.strip()}' has an unclosed {'quote' if quote else 'bracket'}")
+    if separator == "," and not all(part.strip() for part in parts):
+        raise UserError(f"{flag}: '{text.strip()}' has an empty value before or after a comma")
     return [part.strip() for part in parts if part.strip()]
 
 

@@ -229,8 +229,8 @@ def _checkpoints(config: Config) -> int:
 def check_batch(setup: Setup) -> None:
     """Refuses a batch that cannot fit, before its rows are built: that would take minutes and end without a message.
 
-    A lower bound is compared with the memory that is free: the int32 arrays of the batch, and the embeddings of the
-    tokens of a micro-batch.
+    A lower bound is compared with the memory that is free: the int32 arrays of the batch, and of a micro-batch the
+    embeddings of the tokens and the float32 scores of a layer, unless its attention kernel is fused.
 
     Raises:
       UserError: the batch needs more memory than is free on a device, or in the machine for CPUs.
@@ -240,12 +240,15 @@ def check_batch(setup: Setup) -> None:
     on_cpu = devices[0].platform == "cpu"
     share = (sum(d.process_index == jax.process_index() for d in devices) if on_cpu else 1) / len(devices)
     tokens = c.batch_size * c.seq_len
-    activations = tokens // c.grad_accumulation * model.width * jnp.dtype(model.precision.compute).itemsize
-    needed = share * (tokens * len(rows.NAMES) * 4 + activations)
+    of_token = model.width * jnp.dtype(model.precision.compute).itemsize
+    if setup.attention_kernel.split()[0] in ("plain", "xla"):
+        of_token += model.num_heads * c.seq_len * 4
+    needed = share * (tokens * len(rows.NAMES) * 4 + tokens // c.grad_accumulation * of_token)
     if free is not None and needed > free:
         raise UserError(
             f"train.batch_size={c.batch_size} rows of train.seq_len={c.seq_len} tokens with model.width={model.width} "
-            f"need more than {_size(needed)}, and {_size(free)} are free; lower one of them"
+            f"and model.num_heads={model.num_heads} need more than {_size(needed)}, and {_size(free)} are free; lower "
+            "one of them, or raise train.grad_accumulation"
         )
 
 

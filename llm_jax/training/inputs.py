@@ -78,6 +78,7 @@ def load(config: Config, start: Start | None = None, engine: str = "local") -> I
         )
     named = vocabulary.named_tokenizer(t.path, resumed_tokenizer, t.chat_template) if t.path else None
     if named:
+        _check_overrides(config, named)
         size = dataclasses.replace(config.tokenizer, kind=named.kind, vocab_size=named.vocab_size)
         config = dataclasses.replace(config, tokenizer=size)
     source = kinds.open_source(config.data, engine=engine)
@@ -120,6 +121,17 @@ def load(config: Config, start: Start | None = None, engine: str = "local") -> I
     )
 
 
+def _check_overrides(config: Config, named: Tokenizer) -> None:
+    """Raises UserError if an explicit option of the tokenizer contradicts the tokenizer at `tokenizer.path`."""
+    for name in ("kind", "vocab_size"):
+        value, expected = getattr(config.tokenizer, name), getattr(named, name)
+        if f"tokenizer.{name}" in config.explicit and value != expected and not config.init_from:
+            raise UserError(
+                f"tokenizer.{name}={value} contradicts tokenizer.path={config.tokenizer.path}, whose tokenizer has "
+                f"tokenizer.{name}={expected}; leave tokenizer.{name} out, or tokenizer.path to train a tokenizer"
+            )
+
+
 def _empty_answers(config: Config, corpus: Corpus, tokenizer: Tokenizer) -> int:
     """The number of training examples with as many counted bytes as an empty answer, which may be those of markers."""
     if config.data.kind not in ("instructions", "preferences") or corpus.train.directory is None:
@@ -154,6 +166,7 @@ def _with_prompts(config: Config, corpus: Corpus, tokenizer: Tokenizer) -> Confi
 def describe(config: Config, inputs: Inputs) -> str:
     """Lines about the text and the tokenizer."""
     t, source, size = inputs.tokenizer, inputs.source, config.tokenizer.vocab_size
+    default_size = configuration.default("tokenizer").vocab_size
     held_out = (
         f"{inputs.num_tokens[1]:,} held out" if inputs.held_out else "nothing held out (data.validation_fraction=0)"
     )
@@ -170,6 +183,9 @@ def describe(config: Config, inputs: Inputs) -> str:
         )
     if _is_default_size(config) and t.kind in tokenizers.SIZED and t.vocab_size < size:
         line += f"\nnote: the vocabulary has {t.vocab_size} ids, all that the text allows; the default is {size}"
+    if not _is_default_size(config) and t.kind == "byte" and size not in (t.vocab_size, default_size):
+        ids = f"which has {t.vocab_size} ids"
+        line += f"\nnote: tokenizer.vocab_size={size} has no effect with tokenizer.kind='byte', {ids}"
     held_out_share = inputs.num_tokens[1] / max(sum(inputs.num_tokens), 1)
     if config.data.kind == "text" and held_out_share > 2 * config.data.validation_fraction > 0:
         line += (

@@ -17,7 +17,7 @@ import optax
 from jax.sharding import NamedSharding
 from optax import contrib
 
-from llm_jax import extensions, trees, weights
+from llm_jax import derived, extensions, trees, weights
 from llm_jax.errors import UserError
 from llm_jax.parallel import mesh as mesh_lib
 from llm_jax.schema import OptimConfig, Rules, choice
@@ -77,7 +77,7 @@ SCHEDULES: dict[str, Callable[[OptimConfig, int], optax.Schedule]] = {
 
 def warmup_steps(config: OptimConfig, steps: int) -> int:
     """The number of warm-up steps: `optim.warmup_steps`, or a fourteenth of all steps if it is -1."""
-    return steps // 14 if config.warmup_steps < 0 else config.warmup_steps
+    return derived.warmup_steps(steps) if config.warmup_steps < 0 else config.warmup_steps
 
 
 def schedule(config: OptimConfig, steps: int) -> optax.Schedule:

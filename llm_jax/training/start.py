@@ -20,7 +20,7 @@ from llm_jax.model.transformer import Transformer
 from llm_jax.parallel import processes
 from llm_jax.schema import Config, ModelConfig, choice
 from llm_jax.tokenizers import Tokenizer
-from llm_jax.training import losses, machine_choice, optim
+from llm_jax.training import losses, machine_choice, optim, without_effect
 
 # Options that may change when a run is resumed: keys, or sections that end with a dot.
 _RESUMABLE = (
@@ -98,17 +98,17 @@ def find(config: Config, workdir: pathlib.Path | None = None) -> Start:
         config = _from_checkpoint(config, origin.config, origin.tokenizer, origin.name)
     if config.optim.warmup_steps < 0:
         steps = recorded.optim.warmup_steps if recorded else optim.warmup_steps(config.optim, config.train.steps)
-        if recorded and steps >= config.train.steps:
-            raise UserError(
-                f"{workdir} was started with train.steps={recorded.train.steps}, whose warm-up takes {steps} steps, "
-                f"and train.steps is now {config.train.steps}; raise it or give another --workdir"
-            )
         config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, warmup_steps=steps))
     if config.eval.final_rows < 0:
         rows = config.eval.rows if "eval.rows" in config.explicit else 0
         config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, final_rows=rows))
     if recorded and workdir:
         _refuse_another_run(workdir, recorded, config)
+        if (warmup := config.optim.warmup_steps) >= config.train.steps:
+            raise UserError(
+                f"{workdir} contains a run whose warm-up takes {warmup} steps, and train.steps is now "
+                f"{config.train.steps}; raise it or give another --workdir"
+            )
     start = Start(config, origin, saved, record, recorded, damaged)
     if start.step > config.train.steps:
         raise UserError(
@@ -161,7 +161,7 @@ def _with_hashes(config: Config) -> dict[str, Any]:
 
 
 def notes(start: Start) -> Iterator[str]:
-    """Returns notes on options that differ from `init_from`, on a changed schedule, and on untrained positions."""
+    """Notes on a changed schedule, untrained positions, and options that have no effect or differ from `init_from`."""
     for text in start.damaged:
         yield f"note: {text}; it is deleted (checkpoint.on_damage=previous)"
     if start.step and start.previous and start.previous.train.steps != start.config.train.steps:
@@ -175,6 +175,8 @@ def notes(start: Start) -> Iterator[str]:
                 f"note: {steps}: with optim.schedule={start.config.optim.schedule} {rates}; constant, inverse_sqrt and "
                 "wsd before its decay continue without a jump"
             )
+    if not start.step:
+        yield from without_effect.notes(start.config)
     if not (start.step or start.origin) and (note := _untrained_positions(start.config)):
         yield note
     if start.origin:
@@ -232,7 +234,7 @@ def _from_checkpoint(config: Config, model: ModelConfig, tokenizer: Tokenizer | 
             f"{name}: trained on '{tokenizer.kind}' tokens; config key 'tokenizer.kind' is '{config.tokenizer.kind}'"
         )
     size = config.tokenizer.vocab_size
-    if "tokenizer.vocab_size" in config.explicit and size != tokenizer.vocab_size and not config.tokenizer.path:
+    if "tokenizer.vocab_size" in config.explicit and size != tokenizer.vocab_size:
         raise UserError(f"{name}: its tokenizer has {tokenizer.vocab_size} ids; 'tokenizer.vocab_size' is {size}")
     sized = dataclasses.replace(config.tokenizer, kind=tokenizer.kind, vocab_size=tokenizer.vocab_size)
     return dataclasses.replace(config, tokenizer=sized)
@@ -254,6 +256,7 @@ def _refuse_another_run(workdir: pathlib.Path, before: Config, now: Config) -> N
         changed = [k for k in changed if k not in ("tokenizer.kind", "tokenizer.vocab_size")]
     if changed:
         differences = "; ".join(f"{k} was {old[k]!r}, now {new[k]!r}" for k in changed[:4])
+        differences += f"; and {len(changed) - 4} more" if len(changed) > 4 else ""
         raise UserError(f"{workdir} contains another run ({differences}); choose another --workdir")
 
 

@@ -19,6 +19,15 @@ def source(request, tmp_path):
     return path
 
 
+@pytest.mark.parametrize("size", [300, 259, 2048])
+def test_a_size_that_bytes_do_not_have_is_noted(size, tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    changes = {"data.source": str(tmp_path / "text.txt"), "data.cache_dir": str(tmp_path), "tokenizer.kind": "byte"}
+    config = llm_jax.config("default", changes | {"train.seq_len": 16, "tokenizer.vocab_size": size})
+    note = f"note: tokenizer.vocab_size={size} has no effect with tokenizer.kind='byte', which has 259 ids"
+    assert (note in inputs.describe(config, inputs.load(config)).splitlines()) == (size == 300)
+
+
 @pytest.mark.parametrize("kind", tokenizers.SIZED)
 def test_the_default_size_is_lowered_and_an_explicit_one_is_refused(kind, source, tmp_path):
     def load(**overrides):

@@ -61,6 +61,7 @@ def test_a_document_that_dominates_leaves_no_interval_and_valid_json(monkeypatch
     evaluate._compare_text(types.SimpleNamespace(json=False, data=""), several, None, {})
     out = capsys.readouterr().out
     assert "+1.0000 (no interval)" in out and "31 documents correspond to fewer than 5 of equal size" in out
+    assert "--data=PATH measures another text" in out
 
 
 def test_the_interval_of_matched_pairs_is_that_of_the_paper():
@@ -94,6 +95,7 @@ def test_every_target_counts_for_its_document(rows):
     fits = np.array([len(document) - 1 <= rows.seq_len for document in documents])
     if isinstance(rows, Rows):
         np.testing.assert_allclose(units.values * math.log(2), sums, rtol=1e-6)
+        assert units.targets == len(rows.split.tokens) - len(documents)
     else:
         pairs = fits.reshape(-1, 2).all(1).repeat(2) if isinstance(rows, Pairs) else fits
         assert (units.measured == (pairs & (sums > 0))).all() and not pairs.all()
@@ -130,11 +132,14 @@ def test_held_out_text_of_two_tokenizers(command, trained, other, text_file, tmp
     assert second["difference"] == pytest.approx(second["bits_per_byte"] - first["bits_per_byte"])
     assert second["low"] < second["difference"] < second["high"] < 0 and "difference" not in first
     table = command("evaluate", *flags).stdout.splitlines()
+    for line, figures in zip(table[2:], alone, strict=False):  # tokens that are predicted, as of one checkpoint
+        assert f" {figures['tokens']:,.0f} " in line
     assert re.search(r"documents measured by all; gzip -9 \d", table[0]) and len(table) == 4
     assert re.search(rf"{re.escape(str(other))} .* -\d\.\d{{4}} \(-\d\.\d{{4}} to -\d\.\d{{4}}\)$", table[3])
     for wrong, message in (
         (flags[:2], "are not measured on the same text (data.source is"),
         ([*flags[:2], "--harness=piqa"], "--harness evaluates one --checkpoint"),
+        ([flags[0], *flags], f"{flags[0]} is given 2 times; expected different checkpoints"),
     ):
         said = command("evaluate", *wrong, code=2).stderr
         assert message in said and said.count("\n") == 1

@@ -47,6 +47,8 @@ def test_a_grid_gives_its_points_in_order(text, points):
         ("optim.lr=loguniform(0, 1, 3)", "positive numbers"),
         ("optim.lr=uniform(0, 1)", "FROM, TO, COUNT"),
         ("report.to=('a'", "unclosed bracket"),
+        ("optim.lr=1e-3,,3e-3", "'1e-3,,3e-3' has an empty value"),
+        ("train.seed=0,", "'0,' has an empty value"),
         ("train.seed=0..1000; model.width=1..1000", "at most 100,000"),
     ],
 )

@@ -3,10 +3,11 @@ import re
 import pytest
 import tokenizers as library
 
-from llm_jax import checkpoints, tokenizers
+from llm_jax import checkpoints, configuration, tokenizers
 from llm_jax.data import text_blocks
 from llm_jax.errors import UserError
 from llm_jax.tokenizers import token_text
+from llm_jax.training import inputs
 
 
 def test_a_tokenizer_is_trained_and_shown(command, text_file, tmp_path):
@@ -54,6 +55,23 @@ def test_a_run_takes_a_tokenizer_and_goes_on_with_no_other(command, text_file, t
         and "train_tokenizer" in nothing
         and len(nothing.strip().splitlines()) == 1
     )
+
+
+def test_a_set_kind_or_size_that_contradicts_the_path_is_refused_and_a_recipes_is_replaced(text_file, cache, tmp_path):
+    tokenizers.save(tokenizers.get("char").train(["the model"], 60), tmp_path / "w")
+    data = {"data.cache_dir": str(cache), "data.source": "/nowhere", "tokenizer.path": str(tmp_path / "w")}
+    for key, value in (("tokenizer.kind", "byte"), ("tokenizer.vocab_size", 300)):
+        with pytest.raises(UserError, match=f"{key}={value} contradicts tokenizer.path={tmp_path}") as refused:
+            inputs.load(configuration.load("tiny", data | {key: value}))
+        assert "\n" not in str(refused.value)
+    recipe = configuration.load("tiny", {"tokenizer.kind": "byte"})  # a later path replaces an earlier kind
+    size = {"tokenizer.kind": "char", "tokenizer.vocab_size": 12}
+    for config in (configuration.load("tiny", data), configuration.replace(recipe, data), configuration.load(
+        configuration.load("tiny", data), size
+    )):  # fmt: skip
+        with pytest.raises(UserError, match="/nowhere"):
+            inputs.load(config)
+    assert "tokenizer.kind" in configuration.load(configuration.load("tiny", data), {"tokenizer.path": ""}).explicit
 
 
 def test_colours_tell_neighbours_apart_and_unknowns_are_red():

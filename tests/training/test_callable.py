@@ -262,6 +262,21 @@ def test_warm_up_is_a_share_of_the_run_by_default():
     assert start.find(default).config.optim.warmup_steps == 50
 
 
+def test_a_runs_default_warm_up_follows_other_steps_and_its_own_resumption_keeps_it(tmp_path):
+    run = start.find(llm_jax.config("default", {"train.steps": 420})).config
+    files.write_json(tmp_path / "config.json", configuration.as_dict(run))
+    changes = ({}, {"train.steps": 42}, {"train.steps": 42, "optim.warmup_steps": 5}, {"optim.lr": 1.0})
+    loaded = [configuration.load(tmp_path, change) for change in changes]
+    assert [start.find(config).config.optim.warmup_steps for config in loaded] == [30, 3, 5, 30]
+    longer = configuration.load(tmp_path, {"train.steps": 840})
+    assert start.find(longer, tmp_path).config.optim.warmup_steps == 30  # the run resumes with its schedule
+    with pytest.raises(UserError, match="warm-up takes 30 steps, and train.steps is now 30; raise it"):
+        start.find(configuration.load(tmp_path, {"train.steps": 30}), tmp_path)
+    with pytest.raises(UserError, match=r"another run \(model.width was 256, now 64;.* and 2 more\)"):
+        other = {"width": 64, "mlp_dim": 64, "num_heads": 2, "num_kv_heads": 2, "num_layers": 1}
+        start.find(llm_jax.config({"train.steps": 3, "model": other, "optim.lr": 1.0}), tmp_path)
+
+
 def test_a_bad_step_after_the_callback_stops_is_still_handled(config, tmp_path):
     """The step under way when the callback stops the run is collected with the others."""
     bad = configuration.replace(config, {"optim.lr": 1e30, "optim.clip_norm": 0.0})

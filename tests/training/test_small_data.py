@@ -3,7 +3,6 @@
 import dataclasses
 import io
 import json
-import os
 import re
 
 import numpy as np
@@ -62,20 +61,23 @@ def config_of(tmp_path):
 def test_a_batch_that_cannot_fit_is_refused_before_its_rows_are_built(config_of):
     """Building its rows would take minutes, during which a signal waits for the end of the step."""
     config = config_of("text", train__batch_size=10**9, train__grad_accumulation=10**3)
-    message = "train.batch_size=1000000000 rows of train.seq_len=100 tokens with model.width=[0-9]+ need more than "
+    message = (
+        "train.batch_size=1000000000 rows of train.seq_len=100 tokens with model.width=[0-9]+ and .* need more than "
+    )
     with pytest.raises(UserError, match=message):
         trainer.check(config)
+    with pytest.raises(UserError, match="need more than .* GiB"):  # the scores of its attention
+        trainer.check(config_of("text", data__source="no such text", train__seq_len=10**6))
 
 
-def test_a_workdir_that_cannot_be_written_is_refused_before_the_data_is_read(config_of, tmp_path, monkeypatch):
+def test_a_workdir_that_cannot_be_written_is_refused_before_the_data_is_read(config_of, tmp_path):
     config = config_of("text", data__source="no such text")
     (tmp_path / "file").write_text("")
     for workdir in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(UserError, match=r"cannot be written to \(.*file is not a directory\)"):
             trainer.train(config, workdir, verbose=False)
-    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
-    with pytest.raises(UserError, match="cannot be written to .no permission to write to"):
-        trainer.train(config, tmp_path / "a" / "b", verbose=False)
+    with pytest.raises(UserError, match=r"cannot be written to \(/proc: No such file"):  # though root has permission
+        trainer.train(config, "/proc/a/b", verbose=False)
 
 
 @pytest.mark.parametrize("name", FILES)

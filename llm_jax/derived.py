@@ -1,0 +1,21 @@
+"""Options that follow from others by default, and that a run records with the value that they had."""
+
+from collections.abc import Set
+from typing import Any
+
+
+def warmup_steps(steps: int) -> int:
+    """The default of `optim.warmup_steps` for `train.steps`."""
+    return steps // 14
+
+
+def follow_again(mapping: dict[str, Any], overridden: Set[str]) -> None:
+    """Restores the symbolic default of a recorded option, in place, if an override changes what it follows from.
+
+    Args:
+      mapping: the complete nested configuration of a run, before the overrides.
+      overridden: dotted keys of the overrides.
+    """
+    optim, steps = mapping["optim"], mapping["train"]["steps"]
+    if "train.steps" in overridden and optim["warmup_steps"] == warmup_steps(steps):
+        optim["warmup_steps"] = -1
