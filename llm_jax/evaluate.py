@@ -39,7 +39,7 @@ FLAGS.define_as_stored()
 FLAGS.define_activations()
 FLAGS.define_mesh()
 FLAGS.boolean("json", False, "print one JSON object instead of text")
-FLAGS.define_dtype("with --task or --harness: dtype of checkpoints that llm_jax did not train")
+FLAGS.define_dtype()
 FLAGS.string("task", "", "task to measure accuracy on: arithmetic, copying, sentiment, or a JSONL file of examples")
 FLAGS.string(
     "style",
@@ -66,7 +66,7 @@ NEEDS: cli.Needs = (
     *cli.MESH_NEEDS,
     (_OF_TASKS, "--task is not given", lambda f: f.task),
     (("chat_template",), "--chat is not given", lambda f: f.chat),
-    (("limit", "dtype"), "neither --task nor --harness is given", lambda f: f.task or f.harness),
+    (("limit",), "neither --task nor --harness is given", lambda f: f.task or f.harness),
     (("harness_path",), "--harness is not given", lambda f: f.harness),
     (("kind", "field", "whole_file"), "--data is not given", lambda f: f.data),
     (("seq_len", "stride"), "--task or --harness is given", lambda f: not (f.task or f.harness)),
@@ -197,7 +197,7 @@ def _measure(f: cli.Flags, held_out: _HeldOut, source: Any, by_unit: bool = Fals
     from llm_jax.training import losses
 
     model, params, tokenizer = held_out.checkpoint.load(
-        scan_layers=True, as_stored=f.as_stored, activations=f.activations, mesh=f.mesh
+        scan_layers=True, dtype=f.dtype, as_stored=f.as_stored, activations=f.activations, mesh=f.mesh
     )
     corpus = source.corpus(tokenizer)
     split = corpus.validation
@@ -348,9 +348,12 @@ def _ask(f: cli.Flags, name: str, task: Any, configs: list[Any], count: int) -> 
     loaded = loaded._replace(tokenizer=tokenizers.with_chat_template(loaded.tokenizer, f.chat_template))
     weights = hashlib.sha256(checkpoint.identity.encode()).hexdigest()[:16]
     settings = {"checkpoint": name, "weights": weights, "task": task.digest()}
-    settings |= {"dtype": f.dtype, "as_stored": f.as_stored}
+    precision = loaded.model.config.precision
+    settings |= {"dtype": precision.params, "as_stored": f.as_stored}
+    # Older records have none of the following keys.
+    settings |= {"compute": precision.compute} if precision.compute != precision.params else {}
     settings |= {"activations": f.activations} if f.activations != "float" else {}
-    settings |= {"chat_template": f.chat_template} if f.chat_template else {}  # older records have no such key
+    settings |= {"chat_template": f.chat_template} if f.chat_template else {}
     directory = pathlib.Path(f.output) if f.output else None
     if directory and len(f.checkpoint) > 1:  # a directory for each checkpoint
         directory /= f"{f.checkpoint.index(name)}-{pathlib.Path(name).name}"

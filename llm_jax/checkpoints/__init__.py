@@ -62,7 +62,7 @@ __all__ = [
 def load(
     name: str | os.PathLike[str],
     scan_layers: bool = False,
-    dtype: str = "float32",
+    dtype: str | None = None,
     as_stored: bool = False,
     base: str = "",
     activations: str = "float",
@@ -74,7 +74,8 @@ def load(
       name: as for `open`. Adapters are attached to their base; a run of adapters records its hash, which is checked.
       scan_layers: stack the layers for `jax.lax.scan`. False, one entry per layer, is faster for decoding, and is
         used in any case if layers hold weights of different kinds.
-      dtype: of parameters and computation; ignored for runs and adapters over them, which keep their own.
+      dtype: "float32", "bfloat16" or "float16", of parameters and computation. Quantized weights and the factors of
+        adapters keep their own. None: the dtypes of the run, or float32 for other checkpoints.
       as_stored: keep the quantized tensors of a .gguf file if a scheme of `llm_jax.kernels.number_formats` equals
         their format.
       base: of adapters, the checkpoint of their base; see `open`.
@@ -85,7 +86,7 @@ def load(
         cache too. "": the default device alone.
 
     Raises:
-      UserError: there is no checkpoint, or it is damaged or not supported.
+      UserError: there is no checkpoint, it is damaged or not supported, or the dtype is unknown.
     """
     return open(name, base).load(scan_layers, dtype, as_stored, activations, mesh)
 
