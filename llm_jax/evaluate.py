@@ -122,10 +122,10 @@ def _held_out(f: cli.Flags, name: str) -> _HeldOut:
 
     checkpoint = checkpoints.open(name, f.base)
     config = checkpoint.run_config
-    if config is None and not f.data:
+    if checkpoint.training_data is None and not f.data:
         raise UserError(f"{name} records no training data; set --data=FILE")
     data = configuration.default("data") if config is None else config.data
-    length = f.seq_len or (512 if config is None else config.train.seq_len)
+    length = f.seq_len or (checkpoints.WINDOW if config is None else config.train.seq_len)
     is_whole_text = bool(f.data)
     if f.data:
         data = dataclasses.replace(data, source=f.data, kind=f.kind or data.kind, field=f.field or data.field)
@@ -201,6 +201,12 @@ def _measure(f: cli.Flags, held_out: _HeldOut, source: Any, by_unit: bool = Fals
     )
     corpus = source.corpus(tokenizer)
     split = corpus.validation
+    if split.choices and corpus.test:
+        split = corpus.test
+    if not split.choices and not len(split.tokens):
+        raise UserError(f"{held_out.name} has no held-out data (data.validation_fraction=0); set --data=FILE")
+    text = f"{held_out.data.source}: {len(split.tokens):,} tokens"
+    print(f"evaluating {held_out.name} on {text}", file=sys.stderr, flush=True)
     mesh, rules = mesh_lib.mesh_of(params), held_out.checkpoint.mesh_rules
     shards = mesh_lib.row_shards(mesh) if mesh else 1
 
@@ -214,14 +220,12 @@ def _measure(f: cli.Flags, held_out: _HeldOut, source: Any, by_unit: bool = Fals
     device: Any = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     device = mesh_lib.batch_sharding(mesh, shards) if mesh else device
     if split.choices:
-        rows = Packed(corpus.test or split, held_out.length)
+        rows = Packed(split, held_out.length)
         indices, right = classification.right_answers(model, params, rows, divisible(f.batch_size), device)
         count = len(rows.split.offsets) - 1
         values, measured = np.zeros(count), np.zeros(count, bool)
         values[indices], measured[indices] = right, True
         return {"units": paired.Units(values, np.ones(count), measured), **classification.summary(right)}
-    if not len(split.tokens):
-        raise UserError(f"{held_out.name} has no held-out data (data.validation_fraction=0); set --data=FILE")
     if note := held_out_lib.unknown_note(tokenizer, split.tokens):
         print(note, file=sys.stderr)
     kind = held_out.data.kind

@@ -31,10 +31,15 @@ from llm_jax.checkpoints.run import Run, read_config
 from llm_jax.checkpoints.vocabulary import load_tokenizer
 from llm_jax.checkpoints.writer import Writer
 from llm_jax.errors import UserError
+from llm_jax.model import positions
 from llm_jax.model.transformer import Transformer
+from llm_jax.schema import Config, ModelConfig
 from llm_jax.tokenizers import Tokenizer
 
+WINDOW = 512  # tokens per window of text for models that record no train.seq_len
+
 __all__ = [
+    "WINDOW",
     "Adapters",
     "Checkpoint",
     "Gguf",
@@ -44,6 +49,7 @@ __all__ = [
     "Run",
     "Writer",
     "abstract_params",
+    "config_without_training",
     "find",
     "load",
     "load_separately",
@@ -147,11 +153,21 @@ def save(model: Any, params: Any = None, tokenizer: Any = None, path: Any = None
         for tree in (jax.eval_shape(trees.unstack, params), abstract_params(per_layer))
     )
     trees.check(shapes, expected, str(path))
-    default = configuration.default()
-    kind = dataclasses.replace(default.tokenizer, kind=tokenizer.kind, vocab_size=tokenizer.vocab_size)
-    config = dataclasses.replace(default, model=model.config, tokenizer=kind)
     with files.new_directory(path, durable=True) as partial:
-        write_run(partial, config, params, tokenizer)
+        write_run(partial, config_without_training(model.config, tokenizer), params, tokenizer)
+
+
+def config_without_training(model: ModelConfig, tokenizer: Tokenizer) -> Config:
+    """The configuration of a run directory for a model that `llm_jax.train` did not train; it has no `data.source`."""
+    default = configuration.default()
+    length = min(WINDOW, positions.make(model).max_length() or WINDOW)
+    return dataclasses.replace(
+        default,
+        model=model,
+        tokenizer=dataclasses.replace(default.tokenizer, kind=tokenizer.kind, vocab_size=tokenizer.vocab_size),
+        data=dataclasses.replace(default.data, source=""),
+        train=dataclasses.replace(default.train, seq_len=length),
+    )
 
 
 def write_run(

@@ -17,7 +17,7 @@ from llm_jax.model.stages import layout
 from llm_jax.model.transformer import Transformer
 from llm_jax.parallel import mesh as mesh_lib
 from llm_jax.parallel import processes
-from llm_jax.schema import CHECKPOINT_DTYPES, Config, ModelConfig, Rules
+from llm_jax.schema import CHECKPOINT_DTYPES, Config, DataConfig, ModelConfig, Rules
 from llm_jax.tokenizers import Tokenizer
 
 Shardings = Callable[[Any], Any]  # abstract parameters -> a `jax.sharding.Sharding` for every leaf
@@ -43,7 +43,7 @@ class Checkpoint(abc.ABC):
       form: "run", "adapters", "huggingface", "gguf" or "peft".
       path: the directory or file; for a run, the directory of one of its checkpoints.
       name: the name in records: asset:NAME, hf:ORG/NAME, or the absolute path.
-      run_config: the whole configuration, if `llm_jax.train` wrote the checkpoint; None for other forms.
+      run_config: the whole configuration of a run directory; None for other forms.
       base: the checkpoint that adapters adapt; None for other forms.
     """
 
@@ -58,6 +58,11 @@ class Checkpoint(abc.ABC):
     @property
     def run_config(self) -> Config | None:
         return None
+
+    @property
+    def training_data(self) -> DataConfig | None:
+        """The section `data` of the run that trained the model; None if the checkpoint records none."""
+        return self.run_config.data if self.run_config and self.run_config.data.source else None
 
     @property
     def base(self) -> "Checkpoint | None":
@@ -248,8 +253,8 @@ def check_geometry(own: ModelConfig, config: ModelConfig, name: str) -> None:
         trees.check(have, want, name)
 
 
-def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, path: pathlib.Path) -> None:
+def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, name: str | pathlib.Path) -> None:
     """Raises UserError if the tokenizer has more ids than the model; special tokens past the model's ids may exist."""
     regular = getattr(tokenizer, "regular_size", tokenizer.vocab_size)
     if regular > config.vocab_size:
-        raise UserError(f"{path}: the tokenizer has {regular} ids, the model only {config.vocab_size}")
+        raise UserError(f"{name}: the tokenizer has {regular} ids, the model only {config.vocab_size}")
