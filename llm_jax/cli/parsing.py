@@ -340,7 +340,7 @@ def _unknown_flag(name: str, command: Command, values: flags.FlagValues) -> str:
     if flag := next((flag for flag in option_names.OTHER_FLAGS.get(name, ()) if flag.split("=")[0] in values), None):
         return f"unknown flag --{name}; did you mean --{flag}?"
     is_option = command.config is not None and name in option_names.OTHER_NAMES
-    if not is_option and (explanation := unsupported_names.explanation(name)):
+    if not is_option and (explanation := unsupported_names.explanation(name, command.name)):
         return f"unknown flag --{name}; {explanation}"
     if command.config is not None and (option := option_names.resolve(name, command.config)):
         return f"unknown flag --{name}; did you mean --config.{option}?"
