@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from llm_jax import cli
 from llm_jax.errors import UserError
 from llm_jax.files import local_path
+from llm_jax.schema import CHECKPOINT_DTYPES
 
 if TYPE_CHECKING:
     from llm_jax.checkpoints import Checkpoint
@@ -35,7 +36,7 @@ FLAGS.enum(
     ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"],
     "with --to=gguf: tensor type of matrices that are not already quantized",
 )
-FLAGS.define_dtype("with --to=hf: dtype of the tensors")
+FLAGS.enum("dtype", "float32", CHECKPOINT_DTYPES, "with --to=hf: dtype of the tensors")
 NEEDS: cli.Needs = (
     (("format",), "--to=gguf is not given", lambda f: f.to == "gguf"),
     (("dtype",), "--to=hf is not given", lambda f: f.to == "hf"),

@@ -39,7 +39,7 @@ FLAGS.define_as_stored()
 FLAGS.define_activations()
 FLAGS.define_mesh()
 FLAGS.boolean("json", False, "print one JSON object instead of text")
-FLAGS.define_dtype("with --task or --harness: dtype of checkpoints that llm_jax did not train")
+FLAGS.define_dtype()
 FLAGS.string("task", "", "task to measure accuracy on: arithmetic, copying, sentiment, or a JSONL file of examples")
 FLAGS.string(
     "style",
@@ -66,7 +66,7 @@ NEEDS: cli.Needs = (
     *cli.MESH_NEEDS,
     (_OF_TASKS, "--task is not given", lambda f: f.task),
     (("chat_template",), "--chat is not given", lambda f: f.chat),
-    (("limit", "dtype"), "neither --task nor --harness is given", lambda f: f.task or f.harness),
+    (("limit",), "neither --task nor --harness is given", lambda f: f.task or f.harness),
     (("harness_path",), "--harness is not given", lambda f: f.harness),
     (("kind", "field", "whole_file"), "--data is not given", lambda f: f.data),
     (("seq_len", "stride"), "--task or --harness is given", lambda f: not (f.task or f.harness)),
@@ -125,10 +125,10 @@ def _held_out(f: cli.Flags, name: str) -> _HeldOut:
 
     checkpoint = checkpoints.open(name, f.base)
     config = checkpoint.run_config
-    if config is None and not f.data:
+    if checkpoint.training_data is None and not f.data:
         raise UserError(f"{name} records no training data; set --data=FILE")
     data = configuration.default("data") if config is None else config.data
-    length = f.seq_len or (512 if config is None else config.train.seq_len)
+    length = f.seq_len or (checkpoints.WINDOW if config is None else config.train.seq_len)
     is_whole_text = bool(f.data)
     if f.data:
         data = dataclasses.replace(data, source=f.data, kind=f.kind or data.kind, field=f.field or data.field)
@@ -200,10 +200,16 @@ def _measure(f: cli.Flags, held_out: _HeldOut, source: Any, by_unit: bool = Fals
     from llm_jax.training import losses
 
     model, params, tokenizer = held_out.checkpoint.load(
-        scan_layers=True, as_stored=f.as_stored, activations=f.activations, mesh=f.mesh
+        scan_layers=True, dtype=f.dtype, as_stored=f.as_stored, activations=f.activations, mesh=f.mesh
     )
     corpus = source.corpus(tokenizer)
     split = corpus.validation
+    if split.choices and corpus.test:
+        split = corpus.test
+    if not split.choices and not len(split.tokens):
+        raise UserError(f"{held_out.name} has no held-out data (data.validation_fraction=0); set --data=FILE")
+    text = f"{held_out.data.source}: {len(split.tokens):,} tokens"
+    print(f"evaluating {held_out.name} on {text}", file=sys.stderr, flush=True)
     mesh, rules = mesh_lib.mesh_of(params), held_out.checkpoint.mesh_rules
     shards = mesh_lib.row_shards(mesh) if mesh else 1
 
@@ -217,14 +223,12 @@ def _measure(f: cli.Flags, held_out: _HeldOut, source: Any, by_unit: bool = Fals
     device: Any = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     device = mesh_lib.batch_sharding(mesh, shards) if mesh else device
     if split.choices:
-        rows = Packed(corpus.test or split, held_out.length)
+        rows = Packed(split, held_out.length)
         indices, right = classification.right_answers(model, params, rows, divisible(f.batch_size), device)
         count = len(rows.split.offsets) - 1
         values, measured = np.zeros(count), np.zeros(count, bool)
         values[indices], measured[indices] = right, True
         return {"units": paired.Units(values, np.ones(count), measured), **classification.summary(right)}
-    if not len(split.tokens):
-        raise UserError(f"{held_out.name} has no held-out data (data.validation_fraction=0); set --data=FILE")
     if note := held_out_lib.unknown_note(tokenizer, split.tokens):
         print(note, file=sys.stderr)
     kind = held_out.data.kind
@@ -348,9 +352,12 @@ def _ask(f: cli.Flags, name: str, task: Any, configs: list[Any], count: int) -> 
     loaded = loaded._replace(tokenizer=tokenizers.with_chat_template(loaded.tokenizer, f.chat_template))
     weights = hashlib.sha256(checkpoint.identity.encode()).hexdigest()[:16]
     settings = {"checkpoint": name, "weights": weights, "task": task.digest()}
-    settings |= {"dtype": f.dtype, "as_stored": f.as_stored}
+    precision = loaded.model.config.precision
+    settings |= {"dtype": precision.params, "as_stored": f.as_stored}
+    # Older records have none of the following keys.
+    settings |= {"compute": precision.compute} if precision.compute != precision.params else {}
     settings |= {"activations": f.activations} if f.activations != "float" else {}
-    settings |= {"chat_template": f.chat_template} if f.chat_template else {}  # older records have no such key
+    settings |= {"chat_template": f.chat_template} if f.chat_template else {}
     directory = pathlib.Path(f.output) if f.output else None
     if directory and len(f.checkpoint) > 1:  # a directory for each checkpoint
         directory /= f"{f.checkpoint.index(name)}-{pathlib.Path(name).name}"

@@ -65,12 +65,10 @@ def main(f: cli.Flags) -> None:
     model, params, tokenizer = checkpoint.load()
     quant.check_finite(params, f.checkpoint)
     if checkpoint.run_config is None:
-        default = configuration.default()
-        kind = dataclasses.replace(default.tokenizer, kind=tokenizer.kind)
-        run_config, length = dataclasses.replace(default, model=model.config, tokenizer=kind), f.seq_len or 512
+        run_config, length = checkpoints.config_without_training(model.config, tokenizer), checkpoints.WINDOW
     else:
-        run_config = checkpoint.run_config
-        length = f.seq_len or run_config.train.seq_len
+        run_config, length = checkpoint.run_config, checkpoint.run_config.train.seq_len
+    length = f.seq_len or length
     before = weights.num_bytes(params)
     params, costs = lora.fold(params)
     existing_scheme = "has adapters over a quantized base, which are merged into its codes" if costs else ""
@@ -90,7 +88,7 @@ def main(f: cli.Flags) -> None:
     rows: list[Row] = []
     text = ""
     if not existing_scheme and calibrate.needs_text(planned, f.method):
-        if checkpoint.run_config is None and not f.data:
+        if checkpoint.training_data is None and not f.data:
             raise UserError(
                 f"--method={f.method} needs calibration text, and {f.checkpoint} records no training data; set "
                 "--data=FILE"
@@ -127,7 +125,8 @@ def main(f: cli.Flags) -> None:
             f"relative error of the merged updates after rounding: mean {sum(costs.values()) / len(costs):.3f} over "
             f"{len(costs)} weights, maximum {costs[worst]:.3f} ({worst})"
         )
-    print(f"wrote {output}; next: python -m llm_jax.evaluate --checkpoint={output}")
+    data = "" if saved.data.source else " --data=FILE"
+    print(f"wrote {output}; next: python -m llm_jax.evaluate --checkpoint={output}{data}")
 
 
 def _none(name: str) -> str:

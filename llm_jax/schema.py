@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 from llm_jax.errors import UserError
-from llm_jax.value_names import suggestion
+from llm_jax.value_names import expected
 
 Rules = tuple[tuple[str, Any], ...]  # (regular expression over names, value) pairs; the first match applies
 
@@ -24,6 +24,7 @@ Seed = Annotated[int, (0, 2**32 - 1)]
 MeshSize = Annotated[int, (-1, 2**31)]
 LoraVariant = Annotated[str, ("lora", "fa", "dora", "pissa", "loftq")]
 Dtype = Annotated[str, ("float32", "bfloat16", "float16", "float64")]
+CHECKPOINT_DTYPES = ("float32", "bfloat16", "float16")  # in which `llm_jax.load` and --dtype load a checkpoint
 DtypeOrAuto = Annotated[str, ("auto", "float32", "bfloat16", "float16", "float64")]
 # A bool, or the text "auto", which `training.setup` replaces before the option is used.
 BoolOrAuto = Annotated[bool, ("auto",)]
@@ -365,6 +366,5 @@ def choice(key: str, value: str, options: Mapping[str, Any] | tuple[str, ...]) -
       UserError: `value` is not in `options`; the message names the key and the choices.
     """
     if value not in options:
-        expected = f"expected one of {', '.join(sorted(options))}{suggestion(value, options)}"
-        raise UserError(f"config key '{key}' is {value!r}; {expected}")
+        raise UserError(f"config key '{key}' is {value!r}; {expected(value, sorted(options))}")
     return options[value] if isinstance(options, Mapping) else value

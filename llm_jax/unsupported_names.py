@@ -41,6 +41,7 @@ EXPLAINED: dict[str, str] = {
     "assistant_only_loss": (
         "data.kind=instructions counts the answers of the assistant only; data.kind=text counts every token"
     ),
+    "quant": "python -m llm_jax.quantize --scheme=nf4 writes a quantized checkpoint",
     "auto_find_batch_size": "train --dry_run estimates the memory of a train.batch_size",
     "attn_implementation": (
         "the attention kernel is chosen for the machine; model.attention_kernel chooses it in training"
@@ -187,8 +188,24 @@ EXPLAINED: dict[str, str] = {
 }
 
 
-def explanation(name: str) -> str:
-    """What holds or is done instead of the option or flag `name` of another codebase; "" if that is not known."""
+# Flags of other commands: (command, flag) -> what holds.
+_OF_COMMANDS = {
+    ("chat", "batch_size"): "a chat has one conversation",
+    ("convert", "scheme"): "python -m llm_jax.quantize --scheme=nf4 writes a quantized checkpoint",
+    ("generate", "batch_size"): "all prompts are decoded in one batch; --prompt may be repeated",
+    ("generate", "scheme"): "python -m llm_jax.quantize --scheme=nf4 writes a quantized checkpoint",
+    ("chat", "scheme"): "python -m llm_jax.quantize --scheme=nf4 writes a quantized checkpoint",
+}
+
+
+def explanation(name: str, command: str = "") -> str:
+    """What holds or is done instead of the option or flag `name` of another codebase; "" if that is not known.
+
+    Args:
+      command: name of the command that has no flag `name`, which another command may have.
+    """
+    if (command, name) in _OF_COMMANDS:
+        return _OF_COMMANDS[command, name]
     if name in EXPLAINED:
         return EXPLAINED[name]
     return next((text for prefix, text in EXPLAINED.items() if prefix.endswith("_") and name.startswith(prefix)), "")

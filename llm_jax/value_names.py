@@ -92,6 +92,12 @@ SET_BY_OTHER_OPTIONS = {
 }
 
 
+def expected(value: str, allowed: Iterable[str]) -> str:
+    """Returns "expected one of A, B; did you mean 'A'?" for a value that is not allowed; see `suggestion`."""
+    values = [text for text in allowed if text]
+    return f"expected one of {', '.join(values)}{suggestion(value, values)}"
+
+
 def suggestion(value: str, allowed: Iterable[str]) -> str:
     """Returns "; did you mean 'X'?" for the allowed value that has this name elsewhere or the nearest name, or ""."""
     values = [text for text in allowed if text]

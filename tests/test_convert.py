@@ -39,10 +39,10 @@ def test_a_run_becomes_a_hugging_face_directory_that_every_command_takes(trained
     flags = (f"--checkpoint={tmp_path / 'hf'}", f"--data={text_file}", "--seq_len=32")
     cut, whole = command("evaluate", *flags), command("evaluate", *flags, "--whole_file")
     assert "bits per byte" in cut.stdout and "is split at line breaks into several documents; their first" in cut.stderr
-    assert "bytes in 1 document," in whole.stdout and not whole.stderr
+    assert "bytes in 1 document," in whole.stdout and "note" not in whole.stderr
     (tmp_path / "short.txt").write_text("the model\n")
     short = command("evaluate", flags[0], f"--data={tmp_path / 'short.txt'}", "--seq_len=32")
-    assert "10 bytes in 1 document," in short.stdout and not short.stderr
+    assert "10 bytes in 1 document," in short.stdout and "note" not in short.stderr
     (tmp_path / "hf" / "generation_config.json").write_text('{"do_sample": true, "top_k": 3, "max_length": 20}')
     greedy = command("generate", flags[0], "--prompt=the", "--max_new_tokens=4", "--temperature=0")
     assert greedy.stdout and "generation_config" not in greedy.stderr
@@ -101,7 +101,12 @@ def test_copies_keep_the_recommended_sampling(command, tmp_path):
     files = original.files() | {"generation_config.json": json.dumps(sampling).encode()}
     config, params = small("llama", original.vocab_size + 150)
     huggingface.save(tmp_path / "in", "llama", config, params, files)
-    command("quantize", f"--checkpoint={tmp_path / 'in'}", f"--output={tmp_path / 'run'}", "--scheme=int8")
+    run = tmp_path / "run"
+    done = command("quantize", f"--checkpoint={tmp_path / 'in'}", f"--output={run}", "--scheme=int8")
+    assert done.stdout.endswith(f"next: python -m llm_jax.evaluate --checkpoint={run} --data=FILE\n")
+    refused = command("evaluate", f"--checkpoint={run}", code=2).stderr
+    assert refused == f"error: {run} records no training data; set --data=FILE\n"
+    assert llm_jax.open(run).run_config.train.seq_len == 512
     assert llm_jax.open(tmp_path / "run").generation_config == sampling
     done = command("generate", f"--checkpoint={tmp_path / 'run'}", "--prompt=the", "--max_new_tokens=1")
     note = f"--temperature=0.7 --top_k={original.vocab_size} --top_p=0.9 from generation_config.json; any flag"

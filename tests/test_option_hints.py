@@ -28,6 +28,13 @@ CONVERT = ("convert", "--output=unused")
         ((*GENERATE, "--attn_implementation=sdpa"), "the attention kernel is chosen for the machine"),
         ((*GENERATE, "--revision=x"), "the main branch is taken"),
         ((*GENERATE, "--device=cuda"), "JAX_PLATFORMS=cpu, cuda or tpu chooses"),
+        (
+            (*GENERATE, "--batch_size=4"),
+            "unknown flag --batch_size; all prompts are decoded in one batch; --prompt",
+        ),
+        ((*GENERATE, "--quant=nf4"), "unknown flag --quant; python -m llm_jax.quantize --scheme=nf4 writes a quantize"),
+        ((*TRAIN, "--quant=nf4"), "unknown flag --quant; did you mean --config.quant.scheme?"),
+        ((*TRAIN, "--batch_size=4"), "unknown flag --batch_size; did you mean --config.train.batch_size?"),
         ((*GENERATE, "--dtype=bf16"), "expected one of float32, bfloat16, float16; did you mean 'bfloat16'?"),
         ((*TRAIN, "--logging_steps=3"), "metrics.jsonl in the workdir has a line for every step"),
         ((*TRAIN, "--resume_from_checkpoint"), "the same command with the same --workdir resumes"),

@@ -31,10 +31,15 @@ from llm_jax.checkpoints.run import Run, read_config
 from llm_jax.checkpoints.vocabulary import load_tokenizer
 from llm_jax.checkpoints.writer import Writer
 from llm_jax.errors import UserError
+from llm_jax.model import positions
 from llm_jax.model.transformer import Transformer
+from llm_jax.schema import Config, ModelConfig
 from llm_jax.tokenizers import Tokenizer
 
+WINDOW = 512  # tokens per window of text for models that record no train.seq_len
+
 __all__ = [
+    "WINDOW",
     "Adapters",
     "Checkpoint",
     "Gguf",
@@ -44,6 +49,7 @@ __all__ = [
     "Run",
     "Writer",
     "abstract_params",
+    "config_without_training",
     "find",
     "load",
     "load_separately",
@@ -62,7 +68,7 @@ __all__ = [
 def load(
     name: str | os.PathLike[str],
     scan_layers: bool = False,
-    dtype: str = "float32",
+    dtype: str | None = None,
     as_stored: bool = False,
     base: str = "",
     activations: str = "float",
@@ -74,7 +80,8 @@ def load(
       name: as for `open`. Adapters are attached to their base; a run of adapters records its hash, which is checked.
       scan_layers: stack the layers for `jax.lax.scan`. False, one entry per layer, is faster for decoding, and is
         used in any case if layers hold weights of different kinds.
-      dtype: of parameters and computation; ignored for runs and adapters over them, which keep their own.
+      dtype: "float32", "bfloat16" or "float16", of parameters and computation. Quantized weights and the factors of
+        adapters keep their own. None: the dtypes of the run, or float32 for other checkpoints.
       as_stored: keep the quantized tensors of a .gguf file if a scheme of `llm_jax.kernels.number_formats` equals
         their format.
       base: of adapters, the checkpoint of their base; see `open`.
@@ -85,7 +92,7 @@ def load(
         cache too. "": the default device alone.
 
     Raises:
-      UserError: there is no checkpoint, or it is damaged or not supported.
+      UserError: there is no checkpoint, it is damaged or not supported, or the dtype is unknown.
     """
     return open(name, base).load(scan_layers, dtype, as_stored, activations, mesh)
 
@@ -146,11 +153,21 @@ def save(model: Any, params: Any = None, tokenizer: Any = None, path: Any = None
         for tree in (jax.eval_shape(trees.unstack, params), abstract_params(per_layer))
     )
     trees.check(shapes, expected, str(path))
-    default = configuration.default()
-    kind = dataclasses.replace(default.tokenizer, kind=tokenizer.kind, vocab_size=tokenizer.vocab_size)
-    config = dataclasses.replace(default, model=model.config, tokenizer=kind)
     with files.new_directory(path, durable=True) as partial:
-        write_run(partial, config, params, tokenizer)
+        write_run(partial, config_without_training(model.config, tokenizer), params, tokenizer)
+
+
+def config_without_training(model: ModelConfig, tokenizer: Tokenizer) -> Config:
+    """The configuration of a run directory for a model that `llm_jax.train` did not train; it has no `data.source`."""
+    default = configuration.default()
+    length = min(WINDOW, positions.make(model).max_length() or WINDOW)
+    return dataclasses.replace(
+        default,
+        model=model,
+        tokenizer=dataclasses.replace(default.tokenizer, kind=tokenizer.kind, vocab_size=tokenizer.vocab_size),
+        data=dataclasses.replace(default.data, source=""),
+        train=dataclasses.replace(default.train, seq_len=length),
+    )
 
 
 def write_run(

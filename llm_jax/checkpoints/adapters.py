@@ -90,7 +90,7 @@ class Adapters(Run):
             base = self.base.params(config, shardings)
         except UserError as error:
             raise unreadable_base(self.path, error) from error
-        check_base(self.path, self.record, trees.fingerprint(base))
+        check_base(self.path, self.record, self.base.name, trees.fingerprint(base))
         return base, beside(self.adapters(), base)
 
 
@@ -110,11 +110,11 @@ def restore_adapters(directory: pathlib.Path, record: Mapping[str, Any]) -> dict
     return trees.unflatten(adapters | {path: leaf.astype(adapters[path].dtype) for path, leaf in averages.items()})
 
 
-def check_base(path: pathlib.Path, record: Mapping[str, Any], fingerprint: str) -> None:
-    """Raises UserError unless the adapters at `path` were trained over the base with this `trees.fingerprint`."""
+def check_base(adapters: pathlib.Path, record: Mapping[str, Any], path: str, sha256: str) -> None:
+    """Raises UserError unless `adapters` were trained over the base at `path` with the `trees.fingerprint` `sha256`."""
     base = record["base"]
-    if fingerprint != base["sha256"]:
+    if sha256 != base["sha256"]:
         raise UserError(
-            f"{path}: its adapters are for the base of sha256 {base['sha256'][:12]}, which was {base['path']}; "
-            f"now that has {fingerprint[:12]}"
+            f"{adapters}: its adapters are for the base of sha256 {base['sha256'][:12]}, which was {base['path']}; "
+            f"{'now that' if path == base['path'] else path} has {sha256[:12]}"
         )

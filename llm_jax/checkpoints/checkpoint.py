@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llm_jax import attribute_names, configuration, trees, weights
+from llm_jax import attribute_names, configuration, trees, value_names, weights
 from llm_jax.checkpoints import generation_config
 from llm_jax.errors import UserError
 from llm_jax.model.stages import layout
 from llm_jax.model.transformer import Transformer
 from llm_jax.parallel import mesh as mesh_lib
 from llm_jax.parallel import processes
-from llm_jax.schema import Config, ModelConfig, Rules
+from llm_jax.schema import CHECKPOINT_DTYPES, Config, DataConfig, ModelConfig, Rules
 from llm_jax.tokenizers import Tokenizer
 
 Shardings = Callable[[Any], Any]  # abstract parameters -> a `jax.sharding.Sharding` for every leaf
@@ -43,7 +43,7 @@ class Checkpoint(abc.ABC):
       form: "run", "adapters", "huggingface", "gguf" or "peft".
       path: the directory or file; for a run, the directory of one of its checkpoints.
       name: the name in records: asset:NAME, hf:ORG/NAME, or the absolute path.
-      run_config: the whole configuration, if `llm_jax.train` wrote the checkpoint; None for other forms.
+      run_config: the whole configuration of a run directory; None for other forms.
       base: the checkpoint that adapters adapt; None for other forms.
     """
 
@@ -58,6 +58,11 @@ class Checkpoint(abc.ABC):
     @property
     def run_config(self) -> Config | None:
         return None
+
+    @property
+    def training_data(self) -> DataConfig | None:
+        """The section `data` of the run that trained the model; None if the checkpoint records none."""
+        return self.run_config.data if self.run_config and self.run_config.data.source else None
 
     @property
     def base(self) -> "Checkpoint | None":
@@ -122,7 +127,7 @@ class Checkpoint(abc.ABC):
     def load(
         self,
         scan_layers: bool = False,
-        dtype: str = "float32",
+        dtype: str | None = None,
         as_stored: bool = False,
         activations: str = "float",
         mesh: str = "",
@@ -133,10 +138,16 @@ class Checkpoint(abc.ABC):
             raise UserError(f"--as_stored keeps the quantized tensors of a .gguf file; {self.name} is not one")
         # The attention kernel depends on the machine, not on the checkpoint.
         config = dataclasses.replace(self.config, scan_layers=scan_layers, attention_kernel="auto")
-        if self.run_config is None and (self.base is None or self.base.run_config is None):
-            config = with_dtype(config, dtype)
+        dtype = _dtype_name(dtype) if dtype else ""
+        trained_here = bool(self.run_config or (self.base and self.base.run_config))
+        if not trained_here:
+            config = with_dtype(config, dtype or "float32")
         tokenizer = self.tokenizer
         params = self.params(config, place, as_stored=as_stored or self.form != "gguf")
+        if trained_here and dtype:
+            config, flat = with_dtype(config, dtype), trees.flatten(params)
+            del params  # one weight at a time exists in both dtypes
+            params = trees.unflatten({path: weights.cast(flat.pop(path), dtype) for path in list(flat)})
         params = weights.with_activations(params, activations)
         return Loaded(Transformer(dataclasses.replace(config, scan_layers=is_stacked(params))), params, tokenizer)
 
@@ -165,6 +176,18 @@ def abstract_params(model: Transformer) -> dict[str, Any]:
 def _trace_params(config: ModelConfig) -> dict[str, Any]:
     model, token = Transformer(config), jax.ShapeDtypeStruct((1, 1), jnp.int32)
     return jax.eval_shape(model.init, jax.random.key(0), token)["params"]
+
+
+def _dtype_name(dtype: Any) -> str:
+    """The name of a dtype in which a checkpoint can be loaded. Raises UserError for any other value."""
+    try:
+        name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+    except TypeError:
+        name = str(dtype)
+    allowed = (*CHECKPOINT_DTYPES, *(("float64",) if jax.config.read("jax_enable_x64") else ()))
+    if name not in allowed:
+        raise UserError(f"dtype={name!r}; {value_names.expected(name, allowed)}")
+    return name
 
 
 def with_dtype(config: ModelConfig, dtype: str) -> ModelConfig:
@@ -196,7 +219,7 @@ def arranged(
 
     Args:
       as_stored: if layers hold weights of different kinds, return one entry per layer instead of raising.
-      dtype: of the arrays; "" keeps theirs. Nodes, such as quantized weights, keep theirs in any case.
+      dtype: of the arrays; "" keeps theirs. Quantized weights keep theirs in any case.
 
     Raises:
       UserError: layers that `config` stacks hold weights of different kinds.
@@ -218,7 +241,7 @@ def arranged(
 
 
 def cast(params: Any, dtype: str) -> dict[str, Any]:
-    """The parameters with arrays in `dtype`; nodes, such as quantized weights, unchanged."""
+    """The parameters in `dtype`; see `weights.cast`."""
     return trees.map_weights(lambda _, w: weights.cast(w, dtype), params)
 
 
@@ -230,8 +253,8 @@ def check_geometry(own: ModelConfig, config: ModelConfig, name: str) -> None:
         trees.check(have, want, name)
 
 
-def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, path: pathlib.Path) -> None:
+def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, name: str | pathlib.Path) -> None:
     """Raises UserError if the tokenizer has more ids than the model; special tokens past the model's ids may exist."""
     regular = getattr(tokenizer, "regular_size", tokenizer.vocab_size)
     if regular > config.vocab_size:
-        raise UserError(f"{path}: the tokenizer has {regular} ids, the model only {config.vocab_size}")
+        raise UserError(f"{name}: the tokenizer has {regular} ids, the model only {config.vocab_size}")

@@ -80,7 +80,7 @@ class Peft(Checkpoint):
         """The one beside the adapters, if there is one: its chat template and tokens may be new; else the base's."""
         if (self.path / "tokenizer" / "kind.json").is_file():
             tokenizer = tokenizers.load(self.path / "tokenizer")
-            check_vocabulary(tokenizer, self.config, self.path)
+            check_vocabulary(tokenizer, self.config, f"{self.path} over {self.base.name}")
             return tokenizer
         if not any((self.path / name).is_file() for name in tokenizers.PRETRAINED_FILES):
             return self.base.tokenizer
@@ -91,7 +91,7 @@ class Peft(Checkpoint):
             tokenizer = tokenizers.from_files(inherited | tokenizers.read_files(self.path))
         except (UserError, OSError, ValueError, TypeError, AttributeError, LookupError) as error:
             raise UserError(f"{self.path}: the tokenizer cannot be read ({error})") from error
-        check_vocabulary(tokenizer, self.config, self.path)
+        check_vocabulary(tokenizer, self.config, f"{self.path} over {self.base.name}")
         return tokenizer
 
     @property

@@ -15,8 +15,8 @@ from ml_collections import ConfigDict, config_flags
 
 from llm_jax import configuration, option_names, unsupported_names
 from llm_jax.errors import UserError
-from llm_jax.schema import BoolOrAuto
-from llm_jax.value_names import suggestion
+from llm_jax.schema import CHECKPOINT_DTYPES, BoolOrAuto
+from llm_jax.value_names import expected
 
 # Rows (flags, condition under which they have no effect, function of the flags that is true if they have one).
 Needs = Sequence[tuple[tuple[str, ...], str, Callable[[Any], Any]]]
@@ -74,9 +74,13 @@ class Flags(flags.FlagValues):
         """Defines --base."""
         self.string("base", "", "with adapters: checkpoint of their base; default: the recorded path")
 
-    def define_dtype(self, meaning: str = "dtype of checkpoints that llm_jax did not train") -> None:
-        """Defines --dtype."""
-        self.enum("dtype", "float32", ["float32", "bfloat16", "float16"], meaning)
+    def define_dtype(self) -> None:
+        """Defines --dtype of `checkpoints.load`."""
+        meaning = (
+            "dtype of weights and computation; quantized weights keep their format; default: that of the run, or "
+            "float32 for other checkpoints"
+        )
+        self.enum("dtype", "", ["", *CHECKPOINT_DTYPES], meaning)
 
     def define_as_stored(self) -> None:
         """Defines --as_stored."""
@@ -336,7 +340,7 @@ def _unknown_flag(name: str, command: Command, values: flags.FlagValues) -> str:
     if flag := next((flag for flag in option_names.OTHER_FLAGS.get(name, ()) if flag.split("=")[0] in values), None):
         return f"unknown flag --{name}; did you mean --{flag}?"
     is_option = command.config is not None and name in option_names.OTHER_NAMES
-    if not is_option and (explanation := unsupported_names.explanation(name)):
+    if not is_option and (explanation := unsupported_names.explanation(name, command.name)):
         return f"unknown flag --{name}; {explanation}"
     if command.config is not None and (option := option_names.resolve(name, command.config)):
         return f"unknown flag --{name}; did you mean --config.{option}?"
@@ -357,7 +361,7 @@ def _illegal_value(error: Any, command: Command, values: flags.FlagValues) -> st
     if choices := getattr(parser, "enum_values", None):
         if value == "None" and values[name].value is None:
             return f"--{name} is required; expected one of {', '.join(filter(None, choices))}"
-        return f"--{name}={value}; expected one of {', '.join(filter(None, choices))}{suggestion(value, choices)}"
+        return f"--{name}={value}; {expected(value, choices)}"
     if parser and parser.flag_type() in _EXPECTED and not reason.startswith("expected"):
         limits = [(word, getattr(parser, f"{end}_bound", None)) for word, end in (("from", "lower"), ("to", "upper"))]
         bounds = "".join(f" {word} {limit}" for word, limit in limits if limit is not None)

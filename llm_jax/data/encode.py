@@ -83,7 +83,8 @@ def _documents(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[Tokenized
 
 def _instruction(text: str) -> list[Conversation]:
     record = _record(text)
-    if str(record.get("label")).lower() in ("false", "0", "0.0"):  # CSV and TSV files hold text
+    unwanted = str(record.get("label")).lower() in ("false", "0", "0.0")  # CSV and TSV files hold text
+    if unwanted and "text" not in record:
         raise UserError(
             f"the record {_head(text)}: 'label' is {record['label']!r}, so that its answer is not wanted; leave such "
             "records out, or make pairs of 'chosen' and 'rejected' for data.kind=preferences"
@@ -100,13 +101,31 @@ def _instruction(text: str) -> list[Conversation]:
         messages += _messages(text, question, "user") + _messages(text, record["output"], "assistant")
         return [_conversation(text, record, messages, 0, False)]
     record |= _prompt_and_answer(record)
-    _need(text, record, ("prompt", "answer"), "'messages', or 'prompt' and 'answer'")
+    _need(text, record, ("prompt", "answer"), _INSTRUCTIONS)
     system = _system(text, record)
     ask = system + _messages(text, record["prompt"], "user")
     answer = _messages(text, record["answer"], "assistant")
     return [_conversation(text, record, ask + answer, len(ask), isinstance(record["prompt"], str) and not system)]
 
 
+# The fields of `_instruction`, for messages.
+_INSTRUCTIONS = (
+    "the fields 'messages'; 'conversations'; 'instruction' and 'output'; 'prompt' and 'answer' (or 'completion'); "
+    "'question' and 'answer'; or 'query' and 'response'"
+)
+# Fields of a record -> the kind of data whose records have them, the first that fits.
+_KINDS = (
+    (("chosen", "rejected"), "preferences"),
+    (("messages",), "instructions"),
+    (("conversations",), "instructions"),
+    (("instruction", "output"), "instructions"),
+    (("prompt", "answer"), "instructions"),
+    (("prompt", "completion"), "instructions"),
+    (("question", "answer"), "instructions"),
+    (("query", "response"), "instructions"),
+    (("text", "label"), "labelled"),
+    (("text",), "text"),
+)
 # Other names of 'prompt' and 'answer'.
 _PAIRS = (("prompt", "completion"), ("question", "answer"), ("query", "response"))
 
@@ -165,7 +184,7 @@ def _history(text: str, record: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _preference(text: str) -> list[Conversation]:
     record = _record(text)
-    _need(text, record, ("chosen", "rejected"), "'chosen' and 'rejected', and their 'prompt'")
+    _need(text, record, ("chosen", "rejected"), "'chosen' and 'rejected', and their 'prompt'", "preferences")
     prompt = _messages(text, record["prompt"], "user") if record.get("prompt") else []
     answers = [_messages(text, record[name], "assistant") for name in ("chosen", "rejected")]
     shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*answers)))  # noqa: B905
@@ -218,9 +237,12 @@ def _head(text: str) -> str:
     return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
-def _need(text: str, record: dict[str, Any], names: tuple[str, ...], expected: str) -> None:
+def _need(text: str, record: dict[str, Any], names: tuple[str, ...], expected: str, kind: str = "instructions") -> None:
     if any(record.get(name) is None for name in names):
-        raise UserError(f"the record {_head(text)} has {', '.join(record) or 'no field'}; expected {expected}")
+        matching = (other for fields, other in _KINDS if all(record.get(name) is not None for name in fields))
+        other = next(matching, kind)
+        cure = f"; did you mean data.kind={other}?" if other != kind else ""
+        raise UserError(f"the record {_head(text)} has {', '.join(record) or 'no field'}; expected {expected}{cure}")
 
 
 def _messages(text: str, value: Any, role: str) -> list[dict[str, Any]]:

@@ -86,6 +86,9 @@ def check_fit(fit: int, count: int, lengths: Callable[[], np.ndarray], seq_len: 
         raise UserError(ALL_HELD_OUT.format(unit=unit))
     if not fit:
         shortest = lengths().min()
-        raise UserError(f"none of the {count} {unit} fits train.seq_len={seq_len}; the shortest takes {shortest}")
+        raise UserError(
+            f"none of the {count} {unit} fits train.seq_len={seq_len}; the shortest takes {shortest}; raise "
+            "train.seq_len"
+        )
     if left := count - fit:
         print(f"{left:,} of {count:,} {unit} do not fit train.seq_len={seq_len}: left out", file=sys.stderr)

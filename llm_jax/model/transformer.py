@@ -9,6 +9,7 @@ any kind of `weights.Weight`.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
@@ -112,6 +113,11 @@ class Transformer(Module):
             for name in attribute_names.FORWARD_KEYWORDS.keys() & keywords.keys():
                 cure = attribute_names.FORWARD_KEYWORDS[name]
                 raise UserError(f"the model has no argument '{name}'; {cure}")
+            if not isinstance(variables, Mapping):
+                raise UserError(
+                    f'the first argument of model.apply is {type(variables).__name__}; expected {{"params": params}}, '
+                    "followed by the tokens"
+                )
             return super().apply(variables, *arguments, **keywords)
 
     def __call__(self, tokens_BT: jax.Array, where: Tokens | None = None, cache: KVCache | None = None) -> Any:

@@ -34,7 +34,10 @@ def tokenizer_json(files: Mapping[str, bytes]) -> bytes:
         return _wordpiece(files)
     present = [name for name in special.OLDER_VOCABULARIES if name in files]
     if not present:
-        raise UserError("no tokenizer.json here")
+        raise UserError(
+            "no tokenizer.json here; copy the files of the tokenizer into the directory, which transformers' "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(DIRECTORY) writes"
+        )
     raise UserError(
         f"no tokenizer.json here, and {' and '.join(present)} of the class {kind or 'unknown'!r} cannot be read; "
         "transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...) writes tokenizer.json"

@@ -138,7 +138,8 @@ class Setup:
         if name == self.config.init_from:
             other = tokenizers.with_chat_template(other, self.config.tokenizer.chat_template)
         losses.check_reference(name, checkpoint.config, c, other, tokenizer)
-        loaded = checkpoint.load(scan_layers=c.scan_layers, dtype=c.precision.params)
+        dtype = c.precision.params if checkpoint.run_config is None else None  # as `_reference`
+        loaded = checkpoint.load(scan_layers=c.scan_layers, dtype=dtype)
         return jax.device_put(loaded.params, self.shardings(loaded.params))
 
     def init(self, base: Any = None, reference: Any = None) -> TrainState:

@@ -198,6 +198,9 @@ def _untrained_positions(config: Config) -> str:
     )
 
 
+_LEAVE_OUT = "leave it out, or give --config=default if it comes from a recipe"
+
+
 def _from_checkpoint(config: Config, model: ModelConfig, tokenizer: Tokenizer | None, name: str) -> Config:
     """Replaces the model and the tokenizer of `config` by those of a checkpoint.
 
@@ -224,18 +227,21 @@ def _from_checkpoint(config: Config, model: ModelConfig, tokenizer: Tokenizer | 
         path = next(p for p in [*shapes, *expected] if shapes.get(p) != expected.get(p))
         raise UserError(
             f"model.{key}={changes[key]!r} does not fit the weights of {name}, where it is {saved[key]!r} (it "
-            f"changes '{path}'); leave it out, or give --config=default if it comes from a recipe"
+            f"changes '{path}'); {_LEAVE_OUT}"
         )
     config = dataclasses.replace(config, model=configuration.replace(model, changes, "model."))
     if tokenizer is None:
         return config
     if "tokenizer.kind" in config.explicit and config.tokenizer.kind != tokenizer.kind:
         raise UserError(
-            f"{name}: trained on '{tokenizer.kind}' tokens; config key 'tokenizer.kind' is '{config.tokenizer.kind}'"
+            f"{name}: trained on '{tokenizer.kind}' tokens; config key 'tokenizer.kind' is '{config.tokenizer.kind}'; "
+            f"{_LEAVE_OUT}"
         )
     size = config.tokenizer.vocab_size
     if "tokenizer.vocab_size" in config.explicit and size != tokenizer.vocab_size:
-        raise UserError(f"{name}: its tokenizer has {tokenizer.vocab_size} ids; 'tokenizer.vocab_size' is {size}")
+        raise UserError(
+            f"{name}: its tokenizer has {tokenizer.vocab_size} ids; 'tokenizer.vocab_size' is {size}; {_LEAVE_OUT}"
+        )
     sized = dataclasses.replace(config.tokenizer, kind=tokenizer.kind, vocab_size=tokenizer.vocab_size)
     return dataclasses.replace(config, tokenizer=sized)
 

@@ -282,7 +282,8 @@ def train(
                 save_began = time.perf_counter()
                 writer.save(done, saved, state.optimizer, loss, skipped_batches, state.ema)
                 if (seconds := time.perf_counter() - save_began) > _SLOW_SAVE:
-                    cure = f"a larger checkpoint.every ({config.checkpoint.every}) or faster storage avoids it"
+                    rarer = f"a larger checkpoint.every ({every}) or " if (every := config.checkpoint.every) else ""
+                    cure = f"{rarer}faster storage avoids it"
                     progress.write(f"step {done}: saving held training up for {seconds:.0f} s; {cure}")
             progress.pause()
         scope.close()
@@ -332,7 +333,7 @@ def _initial_state(prepared: Prepared) -> tuple[TrainState, dict[str, str] | Non
         assert base is not None
         base_record = {"path": beginning.origin.name, "sha256": trees.fingerprint(base)}
         if beginning.checkpoint:
-            adapters.check_base(beginning.checkpoint, beginning.record, base_record["sha256"])
+            adapters.check_base(beginning.checkpoint, beginning.record, **base_record)
     if beginning.checkpoint:
         state, constants = restore(setup, beginning.checkpoint, beginning.record)
     else:

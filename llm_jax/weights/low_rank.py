@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from llm_jax import trees
-from llm_jax.weights.nodes import Node, dense, dot, partition, take
+from llm_jax.weights.nodes import Node, cast, dense, dot, partition, take
 
 
 @trees.register
@@ -63,6 +63,9 @@ class Adapted(Node):
             raise ValueError("the rows of the batch use different adapters; there is no single dense weight")
         base = dense(self.base)
         return (base + dot(dense(self.a) * self.scale, dense(self.b))).astype(base.dtype)
+
+    def cast(self, dtype: Any) -> "Adapted":
+        return dataclasses.replace(self, base=cast(self.base, dtype))
 
     def partition(self, spec: P) -> "Adapted":
         *layer, rows, columns = spec
@@ -179,6 +182,9 @@ class Decomposed(Node):
     def dense(self) -> jax.Array:
         base = dense(self.weight)
         return (base * self._ratio()).astype(base.dtype)
+
+    def cast(self, dtype: Any) -> "Decomposed":
+        return dataclasses.replace(self, weight=self.weight.cast(dtype))
 
     def partition(self, spec: P) -> "Decomposed":
         columns: Any = P(*spec[:-2], spec[-1])

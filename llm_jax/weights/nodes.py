@@ -85,6 +85,10 @@ class Node(abc.ABC):
     def dense(self) -> jax.Array:
         """The dense array (in, out)."""
 
+    def cast(self, dtype: Any) -> "Node":
+        """The node with the full weight in it, if there is one, in another dtype; other leaves keep their dtypes."""
+        return self
+
     def decay_mask(self) -> Any:
         """The same structure with a bool per leaf: True where weight decay applies. All leaves, unless overridden."""
         return jax.tree.map(lambda leaf: True, self)
@@ -266,8 +270,8 @@ def num_bytes(tree: Any) -> int:
 
 
 def cast(w: Weight, dtype: Any) -> Weight:
-    """An array in another dtype; a node unchanged, whose leaves have the dtypes of their formats."""
-    return w if isinstance(w, Node) else w.astype(dtype)
+    """An array in another dtype; a node as `Node.cast` returns it."""
+    return w.cast(dtype) if isinstance(w, Node) else w.astype(dtype)
 
 
 def abstract(record: Mapping[str, Any] | None) -> Any:

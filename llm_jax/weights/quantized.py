@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from llm_jax import trees
 from llm_jax.errors import UserError
 from llm_jax.kernels import matmul, number_formats
-from llm_jax.weights.nodes import Node, Weight, decay_mask, dense, dot, num_bytes, partition, take
+from llm_jax.weights.nodes import Node, Weight, cast, decay_mask, dense, dot, num_bytes, partition, take
 
 # Letters of shapes: I in, O out, G groups.
 
@@ -311,6 +311,9 @@ class FakeQuant(Node):
 
     def dense(self) -> jax.Array:
         return self._rounded()
+
+    def cast(self, dtype: Any) -> "FakeQuant":
+        return dataclasses.replace(self, weight=cast(self.weight, dtype))
 
     def decay_mask(self) -> "FakeQuant":
         """The weight decays; learned scales do not."""

@@ -1,11 +1,19 @@
-"""A vocabulary and GGUF files that several modules share."""
+"""A vocabulary, GGUF files and checkpoints of every form that several modules share."""
+
+import dataclasses
 
 import pytest
 import tokenizers as library
 
-from llm_jax.checkpoints import gguf, gguf_model
+import llm_jax
+from llm_jax import checkpoints, trees
+from llm_jax.checkpoints import gguf, gguf_model, huggingface, peft_export
 from llm_jax.tokenizers.hub import HubTokenizer
 from tests.checkpoints.gguf_cases import small
+from tests.lora.cases import config as lora_config
+from tests.lora.cases import made as make_adapters
+
+FORMS = ("run", "adapters", "huggingface", "gguf", "peft")
 
 
 @pytest.fixture(scope="session")
@@ -43,3 +51,24 @@ def plain(vocabulary, tmp_path_factory):
     path = tmp_path_factory.mktemp("plain") / "m.gguf"
     gguf_model.save(path, config, params, vocabulary, "F32")
     return gguf.read(path)
+
+
+@pytest.fixture(scope="session")
+def paths(tiny, vocabulary, tmp_path_factory):
+    """{form: path of a tiny checkpoint of that form}."""
+    root = tmp_path_factory.mktemp("forms")
+    found = {form: root / form for form in FORMS} | {"gguf": root / "model.gguf"}
+    config, params = small("llama", vocabulary.vocab_size)
+    huggingface.save(found["huggingface"], "llama", config, params, vocabulary.files())
+    gguf_model.save(found["gguf"], config, params, vocabulary, "Q8_0")
+    loaded = llm_jax.load(found["huggingface"])
+    llm_jax.save(loaded, found["run"])
+    settings = lora_config(tiny, rank=2, targets=("attention",))
+    adapters = make_adapters(loaded.params, settings)
+    base = {"path": str(found["huggingface"]), "sha256": trees.fingerprint(loaded.params)}
+    whole = dataclasses.replace(checkpoints.read_config(found["run"]), lora=settings)
+    writer = checkpoints.Writer(found["adapters"], whole, loaded.tokenizer, "", base=base)
+    writer.save(3, adapters, {}, None)
+    writer.close()
+    peft_export.save(found["peft"], "llama", config, adapters, loaded.params, base_name=base["path"])
+    return found

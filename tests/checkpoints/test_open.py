@@ -17,12 +17,11 @@ import tokenizers as library
 
 import llm_jax
 from llm_jax import checkpoints, configuration, lora, tokenizers, trees
-from llm_jax.checkpoints import gguf_model, huggingface, manifest, opening, peft_config, peft_export, peft_tensors
+from llm_jax.checkpoints import manifest, opening, peft_config, peft_tensors
 from llm_jax.checkpoints.checkpoint import on_default_device
 from llm_jax.errors import UserError
 from llm_jax.quant import post_training
 from llm_jax.tokenizers.byte import ByteTokenizer
-from tests.checkpoints.gguf_cases import small
 from tests.lora.cases import config as lora_config
 from tests.lora.cases import made as make_adapters
 
@@ -33,27 +32,6 @@ FORMS = {
     "gguf": checkpoints.Gguf,
     "peft": checkpoints.Peft,
 }
-
-
-@pytest.fixture(scope="module")
-def paths(tiny, vocabulary, tmp_path_factory):
-    """{form: path of a tiny checkpoint of that form}."""
-    root = tmp_path_factory.mktemp("forms")
-    found = {form: root / form for form in FORMS} | {"gguf": root / "model.gguf"}
-    config, params = small("llama", vocabulary.vocab_size)
-    huggingface.save(found["huggingface"], "llama", config, params, vocabulary.files())
-    gguf_model.save(found["gguf"], config, params, vocabulary, "Q8_0")
-    loaded = llm_jax.load(found["huggingface"])
-    llm_jax.save(loaded, found["run"])
-    settings = lora_config(tiny, rank=2, targets=("attention",))
-    adapters = make_adapters(loaded.params, settings)
-    base = {"path": str(found["huggingface"]), "sha256": trees.fingerprint(loaded.params)}
-    whole = dataclasses.replace(checkpoints.read_config(found["run"]), lora=settings)
-    writer = checkpoints.Writer(found["adapters"], whole, loaded.tokenizer, "", base=base)
-    writer.save(3, adapters, {}, None)
-    writer.close()
-    peft_export.save(found["peft"], "llama", config, adapters, loaded.params, base_name=base["path"])
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -232,30 +210,8 @@ def test_the_tokenizer_beside_adapters_of_peft_counts(paths, vocabulary, tmp_pat
         llm_jax.load(adapters)
     words = library.Tokenizer(library.models.WordLevel({f"w{i}": i for i in range(999)}, "w0"))
     tokenizers.save(type(vocabulary)(words.to_str(), {}), adapters / "tokenizer")
-    with pytest.raises(UserError, match="peft: the tokenizer has 999 ids, the model only"):
+    with pytest.raises(UserError, match="peft over .*huggingface: the tokenizer has 999 ids, the model only"):
         llm_jax.load(adapters)
-
-
-def test_adapters_of_peft_over_a_run_keep_its_dtypes(paths, tmp_path):
-    model, params, tokenizer = llm_jax.load(paths["huggingface"], dtype="bfloat16")
-    llm_jax.save(model, params, tokenizer, tmp_path / "run")
-    shutil.copytree(paths["peft"], tmp_path / "peft")
-    edit(tmp_path / "peft" / peft_config.CONFIG, base_model_name_or_path="../run")
-    model, params, _ = llm_jax.load(tmp_path / "peft")
-    assert model.config.precision.params == model.config.precision.compute == "bfloat16"
-    assert trees.flatten(params)["embed/table"].dtype == jnp.bfloat16
-    assert llm_jax.load(paths["peft"]).model.config.precision.params == "float32"
-
-
-@pytest.mark.parametrize("form", ["run", "huggingface", "gguf"])
-def test_parameters_come_in_the_dtype_of_the_configuration_and_in_its_geometry_only(paths, form):
-    checkpoint = checkpoints.open_base(paths[form])
-    precision = dataclasses.replace(checkpoint.config.precision, params="bfloat16")
-    params = checkpoint.params(dataclasses.replace(checkpoint.config, precision=precision), on_default_device)
-    assert {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {"bfloat16"}
-    wider = dataclasses.replace(checkpoint.config, mlp_dim=checkpoint.config.mlp_dim + 32)
-    with pytest.raises(UserError, match=r"!layers/0/mlp/down is .*\[96, 64\], expected .*\[128, 64\]"):
-        checkpoint.params(wider, on_default_device)
 
 
 def truncate(path):

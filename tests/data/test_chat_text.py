@@ -17,8 +17,21 @@ def test_prompt_and_answer_have_other_names(names):
     assert examples(record | {"context": ""}) == examples({"prompt": "ask ", "answer": "yes"})
     if names[0] != "prompt":
         for other in ({"context": "a text"}, {"query": "a", "response": "b", "question": "c", "answer": "d"}):
-            with pytest.raises(UserError, match="expected 'messages', or 'prompt' and 'answer'"):
+            with pytest.raises(UserError, match="'prompt' and 'answer' .or 'completion'.; .*'response'$"):
                 examples({**record, **other})
+
+
+@pytest.mark.parametrize(
+    ("kind", "record", "other"),
+    [
+        ("instructions", {"text": "a", "label": 0}, "labelled"),
+        ("instructions", {"prompt": "a", "chosen": "b", "rejected": "c"}, "preferences"),
+        ("preferences", {"messages": [{"role": "user", "content": "a"}]}, "instructions"),
+    ],
+)
+def test_records_of_another_kind_suggest_it(kind, record, other):
+    with pytest.raises(UserError, match=f"has {', '.join(record)}; expected .*; did you mean data.kind={other}"):
+        examples(record, kind)
 
 
 END = "{% if add_generation_prompt %}<|assistant|>{% endif %}"

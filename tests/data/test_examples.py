@@ -170,8 +170,8 @@ def test_a_prompt_beside_whole_conversations_is_not_repeated():
         ("instructions", {"prompt": "a", "completion": "b", "label": "false"}, "'label' is 'false', so that its"),
         ("preferences", {"prompt": "3?", "chosen": TALK[1:3], "rejected": [TALK[1], TALK[4]]}, "'prompt' is not that"),
         ("preferences", {"prompt": "2+2?", "chosen": TALK[1:3], "rejected": TALK[3:5]}, "'prompt' is not that"),
-        ("instructions", {"text": "a"}, "has text; expected 'messages', or 'prompt' and 'answer'"),
-        ("instructions", {"prompt": "a", "answer": None}, "expected 'messages', or"),
+        ("instructions", {"text": "a"}, "has text; expected the fields 'messages'; .*; did you mean data.kind=text"),
+        ("instructions", {"prompt": "a", "answer": None}, "; 'prompt' and 'answer' .*'response'$"),
         ("instructions", {"messages": TALK[:2]}, "one with the role 'assistant'; the roles are 'system', 'user'"),
         ("instructions", {"conversations": [{"from": "human", "value": "a"}]}, "'assistant'; the roles are 'user'$"),
         ("instructions", {"messages": [*TALK, {"role": "user"}]}, "and message 5 is \"{'role': 'user'}\""),
@@ -240,7 +240,7 @@ def test_packed_rows_hold_whole_examples_each_for_itself(tmp_path, capsys):
 
 
 def test_examples_that_are_all_too_long_are_refused():
-    with pytest.raises(UserError, match="none of the 2 examples fits train.seq_len=3; the shortest takes 4"):
+    with pytest.raises(UserError, match="none of the 2 examples fits train.seq_len=3; the shortest takes 4; raise"):
         Packed(split(5, 9), 3)
     with pytest.raises(UserError, match="none of the 1 pairs fits train.seq_len=5"):
         Pairs(split(5, 9), 5)
@@ -370,7 +370,7 @@ def test_preferences_are_trained_on_by_dpo(tmp_path, command, trained):
 
 def test_a_record_of_another_form_is_named_with_its_file(tmp_path):
     a, _ = two(tmp_path)
-    with pytest.raises(UserError, match=r"a.jsonl: the record '.*' has text; expected 'messages'"):
+    with pytest.raises(UserError, match=r"a.jsonl: the record '.*' has text; expected the fields 'messages'"):
         made(tmp_path, a, kind="instructions")
 
 

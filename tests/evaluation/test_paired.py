@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from llm_jax import checkpoints, evaluate, intervals, tokenizers
+from llm_jax import checkpoints, configuration, evaluate, intervals, tokenizers
 from llm_jax.data.corpus import Split
 from llm_jax.data.rows import Packed, Pairs, Rows
 from llm_jax.errors import UserError
@@ -137,12 +137,20 @@ def test_held_out_text_of_two_tokenizers(command, trained, other, text_file, tmp
     assert re.search(r"documents measured by all; gzip -9 \d", table[0]) and len(table) == 4
     assert re.search(rf"{re.escape(str(other))} .* -\d\.\d{{4}} \(-\d\.\d{{4}} to -\d\.\d{{4}}\)$", table[3])
     for wrong, message in (
-        (flags[:2], "are not measured on the same text (data.source is"),
+        (flags[:2], f"{other} records no training data; set --data=FILE"),
         ([*flags[:2], "--harness=piqa"], "--harness evaluates one --checkpoint"),
         ([flags[0], *flags], f"{flags[0]} is given 2 times; expected different checkpoints"),
     ):
         said = command("evaluate", *wrong, code=2).stderr
         assert message in said and said.count("\n") == 1
+
+
+def test_checkpoints_with_other_training_data_are_not_compared():
+    data = configuration.default("data")
+    first = types.SimpleNamespace(name="a", data=data, is_whole_text=False, is_masked=False)
+    second = types.SimpleNamespace(name="b", data=dataclasses.replace(data, source="x.txt"), is_masked=False)
+    with pytest.raises(UserError, match=r"not measured on the same text \(data.source is 'stdlib' and 'x.txt'\)"):
+        held_out_lib.refuse_other_text([first, second])
 
 
 def test_a_task_of_two_models(command, trained, other, tmp_path):
@@ -234,5 +242,6 @@ def test_unknown_tokens_of_the_evaluated_text_are_noted(command, trained, tmp_pa
     assert "unknown to the tokenizer" not in command("evaluate", *flags).stderr
     monkeypatch.setattr(ByteTokenizer, "unk", ByteTokenizer().encode("e")[0])
     done = command("evaluate", *flags, "--json")
+    assert re.search(rf"^evaluating {trained} on {path}: \d{{3}} tokens$", done.stderr, re.MULTILINE)
     assert "% of the held-out tokens are unknown to the tokenizer; bits per byte are too low" in done.stderr
     assert json.loads(done.stdout)["tokens"] > 0  # the note is not part of the JSON

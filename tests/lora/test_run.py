@@ -214,6 +214,9 @@ def test_another_base_is_refused(run, command, trained, tmp_path):
     write_manifest(directory)
     with pytest.raises(UserError, match="adapters are for the base of sha256 000000000000, which was .*; now that has"):
         llm_jax.load(tmp_path / "run")
+    shutil.copytree(trained, tmp_path / "base")
+    with pytest.raises(UserError, match=rf"which was .*; {tmp_path}/base/checkpoints/\d+ has [0-9a-f]{{12}}$"):
+        llm_jax.load(tmp_path / "run", base=tmp_path / "base")
     done = command(
         "train",
         f"--workdir={tmp_path / 'run'}",

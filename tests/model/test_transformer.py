@@ -210,6 +210,8 @@ def test_calls_of_other_codebases_name_the_call_of_this_model(tiny):
     for call in (lambda: model(tokens), lambda: model.apply({"embed": {}, "layers": {}}, tokens)):
         with pytest.raises(UserError, match="called without its parameters"):
             call()
+    with pytest.raises(UserError, match='first argument of model.apply is list; expected {"params": params}, follow'):
+        model.apply([[1]])
     with pytest.raises(AttributeError, match="Transformer has no attribute 'get_num_params'; here it is sum"):
         model.get_num_params()
     with pytest.raises(AttributeError, match='has no attribute "zzz"'):

@@ -144,7 +144,7 @@ def test_a_file_that_is_no_model_is_one_clear_error(content):
 
 
 def test_neither_file_is_an_error():
-    with pytest.raises(UserError, match="no tokenizer.json"):
+    with pytest.raises(UserError, match=r"no tokenizer.json here; copy the files of the tokenizer into the directory"):
         tokenizers.from_files({})
 
 

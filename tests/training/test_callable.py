@@ -217,7 +217,7 @@ def test_an_override_that_changes_no_weight_is_taken_and_noted(base, text_file, 
 
 def test_another_tokenizer_than_that_of_init_from_is_refused(base, text_file, cache):
     config = from_base(base, text_file, cache, tokenizer__kind="char")
-    with pytest.raises(UserError, match="trained on 'byte' tokens; config key 'tokenizer.kind' is 'char'"):
+    with pytest.raises(UserError, match="'tokenizer.kind' is 'char'; leave it out, or give --config=default"):
         start.find(config)
 
 
