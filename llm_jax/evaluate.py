@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import pathlib
 import sys
 from typing import Any
@@ -79,8 +80,8 @@ def main(f: cli.Flags) -> None:
     if f.batch_size < 1 or f.seq_len < 0 or f.limit < 0:
         numbers = f"--batch_size={f.batch_size} --seq_len={f.seq_len} --limit={f.limit}"
         raise UserError(f"{numbers}; expected positive numbers")
-    if joined := [name for name in f.checkpoint if "," in name and not pathlib.Path(name).exists()]:
-        repeated = " ".join(f"--checkpoint={name}" for name in joined[0].split(","))
+    if joined := [name for name in f.checkpoint if "," in name and _is_missing(name)]:
+        repeated = " ".join(f"--checkpoint={name}" for name in joined[0].split(",") if name)
         raise UserError(f"--checkpoint={joined[0]}: no such directory; did you mean {repeated}?")
     if bool(f.task) + bool(f.harness) + bool(f.data) > 1:
         raise UserError("--task, --harness and --data are different evaluations; choose one")
@@ -90,6 +91,11 @@ def main(f: cli.Flags) -> None:
         on_harness(f)
     else:
         on_text(f)
+
+
+def _is_missing(name: str) -> bool:
+    """Whether a checkpoint is a path on this machine that does not exist."""
+    return "://" not in name and not os.path.exists(os.path.expanduser(name))
 
 
 @dataclasses.dataclass(frozen=True)
