@@ -328,7 +328,9 @@ def test_a_class_in_a_cell_of_a_notebook_is_recorded_with_its_own_lines(tiny, mo
     weights = trees.flatten(checkpoints.abstract_params(model)).keys()
     assert run(CELL + "x = 1\n", "<cell 2>") == first  # what else is in the cell does not count
     assert run(CELL.replace("{}", "{'a': (1, 2)}"), "<cell 3>") != first
-    assert len(trees.flatten(checkpoints.abstract_params(model)).keys() - weights) == 1  # of the class that is defined now
+    assert (
+        len(trees.flatten(checkpoints.abstract_params(model)).keys() - weights) == 1
+    )  # of the class that is defined now
     assert run(CELL.replace("frozen=True", "frozen=True, eq=False"), "<cell 4>") != first
 
 
