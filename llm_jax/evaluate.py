@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import pathlib
 import sys
 from typing import Any
@@ -95,7 +94,12 @@ def main(f: cli.Flags) -> None:
 
 def _is_missing(name: str) -> bool:
     """Whether a checkpoint is a path on this machine that does not exist."""
-    return "://" not in name and not os.path.exists(os.path.expanduser(name))
+    if "://" in name:
+        return False
+    try:
+        return not pathlib.Path(name).expanduser().exists()
+    except (OSError, RuntimeError):  # a name that is too long, the home directory of an unknown user
+        return True
 
 
 @dataclasses.dataclass(frozen=True)

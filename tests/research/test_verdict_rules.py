@@ -116,15 +116,13 @@ def quantized(ours=0.0, speed=1.02, size=1):
 
 def test_q1():
     report = load("quantization_quality.report")
-    names = ("w8a8 absmax", "w8a8 mse", "w8a8_static absmax", "int8 absmax")
+    names = ("w8a8 absmax", "w8a8 mse", "w8a8_static absmax", "int8 absmax", "int4 absmax", "int4_affine absmax")
 
     def verdicts(**changes):
         """`changes`: {method: (loss difference, cosine)}; the limit of the intervals is 0.0001 above the difference."""
         figures = dict.fromkeys(names, (0.0, 1.0)) | {name.replace("__", " "): x for name, x in changes.items()}
         jitter = 1e-4 / 2.776 * np.sqrt(5) * np.array([-1, -1, 0, 1, 1])
-        language = {
-            name: {"loss": list(2 + x + jitter), "full_loss": [2.0] * 5} for name, (x, _) in figures.items()
-        } | dict.fromkeys(("int4 absmax", "int4_affine absmax"), {"loss": [2.0] * 5, "full_loss": [2.0] * 5})
+        language = {name: {"loss": list(2 + x + jitter), "full_loss": [2.0] * 5} for name, (x, _) in figures.items()}
         sentences = {name: {"cosine": cosine} for name, (_, cosine) in figures.items()}
         speed = {"float32": {"tokens_per_second": [1.0, 1.1], "bytes": 4, "temporary_bytes": 0}}
         speed |= {name: speed["float32"] for name in ("int8", "w8a8", "int4")}
