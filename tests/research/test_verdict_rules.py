@@ -125,7 +125,7 @@ def test_q1():
         language = {name: {"loss": list(2 + x + jitter), "full_loss": [2.0] * 5} for name, (x, _) in figures.items()}
         sentences = {name: {"cosine": cosine} for name, (_, cosine) in figures.items()}
         speed = {"float32": {"tokens_per_second": [1.0, 1.1], "bytes": 4, "temporary_bytes": 0}}
-        speed |= {name: speed["float32"] for name in ("int8", "w8a8", "int4")}
+        speed |= dict.fromkeys(("int8", "w8a8", "int4"), speed["float32"])
         results = of(report.judge(language, sentences, speed))
         return results["Q1 weights and activations"], results["Q1 weights alone"]
 
