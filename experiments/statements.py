@@ -31,7 +31,8 @@ class Statement:
 
     Attributes:
       text: the statement, one sentence.
-      rule: how the verdict follows from the figures, written before the run; intervals are those of 95 %.
+      rule: how the verdict follows from the figures, written before the run. Unless it names others, intervals are 95 %
+        t-intervals of a mean over the seeds, and comparisons are paired by seed.
       pictures: each finding about the statement is shown by those that match one of its conditions.
       published: figures of the literature, with their source.
       tests: where tests hold the statement instead of an experiment: a file and an expression for `pytest -k`.

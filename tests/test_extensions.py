@@ -312,7 +312,7 @@ class Own(Position):
 """
 
 
-def test_a_class_in_a_cell_of_a_notebook_is_recorded_with_its_own_lines(monkeypatch):
+def test_a_class_in_a_cell_of_a_notebook_is_recorded_with_its_own_lines(tiny, monkeypatch):
     """The kernel's `__main__` has no file; the sources of cells are in linecache, by the file name of their code."""
     notebook = types.ModuleType("__main__")
 
@@ -323,8 +323,14 @@ def test_a_class_in_a_cell_of_a_notebook_is_recorded_with_its_own_lines(monkeypa
 
     monkeypatch.setitem(sys.modules, "__main__", notebook)
     first = run(CELL, "<cell 1>")
+    position = dataclasses.replace(tiny.model.position, kind="__main__:Own")
+    model = Transformer(dataclasses.replace(tiny.model, position=position))
+    weights = trees.flatten(checkpoints.abstract_params(model)).keys()
     assert run(CELL + "x = 1\n", "<cell 2>") == first  # what else is in the cell does not count
     assert run(CELL.replace("{}", "{'a': (1, 2)}"), "<cell 3>") != first
+    assert (
+        len(trees.flatten(checkpoints.abstract_params(model)).keys() - weights) == 1
+    )  # of the class that is defined now
     assert run(CELL.replace("frozen=True", "frozen=True, eq=False"), "<cell 4>") != first
 
 

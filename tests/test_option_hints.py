@@ -67,6 +67,7 @@ CONVERT = ("convert", "--output=unused")
         (("generate", "--checkpoint=nowhere", "--prompt=a", "--top-p=2", "--no-stream"), "nowhere: no such directory"),
         (("generate", "--checkpoint=nowhere", "--prompt=a", "--top-q=2"), "unknown flag --top-q; did you mean --top_"),
         (("evaluate", "runs/x"), "error: --checkpoint is required; did you mean --checkpoint=runs/x?"),
+        (("evaluate", "--checkpoint=~/x,y,"), "no such directory; did you mean --checkpoint=~/x --checkpoint=y?"),
         ((*TRAIN, "--n_layer=2", "--wandb_project=x"), "model.num_layers?; unknown flag --wandb_project; the environm"),
         ((*TRAIN, "--config.n_embd=2", "--config.qqqqqq=1"), "'model.width'?; unknown config key 'qqqqqq'; --help-con"),
         ((*TRAIN, "--num_samples=3"), "training prints one continuation for each of eval.prompts"),
@@ -129,6 +130,14 @@ def test_every_subcommand_has_a_purpose(capsys):
         assert cli.call(command, ["--help"]) == 0
         lines = capsys.readouterr().out.splitlines()[2:]
         assert len(lines) == len(command) and all(len(line.split()) > 3 for line in lines)
+
+
+@pytest.mark.parametrize("name", ["~/lr=1,2", "s3://bucket/lr=1,2"])
+def test_a_checkpoint_may_have_a_comma_in_its_name(name, bucket, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "lr=1,2").mkdir()
+    assert cli.call(importlib.import_module("llm_jax.evaluate").COMMAND, [f"--checkpoint={name}"]) == 2
+    assert "did you mean" not in capsys.readouterr().err
 
 
 def test_no_other_value_hides_one_of_the_same_name():

@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec as P
 
 from llm_jax import trees
@@ -201,6 +202,8 @@ def _reduce_first_forward(x, w):
 
 
 def _reduce_first_backward(saved, gradients):
+    if any(isinstance(gradient, SymbolicZero) for gradient in gradients):  # nothing to order
+        return tuple(None if isinstance(gradient, SymbolicZero) else gradient for gradient in gradients)
     return gradients if saved is None else lax.optimization_barrier(gradients)
 
 

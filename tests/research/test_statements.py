@@ -52,21 +52,33 @@ def test_every_picture_shows_estimates_and_every_interval_of_a_judged_finding_ca
 
 
 @pytest.mark.parametrize(
-    ("statements", "module", "constant", "sign"),
+    ("statements", "module", "constant", "text"),
     [
-        (["P4", "P7"], "length_extrapolation.report", "MARGIN", 1),
-        (["L1", "L8", "L9"], "sentiment.report", "MARGIN", -1),
-        (["Q1"], "quantization_quality.report", "MARGIN", 1),
-        (["W1"], "width_transfer.sweep", "MARGIN", 1),
-        (["T3"], "tokenization.sweep", "ENOUGH", 1),
+        (["P4", "P7"], "length_extrapolation.report", "MARGIN", "{:g}"),
+        (["L1", "L8", "L9"], "sentiment.report", "MARGIN", "above -{:.0f} point;"),
+        (["Q1"], "quantization_quality.report", "MARGIN", "log 1.01"),
+        (["W1"], "width_transfer.sweep", "MARGIN", "{:g} at every width"),
+        (["T3"], "tokenization.sweep", "ENOUGH", "at least {:.0%}"),
     ],
 )
-def test_thresholds_are_those_of_the_rules(statements, module, constant, sign):
+def test_thresholds_are_those_of_the_rules(statements, module, constant, text):
     loaded = importlib.import_module(f"experiments.{module}")
     for flag in flags.FLAGS.flags_by_module_dict().pop(loaded.__name__, []):
         delattr(flags.FLAGS, flag.name)
     for name in statements:
-        assert STATEMENTS[name].pictures[0].thresholds == (sign * getattr(loaded, constant),)
+        threshold, rule = getattr(loaded, constant), STATEMENTS[name].rule.replace(" %", "%")
+        assert STATEMENTS[name].pictures[0].thresholds == (-threshold if "-" in text else threshold,)
+        assert text.format(threshold) in rule, name
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers"),
+    [("L4", ("8", "1.05")), ("L6", ("2.5", "3.5")), ("D3", (".005",)), ("S1", ("1.25",)), ("L7", ("80 %", "95 %"))],
+)
+def test_rules_name_the_thresholds_of_their_pictures(name, numbers):
+    thresholds = [x for picture in STATEMENTS[name].pictures for x in picture.thresholds]
+    assert thresholds == [float(x.removesuffix(" %")) / (100 if "%" in x else 1) for x in numbers]
+    assert all(re.search(rf"(?<![\d.]){re.escape(x)}(?!\.?\d)", STATEMENTS[name].rule) for x in numbers)
 
 
 def test_a_picture_places_estimates_intervals_and_thresholds_on_one_axis():

@@ -168,5 +168,10 @@ def test_reduce_first_orders_gradients_and_changes_no_value():
         if equation.primitive.name == "optimization_barrier"
     )  # fmt: skip
     assert [operand.aval.shape for operand in barrier.invars] == [x.shape, w.shape]
+    # A part without a gradient waits for nothing.
+    for used in (0, 1):
+        alone = jax.grad(lambda x, w, used=used: jnp.sum(weights.reduce_first(x, w)[used] ** 2), (0, 1))(x, w)
+        np.testing.assert_array_equal(alone[used], 2 * (x, w)[used])
+        assert not alone[1 - used].any()
     # A frozen w has no gradient, whose computation the order would keep.
     assert "optimization_barrier" not in str(jax.make_jaxpr(jax.grad(loss))(x, w))
