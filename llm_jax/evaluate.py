@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import pathlib
 import sys
 from typing import Any
@@ -79,7 +80,8 @@ def main(f: cli.Flags) -> None:
     if f.batch_size < 1 or f.seq_len < 0 or f.limit < 0:
         numbers = f"--batch_size={f.batch_size} --seq_len={f.seq_len} --limit={f.limit}"
         raise UserError(f"{numbers}; expected positive numbers")
-    if joined := [name for name in f.checkpoint if "," in name and _is_missing(name)]:
+    is_path = lambda name: "://" in name or os.path.exists(os.path.expanduser(name))  # noqa: E731, PTH110, PTH111
+    if joined := [name for name in f.checkpoint if "," in name and not is_path(name)]:
         repeated = " ".join(f"--checkpoint={name}" for name in joined[0].split(",") if name)
         raise UserError(f"--checkpoint={joined[0]}: no such directory; did you mean {repeated}?")
     if twice := [name for name in f.checkpoint if f.checkpoint.count(name) > 1]:
@@ -93,16 +95,6 @@ def main(f: cli.Flags) -> None:
         on_harness(f)
     else:
         on_text(f)
-
-
-def _is_missing(name: str) -> bool:
-    """Whether a checkpoint is a path on this machine that does not exist."""
-    if "://" in name:
-        return False
-    try:
-        return not pathlib.Path(name).expanduser().exists()
-    except (OSError, RuntimeError):  # a name that is too long, the home directory of an unknown user
-        return True
 
 
 @dataclasses.dataclass(frozen=True)
