@@ -224,7 +224,7 @@ OTHER_FLAGS: dict[str, tuple[str, ...]] = {
     "stopping_criteria": ("stop",),
     "streamer": ("stream",),
     "system_prompt": ("system",),
-    "tasks": ("task",),
+    "tasks": ("harness", "task"),
     "temp": ("temperature",),
     "text": ("prompt",),
     "torch_dtype": ("dtype",),
