@@ -119,7 +119,11 @@ def _peft(checkpoint: "Checkpoint", output: pathlib.Path, name: str) -> None:
     family = _family(name or checkpoint.family)
     adapters = lora.rounded(checkpoint.adapters(), config.lora.factors)
     if config.quant.scheme:
-        print(f"note: the adapters were trained over a base in {config.quant.scheme}; peft applies them to any base")
+        print(
+            f"note: the adapters were trained over a base in {config.quant.scheme}; over the unquantized base their "
+            "results differ. Quantize the base in peft as well, nf4 with BitsAndBytesConfig(load_in_4bit=True, "
+            "bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True)"
+        )
     abstract = abstract_params(Transformer(dataclasses.replace(config.model, scan_layers=False)))
     readable = base.form == "huggingface"
     tokenizer = checkpoint.tokenizer
