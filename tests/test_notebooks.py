@@ -10,6 +10,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.test_package import python as python
+from tests.test_package import sdist as sdist
 from tests.test_package import wheel as wheel
 
 FOLDER = ROOT / "experiments" / "colab"
