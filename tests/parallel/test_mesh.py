@@ -6,13 +6,14 @@ import shutil
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType
 
 from llm_jax.checkpoints import abstract_params
 from llm_jax.model.transformer import Transformer
 from llm_jax.parallel import mesh as mesh_lib
 from tests.parallel import on_mesh
 
+AUTO = (AxisType.Auto,) * len(mesh_lib.AXES)  # by default, axes are explicit from JAX 0.12 on
 MESHES = {
     "data": {"data": 8},
     "fsdp": {"fsdp": 8, "data": 1},
@@ -92,7 +93,7 @@ def test_rules_that_name_layers_hold_while_weights_are_gathered(layer, scanned):
         (r".*", ("fsdp", None)),
     )
     model = Transformer(dataclasses.replace(on_mesh.tiny().model, scan_layers=scanned))
-    mesh = AbstractMesh((1, 4, 1, 2), mesh_lib.AXES)
+    mesh = AbstractMesh((1, 4, 1, 2), mesh_lib.AXES, axis_types=AUTO)
     apply = mesh_lib.within(mesh, lambda params, tokens: model.apply({"params": params}, tokens), rules)
     text = str(jax.make_jaxpr(apply)(abstract_params(model), jax.ShapeDtypeStruct((8, 16), jnp.int32)))
     columns, rows = (len(re.findall(rf"spec=\w+\({axes}\)", text)) for axes in ("None, 'tensor'", "'tensor', None"))
@@ -103,7 +104,7 @@ def test_rules_that_name_layers_hold_while_weights_are_gathered(layer, scanned):
 def test_the_gradient_of_the_head_is_reduced_before_the_layers(tied):
     """Otherwise every device keeps the whole gradient of the head during the backward pass of the layers."""
     config = on_mesh.tiny(**{"model.tie_embeddings": tied})
-    model, mesh = Transformer(config.model), AbstractMesh((1, 8, 1, 1), mesh_lib.AXES)
+    model, mesh = Transformer(config.model), AbstractMesh((1, 8, 1, 1), mesh_lib.AXES, axis_types=AUTO)
     params, tokens = abstract_params(model), jax.ShapeDtypeStruct((8, 16), jnp.int32)
 
     def loss(params, tokens):
