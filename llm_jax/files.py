@@ -7,7 +7,7 @@
 Everything is created with the permissions of the user's umask.
 
 A path is a `pathlib.Path`; of gs://BUCKET/PATH and s3://BUCKET/PATH `path` makes one of `etils.epath`, with the same
-methods. What a bucket does in another way than a disk, such as appending and locking, stands in `objects.py`.
+methods. What a bucket does in another way than a disk, such as appending and locking, stands in `llm_jax/objects`.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any, BinaryIO, TextIO
 
-from llm_jax import object_appender, object_locks, objects
+from llm_jax import objects
 from llm_jax.errors import UserError
 
 PARTIAL = ".partial-"  # prefix of the temporary names
@@ -189,13 +189,13 @@ def open_to_append(path: pathlib.Path, held: Any = None) -> TextIO:
       held: the `lock` of its directory; an object is not written after another process has taken it over.
     """
     if objects.is_object(path):
-        return object_appender.Appender(path, functools.partial(check_lock, held))  # type: ignore[return-value]
+        return objects.Appender(path, functools.partial(check_lock, held))  # type: ignore[return-value]
     return path.open("a")
 
 
 def sync(file: TextIO) -> None:
     """Writes what was appended so far to the disk or the object store. Raises OSError or UserError."""
-    if isinstance(file, object_appender.Appender):
+    if isinstance(file, objects.Appender):
         file.sync()
     else:
         os.fsync(file.fileno())
@@ -306,7 +306,7 @@ def lock(workdir: pathlib.Path, name: str = ".lock", *, wait: bool = False) -> A
       UserError: another process holds the lock, without `wait`.
     """
     if objects.is_object(workdir):
-        return object_locks.Lock(workdir, name, LOCKED)
+        return objects.Lock(workdir, name, LOCKED)
     file = (workdir / name).open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -325,5 +325,5 @@ def lock(workdir: pathlib.Path, name: str = ".lock", *, wait: bool = False) -> A
 
 def check_lock(held: Any) -> None:
     """Raises UserError if another process has taken over a lock of an object store; that of a disk cannot be lost."""
-    if isinstance(held, object_locks.Lock):
+    if isinstance(held, objects.Lock):
         held.check()

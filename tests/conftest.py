@@ -20,12 +20,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from llm_jax import cli, object_clients, objects, runtime, schema, trees
+from llm_jax import cli, runtime, schema, trees
 from llm_jax import configuration as config_lib
 from llm_jax.checkpoints import abstract_params
 from llm_jax.errors import UserError
 from llm_jax.kernels import compiler, native
 from llm_jax.model.transformer import Transformer
+from llm_jax.objects import clients, store
 from tests import compilation
 from tests.compilation import pytest_runtest_setup as pytest_runtest_setup
 
@@ -218,8 +219,8 @@ def bucket(monkeypatch):
             raise FileNotFoundError(name)
 
     monkeypatch.setattr(type(backend.fsspec_backend), "fs", lambda self, path: system)
-    monkeypatch.setattr(object_clients, "client", lambda scheme: system)
-    monkeypatch.setattr(objects, "_LIST_ONE", {"gs": look, "s3": look})
+    monkeypatch.setattr(clients, "client", lambda scheme: system)
+    monkeypatch.setattr(store, "_LIST_ONE", {"gs": look, "s3": look})
     yield system
     system.store.clear()
 

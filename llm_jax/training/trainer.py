@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llm_jax import bars, checkpoints, configuration, files, object_faults, other_libraries, runtime, tokenizers, trees
+from llm_jax import bars, checkpoints, configuration, files, objects, other_libraries, runtime, tokenizers, trees
 from llm_jax.checkpoints import adapters, run
 from llm_jax.errors import UserError
 from llm_jax.evaluation import builtin
@@ -149,7 +149,7 @@ def train(
     lock = None
     began = time.perf_counter()
     say = print if verbose else lambda *values, **options: None
-    with object_faults.reported(workdir), contextlib.ExitStack() as stack:
+    with objects.reported(workdir), contextlib.ExitStack() as stack:
         if not verbose:
             stack.enter_context(bars.off())
         with processes.main_first("to lock the run directory"):

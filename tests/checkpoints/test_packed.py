@@ -9,9 +9,10 @@ import zipfile
 import pytest
 
 import llm_jax
-from llm_jax import checkpoints, files, object_clients, objects, trees
+from llm_jax import checkpoints, files, objects, trees
 from llm_jax.checkpoints import location, zip_files
 from llm_jax.errors import UserError
+from llm_jax.objects import clients, store
 
 
 @pytest.fixture(autouse=True)
@@ -160,7 +161,7 @@ def test_an_object_store_without_its_package_or_a_bucket_is_one_line(monkeypatch
     def missing(scheme):
         raise ImportError("Please install it")
 
-    monkeypatch.setattr(object_clients, "client", missing)
+    monkeypatch.setattr(clients, "client", missing)
     with pytest.raises(UserError, match=f"^{address} *:?.*{message}$"):
         llm_jax.load(address)
 
@@ -172,15 +173,15 @@ def test_a_bucket_that_is_missing_or_refuses_is_one_line(bucket, monkeypatch):
     def refuse(*arguments):
         raise error
 
-    monkeypatch.setattr(objects, "_LIST_ONE", {"gs": refuse, "s3": refuse})
+    monkeypatch.setattr(store, "_LIST_ONE", {"gs": refuse, "s3": refuse})
     error = PermissionError("Access denied\nto the bucket")
     with pytest.raises(UserError, match=r"^s3://bucket/run: cannot be read \(Access denied\); give the account of"):
         llm_jax.load("s3://bucket/run")
     error = RuntimeError("Anonymous caller does not have access")
     with pytest.raises(UserError, match=r"cannot be read \(Anonymous caller.*\); run `gcloud auth"):
         llm_jax.load("gs://bucket/run")
-    monkeypatch.setattr(objects, "_ANSWER", 0.01)
-    monkeypatch.setattr(objects, "_LIST_ONE", {"gs": lambda *arguments: time.sleep(0.1)})
+    monkeypatch.setattr(store, "_ANSWER", 0.01)
+    monkeypatch.setattr(store, "_LIST_ONE", {"gs": lambda *arguments: time.sleep(0.1)})
     with pytest.raises(UserError, match="gs://bucket/run: its store does not answer within 0 s; check the network"):
         llm_jax.load("gs://bucket/run")
 

@@ -1,6 +1,6 @@
 """Errors of the clients of object stores in calls of libraries, such as those of the methods of `etils.epath`.
 
-`objects.py` reports the errors of its own requests.
+`store.py` reports the errors of its own requests.
 """
 
 import contextlib
@@ -8,8 +8,8 @@ import os
 import traceback
 from collections.abc import Iterator
 
-from llm_jax import objects
 from llm_jax.errors import UserError
+from llm_jax.objects import store
 
 _CLIENTS = ("aiobotocore", "botocore", "gcsfs", "s3fs")
 
@@ -20,9 +20,9 @@ def reported(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, UserError) or not objects.is_object(path) or not _is_of_a_client(error):
+        if isinstance(error, UserError) or not store.is_object(path) or not _is_of_a_client(error):
             raise
-        with objects.errors(path, "cannot be read or written"):
+        with store.errors(path, "cannot be read or written"):
             raise
 
 
@@ -30,7 +30,7 @@ def explain(error: BaseException) -> str:
     """One line about an error of a store's client; "" for other errors."""
     if not _is_of_a_client(error):
         return ""
-    return f"an object store cannot be read or written ({objects.reason(error)}); check the network and the permissions"
+    return f"an object store cannot be read or written ({store.reason(error)}); check the network and the permissions"
 
 
 def _is_of_a_client(error: BaseException) -> bool:

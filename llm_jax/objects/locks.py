@@ -11,8 +11,8 @@ import threading
 import time
 from typing import Any
 
-from llm_jax import objects
 from llm_jax.errors import UserError
+from llm_jax.objects import store
 
 _BEAT = 5.0  # seconds between the signs of life of the holder of a lock
 _STALE = 30.0  # seconds without one after which a lock is taken over
@@ -55,7 +55,7 @@ class Lock:
         self._thread.join()
         with contextlib.suppress(Exception):  # a lock that stays is stale soon
             if self._is_own():
-                objects.delete(self._object(self._number))
+                store.delete(self._object(self._number))
 
     def _take(self) -> int:
         numbers = self._numbers()
@@ -63,11 +63,11 @@ class Lock:
             self._watch(numbers[-1])
         number = max(numbers, default=0) + 1
         try:
-            objects.create(self._object(number), self._content(0))
+            store.create(self._object(number), self._content(0))
         except FileExistsError as error:
             raise self._refusal(self._read(number)) from error
         for older in numbers:
-            objects.delete(self._object(older))
+            store.delete(self._object(older))
         return number
 
     def _watch(self, number: int) -> None:
@@ -99,21 +99,21 @@ class Lock:
                 if not self._is_own():
                     return
                 beat += 1
-                objects.write(self._object(self._number), self._content(beat))
+                store.write(self._object(self._number), self._content(beat))
 
     def _is_own(self) -> bool:
         return self._read(self._number).get("token") == self._own["token"]
 
     def _read(self, number: int) -> dict[str, Any]:
         try:
-            return json.loads(objects.read(self._object(number)))
+            return json.loads(store.read(self._object(number)))
         except (FileNotFoundError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
             return {}
 
     def _numbers(self) -> list[int]:
-        parts = [name.rpartition("-") for name in objects.names(self._directory)]
+        parts = [name.rpartition("-") for name in store.names(self._directory)]
         return sorted(int(number) for name, _, number in parts if name == self._name and number.isdecimal())
 
     def _object(self, number: int) -> Any:

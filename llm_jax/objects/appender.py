@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from llm_jax import objects
 from llm_jax.errors import UserError
+from llm_jax.objects import store
 
 _UPLOAD_EVERY = 15.0  # seconds between uploads of an object that grows
 _REST = 10  # the time between these uploads, in durations of the last one
@@ -26,7 +26,7 @@ class Appender(io.TextIOBase):
 
     def __init__(self, path: Any, check: Callable[[], None] = lambda: None):
         self._path, self._check, self._next = path, check, time.monotonic() + _UPLOAD_EVERY
-        self._parts: list[str] = [objects.read(path).decode()] if path.exists() else []
+        self._parts: list[str] = [store.read(path).decode()] if path.exists() else []
         self._upload: threading.Thread | None = None
         self._changed = False
 
@@ -67,7 +67,7 @@ class Appender(io.TextIOBase):
         began = time.monotonic()
         try:
             self._check()
-            objects.write(self._path, content)
+            store.write(self._path, content)
         finally:
             now = time.monotonic()
             self._next = now + max(_UPLOAD_EVERY, _REST * (now - began))

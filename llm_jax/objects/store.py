@@ -16,8 +16,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, TypeVar
 
-from llm_jax import object_clients
 from llm_jax.errors import UserError
+from llm_jax.objects import clients
 
 T = TypeVar("T")
 
@@ -82,7 +82,7 @@ def check(path: Any) -> None:
 
     def look() -> None:
         try:
-            _LIST_ONE[_scheme(path)](object_clients.client(_scheme(path)), bucket, prefix)
+            _LIST_ONE[_scheme(path)](clients.client(_scheme(path)), bucket, prefix)
         except FileNotFoundError as error:
             raise UserError(f"{path}: there is no bucket '{bucket}'; create it first, or correct the name") from error
 
@@ -119,7 +119,7 @@ def bounded(path: str | os.PathLike[str], call: Callable[[], T]) -> T:
         try:
             check(path)
         except UserError as error:
-            if object_clients.is_of_network(error):
+            if clients.is_of_network(error):
                 if (seconds := time.monotonic() - answered) > _SILENT:
                     _unanswering[_scheme(path)] = time.monotonic()
                     text = f"{path}: its store has not answered for {seconds:.0f} s; check the network"
@@ -289,7 +289,7 @@ def _require(address: str) -> None:
     if not _key(address).split("/")[0]:
         raise UserError(f"{address}: names no bucket; expected {scheme}://BUCKET/PATH")
     try:
-        object_clients.client(scheme)
+        clients.client(scheme)
     except ImportError as error:
         raise UserError(f"{address} needs the package {package}; pip install 'llm_jax[{extra}]'") from error
     except Exception as error:
@@ -299,7 +299,7 @@ def _require(address: str) -> None:
 def _request(path: Any, name: str, *arguments: Any, **options: Any) -> Any:
     """Calls a method of the fsspec file system of `path`. Raises Unanswered, and the errors of the client."""
     _refuse_if_given_up(path)
-    return bounded(path, lambda: getattr(object_clients.client(_scheme(path)), name)(*arguments, **options))
+    return bounded(path, lambda: getattr(clients.client(_scheme(path)), name)(*arguments, **options))
 
 
 def _refuse_if_given_up(path: Any) -> None:
@@ -313,7 +313,7 @@ def _refuse_if_given_up(path: Any) -> None:
         _unanswering[scheme] = time.monotonic()  # other threads need not look too
         check(path)
     except (TimeoutError, UserError) as error:
-        if object_clients.is_of_network(error):
+        if clients.is_of_network(error):
             raise Unanswered(f"{os.fspath(path)}: the store does not answer; check the network") from error
         _unanswering.pop(scheme, None)
 

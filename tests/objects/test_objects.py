@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import pytest
 
 import llm_jax
-from llm_jax import checkpoints, files, object_appender, object_faults, object_locks, objects, trees
+from llm_jax import checkpoints, files, objects, trees
 from llm_jax.checkpoints import storage
 from llm_jax.errors import UserError
+from llm_jax.objects import appender, locks, store
 from llm_jax.training import start, trainer
 from tests.conftest import ROOT
 
@@ -52,8 +53,8 @@ def test_files_are_written_read_appended_and_listed(directory):
 
 
 def test_appended_lines_are_uploaded_in_the_background_and_again_where_that_failed(directory, bucket, monkeypatch):
-    monkeypatch.setattr(object_appender, "_UPLOAD_EVERY", 0.0)
-    monkeypatch.setattr(object_appender, "_REST", 0)
+    monkeypatch.setattr(appender, "_UPLOAD_EVERY", 0.0)
+    monkeypatch.setattr(appender, "_REST", 0)
     with files.open_to_append(directory / "m.jsonl") as file:
         with monkeypatch.context() as broken:
             broken.setattr(bucket, "pipe_file", lambda *arguments, **options: 1 / 0)
@@ -94,8 +95,8 @@ def test_a_directory_appears_complete_or_not_at_all(directory, bucket, monkeypat
 
 
 def test_a_lock_is_held_by_one_process_and_survives_none(directory, monkeypatch):
-    monkeypatch.setattr(object_locks, "_BEAT", 0.04)
-    monkeypatch.setattr(object_locks, "_STALE", 0.4)
+    monkeypatch.setattr(locks, "_BEAT", 0.04)
+    monkeypatch.setattr(locks, "_STALE", 0.4)
     lock = files.lock(directory)
     files.check_lock(lock)
     with pytest.raises(UserError, match=rf"^{DIRECTORY}: another trainer is at work here \(process \d+ on .*\); end"):
@@ -130,13 +131,13 @@ def test_a_lock_is_held_by_one_process_and_survives_none(directory, monkeypatch)
 
 def test_two_that_take_a_stale_lock_over_at_once(directory, monkeypatch):
     """The second one finds the next number taken."""
-    monkeypatch.setattr(object_locks.Lock, "_watch", lambda self, number: None)
-    numbers = object_locks.Lock._numbers
+    monkeypatch.setattr(locks.Lock, "_watch", lambda self, number: None)
+    numbers = locks.Lock._numbers
     first = files.lock(directory)
-    monkeypatch.setattr(object_locks.Lock, "_numbers", lambda self: [])  # as it was a moment ago
+    monkeypatch.setattr(locks.Lock, "_numbers", lambda self: [])  # as it was a moment ago
     with pytest.raises(UserError, match="another trainer is at work here"):
         files.lock(directory)
-    monkeypatch.setattr(object_locks.Lock, "_numbers", numbers)
+    monkeypatch.setattr(locks.Lock, "_numbers", numbers)
     files.check_lock(first)
     first.close()
 
@@ -160,7 +161,7 @@ def test_names_that_are_patterns(bucket):
 
 def test_a_trainer_that_wakes_up_leaves_the_run_to_its_successor(directory, monkeypatch):
     """It was suspended for longer than its lock holds; nothing of the run is written or removed any more."""
-    monkeypatch.setattr(object_appender, "_UPLOAD_EVERY", 0.0)
+    monkeypatch.setattr(appender, "_UPLOAD_EVERY", 0.0)
     config = llm_jax.config(ROOT / "tests" / "tiny.py")
     sleeper = files.lock(directory)
     writer = checkpoints.Writer(directory, config, None, "", lock=sleeper)
@@ -218,52 +219,52 @@ def test_a_store_that_fails_in_a_save_or_while_a_checkpoint_is_verified(director
 
 def test_a_call_is_not_waited_for_once_its_store_does_not_answer(directory, monkeypatch):
     """A slow call is; afterwards requests fail at once, until the store answers again."""
-    monkeypatch.setattr(objects, "_PROBE", 0.02)
-    monkeypatch.setattr(objects, "_SILENT", 0.1)
+    monkeypatch.setattr(store, "_PROBE", 0.02)
+    monkeypatch.setattr(store, "_SILENT", 0.1)
     assert objects.bounded(directory, lambda: time.sleep(0.3) or "slow") == "slow"
     with pytest.raises(ZeroDivisionError):
         objects.bounded(directory, lambda: 1 / 0)
     with monkeypatch.context() as hanging:
-        hanging.setattr(objects, "_ANSWER", 0.02)
-        hanging.setattr(objects, "_LIST_ONE", {"s3": lambda *arguments: time.sleep(1)})
+        hanging.setattr(store, "_ANSWER", 0.02)
+        hanging.setattr(store, "_LIST_ONE", {"s3": lambda *arguments: time.sleep(1)})
         with pytest.raises(
             UserError, match="^s3://bucket/run: its store has not answered for .* s; check the network$"
         ):
             objects.bounded(directory, lambda: time.sleep(5))
         with pytest.raises(UserError, match="the store does not answer"):
             files.write(directory / "a", "a")
-        monkeypatch.setattr(objects, "_PAUSE", 0.0)  # the store is looked for again, and still does not answer
+        monkeypatch.setattr(store, "_PAUSE", 0.0)  # the store is looked for again, and still does not answer
         with pytest.raises(UserError, match="the store does not answer"):
             files.write(directory / "a", "a")
     files.write(directory / "a", "a")
-    assert not objects._unanswering
+    assert not store._unanswering
 
 
 @pytest.mark.parametrize("error", [PermissionError("403"), OSError("503 slow down"), FileNotFoundError("bucket")])
 def test_a_store_that_answers_with_an_error_is_not_given_up(directory, monkeypatch, error):
     """An account may lose the permission to list, and a busy store asks for fewer requests, while an upload goes on."""
-    monkeypatch.setattr(objects, "_PROBE", 0.01)
-    monkeypatch.setattr(objects, "_SILENT", 0.02)
+    monkeypatch.setattr(store, "_PROBE", 0.01)
+    monkeypatch.setattr(store, "_SILENT", 0.02)
 
     def refuse(*arguments):
         raise error
 
-    monkeypatch.setattr(objects, "_LIST_ONE", {"s3": refuse})
+    monkeypatch.setattr(store, "_LIST_ONE", {"s3": refuse})
     assert objects.bounded(directory, lambda: time.sleep(0.2) or "slow") == "slow"
     error = type("ServerDisconnectedError", (type("ClientConnectionError", (Exception,), {}),), {})("no route")
     with pytest.raises(objects.Unanswered, match="has not answered for"):
         objects.bounded(directory, lambda: time.sleep(0.2))
-    objects._unanswering.clear()
+    store._unanswering.clear()
 
 
 def test_a_checkpoint_that_hangs_is_one_line_and_does_not_hold_up_the_end(bucket, trained, monkeypatch):
     writer = checkpoints.Writer(
         files.path("gs://bucket/run"), llm_jax.config(ROOT / "tests" / "tiny.py"), llm_jax.load(trained).tokenizer, ""
     )
-    monkeypatch.setattr(objects, "_PROBE", 0.02)
-    monkeypatch.setattr(objects, "_SILENT", 0.1)
-    monkeypatch.setattr(objects, "_ANSWER", 0.02)
-    monkeypatch.setattr(objects, "_LIST_ONE", {"gs": lambda *arguments: time.sleep(1)})
+    monkeypatch.setattr(store, "_PROBE", 0.02)
+    monkeypatch.setattr(store, "_SILENT", 0.1)
+    monkeypatch.setattr(store, "_ANSWER", 0.02)
+    monkeypatch.setattr(store, "_LIST_ONE", {"gs": lambda *arguments: time.sleep(1)})
     monkeypatch.setattr(writer._orbax, "save", lambda *arguments, **options: None)
     monkeypatch.setattr(writer._orbax, "wait_until_finished", lambda: time.sleep(30))
     monkeypatch.setattr(writer._orbax, "close", lambda: time.sleep(30))
@@ -275,7 +276,7 @@ def test_a_checkpoint_that_hangs_is_one_line_and_does_not_hold_up_the_end(bucket
     with pytest.raises(UserError, match=cannot):
         writer.close()
     assert time.monotonic() - began < 20
-    objects._unanswering.clear()
+    store._unanswering.clear()
 
 
 def test_errors_of_clients_are_one_line_and_other_errors_stay(directory, tmp_path):
@@ -286,17 +287,17 @@ def test_errors_of_clients_are_one_line_and_other_errors_stay(directory, tmp_pat
         raise PermissionError("no route")
 
     message = "^s3://bucket/run: cannot be read or written .no route.; give the account"
-    with pytest.raises(UserError, match=message), object_faults.reported(directory):
+    with pytest.raises(UserError, match=message), objects.reported(directory):
         client["fail"]()
     for path, function in ((directory, fail), (tmp_path, client["fail"])):
-        with pytest.raises(PermissionError), object_faults.reported(path):
+        with pytest.raises(PermissionError), objects.reported(path):
             function()
     explained = []
     for function in (client["fail"], fail):
         try:
             function()
         except PermissionError as error:
-            explained.append(object_faults.explain(error))
+            explained.append(objects.explain(error))
     assert explained[0].startswith("an object store cannot be read or written (no route)") and explained[1] == ""
 
 
