@@ -2,7 +2,7 @@
 
     python -m llm_jax.train --config=configs/default.py --workdir=runs/default
 
-Every option stands here; `llm_jax/schema.py` says what each one means.
+Every option stands here; `llm_jax/schema/config.py` says what each one means.
 """
 
 from ml_collections import ConfigDict

@@ -40,7 +40,7 @@ def __getattr__(name: str) -> Any:
         module, attribute = _PUBLIC[name]
         imported = importlib.import_module(module)
         return getattr(imported, attribute) if attribute else imported
-    names = importlib.import_module("llm_jax.attribute_names")
+    names = importlib.import_module("llm_jax.schema.attribute_names")
     raise names.no_attribute("module 'llm_jax'", name)
 
 

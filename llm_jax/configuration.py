@@ -23,10 +23,10 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
-from llm_jax import derived, extensions
+from llm_jax import extensions
 from llm_jax.errors import UserError
-from llm_jax.option_names import RENAMED, nearest, options
-from llm_jax.schema import BoolOrAuto, Config, EmbeddingsConfig, Rules, choice, type_text
+from llm_jax.schema import BoolOrAuto, Config, EmbeddingsConfig, Rules, choice, derived, type_text
+from llm_jax.schema.option_names import RENAMED, nearest, options
 
 # The recipe that has the default values of a configuration dataclass.
 DEFAULT_RECIPES: dict[Any, str] = {Config: "default", EmbeddingsConfig: "word2vec"}

@@ -10,8 +10,8 @@ import sys
 import pytest
 
 from llm_jax import __main__ as entry
-from llm_jax import cli, configuration, option_names, unsupported_names
-from llm_jax.schema import EmbeddingsConfig
+from llm_jax import cli, configuration
+from llm_jax.schema import EmbeddingsConfig, option_names, unsupported_names
 from tests.conftest import ROOT
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}

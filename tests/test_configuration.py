@@ -10,8 +10,8 @@ from jax._src import xla_bridge
 
 import llm_jax
 from llm_jax import configuration as config_lib
-from llm_jax import option_names
 from llm_jax.errors import UserError
+from llm_jax.schema import option_names
 from tests.conftest import ROOT
 
 

@@ -11,8 +11,9 @@ import subprocess
 
 import pytest
 
-from llm_jax import cli, option_names
+from llm_jax import cli
 from llm_jax.errors import UserError
+from llm_jax.schema import option_names
 from tests import doc_blocks
 from tests.doc_blocks import ROOT
 

@@ -1,4 +1,4 @@
-"""The directive `config-options`: a table of every configuration option, read from llm_jax/schema.py."""
+"""The directive `config-options`: a table of every configuration option, read from llm_jax/schema/config.py."""
 
 import re
 from typing import Any

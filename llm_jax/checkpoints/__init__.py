@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from llm_jax import configuration, files, other_libraries, trees
+from llm_jax import configuration, files, trees
 from llm_jax.checkpoints.adapters import Adapters
 from llm_jax.checkpoints.checkpoint import Checkpoint, Loaded, abstract_params
 from llm_jax.checkpoints.gguf_model import Gguf
@@ -33,7 +33,7 @@ from llm_jax.checkpoints.writer import Writer
 from llm_jax.errors import UserError
 from llm_jax.model import positions
 from llm_jax.model.transformer import Transformer
-from llm_jax.schema import Config, ModelConfig
+from llm_jax.schema import Config, ModelConfig, other_libraries
 from llm_jax.tokenizers import Tokenizer
 
 WINDOW = 512  # tokens per window of text for models that record no train.seq_len

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llm_jax import attribute_names, configuration, trees, value_names, weights
+from llm_jax import configuration, trees, weights
 from llm_jax.checkpoints import generation_config
 from llm_jax.errors import UserError
 from llm_jax.model.stages import layout
 from llm_jax.model.transformer import Transformer
 from llm_jax.parallel import mesh as mesh_lib
 from llm_jax.parallel import processes
-from llm_jax.schema import CHECKPOINT_DTYPES, Config, DataConfig, ModelConfig, Rules
+from llm_jax.schema import CHECKPOINT_DTYPES, Config, DataConfig, ModelConfig, Rules, attribute_names, value_names
 from llm_jax.tokenizers import Tokenizer
 
 Shardings = Callable[[Any], Any]  # abstract parameters -> a `jax.sharding.Sharding` for every leaf

@@ -8,8 +8,7 @@ import textwrap
 import tokenize
 from typing import Any
 
-from llm_jax import option_names
-from llm_jax.schema import type_text
+from llm_jax.schema import option_names, type_text
 
 
 @functools.cache

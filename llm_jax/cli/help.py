@@ -9,10 +9,11 @@ from typing import Any
 
 from absl import flags
 
-from llm_jax import configuration, option_names
+from llm_jax import configuration
 from llm_jax.cli import config_help
 from llm_jax.cli.parsing import COMPILATION_CACHE, Command
 from llm_jax.errors import UserError
+from llm_jax.schema import option_names
 
 _WIDTH = 100
 

@@ -13,10 +13,10 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from llm_jax import configuration, option_names, unsupported_names
+from llm_jax import configuration
 from llm_jax.errors import UserError
-from llm_jax.schema import CHECKPOINT_DTYPES, BoolOrAuto
-from llm_jax.value_names import expected
+from llm_jax.schema import CHECKPOINT_DTYPES, BoolOrAuto, option_names, unsupported_names
+from llm_jax.schema.value_names import expected
 
 # Rows (flags, condition under which they have no effect, function of the flags that is true if they have one).
 Needs = Sequence[tuple[tuple[str, ...], str, Callable[[Any], Any]]]

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 
 from llm_jax.errors import UserError
 from llm_jax.files import PARTIAL, cache_directory, dump_json, new_directory
-from llm_jax.value_names import suggestion
+from llm_jax.schema.value_names import suggestion
 
 _MANIFEST = ".sha256.json"
 

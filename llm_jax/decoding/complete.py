@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from llm_jax import other_libraries, tokenizers, weights
+from llm_jax import tokenizers, weights
 from llm_jax.decoding import beam, contrastive, loop, speculative, stops
 from llm_jax.decoding.continuations import Generated
 from llm_jax.decoding.options import PROMPT, DecodingOptions
@@ -15,6 +15,7 @@ from llm_jax.decoding.prefix import Prefix
 from llm_jax.errors import UserError
 from llm_jax.model import positions
 from llm_jax.model.transformer import Transformer
+from llm_jax.schema import other_libraries
 from llm_jax.tokenizers import detokenize
 from llm_jax.tokenizers.base import Tokenizer
 from llm_jax.tokenizers.detokenize import Detokenizer

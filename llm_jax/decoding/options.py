@@ -5,8 +5,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from llm_jax import other_libraries
 from llm_jax.errors import UserError
+from llm_jax.schema import other_libraries
 
 if TYPE_CHECKING:  # `generate --help` reads this module without importing JAX
     from llm_jax.decoding.samplers import Filter, Sampler

@@ -22,7 +22,7 @@ import numpy as np
 
 from llm_jax.errors import UserError
 from llm_jax.kernels import target
-from llm_jax.value_names import suggestion
+from llm_jax.schema.value_names import suggestion
 
 # Letters of shapes: I in, O out, G groups, N numbers of a group.
 

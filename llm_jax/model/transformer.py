@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax import attribute_names, trees, weights
+from llm_jax import trees, weights
 from llm_jax.errors import UserError
 from llm_jax.model import positions
 from llm_jax.model.attention import KVCache, Tokens, lengths_so_far, write_tokens
@@ -25,7 +25,7 @@ from llm_jax.model.layer_stack import Layers
 from llm_jax.model.layers import CAPTURE, Module, Norm
 from llm_jax.model.stages import layout
 from llm_jax.parallel import mesh as mesh_lib
-from llm_jax.schema import ModelConfig
+from llm_jax.schema import ModelConfig, attribute_names
 
 # Letters of shapes: B batch, T time, S cache slots, D width, V vocabulary, N heads, K kv heads, H head width.
 

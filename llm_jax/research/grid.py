@@ -29,9 +29,9 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from llm_jax import configuration, option_names
+from llm_jax import configuration
 from llm_jax.errors import UserError
-from llm_jax.schema import Config
+from llm_jax.schema import Config, option_names
 
 Overrides = dict[str, Any]
 

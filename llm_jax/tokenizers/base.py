@@ -7,8 +7,8 @@ import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkable
 
-from llm_jax import attribute_names
 from llm_jax.errors import UserError
+from llm_jax.schema import attribute_names
 
 # The special tokens of trained kinds, by id.
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")

@@ -19,8 +19,8 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from llm_jax import other_libraries
 from llm_jax.errors import UserError
+from llm_jax.schema import other_libraries
 from llm_jax.tokenizers.base import PretrainedTokenizer, Tokenizer
 
 _SECONDS, _BYTES = 10, 2**30  # for each conversation

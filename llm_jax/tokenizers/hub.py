@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Self
 
 import tokenizers as library
 
-from llm_jax import other_libraries
 from llm_jax.errors import UserError
+from llm_jax.schema import other_libraries
 from llm_jax.tokenizers import gguf_vocabulary, hub_files, hub_vocabulary
 from llm_jax.tokenizers import special as special_tokens
 from llm_jax.tokenizers.base import OtherNames, eos_ids, in_bytes, laid_out

@@ -9,8 +9,8 @@ import numpy as np
 import sentencepiece
 import sentencepiece.sentencepiece_model_pb2
 
-from llm_jax import other_libraries
 from llm_jax.errors import UserError
+from llm_jax.schema import other_libraries
 from llm_jax.tokenizers import special as special_tokens
 from llm_jax.tokenizers.base import OtherNames, eos_ids, in_bytes
 from llm_jax.tokenizers.byte import utf8

@@ -9,12 +9,12 @@ from typing import Any
 
 import jax
 
-from llm_jax import configuration, objects, other_libraries
+from llm_jax import configuration, objects
 from llm_jax.checkpoints import abstract_params
 from llm_jax.errors import UserError
 from llm_jax.model import attention_kernels, transformer
 from llm_jax.model.transformer import Transformer
-from llm_jax.schema import Config, choice
+from llm_jax.schema import Config, choice, other_libraries
 from llm_jax.training import bad_steps, losses, machine_choice, optim, run_pictures, step, trackers, trainable
 
 

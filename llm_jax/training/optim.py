@@ -17,10 +17,10 @@ import optax
 from jax.sharding import NamedSharding
 from optax import contrib
 
-from llm_jax import derived, extensions, trees, weights
+from llm_jax import extensions, trees, weights
 from llm_jax.errors import UserError
 from llm_jax.parallel import mesh as mesh_lib
-from llm_jax.schema import OptimConfig, Rules, choice
+from llm_jax.schema import OptimConfig, Rules, choice, derived
 
 
 class Rule(NamedTuple):

@@ -16,13 +16,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llm_jax import bars, checkpoints, configuration, files, objects, other_libraries, runtime, tokenizers, trees
+from llm_jax import bars, checkpoints, configuration, files, objects, runtime, tokenizers, trees
 from llm_jax.checkpoints import adapters, run
 from llm_jax.errors import UserError
 from llm_jax.evaluation import builtin
 from llm_jax.model import transformer
 from llm_jax.parallel import processes
-from llm_jax.schema import Config
+from llm_jax.schema import Config, other_libraries
 from llm_jax.training import (
     attempts,
     bad_steps,

@@ -6,8 +6,8 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from llm_jax.schema import Config
-from llm_jax.unsupported_names import explanation
+from llm_jax.schema.config import Config
+from llm_jax.schema.unsupported_names import explanation
 
 # Options that have been renamed: an old checkpoint is read under the new name, an old override is answered with it.
 RENAMED = {

@@ -7,8 +7,8 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from llm_jax import option_names, unsupported_names
 from llm_jax.errors import UserError
+from llm_jax.schema import option_names, unsupported_names
 
 F = TypeVar("F", bound=Callable[..., Any])
 

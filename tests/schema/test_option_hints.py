@@ -9,11 +9,12 @@ import pytest
 
 import llm_jax
 from llm_jax import __main__ as commands
-from llm_jax import cli, tokenizers, value_names
+from llm_jax import cli, tokenizers
 from llm_jax.checkpoints import Loaded, generation_config
 from llm_jax.decoding.complete import complete
 from llm_jax.decoding.options import DecodingOptions
 from llm_jax.errors import UserError
+from llm_jax.schema import value_names
 from llm_jax.tokenizers.hub import HubTokenizer
 from tests.tokenizers import forms
 

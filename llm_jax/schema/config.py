@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 from llm_jax.errors import UserError
-from llm_jax.value_names import expected
+from llm_jax.schema.value_names import expected
 
 Rules = tuple[tuple[str, Any], ...]  # (regular expression over names, value) pairs; the first match applies
 
