@@ -19,8 +19,8 @@ from llm_jax.schema import Config
 
 if TYPE_CHECKING:
     from llm_jax.pictures.attention_maps import attention as attention
+    from llm_jax.pictures.drawable import Drawable
     from llm_jax.pictures.neighbourhoods import embeddings as embeddings
-    from llm_jax.pictures.panels import Drawable
     from llm_jax.pictures.position_curves import positions as positions
     from llm_jax.pictures.quantization_errors import quantization as quantization
     from llm_jax.pictures.sampling_steps import probabilities as probabilities

@@ -25,6 +25,8 @@ TITLES = {
     "llm_jax.parallel": "Meshes and shardings",
     "llm_jax.kernels": "Kernels and number formats",
     "llm_jax.cli": "The command line",
+    "llm_jax.schema": "Configuration options",
+    "llm_jax.objects": "Object stores",
 }
 
 

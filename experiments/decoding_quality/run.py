@@ -20,9 +20,10 @@ from experiments.decoding_quality import metrics
 from llm_jax import checkpoints, cli
 from llm_jax.checkpoints import Loaded
 from llm_jax.data import assets
-from llm_jax.decoding import loop, score
+from llm_jax.decoding import score
 from llm_jax.decoding.complete import complete
 from llm_jax.decoding.options import DecodingOptions
+from llm_jax.decoding.steps import apply
 from llm_jax.errors import UserError
 from llm_jax.intervals import Interval, bootstrap
 from llm_jax.research import experiments, findings, pictures, verdicts
@@ -121,8 +122,8 @@ def of_steps(loaded: Loaded, prompts: list[list[int]], human: list[list[int]]) -
 
     @jax.jit
     def look(ids):
-        x = loop.apply(loaded.model, loaded.params, ids[None], method="features")[0][:, len(prompts[0]) - 1 : -1]
-        p = -jnp.sort(-jax.nn.softmax(loop.apply(loaded.model, loaded.params, x, method="logits")[0]), -1)
+        x = apply(loaded.model, loaded.params, ids[None], method="features")[0][:, len(prompts[0]) - 1 : -1]
+        p = -jnp.sort(-jax.nn.softmax(apply(loaded.model, loaded.params, x, method="logits")[0]), -1)
         mass = jnp.cumsum(p, -1)
 
         def of_first(count):  # entropy of the first `count` (T,) alone

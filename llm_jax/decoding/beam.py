@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax import trees, weights
-from llm_jax.decoding import compiled, loop
+from llm_jax.decoding import compiled, loop, steps
 from llm_jax.decoding.continuations import Generated, StopFn
-from llm_jax.decoding.loop import DrawSettings
 from llm_jax.decoding.options import EARLY_STOP, DecodingOptions
 from llm_jax.decoding.samplers import History
+from llm_jax.decoding.steps import DrawSettings
 from llm_jax.model.attention import KVCache, Tokens
 from llm_jax.model.transformer import Transformer
 
@@ -115,8 +115,8 @@ def search(
     loop.check(model, prompts, limit, [0] * len(prompts))
     settings = loop.draw_settings(model, options.sampler(), [0], eos, vocab_size)
     beams = BeamSettings(options.length_penalty, options.diversity, EARLY_STOP.index(options.early_stop), limit)
-    prompts_BP, lengths = loop.padded(prompts, params)
-    state = _start(model, groups, options.beams // groups, loop.bucket(limit), params, prompts_BP, lengths)
+    prompts_BP, lengths = steps.padded(prompts, params)
+    state = _start(model, groups, options.beams // groups, steps.bucket(limit), params, prompts_BP, lengths)
     for until in range(1, limit + 1) if stop else (limit,):
         state = _advance(model, params, settings, beams, state, jnp.int32(until))
         if stop:
@@ -155,7 +155,7 @@ def _start(
     first = dataclasses.replace(empty, total=empty.total.at[..., 0].set(0.0))  # a single, empty hypothesis
     history = History(jnp.pad(prompts_BP, ((0, 0), (0, room))), lengths, lengths)
     every = jnp.repeat(jnp.arange(b), groups * beams)  # the row of the prompt that each beam copies
-    logits = loop.last_logits(model, params, x_BPD, lengths)
+    logits = steps.last_logits(model, params, x_BPD, lengths)
     tokens, layers, history, logits = jax.tree.map(lambda x: x[every], (cache.tokens, cache.layers, history, logits))
     cache = KVCache(tokens, cache.index, layers)
     return BeamState(cache, history, logits, jnp.int32(0), first, empty, jnp.zeros(b, bool))
@@ -213,8 +213,8 @@ def _advance(
         tokens_R, layers, history = jax.tree.map(lambda x: x[rows], (s.cache.tokens, s.cache.layers, s.history))
         position = Tokens(history.length[:, None], jnp.ones_like(ids)[:, None])
         cache = KVCache(tokens_R, s.cache.index, layers)
-        logits, cache = loop.apply(model, params, ids[:, None], position, cache)
-        history = loop.append(history, ids, jnp.ones_like(ids, bool))
+        logits, cache = steps.apply(model, params, ids[:, None], position, cache)
+        history = steps.append(history, ids, jnp.ones_like(ids, bool))
         return BeamState(cache, history, logits[:, 0], s.time + 1, running, ended, closed)
 
     return jax.lax.while_loop(unfinished, step, state)

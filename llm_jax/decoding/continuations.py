@@ -44,7 +44,7 @@ def run(
 
     Args:
       step: (state, until) -> the state with `until` tokens, or with all rows done. A state has the last six
-        fields of `loop.DecodingState`.
+        fields of `steps.DecodingState`.
       eos: int32 (E,), the ids that end a row.
     """
     pause = 1 if watch else _CHUNK if stop else max_new_tokens

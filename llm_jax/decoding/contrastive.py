@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax import trees, weights
-from llm_jax.decoding import compiled, continuations, loop
+from llm_jax.decoding import compiled, continuations, loop, steps
 from llm_jax.decoding.continuations import Generated, StopFn
-from llm_jax.decoding.loop import DecodingState, DrawSettings
 from llm_jax.decoding.samplers import Sampler, argmax
+from llm_jax.decoding.steps import DecodingState, DrawSettings
 from llm_jax.model.attention import KVCache, Tokens
 from llm_jax.model.transformer import Transformer
 
@@ -60,8 +60,8 @@ def search(
     model, params = loop.unrolled(model, params)
     loop.check(model, prompts, max_new_tokens, [0] * len(prompts))
     settings = loop.draw_settings(model, sampler, [0] * len(prompts), eos, vocab_size)
-    prompts_BP, lengths = loop.padded(prompts, params)
-    state = _start(model, loop.bucket(max_new_tokens), params, prompts_BP, lengths)
+    prompts_BP, lengths = steps.padded(prompts, params)
+    state = _start(model, steps.bucket(max_new_tokens), params, prompts_BP, lengths)
 
     def advance(decoding: DecodingState, until: int) -> DecodingState:
         nonlocal state
@@ -101,7 +101,7 @@ def _advance(
         every = jnp.repeat(jnp.arange(b), k)
         slots, layers = jax.tree.map(lambda x: x[every], (d.cache.tokens, d.cache.layers))
         position = Tokens(d.history.length[every][:, None], (~d.done).astype(jnp.int32)[every][:, None])
-        x_RD, cache = loop.apply(
+        x_RD, cache = steps.apply(
             model,
             repeated,
             candidates.reshape(-1, 1),
@@ -117,11 +117,11 @@ def _advance(
         rows = jnp.arange(b) * k + best
         ids = jnp.take_along_axis(candidates, best[:, None], 1)[:, 0]
         slots, layers = jax.tree.map(lambda x: x[rows], (cache.tokens, cache.layers))
-        logits = loop.apply(model, params, x_RD[rows], method="logits")[:, 0]
+        logits = steps.apply(model, params, x_RD[rows], method="logits")[:, 0]
         chosen_B1D = new_BKD[jnp.arange(b), best][:, None]
         features = jax.lax.dynamic_update_slice(s.features, chosen_B1D, (0, d.cache.index, 0))
         next_cache = KVCache(slots, cache.index, layers)
-        recorded = dataclasses.replace(loop.record(d, settings, ids), logits=logits, cache=next_cache)
+        recorded = dataclasses.replace(steps.record(d, settings, ids), logits=logits, cache=next_cache)
         return ContrastiveState(recorded, features)
 
     return jax.lax.while_loop(unfinished, step, state)

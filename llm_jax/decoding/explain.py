@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax.decoding import loop
+from llm_jax.decoding import loop, steps
 from llm_jax.decoding.options import DecodingOptions
 from llm_jax.decoding.samplers import History
 from llm_jax.errors import UserError
@@ -84,7 +84,7 @@ def explain(
     names = [type(item).__name__ for item in sampler.filters]
 
     @jax.jit
-    def stages(settings: loop.DrawSettings, logits: jax.Array, history: History) -> jax.Array:
+    def stages(settings: steps.DrawSettings, logits: jax.Array, history: History) -> jax.Array:
         previous_history = History(
             history.ids, history.length - 1, history.prompt
         )  # the last token was sampled from `logits`

@@ -10,83 +10,22 @@ positions.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from llm_jax import trees
-from llm_jax.decoding import compiled, continuations
+from llm_jax.decoding import compiled, continuations, steps
 from llm_jax.decoding.continuations import Generated, StopFn
+from llm_jax.decoding.prefix import Prefix
 from llm_jax.decoding.samplers import History, Sampler
+from llm_jax.decoding.steps import DecodingState, DrawSettings
 from llm_jax.errors import UserError
 from llm_jax.model.attention import KVCache, Tokens
 from llm_jax.model.transformer import Transformer, check_length, init_cache
-from llm_jax.parallel import mesh as mesh_lib
-
-if TYPE_CHECKING:
-    from llm_jax.decoding.prefix import Prefix
 
 # Letters of shapes: B batch, P padded prompt, S cache slots, N new tokens, A alternatives, D width, V vocabulary.
-
-_SMALLEST_BUCKET = 32
-
-
-@trees.register
-@dataclasses.dataclass(frozen=True)
-class DrawSettings:
-    """Arguments of the loop that may change without recompilation.
-
-    Attributes:
-      sampler: the filters and how a token is chosen.
-      keys: (B,), one random key per row.
-      eos: int32 (E,), the ids that end a row.
-      vocab_size: int32 (); ids at or above it are never drawn.
-    """
-
-    sampler: Sampler
-    keys: jax.Array
-    eos: jax.Array
-    vocab_size: jax.Array
-
-    def mask_padded_vocab(self, logits: jax.Array) -> jax.Array:
-        """Sets the logits of ids outside the vocabulary to -inf: (B, V) -> (B, V)."""
-        return jnp.where(jnp.arange(logits.shape[-1]) < self.vocab_size, logits, -jnp.inf)
-
-    def is_eos(self, ids: jax.Array) -> jax.Array:
-        """Whether each id ends a row: int32 (...) -> bool (...)."""
-        return jnp.any(ids[..., None] == self.eos, -1)
-
-
-@trees.register
-@dataclasses.dataclass(frozen=True)
-class DecodingState:
-    """The carry of the loop.
-
-    Attributes:
-      cache: keys and values of all tokens but the last of each row.
-      history: prompt and generated ids.
-      logits: (B, V), from which the last token was drawn.
-      time: int32 (), tokens drawn so far.
-      ids: int32 (B, N), generated ids; the first `count` of a row are valid.
-      log_probabilities: float32 (B, N).
-      alternative_ids: int32 (B, N, A), the most likely ids of each step.
-      alternative_logs: float32 (B, N, A), their log-probabilities.
-      count: int32 (B,), generated tokens of each row.
-      done: bool (B,), rows that have ended.
-    """
-
-    cache: KVCache
-    history: History
-    logits: jax.Array
-    time: jax.Array
-    ids: jax.Array
-    log_probabilities: jax.Array
-    alternative_ids: jax.Array
-    alternative_logs: jax.Array
-    count: jax.Array
-    done: jax.Array
 
 
 def generate(
@@ -102,7 +41,7 @@ def generate(
     alternatives: int = 0,
     stop: StopFn | None = None,
     watch: Callable[[list[Generated]], Any] | None = None,
-    prefix: "Prefix | None" = None,
+    prefix: Prefix | None = None,
 ) -> list[Generated]:
     """Continues every prompt.
 
@@ -173,25 +112,9 @@ def start(
     alternatives: int = 0,
 ) -> DecodingState:
     """Prefills a cache for the prompts and `max_new_tokens` tokens, and samples the first token."""
-    prompts_BP, lengths = padded(prompts, params)
-    room = bucket(max_new_tokens)
+    prompts_BP, lengths = steps.padded(prompts, params)
+    room = steps.bucket(max_new_tokens)
     return prefill_and_draw(model, room, alternatives, params, settings, prompts_BP, lengths)
-
-
-def padded(prompts: Sequence[Sequence[int]], params: Any) -> tuple[Any, Any]:
-    """Pads prompts to a bucket.
-
-    Args:
-      params: if they are sharded over a mesh, the rows are divided over it.
-
-    Returns:
-      Ids int32 (B, P), and lengths int32 (B,).
-    """
-    lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
-    prompts_BP = np.zeros((len(prompts), bucket(int(lengths.max()))), np.int32)
-    for row, prompt in zip(prompts_BP, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    return mesh_lib.split_rows(prompts_BP, params), mesh_lib.split_rows(lengths, params)
 
 
 def prefill(
@@ -211,13 +134,7 @@ def prefill(
     index_BP = jnp.broadcast_to(jnp.arange(p, dtype=jnp.int32), (b, p))
     segments = (index_BP < lengths[:, None]).astype(jnp.int32)
     tokens = Tokens(jnp.minimum(index_BP, lengths[:, None] - 1), segments)
-    return apply(model, params, prompts_BP, tokens, init_cache(model.config, b, slots), method="features")
-
-
-def last_logits(model: Transformer, params: Any, x_BPD: jax.Array, lengths: jax.Array) -> jax.Array:
-    """Logits of the token after each prompt: features (B, P, D), lengths int32 (B,) -> (B, V)."""
-    last_B1D = jnp.take_along_axis(x_BPD, lengths[:, None, None] - 1, axis=1)
-    return apply(model, params, last_B1D, method="logits")[:, 0]
+    return steps.apply(model, params, prompts_BP, tokens, init_cache(model.config, b, slots), method="features")
 
 
 @compiled.jit(static=(0, 1))
@@ -231,7 +148,7 @@ def prefill_and_draw(
     lengths: jax.Array,
 ) -> DecodingState:
     """`start` for padded prompts: ids int32 (B, P) and lengths int32 (B,)."""
-    return draw_token(begin(model, room, alternatives, params, prompts_BP, lengths)[1], settings)
+    return steps.draw_token(begin(model, room, alternatives, params, prompts_BP, lengths)[1], settings)
 
 
 def begin(
@@ -243,23 +160,8 @@ def begin(
     """
     x_BPD, cache = prefill(model, params, prompts_BP, lengths, prompts_BP.shape[1] + room)
     history = History(jnp.pad(prompts_BP, ((0, 0), (0, room))), lengths, lengths)
-    return x_BPD, empty_state(cache, history, last_logits(model, params, x_BPD, lengths), room, alternatives)
-
-
-def empty_state(cache: KVCache, history: History, logits: jax.Array, room: int, alternatives: int) -> DecodingState:
-    """The state before the first of at most `room` tokens, which is drawn from `logits` (B, V)."""
-    b = len(logits)
-    return DecodingState(
-        cache,
-        history,
-        logits,
-        jnp.int32(0),
-        jnp.zeros((b, room), jnp.int32),
-        jnp.zeros((b, room), jnp.float32),
-        jnp.zeros((b, room, alternatives), jnp.int32),
-        jnp.zeros((b, room, alternatives), jnp.float32),
-        jnp.zeros(b, jnp.int32),
-        jnp.zeros(b, bool),
+    return x_BPD, steps.empty_state(
+        cache, history, steps.last_logits(model, params, x_BPD, lengths), room, alternatives
     )
 
 
@@ -275,52 +177,10 @@ def advance(
     def step(s: DecodingState) -> DecodingState:
         last_B1 = jax.lax.dynamic_slice_in_dim(s.ids, s.time - 1, 1, axis=1)
         tokens = Tokens((s.history.prompt + s.time - 1)[:, None], (~s.done).astype(jnp.int32)[:, None])
-        logits, cache = apply(model, params, last_B1, tokens, s.cache)
-        return draw_token(dataclasses.replace(s, logits=logits[:, 0], cache=cache), settings)
+        logits, cache = steps.apply(model, params, last_B1, tokens, s.cache)
+        return steps.draw_token(dataclasses.replace(s, logits=logits[:, 0], cache=cache), settings)
 
     return jax.lax.while_loop(unfinished, step, state)
-
-
-def draw_token(s: DecodingState, settings: DrawSettings) -> DecodingState:
-    """The state after drawing a token of each row from `s.logits`. For use under `jax.jit`."""
-    keys = jax.vmap(jax.random.fold_in, (0, None))(settings.keys, s.time)
-    ids = settings.sampler(settings.mask_padded_vocab(s.logits), keys, s.history)
-    return record(s, settings, ids)
-
-
-def record(s: DecodingState, settings: DrawSettings, ids: jax.Array) -> DecodingState:
-    """The state with ids int32 (B,) added, which were drawn from `s.logits`."""
-    logs_BV = jax.nn.log_softmax(s.logits.astype(jnp.float32))
-    best, best_ids = jax.lax.top_k(logs_BV, s.alternative_ids.shape[-1])
-    return DecodingState(
-        s.cache,
-        append(s.history, ids, ~s.done),
-        s.logits,
-        s.time + 1,
-        s.ids.at[:, s.time].set(ids),
-        s.log_probabilities.at[:, s.time].set(jnp.take_along_axis(logs_BV, ids[:, None], -1)[:, 0]),
-        s.alternative_ids.at[:, s.time].set(best_ids),
-        s.alternative_logs.at[:, s.time].set(best),
-        s.count + ~s.done,
-        s.done | settings.is_eos(ids),
-    )
-
-
-def append(history: History, ids: jax.Array, rows: jax.Array) -> History:
-    """Appends ids int32 (B,) to the rows for which `rows` bool (B,) is true."""
-    places = jnp.where(rows, history.length, history.ids.shape[1])  # past the end: not written
-    appended = history.ids.at[jnp.arange(len(ids)), places].set(ids, mode="drop")
-    return History(appended, history.length + rows, history.prompt)
-
-
-def apply(model: Transformer, params: Any, *inputs: Any, method: str = "__call__") -> Any:
-    """`model.apply` of one of its methods."""
-    return model.apply({"params": params}, *inputs, method=method)
-
-
-def bucket(length: int) -> int:
-    """The next power of two, at least 32."""
-    return max(_SMALLEST_BUCKET, 1 << (length - 1).bit_length())
 
 
 def check(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, seeds: Sequence[int]) -> None:

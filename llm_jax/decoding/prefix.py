@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax.decoding import compiled, loop
-from llm_jax.decoding.loop import DecodingState, DrawSettings
+from llm_jax.decoding import compiled, steps
 from llm_jax.decoding.samplers import History
+from llm_jax.decoding.steps import DecodingState, DrawSettings
 from llm_jax.model import positions
 from llm_jax.model.attention import KVCache, Tokens
 from llm_jax.model.transformer import Transformer, init_cache
@@ -63,13 +63,13 @@ class Prefix:
         common = common_length(cached, prompt[:-1])
         if positions.make(model.config).changes_keys(jnp.asarray(len(cached)), jnp.asarray(common)):
             common = 0  # the keys were computed with the frequencies of a longer text
-        new_BP, _ = loop.padded([prompt[common:]], params)
-        end, room = common + new_BP.shape[1], loop.bucket(max_new_tokens)
+        new_BP, _ = steps.padded([prompt[common:]], params)
+        end, room = common + new_BP.shape[1], steps.bucket(max_new_tokens)
         if state is None:
             # Copies, as no two donated arrays may be the same.
-            cache = jax.tree.map(jnp.copy, init_cache(model.config, 1, loop.bucket(end) + room))
+            cache = jax.tree.map(jnp.copy, init_cache(model.config, 1, steps.bucket(end) + room))
         elif state.cache.tokens.positions.shape[1] < end + room:
-            cache = resized(state.cache, loop.bucket(end) + room)
+            cache = resized(state.cache, steps.bucket(end) + room)
         else:
             cache = state.cache
         history = np.zeros(cache.tokens.positions.shape, np.int32)
@@ -135,8 +135,8 @@ def _extend(
     slots = dataclasses.replace(cache.tokens, segments=jnp.where(is_common, cache.tokens.segments, 0))
     index_BP = common + jnp.arange(new_BP.shape[1], dtype=jnp.int32)[None]
     tokens = Tokens(jnp.minimum(index_BP, length - 1), (index_BP < length).astype(jnp.int32))
-    x_BPD, cache = loop.apply(model, params, new_BP, tokens, KVCache(slots, common, cache.layers), method="features")
-    logits = loop.last_logits(model, params, x_BPD, count[None])
+    x_BPD, cache = steps.apply(model, params, new_BP, tokens, KVCache(slots, common, cache.layers), method="features")
+    logits = steps.last_logits(model, params, x_BPD, count[None])
     cache = dataclasses.replace(cache, index=length)  # the next token is written over the padding
     history = History(history_BS, length[None], length[None])
-    return loop.draw_token(loop.empty_state(cache, history, logits, room, alternatives), settings)
+    return steps.draw_token(steps.empty_state(cache, history, logits, room, alternatives), settings)

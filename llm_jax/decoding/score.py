@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax.decoding import compiled, loop
+from llm_jax.decoding import compiled, steps
 from llm_jax.errors import UserError
 from llm_jax.model.attention import Tokens
 from llm_jax.model.transformer import Transformer, check_length
@@ -61,7 +61,7 @@ def score(
     for first in range(0, len(order), batch_size):
         batch = order[first : first + batch_size]
         rows = [[*pairs[i][0], *pairs[i][1]] for i in batch]
-        ids_BT, lengths = loop.padded(rows + [[0]] * (batch_size - len(batch)), params)
+        ids_BT, lengths = steps.padded(rows + [[0]] * (batch_size - len(batch)), params)
         logs, best = jax.device_get(_score(model, params, ids_BT, lengths))
         for row, i in enumerate(batch):
             answer = slice(len(pairs[i][0]) - 1, len(rows[row]) - 1)  # the logits before a token predict it
@@ -77,12 +77,12 @@ def _score(model: Transformer, params: Any, ids_BT: jax.Array, lengths: jax.Arra
     b, t = ids_BT.shape
     index_BT = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
     tokens = Tokens(jnp.minimum(index_BT, lengths[:, None] - 1), (index_BT < lengths[:, None]).astype(jnp.int32))
-    x_BTD, _ = loop.apply(model, params, ids_BT, tokens, method="features")
+    x_BTD, _ = steps.apply(model, params, ids_BT, tokens, method="features")
     next_BT = jnp.roll(ids_BT, -1, axis=1)
 
     def chunk(parts: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         x_BCD, ids_BC = parts
-        logs = jax.nn.log_softmax(loop.apply(model, params, x_BCD, method="logits").astype(jnp.float32))
+        logs = jax.nn.log_softmax(steps.apply(model, params, x_BCD, method="logits").astype(jnp.float32))
         picked = jnp.take_along_axis(logs, ids_BC[..., None], -1)[..., 0]
         return picked, picked >= jnp.max(logs, -1)
 

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax import trees
-from llm_jax.decoding import compiled, continuations, loop
+from llm_jax.decoding import compiled, continuations, loop, steps
 from llm_jax.decoding.continuations import Generated, StopFn
-from llm_jax.decoding.loop import DrawSettings
 from llm_jax.decoding.samplers import History, Sampler, draw
+from llm_jax.decoding.steps import DrawSettings
 from llm_jax.errors import UserError
 from llm_jax.model import positions
 from llm_jax.model.attention import KVCache, Tokens
@@ -33,7 +33,7 @@ _MATCH = 3  # the longest run of last tokens that prompt look-up searches for
 @trees.register
 @dataclasses.dataclass(frozen=True)
 class SpeculativeState:
-    """The carry of the loop: as `loop.DecodingState`, for rows of different lengths.
+    """The carry of the loop: as `steps.DecodingState`, for rows of different lengths.
 
     Attributes:
       cache: keys and values of all tokens of the history but the last.
@@ -99,8 +99,8 @@ def generate(
         check_length(draft[0].config, max(map(len, prompts)) + max_new_tokens)
     draft_model, draft_params = draft or (None, None)
     settings = loop.draw_settings(model, sampler, seeds, eos, vocab_size)
-    prompts_BP, lengths = loop.padded(prompts, params)
-    room = loop.bucket(max_new_tokens)
+    prompts_BP, lengths = steps.padded(prompts, params)
+    room = steps.bucket(max_new_tokens)
     state = _start(model, draft_model, room, draft_tokens, params, draft_params, prompts_BP, lengths)
 
     def step(state: SpeculativeState, until: int) -> SpeculativeState:
@@ -181,13 +181,13 @@ def _advance(
                 vocab_size,
             )
         positions = _positions(s.history.length - 1, draft_tokens + 1, s.done, bound)
-        logits, cache = loop.apply(model, params, jnp.concatenate([last, proposed], 1), positions, s.cache)
+        logits, cache = steps.apply(model, params, jnp.concatenate([last, proposed], 1), positions, s.cache)
         logs_BKV = jax.nn.log_softmax(logits.astype(jnp.float32))
         checked, history = [], s.history
         for i in range(draft_tokens + 1):  # filters look at the tokens before each position
             checked.append(settings.sampler.log_probabilities(settings.mask_padded_vocab(logits[:, i]), history))
             if i < draft_tokens:
-                history = loop.append(history, proposed[:, i], jnp.ones(b, bool))
+                history = steps.append(history, proposed[:, i], jnp.ones(b, bool))
         p_logs = jnp.stack(checked, 1)
         accepted = _accept(p_logs, q_logs, proposed, keys[:, draft_tokens])
         residual = _residual(p_logs, q_logs, proposed, accepted)
@@ -241,11 +241,11 @@ def _propose(
     def step(carry, key):
         cache, history, ids = carry
         positions = _positions(history.length - 1, 1, jnp.zeros(len(ids), bool), bound)
-        logits, cache = loop.apply(model, params, _known(model, ids), positions, cache)
+        logits, cache = steps.apply(model, params, _known(model, ids), positions, cache)
         logits = _resized(logits[:, 0], vocab_size)
         logs = settings.sampler.log_probabilities(settings.mask_padded_vocab(logits), history)
         drawn = draw(logs, key)
-        return (cache, loop.append(history, drawn, jnp.ones(len(ids), bool)), drawn[:, None]), (drawn, logs)
+        return (cache, steps.append(history, drawn, jnp.ones(len(ids), bool)), drawn[:, None]), (drawn, logs)
 
     # One pass more than draft tokens, so that the cache has the last one too.
     order = jnp.swapaxes(keys, 0, 1)[: draft_tokens + 1]

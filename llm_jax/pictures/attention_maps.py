@@ -9,7 +9,8 @@ import numpy as np
 from llm_jax.errors import UserError
 from llm_jax.model.transformer import Transformer
 from llm_jax.pictures import forward
-from llm_jax.pictures.panels import Drawable, Heatmaps, Panel, Picture
+from llm_jax.pictures.drawable import Drawable
+from llm_jax.pictures.panels import Heatmaps, Panel, Picture
 from llm_jax.tokenizers import Tokenizer
 
 # Letters of shapes: L layers, N heads, T queries, S keys.

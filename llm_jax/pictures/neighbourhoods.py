@@ -13,7 +13,8 @@ from llm_jax.embeddings.vectors import WordVectors
 from llm_jax.errors import UserError
 from llm_jax.model.transformer import Transformer
 from llm_jax.pictures import forward
-from llm_jax.pictures.panels import Drawable, Heatmaps, Panel, Picture, Table
+from llm_jax.pictures.drawable import Drawable
+from llm_jax.pictures.panels import Heatmaps, Panel, Picture, Table
 from llm_jax.tokenizers import Tokenizer
 
 # Letters of shapes: L layers and the embeddings below them, W words, D width, K neighbours.

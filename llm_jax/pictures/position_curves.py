@@ -12,7 +12,8 @@ from llm_jax.model import positions as positions_lib
 from llm_jax.model import rope
 from llm_jax.model.positions import Absolute, Learned, Position, Rope
 from llm_jax.model.stages import layer_kinds
-from llm_jax.pictures.panels import Drawable, Heatmaps, Lines, Panel, Picture
+from llm_jax.pictures.drawable import Drawable
+from llm_jax.pictures.panels import Heatmaps, Lines, Panel, Picture
 from llm_jax.schema import ModelConfig
 
 # Letters of shapes: C curves, R distances, N heads, H head width, P positions.

@@ -13,7 +13,8 @@ import numpy as np
 from llm_jax import bars, trees, weights
 from llm_jax.errors import UserError
 from llm_jax.kernels import number_formats
-from llm_jax.pictures.panels import Drawable, Heatmaps, Lines, Panel, Picture, Table
+from llm_jax.pictures.drawable import Drawable
+from llm_jax.pictures.panels import Heatmaps, Lines, Panel, Picture, Table
 from llm_jax.quant import post_training
 from llm_jax.weights import quantized
 

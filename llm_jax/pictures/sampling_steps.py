@@ -12,7 +12,8 @@ from llm_jax.decoding.explain import ExplainedStep
 from llm_jax.decoding.options import DecodingOptions
 from llm_jax.model.transformer import Transformer
 from llm_jax.pictures import forward
-from llm_jax.pictures.panels import Drawable, Panel, Passage, Picture, Table
+from llm_jax.pictures.drawable import Drawable
+from llm_jax.pictures.panels import Panel, Passage, Picture, Table
 from llm_jax.tokenizers import Tokenizer
 
 

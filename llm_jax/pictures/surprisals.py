@@ -11,7 +11,8 @@ from llm_jax.decoding import score
 from llm_jax.errors import UserError
 from llm_jax.model.transformer import Transformer
 from llm_jax.pictures import forward
-from llm_jax.pictures.panels import Drawable, Passage, Picture, Table
+from llm_jax.pictures.drawable import Drawable
+from llm_jax.pictures.panels import Passage, Picture, Table
 from llm_jax.tokenizers import Tokenizer
 
 _HIGH = 16.0  # bits of the strongest colour

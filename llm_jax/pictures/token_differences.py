@@ -12,7 +12,8 @@ from llm_jax import bars
 from llm_jax.data.rows import AnyRows, Batch, batches
 from llm_jax.errors import UserError
 from llm_jax.pictures import forward
-from llm_jax.pictures.panels import Drawable, Panel, Passage, Picture, Table
+from llm_jax.pictures.drawable import Drawable
+from llm_jax.pictures.panels import Panel, Passage, Picture, Table
 from llm_jax.tokenizers import Tokenizer
 
 # Letters of shapes: R rows, B batch, T time.

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from llm_jax.pictures.panels import Drawable, Panel, Passage, Picture, Table
+from llm_jax.pictures.drawable import Drawable
+from llm_jax.pictures.panels import Panel, Passage, Picture, Table
 from llm_jax.tokenizers import Tokenizer, token_text
 from llm_jax.tokenizers.byte import utf8
 

@@ -11,7 +11,8 @@ from llm_jax.data import rows as rows_lib
 from llm_jax.data.kinds import open_source
 from llm_jax.errors import UserError
 from llm_jax.pictures import forward
-from llm_jax.pictures.panels import Drawable, Panel, Passage, Picture
+from llm_jax.pictures.drawable import Drawable
+from llm_jax.pictures.panels import Panel, Passage, Picture
 from llm_jax.schema import Config
 from llm_jax.tokenizers import Tokenizer
 

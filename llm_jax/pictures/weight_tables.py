@@ -7,7 +7,8 @@ from typing import Any
 import jax
 
 from llm_jax import trees, weights
-from llm_jax.pictures.panels import Drawable, Picture, Table
+from llm_jax.pictures.drawable import Drawable
+from llm_jax.pictures.panels import Picture, Table
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,8 @@ import numpy as np
 from llm_jax import bars, lora, trees, weights
 from llm_jax.errors import UserError
 from llm_jax.lora import adapt
-from llm_jax.pictures.panels import Drawable, Lines, Panel, Picture, Table
+from llm_jax.pictures.drawable import Drawable
+from llm_jax.pictures.panels import Lines, Panel, Picture, Table
 
 _MOST_LINES = 12
 

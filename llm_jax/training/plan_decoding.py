@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from llm_jax.checkpoints import abstract_params
 from llm_jax.checkpoints.checkpoint import with_dtype
-from llm_jax.decoding import loop
+from llm_jax.decoding import loop, steps
 from llm_jax.decoding.samplers import Sampler
 from llm_jax.model.transformer import Transformer
 from llm_jax.parallel import mesh as mesh_lib
@@ -32,9 +32,9 @@ def compiled(config: Config, devices: list[Any]) -> tuple[Any, Mesh]:
     params = _placed(shapes, mesh_lib.shardings(shapes, config.mesh.rules, mesh))
     rows, length = config.train.batch_size, config.train.seq_len
     split = NamedSharding(mesh, mesh_lib.fitting(P(mesh_lib.BATCH), (rows,), mesh))
-    prompts = jax.ShapeDtypeStruct((rows, loop.bucket(length)), jnp.int32, sharding=split)
+    prompts = jax.ShapeDtypeStruct((rows, steps.bucket(length)), jnp.int32, sharding=split)
     lengths = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=split)
-    room = loop.bucket(config.eval.max_new_tokens)
+    room = steps.bucket(config.eval.max_new_tokens)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # the platform determines the kernels
         settings = jax.eval_shape(lambda: loop.draw_settings(model, Sampler(), range(rows)))
         prefill = loop.prefill_and_draw.of_model(model).lower(room, 0, params, settings, prompts, lengths)

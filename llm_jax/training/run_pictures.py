@@ -6,7 +6,7 @@ from typing import Any
 from llm_jax.errors import UserError
 from llm_jax.model.transformer import Transformer
 from llm_jax.pictures import attention_maps, position_curves, quantization_errors, sampling_steps, surprisals
-from llm_jax.pictures.panels import Drawable
+from llm_jax.pictures.drawable import Drawable
 from llm_jax.schema import choice
 from llm_jax.tokenizers import Tokenizer
 

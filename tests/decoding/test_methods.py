@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from llm_jax import lora
-from llm_jax.decoding import beam, contrastive, loop, samplers, score, speculative
+from llm_jax.decoding import beam, contrastive, loop, samplers, score, speculative, steps
 from llm_jax.decoding.options import DecodingOptions
 from llm_jax.errors import UserError
 from tests.lora import cases
@@ -209,7 +209,7 @@ FILTERED = DecodingOptions(top_k=3, temperature=1.5, repetition_penalty=1.3)
 )
 def test_speculative_draws_have_the_models_own_distribution(monkeypatch, small, other, padded, who, options):
     """Over all texts of three tokens, for two prompts in one batch: a round of two guesses and one more."""
-    monkeypatch.setattr(loop, "_SMALLEST_BUCKET", 8)  # the time is that of attention over slots, most of them empty
+    monkeypatch.setattr(steps, "_SMALLEST_BUCKET", 8)  # the time is that of attention over slots, most of them empty
     prompts, count = [[2], [3, 4, 0, 2, 3]], 3000
     rows = [p for p in prompts for _ in range(count)]
     made = speculative.generate(
@@ -359,14 +359,14 @@ def test_groups_are_penalized_as_in_the_paper(small, diversity):
 def test_contrastive_search_does_not_look_at_padding(make, monkeypatch):
     """Whatever ids fill up a prompt, their features are no tokens of the text."""
     model, params = make(scan_layers=False)
-    prompts, original = [[5, 9, 5], [7], list(range(20, 40))], loop.padded
+    prompts, original = [[5, 9, 5], [7], list(range(20, 40))], steps.padded
 
     def search(fill):
         def padded(prompts, params):
             ids, lengths = original(prompts, params)
             return np.where(np.arange(ids.shape[1]) < lengths[:, None], ids, fill).astype(np.int32), lengths
 
-        monkeypatch.setattr(loop, "padded", padded)
+        monkeypatch.setattr(steps, "padded", padded)
         options = {"k": 8, "alpha": 0.95, "max_new_tokens": 6}
         return [row.ids for row in contrastive.search(model, params, prompts, DecodingOptions().sampler(), **options)]
 

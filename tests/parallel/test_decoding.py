@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 import llm_jax
 from llm_jax import trees
 from llm_jax.checkpoints import checkpoint as checkpoint_lib
-from llm_jax.decoding import loop
+from llm_jax.decoding import loop, steps
 from llm_jax.decoding.samplers import Sampler
 from llm_jax.model.transformer import Transformer
 from llm_jax.parallel import mesh as mesh_lib
@@ -52,7 +52,7 @@ def rows_of_devices():
     params = jax.device_put(jnp.zeros(8), mesh_lib.replicated(mesh_lib.make(sizes)))
     placed = []
     for prompts in (PROMPTS, PROMPTS[:3]):
-        arrays = loop.padded(prompts, params)
+        arrays = steps.padded(prompts, params)
         shards = [sorted(array.addressable_shards, key=lambda shard: shard.device.id) for array in arrays]
         rows = [list(range(len(prompts)))[prompt.index[0]] for prompt in shards[0]]
         for prompt, length, numbers in zip(*shards, rows, strict=True):

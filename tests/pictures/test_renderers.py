@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from llm_jax.errors import UserError
-from llm_jax.pictures.panels import Drawable, Heatmaps, Lines, Passage, Picture, Table
+from llm_jax.pictures.drawable import Drawable
+from llm_jax.pictures.panels import Heatmaps, Lines, Passage, Picture, Table
 from tests.conftest import call
 from tests.pictures.test_figures import TEXT  # the functions are compiled for its length
 from tests.research.test_report import drive
