@@ -126,9 +126,6 @@ def draw(by_layer: dict, bank: np.ndarray, path: pathlib.Path) -> None:
         for vectors, sense, marker in zip(centred, ("river", "money"), "os", strict=True):
             right.scatter(*(axes @ vectors.T), marker=marker, s=60, label=f"bank ({sense})")
         right.set(xlabel="first principal axis", ylabel="second", title="bank, last layer")
-        for axis in (left, right):
-            axis.legend()
-            axis.grid(alpha=0.3)
 
 
 if __name__ == "__main__":

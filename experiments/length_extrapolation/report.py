@@ -114,6 +114,4 @@ def draw(loss: Figures, path: pathlib.Path) -> None:
             axis.set(title=title, xscale="log", xlabel="length / trained length")
             axis.set_xticks(lengths, [f"{factor}×" for factor in FACTORS])
             axis.set_xticks([], minor=True)
-            axis.legend(fontsize=7)
-            axis.grid(alpha=0.3)
         axes[0].set_ylabel("held-out loss, nats a token (sliding window)")

@@ -127,8 +127,6 @@ def draw(figures: Losses, path: pathlib.Path) -> None:
         axis.set_xticks(x, list(figures))
         axis.set(ylabel="loss above full precision, nats a token")
         axis.axhline(0, color="black", linewidth=0.5)
-        axis.legend()
-        axis.grid(alpha=0.3, axis="y")
 
 
 if __name__ == "__main__":

@@ -131,8 +131,6 @@ def draw(language: dict[str, Any], full: dict[str, Any], path: pathlib.Path) -> 
             axis.annotate(scheme, point, fontsize=7, xytext=(3, 3), textcoords="offset points")
         label = "bits a weight, scales and 8-bit tables included"
         axis.set(xlabel=label, ylabel="rise of perplexity, relative", yscale="log")
-        axis.legend(fontsize=8)
-        axis.grid(alpha=0.3)
 
 
 def main() -> None:

@@ -32,8 +32,6 @@ def main() -> None:
                 color = "tab:orange" if style == "o-" else "tab:red"
                 axes.plot(*zip(*points, strict=True), style, color=color, label=f"held out, {label}")
         axes.set(xlabel="million tokens", ylabel="nats per token")
-        axes.grid(alpha=0.3)
-        axes.legend()
     print(f"wrote {flags.FLAGS.output}")
 
 

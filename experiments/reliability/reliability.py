@@ -1,6 +1,6 @@
 """Runs that are killed, damaged checkpoints, and full or read-only disks, with real processes: R1 to R5.
 
-Every part compares with one undisturbed run of `config.py` with the same number of processes. `--parts` measures only
+Every part compares with one undisturbed run of recipe.json with the same number of processes. `--parts` measures only
 some parts and keeps the results of the others. The disks are tmpfs, which only root can mount.
 """
 
@@ -35,7 +35,8 @@ STATEMENTS = {
     "processes": ("R4", "runs of two processes of which one was killed"),
     "read_only": ("R5", "disks that became read-only"),
 }
-STEPS = 60  # of `config.py`
+RECIPE = HERE / "recipe.json"
+STEPS = 60  # of the recipe
 HANG = 300  # seconds after a kill in which all processes must have ended
 EXPLAINED = ("has ended without a message", "Terminating process because")  # why the other processes ended
 # Metrics that must be the same in a disturbed run; times differ.
@@ -90,7 +91,7 @@ def verdict(value: dict[str, Any] | None) -> str:
 def train(workdir: pathlib.Path, processes: int = 1) -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": str(HERE.parents[1]), "JAX_PLATFORMS": "cpu"}
     module = ("llm_jax.train",) if processes == 1 else (LAUNCHER, str(processes), "llm_jax.train")
-    full = [sys.executable, "-m", *module, f"--config={HERE / 'config.py'}", f"--workdir={workdir}"]
+    full = [sys.executable, "-m", *module, f"--config={RECIPE}", f"--workdir={workdir}"]
     return subprocess.Popen(full, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
@@ -154,28 +155,27 @@ def kills(
     """
     f = flags.FLAGS
     ended: list[dict[str, Any]] = []
-    while sum(len(run["kills"]) for run in ended) < f.kills:
+    hits: list[dict[str, Any]] = []
+    while len(hits) < f.kills:
         workdir = output / f"killed-{processes}-{f.seed}-{len(ended)}"
         draw = random.Random(f"{f.seed} {processes} {len(ended)}")
         compute = functools.partial(killed, workdir, undisturbed, seconds, draw, processes)
         ended.append(experiments.cached(workdir.with_suffix(".json"), compute, origins))
-        print(f"{sum(len(run['kills']) for run in ended)} of {f.kills} kills: {ended[-1]}", flush=True)
-    hits: list[dict[str, Any]] = []
-    for run in ended:  # a kill while a run starts leaves the steps and checkpoints of the kill before
-        states = [(0, 0), *((hit["reached"], hit["kept"]) for hit in run["kills"])]
-        hits += [
-            hit | {"in_training": after != before}
-            for hit, before, after in zip(run["kills"], states, states[1:], strict=False)
-        ]
+        before = (0, 0)
+        for hit in ended[-1]["kills"]:  # a kill while a run starts leaves the steps and checkpoints of the kill before
+            after = (hit["reached"], hit["kept"])
+            hits.append(hit | {"in_training": after != before})
+            before = after
+        print(f"{len(hits)} of {f.kills} kills: {ended[-1]}", flush=True)
     differing, unreadable = sum(run["differs"] for run in ended), sum(hit["unreadable"] for hit in hits)
-    ends = {name: [hit for hit in hits if hit["signal"] == name] for name in ("SIGKILL", "SIGTERM")}
-    again = {
-        name: max((hit["reached"] - hit["kept"] for hit in of_signal if hit["in_training"]), default=0)
-        for name, of_signal in ends.items()
-    }
+    signals = ("SIGKILL", "SIGTERM")
+    again = dict.fromkeys(signals, 0)
+    for hit in hits:
+        if hit["in_training"]:
+            again[hit["signal"]] = max(again[hit["signal"]], hit["reached"] - hit["kept"])
     figures = {
         "lost": differing + unreadable,
-        "killed": {name: len(of_signal) for name, of_signal in ends.items()},
+        "killed": {name: sum(hit["signal"] == name for hit in hits) for name in signals},
         "while_saving": sum(hit["saving"] for hit in hits),
         "in_training": sum(hit["in_training"] for hit in hits),
         "unreadable_checkpoints": unreadable,

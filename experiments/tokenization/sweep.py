@@ -91,8 +91,6 @@ def draw(table: Table, path: pathlib.Path) -> None:
             x, y = ([row[name] for row in rows] for name in ("ids", "tokens per word"))
             axis.plot(x, y, marker="o", markersize=4, label=kind)
         axis.set(xscale="log", yscale="log", xlabel="ids", ylabel="tokens a word, held-out text")
-        axis.legend(fontsize=8)
-        axis.grid(alpha=0.3, which="both")
 
 
 if __name__ == "__main__":

@@ -24,17 +24,23 @@ def figure(
     *,
     figsize: tuple[float, float],
     dpi: int = 110,
+    legends: bool = True,
     **options: Any,
 ) -> Iterator[Any]:
     """The axes of a figure of `rows` times `columns` pictures, as `Figure.subplots` has them; writes `path` at the end.
 
     Args:
       figsize: width and height in inches.
+      legends: whether each picture that has labels gets a legend of them.
       options: further arguments of `Figure.subplots`, such as sharey.
     """
     width, height = figsize
     with render_png.figure(width, height, "constrained") as drawing:
         yield drawing.subplots(rows, columns, **options)
+        for axis in drawing.axes:
+            axis.grid(alpha=0.3)
+            if legends and axis.get_legend_handles_labels()[1]:
+                axis.legend(fontsize=8)
         drawing.savefig(path, dpi=dpi)
 
 
@@ -50,26 +56,24 @@ def draw(runs: Sequence[Run], directory: pathlib.Path, stem: str) -> list[pathli
     curves = [(group_label, name, points) for group_label, name, points in curve_rows if points]
     if curves:
         paths.append(directory / f"{stem}-curves.png")
-        with figure(paths[-1], 1, 2, figsize=(11, 4), dpi=130) as axes:
+        with figure(paths[-1], 1, 2, figsize=(11, 4), dpi=130, legends=False) as axes:
             for axis, name, title in zip(axes, ("loss", main), ("training loss, nats a token", label), strict=True):
                 for group_label, points in ((g, p) for g, n, p in curves if n == name):
                     marker = "o" if len(points["step"]) < 20 else ""
                     (line,) = axis.plot(points["step"], points["mean"], marker=marker, markersize=3, label=group_label)
                     axis.fill_between(points["step"], points["low"], points["high"], color=line.get_color(), alpha=0.2)
                 axis.set(xlabel="step", ylabel=title)
-                axis.grid(alpha=0.3)
             if len(groups) > 1 and (lines := axes[0].get_lines()):
                 axes[0].legend(lines, [line.get_label() for line in lines], fontsize=8)  # names may begin with "_"
     results = [(group.label, mean) for group in groups if (mean := group.mean(main))]
     if results:
         paths.append(directory / f"{stem}-results.png")
         height = sum(0.15 + 0.2 * (name.count("\n") + 1) for name, _ in results)
-        with figure(paths[-1], figsize=(7, 1 + height), dpi=130) as axis:
+        with figure(paths[-1], figsize=(7, 1 + height), dpi=130, legends=False) as axis:
             for i, (group_label, mean) in enumerate(results):
                 half = 0.0 if math.isnan(mean.low) else mean.high - mean.estimate
                 axis.errorbar(mean.estimate, i, xerr=half, marker="o", capsize=3, label=group_label)
             axis.set_yticks(range(len(results)), [group_label for group_label, _ in results])
             axis.invert_yaxis()
             axis.set(xlabel=f"{label}, 95 % interval over the seeds")
-            axis.grid(alpha=0.3, axis="x")
     return paths

@@ -47,7 +47,8 @@ def test_an_experiment_measures_once_and_publishes_below_its_runs(script, run, c
     if script.parent.name == "quantization_quality":
         arguments.append(f"--checkpoint={tmp_path / 'model'}")
         width = ("--config.model.width=128", "--config.model.mlp_dim=128")  # groups of 128 have to divide it
-        command("train", f"--workdir={tmp_path / 'model'}", "--config.train.steps=4", *width)
+        vocabulary = ("--config.tokenizer.kind=byte_bpe", "--config.tokenizer.vocab_size=300")  # that GGUF files hold
+        command("train", f"--workdir={tmp_path / 'model'}", "--config.train.steps=4", *width, *vocabulary)
     run(script, *arguments)
     published = tmp_path / "quick" / "published"
     results = findings.read(published / "results.json")
