@@ -81,9 +81,9 @@ def _reserve_huge_pages() -> None:
 
     The advice must precede the first access. The block is freed at once: malloc retains its addresses at the top of the
     heap and allocates from them. Does nothing where a limit counts addresses, such as `ulimit -v`: too few would be
-    left for shared libraries and threads.
+    left for shared libraries and threads, and where glibc fills each new block with a byte (MALLOC_PERTURB_).
     """
-    if _addresses_are_limited():
+    if _addresses_are_limited() or _malloc_fills_blocks():
         return
     libc = ctypes.CDLL(None)
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
@@ -107,6 +107,11 @@ def _addresses_are_limited() -> bool:
         return _OVERCOMMIT.read_text().strip() == "2"
     except OSError:
         return False
+
+
+def _malloc_fills_blocks() -> bool:
+    """Whether glibc's malloc fills each block that it returns, which accesses all of its addresses."""
+    return bool(os.environ.get("MALLOC_PERTURB_")) or "glibc.malloc.perturb" in os.environ.get("GLIBC_TUNABLES", "")
 
 
 def available_memory() -> int | None:

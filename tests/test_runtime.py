@@ -164,3 +164,18 @@ def test_no_addresses_are_reserved_where_a_limit_counts_them(limit, tmp_path):
     command = [sys.executable, "-c", LIMITED.format(limit=limit), str(overcommit)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(result.stdout) < 2**19  # KiB
+
+
+@pytest.mark.parametrize("variable", [("MALLOC_PERTURB_", "85"), ("GLIBC_TUNABLES", "glibc.malloc.perturb=85")])
+def test_no_addresses_are_reserved_where_malloc_fills_them(variable, monkeypatch):
+    """Malloc would access half of the memory of the machine."""
+    sizes = []
+    monkeypatch.setattr(runtime, "available_memory", lambda: sizes.append(0))  # the size of the block; here none
+    monkeypatch.setattr(runtime, "_addresses_are_limited", lambda: False)
+    for name in ("MALLOC_PERTURB_", "GLIBC_TUNABLES"):
+        monkeypatch.delenv(name, raising=False)
+    runtime._reserve_huge_pages()
+    assert len(sizes) == 1
+    monkeypatch.setenv(*variable)
+    runtime._reserve_huge_pages()
+    assert len(sizes) == 1

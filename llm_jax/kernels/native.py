@@ -8,7 +8,6 @@ LLM_JAX_CPU_PATH chooses the instructions of the kernels in C++: a name of `PATH
 of this CPU.
 """
 
-import contextlib
 import ctypes
 import functools
 import os
@@ -100,14 +99,17 @@ def amx_reason(library: ctypes.CDLL) -> str:
 
 @functools.cache
 def loaded() -> tuple[ctypes.CDLL | None, str]:
-    """The kernels and "", or None and the reason why they cannot be compiled or loaded."""
+    """The kernels, and the reason why they are not those of the wheel, or "" if it has none.
+
+    Without kernels: None and the reason why they cannot be compiled or loaded.
+    """
+    library, reason = _prebuilt()
+    if library is not None:
+        return library, ""
     try:
-        library = _load()
+        return _registered(_compiled()), reason
     except (UserError, OSError) as error:
-        return None, str(error)
-    for name, symbol in TARGETS.items():
-        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
-    return library, ""
+        return None, f"{reason}, and {error}" if reason else str(error)
 
 
 def unusable_reason() -> str:
@@ -128,22 +130,37 @@ def _note(reason: str) -> None:
     print(f"note: products with quantized weights use XLA, which is slower: {reason}", file=sys.stderr)
 
 
-def _load() -> ctypes.CDLL:
-    """Loads the library of the wheel where it fits this machine, else the compiled one.
+def _prebuilt() -> tuple[ctypes.CDLL | None, str]:
+    """The library of the wheel, or None and the reason why it does not serve this system; "" if the wheel has none."""
+    libraries = sorted(compiler.PREBUILT.glob("*.so"))
+    if not libraries:
+        return None, ""
+    try:
+        path = compiler.PREBUILT / compiler.file_name()
+        if path not in libraries:
+            names = ", ".join(library.name for library in libraries)
+            return None, f"the library of the wheel ({names}) was built for another jaxlib or CPU architecture"
+        return _registered(path), ""
+    except (UserError, OSError) as error:  # such as a C library that is older than that of the build
+        return None, f"the library of the wheel cannot be used ({error})"
+
+
+def _registered(path: pathlib.Path) -> ctypes.CDLL:
+    """Loads a library and registers its handlers with XLA.
 
     Raises:
-      UserError, OSError: there is no library that can be loaded.
+      OSError: it cannot be loaded.
+      UserError: it lacks a handler, or XLA refuses one.
     """
-    prebuilt = compiler.PREBUILT / compiler.file_name()
-    if prebuilt.exists():
-        with contextlib.suppress(OSError):  # built on a system with a newer C library
-            return ctypes.CDLL(str(prebuilt))
+    library = ctypes.CDLL(str(path))
+    jax.default_backend()  # before it is initialized, XLA only queues handlers, and one that it refuses ends JAX
     try:
-        return ctypes.CDLL(str(_compiled()))
-    except UserError as error:
-        if not compiler.PREBUILT.exists():
-            raise
-        raise UserError(f"the library of the wheel does not fit this system or jaxlib, and {error}") from None
+        handlers = {name: jax.ffi.pycapsule(getattr(library, symbol)) for name, symbol in TARGETS.items()}
+        for name, handler in handlers.items():
+            jax.ffi.register_ffi_target(name, handler, platform="cpu")
+    except (AttributeError, RuntimeError, ValueError) as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from error
+    return library
 
 
 def _compiled() -> pathlib.Path:

@@ -38,6 +38,8 @@ def run(rows: int, inputs: int, outputs: int) -> int:
         return 0
     path = native.PATHS[library.llm_jax_fastest_path()]
     print(f"kernels   {library._name}")
+    if reason := native.loaded()[1]:
+        print(f"          compiled on this machine: {reason}")
     why = "the fastest this CPU has of" if native.path_setting() == "auto" else f"by {native.PATH_SETTING}, of"
     print(f"path      {path}, {why} {', '.join(native.PATHS[1:])}")
     reason = native.amx_reason(library)

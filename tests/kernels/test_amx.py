@@ -6,6 +6,7 @@ The model was written from Intel's description of the instructions; no CPU with 
 import ctypes
 import dataclasses
 import pathlib
+import shutil
 import subprocess
 
 import numpy as np
@@ -48,6 +49,16 @@ def test_it_is_the_fastest_path_and_can_be_disabled(built, monkeypatch):
     assert native.amx_reason(built) == "LLM_JAX_CPU_PATH=avx512_vnni"
     monkeypatch.delenv("LLM_JAX_CPU_PATH")
     native.library()
+
+
+def test_another_path_of_the_first_call_does_not_disable_it_later(built, monkeypatch, tmp_path):
+    """A copy of the library has variables of its own."""
+    path = shutil.copy(built._name, tmp_path)
+    library = ctypes.CDLL(path)
+    monkeypatch.setattr(native, "loaded", lambda: (library, ""))
+    for setting, expected in (("avx2", "avx2"), ("auto", AMX), ("avx512_vnni", "avx512_vnni"), (AMX, AMX)):
+        monkeypatch.setenv("LLM_JAX_CPU_PATH", setting)
+        assert native.PATHS[native.library().llm_jax_fastest_path()] == expected
 
 
 @pytest.mark.parametrize("by_output", [False, True])
@@ -134,7 +145,7 @@ def test_nothing_beyond_bfloat16_numbers_is_read_or_written(by_output):
 
 @pytest.mark.parametrize("define", ["", "-DLLM_JAX_AMX_ASSUMED"])
 def test_a_cpu_without_the_instructions_is_detected(built, tmp_path, define):
-    """By what the CPU announces, and by a trial: the signal of an illegal instruction is caught."""
+    """By what the CPU announces, and by a trial: the signal of an illegal instruction is caught, in its thread only."""
     cpu = pathlib.Path("/proc/cpuinfo").read_text()
     if "amx_tile" in cpu:
         pytest.skip("this CPU has AMX")

@@ -1,16 +1,13 @@
 """The kernels in C++ against float64, over odd shapes, group sizes, instruction sets, threads, NaN and inf."""
 
-import concurrent.futures
 import contextlib
 import ctypes
 import dataclasses
-import functools
 import mmap
 import os
 import pathlib
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 
 import jax
@@ -18,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax.errors import UserError
 from llm_jax.kernels import compiler, cpu_product, native, number_formats
 from tests.kernels import random_products
 from tests.kernels.random_products import draw
@@ -212,107 +208,6 @@ def test_each_choice_has_a_reason():
     assert unsupported_reason("int8", jnp.ones((0, 64))) == "0 rows of activations; the kernels of int8 take 1 to 4"
     assert unsupported_reason("int8", x, contracted=1) == "the groups do not lie along the contracted axis"
     assert unsupported_reason("int8", x.astype(jnp.bfloat16), "bfloat16") == "bfloat16 activations with bfloat16 sums"
-
-
-@pytest.mark.parametrize(
-    ("value", "message"), [("fast", "LLM_JAX_KERNELS=fast; expected one of auto, cpu, pallas, xla")]
-)
-def test_an_unknown_setting_is_refused(monkeypatch, value, message):
-    monkeypatch.setenv("LLM_JAX_KERNELS", value)
-    with pytest.raises(UserError, match=message):
-        native.library()
-
-
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        (
-            "sse",
-            "LLM_JAX_CPU_PATH=sse; expected one of auto, portable, avx2, avx512",
-        ),
-        ("neon_dot", "LLM_JAX_CPU_PATH=neon_dot: this CPU does not have these instructions"),
-    ],
-)
-def test_instructions_that_are_unknown_or_missing_are_refused(monkeypatch, value, message):
-    if value in PATHS and available(value):
-        pytest.skip(f"this CPU has {value}")
-    monkeypatch.setenv("LLM_JAX_CPU_PATH", value)
-    with pytest.raises(UserError, match=message):
-        native.library()
-
-
-def test_the_instructions_can_be_chosen(monkeypatch):
-    p = draw("int4", 192, 70, 3, group=32)
-    portable = p.run("portable")
-    monkeypatch.setenv("LLM_JAX_CPU_PATH", "portable")
-    library = native.library()
-    np.testing.assert_array_equal(p.run(), portable)
-    assert native.PATHS[library.llm_jax_fastest_path()] == "portable"
-    monkeypatch.undo()
-    native.library()
-    assert native.PATHS[library.llm_jax_fastest_path()] == native.PATHS[max(filter(library.llm_jax_has_path, range(7)))]
-
-
-def test_without_a_compiler_products_use_xla_and_one_line_says_so(monkeypatch, capsys, tmp_path):
-    monkeypatch.setenv("CXX", str(tmp_path / "none"))
-    monkeypatch.setenv("LLM_JAX_CACHE", str(tmp_path))
-    monkeypatch.setattr(native, "loaded", functools.cache(native.loaded.__wrapped__))
-    assert native.library() is None and native.library() is None
-    note = capsys.readouterr().err
-    assert note.startswith("note: products with quantized weights use XLA, which is slower: no C++ compiler was found")
-    assert note.count("\n") == 1
-    monkeypatch.setenv("LLM_JAX_KERNELS", "cpu")
-    with pytest.raises(UserError, match="LLM_JAX_KERNELS=cpu: no C\\+\\+ compiler was found"):
-        native.library()
-    monkeypatch.setenv("LLM_JAX_KERNELS", "xla")
-    assert native.library() is None and not capsys.readouterr().err
-
-
-def test_processes_compile_once_and_the_cache_needs_no_compiler(monkeypatch, capsys, tmp_path):
-    compilations = []
-
-    def compile_for_xla(program):
-        time.sleep(0.1)  # for the other threads to come to the lock, and for the note
-        compilations.append(program)
-        return b"library"
-
-    monkeypatch.setattr(compiler, "compile_for_xla", compile_for_xla)
-    monkeypatch.setattr(compiler, "find_compiler", lambda: "c++")
-    monkeypatch.setenv("LLM_JAX_CACHE", str(tmp_path))
-    monkeypatch.setattr(native, "_PATIENCE", 0.01)
-    with concurrent.futures.ThreadPoolExecutor(3) as pool:
-        paths = set(pool.map(lambda _: native._compiled(), range(3)))
-    assert compilations == ["c++"] and len(paths) == 1 and paths.pop().read_bytes() == b"library"
-    monkeypatch.undo()
-    monkeypatch.setenv("LLM_JAX_CACHE", str(tmp_path))
-    monkeypatch.setenv("CXX", str(tmp_path / "none"))
-    assert native._compiled().read_bytes() == b"library"
-    note = capsys.readouterr().err
-    assert note.startswith("note: compiling the kernels") and note.count("\n") == 1
-
-
-def test_a_library_of_the_wheel_that_does_not_fit_is_named(monkeypatch, tmp_path):
-    monkeypatch.setenv("LLM_JAX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("CXX", str(tmp_path / "none"))
-    monkeypatch.setattr(compiler, "PREBUILT", tmp_path)
-    (tmp_path / compiler.file_name()).write_bytes(b"no library")
-    with pytest.raises(UserError, match=r"the library of the wheel does not fit this system or jaxlib, and no C\+\+"):
-        native._load()
-
-
-def test_a_short_compilation_prints_nothing(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(compiler, "compile_for_xla", lambda program: b"library")
-    monkeypatch.setattr(compiler, "find_compiler", lambda: "c++")
-    monkeypatch.setenv("LLM_JAX_CACHE", str(tmp_path))
-    assert native._compiled().read_bytes() == b"library" and not capsys.readouterr().err
-
-
-def test_a_compiler_that_fails_is_named(monkeypatch, tmp_path):
-    program = tmp_path / "cc"
-    program.write_text("#!/bin/sh\necho 'x.cc:1: error: no such header' >&2; exit 1\n")
-    program.chmod(0o755)
-    with pytest.raises(UserError, match=r"cc cannot compile the kernels \(x.cc:1: error: no such header\)"):
-        compiler.compile_library(str(program), ())
 
 
 @pytest.mark.slow

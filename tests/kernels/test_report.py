@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from llm_jax.kernels import cpu_product, report
+from llm_jax.kernels import cpu_product, native, report
 
 pytestmark = pytest.mark.usefixtures("compiled_kernels")
 
@@ -22,6 +22,13 @@ def test_every_scheme_has_a_choice_with_its_reason(command, without_measurements
     assert choices["fp8_e4m3"] == "XLA: the format e4m3 has no kernel"
     assert choices["w8a8"].startswith(("kernel, any rows", "XLA: this CPU has"))
     assert choices["attention"] == "kernel, 1 to 16 queries over a cache"
+
+
+def test_the_reason_why_the_library_of_the_wheel_is_not_used_is_printed(command, without_measurements, monkeypatch):
+    library = native.loaded()[0]
+    monkeypatch.setattr(native, "loaded", lambda: (library, "the library of the wheel cannot be used (x.so: no)"))
+    lines = command("kernels").stdout.splitlines()
+    assert lines[2] == "          compiled on this machine: the library of the wheel cannot be used (x.so: no)"
 
 
 def test_a_wrong_kernel_is_named(command, without_measurements, monkeypatch):

@@ -7,12 +7,10 @@
 #define LLM_JAX_KERNELS_CPU_AMX_H_
 
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 
 #if defined(__x86_64__) && defined(__linux__) && __has_include(<amxtileintrin.h>)
 #define LLM_JAX_AMX 1
-#include <cpuid.h>
 #include <immintrin.h>
 #include <setjmp.h>
 #include <signal.h>
@@ -79,19 +77,50 @@ class Tiles {
   alignas(64) TileShapes previous_{};
 };
 
-// Whether the instructions give right sums. Some virtual machines announce instructions that are illegal there.
+// The state of `Trial` that its signal handler reads.
+struct TrialState {
+  sigjmp_buf start;
+  struct sigaction previous;
+  volatile long thread;
+};
+
+LLM_JAX_HIDDEN inline TrialState& StateOfTrial() {
+  static TrialState state;
+  return state;
+}
+
+// Ends the trial if its thread has executed an illegal instruction; other signals are for the previous handler.
+inline void OnIllegalInstruction(int signal, siginfo_t* info, void* context) {
+  TrialState& state = StateOfTrial();
+  const bool executed = info->si_code > 0;  // else another process or thread has sent the signal
+  if (executed && syscall(SYS_gettid) == state.thread) siglongjmp(state.start, 1);
+  const struct sigaction& previous = state.previous;
+  if (previous.sa_flags & SA_SIGINFO) return previous.sa_sigaction(signal, info, context);
+  if (previous.sa_handler == SIG_IGN && !executed) return;
+  if (previous.sa_handler != SIG_IGN && previous.sa_handler != SIG_DFL) return previous.sa_handler(signal);
+  struct sigaction end {};  // Linux ends a process that ignores an instruction that it cannot execute
+  end.sa_handler = SIG_DFL;
+  sigaction(signal, &end, nullptr);
+  raise(signal);  // delivered when this handler returns
+}
+
+// Whether the instructions give right sums. Some virtual machines announce instructions that are illegal there. One thread
+// at a time may call it.
 inline bool Trial() {
-  static sigjmp_buf start;
-  struct sigaction action {}, previous {};
-  action.sa_handler = [](int) { siglongjmp(start, 1); };
-  sigemptyset(&action.sa_mask);
-  if (sigaction(SIGILL, &action, &previous)) return false;
+  TrialState& state = StateOfTrial();
+  state.thread = syscall(SYS_gettid);
+  if (sigaction(SIGILL, nullptr, &state.previous)) return false;
+  struct sigaction action {};
+  action.sa_sigaction = OnIllegalInstruction;
+  action.sa_flags = SA_SIGINFO | (state.previous.sa_flags & SA_ONSTACK);
+  action.sa_mask = state.previous.sa_mask;
+  if (sigaction(SIGILL, &action, nullptr)) return false;
   sigset_t illegal, mask;  // a thread that blocks the signal would end the process
   sigemptyset(&illegal);
   sigaddset(&illegal, SIGILL);
   pthread_sigmask(SIG_UNBLOCK, &illegal, &mask);
   volatile bool right = false;
-  if (!sigsetjmp(start, 1)) {
+  if (!sigsetjmp(state.start, 1)) {
     alignas(64) int8_t a[1024];
     alignas(64) uint8_t b[1024];
     alignas(64) uint16_t ones[512];
@@ -124,23 +153,17 @@ inline bool Trial() {
     right = all;
   }
   pthread_sigmask(SIG_SETMASK, &mask, nullptr);
-  sigaction(SIGILL, &previous, nullptr);
+  sigaction(SIGILL, &state.previous, nullptr);
   return right;
 }
 
-// The reason why this process does not use AMX, or "".
+// The reason why this process cannot use AMX, or "".
 inline const char* FindReason() {
-  const char* path = std::getenv("LLM_JAX_CPU_PATH");  // its other values also prevent the trial
-  if (path && *path && std::strcmp(path, "auto") && std::strcmp(path, "avx512_amx")) return "LLM_JAX_CPU_PATH";
 #if !defined(LLM_JAX_AMX_MODEL) && !defined(LLM_JAX_AMX_ASSUMED)
-  constexpr unsigned kBFloat16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25, kOsXsave = 1u << 27;
-  unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (~d & (kBFloat16 | kTile | kInt8))) return "this CPU has no AMX";
-  unsigned low, high;
-  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & kOsXsave)) return "the operating system does not support AMX";
-  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-  constexpr unsigned kTileState = 3u << 17;
-  if (~low & kTileState) return "the operating system does not support AMX";
+  constexpr uint32_t kBFloat16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25, kTileStates = 3u << 17;
+  const Features f = FeaturesOfCpu();
+  if (!HasAll(f.leaf7_edx, kBFloat16 | kTile | kInt8)) return "this CPU has no AMX";
+  if (!HasAll(f.states, kTileStates)) return "the operating system does not support AMX";
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
   if (syscall(SYS_arch_prctl, kRequestPermission, kTileData)) return "the operating system refuses the permission";
 #endif
@@ -150,6 +173,7 @@ inline const char* FindReason() {
 }  // namespace amx
 LLM_JAX_END_TARGET
 
+// Depends on the CPU and the operating system only. `FastestPath` and `HasPath` call it only where kAmx may be used.
 LLM_JAX_HIDDEN inline const char* AmxReason() {
   static const char* reason = amx::FindReason();
   return reason;

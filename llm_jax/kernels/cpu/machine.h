@@ -36,6 +36,8 @@
 #define LLM_JAX_DOT_PRODUCTS "arch=armv8.2-a+dotprod"
 #endif
 
+#include "cpu_features.h"
+
 #include "amx.h"
 
 namespace llm_jax {
@@ -43,21 +45,31 @@ namespace llm_jax {
 // "Portable" is what the compiler makes of plain C++: on ARM with NEON, which each 64-bit CPU has.
 enum Path : int64_t { kAuto = 0, kPortable = 1, kAvx2 = 2, kAvx512 = 3, kVnni = 4, kAmx = 5, kNeonDot = 6 };
 
-static inline Path DetectedPath() {
 #if LLM_JAX_X86
-  __builtin_cpu_init();
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (avx512 && __builtin_cpu_supports("avx512vnni")) return *AmxReason() ? kVnni : kAmx;
-  if (avx512) return kAvx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
+static inline Path PathOf(const Features& f) {
+  return HasVnni(f) ? kVnni : HasAvx512(f) ? kAvx512 : HasAvx2(f) ? kAvx2 : kPortable;
+}
+#endif
+
+// The fastest path of this CPU, but not kAmx, whose instructions `AmxReason` tries.
+static inline Path PathWithoutAmx() {
+#if LLM_JAX_X86
+  return PathOf(FeaturesOfCpu());
 #elif LLM_JAX_ARM && defined(__linux__)
   constexpr unsigned long kDotProducts = 1 << 20;  // HWCAP_ASIMDDP
-  if (getauxval(AT_HWCAP) & kDotProducts) return kNeonDot;
+  return getauxval(AT_HWCAP) & kDotProducts ? kNeonDot : kPortable;
 #elif LLM_JAX_ARM && defined(__APPLE__)
   return kNeonDot;  // each of their CPUs has it
-#endif
+#else
   return kPortable;
+#endif
+}
+
+// Whether this CPU has the instructions of a path.
+static inline bool HasPath(Path path) {
+  const Path fastest = PathWithoutAmx();
+  if (path == kAmx) return fastest == kVnni && !*AmxReason();
+  return path == kAuto || path == kPortable || path == fastest || (path < fastest && fastest < kNeonDot);
 }
 
 // The path that `llm_jax_use_path` has chosen; kAuto: the fastest.
@@ -66,16 +78,12 @@ LLM_JAX_HIDDEN inline std::atomic<int64_t>& ChosenPath() {
   return path;
 }
 
+// AMX is not tried where another path is chosen.
 LLM_JAX_HIDDEN inline Path FastestPath() {
-  static const Path detected = DetectedPath();
   const int64_t chosen = ChosenPath().load(std::memory_order_relaxed);
-  return chosen == kAuto ? detected : static_cast<Path>(chosen);
-}
-
-// Whether this CPU has the instructions of a path.
-static inline bool HasPath(Path path) {
-  const Path fastest = DetectedPath();
-  return path == kAuto || path == kPortable || path == fastest || (path < fastest && fastest < kNeonDot);
+  if (chosen != kAuto) return static_cast<Path>(chosen);
+  static const Path detected = HasPath(kAmx) ? kAmx : PathWithoutAmx();
+  return detected;
 }
 
 #if LLM_JAX_X86

@@ -93,6 +93,11 @@ void llm_jax_use_path(int64_t path) { llm_jax::ChosenPath() = path; }
 const char* llm_jax_amx_reason() { return llm_jax::AmxReason(); }
 
 int64_t llm_jax_has_path(int64_t path) { return llm_jax::HasPath(static_cast<llm_jax::Path>(path)); }
+
+#if LLM_JAX_X86
+// For tests: the fastest path of a CPU with these features, but not kAmx.
+int64_t llm_jax_path_of(const llm_jax::Features* features) { return llm_jax::PathOf(*features); }
+#endif
 }
 
 #ifndef LLM_JAX_WITHOUT_XLA
