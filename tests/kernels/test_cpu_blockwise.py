@@ -2,6 +2,8 @@
 
 import ctypes
 import dataclasses
+import pathlib
+import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ import pytest
 
 from llm_jax import weights
 from llm_jax.errors import UserError
-from llm_jax.kernels import cpu_product, matmul, native, number_formats
+from llm_jax.kernels import compiler, cpu_product, matmul, native, number_formats
 from tests.kernels import random_products
 from tests.kernels.random_products import draw
 from tests.kernels.test_cpu_product import FORMATS, available, guarded
@@ -113,6 +115,15 @@ def test_nothing_beyond_an_operand_is_read_or_written(name, by_output):
                 p.run(path, x_at=x, codes_at=codes, y_at=y, scale_at=scale, blockwise=True)
                 ctypes.memmove(result.ctypes.data, y, result.nbytes)
             np.testing.assert_array_equal(result, p.run(path, blockwise=True))
+
+
+def test_the_rounding_of_a_block_writes_its_codes_only(tmp_path):
+    """Other threads round the blocks beside it; see rounding.cc."""
+    program, source = tmp_path / "rounding", pathlib.Path(__file__).with_name("rounding.cc")
+    flags = ("-O1", "-std=c++17", "-pthread", "-w", f"-I{compiler.SOURCES}")
+    subprocess.run([compiler.find_compiler(), *flags, source, "-o", program], check=True)
+    done = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(

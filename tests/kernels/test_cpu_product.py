@@ -79,17 +79,40 @@ def test_results_depend_neither_on_threads_nor_on_other_rows(by_output):
 
 @pytest.mark.parametrize("blockwise", [False, True])
 @pytest.mark.parametrize("by_output", [False, True])
-def test_weights_of_one_call_have_the_results_of_calls_of_their_own(by_output, blockwise):
+@pytest.mark.parametrize("path", ["auto", "portable"])
+def test_weights_of_one_call_have_the_results_of_calls_of_their_own(path, by_output, blockwise):
     """On several threads, whose parts end within a tile, after one output, and at the end of a weight."""
     products = [draw("int4", 1024, n, 3, group=32, by_output=by_output, seed=n) for n in (500, 65, 64, 129)]
     products = [dataclasses.replace(p, x=products[0].x) for p in products]
-    alone = [p.run(blockwise=blockwise) for p in products]
+    alone = [p.run(path, blockwise=blockwise) for p in products]
     for threads in (1, 3, 7):
         results = [p.no_result() for p in products]
         requests = [p.request(y.ctypes.data) for p, y in zip(products, results, strict=True)]
-        assert not random_products.call(requests, "auto", threads, blockwise)
+        assert not random_products.call(requests, path, threads, blockwise)
         for result, expected in zip(results, alone, strict=True):
             np.testing.assert_array_equal(result, expected)
+
+
+@pytest.mark.parametrize("blockwise", [False, True])
+@pytest.mark.parametrize(
+    ("format", "change", "reason"),
+    [
+        ("int8", {"rows": 2}, "one of several weights"),
+        ("int8", {"inputs": 256}, "one of several weights"),
+        ("int8", {"group": 64}, "one of several weights"),
+        ("int4", {"bits": 2}, "one of several weights"),
+        ("int8", {"kind": 1}, "one of several weights"),
+        ("int8", {"by_output": 1}, "one of several weights"),
+        ("int8", {"x": 0}, "one of several weights"),
+        ("int8", {"outputs": -1}, "the shape of the operands"),
+    ],
+)
+def test_a_second_weight_that_does_not_fit_is_refused(format, change, reason, blockwise):
+    p = draw(format, 128, 70, 1, one_scale=True)
+    requests = [p.request(p.no_result().ctypes.data) for _ in range(2)]
+    for name, value in change.items():
+        setattr(requests[1], name, value)
+    assert random_products.call(requests, "auto", 1, blockwise) == reason
 
 
 @pytest.mark.parametrize("sanitizer", ["", pytest.param("-fsanitize=thread", marks=pytest.mark.slow)])
