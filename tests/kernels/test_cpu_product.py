@@ -233,32 +233,37 @@ def test_each_choice_has_a_reason():
     assert unsupported_reason("int8", x.astype(jnp.bfloat16), "bfloat16") == "bfloat16 activations with bfloat16 sums"
 
 
-@pytest.mark.slow
-def test_address_sanitizer_finds_nothing(tmp_path):
-    """The tests above in a process whose kernels are instrumented."""
+def run_sanitized(statements: str, tmp_path: pathlib.Path, *flags: str) -> None:
+    """Executes Python statements in a process whose kernels are instrumented; `t` is this module."""
     program = compiler.find_compiler()
     library = tmp_path / "kernels.so"
-    flags = ("-O1", "-g", *compiler.FLAGS[1:], "-fsanitize=address", f"-I{compiler.SOURCES}", "-DLLM_JAX_WITHOUT_XLA")
+    sanitize = ("-g", "-fsanitize=address,undefined", "-fno-sanitize=alignment", "-fno-sanitize-recover=all")
+    flags = ("-O1", *compiler.FLAGS[1:], *sanitize, f"-I{compiler.SOURCES}", "-DLLM_JAX_WITHOUT_XLA", *flags)
     library.write_bytes(compiler.compile_library(program, flags))
     runtime = subprocess.run([program, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
     script = (
         "import ctypes, itertools; from llm_jax.kernels import native\n"
         f"library = ctypes.CDLL({str(library)!r}); native.loaded = lambda: (library, '')\n"
-        "from tests.kernels import test_cpu_product as t\n"
+        "from tests.kernels import test_cpu_attention, test_cpu_blockwise as b, test_cpu_dense, test_cpu_integers\n"
+        f"from tests.kernels import test_cpu_product as t\n{statements}print('passed')\n"
+    )
+    environment = os.environ | {"LD_PRELOAD": runtime.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "passed", done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_address_sanitizer_finds_nothing(tmp_path):
+    statements = (
         "for name, by_output, path in itertools.product(t.FORMATS, (False, True), filter(t.available, t.PATHS)):\n"
         "    t.test_products_equal_those_in_float64(name, by_output, path)\n"
-        "from tests.kernels import test_cpu_blockwise as b\n"
         "for name, by_output, path in itertools.product(b.ALL_FORMATS, (False, True), filter(t.available, t.PATHS)):\n"
         "    b.check_products(name, by_output, path)\n"
-        "from tests.kernels import test_cpu_attention, test_cpu_dense, test_cpu_integers\n"
         "for dtype, path in itertools.product(('float32', 'bfloat16', 'int8'), filter(t.available, t.PATHS[:3])):\n"
         "    test_cpu_attention.test_attention_equals_the_formula_in_float64(path, dtype)\n"
         "for by_output in (False, True):\n"
         "    test_cpu_dense.test_products_equal_those_in_float64(by_output)\n"
         "for by_output in (False, True) if t.available('avx512_vnni') else ():\n"
         "    test_cpu_integers.test_products_are_exact(by_output)\n"
-        "print('passed')\n"
     )
-    environment = os.environ | {"LD_PRELOAD": runtime.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0"}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "passed", done.stderr[-2000:]
+    run_sanitized(statements, tmp_path)
