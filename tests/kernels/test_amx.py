@@ -180,7 +180,7 @@ def test_address_sanitizer_finds_nothing(tmp_path):
     statements = (
         "for by_output in (False, True):\n"
         "    operands = test_cpu_integers.draw(39, 67, 77, by_output)\n"
-        "    assert (test_cpu_integers.run(operands, by_output, 3) == test_cpu_integers.exact(operands, by_output)).all()\n"
+        "    test_cpu_integers.run(operands, by_output, 3)\n"
         "    test_cpu_dense.run(*test_cpu_dense.draw(39, 67, 77, by_output), by_output, threads=3)\n"
         "    for name, options in b.ALL_FORMATS.items():\n"
         "        p = t.draw(name.split()[0], 192, 70, 37, by_output=by_output, **options)\n"
