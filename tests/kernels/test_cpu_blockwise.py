@@ -65,6 +65,19 @@ def test_results_depend_neither_on_threads_nor_on_other_rows(options, by_output)
         np.testing.assert_array_equal(one_row.run(blockwise=True), result[row : row + 1])
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_nested_scales_of_one_output_do_not_depend_on_the_number_of_rows(path):
+    """A multiplication and an addition that compilers join in one function and not in another."""
+    if not available(path):
+        pytest.skip(f"this CPU has no {path}")
+    for seed in range(8):
+        p = draw("int8", 96, 1, 31, group=32, scale="nested", seed=seed)
+        result = p.run(path, blockwise=True)
+        for row in (0, 7, 30):
+            one_row = dataclasses.replace(p, x=p.x[row : row + 1].copy())
+            np.testing.assert_array_equal(one_row.run(path, blockwise=True), result[row : row + 1])
+
+
 def test_a_weight_longer_than_a_part_of_the_tile():
     """Tiles are expanded in parts of 128 blocks."""
     p = draw("nf4", 12800, 66, 7, group=64)
