@@ -1,4 +1,7 @@
-// `InParallel` of machine.h with parts that wait for each other, and with several callers.
+// `InParallel` of machine.h with parts that wait for each other, with several callers, and in a child of `fork`.
+
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <cstdio>
 #include <cstdlib>
@@ -44,6 +47,32 @@ static void Call(int64_t parts) {
   }
 }
 
+// A child of `fork` has none of the threads, and must not wait for a lock that one of them holds.
+static void Fork() {
+#if !defined(__SANITIZE_THREAD__)  // which does not support new threads in a child
+  std::atomic<bool> end{false};
+  std::vector<std::thread> callers;
+  for (int64_t i = 0; i < 2; ++i) {
+    callers.emplace_back([&end] {
+      while (!end) InParallel(3, 3, true, [](int64_t) {}, [](const auto& task) { std::thread(task).detach(); });
+    });
+  }
+  for (int i = 0; i < 100; ++i) {
+    const pid_t child = fork();
+    if (!child) {
+      alarm(30);
+      int64_t parts = 0;
+      InParallel(3, 3, false, [&](int64_t) { ++parts; }, [](const auto&) {});
+      _exit(parts != 3);
+    }
+    int status = 1;
+    if (waitpid(child, &status, 0) != child || status) Fail("a child of fork does not compute");
+  }
+  end = true;
+  for (std::thread& caller : callers) caller.join();
+#endif
+}
+
 int main() {
   constexpr int64_t kThreads = 3, kCalls = 200;
   for (int64_t i = 0; i < kCalls; ++i) Meet(kThreads);
@@ -55,5 +84,6 @@ int main() {
     });
   }
   for (std::thread& caller : callers) caller.join();
+  Fork();
   for (std::thread& thread : started) thread.join();
 }

@@ -18,19 +18,19 @@ from tests.kernels import test_cpu_dense as dense
 from tests.kernels import test_cpu_integers as integers
 from tests.kernels.random_products import draw
 from tests.kernels.test_cpu_blockwise import ALL_FORMATS
-from tests.kernels.test_cpu_product import available, guarded
+from tests.kernels.test_cpu_product import available, guarded, run_sanitized
 
 pytestmark = pytest.mark.slow
 AMX = "avx512_amx"
 DIRECTORY = pathlib.Path(__file__).parent
+MODEL = f'-DLLM_JAX_AMX_MODEL="{DIRECTORY / "amx_model.h"}"'
 
 
 @pytest.fixture(scope="module")
 def built(compiled_kernels, tmp_path_factory):
     if not available("avx512_vnni"):
         pytest.skip("this CPU has no avx512_vnni")
-    model = f'-DLLM_JAX_AMX_MODEL="{DIRECTORY / "amx_model.h"}"'
-    flags = ("-O1", *compiler.FLAGS[1:], f"-I{compiler.SOURCES}", "-DLLM_JAX_WITHOUT_XLA", model)
+    flags = ("-O1", *compiler.FLAGS[1:], f"-I{compiler.SOURCES}", "-DLLM_JAX_WITHOUT_XLA", MODEL)
     path = tmp_path_factory.mktemp("amx") / "kernels.so"
     path.write_bytes(compiler.compile_library(compiler.find_compiler(), flags))
     return ctypes.CDLL(str(path))
@@ -174,3 +174,16 @@ def test_rows_can_be_replaced_without_another_result():
     for row in (0, 15, 16, 39):
         one = dataclasses.replace(p, x=p.x[row : row + 1].copy())
         np.testing.assert_array_equal(one.run(AMX, blockwise=True), result[row : row + 1])
+
+
+def test_address_sanitizer_finds_nothing(tmp_path):
+    statements = (
+        "for by_output in (False, True):\n"
+        "    operands = test_cpu_integers.draw(39, 67, 77, by_output)\n"
+        "    test_cpu_integers.run(operands, by_output, 3)\n"
+        "    test_cpu_dense.run(*test_cpu_dense.draw(39, 67, 77, by_output), by_output, threads=3)\n"
+        "    for name, options in b.ALL_FORMATS.items():\n"
+        "        p = t.draw(name.split()[0], 192, 70, 37, by_output=by_output, **options)\n"
+        "        p.run('avx512_amx', threads=3, blockwise=True)\n"
+    )
+    run_sanitized(statements, tmp_path, MODEL)

@@ -141,6 +141,21 @@ def test_what_is_masked_or_not_finite(path):
     np.testing.assert_allclose(got[4], expected[4], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("path", PATHS[:3])
+def test_each_query_that_attends_to_no_key_gets_the_mean_of_all_values(path):
+    if not available(path):
+        pytest.skip(f"this CPU has no {path}")
+    case = draw((2, 3, 37, 4, 2, 16))
+    plain = case.run(path)
+    case.mask[0, 1] = case.mask[1, 2] = False
+    result = case.run(path)
+    for row, query in ((0, 1), (1, 2)):
+        mean = case.v[row].mean(0).repeat(2, 0)
+        np.testing.assert_allclose(result[row, query], mean, rtol=1e-5, atol=1e-6)
+        others = [t for t in range(3) if t != query]
+        np.testing.assert_allclose(result[row, others], plain[row, others], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_nothing_beyond_an_operand_is_read(dtype):
     for path in filter(available, PATHS[:3]):

@@ -2,6 +2,8 @@
 
 import ctypes
 import dataclasses
+import pathlib
+import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ import pytest
 
 from llm_jax import weights
 from llm_jax.errors import UserError
-from llm_jax.kernels import cpu_product, matmul, native, number_formats
+from llm_jax.kernels import compiler, cpu_product, matmul, native, number_formats
 from tests.kernels import random_products
 from tests.kernels.random_products import draw
 from tests.kernels.test_cpu_product import FORMATS, available, guarded
@@ -35,7 +37,8 @@ def kernels(compiled_kernels):
 
 
 def check_products(name: str, by_output: bool, path: str) -> None:
-    dirty = draw("int8", 1024, 8, 16)  # its rounded activations stay in the memory that the next product uses
+    dirty = draw("int8", 1024, 8, 16, by_output=by_output)  # it stays in the memory that the next product uses
+    dirty.x[::2] = np.nan
     for p, expected, size in random_products.references(name.split()[0], SHAPES, by_output, True, **ALL_FORMATS[name]):
         dirty.run(path, blockwise=True)
         error = np.abs(p.run(path, blockwise=True) - expected) / size
@@ -61,6 +64,19 @@ def test_results_depend_neither_on_threads_nor_on_other_rows(options, by_output)
     for row in (0, 31, 100):  # 31 is the last row of a part that is rounded by one thread
         one_row = dataclasses.replace(p, x=p.x[row : row + 1].copy())
         np.testing.assert_array_equal(one_row.run(blockwise=True), result[row : row + 1])
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_nested_scales_of_one_output_do_not_depend_on_the_number_of_rows(path):
+    """A multiplication and an addition that compilers join in one function and not in another."""
+    if not available(path):
+        pytest.skip(f"this CPU has no {path}")
+    for seed in range(8):
+        p = draw("int8", 96, 1, 31, group=32, scale="nested", seed=seed)
+        result = p.run(path, blockwise=True)
+        for row in (0, 7, 30):
+            one_row = dataclasses.replace(p, x=p.x[row : row + 1].copy())
+            np.testing.assert_array_equal(one_row.run(path, blockwise=True), result[row : row + 1])
 
 
 def test_a_weight_longer_than_a_part_of_the_tile():
@@ -113,6 +129,15 @@ def test_nothing_beyond_an_operand_is_read_or_written(name, by_output):
                 p.run(path, x_at=x, codes_at=codes, y_at=y, scale_at=scale, blockwise=True)
                 ctypes.memmove(result.ctypes.data, y, result.nbytes)
             np.testing.assert_array_equal(result, p.run(path, blockwise=True))
+
+
+def test_the_rounding_of_a_block_writes_its_codes_only(tmp_path):
+    """Other threads round the blocks beside it; see rounding.cc."""
+    program, source = tmp_path / "rounding", pathlib.Path(__file__).with_name("rounding.cc")
+    flags = ("-O1", "-std=c++17", "-pthread", "-w", f"-I{compiler.SOURCES}")
+    subprocess.run([compiler.find_compiler(), *flags, source, "-o", program], check=True)
+    done = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(

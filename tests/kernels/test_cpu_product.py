@@ -79,17 +79,40 @@ def test_results_depend_neither_on_threads_nor_on_other_rows(by_output):
 
 @pytest.mark.parametrize("blockwise", [False, True])
 @pytest.mark.parametrize("by_output", [False, True])
-def test_weights_of_one_call_have_the_results_of_calls_of_their_own(by_output, blockwise):
+@pytest.mark.parametrize("path", ["auto", "portable"])
+def test_weights_of_one_call_have_the_results_of_calls_of_their_own(path, by_output, blockwise):
     """On several threads, whose parts end within a tile, after one output, and at the end of a weight."""
     products = [draw("int4", 1024, n, 3, group=32, by_output=by_output, seed=n) for n in (500, 65, 64, 129)]
     products = [dataclasses.replace(p, x=products[0].x) for p in products]
-    alone = [p.run(blockwise=blockwise) for p in products]
+    alone = [p.run(path, blockwise=blockwise) for p in products]
     for threads in (1, 3, 7):
         results = [p.no_result() for p in products]
         requests = [p.request(y.ctypes.data) for p, y in zip(products, results, strict=True)]
-        assert not random_products.call(requests, "auto", threads, blockwise)
+        assert not random_products.call(requests, path, threads, blockwise)
         for result, expected in zip(results, alone, strict=True):
             np.testing.assert_array_equal(result, expected)
+
+
+@pytest.mark.parametrize("blockwise", [False, True])
+@pytest.mark.parametrize(
+    ("format", "change", "reason"),
+    [
+        ("int8", {"rows": 2}, "one of several weights"),
+        ("int8", {"inputs": 256}, "one of several weights"),
+        ("int8", {"group": 64}, "one of several weights"),
+        ("int4", {"bits": 2}, "one of several weights"),
+        ("int8", {"kind": 1}, "one of several weights"),
+        ("int8", {"by_output": 1}, "one of several weights"),
+        ("int8", {"x": 0}, "one of several weights"),
+        ("int8", {"outputs": -1}, "the shape of the operands"),
+    ],
+)
+def test_a_second_weight_that_does_not_fit_is_refused(format, change, reason, blockwise):
+    p = draw(format, 128, 70, 1, one_scale=True)
+    requests = [p.request(p.no_result().ctypes.data) for _ in range(2)]
+    for name, value in change.items():
+        setattr(requests[1], name, value)
+    assert random_products.call(requests, "auto", 1, blockwise) == reason
 
 
 @pytest.mark.parametrize("sanitizer", ["", pytest.param("-fsanitize=thread", marks=pytest.mark.slow)])
@@ -210,32 +233,37 @@ def test_each_choice_has_a_reason():
     assert unsupported_reason("int8", x.astype(jnp.bfloat16), "bfloat16") == "bfloat16 activations with bfloat16 sums"
 
 
-@pytest.mark.slow
-def test_address_sanitizer_finds_nothing(tmp_path):
-    """The tests above in a process whose kernels are instrumented."""
+def run_sanitized(statements: str, tmp_path: pathlib.Path, *flags: str) -> None:
+    """Executes Python statements in a process whose kernels are instrumented; `t` is this module."""
     program = compiler.find_compiler()
     library = tmp_path / "kernels.so"
-    flags = ("-O1", "-g", *compiler.FLAGS[1:], "-fsanitize=address", f"-I{compiler.SOURCES}", "-DLLM_JAX_WITHOUT_XLA")
+    sanitize = ("-g", "-fsanitize=address,undefined", "-fno-sanitize=alignment", "-fno-sanitize-recover=all")
+    flags = ("-O1", *compiler.FLAGS[1:], *sanitize, f"-I{compiler.SOURCES}", "-DLLM_JAX_WITHOUT_XLA", *flags)
     library.write_bytes(compiler.compile_library(program, flags))
     runtime = subprocess.run([program, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
     script = (
         "import ctypes, itertools; from llm_jax.kernels import native\n"
         f"library = ctypes.CDLL({str(library)!r}); native.loaded = lambda: (library, '')\n"
-        "from tests.kernels import test_cpu_product as t\n"
+        "from tests.kernels import test_cpu_attention, test_cpu_blockwise as b, test_cpu_dense, test_cpu_integers\n"
+        f"from tests.kernels import test_cpu_product as t\n{statements}print('passed')\n"
+    )
+    environment = os.environ | {"LD_PRELOAD": runtime.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "passed", done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_address_sanitizer_finds_nothing(tmp_path):
+    statements = (
         "for name, by_output, path in itertools.product(t.FORMATS, (False, True), filter(t.available, t.PATHS)):\n"
         "    t.test_products_equal_those_in_float64(name, by_output, path)\n"
-        "from tests.kernels import test_cpu_blockwise as b\n"
         "for name, by_output, path in itertools.product(b.ALL_FORMATS, (False, True), filter(t.available, t.PATHS)):\n"
         "    b.check_products(name, by_output, path)\n"
-        "from tests.kernels import test_cpu_attention, test_cpu_dense, test_cpu_integers\n"
         "for dtype, path in itertools.product(('float32', 'bfloat16', 'int8'), filter(t.available, t.PATHS[:3])):\n"
         "    test_cpu_attention.test_attention_equals_the_formula_in_float64(path, dtype)\n"
         "for by_output in (False, True):\n"
         "    test_cpu_dense.test_products_equal_those_in_float64(by_output)\n"
         "for by_output in (False, True) if t.available('avx512_vnni') else ():\n"
         "    test_cpu_integers.test_products_are_exact(by_output)\n"
-        "print('passed')\n"
     )
-    environment = os.environ | {"LD_PRELOAD": runtime.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0"}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "passed", done.stderr[-2000:]
+    run_sanitized(statements, tmp_path)

@@ -3,6 +3,8 @@
 #ifndef LLM_JAX_KERNELS_CPU_MACHINE_H_
 #define LLM_JAX_KERNELS_CPU_MACHINE_H_
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -105,11 +107,19 @@ static inline void Pause() {
 
 // Threads that wait a short time for the next task. Decoding calls a product every few microseconds, and to wake a thread
 // of the pool takes about as long as such a product.
-class Crew {
+class LLM_JAX_HIDDEN Crew {
  public:
   static Crew& Get() {
-    static Crew* crew = new Crew;  // never destroyed: threads may still wait when the process ends
-    return *crew;
+    Crew* crew = Current().load(std::memory_order_acquire);
+    if (crew) return *crew;
+    Crew* created = new Crew;  // never destroyed: threads may still wait when the process ends
+    if (!Current().compare_exchange_strong(crew, created)) {
+      delete created;
+      return *crew;
+    }
+    // A child of `fork` has none of the waiting threads, one of which may have held the lock.
+    pthread_atfork(nullptr, nullptr, [] { Current() = new Crew; });
+    return *created;
   }
 
   // Offers a task to up to `wanted` waiting threads; returns their number. An earlier offer ends.
@@ -146,6 +156,11 @@ class Crew {
   }
 
  private:
+  static std::atomic<Crew*>& Current() {
+    static std::atomic<Crew*> crew{nullptr};
+    return crew;
+  }
+
   std::mutex mutex_;
   int64_t waiting_ = 0;
   std::function<void()> task_;

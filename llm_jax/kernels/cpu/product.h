@@ -69,6 +69,13 @@ inline float HalfToFloat(uint16_t half) {
 #endif
 }
 
+// Never inlined: a compiler that joins the operations for one caller only would make results depend on the caller.
+__attribute__((noinline)) inline float NestedScale(const Scales& s, int64_t row, int64_t column) {
+  const int64_t inner_row = row * s.inner_rows / s.rows, inner_column = column * s.inner_columns / s.columns;
+  const float inner = s.inner[inner_row * s.inner_columns + inner_column];
+  return s.table[static_cast<const uint8_t*>(s.data)[row * s.columns + column]] * inner + s.mean;
+}
+
 inline float ScaleAt(const Scales& s, int64_t row, int64_t column) {
   row = s.rows == 1 ? 0 : row;
   column = s.columns == 1 ? 0 : column;
@@ -84,11 +91,8 @@ inline float ScaleAt(const Scales& s, int64_t row, int64_t column) {
       std::memcpy(&value, &bits, 4);
       return value;
     }
-    case kNested: {
-      const int64_t inner_row = row * s.inner_rows / s.rows, inner_column = column * s.inner_columns / s.columns;
-      const float inner = s.inner[inner_row * s.inner_columns + inner_column];
-      return s.table[static_cast<const uint8_t*>(s.data)[index]] * inner + s.mean;
-    }
+    case kNested:
+      return NestedScale(s, row, column);
     default:
       return 0.0f;
   }
