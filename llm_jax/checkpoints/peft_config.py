@@ -85,7 +85,7 @@ def read_config(directory: pathlib.Path) -> dict[str, Any]:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise UserError(f"{source}: {key}: {pattern!r} is no regular expression ({error})") from error
+                raise UserError(f"{source}: {key}: {pattern!r} is not a regular expression ({error})") from error
     return config
 
 

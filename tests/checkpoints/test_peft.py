@@ -162,7 +162,7 @@ def test_padding_is_not_written_and_a_start_becomes_rank(bases, tiny, tmp_path):
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' changes the base"),
         ({"init_lora_weights": "olora"}, "init_lora_weights='olora' changes the base"),
         ({"rank_pattern": {"q_proj": "2"}}, "expected regular expressions and positive numbers"),
-        ({"alpha_pattern": {"(q": 2}}, r"alpha_pattern: '\(q' is no regular expression \(missing \)"),
+        ({"alpha_pattern": {"(q": 2}}, r"alpha_pattern: '\(q' is not a regular expression \(missing \)"),
         ({"rank_pattern": {r"(\w+\.?)+!": 2}}, "rank_pattern is .*; matching these expressions with 21 names takes"),
         ({"use_dora": True}, "has a, b; expected a, b, magnitude"),
     ],

@@ -365,7 +365,7 @@ def test_preferences_are_trained_on_by_dpo(tmp_path, command, trained):
     assert losses[0] == pytest.approx(np.log(2), abs=1e-4) and losses[-1] < losses[0]  # equation 7 at the reference
     for wrong in ((flags[2], kinds[1]), (*flags, kinds[0])):  # the one without the other
         said = command("train", f"--workdir={tmp_path / 'other'}", *wrong, code=2).stderr
-        assert "dpo learns from preferences" in said
+        assert "use loss.kind=dpo with data.kind=preferences only" in said
 
 
 def test_a_record_of_another_form_is_named_with_its_file(tmp_path):
