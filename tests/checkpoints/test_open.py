@@ -179,7 +179,7 @@ def test_adapters_name_what_is_missing(paths, tmp_path):
     with pytest.raises(UserError, match="several: holds adapters in subdirectories; give one of them: first"):
         llm_jax.open(tmp_path / "several")
     edit(copy / peft_config.CONFIG, base_model_name_or_path=None)
-    with pytest.raises(UserError, match="names none .base_model_name_or_path.; give its path with --base=PATH"):
+    with pytest.raises(UserError, match="has no base_model_name_or_path; give its path with --base=PATH"):
         llm_jax.load(copy)
     with pytest.raises(
         UserError, match="save: expected model, params, tokenizer and path, or the result of llm_jax.lo"
@@ -188,7 +188,7 @@ def test_adapters_name_what_is_missing(paths, tmp_path):
     edit(copy / peft_config.CONFIG, base_model_name_or_path="org/unknown")
     with pytest.raises(UserError, match="hf:org/unknown .*; give its path with --base=PATH"):
         llm_jax.load(copy)
-    with pytest.raises(UserError, match="--base=x names the base of adapters; .* holds none"):
+    with pytest.raises(UserError, match="--base=x names the base of adapters; .* has no adapters"):
         llm_jax.load(paths["run"], base="x")
 
 

@@ -63,7 +63,7 @@ def test_a_zip_of_one_checkpoint_or_one_gguf_file_is_found(trained, tmp_path):
 @pytest.mark.parametrize(
     ("members", "attributes", "message"),
     [
-        ({"../outside": "x"}, {}, "'../outside' leads out of the archive"),
+        ({"../outside": "x"}, {}, "'../outside' is outside the archive's directory"),
         ({"a/../../outside": "x"}, {}, "leads out"),
         ({"/outside": "x"}, {}, "leads out"),
         ({"..\\outside": "x"}, {}, "leads out"),
@@ -72,7 +72,7 @@ def test_a_zip_of_one_checkpoint_or_one_gguf_file_is_found(trained, tmp_path):
         ({"config.json": "x"}, {"external_attr": (stat.S_IFIFO | 0o666) << 16}, "is a link or a device"),
         ({"config.json": "0" * 80_000_000}, {}, "80,000,000 bytes are packed in"),
         ({"a.txt": "x", "b.txt": "x"}, {}, "holds a.txt, b.txt; expected one run"),
-        ({}, {}, "holds nothing; expected one run"),
+        ({}, {}, "contains nothing; expected one run"),
         ({"notes/a.txt": "x"}, {}, "holds a.txt; expected one run"),
     ],
 )
@@ -88,7 +88,7 @@ def test_a_name_that_is_twice_in_a_zip_is_refused(tmp_path):
     archive = packed(tmp_path / "run.zip", {"a/config.json": "first"})
     with zipfile.ZipFile(archive, "a") as opened, pytest.warns(UserWarning, match="Duplicate"):
         opened.writestr("a/config.json", "second")
-    with pytest.raises(UserError, match="'a/config.json' is in it twice"):
+    with pytest.raises(UserError, match="contains 'a/config.json' twice"):
         llm_jax.load(archive)
 
 

@@ -211,7 +211,9 @@ def test_a_store_that_fails_in_a_save_or_while_a_checkpoint_is_verified(director
             broken.setattr(bucket, name, fail)
         writer.save(12, {"w": jnp.zeros(1)}, {}, None)
         broken.setattr(writer._orbax, "close", fail)
-        cannot = r"run/checkpoints: the checkpoint cannot be written \(.*no network.*\); the last finished one stays$"
+        cannot = (
+            r"run/checkpoints: the checkpoint cannot be written \(.*no network.*\); the last finished checkpoint stays$"
+        )
         with pytest.raises(UserError, match=cannot):
             writer.close()
     assert start._last_checkpoint(config, directory)[0].name == "8"
@@ -270,9 +272,7 @@ def test_a_checkpoint_that_hangs_is_one_line_and_does_not_hold_up_the_end(bucket
     monkeypatch.setattr(writer._orbax, "close", lambda: time.sleep(30))
     writer.save(4, {"w": jnp.zeros(1)}, {}, None)
     began = time.monotonic()
-    cannot = (
-        r"run/checkpoints: the checkpoint cannot be written \(.*has not answered for .*\); the last finished one stays$"
-    )
+    cannot = r"run/checkpoints: the checkpoint cannot be written \(.*has not answered for .*\); the last finished checkpoint stays$"
     with pytest.raises(UserError, match=cannot):
         writer.close()
     assert time.monotonic() - began < 20

@@ -48,7 +48,7 @@ def test_the_largest_differences_are_listed_in_their_contexts():
 
 def test_nothing_to_compare_is_an_error():
     row = Rows(stream(1), 8)
-    with pytest.raises(UserError, match="the loss counts no held-out token"):
+    with pytest.raises(UserError, match="no held-out token counts"):
         token_differences(("a", "b"), [(lambda p, b: b["mask"], 0.0)] * 2, BYTE, row)
 
 

@@ -110,7 +110,7 @@ def test_a_disk_that_fills_up_loses_nothing(command, trained, tmp_path):
     flags = ("train", f"--workdir={tmp_path}")
     done = command(*flags, code=2, largest_file=20_000)
     (error,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
-    assert "the checkpoint cannot be written" in error and "the last one is of step 4" in error
+    assert "the checkpoint cannot be written" in error and "the last checkpoint is of step 4" in error
     assert checkpoints.steps(tmp_path) == [4] and checkpoints.verify(checkpoints.find(tmp_path)) == before
     assert not list((tmp_path / "checkpoints").glob(".partial*"))
     command(*flags)
