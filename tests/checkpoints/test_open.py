@@ -130,7 +130,7 @@ def test_a_base_that_has_moved_with_its_adapters_is_found_or_given(paths, tmp_pa
         record = json.loads(recorded.read_text())
         edit(recorded, base=record["base"] | {"path": gone})
         manifest.write_manifest(original.path)
-    with pytest.raises(UserError, match=f"{gone} does not exist, nor .*; give it with --base=PATH"):
+    with pytest.raises(UserError, match=f"{gone} does not exist, and .*; give its path with --base=PATH"):
         llm_jax.load(moved)
     jax.tree.map(np.testing.assert_array_equal, llm_jax.load(moved, base=paths["huggingface"]).params, expected)
     assert capsys.readouterr().err == ""

@@ -300,7 +300,7 @@ def test_damaged_and_foreign_directories_are_refused(bases, tmp_path):
             "'score.weight' belongs to no weight of",
         ),
         ("saved-head", "lm_head.weight", (64, 31), {}, r"'lm_head.weight' \(64, 31\) does not fit 'head/kernel'"),
-        ("resized", "lm_head.weight", (66, 32), {}, "the embedding table has 67 rows, the head 66; another vocabulary"),
+        ("resized", "lm_head.weight", (66, 32), {}, "table has 67 rows, but the head 66; a changed vocabulary"),
         ("tokens", "model.embed_tokens.token_adapter.trainable_tokens_delta", (3, 32), {}, "they do not fit"),
         ("tokens", "", (), {"trainable_token_indices": [3, 64]}, r"trainable_token_indices=\[3, 64\] of a table"),
         ("plain", "model.layers.0.mlp.up_proj.lora_B.bias", (48,), {"lora_bias": True}, "adds a bias to .*up_proj"),

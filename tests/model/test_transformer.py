@@ -53,7 +53,6 @@ LAYOUTS = {
     },
 }
 
-
 VARIANTS = {
     **{kind: {"kind": kind} for kind in positions.SCHEMES},
     "half": {"kind": "rope", "partial_rotary_factor": 0.5, "interleaved": True},
@@ -387,9 +386,8 @@ def test_unrolled_layers_of_a_kind_are_traced_once(make, monkeypatch, name, cach
         kinds = [kind for block, repeats in stages(model.config) for kind in block * repeats]
         assert sorted(traced) == sorted(kinds if one_by_one else set(kinds))
     monkeypatch.undo()
-    results = [
-        jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)(params, each) for each in (True, False)
-    ]
+    gradient = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
+    results = [gradient(params, one_by_one) for one_by_one in (True, False)]
     for expected, actual in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_array_equal(actual, expected)
 
