@@ -4,7 +4,7 @@
 
 Half a minute on one CPU core. `probe_embeddings --vectors=vectors.txt --all` then measures the rank correlation with
 WordSim-353, which is low for so little text: about 0.205 (gensim: 0.182), and for CBOW 0.107 (gensim: 0.114), as means
-of three seeds (`experiments/benchmarks`). `llm_jax/schema.py` describes the options.
+of three seeds (`experiments/benchmarks`). `llm_jax/schema/config.py` describes the options.
 """
 
 from ml_collections import ConfigDict
