@@ -165,9 +165,9 @@ def test_a_prompt_beside_whole_conversations_is_not_repeated():
 @pytest.mark.parametrize(
     ("kind", "record", "message"),
     [
-        ("instructions", {"prompt": "a", "completion": "b", "label": False}, "'label' is False, so that its"),
-        ("instructions", {"prompt": "a", "completion": "b", "label": 0}, "'label' is 0, so that its"),
-        ("instructions", {"prompt": "a", "completion": "b", "label": "false"}, "'label' is 'false', so that its"),
+        ("instructions", {"prompt": "a", "completion": "b", "label": False}, "'label' is False: a rejected answer"),
+        ("instructions", {"prompt": "a", "completion": "b", "label": 0}, "'label' is 0: a rejected answer"),
+        ("instructions", {"prompt": "a", "completion": "b", "label": "false"}, "'label' is 'false': a rejected answer"),
         ("preferences", {"prompt": "3?", "chosen": TALK[1:3], "rejected": [TALK[1], TALK[4]]}, "'prompt' is not that"),
         ("preferences", {"prompt": "2+2?", "chosen": TALK[1:3], "rejected": TALK[3:5]}, "'prompt' is not that"),
         ("instructions", {"text": "a"}, "has text; expected the fields 'messages'; .*; did you mean data.kind=text"),
