@@ -4,8 +4,9 @@
     python -m llm_jax.chat --checkpoint=runs/chat
 
 A line of chats.jsonl is {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}.
-The loss counts what the assistant writes, in the model's chat template. 100 steps of 4 x 256 tokens: set train.steps to
-about three passes over your data, and train.seq_len to the longest conversation (`python -m llm_jax.show rows`).
+The loss counts only the answers of the assistant, in the model's chat template. The recipe trains 100 steps of 4 x 256
+tokens. Set train.steps to about three passes over your data, and train.seq_len to the length of the longest
+conversation (`python -m llm_jax.show rows`).
 """
 
 from ml_collections import ConfigDict

@@ -2,7 +2,7 @@
 
     python -m llm_jax.train --config=configs/default.py --workdir=runs/default
 
-Every option stands here; `llm_jax/schema/config.py` says what each one means.
+This file sets the default of every option; `llm_jax/schema/config.py` describes the options.
 """
 
 from ml_collections import ConfigDict

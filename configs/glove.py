@@ -1,9 +1,9 @@
-"""GloVe vectors of the Wikipedia sample and Shakespeare: 1.5 M words, 15 epochs over their co-occurrences.
+"""GloVe vectors from the Wikipedia sample and Shakespeare: 1.5 M words, 15 epochs over the co-occurrences.
 
     python -m llm_jax.train_embeddings --config=configs/glove.py --output=vectors.txt
 
-With `--config.glove.window=5 --config.epochs=10` its rank correlation with WordSim-353 is about 0.138, the mean of
-three seeds (`experiments/word_vectors`, whose twelve trainings take 8 minutes of two shared cores).
+With `--config.glove.window=5 --config.epochs=10`, the rank correlation with WordSim-353 is about 0.138, the mean of
+three seeds (`experiments/word_vectors`; its twelve trainings take 8 minutes on two shared cores).
 """
 
 from ml_collections import ConfigDict

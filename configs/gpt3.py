@@ -1,9 +1,10 @@
-"""The geometry of GPT-3 175B (Brown et al. 2020, arXiv:2005.14165, table 2.1), to be planned on a small machine.
+"""The geometry of GPT-3 175B (Brown et al. 2020, arXiv:2005.14165, table 2.1), for planning on a small machine.
 
     python -m llm_jax.train --config=configs/gpt3.py --workdir=runs/gpt3 --dry_run --devices=8 --config.mesh.fsdp=8
 
-GPT-2's layers, all of them dense: the paper's sparse pattern in every other layer is not published. Other sizes of its
-table are overrides: Small (125M) is width 768, 12 layers, 12 heads, mlp_dim 3072.
+All layers are dense, as in GPT-2; the sparse attention pattern of every other layer of GPT-3 is not published. For the
+other sizes in the table of the paper, use overrides; for example, Small (125M) has width 768, 12 layers, 12 heads and
+mlp_dim 3072.
 """
 
 from ml_collections import ConfigDict

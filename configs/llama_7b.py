@@ -1,8 +1,9 @@
 """The geometry of Llama 2 7B, to be planned, not trained, on a small machine.
 
-    python -m llm_jax.plan --memory --config=configs/llama_7b.py          # two minutes; needs no memory to speak of
+    python -m llm_jax.plan --memory --config=configs/llama_7b.py          # two minutes, little memory
 
-Adapters of rank 16 on all linear layers, one row of 1,024 tokens. Nothing is loaded: shapes alone are compiled.
+Adapters of rank 16 on all linear layers, one row of 1,024 tokens. The step is compiled from shapes; no weights are
+loaded.
 """
 
 from ml_collections import ConfigDict

@@ -2,8 +2,9 @@
 
     python -m llm_jax.train --config=configs/sentiment_lora.py --workdir=runs/sentiment
 
-2,000 training sentences, once; loss on the answer only, in the model's chat template. Prints the accuracy on
-1,000 test sentences with its 95 % interval. All weights: --config.lora.rank=0 --config.optim.lr=2e-5.
+One pass over 2,000 training sentences in the model's chat template; the loss counts only the answers. Prints the
+accuracy on 1,000 test sentences with its 95 % interval. To train all weights instead of adapters, add
+--config.lora.rank=0 --config.optim.lr=2e-5.
 """
 
 from ml_collections import ConfigDict

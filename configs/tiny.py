@@ -1,9 +1,9 @@
-"""A model of 0.1 million parameters on the source code of the standard library, to try commands: half a minute.
+"""A model of 0.1 million parameters on the source code of the standard library, for trying commands; half a minute.
 
 python -m llm_jax.train --config=tiny --workdir=runs/tiny
 
-The examples of the documentation use it. Its tokens are bytes, and it is far too small to write code: about 4 bits per
-byte after 100 steps, where an untrained model has 8.
+The examples of the documentation use it. Its tokens are bytes. It is far too small to write code: it reaches about 4
+bits per byte after 100 steps; an untrained model has 8.
 """
 
 from ml_collections import ConfigDict

@@ -2,10 +2,9 @@
 
     python -m llm_jax.train_embeddings --config=configs/word2vec.py --output=vectors.txt [--config.kind=cbow]
 
-Half a minute on a CPU core. `probe_embeddings --vectors=vectors.txt` then shows neighbours and figures: a rank
-correlation of about 0.205 with WordSim-353 (so little text teaches little; gensim is at 0.182), for CBOW 0.107 (0.114):
-means of three seeds (`experiments/benchmarks`).
-What each option means stands in `llm_jax/embeddings/config.py`.
+Half a minute on one CPU core. `probe_embeddings --vectors=vectors.txt --all` then measures the rank correlation with
+WordSim-353, which is low for so little text: about 0.205 (gensim: 0.182), and for CBOW 0.107 (gensim: 0.114), as means
+of three seeds (`experiments/benchmarks`). `llm_jax/schema/config.py` describes the options.
 """
 
 from ml_collections import ConfigDict

@@ -2,11 +2,11 @@
 
     config = load("default", {"model.width": 128})      # a recipe of configs/ by name
     config = load("my_config.py", {"train.seed": 1})    # a Python file with get_config(), or a .json or .toml file
-    config = load("runs/default")                       # what a run was trained with
+    config = load("runs/default")                       # the configuration of a run
     config = load({"model": {"width": 128}})            # a partial mapping over the defaults
 
-An unknown key, a value of another type and a value out of range raise `UserError`, which names the dotted key and the
-nearest existing one. The default values are in `configs/default.py`.
+An unknown key, a value of the wrong type and a value out of range raise `UserError`. The message names the dotted key,
+and for an unknown key also the nearest existing key. The default values are in `configs/default.py`.
 """
 
 import copy
@@ -34,8 +34,8 @@ _COMMANDS = {Config: "training a language model", EmbeddingsConfig: "train_embed
 
 _SUFFIXES = (".py", ".json", ".toml")  # of files with a configuration
 
-# What "sentiment:NAME", a data source of earlier versions, stands for. These values must not change: the runs that were
-# trained with it are resumed and evaluated on the same examples.
+# The options that replace "sentiment:NAME", a data source of earlier versions. Do not change these values: old runs are
+# resumed and evaluated on the same examples.
 _SENTIMENT = {
     "kind": "labelled",
     "labelled": {
@@ -50,7 +50,7 @@ _SENTIMENT = {
         "train_size": 2000,
     },
 }
-# Options that are missing in old checkpoints and whose default has another meaning than their absence.
+# Values of options that old checkpoints lack, where the current default would change how the checkpoint behaves.
 _VALUE_BEFORE = {"eval.task_examples": 0}
 
 
@@ -59,17 +59,17 @@ def load(
     overrides: Mapping[str, Any] | None = None,
     cls: Any = Config,
 ) -> Any:
-    """The checked configuration of a recipe, a file, a run or a mapping, with overrides.
+    """Returns the checked configuration of a recipe, a file, a run or a mapping, with overrides.
 
     Args:
       source: the name of a recipe in configs/ ("default"); the path of a Python file with `get_config()`, of a .json
-        or .toml file, or of a run or checkpoint directory; a mapping, nested or with dotted keys; or a `Config`. What
-        it leaves out has the value of configs/default.py.
+        or .toml file, or of a run or checkpoint directory; a mapping, nested or with dotted keys; or a `Config`.
+        Omitted options have the values of configs/default.py.
       overrides: {dotted key: value}, such as {"model.position.kind": "alibi"}.
       cls: the dataclass to build: `Config`, or `EmbeddingsConfig` for word vectors.
 
     Raises:
-      UserError: no such recipe or file, an unknown key, or a value of another type or out of range.
+      UserError: no such recipe or file, an unknown key, or a value of the wrong type or out of range.
     """
     nested = _nested(source)
     _refuse_other_command(source, nested, cls)
@@ -83,23 +83,23 @@ def load(
         return config
     before = flat(default())
     explicit = {key for key, value in flat(config).items() if value != before[key]}
-    if not config.lora.rank:  # a recipe may prepare options of adapters, which have an effect once there is a rank
+    if not config.lora.rank:  # a recipe may set options of adapters that take effect only if lora.rank is set
         explicit = {key for key in explicit if not key.startswith("lora.")}
     partial = isinstance(source, Mapping) or (isinstance(source, str | os.PathLike) and find(source).suffix != ".py")
-    first = source.explicit if isinstance(source, Config) else _leaves(nested) if partial else frozenset()
-    for keys in (first, _leaves(overrides or {})):
+    source_keys = source.explicit if isinstance(source, Config) else _leaves(nested) if partial else frozenset()
+    for keys in (source_keys, _leaves(overrides or {})):
         explicit = _overridden(config, explicit, keys)
     return dataclasses.replace(config, explicit=frozenset(explicit))
 
 
 def _overridden(config: Config, explicit: Iterable[str], keys: Iterable[str]) -> set[str]:
-    """The explicit keys after an override of `keys`. A tokenizer.path replaces the kind and size set before it."""
+    """Returns `explicit` with `keys` added. A new tokenizer.path removes an earlier tokenizer.kind and vocab_size."""
     is_path = "tokenizer.path" in keys and config.tokenizer.path
     return {*explicit}.difference(("tokenizer.kind", "tokenizer.vocab_size") if is_path else ()) | {*keys}
 
 
 def read(source: str | os.PathLike[str]) -> dict[str, Any]:
-    """The nested mapping that a recipe, file or run directory gives, without the defaults for what it leaves out."""
+    """Returns the options of a recipe, file or run directory as a nested mapping; omitted options are not added."""
     path = find(source)
     try:
         if path.is_dir():
@@ -121,10 +121,10 @@ def read(source: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def find(source: str | os.PathLike[str]) -> pathlib.Path:
-    """The file or run directory that `source` names; see `load`.
+    """Returns the file or run directory that `source` names; see `load`.
 
     Raises:
-      UserError: there is none; names the recipes.
+      UserError: it does not exist; the message lists the recipes.
     """
     path = pathlib.Path(source).expanduser()
     if str(source) in recipes():
@@ -156,13 +156,13 @@ def recipes(cls: Any = None) -> list[str]:
 
 
 def recipes_directory() -> pathlib.Path:
-    """configs/, which an installed package carries inside and a checkout has at its top."""
+    """Returns the directory configs/, which is inside an installed package, and at the top of a checkout."""
     inside = pathlib.Path(__file__).parent / "configs"
     return inside if inside.is_dir() else pathlib.Path(__file__).parents[1] / "configs"
 
 
 def recipe(name: str) -> Any:
-    """What `get_config()` of a recipe in configs/ returns, as a new ConfigDict; for recipes that change another."""
+    """Returns a new ConfigDict from `get_config()` of a recipe in configs/, to derive another recipe from it."""
     return runpy.run_path(str(recipes_directory() / f"{name}.py"))["get_config"]()
 
 
@@ -178,14 +178,14 @@ def default(section: str = "") -> Any:
 
 
 def build(mapping: Mapping[str, Any], cls: Any = Config, prefix: str = "", root: Any = None) -> Any:
-    """A complete nested mapping as the dataclass `cls`, checked for names, types and ranges.
+    """Converts a complete nested mapping to the dataclass `cls`, and checks names, types and ranges.
 
     Args:
-      prefix: where the dataclass stands in `root`, such as "model."; for error messages.
+      prefix: dotted path of the dataclass within `root`, such as "model."; for error messages.
       root: the dataclass of the whole configuration; by default `cls`, or `Config` with a prefix.
 
     Raises:
-      UserError: an unknown or missing key, or a value of another type; it names the dotted key.
+      UserError: an unknown or missing key, or a value of the wrong type; the message names the dotted key.
     """
     root = root or (Config if prefix else cls)
     hints = options(cls)
@@ -215,7 +215,7 @@ def former_source(source: str) -> dict[str, Any]:
 
 
 def upgrade(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration of an earlier checkpoint under today's names, with the options that it lacks."""
+    """Converts the configuration of an old checkpoint: replaces former names and adds missing options."""
     upgraded = copy.deepcopy(_defaults())
     for key, value in _VALUE_BEFORE.items():
         _set(upgraded, key, value)
@@ -253,10 +253,10 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def replace(config: Any, changes: Mapping[str, Any], prefix: str = "") -> Any:
-    """A configuration dataclass with other values, by dotted key, checked like a new one.
+    """Returns a copy of a configuration dataclass with changed values, {dotted key: value}, and checks it again.
 
     Args:
-      prefix: where the dataclass stands in `Config`, such as "model."; for error messages.
+      prefix: dotted path of the dataclass within `Config`, such as "model."; for error messages.
     """
     mapping = as_dict(config)
     for key, value in changes.items():
@@ -280,7 +280,7 @@ def _nested(source: Any) -> Mapping[str, Any]:
 
 
 def _refuse_other_command(source: Any, mapping: Mapping[str, Any], cls: Any) -> None:
-    """Raises UserError where a file has the options of another command, such as those of word vectors."""
+    """Raises UserError if a file contains the options of another command, for example of `train_embeddings`."""
     others = [other for other in DEFAULT_RECIPES if other is not cls and set(mapping) <= options(other).keys()]
     if mapping and others and not set(mapping) & options(cls).keys():
         raise UserError(f"configuration '{source}' has the options of {_COMMANDS[others[0]]}, not of {_COMMANDS[cls]}")
@@ -293,9 +293,9 @@ def _complete(mapping: Mapping[str, Any], cls: Any = Config) -> dict[str, Any]:
 
 
 def _overlay(base: dict[str, Any], mapping: Mapping[str, Any], prefix: str = "", renamed: bool = False) -> None:
-    """Writes the values of `mapping` over `base`, section by section; unknown keys too, which `build` then names."""
+    """Writes the values of `mapping` into `base`, section by section; also unknown keys, which `build` then rejects."""
     for name, value in mapping.items():
-        if isinstance(name, str) and "." in name:  # a dotted key is the sections that it names
+        if isinstance(name, str) and "." in name:  # a dotted key: nest it
             name, _, option = name.partition(".")
             value = {option: value}
         key = f"{prefix}{name}"
@@ -310,7 +310,7 @@ def _overlay(base: dict[str, Any], mapping: Mapping[str, Any], prefix: str = "",
 
 
 def _leaves(mapping: Mapping[str, Any], prefix: str = "") -> set[str]:
-    """The dotted keys of the options that a nested mapping (or one with dotted keys) gives."""
+    """The dotted keys of all options in a mapping, which may be nested or have dotted keys."""
     keys: set[str] = set()
     for name, value in mapping.items():
         keys |= _leaves(value, f"{prefix}{name}.") if hasattr(value, "items") else {f"{prefix}{name}"}
@@ -318,7 +318,7 @@ def _leaves(mapping: Mapping[str, Any], prefix: str = "") -> set[str]:
 
 
 def _set(mapping: dict[str, Any], key: str, value: Any, cls: Any = Config, prefix: str = "") -> None:
-    """Sets a dotted key; its value may be a (partial) section. Raises UserError where there is no such key."""
+    """Sets a dotted key; its value may be a (partial) section. Raises UserError for an unknown key."""
     *sections, name = key.split(".")
     section: Any = mapping
     for part in sections:
@@ -386,7 +386,7 @@ def _convert(value: Any, kind: Any, key: str, declared: Any = None) -> Any:
 
 
 def wrong_type(key: str, value: Any, annotation: Any) -> str:
-    """The error message for a value of another type than its option has."""
+    """Returns the error message for a value that does not have the type of its option."""
     expected = type_text(annotation)
     if typing.get_origin(annotation) is tuple:
         value_type = str if annotation == Rules else typing.get_args(annotation)[0]

@@ -62,10 +62,10 @@ FLAGS.string("output", "", "directory for the records of all examples; the same 
 FLAGS.string("harness", "", "tasks of lm-eval, separated by commas, e.g. piqa,hellaswag (pip install lm-eval)")
 FLAGS.string("harness_path", "", "directory with additional lm-eval tasks")
 
-_OF_TASKS = ("style", "template", "shots", "select", "shot_seed", "chat", "normalize", "context", "output")
+_TASK_FLAGS = ("style", "template", "shots", "select", "shot_seed", "chat", "normalize", "context", "output")
 NEEDS: cli.Needs = (
     *cli.MESH_NEEDS,
-    (_OF_TASKS, "--task is not given", lambda f: f.task),
+    (_TASK_FLAGS, "--task is not given", lambda f: f.task),
     (("chat_template",), "--chat is not given", lambda f: f.chat),
     (("limit",), "neither --task nor --harness is given", lambda f: f.task or f.harness),
     (("harness_path",), "--harness is not given", lambda f: f.harness),
@@ -216,7 +216,7 @@ def _measure(f: cli.Flags, held_out: _HeldOut, source: Any, by_unit: bool = Fals
     shards = mesh_lib.row_shards(mesh) if mesh else 1
 
     def divisible(size: int) -> int:
-        """The next number of rows that the mesh divides; rows of padding do not count."""
+        """Rounds a number of rows up to a multiple of the shards; padding rows are not counted in the results."""
         return -(-size // shards) * shards
 
     def compiled(function: Any) -> Any:
@@ -275,16 +275,16 @@ def _finite(figures: dict[str, Any]) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}
 
 
-def _compare_text(f: cli.Flags, several: list[_HeldOut], source: Any, compressed: dict[str, float]) -> None:
+def _compare_text(f: cli.Flags, texts: list[_HeldOut], source: Any, compressed: dict[str, float]) -> None:
     from llm_jax import intervals
     from llm_jax.evaluation import paired
 
-    measured = [_measure(f, held_out, source, by_unit=True) for held_out in several]
+    measured = [_measure(f, held_out, source, by_unit=True) for held_out in texts]
     units = [figures["units"] for figures in measured]
-    for held_out, other in zip(several, units, strict=True):
+    for held_out, other in zip(texts, units, strict=True):
         if len(other.sizes) != len(units[0].sizes) or (other.sizes != units[0].sizes).any():
             raise UserError(
-                f"--checkpoint={several[0].name} and --checkpoint={held_out.name} cannot be paired: their tokenizers "
+                f"--checkpoint={texts[0].name} and --checkpoint={held_out.name} cannot be paired: their tokenizers "
                 "divide the data into different examples"
             )
     accuracies = "accuracy" in measured[0]
@@ -293,19 +293,19 @@ def _compare_text(f: cli.Flags, several: list[_HeldOut], source: Any, compressed
     if f.json:
         names = {"value": value, "units": "examples" if accuracies else "documents"}
         rows = [{names.get(key, key): v for key, v in row.items()} for row in figures]
-        objects = [_finite({"checkpoint": h.name, **row}) for h, row in zip(several, rows, strict=True)]
+        objects = [_finite({"checkpoint": h.name, **row}) for h, row in zip(texts, rows, strict=True)]
         print(json.dumps(objects, allow_nan=False))
         return
     columns = [(value.replace("_", " "), [f"{row['value']:.4f}" for row in figures])]
     if not accuracies:
-        columns.insert(0, ("window", [f"{held_out.length:,}" for held_out in several]))
+        columns.insert(0, ("window", [f"{held_out.length:,}" for held_out in texts]))
         columns.insert(0, ("tokens", [f"{unit.targets:,}" for unit in units]))
     packed = "".join(f"; {name} {bits:.3f}" for name, bits in compressed.items())
-    noun = "examples" if accuracies or several[0].data.kind != "text" else "documents"
+    noun = "examples" if accuracies or texts[0].data.kind != "text" else "documents"
     left_out = len(units[0].sizes) - figures[0]["units"]
     missing = f" ({left_out:,} more do not fit into the windows)" if left_out else ""
-    print(f"{f.data or several[0].data.source}: {figures[0]['units']:,} {noun} measured by all{missing}{packed}")
-    print(paired.table([held_out.name for held_out in several], columns, figures))
+    print(f"{f.data or texts[0].data.source}: {figures[0]['units']:,} {noun} measured by all{missing}{packed}")
+    print(paired.table([held_out.name for held_out in texts], columns, figures))
     if any(row.get("low", 0) is None and math.isfinite(row["difference"]) for row in figures):
         print(
             f"no interval: the {figures[0]['units']:,} {noun} correspond to fewer than {intervals.FEWEST_UNITS} of "
@@ -332,11 +332,11 @@ def on_task(f: cli.Flags) -> None:
     count = min(f.limit or len(task.examples), len(task.examples))
     results: list[dict[str, Any]] = []  # one entry for each prompt and checkpoint
     by_checkpoint = [_ask(f, name, task, configs, count) for name in f.checkpoint]
-    for config, *several in zip(configs, *by_checkpoint, strict=True):
-        rights = [np.array([bool(record["right"]) for record in records]) for records in several]
-        units = [paired.Units(right.astype(float), np.ones(count), np.ones(count, bool)) for right in rights]
+    for config, *all_records in zip(configs, *by_checkpoint, strict=True):
+        correct = [np.array([bool(record["right"]) for record in records]) for records in all_records]
+        units = [paired.Units(right.astype(float), np.ones(count), np.ones(count, bool)) for right in correct]
         rows = paired.compare(units, proportions=True)
-        for name, records, row in zip(f.checkpoint, several, rows, strict=True):
+        for name, records, row in zip(f.checkpoint, all_records, rows, strict=True):
             result = {"checkpoint": name, "task": task.name, **dataclasses.asdict(config), **answers.summary(records)}
             if "difference" in row:
                 result |= {f"difference_{key}": row[key] for key in ("low", "high")} | {"difference": row["difference"]}

@@ -6,10 +6,10 @@ FILE is a Python file in the current directory or on PYTHONPATH (`.py` may be om
 `__main__` for a part defined in a notebook. NAME is a class or a function in FILE. The options in parentheses are
 keyword arguments whose values are Python literals.
 
-A checkpoint records the specification together with a hash of the source: `FILE:NAME(OPTIONS)#SHA256`. Whatever loads
-the checkpoint imports FILE again, and fails where it is missing or has changed (modules that FILE imports are not
-compared). A checkpoint never chooses code: FILE is imported for it only if the user has named the same file with the
-same content before (the cache directory remembers that), or lists it in $LLM_JAX_ALLOW.
+A checkpoint records the specification together with a hash of the source: `FILE:NAME(OPTIONS)#SHA256`. Loading the
+checkpoint imports FILE again, and fails if FILE is missing or has changed (modules that FILE imports are not compared).
+A checkpoint alone cannot cause code to run: FILE is imported only if the user has used the same file with the same
+content before (which is recorded in the cache directory), or lists it in $LLM_JAX_ALLOW.
 """
 
 import ast
@@ -172,7 +172,8 @@ def load(key: str, specification: str) -> Extension:
     """Imports the part that `FILE:NAME`, `FILE:NAME(OPTIONS)` or `FILE:NAME(OPTIONS)#SHA256` specifies.
 
     Raises:
-      UserError: another form; no such file or name; the source is not the one with the hash; FILE raises an exception.
+      UserError: the specification has another form; FILE or NAME does not exist; FILE does not have the recorded hash;
+        FILE raises an exception.
     """
     match = _SPECIFICATION.fullmatch(specification)
     if match is None:
@@ -190,8 +191,8 @@ def load(key: str, specification: str) -> Extension:
             _compare(key, bare, file_name, recorded, source)
         if not _is_allowed(file_name, recorded):
             raise UserError(
-                f"{key}={bare}: a checkpoint asks for the code of {file_name}, never named on this machine; read it, "
-                f"and set LLM_JAX_ALLOW={file_name} if you trust it"
+                f"{key}={bare}: the checkpoint needs the code in {file_name}, which was never used on this machine; "
+                f"read the file, and set LLM_JAX_ALLOW={file_name} if you trust it"
             )
     module = _import(key, bare, match["module"], path, source)
     target = getattr(module, name, None)
@@ -251,8 +252,8 @@ def _sha256(source: bytes) -> str:
     return hashlib.sha256(source).hexdigest()[:12]
 
 
-def _compare(key: str, bare: str, place: str, recorded: str, source: bytes) -> None:
-    name, sha256 = pathlib.Path(place).name, _sha256(source)
+def _compare(key: str, bare: str, file_name: str, recorded: str, source: bytes) -> None:
+    name, sha256 = pathlib.Path(file_name).name, _sha256(source)
     if sha256 != recorded:
         raise UserError(
             f"{key}={bare}: {name} has changed since the checkpoint was written (sha256 {recorded}, now {sha256}); "
@@ -260,18 +261,19 @@ def _compare(key: str, bare: str, place: str, recorded: str, source: bytes) -> N
         )
 
 
-def _record(place: str, sha256: str) -> pathlib.Path:
-    return files.cache_directory() / "own_parts" / hashlib.sha256(f"{place} {sha256}".encode()).hexdigest()
+def _record_of_use(file_name: str, sha256: str) -> pathlib.Path:
+    """The empty file in the cache directory that records that the user has used a file with this content."""
+    return files.cache_directory() / "own_parts" / hashlib.sha256(f"{file_name} {sha256}".encode()).hexdigest()
 
 
-def _is_allowed(place: str, sha256: str) -> bool:
-    allowed = os.environ.get("LLM_JAX_ALLOW", "").split(os.pathsep)
-    return place in {str(find_file(name) or name) for name in allowed if name} or _record(place, sha256).exists()
+def _is_allowed(file_name: str, sha256: str) -> bool:
+    allowed = [name for name in os.environ.get("LLM_JAX_ALLOW", "").split(os.pathsep) if name]
+    return file_name in {str(find_file(n) or n) for n in allowed} or _record_of_use(file_name, sha256).exists()
 
 
-def _allow(place: str, sha256: str) -> None:
+def _allow(file_name: str, sha256: str) -> None:
     with contextlib.suppress(OSError):  # without a writable cache, $LLM_JAX_ALLOW can be used
-        record = _record(place, sha256)
+        record = _record_of_use(file_name, sha256)
         record.parent.mkdir(parents=True, exist_ok=True)
         record.touch()
 
@@ -301,7 +303,7 @@ def _source(module: ModuleType, target: Any) -> bytes:
 
 
 def _source_in_cell(cls: type) -> str:
-    """The source of a class of a notebook, which `inspect.getsource` reads for functions only.
+    """The source of a class that is defined in a notebook; `inspect.getsource` supports only functions there.
 
     Raises:
       OSError: no function of the class has a source in which the class is defined.
@@ -323,7 +325,7 @@ def module_name(specification: str) -> str:
 
 
 def relative_path(name: str) -> str:
-    """Where the file of `NAME`, `NAME.py`, `DIRECTORY/NAME.py` or `PACKAGE.NAME` is in a directory that has it."""
+    """The relative path of the file of `NAME`, `NAME.py`, `DIRECTORY/NAME.py` or `PACKAGE.NAME`."""
     return name if name.endswith(".py") else f"{name.replace('.', '/')}.py"
 
 

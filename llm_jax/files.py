@@ -1,13 +1,13 @@
-"""Files and directories that appear complete or not at all: written under a temporary name, then renamed.
+"""Atomic writing of files and directories: they are written under a temporary name, then renamed.
 
     with files.new_file(path) as file: file.write(b"...")
     with files.new_directory(path) as partial: (partial / "model.bin").write_bytes(b"...")
     files.write(path, "text"); files.write_json(path, value); value = files.read_json(path)
 
-Everything is created with the permissions of the user's umask.
+Files are created with the permissions of the user's umask.
 
-A path is a `pathlib.Path`; of gs://BUCKET/PATH and s3://BUCKET/PATH `path` makes one of `etils.epath`, with the same
-methods. What a bucket does in another way than a disk, such as appending and locking, stands in `llm_jax/objects`.
+All functions take `pathlib.Path`s. For gs://BUCKET/PATH and s3://BUCKET/PATH, `path` returns a path of `etils.epath`
+with the same methods, and the functions use the object store instead of the disk, also for appending and locking.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ _POINTER = b"version https://git-lfs.github.com/spec/"  # begins a pointer of Gi
 
 
 def path(name: str | os.PathLike[str]) -> pathlib.Path:
-    """The path that a user has named: ~/PATH is expanded, gs://BUCKET/PATH and s3://BUCKET/PATH are of object stores.
+    """Converts a name from the user to a path: expands ~, and supports gs://BUCKET/PATH and s3://BUCKET/PATH.
 
     Raises:
       UserError: the package of an object store is not installed, or its address names no bucket.
@@ -41,20 +41,20 @@ def path(name: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def local_path(name: str, flag: str) -> pathlib.Path:
-    """As `path`, for commands that write to disks only. Raises UserError for the address of an object store."""
+    """Like `path`, for commands that write to disks only. Raises UserError for the address of an object store."""
     if objects.is_object(name):
         raise UserError(f"{flag}={name}: this command writes to disks only; give a directory")
     return path(name)
 
 
 def absolute(path: pathlib.Path) -> pathlib.Path:
-    """The path from the root of the file system; an address of an object store as it is."""
+    """The absolute path; an address of an object store is returned unchanged."""
     return path if objects.is_object(path) else path.absolute()
 
 
 @contextlib.contextmanager
 def new_file(path: pathlib.Path, *, source: str = "", durable: bool = False) -> Iterator[BinaryIO]:
-    """A binary file to write to, which replaces `path` when the block ends without an error.
+    """Context with a binary file to write to, which replaces `path` when the block ends without an error.
 
     Args:
       path: the final name; its parent directory is created if it is missing.
@@ -80,7 +80,7 @@ def new_file(path: pathlib.Path, *, source: str = "", durable: bool = False) -> 
     except OSError as error:
         raise UserError(f"{source or f'{path}:'} cannot be written ({error.strerror or error})") from error
     finally:
-        with contextlib.suppress(OSError):  # it was renamed, or never created
+        with contextlib.suppress(OSError):  # the file was renamed, or never created
             partial.unlink()
 
 
@@ -88,12 +88,12 @@ def new_file(path: pathlib.Path, *, source: str = "", durable: bool = False) -> 
 def new_directory(
     path: pathlib.Path, *, source: str = "", exist_ok: bool = False, durable: bool = False
 ) -> Iterator[pathlib.Path]:
-    """A temporary directory, which is renamed to `path` when the block ends without an error.
+    """Context with a temporary directory, which is renamed to `path` when the block ends without an error.
 
     Args:
       path: the final name; its parent directory is created if it is missing.
       source: how errors name the directory, such as "--output=PATH"; by default its path.
-      exist_ok: keep an existing `path` instead of raising: another process has done the same work first.
+      exist_ok: keep an existing `path` instead of raising, for directories that several processes may create.
       durable: flush every file to the disk before the rename, and the directory entry after it.
 
     Raises:
@@ -141,7 +141,7 @@ def rename(partial: pathlib.Path, path: pathlib.Path, *, durable: bool = False) 
 
 
 def flush(path: pathlib.Path) -> None:
-    """Writes what the system buffers of a file, or the names in a directory, to the disk. Raises OSError."""
+    """Flushes the content of a file, or the entries of a directory, to the disk (fsync). Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -161,17 +161,17 @@ def write_json(path: pathlib.Path, value: Any, *, durable: bool = False) -> None
 
 
 def dump_json(value: Any) -> str:
-    """`value` as the text that `write_json` writes."""
+    """Returns the text that `write_json` writes."""
     return json.dumps(value, indent=1) + "\n"
 
 
 def read(path: pathlib.Path) -> bytes:
-    """The content of a file. Raises OSError, or UserError for an object that is there and cannot be read."""
+    """The content of a file. Raises OSError, or UserError for an object that exists but cannot be read."""
     return objects.read(path) if objects.is_object(path) else path.read_bytes()
 
 
 def modified(path: pathlib.Path) -> float:
-    """When a file was last written, in seconds since 1970. Raises OSError."""
+    """The modification time of a file, in seconds since 1970. Raises OSError."""
     return objects.modified(path) if objects.is_object(path) else path.stat().st_mtime
 
 
@@ -183,10 +183,10 @@ def below(directory: pathlib.Path) -> dict[str, pathlib.Path]:
 
 
 def open_to_append(path: pathlib.Path, held: Any = None) -> TextIO:
-    """A text file that is written at its end. An object is written whole, every few seconds and by `sync`.
+    """Opens a text file for appending. An object is uploaded as a whole, every few seconds and by `sync`.
 
     Args:
-      held: the `lock` of its directory; an object is not written after another process has taken it over.
+      held: the `lock` of the directory; after another process has taken over the lock, the object is not written.
     """
     if objects.is_object(path):
         return objects.Appender(path, functools.partial(check_lock, held))  # type: ignore[return-value]
@@ -194,7 +194,7 @@ def open_to_append(path: pathlib.Path, held: Any = None) -> TextIO:
 
 
 def sync(file: TextIO) -> None:
-    """Writes what was appended so far to the disk or the object store. Raises OSError or UserError."""
+    """Flushes the appended text to the disk or the object store. Raises OSError or UserError."""
     if isinstance(file, objects.Appender):
         file.sync()
     else:
@@ -203,7 +203,7 @@ def sync(file: TextIO) -> None:
 
 @contextlib.contextmanager
 def local_copy(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A file or directory on a disk of this machine: `path` itself, or a temporary copy of what an object store has."""
+    """Context with a local path: `path` itself, or a temporary copy of a file or directory in an object store."""
     if not objects.is_object(path):
         yield path
         return
@@ -229,7 +229,7 @@ def read_json(path: pathlib.Path) -> Any:
 
 
 def refuse_pointer(path: pathlib.Path) -> None:
-    """Raises UserError for a file that Git LFS has put in the place of a large one, which was not downloaded."""
+    """Raises UserError if a file is a pointer of Git LFS, because the large file itself was not downloaded."""
     with contextlib.suppress(OSError), path.open("rb") as file:
         if file.read(len(_POINTER)) == _POINTER:
             raise UserError(
@@ -238,18 +238,18 @@ def refuse_pointer(path: pathlib.Path) -> None:
 
 
 def cache_directory() -> pathlib.Path:
-    """The directory of what can be fetched or computed again: $LLM_JAX_CACHE, or ~/.cache/llm_jax."""
+    """The directory for data that can be downloaded or computed again: $LLM_JAX_CACHE, or ~/.cache/llm_jax."""
     return pathlib.Path(os.environ.get("LLM_JAX_CACHE", "~/.cache/llm_jax")).expanduser()
 
 
 def check_local(path: str | os.PathLike[str]) -> None:
-    """Raises UserError for an address such as https://host/run, which would become a directory of that name."""
+    """Raises UserError for an address such as https://host/run, which would create a local directory of that name."""
     if not objects.is_object(path) and re.match(r"[a-zA-Z][\w+.-]+:/", str(path)):
         raise UserError(f"{path}: an address cannot be written to; give a directory, such as one of a mounted bucket")
 
 
 def check_reachable(path: pathlib.Path) -> None:
-    """Raises UserError where `check_local` does, and unless the bucket of an object store can be listed."""
+    """Raises UserError as `check_local`, and if the bucket of an object store cannot be listed."""
     check_local(path)
     if objects.is_object(path):
         objects.check(path)
@@ -258,8 +258,8 @@ def check_reachable(path: pathlib.Path) -> None:
 def check_writable(directory: pathlib.Path) -> None:
     """Raises UserError if a local directory cannot be created or written to, without creating it.
 
-    This check comes before minutes of work whose result belongs there. It creates and removes a directory of another
-    name, because some file systems, such as /proc, refuse what their permissions allow.
+    Call it before long work whose results are written to the directory. It creates and removes a temporary directory,
+    because some file systems, such as /proc, reject writes that their permissions allow.
     """
     if objects.is_object(directory):
         return
@@ -275,7 +275,7 @@ def check_writable(directory: pathlib.Path) -> None:
 def make_directory(directory: pathlib.Path) -> None:
     """Creates a directory with its parents. Raises UserError if that fails or the directory is not writable."""
     check_local(directory)
-    if objects.is_object(directory):  # a directory of an object store is there as soon as there is an object in it
+    if objects.is_object(directory):  # object stores have no empty directories; only check that objects can be written
         probe = directory / f".writable-{secrets.token_hex(8)}"
         objects.write(probe, b"")
         objects.remove(probe)
@@ -283,16 +283,16 @@ def make_directory(directory: pathlib.Path) -> None:
     try:
         missing = [path for path in (directory, *directory.parents) if not path.exists()]
         directory.mkdir(parents=True, exist_ok=True)
-        for path in missing:  # after a power failure a flushed file is of no use in a directory that is gone
+        for path in missing:  # otherwise a power failure could remove the directory and with it flushed files
             flush(path.parent)
         probe = directory / ".writable"
         probe.touch()
-        probe.unlink(missing_ok=True)  # another process may look at the same time
+        probe.unlink(missing_ok=True)  # another process may check the directory at the same time
     except OSError as error:
         raise UserError(f"{directory}: cannot be written to ({error.strerror})") from error
 
 
-LOCKED = "another trainer is at work here"  # in the message of `lock`, by which a job is recognized that met a lock
+LOCKED = "another trainer is at work here"  # part of the error message of `lock`; `research.jobs` searches for it
 
 
 def lock(workdir: pathlib.Path, name: str = ".lock", *, wait: bool = False) -> Any:
@@ -324,6 +324,6 @@ def lock(workdir: pathlib.Path, name: str = ".lock", *, wait: bool = False) -> A
 
 
 def check_lock(held: Any) -> None:
-    """Raises UserError if another process has taken over a lock of an object store; that of a disk cannot be lost."""
+    """Raises UserError if another process has taken over the lock. Only locks in object stores can be lost."""
     if isinstance(held, objects.Lock):
         held.check()

@@ -30,10 +30,8 @@ from llm_jax.errors import UserError
 from llm_jax.parallel import clusters
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-_NAME = r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?"
-
-
-_MOST_FILES = 100_000  # maximum encoded bytes of embedded files; Linux limits an argument to 131,072 bytes
+_NAME = r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?"  # of a job
+_MAX_ARCHIVE = 100_000  # maximum encoded bytes of embedded files; Linux limits an argument to 131,072 bytes
 
 
 def _flags(processes: bool = True) -> cli.Flags:
@@ -79,7 +77,7 @@ def slurm(f: cli.Flags) -> int:
     if f.array and f.nodes * f.tasks_per_node > 1:
         raise UserError("--array starts copies of one process each; leave out --nodes and --tasks_per_node")
     if f.array and f.command[0] != "sweep":
-        raise UserError(f"--array divides the points of a sweep; {f.command[0]} would do the same in every copy")
+        raise UserError(f"--array divides the points of a sweep; every copy of {f.command[0]} would do the same work")
     if f.gpus_per_node not in (0, f.tasks_per_node):
         raise UserError(
             f"--gpus_per_node={f.gpus_per_node} --tasks_per_node={f.tasks_per_node}: each process uses one GPU; give "
@@ -112,10 +110,10 @@ def k8s(f: cli.Flags) -> None:
     _refuse_copies(f.command, f.processes * f.slices)
     volumes = _pairs("volume", f.volume)
     archive = _archive(_own_files("k8s", f.command, values, tuple(volumes.values())))
-    if len(archive) > _MOST_FILES:
+    if len(archive) > _MAX_ARCHIVE:
         raise UserError(
-            f"the files of your own take {len(archive):,} bytes in the manifest; expected at most "
-            f"{_MOST_FILES:,}; put them into a volume and name them by their path there"
+            f"your files take {len(archive):,} bytes in the manifest; expected at most {_MAX_ARCHIVE:,}; copy them to "
+            "a volume and pass their paths in the volume"
         )
     job = clusters.JobSet(
         name=_name(f),
@@ -210,11 +208,11 @@ def _own_files(
       mounted: directories that are mounted on the machines of the job; their files are not copied.
 
     Raises:
-      UserError: a file is not below the current directory, is named by another than a relative path, or is found
-        through PYTHONPATH.
+      UserError: a file is not below the current directory, is named by an absolute path, or is found through
+        PYTHONPATH.
     """
     rule = f"launch {cluster} copies files below the current directory only, which the command names by relative paths"
-    own: dict[str, pathlib.Path] = {}
+    user_files: dict[str, pathlib.Path] = {}
     pending = [*_named_files(arguments, values), *_part_files(_parts(values), rule)]
     done: set[str] = set()
     while pending:
@@ -228,17 +226,17 @@ def _own_files(
         if not any(pathlib.PurePath(name).is_relative_to(directory) for directory in mounted):
             if path.is_absolute():
                 raise UserError(f"{name}: {rule}; copy the file there")
-            own[name] = path.resolve()
+            user_files[name] = path.resolve()
         if path.suffix == ".py":
             for module in _imported(name, path):
                 pending += _module_files(module, f"{name} imports", rule)
-    if own:
-        print(f"note: launch {cluster} sends {', '.join(sorted(own))} with the command", file=sys.stderr)
-    return own
+    if user_files:
+        print(f"note: launch {cluster} sends {', '.join(sorted(user_files))} with the command", file=sys.stderr)
+    return user_files
 
 
 def _named_files(arguments: Sequence[str], values: Any) -> Iterator[str]:
-    """The files of --config (also of a run) and --points, with their names on the command line."""
+    """The files of --config (for a run, its config.json) and --points, as they are named on the command line."""
     for flag, following in itertools.pairwise([*arguments, ""]):
         if match := re.fullmatch(r"--?(?:config|points)(?:=(.*))?", flag, re.DOTALL):
             name = following if match[1] is None else match[1]
@@ -278,7 +276,7 @@ def _part_files(names: Iterable[str], rule: str) -> Iterator[str]:
 
 
 def _imported(name: str, path: pathlib.Path) -> Iterator[str]:
-    """The modules that a Python file may import, also those that are attributes of other modules: dotted names."""
+    """The dotted names that a Python file imports; the last part may be a module or an attribute of a module."""
     try:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError) as error:
@@ -286,7 +284,7 @@ def _imported(name: str, path: pathlib.Path) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and not (node.level and path.is_absolute()):  # those are in a volume
+        elif isinstance(node, ast.ImportFrom) and not (node.level and path.is_absolute()):  # a file in a volume
             package = pathlib.PurePath(name).parts[: -node.level] if node.level else ()
             module = ".".join([*package, *filter(None, [node.module])])
             yield from (".".join(filter(None, (module, alias.name))) for alias in node.names)
@@ -306,19 +304,19 @@ def _module_files(module: str, context: str, rule: str) -> Iterator[str]:
         return
     directories = [directory for directory in os.environ.get("PYTHONPATH", "").split(os.pathsep) if directory]
     spec = importlib.machinery.PathFinder.find_spec(parts[0], directories)
-    places = [] if spec is None else [spec.origin] if spec.origin else list(spec.submodule_search_locations or ())
-    path = pathlib.Path(places[0]).resolve() if places else ROOT / "llm_jax"
+    locations = [] if spec is None else [spec.origin] if spec.origin else list(spec.submodule_search_locations or ())
+    path = pathlib.Path(locations[0]).resolve() if locations else ROOT / "llm_jax"
     if not (path.is_relative_to(ROOT / "llm_jax") or {"site-packages", "dist-packages"} & set(path.parts)):
         raise UserError(f"{context} {module}: {rule}; it was found through PYTHONPATH as {path}: copy it there")
 
 
-def _archive(own: Mapping[str, pathlib.Path]) -> str:
+def _archive(user_files: Mapping[str, pathlib.Path]) -> str:
     """Files as a compressed tar archive in base64, equal for equal contents; "" without files."""
-    if not own:
+    if not user_files:
         return ""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for name, path in sorted(own.items()):
+        for name, path in sorted(user_files.items()):
             member = tarfile.TarInfo(name)
             member.size = path.stat().st_size
             tar.addfile(member, io.BytesIO(path.read_bytes()))
@@ -338,9 +336,9 @@ def _pairs(flag: str, texts: Sequence[str]) -> dict[str, str]:
     return {name: value for name, _, value in (text.rpartition("=") for text in texts)}
 
 
-def _run(command: list[str], without: str) -> int:
+def _run(command: list[str], alternative: str) -> int:
     if not shutil.which(command[0]):
-        raise UserError(f"{command[0]} is not installed on this machine; {without}")
+        raise UserError(f"{command[0]} is not installed on this machine; {alternative}")
     return subprocess.run(command, check=False).returncode
 
 

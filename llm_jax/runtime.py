@@ -1,6 +1,6 @@
-"""Settings of the process for JAX and the allocator, and explanations of device errors.
+"""Process-wide settings of JAX and of malloc, and explanations of device errors.
 
-Simulated devices, dispatch, the cache of compiled functions, freed memory.
+The settings are simulated devices, asynchronous dispatch, the cache of compiled functions, and memory kept by malloc.
 """
 
 import ctypes
@@ -47,7 +47,7 @@ def simulate_devices(count: int | None) -> None:
 
 
 def end_with_parent(number: int = signal.SIGTERM) -> None:
-    """Lets the kernel send a signal to this process when the one that started it ends (Linux)."""
+    """Makes the kernel send a signal to this process when its parent process ends (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
 
@@ -69,7 +69,7 @@ def retain_freed_memory() -> None:
 
 
 def release_freed_memory() -> None:
-    """Returns freed memory that malloc retains to the system, such as the holes that loading a checkpoint leaves."""
+    """Returns memory that malloc retains to the system, for example after a checkpoint has been loaded."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
@@ -115,7 +115,7 @@ def _malloc_fills_blocks() -> bool:
 
 
 def available_memory() -> int | None:
-    """The memory in bytes that new processes may take without swapping, or None where the system does not say."""
+    """The memory in bytes that new processes may take without swapping; None if it is unknown (not on Linux)."""
     try:
         lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -168,7 +168,7 @@ def _machine() -> str:
 
 
 def cpu_instructions() -> frozenset[str]:
-    """The instruction sets of the CPU, such as "avx2", as Linux spells them; empty where they are not known."""
+    """The instruction sets of the CPU by their Linux names, such as "avx2"; empty if unknown."""
     return frozenset(_cpu_features().partition(":")[2].split())
 
 
@@ -192,7 +192,7 @@ def _delete_incomplete(directory: pathlib.Path) -> None:
             entry.unlink(missing_ok=True)
 
 
-# (pattern of an error of JAX, what it means and what to do about it). {0}: the group of the pattern.
+# (pattern of an error message of JAX, explanation with a cure). {0}: the group of the pattern.
 _DEVICE_ERRORS = (
     (
         r"RESOURCE_EXHAUSTED.{0,200}?alloc\w*(?: request for)? ([\d.,]+ ?(?:[KMGT]i?B|bytes))",
@@ -213,7 +213,7 @@ _DEVICE_ERRORS = (
 
 
 def explain_device_error(error: BaseException, cure: str) -> str:
-    """What an error of JAX means for the user, in one line; "" for errors that are not of the device.
+    """Returns a one-line explanation of a device error of JAX, or "" for other errors.
 
     Args:
       cure: how the command can use less memory.

@@ -145,7 +145,7 @@ def match(rules: Rules, tree: Tree, source: str) -> dict[str, Any]:
     for i, (pattern, _) in enumerate(rules):
         if i not in used:
             closest = difflib.get_close_matches(pattern.replace(".*", ""), names, 1, 0.0) or ["(none)"]
-            raise UserError(f"{source}: the rule '{pattern}' matches no parameter; a near name is '{closest[0]}'")
+            raise UserError(f"{source}: the rule '{pattern}' matches no parameter; the nearest name is '{closest[0]}'")
     return matched
 
 
@@ -153,7 +153,7 @@ def _compile(pattern: str, source: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise UserError(f"{source}: the rule '{pattern}' is no regular expression ({error})") from error
+        raise UserError(f"{source}: the rule '{pattern}' is not a regular expression ({error})") from error
 
 
 def unstack(tree: Tree) -> dict[str, Any]:
@@ -181,7 +181,7 @@ def stack_path(stages: Stages, layer: int) -> tuple[str, int]:
             repeat, kind = divmod(layer - start, kinds)
             return f"{start}:{stop}/{kind}::{kinds}", repeat
         start = stop
-    raise ValueError(f"layer {layer} lies past the last stage of {stages}")
+    raise ValueError(f"layer {layer} is not in the stages {stages}")
 
 
 def restage(tree: Tree, stages: Stages = ()) -> dict[str, Any]:
@@ -212,7 +212,7 @@ def restage(tree: Tree, stages: Stages = ()) -> dict[str, Any]:
         if sorted(parts) != list(range(expected)):
             raise ValueError(f"cannot stack '{path}': {len(parts)} of its {expected} layers exist")
         if any(_record(part) != _record(parts[0]) for part in parts.values()):
-            raise UserError(f"'{path}' is of different kinds in its layers; set model.scan_layers=False")
+            raise UserError(f"'{path}' has different kinds of weights in its layers; set model.scan_layers=False")
         out[path] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(parts[i] for i in range(expected)))
     return unflatten(out)
 

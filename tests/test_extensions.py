@@ -262,7 +262,7 @@ def test_loss_is_used(directory, monkeypatch, tiny):
         config = dataclasses.replace(tiny.loss, kind="my_focal.py:focal(gamma=3.0)")
         total, count = losses_lib.make(config, None, 0)(None, None, batch, None, None)
         smoothed = configuration.replace(tiny, {"loss.kind": config.kind, "loss.z_loss": 0.1})
-        assert "loss.z_loss=0.1 has no meaning" in refused(lambda: losses_lib.check(smoothed))
+        assert "loss.z_loss=0.1 has no effect" in refused(lambda: losses_lib.check(smoothed))
     assert float(total) == pytest.approx(0.5**3 * math.log(2)) and count == 1
 
 
@@ -273,7 +273,7 @@ def test_a_checkpoint_does_not_choose_code(directory, tmp_path, monkeypatch):
     with contextlib.chdir(directory):
         for name in ("own.py", "own", "./own.py"):
             message = refused(lambda name=name: extensions.load("loss.kind", f"{name}:own#{sha256}"))
-            assert "a checkpoint asks for the code of" in message and not (directory / "ran").exists()
+            assert "the checkpoint needs the code in" in message and not (directory / "ran").exists()
         assert "must record the hash" in refused(lambda: configuration.upgrade({"loss": {"kind": "own.py:own"}}))
         assert "must record the hash" in refused(
             lambda: configuration.upgrade({"model": {"position": {"kind": "own:own"}}})
@@ -283,8 +283,8 @@ def test_a_checkpoint_does_not_choose_code(directory, tmp_path, monkeypatch):
         monkeypatch.delenv("LLM_JAX_ALLOW")
         assert extensions.load("loss.kind", f"own:own#{sha256}").target.__name__ == "own"
         shutil.copytree(directory / ".", directory / "elsewhere", ignore=shutil.ignore_patterns("elsewhere"))
-        assert "asks for the code" in refused(lambda: extensions.load("loss.kind", f"elsewhere/own.py:own#{sha256}"))
-        assert "asks for the code" in refused(lambda: extensions.load("loss.kind", f"elsewhere.own:own#{sha256}"))
+        assert "needs the code" in refused(lambda: extensions.load("loss.kind", f"elsewhere/own.py:own#{sha256}"))
+        assert "needs the code" in refused(lambda: extensions.load("loss.kind", f"elsewhere.own:own#{sha256}"))
 
 
 def test_notebook(monkeypatch):

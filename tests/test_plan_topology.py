@@ -200,10 +200,14 @@ def test_what_did_not_fit_decides_what_is_tried_next(compiler):
 
 def test_a_search_without_success_names_the_closest(compiler):
     config, lines = configuration.load(*LLAMA), []
-    with pytest.raises(UserError, match=r"of 0 that were compiled fits v5e:1x1; the closest \(.*\) needs at least 7"):
+    with pytest.raises(
+        UserError, match=r"of the 0 compiled combinations fits v5e:1x1; the closest \(.*\) needs at least 7"
+    ):
         list(plan_search.search(config, topologies.Topology("v5e", (1, 1)), 6, lines.append))
     topology, compiled = topologies.Topology("v5e", (4, 4)), compiler(50.0)
-    with pytest.raises(UserError, match=r"of 3 that were compiled fits v5e:4x4; the closest \(.*remat=full") as raised:
+    with pytest.raises(
+        UserError, match=r"of the 3 compiled combinations fits v5e:4x4; the closest \(.*remat=full"
+    ) as raised:
         list(plan_search.search(config, topology, 3, lines.append))
     state, _ = compiler.state_sizes(config)
     least = min(50 * plan_search.typical_bytes(config, changes, state) for changes in compiled)

@@ -92,7 +92,7 @@ def test_first_match_wins_and_sees_per_layer_names():
         (((r"layers/.*/mlp/down", 1), (r".*", 2)), "rule 'layers/.*/mlp/down' matches no parameter"),
         (((r"layers/.*", 1),), "no rule matches the parameter 'embed/table'"),
         (((r"layers/1/.*", 1), (r".*", 2)), "different values but are stacked"),
-        (((r"layers/(", 1), (r".*", 2)), r"rule 'layers/\(' is no regular expression"),
+        (((r"layers/(", 1), (r".*", 2)), r"rule 'layers/\(' is not a regular expression"),
     ],
 )
 def test_bad_rules_are_errors_that_name_themselves(rules, message):
@@ -130,5 +130,5 @@ def test_layers_of_different_kinds_are_not_stacked():
     schemes = {"layers": {"0": {"up": to_qtensor(w, "int4", IN)}, "1": {"up": to_qtensor(w, "int8", IN)}}}
     assert trees.stackable(alike, ((1, 2),)) and not trees.stackable(mixed, ((1, 2),))
     assert trees.stackable(mixed, ()) and trees.stackable(mixed, ((2, 1),)) and not trees.stackable(schemes, ((1, 2),))
-    with pytest.raises(UserError, match="'layers/0:2/0::1/up' is of different kinds in its layers"):
+    with pytest.raises(UserError, match="'layers/0:2/0::1/up' has different kinds of weights in its layers"):
         trees.restage(mixed, ((1, 2),))

@@ -77,37 +77,39 @@ def load(
     """The model, its parameters, and the tokenizer.
 
     Args:
-      name: as for `open`. Adapters are attached to their base; a run of adapters records its hash, which is checked.
+      name: any name that `open` takes. Adapters are attached to their base. A run of adapters records the hash of its
+        base, which is checked.
       scan_layers: stack the layers for `jax.lax.scan`. False, one entry per layer, is faster for decoding, and is
         used in any case if layers hold weights of different kinds.
-      dtype: "float32", "bfloat16" or "float16", of parameters and computation. Quantized weights and the factors of
-        adapters keep their own. None: the dtypes of the run, or float32 for other checkpoints.
+      dtype: "float32", "bfloat16" or "float16", for parameters and computation. Quantized weights and the factors of
+        adapters keep their dtypes. None: the dtypes of the run, or float32 for other checkpoints.
       as_stored: keep the quantized tensors of a .gguf file if a scheme of `llm_jax.kernels.number_formats` equals
         their format.
-      base: of adapters, the checkpoint of their base; see `open`.
+      base: for adapters, the checkpoint of their base; see `open`.
       activations: "float", or "int8", which rounds the activations of products with quantized weights to 8 bits; see
         `weights.with_activations`.
       mesh: sizes of the axes of a mesh of all devices over which the weights are sharded by `mesh.rules`, such as
         "tensor=4" or "tensor=4,data=2"; the default of "data" is all remaining devices. Decoding then divides rows and
-        cache too. "": the default device alone.
+        cache too. "": only the default device is used.
 
     Raises:
-      UserError: there is no checkpoint, it is damaged or not supported, or the dtype is unknown.
+      UserError: there is no checkpoint of this name, it is damaged or not supported, or the dtype is unknown.
     """
     return open(name, base).load(scan_layers, dtype, as_stored, activations, mesh)
 
 
 def load_separately(*names: str | os.PathLike[str]) -> tuple[Loaded, list[dict[str, Any]]]:
-    """The common base of several adapters without them, and the adapters of each.
+    """Loads several adapters of one base: the base without adapters, and a list with the adapters of each name.
 
-    `lora.attach` takes the adapters of one, `lora.combine` those of several. All have one entry per layer.
+    `lora.attach` attaches one item of the list to the base; `lora.combine` combines several. All have one entry per
+    layer.
 
     Args:
       names: runs with adapters, or directories of peft.
 
     Raises:
-      UserError: as `load`; a checkpoint without adapters; different bases; or adapters that cannot be separated
-        from their base.
+      UserError: as for `load`; or a checkpoint has no adapters, the bases differ, or adapters cannot be separated from
+        their base.
     """
     separated = []
     for name in names:
@@ -128,12 +130,12 @@ def save(model: Transformer, params: Any, tokenizer: Tokenizer, path: str | os.P
 @typing.overload
 def save(model: Loaded, path: str | os.PathLike[str], /) -> None: ...
 def save(model: Any, params: Any = None, tokenizer: Any = None, path: Any = None) -> None:
-    """Writes a run directory with one checkpoint, which `load` and every command take.
+    """Writes a run directory with one checkpoint, which `load` and every command can read.
 
     Args:
-      model: its configuration is recorded. Or the result of `load`, followed by the path alone.
+      model: the model, whose configuration is recorded; or the result of `load`, followed only by the path.
       params: weights of any kind (arrays, quantized, with adapters), stacked for a scan or one entry per layer.
-      path: the directory; it appears complete or not at all.
+      path: the directory to create; it is written atomically.
 
     Raises:
       UserError: the directory exists or cannot be written, or names or shapes do not fit the model.
@@ -181,7 +183,7 @@ def write_run(
     """Writes a run with one checkpoint, of step 0, into an existing directory.
 
     Args:
-      corpus: sha256 of the text that the parameters were computed with, for the record.
+      corpus: the sha256 of the text that the parameters were computed with, which record.json keeps.
       generation: the content of generation_config.json, if there is one.
     """
     writer = Writer(directory, config, tokenizer, corpus, generation=generation)

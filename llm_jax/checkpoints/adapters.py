@@ -64,7 +64,7 @@ class Adapters(Run):
         Both have one entry per layer. The base is quantized by the run's quant.scheme.
 
         Raises:
-          UserError: as `params`, or the base was quantized after PiSSA had subtracted the first factors from it.
+          UserError: as for `params`, or the base was quantized after PiSSA had subtracted the first factors from it.
         """
         config = self.run_config
         base, adapters = self._separate(on_default_device)

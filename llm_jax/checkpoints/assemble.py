@@ -1,4 +1,4 @@
-"""Parameters from a table of tensor names and a source of tensors; each tensor is read when it is needed."""
+"""Builds parameters from the tensors of a file, given a table of tensor names; reads each tensor when it is needed."""
 
 import dataclasses
 import math
@@ -18,11 +18,11 @@ from llm_jax.checkpoints.names import Names, TensorSpec
 from llm_jax.errors import UserError
 from llm_jax.weights import Node
 
-_CHUNK_BYTES = 2**19  # of a tensor that are read before they are copied to their place; fits in a CPU cache
+_CHUNK_BYTES = 2**19  # bytes of a tensor that are read and copied at a time; they fit in a CPU cache
 _ALIGNMENT = 64  # bytes; JAX on CPU takes over memory with this alignment without a copy
 
 
-# dtype -> bits of infinity; NaN has larger ones
+# dtype -> the bits of infinity as an integer; those of NaN are larger.
 _INFINITY = {
     np.dtype(np.float32): 0x7F800000,
     np.dtype(np.float16): 0x7C00,
@@ -34,8 +34,8 @@ class TensorSource(Protocol):
     """Tensors by name.
 
     Attributes:
-      label: how errors name the source.
-      shapes: of all tensors, by name.
+      label: the name of the source in error messages.
+      shapes: the shape of every tensor, by name.
     """
 
     label: str
@@ -75,10 +75,10 @@ def load(
     ignored: Callable[[str], bool],
     node: Callable[[TensorSpec], Node | None] | None = None,
 ) -> dict[str, Any]:
-    """The parameters; every shard is read and put on its device before the next one is read.
+    """Reads the parameters, one shard at a time: each is put on its device before the next is read.
 
-    The host holds one shard of one parameter at a time (on CPU that is the parameter itself), and a small part of the
-    file.
+    The host memory holds one shard of one parameter at a time (on CPU that is the parameter itself), and a small part
+    of the file.
 
     Args:
       specs: from the function `specs`.
@@ -133,7 +133,7 @@ def _array(source: TensorSource, layers: list[TensorSpec], leaf: Any, sharding: 
     """One parameter from its tensor, or from the tensor of every layer that is stacked in it.
 
     Args:
-      infinite: the names of tensors with values that are not finite are added to it.
+      infinite: a set to which the names of tensors with NaN or infinite values are added.
     """
     stacked = len(leaf.shape) > len(source.shapes[layers[0].name])
 
@@ -176,7 +176,11 @@ def _fill(out: np.ndarray, source: TensorSource, spec: TensorSpec, spans: list[r
 
 
 def _copy(out: np.ndarray, source: TensorSource, spec: TensorSpec, spans: list[range]) -> bool:
-    """Reads a slice of a stored tensor into `out`; `spans` has the axes of the parameter. Returns as `_fill`."""
+    """Reads a slice of a stored tensor into `out`; `spans` are along the parameter's axes.
+
+    Returns:
+      Whether all values are finite.
+    """
     finite = True
     out, spans = (out.T, spans[::-1]) if spec.transposed else (out, spans)
     rows, *columns = (slice(s.start, s.stop) for s in spans)
@@ -200,13 +204,13 @@ def _all_finite(values: np.ndarray) -> bool:
 
 
 def stored_shape(spec: TensorSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of the stored tensor of which a parameter of this shape is all or a part."""
+    """The shape of the stored tensor that contains a parameter of this shape (as the whole tensor or a part)."""
     stored = (*shape[:-1], int(shape[-1] * spec.part[1]))
     return stored[::-1] if spec.transposed else stored
 
 
 def stored_tensor(parts: list[tuple[TensorSpec, Any]]) -> np.ndarray:
-    """The stored tensor of the dense arrays that are its parts: the inverse of `load`."""
+    """Joins dense arrays to the stored tensor that they are parts of: the inverse of `load`."""
     arrays = []
     for spec, weight in sorted(parts, key=lambda part: part[0].part):
         array = np.asarray(jax.device_get(weight))

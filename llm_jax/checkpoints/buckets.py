@@ -10,9 +10,9 @@ from llm_jax.errors import UserError
 
 
 def fetch(url: str) -> pathlib.Path:
-    """The copy in the cache of a file or directory of a bucket. It is made again when an object has changed.
+    """Copies a file or directory of a bucket into the cache, unless the cache has a copy of the same version.
 
-    Of a run, only its config.json and its last finished checkpoint are copied.
+    From a run, only config.json and the last finished checkpoint are copied.
 
     Args:
       url: gs://BUCKET/PATH or s3://BUCKET/PATH of a run, a checkpoint, a Hugging Face directory, a .gguf file or a zip
@@ -31,7 +31,7 @@ def fetch(url: str) -> pathlib.Path:
     target = files.cache_directory() / "buckets" / digest[:32] / posixpath.basename(url.rstrip("/"))
     if target.exists():
         return target
-    single = "." in selected  # the object itself, not what is below its name
+    single = "." in selected  # the URL names one object, not a directory
     with files.new_directory(target.parent, exist_ok=True) as partial:
         for relative, info in bars.bar(selected.items(), desc=f"copying {url}", unit="file", leave=False):
             local = partial / target.name if single else partial / target.name / relative
@@ -42,7 +42,7 @@ def fetch(url: str) -> pathlib.Path:
 
 
 def _of_last_checkpoint(infos: dict[str, Any]) -> dict[str, Any]:
-    """Without the earlier checkpoints of a run, and those that are not finished (they have no manifest yet)."""
+    """Drops the earlier checkpoints of a run, and those that are not finished (they have no manifest yet)."""
     parts = {relative: relative.split("/") for relative in infos}
     finished = [
         int(p[1])
@@ -56,6 +56,6 @@ def _of_last_checkpoint(infos: dict[str, Any]) -> dict[str, Any]:
 
 
 def _version(info: dict[str, Any]) -> tuple[Any, ...]:
-    """What changes with the content of an object: its size, hash and time, where the file system has them."""
+    """Properties that change with the content of an object: its size, hash and time, as far as the store has them."""
     keys = ("size", "md5Hash", "ETag", "generation", "updated", "mtime", "LastModified", "created")
     return tuple(info.get(key, "") for key in keys)

@@ -92,7 +92,7 @@ class Checkpoint(abc.ABC):
     @property
     @abc.abstractmethod
     def tokenizer(self) -> Tokenizer:
-        """Raises UserError if it cannot be read or does not fit the model."""
+        """The tokenizer. Raises UserError if it cannot be read or does not fit the model."""
 
     @property
     def identity(self) -> str:
@@ -207,7 +207,7 @@ def on_default_device(tree: Any) -> Any:
 
 
 def beside(tree: Any, params: Any) -> Any:
-    """Arrays on the devices of `params`: if these are sharded over a mesh, a copy on every device of it."""
+    """Puts the arrays of `tree` on the devices of `params`: if these are sharded over a mesh, on every device of it."""
     mesh = mesh_lib.mesh_of(params)
     return tree if mesh is None else jax.device_put(tree, mesh_lib.replicated(mesh))
 
@@ -215,11 +215,11 @@ def beside(tree: Any, params: Any) -> Any:
 def arranged(
     params: trees.Tree, config: ModelConfig, shardings: Shardings, as_stored: bool, dtype: str = ""
 ) -> dict[str, Any]:
-    """Parameters in the layout of `config` and on `shardings`.
+    """Converts parameters to the layout of `config`, and moves them to `shardings`.
 
     Args:
       as_stored: if layers hold weights of different kinds, return one entry per layer instead of raising.
-      dtype: of the arrays; "" keeps theirs. Quantized weights keep theirs in any case.
+      dtype: the dtype to cast arrays to; "" does not cast them. Quantized weights are never cast.
 
     Raises:
       UserError: layers that `config` stacks hold weights of different kinds.
@@ -245,12 +245,12 @@ def cast(params: Any, dtype: str) -> dict[str, Any]:
     return trees.map_weights(lambda _, w: weights.cast(w, dtype), params)
 
 
-def check_geometry(own: ModelConfig, config: ModelConfig, name: str) -> None:
-    """Raises UserError if the weights of a model `own` have other names or shapes than those of `config`."""
-    same_layout = dataclasses.replace(own, scan_layers=config.scan_layers, precision=config.precision)
+def check_geometry(stored: ModelConfig, config: ModelConfig, name: str) -> None:
+    """Raises UserError if weights of a `stored` model differ in names or shapes from those of a model of `config`."""
+    same_layout = dataclasses.replace(stored, scan_layers=config.scan_layers, precision=config.precision)
     if same_layout != config:
-        have, want = (trees.describe(abstract_params(Transformer(c))) for c in (same_layout, config))
-        trees.check(have, want, name)
+        found, expected = (trees.describe(abstract_params(Transformer(c))) for c in (same_layout, config))
+        trees.check(found, expected, name)
 
 
 def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, name: str | pathlib.Path) -> None:

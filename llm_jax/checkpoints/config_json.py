@@ -1,4 +1,4 @@
-"""config.json of the families of Hugging Face: what several families share.
+"""Functions for config.json that several Hugging Face families share.
 
 `config_llama` and `config_gpt` have a `read_*` function and its inverse `write_*` for every family. A `read_*` function
 returns changes to `families.neutral()`, with keys such as "width" and "position.base". For a missing key it uses the
@@ -13,7 +13,7 @@ from llm_jax.errors import UserError
 from llm_jax.model import stages
 from llm_jax.schema import ModelConfig
 
-# Name in config.json -> model.activation; of several names the first is written.
+# Name in config.json -> model.activation. The first name of an activation is the one that is written.
 ACTIVATION_NAMES = {
     "silu": "silu",
     "swish": "silu",
@@ -29,7 +29,7 @@ _LAYER_TYPES = {kind: name for name, kind in LAYERS.items()} | {"nope": "full_at
 
 
 def period(kinds: list[str]) -> tuple[str, ...]:
-    """The shortest pattern of which `kinds` is a repetition."""
+    """The shortest pattern that gives `kinds` when it is repeated."""
     return next(
         tuple(kinds[:p]) for p in range(1, len(kinds) + 1) if all(k == kinds[i % p] for i, k in enumerate(kinds))
     )
@@ -98,5 +98,5 @@ def gelu_new(m: ModelConfig) -> str:
 
 
 def integer(value: float) -> int | float:
-    """As an int if it is one, because transformers checks the types in config.json."""
+    """Converts a whole number to int, because transformers checks the types in config.json."""
     return int(value) if value == int(value) else value

@@ -170,7 +170,7 @@ def write_phi3(m: ModelConfig) -> dict[str, Any]:
     del written["layer_types"]
     written |= {"partial_rotary_factor": p.partial_rotary_factor, **_NO_PADDING}
     if p.scaling == "longrope":
-        # The keys of the published files, which early versions of transformers accept no others beside.
+        # Only the keys of the published files: early versions of transformers reject others.
         scaling = written["rope_scaling"]
         del scaling["original_max_position_embeddings"]
         if scaling["factor"] == p.max_length / p.original_length:

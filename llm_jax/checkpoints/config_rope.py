@@ -7,7 +7,7 @@ from typing import Any
 from llm_jax.errors import UserError
 from llm_jax.schema import ModelConfig
 
-_FORMER_NAMES = {"su": "longrope"}  # of rope types, in files of earlier versions of transformers
+_FORMER_NAMES = {"su": "longrope"}  # rope types under the names that earlier versions of transformers wrote
 
 
 def read(c: Mapping[str, Any], parameters: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def read(c: Mapping[str, Any], parameters: Mapping[str, Any] | None = None) -> d
         return changes
     if kind == "dynamic":
         if rope.get("original_max_position_embeddings") not in (None, length):
-            raise UserError("config.json: dynamic rope with an original length of its own is not supported")
+            raise UserError("config.json: dynamic rope with original_max_position_embeddings is not supported")
         settings: dict[str, Any] = {"original_length": length}
     elif kind == "yarn":
         settings = {
@@ -80,7 +80,7 @@ def _attention_factor(rope: Mapping[str, Any], factor: float) -> float:
     """`model.position.attention_factor`; 0 where config.json does not deviate from the scaling's paper."""
     if rope.get("attention_factor") is not None:
         return float(rope["attention_factor"])
-    scales: list[Any] = [rope.get(key) for key in ("mscale", "mscale_all_dim")]  # of DeepSeek; transformers needs both
+    scales: list[Any] = [rope.get(key) for key in ("mscale", "mscale_all_dim")]  # DeepSeek's; ignored unless both exist
     if not all(scales):
         return 0.0
     numerator, denominator = (0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0 for scale in scales)

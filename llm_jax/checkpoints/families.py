@@ -30,11 +30,10 @@ class Family:
       names: parameter paths -> stored tensors.
       read: config.json -> changes to `neutral()`, with keys such as "width" and "position.base".
       write: the inverse.
-      prefix: of tensor names, present or absent depending on whether the file was saved with an output head; both are
-        read.
-      tied: whether the head is the embedding table if config.json does not say.
-      head_dim: whether the class has a head_dim of its own, which does not follow from the width if config.json does
-        not say.
+      prefix: the prefix of tensor names in files that were saved with an output head. Files saved without a head have
+        no prefix; both are read.
+      tied: the default of tie_word_embeddings: whether the output head is the embedding table.
+      head_dim: whether the class has its own default of head_dim, rather than width / num_heads.
     """
 
     architecture: str
@@ -105,7 +104,7 @@ def model_config(c: Mapping[str, Any]) -> tuple[str, ModelConfig]:
     family = c.get("model_type")
     if _is_mixture(c):
         raise UserError(
-            f"config.json: model_type is {family!r}, a mixture of experts, and those are not supported; "
+            f"config.json: model_type is {family!r}, a mixture of experts, which is not supported; "
             f"expected one of {', '.join(FAMILIES)}"
         )
     if not isinstance(family, str) or family not in FAMILIES:
@@ -124,7 +123,7 @@ def model_config(c: Mapping[str, Any]) -> tuple[str, ModelConfig]:
 
 
 def _is_mixture(c: Mapping[str, Any]) -> bool:
-    """Whether a config.json is that of a mixture of experts: more than one expert, else by the name."""
+    """Whether a config.json describes a mixture of experts: by the number of experts if it has one, else by name."""
     sections = [c, *(value for value in c.values() if isinstance(value, dict))]  # text_config, ffn_config
     counts = [section[key] for section in sections for key in _EXPERTS if isinstance(section.get(key), int)]
     name = str(c.get("model_type"))
@@ -154,12 +153,12 @@ def refuse_difference(label: str, m: ModelConfig, again: ModelConfig) -> None:
     """Raises UserError, naming the first key, if a model changes when it is written and read again.
 
     Args:
-      label: how the error names the form that was written.
+      label: the name of the written format in the error.
       m, again: the model before and after; options that do not affect its outputs may differ.
     """
     before, after = (configuration.flat(_canonical(config), "model.") for config in (m, again))
     ignored = {"model.scan_layers", "model.remat", "model.attention_kernel", "model.kv_cache", *_unused(m)}
-    ignored |= {"model.pooler"}  # the tensors alone say whether there is one
+    ignored |= {"model.pooler"}  # it is not in config.json; the reader looks for its tensors
     ignored |= {"model.window"} if "local" not in m.layer_pattern else set()
     for key, value in before.items():
         if after[key] != value and key not in ignored and not key.startswith("model.precision."):
@@ -167,7 +166,7 @@ def refuse_difference(label: str, m: ModelConfig, again: ModelConfig) -> None:
 
 
 def _canonical(m: ModelConfig) -> ModelConfig:
-    """The same model, with one spelling of options that can be spelled in several ways, or that have no effect."""
+    """The same model with options normalized that can be set in several equivalent ways, or that have no effect."""
     attention, mlp = config_json.has_attention_bias(m), config_json.has_mlp_bias(m)
     changes: dict[str, Any] = config_json.biases(attention, mlp) | {"qkv_bias": m.qkv_bias and not attention}
     if not m.qk_norm:
@@ -199,7 +198,7 @@ def _unused(m: ModelConfig) -> set[str]:
 
 
 def first_family(config: ModelConfig) -> str:
-    """The first family that holds a model. Raises UserError, with the reason of every family, if none does."""
+    """The first family that can express a model. Raises UserError, with every family's reason, if none can."""
     reasons = []
     for family in FAMILIES:
         try:

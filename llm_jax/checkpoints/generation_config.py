@@ -23,7 +23,7 @@ OPTIONS = {
     "repetition_penalty": "repetition_penalty",
     "no_repeat_ngram_size": "no_repeat_ngram",
 }
-_PENALTIES = ("repetition_penalty", "no_repeat_ngram")  # they also change greedy decoding
+_PENALTIES = ("repetition_penalty", "no_repeat_ngram")  # options that also change greedy decoding
 _INTEGERS = ("top_k", "no_repeat_ngram")
 # Values that transformers 5.24 treats as "off", besides the defaults.
 _OFF: Mapping[str, Callable[[Any], bool]] = {
@@ -33,7 +33,7 @@ _OFF: Mapping[str, Callable[[Any], bool]] = {
     "eta": lambda p: p < 0 or p >= 1,
     "no_repeat_ngram": lambda n: n < 0,
 }
-# Keys of this file: keys of GGUF's metadata (llama.cpp takes them for defaults), and their types there.
+# Key of generation_config.json: (key of GGUF's metadata, which sets a default of llama.cpp; its type).
 _GGUF = {
     "temperature": ("general.sampling.temp", np.float32),
     "top_k": ("general.sampling.top_k", np.int32),
@@ -45,7 +45,11 @@ _LARGEST_INT, _LARGEST_FLOAT = 2**31 - 1, float(np.finfo(np.float32).max)
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:
-    """The content of a generation_config.json, {} without it. Raises UserError if it is no JSON object."""
+    """The content of a generation_config.json; {} if the file does not exist.
+
+    Raises:
+      UserError: the file is not a JSON object.
+    """
     if not path.is_file():
         return {}
     try:
@@ -60,8 +64,9 @@ def read(path: pathlib.Path) -> dict[str, Any]:
 def sampling(content: Mapping[str, Any], vocab_size: int, path: pathlib.Path) -> dict[str, Any]:
     """Returns the fields of `DecodingOptions` that a generation_config.json sets to non-default values.
 
-    `do_sample: false` is temperature 0, which leaves the penalties alone. A `top_k` above the vocabulary is its size.
-    `top_p: 0` keeps the most likely token alone, as in transformers, and values that transformers ignores are ignored.
+    `do_sample: false` is read as temperature 0; the penalties still apply. A `top_k` above the vocabulary size is
+    lowered to it. `top_p: 0` keeps only the most likely token, as in transformers. Values that transformers ignores
+    are ignored.
 
     Args:
       path: the file, for error messages.
@@ -72,8 +77,8 @@ def sampling(content: Mapping[str, Any], vocab_size: int, path: pathlib.Path) ->
     try:
         return _checked(content, vocab_size)
     except UserError as error:
-        cure = "correct it, or give a flag of sampling, such as --temperature=1, which replaces all of them"
-        raise UserError(f"{path}: {error}; {cure}") from error
+        fix = "correct it, or set a sampling flag, such as --temperature=1, which replaces all options of the file"
+        raise UserError(f"{path}: {error}; {fix}") from error
 
 
 def _checked(content: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
@@ -100,9 +105,10 @@ def _checked(content: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
 
 
 def to_gguf(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """(the metadata of a GGUF file that states the options, the keys of those that it cannot state).
+    """Converts the options to the metadata of a GGUF file. `do_sample: false` becomes temperature 0.
 
-    `do_sample: false` is temperature 0.
+    Returns:
+      (metadata, the keys of the options that a GGUF file cannot express).
     """
     options = {key: value for key, value in content.items() if key in OPTIONS and value is not None}
     if content.get("do_sample") is False:
@@ -121,7 +127,7 @@ def to_gguf(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def from_gguf(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `to_gguf`: {} where the metadata states no option."""
+    """The inverse of `to_gguf`; {} if the metadata has no sampling options."""
     content: dict[str, Any] = {}
     for key, (name, dtype) in _GGUF.items():
         if (value := metadata.get(name)) is not None:

@@ -1,7 +1,7 @@
 """Reads and writes the GGUF container: metadata and tensors (format: ggml's docs/gguf.md, versions 2 and 3).
 
-The reader trusts no size in the file: every count is compared with the number of remaining bytes before memory is
-allocated.
+The reader does not trust the sizes in a file: it compares every count with the number of remaining bytes before it
+allocates memory.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ _MAGIC = b"GGUF"
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MAX_DEPTH, _MAX_DIMENSIONS = 2, 4
-# Types of tensors that are not read -> their names.
+# Type numbers of tensors that cannot be read -> their names.
 _UNREAD = dict(
     zip(
         (9, 15, 16, 17, 18, 19, 21, 22, 24, 25, 26, 27, 28, 29, 34, 35, 40),
@@ -44,7 +44,7 @@ class GgufTensor:
       shape: rows first (the file has the reverse order).
       format: the block format, a key of `blocks.FORMATS`.
       path: the file.
-      offset: of its first byte.
+      offset: the position of its first byte in the file.
     """
 
     shape: tuple[int, ...]
@@ -67,7 +67,7 @@ class GgufTensor:
             raise UserError(f"{self.path}: changed while it was being read ({error})") from error
 
     def read(self, indexes: np.ndarray | slice = slice(None)) -> np.ndarray:
-        """The rows `indexes` as float32 (rows, numbers per row). Raises UserError as `rows`."""
+        """The rows `indexes` as float32 (rows, numbers per row). Raises UserError like `rows`."""
         return blocks.decode(self.format, self.rows(indexes))
 
 
@@ -80,7 +80,7 @@ class GgufFile:
 
 
 class _Reader:
-    """Reads values one after the other, and refuses to read past the end."""
+    """Reads values one after the other. Raises UserError if a value would go past the end of the file."""
 
     def __init__(self, path: pathlib.Path):
         self.path = path
@@ -136,7 +136,7 @@ def read(path: str | os.PathLike[str]) -> GgufFile:
       path: a file, or the first part of a model that is split into several files.
 
     Raises:
-      UserError: not a GGUF file, or one that is truncated or inconsistent; another part than the first; missing parts.
+      UserError: the file is not GGUF, is truncated or inconsistent, or is not the first part; or parts are missing.
     """
     first = pathlib.Path(path)
     file = _read_part(first)
@@ -163,7 +163,7 @@ def _joined(path: pathlib.Path, first: GgufFile, count: int) -> GgufFile:
                 f"{part}: not part {index + 1} of {count} of {path.name}, by its keys split.no, split.count"
             )
         if doubled := tensors.keys() & file.tensors.keys():
-            raise UserError(f"{part}: the tensor {min(doubled)[:80]!r} is in another part, too")
+            raise UserError(f"{part}: the tensor {min(doubled)[:80]!r} is also in another part")
         tensors |= file.tensors
     if (total := first.metadata.get("split.tensors.count", len(tensors))) != len(tensors):
         raise UserError(f"{path}: its parts have {len(tensors)} tensors; split.tensors.count is {total}")
@@ -226,7 +226,7 @@ def write(
     tensors: Mapping[str, tuple[tuple[int, ...], str]],
     values: Iterable[np.ndarray],
 ) -> None:
-    """Writes a file, which appears complete or not at all.
+    """Writes a file atomically.
 
     Args:
       metadata: strings, booleans, integers, floats and lists of one of these; numpy scalars keep their type.

@@ -152,7 +152,7 @@ def read_config(file: gguf.GgufFile, label: str, rope_freqs: np.ndarray | None =
     """(family, configuration of the model) of a file.
 
     Args:
-      label: how errors name the file.
+      label: the name of the file in error messages.
       rope_freqs: the content of the tensor rope_freqs.weight where it is not in the file yet: float32 (F,), for a
         rotated width of 2 F.
 
@@ -247,7 +247,7 @@ def architecture(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     """(name, keys of config.json) of the first architecture that holds a model.
 
     Raises:
-      UserError: none does; gives the reason of each.
+      UserError: no architecture can hold it; the message has the reason for each.
     """
     reasons = []
     for arch, a in ARCHITECTURES.items():
@@ -283,7 +283,7 @@ def metadata(arch: str, json_config: Mapping[str, Any], config: ModelConfig) -> 
     result = {
         f"{arch}.{key}": json_config[hf_key] for key, hf_key in a.keys.items() if json_config.get(hf_key) is not None
     }
-    # llama.cpp takes floats for them, and config.json has integers where they are whole.
+    # llama.cpp expects floats here; config.json has integers for whole numbers.
     result |= {key: float(value) for key, value in result.items() if key.endswith(("_scale", ".scale"))}
     result |= {f"{arch}.feed_forward_length": config.mlp_dim, f"{arch}.vocab_size": config.vocab_size}
     if a.encoder:

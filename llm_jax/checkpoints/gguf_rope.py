@@ -19,7 +19,7 @@ from llm_jax.schema import PositionConfig
 # Letters of shapes: F frequencies (half the rotated width).
 
 TENSOR = "rope_freqs.weight"
-_LENGTH = 8192  # trained length of Llama 3, where a file names none
+_LENGTH = 8192  # the trained length of Llama 3, used if a file has none
 _TOLERANCE = 1e-5  # relative; the tensor is float32
 
 
@@ -54,7 +54,7 @@ def read_scaling(metadata: Mapping[str, Any], arch: str, pairs: np.ndarray | Non
     if kind == "none" or (kind == "linear" and factor == 1):
         return {} if pairs is None else _from_pairs(np.asarray(pairs, np.float64), base, original)
     if pairs is not None:
-        raise UserError(f"{TENSOR} beside rope scaling {kind!r} is not supported")
+        raise UserError(f"{TENSOR} together with rope scaling {kind!r} is not supported")
     return {"rope_type": kind, "factor": factor, "original_max_position_embeddings": original}
 
 

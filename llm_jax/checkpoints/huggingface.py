@@ -121,7 +121,7 @@ _FEATURES = {
 
 
 def _with_stored_features(source: "_Files", family: str, config: ModelConfig) -> ModelConfig:
-    """The configuration with the optional parts (biases, norms, head, pooler) of which the files hold tensors."""
+    """Corrects the configuration: it gets the optional parts (biases, norms, head, pooler) that have stored tensors."""
     table = FAMILIES[family].tensor_names(config)
     source.rename(FAMILIES[family].prefix, {spec.name.replace("{i}", "0") for spec in table.values()})
     attention = config.bias or config.attention_bias
@@ -144,7 +144,7 @@ def _with_stored_features(source: "_Files", family: str, config: ModelConfig) ->
             present = not present or (configured[feature] and source.equal(name, table["embed/table"].name))
         stored[feature] = present if spec else configured[feature]
         if stored[feature] != configured[feature] and key:
-            state = "there" if name in source.shapes else "missing"
+            state = "present" if name in source.shapes else "missing"
             if feature == "tie_embeddings":
                 state += ", so that the output head is " + ("the embedding table" if stored[feature] else "that tensor")
             contradictions.setdefault(key, []).append(f"{name} is {state}")
@@ -165,7 +165,7 @@ def _with_stored_features(source: "_Files", family: str, config: ModelConfig) ->
 
 
 def _with_quantization(directory: pathlib.Path, error: UserError) -> UserError:
-    """The error of reading tensors; of a directory whose config.json says that they are quantized, that they are."""
+    """Explains an error of reading tensors by their quantization, if config.json says that they are quantized."""
     content = json.loads((directory / "config.json").read_text())
     quantization = content.get("quantization_config") or content.get("quantization")  # the latter is MLX's
     if not isinstance(quantization, dict):
@@ -211,7 +211,7 @@ def save(
     other_files: dict[str, bytes],
     special_ids: dict[str, int] | None = None,
 ) -> None:
-    """Writes a directory that `transformers` loads; it appears complete or not at all.
+    """Writes, atomically, a directory that `transformers` can load.
 
     Args:
       family: a key of `FAMILIES`.
@@ -299,7 +299,7 @@ class _Files:
 
     def _paths(self, directory: pathlib.Path) -> Iterator[pathlib.Path]:
         index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
-        if single.is_file():  # as in transformers, it counts even where an index has been left beside it
+        if single.is_file():  # as in transformers, it takes precedence over an index
             yield single
             return
         if not index.is_file() and (shards := _shards(directory)):
@@ -318,13 +318,13 @@ class _Files:
             if not isinstance(name, str) or pathlib.PurePath(name).name != name or path.suffix != ".safetensors":
                 raise UserError(f"{index}: names the file {name!r}; expected safetensors files of this directory")
             if not path.is_file():
-                raise UserError(f"{path}: named in {index.name}, and not there")
+                raise UserError(f"{path}: named in {index.name}, but does not exist")
             yield path
 
     def rename(self, prefix: str, expected: set[str]) -> None:
-        """Renames tensors where that gives an expected name.
+        """Renames tensors that are stored under another name than the expected one.
 
-        Models with a head have a prefix, others do not; other names are in `ALIASES` and `WRAPPERS`.
+        The family's prefix is added or removed, and the names of `ALIASES` and `WRAPPERS` are replaced.
         """
         tensors = {}
         for stored_name, tensor in self.tensors.items():
@@ -334,7 +334,7 @@ class _Files:
             new_name = next((n for n in names if n in expected), stored_name)
             if new_name in tensors:
                 raise UserError(
-                    f"{tensor.file}: the tensor '{new_name}' is there under two names, '{stored_name}' is one"
+                    f"{tensor.file}: the tensor '{new_name}' is stored under two names, one of them '{stored_name}'"
                 )
             tensors[new_name] = tensor
         self.tensors, self.shapes = tensors, {name: tensor.shape for name, tensor in tensors.items()}
@@ -367,7 +367,7 @@ def _shards(directory: pathlib.Path) -> list[pathlib.Path]:
     counts = {int(match[2]) for match in matches}
     if len(counts) > 1:
         names = ", ".join(f"model-...-of-{count:05d}.safetensors" for count in sorted(counts))
-        raise UserError(f"{directory}: holds shards of several models, {names}, and no index; expected those of one")
+        raise UserError(f"{directory}: shards of several models, {names}, without an index; expected those of one")
     count = max(counts, default=0)
     missing = {*range(1, count + 1)} - {int(match[1]) for match in matches}
     if missing:

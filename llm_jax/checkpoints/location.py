@@ -20,7 +20,7 @@ def is_remote(name: str) -> bool:
 
 
 def lasting(name: str | os.PathLike[str], path: pathlib.Path) -> str:
-    """How records refer to a checkpoint: by its remote name, its zip file, or the absolute path of its directory.
+    """The name of a checkpoint in records: its remote name, its zip file, or the absolute path of its directory.
 
     Args:
       path: the directory or file that `resolve` returned for `name`.
@@ -32,7 +32,7 @@ def lasting(name: str | os.PathLike[str], path: pathlib.Path) -> str:
 
 
 def resolve(name: str | os.PathLike[str]) -> pathlib.Path:
-    """The file or directory that a name stands for; assets and models of the hub are downloaded.
+    """The local file or directory of a name. Assets, models of the hub and objects of a store are downloaded.
 
     Args:
       name: a path; the path of a zip file, which is unpacked into the cache; "asset:NAME" (`llm_jax.assets`);

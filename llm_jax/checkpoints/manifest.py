@@ -12,7 +12,7 @@ from llm_jax.errors import UserError
 
 FORMAT = 1  # version of the checkpoint format that is written, and the only one that is read
 
-_SHOWN_RUNS = 3  # runs in a directory that are named
+_SHOWN_RUNS = 3  # how many runs of a directory an error names
 _FORMS = "a run or one of its checkpoints, a Hugging Face or peft directory (with config.json or adapter_config.json)"
 
 
@@ -28,7 +28,7 @@ def find(path: str | os.PathLike[str]) -> pathlib.Path:
       path: a checkpoint, or a run, of which the last checkpoint is returned.
 
     Raises:
-      UserError: no checkpoint there.
+      UserError: the path is not a checkpoint or a run with one.
     """
     directory = files.path(path)
     if (directory / "record.json").is_file():
@@ -59,12 +59,12 @@ def _without_checkpoint(directory: pathlib.Path) -> str:
             return f"a directory of runs; give one of them: {names}{others}"
         run = directory.parent if directory.name == "checkpoints" else directory
         if (run / "config.json").is_file() and (run / "checkpoints").is_dir():
-            return f"the run {run} has no finished checkpoint; the command that started it goes on with it"
+            return f"the run {run} has no finished checkpoint; the command that started it resumes it"
     return f"no finished checkpoint here; expected {_FORMS}"
 
 
 def write_manifest(directory: pathlib.Path) -> None:
-    """Writes manifest.json, the sha256 of every other file; the last file to be written of a checkpoint."""
+    """Writes manifest.json, the sha256 of every other file. It is the last file of a checkpoint to be written."""
     hashes = {name: _sha256(path) for name, path in _files(directory).items()}
     files.write_json(directory / "manifest.json", hashes)
 
@@ -109,7 +109,7 @@ def _fallback(directory: pathlib.Path) -> str:
     """A phrase that names another checkpoint of the run to resume from, or ""."""
     run = directory.parent.parent
     other_steps = [step for step in steps(run) if str(step) != directory.name] if directory.name.isdigit() else []
-    return f"; delete this directory to go on from checkpoint {other_steps[-1]}" if other_steps else ""
+    return f"; delete this directory to resume from checkpoint {other_steps[-1]}" if other_steps else ""
 
 
 def _files(directory: pathlib.Path) -> dict[str, pathlib.Path]:

@@ -18,21 +18,21 @@ from llm_jax.checkpoints.run import Run, read_config
 from llm_jax.errors import UserError
 
 _FLAG = "with --base=PATH (in Python, base=PATH)"
-_LEVELS = 4  # directories, from that of the adapters up, in which a base is searched for
+_LEVELS = 4  # a base is searched for in the directory of the adapters and in the 3 directories above it
 
 
 def open(name: str | os.PathLike[str], base: str = "") -> Checkpoint:
-    """The checkpoint that `name` stands for, without its weights having been read.
+    """Opens the checkpoint `name`, without reading its weights.
 
     Args:
       name: a run, or one of its checkpoints; a Hugging Face directory; a .gguf file; a directory of peft adapters;
         a zip file of one of these; "asset:NAME" (`llm_jax.assets`); "hf:ORG/NAME" (needs the package huggingface_hub
         and a network); or "gs://BUCKET/PATH" or "s3://BUCKET/PATH" of one of these (needs the package gcsfs or s3fs).
-      base: of adapters, the checkpoint of their base; "": the one that they name, or, if it is not there any more, a
-        checkpoint of the same name beside them.
+      base: for adapters, the checkpoint of their base. "": the one that the adapters record or, if it no longer
+        exists, a checkpoint of the same name near the adapters.
 
     Raises:
-      UserError: no checkpoint there, or `base` is given for one without adapters.
+      UserError: `name` is not a checkpoint, or `base` is given for a checkpoint without adapters.
     """
     path = location.resolve(name)
     own_name = location.lasting(name, path)
@@ -55,7 +55,7 @@ def open(name: str | os.PathLike[str], base: str = "") -> Checkpoint:
             return Adapters(path, own_name, functools.partial(_open_base_of_run, path, base))
         checkpoint = Run(path, own_name)
     if base:
-        raise UserError(f"--base={base} names the base of adapters; {name} holds none")
+        raise UserError(f"--base={base} names the base of adapters; {name} has no adapters")
     return checkpoint
 
 
@@ -70,10 +70,10 @@ def _refuse_parts(name: str, path: pathlib.Path) -> None:
 
 
 def open_base(name: str | os.PathLike[str]) -> Checkpoint:
-    """As `open`, for weights to start training from (init_from).
+    """Like `open`, for weights to start training from (init_from).
 
     Raises:
-      UserError: as `open`, or the checkpoint holds adapters.
+      UserError: as for `open`, or the checkpoint has adapters.
     """
     checkpoint = open(name)
     if checkpoint.form in ("adapters", "peft"):
@@ -82,7 +82,7 @@ def open_base(name: str | os.PathLike[str]) -> Checkpoint:
 
 
 def _open_base_of_run(path: pathlib.Path, base: str, recorded: str) -> Checkpoint:
-    """The base of the run of which `path` is a checkpoint. Its hash is compared when its weights are read."""
+    """Opens the base of the run with the checkpoint `path`. Its hash is compared when its weights are read."""
     path = path.absolute()
     workdir = path.parents[1] if path.parent.name == "checkpoints" else path
     return open_base(base or located(recorded, workdir) or _missing(recorded))
@@ -90,7 +90,7 @@ def _open_base_of_run(path: pathlib.Path, base: str, recorded: str) -> Checkpoin
 
 def _open_base_of_peft(path: pathlib.Path, base: str, recorded: str) -> Checkpoint:
     if not (base or recorded):
-        raise UserError(f"adapter_config.json names none (base_model_name_or_path); give its path {_FLAG}")
+        raise UserError(f"adapter_config.json has no base_model_name_or_path; give its path {_FLAG}")
     if name := base or located(recorded, path):
         return open(name)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", recorded):
@@ -102,16 +102,18 @@ def _open_base_of_peft(path: pathlib.Path, base: str, recorded: str) -> Checkpoi
 
 
 def _missing(recorded: str) -> NoReturn:
-    raise UserError(f"{recorded} does not exist, nor a checkpoint of this name beside the adapters; give it {_FLAG}")
+    raise UserError(
+        f"{recorded} does not exist, and there is no checkpoint of this name near the adapters; give its path {_FLAG}"
+    )
 
 
 def located(recorded: str, directory: pathlib.Path) -> str:
-    """Where the base of adapters is, or "" if it is nowhere.
+    """The path or name of the base of adapters; "" if it is not found.
 
     Args:
-      recorded: the name that the adapters have for it: a path, asset:NAME, hf:ORG/NAME or ORG/NAME.
-      directory: that of the adapters. If there is no `recorded`, its last parts are searched for in this directory and
-        those above it; a line on stderr says what was found.
+      recorded: the name of the base that the adapters record: a path, asset:NAME, hf:ORG/NAME or ORG/NAME.
+      directory: the directory of the adapters. If the path `recorded` does not exist, its last parts are searched for
+        in this directory and in those above it; a line on stderr names the path that was found.
     """
     if location.is_remote(recorded) or pathlib.Path(recorded).expanduser().exists():
         return recorded
@@ -120,9 +122,9 @@ def located(recorded: str, directory: pathlib.Path) -> str:
         return str(relative)
     adapters_directory = directory.absolute()
     parts = [part for part in pathlib.PureWindowsPath(recorded).parts if part not in ("..", ".", "/")]  # of any system
-    for above in (adapters_directory, *adapters_directory.parents)[:_LEVELS]:
+    for parent in (adapters_directory, *adapters_directory.parents)[:_LEVELS]:
         for start in range(len(parts)):
-            candidate = above.joinpath(*parts[start:])
+            candidate = parent.joinpath(*parts[start:])
             if not parts[start].isdigit() and candidate != adapters_directory and _is_checkpoint(candidate):
                 print(f"note: {recorded} does not exist; the base is {candidate}", file=sys.stderr)
                 return str(candidate)

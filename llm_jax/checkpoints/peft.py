@@ -1,8 +1,8 @@
 """Directories of the `peft` package: adapter_config.json and adapter_model.safetensors.
 
-Supported are plain LoRA, rank-stabilized LoRA and DoRA of any matrix, embeddings and head included, with ranks and
-alphas that may differ by module, and what is trained beside them: `modules_to_save`, biases, rows of embedding tables
-(`trainable_token_indices`) and resized vocabularies.
+Supported are plain LoRA, rank-stabilized LoRA and DoRA of any matrix, including embeddings and head. Ranks and alphas
+may differ by module. Other weights that peft trains along with the factors are read too: `modules_to_save`, biases,
+rows of embedding tables (`trainable_token_indices`) and resized vocabularies.
 """
 
 import dataclasses
@@ -69,7 +69,7 @@ class Peft(Checkpoint):
 
     @functools.cached_property
     def config(self) -> ModelConfig:
-        """That of the base, with the vocabulary of the adapters, and a head of its own if they adapt it alone."""
+        """The base's configuration with the adapters' vocabulary size; untied if they change head or table alone."""
         config, tensors = self.base.config, self._tensors
         size = peft_tensors.vocab_size(tensors, self.family) or config.vocab_size
         tied = config.tie_embeddings and not peft_tensors.unties(tensors, self.family)
@@ -77,7 +77,7 @@ class Peft(Checkpoint):
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        """The one beside the adapters, if there is one: its chat template and tokens may be new; else the base's."""
+        """The tokenizer in the directory of the adapters (it may have new tokens or a chat template), or the base's."""
         if (self.path / "tokenizer" / "kind.json").is_file():
             tokenizer = tokenizers.load(self.path / "tokenizer")
             check_vocabulary(tokenizer, self.config, f"{self.path} over {self.base.name}")
@@ -107,7 +107,7 @@ class Peft(Checkpoint):
         """The base without the adapters, and the adapters, both with one entry per layer and in float32.
 
         Raises:
-          UserError: as `params`, or the adapters replace weights of the base.
+          UserError: as for `params`, or the adapters replace weights of the base.
         """
         config, tensors = self.config, self._tensors
         replaced = [*tensors.saved, *tensors.rows] or [n for n in tensors.factors if "bias" in tensors.factors[n]]

@@ -19,30 +19,30 @@ _READ = frozenset(
     "alpha_pattern modules_to_save target_modules layers_to_transform exclude_modules trainable_token_indices "
     "ensure_weight_tying".split()
 )
-# Keys that do not change what the adapters compute -> why. Any other key is refused if it is set: it may select a
-# computation that is not implemented here.
+# Keys that do not change what the adapters compute -> what they contain. Any other key is refused if it is set: it may
+# select a computation that is not implemented here.
 _HARMLESS = {
     "auto_mapping": "names the class of the base",
     "corda_config": "settings of an initialization",
     "eva_config": "settings of an initialization",
     "fan_in_fan_out": "the layout of the base's matrix, which follows from its family",
     "inference_mode": "whether the adapters can be trained",
-    "layers_pattern": "the modules that were adapted; the tensors tell",
+    "layers_pattern": "the modules that were adapted, which are the ones that have tensors",
     "loftq_config": "settings of an initialization",
-    "lora_dropout": "of training",
+    "lora_dropout": "the dropout rate of training",
     "lora_ga_config": "settings of an initialization",
     "megatron_core": "a package for training",
-    "merge_weights": "when peft of 2023 merged the weights",
-    "peft_version": "of the package that wrote the file",
+    "merge_weights": "when the peft of 2023 merged the weights",
+    "peft_version": "the version of the package that wrote the file",
     "qalora_group_size": "a setting of use_qalora, which is refused",
-    "revision": "of the base; `Peft.base` notes it",
+    "revision": "the revision of the base; `Peft.base` prints a note about it",
     "runtime_config": "how peft computes",
     "task_type": "the class that peft wraps the base in",
 }
 # Initializations that leave the base unchanged; others (pissa, olora, loftq, corda, ...) subtract the initial factors.
 _UNCHANGED_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
-_PLAIN = re.compile(r"(\w|[.^]|\\[.d])+")  # expressions that take a time linear in the name that they are matched with
-_SECONDS = 10  # for all others
+_PLAIN = re.compile(r"(\w|[.^]|\\[.d])+")  # expressions that are matched in a time linear in the length of the name
+_SECONDS = 10  # the time limit for matching all other expressions
 # Matches every name (of {patterns, names} on stdin) as peft does; prints the first pattern that matches, or null.
 _MATCHER = r"""
 import json, re, sys
@@ -53,7 +53,7 @@ print(json.dumps([next((p for p, rule in rules if rule.match(name)), None) for n
 
 
 def read_config(directory: pathlib.Path) -> dict[str, Any]:
-    """The content of adapter_config.json. Raises UserError if it cannot be read or is not supported; names the key."""
+    """The content of adapter_config.json. Raises UserError (with the key) if it cannot be read or is not supported."""
     source = directory / CONFIG
     config = files.read_json(source)
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
@@ -85,7 +85,7 @@ def read_config(directory: pathlib.Path) -> dict[str, Any]:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise UserError(f"{source}: {key}: {pattern!r} is no regular expression ({error})") from error
+                raise UserError(f"{source}: {key}: {pattern!r} is not a regular expression ({error})") from error
     return config
 
 
@@ -94,12 +94,12 @@ def _is_positive(value: Any) -> bool:
 
 
 def is_saved(config: Mapping[str, Any], module: str) -> bool:
-    """Whether `modules_to_save` names a module: by the end of its name, as peft compares it."""
+    """Whether `modules_to_save` lists a module. Like peft, compares only the end of the module's name."""
     return any(module.endswith(name) for name in config.get("modules_to_save") or ())
 
 
 def listed_tensors(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    """Of the names of the base's tensors, the weights that `target_modules` lists; none if other keys choose too."""
+    """The names of the base's tensors that `target_modules` lists; [] if other keys also select modules."""
     targets = config.get("target_modules")
     if not isinstance(targets, list) or config.get("layers_to_transform") or config.get("exclude_modules"):
         return []
@@ -107,7 +107,7 @@ def listed_tensors(config: Mapping[str, Any], names: Iterable[str]) -> list[str]
 
 
 def token_indices(config: Mapping[str, Any], module: str) -> list[int]:
-    """The rows of an embedding table that `trainable_token_indices` names: a list, or one for each module."""
+    """The rows of an embedding table in `trainable_token_indices`, which has one list, or a list for each module."""
     indices = config.get("trainable_token_indices") or []
     if isinstance(indices, dict):
         indices = next((rows for name, rows in indices.items() if module.endswith(name)), [])
@@ -115,7 +115,7 @@ def token_indices(config: Mapping[str, Any], module: str) -> list[int]:
 
 
 def pattern_values(directory: pathlib.Path, config: Mapping[str, Any], key: str, modules: Sequence[str]) -> list[float]:
-    """The value of each module: of the first pattern that matches the end of its name, else the default.
+    """The value of each module: that of the first pattern that matches the end of its name, else the default.
 
     Args:
       key: "rank_pattern", whose default is "r", or "alpha_pattern", whose default is "lora_alpha".
@@ -128,7 +128,7 @@ def pattern_values(directory: pathlib.Path, config: Mapping[str, Any], key: str,
     if all(map(_PLAIN.fullmatch, table)):
         rules = [(re.compile(rf"(.*\.)?({pattern})$"), value) for pattern, value in table.items()]
         return [next((value for rule, value in rules if rule.match(name)), default) for name in modules]
-    # Other expressions may take a time without bound; a process of their own can be ended.
+    # Other expressions may take very long to match. They are matched in a subprocess, which has a time limit.
     try:
         done = subprocess.run(
             [sys.executable, "-I", "-c", _MATCHER],

@@ -27,7 +27,7 @@ def save(
     base_name: str | None = None,
     other_files: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Writes a directory that `peft` loads; it appears complete or not at all.
+    """Writes, atomically, a directory that `peft` can load.
 
     Args:
       family, config: of the base; the former is a key of `FAMILIES`.
@@ -98,6 +98,6 @@ def save(
 
 
 def _number(value: float) -> int | float:
-    """As an int if it is one up to rounding, because peft checks the type of lora_alpha."""
+    """Converts a number that is whole up to rounding to int, because peft checks the type of lora_alpha."""
     rounded = round(value, 6)
     return int(rounded) if rounded == int(rounded) else value

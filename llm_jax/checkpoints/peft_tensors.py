@@ -1,4 +1,4 @@
-"""adapter_model.safetensors of peft: low-rank factors, and tensors in the place of those of the base."""
+"""adapter_model.safetensors of peft: low-rank factors, and tensors that replace tensors of the base."""
 
 import dataclasses
 import pathlib
@@ -33,7 +33,7 @@ _PARTS = {
     "lora_magnitude_vector": ("magnitude", False),
     "lora_magnitude_vector.weight": ("magnitude", False),
 }
-# The name of the adapters within a tensor's name, which peft leaves out and other software does not.
+# The adapters' name as a part of a tensor's name. peft omits it; other software does not.
 _ADAPTER_NAME = re.compile(
     r"(?<=\.)(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)\.(?!weight$|bias$)\w+(?=\.weight$|\.bias$|$)"
 )
@@ -47,17 +47,17 @@ Table = dict[str, list[tuple[TensorSpec, str]]]  # stored tensor -> (spec, path)
 
 @dataclasses.dataclass(frozen=True)
 class AdapterTensors:
-    """What a directory of peft holds, by peft's names without their root.
+    """The content of a directory of peft. Names are peft's without their prefix `ROOT`.
 
     Attributes:
-      directory: where it was read.
+      directory: the directory that was read.
       config: the content of adapter_config.json.
       factors: {module: {"a", "b", ("magnitude" and "bias"): float32 array}} of adapted matrices; "a" is (in, rank) and
         "b" (rank, out).
       copies: tensors of the base itself, which peft saves beside some adapters: of embeddings that were adapted or
         resized, and biases that were trained.
-      saved: tensors of `modules_to_save`, which take the place of those of the base.
-      rows: {module: (tokens, width)}, rows that take the place of those of an embedding table.
+      saved: tensors of `modules_to_save`, which replace those of the base.
+      rows: {module: (tokens, width)}, rows that replace rows of an embedding table.
     """
 
     directory: pathlib.Path
@@ -99,7 +99,7 @@ def read(directory: pathlib.Path) -> AdapterTensors:
 
 
 def unties(tensors: AdapterTensors, family: str) -> bool:
-    """Whether the adapters change a tied embedding table or head alone, so that the two are no longer the same."""
+    """Whether the adapters change only one of a tied embedding table and head, so that they are no longer the same."""
     names = FAMILIES[family].names
     if _HEAD not in names:
         return False
@@ -112,7 +112,7 @@ def unties(tensors: AdapterTensors, family: str) -> bool:
 
 
 def vocab_size(tensors: AdapterTensors, family: str) -> int | None:
-    """The number of rows of an embedding table that takes the place of the base's; None if there is none."""
+    """The number of rows of the embedding table that replaces the base's; None if there is none."""
     table = FAMILIES[family].names[TABLE].name
     shapes = (t.shape for n, t in (tensors.copies | tensors.saved).items() if _plain_name(family, n) == table)
     return next((shape[0] for shape in shapes), None)
@@ -121,12 +121,12 @@ def vocab_size(tensors: AdapterTensors, family: str) -> int | None:
 def changed_base(
     tensors: AdapterTensors, family: str, config: ModelConfig, base: trees.Tree, untied: bool
 ) -> dict[str, Any]:
-    """The base with the tensors that take the place of its own.
+    """The parameters of the base, with tensors that the directory of the adapters replaces.
 
     Args:
-      family, config: of the base; the former is a key of `FAMILIES`.
+      family, config: the family (a key of `FAMILIES`) and the configuration of the base.
       base: its parameters, one entry per layer.
-      untied: give a base whose head is its embedding table a head of its own, as `unties` tells.
+      untied: give a base whose head is its embedding table a separate head; from `unties`.
 
     Raises:
       UserError: a tensor does not fit the base.
@@ -163,8 +163,8 @@ def changed_base(
                 flat[f"{path}_bias"] = bias + jnp.asarray(scales[module] * _part(spec, addition), bias.dtype)
     if _HEAD in flat and flat[_HEAD].shape[1] != flat[TABLE].shape[0]:
         raise UserError(
-            f"{tensors.directory}: the embedding table has {flat[TABLE].shape[0]} rows, the head "
-            f"{flat[_HEAD].shape[1]}; another vocabulary than the base's needs both"
+            f"{tensors.directory}: the embedding table has {flat[TABLE].shape[0]} rows, but the head "
+            f"{flat[_HEAD].shape[1]}; a changed vocabulary needs new tensors for both"
         )
     return trees.unflatten(flat)
 
@@ -200,7 +200,7 @@ def adapters(tensors: AdapterTensors, family: str, config: ModelConfig, base: tr
             if path == TABLE and "magnitude" in parts:
                 raise UserError(f"{source}: DoRA of an embedding table normalizes its rows in peft; not supported")
             if len(flat[path].shape) != 2:
-                raise UserError(f"{source} is no matrix of this {family}")
+                raise UserError(f"{source} is not a matrix of this {family}")
             rows, columns = flat[path].shape
             if parts["a"].shape != (rows, rank) or parts["b"].shape != (rank, spec.part[1] * columns):
                 shapes = f"a {parts['a'].shape} and b {parts['b'].shape}"
@@ -222,7 +222,7 @@ def adapters(tensors: AdapterTensors, family: str, config: ModelConfig, base: tr
 
 
 def _note_missing(tensors: AdapterTensors, names: Table, family: str) -> None:
-    """Prints the modules that target_modules lists and the file has no factors of; they stay as they are."""
+    """Prints a note about modules in target_modules that have no factors in the file; they stay as they are."""
     present = {_plain_name(family, f"{module}.weight", names) for module in tensors.factors}
     expected_names = peft_config.listed_tensors(tensors.config, names)
     if missing := [name.removesuffix(".weight") for name in expected_names if name not in present]:
@@ -265,7 +265,7 @@ def _names(family: str, config: ModelConfig, flat: dict[str, Any]) -> Table:
 
 
 def _plain_name(family: str, name: str, known: Any = None) -> str:
-    """A tensor's name with or without the family's prefix, or by another name of it, as the family's table has it."""
+    """The name of a tensor in the family's table, from a name with or without the prefix, or an alias."""
     prefix = FAMILIES[family].prefix
     known = {spec.name for spec in FAMILIES[family].names.values()} if known is None else known
     aliases = [name, *(re.sub(pattern, new, name) for pattern, new in ALIASES)]
@@ -281,7 +281,7 @@ def _entries(names: Table, family: str, name: str, source: str) -> list[tuple[Te
 
 
 def _replace(flat: dict[str, Any], names: Table, family: str, directory: pathlib.Path, tensors: Any) -> None:
-    """Puts stored tensors in the place of the parameters that they hold."""
+    """Replaces the parameters in `flat` by stored tensors."""
     for name, tensor in tensors.items():
         source = f"{directory / TENSORS}: '{name}'"
         for spec, path in _entries(names, family, name, source):

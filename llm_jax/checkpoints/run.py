@@ -10,7 +10,7 @@
       manifest.json    the sha256 of every other file
 
 A checkpoint is written under a temporary name and renamed once the manifest exists, so that a killed process leaves
-the earlier checkpoints unchanged; `storage.py` says how, and how in object stores. The manifest is verified before
+the earlier checkpoints unchanged; `storage.py` does this on disks and in object stores. The manifest is verified before
 anything is restored, because Orbax casts dtypes and returns flipped bits without an error.
 """
 
@@ -109,7 +109,7 @@ def restore(directory: pathlib.Path, record: Mapping[str, Any], config: ModelCon
 def restore_state(
     directory: pathlib.Path, record: Mapping[str, Any], params: Any, optimizer: Any, ema: Any = None
 ) -> tuple[Any, Any, Any]:
-    """The training state of a verified checkpoint, exactly as the abstract trees describe it.
+    """The training state of a verified checkpoint. It must have exactly the shapes and dtypes of the abstract trees.
 
     Args:
       record: from `manifest.verify`.

@@ -1,4 +1,4 @@
-"""How a checkpoint of a run appears complete or not at all, on a disk and in an object store.
+"""Writes and removes checkpoints of runs atomically, on a disk and in an object store.
 
 On a disk it is written under a temporary name and renamed. Objects cannot be renamed: there a checkpoint is complete
 when its manifest.json exists, which is written last and deleted first. Orbax writes the arrays of gs:// itself; for
@@ -64,19 +64,19 @@ def remove(path: pathlib.Path) -> None:
     if objects.is_object(path):
         objects.remove(path)
         return
-    doomed = path.with_name(f"{files.PARTIAL}{path.name}-old")
-    path.rename(doomed)
+    renamed = path.with_name(f"{files.PARTIAL}{path.name}-old")
+    path.rename(renamed)
     files.flush(path.parent)  # a power failure must not leave a part of it under its name
-    shutil.rmtree(doomed)
+    shutil.rmtree(renamed)
 
 
 def remove_unfinished(directory: pathlib.Path) -> None:
-    """Removes what trainers that were killed have left in `directory`. Raises OSError, UserError."""
+    """Removes unfinished checkpoints that killed trainers left in `directory`. Raises OSError, UserError."""
     if objects.is_object(directory):
         shutil.rmtree(_uploads(directory), ignore_errors=True)
         finished = set(objects.finished(directory))
         for name in {name.split("/")[0] for name in objects.find(directory)} - finished:
-            if name.isascii() and name.isdigit():  # what else is there does not belong to the run
+            if name.isascii() and name.isdigit():  # other files do not belong to the run
                 objects.remove(directory / name)
         return
     for leftover in directory.glob(f"{files.PARTIAL}*"):
@@ -84,7 +84,7 @@ def remove_unfinished(directory: pathlib.Path) -> None:
 
 
 def _uploads(directory: pathlib.Path) -> pathlib.Path:
-    """Where the checkpoints of one run are written that are then uploaded."""
+    """The local directory of one run's checkpoints before they are uploaded."""
     return files.cache_directory() / "uploads" / hashlib.sha256(str(directory).encode()).hexdigest()[:32]
 
 

@@ -17,7 +17,7 @@ def load_tokenizer(name: str | os.PathLike[str]) -> Tokenizer:
         tokenizer.model; or a directory that contains one.
 
     Raises:
-      UserError: no readable tokenizer there.
+      UserError: `name` has no readable tokenizer.
     """
     path = location.resolve(name)
     if (path / "kind.json").is_file():
@@ -30,31 +30,37 @@ def load_tokenizer(name: str | os.PathLike[str]) -> Tokenizer:
     return opening.open(name).tokenizer
 
 
-def named_tokenizer(name: str, own: Tokenizer | None, chat_template: str = "") -> Tokenizer:
+def named_tokenizer(name: str, stored: Tokenizer | None, chat_template: str = "") -> Tokenizer:
     """The tokenizer that the config key tokenizer.path names.
 
     Args:
+      stored: the tokenizer of the checkpoint that a run resumes from, or None. It is returned if `name` no longer
+        exists.
       chat_template: see `tokenizers.with_chat_template`.
-      own: the tokenizer of the checkpoint that a run resumes from or None; returned if `name` no longer exists.
 
     Raises:
-      UserError: there is none, or it differs from that of the checkpoint.
+      UserError: there is no such tokenizer, or it differs from that of the checkpoint.
     """
-    if own and not location.is_remote(name) and not pathlib.Path(name).expanduser().exists():
-        return own
+    if stored and not location.is_remote(name) and not pathlib.Path(name).expanduser().exists():
+        return stored
     try:
         tokenizer = tokenizers.with_chat_template(load_tokenizer(name), chat_template)
     except UserError as error:
-        expected = "a directory of train_tokenizer, tokenizer.json or tokenizer.model or where it is, or a checkpoint"
-        raise UserError(f"tokenizer.path={name}: {error}; expected {expected}") from error
-    check_tokenizer(name, tokenizer, own)
+        reason = str(error).split("; expected")[0].removeprefix(f"{name}: ")  # it names only forms of checkpoints
+        expected = "a directory of train_tokenizer, a tokenizer.json or tokenizer.model, its directory, or a checkpoint"
+        raise UserError(f"tokenizer.path={name}: {reason}; expected {expected}") from error
+    check_tokenizer(name, tokenizer, stored)
     return tokenizer
 
 
-def check_tokenizer(name: str, named: Tokenizer, own: Tokenizer | None) -> None:
-    """Raises UserError if tokenizer.path=`name` differs from the tokenizer `own` of the weights, if they have one."""
-    if own and tokenizers.digest(named) != tokenizers.digest(own):
+def check_tokenizer(name: str, named: Tokenizer, stored: Tokenizer | None) -> None:
+    """Raises UserError if tokenizer.path=`name` differs from the tokenizer `stored` with the weights, if there is one.
+
+    Args:
+      named: the tokenizer that `name` names.
+    """
+    if stored and tokenizers.digest(named) != tokenizers.digest(stored):
         raise UserError(
-            f"tokenizer.path={name} is another tokenizer ({tokenizers.digest(named)[:12]}) than that of the weights "
-            f"({tokenizers.digest(own)[:12]}), which they keep"
+            f"tokenizer.path={name} ({tokenizers.digest(named)[:12]}) differs from the tokenizer of the weights "
+            f"({tokenizers.digest(stored)[:12]}), which must not change"
         )

@@ -1,7 +1,7 @@
 """Writes checkpoints of runs, in the background during training. `run.py` describes the directory.
 
 Every process writes its shards of the arrays. Process 0 writes the rest, renames the directory when all shards are
-there, and removes old checkpoints; the other processes wait for it.
+written, and removes old checkpoints; the other processes wait for it.
 """
 
 import contextlib
@@ -30,9 +30,9 @@ class Writer:
 
     Args:
       workdir: the run directory.
-      corpus: sha256 of the training text, for the records.
-      other: `trees.fingerprint` of the frozen model of the loss, or "", for the records.
-      base: of adapters: {"path", "sha256"} of the weights that they adapt, for the records.
+      corpus: the sha256 of the training text, which the records keep.
+      other: `trees.fingerprint` of the frozen model of the loss, which the records keep, or "".
+      base: for adapters, {"path", "sha256"} of the weights that they adapt, which the records keep.
       generation: the content of generation_config.json; no such file is written if it is empty.
       lock: the `files.lock` of the run. Once another trainer has taken it over, nothing is written or removed.
     """
@@ -56,7 +56,7 @@ class Writer:
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._unanswered = False  # whether a store does not answer any more
+        self._unanswered = False  # whether the store has stopped answering
         self._abandoned: pathlib.Path | None = None  # an unfinished checkpoint that was removed
         self._name, self._saves = processes.unique("saves"), itertools.count()
         with processes.main_first("to open the checkpoints"):
@@ -141,7 +141,7 @@ class Writer:
             self.wait()
         finally:
             if not self._unanswered:  # otherwise Orbax would wait for its writes
-                with contextlib.suppress(Exception):  # `wait` has raised it; Orbax raises it, or one of its cleanup
+                with contextlib.suppress(Exception):  # Orbax raises again an error that `wait` has already raised
                     self._orbax.close()
                 if self._abandoned:  # a write that was in flight may have created a file after the removal
                     storage.abandon(self._abandoned)
@@ -180,9 +180,9 @@ class Writer:
             storage.abandon(partial)
             self._abandoned = partial
             finished = steps(self.directory.parent)
-            last = f"the last one is of step {finished[-1]}" if finished else "there is none before it"
+            last = f"the last checkpoint is of step {finished[-1]}" if finished else "the run has no earlier checkpoint"
         except objects.StoreError:
-            last = "the last finished one stays"
+            last = "the last finished checkpoint stays"
         except UserError as lost:  # what is at `partial` now belongs to another trainer
             return lost
         number = getattr(error.__cause__ or error, "errno", 0)

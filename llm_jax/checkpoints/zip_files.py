@@ -13,13 +13,13 @@ import zipfile
 from llm_jax import files
 from llm_jax.errors import UserError
 
-_RATIO = 200  # largest size of the unpacked files over that of the archive; weights shrink by a tenth, text to a third
-_ALWAYS_ALLOWED = (
-    2**26
-)  # bytes that may be unpacked in any case: optimizer states are zero at first and shrink to nothing
+# The largest ratio of the unpacked bytes to those of the archive. Zip shrinks weights by a tenth, text to a third.
+_RATIO = 200
+# Bytes that may be unpacked at any ratio: a new optimizer state is all zeros, which zip shrinks to almost nothing.
+_ALWAYS_ALLOWED = 2**26
 _MAX_FILES = 100_000
 _OF_FILE_MANAGERS = ("__MACOSX", ".DS_Store")
-_MARKS = ("checkpoints", "config.json", "record.json", "adapter_config.json")  # of a directory that is a checkpoint
+_MARKS = ("checkpoints", "config.json", "record.json", "adapter_config.json")  # a checkpoint has one of these
 
 
 def unpack(path: pathlib.Path) -> pathlib.Path:
@@ -29,7 +29,8 @@ def unpack(path: pathlib.Path) -> pathlib.Path:
     been unpacked before is found in the cache by its sha256.
 
     Raises:
-      UserError: not a zip file, damaged, encrypted or unsafe; no room for it; or not one checkpoint in it.
+      UserError: the file is not a zip file, is damaged, encrypted or unsafe, does not fit on the disk, or does not
+        contain exactly one checkpoint.
     """
     try:
         with path.open("rb") as file:
@@ -67,7 +68,7 @@ def _extract(path: pathlib.Path, archive: zipfile.ZipFile, directory: pathlib.Pa
             target.mkdir(parents=True, exist_ok=True)
             continue
         if target in written:
-            raise UserError(f"{path}: '{member.filename}' is in it twice; expected a zip file of one checkpoint")
+            raise UserError(f"{path}: contains '{member.filename}' twice; expected a zip file of one checkpoint")
         written.add(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         with archive.open(member) as source, target.open("xb") as file:  # reads at most `file_size` bytes
@@ -75,14 +76,14 @@ def _extract(path: pathlib.Path, archive: zipfile.ZipFile, directory: pathlib.Pa
 
 
 def _safe_name(path: pathlib.Path, member: zipfile.ZipInfo) -> pathlib.PurePosixPath:
-    """The relative name of a member. Raises UserError for one that leads out of the directory, and for links."""
+    """The relative name of a member. Raises UserError for links, and for names outside the directory."""
     name = pathlib.PurePosixPath(member.filename)
     kind = stat.S_IFMT(member.external_attr >> 16)
     if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
         raise UserError(f"{path}: '{member.filename}' is a link or a device; expected files and directories only")
     unsafe = name.is_absolute() or ".." in name.parts or "\\" in member.filename or ":" in member.filename.split("/")[0]
     if unsafe or not name.parts:
-        raise UserError(f"{path}: the name '{member.filename}' leads out of the archive; expected relative names only")
+        raise UserError(f"{path}: '{member.filename}' is outside the archive's directory; expected relative names only")
     return name
 
 
@@ -97,7 +98,7 @@ def _checkpoint(directory: pathlib.Path, path: pathlib.Path) -> pathlib.Path:
         entries = sorted(directory.iterdir())
         if len(entries) != 1 or not (entries[0].is_dir() or entries[0].suffix == ".gguf"):
             names = ", ".join(entry.name for entry in entries[:8]) or "nothing"
-            raise UserError(f"{path}: holds {names}; expected one run, checkpoint or .gguf file")
+            raise UserError(f"{path}: contains {names}; expected one run, checkpoint or .gguf file")
         if entries[0].is_file():
             return entries[0]
         directory = entries[0]

@@ -29,7 +29,7 @@ class Asset:
 
     Attributes:
       requirement: the pinned package, NAME==VERSION.
-      sha256: of the archive, in hexadecimal.
+      sha256: the sha256 of the archive, in hexadecimal.
       members: suffixes of the names of the files to unpack.
       about: description and licence.
       wheel: whether the archive is a wheel or, if False, a source distribution.
@@ -184,7 +184,7 @@ def _archive(asset: Asset, scratch: pathlib.Path) -> pathlib.Path:
         [*command, *kind, "--dest", str(scratch), asset.requirement], capture_output=True, text=True, check=False
     )
     archives = [p for p in scratch.iterdir() if p.suffix in (".whl", ".gz", ".zip")]
-    if not archives:  # the exit code says less: pip may fail to build metadata after it has downloaded the archive
+    if not archives:  # ignores the exit code: pip may fail to build metadata after it has downloaded the archive
         reason = ([line for line in process.stderr.splitlines() if "ERROR" in line] or ["no reason given"])[-1]
         raise UserError(f"{asset.requirement} cannot be downloaded ({reason.strip()}); is a package index reachable?")
     archive = archives[0]

@@ -28,7 +28,7 @@ from llm_jax.files import new_file
 from llm_jax.tokenizers import Tokenizer
 
 _MIN_BYTES = 16 * 2**20  # minimum bytes of text per process
-_PARTS = 512  # of about the same size, within these bounds in bytes
+_PARTS = 512  # number of parts of about the same size, unless their bytes are out of these bounds
 _SMALLEST, _LARGEST = 2**20, 64 * 2**20
 
 _Run = tuple[File, np.ndarray, np.ndarray]  # documents of a file: starts and sizes, int64 (documents,) each
@@ -44,7 +44,7 @@ def build(
     workers: int,
     engine: str = "local",
 ) -> None:
-    """Writes the tokens of all documents into `directory`, which appears when it is complete.
+    """Writes the tokens of all documents into `directory` atomically.
 
     Each split ("train", "validation") has tokens.bin, offsets.npy and bytes.npy by example, mask.bin if only some
     tokens of the kind of data are targets, and split.json. Finished parts are kept after an interruption, and the next
@@ -119,7 +119,7 @@ class _Side:
     """One side of the corpus: "train" or "validation".
 
     Attributes:
-      path: without suffix, of two files that hold the starts and sizes of the documents.
+      path: the path, without suffix, of two files with the starts and the sizes of the documents.
       until: int64 (files,), number of documents of the side up to the end of each file.
       bytes_until: int64 (files,), bytes of these documents.
     """
@@ -211,7 +211,7 @@ def _part(
     field: str,
     runs: Iterable[_Run],
 ) -> None:
-    """Tokenizes documents into NAME.tokens and NAME.mask; NAME.npz appears when they are finished."""
+    """Tokenizes documents into NAME.tokens and NAME.mask; writes NAME.npz when they are complete."""
     saved = parts / "tokenizer"
     _encode(parts, name, dtype, kind, field, runs, _tokenizer(saved, saved.stat().st_ino))
 
@@ -234,7 +234,7 @@ def _encode(
                     lengths.append(len(example.ids))
                     sizes.append(example.size)
                     ends.append(example.ends_document)
-            except UserError as error:  # an encoder does not know the file of a record
+            except UserError as error:  # add the file of the record, which an encoder does not know
                 raise UserError(str(error) if file.path in str(error) else f"{file.path}: {error}") from error
         files.close()
         with new_file(parts / f"{name}.npz", source=f"data.cache_dir: {parts.parent}") as finished:

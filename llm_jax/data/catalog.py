@@ -30,7 +30,7 @@ from llm_jax.files import PARTIAL
 _FORMAT = 2  # version of the format of stored scans
 _MIN_BYTES = 256 * 2**20  # minimum bytes to scan per process
 _RACE = 2 * 10**9  # nanoseconds; a file that has just changed may change again with the same time stamp
-_REQUESTS = 16  # to an object store at a time
+_REQUESTS = 16  # simultaneous requests to an object store
 _BLOCK = 2**14  # documents in memory at a time
 
 # A document: where it begins in its file (`readers.Scan`), the bytes of its text in UTF-8, and a hash of the name of
@@ -215,9 +215,11 @@ class SourceScan:
                     records = mapped(joined, RECORD)  # the mapping keeps the file without a name
         if not len(records):
             content = (
-                f"{len(files):,} file{'s' * (len(files) > 1)} without text" if files else "no file, or hidden ones"
+                f"{len(files):,} file{'s' * (len(files) > 1)} without text"
+                if files
+                else "no file, or only hidden files"
             )
-            raise UserError(f"data.source={name}: there is no text in it ({content})")
+            raise UserError(f"data.source={name}: contains no text ({content})")
         digests, parts = zip(*(scans[i] for i in range(len(files))), strict=True)
         return cls(files, stamps, list(digests), [len(p) for p in parts], records, path, cache_dir, is_new)
 
@@ -328,7 +330,7 @@ def _scan_remotely(file: File, field: str) -> tuple[str, np.ndarray]:
 
 
 def _append_received(scratch: pathlib.Path, digest: str, records: np.ndarray) -> tuple[str, str, slice]:
-    """What `_scan` returns, for documents that another machine has found."""
+    """Stores the documents that another machine has found, and returns the same as `_scan`."""
     path = scratch / "received"
     with path.open("ab") as written:
         first = written.tell() // RECORD.itemsize
@@ -337,7 +339,7 @@ def _append_received(scratch: pathlib.Path, digest: str, records: np.ndarray) ->
 
 
 def _stamps(files: Sequence[File]) -> list[tuple[int | str, int]]:
-    """`File.stamp` of each file; of objects, each of which takes a request, several at a time."""
+    """`File.stamp` of each file. For objects, which need a request each, several requests run at a time."""
     if not any(objects.is_object(file.path) for file in files):
         return [file.stamp() for file in files]
     with concurrent.futures.ThreadPoolExecutor(_REQUESTS) as pool:

@@ -75,11 +75,11 @@ def plain_texts(conversation: Conversation) -> list[ChatText]:
     """Returns the conversation without a template, in parts that end with an answer, except perhaps the last part."""
     c = conversation
     if c.tools or c.documents:
-        raise UserError(f"the record {c.record} has tools or documents, and no chat template shows them")
+        raise UserError(f"the record {c.record} has tools or documents, which need a chat template")
     parts, text, answers = [], "", c.answers()
     for i, message in enumerate(c.messages):
         if field := next((name for name in _SHOWN_FIELDS if message.get(name)), None):
-            raise UserError(f"the record {c.record}: no chat template shows '{field}'; leave it out")
+            raise UserError(f"the record {c.record}: '{field}' needs a chat template; omit it")
         content = _text_of_parts(c, message["content"])
         text += "" if c.bare else f"{message['role']}: "
         begin = len(text)
@@ -101,7 +101,7 @@ def _text_of_parts(conversation: Conversation, content: Any) -> str:
 
 
 def templated_texts(special: Any, conversations: Sequence[Conversation]) -> list[list[ChatText]]:
-    """The texts of each conversation by the chat template; several where answers need texts of their own.
+    """Renders each conversation by the chat template, as several texts if answers must be rendered separately.
 
     Args:
       special: as for `chat_template.render`.
@@ -170,7 +170,7 @@ class _Check(NamedTuple):
 
 
 class _Request(NamedTuple):
-    """What is rendered of a conversation, beside the whole of it.
+    """The parts of a conversation that are rendered in addition to the whole.
 
     Attributes:
       marks: whether the template marks answers by `{% generation %}` blocks.

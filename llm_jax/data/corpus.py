@@ -36,10 +36,10 @@ class Split:
     Attributes:
       tokens: (tokens,), uint16 or uint32, mapped from disk.
       offsets: int64 (documents + 1,), where each document begins, and the end. In a part of a stream they are positions
-        in the whole stream: `tokens` begins at the first.
+        in the whole stream; `tokens` then begins at `offsets[0]`.
       num_bytes: bytes in UTF-8 of the text whose tokens count as targets.
       mask: uint8 (tokens,), 1 where a token counts as a target; None: all tokens but the first of a document.
-      directory: where to store what is computed from the split; None: nowhere.
+      directory: where to cache arrays computed from the split; None: no cache.
       choices: token ids of the possible answers, if the examples are questions with a few of them; otherwise ().
     """
 
@@ -211,7 +211,7 @@ class Source:
 def trained_tokenizer(
     cache_dir: str, key: str, config: TokenizerConfig, texts: Iterable[str], at_most: bool
 ) -> Tokenizer:
-    """The tokenizer of a config, trained on `texts`, or read from the cache if it is in it under `key`.
+    """The tokenizer of a config: read from the cache if it is there under `key`, else trained on `texts`.
 
     Args:
       cache_dir: the option `data.cache_dir`.
@@ -239,7 +239,7 @@ def trained_tokenizer(
 
 
 def new_cache(directory: pathlib.Path) -> contextlib.AbstractContextManager[pathlib.Path]:
-    """A new directory of the cache, see `files.new_directory`; one that another process has made first stays."""
+    """A new directory of the cache; see `files.new_directory`. Keeps the directory of a process that was faster."""
     return files.new_directory(directory, source=f"data.cache_dir: {directory.parent}", exist_ok=True)
 
 

@@ -86,7 +86,7 @@ def _instruction(text: str) -> list[Conversation]:
     unwanted = str(record.get("label")).lower() in ("false", "0", "0.0")  # CSV and TSV files hold text
     if unwanted and "text" not in record:
         raise UserError(
-            f"the record {_head(text)}: 'label' is {record['label']!r}, so that its answer is not wanted; leave such "
+            f"the record {_head(text)}: 'label' is {record['label']!r}: a rejected answer; leave such "
             "records out, or make pairs of 'chosen' and 'rejected' for data.kind=preferences"
         )
     for name in ("messages", "conversations"):
@@ -131,7 +131,7 @@ _PAIRS = (("prompt", "completion"), ("question", "answer"), ("query", "response"
 
 
 def _prompt_and_answer(record: dict[str, Any]) -> dict[str, Any]:
-    """`prompt` and `answer` of a record that has them under other names, {} if it is not clear which they are."""
+    """`prompt` and `answer` of a record that has them under other names; {} if the names are ambiguous."""
     if {"prompt", "answer"} <= record.keys():
         return {}
     pairs = [pair for pair in _PAIRS if set(pair) <= record.keys()]
@@ -166,7 +166,7 @@ def _parsed(text: str, name: str, value: Any) -> list[Any]:
 
 
 def _system(text: str, record: dict[str, Any]) -> list[dict[str, Any]]:
-    """The system message of a record that has it outside of its turns, as a list."""
+    """The system message of a record with a separate field for it, as a list of at most one message."""
     return _messages(text, record["system"], "system") if record.get("system") else []
 
 
@@ -263,7 +263,7 @@ def _messages(text: str, value: Any, role: str) -> list[dict[str, Any]]:
 
 
 def _is_message(message: dict[str, Any]) -> bool:
-    """Whether it has a role, and a content: text, a list of parts, or none beside a call of a tool."""
+    """Whether a message has a role and a content: text, a list of parts, or None if it calls a tool."""
     content = message.get("content")
     parts = isinstance(content, list) and all(isinstance(part, dict) for part in content)
     called = content is None and bool(message.get("tool_calls"))

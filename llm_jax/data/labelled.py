@@ -121,7 +121,7 @@ def _choices(labels: Iterable[Any]) -> tuple[str, ...]:
 
 
 def _name(label: Any) -> str:
-    """A label as text: 1.0, which tables with missing values have, is the label 1."""
+    """A label as text. 1.0 becomes "1": tables with missing values store integers as floats."""
     if isinstance(label, float) and label.is_integer():
         label = int(label)
     return label.strip() if isinstance(label, str) else json.dumps(label)

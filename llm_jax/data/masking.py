@@ -82,7 +82,7 @@ class Masked:
 
     Attributes:
       rows: rows of the kind "text", or a stream of them.
-      words: whether words are chosen, or tokens.
+      words: whether whole words are chosen instead of tokens.
       mask_prob: the probability that a unit is chosen.
     """
 

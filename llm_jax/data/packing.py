@@ -39,7 +39,7 @@ def best_fit(lengths: np.ndarray, capacity: int) -> Packing:
     order = np.argsort(np.where(fit, -lengths, 1), kind="stable")[: np.count_nonzero(fit)]
     row_of, rows = np.zeros(len(order), np.int64), 0
     open_rows = [array.array("q") for _ in range(capacity + 1)]  # rows by free space
-    rooms = 0  # bit r: a row with free space r exists
+    rooms = 0  # a bit set: bit r is 1 if a row with free space r exists
     for position, example in enumerate(one_by_one(order)):
         length = int(lengths[example])
         if enough := rooms >> length:

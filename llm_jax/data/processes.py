@@ -57,7 +57,7 @@ def each(
                 bar.update(costs[numbers[done]])
         except BrokenProcessPool as error:
             for child in set(multiprocessing.active_children()) - children_before:
-                child.kill()  # a process that was starting while the pool broke would wait for ever
+                child.kill()  # a process that started while the pool broke would never end
             raise UserError(
                 f"{title}: a process was killed or could not start (out of memory?); the same command resumes; "
                 "data.workers=1 needs the least memory"

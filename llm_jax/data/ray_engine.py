@@ -64,7 +64,7 @@ def _result(work: Callable[..., Any], row: dict[str, Any]) -> dict[str, Any]:
 
 def _connected() -> Any:
     """The module `ray`, connected to a cluster. Raises UserError."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report the use of its features to its makers
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # otherwise Ray sends usage statistics
     try:
         import ray
         import ray.data
@@ -75,7 +75,7 @@ def _connected() -> Any:
         environment = {"py_modules": [package], "env_vars": {"JAX_PLATFORMS": "cpu"}}
         try:
             ray.init(runtime_env=environment, logging_level=logging.ERROR, log_to_driver=False)
-        except Exception as error:  # of many types: no cluster there, another version of Ray or Python
+        except Exception as error:  # many types: no cluster at the address, another version of Ray or Python
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             address = os.environ.get("RAY_ADDRESS", "")
             raise UserError(f"--engine={NAME}: no cluster at RAY_ADDRESS={address} ({reason})") from error

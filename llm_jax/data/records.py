@@ -20,16 +20,16 @@ from llm_jax import objects
 from llm_jax.data.streams import BOM, decode, one_by_one, opened, seekable, utf8_size
 from llm_jax.errors import UserError
 
-_ROWS = 256  # of a table, read at a time
-_SNIFFED = 2**16  # bytes of a .json file that tell what it holds
+_ROWS = 256  # rows of a table that are read at a time
+_SNIFFED = 2**16  # bytes at the beginning of a .json file that decide its format
 _MISSING = (
     "is not in it; it has {}. Name the field of the text with data.field (evaluate: --field); chats are "
     "data.kind=instructions (evaluate: --kind=instructions)"
 )
 
-# Yields (start, size) of each document in its order: the byte of the uncompressed file, or the row, where it begins,
-# and the bytes of its text in UTF-8. Returns the sha256 of the uncompressed content, or of the field that is read of a
-# table.
+# Yields (start, size) of each document in order: the position where it begins (a byte of the uncompressed file, or a
+# row), and the bytes of its text in UTF-8. Returns the sha256 of the uncompressed content or, for a table, of the field
+# that is read.
 Scan = Generator[tuple[int, int], None, str]
 
 

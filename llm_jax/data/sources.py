@@ -62,11 +62,11 @@ def weights(source: str) -> dict[str, float]:
     for part in source.split(","):
         name, _, weight = re.fullmatch(r"\s*(.*?)(@([0-9.]+))?\s*", part, re.DOTALL).groups()  # type: ignore[union-attr]
         if name in by_name:
-            raise UserError(f"data.source={source}: {name} is named twice")
+            raise UserError(f"data.source={source}: {name} appears twice")
         try:
             by_name[name] = math.nan if weight is None else float(weight)
         except ValueError as error:
-            raise UserError(f"data.source={source}: '{weight}' is no weight; expected NAME@NUMBER") from error
+            raise UserError(f"data.source={source}: '{weight}' is not a weight; expected NAME@NUMBER") from error
     numbers = [weight for weight in by_name.values() if not math.isnan(weight)]
     if numbers and (len(numbers) < len(by_name) or not all(0 < weight < math.inf for weight in numbers)):
         raise UserError(f"data.source={source}: expected a weight above 0 for every source (NAME@NUMBER), or for none")
@@ -136,7 +136,7 @@ def paths(source: str, option: str) -> list[pathlib.Path]:
 
 
 def _missing(source: str, option: str) -> str:
-    """The message for a source that is no file, with the source that may be meant."""
+    """The error message for a source that is not a file, with a suggestion."""
     asset = difflib.get_close_matches(source, assets.ASSETS, 1, 0.7)
     if "://" in source:
         cure = "; an address is not read, download the file first"

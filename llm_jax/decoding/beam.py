@@ -1,6 +1,6 @@
 """Beam search, plain and diverse, for prompts of any lengths.
 
-The K beams of each of G groups advance together as B G K rows of one cache. Each group has a pool of K ended
+All beams (G groups of K beams for each of B prompts) are rows of one cache. Each group has a pool of up to K ended
 hypotheses, ranked by log-probability / length^penalty, where the length includes EOS. As in transformers, only the K
 best candidates of a step may end; the next best candidates replace them, so that K hypotheses continue.
 """
@@ -68,7 +68,7 @@ class BeamState:
       logits: (R, V), logits of the next token.
       time: int32 (), number of tokens of every running hypothesis.
       running, ended: the running hypotheses, and the pools of ended hypotheses.
-      closed: bool (B,), rows whose pool was final before the last step.
+      closed: bool (B,), prompts whose pools were final before the last step.
     """
 
     cache: KVCache
@@ -122,8 +122,8 @@ def search(
         if stop:
             ids = np.asarray(state.running.ids)
             stopped = np.zeros(ids.shape[:3], bool)
-            for place in np.argwhere(np.isfinite(np.asarray(state.running.total))):
-                stopped[tuple(place)] = stop(int(place[0]), ids[tuple(place)][:until].tolist(), until - 1) is not None
+            for row, group, beam in np.argwhere(np.isfinite(np.asarray(state.running.total))).tolist():
+                stopped[row, group, beam] = stop(row, ids[row, group, beam, :until].tolist(), until - 1) is not None
             state = _end(state, beams, jnp.asarray(stopped))
         if int(state.time) < limit and bool(jnp.all(_closed(state, beams))):
             break
@@ -154,9 +154,9 @@ def _start(
     )
     first = dataclasses.replace(empty, total=empty.total.at[..., 0].set(0.0))  # a single, empty hypothesis
     history = History(jnp.pad(prompts_BP, ((0, 0), (0, room))), lengths, lengths)
-    every = jnp.repeat(jnp.arange(b), groups * beams)  # the row of the prompt that each beam copies
-    logits = steps.last_logits(model, params, x_BPD, lengths)
-    tokens, layers, history, logits = jax.tree.map(lambda x: x[every], (cache.tokens, cache.layers, history, logits))
+    source_rows = jnp.repeat(jnp.arange(b), groups * beams)  # the row of the prompt that each beam copies
+    per_row = (cache.tokens, cache.layers, history, steps.last_logits(model, params, x_BPD, lengths))
+    tokens, layers, history, logits = jax.tree.map(lambda x: x[source_rows], per_row)
     cache = KVCache(tokens, cache.index, layers)
     return BeamState(cache, history, logits, jnp.int32(0), first, empty, jnp.zeros(b, bool))
 
@@ -184,12 +184,12 @@ def _advance(
         for group in range(groups):
             ranked = s.running.total[:, group, :, None] + scores[:, group]
             # Vijayakumar et al. 2016, arXiv:1610.02424, equation 5, with the Hamming diversity of section 5.1.
-            _, places = jax.lax.top_k((ranked - beams.diversity * chosen[:, None]).reshape(b, -1), count)
-            totals.append(jnp.take_along_axis(ranked.reshape(b, -1), places, 1))
-            parents.append(places // vocab)
-            tokens.append((places % vocab).astype(jnp.int32))
-            picked = jnp.take_along_axis(tokens[-1], _first(~settings.is_eos(tokens[-1]), width), 1)
-            chosen = chosen.at[jnp.arange(b)[:, None], picked].add(1.0)
+            _, indices = jax.lax.top_k((ranked - beams.diversity * chosen[:, None]).reshape(b, -1), count)
+            totals.append(jnp.take_along_axis(ranked.reshape(b, -1), indices, 1))
+            parents.append(indices // vocab)
+            tokens.append((indices % vocab).astype(jnp.int32))
+            continued = jnp.take_along_axis(tokens[-1], _first(~settings.is_eos(tokens[-1]), width), 1)
+            chosen = chosen.at[jnp.arange(b)[:, None], continued].add(1.0)
         total, parent, token = (jnp.stack(x, 1) for x in (totals, parents, tokens))  # (B, G, C)
         is_eos = settings.is_eos(token)
         logs = jnp.take_along_axis(logs_RV.reshape(b, groups, -1), parent * vocab + token, -1)
@@ -222,34 +222,34 @@ def _advance(
 
 @jax.jit
 def _closed(s: BeamState, beams: BeamSettings) -> jax.Array:
-    """Rows whose pool is final, bool (B,).
+    """Whether the pools of a prompt are final, bool (B,).
 
-    Each group's pool is full, and either early_stop is True, or the best running hypothesis, ranked at the length
-    that `early_stop` assumes, is no better than the worst ended one: at its present length for False (a heuristic:
-    a total can only fall, but a positive penalty raises its rank as it grows), at the largest length for "never" with
-    a positive penalty, where no later hypothesis can come before an ended one.
+    A pool is final if it is full and early_stop is True, or if it is full and the best running hypothesis does not rank
+    above the worst ended one. The rank of a running hypothesis assumes its current length if early_stop is False (a
+    heuristic: the log-probability can only fall, but a positive length penalty raises the rank of longer texts), and
+    the maximum length if early_stop is "never" and the penalty is positive, which is exact.
     """
     longest = (jnp.asarray(beams.early_stop) == 2) & (jnp.asarray(beams.length_penalty) > 0)
     length = jnp.where(longest, beams.limit, jnp.maximum(s.time, 1)).astype(jnp.float32)
-    hope = jnp.max(s.running.total, -1) / length**beams.length_penalty
-    worst = jnp.min(s.ended.rank, -1)
-    final = jnp.isfinite(worst) & ((jnp.asarray(beams.early_stop) == 1) | (hope <= worst))
+    best_running = jnp.max(s.running.total, -1) / length**beams.length_penalty
+    worst_ended = jnp.min(s.ended.rank, -1)
+    final = jnp.isfinite(worst_ended) & ((jnp.asarray(beams.early_stop) == 1) | (best_running <= worst_ended))
     final |= jnp.all(jnp.isneginf(s.running.total), -1)  # no running hypothesis is left
     return s.closed | jnp.all(final, -1)
 
 
 @jax.jit
-def _end(s: BeamState, beams: BeamSettings, which: jax.Array) -> BeamState:
-    """Moves the running hypotheses `which`, bool (B, G, K), to the pools that are not final."""
-    which = which & ~s.closed[:, None, None]
+def _end(s: BeamState, beams: BeamSettings, mask: jax.Array) -> BeamState:
+    """Moves the running hypotheses selected by `mask`, bool (B, G, K), to the pools that are not final."""
+    mask = mask & ~s.closed[:, None, None]
     rank = s.running.total / jnp.maximum(s.time, 1).astype(jnp.float32) ** beams.length_penalty
-    ended = _merge(s.ended, dataclasses.replace(s.running, rank=jnp.where(which, rank, -jnp.inf)))
-    running = dataclasses.replace(s.running, total=jnp.where(which, -jnp.inf, s.running.total))
+    ended = _merge(s.ended, dataclasses.replace(s.running, rank=jnp.where(mask, rank, -jnp.inf)))
+    running = dataclasses.replace(s.running, total=jnp.where(mask, -jnp.inf, s.running.total))
     return dataclasses.replace(s, ended=ended, running=running)
 
 
 def _merge(ended: Hypotheses, others: Hypotheses) -> Hypotheses:
-    """The best K of both in each group."""
+    """The K best hypotheses of both in each group."""
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b], 2), ended, others)
     _, best = jax.lax.top_k(both.rank, ended.rank.shape[-1])
     return jax.tree.map(lambda x: _gather(x, best), both)
@@ -261,7 +261,7 @@ def _gather(array: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def _first(mask: jax.Array, count: int) -> jax.Array:
-    """Places of the first `count` true entries of each row of bool (B, C), then of false ones."""
+    """Indices of the first `count` true entries of each row of bool (B, C), followed by false entries if needed."""
     return jnp.argsort(~mask, -1, stable=True)[:, :count]
 
 

@@ -55,11 +55,11 @@ def complete(
       params: in the layout of `model.config`.
       prompts: texts, or lists of token ids.
       draft: the draft model of `options.draft` and its parameters; it has the same tokenizer.
-      show: called with (row, text) when more text of a row is final; row i * n + j is continuation j of prompt i. The
-        concatenated texts of a row are the text of its completion.
+      show: called with (row, new text) when more text of a row is final; row i * n + j is continuation j of prompt i.
+        The concatenated texts of a row equal the text of its completion.
       cancel: with `show`: called after every token; if it returns a true value, generation stops.
-      prefix: for one continuation of one prompt: the cache of the previous request, whose common prefix is not
-        prefilled again. It is updated by this request. Methods that do not sample token by token ignore it.
+      prefix: for one continuation of one prompt: the cache of the previous request. The common prefix of both requests
+        is not prefilled again, and the cache is updated. Methods that do not sample token by token ignore it.
 
     Raises:
       UserError: options are out of range, contradict each other, or are not supported by the model.
@@ -101,7 +101,7 @@ def complete(
         common["seeds"] = [(options.seed + i) % 2**32 for i in range(len(rows))]
         if options.method == "speculative":
             if options.draft != PROMPT and draft is None:
-                raise UserError(f"--draft={options.draft}: the model itself is needed (`draft=`)")
+                raise UserError(f"--draft={options.draft} needs the draft model as the argument `draft`")
             draft = None if options.draft == PROMPT else draft
             generated = speculative.generate(
                 model, params, rows, options.sampler(), draft, options.draft_tokens, **common
@@ -156,10 +156,13 @@ def fit(model: Transformer, ids: list[int], options: DecodingOptions) -> list[in
     if len(ids) <= room:
         return ids
     if room < 1:
-        raise UserError(f"--max_new_tokens={options.max_new_tokens} fills the context of {min(bounds)} tokens")
+        raise UserError(
+            f"--max_new_tokens={options.max_new_tokens} fills the context of {min(bounds)} tokens and leaves no room "
+            "for the prompt; lower it"
+        )
     if not options.truncate:
         raise UserError(
-            f"the prompt has {len(ids)} tokens; the context of {min(bounds)} leaves {room} beside "
+            f"the prompt has {len(ids)} tokens; the context of {min(bounds)} tokens leaves {room} for it with "
             f"--max_new_tokens={options.max_new_tokens}; shorten it, or give --truncate=left or --truncate=right"
         )
     return ids[-room:] if options.truncate == "left" else ids[:room]
@@ -168,9 +171,9 @@ def fit(model: Transformer, ids: list[int], options: DecodingOptions) -> list[in
 def note_length(model: Transformer, prompts: Sequence[Sequence[int]], options: DecodingOptions) -> None:
     """Prints a note on stderr, once, if prompt and continuation may exceed the maximum length of the model.
 
-    Their number is `model.position.max_length`, in other software max_position_embeddings or context_length. Rotary
-    positions are computed beyond the length of training. A table of learned positions ends there (`fit`), and the other
-    schemes do not read `max_length`.
+    The maximum length is `model.position.max_length`, in other software max_position_embeddings or context_length. The
+    note concerns rotary positions, which can be computed beyond it. For learned positions, `fit` raises an error, and
+    the other schemes do not use `max_length`.
     """
     position = model.config.position
     longest = max(map(len, prompts), default=0)
@@ -222,7 +225,7 @@ def _watcher(
     show: Callable[[int, str], None],
     cancel: Callable[[], Any] | None,
 ) -> Callable[[list[Generated]], Any]:
-    """A `watch` function of the loop that shows the new text of each row as soon as it is certain."""
+    """Returns a `watch` function for the loop that passes the new text of each row to `show` as soon as it is final."""
     shown = [0] * len(detokenizers)  # characters of each row
 
     def watch(rows: list[Generated]) -> Any:

@@ -1,4 +1,4 @@
-"""Runs a decoding loop from the host: the ends of rows, and the results in the state of the loop."""
+"""Runs a decoding loop from the host: calls the stop functions, and converts the state of the loop to results."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,8 +20,8 @@ class Generated:
 
     Attributes:
       ids: generated token ids, without the prompt and without EOS.
-      log_probabilities: natural log-probability of each id, and of EOS where the row ended with it, under the model
-        itself (before any filter). They sum to the log-probability of the sequence.
+      log_probabilities: natural log-probability of each id, and of EOS if the row ended with it, under the model itself
+        (before any filter). They sum to the log-probability of the sequence.
       stop: why the row ended: "eos", "stop" (a stop string) or "length" (max_new_tokens).
       alternatives: for each generated token, the most likely ids and their log-probabilities.
     """
@@ -40,7 +40,7 @@ def run(
     stop: StopFn | None,
     watch: Callable[[list[Generated]], Any] | None,
 ) -> list[Generated]:
-    """Runs the loop to its end, and pauses it whenever `stop` or `watch` must be called (see `loop.generate`).
+    """Runs the loop until all rows have ended, and pauses it to call `stop` and `watch` (see `loop.generate`).
 
     Args:
       step: (state, until) -> the state with `until` tokens, or with all rows done. A state has the last six
@@ -66,7 +66,7 @@ def run(
 
 
 def results(state: Any, eos: jax.Array, stopped_at: dict[int, int]) -> list[Generated]:
-    """The rows so far, on the host.
+    """Returns the rows generated so far, on the host.
 
     Args:
       state: a state of `run`.

@@ -98,9 +98,9 @@ def _advance(
         b = len(d.done)
         probabilities = jax.nn.softmax(settings.sampler.stages(settings.mask_padded_vocab(d.logits), d.history)[-1])
         likelihood, candidates = jax.lax.top_k(probabilities, k)  # (B, K)
-        every = jnp.repeat(jnp.arange(b), k)
-        slots, layers = jax.tree.map(lambda x: x[every], (d.cache.tokens, d.cache.layers))
-        position = Tokens(d.history.length[every][:, None], (~d.done).astype(jnp.int32)[every][:, None])
+        source_rows = jnp.repeat(jnp.arange(b), k)  # the row that each candidate continues
+        slots, layers = jax.tree.map(lambda x: x[source_rows], (d.cache.tokens, d.cache.layers))
+        position = Tokens(d.history.length[source_rows][:, None], (~d.done).astype(jnp.int32)[source_rows][:, None])
         x_RD, cache = steps.apply(
             model,
             repeated,

@@ -85,9 +85,8 @@ def explain(
 
     @jax.jit
     def stages(settings: steps.DrawSettings, logits: jax.Array, history: History) -> jax.Array:
-        previous_history = History(
-            history.ids, history.length - 1, history.prompt
-        )  # the last token was sampled from `logits`
+        # The last token of the history was sampled from `logits`.
+        previous_history = History(history.ids, history.length - 1, history.prompt)
         return jnp.stack(settings.sampler.stages(settings.mask_padded_vocab(logits), previous_history))[:, 0]
 
     state = loop.start(model, params, settings, [prompt], options.max_new_tokens)

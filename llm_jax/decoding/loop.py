@@ -5,7 +5,7 @@ compiled code. Padding tokens have segment id 0, which attention masks out; gene
 positions.
 
     state = start(model, params, settings, prompts, ...)         prefills, and draws the first token
-    state = advance(model, params, settings, state, until)       draws tokens until there are `until` of them
+    state = advance(model, params, settings, state, until)       draws more tokens, up to `until` new tokens in total
 """
 
 import dataclasses
@@ -53,9 +53,9 @@ def generate(
       seeds: one per row, below 2^32, so that a row's text does not depend on the others. Default: 0, 1, ...
       eos: the ids that end a row. None: a row ends at `max_new_tokens` only.
       vocab_size: ids at or above it are never drawn (for a model whose vocabulary is padded). Default: the model's.
-      alternatives: how many of the most likely tokens to record at each step.
+      alternatives: number of most likely tokens to record at each step.
       stop: called with the generated ids of each row; see `StopFn`.
-      watch: called with the rows so far after every token; if it returns a true value, all rows end.
+      watch: called after every token with the rows generated so far; if it returns a true value, all rows end.
       prefix: `prefix.Prefix`, for one prompt: the cache of the previous request, which this request updates.
 
     Raises:
@@ -70,7 +70,7 @@ def generate(
 
     def step(current: DecodingState, until: int) -> DecodingState:
         nonlocal state
-        if until > 1:  # one token needs no loop, which takes longer to compile than the prefill
+        if until > 1:  # `start` has drawn the first token; do not compile the loop if no other is needed
             state = advance(model, params, settings, current, jnp.int32(until))
         return state
 
@@ -81,7 +81,7 @@ def generate(
 
 
 def unrolled(model: Transformer, params: Any) -> tuple[Transformer, Any]:
-    """The model with one entry per layer: a scan would copy each layer's weights out of the stack at every token."""
+    """Converts scanned layers to one entry per layer. A scan would copy the weights of each layer at every token."""
     if not model.config.scan_layers:
         return model, params
     return model.clone(config=dataclasses.replace(model.config, scan_layers=False)), trees.unstack(params)
@@ -94,7 +94,7 @@ def draw_settings(
     eos: int | Sequence[int] | None = None,
     vocab_size: int | None = None,
 ) -> DrawSettings:
-    """The arguments of `generate` in the form that the compiled loop takes."""
+    """Converts arguments of `generate` to arguments of the compiled loop."""
     eos_ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
     eos_ids += [-1] * (4 - len(eos_ids) if len(eos_ids) < 4 else -len(eos_ids) % 4)  # few shapes, few compilations
     keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
@@ -154,7 +154,7 @@ def prefill_and_draw(
 def begin(
     model: Transformer, room: int, alternatives: int, params: Any, prompts_BP: jax.Array, lengths: jax.Array
 ) -> tuple[jax.Array, DecodingState]:
-    """Features (B, P, D) of padded prompts, and the state before the first token, with the logits to draw it from.
+    """Prefills padded prompts; returns their features (B, P, D), and the state from which the first token is drawn.
 
     For use under `jax.jit`.
     """
@@ -169,7 +169,7 @@ def begin(
 def advance(
     model: Transformer, params: Any, settings: DrawSettings, state: DecodingState, until: jax.Array
 ) -> DecodingState:
-    """Draws tokens until there are `until` (int32 ()) of them or all rows are done. Donates `state`."""
+    """Draws tokens until `until` (int32 ()) tokens have been drawn or all rows are done. Donates `state`."""
 
     def unfinished(s: DecodingState) -> jax.Array:
         return (s.time < until) & ~jnp.all(s.done)
@@ -188,11 +188,13 @@ def check(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: 
     if not len(prompts):
         raise UserError("there is no prompt; expected at least one")
     if not all(len(prompt) for prompt in prompts):
-        raise UserError("the prompt is empty; expected at least one token (BOS will do)")
+        raise UserError("a prompt is empty; expected at least one token, such as BOS")
     if max_new_tokens < 1:
         raise UserError(f"--max_new_tokens={max_new_tokens}; expected at least 1")
     if len(seeds) != len(prompts) or any(not 0 <= seed < 2**32 for seed in seeds):
-        raise UserError(f"the seeds {list(seeds)[:4]} are not one from 0 to 2^32 - 1 for each of {len(prompts)} rows")
+        raise UserError(
+            f"seeds={list(seeds)[:4]}; expected a number from 0 to 2^32 - 1 for each of {len(prompts)} rows"
+        )
     vocab_size = model.config.vocab_size
     if any(not 0 <= i < vocab_size for prompt in prompts for i in prompt):
         raise UserError(f"a prompt has an id outside the model's vocabulary of {vocab_size}")

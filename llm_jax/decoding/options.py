@@ -11,14 +11,14 @@ from llm_jax.schema import other_libraries
 if TYPE_CHECKING:  # `generate --help` reads this module without importing JAX
     from llm_jax.decoding.samplers import Filter, Sampler
 
-PROMPT = "prompt"  # the value of `draft` that asks for prompt look-up instead of a draft model
+PROMPT = "prompt"  # the value of `draft` that selects prompt look-up instead of a draft model
 _SMALLEST, _LARGEST = 1e-30, 1e30
 _BIASES = 8  # biased tokens are padded to a multiple of this
 GROUPS = ("sampling", "penalties", "search", "stops", "output")  # of options, in the order of --help
 METHODS = ("sample", "beam", "contrastive", "speculative")
 EARLY_STOP = (False, True, "never")
-# (options, the condition under which they have no effect, whether they have an effect) of `DecodingOptions`, or of
-# flags of the same names.
+# (names of options, condition under which they have no effect, function of `DecodingOptions` or flags that returns
+# whether they have an effect).
 NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
     (
         ("length_penalty", "early_stop", "beam_groups", "diversity"),
@@ -33,7 +33,7 @@ NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
 def _option(
     group: str, default: Any, about: str, low: float = -math.inf, high: float = math.inf, open_low: bool = False
 ) -> Any:
-    """A field with its help text and its range, [low, high], or (low, high] with `open_low`."""
+    """Declares a field with its help text and its range, [low, high], or (low, high] with `open_low`."""
     metadata = {"group": group, "about": about, "low": low, "high": high, "open_low": open_low}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -43,9 +43,9 @@ def _option(
 class DecodingOptions:
     """Options for text generation. By default every option is off; `check` validates combinations.
 
-    An option of several values (`stop`, `eos`, `filter`) also takes a single one, and `logit_bias` a dictionary.
+    Options with several values (`stop`, `eos`, `filter`) also accept a single value, and `logit_bias` a dictionary.
 
-    The metadata of a field holds its `group` of options, `about` (the help text of its flag) and its range.
+    The metadata of a field contains its `group`, `about` (the help text of its flag) and its range.
     """
 
     max_new_tokens: int = _option("stops", 128, "maximum number of tokens to generate", 1)
@@ -218,7 +218,7 @@ class DecodingOptions:
                     )
                 if not _representable(value):
                     raise UserError(
-                        f"--{field.name}={_short(value)}; expected 0, or a size from {_SMALLEST:g} to {_LARGEST:g}"
+                        f"--{field.name}={_short(value)}; expected 0, or a magnitude from {_SMALLEST:g} to {_LARGEST:g}"
                     )
         if self.contrastive and self.top_k > vocab_size:
             raise UserError(f"--top_k={self.top_k} is more than the {vocab_size} tokens of the vocabulary")
@@ -231,7 +231,7 @@ class DecodingOptions:
             if bad:
                 raise UserError(f"--{name} has the token id {bad[0]}; expected an id from 0 to {vocab_size - 1}")
         if any(not _representable(bias) for _, bias in self.logit_bias):
-            raise UserError(f"--logit_bias has a bias that is not 0, or of a size from {_SMALLEST:g} to {_LARGEST:g}")
+            raise UserError(f"--logit_bias: expected biases of 0, or of a magnitude from {_SMALLEST:g} to {_LARGEST:g}")
         if self.truncate not in ("", "left", "right"):
             raise UserError(f"--truncate={self.truncate}; expected left, right or nothing")
         if self.early_stop not in EARLY_STOP:
@@ -253,8 +253,8 @@ class DecodingOptions:
         methods = changed & {"beams", "contrastive", "draft"}
         if len(methods) > 1:
             raise UserError(f"{_flags(methods)} are different decoding methods; use only one")
-        for names, condition, have_effect in NEEDS:
-            if (unused := changed & set(names)) and not have_effect(self):
+        for names, condition, has_effect in NEEDS:
+            if (unused := changed & set(names)) and not has_effect(self):
                 raise UserError(f"--{min(unused)} has no effect where {condition}")
         if self.beams > 1:
             if unused := filters | changed & {"temperature", "top_k", "seed", "filter"}:
@@ -277,8 +277,8 @@ class DecodingOptions:
         """Returns the sampler with the filters that the options select; temperature 0 is greedy.
 
         Args:
-          all_filters: also include the other filters, disabled. Samplers then differ only in numbers, so that a decoder
-            is compiled once for all options (which takes about a second longer).
+          all_filters: also include the filters that are off, disabled. Samplers then differ only in numbers, so one
+            compiled decoder serves all options (compiling it takes about a second longer).
         """
         import jax.numpy as jnp
 

@@ -1,4 +1,4 @@
-"""Filters that depend on the tokens so far: they make earlier tokens less likely, or remove them."""
+"""Filters that depend on the preceding tokens: they make these tokens less likely, or remove them."""
 
 import dataclasses
 
@@ -14,9 +14,9 @@ from llm_jax.decoding.samplers import History
 @trees.register
 @dataclasses.dataclass(frozen=True)
 class Repetition:
-    """Divides positive logits of tokens that occurred, prompt included, by the penalty; multiplies negative ones by it.
+    """Divides positive logits of tokens in the prompt or continuation by the penalty, and multiplies negative ones.
 
-    Keskar et al. 2019, arXiv:1909.05858, section 4.1, in the form that works for negative logits.
+    Keskar et al. 2019, arXiv:1909.05858, section 4.1, extended to negative logits.
 
     Attributes:
       penalty: above 1 makes repetition less likely, below 1 more likely.
@@ -32,9 +32,9 @@ class Repetition:
 @trees.register
 @dataclasses.dataclass(frozen=True)
 class PresenceFrequency:
-    """Subtracts `presence` from the logits of generated tokens, and `frequency` per occurrence, the prompt left out.
+    """Subtracts `presence` from the logits of generated tokens, and `frequency` for each of their occurrences.
 
-    The formula of OpenAI's API reference ("frequency and presence penalties").
+    The prompt does not count. The formula is that of OpenAI's API reference ("frequency and presence penalties").
     """
 
     presence: float | jax.Array
@@ -48,25 +48,25 @@ class PresenceFrequency:
 @trees.register
 @dataclasses.dataclass(frozen=True)
 class NoRepeatNgram:
-    """Removes tokens that would repeat an n-gram, prompt included (Paulus et al. 2017, arXiv:1705.04304, 2.5).
+    """Removes tokens that would repeat an n-gram of prompt and continuation.
 
-    If that would remove every token, none is removed.
+    If all tokens would be removed, none is removed. Paulus et al. 2017, arXiv:1705.04304, section 2.5.
     """
 
     n: int | jax.Array
 
     def __call__(self, logits: jax.Array, history: History) -> jax.Array:
         rows, slots = history.ids.shape
-        places = jnp.arange(slots)
+        indices = jnp.arange(slots)
 
         def same(i: jax.Array, match: jax.Array) -> jax.Array:
-            # Does the token i before each place equal the token i before the end?
+            # Whether the token i positions before each index equals the token i positions before the end.
             last = jnp.take_along_axis(history.ids, jnp.maximum(history.length - i, 0)[:, None], 1)
             return match & (jnp.roll(history.ids, i, axis=1) == last)
 
-        # A place whose n - 1 predecessors are the last n - 1 tokens repeats an n-gram.
-        inside = (places >= self.n - 1) & (places < history.length[:, None])
-        n = jnp.minimum(self.n, slots + 1)  # no place is inside if n is larger
+        # If the n - 1 tokens before an index equal the last n - 1 tokens, its token would repeat an n-gram.
+        inside = (indices >= self.n - 1) & (indices < history.length[:, None])
+        n = jnp.minimum(self.n, slots + 1)  # no index is inside if n is larger
         repeats = jax.lax.fori_loop(1, n, same, inside)
         banned = jnp.zeros(logits.shape, bool).at[jnp.arange(rows)[:, None], history.ids].max(repeats)
         remaining = jnp.where(banned, -jnp.inf, logits)
@@ -87,9 +87,9 @@ class Bias:
 
 def _counts(logits: jax.Array, history: History, prompt: bool) -> jax.Array:
     """Occurrences of each token, with or without those in the prompt: float32 (B, V)."""
-    places = jnp.arange(history.ids.shape[1])
-    counted = places < history.length[:, None]
+    indices = jnp.arange(history.ids.shape[1])
+    counted = indices < history.length[:, None]
     if not prompt:
-        counted &= places >= history.prompt[:, None]
+        counted &= indices >= history.prompt[:, None]
     rows = jnp.arange(len(logits))[:, None]
     return jnp.zeros(logits.shape, jnp.float32).at[rows, history.ids].add(counted.astype(jnp.float32))

@@ -30,19 +30,19 @@ from llm_jax.model.transformer import Transformer, init_cache
 class Prefix:
     """The cached keys and values of one row, for requests to the same model with a common prefix.
 
-    A request with another model, or with weights that are not the same arrays (other adapters, or layers that were
-    unstacked anew), reuses nothing.
+    A request reuses nothing if its model differs, or if its weights are not the same arrays (for example other
+    adapters, or layers that were unstacked again).
 
     Attributes:
       reused: number of tokens of the last prompt that were in the cache.
-      prefilled: number of the other tokens.
+      prefilled: number of tokens of the last prompt that were computed.
     """
 
     def __init__(self) -> None:
         self.reused = self.prefilled = 0
         self._state: DecodingState | None = None
         self._model: Transformer | None = None
-        self._weights: list[weakref.ref[jax.Array]] = []  # so that this object keeps no weights in memory
+        self._weights: list[weakref.ref[jax.Array]] = []  # weak references, so that the weights can be freed
 
     def start(
         self,
@@ -66,7 +66,7 @@ class Prefix:
         new_BP, _ = steps.padded([prompt[common:]], params)
         end, room = common + new_BP.shape[1], steps.bucket(max_new_tokens)
         if state is None:
-            # Copies, as no two donated arrays may be the same.
+            # Copies, because the same array must not be donated twice.
             cache = jax.tree.map(jnp.copy, init_cache(model.config, 1, steps.bucket(end) + room))
         elif state.cache.tokens.positions.shape[1] < end + room:
             cache = resized(state.cache, steps.bucket(end) + room)
@@ -99,7 +99,7 @@ def common_length(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def resized(cache: KVCache, slots: int) -> KVCache:
-    """The cache with empty slots up to a number of `slots`."""
+    """Extends the cache to `slots` slots; the new ones are empty."""
 
     def pad(array: jax.Array) -> jax.Array:
         return jnp.pad(array, [(0, 0), (0, slots - array.shape[1]), *[(0, 0)] * (array.ndim - 2)])
@@ -124,7 +124,7 @@ def _extend(
 
     Args:
       room: number of tokens that can be drawn.
-      cache: of one row; its slots are positions.
+      cache: the cache of one row, in which the slot of a token is its position.
       history_BS: int32 (1, S), the whole prompt, padded.
       common: int32 (), length of the common prefix of the cached tokens and the prompt.
       new_BP: int32 (1, P), the other tokens of the prompt, padded.

@@ -1,9 +1,9 @@
 """Samplers: (logits, keys) -> ids, as chains of filters.
 
-A filter is a frozen dataclass, (logits, history) -> logits, that removes tokens by setting their logits to -inf, or
-shifts logits. Numeric settings are pytree leaves, so that changing them does not recompile; `OptionalFilter` adds such
-a setting to enable a filter. A chain applies in the order: penalties (`penalties.py`), temperature, top-k,
-top-p, min-p, typical, epsilon, eta, draw.
+A filter is a frozen dataclass, (logits, history) -> logits, that shifts logits, or removes tokens by setting their
+logits to -inf. Numeric settings are pytree leaves, so that changing them does not recompile; `OptionalFilter` adds a
+setting that enables or disables a filter. The filters of a chain are applied in this order: penalties
+(`penalties.py`), temperature, top-k, top-p, min-p, typical, epsilon, eta. Then a token is drawn.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from llm_jax import extensions, trees
 
 # Letters of shapes: B batch, S slots, V vocabulary.
 
-_BLOCK = 256  # a draw chooses a block of tokens, then a token of the block
+_BLOCK = 256  # number of tokens in a block; `draw` chooses a block, then a token of the block
 
 
 @trees.register
@@ -45,11 +45,11 @@ class Filter(Protocol):
 @trees.register
 @dataclasses.dataclass(frozen=True)
 class OptionalFilter:
-    """A filter that applies if `enabled`, which is a leaf: enabling it does not recompile.
+    """A filter that is applied if `enabled`. `enabled` is a pytree leaf, so changing it does not recompile.
 
     Attributes:
       enabled: bool ().
-      filter: the filter; it is not computed if it is disabled.
+      filter: the filter; if it is disabled, it is not computed.
     """
 
     enabled: bool | jax.Array
@@ -110,9 +110,9 @@ class MinP:
 @trees.register
 @dataclasses.dataclass(frozen=True)
 class Typical:
-    """Locally typical sampling: keeps the tokens whose information content is nearest to the entropy.
+    """Locally typical sampling: keeps the tokens whose surprisal is closest to the entropy, up to probability mass p.
 
-    As many of them as have total probability at least p. Meister et al. 2023, arXiv:2202.00666, equation 11.
+    Meister et al. 2023, arXiv:2202.00666, equation 11.
     """
 
     p: float | jax.Array
@@ -151,8 +151,8 @@ class Eta:
     def __call__(self, logits: jax.Array, history: History) -> jax.Array:
         logs = jax.nn.log_softmax(logits, -1)
         probabilities = jnp.exp(logs)
-        least = jnp.minimum(self.epsilon, jnp.sqrt(self.epsilon) * jnp.exp(-_entropy(logs, probabilities)))
-        return _only(probabilities >= least, logits)
+        threshold = jnp.minimum(self.epsilon, jnp.sqrt(self.epsilon) * jnp.exp(-_entropy(logs, probabilities)))
+        return _only(probabilities >= threshold, logits)
 
 
 @trees.register
@@ -216,7 +216,7 @@ def _invert(weights: jax.Array, uniform: jax.Array) -> jax.Array:
     """The index at which the cumulative weights (B, N) exceed the share `uniform` (B,) of their sum: int32 (B,)."""
     total = jnp.cumsum(weights, -1)
     passed = (total > uniform[:, None] * total[:, -1:]) & (weights > 0)
-    last = weights.shape[-1] - 1 - jnp.argmax(weights[:, ::-1] > 0, -1)  # rounding may let none pass
+    last = weights.shape[-1] - 1 - jnp.argmax(weights[:, ::-1] > 0, -1)  # used if no entry passes because of rounding
     return jnp.where(jnp.any(passed, -1), jnp.argmax(passed, -1), last)
 
 
@@ -224,7 +224,7 @@ def own_filter(specification: str) -> Filter:
     """Loads the custom filter `FILE:NAME(OPTIONS)`.
 
     Raises:
-      UserError: see `extensions.load`; it is not a dataclass, or JAX does not know it as a pytree.
+      UserError: see `extensions.load`; the filter is not a dataclass, or not registered as a pytree.
     """
     extension = extensions.load("--filter", specification)
     if not (isinstance(extension.target, type) and dataclasses.is_dataclass(extension.target)):
@@ -233,7 +233,7 @@ def own_filter(specification: str) -> Filter:
         raise extension.error("it is not a filter; expected a method __call__(self, logits, history) -> logits")
     new_filter = extension.call(extension.bind(extension.target))
     if jax.tree_util.all_leaves([new_filter]):
-        raise extension.error("JAX does not know this dataclass; decorate it with @llm_jax.trees.register")
+        raise extension.error("the dataclass is not a pytree; decorate it with @llm_jax.trees.register")
     lengths = jnp.ones(2, jnp.int32)
     arguments = jnp.zeros((2, 7)), History(jnp.zeros((2, 5), jnp.int32), lengths, lengths)
     extension.check_output("__call__", new_filter, arguments, {"batch": 2, "vocab_size": 7})
@@ -241,7 +241,7 @@ def own_filter(specification: str) -> Filter:
 
 
 def _only(keep: jax.Array, logits: jax.Array) -> jax.Array:
-    """Removes the tokens that `keep`, bool (B, V), leaves out, but never the most likely one."""
+    """Removes the tokens for which `keep`, bool (B, V), is False, except the most likely token."""
     return jnp.where(keep | (logits == jnp.max(logits, -1, keepdims=True)), logits, -jnp.inf)
 
 
@@ -251,13 +251,13 @@ def _entropy(logs: jax.Array, probabilities: jax.Array) -> jax.Array:
 
 
 def _best(values: jax.Array, weights: jax.Array, need: float | int | jax.Array) -> jax.Array:
-    """The smallest set of largest values whose weights sum to at least `need`, ties included: bool (B, V).
+    """Selects the largest values whose weights sum to at least `need`: bool (B, V), the smallest such set, with ties.
 
-    Finds the smallest value of the set bit by bit, in the integer order of floats: 32 sums over the row,
-    thirty times as fast on CPU as sorting it.
+    The smallest selected value is found bit by bit in the integer order of floats, with 32 sums over each row. On CPUs
+    this is thirty times as fast as sorting.
     """
     bits = jax.lax.bitcast_convert_type(jnp.where(values == 0, 0.0, values), jnp.int32)  # -0.0 is 0.0
-    order = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # as integers they order as the floats do
+    order = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # integers in the same order as the floats
 
     def one_bit(i: jax.Array, least: jax.Array) -> jax.Array:
         raised = least ^ (jnp.uint32(1 << 31) >> i.astype(jnp.uint32)).astype(jnp.int32)

@@ -42,12 +42,12 @@ def score(
 
     Args:
       params: in the layout of `model.config`.
-      batch_size: rows per forward pass; the last batch is padded, so that no number of pairs recompiles.
+      batch_size: rows per forward pass; the last batch is padded, so that another number of pairs does not recompile.
       progress: called with the number of pairs of each batch.
 
     Raises:
-      UserError: an empty prompt or continuation, one that goes beyond the model's positions, or a bidirectional
-        model, which attends to the tokens it would predict.
+      UserError: a prompt or continuation is empty or exceeds the model's positions, or the model is bidirectional and
+        attends to the tokens that it would predict.
     """
     if not model.config.causal:
         raise UserError(

@@ -1,8 +1,9 @@
 """Speculative decoding: a cheap draft proposes the next tokens, and the model verifies them in one forward pass.
 
-The output has exactly the model's own distribution, whatever the draft is (Leviathan et al. 2022, arXiv:2211.17192,
-algorithm 1). The draft is a smaller model with the same tokenizer, or prompt look-up: the tokens that followed the
-previous occurrence of the last few tokens. The embedding tables of model and draft may be padded to different sizes.
+The output has exactly the distribution of the model, for any draft (Leviathan et al. 2022, arXiv:2211.17192,
+algorithm 1). The draft is a smaller model with the same tokenizer, or prompt look-up, which proposes the tokens that
+followed the previous occurrence of the last few tokens. The embedding tables of model and draft may be padded to
+different sizes.
 
 Rows accept different numbers of draft tokens, so each row has its own write position in the cache. Rejected draft
 tokens are overwritten by the next round before any query attends to them.
@@ -27,17 +28,17 @@ from llm_jax.model.transformer import Transformer, check_length
 
 # Letters of shapes: B batch, P padded prompt, S slots, K draft tokens of a round, N new tokens, V vocabulary.
 
-_MATCH = 3  # the longest run of last tokens that prompt look-up searches for
+_MATCH = 3  # maximum number of last tokens that prompt look-up searches for
 
 
 @trees.register
 @dataclasses.dataclass(frozen=True)
 class SpeculativeState:
-    """The carry of the loop: as `steps.DecodingState`, for rows of different lengths.
+    """The carry of the loop, like `steps.DecodingState`, for rows of different lengths.
 
     Attributes:
-      cache: keys and values of all tokens of the history but the last.
-      draft_cache: the same of the draft model; None for prompt look-up.
+      cache: keys and values of all tokens of the history except the last.
+      draft_cache: the cache of the draft model; None for prompt look-up.
       rounds: int32 (), forward passes of the model so far.
     """
 
@@ -77,7 +78,7 @@ def generate(
       draft_tokens: tokens proposed in each round.
 
     Raises:
-      UserError: as `loop.generate`, a length beyond the positions of the draft, or texts so long that the frequencies
+      UserError: see `loop.generate`; the texts exceed the positions of the draft, or are so long that the frequencies
         of the model's positions change with every token.
     """
     if draft_tokens < 1:
@@ -90,9 +91,9 @@ def generate(
     if positions.make(model.config).changes_keys(before, before + max_new_tokens + draft_tokens).any():
         position = model.config.position
         raise UserError(
-            f"--draft cannot go past model.position.original_length={position.original_length} tokens: with "
-            f"scaling={position.scaling} positions depend on the length, and --draft verifies several lengths at once; "
-            f"prompt, new tokens and draft tokens are {longest}"
+            f"--draft cannot be used beyond model.position.original_length={position.original_length} tokens with "
+            f"scaling={position.scaling}, which changes the frequencies at every length; prompt, new tokens and draft "
+            f"tokens are {longest}"
         )
     if draft is not None:
         draft = loop.unrolled(*draft)
@@ -184,7 +185,7 @@ def _advance(
         logits, cache = steps.apply(model, params, jnp.concatenate([last, proposed], 1), positions, s.cache)
         logs_BKV = jax.nn.log_softmax(logits.astype(jnp.float32))
         checked, history = [], s.history
-        for i in range(draft_tokens + 1):  # filters look at the tokens before each position
+        for i in range(draft_tokens + 1):  # filters depend on the tokens before each position
             checked.append(settings.sampler.log_probabilities(settings.mask_padded_vocab(logits[:, i]), history))
             if i < draft_tokens:
                 history = steps.append(history, proposed[:, i], jnp.ones(b, bool))
@@ -194,7 +195,7 @@ def _advance(
         extra = draw(residual, keys[:, draft_tokens + 1])
         places = jnp.arange(draft_tokens + 1)
         new = jnp.where(places == accepted[:, None], extra[:, None], jnp.pad(proposed, ((0, 0), (0, 1))))
-        # A row takes the accepted tokens and one more, up to EOS and the limit.
+        # A row is extended by the accepted tokens and one more token, up to EOS and the limit.
         ends = settings.is_eos(new) & (places <= accepted[:, None])
         accepted_count = jnp.where(jnp.any(ends, 1), jnp.argmax(ends, 1), accepted) + 1
         accepted_count = jnp.where(s.done, 0, jnp.minimum(accepted_count, limit - s.count))
@@ -232,10 +233,10 @@ def _propose(
     bound: jax.Array,
     vocab_size: int,
 ) -> tuple[jax.Array, jax.Array, Any]:
-    """Draws of the draft model, from the ids below `vocab_size`, V, of the model that verifies them.
+    """Samples K tokens from the draft model, among the ids below `vocab_size`, V, of the verifying model.
 
     Returns:
-      Ids int32 (B, K), log-probabilities (B, K, V), and the draft's cache, all K included.
+      Ids int32 (B, K), log-probabilities (B, K, V), and the cache of the draft model including all K tokens.
     """
 
     def step(carry, key):
@@ -247,27 +248,27 @@ def _propose(
         drawn = draw(logs, key)
         return (cache, steps.append(history, drawn, jnp.ones(len(ids), bool)), drawn[:, None]), (drawn, logs)
 
-    # One pass more than draft tokens, so that the cache has the last one too.
+    # One more pass than draft tokens, so that the cache also contains the last token.
     order = jnp.swapaxes(keys, 0, 1)[: draft_tokens + 1]
     (cache, _, _), (drawn, logs) = jax.lax.scan(step, (cache, history, last), order)
     return jnp.swapaxes(drawn, 0, 1)[:, :draft_tokens], jnp.swapaxes(logs, 0, 1)[:, :draft_tokens], cache
 
 
 def _known(model: Transformer, ids: jax.Array) -> jax.Array:
-    """Replaces ids outside the model's embedding table by the last id; the output is exact for any draft."""
+    """Replaces ids outside the embedding table of a draft by its last id; any proposal keeps the output exact."""
     return jnp.minimum(ids, model.config.vocab_size - 1)
 
 
 def _resized(logits: jax.Array, vocab_size: int) -> jax.Array:
-    """Logits (B, W) of a draft as logits (B, V): without ids past V, and -inf for ids past W."""
+    """Converts logits (B, W) of a draft to logits (B, V): ids from V on are dropped, and ids from W on are -inf."""
     padding = max(0, vocab_size - logits.shape[-1])
     return jnp.pad(logits[:, :vocab_size], ((0, 0), (0, padding)), constant_values=-jnp.inf)
 
 
 def _look_up(history: History, draft_tokens: int) -> jax.Array:
-    """The tokens after the latest earlier occurrence of the longest run of last tokens: int32 (B, K).
+    """Proposes the tokens after the most recent match of the longest possible suffix of the history: int32 (B, K).
 
-    Without such an occurrence the tokens are arbitrary: a wrong proposal is rejected.
+    Without a match, the tokens are arbitrary; wrong proposals are rejected.
     """
     slots = history.ids.shape[1]
     places, length = jnp.arange(slots), history.length[:, None]
@@ -296,9 +297,9 @@ def _accept(p_logs: jax.Array, q_logs: jax.Array | None, proposed: jax.Array, ke
 
 
 def _residual(p_logs: jax.Array, q_logs: jax.Array | None, proposed: jax.Array, accepted: jax.Array) -> jax.Array:
-    """Log of the unnormalized distribution of the token after the accepted ones, (B, V).
+    """Log of the unnormalized distribution of the token after the accepted tokens, (B, V).
 
-    max(0, p - q) after a rejection, p where all tokens were accepted.
+    The distribution is max(0, p - q) after a rejection, and p if all tokens were accepted.
     """
     row = jnp.arange(len(accepted))
     p = jnp.exp(p_logs[row, accepted])
@@ -308,12 +309,12 @@ def _residual(p_logs: jax.Array, q_logs: jax.Array | None, proposed: jax.Array, 
     else:
         q = jnp.exp(q_logs[row, place])
     residual = jnp.where((accepted < proposed.shape[1])[:, None], jnp.maximum(p - q, 0.0), p)
-    # Equal distributions never reject, but for rounding, which may leave no mass.
+    # With equal distributions, a rejection is only possible by rounding, and then no probability mass is left.
     return jnp.log(jnp.where(jnp.sum(residual, -1, keepdims=True) > 0, residual, p))
 
 
 def _positions(first: jax.Array, count: int, done: jax.Array, bound: jax.Array) -> Tokens:
-    """`count` tokens from positions `first` int32 (B,) on; tokens at or past the row's bound are never used."""
+    """Returns `count` tokens from positions `first`, int32 (B,), on; tokens at or beyond `bound` are never used."""
     places = first[:, None] + jnp.arange(count)
     segments = jnp.broadcast_to((~done).astype(jnp.int32)[:, None], places.shape)
     return Tokens(jnp.minimum(places, bound[:, None] - 1), segments)

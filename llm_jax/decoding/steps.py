@@ -51,7 +51,7 @@ class DecodingState:
     """The carry of the loop.
 
     Attributes:
-      cache: keys and values of all tokens but the last of each row.
+      cache: keys and values of all tokens except the last of each row.
       history: prompt and generated ids.
       logits: (B, V), from which the last token was drawn.
       time: int32 (), tokens drawn so far.
@@ -97,7 +97,7 @@ def bucket(length: int) -> int:
 
 
 def apply(model: Transformer, params: Any, *inputs: Any, method: str = "__call__") -> Any:
-    """`model.apply` of one of its methods."""
+    """Applies a method of the model."""
     return model.apply({"params": params}, *inputs, method=method)
 
 
@@ -132,7 +132,7 @@ def draw_token(s: DecodingState, settings: DrawSettings) -> DecodingState:
 
 
 def record(s: DecodingState, settings: DrawSettings, ids: jax.Array) -> DecodingState:
-    """The state with ids int32 (B,) added, which were drawn from `s.logits`."""
+    """Returns the state after adding ids, int32 (B,), that were drawn from `s.logits`."""
     logs_BV = jax.nn.log_softmax(s.logits.astype(jnp.float32))
     best, best_ids = jax.lax.top_k(logs_BV, s.alternative_ids.shape[-1])
     return DecodingState(
@@ -151,6 +151,6 @@ def record(s: DecodingState, settings: DrawSettings, ids: jax.Array) -> Decoding
 
 def append(history: History, ids: jax.Array, rows: jax.Array) -> History:
     """Appends ids int32 (B,) to the rows for which `rows` bool (B,) is true."""
-    places = jnp.where(rows, history.length, history.ids.shape[1])  # past the end: not written
-    appended = history.ids.at[jnp.arange(len(ids)), places].set(ids, mode="drop")
+    indices = jnp.where(rows, history.length, history.ids.shape[1])  # an index past the end is not written
+    appended = history.ids.at[jnp.arange(len(ids)), indices].set(ids, mode="drop")
     return History(appended, history.length + rows, history.prompt)

@@ -1,4 +1,4 @@
-"""Stop strings: where they end a text, and how much of a growing text may be shown."""
+"""Stop strings: finds where they end a text, and how much of an unfinished text can already be shown."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from llm_jax.tokenizers.base import PretrainedTokenizer, Tokenizer
 def stop_fn(
     tokenizer: Tokenizer, stops: Sequence[str], max_new_tokens: int, prompts: Sequence[Sequence[int]]
 ) -> StopFn | None:
-    """The function that ends a row after the token that completes a stop string, wherever token boundaries fall.
+    """Returns a function that ends a row after the token that completes a stop string, at any token boundaries.
 
     A stop string that is the name of a special token also stops at that token.
 
@@ -19,7 +19,7 @@ def stop_fn(
       prompts: the ids of each row's prompt.
 
     Raises:
-      UserError: a stop string that the vocabulary cannot write, or that is longer than any continuation.
+      UserError: a stop string cannot be written with the vocabulary, or is longer than any continuation.
     """
     if not stops:
         return None
@@ -28,7 +28,7 @@ def stop_fn(
         if special_id(tokenizer, text) is not None:
             continue
         ids = tokenizer.encode(text)
-        # Vocabularies that strip a leading space keep it after other text.
+        # Some vocabularies strip a leading space, but not after other text.
         if text not in tokenizer.decode(ids) and text not in tokenizer.decode(tokenizer.encode("a" + text)):
             raise UserError(f"--stop={text!r} can never occur: the tokenizer cannot write it")
         if len(ids) > max_new_tokens and len(text) > max_new_tokens * _longest(tokenizer):
@@ -49,7 +49,7 @@ def stop_fn(
 
 
 def special_id(tokenizer: Tokenizer, text: str) -> int | None:
-    """The id of the special token of this name, which decodes to nothing; None where there is none."""
+    """The id of the special token with this name (special tokens decode to ""); None if it does not exist."""
     if isinstance(tokenizer, PretrainedTokenizer):
         ids = tokenizer.encode_chat(text)
     else:
@@ -63,13 +63,13 @@ def fitting(tokenizer: Tokenizer, stops: Sequence[str], max_new_tokens: int) -> 
 
 
 def cut(text: str, stops: Sequence[str]) -> str:
-    """The text before the stop string that is complete first; of several complete at one place, the longest."""
-    places = [(text.find(s) + len(s), text.find(s)) for s in stops if s in text]
-    return text[: min(places)[1]] if places else text
+    """Cuts a text before the stop string that ends first; if several end at the same character, before the longest."""
+    matches = [(text.find(s) + len(s), text.find(s)) for s in stops if s in text]  # (end, start)
+    return text[: min(matches)[1]] if matches else text
 
 
 def showable(text: str, stops: Sequence[str]) -> str:
-    """The part of a growing text that is shown for certain: all but a last part that may begin a stop string.
+    """The part of an unfinished text that can be shown: all except an end that may be the beginning of a stop string.
 
     Args:
       text: text that no later token changes (`detokenize.Detokenizer.settled`).
@@ -77,8 +77,8 @@ def showable(text: str, stops: Sequence[str]) -> str:
     settled = cut(text, stops)
     if len(settled) < len(text):
         return settled
-    begun = (n for s in stops for n in range(min(len(s) - 1, len(text)), 0, -1) if text.endswith(s[:n]))
-    return text[: len(text) - max(begun, default=0)]
+    overlaps = (n for s in stops for n in range(min(len(s) - 1, len(text)), 0, -1) if text.endswith(s[:n]))
+    return text[: len(text) - max(overlaps, default=0)]
 
 
 def _longest(tokenizer: Tokenizer) -> int:

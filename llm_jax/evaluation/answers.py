@@ -23,7 +23,7 @@ Model = tuple[Transformer, Any, Tokenizer]
 
 
 class _Answer(NamedTuple):
-    """The answer to an example, the tokens generated for it, and the scores of the choices (None: it was generated)."""
+    """The answer to an example, the number of generated tokens, and the scores of its choices (None if generated)."""
 
     text: str
     tokens: int
@@ -35,14 +35,14 @@ def records(
 ) -> Iterator[dict[str, Any]]:
     """Evaluates the model on the examples with these indices and yields one record for each, in this order.
 
-    Decoding is greedy. A record is {"index", "right", "prediction", "answer", "reasoning_tokens", "tokens"}, and
-    "scores" where choices are scored: natural log-probabilities, divided as `config.normalize` says.
+    Decoding is greedy. A record is {"index", "right", "prediction", "answer", "reasoning_tokens", "tokens"}. If choices
+    are scored, it also has "scores": natural log-probabilities, normalized by `config.normalize`.
 
     Args:
       model: (model, params, tokenizer).
 
     Raises:
-      UserError: options that are out of range for the task; a chat template is needed and there is none.
+      UserError: an option is out of range for the task, or the tokenizer lacks a chat template that is needed.
     """
     config.check(task)
     answer = _choose if task.scoring == "likelihood" else _generate
@@ -67,7 +67,7 @@ def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 class AnswerLog:
-    """A file of records, one a line after a line of settings, which an interrupted evaluation continues.
+    """A file with a line of settings and one record per line, from which an interrupted evaluation resumes.
 
     Args:
       path: the file; None: records are kept in memory only.
@@ -90,7 +90,7 @@ class AnswerLog:
         if header != dict(settings):
             other = [k for k in settings if not isinstance(header, dict) or header.get(k) != settings[k]]
             raise UserError(
-                f"--output={path} holds the records of another run ({', '.join(other)} differ); choose "
+                f"--output={path} contains the records of another evaluation ({', '.join(other)} differ); choose "
                 "another directory"
             )
         with files.new_file(path, source=f"--output={path}:") as file:
@@ -106,13 +106,13 @@ class AnswerLog:
 def _prompts_after_reasoning(
     model: Model, task: Task, config: PromptConfig, examples: Sequence[Example], batch_size: int
 ) -> tuple[list[str], list[int]]:
-    """(texts that the answers continue, tokens of the reasoning in them) of examples."""
+    """Returns (the prompts that the answers continue, including any reasoning; the number of reasoning tokens)."""
     template = task.templates[config.template]
     prompts = prompts_lib.prompts(task, config, examples)
     texts = prompts_lib.render(model[2], prompts, config.chat)
     if not prompts[0].reason:
         return texts, [0] * len(texts)
-    # The reasoning ends where the model draws its conclusion, or begins another example.
+    # The reasoning ends where the model begins its conclusion or another example.
     ends = (template.separator, prompts[0].conclude) if template.separator else (prompts[0].conclude,)
     thoughts = _write(model, texts, config, task.reasoning_tokens, ends, batch_size)
     joined = zip(texts, thoughts, prompts, strict=True)
@@ -150,7 +150,7 @@ def _choose(
     for example, text in zip(examples, texts, strict=True):
         for choice in example.choices:
             answer = template.solve(example, choice)
-            if config.chat and not STYLES[config.style].reason:  # a turn begins with its text, as in the shots
+            if config.chat and not STYLES[config.style].reason:  # a turn has no leading space, as in the shots
                 answer = answer.lstrip()
             head, tail = prompts_lib.encode_pair(tokenizer, text, answer, config.chat)
             head = fit(
@@ -179,13 +179,13 @@ def of_prompts(
     """Returns, for each prompt in `configs`, the records of the first `count` examples in the order of the examples.
 
     Args:
-      directory: of an `AnswerLog` for each prompt, whose records are not measured again; None: no log.
-      settings: what the records depend on in addition to the prompt.
+      directory: directory of an `AnswerLog` for each prompt; recorded examples are not evaluated again. None: no log.
+      settings: settings that the records depend on in addition to the prompt.
 
     Raises:
       UserError: the log of a prompt has other settings, or cannot be read or written.
     """
-    of_all: list[list[dict[str, Any]]] = []
+    by_prompt: list[list[dict[str, Any]]] = []
     with bars.bar(total=count * len(configs), desc=task.name, leave=False, delay=2) as bar:
         for config in configs:
             path = directory / f"{task.name}-{config.style}-{config.template}.jsonl" if directory else None
@@ -196,17 +196,18 @@ def of_prompts(
             for record in records(model, task, config, missing, batch_size):
                 log.add(record)
                 bar.update()
-            inside = (record for record in log.records if record["index"] < count)
-            of_all.append(sorted(inside, key=lambda record: record["index"]))
-    return of_all
+            requested = (record for record in log.records if record["index"] < count)
+            by_prompt.append(sorted(requested, key=lambda record: record["index"]))
+    return by_prompt
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
-    """A table with a row for each prompt and checkpoint.
+    """Formats results as a table with a row for each prompt and checkpoint.
 
     Args:
-      results: each with the values of a `PromptConfig` and of `summary`, "checkpoint", and for all checkpoints but the
-        first "difference" to it with "difference_low" and "difference_high", the limits of its 95 % interval.
+      results: mappings with "checkpoint", the values of a `PromptConfig` and of `summary`, and for all checkpoints
+        except the first "difference", "difference_low" and "difference_high": the difference from the first, and the
+        limits of its 95 % interval.
     """
     names = [row["checkpoint"] for row in results]
     width = max(map(len, ("checkpoint", *names))) if any("difference" in row for row in results) else 0

@@ -18,7 +18,7 @@ def _templates(questions: tuple[str, ...], answer: str = " {answer}") -> tuple[T
 
 
 def arithmetic(count: int = 200) -> Task:
-    """Word problems: the sum or difference of two numbers up to 20. The metric is the number that is written."""
+    """Word problems: the sum or difference of two numbers up to 20. The metric compares the number in the answer."""
     draw = random.Random(0)
     people, things = ("Anna", "Ben", "Carla", "David", "Emma"), ("apples", "books", "coins", "pens", "stones")
     examples: list[Example] = []

@@ -20,13 +20,13 @@ from llm_jax.parallel import mesh as mesh_lib
 def accuracy(model: Transformer, params: Any, rows: Packed, batch_size: int, sharding: Any) -> dict[str, float]:
     """The share of examples for which the right choice is the most likely one.
 
-    Where the choices differ in their first token, one forward pass over the rows decides. Otherwise each choice is
-    scored by the log-probability of all of its tokens.
+    If all choices differ in their first token, only the first tokens are compared, in one forward pass over the rows.
+    Otherwise, each choice is scored by the log-probability of all of its tokens.
 
     Args:
       rows: examples whose `split.choices` are the token ids of the possible answers.
       batch_size: rows at a time.
-      sharding: of a batch.
+      sharding: the sharding of a batch.
 
     Returns:
       {"accuracy", "low", "high", "right", "count"}; low and high are the limits of the 95 % interval (`wilson`).
@@ -36,7 +36,7 @@ def accuracy(model: Transformer, params: Any, rows: Packed, batch_size: int, sha
 
 
 def summary(right: np.ndarray) -> dict[str, float]:
-    """The figures of `accuracy` from bool (examples,)."""
+    """Computes the metrics of `accuracy` from `right`, bool (examples,)."""
     count_right, count = int(np.sum(right)), len(right)
     low, high = wilson(count_right, count)
     return {"accuracy": count_right / count, "low": low, "high": high, "right": count_right, "count": count}
@@ -45,9 +45,9 @@ def summary(right: np.ndarray) -> dict[str, float]:
 def right_answers(
     model: Transformer, params: Any, rows: Packed, batch_size: int, sharding: Any
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(indices of the examples that fit, int64 (n,), whether the answer to each is right, bool (n,)).
+    """Returns (indices of the examples that fit into rows, int64 (n,); whether each answer is correct, bool (n,)).
 
-    Args, and how answers are chosen: see `accuracy`.
+    For the arguments, and how answers are chosen, see `accuracy`.
     """
     choices = rows.split.choices
     if len({choice[0] for choice in choices}) == len(choices):
@@ -88,14 +88,14 @@ def _by_likelihood(model: Transformer, params: Any, rows: Packed, batch_size: in
 def correct(
     model: Transformer, params: Any, batch: Batch, first: tuple[int, ...], most: int
 ) -> tuple[jax.Array, jax.Array]:
-    """(whether an answer is right, whether there is one), bool (B, most) each, in the order of the row's examples.
+    """Returns (whether each answer is correct, whether the example exists), bool (B, most) each, in row order.
 
-    The answer is the most likely of the ids `first` where it begins.
+    The answer of the model is the most likely of the ids `first` at the beginning of the answer.
 
     Args:
       batch: int32 (B, T) each; the targets that count are the answers.
       first: the first token of each choice.
-      most: examples in the fullest row.
+      most: number of examples in the fullest row.
     """
     where = Tokens(batch["positions"], batch["segments"])
     x_BTD, _ = model.apply({"params": params}, batch["inputs"], where, method="features")
@@ -111,6 +111,6 @@ def correct(
 
 
 def describe(figures: dict[str, float]) -> str:
-    """The figures of `accuracy` in words."""
+    """Formats the metrics of `accuracy`."""
     interval = f"95 % interval {figures['low']:.1%} to {figures['high']:.1%}"
-    return f"{figures['accuracy']:.1%} of {figures['count']:,} right, {interval}"
+    return f"{figures['accuracy']:.1%} of {figures['count']:,} correct, {interval}"

@@ -17,9 +17,10 @@ from llm_jax.tokenizers import Tokenizer
 def language_model(
     model: Transformer, params: Any, tokenizer: Tokenizer, batch_size: int = 8, context: int = 2048
 ) -> Any:
-    """The model as an `lm_eval.api.model.LM`.
+    """Wraps the model as an `lm_eval.api.model.LM`.
 
-    Once lm-eval has called `apply_chat_template`, contexts are rendered conversations: their special tokens become ids.
+    After lm-eval has called `apply_chat_template`, contexts are rendered conversations, and the names of special tokens
+    in them are converted to their ids.
 
     Args:
       context: maximum number of tokens of a request, bounded by the maximum length of the model; longer requests are
@@ -90,9 +91,9 @@ def language_model(
 
 
 def rolling(ids: Sequence[int], context: int) -> list[tuple[list[int], list[int]]]:
-    """(head, tail) windows of at most `context` tokens; their tails are all tokens but the first, once each.
+    """Splits a text into (head, tail) windows of at most `context` tokens. Every token except the first is in one tail.
 
-    The head of a window is the context of its tail: at least half of `context`, where the text has as much before it.
+    The head of a window is the context of its tail; it has at least half of `context` tokens if as many precede it.
     """
     windows, start = [], 1
     while start < len(ids):
@@ -112,10 +113,10 @@ def run(
     batch_size: int = 8,
     limit: int = 0,
 ) -> dict[str, Any]:
-    """The results of lm-eval for its tasks with these names: {task: {metric: value}}.
+    """Runs tasks of lm-eval and returns {task: {metric: value}}.
 
     Args:
-      path: a directory with more task files.
+      path: a directory with additional task files.
       limit: maximum number of examples per task; 0: all.
 
     Raises:
@@ -137,5 +138,5 @@ def run(
 
 def _first(prefix: int | None) -> list[int]:
     if prefix is None:
-        raise UserError("an empty context needs a vocabulary with BOS or EOS to begin with")
+        raise UserError("lm-eval passes an empty context, which needs a tokenizer with BOS or EOS")
     return [prefix]

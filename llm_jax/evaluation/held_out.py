@@ -24,21 +24,21 @@ def evaluate(
     Args:
       loss: jitted (params, batch) -> (sum of the cross-entropy in nats, number of targets), float32 () each.
       batch_size: rows at a time.
-      sharding: of a batch.
+      sharding: the sharding of a batch.
 
     Returns:
-      {"loss": nats per token; "perplexity": its exponential; "bits_per_byte": see below; "tokens": number of targets,
-      EOS included}. Bits per byte can be compared across tokenizers: the sum of the cross-entropy in bits, over the
-      bytes of the text. For a part of the rows, the bytes are estimated by the bytes per target of all rows.
+      {"loss": nats per token; "perplexity": its exponential; "bits_per_byte": the sum of the cross-entropy in bits,
+      divided by the bytes of the text, which can be compared across tokenizers; "tokens": number of targets, including
+      EOS}. If only a part of the rows is evaluated, its bytes are estimated from the mean bytes per target of all rows.
 
     Raises:
-      UserError: the rows have no target.
+      UserError: the rows have no targets.
     """
     if not len(rows):
-        raise UserError("nothing is held out (data.validation_fraction=0)")
+        raise UserError("no text is held out (data.validation_fraction=0)")
     nats, tokens = sums(loss, params, rows, batch_size, sharding, limit)
     if not tokens:
-        raise UserError("no held-out token counts; hold out more text (data.validation_fraction)")
+        raise UserError("the loss counts no held-out token; hold out more text (data.validation_fraction)")
     num_bytes = rows.bytes_per_target * tokens
     mean = nats / tokens
     return {
@@ -57,9 +57,9 @@ def sums(
     sharding: jax.sharding.Sharding,
     limit: int = 0,
 ) -> list[float]:
-    """The outputs of a jitted (params, batch) -> (float32 (), ...), each summed over the first `limit` rows (0: all).
+    """Sums each output of a jitted (params, batch) -> (float32 (), ...) over the first `limit` rows (0: all).
 
-    The other arguments are those of `evaluate`.
+    For the other arguments, see `evaluate`.
     """
     count_rows = min(limit, len(rows)) if limit else len(rows)
     steps = -(-count_rows // batch_size)
@@ -69,16 +69,16 @@ def sums(
         if count_rows < min((step + 1) * batch_size, len(rows)):  # the last batch has more rows than are counted
             counted = jax.numpy.arange(batch_size) < count_rows - step * batch_size
             batch = batch | {"mask": batch["mask"] * counted[:, None]}
-        # One step at a time: on CPU, programs with collectives that run together starve each other of threads.
+        # One step at a time: on CPUs, concurrent programs with collectives may block each other's threads.
         jax.block_until_ready(outputs[-1:])
         outputs.append(function(params, batch))
     return [float(sum(float(x) for x in part)) for part in zip(*jax.device_get(outputs), strict=True)]
 
 
 def unknown_note(tokenizer: Tokenizer, tokens: np.ndarray) -> str:
-    """A note if at least 1 % of held-out tokens are the unknown token, else "".
+    """Returns a note if at least 1 % of held-out tokens are the unknown token, else "".
 
-    All text that the vocabulary lacks is then one token, which is easy to predict, so bits per byte are too low.
+    The unknown token replaces many different texts and is easy to predict, so bits per byte are too low.
 
     Args:
       tokens: integers (tokens,); the first million are read.
@@ -95,18 +95,18 @@ def unknown_note(tokenizer: Tokenizer, tokens: np.ndarray) -> str:
 
 
 def batch_size(largest: int, rows: AnyRows) -> int:
-    """The smallest power of two that is enough for all rows, at most `largest`: rows of padding only cost time."""
+    """The smallest power of two that is not below the number of rows, at most `largest`; avoids rows of padding."""
     return min(largest, 1 << (len(rows) - 1).bit_length()) if len(rows) else largest
 
 
-def refuse_other_text(several: Sequence[Any]) -> None:
-    """Raises UserError unless checkpoints are measured on the same documents.
+def refuse_other_text(held_out_texts: Sequence[Any]) -> None:
+    """Raises UserError unless all checkpoints are measured on the same documents.
 
     Args:
-      several: the held-out text of each, as `llm_jax.evaluate` describes it.
+      held_out_texts: the held-out text of each checkpoint, see `llm_jax.evaluate`.
     """
-    first = several[0]
-    for other in several[1:]:
+    first = held_out_texts[0]
+    for other in held_out_texts[1:]:
         for key in ("source", "kind", "field", "validation_fraction", "labelled"):
             values = [getattr(held_out.data, key) for held_out in (first, other)]
             ignored = (key == "labelled" and first.data.kind != "labelled") or (
@@ -118,7 +118,7 @@ def refuse_other_text(several: Sequence[Any]) -> None:
                     f"--checkpoint={first.name} and --checkpoint={other.name} are not measured on the same text "
                     f"(data.{key} is {values[0]!r} and {values[1]!r}); {cure}"
                 )
-    for held_out in several:
+    for held_out in held_out_texts:
         if held_out.is_masked:
             raise UserError(
                 f"{held_out.name} predicts masked tokens (loss.masked={held_out.config.loss.masked}), which differ "

@@ -18,9 +18,9 @@ class Units:
     """The results of a model on every unit of a data set.
 
     Attributes:
-      values: float64 (units,): bits of each document, or 1.0 for each example that is right.
+      values: float64 (units,): bits of each document, or 1.0 for each correctly answered example.
       sizes: float64 (units,): bytes of each document; ones for examples.
-      measured: bool (units,): the units that were measured; examples that do not fit into a window are left out.
+      measured: bool (units,): whether a unit was measured; examples that do not fit into a window are not.
       targets: number of predicted tokens of all documents; 0 for the examples of a task.
     """
 
@@ -38,14 +38,14 @@ def bits_by_document(
     batch_size: int,
     sharding: jax.sharding.Sharding,
 ) -> Units:
-    """The cross-entropy of every document (every example, for data of examples).
+    """Computes the cross-entropy of every document, or of every example if the data consists of examples.
 
     Args:
       loss: jitted (params, batch) -> nats of every counted target, 0 for others, float32 (B, T).
       rows: the held-out rows.
-      sizes: int64 (documents,): bytes of the text of each document that counts.
+      sizes: int64 (documents,): number of bytes of each document that the loss counts.
       batch_size: rows at a time.
-      sharding: of a batch.
+      sharding: the sharding of a batch.
     """
     bits, measured, targets = np.zeros(len(sizes)), np.zeros(len(sizes), bool), 0
     steps = -(-len(rows) // batch_size)
@@ -68,12 +68,12 @@ def compare(units: Sequence[Units], *, proportions: bool) -> list[dict[str, Any]
       proportions: whether values are 0 or 1 and sizes 1.
 
     Returns:
-      For each model {"units": number of units, "value": sum of values / sum of sizes}, and for all but the first
-      "difference" to the first with "low" and "high", the limits of its paired 95 % interval
-      (`intervals.difference_of_proportions` or `intervals.ratio`; None where it has no limits).
+      For each model {"units": number of units, "value": sum of values / sum of sizes}. For all models except the first
+      also "difference", the difference from the first model, and "low" and "high", the limits of its paired 95 %
+      interval (`intervals.difference_of_proportions` or `intervals.ratio`; None if there are too few units).
 
     Raises:
-      UserError: no unit was measured by all.
+      UserError: no unit was measured for all models.
     """
     common = np.logical_and.reduce([unit.measured for unit in units])
     sizes = units[0].sizes[common]
@@ -95,17 +95,17 @@ def compare(units: Sequence[Units], *, proportions: bool) -> list[dict[str, Any]
 
 
 def table(names: Sequence[str], columns: Sequence[tuple[str, Sequence[str]]], figures: Sequence[dict[str, Any]]) -> str:
-    """A table with a row for each model.
+    """Formats a table with a row for each model.
 
     Args:
-      names: of the checkpoints.
-      columns: (title, a text for each model).
-      figures: those of `compare`.
+      names: names of the checkpoints.
+      columns: (title, one text per model).
+      figures: the result of `compare`.
     """
     differences = [_difference(row) for row in figures]
-    everything = [("checkpoint", names), *columns, ("difference to the first, 95 % interval", differences)]
-    lines = [[title for title, _ in everything], *zip(*(texts for _, texts in everything), strict=True)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(everything))]
+    all_columns = [("checkpoint", names), *columns, ("difference from the first, 95 % interval", differences)]
+    lines = [[title for title, _ in all_columns], *zip(*(texts for _, texts in all_columns), strict=True)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(all_columns))]
     first, *others = widths
     return "\n".join(
         "  ".join([line[0].ljust(first), *(text.rjust(w) for text, w in zip(line[1:], others, strict=True))]).rstrip()

@@ -1,4 +1,4 @@
-"""Prompts of tasks: style, template, solved examples and chat template, and the prompts as token ids."""
+"""Prompts of tasks: builds them from style, template, solved examples and chat template, and encodes them."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from llm_jax.evaluation.tasks import Task
 from llm_jax.evaluation.templates import STYLES, Example, Prompt
 from llm_jax.tokenizers import PretrainedTokenizer, Tokenizer, chat_template
 
-# normalize -> (choice, its token ids) -> what the log-probability of the choice is divided by.
+# {value of `normalize`: function of a choice and its token ids that returns the divisor of its log-probability}.
 NORMALIZERS = {
     "none": lambda choice, ids: 1,
     "tokens": lambda choice, ids: len(ids),
@@ -27,9 +27,9 @@ class PromptConfig:
       style: one of `templates.STYLES`.
       template: index of one of the task's paraphrases.
       shots: number of solved examples; -1: the default of the style.
-      select, shot_seed: which solved examples, and in which order; see `templates.choose_shots`.
+      select, shot_seed: how solved examples are selected and ordered; see `templates.choose_shots`.
       chat: whether the chat template of the tokenizer renders the prompt.
-      normalize: one of `NORMALIZERS`, by which log-probabilities of choices are divided.
+      normalize: name in `NORMALIZERS`: normalization of the log-probabilities of choices.
       context: maximum number of tokens of a prompt and its answer; 0: the maximum length of the model. Longer prompts
         are truncated on the left.
     """
@@ -49,7 +49,9 @@ class PromptConfig:
             if value not in options:
                 raise UserError(f"--{name}={value}; expected one of {', '.join(options)}")
         if not 0 <= self.template < len(task.templates):
-            raise UserError(f"--template={self.template}; the task {task.name} has {len(task.templates)}, from 0 on")
+            raise UserError(
+                f"--template={self.template}; expected 0 to {len(task.templates) - 1} for the task {task.name}"
+            )
         self.chosen_shots(task)
 
     def chosen_shots(self, task: Task) -> list[Example]:
@@ -65,7 +67,7 @@ def prompts(task: Task, config: PromptConfig, examples: Sequence[Example]) -> li
 
 
 def render(tokenizer: Tokenizer, prompts: Sequence[Prompt], chat: bool) -> list[str]:
-    """The prompts as text, up to where the model continues.
+    """Renders prompts as texts that the model continues.
 
     Args:
       chat: whether the chat template of the tokenizer renders them.
@@ -97,7 +99,7 @@ def encode(tokenizer: Tokenizer, text: str, rendered: bool = False) -> list[int]
     """The token ids of a prompt.
 
     Args:
-      rendered: whether a chat template has rendered the text, whose special tokens then become their ids.
+      rendered: whether a chat template has rendered the text; names of special tokens are then converted to their ids.
     """
     if rendered and isinstance(tokenizer, PretrainedTokenizer):
         return tokenizer.encode_chat(text)
@@ -105,10 +107,10 @@ def encode(tokenizer: Tokenizer, text: str, rendered: bool = False) -> list[int]
 
 
 def encode_pair(tokenizer: Tokenizer, prompt: str, answer: str, rendered: bool = False) -> tuple[list[int], list[int]]:
-    """(token ids of the prompt, those of the answer): the ids of prompt + answer, split where the answer begins.
+    """Returns (token ids of the prompt, token ids of the answer): the ids of prompt + answer, split at the answer.
 
-    A token that overlaps the answer belongs to it. Spaces at the end of the prompt belong to the answer, because
-    vocabularies have words with the space before them.
+    A token that contains text of both belongs to the answer. Spaces at the end of the prompt belong to the answer,
+    because most vocabularies have words with a leading space.
 
     Args:
       rendered: see `encode`.

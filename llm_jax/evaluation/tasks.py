@@ -4,8 +4,8 @@
     {"country": "France", "answer": "Paris", "shot": true}
     {"country": "Italy", "answer": "Rome"}
 
-The first line has the options of the task, named like the attributes of `Task`; it may be left out if the examples have
-"question" and "answer". Examples with "shot" are the solved examples of few-shot prompts.
+The first line has the options of the task, which are named like the attributes of `Task`. It may be omitted if the
+examples have "question" and "answer". Examples with "shot" are the solved examples of few-shot prompts.
 """
 
 import dataclasses
@@ -24,7 +24,8 @@ from llm_jax.evaluation.templates import Example, Template
 
 SCORINGS = ("likelihood", "generate")
 
-# A number: a sign, which is not the hyphen of "3-4"; a currency; digits, perhaps in groups of three; an exponent.
+# A number: an optional sign (not the hyphen of "3-4"), an optional currency, digits with optional thousands separators,
+# and an optional exponent.
 _GROUP = "[,_'\N{RIGHT SINGLE QUOTATION MARK}\N{NO-BREAK SPACE}\N{NARROW NO-BREAK SPACE}\N{THIN SPACE}]"
 _NUMBER = re.compile(
     r"(?:(?<![\w.)])(?P<sign>[-+\N{MINUS SIGN}])\s?)?[$\N{EURO SIGN}\N{POUND SIGN}\N{YEN SIGN}]?\s?"
@@ -33,7 +34,7 @@ _NUMBER = re.compile(
 
 
 def number(text: str) -> decimal.Decimal | None:
-    """The last number of a text, or None. Signs, thousands separators, currencies and percent signs are understood."""
+    """The last number of a text, or None. Handles signs, thousands separators, currencies and percent signs."""
     match = None
     for match in _NUMBER.finditer(text):  # noqa: B007
         pass
@@ -47,9 +48,9 @@ def _words(text: str) -> str:
     return re.sub(r"[\W_]+", " ", text.casefold()).strip()
 
 
-# normalization -> a function of predictions and answers, which are then compared.
+# {normalization: function that is applied to predictions and answers before they are compared}.
 NORMALIZATIONS: dict[str, Callable[[str], str]] = {"none": str.strip, "words": _words}
-# metric -> whether a prediction is right: (prediction, answer), both normalized and not empty.
+# {metric: function (prediction, answer) -> whether the prediction is correct}; both are normalized and not empty.
 _BEFORE, _AFTER = r"(?<![^\s(\"'])", r"(?![^\s.,;:!?)\"'])"  # the answer is not part of a longer word
 METRICS: dict[str, Callable[[str, str], bool]] = {
     "exact": lambda prediction, answer: prediction == answer,
@@ -61,20 +62,20 @@ METRICS: dict[str, Callable[[str, str], bool]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """Questions with their answers, and the way to judge a model's answers.
+    """Questions with their correct answers, and the metric of a model's answers.
 
     Attributes:
       templates: paraphrases of the question.
-      examples: the questions that are asked.
+      examples: the examples that the model answers.
       shots: solved examples for few-shot prompts.
-      scoring: "likelihood" takes the most likely of the choices of an example, "generate" reads a generated text.
-      extract: regular expression; its last match (its first group, if it has one) is the answer in a generated text.
-      metric: one of `METRICS`, which compares the extracted answer with the right one.
+      scoring: "likelihood": the answer is the most likely choice of the example; "generate": the model writes it.
+      extract: regular expression; its last match (the first group, if it has one) is the answer in a generated text.
+      metric: name in `METRICS`; compares the extracted answer with the correct one.
       max_new_tokens, stop: limits of a generated answer.
-      reasoning_tokens: limit of the chain of thought before it.
+      reasoning_tokens: maximum number of tokens of the chain of thought before the answer.
       domain: the field of the expert persona.
-      normalization: one of `NORMALIZATIONS`: "none" compares texts without surrounding white space, "words" ignores
-        case and punctuation.
+      normalization: name in `NORMALIZATIONS`: "none" strips surrounding white space, "words" also ignores case and
+        punctuation.
     """
 
     name: str
@@ -91,7 +92,7 @@ class Task:
     normalization: str = "none"
 
     def check(self) -> None:
-        """Raises UserError if the parts do not fit together."""
+        """Raises UserError if the task is inconsistent, for example if an example lacks a field of the template."""
         if not self.examples:
             raise UserError(f"the task {self.name} has no examples to ask")
         for name, options in (("scoring", SCORINGS), ("metric", METRICS), ("normalization", NORMALIZATIONS)):
@@ -100,7 +101,7 @@ class Task:
         try:
             re.compile(self.extract)
         except re.error as error:
-            raise UserError(f"the task {self.name}: extract is no regular expression ({error})") from error
+            raise UserError(f"the task {self.name}: extract is not a regular expression ({error})") from error
         for template in self.templates:
             fields = templates.names(template)
             for index, example in enumerate((*self.examples, *self.shots), 1):
@@ -112,34 +113,34 @@ class Task:
         for index, example in enumerate(self.examples, 1):
             if len(example.choices) < 2 or example.answer not in example.choices:
                 raise UserError(
-                    f"the task {self.name}: example {index} needs choices, two or more, with its answer among them"
+                    f"the task {self.name}: example {index} needs at least two choices that include its answer"
                 )
             if len(set(example.choices)) < len(example.choices):
                 raise UserError(f"the task {self.name}: two choices of example {index} are the same")
 
     def _check_answers(self) -> None:
-        """Raises UserError if the metric cannot tell the answers of the task apart."""
+        """Raises UserError if the metric cannot distinguish the answers of the task."""
         if self.metric == "number":
             if self.normalization != "none":
-                raise UserError(f"the task {self.name}: metric is 'number', which takes normalization 'none' only")
+                raise UserError(f"the task {self.name}: metric 'number' requires normalization 'none'")
             for index, example in enumerate(self.examples, 1):
                 if number(example.answer) is None:
                     raise UserError(
-                        f"the task {self.name}: the answer of example {index} is {example.answer!r}, no number"
+                        f"the task {self.name}: the answer of example {index} is {example.answer!r}; expected a number"
                     )
         normalize = NORMALIZATIONS[self.normalization]
         answers: dict[str, str] = {}
         for index, example in enumerate(self.examples, 1):
             other = answers.setdefault(normalize(example.answer), example.answer)
             if not normalize(example.answer) or other.strip() != example.answer.strip():
-                what = f"the same as {other!r}" if normalize(example.answer) else "empty"
+                problem = f"the same as {other!r}" if normalize(example.answer) else "empty"
                 raise UserError(
-                    f"the task {self.name}: the answer of example {index} is {example.answer!r}, {what} with "
-                    f"normalization '{self.normalization}'"
+                    f"the task {self.name}: the answer of example {index} is {example.answer!r}, which is {problem} "
+                    f"with normalization '{self.normalization}'"
                 )
 
     def digest(self) -> str:
-        """A hash of the task: equal for equal tasks only."""
+        """A hash of everything that defines the task."""
         return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
 
     def read(self, text: str) -> str:
@@ -148,7 +149,7 @@ class Task:
         return ((matches[-1][1] if matches[-1].re.groups else matches[-1][0]) or "").strip() if matches else ""
 
     def right(self, prediction: str, example: Example) -> bool:
-        """Whether an extracted answer is the right one of the example; an empty one never is."""
+        """Whether an extracted answer is correct for the example; an empty answer never is."""
         normalize = NORMALIZATIONS[self.normalization]
         prediction = normalize(prediction)
         return bool(prediction) and METRICS[self.metric](prediction, normalize(example.answer))
@@ -165,7 +166,7 @@ def read(path: pathlib.Path) -> Task:
     """The task in a file of JSON lines.
 
     Raises:
-      UserError: a line is not a JSON object, or has an unknown key, a value of another type, or no answer; or see
+      UserError: a line is not a JSON object, has an unknown key, a value of the wrong type, or no answer; or see
         `Task.check`.
     """
     lines = list(records.json_lines(path))

@@ -1,7 +1,7 @@
 """Templates and prompting styles, as data.
 
-A template turns the fields of an example into text. A style adds nothing (zero-shot), solved examples (few-shot), the
-role of an expert, or a request to reason first (chain of thought).
+A template converts the fields of an example to text. A style adds nothing (zero-shot), solved examples (few-shot), an
+expert persona, or a request to reason before the answer (chain of thought).
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """Format strings over an example's fields; `answer` also over {answer}."""
+    """Format strings with the names of an example's fields; `answer` may also contain {answer}."""
 
     question: str
     answer: str = " {answer}"
@@ -52,7 +52,7 @@ class Style:
 
     Attributes:
       shots: number of solved examples before the question.
-      persona: format string over {domain} for the system message.
+      persona: format string with {domain} for the system message.
       reason: the cue after which the model reasons before it answers; "": it answers directly.
       request: an instruction that is added to the system message.
       conclude: the text between the reasoning and the answer.
@@ -82,7 +82,7 @@ class Prompt:
 
     Attributes:
       turns: (role, text) of each message; the last one is the user's.
-      begun: the beginning of the answer.
+      begun: the beginning of the answer, which is part of the prompt.
       reason: whether the model reasons before `conclude`.
       conclude: the text between the reasoning and the answer.
     """
@@ -93,7 +93,7 @@ class Prompt:
     conclude: str
 
     def plain(self) -> str:
-        """The prompt as one text, up to where the model continues."""
+        """The prompt as one text, which the model continues."""
         return "".join(text for _, text in self.turns) + self.begun
 
     def messages(self) -> list[dict[str, str]]:
@@ -130,14 +130,14 @@ def choose_shots(pool: Sequence[Example], count: int, seed: int, select: str = "
 
     Args:
       pool: all solved examples of the task.
-      select: "first" takes the first ones; "random" draws them and their order with `seed`; "balanced" does so with
-        numbers of the different answers that are as equal as possible.
+      select: "first": the first examples; "random": examples in random order, drawn with `seed`; "balanced": like
+        "random", but every answer occurs equally often if possible.
 
     Raises:
-      UserError: the pool has fewer than `count` examples; an unknown way to select.
+      UserError: the pool has fewer than `count` examples, or `select` is unknown.
     """
     if count > len(pool):
-        raise UserError(f"--shots={count}, but the task has {len(pool)} solved examples to show")
+        raise UserError(f"--shots={count}, but the task has only {len(pool)} solved examples")
     if select == "first":
         return list(pool[:count])
     shuffled = random.Random(seed).sample(list(pool), len(pool))
@@ -154,11 +154,11 @@ def choose_shots(pool: Sequence[Example], count: int, seed: int, select: str = "
 
 
 def names(template: Template) -> set[str]:
-    """The fields that a template names. Raises UserError if it is not a format string."""
+    """The names of the fields in a template. Raises UserError if it is not a format string."""
     try:
         parts = [p for text in (template.question, template.answer) for p in string.Formatter().parse(text)]
     except ValueError as error:
-        raise UserError(f"the template {template.question[:60]!r} is no format string ({error})") from error
+        raise UserError(f"the template {template.question[:60]!r} is not a format string ({error})") from error
     return {name for _, name, _, _ in parts if name is not None} - {"answer"}
 
 

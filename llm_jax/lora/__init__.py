@@ -5,7 +5,7 @@
     params = lora.attach(base, adapters)               parameters of the model; no copies or products
     params = lora.materialize(base, adapters)          dense arrays, for any Flax model and for merging
     base = lora.unmerge(params, adapters)
-    several = lora.combine(one, other); lora.mix(several, mixture)
+    combined = lora.combine(first, second); adapters = lora.mix(combined, mixture)
 
 At every adapted path the adapter tree has `a` (I, R), `b` (R, O) and `scale` (), each with the leading
 layer axis of the weight: the update is scale * a b. Variants add entries; see `adapt`.

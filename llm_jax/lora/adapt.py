@@ -1,24 +1,24 @@
-"""Creating adapters (`init`), splitting them into trainable and fixed entries, and attaching them to a base.
+"""Initializes adapters (`init`), splits them into trainable and fixed entries, and attaches them to a base.
 
 Variants, and their entries at an adapted path besides `a`, `b` and `scale`:
 
-    lora    a Gaussian, b zero: step 0 equals the base bit for bit (Hu et al. 2021, arXiv:2106.09685); under `jit`
-            with `model.qk_norm` to 1e-6, where XLA sums the norms of keys in another order
-    fa      as lora, with a frozen, so that the backward pass saves only x a (LoRA-FA: Zhang et al. 2023,
+    lora    a is Gaussian, b is zero: step 0 equals the base bit for bit (Hu et al. 2021, arXiv:2106.09685); within 1e-6
+            under `jit` with `model.qk_norm`, because XLA then sums the norms of keys in another order
+    fa      like lora, with a frozen a, so that the backward pass saves only x a (LoRA-FA: Zhang et al. 2023,
             arXiv:2308.03303)
     dora    DoRA: magnitude (O,), trained, and squares (O,); see `weights.Decomposed`
-    pissa   a b is initialized with the leading singular vectors of the weight, which `rebase` subtracts from the
-            base: start_a and start_b (Meng et al. 2024, arXiv:2404.02948)
+    pissa   a b is initialized with the leading singular vectors of the weight; `rebase` subtracts this product from the
+            base. start_a and start_b: the initial a and b (Meng et al. 2024, arXiv:2404.02948)
     loftq   a b is initialized with the leading singular vectors of the quantization error of the weight (Li et al.
             2023, arXiv:2310.08659, algorithm 1 with one iteration, which does not change the quantized base)
 
-Ranks may differ by layer: in a scan all factors have the largest rank, and the columns of `a` and rows of `b` past
-the rank of a layer are zero, and so are their gradients.
+Ranks may differ by layer. In a scan, all factors have the largest rank; the columns of `a` and rows of `b` beyond the
+rank of a layer are zero, and so are their gradients.
 """
 
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -79,7 +79,7 @@ def ranks(base: trees.Tree, config: LoraConfig) -> dict[str, dict[str, int]]:
     rules = [(target, _compile(PRESETS.get(target, target), "lora.targets")) for target in config.targets]
     by_rank = [(pattern, _compile(pattern, "lora.ranks"), rank) for pattern, rank in config.ranks]
     used: set[str] = set()
-    found: dict[str, dict[str, int]] = {}
+    ranks_by_path: dict[str, dict[str, int]] = {}
     for path, weight in trees.flatten(base).items():
         layer_ranks = {}
         for name in trees.expand(path):
@@ -89,32 +89,34 @@ def ranks(base: trees.Tree, config: LoraConfig) -> dict[str, dict[str, int]]:
             used.update(hits)
             shape = weight.shape[trees.layers_of(path) is not None :]
             layer_ranks[name] = _rank(name, shape, hits[0], by_rank, config.rank, used) if hits else 0
-        found[path] = layer_ranks
+        ranks_by_path[path] = layer_ranks
     for source, patterns in (("lora.targets", config.targets), ("lora.ranks", [p for p, _ in config.ranks])):
         if unused := [pattern for pattern in patterns if pattern not in used]:
-            cure = f"; did you mean '{other}'?" if (other := _other_pattern(unused[0], source, found)) else ""
+            other = _other_pattern(unused[0], source, ranks_by_path)
+            cure = f"; did you mean '{other}'?" if other else ""
             if "," in unused[0]:
-                several = [part.strip() for part in unused[0].split(",")]
-                cure = f"; several are written as {tuple(_other_pattern(p, source, found) or p for p in several)}"
+                parts = [part.strip() for part in unused[0].split(",")]
+                suggestion = tuple(_other_pattern(p, source, ranks_by_path) or p for p in parts)
+                cure = f"; several patterns are written as {suggestion}"
             raise UserError(f"{source}: '{unused[0]}' matches no {'weight' if 'targets' in source else 'target'}{cure}")
-    # All layers or none, so that any layout can be made of any other.
-    adapted = {_template(name) for layer_ranks in found.values() for name, rank in layer_ranks.items() if rank}
+    # A weight is adapted in all layers or in none, so that every layout can be converted to every other.
+    adapted = {_template(name) for layer_ranks in ranks_by_path.values() for name, rank in layer_ranks.items() if rank}
     return {
         path: layer_ranks
-        for path, layer_ranks in found.items()
+        for path, layer_ranks in ranks_by_path.items()
         if any(_template(name) in adapted for name in layer_ranks)
     }
 
 
-def _other_pattern(pattern: str, source: str, found: Mapping[str, Mapping[str, int]]) -> str | None:
-    """The pattern that is meant by the last part of a name, or by a name of peft; None if none is known.
+def _other_pattern(pattern: str, source: str, paths: Iterable[str]) -> str | None:
+    """The pattern to suggest for the last part of a weight's name or for a name of peft; None if unknown.
 
     Args:
       source: "lora.targets" or "lora.ranks".
-      found: {path: {name of the weight in each layer: rank}}.
+      paths: the paths of all weights.
     """
     last = pattern.rsplit(".", 1)[-1]
-    if any(name.endswith(f"/{last}") for path in found for name in trees.expand(path)):
+    if any(name.endswith(f"/{last}") for path in paths for name in trees.expand(path)):
         return f"layers/.*/{last}"  # a pattern matches the whole name of a weight
     return _OTHER_NAMES.get(last) if source == "lora.targets" else None
 
@@ -140,7 +142,7 @@ def _compile(pattern: str, source: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise UserError(f"{source}: '{pattern}' is no regular expression ({error})") from error
+        raise UserError(f"{source}: '{pattern}' is not a regular expression ({error})") from error
 
 
 def init(key: jax.Array, base: trees.Tree, config: LoraConfig, original: trees.Tree | None = None) -> dict[str, Any]:
@@ -163,35 +165,37 @@ def init(key: jax.Array, base: trees.Tree, config: LoraConfig, original: trees.T
         raise UserError("lora.variant=loftq starts from the quantization error; set quant.scheme")
     flat, originals = trees.flatten(base), trees.flatten(base if original is None else original)
     ranks_by_path = ranks(base, config)
-    without_rank = [name for own in ranks_by_path.values() for name, rank in own.items() if not rank]
-    if config.variant == "dora" and without_rank:  # its magnitude would still be trained
+    without_rank = [name for layer_ranks in ranks_by_path.values() for name, rank in layer_ranks.items() if not rank]
+    if config.variant == "dora" and without_rank:  # the magnitude would be trained even so
         raise UserError(
-            f"lora.targets: '{without_rank[0]}' is left out; lora.variant=dora adapts a weight in all layers or none"
+            f"lora.targets: '{without_rank[0]}' is not matched; lora.variant=dora adapts a weight in all layers or none"
         )
     if config.factors:
         _check_factors(config.factors, flat, ranks_by_path)
-    widest: dict[str, int] = {}
-    for own in ranks_by_path.values():
-        for name, rank in own.items():
-            widest[_template(name)] = max(rank, widest.get(_template(name), 0))
+    max_ranks: dict[str, int] = {}
+    for layer_ranks in ranks_by_path.values():
+        for name, rank in layer_ranks.items():
+            max_ranks[_template(name)] = max(rank, max_ranks.get(_template(name), 0))
     adapters: dict[str, Any] = {}
-    for path, own in ranks_by_path.items():
+    for path, layer_ranks in ranks_by_path.items():
         starts = []
-        for i, (name, rank) in enumerate(own.items()):
-            here, whole = (w if trees.layers_of(path) is None else _layer(w, i) for w in (flat[path], originals[path]))
-            starts.append(_start(_key(key, name), name, here, whole, rank, widest[_template(name)], config))
+        for i, (name, rank) in enumerate(layer_ranks.items()):
+            pair = flat[path], originals[path]
+            weight, unquantized = pair if trees.layers_of(path) is None else (_layer(w, i) for w in pair)
+            max_rank = max_ranks[_template(name)]
+            starts.append(_start(_key(key, name), name, weight, unquantized, rank, max_rank, config))
         parts = starts[0] if trees.layers_of(path) is None else jax.tree.map(lambda *x: jnp.stack(x), *starts)
         adapters |= {f"{path}/{part}": leaf for part, leaf in parts.items()}
     return trees.unflatten(adapters)
 
 
-def _check_factors(name: str, flat: Mapping[str, Any], found: Mapping[str, Mapping[str, int]]) -> None:
+def _check_factors(name: str, flat: Mapping[str, Any], ranks_by_path: Mapping[str, Mapping[str, int]]) -> None:
     s = number_formats.scheme(name)
     if s.activations:
-        raise UserError(f"lora.factors={name}: it quantizes activations too; expected a scheme of weights")
-    for path, own in found.items():
+        raise UserError(f"lora.factors={name}: it also quantizes activations; expected a scheme for weights only")
+    for path, layer_ranks in ranks_by_path.items():
         rows, _ = _matrix(flat[path].shape[trees.layers_of(path) is not None :])
-        for size in (rows, max(own.values())):
+        for size in (rows, max(layer_ranks.values())):
             if reason := number_formats.unsupported_reason(s, size):
                 raise UserError(f"lora.factors={name} for the adapter of '{path}': {reason}")
 
@@ -213,7 +217,7 @@ def _hash(name: str) -> int:
 
 
 def _start(key: Any, name: str, base: Any, original: Any, rank: int, width: int, config: LoraConfig) -> dict[str, Any]:
-    """The entries of one layer's weight."""
+    """The initial entries of the adapter of one layer's weight; `width` is the rank of the arrays, padding included."""
     rows, columns = _matrix(base.shape)
     dtype = jnp.promote_types(jnp.float32, _dtype(base))
     within_rank = jnp.arange(width) < rank
@@ -228,7 +232,7 @@ def _start(key: Any, name: str, base: Any, original: Any, rank: int, width: int,
         if config.variant == "pissa":
             parts |= {"start_a": parts["a"], "start_b": parts["b"]}
         return parts
-    # x a is then about as large as x; of a one-hot input, a row of a table, one entry is not zero.
+    # With this variance, x a is about as large as x. The input of a table is one-hot and has one nonzero entry.
     entries = 1 if re.fullmatch(_EMBEDDINGS, name) else rows
     a = jax.random.normal(key, (rows, width), dtype) * (within_rank / entries**0.5).astype(dtype)
     parts |= {"a": a, "b": jnp.zeros((width, columns), dtype)}
@@ -284,7 +288,7 @@ def check(base: trees.Tree, adapters: trees.Tree, source: str) -> None:
     flat = trees.flatten(base)
     for path, parts in by_path(adapters).items():
         if path not in flat:
-            raise UserError(f"{source}: adapts '{path}', which the base lacks; it is for another model")
+            raise UserError(f"{source}: adapts '{path}', which the base lacks; the adapters are for another model")
         if not {"a", "b", "scale"} <= parts.keys():
             raise UserError(f"{source}: '{path}' needs a, b and scale; it has {', '.join(sorted(parts))}")
         stacked = trees.layers_of(path) is not None
@@ -292,7 +296,8 @@ def check(base: trees.Tree, adapters: trees.Tree, source: str) -> None:
         a, b = parts["a"].shape, parts["b"].shape
         if a != (*lead, rows, a[-1]) or b != (*lead, a[-1], columns):
             raise UserError(
-                f"{source}: a {a} and b {b} do not fit '{path}' of shape {flat[path].shape}; it is for another model"
+                f"{source}: a {a} and b {b} do not fit '{path}' of shape {flat[path].shape}; the adapters are for "
+                "another model"
             )
 
 
@@ -300,14 +305,15 @@ def rebase(base: trees.Tree, adapters: trees.Tree) -> dict[str, Any]:
     """The base minus the initial a b of its adapters (PiSSA), before quantization; other bases are unchanged.
 
     Raises:
-      UserError: an adapted weight is quantized, so that nothing can be subtracted from it.
+      UserError: an adapted weight is quantized, so that the initial product cannot be subtracted from it.
     """
     flat = trees.flatten(base)
     for path, parts in by_path(adapters).items():
         if "start_a" in parts:
             if not weights.is_dense(flat[path]):
                 raise UserError(
-                    f"'{path}' is a {weights.kind(flat[path])}; lora.variant=pissa takes its start out of full weights"
+                    f"'{path}' is a {weights.kind(flat[path])}; lora.variant=pissa subtracts its initial value from "
+                    "dense weights"
                 )
             start = jnp.matmul(parts["start_a"] * _per_layer(parts["scale"], 2), parts["start_b"])
             flat[path] = (flat[path] - start.reshape(flat[path].shape)).astype(flat[path].dtype)
@@ -315,7 +321,7 @@ def rebase(base: trees.Tree, adapters: trees.Tree) -> dict[str, Any]:
 
 
 def _per_layer(scale: jax.Array, rank: int) -> jax.Array:
-    """A scale () or (L,) against arrays of `rank` axes after the leading one."""
+    """Reshapes a scale () or (L,) to broadcast with arrays that have `rank` more axes."""
     return scale.reshape(*scale.shape, *(1,) * rank)
 
 
@@ -345,7 +351,7 @@ def attach(
     for path, parts in by_path(adapters).items():
         stacked = trees.layers_of(path)
         if len(flat[path].shape) - (stacked is not None) != 2:
-            raise UserError(f"'{path}' of shape {flat[path].shape} is no matrix; use lora.materialize")
+            raise UserError(f"'{path}' of shape {flat[path].shape} is not a matrix; use lora.materialize")
         keys = None
         if dropout and key is not None:
             name_hashes = np.array([_hash(name) for name in trees.expand(path)], np.uint32)

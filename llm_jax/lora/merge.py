@@ -1,4 +1,4 @@
-"""Merging adapters into dense weights and unmerging them; merging into quantized weights, with the error of it."""
+"""Merges adapters into dense weights and unmerges them; merges into quantized weights and measures the error."""
 
 import functools
 import math
@@ -15,12 +15,12 @@ from llm_jax.weights import IN, Adapted, Decomposed, FakeQuant, QTensor, quantiz
 
 
 def materialize(base: trees.Tree, adapters: trees.Tree, *, factors: str = "") -> dict[str, Any]:
-    """The base with W + scale * a b, in the shape and dtype of W, at every adapted path.
+    """Returns the base with W + scale * a b, in the shape and dtype of W, at every adapted path.
 
-    Works on the parameters of any Flax model, convolutions included: a kernel (..., O) is treated as the matrix
-    (I, O) of its flattened axes, so that `a` is the kernel of a convolution to R channels and `b` one of size 1.
-    The result can be differentiated with respect to the adapters inside a jitted function; this forms the gradient
-    of the dense W + a b, which `attach` avoids.
+    Works on the parameters of any Flax model, including convolutions: a kernel (..., O) is flattened to a matrix
+    (I, O), so that `a` is the kernel of a convolution to R channels, and `b` the kernel of a convolution of size 1.
+    The result can be differentiated with respect to the adapters inside a jitted function. Unlike `attach`, this
+    computes the gradient of the dense W + a b.
 
     Args:
       factors: see `attach`.
@@ -45,28 +45,28 @@ def _dense(base: jax.Array, parts: dict[str, Any], factors: str) -> jax.Array:
 
 
 def rounded(adapters: trees.Tree, factors: str) -> dict[str, Any]:
-    """The adapters with a and b rounded to the scheme `factors`, as `attach` rounds them in every use."""
+    """Rounds a and b of adapters to the scheme `factors`, like every use of adapters that are attached with it."""
     if not factors:
         return trees.unflatten(trees.flatten(adapters))
 
-    def unmerge_leaf(path: str, leaf: Any) -> Any:
+    def round_leaf(path: str, leaf: Any) -> Any:
         is_factor = path.endswith(("/a", "/b"))
         return weights.dense(FakeQuant(leaf, None, None, None, factors, IN)) if is_factor else leaf
 
-    return trees.map_weights(unmerge_leaf, adapters)
+    return trees.map_weights(round_leaf, adapters)
 
 
 def requantize(base: trees.Tree, adapters: trees.Tree, *, factors: str = "") -> tuple[dict[str, Any], dict[str, float]]:
-    """Merged parameters whose quantized weights are quantized again; see `fold`."""
+    """Merges adapters into a base and quantizes merged weights of a quantized base again; see `fold`."""
     return fold(attach(base, adapters, factors=factors))
 
 
 def fold(params: trees.Tree) -> tuple[dict[str, Any], dict[str, float]]:
-    """Merges attached adapters into their weights; quantized weights are quantized again by their own schemes.
+    """Merges attached adapters into their weights; merged quantized weights are quantized again by the same scheme.
 
     Returns:
       (parameters, {path: error}): for every quantized weight with an adapter, the norm of the rounding error of the
-      merged weight over the norm of the update; at 1 the update is lost.
+      merged weight divided by the norm of the update. An error of 1 means that the update is lost.
     """
     flat, costs = trees.flatten(params), {}
     for path, weight in flat.items():

@@ -1,7 +1,7 @@
-"""Several adapters of one base model: selected, summed with weights, or chosen per batch row.
+"""Several adapters of one base model: selects one, sums them with weights, or does so for each batch row.
 
-`combine` concatenates adapters along the rank. `mix` weights them by changing values only, so that a jitted function
-is not recompiled for other weights.
+`combine` concatenates adapters along the rank. `mix` changes only values, so that a jitted function is not recompiled
+for other mixing weights.
 """
 
 from typing import Any

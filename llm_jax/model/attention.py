@@ -33,7 +33,7 @@ class Tokens:
     Attributes:
       positions: int32 (B, T).
       segments: int32 (B, T); tokens attend within their segment, and 0 is padding.
-      ids: int32 (B, T), the token ids, which only the cache of a scheme that `depends_on_length` holds; else None.
+      ids: int32 (B, T), the token ids, in the cache of a position scheme that `depends_on_length`; otherwise None.
     """
 
     positions: jax.Array
@@ -47,7 +47,8 @@ class KVCache:
     """Keys and values of earlier tokens, with a fixed number of slots per row.
 
     Attributes:
-      tokens: positions, segments and perhaps ids of the cached tokens, int32 (B, slots); segment 0 marks an empty slot.
+      tokens: positions, segments and (for some schemes) ids of the cached tokens, int32 (B, slots); segment 0 marks an
+        empty slot.
       index: the next slot to write: int32 () for all rows, or (B,).
       layers: for each layer, in the layout of the parameters, {"key", "value"} of (B, slots, K, H) in the compute
         dtype. With `model.kv_cache=int8` they are int8 codes, with {"key_scale", "value_scale"}, float16
@@ -65,7 +66,7 @@ def visible(queries: Tokens, keys: Tokens, window: int | None, causal: bool = Tr
     Args:
       queries: positions and segments (B, T).
       keys: positions and segments (B, S).
-      window: the distance from which tokens are masked, or None for no window.
+      window: keys at this distance from the query or farther are masked; None for no window.
       causal: whether keys after the query are masked.
     """
     distance = queries.positions[:, :, None] - keys.positions[:, None, :]
@@ -76,7 +77,7 @@ def visible(queries: Tokens, keys: Tokens, window: int | None, causal: bool = Tr
 
 
 def lengths_so_far(tokens: Tokens, keys: Tokens) -> jax.Array:
-    """Length so far of the segment of each token, int32 (B, T): the largest position among its keys, plus 1."""
+    """The current length of the segment of each token, int32 (B, T): the largest position among its keys, plus 1."""
     same_segment = tokens.segments[:, :, None] == keys.segments[:, None, :]
     return jnp.max(jnp.where(same_segment, keys.positions[:, None, :], 0), -1) + 1
 
@@ -90,14 +91,14 @@ def write(slots: jax.Array, new: jax.Array, index: jax.Array | None) -> jax.Arra
 
 
 def write_tokens(cache: KVCache, new: Tokens) -> Tokens:
-    """The tokens of the cache with the tokens `new`, int32 (B, T) each, in its next slots."""
+    """Returns the tokens of the cache after `new`, int32 (B, T) each, has been written to its next slots."""
     return jax.tree.map(lambda slots, values: write(slots, values, cache.index), cache.tokens, new)
 
 
 def write_layer(
     cache: dict[str, jax.Array], new: dict[str, jax.Array], index: jax.Array | None
 ) -> dict[str, jax.Array]:
-    """Writes `new`, {name: (B, T, K, H)}, to the cache of a layer from slot `index` on, as int8 if it holds int8."""
+    """Writes `new`, {name: (B, T, K, H)}, to the cache of a layer from slot `index` on; as codes if it is int8."""
     arrays = {}
     for name, values in new.items():
         if f"{name}_scale" in cache:
@@ -131,7 +132,7 @@ class Attention(Module):
     """Grouped-query self-attention (Ainslie et al. 2023, arXiv:2305.13245).
 
     Attributes:
-      kind: of `model.layer_pattern`.
+      kind: kind of the layer, see `model.layer_pattern`.
     """
 
     kind: str = "global"
@@ -150,7 +151,7 @@ class Attention(Module):
         """Applies attention to x.
 
         Args:
-          x_BTD: float, normed or not, as `model.norm_placement` says.
+          x_BTD: float, the input, normalized or not depending on `model.norm_placement`.
           queries: positions and segments of the tokens of x.
           keys: positions and segments of all keys: `queries` itself without a cache, otherwise of the slots.
           bias_BNTS: float32 bias of the scores, whose leading axis may be 1, or None.
@@ -182,9 +183,8 @@ class Attention(Module):
             q = (q / (depth + 1)).astype(q.dtype)
         lengths = lengths_so_far(queries, keys) if scheme.depends_on_length else None
         q, k = scheme.rotate(q, queries.positions, lengths), scheme.rotate(k, queries.positions, lengths)
-        if (
-            cache is None and mesh_lib.in_use().get(mesh_lib.CONTEXT, 1) > 1
-        ):  # queries stay; keys and values of all shards
+        if cache is None and mesh_lib.in_use().get(mesh_lib.CONTEXT, 1) > 1:
+            # Queries stay on their device; keys and values of all shards are gathered.
             q = mesh_lib.constrain(q, mesh_lib.BATCH, mesh_lib.CONTEXT, mesh_lib.HEADS, None)
             k, v = (mesh_lib.constrain(x, mesh_lib.BATCH, None, mesh_lib.HEADS, None) for x in (k, v))
         if cache is not None:
@@ -197,7 +197,7 @@ class Attention(Module):
         layer_bias = scheme.keys(q, queries.positions, keys.positions, table)
         if layer_bias is not None:
             bias_BNTS = layer_bias if bias_BNTS is None else layer_bias + bias_BNTS
-        if bias_BNTS is not None:  # a scheme may leave any axis at size 1, which the backward pass does not sum over
+        if bias_BNTS is not None:  # a scheme may return axes of size 1, which the backward pass does not support
             size = (q.shape[2], q.shape[1], keys.positions.shape[1])
             bias_BNTS = jnp.broadcast_to(bias_BNTS, (bias_BNTS.shape[0], *size))
         if self.is_mutable_collection(CAPTURE) and not self.is_initializing():

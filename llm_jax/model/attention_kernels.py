@@ -57,7 +57,7 @@ def choose(
     if reason and cached:
         return "plain", f"not {requested}: {reason}"
     if reason:
-        raise UserError(f"model.attention_kernel={requested} does not serve: {reason}; choose auto, plain or xla")
+        raise UserError(f"model.attention_kernel={requested} cannot be used: {reason}; choose auto, plain or xla")
     return requested, ""
 
 
@@ -67,7 +67,7 @@ def _unsupported(name: str, config: ModelConfig, platform: str, q, k, cached: bo
     if name == "plain":
         return ""
     if config.attention_softcap and name != "splash":
-        return "it has no model.attention_softcap"
+        return "it does not support model.attention_softcap"
     if name == "xla":
         return ""
     if positions.make(config).adds_to_scores:
@@ -105,8 +105,8 @@ def describe(config: ModelConfig, platform: str, batch: int, length: int, device
         for heads in (config.num_heads, config.num_kv_heads)
     )
     name, reason = choose(config, platform, q, k, False, devices)
-    if name == "splash" and platform != "tpu":  # `choose` accepts it, to compile for a TPU on another machine
-        raise UserError(f"model.attention_kernel=splash does not serve: it needs a TPU, and this is {platform}")
+    if name == "splash" and platform != "tpu":  # `choose` accepts splash, to compile for a TPU on another machine
+        raise UserError(f"model.attention_kernel=splash cannot be used: it needs a TPU, and this is {platform}")
     return f"{name} ({reason})" if reason else name
 
 
@@ -248,7 +248,7 @@ def _attend_forward(q_BTNH, k_BSKH, v_BSKH, mask_BTS, bias_BNTS, softcap):
     weights = jnp.exp(scores - top)
     total = jnp.sum(weights, -1, keepdims=True)
     out = (_batched(weights.astype(v.dtype), v, 3, 2) / total).astype(q_BTNH.dtype)
-    # Named as the matrix products are, so that a remat policy which saves those does not recompute attention.
+    # The same name as matrix products have, so that a remat policy that saves products does not recompute attention.
     out, log_total = (checkpoint_name(array, "dot") for array in (out, top + jnp.log(total)))
     return _by_token(out, length), (q, k, v, mask_BTS, bias_BNTS, out, log_total)
 
@@ -263,7 +263,7 @@ def _attend_backward(softcap, residuals, g_BTNH):
     d_scores = probs * (d_probs - jnp.sum(g.astype(wide) * out.astype(wide), -1, keepdims=True))
     d_bias = None
     if bias_BNTS is not None:
-        if d_scores.dtype == g.dtype:  # read by the products below as well; without the barrier XLA computes it twice
+        if d_scores.dtype == g.dtype:  # used here and in the products below; without the barrier XLA computes it twice
             d_scores = jax.lax.optimization_barrier(d_scores)
         per_row = d_scores.reshape(mask_BTS.shape[0], -1, *mask_BTS.shape[1:])
         d_bias = (per_row if bias_BNTS.shape[0] > 1 else jnp.sum(per_row, 0, keepdims=True)).astype(bias_BNTS.dtype)
@@ -320,8 +320,8 @@ def probabilities(
       q_BTNH, k_BSKH, mask_BTS, bias_BNTS, softcap: as in `attend`.
 
     Returns:
-      float32 (or the dtype of q where it is wider) (B, N, T, S); rows sum to 1, and masked keys have 0 unless all
-      keys of a query are masked.
+      (B, N, T, S) in float32, or in the dtype of q if it is wider; rows sum to 1, and masked keys have probability 0
+      unless all keys of a query are masked.
     """
     b, t, n, _ = q_BTNH.shape
     q, k = (_by_group(x, k_BSKH.shape[2]) for x in (q_BTNH, k_BSKH))

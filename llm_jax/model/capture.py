@@ -4,8 +4,8 @@
     captured.attentions[17][0, 3]      # layer 17, row 0, head 3: (queries, keys)
 
 `capture` supports every position scheme and attention kernel, scanned and unrolled layers, adapters and quantized
-weights, a cache, and `jax.jit`. Fused attention kernels do not return probabilities, so that `capture` computes them a
-second time from the same queries and keys; the logits equal those of `model.apply` without capture.
+weights, a cache, and `jax.jit`. Fused attention kernels do not return probabilities, so `capture` computes them again
+from the same queries and keys. The logits equal those of `model.apply`.
 """
 
 import dataclasses

@@ -34,15 +34,15 @@ class Layer(Module):
     If the collection `ACTIVATION_STATS` is mutable, the layer sows "rms", the root mean square of its output.
 
     Attributes:
-      kind: of `model.layer_pattern`.
+      kind: kind of the layer, see `model.layer_pattern`.
     """
 
     kind: str = "global"
 
     @nn.compact
     def __call__(self, x_BTD, queries, keys, bias, cache, index, depth=None):
-        # Otherwise the partitioner may split the width of the activations instead of their rows, as it splits weights,
-        # and multiply all rows on every device.
+        # Without this constraint, the partitioner may shard the width of the activations, like the weights, instead of
+        # their rows, and multiply all rows on every device.
         x_BTD = mesh_lib.constrain(x_BTD, mesh_lib.BATCH, mesh_lib.CONTEXT, None)
         x_BTD, cache = self._residual_blocks(x_BTD, queries, keys, bias, cache, index, depth)
         if self.is_mutable_collection(ACTIVATION_STATS) and not self.is_initializing():
@@ -130,27 +130,28 @@ class Layers(Module):
         return x_BTD, (caches if cache is not None else None)
 
     def _check_layout(self) -> None:
-        """Raises UserError where the parameters have the layout of the other value of `model.scan_layers`."""
+        """Raises UserError if the layout of the parameters does not match `model.scan_layers`."""
         names = self.variables.get("params", {})
         if names and any(":" in name for name in names) != bool(self.config.scan_layers):
             stacked, model = ("single layers", "True") if self.config.scan_layers else ("stacked layers", "False")
             raise UserError(
-                f"the parameters have {stacked}, and the model has model.scan_layers={model}; use them with the model "
-                "that they belong to, such as setup.model with setup.model_params(state)"
+                f"the parameters have {stacked}, but the model has model.scan_layers={model}; use a model and "
+                "parameters that belong together, such as setup.model and setup.model_params(state)"
             )
 
     def _traced_once(self) -> Callable[..., Any] | None:
-        """A function (kind, index, parameters, *inputs of the layer) -> its result, or None if each layer is a module.
+        """Returns a function (kind, index, parameters, *inputs of the layer) -> outputs that traces equal layers once.
 
-        Layers of one kind, with weights of the same kinds that are gathered alike, are traced and lowered once under
-        `jax.jit`, instead of once per layer. XLA inlines the calls, so that the compiled code is the same. The function
-        is new at every call, because traced code depends on the mesh in use.
+        Layers of the same kind, whose weights have the same kinds and the same shardings in products, are traced and
+        lowered once under `jax.jit` instead of once per layer. XLA inlines the calls, so the compiled code is the same.
+        A new function is created at every call, because traced code depends on the mesh in use. Returns None outside of
+        a trace and at initialization; then each layer is applied as a module.
         """
         assert self.scope is not None
         if self.scope.mutable or not isinstance(jax.tree.leaves(self.variables)[0], jax.core.Tracer):
             return None
         c, layer, path = self.config, rematerialized(self.config), "/".join(self.path)
-        first: dict[Any, int] = {}  # {how the weights of a layer are gathered: the first such layer}
+        first_layers: dict[Any, int] = {}  # {shardings of the weights in products: index of the first such layer}
 
         @functools.partial(jax.jit, static_argnums=(0, 1))
         def traced(kind: str, index: int, params: Any, *inputs: Any) -> Any:
@@ -159,7 +160,7 @@ class Layers(Module):
 
         def run_layer(kind: str, index: int, params: Any, *inputs: Any) -> Any:
             gathered = tuple(mesh_lib.gathered(f"{path}/{index}/{name}") for name in trees.flatten(params))
-            return traced(kind, first.setdefault(gathered, index), params, *inputs)
+            return traced(kind, first_layers.setdefault(gathered, index), params, *inputs)
 
         return run_layer
 

@@ -32,8 +32,8 @@ class Module(nn.Module):
     def weight(self, name: str, init: Callable[..., Any], shape: tuple[int, ...]) -> weights.Weight:
         """The weight `name` of the parameter tree, or a new array of `precision.params` at initialization.
 
-        `self.param` is used at initialization only, because it compares the shapes of leaves, and those of a quantized
-        or adapted weight differ from `shape`. `trees.check` compares weights with the model when they are loaded.
+        `self.param` is used at initialization only. It compares the shapes of leaves, and the leaves of a quantized or
+        adapted weight have other shapes than `shape`. `trees.check` compares weights with the model at loading.
         """
         if self.has_variable("params", name):
             return self.get_variable("params", name)
@@ -42,7 +42,7 @@ class Module(nn.Module):
     def linear(
         self, x: jax.Array, name: str, features: int, depth_scale: bool = False, bias: bool = False
     ) -> jax.Array:
-        """Multiplies x by the weight `name` and adds the bias `NAME_bias` where there is one.
+        """Multiplies x by the weight `name`, and adds the bias `NAME_bias` if `bias`.
 
         Args:
           x: float (..., in).
@@ -60,7 +60,7 @@ class Module(nn.Module):
     def linears(
         self, x: jax.Array, features: dict[str, int], depth_scale: bool = False, bias: bool = False
     ) -> list[jax.Array]:
-        """As `linear`, for several weights that multiply the same x: {name: features} -> [(..., features)]."""
+        """Like `linear`, for several weights that multiply the same x: {name: features} -> [(..., features)]."""
         scale = 1.0 / (2 * self.config.num_layers) if depth_scale else 1.0
         init = nn.initializers.variance_scaling(scale, "fan_in", "normal")
         kernels, biases = [], []

@@ -28,7 +28,7 @@ def check(extension: Extension, scheme: Any, head_dim: int) -> None:
         for declare in (scheme.declare, scheme.declare_layer)
     )
     x = jax.ShapeDtypeStruct((_B, _T, extension.call(scheme.token_width)), dtype)
-    heads_of = jax.ShapeDtypeStruct((_B, _T, heads, head_dim), dtype)
+    queries = jax.ShapeDtypeStruct((_B, _T, heads, head_dim), dtype)
     probabilities = jax.ShapeDtypeStruct((_B, heads, _T, _S), dtype)
     scores = {"batch": _B, "heads": heads, "queries": _T, "keys": _S}
     vectors = {"batch": _B, "tokens": _T, "heads": heads, "head_dim": head_dim}
@@ -38,7 +38,7 @@ def check(extension: Extension, scheme: Any, head_dim: int) -> None:
         return None if add is None else add(probs)
 
     extension.check_output("embed", scheme.embed, (x, q_positions, table), {"batch": _B, "tokens": _T, "width": width})
-    extension.check_output("rotate", scheme.rotate, (heads_of, q_positions, q_positions), vectors)
+    extension.check_output("rotate", scheme.rotate, (queries, q_positions, q_positions), vectors)
     extension.check_output("bias", scheme.bias, (q_positions, k_positions, table), scores, broadcasts=True)
-    extension.check_output("keys", scheme.keys, (heads_of, q_positions, k_positions, layer_table), scores, True)
+    extension.check_output("keys", scheme.keys, (queries, q_positions, k_positions, layer_table), scores, True)
     extension.check_output("values", values, (q_positions, k_positions, layer_table, probabilities), vectors)

@@ -74,7 +74,7 @@ class Position:
     def rotate(self, x: jax.Array, positions: jax.Array, length: jax.Array | None) -> jax.Array:
         """Rotates queries or keys x, float (B, T, N, H) -> (B, T, N, H) in the dtype of x.
 
-        A scheme that `depends_on_length` needs `length`, int32 (B, T): the length so far of the document of each token.
+        A scheme that `depends_on_length` needs `length`, int32 (B, T), the current length of each document.
         """
         return x
 
@@ -295,11 +295,11 @@ SCHEMES: dict[str, type[Position]] = {
 
 
 def make(config: ModelConfig, kind: str = "global") -> Position:
-    """The position scheme of `config.position` in layers of a kind.
+    """Returns the position scheme of `config.position` for one kind of layer.
 
     Args:
-      kind: of `model.layer_pattern`: "local" layers may have another RoPE base (`model.position.local_base`), and
-        "nope" layers have no positions.
+      kind: kind of the layer, see `model.layer_pattern`: "local" layers may have another RoPE base
+        (`model.position.local_base`), and "nope" layers have no positions.
 
     Raises:
       UserError: the kind is unknown, or the scheme cannot be used with the shape of the model.
@@ -311,7 +311,7 @@ def make(config: ModelConfig, kind: str = "global") -> Position:
         config = dataclasses.replace(config, position=position)
     cls = extensions.select("model.position.kind", config.position.kind, SCHEMES)
     if isinstance(cls, extensions.Extension):
-        return _own(cls, config)
+        return _custom(cls, config)
     if cls is Rope and config.position.scaling in rope.LENGTH_DEPENDENT:
         cls = LengthDependentRope
     scheme = cls(config)
@@ -320,7 +320,7 @@ def make(config: ModelConfig, kind: str = "global") -> Position:
 
 
 @functools.lru_cache(64)
-def _own(extension: extensions.Extension, config: ModelConfig) -> Position:
+def _custom(extension: extensions.Extension, config: ModelConfig) -> Position:
     """Creates a custom scheme and checks its hooks."""
     scheme: Position = extension.call(extension.bind(extension.subclass_of(Position)), config)
     extension.call(scheme.check)
@@ -329,7 +329,7 @@ def _own(extension: extensions.Extension, config: ModelConfig) -> Position:
 
 
 def head_dim(config: ModelConfig) -> int:
-    """Width of an attention head: `model.head_dim`, or model.width / model.num_heads where it is 0.
+    """Width of an attention head: `model.head_dim`, or model.width / model.num_heads if it is 0.
 
     Raises:
       UserError: num_heads is not a multiple of num_kv_heads, or width is not a multiple of num_heads.

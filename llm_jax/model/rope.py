@@ -54,8 +54,8 @@ def check(c: PositionConfig, head_dim: int) -> None:
     for name, factors in (("short_factors", c.short_factors), ("long_factors", c.long_factors)):
         if c.scaling == "longrope" and (len(factors) != width // 2 or min(factors) <= 0):
             raise UserError(
-                f"model.position.{name} has {len(factors)} numbers, the least {min(factors, default=0):g}; expected "
-                f"{int(width) // 2} positive numbers, one for each rotated pair"
+                f"model.position.{name} has {len(factors)} numbers with the minimum {min(factors, default=0):g}; "
+                f"expected {int(width) // 2} positive numbers, one for each rotated pair"
             )
 
 
@@ -68,7 +68,7 @@ def rotate(c: PositionConfig, x: jax.Array, positions: jax.Array, length: jax.Ar
     Args:
       x: queries or keys, float (B, T, N, H).
       positions: int32 (B, T).
-      length: int32 (B, T), the length so far of the document of each token; only the scalings in
+      length: int32 (B, T), the current length of the document of each token; only the scalings in
         `LENGTH_DEPENDENT` read it.
 
     Returns:
@@ -103,7 +103,7 @@ def frequencies(c: PositionConfig, width: int, length: jax.Array | None) -> jax.
 
 
 def frequency_index(c: PositionConfig, length: jax.Array) -> jax.Array:
-    """A number that two lengths share if the frequencies are the same at both: int32 (...) -> int32 (...)."""
+    """Maps lengths to numbers that are equal if the frequencies are equal: int32 (...) -> int32 (...)."""
     if c.scaling == "longrope":
         return (length > c.original_length).astype(jnp.int32)
     return jnp.maximum(length, c.original_length)

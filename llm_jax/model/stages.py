@@ -22,7 +22,7 @@ def stages(config: ModelConfig) -> tuple[tuple[tuple[str, ...], int], ...]:
         raise UserError(f"config key 'model.num_layers' is {layers}; expected at least 1")
     if not pattern or not set(pattern) <= set(LAYER_KINDS):
         raise UserError(
-            f"config key 'model.layer_pattern' is {pattern}; expected kinds out of {', '.join(LAYER_KINDS)}"
+            f"config key 'model.layer_pattern' is {pattern}; expected a list of the kinds {', '.join(LAYER_KINDS)}"
         )
     if len(set(pattern)) == 1:
         pattern = pattern[:1]

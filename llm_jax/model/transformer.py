@@ -139,24 +139,24 @@ class Transformer(Module):
 
         Args:
           tokens_BT: int32 token ids.
-          where: positions and segments of the tokens; by default each row is one segment from position 0.
+          where: positions and segments of the tokens; by default each row is one segment that starts at position 0.
           cache: from `init_cache` or an earlier call; the tokens are written to its next slots. The caller ensures
-            that the slots and the positions of the scheme suffice (`check_length`). If a document grows to a length at
-            which the frequencies of its positions change, the keys and values of all slots are computed again.
+            that there are enough slots and positions (`check_length`). If a document reaches a length at which the
+            frequencies of its positions change, the keys and values of all slots are recomputed.
           types_BT: int32 token types (sentence A or B) of a model with `type_vocab_size`; by default all 0.
 
         Returns:
           (features (B, T, D) in the compute dtype, the updated cache or None).
 
         Raises:
-          UserError: a call without parameters; arrays of another rank, shape or dtype, or ids out of range (see
-            `check_tokens`); without `where`, more tokens than the scheme has positions (`check_length`).
+          UserError: the model is called without parameters; the inputs have the wrong rank, shape or dtype, or ids are
+            out of range (see `check_tokens`); without `where`, there are more tokens than positions (`check_length`).
         """
         check_tokens(self.config, tokens_BT, where, types_BT)
         if self.scope is None or not (self.is_initializing() or self.has_variable("params", "embed")):
             raise UserError(
-                'the model is called without its parameters; call model.apply({"params": params}, tokens), with the '
-                "params of llm_jax.load or of model.init"
+                'the model is called without parameters; call model.apply({"params": params}, tokens) with the '
+                "parameters from llm_jax.load or model.init"
             )
         if where is None:
             check_length(self.config, tokens_BT.shape[1])
@@ -226,27 +226,27 @@ class Transformer(Module):
 
 
 def check_tokens(config: ModelConfig, tokens: Any, where: Tokens | None = None, types: Any = None) -> None:
-    """Raises UserError unless the inputs of a model are integers of shape (B, T) and ids of its vocabulary.
+    """Raises UserError unless the inputs of a model are integers of shape (B, T), and the tokens are valid ids.
 
-    The ids are checked outside of `jax.jit` only, where their values are known.
+    The values of the ids are checked only outside of `jax.jit`, where they are known.
     """
-    named = {"tokens": tokens, "types": types}
-    named |= {} if where is None else {"where.positions": where.positions, "where.segments": where.segments}
+    arrays = {"tokens": tokens, "types": types}
+    arrays |= {} if where is None else {"where.positions": where.positions, "where.segments": where.segments}
     shape: Any = getattr(tokens, "shape", ())
-    for name, array in named.items():
+    for name, array in arrays.items():
         if array is None:
             continue
         if not hasattr(array, "dtype"):
             raise UserError(f"{name}: {type(array).__name__}; expected an array, such as jnp.asarray({name})")
         dtype = jnp.result_type(array)
         if not jnp.issubdtype(dtype, jnp.integer) or len(shape) != 2 or jnp.shape(array) != shape:
-            expected = "(batch, length)" if name == "tokens" else f"{shape}, that of the tokens"
+            expected = "(batch, length)" if name == "tokens" else f"{shape}, like the tokens"
             raise UserError(f"{name}: {dtype} of shape {jnp.shape(array)}; expected integers of shape {expected}")
     if not shape[1]:
         raise UserError(f"tokens: shape {shape}; expected at least one token per row")
     if not config.vocab_size:
         raise UserError(
-            "model.vocab_size is 0, which a run replaces by the size of its tokenizer; set it, for example to "
+            "model.vocab_size is 0, which only training replaces by the size of its tokenizer; set it, for example to "
             "tokenizer.vocab_size"
         )
     is_known = not isinstance(tokens, jax.core.Tracer) and getattr(tokens, "is_fully_addressable", True)
@@ -301,18 +301,18 @@ def check_length(config: ModelConfig, length: int) -> None:
     bound = positions.make(config).max_length()
     if bound is not None and length > bound:
         raise UserError(
-            f"sequences of {length} tokens go past the {bound} positions of model.position.kind="
+            f"sequences of {length} tokens exceed the {bound} positions of model.position.kind="
             f"{config.position.kind}; shorten them, or train with a larger model.position.max_length"
         )
 
 
 def width_ratio(config: ModelConfig) -> float:
-    """The factor base_width / width of muP, hyperparameter transfer across widths; 1 if `model.base_width` is 0.
+    """The factor base_width / width of muP (hyperparameter transfer across widths); 1 if `model.base_width` is 0.
 
-    Yang et al. 2022 (arXiv:2203.03466), table 8: the initialization and the learning rates of embeddings, head and
-    vectors do not depend on the width; logits, and the Adam learning rates of hidden matrices (`optim.make`), are
-    multiplied by this factor. The head may be tied to the embedding table. Wider models should have more heads of the
-    same head_dim; the scale 1 / sqrt(head_dim) of the attention scores is then the same at every width.
+    Yang et al. 2022 (arXiv:2203.03466), table 8: logits, and the Adam learning rates of hidden matrices
+    (`optim.make`), are multiplied by this factor. The initialization and the learning rates of embeddings, head and
+    vectors do not depend on the width. The head may be tied to the embedding table. Wider models should have more heads
+    of the same head_dim; the scale 1 / sqrt(head_dim) of the attention scores is then the same at every width.
 
     Raises:
       UserError: `model.scale_embeddings` is True as well.
@@ -320,12 +320,12 @@ def width_ratio(config: ModelConfig) -> float:
     if not config.base_width:
         return 1.0
     if config.scale_embeddings:
-        raise UserError("model.base_width keeps embeddings alike at every width; set model.scale_embeddings=False")
+        raise UserError("model.base_width requires model.scale_embeddings=False: it keeps the scale of embeddings")
     return config.base_width / config.width
 
 
 def matmul_parameters(config: ModelConfig) -> int:
-    """Number of parameters of the matrices that multiply every token, the head included."""
+    """Number of parameters of the matrices that multiply every token, including the head."""
     c, h = config, positions.head_dim(config)
     attention = c.width * h * (2 * c.num_heads + 2 * c.num_kv_heads)
     mlp = c.width * c.mlp_dim * (3 if c.mlp == "gated" else 2)
@@ -335,7 +335,7 @@ def matmul_parameters(config: ModelConfig) -> int:
 def flops_per_token(config: ModelConfig, length: int) -> float:
     """FLOPs of the model per token of a training step: 6 P + 12 L N H T (Chowdhery et al. 2022, PaLM, appendix B).
 
-    P is `matmul_parameters`, L the number of layers, N of heads, H head_dim and T the sequence length `length`.
+    P is `matmul_parameters`, L the number of layers, N the number of heads, H head_dim, and T the sequence length.
     """
     attention = 12 * config.num_layers * config.num_heads * positions.head_dim(config) * length
     return 6.0 * matmul_parameters(config) + attention

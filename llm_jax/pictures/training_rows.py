@@ -100,4 +100,4 @@ def rows(config: Config, first: int = 0, count: int = 2, held_out: bool = False)
 
 def _head(number: int, tokens: int, inputs: int) -> str:
     """The title of a segment, whose last token may be a target without being an input."""
-    return f"segment {number}: {tokens} tokens" + ", the last as a target alone" * (tokens > inputs)
+    return f"segment {number}: {tokens} tokens" + " (the last token is only a target, not an input)" * (tokens > inputs)

@@ -1,1 +1,1 @@
-"""Quantization: rules over names, calibration, and methods that determine scales and codes."""
+"""Quantization: rules that select schemes by name, calibration, and methods that determine scales and codes."""

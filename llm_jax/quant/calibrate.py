@@ -1,7 +1,8 @@
-"""Quantization of a model layer by layer, each calibrated on the outputs of the quantized layers before it.
+"""Quantizes a model layer by layer. Each layer is calibrated on the outputs of the quantized layers before it.
 
-Besides the model, memory holds the inputs of one layer, their statistics (an I x I matrix for each weight (I, O)) and
-the new weights of the layer. Finished layers are written to a directory, from which an interrupted command continues.
+In addition to the model, the memory contains the inputs of one layer, their statistics (an I x I matrix for each weight
+(I, O)) and the new weights of the layer. Finished layers are written to a directory, from which an interrupted command
+resumes.
 """
 
 import dataclasses
@@ -51,7 +52,7 @@ class CalibrationOptions:
 
 
 def needs_text(planned: Mapping[str, str], method: str) -> bool:
-    """Whether the method, or a scheme of `planned` with static activations, needs calibration text."""
+    """Whether calibration text is needed, by the method or by a scheme of `planned` with static activations."""
     return methods.METHODS[method][1] or any(
         name and number_formats.scheme(name).activations == "static" for name in planned.values()
     )
@@ -63,11 +64,10 @@ def text(config: Config, source_name: str, tokenizer: Tokenizer, length: int, co
     Args:
       config: configuration of the run that trained the model. Rows are prepared as in training; a masked language model
         is calibrated on rows with masked tokens.
-      source_name: the source of the text, as in `data.source`, all of which is used; "" for the training text of
-        the run.
+      source_name: a source like `data.source`, of which the whole text is used; "" for the training text of the run.
       tokenizer: the tokenizer of the model.
       length: tokens per row.
-      count: largest number of rows.
+      count: maximum number of rows.
 
     Raises:
       UserError: the text has fewer tokens than one row.
@@ -108,7 +108,7 @@ def run(
     Raises:
       UserError: a weight outside of the layers has a scheme with static activations.
     """
-    streams = _embedded(model, flat, rows, options.batch_size) if rows else []
+    batches = _embedded(model, flat, rows, options.batch_size) if rows else []  # the inputs of the next layer
     by_layer: dict[str, dict[str, Any]] = {}
     for path in list(flat):
         name = "/".join(path.split("/")[:2]) if path.startswith("layers/") else ""
@@ -128,16 +128,18 @@ def run(
         if directory.exists():
             tree, records = partial.read(directory)
             layer = trees.flatten(tree)
-            of_layer = [WeightSummary(**{**record, "shape": tuple(record["shape"])}) for record in records]
+            layer_summaries = [WeightSummary(**{**record, "shape": tuple(record["shape"])}) for record in records]
         else:
-            layer, of_layer = _quantize_layer(model.config, kind, name, by_layer.pop(name), planned, streams, options)
-            partial.write(directory, trees.unflatten(layer), [dataclasses.asdict(summary) for summary in of_layer])
+            arguments = (model.config, kind, name, by_layer.pop(name), planned, batches, options)
+            layer, layer_summaries = _quantize_layer(*arguments)
+            records = [dataclasses.asdict(summary) for summary in layer_summaries]
+            partial.write(directory, trees.unflatten(layer), records)
         params |= layer
-        summaries += of_layer
-        local = trees.unflatten({path.removeprefix(f"{name}/"): w for path, w in layer.items()})
-        for stream in streams:
-            stream["x"] = jax.device_get(
-                _forward(model.config, kind, local, stream["x"], stream["where"], stream["bias"])
+        summaries += layer_summaries
+        layer_params = trees.unflatten({path.removeprefix(f"{name}/"): w for path, w in layer.items()})
+        for batch in batches:
+            batch["x"] = jax.device_get(
+                _forward(model.config, kind, layer_params, batch["x"], batch["where"], batch["bias"])
             )
     return trees.unflatten(params), summaries
 
@@ -148,16 +150,16 @@ def _quantize_layer(
     name: str,
     flat: Mapping[str, Any],
     planned: Mapping[str, str],
-    streams: list[dict[str, Any]],
+    batches: list[dict[str, Any]],
     options: CalibrationOptions,
 ) -> tuple[dict[str, Any], list[WeightSummary]]:
-    """({path: weight} of one quantized layer, their summaries)."""
-    local = trees.unflatten({path.removeprefix(f"{name}/"): w for path, w in flat.items()})
+    """Quantizes one layer: returns ({path: weight}, summaries of the weights)."""
+    layer = trees.unflatten({path.removeprefix(f"{name}/"): w for path, w in flat.items()})
     observed = tuple(path.removeprefix(f"{name}/") for path in flat if planned[path])
     total: dict[str, methods.InputStatistics] = {}
-    for stream in streams:
-        batch = _observe(config, kind, observed, local, stream["x"], stream["where"], stream["bias"])
-        total = {key: methods.add(total[key], statistics) for key, statistics in batch.items()} if total else batch
+    for batch in batches:
+        new = _observe(config, kind, observed, layer, batch["x"], batch["where"], batch["bias"])
+        total = {key: methods.add(total[key], statistics) for key, statistics in new.items()} if total else new
     params, summaries = {}, []
     for path, w in flat.items():
         statistics = total.get(path.removeprefix(f"{name}/"))
@@ -169,7 +171,7 @@ def _quantize_layer(
 def _quantize_weight(
     path: str, w: Any, scheme: str, inputs: methods.InputStatistics | None, options: CalibrationOptions
 ) -> tuple[Any, WeightSummary]:
-    """(the weight quantized by `scheme`, or unchanged if it is "", its summary)."""
+    """Returns (the weight, quantized by `scheme` unless it is "", and its summary)."""
     if not scheme:
         return w, WeightSummary(path, "", tuple(w.shape), quantized.bits_per_weight(w), weights.num_bytes(w), 0.0)
     method = options.method if inputs is not None or not methods.METHODS[options.method][1] else "mse"
@@ -188,7 +190,7 @@ def _quantize(w, inputs, method, scheme, axis, act_order):
 
 @jax.jit
 def _errors(w: jax.Array, q: Any, inputs: methods.InputStatistics | None) -> tuple[jax.Array, jax.Array]:
-    """(relative change of the weight w (I, O) in the Frobenius norm, of its outputs): both float32 ()."""
+    """The relative errors of the weight w (I, O), in the Frobenius norm, and of its outputs: float32 () each."""
     w = w.astype(jnp.float32)
     error = jnp.linalg.norm(q.dense() - w) / jnp.maximum(jnp.linalg.norm(w), 1e-30)
     if inputs is None:
@@ -209,12 +211,12 @@ def _embedded(model: Transformer, flat: Mapping[str, Any], rows: Sequence[Row], 
         return outputs
 
     params = trees.unflatten({path: w for path, w in flat.items() if path.startswith("embed/")})
-    streams = []
+    batches = []
     for batch in _batches(rows, size):
         where = Tokens(jnp.asarray(batch["positions"]), jnp.asarray(batch["segments"]))
         x, bias = jax.device_get(embed(params, batch["inputs"], where))
-        streams.append({"where": where, "x": x, "bias": bias})
-    return streams
+        batches.append({"where": where, "x": x, "bias": bias})
+    return batches
 
 
 def _batches(rows: Sequence[Row], size: int) -> Iterator[dict[str, np.ndarray]]:

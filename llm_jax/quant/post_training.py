@@ -1,4 +1,4 @@
-"""Quantization of parameters by rules over names: which weights, by which schemes. Pure functions."""
+"""Quantizes parameters by rules that select a scheme for each weight by its name. Pure functions."""
 
 import dataclasses
 import functools
@@ -16,19 +16,19 @@ from llm_jax.schema import QuantConfig, Rules
 from llm_jax.weights import IN, OUT, FakeQuant, QTensor, quantized
 
 # Never quantized by default: vectors, and small tables that are only added to activations.
-_KEPT = r".*norm/.*|.*_bias|(.*/)?position_.*|embed/types"
+_DENSE = r".*norm/.*|.*_bias|(.*/)?position_.*|embed/types"
 _TABLES = r"embed/table|head/kernel"
 
 
 def rules(scheme: str, head: str, first: Rules = ()) -> Rules:
-    """The rules of a quantization, as (pattern, scheme) pairs, of which the first match applies.
+    """Returns the rules of a quantization as (pattern, scheme) pairs; the first match applies.
 
     Args:
       scheme: for all weights that no other rule matches; "": not quantized.
       head: for embeddings and output head; "": not quantized.
-      first: rules that precede the default ones, which leave norms and biases dense.
+      first: rules that precede the default rules, which leave norms and biases dense.
     """
-    return (*first, (_KEPT, ""), (_TABLES, head), (r".*", scheme))
+    return (*first, (_DENSE, ""), (_TABLES, head), (r".*", scheme))
 
 
 def plan(params: Any, chosen: Rules, source: str) -> dict[str, str]:
@@ -53,7 +53,7 @@ def plan(params: Any, chosen: Rules, source: str) -> dict[str, str]:
         if isinstance(weight, (QTensor, FakeQuant)):
             raise UserError(f"{source}: '{path}' is quantized already ({weight.scheme}); start from the full weights")
         if isinstance(weight, weights.Node):
-            raise UserError(f"{source}: '{path}' is of the kind {type(weight).__name__}; merge it first")
+            raise UserError(f"{source}: '{path}' has adapters ({type(weight).__name__}); merge them first")
         if len(weight.shape) - (trees.layers_of(path) is not None) != 2:
             raise UserError(
                 f"{source}: '{path}' of shape {tuple(weight.shape)} is not a matrix; exclude it with the "
@@ -126,7 +126,7 @@ def check_finite(params: Any, source: str) -> None:
     for path, weight in trees.flatten(params).items():
         for leaf in jax.tree.leaves(weight):
             if jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(jnp.all(jnp.isfinite(leaf.astype(jnp.float32)))):
-                raise UserError(f"{source}: '{path}' has values that are infinite or NaN")
+                raise UserError(f"{source}: '{path}' has infinite or NaN values")
 
 
 def unsupported(name: str) -> str:
@@ -156,7 +156,7 @@ def runnable(params: Any, planned: dict[str, str], fallback: str) -> dict[str, s
     for reason in bad.values():
         if not fallback:
             raise UserError(f"{reason}; choose another scheme, or --fallback=SCHEME")
-        print(f"note: {reason}; {fallback} instead")
+        print(f"note: {reason}; using {fallback}")
     replaced = tuple((re.escape(path), fallback if name in bad else name) for path, name in planned.items())
     return plan(params, replaced, "--fallback") if bad else planned
 
@@ -166,8 +166,8 @@ class WeightSummary:
     """Scheme, size and error of one weight, a row of the table that `llm_jax.quantize` prints.
 
     Attributes:
-      bits: bits per number, scales included.
-      bytes: size in bytes, scales included.
+      bits: bits per entry of the weight, including scales.
+      bytes: size in bytes, including scales.
       error: norm of the quantization error over the norm of the weight.
       output_error: the same for the outputs of the weight on the calibration text, or None.
     """
@@ -193,7 +193,7 @@ def lines(params: Any) -> list[WeightSummary]:
 
 
 def table(rows: list[WeightSummary]) -> str:
-    """The summaries as a text table, with a line per weight and the totals."""
+    """Formats the summaries as a table with one line per weight and the totals."""
     width = max([32, *(len(row.path) for row in rows)])
     head = f"{'weight':<{width}} {'scheme':<16} {'shape':<16} {'bits':>7} {'error':>8} {'output':>8} {'bytes':>12}"
     lines = [
@@ -202,4 +202,4 @@ def table(rows: list[WeightSummary]) -> str:
         for r in rows
     ]
     size, count = sum(r.bytes for r in rows), sum(math.prod(r.shape) for r in rows)
-    return "\n".join([head, *lines, f"{count:,} weights in {size:,} bytes: {8 * size / count:.3f} bits a weight"])
+    return "\n".join([head, *lines, f"{count:,} weights in {size:,} bytes: {8 * size / count:.3f} bits per weight"])

@@ -1,4 +1,4 @@
-"""Quantization-aware training: `FakeQuant` nodes round the trained weights in every use, like QTensors.
+"""Quantization-aware training: `FakeQuant` nodes round the trained weights in every use.
 
 `post_training.finish` (python -m llm_jax.quantize) converts the trained weights to QTensors.
 """
@@ -19,7 +19,7 @@ from llm_jax.weights import FakeQuant
 
 
 def prepare(params: Any, config: QuantConfig) -> Any:
-    """The trainable parameters under `quant.qat`: dense parameters, quantized ones as FakeQuant. Works under `jit`.
+    """Replaces the weights that `quant.qat` selects by FakeQuant nodes. Works under `jit`.
 
     Learned steps are initialized with the least squared error; see `methods.clip`.
 
@@ -49,7 +49,7 @@ def prepare(params: Any, config: QuantConfig) -> Any:
 
 
 def delayed(params: Any, step: jax.Array, start: int) -> Any:
-    """`params` whose rounding is active from step `start` on; `step` is int32 ()."""
+    """Makes the rounding of `params` active from step `start` on; `step` is the current step, int32 ()."""
     if not start:
         return params
 

@@ -1,4 +1,4 @@
-"""Text that compares runs in a terminal."""
+"""Compares runs as text for the terminal."""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ def text(runs: Sequence[Run], samples: bool = True) -> str:
     groups = runs_lib.group(runs)
     figure = runs_lib.main_figure(runs)
     head = f"{runs_lib.count(len(runs), 'run')} in {runs_lib.count(len(groups), 'group')}"
-    blocks = [[f"{head}; runs of a group differ in the seed alone"]]
+    blocks = [[f"{head}; runs of a group differ only in the seed"]]
     if groups[0].options:
         blocks.append(_columns([["option", *(f"({i})" for i in range(1, len(groups) + 1))], *_options(groups)]))
     blocks.append(
@@ -32,7 +32,7 @@ def text(runs: Sequence[Run], samples: bool = True) -> str:
     if figure != runs_lib.BITS:
         blocks.append(["note: no run has bits per byte; losses of different tokenizers cannot be compared"])
     if unfinished := [_unfinished(run, figure) for run in runs if not run.is_finished]:
-        blocks.append([*unfinished, "unfinished runs are in no mean, interval or difference"])
+        blocks.append([*unfinished, "unfinished runs are excluded from means, intervals and differences"])
     if samples:
         for number, group in enumerate(groups, 1):
             if group.runs[0].samples:
@@ -43,9 +43,9 @@ def text(runs: Sequence[Run], samples: bool = True) -> str:
 
 
 _REASONS = {
-    "other text": "figures of different held-out texts cannot be compared (data.source, its content, or the part that "
-    "is measured differs; eval.final_rows=0 measures all rows); "
-    "evaluate --checkpoint=A --checkpoint=B --data=FILE measures several checkpoints on one text",
+    "other text": "metrics on different held-out texts cannot be compared (data.source, its content, or the measured "
+    "part differs; eval.final_rows=0 measures all rows); "
+    "evaluate --checkpoint=A --checkpoint=B --data=FILE measures several checkpoints on the same text",
     "other tokenizer": "losses of different tokenizers cannot be compared; bits per byte can",
 }
 _MEASURES = {

@@ -1,21 +1,21 @@
-"""Experiments: a function that measures each condition and seed once, and a rule that decides the verdict.
+"""Runs experiments: measures each condition and seed once, decides verdicts by rules, and publishes the results.
 
     def main() -> None:
         f = flags.FLAGS
         figures, origins = experiments.measure(experiments.directory(f.runs), CONDITIONS, f.seeds, measure)
         print(experiments.publish(__file__, judge(figures), tables(figures), origins=origins))
 
-The statements and their rules are in experiments/statements.toml. The script declares its conditions as a constant,
-and three functions: `measure(condition, seed)` returns figures as JSON values, `judge(figures)` the findings by the
-rules, `tables(figures)` lines for the README. Figures are kept in files below --runs, each with the commit, machine and
-date of its measurement, so that the same command goes on where it was stopped, and results have the provenance of the
-figures that they follow from.
+The statements and their rules are in experiments/statements.toml. The script of an experiment defines its conditions as
+a constant, and three functions: `measure(condition, seed)` returns figures as JSON values, `judge(figures)` applies the
+rules and returns findings, and `tables(figures)` returns lines for the README. The figures are stored in files below
+--runs, each with the commit, machine and date of its measurement, so that the same command resumes after an
+interruption, and results record the provenance of the figures that they were computed from.
 
     if __name__ == "__main__":
         cli.run_script(experiments.script(main, quick={"seeds": 2, "steps": 4}))
 
-With --quick, the flags of `quick` have these values, and all files are written below RUNS/quick: the whole experiment
-is tried in a few minutes, and nothing in experiments/ changes.
+With --quick, the flags in `quick` have these values, and all files are written below RUNS/quick. This tests the whole
+experiment in a few minutes, without changes to experiments/.
 """
 
 import dataclasses
@@ -43,20 +43,20 @@ NEUTRAL = ("runs", "jobs", "part", "parts", "output", "resume", "quick")
 
 
 def script(main: Callable[[], None], quick: Mapping[str, Any], runs: str = "") -> Callable[[], None]:
-    """The function that runs `main` of a script of experiments/, for `cli.run_script`; defines --quick and --runs.
+    """Wraps `main` of a script in experiments/ for `cli.run_script`, and defines the flags --quick and --runs.
 
     Args:
-      quick: by flag, its value with --quick, where the command does not give another one.
-      runs: the default of --runs, for a script that keeps no figures. Otherwise it is runs/NAME, where the script of
-        experiments/NAME/ does not define the flag.
+      quick: {flag: value with --quick}; a flag that is given on the command line keeps its value.
+      runs: the default of --runs for a script that stores no figures. Otherwise the default is runs/NAME for
+        experiments/NAME/, unless the script defines the flag itself.
     """
     flags = absl_flags.FLAGS
     if "runs" not in flags:
         name = pathlib.Path(main.__code__.co_filename).parent.name
-        text = "where results are written with --quick" if runs else "where figures are kept"
+        text = "directory for the results of --quick" if runs else "directory of the measured figures"
         absl_flags.DEFINE_string("runs", runs or f"runs/{name}", text, flag_values=flags)
     absl_flags.DEFINE_boolean(
-        "quick", False, "try everything in its smallest form; writes below RUNS/quick only", flag_values=flags
+        "quick", False, "run the smallest form of everything; write below RUNS/quick only", flag_values=flags
     )
 
     @functools.wraps(main)
@@ -71,26 +71,26 @@ def script(main: Callable[[], None], quick: Mapping[str, Any], runs: str = "") -
             main()
         except KeyboardInterrupt:
             if not runs:
-                print(f"\nfigures are kept in {flags.runs}; the same command goes on with the others", file=sys.stderr)
+                print(f"\nfigures are stored in {flags.runs}; the same command measures the others", file=sys.stderr)
             raise
 
     return run
 
 
 def output(script: str) -> pathlib.Path:
-    """Where results, tables and pictures of a script are written: beside it, or with --quick RUNS/published."""
+    """The directory for results, tables and pictures: that of the script, or RUNS/published with --quick."""
     flags = absl_flags.FLAGS
-    beside = pathlib.Path(script).parent
+    script_directory = pathlib.Path(script).parent
     if not ("quick" in flags and flags.quick):
-        return beside
+        return script_directory
     published = directory(flags.runs, "published")
     if not (published / "README.md").exists():
-        shutil.copy(beside / "README.md", published)
+        shutil.copy(script_directory / "README.md", published)
     return published
 
 
 def directory(runs: str, *names: object) -> pathlib.Path:
-    """The directory RUNS/NAME-NAME-..., which is created; `runs` may begin with "~"."""
+    """Creates and returns the directory RUNS/NAME-NAME-...; `runs` may begin with "~"."""
     path = pathlib.Path(runs).expanduser() / "-".join(map(str, names))
     files.make_directory(path)
     return path
@@ -102,15 +102,15 @@ def file_name(condition: str) -> str:
 
 
 def digest(*values: str) -> str:
-    """8 hexadecimal digits for values such as paths, which names of directories and files cannot contain."""
+    """8 hexadecimal digits that identify values, such as paths, in the name of a file or directory."""
     return hashlib.sha256(" ".join(values).encode()).hexdigest()[:8]
 
 
 def cached(path: pathlib.Path, compute: Callable[[], Any], origins: list[Provenance]) -> Any:
-    """The figures of a JSON file, as JSON values; where it is missing, they are computed and written first.
+    """Reads figures, JSON values, from a file. If the file is missing, computes the figures and writes it.
 
     Args:
-      origins: the provenance of the figures is appended; that of files of earlier versions is not known.
+      origins: list to which the provenance of the figures is appended; it is unknown for files of earlier versions.
 
     Raises:
       UserError: the file cannot be read or written.
@@ -129,7 +129,7 @@ def cached(path: pathlib.Path, compute: Callable[[], Any], origins: list[Provena
 
 
 def run_directory(root: pathlib.Path, condition: str, seed: int) -> pathlib.Path:
-    """The directory of the training of a condition from a seed; see `trainings`."""
+    """The run directory of a condition and seed; see `trainings`."""
     return root / file_name(f"{condition}-{seed}")
 
 
@@ -142,12 +142,12 @@ def trainings(
     start: str = "",
     first_seed: int = 0,
 ) -> list[jobs.Job]:
-    """The trainings of a recipe with the overrides of each condition, from each seed, below `root`.
+    """Returns the jobs that train a recipe with the overrides of each condition and each seed, below `root`.
 
     Args:
       config: name or path of the recipe.
-      conditions: overrides by condition.
-      start: the condition whose trained weights of the same seed are the `init_from` of all; "": random weights.
+      conditions: {condition: overrides}.
+      start: condition whose weights, trained with the same seed, are the `init_from` of all runs; "": random weights.
       first_seed: the `train.seed` of seed 0.
 
     Raises:
@@ -155,12 +155,12 @@ def trainings(
     """
     jobs_of_seeds = []
     for seed in range(seeds):
-        of_seed: dict[str, Any] = {"train.seed": first_seed + seed}
+        seed_overrides: dict[str, Any] = {"train.seed": first_seed + seed}
         if start:
-            of_seed["init_from"] = str(run_directory(root, start, seed))
+            seed_overrides["init_from"] = str(run_directory(root, start, seed))
         for condition, changes in conditions.items():
             directory = run_directory(root, condition, seed)
-            jobs_of_seeds.append(points.training(config, {**changes, **of_seed}, directory))
+            jobs_of_seeds.append(points.training(config, {**changes, **seed_overrides}, directory))
     return jobs_of_seeds
 
 
@@ -168,8 +168,8 @@ def train(trainings: Sequence[jobs.Job], count: int) -> list[Provenance]:
     """Runs the trainings that are not done, `count` at a time (0: see `jobs.machine_shares`), and shows their states.
 
     Returns:
-      Where each was trained, as its directory records: of a training that went on at another commit, all of them; of
-      one by an earlier version, one that is not known.
+      The provenance of the trainings, as recorded in their directories: all provenances of a training that was resumed
+      at another commit, and an unknown provenance for a training by an earlier version.
 
     Raises:
       UserError: a training failed, or another process runs it.
@@ -188,17 +188,20 @@ def train(trainings: Sequence[jobs.Job], count: int) -> list[Provenance]:
 
 
 def _fields(origin: Provenance) -> dict[str, str]:
-    """A provenance as JSON values, without the command."""
+    """Converts a provenance to JSON values, without the command."""
     return {name: value for name, value in dataclasses.asdict(origin).items() if name != "command"}
 
 
 def measure(
     directory: pathlib.Path, conditions: Iterable[str], seeds: int, compute: Callable[[str, int], Any]
 ) -> tuple[dict[str, list[Any]], list[Provenance]]:
-    """({condition: the figures of each seed}, where each was measured); those in `directory` are not computed again.
+    """Measures all conditions and seeds that are not stored in `directory`.
 
     Args:
       compute: (condition, seed) -> figures, as JSON values.
+
+    Returns:
+      ({condition: list with the figures of each seed}, the provenance of every measurement).
 
     Raises:
       UserError: two conditions have the same file name.
@@ -213,11 +216,11 @@ def measure(
 def measure_all(
     directory: pathlib.Path, computations: Mapping[str, Callable[[], Any]], origins: list[Provenance]
 ) -> dict[str, Any]:
-    """{name: figures} of {name: their computation}; what a file NAME.json in `directory` has is not computed again.
+    """Returns {name: figures}; figures that are stored as NAME.json in `directory` are not computed again.
 
     Args:
-      computations: each returns figures as JSON values; a name may contain "/".
-      origins: where each was measured is appended.
+      computations: {name: function that returns figures as JSON values}; a name may contain "/".
+      origins: list to which the provenance of every measurement is appended.
 
     Raises:
       UserError: two names have the same file name.
@@ -234,15 +237,18 @@ def measure_all(
 
 
 def in_turns(computations: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
-    """{name: the results of its computation}, one for each round, after a round that compiles.
+    """Runs all computations once in every round, after an additional round for compilation.
 
-    In a round, each computation runs once, so that other work of the machine affects all of them alike.
+    The computations alternate, so that other load of the machine affects all of them equally.
+
+    Returns:
+      {name: results of the computation, one per round}.
     """
     results: dict[str, list[T]] = {name: [] for name in computations}
     for _ in bars.bar(range(rounds + 1), "measuring"):
         for name, compute in computations.items():
             results[name].append(compute())
-    return {name: of_rounds[1:] for name, of_rounds in results.items()}
+    return {name: round_results[1:] for name, round_results in results.items()}
 
 
 def command(script: str, placeholders: Mapping[str, str] | None = None) -> str:
@@ -274,14 +280,14 @@ def publish(
     measured_by: str = "",
     verdicts: bool = True,
 ) -> str:
-    """Writes results.json beside a script, and `lines` with the verdicts into a section of the README there.
+    """Writes results.json to the directory of a script, and `lines` with the verdicts to a section of its README.
 
     Args:
       script: the `__file__` of the experiment.
-      origins: where the figures that the results follow from were measured; None: now, by this process. Where the
-        origin of a figure is not known, a result that is recorded with equal estimates keeps its provenance.
-      measured_by: the command that measures the results again; "": that of this process, see `command`.
-      verdicts: whether the table of verdicts follows the lines.
+      origins: the provenance of the figures from which the results were computed; None: measured now, by this process.
+        If the provenance of a figure is unknown, results that are already recorded with equal estimates keep theirs.
+      measured_by: the command that reproduces the results; "": the command of this process, see `command`.
+      verdicts: whether to append the table of verdicts to the lines.
 
     Returns:
       A line for each verdict, for the terminal.
@@ -302,7 +308,7 @@ def publish(
 
 
 def _with_provenance(result: Finding, source: Provenance, recorded: Sequence[Finding]) -> Finding:
-    """The result with the provenance of an equal one that is recorded, otherwise with `source`."""
+    """Adds the provenance of an equal recorded result, or `source` if there is none."""
     for other in recorded:
         if (other.claim, other.n, other.estimates) == (result.claim, result.n, result.estimates):
             return dataclasses.replace(other, verdict=result.verdict)

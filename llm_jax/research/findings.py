@@ -1,6 +1,6 @@
 """Results of experiments and sweeps: the results.json file of a directory is a list of findings.
 
-    results = [finding("P4", "rise of the loss, nats a token", {"alibi": intervals.mean(rises)}, "holds", command=...)]
+    results = [finding("P4", "rise of the loss in nats", {"alibi": intervals.mean(rises)}, "holds", command=...)]
     save(directory, results)
 
 A finding belongs to a statement and contains estimates by condition, a verdict, and its provenance.
@@ -101,7 +101,7 @@ def finding(
 
 
 def estimates(values: Any, condition: str = "") -> tuple[Estimate, ...]:
-    """Estimates from a value or a nested mapping; conditions of nested mappings are joined by " / "."""
+    """Converts a value or a nested mapping to estimates; conditions of nested mappings are joined by " / "."""
     if isinstance(values, Mapping):
         prefix = f"{condition} / " if condition else ""
         return tuple(e for key, value in values.items() for e in estimates(value, f"{prefix}{key}"))
@@ -118,20 +118,20 @@ def estimates(values: Any, condition: str = "") -> tuple[Estimate, ...]:
 
 
 def save(directory: pathlib.Path, results: Sequence[Finding]) -> None:
-    """Writes results.json, and keeps what other scripts have written there; raises UserError if that fails."""
+    """Writes findings to results.json, and keeps the findings of other scripts. Raises UserError if writing fails."""
     path = directory / "results.json"
     recorded = read(path) if path.exists() else []
     scripts = {_script(result) for result in results}
     other_findings = [result for result in recorded if _script(result) not in scripts]
-    everything = sorted([*other_findings, *results], key=lambda r: r.claim) if other_findings else list(results)
-    files.write_json(path, [as_dict(result) for result in everything])
+    all_findings = sorted([*other_findings, *results], key=lambda r: r.claim) if other_findings else list(results)
+    files.write_json(path, [as_dict(result) for result in all_findings])
 
 
 def read(path: pathlib.Path) -> list[Finding]:
-    """The findings of a results.json.
+    """Reads the findings in a results.json file.
 
     Raises:
-      UserError: the file cannot be read, or has another form.
+      UserError: the file cannot be read, or is not a list of findings.
     """
     try:
         return [
@@ -143,7 +143,7 @@ def read(path: pathlib.Path) -> list[Finding]:
 
 
 def as_dict(result: Finding) -> dict[str, Any]:
-    """A finding as JSON values, without the fields of estimates that have their default."""
+    """Converts a finding to JSON values, without the fields of estimates that have default values."""
     default = Estimate("")
     fields = [field.name for field in dataclasses.fields(Estimate)]
     short = [
@@ -154,7 +154,7 @@ def as_dict(result: Finding) -> dict[str, Any]:
 
 
 def verdict_table(results: Sequence[Finding]) -> list[str]:
-    """The lines of a table of verdicts between empty lines, for a README."""
+    """The lines of a table of verdicts for a README, with an empty line before and after."""
     rows = [[result.claim, f"**{result.verdict}**"] for result in results]
     return ["", *markdown_table(["claim", "verdict"], rows), ""]
 
@@ -170,11 +170,11 @@ def condition_table(name: str, figures: Mapping[str, Any], columns: Mapping[str,
 
     Args:
       name: heading of the conditions.
-      figures: by condition.
+      figures: {condition: figures}.
       columns: {heading: function of the figures of a condition that returns the cell}, such as `deviation("loss")`.
     """
     cells = columns.values()
-    rows = ([condition, *(cell(of_condition) for cell in cells)] for condition, of_condition in figures.items())
+    rows = ([condition, *(cell(values) for cell in cells)] for condition, values in figures.items())
     return markdown_table([name, *columns], rows)
 
 
@@ -194,7 +194,7 @@ def first(name: str, form: str, scale: float = 1) -> Callable[[Runs], str]:
 
 
 def interval_text(interval: Iterable[float], digits: int = 3) -> str:
-    """An estimate with its limits, such as "0.513 (0.401 to 0.624)"; the estimate alone where the limits are NaN."""
+    """Formats an estimate with its limits, such as "0.513 (0.401 to 0.624)", or without limits if they are NaN."""
     estimate, low, high = (f"{x:.{digits}f}" for x in interval)
     return estimate if low == "nan" else f"{estimate} ({low} to {high})"
 
@@ -205,7 +205,7 @@ def deviation_text(values: Sequence[float], digits: int = 3) -> str:
 
 
 def span(values: Sequence[float]) -> Interval:
-    """The mean of values, with the least and the greatest of them as limits."""
+    """The mean of values, with their minimum and maximum as limits."""
     return Interval(float(np.mean(values)), min(values), max(values))
 
 

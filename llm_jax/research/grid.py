@@ -52,10 +52,10 @@ def parse_assignment(text: str, flag: str, expected: str) -> tuple[str, str]:
     """Splits "KEY=VALUES" into (dotted key, text of its values).
 
     Args:
-      flag, expected: the flag that the text is from and the form that it expects, for error messages.
+      flag, expected: the flag with the text and the form that it expects, for error messages.
 
     Raises:
-      UserError: no key or no values; an unknown key.
+      UserError: the text has no key or no values, or the key is unknown.
     """
     key, _, values = (part.strip() for part in text.partition("="))
     if not values:
@@ -66,10 +66,10 @@ def parse_assignment(text: str, flag: str, expected: str) -> tuple[str, str]:
 
 
 def parse(text: str, seed: int = 0) -> list[Overrides]:
-    """The points of a grid: overrides by dotted key, in the order of the text, the last key varying fastest.
+    """Returns the points of a grid as overrides by dotted key, in the order of the text; the last key varies fastest.
 
     Args:
-      seed: seed of the draws of `uniform` and `loguniform`; each key has draws of its own.
+      seed: random seed of `uniform` and `loguniform`; every key has its own random numbers.
 
     Raises:
       UserError: a clause cannot be read, a key is unknown or repeated, or a value does not fit the type of the option.
@@ -87,13 +87,13 @@ def parse(text: str, seed: int = 0) -> list[Overrides]:
         lengths = {key: len(values) for key, values in columns.items()}
         if len(set(lengths.values())) > 1:
             counts = ", ".join(f"{key} has {count}" for key, count in lengths.items())
-            raise UserError(f"--grid: keys that & joins need equal numbers of values; {counts}")
+            raise UserError(f"--grid: keys that are joined by & need equal numbers of values; {counts}")
         factors.append([dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)])
     return product(factors)
 
 
 def product(factors: Sequence[Sequence[Overrides]]) -> list[Overrides]:
-    """Every combination of one point of each factor.
+    """Returns all combinations of one point of each factor.
 
     Raises:
       UserError: more than 100,000 points.
@@ -104,10 +104,10 @@ def product(factors: Sequence[Sequence[Overrides]]) -> list[Overrides]:
 
 
 def read_file(path: str) -> list[Overrides]:
-    """The points that `get_points()` of a Python file returns: an iterable of mappings {dotted key: value}.
+    """Returns the points from `get_points()` of a Python file: an iterable of mappings {dotted key: value}.
 
     Raises:
-      UserError: there is no such file, it has no `get_points`, or it raises.
+      UserError: the file does not exist, has no `get_points`, or raises an exception.
     """
     if not pathlib.Path(path).expanduser().is_file():
         raise UserError(f"--points={path}: no such file; expected a Python file with get_points()")
@@ -128,9 +128,9 @@ def read_file(path: str) -> list[Overrides]:
 
 
 def names(points: Sequence[Overrides]) -> list[str]:
-    """A directory name for every point, such as "kind=rope_seed=0": the shortest unambiguous end of each key.
+    """Returns a directory name for every point, such as "kind=rope_seed=0", with shortened keys (`short_keys`).
 
-    A name depends on the keys of the sweep and on the values of the point, not on its position in the sweep.
+    A name depends on the keys of the sweep and on the values of the point, not on the order of the points.
 
     Raises:
       UserError: two points are equal.
@@ -162,12 +162,13 @@ def short_keys(keys: Iterable[str]) -> dict[str, str]:
 
 
 def split(text: str, separator: str, flag: str = "--grid") -> list[str]:
-    """The parts of a text between separators outside of brackets and quotes.
+    """Splits a text at separators outside of brackets and quotes; empty parts, as after a last ";", are omitted.
 
-    Empty parts, as after a last ";", are left out.
+    Args:
+      flag: the flag with the text, for error messages.
 
     Raises:
-      UserError: a bracket or quote is not closed, or there is no value before or after a comma; `flag` names the text.
+      UserError: a bracket or quote is not closed, or a value before or after a comma is missing.
     """
     parts, depth, quote = [""], 0, ""
     for character in text:
@@ -214,7 +215,7 @@ def _values(key: str, text: str, seed: int) -> list[Any]:
 
 
 def option_type(key: str) -> Any:
-    """The plain type of an option: int, float, str, bool, or another for tuples and rules."""
+    """The type of an option without its range: int, float, str, bool, or a type for tuples and rules."""
     cls: Any = Config
     for part in key.split("."):
         cls = option_names.options(cls)[part]

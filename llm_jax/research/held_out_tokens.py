@@ -23,8 +23,8 @@ def differences(runs: Sequence[Run], limit: int, token_losses: Callable[..., jax
         `training.losses.token_losses`.
 
     Raises:
-      UserError: there are not two runs, or no rows; the runs hold out different texts or split them into different
-        tokens, or a run has no loss of next tokens.
+      UserError: there are not exactly two runs, or no rows; the held-out texts or the tokenizers differ; or a run does
+        not predict next tokens.
     """
     if len(runs) != 2 or limit < 1:
         raise UserError(f"--tokens compares 2 runs on at least 1 row; {len(runs)} runs, --token_rows={limit}")
@@ -42,11 +42,11 @@ def differences(runs: Sequence[Run], limit: int, token_losses: Callable[..., jax
             )
     loaded = [checkpoint.load(scan_layers=True) for checkpoint in opened]
     if digest(loaded[0].tokenizer) != digest(loaded[1].tokenizer):
-        raise UserError("--tokens: the runs have different tokenizers, so that their tokens cannot be compared")
+        raise UserError("--tokens: the runs have different tokenizers, so their tokens cannot be compared")
     data, length = configs[0].data, min(config.train.seq_len for config in configs)
     split = open_source(data).corpus(loaded[0].tokenizer).validation
     if not len(split.tokens):
-        raise UserError("--tokens: the runs hold out nothing (data.validation_fraction=0)")
+        raise UserError("--tokens: the runs have no held-out text (data.validation_fraction=0)")
 
     def loss(model: Any) -> Any:
         return jax.jit(lambda params, batch: token_losses(model, params, batch))

@@ -1,8 +1,8 @@
-"""Runs commands of the Python interpreter concurrently: resumable, locked, and limited by memory and devices.
+"""Runs Python commands concurrently, with locks and within the limits of memory and devices; can be resumed.
 
-A job is done when its result exists, so that the same call continues where an earlier one was stopped. While a job
-runs, its directory is locked: processes that run the same jobs, on this machine or on others with a shared file
-system, divide them among themselves.
+A job is done when its result exists, so the same call resumes after an interruption. While a job runs, its directory is
+locked. Several processes that run the same jobs, on one machine or on machines with a shared file system, therefore
+divide the jobs among themselves.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ _POLL, _SHOW_EVERY = 0.1, 1.0  # seconds
 _IDLE_POLLS = 3
 _LOCK = ".job.lock"
 _LAST_LINES = 8
-_MEMORY_MARGIN = 1.2  # a further job is started when this many times the largest peak so far is free
+_MEMORY_MARGIN = 1.2  # another job starts if the free memory is at least this factor times the largest peak so far
 
 WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"
 ELSEWHERE, ENDED = "running elsewhere", "ended early"
@@ -52,7 +52,12 @@ class Job:
 
 @dataclasses.dataclass
 class Status:
-    """The state of a job; `lines` are the last lines that a failed one printed, `began` is in seconds of time.time."""
+    """The state of a job.
+
+    Attributes:
+      lines: the last lines of output of a failed job.
+      began: start time of a running job, in seconds of `time.time`.
+    """
 
     job: Job
     state: str
@@ -91,25 +96,25 @@ def machine_shares(count: int = 0, most: int = 10_000) -> list[MachineShare]:
     if not count:
         count = len(gpus) or (1 if pathlib.Path("/dev/accel0").exists() else len(cores))
     count = max(1, min(count, most))
-    cores_of = [tuple(cores[i::count]) or tuple(cores) for i in range(count)]
+    share_cores = [tuple(cores[i::count]) or tuple(cores) for i in range(count)]
     if not gpus:
-        return [MachineShare(of_share) for of_share in cores_of]
+        return [MachineShare(cores) for cores in share_cores]
     names = [gpus[i % len(gpus)] for i in range(count)]
     environments = [{"CUDA_VISIBLE_DEVICES": name} for name in names]
     if count > len(gpus):  # several processes on one GPU must not each reserve most of its memory
         environments = [e | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} for e in environments]
-    return [MachineShare(*pair) for pair in zip(cores_of, environments, strict=True)]
+    return [MachineShare(*pair) for pair in zip(share_cores, environments, strict=True)]
 
 
 def status(job: Job) -> Status:
-    """The state of a job that this process does not run."""
+    """The state of a job that this process is not running."""
     if is_locked(job.directory):
         return Status(job, DONE if job.is_done() else ELSEWHERE)
     return _recorded(job)
 
 
 def is_locked(directory: pathlib.Path) -> bool:
-    """Whether another process works in the directory of a job."""
+    """Whether another process has locked the directory of a job."""
     for name in (_LOCK, ".lock"):  # the locks of a job and of a trainer that was started manually
         if (directory / name).exists():
             try:
@@ -120,7 +125,7 @@ def is_locked(directory: pathlib.Path) -> bool:
 
 
 def _recorded(job: Job) -> Status:
-    """The state of a job that no process runs, from its files."""
+    """The state of a job that no process is running, read from its files."""
     if job.is_done():
         return Status(job, DONE)
     failure = job.directory / "failed.json"
@@ -140,10 +145,10 @@ def run(
     more: Callable[[Sequence[Status]], Job | None] = lambda statuses: None,
     should_end: Callable[[Job], Any] = lambda job: False,
 ) -> list[Status]:
-    """Runs the jobs that are not done, one in each share of the machine, and returns the state of all.
+    """Runs the jobs that are not done, one in each share of the machine, and returns the states of all jobs.
 
-    The first job runs alone until it is set up, so that the others can use its caches and its memory is known. Another
-    job starts only if enough memory is free. Jobs that another process runs are skipped.
+    The first job runs alone until it is set up; the others then use its caches, and its memory is known. Another job
+    starts only if enough memory is free. Jobs that another process is running are skipped.
 
     Args:
       stop: polled; if it returns a true value, `run` sends SIGTERM to the running jobs, waits for them and returns.
@@ -194,7 +199,7 @@ def run(
                 ended |= end_now
             states = {s.state for s in statuses}
             idle = 0 if running or WAITING in states else idle + 1
-            # A process that tests a lock holds it for a moment.
+            # A process that tests a lock holds it for a moment, so wait for several polls.
             if not running and (stopping or idle > (_IDLE_POLLS if ELSEWHERE in states else 0)):
                 return statuses
             time.sleep(_POLL)
@@ -207,10 +212,10 @@ def run(
 
 
 def run_all(jobs: Sequence[Job], shares: Sequence[MachineShare], **options: Any) -> None:
-    """Like `run`, for jobs that must all succeed: the first failure stops the others.
+    """Like `run`, for jobs that must all succeed; the first failure stops the others.
 
     Raises:
-      UserError: a job failed, or another process runs it; the message has its name, last line and log.
+      UserError: a job failed, or another process is running it; the message names the job, its last line and its log.
     """
     failures: list[Status] = []
     show = options.pop("show", lambda statuses: None)
@@ -235,14 +240,14 @@ def kill_all() -> None:
 
 def _start(job: Job, share: MachineShare, environment: Mapping[str, str]) -> tuple[Status, _Child | None]:
     files.make_directory(job.directory)
-    current = status(job)  # another process may have done it since
+    current = status(job)  # another process may have done the job in the meantime
     if current.state != WAITING:
         return current, None
     try:
         lock = files.lock(job.directory, _LOCK)
     except UserError:
         return Status(job, ELSEWHERE), None
-    current = _recorded(job)  # again: another process may have ended it before the lock was free
+    current = _recorded(job)  # check again: another process may have done the job before the lock was free
     if current.state != WAITING:
         lock.close()
         return current, None
@@ -269,12 +274,12 @@ def _start(job: Job, share: MachineShare, environment: Mapping[str, str]) -> tup
 
 
 def _python_path() -> str:
-    """PYTHONPATH of a job, which imports the package from the same path as this process."""
+    """PYTHONPATH for jobs, so that they import the package from the same path as this process."""
     return os.pathsep.join(filter(None, [str(pathlib.Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
 
 
 def _end(running: Status, child: _Child, state: str) -> Status:
-    """The state of a job whose process has ended; `state` is that of one that was told to end and has no result."""
+    """The state of a job whose process has ended; `state`: the state if it was ended on request without a result."""
     job, code = running.job, child.process.returncode
     _children.discard(child.process)
     lines = tuple((job.directory / "log.txt").read_text(errors="replace").strip().splitlines()[-_LAST_LINES:])
@@ -289,7 +294,7 @@ def _end(running: Status, child: _Child, state: str) -> Status:
         if code == 0:
             lines += ("ended without a result",)
         elif code < 0:
-            cause = " (perhaps for lack of memory)" if code == -signal.SIGKILL else ""
+            cause = " (possibly out of memory)" if code == -signal.SIGKILL else ""
             lines += (f"ended by {signal.Signals(-code).name}{cause}",)
         files.write_json(job.directory / "failed.json", {"code": code, "lines": lines})
         result = Status(job, FAILED, lines)
@@ -298,7 +303,7 @@ def _end(running: Status, child: _Child, state: str) -> Status:
 
 
 def _may_start(running: Sequence[_Child], peak: int) -> bool:
-    """Whether a further job may start: all are set up, and its memory is free beside what the others may still take."""
+    """Whether another job may start: all are set up, and memory is free for it and for the growth of the others."""
     if not running:
         return True
     if not all(child.set_up for child in running):

@@ -26,7 +26,7 @@ class LiveTable:
 
     def __init__(self, stream: TextIO | None = None):
         self._stream = stream or sys.stdout
-        self._painted = 0  # lines of the table that is on the screen
+        self._painted = 0  # number of lines of the table on the screen
         self._print_changes = print_changes(self._stream)
         self._began = time.time()
         self._first_steps: dict[str, int] = {}  # steps that were done before this call
@@ -53,7 +53,7 @@ class LiveTable:
     def _time_left(
         self, points: Sequence[Point], statuses: Sequence[jobs.Status], steps: Mapping[str, int]
     ) -> float | None:
-        """Seconds until the last step of all points at the rate so far, or None before there is one."""
+        """Estimated seconds until the last step of all points, or None before the first step."""
         done = sum(steps[name] - first for name, first in self._first_steps.items())
         active_states = (jobs.RUNNING, jobs.WAITING)
         remaining = sum(
@@ -80,9 +80,9 @@ class LiveTable:
 
 
 def print_changes(stream: TextIO | None = None) -> Callable[..., None]:
-    """A function of states that prints a line for every job whose state has changed since it was called before.
+    """Returns a function of states that prints a line for every job whose state has changed since the last call.
 
-    Its second argument, optional, is {name: what to print of a job that is done}.
+    The second, optional argument of the function is {name: details to print when the job is done}.
     """
     states: dict[str, str] = {}
 
@@ -104,7 +104,7 @@ def table(
     steps: Mapping[str, int],
     height: int,
 ) -> list[str]:
-    """A line for each point, at most `height` lines; if not all fit, running and failed points come first."""
+    """One line for each point, at most `height` lines; if not all fit, running and failed points are shown first."""
     rows = list(zip(points, statuses, strict=True))
     hidden = ""
     if len(rows) > height:

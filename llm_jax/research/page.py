@@ -30,7 +30,7 @@ _BODY = """<header><h1>{title}</h1><p id="summary"></p></header>
 <section><h2>Curves</h2>
 <p class="controls"><label>Figure <select id="metric"></select></label>
 <label><input id="log" type="checkbox"> logarithmic</label></p>
-<div id="curves" class="plot"></div><p class="note">Mean over the seeds; the band is from the least to the greatest.</p>
+<div id="curves" class="plot"></div><p class="note">Mean over the seeds; the band is from minimum to maximum.</p>
 <ul id="legend"></ul></section>
 <section id="parallel-section"><h2>Options and result</h2><div id="parallel" class="plot scroll"></div></section>
 <section><h2>Time and memory</h2><div class="scroll"><table id="resources"></table></div></section>

@@ -27,12 +27,12 @@ def figure(
     legends: bool = True,
     **options: Any,
 ) -> Iterator[Any]:
-    """The axes of a figure of `rows` times `columns` pictures, as `Figure.subplots` has them; writes `path` at the end.
+    """Context with the axes of a figure of `rows` times `columns` plots (`Figure.subplots`); writes `path` at the end.
 
     Args:
       figsize: width and height in inches.
-      legends: whether each picture that has labels gets a legend of them.
-      options: further arguments of `Figure.subplots`, such as sharey.
+      legends: whether each plot with labels gets a legend.
+      options: additional arguments of `Figure.subplots`, such as sharey.
     """
     width, height = figsize
     with render_png.figure(width, height, "constrained") as drawing:
@@ -45,7 +45,7 @@ def figure(
 
 
 def draw(runs: Sequence[Run], directory: pathlib.Path, stem: str) -> list[pathlib.Path]:
-    """Writes STEM-curves.png and STEM-results.png and returns their paths; a picture without figures is left out."""
+    """Writes STEM-curves.png and STEM-results.png, if there is data for them, and returns their paths."""
     groups, main = runs_lib.group(runs), runs_lib.main_figure(runs)
     names = comparison.shortened([group.label for group in groups])
     names = [render_png.plain("\n".join(textwrap.wrap(name, _LINE))) for name in names]
@@ -57,7 +57,7 @@ def draw(runs: Sequence[Run], directory: pathlib.Path, stem: str) -> list[pathli
     if curves:
         paths.append(directory / f"{stem}-curves.png")
         with figure(paths[-1], 1, 2, figsize=(11, 4), dpi=130, legends=False) as axes:
-            for axis, name, title in zip(axes, ("loss", main), ("training loss, nats a token", label), strict=True):
+            for axis, name, title in zip(axes, ("loss", main), ("training loss, nats per token", label), strict=True):
                 for group_label, points in ((g, p) for g, n, p in curves if n == name):
                     marker = "o" if len(points["step"]) < 20 else ""
                     (line,) = axis.plot(points["step"], points["mean"], marker=marker, markersize=3, label=group_label)

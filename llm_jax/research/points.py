@@ -1,7 +1,7 @@
 """The points of a sweep: each has a run directory and a configuration, validated before any point starts.
 
 OUTPUT/sweep.json           the keys of the sweep, overrides of every point, command, commit, machine, date
-OUTPUT/NAME/recipe.json     the options that differ from the defaults or are overridden, for `train --config`
+OUTPUT/NAME/recipe.json     the options that differ from the defaults or were overridden, for `train --config`
 OUTPUT/NAME/...             the run: config.json (all options), metrics.jsonl, summary.json, checkpoints/, log.txt
 OUTPUT/.cache/              the compiled functions that the points share
 """
@@ -19,7 +19,7 @@ from llm_jax.research import grid, jobs, runs
 from llm_jax.research.provenance import Provenance
 from llm_jax.schema import Config
 
-LOCK = ".sweep.lock"  # held while the points of a sweep or the trials of a search are recorded
+LOCK = ".sweep.lock"  # locked while the points of a sweep or the trials of a search are written
 # Options that may change between the calls of a sweep: the results of finished runs stay valid.
 _MAY_CHANGE = (*runs.NEUTRAL, "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.rules", "train.steps")
 
@@ -42,7 +42,7 @@ class Point:
 
 
 def plan(base: Config, overrides: Sequence[Mapping[str, Any]], output: pathlib.Path) -> list[Point]:
-    """The points of a sweep, all of whose configurations are valid. Writes nothing.
+    """Returns the points of a sweep, and validates their configurations. Writes nothing.
 
     Raises:
       UserError: a configuration is invalid, two points are equal, or a run in `output` has other options.
@@ -60,7 +60,7 @@ def plan(base: Config, overrides: Sequence[Mapping[str, Any]], output: pathlib.P
 
 
 def write(points: Sequence[Point], output: pathlib.Path, provenance: Provenance) -> None:
-    """Writes recipe.json of every point, and sweep.json; points of earlier and concurrent calls stay in it."""
+    """Writes recipe.json of every point, and adds the points to sweep.json."""
     files.make_directory(output)
     for point in points:
         files.make_directory(point.workdir)
@@ -73,15 +73,15 @@ def write(points: Sequence[Point], output: pathlib.Path, provenance: Provenance)
 
 
 def read(output: pathlib.Path) -> dict[str, Any]:
-    """What sweep.json records, {"points": {name: overrides}, "keys": [...], ...}, or no points without that file."""
+    """Reads sweep.json: {"points": {name: overrides}, "keys": [...], ...}; without the file, there are no points."""
     path = output / "sweep.json"
     return files.read_json(path) if path.exists() else {"points": {}, "keys": []}
 
 
 def recipe(config: Config) -> dict[str, Any]:
-    """The partial nested mapping from which `configuration.load` builds an equal configuration.
+    """Returns a partial nested mapping from which `configuration.load` builds an equal configuration.
 
-    It holds the explicit options alone: with `init_from`, the others follow from the checkpoint.
+    It contains only the explicit options, because with `init_from` the checkpoint determines the others.
     """
     nested: dict[str, Any] = {}
     for key, value in configuration.flat(config).items():
@@ -95,10 +95,10 @@ def recipe(config: Config) -> dict[str, Any]:
 
 
 def job(point: Point) -> jobs.Job:
-    """The training of a point as a process, which resumes from the last checkpoint."""
+    """Returns the job that trains a point in a separate process and resumes from the last checkpoint."""
     recipe_path = str(point.workdir / "recipe.json")
-    alone = "--num_processes=1"  # also where several sweeps share the points within a cluster's job
-    command = ("-m", "llm_jax.train", f"--config={recipe_path}", f"--workdir={point.workdir}", alone)
+    one_process = "--num_processes=1"  # even in a cluster job, in which several sweeps share the points
+    command = ("-m", "llm_jax.train", f"--config={recipe_path}", f"--workdir={point.workdir}", one_process)
     metrics = point.workdir / "metrics.jsonl"
     return jobs.Job(
         point.name,
@@ -110,7 +110,7 @@ def job(point: Point) -> jobs.Job:
 
 
 def training(config: str | os.PathLike[str], overrides: Mapping[str, Any], workdir: pathlib.Path) -> jobs.Job:
-    """The job that trains a recipe with overrides in `workdir`, for scripts; writes recipe.json there.
+    """Returns the job that trains a recipe with overrides in `workdir`, for scripts; writes WORKDIR/recipe.json.
 
     Raises:
       UserError: the configuration is invalid, or the run in `workdir` has other options.
@@ -123,13 +123,13 @@ def training(config: str | os.PathLike[str], overrides: Mapping[str, Any], workd
 
 
 def is_done(point: Point) -> bool:
-    """Whether the run of a point has ended with all its steps."""
+    """Whether the run of a point has completed all steps."""
     path = point.workdir / "summary.json"
     return path.exists() and files.read_json(path).get("steps") == point.config.train.steps
 
 
 def environment(output: pathlib.Path) -> dict[str, str]:
-    """Environment variables of the training processes: one cache of compiled functions for all, unless there is one."""
+    """Environment variables with which the trainings share one cache of compiled functions, unless one is set."""
     variables = {
         "JAX_COMPILATION_CACHE_DIR": str((output / ".cache" / "compiled").absolute()),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

@@ -18,11 +18,11 @@ class Provenance:
 
     Attributes:
       command: the command that reproduces the result.
-      commit: git commit of the code, with "+changes" where tracked files differed from it.
+      commit: git commit of the code, with "+changes" if tracked files differed from it.
       machine: processor, number of cores, versions of Python and JAX.
       date: day of the measurement, ISO 8601.
 
-    A result of several commits, machines or days names all of them, see `combine`.
+    If a result was measured at several commits, on several machines or on several days, all are named; see `combine`.
     """
 
     command: str = ""
@@ -37,15 +37,15 @@ def here(command: str) -> Provenance:
 
 
 def combine(origins: Iterable[Provenance], command: str) -> Provenance:
-    """The provenance of a result that follows from figures measured at several times or on several machines.
+    """Combines the provenances of the figures from which a result was computed.
 
     Args:
       origins: the provenance of each figure; their commands are not used.
-      command: measures the result again.
+      command: the command that reproduces the result.
 
     Returns:
-      Different commits and machines are joined by "; ", in the order of their dates, and different days are
-      OLDEST..NEWEST. Beside known values, one that is not known is "unknown".
+      A provenance in which different commits and machines are joined by "; " in the order of their dates, and different
+      days are written as OLDEST..NEWEST. If only some values are unknown, these are "unknown".
     """
     ordered = sorted(origins, key=lambda origin: origin.date)
     commits, machines, dates = (
@@ -63,7 +63,7 @@ def command_line(name: str) -> str:
 
 @functools.cache
 def commit() -> str:
-    """The git commit of this code, with "+changes" where tracked files differ from it; "" outside a checkout."""
+    """The git commit of this code, with "+changes" if tracked files differ from it; "" outside a checkout."""
     root = pathlib.Path(__file__).parent
     head = _git("-C", str(root), "rev-parse", "--short=10", "HEAD")
     tracked = _git("-C", str(root), "ls-files", "--", pathlib.Path(__file__).name)

@@ -17,8 +17,8 @@ from llm_jax.research import grid
 SEED = "train.seed"
 BITS = "validation_bits_per_byte"
 FIGURES = {BITS: "bits per byte", "validation_loss": "held-out loss", "loss": "training loss"}
-# Options that change no result: what is written or printed, where and how often. Not eval.rows, eval.final_rows and
-# eval.task_examples: they choose the examples behind the reported figures.
+# Options that do not change results: what is written or printed, where and how often. eval.rows, eval.final_rows and
+# eval.task_examples are not included, because they select the examples on which metrics are measured.
 NEUTRAL = (
     *("checkpoint.every", "checkpoint.keep_last", "checkpoint.keep_best"),
     *("report.to", "report.norms_every", "report.samples_every", "report.pictures"),
@@ -27,7 +27,7 @@ NEUTRAL = (
 )
 
 
-# Options that choose the held-out text of a corpus.
+# Options that determine the held-out text of a corpus.
 _HELD_OUT = (
     *("data.kind", "data.validation_fraction", "eval.final_rows"),
     *("data.labelled.choices", "data.labelled.thresholds", "data.labelled.test_size", "data.labelled.validation_size"),
@@ -45,7 +45,7 @@ class Run:
       config: the configuration by dotted key.
       metrics: the lines of metrics.jsonl, one per step, with step, loss, ...
       summary: the figures of summary.json; {} for a run that has not ended.
-      samples: the lines of samples.jsonl, with step and text; the last of every step.
+      samples: the lines of samples.jsonl, with step and text; only the last line of every step.
     """
 
     name: str
@@ -67,12 +67,12 @@ class Run:
 
     @property
     def step(self) -> int:
-        """The number of steps done."""
+        """The number of completed steps."""
         return max(self.summary.get("steps") or 0, self.metrics[-1]["step"] if self.metrics else 0)
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run has ended; a run that is continued for more steps has not, despite its old summary."""
+        """Whether the run has completed all steps. One resumed for more steps has not, although it has a summary."""
         return bool(self.summary) and self.summary.get("steps", self.step) == self.step
 
     def final(self, name: str) -> float | None:
@@ -148,7 +148,7 @@ def find(paths: Iterable[str | os.PathLike[str]]) -> list[pathlib.Path]:
 
 
 def _of_checkpoints(exists: bool) -> str:
-    """What compares checkpoints of any form, for error messages."""
+    """A hint for error messages: the command that compares checkpoints of any form."""
     command = "python -m llm_jax.evaluate --checkpoint=A --checkpoint=B --data=FILE"
     return f"; {command} compares checkpoints of any form" * exists
 
@@ -157,7 +157,7 @@ def load(paths: Iterable[str | os.PathLike[str]]) -> list[Run]:
     """Loads the runs of paths; see `find`.
 
     Raises:
-      UserError: there are none, or a file of a run is damaged.
+      UserError: there are no runs, or a file of a run is damaged.
     """
     directories = find(paths)
     names = _names([files.absolute(path) for path in directories])
@@ -165,7 +165,7 @@ def load(paths: Iterable[str | os.PathLike[str]]) -> list[Run]:
 
 
 def read(path: pathlib.Path, name: str = "") -> Run:
-    """One run.
+    """Reads one run.
 
     Raises:
       UserError: a file is damaged.
@@ -190,10 +190,10 @@ def read(path: pathlib.Path, name: str = "") -> Run:
 
 
 def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The values of a file of JSON lines; [] without the file. An unfinished last line is left out.
+    """Reads a file of JSON lines; [] if it does not exist. An incomplete last line is ignored.
 
     Raises:
-      UserError: another line is not JSON.
+      UserError: a line before the last is not JSON.
     """
     if not path.exists():
         return []
@@ -211,14 +211,14 @@ def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
 def group(runs: Sequence[Run]) -> list[Group]:
     """Groups runs that differ only in the seed, in the order of their first run.
 
-    Two runs with equal configurations, the seed included, are in different groups, and so are runs of one configuration
-    whose corpora had other texts.
+    Two runs with equal configurations and equal seeds are in different groups, and so are runs with equal
+    configurations whose corpora had different texts.
     """
     corpora = {_data(run): run.corpus for run in reversed(runs) if run.corpus}
     collected: dict[tuple[str, int], list[Run]] = {}
     for run in runs:
         condition = json.dumps({k: v for k, v in run.config.items() if k != SEED and k not in NEUTRAL})
-        # A run that has not ended records no hash; it belongs to the others of its configuration.
+        # An unfinished run records no hash; it is grouped with other runs of its configuration.
         key = condition + (run.corpus or corpora.get(_data(run), ""))
         repeat = 0
         while any(other.seed == run.seed for other in collected.get((key, repeat), [])):
@@ -244,7 +244,7 @@ def _data(run: Run) -> str:
 
 
 def differing_options(runs: Sequence[Run]) -> list[str]:
-    """The dotted keys of options that are not equal in all runs, without the seed and what changes no result."""
+    """The dotted keys of options that are not equal in all runs, without the seed and the options in `NEUTRAL`."""
     if not runs:
         return []
     first = runs[0].config
@@ -258,9 +258,9 @@ def differing_options(runs: Sequence[Run]) -> list[str]:
 def difference(group: Group, baseline: Group, name: str) -> tuple[Interval, int] | None:
     """Returns the mean difference of the final values of a metric, group minus baseline, and the number of pairs.
 
-    Pairs are finished runs with the same seed; without a common seed, it is the difference of the means, without
-    limits, and the number is 0. None where a group has no finished run with such a figure, or where the figures cannot
-    be compared (`not_comparable`).
+    Pairs are finished runs with the same seed. Without a common seed, the difference of the means is returned, with NaN
+    limits and 0 pairs. Returns None if a group has no finished run with the metric, or if the metric cannot be compared
+    (`not_comparable`).
     """
     if not_comparable(group, baseline, name):
         return None
@@ -275,17 +275,17 @@ def difference(group: Group, baseline: Group, name: str) -> tuple[Interval, int]
 
 
 def not_comparable(group: Group, baseline: Group, name: str) -> str:
-    """Why a figure of two groups cannot be compared: "other text", "other tokenizer", or "" where it can.
+    """The reason why a metric of two groups cannot be compared: "other text" or "other tokenizer"; "" if it can.
 
-    Bits per byte are of the held-out text, so that they can be compared across tokenizers, but not across texts. Losses
-    and perplexities are of tokens.
+    Bits per byte can be compared across tokenizers, but not across texts. Losses and perplexities are measured per
+    token, and cannot be compared across tokenizers either.
     """
     runs = [next((run for run in g.runs if run.corpus), g.runs[0]) for g in (group, baseline)]
     if all(run.corpus for run in runs):
         texts = [run.corpus for run in runs]
     else:
         texts = [run.config["data.source"] for run in runs]
-    # A number of rows is another part of the text where the rows have another length or another tokenizer.
+    # The same number of rows is a different part of the text if the length of rows or the tokenizer differs.
     is_part = any(run.config["eval.final_rows"] > 0 for run in runs)
     keys = [*_HELD_OUT, *(["train.seq_len", *_TOKENIZER] if is_part else [])]
     if texts[0] != texts[1] or any(runs[0].config[key] != runs[1].config[key] for key in keys):
@@ -301,13 +301,13 @@ def count(number: int, noun: str) -> str:
 
 
 def main_figure(runs: Sequence[Run]) -> str:
-    """The figure by which runs are compared: the first of `FIGURES` that a run has."""
+    """The metric by which runs are compared: the first metric of `FIGURES` that any run has."""
     measured = (name for name in FIGURES if any(run.final(name) is not None for run in runs))
     return next(measured, BITS)
 
 
 def _names(paths: Sequence[pathlib.Path]) -> list[str]:
-    """The shortest end of every path that is no other path's."""
+    """The shortest suffix of every path that is not a suffix of another path."""
 
     @functools.cache
     def end(path: pathlib.Path, length: int) -> str:

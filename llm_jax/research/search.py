@@ -1,9 +1,9 @@
-"""Searches a space of options with Optuna: each trial is a run directory, bad trials end early.
+"""Searches a space of options with Optuna. Each trial is a run directory, and bad trials end early.
 
     --search="optim.lr=loguniform(1e-4, 1e-2); model.width=64,128; model.num_layers=1..4" --trials=20
 
-`uniform(a, b)` and `loguniform(a, b)` are ranges, `a..b` and `a..b..step` ranges of integers or numbers, lists choices.
-OUTPUT/search.log is the study: the same command continues it, and several processes may work on it.
+`uniform(a, b)`, `loguniform(a, b)`, `a..b` and `a..b..step` are ranges; a list has the values to choose from.
+OUTPUT/search.log stores the study: the same command continues it, and several processes can work on it.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ _CONTINUOUS = re.compile(r"(uniform|loguniform)\s*\((.*)\)")
 
 
 def parse(text: str) -> dict[str, Suggest]:
-    """{dotted key: function of a trial that suggests its value}.
+    """Returns {dotted key: function of a trial that suggests a value of the option}.
 
     Raises:
       UserError: a clause cannot be read, a key is unknown or repeated, or a value does not fit the option.
@@ -60,7 +60,8 @@ def run(
       show: called with the points of this call and their states.
 
     Returns:
-      Optuna's study, whose value is the held-out bits per byte (the loss where there are none), and the states.
+      The study of Optuna, which minimizes the held-out bits per byte (or the held-out loss if they are not measured),
+      and the states of the jobs.
 
     Raises:
       UserError: Optuna is not installed, the space cannot be read, or the study in `output` was started with another
@@ -119,14 +120,15 @@ def run(
             del active[status.job.name]
 
     def interrupted() -> Iterator[Any]:
-        """Trials that no process runs. Trials without all their options have just been created by another process."""
+        """Yields trials that no process is running, except those that another process has just created: they lack
+        options."""
         for frozen in study.get_trials(deepcopy=False, states=[State.RUNNING]):
             name = f"trial-{frozen.number:04d}"
             if name not in active and frozen.params.keys() >= space.keys() and not jobs.is_locked(output / name):
                 yield optuna.trial.Trial(study, frozen._trial_id)
 
     def claim() -> Any:
-        """A new trial, or None where all processes together have created `trials` of them."""
+        """Creates a trial, or returns None if all processes together have created `trials` trials."""
         with files.lock(output, points.LOCK, wait=True):
             number = len(study.trials)
             study.sampler = optuna.samplers.TPESampler(seed=sampler_seed(seed, number))
@@ -171,7 +173,7 @@ def run(
 
 
 def sampler_seed(seed: int, number: int) -> int:
-    """The 32-bit seed of the draws of one trial, which differ from those of other trials and other searches."""
+    """The 32-bit random seed of one trial, different for every trial and every search."""
     return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
 
 
@@ -186,7 +188,7 @@ def describe(study: Any, output: pathlib.Path) -> str:
 
 
 def _clauses(text: str) -> dict[str, str]:
-    """{dotted key: its range or values as text} of a search space."""
+    """Parses a search space to {dotted key: text of its range or values}."""
     clauses: dict[str, str] = {}
     for clause in grid.split(text, ";", "--search"):
         key, values = grid.parse_assignment(clause, "--search", "KEY=RANGE or KEY=VALUE,VALUE,...")
@@ -197,10 +199,10 @@ def _clauses(text: str) -> dict[str, str]:
 
 
 def _refuse_another_study(study: Any, base: Config, clauses: Mapping[str, str], output: pathlib.Path) -> None:
-    """Records the space and the options in a new study; refuses others in a study that has them.
+    """Records the space and the options in a new study, or compares them with those of an existing study.
 
     Raises:
-      UserError: the space or an option that changes results differs from the study's.
+      UserError: the space or an option that changes results differs from the existing study.
     """
     options = json.loads(json.dumps(configuration.flat(base)))
     recorded = study.user_attrs
@@ -217,7 +219,7 @@ def _refuse_another_study(study: Any, base: Config, clauses: Mapping[str, str], 
             if not searched and before.get(key) != now.get(key):
                 raise UserError(
                     f"{output}: this search was started with {source}{key}={before.get(key)}, now {now.get(key)}; "
-                    "give another --output or the former value"
+                    "choose another --output, or use the former value"
                 )
 
 

@@ -20,24 +20,21 @@ def all_above(intervals: Sequence[Interval], threshold: float = 0.0) -> str:
 
 
 def within(estimate: float, low: float, high: float) -> str:
-    """Holds if a figure without an interval lies between two limits, which are included, else fails.
-
-    NaN is undecided.
-    """
+    """Holds if low <= estimate <= high, else fails; undecided for NaN. For estimates without an interval."""
     if math.isnan(estimate):
         return UNDECIDED
     return HOLDS if low <= estimate <= high else FAILS
 
 
 def at_most(estimate: float, holds: float, fails: float) -> str:
-    """Holds if a figure without an interval is at most `holds`, fails if it is at least `fails`, else undecided."""
+    """Holds if estimate <= holds, fails if estimate >= fails, else undecided. For estimates without an interval."""
     return HOLDS if estimate <= holds else FAILS if estimate >= fails else UNDECIDED
 
 
 def all_at_least(values: Sequence[float], holds: float, fails: float) -> str:
-    """Holds if the least value is at least `holds`, fails if the greatest is below `fails`, else undecided.
+    """Holds if the minimum is at least `holds`, fails if the maximum is below `fails`, else undecided.
 
-    NaN among the values is undecided.
+    Undecided if a value is NaN.
     """
     if any(map(math.isnan, values)):
         return UNDECIDED
@@ -47,7 +44,7 @@ def all_at_least(values: Sequence[float], holds: float, fails: float) -> str:
 def holds_when(
     passing: Sequence[str], candidates: Sequence[str], noun: str = "", separator: str = " or ", none: str = FAILS
 ) -> str:
-    """Holds if all candidates pass; "holds when NOUN A or B" names those that do; `none` if none does."""
+    """Holds if all candidates pass; "holds when NOUN A or B" if only A and B pass; `none` if no candidate passes."""
     if not passing:
         return none
     if len(passing) == len(candidates):
@@ -56,7 +53,7 @@ def holds_when(
 
 
 def holds_for(names: Sequence[str], passing: Sequence[bool]) -> str:
-    """The verdict of a statement of two parts: holds, "holds for A only", or fails; without parts, undecided."""
+    """The verdict of several parts: "holds", "holds for A only" or "fails"; "undecided" without parts."""
     if not passing:
         return UNDECIDED
     if all(passing):

@@ -1,4 +1,4 @@
-"""Options that follow from others by default, and that a run records with the value that they had."""
+"""Options whose default values are computed from other options. A run records the computed value."""
 
 from collections.abc import Set
 from typing import Any
@@ -10,7 +10,7 @@ def warmup_steps(steps: int) -> int:
 
 
 def follow_again(mapping: dict[str, Any], overridden: Set[str]) -> None:
-    """Restores the symbolic default of a recorded option, in place, if an override changes what it follows from.
+    """Resets a recorded option to its symbolic default, in place, if an override changes the option it depends on.
 
     Args:
       mapping: the complete nested configuration of a run, before the overrides.

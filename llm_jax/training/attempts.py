@@ -10,7 +10,8 @@ from llm_jax.training.bad_steps import lines_up_to
 
 
 def begin(workdir: pathlib.Path, step: int) -> None:
-    """Records in attempts.jsonl that a trainer starts. The end of a killed trainer is its last line of metrics."""
+    """Records the start of a trainer in attempts.jsonl. If the previous trainer was killed, also records its end, the
+    time of its last metrics."""
     attempts, metrics = _read(workdir), workdir / "metrics.jsonl"
     if attempts and "ended" not in attempts[-1]:
         last = files.modified(metrics) if metrics.exists() else 0.0
@@ -19,14 +20,14 @@ def begin(workdir: pathlib.Path, step: int) -> None:
 
 
 def end(workdir: pathlib.Path) -> None:
-    """Records that the trainer ends."""
+    """Records the end of the trainer in attempts.jsonl."""
     attempts = _read(workdir)
     attempts[-1]["ended"] = time.time()
     _write(workdir, attempts)
 
 
 def goodput(workdir: pathlib.Path) -> float | None:
-    """The share of the trainers' time spent on steps that were kept: their number times their median time.
+    """The share of the trainers' time that was spent on steps of the final run: number of steps times median step time.
 
     Compiling, evaluating, saving and lost steps do not count. None if no step has been timed.
     """

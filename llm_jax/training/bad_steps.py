@@ -17,8 +17,8 @@ from llm_jax.schema import TrainConfig, choice
 
 ACTIONS = ("stop", "skip", "rollback")
 _HISTORY = 50  # number of previous losses whose median is the reference for a spike
-_ENOUGH = 20  # minimum number of losses for the detection of spikes
-_PATIENCE = 3  # consecutive bad steps, or rollbacks to one checkpoint, after which the run ends
+_MIN_LOSSES = 20  # minimum number of losses for the detection of spikes
+_MAX_ATTEMPTS = 3  # consecutive bad steps, or rollbacks to one checkpoint, after which the run ends
 
 
 @dataclasses.dataclass
@@ -35,7 +35,7 @@ class BadStep(Exception):
 
 
 def norms(tree: Any) -> jax.Array:
-    """The norm of every weight, layer by layer, in the order of `names`: float32 (their number,)."""
+    """The norm of every weight, layer by layer, in the order of `names`: float32 (number of weights,)."""
     parts = []
     for path, weight in trees.flatten(tree).items():
         stacked = trees.layers_of(path) is not None
@@ -53,14 +53,14 @@ def names(tree: Any) -> list[str]:
 
 
 def lines_up_to(metrics: pathlib.Path, step: float = math.inf) -> list[dict[str, Any]]:
-    """The complete lines of metrics.jsonl up to that of `step`."""
+    """Reads the complete lines of metrics.jsonl up to the line of `step`."""
     lines: list[dict[str, Any]] = []
     for text in metrics.read_text().splitlines() if metrics.exists() else []:
         try:
             line = json.loads(text)
             if line["step"] <= step:
                 lines.append(line)
-        except (ValueError, KeyError, TypeError):  # the line a killed process was writing
+        except (ValueError, KeyError, TypeError):  # an incomplete line of a killed process
             break
     return lines
 
@@ -71,10 +71,10 @@ def check(config: TrainConfig) -> None:
 
 
 class Watch:
-    """Detects bad steps from the losses of earlier ones.
+    """Detects bad steps by comparing losses with the losses of earlier steps.
 
-    The limit for step n depends on the losses of the steps up to n - 2: those are known when step n is dispatched, and
-    a resumed run reads them from metrics.jsonl.
+    The limit for step n depends on the losses of the steps up to n - 2, because these are known when step n is
+    dispatched. A resumed run reads them from metrics.jsonl.
 
     Args:
       weights: the per-layer names of the trainable weights, in the order of the gradient norms.
@@ -86,44 +86,45 @@ class Watch:
         check(config)
         self._config, self._weights = config, weights
         self._losses: dict[int, float] = {}
-        self._in_a_row = 0
+        self._consecutive = 0  # number of bad steps since the last good one
         for line in lines_up_to(metrics, start)[-2 * _HISTORY :]:
-            self._in_a_row = self._in_a_row + 1 if line.get("bad") else 0
+            self._consecutive = self._consecutive + 1 if line.get("bad") else 0
             if not line.get("bad"):
                 self._losses[line["step"]] = line["loss"]
 
     def limit(self, step: int) -> float:
         """The largest loss of step `step` that is not a spike; infinity if spikes are not detected."""
         losses = [loss for s, loss in sorted(self._losses.items()) if s <= step - 2][-_HISTORY:]
-        if not self._config.spike_factor or len(losses) < _ENOUGH:
+        if not self._config.spike_factor or len(losses) < _MIN_LOSSES:
             return math.inf
         return self._config.spike_factor * statistics.median(losses)
 
     def see(self, step: int, loss: float, bad: bool, gradient_norms: np.ndarray) -> str:
         """Records a step, and returns a message about a bad step, or "".
 
-        Raises `BadStep` for a bad step, unless its update was skipped and only few updates before it were skipped.
-
         Args:
           gradient_norms: float32 (number of weights,).
+
+        Raises:
+          BadStep: the step is bad, and `train.on_bad_step` is not "skip" or too many consecutive steps were bad.
         """
         if not bad:
             self._losses[step] = loss
             self._losses.pop(step - 2 * _HISTORY, None)
-            self._in_a_row = 0
+            self._consecutive = 0
             return ""
-        self._in_a_row += 1
-        what = self._what(step, loss, gradient_norms)
-        if self._config.on_bad_step != "skip" or self._in_a_row >= _PATIENCE:
-            raise BadStep(step, what)
-        return f"step {step}: {what}; its update is skipped"
+        self._consecutive += 1
+        reason = self._reason(step, loss, gradient_norms)
+        if self._config.on_bad_step != "skip" or self._consecutive >= _MAX_ATTEMPTS:
+            raise BadStep(step, reason)
+        return f"step {step}: {reason}; its update is skipped"
 
     def rewind(self, step: int) -> None:
         """Drops the losses after `step`."""
         self._losses = {s: loss for s, loss in self._losses.items() if s <= step}
-        self._in_a_row = 0
+        self._consecutive = 0
 
-    def _what(self, step: int, loss: float, gradient_norms: np.ndarray) -> str:
+    def _reason(self, step: int, loss: float, gradient_norms: np.ndarray) -> str:
         broken = [name for name, norm in zip(self._weights, gradient_norms, strict=True) if not math.isfinite(norm)]
         if math.isfinite(loss) and not broken:
             largest = self._weights[int(np.argmax(gradient_norms))]
@@ -140,10 +141,13 @@ class Rollbacks:
     """Counts the rollbacks to each checkpoint, and stops a run after too many rollbacks to the same checkpoint."""
 
     def __init__(self) -> None:
-        self._to: dict[int, int] = {}
+        self._counts: dict[int, int] = {}  # {step of the checkpoint: number of rollbacks}
 
     def count(self, to: int, bad: BadStep) -> None:
-        """Raises UserError after too many rollbacks to step `to`."""
-        self._to[to] = self._to.get(to, 0) + 1
-        if self._to[to] > _PATIENCE:
-            raise UserError(f"step {bad.step}: {bad.what}; gone back to step {to} {_PATIENCE} times, giving up")
+        """Counts a rollback to step `to`. Raises UserError after too many rollbacks to the same step."""
+        self._counts[to] = self._counts.get(to, 0) + 1
+        if self._counts[to] > _MAX_ATTEMPTS:
+            raise UserError(
+                f"step {bad.step}: {bad.what}; {_MAX_ATTEMPTS} rollbacks to step {to} have not helped; lower optim.lr "
+                "or optim.clip_norm"
+            )

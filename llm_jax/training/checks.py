@@ -38,8 +38,8 @@ def config(
 
 
 def check(config: Config) -> None:
-    """Checks a configuration from shapes alone. With `init_from`, the model is not checked, because
-    the checkpoint determines it.
+    """Checks a configuration from shapes alone. With `init_from`, the model is not checked, because the checkpoint
+    determines it.
 
     Raises:
       UserError: options contradict each other; the message names them.
@@ -61,19 +61,21 @@ def check(config: Config) -> None:
 
 
 def check_storage(workdir: pathlib.Path, config: Config, profile: bool, processes: int) -> None:
-    """Raises UserError for what cannot be written to a workdir in an object store."""
+    """Raises UserError if an option or flag needs to write files that an object store does not support."""
     if not objects.is_object(workdir):
         return
     if profile:
         raise UserError(
-            f"--profile writes into the workdir, and a trace cannot be written to {workdir}; give a directory"
+            f"--profile writes a trace to the workdir, which is not supported in {workdir}; use a local directory"
         )
     if "tensorboard" in config.report.to:
-        raise UserError(f"report.to=tensorboard appends to files, which {workdir} cannot; use wandb or mlflow")
+        raise UserError(
+            f"report.to=tensorboard appends to files, which {workdir} does not support; use wandb or mlflow"
+        )
     if processes > 1 and not objects.has_orbax_driver(workdir):
         raise UserError(
-            f"--workdir={workdir}: Orbax has no driver for s3://, through which {processes} processes could write one "
-            "checkpoint; give gs://, or a directory that all processes share"
+            f"--workdir={workdir}: {processes} processes cannot write a checkpoint to s3://, because Orbax has no "
+            "driver for it; use gs://, or a directory that all processes share"
         )
 
 

@@ -1,9 +1,9 @@
 """Estimates the time, memory and disk space of a run: compiles the step and times a few steps on dummy rows.
 
-A run whose weights and optimizer alone do not fit into the free memory is not compiled.
+If the weights and the optimizer state alone exceed the free memory, nothing is compiled.
 
-The weights of these steps are zeros and the rows are synthetic. Time and memory depend only on shapes, dtypes and
-shardings, which equal the run's. Nothing is read from or written to the run directory.
+The timed steps use zeros as weights and synthetic rows. Time and memory depend only on shapes, dtypes and shardings,
+which are those of the run. The run directory is neither read nor written.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from llm_jax.training import memory
 from llm_jax.training.setup import Setup
 
 _TIMED_STEPS = 5  # at most
-_SECONDS = 20.0  # time limit, after which no further step or batch is timed
+_TIME_LIMIT = 20.0  # seconds after which no further step or batch is timed
 _SAFE_SHARE = 0.9  # share of the free memory; a step that needs more is not run
 
 
@@ -102,14 +102,14 @@ def estimate(setup: Setup, held_out: Mapping[str, int], workdir: pathlib.Path, d
     if compile_seconds is not None and (free is None or need.peak * devices < _SAFE_SHARE * free):
         zeros = _zeros((state, setup.state.frozen))
         batch = dummy_batch(setup)
-        ahead = [zeros[0]]
+        current = [zeros[0]]  # the state, which every step donates
 
         def update() -> Any:
-            ahead[0], metrics = step(ahead[0], zeros[1], batch, limit)
+            current[0], metrics = step(current[0], zeros[1], batch, limit)
             return metrics
 
         step_times = _timed(update)
-        params = ahead[0].params
+        params = current[0].params
         batch_times = _timed(lambda: loss(params, zeros[1], batch)) if held_out else [0.0]
     return Estimate(
         compile_seconds=compile_seconds,
@@ -139,7 +139,7 @@ def describe(e: Estimate, config: Config, epoch_tokens: int) -> str:
     free = "" if e.free_memory is None else f", {_size(e.free_memory)} are free"
     if e.compile_seconds is None:
         lines.append(
-            f"memory: too little: weights and optimizer alone take {_size(e.memory.arguments)} on each device{free}; "
+            f"memory: not enough: weights and optimizer alone take {_size(e.memory.arguments)} on each device{free}; "
             "nothing was compiled"
         )
     elif e.seconds is None or e.step_seconds is None or e.batch_seconds is None:
@@ -165,18 +165,18 @@ def describe(e: Estimate, config: Config, epoch_tokens: int) -> str:
         lines.append("warning: the checkpoints do not fit on the disk; lower checkpoint.keep_last or keep_best")
     if e.timed_steps:
         lines.append(
-            f"measured in {bars.duration(e.spent_seconds)} on {e.timed_steps} steps with weights of zeros and dummy "
-            "rows; without samples, tasks and saving"
+            f"measured in {bars.duration(e.spent_seconds)} with {e.timed_steps} steps on zero weights and dummy rows; "
+            "does not include samples, tasks and saving"
         )
     return "\n".join(lines)
 
 
 def _timed(call: Callable[[], Any]) -> list[float]:
-    """Seconds of each of up to `_TIMED_STEPS` calls (at least one) within `_SECONDS`, after one untimed call."""
+    """Seconds of each of up to `_TIMED_STEPS` calls (at least one) within `_TIME_LIMIT`, after one untimed call."""
     began = time.perf_counter()
     jax.block_until_ready(call())
     seconds: list[float] = []
-    while not seconds or (len(seconds) < _TIMED_STEPS and time.perf_counter() - began < _SECONDS):
+    while not seconds or (len(seconds) < _TIMED_STEPS and time.perf_counter() - began < _TIME_LIMIT):
         start = time.perf_counter()
         jax.block_until_ready(call())
         seconds.append(time.perf_counter() - start)
@@ -227,10 +227,11 @@ def _checkpoints(config: Config) -> int:
 
 
 def check_batch(setup: Setup) -> None:
-    """Refuses a batch that cannot fit, before its rows are built: that would take minutes and end without a message.
+    """Rejects a batch that cannot fit into the free memory, before its rows are built.
 
-    A lower bound is compared with the memory that is free: the int32 arrays of the batch, and of a micro-batch the
-    embeddings of the tokens and the float32 scores of a layer, unless its attention kernel is fused.
+    Without this check, such a run would spend minutes on building rows and then be killed without a message. The check
+    uses a lower bound of the memory: the int32 arrays of the batch, and for one micro-batch the token embeddings and,
+    unless the attention kernel is fused, the float32 scores of one layer.
 
     Raises:
       UserError: the batch needs more memory than is free on a device, or in the machine for CPUs.
@@ -240,15 +241,15 @@ def check_batch(setup: Setup) -> None:
     on_cpu = devices[0].platform == "cpu"
     share = (sum(d.process_index == jax.process_index() for d in devices) if on_cpu else 1) / len(devices)
     tokens = c.batch_size * c.seq_len
-    of_token = model.width * jnp.dtype(model.precision.compute).itemsize
+    token_bytes = model.width * jnp.dtype(model.precision.compute).itemsize
     if setup.attention_kernel.split()[0] in ("plain", "xla"):
-        of_token += model.num_heads * c.seq_len * 4
-    needed = share * (tokens * len(rows.NAMES) * 4 + tokens // c.grad_accumulation * of_token)
+        token_bytes += model.num_heads * c.seq_len * 4
+    needed = share * (tokens * len(rows.NAMES) * 4 + tokens // c.grad_accumulation * token_bytes)
     if free is not None and needed > free:
         raise UserError(
             f"train.batch_size={c.batch_size} rows of train.seq_len={c.seq_len} tokens with model.width={model.width} "
             f"and model.num_heads={model.num_heads} need more than {_size(needed)}, and {_size(free)} are free; lower "
-            "one of them, or raise train.grad_accumulation"
+            "one of these options, or raise train.grad_accumulation"
         )
 
 

@@ -51,11 +51,11 @@ class Evaluator:
         self._statistics = jax.jit(mesh_lib.within(setup.mesh, statistics), out_shardings=setup.replicated)
 
     def _local_params(self, state: TrainState) -> Any:
-        """The parameters of the model, one entry per layer; with several processes, each has a copy of all of them."""
+        """The parameters of the model, one entry per layer; each of several processes gets a complete copy."""
         return processes.local_copy(self._unstack(state.model, state.frozen))
 
     def final_note(self) -> str:
-        """The note with the number of held-out rows of the final evaluation, or "" if every evaluation uses all."""
+        """A note with the number of held-out rows of the final evaluation; "" if every evaluation uses all rows."""
         rows, config = self._data.held_out, self._setup.config.eval
         if rows is None:
             return ""
@@ -73,10 +73,10 @@ class Evaluator:
           final: whether this is the last evaluation, with its own numbers of rows and of examples.
 
         Returns:
-          The metrics of `held_out.evaluate` as "validation_NAME" and "validation_NAME/SOURCE", if there are held-out
-          rows; of DPO also "validation_preference_accuracy", the share of pairs whose chosen answer has the larger
-          log-ratio to the reference, and "validation_preference_margin", the mean of `losses.preference_margin`; and
-          accuracies as "task_NAME".
+          If there are held-out rows, the metrics of `held_out.evaluate` as "validation_NAME" and
+          "validation_NAME/SOURCE". With DPO also "validation_preference_accuracy", the share of pairs whose chosen
+          answer has the larger log-ratio to the reference, and "validation_preference_margin", the mean of
+          `losses.preference_margin`. The accuracies of tasks as "task_NAME".
         """
         setup, data, config = self._setup, self._data, self._setup.config
         loss = lambda params, batch: setup.loss(params, state.frozen, batch)  # noqa: E731
@@ -99,14 +99,14 @@ class Evaluator:
                 continue
             limit = (0 if final else config.eval.task_examples) or len(task.examples)
             count = min(limit, len(task.examples))
-            reader = (self._decoder, params, data.tokenizer)
-            records = list(answers.records(reader, task, PromptConfig(), range(count)))
+            loaded = (self._decoder, params, data.tokenizer)
+            records = list(answers.records(loaded, task, PromptConfig(), range(count)))
             figures[f"task_{name}"] = answers.summary(records)["accuracy"]
         return figures
 
     def describe(self, figures: Mapping[str, float]) -> str:
         """Returns the metrics as one line of text."""
-        parts = [f"{name} {figures[f'task_{name}']:.1%} right" for name in self._tasks if f"task_{name}" in figures]
+        parts = [f"{name} {figures[f'task_{name}']:.1%} correct" for name in self._tasks if f"task_{name}" in figures]
         if "validation_loss" in figures:
             bits = figures["validation_bits_per_byte"]
             parts = [f"held-out loss {figures['validation_loss']:.4f}", f"{bits:.3f} bits per byte", *parts]

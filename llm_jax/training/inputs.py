@@ -76,15 +76,15 @@ def load(config: Config, start: Start | None = None, engine: str = "local") -> I
             f"tokenizer.chat_template={t.chat_template}: a newly trained tokenizer has no chat templates; set "
             "tokenizer.path or init_from"
         )
-    named = vocabulary.named_tokenizer(t.path, resumed_tokenizer, t.chat_template) if t.path else None
-    if named:
-        _check_overrides(config, named)
-        size = dataclasses.replace(config.tokenizer, kind=named.kind, vocab_size=named.vocab_size)
+    existing = vocabulary.named_tokenizer(t.path, resumed_tokenizer, t.chat_template) if t.path else None
+    if existing:
+        _check_overrides(config, existing)
+        size = dataclasses.replace(config.tokenizer, kind=existing.kind, vocab_size=existing.vocab_size)
         config = dataclasses.replace(config, tokenizer=size)
     source = kinds.open_source(config.data, engine=engine)
-    tokenizer = start.tokenizer or named or source.tokenizer(config.tokenizer, at_most=_is_default_size(config))
-    if named:
-        vocabulary.check_tokenizer(config.tokenizer.path, named, tokenizer)
+    tokenizer = start.tokenizer or existing or source.tokenizer(config.tokenizer, at_most=_is_default_size(config))
+    if existing:
+        vocabulary.check_tokenizer(config.tokenizer.path, existing, tokenizer)
     if tokenizer.kind != config.tokenizer.kind:
         raise UserError(
             f"{start.checkpoint or config.init_from}: trained on '{tokenizer.kind}' tokens; config key "
@@ -101,17 +101,17 @@ def load(config: Config, start: Start | None = None, engine: str = "local") -> I
     held_out, parts = rows_lib.held_out(config.data, corpus, c.seq_len)
     if held_out is None and config.checkpoint.keep_best and "checkpoint.keep_best" in config.explicit:
         raise UserError(
-            f"checkpoint.keep_best={config.checkpoint.keep_best} compares held-out losses, and nothing is held out "
+            f"checkpoint.keep_best={config.checkpoint.keep_best} compares held-out losses, but no text is held out "
             "(data.validation_fraction=0); set it to 0"
         )
-    hide = masking.hider(config.loss, tokenizer)
+    masked = masking.hider(config.loss, tokenizer)  # function (rows, seed) -> rows with masked tokens
     return Inputs(
         _with_prompts(config, corpus, tokenizer),
         tokenizer,
         source,
-        hide(train, c.seed),
-        None if held_out is None else hide(held_out, 0),
-        {name: hide(part, 0) for name, part in parts.items()},
+        masked(train, c.seed),
+        None if held_out is None else masked(held_out, 0),
+        {name: masked(part, 0) for name, part in parts.items()},
         rows_lib.test(config.data, corpus, c.seq_len),
         masking.vocab_size(config.loss, tokenizer),
         (len(corpus.train.tokens), len(corpus.validation.tokens)),
@@ -121,34 +121,37 @@ def load(config: Config, start: Start | None = None, engine: str = "local") -> I
     )
 
 
-def _check_overrides(config: Config, named: Tokenizer) -> None:
+def _check_overrides(config: Config, existing: Tokenizer) -> None:
     """Raises UserError if an explicit option of the tokenizer contradicts the tokenizer at `tokenizer.path`."""
     for name in ("kind", "vocab_size"):
-        value, expected = getattr(config.tokenizer, name), getattr(named, name)
+        value, expected = getattr(config.tokenizer, name), getattr(existing, name)
         if f"tokenizer.{name}" in config.explicit and value != expected and not config.init_from:
             raise UserError(
                 f"tokenizer.{name}={value} contradicts tokenizer.path={config.tokenizer.path}, whose tokenizer has "
-                f"tokenizer.{name}={expected}; leave tokenizer.{name} out, or tokenizer.path to train a tokenizer"
+                f"tokenizer.{name}={expected}; omit tokenizer.{name}, or omit tokenizer.path to train a new tokenizer"
             )
 
 
 def _empty_answers(config: Config, corpus: Corpus, tokenizer: Tokenizer) -> int:
-    """The number of training examples with as many counted bytes as an empty answer, which may be those of markers."""
+    """The number of training examples with an empty answer, recognized by the number of bytes that the loss counts.
+
+    These bytes are not 0 if the chat template writes markers for every answer.
+    """
     if config.data.kind not in ("instructions", "preferences") or corpus.train.directory is None:
         return 0
     try:
         record = json.dumps({"prompt": "a", "answer": ""})
         (example,) = ENCODERS["instructions"].encode(tokenizer, [record])
-    except UserError:  # the chat template refuses an empty answer
+    except UserError:  # the chat template rejects an empty answer
         return 0
     return int((corpus_lib.open_split(corpus.train.directory)[1] == example.size).sum())
 
 
 def _with_prompts(config: Config, corpus: Corpus, tokenizer: Tokenizer) -> Config:
-    """The configuration with `eval.prompts` that fit the text, where they are not set.
+    """Sets `eval.prompts` to prompts from the text, unless they are set explicitly or the text is the default corpus.
 
-    The default prompts are Python code, as the default corpus is. For another text they are the first words of its
-    held-out documents (of training documents where nothing is held out), and there are none for data of another kind.
+    The prompts are the first words of held-out documents, or of training documents if nothing is held out. For data of
+    another kind than text, there are no prompts.
     """
     default = configuration.default()
     is_set = "eval.prompts" in config.explicit or config.eval.prompts != default.eval.prompts
@@ -164,7 +167,7 @@ def _with_prompts(config: Config, corpus: Corpus, tokenizer: Tokenizer) -> Confi
 
 
 def describe(config: Config, inputs: Inputs) -> str:
-    """Lines about the text and the tokenizer."""
+    """Returns lines that describe the text and the tokenizer, with notes."""
     t, source, size = inputs.tokenizer, inputs.source, config.tokenizer.vocab_size
     default_size = configuration.default("tokenizer").vocab_size
     held_out = (
@@ -182,7 +185,7 @@ def describe(config: Config, inputs: Inputs) -> str:
             f"{config.train.steps} with train.batch_size={config.train.batch_size} is {epochs:,.2f} epochs"
         )
     if _is_default_size(config) and t.kind in tokenizers.SIZED and t.vocab_size < size:
-        line += f"\nnote: the vocabulary has {t.vocab_size} ids, all that the text allows; the default is {size}"
+        line += f"\nnote: the vocabulary has {t.vocab_size} ids, the maximum for this text; the default is {size}"
     if not _is_default_size(config) and t.kind == "byte" and size not in (t.vocab_size, default_size):
         ids = f"which has {t.vocab_size} ids"
         line += f"\nnote: tokenizer.vocab_size={size} has no effect with tokenizer.kind='byte', {ids}"
@@ -194,11 +197,12 @@ def describe(config: Config, inputs: Inputs) -> str:
         )
     if count := inputs.empty_answers:
         line += (
-            f"\nnote: {count:,} training example{'s' * (count != 1)} with an empty answer; remove what is not wanted"
+            f"\nnote: {count:,} training example{'s have' if count != 1 else ' has'} an empty answer; remove them from "
+            "the data if this is not intended"
         )
     return f"{line}\n{inputs.unknown_note}" if inputs.unknown_note else line
 
 
 def _is_default_size(config: Config) -> bool:
-    """Whether the size of the vocabulary is not set by the user, so that a text with fewer ids is no error."""
+    """Whether the user has not set the size of the vocabulary. Then a text with fewer ids is not an error."""
     return "tokenizer.vocab_size" not in config.explicit

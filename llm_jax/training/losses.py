@@ -1,6 +1,6 @@
-"""Training losses by name (`loss.kind`), or of the user's own: a function of logits and targets (`extensions`).
+"""Training losses by name (`loss.kind`), or custom functions of logits and targets (`extensions`).
 
-Held-out text is always measured with `language_model`.
+The held-out loss is always `language_model`.
 
 Every loss returns a sum and the number of its terms, so that micro-batches and devices add up to the loss of the whole
 batch. A model trained with entmax defines its probabilities by `entmax15` rather than softmax; sample it accordingly.
@@ -275,7 +275,7 @@ def make(
     """
     c = config
     kind = extensions.select("loss.kind", c.kind, KINDS)
-    custom_loss = _own(kind) if isinstance(kind, extensions.Extension) else None
+    custom_loss = _custom(kind) if isinstance(kind, extensions.Extension) else None
 
     def supervised(params: Any, frozen: Any, batch: Batch, step: jax.Array, key: jax.Array):
         tokens: dict[str, jax.Array] = {"x": features(model, params, batch)}
@@ -313,8 +313,8 @@ def make(
     return dpo if c.kind == "dpo" else supervised
 
 
-def _own(extension: extensions.Extension) -> Callable[..., jax.Array]:
-    """A custom loss, checked on a few tokens, because a scalar would be broadcast to every token."""
+def _custom(extension: extensions.Extension) -> Callable[..., jax.Array]:
+    """The custom loss; its output shape is checked, because a scalar would be broadcast to every token."""
     loss = extension.bind(extension.target)
     arguments = jax.ShapeDtypeStruct((2, 3, 7), jnp.float32), jax.ShapeDtypeStruct((2, 3), jnp.int32)
     extension.check_output("the loss", loss, arguments, {"batch": 2, "tokens": 3})
@@ -333,13 +333,13 @@ def check(config: Config) -> None:
     c = config.loss
     kind = c.kind
     selected = extensions.select("loss.kind", kind, KINDS)
-    is_own = isinstance(selected, extensions.Extension)
-    if is_own:
-        _own(selected)
+    is_custom = isinstance(selected, extensions.Extension)
+    if is_custom:
+        _custom(selected)
     check_chunk(config.train.loss_chunk, config.train.seq_len)
     for name in ("z_loss", "label_smoothing"):
-        if getattr(c, name) and (is_own or kind in ("entmax", "dpo")):
-            raise UserError(f"loss.{name}={getattr(c, name)} has no meaning with loss.kind={kind}; set it to 0")
+        if getattr(c, name) and (is_custom or kind in ("entmax", "dpo")):
+            raise UserError(f"loss.{name}={getattr(c, name)} has no effect with loss.kind={kind}; set it to 0")
     if c.teacher and kind != "distillation":
         raise UserError(f"loss.teacher={c.teacher} is used by loss.kind=distillation only, not by {kind}")
     if kind == "distillation" and not c.teacher:
@@ -366,7 +366,7 @@ def check(config: Config) -> None:
         )
     if (kind == "dpo") != (config.data.kind == "preferences"):
         raise UserError(
-            f"loss.kind={kind} with data.kind={config.data.kind}: dpo learns from preferences, and nothing else does"
+            f"loss.kind={kind} with data.kind={config.data.kind}; use loss.kind=dpo with data.kind=preferences only"
         )
 
 
@@ -382,11 +382,11 @@ def check_reference(
     digests = [tokenizers.digest(t)[:12] for t in (other, tokenizer or other)]
     if digests[0] != digests[1] or reference.vocab_size != config.vocab_size:
         raise UserError(
-            f"{name}: its vocabulary ({reference.vocab_size} ids, {digests[0]}) is not the run's "
-            f"({config.vocab_size} ids, {digests[1]})"
+            f"{name}: its vocabulary ({reference.vocab_size} ids, {digests[0]}) differs from the vocabulary of the "
+            f"run ({config.vocab_size} ids, {digests[1]})"
         )
     if reference.causal != config.causal:
-        raise UserError(f"{name}: model.causal={reference.causal} there, {config.causal} in this run")
+        raise UserError(f"{name} has model.causal={reference.causal}; expected {config.causal}, as in this run")
 
 
 def rows_together(config: LossConfig) -> int:

@@ -16,7 +16,7 @@ from collections.abc import Collection
 from llm_jax.schema import Config, ModelConfig
 
 _BFLOAT16 = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16"}  # {flag of /proc/cpuinfo: name}
-_UNROLLED = 64  # maximum number of unrolled layers; each adds about half a second of compile time
+_MAX_UNROLLED = 64  # maximum number of unrolled layers; each adds about half a second of compile time
 
 
 def fixed(model: ModelConfig) -> ModelConfig:
@@ -35,16 +35,16 @@ def resolve(model: ModelConfig, platform: str, instructions: Collection[str]) ->
     fast = next((name for flag, name in _BFLOAT16.items() if flag in instructions), "")
     if platform == "cpu":
         compute = "bfloat16" if fast else "float32"
-        reason = f"this CPU multiplies it faster, with {fast}" if fast else "this CPU has no fast bfloat16 products"
+        reason = f"this CPU has {fast} for bfloat16" if fast else "this CPU has no fast bfloat16 products"
     else:
-        compute, reason = "bfloat16", f"the matrix units of a {platform.upper()} are made for it"
+        compute, reason = "bfloat16", f"the matrix units of a {platform.upper()} are built for bfloat16"
     if model.precision.compute == "auto":
         lines.append(f"model.precision.compute=auto: {compute}, because {reason}")
-    scan = platform != "cpu" or model.num_layers > _UNROLLED
+    scan = platform != "cpu" or model.num_layers > _MAX_UNROLLED
     if platform != "cpu":
-        reason = f"on a {platform.upper()} it compiles sooner, whatever the depth"
+        reason = f"on a {platform.upper()} scanned layers are as fast, and compile faster"
     elif scan:
-        reason = f"{model.num_layers} layers would compile for too long; at most {_UNROLLED} are unrolled"
+        reason = f"{model.num_layers} unrolled layers would compile for too long; at most {_MAX_UNROLLED} are unrolled"
     else:
         reason = "unrolled layers are faster on a CPU and take less memory"
     if model.scan_layers == "auto":

@@ -62,7 +62,7 @@ def layer_statistics(model: Transformer) -> Callable[[Any, Batch], dict[str, dic
 
 
 def peak_memory() -> dict[str, int]:
-    """The peak memory so far, in bytes: of this process, and of a device, if it reports its peak."""
+    """The peak memory so far, in bytes: of this process, and of one device if it reports its peak."""
     unit = 1 if sys.platform == "darwin" else 1024
     peaks = {"peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
     stats = jax.local_devices()[0].memory_stats()

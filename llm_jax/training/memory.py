@@ -12,7 +12,7 @@ from llm_jax.schema import Config
 from llm_jax.training import trainable
 from llm_jax.training.setup import Setup, num_parameters, setup
 
-# Kinds of training that `plan` compares with the configured one: {name: changes of the configuration}.
+# Kinds of training that `plan --memory` compares with the configured one; see `variant`.
 KINDS = ("forward", "full", "lora", "fa", "qlora")
 
 
@@ -98,9 +98,9 @@ def describe(e: StepSizes, config: Config) -> str:
     return "\n".join(
         [
             f"{e.parameters:,} parameters, {e.trainable:,} trained",
-            f"{e.flops:.3g} FLOPs a step of {size}, {c.steps * e.flops:.3g} in {c.steps:,} steps",
+            f"{e.flops:.3g} FLOPs per step of {size}, {c.steps * e.flops:.3g} in {c.steps:,} steps",
             f"{total:,.1f} MiB on one device: {memory}",
-            "activations come on top: --memory compiles the step and measures all of it",
+            "without activations; --memory compiles the step and reports its total memory",
         ]
     )
 

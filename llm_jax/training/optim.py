@@ -1,6 +1,6 @@
 """Optimizers and schedules by name, built on optax. An optimizer may be a custom function (`extensions`).
 
-    gradients -> clipped -> the rule of `optim.kind` -> x width transfer -> + decay -> x lr_rules -> x rate
+    gradients -> clipping -> update of `optim.kind` -> x width scaling -> + weight decay -> x lr_rules -> x rate
 
 Scanned layers are stacked in one array. Every rule treats each layer as a separate weight, so that updates do not
 depend on `model.scan_layers`.
@@ -44,7 +44,7 @@ OPTIMIZERS: dict[str, Rule] = {
     # Chen et al. 2023, arXiv:2302.06675; all entries have equal size, as in Adam, so table 8 applies as for Adam
     "lion": Rule(lambda c: optax.scale_by_lion(c.beta1, c.beta2), 1, 0),
     "adafactor": Rule(lambda c: _adafactor(), 1, 0),
-    # The update is an orthogonal matrix times sqrt(width), which changes features by sqrt(width): half of Adam's power.
+    # The update is an orthogonal matrix times sqrt(width) and changes features by sqrt(width): half of Adam's power.
     "muon": Rule(lambda c: _muon(c), 0.5, 0),
     "sgd": Rule(lambda c: optax.trace(c.beta1), 0, -1),
 }
@@ -56,14 +56,14 @@ def _inverse_sqrt(c: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def _wsd(c: OptimConfig, steps: int) -> optax.Schedule:
-    falling = round(c.decay_fraction * (steps + c.warmup_steps))
-    if falling > steps:
+    decay_steps = round(c.decay_fraction * (steps + c.warmup_steps))
+    if decay_steps > steps:
         raise UserError(
             f"optim.decay_fraction={c.decay_fraction} of {steps + c.warmup_steps} steps and "
             f"optim.warmup_steps={c.warmup_steps} are more than all steps; lower one of them"
         )
-    down = optax.linear_schedule(c.lr, c.lr * c.final_lr_fraction, falling)
-    return optax.join_schedules([optax.constant_schedule(c.lr), down], [steps - falling])
+    decay = optax.linear_schedule(c.lr, c.lr * c.final_lr_fraction, decay_steps)
+    return optax.join_schedules([optax.constant_schedule(c.lr), decay], [steps - decay_steps])
 
 
 SCHEDULES: dict[str, Callable[[OptimConfig, int], optax.Schedule]] = {
@@ -180,7 +180,7 @@ def _check_custom(kind: str, transformation: optax.GradientTransformation, param
         small = jax.tree.map(lambda leaf: jnp.ones([min(size, 2) for size in leaf.shape], leaf.dtype), params)
         try:
             total = sum(float(jnp.sum(leaf)) for leaf in jax.tree.leaves(update(small)))
-        except Exception:  # code of the user, which may expect the real shapes
+        except Exception:  # user code may depend on the real shapes
             return
     if total < 0:
         raise extension.error(
@@ -324,12 +324,12 @@ def _adafactor() -> optax.GradientTransformation:
         steps = state.steps + 1
         beta = 1.0 - steps.astype(jnp.float32) ** -0.8
 
-        def follow(mean: Callable[..., jax.Array], path: str, old: jax.Array, gradient: jax.Array) -> jax.Array:
+        def moving(mean: Callable[..., jax.Array], path: str, old: jax.Array, gradient: jax.Array) -> jax.Array:
             new = mean(path, jnp.square(gradient) + 1e-30)
             return (beta * old + (1 - beta) * new).astype(old.dtype)
 
-        rows = _map(lambda *a: follow(rows_of, *a), state.rows, updates)
-        columns = _map(lambda *a: follow(columns_of, *a), state.columns, updates)
+        rows = _map(lambda *a: moving(rows_of, *a), state.rows, updates)
+        columns = _map(lambda *a: moving(columns_of, *a), state.columns, updates)
         return _map(divided, updates, rows, columns), FactoredMoments(steps, rows, columns)
 
     return optax.GradientTransformation(init, update)

@@ -29,13 +29,13 @@ def candidates(config: Config, topology: Topology) -> Iterator[dict[str, Any]]:
     has the rest. Larger batches per device and less rematerialization come first.
     """
     devices = topology.chips * topology.chip.devices
-    within = devices // topology.slices
+    slice_devices = devices // topology.slices
     for rows in (8, 4, 2, 1):
         for remat in ("none", "dots", "full"):
             for tensor in (1, 2, 4, 8):
-                if within % tensor or config.model.num_kv_heads % tensor or config.model.num_heads % tensor:
+                if slice_devices % tensor or config.model.num_kv_heads % tensor or config.model.num_heads % tensor:
                     continue
-                mesh = {"data": topology.slices, "fsdp": within // tensor, "tensor": tensor, "context": 1}
+                mesh = {"data": topology.slices, "fsdp": slice_devices // tensor, "tensor": tensor, "context": 1}
                 yield {
                     **{f"mesh.{axis}": size for axis, size in mesh.items()},
                     "model.remat": remat,
@@ -149,16 +149,16 @@ def search(
     if too_large:
         log(f"{len(too_large)} combinations are not compiled: their weights and optimizer exceed the memory")
     compiled = 0
-    misses: list[tuple[float, str]] = []  # (bytes, text) of those that do not fit
-    refused: list[str] = []
+    misses: list[tuple[float, str]] = []  # (bytes, text) of compiled combinations that do not fit
+    invalid: list[str] = []
     ratio = 1.0
     reason = f"--limit={limit}"
-    while pending and compiled + len(misses) < limit and (compiled or misses or len(refused) < limit):
+    while pending and compiled + len(misses) < limit and (compiled or misses or len(invalid) < limit):
         likely = (candidate for candidate in pending if candidate[1] * ratio < capacity)
         candidate = next(likely, min(pending, key=lambda candidate: candidate[1]))
         _, typical, changes = candidate
         if typical * ratio >= capacity and compiled:
-            reason = "by those that did not fit, too large"
+            reason = "estimated to be too large, like those that did not fit"
             break
         pending.remove(candidate)
         text, number = _text(changes), compiled + len(misses) + 1
@@ -177,7 +177,7 @@ def search(
             log(f"  needs {error.needed / GIB:.2f} of {capacity / GIB:.0f} GiB")
             continue
         except UserError as error:
-            refused.append(f"{text}: {error}")
+            invalid.append(f"{text}: {error}")
             log(f"  {error}")
             continue
         compiled += 1
@@ -187,20 +187,20 @@ def search(
         log(f"{len(pending)} combinations were not compiled ({reason})")
     if compiled:
         return
-    if refused and not misses:
-        raise UserError(f"--search: {len(refused)} combinations are invalid and none was compiled; {refused[0]}")
+    if invalid and not misses:
+        raise UserError(f"--search: {len(invalid)} combinations are invalid and none was compiled; {invalid[0]}")
     if not misses and pending:
         raise UserError(f"--search: none of {len(pending)} combinations was compiled within {bars.duration(seconds)}")
     needed, text = min(misses or [(least, _text(changes)) for least, changes in too_large])
     raise UserError(
-        f"--search: no mesh, remat and batch of {len(misses)} that were compiled fits {topology.name}; the closest "
-        f"({text}) needs {'' if misses else 'at least '}{needed / GIB:.1f} of the {capacity / GIB:.0f} GiB of a "
-        "device; use a shorter train.seq_len or more devices"
+        f"--search: none of the {len(misses)} compiled combinations fits {topology.name}; the closest ({text}) needs "
+        f"{'' if misses else 'at least '}{needed / GIB:.1f} of the {capacity / GIB:.0f} GiB of a device; use a shorter "
+        "train.seq_len or more devices"
     )
 
 
 def _remaining(began: float, number: int, last: int, seconds: float) -> str:
-    """The time until compilation `last` ends, by the mean of those before `number`; "" before the first."""
+    """Returns the elapsed and the estimated remaining time until compilation `last` ends; "" before the first one."""
     elapsed = time.monotonic() - began
     if number == 1:
         return ""
@@ -237,9 +237,9 @@ def describe(report: Report) -> str:
     lines = [
         f"{report['topology']}, {report['devices']} devices, mesh {mesh}",
         f"attention kernel {report['attention_kernel']}",
-        f"{rows} prompts of {length} tokens; figures are of one device and one new token per prompt"
+        f"{rows} prompts of {length} tokens; figures are for one device and one new token per prompt"
         if report["decode"]
-        else f"a batch of {rows} x {length} tokens; figures are of one device",
+        else f"a batch of {rows} x {length} tokens; figures are for one device",
         "",
         "memory, GiB",
     ]
@@ -247,12 +247,12 @@ def describe(report: Report) -> str:
     notes = {
         "optimizer": "(part of the arguments)",
         "peak": f"({m['peak'] / m['capacity']:.0%} of the capacity)",
-        "live": "(the most that is used at one time)",
+        "live": "(maximum memory in use at one time)",
     }
     lines += [f"  {name:<12}{m[name] / GIB:10.3f} {notes.get(name, '')}".rstrip() for name in parts]
     lines += [
         "",
-        "FLOPs of a step, trips of loops counted",
+        "FLOPs of a step, including all loop iterations",
         f"  {'compiled':<12}{flops['compiled']:10.3e} (attention kernels included)",
         f"  {'model':<12}{flops['model']:10.3e} ({'2 N' if report['decode'] else '6 N D'} + attention)",
         "",

@@ -40,12 +40,13 @@ ASSUMPTIONS = {
         "the shorter step hides all collectives behind compute, the longer one hides none",
     ),
 }
-# Messages of libtpu about a step that is too large, with its bytes: of everything, or of the temporaries only.
+# Messages of libtpu about a step that is too large, with the bytes of all arrays, or of the temporaries only.
 _TOO_LARGE = (
     r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm",
     r"memory required for HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds",
 )
-# Matrix products of a tile in the kernels of splash attention and of cuDNN, by instruction and target of the call.
+# Number of matrix products per tile in the kernels of splash attention and of cuDNN, by the name of the instruction or
+# of the target of the call.
 _KERNEL_PRODUCTS = {
     "splash_mha_fwd": 2,
     "splash_mha_dq": 3,
@@ -195,7 +196,7 @@ def report(config: Config, topology: Topology, decode: bool = False) -> Report:
 
 
 def _kernel_flops(module: Any, config: Config, mesh: dict[str, int]) -> float:
-    """The FLOPs of attention kernels, which XLA does not count; a causal row has half of the pairs."""
+    """The FLOPs of attention kernels, which XLA does not count. Causal attention has half of the pairs of tokens."""
     from llm_jax.model import positions
 
     c, length = config.model, config.train.seq_len
@@ -251,7 +252,7 @@ def _does_not_fit(topology: Topology, needed: float, capacity: int) -> DoesNotFi
 
 
 def _main() -> None:
-    # Without this, the compiler would work on for minutes when the command alone is ended.
+    # Without this, the compiler would run for minutes after the command has been killed.
     runtime.end_with_parent(signal.SIGKILL)
     request = json.load(sys.stdin)
     if os.getppid() != request["parent"]:

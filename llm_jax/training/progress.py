@@ -19,8 +19,8 @@ from llm_jax.parallel import processes
 from llm_jax.training.bad_steps import Watch, lines_up_to
 from llm_jax.training.trackers import Trackers
 
-Metrics = Mapping[str, Any]  # of jax.Array
-_QUIET = 60.0  # maximum seconds between printed lines without a terminal
+Metrics = Mapping[str, Any]  # {name: jax.Array}
+_MAX_SILENCE = 60.0  # maximum seconds between printed lines without a terminal
 
 
 @dataclasses.dataclass
@@ -85,15 +85,14 @@ class Progress:
         self._clock = time.perf_counter()  # end of the previous step, evaluation or save
         self._line: dict[str, Any] = {}
         self._last_evaluation = ""
-        self._first: tuple[int, float] | None = (
-            None  # the first step after compilation, and the time at which it was ready
-        )
+        # The first step after compilation, and the time at which it was ready.
+        self._first: tuple[int, float] | None = None
         self.rates: list[float] = []  # tokens per second of every step
 
     def step(self, step: int, metrics: Metrics) -> dict[str, Any] | None:
         """Records the metrics of a dispatched step; writes and returns the line of the previous step."""
-        before, self._pending = self._pending, _Pending(step, metrics)
-        self._collect(before)
+        previous, self._pending = self._pending, _Pending(step, metrics)
+        self._collect(previous)
         line = self._write()
         if all(value.is_ready() for value in metrics.values()):  # on CPUs, dispatch waits until the step is finished
             self._pending.ready = time.perf_counter()
@@ -101,8 +100,8 @@ class Progress:
 
     def collect(self) -> None:
         """Waits for the pending step and reads its metrics."""
-        before, self._pending = self._pending, None
-        self._collect(before)
+        pending, self._pending = self._pending, None
+        self._collect(pending)
 
     def _collect(self, pending: _Pending | None) -> None:
         if pending is None:
@@ -129,7 +128,7 @@ class Progress:
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update(1)
         self._first = self._first or (step, ready)
-        if self._verbose and self._bar.disable and (self._is_milestone(step) or ready - self._printed > _QUIET):
+        if self._verbose and self._bar.disable and (self._is_milestone(step) or ready - self._printed > _MAX_SILENCE):
             self._printed = ready
             print(f"step {step} of {self._steps}: {text}{self._time_left(step, ready)}", flush=True)
         if note := self._watch.see(step, values["loss"], bad, norms["gradient"]):

@@ -40,8 +40,8 @@ def summarize(
     }
     params = processes.local_copy(setup.model_params(state)) if data.test else None
     if data.test and processes.is_main():
-        alone = processes.count() == 1
-        sharding = setup.batch_sharding if alone else jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        is_single = processes.count() == 1
+        sharding = setup.batch_sharding if is_single else jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         test = classification.accuracy(setup.model, params, data.test, config.train.batch_size, sharding)
         summary |= {f"test_{name}": value for name, value in test.items()}
     return summary
@@ -58,7 +58,7 @@ def describe_results(workdir: pathlib.Path, config: Config, summary: Mapping[str
             f"{summary[key]:.3f} bits per byte{packed and f' ({packed})'}"
         )
     else:
-        first = "held-out: nothing (data.validation_fraction=0); all text was trained on"
+        first = "held-out: no text (data.validation_fraction=0); the model was trained on all text"
     lines = [
         first,
         *([f"held-out: {preference}"] if (preference := evaluator.describe_preferences(summary)) else []),

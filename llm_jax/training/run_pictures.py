@@ -18,14 +18,14 @@ PICTURES: dict[str, Callable[[Transformer, Any, Tokenizer, str], Drawable]] = {
     "quantization": lambda model, params, tokenizer, text: quantization_errors.quantization(params),
     "surprisal": surprisals.surprisal,
 }
-_OF_TEXTS = ("attention", "probabilities", "surprisal")
+_NEED_TEXT = ("attention", "probabilities", "surprisal")
 
 
 def check(names: tuple[str, ...], prompts: tuple[str, ...]) -> None:
     """Raises UserError for an unknown picture, or for a picture that needs a text if `eval.prompts` is empty."""
     for name in names:
         choice("report.pictures", name, PICTURES)
-        if name in _OF_TEXTS and not prompts:
+        if name in _NEED_TEXT and not prompts:
             raise UserError(f"report.pictures={name} needs a text; set eval.prompts to at least one prompt")
 
 

@@ -165,7 +165,7 @@ class Setup:
     def freeze(self, base: Any, constants: Any, reference: Any) -> dict[str, Any]:
         """Returns the frozen parameters, on the mesh: base and constant parts of adapters, and the reference model."""
         shapes = jax.eval_shape(self.method.freeze, base, constants)
-        # One weight at a time, because one jitted function for all would need twice their memory.
+        # One weight at a time: one jitted function for all weights would need twice the memory.
         shardings = _frozen_shardings(shapes, self.shardings, self.mesh)
         frozen = jax.device_put(self.method.freeze(base, constants), shardings)
         return frozen | ({"reference": reference} if self.reference is not None else {})
@@ -270,12 +270,12 @@ def setup(
     optimizer = method.optimizer(base, params)
     schedule = optim.schedule(config.optim, c.steps)
     state = jax.eval_shape(functools.partial(step_lib.init, optimizer, ema=bool(config.optim.ema_decay)), params)
-    where, copies = method.shardings(params, mesh), mesh_lib.replicated(mesh)
+    params_shardings, copies = method.shardings(params, mesh), mesh_lib.replicated(mesh)
     state_shardings = TrainState(
         copies,
-        where,
-        optim.shardings(state.optimizer, params, where, copies),
-        where if config.optim.ema_decay else None,
+        params_shardings,
+        optim.shardings(state.optimizer, params, params_shardings, copies),
+        params_shardings if config.optim.ema_decay else None,
     )
 
     # ---------------------------------------------------------------- jitted functions
@@ -305,7 +305,7 @@ def setup(
         ema_decay=config.optim.ema_decay,
         rows_together=together,
         gather=gather if c.gather_once else None,
-        shardings=where,
+        shardings=params_shardings,
     )
     shape = jax.ShapeDtypeStruct((c.batch_size, c.seq_len), jnp.int32, sharding=batch_sharding)
     advice = machine_choice.advice(config, platform, runtime.cpu_instructions())
@@ -329,7 +329,7 @@ def setup(
         ),
         loss=jax.jit(
             mesh_lib.within(mesh, held_out_loss, config.mesh.rules),
-            in_shardings=(where, None, batch_sharding),
+            in_shardings=(params_shardings, None, batch_sharding),
             out_shardings=copies,
         ),
         choices=(*choices, *([advice] if advice else [])),
@@ -351,7 +351,7 @@ def _reference(config: Config, model: Transformer) -> Transformer | None:
 
 
 def _frozen_shardings(frozen: Any, place: Callable[[Any], Any], mesh: Mesh) -> Any:
-    """The base is sharded by `mesh.rules`; the constant parts of adapters are small and replicated."""
+    """The base is sharded by `mesh.rules`; the constant parts of adapters, which are small, are replicated."""
     copies = mesh_lib.replicated(mesh)
     return {name: place(t) if name == "base" else jax.tree.map(lambda _: copies, t) for name, t in frozen.items()}
 

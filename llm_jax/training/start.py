@@ -3,7 +3,7 @@
     1. the last checkpoint of the workdir;  2. the weights of `init_from`;  3. random weights
 
 Adapters are initialized or restored in the same order, over the weights of `init_from`. With `init_from`, the options
-of `model` and `tokenizer` come from the checkpoint, except options that every run sets itself (`_OF_THE_RUN`) and
+of `model` and `tokenizer` come from the checkpoint, except options that every run sets itself (`_RUN_OPTIONS`) and
 options that were set explicitly and do not change the shape of a weight.
 """
 
@@ -30,7 +30,7 @@ _RESUMABLE = (
 )
 # Options of a model that change neither its weights nor, up to rounding, its outputs. The run determines them, not the
 # checkpoint of `init_from`.
-_OF_THE_RUN = ("scan_layers", "remat", "attention_kernel", "kv_cache", "precision")
+_RUN_OPTIONS = ("scan_layers", "remat", "attention_kernel", "kv_cache", "precision")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,11 +184,11 @@ def notes(start: Start) -> Iterator[str]:
         yield f"weights from {start.origin.name}"
         for key in now:
             if now[key] != before[key] and not _is_of_the_run(key) and key != "vocab_size":
-                yield f"note: model.{key} was {before[key]!r} there"
+                yield f"note: model.{key}={now[key]!r} replaces {before[key]!r} of {start.origin.name}"
 
 
 def _untrained_positions(config: Config) -> str:
-    """Returns a note if the table of positions is longer than the rows, whose positions alone are trained, or ""."""
+    """Returns a note if the table of positions is longer than the rows, so that its end stays untrained, or ""."""
     length, table = config.train.seq_len, positions.make(config.model).max_length()
     if not table or table <= length:
         return ""
@@ -198,7 +198,7 @@ def _untrained_positions(config: Config) -> str:
     )
 
 
-_LEAVE_OUT = "leave it out, or give --config=default if it comes from a recipe"
+_CURE = "omit it, or use --config=default if a recipe sets it"
 
 
 def _from_checkpoint(config: Config, model: ModelConfig, tokenizer: Tokenizer | None, name: str) -> Config:
@@ -227,7 +227,7 @@ def _from_checkpoint(config: Config, model: ModelConfig, tokenizer: Tokenizer | 
         path = next(p for p in [*shapes, *expected] if shapes.get(p) != expected.get(p))
         raise UserError(
             f"model.{key}={changes[key]!r} does not fit the weights of {name}, where it is {saved[key]!r} (it "
-            f"changes '{path}'); {_LEAVE_OUT}"
+            f"changes '{path}'); {_CURE}"
         )
     config = dataclasses.replace(config, model=configuration.replace(model, changes, "model."))
     if tokenizer is None:
@@ -235,12 +235,12 @@ def _from_checkpoint(config: Config, model: ModelConfig, tokenizer: Tokenizer | 
     if "tokenizer.kind" in config.explicit and config.tokenizer.kind != tokenizer.kind:
         raise UserError(
             f"{name}: trained on '{tokenizer.kind}' tokens; config key 'tokenizer.kind' is '{config.tokenizer.kind}'; "
-            f"{_LEAVE_OUT}"
+            f"{_CURE}"
         )
     size = config.tokenizer.vocab_size
     if "tokenizer.vocab_size" in config.explicit and size != tokenizer.vocab_size:
         raise UserError(
-            f"{name}: its tokenizer has {tokenizer.vocab_size} ids; 'tokenizer.vocab_size' is {size}; {_LEAVE_OUT}"
+            f"{name}: its tokenizer has {tokenizer.vocab_size} ids; 'tokenizer.vocab_size' is {size}; {_CURE}"
         )
     sized = dataclasses.replace(config.tokenizer, kind=tokenizer.kind, vocab_size=tokenizer.vocab_size)
     return dataclasses.replace(config, tokenizer=sized)
@@ -250,15 +250,13 @@ def _refuse_another_run(workdir: pathlib.Path, before: Config, now: Config) -> N
     """Raises UserError if the workdir contains a run that differs in options that must not change."""
     old, new = configuration.flat(before), configuration.flat(now)
     changed = [k for k in new if new[k] != old[k] and k not in _RESUMABLE and f"{k.split('.')[0]}." not in _RESUMABLE]
-    if now.lora.rank:  # a base may move; its hash is compared
+    if now.lora.rank:  # the base may have moved; its hash is compared instead
         changed = [k for k in changed if k != "init_from"]
-    if not new[
-        "model.vocab_size"
-    ]:  # 0 means the vocabulary size of the tokenizer, which the recorded configuration contains
+    # 0 selects the vocabulary size of the tokenizer, which the recorded configuration contains.
+    if not new["model.vocab_size"]:
         changed = [k for k in changed if k != "model.vocab_size"]
-    if (
-        now.tokenizer.path or now.init_from
-    ):  # they determine kind and size; the hash of the tokenizer is compared instead
+    # An existing tokenizer determines its kind and size; its hash is compared instead.
+    if now.tokenizer.path or now.init_from:
         changed = [k for k in changed if k not in ("tokenizer.kind", "tokenizer.vocab_size")]
     if changed:
         differences = "; ".join(f"{k} was {old[k]!r}, now {new[k]!r}" for k in changed[:4])
@@ -277,7 +275,7 @@ def _as_recorded(model: ModelConfig, recorded: ModelConfig) -> ModelConfig:
 
 
 def _is_of_the_run(key: str) -> bool:
-    return key.split(".")[0] in _OF_THE_RUN
+    return key.split(".")[0] in _RUN_OPTIONS
 
 
 def _changes_shapes(model: ModelConfig, change: dict[str, Any], expected: dict[str, tuple[int, ...]]) -> bool:

@@ -117,9 +117,8 @@ def make(
 
             def add(sums: Any, part: tuple[jax.Array, Batch]) -> tuple[Any, None]:
                 terms = gradient(state.params, frozen, part[1], state.step, jax.random.fold_in(key, part[0]))
-                if (
-                    gather is not None
-                ):  # otherwise the sums of gradients would have the shardings of the gathered copies
+                if gather is not None:
+                    # Otherwise the sums of gradients would have the shardings of the gathered copies.
                     terms = (terms[0], jax.lax.with_sharding_constraint(terms[1], shardings))
                 return jax.tree.map(jnp.add, sums, terms), None
 

@@ -21,9 +21,7 @@ from llm_jax.schema import choice
 
 _PROJECT = "llm_jax"  # default of WANDB_PROJECT and MLFLOW_EXPERIMENT_NAME
 _COMPARED = ("loss", "validation_loss", "validation_bits_per_byte")  # in the table of hyperparameters of TensorBoard
-_AT_ONCE = (
-    100  # maximum number of parameters in one call of MLflow; the maximum number of metrics is ten times as large
-)
+_AT_ONCE = 100  # maximum number of parameters in one call of MLflow; the maximum number of metrics is ten times this
 _MAX_LENGTH = 500  # maximum length of the value of a parameter in MLflow
 
 
@@ -66,9 +64,8 @@ class TensorBoard:
             self._writer.add_scalar(name, value, step)
 
     def text(self, step: int, name: str, text: str) -> None:
-        self._writer.add_text(
-            name, "    " + text.replace("\n", "\n    "), step
-        )  # Markdown does not format indented text
+        indented = "    " + text.replace("\n", "\n    ")  # Markdown does not format indented text
+        self._writer.add_text(name, indented, step)
 
     def picture(self, step: int, name: str, path: pathlib.Path) -> None:
         from matplotlib import image
@@ -226,8 +223,8 @@ class Trackers:
             except Exception as error:  # many types, such as network errors
                 del self._trackers[name]
                 print(
-                    f"note: report.to={name} has failed ({_reason(error)}); the run goes on without it, and its own "
-                    "files are complete",
+                    f"note: report.to={name} has failed ({_reason(error)}); the run continues without it, and the "
+                    "files in the run directory are complete",
                     file=sys.stderr,
                 )
 

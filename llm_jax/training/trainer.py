@@ -42,8 +42,8 @@ from llm_jax.training.setup import Setup
 from llm_jax.training.step import TrainState
 
 Callback = Callable[[dict[str, Any]], Any]
-_SLOW_SAVE = 5.0  # seconds that training waits for its storage before a line says so
-_OF_A_MACHINE = ("data.cache_dir", "data.workers")  # options that may differ between processes
+_SLOW_SAVE = 5.0  # seconds of waiting for the storage after which a line is printed
+_MACHINE_OPTIONS = ("data.cache_dir", "data.workers")  # options that may differ between processes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,7 @@ def prepare(config: Config, workdir: pathlib.Path | None = None) -> Prepared:
     beginning = check(config, workdir)
     with processes.main_first("to read the data"):
         data = inputs.load(beginning.config, beginning)
-    options = {k: v for k, v in configuration.flat(data.config).items() if k not in _OF_A_MACHINE}
+    options = {k: v for k, v in configuration.flat(data.config).items() if k not in _MACHINE_OPTIONS}
     contents = {"the text": data.source.sha256, "the tokenizer": tokenizers.digest(data.tokenizer)}
     processes.check_equal(contents | options, "the run")
     setup = setup_lib.setup(data.config, data.vocab_size)
@@ -144,7 +144,7 @@ def train(
     files.check_reachable(workdir)
     files.check_writable(workdir)
     checks.check_storage(workdir, config, profile, processes.count())
-    alone, is_main = processes.count() == 1, processes.is_main()
+    is_single, is_main = processes.count() == 1, processes.is_main()
     verbose = verbose and is_main
     lock = None
     began = time.perf_counter()
@@ -153,8 +153,9 @@ def train(
         if not verbose:
             stack.enter_context(bars.off())
         with processes.main_first("to lock the run directory"):
-            # Another trainer may delete the checkpoint that this one reads; several processes must find the same one.
-            if is_main and workdir.is_dir() and (not alone or (workdir / "config.json").is_file()):
+            # Another trainer could delete the checkpoint that this one reads, and several processes must find the same
+            # checkpoint.
+            if is_main and workdir.is_dir() and (not is_single or (workdir / "config.json").is_file()):
                 lock = stack.enter_context(contextlib.closing(files.lock(workdir)))
         prepared = prepare(config, workdir)
         setup, beginning, data = prepared.setup, prepared.start, prepared.inputs
@@ -243,7 +244,7 @@ def train(
             try:
                 line = progress.step(done, metrics)
                 stop_requested = stop_requested or bool(callback and is_main and line and callback(line))
-                if stop_requested and alone:
+                if stop_requested and is_single:
                     stopping, due = True, due | {"save"}
                 if due:
                     progress.collect()
@@ -254,7 +255,7 @@ def train(
                 writer.discard(to)
                 watch.rewind(to)
                 progress.rewind(to)
-                progress.write(f"step {bad.step}: {bad.what}; going back to step {to} and skipping batches up to there")
+                progress.write(f"step {bad.step}: {bad.what}; rolling back to step {to} and skipping these batches")
                 state = _earlier_state(setup, beginning, workdir, to, state.frozen)
                 done, skipped_batches = to, skipped_batches + bad.step - to
                 stream = setup.batches(data.train, done + skipped_batches, c.steps + skipped_batches)
@@ -269,7 +270,7 @@ def train(
                 progress.write(f"step {done}: {evaluator.describe(figures)}")
             line = progress.flush(statistics_of_state, **figures)
             stop_requested = stop_requested or bool(callback and is_main and line and callback(line))
-            stopping = stopping or (stop_requested and alone)
+            stopping = stopping or (stop_requested and is_single)
             if "evaluate" in due:
                 progress.pictures(done, evaluator.pictures(state))
             if "sample" in due and done < c.steps:
@@ -282,9 +283,9 @@ def train(
                 save_began = time.perf_counter()
                 writer.save(done, saved, state.optimizer, loss, skipped_batches, state.ema)
                 if (seconds := time.perf_counter() - save_began) > _SLOW_SAVE:
-                    rarer = f"a larger checkpoint.every ({every}) or " if (every := config.checkpoint.every) else ""
-                    cure = f"{rarer}faster storage avoids it"
-                    progress.write(f"step {done}: saving held training up for {seconds:.0f} s; {cure}")
+                    fewer = f"a larger checkpoint.every ({every}) or " if (every := config.checkpoint.every) else ""
+                    cure = f"{fewer}faster storage avoids this"
+                    progress.write(f"step {done}: training waited {seconds:.0f} s for a save; {cure}")
             progress.pause()
         scope.close()
         profiler.close(state)

@@ -8,14 +8,14 @@ from llm_jax import configuration
 from llm_jax.schema import Config, LabelledConfig
 
 _ADAM = ("beta1", "beta2", "eps")
-_PLACES = ("base", "local_base", "partial_rotary_factor", "interleaved", "scaling")
-_RANGE = ("low_freq_factor", "high_freq_factor")
-_YARN = ("attention_factor", "beta_fast", "beta_slow", "truncate")
-_LONG = ("attention_factor", "short_factors", "long_factors")
+_ROPE = ("base", "local_base", "partial_rotary_factor", "interleaved", "scaling")
 _LENGTH = ("scaling_factor", "original_length")
+_YARN = (*_LENGTH, "attention_factor", "beta_fast", "beta_slow", "truncate")
+_LLAMA3 = (*_LENGTH, "low_freq_factor", "high_freq_factor")
+_LONGROPE = (*_LENGTH, "attention_factor", "short_factors", "long_factors")
 
-# {option: {its value: the options of the same section that this value uses}}. A value that is missing, such as
-# FILE:NAME, may use all of them; "*" stands for such values where no other one uses the options.
+# {option: {value of the option: the options of the same section that this value uses}}. Values that are not listed,
+# such as FILE:NAME, may use all of them. "*" lists the options that all unlisted values use and no listed value does.
 _USED: dict[str, dict[Any, tuple[str, ...]]] = {
     "optim.kind": {
         "adamw": _ADAM,
@@ -38,7 +38,7 @@ _USED: dict[str, dict[Any, tuple[str, ...]]] = {
         "shaw": ("max_relative_position", "relative_embeddings"),
         "t5": ("num_buckets", "max_distance"),
         "alibi": (),
-        "rope": _PLACES,
+        "rope": _ROPE,
     },
     "model.position.combine": {"add": (), "concatenate": ("width",)},
     "model.position.scaling": {
@@ -46,9 +46,9 @@ _USED: dict[str, dict[Any, tuple[str, ...]]] = {
         "linear": ("scaling_factor",),
         "ntk": ("scaling_factor",),
         "dynamic": _LENGTH,
-        "yarn": (*_LENGTH, *_YARN),
-        "llama3": (*_LENGTH, *_RANGE),
-        "longrope": (*_LENGTH, *_LONG),
+        "yarn": _YARN,
+        "llama3": _LLAMA3,
+        "longrope": _LONGROPE,
     },
     "model.qk_norm": {False: (), True: ("qk_norm_kind", "qk_norm_axis")},
     "model.parallel_residual": {False: (), True: ("parallel_norms",)},

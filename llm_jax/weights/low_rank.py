@@ -79,7 +79,7 @@ class Adapted(Node):
 
 
 def repeat_rows(params: Any, count: int) -> Any:
-    """Parameters for a batch whose every row is repeated `count` times, as beams or samples of one prompt are.
+    """Returns the parameters for a batch in which every row is repeated `count` times, as for beams or samples.
 
     Only adapters that differ by batch row (`lora.mix`) change: their `scale` (B, R) becomes (B * count, R).
 
@@ -164,7 +164,7 @@ class Decomposed(Node):
         update_squares = jnp.sum(b * dot(dot(a.T, a), b), 0)
         squares = jax.lax.stop_gradient(self.squares + 2 * w.scale * cross_term + w.scale**2 * update_squares)
         norms = jnp.sqrt(jnp.maximum(squares, jnp.finfo(squares.dtype).tiny))
-        # Exactly 1 where both are equal; XLA compiles magnitude / norms to a product with 1 / norms, which is not.
+        # Exactly 1 if both are equal, unlike magnitude / norms, which XLA compiles to a product with 1 / norms.
         return 1 + (self.magnitude - norms) / norms
 
     def dot(self, x: jax.Array, transposed: bool, out_dtype: Any, accumulate: Any) -> jax.Array:

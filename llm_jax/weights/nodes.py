@@ -87,11 +87,11 @@ class Node(abc.ABC):
         """The dense array (in, out)."""
 
     def cast(self, dtype: Any) -> "Node":
-        """The node with the full weight in it, if there is one, in another dtype; other leaves keep their dtypes."""
+        """Converts the dense weight in the node, if it has one, to another dtype; other leaves keep their dtypes."""
         return self
 
     def decay_mask(self) -> Any:
-        """The same structure with a bool per leaf: True where weight decay applies. All leaves, unless overridden."""
+        """The same structure with a bool per leaf: whether weight decay applies; by default True for all leaves."""
         return jax.tree.map(lambda leaf: True, self)
 
     @abc.abstractmethod
@@ -109,9 +109,9 @@ Weight = jax.Array | Node
 @trees.register
 @dataclasses.dataclass(frozen=True)
 class Gathered(Node):
-    """A sharded array with a gathered copy for matrix products; the gradient goes to the array.
+    """A sharded array and a gathered copy of it. Matrix products use the copy; the gradient is that of the array.
 
-    It exists within a training step only.
+    Only used within a training step.
 
     Attributes:
       weight: (I, O), sharded.
@@ -170,7 +170,7 @@ def dot(
         w, copy = w.weight, w.copy
     elif isinstance(w, Node):
         return gather(w, gathered).dot(x, transposed, out_dtype, accumulate)
-    # The name is what a remat policy can keep: the product itself is hidden by its custom gradient.
+    # Remat policies select results by this name; they cannot see the product within the custom gradient.
     return checkpoint_name(_dense_dot(x, w, copy, transposed, out_dtype, accumulate, gathered), "dot")
 
 
@@ -188,10 +188,10 @@ def gather(w: Weight, spec: P | None) -> Any:
 
 @jax.custom_vjp
 def reduce_first(x: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns x and w; in the backward pass, the gradient of w is complete before the gradient of x is used.
+    """Returns x and w unchanged; in the backward pass, the gradient of w is complete before the gradient of x is used.
 
-    Before a product of x with a large w at the end of a sharded model: otherwise XLA may sum the gradient of w over the
-    devices after the backward pass of all layers, and every device keeps the whole gradient until then.
+    For the product of x with a large w at the end of a sharded model. Without it, XLA may sum the gradient of w over
+    the devices only after the backward pass of all layers, and every device keeps the whole gradient until then.
     """
     return x, w
 
@@ -268,12 +268,12 @@ def summary(w: Any) -> str:
 
 
 def num_bytes(tree: Any) -> int:
-    """Bytes of all arrays of a weight or a tree, over all devices together; shapes are enough."""
+    """Total bytes of all arrays (or `jax.ShapeDtypeStruct`s) of a weight or a tree, summed over devices."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def cast(w: Weight, dtype: Any) -> Weight:
-    """An array in another dtype; a node as `Node.cast` returns it."""
+    """Converts an array to another dtype; for a node, see `Node.cast`."""
     return w.cast(dtype) if isinstance(w, Node) else w.astype(dtype)
 
 

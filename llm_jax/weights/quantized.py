@@ -97,7 +97,7 @@ class QTensor(Node):
         return self.codes, dense(self.scale), self.offset
 
     def _stored(self) -> matmul.Codes:
-        """As `_codes`, without decoding scales that are quantized."""
+        """Like `_codes`, but quantized scales are not decoded."""
         return self.codes, self.scale._stored() if isinstance(self.scale, QTensor) else self.scale, self.offset
 
 
@@ -140,7 +140,7 @@ def to_qtensor(
 
 
 def with_activations(params: Any, activations: str) -> Any:
-    """Parameters whose products with quantized weights take activations in a dtype.
+    """Returns parameters whose products with quantized weights use activations of a dtype.
 
     Args:
       params: a tree of weights of any kind.
@@ -148,10 +148,10 @@ def with_activations(params: Any, activations: str) -> Any:
         (`kernels.matmul.round_blocks`) for weights of integers, NF4 and MXFP4 that have no int8 activations yet.
 
     Returns:
-      The same tree, with other schemes of its `QTensor`s.
+      The same tree, with changed schemes of its `QTensor`s.
 
     Raises:
-      UserError: the dtype has another name, or no weight is multiplied with int8 activations.
+      UserError: the dtype is unknown, or no weight supports int8 activations.
     """
     if activations not in ACTIVATIONS:
         raise UserError(f"activations={activations!r}; expected one of {', '.join(ACTIVATIONS)}")
@@ -181,20 +181,20 @@ def is_quantized(weight: Weight) -> bool:
 
 
 def bits_per_weight(weight: Any) -> float:
-    """Bits per number of the dense array that an array or a node represents, scales included."""
+    """Bits per entry of the dense array that a weight represents, including scales."""
     return 8 * num_bytes(weight) / int(np.prod(weight.shape))
 
 
 def dots(x: jax.Array, ws: list[Weight], *, accumulate: Any, gathered: list[P | None]) -> list[jax.Array]:
-    """The products of x with several weights, each as by `dot`.
+    """The products of x with several weights; each product equals `dot`.
 
-    Quantized weights of one scheme go to the kernel together, which prepares x once and divides all of them among its
-    threads.
+    Quantized weights with the same scheme are passed to the kernel in one call, which prepares x once and divides all
+    weights among its threads.
 
     Args:
       x: (..., in).
       ws: weights (in, out) of any kind.
-      accumulate, gathered: as for `dot`; `gathered` has an entry for each weight.
+      accumulate, gathered: see `dot`; `gathered` has one entry per weight.
     """
     first = ws[0]
     if gathered == [None] * len(ws) and all(_share_activations(first, w) for w in ws):
@@ -204,7 +204,7 @@ def dots(x: jax.Array, ws: list[Weight], *, accumulate: Any, gathered: list[P | 
 
 
 def _share_activations(q: Weight, w: Weight) -> bool:
-    """Whether products of x with `q` and `w` prepare x in the same way, and have operands of the same kinds."""
+    """Whether one kernel call can compute the products of x with `q` and `w`: they need the same preparation of x."""
     return (
         isinstance(q, QTensor)
         and isinstance(w, QTensor)
@@ -220,10 +220,10 @@ def _quantized_dots(
 ) -> tuple[jax.Array, ...]:
     """The products of x with weights of one scheme."""
     s, contracted, axis = number_formats.scheme(qs[0].scheme), int(transposed), qs[0].axis
-    along = axis == contracted - 2
-    if s.activations == "blocks" and along:
+    groups_are_contracted = axis == contracted - 2
+    if s.activations == "blocks" and groups_are_contracted:
         ys = matmul.blockwise_products(x, [q._stored() for q in qs], s, axis, contracted)
-    elif s.activations and along:
+    elif s.activations and groups_are_contracted:
         ys = tuple(_integer_dot(x, q, out_dtype) for q in qs)
     else:
         ys = matmul.expanded_products(x, [q._stored() for q in qs], s, axis, contracted, accumulate, out_dtype)
@@ -240,7 +240,7 @@ def _integer_dot(x: jax.Array, q: QTensor, out_dtype: Any) -> jax.Array:
 
 
 def _quantized_dots_forward(x, qs, transposed, out_dtype, accumulate):
-    # The empty array carries the dtype of x, which is all that the gradient needs of x.
+    # The gradient needs only the dtype of x, which the empty array carries.
     return _quantized_dots(x, qs, transposed, out_dtype, accumulate), (qs, jnp.zeros(0, x.dtype))
 
 
@@ -267,7 +267,7 @@ _quantized_dots.defvjp(_quantized_dots_forward, _quantized_dots_backward)
 @trees.register
 @dataclasses.dataclass(frozen=True)
 class FakeQuant(Node):
-    """A dense weight in quantization-aware training, rounded in every use like the final QTensor.
+    """A dense weight in quantization-aware training; every use rounds it like the final QTensor.
 
     Gradients use the straight-through estimator (Bengio et al. 2013, arXiv:1308.3432). With `step` the scales are
     trained too (LSQ: Esser et al. 2020, arXiv:1902.08153, equations 1 to 3).
@@ -317,8 +317,9 @@ class FakeQuant(Node):
 
     def decay_mask(self) -> "FakeQuant":
         """The weight decays; learned scales do not."""
-        no: Any = jax.tree.map(lambda leaf: False, (self.step, self.input_scale, self.active))
-        return dataclasses.replace(self, weight=decay_mask(self.weight), step=no[0], input_scale=no[1], active=no[2])
+        step, scale, active = (jax.tree.map(lambda leaf: False, x) for x in (self.step, self.input_scale, self.active))
+        masks: dict[str, Any] = {"step": step, "input_scale": scale, "active": active}
+        return dataclasses.replace(self, weight=decay_mask(self.weight), **masks)
 
     def partition(self, spec: P) -> "FakeQuant":
         parts: dict[str, Any] = {

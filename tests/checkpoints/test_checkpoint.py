@@ -182,7 +182,7 @@ def test_a_damaged_checkpoint_stops_the_run_and_names_the_one_before(command, co
     ):
         done = command(*flags, code=2)
         line = done.stderr.strip().splitlines()[-1]
-        assert "is damaged" in line and "delete this directory to go on from checkpoint 4" in line
+        assert "is damaged" in line and "delete this directory to resume from checkpoint 4" in line
     shutil.rmtree(copy / "checkpoints" / "8")
     command("train", f"--workdir={copy}")
     checkpoints.verify(copy / "checkpoints" / "8")

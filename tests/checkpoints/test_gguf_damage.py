@@ -187,7 +187,7 @@ def test_missing_and_mixed_parts_are_named(plain, tmp_path):
     values = (plain.tensors[name].read().reshape(shape) for name, (shape, _) in described.items())
     gguf.write(tmp_path / "other", keys, described, values)
     (tmp_path / "other").replace(paths[2])
-    with pytest.raises(UserError, match=f"the tensor '{names[0]}' is in another part, too"):
+    with pytest.raises(UserError, match=f"the tensor '{names[0]}' is also in another part"):
         gguf.read(paths[0])
     described.pop(names[0]), described.pop(names[2])
     paths[2].unlink()

@@ -68,7 +68,7 @@ def test_rope_freqs_that_are_no_scaling_are_refused(plain):
     ):
         with pytest.raises(UserError, match=message):
             read_position(plain, freqs)
-    with pytest.raises(UserError, match="beside rope scaling 'linear'"):
+    with pytest.raises(UserError, match="together with rope scaling 'linear'"):
         read_position(plain, [1.0] * 12 + [8.0] * 4, **{"scaling.factor": 2.0})
     with pytest.raises(UserError, match="rope_freqs.weight in a qwen3 is not supported"):
         qwen = {k.replace("llama", "qwen3"): v for k, v in plain.metadata.items()} | {"general.architecture": "qwen3"}

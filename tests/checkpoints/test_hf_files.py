@@ -235,7 +235,7 @@ def test_a_tensor_under_two_names_is_refused(saved):
     def twice(tensors):
         tensors["norm.weight"] = tensors["model.norm.weight"]
 
-    with pytest.raises(UserError, match="'model.norm.weight' is there under two names"):
+    with pytest.raises(UserError, match="'model.norm.weight' is stored under two names"):
         read(saved("llama", twice))
 
 

@@ -130,7 +130,7 @@ def test_a_base_that_has_moved_with_its_adapters_is_found_or_given(paths, tmp_pa
         record = json.loads(recorded.read_text())
         edit(recorded, base=record["base"] | {"path": gone})
         manifest.write_manifest(original.path)
-    with pytest.raises(UserError, match=f"{gone} does not exist, nor .*; give it with --base=PATH"):
+    with pytest.raises(UserError, match=f"{gone} does not exist, and .*; give its path with --base=PATH"):
         llm_jax.load(moved)
     jax.tree.map(np.testing.assert_array_equal, llm_jax.load(moved, base=paths["huggingface"]).params, expected)
     assert capsys.readouterr().err == ""
@@ -179,7 +179,7 @@ def test_adapters_name_what_is_missing(paths, tmp_path):
     with pytest.raises(UserError, match="several: holds adapters in subdirectories; give one of them: first"):
         llm_jax.open(tmp_path / "several")
     edit(copy / peft_config.CONFIG, base_model_name_or_path=None)
-    with pytest.raises(UserError, match="names none .base_model_name_or_path.; give its path with --base=PATH"):
+    with pytest.raises(UserError, match="has no base_model_name_or_path; give its path with --base=PATH"):
         llm_jax.load(copy)
     with pytest.raises(
         UserError, match="save: expected model, params, tokenizer and path, or the result of llm_jax.lo"
@@ -188,7 +188,7 @@ def test_adapters_name_what_is_missing(paths, tmp_path):
     edit(copy / peft_config.CONFIG, base_model_name_or_path="org/unknown")
     with pytest.raises(UserError, match="hf:org/unknown .*; give its path with --base=PATH"):
         llm_jax.load(copy)
-    with pytest.raises(UserError, match="--base=x names the base of adapters; .* holds none"):
+    with pytest.raises(UserError, match="--base=x names the base of adapters; .* has no adapters"):
         llm_jax.load(paths["run"], base="x")
 
 

@@ -165,9 +165,9 @@ def test_a_prompt_beside_whole_conversations_is_not_repeated():
 @pytest.mark.parametrize(
     ("kind", "record", "message"),
     [
-        ("instructions", {"prompt": "a", "completion": "b", "label": False}, "'label' is False, so that its"),
-        ("instructions", {"prompt": "a", "completion": "b", "label": 0}, "'label' is 0, so that its"),
-        ("instructions", {"prompt": "a", "completion": "b", "label": "false"}, "'label' is 'false', so that its"),
+        ("instructions", {"prompt": "a", "completion": "b", "label": False}, "'label' is False: a rejected answer"),
+        ("instructions", {"prompt": "a", "completion": "b", "label": 0}, "'label' is 0: a rejected answer"),
+        ("instructions", {"prompt": "a", "completion": "b", "label": "false"}, "'label' is 'false': a rejected answer"),
         ("preferences", {"prompt": "3?", "chosen": TALK[1:3], "rejected": [TALK[1], TALK[4]]}, "'prompt' is not that"),
         ("preferences", {"prompt": "2+2?", "chosen": TALK[1:3], "rejected": TALK[3:5]}, "'prompt' is not that"),
         ("instructions", {"text": "a"}, "has text; expected the fields 'messages'; .*; did you mean data.kind=text"),
@@ -365,7 +365,7 @@ def test_preferences_are_trained_on_by_dpo(tmp_path, command, trained):
     assert losses[0] == pytest.approx(np.log(2), abs=1e-4) and losses[-1] < losses[0]  # equation 7 at the reference
     for wrong in ((flags[2], kinds[1]), (*flags, kinds[0])):  # the one without the other
         said = command("train", f"--workdir={tmp_path / 'other'}", *wrong, code=2).stderr
-        assert "dpo learns from preferences" in said
+        assert "use loss.kind=dpo with data.kind=preferences only" in said
 
 
 def test_a_record_of_another_form_is_named_with_its_file(tmp_path):

@@ -41,7 +41,7 @@ def test_a_run_on_labelled_data_learns_and_is_evaluated(run, files, command):
     summary = json.loads((workdir / "summary.json").read_text())
     assert summary["test_count"] == 60 and summary["test_accuracy"] == summary["test_right"] / 60 > 0.9
     assert 0 <= summary["test_low"] < summary["test_accuracy"] <= summary["test_high"] <= 1
-    assert f"test: {summary['test_accuracy']:.1%} of 60 right, 95 % interval" in printed
+    assert f"test: {summary['test_accuracy']:.1%} of 60 correct, 95 % interval" in printed
     again = json.loads(command("evaluate", f"--checkpoint={workdir}", "--json").stdout)
     assert (again["right"], again["count"]) == (summary["test_right"], 60)
     other = command("evaluate", f"--checkpoint={workdir}", f"--data={files / 'other.jsonl'}", "--json").stdout

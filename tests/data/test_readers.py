@@ -144,7 +144,7 @@ def test_the_name_of_a_data_set_has_its_configuration_and_its_split(monkeypatch)
         ("a.jsonl", b'{"text": 5}', "line 1: the field 'text' is int; expected text"),
         ("a.jsonl", rb'{"text": "\ud800"}', "line 1: an unpaired surrogate at character 0"),
         ("a.jsonl", b"[" * 10**6, "line 1: not JSON"),
-        ("a.jsonl", b'{"text": ""}\n\n', "there is no text in it"),
+        ("a.jsonl", b'{"text": ""}\n\n', "contains no text"),
         ("a.txt.gz", gzip.compress(b"text\n" * 10**5)[:-20], "a.txt.gz: truncated or damaged"),
         ("a.txt.gz", b"no gzip", "a.txt.gz: truncated or damaged"),
         ("a.txt.bz2", bz2.compress(b"text\n" * 10**5)[:-20], "a.txt.bz2: truncated or damaged"),
@@ -166,9 +166,9 @@ def test_what_cannot_be_read_is_said_in_one_line_and_leaves_nothing(tmp_path, na
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("empty", r"data.source=empty: there is no text in it \(no file, or hidden ones\)"),
-        ("hidden", r"there is no text in it \(no file, or hidden ones\)"),
-        ("blank", r"data.source=blank: there is no text in it \(2 files without text\)"),
+        ("empty", r"data.source=empty: contains no text \(no file, or only hidden files\)"),
+        ("hidden", r"contains no text \(no file, or only hidden files\)"),
+        ("blank", r"data.source=blank: contains no text \(2 files without text\)"),
         ("/", "data.source=/: this is the whole file system; expected a directory with text"),
         ("closed", "closed: cannot be read .Permission denied.; data.source=closed names all files below"),
         ("pictures", "pictures/a.png: not UTF-8 text at byte 0; convert it or leave it out .a glob such as"),

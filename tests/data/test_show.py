@@ -51,7 +51,10 @@ def test_the_command_shows_rows(tmp_path, command):
     )
     said = command("show", "rows", *flags, "--rows=1").stdout.splitlines()
     assert said[0].startswith("row 0: ") and "in 2 segments, 8 targets count" in said[0]
-    heads = [re.fullmatch(r"segment \d: (\d+) tokens(, the last as a target alone)?", line) for line in said]
+    heads = [
+        re.fullmatch(r"segment \d: (\d+) tokens( \(the last token is only a target, not an input\))?", line)
+        for line in said
+    ]
     inputs = sum(int(head[1]) - bool(head[2]) for head in heads if head)
     assert f"row 0: {inputs} inputs in 2 segments" in said[0]
     assert said[2].startswith("- <bos>ask ") and said[3] == "+ yes<eos>"

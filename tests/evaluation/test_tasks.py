@@ -119,11 +119,15 @@ def test_numbers_are_read_as_people_write_them(text, expected):
 @pytest.mark.parametrize(
     ("answers", "options", "message"),
     [
-        (("+", "-"), {"normalization": "words"}, "example 1 is '+', empty with normalization 'words'"),
-        (("Yes", "yes!"), {"normalization": "words"}, "example 2 is 'yes!', the same as 'Yes' with normalization"),
-        (("", "a"), {}, "example 1 is '', empty with normalization 'none'"),
-        (("5", "many"), {"metric": "number"}, "the answer of example 2 is 'many', no number"),
-        (("5", "6"), {"metric": "number", "normalization": "words"}, "takes normalization 'none' only"),
+        (("+", "-"), {"normalization": "words"}, "example 1 is '+', which is empty with normalization 'words'"),
+        (
+            ("Yes", "yes!"),
+            {"normalization": "words"},
+            "example 2 is 'yes!', which is the same as 'Yes' with normalization",
+        ),
+        (("", "a"), {}, "example 1 is '', which is empty with normalization 'none'"),
+        (("5", "many"), {"metric": "number"}, "the answer of example 2 is 'many'; expected a number"),
+        (("5", "6"), {"metric": "number", "normalization": "words"}, "requires normalization 'none'"),
         (("5", "6"), {"normalization": "lower"}, "normalization is 'lower'; expected one of none, words"),
     ],
 )
@@ -172,15 +176,15 @@ def test_a_file_of_json_lines_is_read_in_every_form(tmp_path, form):
         ([HEADER | {"questin": "x"}], "unknown key 'questin'; did you mean 'question'"),
         ([HEADER | {"max_new_tokens": "4"}], "of the wrong type"), ([HEADER | {"stop": [1]}], "list of texts"),
         ([HEADER, {"text": "x"}], "line 2: an example needs an 'answer'"),
-        ([HEADER, {"text": "x", "answer": "z"}], "with its answer among them"),
+        ([HEADER, {"text": "x", "answer": "z"}], "choices that include its answer"),
         ([HEADER, {"text": "x", "answer": ["y"]}], "expected a text or a number"),
         ([HEADER, {"word": "x", "answer": "y"}], "lacks the field 'text'"),
-        ([HEADER | {"question": "{text"}, {"text": "x", "answer": "y"}], "no format string"),
+        ([HEADER | {"question": "{text"}, {"text": "x", "answer": "y"}], "not a format string"),
         ([HEADER | {"metric": "bleu"}, {"text": "x", "answer": "y"}], "metric is 'bleu'"),
         ([HEADER | {"normalization": 1}, {"text": "x", "answer": "y"}], "of the wrong type"),
         ([HEADER | {"choices": ["y", "y"]}, {"text": "x", "answer": "y"}], "two choices of example 1 are the same"),
         ([HEADER | {"scoring": "vote"}, {"text": "x", "answer": "y"}], "scoring is 'vote'"),
-        ([HEADER | {"extract": "("}, {"text": "x", "answer": "y"}], "no regular expression"),
+        ([HEADER | {"extract": "("}, {"text": "x", "answer": "y"}], "not a regular expression"),
         ([HEADER, {"text": "x", "answer": "y", "choices": "yn"}], "list of texts"),
     ],
 )  # fmt: skip
@@ -271,7 +275,7 @@ def test_records_are_gone_on_from_and_those_of_another_run_refused(tmp_path):
     assert again.records == [{"index": 0, "right": True}]
     again.add({"index": 1, "right": False})
     assert len(answers.AnswerLog(path, {"task": "a"}).records) == 2
-    with pytest.raises(UserError, match="records of another run"):
+    with pytest.raises(UserError, match="records of another evaluation"):
         answers.AnswerLog(path, {"task": "b"})
 
 
@@ -327,7 +331,7 @@ def test_the_command_asks_a_file_and_goes_on(trained, command, tmp_path):
     command("evaluate", *other)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "8")  # the weights are others now, by the same name
     stale = command("evaluate", *other, code=2)
-    assert "the records of another run (weights differ)" in stale.stderr
+    assert "the records of another evaluation (weights differ)" in stale.stderr
     bad = command("evaluate", *flags[:1], "--task=nothing", code=2)
     assert "the task 'nothing' is unknown" in bad.stderr and bad.stderr.count("\n") == 1
 

@@ -72,5 +72,5 @@ def test_any_flax_model_is_adapted_by_materialize(tiny):
     loss = lambda a: jnp.sum(model.apply({"params": lora.materialize(base, a)}, x) ** 2)  # noqa: E731
     gradient = trees.flatten(jax.jit(jax.grad(loss))(adapters))
     assert all(np.abs(gradient[f"{w}/kernel/b"]).max() > 0 for w in ("stem", "depthwise", "out"))
-    with pytest.raises(UserError, match=r"'depthwise/kernel' of shape \(5, 5, 1, 8\) is no matrix; use lora.materi"):
+    with pytest.raises(UserError, match=r"'depthwise/kernel' of shape \(5, 5, 1, 8\) is not a matrix; use lora.materi"):
         lora.attach(base, adapters)

@@ -107,7 +107,7 @@ def test_what_factors_cannot_be_is_one_line(make, tiny):
     for name, message in (
         ("int3", "the scheme 'int3' is unknown"),
         ("int4", "lora.factors=int4 for the adapter of .*: the group 32 does not divide its"),
-        ("w8a8", "lora.factors=w8a8: it quantizes activations too"),
+        ("w8a8", "lora.factors=w8a8: it also quantizes activations"),
     ):
         with pytest.raises(UserError, match=message):
             lora.init(jax.random.key(0), base, cases.config(tiny, factors=name))
@@ -122,5 +122,7 @@ def test_full_weights_are_wanted_where_all_are_trained_or_a_start_is_taken_out(m
     ):  # it would be trained so, untold
         trainable.FullTraining(tiny).init(rounded, jax.random.key(0))
     pissa = cases.made(make(**SHAPE)[1], cases.config(tiny, variant="pissa"))
-    with pytest.raises(UserError, match="is a QTensor; lora.variant=pissa takes its start out of full weights"):
+    with pytest.raises(
+        UserError, match="is a QTensor; lora.variant=pissa subtracts its initial value from dense weights"
+    ):
         lora.rebase(base, pissa)

@@ -100,7 +100,7 @@ def test_peft_and_back_over_a_base_of_hugging_faces(trained, command, tmp_path):
     settings = tmp_path / "peft" / "adapter_config.json"
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"base_model_name_or_path": "/gone"}))
     moved = (f"--input={tmp_path / 'peft'}", f"--output={tmp_path / 'merged'}", "--to=hf")
-    assert "/gone does not exist, nor a checkpoint of this name" in command("convert", *moved, code=2).stderr
+    assert "/gone does not exist, and there is no checkpoint of this name" in command("convert", *moved, code=2).stderr
     command("convert", *moved, f"--base={tmp_path / 'base'}")
     merged = llm_jax.load(tmp_path / "merged")
     np.testing.assert_allclose(jax.jit(merged.model.apply)({"params": merged.params}, ids), logits[1], atol=2e-5)
@@ -118,7 +118,7 @@ def test_peft_and_back_over_a_base_of_hugging_faces(trained, command, tmp_path):
 )
 def test_a_base_is_for_adapters(command, trained, name, flags):
     done = command(name, *flags[:-1], f"{flags[-1]}={trained}", "--base=x", code=2)
-    assert f"--base=x names the base of adapters; {trained} holds none" in done.stderr
+    assert f"--base=x names the base of adapters; {trained} has no adapters" in done.stderr
 
 
 def test_adapters_train_over_a_base_that_is_split(run, command, trained, tmp_path):

@@ -84,12 +84,12 @@ def test_the_choice_follows_the_device(tiny):
     assert found(platform="gpu") == "cudnn" and "half precision" in found(platform="gpu", compute="float32")
     assert found(platform="cpu") == "plain" and found(attention_kernel="xla") == "xla"
     with pytest.raises(
-        UserError, match="attention_kernel=cudnn does not serve: it needs a GPU, and this is cpu; choose auto"
+        UserError, match="attention_kernel=cudnn cannot be used: it needs a GPU, and this is cpu; choose auto"
     ):
         found(platform="cpu", attention_kernel="cudnn")
-    with pytest.raises(UserError, match="attention_kernel=splash does not serve: it needs a TPU"):
+    with pytest.raises(UserError, match="attention_kernel=splash cannot be used: it needs a TPU"):
         found(platform="cpu", attention_kernel="splash")
-    with pytest.raises(UserError, match="attention_kernel=splash does not serve: .*kind=t5 adds to the scores"):
+    with pytest.raises(UserError, match="attention_kernel=splash cannot be used: .*kind=t5 adds to the scores"):
         found("t5", attention_kernel="splash")
     with pytest.raises(UserError, match="expected one of auto, cudnn, plain, splash, xla"):
         found(attention_kernel="flash")
@@ -113,4 +113,4 @@ def test_splash_under_a_mesh_is_mapped_over_its_devices(packed, tiny):
 def test_what_the_device_cannot_run_is_refused_before_training(command, tmp_path):
     flags = ("--config.model.attention_kernel=splash", "--config.train.seq_len=128")
     done = command("train", f"--workdir={tmp_path / 'run'}", *flags, code=2)
-    assert "attention_kernel=splash does not serve: it needs a TPU, and this is cpu" in done.stderr
+    assert "attention_kernel=splash cannot be used: it needs a TPU, and this is cpu" in done.stderr

@@ -281,11 +281,11 @@ def test_positions_past_a_learned_table_are_refused(make, tiny):
         tiny.model, position=dataclasses.replace(tiny.model.position, kind="learned", max_length=8)
     )
     check_length(config, 8)
-    with pytest.raises(UserError, match="go past the 8 positions"):
+    with pytest.raises(UserError, match="exceed the 8 positions"):
         check_length(config, 9)
     model = Transformer(config)
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), int))["params"]
-    with pytest.raises(UserError, match="go past the 8 positions"):
+    with pytest.raises(UserError, match="exceed the 8 positions"):
         jax.jit(model.apply)({"params": params}, jnp.zeros((1, 9), int))
     where = consecutive(jnp.zeros((1, 9), int))
     assert jnp.isnan(jax.jit(model.apply)({"params": params}, where.positions, where)[0, 8]).all()

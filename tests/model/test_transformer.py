@@ -53,7 +53,6 @@ LAYOUTS = {
     },
 }
 
-
 VARIANTS = {
     **{kind: {"kind": kind} for kind in positions.SCHEMES},
     "half": {"kind": "rope", "partial_rotary_factor": 0.5, "interleaved": True},
@@ -191,12 +190,12 @@ def test_an_int8_cache_rounds_every_head_and_token_and_nothing_else(make, tokens
             np.zeros((2, 3), np.int32),
             Tokens(np.zeros((2, 3), int), np.zeros((2, 4), int)),
             None,
-            r"where.segments: int\d\d of shape \(2, 4\); expected integers of shape \(2, 3\), that of the tokens",
+            r"where.segments: int\d\d of shape \(2, 4\); expected integers of shape \(2, 3\), like the tokens",
         ),
         (np.zeros((2, 3), np.int32), None, np.zeros((1, 3), int), r"types: int\d\d of shape \(1, 3\); expected"),
         ([[1, 2]], None, None, r"tokens: list; expected an array, such as jnp.asarray\(tokens\)"),
         (np.zeros((2, 0), int), None, None, r"tokens: shape \(2, 0\); expected at least one token per row"),
-        (np.zeros((2, 3), int), None, None, r"called without its parameters; call model.apply\({\"params\": params}"),
+        (np.zeros((2, 3), int), None, None, r"called without parameters; call model.apply\({\"params\": params}"),
     ],
 )  # fmt: skip
 def test_inputs_of_another_shape_dtype_or_range_are_refused(tiny, tokens, where, types, message):
@@ -208,7 +207,7 @@ def test_inputs_of_another_shape_dtype_or_range_are_refused(tiny, tokens, where,
 def test_calls_of_other_codebases_name_the_call_of_this_model(tiny):
     model, tokens = Transformer(tiny.model), jnp.zeros((1, 2), int)
     for call in (lambda: model(tokens), lambda: model.apply({"embed": {}, "layers": {}}, tokens)):
-        with pytest.raises(UserError, match="called without its parameters"):
+        with pytest.raises(UserError, match="called without parameters"):
             call()
     with pytest.raises(UserError, match='first argument of model.apply is list; expected {"params": params}, follow'):
         model.apply([[1]])
@@ -216,7 +215,7 @@ def test_calls_of_other_codebases_name_the_call_of_this_model(tiny):
         model.get_num_params()
     with pytest.raises(AttributeError, match='has no attribute "zzz"'):
         _ = model.zzz
-    with pytest.raises(UserError, match="model.vocab_size is 0, which a run replaces by the size of its tokenizer"):
+    with pytest.raises(UserError, match="model.vocab_size is 0, which only training replaces by the size of its"):
         Transformer(dataclasses.replace(tiny.model, vocab_size=0)).init(jax.random.key(0), tokens)
 
 
@@ -387,9 +386,8 @@ def test_unrolled_layers_of_a_kind_are_traced_once(make, monkeypatch, name, cach
         kinds = [kind for block, repeats in stages(model.config) for kind in block * repeats]
         assert sorted(traced) == sorted(kinds if one_by_one else set(kinds))
     monkeypatch.undo()
-    results = [
-        jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)(params, each) for each in (True, False)
-    ]
+    gradient = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
+    results = [gradient(params, one_by_one) for one_by_one in (True, False)]
     for expected, actual in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_array_equal(actual, expected)
 
@@ -398,5 +396,5 @@ def test_unrolled_layers_of_a_kind_are_traced_once(make, monkeypatch, name, cach
 def test_parameters_in_the_layout_of_the_other_model_are_refused(make, scan_layers):
     model = Transformer(dataclasses.replace(make()[0].config, scan_layers=not scan_layers))
     params = make(scan_layers=scan_layers)[1]
-    with pytest.raises(UserError, match=f"layers, and the model has model.scan_layers={not scan_layers}; use them"):
+    with pytest.raises(UserError, match=f"layers, but the model has model.scan_layers={not scan_layers}; use a model"):
         jax.eval_shape(model.apply, {"params": params}, jnp.zeros((1, 1), jnp.int32))

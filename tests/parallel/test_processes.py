@@ -197,7 +197,7 @@ def test_spikes_are_rolled_back_by_all(run, tmp_path):
     flags = ("--config.optim.lr=1e-9", "--config.train.on_bad_step=rollback", "--config.train.spike_factor=1.0045")
     flags = (*flags, "--config.train.steps=60", "--config.train.batch_size=2", "--config.checkpoint.every=6")
     out, _ = run(2, tmp_path / "run", *flags)
-    assert "going back to step" in out
+    assert "rolling back to step" in out
     assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, 61))
 
 

@@ -110,7 +110,7 @@ def test_what_is_quantized_already_and_what_is_no_number_is_refused(make):
         post_training.quantize_params(once, post_training.rules("int4:16", "int8"), "here")
     post_training.check_finite(once, "here")
     bad = trees.map_weights(lambda p, w: w.at[0].set(jnp.nan) if p == "final_norm/scale" else w, params)
-    with pytest.raises(UserError, match="here: 'final_norm/scale' has values that are infinite or NaN"):
+    with pytest.raises(UserError, match="here: 'final_norm/scale' has infinite or NaN values"):
         post_training.check_finite(bad, "here")
 
 
@@ -176,7 +176,7 @@ def test_the_command_writes_what_evaluate_and_load_take(command, trained, tmp_pa
         "quantize", f"--checkpoint={trained}", f"--output={out}", "--scheme=int4:16", "--method=gptq", "--sequences=4",
         "--rule=layers/0/mlp/down=none",
     ).stdout  # fmt: skip
-    assert "calibrating on 4 sequences of 32 tokens" in said and "bits a weight" in said
+    assert "calibrating on 4 sequences of 32 tokens" in said and "bits per weight" in said
     assert [p.name for p in tmp_path.iterdir()] == ["small"]
     flat = trees.flatten(llm_jax.load(out).params)
     assert isinstance(flat["layers/1/mlp/down"], QTensor) and not isinstance(flat["layers/0/mlp/down"], QTensor)

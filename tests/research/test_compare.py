@@ -128,7 +128,7 @@ def test_figures_of_other_texts_or_tokens_have_no_difference(first, second, reas
     if figure == runs.BITS:
         row = next(line for line in comparison.text(loaded).splitlines() if line.startswith("(2) "))
         assert ("+0.5000 [+0.5000" in row) != (reason in row and bool(reason))
-        assert ("note: figures of different held-out texts" in comparison.text(loaded)) == bool(reason)
+        assert ("note: metrics on different held-out texts" in comparison.text(loaded)) == bool(reason)
         assert [group["scale"] for group in page.data(loaded)["groups"]] == [0, 1 if reason else 0]
 
 

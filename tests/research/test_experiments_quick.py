@@ -79,7 +79,7 @@ def test_an_experiment_that_is_interrupted_or_killed_goes_on_where_it_was_stoppe
         process.send_signal(number)
         _, errors = process.communicate(timeout=120)
         assert process.returncode == code and "Traceback" not in errors
-        assert number == signal.SIGKILL or "the same command goes on" in errors
+        assert number == signal.SIGKILL or "the same command measures the others" in errors
         assert measured.items() <= figures(tmp_path).items()
         measured = figures(tmp_path)
     assert len(measured) < 8 and not (tmp_path / "quick" / "published").exists()

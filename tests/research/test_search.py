@@ -149,7 +149,9 @@ def test_another_experiment_in_the_same_directory_is_refused(tmp_path, base):
         return search.run(changed, space, tmp_path, 1, jobs.machine_shares(1), Provenance("command"))
 
     run()
-    with pytest.raises(UserError, match=r"started with --config.data.source=.*, now other.txt; give another --output"):
+    with pytest.raises(
+        UserError, match=r"started with --config.data.source=.*, now other.txt; choose another --output"
+    ):
         run(data__source="other.txt")
     with pytest.raises(UserError, match=r"started with --search: optim.lr=loguniform\(1e-4,1e-2\), now 1e-3; give"):
         run("optim.lr=1e-3")

@@ -287,7 +287,7 @@ def test_calls_and_attributes_of_tokenizers(kind, size):
         ({"top_p": -0.5}, "--top_p=-0.5; expected a number in"),
         ({"top_k": -1, "top_p": 0.0}, "--top_k=-1; expected a number in"),
         ({"temperature": "hot"}, "the value of --temperature is 'hot'; expected a number"),
-        ({"temperature": 10**400}, f"--temperature=1{36 * '0'}...; expected 0, or a size"),
+        ({"temperature": 10**400}, f"--temperature=1{36 * '0'}...; expected 0, or a magnitude"),
         ({"no_repeat_ngram_size": 10**400}, f"--no_repeat_ngram=1{36 * '0'}...; expected a number in"),
         ({"top_k": 1.5}, "the value of --top_k is 1.5; expected an integer"),
     ],

@@ -48,7 +48,7 @@ def test_a_run_takes_a_tokenizer_and_goes_on_with_no_other(command, text_file, t
     refused = command("train", *run, "--config.train.steps=8", code=2).stderr
     (tmp_path / "w").rename(tmp_path / "new")  # the checkpoint has its own
     assert "resuming from" in command("train", *run, "--config.train.steps=8").stdout
-    assert "is another tokenizer" in refused and len(refused.strip().splitlines()) == 1
+    assert "differs from the tokenizer of the weights" in refused and len(refused.strip().splitlines()) == 1
     nothing = command("train", run[0] + "2", f"--config.tokenizer.path={tmp_path / 'no'}", code=2).stderr
     assert (
         f"tokenizer.path={tmp_path / 'no'}: " in nothing

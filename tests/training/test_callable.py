@@ -192,7 +192,7 @@ def test_init_from_says_what_the_model_is(base, text_file, cache, tmp_path):
 )
 def test_an_override_that_changes_the_shape_of_a_weight_is_refused_by_name(base, text_file, cache, key, value, weight):
     config = configuration.load(from_base(base, text_file, cache), {key: value, "init_from": str(base)})
-    with pytest.raises(UserError, match=f"{key}={value!r} does not fit the weights of .*{weight}.*leave it out"):
+    with pytest.raises(UserError, match=f"{key}={value!r} does not fit the weights of .*{weight}.*omit it"):
         start.find(config)
 
 
@@ -212,12 +212,12 @@ def test_an_override_that_changes_no_weight_is_taken_and_noted(base, text_file, 
     found = start.find(config)
     model = found.config.model
     assert (model.norm_eps, model.precision.compute, model.scan_layers) == (1e-6, "bfloat16", False)
-    assert list(start.notes(found))[1:] == ["note: model.norm_eps was 1e-05 there"]
+    assert list(start.notes(found))[1:] == [f"note: model.norm_eps=1e-06 replaces 1e-05 of {found.origin.name}"]
 
 
 def test_another_tokenizer_than_that_of_init_from_is_refused(base, text_file, cache):
     config = from_base(base, text_file, cache, tokenizer__kind="char")
-    with pytest.raises(UserError, match="'tokenizer.kind' is 'char'; leave it out, or give --config=default"):
+    with pytest.raises(UserError, match="'tokenizer.kind' is 'char'; omit it, or use --config=default"):
         start.find(config)
 
 

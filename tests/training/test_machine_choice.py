@@ -25,8 +25,8 @@ def test_choice_by_machine():
     assert chosen("cpu", {"avx2", "avx512f", "avx512_vnni"})[:2] == (False, "float32")
     assert chosen("cpu", {"amx_bf16"}, num_layers=65)[:2] == (True, "bfloat16")
     assert chosen("gpu", {"avx2"})[:2] == chosen("tpu", ())[:2] == (True, "bfloat16")
-    assert "bfloat16, because this CPU multiplies it faster, with AMX" in chosen("cpu", {"amx_bf16"})[2]
-    assert "65 layers would compile for too long" in chosen("cpu", (), num_layers=65)[2]
+    assert "bfloat16, because this CPU has AMX for bfloat16" in chosen("cpu", {"amx_bf16"})[2]
+    assert "65 unrolled layers would compile for too long" in chosen("cpu", (), num_layers=65)[2]
 
 
 def test_options_that_are_set_are_kept():
@@ -42,7 +42,7 @@ def test_setup_replaces_auto_and_names_the_reasons(monkeypatch):
     assert (parts.config.model.scan_layers, parts.config.model.precision.compute) == (False, "bfloat16")
     assert parts.model.config == parts.config.model
     text = setup.describe(parts)
-    assert "model.precision.compute=auto: bfloat16, because this CPU multiplies it faster, with AVX512-BF16" in text
+    assert "model.precision.compute=auto: bfloat16, because this CPU has AVX512-BF16 for bfloat16" in text
     assert "model.scan_layers=auto: False, because unrolled layers are faster on a CPU" in text
 
 

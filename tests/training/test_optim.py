@@ -214,7 +214,7 @@ def test_width_transfer_scales_the_logits(make):
     tokens = jnp.arange(6)[None]
     apply = lambda model: jax.jit(lambda p: model.apply({"params": p}, tokens))(params)  # noqa: E731
     np.testing.assert_allclose(apply(scaled), 0.25 * apply(plain_model), rtol=1e-5, atol=1e-7)
-    with pytest.raises(UserError, match="set model.scale_embeddings=False"):
+    with pytest.raises(UserError, match="requires model.scale_embeddings=False"):
         make(base_width=8, scale_embeddings=True)
 
 

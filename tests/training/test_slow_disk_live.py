@@ -67,7 +67,7 @@ def test_training_on_a_slow_disk_goes_on_says_what_it_waits_for_and_loses_nothin
         time.sleep(0.1)
     running.send_signal(signal.SIGKILL)  # while the last one is written
     out, _ = running.communicate()
-    assert re.search(r"step 16: saving held training up for \d+ s; a larger checkpoint.every \(8\)", out), out
+    assert re.search(r"step 16: training waited \d+ s for a save; a larger checkpoint.every \(8\)", out), out
     assert checkpoints.steps(slow)[-1] == 16
     command("train", f"--workdir={slow}", *FLAGS, process=True)
     assert metrics(slow) == metrics(whole)

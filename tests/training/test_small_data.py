@@ -132,7 +132,7 @@ def test_empty_answers_are_counted(kind, config_of, monkeypatch):
         monkeypatch.setattr(start_lib.Start, "tokenizer", tokenizer)
     data = inputs.load(config, start)
     assert data.empty_answers == 30
-    assert "note: 30 training examples with an empty answer" in inputs.describe(config, data)
+    assert "note: 30 training examples have an empty answer" in inputs.describe(config, data)
 
 
 def test_a_run_without_held_out_text(config_of, tmp_path, capsys, command):
@@ -140,7 +140,7 @@ def test_a_run_without_held_out_text(config_of, tmp_path, capsys, command):
     summary = llm_jax.train(config, tmp_path / "run")
     said = capsys.readouterr().out
     assert "nothing held out (data.validation_fraction=0)" in said
-    assert "held-out: nothing (data.validation_fraction=0); all text was trained on" in said
+    assert "held-out: no text (data.validation_fraction=0); the model was trained on all text" in said
     assert summary["steps"] == 2 and summary["compressed_bits_per_byte"] == {}
     assert not [name for name in summary if name.startswith("validation")]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -167,7 +167,7 @@ def test_prompts_that_are_not_set_are_the_first_words_of_the_held_out_text(confi
 
 
 def test_the_best_checkpoints_need_held_out_text(config_of):
-    with pytest.raises(UserError, match="checkpoint.keep_best=2 compares held-out losses, and nothing is held out"):
+    with pytest.raises(UserError, match="checkpoint.keep_best=2 compares held-out losses, but no text is held out"):
         inputs.load(config_of("text", data__validation_fraction=0.0, checkpoint__keep_best=2))
 
 

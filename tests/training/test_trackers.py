@@ -51,7 +51,7 @@ def test_a_tracker_that_fails_is_dropped_and_the_others_go_on(capsys):
     assert good.calls[3] == ("finish", {"loss": 0.5, "steps": 3, "corpus.bytes": 7}, ())
     assert [call[0] for call in good.calls].count("close") == 1
     note = capsys.readouterr().err
-    assert note.count("note: report.to=wandb has failed (https://***@host is gone); the run goes on") == 1
+    assert note.count("note: report.to=wandb has failed (https://***@host is gone); the run continues") == 1
     assert not both
 
 
@@ -221,7 +221,7 @@ def test_an_estimate_counts_evaluations_and_checkpoints_and_runs_nothing_that_do
     none = estimate.estimate(parts, held_out, tmp_path)
     assert none.seconds is None and none.memory.peak == pytest.approx(3 * 4 * weights, rel=0.01)
     lines = [line for line in estimate.describe(none, config, 0).splitlines() if "memory" in line]
-    assert len(lines) == 1 and lines[0].startswith("memory: too little: weights and optimizer alone take ")
+    assert len(lines) == 1 and lines[0].startswith("memory: not enough: weights and optimizer alone take ")
 
 
 def test_an_estimate_is_described_with_what_it_measured():
@@ -249,7 +249,7 @@ def test_an_estimate_is_described_with_what_it_measured():
     assert lines[3] == "disk: 1.5 GiB: 3 checkpoints of 512.0 MiB; 1.0 GiB are free"
     assert (
         lines[4].startswith("warning: the checkpoints do not fit on the disk")
-        and "measured in 41 s on 5 steps" in lines[5]
+        and "measured in 41 s with 5 steps" in lines[5]
     )
 
 
