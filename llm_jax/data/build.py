@@ -18,7 +18,7 @@ import numpy as np
 from llm_jax import files as files_lib
 from llm_jax import tokenizers
 from llm_jax.data import catalog as catalog_lib
-from llm_jax.data import processes, ray_engine, streams
+from llm_jax.data import local_engine, ray_engine, streams
 from llm_jax.data.catalog import Catalog
 from llm_jax.data.encode import ENCODERS
 from llm_jax.data.sources import File
@@ -81,7 +81,7 @@ def build(
             if engine == ray_engine.NAME:
                 _receive(parts, _tokenizer_files(parts / "tokenizer"), jobs, costs)
             else:
-                for _ in processes.each(_part, jobs, costs, "tokenizing", workers=workers, min_bytes=_MIN_BYTES):
+                for _ in local_engine.run_jobs(_part, jobs, costs, "tokenizing", workers=workers, min_bytes=_MIN_BYTES):
                     pass
             joined = parts / "joined"
             shutil.rmtree(joined, ignore_errors=True)
@@ -143,11 +143,11 @@ class _Documents:
 
 
 def _starts(path: pathlib.Path) -> np.ndarray:
-    return catalog_lib.mapped(path.with_suffix(".starts"), np.int64)
+    return catalog_lib.memory_map(path.with_suffix(".starts"), np.int64)
 
 
 def _sizes(path: pathlib.Path) -> np.ndarray:
-    return catalog_lib.mapped(path.with_suffix(".sizes"), np.int64)
+    return catalog_lib.memory_map(path.with_suffix(".sizes"), np.int64)
 
 
 def _divided(parts: pathlib.Path, catalog: Catalog, held: HeldOut) -> list[_Side]:
@@ -272,7 +272,7 @@ def _receive(parts: pathlib.Path, saved: tuple[tuple[str, bytes], ...], jobs: li
     """Runs the jobs of `_part` on a cluster, and writes the files of each part, NAME.npz last."""
     arguments = [(*rest, [(f, np.array(s), np.array(n)) for f, s, n in documents]) for _, *rest, documents in jobs]
     work = functools.partial(_part_remotely, saved)
-    for _, contents in ray_engine.each(work, arguments, costs, "tokenizing"):
+    for _, contents in ray_engine.run_jobs(work, arguments, costs, "tokenizing"):
         for name in sorted(contents, key=lambda name: name.endswith(".npz")):
             with new_file(parts / name, source=f"data.cache_dir: {parts.parent}") as file:
                 file.write(contents[name])
@@ -299,6 +299,6 @@ def _join(directory: pathlib.Path, parts: pathlib.Path, names: list[str], dtype:
                 end, single = cumulative[-1], single and bool(part_sizes["ends"].all())
     for path, kind in ((offsets, np.int64), (sizes, np.int64), (ends, np.bool_)):
         if path != ends or not single:  # written where a document has several examples
-            np.save(directory / f"{path.name}.npy", catalog_lib.mapped(path, kind))
+            np.save(directory / f"{path.name}.npy", catalog_lib.memory_map(path, kind))
         path.unlink()
     (directory / "split.json").write_text(json.dumps({"dtype": dtype.name}))

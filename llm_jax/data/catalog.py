@@ -20,10 +20,10 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from llm_jax import files, objects
-from llm_jax.data import processes, ray_engine, shared_cache, sources
+from llm_jax.data import local_engine, ray_engine, shared_cache, sources
 from llm_jax.data.readers import FORMATS
 from llm_jax.data.sources import File
-from llm_jax.data.streams import one_by_one
+from llm_jax.data.streams import iterate
 from llm_jax.errors import UserError
 from llm_jax.files import PARTIAL
 
@@ -109,7 +109,7 @@ def texts(file: File, field: str, starts: np.ndarray, sizes: np.ndarray) -> Iter
       UserError: the size of a text has changed since it was scanned.
     """
     documents = FORMATS[file.format].read(file.path, field, starts, sizes)
-    for size, text in zip(one_by_one(sizes), documents, strict=True):
+    for size, text in zip(iterate(sizes), documents, strict=True):
         if len(text.encode()) != size:
             raise UserError(f"{file.path}: changed while it was being read; start again")
         yield text
@@ -128,7 +128,7 @@ def read(
     Args:
       field: see `Catalog.field`.
       cache_dir: the option `data.cache_dir`; scans are stored there, with the sizes and times of the files.
-      workers: processes that scan; see `processes.each`.
+      workers: processes that scan; see `local_engine.run_jobs`.
       in_pieces: see `sources.files`.
       engine: "local", or "ray" (see `ray_engine`).
 
@@ -201,18 +201,20 @@ class SourceScan:
                 costs = [s if isinstance(s, int) else n for s, n in (stamps[i] for i in todo)]
                 title = f"reading {name}"
                 if engine == ray_engine.NAME:
-                    scanned = ray_engine.each(_scan_remotely, jobs, costs, title)
+                    scanned = ray_engine.run_jobs(_scan_remotely, jobs, costs, title)
                     results = {i: _append_received(scratch, digest, records) for i, (digest, records) in scanned}
                 else:
                     local = [(*job, scratch) for job in jobs]
-                    results = dict(processes.each(_scan, local, costs, title, workers=workers, min_bytes=_MIN_BYTES))
-                maps = {part.name: mapped(part, RECORD) for part in scratch.iterdir()}
+                    results = dict(
+                        local_engine.run_jobs(_scan, local, costs, title, workers=workers, min_bytes=_MIN_BYTES)
+                    )
+                maps = {part.name: memory_map(part, RECORD) for part in scratch.iterdir()}
                 scans |= {todo[i]: (digest, maps[part][at]) for i, (digest, part, at) in results.items()}
                 with tempfile.TemporaryFile(dir=directory) as joined:
                     for i in range(len(files)):
                         _append(joined, scans[i][1])
                     joined.flush()
-                    records = mapped(joined, RECORD)  # the mapping keeps the file without a name
+                    records = memory_map(joined, RECORD)  # the mapping keeps the file without a name
         if not len(records):
             content = (
                 f"{len(files):,} file{'s' * (len(files) > 1)} without text"
@@ -244,7 +246,7 @@ class SourceScan:
         return next((file.path for file, before, now in stamps if now != before), "")
 
 
-def mapped(file: pathlib.Path | IO[bytes], dtype: DTypeLike, offset: int = 0) -> np.ndarray:
+def memory_map(file: pathlib.Path | IO[bytes], dtype: DTypeLike, offset: int = 0) -> np.ndarray:
     """A memory-mapped array (n,) of a file from `offset` to its end, which may be empty."""
     size = os.stat(file if isinstance(file, pathlib.Path) else file.fileno()).st_size
     return np.memmap(file, dtype, "r", offset).view(np.ndarray) if size > offset else np.zeros(0, dtype)
@@ -292,7 +294,7 @@ def _stored(path: pathlib.Path) -> tuple[dict[str, tuple[str, np.ndarray]], np.n
     try:
         with path.open("rb") as opened:
             table = json.loads(opened.readline())
-            records = mapped(opened, RECORD, opened.tell())
+            records = memory_map(opened, RECORD, opened.tell())
     except (OSError, ValueError):
         return {}, np.zeros(0, RECORD)  # missing, or truncated
     scans, begin = {}, 0

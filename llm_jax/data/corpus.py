@@ -264,8 +264,8 @@ def open_split(directory: pathlib.Path) -> tuple[Split, np.ndarray]:
     try:
         dtype = json.loads((directory / "split.json").read_text())["dtype"]
         offsets, sizes = (np.load(directory / f"{name}.npy", mmap_mode="r") for name in ("offsets", "bytes"))
-        tokens = catalog.mapped(directory / "tokens.bin", dtype)
-        mask = catalog.mapped(directory / "mask.bin", np.uint8) if (directory / "mask.bin").exists() else None
+        tokens = catalog.memory_map(directory / "tokens.bin", dtype)
+        mask = catalog.memory_map(directory / "mask.bin", np.uint8) if (directory / "mask.bin").exists() else None
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{directory.parent}: the token cache is damaged ({error}); delete this directory") from error
     if len(tokens) != offsets[-1] or (mask is not None and len(mask) != len(tokens)):

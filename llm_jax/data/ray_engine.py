@@ -18,7 +18,7 @@ from llm_jax.errors import UserError
 NAME = "ray"
 
 
-def each(
+def run_jobs(
     work: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], costs: Sequence[int], title: str
 ) -> Iterator[tuple[int, Any]]:
     """Yields (i, work(*jobs[i])) in the order in which Ray returns the results.

@@ -41,7 +41,7 @@ class File:
     def stamp(self) -> tuple[int | str, int]:
         """(bytes, time of the last change in nanoseconds), by which a changed file is recognized."""
         if self.format == "hf":
-            dataset = records.data_set(self.path)
+            dataset = records.load_data_set(self.path)
             return dataset._fingerprint, len(dataset)
         if objects.is_object(self.path):
             return objects.stamp(self.path)
@@ -96,7 +96,7 @@ def files(source: str, prefix: bool = False, option: str = "data.source", in_pie
         files = [File(source, "", source[3:], "hf")]
     elif objects.is_object(source):
         objects.check(objects.path(source))
-        addresses = objects.matching(source)
+        addresses = objects.glob(source)
         visible = [name for name in addresses if not any(part.startswith(".") for part in name.split("/"))]
         files = [_file(addresses[name], name, alone=addresses[name] == source) for name in visible]
         if not files:
@@ -185,5 +185,5 @@ def _visible_files(directory: pathlib.Path, option: str, source: str) -> list[pa
 
 def _file(path: str | pathlib.Path, name: str, alone: bool = False, form: str = "") -> File:
     name = streams.plain_name(pathlib.PurePosixPath(name)).as_posix() if alone else name
-    form = form or readers.of(str(path), alone)
+    form = form or readers.format_of(str(path), alone)
     return File(name, name if readers.FORMATS[form].whole else "", str(path), form)

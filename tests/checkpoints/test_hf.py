@@ -15,7 +15,7 @@ from llm_jax import trees
 from llm_jax.checkpoints import assemble, huggingface
 from llm_jax.checkpoints.families import FAMILIES, hf_config, model_config, neutral
 from llm_jax.errors import UserError
-from llm_jax.model.attention import Tokens
+from llm_jax.model.attention import TokenMetadata
 from llm_jax.model.transformer import Transformer, init_cache
 from tests.checkpoints import family_cases as cases
 
@@ -58,7 +58,7 @@ def test_logits_equal_those_of_transformers(directory):
     _, model, params = read(directory)
     real = cases.MASK.astype(bool)
     ids, count = jnp.asarray(cases.ids(name)), jnp.arange(cases.LENGTH)[None].repeat(2, 0)
-    where = Tokens(count, jnp.asarray(cases.MASK))
+    where = TokenMetadata(count, jnp.asarray(cases.MASK))
 
     @jax.jit
     def run(params, ids, where):
@@ -74,7 +74,7 @@ def test_logits_equal_those_of_transformers(directory):
         np.testing.assert_allclose(got, expected, atol=1e-5, rtol=1e-5)
     if name == "bert":
         return
-    left = Tokens(jnp.maximum(count - 3, 0), (count >= 3).astype(int))  # the shorter row, padded on the left
+    left = TokenMetadata(jnp.maximum(count - 3, 0), (count >= 3).astype(int))  # the shorter row, padded on the left
     moved = run(params, jnp.roll(ids, 3, 1), left)["logits"][1, 3:]
     np.testing.assert_allclose(moved, np.asarray(golden["logits"])[1, :9], atol=1e-5, rtol=1e-5)
     cache = init_cache(model.config, 2, cases.LENGTH)

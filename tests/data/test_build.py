@@ -25,17 +25,17 @@ import time
 import types
 from llm_jax import tokenizers
 from tests.data.configs import data_config
-from llm_jax.data import build, processes
+from llm_jax.data import build, local_engine
 from llm_jax.data.corpus import Source
 
 def stuck(*given, **options):
-    yield from itertools.islice(processes.each(*given, **options), int(sys.argv[4]))
+    yield from itertools.islice(local_engine.run_jobs(*given, **options), int(sys.argv[4]))
     time.sleep(600)
 
 if __name__ == "__main__":
     build._SMALLEST = 20_000
     if len(sys.argv) > 4:
-        build.processes = types.SimpleNamespace(each=stuck)  # of the tokenizing, not of the scan
+        build.local_engine = types.SimpleNamespace(run_jobs=stuck)  # of the tokenizing, not of the scan
     source = Source(data_config(sys.argv[1], sys.argv[2], workers=int(sys.argv[3])))
     print("scanned", flush=True)
     source.corpus(tokenizers.get("byte").train([], 0))

@@ -269,4 +269,4 @@ def test_a_killed_build_leaves_no_cache(tmp_path, text_file, monkeypatch):
 def test_too_little_text_for_a_sequence_is_refused():
     with pytest.raises(UserError, match="fewer than one sequence of train.seq_len=64"):
         Shuffled(Rows(stream(10), 64), 0)
-    assert dataclasses.replace(Rows(stream(10), 64), seq_len=8).full == 1
+    assert dataclasses.replace(Rows(stream(10), 64), seq_len=8).num_full == 1

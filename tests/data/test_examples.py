@@ -217,7 +217,7 @@ def test_packed_rows_hold_whole_examples_each_for_itself(tmp_path, capsys):
     made = split(5, 9, 4, 3, 20, directory=tmp_path / "side")
     found = Packed(made, 8)
     assert "1 of 5 examples do not fit train.seq_len=8: left out" in capsys.readouterr().err
-    assert len(found) == found.full == 3 and (tmp_path / "side" / "rows-8").exists()
+    assert len(found) == found.num_full == 3 and (tmp_path / "side" / "rows-8").exists()
     seen = {}
     for i in range(len(found)):
         row = found[i]

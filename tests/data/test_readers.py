@@ -126,11 +126,11 @@ def test_the_name_of_a_data_set_has_its_configuration_and_its_split(monkeypatch)
     monkeypatch.setitem(
         sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset, disable_progress_bars=lambda: None)
     )
-    assert records.data_set("org/a") == ("org/a", None, "train")
-    assert records.data_set("org/a:test") == ("org/a", None, "test")
-    assert records.data_set("several:v1:train[:10%]") == ("several", "v1", "train[:10%]")
+    assert records.load_data_set("org/a") == ("org/a", None, "train")
+    assert records.load_data_set("org/a:test") == ("org/a", None, "test")
+    assert records.load_data_set("several:v1:train[:10%]") == ("several", "v1", "train[:10%]")
     with pytest.raises(UserError, match=r"hf:several:test .*Config name is missing.*expected hf:NAME:CONFIG:SPLIT"):
-        records.data_set("several:test")
+        records.load_data_set("several:test")
 
 
 @pytest.mark.parametrize(

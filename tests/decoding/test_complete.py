@@ -73,10 +73,10 @@ def test_what_is_shown_is_never_taken_back_and_never_broken(text, stop_strings):
     ids, shown = BYTES.encode(text), ""
     decode = detokenize.after(BYTES, BYTES.encode("é"))
     for n in range(len(ids) + 1):
-        so_far = stops.showable(decode.settled(ids[:n]), stop_strings)
+        so_far = stops.showable(decode.stable_prefix(ids[:n]), stop_strings)
         assert so_far.startswith(shown) and "�" not in so_far
         shown = so_far
-    whole = stops.cut(text, stop_strings)
+    whole = stops.truncate_at_stop(text, stop_strings)
     assert whole.startswith(shown) and len(whole) - len(shown) < max([1, *map(len, stop_strings)])
 
 
@@ -90,7 +90,7 @@ def test_a_stop_is_found_at_the_token_that_completes_it(text, stop_strings):
 
 def test_text_that_a_broken_byte_stays_in_is_shown_in_the_end():
     decode, ids = detokenize.after(BYTES, []), [i + 3 for i in b"a\xffb"]
-    assert [decode.settled(ids[:n]) for n in range(4)] == ["", "a", "a", "a�b"]
+    assert [decode.stable_prefix(ids[:n]) for n in range(4)] == ["", "a", "a", "a�b"]
 
 
 def test_alternatives_are_the_most_likely_tokens_of_each_step(ask):

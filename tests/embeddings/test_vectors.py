@@ -176,7 +176,7 @@ def test_one_hot_vectors_know_no_similarity(tmp_path):
 
 def test_the_plane_keeps_the_widest_directions():
     matrix = np.array([[1, 0.05, 0], [-1, 0, 0.05], [0, 1, 0], [0, -1, 0]], np.float32)
-    places = word_maps.plane(WordVectors(("a", "b", "c", "d"), matrix), ["a", "b", "c", "d"])
+    places = word_maps.project_to_plane(WordVectors(("a", "b", "c", "d"), matrix), ["a", "b", "c", "d"])
     assert np.linalg.norm(places[0] - places[1]) == pytest.approx(2, abs=0.01)
     assert np.linalg.norm(places[2] - places[3]) == pytest.approx(2, abs=0.01)
 
@@ -192,7 +192,7 @@ MARKUP = """{{Infobox|a={{nested|x}}}}'''Bold''' [[link]] and [[target|shown]].<
 
 
 def test_markup_becomes_running_text():
-    assert wiki.plain(MARKUP) == "Bold link and shown.\nA & B  see the page."
+    assert wiki.plain_text(MARKUP) == "Bold link and shown.\nA & B  see the page."
 
 
 def test_a_dump_gives_articles_and_no_redirects(tmp_path):

@@ -89,7 +89,7 @@ def test_a_step_is_the_sum_of_the_gradients_of_its_pairs(kind, window):
                     expected[owner, :width] += g * y[word]
                 expected[word, width:] += g * h
     many = jax.jit(functools.partial(word2vec._many, kind, window, negatives, lambda array: array))
-    found = many(table, word2vec.stretches(ids[None], window, 1), against[None], windows[None], rate[None])
+    found = many(table, word2vec.word_windows(ids[None], window, 1), against[None], windows[None], rate[None])
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
@@ -99,8 +99,8 @@ def test_the_band_holds_the_pairs_of_the_definition_and_no_others(seed, window):
     draw = np.random.default_rng(seed)
     ids = np.where(draw.random(48) < 0.2, BREAK, draw.integers(0, 5, 48)).astype(np.int32)
     windows = draw.integers(1, window + 1, 48).astype(np.int32)
-    (around,) = word2vec.stretches(ids[None], window, 1)
-    band = np.asarray(word2vec.band(jnp.asarray(around), jnp.asarray(windows), window))
+    (around,) = word2vec.word_windows(ids[None], window, 1)
+    band = np.asarray(word2vec.context_mask(jnp.asarray(around), jnp.asarray(windows), window))
     found = {(g * 16 + b, g * 16 + c - window) for g, b, c in np.argwhere(band)}
     assert found == set(pairs(ids, windows))
 

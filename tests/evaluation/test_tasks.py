@@ -68,7 +68,7 @@ def judge(metric, prediction, answer, normalization="none"):
     example = Example({"text": "a"}, answer)
     task = Task("t", (TEMPLATE,), (example,), metric=metric, normalization=normalization)
     task.check()
-    return task.right(prediction, example)
+    return task.is_correct(prediction, example)
 
 
 @pytest.mark.parametrize(
@@ -288,8 +288,8 @@ def test_tasks_of_the_house_are_sound(make_task):
         for template in range(10):
             asked = prompts.prompts(task, PromptConfig(style, template), task.examples[:3])
             assert all(e.fields["text"] in p.plain() for e, p in zip(task.examples, asked, strict=False))
-    assert all(task.right(task.read(TEMPLATE.solve(e, e.answer)), e) for e in task.examples)
-    assert not task.right(task.read("nothing"), task.examples[0])
+    assert all(task.is_correct(task.extract_answer(TEMPLATE.solve(e, e.answer)), e) for e in task.examples)
+    assert not task.is_correct(task.extract_answer("nothing"), task.examples[0])
 
 
 @pytest.mark.parametrize(

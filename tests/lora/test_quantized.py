@@ -68,7 +68,7 @@ def test_factors_in_eight_bits_are_what_the_model_sees_and_train_straight_throug
     adapters = cases.made(base, settings)
     round_trip = lambda w: weights.dense(quantized.to_qtensor(w, "int8", IN))  # noqa: E731
     factors = {p: round_trip(x) if p.endswith(("/a", "/b")) else x for p, x in trees.flatten(adapters).items()}
-    rounded = lora.rounded(adapters, "int8")
+    rounded = lora.quantize_factors(adapters, "int8")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), rounded, trees.unflatten(factors))
     trained, fixed = lora.split(adapters, "lora")
 
@@ -125,4 +125,4 @@ def test_full_weights_are_wanted_where_all_are_trained_or_a_start_is_taken_out(m
     with pytest.raises(
         UserError, match="is a QTensor; lora.variant=pissa subtracts its initial value from dense weights"
     ):
-        lora.rebase(base, pissa)
+        lora.subtract_start(base, pissa)

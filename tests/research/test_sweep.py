@@ -132,7 +132,7 @@ signals.install(lambda: "interrupted")
 directory = pathlib.Path(sys.argv[1])
 stubborn = "import os, signal, time; signal.signal(15, signal.SIG_IGN); "
 stubborn += f"open({str(directory / 'began')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
-stop = signals.Deferred("saving the running points", jobs.kill_all)
+stop = signals.DeferredSignals("saving the running points", jobs.kill_all)
 with stop:
     jobs.run([jobs.Job("a", ("-c", stubborn), directory / "a", lambda: False)], jobs.machine_shares(1), stop=stop)
 """

@@ -111,11 +111,14 @@ def test_unigram_without_bytes_goes_through_a_gguf_file_as_t5(normalization):
     for text in ("hello quick fox", "  two  ①２ ｇröße", "hello 日本 fox", ""):
         assert again.encode(text) == original.encode(text)
         assert again.decode(again.encode(text)) == original.decode(original.encode(text))
-        assert again.encode_marked(text) == [1, *original.encode(text)]  # EOS is not added: the file says so
+        assert again.encode_with_special_tokens(text) == [
+            1,
+            *original.encode(text),
+        ]  # EOS is not added: the file says so
     assert (again.bos, again.eos, again.unk) == (1, 2, 0)
     silent = {key: value for key, value in written.items() if not key.endswith(("add_bos_token", "add_eos_token"))}
     t5 = tokenizers.from_gguf(silent)  # as the vocabulary of T5
-    assert t5.bos is None and t5.encode_marked("hello") == [*original.encode("hello"), 2]
+    assert t5.bos is None and t5.encode_with_special_tokens("hello") == [*original.encode("hello"), 2]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import pytest
 from llm_jax import checkpoints
 from llm_jax import configuration as config_lib
 from llm_jax.errors import UserError
-from llm_jax.model.attention import Tokens
+from llm_jax.model.attention import TokenMetadata
 from llm_jax.tokenizers.byte import ByteTokenizer
 from llm_jax.tokenizers.char import CharTokenizer
 from llm_jax.training import losses, step
@@ -133,7 +133,7 @@ def built(tiny, model, kind, chunk=0, sparse=False):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_sum_is_that_of_numpy_whole_in_chunks_and_in_micro_batches(make, tiny, other, batch, kind):
     model, params = make()
-    where = Tokens(batch["positions"], batch["segments"])
+    where = TokenMetadata(batch["positions"], batch["segments"])
     apply = jax.jit(lambda p: model.apply({"params": p}, batch["inputs"], where))
     logits, others = (np.asarray(apply(p), np.float64) for p in (params, other))
     want = numpy_loss(kind, logits, others, batch)

@@ -146,8 +146,8 @@ def test_wandb_keeps_its_id_and_sends_neither_terminal_nor_command(tmp_path, mon
 
 def test_the_bar_shows_the_last_evaluation_and_lines_the_time_that_is_left(tmp_path, monkeypatch, capsys):
     config = configuration.default().train
-    watch = bad_steps.Watch(config, ["w"], tmp_path / "metrics.jsonl", 0)
-    progress = Progress(tmp_path, 0, 40, 1.0, 1e9, watch, ["w"])
+    detector = bad_steps.BadStepDetector(config, ["w"], tmp_path / "metrics.jsonl", 0)
+    progress = Progress(tmp_path, 0, 40, 1.0, 1e9, detector, ["w"])
     clock = iter(range(0, 100_000, 30))
     monkeypatch.setattr("llm_jax.training.progress.time.perf_counter", lambda: next(clock))
     metrics = {"loss": 2.0, "tokens": 64.0, "bad": False, "gradient_norms": jnp.ones(1)}
@@ -217,7 +217,7 @@ def test_an_estimate_counts_evaluations_and_checkpoints_and_runs_nothing_that_do
     text = estimate.describe(small, config, 0)
     assert "time: not measured, because the step needs more memory than is free" in text
     monkeypatch.setattr(estimate.runtime, "available_memory", lambda: 1000)
-    monkeypatch.delattr(estimate.memory, "of")  # nothing is compiled
+    monkeypatch.delattr(estimate.memory, "of_executable")  # nothing is compiled
     none = estimate.estimate(parts, held_out, tmp_path)
     assert none.seconds is None and none.memory.peak == pytest.approx(3 * 4 * weights, rel=0.01)
     lines = [line for line in estimate.describe(none, config, 0).splitlines() if "memory" in line]
@@ -225,7 +225,7 @@ def test_an_estimate_counts_evaluations_and_checkpoints_and_runs_nothing_that_do
 
 
 def test_an_estimate_is_described_with_what_it_measured():
-    needs = estimate.Estimate(
+    needs = estimate.RunEstimate(
         compile_seconds=30.0,
         step_seconds=0.5,
         timed_steps=5,

@@ -68,7 +68,7 @@ def test_an_interrupt_tells_where_the_same_command_starts(tmp_path, directory, m
     command = importlib.import_module("llm_jax.train").COMMAND
     values = copy.deepcopy(command.flags)
     values["workdir"].value = str(tmp_path / "x") if directory else None
-    assert command.interrupted_message(values) == f"interrupted; {message}"
+    assert command.message_on_interrupt(values) == f"interrupted; {message}"
 
 
 @pytest.mark.uncached

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from llm_jax import weights
-from llm_jax.weights import Adapted, Decomposed, Dropped
+from llm_jax.weights import Adapted, Decomposed, InputDropout
 
 
 def normal(i: int, *shape: int) -> jax.Array:
@@ -103,7 +103,7 @@ def test_partition_of_what_is_around_an_adapted_weight():
         P(None, "tensor"),
         P(None, "tensor"),
     )
-    dropped = weights.partition(Dropped(normal(1, 6, 2), jax.random.key(0), 0.5), P("fsdp", None))
+    dropped = weights.partition(InputDropout(normal(1, 6, 2), jax.random.key(0), 0.5), P("fsdp", None))
     assert (dropped.weight, dropped.key, dropped.rate) == (P("fsdp", None), P(), 0.5)
 
 
@@ -124,7 +124,7 @@ def test_dropped_inputs_meet_the_weight_in_its_direction(transposed):
     w, x = normal(1, 6, 8), normal(2, 3, 8 if transposed else 6)
     mask = jax.random.bernoulli(jax.random.key(0), 0.75, x.shape)
     expected = jnp.where(mask, x / 0.75, 0) @ (w.T if transposed else w)
-    out = weights.dot(x, Dropped(w, jax.random.key(0), 0.25), transposed)
+    out = weights.dot(x, InputDropout(w, jax.random.key(0), 0.25), transposed)
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
 
 
