@@ -164,7 +164,7 @@ def on_text(f: cli.Flags) -> None:
         raise UserError(
             f"--whole_file has no effect where data.kind is {first.data.kind}: each record is an example; omit the flag"
         )
-    source: Any = open_source(first.data, first.is_whole_text, in_pieces=not f.whole_file)
+    source: Any = open_source(first.data, first.is_whole_text, split_single_file=not f.whole_file)
     if f.whole_file and all(file.format != "text" for file in source.catalog.files):
         raise UserError(
             f"--whole_file has no effect on --data={f.data}, which has no text file that would be split; omit the flag"

@@ -38,7 +38,7 @@ _Job = tuple[pathlib.Path, str, str, str, str, Iterable[_Run]]
 def build(
     directory: pathlib.Path,
     catalog: Catalog,
-    held: HeldOut,
+    held_out: HeldOut,
     tokenizer: Tokenizer,
     kind: str,
     workers: int,
@@ -66,7 +66,7 @@ def build(
                 return
             parts.mkdir(exist_ok=True)
             tokenizers.save(tokenizer, parts / "tokenizer")
-            sides = _divided(parts, catalog, held)
+            sides = _divided(parts, catalog, held_out)
             names: dict[str, list[str]] = {side.name: [] for side in sides}
             jobs: list[_Job] = []
             costs: list[int] = []
@@ -150,7 +150,7 @@ def _sizes(path: pathlib.Path) -> np.ndarray:
     return catalog_lib.memory_map(path.with_suffix(".sizes"), np.int64)
 
 
-def _divided(parts: pathlib.Path, catalog: Catalog, held: HeldOut) -> list[_Side]:
+def _divided(parts: pathlib.Path, catalog: Catalog, held_out: HeldOut) -> list[_Side]:
     """Writes the starts and sizes of the documents of each side."""
     sides = []
     for name, is_held in (("train", False), ("validation", True)):
@@ -159,7 +159,7 @@ def _divided(parts: pathlib.Path, catalog: Catalog, held: HeldOut) -> list[_Side
         with path.with_suffix(".starts").open("wb") as starts, path.with_suffix(".sizes").open("wb") as sizes:
             for indices in catalog.blocks():
                 records = catalog[indices]
-                chosen = held(records) == is_held
+                chosen = held_out(records) == is_held
                 file, records = catalog.file(indices)[chosen], records[chosen]
                 np.add.at(count, file, 1)
                 np.add.at(size, file, records["size"])

@@ -1,7 +1,8 @@
 """Files as documents: text, JSON, JSON lines, CSV, TSV, Parquet and data sets of `datasets`, plain or compressed.
 
-A format scans a file once, which checks all of it and finds its documents, and then reads any of them. Both hold one
-document, line or batch of rows in memory; an array in a .json file is held as a whole.
+A format has two functions: `scan` validates the whole file and returns the positions of its documents; `read` returns
+the texts of given documents. Both keep one document, line or batch of rows in memory; an array in a .json file is loaded
+whole.
 """
 
 import array
@@ -77,8 +78,8 @@ def _scan_pieces(path: str, field: str) -> Scan:
 
     Documents have at least 1 KiB, or 64 bytes in a file of up to 1 KiB, so that a part of the file can be held out.
 
-    The documents of an uncompressed file are in the order of their starts as text ("0", "1024", "131072", "2048") );
-    those of a compressed one, which is read from its beginning only, in their own.
+    The documents of an uncompressed file are in the order of their starts as text ("0", "1024", "131072", "2048");
+    those of a compressed file, which cannot be read from an arbitrary position, are in file order.
     """
     size = 0
     with open_stream(path) as stream:

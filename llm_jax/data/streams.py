@@ -69,6 +69,7 @@ def open_stream(path: str) -> Iterator[Any]:
 
 
 def decode(path: str, data: bytes, start: int = 0) -> str:
+    """Decodes UTF-8 that begins at byte `start` of a file. Raises UserError with the position of invalid bytes."""
     try:
         return data.decode()
     except UnicodeDecodeError as error:
@@ -77,6 +78,7 @@ def decode(path: str, data: bytes, start: int = 0) -> str:
 
 
 def utf8_size(location: str, text: str) -> int:
+    """The number of bytes of a text in UTF-8. Raises UserError, with its location, for an unpaired surrogate."""
     try:
         return len(text.encode())
     except UnicodeEncodeError as error:

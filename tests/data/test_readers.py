@@ -37,7 +37,7 @@ def texts(path, tmp_path, **changes) -> list[str]:
 
 def sides(source: Source) -> np.ndarray:
     """Which documents are held out."""
-    return source.held(source.catalog[np.arange(len(source.catalog))])
+    return source.held_out(source.catalog[np.arange(len(source.catalog))])
 
 
 def json_lines(found=TEXTS, field="text") -> bytes:
@@ -270,7 +270,7 @@ def test_catalog_reads_documents_in_any_files(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(json_lines(TEXTS[:50]))
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(json_lines(TEXTS[50:])))
     found, _ = catalog.read(f"{tmp_path / 'a.jsonl'},{tmp_path / 'b.jsonl.gz'}", "text", str(tmp_path / "m"), 1)
-    assert found.ends == (50, 300)
+    assert found.source_ends == (50, 300)
     for some in (np.array([3, 49, 50, 51, 299]), np.array([], np.int64), np.arange(0, 300, 7)):
         assert list(found.texts(some)) == [TEXTS[i] for i in some]
 
