@@ -77,7 +77,7 @@ def test_only_the_new_tokens_of_a_conversation_are_prefilled(say, monkeypatch):
     first, second, again = requests
     assert first[0] == 0 and second[0] >= lengths[0] and again == (lengths[0] - 1, 1)
     requests.clear()
-    monkeypatch.setattr(PrefixCache, "keep", lambda self, state: None)
+    monkeypatch.setattr(PrefixCache, "store", lambda self, state: None)
     assert say(lines, *flags).out == text and requests == [(0, length) for length in lengths]
 
 

@@ -14,7 +14,7 @@ TINY = (
 )
 
 
-def test_the_step_as_given_stands_above_its_relatives(command):
+def test_the_configured_step_is_the_first_row_of_the_table(command):
     said = command("plan", "--memory", *TINY, "--config.lora.rank=4", "--config.lora.variant=fa").stdout.splitlines()
     rows = {(line[:12].strip(), line[12:20].strip()): line[20:] for line in said[2:]}
     assert len(rows) == 10 and next(iter(rows)) == ("as given", "none")
@@ -36,7 +36,7 @@ def test_without_memory_the_shapes_are_counted_and_nothing_is_compiled(command, 
     assert adapters[0].startswith(f"{weights:,} parameters, ") and adapters[2] != lines[2]
 
 
-def test_a_configuration_that_cannot_be_is_refused_before_the_table(command):
+def test_an_invalid_configuration_is_rejected_before_the_table(command):
     done = command("plan", "--memory", *TINY, "--config.lora.rank=99", code=2)
     assert "lora.rank is 99" in done.stderr and not done.stdout
 

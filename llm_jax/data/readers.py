@@ -1,8 +1,8 @@
 """Files as documents: text, JSON, JSON lines, CSV, TSV, Parquet and data sets of `datasets`, plain or compressed.
 
 A format has two functions: `scan` validates the whole file and returns the positions of its documents; `read` returns
-the texts of given documents. Both keep one document, line or batch of rows in memory; an array in a .json file is loaded
-whole.
+the texts of given documents. Both keep one document, line or batch of rows in memory, and the
+whole array of a .json file.
 """
 
 import array

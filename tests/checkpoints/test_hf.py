@@ -1,4 +1,4 @@
-"""Families of Hugging Face: tiny models give transformers' logits, and come out as they went in."""
+"""Hugging Face families: logits of tiny models equal those of transformers; round trips; damaged directories."""
 
 import contextlib
 import dataclasses
@@ -88,7 +88,7 @@ def test_logits_equal_those_of_transformers(directory):
         np.testing.assert_allclose(got, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_what_goes_in_comes_out(directory, tmp_path):
+def test_a_round_trip_restores_config_and_parameters(directory, tmp_path):
     kind, model, params = read(directory)
     huggingface.save(tmp_path / "out", kind, model.config, params, {})
     before, after = load_file(directory / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
@@ -116,7 +116,7 @@ def test_scanned_parameters_are_the_same_model(directory):
 
 
 @pytest.mark.parametrize("directory", ["llama", "gemma3", "gpt2", "phi3", "gpt_neox", "bert"], indirect=True)
-def test_a_shard_is_its_part_of_the_parameter(directory, monkeypatch):
+def test_each_shard_is_a_slice_of_the_parameter(directory, monkeypatch):
     kind, model, params = read(directory)
     source = huggingface._Files(directory)
     wanted = assemble.specs(FAMILIES[kind].tensor_names(model.config), params)
@@ -278,7 +278,7 @@ def test_rotary_settings_by_layer_type_count_if_they_are_the_same():
         model_config(GOLDEN["llama"]["config"] | {"rope_parameters": nested | {"sliding_attention": other}})
 
 
-def test_what_config_json_leaves_out_is_what_the_class_would_take():
+def test_missing_keys_of_config_json_have_the_default_of_the_family():
     without = lambda name, *keys: {k: v for k, v in GOLDEN[name]["config"].items() if k not in keys}  # noqa: E731
     gemma = model_config(without("gemma2", "final_logit_softcapping", "attn_logit_softcapping"))[1]
     assert (gemma.logit_softcap, gemma.attention_softcap) == (30.0, 50.0)

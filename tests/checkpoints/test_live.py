@@ -1,4 +1,4 @@
-"""What we write, read by its owners: transformers and the gguf package (requirements-peers.txt). Run by .ci/full."""
+"""transformers, peft and the gguf package load exported checkpoints (requirements-peers.txt). Run by .ci/full."""
 
 import dataclasses
 import json

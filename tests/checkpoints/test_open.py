@@ -1,4 +1,4 @@
-"""`open` for every form on disk: its class, what it offers, and what it refuses; `save` and back."""
+"""`open` for every form of checkpoint: class, config, tokenizer, parameters, errors; round trips of `save`."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Checkpoints in zip files and in buckets: what is read, and what is refused."""
+"""Checkpoints in zip files and in object stores, and invalid zip files."""
 
 import json
 import shutil

@@ -32,7 +32,7 @@ def test_only_the_named_files_are_unpacked_and_side_by_side(made, tmp_path):
     assert not (tmp_path / "escape.txt").exists() and assets.damaged_files("thing") == []
 
 
-def test_damage_is_found(made):
+def test_damaged_files_of_an_asset_are_found(made):
     path = assets.path("thing")
     path.write_text("other")
     (path.parent / "escape.txt").unlink()

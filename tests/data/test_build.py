@@ -100,7 +100,7 @@ def parts(cache) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_killed_build_goes_on_from_its_finished_parts(lines, tmp_path, workers):
+def test_a_killed_build_resumes_from_its_finished_parts(lines, tmp_path, workers):
     process = run(lines, tmp_path, workers, 6)
     while len(parts(tmp_path)) < 6:
         assert process.poll() is None, process.communicate()
@@ -119,7 +119,7 @@ def test_a_killed_build_goes_on_from_its_finished_parts(lines, tmp_path, workers
     same(expected(lines, tmp_path), expected(lines, tmp_path / "new"))
 
 
-def test_two_builders_do_not_clash(lines, tmp_path):
+def test_two_concurrent_builds_give_one_cache(lines, tmp_path):
     both = [run(lines, tmp_path, 1) for _ in range(2)]
     said = [process.communicate()[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
@@ -204,7 +204,7 @@ def test_a_full_disk_is_one_line_and_what_is_finished_stays(lines, tmp_path, mon
         subprocess.run(["umount", "-l", target], check=True)
 
 
-def test_a_cache_that_is_there_is_used_where_nothing_can_be_written(lines, tmp_path):
+def test_an_existing_cache_is_read_from_a_read_only_directory(lines, tmp_path):
     same(expected(lines, tmp_path), expected(lines, tmp_path))
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     expected(lines, tmp_path)

@@ -27,7 +27,7 @@ def stream(*lengths: int) -> Split:
     return Split(np.concatenate(documents).astype(np.uint16), offsets, int(sum(lengths)))
 
 
-def test_rows_restart_positions_and_never_ask_across_documents():
+def test_positions_restart_and_targets_stay_within_documents():
     rows = Rows(stream(5, 4, 9), 6)
     first = rows[0]
     np.testing.assert_array_equal(first["inputs"], [BOS, 100, 101, 102, EOS, BOS])
@@ -194,7 +194,7 @@ def test_a_changed_text_is_another_cache(tmp_path):
         (b"short", "one document"),
     ],
 )
-def test_bad_text_is_one_clear_error(tmp_path, content, message):
+def test_text_that_is_not_utf8_is_a_one_line_error(tmp_path, content, message):
     path = tmp_path / "text"
     if content is not None:
         path.write_bytes(content)

@@ -1,4 +1,4 @@
-"""What is hidden: how much, of what, together, and the same again; the run that learns to find it."""
+"""Masked language modelling: shares, whole words, reproducibility, and a training run."""
 
 import dataclasses
 import json
@@ -132,7 +132,7 @@ def test_the_words_of_a_vocabulary_with_its_own_mask(tiny):
     assert 0.3 < row["mask"].mean() < 0.7
 
 
-def test_what_is_hidden_is_a_function_of_seed_and_row(tiny):
+def test_masks_are_a_function_of_seed_and_row(tiny):
     plain = rows(BYTE, TEXT)
     stream = hidden(tiny, BYTE, Shuffled(plain, 3), "words", seed=5)
     again = hidden(tiny, BYTE, Shuffled(plain, 3), "words", seed=5)

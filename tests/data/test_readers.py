@@ -156,7 +156,7 @@ def test_the_name_of_a_data_set_has_its_configuration_and_its_split(monkeypatch)
         ("a.parquet", b"PAR1 and no more", "a.parquet: not a readable Parquet file"),
     ],
 )
-def test_what_cannot_be_read_is_said_in_one_line_and_leaves_nothing(tmp_path, name, content, message):
+def test_unreadable_files_are_one_line_errors_and_leave_no_cache(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content if content is not None else zstd(b"text\n" * 10**5)[:-9])
     with pytest.raises(UserError, match=message) as error:
         Source(config(tmp_path / name, tmp_path))

@@ -35,7 +35,7 @@ def test_rolling_windows_predict_every_token_once_with_all_context_there_is(leng
 
 
 @pytest.mark.live
-def test_the_harness_finds_what_we_find(make, tmp_path):
+def test_lm_eval_gives_the_accuracy_of_our_evaluation(make, tmp_path):
     importlib.import_module("lm_eval")  # a missing peer fails
     model, params = make(scan_layers=False)
     examples = [{"text": t, "gold": i % 2} for i, t in enumerate(("a", "bc", "def", "gh", "the", "x y"))]

@@ -97,7 +97,7 @@ def test_affine_round_trips_are_off_by_half_a_step_of_the_range(name, weight):
 
 
 @pytest.mark.parametrize("name", number_formats.WEIGHT_SCHEMES)
-def test_what_is_on_the_grid_stays(name):
+def test_representable_values_are_unchanged(name):
     """Quantizing again what codes stand for gives the same numbers: the nearest code is the code."""
     s = number_formats.scheme(name)
     scale, offset = scales(NORMAL, s, -2)
@@ -233,7 +233,7 @@ def test_codes_mean_what_ggml_blocks_mean(name, block):
         ("w8a8:32", "one scale per channel"),
     ],
 )
-def test_names_that_mean_nothing_are_refused(name, said):
+def test_unknown_scheme_names_are_rejected(name, said):
     with pytest.raises(UserError, match=said):
         number_formats.scheme(name)
 

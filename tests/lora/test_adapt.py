@@ -104,7 +104,7 @@ def test_pissa_starts_from_the_leading_singular_vectors_and_takes_them_out_of_th
     )
 
 
-def test_loftq_starts_from_what_quantization_lost(make, tiny):
+def test_loftq_is_initialized_with_the_quantization_error(make, tiny):
     _, original = make()
     path = "layers/0:2/0::1/mlp/up"
     base = jax.tree.map(lambda w: jnp.round(8 * w) / 8, original)  # quantized, as far as this start can see
@@ -148,7 +148,7 @@ def test_the_gradient_equals_that_of_a_dense_reference(make, tiny):
         assert set(trees.flatten(got)) == set(trees.flatten(trained))
 
 
-def test_what_is_trained_and_what_is_not():
+def test_the_trained_entries_of_each_variant():
     tree = {"w": dict.fromkeys(("a", "b", "scale", "magnitude", "squares", "start_a", "start_b"), 0)}
     for variant, names in TRAINED.items():
         trained, fixed = lora.split(tree, variant)
@@ -269,7 +269,7 @@ def test_dropout_keeps_the_mean_and_its_share():
     ],
     ids=str,
 )
-def test_bad_settings_are_one_line(make, tiny, changes, message):
+def test_invalid_options_are_one_line_errors(make, tiny, changes, message):
     _, base = make()
     with pytest.raises(UserError, match=message) as error:
         lora.init(jax.random.key(0), base, cases.config(tiny, **changes))

@@ -1,4 +1,4 @@
-"""What a step over a frozen base computes, and what it does not."""
+"""The gradients, optimizer state and memory of a training step over a frozen base."""
 
 import dataclasses
 import re

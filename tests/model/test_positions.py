@@ -234,7 +234,7 @@ def test_shaw_forms_nothing_of_size_time_by_time_by_head(make, tiny):
         ({"kind": "t5", "num_buckets": 6}, "model.position.num_buckets=6"),
     ],
 )
-def test_what_does_not_go_together_is_refused(tiny, position, changes, message):
+def test_contradictory_position_options_are_rejected(tiny, position, changes, message):
     config = dataclasses.replace(tiny.model, position=position(**changes))
     with pytest.raises(UserError, match=message):
         positions.make(config)

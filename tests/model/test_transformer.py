@@ -297,7 +297,7 @@ def test_attention_and_its_gradients_equal_the_formula(bias):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), both(ours), both(formula))
 
 
-def test_visible_is_causal_windowed_and_within_the_segment():
+def test_the_attention_mask_is_causal_windowed_and_within_the_segment():
     where = TokenMetadata(jnp.array([[0, 1, 2, 0, 1, 0]]), jnp.array([[1, 1, 1, 2, 2, 0]]))
     seen = np.asarray(attention_mask(where, where, 2)[0]).astype(int)
     np.testing.assert_array_equal(

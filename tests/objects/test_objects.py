@@ -142,7 +142,7 @@ def test_two_that_take_a_stale_lock_over_at_once(directory, monkeypatch):
     first.close()
 
 
-def test_names_that_are_patterns(bucket):
+def test_object_names_with_glob_characters(bucket):
     """`glob` would find nothing below s3://bucket/run[1], so that a run there would start again from step 0."""
     directory = files.path("s3://bucket/run[1]")
     files.write(directory / "checkpoints" / "4" / "manifest.json", "{}")

@@ -45,7 +45,7 @@ def test_every_mesh_gives_the_losses_of_one_device(command, trained, tmp_path, m
         assert "fsdp" in done.stdout.split("mesh {")[0]
 
 
-def test_a_run_goes_on_under_another_mesh(command, trained, tmp_path):
+def test_a_run_resumes_on_another_mesh(command, trained, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(trained, workdir)
     shutil.rmtree(workdir / "checkpoints" / "8")

@@ -1,4 +1,4 @@
-"""The meeting of processes, each of which is a thread here."""
+"""The rendezvous of processes, each simulated by a thread."""
 
 import concurrent.futures
 import errno
@@ -71,7 +71,7 @@ def test_a_process_that_is_started_twice_is_refused(meet, address):
                 future.result()
 
 
-def test_strangers_do_not_disturb(meet, address):
+def test_connections_of_other_programs_are_ignored(meet, address):
     host, port = address.split(":")
 
     def disturb():

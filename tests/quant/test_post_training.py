@@ -103,7 +103,7 @@ def test_stacked_layers_are_rounded_one_after_the_other(scheme):
     assert taken[0] < 1.25 * layers.nbytes
 
 
-def test_what_is_quantized_already_and_what_is_no_number_is_refused(make):
+def test_quantized_and_non_finite_weights_are_rejected(make):
     _, params = make()
     once = post_training.quantize_params(params, post_training.rules("int8", "int8"), "here")
     with pytest.raises(UserError, match="'embed/table' is quantized already"):
@@ -257,7 +257,7 @@ def test_qat_schemes_that_cannot_be_trained_are_refused(make, scheme, learned, s
         qat.prepare(make()[1], dataclasses.replace(QUANT, qat=QATConfig(scheme, 0, learned)))
 
 
-def test_training_with_rounding_learns_and_becomes_integers(command, tmp_path):
+def test_quantization_aware_training_learns_and_is_exported_as_integers(command, tmp_path):
     scheme = ("--config.quant.qat.scheme=int4:16", "--config.quant.qat.learned_step=True")
     command("train", f"--workdir={tmp_path / 'run'}", *scheme, "--config.quant.qat.start_step=2")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

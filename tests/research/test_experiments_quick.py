@@ -1,4 +1,4 @@
-"""Every experiment in its smallest form: measured, judged and published below --runs, and not measured again."""
+"""Every experiment with --quick: measured, decided and published below --runs; figures are not measured twice."""
 
 import os
 import pathlib

@@ -56,7 +56,7 @@ def test_prompt_and_continuation_are_the_whole_text(tokenizer, text, seed, cut):
 @hypothesis.given(text=TEXTS, seed=st.integers(0, 10_000), cut=st.integers(0, 10), step=st.integers(1, 5))
 @hypothesis.example(text="the 😀é漢", seed=0, cut=0, step=1)
 @hypothesis.example(text="a😀", seed=0, cut=1, step=1)
-def test_what_is_settled_is_never_taken_back(tokenizer, text, seed, cut, step):
+def test_the_stable_prefix_is_never_changed(tokenizer, text, seed, cut, step):
     ids = ids_of(tokenizer, text, seed)
     decode, new = detokenize.after(tokenizer, ids[:cut]), ids[cut:]
     shown = ""

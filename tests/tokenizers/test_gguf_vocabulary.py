@@ -292,7 +292,7 @@ def test_padding_of_the_unknown_type_and_spaces_of_user_defined_tokens():
     assert tokenizer.to_gguf(size + 3)[KEY + "tokens"] == [*tokens, *more["tokens"]]  # found in text as it is
 
 
-def test_symbols_that_sentencepiece_never_finds_are_found_nowhere():
+def test_symbols_that_sentencepiece_never_matches_are_not_matched():
     """Symbols with spaces of our own vocabularies: sentencepiece escapes the spaces of a text before it searches."""
     ours = tokenizers.get("bpe").train(["def main(self):\n    return 1, größe\n"] * 50, 320)
     written = tokenizers.exportable(ours).to_gguf(320)

@@ -41,7 +41,7 @@ def test_the_limit_is_known_two_steps_ahead_and_after_a_restart(config, tmp_path
     assert resumed.limit(71) == limits[70]
 
 
-def test_bad_steps_are_named_skipped_and_given_up_on(config, tmp_path):
+def test_bad_steps_are_described_and_skipped_and_too_many_end_the_run(config, tmp_path):
     detector = bad_steps.BadStepDetector(config, ["a", "b"], tmp_path / "none", 0)
     for number in range(1, 31):
         detector.record(number, 1.0, False, np.ones(2))

@@ -186,7 +186,7 @@ def test_chunks_in_which_nothing_counts_are_not_computed():
     assert np.all(np.isnan(losses.sum_of_rows(part, 4, tokens)))
 
 
-def test_distillation_and_dpo_start_where_they_must(make, tiny, batch):
+def test_distillation_starts_at_0_for_the_teacher_and_dpo_at_log_2(make, tiny, batch):
     """A student that is its teacher diverges by nothing; a policy that is its reference loses log 2 a pair."""
     model, params = make()
     loss, config = built(tiny, model, "distillation")

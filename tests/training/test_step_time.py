@@ -1,4 +1,4 @@
-"""The time of a step: until its result was there, whatever the host does afterwards."""
+"""The measured time of a step ends when its result is ready, whatever the host does afterwards."""
 
 import json
 
