@@ -184,7 +184,7 @@ def on_text(f: cli.Flags) -> None:
 
 def _is_cut(catalog: Any) -> bool:
     """Whether a text file has become several documents."""
-    counts = zip([0, *catalog.until], catalog.until, catalog.files, strict=False)
+    counts = zip([0, *catalog.file_ends], catalog.file_ends, catalog.files, strict=False)
     return any(file.format == "pieces" and end - begin > 1 for begin, end, file in counts)
 
 

@@ -120,14 +120,14 @@ class _Side:
 
     Attributes:
       path: the path, without suffix, of two files with the starts and the sizes of the documents.
-      until: int64 (files,), number of documents of the side up to the end of each file.
-      bytes_until: int64 (files,), bytes of these documents.
+      file_ends: int64 (files,), number of documents of the side up to the end of each file.
+      byte_ends: int64 (files,), bytes of these documents.
     """
 
     name: str
     path: pathlib.Path
-    until: np.ndarray
-    bytes_until: np.ndarray
+    file_ends: np.ndarray
+    byte_ends: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,12 +175,12 @@ def _shards(side: _Side, files: tuple[File, ...]) -> Iterator[tuple[int, int, in
     A file that can be read only from its beginning is not divided.
     """
     sizes, before, last = _sizes(side.path), 0, -1
-    target = min(max(int(side.bytes_until[-1]) // _PARTS, _SMALLEST), _LARGEST)
+    target = min(max(int(side.byte_ends[-1]) // _PARTS, _SMALLEST), _LARGEST)
     divisible = np.array([streams.seekable(f.path) for f in files])
-    first_of = np.concatenate([[0], side.bytes_until[:-1]]) // target  # the shard in which each file begins
+    first_of = np.concatenate([[0], side.byte_ends[:-1]]) // target  # the shard in which each file begins
     cuts: list[tuple[int, int]] = []  # (document, bytes before it)
     for block in catalog_lib.slices(0, len(sizes)):
-        file = np.searchsorted(side.until, np.arange(block.start, block.stop), side="right")
+        file = np.searchsorted(side.file_ends, np.arange(block.start, block.stop), side="right")
         begins = before + np.cumsum(sizes[block]) - sizes[block]
         shard = np.where(divisible[file], begins // target, first_of[file])
         new = np.flatnonzero(np.diff(shard, prepend=last))
@@ -192,8 +192,8 @@ def _shards(side: _Side, files: tuple[File, ...]) -> Iterator[tuple[int, int, in
 
 def _runs(side: _Side, files: tuple[File, ...], first: int, end: int) -> tuple[tuple[File, int, int], ...]:
     """(file, first, end) of the documents `first` to `end` of a side, file by file."""
-    low, high = np.searchsorted(side.until, (first, end - 1), side="right").tolist()
-    bounds = [first, *side.until[low:high].tolist(), end]
+    low, high = np.searchsorted(side.file_ends, (first, end - 1), side="right").tolist()
+    bounds = [first, *side.file_ends[low:high].tolist(), end]
     runs = zip(files[low : high + 1], itertools.pairwise(bounds), strict=True)
     return tuple((file, begin, until) for file, (begin, until) in runs if begin < until)
 
