@@ -132,7 +132,7 @@ def test_calibration_sees_what_weights_are_multiplied_by(single):
     watched = ("attention/query", "attention/key", "mlp/up", "mlp/down", "attention/out")
     seen: dict = {}
     for s in streams:
-        found = calibrate._observe(model.config, "global", watched, layer, s["x"], s["where"], s["bias"])
+        found = calibrate._observe(model.config, "global", watched, layer, s["x"], s["metadata"], s["bias"])
         seen = {k: methods.add(seen[k], v) for k, v in found.items()} if seen else found
     x = np.concatenate([s["x"][:, :-4].reshape(-1, 32) for s in streams])
     normed = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + model.config.norm_eps)
