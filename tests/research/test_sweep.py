@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from llm_jax import configuration, files
 from llm_jax.errors import UserError
 from llm_jax.research import grid, jobs, live_table, points
 from llm_jax.research.provenance import Provenance
+from llm_jax.schema import resuming
 from tests.conftest import ROOT, call
 
 SLOTS = [jobs.MachineShare((0,)), jobs.MachineShare((0,))]
@@ -220,11 +222,37 @@ def test_an_invalid_point_or_run_is_rejected_before_anything_is_written(tmp_path
     points.write(plan(tmp_path), tmp_path, Provenance())
     plan(tmp_path, **{"optim.lr": 0.5})  # no run yet
     (tmp_path / "seed=0" / "config.json").write_text("{}")
-    plan(tmp_path, **{"train.steps": 50, "eval.every": 1})
+    plan(tmp_path, **{"train.steps": 50, "eval.every": 1, "train.on_bad_step": "skip", "eval.final_rows": 3})
     with pytest.raises(UserError, match=r"seed=0 was trained with optim.lr=0.01, now 0.5"):
         plan(tmp_path, **{"optim.lr": 0.5})
-    with pytest.raises(UserError, match=r"seed=0 was trained with eval.final_rows=0, now 3"):  # other held-out rows
-        plan(tmp_path, **{"eval.final_rows": 3})
+
+
+def test_points_that_are_done_keep_their_result_and_their_recipe(tmp_path):
+    before = plan(tmp_path)
+    points.write(before, tmp_path, Provenance())
+    for point in before:
+        (point.workdir / "config.json").write_text("{}")
+    (before[0].workdir / "summary.json").write_text('{"steps": 8}')
+    assert points.notes(before) == []
+    changed = plan(tmp_path, **{"train.on_bad_step": "skip", "checkpoint.every": 2})
+    assert points.notes(changed) == ["note: seed=0 is done with train.on_bad_step='stop'; the result is kept"]
+    points.write(changed, tmp_path, Provenance())
+    recipes = [configuration.load(point.workdir / "recipe.json") for point in changed]
+    assert [recipe.train.on_bad_step for recipe in recipes] == ["stop", "skip"]
+    # With more steps, no point is done: all are continued.
+    longer = plan(tmp_path, **{"train.on_bad_step": "skip", "train.steps": 16})
+    assert points.notes(longer) == [] and not points.is_done(longer[0])
+
+
+def test_what_a_point_may_change_is_what_a_resumed_run_may_change():
+    """The message of a run with a bad step recommends train.on_bad_step, and docs/how_to/sweep.md names the options."""
+    keys = configuration.flat(configuration.default())
+    changeable = {key for key in keys if resuming.may_change(key)}
+    assert {"train.on_bad_step", "train.steps", "eval.every", "mesh.data", "data.workers"} <= changeable
+    assert not changeable & {"optim.lr", "train.seed", "train.batch_size", "model.width", "data.source"}
+    page = (ROOT / "docs" / "runs.md").read_text()
+    named = page[page.index("A resumed run may change") :].split("\n\n")[0]
+    assert all(f"`{key}`" in named or f"`{key.split('.')[0]}`" in named for key in changeable)
 
 
 def test_a_point_is_done_with_all_its_steps(tmp_path):
@@ -254,7 +282,7 @@ def test_the_table_shows_states_steps_losses_and_the_time_left(tmp_path, monkeyp
     ]
     now = 1000.0
     monkeypatch.setattr(live_table.time, "time", lambda: now)
-    monkeypatch.setattr(live_table.shutil, "get_terminal_size", lambda: os.terminal_size((90, 7)))
+    monkeypatch.setattr(live_table.shutil, "get_terminal_size", lambda: os.terminal_size((90, 8)))
     stream, plain = Terminal(), io.StringIO()
     table, lines = live_table.LiveTable(stream), live_table.LiveTable(plain)
     table(planned, statuses)
@@ -264,7 +292,8 @@ def test_the_table_shows_states_steps_losses_and_the_time_left(tmp_path, monkeyp
     now += 10
     table(planned, statuses)
     painted = stream.getvalue().rpartition("\x1b[J")[2].splitlines()
-    assert len(painted) == 5 and stream.getvalue().count("\x1b[5A") == 1  # four lines of seven, and the headline
+    # Four of eight lines, the headline, and place for a notice.
+    assert len(painted) == 5 and stream.getvalue().count("\x1b[5A") == 1
     assert painted[1].split() == ["seed=1", "running", "4/8", "loss", "2.500,", "1,000", "tokens/s"]
     # 4 steps in 10 s; 4 + 8 + 8 + 8 remain.
     assert painted[-2] == "... and 2 more" and painted[-1].endswith("1 done, 2 waiting; about 70 s left")
@@ -276,6 +305,47 @@ def test_the_table_shows_states_steps_losses_and_the_time_left(tmp_path, monkeyp
         "seed=2: running",
         "seed=1: done, loss 2.500, 1,000 tokens/s",
     ]
+
+
+def test_the_notice_of_a_signal_is_a_part_of_the_table(tmp_path):
+    """Lines that others print below the table would be left when it is redrawn, and lines of the table stay above."""
+    planned = plan(tmp_path)
+    stream = Terminal()
+    table = live_table.LiveTable(stream)
+    for notice, state in (("", "running"), ("SIGINT: saving", "running"), ("SIGINT: saving", "waiting")):
+        table.notice = lambda notice=notice: notice
+        table(planned, [jobs.Status(points.job(p), state) for p in planned])
+    assert [line.split() for line in screen(stream.getvalue())] == [
+        ["seed=0", "waiting", "0/8"],
+        ["seed=1", "waiting", "0/8"],
+        ["2", "points:", "2", "waiting"],
+    ]
+
+
+def screen(output):
+    """What a terminal shows after this output, which may move up and erase to the end."""
+    lines, row = [""], 0
+    for part in re.split(r"(\x1b\[\d*[AJ]|\n)", output):
+        if part == "\n":
+            row += 1
+            lines += [""] * (row == len(lines))
+        elif part.endswith("A") and part.startswith("\x1b"):
+            row -= int(part[2:-1])
+        elif part == "\x1b[J":
+            lines[row:] = [""]
+        else:
+            lines[row] += part
+    return [line for line in lines if line]
+
+
+def test_no_escape_sequence_of_a_failed_job_reaches_the_terminal(tmp_path):
+    text = "\x1b[31merror:\x1b[0m a\tb\x07 \x1b]0;title\x07c\r\n\x1b[2K\x1b[1A\n"
+    (status,) = jobs.run([job(tmp_path, "a", f"sys.stdout.write({text!r}); sys.exit(1)")], SLOTS)
+    assert status.state == "failed" and status.lines == ("error: a       b\\x07 c",)
+    files.write_json(
+        tmp_path / "a" / "failed.json", {"code": 1, "lines": ["\x1b[1mold"]}
+    )  # written by an older version
+    assert jobs.run([job(tmp_path, "a")], SLOTS)[0].lines == ("old",)
 
 
 def test_the_last_line_of_a_file_is_read_whatever_its_length(tmp_path):
