@@ -45,10 +45,6 @@ def figure(
         drawing.savefig(path, dpi=dpi)
 
 
-<<<<<<< HEAD:llm_jax/research/plots.py
-def draw(runs: Sequence[RunRecord], directory: pathlib.Path, stem: str) -> list[pathlib.Path]:
-    """Writes STEM-curves.png and STEM-results.png, if there is data for them, and returns their paths."""
-=======
 def _rows_caption(curves: Sequence[Any], ends: Sequence[Any]) -> str:
     """The numbers of rows of the lines and of the final evaluations that are drawn as diamonds."""
     lines, diamonds = (" or ".join(sorted({part["examples"] for part in parts if part})) for parts in (curves, ends))
@@ -61,7 +57,6 @@ def draw(runs: Sequence[RunRecord], directory: pathlib.Path, stem: str) -> list[
 
     Final evaluations over other rows than the periodic ones are diamonds beside the curves.
     """
->>>>>>> 3527b4f (Evaluations over other rows are separate from curves; a failed point may change what a resumed run may):llm_jax/research/pictures.py
     groups, main = runs_lib.group(runs), runs_lib.main_figure(runs)
     names = comparison.shortened([group.label for group in groups])
     names = [render_png.plain("\n".join(textwrap.wrap(name, _LINE))) for name in names]
