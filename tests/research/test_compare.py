@@ -73,7 +73,7 @@ def test_runs_that_differ_in_the_seed_alone_are_one_group(sweep, tmp_path):
         write_run(tmp_path / name, train__seed=1)
     assert [g.label for g in runs.group(runs.load([tmp_path]))] == ["a", "b"]
     note = "runs with equal configurations and equal seeds are separate groups: a = b"
-    assert f"note: {note}\n" in comparison.text(runs.load([tmp_path]))
+    assert f"note: {note}" in comparison.text(runs.load([tmp_path]))
     assert page.data(runs.load([tmp_path]))["note"] == note
     assert page.data(runs.load([sweep]))["note"] == "" and "equal seeds" not in comparison.text(runs.load([sweep]))
 

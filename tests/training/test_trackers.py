@@ -14,9 +14,8 @@ import pytest
 from llm_jax import bars, configuration
 from llm_jax.errors import UserError
 from llm_jax.model.capture import capture
-from llm_jax.research import runs
 from llm_jax.train import write_report
-from llm_jax.training import bad_steps, estimate, measures, trackers, trainer
+from llm_jax.training import bad_steps, estimate, measures, trackers
 from llm_jax.training.memory import Memory
 from llm_jax.training.progress import Progress
 from llm_jax.training.setup import setup
@@ -54,23 +53,6 @@ def test_a_failing_tracker_is_removed_and_the_others_continue(capsys):
     note = capsys.readouterr().err
     assert note.count("note: report.to=wandb has failed (https://***@host is gone); the run continues") == 1
     assert not both
-
-
-def test_the_final_evaluation_has_scalars_of_its_own(config_of, tmp_path, monkeypatch):
-    """Those of the periodic evaluations do not jump at the last step, unless it is over the same rows."""
-    for rows, expected in ((2, [4]), (0, [4, 8])):
-        recorder = Recorder()
-        monkeypatch.setattr(trackers, "open_all", lambda *arguments, r=recorder: trackers.Trackers({"wandb": r}))
-        config = config_of("lines", data__validation_fraction=0.4, eval__rows=rows, eval__final_rows=0)
-        summary = trainer.train(config, tmp_path / f"run{rows}", verbose=False)
-        scalars = [call[1:] for call in recorder.calls if call[0] == "scalars"]
-        assert [step for step, values in scalars if "validation_loss" in values] == expected
-        final = {name: values for _, line in scalars for name, values in line.items() if name.startswith("final/")}
-        assert final["final/validation_loss"] == summary["validation_loss"] and scalars[-1][0] == 8
-        assert final["final/validation_rows"] == summary["validation_rows"] > 2
-        lines = runs.read_lines(tmp_path / f"run{rows}" / "metrics.jsonl")
-        counts = [line["validation_rows"] for line in lines if "validation_loss" in line]
-        assert counts == [rows or summary["validation_rows"], summary["validation_rows"]]
 
 
 def test_secrets_are_redacted_before_a_tracker_begins(tmp_path, monkeypatch):
