@@ -244,8 +244,6 @@ def test_the_final_evaluation_has_scalars_of_its_own(config_of, tmp_path, monkey
         monkeypatch.setattr(trackers, "open_all", lambda *arguments, r=recorder: trackers.Trackers({"wandb": r}))
         rows_of_each = {"eval__rows": rows, "eval__final_rows": 0}
         config = config_of("lines", data__validation_fraction=0.4, train__seq_len=32, **rows_of_each)
-            "lines", data__validation_fraction=0.4, train__seq_len=32, eval__rows=rows, eval__final_rows=0
-        )
         summary = trainer.train(config, tmp_path / f"run{rows}", verbose=False)
         scalars = [call[1:] for call in recorder.calls if call[0] == "scalars"]
         assert [step for step, values in scalars if "validation_loss" in values] == expected
