@@ -1,7 +1,7 @@
 """The table of the nucleus paper on a real model and a held-out human text: D2, D4, D5.
 
 Every method of `METHODS` continues the same prompts. Intervals are 95 %, by bootstrap over the texts (over the texts'
-means where a figure has a value a token).
+means where a figure has a value per token).
 """
 
 import dataclasses

@@ -20,7 +20,7 @@ from llm_jax.model.transformer import Transformer
 from llm_jax.training import losses
 
 FACTORS = (1, 2, 4, 8)
-Losses = dict[str, dict[str, float]]  # nats a token by protocol and factor of the length
+Losses = dict[str, dict[str, float]]  # nats per token by protocol and factor of the length
 
 _loss = jax.jit(losses.language_model, static_argnums=(0, 3))
 

@@ -50,7 +50,7 @@ def expanded(params: Any) -> Any:
 
 
 def of_scheme(loaded: Loaded, name: str, calibration: Sequence[Row], rows: Sequence[Row]) -> dict[str, Any]:
-    """The figures of `against` for a scheme and a method, with bytes and bits a weight."""
+    """The figures of `against` for a scheme and a method, with bytes and bits per weight."""
     quantized = quantize(loaded.model, loaded.params, name, calibration)
     matrices = [w for w in trees.flatten(quantized).values() if weights.is_quantized(w)]
     bits = 8 * sum(map(weights.num_bytes, matrices)) / sum(int(np.prod(w.shape)) for w in matrices)
@@ -88,7 +88,7 @@ def against(model: Transformer, full: Any, params: Any, rows: Sequence[Row]) -> 
     """Figures on rows of text, per counted target.
 
     Returns:
-      loss: nats a token of every row (a list, for intervals paired by row), and `full_loss` of the full model.
+      loss: nats per token of every row (a list, for intervals paired by row), and `full_loss` of the full model.
       perplexity, kl (full || quantized, nats), agreement (share of equal greedy tokens): means over targets.
     """
     sums = []

@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def train(loaded: checkpoints.Loaded, parts: list[dict[str, jax.Array]], kind: str, seed: int) -> dict[str, Any]:
-    """Accuracies, number of trained parameters, seconds a step, and bytes of the compiled step of a model."""
+    """Accuracies, number of trained parameters, seconds per step, and bytes of the compiled step of a model."""
     model, base, _ = loaded
     # The trained part of the encoder, and (trained, base) -> all weights.
     encoder: Any = {}
@@ -125,7 +125,7 @@ def train(loaded: checkpoints.Loaded, parts: list[dict[str, jax.Array]], kind: s
 def judge(figures: Figures, seeds: int) -> Finding:
     """The verdict by the rule of statements.toml."""
     gains = findings.differences(figures, "accuracy", "frozen", 100)
-    verdict = verdicts.all_above(list(gains.values())) if seeds >= 3 else "untested here (wants three seeds)"
+    verdict = verdicts.all_above(list(gains.values())) if seeds >= 3 else "untested here (needs three seeds)"
     measure = "test accuracy minus that of a head on frozen features, points"
     return findings.finding("L14", measure, gains, verdict, n=seeds)
 
@@ -141,7 +141,7 @@ def table(figures: Figures) -> list[str]:
         "product reviews, % (one seed's)": lambda runs: findings.interval_text(share(runs, "products right"), 1),
         "trained": findings.first("trained", ","),
         "of these MiB": findings.first("trained", ".2f", 4 / 2**20),
-        "seconds a step": lambda runs: f"{np.median([run['seconds a step'] for run in runs]):.3f}",
+        "seconds per step": lambda runs: f"{np.median([run['seconds a step'] for run in runs]):.3f}",
         "memory of a step, MiB": findings.first("bytes of a step", ",.0f", 2**-20),
     }
     note = f"{100 * figures['full'][0]['cut']:.1f} % of the training sentences have {LENGTH} tokens or more."

@@ -34,7 +34,7 @@ SETTING: dict[str, Any] = {  # overrides of the recipe "default": two layers on 
     "train.batch_size": 16,
     "train.seq_len": 64,
 }
-MARGIN = 0.05  # nats a token
+MARGIN = 0.05  # nats per token
 KINDS = ("μP", "as it is")
 
 flags.DEFINE_list("widths", ["32", "128", "256"], "widths of the models; the first is the base width")
@@ -104,7 +104,7 @@ def stacked(rows: Rows | Shuffled, count: int) -> dict[str, np.ndarray]:
 
 
 def held_out_loss(parts: Setup, seed: int, batches: Any, held: Any) -> float:
-    """The held-out loss after training from the initial weights of `seed`, nats a token.
+    """The held-out loss after training from the initial weights of `seed`, nats per token.
 
     Args:
       batches: int32 (steps, B, T) each. held: int32 (rows, T) each.
@@ -117,7 +117,7 @@ def held_out_loss(parts: Setup, seed: int, batches: Any, held: Any) -> float:
 
 def tables(table: Mapping[str, Mapping[int, np.ndarray]], lost: Lost, powers: list[int], verdict: Any) -> list[str]:
     """Markdown."""
-    title = "Held-out loss in nats a byte, mean ± standard deviation over the seeds; the best rate of a row is bold:"
+    title = "Held-out loss in nats per byte, mean ± standard deviation over the seeds; the best rate of a row is bold:"
     lines = ["", title]
     for kind, by_width in table.items():
         rows = []
@@ -158,7 +158,7 @@ def judge(lost: Lost, seeds: int) -> Finding:
     fails = with_transfer == "no" or without == "yes"
     verdict = "holds" if (with_transfer, without) == ("yes", "no") else "fails" if fails else "undecided"
     value = {f"{kind}, width {width}": interval for kind, of in lost.items() for width, interval in of.items()}
-    return findings.finding("W1", "loss given up, nats a byte", value, verdict, n=seeds)
+    return findings.finding("W1", "loss given up, nats per byte", value, verdict, n=seeds)
 
 
 if __name__ == "__main__":
