@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
+from experiments import decoders
 from llm_jax import cli, configuration
 from llm_jax.data.corpus import Source
 from llm_jax.data.rows import Rows, Shuffled
@@ -52,7 +53,8 @@ def main() -> None:
     source, c = Source(base.data), base.train
     tokenizer = source.tokenizer(base.tokenizer)
     corpus = source.corpus(tokenizer)
-    held = stacked(Rows(corpus.validation, c.seq_len), f.held_rows)
+    held_rows = Rows(corpus.validation, c.seq_len)
+    held = decoders.stack(held_rows[i] for i in range(f.held_rows))
 
     def name(kind: str, width: int, power: int) -> str:
         # At the base width nothing is scaled, and both kinds are one run.
@@ -69,8 +71,9 @@ def main() -> None:
 
     @functools.cache
     def batches(seed: int) -> dict[str, np.ndarray]:
-        rows = stacked(Shuffled(Rows(corpus.train, c.seq_len), seed), c.steps * c.batch_size)
-        return {key: array.reshape(c.steps, c.batch_size, -1) for key, array in rows.items()}
+        rows = Shuffled(Rows(corpus.train, c.seq_len), seed)
+        arrays = decoders.stack(rows[i] for i in range(c.steps * c.batch_size))
+        return {name: array.reshape(c.steps, c.batch_size, -1) for name, array in arrays.items()}
 
     def measure(condition: str, seed: int) -> float | None:
         loss = held_out_loss(parts(condition), seed, batches(seed), held)
@@ -95,12 +98,6 @@ def sizes(width: int, base_width: int) -> dict[str, Any]:
     heads = width // SETTING["model.head_dim"]
     changes = {"width": width, "mlp_dim": 2 * width, "num_heads": heads, "num_kv_heads": heads}
     return {f"model.{name}": value for name, value in (changes | {"base_width": base_width}).items()}
-
-
-def stacked(rows: Rows | Shuffled, count: int) -> dict[str, np.ndarray]:
-    """The first rows, int32 (count, T) each."""
-    first = [rows[i] for i in range(count)]
-    return {name: np.stack([row[name] for row in first]) for name in first[0]}
 
 
 def held_out_loss(parts: Setup, seed: int, batches: Any, held: Any) -> float:
