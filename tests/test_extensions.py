@@ -1,4 +1,4 @@
-"""Parts of the user's own: the recipes of CONTRIBUTING.md, as they stand there, and what is refused."""
+"""Custom parts: the examples of CONTRIBUTING.md, and specifications that are rejected."""
 
 import contextlib
 import dataclasses
@@ -39,7 +39,7 @@ TRAININGS = [words for words in COMMANDS if "llm_jax.train" in words]
 
 @pytest.fixture
 def directory(tmp_path, monkeypatch) -> pathlib.Path:
-    """A directory with the files of the recipes."""
+    """A directory with the Python files of the examples in CONTRIBUTING.md."""
     monkeypatch.setenv("LLM_JAX_CACHE", str(tmp_path / "cache"))
     for language, text in RECIPES:
         if language == "python":
@@ -49,7 +49,7 @@ def directory(tmp_path, monkeypatch) -> pathlib.Path:
 
 @pytest.fixture
 def run(directory, text_file, cache):
-    """run(words of a command line, *more flags) -> what the command prints in the directory of the files."""
+    """run(words of a command line, *more flags): runs the command in `directory` and returns what it prints."""
 
     def call(words, *flags, code=0):
         name = words[2].removeprefix("llm_jax.")
@@ -78,7 +78,7 @@ def losses(run_directory: pathlib.Path) -> list[float]:
 
 
 def test_recipes_together(run, directory):
-    """One run with the scheme, the tokenizer, the optimizer and the loss: trained, resumed and sampled."""
+    """One run with all four custom parts of training is trained, resumed and sampled."""
     parts = [flag for words in TRAININGS for flag in words[3:] if flag.startswith("--config.")]
     assert len(TRAININGS) == 4 and len(parts) == 5
     train = ["python", "-m", "llm_jax.train", *parts]
@@ -113,7 +113,7 @@ def test_recipes_together(run, directory):
 @pytest.mark.slow
 @pytest.mark.parametrize("words", TRAININGS, ids=lambda words: words[3])
 def test_recipe(words, run, directory):
-    """Every recipe alone trains, resumes, is converted (a scheme of one's own is not known elsewhere) and generates."""
+    """Each example by itself trains, resumes, is converted and generates; other formats have no custom positions."""
     (workdir,) = (flag.removeprefix("--workdir=") for flag in words if flag.startswith("--workdir="))
     run(words, "--config.train.steps=2")
     run(words)
@@ -126,7 +126,7 @@ def test_recipe(words, run, directory):
 
 
 def test_filter_applies(directory, make):
-    """The filter of the recipe, with its option, also where decoding is greedy; without it the chain is as before."""
+    """The custom filter with its option applies to sampling and greedy decoding; without it the chain is unchanged."""
     with contextlib.chdir(directory):
         *_, own = DecodingOptions(filter=("my_margin:Margin(margin=2.0)",)).sampler().filters
         greedy = DecodingOptions(temperature=0, filter=("my_margin.py:Margin",)).sampler()
@@ -215,7 +215,7 @@ def test_refused(specification, directory, tiny, monkeypatch):
 
 
 def test_other_tables(directory, monkeypatch, tiny):
-    """Parts are found on PYTHONPATH too, and every table checks what it is given."""
+    """Parts are also found on PYTHONPATH, and each kind of part is validated."""
     monkeypatch.syspath_prepend(directory)
     assert "expected a class with the members of Tokenizer; it lacks" in refused(
         lambda: tokenizers.get("my_decay:Decay")
@@ -253,7 +253,7 @@ def test_other_tables(directory, monkeypatch, tiny):
 
 
 def test_loss_is_used(directory, monkeypatch, tiny):
-    """The training loss is the recipe's: the formula with its option, over the counted targets."""
+    """The training loss is the formula of the example with its option, summed over the counted targets."""
     monkeypatch.setattr(losses_lib, "features", lambda model, params, batch: batch["x"])
     monkeypatch.setattr(losses_lib, "head", lambda model, params, x: x)
     logits, targets = jnp.log(jnp.array([[[0.5, 0.5], [0.2, 0.8]]])), jnp.array([[0, 1]])
@@ -267,7 +267,7 @@ def test_loss_is_used(directory, monkeypatch, tiny):
 
 
 def test_a_checkpoint_does_not_choose_code(directory, tmp_path, monkeypatch):
-    """A file is imported for a checkpoint if the user has named it, at this place with this content, or allows it."""
+    """A checkpoint imports a file only if the user has named it with this content before, or sets LLM_JAX_ALLOW."""
     (directory / "own.py").write_text("import pathlib; pathlib.Path('ran').touch()\ndef own(): pass\n")
     sha256 = extensions._sha256((directory / "own.py").read_bytes())
     with contextlib.chdir(directory):

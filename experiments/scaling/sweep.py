@@ -19,7 +19,7 @@ from absl import flags
 
 from llm_jax import cli, configuration
 from llm_jax.parallel import topologies
-from llm_jax.research import experiments, findings, pictures, verdicts
+from llm_jax.research import experiments, findings, plots, verdicts
 from llm_jax.research.findings import Finding
 from llm_jax.schema import Config
 from llm_jax.training import estimate, memory, planning
@@ -130,7 +130,7 @@ def measured(shape: dict[str, int], repeats: int) -> dict[str, float]:
         began = time.perf_counter()
         state, _ = jax.block_until_ready(step(state, {}, batch, jnp.float32(jnp.inf)))
         seconds.append(time.perf_counter() - began)
-    sizes = memory.of(step)
+    sizes = memory.of_executable(step)
     times = {"step": statistics.median(seconds[1:]), "compilation": compiled}
     return {"arguments": sizes.arguments, "temporaries": sizes.temporaries} | times
 
@@ -188,7 +188,7 @@ def draw(kind: str, rows: Sequence[Row], directory: pathlib.Path) -> None:
     lines = LINES[kind]
     for suffix in ("png", "svg"):
         path, size = directory / f"{kind}.{suffix}", (2.6 * len(axes_names), 2.3 * len(lines))
-        with pictures.figure(path, len(lines), len(axes_names), figsize=size, sharey="row", squeeze=False) as grid:
+        with plots.figure(path, len(lines), len(axes_names), figsize=size, sharey="row", squeeze=False) as grid:
             for i, (title, unit, _, columns) in enumerate(lines):
                 names = [name for of_column in columns.values() for name in of_column]
                 for j, axis_name in enumerate(axes_names):

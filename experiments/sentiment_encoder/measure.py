@@ -20,7 +20,7 @@ from llm_jax import checkpoints, cli, configuration
 from llm_jax.data.labelled import LabelledSource
 from llm_jax.embeddings import contextual
 from llm_jax.intervals import Interval, wilson
-from llm_jax.model.attention import Tokens
+from llm_jax.model.attention import TokenMetadata
 from llm_jax.research import experiments, findings, verdicts
 from llm_jax.research.findings import Figures, Finding
 from llm_jax.training import losses, memory, trainable
@@ -67,7 +67,7 @@ def train(loaded: checkpoints.Loaded, parts: list[dict[str, jax.Array]], kind: s
     """Accuracies, number of trained parameters, seconds per step, and bytes of the compiled step of a model."""
     model, base, _ = loaded
     rate, changes = KINDS[kind]
-    method = trainable.method(configuration.load("default", changes))
+    method = trainable.training_method(configuration.load("default", changes))
     encoder: Any = {}
     frozen = base
     if kind != "frozen":  # a step takes the place of its arguments, so the weights are copied
@@ -77,8 +77,8 @@ def train(loaded: checkpoints.Loaded, parts: list[dict[str, jax.Array]], kind: s
     def features(encoder: Any, frozen: Any, rows: Mapping[str, jax.Array]) -> jax.Array:
         """The mean of the features over the tokens, (B, D)."""
         params = method.model_params(encoder, frozen) if encoder else frozen
-        tokens = Tokens(jnp.arange(LENGTH) * rows["mask"], rows["mask"])
-        x_BTD, _ = model.apply({"params": params}, rows["tokens"], tokens, method="features")
+        metadata = TokenMetadata(jnp.arange(LENGTH) * rows["mask"], rows["mask"])
+        x_BTD, _ = model.apply({"params": params}, rows["tokens"], metadata, method="features")
         return jnp.sum(x_BTD * rows["mask"][..., None], 1) / jnp.sum(rows["mask"], 1, keepdims=True)
 
     def logits(state: Any, frozen: Any, rows: Mapping[str, jax.Array]) -> jax.Array:
@@ -123,7 +123,7 @@ def train(loaded: checkpoints.Loaded, parts: list[dict[str, jax.Array]], kind: s
         "products right": products,
         "count": len(tests[0]["labels"]),
         "accuracy": films / len(tests[0]["labels"]),
-        "bytes of a step": memory.of(compiled, 0).peak,
+        "bytes of a step": memory.of_executable(compiled, 0).peak,
         "trained": sum(x.size for x in jax.tree.leaves(state)),
         "seconds a step": float(np.median(times)),
         "cut": float(np.mean(np.asarray(training["mask"])[:, -1])),

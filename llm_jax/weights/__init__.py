@@ -1,6 +1,6 @@
 """Weights as typed values: dense arrays, low-rank adapters and quantized weights with `dot`, `take` and `dense`."""
 
-from llm_jax.weights.low_rank import Adapted, Decomposed, Dropped, repeat_rows
+from llm_jax.weights.low_rank import Adapted, Decomposed, InputDropout, repeat_rows
 from llm_jax.weights.nodes import (
     NODES,
     Gathered,
@@ -40,9 +40,9 @@ __all__ = [
     "OUT",
     "Adapted",
     "Decomposed",
-    "Dropped",
     "FakeQuant",
     "Gathered",
+    "InputDropout",
     "Node",
     "QTensor",
     "Weight",
