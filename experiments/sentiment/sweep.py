@@ -84,7 +84,11 @@ def all_jobs(root: pathlib.Path, size: str, seeds: int) -> dict[tuple[str, int, 
     for kind, seed in [(kind, seed) for kinds in (report.JUDGED, others) for seed in range(seeds) for kind in kinds]:
         config = configuration.load(RECIPE, overrides | TRAINED[kind])
         options = {key: value for key, value in configuration.flat(config).items() if key in config.explicit}
-        digest = experiments.digest(json.dumps({key: options[key] for key in sorted(options.keys() - {*runs.NEUTRAL})}))
+        digest = experiments.digest(
+            json.dumps(
+                {key: options[key] for key in sorted(options.keys() - {*runs.OPTIONS_WITHOUT_EFFECT_ON_RESULTS})}
+            )
+        )
         changes = overrides | TRAINED[kind] | {"train.seed": seed}
         workdir = root / experiments.file_name(f"{kind}-{seed}-{digest}")
         computations[kind, seed, digest] = functools.partial(train, changes, workdir, size == "cpu" and seed == 0)
