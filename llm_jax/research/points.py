@@ -62,7 +62,7 @@ def notes(points: Sequence[Point]) -> list[str]:
     changed: dict[str, list[str]] = {}
     for point in filter(is_done, points):
         for key, (before, _) in _changes(point).items():
-            if key not in runs.NEUTRAL:
+            if key not in runs.OPTIONS_WITHOUT_EFFECT_ON_RESULTS:
                 changed.setdefault(f"{key}={before!r}", []).append(point.name)
     return [
         f"note: {names[0]}{f' and {len(names) - 1} more' * (len(names) > 1)} "
