@@ -20,8 +20,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from llm_jax import files, objects
-from llm_jax.data import processes, ray_engine, shared_cache, sources
-from llm_jax.data.readers import FORMATS
+from llm_jax.data import processes, ray_engine, readers, shared_cache, sources
 from llm_jax.data.sources import File
 from llm_jax.data.streams import one_by_one
 from llm_jax.errors import UserError
@@ -80,6 +79,11 @@ class Catalog:
         """The indices of all documents, in blocks of int (n,)."""
         return (np.arange(s.start, s.stop) for s in slices(0, len(self)))
 
+    def is_cut(self) -> bool:
+        """Whether a text file has become several documents."""
+        counts = zip([0, *self.until], self.until, self.files, strict=False)
+        return any(file.format == "pieces" and end - begin > 1 for begin, end, file in counts)
+
     def num_bytes(self) -> int:
         """Bytes of all texts in UTF-8."""
         return sum(int(records["size"].sum()) for records in self.records)
@@ -108,7 +112,7 @@ def texts(file: File, field: str, starts: np.ndarray, sizes: np.ndarray) -> Iter
     Raises:
       UserError: the size of a text has changed since it was scanned.
     """
-    documents = FORMATS[file.format].read(file.path, field, starts, sizes)
+    documents = readers.get(file.format).read(file.path, field, starts, sizes)
     for size, text in zip(one_by_one(sizes), documents, strict=True):
         if len(text.encode()) != size:
             raise UserError(f"{file.path}: changed while it was being read; start again")
@@ -122,6 +126,7 @@ def read(
     workers: int,
     in_pieces: bool = True,
     engine: str = "local",
+    form: str = readers.AUTO,
 ) -> tuple[Catalog, list["SourceScan"]]:
     """The catalog of `data.source`, and the scans of its sources.
 
@@ -131,12 +136,14 @@ def read(
       workers: processes that scan; see `processes.each`.
       in_pieces: see `sources.files`.
       engine: "local", or "ray" (see `ray_engine`).
+      form: the option `data.format`.
 
     Raises:
       UserError: a source is missing, cannot be read, or has no text; the scan cannot be written.
     """
     names = tuple(sources.weights(source))
-    scans = [SourceScan.make(name, len(names) > 1, field, cache_dir, workers, in_pieces, engine) for name in names]
+    prefix, workers = len(names) > 1, processes.number(workers, engine, [form])
+    scans = [SourceScan.make(name, form, prefix, field, cache_dir, workers, in_pieces, engine) for name in names]
     sha256 = hashlib.sha256()
     for scan in scans:
         for file, digest in zip(scan.files, scan.digests, strict=True):
@@ -180,10 +187,10 @@ class SourceScan:
 
     @classmethod
     def make(
-        cls, name: str, prefix: bool, field: str, cache_dir: str, workers: int, in_pieces: bool, engine: str
+        cls, name: str, form: str, prefix: bool, field: str, cache_dir: str, workers: int, in_pieces: bool, engine: str
     ) -> "SourceScan":
         """Scans the files that are not in the stored scan, or have changed since."""
-        files = sources.files(name, prefix, in_pieces=in_pieces)
+        files = sources.files(name, prefix, in_pieces=in_pieces, form=form)
         stamps = _stamps(files)
         directory = shared_cache.directory(cache_dir) / "scans"
         where = "" if objects.is_object(name) else str(pathlib.Path.cwd())
@@ -201,7 +208,7 @@ class SourceScan:
                 costs = [s if isinstance(s, int) else n for s, n in (stamps[i] for i in todo)]
                 title = f"reading {name}"
                 if engine == ray_engine.NAME:
-                    scanned = ray_engine.each(_scan_remotely, jobs, costs, title)
+                    scanned = ray_engine.each(_scan_remotely, jobs, costs, title, {file.format for file in files})
                     results = {i: _append_received(scratch, digest, records) for i, (digest, records) in scanned}
                 else:
                     local = [(*job, scratch) for job in jobs]
@@ -308,7 +315,7 @@ def _scan(file: File, field: str, scratch: pathlib.Path) -> tuple[str, str, slic
 
     def scan() -> Iterator[tuple[int, int]]:
         nonlocal digest
-        digest = yield from FORMATS[file.format].scan(file.path, field)
+        digest = yield from readers.get(file.format).scan(file.path, field)
 
     path = scratch / str(os.getpid())
     documents = ((start, size) for start, size in scan() if size)

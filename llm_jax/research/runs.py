@@ -240,7 +240,7 @@ def group(runs: Sequence[Run]) -> list[Group]:
 
 
 def _data(run: Run) -> str:
-    return json.dumps([run.config[key] for key in ("data.source", "data.field", *_HELD_OUT)])
+    return json.dumps([run.config[key] for key in ("data.source", "data.format", "data.field", *_HELD_OUT)])
 
 
 def differing_options(runs: Sequence[Run]) -> list[str]:

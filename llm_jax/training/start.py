@@ -20,7 +20,7 @@ from llm_jax.model.transformer import Transformer
 from llm_jax.parallel import processes
 from llm_jax.schema import Config, ModelConfig, choice
 from llm_jax.tokenizers import Tokenizer
-from llm_jax.training import losses, machine_choice, optim, without_effect
+from llm_jax.training import machine_choice, optim, without_effect
 
 # Options that may change when a run is resumed: keys, or sections that end with a dot.
 _RESUMABLE = (
@@ -152,11 +152,8 @@ def _last_checkpoint(config: Config, workdir: pathlib.Path) -> _Last:
 
 def _with_hashes(config: Config) -> dict[str, Any]:
     """Returns {key: specification with the hash of its source} for the custom parts of a configuration."""
-    tables: tuple[Any, ...] = (positions.SCHEMES, tokenizers.KINDS, optim.OPTIMIZERS, losses.KINDS)
     values = configuration.flat(config)
-    recorded = {
-        key: extensions.pinned(key, values[key], table) for key, table in zip(extensions.KEYS, tables, strict=True)
-    }
+    recorded = {key: extensions.pinned(key, values[key]) for key in extensions.KEYS}
     return {key: value for key, value in recorded.items() if value != values[key]}
 
 
