@@ -339,7 +339,7 @@ def _similar(key: str, cls: Any) -> str:
         least = {option: 0.6 if option in inside else 0.8 for option in options}
         ratios = {option: _similarity(_last(option), _last(key)) for option in options}
         near = [option for option in options if ratios[option] >= least[option]]
-        return max(near, key=lambda option: (option in inside, ratios[option]), default="")
+        return max(near, key=lambda option: ratios[option] + 0.2 * (option in inside), default="")
     similarity = {option: max(_similarity(option, key), _similarity(_last(option), _last(key))) for option in options}
     best = max(options, key=lambda option: (similarity[option], _similarity(option, key)))
     return best if similarity[best] >= 0.6 else ""

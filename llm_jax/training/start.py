@@ -12,12 +12,15 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+import jax
+
 from llm_jax import checkpoints, configuration, extensions, objects, tokenizers, trees
 from llm_jax.checkpoints import Checkpoint, abstract_params
 from llm_jax.errors import UserError
 from llm_jax.model import positions
 from llm_jax.model.transformer import Transformer
 from llm_jax.parallel import processes
+from llm_jax.quant import post_training
 from llm_jax.schema import Config, ModelConfig, choice
 from llm_jax.tokenizers import Tokenizer
 from llm_jax.training import machine_choice, optim, without_effect
@@ -92,6 +95,9 @@ def find(config: Config, workdir: pathlib.Path | None = None) -> Start:
         raise UserError(f"init_from={config.init_from}: no such checkpoint; {_NO_CHECKPOINT[config.init_from]}")
     if config.init_from and (config.lora.rank or not saved):
         origin = checkpoints.open_base(config.init_from)
+    if origin and config.lora.rank:  # before the weights and the text are read
+        shapes = abstract_params(Transformer(dataclasses.replace(origin.config, scan_layers=False)))
+        jax.eval_shape(lambda base: post_training.base(base, config.quant), shapes)
     if config.init_from and saved and recorded:  # a resumed run uses the model of its own checkpoint
         config = _from_checkpoint(config, recorded.model, tokenizers.load(saved / "tokenizer"), str(workdir))
     elif origin:

@@ -14,7 +14,7 @@ from llm_jax.checkpoints import Loaded, generation_config
 from llm_jax.decoding.complete import complete
 from llm_jax.decoding.options import DecodingOptions
 from llm_jax.errors import UserError
-from llm_jax.schema import value_names
+from llm_jax.schema import option_names, value_names
 from llm_jax.tokenizers.hub import HubTokenizer
 from tests.tokenizers import forms
 
