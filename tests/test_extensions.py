@@ -150,6 +150,18 @@ SCHEME = TERNARY[-1].removeprefix("--scheme=")
 EVALUATE = ["python", "-m", "llm_jax.evaluate", "--json"]
 
 
+def test_number_format_is_checked_before_data_is_read(run, directory, trained):
+    path = directory / "my_ternary.py"
+    path.write_text(path.read_text().replace("return parts", "return parts.T @ parts"))
+    train = ["python", "-m", "llm_jax.train", "--workdir=wrong", "--config.data.source=no-such-file"]
+    message = run(train, f"--config.quant.qat.scheme={SCHEME}", code=2)
+    assert f"scheme={SCHEME}: decode fails (AttributeError" in message
+    adapters = [f"--config.init_from={trained}", "--config.lora.rank=2", "--config.model.qk_norm=True"]
+    message = run(train, *adapters, f"--config.quant.scheme={SCHEME}", code=2)
+    assert f"scheme={SCHEME}: decode fails (AttributeError" in message
+
+
+@pytest.mark.slow
 def test_number_format(run, directory, trained):
     """A run is quantized and evaluated; other software is refused, and so are a changed and a missing file."""
     quantize = [*TERNARY, f"--checkpoint={trained}"]
@@ -166,13 +178,6 @@ def test_number_format(run, directory, trained):
     original = path.read_text()
     path.write_text(original.replace("> self", ">= self"))
     assert "my_ternary.py has changed since the checkpoint was written" in run(EVALUATE, "--checkpoint=ternary", code=2)
-    path.write_text(original.replace("return parts", "return parts.T @ parts"))
-    train = ["python", "-m", "llm_jax.train", "--workdir=wrong", "--config.data.source=no-such-file"]
-    message = run(train, f"--config.quant.qat.scheme={SCHEME}", code=2)
-    assert f"scheme={SCHEME}: decode fails (AttributeError" in message  # before the data is read
-    adapters = [f"--config.init_from={trained}", "--config.lora.rank=2", "--config.model.qk_norm=True"]
-    message = run(train, *adapters, f"--config.quant.scheme={SCHEME}", code=2)
-    assert f"scheme={SCHEME}: decode fails (AttributeError" in message
     path.unlink()
     message = run(EVALUATE, "--checkpoint=ternary", code=2)
     assert "no file or module 'my_ternary.py'; run in the directory of the file" in message and message.count("\n") == 1

@@ -36,7 +36,7 @@ from jax.sharding import PartitionSpec as P
 
 from llm_jax import extensions, trees
 from llm_jax.errors import UserError
-from llm_jax.kernels import cpu_dense, native, number_formats
+from llm_jax.kernels import cpu_dense, native
 
 # Letters of shapes: B batch, I in, O out, R rank.
 
@@ -285,7 +285,7 @@ def abstract(record: Mapping[str, Any] | None) -> Any:
 
     Raises:
       UserError: the record names a kind of node that this version does not have, or a number format of the user's
-        own that `number_formats.scheme` does not accept.
+        own whose file is missing or has changed.
     """
     if record is None:
         return None
@@ -295,8 +295,8 @@ def abstract(record: Mapping[str, Any] | None) -> Any:
         return jax.ShapeDtypeStruct(tuple(record["shape"]), record["dtype"])
     if record["node"] not in NODES:
         raise UserError(f"weights of the kind '{record['node']}' are unknown to this version of llm_jax")
-    if "scheme" in record["static"]:
-        number_formats.scheme(extensions.require_hash("scheme", record["static"]["scheme"]))
+    for scheme in extensions.specifications(record["static"].get("scheme")):  # the file may have changed since its use
+        extensions.load("scheme", extensions.require_hash("scheme", scheme))
     static = {name: tuple(v) if isinstance(v, list) else v for name, v in record["static"].items()}
     return NODES[record["node"]](**static, **{name: abstract(field) for name, field in record["fields"].items()})
 
