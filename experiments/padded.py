@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax.model.attention import Tokens
+from llm_jax.model.attention import TokenMetadata
 from llm_jax.model.transformer import Transformer
 
 
@@ -28,7 +28,7 @@ def pad(texts: Sequence[Sequence[int]], length: int = 0) -> tuple[np.ndarray, np
 def features(model: Transformer, params: Any, ids_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
     """(B, T, D): the features of each token."""
     positions_BT = jnp.arange(ids_BT.shape[1]) * mask_BT
-    return model.apply({"params": params}, ids_BT, Tokens(positions_BT, mask_BT), method="features")[0]
+    return model.apply({"params": params}, ids_BT, TokenMetadata(positions_BT, mask_BT), method="features")[0]
 
 
 def mean_features(model: Transformer, params: Any, ids_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:

@@ -41,7 +41,7 @@ def __getattr__(name: str) -> Any:
         imported = importlib.import_module(module)
         return getattr(imported, attribute) if attribute else imported
     names = importlib.import_module("llm_jax.schema.attribute_names")
-    raise names.no_attribute("module 'llm_jax'", name)
+    raise names.attribute_error("module 'llm_jax'", name)
 
 
 def __dir__() -> list[str]:

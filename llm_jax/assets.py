@@ -20,7 +20,7 @@ def main(f: cli.Flags) -> None:
     problems = []
     for name, asset in assets.ASSETS.items():
         fetched = assets.directory(asset).is_dir()
-        damaged = assets.damaged(name) if fetched and f.verify else []
+        damaged = assets.damaged_files(name) if fetched and f.verify else []
         problems += [f"{assets.directory(asset)}: {', '.join(damaged)}"] if damaged else []
         state = "damaged" if damaged else "here" if fetched else ""
         print(f"{name:<24}{state:<9}{asset.requirement:<32}{asset.about}")

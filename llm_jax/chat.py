@@ -38,7 +38,7 @@ _TURN_OF_USER = "\n\nuser:"  # a model without chat training generates this and 
 
 
 @dataclasses.dataclass
-class Conversation:
+class ChatSession:
     """The state of a conversation.
 
     Attributes:
@@ -46,7 +46,7 @@ class Conversation:
       limit: maximum number of tokens of the context.
       system: the system message, or "".
       messages: the messages of user and assistant, alternating.
-      prefix: `decoding.prefix.Prefix`, the cache of the last answer; the next answer reuses the common prefix.
+      prefix: `decoding.prefix.PrefixCache`, the cache of the last answer; the next answer reuses the common prefix.
       seed: seed of the first answer; answer i uses seed + i.
       ends: additional stop strings.
     """
@@ -65,29 +65,29 @@ class Conversation:
         return self.encode([*system, *self.messages, *new])
 
 
-def set_system(conversation: Conversation, text: str) -> str:
+def set_system(conversation: ChatSession, text: str) -> str:
     conversation.system = text
     return "the system message is set" if text else "the system message is removed"
 
 
-def reset(conversation: Conversation, text: str) -> str:
+def reset(conversation: ChatSession, text: str) -> str:
     conversation.messages.clear()
     return "a new conversation begins"
 
 
-def set_seed(conversation: Conversation, text: str) -> str:
+def set_seed(conversation: ChatSession, text: str) -> str:
     if not (text.isdecimal() and int(text) < 2**32):
         return f"/seed {text}: expected a number from 0 to 2^32 - 1"
     conversation.seed = int(text)
     return f"the seed is {text}"
 
 
-def describe_commands(conversation: Conversation, text: str) -> str:
+def describe_commands(conversation: ChatSession, text: str) -> str:
     return "\n".join(f"{name:<14} {about}" for name, (_, about) in COMMANDS.items())
 
 
 # name: (function of the conversation and the text after the name that returns what is printed, meaning)
-COMMANDS: dict[str, tuple[Callable[[Conversation, str], str], str]] = {
+COMMANDS: dict[str, tuple[Callable[[ChatSession, str], str], str]] = {
     "/system": (set_system, "TEXT: set the system message of the conversation; without TEXT, remove it"),
     "/reset": (reset, "remove all messages except the system message"),
     "/seed": (set_seed, "NUMBER: set the random seed of the answers"),
@@ -95,7 +95,7 @@ COMMANDS: dict[str, tuple[Callable[[Conversation, str], str], str]] = {
 }
 
 
-def run_command(conversation: Conversation, line: str) -> str:
+def run_command(conversation: ChatSession, line: str) -> str:
     """Runs the command in a line that begins with "/" and returns the text to print."""
     name, _, text = line.partition(" ")
     if name not in COMMANDS:
@@ -126,7 +126,7 @@ def main(f: cli.Flags) -> None:
     runtime.simulate_devices(f.devices)
     status.show(f"loading {f.checkpoint}")
     from llm_jax import checkpoints, tokenizers
-    from llm_jax.decoding.prefix import Prefix
+    from llm_jax.decoding.prefix import PrefixCache
     from llm_jax.model import positions
 
     checkpoint = checkpoints.open(f.checkpoint, f.base)
@@ -144,7 +144,7 @@ def main(f: cli.Flags) -> None:
     bounds = [n for n in (options.context, positions.make(config).max_length()) if n]
     limit = min(bounds, default=config.position.max_length)
     ends = (_TURN_OF_USER,) if f.plain else ()
-    conversation = Conversation(encode, limit, f.system, options.seed, ends, prefix=Prefix())
+    conversation = ChatSession(encode, limit, f.system, options.seed, ends, prefix=PrefixCache())
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if interactive:
         print(f"{f.checkpoint}: type a message; /help lists commands, Ctrl-C stops an answer, Ctrl-D exits")
@@ -156,7 +156,7 @@ def main(f: cli.Flags) -> None:
                 answer(conversation, loaded, line.removeprefix("/"), options)
 
 
-def answer(conversation: Conversation, loaded: Any, text: str, options: Any) -> None:
+def answer(conversation: ChatSession, loaded: Any, text: str, options: Any) -> None:
     """Generates and prints the answer to a message, and adds the message and the answer to the conversation."""
     from llm_jax.decoding import complete, stops
 
@@ -175,7 +175,7 @@ def answer(conversation: Conversation, loaded: Any, text: str, options: Any) -> 
     options = dataclasses.replace(
         options,
         max_new_tokens=count,
-        stop=stops.fitting(loaded.tokenizer, (*options.stop, *conversation.ends), count),
+        stop=stops.fitting_stops(loaded.tokenizer, (*options.stop, *conversation.ends), count),
         seed=(conversation.seed + turn) % 2**32,
         context=0,
     )
@@ -207,7 +207,7 @@ def answer(conversation: Conversation, loaded: Any, text: str, options: Any) -> 
     conversation.messages += [message, {"role": "assistant", "content": completion.text.strip()}]
 
 
-def _lines(conversation: Conversation, interactive: bool) -> Iterator[str]:
+def _lines(conversation: ChatSession, interactive: bool) -> Iterator[str]:
     """Yields the lines that the user types, or the lines of standard input."""
     if not interactive:
         yield from (line.rstrip("\n") for line in sys.stdin)
@@ -252,7 +252,7 @@ COMMAND = cli.Command(
     FLAGS,
     needs=cli.MESH_NEEDS,
     compiles=True,
-    memory_cure="give a smaller --context, --dtype=bfloat16, or --as_stored for a .gguf file",
+    memory_hint="give a smaller --context, --dtype=bfloat16, or --as_stored for a .gguf file",
 )
 
 if __name__ == "__main__":

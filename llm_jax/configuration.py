@@ -75,7 +75,7 @@ def load(
     _refuse_other_command(source, nested, cls)
     mapping = _complete(nested, cls)
     if isinstance(source, str | os.PathLike) and find(source).is_dir():
-        derived.follow_again(mapping, _leaves(overrides or {}))
+        derived.reset_derived(mapping, _leaves(overrides or {}))
     for key, value in (overrides or {}).items():
         _set(mapping, key, value, cls)
     config = build(mapping, cls)

@@ -117,7 +117,7 @@ def _peft(checkpoint: "Checkpoint", output: pathlib.Path, name: str) -> None:
         raise UserError(f"--to=peft writes adapters; {checkpoint.path} is not a run with lora.rank above 0")
     config, base = checkpoint.run_config, checkpoint.base
     family = _family(name or checkpoint.family)
-    adapters = lora.rounded(checkpoint.adapters(), config.lora.factors)
+    adapters = lora.quantize_factors(checkpoint.adapters(), config.lora.factors)
     if config.quant.scheme:
         print(
             f"note: the adapters were trained over a base in {config.quant.scheme}; over the unquantized base their "
@@ -150,7 +150,7 @@ def _peft(checkpoint: "Checkpoint", output: pathlib.Path, name: str) -> None:
 
 
 COMMAND = cli.Command(
-    "convert", main, FLAGS, needs=NEEDS, interrupted="interrupted; --output is not written", compiles=True
+    "convert", main, FLAGS, needs=NEEDS, interrupt_message="interrupted; --output is not written", compiles=True
 )
 
 if __name__ == "__main__":

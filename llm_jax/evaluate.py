@@ -160,13 +160,13 @@ def on_text(f: cli.Flags) -> None:
 
     held_out_texts = [_held_out(f, name) for name in f.checkpoint]
     if len(held_out_texts) > 1:
-        held_out_lib.refuse_other_text(held_out_texts)
+        held_out_lib.check_same_text(held_out_texts)
     first = held_out_texts[0]
     if f.whole_file and first.data.kind != "text":
         raise UserError(
             f"--whole_file has no effect where data.kind is {first.data.kind}: each record is an example; omit the flag"
         )
-    source: Any = open_source(first.data, first.is_whole_text, in_pieces=not f.whole_file)
+    source: Any = open_source(first.data, first.is_whole_text, split_single_file=not f.whole_file)
     if f.whole_file and all(file.format != "text" for file in source.catalog.files):
         raise UserError(
             f"--whole_file has no effect on --data={f.data}, which has no text file that would be split; omit the flag"
@@ -216,13 +216,13 @@ def _measure(f: cli.Flags, held_out: _HeldOut, source: Any, by_unit: bool = Fals
         return -(-size // shards) * shards
 
     def compiled(function: Any) -> Any:
-        return jax.jit(mesh_lib.within(mesh, function, rules) if mesh else function)
+        return jax.jit(mesh_lib.with_mesh(mesh, function, rules) if mesh else function)
 
     device: Any = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     device = mesh_lib.batch_sharding(mesh, shards) if mesh else device
     if split.choices:
         rows = Packed(split, held_out.length)
-        indices, right = classification.right_answers(model, params, rows, divisible(f.batch_size), device)
+        indices, right = classification.correct_answers(model, params, rows, divisible(f.batch_size), device)
         count = len(rows.split.offsets) - 1
         values, measured = np.zeros(count), np.zeros(count, bool)
         values[indices], measured[indices] = right, True
@@ -237,7 +237,7 @@ def _measure(f: cli.Flags, held_out: _HeldOut, source: Any, by_unit: bool = Fals
         loss_of_tokens = compiled(lambda params, batch: losses.token_losses(model, params, batch))
         return {"units": paired.bits_by_document(loss_of_tokens, params, windows, sizes, batch_size, device)}
     if held_out.is_masked:
-        windows = masking.hider(held_out.config.loss, tokenizer)(windows, 0)
+        windows = masking.row_masker(held_out.config.loss, tokenizer)(windows, 0)
     loss = compiled(lambda params, batch: losses.language_model(model, params, batch, 0))
     metrics = held_out_lib.evaluate(loss, params, windows, batch_size, device)
     return {"bytes": split.num_bytes, "documents": len(split.offsets) - 1, **metrics}
@@ -316,7 +316,7 @@ def on_task(f: cli.Flags) -> None:
     from llm_jax.evaluation.prompts import PromptConfig
     from llm_jax.evaluation.templates import STYLES
 
-    task = builtin.named(f.task)
+    task = builtin.load_task(f.task)
     templates = range(len(task.templates)) if f.template == -1 else [f.template]
     configs = [
         PromptConfig(style, template, f.shots, f.select, f.shot_seed, f.chat, f.normalize, f.context)
@@ -359,7 +359,7 @@ def _ask(f: cli.Flags, name: str, task: Any, configs: list[Any], count: int) -> 
     directory = pathlib.Path(f.output) if f.output else None
     if directory and len(f.checkpoint) > 1:  # a directory for each checkpoint
         directory /= f"{f.checkpoint.index(name)}-{pathlib.Path(name).name}"
-    return answers.of_prompts(loaded, task, configs, count, f.batch_size, directory, settings)
+    return answers.records_by_prompt(loaded, task, configs, count, f.batch_size, directory, settings)
 
 
 def on_harness(f: cli.Flags) -> None:
@@ -389,7 +389,7 @@ COMMAND = cli.Command(
     FLAGS,
     needs=NEEDS,
     compiles=True,
-    memory_cure="give a smaller --batch_size or a shorter --seq_len",
+    memory_hint="give a smaller --batch_size or a shorter --seq_len",
 )
 
 if __name__ == "__main__":

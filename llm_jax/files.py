@@ -170,26 +170,26 @@ def read(path: pathlib.Path) -> bytes:
     return objects.read(path) if objects.is_object(path) else path.read_bytes()
 
 
-def modified(path: pathlib.Path) -> float:
+def modification_time(path: pathlib.Path) -> float:
     """The modification time of a file, in seconds since 1970. Raises OSError."""
-    return objects.modified(path) if objects.is_object(path) else path.stat().st_mtime
+    return objects.modification_time(path) if objects.is_object(path) else path.stat().st_mtime
 
 
-def below(directory: pathlib.Path) -> dict[str, pathlib.Path]:
+def list_files(directory: pathlib.Path) -> dict[str, pathlib.Path]:
     """{name relative to `directory`: path} of the files in a directory and those below it, sorted."""
     if objects.is_object(directory):
         return {name: directory / name for name in sorted(objects.find(directory))}
     return {p.relative_to(directory).as_posix(): p for p in sorted(directory.rglob("*")) if p.is_file()}
 
 
-def open_to_append(path: pathlib.Path, held: Any = None) -> TextIO:
+def open_to_append(path: pathlib.Path, lock: Any = None) -> TextIO:
     """Opens a text file for appending. An object is uploaded as a whole, every few seconds and by `sync`.
 
     Args:
-      held: the `lock` of the directory; after another process has taken over the lock, the object is not written.
+      lock: the `lock` of the directory; after another process has taken over the lock, the object is not written.
     """
     if objects.is_object(path):
-        return objects.Appender(path, functools.partial(check_lock, held))  # type: ignore[return-value]
+        return objects.Appender(path, functools.partial(check_lock, lock))  # type: ignore[return-value]
     return path.open("a")
 
 
@@ -228,7 +228,7 @@ def read_json(path: pathlib.Path) -> Any:
         raise UserError(f"{path}: damaged, not JSON ({error})") from error
 
 
-def refuse_pointer(path: pathlib.Path) -> None:
+def check_not_lfs_pointer(path: pathlib.Path) -> None:
     """Raises UserError if a file is a pointer of Git LFS, because the large file itself was not downloaded."""
     with contextlib.suppress(OSError), path.open("rb") as file:
         if file.read(len(_POINTER)) == _POINTER:
@@ -323,7 +323,7 @@ def lock(workdir: pathlib.Path, name: str = ".lock", *, wait: bool = False) -> A
     return file
 
 
-def check_lock(held: Any) -> None:
+def check_lock(lock: Any) -> None:
     """Raises UserError if another process has taken over the lock. Only locks in object stores can be lost."""
-    if isinstance(held, objects.Lock):
-        held.check()
+    if isinstance(lock, objects.Lock):
+        lock.check()

@@ -87,7 +87,7 @@ def main(f: cli.Flags) -> None:
         complete.note_special(tokenizer, f.prompt)
     status.show("compiling, or loading compiled functions from the cache")
     if f.explain:
-        ids = complete.fit(model, complete.prompt_ids(tokenizer, prompts[0]), options)
+        ids = complete.fit_to_context(model, complete.prompt_ids(tokenizer, prompts[0]), options)
         complete.note_length(model, [ids], options)
         eos = complete.eos_ids(tokenizer, options)
         vocab = min(tokenizer.vocab_size, model.config.vocab_size)
@@ -132,7 +132,7 @@ COMMAND = cli.Command(
     FLAGS,
     needs=NEEDS,
     compiles=True,
-    memory_cure="use fewer prompts, a smaller --n or --max_new_tokens, --cache=int8, --dtype=bfloat16, or --as_stored",
+    memory_hint="use fewer prompts, a smaller --n or --max_new_tokens, --cache=int8, --dtype=bfloat16, or --as_stored",
 )
 
 if __name__ == "__main__":

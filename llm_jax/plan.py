@@ -114,7 +114,7 @@ def _memory(config: Config) -> None:
             rows.append((kind, remat, memory.with_remat(config, remat)))
     for i, (kind, remat, variant) in enumerate(rows):
         try:
-            figures: Any = memory.compiled(variant, kind)
+            figures: Any = memory.of_variant(variant, kind)
         except UserError as error:
             if not i:
                 raise

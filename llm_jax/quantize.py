@@ -70,7 +70,7 @@ def main(f: cli.Flags) -> None:
         run_config, length = checkpoint.run_config, checkpoint.run_config.train.seq_len
     length = f.seq_len or length
     before = weights.num_bytes(params)
-    params, costs = lora.fold(params)
+    params, costs = lora.merge_attached(params)
     existing_scheme = "has adapters over a quantized base, which are merged into its codes" if costs else ""
     if quant.is_quantization_aware(params):
         existing_scheme = "was trained with quant.qat"
@@ -79,14 +79,14 @@ def main(f: cli.Flags) -> None:
             raise UserError(f"--scheme={f.scheme}: {f.checkpoint} {existing_scheme}; omit --scheme")
         planned = dict.fromkeys(trees.flatten(params), "")
     elif not f.scheme:
-        raise UserError("--scheme is required; expected one of " + ", ".join(number_formats.FOR_WEIGHTS))
+        raise UserError("--scheme is required; expected one of " + ", ".join(number_formats.WEIGHT_SCHEMES))
     else:
         if f.method != "absmax" and f.scheme != "none" and number_formats.scheme(f.scheme).own:
             raise UserError(
                 f"--method={f.method} has no effect on --scheme={f.scheme}, which encodes weights itself; omit it"
             )
         planned = quant.plan(params, quant.rules(_none(f.scheme), _none(f.head), _rules(f.rule)), "--scheme, --rule")
-        planned = quant.runnable(params, planned, f.fallback)
+        planned = quant.replace_unsupported(params, planned, f.fallback)
 
     # ---------------------------------------------------------------- the calibration text
     rows: list[Row] = []
@@ -98,19 +98,19 @@ def main(f: cli.Flags) -> None:
                 "--data=FILE"
             )
         transformer.check_length(model.config, length)
-        rows, text = calibrate.text(run_config, f.data, tokenizer, length, f.sequences)
+        rows, text = calibrate.calibration_rows(run_config, f.data, tokenizer, length, f.sequences)
         print(f"calibrating on {len(rows)} sequences of {length} tokens", flush=True)
 
     # ---------------------------------------------------------------- quantize layer by layer, and write the run
     partial = output.with_name(f".{output.name}.partial")
     _claim(partial, {**_request(f), "from": checkpoint.identity, "planned": planned, "text": text})
     if existing_scheme:
-        params = quant.finish(params)
-        lines = quant.lines(params)
+        params = quant.replace_fake_quant(params)
+        lines = quant.summaries(params)
     else:
         options = calibrate.CalibrationOptions(f.method, f.act_order, f.batch_size)
         flat, params = trees.flatten(params), {}  # each weight is freed after it has been quantized
-        params, lines = calibrate.run(model, flat, planned, rows, options, partial)
+        params, lines = calibrate.quantize_layers(model, flat, planned, rows, options, partial)
     quant.check_finite(params, f"{f.checkpoint}, quantized: a scale exceeds the range of float16")
     saved = dataclasses.replace(run_config, model=dataclasses.replace(model.config, scan_layers=False))
     no_training = dataclasses.replace(saved.quant, scheme="", qat=dataclasses.replace(saved.quant.qat, scheme=""))
@@ -171,9 +171,9 @@ COMMAND = cli.Command(
     main,
     FLAGS,
     needs=NEEDS,
-    interrupted="interrupted; the same command resumes with the next layer",
+    interrupt_message="interrupted; the same command resumes with the next layer",
     compiles=True,
-    memory_cure="use a smaller --batch_size or a shorter --seq_len",
+    memory_hint="use a smaller --batch_size or a shorter --seq_len",
 )
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ NEEDS: cli.Needs = ((("token_rows",), "--tokens is not given", lambda f: f.token
 
 def main(f: cli.Flags) -> None:
     from llm_jax import files, objects
-    from llm_jax.research import page, pictures, runs
+    from llm_jax.research import page, plots, runs
 
     if not f.path:
         raise UserError("name at least one run or sweep: python -m llm_jax.report PATH ...")
@@ -47,7 +47,7 @@ def main(f: cli.Flags) -> None:
     print(output)
     if f.png:
         with tempfile.TemporaryDirectory() as temporary:
-            for picture in pictures.draw(loaded, pathlib.Path(temporary), output.stem):
+            for picture in plots.draw(loaded, pathlib.Path(temporary), output.stem):
                 path = output.with_name(picture.name)
                 files.write(path, picture.read_bytes())
                 print(path)

@@ -196,9 +196,9 @@ def _delete_incomplete(directory: pathlib.Path) -> None:
 _DEVICE_ERRORS = (
     (
         r"RESOURCE_EXHAUSTED.{0,200}?alloc\w*(?: request for)? ([\d.,]+ ?(?:[KMGT]i?B|bytes))",
-        "no memory is left on the device for another {0}; {cure}",
+        "no memory is left on the device for another {0}; {hint}",
     ),
-    (r"RESOURCE_EXHAUSTED|CUDA_ERROR_OUT_OF_MEMORY", "no memory is left on the device; {cure}"),
+    (r"RESOURCE_EXHAUSTED|CUDA_ERROR_OUT_OF_MEMORY", "no memory is left on the device; {hint}"),
     (
         r"driver version is insufficient|SYSTEM_DRIVER_MISMATCH|INSUFFICIENT_DRIVER|driver.{0,60}too old",
         "the driver of the device is too old for the installed JAX; update it, install a JAX for its version, or set "
@@ -212,18 +212,18 @@ _DEVICE_ERRORS = (
 )
 
 
-def explain_device_error(error: BaseException, cure: str) -> str:
+def explain_device_error(error: BaseException, hint: str) -> str:
     """Returns a one-line explanation of a device error of JAX, or "" for other errors.
 
     Args:
-      cure: how the command can use less memory.
+      hint: how the command can use less memory.
     """
     text = " ".join(str(error).split())
     if _raised_in(error) == "xla_bridge.py" and "initialize backend" not in text:
         text += " Unable to initialize backend 'unnamed'"  # jax 0.10 fails an assertion without CUDA
     for pattern, meaning in _DEVICE_ERRORS:
         if match := re.search(pattern, text):
-            return meaning.format(*match.groups(), cure=cure, platforms=os.environ.get("JAX_PLATFORMS", ""))
+            return meaning.format(*match.groups(), hint=hint, platforms=os.environ.get("JAX_PLATFORMS", ""))
     return ""
 
 

@@ -51,7 +51,7 @@ def main(f: cli.Flags) -> int:
     if (output / "config.json").exists():
         raise UserError(f"--output={output} is a run; expected a directory for the runs of the sweep")
     origin = provenance.here(provenance.command_line("sweep"))
-    signal = signals.Deferred("saving the running points", jobs.kill_all)
+    signal = signals.DeferredSignals("saving the running points", jobs.kill_all)
     table = live_table.LiveTable()
     if f.search:
         shares = jobs.machine_shares(f.jobs, f.trials)
@@ -111,7 +111,7 @@ COMMAND = cli.Command(
     main,
     FLAGS,
     needs=NEEDS,
-    interrupted="interrupted; the same command continues the sweep",
+    interrupt_message="interrupted; the same command continues the sweep",
     config=Config,
 )
 

@@ -37,7 +37,7 @@ COMMAND = cli.Command(
     main,
     FLAGS,
     config=Config,
-    interrupted="interrupted; the same command resumes from the finished parts",
+    interrupt_message="interrupted; the same command resumes from the finished parts",
 )
 
 if __name__ == "__main__":

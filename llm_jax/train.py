@@ -32,7 +32,7 @@ def main(f: cli.Flags) -> int:
     from llm_jax.parallel import processes
 
     addresses = (f.coordinator_address, f.num_processes, f.process_id, f.coordinator_bind_address, f.start_timeout)
-    with processes.started(*addresses):
+    with processes.connected(*addresses):
         return _train(f)
 
 
@@ -44,7 +44,7 @@ def _train(f: cli.Flags) -> int:
     if f.dry_run:
         print_estimate(config, files.path(f.workdir))
         return 0
-    signal = signals.Deferred(resumption=lambda: resumption(f))
+    signal = signals.DeferredSignals(resumption=lambda: resumption(f))
     summary = trainer.train(config, f.workdir, stop=signal, profile=f.profile, attachments=write_report)
     if number := int(summary.get("stopped", 0)):  # the signal number; another process may have received the signal
         steps = config.train.steps
@@ -111,10 +111,10 @@ COMMAND = cli.Command(
     main,
     FLAGS,
     needs=NEEDS,
-    interrupted=lambda f: f"interrupted; {resumption(f)}",
+    interrupt_message=lambda f: f"interrupted; {resumption(f)}",
     config=Config,
     compiles=True,
-    memory_cure=(
+    memory_hint=(
         "use a smaller --config.train.batch_size or train.seq_len, --config.model.remat=full, or "
         "--config.train.grad_accumulation=2 or more; python -m llm_jax.plan --memory shows the effect"
     ),

@@ -1,4 +1,4 @@
-"""Sides of a measure that cost nothing, for `test_benchmarks.py`."""
+"""Trivial implementations to be measured by `test_benchmarks.py`."""
 
 from experiments.benchmarks.worker import Job
 

@@ -31,7 +31,7 @@ KINDS = {
     "word_vectors": {"skipgram", "cbow", "glove"},
     "attention": {*layers.ACTIVATIONS, *stages.LAYER_KINDS, *attention_kernels.IMPLEMENTATIONS},
     "positions": {*positions.SCHEMES, *rope.SCALINGS},
-    "quantization": {*number_formats.FOR_WEIGHTS, *methods.METHODS},
+    "quantization": {*number_formats.WEIGHT_SCHEMES, *methods.METHODS},
     "adapters": {*adapt.TRAINED, *adapt.PRESETS},
     "decoding": FLAGS,
     "how_to/generate": FLAGS,

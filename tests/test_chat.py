@@ -11,7 +11,7 @@ import time
 import pytest
 
 from llm_jax import chat, tokenizers
-from llm_jax.decoding.prefix import Prefix
+from llm_jax.decoding.prefix import PrefixCache
 from llm_jax.errors import UserError
 from llm_jax.tokenizers import chat_template
 from tests.conftest import ROOT
@@ -64,20 +64,20 @@ def test_lines_of_a_pipe_are_answered_with_the_history(say, monkeypatch):
 
 def test_only_the_new_tokens_of_a_conversation_are_prefilled(say, monkeypatch):
     """The text is that of a conversation that computes all tokens in every turn."""
-    requests, start = [], Prefix.start
+    requests, start = [], PrefixCache.start
 
     def recorded(self, *arguments):
         state = start(self, *arguments)
         requests.append((self.reused, self.prefilled))
         return state
 
-    monkeypatch.setattr(Prefix, "start", recorded)
+    monkeypatch.setattr(PrefixCache, "start", recorded)
     lines, flags = ["the model", "a token", "/reset", "the model"], ("--plain", "--temperature=0", "--ignore_eos")
     text, lengths = say(lines, *flags).out, [sum(request) for request in requests]
     first, second, again = requests
     assert first[0] == 0 and second[0] >= lengths[0] and again == (lengths[0] - 1, 1)
     requests.clear()
-    monkeypatch.setattr(Prefix, "keep", lambda self, state: None)
+    monkeypatch.setattr(PrefixCache, "store", lambda self, state: None)
     assert say(lines, *flags).out == text and requests == [(0, length) for length in lengths]
 
 

@@ -49,7 +49,7 @@ CALIBRATION = "neither a static scheme nor --method=smoothquant, awq, gptq is gi
         (("train_tokenizer", "--kind=byte", "--input=x", "--output=y"), "--sample=3", "--kind=byte is given"),
     ],
 )
-def test_a_flag_given_in_vain_is_an_error_that_says_what_it_needs(command, flags, vain, where):
+def test_a_flag_without_effect_is_an_error_that_names_the_flag_it_needs(command, flags, vain, where):
     said = command(*flags, vain, code=2).stderr
     assert said == f"error: {vain} has no effect where {where}\n"
 
@@ -86,7 +86,7 @@ def test_flags_that_have_what_they_need_are_taken(command, flags):
     assert "nowhere: no such directory" in command(*flags, code=2).stderr
 
 
-def test_an_interrupted_decoder_says_so_and_nothing_of_checkpoints(command, trained):
+def test_the_message_of_an_interrupted_generation_does_not_mention_checkpoints(command, trained):
     flags = (f"--checkpoint={trained}", "--prompt=a", "--stream", "--ignore_eos", "--max_new_tokens=20000")
     child = command("generate", *flags, start=True)
     assert child.stdout.read(1)  # it is at work

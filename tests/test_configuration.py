@@ -81,7 +81,7 @@ def test_bad_flags_end_in_one_line_and_exit_code_2(command, tmp_path, flag, mess
     assert not (tmp_path / "run").exists()
 
 
-def test_help_costs_no_jax(command):
+def test_help_does_not_import_jax(command):
     done = command("train", "--help")
     assert "--config" in done.stdout
     listed = subprocess.run(
@@ -148,7 +148,7 @@ def test_an_override_by_an_earlier_name_is_answered_with_the_new_one(old, new):
         ("glove", "configuration 'glove' has the options of train_embeddings, not of training a language model"),
     ],
 )
-def test_a_configuration_that_is_none_is_named(source, message, tmp_path, monkeypatch):
+def test_an_invalid_configuration_is_named(source, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("raise SystemExit  # text is not run")
     (tmp_path / "raises.py").write_text("hello\n")

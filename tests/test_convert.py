@@ -1,4 +1,4 @@
-"""A run of our own as a Hugging Face directory, and back."""
+"""Converts a run to a Hugging Face directory and back."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Parts of the user's own: the recipes of CONTRIBUTING.md, as they stand there, and what is refused."""
+"""Custom parts: the examples of CONTRIBUTING.md, and specifications that are rejected."""
 
 import contextlib
 import dataclasses
@@ -35,7 +35,6 @@ RECIPES = re.findall(
 COMMANDS = [shlex.split(text.strip()) for language, text in RECIPES if language == "bash"]
 TRAININGS = [words for words in COMMANDS if "llm_jax.train" in words]
 (GENERATION,) = (words for words in COMMANDS if "llm_jax.generate" in words)
-(QUANTIZATION,) = (words for words in COMMANDS if "llm_jax.quantize" in words)
 
 
 @pytest.fixture
@@ -52,7 +51,7 @@ def directory(tmp_path, text_file, monkeypatch) -> pathlib.Path:
 
 @pytest.fixture
 def run(directory, text_file, cache):
-    """run(words of a command line, *more flags) -> what the command prints in the directory of the files."""
+    """run(words of a command line, *more flags): runs the command in `directory` and returns what it prints."""
 
     def call(words, *flags, code=0):
         name = words[2].removeprefix("llm_jax.")
@@ -121,7 +120,7 @@ def test_recipes_together(run, directory):
 @pytest.mark.slow
 @pytest.mark.parametrize("words", TRAININGS, ids=lambda words: words[3])
 def test_recipe(words, run, directory):
-    """Every recipe alone trains, resumes, is converted (a scheme of one's own is not known elsewhere) and generates."""
+    """Each example by itself trains, resumes, is converted and generates; other formats have no custom positions."""
     (workdir,) = (flag.removeprefix("--workdir=") for flag in words if flag.startswith("--workdir="))
     run(words, "--config.train.steps=2")
     run(words)
@@ -134,7 +133,7 @@ def test_recipe(words, run, directory):
 
 
 def test_filter_applies(directory, make):
-    """The filter of the recipe, with its option, also where decoding is greedy; without it the chain is as before."""
+    """The custom filter with its option applies to sampling and greedy decoding; without it the chain is unchanged."""
     with contextlib.chdir(directory):
         *_, own = DecodingOptions(filter=("my_margin:Margin(margin=2.0)",)).sampler().filters
         greedy = DecodingOptions(temperature=0, filter=("my_margin.py:Margin",)).sampler()
@@ -143,68 +142,6 @@ def test_filter_applies(directory, make):
     kept = own(jnp.array([[1.0, 3.5, 2.0, 1.4]]), None)
     assert [float(x) for x in kept[0]] == [-float("inf"), 3.5, 2.0, -float("inf")]
     assert "--filter would have no effect" in message
-
-
-TERNARY = [word for word in QUANTIZATION if not word.startswith(("--checkpoint", "--output"))]
-SCHEME = TERNARY[-1].removeprefix("--scheme=")
-EVALUATE = ["python", "-m", "llm_jax.evaluate", "--json"]
-
-
-def test_number_format_is_checked_before_data_is_read(run, directory, trained):
-    path = directory / "my_ternary.py"
-    path.write_text(path.read_text().replace("return parts", "return parts.T @ parts"))
-    train = ["python", "-m", "llm_jax.train", "--workdir=wrong", "--config.data.source=no-such-file"]
-    message = run(train, f"--config.quant.qat.scheme={SCHEME}", code=2)
-    assert f"scheme={SCHEME}: decode fails (AttributeError" in message
-    adapters = [f"--config.init_from={trained}", "--config.lora.rank=2", "--config.model.qk_norm=True"]
-    message = run(train, *adapters, f"--config.quant.scheme={SCHEME}", code=2)
-    assert f"scheme={SCHEME}: decode fails (AttributeError" in message
-
-
-@pytest.mark.slow
-def test_number_format(run, directory, trained):
-    """A run is quantized and evaluated; other software is refused, and so are a changed and a missing file."""
-    quantize = [*TERNARY, f"--checkpoint={trained}"]
-    rule = "--rule=layers/(0|1)/mlp/.*=my_ternary.py:Ternary(threshold=0.1)"
-    table = run(quantize, rule, "--output=ternary")
-    assert "my_ternary.py:Ternary(threshold=0.5)#" in table and "my_ternary.py:Ternary(threshold=0.1)#" in table
-    assert json.loads(run(EVALUATE, "--checkpoint=ternary"))["bits_per_byte"] > 0
-    assert "--method=gptq has no effect on --scheme=my_ternary" in run(quantize, "--method=gptq", "--output=x", code=2)
-    for form in ("hf", "gguf"):
-        message = run([*convert("ternary")[:-1], f"--to={form}"], code=2)
-        assert "is in the number format my_ternary.py:Ternary(threshold=0." in message and message.count("\n") == 1
-
-    path = directory / "my_ternary.py"
-    original = path.read_text()
-    path.write_text(original.replace("> self", ">= self"))
-    assert "my_ternary.py has changed since the checkpoint was written" in run(EVALUATE, "--checkpoint=ternary", code=2)
-    path.unlink()
-    message = run(EVALUATE, "--checkpoint=ternary", code=2)
-    assert "no file or module 'my_ternary.py'; run in the directory of the file" in message and message.count("\n") == 1
-
-
-@pytest.mark.slow
-def test_number_format_in_training(run, directory, trained):
-    """Weights train with the rounding of the format, and adapters over a base in it, with the option of the recipe."""
-    train = ["python", "-m", "llm_jax.train"]
-    qat = [*train, "--workdir=qat", f"--config.quant.qat.scheme={SCHEME}"]
-    run(qat, "--config.train.steps=2")
-    run(qat)
-    assert len(losses(directory / "qat")) == 4
-    assert configuration.load(directory / "qat").quant.qat.scheme.startswith(f"{SCHEME}#")
-    run(TERNARY[:3], "--checkpoint=qat", "--output=trained-ternary")
-    assert "bits_per_byte" in run(EVALUATE, "--checkpoint=trained-ternary")
-    rules = f"--config.quant.rules=(('layers/.*/mlp/.*', '{SCHEME}'),)"
-    adapters = [*train, "--workdir=adapters", f"--config.init_from={trained}", "--config.lora.rank=2", rules]
-    run(adapters, "--config.quant.scheme=int8", "--config.model.qk_norm=True")
-    (rule,) = configuration.load(directory / "adapters").quant.rules
-    assert re.fullmatch(re.escape(SCHEME) + "#[0-9a-f]{12}", rule[1])
-    assert "bits_per_byte" in run(EVALUATE, "--checkpoint=adapters")
-    path = directory / "my_ternary.py"
-    path.write_text(path.read_text().replace("> self", ">= self"))
-    for name in ("qat", "adapters"):
-        message = run(EVALUATE, f"--checkpoint={name}", code=2)
-        assert "my_ternary.py has changed since the checkpoint was written" in message and message.count("\n") == 1
 
 
 def refused(function) -> str:
@@ -285,7 +222,7 @@ def test_refused(specification, directory, tiny, monkeypatch):
 
 
 def test_other_tables(directory, monkeypatch, tiny):
-    """Parts are found on PYTHONPATH too, and every table checks what it is given."""
+    """Parts are also found on PYTHONPATH, and each kind of part is validated."""
     monkeypatch.syspath_prepend(directory)
     assert "expected a class with the members of Tokenizer; it lacks" in refused(
         lambda: tokenizers.get("my_decay:Decay")
@@ -323,7 +260,7 @@ def test_other_tables(directory, monkeypatch, tiny):
 
 
 def test_loss_is_used(directory, monkeypatch, tiny):
-    """The training loss is the recipe's: the formula with its option, over the counted targets."""
+    """The training loss is the formula of the example with its option, summed over the counted targets."""
     monkeypatch.setattr(losses_lib, "features", lambda model, params, batch: batch["x"])
     monkeypatch.setattr(losses_lib, "head", lambda model, params, x: x)
     logits, targets = jnp.log(jnp.array([[[0.5, 0.5], [0.2, 0.8]]])), jnp.array([[0, 1]])
@@ -337,7 +274,7 @@ def test_loss_is_used(directory, monkeypatch, tiny):
 
 
 def test_a_checkpoint_does_not_choose_code(directory, tmp_path, monkeypatch):
-    """A file is imported for a checkpoint if the user has named it, at this place with this content, or allows it."""
+    """A checkpoint imports a file only if the user has named it with this content before, or sets LLM_JAX_ALLOW."""
     (directory / "own.py").write_text("import pathlib; pathlib.Path('ran').touch()\ndef own(): pass\n")
     sha256 = extensions._sha256((directory / "own.py").read_bytes())
     with contextlib.chdir(directory):

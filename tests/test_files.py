@@ -26,7 +26,7 @@ def test_everything_has_the_permissions_of_the_umask(umask, tmp_path):
     assert files.read_json(tmp_path / "a" / "b.json") == {"x": 1}
 
 
-def test_an_error_leaves_what_was_there(tmp_path):
+def test_an_error_leaves_the_previous_file_unchanged(tmp_path):
     files.write(tmp_path / "file", "before")
     with pytest.raises(KeyError), files.new_file(tmp_path / "file") as file:
         file.write(b"after")
@@ -38,7 +38,7 @@ def test_an_error_leaves_what_was_there(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_what_cannot_be_written_is_one_line(tmp_path):
+def test_unwritable_paths_are_one_line_errors(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="x.json: cannot be written"):
         files.write_json(tmp_path / "file" / "x.json", 1)

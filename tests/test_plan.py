@@ -14,7 +14,7 @@ TINY = (
 )
 
 
-def test_the_step_as_given_stands_above_its_relatives(command):
+def test_the_configured_step_is_the_first_row_of_the_table(command):
     said = command("plan", "--memory", *TINY, "--config.lora.rank=4", "--config.lora.variant=fa").stdout.splitlines()
     rows = {(line[:12].strip(), line[12:20].strip()): line[20:] for line in said[2:]}
     assert len(rows) == 10 and next(iter(rows)) == ("as given", "none")
@@ -22,7 +22,7 @@ def test_the_step_as_given_stands_above_its_relatives(command):
 
 
 def test_without_memory_the_shapes_are_counted_and_nothing_is_compiled(command, monkeypatch):
-    monkeypatch.setattr(memory, "compiled", None)
+    monkeypatch.setattr(memory, "of_variant", None)
     lines = command("plan", *TINY).stdout.splitlines()
     weights = 64 * 64 + 2 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64 + 2 * 16) + 64  # embeddings, layers, last norm
     assert lines[0] == f"{weights:,} parameters, {weights:,} trained"
@@ -36,7 +36,7 @@ def test_without_memory_the_shapes_are_counted_and_nothing_is_compiled(command, 
     assert adapters[0].startswith(f"{weights:,} parameters, ") and adapters[2] != lines[2]
 
 
-def test_a_configuration_that_cannot_be_is_refused_before_the_table(command):
+def test_an_invalid_configuration_is_rejected_before_the_table(command):
     done = command("plan", "--memory", *TINY, "--config.lora.rank=99", code=2)
     assert "lora.rank is 99" in done.stderr and not done.stdout
 
@@ -48,7 +48,7 @@ def test_a_run_without_a_flag_is_suggested_as_the_configuration(command, trained
 
 def test_the_default_vocabulary_is_that_of_the_tokenizer(command, monkeypatch):
     sizes = []
-    monkeypatch.setattr(memory, "compiled", lambda config, kind: sizes.append(config.model.vocab_size) or FIGURES)
+    monkeypatch.setattr(memory, "of_variant", lambda config, kind: sizes.append(config.model.vocab_size) or FIGURES)
     said = command("plan", "--memory", "--config.tokenizer.vocab_size=64", *TINY[1:]).stdout.splitlines()
     assert said[0].startswith("model.vocab_size=64: the vocabulary size in the tokenizer")
     explicit = command("plan", "--memory", *TINY).stdout.splitlines()
@@ -57,13 +57,13 @@ def test_the_default_vocabulary_is_that_of_the_tokenizer(command, monkeypatch):
 
 
 def test_a_row_that_this_geometry_cannot_have_says_why(command, monkeypatch):
-    compiled = memory.compiled
+    compiled = memory.of_variant
     calls = []
 
     def figures(config, kind):
         calls.append(kind)
         return compiled(config, kind) if kind == "qlora" else FIGURES
 
-    monkeypatch.setattr(memory, "compiled", figures)
+    monkeypatch.setattr(memory, "of_variant", figures)
     said = command("plan", "--memory", *TINY, "--config.model.mlp_dim=144").stdout.splitlines()
     assert "the group 64 does not divide its 144 inputs" in said[-1] and len(said) == 2 + len(calls)

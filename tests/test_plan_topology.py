@@ -40,7 +40,7 @@ def on_cpu(monkeypatch):
         ("h100:4x8*2", "slices are parts of TPUs; give the number of hosts"),
     ],
 )
-def test_a_topology_that_cannot_be_is_refused(text, message):
+def test_an_unknown_topology_is_rejected(text, message):
     with pytest.raises(UserError, match=message):
         topologies.parse(text)
 

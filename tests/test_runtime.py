@@ -87,7 +87,7 @@ def test_errors_of_the_device_are_one_line_with_a_cure(error, message, monkeypat
     def fail(f):
         raise error
 
-    assert cli.call(cli.Command("example", fail, cli.Flags(), memory_cure="less"), []) == 2
+    assert cli.call(cli.Command("example", fail, cli.Flags(), memory_hint="less"), []) == 2
     line = capsys.readouterr().err
     assert message in line and line.startswith("error: ") and line.count("\n") == 1
 

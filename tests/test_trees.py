@@ -95,12 +95,12 @@ def test_first_match_wins_and_sees_per_layer_names():
         (((r"layers/(", 1), (r".*", 2)), r"rule 'layers/\(' is not a regular expression"),
     ],
 )
-def test_bad_rules_are_errors_that_name_themselves(rules, message):
+def test_errors_of_rules_name_the_rule(rules, message):
     with pytest.raises(UserError, match=message):
         trees.match(rules, trees.restage(tree_of(2), ((1, 2),)), "some.rules")
 
 
-def test_check_lists_what_lacks_what_is_left_and_what_differs():
+def test_check_lists_missing_additional_and_different_weights():
     have, want = tree_of(2), tree_of(2)
     trees.check(trees.describe(have), trees.describe(jax.eval_shape(lambda: want)), "here")
     del have["layers"]["0"]

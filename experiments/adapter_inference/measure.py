@@ -58,7 +58,9 @@ def forms(base: Any) -> dict[str, Any]:
     trained, fixed = lora.split(lora.init(jax.random.key(0), base, dataclasses.replace(default.lora, rank=8)), "lora")
     moved = jax.tree.map(lambda x: x + 0.01 * jax.random.normal(jax.random.key(x.size), x.shape), trained)
     adapters = lora.join(moved, fixed)
-    nf4, int8 = (post_training.base(base, dataclasses.replace(default.quant, scheme=s)) for s in ("nf4", "int8"))
+    nf4, int8 = (
+        post_training.quantize_base(base, dataclasses.replace(default.quant, scheme=s)) for s in ("nf4", "int8")
+    )
     return {
         MERGED: lora.merge(base, adapters),
         "dense, attached": lora.attach(base, adapters),

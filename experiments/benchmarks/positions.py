@@ -26,7 +26,7 @@ def decoding(changes: Mapping[str, Any], length: int) -> Job:
     import jax.numpy as jnp
 
     from llm_jax import configuration
-    from llm_jax.model.attention import Tokens
+    from llm_jax.model.attention import TokenMetadata
     from llm_jax.model.transformer import Transformer, init_cache
 
     config = configuration.load("default", changes).model
@@ -35,14 +35,16 @@ def decoding(changes: Mapping[str, Any], length: int) -> Job:
     empty = init_cache(model.config, 1, length)
     slots = jnp.arange(length)[None]
     full = dataclasses.replace(
-        empty, tokens=Tokens(slots, (slots < length - _STEPS).astype(jnp.int32)), index=jnp.int32(length - _STEPS)
+        empty,
+        tokens=TokenMetadata(slots, (slots < length - _STEPS).astype(jnp.int32)),
+        index=jnp.int32(length - _STEPS),
     )
 
     @jax.jit
     def decode(params: Any, cache: Any) -> jax.Array:
         def body(i: int, carry: Any) -> Any:
             cache, ids = carry
-            tokens = Tokens(cache.index[None, None], jnp.ones((1, 1), jnp.int32))
+            tokens = TokenMetadata(cache.index[None, None], jnp.ones((1, 1), jnp.int32))
             logits, cache = model.apply({"params": params}, ids, tokens, cache)
             return cache, jnp.argmax(logits, -1).astype(jnp.int32)
 

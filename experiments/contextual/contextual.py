@@ -15,7 +15,7 @@ from llm_jax.checkpoints import Loaded
 from llm_jax.embeddings import contextual
 from llm_jax.errors import UserError
 from llm_jax.intervals import Interval, mean, wilson
-from llm_jax.research import experiments, findings, pictures, verdicts
+from llm_jax.research import experiments, findings, plots, verdicts
 from llm_jax.research.findings import Finding
 
 TABLE = "table"  # the rows of the embedding table, without positions and norm
@@ -115,7 +115,7 @@ def table(by_layer: dict) -> list[str]:
 
 def draw(by_layer: dict, bank: np.ndarray, path: pathlib.Path) -> None:
     """Cosines by layer, and the occurrences of "bank" at the last layer on their first two principal axes."""
-    with pictures.figure(path, 1, 2, figsize=(11, 4.5)) as (left, right):
+    with plots.figure(path, 1, 2, figsize=(11, 4.5)) as (left, right):
         for name in ("within", "between"):
             middle, low, high = np.array([row[name] for row in by_layer.values()]).T
             left.plot(list(by_layer), middle, marker="o", label=f"{name} senses")

@@ -26,7 +26,7 @@ from llm_jax.decoding.options import DecodingOptions
 from llm_jax.decoding.steps import apply
 from llm_jax.errors import UserError
 from llm_jax.intervals import Interval, bootstrap
-from llm_jax.research import experiments, findings, pictures, verdicts
+from llm_jax.research import experiments, findings, plots, verdicts
 from llm_jax.research.findings import Finding
 from llm_jax.research.provenance import Provenance
 
@@ -202,7 +202,7 @@ def judge(texts: Mapping[str, Texts], figures: Mapping[str, Any], steps: Mapping
 
 def draw(nucleus: np.ndarray, path: pathlib.Path) -> None:
     """The distribution of the size of the nucleus over tokens, beside fixed k."""
-    with pictures.figure(path, figsize=(6, 3.2)) as axes:
+    with plots.figure(path, figsize=(6, 3.2)) as axes:
         sizes = np.sort(nucleus.ravel())
         axes.plot(sizes, np.linspace(0, 1, len(sizes)))
         for k in (40, 640):

@@ -17,7 +17,7 @@ import numpy as np
 
 from experiments import decoders
 from llm_jax import configuration
-from llm_jax.model.attention import Tokens
+from llm_jax.model.attention import TokenMetadata
 from llm_jax.training.setup import setup
 
 SYMBOLS, BASE, LENGTH, HALF = 16, 5, 40, 20
@@ -71,8 +71,8 @@ def accuracies(kind: str, seed: int, steps: int) -> dict[str, float]:
     @jax.jit
     def accuracy(params, offsets):
         batch = sequences(jax.random.key(7), offsets, 512)
-        where = Tokens(batch["positions"], batch["segments"])
-        logits: Any = parts.model.apply({"params": params}, batch["inputs"], where)
+        metadata = TokenMetadata(batch["positions"], batch["segments"])
+        logits: Any = parts.model.apply({"params": params}, batch["inputs"], metadata)
         right = jnp.argmax(logits, -1) == batch["targets"]
         counted = batch["mask"] * (batch["positions"] >= 2 + HALF)
         return jnp.sum(right * counted) / jnp.sum(counted)

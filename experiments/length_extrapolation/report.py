@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from llm_jax.intervals import Interval, mean, paired
-from llm_jax.research import findings, pictures, verdicts
+from llm_jax.research import findings, plots, verdicts
 from llm_jax.research.findings import Figures, Finding
 
 MARGIN = 0.05  # nats a token
@@ -105,7 +105,7 @@ def draw(loss: Figures, path: pathlib.Path) -> None:
         "rope fine-tuned at 8×": [kind for kind in loss if kind == "rope" or "fine-tuned" in kind],
     }
     lengths = [int(factor) for factor in FACTORS]
-    with pictures.figure(path, 1, len(panels), figsize=(14, 4.2), sharey=True) as axes:
+    with plots.figure(path, 1, len(panels), figsize=(14, 4.2), sharey=True) as axes:
         for axis, (title, kinds) in zip(axes, panels.items(), strict=True):
             for kind in kinds:
                 y = np.array([[run["sliding"][factor] for factor in FACTORS] for run in loss[kind]])

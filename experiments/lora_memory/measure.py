@@ -41,7 +41,7 @@ def main() -> None:
         kind, _, option = condition.partition(", ")
         if kind == "merging":
             return merging(config, option, f.repeats)
-        return dataclasses.asdict(memory.compiled(memory.with_remat(config, option.removeprefix("remat ")), kind))
+        return dataclasses.asdict(memory.of_variant(memory.with_remat(config, option.removeprefix("remat ")), kind))
 
     root = experiments.directory(f.runs, f.seq_len, f.repeats)
     figures, origins = experiments.measure(root, (*STEPS, *(f"merging, {dtype}" for dtype in DTYPES)), 1, measure)

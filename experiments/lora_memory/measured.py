@@ -78,7 +78,7 @@ def measure(kind: str, remat: str) -> dict[str, int]:
             state, _ = compiled(state.replace(frozen={}), frozen, rows, jnp.float32(jnp.inf))
             state = jax.block_until_ready(state).replace(frozen=frozen)
     measured = resident("VmHWM") - before + arrays
-    return {"planned": memory.of(compiled).peak, "measured": measured, "rest": before - arrays}
+    return {"planned": memory.of_executable(compiled).peak, "measured": measured, "rest": before - arrays}
 
 
 def resident(field: str) -> int:

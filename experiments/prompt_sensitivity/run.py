@@ -17,7 +17,7 @@ from llm_jax.evaluation import answers
 from llm_jax.evaluation.builtin import TASKS
 from llm_jax.evaluation.prompts import PromptConfig
 from llm_jax.intervals import Interval, bootstrap
-from llm_jax.research import experiments, findings, pictures, verdicts
+from llm_jax.research import experiments, findings, plots, verdicts
 from llm_jax.research.findings import Finding
 from llm_jax.research.provenance import Provenance
 
@@ -118,7 +118,7 @@ def table(cells: Cells, tokens: Cells) -> list[str]:
 
 def draw(cells: Cells, path: pathlib.Path) -> None:
     """The accuracy of every paraphrase."""
-    with pictures.figure(path, figsize=(8, 3.4)) as axes:
+    with plots.figure(path, figsize=(8, 3.4)) as axes:
         for place, right in enumerate(cells.values()):
             axes.plot([place] * len(right), right.mean(1), "_", markersize=12)
         axes.set_xticks(range(len(cells)), [" ".join(key) for key in cells], rotation=60, ha="right", fontsize=6)

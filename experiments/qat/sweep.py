@@ -18,7 +18,7 @@ from llm_jax.data.rows import Rows
 from llm_jax.errors import UserError
 from llm_jax.intervals import paired
 from llm_jax.quant import calibrate, post_training
-from llm_jax.research import experiments, findings, pictures, verdicts
+from llm_jax.research import experiments, findings, plots, verdicts
 from llm_jax.research.findings import Finding
 
 # Name -> (scheme, whether the step sizes are learned, methods after training). Embedding tables have 8 bits.
@@ -67,7 +67,7 @@ def compare(root: pathlib.Path, name: str, seed: int) -> dict[str, float]:
     model, params, tokenizer = checkpoints.load(plain)
     config = checkpoints.read_config(checkpoints.find(plain))
     held = Rows(Source(config.data).corpus(tokenizer).validation, config.train.seq_len)
-    calibration, _ = calibrate.text(config, "", tokenizer, config.train.seq_len, 128)
+    calibration, _ = calibrate.calibration_rows(config, "", tokenizer, config.train.seq_len, 128)
 
     def loss(params: Any) -> float:
         return decoders.evaluate(model, params, held, 32, limit=1024)["loss"]
@@ -75,7 +75,7 @@ def compare(root: pathlib.Path, name: str, seed: int) -> dict[str, float]:
     figures = {"full": loss(params)}
     for method in methods:
         figures[method] = loss(measure.quantize(model, params, f"{scheme} {method}", calibration, batch_size=32))
-    figures["qat"] = loss(post_training.finish(checkpoints.load(in_the_loop).params))
+    figures["qat"] = loss(post_training.replace_fake_quant(checkpoints.load(in_the_loop).params))
     if not all(np.isfinite(list(figures.values()))):
         raise UserError(f"{in_the_loop}: a loss is not finite ({figures})")
     return figures
@@ -118,7 +118,7 @@ def table(figures: Losses, result: Finding) -> list[str]:
 
 def draw(figures: Losses, path: pathlib.Path) -> None:
     """The loss above full precision of each scheme: by the best method after training, and with QAT."""
-    with pictures.figure(path, figsize=(8, 4)) as axis:
+    with plots.figure(path, figsize=(8, 4)) as axis:
         x = np.arange(len(figures))
         for shift, label in ((-0.2, "best after training"), (0.2, "in the loop")):
             methods = [best(runs) if shift < 0 else "qat" for runs in figures.values()]

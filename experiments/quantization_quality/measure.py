@@ -20,7 +20,7 @@ from llm_jax.data.rows import Row
 from llm_jax.decoding import loop, samplers
 from llm_jax.errors import UserError
 from llm_jax.kernels import number_formats
-from llm_jax.model.attention import Tokens
+from llm_jax.model.attention import TokenMetadata
 from llm_jax.model.transformer import Transformer
 from llm_jax.quant import calibrate, post_training
 from llm_jax.research import experiments
@@ -36,7 +36,9 @@ def quantize(model: Transformer, params: Any, name: str, rows: Sequence[Row], ba
     options = calibrate.CalibrationOptions(method, True, batch_size)
     rows = rows if calibrate.needs_text(planned, method) else []
     with tempfile.TemporaryDirectory() as finished:
-        return calibrate.run(model, trees.flatten(params), planned, rows, options, pathlib.Path(finished))[0]
+        return calibrate.quantize_layers(model, trees.flatten(params), planned, rows, options, pathlib.Path(finished))[
+            0
+        ]
 
 
 def expanded(params: Any) -> Any:
@@ -111,7 +113,7 @@ def _compare(model: Transformer, full: Any, params: Any, batch: Mapping[str, jax
     """Sums over the targets of each row, float32 (B,): 1, nats (full, quantized), KL, and equal greedy tokens."""
     mask = batch["mask"].astype(jnp.float32)
     outputs: list[Any] = [
-        model.apply({"params": of_model}, batch["inputs"], Tokens(batch["positions"], batch["segments"]))
+        model.apply({"params": of_model}, batch["inputs"], TokenMetadata(batch["positions"], batch["segments"]))
         for of_model in (full, params)
     ]
     p, q = (jax.nn.log_softmax(logits.astype(jnp.float32)) for logits in outputs)
@@ -172,7 +174,7 @@ def speeds(
         name: {
             "tokens_per_second": rates[name],
             "bytes": weights.num_bytes(params),
-            "temporary_bytes": memory.of(forward.lower(params, token).compile()).temporaries,
+            "temporary_bytes": memory.of_executable(forward.lower(params, token).compile()).temporaries,
             "median": float(np.median(rates[name])),
         }
         for name, params in by_name.items()

@@ -13,7 +13,7 @@ import numpy as np
 
 from llm_jax import cli, files
 from llm_jax.intervals import Interval, mean, paired
-from llm_jax.research import experiments, findings, pictures
+from llm_jax.research import experiments, findings, plots
 from llm_jax.research.findings import Finding
 from llm_jax.research.provenance import Provenance
 
@@ -124,7 +124,7 @@ def draw(language: dict[str, Any], full: dict[str, Any], path: pathlib.Path) -> 
         scheme, method = (name, maker_or_scheme) if maker_or_scheme in FILES else (maker_or_scheme, method)
         points.setdefault(method, []).append(point)
         best[scheme] = min(best.get(scheme, point), point, key=lambda p: p[1])
-    with pictures.figure(path, figsize=(9, 5)) as axis:
+    with plots.figure(path, figsize=(9, 5)) as axis:
         for (method, of_method), marker in zip(points.items(), "osv^D*PX", strict=False):
             axis.scatter(*zip(*of_method, strict=True), marker=marker, label=method, alpha=0.7)
         for scheme, point in best.items():

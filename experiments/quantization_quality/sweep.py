@@ -55,7 +55,7 @@ def main() -> None:
     loaded = checkpoints.load(path)
     config = checkpoints.read_config(checkpoints.find(path))
     rows = spread(Rows(Source(config.data).corpus(loaded.tokenizer).validation, config.train.seq_len), f.rows)
-    calibration, _ = calibrate.text(config, "", loaded.tokenizer, config.train.seq_len, f.calibration)
+    calibration, _ = calibrate.calibration_rows(config, "", loaded.tokenizer, config.train.seq_len, f.calibration)
     texts = b"".join(row["inputs"].tobytes() for row in [*rows, *calibration])
     digest = hashlib.sha256((checkpoints.find(path) / "manifest.json").read_bytes() + texts).hexdigest()[:12]
     root = experiments.directory(f.runs, digest, f.rows, f.calibration, f.sentences)
@@ -91,7 +91,7 @@ def cells(methods: Mapping[str, Sequence[str]], compute: Callable[..., Any], loa
 
 def spread(rows: Rows, count: int) -> list[Row]:
     """Rows without padding, spread over the text; those without a target are left out."""
-    return [row for i in np.linspace(0, rows.full - 1, count).astype(int) if (row := rows[int(i)])["mask"].sum()]
+    return [row for i in np.linspace(0, rows.num_full - 1, count).astype(int) if (row := rows[int(i)])["mask"].sum()]
 
 
 def of_sentences(count: int) -> Cells:

@@ -7,7 +7,7 @@ from absl import flags
 
 from llm_jax import cli
 from llm_jax.errors import UserError
-from llm_jax.research import pictures, runs
+from llm_jax.research import plots, runs
 
 WINDOW = 50  # steps of the running mean
 
@@ -22,7 +22,7 @@ def main() -> None:
     tokens = np.cumsum([line["tokens"] for line in lines]) / 1e6
     loss = np.asarray([line["loss"] for line in lines], float)
     held = [(t, line["validation_loss"]) for t, line in zip(tokens, lines, strict=True) if "validation_loss" in line]
-    with pictures.figure(flags.FLAGS.output, figsize=(7, 3.6), dpi=120) as axes:
+    with plots.figure(flags.FLAGS.output, figsize=(7, 3.6), dpi=120) as axes:
         axes.plot(tokens, loss, color="tab:blue", alpha=0.25, linewidth=0.6, label="training, each step")
         if len(loss) >= WINDOW:
             mean = np.convolve(loss, np.ones(WINDOW) / WINDOW, "valid")

@@ -18,7 +18,7 @@ from absl import flags
 
 from llm_jax import cli, configuration
 from llm_jax.parallel import topologies
-from llm_jax.research import experiments, findings, pictures, verdicts
+from llm_jax.research import experiments, findings, plots, verdicts
 from llm_jax.research.findings import Finding
 from llm_jax.training import estimate, memory, planning
 from llm_jax.training.setup import setup
@@ -124,7 +124,7 @@ def measured(shape: dict[str, int], repeats: int) -> dict[str, float]:
         began = time.perf_counter()
         state, _ = jax.block_until_ready(step(state, {}, batch, jnp.float32(jnp.inf)))
         seconds.append(time.perf_counter() - began)
-    sizes = memory.of(step)
+    sizes = memory.of_executable(step)
     return {
         "arguments": sizes.arguments,
         "temporaries": sizes.temporaries,
@@ -187,7 +187,7 @@ def draw(kind: str, rows: list[tuple[str, int, dict[str, float]]], directory: pa
     lines = LINES[kind]
     for suffix in ("png", "svg"):
         path, size = directory / f"{kind}.{suffix}", (2.6 * len(axes_names), 2.3 * len(lines))
-        with pictures.figure(path, len(lines), len(axes_names), figsize=size, sharey="row", squeeze=False) as grid:
+        with plots.figure(path, len(lines), len(axes_names), figsize=size, sharey="row", squeeze=False) as grid:
             for i, (title, unit, names) in enumerate(lines):
                 for j, axis_name in enumerate(axes_names):
                     axis, points = grid[i][j], [row for row in rows if row[0] == axis_name]

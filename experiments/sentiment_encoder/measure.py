@@ -115,7 +115,7 @@ def train(loaded: checkpoints.Loaded, parts: list[dict[str, jax.Array]], kind: s
         "products right": products,
         "count": len(tests[0]["labels"]),
         "accuracy": films / len(tests[0]["labels"]),
-        "bytes of a step": memory.of(compiled, 0).peak,
+        "bytes of a step": memory.of_executable(compiled, 0).peak,
         "trained": sum(x.size for x in jax.tree.leaves(state)),
         "seconds a step": float(np.median(times)),
         "cut": float(np.mean(np.asarray(training["mask"])[:, -1])),

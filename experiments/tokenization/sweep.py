@@ -8,7 +8,7 @@ from absl import flags
 
 from llm_jax import cli, tokenizers
 from llm_jax.data import assets
-from llm_jax.research import experiments, findings, pictures, verdicts
+from llm_jax.research import experiments, findings, plots, verdicts
 from llm_jax.research.findings import Finding
 
 PIECES = ("wordpiece", "unigram", "bpe", "char_bpe", "byte_bpe")
@@ -85,7 +85,7 @@ def judge(table: Table) -> list[Finding]:
 
 
 def draw(table: Table, path: pathlib.Path) -> None:
-    with pictures.figure(path, figsize=(7, 4.5)) as axis:
+    with plots.figure(path, figsize=(7, 4.5)) as axis:
         for kind in ("word", *PIECES, *SINGLE):
             rows = [row for (k, _), row in table.items() if k == kind]
             x, y = ([row[name] for row in rows] for name in ("ids", "tokens per word"))

@@ -64,7 +64,7 @@ __all__ = [
 ]
 
 
-@other_libraries.answers_keywords
+@other_libraries.explain_unknown_keywords
 def load(
     name: str | os.PathLike[str],
     scan_layers: bool = False,

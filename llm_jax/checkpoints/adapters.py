@@ -12,12 +12,12 @@ from llm_jax.checkpoints.checkpoint import (
     Checkpoint,
     Loaded,
     Shardings,
-    arranged,
-    beside,
+    convert_layout,
     on_default_device,
+    place_like,
     unreadable_base,
 )
-from llm_jax.checkpoints.run import Run, abstract_tree, placed, read_arrays
+from llm_jax.checkpoints.run import Run, abstract_tree, read_arrays, with_shardings
 from llm_jax.errors import UserError
 from llm_jax.model.transformer import Transformer
 from llm_jax.quant import post_training
@@ -54,9 +54,9 @@ class Adapters(Run):
     def params(self, config: ModelConfig, shardings: Shardings, as_stored: bool = False) -> dict[str, Any]:
         """Like `Checkpoint.params`, but with the dtypes of the run that trained the adapters."""
         base, adapters = self._separate(shardings)
-        frozen = post_training.base(lora.rebase(base, adapters), self.run_config.quant)
+        frozen = post_training.quantize_base(lora.subtract_start(base, adapters), self.run_config.quant)
         params = lora.attach(frozen, adapters, factors=self.run_config.lora.factors)
-        return arranged(params, config, shardings, as_stored)
+        return convert_layout(params, config, shardings, as_stored)
 
     def separate(self) -> tuple[Loaded, dict[str, Any]]:
         """The base without the adapters, and the adapters as they are applied (factors rounded as in training).
@@ -68,16 +68,16 @@ class Adapters(Run):
         """
         config = self.run_config
         base, adapters = self._separate(on_default_device)
-        adapters = lora.rounded(adapters, config.lora.factors)
+        adapters = lora.quantize_factors(adapters, config.lora.factors)
         if any(path.endswith("/start_a") for path in trees.flatten(adapters)):
             if config.quant.scheme:
                 raise UserError(
                     f"{self.path}: its base was quantized after lora.variant=pissa had subtracted the first factors; "
                     "base and adapters cannot be separated"
                 )
-            adapters = lora.plain(adapters)
+            adapters = lora.to_lora(adapters)
         model = Transformer(dataclasses.replace(config.model, scan_layers=False, attention_kernel="auto"))
-        return Loaded(model, post_training.base(base, config.quant), self.tokenizer), adapters
+        return Loaded(model, post_training.quantize_base(base, config.quant), self.tokenizer), adapters
 
     def adapters(self) -> dict[str, Any]:
         """The adapter tree, one entry per layer, on the default device."""
@@ -91,7 +91,7 @@ class Adapters(Run):
         except UserError as error:
             raise unreadable_base(self.path, error) from error
         check_base(self.path, self.record, self.base.name, trees.fingerprint(base))
-        return base, beside(self.adapters(), base)
+        return base, place_like(self.adapters(), base)
 
 
 def restore_adapters(directory: pathlib.Path, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def restore_adapters(directory: pathlib.Path, record: Mapping[str, Any]) -> dict
 
     def read(name: str) -> dict[str, Any]:
         saved = abstract_tree(record[name])
-        return trees.flatten(read_arrays(directory, **{name: placed(saved, on_default_device(saved))})[name])
+        return trees.flatten(read_arrays(directory, **{name: with_shardings(saved, on_default_device(saved))})[name])
 
     adapters = read("params")
     averages = read("ema") if "ema" in record else {}  # only the trained part has an average

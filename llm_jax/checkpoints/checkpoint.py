@@ -33,7 +33,7 @@ class Loaded(NamedTuple):
     if not TYPE_CHECKING:  # type: ignore[misc]  # for which every attribute would exist
 
         def __getattr__(self, name: str) -> Any:
-            raise attribute_names.no_attribute("the result of llm_jax.load (model, params, tokenizer)", name)
+            raise attribute_names.attribute_error("the result of llm_jax.load (model, params, tokenizer)", name)
 
 
 class Checkpoint(abc.ABC):
@@ -206,13 +206,13 @@ def on_default_device(tree: Any) -> Any:
     return jax.tree.map(lambda _: device, tree)
 
 
-def beside(tree: Any, params: Any) -> Any:
+def place_like(tree: Any, params: Any) -> Any:
     """Puts the arrays of `tree` on the devices of `params`: if these are sharded over a mesh, on every device of it."""
     mesh = mesh_lib.mesh_of(params)
     return tree if mesh is None else jax.device_put(tree, mesh_lib.replicated(mesh))
 
 
-def arranged(
+def convert_layout(
     params: trees.Tree, config: ModelConfig, shardings: Shardings, as_stored: bool, dtype: str = ""
 ) -> dict[str, Any]:
     """Converts parameters to the layout of `config`, and moves them to `shardings`.

@@ -145,11 +145,11 @@ def hf_config(family: str, m: ModelConfig) -> dict[str, Any]:
         "tie_word_embeddings": m.tie_embeddings,
         **FAMILIES[family].write(m),
     }
-    refuse_difference(family, m, model_config(written)[1])
+    check_round_trip(family, m, model_config(written)[1])
     return written
 
 
-def refuse_difference(label: str, m: ModelConfig, again: ModelConfig) -> None:
+def check_round_trip(label: str, m: ModelConfig, again: ModelConfig) -> None:
     """Raises UserError, naming the first key, if a model changes when it is written and read again.
 
     Args:

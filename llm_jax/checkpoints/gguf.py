@@ -171,7 +171,7 @@ def _joined(path: pathlib.Path, first: GgufFile, count: int) -> GgufFile:
 
 
 def _read_part(path: pathlib.Path) -> GgufFile:
-    files.refuse_pointer(path)
+    files.check_not_lfs_pointer(path)
     r = _Reader(path)
     if len(r.data) < 4 or r.take(4, "the magic number").tobytes() != _MAGIC:
         raise UserError(

@@ -14,11 +14,11 @@ from llm_jax.checkpoints.checkpoint import (
     Checkpoint,
     Shardings,
     abstract_params,
-    arranged,
     check_geometry,
     check_vocabulary,
+    convert_layout,
 )
-from llm_jax.checkpoints.families import refuse_difference
+from llm_jax.checkpoints.families import check_round_trip
 from llm_jax.checkpoints.gguf_config import ARCHITECTURES, architecture, metadata, read_config
 from llm_jax.errors import UserError
 from llm_jax.kernels import blocks
@@ -69,7 +69,7 @@ class Gguf(Checkpoint):
         layout = dataclasses.replace(config, scan_layers=config.scan_layers and not as_stored)
         abstract = abstract_params(Transformer(layout))
         params = load_params(self.path, self.file, self.config, abstract, shardings, as_stored)
-        return arranged(params, config, shardings, as_stored) if as_stored else params
+        return convert_layout(params, config, shardings, as_stored) if as_stored else params
 
 
 class _Tensors:
@@ -204,7 +204,7 @@ def save(
     entries |= other_metadata or {}
     described = {name: gguf.GgufTensor(shape, stored_as, path, 0) for name, (shape, stored_as) in tensors.items()}
     read_back = read_config(gguf.GgufFile(entries, described), "the file to be written", rope_freqs)[1]
-    refuse_difference(f"a GGUF file of a {arch}", dataclasses.replace(config, head_dim=read_back.head_dim), read_back)
+    check_round_trip(f"a GGUF file of a {arch}", dataclasses.replace(config, head_dim=read_back.head_dim), read_back)
     gguf.write(path, entries, tensors, (values(name) for name in tensors))
     return {name: stored_as for name, (_, stored_as) in tensors.items()}
 

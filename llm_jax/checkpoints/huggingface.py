@@ -379,7 +379,7 @@ def _shards(directory: pathlib.Path) -> list[pathlib.Path]:
 
 def _read_header(path: pathlib.Path) -> dict[str, _Tensor]:
     """The tensors of a safetensors file by name. Raises UserError if it is damaged."""
-    files.refuse_pointer(path)
+    files.check_not_lfs_pointer(path)
     try:
         with safe_open(path, framework="numpy"):  # checks the header against the file
             pass

@@ -19,7 +19,7 @@ def is_remote(name: str) -> bool:
     return name.startswith(_PREFIXES)
 
 
-def lasting(name: str | os.PathLike[str], path: pathlib.Path) -> str:
+def recorded_name(name: str | os.PathLike[str], path: pathlib.Path) -> str:
     """The name of a checkpoint in records: its remote name, its zip file, or the absolute path of its directory.
 
     Args:

@@ -113,10 +113,10 @@ def _fallback(directory: pathlib.Path) -> str:
 
 
 def _files(directory: pathlib.Path) -> dict[str, pathlib.Path]:
-    return {name: path for name, path in files.below(directory).items() if name != "manifest.json"}
+    return {name: path for name, path in files.list_files(directory).items() if name != "manifest.json"}
 
 
 def _sha256(path: pathlib.Path) -> str:
-    reading = objects.errors(path, "cannot be read") if objects.is_object(path) else contextlib.nullcontext()
+    reading = objects.user_errors(path, "cannot be read") if objects.is_object(path) else contextlib.nullcontext()
     with reading, path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -35,7 +35,7 @@ def open(name: str | os.PathLike[str], base: str = "") -> Checkpoint:
       UserError: `name` is not a checkpoint, or `base` is given for a checkpoint without adapters.
     """
     path = location.resolve(name)
-    own_name = location.lasting(name, path)
+    own_name = location.recorded_name(name, path)
     if Peft.matches(path):
         return Peft(path, own_name, functools.partial(_open_base_of_peft, path, base))
     adapters = path.is_dir() and sorted(p.parent.name for p in path.glob("*/adapter_config.json"))
@@ -50,7 +50,7 @@ def open(name: str | os.PathLike[str], base: str = "") -> Checkpoint:
     else:
         _refuse_parts(str(name), path)
         path = find(path)
-        own_name = location.lasting(name, path)
+        own_name = location.recorded_name(name, path)
         if read_config(path).lora.rank:
             return Adapters(path, own_name, functools.partial(_open_base_of_run, path, base))
         checkpoint = Run(path, own_name)
@@ -85,13 +85,13 @@ def _open_base_of_run(path: pathlib.Path, base: str, recorded: str) -> Checkpoin
     """Opens the base of the run with the checkpoint `path`. Its hash is compared when its weights are read."""
     path = path.absolute()
     workdir = path.parents[1] if path.parent.name == "checkpoints" else path
-    return open_base(base or located(recorded, workdir) or _missing(recorded))
+    return open_base(base or find_base(recorded, workdir) or _missing(recorded))
 
 
 def _open_base_of_peft(path: pathlib.Path, base: str, recorded: str) -> Checkpoint:
     if not (base or recorded):
         raise UserError(f"adapter_config.json has no base_model_name_or_path; give its path {_FLAG}")
-    if name := base or located(recorded, path):
+    if name := base or find_base(recorded, path):
         return open(name)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", recorded):
         _missing(recorded)
@@ -107,7 +107,7 @@ def _missing(recorded: str) -> NoReturn:
     )
 
 
-def located(recorded: str, directory: pathlib.Path) -> str:
+def find_base(recorded: str, directory: pathlib.Path) -> str:
     """The path or name of the base of adapters; "" if it is not found.
 
     Args:

@@ -18,10 +18,10 @@ from llm_jax.checkpoints.checkpoint import (
     Checkpoint,
     Loaded,
     Shardings,
-    arranged,
-    beside,
     check_vocabulary,
+    convert_layout,
     on_default_device,
+    place_like,
     unreadable_base,
 )
 from llm_jax.checkpoints.peft_config import CONFIG
@@ -100,8 +100,8 @@ class Peft(Checkpoint):
 
     def params(self, config: ModelConfig, shardings: Shardings, as_stored: bool = False) -> dict[str, Any]:
         base = self._base_params(config, shardings)
-        adapters = beside(peft_tensors.adapters(self._tensors, self.family, self.config, base), base)
-        return arranged(lora.attach(base, adapters), config, shardings, as_stored)
+        adapters = place_like(peft_tensors.adapters(self._tensors, self.family, self.config, base), base)
+        return convert_layout(lora.attach(base, adapters), config, shardings, as_stored)
 
     def separate(self) -> tuple[Loaded, dict[str, Any]]:
         """The base without the adapters, and the adapters, both with one entry per layer and in float32.

@@ -45,7 +45,7 @@ def save(
         raise UserError(f"--output={directory} already exists; choose another path, or remove it")
     specs = assemble.specs(FAMILIES[family].tensor_names(config), base)
     if any(path.endswith("/start_a") for path in trees.flatten(adapters)):
-        adapters = lora.plain(adapters)
+        adapters = lora.to_lora(adapters)
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}

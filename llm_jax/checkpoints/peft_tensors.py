@@ -312,7 +312,7 @@ def _read_file(directory: pathlib.Path) -> dict[str, np.ndarray]:
         pickled = [p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
         reason = f" ({pickled[0]} is pickled: it could run code, and is not read)" if pickled else ""
         raise UserError(f"{directory}: no {TENSORS} here{reason}")
-    files.refuse_pointer(path)
+    files.check_not_lfs_pointer(path)
     try:
         with safe_open(path, framework="numpy") as handle:
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)

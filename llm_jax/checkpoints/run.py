@@ -24,7 +24,7 @@ import jax
 
 from llm_jax import configuration, files, objects, tokenizers, trees, weights
 from llm_jax.checkpoints import families, manifest, storage
-from llm_jax.checkpoints.checkpoint import Checkpoint, Shardings, abstract_params, arranged
+from llm_jax.checkpoints.checkpoint import Checkpoint, Shardings, abstract_params, convert_layout
 from llm_jax.errors import UserError
 from llm_jax.model.transformer import Transformer
 from llm_jax.schema import Config, ModelConfig
@@ -67,7 +67,7 @@ class Run(Checkpoint):
 
     def params(self, config: ModelConfig, shardings: Shardings, as_stored: bool = False) -> dict[str, Any]:
         saved = restore(self.path, self.record, config, shardings)
-        return arranged(saved, config, shardings, as_stored, "" if as_stored else config.precision.params)
+        return convert_layout(saved, config, shardings, as_stored, "" if as_stored else config.precision.params)
 
 
 def read_config(directory: pathlib.Path) -> Config:
@@ -100,9 +100,9 @@ def restore(directory: pathlib.Path, record: Mapping[str, Any], config: ModelCon
     model = Transformer(dataclasses.replace(config, scan_layers=stacked))
     trees.check(_shapes(saved), _shapes(abstract_params(model)), str(directory))
     if "ema" not in record:
-        return read_arrays(directory, params=placed(saved, shardings(saved)))["params"]
+        return read_arrays(directory, params=with_shardings(saved, shardings(saved)))["params"]
     average = abstract_tree(record["ema"])
-    average = read_arrays(directory, ema=placed(average, shardings(saved)))["ema"]
+    average = read_arrays(directory, ema=with_shardings(average, shardings(saved)))["ema"]
     return jax.tree.map(lambda leaf, p: leaf.astype(p.dtype), average, saved)
 
 
@@ -141,7 +141,7 @@ def read_arrays(directory: pathlib.Path, **items: Any) -> Any:
 
     if not objects.is_object(directory):
         return read()
-    with objects.errors(directory, "cannot be read"):  # its files have been verified
+    with objects.user_errors(directory, "cannot be read"):  # its files have been verified
         return objects.bounded(directory, read)
 
 
@@ -160,6 +160,6 @@ def _shapes(tree: Any) -> dict[str, Any]:
     return {path: {"shape": weight.shape} for path, weight in trees.flatten(tree).items()}
 
 
-def placed(tree: Any, shardings: Any) -> Any:
+def with_shardings(tree: Any, shardings: Any) -> Any:
     """The abstract tree with a sharding on every leaf."""
     return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), tree, shardings)

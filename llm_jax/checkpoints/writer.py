@@ -58,7 +58,7 @@ class Writer:
         self._error: BaseException | None = None
         self._unanswered = False  # whether the store has stopped answering
         self._abandoned: pathlib.Path | None = None  # an unfinished checkpoint that was removed
-        self._name, self._saves = processes.unique("saves"), itertools.count()
+        self._name, self._saves = processes.unique_name("saves"), itertools.count()
         with processes.main_first("to open the checkpoints"):
             if processes.is_main():
                 files.check_lock(lock)

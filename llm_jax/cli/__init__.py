@@ -9,8 +9,8 @@ saves a checkpoint first in both cases); 141 the reader of the output has ended.
 
 from llm_jax.cli.entry import Commands as Commands
 from llm_jax.cli.entry import call as call
-from llm_jax.cli.entry import forward as forward
 from llm_jax.cli.entry import parse as parse
+from llm_jax.cli.entry import run_renamed as run_renamed
 from llm_jax.cli.entry import run_script as run_script
 from llm_jax.cli.entry import select_subcommand as select_subcommand
 from llm_jax.cli.entry import start as start

@@ -30,7 +30,7 @@ def start(command: Commands, arguments: Sequence[str] | None = None) -> None:
         command, arguments = select_subcommand(command, arguments)
         _start(command, arguments)
     except UserError as error:
-        signals.leave(2, f"error: {error}")
+        signals.exit_process(2, f"error: {error}")
 
 
 def call(command: Commands, arguments: Sequence[str] = ()) -> int:
@@ -62,22 +62,22 @@ def parse(command: Commands, arguments: Sequence[str]) -> flags.FlagValues:
     return values
 
 
-def run_script(main: Callable[[], None], interrupted: str = "interrupted") -> None:
+def run_script(main: Callable[[], None], interrupt_message: str = "interrupted") -> None:
     """Runs `main` of a script that defines its flags in `absl.flags.FLAGS`, with the errors and exit codes of commands.
 
     Args:
       main: function without arguments.
-      interrupted: message printed on SIGINT.
+      interrupt_message: message printed on SIGINT.
     """
 
     def run(values: flags.FlagValues) -> None:
         main()
 
     run.__module__ = main.__module__
-    _start(Command(os.path.basename(sys.argv[0]), run, flags.FLAGS, interrupted=interrupted), sys.argv[1:])
+    _start(Command(os.path.basename(sys.argv[0]), run, flags.FLAGS, interrupt_message=interrupt_message), sys.argv[1:])
 
 
-def forward(earlier: str, name: str, *arguments: str) -> None:
+def run_renamed(earlier: str, name: str, *arguments: str) -> None:
     """Runs the command under its new name and prints a note on stderr that `python -m llm_jax.EARLIER` was renamed."""
     command = " ".join((f"python -m llm_jax.{name}", *arguments))
     print(f"note: python -m llm_jax.{earlier} is now {command}", file=sys.stderr)
@@ -104,23 +104,23 @@ def select_subcommand(command: Commands, arguments: Sequence[str]) -> tuple[Comm
 
 
 def _start(command: Command, arguments: Sequence[str]) -> None:
-    signals.install(lambda: command.interrupted_message(command.flags))
+    signals.install(lambda: command.message_on_interrupt(command.flags))
     code = 0
     try:
         code = _execute(command, command.flags, arguments, process=True)
         sys.stdout.flush()
     except UserError as error:
         status.show("")
-        signals.leave(2, f"error: {error}")
+        signals.exit_process(2, f"error: {error}")
     except KeyboardInterrupt:
-        signals.leave(130, f"\n{command.interrupted_message(command.flags)}")
+        signals.exit_process(130, f"\n{command.message_on_interrupt(command.flags)}")
     except BrokenPipeError:
         if not _reader_ended():
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes stdout once more
-        signals.leave(141)
+        signals.exit_process(141)
     if code:
-        signals.leave(code)
+        signals.exit_process(code)
     sys.exit(0)
 
 
@@ -150,7 +150,7 @@ def _execute(command: Command, values: flags.FlagValues, arguments: Sequence[str
     try:
         return command.main(values) or 0
     except (RuntimeError, AssertionError) as error:
-        if message := runtime.explain_device_error(error, command.memory_cure):
+        if message := runtime.explain_device_error(error, command.memory_hint):
             raise UserError(message) from error
         raise
     except Exception as error:

@@ -133,28 +133,29 @@ class Command:
       main: runs the command with the parsed flags as attributes; returns the exit code, None for 0.
       flags: the definitions of the flags.
       needs: flags that need other flags; using one that has no effect is an error.
-      interrupted: message printed on SIGINT, or a function that returns it from the flags, which may not be parsed yet.
+      interrupt_message: message printed on SIGINT, or a function that returns it from the flags, which may
+        not be parsed yet.
       config: the dataclass that `--config` fills, `schema.Config` or `schema.EmbeddingsConfig`; None: no `--config`.
       subcommands: the commands that `--help` lists.
       positional: name of the repeatable flag that receives positional arguments; "": positional arguments are errors.
       compiles: whether the command compiles functions and thus has the flag --compilation_cache.
-      memory_cure: advice printed when the device runs out of memory.
+      memory_hint: advice printed when the device runs out of memory.
     """
 
     name: str
     main: Callable[[Any], int | None]
     flags: Any
     needs: Needs = ()
-    interrupted: str | Callable[[Any], str] = "interrupted"
+    interrupt_message: str | Callable[[Any], str] = "interrupted"
     config: Any = None
     subcommands: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     positional: str = ""
     compiles: bool = False
-    memory_cure: str = "use a smaller batch, or a device with more memory"
+    memory_hint: str = "use a smaller batch, or a device with more memory"
 
-    def interrupted_message(self, values: flags.FlagValues) -> str:
+    def message_on_interrupt(self, values: flags.FlagValues) -> str:
         """The message printed on SIGINT."""
-        return self.interrupted if isinstance(self.interrupted, str) else self.interrupted(values)
+        return self.interrupt_message if isinstance(self.interrupt_message, str) else self.interrupt_message(values)
 
 
 def parse(command: Command, values: flags.FlagValues, arguments: Sequence[str]) -> None:
@@ -173,7 +174,9 @@ def parse(command: Command, values: flags.FlagValues, arguments: Sequence[str]) 
     source: Any = None
     if command.config is not None:
         source, arguments = _split_source(arguments)
-        problems = [option_names.unknown(key, command.config, value) for key, value in _overrides(arguments).items()]
+        problems = [
+            option_names.unknown_option(key, command.config, value) for key, value in _overrides(arguments).items()
+        ]
         if problems := list(filter(None, problems)):
             raise UserError("; ".join(problems))
         source = source or configuration.DEFAULT_RECIPES[command.config]
@@ -203,7 +206,7 @@ def parse(command: Command, values: flags.FlagValues, arguments: Sequence[str]) 
     if command.config is not None:
         changes = vars(values["config"])["_override_values"]
         values["config"].value = configuration.load(source, changes, cls=command.config)
-    refuse_without_effect(command.needs, values)
+    check_flags_have_effect(command.needs, values)
 
 
 def _with_texts(section: dict[str, Any], cls: Any) -> dict[str, Any]:
@@ -217,7 +220,7 @@ def _with_texts(section: dict[str, Any], cls: Any) -> dict[str, Any]:
     return result
 
 
-def refuse_without_effect(needs: Needs, values: flags.FlagValues) -> None:
+def check_flags_have_effect(needs: Needs, values: flags.FlagValues) -> None:
     """Raises UserError for a flag that was given, even with its default value, but has no effect with the others."""
     for names, condition, has_effect in needs:
         present_flags = [values[name] for name in names if values[name].present]

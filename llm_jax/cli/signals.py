@@ -20,7 +20,7 @@ def install(message: Callable[[], str]) -> None:
     signal.signal(signal.SIGINT, functools.partial(_interrupt, message))
 
 
-class Deferred:
+class DeferredSignals:
     """A context in which the first SIGINT or SIGTERM is only recorded; a second signal ends the process.
 
     If `install` was not called, as in a notebook or a test, the signal handlers are not changed.
@@ -47,7 +47,7 @@ class Deferred:
     def __call__(self) -> int:
         return self.number
 
-    def __enter__(self) -> "Deferred":
+    def __enter__(self) -> "DeferredSignals":
         numbers = (signal.SIGINT, signal.SIGTERM) if _installed else ()
         self._previous = {number: signal.signal(number, self._record) for number in numbers}
         return self
@@ -59,13 +59,13 @@ class Deferred:
     def _record(self, number: int, frame: Any) -> None:
         if self.number:
             self._before_end()
-            leave(128 + number, f"\nstopped without saving; {self._resumption()}")
+            exit_process(128 + number, f"\nstopped without saving; {self._resumption()}")
         self.number = number
         # os.write, because the signal may interrupt a print.
         os.write(2, f"\n{signal.Signals(number).name}: {self._note}; repeat to stop immediately\n".encode())
 
 
-def leave(code: int, message: str = "") -> None:
+def exit_process(code: int, message: str = "") -> None:
     """Exits the process with an exit code and a message on stderr, without waiting for other threads.
 
     A normal exit would print tracebacks of the threads of the data pipeline and of Orbax.
@@ -84,7 +84,7 @@ def _interrupt(message: Callable[[], str], number: int, frame: Any) -> None:
         signal.signal(signal.SIGALRM, functools.partial(_interrupt, message))
         signal.setitimer(signal.ITIMER_REAL, 0.01)
         return
-    timer = threading.Timer(_PATIENCE, lambda: leave(128 + signal.SIGINT, f"\n{message()}"))
+    timer = threading.Timer(_PATIENCE, lambda: exit_process(128 + signal.SIGINT, f"\n{message()}"))
     timer.daemon = True
     timer.start()
     raise KeyboardInterrupt

@@ -151,7 +151,7 @@ def directory(asset: Asset) -> pathlib.Path:
     return cache() / f"{asset.requirement.replace('==', '-')}-{digest[:12]}"
 
 
-def damaged(name: str) -> list[str]:
+def damaged_files(name: str) -> list[str]:
     """Names of the files of a fetched asset that are missing or have changed."""
     target = directory(ASSETS[name])
     digests = json.loads((target / _MANIFEST).read_text())
@@ -224,4 +224,4 @@ def _tar_members(asset: Asset, opened: tarfile.TarFile) -> Iterator[tuple[str, b
 if __name__ == "__main__":
     from llm_jax import cli
 
-    cli.forward("data.assets", "assets")
+    cli.run_renamed("data.assets", "assets")

@@ -18,7 +18,7 @@ import numpy as np
 from llm_jax import files as files_lib
 from llm_jax import tokenizers
 from llm_jax.data import catalog as catalog_lib
-from llm_jax.data import processes, ray_engine, readers, streams
+from llm_jax.data import local_engine, ray_engine, readers, streams
 from llm_jax.data.catalog import Catalog
 from llm_jax.data.encode import ENCODERS
 from llm_jax.data.sources import File
@@ -38,7 +38,7 @@ _Job = tuple[pathlib.Path, str, str, str, str, Iterable[_Run]]
 def build(
     directory: pathlib.Path,
     catalog: Catalog,
-    held: HeldOut,
+    held_out: HeldOut,
     tokenizer: Tokenizer,
     kind: str,
     workers: int,
@@ -59,7 +59,7 @@ def build(
     """
     parts = directory.with_name(f".{directory.name}.parts")
     own = {tokenizer.kind, *(file.format for file in catalog.files)}
-    workers = processes.number(workers, engine, own)
+    workers = local_engine.number(workers, engine, own)
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     with _writing(directory.parent):
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ def build(
                 return
             parts.mkdir(exist_ok=True)
             tokenizers.save(tokenizer, parts / "tokenizer")
-            sides = _divided(parts, catalog, held)
+            sides = _divided(parts, catalog, held_out)
             names: dict[str, list[str]] = {side.name: [] for side in sides}
             jobs: list[_Job] = []
             costs: list[int] = []
@@ -83,7 +83,7 @@ def build(
             if engine == ray_engine.NAME:
                 _receive(parts, _tokenizer_files(parts / "tokenizer"), jobs, costs, own)
             else:
-                for _ in processes.each(_part, jobs, costs, "tokenizing", workers=workers, min_bytes=_MIN_BYTES):
+                for _ in local_engine.run_jobs(_part, jobs, costs, "tokenizing", workers=workers, min_bytes=_MIN_BYTES):
                     pass
             joined = parts / "joined"
             shutil.rmtree(joined, ignore_errors=True)
@@ -122,14 +122,14 @@ class _Side:
 
     Attributes:
       path: the path, without suffix, of two files with the starts and the sizes of the documents.
-      until: int64 (files,), number of documents of the side up to the end of each file.
-      bytes_until: int64 (files,), bytes of these documents.
+      file_ends: int64 (files,), number of documents of the side up to the end of each file.
+      byte_ends: int64 (files,), bytes of these documents.
     """
 
     name: str
     path: pathlib.Path
-    until: np.ndarray
-    bytes_until: np.ndarray
+    file_ends: np.ndarray
+    byte_ends: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,14 +145,14 @@ class _Documents:
 
 
 def _starts(path: pathlib.Path) -> np.ndarray:
-    return catalog_lib.mapped(path.with_suffix(".starts"), np.int64)
+    return catalog_lib.memory_map(path.with_suffix(".starts"), np.int64)
 
 
 def _sizes(path: pathlib.Path) -> np.ndarray:
-    return catalog_lib.mapped(path.with_suffix(".sizes"), np.int64)
+    return catalog_lib.memory_map(path.with_suffix(".sizes"), np.int64)
 
 
-def _divided(parts: pathlib.Path, catalog: Catalog, held: HeldOut) -> list[_Side]:
+def _divided(parts: pathlib.Path, catalog: Catalog, held_out: HeldOut) -> list[_Side]:
     """Writes the starts and sizes of the documents of each side."""
     sides = []
     for name, is_held in (("train", False), ("validation", True)):
@@ -161,7 +161,7 @@ def _divided(parts: pathlib.Path, catalog: Catalog, held: HeldOut) -> list[_Side
         with path.with_suffix(".starts").open("wb") as starts, path.with_suffix(".sizes").open("wb") as sizes:
             for indices in catalog.blocks():
                 records = catalog[indices]
-                chosen = held(records) == is_held
+                chosen = held_out(records) == is_held
                 file, records = catalog.file(indices)[chosen], records[chosen]
                 np.add.at(count, file, 1)
                 np.add.at(size, file, records["size"])
@@ -177,12 +177,12 @@ def _shards(side: _Side, files: tuple[File, ...]) -> Iterator[tuple[int, int, in
     A file that can be read only from its beginning is not divided.
     """
     sizes, before, last = _sizes(side.path), 0, -1
-    target = min(max(int(side.bytes_until[-1]) // _PARTS, _SMALLEST), _LARGEST)
+    target = min(max(int(side.byte_ends[-1]) // _PARTS, _SMALLEST), _LARGEST)
     divisible = np.array([streams.seekable(f.path) and readers.get(f.format).seekable for f in files])
-    first_of = np.concatenate([[0], side.bytes_until[:-1]]) // target  # the shard in which each file begins
+    first_of = np.concatenate([[0], side.byte_ends[:-1]]) // target  # the shard in which each file begins
     cuts: list[tuple[int, int]] = []  # (document, bytes before it)
     for block in catalog_lib.slices(0, len(sizes)):
-        file = np.searchsorted(side.until, np.arange(block.start, block.stop), side="right")
+        file = np.searchsorted(side.file_ends, np.arange(block.start, block.stop), side="right")
         begins = before + np.cumsum(sizes[block]) - sizes[block]
         shard = np.where(divisible[file], begins // target, first_of[file])
         new = np.flatnonzero(np.diff(shard, prepend=last))
@@ -194,8 +194,8 @@ def _shards(side: _Side, files: tuple[File, ...]) -> Iterator[tuple[int, int, in
 
 def _runs(side: _Side, files: tuple[File, ...], first: int, end: int) -> tuple[tuple[File, int, int], ...]:
     """(file, first, end) of the documents `first` to `end` of a side, file by file."""
-    low, high = np.searchsorted(side.until, (first, end - 1), side="right").tolist()
-    bounds = [first, *side.until[low:high].tolist(), end]
+    low, high = np.searchsorted(side.file_ends, (first, end - 1), side="right").tolist()
+    bounds = [first, *side.file_ends[low:high].tolist(), end]
     runs = zip(files[low : high + 1], itertools.pairwise(bounds), strict=True)
     return tuple((file, begin, until) for file, (begin, until) in runs if begin < until)
 
@@ -280,7 +280,7 @@ def _receive(
     """Runs the jobs of `_part` on a cluster, and writes the files of each part, NAME.npz last."""
     arguments = [(*rest, [(f, np.array(s), np.array(n)) for f, s, n in documents]) for _, *rest, documents in jobs]
     work = functools.partial(_part_remotely, saved)
-    for _, contents in ray_engine.each(work, arguments, costs, "tokenizing", own):
+    for _, contents in ray_engine.run_jobs(work, arguments, costs, "tokenizing", own):
         for name in sorted(contents, key=lambda name: name.endswith(".npz")):
             with new_file(parts / name, source=f"data.cache_dir: {parts.parent}") as file:
                 file.write(contents[name])
@@ -307,6 +307,6 @@ def _join(directory: pathlib.Path, parts: pathlib.Path, names: list[str], dtype:
                 end, single = cumulative[-1], single and bool(part_sizes["ends"].all())
     for path, kind in ((offsets, np.int64), (sizes, np.int64), (ends, np.bool_)):
         if path != ends or not single:  # written where a document has several examples
-            np.save(directory / f"{path.name}.npy", catalog_lib.mapped(path, kind))
+            np.save(directory / f"{path.name}.npy", catalog_lib.memory_map(path, kind))
         path.unlink()
     (directory / "split.json").write_text(json.dumps({"dtype": dtype.name}))

@@ -1,6 +1,7 @@
 """The documents of a corpus: position, size and group of each, in memory-mapped files.
 
-Scans are processed in blocks and stored on disk: their memory grows with the number of files, not of documents.
+Scans are processed in blocks and stored on disk: their memory grows with the number of files, not with the number of
+documents.
 """
 
 import concurrent.futures
@@ -20,9 +21,9 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from llm_jax import files, objects
-from llm_jax.data import processes, ray_engine, readers, shared_cache, sources
+from llm_jax.data import local_engine, ray_engine, readers, shared_cache, sources
 from llm_jax.data.sources import File
-from llm_jax.data.streams import one_by_one
+from llm_jax.data.streams import iterate
 from llm_jax.errors import UserError
 from llm_jax.files import PARTIAL
 
@@ -44,36 +45,36 @@ class Catalog:
     Attributes:
       names: names of the sources.
       files: the files of all sources.
-      until: int64 (files,), number of documents up to the end of each file.
+      file_ends: int64 (files,), number of documents up to the end of each file.
       records: RECORD (documents,) of each source.
-      ends: number of documents up to the end of each source.
+      source_ends: number of documents up to the end of each source.
       field: name of the text field in records; "": documents are whole records, as JSON.
       sha256: hash of all names and texts.
     """
 
     names: tuple[str, ...]
     files: tuple[File, ...]
-    until: np.ndarray
+    file_ends: np.ndarray
     records: tuple[np.ndarray, ...]
-    ends: tuple[int, ...]
+    source_ends: tuple[int, ...]
     field: str
     sha256: str
 
     def __len__(self) -> int:
-        return self.ends[-1]
+        return self.source_ends[-1]
 
     def __getitem__(self, indices: np.ndarray) -> np.ndarray:
         """RECORD (n,) of the documents with the indices int (n,)."""
-        source = np.searchsorted(self.ends, indices, side="right")
+        source = np.searchsorted(self.source_ends, indices, side="right")
         records = np.empty(len(indices), RECORD)
-        for i, begin in enumerate((0, *self.ends[:-1])):
+        for i, begin in enumerate((0, *self.source_ends[:-1])):
             inside = source == i
             records[inside] = self.records[i][indices[inside] - begin]
         return records
 
     def file(self, indices: np.ndarray) -> np.ndarray:
         """int (n,): the index in `files` of the file of each document, by its index."""
-        return np.searchsorted(self.until, indices, side="right")
+        return np.searchsorted(self.file_ends, indices, side="right")
 
     def blocks(self) -> Iterator[np.ndarray]:
         """The indices of all documents, in blocks of int (n,)."""
@@ -81,7 +82,7 @@ class Catalog:
 
     def is_cut(self) -> bool:
         """Whether a text file has become several documents."""
-        counts = zip([0, *self.until], self.until, self.files, strict=False)
+        counts = zip([0, *self.file_ends], self.file_ends, self.files, strict=False)
         return any(file.format == "pieces" and end - begin > 1 for begin, end, file in counts)
 
     def num_bytes(self) -> int:
@@ -113,7 +114,7 @@ def texts(file: File, field: str, starts: np.ndarray, sizes: np.ndarray) -> Iter
       UserError: the size of a text has changed since it was scanned.
     """
     documents = readers.get(file.format).read(file.path, field, starts, sizes)
-    for size, text in zip(one_by_one(sizes), documents, strict=True):
+    for size, text in zip(iterate(sizes), documents, strict=True):
         if len(text.encode()) != size:
             raise UserError(f"{file.path}: changed while it was being read; start again")
         yield text
@@ -124,7 +125,7 @@ def read(
     field: str,
     cache_dir: str,
     workers: int,
-    in_pieces: bool = True,
+    split_single_file: bool = True,
     engine: str = "local",
     form: str = readers.AUTO,
 ) -> tuple[Catalog, list["SourceScan"]]:
@@ -133,8 +134,8 @@ def read(
     Args:
       field: see `Catalog.field`.
       cache_dir: the option `data.cache_dir`; scans are stored there, with the sizes and times of the files.
-      workers: processes that scan; see `processes.each`.
-      in_pieces: see `sources.files`.
+      workers: processes that scan; see `local_engine.run_jobs`.
+      split_single_file: see `sources.files`.
       engine: "local", or "ray" (see `ray_engine`).
       form: the option `data.format`.
 
@@ -142,8 +143,10 @@ def read(
       UserError: a source is missing, cannot be read, or has no text; the scan cannot be written.
     """
     names = tuple(sources.weights(source))
-    prefix, workers = len(names) > 1, processes.number(workers, engine, [form])
-    scans = [SourceScan.make(name, form, prefix, field, cache_dir, workers, in_pieces, engine) for name in names]
+    prefix, workers = len(names) > 1, local_engine.number(workers, engine, [form])
+    scans = [
+        SourceScan.make(name, form, prefix, field, cache_dir, workers, split_single_file, engine) for name in names
+    ]
     sha256 = hashlib.sha256()
     for scan in scans:
         for file, digest in zip(scan.files, scan.digests, strict=True):
@@ -153,9 +156,9 @@ def read(
     catalog = Catalog(
         names=names,
         files=tuple(file for scan in scans for file in scan.files),
-        until=np.cumsum([count for scan in scans for count in scan.counts]),
+        file_ends=np.cumsum([count for scan in scans for count in scan.counts]),
         records=tuple(scan.records for scan in scans),
-        ends=tuple(itertools.accumulate(len(scan.records) for scan in scans)),
+        source_ends=tuple(itertools.accumulate(len(scan.records) for scan in scans)),
         field=field,
         sha256=sha256.hexdigest(),
     )
@@ -187,10 +190,18 @@ class SourceScan:
 
     @classmethod
     def make(
-        cls, name: str, form: str, prefix: bool, field: str, cache_dir: str, workers: int, in_pieces: bool, engine: str
+        cls,
+        name: str,
+        form: str,
+        prefix: bool,
+        field: str,
+        cache_dir: str,
+        workers: int,
+        split_single_file: bool,
+        engine: str,
     ) -> "SourceScan":
         """Scans the files that are not in the stored scan, or have changed since."""
-        files = sources.files(name, prefix, in_pieces=in_pieces, form=form)
+        files = sources.files(name, prefix, split_single_file=split_single_file, form=form)
         stamps = _stamps(files)
         directory = shared_cache.directory(cache_dir) / "scans"
         where = "" if objects.is_object(name) else str(pathlib.Path.cwd())
@@ -208,18 +219,20 @@ class SourceScan:
                 costs = [s if isinstance(s, int) else n for s, n in (stamps[i] for i in todo)]
                 title = f"reading {name}"
                 if engine == ray_engine.NAME:
-                    scanned = ray_engine.each(_scan_remotely, jobs, costs, title, {file.format for file in files})
+                    scanned = ray_engine.run_jobs(_scan_remotely, jobs, costs, title, {file.format for file in files})
                     results = {i: _append_received(scratch, digest, records) for i, (digest, records) in scanned}
                 else:
                     local = [(*job, scratch) for job in jobs]
-                    results = dict(processes.each(_scan, local, costs, title, workers=workers, min_bytes=_MIN_BYTES))
-                maps = {part.name: mapped(part, RECORD) for part in scratch.iterdir()}
+                    results = dict(
+                        local_engine.run_jobs(_scan, local, costs, title, workers=workers, min_bytes=_MIN_BYTES)
+                    )
+                maps = {part.name: memory_map(part, RECORD) for part in scratch.iterdir()}
                 scans |= {todo[i]: (digest, maps[part][at]) for i, (digest, part, at) in results.items()}
                 with tempfile.TemporaryFile(dir=directory) as joined:
                     for i in range(len(files)):
                         _append(joined, scans[i][1])
                     joined.flush()
-                    records = mapped(joined, RECORD)  # the mapping keeps the file without a name
+                    records = memory_map(joined, RECORD)  # the mapping keeps the file without a name
         if not len(records):
             content = (
                 f"{len(files):,} file{'s' * (len(files) > 1)} without text"
@@ -251,7 +264,7 @@ class SourceScan:
         return next((file.path for file, before, now in stamps if now != before), "")
 
 
-def mapped(file: pathlib.Path | IO[bytes], dtype: DTypeLike, offset: int = 0) -> np.ndarray:
+def memory_map(file: pathlib.Path | IO[bytes], dtype: DTypeLike, offset: int = 0) -> np.ndarray:
     """A memory-mapped array (n,) of a file from `offset` to its end, which may be empty."""
     size = os.stat(file if isinstance(file, pathlib.Path) else file.fileno()).st_size
     return np.memmap(file, dtype, "r", offset).view(np.ndarray) if size > offset else np.zeros(0, dtype)
@@ -299,7 +312,7 @@ def _stored(path: pathlib.Path) -> tuple[dict[str, tuple[str, np.ndarray]], np.n
     try:
         with path.open("rb") as opened:
             table = json.loads(opened.readline())
-            records = mapped(opened, RECORD, opened.tell())
+            records = memory_map(opened, RECORD, opened.tell())
     except (OSError, ValueError):
         return {}, np.zeros(0, RECORD)  # missing, or truncated
     scans, begin = {}, 0

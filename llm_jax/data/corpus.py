@@ -73,7 +73,7 @@ class Source:
 
     Args:
       whole: whether all text is held out, for evaluation only.
-      in_pieces: whether a single text file is split into several documents.
+      split_single_file: whether a single text file is split into several documents.
       engine: where text is scanned and tokenized: "local", or "ray" (see `ray_engine`).
 
     Attributes:
@@ -84,15 +84,15 @@ class Source:
       UserError: an unknown kind of data; see `catalog.read` and `split.held_out`.
     """
 
-    def __init__(self, config: DataConfig, whole: bool = False, in_pieces: bool = True, engine: str = "local"):
+    def __init__(self, config: DataConfig, whole: bool = False, split_single_file: bool = True, engine: str = "local"):
         self._encoder = choice("data.kind", config.kind, ENCODERS)
         self.config, self._engine = config, engine
         self.cache = shared_cache.directory(config.cache_dir)
         field = config.field if config.kind == "text" else ""
         self.catalog, self._scans = catalog.read(
-            config.source, field, config.cache_dir, config.workers, in_pieces, engine, config.format
+            config.source, field, config.cache_dir, config.workers, split_single_file, engine, config.format
         )
-        self.held = split.EVERYTHING if whole else split.held_out(self.catalog, config.validation_fraction)
+        self.held_out = split.EVERYTHING if whole else split.held_out(self.catalog, config.validation_fraction)
         for scan in self._scans:
             scan.write()
         self.sha256 = self.catalog.sha256
@@ -100,14 +100,14 @@ class Source:
         self._key = f"{self.sha256[:24]}-{'whole' if whole else f'{config.validation_fraction:g}'}"
         if config.kind != "text":
             self._key = f"{config.kind}-{_CONVERSATIONS}-{self._key}"
-        # The hash of a single file does not depend on `in_pieces`.
+        # The hash of a single file does not depend on `split_single_file`.
         is_whole = [[file.format for file in scan.files] == ["text"] for scan in self._scans]
         if is_whole == [True]:
             self._key = f"file-{self._key}"
         elif any(is_whole):
             self._key = f"files-{hashlib.sha256(bytes(is_whole)).hexdigest()[:8]}-{self._key}"
 
-    def texts(self, held: bool, limit: int) -> Iterator[str]:
+    def texts(self, held_out: bool, limit: int) -> Iterator[str]:
         """Yields the texts of one split in order, or a sample of documents if they have more than `limit` bytes.
 
         For up to 4 billion documents, an index takes 4 bytes of memory, and 8 bytes while the indices are collected.
@@ -115,7 +115,7 @@ class Source:
         blocks, total = [], 0
         for block in self.catalog.blocks():
             records = self.catalog[block]
-            chosen = self.held(records) == held
+            chosen = self.held_out(records) == held_out
             blocks.append(block[chosen].astype(np.min_scalar_type(len(self.catalog))))
             total += int(records["size"][chosen].sum())
         indices = np.concatenate(blocks)
@@ -154,7 +154,7 @@ class Source:
         shared_cache.fetch(self.config.cache_dir, directory)
         if not directory.exists():
             kind, workers = self.config.kind, self.config.workers
-            build(directory, self.catalog, self.held, tokenizer, kind, workers, self._engine)
+            build(directory, self.catalog, self.held_out, tokenizer, kind, workers, self._engine)
             if changed := next(filter(None, (scan.changed() for scan in self._scans)), ""):
                 shutil.rmtree(directory, ignore_errors=True)
                 raise UserError(f"{changed}: changed while it was being tokenized; start again")
@@ -165,10 +165,10 @@ class Source:
         if len(self.catalog.names) == 1:
             return Corpus(train, validation, self.sha256, parts)
         # Numbers of documents, and of examples, before each source and after the last: of all and of the held-out ones.
-        ends = np.array([0, *self.catalog.ends])
+        ends = np.array([0, *self.catalog.source_ends])
         held = np.zeros_like(ends)
         for block in self.catalog.blocks():
-            held += np.searchsorted(block[self.held(self.catalog[block])], ends)
+            held += np.searchsorted(block[self.held_out(self.catalog[block])], ends)
         train_ends = self._example_ends(directory / "train", ends - held)
         held_ends = self._example_ends(directory / "validation", held)
         for i, name in enumerate(self.catalog.names):
@@ -264,8 +264,8 @@ def open_split(directory: pathlib.Path) -> tuple[Split, np.ndarray]:
     try:
         dtype = json.loads((directory / "split.json").read_text())["dtype"]
         offsets, sizes = (np.load(directory / f"{name}.npy", mmap_mode="r") for name in ("offsets", "bytes"))
-        tokens = catalog.mapped(directory / "tokens.bin", dtype)
-        mask = catalog.mapped(directory / "mask.bin", np.uint8) if (directory / "mask.bin").exists() else None
+        tokens = catalog.memory_map(directory / "tokens.bin", dtype)
+        mask = catalog.memory_map(directory / "mask.bin", np.uint8) if (directory / "mask.bin").exists() else None
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{directory.parent}: the token cache is damaged ({error}); delete this directory") from error
     if len(tokens) != offsets[-1] or (mask is not None and len(mask) != len(tokens)):

@@ -34,7 +34,7 @@ def vocab_size(config: LossConfig, tokenizer: Tokenizer) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Vocabulary:
+class MaskingVocabulary:
     """The properties of token ids that masking depends on.
 
     Attributes:
@@ -87,7 +87,7 @@ class Masked:
     """
 
     rows: Any
-    vocabulary: Vocabulary
+    vocabulary: MaskingVocabulary
     words: bool
     mask_prob: float
     seed: int
@@ -123,9 +123,9 @@ class Masked:
         return row | {"inputs": inputs, "targets": tokens, "mask": chosen.astype(np.int32)}
 
 
-def hider(config: LossConfig, tokenizer: Tokenizer) -> Callable[[Any, int], Any]:
+def row_masker(config: LossConfig, tokenizer: Tokenizer) -> Callable[[Any, int], Any]:
     """Returns a function (rows, seed) -> rows masked by `loss.masked`."""
     if config.masked == "none":
         return lambda rows, seed: rows
-    vocabulary = Vocabulary.of(tokenizer)
+    vocabulary = MaskingVocabulary.of(tokenizer)
     return lambda rows, seed: Masked(rows, vocabulary, config.masked == "words", config.mask_prob, seed)

@@ -17,7 +17,7 @@ import numpy as np
 
 from llm_jax.data import records
 from llm_jax.data.records import Scan
-from llm_jax.data.streams import one_by_one, utf8_size
+from llm_jax.data.streams import iterate, utf8_size
 from llm_jax.errors import UserError
 from llm_jax.extensions import Extension, describe_exception
 
@@ -35,7 +35,7 @@ def scan(extension: Extension, path: str, field: str) -> Scan:
 def read(extension: Extension, path: str, field: str, starts: np.ndarray, sizes: np.ndarray) -> Iterator[str]:
     """See `readers.FileFormat`. Reads the file from its beginning to the last of the documents."""
     texts = enumerate(_texts(extension, path, field))
-    for start, size in zip(one_by_one(starts), one_by_one(sizes), strict=True):
+    for start, size in zip(iterate(starts), iterate(sizes), strict=True):
         text = next((text for index, text in texts if index == start), None)
         if text is None or len(text.encode()) != size:
             raise extension.error(

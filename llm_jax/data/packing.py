@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from llm_jax import files
-from llm_jax.data.streams import one_by_one
+from llm_jax.data.streams import iterate
 from llm_jax.errors import UserError
 
 ALL_HELD_OUT = "all of its {unit} are held out; add {unit}, or set data.validation_fraction=0"
@@ -40,7 +40,7 @@ def best_fit(lengths: np.ndarray, capacity: int) -> Packing:
     row_of, rows = np.zeros(len(order), np.int64), 0
     open_rows = [array.array("q") for _ in range(capacity + 1)]  # rows by free space
     rooms = 0  # a bit set: bit r is 1 if a row with free space r exists
-    for position, example in enumerate(one_by_one(order)):
+    for position, example in enumerate(iterate(order)):
         length = int(lengths[example])
         if enough := rooms >> length:
             room = length + (enough & -enough).bit_length() - 1

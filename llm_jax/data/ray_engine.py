@@ -1,4 +1,4 @@
-"""Runs jobs on a cluster of Ray Data (https://docs.ray.io): the counterpart of `processes` for several machines.
+"""Runs jobs on a cluster of Ray Data (https://docs.ray.io): the counterpart of `local_engine` for several machines.
 
 Ray starts a task anew if its process or machine fails. The cluster is that of RAY_ADDRESS, or one that runs on this
 machine, or a new one of the cores of this machine. Ray neither encrypts nor authenticates its traffic by default.
@@ -22,7 +22,7 @@ from llm_jax.errors import UserError
 NAME = "ray"
 
 
-def each(
+def run_jobs(
     work: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], costs: Sequence[int], title: str, parts: Iterable[str]
 ) -> Iterator[tuple[int, Any]]:
     """Yields (i, work(*jobs[i])) in the order in which Ray returns the results.

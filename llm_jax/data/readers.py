@@ -1,9 +1,8 @@
 """Files as documents: text, JSON, JSON lines, CSV, TSV, Parquet and data sets of `datasets`, plain or compressed.
 
-`data.format` selects a format of `FORMATS`, or a custom function (`own_format`).
-
-A format scans a file once, which checks all of it and finds its documents, and then reads any of them. Both hold one
-document, line or batch of rows in memory; an array in a .json file is held as a whole.
+A format has two functions: `scan` validates the whole file and returns the positions of its documents; `read` returns
+the texts of given documents. Both keep one document, line or batch of rows in memory, and the
+whole array of a .json file. `data.format` selects a format of `FORMATS`, or a custom function (`own_format`).
 """
 
 import array
@@ -19,7 +18,7 @@ import numpy as np
 from llm_jax import extensions
 from llm_jax.data import own_format, records
 from llm_jax.data.records import Scan
-from llm_jax.data.streams import decode, one_by_one, opened, plain_name, seekable
+from llm_jax.data.streams import decode, iterate, open_stream, plain_name, seekable
 from llm_jax.errors import UserError
 
 _PIECE = 64 * 1024  # bytes; a single text file is split into documents of about this size
@@ -77,7 +76,7 @@ def chosen(name: str) -> str:
     return selected.specification
 
 
-def of(path: str, alone: bool) -> str:
+def format_of(path: str, alone: bool) -> str:
     """The name of the format of a file, in `FORMATS`.
 
     Text is one document, or several pieces if the file is the only one of its source (`alone`). A .json file holds an
@@ -98,7 +97,7 @@ def of(path: str, alone: bool) -> str:
 
 
 def _scan_text(path: str, field: str) -> Scan:
-    with opened(path) as stream:
+    with open_stream(path) as stream:
         data = stream.read()
     decode(path, data)
     yield 0, len(data)
@@ -106,8 +105,8 @@ def _scan_text(path: str, field: str) -> Scan:
 
 
 def _read_text(path: str, field: str, starts: np.ndarray, sizes: np.ndarray) -> Iterator[str]:
-    with opened(path) as stream:
-        for start, size in zip(one_by_one(starts), one_by_one(sizes), strict=True):
+    with open_stream(path) as stream:
+        for start, size in zip(iterate(starts), iterate(sizes), strict=True):
             stream.seek(start)
             yield decode(path, stream.read(size), start)
 
@@ -117,11 +116,11 @@ def _scan_pieces(path: str, field: str) -> Scan:
 
     Documents have at least 1 KiB, or 64 bytes in a file of up to 1 KiB, so that a part of the file can be held out.
 
-    The documents of an uncompressed file are in the order of their starts as text ("0", "1024", "131072", "2048") );
-    those of a compressed one, which is read from its beginning only, in their own.
+    The documents of an uncompressed file are in the order of their starts as text ("0", "1024", "131072", "2048");
+    those of a compressed file, which cannot be read from an arbitrary position, are in file order.
     """
     size = 0
-    with opened(path) as stream:
+    with open_stream(path) as stream:
         if seekable(path):
             size = stream.seek(0, 2)
         else:
@@ -129,7 +128,7 @@ def _scan_pieces(path: str, field: str) -> Scan:
                 size += len(block)
     target = min(_PIECE, max(1024 if size > 1024 else 64, size // 50))
     digest, starts, sizes = hashlib.sha256(), array.array("q"), array.array("q")
-    with opened(path) as stream:
+    with open_stream(path) as stream:
         start, rest = 0, b""
         while start < size:
             block = rest + stream.read(target - len(rest))

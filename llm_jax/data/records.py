@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from llm_jax import objects
-from llm_jax.data.streams import BOM, decode, one_by_one, opened, seekable, utf8_size
+from llm_jax.data.streams import BOM, decode, iterate, open_stream, seekable, utf8_size
 from llm_jax.errors import UserError
 
 _ROWS = 256  # rows of a table that are read at a time
@@ -45,7 +45,7 @@ def json_lines(path: str | pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]
       UserError: the file cannot be read, or a line is not a JSON object; it is named.
     """
     start = 0
-    with opened(str(path)) as stream:
+    with open_stream(str(path)) as stream:
         for number, line in enumerate(stream, 1):
             if text := _line_text(str(path), start, line):
                 yield number, _record(f"{path}, line {number}", text)
@@ -58,19 +58,19 @@ def _line_text(path: str, start: int, line: bytes) -> str:
     return (text if start else text.removeprefix(BOM)).strip()
 
 
-def _record(where: str, text: str) -> dict[str, Any]:
+def _record(location: str, text: str) -> dict[str, Any]:
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({error})") from error
+        raise UserError(f"{location}: not JSON ({error})") from error
     if not isinstance(record, dict):
-        raise UserError(f"{where}: expected a JSON object, found {type(record).__name__}")
+        raise UserError(f"{location}: expected a JSON object, found {type(record).__name__}")
     return record
 
 
 def _scan_lines(path: str, field: str) -> Scan:
     digest, start = hashlib.sha256(), 0
-    with opened(path) as stream:
+    with open_stream(path) as stream:
         for number, line in enumerate(stream, 1):
             digest.update(line)
             if _line_text(path, start, line):
@@ -80,8 +80,8 @@ def _scan_lines(path: str, field: str) -> Scan:
 
 
 def _read_lines(path: str, field: str, starts: np.ndarray, sizes: np.ndarray) -> Iterator[str]:
-    with opened(path) as stream:
-        for start in one_by_one(starts):
+    with open_stream(path) as stream:
+        for start in iterate(starts):
             stream.seek(start)
             yield _of_line(path, 0, start, stream.readline(), field)
 
@@ -93,22 +93,22 @@ def _of_line(path: str, number: int, start: int, line: bytes, field: str) -> str
     return field_text(location, field, record) if field else text
 
 
-def field_text(where: str, field: str, record: dict[str, Any]) -> str:
+def field_text(location: str, field: str, record: dict[str, Any]) -> str:
     """The text in a field of a record; "" for None. Raises UserError if there is no such field, or no text in it."""
     if field not in record:
-        raise UserError(f"{where}: the field '{field}' {_MISSING.format(', '.join(record) or 'none')}")
-    return _text(where, field, record[field])
+        raise UserError(f"{location}: the field '{field}' {_MISSING.format(', '.join(record) or 'none')}")
+    return _text(location, field, record[field])
 
 
-def _text(where: str, field: str, value: Any) -> str:
+def _text(location: str, field: str, value: Any) -> str:
     if not isinstance(value, str | None):
-        raise UserError(f"{where}: the field '{field}' is {type(value).__name__}; expected text")
+        raise UserError(f"{location}: the field '{field}' is {type(value).__name__}; expected text")
     return value or ""
 
 
 def json_form(path: str) -> str:
     """The format of a .json file that holds records: "json" or "jsonl"; otherwise ""."""
-    with opened(path) as stream:
+    with open_stream(path) as stream:
         begin = stream.read(_SNIFFED).decode(errors="replace").removeprefix(BOM).lstrip()
         if re.match(r"\[\s*\{", begin):
             return "json"
@@ -145,7 +145,7 @@ class _Delimited:
 
 def _scan_delimited(form: _Delimited, path: str, field: str) -> Scan:
     digest = hashlib.sha256()
-    with opened(path) as stream:
+    with open_stream(path) as stream:
         records = _delimited(form, path, stream, 0, digest.update)
         columns = form.columns or _columns(path, records)
         for number, start, values in records:
@@ -155,9 +155,9 @@ def _scan_delimited(form: _Delimited, path: str, field: str) -> Scan:
 
 
 def _read_delimited(form: _Delimited, path: str, field: str, starts: np.ndarray, sizes: np.ndarray) -> Iterator[str]:
-    with opened(path) as stream:
+    with open_stream(path) as stream:
         columns = form.columns or _columns(path, _delimited(form, path, stream, 0))
-        for start in one_by_one(starts):
+        for start in iterate(starts):
             stream.seek(start)
             values = next((values for _, _, values in _delimited(form, path, stream, start)), [])
             yield _of_values(f"{path}, byte {start}", columns, values, field)
@@ -197,14 +197,14 @@ def _columns(path: str, records: Iterator[tuple[int, int, list[str]]]) -> tuple[
     return columns
 
 
-def _of_values(where: str, columns: tuple[str, ...], values: list[str], field: str) -> str:
+def _of_values(location: str, columns: tuple[str, ...], values: list[str], field: str) -> str:
     if len(values) != len(columns):
-        raise UserError(f"{where}: {len(values)} values; expected {len(columns)} ({', '.join(columns)})")
+        raise UserError(f"{location}: {len(values)} values; expected {len(columns)} ({', '.join(columns)})")
     record = dict(zip(columns, values, strict=True))
     if not field:
         return json.dumps(record, ensure_ascii=False)
     if field not in record:
-        raise UserError(f"{where}: the column '{field}' {_MISSING.format(', '.join(columns))}")
+        raise UserError(f"{location}: the column '{field}' {_MISSING.format(', '.join(columns))}")
     return record[field]
 
 
@@ -215,7 +215,7 @@ _Table = Callable[[str, str, np.ndarray | None], Iterator[tuple[int, list[Any]]]
 
 
 def _json_array(path: str, field: str, rows: np.ndarray | None) -> Iterator[tuple[int, list[Any]]]:
-    with opened(path) as stream:
+    with open_stream(path) as stream:
         text = decode(path, stream.read()).removeprefix(BOM)
     try:
         records = json.loads(text)
@@ -237,7 +237,7 @@ def _parquet(path: str, field: str, rows: np.ndarray | None) -> Iterator[tuple[i
         if seekable(path):
             file = parquet.ParquetFile(objects.stream(path) if objects.is_object(path) else path)
         else:
-            with opened(path) as stream:
+            with open_stream(path) as stream:
                 file = parquet.ParquetFile(pyarrow.BufferReader(stream.read()))
         with file:
             _check_columns(path, field, file.schema_arrow.names)
@@ -253,7 +253,7 @@ def _parquet(path: str, field: str, rows: np.ndarray | None) -> Iterator[tuple[i
         raise UserError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from error
 
 
-def data_set(name: str) -> Any:
+def load_data_set(name: str) -> Any:
     """The data set of `datasets` with the name NAME, NAME:SPLIT or NAME:CONFIG:SPLIT; the default split is "train".
 
     Raises:
@@ -278,7 +278,7 @@ def data_set(name: str) -> Any:
 
 
 def _hub(path: str, field: str, rows: np.ndarray | None) -> Iterator[tuple[int, list[Any]]]:
-    dataset = data_set(path)
+    dataset = load_data_set(path)
     _check_columns(f"hf:{path}", field, dataset.column_names)
     if field:
         dataset = dataset.select_columns([field])

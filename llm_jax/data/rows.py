@@ -36,13 +36,13 @@ class Rows:
     Attributes:
       stride: targets from one row to the next; 0: `seq_len`. With a smaller one rows overlap (a sliding window): the
         last `stride` targets of a row count, and the tokens before them are context.
-      together: rows that stay neighbours in every batch.
+      group_size: number of consecutive rows that stay neighbours in every batch.
     """
 
     split: Split
     seq_len: int
     stride: int = 0
-    together: ClassVar[int] = 1
+    group_size: ClassVar[int] = 1
 
     @property
     def bytes_per_target(self) -> float:
@@ -59,7 +59,7 @@ class Rows:
         return -(-(len(self.split.tokens) - 1) // self.step)
 
     @property
-    def full(self) -> int:
+    def num_full(self) -> int:
         """The number of chunks without padding.
 
         Raises:
@@ -155,7 +155,7 @@ class Packed(_Examples):
 
     split: Split
     seq_len: int
-    together: ClassVar[int] = 1
+    group_size: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         count = len(self.split.offsets) - 1
@@ -175,12 +175,12 @@ class Packed(_Examples):
         return self._packing.examples
 
     @property
-    def most(self) -> int:
+    def max_examples(self) -> int:
         """The largest number of examples in a row."""
         return int(np.diff(self._packing.starts).max())
 
     @property
-    def full(self) -> int:
+    def num_full(self) -> int:
         return len(self)
 
     def documents(self, index: int) -> np.ndarray:
@@ -206,7 +206,7 @@ class Pairs(_Examples):
 
     split: Split
     seq_len: int
-    together: ClassVar[int] = 2
+    group_size: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         count = (len(self.split.offsets) - 1) // 2
@@ -230,7 +230,7 @@ class Pairs(_Examples):
         return 2 * len(self._fitting)
 
     @property
-    def full(self) -> int:
+    def num_full(self) -> int:
         return len(self)
 
     def documents(self, index: int) -> np.ndarray:
@@ -259,20 +259,20 @@ class Shuffled:
     seed: int
 
     def __post_init__(self) -> None:
-        self.rows.full  # noqa: B018 (raises if there is no full row)
+        self.rows.num_full  # noqa: B018 (raises if there is no full row)
 
     @functools.cached_property
     def order(self) -> grain.MapDataset:
         """The indices of the rows, or of the groups of rows that stay together; endless."""
-        return grain.MapDataset.range(self.rows.full // self.rows.together).shuffle(seed=self.seed).repeat()
+        return grain.MapDataset.range(self.rows.num_full // self.rows.group_size).shuffle(seed=self.seed).repeat()
 
     @property
     def seq_len(self) -> int:
         return self.rows.seq_len
 
     def __getitem__(self, index: int) -> Row:
-        together = self.rows.together
-        return self.rows[self.order[index // together] * together + index % together]
+        group_size = self.rows.group_size
+        return self.rows[self.order[index // group_size] * group_size + index % group_size]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,9 +294,9 @@ class Mixed:
         return self.parts[0].seq_len
 
     def __getitem__(self, index: int) -> Row:
-        together = self.parts[0].rows.together
-        part, group = self.order[index // together]
-        return self.parts[part].rows[group * together + index % together]
+        group_size = self.parts[0].rows.group_size
+        part, group = self.order[index // group_size]
+        return self.parts[part].rows[group * group_size + index % group_size]
 
 
 def _pair(part: int, group: int) -> tuple[int, int]:
@@ -311,10 +311,10 @@ def training(config: Config, corpus: Corpus) -> Shuffled | Mixed:
         a pair.
     """
     kind, seed, shares = ROWS[config.data.kind], config.train.seed, weights(config.data.source)
-    if config.train.batch_size % kind.together:
+    if config.train.batch_size % kind.group_size:
         raise UserError(
             f"config key 'train.batch_size' is {config.train.batch_size}; data.kind={config.data.kind} has rows in "
-            f"groups of {kind.together}, which must divide it"
+            f"groups of {kind.group_size}, which must divide it"
         )
     if not corpus.parts or any(map(math.isnan, shares.values())):
         return Shuffled(kind(corpus.train, config.train.seq_len), seed)

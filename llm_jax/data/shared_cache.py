@@ -1,8 +1,8 @@
 """A token cache in an object store (data.cache_dir=gs://... or s3://...), which many machines share.
 
-Arrays are mapped from files, so each machine has a copy in a directory of its own. What a machine lacks is copied from
-the store; what it has built is uploaded. A directory in the store is complete when its manifest.json exists, and the
-files that it names: a rule of the bucket that deletes old objects may have deleted some of them.
+Arrays are memory-mapped files, so each machine has a local copy. Missing files are downloaded from the store; newly
+built files are uploaded. A directory in the store is complete if its manifest.json and all files that it lists exist; a
+lifecycle rule of the bucket may have deleted old objects.
 """
 
 import hashlib

@@ -3,4 +3,4 @@
 from llm_jax import cli
 
 if __name__ == "__main__":
-    cli.forward("data.show", "show", "rows")
+    cli.run_renamed("data.show", "show", "rows")

@@ -41,7 +41,7 @@ class File:
     def stamp(self) -> tuple[int | str, int]:
         """(bytes, time of the last change in nanoseconds), by which a changed file is recognized."""
         if self.format == "hf":
-            dataset = records.data_set(self.path)
+            dataset = records.load_data_set(self.path)
             return dataset._fingerprint, len(dataset)
         if objects.is_object(self.path):
             return objects.stamp(self.path)
@@ -77,7 +77,7 @@ def files(
     source: str,
     prefix: bool = False,
     option: str = "data.source",
-    in_pieces: bool = True,
+    split_single_file: bool = True,
     form: str = readers.AUTO,
 ) -> list[File]:
     """The files of one source, sorted by name. Every option and flag that names text is resolved here.
@@ -91,7 +91,7 @@ def files(
     Args:
       prefix: whether names begin with the source, which makes them unique among several sources.
       option: the option or flag that names the source, for error messages.
-      in_pieces: whether the only file of a source is cut, if it holds text.
+      split_single_file: whether the only file of a source is cut, if it holds text.
       form: the option `data.format`, which applies to all files.
 
     Raises:
@@ -106,7 +106,7 @@ def files(
         files = [File(source, "", source[3:], "hf")]
     elif objects.is_object(source):
         objects.check(objects.path(source))
-        addresses = objects.matching(source)
+        addresses = objects.glob(source)
         visible = [name for name in addresses if not any(part.startswith(".") for part in name.split("/"))]
         files = [_file(addresses[name], name, addresses[name] == source, chosen) for name in visible]
         if not files:
@@ -124,7 +124,7 @@ def files(
             files = [_file(pathlib.Path(n), n, False, chosen) for n in names if pathlib.Path(n).is_file()]
             if not names:
                 raise UserError(_missing(source, option))
-    if not in_pieces:
+    if not split_single_file:
         files = [dataclasses.replace(f, group=f.name, format="text") if f.format == "pieces" else f for f in files]
     files.sort(key=lambda f: f.name)
     if not prefix:
@@ -197,5 +197,5 @@ def _visible_files(directory: pathlib.Path, option: str, source: str) -> list[pa
 
 def _file(path: str | pathlib.Path, name: str, alone: bool, form: str) -> File:
     name = streams.plain_name(pathlib.PurePosixPath(name)).as_posix() if alone else name
-    form = form or readers.of(str(path), alone)
+    form = form or readers.format_of(str(path), alone)
     return File(name, name if readers.get(form).whole else "", str(path), form)

@@ -94,7 +94,7 @@ def held_out(catalog: Catalog, fraction: float) -> HeldOut:
 
 
 def _take(sizes: np.ndarray, room: float) -> np.ndarray:
-    """int (n,): the indices of the sizes that fit, each taken in its order if there is still room for it."""
+    """int (n,): the indices that a greedy selection takes: in order, every size that still fits into `room`."""
     taken, rest = [np.zeros(0, np.int64)], np.arange(len(sizes))
     while len(rest := rest[sizes[rest] <= room]):
         total = np.cumsum(sizes[rest])

@@ -42,7 +42,7 @@ PACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".x
 
 
 @contextlib.contextmanager
-def opened(path: str) -> Iterator[Any]:
+def open_stream(path: str) -> Iterator[Any]:
     """The file, or the object of an object store, as a stream of uncompressed bytes.
 
     Raises:
@@ -52,7 +52,7 @@ def opened(path: str) -> Iterator[Any]:
         with contextlib.ExitStack() as stack:
             file: Any = path
             if objects.is_object(path):
-                stack.enter_context(objects.errors(path, "cannot be read"))
+                stack.enter_context(objects.user_errors(path, "cannot be read"))
                 file = stack.enter_context(objects.stream(path))
             if packed := PACKED.get(pathlib.Path(path).suffix):
                 file = stack.enter_context(packed(file, "rb"))
@@ -69,6 +69,7 @@ def opened(path: str) -> Iterator[Any]:
 
 
 def decode(path: str, data: bytes, start: int = 0) -> str:
+    """Decodes UTF-8 that begins at byte `start` of a file. Raises UserError with the position of invalid bytes."""
     try:
         return data.decode()
     except UnicodeDecodeError as error:
@@ -76,14 +77,17 @@ def decode(path: str, data: bytes, start: int = 0) -> str:
         raise UserError(f"{path}: not UTF-8 text at byte {start + error.start}; {cure}") from error
 
 
-def utf8_size(where: str, text: str) -> int:
+def utf8_size(location: str, text: str) -> int:
+    """The number of bytes of a text in UTF-8. Raises UserError, with its location, for an unpaired surrogate."""
     try:
         return len(text.encode())
     except UnicodeEncodeError as error:
-        raise UserError(f"{where}: an unpaired surrogate at character {error.start}; UTF-8 cannot hold it") from error
+        raise UserError(
+            f"{location}: an unpaired surrogate at character {error.start}; UTF-8 cannot hold it"
+        ) from error
 
 
-def one_by_one(values: np.ndarray) -> Iterator[int]:
+def iterate(values: np.ndarray) -> Iterator[int]:
     """Yields the values of a long (mapped) array (n,) as Python numbers, converted in blocks."""
     for begin in range(0, len(values), _CONVERTED):
         yield from values[begin : begin + _CONVERTED].tolist()

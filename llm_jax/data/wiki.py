@@ -34,13 +34,13 @@ def articles(path: pathlib.Path) -> Iterator[str]:
                     space = element.tag.removesuffix("page")
                     text = element.findtext(f"{space}revision/{space}text") or ""
                     if element.findtext(f"{space}ns") == "0" and not text.lower().startswith("#redirect"):
-                        yield plain(text)
+                        yield plain_text(text)
                     element.clear()
     except (OSError, ElementTree.ParseError, EOFError) as error:
         raise UserError(f"{path}: cannot be read as a Wikipedia dump ({error})") from error
 
 
-def plain(markup: str) -> str:
+def plain_text(markup: str) -> str:
     """The running text of wiki markup, without templates, tables, references, lists and headings."""
     text, count = markup, 1
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)

@@ -19,7 +19,7 @@ from llm_jax.decoding.continuations import Generated, StopFn
 from llm_jax.decoding.options import EARLY_STOP, DecodingOptions
 from llm_jax.decoding.samplers import History
 from llm_jax.decoding.steps import DrawSettings
-from llm_jax.model.attention import KVCache, Tokens
+from llm_jax.model.attention import KVCache, TokenMetadata
 from llm_jax.model.transformer import Transformer
 
 # Letters of shapes: B batch, G groups, K beams per group, C candidates, R rows = B G K, N new tokens, V vocabulary.
@@ -211,7 +211,7 @@ def _advance(
         rows = (first_row + jnp.take_along_axis(parent, taken, -1)).reshape(-1)
         ids = jnp.take_along_axis(token, taken, -1).reshape(-1)
         tokens_R, layers, history = jax.tree.map(lambda x: x[rows], (s.cache.tokens, s.cache.layers, s.history))
-        position = Tokens(history.length[:, None], jnp.ones_like(ids)[:, None])
+        position = TokenMetadata(history.length[:, None], jnp.ones_like(ids)[:, None])
         cache = KVCache(tokens_R, s.cache.index, layers)
         logits, cache = steps.apply(model, params, ids[:, None], position, cache)
         history = steps.append(history, ids, jnp.ones_like(ids, bool))

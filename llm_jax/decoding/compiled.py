@@ -34,7 +34,7 @@ def jit(*, static: tuple[int, ...] = (), donate: tuple[int, ...] = ()) -> Callab
 
         @functools.wraps(function)
         def compiled(model: Any, *arguments: Any) -> Any:
-            with mesh.entered(arguments):
+            with mesh.using_mesh_of(arguments):
                 return of_model(model)(*arguments)
 
         compiled.of_model = of_model  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ from llm_jax import tokenizers, weights
 from llm_jax.decoding import beam, contrastive, loop, speculative, stops
 from llm_jax.decoding.continuations import Generated
 from llm_jax.decoding.options import PROMPT, DecodingOptions
-from llm_jax.decoding.prefix import Prefix
+from llm_jax.decoding.prefix import PrefixCache
 from llm_jax.errors import UserError
 from llm_jax.model import positions
 from llm_jax.model.transformer import Transformer
@@ -36,7 +36,7 @@ class Completion:
     score: float | None = None
 
 
-@functools.partial(other_libraries.answers_keywords, within=other_libraries.within_options(DecodingOptions))
+@functools.partial(other_libraries.explain_unknown_keywords, within=other_libraries.within_options(DecodingOptions))
 def complete(
     model: Transformer,
     params: Any,
@@ -47,7 +47,7 @@ def complete(
     draft: tuple[Transformer, Any] | None = None,
     show: Callable[[int, str], None] | None = None,
     cancel: Callable[[], Any] | None = None,
-    prefix: Prefix | None = None,
+    prefix: PrefixCache | None = None,
 ) -> list[list[Completion]]:
     """Generates `options.n` continuations of every prompt; beams are sorted, best first.
 
@@ -71,7 +71,7 @@ def complete(
     if not model.config.causal:
         raise UserError("a bidirectional model (model.causal=False) does not continue text")
     note_special(tokenizer, [prompt for prompt in prompts if isinstance(prompt, str)])
-    ids = [fit(model, prompt_ids(tokenizer, prompt), options) for prompt in prompts]
+    ids = [fit_to_context(model, prompt_ids(tokenizer, prompt), options) for prompt in prompts]
     note_length(model, ids, options)
     model, params = loop.unrolled(model, params)
     common: dict[str, Any] = {"eos": eos_ids(tokenizer, options), "vocab_size": vocab}
@@ -83,7 +83,10 @@ def complete(
         for prompt, beams in zip(ids, beam.search(model, params, ids, options, **common), strict=True):
             decode = detokenize.after(tokenizer, prompt)
             completions.append(
-                [Completion(stops.cut(decode.text(b.generated.ids), options.stop), b.generated, b.score) for b in beams]
+                [
+                    Completion(stops.truncate_at_stop(decode.text(b.generated.ids), options.stop), b.generated, b.score)
+                    for b in beams
+                ]
             )
         return completions
     rows = [prompt for prompt in ids for _ in range(options.n)]
@@ -110,7 +113,7 @@ def complete(
             common |= {"alternatives": options.alternatives, "prefix": prefix}
             generated = loop.generate(model, params, rows, options.sampler(all_filters=True), **common)
     flat = [
-        Completion(stops.cut(decode.text(row.ids), options.stop), row)
+        Completion(stops.truncate_at_stop(decode.text(row.ids), options.stop), row)
         for decode, row in zip(detokenizers, generated, strict=True)
     ]
     return [flat[i : i + options.n] for i in range(0, len(flat), options.n)]
@@ -142,7 +145,7 @@ def eos_ids(tokenizer: Tokenizer, options: DecodingOptions) -> list[int]:
     return [] if options.ignore_eos else list(dict.fromkeys([*options.eos, *tokenizers.eos_ids(tokenizer)]))
 
 
-def fit(model: Transformer, ids: list[int], options: DecodingOptions) -> list[int]:
+def fit_to_context(model: Transformer, ids: list[int], options: DecodingOptions) -> list[int]:
     """Returns the prompt, truncated on the side `options.truncate` so that the continuation fits into the context.
 
     Raises:
@@ -172,8 +175,8 @@ def note_length(model: Transformer, prompts: Sequence[Sequence[int]], options: D
     """Prints a note on stderr, once, if prompt and continuation may exceed the maximum length of the model.
 
     The maximum length is `model.position.max_length`, in other software max_position_embeddings or context_length. The
-    note concerns rotary positions, which can be computed beyond it. For learned positions, `fit` raises an error, and
-    the other schemes do not use `max_length`.
+    note concerns rotary positions, which can be computed beyond it. For learned positions, `fit_to_context` raises an
+    error, and the other schemes do not use `max_length`.
     """
     position = model.config.position
     longest = max(map(len, prompts), default=0)
@@ -233,9 +236,9 @@ def _watcher(
         for row, generated in enumerate(rows):
             decode = detokenizers[row]
             if cancelled or generated.stop != "length" or len(generated.ids) == options.max_new_tokens:
-                text = stops.cut(decode.text(generated.ids), options.stop)
+                text = stops.truncate_at_stop(decode.text(generated.ids), options.stop)
             else:
-                text = stops.showable(decode.settled(generated.ids), options.stop)
+                text = stops.showable(decode.stable_prefix(generated.ids), options.stop)
             if new := text[shown[row] :]:
                 shown[row] = len(text)
                 show(row, new)

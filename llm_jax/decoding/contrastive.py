@@ -16,7 +16,7 @@ from llm_jax.decoding import compiled, continuations, loop, steps
 from llm_jax.decoding.continuations import Generated, StopFn
 from llm_jax.decoding.samplers import Sampler, argmax
 from llm_jax.decoding.steps import DecodingState, DrawSettings
-from llm_jax.model.attention import KVCache, Tokens
+from llm_jax.model.attention import KVCache, TokenMetadata
 from llm_jax.model.transformer import Transformer
 
 # Letters of shapes: B batch, P padded prompt, S slots, K candidates, D width, V vocabulary.
@@ -100,7 +100,9 @@ def _advance(
         likelihood, candidates = jax.lax.top_k(probabilities, k)  # (B, K)
         source_rows = jnp.repeat(jnp.arange(b), k)  # the row that each candidate continues
         slots, layers = jax.tree.map(lambda x: x[source_rows], (d.cache.tokens, d.cache.layers))
-        position = Tokens(d.history.length[source_rows][:, None], (~d.done).astype(jnp.int32)[source_rows][:, None])
+        position = TokenMetadata(
+            d.history.length[source_rows][:, None], (~d.done).astype(jnp.int32)[source_rows][:, None]
+        )
         x_RD, cache = steps.apply(
             model,
             repeated,

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 from llm_jax import trees
 from llm_jax.decoding import compiled, continuations, steps
 from llm_jax.decoding.continuations import Generated, StopFn
-from llm_jax.decoding.prefix import Prefix
+from llm_jax.decoding.prefix import PrefixCache
 from llm_jax.decoding.samplers import History, Sampler
 from llm_jax.decoding.steps import DecodingState, DrawSettings
 from llm_jax.errors import UserError
-from llm_jax.model.attention import KVCache, Tokens
+from llm_jax.model.attention import KVCache, TokenMetadata
 from llm_jax.model.transformer import Transformer, check_length, init_cache
 
 # Letters of shapes: B batch, P padded prompt, S cache slots, N new tokens, A alternatives, D width, V vocabulary.
@@ -41,7 +41,7 @@ def generate(
     alternatives: int = 0,
     stop: StopFn | None = None,
     watch: Callable[[list[Generated]], Any] | None = None,
-    prefix: Prefix | None = None,
+    prefix: PrefixCache | None = None,
 ) -> list[Generated]:
     """Continues every prompt.
 
@@ -56,7 +56,7 @@ def generate(
       alternatives: number of most likely tokens to record at each step.
       stop: called with the generated ids of each row; see `StopFn`.
       watch: called after every token with the rows generated so far; if it returns a true value, all rows end.
-      prefix: `prefix.Prefix`, for one prompt: the cache of the previous request, which this request updates.
+      prefix: `prefix.PrefixCache`, for one prompt: the cache of the previous request, which this request updates.
 
     Raises:
       UserError: an empty prompt, an id outside the vocabulary, max_new_tokens below 1, or a length beyond the
@@ -76,7 +76,7 @@ def generate(
 
     rows = continuations.run(step, state, settings.eos, max_new_tokens, stop, watch)
     if prefix:
-        prefix.keep(state)
+        prefix.store(state)
     return rows
 
 
@@ -133,7 +133,7 @@ def prefill(
     b, p = prompts_BP.shape
     index_BP = jnp.broadcast_to(jnp.arange(p, dtype=jnp.int32), (b, p))
     segments = (index_BP < lengths[:, None]).astype(jnp.int32)
-    tokens = Tokens(jnp.minimum(index_BP, lengths[:, None] - 1), segments)
+    tokens = TokenMetadata(jnp.minimum(index_BP, lengths[:, None] - 1), segments)
     return steps.apply(model, params, prompts_BP, tokens, init_cache(model.config, b, slots), method="features")
 
 
@@ -176,7 +176,7 @@ def advance(
 
     def step(s: DecodingState) -> DecodingState:
         last_B1 = jax.lax.dynamic_slice_in_dim(s.ids, s.time - 1, 1, axis=1)
-        tokens = Tokens((s.history.prompt + s.time - 1)[:, None], (~s.done).astype(jnp.int32)[:, None])
+        tokens = TokenMetadata((s.history.prompt + s.time - 1)[:, None], (~s.done).astype(jnp.int32)[:, None])
         logits, cache = steps.apply(model, params, last_B1, tokens, s.cache)
         return steps.draw_token(dataclasses.replace(s, logits=logits[:, 0], cache=cache), settings)
 

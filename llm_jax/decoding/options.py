@@ -38,7 +38,7 @@ def _option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-@other_libraries.answers_keywords
+@other_libraries.explain_unknown_keywords
 @dataclasses.dataclass(frozen=True)
 class DecodingOptions:
     """Options for text generation. By default every option is off; `check` validates combinations.
@@ -304,7 +304,7 @@ class DecodingOptions:
             (self.epsilon and not greedy, samplers.Epsilon(float(self.epsilon))),
             (self.eta and not greedy, samplers.Eta(float(self.eta))),
         ]
-        custom = [samplers.own_filter(specification) for specification in self.filter]
+        custom = [samplers.custom_filter(specification) for specification in self.filter]
         if all_filters:
             chain = [samplers.OptionalFilter(bool(enabled), row) for enabled, row in rows]
             return samplers.Sampler((*chain, *custom, samplers.OptionalFilter(greedy, samplers.Argmax())))

@@ -21,13 +21,13 @@ from llm_jax.decoding import compiled, steps
 from llm_jax.decoding.samplers import History
 from llm_jax.decoding.steps import DecodingState, DrawSettings
 from llm_jax.model import positions
-from llm_jax.model.attention import KVCache, Tokens
+from llm_jax.model.attention import KVCache, TokenMetadata
 from llm_jax.model.transformer import Transformer, init_cache
 
 # Letters of shapes: B batch, here 1; P padded new tokens, S cache slots.
 
 
-class Prefix:
+class PrefixCache:
     """The cached keys and values of one row, for requests to the same model with a common prefix.
 
     A request reuses nothing if its model differs, or if its weights are not the same arrays (for example other
@@ -83,7 +83,7 @@ class Prefix:
         pairs = zip(self._weights, leaves, strict=False)
         return len(self._weights) == len(leaves) and all(weight() is leaf for weight, leaf in pairs)
 
-    def keep(self, state: DecodingState) -> None:
+    def store(self, state: DecodingState) -> None:
         """Stores the state after the last token; the next request reuses the memory of its cache."""
         self._state = state
 
@@ -134,7 +134,7 @@ def _extend(
     is_common = jnp.arange(cache.tokens.positions.shape[1]) < common
     slots = dataclasses.replace(cache.tokens, segments=jnp.where(is_common, cache.tokens.segments, 0))
     index_BP = common + jnp.arange(new_BP.shape[1], dtype=jnp.int32)[None]
-    tokens = Tokens(jnp.minimum(index_BP, length - 1), (index_BP < length).astype(jnp.int32))
+    tokens = TokenMetadata(jnp.minimum(index_BP, length - 1), (index_BP < length).astype(jnp.int32))
     x_BPD, cache = steps.apply(model, params, new_BP, tokens, KVCache(slots, common, cache.layers), method="features")
     logits = steps.last_logits(model, params, x_BPD, count[None])
     cache = dataclasses.replace(cache, index=length)  # the next token is written over the padding

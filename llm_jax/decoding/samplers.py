@@ -220,7 +220,7 @@ def _invert(weights: jax.Array, uniform: jax.Array) -> jax.Array:
     return jnp.where(jnp.any(passed, -1), jnp.argmax(passed, -1), last)
 
 
-def own_filter(specification: str) -> Filter:
+def custom_filter(specification: str) -> Filter:
     """Loads the custom filter `FILE:NAME(OPTIONS)`.
 
     Raises:

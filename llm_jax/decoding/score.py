@@ -10,7 +10,7 @@ import numpy as np
 
 from llm_jax.decoding import compiled, steps
 from llm_jax.errors import UserError
-from llm_jax.model.attention import Tokens
+from llm_jax.model.attention import TokenMetadata
 from llm_jax.model.transformer import Transformer, check_length
 
 # Letters of shapes: B batch, T time, C chunk of time, D width, V vocabulary.
@@ -76,7 +76,7 @@ def _score(model: Transformer, params: Any, ids_BT: jax.Array, lengths: jax.Arra
     """Log-probability of the next token at every position, float32, and whether it is the most likely: both (B, T)."""
     b, t = ids_BT.shape
     index_BT = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
-    tokens = Tokens(jnp.minimum(index_BT, lengths[:, None] - 1), (index_BT < lengths[:, None]).astype(jnp.int32))
+    tokens = TokenMetadata(jnp.minimum(index_BT, lengths[:, None] - 1), (index_BT < lengths[:, None]).astype(jnp.int32))
     x_BTD, _ = steps.apply(model, params, ids_BT, tokens, method="features")
     next_BT = jnp.roll(ids_BT, -1, axis=1)
 

@@ -23,7 +23,7 @@ from llm_jax.decoding.samplers import History, Sampler, draw
 from llm_jax.decoding.steps import DrawSettings
 from llm_jax.errors import UserError
 from llm_jax.model import positions
-from llm_jax.model.attention import KVCache, Tokens
+from llm_jax.model.attention import KVCache, TokenMetadata
 from llm_jax.model.transformer import Transformer, check_length
 
 # Letters of shapes: B batch, P padded prompt, S slots, K draft tokens of a round, N new tokens, V vocabulary.
@@ -313,11 +313,11 @@ def _residual(p_logs: jax.Array, q_logs: jax.Array | None, proposed: jax.Array, 
     return jnp.log(jnp.where(jnp.sum(residual, -1, keepdims=True) > 0, residual, p))
 
 
-def _positions(first: jax.Array, count: int, done: jax.Array, bound: jax.Array) -> Tokens:
+def _positions(first: jax.Array, count: int, done: jax.Array, bound: jax.Array) -> TokenMetadata:
     """Returns `count` tokens from positions `first`, int32 (B,), on; tokens at or beyond `bound` are never used."""
     places = first[:, None] + jnp.arange(count)
     segments = jnp.broadcast_to((~done).astype(jnp.int32)[:, None], places.shape)
-    return Tokens(jnp.minimum(places, bound[:, None] - 1), segments)
+    return TokenMetadata(jnp.minimum(places, bound[:, None] - 1), segments)
 
 
 def _write(rows: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:

@@ -57,12 +57,12 @@ def special_id(tokenizer: Tokenizer, text: str) -> int | None:
     return ids[0] if len(ids) == 1 and not tokenizer.decode(ids) and tokenizer.piece(ids[0]) == text else None
 
 
-def fitting(tokenizer: Tokenizer, stops: Sequence[str], max_new_tokens: int) -> tuple[str, ...]:
+def fitting_stops(tokenizer: Tokenizer, stops: Sequence[str], max_new_tokens: int) -> tuple[str, ...]:
     """The stop strings that fit in `max_new_tokens` tokens."""
     return tuple(s for s in stops if s and len(tokenizer.encode(s)) <= max_new_tokens)
 
 
-def cut(text: str, stops: Sequence[str]) -> str:
+def truncate_at_stop(text: str, stops: Sequence[str]) -> str:
     """Cuts a text before the stop string that ends first; if several end at the same character, before the longest."""
     matches = [(text.find(s) + len(s), text.find(s)) for s in stops if s in text]  # (end, start)
     return text[: min(matches)[1]] if matches else text
@@ -74,7 +74,7 @@ def showable(text: str, stops: Sequence[str]) -> str:
     Args:
       text: text that no later token changes (`detokenize.Detokenizer.settled`).
     """
-    settled = cut(text, stops)
+    settled = truncate_at_stop(text, stops)
     if len(settled) < len(text):
         return settled
     overlaps = (n for s in stops for n in range(min(len(s) - 1, len(text)), 0, -1) if text.endswith(s[:n]))

@@ -16,7 +16,7 @@ from llm_jax import tokenizers
 from llm_jax.checkpoints import Loaded
 from llm_jax.errors import UserError
 from llm_jax.model import transformer
-from llm_jax.model.attention import Tokens
+from llm_jax.model.attention import TokenMetadata
 from llm_jax.model.layer_stack import Layer
 from llm_jax.model.transformer import Embed, Transformer
 from llm_jax.schema import choice
@@ -32,7 +32,7 @@ _BATCH = 32
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def hidden_states(model: Transformer, params, tokens_BT: jax.Array, positions: Tokens) -> jax.Array:
+def hidden_states(model: Transformer, params, tokens_BT: jax.Array, positions: TokenMetadata) -> jax.Array:
     """The input of the first layer and the output of each: ids int32 (B, T) -> (L, B, T, D) in the compute dtype.
 
     The last output is normalized where the model has a final norm.
@@ -60,8 +60,10 @@ def ids(loaded: Loaded, text: str) -> list[int]:
     Raises:
       UserError: no ids, or more than the model has positions.
     """
-    encode_marked = getattr(loaded.tokenizer, "encode_marked", None)
-    text_ids = encode_marked(text) if encode_marked else tokenizers.prompt(loaded.tokenizer, text)
+    encode_with_special_tokens = getattr(loaded.tokenizer, "encode_with_special_tokens", None)
+    text_ids = (
+        encode_with_special_tokens(text) if encode_with_special_tokens else tokenizers.prompt(loaded.tokenizer, text)
+    )
     if not text_ids:
         raise UserError("the text has no tokens, hence no vector; expected some text")
     transformer.check_length(loaded.model.config, len(text_ids))
@@ -112,7 +114,7 @@ def _vectors(loaded: Loaded, texts: Sequence[str]) -> Iterator[tuple[int, np.nda
             segments[row, : len(rows[i])] = 1
         # Padding stays within the positions of a learned table.
         positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape) * segments
-        placed = Tokens(jnp.asarray(positions), jnp.asarray(segments))
+        placed = TokenMetadata(jnp.asarray(positions), jnp.asarray(segments))
         layers = np.asarray(hidden_states(loaded.model, loaded.params, jnp.asarray(tokens), placed), np.float32)
         for row, i in enumerate(part):
             yield i, layers[:, row, : len(rows[i])]

@@ -14,7 +14,7 @@ import numpy as np
 
 from llm_jax.embeddings import devices
 from llm_jax.embeddings.texts import BREAK, WordCorpus
-from llm_jax.embeddings.vectors import WordVectors, finite
+from llm_jax.embeddings.vectors import WordVectors, check_finite
 from llm_jax.errors import UserError
 from llm_jax.schema import EmbeddingsConfig
 
@@ -58,7 +58,7 @@ def train(
             table = many(table, word.astype(np.int32), (words + context).astype(np.int32), count)
             progress(read)
     both = np.asarray(table[:, :width])
-    return WordVectors(corpus.words, finite(both[:words] + both[words:], f"lower glove.lr={g.lr}"))
+    return WordVectors(corpus.words, check_finite(both[:words] + both[words:], f"lower glove.lr={g.lr}"))
 
 
 def cooccurrences(corpus: WordCorpus, window: int, memory: int, scratch: pathlib.Path) -> pathlib.Path:

@@ -3,4 +3,4 @@
 from llm_jax import cli
 
 if __name__ == "__main__":
-    cli.forward("embeddings.probe", "probe_embeddings")
+    cli.run_renamed("embeddings.probe", "probe_embeddings")

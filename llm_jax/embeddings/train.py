@@ -3,4 +3,4 @@
 from llm_jax import cli
 
 if __name__ == "__main__":
-    cli.forward("embeddings.train", "train_embeddings")
+    cli.run_renamed("embeddings.train", "train_embeddings")

@@ -42,10 +42,10 @@ class WordVectors:
         return self.matrix / np.maximum(np.linalg.norm(self.matrix, axis=1, keepdims=True), 1e-12)
 
 
-def finite(matrix: np.ndarray, cure: str) -> np.ndarray:
-    """The matrix (words, width) itself. Raises UserError, with the cure, if training diverged."""
+def check_finite(matrix: np.ndarray, hint: str) -> np.ndarray:
+    """The matrix (words, width) itself. Raises UserError, with the hint, if training diverged."""
     if not np.isfinite(matrix).all():
-        raise UserError(f"the vectors diverged; {cure}")
+        raise UserError(f"the vectors diverged; {hint}")
     return matrix
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from llm_jax.embeddings import devices
 from llm_jax.embeddings.texts import BREAK, WordCorpus
-from llm_jax.embeddings.vectors import WordVectors, finite
+from llm_jax.embeddings.vectors import WordVectors, check_finite
 from llm_jax.schema import EmbeddingsConfig, Word2VecConfig, choice
 
 # Letters of shapes: T steps, S words of a step on a device, E = S + 2 windows, G blocks, B words of a block,
@@ -52,12 +52,12 @@ def train(corpus: WordCorpus, config: EmbeddingsConfig, progress: Progress = lam
         for read, ids_TS, negatives_TGN, windows_TS in _steps(corpus, w, rng):
             share = (done + read * np.arange(len(ids_TS)) / len(ids_TS)) / total
             rates = w.lr + (w.final_lr - w.lr) * share
-            ids_TE = stretches(ids_TS, w.window, jax.device_count())
+            ids_TE = word_windows(ids_TS, w.window, jax.device_count())
             table = many(table, ids_TE, negatives_TGN, windows_TS, rates.astype(np.float32))
             done += read
             progress(read)
     cure = f"lower word2vec.chunk={w.chunk} (words whose gradients are summed) or word2vec.lr={w.lr}"
-    return WordVectors(corpus.words, finite(np.asarray(table[:, : config.width]), cure))
+    return WordVectors(corpus.words, check_finite(np.asarray(table[:, : config.width]), cure))
 
 
 def _steps(
@@ -94,7 +94,7 @@ def noise_distribution(counts: np.ndarray) -> np.ndarray:
     return np.cumsum(counts**_POWER)
 
 
-def stretches(ids_TS: np.ndarray, window: int, count: int) -> np.ndarray:
+def word_windows(ids_TS: np.ndarray, window: int, count: int) -> np.ndarray:
     """The words of each of `count` devices with `window` words on both sides, `BREAK` past the ends: (T, count * E)."""
     padded = np.pad(ids_TS, ((0, 0), (window, window)), constant_values=BREAK)
     size = ids_TS.shape[1] // count
@@ -133,7 +133,7 @@ def _many(
         rows = table[places]
         x_ED, y_ED = rows[: len(ids_E), :width], rows[: len(ids_E), width:]
         n_GND = rows[len(ids_E) :, width:].reshape(*negatives_GN.shape, width)
-        x, y, n = gradient(x_ED, y_ED, n_GND, band(ids_E, windows_S, window), negatives)
+        x, y, n = gradient(x_ED, y_ED, n_GND, context_mask(ids_E, windows_S, window), negatives)
         against = jnp.pad(n.reshape(-1, width), ((0, 0), (width, 0)))
         update = rate * jnp.concatenate([jnp.concatenate([x, y], 1), against])
         return table.at[gather(places)].add(gather(update)), None
@@ -141,7 +141,7 @@ def _many(
     return jax.lax.scan(body, table, (ids_TE, negatives_TGN, windows_TS, rates_T))[0]
 
 
-def band(ids_E: jax.Array, windows_S: jax.Array, window: int) -> jax.Array:
+def context_mask(ids_E: jax.Array, windows_S: jax.Array, window: int) -> jax.Array:
     """Which words are contexts of which centres: bool (G, B, C), C counted from `window` words before the block.
 
     A context is another word of the same paragraph, within the centre's own window.

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from llm_jax import bars, files
 from llm_jax.decoding import score, stops
-from llm_jax.decoding.complete import complete, fit
+from llm_jax.decoding.complete import complete, fit_to_context
 from llm_jax.decoding.options import DecodingOptions
 from llm_jax.errors import UserError
 from llm_jax.evaluation import prompts as prompts_lib
@@ -52,7 +52,7 @@ def records(
         texts, lengths = _prompts_after_reasoning(model, task, config, examples, batch_size)
         answers = answer(model, task, config, examples, texts, batch_size)
         for index, example, length, (text, tokens, scores) in zip(batch, examples, lengths, answers, strict=True):
-            right = text == example.answer if scores else task.right(text, example)
+            right = text == example.answer if scores else task.is_correct(text, example)
             record = {"index": index, "right": right, "prediction": text, "answer": example.answer}
             record |= {"reasoning_tokens": length, "tokens": tokens}
             yield record | ({"scores": scores} if scores else {})
@@ -124,7 +124,7 @@ def _generate(
     model: Model, task: Task, config: PromptConfig, examples: Sequence[Example], texts: Sequence[str], batch_size: int
 ) -> list[_Answer]:
     written = _write(model, texts, config, task.max_new_tokens, task.stop, batch_size)
-    return [_Answer(task.read(answer.text), answer.tokens) for answer in written]
+    return [_Answer(task.extract_answer(answer.text), answer.tokens) for answer in written]
 
 
 def _write(
@@ -132,7 +132,7 @@ def _write(
 ) -> list[_Answer]:
     """The greedy continuation of each text."""
     network, params, tokenizer = model
-    stop = stops.fitting(tokenizer, stop, limit)
+    stop = stops.fitting_stops(tokenizer, stop, limit)
     options = DecodingOptions(temperature=0, max_new_tokens=limit, stop=stop, context=config.context, truncate="left")
     rows = [prompts_lib.encode(tokenizer, text, config.chat) for text in texts]
     rows += [rows[-1]] * (batch_size - len(rows))  # a last, smaller batch would compile again
@@ -153,7 +153,7 @@ def _choose(
             if config.chat and not STYLES[config.style].reason:  # a turn has no leading space, as in the shots
                 answer = answer.lstrip()
             head, tail = prompts_lib.encode_pair(tokenizer, text, answer, config.chat)
-            head = fit(
+            head = fit_to_context(
                 network, head, DecodingOptions(max_new_tokens=len(tail), context=config.context, truncate="left")
             )
             pairs.append((head, tail))
@@ -167,7 +167,7 @@ def _choose(
     return answers
 
 
-def of_prompts(
+def records_by_prompt(
     model: Model,
     task: Task,
     configs: Sequence[PromptConfig],

@@ -89,7 +89,7 @@ def sentiment(count: int = 200) -> Task:
 TASKS: dict[str, Callable[[int], Task]] = {"arithmetic": arithmetic, "copying": copying, "sentiment": sentiment}
 
 
-def named(name: str) -> Task:
+def load_task(name: str) -> Task:
     """The built-in task with this name, or the task in a file of JSON lines. Raises UserError if there is neither."""
     if name in TASKS:
         return TASKS[name](200)

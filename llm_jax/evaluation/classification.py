@@ -10,7 +10,7 @@ from llm_jax import bars
 from llm_jax.data.rows import Batch, Packed, batches
 from llm_jax.decoding import score
 from llm_jax.intervals import wilson
-from llm_jax.model.attention import Tokens
+from llm_jax.model.attention import TokenMetadata
 from llm_jax.model.transformer import Transformer
 from llm_jax.parallel import mesh as mesh_lib
 
@@ -31,7 +31,7 @@ def accuracy(model: Transformer, params: Any, rows: Packed, batch_size: int, sha
     Returns:
       {"accuracy", "low", "high", "right", "count"}; low and high are the limits of the 95 % interval (`wilson`).
     """
-    _, right = right_answers(model, params, rows, batch_size, sharding)
+    _, right = correct_answers(model, params, rows, batch_size, sharding)
     return summary(right)
 
 
@@ -42,7 +42,7 @@ def summary(right: np.ndarray) -> dict[str, float]:
     return {"accuracy": count_right / count, "low": low, "high": high, "right": count_right, "count": count}
 
 
-def right_answers(
+def correct_answers(
     model: Transformer, params: Any, rows: Packed, batch_size: int, sharding: Any
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns (indices of the examples that fit into rows, int64 (n,); whether each answer is correct, bool (n,)).
@@ -59,12 +59,12 @@ def _by_first_token(
     model: Transformer, params: Any, rows: Packed, batch_size: int, sharding: Any
 ) -> tuple[np.ndarray, np.ndarray]:
     first = tuple(choice[0] for choice in rows.split.choices)
-    answer = jax.jit(lambda params, batch: correct(model, params, batch, first, rows.most))
+    answer = jax.jit(lambda params, batch: correct(model, params, batch, first, rows.max_examples))
     steps = -(-len(rows) // batch_size)
     examples, right = [], []
     stream = batches(rows, 0, steps, batch_size, sharding)
     for step, batch in enumerate(bars.bar(stream, "answering", steps, leave=False)):
-        with mesh_lib.entered(params):
+        with mesh_lib.using_mesh_of(params):
             right_BN, present_BN = jax.device_get(answer(params, batch))
         for row in range(batch_size):
             examples.append(rows.documents(step * batch_size + row))
@@ -97,8 +97,8 @@ def correct(
       first: the first token of each choice.
       most: number of examples in the fullest row.
     """
-    where = Tokens(batch["positions"], batch["segments"])
-    x_BTD, _ = model.apply({"params": params}, batch["inputs"], where, method="features")
+    metadata = TokenMetadata(batch["positions"], batch["segments"])
+    x_BTD, _ = model.apply({"params": params}, batch["inputs"], metadata, method="features")
     mask_BT = batch["mask"]
     begins_BT = mask_BT * (1 - jnp.pad(mask_BT, ((0, 0), (1, 0)))[:, :-1])
     present_BN, places_BN = jax.lax.top_k(begins_BT, most)

@@ -58,7 +58,7 @@ def language_model(
             windows, owners = [], []
             for owner, request in enumerate(requests):
                 ids = [*_first(prefix), *tokenizer.encode(request.args[0])]
-                for window in rolling(ids, context):
+                for window in rolling_windows(ids, context):
                     windows.append(window)
                     owners.append(owner)
             totals = [0.0] * len(requests)
@@ -75,7 +75,7 @@ def language_model(
                     temperature=settings.get("temperature", 0.0) if settings.get("do_sample") else 0.0,
                     top_p=settings.get("top_p", 1.0) if settings.get("do_sample") else 1.0,
                     max_new_tokens=limit,
-                    stop=stops.fitting(tokenizer, [until] if isinstance(until, str) else until, limit),
+                    stop=stops.fitting_stops(tokenizer, [until] if isinstance(until, str) else until, limit),
                     context=context,
                     truncate="left",
                 )
@@ -90,7 +90,7 @@ def language_model(
     return Adapter()
 
 
-def rolling(ids: Sequence[int], context: int) -> list[tuple[list[int], list[int]]]:
+def rolling_windows(ids: Sequence[int], context: int) -> list[tuple[list[int], list[int]]]:
     """Splits a text into (head, tail) windows of at most `context` tokens. Every token except the first is in one tail.
 
     The head of a window is the context of its tail; it has at least half of `context` tokens if as many precede it.

@@ -99,7 +99,7 @@ def batch_size(largest: int, rows: AnyRows) -> int:
     return min(largest, 1 << (len(rows) - 1).bit_length()) if len(rows) else largest
 
 
-def refuse_other_text(held_out_texts: Sequence[Any]) -> None:
+def check_same_text(held_out_texts: Sequence[Any]) -> None:
     """Raises UserError unless all checkpoints are measured on the same documents.
 
     Args:

@@ -78,7 +78,7 @@ def render(tokenizer: Tokenizer, prompts: Sequence[Prompt], chat: bool) -> list[
     if not chat:
         return [prompt.plain() for prompt in prompts]
     rendered = render_chat(tokenizer, [prompt.messages() for prompt in prompts])
-    return [text + prompt.begun.lstrip() for text, prompt in zip(rendered, prompts, strict=True)]
+    return [text + prompt.answer_start.lstrip() for text, prompt in zip(rendered, prompts, strict=True)]
 
 
 def render_chat(

@@ -143,12 +143,12 @@ class Task:
         """A hash of everything that defines the task."""
         return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
 
-    def read(self, text: str) -> str:
+    def extract_answer(self, text: str) -> str:
         """The answer in a generated text, or ""."""
         matches = list(re.finditer(self.extract, text))
         return ((matches[-1][1] if matches[-1].re.groups else matches[-1][0]) or "").strip() if matches else ""
 
-    def right(self, prediction: str, example: Example) -> bool:
+    def is_correct(self, prediction: str, example: Example) -> bool:
         """Whether an extracted answer is correct for the example; an empty answer never is."""
         normalize = NORMALIZATIONS[self.normalization]
         prediction = normalize(prediction)

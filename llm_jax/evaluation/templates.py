@@ -82,22 +82,22 @@ class Prompt:
 
     Attributes:
       turns: (role, text) of each message; the last one is the user's.
-      begun: the beginning of the answer, which is part of the prompt.
+      answer_start: the beginning of the answer, which is part of the prompt.
       reason: whether the model reasons before `conclude`.
       conclude: the text between the reasoning and the answer.
     """
 
     turns: tuple[tuple[str, str], ...]
-    begun: str
+    answer_start: str
     reason: bool
     conclude: str
 
     def plain(self) -> str:
         """The prompt as one text, which the model continues."""
-        return "".join(text for _, text in self.turns) + self.begun
+        return "".join(text for _, text in self.turns) + self.answer_start
 
     def messages(self) -> list[dict[str, str]]:
-        """The messages for a chat template, without `begun`, which follows the rendered text."""
+        """The messages for a chat template, without `answer_start`, which follows the rendered text."""
         return [{"role": role, "content": text.strip()} for role, text in self.turns]
 
 
@@ -121,8 +121,8 @@ def build(
         turns.append(("user", template.ask(shot)))
         turns.append(("assistant", reasoning + template.solve(shot, shot.answer) + template.separator))
     turns.append(("user", template.ask(example)))
-    begun = f"\n{style.reason}" if style.reason else ""
-    return Prompt(tuple(turns), begun, bool(style.reason), style.conclude)
+    answer_start = f"\n{style.reason}" if style.reason else ""
+    return Prompt(tuple(turns), answer_start, bool(style.reason), style.conclude)
 
 
 def choose_shots(pool: Sequence[Example], count: int, seed: int, select: str = "random") -> list[Example]:

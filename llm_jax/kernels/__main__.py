@@ -13,9 +13,9 @@ FLAGS.integer("outputs", 8192, "outputs of the measured weight", lower_bound=64)
 
 
 def main(f: cli.Flags) -> int:
-    from llm_jax.kernels import report
+    from llm_jax.kernels import machine_report
 
-    return report.run(f.rows, f.inputs, f.outputs)
+    return machine_report.run(f.rows, f.inputs, f.outputs)
 
 
 COMMAND = cli.Command("kernels", main, FLAGS)

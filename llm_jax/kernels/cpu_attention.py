@@ -11,7 +11,7 @@ from llm_jax.kernels import native
 
 # Letters of shapes: B batch, T queries, S keys, N heads, K key/value heads, H head width.
 
-MOST_QUERIES = 16  # with more, XLA's matmuls are faster
+MAX_QUERIES = 16  # with more, XLA's matmuls are faster
 _LEAST_KEYS = 2**14  # numbers of the cache of keys; to copy fewer costs less than to compile the kernel
 
 # Float32 or bfloat16 (B, S, K, H), or int8 codes with float16 scales (B, S, K, 1).
@@ -22,8 +22,8 @@ _FLOATS = (jnp.float32, jnp.bfloat16)
 def unsupported_reason(q: jax.Array, k: Cached) -> str:
     """The reason why the kernel does not compute an attention, or ""; see `attention` for the arguments."""
     codes = k[0] if isinstance(k, tuple) else k
-    if not 1 <= q.shape[1] <= MOST_QUERIES:
-        return f"{q.shape[1]} queries; the kernel takes 1 to {MOST_QUERIES}"
+    if not 1 <= q.shape[1] <= MAX_QUERIES:
+        return f"{q.shape[1]} queries; the kernel takes 1 to {MAX_QUERIES}"
     if q.dtype not in _FLOATS or codes.dtype not in (*_FLOATS, jnp.int8):
         return f"{q.dtype} queries and {codes.dtype} keys"
     if not q.size or not codes.size:

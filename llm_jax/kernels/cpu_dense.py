@@ -12,8 +12,8 @@ from llm_jax.kernels import native
 
 # Letters of shapes: ... leading axes of x, C the contracted axis of the weight, F its free one.
 
-MOST_ROWS = 1  # with more, XLA's matmul is faster
-MOST_ROWS_AMX = 2**20  # by AMX, which was not measured against XLA's matmul: only where the user chooses its path
+MAX_ROWS = 1  # with more, XLA's matmul is faster
+MAX_ROWS_AMX = 2**20  # by AMX, which was not measured against XLA's matmul: only where the user chooses its path
 _LEAST_SIZE = 2**17  # numbers of a weight; to read fewer by XLA costs less than to compile the kernel
 
 
@@ -21,7 +21,7 @@ def unsupported_reason(x: jax.Array, w: jax.Array, accumulate: Any) -> str:
     """The reason why the kernel does not compute a product, or ""; see `product` for the arguments."""
     if x.dtype != jnp.bfloat16 or w.dtype != jnp.bfloat16 or jnp.dtype(accumulate) != jnp.float32:
         return f"{x.dtype} activations, {w.dtype} weights and {jnp.dtype(accumulate)} sums"
-    most = MOST_ROWS_AMX if native.path_setting() == "avx512_amx" else MOST_ROWS
+    most = MAX_ROWS_AMX if native.path_setting() == "avx512_amx" else MAX_ROWS
     if not 1 <= (rows := x.size // max(x.shape[-1], 1)) <= most:
         return f"{rows} rows of activations; the kernel takes 1 to {most}"
     if w.ndim != 2 or w.size < _LEAST_SIZE:

@@ -18,7 +18,7 @@ from llm_jax.kernels.number_formats import Scheme
 # Letters of shapes: M rows of activations, C the contracted axis of the weight, F its free one.
 
 # The most rows of activations by the bits of a code. With more, XLA's matmul of the expanded weight is faster.
-MOST_ROWS = {8: 4, 4: 16, 2: 16}
+MAX_ROWS = {8: 4, 4: 16, 2: 16}
 _FORMATS = ("int8", "uint8", "int4", "uint4", "int2", "uint2", "nf4", "e2m1")
 _MOST_INPUTS = 2**20  # integer sums of as many products fit 32 bits
 
@@ -30,7 +30,7 @@ def unsupported_reason(
     rows = x.size // x.shape[-1] if x.shape[-1] else 0
     if reason := _unsupported_weight(x, codes, s, axis, contracted):
         return reason
-    most_rows = MOST_ROWS[number_formats.FORMATS[s.format].bits]
+    most_rows = MAX_ROWS[number_formats.FORMATS[s.format].bits]
     if not 1 <= rows <= most_rows:
         return f"{rows} rows of activations; the kernels of {s.format} take 1 to {most_rows}"
     if x.dtype != jnp.float32 or jnp.dtype(accumulate) != jnp.float32:  # XLA rounds the weight to the dtype of x

@@ -20,7 +20,7 @@ from llm_jax.kernels.number_formats import Scheme
 # Letters of shapes: M rows of activations, C the contracted axis of the weight, F its free one; P parts of a group, the
 # number of codes of a byte.
 
-MOST_ROWS = 64  # with more, the product of the expanded weight is bound by the matrix unit, not by memory
+MAX_ROWS = 64  # with more, the product of the expanded weight is bound by the matrix unit, not by memory
 _TILE = 64  # most rows or columns of a tile of codes
 _LEAST = 16  # fewest, for the matrix unit
 _PROGRAMS = 1024  # a GPU is busy with as many; long sums are divided to have them
@@ -38,8 +38,8 @@ def unsupported_reason(
     packed = codes[0]
     if packed.ndim != 2 or not x.size or not packed.size:
         return f"activations of the shape {x.shape} and codes of the shape {packed.shape}"
-    if (rows := x.size // x.shape[-1]) > MOST_ROWS:
-        return f"{rows} rows of activations; the kernel takes 1 to {MOST_ROWS}"
+    if (rows := x.size // x.shape[-1]) > MAX_ROWS:
+        return f"{rows} rows of activations; the kernel takes 1 to {MAX_ROWS}"
     if min(_tiles(packed, s, axis)) < _LEAST:
         return f"groups of {s.group} in codes of the shape {packed.shape} have no tiles of {_LEAST}"
     return ""

@@ -147,7 +147,7 @@ def accepts_int8_activations(s: Scheme) -> bool:
     return not (s.activations or s.own) and (FORMATS[s.format].integers or s.format in ("nf4", "e2m1"))
 
 
-FOR_WEIGHTS = tuple(name for name in SCHEMES if name not in ("double", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"))
+WEIGHT_SCHEMES = tuple(name for name in SCHEMES if name not in ("double", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"))
 
 
 def scheme(name: str) -> Scheme:
@@ -171,9 +171,10 @@ def _built_in(name: str) -> Scheme:
         return dataclasses.replace(base, activations="blocks")
     stem, colon, suffix = name.partition(":")
     if stem not in SCHEMES:
-        near = suggestion(stem, FOR_WEIGHTS)
+        near = suggestion(stem, WEIGHT_SCHEMES)
         raise UserError(
-            f"the scheme '{name}' is unknown; expected one of {', '.join(FOR_WEIGHTS)}, NAME:GROUP or FILE:NAME{near}"
+            f"the scheme '{name}' is unknown; expected one of {', '.join(WEIGHT_SCHEMES)}, NAME:GROUP or "
+            f"FILE:NAME{near}"
         )
     base = SCHEMES[stem]
     if not colon:
@@ -214,15 +215,15 @@ def scales(w: jax.Array, s: Scheme, axis: int, shrink: jax.Array | float = 1.0) 
     """
     f, w = FORMATS[s.format], w.astype(jnp.float32)
     if s.offset == "minimum":
-        low, high = over_groups(jnp.min, w, s, axis), over_groups(jnp.max, w, s, axis)
+        low, high = reduce_groups(jnp.min, w, s, axis), reduce_groups(jnp.max, w, s, axis)
         middle = (low + high) / 2
         return (high - low) / (f.high - f.low) * shrink, middle + (low - middle) * shrink
     mean = jnp.mean(w, (-2, -1), keepdims=True) if s.offset == "mean" else None
-    largest = over_groups(jnp.max, jnp.abs(w if mean is None else w - mean), s, axis)
+    largest = reduce_groups(jnp.max, jnp.abs(w if mean is None else w - mean), s, axis)
     return largest / f.high * shrink, mean
 
 
-def over_groups(function: Callable[..., jax.Array], w: jax.Array, s: Scheme, axis: int) -> jax.Array:
+def reduce_groups(function: Callable[..., jax.Array], w: jax.Array, s: Scheme, axis: int) -> jax.Array:
     """A reduction over the numbers that share a scale.
 
     Args:
@@ -233,10 +234,10 @@ def over_groups(function: Callable[..., jax.Array], w: jax.Array, s: Scheme, axi
       An array in the shape of the scales, see `scales`.
     """
     over = (axis, {-2: -1, -1: -3}[axis]) if s.group == TENSOR else axis
-    return jnp.squeeze(function(split(w, s.group, axis), axis=over, keepdims=True), axis)
+    return jnp.squeeze(function(split_groups(w, s.group, axis), axis=over, keepdims=True), axis)
 
 
-def stored(scale: jax.Array, s: Scheme) -> jax.Array:
+def store_scales(scale: jax.Array, s: Scheme) -> jax.Array:
     """Scales in their storage dtype: float, or the exponent byte of e8m0; scales that are quantized stay float32."""
     if s.scale == "e8m0":
         _, exponent = jnp.frexp(scale * FORMATS[s.format].high)  # of a fraction in [0.5, 1)
@@ -263,7 +264,7 @@ def encode(w: jax.Array, scale: jax.Array, offset: jax.Array | None, s: Scheme, 
       holds the codes at the same index of each half (quarter) of its group, lowest bits first.
     """
     f = FORMATS[s.format]
-    scaled = in_units(w, scale, offset, s, axis)
+    scaled = divide_by_scales(w, scale, offset, s, axis)
     if f.values:
         codes = _nearest(scaled, f.values)
     elif f.integers:
@@ -274,7 +275,7 @@ def encode(w: jax.Array, scale: jax.Array, offset: jax.Array | None, s: Scheme, 
     if f.bits < 8:
         parts = jnp.split(codes, 8 // f.bits, axis)
         codes = functools.reduce(jnp.bitwise_or, (part << (i * f.bits) for i, part in enumerate(parts)))
-    return joined(codes, axis)
+    return join_groups(codes, axis)
 
 
 def decode(
@@ -288,31 +289,31 @@ def decode(
     """The values of codes, float32 (..., I, O): the inverse of `encode`, whose arguments and result it takes.
 
     Args:
-      lookup: called as lookup(codes, values) in place of values[codes]; by default `select` on a TPU.
+      lookup: called as lookup(codes, values) in place of values[codes]; by default `select_values` on a TPU.
     """
     values = _values(_unpacked(codes, s, axis), FORMATS[s.format], lookup) * jnp.expand_dims(scale_values(scale), axis)
     if offset is not None:
         values = values + jnp.expand_dims(scale_values(offset), axis)
-    return joined(values, axis)
+    return join_groups(values, axis)
 
 
-def in_units(w: jax.Array, scale: jax.Array, offset: jax.Array | None, s: Scheme, axis: int) -> jax.Array:
+def divide_by_scales(w: jax.Array, scale: jax.Array, offset: jax.Array | None, s: Scheme, axis: int) -> jax.Array:
     """w (..., I, O) over its scales, in groups: float32 (..., G, N, O) or (..., I, G, N). Scales of 0 count as 1."""
-    grouped = split(w.astype(jnp.float32), s.group, axis)
+    grouped = split_groups(w.astype(jnp.float32), s.group, axis)
     if offset is not None:
         grouped = grouped - jnp.expand_dims(scale_values(offset), axis)
     unit = jnp.expand_dims(scale_values(scale), axis)
     return grouped / jnp.where(jnp.abs(unit) < np.finfo(np.float32).tiny, 1.0, unit)
 
 
-def joined(grouped: jax.Array, axis: int) -> jax.Array:
+def join_groups(grouped: jax.Array, axis: int) -> jax.Array:
     """Groups (..., G, N, O) or (..., I, G, N) -> (..., I, O)."""
     index = grouped.ndim + axis
     shape = grouped.shape
     return grouped.reshape(*shape[: index - 1], shape[index - 1] * shape[index], *shape[index + 1 :])
 
 
-def snap(x: jax.Array, name: str) -> jax.Array:
+def round_to_format(x: jax.Array, name: str) -> jax.Array:
     """x (...), in units of its scale, rounded to the nearest values of the format `name`: float32 (...)."""
     f = FORMATS[name]
     if f.values:
@@ -339,7 +340,7 @@ def nested(s: Scheme, size: int) -> str:
     return f"{s.scale}:{group if group >= 32 else 'channel'}"
 
 
-def split(w: jax.Array, group: int, axis: int) -> jax.Array:
+def split_groups(w: jax.Array, group: int, axis: int) -> jax.Array:
     """Divides an axis into groups: (..., I, O) -> (..., G, N, O) for axis -2, (..., I, G, N) for axis -1."""
     index, size = w.ndim + axis, w.shape[axis]
     group = group if group > 0 else size
@@ -350,13 +351,13 @@ def _unpacked(codes: jax.Array, s: Scheme, axis: int) -> jax.Array:
     """Codes in groups, one to an element."""
     bits = FORMATS[s.format].bits
     if bits == 8:
-        return split(codes, s.group, axis)
+        return split_groups(codes, s.group, axis)
     per_byte = 8 // bits
-    grouped = split(codes, s.group // per_byte if s.group > 0 else s.group, axis)
+    grouped = split_groups(codes, s.group // per_byte if s.group > 0 else s.group, axis)
     return jnp.concatenate([(grouped >> (i * bits)) & (2**bits - 1) for i in range(per_byte)], axis)
 
 
-def select(codes: jax.Array, values: tuple[float, ...]) -> jax.Array:
+def select_values(codes: jax.Array, values: tuple[float, ...]) -> jax.Array:
     """values[codes] by a tree of selections, float32 (...): fast on TPUs, which read tables number by number.
 
     Args:
@@ -371,7 +372,7 @@ def select(codes: jax.Array, values: tuple[float, ...]) -> jax.Array:
 
 def _values(codes: jax.Array, f: NumberFormat, lookup: Any) -> jax.Array:
     if f.values and (lookup or target.platform() == "tpu"):
-        return jnp.asarray((lookup or select)(codes, f.values))
+        return jnp.asarray((lookup or select_values)(codes, f.values))
     if f.values:
         return jnp.asarray(f.values, jnp.float32)[codes]
     return codes.astype(jnp.float32) + (f.low if f.bits < 8 else 0.0)

@@ -305,7 +305,7 @@ def _lookup(codes: jax.Array, values: tuple[float, ...]) -> jax.Array:
     registers = codes.reshape(-1, _SUBLANES, codes.shape[-1])
     row = lax.broadcasted_iota(jnp.int32, registers.shape, 1)
     low, high = (
-        jnp.take_along_axis(number_formats.select(row, half), registers & 7, 1, mode="promise_in_bounds")
+        jnp.take_along_axis(number_formats.select_values(row, half), registers & 7, 1, mode="promise_in_bounds")
         for half in (values[:8], values[8:])
     )
     return jnp.where(registers < 8, low, high).reshape(codes.shape)
@@ -348,6 +348,6 @@ def _dynamic(codes: jax.Array) -> jax.Array:
     decade = (bits >> 23) - 127
     part = lax.bitcast_convert_type((bits & 0x7FFFFF) | (127 << 23), jnp.float32) - 1
     middle = part + lax.bitcast_convert_type((126 - decade) << 23, jnp.float32)
-    power = number_formats.select(jnp.maximum(decade, 0), tuple(10.0 ** (k - 6) for k in range(8)))
+    power = number_formats.select_values(jnp.maximum(decade, 0), tuple(10.0 ** (k - 6) for k in range(8)))
     value = jnp.where(index == 0, 0.0, jnp.where(index == 128, 1.0, (0.1 + 0.9 * middle) * power))
     return jnp.where(codes < 127, -value, value)

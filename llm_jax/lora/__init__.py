@@ -11,24 +11,24 @@ At every adapted path the adapter tree has `a` (I, R), `b` (R, O) and `scale` ()
 layer axis of the weight: the update is scale * a b. Variants add entries; see `adapt`.
 """
 
-from llm_jax.lora.adapt import attach, init, join, ranks, rebase, split
-from llm_jax.lora.merge import fold, materialize, merge, requantize, rounded, unmerge
-from llm_jax.lora.mixing import combine, mix, plain
+from llm_jax.lora.adapt import attach, init, join, ranks, split, subtract_start
+from llm_jax.lora.merge import materialize, merge, merge_attached, quantize_factors, requantize, unmerge
+from llm_jax.lora.mixing import combine, mix, to_lora
 
 __all__ = [
     "attach",
     "combine",
-    "fold",
     "init",
     "join",
     "materialize",
     "merge",
+    "merge_attached",
     "mix",
-    "plain",
+    "quantize_factors",
     "ranks",
-    "rebase",
     "requantize",
-    "rounded",
     "split",
+    "subtract_start",
+    "to_lora",
     "unmerge",
 ]

@@ -7,8 +7,8 @@ Variants, and their entries at an adapted path besides `a`, `b` and `scale`:
     fa      like lora, with a frozen a, so that the backward pass saves only x a (LoRA-FA: Zhang et al. 2023,
             arXiv:2308.03303)
     dora    DoRA: magnitude (O,), trained, and squares (O,); see `weights.Decomposed`
-    pissa   a b is initialized with the leading singular vectors of the weight; `rebase` subtracts this product from the
-            base. start_a and start_b: the initial a and b (Meng et al. 2024, arXiv:2404.02948)
+    pissa   a b is initialized with the leading singular vectors of the weight; `subtract_start` subtracts this product
+            from the base. start_a and start_b: the initial a and b (Meng et al. 2024, arXiv:2404.02948)
     loftq   a b is initialized with the leading singular vectors of the quantization error of the weight (Li et al.
             2023, arXiv:2310.08659, algorithm 1 with one iteration, which does not change the quantized base)
 
@@ -29,7 +29,7 @@ from llm_jax import trees, weights
 from llm_jax.errors import UserError
 from llm_jax.kernels import number_formats
 from llm_jax.schema import LoraConfig
-from llm_jax.weights import IN, Adapted, Decomposed, Dropped, FakeQuant
+from llm_jax.weights import IN, Adapted, Decomposed, FakeQuant, InputDropout
 
 # Letters of shapes: L layers (where stacked), I in, O out, R rank.
 
@@ -305,7 +305,7 @@ def check(base: trees.Tree, adapters: trees.Tree, source: str) -> None:
             )
 
 
-def rebase(base: trees.Tree, adapters: trees.Tree) -> dict[str, Any]:
+def subtract_start(base: trees.Tree, adapters: trees.Tree) -> dict[str, Any]:
     """The base minus the initial a b of its adapters (PiSSA), before quantization; other bases are unchanged.
 
     Raises:
@@ -340,7 +340,7 @@ def attach(
     """The parameters of the adapted model: `base` with an `Adapted` or `Decomposed` node at every adapted path.
 
     Args:
-      base: weights (I, O) of any kind, as `rebase` returns them.
+      base: weights (I, O) of any kind, as `subtract_start` returns them.
       adapters: see `init`.
       factors: scheme that a and b are fake-quantized to; "": none.
       dropout: dropout probability of the inputs of the low-rank path. The mask depends on `key` and the per-layer name
@@ -371,6 +371,6 @@ def node(base: Any, parts: Mapping[str, Any], factors: str, dropout: float = 0.0
     if factors:
         a, b = (FakeQuant(factor, None, None, None, factors, IN) for factor in (a, b))
     if key is not None:
-        a = Dropped(a, key, dropout)
+        a = InputDropout(a, key, dropout)
     adapted = Adapted(base, a, b, parts["scale"])
     return Decomposed(adapted, parts["magnitude"], parts["squares"]) if "magnitude" in parts else adapted

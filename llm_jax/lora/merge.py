@@ -44,7 +44,7 @@ def _dense(base: jax.Array, parts: dict[str, Any], factors: str) -> jax.Array:
     return node(base.reshape(-1, base.shape[-1]), parts, factors).dense().reshape(base.shape)
 
 
-def rounded(adapters: trees.Tree, factors: str) -> dict[str, Any]:
+def quantize_factors(adapters: trees.Tree, factors: str) -> dict[str, Any]:
     """Rounds a and b of adapters to the scheme `factors`, like every use of adapters that are attached with it."""
     if not factors:
         return trees.unflatten(trees.flatten(adapters))
@@ -57,11 +57,11 @@ def rounded(adapters: trees.Tree, factors: str) -> dict[str, Any]:
 
 
 def requantize(base: trees.Tree, adapters: trees.Tree, *, factors: str = "") -> tuple[dict[str, Any], dict[str, float]]:
-    """Merges adapters into a base and quantizes merged weights of a quantized base again; see `fold`."""
-    return fold(attach(base, adapters, factors=factors))
+    """Merges adapters into a base and quantizes merged weights of a quantized base again; see `merge_attached`."""
+    return merge_attached(attach(base, adapters, factors=factors))
 
 
-def fold(params: trees.Tree) -> tuple[dict[str, Any], dict[str, float]]:
+def merge_attached(params: trees.Tree) -> tuple[dict[str, Any], dict[str, float]]:
     """Merges attached adapters into their weights; merged quantized weights are quantized again by the same scheme.
 
     Returns:

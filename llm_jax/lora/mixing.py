@@ -14,7 +14,7 @@ from llm_jax.errors import UserError
 from llm_jax.lora.adapt import by_path
 
 
-def plain(adapters: trees.Tree) -> dict[str, Any]:
+def to_lora(adapters: trees.Tree) -> dict[str, Any]:
     """Converts adapters to LoRA of the original base: PiSSA's a b - start_a start_b becomes a product of rank 2 R.
 
     Args:
@@ -46,9 +46,9 @@ def combine(*adapters: trees.Tree) -> dict[str, Any]:
       `scale` (*L, R) and `owner`, int32 (*L, R): the index of the adapter that each column of `a` belongs to.
 
     Raises:
-      UserError: see `plain`.
+      UserError: see `to_lora`.
     """
-    flat_adapters = [by_path(plain(adapter)) for adapter in adapters]
+    flat_adapters = [by_path(to_lora(adapter)) for adapter in adapters]
     flat: dict[str, Any] = {}
     for path in dict.fromkeys(path for adapter in flat_adapters for path in adapter):
         indices = [i for i, adapter in enumerate(flat_adapters) if path in adapter]

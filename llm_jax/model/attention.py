@@ -27,7 +27,7 @@ from llm_jax.parallel import mesh as mesh_lib
 
 @trees.register
 @dataclasses.dataclass(frozen=True)
-class Tokens:
+class TokenMetadata:
     """Positions and segments of tokens.
 
     Attributes:
@@ -55,12 +55,12 @@ class KVCache:
         (B, slots, K, 1).
     """
 
-    tokens: Tokens
+    tokens: TokenMetadata
     index: jax.Array
     layers: dict[str, Any]
 
 
-def visible(queries: Tokens, keys: Tokens, window: int | None, causal: bool = True) -> jax.Array:
+def attention_mask(queries: TokenMetadata, keys: TokenMetadata, window: int | None, causal: bool = True) -> jax.Array:
     """The attention mask, bool (B, T, S): whether query t attends to key s.
 
     Args:
@@ -76,7 +76,7 @@ def visible(queries: Tokens, keys: Tokens, window: int | None, causal: bool = Tr
     return mask & (jnp.abs(distance) < window) if window is not None else mask
 
 
-def lengths_so_far(tokens: Tokens, keys: Tokens) -> jax.Array:
+def lengths_so_far(tokens: TokenMetadata, keys: TokenMetadata) -> jax.Array:
     """The current length of the segment of each token, int32 (B, T): the largest position among its keys, plus 1."""
     same_segment = tokens.segments[:, :, None] == keys.segments[:, None, :]
     return jnp.max(jnp.where(same_segment, keys.positions[:, None, :], 0), -1) + 1
@@ -90,7 +90,7 @@ def write(slots: jax.Array, new: jax.Array, index: jax.Array | None) -> jax.Arra
     return jax.vmap(lambda s, n, i: jax.lax.dynamic_update_slice(s, n, (i, *zeros)))(slots, new, start)
 
 
-def write_tokens(cache: KVCache, new: Tokens) -> Tokens:
+def write_tokens(cache: KVCache, new: TokenMetadata) -> TokenMetadata:
     """Returns the tokens of the cache after `new`, int32 (B, T) each, has been written to its next slots."""
     return jax.tree.map(lambda slots, values: write(slots, values, cache.index), cache.tokens, new)
 
@@ -141,8 +141,8 @@ class Attention(Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        queries: Tokens,
-        keys: Tokens,
+        queries: TokenMetadata,
+        keys: TokenMetadata,
         bias_BNTS: jax.Array | None,
         cache: dict[str, jax.Array] | None,
         index: jax.Array | None,
@@ -183,7 +183,7 @@ class Attention(Module):
             q = (q / (depth + 1)).astype(q.dtype)
         lengths = lengths_so_far(queries, keys) if scheme.depends_on_length else None
         q, k = scheme.rotate(q, queries.positions, lengths), scheme.rotate(k, queries.positions, lengths)
-        if cache is None and mesh_lib.in_use().get(mesh_lib.CONTEXT, 1) > 1:
+        if cache is None and mesh_lib.current_axis_sizes().get(mesh_lib.CONTEXT, 1) > 1:
             # Queries stay on their device; keys and values of all shards are gathered.
             q = mesh_lib.constrain(q, mesh_lib.BATCH, mesh_lib.CONTEXT, mesh_lib.HEADS, None)
             k, v = (mesh_lib.constrain(x, mesh_lib.BATCH, None, mesh_lib.HEADS, None) for x in (k, v))
@@ -201,20 +201,22 @@ class Attention(Module):
             size = (q.shape[2], q.shape[1], keys.positions.shape[1])
             bias_BNTS = jnp.broadcast_to(bias_BNTS, (bias_BNTS.shape[0], *size))
         if self.is_mutable_collection(CAPTURE) and not self.is_initializing():
-            mask = visible(queries, keys, window, c.causal)
+            mask = attention_mask(queries, keys, window, c.causal)
             probabilities = attention_kernels.probabilities(q, k, mask, bias_BNTS, c.attention_softcap)
             self.sow(CAPTURE, "probabilities", probabilities)
         if self.is_mutable_collection(ACTIVATION_STATS) and not self.is_initializing():
-            mask = visible(queries, keys, window, c.causal)
+            mask = attention_mask(queries, keys, window, c.causal)
             self.sow(ACTIVATION_STATS, "entropy", attention_kernels.entropy(q, k, mask, bias_BNTS, c.attention_softcap))
         add_values = scheme.values(queries.positions, keys.positions, table)
         name = "plain"
         if not self.is_initializing():  # initialization runs on a single token
-            name, _ = attention_kernels.choose(c, target.platform(), q, k, cache is not None, mesh_lib.in_use())
+            name, _ = attention_kernels.choose(
+                c, target.platform(), q, k, cache is not None, mesh_lib.current_axis_sizes()
+            )
         if name == "splash":
             out = attention_kernels.splash(q, k, v, queries.segments, window, c.causal, c.attention_softcap)
         else:
-            mask = visible(queries, keys, window, c.causal)
+            mask = attention_mask(queries, keys, window, c.causal)
             if add_values is not None:
                 out = attention_kernels.attend_adding(q, k, v, mask, bias_BNTS, add_values, c.attention_softcap)
             elif name in ("xla", "cudnn"):

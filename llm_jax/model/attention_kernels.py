@@ -137,7 +137,7 @@ def splash(
 
     Args:
       segments_BT: int32, segments of the tokens.
-      window, causal, softcap: as in `attention.visible` and `attend`.
+      window, causal, softcap: as in `attention.attention_mask` and `attend`.
       interpret: whether to interpret the kernel, which works on any device.
 
     Returns:
@@ -146,7 +146,7 @@ def splash(
     from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 
     length, heads = q_BTNH.shape[1:3]
-    devices = mesh_lib.in_use()
+    devices = mesh_lib.current_axis_sizes()
     shards = devices.get(mesh_lib.HEADS, 1)
     mask: kernels.Mask
     if window is not None:

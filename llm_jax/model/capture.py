@@ -15,7 +15,7 @@ import jax
 
 from llm_jax import trees
 from llm_jax.errors import UserError
-from llm_jax.model.attention import KVCache, Tokens
+from llm_jax.model.attention import KVCache, TokenMetadata
 from llm_jax.model.layers import CAPTURE
 from llm_jax.model.transformer import Transformer
 
@@ -48,7 +48,7 @@ def capture(
     model: Transformer,
     params: Any,
     tokens_BT: jax.Array,
-    where: Tokens | None = None,
+    metadata: TokenMetadata | None = None,
     cache: KVCache | None = None,
     types_BT: jax.Array | None = None,
 ) -> Captured:
@@ -58,7 +58,7 @@ def capture(
       model: the model, in any layout of its layers.
       params: parameters in the layout of the model, with weights of any kind.
       tokens_BT: int32 (B, T).
-      where: positions and segments, int32 (B, T) each; by default one segment per row from position 0.
+      metadata: positions and segments, int32 (B, T) each; by default one segment per row from position 0.
       cache: from `init_cache` or an earlier call, for a prefill or a decoding step.
       types_BT: int32 (B, T), token types of a model with `type_vocab_size`; by default 0.
 
@@ -72,7 +72,7 @@ def capture(
         )
 
     def forward(model: Transformer) -> tuple[jax.Array, jax.Array, KVCache | None]:
-        features_BTD, updated = model.features(tokens_BT, where, cache, types_BT)
+        features_BTD, updated = model.features(tokens_BT, metadata, cache, types_BT)
         return model.logits(features_BTD), features_BTD, updated
 
     outputs: Any = model.apply({"params": params}, method=forward, mutable=[CAPTURE])

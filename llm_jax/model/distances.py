@@ -10,7 +10,7 @@ import numpy as np
 # Letters of shapes: B batch, T queries, S keys, N heads, R distances.
 
 
-def by_offset(table_NR: jax.Array, q_positions: jax.Array, k_positions: jax.Array) -> jax.Array:
+def gather_by_offset(table_NR: jax.Array, q_positions: jax.Array, k_positions: jax.Array) -> jax.Array:
     """table_NR[n, offset + limit] for every query and key, (B, N, T, S).
 
     R is 2 limit + 1, and offset is the key position minus the query position, clipped to [-limit, limit]. Where the

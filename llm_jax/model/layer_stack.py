@@ -155,11 +155,11 @@ class Layers(Module):
 
         @functools.partial(jax.jit, static_argnums=(0, 1))
         def traced(kind: str, index: int, params: Any, *inputs: Any) -> Any:
-            with mesh_lib.below(f"{path}/{index}"):
+            with mesh_lib.relative_paths(f"{path}/{index}"):
                 return layer(c, kind).apply({"params": params}, *inputs)
 
         def run_layer(kind: str, index: int, params: Any, *inputs: Any) -> Any:
-            gathered = tuple(mesh_lib.gathered(f"{path}/{index}/{name}") for name in trees.flatten(params))
+            gathered = tuple(mesh_lib.gathered_spec(f"{path}/{index}/{name}") for name in trees.flatten(params))
             return traced(kind, first_layers.setdefault(gathered, index), params, *inputs)
 
         return run_layer

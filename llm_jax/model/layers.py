@@ -67,7 +67,7 @@ class Module(nn.Module):
         for name, size in features.items():
             kernels.append(self.weight(name, init, (x.shape[-1], size)))
             biases.append(self.weight(f"{name}_bias", nn.initializers.zeros, (size,)) if bias else None)
-        gathered = [mesh_lib.gathered("/".join((*self.path, name))) for name in features]
+        gathered = [mesh_lib.gathered_spec("/".join((*self.path, name))) for name in features]
         ys = weights.dots(x, kernels, accumulate=self.config.precision.accumulate, gathered=gathered)
         added = zip(ys, biases, strict=True)
         return [y if b is None else y + weights.dense(b).astype(y.dtype) for y, b in added]

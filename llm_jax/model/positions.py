@@ -216,7 +216,7 @@ class T5(Position):
         buckets = distances.t5_buckets(jnp.arange(-limit, limit + 1), p.num_buckets, limit, self.config.causal)
         by_offset_NR = weights.take(table["bias"], buckets).astype(jnp.float32).T
         # Without the barrier XLA would repeat the lookup in every layer.
-        return jax.lax.optimization_barrier(distances.by_offset(by_offset_NR, q_positions, k_positions))
+        return jax.lax.optimization_barrier(distances.gather_by_offset(by_offset_NR, q_positions, k_positions))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ import numpy as np
 from llm_jax import trees, weights
 from llm_jax.errors import UserError
 from llm_jax.model import positions
-from llm_jax.model.attention import KVCache, Tokens, lengths_so_far, write_tokens
+from llm_jax.model.attention import KVCache, TokenMetadata, lengths_so_far, write_tokens
 from llm_jax.model.layer_stack import Layers
 from llm_jax.model.layers import CAPTURE, Module, Norm
 from llm_jax.model.stages import layout
@@ -46,20 +46,20 @@ class Embed(Module):
         if c.embed_norm:
             self.norm = Norm(c)
 
-    def __call__(self, tokens_BT: jax.Array, where: Tokens, types_BT: jax.Array | None) -> jax.Array:
+    def __call__(self, tokens_BT: jax.Array, metadata: TokenMetadata, types_BT: jax.Array | None) -> jax.Array:
         """int32 (B, T) -> embeddings (B, T, D) in the compute dtype; `types_BT`: see `Transformer.features`."""
         x_BTD = weights.take(self.table, tokens_BT).astype(self.config.precision.compute)
         if self.config.scale_embeddings:
             x_BTD *= self.config.width**0.5
         if self.config.embedding_multiplier != 1:
             x_BTD *= self.config.embedding_multiplier
-        x_BTD = self.scheme.embed(x_BTD, where.positions, self.position_weights)
+        x_BTD = self.scheme.embed(x_BTD, metadata.positions, self.position_weights)
         if self.config.type_vocab_size:
             types_BT = jnp.zeros_like(tokens_BT) if types_BT is None else types_BT
             x_BTD += weights.take(self.types, types_BT).astype(x_BTD.dtype)
         return self.norm(x_BTD) if self.config.embed_norm else x_BTD
 
-    def bias(self, queries: Tokens, keys: Tokens) -> jax.Array | None:
+    def bias(self, queries: TokenMetadata, keys: TokenMetadata) -> jax.Array | None:
         """Bias of the attention scores of all layers, float32 (B or 1, N, T, S), or None."""
         return self.scheme.bias(queries.positions, keys.positions, self.position_weights)
 
@@ -105,7 +105,7 @@ class Transformer(Module):
                 return super().__getattr__(name)
             except AttributeError:
                 if name in (table := attribute_names.MODEL_ATTRIBUTES):
-                    raise attribute_names.no_attribute("Transformer", name, table) from None
+                    raise attribute_names.attribute_error("Transformer", name, table) from None
                 raise
 
         @nn.nowrap
@@ -120,9 +120,11 @@ class Transformer(Module):
                 )
             return super().apply(variables, *arguments, **keywords)
 
-    def __call__(self, tokens_BT: jax.Array, where: Tokens | None = None, cache: KVCache | None = None) -> Any:
+    def __call__(
+        self, tokens_BT: jax.Array, metadata: TokenMetadata | None = None, cache: KVCache | None = None
+    ) -> Any:
         """int32 (B, T) -> logits (B, T, V) in the output dtype, or with a cache (logits, cache); see `features`."""
-        x_BTD, updated = self.features(tokens_BT, where, cache)
+        x_BTD, updated = self.features(tokens_BT, metadata, cache)
         logits = self.logits(x_BTD)
         if self.is_initializing() and self.config.pooler:
             self.pooler(x_BTD)
@@ -131,7 +133,7 @@ class Transformer(Module):
     def features(
         self,
         tokens_BT: jax.Array,
-        where: Tokens | None = None,
+        metadata: TokenMetadata | None = None,
         cache: KVCache | None = None,
         types_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
@@ -139,7 +141,7 @@ class Transformer(Module):
 
         Args:
           tokens_BT: int32 token ids.
-          where: positions and segments of the tokens; by default each row is one segment that starts at position 0.
+          metadata: positions and segments of the tokens; by default each row is one segment that starts at position 0.
           cache: from `init_cache` or an earlier call; the tokens are written to its next slots. The caller ensures
             that there are enough slots and positions (`check_length`). If a document reaches a length at which the
             frequencies of its positions change, the keys and values of all slots are recomputed.
@@ -150,32 +152,33 @@ class Transformer(Module):
 
         Raises:
           UserError: the model is called without parameters; the inputs have the wrong rank, shape or dtype, or ids are
-            out of range (see `check_tokens`); without `where`, there are more tokens than positions (`check_length`).
+            out of range (see `check_tokens`); without `metadata`, there are more tokens than positions
+            (`check_length`).
         """
-        check_tokens(self.config, tokens_BT, where, types_BT)
+        check_tokens(self.config, tokens_BT, metadata, types_BT)
         if self.scope is None or not (self.is_initializing() or self.has_variable("params", "embed")):
             raise UserError(
                 'the model is called without parameters; call model.apply({"params": params}, tokens) with the '
                 "parameters from llm_jax.load or model.init"
             )
-        if where is None:
+        if metadata is None:
             check_length(self.config, tokens_BT.shape[1])
-            where = consecutive(tokens_BT)
+            metadata = consecutive(tokens_BT)
         layers: Any
         if cache is None:
-            x_BTD, layers = self._run(tokens_BT, where, where, None, None, types_BT)
+            x_BTD, layers = self._run(tokens_BT, metadata, metadata, None, None, types_BT)
         elif cache.tokens.ids is None:
-            keys = write_tokens(cache, where)
-            x_BTD, layers = self._run(tokens_BT, where, keys, cache.layers, cache.index, types_BT)
+            keys = write_tokens(cache, metadata)
+            x_BTD, layers = self._run(tokens_BT, metadata, keys, cache.layers, cache.index, types_BT)
         else:
-            where = dataclasses.replace(where, ids=tokens_BT)
-            keys = write_tokens(cache, where)
+            metadata = dataclasses.replace(metadata, ids=tokens_BT)
+            keys = write_tokens(cache, metadata)
             before, after = (lengths_so_far(keys, tokens) for tokens in (cache.tokens, keys))
             stale = (cache.tokens.segments > 0) & positions.make(self.config).changes_keys(before, after)
             old, ids_BS = cache, keys.ids
 
             def advance(model: "Transformer") -> tuple[jax.Array, Any]:
-                return model._run(tokens_BT, where, keys, old.layers, old.index, types_BT)
+                return model._run(tokens_BT, metadata, keys, old.layers, old.index, types_BT)
 
             def recompute(model: "Transformer") -> tuple[jax.Array, Any]:
                 x_BSD, layers = model._run(ids_BS, keys, keys, old.layers, jnp.int32(0), None)
@@ -189,12 +192,12 @@ class Transformer(Module):
         x_BTD = mesh_lib.constrain(x_BTD, mesh_lib.BATCH, mesh_lib.CONTEXT, None)
         return x_BTD, cache and KVCache(keys, cache.index + tokens_BT.shape[1], layers)
 
-    def _run(self, tokens_BT, where, keys, caches, index, types_BT) -> tuple[jax.Array, Any]:
+    def _run(self, tokens_BT, metadata, keys, caches, index, types_BT) -> tuple[jax.Array, Any]:
         """The output of the last layer, and the updated caches of all layers or None; see `features`."""
-        x_BTD, bias = self.embed(tokens_BT, where, types_BT), self.embed.bias(where, keys)
+        x_BTD, bias = self.embed(tokens_BT, metadata, types_BT), self.embed.bias(metadata, keys)
         if self.is_mutable_collection(CAPTURE) and not self.is_initializing():
             self.sow(CAPTURE, "embedded", x_BTD)
-        return self.layers(x_BTD, where, keys, bias, caches, index)
+        return self.layers(x_BTD, metadata, keys, bias, caches, index)
 
     def pooled(self, x_BTD: jax.Array) -> jax.Array:
         """Features (B, T, D) -> the output of the pooler for the first token, (B, D)."""
@@ -207,7 +210,7 @@ class Transformer(Module):
         table = self.embed.table if tied else self.head.kernel
         if (ratio := width_ratio(c)) != 1:
             x_BTD *= ratio
-        gathered = mesh_lib.gathered("embed/table" if tied else "head/kernel")
+        gathered = mesh_lib.gathered_spec("embed/table" if tied else "head/kernel")
         if gathered is not None and isinstance(table, jax.Array):
             x_BTD, table = weights.reduce_first(x_BTD, table)
         logits = weights.dot(
@@ -225,13 +228,15 @@ class Transformer(Module):
         return c.logit_softcap * jnp.tanh(logits / c.logit_softcap) if c.logit_softcap else logits
 
 
-def check_tokens(config: ModelConfig, tokens: Any, where: Tokens | None = None, types: Any = None) -> None:
+def check_tokens(config: ModelConfig, tokens: Any, metadata: TokenMetadata | None = None, types: Any = None) -> None:
     """Raises UserError unless the inputs of a model are integers of shape (B, T), and the tokens are valid ids.
 
     The values of the ids are checked only outside of `jax.jit`, where they are known.
     """
     arrays = {"tokens": tokens, "types": types}
-    arrays |= {} if where is None else {"where.positions": where.positions, "where.segments": where.segments}
+    arrays |= (
+        {} if metadata is None else {"metadata.positions": metadata.positions, "metadata.segments": metadata.segments}
+    )
     shape: Any = getattr(tokens, "shape", ())
     for name, array in arrays.items():
         if array is None:
@@ -259,10 +264,10 @@ def check_tokens(config: ModelConfig, tokens: Any, where: Tokens | None = None, 
             )
 
 
-def consecutive(tokens_BT: jax.Array) -> Tokens:
+def consecutive(tokens_BT: jax.Array) -> TokenMetadata:
     """Positions and segments of rows that are one segment each, from position 0: both int32 (B, T)."""
     indices = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
-    return Tokens(indices, jnp.ones_like(indices))
+    return TokenMetadata(indices, jnp.ones_like(indices))
 
 
 def init_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
@@ -289,7 +294,7 @@ def init_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
             layers[str(i)] = layer()
     zeros = jnp.zeros((batch, slots), jnp.int32)
     ids = zeros if positions.make(config).depends_on_length else None
-    return KVCache(Tokens(zeros, zeros, ids), jnp.int32(0), layers)
+    return KVCache(TokenMetadata(zeros, zeros, ids), jnp.int32(0), layers)
 
 
 def check_length(config: ModelConfig, length: int) -> None:

@@ -1,7 +1,7 @@
 """Object stores, gs://BUCKET/PATH and s3://BUCKET/PATH: requests, objects that grow, locks, and errors of clients."""
 
 from llm_jax.objects.appender import Appender
-from llm_jax.objects.faults import explain, reported
+from llm_jax.objects.faults import as_user_errors, explain
 from llm_jax.objects.locks import Lock
 from llm_jax.objects.store import (
     LAST,
@@ -12,14 +12,13 @@ from llm_jax.objects.store import (
     check,
     copy_to,
     download,
-    errors,
     fetch,
     find,
     finished,
+    glob,
     has_orbax_driver,
     is_object,
-    matching,
-    modified,
+    modification_time,
     path,
     put,
     read,
@@ -27,6 +26,7 @@ from llm_jax.objects.store import (
     stamp,
     stream,
     upload,
+    user_errors,
     write,
 )
 
@@ -37,26 +37,26 @@ __all__ = [
     "Lock",
     "StoreError",
     "Unanswered",
+    "as_user_errors",
     "bounded",
     "check",
     "copy_to",
     "download",
-    "errors",
     "explain",
     "fetch",
     "find",
     "finished",
+    "glob",
     "has_orbax_driver",
     "is_object",
-    "matching",
-    "modified",
+    "modification_time",
     "path",
     "put",
     "read",
     "remove",
-    "reported",
     "stamp",
     "stream",
     "upload",
+    "user_errors",
     "write",
 ]

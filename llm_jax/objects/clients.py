@@ -48,7 +48,7 @@ def client(scheme: str) -> Any:
     return system
 
 
-def is_of_network(error: BaseException | None) -> bool:
+def is_network_error(error: BaseException | None) -> bool:
     """Whether a store has not answered: a request, or the cause of `error`, has failed without an answer of the store.
 
     A store that refuses a request or asks for fewer of them has answered.

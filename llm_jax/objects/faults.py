@@ -15,14 +15,14 @@ _CLIENTS = ("aiobotocore", "botocore", "gcsfs", "s3fs")
 
 
 @contextlib.contextmanager
-def reported(path: str | os.PathLike[str]) -> Iterator[None]:
+def as_user_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turns the errors of a store's client into UserErrors that name `path`; does nothing for a path on a disk."""
     try:
         yield
     except Exception as error:
         if isinstance(error, UserError) or not store.is_object(path) or not _is_of_a_client(error):
             raise
-        with store.errors(path, "cannot be read or written"):
+        with store.user_errors(path, "cannot be read or written"):
             raise
 
 

@@ -113,7 +113,7 @@ class Lock:
             return {}
 
     def _numbers(self) -> list[int]:
-        parts = [name.rpartition("-") for name in store.names(self._directory)]
+        parts = [name.rpartition("-") for name in store.list_directory(self._directory)]
         return sorted(int(number) for name, _, number in parts if name == self._name and number.isdecimal())
 
     def _object(self, number: int) -> Any:

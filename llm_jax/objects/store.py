@@ -119,7 +119,7 @@ def bounded(path: str | os.PathLike[str], call: Callable[[], T]) -> T:
         try:
             check(path)
         except UserError as error:
-            if clients.is_of_network(error):
+            if clients.is_network_error(error):
                 if (seconds := time.monotonic() - answered) > _SILENT:
                     _unanswering[_scheme(path)] = time.monotonic()
                     text = f"{path}: its store has not answered for {seconds:.0f} s; check the network"
@@ -130,7 +130,7 @@ def bounded(path: str | os.PathLike[str], call: Callable[[], T]) -> T:
 
 def write(path: Any, content: bytes) -> None:
     """Replaces an object; readers see the old or the new one. Raises UserError."""
-    with errors(path, "cannot be written"):
+    with user_errors(path, "cannot be written"):
         _request(path, "pipe_file", _key(path), content)
 
 
@@ -141,7 +141,7 @@ def create(path: Any, content: bytes) -> None:
       FileExistsError: there is one.
       UserError: it cannot be written.
     """
-    with errors(path, "cannot be written"):
+    with user_errors(path, "cannot be written"):
         _request(path, "pipe_file", _key(path), content, mode="create")
 
 
@@ -152,29 +152,29 @@ def read(path: Any) -> bytes:
       FileNotFoundError: there is none.
       UserError: it cannot be read.
     """
-    with errors(path, "cannot be read"):
+    with user_errors(path, "cannot be read"):
         return _request(path, "cat_file", _key(path))
 
 
-def modified(path: Any) -> float:
+def modification_time(path: Any) -> float:
     """When an object was written, in seconds since 1970 by the clock of the store."""
     return _request(path, "modified", _key(path)).timestamp()
 
 
 def stamp(path: str) -> tuple[int, int]:
     """(bytes, time of the last write in nanoseconds by the clock of the store) of an object. Raises UserError."""
-    with errors(path, "cannot be read"):
+    with user_errors(path, "cannot be read"):
         size = _request(path, "info", _key(path))["size"]
         return size, int(_request(path, "modified", _key(path)).timestamp() * 1e9)
 
 
 def stream(path: str) -> Any:
     """An object as a binary stream, which is read in blocks. Raises UserError."""
-    with errors(path, "cannot be read"):
+    with user_errors(path, "cannot be read"):
         return _request(path, "open", _key(path), "rb", block_size=_BLOCK)
 
 
-def matching(address: str) -> dict[str, str]:
+def glob(address: str) -> dict[str, str]:
     """{name: address} of an object, of the objects below a directory, or of those that match a glob pattern.
 
     The name is relative to a directory, and otherwise the last part of the address or, of a pattern, the address.
@@ -182,7 +182,7 @@ def matching(address: str) -> dict[str, str]:
     if content := find(address):
         last = address.rstrip("/").rsplit("/", 1)[-1]
         return {last: address} if "." in content else {n: f"{address.rstrip('/')}/{n}" for n in content}
-    with errors(address, "cannot be read"):
+    with user_errors(address, "cannot be read"):
         listing = _request(address, "glob", _key(address), detail=True)
     keys = [key.lstrip("/") for key, info in listing.items() if info["type"] == "file"]
     return {f"{_scheme(address)}://{key}": f"{_scheme(address)}://{key}" for key in keys}
@@ -191,7 +191,7 @@ def matching(address: str) -> dict[str, str]:
 def find(path: Any) -> dict[str, dict[str, Any]]:
     """{name relative to `path`: information of fsspec} of the objects below a path; "." for the object itself."""
     root = _key(path)
-    with errors(path, "cannot be read"):
+    with user_errors(path, "cannot be read"):
         try:
             listing = _request(path, "find", root, detail=True)
         except FileNotFoundError:
@@ -206,9 +206,9 @@ def finished(directory: Any) -> list[str]:
     return [name.split("/")[0] for name in find(directory) if name.endswith(f"/{LAST}") and name.count("/") == 1]
 
 
-def names(directory: Any) -> list[str]:
+def list_directory(directory: Any) -> list[str]:
     """The names of the objects and directories in a directory. Raises UserError."""
-    with errors(directory, "cannot be read"):
+    with user_errors(directory, "cannot be read"):
         try:
             listing = _request(directory, "ls", _key(directory), detail=False)
         except FileNotFoundError:
@@ -223,7 +223,7 @@ def upload(directory: pathlib.Path, path: Any) -> None:
     def put(file: pathlib.Path) -> None:
         _request(path, "put_file", str(file), f"{_key(path)}/{file.relative_to(directory).as_posix()}")
 
-    with errors(path, "cannot be written"):
+    with user_errors(path, "cannot be written"):
         _each(put, [file for file in paths if file.name != LAST])
         for file in paths:
             if file.name == LAST:
@@ -232,13 +232,13 @@ def upload(directory: pathlib.Path, path: Any) -> None:
 
 def put(file: pathlib.Path, path: Any) -> None:
     """Copies a file to an object. Raises UserError."""
-    with errors(path, "cannot be written"):
+    with user_errors(path, "cannot be written"):
         _request(path, "put_file", str(file), _key(path))
 
 
 def copy_to(path: Any, file: BinaryIO) -> None:
     """Copies an object to an open file. Raises UserError."""
-    with errors(path, "cannot be read"), stream(path) as source:
+    with user_errors(path, "cannot be read"), stream(path) as source:
         shutil.copyfileobj(source, file, _BLOCK)
 
 
@@ -252,7 +252,7 @@ def fetch(path: Any, file: pathlib.Path, directory: pathlib.Path) -> None:
     if not file.resolve().is_relative_to(directory.resolve()):
         raise UserError(f"{path}: its name leads out of the directory")
     file.parent.mkdir(parents=True, exist_ok=True)
-    with errors(path, "cannot be read"):
+    with user_errors(path, "cannot be read"):
         _request(path, "get_file", _key(path), str(file))
 
 
@@ -264,7 +264,7 @@ def remove(path: Any) -> None:
 
 def delete(path: Any) -> None:
     """Deletes an object if it is there. Raises UserError."""
-    with errors(path, "cannot be deleted"), contextlib.suppress(FileNotFoundError):
+    with user_errors(path, "cannot be deleted"), contextlib.suppress(FileNotFoundError):
         _request(path, "rm_file", _key(path))
 
 
@@ -313,7 +313,7 @@ def _refuse_if_given_up(path: Any) -> None:
         _unanswering[scheme] = time.monotonic()  # other threads need not look too
         check(path)
     except (TimeoutError, UserError) as error:
-        if clients.is_of_network(error):
+        if clients.is_network_error(error):
             raise Unanswered(f"{os.fspath(path)}: the store does not answer; check the network") from error
         _unanswering.pop(scheme, None)
 
@@ -335,12 +335,12 @@ def _within(function: Callable[[], None], path: Any) -> None:
         text = f"{path}: its store does not answer within {_ANSWER:.0f} s; check the network"
         raise UserError(text) from TimeoutError()
     for error in raised:
-        with errors(path, "cannot be read"):
+        with user_errors(path, "cannot be read"):
             raise error
 
 
 @contextlib.contextmanager
-def errors(path: Any, problem: str) -> Iterator[None]:
+def user_errors(path: Any, problem: str) -> Iterator[None]:
     """Turns the errors of a store's client, of many types, into UserErrors; FileNotFoundError, FileExistsError stay."""
     try:
         yield

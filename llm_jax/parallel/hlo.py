@@ -57,7 +57,7 @@ class Instruction:
 
 
 @dataclasses.dataclass(frozen=True)
-class Module:
+class HloModule:
     """A compiled program.
 
     Attributes:
@@ -110,7 +110,7 @@ class Collectives:
     bytes: int
 
 
-def parse(text: str) -> Module:
+def parse(text: str) -> HloModule:
     """The module of the text of `Compiled.as_text()`."""
     computations: dict[str, list[Instruction]] = {}
     instructions: list[Instruction] = []
@@ -124,7 +124,7 @@ def parse(text: str) -> Module:
             instructions.append(instruction)
     if not entry:
         raise ValueError("the text of a compiled program has an ENTRY computation; this one has none")
-    return Module(computations, entry)
+    return HloModule(computations, entry)
 
 
 def _instruction(line: str) -> Instruction | None:
@@ -204,7 +204,7 @@ def _bits(dtype: str) -> int:
 # ---------------------------------------------------------------- collectives
 
 
-def collectives(module: Module, mesh: Mapping[str, int]) -> list[Collectives]:
+def collectives(module: HloModule, mesh: Mapping[str, int]) -> list[Collectives]:
     """The collectives of a program by kind and mesh axes, sorted.
 
     An asynchronous collective may stand in several computations, with one channel; it counts once.
@@ -290,7 +290,7 @@ def _device_ids(text: str, devices: int) -> np.ndarray:
 # ---------------------------------------------------------------- floating-point operations
 
 
-def flops(module: Module) -> int:
+def flops(module: HloModule) -> int:
     """The multiplications and additions of all matrix products and convolutions, without those in other kernels."""
     total = 0
     for computation, instruction, times in module.executed():
@@ -303,7 +303,7 @@ def flops(module: Module) -> int:
     return total
 
 
-def product_kernel_flops(module: Module) -> int:
+def product_kernel_flops(module: HloModule) -> int:
     """The multiplications and additions of the kernels of Pallas for products with quantized weights."""
     total = 0
     for computation, instruction, times in module.executed():
@@ -349,7 +349,7 @@ def _window(attributes: str, rank: int) -> dict[str, list[int]]:
     }
 
 
-def cycles(module: Module) -> int:
+def cycles(module: HloModule) -> int:
     """The cycles that the TPU compiler estimates, one after the other; 0 for programs of other compilers.
 
     Kernels of Pallas and waiting for collectives are not included.
@@ -361,7 +361,7 @@ def cycles(module: Module) -> int:
     return total
 
 
-def largest(module: Module, count: int) -> list[tuple[int, str, str]]:
+def largest(module: HloModule, count: int) -> list[tuple[int, str, str]]:
     """The largest arrays that instructions produce, (bytes, shape, name of the operation in the source), by shape."""
     found: dict[str, tuple[int, str, str]] = {}
     fused = {c for ins in module.computations.values() for i in ins if i.opcode == "fusion" for c in i.callees}

@@ -52,7 +52,7 @@ def make(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             "number"
         )
     # Under explicit axes, the default of JAX, matrix products of sharded arrays raise an error.
-    return Mesh(arrangement(tuple(sizes.values()), devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(device_array(tuple(sizes.values()), devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def parse(text: str, config: MeshConfig) -> MeshConfig:
@@ -71,7 +71,7 @@ def parse(text: str, config: MeshConfig) -> MeshConfig:
     return configuration.replace(config, sizes, "mesh.")
 
 
-def arrangement(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+def device_array(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
     """Devices as an array of this shape, whose last axes have the shortest ways over the network.
 
     The first axis spans the slices of a TPU, so that no other collective crosses the slow network between them.
@@ -94,13 +94,13 @@ def arrangement(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
     return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
 
 
-# The rules of the weights of the function that is traced, see `within`.
+# The rules of the weights of the function that is traced, see `with_mesh`.
 _RULES: contextvars.ContextVar[Rules] = contextvars.ContextVar("rules", default=())
-_PREFIX: contextvars.ContextVar[str] = contextvars.ContextVar("prefix", default="")  # see `below`
+_PREFIX: contextvars.ContextVar[str] = contextvars.ContextVar("prefix", default="")  # see `relative_paths`
 
 
-def within(mesh: Mesh, function: Callable[..., Any], rules: Rules = ()) -> Callable[..., Any]:
-    """Wraps `function` so that it is traced with `mesh` as the current abstract mesh of `in_use` and `constrain`.
+def with_mesh(mesh: Mesh, function: Callable[..., Any], rules: Rules = ()) -> Callable[..., Any]:
+    """Wraps `function` so that `current_axis_sizes` and `constrain` use `mesh` while it is traced.
 
     Args:
       rules: the shardings of the weights, see `shardings`: each is gathered over all axes but "tensor" where a matrix
@@ -118,8 +118,8 @@ def within(mesh: Mesh, function: Callable[..., Any], rules: Rules = ()) -> Calla
     return with_mesh
 
 
-def gathered(path: str) -> P | None:
-    """The PartitionSpec (in, out) of a weight while a matrix product uses it, by the rules of `within`, or None.
+def gathered_spec(path: str) -> P | None:
+    """The PartitionSpec (in, out) of a weight while a matrix product uses it, by the rules of `with_mesh`, or None.
 
     Without it XLA may gather a weight in one layout for the forward pass and in another for the backward pass, or
     gather activations instead of weights.
@@ -132,8 +132,8 @@ def gathered(path: str) -> P | None:
 
 
 @contextlib.contextmanager
-def below(path: str) -> Iterator[None]:
-    """Context in which `gathered` takes paths relative to `path`, for a module applied to a part of the parameters."""
+def relative_paths(path: str) -> Iterator[None]:
+    """Context in which paths of `gathered_spec` are relative to `path`, for a module of a part of the parameters."""
     token = _PREFIX.set(f"{path}/")
     try:
         yield
@@ -141,8 +141,8 @@ def below(path: str) -> Iterator[None]:
         _PREFIX.reset(token)
 
 
-def in_use() -> dict[str, int]:
-    """{axis: size} of the mesh of the function that is traced, see `within`; {} without a mesh."""
+def current_axis_sizes() -> dict[str, int]:
+    """{axis: size} of the mesh of the function that is traced, see `with_mesh`; {} without a mesh."""
     return dict(jax.sharding.get_abstract_mesh().shape)
 
 
@@ -154,7 +154,7 @@ def constrain(array: jax.Array, *axes: Any) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size <= 1 or mesh.manual_axes:
         return array
-    return jax.lax.with_sharding_constraint(array, fitting(P(*axes), array.shape, mesh))
+    return jax.lax.with_sharding_constraint(array, divisible_spec(P(*axes), array.shape, mesh))
 
 
 def shardings(tree: Any, rules: Rules, mesh: Mesh, source: str = "mesh.rules") -> Any:
@@ -187,7 +187,7 @@ def shardings(tree: Any, rules: Rules, mesh: Mesh, source: str = "mesh.rules") -
         axes = (None,) * stacked + (axes or (None,) * rank)
         specs = weights.partition(weight, P(*axes))
         return jax.tree.map(
-            lambda spec, leaf: NamedSharding(mesh, fitting(spec, leaf.shape, mesh)),
+            lambda spec, leaf: NamedSharding(mesh, divisible_spec(spec, leaf.shape, mesh)),
             specs,
             weight,
             is_leaf=lambda s: isinstance(s, P),
@@ -201,7 +201,7 @@ def _names(axis: Any) -> tuple[Any, ...]:
     return axis if isinstance(axis, tuple) else () if axis is None else (axis,)
 
 
-def fitting(spec: P, shape: tuple[int, ...], mesh: Any) -> P:
+def divisible_spec(spec: P, shape: tuple[int, ...], mesh: Any) -> P:
     """`spec` with None for mesh axes whose size does not divide the axis of an array of this shape."""
     sizes = [math.prod(mesh.shape[name] for name in _names(axis)) for axis in spec]
     return P(*(axis if shape[i] % sizes[i] == 0 else None for i, axis in enumerate(spec)))
@@ -218,7 +218,11 @@ def split_rows(array: Any, params: Any) -> jax.Array:
     It is returned as it is where `params` lie on one device.
     """
     mesh = mesh_of(params)
-    return array if mesh is None else jax.device_put(array, NamedSharding(mesh, fitting(P(BATCH), array.shape, mesh)))
+    return (
+        array
+        if mesh is None
+        else jax.device_put(array, NamedSharding(mesh, divisible_spec(P(BATCH), array.shape, mesh)))
+    )
 
 
 def mesh_of(arrays: Any) -> Mesh | None:
@@ -231,7 +235,7 @@ def mesh_of(arrays: Any) -> Mesh | None:
     return mesh if isinstance(mesh, Mesh) and mesh.size > 1 else None
 
 
-def entered(arrays: Any) -> contextlib.AbstractContextManager[Any]:
+def using_mesh_of(arrays: Any) -> contextlib.AbstractContextManager[Any]:
     """Context in which functions are traced with the mesh of `arrays` as the mesh in use, see `mesh_of`."""
     mesh = mesh_of(arrays)
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)

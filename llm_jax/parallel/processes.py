@@ -1,6 +1,6 @@
 """Several processes: start-up, communication and agreement.
 
-    with processes.started("10.0.0.1:1234", num_processes=2, process_id=0): ...
+    with processes.connected("10.0.0.1:1234", num_processes=2, process_id=0): ...
 
 Process 0 is the main process: it prints, and writes every file except its share of the arrays of a checkpoint. With one
 process everything here is immediate.
@@ -24,14 +24,14 @@ from llm_jax.parallel import rendezvous
 
 _HEARTBEAT = 40  # seconds after which JAX ends all processes if one is stopped; `rendezvous` detects ended ones
 _TIMEOUT = 300.0  # seconds in which all processes must have started
-_STEPS_AHEAD = 3  # see `Agreement`
+_STEPS_AHEAD = 3  # see `StopAgreement`
 _DAY = 24 * 3600
 _calls = itertools.count()  # counter for the keys of messages; equal in all processes
-_meeting: rendezvous.Meeting | None = None
+_meeting: rendezvous.Connections | None = None
 
 
 @contextlib.contextmanager
-def started(
+def connected(
     coordinator_address: str = "",
     num_processes: int = 0,
     process_id: int = -1,
@@ -66,7 +66,7 @@ def started(
 
     address, count, index, local_devices = connection
     bind = coordinator_bind_address or (address if explicit else f":{address.rpartition(':')[2]}")
-    meeting = rendezvous.meet(address, bind, count, index, timeout)
+    meeting = rendezvous.connect(address, bind, count, index, timeout)
     try:
         jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is handled by `cli.signals`
         jax.distributed.initialize(
@@ -92,7 +92,7 @@ def started(
         _meeting = None
 
 
-def _report(meeting: rendezvous.Meeting, error: BaseException) -> None:
+def _report(meeting: rendezvous.Connections, error: BaseException) -> None:
     """Reports an error of this process to the other processes."""
     if isinstance(error, UserError):
         meeting.fail(str(error), 2)
@@ -189,7 +189,7 @@ def is_main() -> bool:
     return index() == 0
 
 
-def unique(name: str) -> str:
+def unique_name(name: str) -> str:
     """A name that no other call returns; all processes make the same calls, and get the same names."""
     return f"{name}/{next(_calls)}"
 
@@ -197,7 +197,7 @@ def unique(name: str) -> str:
 def barrier(name: str) -> None:
     """Waits until all processes have reached this call."""
     if count() > 1:
-        _client().wait_at_barrier(f"llm_jax/{unique(name)}", _DAY * 1000)
+        _client().wait_at_barrier(f"llm_jax/{unique_name(name)}", _DAY * 1000)
 
 
 def connect(mesh: Any) -> None:
@@ -245,7 +245,7 @@ def broadcast(value: Any, key: str = "", waiting_for: str = "") -> Any:
     """
     if count() == 1:
         return value
-    key = f"llm_jax/{key or unique('broadcast')}"
+    key = f"llm_jax/{key or unique_name('broadcast')}"
     if is_main():
         _client().key_value_set(key, json.dumps(value))
         return value
@@ -331,7 +331,7 @@ def check_shared(directory: pathlib.Path, flag: str) -> None:
         probe.unlink(missing_ok=True)
 
 
-class Agreement:
+class StopAgreement:
     """Stops all processes after the same step if any of them requests it.
 
     Every process calls the object once after dispatching each step. A process that wants to stop proposes a step a
@@ -342,7 +342,7 @@ class Agreement:
     """
 
     def __init__(self) -> None:
-        self._key = f"llm_jax/{unique('stop')}"
+        self._key = f"llm_jax/{unique_name('stop')}"
         self._call = 0
 
     def __call__(self, wanted: Any) -> Any:

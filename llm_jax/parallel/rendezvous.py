@@ -6,7 +6,7 @@ kernel mean that its machine is lost. Process 0 informs the others, and every pr
 lost process. The messages are lines of JSON and do not use JAX. The kernel sends the probes, because a Python thread
 may be blocked for minutes, for example while a tokenizer is trained.
 
-    meeting = rendezvous.meet(address, bind, count=4, index=0, seconds=300)
+    meeting = rendezvous.connect(address, bind, count=4, index=0, seconds=300)
     meeting.fail("the disk is full", 2)      # the other processes end with this message and code
     meeting.finish()                         # waits for all processes, which may then end in any order
 """
@@ -88,7 +88,7 @@ class _Connection:
         self.socket.close()
 
 
-class Meeting:
+class Connections:
     """The connections of this process to the others: of process 0 to all, of every other process to process 0.
 
     Args:
@@ -183,7 +183,7 @@ class Meeting:
         self._end(line, code)
 
 
-def meet(
+def connect(
     address: str,
     bind: str,
     count: int,
@@ -191,7 +191,7 @@ def meet(
     seconds: float,
     end: Callable[[str, int], Any] | None = None,
     note: Callable[[str], Any] | None = None,
-) -> Meeting:
+) -> Connections:
     """Waits until all processes are connected to process 0.
 
     Args:
@@ -200,7 +200,7 @@ def meet(
       count: the number of processes.
       index: index of this process.
       seconds: time limit.
-      end: see `Meeting`; by default `end_process`.
+      end: see `Connections`; by default `end_process`.
       note: prints a line while waiting; by default to stderr.
 
     Raises:
@@ -210,7 +210,7 @@ def meet(
     note = note or (lambda line: print(line, file=sys.stderr, flush=True))
     wait = _Wait(seconds, note)
     connections = _gather(bind, count, wait) if index == 0 else [_join(address, count, index, wait)]
-    return Meeting(index, connections, end or end_process)
+    return Connections(index, connections, end or end_process)
 
 
 def end_process(line: str, code: int) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from llm_jax.checkpoints import Loaded
 from llm_jax.embeddings import contextual
 from llm_jax.model import capture as capture_lib
-from llm_jax.model.attention import Tokens
+from llm_jax.model.attention import TokenMetadata
 from llm_jax.model.transformer import Transformer
 from llm_jax.tokenizers import Tokenizer, token_text
 
@@ -45,6 +45,6 @@ def capture(model: Transformer, params: Any, rows: Sequence[Sequence[int]]) -> c
         segments_BT[i, : len(row)] = 1
     # Padding must not exceed the positions of a learned table.
     positions_BT = np.arange(length, dtype=np.int32) * segments_BT
-    where = Tokens(jnp.asarray(positions_BT), jnp.asarray(segments_BT))
-    run = jax.jit(lambda params, tokens, where: capture_lib.capture(model, params, tokens, where))
-    return jax.device_get(run(params, jnp.asarray(tokens_BT), where))
+    metadata = TokenMetadata(jnp.asarray(positions_BT), jnp.asarray(segments_BT))
+    run = jax.jit(lambda params, tokens, metadata: capture_lib.capture(model, params, tokens, metadata))
+    return jax.device_get(run(params, jnp.asarray(tokens_BT), metadata))

@@ -92,11 +92,11 @@ def positions(config: ModelConfig, params: Any = None, length: int = 256) -> Pos
     flat = {} if params is None else trees.flatten(trees.unstack(params))
     curves: list[Curves] = []
     for kind, scheme in schemes.items():
-        where = "" if len(schemes) == 1 else f", {kind} layers"
+        suffix = "" if len(schemes) == 1 else f", {kind} layers"
         if (scheme.declare() or scheme.declare_layer()) and params is None:
             raise UserError(f"model.position.kind={config.position.kind} has trained weights; give --checkpoint")
         if type(scheme).rotate is not Position.rotate:
-            curves += _rotation(scheme, length, where)
+            curves += _rotation(scheme, length, suffix)
         if kind == kinds[0]:  # the others do not depend on the kind of layer
             curves += _bias(scheme, flat, length)
             curves += _vectors(scheme, flat, length) if isinstance(scheme, Absolute) else []
@@ -124,7 +124,7 @@ def _bias(scheme: Position, flat: dict[str, Any], length: int) -> list[Curves]:
     return [Curves("bias of the scores", distances, tuple(f"head {n}" for n in range(len(values_NR))), values_NR)]
 
 
-def _rotation(scheme: Position, length: int, where: str) -> list[Curves]:
+def _rotation(scheme: Position, length: int, suffix: str) -> list[Curves]:
     h, c = positions_lib.head_dim(scheme.config), scheme.config.position
     distances = np.arange(length + 1)
     places = jnp.asarray(length - distances, jnp.int32)[None]
@@ -132,14 +132,14 @@ def _rotation(scheme: Position, length: int, where: str) -> list[Curves]:
     rotated_RH = np.asarray(scheme.rotate(jnp.ones((1, length + 1, 1, h)), places, lengths), np.float64)[0, :, 0]
     scores = rotated_RH @ rotated_RH[0]
     curves = [
-        Curves(f"score of equal queries and keys, relative to distance 0{where}", distances, ("score",),
+        Curves(f"score of equal queries and keys, relative to distance 0{suffix}", distances, ("score",),
                (scores / scores[0])[None])
     ]  # fmt: skip
     if isinstance(scheme, Rope):
         last = None if lengths is None else lengths[:1, :1]
         frequencies = np.asarray(rope.frequencies(c, int(c.partial_rotary_factor * h), last), np.float64).reshape(-1)
         bound = rope_bound(frequencies, distances)
-        name = f"upper bound of the scores (Su et al. 2021, section 3.4.3){where}"
+        name = f"upper bound of the scores (Su et al. 2021, section 3.4.3){suffix}"
         curves.append(Curves(name, distances, ("bound",), bound[None]))
     return curves
 

@@ -79,7 +79,7 @@ def probabilities(
     options = options or DecodingOptions(max_new_tokens=16)
     vocab_size = min(tokenizer.vocab_size, model.config.vocab_size)
     options.check(vocab_size)
-    ids: Sequence[int] = complete.fit(model, complete.prompt_ids(tokenizer, prompt), options)
+    ids: Sequence[int] = complete.fit_to_context(model, complete.prompt_ids(tokenizer, prompt), options)
     eos = complete.eos_ids(tokenizer, options)
     steps = tuple(
         explain_lib.explain(

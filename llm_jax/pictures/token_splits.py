@@ -39,7 +39,7 @@ class TokenSplits(Drawable):
         )
 
     def text(self, color: bool = False) -> str:
-        painted = (token_text.painted(self.source, tokenizer, color) for tokenizer in self.tokenizers.values())
+        painted = (token_text.colored(self.source, tokenizer, color) for tokenizer in self.tokenizers.values())
         parts = [f"{self.summary(name)}\n{text}\n" for name, text in zip(self.tokenizers, painted, strict=True)]
         if self.with_ids:
             columns = [[name, *token_text.table(self.source, tokenizer)] for name, tokenizer in self.tokenizers.items()]

@@ -82,7 +82,7 @@ def rows(config: Config, first: int = 0, count: int = 2, held_out: bool = False)
         if first >= len(data):
             raise UserError(f"--first={first}: {len(data)} rows are held out, numbered from 0")
         count = min(count, len(data) - first)
-    data = masking.hider(config.loss, tokenizer)(data, 0 if held_out else config.train.seed)
+    data = masking.row_masker(config.loss, tokenizer)(data, 0 if held_out else config.train.seed)
     titles, segments_of_rows, heads = [], [], []
     for index in range(first, first + count):
         row: Any = data[index]

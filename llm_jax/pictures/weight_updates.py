@@ -78,7 +78,7 @@ def adapters(base: Any, adapter_tree: Any) -> WeightUpdates:
             after = lora.materialize({"w": before}, {"w": parts})["w"]
             spectrum = _spectrum(np.asarray(after, np.float64) - np.asarray(before, np.float64))
         else:
-            parts = adapt.by_path(lora.plain({"w": parts}))["w"]
+            parts = adapt.by_path(lora.to_lora({"w": parts}))["w"]
             spectrum = low_rank_spectrum(*(np.asarray(parts[name], np.float64) for name in ("a", "b", "scale")))
         updates[path] = (spectrum, float(np.linalg.norm(before)))
     return _collected(updates)

@@ -9,7 +9,7 @@ from llm_jax.errors import UserError
 from llm_jax.pictures import render_png
 
 
-def plane(vectors: WordVectors, words: list[str]) -> np.ndarray:
+def project_to_plane(vectors: WordVectors, words: list[str]) -> np.ndarray:
     """The unit vectors of words projected onto their first two principal components, (words, 2)."""
     rows = np.stack([vectors[word] for word in words])
     rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
@@ -18,14 +18,14 @@ def plane(vectors: WordVectors, words: list[str]) -> np.ndarray:
 
 
 def draw(vectors: WordVectors, words: list[str], path: pathlib.Path) -> None:
-    """Writes a scatter plot of words in their `plane`.
+    """Writes a scatter plot of words in their `project_to_plane`.
 
     Raises:
       UserError: fewer than three words, a word without a vector, or a file that cannot be written.
     """
     if len(words) < 3:
         raise UserError(f"--words has {len(words)} words; expected at least three")
-    places = plane(vectors, words)
+    places = project_to_plane(vectors, words)
     with render_png.figure(11, 8, layout="constrained") as drawing:
         axis = drawing.subplots()
         axis.scatter(places[:, 0], places[:, 1], s=6)

@@ -22,7 +22,7 @@ from llm_jax.data.kinds import open_source
 from llm_jax.data.rows import ROWS, Row, Shuffled
 from llm_jax.errors import UserError
 from llm_jax.kernels import number_formats
-from llm_jax.model.attention import Tokens
+from llm_jax.model.attention import TokenMetadata
 from llm_jax.model.layer_stack import Layer
 from llm_jax.model.stages import layer_kinds
 from llm_jax.model.transformer import Transformer
@@ -58,7 +58,9 @@ def needs_text(planned: Mapping[str, str], method: str) -> bool:
     )
 
 
-def text(config: Config, source_name: str, tokenizer: Tokenizer, length: int, count: int) -> tuple[list[Row], str]:
+def calibration_rows(
+    config: Config, source_name: str, tokenizer: Tokenizer, length: int, count: int
+) -> tuple[list[Row], str]:
     """Returns (up to `count` rows of `length` tokens, sha256 of the calibration text).
 
     Args:
@@ -82,11 +84,11 @@ def text(config: Config, source_name: str, tokenizer: Tokenizer, length: int, co
             f"{length}; lower --seq_len or use a longer text"
         )
     rows = ROWS[data.kind](split, length)
-    shuffled = masking.hider(config.loss, tokenizer)(Shuffled(rows, 0), 0)
-    return [shuffled[i] for i in range(min(count, rows.full))], corpus.sha256
+    shuffled = masking.row_masker(config.loss, tokenizer)(Shuffled(rows, 0), 0)
+    return [shuffled[i] for i in range(min(count, rows.num_full))], corpus.sha256
 
 
-def run(
+def quantize_layers(
     model: Transformer,
     flat: dict[str, Any],
     planned: Mapping[str, str],
@@ -139,7 +141,7 @@ def run(
         layer_params = trees.unflatten({path.removeprefix(f"{name}/"): w for path, w in layer.items()})
         for batch in batches:
             batch["x"] = jax.device_get(
-                _forward(model.config, kind, layer_params, batch["x"], batch["where"], batch["bias"])
+                _forward(model.config, kind, layer_params, batch["x"], batch["metadata"], batch["bias"])
             )
     return trees.unflatten(params), summaries
 
@@ -158,7 +160,7 @@ def _quantize_layer(
     observed = tuple(path.removeprefix(f"{name}/") for path in flat if planned[path])
     total: dict[str, methods.InputStatistics] = {}
     for batch in batches:
-        new = _observe(config, kind, observed, layer, batch["x"], batch["where"], batch["bias"])
+        new = _observe(config, kind, observed, layer, batch["x"], batch["metadata"], batch["bias"])
         total = {key: methods.add(total[key], statistics) for key, statistics in new.items()} if total else new
     params, summaries = {}, []
     for path, w in flat.items():
@@ -201,12 +203,12 @@ def _errors(w: jax.Array, q: Any, inputs: methods.InputStatistics | None) -> tup
 
 
 def _embedded(model: Transformer, flat: Mapping[str, Any], rows: Sequence[Row], size: int) -> list[dict[str, Any]]:
-    """The inputs of the first layer, one dictionary per batch, on the host: {"where", "x", "bias"} of `Layer`."""
+    """The inputs of the first layer, one dictionary per batch, on the host: {"metadata", "x", "bias"} of `Layer`."""
 
     @jax.jit
-    def embed(params: Any, tokens: jax.Array, where: Tokens) -> tuple[jax.Array, jax.Array | None]:
+    def embed(params: Any, tokens: jax.Array, metadata: TokenMetadata) -> tuple[jax.Array, jax.Array | None]:
         def inputs(m: Transformer) -> tuple[jax.Array, jax.Array | None]:
-            return m.embed(tokens, where, None), m.embed.bias(where, where)
+            return m.embed(tokens, metadata, None), m.embed.bias(metadata, metadata)
 
         outputs: Any = model.apply({"params": params}, method=inputs)
         return outputs
@@ -214,9 +216,9 @@ def _embedded(model: Transformer, flat: Mapping[str, Any], rows: Sequence[Row], 
     params = trees.unflatten({path: w for path, w in flat.items() if path.startswith("embed/")})
     batches = []
     for batch in _batches(rows, size):
-        where = Tokens(jnp.asarray(batch["positions"]), jnp.asarray(batch["segments"]))
-        x, bias = jax.device_get(embed(params, batch["inputs"], where))
-        batches.append({"where": where, "x": x, "bias": bias})
+        metadata = TokenMetadata(jnp.asarray(batch["positions"]), jnp.asarray(batch["segments"]))
+        x, bias = jax.device_get(embed(params, batch["inputs"], metadata))
+        batches.append({"metadata": metadata, "x": x, "bias": bias})
     return batches
 
 
@@ -226,23 +228,23 @@ def _batches(rows: Sequence[Row], size: int) -> Iterator[dict[str, np.ndarray]]:
         yield {name: np.stack([row[name] for row in batch]) for name in batch[0]}
 
 
-def _apply(config, kind, layer, x, where, bias):
-    return Layer(config, kind).apply({"params": layer}, x, where, where, bias, None, None)[0]
+def _apply(config, kind, layer, x, metadata, bias):
+    return Layer(config, kind).apply({"params": layer}, x, metadata, metadata, bias, None, None)[0]
 
 
 _forward = jax.jit(_apply, static_argnums=(0, 1))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _observe(config, kind, observed, layer, x, where, bias) -> dict[str, methods.InputStatistics]:
+def _observe(config, kind, observed, layer, x, metadata, bias) -> dict[str, methods.InputStatistics]:
     """{path: statistics of the inputs} of the weights of a layer whose paths are in `observed`."""
     inputs: dict[str, jax.Array] = {}
 
     def record(path: str, weight: Any) -> Any:
         return _Observed(weight, functools.partial(inputs.__setitem__, path)) if path in observed else weight
 
-    _apply(config, kind, trees.map_weights(record, layer), x, where, bias)  # in the trace of this function
-    mask = where.segments > 0
+    _apply(config, kind, trees.map_weights(record, layer), x, metadata, bias)  # in the trace of this function
+    mask = metadata.segments > 0
     return {path: methods.observe(array, mask) for path, array in inputs.items()}
 
 

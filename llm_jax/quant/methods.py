@@ -97,11 +97,11 @@ def percentile(w: jax.Array, scheme: str, axis: int, inputs: InputStatistics | N
         return lambda a, axis, keepdims: jnp.quantile(a, share, axis, keepdims=keepdims)
 
     if s.offset == "minimum":
-        low = number_formats.over_groups(quantile(1 - _PERCENTILE), w, s, axis)
-        high = number_formats.over_groups(quantile(_PERCENTILE), w, s, axis)
+        low = number_formats.reduce_groups(quantile(1 - _PERCENTILE), w, s, axis)
+        high = number_formats.reduce_groups(quantile(_PERCENTILE), w, s, axis)
         scale, offset = (high - low) / (f.high - f.low), low
     else:
-        scale, offset = number_formats.over_groups(quantile(_PERCENTILE), jnp.abs(w), s, axis) / f.high, None
+        scale, offset = number_formats.reduce_groups(quantile(_PERCENTILE), jnp.abs(w), s, axis) / f.high, None
     clipped = None
     if s.activations == "static" and inputs is not None:
         clipped = inputs.clipped / inputs.batches / 127
@@ -133,14 +133,14 @@ def clip(
     scale, offset = number_formats.scales(w, s, axis)
     starts = [scale]
     if signed and f.integers and not s.offset:
-        high, low = number_formats.over_groups(jnp.max, w, s, axis), number_formats.over_groups(jnp.min, w, s, axis)
+        high, low = number_formats.reduce_groups(jnp.max, w, s, axis), number_formats.reduce_groups(jnp.min, w, s, axis)
         starts.append(jnp.where(high > -low, high, low) / f.low)
 
     def error(scale: jax.Array, offset: jax.Array | None) -> jax.Array:
-        stored = number_formats.stored(scale, s)
-        offset = offset if offset is None or s.offset == "mean" else number_formats.stored(offset, s)
+        stored = number_formats.store_scales(scale, s)
+        offset = offset if offset is None or s.offset == "mean" else number_formats.store_scales(offset, s)
         decoded = number_formats.decode(number_formats.encode(w, stored, offset, s, axis), stored, offset, s, axis)
-        return number_formats.over_groups(jnp.sum, importance * jnp.square(decoded - w), s, axis)
+        return number_formats.reduce_groups(jnp.sum, importance * jnp.square(decoded - w), s, axis)
 
     def better(best, candidate):
         smaller = candidate[0] < best[0]
@@ -224,7 +224,7 @@ def gptq(w: jax.Array, scheme: str, axis: int, inputs: InputStatistics | None, a
 
     def round_input(i: jax.Array, left: jax.Array) -> jax.Array:
         unit = jnp.where(jnp.abs(scale[i]) < np.finfo(np.float32).tiny, 1.0, scale[i])
-        rounded = number_formats.snap((left[i] - offset[i]) / unit, s.format) * scale[i] + offset[i]
+        rounded = number_formats.round_to_format((left[i] - offset[i]) / unit, s.format) * scale[i] + offset[i]
         # upper[i] is 0 for rows before i, which stay as they are; row i becomes `rounded`.
         return left - upper[i][:, None] * ((left[i] - rounded) / upper[i, i])
 

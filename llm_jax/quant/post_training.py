@@ -99,14 +99,14 @@ def _rounded(weight: jax.Array, scheme: str, axis: int, stacked: bool) -> Any:
     return jax.lax.map(quantize_layer, weight) if stacked else quantize_layer(weight)
 
 
-def base(params: Any, config: QuantConfig) -> Any:
+def quantize_base(params: Any, config: QuantConfig) -> Any:
     """The frozen base of adapters, quantized by `quant.scheme`; unchanged if it is ""."""
     if not config.scheme:
         return params
     return quantize_params(params, rules(config.scheme, config.head, config.rules), "quant")
 
 
-def finish(params: Any) -> dict[str, Any]:
+def replace_fake_quant(params: Any) -> dict[str, Any]:
     """The parameters with every `FakeQuant`, nested ones included, replaced by its quantized weight."""
 
     def finish_node(node: Any) -> Any:
@@ -132,7 +132,7 @@ def check_finite(params: Any, source: str) -> None:
                 raise UserError(f"{source}: '{path}' has infinite or NaN values")
 
 
-def unsupported(name: str) -> str:
+def unsupported_reason(name: str) -> str:
     """The reason why the default backend cannot run a scheme, or "". Compiles and runs a small product."""
     s = number_formats.scheme(name)
     if s.own:  # operations of XLA, for the shapes that it has been checked with
@@ -150,13 +150,13 @@ def unsupported(name: str) -> str:
     return ""
 
 
-def runnable(params: Any, planned: dict[str, str], fallback: str) -> dict[str, str]:
+def replace_unsupported(params: Any, planned: dict[str, str], fallback: str) -> dict[str, str]:
     """Replaces schemes that the backend does not support by `fallback`.
 
     Raises:
       UserError: the backend does not support a scheme and there is no fallback, or the fallback does not fit.
     """
-    reasons = {name: unsupported(name) for name in sorted(set(planned.values())) if name}
+    reasons = {name: unsupported_reason(name) for name in sorted(set(planned.values())) if name}
     bad = {name: reason for name, reason in reasons.items() if reason}
     for reason in bad.values():
         if not fallback:
@@ -186,7 +186,7 @@ class WeightSummary:
     output_error: float | None = None
 
 
-def lines(params: Any) -> list[WeightSummary]:
+def summaries(params: Any) -> list[WeightSummary]:
     """A summary of every weight of finished parameters, with an error of 0."""
     weights_by_path = trees.flatten(params).items()
     return [

@@ -1,6 +1,6 @@
 """Quantization-aware training: `FakeQuant` nodes round the trained weights in every use.
 
-`post_training.finish` (python -m llm_jax.quantize) converts the trained weights to QTensors.
+`post_training.replace_fake_quant` (python -m llm_jax.quantize) converts the trained weights to QTensors.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ def prepare(params: Any, config: QuantConfig) -> Any:
     return trees.map_weights(prepare_weight, params)
 
 
-def delayed(params: Any, step: jax.Array, start: int) -> Any:
+def active_from(params: Any, step: jax.Array, start: int) -> Any:
     """Makes the rounding of `params` active from step `start` on; `step` is the current step, int32 ()."""
     if not start:
         return params

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 
 from llm_jax.intervals import Interval
 from llm_jax.research import runs as runs_lib
-from llm_jax.research.runs import Group, Run
+from llm_jax.research.runs import Group, RunRecord
 
 _SAMPLE_LENGTH = 300
 _CELL_LENGTH = 44  # of a name or a value of an option
 
 
-def text(runs: Sequence[Run], samples: bool = True) -> str:
+def text(runs: Sequence[RunRecord], samples: bool = True) -> str:
     """Returns the differing options, results with intervals, paired differences and last samples as text."""
     groups = runs_lib.group(runs)
     figure = runs_lib.main_figure(runs)
@@ -77,7 +77,7 @@ def interval_text(interval: Interval | None, digits: int = 4, sign: bool = False
     return estimate if math.isnan(interval.low) else f"{estimate} [{low}, {high}]"
 
 
-def _unfinished(run: Run, figure: str) -> str:
+def _unfinished(run: RunRecord, figure: str) -> str:
     curve = run.curve(figure)
     latest = f"; {runs_lib.FIGURES[figure]} {curve[-1][1]:.4f} at step {curve[-1][0]}" if curve else ""
     return f"not finished: {run.name}, step {run.step} of {run.config['train.steps']}{latest}"

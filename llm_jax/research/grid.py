@@ -60,7 +60,7 @@ def parse_assignment(text: str, flag: str, expected: str) -> tuple[str, str]:
     key, _, values = (part.strip() for part in text.partition("="))
     if not values:
         raise UserError(f"{flag}: '{text}' is not an assignment; expected {expected}")
-    if problem := option_names.unknown(key, Config, values):
+    if problem := option_names.unknown_option(key, Config, values):
         raise UserError(f"{flag}: {problem}")
     return key, values
 
@@ -122,7 +122,7 @@ def read_file(path: str) -> list[Overrides]:
         if not isinstance(point, Mapping):
             raise UserError(f"--points={path}: point {i} is {point!r}; expected a mapping of overrides")
         for key, value in point.items():
-            if problem := option_names.unknown(str(key), Config, str(value)):
+            if problem := option_names.unknown_option(str(key), Config, str(value)):
                 raise UserError(f"--points={path}: {problem}")
     return [{key: configuration.python_value(value) for key, value in point.items()} for point in points]
 

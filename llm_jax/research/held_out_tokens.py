@@ -11,11 +11,11 @@ from llm_jax.data.rows import ROWS
 from llm_jax.errors import UserError
 from llm_jax.pictures import token_differences
 from llm_jax.pictures.token_differences import TokenDifferences
-from llm_jax.research.runs import Run
+from llm_jax.research.runs import RunRecord
 from llm_jax.tokenizers import digest
 
 
-def differences(runs: Sequence[Run], limit: int, token_losses: Callable[..., jax.Array]) -> TokenDifferences:
+def differences(runs: Sequence[RunRecord], limit: int, token_losses: Callable[..., jax.Array]) -> TokenDifferences:
     """Compares two runs on the first `limit` rows of their held-out text.
 
     Args:

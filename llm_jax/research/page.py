@@ -16,7 +16,7 @@ import numpy as np
 from llm_jax.intervals import Interval
 from llm_jax.pictures import html_document
 from llm_jax.research import runs as runs_lib
-from llm_jax.research.runs import Group, Run
+from llm_jax.research.runs import Group, RunRecord
 
 _MAX_POINTS = 300  # of a curve
 _NOT_DRAWN = {"step", "tokens", "seconds", "bad"}
@@ -46,7 +46,7 @@ _BODY = """<header><h1>{title}</h1><p id="summary"></p></header>
 {script}</script>"""
 
 
-def render(runs: Sequence[Run], title: str, sections: str = "") -> str:
+def render(runs: Sequence[RunRecord], title: str, sections: str = "") -> str:
     """The page as text.
 
     Args:
@@ -64,7 +64,7 @@ def render(runs: Sequence[Run], title: str, sections: str = "") -> str:
     return html_document.render(title, body, (package / "page.css").read_text())
 
 
-def data(runs: Sequence[Run]) -> dict[str, Any]:
+def data(runs: Sequence[RunRecord]) -> dict[str, Any]:
     """The data of the page, as JSON values."""
     groups = runs_lib.group(runs)
     figure = runs_lib.main_figure(runs)
@@ -104,7 +104,7 @@ def curve(group: Group, name: str) -> dict[str, list[Any]] | None:
     return result
 
 
-def _metrics(runs: Sequence[Run], figure: str) -> list[str]:
+def _metrics(runs: Sequence[RunRecord], figure: str) -> list[str]:
     """The names of the figures that can be drawn: the held-out ones and the loss first."""
     names = {
         name

@@ -36,7 +36,7 @@ _TOKENIZER = ("tokenizer.kind", "tokenizer.vocab_size", "tokenizer.path")
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class RunRecord:
     """The content of a run directory.
 
     Attributes:
@@ -104,7 +104,7 @@ class Group:
     """
 
     label: str
-    runs: tuple[Run, ...]
+    runs: tuple[RunRecord, ...]
     options: Mapping[str, Any]
 
     def values(self, name: str) -> dict[int, float]:
@@ -153,7 +153,7 @@ def _of_checkpoints(exists: bool) -> str:
     return f"; {command} compares checkpoints of any form" * exists
 
 
-def load(paths: Iterable[str | os.PathLike[str]]) -> list[Run]:
+def load(paths: Iterable[str | os.PathLike[str]]) -> list[RunRecord]:
     """Loads the runs of paths; see `find`.
 
     Raises:
@@ -164,7 +164,7 @@ def load(paths: Iterable[str | os.PathLike[str]]) -> list[Run]:
     return [read(path, name) for path, name in zip(directories, names, strict=True)]
 
 
-def read(path: pathlib.Path, name: str = "") -> Run:
+def read(path: pathlib.Path, name: str = "") -> RunRecord:
     """Reads one run.
 
     Raises:
@@ -179,7 +179,7 @@ def read(path: pathlib.Path, name: str = "") -> Run:
         raise UserError(f"{path}: not a run of llm_jax.train ({error})") from error
     summary = path / "summary.json"
     samples = {line["step"]: line for line in read_lines(path / "samples.jsonl")}
-    return Run(
+    return RunRecord(
         name or path.name,
         path,
         config,
@@ -208,14 +208,14 @@ def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
     return values
 
 
-def group(runs: Sequence[Run]) -> list[Group]:
+def group(runs: Sequence[RunRecord]) -> list[Group]:
     """Groups runs that differ only in the seed, in the order of their first run.
 
     Two runs with equal configurations and equal seeds are in different groups, and so are runs with equal
     configurations whose corpora had different texts.
     """
     corpora = {_data(run): run.corpus for run in reversed(runs) if run.corpus}
-    collected: dict[tuple[str, int], list[Run]] = {}
+    collected: dict[tuple[str, int], list[RunRecord]] = {}
     for run in runs:
         condition = json.dumps({k: v for k, v in run.config.items() if k != SEED and k not in NEUTRAL})
         # An unfinished run records no hash; it is grouped with other runs of its configuration.
@@ -239,11 +239,11 @@ def group(runs: Sequence[Run]) -> list[Group]:
     ]
 
 
-def _data(run: Run) -> str:
+def _data(run: RunRecord) -> str:
     return json.dumps([run.config[key] for key in ("data.source", "data.format", "data.field", *_HELD_OUT)])
 
 
-def differing_options(runs: Sequence[Run]) -> list[str]:
+def differing_options(runs: Sequence[RunRecord]) -> list[str]:
     """The dotted keys of options that are not equal in all runs, without the seed and the options in `NEUTRAL`."""
     if not runs:
         return []
@@ -300,7 +300,7 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
-def main_figure(runs: Sequence[Run]) -> str:
+def main_figure(runs: Sequence[RunRecord]) -> str:
     """The metric by which runs are compared: the first metric of `FIGURES` that any run has."""
     measured = (name for name in FIGURES if any(run.final(name) is not None for run in runs))
     return next(measured, BITS)

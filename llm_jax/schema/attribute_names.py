@@ -86,22 +86,23 @@ MODEL_ATTRIBUTES = ATTRIBUTES | {
 
 # Keyword arguments of the forward pass of other codebases, and what does the same here.
 FORWARD_KEYWORDS = {
-    "attention_mask": "where=Tokens(positions, segments) of llm_jax.model.attention; segment 0 is padding",
+    "attention_mask": "metadata=TokenMetadata(positions, segments) of llm_jax.model.attention; segment 0 is padding",
     "idx": "the tokens come after the parameters, without a name",
     "input_ids": "the tokens come after the parameters, without a name",
     "labels": "the model returns logits; jax.nn.log_softmax(logits) has the log-probabilities",
     "output_attentions": "llm_jax.model.capture.capture(model, params, tokens).attentions",
     "output_hidden_states": "llm_jax.model.capture.capture(model, params, tokens).hidden_states",
     "past_key_values": "cache=..., from model.init_cache or an earlier call",
-    "position_ids": "where=Tokens(positions, segments) of llm_jax.model.attention",
+    "position_ids": "metadata=TokenMetadata(positions, segments) of llm_jax.model.attention",
     "return_dict": "the model returns logits, or with a cache (logits, cache)",
     "targets": "the model returns logits; jax.nn.log_softmax(logits) has the log-probabilities",
     "token_type_ids": 'types_BT=... with method="features"; the model calls logits on the features',
     "use_cache": "cache=..., from model.init_cache or an earlier call",
+    "where": "it is called metadata since 0.2: metadata=TokenMetadata(positions, segments)",
 }
 
 
-def no_attribute(owner: str, name: str, table: Mapping[str, str] = ATTRIBUTES) -> AttributeError:
+def attribute_error(owner: str, name: str, table: Mapping[str, str] = ATTRIBUTES) -> AttributeError:
     """The error for an attribute that `owner` lacks, with what does the same if another codebase has it."""
     cure = f"; here it is {table[name]}" if name in table else ""
     return AttributeError(f"{owner} has no attribute '{name}'{cure}")

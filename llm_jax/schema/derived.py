@@ -9,7 +9,7 @@ def warmup_steps(steps: int) -> int:
     return steps // 14
 
 
-def follow_again(mapping: dict[str, Any], overridden: Set[str]) -> None:
+def reset_derived(mapping: dict[str, Any], overridden: Set[str]) -> None:
     """Resets a recorded option to its symbolic default, in place, if an override changes the option it depends on.
 
     Args:

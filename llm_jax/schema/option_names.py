@@ -301,7 +301,7 @@ def resolve(key: str, cls: Any = Config) -> str:
     return max(ends, key=lambda option: (-option.count("."), _similarity(option, key)), default="")
 
 
-def unknown(key: str, cls: Any = Config, value: str = "VALUE") -> str:
+def unknown_option(key: str, cls: Any = Config, value: str = "VALUE") -> str:
     """The error message for an override of `key` where this is no option, with the cure; "" for an option.
 
     Args:

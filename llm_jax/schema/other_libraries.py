@@ -17,7 +17,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 _KEYWORDS = {"checkpoint": "name"}
 
 
-def answers_keywords(target: F, within: Callable[[str], str] = lambda name: "") -> F:
+def explain_unknown_keywords(target: F, within: Callable[[str], str] = lambda name: "") -> F:
     """Decorates a function or a dataclass: an unknown keyword argument is answered with the name that it has here.
 
     It raises UserError, with a hint of `option_names.OTHER_FLAGS` or `unsupported_names`, or the nearest name.
@@ -55,7 +55,7 @@ def _keyword_hint(name: str, names: Sequence[str], within: Callable[[str], str])
 
 
 def within_options(cls: Any) -> Callable[[str], str]:
-    """The `within` of `answers_keywords` for a function that takes `options`, an instance of the dataclass `cls`."""
+    """`within` of `explain_unknown_keywords` for functions with an argument `options` of the dataclass `cls`."""
     names = [field.name for field in dataclasses.fields(cls)]
 
     def within(name: str) -> str:
@@ -67,7 +67,7 @@ def within_options(cls: Any) -> Callable[[str], str]:
 
 
 def within_overrides(argument: str) -> Callable[[str], str]:
-    """The `within` of `answers_keywords` for a function that takes options of a configuration.
+    """The `within` of `explain_unknown_keywords` for a function that takes options of a configuration.
 
     Args:
       argument: how they are given, with {} for the mapping of overrides.

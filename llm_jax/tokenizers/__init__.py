@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from llm_jax import extensions
 from llm_jax.errors import UserError
-from llm_jax.files import refuse_pointer
+from llm_jax.files import check_not_lfs_pointer
 from llm_jax.tokenizers import special
 from llm_jax.tokenizers.base import (
     PretrainedTokenizer,
@@ -136,7 +136,7 @@ def read_files(directory: pathlib.Path, names: Iterable[str] = PRETRAINED_FILES)
     paths += sorted(directory.glob(f"{special.TEMPLATES}/*.jinja"))
     paths = [path for path in paths if path.is_file()]
     for path in paths:
-        refuse_pointer(path)
+        check_not_lfs_pointer(path)
     return {path.relative_to(directory).as_posix(): path.read_bytes() for path in paths}
 
 

@@ -93,7 +93,7 @@ class OtherNames:
             return self.vocab_size
 
         def __getattr__(self, name: str) -> Any:
-            raise attribute_names.no_attribute(type(self).__name__, name)
+            raise attribute_names.attribute_error(type(self).__name__, name)
 
         def __call__(self, *arguments: Any, **keywords: Any) -> Any:
             raise TypeError(
@@ -111,7 +111,7 @@ class PretrainedTokenizer(Tokenizer, Protocol):
         several), "add_bos_token" (whether text begins with BOS), and "eos_ids", where more ids than EOS end a text.
       regular_size: number of ids without those of added tokens.
       special_ids: "bos_token_id", "eos_token_id", ... as in config.json.
-      named_ends: ids of special tokens whose names say that they end a text or a turn (`special.named_ends`).
+      end_token_ids: ids of special tokens whose names say that they end a text or a turn (`special.ids_of_end_tokens`).
     """
 
     special: dict[str, Any]
@@ -123,7 +123,7 @@ class PretrainedTokenizer(Tokenizer, Protocol):
     def special_ids(self) -> dict[str, int]: ...
 
     @property
-    def named_ends(self) -> list[int]: ...
+    def end_token_ids(self) -> list[int]: ...
 
     def encode_chat(self, text: str) -> list[int]:
         """The ids of a rendered chat, in which names of special tokens become their ids."""
@@ -139,12 +139,12 @@ class PretrainedTokenizer(Tokenizer, Protocol):
         """
 
 
-def laid_out(lengths: Iterable[int]) -> list[tuple[int, int]]:
+def consecutive_spans(lengths: Iterable[int]) -> list[tuple[int, int]]:
     """Consecutive spans (begin, end) of the given lengths, from 0."""
     return list(itertools.pairwise(itertools.accumulate(lengths, initial=0)))
 
 
-def in_bytes(text: str, spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+def byte_spans(text: str, spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     """Converts spans of characters of `text` to spans of bytes of its UTF-8."""
     places = [0, *itertools.accumulate(len(c.encode()) for c in text)]
     return [(places[begin], places[end]) for begin, end in spans]
@@ -180,7 +180,7 @@ def eos_ids(tokenizer: Tokenizer) -> list[int]:
     """
     other_ids: Sequence[int] = ()
     if isinstance(tokenizer, PretrainedTokenizer):
-        other_ids = tokenizer.special.get("eos_ids") or tokenizer.named_ends
+        other_ids = tokenizer.special.get("eos_ids") or tokenizer.end_token_ids
     return list(dict.fromkeys([*([] if tokenizer.eos is None else [tokenizer.eos]), *other_ids]))
 
 

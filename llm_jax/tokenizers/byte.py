@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import ClassVar, Self
 
 from llm_jax.errors import UserError
-from llm_jax.tokenizers.base import SPECIAL, OtherNames, laid_out
+from llm_jax.tokenizers.base import SPECIAL, OtherNames, consecutive_spans
 
 _FIRST = 3
 
@@ -40,7 +40,7 @@ class ByteTokenizer(OtherNames):
         return bytes(i - _FIRST for i in ids if _FIRST <= i < self.vocab_size).decode(errors="replace")
 
     def spans(self, text: str) -> list[tuple[int, int]]:
-        return laid_out(1 for _ in utf8(text))
+        return consecutive_spans(1 for _ in utf8(text))
 
     def piece(self, index: int) -> str:
         return SPECIAL[index] if index < _FIRST else repr(bytes([index - _FIRST]))[2:-1]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import ClassVar, Self
 
 from llm_jax.errors import UserError
-from llm_jax.tokenizers.base import SPECIAL, OtherNames, laid_out
+from llm_jax.tokenizers.base import SPECIAL, OtherNames, consecutive_spans
 from llm_jax.tokenizers.byte import utf8
 
 
@@ -48,7 +48,7 @@ class CharTokenizer(OtherNames):
         return "".join(self._characters[i] if i >= 0 else "\ufffd" for i in places)
 
     def spans(self, text: str) -> list[tuple[int, int]]:
-        return laid_out(len(c.encode()) for c in text)
+        return consecutive_spans(len(c.encode()) for c in text)
 
     def piece(self, index: int) -> str:
         return SPECIAL[index] if index < len(SPECIAL) else repr(self._characters[index - len(SPECIAL)])[1:-1]

@@ -62,7 +62,7 @@ def render(
     return render_all(special, [job(messages, answer, tools, documents)])[0].text
 
 
-@other_libraries.answers_keywords
+@other_libraries.explain_unknown_keywords
 def apply_chat_template(
     tokenizer: Tokenizer,
     messages: Sequence[Message],

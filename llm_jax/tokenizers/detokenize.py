@@ -40,7 +40,7 @@ class Detokenizer:
         # The ids complete a character that the prompt began, or change how its last bytes are read.
         return decoded[len(common_prefix(self.before, decoded)) :]
 
-    def settled(self, ids: Sequence[int]) -> str:
+    def stable_prefix(self, ids: Sequence[int]) -> str:
         """The longest known prefix of `text(ids)` that no later id changes.
 
         Left out are characters at the end whose bytes may be incomplete. Decoders of the `tokenizers` library read a

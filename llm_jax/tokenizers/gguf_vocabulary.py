@@ -65,7 +65,7 @@ def read(metadata: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     tokens_by_name = {
         f"{name}_token": tokens[index]
         for name, gguf_name in special.GGUF_NAMES
-        if (kind != "bert" or name in ("unk", "pad"))  # text has the marks of `encode_marked` only
+        if (kind != "bert" or name in ("unk", "pad"))  # text has the marks of `encode_with_special_tokens` only
         and (index := token_id(metadata, f"{gguf_name}_token_id", len(tokens))) is not None
     }
     names = {"chat_template": special.read_gguf_templates(metadata), "add_bos_token": add_bos, **tokens_by_name}
@@ -87,7 +87,7 @@ def _tokens(metadata: Mapping[str, Any]) -> tuple[list[str], list[int]]:
     types = list(metadata.get(KEY + "token_type") or [NORMAL] * len(tokens))
     if len(types) < len(tokens):
         raise UserError(f"{KEY}token_type has {len(types)} entries for {len(tokens)} tokens")
-    return tokens, special.control_ends(tokens, types[: len(tokens)], NORMAL, CONTROL)
+    return tokens, special.mark_end_tokens(tokens, types[: len(tokens)], NORMAL, CONTROL)
 
 
 def _merges(metadata: Mapping[str, Any], tokens: Sequence[str]) -> list[tuple[str, str]]:

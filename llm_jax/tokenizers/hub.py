@@ -12,7 +12,7 @@ from llm_jax.errors import UserError
 from llm_jax.schema import other_libraries
 from llm_jax.tokenizers import gguf_vocabulary, hub_files, hub_vocabulary
 from llm_jax.tokenizers import special as special_tokens
-from llm_jax.tokenizers.base import OtherNames, eos_ids, in_bytes, laid_out
+from llm_jax.tokenizers.base import OtherNames, byte_spans, consecutive_spans, eos_ids
 from llm_jax.tokenizers.byte import utf8
 
 
@@ -73,16 +73,16 @@ class HubTokenizer(OtherNames):
         return next((index for index in ids if index is not None), None)
 
     @property
-    def named_ends(self) -> list[int]:
+    def end_token_ids(self) -> list[int]:
         """Ids of added tokens whose names say that they end a text or a turn."""
         added = {token.content: index for index, token in self._tokenizer.get_added_tokens_decoder().items()}
-        return special_tokens.named_ends(added.get)
+        return special_tokens.ids_of_end_tokens(added.get)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Self:
         raise UserError("tokenizer.kind=hub is read from a checkpoint, not trained; choose bpe, unigram, byte, ...")
 
-    @other_libraries.answers_keywords
+    @other_libraries.explain_unknown_keywords
     def encode(self, text: str) -> list[int]:
         utf8(text)
         self._tokenizer.encode_special_tokens = True  # text that looks like a special token is text
@@ -102,7 +102,7 @@ class HubTokenizer(OtherNames):
         self._tokenizer.encode_special_tokens = False
         return self._tokenizer.encode(text, add_special_tokens=False)
 
-    def encode_marked(self, text: str) -> list[int]:
+    def encode_with_special_tokens(self, text: str) -> list[int]:
         """The ids of `text` with the special tokens that the tokenizer's post-processor adds ([CLS] text [SEP])."""
         utf8(text)
         self._tokenizer.encode_special_tokens = True
@@ -115,7 +115,7 @@ class HubTokenizer(OtherNames):
         texts = {index: token.content for index, token in added.items() if not token.special}
         return {index: text for index, text in texts.items() if self._tokenizer.decode([index]) != text}
 
-    @other_libraries.answers_keywords
+    @other_libraries.explain_unknown_keywords
     def decode(self, ids: Sequence[int]) -> str:
         try:
             return self._decode(ids)
@@ -140,10 +140,10 @@ class HubTokenizer(OtherNames):
             # A piece has one character per byte; the library's offsets cannot split a character.
             added = self._tokenizer.get_added_tokens_decoder()
             pieces = zip(encoding.ids, encoding.tokens, strict=True)
-            spans = laid_out(len(utf8(added[i].content)) if i in added else len(piece) for i, piece in pieces)
+            spans = consecutive_spans(len(utf8(added[i].content)) if i in added else len(piece) for i, piece in pieces)
             if (spans[-1][1] if spans else 0) == size:  # no space was added before the text
                 return spans
-        return in_bytes(text, encoding.offsets)
+        return byte_spans(text, encoding.offsets)
 
     def piece(self, index: int) -> str:
         return self._tokenizer.id_to_token(index) or ""
@@ -176,7 +176,7 @@ class HubTokenizer(OtherNames):
         add_bos = special["add_bos_token"]
         tokenizer._set_special(special | {"add_bos_token": True})
         if add_bos is None:  # the post-processor decides
-            add_bos = tokenizer.bos is not None and tokenizer.encode_marked("")[:1] == [tokenizer.bos]
+            add_bos = tokenizer.bos is not None and tokenizer.encode_with_special_tokens("")[:1] == [tokenizer.bos]
         tokenizer.special["add_bos_token"] = bool(add_bos)
         return tokenizer
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 import sentencepiece
 
 from llm_jax.errors import UserError
-from llm_jax.tokenizers.base import SPECIAL, OtherNames, VocabularyTooLarge, laid_out
+from llm_jax.tokenizers.base import SPECIAL, OtherNames, VocabularyTooLarge, consecutive_spans
 from llm_jax.tokenizers.byte import utf8
 from llm_jax.tokenizers.sentencepiece_json import (
     NORMAL,
@@ -165,7 +165,9 @@ class BpeTokenizer(OtherNames):
 
     def spans(self, text: str) -> list[tuple[int, int]]:
         ids = self.encode(text)
-        return laid_out(1 if self._pieces.is_byte(i) else len(_text(self._pieces.id_to_piece(i)).encode()) for i in ids)
+        return consecutive_spans(
+            1 if self._pieces.is_byte(i) else len(_text(self._pieces.id_to_piece(i)).encode()) for i in ids
+        )
 
     def piece(self, index: int) -> str:
         return _text(self._pieces.id_to_piece(int(index))).replace("\n", "\\n").replace("\t", "\\t")

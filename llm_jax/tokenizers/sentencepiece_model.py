@@ -12,7 +12,7 @@ import sentencepiece.sentencepiece_model_pb2
 from llm_jax.errors import UserError
 from llm_jax.schema import other_libraries
 from llm_jax.tokenizers import special as special_tokens
-from llm_jax.tokenizers.base import OtherNames, eos_ids, in_bytes
+from llm_jax.tokenizers.base import OtherNames, byte_spans, eos_ids
 from llm_jax.tokenizers.byte import utf8
 
 proto: Any = sentencepiece.sentencepiece_model_pb2  # made at import, so unknown to type checkers
@@ -92,17 +92,17 @@ class SentencePieceTokenizer(OtherNames):
         return {name: index for name, index in ids.items() if index is not None}
 
     @property
-    def named_ends(self) -> list[int]:
+    def end_token_ids(self) -> list[int]:
         """Ids of special and user-defined tokens whose names say that they end a text or a turn."""
         pieces = enumerate(self._proto.pieces)
         tokens = {piece.piece: index for index, piece in pieces if piece.type == _USER_DEFINED} | self._special
-        return special_tokens.named_ends(tokens.get)
+        return special_tokens.ids_of_end_tokens(tokens.get)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Self:
         raise UserError("tokenizer.kind=sentencepiece is read from a checkpoint, not trained; choose bpe or unigram")
 
-    @other_libraries.answers_keywords
+    @other_libraries.explain_unknown_keywords
     def encode(self, text: str) -> list[int]:
         utf8(text)
         return self._pieces.encode(text)
@@ -126,13 +126,13 @@ class SentencePieceTokenizer(OtherNames):
             begin += len(part)
         return offsets
 
-    @other_libraries.answers_keywords
+    @other_libraries.explain_unknown_keywords
     def decode(self, ids: Sequence[int]) -> str:
         return self._pieces.decode([int(i) for i in ids if 0 <= i < self.regular_size and i not in self._names])
 
     def spans(self, text: str) -> list[tuple[int, int]]:
         utf8(text)
-        return in_bytes(text, self._pieces.encode(text, return_type="offset_mapping")["offsets"])
+        return byte_spans(text, self._pieces.encode(text, return_type="offset_mapping")["offsets"])
 
     def piece(self, index: int) -> str:
         if index in self._names:
@@ -171,7 +171,7 @@ class SentencePieceTokenizer(OtherNames):
         )
         return tokenizer
 
-    def encode_marked(self, text: str) -> list[int]:
+    def encode_with_special_tokens(self, text: str) -> list[int]:
         """The ids of `text` between BOS and, where the metadata of a GGUF file add it, EOS."""
         ids = [*([] if self.bos is None else [self.bos]), *self.encode(text)]
         return [*ids, self.eos] if self.special.get("add_eos_token") and self.eos is not None else ids
@@ -237,7 +237,7 @@ class SentencePieceTokenizer(OtherNames):
             special["add_eos_token"] = bool(metadata.get(_GGML + "add_eos_token", True))
         try:
             model = proto.ModelProto()
-            types = special_tokens.control_ends(tokens, types, _NORMAL, _CONTROL)
+            types = special_tokens.mark_end_tokens(tokens, types, _NORMAL, _CONTROL)
             unknown = _unknown_id(metadata, types)
             for index, (token, score, kind) in enumerate(zip(tokens, scores, types, strict=True)):
                 # llama.cpp finds user-defined tokens in the text as it is, sentencepiece after it has escaped spaces.

@@ -3,4 +3,4 @@
 from llm_jax import cli
 
 if __name__ == "__main__":
-    cli.forward("tokenizers.show", "show", "tokens")
+    cli.run_renamed("tokenizers.show", "show", "tokens")

@@ -178,7 +178,7 @@ def without_eos(special: Mapping[str, Any], eos: int | None) -> dict[str, list[i
     return {"eos_ids": ids} if ids else {}
 
 
-def named_ends(index_of: Callable[[str], int | None]) -> list[int]:
+def ids_of_end_tokens(index_of: Callable[[str], int | None]) -> list[int]:
     """The ids of special tokens whose names say that they end a text or a turn.
 
     Args:
@@ -188,7 +188,7 @@ def named_ends(index_of: Callable[[str], int | None]) -> list[int]:
     return [index for index in map(index_of, names) if index is not None]
 
 
-def control_ends(tokens: Sequence[str], types: Sequence[int], normal: int, control: int) -> list[int]:
+def mark_end_tokens(tokens: Sequence[str], types: Sequence[int], normal: int, control: int) -> list[int]:
     """The types of a GGUF file's tokens, with `control` for those whose names say that they end a text or a turn.
 
     Files give them another type by mistake (llama.cpp's rule). An ordinary </s> is left as it is: vocabularies made

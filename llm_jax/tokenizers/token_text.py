@@ -10,7 +10,7 @@ _COLOURS = ("48;5;24", "48;5;58", "48;5;54", "48;5;22")  # backgrounds of the 25
 _RED, _END = "\x1b[41m", "\x1b[0m"
 
 
-def painted(text: str, tokenizer: Tokenizer, colour: bool) -> str:
+def colored(text: str, tokenizer: Tokenizer, colour: bool) -> str:
     """The text with its tokens told apart; what belongs to no token (dropped by a normalizer) stands bare.
 
     A token that stands for a part of a character is shown by its bytes.

@@ -3,4 +3,4 @@
 from llm_jax import cli
 
 if __name__ == "__main__":
-    cli.forward("tokenizers.train", "train_tokenizer")
+    cli.run_renamed("tokenizers.train", "train_tokenizer")

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 import tokenizers as library
 
 from llm_jax.errors import UserError
-from llm_jax.tokenizers.base import SPECIAL, OtherNames, VocabularyTooLarge, in_bytes, laid_out
+from llm_jax.tokenizers.base import SPECIAL, OtherNames, VocabularyTooLarge, byte_spans, consecutive_spans
 from llm_jax.tokenizers.byte import utf8
 
 _HYPHENATED = r" ?\w+(?:[-'’]\w+)*| ?[^\w\s]|\s"  # "Fine-tuning" is one word
@@ -90,7 +90,7 @@ class WordTokenizer(OtherNames):
 
     def spans(self, text: str) -> list[tuple[int, int]]:
         utf8(text)
-        return in_bytes(text, self._tokenizer.encode(text, add_special_tokens=False).offsets)
+        return byte_spans(text, self._tokenizer.encode(text, add_special_tokens=False).offsets)
 
     def piece(self, index: int) -> str:
         if index < len(SPECIAL):
@@ -176,7 +176,7 @@ class ByteBpeTokenizer(WordTokenizer):
         return bytes(BYTES[c] for c in piece)
 
     def spans(self, text: str) -> list[tuple[int, int]]:
-        return laid_out(len(self._bytes[i]) for i in self.encode(text))
+        return consecutive_spans(len(self._bytes[i]) for i in self.encode(text))
 
     def piece(self, index: int) -> str:
         if index < len(SPECIAL):

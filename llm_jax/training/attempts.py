@@ -6,7 +6,7 @@ import statistics
 import time
 
 from llm_jax import files
-from llm_jax.training.bad_steps import lines_up_to
+from llm_jax.training.bad_steps import read_metrics
 
 
 def begin(workdir: pathlib.Path, step: int) -> None:
@@ -14,7 +14,7 @@ def begin(workdir: pathlib.Path, step: int) -> None:
     time of its last metrics."""
     attempts, metrics = _read(workdir), workdir / "metrics.jsonl"
     if attempts and "ended" not in attempts[-1]:
-        last = files.modified(metrics) if metrics.exists() else 0.0
+        last = files.modification_time(metrics) if metrics.exists() else 0.0
         attempts[-1]["ended"] = max(attempts[-1]["began"], last)
     _write(workdir, [*attempts, {"step": step, "began": time.time()}])
 
@@ -31,7 +31,7 @@ def goodput(workdir: pathlib.Path) -> float | None:
 
     Compiling, evaluating, saving and lost steps do not count. None if no step has been timed.
     """
-    lines = lines_up_to(workdir / "metrics.jsonl")
+    lines = read_metrics(workdir / "metrics.jsonl")
     total = sum(max(attempt.get("ended", time.time()) - attempt["began"], 0.0) for attempt in _read(workdir))
     seconds = [line["seconds"] for line in lines if "seconds" in line]
     # If the clock of the machine was changed, the quotient may exceed 1.

@@ -27,11 +27,11 @@ class BadStep(Exception):
 
     Attributes:
       step: number of the step, from 1.
-      what: the reason, as a phrase.
+      reason: the reason, as a phrase.
     """
 
     step: int
-    what: str
+    reason: str
 
 
 def norms(tree: Any) -> jax.Array:
@@ -52,7 +52,7 @@ def names(tree: Any) -> list[str]:
     return [name for path in trees.flatten(tree) for name in trees.expand(path)]
 
 
-def lines_up_to(metrics: pathlib.Path, step: float = math.inf) -> list[dict[str, Any]]:
+def read_metrics(metrics: pathlib.Path, step: float = math.inf) -> list[dict[str, Any]]:
     """Reads the complete lines of metrics.jsonl up to the line of `step`."""
     lines: list[dict[str, Any]] = []
     for text in metrics.read_text().splitlines() if metrics.exists() else []:
@@ -70,7 +70,7 @@ def check(config: TrainConfig) -> None:
     choice("train.on_bad_step", config.on_bad_step, ACTIONS)
 
 
-class Watch:
+class BadStepDetector:
     """Detects bad steps by comparing losses with the losses of earlier steps.
 
     The limit for step n depends on the losses of the steps up to n - 2, because these are known when step n is
@@ -87,7 +87,7 @@ class Watch:
         self._config, self._weights = config, weights
         self._losses: dict[int, float] = {}
         self._consecutive = 0  # number of bad steps since the last good one
-        for line in lines_up_to(metrics, start)[-2 * _HISTORY :]:
+        for line in read_metrics(metrics, start)[-2 * _HISTORY :]:
             self._consecutive = self._consecutive + 1 if line.get("bad") else 0
             if not line.get("bad"):
                 self._losses[line["step"]] = line["loss"]
@@ -99,7 +99,7 @@ class Watch:
             return math.inf
         return self._config.spike_factor * statistics.median(losses)
 
-    def see(self, step: int, loss: float, bad: bool, gradient_norms: np.ndarray) -> str:
+    def record(self, step: int, loss: float, bad: bool, gradient_norms: np.ndarray) -> str:
         """Records a step, and returns a message about a bad step, or "".
 
         Args:
@@ -148,6 +148,6 @@ class Rollbacks:
         self._counts[to] = self._counts.get(to, 0) + 1
         if self._counts[to] > _MAX_ATTEMPTS:
             raise UserError(
-                f"step {bad.step}: {bad.what}; {_MAX_ATTEMPTS} rollbacks to step {to} have not helped; lower optim.lr "
-                "or optim.clip_norm"
+                f"step {bad.step}: {bad.reason}; {_MAX_ATTEMPTS} rollbacks to step {to} have not helped; lower "
+                "optim.lr or optim.clip_norm"
             )

@@ -19,7 +19,7 @@ from llm_jax.training import bad_steps, losses, machine_choice, optim, run_pictu
 
 
 @functools.partial(
-    other_libraries.answers_keywords, within=other_libraries.within_overrides("llm_jax.config(RECIPE, {})")
+    other_libraries.explain_unknown_keywords, within=other_libraries.within_overrides("llm_jax.config(RECIPE, {})")
 )
 def config(
     source: str | os.PathLike[str] | Mapping[str, Any] | Config = "default",
@@ -54,7 +54,7 @@ def check(config: Config) -> None:
     plain = dataclasses.replace(
         machine_choice.fixed(config.model), vocab_size=vocab_size, scan_layers=True, attention_kernel="plain"
     )
-    method = trainable.method(config)
+    method = trainable.training_method(config)
     base = abstract_params(Transformer(plain))
     params, _ = jax.eval_shape(method.init, base, jax.random.key(0))
     method.optimizer(base, params)
@@ -89,4 +89,4 @@ def check_training(config: Config) -> None:
     step.check_gather_once(c.gather_once, c.grad_accumulation)
     step.check_accumulation(c.batch_size, c.grad_accumulation, 1, losses.rows_together(config.loss))
     optim.schedule(config.optim, c.steps)
-    trainable.method(config)
+    trainable.training_method(config)

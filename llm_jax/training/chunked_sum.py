@@ -34,7 +34,7 @@ def sum_of_rows(
         order = jnp.argsort(1 - tokens["mask"], 1)
         tokens = {k: jnp.take_along_axis(a, jnp.expand_dims(order, range(2, a.ndim)), 1) for k, a in tokens.items()}
 
-    if mesh_lib.in_use().get(mesh_lib.CONTEXT, 1) > 1:  # so that every chunk has positions on every device
+    if mesh_lib.current_axis_sizes().get(mesh_lib.CONTEXT, 1) > 1:  # so that every chunk has positions on every device
 
         def chunked(array: jax.Array) -> jax.Array:
             return jnp.moveaxis(array.reshape(rows, chunk, length // chunk, *array.shape[2:]), 2, 0)

@@ -31,7 +31,7 @@ _SAFE_SHARE = 0.9  # share of the free memory; a step that needs more is not run
 
 
 @dataclasses.dataclass(frozen=True)
-class Estimate:
+class RunEstimate:
     """The estimated time, memory and disk space of a run.
 
     Attributes:
@@ -76,7 +76,7 @@ class Estimate:
         return self.checkpoint_bytes * self.checkpoints
 
 
-def estimate(setup: Setup, held_out: Mapping[str, int], workdir: pathlib.Path, done: int = 0) -> Estimate:
+def estimate(setup: Setup, held_out: Mapping[str, int], workdir: pathlib.Path, done: int = 0) -> RunEstimate:
     """Compiles the step and the loss of an evaluation, and times a few of both.
 
     Args:
@@ -98,7 +98,7 @@ def estimate(setup: Setup, held_out: Mapping[str, int], workdir: pathlib.Path, d
         step = setup.train_step.lower(state, setup.state.frozen, setup.batch, limit).compile()
         loss = setup.loss.lower(setup.state.params, setup.state.frozen, setup.batch).compile()
         compile_seconds = time.perf_counter() - began
-        need = memory.of(step, optimizer_bytes)
+        need = memory.of_executable(step, optimizer_bytes)
     if compile_seconds is not None and (free is None or need.peak * devices < _SAFE_SHARE * free):
         zeros = _zeros((state, setup.state.frozen))
         batch = dummy_batch(setup)
@@ -111,7 +111,7 @@ def estimate(setup: Setup, held_out: Mapping[str, int], workdir: pathlib.Path, d
         step_times = _timed(update)
         params = current[0].params
         batch_times = _timed(lambda: loss(params, zeros[1], batch)) if held_out else [0.0]
-    return Estimate(
+    return RunEstimate(
         compile_seconds=compile_seconds,
         step_seconds=statistics.median(step_times) if step_times else None,
         timed_steps=len(step_times),
@@ -127,7 +127,7 @@ def estimate(setup: Setup, held_out: Mapping[str, int], workdir: pathlib.Path, d
     )
 
 
-def describe(e: Estimate, config: Config, epoch_tokens: int) -> str:
+def describe(e: RunEstimate, config: Config, epoch_tokens: int) -> str:
     """Returns the estimate as text, with the costs that it does not include.
 
     Args:

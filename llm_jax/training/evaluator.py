@@ -47,8 +47,8 @@ class Evaluator:
             return losses.preferences(setup.model, weights, *reference, batch, c.loss.beta, c.train.loss_chunk)
 
         rules = setup.config.mesh.rules
-        self._preferences = jax.jit(mesh_lib.within(setup.mesh, preferences, rules), out_shardings=setup.replicated)
-        self._statistics = jax.jit(mesh_lib.within(setup.mesh, statistics), out_shardings=setup.replicated)
+        self._preferences = jax.jit(mesh_lib.with_mesh(setup.mesh, preferences, rules), out_shardings=setup.replicated)
+        self._statistics = jax.jit(mesh_lib.with_mesh(setup.mesh, statistics), out_shardings=setup.replicated)
 
     def _local_params(self, state: TrainState) -> Any:
         """The parameters of the model, one entry per layer; each of several processes gets a complete copy."""

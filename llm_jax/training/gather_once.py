@@ -40,7 +40,7 @@ def before_micro_batches(params: Any, frozen: Any, dtype: Any, tied: bool) -> di
 
 def _spec(path: str, w: Any, tied: bool) -> P | None:
     """The sharding of a weight during its matrix product; None for a weight without a matrix product."""
-    stacked, spec = trees.layers_of(path) is not None, mesh_lib.gathered(path)
+    stacked, spec = trees.layers_of(path) is not None, mesh_lib.gathered_spec(path)
     multiplied = len(w.shape) - stacked == 2 and not _NOT_MULTIPLIED.fullmatch(path) and (tied or path != "embed/table")
     return P(*(None,) * stacked, *spec) if multiplied and spec is not None else None
 

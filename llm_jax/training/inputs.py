@@ -104,7 +104,7 @@ def load(config: Config, start: Start | None = None, engine: str = "local") -> I
             f"checkpoint.keep_best={config.checkpoint.keep_best} compares held-out losses, but no text is held out "
             "(data.validation_fraction=0); set it to 0"
         )
-    masked = masking.hider(config.loss, tokenizer)  # function (rows, seed) -> rows with masked tokens
+    masked = masking.row_masker(config.loss, tokenizer)  # function (rows, seed) -> rows with masked tokens
     return Inputs(
         _with_prompts(config, corpus, tokenizer),
         tokenizer,
@@ -115,7 +115,7 @@ def load(config: Config, start: Start | None = None, engine: str = "local") -> I
         rows_lib.test(config.data, corpus, c.seq_len),
         masking.vocab_size(config.loss, tokenizer),
         (len(corpus.train.tokens), len(corpus.validation.tokens)),
-        train.rows.full if isinstance(train, rows_lib.Shuffled) else 0,
+        train.rows.num_full if isinstance(train, rows_lib.Shuffled) else 0,
         _empty_answers(config, corpus, tokenizer),
         held_out_lib.unknown_note(tokenizer, corpus.validation.tokens),
     )

@@ -16,7 +16,7 @@ from llm_jax import extensions, tokenizers
 from llm_jax.data import kinds
 from llm_jax.data.rows import Batch
 from llm_jax.errors import UserError
-from llm_jax.model.attention import Tokens
+from llm_jax.model.attention import TokenMetadata
 from llm_jax.model.transformer import Transformer
 from llm_jax.schema import Config, LossConfig, ModelConfig
 from llm_jax.tokenizers import Tokenizer
@@ -81,7 +81,7 @@ def _total_and_target_backward(saved, g):
 _total_and_target.defvjp(_total_and_target_forward, _total_and_target_backward)
 
 
-def unlikelihood(logits: jax.Array, targets: jax.Array, seen: jax.Array, candidates: jax.Array) -> jax.Array:
+def unlikelihood(logits: jax.Array, targets: jax.Array, context_ids: jax.Array, candidates: jax.Array) -> jax.Array:
     """-sum over c of log(1 - p(c)), over the earlier tokens c of the context other than the target.
 
     Welleck et al. 2020, arXiv:1908.04319, equations 4 and 5. 1 - p is at least 1e-5.
@@ -89,14 +89,14 @@ def unlikelihood(logits: jax.Array, targets: jax.Array, seen: jax.Array, candida
     Args:
       logits: (B, C, V).
       targets: int (B, C).
-      seen: int (B, T), the ids of the context.
+      context_ids: int (B, T), the ids of the context.
       candidates: bool (B, C, T), which of them precede the target; each id is counted once.
 
     Returns:
       float32 (B, C).
     """
     logs = jax.nn.log_softmax(logits.astype(jnp.float32))
-    ids = jnp.broadcast_to(seen[:, None], candidates.shape)
+    ids = jnp.broadcast_to(context_ids[:, None], candidates.shape)
     complement = 1 - jnp.exp(jnp.take_along_axis(logs, ids, -1))
     wrong = candidates & (ids != targets[..., None])
     return -jnp.sum(jnp.where(wrong, jnp.log(jnp.maximum(complement, 1e-5)), 0), -1)
@@ -191,8 +191,8 @@ def _pick(values: jax.Array, ids: jax.Array) -> jax.Array:
 
 def features(model: Transformer, params: Any, batch: Batch) -> jax.Array:
     """The input of the output head, (B, T, D) in the compute dtype."""
-    where = Tokens(batch["positions"], batch["segments"])
-    return model.apply({"params": params}, batch["inputs"], where, method="features")[0]
+    metadata = TokenMetadata(batch["positions"], batch["segments"])
+    return model.apply({"params": params}, batch["inputs"], metadata, method="features")[0]
 
 
 def head(model: Transformer, params: Any, x_BCD: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from llm_jax import trees
 from llm_jax.data.rows import Batch
-from llm_jax.model.attention import Tokens
+from llm_jax.model.attention import TokenMetadata
 from llm_jax.model.layers import ACTIVATION_STATS
 from llm_jax.model.transformer import Transformer
 
@@ -45,9 +45,9 @@ def layer_statistics(model: Transformer) -> Callable[[Any, Batch], dict[str, dic
     """
 
     def statistics(params: Any, batch: Batch) -> dict[str, dict[str, jax.Array]]:
-        where = Tokens(batch["positions"], batch["segments"])
+        metadata = TokenMetadata(batch["positions"], batch["segments"])
         _, state = model.apply(
-            {"params": params}, batch["inputs"], where, method="features", mutable=[ACTIVATION_STATS]
+            {"params": params}, batch["inputs"], metadata, method="features", mutable=[ACTIVATION_STATS]
         )
         kinds = {"rms": "activation", "attention/entropy": "attention_entropy"}
         values: dict[str, dict[str, jax.Array]] = {kind: {} for kind in kinds.values()}
@@ -87,7 +87,7 @@ class Profiler:
         if enabled and start >= stop:
             write(f"note: --profile writes no trace: the run has already reached train.steps={stop}")
 
-    def at(self, done: int, state: Any) -> None:
+    def before_step(self, done: int, state: Any) -> None:
         """Starts or ends the trace; call before every step with the current state."""
         if self._first is None:
             return

@@ -37,7 +37,7 @@ class Memory:
         return self.arguments + self.temporaries + self.outputs
 
 
-def of(executable: Any, optimizer: int = 0) -> Memory:
+def of_executable(executable: Any, optimizer: int = 0) -> Memory:
     """The memory of a compiled function; `optimizer` is the size of the optimizer state in bytes."""
     analysis = executable.memory_analysis()
     outputs = max(analysis.output_size_in_bytes - analysis.alias_size_in_bytes, 0)
@@ -49,12 +49,12 @@ def of_training_step(setup: Setup) -> Memory:
     state = setup.state.replace(frozen={})
     limit = jax.ShapeDtypeStruct((), "float32")
     compiled = setup.train_step.lower(state, setup.state.frozen, setup.batch, limit).compile()
-    return of(compiled, shard_bytes((state.optimizer, state.ema)))
+    return of_executable(compiled, shard_bytes((state.optimizer, state.ema)))
 
 
 def of_forward_pass(setup: Setup) -> Memory:
     """The memory of the loss of a batch without its gradient."""
-    return of(setup.loss.lower(setup.state.params, setup.state.frozen, setup.batch).compile())
+    return of_executable(setup.loss.lower(setup.state.params, setup.state.frozen, setup.batch).compile())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +105,7 @@ def describe(e: StepSizes, config: Config) -> str:
     )
 
 
-def compiled(config: Config, kind: str) -> Memory:
+def of_variant(config: Config, kind: str) -> Memory:
     """The memory of the step of one of `KINDS`, or "as given" of the configured step; needs `model.vocab_size`."""
     config = config if kind == "as given" else variant(config, kind)
     parts = setup(_named(config) if config.lora.rank else config)

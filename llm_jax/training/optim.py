@@ -207,7 +207,7 @@ def shardings(state: Any, params: Any, placed: Any, copies: NamedSharding) -> An
         for start in range(len(keys)):
             rank, sharding = known.get(keys[start:], (-1, copies))
             if rank == len(leaf.shape):
-                return NamedSharding(sharding.mesh, mesh_lib.fitting(sharding.spec, leaf.shape, sharding.mesh))
+                return NamedSharding(sharding.mesh, mesh_lib.divisible_spec(sharding.spec, leaf.shape, sharding.mesh))
         return copies
 
     return jax.tree_util.tree_map_with_path(place, state)

@@ -28,10 +28,10 @@ def compiled(config: Config, devices: list[Any]) -> tuple[Any, Mesh]:
     """
     mesh = mesh_lib.make(config.mesh, devices)
     model, _ = loop.unrolled(Transformer(with_dtype(config.model, config.model.precision.compute)), {})
-    shapes = jax.eval_shape(lambda p: post_training.base(p, config.quant), abstract_params(model))
+    shapes = jax.eval_shape(lambda p: post_training.quantize_base(p, config.quant), abstract_params(model))
     params = _placed(shapes, mesh_lib.shardings(shapes, config.mesh.rules, mesh))
     rows, length = config.train.batch_size, config.train.seq_len
-    split = NamedSharding(mesh, mesh_lib.fitting(P(mesh_lib.BATCH), (rows,), mesh))
+    split = NamedSharding(mesh, mesh_lib.divisible_spec(P(mesh_lib.BATCH), (rows,), mesh))
     prompts = jax.ShapeDtypeStruct((rows, steps.bucket(length)), jnp.int32, sharding=split)
     lengths = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=split)
     room = steps.bucket(config.eval.max_new_tokens)

@@ -162,7 +162,7 @@ def report(config: Config, topology: Topology, decode: bool = False) -> Report:
             "installed: pip install 'llm_jax[plan-gpu]', or set --config.model.attention_kernel=plain"
         ) from error
     sizes = dict(mesh.shape)
-    figures = memory.of(compiled, optimizer)
+    figures = memory.of_executable(compiled, optimizer)
     if topology.platform == "gpu" and figures.peak > capacity:  # its compiler does not refuse the step
         raise _does_not_fit(topology, figures.peak, capacity)
     live = getattr(compiled.memory_analysis(), "peak_memory_in_bytes", 0)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from llm_jax import bars, files
 from llm_jax.errors import UserError
 from llm_jax.parallel import processes
-from llm_jax.training.bad_steps import Watch, lines_up_to
+from llm_jax.training.bad_steps import BadStepDetector, read_metrics
 from llm_jax.training.trackers import Trackers
 
 Metrics = Mapping[str, Any]  # {name: jax.Array}
@@ -42,7 +42,7 @@ class Progress:
     The time of a step is measured from the end of the previous step, evaluation or save to the end of the step.
 
     Args:
-      watch: receives every step; for a bad step it raises `BadStep`, also from the methods of this class.
+      detector: receives every step; for a bad step it raises `BadStep`, also from the methods of this class.
       weights: the per-layer names of the trainable weights, in the order of the norms.
       trackers: receive the same data as metrics.jsonl.
       norms_every: steps between lines with norms; 0: none.
@@ -57,7 +57,7 @@ class Progress:
         steps: int,
         flops_per_token: float,
         peak: float,
-        watch: Watch,
+        detector: BadStepDetector,
         weights: Sequence[str] = (),
         trackers: Trackers | None = None,
         norms_every: int = 0,
@@ -78,7 +78,7 @@ class Progress:
         )
         self._start, self._steps, self._verbose = start, steps, verbose
         self._flops_per_token, self._peak = flops_per_token, peak
-        self._watch, self._weights, self._norms_every = watch, weights, norms_every
+        self._detector, self._weights, self._norms_every = detector, weights, norms_every
         self._trackers = trackers or Trackers()
         self._pending: _Pending | None = None
         self._printed = time.perf_counter()
@@ -131,7 +131,7 @@ class Progress:
         if self._verbose and self._bar.disable and (self._is_milestone(step) or ready - self._printed > _MAX_SILENCE):
             self._printed = ready
             print(f"step {step} of {self._steps}: {text}{self._time_left(step, ready)}", flush=True)
-        if note := self._watch.see(step, values["loss"], bad, norms["gradient"]):
+        if note := self._detector.record(step, values["loss"], bad, norms["gradient"]):
             self.write(note)
 
     def _time_left(self, step: int, now: float) -> str:
@@ -250,5 +250,5 @@ def _reopen(path: pathlib.Path, start: int, lock: Any):
     """
     if not processes.is_main():
         return open(os.devnull, "a")
-    files.write(path, "".join(json.dumps(line) + "\n" for line in lines_up_to(path, start)), durable=True)
+    files.write(path, "".join(json.dumps(line) + "\n" for line in read_metrics(path, start)), durable=True)
     return files.open_to_append(path, lock)

@@ -152,7 +152,7 @@ class Setup:
         base = self.load_base() if base is None else base
         params, constants = self.init_trainable(base)
         frozen = self.freeze(base, constants, self.load_reference() if reference is None else reference)
-        return self.begin(params).replace(frozen=frozen)
+        return self.initial_state(params).replace(frozen=frozen)
 
     def init_trainable(self, base: Any) -> tuple[Any, Any]:
         """Returns (trainable parameters, constant parts of adapters), initialized with `train.seed`."""
@@ -170,7 +170,7 @@ class Setup:
         frozen = jax.device_put(self.method.freeze(base, constants), shardings)
         return frozen | ({"reference": reference} if self.reference is not None else {})
 
-    def begin(self, params: Any) -> TrainState:
+    def initial_state(self, params: Any) -> TrainState:
         """Returns the state at step 0 for trainable parameters, which are donated; `frozen` is empty."""
         shapes = self.state.replace(frozen={})
         begin = jax.jit(self._begin, out_shardings=_shardings_of(shapes), donate_argnums=0)
@@ -194,7 +194,7 @@ class Setup:
         def scan(state: TrainState, frozen: Any, batches: Batch) -> Any:
             return jax.lax.scan(lambda state, batch: self.update(state, frozen, batch), state, batches)
 
-        return jax.jit(mesh_lib.within(self.mesh, scan), donate_argnums=0)
+        return jax.jit(mesh_lib.with_mesh(self.mesh, scan), donate_argnums=0)
 
     def scan(self, state: TrainState, batches: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         """Performs several updates in one compiled loop; returns (new state, metrics with a leading axis of steps).
@@ -258,7 +258,7 @@ def setup(
     reference_model = _reference(config, model)
 
     # ---------------------------------------------------------------- trainable and frozen parameters
-    method = trainable.method(config)
+    method = trainable.training_method(config)
     base = abstract_params(model)
     params, constants = jax.eval_shape(method.init, base, jax.random.key(0))
     frozen = jax.eval_shape(method.freeze, base, constants)
@@ -322,13 +322,13 @@ def setup(
         batch=dict.fromkeys(rows_lib.NAMES, shape),
         update=update,
         train_step=jax.jit(
-            mesh_lib.within(mesh, update, config.mesh.rules),
+            mesh_lib.with_mesh(mesh, update, config.mesh.rules),
             donate_argnums=0,
             in_shardings=(state_shardings, None, batch_sharding, None),
             out_shardings=(state_shardings, copies),
         ),
         loss=jax.jit(
-            mesh_lib.within(mesh, held_out_loss, config.mesh.rules),
+            mesh_lib.with_mesh(mesh, held_out_loss, config.mesh.rules),
             in_shardings=(params_shardings, None, batch_sharding),
             out_shardings=copies,
         ),

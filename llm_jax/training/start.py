@@ -97,7 +97,7 @@ def find(config: Config, workdir: pathlib.Path | None = None) -> Start:
         origin = checkpoints.open_base(config.init_from)
     if origin and config.lora.rank:  # before the weights and the text are read
         shapes = abstract_params(Transformer(dataclasses.replace(origin.config, scan_layers=False)))
-        jax.eval_shape(lambda base: post_training.base(base, config.quant), shapes)
+        jax.eval_shape(lambda base: post_training.quantize_base(base, config.quant), shapes)
     if config.init_from and saved and recorded:  # a resumed run uses the model of its own checkpoint
         config = _from_checkpoint(config, recorded.model, tokenizers.load(saved / "tokenizer"), str(workdir))
     elif origin:

@@ -61,7 +61,7 @@ class FullTraining:
         return {}
 
     def model_params(self, trainable: Any, frozen: Any, key: Any = None, step: Any = None) -> Any:
-        return trainable if step is None else qat.delayed(trainable, step, self.config.quant.qat.start_step)
+        return trainable if step is None else qat.active_from(trainable, step, self.config.quant.qat.start_step)
 
     def checkpoint_params(self, trainable: Any, frozen: Any) -> Any:
         return trainable
@@ -97,12 +97,15 @@ class AdapterTraining:
         """Returns (trainable parts of the adapters, constant parts), each keyed by the path of the adapted weight."""
         c = self.config
         # PiSSA starts from the full weights; other variants start from the frozen ones.
-        adapted = base if c.lora.variant == "pissa" else post_training.base(base, c.quant)
+        adapted = base if c.lora.variant == "pissa" else post_training.quantize_base(base, c.quant)
         original = base if c.quant.scheme else None
         return self.split(lora.init(key, adapted, c.lora, original))
 
     def freeze(self, base: Any, constants: Any) -> dict[str, Any]:
-        return {"base": post_training.base(lora.rebase(base, constants), self.config.quant), "constants": constants}
+        return {
+            "base": post_training.quantize_base(lora.subtract_start(base, constants), self.config.quant),
+            "constants": constants,
+        }
 
     def model_params(self, trainable: Any, frozen: Any, key: Any = None, step: Any = None) -> Any:
         c, adapters = self.config.lora, lora.join(trainable, frozen["constants"])
@@ -131,7 +134,7 @@ class AdapterTraining:
 TrainingMethod = FullTraining | AdapterTraining
 
 
-def method(config: Config) -> TrainingMethod:
+def training_method(config: Config) -> TrainingMethod:
     """Returns the kind of training: adapters if `lora.rank` is above 0, else full training.
 
     Raises:

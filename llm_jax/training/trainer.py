@@ -75,7 +75,7 @@ def check(config: Config, workdir: pathlib.Path | None = None) -> start.Start:
     sized = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=provisional))
     estimate.check_batch(setup_lib.setup(sized))
     for name in config.eval.tasks:
-        builtin.named(name)
+        builtin.load_task(name)
     return beginning
 
 
@@ -100,7 +100,8 @@ def prepare(config: Config, workdir: pathlib.Path | None = None) -> Prepared:
 
 
 @functools.partial(
-    other_libraries.answers_keywords, within=other_libraries.within_overrides("llm_jax.config(RECIPE, {}) as `config`")
+    other_libraries.explain_unknown_keywords,
+    within=other_libraries.within_overrides("llm_jax.config(RECIPE, {}) as `config`"),
 )
 def train(
     config: Config | str | os.PathLike[str] | Mapping[str, Any],
@@ -149,7 +150,7 @@ def train(
     lock = None
     began = time.perf_counter()
     say = print if verbose else lambda *values, **options: None
-    with objects.reported(workdir), contextlib.ExitStack() as stack:
+    with objects.as_user_errors(workdir), contextlib.ExitStack() as stack:
         if not verbose:
             stack.enter_context(bars.off())
         with processes.main_first("to lock the run directory"):
@@ -167,7 +168,7 @@ def train(
         if is_main and lock is None:
             lock = stack.enter_context(contextlib.closing(files.lock(workdir)))
         processes.check_shared(workdir, "--workdir")
-        watch = bad_steps.Watch(c, setup.weight_names, workdir / "metrics.jsonl", beginning.step)
+        detector = bad_steps.BadStepDetector(c, setup.weight_names, workdir / "metrics.jsonl", beginning.step)
 
         # ---------------------------------------------------------------- state
         fingerprint = _check_reference(prepared, workdir)
@@ -182,7 +183,7 @@ def train(
             files.write_json(workdir / "config.json", configuration.as_dict(config), durable=True)
 
         # ---------------------------------------------------------------- evaluation and samples
-        tasks = {pathlib.Path(name).stem: builtin.named(name) for name in config.eval.tasks}
+        tasks = {pathlib.Path(name).stem: builtin.load_task(name) for name in config.eval.tasks}
         evaluator = Evaluator(setup, data, tasks)
         if config.eval.prompts and not beginning.step:
             say(evaluator.sample("before training", state))
@@ -204,7 +205,7 @@ def train(
             c.steps,
             flops,
             peak,
-            watch,
+            detector,
             setup.weight_names,
             tracking,
             config.report.norms_every,
@@ -227,16 +228,16 @@ def train(
         stream = setup.batches(data.train, done + skipped_batches, c.steps + skipped_batches)
         figures: dict[str, float] = {}
         evaluated = False
-        agree = processes.Agreement()
+        agree = processes.StopAgreement()
         stopping: Any = False
         stop_requested = False  # whether the callback returned a true value
         scope = stack.enter_context(contextlib.ExitStack())
         if isinstance(stop, contextlib.AbstractContextManager):
             scope.enter_context(stop)
         while done < c.steps and not stopping:
-            profiler.at(done, state)
+            profiler.before_step(done, state)
             batch = next(stream)
-            state, metrics = setup.step(state, batch, watch.limit(done + 1))
+            state, metrics = setup.step(state, batch, detector.limit(done + 1))
             done, figures, evaluated = done + 1, {}, False
             stopping = agree(stop_requested or (stop() if stop else False))
             due = {name for name, every in periods.items() if every and done % every == 0}
@@ -253,9 +254,9 @@ def train(
                 to = _rollback_step(config, workdir, bad)
                 rollbacks.count(to, bad)
                 writer.discard(to)
-                watch.rewind(to)
+                detector.rewind(to)
                 progress.rewind(to)
-                progress.write(f"step {bad.step}: {bad.what}; rolling back to step {to} and skipping these batches")
+                progress.write(f"step {bad.step}: {bad.reason}; rolling back to step {to} and skipping these batches")
                 state = _earlier_state(setup, beginning, workdir, to, state.frozen)
                 done, skipped_batches = to, skipped_batches + bad.step - to
                 stream = setup.batches(data.train, done + skipped_batches, c.steps + skipped_batches)
@@ -339,7 +340,7 @@ def _initial_state(prepared: Prepared) -> tuple[TrainState, dict[str, str] | Non
         state, constants = restore(setup, beginning.checkpoint, beginning.record)
     else:
         params, constants = setup.init_trainable(base)
-        state = setup.begin(params)
+        state = setup.initial_state(params)
     return state.replace(frozen=setup.freeze(base, constants, prepared.reference)), base_record
 
 
@@ -351,7 +352,7 @@ def _earlier_state(
         directory = checkpoints.find(workdir)
         return restore(setup, directory, checkpoints.verify(directory))[0].replace(frozen=frozen)
     params, _ = setup.init_trainable(setup.load_base(beginning.origin))
-    return setup.begin(params).replace(frozen=frozen)
+    return setup.initial_state(params).replace(frozen=frozen)
 
 
 def restore(setup: Setup, directory: pathlib.Path, record: Mapping[str, Any]) -> tuple[TrainState, Any]:
@@ -373,6 +374,6 @@ def _rollback_step(config: Config, workdir: pathlib.Path, bad: bad_steps.BadStep
     saved = processes.broadcast(checkpoints.steps(workdir), waiting_for="to choose the checkpoint to go back to")
     if config.train.on_bad_step != "rollback":
         cure = "lower optim.lr, or set train.on_bad_step to skip or rollback"
-        raise UserError(f"step {bad.step}: {bad.what}; {f'step {saved[-1]} is saved; ' if saved else ''}{cure}")
+        raise UserError(f"step {bad.step}: {bad.reason}; {f'step {saved[-1]} is saved; ' if saved else ''}{cure}")
     # Exclude checkpoints saved on a signal, which an uninterrupted run would not have.
     return ([s for s in saved if s % (config.checkpoint.every or 1) == 0] or saved or [0])[-1]

@@ -1,7 +1,7 @@
 """Weights as typed values: dense arrays, low-rank adapters and quantized weights with `dot`, `take` and `dense`."""
 
 from llm_jax.weights.encoded import Encoded
-from llm_jax.weights.low_rank import Adapted, Decomposed, Dropped, repeat_rows
+from llm_jax.weights.low_rank import Adapted, Decomposed, InputDropout, repeat_rows
 from llm_jax.weights.nodes import (
     NODES,
     Gathered,
@@ -42,10 +42,10 @@ __all__ = [
     "OUT",
     "Adapted",
     "Decomposed",
-    "Dropped",
     "Encoded",
     "FakeQuant",
     "Gathered",
+    "InputDropout",
     "Node",
     "QTensor",
     "Weight",

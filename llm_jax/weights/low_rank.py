@@ -1,4 +1,4 @@
-"""Weights with a low-rank update: `Adapted` (LoRA), `Dropped` (its dropout) and `Decomposed` (DoRA)."""
+"""Weights with a low-rank update: `Adapted` (LoRA), `InputDropout` (its dropout) and `Decomposed` (DoRA)."""
 
 import dataclasses
 from typing import Any
@@ -100,7 +100,7 @@ def repeat_rows(params: Any, count: int) -> Any:
 
 @trees.register
 @dataclasses.dataclass(frozen=True)
-class Dropped(Node):
+class InputDropout(Node):
     """A weight with dropout on its inputs: 0 with probability `rate`, else divided by 1 - rate (arXiv:1207.0580).
 
     Attributes:
@@ -129,9 +129,9 @@ class Dropped(Node):
     def dense(self) -> jax.Array:
         return dense(self.weight)
 
-    def partition(self, spec: P) -> "Dropped":
+    def partition(self, spec: P) -> "InputDropout":
         copies: Any = P()
-        return Dropped(partition(self.weight, spec), copies, self.rate)
+        return InputDropout(partition(self.weight, spec), copies, self.rate)
 
 
 @trees.register

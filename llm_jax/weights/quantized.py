@@ -132,9 +132,9 @@ def to_qtensor(
         w = w / smooth.astype(w.dtype)[..., None]
     if scale is None:
         scale, offset = number_formats.scales(w, s, axis)
-    stored: Any = number_formats.stored(scale, s)
+    stored: Any = number_formats.store_scales(scale, s)
     if offset is not None:
-        offset = offset if s.offset == "mean" else number_formats.stored(offset, s)
+        offset = offset if s.offset == "mean" else number_formats.store_scales(offset, s)
     codes = number_formats.encode(w, stored, offset, s, axis)
     if s.scale in number_formats.SCHEMES:
         other = IN + OUT - axis
@@ -371,7 +371,7 @@ def _learned(w: jax.Array, step: jax.Array, s: number_formats.Scheme, axis: int)
     f = number_formats.FORMATS[s.format]
     factor = (step.size / (w.size * f.high)) ** 0.5  # 1 / sqrt(numbers of a group * high), equation 4
     step = step * factor + jax.lax.stop_gradient(step * (1 - factor))
-    step = _straight_through(step, number_formats.scale_values(number_formats.stored(step, s)))
-    inside = jnp.clip(number_formats.in_units(w, step, None, s, axis), f.low, f.high)
+    step = _straight_through(step, number_formats.scale_values(number_formats.store_scales(step, s)))
+    inside = jnp.clip(number_formats.divide_by_scales(w, step, None, s, axis), f.low, f.high)
     rounded = _straight_through(inside, jnp.round(inside))
-    return number_formats.joined(rounded * jnp.expand_dims(step, axis), axis)
+    return number_formats.join_groups(rounded * jnp.expand_dims(step, axis), axis)

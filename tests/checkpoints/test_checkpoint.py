@@ -57,7 +57,7 @@ def test_load_gives_model_params_and_tokenizer(trained):
     np.testing.assert_allclose(again, logits, atol=1e-5)
 
 
-def test_the_run_has_learned_and_says_so(trained):
+def test_training_lowers_the_loss_and_writes_its_summary(trained):
     seen = metrics(trained)
     assert [line["step"] for line in seen] == list(range(1, 9))
     assert seen[-1]["loss"] < seen[0]["loss"] - 1
@@ -233,7 +233,7 @@ def test_the_last_and_the_best_are_kept(command, tmp_path):
 
 
 @pytest.mark.parametrize("what", ["missing", "empty", "file"])
-def test_what_is_no_checkpoint_is_one_line(command, tmp_path, what):
+def test_a_path_that_is_no_checkpoint_is_a_one_line_error(command, tmp_path, what):
     path = tmp_path / what
     if what == "empty":
         path.mkdir()

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from llm_jax import configuration as config_lib
-from llm_jax.checkpoints.families import hf_config, model_config, refuse_difference
+from llm_jax.checkpoints.families import check_round_trip, hf_config, model_config
 from llm_jax.errors import UserError
 from llm_jax.model.transformer import Transformer
 
@@ -57,8 +57,8 @@ def test_a_geometry_has_the_published_size(name, family, count):
 def test_a_recipe_has_the_geometry_of_the_published_config(name):
     recipe, (family, published) = config_lib.load(name).model, model_config(PUBLISHED[name])
     models = [dataclasses.replace(m, head_dim=m.head_dim or m.width // m.num_heads) for m in (recipe, published)]
-    refuse_difference(family, *models)
+    check_round_trip(family, *models)
     assert recipe.position.max_length == published.position.max_length
     wrong = dataclasses.replace(models[0], norm_eps=1e-3)
     with pytest.raises(UserError, match=r"norm_eps"):
-        refuse_difference(family, wrong, models[1])
+        check_round_trip(family, wrong, models[1])

@@ -1,4 +1,4 @@
-"""GGUF files: what is written is read back."""
+"""Writing and reading GGUF files: round trips of models, codes, metadata and vocabularies."""
 
 import dataclasses
 import itertools
@@ -32,7 +32,7 @@ def test_a_model_comes_out_as_it_went_in(written, vocabulary):
 
 
 @pytest.mark.parametrize(("kind", "error"), [("F16", 2e-3), ("Q8_0", 0.02), ("Q4_0", 0.25), ("Q4_1", 0.2)])
-def test_formats_keep_what_they_can(vocabulary, tmp_path, kind, error):
+def test_each_format_has_its_round_trip_error(vocabulary, tmp_path, kind, error):
     config, params = small("llama", vocabulary.vocab_size)
     formats = gguf_model.save(tmp_path / "m.gguf", config, params, vocabulary, kind)
     assert formats["blk.0.attn_q.weight"] == kind and formats["blk.1.ffn_norm.weight"] == "F32"
@@ -44,7 +44,7 @@ def test_formats_keep_what_they_can(vocabulary, tmp_path, kind, error):
 
 
 @pytest.mark.parametrize(("scheme", "kind"), [("int8:32", "Q8_0"), ("int4", "Q4_0"), ("int4_affine", "Q4_1")])
-def test_codes_go_into_blocks_and_come_back_as_they_are(vocabulary, tmp_path, scheme, kind):
+def test_codes_are_unchanged_after_writing_and_reading_blocks(vocabulary, tmp_path, scheme, kind):
     config, params = small("llama", vocabulary.vocab_size)
     codes = post_training.quantize_params(params, post_training.rules(scheme, "int8:32"), "here")
     formats = gguf_model.save(tmp_path / "m.gguf", config, codes, vocabulary, "F16")
@@ -59,7 +59,7 @@ def test_codes_go_into_blocks_and_come_back_as_they_are(vocabulary, tmp_path, sc
         np.testing.assert_allclose(expanded[path], weights.dense(weight), rtol=1e-6, atol=1e-7)
 
 
-def test_layers_in_other_formats_come_one_by_one(vocabulary, tmp_path):
+def test_layers_with_different_formats_are_read_separately(vocabulary, tmp_path):
     config, params = small("llama", vocabulary.vocab_size)
     chosen = post_training.rules("int4", "int8:32", ((r"layers/0/mlp/.*", "int8:32"),))
     gguf_model.save(
@@ -96,14 +96,14 @@ def test_codes_that_no_block_holds_are_expanded(vocabulary, tmp_path):
         ("smollm3", {"layer_pattern": ("global", "nope")}, "smollm3 cannot hold model.layer_pattern"),
     ],
 )
-def test_what_an_architecture_cannot_say_is_not_written(vocabulary, tmp_path, arch, change, message):
+def test_options_that_an_architecture_lacks_are_rejected(vocabulary, tmp_path, arch, change, message):
     config, params = small(arch, vocabulary.vocab_size, **change)
     with pytest.raises(UserError, match=message):
         gguf_model.save(tmp_path / "m.gguf", config, params, vocabulary, "F32")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_scales_are_floats_where_they_are_whole(vocabulary, tmp_path):
+def test_whole_numbers_of_scales_are_written_as_floats(vocabulary, tmp_path):
     """llama.cpp refuses integers."""
     config, params = small("granite", vocabulary.vocab_size)
     gguf_model.save(tmp_path / "m.gguf", config, params, vocabulary, "F32")
@@ -203,7 +203,7 @@ def test_blocks_that_are_only_read_are_the_weights_of_a_model(plain, tmp_path, k
     np.testing.assert_array_equal(tensor.read(slice(1, 3)), blocks.decode(kind, rows)[1:3])
 
 
-def test_what_exists_is_not_overwritten(written, vocabulary):
+def test_an_existing_file_is_not_overwritten(written, vocabulary):
     path, config, params = written
     with pytest.raises(UserError, match="already exists; choose another path"):
         gguf_model.save(path, config, params, vocabulary, "F32")
@@ -226,7 +226,7 @@ def test_what_exists_is_not_overwritten(written, vocabulary):
         ({"position": dataclasses.replace(neutral().position, kind="alibi")}, "cannot hold model.position.kind"),
     ],
 )
-def test_a_model_that_a_file_cannot_hold_is_not_written(vocabulary, tmp_path, change, message):
+def test_a_model_that_gguf_cannot_represent_is_rejected(vocabulary, tmp_path, change, message):
     config, _ = small("llama", vocabulary.vocab_size)
     config = dataclasses.replace(config, **change)
     params = jax.tree.map(lambda w: np.zeros(w.shape, w.dtype), checkpoints.abstract_params(Transformer(config)))
@@ -235,7 +235,7 @@ def test_a_model_that_a_file_cannot_hold_is_not_written(vocabulary, tmp_path, ch
     assert list(tmp_path.iterdir()) == []
 
 
-def test_other_names_of_a_splitting_and_none_at_all(vocabulary):
+def test_aliases_of_pre_tokenizers_and_a_missing_name(vocabulary):
     said = vocabulary.to_gguf(vocabulary.vocab_size)
     key, text = "tokenizer.ggml.pre", "ab12.34  (text)...\n"
 

@@ -57,7 +57,7 @@ def tensor(name="t", dims=(32,), code=0, offset=0):
         ({"counts": (1, 0), "tensors": tensor(offset=7)}, "do not fit blocks"),
     ],
 )
-def test_headers_that_lie_are_refused(header, made, message):
+def test_inconsistent_headers_are_rejected(header, made, message):
     with pytest.raises(UserError, match=message):
         gguf.read(header(**made))
 
@@ -108,7 +108,7 @@ def test_mutated_and_truncated_files_end_in_clear_errors(written, tmp_path):
         ({"llama.rope.scaling.type": "longrope"}, "rope scaling 'longrope'"),
     ],
 )
-def test_what_a_sound_file_says_wrongly_is_named(vocabulary, tmp_path, change, message):
+def test_wrong_metadata_in_an_intact_file_is_named(vocabulary, tmp_path, change, message):
     config, params = small("llama", vocabulary.vocab_size)
     gguf_model.save(tmp_path / "m.gguf", config, params, vocabulary, "F32")
     file = gguf.read(tmp_path / "m.gguf")

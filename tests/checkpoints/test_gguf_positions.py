@@ -52,7 +52,7 @@ def read_position(file, freqs, **changes):
     # Without the original length, as llama.cpp's converter writes them; a few pairs between the bounds, or none.
     [(8.0, 8192, 1.0, 4.0), (8.0, 1000, 1.0, 4.0), (4.0, 300, 2.0, 3.0), (8.0, 100, 1.0, 1.01), (3.0, 60, 0.5, 20.0)],
 )
-def test_rope_freqs_of_others_give_their_frequencies(plain, options):
+def test_rope_freqs_of_other_software_give_their_frequencies(plain, options):
     expected = llama31_factors(32, 10000.0, *options)
     position = read_position(plain, expected)
     unscaled = rope.frequencies(dataclasses.replace(position, scaling="none"), 32, None)
@@ -91,7 +91,7 @@ def test_rope_scaling_is_read_as_llama_cpp_reads_it(plain, keys, scaling, factor
     assert (position.scaling, position.scaling_factor) == (scaling, factor)
 
 
-def test_a_part_of_the_head_that_is_turned_is_read(vocabulary, tmp_path):
+def test_partial_rotation_of_heads_is_read(vocabulary, tmp_path):
     config, params = small("llama", vocabulary.vocab_size)
     gguf_model.save(tmp_path / "m.gguf", config, params, vocabulary, "F32")
     file = gguf.read(tmp_path / "m.gguf")

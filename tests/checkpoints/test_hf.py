@@ -1,4 +1,4 @@
-"""Families of Hugging Face: tiny models give transformers' logits, and come out as they went in."""
+"""Hugging Face families: logits of tiny models equal those of transformers; round trips; damaged directories."""
 
 import contextlib
 import dataclasses
@@ -15,7 +15,7 @@ from llm_jax import trees
 from llm_jax.checkpoints import assemble, huggingface
 from llm_jax.checkpoints.families import FAMILIES, hf_config, model_config, neutral
 from llm_jax.errors import UserError
-from llm_jax.model.attention import Tokens
+from llm_jax.model.attention import TokenMetadata
 from llm_jax.model.transformer import Transformer, init_cache
 from tests.checkpoints import family_cases as cases
 
@@ -58,7 +58,7 @@ def test_logits_equal_those_of_transformers(directory):
     _, model, params = read(directory)
     real = cases.MASK.astype(bool)
     ids, count = jnp.asarray(cases.ids(name)), jnp.arange(cases.LENGTH)[None].repeat(2, 0)
-    where = Tokens(count, jnp.asarray(cases.MASK))
+    where = TokenMetadata(count, jnp.asarray(cases.MASK))
 
     @jax.jit
     def run(params, ids, where):
@@ -74,7 +74,7 @@ def test_logits_equal_those_of_transformers(directory):
         np.testing.assert_allclose(got, expected, atol=1e-5, rtol=1e-5)
     if name == "bert":
         return
-    left = Tokens(jnp.maximum(count - 3, 0), (count >= 3).astype(int))  # the shorter row, padded on the left
+    left = TokenMetadata(jnp.maximum(count - 3, 0), (count >= 3).astype(int))  # the shorter row, padded on the left
     moved = run(params, jnp.roll(ids, 3, 1), left)["logits"][1, 3:]
     np.testing.assert_allclose(moved, np.asarray(golden["logits"])[1, :9], atol=1e-5, rtol=1e-5)
     cache = init_cache(model.config, 2, cases.LENGTH)
@@ -88,7 +88,7 @@ def test_logits_equal_those_of_transformers(directory):
         np.testing.assert_allclose(got, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_what_goes_in_comes_out(directory, tmp_path):
+def test_a_round_trip_restores_config_and_parameters(directory, tmp_path):
     kind, model, params = read(directory)
     huggingface.save(tmp_path / "out", kind, model.config, params, {})
     before, after = load_file(directory / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
@@ -116,7 +116,7 @@ def test_scanned_parameters_are_the_same_model(directory):
 
 
 @pytest.mark.parametrize("directory", ["llama", "gemma3", "gpt2", "phi3", "gpt_neox", "bert"], indirect=True)
-def test_a_shard_is_its_part_of_the_parameter(directory, monkeypatch):
+def test_each_shard_is_a_slice_of_the_parameter(directory, monkeypatch):
     kind, model, params = read(directory)
     source = huggingface._Files(directory)
     wanted = assemble.specs(FAMILIES[kind].tensor_names(model.config), params)
@@ -278,7 +278,7 @@ def test_rotary_settings_by_layer_type_count_if_they_are_the_same():
         model_config(GOLDEN["llama"]["config"] | {"rope_parameters": nested | {"sliding_attention": other}})
 
 
-def test_what_config_json_leaves_out_is_what_the_class_would_take():
+def test_missing_keys_of_config_json_have_the_default_of_the_family():
     without = lambda name, *keys: {k: v for k, v in GOLDEN[name]["config"].items() if k not in keys}  # noqa: E731
     gemma = model_config(without("gemma2", "final_logit_softcapping", "attn_logit_softcapping"))[1]
     assert (gemma.logit_softcap, gemma.attention_softcap) == (30.0, 50.0)

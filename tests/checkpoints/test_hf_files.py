@@ -1,4 +1,4 @@
-"""What directories of Hugging Face hold in the wild: other names, contradictions, leftovers, and what is downloaded."""
+"""Variants of Hugging Face directories: other tensor names, contradictory settings, leftover files, downloads."""
 
 import dataclasses
 import fnmatch

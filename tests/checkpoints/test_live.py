@@ -1,4 +1,4 @@
-"""What we write, read by its owners: transformers and the gguf package (requirements-peers.txt). Run by .ci/full."""
+"""transformers, peft and the gguf package load exported checkpoints (requirements-peers.txt). Run by .ci/full."""
 
 import dataclasses
 import json
@@ -139,6 +139,6 @@ def test_peft_loads_our_adapters_and_gives_our_logits(tiny, tmp_path, variant):
     ids = np.arange(3, 23)[None]
     with torch.no_grad():
         expected = wrapped(input_ids=torch.tensor(ids)).logits.numpy()
-    attached = lora.attach(lora.rebase(params, adapters), adapters)
+    attached = lora.attach(lora.subtract_start(params, adapters), adapters)
     got = jax.jit(lambda p: Transformer(model).apply({"params": p}, jnp.asarray(ids)))(attached)
     np.testing.assert_allclose(got, expected, atol=2e-5, rtol=1e-5)

@@ -156,7 +156,7 @@ def test_llama_cpp_gives_our_features_of_bert(tmp_path):
     path = tmp_path / "model.gguf"
     gguf_model.save(path, config, jax.tree.map(lambda w: 0.2 * w, params), tokenizer, "F32")
     text = "The cats, a cat!"
-    ids, loaded = tokenizer.encode_marked(text), checkpoints.load(path)
+    ids, loaded = tokenizer.encode_with_special_tokens(text), checkpoints.load(path)
     got = loaded.model.apply({"params": loaded.params}, jnp.asarray([ids]), method="features")[0]
     expected = opened(path, embedding=True, pooling_type=0, n_ctx=64, n_batch=64, n_ubatch=64).embed(text)
     np.testing.assert_allclose(got[0], np.array(expected), atol=1e-3)  # its GELU is from a table of float16

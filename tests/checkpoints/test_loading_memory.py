@@ -1,4 +1,4 @@
-"""What loading takes beside the parameters themselves, measured in a process of its own."""
+"""The memory that loading takes in addition to the parameters, measured in a separate process."""
 
 import dataclasses
 import json

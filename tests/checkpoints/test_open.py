@@ -1,4 +1,4 @@
-"""`open` for every form on disk: its class, what it offers, and what it refuses; `save` and back."""
+"""`open` for every form of checkpoint: class, config, tokenizer, parameters, errors; round trips of `save`."""
 
 import dataclasses
 import functools
@@ -168,9 +168,9 @@ def test_bases_are_searched_for_beside_their_adapters(tmp_path, monkeypatch):
     }.items():
         if recorded.endswith("400"):
             (tmp_path / "run" / "checkpoints" / "400" / "record.json").touch()
-        assert opening.located(recorded, adapter) == str(expected), recorded
+        assert opening.find_base(recorded, adapter) == str(expected), recorded
     monkeypatch.chdir(tmp_path)
-    assert opening.located("base", adapter) == "base"
+    assert opening.find_base("base", adapter) == "base"
 
 
 def test_adapters_name_what_is_missing(paths, tmp_path):

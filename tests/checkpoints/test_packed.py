@@ -1,4 +1,4 @@
-"""Checkpoints in zip files and in buckets: what is read, and what is refused."""
+"""Checkpoints in zip files and in object stores, and invalid zip files."""
 
 import json
 import shutil
@@ -56,7 +56,8 @@ def test_a_zip_of_one_checkpoint_or_one_gguf_file_is_found(trained, tmp_path):
     assert llm_jax.open(archive).form == "run"
     assert location.resolve(packed(tmp_path / "m.zip", {"models/small.gguf": "GGUF"})).name == "small.gguf"
     assert (
-        location.lasting("~/m.zip", tmp_path).startswith("/") and location.lasting("gs://b/m.zip", tmp_path)[0] == "g"
+        location.recorded_name("~/m.zip", tmp_path).startswith("/")
+        and location.recorded_name("gs://b/m.zip", tmp_path)[0] == "g"
     )
 
 

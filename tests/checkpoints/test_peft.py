@@ -1,4 +1,4 @@
-"""Adapters of peft: their logits, out as they came in, and what is refused."""
+"""Adapters of peft: logits, round trips and errors."""
 
 import dataclasses
 import functools
@@ -118,7 +118,7 @@ def test_the_model_has_a_head_of_its_own_and_the_vocabulary_of_the_adapters(base
 
 
 @pytest.mark.parametrize("name", ["plain", "rank-stabilized", "dora", "embeddings", "patterns"])
-def test_what_came_in_goes_out_again(bases, tmp_path, name):
+def test_adapters_of_peft_are_unchanged_after_a_round_trip(bases, tmp_path, name):
     _, kind, model, params = bases[GOLDEN[name]["family"]]
     source = written(tmp_path / "in", name)
     adapters = load(source, kind, model.config, params)
@@ -145,7 +145,7 @@ def test_padding_is_not_written_and_a_start_becomes_rank(bases, tiny, tmp_path):
     pissa = made(params, config(tiny, rank=2, variant="pissa", targets=("attention",)))
     peft_export.save(tmp_path / "pissa", kind, model.config, pissa, params)
     again = load(tmp_path / "pissa", kind, model.config, params)
-    for path, w in trees.flatten(lora.merge(lora.rebase(params, pissa), pissa)).items():
+    for path, w in trees.flatten(lora.merge(lora.subtract_start(params, pissa), pissa)).items():
         np.testing.assert_allclose(trees.flatten(lora.merge(params, again))[path], w, atol=1e-5)
 
 
@@ -168,7 +168,7 @@ def test_padding_is_not_written_and_a_start_becomes_rank(bases, tiny, tmp_path):
     ],
     ids=str,
 )
-def test_what_is_not_known_is_refused_in_one_line(bases, tmp_path, monkeypatch, changes, message):
+def test_unknown_keys_are_rejected_in_one_line(bases, tmp_path, monkeypatch, changes, message):
     monkeypatch.setattr(peft_config, "_SECONDS", 0.5)
     _, kind, model, params = bases["llama"]
     directory = written(tmp_path / "a", "plain", **changes)
@@ -240,7 +240,7 @@ def test_names_of_adapters_as_other_software_writes_them(bases, tmp_path, patter
         ("saved-head", "lm_head.original_module.weight", (64, 32)),
     ],
 )
-def test_what_was_replaced_is_not_read(bases, tmp_path, name, copy, shape):
+def test_tensors_that_the_adapters_replace_are_not_read(bases, tmp_path, name, copy, shape):
     path = written(tmp_path / "a", name) / peft_tensors.TENSORS
 
     def params():

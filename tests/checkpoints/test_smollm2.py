@@ -1,4 +1,4 @@
-"""The real SmolLM2-135M-Instruct file: our reading equals transformers' (make_smollm2_golden.py)."""
+"""The GGUF file of SmolLM2-135M-Instruct: ids, logits and text equal those of transformers (make_smollm2_golden.py)."""
 
 import json
 import pathlib

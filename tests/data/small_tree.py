@@ -1,4 +1,4 @@
-"""A small tree of text, the same everywhere, and what its corpora are, in figures that pin every token."""
+"""A small directory of text, the same on every machine, and the expected tokens of its corpora."""
 
 import hashlib
 import pathlib

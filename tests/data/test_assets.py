@@ -29,14 +29,14 @@ def test_only_the_named_files_are_unpacked_and_side_by_side(made, tmp_path):
     path = assets.path("thing")
     assert path.read_text() == "text"
     assert sorted(p.name for p in path.parent.iterdir()) == [".sha256.json", "a.txt", "escape.txt"]
-    assert not (tmp_path / "escape.txt").exists() and assets.damaged("thing") == []
+    assert not (tmp_path / "escape.txt").exists() and assets.damaged_files("thing") == []
 
 
-def test_damage_is_found(made):
+def test_damaged_files_of_an_asset_are_found(made):
     path = assets.path("thing")
     path.write_text("other")
     (path.parent / "escape.txt").unlink()
-    assert assets.damaged("thing") == ["a.txt", "escape.txt"]
+    assert assets.damaged_files("thing") == ["a.txt", "escape.txt"]
 
 
 def test_an_inner_archive_is_read(made, tmp_path):

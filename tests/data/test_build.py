@@ -25,18 +25,18 @@ import time
 import types
 from llm_jax import tokenizers
 from tests.data.configs import data_config
-from llm_jax.data import build, processes
+from llm_jax.data import build, local_engine
 from llm_jax.data.corpus import Source
 
 def stuck(*given, **options):
-    yield from itertools.islice(processes.each(*given, **options), int(sys.argv[4]))
+    yield from itertools.islice(local_engine.run_jobs(*given, **options), int(sys.argv[4]))
     time.sleep(600)
 
 if __name__ == "__main__":
     build._SMALLEST = 20_000
     if len(sys.argv) > 4:
         # of the tokenizing, not of the scan
-        build.processes = types.SimpleNamespace(each=stuck, number=processes.number)
+        build.processes = types.SimpleNamespace(each=stuck, number=local_engine.number)
     source = Source(data_config(sys.argv[1], sys.argv[2], workers=int(sys.argv[3])))
     print("scanned", flush=True)
     source.corpus(tokenizers.get("byte").train([], 0))
@@ -101,7 +101,7 @@ def parts(cache) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_killed_build_goes_on_from_its_finished_parts(lines, tmp_path, workers):
+def test_a_killed_build_resumes_from_its_finished_parts(lines, tmp_path, workers):
     process = run(lines, tmp_path, workers, 6)
     while len(parts(tmp_path)) < 6:
         assert process.poll() is None, process.communicate()
@@ -120,7 +120,7 @@ def test_a_killed_build_goes_on_from_its_finished_parts(lines, tmp_path, workers
     same(expected(lines, tmp_path), expected(lines, tmp_path / "new"))
 
 
-def test_two_builders_do_not_clash(lines, tmp_path):
+def test_two_concurrent_builds_give_one_cache(lines, tmp_path):
     both = [run(lines, tmp_path, 1) for _ in range(2)]
     said = [process.communicate()[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
@@ -205,7 +205,7 @@ def test_a_full_disk_is_one_line_and_what_is_finished_stays(lines, tmp_path, mon
         subprocess.run(["umount", "-l", target], check=True)
 
 
-def test_a_cache_that_is_there_is_used_where_nothing_can_be_written(lines, tmp_path):
+def test_an_existing_cache_is_read_from_a_read_only_directory(lines, tmp_path):
     same(expected(lines, tmp_path), expected(lines, tmp_path))
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     expected(lines, tmp_path)

@@ -1,4 +1,4 @@
-"""Where answers stand in rendered conversations: found in windows, as after the whole conversation before each."""
+"""Ranges of the answers in rendered conversations: from windows, compared with renderings of the whole conversation."""
 
 import pytest
 

@@ -27,7 +27,7 @@ def stream(*lengths: int) -> Split:
     return Split(np.concatenate(documents).astype(np.uint16), offsets, int(sum(lengths)))
 
 
-def test_rows_restart_positions_and_never_ask_across_documents():
+def test_positions_restart_and_targets_stay_within_documents():
     rows = Rows(stream(5, 4, 9), 6)
     first = rows[0]
     np.testing.assert_array_equal(first["inputs"], [BOS, 100, 101, 102, EOS, BOS])
@@ -165,7 +165,7 @@ def test_the_cache_holds_what_the_tokenizer_says_and_is_used_again(tmp_path, tex
     source = Source(config(text_file, tmp_path))
     tokenizer = source.tokenizer(TokenizerConfig(kind, 300, "", ""))
     corpus = source.corpus(tokenizer)
-    texts = list(source.texts(held=False, limit=10**9))
+    texts = list(source.texts(held_out=False, limit=10**9))
     expected = [i for text in texts for i in (BOS, *tokenizer.encode(text), EOS)]
     np.testing.assert_array_equal(corpus.train.tokens, expected)
     assert corpus.train.num_bytes == sum(len(t.encode()) for t in texts)
@@ -194,7 +194,7 @@ def test_a_changed_text_is_another_cache(tmp_path):
         (b"short", "one document"),
     ],
 )
-def test_bad_text_is_one_clear_error(tmp_path, content, message):
+def test_text_that_is_not_utf8_is_a_one_line_error(tmp_path, content, message):
     path = tmp_path / "text"
     if content is not None:
         path.write_bytes(content)
@@ -219,7 +219,7 @@ def test_a_text_file_is_one_document_where_it_is_not_cut(tmp_path):
         len(source.corpus(byte).validation.offsets) - 1
         for source in (
             Source(settings[0], whole=True),
-            Source(settings[0], whole=True, in_pieces=False),
+            Source(settings[0], whole=True, split_single_file=False),
             Source(settings[1], whole=True),
             Source(settings[0], whole=True),
         )
@@ -227,15 +227,15 @@ def test_a_text_file_is_one_document_where_it_is_not_cut(tmp_path):
     assert counts == [2, 1, 1, 2]
 
 
-@pytest.mark.parametrize("in_pieces", [(True, False), (False, True)])
-def test_several_files_cut_and_whole_have_caches_of_their_own(tmp_path, in_pieces):
+@pytest.mark.parametrize("split_single_file", [(True, False), (False, True)])
+def test_several_files_cut_and_whole_have_caches_of_their_own(tmp_path, split_single_file):
     paths = [tmp_path / name for name in ("a.txt", "b.txt")]
     for path in paths:
         path.write_text("one line of text\n" * 100)
     settings = config(",".join(map(str, paths)), tmp_path / "c")
     byte = tokenizers.get("byte").train([], 0)
-    for cut in in_pieces:
-        source = Source(settings, whole=True, in_pieces=cut)
+    for cut in split_single_file:
+        source = Source(settings, whole=True, split_single_file=cut)
         assert len(source.corpus(byte).validation.offsets) - 1 == (4 if cut else 2)
 
 
@@ -269,4 +269,4 @@ def test_a_killed_build_leaves_no_cache(tmp_path, text_file, monkeypatch):
 def test_too_little_text_for_a_sequence_is_refused():
     with pytest.raises(UserError, match="fewer than one sequence of train.seq_len=64"):
         Shuffled(Rows(stream(10), 64), 0)
-    assert dataclasses.replace(Rows(stream(10), 64), seq_len=8).full == 1
+    assert dataclasses.replace(Rows(stream(10), 64), seq_len=8).num_full == 1

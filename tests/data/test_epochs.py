@@ -9,11 +9,11 @@ import pytest
 from llm_jax import tokenizers
 from llm_jax.data import rows
 from llm_jax.data.corpus import Split
-from llm_jax.data.masking import Masked, Vocabulary
+from llm_jax.data.masking import Masked, MaskingVocabulary
 from llm_jax.data.rows import Mixed, Packed, Pairs, Rows, Shuffled
 
 EPOCHS = 3
-VOCABULARY = Vocabulary.of(tokenizers.get("byte").train([], 0))
+VOCABULARY = MaskingVocabulary.of(tokenizers.get("byte").train([], 0))
 DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
@@ -45,13 +45,13 @@ def test_every_epoch_has_every_row_once_in_another_order(kind, masked):
     plain = table
     if masked:
         stream, plain = (Masked(r, VOCABULARY, False, 0.5, 7) for r in (stream, table))
-    expected = collections.Counter(key(plain[i]) for i in range(table.full))
-    epochs = [[key(stream[epoch * table.full + i]) for i in range(table.full)] for epoch in range(EPOCHS)]
-    assert len(expected) == table.full > 3
+    expected = collections.Counter(key(plain[i]) for i in range(table.num_full))
+    epochs = [[key(stream[epoch * table.num_full + i]) for i in range(table.num_full)] for epoch in range(EPOCHS)]
+    assert len(expected) == table.num_full > 3
     assert all(collections.Counter(epoch) == expected for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
     if masked:
-        hidden = [stream[epoch * table.full]["mask"].tolist() for epoch in range(12)]
+        hidden = [stream[epoch * table.num_full]["mask"].tolist() for epoch in range(12)]
         assert len({tuple(mask) for mask in hidden}) > 3
 
 
@@ -59,12 +59,12 @@ def test_every_epoch_has_every_row_once_in_another_order(kind, masked):
 def test_a_mixture_repeats_each_part_by_its_weight(kind):
     parts = [KINDS[kind](0, 22), KINDS[kind](1000, 6)]
     stream = Mixed(tuple(Shuffled(part, 7) for part in parts), (0.5, 0.5))
-    count = EPOCHS * parts[0].full * 2
+    count = EPOCHS * parts[0].num_full * 2
     seen = collections.Counter(key(stream[i]) for i in range(count))
     for part in parts:
-        own = [seen.pop(key(part[i])) for i in range(part.full)]
+        own = [seen.pop(key(part[i])) for i in range(part.num_full)]
         assert sum(own) == count // 2
-        assert min(own) >= count // 2 // part.full and max(own) - min(own) <= 1
+        assert min(own) >= count // 2 // part.num_full and max(own) - min(own) <= 1
     assert not seen
 
 
@@ -74,7 +74,7 @@ def test_batches_go_on_past_the_epochs_from_any_step(kind, mixed):
     table = KINDS[kind](0, 22)
     part = Shuffled(table, 7)
     stream = Mixed((part, Shuffled(KINDS[kind](1000, 6), 7)), (0.5, 0.5)) if mixed else part
-    steps = EPOCHS * table.full // 2
+    steps = EPOCHS * table.num_full // 2
     batches = list(rows.batches(stream, 0, steps, 2, DEVICE))
     assert len(batches) == steps and all(np.asarray(batch["mask"]).any(1).all() for batch in batches)
     later = list(rows.batches(stream, steps - 2, steps + 2, 2, DEVICE))

@@ -56,7 +56,7 @@ TALK = [
 ]
 
 
-def test_answers_alone_count():
+def test_only_answers_are_targets():
     assert examples({"prompt": "ask ", "answer": "yes", "x": 1}) == [("^ask yes§", "yes§")]
     assert examples({"messages": TALK}) == [
         ("^system: Be brief.\n\nuser: 2+2?\n\nassistant: 4§user: more\n\nassistant: 5§", "4§5§")
@@ -99,7 +99,7 @@ def test_lists_that_tables_hold_as_json_text_are_lists():
 
 @pytest.mark.parametrize("flag", ["weight", "train", "loss"])
 @pytest.mark.parametrize("marks", [False, True])
-def test_messages_that_say_so_do_not_count(flag, marks):
+def test_messages_can_be_excluded_from_the_loss(flag, marks):
     class Marking(Chatting):
         special: ClassVar = {
             "chat_template": "{% for m in messages %}<|{{ m.role }}|>"
@@ -133,7 +133,7 @@ def test_a_chat_template_writes_the_conversation():
     ]
 
 
-def test_a_template_that_rewrites_what_was_said_is_refused():
+def test_a_template_that_changes_earlier_messages_is_rejected():
     class Forgetful(Chatting):
         special: ClassVar = {"chat_template": "{{ messages[-1].content }}"}
 
@@ -213,11 +213,11 @@ def split(*lengths: int, directory=None) -> Split:
     return Split(tokens, np.cumsum([0, *lengths]), int(sum(lengths)), mask, directory)
 
 
-def test_packed_rows_hold_whole_examples_each_for_itself(tmp_path, capsys):
+def test_packed_rows_contain_whole_examples_as_separate_segments(tmp_path, capsys):
     made = split(5, 9, 4, 3, 20, directory=tmp_path / "side")
     found = Packed(made, 8)
     assert "1 of 5 examples do not fit train.seq_len=8: left out" in capsys.readouterr().err
-    assert len(found) == found.full == 3 and (tmp_path / "side" / "rows-8").exists()
+    assert len(found) == found.num_full == 3 and (tmp_path / "side" / "rows-8").exists()
     seen = {}
     for i in range(len(found)):
         row = found[i]
@@ -246,7 +246,7 @@ def test_examples_that_are_all_too_long_are_refused():
         Pairs(split(5, 9), 5)
 
 
-def test_pairs_stand_together_in_every_batch(capsys):
+def test_both_answers_of_a_pair_are_in_the_same_batch(capsys):
     made = split(3, 4, 5, 5, 9, 3, 4, 4)
     found = Pairs(made, 6)
     assert len(found) == 6 and "1 of 4 pairs" in capsys.readouterr().err
@@ -311,7 +311,7 @@ def test_weights_choose_the_rows_and_change_nothing_else(tmp_path, tiny):
 
 
 @pytest.mark.parametrize("source", ["a@1,b", "a@0,b@1", "a@1.2.3,b@1", "a,a"])
-def test_weights_that_make_no_sense_are_refused(source, tmp_path):
+def test_invalid_weights_are_rejected(source, tmp_path):
     with pytest.raises(UserError, match="data.source="):
         made(tmp_path, source)
 
@@ -383,7 +383,7 @@ def test_held_out_figures_are_given_by_source(tmp_path, command):
     assert all(0 < summary[f"validation_bits_per_byte/{name}"] < 9 for name in (a, b))
 
 
-def test_sources_are_told_apart_where_conversations_have_several_examples(tmp_path):
+def test_held_out_rows_by_source_with_several_examples_per_conversation(tmp_path):
     """With a template that takes the thinking out of earlier answers, every answer is an example of its own."""
     tokenizer = with_template("bytelevel", THINKING)
     for name, turns in (("a", 3), ("b", 1)):

@@ -247,7 +247,7 @@ def test_only_the_answer_counts_and_texts_hold_no_special_tokens(tokenizer):
     split = labelled.encode([hostile] * 3, prompts, CHOICES)
     assert split.num_bytes == 3 * len("positive")
     found = Packed(split, 2 * len(question) + 40)
-    assert len(found) == 2 and found.most == 2
+    assert len(found) == 2 and found.max_examples == 2
     row = found[0]
     np.testing.assert_array_equal(row["targets"][row["mask"] == 1], answer * 2)
     for segment in (1, 2):

@@ -1,4 +1,4 @@
-"""What is hidden: how much, of what, together, and the same again; the run that learns to find it."""
+"""Masked language modelling: shares, whole words, reproducibility, and a training run."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ def rows(tokenizer, *documents: str, seq_len: int = 64) -> Rows:
 
 def hidden(tiny, tokenizer, plain, kind: str, seed: int = 0, share: float = SHARE):
     config: LossConfig = dataclasses.replace(tiny.loss, masked=kind, mask_prob=share)
-    return masking.hider(config, tokenizer)(plain, seed)
+    return masking.row_masker(config, tokenizer)(plain, seed)
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_the_words_of_a_vocabulary_with_its_own_mask(tiny):
     made.decoder = library.decoders.WordPiece()
     made.add_special_tokens(pieces[:5])
     tokenizer = HubTokenizer(made.to_str(), {"unk_token": "[UNK]"})
-    found = masking.Vocabulary.of(tokenizer)
+    found = masking.MaskingVocabulary.of(tokenizer)
     assert found.mask == masking.mask_id(tokenizer) == 4 and found.ordinary.tolist() == [5, 6, 7, 8, 9, 10]
     config = dataclasses.replace(tiny.loss, masked="words")
     assert masking.vocab_size(config, tokenizer) == len(pieces) and masking.vocab_size(config, BYTE) == 260
@@ -132,7 +132,7 @@ def test_the_words_of_a_vocabulary_with_its_own_mask(tiny):
     assert 0.3 < row["mask"].mean() < 0.7
 
 
-def test_what_is_hidden_is_a_function_of_seed_and_row(tiny):
+def test_masks_are_a_function_of_seed_and_row(tiny):
     plain = rows(BYTE, TEXT)
     stream = hidden(tiny, BYTE, Shuffled(plain, 3), "words", seed=5)
     again = hidden(tiny, BYTE, Shuffled(plain, 3), "words", seed=5)
@@ -142,9 +142,9 @@ def test_what_is_hidden_is_a_function_of_seed_and_row(tiny):
     assert np.flatnonzero(stream[7]["mask"]).tolist() == [15, 20, *range(36, 47), 62]
     other = hidden(tiny, BYTE, Shuffled(plain, 3), "words", seed=6)
     assert (stream[0]["mask"] != other[0]["mask"]).any()
-    place = {tuple(stream[i]["targets"]): i for i in range(plain.full)}
-    next_epoch = place[tuple(stream[plain.full]["targets"])]
-    assert (stream[plain.full]["mask"] != stream[next_epoch]["mask"]).any()
+    place = {tuple(stream[i]["targets"]): i for i in range(plain.num_full)}
+    next_epoch = place[tuple(stream[plain.num_full]["targets"])]
+    assert (stream[plain.num_full]["mask"] != stream[next_epoch]["mask"]).any()
 
 
 def test_the_loss_is_that_of_the_hidden_tokens_alone(make, tiny):

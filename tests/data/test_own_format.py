@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from llm_jax import extensions, tokenizers
-from llm_jax.data import build, kinds, processes, ray_engine, readers, rows
+from llm_jax.data import build, kinds, local_engine, ray_engine, readers, rows
 from llm_jax.data import catalog as catalog_lib
 from llm_jax.data.corpus import Source
 from llm_jax.errors import UserError
@@ -20,10 +20,10 @@ from tests.data.configs import data_config
 from tests.data.test_stores import contents, inline
 
 FORMAT = """
-from llm_jax.data.streams import opened
+from llm_jax.data.streams import open_stream
 
 def pages(path, separator="%", prefix=""):
-    with opened(path) as file:
+    with open_stream(path) as file:
         for page in file.read().decode().split(separator):
             yield prefix + page.strip()
 
@@ -150,7 +150,7 @@ def test_several_processes_and_another_engine_write_the_same_bytes(directory, mo
     source = "*.pages"
     for workers in (1, 2):
         Source(config("my_pages.py:pages", source, str(workers), workers=workers)).corpus(byte())
-    monkeypatch.setattr(ray_engine, "each", inline)
+    monkeypatch.setattr(ray_engine, "run_jobs", inline)
     Source(config("my_pages.py:pages", source, "ray"), engine="ray").corpus(byte())
     written = [contents(directory / name / "corpora") for name in ("1", "2", "ray")]
     assert written[0] and written[0] == written[1] == written[2]
@@ -160,7 +160,7 @@ def test_a_file_is_read_once_for_all_of_its_documents(directory, monkeypatch):
     """A function reads from the beginning, so that a file is one job."""
     monkeypatch.setattr(build, "_SMALLEST", 5_000)
     source, jobs = Source(config("my_pages.py:pages")), []
-    monkeypatch.setattr(build.processes, "each", lambda work, todo, *rest, **more: jobs.extend(todo) or ())
+    monkeypatch.setattr(build.local_engine, "run_jobs", lambda work, todo, *rest, **more: jobs.extend(todo) or ())
     with contextlib.suppress(OSError, UserError):  # the parts are missing
         source.corpus(byte())
     assert len(jobs) == 2  # the two sides of the split
@@ -231,7 +231,7 @@ def test_a_function_of_a_notebook_is_read_by_this_process_alone(directory, monke
     monkeypatch.setitem(sys.modules, "__main__", notebook)
     first, second = run(FORMAT), run(FORMAT.replace("page.strip()", "page.strip().swapcase()"))
     assert first.sha256 != second.sha256
-    monkeypatch.setattr(processes.multiprocessing, "get_context", None)  # no other process starts
+    monkeypatch.setattr(local_engine.multiprocessing, "get_context", None)  # no other process starts
     assert len(second.corpus(byte()).train.tokens)
     assert "only this process has this part" in refused(lambda: Source(config("__main__:pages"), engine="ray"))
     assert extensions.module_name(second.catalog.files[0].format) == "__main__"

@@ -37,7 +37,7 @@ def texts(path, tmp_path, **changes) -> list[str]:
 
 def sides(source: Source) -> np.ndarray:
     """Which documents are held out."""
-    return source.held(source.catalog[np.arange(len(source.catalog))])
+    return source.held_out(source.catalog[np.arange(len(source.catalog))])
 
 
 def json_lines(found=TEXTS, field="text") -> bytes:
@@ -126,11 +126,11 @@ def test_the_name_of_a_data_set_has_its_configuration_and_its_split(monkeypatch)
     monkeypatch.setitem(
         sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset, disable_progress_bars=lambda: None)
     )
-    assert records.data_set("org/a") == ("org/a", None, "train")
-    assert records.data_set("org/a:test") == ("org/a", None, "test")
-    assert records.data_set("several:v1:train[:10%]") == ("several", "v1", "train[:10%]")
+    assert records.load_data_set("org/a") == ("org/a", None, "train")
+    assert records.load_data_set("org/a:test") == ("org/a", None, "test")
+    assert records.load_data_set("several:v1:train[:10%]") == ("several", "v1", "train[:10%]")
     with pytest.raises(UserError, match=r"hf:several:test .*Config name is missing.*expected hf:NAME:CONFIG:SPLIT"):
-        records.data_set("several:test")
+        records.load_data_set("several:test")
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_the_name_of_a_data_set_has_its_configuration_and_its_split(monkeypatch)
         ("a.parquet", b"PAR1 and no more", "a.parquet: not a readable Parquet file"),
     ],
 )
-def test_what_cannot_be_read_is_said_in_one_line_and_leaves_nothing(tmp_path, name, content, message):
+def test_unreadable_files_are_one_line_errors_and_leave_no_cache(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content if content is not None else zstd(b"text\n" * 10**5)[:-9])
     with pytest.raises(UserError, match=message) as error:
         Source(config(tmp_path / name, tmp_path))
@@ -270,7 +270,7 @@ def test_catalog_reads_documents_in_any_files(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(json_lines(TEXTS[:50]))
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(json_lines(TEXTS[50:])))
     found, _ = catalog.read(f"{tmp_path / 'a.jsonl'},{tmp_path / 'b.jsonl.gz'}", "text", str(tmp_path / "m"), 1)
-    assert found.ends == (50, 300)
+    assert found.source_ends == (50, 300)
     for some in (np.array([3, 49, 50, 51, 299]), np.array([], np.int64), np.arange(0, 300, 7)):
         assert list(found.texts(some)) == [TEXTS[i] for i in some]
 

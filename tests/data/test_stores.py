@@ -35,7 +35,7 @@ def contents(directory):
 
 
 def inline(work, jobs, costs, title, parts):
-    """Like `ray_engine.each`, in this process and from the last job to the first."""
+    """Like `ray_engine.run_jobs`, in this process and from the last job to the first."""
     for i in reversed(range(len(jobs))):
         yield i, pickle.loads(pickle.dumps(work(*pickle.loads(pickle.dumps(jobs[i])))))
 
@@ -47,13 +47,15 @@ def test_another_engine_writes_the_same_bytes(tmp_path, monkeypatch, kind):
     (texts / "a.jsonl").write_bytes(documents(0, kind))
     (texts / "b.jsonl.gz").write_bytes(gzip.compress(documents(300, kind)))
     monkeypatch.setattr(build, "_SMALLEST", 5_000)
-    monkeypatch.setattr(ray_engine, "each", inline)
+    monkeypatch.setattr(ray_engine, "run_jobs", inline)
     written = {}
     for engine in ("local", "ray"):
         source = Source(data_config(texts, tmp_path / engine, kind=kind), engine=engine)
         with monkeypatch.context() as patch:
             if engine == "ray":
-                patch.setattr(build.processes, "each", None)  # nothing is tokenized in this process or its children
+                patch.setattr(
+                    build.local_engine, "run_jobs", None
+                )  # nothing is tokenized in this process or its children
             source.corpus(byte_tokenizer())
         written[engine] = contents(tmp_path / engine / "corpora")
     assert written["local"] == written["ray"]
@@ -138,7 +140,7 @@ def test_the_command_prints_what_it_has_written(command, text_file, tmp_path, mo
     flags = [f"--config.data.source={text_file}", f"--config.data.cache_dir={tmp_path}", "--config=tests/tiny.py"]
     done = command("tokenize", *flags)
     assert "tokens for training" in done.stdout and contents(tmp_path / "corpora")
-    monkeypatch.setattr(catalog.processes, "each", None)  # everything is in the cache
+    monkeypatch.setattr(catalog.local_engine, "run_jobs", None)  # everything is in the cache
     assert command("tokenize", *flags).stdout == done.stdout
     monkeypatch.setitem(sys.modules, "ray", None)
     flags[1] = f"--config.data.cache_dir={tmp_path / 'new'}"

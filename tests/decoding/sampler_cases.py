@@ -1,4 +1,4 @@
-"""Options of ours, and the class of transformers and its arguments that mean the same."""
+"""Decoding options, each with the equivalent class of transformers and its arguments."""
 
 import numpy as np
 

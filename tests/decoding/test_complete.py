@@ -1,4 +1,4 @@
-"""Texts in, texts out: stops, streaming, seeds, truncation, the table of --explain."""
+"""`complete`: stop strings, streaming, seeds, truncation, and the table of --explain."""
 
 import dataclasses
 import json
@@ -69,14 +69,14 @@ TEXTS = st.text(st.sampled_from("ab\n é漢😀"), max_size=12)
 
 @given(TEXTS, st.lists(st.text(st.sampled_from("ab\né😀"), min_size=1, max_size=3), max_size=2))
 @example("a😀a", ["😀", "a😀a"])  # the one that begins later is whole first
-def test_what_is_shown_is_never_taken_back_and_never_broken(text, stop_strings):
+def test_streamed_text_is_final_and_valid_unicode(text, stop_strings):
     ids, shown = BYTES.encode(text), ""
     decode = detokenize.after(BYTES, BYTES.encode("é"))
     for n in range(len(ids) + 1):
-        so_far = stops.showable(decode.settled(ids[:n]), stop_strings)
+        so_far = stops.showable(decode.stable_prefix(ids[:n]), stop_strings)
         assert so_far.startswith(shown) and "�" not in so_far
         shown = so_far
-    whole = stops.cut(text, stop_strings)
+    whole = stops.truncate_at_stop(text, stop_strings)
     assert whole.startswith(shown) and len(whole) - len(shown) < max([1, *map(len, stop_strings)])
 
 
@@ -88,9 +88,9 @@ def test_a_stop_is_found_at_the_token_that_completes_it(text, stop_strings):
     assert found == plain
 
 
-def test_text_that_a_broken_byte_stays_in_is_shown_in_the_end():
+def test_invalid_bytes_are_shown_at_the_end_of_a_stream():
     decode, ids = detokenize.after(BYTES, []), [i + 3 for i in b"a\xffb"]
-    assert [decode.settled(ids[:n]) for n in range(4)] == ["", "a", "a", "a�b"]
+    assert [decode.stable_prefix(ids[:n]) for n in range(4)] == ["", "a", "a", "a�b"]
 
 
 def test_alternatives_are_the_most_likely_tokens_of_each_step(ask):
@@ -122,7 +122,7 @@ def test_continuations_of_one_prompt_use_its_adapter(make, tiny):
     assert adapted[0] != plain[0] and adapted[1] != plain[1]
 
 
-def test_ends_may_be_several(ask):
+def test_several_token_ids_can_end_a_text(ask):
     free = ask(["ab"], max_new_tokens=8, ignore_eos=True)[0][0].generated.ids
     cut = ask(["ab"], max_new_tokens=8, eos=(free[5], free[3]))[0][0].generated
     first = min(free.index(free[5]), free.index(free[3]))
@@ -218,7 +218,7 @@ def test_explain_refuses_a_beam_search(make):
         (["--context=20"], "fills the context"),
     ],
 )
-def test_the_command_says_what_is_wrong_in_one_line(trained, command, flags, says):
+def test_invalid_flags_are_one_line_errors(trained, command, flags, says):
     done = command("generate", f"--checkpoint={trained}", "--prompt=ab", *flags, code=2)
     assert says in done.stderr and done.stderr.count("\n") == 1 and not done.stdout
 

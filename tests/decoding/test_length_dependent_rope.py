@@ -9,7 +9,7 @@ import pytest
 from llm_jax.decoding import loop, speculative
 from llm_jax.decoding.options import DecodingOptions
 from llm_jax.errors import UserError
-from llm_jax.model.attention import Tokens
+from llm_jax.model.attention import TokenMetadata
 
 TRAINED, NEW = 10, 16
 SCALINGS = {
@@ -41,7 +41,7 @@ def test_cached_greedy_text_is_the_uncached_one(model_and_params):
 
     @jax.jit
     def logits_after(ids, length):  # of one row, padded
-        return model.apply({"params": params}, ids, Tokens(counts, (counts < length).astype(int)))[0, length - 1]
+        return model.apply({"params": params}, ids, TokenMetadata(counts, (counts < length).astype(int)))[0, length - 1]
 
     for prompt, row in zip(PROMPTS, made, strict=True):
         ids = list(prompt)

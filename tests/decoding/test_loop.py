@@ -133,7 +133,7 @@ def test_generating_past_a_learned_table_is_refused(make, tiny):
     assert loop.generate(model, params, [[5] * 5], DecodingOptions().sampler(), max_new_tokens=3)[0].ids
 
 
-def test_padding_goes_past_no_table(make, tiny):
+def test_padding_to_a_bucket_stays_within_a_learned_table(make, tiny):
     position = dataclasses.replace(tiny.model.position, kind="learned", max_length=16)  # less than a bucket
     model, params = make(position=position, scan_layers=False)
     prompts = [[5, 6, 7], [8] * 12]

@@ -77,7 +77,7 @@ def test_a_narrow_beam_is_that_of_a_plain_loop(small):
         assert texts_of(beams) == [t for _, t in expected]
 
 
-def test_one_group_penalized_by_the_other_says_something_else(small):
+def test_groups_with_a_diversity_penalty_differ(small):
     same = DecodingOptions(beams=4, n=4, beam_groups=2, max_new_tokens=LIMIT)
     apart = DecodingOptions(beams=4, n=4, beam_groups=2, max_new_tokens=LIMIT, diversity=50.0)
     plain = texts_of(beam.search(*small, [[2]], same, eos=None)[0])
@@ -316,12 +316,12 @@ def test_d1_step_log_probabilities_sum_to_the_teacher_forced_score(make):
         np.testing.assert_allclose(sum(one.log_probabilities), sum(whole.log_probabilities), atol=1e-3)
 
 
-def test_a_bidirectional_model_gives_no_text_a_probability(make):
+def test_a_bidirectional_model_cannot_score_text(make):
     with pytest.raises(UserError, match="a bidirectional model"):
         score.score(*make(causal=False), [([2], [3])])
 
 
-def test_look_up_proposes_what_followed_the_latest_place_of_the_longest_run():
+def test_prompt_lookup_proposes_the_continuation_of_the_longest_last_match():
     rows = [[1, 2, 9, 1, 2, 7, 4, 1, 2], [5, 1, 2, 8, 3, 1, 2, 7, 5, 1, 2]]
     ids = np.zeros((2, 16), np.int32)
     for row, tokens in zip(ids, rows, strict=True):

@@ -7,7 +7,7 @@ import pytest
 from llm_jax import lora
 from llm_jax.decoding import loop
 from llm_jax.decoding.options import DecodingOptions
-from llm_jax.decoding.prefix import Prefix, cached_ids, common_length
+from llm_jax.decoding.prefix import PrefixCache, cached_ids, common_length
 from tests.lora import cases
 
 SYSTEM, QUESTION, NEXT = list(range(10, 22)), [30, 31, 32, 33], [40, 41, 42, 43, 44, 45, 46]
@@ -33,7 +33,7 @@ def test_answers_are_those_without_a_prefix_and_only_new_tokens_are_prefilled(mo
     """Over three requests: a longer one, which makes the cache larger, and one that leaves an earlier answer out."""
     model, params = model_and_params
     sampler = DecodingOptions(repetition_penalty=1.3).sampler()
-    prefix, prompt = Prefix(), [*SYSTEM, *QUESTION]
+    prefix, prompt = PrefixCache(), [*SYSTEM, *QUESTION]
 
     def answer():
         (alone,) = loop.generate(model, params, [prompt], sampler, max_new_tokens=12)
@@ -60,7 +60,7 @@ def test_answers_are_those_without_a_prefix_and_only_new_tokens_are_prefilled(mo
 
 def test_an_interrupted_request_leaves_a_usable_prefix(make):
     model, params = make(scan_layers=False)
-    prefix, sampler = Prefix(), DecodingOptions(temperature=0).sampler()
+    prefix, sampler = PrefixCache(), DecodingOptions(temperature=0).sampler()
 
     def interrupt(rows):
         if len(rows[0].ids) == 3:
@@ -84,7 +84,7 @@ def test_other_adapters_over_one_base_reuse_nothing_of_a_prefix(make, tiny):
     model, base = make(scan_layers=False, num_layers=1)
     combined = lora.combine(cases.made(base, cases.config(tiny)))
     adapted, plain = (lora.attach(base, lora.mix(combined, jnp.array([weight]))) for weight in (1.0, 0.0))
-    prefix, sampler = Prefix(), DecodingOptions(temperature=0).sampler()
+    prefix, sampler = PrefixCache(), DecodingOptions(temperature=0).sampler()
     for params, reused in (
         (adapted, 0),
         (adapted, len(SYSTEM) - 1),
@@ -92,7 +92,7 @@ def test_other_adapters_over_one_base_reuse_nothing_of_a_prefix(make, tiny):
         (plain, len(SYSTEM) - 1),
         (adapted, 0),
     ):
-        (alone,) = loop.generate(model, params, [SYSTEM], sampler, max_new_tokens=8, prefix=Prefix())
+        (alone,) = loop.generate(model, params, [SYSTEM], sampler, max_new_tokens=8, prefix=PrefixCache())
         (row,) = loop.generate(model, params, [SYSTEM], sampler, max_new_tokens=8, prefix=prefix)
         assert (row.ids, prefix.reused) == (alone.ids, reused)
         np.testing.assert_allclose(row.log_probabilities, alone.log_probabilities, atol=2e-5)

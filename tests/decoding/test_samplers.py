@@ -136,7 +136,7 @@ def test_repetition_leaves_out_what_lies_past_the_end():
     np.testing.assert_allclose(found, [[2.0, 1.0, -1.0, 3.0]])
 
 
-def test_where_every_token_would_repeat_none_is_ruled_out():
+def test_no_repeat_ngram_removes_no_token_if_it_would_remove_all():
     history = samplers.History(jnp.asarray([[0, 1]]), jnp.asarray([2]), jnp.asarray([2]))
     np.testing.assert_allclose(penalties.NoRepeatNgram(1)(jnp.asarray([[1.0, 2.0]]), history), [[1.0, 2.0]])
 
@@ -221,7 +221,7 @@ def test_options_that_go_together_are_taken(good):
 
 
 @pytest.mark.parametrize("bad", ["", "3", "a:1", "1:b", "1.5:2"])
-def test_a_bias_that_is_none_is_refused(bad):
+def test_an_invalid_bias_is_rejected(bad):
     with pytest.raises(UserError, match="ID:BIAS"):
         parse_bias(bad)
 

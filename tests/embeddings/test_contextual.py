@@ -62,7 +62,7 @@ def test_sentences_are_pooled_whatever_stands_beside_them(loaded):
     np.testing.assert_allclose(plain[1], contextual.token_vectors(loaded, TEXTS)[1][-1].mean(0), atol=1e-6)
 
 
-def test_what_cannot_be_done_is_said(loaded):
+def test_unsupported_requests_are_one_line_errors(loaded):
     for wrong in ({"layer": 3}, {"layer": -4}, {"pool": "max"}):
         with pytest.raises(UserError, match="layer=|'pool'"):
             contextual.sentence_vectors(loaded, TEXTS, **wrong)

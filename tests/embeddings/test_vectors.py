@@ -21,7 +21,7 @@ FOUND = WordVectors(("the", "größe", "🦜", "cat's"), DRAW.normal(size=(4, 5)
     ),
     seed=st.integers(0, 99),
 )
-def test_both_forms_come_back_bit_for_bit(tmp_path, name, words, seed):
+def test_text_and_binary_format_are_exact_round_trips(tmp_path, name, words, seed):
     words = [w for w in words if not any(c.isspace() for c in w)] or ["a"]
     matrix = np.random.default_rng(seed).normal(size=(len(words), 3)).astype(np.float32)
     vectors.save(WordVectors(tuple(words), matrix), tmp_path / name)
@@ -32,7 +32,7 @@ def test_both_forms_come_back_bit_for_bit(tmp_path, name, words, seed):
 
 @pytest.mark.parametrize("content", [b"", b"2 3\na 1 2 3\n", b"1 3\na 1 2\n", b"x y\n", b"1 2\na 1 b\n", b"9" * 99])
 @pytest.mark.parametrize("name", ["v.txt", "v.bin"])
-def test_other_files_are_one_clear_error(tmp_path, name, content):
+def test_files_of_other_formats_are_one_line_errors(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match="not word vectors in word2vec's"):
         vectors.load(tmp_path / name)
@@ -166,7 +166,7 @@ def test_spearman_with_ties_is_the_correlation_of_mean_ranks(values):
         assert measure.spearman(x, y) == pytest.approx(np.corrcoef(ranks(x), ranks(y))[0, 1])
 
 
-def test_one_hot_vectors_know_no_similarity(tmp_path):
+def test_one_hot_vectors_have_no_correlation_with_ratings(tmp_path):
     """E1: all cosines of different words are 0, so no correlation is there."""
     path = tmp_path / "pairs.tsv"
     path.write_text("a\tb\t9\na\tc\t5\nb\tc\t1\n")
@@ -174,9 +174,9 @@ def test_one_hot_vectors_know_no_similarity(tmp_path):
     assert np.isnan(measure.agreement(found, path).correlation) and measure.cosine(found, "a", "b") == 0
 
 
-def test_the_plane_keeps_the_widest_directions():
+def test_project_to_plane_keeps_the_principal_components():
     matrix = np.array([[1, 0.05, 0], [-1, 0, 0.05], [0, 1, 0], [0, -1, 0]], np.float32)
-    places = word_maps.plane(WordVectors(("a", "b", "c", "d"), matrix), ["a", "b", "c", "d"])
+    places = word_maps.project_to_plane(WordVectors(("a", "b", "c", "d"), matrix), ["a", "b", "c", "d"])
     assert np.linalg.norm(places[0] - places[1]) == pytest.approx(2, abs=0.01)
     assert np.linalg.norm(places[2] - places[3]) == pytest.approx(2, abs=0.01)
 
@@ -192,7 +192,7 @@ MARKUP = """{{Infobox|a={{nested|x}}}}'''Bold''' [[link]] and [[target|shown]].<
 
 
 def test_markup_becomes_running_text():
-    assert wiki.plain(MARKUP) == "Bold link and shown.\nA & B  see the page."
+    assert wiki.plain_text(MARKUP) == "Bold link and shown.\nA & B  see the page."
 
 
 def test_a_dump_gives_articles_and_no_redirects(tmp_path):

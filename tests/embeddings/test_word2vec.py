@@ -89,24 +89,24 @@ def test_a_step_is_the_sum_of_the_gradients_of_its_pairs(kind, window):
                     expected[owner, :width] += g * y[word]
                 expected[word, width:] += g * h
     many = jax.jit(functools.partial(word2vec._many, kind, window, negatives, lambda array: array))
-    found = many(table, word2vec.stretches(ids[None], window, 1), against[None], windows[None], rate[None])
+    found = many(table, word2vec.word_windows(ids[None], window, 1), against[None], windows[None], rate[None])
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 @hypothesis.settings(max_examples=30)
 @hypothesis.given(seed=st.integers(0, 2**32 - 1), window=st.sampled_from([1, 2, 7, 15, 16, 20]))
-def test_the_band_holds_the_pairs_of_the_definition_and_no_others(seed, window):
+def test_the_context_mask_has_exactly_the_pairs_of_the_definition(seed, window):
     draw = np.random.default_rng(seed)
     ids = np.where(draw.random(48) < 0.2, BREAK, draw.integers(0, 5, 48)).astype(np.int32)
     windows = draw.integers(1, window + 1, 48).astype(np.int32)
-    (around,) = word2vec.stretches(ids[None], window, 1)
-    band = np.asarray(word2vec.band(jnp.asarray(around), jnp.asarray(windows), window))
+    (around,) = word2vec.word_windows(ids[None], window, 1)
+    band = np.asarray(word2vec.context_mask(jnp.asarray(around), jnp.asarray(windows), window))
     found = {(g * 16 + b, g * 16 + c - window) for g, b, c in np.argwhere(band)}
     assert found == set(pairs(ids, windows))
 
 
 @pytest.mark.parametrize("kind", ["skipgram", "cbow", "glove"])
-def test_words_that_stand_together_come_together(config, kind, tmp_path):
+def test_words_that_occur_together_become_similar(config, kind, tmp_path):
     corpus = topics()
     settings = dataclasses.replace(config, kind=kind, width=16, epochs=3)
     settings = dataclasses.replace(settings, word2vec=dataclasses.replace(config.word2vec, sample=0.0, chunk=16))
@@ -144,7 +144,7 @@ def test_several_devices_give_the_vectors_of_one_and_exchange_rows_only():
     }, exchanged
 
 
-def test_frequent_words_are_thinned_out_and_rare_ones_stay():
+def test_subsampling_drops_frequent_words_and_keeps_rare_ones():
     counts = np.array([50_000, 1_000, 10])
     keep = word2vec.keep_probability(counts, 1e-3)
     share = counts / counts.sum()
@@ -302,7 +302,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(command, tmp_path, flag, m
 
 
 @pytest.mark.slow  # fetches 28 MB once; half a minute of training
-def test_real_text_teaches_what_people_say(config, tmp_path):
+def test_similarities_learned_from_real_text_correlate_with_ratings(config, tmp_path):
     from llm_jax.data import assets
 
     found = word2vec.train(corpora.build(config.source, config.min_count, 0, tmp_path), config)

@@ -27,7 +27,7 @@ BYTES = ByteTokenizer()
 @given(st.integers(2, 60), st.integers(2, 20))
 def test_rolling_windows_predict_every_token_once_with_all_context_there_is(length, context):
     ids = list(range(length))
-    windows = harness.rolling(ids, context)
+    windows = harness.rolling_windows(ids, context)
     assert [i for _, tail in windows for i in tail] == ids[1:]
     for head, tail in windows:
         assert head and len(head) + len(tail) <= context and head + tail == ids[head[0] : tail[-1] + 1]
@@ -35,7 +35,7 @@ def test_rolling_windows_predict_every_token_once_with_all_context_there_is(leng
 
 
 @pytest.mark.live
-def test_the_harness_finds_what_we_find(make, tmp_path):
+def test_lm_eval_gives_the_accuracy_of_our_evaluation(make, tmp_path):
     importlib.import_module("lm_eval")  # a missing peer fails
     model, params = make(scan_layers=False)
     examples = [{"text": t, "gold": i % 2} for i, t in enumerate(("a", "bc", "def", "gh", "the", "x y"))]
@@ -104,7 +104,7 @@ def test_the_adapter_scores_and_writes(make):
     ids = [1, *BYTES.encode(text)]
     forward = jax.jit(lambda ids: jax.nn.log_softmax(model.apply({"params": params}, ids)))
     expected = 0.0
-    for head, tail in harness.rolling(ids, 16):
+    for head, tail in harness.rolling_windows(ids, 16):
         logs = np.asarray(forward(jnp.asarray([head + tail])))[0]
         expected += sum(logs[len(head) - 1 + i, t] for i, t in enumerate(tail))
     assert math.isclose(rolled, expected, abs_tol=1e-3)

@@ -150,7 +150,7 @@ def test_checkpoints_with_other_training_data_are_not_compared():
     first = types.SimpleNamespace(name="a", data=data, is_whole_text=False, is_masked=False)
     second = types.SimpleNamespace(name="b", data=dataclasses.replace(data, source="x.txt"), is_masked=False)
     with pytest.raises(UserError, match=r"not measured on the same text \(data.source is 'stdlib' and 'x.txt'\)"):
-        held_out_lib.refuse_other_text([first, second])
+        held_out_lib.check_same_text([first, second])
 
 
 def test_a_task_of_two_models(command, trained, other, tmp_path):
@@ -202,11 +202,11 @@ def test_what_cannot_be_paired_is_refused_in_one_line(tiny, monkeypatch):
         ),
     ):
         with pytest.raises(UserError, match=message):
-            held_out_lib.refuse_other_text(several)
-    held_out_lib.refuse_other_text([held_out(tiny, is_whole_text=True), held_out(tiny, other, True)])
+            held_out_lib.check_same_text(several)
+    held_out_lib.check_same_text([held_out(tiny, is_whole_text=True), held_out(tiny, other, True)])
     labels = dataclasses.replace(tiny.data, labelled=dataclasses.replace(tiny.data.labelled, label_field="answer"))
-    held_out_lib.refuse_other_text([held_out(tiny), held_out(tiny, labels)])
-    held_out_lib.refuse_other_text([held_out(tiny, is_whole_text=True), held_out(tiny, labels, True)])
+    held_out_lib.check_same_text([held_out(tiny), held_out(tiny, labels)])
+    held_out_lib.check_same_text([held_out(tiny, is_whole_text=True), held_out(tiny, labels, True)])
     sizes = iter((np.ones(3), np.ones(4)))
     measure = lambda *_, **options: {"units": Units(size := next(sizes), size, size > 0), "tokens": 9}  # noqa: E731
     monkeypatch.setattr(evaluate, "_measure", measure)

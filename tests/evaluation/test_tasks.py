@@ -1,4 +1,4 @@
-"""Templates, task files, likelihood and generation, records that are gone on from."""
+"""Templates, task files, scoring by likelihood and by generation, and resuming from records."""
 
 import dataclasses
 import decimal
@@ -68,7 +68,7 @@ def judge(metric, prediction, answer, normalization="none"):
     example = Example({"text": "a"}, answer)
     task = Task("t", (TEMPLATE,), (example,), metric=metric, normalization=normalization)
     task.check()
-    return task.right(prediction, example)
+    return task.is_correct(prediction, example)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_a_file_of_json_lines_is_read_in_every_form(tmp_path, form):
         ([HEADER, {"text": "x", "answer": "y", "choices": "yn"}], "list of texts"),
     ],
 )  # fmt: skip
-def test_a_file_that_is_no_task_is_refused_in_one_line(tmp_path, lines, says):
+def test_an_invalid_task_file_is_a_one_line_error(tmp_path, lines, says):
     with pytest.raises(UserError) as error:
         tasks.read(write(tmp_path / "t.jsonl", *lines))
     assert says in str(error.value) and "\n" not in str(error.value)
@@ -240,7 +240,7 @@ def test_generation_reads_the_answer_and_reasoning_comes_before_it(of):
     assert reasoned["reasoning_tokens"] == len(thought.generated.ids)
 
 
-def test_the_border_between_prompt_and_answer_keeps_all_text():
+def test_no_text_is_lost_between_prompt_and_answer():
     for prompt, answer in (("ab", " c"), ("ab ", "c"), ("ab", "c")):
         head, tail = prompts.encode_pair(BYTES, prompt, answer)
         assert BYTES.decode(head + tail) == prompt + answer and not BYTES.decode(head).endswith(" ") and tail
@@ -265,7 +265,7 @@ def test_the_interval_is_wilsons():
         np.testing.assert_allclose(intervals.wilson(right, n), expected, atol=1e-6)
 
 
-def test_records_are_gone_on_from_and_those_of_another_run_refused(tmp_path):
+def test_evaluation_resumes_from_its_records_and_rejects_those_of_other_settings(tmp_path):
     path = tmp_path / "new" / "log.jsonl"
     log = answers.AnswerLog(path, {"task": "a"})
     log.add({"index": 0, "right": True})
@@ -280,7 +280,7 @@ def test_records_are_gone_on_from_and_those_of_another_run_refused(tmp_path):
 
 
 @pytest.mark.parametrize("make_task", [builtin.arithmetic, builtin.copying])
-def test_tasks_of_the_house_are_sound(make_task):
+def test_built_in_tasks_are_consistent(make_task):
     task = make_task(20)
     task.check()
     assert len(task.templates) == 10 and len(task.examples) == 20 and task.digest() == make_task(20).digest()
@@ -288,14 +288,14 @@ def test_tasks_of_the_house_are_sound(make_task):
         for template in range(10):
             asked = prompts.prompts(task, PromptConfig(style, template), task.examples[:3])
             assert all(e.fields["text"] in p.plain() for e, p in zip(task.examples, asked, strict=False))
-    assert all(task.right(task.read(TEMPLATE.solve(e, e.answer)), e) for e in task.examples)
-    assert not task.right(task.read("nothing"), task.examples[0])
+    assert all(task.is_correct(task.extract_answer(TEMPLATE.solve(e, e.answer)), e) for e in task.examples)
+    assert not task.is_correct(task.extract_answer("nothing"), task.examples[0])
 
 
 @pytest.mark.parametrize(
     "bad", [{"style": "zero"}, {"normalize": "words"}, {"template": 1}, {"shots": 7}, {"select": "best", "shots": 1}]
 )
-def test_manners_that_a_task_cannot_be_asked_in_are_refused(bad):
+def test_prompt_options_that_a_task_does_not_support_are_rejected(bad):
     with pytest.raises(UserError, match=f"--{next(iter(bad))}"):
         PromptConfig(**bad).check(Task("t", (TEMPLATE,), (ASKED,), SHOTS))
 
@@ -312,7 +312,7 @@ def test_a_choice_begins_its_turn_as_answered_examples_do(make, monkeypatch):
     assert texts == [f"{begun}<|start|>assistant: {said}" for said in ("good", "bad")]
 
 
-def test_the_command_asks_a_file_and_goes_on(trained, command, tmp_path):
+def test_the_command_evaluates_a_task_file_and_resumes(trained, command, tmp_path):
     lines = [{"text": t, "answer": a} for t, a in zip("abcdef", "yynnyn", strict=True)]
     file = write(tmp_path / "t.jsonl", HEADER, *[{**line, "shot": True} for line in lines], *lines)
     flags = [f"--checkpoint={trained}", f"--task={file}", "--style=all", "--batch_size=4"]

@@ -1,4 +1,4 @@
-"""What a product with a quantized weight holds in memory."""
+"""The memory of products with quantized weights."""
 
 import jax
 import jax.numpy as jnp

@@ -22,7 +22,7 @@ NORMAL = np.random.default_rng(1).normal(0, 0.1, (128, 96)).astype(np.float32)
 
 
 scales, stored = (
-    jax.jit(f, static_argnums=n) for f, n in ((number_formats.scales, (1, 2)), (number_formats.stored, 1))
+    jax.jit(f, static_argnums=n) for f, n in ((number_formats.scales, (1, 2)), (number_formats.store_scales, 1))
 )
 encode, decode = (jax.jit(f, static_argnums=(3, 4)) for f in (number_formats.encode, number_formats.decode))
 
@@ -31,7 +31,10 @@ encode, decode = (jax.jit(f, static_argnums=(3, 4)) for f in (number_formats.enc
 def round_trip(w, name, axis):
     s = number_formats.scheme(name)
     scale, offset = number_formats.scales(w, s, axis)
-    kept, offset = number_formats.stored(scale, s), offset if offset is None else number_formats.stored(offset, s)
+    kept, offset = (
+        number_formats.store_scales(scale, s),
+        offset if offset is None else number_formats.store_scales(offset, s),
+    )
     return number_formats.decode(number_formats.encode(w, kept, offset, s, axis), kept, offset, s, axis)
 
 
@@ -93,8 +96,8 @@ def test_affine_round_trips_are_off_by_half_a_step_of_the_range(name, weight):
     assert (error <= bound + np.abs(by_group).max(-1) * 1e-6).all()
 
 
-@pytest.mark.parametrize("name", number_formats.FOR_WEIGHTS)
-def test_what_is_on_the_grid_stays(name):
+@pytest.mark.parametrize("name", number_formats.WEIGHT_SCHEMES)
+def test_representable_values_are_unchanged(name):
     """Quantizing again what codes stand for gives the same numbers: the nearest code is the code."""
     s = number_formats.scheme(name)
     scale, offset = scales(NORMAL, s, -2)
@@ -188,10 +191,12 @@ def test_double_quantization_takes_the_scales_of_the_paper():
 def test_e2m1_and_fp8_round_as_ml_dtypes():
     """MXFP4 elements and fp8 (OCP), ties to even included."""
     x = np.concatenate([np.linspace(-6, 6, 4001), np.arange(-24, 25) / 4]).astype(np.float32)
-    np.testing.assert_array_equal(number_formats.snap(x, "e2m1"), x.astype(ml_dtypes.float4_e2m1fn).astype(np.float32))
+    np.testing.assert_array_equal(
+        number_formats.round_to_format(x, "e2m1"), x.astype(ml_dtypes.float4_e2m1fn).astype(np.float32)
+    )
     for name, dtype in (("e4m3", ml_dtypes.float8_e4m3fn), ("e5m2", ml_dtypes.float8_e5m2)):
         y = x * number_formats.FORMATS[name].high / 6
-        np.testing.assert_array_equal(number_formats.snap(y, name), y.astype(dtype).astype(np.float32))
+        np.testing.assert_array_equal(number_formats.round_to_format(y, name), y.astype(dtype).astype(np.float32))
 
 
 @pytest.mark.parametrize("largest", [0.7, 1.0, 3.99, 4.0, 6.0, 2.0**-100, 2.0**100])
@@ -200,7 +205,7 @@ def test_mxfp4_scales_are_powers_of_two_by_the_standard(largest):
     w = np.zeros((32, 1), np.float32)
     w[5] = -largest
     s = number_formats.scheme("mxfp4")
-    kept = number_formats.stored(number_formats.scales(w, s, -2)[0], s)
+    kept = number_formats.store_scales(number_formats.scales(w, s, -2)[0], s)
     assert kept.dtype == np.uint8 and int(kept[0, 0]) - 127 == np.floor(np.log2(largest)) - 2
     assert number_formats.scale_values(kept)[0, 0] == 2.0 ** (np.floor(np.log2(largest)) - 2)
 
@@ -228,7 +233,7 @@ def test_codes_mean_what_ggml_blocks_mean(name, block):
         ("w8a8:32", "one scale per channel"),
     ],
 )
-def test_names_that_mean_nothing_are_refused(name, said):
+def test_unknown_scheme_names_are_rejected(name, said):
     with pytest.raises(UserError, match=said):
         number_formats.scheme(name)
 

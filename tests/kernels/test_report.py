@@ -4,14 +4,14 @@ import re
 
 import pytest
 
-from llm_jax.kernels import cpu_product, native, report
+from llm_jax.kernels import cpu_product, machine_report, native
 
 pytestmark = pytest.mark.usefixtures("compiled_kernels")
 
 
 @pytest.fixture
 def without_measurements(monkeypatch):
-    monkeypatch.setattr(report, "_measure", lambda *arguments: None)
+    monkeypatch.setattr(machine_report, "_measure", lambda *arguments: None)
 
 
 def test_every_scheme_has_a_choice_with_its_reason(command, without_measurements):

@@ -1,4 +1,4 @@
-"""The flags that `./launch.sh` gives the trainer; the environment is a stand-in that prints its arguments."""
+"""The flags that `./launch.sh` passes to the trainer; a stub interpreter prints its arguments."""
 
 import pathlib
 import shutil

@@ -53,7 +53,7 @@ def test_the_model_sees_the_dense_sum(make, tiny, logits, variant, targets):
     _, base = make()
     adapters = cases.made(base, cases.config(tiny, variant=variant, targets=targets))
     expected = logits(jax.tree.map(jnp.float32, cases.dense(base, adapters)))
-    attached = logits(lora.attach(lora.rebase(base, adapters), adapters))
+    attached = logits(lora.attach(lora.subtract_start(base, adapters), adapters))
     np.testing.assert_allclose(attached, expected, atol=2e-5)
 
 
@@ -90,7 +90,7 @@ def test_pissa_starts_from_the_leading_singular_vectors_and_takes_them_out_of_th
     _, base = make()
     settings = cases.config(tiny, variant="pissa", targets=("linear",))
     adapters = jax.jit(lambda p: lora.init(jax.random.key(0), p, settings))(base)
-    rest = lora.rebase(base, adapters)
+    rest = lora.subtract_start(base, adapters)
     path = "layers/0:2/0::1/mlp/up"
     w, kept = (np.asarray(trees.flatten(tree)[path], np.float64) for tree in (base, rest))
     values = np.linalg.svd(w, compute_uv=False)
@@ -98,13 +98,13 @@ def test_pissa_starts_from_the_leading_singular_vectors_and_takes_them_out_of_th
     np.testing.assert_allclose(left[:, :-3], values[:, 3:], atol=1e-5)  # the three largest are gone
     np.testing.assert_allclose(left[:, -3:], 0, atol=1e-5)
     np.testing.assert_allclose(logits(lora.attach(rest, adapters)), logits(base), atol=1e-5)
-    twice = lora.plain(cases.made(base, settings))  # the same over the base as it was
+    twice = lora.to_lora(cases.made(base, settings))  # the same over the base as it was
     np.testing.assert_allclose(
         logits(lora.attach(base, twice)), logits(lora.attach(rest, cases.made(base, settings))), atol=2e-5
     )
 
 
-def test_loftq_starts_from_what_quantization_lost(make, tiny):
+def test_loftq_is_initialized_with_the_quantization_error(make, tiny):
     _, original = make()
     path = "layers/0:2/0::1/mlp/up"
     base = jax.tree.map(lambda w: jnp.round(8 * w) / 8, original)  # quantized, as far as this start can see
@@ -148,7 +148,7 @@ def test_the_gradient_equals_that_of_a_dense_reference(make, tiny):
         assert set(trees.flatten(got)) == set(trees.flatten(trained))
 
 
-def test_what_is_trained_and_what_is_not():
+def test_the_trained_entries_of_each_variant():
     tree = {"w": dict.fromkeys(("a", "b", "scale", "magnitude", "squares", "start_a", "start_b"), 0)}
     for variant, names in TRAINED.items():
         trained, fixed = lora.split(tree, variant)
@@ -239,7 +239,7 @@ def test_dropout_keeps_the_mean_and_its_share():
     from llm_jax import weights
 
     x, w = jnp.ones((64, 512)), jnp.eye(512)
-    out = weights.dot(x, weights.Dropped(w, jax.random.key(0), 0.25))
+    out = weights.dot(x, weights.InputDropout(w, jax.random.key(0), 0.25))
     np.testing.assert_allclose(np.mean(np.asarray(out) == 0), 0.25, atol=0.01)
     np.testing.assert_allclose(out[out != 0], 1 / 0.75, rtol=1e-6)
 
@@ -269,7 +269,7 @@ def test_dropout_keeps_the_mean_and_its_share():
     ],
     ids=str,
 )
-def test_bad_settings_are_one_line(make, tiny, changes, message):
+def test_invalid_options_are_one_line_errors(make, tiny, changes, message):
     _, base = make()
     with pytest.raises(UserError, match=message) as error:
         lora.init(jax.random.key(0), base, cases.config(tiny, **changes))

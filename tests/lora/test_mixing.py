@@ -53,7 +53,7 @@ def test_plain_adapters_of_pissa_fit_the_base_that_was_not_rebased(make, tiny):
     initial = jax.jit(lambda key: lora.init(key, base, cases.config(tiny, variant="pissa")))(jax.random.key(0))
     trained = trees.map_weights(lambda path, w: w * 1.5 if path.endswith("/b") else w, initial)
     expected = trees.flatten(cases.dense(base, trained))
-    got = trees.flatten(cases.dense(base, lora.plain(trained)))
+    got = trees.flatten(cases.dense(base, lora.to_lora(trained)))
     for path, w in trees.flatten(base).items():
         np.testing.assert_allclose(got[path], expected[path], atol=1e-5)
         if f"{path}/a" in trees.flatten(trained):

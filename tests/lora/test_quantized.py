@@ -1,4 +1,4 @@
-"""QLoRA in both senses: adapters over a quantized base, and low-rank factors that are rounded themselves."""
+"""QLoRA: adapters over a quantized base, and quantized low-rank factors."""
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +68,7 @@ def test_factors_in_eight_bits_are_what_the_model_sees_and_train_straight_throug
     adapters = cases.made(base, settings)
     round_trip = lambda w: weights.dense(quantized.to_qtensor(w, "int8", IN))  # noqa: E731
     factors = {p: round_trip(x) if p.endswith(("/a", "/b")) else x for p, x in trees.flatten(adapters).items()}
-    rounded = lora.rounded(adapters, "int8")
+    rounded = lora.quantize_factors(adapters, "int8")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), rounded, trees.unflatten(factors))
     trained, fixed = lora.split(adapters, "lora")
 
@@ -90,7 +90,7 @@ def test_factors_in_eight_bits_are_what_the_model_sees_and_train_straight_throug
     np.testing.assert_array_equal(logits(lora.attach(base, start, factors="int8")), logits(base))
 
 
-def test_merging_into_a_quantized_base_tells_its_price(tiny, base):
+def test_merging_into_a_quantized_base_reports_the_error(tiny, base):
     adapters = cases.made(base, cases.config(tiny))
     params, costs = lora.requantize(base, adapters)
     assert set(costs) == {path for path, w in trees.flatten(base).items() if isinstance(w, QTensor)}
@@ -102,7 +102,7 @@ def test_merging_into_a_quantized_base_tells_its_price(tiny, base):
         assert 0 < cost < 1
 
 
-def test_what_factors_cannot_be_is_one_line(make, tiny):
+def test_invalid_schemes_of_factors_are_one_line_errors(make, tiny):
     _, base = make()
     for name, message in (
         ("int3", "the scheme 'int3' is unknown"),
@@ -125,4 +125,4 @@ def test_full_weights_are_wanted_where_all_are_trained_or_a_start_is_taken_out(m
     with pytest.raises(
         UserError, match="is a QTensor; lora.variant=pissa subtracts its initial value from dense weights"
     ):
-        lora.rebase(base, pissa)
+        lora.subtract_start(base, pissa)

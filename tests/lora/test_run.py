@@ -69,7 +69,7 @@ def test_resume_is_bitwise_over_a_base_that_has_moved(run, command, trained, tmp
     jax.tree.map(np.testing.assert_array_equal, arrays(tmp_path / "again"), arrays(run))
 
 
-def test_every_command_takes_it(run, command, text_file, tmp_path):
+def test_every_command_accepts_a_run_with_adapters(run, command, text_file, tmp_path):
     model, params, tokenizer = llm_jax.load(run)
     assert isinstance(trees.flatten(params)["layers/0/mlp/up"], weights.Adapted)
     ids = jnp.asarray([tokenizer.encode("the model reads")])
@@ -116,7 +116,7 @@ def test_peft_and_back_over_a_base_of_hugging_faces(trained, command, tmp_path):
         ("convert", ("--output=none", "--to=hf", "--input")),
     ],
 )
-def test_a_base_is_for_adapters(command, trained, name, flags):
+def test_base_is_rejected_for_checkpoints_without_adapters(command, trained, name, flags):
     done = command(name, *flags[:-1], f"{flags[-1]}={trained}", "--base=x", code=2)
     assert f"--base=x names the base of adapters; {trained} has no adapters" in done.stderr
 
@@ -186,7 +186,7 @@ def test_qlora_resumes_bitwise_and_is_read_as_it_was_trained(command, trained, t
     assert isinstance(node.base, weights.QTensor) and isinstance(node.a, weights.FakeQuant) == bool(factors)
 
 
-def test_adapters_are_merged_into_the_codes_of_their_base_at_a_price_that_is_told(command, over_int8, tmp_path):
+def test_adapters_are_merged_into_a_quantized_base_and_the_error_is_printed(command, over_int8, tmp_path):
     to = (f"--checkpoint={over_int8}", f"--output={tmp_path / 'merged'}")
     assert "has adapters over a quantized base" in command("quantize", *to, "--scheme=int4:16", code=2).stderr
     done = command("quantize", *to)
@@ -228,7 +228,7 @@ def test_another_base_is_refused(run, command, trained, tmp_path):
     assert "for the base of sha256 000000000000" in done.stderr
 
 
-def test_what_cannot_be_adapted_ends_in_one_line(command, trained, tmp_path):
+def test_weights_that_cannot_be_adapted_are_one_line_errors(command, trained, tmp_path):
     def said(*flags):
         done = command("train", f"--workdir={tmp_path / 'x'}", *flags, code=2)
         assert len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "x").exists()

@@ -1,4 +1,4 @@
-"""What a step over a frozen base computes, and what it does not."""
+"""The gradients, optimizer state and memory of a training step over a frozen base."""
 
 import dataclasses
 import re
@@ -115,7 +115,7 @@ def test_lora_fa_keeps_no_inputs_for_the_gradient(tiny):
     config = dataclasses.replace(tiny, model=model, train=train, init_from="unnamed")
     settings = cases.config(tiny, targets=("layers/.*/down",), rank=4)
     lora_, fa = (
-        memory.compiled(
+        memory.of_variant(
             dataclasses.replace(config, lora=dataclasses.replace(settings, variant=v)), "as given"
         ).temporaries
         for v in ("lora", "fa")
@@ -141,7 +141,7 @@ def test_a_policy_that_keeps_products_computes_none_again_and_keeps_each_once(ti
     for layers in (6, 12):
         model = dataclasses.replace(tiny.model, **shape | {"num_layers": layers, "remat": "dots"})
         config = dataclasses.replace(tiny, model=model, train=train, lora=settings, init_from="unnamed")
-        taken[layers] = memory.compiled(config, "as given").temporaries
+        taken[layers] = memory.of_variant(config, "as given").temporaries
     m = model
     key_width = m.width // m.num_heads * m.num_kv_heads
     # What comes in; queries, keys, values; what attention gives, and its sums; `out`; gate and up; x a of all seven.
@@ -154,7 +154,7 @@ def test_a_policy_that_keeps_products_computes_none_again_and_keeps_each_once(ti
 
 def test_memory_of_a_step_is_what_its_arrays_take(tiny):
     config = dataclasses.replace(tiny, lora=cases.config(tiny), train=dataclasses.replace(tiny.train, batch_size=4))
-    found = {kind: memory.compiled(config, kind) for kind in ("forward", "full", "lora")}
+    found = {kind: memory.of_variant(config, kind) for kind in ("forward", "full", "lora")}
     weights = found["forward"].arguments - 5 * 4 * tiny.train.seq_len * 4  # besides the batch
     entries = sum(w.size for w in jax.tree.leaves(checkpoints.abstract_params(Transformer(config.model))))
     assert weights == 4 * entries

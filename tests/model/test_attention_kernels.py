@@ -10,7 +10,7 @@ import pytest
 
 from llm_jax.errors import UserError
 from llm_jax.model import attention_kernels
-from llm_jax.model.attention import Tokens, visible
+from llm_jax.model.attention import TokenMetadata, attention_mask
 from llm_jax.parallel import mesh as mesh_lib
 
 SHAPE = {"platform": "tpu", "batch": 4, "length": 256, "devices": {}}
@@ -23,14 +23,14 @@ def packed():
     lengths = [150, 90, 16]
     segments = jnp.repeat(jnp.array([1, 2, 0]), jnp.array(lengths), total_repeat_length=256)[None]
     positions = jnp.concatenate([jnp.arange(n) for n in lengths])[None]
-    return draw(0, 2), draw(1, 1), draw(2, 1), Tokens(positions, segments), (segments > 0)[..., None, None]
+    return draw(0, 2), draw(1, 1), draw(2, 1), TokenMetadata(positions, segments), (segments > 0)[..., None, None]
 
 
 @pytest.mark.parametrize(("window", "causal"), [(None, True), (None, False), (40, True), (40, False)])
 @pytest.mark.parametrize("name", ["xla", "splash"])
 def test_results_and_gradients_equal_those_of_plain(packed, name, window, causal):
     q, k, v, where, real = packed
-    mask = visible(where, where, window, causal)
+    mask = attention_mask(where, where, window, causal)
 
     def plain(q, k, v):
         return attention_kernels.attend(q, k, v, mask, None) * real
@@ -50,7 +50,7 @@ def test_results_and_gradients_equal_those_of_plain(packed, name, window, causal
 
 def test_a_softcap_and_its_gradients_are_the_formula(packed):
     q, k, v, where, real = packed
-    mask = visible(where, where, None)
+    mask = attention_mask(where, where, None)
 
     def formula(q, k, v):
         scores = jnp.einsum("btnh,bsnh->bnts", q, jnp.repeat(k, 2, 2)) / 4
@@ -100,14 +100,14 @@ def test_splash_under_a_mesh_is_mapped_over_its_devices(packed, tiny):
     mesh = mesh_lib.make(tiny.mesh)
 
     def splash(q, k, v):
-        assert mesh_lib.in_use() == dict.fromkeys(mesh_lib.AXES, 1)
+        assert mesh_lib.current_axis_sizes() == dict.fromkeys(mesh_lib.AXES, 1)
         return attention_kernels.splash(q, k, v, where.segments, None, True, interpret=True)
 
-    got = jax.jit(mesh_lib.within(mesh, splash))
+    got = jax.jit(mesh_lib.with_mesh(mesh, splash))
     assert "shard_map" in str(jax.make_jaxpr(got)(q, k, v))
-    expected = attention_kernels.attend(q, k, v, visible(where, where, None), None)
+    expected = attention_kernels.attend(q, k, v, attention_mask(where, where, None), None)
     np.testing.assert_allclose(got(q, k, v) * real, expected * real, atol=2e-5)
-    assert mesh_lib.in_use() == {}
+    assert mesh_lib.current_axis_sizes() == {}
 
 
 def test_what_the_device_cannot_run_is_refused_before_training(command, tmp_path):

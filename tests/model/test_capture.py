@@ -10,7 +10,7 @@ import pytest
 from llm_jax import trees
 from llm_jax.errors import UserError
 from llm_jax.model import positions
-from llm_jax.model.attention import Tokens
+from llm_jax.model.attention import TokenMetadata
 from llm_jax.model.capture import capture
 from llm_jax.model.transformer import init_cache
 
@@ -156,7 +156,7 @@ def test_prefill_and_decoding_steps_have_the_attentions_of_the_whole_sequence(an
     cache, slots = init_cache(model.config, 2, LENGTH + 3), LENGTH + 3
     for start, stop in ((0, 6), (6, 7), (7, LENGTH)):
         count = jnp.broadcast_to(jnp.arange(start, stop, dtype=jnp.int32), (2, stop - start))
-        where = Tokens(count, jnp.ones_like(count))
+        where = TokenMetadata(count, jnp.ones_like(count))
         step = jax.jit(lambda p, cache, part, where: capture(model, p, part, where, cache))
         part = step(params, cache, tokens[:, start:stop], where)
         cache = part.cache
@@ -203,7 +203,7 @@ def test_attentions_and_hidden_states_equal_those_of_transformers(name, tmp_path
 
 @pytest.mark.parametrize(
     ("name", "cure"),
-    [("attention_mask", "where=Tokens"), ("output_attentions", "capture"), ("input_ids", "come after")],
+    [("attention_mask", "metadata=TokenMetadata"), ("output_attentions", "capture"), ("input_ids", "come after")],
 )
 def test_keyword_arguments_of_other_codebases_name_those_of_this_model(make, name, cure):
     model, params = make()

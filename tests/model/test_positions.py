@@ -16,7 +16,7 @@ import pytest
 from llm_jax import trees
 from llm_jax.errors import UserError
 from llm_jax.model import distances, positions, rope
-from llm_jax.model.attention import Tokens
+from llm_jax.model.attention import TokenMetadata
 from llm_jax.model.transformer import Transformer, check_length, consecutive
 
 GOLDEN = json.loads(pathlib.Path(__file__).with_name("rope_golden.json").read_text())
@@ -186,13 +186,13 @@ def test_shaw_equals_the_formula_with_every_vector_written_out(make, tiny, which
     draw = np.random.default_rng(0)
     q, k, v = draw.normal(size=(3, 1, 5, 2, 8)).astype(np.float32)
     table = {name: draw.normal(size=shape).astype(np.float32) for name, shape in scheme.declare_layer().items()}
-    where = Tokens(jnp.arange(5)[None], jnp.ones((1, 5), int))
-    from llm_jax.model.attention import visible
+    where = TokenMetadata(jnp.arange(5)[None], jnp.ones((1, 5), int))
+    from llm_jax.model.attention import attention_mask
     from llm_jax.model.attention_kernels import attend_adding
 
     add = scheme.values(where.positions, where.positions, table) or (lambda shares: 0 * jnp.asarray(v))
     own = scheme.keys(jnp.asarray(q), where.positions, where.positions, table)
-    mask = visible(where, where, None)
+    mask = attention_mask(where, where, None)
     got = attend_adding(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), mask, own, add)
 
     index = np.clip(np.arange(5)[None] - np.arange(5)[:, None], -clip, clip) + clip
@@ -234,7 +234,7 @@ def test_shaw_forms_nothing_of_size_time_by_time_by_head(make, tiny):
         ({"kind": "t5", "num_buckets": 6}, "model.position.num_buckets=6"),
     ],
 )
-def test_what_does_not_go_together_is_refused(tiny, position, changes, message):
+def test_contradictory_position_options_are_rejected(tiny, position, changes, message):
     config = dataclasses.replace(tiny.model, position=position(**changes))
     with pytest.raises(UserError, match=message):
         positions.make(config)

@@ -9,13 +9,14 @@ import pytest
 from llm_jax import trees
 from llm_jax.errors import UserError
 from llm_jax.model import distances, positions
-from llm_jax.model.attention import Tokens, read_layer, visible
+from llm_jax.model.attention import TokenMetadata, attention_mask, read_layer
 from llm_jax.model.attention_kernels import attend
 from llm_jax.model.layer_stack import Layer
 from llm_jax.model.stages import stages
 from llm_jax.model.transformer import Transformer, init_cache, matmul_parameters
 
 LENGTH = 12
+ZEROS = np.zeros((2, 3), int)
 LAYOUTS = {
     "single": {"num_layers": 1},
     "uniform": {},
@@ -139,15 +140,15 @@ def test_cached_decode_equals_the_full_forward_of_the_prefix(any_model, tokens):
     pad = ((0, 0), (0, LENGTH))  # the shape of the test of padding and packing
 
     def full(params, t):  # what comes after position t is padding
-        where = Tokens(jnp.pad(counts, pad), jnp.pad((counts <= t).astype(int), pad))
+        where = TokenMetadata(jnp.pad(counts, pad), jnp.pad((counts <= t).astype(int), pad))
         return logits(model, params, jnp.pad(tokens, pad), where)
 
     step = jax.jit(lambda p, t, w, c: model.apply({"params": p}, t, w, c))
-    start = Tokens(counts[:, :5], jnp.ones((2, 5), int))
+    start = TokenMetadata(counts[:, :5], jnp.ones((2, 5), int))
     got, cache = step(params, tokens[:, :5], start, init_cache(model.config, 2, 20))
     np.testing.assert_allclose(got, full(params, 4)[:, :5], atol=5e-5)
     for t in range(5, LENGTH):
-        where = Tokens(counts[:, t : t + 1], jnp.ones((2, 1), int))
+        where = TokenMetadata(counts[:, t : t + 1], jnp.ones((2, 1), int))
         got, cache = step(params, tokens[:, t : t + 1], where, cache)
         np.testing.assert_allclose(got[:, 0], full(params, t)[:, t], atol=5e-5)
 
@@ -156,7 +157,7 @@ def test_an_int8_cache_rounds_every_head_and_token_and_nothing_else(make, tokens
     (model, params), (unrounded, _) = make(kv_cache="int8"), make()
     counts = jnp.arange(LENGTH)[None].repeat(2, 0)
     step = jax.jit(lambda p, t, w, c: model.apply({"params": p}, t, w, c))
-    where = Tokens(counts, jnp.ones((2, LENGTH), int))
+    where = TokenMetadata(counts, jnp.ones((2, LENGTH), int))
     whole = jax.jit(lambda p, c: unrounded.apply({"params": p}, tokens, where, c))
     _, exact = whole(params, init_cache(unrounded.config, 2, 16))
     full, cache = step(params, tokens, where, init_cache(model.config, 2, 16))
@@ -172,7 +173,7 @@ def test_an_int8_cache_rounds_every_head_and_token_and_nothing_else(make, tokens
     # Token by token it is what it is in one go, and both are near the unrounded model.
     one = init_cache(model.config, 2, 16)
     for t in range(LENGTH):
-        got, one = step(params, tokens[:, t : t + 1], Tokens(counts[:, t : t + 1], jnp.ones((2, 1), int)), one)
+        got, one = step(params, tokens[:, t : t + 1], TokenMetadata(counts[:, t : t + 1], jnp.ones((2, 1), int)), one)
     np.testing.assert_allclose(got[:, 0], full[:, -1], atol=1e-4)
     plain = logits(unrounded, params, tokens)
     assert 1e-6 < jnp.abs(full - plain).max() < 0.05 * jnp.abs(plain).max()
@@ -185,17 +186,15 @@ def test_an_int8_cache_rounds_every_head_and_token_and_nothing_else(make, tokens
         (np.zeros((2, 3), np.float32), None, None, r"tokens: float32 of shape \(2, 3\); expected integers of shape"),
         (np.array([[1, 259]]), None, None, "the id 259 is not in the vocabulary of the model; expected 0 to 258"),
         (np.array([[1, -1]]), None, None, "tokens: the id -1 is not in the vocabulary"),
-        (np.zeros((2, 3), int), Tokens(np.zeros((2, 3)), np.zeros((2, 3), int)), None, "where.positions: float"),
+        (ZEROS, TokenMetadata(np.zeros((2, 3)), ZEROS), None, "metadata.positions: float"),
         (
-            np.zeros((2, 3), np.int32),
-            Tokens(np.zeros((2, 3), int), np.zeros((2, 4), int)),
-            None,
-            r"where.segments: int\d\d of shape \(2, 4\); expected integers of shape \(2, 3\), like the tokens",
+            *(ZEROS, TokenMetadata(ZEROS, np.zeros((2, 4), int)), None),
+            r"metadata.segments: int\d\d of shape \(2, 4\); expected integers of shape \(2, 3\), like the tokens",
         ),
-        (np.zeros((2, 3), np.int32), None, np.zeros((1, 3), int), r"types: int\d\d of shape \(1, 3\); expected"),
+        (ZEROS, None, np.zeros((1, 3), int), r"types: int\d\d of shape \(1, 3\); expected"),
         ([[1, 2]], None, None, r"tokens: list; expected an array, such as jnp.asarray\(tokens\)"),
         (np.zeros((2, 0), int), None, None, r"tokens: shape \(2, 0\); expected at least one token per row"),
-        (np.zeros((2, 3), int), None, None, r"called without parameters; call model.apply\({\"params\": params}"),
+        (ZEROS, None, None, r"called without parameters; call model.apply\({\"params\": params}"),
     ],
 )  # fmt: skip
 def test_inputs_of_another_shape_dtype_or_range_are_refused(tiny, tokens, where, types, message):
@@ -224,13 +223,13 @@ def test_padding_and_packing_change_nothing(any_model, tokens, side):
     model, params = any_model
     alone = logits(model, params, tokens)
     pad = ((0, 0), (LENGTH, 0) if side == "left" else (0, LENGTH))
-    where = Tokens(jnp.pad(jnp.arange(LENGTH)[None].repeat(2, 0), pad), jnp.pad(jnp.ones_like(tokens), pad))
+    where = TokenMetadata(jnp.pad(jnp.arange(LENGTH)[None].repeat(2, 0), pad), jnp.pad(jnp.ones_like(tokens), pad))
     got = logits(model, params, jnp.pad(tokens, pad), where)
     real = slice(LENGTH, None) if side == "left" else slice(None, -LENGTH)
     np.testing.assert_allclose(got[:, real], alone, atol=5e-5)
 
     packed = tokens.reshape(1, -1).repeat(2, 0)  # both rows of tokens in each row
-    where = Tokens(
+    where = TokenMetadata(
         jnp.tile(jnp.arange(LENGTH), 2)[None].repeat(2, 0), jnp.repeat(jnp.arange(1, 3), LENGTH)[None].repeat(2, 0)
     )
     for row in logits(model, params, packed, where):
@@ -298,9 +297,9 @@ def test_attention_and_its_gradients_equal_the_formula(bias):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), both(ours), both(formula))
 
 
-def test_visible_is_causal_windowed_and_within_the_segment():
-    where = Tokens(jnp.array([[0, 1, 2, 0, 1, 0]]), jnp.array([[1, 1, 1, 2, 2, 0]]))
-    seen = np.asarray(visible(where, where, 2)[0]).astype(int)
+def test_the_attention_mask_is_causal_windowed_and_within_the_segment():
+    where = TokenMetadata(jnp.array([[0, 1, 2, 0, 1, 0]]), jnp.array([[1, 1, 1, 2, 2, 0]]))
+    seen = np.asarray(attention_mask(where, where, 2)[0]).astype(int)
     np.testing.assert_array_equal(
         seen,
         [

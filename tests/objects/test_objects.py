@@ -28,7 +28,7 @@ def directory(bucket, tmp_path, monkeypatch):
 
 def test_files_are_written_read_appended_and_listed(directory):
     files.make_directory(directory)
-    assert files.below(directory) == {}
+    assert files.list_files(directory) == {}
     files.write_json(directory / "a.json", {"a": 1})
     assert files.read_json(directory / "a.json") == {"a": 1}
     with pytest.raises(UserError, match="^s3://bucket/run/b.json: cannot be read .no such object.$"):
@@ -43,8 +43,8 @@ def test_files_are_written_read_appended_and_listed(directory):
     with files.open_to_append(directory / "m.jsonl") as file:
         file.write("3\n")
     assert files.read(directory / "m.jsonl") == b"1\n2\n3\n"
-    assert abs(files.modified(directory / "m.jsonl") - time.time()) < 60
-    assert list(files.below(directory)) == ["a.json", "m.jsonl"]
+    assert abs(files.modification_time(directory / "m.jsonl") - time.time()) < 60
+    assert list(files.list_files(directory)) == ["a.json", "m.jsonl"]
     with files.local_copy(directory) as copy:
         assert {p.name: p.read_bytes() for p in copy.iterdir()} == {
             "a.json": b'{\n "a": 1\n}\n',
@@ -91,7 +91,7 @@ def test_a_directory_appears_complete_or_not_at_all(directory, bucket, monkeypat
     assert order[0].endswith("4/manifest.json") and storage.steps(path.parent) == [12]
     files.write(directory / "checkpoints" / "16" / "arrays" / "d", "half")
     storage.remove_unfinished(path.parent)
-    assert {name.split("/")[0] for name in files.below(path.parent)} == {"12"}
+    assert {name.split("/")[0] for name in files.list_files(path.parent)} == {"12"}
 
 
 def test_a_lock_is_held_by_one_process_and_survives_none(directory, monkeypatch):
@@ -142,7 +142,7 @@ def test_two_that_take_a_stale_lock_over_at_once(directory, monkeypatch):
     first.close()
 
 
-def test_names_that_are_patterns(bucket):
+def test_object_names_with_glob_characters(bucket):
     """`glob` would find nothing below s3://bucket/run[1], so that a run there would start again from step 0."""
     directory = files.path("s3://bucket/run[1]")
     files.write(directory / "checkpoints" / "4" / "manifest.json", "{}")
@@ -155,7 +155,7 @@ def test_names_that_are_patterns(bucket):
             files.lock(directory)
     files.write(directory / "checkpoints" / "copy of 4" / "record.json", "{}")
     storage.remove_unfinished(directory / "checkpoints")
-    names = list(files.below(directory / "checkpoints"))
+    names = list(files.list_files(directory / "checkpoints"))
     assert names == ["4/arrays/manifest.json", "4/manifest.json", "copy of 4/record.json"]
 
 
@@ -172,7 +172,7 @@ def test_a_trainer_that_wakes_up_leaves_the_run_to_its_successor(directory, monk
     files.write(directory / ".lock-2", json.dumps({"token": "of the successor"}))
     files.write(directory / "metrics.jsonl", "1\n2\n3\n")
     files.write(directory / "checkpoints" / "4" / "manifest.json", "{}")
-    before = {name: files.read(path) for name, path in files.below(directory).items()}
+    before = {name: files.read(path) for name, path in files.list_files(directory).items()}
     lost = "^s3://bucket/run: another trainer has taken this run over"
     lines.flush()
     for write in (
@@ -185,7 +185,7 @@ def test_a_trainer_that_wakes_up_leaves_the_run_to_its_successor(directory, monk
     writer._finish(directory / "checkpoints" / "4", {"step": 4}, "")
     with pytest.raises(UserError, match=lost):
         writer.close()
-    assert {name: files.read(path) for name, path in files.below(directory).items()} == before
+    assert {name: files.read(path) for name, path in files.list_files(directory).items()} == before
     sleeper.close()
 
 
@@ -289,10 +289,10 @@ def test_errors_of_clients_are_one_line_and_other_errors_stay(directory, tmp_pat
         raise PermissionError("no route")
 
     message = "^s3://bucket/run: cannot be read or written .no route.; give the account"
-    with pytest.raises(UserError, match=message), objects.reported(directory):
+    with pytest.raises(UserError, match=message), objects.as_user_errors(directory):
         client["fail"]()
     for path, function in ((directory, fail), (tmp_path, client["fail"])):
-        with pytest.raises(PermissionError), objects.reported(path):
+        with pytest.raises(PermissionError), objects.as_user_errors(path):
             function()
     explained = []
     for function in (client["fail"], fail):
@@ -338,7 +338,7 @@ def test_a_run_is_stopped_resumed_read_and_reported(directory, trained, text_fil
     with pytest.raises(UserError, match="s3://bucket/saved already exists"):
         llm_jax.save(*loaded, "s3://bucket/saved")
 
-    arrays = files.below(directory / "checkpoints" / "8" / "arrays")
+    arrays = files.list_files(directory / "checkpoints" / "8" / "arrays")
     damaged = next(path for name, path in arrays.items() if "/d/" in name)
     content = bytearray(files.read(damaged))
     content[len(content) // 2] ^= 1
@@ -350,7 +350,9 @@ def test_a_run_is_stopped_resumed_read_and_reported(directory, trained, text_fil
     assert trees.fingerprint(llm_jax.load(DIRECTORY).params) == fingerprint
 
     def state():
-        return {name: files.read(path) for name, path in files.below(directory).items() if not name.startswith(".lock")}
+        return {
+            name: files.read(path) for name, path in files.list_files(directory).items() if not name.startswith(".lock")
+        }
 
     def take_over(line):
         if line["step"] == 9:

@@ -108,7 +108,7 @@ def check_quantized_weights(path: pathlib.Path) -> None:
         assert q.codes.addressable_shards[0].data.size == q.codes.size // 4
         scale = q.scale.codes if name == "nf4" else q.scale
         assert scale.addressable_shards[0].data.size == scale.size // (2 if scale.shape[0] == 1 else 4), name
-        dot = jax.jit(mesh_lib.within(mesh, weights.dot)).lower(x, q).compile()
+        dot = jax.jit(mesh_lib.with_mesh(mesh, weights.dot)).lower(x, q).compile()
         np.testing.assert_allclose(dot(x, q), jax.jit(weights.dot)(x, tree[name]), rtol=2e-4, atol=2e-4)
         text = dot.as_text()
         assert "all-gather" not in text or "s8[256,512]" not in text

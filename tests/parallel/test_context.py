@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llm_jax.model import attention_kernels
-from llm_jax.model.attention import Tokens, visible
+from llm_jax.model.attention import TokenMetadata, attention_mask
 from llm_jax.parallel import mesh as mesh_lib
 from tests.parallel import on_mesh
 
@@ -28,20 +28,20 @@ def splash_error(window):
     q, k, v = (jax.random.normal(key, (2, 512, heads, 128)) for key, heads in zip(keys, (4, 2, 2), strict=True))
     segments = jnp.repeat(jnp.array([[1, 1, 2, 2], [1, 2, 2, 3]]), 128, 1)
     starts = jnp.array([[0, 0, 256, 256], [0, 128, 128, 384]])
-    where = Tokens(jnp.arange(512) - jnp.repeat(starts, 128, 1), segments)
+    where = TokenMetadata(jnp.arange(512) - jnp.repeat(starts, 128, 1), segments)
 
     def splash(q, k, v):
         return attention_kernels.splash(q, k, v, segments, window, True, interpret=True)
 
     def plain(q, k, v):
-        return attention_kernels.attend(q, k, v, visible(where, where, window), None)
+        return attention_kernels.attend(q, k, v, attention_mask(where, where, window), None)
 
     def both(function, *arrays):
         out, pull = jax.vjp(function, *arrays)
         return out, *pull(out)
 
     sharded = jax.jit(
-        mesh_lib.within(mesh, lambda *arrays: both(splash, *arrays)), in_shardings=mesh_lib.replicated(mesh)
+        mesh_lib.with_mesh(mesh, lambda *arrays: both(splash, *arrays)), in_shardings=mesh_lib.replicated(mesh)
     )
     results = sharded(q, k, v), both(plain, q, k, v)
     return [float(jnp.max(jnp.abs(a - b))) for a, b in zip(*results, strict=True)]

@@ -91,7 +91,7 @@ def test_commands_on_a_mesh_print_what_they_print_on_one_device(command, trained
 def shards_of_weights(checkpoint):
     """The sizes of the shards of each array of a model on the mesh, over the sizes of the arrays."""
     loaded = llm_jax.load(checkpoint, mesh="tensor=2,fsdp=2")
-    adapters = checkpoint_lib.beside(jnp.zeros(2), loaded.params)  # computed with them, so on all of their devices
+    adapters = checkpoint_lib.place_like(jnp.zeros(2), loaded.params)  # computed with them, so on all of their devices
     assert len(adapters.devices()) == 8 and adapters.is_fully_replicated
     return {
         path: leaf.addressable_shards[0].data.size / leaf.size

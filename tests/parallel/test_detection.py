@@ -79,16 +79,16 @@ def test_flags():
         with pytest.raises(UserError, match="expected all three, HOST:PORT of process 0"):
             processes._explicit(*flags)
     for address in ("host", "host:", "host:0", "host:70000", "host:x"):
-        with pytest.raises(UserError, match="expected HOST:PORT"), processes.started(address, 2, 1, timeout=0.1):
+        with pytest.raises(UserError, match="expected HOST:PORT"), processes.connected(address, 2, 1, timeout=0.1):
             pass
 
 
 def test_one_process_needs_no_others(environment):
-    with processes.started():
+    with processes.connected():
         assert (processes.count(), processes.index(), processes.is_main()) == (1, 0, True)
         assert processes.broadcast({"a": 1}) == {"a": 1}
         processes.barrier("here")
-        agree = processes.Agreement()
+        agree = processes.StopAgreement()
         assert [agree(0), agree(15)] == [0, 15]
 
 
@@ -113,10 +113,10 @@ def test_the_coordinator_listens_where_it_is_told(environment, variables, flags,
         listened.append(coordinator_bind_address)
         raise Stopped
 
-    environment.setattr(rendezvous, "meet", lambda address, bind, *rest: listened.append(bind) or mock.Mock())
+    environment.setattr(rendezvous, "connect", lambda address, bind, *rest: listened.append(bind) or mock.Mock())
     environment.setattr(processes.time, "sleep", lambda seconds: None)
     environment.setattr(jax.distributed, "initialize", initialize)
-    with pytest.raises(Stopped), processes.started(*flags, coordinator_bind_address=bind):
+    with pytest.raises(Stopped), processes.connected(*flags, coordinator_bind_address=bind):
         pass
     assert listened == [expected.removeprefix("[::]"), expected]
 

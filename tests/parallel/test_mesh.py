@@ -45,7 +45,7 @@ def test_every_mesh_gives_the_losses_of_one_device(command, trained, tmp_path, m
         assert "fsdp" in done.stdout.split("mesh {")[0]
 
 
-def test_a_run_goes_on_under_another_mesh(command, trained, tmp_path):
+def test_a_run_resumes_on_another_mesh(command, trained, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(trained, workdir)
     shutil.rmtree(workdir / "checkpoints" / "8")
@@ -94,7 +94,7 @@ def test_rules_that_name_layers_hold_while_weights_are_gathered(layer, scanned):
     )
     model = Transformer(dataclasses.replace(on_mesh.tiny().model, scan_layers=scanned))
     mesh = AbstractMesh((1, 4, 1, 2), mesh_lib.AXES, axis_types=AUTO)
-    apply = mesh_lib.within(mesh, lambda params, tokens: model.apply({"params": params}, tokens), rules)
+    apply = mesh_lib.with_mesh(mesh, lambda params, tokens: model.apply({"params": params}, tokens), rules)
     text = str(jax.make_jaxpr(apply)(abstract_params(model), jax.ShapeDtypeStruct((8, 16), jnp.int32)))
     columns, rows = (len(re.findall(rf"spec=\w+\({axes}\)", text)) for axes in ("None, 'tensor'", "'tensor', None"))
     assert (columns, rows) == (1 if scanned else 2, 1)
@@ -111,7 +111,7 @@ def test_the_gradient_of_the_head_is_reduced_before_the_layers(tied):
         return jnp.sum(model.apply({"params": params}, tokens))
 
     def barriers(rules):
-        text = str(jax.make_jaxpr(mesh_lib.within(mesh, jax.grad(loss), rules))(params, tokens))
+        text = str(jax.make_jaxpr(mesh_lib.with_mesh(mesh, jax.grad(loss), rules))(params, tokens))
         return re.findall(r"(\w+):\w+\[8,16,32\] (\w+):\w+\[[\d,]+\] = optimization_barrier", text)
 
     assert len(barriers(config.mesh.rules)) == 1 and not barriers(())

@@ -1,4 +1,4 @@
-"""The meeting of processes, each of which is a thread here."""
+"""The rendezvous of processes, each simulated by a thread."""
 
 import concurrent.futures
 import errno
@@ -31,7 +31,7 @@ def meet(address):
 
     def attend(index, count, seconds):
         try:
-            return rendezvous.meet(
+            return rendezvous.connect(
                 address, address, count, index, seconds, lambda line, code: ends.put((index, line, code)), notes.append
             )
         except UserError as error:
@@ -64,14 +64,14 @@ def test_another_number_of_processes_is_refused(meet):
 
 def test_a_process_that_is_started_twice_is_refused(meet, address):
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        pairs = [pool.submit(rendezvous.meet, address, "", 3, 1, 5.0) for _ in range(2)]
+        pairs = [pool.submit(rendezvous.connect, address, "", 3, 1, 5.0) for _ in range(2)]
         assert "process 1 was started twice" in meet({0: 3}, seconds=5.0)[0]
         for future in pairs:
             with pytest.raises(UserError, match="process 1 was started twice"):
                 future.result()
 
 
-def test_strangers_do_not_disturb(meet, address):
+def test_connections_of_other_programs_are_ignored(meet, address):
     host, port = address.split(":")
 
     def disturb():

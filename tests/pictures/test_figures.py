@@ -242,7 +242,7 @@ def test_weights_of_every_kind_are_one_line_with_kinds_shapes_and_dtypes():
     adapted = weights.Adapted(q, jnp.ones((64, 4)), jnp.ones((4, 32)), jnp.float32(2))
     assert repr(q) == "QTensor(codes=int8[64, 32], scale=float32[1, 32], scheme='int8', axis=-2)"
     assert repr(adapted) == f"Adapted(base={q!r}, a=float32[64, 4], b=float32[4, 32], scale=float32[])"
-    assert repr(weights.Dropped(q, jax.random.key(0), 0.5)).endswith(", key=key<fry>[], rate=0.5)")
+    assert repr(weights.InputDropout(q, jax.random.key(0), 0.5)).endswith(", key=key<fry>[], rate=0.5)")
     assert "\n" not in repr(weights.Decomposed(adapted, jnp.ones(32), jnp.ones(32)))
     assert "codes=P" in repr(q.partition(jax.sharding.PartitionSpec("data", None))).replace("PartitionSpec", "P")
 

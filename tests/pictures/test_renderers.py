@@ -127,7 +127,7 @@ def test_commands_print_or_write(trained, tmp_path, text_file, cache):
     assert "\x1b[1m" in call("show", "parameters", model, "--color").stdout
 
 
-def test_wrong_requests_are_one_line(trained, monkeypatch):
+def test_invalid_requests_are_one_line_errors(trained, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     model = f"--checkpoint={trained}"
     for flags, message in (

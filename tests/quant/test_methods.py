@@ -93,10 +93,10 @@ def test_mse_has_no_larger_error_than_absmax_in_any_group(scheme):
 
     @jax.jit
     def error(scale, offset):  # before nf4 quantizes its scales again
-        kept = number_formats.stored(scale, s)
-        offset = None if offset is None else number_formats.stored(offset, s)
+        kept = number_formats.store_scales(scale, s)
+        offset = None if offset is None else number_formats.store_scales(offset, s)
         values = number_formats.decode(number_formats.encode(w, kept, offset, s, IN), kept, offset, s, IN)
-        return number_formats.over_groups(jnp.sum, jnp.square(values - w), s, IN)
+        return number_formats.reduce_groups(jnp.sum, jnp.square(values - w), s, IN)
 
     ours, plain = error(*methods.clip(w, s, IN)), error(*number_formats.scales(w, s, IN))
     assert (ours <= plain * (1 + 1e-5) + 1e-9).all()
@@ -150,7 +150,7 @@ def test_awq_clips_by_the_importance_of_the_inputs():
         importance = (jnp.diag(inputs.gram) * smooth**2)[:, None]
         scaled = w / smooth[:, None]
         absmax, weighted, unweighted = (
-            np.asarray(number_formats.scale_values(number_formats.stored(scale, scheme)), np.float32)
+            np.asarray(number_formats.scale_values(number_formats.store_scales(scale, scheme)), np.float32)
             for scale in (
                 number_formats.scales(scaled, scheme, weights.IN)[0],
                 methods.clip(scaled, scheme, weights.IN, importance)[0],

@@ -103,7 +103,7 @@ def test_stacked_layers_are_rounded_one_after_the_other(scheme):
     assert taken[0] < 1.25 * layers.nbytes
 
 
-def test_what_is_quantized_already_and_what_is_no_number_is_refused(make):
+def test_quantized_and_non_finite_weights_are_rejected(make):
     _, params = make()
     once = post_training.quantize_params(params, post_training.rules("int8", "int8"), "here")
     with pytest.raises(UserError, match="'embed/table' is quantized already"):
@@ -115,13 +115,13 @@ def test_what_is_quantized_already_and_what_is_no_number_is_refused(make):
 
 
 def test_a_scheme_that_the_backend_cannot_run_is_named(monkeypatch):
-    assert post_training.unsupported("w8a8_static") == ""
+    assert post_training.unsupported_reason("w8a8_static") == ""
 
     def fail(*_):
         raise RuntimeError("no such type\nand more")
 
     monkeypatch.setattr(post_training.weights, "dot", fail)
-    assert post_training.unsupported("int8") == "cpu cannot run int8 (no such type)"
+    assert post_training.unsupported_reason("int8") == "cpu cannot run int8 (no such type)"
 
 
 def test_calibration_sees_what_weights_are_multiplied_by(single):
@@ -132,7 +132,7 @@ def test_calibration_sees_what_weights_are_multiplied_by(single):
     watched = ("attention/query", "attention/key", "mlp/up", "mlp/down", "attention/out")
     seen: dict = {}
     for s in streams:
-        found = calibrate._observe(model.config, "global", watched, layer, s["x"], s["where"], s["bias"])
+        found = calibrate._observe(model.config, "global", watched, layer, s["x"], s["metadata"], s["bias"])
         seen = {k: methods.add(seen[k], v) for k, v in found.items()} if seen else found
     x = np.concatenate([s["x"][:, :-4].reshape(-1, 32) for s in streams])
     normed = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + model.config.norm_eps)
@@ -146,7 +146,7 @@ def test_an_interrupted_calibration_goes_on_and_ends_the_same(single, tmp_path, 
     model, params = single
     planned = post_training.plan(params, post_training.rules("int4:16", "int8"), "here")
     options = calibrate.CalibrationOptions("gptq", True, 2)
-    whole, lines = calibrate.run(model, trees.flatten(params), planned, rows(4), options, tmp_path / "a")
+    whole, lines = calibrate.quantize_layers(model, trees.flatten(params), planned, rows(4), options, tmp_path / "a")
     layer = calibrate._quantize_layer
     calls = []
 
@@ -158,8 +158,8 @@ def test_an_interrupted_calibration_goes_on_and_ends_the_same(single, tmp_path, 
 
     monkeypatch.setattr(calibrate, "_quantize_layer", counted)
     with pytest.raises(KeyboardInterrupt):
-        calibrate.run(model, trees.flatten(params), planned, rows(4), options, tmp_path / "b")
-    again, same = calibrate.run(model, trees.flatten(params), planned, rows(4), options, tmp_path / "b")
+        calibrate.quantize_layers(model, trees.flatten(params), planned, rows(4), options, tmp_path / "b")
+    again, same = calibrate.quantize_layers(model, trees.flatten(params), planned, rows(4), options, tmp_path / "b")
     assert calls == ["layers/0", "layers/1", "layers/1"] and same == lines
     jax.tree.map(np.testing.assert_array_equal, again, whole)
     table = post_training.table(lines)
@@ -189,8 +189,8 @@ def test_calibration_text_that_is_too_short_is_refused(trained, tmp_path, text_f
     (tmp_path / "short.txt").write_text("too short")
     config, tokenizer = checkpoints.read_config(trained), llm_jax.load(trained).tokenizer
     with pytest.raises(UserError, match=r"short.txt has 11 tokens, fewer than one calibration sequence of 32"):
-        calibrate.text(config, str(tmp_path / "short.txt"), tokenizer, 32, 4)
-    found, _ = calibrate.text(config, str(text_file), tokenizer, 32, 4)
+        calibrate.calibration_rows(config, str(tmp_path / "short.txt"), tokenizer, 32, 4)
+    found, _ = calibrate.calibration_rows(config, str(text_file), tokenizer, 32, 4)
     assert len(found) == 4 and all(len(row["inputs"]) == 32 for row in found)
 
 
@@ -198,8 +198,8 @@ def test_an_encoder_of_hidden_tokens_is_calibrated_on_text_with_hidden_tokens(tr
     config, tokenizer = checkpoints.read_config(trained), llm_jax.load(trained).tokenizer
     masked = dataclasses.replace(config, loss=dataclasses.replace(config.loss, masked="words", mask_prob=0.3))
     for given in ("", str(text_file)):
-        plain, _ = calibrate.text(config, given, tokenizer, 32, 40)
-        found, _ = calibrate.text(masked, given, tokenizer, 32, 40)
+        plain, _ = calibrate.calibration_rows(config, given, tokenizer, 32, 40)
+        found, _ = calibrate.calibration_rows(masked, given, tokenizer, 32, 40)
         for row, same in zip(found, plain, strict=True):
             np.testing.assert_array_equal(row["targets"], same["inputs"])  # the same text, hidden
         inputs, chosen = (np.stack([row[name] for row in found]) for name in ("inputs", "mask"))
@@ -212,13 +212,13 @@ def test_an_encoder_of_hidden_tokens_is_calibrated_on_text_with_hidden_tokens(tr
 def test_what_the_backend_cannot_run_falls_back_only_if_asked(single, monkeypatch):
     _, params = single
     planned = post_training.plan(params, post_training.rules("int4:16", "int8"), "here")
-    assert post_training.runnable(params, planned, "") is planned
-    monkeypatch.setattr(post_training, "unsupported", lambda name: "cpu cannot run it" if "int4" in name else "")
+    assert post_training.replace_unsupported(params, planned, "") is planned
+    monkeypatch.setattr(post_training, "unsupported_reason", lambda name: "cpu cannot run it" if "int4" in name else "")
     with pytest.raises(UserError, match="cpu cannot run it; choose another scheme, or --fallback"):
-        post_training.runnable(params, planned, "")
-    assert set(post_training.runnable(params, planned, "w8a8").values()) == {"", "int8", "w8a8"}
+        post_training.replace_unsupported(params, planned, "")
+    assert set(post_training.replace_unsupported(params, planned, "w8a8").values()) == {"", "int8", "w8a8"}
     with pytest.raises(UserError, match="--fallback: .* does not divide"):
-        post_training.runnable(params, planned, "int4")
+        post_training.replace_unsupported(params, planned, "int4")
 
 
 QUANT = QuantConfig("", "int8", (), QATConfig("int4:16", 0, False))
@@ -227,7 +227,7 @@ QUANT = QuantConfig("", "int8", (), QATConfig("int4:16", 0, False))
 def test_qat_trees_round_forward_and_train_the_dense_weights(make):
     model, params = make()
     prepared = jax.jit(lambda p: qat.prepare(p, QUANT))(params)
-    finished = post_training.finish(prepared)
+    finished = post_training.replace_fake_quant(prepared)
     tokens = jnp.arange(20)[None] % 50
     apply = jax.jit(lambda p: model.apply({"params": p}, tokens))
     np.testing.assert_allclose(apply(prepared), apply(finished), atol=2e-5)
@@ -242,7 +242,7 @@ def test_rounding_starts_when_it_is_asked_to(make):
     model, params = make()
     prepared = jax.jit(lambda p: qat.prepare(p, QUANT))(params)
     tokens = jnp.arange(20)[None] % 50
-    apply = jax.jit(lambda p, step: model.apply({"params": qat.delayed(p, step, 3)}, tokens))
+    apply = jax.jit(lambda p, step: model.apply({"params": qat.active_from(p, step, 3)}, tokens))
     plain = jax.jit(lambda p: model.apply({"params": p}, tokens))
     np.testing.assert_allclose(apply(prepared, 2), plain(params), atol=1e-5)
     np.testing.assert_allclose(apply(prepared, 3), plain(prepared), atol=1e-5)
@@ -257,7 +257,7 @@ def test_qat_schemes_that_cannot_be_trained_are_refused(make, scheme, learned, s
         qat.prepare(make()[1], dataclasses.replace(QUANT, qat=QATConfig(scheme, 0, learned)))
 
 
-def test_training_with_rounding_learns_and_becomes_integers(command, tmp_path):
+def test_quantization_aware_training_learns_and_is_exported_as_integers(command, tmp_path):
     scheme = ("--config.quant.qat.scheme=int4:16", "--config.quant.qat.learned_step=True")
     command("train", f"--workdir={tmp_path / 'run'}", *scheme, "--config.quant.qat.start_step=2")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

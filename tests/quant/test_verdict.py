@@ -1,4 +1,4 @@
-"""The rule of Q1: what says something of activations, and what does not."""
+"""The decision rule of statement Q1: which schemes are evidence for quantized activations."""
 
 import pytest
 

@@ -140,7 +140,7 @@ def test_runs_of_one_configuration_on_other_texts_are_in_groups_of_their_own(tmp
     assert [[run.seed for run in group.runs] for group in groups] == [[0, 1, 3], [2]]
 
 
-def test_one_run_is_not_runs_and_long_names_are_cut(tmp_path):
+def test_labels_are_singular_for_one_run_and_long_names_are_shortened(tmp_path):
     write_run(tmp_path / "a", data__source="directory/" * 20 + "end.txt")
     assert comparison.text(runs.load([tmp_path])).startswith("1 run in 1 group; ")
     write_run(tmp_path / "b", data__source="directory/" * 20 + "other.txt")
@@ -183,7 +183,7 @@ def test_names_are_the_shortest_ends_that_differ(tmp_path):
     assert [run.name for run in runs.load([tmp_path / "y"])] == ["a", "b"]
 
 
-def test_what_is_no_run_and_a_damaged_file_are_one_line(tmp_path):
+def test_paths_without_runs_and_damaged_files_are_one_line_errors(tmp_path):
     with pytest.raises(UserError, match="no such directory"):
         runs.load([tmp_path / "nothing"])
     (tmp_path / "empty").mkdir()

@@ -1,4 +1,4 @@
-"""Every experiment in its smallest form: measured, judged and published below --runs, and not measured again."""
+"""Every experiment with --quick: measured, decided and published below --runs; figures are not measured twice."""
 
 import os
 import pathlib
@@ -24,7 +24,7 @@ def run(monkeypatch):
 
     def run_script(path, *arguments):
         monkeypatch.setattr(sys, "argv", [str(path), *arguments])
-        # Errors are raised, not printed: `signals.leave` would end the tests.
+        # Errors are raised, not printed: `signals.exit_process` would end the tests.
         monkeypatch.setattr(entry, "_start", lambda c, arguments: entry._execute(c, c.flags, arguments))
         before = set(flags.FLAGS)
         try:

@@ -13,7 +13,7 @@ import warnings
 import pytest
 
 from llm_jax import intervals
-from llm_jax.research import page, pictures, runs
+from llm_jax.research import page, plots, runs
 from tests.conftest import call
 from tests.research.test_compare import write_run
 
@@ -91,7 +91,7 @@ def test_matplotlib_prints_no_warning(tmp_path, capsys):
         write_run(tmp_path / name)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert len(pictures.draw(runs.load([tmp_path]), tmp_path, "x")) == 2
+        assert len(plots.draw(runs.load([tmp_path]), tmp_path, "x")) == 2
     logging.getLogger("matplotlib.font_manager").warning("Matplotlib is building the font cache")
     assert capsys.readouterr().err == ""
 

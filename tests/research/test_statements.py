@@ -114,7 +114,7 @@ READ = """  const all = (selector) => [...page.querySelectorAll(selector)];
 
 @pytest.mark.live
 @pytest.mark.parametrize(("width", "dark"), [(375, False), (375, True), (1100, True)])
-def test_the_page_is_readable_on_a_phone_and_in_the_dark(tmp_path, width, dark):
+def test_the_page_is_readable_on_a_small_screen_and_in_dark_mode(tmp_path, width, dark):
     report = drive(statement_page.standalone(EXPERIMENTS), tmp_path, width, dark, READ)
     assert report["problems"] == [] and report["overflow"] <= 0 and report["font"] >= 12
     assert len(report["lines"]) > 100 and min(report["lines"]) > (300 if width == 375 else 200)

@@ -132,7 +132,7 @@ signals.install(lambda: "interrupted")
 directory = pathlib.Path(sys.argv[1])
 stubborn = "import os, signal, time; signal.signal(15, signal.SIG_IGN); "
 stubborn += f"open({str(directory / 'began')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
-stop = signals.Deferred("saving the running points", jobs.kill_all)
+stop = signals.DeferredSignals("saving the running points", jobs.kill_all)
 with stop:
     jobs.run([jobs.Job("a", ("-c", stubborn), directory / "a", lambda: False)], jobs.machine_shares(1), stop=stop)
 """
@@ -213,7 +213,7 @@ def test_two_sweeps_that_start_at_once_are_both_recorded(tmp_path, monkeypatch):
     assert sorted(read(tmp_path)["points"]) == ["seed=0", "seed=1", "seed=2"]
 
 
-def test_a_wrong_point_and_a_run_with_other_options_are_refused_before_anything_is_written(tmp_path):
+def test_an_invalid_point_or_run_is_rejected_before_anything_is_written(tmp_path):
     with pytest.raises(UserError, match=r"point width=64: .*|point width=0: .*expected a number"):
         plan(tmp_path / "a", "model.width=64,0")
     assert not (tmp_path / "a").exists()

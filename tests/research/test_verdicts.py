@@ -50,7 +50,7 @@ def test_the_bootstrap_draws_the_same_resamples_in_blocks(monkeypatch, count):
         assert intervals.bootstrap(x, seed=3, draws=500) == Interval(float(x.mean()), float(low), float(high))
 
 
-def test_names_of_what_passes():
+def test_verdict_texts_name_the_passing_conditions():
     assert verdicts.holds_when(["a", "b"], ["a", "b"]) == "holds"
     assert verdicts.holds_when(["a", "b"], ["a", "b", "c"], "the kind is") == "holds when the kind is a or b"
     assert verdicts.holds_when(["a"], ["a", "b"]) == "holds when a"

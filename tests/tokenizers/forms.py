@@ -1,4 +1,4 @@
-"""One small vocabulary of every form in which tokenizers come, by name."""
+"""A small vocabulary of every form of tokenizer, by name."""
 
 import functools
 import io

@@ -35,7 +35,7 @@ def test_messages_are_rendered_as_text():
         ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "too much time"),
     ],
 )
-def test_templates_that_fail_or_reach_out_end_in_one_line(template, message, monkeypatch):
+def test_templates_that_fail_or_access_the_system_are_one_line_errors(template, message, monkeypatch):
     if "too much time" in message:  # the others end by themselves, however busy the machine is
         monkeypatch.setattr(chat_template, "_SECONDS", 1)
     with pytest.raises(UserError, match=message):
@@ -57,7 +57,7 @@ def test_the_time_limit_counts_for_each_conversation_and_errors_are_its_own(monk
     assert "the chat template fails (TypeError" in str(wrong)
 
 
-def test_a_text_that_extends_another_is_whole():
+def test_a_job_that_extends_another_renders_the_whole_conversation():
     jobs = [
         chat_template.job([{"role": "user", "content": text}], False, extends=extends)
         for text, extends in (("Hi", None), ("Ho", 0), ("Hi you", 0), ("Hi", 2), ("Hi you two", 2))
@@ -68,12 +68,12 @@ def test_a_text_that_extends_another_is_whole():
     assert [r.answers for r in rendered] == [[(0, len(r.text))] for r in rendered]
 
 
-def test_loops_can_be_left():
+def test_templates_may_use_break_and_continue():
     template = "{% for i in range(9) %}{% if i > 2 %}{% break %}{% endif %}{{ i }}{% endfor %}"
     assert chat_template.render({"chat_template": template}, HI) == "012"
 
 
-def test_what_a_template_refuses_is_said():
+def test_the_message_of_a_template_error_is_shown():
     with pytest.raises(UserError, match="refuses these messages: no robots"):
         chat_template.render({"chat_template": TEMPLATE}, [{"role": "robot", "content": ""}])
 

@@ -76,8 +76,8 @@ def test_a_set_kind_or_size_that_contradicts_the_path_is_refused_and_a_recipes_i
 
 def test_colours_tell_neighbours_apart_and_unknowns_are_red():
     tokenizer = tokenizers.get("char").train(["ab"], 9)
-    assert token_text.painted("abx", tokenizer, True) == "\x1b[48;5;24ma\x1b[0m\x1b[48;5;58mb\x1b[0m\x1b[41mx\x1b[0m"
-    assert token_text.painted("abx", tokenizer, False) == "|a|b|[x]|"
+    assert token_text.colored("abx", tokenizer, True) == "\x1b[48;5;24ma\x1b[0m\x1b[48;5;58mb\x1b[0m\x1b[41mx\x1b[0m"
+    assert token_text.colored("abx", tokenizer, False) == "|a|b|[x]|"
 
 
 def test_more_text_than_the_sample_is_drawn_in_blocks_between_characters(tmp_path, monkeypatch):
@@ -142,7 +142,7 @@ def test_spans_of_byte_pairs_tile_the_text(tmp_path):
     spans = tokenizer.spans(text)
     assert tokenizer.eos is not None and len(spans) == len(tokenizer.encode(text))
     assert [0, *(end for _, end in spans)] == [*(begin for begin, _ in spans), len(text.encode())]
-    assert "\\xf0|" in token_text.painted(text, tokenizer, False)
+    assert "\\xf0|" in token_text.colored(text, tokenizer, False)
     with pytest.raises(UserError, match="surrogate"):
         tokenizer.spans("a\ud800")
 
@@ -154,7 +154,7 @@ def test_a_terminal_is_sent_no_control_characters(tmp_path):
         checkpoints.load_tokenizer(str(of_bytes(tmp_path, dropping))),
         tokenizers.get("bpe").train([text * 9] * 9, 290),
     ):
-        for shown in (token_text.painted(text, tokenizer, False), "\n".join(token_text.table(text, tokenizer))):
+        for shown in (token_text.colored(text, tokenizer, False), "\n".join(token_text.table(text, tokenizer))):
             assert "\x1b" not in shown and "\x07" not in shown
 
 

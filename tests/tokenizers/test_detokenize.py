@@ -56,12 +56,12 @@ def test_prompt_and_continuation_are_the_whole_text(tokenizer, text, seed, cut):
 @hypothesis.given(text=TEXTS, seed=st.integers(0, 10_000), cut=st.integers(0, 10), step=st.integers(1, 5))
 @hypothesis.example(text="the 😀é漢", seed=0, cut=0, step=1)
 @hypothesis.example(text="a😀", seed=0, cut=1, step=1)
-def test_what_is_settled_is_never_taken_back(tokenizer, text, seed, cut, step):
+def test_the_stable_prefix_is_never_changed(tokenizer, text, seed, cut, step):
     ids = ids_of(tokenizer, text, seed)
     decode, new = detokenize.after(tokenizer, ids[:cut]), ids[cut:]
     shown = ""
     for count in range(0, len(new) + 1, step):
-        settled = decode.settled(new[:count])
+        settled = decode.stable_prefix(new[:count])
         assert settled.startswith(shown)
         shown = settled
     assert decode.text(new).startswith(shown)
@@ -73,7 +73,7 @@ def test_a_stream_is_not_held_back_to_its_end(name):
     ids = tokenizer.encode("the cat sat on the mat. a dog ran")
     decode = detokenize.after(tokenizer, ids[:1])
     for count in range(len(ids)):
-        assert decode.settled(ids[1:count]) == decode.text(ids[1:count])
+        assert decode.stable_prefix(ids[1:count]) == decode.text(ids[1:count])
 
 
 def test_a_long_prompt_is_not_decoded_with_every_token():

@@ -105,7 +105,7 @@ def test_special_tokens_are_named(name):
     assert set(names.values()) <= set(special_names(theirs))
 
 
-def test_bert_names_its_tokens():
+def test_bert_tokenizers_name_their_special_tokens():
     model = library.models.WordPiece(
         {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4, "a": 5}, unk_token="[UNK]"
     )

@@ -1,4 +1,4 @@
-"""Other people's vocabularies: sentencepiece models and GGUF's "llama" kind; the assets' beside transformers."""
+"""Pretrained vocabularies: sentencepiece models, the kind "llama" of GGUF, and those of the assets."""
 
 import io
 import json
@@ -51,7 +51,7 @@ def test_a_sentencepiece_model_gives_what_sentencepiece_gives(llama):
     assert llama.special_ids == {"bos_token_id": 1, "eos_token_id": 2}
 
 
-def test_marks_of_a_chat_are_meant_and_marks_in_text_are_text(llama):
+def test_special_tokens_are_parsed_in_chats_and_not_in_plain_text(llama):
     assert llama.encode_chat("<s>hello<|turn|>") == [1, *llama.encode("hello"), 320]
     assert not {1, 320} & set(llama.encode("<s>hello<|turn|>"))
     assert llama.decode(llama.encode("<s>hello<|turn|>")) == "<s>hello<|turn|>"
@@ -92,7 +92,7 @@ def test_saved_and_loaded_is_the_same(llama, tmp_path):
     )
 
 
-def test_what_gguf_cannot_hold_is_refused():
+def test_vocabularies_that_gguf_cannot_represent_are_rejected():
     for options in ({"model_type": "unigram"}, {"normalization_rule_name": "nmt_nfkc"}):
         with pytest.raises(UserError, match="expected BPE without normalization"):
             SentencePieceTokenizer(model(hard_vocab_limit=False, **options), {}).to_gguf(320)
@@ -111,11 +111,14 @@ def test_unigram_without_bytes_goes_through_a_gguf_file_as_t5(normalization):
     for text in ("hello quick fox", "  two  ①２ ｇröße", "hello 日本 fox", ""):
         assert again.encode(text) == original.encode(text)
         assert again.decode(again.encode(text)) == original.decode(original.encode(text))
-        assert again.encode_marked(text) == [1, *original.encode(text)]  # EOS is not added: the file says so
+        assert again.encode_with_special_tokens(text) == [
+            1,
+            *original.encode(text),
+        ]  # EOS is not added: the file says so
     assert (again.bos, again.eos, again.unk) == (1, 2, 0)
     silent = {key: value for key, value in written.items() if not key.endswith(("add_bos_token", "add_eos_token"))}
     t5 = tokenizers.from_gguf(silent)  # as the vocabulary of T5
-    assert t5.bos is None and t5.encode_marked("hello") == [*original.encode("hello"), 2]
+    assert t5.bos is None and t5.encode_with_special_tokens("hello") == [*original.encode("hello"), 2]
 
 
 @pytest.mark.parametrize(
@@ -143,7 +146,7 @@ def test_a_file_that_is_no_model_is_one_clear_error(content):
     assert "\n" not in str(error.value)
 
 
-def test_neither_file_is_an_error():
+def test_a_directory_without_tokenizer_files_is_an_error():
     with pytest.raises(UserError, match=r"no tokenizer.json here; copy the files of the tokenizer into the directory"):
         tokenizers.from_files({})
 
@@ -171,13 +174,13 @@ def test_several_ids_end_a_text(llama, file, tmp_path):
     assert tokenizers.eos_ids(tokenizers.from_gguf(made.to_gguf(330))) == [2, 320, 7]
 
 
-def test_one_end_is_no_other_tokenizer(llama):
+def test_one_end_id_does_not_change_the_hash_of_a_tokenizer(llama):
     said = {"generation_config.json": b'{"eos_token_id": 2}'}
     assert tokenizers.digest(tokenizers.from_files(llama.files() | said)) == tokenizers.digest(llama)
 
 
 @pytest.mark.parametrize("said", ['"</s>"', "[2, null]", "[true]", "2.5"])
-def test_ends_that_are_no_ids_are_refused(llama, said):
+def test_invalid_end_ids_are_rejected(llama, said):
     files = llama.files() | {"generation_config.json": f'{{"eos_token_id": {said}}}'.encode()}
     with pytest.raises(UserError, match="generation_config.json: eos_token_id is .*; expected an id or a list of ids"):
         tokenizers.from_files(files)

@@ -258,7 +258,7 @@ def test_wordpiece_goes_into_gguf_and_comes_back(lowercase):
     again = tokenizers.from_gguf(written)
     for text in ("The cats, a Cat! [MASK]", "thé 日 cath", "dog", ""):
         assert again.encode(text) == original.encode(text)
-        assert again.encode_marked(text) == original.encode_marked(text)
+        assert again.encode_with_special_tokens(text) == original.encode_with_special_tokens(text)
         assert again.decode(again.encode(text)) == original.decode(original.encode(text))
     assert (again.bos, again.unk, again.mask, again.special["pad_token"]) == (None, 2, 5, "[PAD]")
     assert again.special_ids == original.special_ids
@@ -269,7 +269,9 @@ def test_wordpiece_of_older_files_has_bare_brackets():
     written = wordpiece().to_gguf(len(PIECES))
     older = [token.removeprefix("▁") if "[" in token else token for token in written[KEY + "tokens"]]
     kept = {k: v for k, v in written.items() if "_token_id" not in k} | {KEY + "tokens": older}  # ids by name, too
-    assert tokenizers.from_gguf(kept).encode_marked("the cats") == wordpiece().encode_marked("the cats")
+    assert tokenizers.from_gguf(kept).encode_with_special_tokens("the cats") == wordpiece().encode_with_special_tokens(
+        "the cats"
+    )
     with pytest.raises(UserError, match="tokenizer.ggml.seperator_token_id is missing"):
         tokenizers.from_gguf(kept | {KEY + "tokens": [t.replace("[SEP]", "[X]") for t in older]})
 
@@ -290,7 +292,7 @@ def test_padding_of_the_unknown_type_and_spaces_of_user_defined_tokens():
     assert tokenizer.to_gguf(size + 3)[KEY + "tokens"] == [*tokens, *more["tokens"]]  # found in text as it is
 
 
-def test_symbols_that_sentencepiece_never_finds_are_found_nowhere():
+def test_symbols_that_sentencepiece_never_matches_are_not_matched():
     """Symbols with spaces of our own vocabularies: sentencepiece escapes the spaces of a text before it searches."""
     ours = tokenizers.get("bpe").train(["def main(self):\n    return 1, größe\n"] * 50, 320)
     written = tokenizers.exportable(ours).to_gguf(320)

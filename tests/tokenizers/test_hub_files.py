@@ -158,7 +158,9 @@ def test_vocab_txt_without_tokenizer_json(tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join(pieces) + "\n")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     tokenizer = tokenizers.from_directory(tmp_path)
-    assert tokenizer.encode_marked("The cafés x") == [2, 5, 7, 9, 1, 3] and tokenizer.vocab_size == len(pieces)
+    assert tokenizer.encode_with_special_tokens("The cafés x") == [2, 5, 7, 9, 1, 3] and tokenizer.vocab_size == len(
+        pieces
+    )
     assert (tokenizer.unk, tokenizer.mask, tokenizer.special["pad_token"]) == (1, 4, "[PAD]")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": False}))
     assert tokenizers.from_directory(tmp_path).encode("The cafés") == [6, 8, 9]

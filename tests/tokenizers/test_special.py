@@ -1,4 +1,4 @@
-"""Where a text ends: special tokens in the files of a checkpoint, by the tokenizer's class, in GGUF, and by name."""
+"""Tokens that end a text: from the files of a checkpoint, the tokenizer's class, GGUF metadata, and names."""
 
 import json
 
@@ -102,7 +102,7 @@ def test_gguf_names_ends_by_keys_or_by_names(change, ends):
 
 
 @pytest.mark.parametrize("special", [("<|return|>", "<|call|>", "<|end|>"), ("<|end|>", "<|call|>")])
-def test_an_end_of_a_message_among_others_of_a_text_is_none(special):
+def test_a_token_that_ends_a_message_is_not_an_end_if_others_end_the_text(special):
     """Where <|return|> and <|call|> end texts, <|end|> ends a message of several."""
     tokenizer = tokenizers.from_files({"tokenizer.json": forms.bytelevel_json(special).encode()})
     assert [tokenizer.piece(i) for i in tokenizers.eos_ids(tokenizer)] == (

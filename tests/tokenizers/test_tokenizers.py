@@ -140,7 +140,7 @@ LEARNED = [kind for kind in tokenizers.TRAINED if kind not in ("byte", "char")]
         *((kind, size, texts) for kind in LEARNED for size, texts in ((5000, TEXT), (300, []), (300, ["word"] * 9))),
     ],
 )
-def test_impossible_vocabularies_are_one_clear_error(kind, size, texts):
+def test_invalid_vocabulary_sizes_are_one_line_errors(kind, size, texts):
     with pytest.raises(UserError, match="vocabulary") as error:
         tokenizers.get(kind).train(texts, size)
     assert "\n" not in str(error.value)
@@ -229,7 +229,7 @@ def test_the_worked_examples_of_t4():
         assert pieces(subword, "Tokenization is essential.") == ["Tokenization", "is", "essential", "."]
 
 
-def test_a_word_never_seen_is_unknown_to_words_only(tokenizer):
+def test_unseen_words_are_unknown_to_word_tokenizers_only(tokenizer):
     """T3: pieces hold words out of the vocabulary, here of letters that TEXT has."""
     word = "tokenreaders"
     ids = tokenizer.encode(word)

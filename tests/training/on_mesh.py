@@ -36,7 +36,7 @@ def _compare(config, rule, loss, model, params, other):
     state = step.init(optimizer, params, ema=True)
     state_shardings = step.TrainState(copies, placed, optim.shardings(state.optimizer, params, placed, copies), placed)
     on_mesh = jax.jit(
-        mesh_lib.within(mesh, in_parts),
+        mesh_lib.with_mesh(mesh, in_parts),
         in_shardings=(state_shardings, {"reference": placed}, mesh_lib.batch_sharding(mesh, 8)),
         out_shardings=(state_shardings, copies),
     )

@@ -27,33 +27,33 @@ def test_norms_are_those_of_the_unstacked_weights(make):
 
 
 def test_the_limit_is_known_two_steps_ahead_and_after_a_restart(config, tmp_path):
-    seen = bad_steps.Watch(config, ["w"], tmp_path / "metrics.jsonl", 0)
+    detector = bad_steps.BadStepDetector(config, ["w"], tmp_path / "metrics.jsonl", 0)
     drawn = np.random.default_rng(0).uniform(1, 3, 90)
     limits, lines = [], []
     for number, loss in enumerate(map(float, drawn), 1):
-        limits.append(seen.limit(number))
-        seen.see(number - 1, float(drawn[number - 2]), False, np.ones(1)) if number > 1 else None
+        limits.append(detector.limit(number))
+        detector.record(number - 1, float(drawn[number - 2]), False, np.ones(1)) if number > 1 else None
         lines.append(json.dumps({"step": number, "loss": loss}))
     assert limits[20] == math.inf and limits[21] == 2 * np.median(drawn[:20])
     assert limits[80] == 2 * np.median(drawn[29:79])
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 91, "lo')
-    resumed = bad_steps.Watch(config, ["w"], tmp_path / "metrics.jsonl", 70)
+    resumed = bad_steps.BadStepDetector(config, ["w"], tmp_path / "metrics.jsonl", 70)
     assert resumed.limit(71) == limits[70]
 
 
-def test_bad_steps_are_named_skipped_and_given_up_on(config, tmp_path):
-    seen = bad_steps.Watch(config, ["a", "b"], tmp_path / "none", 0)
+def test_bad_steps_are_described_and_skipped_and_too_many_end_the_run(config, tmp_path):
+    detector = bad_steps.BadStepDetector(config, ["a", "b"], tmp_path / "none", 0)
     for number in range(1, 31):
-        seen.see(number, 1.0, False, np.ones(2))
-    assert seen.see(30, 1.0, False, np.ones(2)) == ""
-    note = seen.see(31, 5.0, True, np.asarray([1.0, 7.0]))
+        detector.record(number, 1.0, False, np.ones(2))
+    assert detector.record(30, 1.0, False, np.ones(2)) == ""
+    note = detector.record(31, 5.0, True, np.asarray([1.0, 7.0]))
     assert "the loss is 5.000, a spike above 2.000" in note and "that of b" in note
-    assert "the gradient of b is not finite" in seen.see(32, 1.0, True, np.asarray([1.0, math.inf]))
+    assert "the gradient of b is not finite" in detector.record(32, 1.0, True, np.asarray([1.0, math.inf]))
     with pytest.raises(bad_steps.BadStep) as raised:
-        seen.see(33, math.nan, True, np.full(2, math.nan))
-    assert raised.value.step == 33 and "the gradient of all weights is not finite" in raised.value.what
+        detector.record(33, math.nan, True, np.full(2, math.nan))
+    assert raised.value.step == 33 and "the gradient of all weights is not finite" in raised.value.reason
     with pytest.raises(UserError, match=r"train.on_bad_step' is 'panic'; expected one of rollback, skip, stop"):
-        bad_steps.Watch(dataclasses.replace(config, on_bad_step="panic"), [], tmp_path / "none", 0)
+        bad_steps.BadStepDetector(dataclasses.replace(config, on_bad_step="panic"), [], tmp_path / "none", 0)
 
 
 def test_a_bad_step_changes_nothing_but_the_count(make, tiny):

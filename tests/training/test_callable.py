@@ -1,4 +1,4 @@
-"""Training from Python: `llm_jax.train`, a loop of one's own, and what `init_from` decides."""
+"""Training from Python: `llm_jax.train`, a custom loop, and what `init_from` decides."""
 
 import dataclasses
 import json

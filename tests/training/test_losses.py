@@ -16,7 +16,7 @@ import pytest
 from llm_jax import checkpoints
 from llm_jax import configuration as config_lib
 from llm_jax.errors import UserError
-from llm_jax.model.attention import Tokens
+from llm_jax.model.attention import TokenMetadata
 from llm_jax.tokenizers.byte import ByteTokenizer
 from llm_jax.tokenizers.char import CharTokenizer
 from llm_jax.training import losses, step
@@ -133,7 +133,7 @@ def built(tiny, model, kind, chunk=0, sparse=False):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_sum_is_that_of_numpy_whole_in_chunks_and_in_micro_batches(make, tiny, other, batch, kind):
     model, params = make()
-    where = Tokens(batch["positions"], batch["segments"])
+    where = TokenMetadata(batch["positions"], batch["segments"])
     apply = jax.jit(lambda p: model.apply({"params": p}, batch["inputs"], where))
     logits, others = (np.asarray(apply(p), np.float64) for p in (params, other))
     want = numpy_loss(kind, logits, others, batch)
@@ -186,7 +186,7 @@ def test_chunks_in_which_nothing_counts_are_not_computed():
     assert np.all(np.isnan(losses.sum_of_rows(part, 4, tokens)))
 
 
-def test_distillation_and_dpo_start_where_they_must(make, tiny, batch):
+def test_distillation_starts_at_0_for_the_teacher_and_dpo_at_log_2(make, tiny, batch):
     """A student that is its teacher diverges by nothing; a policy that is its reference loses log 2 a pair."""
     model, params = make()
     loss, config = built(tiny, model, "distillation")

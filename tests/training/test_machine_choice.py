@@ -1,4 +1,4 @@
-"""What `model.scan_layers=auto` and `model.precision.compute=auto` become, and that runs keep it."""
+"""The values that `model.scan_layers=auto` and `model.precision.compute=auto` resolve to; resumed runs keep them."""
 
 import dataclasses
 import importlib

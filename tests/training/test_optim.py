@@ -267,7 +267,7 @@ def test_schedules_are_their_formulas(tiny):
         ({"weight_decay": 1.0, "decay_rules": ((r".*", float("inf")),)}, "optim.decay_rules: inf is not a factor"),
     ],
 )
-def test_what_cannot_be_is_refused(tiny, changes, message):
+def test_invalid_optimizer_options_are_rejected(tiny, changes, message):
     with pytest.raises(UserError) as error:
         optim.make(plain(tiny, **changes), 8, tree(draw(0)))
     assert message in str(error.value) and "\n" not in str(error.value)

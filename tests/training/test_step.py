@@ -52,9 +52,9 @@ def test_the_first_loss_is_that_of_numpy(make, tiny, batch):
     model, params = make()
     _, seen = run(model, params, tiny, batch, count=1)
     where = jax.tree.map(jnp.asarray, (batch["positions"], batch["segments"]))
-    from llm_jax.model.attention import Tokens
+    from llm_jax.model.attention import TokenMetadata
 
-    logits = np.asarray(jax.jit(model.apply)({"params": params}, batch["inputs"], Tokens(*where)), np.float64)
+    logits = np.asarray(jax.jit(model.apply)({"params": params}, batch["inputs"], TokenMetadata(*where)), np.float64)
     log_probabilities = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     picked = np.take_along_axis(log_probabilities, np.asarray(batch["targets"])[..., None], -1)[..., 0]
     mask = np.asarray(batch["mask"])

@@ -1,4 +1,4 @@
-"""Trackers: what they get, what they never get, and that a run outlives them; the dry run's estimate."""
+"""Experiment trackers: what is logged, redaction of secrets, failing trackers; estimates of `--dry_run`; pictures."""
 
 import json
 import re
@@ -22,7 +22,7 @@ from llm_jax.training.setup import setup
 
 
 class Recorder:
-    """A tracker that keeps the calls."""
+    """A tracker that records the calls of its methods; the method `fail` raises an error."""
 
     def __init__(self, fail=""):
         self.calls, self.fail = [], fail
@@ -36,7 +36,7 @@ class Recorder:
         return call
 
 
-def test_a_tracker_that_fails_is_dropped_and_the_others_go_on(capsys):
+def test_a_failing_tracker_is_removed_and_the_others_continue(capsys):
     good, bad = Recorder(), Recorder(fail="scalars")
     both = trackers.Trackers({"wandb": bad, "mlflow": good})
     both.text(1, "samples", "see https://me:pass@host")
@@ -87,7 +87,7 @@ def fake_client(monkeypatch, name, module):
     monkeypatch.setitem(sys.modules, name, module)
 
 
-def test_mlflow_gets_batches_that_it_takes_and_one_run_when_training_goes_on(tmp_path, monkeypatch):
+def test_mlflow_receives_batches_of_limited_size_and_resumes_its_run(tmp_path, monkeypatch):
     calls = []
 
     class Client:
@@ -124,7 +124,7 @@ def test_mlflow_gets_batches_that_it_takes_and_one_run_when_training_goes_on(tmp
     assert trackers._recorded(tmp_path, "mlflow") != "run0"
 
 
-def test_wandb_keeps_its_id_and_sends_neither_terminal_nor_command(tmp_path, monkeypatch):
+def test_wandb_resumes_its_run_and_uploads_neither_terminal_nor_command(tmp_path, monkeypatch):
     begun = []
 
     def init(**options):
@@ -144,10 +144,10 @@ def test_wandb_keeps_its_id_and_sends_neither_terminal_nor_command(tmp_path, mon
     assert begun[0]["settings"]["console"] == "off" and begun[0]["settings"]["x_disable_meta"]
 
 
-def test_the_bar_shows_the_last_evaluation_and_lines_the_time_that_is_left(tmp_path, monkeypatch, capsys):
+def test_the_progress_bar_shows_the_last_evaluation_and_the_time_left(tmp_path, monkeypatch, capsys):
     config = configuration.default().train
-    watch = bad_steps.Watch(config, ["w"], tmp_path / "metrics.jsonl", 0)
-    progress = Progress(tmp_path, 0, 40, 1.0, 1e9, watch, ["w"])
+    detector = bad_steps.BadStepDetector(config, ["w"], tmp_path / "metrics.jsonl", 0)
+    progress = Progress(tmp_path, 0, 40, 1.0, 1e9, detector, ["w"])
     clock = iter(range(0, 100_000, 30))
     monkeypatch.setattr("llm_jax.training.progress.time.perf_counter", lambda: next(clock))
     metrics = {"loss": 2.0, "tokens": 64.0, "bad": False, "gradient_norms": jnp.ones(1)}
@@ -190,11 +190,13 @@ def test_the_entropy_of_attention_is_that_of_the_captured_probabilities(make):
         assert statistics["attention_entropy"][f"layers/{layer}"] == pytest.approx(entropy, rel=1e-5)
 
 
-def test_durations_are_short():
+def test_durations_are_formatted_in_one_unit():
     assert [bars.duration(s) for s in (0.2, 89, 90, 5399, 5400)] == ["0 s", "89 s", "2 min", "90 min", "1.5 h"]
 
 
-def test_an_estimate_counts_evaluations_and_checkpoints_and_runs_nothing_that_does_not_fit(tiny, tmp_path, monkeypatch):
+def test_an_estimate_includes_evaluations_and_checkpoints_and_runs_no_step_that_does_not_fit(
+    tiny, tmp_path, monkeypatch
+):
     config = configuration.replace(tiny, {"train.steps": 10, "eval.every": 3, "eval.rows": 9, "checkpoint.every": 2})
     parts = setup(config, 259)
     held_out = {"": 20, "a": 4}
@@ -217,15 +219,15 @@ def test_an_estimate_counts_evaluations_and_checkpoints_and_runs_nothing_that_do
     text = estimate.describe(small, config, 0)
     assert "time: not measured, because the step needs more memory than is free" in text
     monkeypatch.setattr(estimate.runtime, "available_memory", lambda: 1000)
-    monkeypatch.delattr(estimate.memory, "of")  # nothing is compiled
+    monkeypatch.delattr(estimate.memory, "of_executable")  # nothing is compiled
     none = estimate.estimate(parts, held_out, tmp_path)
     assert none.seconds is None and none.memory.peak == pytest.approx(3 * 4 * weights, rel=0.01)
     lines = [line for line in estimate.describe(none, config, 0).splitlines() if "memory" in line]
     assert len(lines) == 1 and lines[0].startswith("memory: not enough: weights and optimizer alone take ")
 
 
-def test_an_estimate_is_described_with_what_it_measured():
-    needs = estimate.Estimate(
+def test_the_text_of_an_estimate_has_the_measured_figures():
+    needs = estimate.RunEstimate(
         compile_seconds=30.0,
         step_seconds=0.5,
         timed_steps=5,
@@ -268,7 +270,7 @@ def test_pictures_are_drawn_with_every_evaluation_and_given_to_the_trackers(comm
     assert finished[2] == [tmp_path / "report.html"] and finished[1]["steps"] == 3
 
 
-def test_pictures_that_cannot_be_drawn_are_refused_before_training(command, tmp_path):
+def test_pictures_without_a_prompt_are_rejected_before_training(command, tmp_path):
     for flags, message in (
         (["--config.report.pictures=('atention',)"], "'report.pictures' is 'atention'; expected one of attention"),
         (["--config.report.pictures=('surprisal',)"], "report.pictures=surprisal needs a text; set eval.pr"),

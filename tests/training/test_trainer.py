@@ -1,4 +1,4 @@
-"""The trainer as a process: what it tells, and what it does when something goes wrong."""
+"""The trainer as a process: messages, signals, full disks, bad steps, trackers."""
 
 import copy
 import importlib.util
@@ -36,7 +36,7 @@ def lines(workdir):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_ends_with_a_code_of_its_own(command, tmp_path, number):
+def test_a_signal_saves_a_checkpoint_and_has_its_own_exit_code(command, tmp_path, number):
     flags = ("--config.train.steps=100000", "--config.eval.every=0", "--config.checkpoint.every=0")
     process = command("train", f"--workdir={tmp_path}", *flags, start=True)
     wait_for_step(process, tmp_path, 2)
@@ -68,11 +68,11 @@ def test_an_interrupt_tells_where_the_same_command_starts(tmp_path, directory, m
     command = importlib.import_module("llm_jax.train").COMMAND
     values = copy.deepcopy(command.flags)
     values["workdir"].value = str(tmp_path / "x") if directory else None
-    assert command.interrupted_message(values) == f"interrupted; {message}"
+    assert command.message_on_interrupt(values) == f"interrupted; {message}"
 
 
 @pytest.mark.uncached
-def test_spikes_are_jumped_over_the_same_way_when_the_run_is_interrupted(text_file, cache, tmp_path):
+def test_an_interrupted_run_rolls_back_the_same_spikes(text_file, cache, tmp_path):
     # Nothing is learned at this rate: the loss goes up and down around ln 259, depending on the batch.
     changes = {"data.source": str(text_file), "data.cache_dir": str(cache), "train.steps": 60, "train.batch_size": 2}
     changes |= {"optim.lr": 1e-9, "train.on_bad_step": "rollback", "train.spike_factor": 1.0045, "checkpoint.every": 6}
@@ -93,7 +93,7 @@ def test_spikes_are_jumped_over_the_same_way_when_the_run_is_interrupted(text_fi
     assert [line["step"] for line in lines(a)] == list(range(1, 61))
 
 
-def test_a_loss_that_is_not_finite_is_told_with_its_step_and_its_weights(command, tmp_path):
+def test_the_error_of_a_non_finite_loss_names_step_and_weights(command, tmp_path):
     flags = ("train", f"--workdir={tmp_path}", "--config.optim.lr=1e30", "--config.optim.clip_norm=0.0")
     error = command(*flags, code=2).stderr.strip().splitlines()[-1]
     assert error.startswith("error: step 2: the loss is 5.5") and "the gradient of embed/table, layers/0" in error
@@ -102,7 +102,7 @@ def test_a_loss_that_is_not_finite_is_told_with_its_step_and_its_weights(command
     assert "3 rollbacks to step 0 have not helped" in error
 
 
-def test_a_disk_that_fills_up_loses_nothing(command, trained, tmp_path):
+def test_a_full_disk_loses_no_checkpoint(command, trained, tmp_path):
     """A limit on the size of files stands for the full disk: arrays do not fit, small files do."""
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "checkpoints" / "8")
@@ -161,7 +161,7 @@ def test_tensorboard_gets_figures_norms_and_samples(command, tmp_path):
     assert 0 < summary["goodput"] < 1 and summary["peak_host_bytes"] > 10**8
 
 
-def test_a_task_is_asked_while_training_and_at_the_end(command, tmp_path):
+def test_tasks_are_evaluated_during_and_after_training(command, tmp_path):
     examples = [{"question": f"{i} + {i} =", "answer": 2 * i} for i in range(5)]
     file = tmp_path / "sums.jsonl"
     file.write_text("\n".join(map(json.dumps, examples)))
@@ -174,7 +174,7 @@ def test_a_task_is_asked_while_training_and_at_the_end(command, tmp_path):
     assert "the task 'summing' is unknown" in command("train", f"--workdir={tmp_path / 'x'}", *flags, code=2).stderr
 
 
-def test_reports_that_cannot_be_had_are_one_line(command, tmp_path, monkeypatch):
+def test_invalid_report_options_are_one_line_errors(command, tmp_path, monkeypatch):
     done = command("train", f"--workdir={tmp_path / 'x'}", "--config.report.to=('tensorbord',)", code=2)
     assert "'report.to' is 'tensorbord'; expected one of mlflow, tensorboard, wandb" in done.stderr
     assert not (tmp_path / "x").exists()
@@ -215,7 +215,7 @@ def test_goodput_survives_a_clock_that_is_set_back(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("flag", "message"), [("--config.data.source=", "data.source is empty"), ("--workdir=", "--workdir is empty")]
 )
-def test_an_empty_name_is_not_the_current_directory(command, tmp_path, flag, message):
+def test_an_empty_workdir_is_rejected(command, tmp_path, flag, message):
     """Such as that of a shell variable that is not set."""
     flags = [flag] if flag == "--workdir=" else [f"--workdir={tmp_path}", flag]
     done = command("train", *flags, code=2)

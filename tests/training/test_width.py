@@ -1,4 +1,4 @@
-"""A small sweep: of two learning rates the better one stays it when the model grows wider, with width transfer."""
+"""Width transfer (muP): the better of two learning rates at a small width is also better at a large width."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ LOW, HIGH = 2.0**-6, 2.0**-2
 
 
 @pytest.mark.slow
-def test_the_better_rate_holds_across_widths():
+def test_the_better_learning_rate_is_the_same_across_widths():
     """At width 32 the high rate is better; at width 256 it is so with width transfer, and not without."""
     config = config_lib.load("default", load("width_transfer.sweep").SETTING)
     c, source = config.train, Source(config.data)

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from llm_jax import weights
-from llm_jax.weights import Adapted, Decomposed, Dropped
+from llm_jax.weights import Adapted, Decomposed, InputDropout
 
 
 def normal(i: int, *shape: int) -> jax.Array:
@@ -72,7 +72,7 @@ def test_zero_b_equals_the_base_bit_for_bit():
     np.testing.assert_array_equal(weights.dot(x, zero), weights.dot(x, w.base))
 
 
-def test_nodes_nest_and_only_the_asked_gradient_comes():
+def test_nested_nodes_have_gradients_of_the_trained_leaves_only():
     inner = adapted()
     outer = Adapted(inner, normal(7, 6, 3), normal(8, 3, 8), jnp.float32(1))
     x = normal(9, 2, 6)
@@ -96,14 +96,14 @@ def test_partition_splits_factors_with_their_side_of_the_base():
     assert (spec.base, spec.a, spec.b) == (P(None, "fsdp", "tensor"), P(None, "fsdp", None), P(None, None, "tensor"))
 
 
-def test_partition_of_what_is_around_an_adapted_weight():
+def test_partition_of_nodes_that_contain_an_adapted_weight():
     spec = weights.partition(Decomposed(adapted(), normal(5, 8), normal(6, 8)), P(None, "fsdp", "tensor"))
     assert (spec.weight.a, spec.magnitude, spec.squares) == (
         P(None, "fsdp", None),
         P(None, "tensor"),
         P(None, "tensor"),
     )
-    dropped = weights.partition(Dropped(normal(1, 6, 2), jax.random.key(0), 0.5), P("fsdp", None))
+    dropped = weights.partition(InputDropout(normal(1, 6, 2), jax.random.key(0), 0.5), P("fsdp", None))
     assert (dropped.weight, dropped.key, dropped.rate) == (P("fsdp", None), P(), 0.5)
 
 
@@ -120,11 +120,11 @@ def test_decomposed_weights_are_columns_of_their_own_length(transposed):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_dropped_inputs_meet_the_weight_in_its_direction(transposed):
+def test_input_dropout_applies_to_the_contracted_axis(transposed):
     w, x = normal(1, 6, 8), normal(2, 3, 8 if transposed else 6)
     mask = jax.random.bernoulli(jax.random.key(0), 0.75, x.shape)
     expected = jnp.where(mask, x / 0.75, 0) @ (w.T if transposed else w)
-    out = weights.dot(x, Dropped(w, jax.random.key(0), 0.25), transposed)
+    out = weights.dot(x, InputDropout(w, jax.random.key(0), 0.25), transposed)
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -144,7 +144,7 @@ def test_training_with_rounding_uses_the_format(make, tiny):
     np.testing.assert_allclose(weights.dense(node), expected(w, node.axis), rtol=1e-5, atol=1e-5)
     gradient = jax.grad(lambda n: jnp.sum(weights.dense(n) * 3))(node)
     np.testing.assert_array_equal(gradient.weight, jnp.full_like(w, 3))  # straight through
-    assert isinstance(trees.flatten(post_training.finish(tree))[name], Encoded)
+    assert isinstance(trees.flatten(post_training.replace_fake_quant(tree))[name], Encoded)
     learned = dataclasses.replace(config, qat=dataclasses.replace(config.qat, learned_step=True))
     assert "has no step to learn" in refused(lambda: qat.prepare(params, learned))
 
@@ -152,7 +152,7 @@ def test_training_with_rounding_uses_the_format(make, tiny):
 def test_adapters_over_a_base_in_the_format(make, tiny):
     """The product is base plus update; merging encodes again; factors may have the format too."""
     _, params = make(scan_layers=False)
-    base = post_training.base(params, dataclasses.replace(tiny.quant, scheme=STEPS))
+    base = post_training.quantize_base(params, dataclasses.replace(tiny.quant, scheme=STEPS))
     options = {"lora.rank": 2, "lora.factors": "my_steps.py:Steps(step=0.0625)", "lora.targets": ("attention",)}
     config = configuration.replace(tiny, options).lora
     adapters = jax.tree.map(lambda leaf: leaf + 0.3, lora.init(jax.random.key(0), base, config, params))

@@ -48,7 +48,7 @@ def test_products_and_rows_are_those_of_the_numbers_that_codes_stand_for(scheme,
 
 @pytest.mark.parametrize("scheme", ["int8", "int4", "nf4"])
 @pytest.mark.parametrize("axis", [IN, OUT])
-def test_tiles_add_up(scheme, axis, monkeypatch):
+def test_products_by_tiles_equal_the_product_at_once(scheme, axis, monkeypatch):
     """A weight large enough to be expanded tile by tile for one row, against all at once for many."""
     monkeypatch.setenv("LLM_JAX_KERNELS", "xla")
     shape = (1024, 768)
@@ -103,7 +103,7 @@ def test_learned_steps_have_the_gradients_of_lsq():
     np.testing.assert_array_equal(fake.dense(), fake.quantized().dense())
 
 
-def test_a_fake_that_is_not_active_is_the_weight():
+def test_an_inactive_fake_quant_is_the_weight():
     w, x = normal(0, 64, 8), normal(1, 3, 64)
     for scheme in ("int4", "w8a8"):
         fake = FakeQuant(w, None, None, jnp.array(False), scheme, IN)
@@ -188,7 +188,7 @@ def test_gradients_pass_through_and_nothing_but_codes_is_saved():
     assert "f32[4,128,128]" not in text  # the expanded base of all layers
 
 
-def test_it_stacks_and_unstacks_with_the_layers():
+def test_quantized_weights_are_stacked_and_unstacked():
     stacked = {"layers": {"0:3": {"0::1": {"mlp": {"up": made(normal(0, 3, 128, 48), "nf4", IN)}}}}}
     apart = trees.restage(stacked)
     one = made(normal(0, 3, 128, 48)[1], "nf4", IN)
@@ -210,7 +210,7 @@ def test_codes_and_scales_shard_together(scheme):
         assert spec.scale == P("fsdp", "tensor")
 
 
-def test_donated_codes_are_given_on():
+def test_donated_codes_are_reused():
     q = made(normal(0, 128, 48), "int4", IN)
     keep = jax.jit(lambda q, x: (q, weights.dot(x, q)), donate_argnums=0)
     again, _ = keep(q, normal(1, 2, 128))

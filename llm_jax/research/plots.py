@@ -11,7 +11,7 @@ from typing import Any
 from llm_jax.pictures import render_png
 from llm_jax.research import comparison, page
 from llm_jax.research import runs as runs_lib
-from llm_jax.research.runs import Run
+from llm_jax.research.runs import RunRecord
 
 _LINE = 40  # characters of a line of a name
 
@@ -44,7 +44,7 @@ def figure(
         drawing.savefig(path, dpi=dpi)
 
 
-def draw(runs: Sequence[Run], directory: pathlib.Path, stem: str) -> list[pathlib.Path]:
+def draw(runs: Sequence[RunRecord], directory: pathlib.Path, stem: str) -> list[pathlib.Path]:
     """Writes STEM-curves.png and STEM-results.png, if there is data for them, and returns their paths."""
     groups, main = runs_lib.group(runs), runs_lib.main_figure(runs)
     names = comparison.shortened([group.label for group in groups])

@@ -46,23 +46,23 @@ def run(rows: int, inputs: int, outputs: int) -> int:
     print(f"amx       {f'not used: {reason}' if reason else 'used for 16 and more rows of 8-bit activations'}")
     print(f"threads   those of XLA, for {len(os.sched_getaffinity(0))} cores; JAX runs on {jax.default_backend()}")
     print("choices   by the rows of activations; with more than the kernel takes, XLA")
-    for name in number_formats.FOR_WEIGHTS:
+    for name in number_formats.WEIGHT_SCHEMES:
         scheme = number_formats.scheme(name)
         codes, *rest = _request(name, 256, 8)
         if scheme.activations:
             reason, limit = cpu_product.unsupported_integer_reason(jnp.ones((1, 256), jnp.int8), codes[0]), "any rows"
         else:
             reason = cpu_product.unsupported_reason(jnp.ones((1, 256)), codes, *rest)
-            limit = f"1 to {cpu_product.MOST_ROWS[number_formats.FORMATS[scheme.format].bits]} rows"
+            limit = f"1 to {cpu_product.MAX_ROWS[number_formats.FORMATS[scheme.format].bits]} rows"
         print(f"  {name:<12} {f'XLA: {reason}' if reason else f'kernel, {limit}'}")
     print(f"  {'NAME+a8':<12} as NAME, with any rows of activations that are rounded to 8 bits (--activations=int8)")
     reason = cpu_attention.unsupported_reason(*_heads(256)[:2])
-    most = cpu_attention.MOST_QUERIES
+    most = cpu_attention.MAX_QUERIES
     print(f"  {'attention':<12} {f'XLA: {reason}' if reason else f'kernel, 1 to {most} queries over a cache'}")
     _show_pallas(rows, inputs, outputs)
     served = [
         name
-        for name in number_formats.FOR_WEIGHTS
+        for name in number_formats.WEIGHT_SCHEMES
         if not number_formats.scheme(name).activations
         and not cpu_product.unsupported_reason(jnp.ones((1, 256)), *_request(name, 256, 8))
     ]
@@ -78,7 +78,7 @@ def _show_pallas(rows: int, inputs: int, outputs: int) -> None:
     print(f"          {inputs} x {outputs}: the product and, after the comma, the transposed product")
     for platform in ("tpu", "gpu"):
         module = pallas.kernels(platform)
-        for name in number_formats.FOR_WEIGHTS:
+        for name in number_formats.WEIGHT_SCHEMES:
             s = number_formats.scheme(name)
             codes: Any = jax.eval_shape(lambda name=name: _request(name, inputs, outputs)[0])
             choices = []
@@ -97,7 +97,7 @@ def _check_pallas(rows: int, inputs: int, outputs: int) -> int:
     if reason := pallas.unusable_reason():
         print(f"self-test none, XLA computes everything: {reason}")
         return 0
-    names = [name for name in number_formats.FOR_WEIGHTS if not number_formats.scheme(name).activations]
+    names = [name for name in number_formats.WEIGHT_SCHEMES if not number_formats.scheme(name).activations]
     served, failed = [], ""
     for name in names:
         codes, s, axis, *rest = _request(name, inputs, outputs)
@@ -168,7 +168,7 @@ def _request(name: str, inputs: int, outputs: int) -> tuple[matmul.Codes, Scheme
     groups = inputs // s.group if s.group > 0 else 1
     codes = bits(inputs * f.bits // 8, outputs)
     codes = codes.view(jnp.int8) if f.dtype == "int8" else codes.astype(f.dtype)
-    scale: Any = number_formats.stored(jax.random.uniform(key, (groups, outputs), minval=0.01, maxval=0.1), s)
+    scale: Any = number_formats.store_scales(jax.random.uniform(key, (groups, outputs), minval=0.01, maxval=0.1), s)
     if s.scale in number_formats.SCHEMES:
         inner = number_formats.scheme(number_formats.nested(s, outputs))
         parts = outputs // inner.group if inner.group > 0 else 1
@@ -205,7 +205,7 @@ def _measure(names: list[str], rows: int, inputs: int, outputs: int, dtype: Any 
                 if (
                     compiled
                     and function is kernel
-                    and count > cpu_product.MOST_ROWS[number_formats.FORMATS[scheme.format].bits]
+                    and count > cpu_product.MAX_ROWS[number_formats.FORMATS[scheme.format].bits]
                 ):
                     line += " " * sum(widths)
                     continue

@@ -13,7 +13,7 @@ from llm_jax import bars, extensions
 from llm_jax.errors import UserError
 
 
-def each(
+def run_jobs(
     work: Callable[..., Any],
     jobs: Sequence[tuple[Any, ...]],
     costs: Sequence[int],
