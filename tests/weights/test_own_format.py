@@ -161,7 +161,7 @@ def test_adapters_over_a_base_in_the_format(make, tiny):
     assert isinstance(weight.base, Encoded) and isinstance(weight.a, FakeQuant)
     x = normal(1, 3, weight.shape[0])
     np.testing.assert_allclose(weights.dot(x, weight), x @ weights.dense(weight), rtol=1e-3, atol=1e-3)
-    folded, costs = lora.fold(attached)
+    folded, costs = lora.merge_attached(attached)
     assert isinstance(trees.flatten(folded)[path], Encoded) and costs[path] > 0
 
 
