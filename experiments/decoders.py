@@ -1,12 +1,13 @@
 """Small decoders that several experiments train: overrides of the recipe "default", training and held-out loss."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from llm_jax.data.rows import AnyRows, Batch
+from llm_jax.data.rows import AnyRows, Batch, Row
 from llm_jax.evaluation import held_out
 from llm_jax.model.transformer import Transformer
 from llm_jax.training import losses
@@ -71,6 +72,12 @@ def train(parts: Setup, params: Any, make_batch: Callable[[jax.Array], Batch], k
     for start in range(0, steps, 100):
         state, _ = parts.scan(state, batches(jnp.arange(start, min(start + 100, steps))))
     return state.params
+
+
+def stack(rows: Iterable[Row]) -> dict[str, np.ndarray]:
+    """The arrays of rows, int32 (rows, T) each."""
+    first, *others = rows
+    return {name: np.stack([array, *(row[name] for row in others)]) for name, array in first.items()}
 
 
 def evaluate(model: Transformer, params: Any, rows: AnyRows, batch_size: int, limit: int = 0) -> dict[str, float]:

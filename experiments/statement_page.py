@@ -86,7 +86,7 @@ def _details(summary: str, content: str) -> str:
 def kind(verdict: str | None) -> str:
     """Whether a verdict "holds" or "fails", at least in part; "open" for all others."""
     text = verdict or ""
-    return "holds" if text.startswith(("holds", "nothing lost")) else "fails" if text.startswith("fails") else "open"
+    return "holds" if text.startswith("holds") else "fails" if text.startswith("fails") else "open"
 
 
 def _finding(result: Finding, statement: Statement) -> str:

@@ -1,8 +1,8 @@
-"""Statements that textbooks make, and what the experiments here found: writes the table of README.md beside this file.
+"""Writes the table of statements and verdicts in experiments/README.md.
 
     PYTHONPATH=. python experiments/verdicts.py [--html=statements.html]
 
-The verdicts are those of every results.json; several findings about one statement are all shown.
+The verdicts are those of all results.json files; a statement has a row for each of its findings.
 """
 
 import pathlib

@@ -92,8 +92,8 @@ def judge(costs: dict[str, list[np.ndarray]], has_counter: bool) -> list[Finding
     results = [findings.finding("L13", of_speed, speed, verdicts.above(speed, 1), part="speed")]
     if power is None:
         verdict = "untested here (no energy counter can be read)"
-        return [*results, findings.finding("L13", "joules a token", None, verdict, n=0, part="power")]
-    of_power = "joules a token, dense merged over NF4 base with adapter"
+        return [*results, findings.finding("L13", "joules per token", None, verdict, n=0, part="power")]
+    of_power = "joules per token, dense merged over NF4 base with adapter"
     return [*results, findings.finding("L13", of_power, power, verdicts.above(power, 1), part="power")]
 
 

@@ -1,7 +1,7 @@
 """The table of the nucleus paper on a real model and a held-out human text: D2, D4, D5.
 
 Every method of `METHODS` continues the same prompts. Intervals are 95 %, by bootstrap over the texts (over the texts'
-means where a figure has a value a token).
+means where a figure has a value per token).
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from jax.scipy.special import entr
 
 from experiments.decoding_quality import metrics
 from llm_jax import checkpoints, cli
@@ -50,6 +51,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "typical 0.95": {"typical_p": 0.95},
     "eta 0.0006": {"eta": 0.0006},
 }
+# Methods whose filters are compared with the distribution of the model, by name in the figures.
+KEPT = {"nucleus": "nucleus 0.95", "40": "top-k 40", "40, temperature 0.7": "top-k 40, temperature 0.7"}
 MEASURES = {
     "D2": "texts that end in a loop, %; log-probability of beam minus greedy, nats",
     "D4": "tokens with more than 5 % of the mass outside the 40 likeliest; share of the entropy kept",
@@ -114,37 +117,28 @@ def continued(loaded: Loaded, prompts: list[list[int]], method: str) -> Texts:
     return texts
 
 
-def of_steps(loaded: Loaded, prompts: list[list[int]], human: list[list[int]]) -> dict[str, list[float]]:
+def of_steps(loaded: Loaded, prompts: list[list[int]], human: list[list[int]]) -> dict[str, list[list[float]]]:
     """At every token of the human text: size and mass of the nucleus, mass of the 40 likeliest, and entropies."""
-
-    def entropy(p):
-        return -jnp.sum(jnp.where(p > 0, p * jnp.log(p), 0), -1)
+    samplers = {name: DecodingOptions(**METHODS[method]).sampler() for name, method in KEPT.items()}
 
     @jax.jit
     def look(ids):
         x = apply(loaded.model, loaded.params, ids[None], method="features")[0][:, len(prompts[0]) - 1 : -1]
-        p = -jnp.sort(-jax.nn.softmax(apply(loaded.model, loaded.params, x, method="logits")[0]), -1)
-        mass = jnp.cumsum(p, -1)
-
-        def of_first(count):  # entropy of the first `count` (T,) alone
-            kept = jnp.where(jnp.arange(p.shape[-1]) < count[:, None], p, 0)
-            return entropy(kept / jnp.sum(kept, -1, keepdims=True))
-
-        size = jnp.sum(mass - p < 0.95, -1)
-        cold = jax.nn.log_softmax(jnp.log(p) / 0.7)[:, :40]
-        cold = jnp.exp(cold - jax.nn.logsumexp(cold, -1, keepdims=True))
+        logits = apply(loaded.model, loaded.params, x, method="logits")[0].astype(jnp.float32)
+        history: Any = None  # which these filters do not read
+        logs = {name: sampler.log_probabilities(logits, history) for name, sampler in samplers.items()}
+        kept = {name: jnp.isfinite(of_filter) for name, of_filter in logs.items()}
+        mass = {name: jnp.sum(jax.nn.softmax(logits), -1, where=of_filter) for name, of_filter in kept.items()}
         return {
-            "nucleus": size,
-            "nucleus mass": jnp.take_along_axis(mass, size[:, None] - 1, -1)[:, 0],
-            "mass of 40": mass[:, 39],
-            "entropy": entropy(p),
-            "entropy of nucleus": of_first(size),
-            "entropy of 40": of_first(jnp.full_like(size, 40)),
-            "entropy of 40, temperature 0.7": entropy(cold),
+            "nucleus": jnp.sum(kept["nucleus"], -1),
+            "nucleus mass": mass["nucleus"],
+            "mass of 40": mass["40"],
+            "entropy": jnp.sum(entr(jax.nn.softmax(logits)), -1),
+            **{f"entropy of {name}": jnp.sum(entr(jnp.exp(of_filter)), -1) for name, of_filter in logs.items()},
         }
 
     rows = [jax.device_get(look(jnp.asarray([*a, *b]))) for a, b in zip(prompts, human, strict=True)]
-    return {k: np.stack([r[k] for r in rows]).astype(float).tolist() for k in rows[0]}
+    return {name: np.stack([row[name] for row in rows]).astype(float).tolist() for name in rows[0]}
 
 
 def of_method(texts: Texts) -> dict[str, Any]:
@@ -154,11 +148,15 @@ def of_method(texts: Texts) -> dict[str, Any]:
     return {
         "perplexity": Interval(*map(math.exp, bootstrap([-float(np.mean(t["logs"])) for t in texts]))),
         "self-BLEU": bootstrap(metrics.self_bleu(ids)),
-        "loops %": Interval(*(100 * x for x in bootstrap([metrics.loops(text) for text in ids]))),
-        "4-grams repeated %": Interval(*(100 * x for x in bootstrap(repeated))),
+        "loops %": percent(bootstrap([metrics.loops(text) for text in ids])),
+        "4-grams repeated %": percent(bootstrap(repeated)),
         "distinct-2": metrics.distinct(ids, 2),
         "distinct-4": metrics.distinct(ids, 4),
     }
+
+
+def percent(share: Interval) -> Interval:
+    return Interval(*(100 * x for x in share))
 
 
 def cell(value: Interval | float) -> str:
@@ -176,10 +174,7 @@ def judge(texts: Mapping[str, Texts], figures: Mapping[str, Any], steps: Mapping
     gain, wins = bootstrap(gains), float(np.mean(gains > 0))
     d2 = verdicts.holds_for(["repetition", "local optimality"], [repetitive, gain.low > 0 and wins > 0.5])
     outside = bootstrap((steps["mass of 40"] < 0.95).mean(1))
-    kept = {
-        name: bootstrap(steps[f"entropy of {name}"].mean(1) / steps["entropy"].mean(1))
-        for name in ("nucleus", "40", "40, temperature 0.7")
-    }
+    kept = {name: bootstrap(steps[f"entropy of {name}"].mean(1) / steps["entropy"].mean(1)) for name in KEPT}
     leaves, low = outside.low >= 0.1, kept["40, temperature 0.7"].high < 0.5
     d4 = "holds" if leaves and low else "fails"
     if leaves != low:

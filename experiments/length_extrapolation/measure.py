@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments import decoders
 from llm_jax import checkpoints
 from llm_jax.data.corpus import Source
 from llm_jax.data.rows import Rows
@@ -20,7 +21,7 @@ from llm_jax.model.transformer import Transformer
 from llm_jax.training import losses
 
 FACTORS = (1, 2, 4, 8)
-Losses = dict[str, dict[str, float]]  # nats a token by protocol and factor of the length
+Losses = dict[str, dict[str, float]]  # nats per token by protocol and factor of the length
 
 _loss = jax.jit(losses.language_model, static_argnums=(0, 3))
 
@@ -57,7 +58,6 @@ def mean_loss(model: Transformer, params: Any, rows: Rows, block: int, blocks: i
     covering = [rows[start * per_block + i] for start in starts for i in range(per_block)]
     size = min(len(covering), max(1, 4096 // rows.seq_len))
     covering += [rows[len(rows) + block]] * (-len(covering) % size)  # padding
-    batches = [covering[i : i + size] for i in range(0, len(covering), size)]
-    stacked = [{name: np.stack([row[name] for row in batch]) for name in batch[0]} for batch in batches]
-    nats, count = np.array([jax.device_get(_loss(model, params, batch, 0)) for batch in stacked], float).sum(0)
+    batches = (decoders.stack(covering[i : i + size]) for i in range(0, len(covering), size))
+    nats, count = np.array([jax.device_get(_loss(model, params, batch, 0)) for batch in batches], float).sum(0)
     return float(nats / count)

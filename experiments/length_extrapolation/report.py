@@ -13,7 +13,7 @@ from llm_jax.intervals import Interval, mean, paired
 from llm_jax.research import findings, plots, verdicts
 from llm_jax.research.findings import Figures, Finding
 
-MARGIN = 0.05  # nats a token
+MARGIN = 0.05  # nats per token
 LEARNED = 0.9
 ABSOLUTE, RELATIVE = ("sinusoidal", "learned"), ("shaw", "t5", "alibi", "rope")
 FACTORS = ("1", "2", "4", "8")
@@ -69,12 +69,12 @@ def judge(loss: Figures, copied: Figures, seeds: int) -> list[Finding]:
     accuracies = {
         f"{kind}, {group}": mean([run[group] for run in runs]) for kind, runs in copied.items() for group in GROUPS
     }
-    gain = "loss at 1x minus that of no positions, nats a token"
+    gain = "loss at 1x minus that of no positions, nats per token"
     rows = [
         ("P2", gain, absolute_gains, p2),
-        ("P4", "rise of the loss from 1x to 8x, nats a token", of_kinds, p4),
+        ("P4", "rise of the loss from 1x to 8x, nats per token", of_kinds, p4),
         ("P5", gain, shaw_gains, p5),
-        ("P7", "loss at 8x minus the loss of unscaled rope at 1x, nats a token", ropes, p7),
+        ("P7", "loss at 8x minus the loss of unscaled rope at 1x, nats per token", ropes, p7),
         ("P8", "accuracy of copying; differences on new_place", accuracies | differences, p8),
     ]
     return [findings.finding(*row, n=seeds) for row in rows]
@@ -114,4 +114,4 @@ def draw(loss: Figures, path: pathlib.Path) -> None:
             axis.set(title=title, xscale="log", xlabel="length / trained length")
             axis.set_xticks(lengths, [f"{factor}×" for factor in FACTORS])
             axis.set_xticks([], minor=True)
-        axes[0].set_ylabel("held-out loss, nats a token (sliding window)")
+        axes[0].set_ylabel("held-out loss, nats per token (sliding window)")

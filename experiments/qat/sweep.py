@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def compare(root: pathlib.Path, name: str, seed: int) -> dict[str, float]:
-    """Held-out losses, nats a token: in full precision, of each method after training, and of the QAT model."""
+    """Held-out losses, nats per token: in full precision, of each method after training, and of the QAT model."""
     scheme, _, methods = SCHEMES[name]
     plain, in_the_loop = (experiments.run_directory(root, condition, seed) for condition in ("plain", name))
     model, params, tokenizer = checkpoints.load(plain)
@@ -100,7 +100,7 @@ def judge(figures: Losses, seeds: int) -> Finding:
         fails += [name] if gain.high < 0 else []
     none = "fails" if len(fails) == len(figures) else "undecided"
     verdict = verdicts.holds_when(holds, list(figures), "the scheme is", none=none)
-    return findings.finding("Q2", "held-out loss, nats a token", value, verdict, n=seeds)
+    return findings.finding("Q2", "held-out loss, nats per token", value, verdict, n=seeds)
 
 
 def table(figures: Losses, result: Finding) -> list[str]:
@@ -112,7 +112,7 @@ def table(figures: Losses, result: Finding) -> list[str]:
         shares = [f"{result[f'{name}: {share}'].estimate:.0%}" for share in ("share", "share of rounding")]
         rows.append([name, *cells, *shares])
     head = ["scheme", *methods, "recovered of the best", "recovered of absmax"]
-    title = "Held-out loss in nats a token, mean ± standard deviation over the seeds:"
+    title = "Held-out loss in nats per token, mean ± standard deviation over the seeds:"
     return ["", title, "", *findings.markdown_table(head, rows)]
 
 
@@ -125,7 +125,7 @@ def draw(figures: Losses, path: pathlib.Path) -> None:
             values = [[r[m] - r["full"] for r in runs] for m, runs in zip(methods, figures.values(), strict=True)]
             axis.bar(x + shift, np.mean(values, 1), 0.4, yerr=np.std(values, 1, ddof=1), capsize=3, label=label)
         axis.set_xticks(x, list(figures))
-        axis.set(ylabel="loss above full precision, nats a token")
+        axis.set(ylabel="loss above full precision, nats per token")
         axis.axhline(0, color="black", linewidth=0.5)
 
 

@@ -1,11 +1,12 @@
 """Figures of a quantized model compared with the same model in full precision, on the same text."""
 
 import functools
+import math
 import pathlib
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
-from experiments import padded
+from experiments import decoders
 from llm_jax import checkpoints, tokenizers, trees, weights
 from llm_jax.checkpoints import Loaded, gguf, gguf_model
 from llm_jax.data.rows import Row
 from llm_jax.decoding import loop, samplers
+from llm_jax.embeddings import contextual
 from llm_jax.errors import UserError
 from llm_jax.kernels import number_formats
 from llm_jax.model.attention import TokenMetadata
@@ -36,9 +38,8 @@ def quantize(model: Transformer, params: Any, name: str, rows: Sequence[Row], ba
     options = calibrate.CalibrationOptions(method, True, batch_size)
     rows = rows if calibrate.needs_text(planned, method) else []
     with tempfile.TemporaryDirectory() as finished:
-        return calibrate.quantize_layers(model, trees.flatten(params), planned, rows, options, pathlib.Path(finished))[
-            0
-        ]
+        flat, directory = trees.flatten(params), pathlib.Path(finished)
+        return calibrate.quantize_layers(model, flat, planned, rows, options, directory)[0]
 
 
 def expanded(params: Any) -> Any:
@@ -52,17 +53,22 @@ def expanded(params: Any) -> Any:
 
 
 def of_scheme(loaded: Loaded, name: str, calibration: Sequence[Row], rows: Sequence[Row]) -> dict[str, Any]:
-    """The figures of `against` for a scheme and a method, with bytes and bits a weight."""
+    """The figures of `against` for a scheme and a method, with bytes and bits per weight."""
     quantized = quantize(loaded.model, loaded.params, name, calibration)
     matrices = [w for w in trees.flatten(quantized).values() if weights.is_quantized(w)]
-    bits = 8 * sum(map(weights.num_bytes, matrices)) / sum(int(np.prod(w.shape)) for w in matrices)
-    figures = against(loaded.model, loaded.params, expanded(quantized), rows)
-    return figures | {"bytes": weights.num_bytes(quantized), "bits": bits}
+    sizes = {"bytes": weights.num_bytes(quantized), "bits": bits((weights.num_bytes(w), w.shape) for w in matrices)}
+    return against(loaded, expanded(quantized), rows) | sizes
 
 
 def of_full_precision(loaded: Loaded, rows: Sequence[Row]) -> dict[str, Any]:
     """The figures of the model itself, without bits."""
-    return against(loaded.model, loaded.params, loaded.params, rows) | {"bytes": weights.num_bytes(loaded.params)}
+    return against(loaded, loaded.params, rows) | {"bytes": weights.num_bytes(loaded.params)}
+
+
+def bits(matrices: Iterable[tuple[int, tuple[int, ...]]]) -> float:
+    """The bits per entry of matrices, which are given by their bytes and shapes."""
+    num_bytes, shapes = zip(*matrices, strict=True)
+    return 8 * sum(num_bytes) / sum(map(math.prod, shapes))
 
 
 def of_gguf(loaded: Loaded, name: str, rows: Sequence[Row], llama_python: str) -> dict[str, Any]:
@@ -79,24 +85,23 @@ def of_gguf(loaded: Loaded, name: str, rows: Sequence[Row], llama_python: str) -
             if done.returncode:
                 raise UserError(f"{llama_python} did not quantize to {kind}: {done.stderr.strip().splitlines()[-1:]}")
             path = quantized
-        tensors = gguf.read(path).tensors.values()
-        matrices = [t for t in tensors if len(t.shape) == 2]
-        bits = 8 * sum(t.rows().nbytes for t in matrices) / sum(int(np.prod(t.shape)) for t in matrices)
-        figures = against(loaded.model, loaded.params, checkpoints.load(path).params, rows)
-        return figures | {"bytes": sum(t.rows().nbytes for t in tensors), "bits": bits}
+        tensors = list(gguf.read(path).tensors.values())
+        sizes = [(tensor.rows().nbytes, tensor.shape) for tensor in tensors]
+        figures = against(loaded, checkpoints.load(path).params, rows)
+    total = sum(num_bytes for num_bytes, _ in sizes)
+    return figures | {"bytes": total, "bits": bits(size for size in sizes if len(size[1]) == 2)}
 
 
-def against(model: Transformer, full: Any, params: Any, rows: Sequence[Row]) -> dict[str, Any]:
-    """Figures on rows of text, per counted target.
+def against(loaded: Loaded, params: Any, rows: Sequence[Row]) -> dict[str, Any]:
+    """Figures of other weights of a model on rows of text, per counted target.
 
     Returns:
-      loss: nats a token of every row (a list, for intervals paired by row), and `full_loss` of the full model.
+      loss: nats per token of every row (a list, for intervals paired by row), and `full_loss` of the full model.
       perplexity, kl (full || quantized, nats), agreement (share of equal greedy tokens): means over targets.
     """
     sums = []
     for start in range(0, len(rows), _BATCH):
-        batch = {name: np.stack([row[name] for row in rows[start : start + _BATCH]]) for name in rows[0]}
-        sums.append(_compare(model, full, params, batch))
+        sums.append(_compare(loaded.model, loaded.params, params, decoders.stack(rows[start : start + _BATCH])))
     counts, full_nats, nats, kl, same = (np.concatenate(part) for part in zip(*sums, strict=True))
     total = counts.sum()
     return {
@@ -123,17 +128,6 @@ def _compare(model: Transformer, full: Any, params: Any, batch: Mapping[str, jax
     return tuple(jnp.sum(of_target * mask, 1) for of_target in (jnp.ones_like(mask), *nats, divergence, same))
 
 
-def sentence_vectors(model: Transformer, params: Any, sentences: Sequence[Sequence[int]]) -> np.ndarray:
-    """The mean over the tokens of each sentence, of length 1: (sentences, D)."""
-    ids, mask = padded.pad(sentences)
-    means = [_mean(model, params, ids[i : i + 16], mask[i : i + 16]) for i in range(0, len(ids), 16)]
-    vectors = np.concatenate(means)
-    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
-
-
-_mean = jax.jit(padded.mean_features, static_argnums=0)
-
-
 def of_sentence_vectors(
     loaded: Loaded, name: str, calibration: Sequence[Row], sentences: Sequence[Sequence[int]], full: np.ndarray
 ) -> dict[str, float]:
@@ -148,7 +142,7 @@ def of_sentence_vectors(
       bytes: of the weights.
     """
     quantized = quantize(loaded.model, loaded.params, name, calibration)
-    vectors = sentence_vectors(loaded.model, expanded(quantized), sentences)
+    vectors = contextual.sentence_vectors(loaded._replace(params=expanded(quantized)), sentences)
     cosines = np.sum(full * vectors, 1)
     pairs = np.triu_indices(len(full), 1)
     order = stats.spearmanr((full @ full.T)[pairs], (vectors @ vectors.T)[pairs]).statistic
@@ -157,19 +151,22 @@ def of_sentence_vectors(
 
 
 def speeds(
-    model: Transformer, by_name: Mapping[str, Any], prompt: Sequence[int], tokens: int = 64, repeats: int = 5
+    loaded: Loaded, schemes: Sequence[str], prompt: Sequence[int], tokens: int = 64, repeats: int = 5
 ) -> dict[str, Any]:
-    """Greedy decoding of one row: {name: {"tokens_per_second": of each repeat, "bytes", "temporary_bytes", ...}}."""
+    """Greedy decoding of one row: {"float32" or scheme: {"tokens_per_second" of each repeat, bytes, ...}}."""
+    models = {"float32": loaded.params}
+    for scheme in schemes:
+        rules = post_training.rules(scheme, "int8")
+        models[scheme] = post_training.quantize_params(loaded.params, rules, "the experiment")
 
     def generate(params: Any) -> float:
         began = time.perf_counter()
-        loop.generate(model, params, [list(prompt)], samplers.Sampler(greedy=True), max_new_tokens=tokens)
+        loop.generate(loaded.model, params, [prompt], samplers.Sampler(greedy=True), max_new_tokens=tokens)
         return tokens / (time.perf_counter() - began)
 
-    computations = {name: functools.partial(generate, params) for name, params in by_name.items()}
-    rates = experiments.in_turns(computations, repeats)
+    rates = experiments.in_turns({name: functools.partial(generate, p) for name, p in models.items()}, repeats)
     token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    forward = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens))
+    forward = jax.jit(lambda params, tokens: loaded.model.apply({"params": params}, tokens))
     return {
         name: {
             "tokens_per_second": rates[name],
@@ -177,5 +174,5 @@ def speeds(
             "temporary_bytes": memory.of_executable(forward.lower(params, token).compile()).temporaries,
             "median": float(np.median(rates[name])),
         }
-        for name, params in by_name.items()
+        for name, params in models.items()
     }

@@ -1,6 +1,6 @@
 """The verdicts, the tables and the picture of the quantization experiment.
 
-A *loss difference* is the loss of the quantized model minus that of the full one, in nats a token, paired by row of
+A *loss difference* is the loss of the quantized model minus that of the full one, in nats per token, paired by row of
 held-out text, with the 95 % t-interval of its mean over the rows.
 """
 
@@ -52,7 +52,7 @@ def judge(language: dict[str, Any], sentences: dict[str, Any], speed: dict[str, 
         verdict = f"holds when {', '.join(little)}" if little else "fails"
         if {"w8a8 absmax", "w8a8_static absmax"} <= set(little):
             verdict = "holds"
-        results.append(findings.finding("Q1", "loss difference, nats a token", judged, verdict, part=part))
+        results.append(findings.finding("Q1", "loss difference, nats per token", judged, verdict, part=part))
 
     pairs = {}
     for scheme, kind in EQUAL_SIZE.items():
@@ -68,7 +68,7 @@ def judge(language: dict[str, Any], sentences: dict[str, Any], speed: dict[str, 
         faster = mean(np.log(np.divide(cell["tokens_per_second"], plain["tokens_per_second"])))
         size = cell["bytes"] / plain["bytes"]
         memory = (cell["bytes"] + cell["temporary_bytes"]) / (plain["bytes"] + plain["temporary_bytes"])
-        ratios[f"{name}: log ratio of tokens a second"] = faster
+        ratios[f"{name}: log ratio of tokens per second"] = faster
         ratios[f"{name}: bytes over those of float32"] = size
         ratios[f"{name}: memory over that of float32"] = memory
         passes = {"smaller": size < 1, "less memory": memory < 1, "faster": faster.low > 0}
@@ -80,7 +80,7 @@ def judge(language: dict[str, Any], sentences: dict[str, Any], speed: dict[str, 
         q3 = "fails"
     return [
         *results,
-        findings.finding("Q1b", "difference to ggml's formats of equal size, nats a token", pairs, q1b),
+        findings.finding("Q1b", "difference to ggml's formats of equal size, nats per token", pairs, q1b),
         findings.finding("Q3", "ratios to float32", ratios, q3),
     ]
 
@@ -98,7 +98,7 @@ def tables(figures: dict[str, Any]) -> list[str]:
         sizes = [f"{cell['bits']:.3f}", f"{cell['bytes']:,}", f"{cell['perplexity']:.3f}"]
         vectors = [f"{sentences[name][key]:.5f}" if name in sentences else "-" for key in ("cosine", "order")]
         rows.append([name, *sizes, *quality(cell), *vectors])
-    head = ["scheme and method", "bits a weight", "bytes", "perplexity", "loss difference (95 %)", "KL"]
+    head = ["scheme and method", "bits per weight", "bytes", "perplexity", "loss difference (95 %)", "KL"]
     lines = ["", f"Reference model, full precision: perplexity {full['perplexity']:.3f}, {full['bytes']:,} bytes.", ""]
     lines += findings.markdown_table([*head, "same greedy token", "MiniLM cosine", "order"], rows)
     rows = []
@@ -115,7 +115,7 @@ def tables(figures: dict[str, Any]) -> list[str]:
 
 
 def draw(language: dict[str, Any], full: dict[str, Any], path: pathlib.Path) -> None:
-    """Perplexity over that of the full model against bits a weight, a point per scheme and method."""
+    """Perplexity over that of the full model against bits per weight, a point per scheme and method."""
     points: dict[str, list[tuple[float, float]]] = {}  # by method
     best: dict[str, tuple[float, float]] = {}  # by scheme
     for name, cell in language.items():
@@ -129,7 +129,7 @@ def draw(language: dict[str, Any], full: dict[str, Any], path: pathlib.Path) -> 
             axis.scatter(*zip(*of_method, strict=True), marker=marker, label=method, alpha=0.7)
         for scheme, point in best.items():
             axis.annotate(scheme, point, fontsize=7, xytext=(3, 3), textcoords="offset points")
-        label = "bits a weight, scales and 8-bit tables included"
+        label = "bits per weight, scales and 8-bit tables included"
         axis.set(xlabel=label, ylabel="rise of perplexity, relative", yscale="log")
 
 

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments import padded
 from experiments.quantization_quality import measure, report
 from llm_jax import checkpoints, cli, files, tokenizers
 from llm_jax.checkpoints import Loaded, location
 from llm_jax.data.corpus import Source
 from llm_jax.data.rows import Row, Rows
-from llm_jax.quant import calibrate, post_training
+from llm_jax.embeddings import contextual
+from llm_jax.quant import calibrate
 from llm_jax.research import experiments, provenance
 from llm_jax.research.provenance import Provenance
 from llm_jax.schema import Config
@@ -60,23 +60,25 @@ def main() -> None:
     digest = hashlib.sha256((checkpoints.find(path) / "manifest.json").read_bytes() + texts).hexdigest()[:12]
     root = experiments.directory(f.runs, digest, f.rows, f.calibration, f.sentences)
     origins: list[Provenance] = []
-
-    def measured(part: str, cells: Cells) -> dict[str, Any]:
-        return experiments.measure_all(root / part, cells, origins)
-
     language = cells(LANGUAGE, measure.of_scheme, loaded, calibration, rows)
     for maker in FILES if f.llama_python else ("ggml",):
         language |= cells({maker: FILES[maker]}, measure.of_gguf, loaded, rows, f.llama_python)
-    reference = measured("language", language)
-    full = measured("", {"full": lambda: measure.of_full_precision(loaded, rows)})["full"]
-    speed = measured("", {"speed": lambda: speeds(loaded, calibration[0]["inputs"][:32].tolist())})["speed"]
-    figures = {
-        "full precision": {name: full[name] for name in ("perplexity", "bytes")},
-        "reference model": reference,
-        "MiniLM": measured("sentences", of_sentences(f.sentences)),
-        "speed": speed,
-        "SmolLM2 (already Q4_1)": measured("smollm2", of_smollm2(config)) if f.smollm2 else {},
+    prompt = calibration[0]["inputs"][:32].tolist()
+    others: Cells = {
+        "full": functools.partial(measure.of_full_precision, loaded, rows),
+        "speed": functools.partial(measure.speeds, loaded, SPEEDS, prompt),
     }
+    reference = experiments.measure_all(root / "language", language, origins)
+    measured = experiments.measure_all(root, others, origins)
+    figures = {
+        "full precision": {name: measured["full"][name] for name in ("perplexity", "bytes")},
+        "reference model": reference,
+        "MiniLM": experiments.measure_all(root / "sentences", of_sentences(f.sentences), origins),
+        "speed": measured["speed"],
+        "SmolLM2 (already Q4_1)": {},
+    }
+    if f.smollm2:
+        figures["SmolLM2 (already Q4_1)"] = experiments.measure_all(root / "smollm2", of_smollm2(config), origins)
     command = experiments.command(__file__, {"checkpoint": "RUN", "llama_python": "PYTHON"})
     figures["provenance"] = dataclasses.asdict(provenance.combine(origins, command))
     files.write_json(experiments.output(__file__) / "figures.json", figures)
@@ -103,12 +105,11 @@ def of_sentences(count: int) -> Cells:
     ids = [tokenizers.prompt(loaded.tokenizer, lines[i].split("\t")[-1])[:64] for i in picked]
     calibration = []
     for of_review in ids[count:]:
-        (inputs,), (mask,) = padded.pad([of_review], 64)
-        positions = np.arange(64, dtype=np.int32)
-        calibration.append(
-            {"inputs": inputs, "targets": inputs, "positions": positions, "segments": mask, "mask": mask}
-        )
-    full = measure.sentence_vectors(loaded.model, loaded.params, ids[:count])
+        mask = (np.arange(64) < len(of_review)).astype(np.int32)
+        inputs = np.pad(np.asarray(of_review, np.int32), (0, 64 - len(of_review)))
+        row = {"inputs": inputs, "targets": inputs, "positions": np.arange(64, dtype=np.int32)}
+        calibration.append(row | {"segments": mask, "mask": mask})
+    full = contextual.sentence_vectors(loaded, ids[:count])
     return cells(SENTENCES, measure.of_sentence_vectors, loaded, calibration, ids[:count], full)
 
 
@@ -118,15 +119,6 @@ def of_smollm2(config: Config) -> Cells:
     source = Source(dataclasses.replace(config.data, source="asset:shakespeare"), whole=True)
     rows = spread(Rows(source.corpus(loaded.tokenizer).validation, 256), 16)
     return cells(SMOLLM2, measure.of_scheme, loaded, [], rows)
-
-
-def speeds(loaded: Loaded, prompt: Sequence[int]) -> dict[str, Any]:
-    """The figures of `measure.speeds` in float32 and with every scheme."""
-    by_scheme = {"float32": loaded.params}
-    for scheme in SPEEDS:
-        rules = post_training.rules(scheme, "int8")
-        by_scheme[scheme] = post_training.quantize_params(loaded.params, rules, "the experiment")
-    return measure.speeds(loaded.model, by_scheme, prompt)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.optimize import minimize
 
-from experiments import padded
 from llm_jax import checkpoints, configuration, files, trees
 from llm_jax.checkpoints import Loaded
 from llm_jax.data import labelled
 from llm_jax.data.labelled import LabelledSource, LabelledText
 from llm_jax.data.rows import Packed
+from llm_jax.embeddings import contextual
 from llm_jax.evaluation import classification
 from llm_jax.research import runs
 
@@ -90,7 +90,8 @@ def probed(loaded: Loaded, source: LabelledSource, parts: list[list[LabelledText
     The first part is for training, the second for the choice of the penalty.
     """
     prompts = labelled.Prompts(loaded.tokenizer, source.config.labelled, source.choices)
-    features = [last_features(loaded, [prompts.question(s) for s in sentences]) for sentences in parts]
+    questions = ([prompts.question(s) for s in sentences] for sentences in parts)
+    features = [contextual.sentence_vectors(loaded, of_part, pool="last", normalize=False) for of_part in questions]
     y = [np.asarray([s.label for s in sentences]) for sentences in parts]
     mean, deviation = features[0].mean(0), features[0].std(0) + 1e-6
     x = [jnp.asarray((of_part - mean) / deviation) for of_part in features]
@@ -109,16 +110,3 @@ def probed(loaded: Loaded, source: LabelledSource, parts: list[list[LabelledText
     w = max((fit(penalty) for penalty in PENALTIES), key=lambda w: int(np.sum(right(w, 1))))
     size = {"trained_parameters": int(w.size)}
     return [classification.summary(right(w, part)) | size for part in range(2, len(parts))]
-
-
-def last_features(loaded: Loaded, questions: list[list[int]], size: int = 16) -> np.ndarray:
-    """The features of the last token of each question, float32 (questions, width)."""
-
-    @jax.jit
-    def last(params, ids, mask):
-        x = padded.features(loaded.model, params, ids, mask)
-        return jnp.take_along_axis(x, jnp.sum(mask, 1)[:, None, None] - 1, 1)[:, 0].astype(jnp.float32)
-
-    ids, mask = padded.pad(questions)
-    starts = range(0, len(ids), size)
-    return np.concatenate([last(loaded.params, ids[i : i + size], mask[i : i + size]) for i in starts])

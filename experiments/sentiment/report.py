@@ -55,7 +55,7 @@ def judge(prompted: Mapping[str, Any], runs: Figures, seeds: int, size: str) -> 
         "L10": ({LORA: best} | accuracies, l10),
         "L12": (l12, "fails as written: of these shapes A B is the update, B A at best r x r"),
     }
-    untested = "untested here (wants three seeds)" if seeds < 3 or size != "cpu" else ""
+    untested = "untested here (needs three seeds)" if seeds < 3 or size != "cpu" else ""
     return [
         findings.finding(name, MEASURES[name], value, untested if untested and name != "L12" else verdict, n=seeds)
         for name, (value, verdict) in judgements.items()

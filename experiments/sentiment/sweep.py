@@ -52,23 +52,21 @@ flags.DEFINE_string("part", "1/1", "2/3: the second of every three jobs, beside 
 
 def main() -> None:
     f = flags.FLAGS
-    part = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", f.part)
-    if not part or int(part[1]) > int(part[2]):
-        raise UserError(f"--part={f.part}; expected 1/2 or 2/2, say")
+    number, count = map(int, f.part.split("/")) if re.fullmatch(r"\d+/\d+", f.part) else (0, 0)
+    if not 1 <= number <= count:
+        raise UserError(f"--part={f.part}; expected a part such as 1/2 or 2/2")
     root = experiments.directory(f.runs, f.size)
     directory = HERE / "figures" if f.size == "cpu" else root / "figures"
     computations = all_jobs(root, f.size, f.seeds)
     names = {f"{kind}-{seed}-{digest}": job for (kind, seed, digest), job in computations.items()}
-    experiments.measure_all(directory, dict(list(names.items())[int(part[1]) - 1 :: int(part[2])]), [])
-    if part[2] != "1":
+    origins: list[Provenance] = []
+    measured = experiments.measure_all(directory, dict(list(names.items())[number - 1 :: count]), origins)
+    if count > 1:
         print("started again without --part, it publishes the results")
         return
-    origins: list[Provenance] = []
     figures: dict[str, list[dict[str, Any]]] = {}
-    for (kind, *_), found in zip(
-        computations, experiments.measure_all(directory, names, origins).values(), strict=True
-    ):
-        figures.setdefault(kind, []).append(found)
+    for (kind, *_), of_job in zip(computations, measured.values(), strict=True):
+        figures.setdefault(kind, []).append(of_job)
     prompted = {kind: figures[kind][0] for kind in measure.PROMPTED}
     trained = {kind: figures[kind] for kind in TRAINED if kind in figures}
     results = report.judge(prompted, trained, f.seeds, f.size)
@@ -86,7 +84,11 @@ def all_jobs(root: pathlib.Path, size: str, seeds: int) -> dict[tuple[str, int, 
     for kind, seed in [(kind, seed) for kinds in (report.JUDGED, others) for seed in range(seeds) for kind in kinds]:
         config = configuration.load(RECIPE, overrides | TRAINED[kind])
         options = {key: value for key, value in configuration.flat(config).items() if key in config.explicit}
-        digest = experiments.digest(json.dumps({key: options[key] for key in sorted(options.keys() - {*runs.NEUTRAL})}))
+        digest = experiments.digest(
+            json.dumps(
+                {key: options[key] for key in sorted(options.keys() - {*runs.OPTIONS_WITHOUT_EFFECT_ON_RESULTS})}
+            )
+        )
         changes = overrides | TRAINED[kind] | {"train.seed": seed}
         workdir = root / experiments.file_name(f"{kind}-{seed}-{digest}")
         computations[kind, seed, digest] = functools.partial(train, changes, workdir, size == "cpu" and seed == 0)

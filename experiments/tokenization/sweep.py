@@ -20,7 +20,7 @@ ENOUGH = 0.99
 flags.DEFINE_string("asset", "shakespeare", "name of the asset with the texts")
 flags.DEFINE_list("sizes", list(map(str, SIZES)), "sizes of the vocabularies, the largest last")
 flags.DEFINE_integer("share", 1, "one in this many paragraphs is used", lower_bound=1)
-flags.DEFINE_string("runs", "runs/tokenization_lengths", "where figures are kept")
+flags.DEFINE_string("runs", "runs/tokenization_lengths", "directory of the measured figures")
 
 Table = dict[tuple[str, int], dict[str, float]]  # figures by kind and size of the vocabulary
 
@@ -58,7 +58,7 @@ def main() -> None:
          f"{row['new words that come back']:.1%}"]
         for (kind, _), row in table.items()
     )  # fmt: skip
-    head = ["kind", "ids", "tokens a word", "unknown tokens", "new words that come back"]
+    head = ["kind", "ids", "tokens per word", "unknown tokens", "new words that come back"]
     counts = f"{sum(map(len, train)):,} characters of training text, {sum(map(len, held)):,} held out, "
     lines = ["", f"{counts}with {len(new):,} new words.", "", *findings.markdown_table(head, rows)]
     print(experiments.publish(__file__, judge(table), lines, origins=origins))
@@ -79,7 +79,7 @@ def judge(table: Table) -> list[Finding]:
     t3 = "fails" if back["word"] else verdicts.holds_when(able, PIECES, "the kind is")
     lengths = {f"{kind}, {size}": value for (kind, size), value in length.items()}
     return [
-        findings.finding("T1", "tokens a word by kind and vocabulary", lengths, t1),
+        findings.finding("T1", "tokens per word by kind and vocabulary", lengths, t1),
         findings.finding("T3", f"share of the new words that come back, {sizes[-1]} ids", back, t3),
     ]
 
@@ -90,7 +90,7 @@ def draw(table: Table, path: pathlib.Path) -> None:
             rows = [row for (k, _), row in table.items() if k == kind]
             x, y = ([row[name] for row in rows] for name in ("ids", "tokens per word"))
             axis.plot(x, y, marker="o", markersize=4, label=kind)
-        axis.set(xscale="log", yscale="log", xlabel="ids", ylabel="tokens a word, held-out text")
+        axis.set(xscale="log", yscale="log", xlabel="ids", ylabel="tokens per word, held-out text")
 
 
 if __name__ == "__main__":

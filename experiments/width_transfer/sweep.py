@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
+from experiments import decoders
 from llm_jax import cli, configuration
 from llm_jax.data.corpus import Source
 from llm_jax.data.rows import Rows, Shuffled
@@ -34,7 +35,7 @@ SETTING: dict[str, Any] = {  # overrides of the recipe "default": two layers on 
     "train.batch_size": 16,
     "train.seq_len": 64,
 }
-MARGIN = 0.05  # nats a token
+MARGIN = 0.05  # nats per token
 KINDS = ("μP", "as it is")
 
 flags.DEFINE_list("widths", ["32", "128", "256"], "widths of the models; the first is the base width")
@@ -52,7 +53,8 @@ def main() -> None:
     source, c = Source(base.data), base.train
     tokenizer = source.tokenizer(base.tokenizer)
     corpus = source.corpus(tokenizer)
-    held = stacked(Rows(corpus.validation, c.seq_len), f.held_rows)
+    held_rows = Rows(corpus.validation, c.seq_len)
+    held = decoders.stack(held_rows[i] for i in range(f.held_rows))
 
     def name(kind: str, width: int, power: int) -> str:
         # At the base width nothing is scaled, and both kinds are one run.
@@ -69,8 +71,9 @@ def main() -> None:
 
     @functools.cache
     def batches(seed: int) -> dict[str, np.ndarray]:
-        rows = stacked(Shuffled(Rows(corpus.train, c.seq_len), seed), c.steps * c.batch_size)
-        return {key: array.reshape(c.steps, c.batch_size, -1) for key, array in rows.items()}
+        rows = Shuffled(Rows(corpus.train, c.seq_len), seed)
+        arrays = decoders.stack(rows[i] for i in range(c.steps * c.batch_size))
+        return {name: array.reshape(c.steps, c.batch_size, -1) for name, array in arrays.items()}
 
     def measure(condition: str, seed: int) -> float | None:
         loss = held_out_loss(parts(condition), seed, batches(seed), held)
@@ -97,14 +100,8 @@ def sizes(width: int, base_width: int) -> dict[str, Any]:
     return {f"model.{name}": value for name, value in (changes | {"base_width": base_width}).items()}
 
 
-def stacked(rows: Rows | Shuffled, count: int) -> dict[str, np.ndarray]:
-    """The first rows, int32 (count, T) each."""
-    first = [rows[i] for i in range(count)]
-    return {name: np.stack([row[name] for row in first]) for name in first[0]}
-
-
 def held_out_loss(parts: Setup, seed: int, batches: Any, held: Any) -> float:
-    """The held-out loss after training from the initial weights of `seed`, nats a token.
+    """The held-out loss after training from the initial weights of `seed`, nats per token.
 
     Args:
       batches: int32 (steps, B, T) each. held: int32 (rows, T) each.
@@ -117,7 +114,7 @@ def held_out_loss(parts: Setup, seed: int, batches: Any, held: Any) -> float:
 
 def tables(table: Mapping[str, Mapping[int, np.ndarray]], lost: Lost, powers: list[int], verdict: Any) -> list[str]:
     """Markdown."""
-    title = "Held-out loss in nats a byte, mean ± standard deviation over the seeds; the best rate of a row is bold:"
+    title = "Held-out loss in nats per byte, mean ± standard deviation over the seeds; the best rate of a row is bold:"
     lines = ["", title]
     for kind, by_width in table.items():
         rows = []
@@ -158,7 +155,7 @@ def judge(lost: Lost, seeds: int) -> Finding:
     fails = with_transfer == "no" or without == "yes"
     verdict = "holds" if (with_transfer, without) == ("yes", "no") else "fails" if fails else "undecided"
     value = {f"{kind}, width {width}": interval for kind, of in lost.items() for width, interval in of.items()}
-    return findings.finding("W1", "loss given up, nats a byte", value, verdict, n=seeds)
+    return findings.finding("W1", "loss given up, nats per byte", value, verdict, n=seeds)
 
 
 if __name__ == "__main__":

@@ -54,34 +54,43 @@ def hidden_states(model: Transformer, params, tokens_BT: jax.Array, positions: T
     return jnp.stack([outputs["embed"]["__call__"][0], *inner[:-1], features])
 
 
-def ids(loaded: Loaded, text: str) -> list[int]:
+def ids(loaded: Loaded, text: str | Sequence[int]) -> list[int]:
     """The ids of `text` with the special tokens that the tokenizer adds ([CLS] and [SEP], or BOS).
+
+    Args:
+      text: a text, or token ids, which are returned unchanged.
 
     Raises:
       UserError: no ids, or more than the model has positions.
     """
-    encode_with_special_tokens = getattr(loaded.tokenizer, "encode_with_special_tokens", None)
-    text_ids = (
-        encode_with_special_tokens(text) if encode_with_special_tokens else tokenizers.prompt(loaded.tokenizer, text)
-    )
+    if isinstance(text, str):
+        encode = getattr(loaded.tokenizer, "encode_with_special_tokens", None)
+        text_ids = encode(text) if encode else tokenizers.prompt(loaded.tokenizer, text)
+    else:
+        text_ids = list(text)
     if not text_ids:
         raise UserError("the text has no tokens, hence no vector; expected some text")
     transformer.check_length(loaded.model.config, len(text_ids))
     return text_ids
 
 
-def token_vectors(loaded: Loaded, texts: Sequence[str]) -> list[np.ndarray]:
-    """The vectors of the `ids` of each text at every layer, float32 (L, T, D)."""
+def token_vectors(loaded: Loaded, texts: Sequence[str | Sequence[int]]) -> list[np.ndarray]:
+    """The vectors of the `ids` of each text, or of token ids, at every layer, float32 (L, T, D)."""
     vectors = dict(_vectors(loaded, texts))
     return [vectors[i] for i in range(len(texts))]
 
 
 def sentence_vectors(
-    loaded: Loaded, texts: Sequence[str], layer: int = -1, pool: str = "mean", normalize: bool = True
+    loaded: Loaded,
+    texts: Sequence[str | Sequence[int]],
+    layer: int = -1,
+    pool: str = "mean",
+    normalize: bool = True,
 ) -> np.ndarray:
     """A vector for each text, float32 (texts, D): the pooled token vectors of one layer.
 
     Args:
+      texts: texts, or token ids, such as prompts with a template; see `ids`.
       layer: 0 for the embeddings, -1 for the last layer.
       pool: one of `POOLS`; "mean" as in sentence-transformers (Reimers and Gurevych 2019, arXiv:1908.10084).
       normalize: whether vectors are scaled to length 1.
@@ -93,13 +102,19 @@ def sentence_vectors(
     if not -count <= layer < count:
         raise UserError(f"layer={layer}; the model has the layers 0 (embeddings) to {count - 1}")
     vectors = np.zeros((len(texts), loaded.model.config.width), np.float32)
-    for i, layers_LTD in _vectors(loaded, texts):
-        vectors[i] = pooled(layers_LTD[layer])
+    for i, (layer_TD,) in _vectors(loaded, texts, slice(layer % count, layer % count + 1)):
+        vectors[i] = pooled(layer_TD)
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True) if normalize else vectors
 
 
-def _vectors(loaded: Loaded, texts: Sequence[str]) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields (index, float32 (L, T, D)) of every text; similar lengths share a batch, padded to a power of 2."""
+def _vectors(
+    loaded: Loaded, texts: Sequence[str | Sequence[int]], layers: slice = slice(None)
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields (index, float32 (L, T, D)) of every text; similar lengths share a batch, padded to a power of 2.
+
+    Args:
+      layers: the selected layers.
+    """
     if loaded.model.config.scan_layers:
         raise UserError("vectors by layer need a checkpoint that was loaded with scan_layers=False")
     rows = [ids(loaded, text) for text in texts]
@@ -115,6 +130,7 @@ def _vectors(loaded: Loaded, texts: Sequence[str]) -> Iterator[tuple[int, np.nda
         # Padding stays within the positions of a learned table.
         positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape) * segments
         placed = TokenMetadata(jnp.asarray(positions), jnp.asarray(segments))
-        layers = np.asarray(hidden_states(loaded.model, loaded.params, jnp.asarray(tokens), placed), np.float32)
+        states_LBTD = hidden_states(loaded.model, loaded.params, jnp.asarray(tokens), placed)
+        selected = np.asarray(states_LBTD[layers], np.float32)
         for row, i in enumerate(part):
-            yield i, layers[:, row, : len(rows[i])]
+            yield i, selected[:, row, : len(rows[i])]

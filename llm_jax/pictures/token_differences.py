@@ -32,7 +32,7 @@ class TokenDifferences(Drawable):
       tokens, before, after: labels of the tokens that differ most, and the text on both sides of them: those that the
         second model predicts worse than the first, then those that it predicts better, the largest difference first.
       bits: float64 (tokens, 2), their losses under both models.
-      means: float64 (2,), bits a token of both models over all tokens that were compared.
+      means: float64 (2,), bits per token of both models over all tokens that were compared.
       count: how many tokens were compared.
       excerpts: labels of the tokens of the rows with the largest sums of absolute differences, the largest first.
       excerpt_bits: float64 (T, 2) of each excerpt, losses under both models; NaN where no loss counts.
@@ -66,7 +66,7 @@ class TokenDifferences(Drawable):
             hints = tuple("no loss" if np.isnan(b - a) else self._hint(a, b) for a, b in bits)
             panels.append(Passage(title, tokens, values, "bits of difference", high, hints=hints))
         note = (
-            f"{self.count:,} held-out tokens were compared: {self.means[0]:.3f} bits a token for {first}, "
+            f"{self.count:,} held-out tokens were compared: {self.means[0]:.3f} bits per token for {first}, "
             f"{self.means[1]:.3f} for {second}."
         )
         return Picture("Tokens where the models differ most", tuple(panels), note)

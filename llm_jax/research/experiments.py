@@ -39,7 +39,7 @@ from llm_jax.research.provenance import Provenance
 T = TypeVar("T")
 
 # Flags that do not change results: directories, numbers of processes, and the selected part.
-NEUTRAL = ("runs", "jobs", "part", "parts", "output", "resume", "quick")
+FLAGS_WITHOUT_EFFECT_ON_RESULTS = ("runs", "jobs", "part", "parts", "output", "resume", "quick")
 
 
 def script(main: Callable[[], None], quick: Mapping[str, Any], runs: str = "") -> Callable[[], None]:
@@ -254,7 +254,7 @@ def in_turns(computations: Mapping[str, Callable[[], T]], rounds: int) -> dict[s
 def command(script: str, placeholders: Mapping[str, str] | None = None) -> str:
     """The command line of a script in experiments/ with every flag that has a non-default value.
 
-    Flags in `NEUTRAL` are omitted.
+    Flags in `FLAGS_WITHOUT_EFFECT_ON_RESULTS` are omitted.
 
     Args:
       placeholders: {flag: text that replaces its value}, such as RUN for a path.
@@ -264,7 +264,7 @@ def command(script: str, placeholders: Mapping[str, str] | None = None) -> str:
     words = []
     for module, flags in sorted(absl_flags.FLAGS.flags_by_module_dict().items()):
         for flag in () if module.startswith("absl.") else flags:  # those of absl.logging and others
-            if flag.value != flag.default and flag.name not in NEUTRAL:
+            if flag.value != flag.default and flag.name not in FLAGS_WITHOUT_EFFECT_ON_RESULTS:
                 text = f"--{flag.name}={texts[flag.name]}" if flag.name in texts else shlex.quote(flag.serialize())
                 words.append(f" {text}")
     return f"PYTHONPATH=. python experiments/{path.parent.name}/{path.name}{''.join(words)}"

@@ -21,7 +21,14 @@ from llm_jax.schema import Config
 
 LOCK = ".sweep.lock"  # locked while the points of a sweep or the trials of a search are written
 # Options that may change between the calls of a sweep: the results of finished runs stay valid.
-_MAY_CHANGE = (*runs.NEUTRAL, "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.rules", "train.steps")
+_MAY_CHANGE = (
+    *runs.OPTIONS_WITHOUT_EFFECT_ON_RESULTS,
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.tensor",
+    "mesh.rules",
+    "train.steps",
+)
 
 
 @dataclasses.dataclass(frozen=True)

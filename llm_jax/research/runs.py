@@ -19,7 +19,7 @@ BITS = "validation_bits_per_byte"
 FIGURES = {BITS: "bits per byte", "validation_loss": "held-out loss", "loss": "training loss"}
 # Options that do not change results: what is written or printed, where and how often. eval.rows, eval.final_rows and
 # eval.task_examples are not included, because they select the examples on which metrics are measured.
-NEUTRAL = (
+OPTIONS_WITHOUT_EFFECT_ON_RESULTS = (
     *("checkpoint.every", "checkpoint.keep_last", "checkpoint.keep_best"),
     *("report.to", "report.norms_every", "report.samples_every", "report.pictures"),
     *("eval.every", "eval.prompts", "eval.tasks", "eval.max_new_tokens"),
@@ -217,7 +217,9 @@ def group(runs: Sequence[RunRecord]) -> list[Group]:
     corpora = {_data(run): run.corpus for run in reversed(runs) if run.corpus}
     collected: dict[tuple[str, int], list[RunRecord]] = {}
     for run in runs:
-        condition = json.dumps({k: v for k, v in run.config.items() if k != SEED and k not in NEUTRAL})
+        condition = json.dumps(
+            {k: v for k, v in run.config.items() if k != SEED and k not in OPTIONS_WITHOUT_EFFECT_ON_RESULTS}
+        )
         # An unfinished run records no hash; it is grouped with other runs of its configuration.
         key = condition + (run.corpus or corpora.get(_data(run), ""))
         repeat = 0
@@ -244,14 +246,16 @@ def _data(run: RunRecord) -> str:
 
 
 def differing_options(runs: Sequence[RunRecord]) -> list[str]:
-    """The dotted keys of options that are not equal in all runs, without the seed and the options in `NEUTRAL`."""
+    """The dotted keys of options that are not equal in all runs, without the seed and options without effect."""
     if not runs:
         return []
     first = runs[0].config
     return [
         key
         for key in first
-        if key != SEED and key not in NEUTRAL and any(run.config[key] != first[key] for run in runs)
+        if key != SEED
+        and key not in OPTIONS_WITHOUT_EFFECT_ON_RESULTS
+        and any(run.config[key] != first[key] for run in runs)
     ]
 
 

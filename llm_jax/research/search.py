@@ -215,7 +215,7 @@ def _refuse_another_study(study: Any, base: Config, clauses: Mapping[str, str], 
         ("--config.", recorded["options"], options),
     ):
         for key in [*before, *(now.keys() - before.keys())]:
-            searched = source == "--config." and (key in clauses or key in runs_lib.NEUTRAL)
+            searched = source == "--config." and (key in clauses or key in runs_lib.OPTIONS_WITHOUT_EFFECT_ON_RESULTS)
             if not searched and before.get(key) != now.get(key):
                 raise UserError(
                     f"{output}: this search was started with {source}{key}={before.get(key)}, now {now.get(key)}; "

@@ -62,6 +62,18 @@ def test_sentences_are_pooled_whatever_stands_beside_them(loaded):
     np.testing.assert_allclose(plain[1], contextual.token_vectors(loaded, TEXTS)[1][-1].mean(0), atol=1e-6)
 
 
+def test_token_ids_replace_a_text_and_get_no_special_tokens(loaded):
+    ids = [contextual.ids(loaded, text) for text in TEXTS]
+    for layer in (0, 1, -1):
+        of_texts, of_ids = (contextual.sentence_vectors(loaded, rows, layer) for rows in (TEXTS, ids))
+        np.testing.assert_array_equal(of_ids, of_texts)
+    assert [len(layers[0]) for layers in contextual.token_vectors(loaded, [row[1:] for row in ids])] == [
+        len(row) - 1 for row in ids
+    ]
+    with pytest.raises(UserError, match="no tokens"):
+        contextual.sentence_vectors(loaded, [[1], []])
+
+
 def test_unsupported_requests_are_one_line_errors(loaded):
     for wrong in ({"layer": 3}, {"layer": -4}, {"pool": "max"}):
         with pytest.raises(UserError, match="layer=|'pool'"):

@@ -6,7 +6,7 @@ from experiments.quantization_quality import report
 
 
 def judged(**costs):
-    """Q1's verdicts where the schemes of `costs`, by absmax, lose so many nats a token."""
+    """Q1's verdicts where the schemes of `costs`, by absmax, lose so many nats per token."""
     costs |= {"int4": 0.0, "int4_affine": 0.0}
     language = {f"{s} absmax": {"loss": [1 + c, 1 + c, 1 + c + 1e-5], "full_loss": [1.0] * 3} for s, c in costs.items()}
     speed = {"float32": {"tokens_per_second": [1.0, 1.0], "bytes": 4, "temporary_bytes": 0}}

@@ -1,4 +1,4 @@
-"""What experiments share: where figures are kept, trainings of conditions, turns of computations, and tables."""
+"""`research.experiments`: the default of --runs, trainings of conditions, alternating computations, and tables."""
 
 import functools
 
@@ -8,10 +8,10 @@ from llm_jax import configuration
 from llm_jax.research import experiments, findings
 
 
-def test_the_runs_of_a_script_are_kept_below_its_name(monkeypatch):
+def test_the_default_of_runs_is_the_name_of_the_experiment(monkeypatch):
     values = flags.FlagValues()
     monkeypatch.setattr(experiments.absl_flags, "FLAGS", values)
-    experiments.script(test_the_runs_of_a_script_are_kept_below_its_name, {})
+    experiments.script(test_the_default_of_runs_is_the_name_of_the_experiment, {})
     assert values["runs"].default == "runs/research" and values["quick"].default is False
 
 

@@ -216,7 +216,7 @@ def test_every_flag_that_changes_figures_is_a_part_of_their_directory(path):
     flags = {ast.literal_eval(n.args[0]) for name, ns in by_name.items() if "flags.DEFINE_" in name for n in ns}
     (directory,) = by_name["experiments.directory"]
     named = set(re.findall(r"\bf\.(\w+)", ast.unparse(directory)))
-    assert flags - named <= {"seeds", *experiments.NEUTRAL, *IN_FILES.get(path.parent.name, ())}
+    assert flags - named <= {"seeds", *experiments.FLAGS_WITHOUT_EFFECT_ON_RESULTS, *IN_FILES.get(path.parent.name, ())}
     assert path.parent.name != "width_transfer" or "widths[0]" in ast.unparse(directory)
 
 

@@ -1,4 +1,4 @@
-"""Every experiment with --quick: measured, decided and published below --runs; figures are not measured twice."""
+"""The scripts of experiments/ with --quick: they write below --runs only, and a second call measures nothing again."""
 
 import os
 import pathlib
@@ -20,7 +20,7 @@ SCRIPTS = sorted(p for p in (ROOT / "experiments").glob("*/*.py") if "experiment
 
 @pytest.fixture
 def run(monkeypatch):
-    """Runs a script of experiments/ within this process; its flags are removed afterwards."""
+    """Runs a script of experiments/ in this process and removes the flags that it defines."""
 
     def run_script(path, *arguments):
         monkeypatch.setattr(sys, "argv", [str(path), *arguments])
@@ -46,25 +46,25 @@ def test_an_experiment_measures_once_and_publishes_below_its_runs(script, run, c
     arguments = ["--quick", f"--runs={tmp_path}"]
     if script.parent.name == "quantization_quality":
         arguments.append(f"--checkpoint={tmp_path / 'model'}")
-        width = ("--config.model.width=128", "--config.model.mlp_dim=128")  # groups of 128 have to divide it
-        vocabulary = ("--config.tokenizer.kind=byte_bpe", "--config.tokenizer.vocab_size=300")  # that GGUF files hold
+        width = ("--config.model.width=128", "--config.model.mlp_dim=128")  # must be divisible by the group size of 128
+        vocabulary = ("--config.tokenizer.kind=byte_bpe", "--config.tokenizer.vocab_size=300")  # for GGUF files
         command("train", f"--workdir={tmp_path / 'model'}", "--config.train.steps=4", *width, *vocabulary)
     run(script, *arguments)
     published = tmp_path / "quick" / "published"
     results = findings.read(published / "results.json")
     assert results and all(r.verdict and r.command and r.date for r in results)
-    if script.parent.name not in ("reliability", "width_transfer"):  # their tables have no rows of verdicts
+    if script.parent.name not in ("reliability", "width_transfer"):  # their READMEs have no table of verdicts
         text = (published / "README.md").read_text()
         assert all(f"| **{r.verdict}** |" in text for r in results)
     measured, content = figures(tmp_path), (published / "results.json").read_bytes()
-    if script.parent.name not in ("adapter_inference", "contextual"):  # seconds long: nothing is kept
+    if script.parent.name not in ("adapter_inference", "contextual"):  # take seconds and store no figures
         run(script, *arguments, *(["--resume"] if script.parent.name == "reliability" else []))
         assert (published / "results.json").read_bytes() == content and figures(tmp_path) == measured
     assert {path: path.read_bytes() for path in script.parent.iterdir() if path.is_file()} == committed
 
 
 @pytest.mark.slow
-def test_an_experiment_that_is_interrupted_or_killed_goes_on_where_it_was_stopped(run, tmp_path):
+def test_an_experiment_resumes_after_an_interruption_and_after_a_kill(run, tmp_path):
     script = ROOT / "experiments" / "heavy_tail" / "run.py"
     arguments = ["--quick", f"--runs={tmp_path}"]
     measured: dict[pathlib.Path, int] = {}
@@ -88,6 +88,6 @@ def test_an_experiment_that_is_interrupted_or_killed_goes_on_where_it_was_stoppe
 
 
 def figures(runs):
-    """{path: time of its last change} of the files of figures; every call writes the recipes of its trainings."""
+    """{path: modification time} of the stored figures. Recipes are excluded: every call writes them again."""
     paths = (p for p in runs.rglob("*.json") if p.parent.name != "published" and p.name != "recipe.json")
     return {p: p.stat().st_mtime_ns for p in paths}

@@ -1,4 +1,4 @@
-"""Finished jobs of experiments/sentiment count as long as the options that their figures follow from are the same."""
+"""A job of experiments/sentiment is measured again only if an option that affects its figures has changed."""
 
 import pytest
 

@@ -206,7 +206,7 @@ def test_a_source_of_a_mixture_whose_documents_are_all_held_out_is_named(name, w
 
 
 def test_headers_of_compressed_formats_do_not_count(tmp_path):
-    """14 bytes that do not repeat take no more than 9 bits each; with headers gzip has 19 and xz 42 bits a byte."""
+    """14 bytes that do not repeat take no more than 9 bits each; with headers gzip has 19 and xz 42 bits per byte."""
     (tmp_path / "a.txt").write_text("qwertyuiopasdf")
     figures = open_source(data_config(tmp_path / "a.txt", tmp_path / "cache"), whole=True).compressed_bits_per_byte()
     assert 8 < figures["gzip -9"] < 9.5 and 8 < figures["xz -9"] < 13

@@ -33,7 +33,7 @@ def test_the_better_learning_rate_is_the_same_across_widths():
     held = stacked(Rows(corpus.validation, c.seq_len), 256)
 
     def gain(width, base):
-        """The held-out loss after training at the low rate minus that at the high one, nats a byte."""
+        """The held-out loss after training at the low rate minus that at the high one, nats per byte."""
         heads = {"num_heads": width // 8, "num_kv_heads": width // 8, "vocab_size": tokenizer.vocab_size}
         sizes = dataclasses.replace(config.model, width=width, mlp_dim=2 * width, base_width=base, **heads)
         model = Transformer(sizes)
