@@ -242,7 +242,7 @@ def group(runs: Sequence[RunRecord]) -> list[Group]:
 
 
 def _data(run: RunRecord) -> str:
-    return json.dumps([run.config[key] for key in ("data.source", "data.field", *_HELD_OUT)])
+    return json.dumps([run.config[key] for key in ("data.source", "data.format", "data.field", *_HELD_OUT)])
 
 
 def differing_options(runs: Sequence[RunRecord]) -> list[str]:
