@@ -14,6 +14,7 @@ def get_config() -> ConfigDict:
             "data": {
                 "source": "stdlib",
                 "kind": "text",
+                "format": "auto",
                 "field": "text",
                 "validation_fraction": 0.05,
                 "cache_dir": "",

@@ -217,19 +217,15 @@ def former_source(source: str) -> dict[str, Any]:
 def upgrade(mapping: Mapping[str, Any]) -> dict[str, Any]:
     """Converts the configuration of an old checkpoint: replaces former names and adds missing options."""
     upgraded = copy.deepcopy(_defaults())
-    for key, value in _VALUE_BEFORE.items():
-        _set(upgraded, key, value)
+    for key, before in _VALUE_BEFORE.items():
+        _set(upgraded, key, before)
     _overlay(upgraded, mapping, renamed=True)
-    for section in ("tokenizer", "optim", "loss"):
-        _require_hash(f"{section}.kind", upgraded[section])
-    if isinstance(upgraded["model"], dict):
-        _require_hash("model.position.kind", upgraded["model"]["position"])
+    for key in extensions.KEYS:
+        value: Any = upgraded
+        for name in key.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        extensions.require_hash(key, value)
     return upgraded
-
-
-def _require_hash(key: str, section: Any) -> None:
-    if isinstance(section, dict) and isinstance(kind := section.get("kind"), str):
-        extensions.require_hash(key, kind)
 
 
 def as_dict(config: Any) -> dict[str, Any]:

@@ -29,6 +29,7 @@ FLAGS.multi_string(
 FLAGS.define_base()
 FLAGS.string("data", "", "text to evaluate, in the form of data.source; default: the held-out part of the run's data")
 FLAGS.string("kind", "", "with --data: kind of data, e.g. instructions; default: data.kind of the run, or text")
+FLAGS.string("format", "", "with --data: format of the files; default: data.format of the run, or auto")
 FLAGS.string("field", "", "with --data: text field of a record; default: data.field of the run, or text")
 FLAGS.boolean("whole_file", False, "with --data: treat a text file as one document instead of splitting it")
 FLAGS.integer("seq_len", 0, "tokens per window; default: train.seq_len of the run, or 512")
@@ -69,7 +70,7 @@ NEEDS: cli.Needs = (
     (("chat_template",), "--chat is not given", lambda f: f.chat),
     (("limit",), "neither --task nor --harness is given", lambda f: f.task or f.harness),
     (("harness_path",), "--harness is not given", lambda f: f.harness),
-    (("kind", "field", "whole_file"), "--data is not given", lambda f: f.data),
+    (("kind", "format", "field", "whole_file"), "--data is not given", lambda f: f.data),
     (("seq_len", "stride"), "--task or --harness is given", lambda f: not (f.task or f.harness)),
 )
 
@@ -133,7 +134,8 @@ def _held_out(f: cli.Flags, name: str) -> _HeldOut:
     length = f.seq_len or (checkpoints.WINDOW if config is None else config.train.seq_len)
     is_whole_text = bool(f.data)
     if f.data:
-        data = dataclasses.replace(data, source=f.data, kind=f.kind or data.kind, field=f.field or data.field)
+        flags = {"kind": f.kind, "format": f.format, "field": f.field}
+        data = dataclasses.replace(data, source=f.data, **{name: value for name, value in flags.items() if value})
     if former := configuration.former_source(data.source):  # a former source name selects the test split of an asset
         data, is_whole_text = configuration.replace(data, former, "data."), False
     held_out = _HeldOut(name, checkpoint, config, data, is_whole_text, length)
@@ -170,7 +172,7 @@ def on_text(f: cli.Flags) -> None:
             f"--whole_file has no effect on --data={f.data}, which has no text file that would be split; omit the flag"
         )
     compressed = {} if first.is_masked else source.compressed_bits_per_byte()
-    if f.data and first.data.kind == "text" and _is_cut(source.catalog):
+    if f.data and first.data.kind == "text" and source.catalog.is_cut():
         print(
             f"note: {f.data} is split at line breaks into several documents; their first tokens have no context and "
             "thus a higher loss; --whole_file scores the file as one document",
@@ -180,12 +182,6 @@ def on_text(f: cli.Flags) -> None:
         _print_text(f, first, _measure(f, first, source), compressed)
         return
     _compare_text(f, held_out_texts, source, compressed)
-
-
-def _is_cut(catalog: Any) -> bool:
-    """Whether a text file has become several documents."""
-    counts = zip([0, *catalog.file_ends], catalog.file_ends, catalog.files, strict=False)
-    return any(file.format == "pieces" and end - begin > 1 for begin, end, file in counts)
 
 
 def _measure(f: cli.Flags, held_out: _HeldOut, source: Any, by_unit: bool = False) -> dict[str, Any]:

@@ -27,7 +27,7 @@ import re
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -39,8 +39,13 @@ _SPECIFICATION = re.compile(
     r"(?P<module>[^:#()]+):(?P<name>\w+)(\((?P<options>.*)\))?(#(?P<sha256>[0-9a-f]{12}))?", re.S
 )
 
-KEYS = ("model.position.kind", "tokenizer.kind", "optim.kind", "loss.kind")  # of the configuration
-FLAGS = ("filter",)  # of commands
+KEYS = (  # of the configuration
+    *("model.position.kind", "tokenizer.kind", "optim.kind", "loss.kind", "data.format"),
+    *("quant.scheme", "quant.head", "quant.rules", "quant.qat.scheme", "lora.factors"),
+)
+FLAGS = ("filter", "format", "scheme", "head", "fallback")  # of commands, besides the rules of --rule
+_SCHEME_WITH_GROUP = re.compile(r"\w+:(\d+|channel|tensor)(\+a8)?")  # a built-in quantization scheme, such as int4:64
+_RULE = re.compile(r"(?P<pattern>.+)=(?P<value>[\w./:~+-]*(\(.*\))?)", re.S)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +168,7 @@ def select(key: str, value: str, table: Mapping[str, Any] | tuple[str, ...]) -> 
     """
     if value.endswith(".py"):
         raise UserError(f"{key}={value}: expected FILE:NAME, with the name of a class or function in the file")
-    if value in table or ":" not in value:
+    if value in table or not is_specification(value):
         return choice(key, value, table)
     return load(key, value)
 
@@ -211,13 +216,40 @@ def load(key: str, specification: str) -> Extension:
     return Extension(key, f"{bare}#{sha256}", target, options)
 
 
-def pinned(key: str, value: str, table: Mapping[str, Any] | tuple[str, ...]) -> str:
-    """Returns the value of a configuration key for a checkpoint record; adds the hash to a specification.
+def is_specification(value: str) -> bool:
+    """Whether a value has the form FILE:NAME, unlike the names of built-in parts."""
+    return ":" in value and not _SCHEME_WITH_GROUP.fullmatch(value)
+
+
+def specifications(value: Any) -> Iterator[str]:
+    """The specifications of custom parts in the value of an option or flag.
+
+    Args:
+      value: a text, several texts, or rules (pattern, value); every other value contains none.
+    """
+    if isinstance(value, str):
+        if is_specification(value):
+            yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from specifications(item[-1] if isinstance(item, list | tuple) and item else item)
+
+
+def split_rule(text: str) -> tuple[str, str] | None:
+    """(REGEX, VALUE) of "REGEX=VALUE", whose VALUE may be a specification with options; None for another text."""
+    rule = _RULE.fullmatch(text)
+    return (rule["pattern"], rule["value"]) if rule else None
+
+
+def pinned(key: str, value: Any) -> Any:
+    """The value of a configuration key for a checkpoint record: with the hash of the source in every specification.
 
     Raises:
       UserError: see `load`.
     """
-    return value if value in table or ":" not in value else load(key, value).specification
+    if isinstance(value, tuple):  # rules
+        return tuple((pattern, pinned(key, part)) for pattern, part in value)
+    return load(key, value).specification if isinstance(value, str) and is_specification(value) else value
 
 
 def _options(key: str, specification: str, text: str) -> dict[str, Any]:
@@ -232,10 +264,11 @@ def _options(key: str, specification: str, text: str) -> dict[str, Any]:
         ) from error
 
 
-def require_hash(key: str, value: str) -> str:
+def require_hash(key: str, value: Any) -> Any:
     """Returns a recorded value. Raises UserError for a custom part without the hash of its source."""
-    if ":" in value and not re.search("#[0-9a-f]{12}$", value):
-        raise UserError(f"{key}={value}: a checkpoint must record the hash of the source; expected FILE:NAME#SHA256")
+    for text in specifications(value):
+        if not re.search("#[0-9a-f]{12}$", text):
+            raise UserError(f"{key}={text}: a checkpoint must record the hash of the source; expected FILE:NAME#SHA256")
     return value
 
 

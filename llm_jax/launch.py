@@ -258,9 +258,10 @@ def _parts(values: Any) -> Iterator[str]:
         from llm_jax.research import grid as grid_lib
 
         texts += [item for overrides in grid_lib.read_file(points) for item in overrides.items()]
-    specifications = [text for key, text in texts if key in extensions.KEYS]
-    specifications += [text for flag in extensions.FLAGS for text in flags.get(flag) or ()]
-    yield from filter(None, map(extensions.module_name, specifications))
+    values = [value for key, value in texts if key in extensions.KEYS]
+    values += [flags.get(flag) for flag in extensions.FLAGS]
+    values += [extensions.split_rule(text) or "" for text in flags.get("rule") or ()]
+    yield from filter(None, map(extensions.module_name, extensions.specifications(values)))
 
 
 def _part_files(names: Iterable[str], rule: str) -> Iterator[str]:

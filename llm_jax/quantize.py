@@ -8,7 +8,7 @@ import dataclasses
 import pathlib
 import shutil
 
-from llm_jax import cli, runtime
+from llm_jax import cli, extensions, runtime
 from llm_jax.errors import UserError
 
 FLAGS = cli.Flags()
@@ -17,8 +17,8 @@ FLAGS.string("output", None, "run directory to write; must not exist", required=
 FLAGS.string(
     "scheme",
     "",
-    "number format, e.g. int8, w8a8, int4, nf4, or int4:64 with a group size; required unless the run was trained with "
-    "quant.qat or over a quantized base",
+    "number format, e.g. int8, w8a8, int4, nf4, int4:64 with a group size, or FILE:NAME; required unless the run was "
+    "trained with quant.qat or over a quantized base",
 )
 FLAGS.enum("method", "absmax", ["absmax", "percentile", "mse", "smoothquant", "awq", "gptq"], "quantization method")
 FLAGS.string("head", "int8", "scheme of the embeddings and the output head; none leaves them unquantized")
@@ -81,6 +81,10 @@ def main(f: cli.Flags) -> None:
     elif not f.scheme:
         raise UserError("--scheme is required; expected one of " + ", ".join(number_formats.WEIGHT_SCHEMES))
     else:
+        if f.method != "absmax" and f.scheme != "none" and number_formats.scheme(f.scheme).own:
+            raise UserError(
+                f"--method={f.method} has no effect on --scheme={f.scheme}, which encodes weights itself; omit it"
+            )
         planned = quant.plan(params, quant.rules(_none(f.scheme), _none(f.head), _rules(f.rule)), "--scheme, --rule")
         planned = quant.replace_unsupported(params, planned, f.fallback)
 
@@ -136,10 +140,10 @@ def _none(name: str) -> str:
 def _rules(texts: list[str]) -> tuple[tuple[str, str], ...]:
     rules = []
     for rule in texts:
-        pattern, equals, scheme = rule.rpartition("=")
-        if not equals or not pattern:
+        parts = extensions.split_rule(rule)
+        if parts is None:
             raise UserError(f"--rule={rule}; expected REGEX=SCHEME")
-        rules.append((pattern, _none(scheme)))
+        rules.append((parts[0], _none(parts[1])))
     return tuple(rules)
 
 

@@ -232,7 +232,8 @@ def describe(tree: Tree) -> dict[str, Any]:
     """{path: record} for every weight, serializable as JSON.
 
     The record of an array is {"shape", "dtype"}. That of a node is {"node": name of the class, "static": {name:
-    value}, "fields": {name: record}}; `weights.abstract` converts it back to a node.
+    value}, "fields": {name: record}}, and that of named arrays in it {"parts": {name: record}}; `weights.abstract`
+    converts it back to a node.
     """
     return {path: _record(weight) for path, weight in flatten(tree).items()}
 
@@ -240,6 +241,8 @@ def describe(tree: Tree) -> dict[str, Any]:
 def _record(weight: Any) -> dict[str, Any] | None:
     if weight is None:  # an unused field of a node
         return None
+    if isinstance(weight, Mapping):  # a field of a node with named arrays
+        return {"parts": {name: _record(part) for name, part in weight.items()}}
     if not dataclasses.is_dataclass(weight):
         return {"shape": list(weight.shape), "dtype": str(weight.dtype)}
     fields = {f.name: (getattr(weight, f.name), f.metadata.get("static", False)) for f in dataclasses.fields(weight)}
@@ -295,6 +298,8 @@ def check(actual: Mapping[str, Any], expected: Mapping[str, Any], source: str) -
 def _summary(record: Mapping[str, Any] | None) -> str:
     if record is None:
         return "nothing"
+    if "parts" in record:
+        return f"({', '.join(f'{name}={_summary(part)}' for name, part in record['parts'].items())})"
     if "node" not in record:
         return f"{record.get('dtype', '')}{record['shape']}"
     parts = [f"{name}={value}" for name, value in record["static"].items()]

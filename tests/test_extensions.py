@@ -38,12 +38,14 @@ TRAININGS = [words for words in COMMANDS if "llm_jax.train" in words]
 
 
 @pytest.fixture
-def directory(tmp_path, monkeypatch) -> pathlib.Path:
-    """A directory with the Python files of the examples in CONTRIBUTING.md."""
+def directory(tmp_path, text_file, monkeypatch) -> pathlib.Path:
+    """A directory with the files of the recipes."""
     monkeypatch.setenv("LLM_JAX_CACHE", str(tmp_path / "cache"))
     for language, text in RECIPES:
         if language == "python":
             (tmp_path / text.splitlines()[0].removeprefix("# ")).write_text(text)
+    lines = text_file.read_text().splitlines()
+    (tmp_path / "quotes.txt").write_text("\n%\n".join("\n".join(lines[i : i + 8]) for i in range(0, len(lines), 8)))
     return tmp_path
 
 
@@ -78,9 +80,9 @@ def losses(run_directory: pathlib.Path) -> list[float]:
 
 
 def test_recipes_together(run, directory):
-    """One run with all four custom parts of training is trained, resumed and sampled."""
+    """One run with the scheme, the tokenizer, the optimizer, the loss and the format: trained, resumed and sampled."""
     parts = [flag for words in TRAININGS for flag in words[3:] if flag.startswith("--config.")]
-    assert len(TRAININGS) == 4 and len(parts) == 5
+    assert len(TRAININGS) == 5 and len(parts) == 7
     train = ["python", "-m", "llm_jax.train", *parts]
     run(train, "--workdir=uninterrupted")
     run(train, "--workdir=runs/decay", "--config.train.steps=2")
@@ -92,6 +94,11 @@ def test_recipes_together(run, directory):
     assert config.tokenizer.kind.startswith("my_bytes.py:Folded(lower=True)#")
     assert config.optim.kind.startswith("my_sign.py:sign(momentum=0.8)#")
     assert config.loss.kind.startswith("my_focal.py:focal(gamma=1.0)#")
+    assert config.data.format.startswith("my_fortunes.py:fortunes(separator='%')#")
+    evaluation = ["python", "-m", "llm_jax.evaluate", "--checkpoint=runs/decay"]
+    assert " documents, " in run(evaluation) and " documents, " in run(evaluation, "--data=quotes.txt")
+    rows = [*TRAININGS[-1][5:], f"--config.data.cache_dir={directory}", "--config.train.seq_len=32"]
+    assert "%" not in run(["python", "-m", "llm_jax.show", "rows", f"--config={ROOT}/tests/tiny.py", *rows, "--rows=2"])
 
     text = run(GENERATION, "--max_new_tokens=8", "--json")
     assert "position.kind" in run(convert("runs/decay"), code=2)

@@ -18,7 +18,7 @@ import numpy as np
 from llm_jax import files as files_lib
 from llm_jax import tokenizers
 from llm_jax.data import catalog as catalog_lib
-from llm_jax.data import local_engine, ray_engine, streams
+from llm_jax.data import local_engine, ray_engine, readers, streams
 from llm_jax.data.catalog import Catalog
 from llm_jax.data.encode import ENCODERS
 from llm_jax.data.sources import File
@@ -58,6 +58,8 @@ def build(
       UserError: documents cannot be read or encoded; the disk is full or cannot be written.
     """
     parts = directory.with_name(f".{directory.name}.parts")
+    own = {tokenizer.kind, *(file.format for file in catalog.files)}
+    workers = local_engine.number(workers, engine, own)
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     with _writing(directory.parent):
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +81,7 @@ def build(
                         jobs.append((parts, name, dtype.name, kind, catalog.field, documents))
                         costs.append(size)
             if engine == ray_engine.NAME:
-                _receive(parts, _tokenizer_files(parts / "tokenizer"), jobs, costs)
+                _receive(parts, _tokenizer_files(parts / "tokenizer"), jobs, costs, own)
             else:
                 for _ in local_engine.run_jobs(_part, jobs, costs, "tokenizing", workers=workers, min_bytes=_MIN_BYTES):
                     pass
@@ -176,7 +178,7 @@ def _shards(side: _Side, files: tuple[File, ...]) -> Iterator[tuple[int, int, in
     """
     sizes, before, last = _sizes(side.path), 0, -1
     target = min(max(int(side.byte_ends[-1]) // _PARTS, _SMALLEST), _LARGEST)
-    divisible = np.array([streams.seekable(f.path) for f in files])
+    divisible = np.array([streams.seekable(f.path) and readers.get(f.format).seekable for f in files])
     first_of = np.concatenate([[0], side.byte_ends[:-1]]) // target  # the shard in which each file begins
     cuts: list[tuple[int, int]] = []  # (document, bytes before it)
     for block in catalog_lib.slices(0, len(sizes)):
@@ -268,11 +270,17 @@ def _part_remotely(
         return {path.name: path.read_bytes() for path in parts.iterdir()}
 
 
-def _receive(parts: pathlib.Path, saved: tuple[tuple[str, bytes], ...], jobs: list[_Job], costs: list[int]) -> None:
+def _receive(
+    parts: pathlib.Path,
+    saved: tuple[tuple[str, bytes], ...],
+    jobs: list[_Job],
+    costs: list[int],
+    own: Iterable[str],
+) -> None:
     """Runs the jobs of `_part` on a cluster, and writes the files of each part, NAME.npz last."""
     arguments = [(*rest, [(f, np.array(s), np.array(n)) for f, s, n in documents]) for _, *rest, documents in jobs]
     work = functools.partial(_part_remotely, saved)
-    for _, contents in ray_engine.run_jobs(work, arguments, costs, "tokenizing"):
+    for _, contents in ray_engine.run_jobs(work, arguments, costs, "tokenizing", own):
         for name in sorted(contents, key=lambda name: name.endswith(".npz")):
             with new_file(parts / name, source=f"data.cache_dir: {parts.parent}") as file:
                 file.write(contents[name])

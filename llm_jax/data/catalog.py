@@ -21,8 +21,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from llm_jax import files, objects
-from llm_jax.data import local_engine, ray_engine, shared_cache, sources
-from llm_jax.data.readers import FORMATS
+from llm_jax.data import local_engine, ray_engine, readers, shared_cache, sources
 from llm_jax.data.sources import File
 from llm_jax.data.streams import iterate
 from llm_jax.errors import UserError
@@ -81,6 +80,11 @@ class Catalog:
         """The indices of all documents, in blocks of int (n,)."""
         return (np.arange(s.start, s.stop) for s in slices(0, len(self)))
 
+    def is_cut(self) -> bool:
+        """Whether a text file has become several documents."""
+        counts = zip([0, *self.file_ends], self.file_ends, self.files, strict=False)
+        return any(file.format == "pieces" and end - begin > 1 for begin, end, file in counts)
+
     def num_bytes(self) -> int:
         """Bytes of all texts in UTF-8."""
         return sum(int(records["size"].sum()) for records in self.records)
@@ -109,7 +113,7 @@ def texts(file: File, field: str, starts: np.ndarray, sizes: np.ndarray) -> Iter
     Raises:
       UserError: the size of a text has changed since it was scanned.
     """
-    documents = FORMATS[file.format].read(file.path, field, starts, sizes)
+    documents = readers.get(file.format).read(file.path, field, starts, sizes)
     for size, text in zip(iterate(sizes), documents, strict=True):
         if len(text.encode()) != size:
             raise UserError(f"{file.path}: changed while it was being read; start again")
@@ -123,6 +127,7 @@ def read(
     workers: int,
     split_single_file: bool = True,
     engine: str = "local",
+    form: str = readers.AUTO,
 ) -> tuple[Catalog, list["SourceScan"]]:
     """The catalog of `data.source`, and the scans of its sources.
 
@@ -132,13 +137,15 @@ def read(
       workers: processes that scan; see `local_engine.run_jobs`.
       split_single_file: see `sources.files`.
       engine: "local", or "ray" (see `ray_engine`).
+      form: the option `data.format`.
 
     Raises:
       UserError: a source is missing, cannot be read, or has no text; the scan cannot be written.
     """
     names = tuple(sources.weights(source))
+    prefix, workers = len(names) > 1, local_engine.number(workers, engine, [form])
     scans = [
-        SourceScan.make(name, len(names) > 1, field, cache_dir, workers, split_single_file, engine) for name in names
+        SourceScan.make(name, form, prefix, field, cache_dir, workers, split_single_file, engine) for name in names
     ]
     sha256 = hashlib.sha256()
     for scan in scans:
@@ -183,10 +190,18 @@ class SourceScan:
 
     @classmethod
     def make(
-        cls, name: str, prefix: bool, field: str, cache_dir: str, workers: int, split_single_file: bool, engine: str
+        cls,
+        name: str,
+        form: str,
+        prefix: bool,
+        field: str,
+        cache_dir: str,
+        workers: int,
+        split_single_file: bool,
+        engine: str,
     ) -> "SourceScan":
         """Scans the files that are not in the stored scan, or have changed since."""
-        files = sources.files(name, prefix, split_single_file=split_single_file)
+        files = sources.files(name, prefix, split_single_file=split_single_file, form=form)
         stamps = _stamps(files)
         directory = shared_cache.directory(cache_dir) / "scans"
         where = "" if objects.is_object(name) else str(pathlib.Path.cwd())
@@ -204,7 +219,7 @@ class SourceScan:
                 costs = [s if isinstance(s, int) else n for s, n in (stamps[i] for i in todo)]
                 title = f"reading {name}"
                 if engine == ray_engine.NAME:
-                    scanned = ray_engine.run_jobs(_scan_remotely, jobs, costs, title)
+                    scanned = ray_engine.run_jobs(_scan_remotely, jobs, costs, title, {file.format for file in files})
                     results = {i: _append_received(scratch, digest, records) for i, (digest, records) in scanned}
                 else:
                     local = [(*job, scratch) for job in jobs]
@@ -313,7 +328,7 @@ def _scan(file: File, field: str, scratch: pathlib.Path) -> tuple[str, str, slic
 
     def scan() -> Iterator[tuple[int, int]]:
         nonlocal digest
-        digest = yield from FORMATS[file.format].scan(file.path, field)
+        digest = yield from readers.get(file.format).scan(file.path, field)
 
     path = scratch / str(os.getpid())
     documents = ((start, size) for start, size in scan() if size)

@@ -90,7 +90,7 @@ class Source:
         self.cache = shared_cache.directory(config.cache_dir)
         field = config.field if config.kind == "text" else ""
         self.catalog, self._scans = catalog.read(
-            config.source, field, config.cache_dir, config.workers, split_single_file, engine
+            config.source, field, config.cache_dir, config.workers, split_single_file, engine, config.format
         )
         self.held_out = split.EVERYTHING if whole else split.held_out(self.catalog, config.validation_fraction)
         for scan in self._scans:

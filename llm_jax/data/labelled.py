@@ -300,7 +300,7 @@ class LabelledSource:
             )
         self.config = config
         self.cache = shared_cache.directory(config.cache_dir)
-        catalog, scans = catalog_lib.read(config.source, "", config.cache_dir, config.workers)
+        catalog, scans = catalog_lib.read(config.source, "", config.cache_dir, config.workers, form=config.format)
         self._examples, self.choices = read(catalog, config.labelled)
         self.parts = {"train": [], "validation": self._examples, "test": self._examples} if whole else self._divided()
         for scan in scans:

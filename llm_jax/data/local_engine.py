@@ -5,11 +5,11 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from llm_jax import bars
+from llm_jax import bars, extensions
 from llm_jax.errors import UserError
 
 
@@ -64,6 +64,24 @@ def run_jobs(
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def number(workers: int, engine: str, parts: Iterable[str]) -> int:
+    """`workers`, or 1 if a custom part is defined in `__main__`, for example of a notebook, which others cannot import.
+
+    Args:
+      engine: "local", or "ray".
+      parts: names of parts, or specifications of custom ones.
+
+    Raises:
+      UserError: another engine than "local" would need such a part.
+    """
+    local = [part for part in parts if extensions.module_name(part) == "__main__"]
+    if local and engine != "local":
+        raise UserError(
+            f"{local[0].partition('#')[0]}: only this process has this part; define it in a file for --engine={engine}"
+        )
+    return 1 if local else workers
 
 
 def _begin() -> None:

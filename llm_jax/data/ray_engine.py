@@ -4,22 +4,26 @@ Ray starts a task anew if its process or machine fails. The cluster is that of R
 machine, or a new one of the cores of this machine. Ray neither encrypts nor authenticates its traffic by default.
 """
 
+import atexit
 import functools
 import logging
 import os
 import pathlib
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from llm_jax import bars
+from llm_jax import bars, extensions
 from llm_jax.errors import UserError
 
 NAME = "ray"
 
 
 def run_jobs(
-    work: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], costs: Sequence[int], title: str
+    work: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], costs: Sequence[int], title: str, parts: Iterable[str]
 ) -> Iterator[tuple[int, Any]]:
     """Yields (i, work(*jobs[i])) in the order in which Ray returns the results.
 
@@ -28,6 +32,7 @@ def run_jobs(
         on the files that they name only. This package is sent to the cluster; its dependencies must be installed there.
       costs: bytes of each job, for the progress bar.
       title: the label of the bar.
+      parts: names of the parts that `work` uses; the files of custom parts are sent with the jobs.
 
     Raises:
       UserError: `work` raises it, Ray is not installed, or the cluster cannot be reached or fails.
@@ -38,8 +43,9 @@ def run_jobs(
     from ray.exceptions import RayError
 
     rows = [{"index": i, "job": pickle.dumps(job)} for i, job in enumerate(jobs)]
+    sources = _sources(parts)
     try:
-        tasks = ray.data.from_items(rows, override_num_blocks=len(rows)).map(functools.partial(_result, work))
+        tasks = ray.data.from_items(rows, override_num_blocks=len(rows)).map(functools.partial(_result, work, sources))
         with bars.bar(total=sum(costs), desc=title, unit="B", unit_scale=True, leave=False, delay=0.5) as bar:
             for row in tasks.iter_rows():
                 error, value = pickle.loads(row["result"])
@@ -52,9 +58,36 @@ def run_jobs(
         raise UserError(f"{title}: Ray gave up ({reason}); the same command resumes from the finished parts") from error
 
 
-def _result(work: Callable[..., Any], row: dict[str, Any]) -> dict[str, Any]:
+def _sources(parts: Iterable[str]) -> tuple[tuple[str, bytes], ...]:
+    """(relative path, content) of the files of custom parts. Those of installed packages are not sent."""
+    names = sorted({name for part in parts if (name := extensions.module_name(part))})
+    found = [(extensions.relative_path(name), extensions.find_file(name)) for name in names]
+    return tuple((name, path.read_bytes()) for name, path in found if path and _is_below(name))
+
+
+def _is_below(name: str) -> bool:
+    path = pathlib.PurePath(name)
+    return not path.is_absolute() and ".." not in path.parts and not name.startswith("~")
+
+
+@functools.lru_cache(16)
+def _install(sources: tuple[tuple[str, bytes], ...]) -> None:
+    """Writes the files of custom parts to a directory of this process, where `extensions` reads and accepts them."""
+    directory = tempfile.mkdtemp(prefix="llm_jax_parts_")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    paths = [pathlib.Path(directory, name) for name, _ in sources]
+    for path, (_, content) in zip(paths, sources, strict=True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    sys.path.insert(0, directory)
+    allowed = [os.environ.get("LLM_JAX_ALLOW", ""), *map(str, paths)]
+    os.environ["LLM_JAX_ALLOW"] = os.pathsep.join(filter(None, allowed))
+
+
+def _result(work: Callable[..., Any], sources: tuple[tuple[str, bytes], ...], row: dict[str, Any]) -> dict[str, Any]:
     """The row of a result, on a machine of the cluster: a pickled (message of an error or "", value)."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every core has a task
+    _install(sources)
     try:
         outcome: tuple[str, Any] = "", work(*pickle.loads(row["job"]))
     except UserError as error:

@@ -2,11 +2,12 @@
 
 A format has two functions: `scan` validates the whole file and returns the positions of its documents; `read` returns
 the texts of given documents. Both keep one document, line or batch of rows in memory, and the
-whole array of a .json file.
+whole array of a .json file. `data.format` selects a format of `FORMATS`, or a custom function (`own_format`).
 """
 
 import array
 import dataclasses
+import functools
 import hashlib
 import pathlib
 import tokenize
@@ -14,7 +15,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from llm_jax.data import records
+from llm_jax import extensions
+from llm_jax.data import own_format, records
 from llm_jax.data.records import Scan
 from llm_jax.data.streams import decode, iterate, open_stream, plain_name, seekable
 from llm_jax.errors import UserError
@@ -31,11 +33,47 @@ class FileFormat:
         UserError if the file cannot be read, naming the line, row or byte.
       read: (path, field, starts, sizes) -> the texts of these documents; starts are ascending.
       whole: whether the file is one document.
+      seekable: whether `read` reads only the documents at the given positions.
     """
 
     scan: Callable[[str, str], Scan]
     read: Callable[[str, str, np.ndarray, np.ndarray], Iterator[str]]
     whole: bool = False
+    seekable: bool = True
+
+
+OPTION = "data.format"
+AUTO = "auto"  # the value of data.format that selects the format of each file by its suffix
+
+
+def get(name: str) -> FileFormat:
+    """The format with a name of `FORMATS`, or that of a specification with the hash of its source.
+
+    Raises:
+      UserError: see `extensions.load`.
+    """
+    return FORMATS[name] if name in FORMATS else _own(name)
+
+
+@functools.lru_cache(64)
+def _own(specification: str) -> FileFormat:
+    extension = extensions.load(OPTION, extensions.require_hash(OPTION, specification))
+    extension.bind(extension.target)  # checks the options
+    scan = functools.partial(own_format.scan, extension)
+    return FileFormat(scan, functools.partial(own_format.read, extension), seekable=False)
+
+
+def chosen(name: str) -> str:
+    """The value of `data.format` as a name for `get`; "" for "auto".
+
+    Raises:
+      UserError: no such format; see also `extensions.load`.
+    """
+    selected = extensions.select(OPTION, name, SELECTABLE)
+    if not isinstance(selected, extensions.Extension):
+        return "" if selected == AUTO else selected
+    get(selected.specification)
+    return selected.specification
 
 
 def format_of(path: str, alone: bool) -> str:
@@ -142,6 +180,7 @@ FORMATS = {
     "pieces": FileFormat(_scan_pieces, _read_text),
     "python": FileFormat(_scan_python, _read_python, whole=True),
 } | {name: FileFormat(scan, read) for name, (scan, read) in records.FORMS.items()}
+SELECTABLE = (AUTO, *(name for name in FORMATS if name not in ("hf", "ratings")))  # values of the option
 _BY_SUFFIX = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",

@@ -90,10 +90,11 @@ def _of_line(path: str, number: int, start: int, line: bytes, field: str) -> str
     location = f"{path}, line {number}" if number else f"{path}, byte {start}"
     text = _line_text(path, start, line)
     record = _record(location, text)
-    return _field(location, field, record) if field else text
+    return field_text(location, field, record) if field else text
 
 
-def _field(location: str, field: str, record: dict[str, Any]) -> str:
+def field_text(location: str, field: str, record: dict[str, Any]) -> str:
+    """The text in a field of a record; "" for None. Raises UserError if there is no such field, or no text in it."""
     if field not in record:
         raise UserError(f"{location}: the field '{field}' {_MISSING.format(', '.join(record) or 'none')}")
     return _text(location, field, record[field])
@@ -223,7 +224,7 @@ def _json_array(path: str, field: str, rows: np.ndarray | None) -> Iterator[tupl
     for row, record in enumerate(records):
         if not isinstance(record, dict):
             raise UserError(f"{path}, row {row}: expected a JSON object, found {type(record).__name__}")
-    yield 0, [_field(f"{path}, row {row}", field, r) for row, r in enumerate(records)] if field else records
+    yield 0, [field_text(f"{path}, row {row}", field, r) for row, r in enumerate(records)] if field else records
 
 
 def _parquet(path: str, field: str, rows: np.ndarray | None) -> Iterator[tuple[int, list[Any]]]:

@@ -26,7 +26,7 @@ class File:
       group: documents of a group are on one side of the split, because near-duplicates share a directory; "": each
         document is a group.
       path: path of the file, or name of the data set.
-      format: a name of `readers.FORMATS`.
+      format: a name for `readers.get`.
     """
 
     name: str
@@ -36,7 +36,7 @@ class File:
 
     def document(self, start: int) -> str:
         """The name of the document that begins at `start`."""
-        return self.name if readers.FORMATS[self.format].whole else f"{self.name}:{start}"
+        return self.name if readers.get(self.format).whole else f"{self.name}:{start}"
 
     def stamp(self) -> tuple[int | str, int]:
         """(bytes, time of the last change in nanoseconds), by which a changed file is recognized."""
@@ -73,7 +73,13 @@ def weights(source: str) -> dict[str, float]:
     return by_name
 
 
-def files(source: str, prefix: bool = False, option: str = "data.source", split_single_file: bool = True) -> list[File]:
+def files(
+    source: str,
+    prefix: bool = False,
+    option: str = "data.source",
+    split_single_file: bool = True,
+    form: str = readers.AUTO,
+) -> list[File]:
     """The files of one source, sorted by name. Every option and flag that names text is resolved here.
 
     "stdlib" is the source code of the running Python's standard library, each package a group; "asset:NAME" is one of
@@ -86,30 +92,36 @@ def files(source: str, prefix: bool = False, option: str = "data.source", split_
       prefix: whether names begin with the source, which makes them unique among several sources.
       option: the option or flag that names the source, for error messages.
       split_single_file: whether the only file of a source is cut, if it holds text.
+      form: the option `data.format`, which applies to all files.
 
     Raises:
-      UserError: there is no such asset, file or directory.
+      UserError: there is no such asset, file, directory or format.
     """
+    chosen = readers.chosen(form)
+    if chosen and source.startswith("hf:"):
+        raise UserError(f"{readers.OPTION}={form} applies to files; {option}={source} is a data set of datasets")
     if source == "stdlib":
-        files = _stdlib()
+        files = [dataclasses.replace(f, format=chosen or f.format) for f in _stdlib()]
     elif source.startswith("hf:"):
         files = [File(source, "", source[3:], "hf")]
     elif objects.is_object(source):
         objects.check(objects.path(source))
         addresses = objects.glob(source)
         visible = [name for name in addresses if not any(part.startswith(".") for part in name.split("/"))]
-        files = [_file(addresses[name], name, alone=addresses[name] == source) for name in visible]
+        files = [_file(addresses[name], name, addresses[name] == source, chosen) for name in visible]
         if not files:
             raise UserError(f"{option}={source}: no such object or directory, and no object matches it as a glob")
     else:
         path = assets.locate(source)
         if path.is_file():
-            files = [_file(path, path.name, alone=True, form=_asset_format(source))]
+            files = [_file(path, path.name, True, chosen or _asset_format(source))]
         elif path.is_dir():
-            files = [_file(p, p.relative_to(path).as_posix()) for p in _visible_files(path, option, source)]
+            files = [
+                _file(p, p.relative_to(path).as_posix(), False, chosen) for p in _visible_files(path, option, source)
+            ]
         else:
             names = glob.glob(str(path), recursive=True)
-            files = [_file(pathlib.Path(n), n) for n in names if pathlib.Path(n).is_file()]
+            files = [_file(pathlib.Path(n), n, False, chosen) for n in names if pathlib.Path(n).is_file()]
             if not names:
                 raise UserError(_missing(source, option))
     if not split_single_file:
@@ -183,7 +195,7 @@ def _visible_files(directory: pathlib.Path, option: str, source: str) -> list[pa
         raise
 
 
-def _file(path: str | pathlib.Path, name: str, alone: bool = False, form: str = "") -> File:
+def _file(path: str | pathlib.Path, name: str, alone: bool, form: str) -> File:
     name = streams.plain_name(pathlib.PurePosixPath(name)).as_posix() if alone else name
     form = form or readers.format_of(str(path), alone)
-    return File(name, name if readers.FORMATS[form].whole else "", str(path), form)
+    return File(name, name if readers.get(form).whole else "", str(path), form)

@@ -107,13 +107,13 @@ def check_same_text(held_out_texts: Sequence[Any]) -> None:
     """
     first = held_out_texts[0]
     for other in held_out_texts[1:]:
-        for key in ("source", "kind", "field", "validation_fraction", "labelled"):
+        for key in ("source", "kind", "format", "field", "validation_fraction", "labelled"):
             values = [getattr(held_out.data, key) for held_out in (first, other)]
             ignored = (key == "labelled" and first.data.kind != "labelled") or (
                 key == "validation_fraction" and first.is_whole_text
             )
             if values[0] != values[1] and not ignored:
-                cure = "give --kind and --field" if first.is_whole_text else "give --data=FILE"
+                cure = "give --kind, --format and --field" if first.is_whole_text else "give --data=FILE"
                 raise UserError(
                     f"--checkpoint={first.name} and --checkpoint={other.name} are not measured on the same text "
                     f"(data.{key} is {values[0]!r} and {values[1]!r}); {cure}"

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from llm_jax import trees, weights
 from llm_jax.errors import UserError
 from llm_jax.lora.adapt import attach, by_path, check, node
-from llm_jax.weights import IN, Adapted, Decomposed, FakeQuant, QTensor, quantized
+from llm_jax.weights import IN, Adapted, Decomposed, FakeQuant
 
 
 def materialize(base: trees.Tree, adapters: trees.Tree, *, factors: str = "") -> dict[str, Any]:
@@ -83,9 +83,9 @@ def merge_attached(params: trees.Tree) -> tuple[dict[str, Any], dict[str, float]
 def _folded(weight: Adapted | Decomposed) -> tuple[Any, tuple[jax.Array, ...]]:
     """The merged weight, and the squared norms of its rounding error and of the update."""
     merged, q = weight.dense(), (weight.weight if isinstance(weight, Decomposed) else weight).base
-    if not isinstance(q, QTensor):
+    if not weights.is_quantized(q):
         return merged, ()
-    requantized = quantized.to_qtensor(merged, q.scheme, q.axis)
+    requantized = weights.quantize(merged, q.scheme, q.axis)
     lost, added = weights.dense(requantized) - merged, merged - weights.dense(q)
     return requantized, (jnp.sum(jnp.square(lost)), jnp.sum(jnp.square(added)))
 

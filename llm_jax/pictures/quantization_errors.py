@@ -98,8 +98,8 @@ def quantization(params: Any, schemes: Sequence[str] = SCHEMES, head: bool = Fal
     errors, sizes = np.zeros((len(schemes), len(paths))), np.array([flat[path].size for path in paths])
     num_bytes = np.zeros(len(schemes))
     for i, path in enumerate(bars.bar(paths, "quantizing", leave=False, delay=2)):
-        for s, name in enumerate(schemes):
-            error, q = _error(flat[path], name, post_training.axis(path))
+        for s in range(len(schemes)):
+            error, q = _error(flat[path], plans[s][path], post_training.axis(path))
             errors[s, i] = float(error)
             num_bytes[s] += weights.num_bytes(q)
     return QuantizationErrors(tuple(schemes), paths, sizes, errors, 8 * num_bytes / sizes.sum())
@@ -109,6 +109,6 @@ def quantization(params: Any, schemes: Sequence[str] = SCHEMES, head: bool = Fal
 def _error(weight: jax.Array, scheme: str, axis: int) -> tuple[jax.Array, Any]:
     """The relative error, float32 (), and the quantized weight."""
     w = weight.astype(jnp.float32)
-    input_scale = jnp.float32(1) if number_formats.scheme(scheme).activations == "static" else None
-    q = quantized.to_qtensor(w, scheme, axis, input_scale=input_scale)
+    is_static = number_formats.scheme(scheme).activations == "static"
+    q = quantized.quantize(w, scheme, axis, **({"input_scale": jnp.float32(1)} if is_static else {}))
     return jnp.linalg.norm(w - weights.dense(q)) / jnp.maximum(jnp.linalg.norm(w), 1e-30), q

@@ -12,6 +12,7 @@ A method is a function (w, scheme, axis, inputs, act_order) -> QTensor that can 
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -77,8 +78,13 @@ def objective(w: jax.Array, q: QTensor, inputs: InputStatistics) -> jax.Array:
     return jnp.sum((inputs.gram @ change) * change, 0)
 
 
-def absmax(w: jax.Array, scheme: str, axis: int, inputs: InputStatistics | None, act_order: bool) -> QTensor:
-    """Absmax scales: the largest magnitude of every group is represented by the largest code."""
+def absmax(w: jax.Array, scheme: str, axis: int, inputs: InputStatistics | None, act_order: bool) -> Any:
+    """Absmax scales: the largest magnitude of every group is represented by the largest code.
+
+    A number format of the user's own encodes the weight instead, and has no other method.
+    """
+    if number_formats.scheme(scheme).own:
+        return quantized.quantize(w, scheme, axis)
     return quantized.to_qtensor(w, scheme, axis, input_scale=_input_scale(scheme, inputs))
 
 
@@ -230,7 +236,7 @@ def gptq(w: jax.Array, scheme: str, axis: int, inputs: InputStatistics | None, a
 
 
 # Name -> (method, whether it needs calibration statistics).
-METHODS: dict[str, tuple[Callable[..., QTensor], bool]] = {
+METHODS: dict[str, tuple[Callable[..., Any], bool]] = {
     "absmax": (absmax, False),
     "percentile": (percentile, False),
     "mse": (mse, False),

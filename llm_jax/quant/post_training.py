@@ -13,7 +13,7 @@ from llm_jax import trees, weights
 from llm_jax.errors import UserError
 from llm_jax.kernels import number_formats
 from llm_jax.schema import QuantConfig, Rules
-from llm_jax.weights import IN, OUT, FakeQuant, QTensor, quantized
+from llm_jax.weights import IN, OUT, Encoded, FakeQuant, QTensor, quantized
 
 # Never quantized by default: vectors, and small tables that are only added to activations.
 _DENSE = r".*norm/.*|.*_bias|(.*/)?position_.*|embed/types"
@@ -32,15 +32,15 @@ def rules(scheme: str, head: str, first: Rules = ()) -> Rules:
 
 
 def plan(params: Any, chosen: Rules, source: str) -> dict[str, str]:
-    """The scheme of every weight, "" for weights that stay dense: {path: scheme}.
+    """The scheme of every weight, "" for weights that stay dense: {path: scheme}; with hashes, see `own_format`.
 
     Args:
       params: in any layout; may be abstract.
       source: config key or flags of the rules, for error messages.
 
     Raises:
-      UserError: a rule matches nothing or names an unknown scheme, a group does not divide the inputs of a weight, or a
-        weight is not a matrix or is quantized already.
+      UserError: a rule matches nothing or names an unknown scheme, a group does not divide the inputs of a weight, a
+        format of the user's own returns wrong shapes, or a weight is not a matrix or is quantized already.
     """
     matched = trees.match(chosen, params, source)
     for path, weight in trees.flatten(params).items():
@@ -50,7 +50,7 @@ def plan(params: Any, chosen: Rules, source: str) -> dict[str, str]:
         if not name:
             continue
         s = number_formats.scheme(name)
-        if isinstance(weight, (QTensor, FakeQuant)):
+        if isinstance(weight, (QTensor, Encoded, FakeQuant)):
             raise UserError(f"{source}: '{path}' is quantized already ({weight.scheme}); start from the full weights")
         if isinstance(weight, weights.Node):
             raise UserError(f"{source}: '{path}' has adapters ({type(weight).__name__}); merge them first")
@@ -61,6 +61,9 @@ def plan(params: Any, chosen: Rules, source: str) -> dict[str, str]:
             )
         if reason := number_formats.unsupported_reason(s, weight.shape[axis(path)]):
             raise UserError(f"{source}: {name} for '{path}': {reason}")
+        if s.own:
+            s.own.check(tuple(weight.shape[-2:]), axis(path))
+            matched[path] = s.own.specification
     return matched
 
 
@@ -90,9 +93,9 @@ def quantize_params(params: Any, chosen: Rules, source: str) -> dict[str, Any]:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _rounded(weight: jax.Array, scheme: str, axis: int, stacked: bool) -> QTensor:
+def _rounded(weight: jax.Array, scheme: str, axis: int, stacked: bool) -> Any:
     """Quantizes stacked layers one after the other, because NF4 needs temporary arrays of twice their size."""
-    quantize_layer = functools.partial(quantized.to_qtensor, scheme=scheme, axis=axis)
+    quantize_layer = functools.partial(quantized.quantize, scheme=scheme, axis=axis)
     return jax.lax.map(quantize_layer, weight) if stacked else quantize_layer(weight)
 
 
@@ -104,7 +107,7 @@ def quantize_base(params: Any, config: QuantConfig) -> Any:
 
 
 def replace_fake_quant(params: Any) -> dict[str, Any]:
-    """The parameters with every `FakeQuant`, nested ones included, replaced by its QTensor."""
+    """The parameters with every `FakeQuant`, nested ones included, replaced by its quantized weight."""
 
     def finish_node(node: Any) -> Any:
         return node.quantized() if isinstance(node, FakeQuant) else node
@@ -132,6 +135,8 @@ def check_finite(params: Any, source: str) -> None:
 def unsupported_reason(name: str) -> str:
     """The reason why the default backend cannot run a scheme, or "". Compiles and runs a small product."""
     s = number_formats.scheme(name)
+    if s.own:  # operations of XLA, for the shapes that it has been checked with
+        return ""
     size = max(s.group, 32)
     input_scale = jnp.float32(1) if s.activations == "static" else None
 

@@ -34,7 +34,7 @@ def differences(runs: Sequence[RunRecord], limit: int, token_losses: Callable[..
     for name, config in zip(names, configs, strict=True):
         if not config.model.causal or config.loss.masked != "none":
             raise UserError(f"--tokens compares losses of next tokens; {name} does not predict them")
-    for key in ("source", "kind", "field", "validation_fraction"):
+    for key in ("source", "kind", "format", "field", "validation_fraction"):
         values = [getattr(config.data, key) for config in configs]
         if values[0] != values[1]:
             raise UserError(

@@ -309,7 +309,7 @@ def repetitions(runs: Sequence[RunRecord]) -> str:
 
 
 def _data(run: RunRecord) -> str:
-    return json.dumps([run.config[key] for key in ("data.source", "data.field", *_HELD_OUT)])
+    return json.dumps([run.config[key] for key in ("data.source", "data.format", "data.field", *_HELD_OUT)])
 
 
 def differing_options(runs: Sequence[RunRecord]) -> list[str]:

@@ -50,6 +50,9 @@ class DataConfig:
     # "stdlib", asset:NAME, hf:NAME, a file, a directory or a glob; several as A,B,... or A@WEIGHT,B@WEIGHT,...
     source: str
     kind: str  # "text", "instructions" (loss on the answers), "preferences" (pairs), "labelled" (texts with a label)
+    # how files are divided into documents: "auto" (by their suffixes), "text" (a document), "pieces" (at line breaks),
+    # "python", "jsonl", "json", "csv", "tsv", "parquet" or FILE:NAME (see CONTRIBUTING.md)
+    format: str
     field: str  # name of the text field of a record (JSON lines, Parquet, hf:NAME) with kind="text"
     validation_fraction: Share  # share of the bytes held out for validation, in groups of documents; 0: none
     cache_dir: str  # directory of tokenized corpora and trained tokenizers; "": ~/.cache/llm_jax

@@ -330,8 +330,16 @@ def _last(key: str) -> str:
 
 
 def _similar(key: str, cls: Any) -> str:
-    """The option whose dotted name, or whose name without the section, is nearest to that of `key`; "" if none is."""
-    options = list(keys(cls))
+    """The option whose dotted name, or whose name without the section, is nearest to that of `key`; "" if none is.
+
+    Options of the same section come first; those of other sections must have nearly the same name.
+    """
+    options, section = list(keys(cls)), key.rpartition(".")[0]
+    if inside := [option for option in options if section and option.rpartition(".")[0] == section]:
+        least = {option: 0.6 if option in inside else 0.8 for option in options}
+        ratios = {option: _similarity(_last(option), _last(key)) for option in options}
+        near = [option for option in options if ratios[option] >= least[option]]
+        return max(near, key=lambda option: ratios[option] + 0.2 * (option in inside), default="")
     similarity = {option: max(_similarity(option, key), _similarity(_last(option), _last(key))) for option in options}
     best = max(options, key=lambda option: (similarity[option], _similarity(option, key)))
     return best if similarity[best] >= 0.6 else ""

@@ -12,15 +12,18 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+import jax
+
 from llm_jax import checkpoints, configuration, extensions, objects, tokenizers, trees
 from llm_jax.checkpoints import Checkpoint, abstract_params
 from llm_jax.errors import UserError
 from llm_jax.model import positions
 from llm_jax.model.transformer import Transformer
 from llm_jax.parallel import processes
+from llm_jax.quant import post_training
 from llm_jax.schema import Config, ModelConfig, choice, resuming
 from llm_jax.tokenizers import Tokenizer
-from llm_jax.training import losses, machine_choice, optim, without_effect
+from llm_jax.training import machine_choice, optim, without_effect
 
 # Options of a model that change neither its weights nor, up to rounding, its outputs. The run determines them, not the
 # checkpoint of `init_from`.
@@ -86,6 +89,9 @@ def find(config: Config, workdir: pathlib.Path | None = None) -> Start:
         raise UserError(f"init_from={config.init_from}: no such checkpoint; {_NO_CHECKPOINT[config.init_from]}")
     if config.init_from and (config.lora.rank or not saved):
         origin = checkpoints.open_base(config.init_from)
+    if origin and config.lora.rank:  # before the weights and the text are read
+        shapes = abstract_params(Transformer(dataclasses.replace(origin.config, scan_layers=False)))
+        jax.eval_shape(lambda base: post_training.quantize_base(base, config.quant), shapes)
     if config.init_from and saved and recorded:  # a resumed run uses the model of its own checkpoint
         config = _from_checkpoint(config, recorded.model, tokenizers.load(saved / "tokenizer"), str(workdir))
     elif origin:
@@ -146,11 +152,8 @@ def _last_checkpoint(config: Config, workdir: pathlib.Path) -> _Last:
 
 def _with_hashes(config: Config) -> dict[str, Any]:
     """Returns {key: specification with the hash of its source} for the custom parts of a configuration."""
-    tables: tuple[Any, ...] = (positions.SCHEMES, tokenizers.KINDS, optim.OPTIMIZERS, losses.KINDS)
     values = configuration.flat(config)
-    recorded = {
-        key: extensions.pinned(key, values[key], table) for key, table in zip(extensions.KEYS, tables, strict=True)
-    }
+    recorded = {key: extensions.pinned(key, values[key]) for key in extensions.KEYS}
     return {key: value for key, value in recorded.items() if value != values[key]}
 
 

@@ -1,5 +1,6 @@
 """Weights as typed values: dense arrays, low-rank adapters and quantized weights with `dot`, `take` and `dense`."""
 
+from llm_jax.weights.encoded import Encoded
 from llm_jax.weights.low_rank import Adapted, Decomposed, InputDropout, repeat_rows
 from llm_jax.weights.nodes import (
     NODES,
@@ -29,6 +30,7 @@ from llm_jax.weights.quantized import (
     bits_per_weight,
     dots,
     is_quantized,
+    quantize,
     to_qtensor,
     with_activations,
 )
@@ -40,6 +42,7 @@ __all__ = [
     "OUT",
     "Adapted",
     "Decomposed",
+    "Encoded",
     "FakeQuant",
     "Gathered",
     "InputDropout",
@@ -59,6 +62,7 @@ __all__ = [
     "kind",
     "num_bytes",
     "partition",
+    "quantize",
     "reduce_first",
     "repeat_rows",
     "summary",

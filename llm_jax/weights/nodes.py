@@ -13,6 +13,7 @@ contain other nodes, so that kinds compose, and the model has no code for any of
     Adapted(array, Dropped(a), b)               LoRA with dropout
     Decomposed(Adapted(array, a, b), m, n)      DoRA
     QTensor(codes, scale)                       quantized after training (`quantized.py`, which also has the next)
+    Encoded(parts)                              quantized by a number format of the user's own (`encoded.py`)
     FakeQuant(array)                            quantization-aware training
     Adapted(QTensor, a, b)                      QLoRA
     Adapted(array, FakeQuant(a), FakeQuant(b))  low-rank factors in 8 bits
@@ -33,7 +34,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec as P
 
-from llm_jax import trees
+from llm_jax import extensions, trees
 from llm_jax.errors import UserError
 from llm_jax.kernels import cpu_dense, native
 
@@ -264,6 +265,8 @@ def summary(w: Any) -> str:
             if v is not None
         )
         return f"{type(w).__name__}({', '.join(parts)})"
+    if isinstance(w, Mapping):
+        return f"({', '.join(f'{name}={summary(part)}' for name, part in w.items())})"
     return f"{w.dtype}{list(w.shape)}" if hasattr(w, "dtype") and hasattr(w, "shape") else repr(w)
 
 
@@ -281,14 +284,19 @@ def abstract(record: Mapping[str, Any] | None) -> Any:
     """The weight described by a record of `trees.describe`, with `jax.ShapeDtypeStruct` leaves.
 
     Raises:
-      UserError: the record names a kind of node that this version does not have.
+      UserError: the record names a kind of node that this version does not have, or a number format of the user's
+        own whose file is missing or has changed.
     """
     if record is None:
         return None
+    if "parts" in record:
+        return {name: abstract(part) for name, part in record["parts"].items()}
     if "node" not in record:
         return jax.ShapeDtypeStruct(tuple(record["shape"]), record["dtype"])
     if record["node"] not in NODES:
         raise UserError(f"weights of the kind '{record['node']}' are unknown to this version of llm_jax")
+    for scheme in extensions.specifications(record["static"].get("scheme")):  # the file may have changed since its use
+        extensions.load("scheme", extensions.require_hash("scheme", scheme))
     static = {name: tuple(v) if isinstance(v, list) else v for name, v in record["static"].items()}
     return NODES[record["node"]](**static, **{name: abstract(field) for name, field in record["fields"].items()})
 

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from llm_jax import trees
 from llm_jax.errors import UserError
 from llm_jax.kernels import matmul, number_formats
+from llm_jax.weights.encoded import Encoded, no_gradient
 from llm_jax.weights.nodes import Node, Weight, cast, decay_mask, dense, dot, num_bytes, partition, take
 
 # Letters of shapes: I in, O out, G groups.
@@ -122,9 +123,11 @@ def to_qtensor(
       input_scale: float32 (...), for a scheme with static activations.
 
     Raises:
-      UserError: the scheme does not exist.
+      UserError: the scheme does not exist, or is one of the user's own; see `quantize` for it.
     """
     s = number_formats.scheme(scheme)
+    if s.own:
+        raise s.own.extension.error("it gives no QTensor; weights.quantize encodes arrays by any scheme")
     if smooth is not None:
         w = w / smooth.astype(w.dtype)[..., None]
     if scale is None:
@@ -137,6 +140,22 @@ def to_qtensor(
         other = IN + OUT - axis
         stored = to_qtensor(stored, number_formats.nested(s, stored.shape[other]), other)
     return QTensor(codes, stored, offset, smooth, input_scale, scheme, axis)
+
+
+def quantize(w: jax.Array, scheme: str, axis: int, **options: Any) -> QTensor | Encoded:
+    """Quantizes an array by any scheme.
+
+    Args:
+      w: float (..., I, O).
+      scheme: a name that `number_formats.scheme` accepts.
+      axis: IN or OUT, the axis of the groups.
+      options: see `to_qtensor`; formats of the user's own have none.
+
+    Raises:
+      UserError: see `number_formats.scheme`.
+    """
+    own = number_formats.scheme(scheme).own
+    return Encoded.encode(w, own, axis) if own else to_qtensor(w, scheme, axis, **options)
 
 
 def with_activations(params: Any, activations: str) -> Any:
@@ -176,8 +195,8 @@ def with_activations(params: Any, activations: str) -> Any:
 
 
 def is_quantized(weight: Weight) -> bool:
-    """Whether `weight` is stored as codes of a number format."""
-    return isinstance(weight, QTensor)
+    """Whether `weight` is stored in a number format."""
+    return isinstance(weight, QTensor | Encoded)
 
 
 def bits_per_weight(weight: Any) -> float:
@@ -252,13 +271,7 @@ def _quantized_dots_backward(transposed, out_dtype, accumulate, saved, gs):
     for g, q in zip(reversed(gs), reversed(qs), strict=True):  # the order of separate products
         g = g.astype(like.dtype)
         dxs += matmul.expanded_products(g, [q._stored()], s, q.axis, contracted, accumulate, like.dtype)
-    return functools.reduce(jnp.add, dxs), jax.tree.map(_no_gradient, qs)
-
-
-def _no_gradient(leaf: jax.Array) -> Any:
-    if jnp.issubdtype(leaf.dtype, jnp.inexact):
-        return jnp.zeros_like(leaf)
-    return np.zeros(leaf.shape, jax.dtypes.float0)
+    return functools.reduce(jnp.add, dxs), jax.tree.map(no_gradient, qs)
 
 
 _quantized_dots.defvjp(_quantized_dots_forward, _quantized_dots_backward)
@@ -291,9 +304,9 @@ class FakeQuant(Node):
     def shape(self) -> tuple[int, ...]:
         return self.weight.shape
 
-    def quantized(self) -> QTensor:
-        """The QTensor of the trained weight."""
-        return to_qtensor(dense(self.weight), self.scheme, self.axis, scale=self.step, input_scale=self.input_scale)
+    def quantized(self) -> QTensor | Encoded:
+        """The trained weight, quantized."""
+        return quantize(dense(self.weight), self.scheme, self.axis, scale=self.step, input_scale=self.input_scale)
 
     def dot(self, x: jax.Array, transposed: bool, out_dtype: Any, accumulate: Any) -> jax.Array:
         s = number_formats.scheme(self.scheme)

@@ -35,7 +35,8 @@ def stuck(*given, **options):
 if __name__ == "__main__":
     build._SMALLEST = 20_000
     if len(sys.argv) > 4:
-        build.local_engine = types.SimpleNamespace(run_jobs=stuck)  # of the tokenizing, not of the scan
+        # of the tokenizing, not of the scan
+        build.processes = types.SimpleNamespace(each=stuck, number=local_engine.number)
     source = Source(data_config(sys.argv[1], sys.argv[2], workers=int(sys.argv[3])))
     print("scanned", flush=True)
     source.corpus(tokenizers.get("byte").train([], 0))

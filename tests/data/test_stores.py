@@ -34,7 +34,7 @@ def contents(directory):
     return {p.relative_to(directory).as_posix(): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
 
 
-def inline(work, jobs, costs, title):
+def inline(work, jobs, costs, title, parts):
     """Like `ray_engine.run_jobs`, in this process and from the last job to the first."""
     for i in reversed(range(len(jobs))):
         yield i, pickle.loads(pickle.dumps(work(*pickle.loads(pickle.dumps(jobs[i])))))

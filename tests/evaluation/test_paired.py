@@ -198,7 +198,7 @@ def test_what_cannot_be_paired_is_refused_in_one_line(tiny, monkeypatch):
         ([held_out(tiny), held_out(tiny, other)], r"\(data.validation_fraction is .* and 0.5\); give --data=FILE"),
         (
             [held_out(tiny, is_whole_text=True), held_out(tiny, dataclasses.replace(other, kind="labelled"), True)],
-            r"\(data.kind is 'text' and 'labelled'\); give --kind and --field",
+            r"\(data.kind is 'text' and 'labelled'\); give --kind, --format and --field",
         ),
     ):
         with pytest.raises(UserError, match=message):

@@ -14,7 +14,7 @@ from llm_jax.checkpoints import Loaded, generation_config
 from llm_jax.decoding.complete import complete
 from llm_jax.decoding.options import DecodingOptions
 from llm_jax.errors import UserError
-from llm_jax.schema import value_names
+from llm_jax.schema import option_names, value_names
 from llm_jax.tokenizers.hub import HubTokenizer
 from tests.tokenizers import forms
 
@@ -318,3 +318,19 @@ def test_sampling_options_in_the_metadata_of_gguf_files():
     assert generation_config.to_gguf(sampled)[0]["general.sampling.penalty_last_n"] == -1
     wrong = {"top_k": 10**400, "top_p": 10**400, "min_p": "a", "typical_p": 0.5, "eos_token_id": 3}
     assert generation_config.to_gguf(wrong) == ({}, ["top_k", "top_p", "min_p", "typical_p"])
+
+
+@pytest.mark.parametrize(
+    ("key", "phrase"),
+    {
+        "data.formt": "did you mean 'data.format'?",
+        "data.sorce": "did you mean 'data.source'?",
+        "data.remat": "did you mean 'model.remat'?",  # the name of an option of another section
+        "data.shape": "--help-config describes the options",
+        "model.formatt": "did you mean 'data.format'?",
+        "model.numheads": "did you mean 'model.num_heads'?",
+        "modl.withd": "did you mean 'model.width'?",
+    }.items(),
+)
+def test_suggestions_prefer_the_section(key, phrase):
+    assert option_names.nearest(key) == phrase
