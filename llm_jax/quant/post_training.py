@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llm_jax import trees, weights
+from llm_jax import extensions, trees, weights
 from llm_jax.errors import UserError
 from llm_jax.kernels import number_formats
 from llm_jax.schema import QuantConfig, Rules
@@ -43,6 +43,8 @@ def plan(params: Any, chosen: Rules, source: str) -> dict[str, str]:
         format of the user's own returns wrong shapes, or a weight is not a matrix or is quantized already.
     """
     matched = trees.match(chosen, params, source)
+    for text in {text for name in matched.values() for text in extensions.specifications(name)}:
+        extensions.load("scheme", text)  # the file may have changed since its use
     for path, weight in trees.flatten(params).items():
         name = matched[path]
         if not isinstance(name, str):

@@ -215,6 +215,8 @@ def test_an_edited_file_is_another_format(directory):
     second = weights.quantize(w, STEPS, IN)
     assert first.scheme != second.scheme and jnp.max(jnp.abs(first.dense() - second.dense())) > 0.05
     np.testing.assert_allclose(first.dense(), expected(w, IN), rtol=1e-6, atol=1e-6)  # the code that encoded it
+    recorded = (((".*", first.scheme),),)  # of the base of adapters
+    assert "has changed since the checkpoint" in refused(lambda: post_training.plan({"mlp": w}, *recorded, "test"))
 
 
 CASES = {
