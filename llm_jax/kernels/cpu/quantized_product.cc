@@ -9,9 +9,11 @@
 #include <cstdint>
 #include <cstring>
 #include <thread>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
+#include "integers.h"
 #include "machine.h"
 #include "parts.h"
 #include "product.h"
@@ -22,6 +24,10 @@ namespace llm_jax {
 #include "every_path.h"
 
 #if LLM_JAX_X86
+LLM_JAX_TARGET("avx2,fma,f16c")
+#include "quads_avx2.h"
+#include "quantized_avx2.h"
+LLM_JAX_END_TARGET
 LLM_JAX_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")
 #include "vnni_loads.h"
 #include "vnni_operands.h"
@@ -55,6 +61,22 @@ static void Run(const Product* products, int64_t count, Path path, int64_t threa
           const Part& part = parts[i];
           const Product& p = products[part.weight];
           if (!prepared.finite.empty()) vnni::Outputs(p, planes, prepared, part.begin, part.end);
+          for (int64_t row : prepared.others) FloatOutputs(p, path, row, part.begin, part.end);
+        },
+        schedule);
+    return;
+  }
+  const avx2::Values values = avx2::ValuesOf(products[0]);
+  if ((path == kAvx2 || path == kAvx512) && avx2::Has(products[0], values)) {
+    thread_local avx2::Activations activations;  // keeps its memory from call to call
+    avx2::Prepare(products[0], values, &activations);
+    const avx2::Activations& prepared = activations;
+    InParallel(
+        parts.size(), useful, true,
+        [&](int64_t i) {
+          const Part& part = parts[i];
+          const Product& p = products[part.weight];
+          if (!prepared.finite.empty()) avx2::Outputs(p, values, prepared, part.begin, part.end);
           for (int64_t row : prepared.others) FloatOutputs(p, path, row, part.begin, part.end);
         },
         schedule);
