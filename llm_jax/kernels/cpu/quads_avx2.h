@@ -216,4 +216,15 @@ static inline void InOrder(const __m256* f, __m256* ordered) {
   ordered[1] = _mm256_permute2f128_ps(f[0], f[1], 0x31);
 }
 
+// Calls run(the format of the codes), a null pointer that has its type.
+template <typename Run>
+static void WithFormat(const Product& p, bool table, const Run& run) {
+  if (p.bits == 8 && p.kind == kInt8) return run(static_cast<Words<8, true, false>*>(nullptr));
+  if (p.bits == 8) return run(static_cast<Words<8, false, false>*>(nullptr));
+  if (p.bits == 4 && table) return run(static_cast<Words<4, true, true>*>(nullptr));
+  if (p.bits == 4) return run(static_cast<SmallCodes<4>*>(nullptr));
+  if (table) return run(static_cast<Words<2, true, true>*>(nullptr));
+  run(static_cast<SmallCodes<2>*>(nullptr));
+}
+
 }  // namespace avx2

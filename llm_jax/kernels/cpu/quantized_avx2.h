@@ -320,17 +320,6 @@ static void Rows(const Product& p, const Values& values, const Activations& a, i
   }
 }
 
-// Calls run(the format of the codes), a null pointer that has its type.
-template <typename Run>
-static void WithFormat(const Product& p, bool table, const Run& run) {
-  if (p.bits == 8 && p.kind == kInt8) return run(static_cast<Words<8, true, false>*>(nullptr));
-  if (p.bits == 8) return run(static_cast<Words<8, false, false>*>(nullptr));
-  if (p.bits == 4 && table) return run(static_cast<Words<4, true, true>*>(nullptr));
-  if (p.bits == 4) return run(static_cast<SmallCodes<4>*>(nullptr));
-  if (table) return run(static_cast<Words<2, true, true>*>(nullptr));
-  run(static_cast<SmallCodes<2>*>(nullptr));
-}
-
 static void Prepare(const Product& p, const Values& values, Activations* a) {
   WithFormat(p, values.table, [&](auto* f) { Prepare<std::remove_pointer_t<decltype(f)>>(p, values, a); });
 }
