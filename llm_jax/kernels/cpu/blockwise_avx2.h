@@ -108,7 +108,6 @@ static inline __m256 AddScaled(__m256 acc, __m256 scale, __m256 of_weight, __m25
 
 // A tile of outputs and one panel, where codes lie by inputs.
 struct TileOfPanel {
-  Tile codes;
   int64_t panel, column, width, quads;
   alignas(32) float scales[kColumns], offsets[kColumns];
 };
@@ -182,18 +181,24 @@ static void Columns(const Product& p, const Blocks& blocks, const SignedValues& 
   const Format format(v.bytes);
   const bool few = last_row - first_row <= kFewRows;
   alignas(32) __m256i expanded[kBlock / 4 * OPERANDS * 2];
-  alignas(32) uint8_t copy[kBlock * kColumns];
+  alignas(64) uint8_t copy[kBlock * kLine];
   TileOfPanel t;
   const auto tile = [&](int64_t j, int64_t column) {
     const Panel& panel = blocks.panels[j];
     const uint8_t* w = p.codes + panel.begin * p.outputs + column;
     t.panel = j, t.column = column, t.width = std::min(kColumns, end - column), t.quads = (panel.size + 3) / 4;
-    t.codes = TileOf(w, p.outputs, panel.size, p.outputs - column, copy);
+    const uint8_t* codes_of_tile = copy + (column - begin) % kLine;
+    if (few) {
+      if (codes_of_tile == copy) CopyTile(w, p.outputs, panel.size, end - column, copy);
+    } else {
+      codes_of_tile = copy;
+      CopyTile(w, p.outputs, panel.size, t.width, copy);
+    }
     LoadScales(p.scale, panel.group, column, t.width, t.scales);
     if (p.offset.kind != kNone) LoadScales(p.offset, panel.group, column, t.width, t.offsets);
     for (int64_t half = 0; half < 2 && 8 * half < t.width; ++half) {
       __m256i quads[2];
-      const auto load = [&](int64_t q) { LoadQuads(t.codes.w + 4 * q * t.codes.stride, t.codes.stride, half, quads); };
+      const auto load = [&](int64_t q) { LoadQuads(codes_of_tile + 4 * q * kLine, half, quads); };
       const auto codes = [&](int i, __m256i* out) { out[0] = format.Expand(quads[0], i), out[1] = format.Expand(quads[1], i); };
       if (last_row - first_row == 1) {
         HalfTile<Format, 1>(p, blocks, v.zero, r, a, t, first_row, half, load, codes);

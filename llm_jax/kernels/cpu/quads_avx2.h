@@ -8,6 +8,7 @@
 namespace avx2 {
 
 constexpr int64_t kColumns = 32;     // outputs of a tile where codes lie by inputs
+constexpr int64_t kLine = 64;        // outputs whose codes are copied together
 constexpr int64_t kPanelBytes = 64;  // most rows of codes of a tile
 constexpr int64_t kAheadBytes = 4096;  // that are fetched in advance where codes lie by outputs
 
@@ -22,8 +23,10 @@ struct SmallCodes {
     return _mm256_and_si256(_mm256_srli_epi16(v, BITS * i), _mm256_set1_epi8((1 << BITS) - 1));
   }
   static __m256i MultiplyAdd(__m256i w, __m256i x, __m256i sum) { return _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, x)); }
-  static __m256i Widen(__m256i sum) { return _mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
-  static __m256i Sum(__m256i x) { return Widen(_mm256_maddubs_epi16(_mm256_set1_epi8(1), x)); }
+  static __m256i AddTo(__m256i total, __m256i sum) {
+    return _mm256_add_epi32(total, _mm256_madd_epi16(sum, _mm256_set1_epi16(1)));
+  }
+  static __m256i Sum(__m256i x) { return AddTo(_mm256_setzero_si256(), _mm256_maddubs_epi16(_mm256_set1_epi8(1), x)); }
 };
 
 // Integers of 16 bits: the bytes 0 and 2 of a quad, then its bytes 1 and 3.
@@ -41,13 +44,38 @@ struct Words {
     return _mm256_srai_epi16(i % 2 ? v : _mm256_slli_epi16(v, 8), 8);
   }
   static __m256i MultiplyAdd(__m256i w, __m256i x, __m256i sum) { return _mm256_add_epi32(sum, _mm256_madd_epi16(w, x)); }
-  static __m256i Widen(__m256i sum) { return sum; }
+  static __m256i AddTo(__m256i total, __m256i sum) { return _mm256_add_epi32(total, sum); }
   static __m256i Sum(__m256i x) { return _mm256_madd_epi16(x, _mm256_set1_epi16(1)); }
 
   __m256i table;
 };
 
-// Writes `count` integers of one part of consecutive bytes, digit by digit (the lowest first), in the order of a format:
+// The values of a table of 4-bit codes as float32: the bytes 0, 1, 2 and 3 of a quad.
+struct TableFloats {
+  static constexpr int kBits = 4, kParts = 2, kOfPart = 4, kOperands = 8, kDigits = 1, kDigitBits = 32;
+
+  explicit TableFloats(const float* values) : low(_mm256_loadu_ps(values)), high(_mm256_loadu_ps(values + 8)) {}
+
+  __m256i Expand(__m256i v, int i) const {
+    const int shift = i % 4 * 8 + i / 4 * 4;
+    const __m256i code = _mm256_srli_epi32(v, shift), highest_bit = _mm256_slli_epi32(v, 28 - shift);
+    return _mm256_castps_si256(_mm256_blendv_ps(_mm256_permutevar8x32_ps(low, code), _mm256_permutevar8x32_ps(high, code),
+                                                _mm256_castsi256_ps(highest_bit)));
+  }
+  static __m256i MultiplyAdd(__m256i w, __m256i x, __m256i sum) {
+    return _mm256_castps_si256(
+        _mm256_fmadd_ps(_mm256_castsi256_ps(w), _mm256_castsi256_ps(x), _mm256_castsi256_ps(sum)));
+  }
+  static __m256i Sum(__m256i) { return _mm256_setzero_si256(); }  // its values have no zero
+  static __m256i AddTo(__m256i total, __m256i sum) {
+    return _mm256_castps_si256(_mm256_add_ps(_mm256_castsi256_ps(total), _mm256_castsi256_ps(sum)));
+  }
+
+  __m256 low, high;
+};
+
+// Writes `count` integers (or the bits of float32) of one part of consecutive bytes, digit by digit (the lowest first), in
+// the order of a format:
 // those of an operand and a digit are 4-byte words, one for each quad, `stride` bytes after those of the digit before.
 // Integers from `count` to the next multiple of 8 are 0.
 template <typename Format, int DIGITS, typename Integers>
@@ -63,6 +91,13 @@ static inline __attribute__((always_inline)) void Arrange(int64_t count, int par
       if (d + 1 < DIGITS) {
         digit = _mm256_srai_epi32(_mm256_slli_epi32(v, kShift), kShift);
         v = _mm256_srai_epi32(_mm256_sub_epi32(v, digit), Format::kDigitBits);
+      }
+      if (Format::kOfPart == 4) {
+        digit = _mm256_permutevar8x32_epi32(digit, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+        alignas(32) int64_t pairs[4];
+        _mm256_store_si256(reinterpret_cast<__m256i*>(pairs), digit);
+        for (int i = 0; i < 4; ++i) std::memcpy(first + i * stride, pairs + i, 8);
+        continue;
       }
       if (Format::kOfPart == 2) digit = _mm256_permutevar8x32_epi32(digit, odd_after_even);
       const __m128i shorts = _mm_packs_epi32(_mm256_castsi256_si128(digit), _mm256_extracti128_si256(digit, 1));
@@ -111,8 +146,8 @@ static inline __attribute__((always_inline)) void MultiplyAdd(int64_t count, int
     for (int m = 0; m < ROWS; ++m) {
 #pragma GCC unroll 3
       for (int d = 0; d < DIGITS; ++d) {
-        sums[m][0][d] = _mm256_add_epi32(sums[m][0][d], Format::Widen(acc[m][0][d]));
-        sums[m][1][d] = _mm256_add_epi32(sums[m][1][d], Format::Widen(acc[m][1][d]));
+        sums[m][0][d] = Format::AddTo(sums[m][0][d], acc[m][0][d]);
+        sums[m][1][d] = Format::AddTo(sums[m][1][d], acc[m][1][d]);
       }
     }
   }
@@ -126,10 +161,10 @@ static inline __m256i FourBytes(const uint8_t* x) {
   return _mm256_set1_epi32(four);
 }
 
-// Half a tile of four rows of codes as two vectors of quads: the outputs 8 h ... 8 h + 3 and 8 h + 16 ... 8 h + 19, and the
+// Half a tile of four rows of copied codes as two vectors of quads: the outputs 8 h ... 8 h + 3 and 8 h + 16 ... 8 h + 19, and the
 // four after each of these, for the half h.
-static inline __attribute__((always_inline)) void LoadQuads(const uint8_t* w, int64_t stride, int64_t half, __m256i* quads) {
-  const __m256i r0 = Load32(w), r1 = Load32(w + stride), r2 = Load32(w + 2 * stride), r3 = Load32(w + 3 * stride);
+static inline __attribute__((always_inline)) void LoadQuads(const uint8_t* w, int64_t half, __m256i* quads) {
+  const __m256i r0 = Load32(w), r1 = Load32(w + kLine), r2 = Load32(w + 2 * kLine), r3 = Load32(w + 3 * kLine);
   const __m256i r01 = half ? _mm256_unpackhi_epi8(r0, r1) : _mm256_unpacklo_epi8(r0, r1),
                 r23 = half ? _mm256_unpackhi_epi8(r2, r3) : _mm256_unpacklo_epi8(r2, r3);
   quads[0] = _mm256_unpacklo_epi16(r01, r23);
@@ -165,17 +200,17 @@ static inline void LoadScales(const Scales& s, int64_t row, int64_t column, int6
   for (const int64_t end = (count + 7) / 8 * 8; i < end; ++i) scales[i] = i < count ? ScaleAt(s, row, column + i) : 0.0f;
 }
 
-// The rows of codes of a panel times a tile of outputs, for reads of whole quads and vectors.
-struct Tile {
-  const uint8_t* w;
-  int64_t stride;
-};
-
-static inline Tile TileOf(const uint8_t* w, int64_t stride, int64_t rows, int64_t columns, uint8_t* copy) {
-  if (rows % 4 == 0 && columns >= kColumns) return {w, stride};
-  std::memset(copy, 0, (rows + 3) / 4 * 4 * kColumns);
-  for (int64_t b = 0; b < rows; ++b) std::memcpy(copy + b * kColumns, w + b * stride, std::min(columns, kColumns));
-  return {copy, kColumns};
+// Copies the rows of codes of a panel times up to 64 outputs, whole cache lines, because lines of distant rows displace each
+// other in the first-level cache; followed by zeros up to 64 outputs and a multiple of four rows.
+static inline void CopyTile(const uint8_t* w, int64_t stride, int64_t rows, int64_t columns, uint8_t* copy) {
+  if (rows % 4 || columns < kLine) std::memset(copy, 0, (rows + 3) / 4 * 4 * kLine);
+  for (int64_t b = 0; b < rows; ++b, w += stride, copy += kLine) {
+    if (columns >= kLine) {
+      std::memcpy(copy, w, kLine);
+    } else {
+      std::memcpy(copy, w, columns);
+    }
+  }
 }
 
 // Fetches the next panel row by row while a panel is computed tile by tile; see vnni_loads.h.

@@ -1,18 +1,18 @@
-// Products of float32 activations by AVX2: the integers of vnni_operands.h, split into digits of the format of the codes.
-// Included with the compiler's target set.
+// Products of float32 activations by AVX2: the integers of vnni_operands.h, split into digits of the format of the codes, or
+// float32 where the values of codes are not small integers (NF4). Included with the compiler's target set.
 
 namespace avx2 {
 
 // The values of codes as integers: value = unit * (P - zero), where P is the code or, of a table, a signed byte.
 struct Values {
-  bool has, table;  // has: there are such integers
+  bool table, floats;  // floats: there are no such integers
   float unit;
   int64_t zero;
   alignas(16) uint8_t bytes[16];
 };
 
 static Values ValuesOf(const Product& p) {
-  Values v{true, false, 1.0f, 0, {}};
+  Values v{false, false, 1.0f, 0, {}};
   if (p.kind != kTable) return v;
   if (IsConsecutive(p)) {
     v.zero = -static_cast<int64_t>(p.table[0]);
@@ -22,10 +22,11 @@ static Values ValuesOf(const Product& p) {
   v.unit = 0.5f;
   for (int64_t i = 0; i < 1 << p.bits; ++i) {
     const float twice = 2 * p.table[i];
-    v.has &= twice == std::nearbyint(twice) && std::fabs(twice) <= 127;
-    if (v.has) v.bytes[i] = static_cast<uint8_t>(static_cast<int8_t>(twice));
+    v.floats |= !(twice == std::nearbyint(twice) && std::fabs(twice) <= 127);
+    if (!v.floats) v.bytes[i] = static_cast<uint8_t>(static_cast<int8_t>(twice));
   }
   for (int64_t i = 1 << p.bits; i < 16; ++i) v.bytes[i] = v.bytes[i % (1 << p.bits)];
+  if (v.floats) v.unit = 1.0f;
   return v;
 }
 
@@ -47,7 +48,7 @@ struct Activations {
 };
 
 static bool Has(const Product& p, const Values& values) {
-  return values.has && (!p.by_output || p.group == p.inputs || GroupBytes(p) % 4 == 0);
+  return (!values.floats || p.bits == 4) && (!p.by_output || p.group == p.inputs || GroupBytes(p) % 4 == 0);
 }
 
 static void Divide(const Product& p, Activations* a) {
@@ -86,7 +87,7 @@ static bool PrepareRow(const Product& p, const Values& values, int64_t row, Acti
   const float* x = p.x + row * p.inputs;
   const int64_t bytes = GroupBytes(p), groups = NumGroups(p), all = groups * bytes, num_panels = a->panels.size();
   const float of_row = LargestMagnitude(x, p.inputs);
-  if (!(of_row == 0 || (of_row > 1e-18f && of_row < 1e18f))) return false;
+  if (!values.floats && !(of_row == 0 || (of_row > 1e-18f && of_row < 1e18f))) return false;
   const int64_t padded = all + 8;
   a->by_part.resize(Format::kParts * padded);
   for (int64_t g = 0; g < groups; ++g) {
@@ -113,11 +114,11 @@ static bool PrepareRow(const Product& p, const Values& values, int64_t row, Acti
         const __m256 inside = _mm256_cmp_ps(_mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7),
                                             _mm256_set1_ps(static_cast<float>(panel.size - b)), _CMP_LT_OQ);
         const __m256 eight = _mm256_and_ps(inside, _mm256_loadu_ps(parts + s * padded + b));
+        if (values.floats) return _mm256_castps_si256(eight);
         return _mm256_cvtps_epi32(_mm256_mul_ps(eight, to_integers));
       }, digits);
     }
-    const float unit = PowerOfTwo(-exponent);
-    a->unit[row * num_panels + j] = unit * values.unit;
+    a->unit[row * num_panels + j] = values.floats ? 1.0f : PowerOfTwo(-exponent) * values.unit;
     int32_t* start = a->start.data() + (row * num_panels + j) * DIGITS * 8;
     for (int d = 0; d < DIGITS && values.zero; ++d) {
       __m256i sum = _mm256_setzero_si256();
@@ -156,20 +157,27 @@ static void Prepare(const Product& p, const Values& values, Activations* a) {
 template <typename Format>
 static inline __attribute__((always_inline)) __m256 Joined(const __m256i* digits) {
   constexpr int DIGITS = Format::kDigits;
+  if (DIGITS == 1) return _mm256_castsi256_ps(digits[0]);
   const __m256 base = _mm256_set1_ps(1 << Format::kDigitBits);
   __m256i high = digits[DIGITS - 1];
   if (DIGITS == 3) high = _mm256_add_epi32(_mm256_slli_epi32(high, Format::kDigitBits), digits[1]);
   return _mm256_fmadd_ps(_mm256_cvtepi32_ps(high), base, _mm256_cvtepi32_ps(digits[0]));
 }
 
+template <typename Format>
+static auto TableOf(const Product& p, const Values& values) {
+  if constexpr (std::is_same_v<Format, TableFloats>) return p.table;
+  else return values.bytes;
+}
+
 // Codes that lie by inputs: the outputs [begin, end) of the rows `a.finite` of x.
 template <typename Format>
 static void Columns(const Product& p, const Values& values, const Activations& a, int64_t begin, int64_t end) {
   constexpr int DIGITS = Format::kDigits, OPERANDS = Format::kOperands;
-  const Format format(values.bytes);
+  const Format format(TableOf<Format>(p, values));
   const int64_t num_panels = a.panels.size(), stride = a.stride, num_rows = a.finite.size();
   alignas(32) __m256i expanded[kPanelBytes / 4 * OPERANDS * 2];
-  alignas(32) uint8_t copy[kPanelBytes * kColumns];
+  alignas(64) uint8_t copy[kPanelBytes * kLine];
   alignas(32) float scales[kColumns], offsets[kColumns], edge[kColumns];
   for (int64_t j = 0; j < num_panels; ++j) {
     const Panel& panel = a.panels[j];
@@ -177,7 +185,8 @@ static void Columns(const Product& p, const Values& values, const Activations& a
     Ahead ahead{p.codes + (panel.begin + panel.size) * p.outputs + begin, 0, end - begin, p.outputs};
     for (int64_t column = begin; column < end; column += kColumns) {
       const int64_t width = std::min(kColumns, end - column);
-      const Tile tile = TileOf(p.codes + panel.begin * p.outputs + column, p.outputs, panel.size, p.outputs - column, copy);
+      const uint8_t* tile = copy + (column - begin) % kLine;
+      if (tile == copy) CopyTile(p.codes + panel.begin * p.outputs + column, p.outputs, panel.size, end - column, copy);
       ahead.Fetch((panel.size * width + 63) / 64);
       LoadScales(p.scale, panel.group, column, width, scales);
       if (p.offset.kind != kNone) LoadScales(p.offset, panel.group, column, width, offsets);
@@ -186,7 +195,7 @@ static void Columns(const Product& p, const Values& values, const Activations& a
           __m256i* w = expanded;
           for (int64_t q = 0; q < quads; ++q) {
             __m256i v[2];
-            LoadQuads(tile.w + 4 * q * tile.stride, tile.stride, half, v);
+            LoadQuads(tile + 4 * q * kLine, half, v);
             for (int i = 0; i < OPERANDS; ++i) {
               for (int k = 0; k < 2; ++k) *w++ = format.Expand(v[k], i);
             }
@@ -205,7 +214,7 @@ static void Columns(const Product& p, const Values& values, const Activations& a
             MultiplyAdd<Format, 1, DIGITS>(quads, 0, OPERANDS, load, codes, of_x, sums);
           } else {
             __m256i v[2];
-            const auto load = [&](int64_t q) { LoadQuads(tile.w + 4 * q * tile.stride, tile.stride, half, v); };
+            const auto load = [&](int64_t q) { LoadQuads(tile + 4 * q * kLine, half, v); };
             const auto codes = [&](int i, __m256i* out) { out[0] = format.Expand(v[0], i), out[1] = format.Expand(v[1], i); };
             MultiplyAdd<Format, 1, DIGITS>(quads, 0, OPERANDS, load, codes, of_x, sums);
           }
@@ -267,7 +276,7 @@ static inline __attribute__((always_inline)) void AddRun(const Format& format, c
 template <typename Format>
 static void Rows(const Product& p, const Values& values, const Activations& a, int64_t begin, int64_t end) {
   constexpr int64_t kRun = 16;  // most vectors whose sums are added as integers
-  const Format format(values.bytes);
+  const Format format(TableOf<Format>(p, values));
   const int64_t bytes = GroupBytes(p), groups = NumGroups(p), row_bytes = groups * bytes, num_panels = a.panels.size();
   const int64_t whole = row_bytes / 32, run = groups == 1 ? kRun : bytes % 32 ? 1 : std::min(kRun, bytes / 32);
   std::vector<int32_t> lanes(num_panels * 8);  // the group of a lane after that of the first one
@@ -321,15 +330,19 @@ static void Rows(const Product& p, const Values& values, const Activations& a, i
 }
 
 static void Prepare(const Product& p, const Values& values, Activations* a) {
+  if (values.floats) return Prepare<TableFloats>(p, values, a);
   WithFormat(p, values.table, [&](auto* f) { Prepare<std::remove_pointer_t<decltype(f)>>(p, values, a); });
+}
+
+template <typename Format>
+static void OutputsOf(const Product& p, const Values& values, const Activations& a, int64_t begin, int64_t end) {
+  p.by_output ? Rows<Format>(p, values, a, begin, end) : Columns<Format>(p, values, a, begin, end);
 }
 
 // The outputs [begin, end) of the rows `a.finite` of x.
 static void Outputs(const Product& p, const Values& values, const Activations& a, int64_t begin, int64_t end) {
-  WithFormat(p, values.table, [&](auto* f) {
-    using Format = std::remove_pointer_t<decltype(f)>;
-    p.by_output ? Rows<Format>(p, values, a, begin, end) : Columns<Format>(p, values, a, begin, end);
-  });
+  if (values.floats) return OutputsOf<TableFloats>(p, values, a, begin, end);
+  WithFormat(p, values.table, [&](auto* f) { OutputsOf<std::remove_pointer_t<decltype(f)>>(p, values, a, begin, end); });
 }
 
 }  // namespace avx2
