@@ -68,8 +68,9 @@ def test_tables_of_two_bits_need_not_be_consecutive(by_output, monkeypatch):
 
 
 @pytest.mark.parametrize("by_output", [False, True])
-def test_results_depend_neither_on_threads_nor_on_other_rows(by_output):
-    p = draw("int4", 1024, 1000, 5, group=32, scale="float16", by_output=by_output)
+@pytest.mark.parametrize("name", ["int4", "int8", "nf4", "e2m1"])
+def test_results_depend_neither_on_threads_nor_on_other_rows(name, by_output):
+    p = draw(name, 1024, 1000, 5, by_output=by_output, **FORMATS[name])
     whole = p.run()
     for threads in (2, 3, 7):
         np.testing.assert_array_equal(p.run(threads=threads), whole)
@@ -126,12 +127,13 @@ def test_threads_that_wait_get_the_next_task(sanitizer, tmp_path):
 
 
 @pytest.mark.parametrize("by_output", [False, True])
+@pytest.mark.parametrize("name", ["int4", "int8", "nf4"])
 @pytest.mark.parametrize("path", PATHS)
-def test_what_is_not_finite_stays_so_in_its_row(path, by_output):
+def test_what_is_not_finite_stays_so_in_its_row(path, name, by_output):
     """NaN, inf and magnitudes at the ends of the range, each in a row of its own."""
     if not available(path):
         pytest.skip(f"this CPU has no {path}")
-    p = draw("int4", 64, 70, 7, group=32, by_output=by_output)
+    p = draw(name, 64, 70, 7, group=32, by_output=by_output)
     w = p.weight()
     plain = p.run(path)
     p.x[0, 5], p.x[1, 5], p.x[2, 5], p.x[2, 6] = np.nan, np.inf, np.inf, -np.inf
