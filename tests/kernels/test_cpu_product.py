@@ -59,6 +59,23 @@ def test_products_equal_those_in_float64(name, by_output, path):
         assert error.max() < 4e-7, (p.x.shape, expected.shape)
 
 
+@pytest.mark.parametrize("blockwise", [False, True])
+@pytest.mark.parametrize("by_output", [False, True])
+@pytest.mark.parametrize("name", FORMATS)
+def test_sums_of_the_largest_terms_do_not_overflow(name, by_output, blockwise):
+    """Activations whose digits are extreme (base 256: 127, -128, -128; base 4096: 2024, -128) times equal codes."""
+    p = draw(name.split()[0], 768, 70, 4, by_output=by_output, **FORMATS[name] | {"offset": False})
+    p.x[:] = 127 * 65536 - 128 * 256 - 128
+    p.x[1] *= -1
+    p.x[2:, ::2] *= -1
+    for byte in (0x00, 0x7F, 0x80, 0xFF):
+        p.codes.view(np.uint8)[:] = byte
+        w = p.weight(random_products.ROUNDED_TABLES if blockwise else None)
+        for path in filter(available, PATHS):
+            error = np.abs(p.run(path, blockwise=blockwise) - p.x.astype(np.float64) @ w) / (np.abs(p.x) @ np.abs(w))
+            assert not error.max() > 1e-6, (path, byte)  # NaN where all values are 0
+
+
 @pytest.mark.parametrize("by_output", [False, True])
 def test_tables_of_two_bits_need_not_be_consecutive(by_output, monkeypatch):
     monkeypatch.setitem(random_products.TABLES, "int2", np.array([-1.5, 0.25, 1, 4], np.float32))
