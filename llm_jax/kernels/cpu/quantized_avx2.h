@@ -170,78 +170,80 @@ static auto TableOf(const Product& p, const Values& values) {
   else return values.bytes;
 }
 
+// A tile of outputs and one panel, where codes lie by inputs.
+struct TileOfPanel {
+  int64_t panel, column, width;
+  alignas(32) float scales[kColumns], offsets[kColumns];
+};
+
+// A row of x times half a tile. `load(q)` makes four rows of codes current, `codes(i, w)` expands these.
+template <typename Format, typename Load, typename Codes>
+static inline __attribute__((always_inline)) void HalfTile(const Product& p, const Activations& a, const TileOfPanel& t,
+                                                           int64_t row, int64_t half, const Load& load, const Codes& codes) {
+  constexpr int DIGITS = Format::kDigits;
+  const Panel& panel = a.panels[t.panel];
+  const int64_t num_panels = a.panels.size(), index = row * num_panels + t.panel;
+  const uint8_t* x = a.x.data() + index * a.of_panel;
+  const auto of_x = [&](int, int64_t q, int i, int d) { return FourBytes(x + (i * DIGITS + d) * a.stride + 4 * q); };
+  __m256i sums[1][2][DIGITS];
+  for (int d = 0; d < DIGITS; ++d) sums[0][0][d] = sums[0][1][d] = Load32(a.start.data() + (index * DIGITS + d) * 8);
+  MultiplyAdd<Format, 1, DIGITS>((panel.size + 3) / 4, 0, Format::kOperands, load, codes, of_x, sums);
+  const __m256 joined[2] = {Joined<Format>(sums[0][0]), Joined<Format>(sums[0][1])};
+  __m256 ordered[2];
+  InOrder(joined, ordered);
+  const __m256 unit = _mm256_set1_ps(a.unit[index]);
+  const bool last_of_group = t.panel + 1 == num_panels || a.panels[t.panel + 1].group != panel.group;
+  for (int k = 0; k < 2; ++k) {
+    const int64_t at = 8 * half + 16 * k, inside = std::min<int64_t>(8, t.width - at);
+    if (inside <= 0) break;
+    float* y = p.y + row * p.outputs + t.column + at;
+    alignas(32) float edge[8] = {};
+    if (inside < 8 && t.panel) std::memcpy(edge, y, 4 * inside);
+    __m256 sum = t.panel ? _mm256_loadu_ps(inside < 8 ? edge : y) : _mm256_setzero_ps();
+    sum = _mm256_fmadd_ps(_mm256_mul_ps(ordered[k], unit), _mm256_load_ps(t.scales + at), sum);
+    if (p.offset.kind != kNone && last_of_group) {
+      const __m256 total = _mm256_set1_ps(a.total[row * NumGroups(p) + panel.group]);
+      sum = _mm256_fmadd_ps(total, _mm256_load_ps(t.offsets + at), sum);
+    }
+    _mm256_storeu_ps(inside < 8 ? edge : y, sum);
+    if (inside < 8) std::memcpy(y, edge, 4 * inside);
+  }
+}
+
 // Codes that lie by inputs: the outputs [begin, end) of the rows `a.finite` of x.
 template <typename Format>
 static void Columns(const Product& p, const Values& values, const Activations& a, int64_t begin, int64_t end) {
-  constexpr int DIGITS = Format::kDigits, OPERANDS = Format::kOperands;
+  constexpr int OPERANDS = Format::kOperands;
   const Format format(TableOf<Format>(p, values));
-  const int64_t num_panels = a.panels.size(), stride = a.stride, num_rows = a.finite.size();
   alignas(32) __m256i expanded[kPanelBytes / 4 * OPERANDS * 2];
   alignas(64) uint8_t copy[kPanelBytes * kLine];
-  alignas(32) float scales[kColumns], offsets[kColumns], edge[kColumns];
-  for (int64_t j = 0; j < num_panels; ++j) {
-    const Panel& panel = a.panels[j];
-    const int64_t quads = (panel.size + 3) / 4;
+  TileOfPanel t;
+  for (t.panel = 0; t.panel < static_cast<int64_t>(a.panels.size()); ++t.panel) {
+    const Panel& panel = a.panels[t.panel];
     Ahead ahead{p.codes + (panel.begin + panel.size) * p.outputs + begin, 0, end - begin, p.outputs};
-    for (int64_t column = begin; column < end; column += kColumns) {
-      const int64_t width = std::min(kColumns, end - column);
-      const uint8_t* tile = copy + (column - begin) % kLine;
-      if (tile == copy) CopyTile(p.codes + panel.begin * p.outputs + column, p.outputs, panel.size, end - column, copy);
-      ahead.Fetch((panel.size * width + 63) / 64);
-      LoadScales(p.scale, panel.group, column, width, scales);
-      if (p.offset.kind != kNone) LoadScales(p.offset, panel.group, column, width, offsets);
-      for (int64_t half = 0; half < 2 && 8 * half < width; ++half) {
-        if (num_rows > 1) {
-          __m256i* w = expanded;
-          for (int64_t q = 0; q < quads; ++q) {
-            __m256i v[2];
-            LoadQuads(tile + 4 * q * kLine, half, v);
-            for (int i = 0; i < OPERANDS; ++i) {
-              for (int k = 0; k < 2; ++k) *w++ = format.Expand(v[k], i);
-            }
-          }
+    for (t.column = begin; t.column < end; t.column += kColumns) {
+      t.width = std::min(kColumns, end - t.column);
+      const uint8_t* tile = copy + (t.column - begin) % kLine;
+      if (tile == copy) CopyTile(p.codes + panel.begin * p.outputs + t.column, p.outputs, panel.size, end - t.column, copy);
+      ahead.Fetch((panel.size * t.width + 63) / 64);
+      LoadScales(p.scale, panel.group, t.column, t.width, t.scales);
+      if (p.offset.kind != kNone) LoadScales(p.offset, panel.group, t.column, t.width, t.offsets);
+      for (int64_t half = 0; half < 2 && 8 * half < t.width; ++half) {
+        __m256i quads[2];
+        const auto load = [&](int64_t q) { LoadQuads(tile + 4 * q * kLine, half, quads); };
+        const auto codes = [&](int i, __m256i* w) { w[0] = format.Expand(quads[0], i), w[1] = format.Expand(quads[1], i); };
+        if (a.finite.size() == 1) {
+          HalfTile<Format>(p, a, t, a.finite[0], half, load, codes);
+          continue;
         }
-        for (int64_t m = 0; m < num_rows; ++m) {
-          const int64_t row = a.finite[m], index = row * num_panels + j;
-          const uint8_t* x = a.x.data() + index * a.of_panel;
-          const auto of_x = [&](int, int64_t q, int i, int d) { return FourBytes(x + (i * DIGITS + d) * stride + 4 * q); };
-          __m256i sums[1][2][DIGITS];
-          for (int d = 0; d < DIGITS; ++d) sums[0][0][d] = sums[0][1][d] = Load32(a.start.data() + (index * DIGITS + d) * 8);
-          if (num_rows > 1) {
-            const __m256i* w = expanded;
-            const auto load = [&](int64_t q) { w = expanded + q * OPERANDS * 2; };
-            const auto codes = [&](int i, __m256i* out) { out[0] = w[2 * i], out[1] = w[2 * i + 1]; };
-            MultiplyAdd<Format, 1, DIGITS>(quads, 0, OPERANDS, load, codes, of_x, sums);
-          } else {
-            __m256i v[2];
-            const auto load = [&](int64_t q) { LoadQuads(tile + 4 * q * kLine, half, v); };
-            const auto codes = [&](int i, __m256i* out) { out[0] = format.Expand(v[0], i), out[1] = format.Expand(v[1], i); };
-            MultiplyAdd<Format, 1, DIGITS>(quads, 0, OPERANDS, load, codes, of_x, sums);
-          }
-          const __m256 joined[2] = {Joined<Format>(sums[0][0]), Joined<Format>(sums[0][1])};
-          __m256 ordered[2];
-          InOrder(joined, ordered);
-          const __m256 unit = _mm256_set1_ps(a.unit[index]);
-          const bool first = !j, last_of_group = j + 1 == num_panels || a.panels[j + 1].group != panel.group;
-          for (int k = 0; k < 2; ++k) {
-            const int64_t at = 8 * half + 16 * k;
-            if (at >= width) break;
-            float* y = p.y + row * p.outputs + column + at;
-            const int64_t count = std::min<int64_t>(8, width - at);
-            if (count < 8) {
-              if (!first) std::memcpy(edge, y, 4 * count);
-              y = edge;
-            }
-            __m256 sum = first ? _mm256_setzero_ps() : _mm256_loadu_ps(y);
-            sum = _mm256_fmadd_ps(_mm256_mul_ps(ordered[k], unit), _mm256_load_ps(scales + at), sum);
-            if (p.offset.kind != kNone && last_of_group) {
-              const __m256 total = _mm256_set1_ps(a.total[row * NumGroups(p) + panel.group]);
-              sum = _mm256_fmadd_ps(total, _mm256_load_ps(offsets + at), sum);
-            }
-            _mm256_storeu_ps(y, sum);
-            if (count < 8) std::memcpy(p.y + row * p.outputs + column + at, edge, 4 * count);
-          }
+        for (int64_t q = 0; 4 * q < panel.size; ++q) {
+          load(q);
+          for (int i = 0; i < OPERANDS; ++i) codes(i, expanded + (q * OPERANDS + i) * 2);
         }
+        const __m256i* at = expanded;
+        const auto from = [&](int64_t q) { at = expanded + q * OPERANDS * 2; };
+        const auto expanded_codes = [&](int i, __m256i* w) { w[0] = at[2 * i], w[1] = at[2 * i + 1]; };
+        for (int64_t row : a.finite) HalfTile<Format>(p, a, t, row, half, from, expanded_codes);
       }
     }
   }
