@@ -109,8 +109,11 @@ static void Run(const Product* products, int64_t count, Path path, int64_t threa
 #if LLM_JAX_X86
   thread_local avx2::Quads quads_memory;
   avx2::Quads* quads = (path == kAvx2 || path == kAvx512) && avx2::HasQuads(p, blocks) ? &quads_memory : nullptr;
-  const avx2::SignedValues signed_values = avx2::SignedValuesOf(p, values);
-  if (quads) avx2::Divide(p, blocks, values.table, quads);
+  avx2::SignedValues signed_values{};
+  if (quads) {
+    signed_values = avx2::SignedValuesOf(p, values);
+    avx2::Divide(p, blocks, values.table, quads);
+  }
 #endif
   constexpr int64_t kRowsOfPart = 16;
   const bool again = p.rows <= kRowsOfPart;
