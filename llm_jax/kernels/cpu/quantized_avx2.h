@@ -158,7 +158,7 @@ template <typename Format>
 static inline __attribute__((always_inline)) __m256 Joined(const __m256i* digits) {
   constexpr int DIGITS = Format::kDigits;
   if (DIGITS == 1) return _mm256_castsi256_ps(digits[0]);
-  const __m256 base = _mm256_set1_ps(1 << Format::kDigitBits);
+  const __m256 base = _mm256_set1_ps(static_cast<float>(int64_t{1} << Format::kDigitBits));
   __m256i high = digits[DIGITS - 1];
   if (DIGITS == 3) high = _mm256_add_epi32(_mm256_slli_epi32(high, Format::kDigitBits), digits[1]);
   return _mm256_fmadd_ps(_mm256_cvtepi32_ps(high), base, _mm256_cvtepi32_ps(digits[0]));
