@@ -177,7 +177,7 @@ template <typename Format>
 static void Columns(const Product& p, const Blocks& blocks, const SignedValues& v, const Rounded& r, const Quads& a,
                     int64_t first_row, int64_t last_row, int64_t begin, int64_t end) {
   constexpr int OPERANDS = Format::kOperands;
-  constexpr int64_t kFewRows = 4;
+  constexpr int64_t kFewRows = 16;
   const Format format(v.bytes);
   const bool few = last_row - first_row <= kFewRows;
   alignas(32) __m256i expanded[kBlock / 4 * OPERANDS * 2];
