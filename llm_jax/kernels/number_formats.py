@@ -157,7 +157,7 @@ def scheme(name: str) -> Scheme:
       UserError: the scheme does not exist, or the group is not a number of at least 2, "channel" or "tensor", or
         the products of "+a8" are not defined for it. See also `own_format.load`.
     """
-    if extensions.is_specification(name):
+    if name.partition(":")[0] not in SCHEMES and extensions.is_specification(name):  # "int4:-32" is a wrong group
         return Scheme("", CHANNEL, own=own_format.load(name))
     return _built_in(name)
 

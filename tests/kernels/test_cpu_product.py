@@ -59,6 +59,26 @@ def test_products_equal_those_in_float64(name, by_output, path):
         assert error.max() < 4e-7, (p.x.shape, expected.shape)
 
 
+@pytest.mark.parametrize("blockwise", [False, True])
+@pytest.mark.parametrize("by_output", [False, True])
+@pytest.mark.parametrize("name", FORMATS)
+def test_sums_of_the_largest_terms_do_not_overflow(name, by_output, blockwise):
+    """Activations whose digits are extreme (base 256: 127, -128, -128; base 4096: 2024, -128) times equal codes.
+
+    The bound is that of a float32 sum of 768 terms, which all round to the same side. An overflow exceeds it by far.
+    """
+    p = draw(name.split()[0], 768, 70, 4, by_output=by_output, **FORMATS[name] | {"offset": False})
+    p.x[:] = 127 * 65536 - 128 * 256 - 128
+    p.x[1] *= -1
+    p.x[2:, ::2] *= -1
+    for byte in (0x00, 0x7F, 0x80, 0xFF):
+        p.codes.view(np.uint8)[:] = byte
+        w = p.weight(random_products.ROUNDED_TABLES if blockwise else None)
+        for path in filter(available, PATHS):
+            error = np.abs(p.run(path, blockwise=blockwise) - p.x.astype(np.float64) @ w) / (np.abs(p.x) @ np.abs(w))
+            assert not error.max() > 768 * 2.0**-24, (path, byte)  # NaN where all values are 0
+
+
 @pytest.mark.parametrize("by_output", [False, True])
 def test_tables_of_two_bits_need_not_be_consecutive(by_output, monkeypatch):
     monkeypatch.setitem(random_products.TABLES, "int2", np.array([-1.5, 0.25, 1, 4], np.float32))
@@ -68,8 +88,9 @@ def test_tables_of_two_bits_need_not_be_consecutive(by_output, monkeypatch):
 
 
 @pytest.mark.parametrize("by_output", [False, True])
-def test_results_depend_neither_on_threads_nor_on_other_rows(by_output):
-    p = draw("int4", 1024, 1000, 5, group=32, scale="float16", by_output=by_output)
+@pytest.mark.parametrize("name", ["int4", "int8", "nf4", "e2m1"])
+def test_results_depend_neither_on_threads_nor_on_other_rows(name, by_output):
+    p = draw(name, 1024, 1000, 5, by_output=by_output, **FORMATS[name])
     whole = p.run()
     for threads in (2, 3, 7):
         np.testing.assert_array_equal(p.run(threads=threads), whole)
@@ -126,12 +147,13 @@ def test_threads_that_wait_get_the_next_task(sanitizer, tmp_path):
 
 
 @pytest.mark.parametrize("by_output", [False, True])
+@pytest.mark.parametrize("name", ["int4", "int8", "nf4"])
 @pytest.mark.parametrize("path", PATHS)
-def test_what_is_not_finite_stays_so_in_its_row(path, by_output):
+def test_what_is_not_finite_stays_so_in_its_row(path, name, by_output):
     """NaN, inf and magnitudes at the ends of the range, each in a row of its own."""
     if not available(path):
         pytest.skip(f"this CPU has no {path}")
-    p = draw("int4", 64, 70, 7, group=32, by_output=by_output)
+    p = draw(name, 64, 70, 7, group=32, by_output=by_output)
     w = p.weight()
     plain = p.run(path)
     p.x[0, 5], p.x[1, 5], p.x[2, 5], p.x[2, 6] = np.nan, np.inf, np.inf, -np.inf

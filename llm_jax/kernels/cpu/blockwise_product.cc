@@ -10,6 +10,7 @@
 #include <cstring>
 #include <string>
 #include <thread>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -24,6 +25,10 @@ namespace llm_jax {
 #include "every_path.h"
 
 #if LLM_JAX_X86
+LLM_JAX_TARGET("avx2,fma,f16c")
+#include "quads_avx2.h"
+#include "blockwise_avx2.h"
+LLM_JAX_END_TARGET
 LLM_JAX_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")
 #include "vnni_loads.h"
 #include "blockwise_vnni.h"
@@ -101,13 +106,27 @@ static void Run(const Product* products, int64_t count, Path path, int64_t threa
   rounded->scale.resize(p.rows * num_blocks);
   rounded->total.resize(p.rows * num_blocks);
   rounded->start.resize(p.rows * num_blocks);
+#if LLM_JAX_X86
+  thread_local avx2::Quads quads_memory;
+  avx2::Quads* quads = (path == kAvx2 || path == kAvx512) && avx2::HasQuads(p, blocks) ? &quads_memory : nullptr;
+  avx2::SignedValues signed_values{};
+  if (quads) {
+    signed_values = avx2::SignedValuesOf(p, values);
+    avx2::Divide(p, blocks, values.table, quads);
+  }
+#endif
   constexpr int64_t kRowsOfPart = 16;
   const bool again = p.rows <= kRowsOfPart;
   InParallel(
       (p.rows + kRowsOfPart - 1) / kRowsOfPart, useful, again,
       [&](int64_t i) {
         const int64_t last = std::min((i + 1) * kRowsOfPart, p.rows);
-        for (int64_t row = i * kRowsOfPart; row < last; ++row) RoundRow(p, path, blocks, values, row, rounded);
+        for (int64_t row = i * kRowsOfPart; row < last; ++row) {
+          RoundRow(p, path, blocks, values, row, rounded);
+#if LLM_JAX_X86
+          if (quads) avx2::ArrangeRow(p, blocks, values.table, signed_values, *rounded, row, quads);
+#endif
+        }
       },
       schedule);
   bool divide_rows = true;
@@ -127,6 +146,10 @@ static void Run(const Product* products, int64_t count, Path path, int64_t threa
         const Part& part = parts[i];
         const Product& product = products[part.weight];
 #if LLM_JAX_X86
+        if (quads) {
+          return avx2::Outputs(product, blocks, values.table, signed_values, *rounded, *quads, part.first_row, part.last_row,
+                               part.begin, part.end);
+        }
         if (path >= kVnni) {
           return Vnni(product, path, blocks, values, *rounded, lanes, part.first_row, part.last_row, part.begin, part.end);
         }

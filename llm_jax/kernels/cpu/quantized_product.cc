@@ -8,10 +8,13 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
 #include <thread>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
+#include "integers.h"
 #include "machine.h"
 #include "parts.h"
 #include "product.h"
@@ -22,6 +25,10 @@ namespace llm_jax {
 #include "every_path.h"
 
 #if LLM_JAX_X86
+LLM_JAX_TARGET("avx2,fma,f16c")
+#include "quads_avx2.h"
+#include "quantized_avx2.h"
+LLM_JAX_END_TARGET
 LLM_JAX_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")
 #include "vnni_loads.h"
 #include "vnni_operands.h"
@@ -43,32 +50,43 @@ static void Run(const Product* products, int64_t count, Path path, int64_t threa
   if (path == kAuto) path = FastestPath();
   const int64_t useful = UsefulThreads(products, count, threads, std::min<int64_t>(products[0].rows, 4));
   const std::vector<Part> parts = PartsOf(products, count, useful, false);
+  // Calls outputs(product, begin, end) for each part, and computes the rows `others` of x in float32.
+  const auto run = [&](const std::vector<int64_t>& others, const auto& outputs) {
+    InParallel(
+        parts.size(), useful, true,
+        [&](int64_t i) {
+          const Part& part = parts[i];
+          const Product& p = products[part.weight];
+          outputs(p, part.begin, part.end);
+          for (int64_t row : others) FloatOutputs(p, path, row, part.begin, part.end);
+        },
+        schedule);
+  };
 #if LLM_JAX_X86
   if (path >= kVnni && vnni::Has(products[0])) {
     thread_local vnni::Activations activations;  // keeps its memory from call to call
     const vnni::Planes planes = vnni::PlanesOf(products[0]);
     vnni::Prepare(products[0], planes, &activations);
     const vnni::Activations& prepared = activations;
-    InParallel(
-        parts.size(), useful, true,
-        [&](int64_t i) {
-          const Part& part = parts[i];
-          const Product& p = products[part.weight];
-          if (!prepared.finite.empty()) vnni::Outputs(p, planes, prepared, part.begin, part.end);
-          for (int64_t row : prepared.others) FloatOutputs(p, path, row, part.begin, part.end);
-        },
-        schedule);
-    return;
+    return run(prepared.others, [&](const Product& p, int64_t begin, int64_t end) {
+      if (!prepared.finite.empty()) vnni::Outputs(p, planes, prepared, begin, end);
+    });
+  }
+  if (path == kAvx2 || path == kAvx512) {
+    thread_local avx2::Activations activations;  // keeps its memory from call to call
+    const avx2::Values values = avx2::ValuesOf(products[0]);
+    if (avx2::Has(products[0], values)) {
+      avx2::Prepare(products[0], values, &activations);
+      const avx2::Activations& prepared = activations;
+      return run(prepared.others, [&](const Product& p, int64_t begin, int64_t end) {
+        if (!prepared.finite.empty()) avx2::Outputs(p, values, prepared, begin, end);
+      });
+    }
   }
 #endif
-  InParallel(
-      parts.size(), useful, true,
-      [&](int64_t i) {
-        const Part& part = parts[i];
-        const Product& p = products[part.weight];
-        for (int64_t row = 0; row < p.rows; ++row) FloatOutputs(p, path, row, part.begin, part.end);
-      },
-      schedule);
+  std::vector<int64_t> all(products[0].rows);
+  std::iota(all.begin(), all.end(), 0);
+  run(all, [](const Product&, int64_t, int64_t) {});
 }
 
 }  // namespace llm_jax

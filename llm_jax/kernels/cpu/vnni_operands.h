@@ -14,7 +14,6 @@ namespace vnni {
 constexpr int64_t kDigits = 3;
 constexpr int64_t kPanelBytes = 64;  // rows of codes of a panel: their activations stay in the first-level cache
 constexpr int64_t kAhead = 4096;     // bytes that are fetched in advance where codes lie by outputs
-constexpr float kLargest = 8355711;  // 127 (65536 + 256 + 1), the largest number of three balanced digits
 
 // The values of codes as integers: value = unit * (P - zero).
 struct Planes {
@@ -98,28 +97,6 @@ static float LargestMagnitude(const float* x, int64_t count) {
     not_a_number = _mm512_add_ps(not_a_number, _mm512_sub_ps(v, v));  // 0 where finite
   }
   return _mm512_reduce_max_ps(largest) + _mm512_reduce_add_ps(not_a_number);
-}
-
-// 2^e for exponents of normal numbers.
-static inline float PowerOfTwo(int e) {
-  const uint32_t bits = static_cast<uint32_t>(e + 127) << 23;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
-// The power of two by which numbers up to `largest`, a normal number, are multiplied to be integers of three digits.
-static inline int Exponent(float largest) {
-  uint32_t bits;
-  std::memcpy(&bits, &largest, 4);
-  const int e = 22 - (static_cast<int>(bits >> 23) - 127);
-  return largest * PowerOfTwo(e) <= kLargest ? e : e - 1;
-}
-
-// The input that byte `b` of a row of codes holds in its lowest bits.
-static int64_t InputOfByte(const Product& p, int64_t b) {
-  const int64_t bytes = GroupBytes(p);
-  return b / bytes * p.group + b % bytes;
 }
 
 static void Divide(const Product& p, Activations* a) {

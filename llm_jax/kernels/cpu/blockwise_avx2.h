@@ -1,0 +1,356 @@
+// Products of rounded activations by AVX2; blockwise.h describes the operands and quads_avx2.h the arithmetic. A row has the
+// same result in whatever number of rows. Included with the compiler's target set.
+
+namespace avx2 {
+
+constexpr int kRows = 4;  // rows of x that are multiplied together with expanded codes
+
+// The values of codes for a `Format`: value = unit * (P - zero), with signed bytes P of tables and of int8.
+struct SignedValues {
+  int32_t zero;
+  alignas(16) uint8_t bytes[16];
+};
+
+static SignedValues SignedValuesOf(const Product& p, const ByteValues& v) {
+  SignedValues s{p.kind == kInt8 || v.table ? 0 : v.zero, {}};
+  for (int64_t i = 0; i < 16; ++i) s.bytes[i] = static_cast<uint8_t>(v.bytes[i] ^ 0x80);
+  return s;
+}
+
+// Rounded activations in the order of a format. V panels: those of the blocks where codes lie by inputs, else vectors of 32
+// bytes of an output. T parts of a byte with blocks of their own.
+struct Quads {
+  int64_t panels, sums, stride, of_panel;
+  std::vector<uint8_t> x;            // (M, V, of_panel)
+  std::vector<int32_t> start;        // by outputs: (M, V, T, 8), -zero times the sum of the codes of a quad
+  std::vector<float> scale;          // by outputs: (M, V, T, 8)
+  std::vector<float> total;          // (M, groups)
+  std::vector<int32_t> group;        // by outputs: (V, 8), the group of a quad after that of the first one
+  std::vector<int64_t> first_group;  // by outputs: (V)
+};
+
+static bool HasQuads(const Product& p, const Blocks& blocks) {
+  if (blocks.panels.empty()) return false;
+  return !p.by_output || GroupBytes(p) % 4 == 0 || (NumGroups(p) == 1 && p.bits == 8);
+}
+
+template <typename Format>
+static void Divide(const Product& p, const Blocks& blocks, Quads* a) {
+  const int64_t bytes = GroupBytes(p), groups = NumGroups(p), all = groups * bytes;
+  a->stride = 32;
+  a->sums = blocks.joint ? 1 : Format::kParts;
+  a->panels = p.by_output ? (all + 31) / 32 : blocks.panels.size();
+  a->of_panel = Format::kOperands * a->stride;
+  a->x.resize(p.rows * a->panels * a->of_panel);
+  a->total.resize(p.rows * groups);
+  if (!p.by_output) return;
+  a->start.resize(p.rows * a->panels * a->sums * 8);
+  a->scale.resize(p.rows * a->panels * a->sums * 8);
+  a->group.resize(a->panels * 8);
+  a->first_group.resize(a->panels);
+  for (int64_t i = 0; i < a->panels * 8; ++i) {
+    a->first_group[i / 8] = i / 8 * 32 / bytes;
+    a->group[i] = static_cast<int32_t>(std::min(i * 4 / bytes, groups - 1) - a->first_group[i / 8]);
+  }
+}
+
+// Writes the activations of a row, which other threads do not write.
+template <typename Format>
+static void ArrangeRow(const Product& p, const Blocks& blocks, const SignedValues& v, const Rounded& r, int64_t row, Quads* a) {
+  const int64_t count = blocks.list.size(), groups = NumGroups(p), of_row = a->panels * a->of_panel;
+  uint8_t* x = a->x.data() + row * of_row;
+  std::memset(x, 0, of_row);
+  const int64_t lanes = a->panels * a->sums * 8;
+  if (p.by_output) std::fill_n(a->scale.data() + row * lanes, lanes, 0.0f);
+  for (size_t j = 0; j < blocks.panels.size(); ++j) {
+    const Panel& panel = blocks.panels[j];
+    for (int s = 0; s < Format::kParts; ++s) {
+      const int64_t block = row * count + panel.block + (blocks.joint ? 0 : s);
+      const int8_t* codes = r.codes.data() + block * blocks.stride + (blocks.joint ? s * panel.size : 0);
+      // A panel may end within a vector, and so is written quad by quad where codes lie by outputs.
+      const int64_t most = p.by_output ? 4 : panel.size;
+      for (int64_t b = 0; b < panel.size; b += most) {
+        const int64_t size = std::min(most, panel.size - b), byte = panel.begin + b;
+        const auto integers = [&](int64_t i) {
+          alignas(8) int8_t eight[8] = {};
+          std::memcpy(eight, codes + b + i, std::min<int64_t>(8, size - i));
+          return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(eight)));
+        };
+        if (!p.by_output) {
+          Arrange<Format, 1>(size, s, a->stride, integers, x + j * a->of_panel);
+          continue;
+        }
+        alignas(32) uint8_t quad[Format::kOperands * 8];
+        Arrange<Format, 1>(size, s, 8, integers, quad);
+        for (int i = s * Format::kOfPart; i < (s + 1) * Format::kOfPart; ++i) {
+          std::memcpy(x + byte / 32 * a->of_panel + i * 32 + byte % 32, quad + i * 8, 4);
+        }
+        a->scale[row * lanes + (byte / 32 * a->sums + (blocks.joint ? 0 : s)) * 8 + byte % 32 / 4] = r.scale[block];
+      }
+    }
+  }
+  const int per_sum = Format::kOperands / static_cast<int>(a->sums);
+  for (int64_t i = 0; i < (p.by_output ? a->panels * a->sums : 0); ++i) {
+    __m256i sum = _mm256_setzero_si256();
+    for (int k = 0; k < per_sum; ++k) sum = _mm256_add_epi32(sum, Format::Sum(Load32(x + (i * per_sum + k) * 32)));
+    sum = _mm256_mullo_epi32(sum, _mm256_set1_epi32(-v.zero));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(a->start.data() + row * lanes + i * 8), sum);
+  }
+  float* total = a->total.data() + row * groups;
+  std::fill_n(total, groups, 0.0f);
+  for (int64_t j = 0; j < count; ++j) total[blocks.list[j].group] += r.total[row * count + j];
+}
+
+// acc * scale * the scale of the weight + sum: the one order of these operations.
+static inline __m256 AddScaled(__m256 acc, __m256 scale, __m256 of_weight, __m256 sum) {
+  return _mm256_fmadd_ps(_mm256_mul_ps(acc, scale), of_weight, sum);
+}
+
+// A tile of outputs and one panel, where codes lie by inputs.
+struct TileOfPanel {
+  int64_t panel, column, width, quads;
+  alignas(32) float scales[kColumns], offsets[kColumns];
+};
+
+// ROWS rows of x times half a tile. `codes(q, i, w)` are its expanded codes.
+template <typename Format, int ROWS, typename Load, typename Codes>
+static inline __attribute__((always_inline)) void HalfTile(const Product& p, const Blocks& blocks, int32_t zero,
+                                                           const Rounded& r, const Quads& a, const TileOfPanel& t,
+                                                           int64_t row, int64_t half, const Load& load, const Codes& codes) {
+  const Panel& panel = blocks.panels[t.panel];
+  const int64_t count = blocks.list.size(), groups = NumGroups(p);
+  const bool last = t.panel + 1 == a.panels || blocks.panels[t.panel + 1].group != panel.group;
+  __m256 sums[ROWS][2];
+  alignas(32) float edge[8];
+  float* y[ROWS][2];
+  for (int m = 0; m < ROWS; ++m) {
+    for (int k = 0; k < 2; ++k) {
+      const int64_t at = 8 * half + 16 * k, inside = std::min<int64_t>(8, t.width - at);
+      y[m][k] = p.y + (row + m) * p.outputs + t.column + at;
+      sums[m][k] = _mm256_setzero_ps();
+      if (!t.panel || inside <= 0) continue;
+      if (inside < 8) std::memcpy(edge, y[m][k], 4 * inside);
+      sums[m][k] = _mm256_loadu_ps(inside < 8 ? edge : y[m][k]);
+    }
+  }
+  const auto of_x = [&](int m, int64_t q, int i, int) {
+    return FourBytes(a.x.data() + ((row + m) * a.panels + t.panel) * a.of_panel + i * 32 + 4 * q);
+  };
+  const __m256 scales[2] = {_mm256_load_ps(t.scales + 8 * half), _mm256_load_ps(t.scales + 8 * half + 16)};
+  for (int s = 0; s < a.sums; ++s) {
+    __m256i acc[ROWS][2][1];
+    const int64_t block = row * count + panel.block + s;
+#pragma GCC unroll 4
+    for (int m = 0; m < ROWS; ++m) {
+      acc[m][0][0] = acc[m][1][0] = zero ? _mm256_set1_epi32(r.start[block + m * count]) : _mm256_setzero_si256();
+    }
+    if (a.sums == 1) {
+      MultiplyAdd<Format, ROWS, 1>(t.quads, 0, Format::kOperands, load, codes, of_x, acc);
+    } else {
+      MultiplyAdd<Format, ROWS, 1>(t.quads, s * Format::kOfPart, (s + 1) * Format::kOfPart, load, codes, of_x, acc);
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < ROWS; ++m) {
+      const __m256 f[2] = {_mm256_cvtepi32_ps(acc[m][0][0]), _mm256_cvtepi32_ps(acc[m][1][0])};
+      const __m256 scale = _mm256_set1_ps(r.scale[block + m * count]);
+      __m256 ordered[2];
+      InOrder(f, ordered);
+      sums[m][0] = AddScaled(ordered[0], scale, scales[0], sums[m][0]);
+      sums[m][1] = AddScaled(ordered[1], scale, scales[1], sums[m][1]);
+    }
+  }
+  for (int m = 0; m < ROWS; ++m) {
+    for (int k = 0; k < 2; ++k) {
+      const int64_t at = 8 * half + 16 * k, inside = std::min<int64_t>(8, t.width - at);
+      if (inside <= 0) break;
+      if (last && p.offset.kind != kNone) {
+        const __m256 total = _mm256_set1_ps(a.total[(row + m) * groups + panel.group]);
+        sums[m][k] = _mm256_fmadd_ps(total, _mm256_load_ps(t.offsets + at), sums[m][k]);
+      }
+      _mm256_storeu_ps(inside < 8 ? edge : y[m][k], sums[m][k]);
+      if (inside < 8) std::memcpy(y[m][k], edge, 4 * inside);
+    }
+  }
+}
+
+template <typename Format>
+static void Columns(const Product& p, const Blocks& blocks, const SignedValues& v, const Rounded& r, const Quads& a,
+                    int64_t first_row, int64_t last_row, int64_t begin, int64_t end) {
+  constexpr int OPERANDS = Format::kOperands;
+  constexpr int64_t kFewRows = 16;
+  const Format format(v.bytes);
+  const bool few = last_row - first_row <= kFewRows;
+  alignas(32) __m256i expanded[kBlock / 4 * OPERANDS * 2];
+  alignas(64) uint8_t copy[kBlock * kLine];
+  TileOfPanel t;
+  const auto tile = [&](int64_t j, int64_t column) {
+    const Panel& panel = blocks.panels[j];
+    const uint8_t* w = p.codes + panel.begin * p.outputs + column;
+    t.panel = j, t.column = column, t.width = std::min(kColumns, end - column), t.quads = (panel.size + 3) / 4;
+    const uint8_t* codes_of_tile = copy + (column - begin) % kLine;
+    if (few) {
+      if (codes_of_tile == copy) CopyTile(w, p.outputs, panel.size, end - column, copy);
+    } else {
+      codes_of_tile = copy;
+      CopyTile(w, p.outputs, panel.size, t.width, copy);
+    }
+    LoadScales(p.scale, panel.group, column, t.width, t.scales);
+    if (p.offset.kind != kNone) LoadScales(p.offset, panel.group, column, t.width, t.offsets);
+    for (int64_t half = 0; half < 2 && 8 * half < t.width; ++half) {
+      __m256i quads[2];
+      const auto load = [&](int64_t q) { LoadQuads(codes_of_tile + 4 * q * kLine, half, quads); };
+      const auto codes = [&](int i, __m256i* out) { out[0] = format.Expand(quads[0], i), out[1] = format.Expand(quads[1], i); };
+      if (last_row - first_row == 1) {
+        HalfTile<Format, 1>(p, blocks, v.zero, r, a, t, first_row, half, load, codes);
+        continue;
+      }
+      for (int64_t q = 0; q < t.quads; ++q) {
+        load(q);
+        for (int i = 0; i < OPERANDS; ++i) codes(i, expanded + (q * OPERANDS + i) * 2);
+      }
+      const __m256i* at = expanded;
+      const auto from = [&](int64_t q) { at = expanded + q * OPERANDS * 2; };
+      const auto expanded_codes = [&](int i, __m256i* out) { out[0] = at[2 * i], out[1] = at[2 * i + 1]; };
+      int64_t row = first_row;
+      for (; row + kRows <= last_row; row += kRows) {
+        HalfTile<Format, kRows>(p, blocks, v.zero, r, a, t, row, half, from, expanded_codes);
+      }
+      for (; row < last_row; ++row) HalfTile<Format, 1>(p, blocks, v.zero, r, a, t, row, half, from, expanded_codes);
+    }
+  };
+  if (few) {  // bound by memory, which is read in the order of addresses
+    for (int64_t j = 0; j < a.panels; ++j) {
+      const Panel& panel = blocks.panels[j];
+      Ahead ahead{p.codes + (panel.begin + panel.size) * p.outputs + begin, 0, end - begin, p.outputs};
+      for (int64_t column = begin; column < end; column += kColumns) {
+        ahead.Fetch((panel.size * std::min(kColumns, end - column) + 63) / 64);
+        tile(j, column);
+      }
+    }
+    return;
+  }
+  for (int64_t column = begin; column < end; column += kColumns) {
+    for (int64_t j = 0; j < a.panels; ++j) tile(j, column);
+  }
+}
+
+// ROWS rows of x times two outputs. `load(j)` makes their codes of the vector j current, `codes(i, w)` expands these.
+template <typename Format, int ROWS, typename Load, typename Codes>
+static inline __attribute__((always_inline)) void TwoOutputs(const Quads& a, int64_t row, const float* scales,
+                                                             int64_t scale_stride, const Load& load, const Codes& codes,
+                                                             float (*y)[2]) {
+  __m256 sums[ROWS][2];
+  for (int m = 0; m < ROWS; ++m) sums[m][0] = sums[m][1] = _mm256_setzero_ps();
+  for (int64_t j = 0; j < a.panels; ++j) {
+    const __m256i lane = Load32(a.group.data() + j * 8);
+    const float* first = scales + a.first_group[j];
+    const __m256 of_weight[2] = {_mm256_permutevar8x32_ps(_mm256_loadu_ps(first), lane),
+                                 _mm256_permutevar8x32_ps(_mm256_loadu_ps(first + scale_stride), lane)};
+    const auto load_vector = [&](int64_t) { load(j); };
+    const auto of_x = [&](int m, int64_t, int i, int) {
+      return Load32(a.x.data() + ((row + m) * a.panels + j) * a.of_panel + i * 32);
+    };
+    for (int s = 0; s < a.sums; ++s) {
+      __m256i acc[ROWS][2][1];
+#pragma GCC unroll 4
+      for (int m = 0; m < ROWS; ++m) {
+        acc[m][0][0] = acc[m][1][0] = Load32(a.start.data() + (((row + m) * a.panels + j) * a.sums + s) * 8);
+      }
+      if (a.sums == 1) {
+        MultiplyAdd<Format, ROWS, 1>(1, 0, Format::kOperands, load_vector, codes, of_x, acc);
+      } else {
+        MultiplyAdd<Format, ROWS, 1>(1, s * Format::kOfPart, (s + 1) * Format::kOfPart, load_vector, codes, of_x, acc);
+      }
+#pragma GCC unroll 4
+      for (int m = 0; m < ROWS; ++m) {
+        const __m256 scale = _mm256_loadu_ps(a.scale.data() + (((row + m) * a.panels + j) * a.sums + s) * 8);
+        for (int k = 0; k < 2; ++k) {
+          sums[m][k] = AddScaled(_mm256_cvtepi32_ps(acc[m][k][0]), scale, of_weight[k], sums[m][k]);
+        }
+      }
+    }
+  }
+  for (int m = 0; m < ROWS; ++m) {
+    for (int k = 0; k < 2; ++k) y[m][k] = SumOfEight(sums[m][k]);
+  }
+}
+
+template <typename Format>
+static void Rows(const Product& p, const SignedValues& v, const Quads& a, int64_t first_row, int64_t last_row,
+                 int64_t begin, int64_t end) {
+  constexpr int OPERANDS = Format::kOperands;
+  const Format format(v.bytes);
+  const int64_t groups = NumGroups(p), row_bytes = groups * GroupBytes(p), whole = row_bytes / 32, stride = groups + 16;
+  std::vector<float> scales(2 * stride), offsets(groups + 8);
+  alignas(32) uint8_t last[2][32] = {};
+  thread_local std::vector<uint8_t> expanded;  // (V, operands, 2 outputs), keeps its memory from call to call
+  const bool expand = last_row - first_row >= kRows;
+  if (expand) expanded.resize(a.panels * OPERANDS * 64);
+  for (int64_t n = begin; n < end; n += 2) {
+    const int64_t count = std::min<int64_t>(2, end - n);
+    const uint8_t* w[2] = {p.codes + n * row_bytes, p.codes + (n + count - 1) * row_bytes};
+    for (int64_t k = 0; k < 2; ++k) {
+      LoadScales(p.scale, n + std::min(k, count - 1), 0, groups, scales.data() + k * stride);
+      if (row_bytes % 32) std::memcpy(last[k], w[k] + whole * 32, row_bytes % 32);
+    }
+    for (int64_t b = 0; b < 2 * row_bytes; b += 64) {
+      _mm_prefetch(reinterpret_cast<const char*>(w[0] + b + kAheadBytes), _MM_HINT_T1);
+    }
+    __m256i quads[2];
+    const auto load = [&](int64_t j) {
+      for (int k = 0; k < 2; ++k) quads[k] = Load32(j < whole ? w[k] + j * 32 : last[k]);
+    };
+    const auto codes = [&](int i, __m256i* out) { out[0] = format.Expand(quads[0], i), out[1] = format.Expand(quads[1], i); };
+    const uint8_t* at = expanded.data();
+    const auto from = [&](int64_t j) { at = expanded.data() + j * OPERANDS * 64; };
+    const auto expanded_codes = [&](int i, __m256i* out) { out[0] = Load32(at + i * 64), out[1] = Load32(at + i * 64 + 32); };
+    for (int64_t j = 0; j < a.panels && expand; ++j) {
+      load(j);
+      for (int i = 0; i < OPERANDS; ++i) {
+        __m256i two[2];
+        codes(i, two);
+        std::memcpy(expanded.data() + (j * OPERANDS + i) * 64, two, 64);
+      }
+    }
+    int64_t row = first_row;
+    float y[kRows][2];
+    for (; row + kRows <= last_row; row += kRows) {
+      TwoOutputs<Format, kRows>(a, row, scales.data(), stride, from, expanded_codes, y);
+      for (int64_t m = 0; m < kRows; ++m) std::memcpy(p.y + (row + m) * p.outputs + n, y[m], 4 * count);
+    }
+    for (; row < last_row; ++row) {
+      TwoOutputs<Format, 1>(a, row, scales.data(), stride, load, codes, y);
+      std::memcpy(p.y + row * p.outputs + n, y[0], 4 * count);
+    }
+    if (p.offset.kind == kNone) continue;
+    for (int64_t k = 0; k < count; ++k) {
+      LoadScales(p.offset, n + k, 0, groups, offsets.data());
+      for (row = first_row; row < last_row; ++row) {
+        float sum = 0;
+        for (int64_t g = 0; g < groups; ++g) sum += a.total[row * groups + g] * offsets[g];
+        p.y[row * p.outputs + n + k] += sum;
+      }
+    }
+  }
+}
+
+static void Divide(const Product& p, const Blocks& blocks, bool table, Quads* a) {
+  WithFormat(p, table, [&](auto* f) { Divide<std::remove_pointer_t<decltype(f)>>(p, blocks, a); });
+}
+
+static void ArrangeRow(const Product& p, const Blocks& blocks, bool table, const SignedValues& v, const Rounded& r,
+                       int64_t row, Quads* a) {
+  WithFormat(p, table, [&](auto* f) { ArrangeRow<std::remove_pointer_t<decltype(f)>>(p, blocks, v, r, row, a); });
+}
+
+// The outputs [begin, end) of the rows [first_row, last_row).
+static void Outputs(const Product& p, const Blocks& blocks, bool table, const SignedValues& v, const Rounded& r,
+                    const Quads& a, int64_t first_row, int64_t last_row, int64_t begin, int64_t end) {
+  WithFormat(p, table, [&](auto* f) {
+    using Format = std::remove_pointer_t<decltype(f)>;
+    if (p.by_output) return Rows<Format>(p, v, a, first_row, last_row, begin, end);
+    Columns<Format>(p, blocks, v, r, a, first_row, last_row, begin, end);
+  });
+}
+
+}  // namespace avx2

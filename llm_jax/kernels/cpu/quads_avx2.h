@@ -1,0 +1,265 @@
+// Products of 8-bit and smaller codes with integers by AVX2. Included with the compiler's target set.
+//
+// A quad is four bytes of codes of one output. Eight quads fill a vector: of eight outputs where codes lie by inputs, of one
+// output where they lie by outputs. A `Format` expands a vector to `kOperands` vectors of integers. The same lanes of the
+// vectors of activations, which are in the order of `Arrange`, hold the inputs of these codes, so that sums of products of
+// adjacent integers belong to the output of a lane.
+
+namespace avx2 {
+
+constexpr int64_t kColumns = 32;     // outputs of a tile where codes lie by inputs
+constexpr int64_t kLine = 64;        // outputs whose codes are copied together
+constexpr int64_t kPanelBytes = 64;  // most rows of codes of a tile
+constexpr int64_t kAheadBytes = 4096;  // that are fetched in advance where codes lie by outputs
+
+// Codes of 4 or 2 bits as unsigned bytes. The sums of 16 products of a code and a byte fit 16 bits.
+template <int BITS>
+struct SmallCodes {
+  static constexpr int kBits = BITS, kParts = 8 / BITS, kOfPart = 1, kOperands = kParts, kDigits = 3, kDigitBits = 8;
+
+  explicit SmallCodes(const uint8_t*) {}
+
+  __m256i Expand(__m256i v, int i) const {
+    return _mm256_and_si256(_mm256_srli_epi16(v, BITS * i), _mm256_set1_epi8((1 << BITS) - 1));
+  }
+  static __m256i MultiplyAdd(__m256i w, __m256i x, __m256i sum) { return _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, x)); }
+  static __m256i AddTo(__m256i total, __m256i sum) {
+    return _mm256_add_epi32(total, _mm256_madd_epi16(sum, _mm256_set1_epi16(1)));
+  }
+  static __m256i Sum(__m256i x) { return AddTo(_mm256_setzero_si256(), _mm256_maddubs_epi16(_mm256_set1_epi8(1), x)); }
+};
+
+// Integers of 16 bits: the bytes 0 and 2 of a quad, then its bytes 1 and 3.
+template <int BITS, bool SIGNED, bool TABLE>
+struct Words {
+  static constexpr int kBits = BITS, kParts = 8 / BITS, kOfPart = 2, kOperands = 2 * kParts, kDigits = 2, kDigitBits = 12;
+
+  explicit Words(const uint8_t* values) {
+    if (TABLE) table = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
+  }
+
+  __m256i Expand(__m256i v, int i) const {
+    if (TABLE) v = _mm256_shuffle_epi8(table, SmallCodes<TABLE ? BITS : 4>(nullptr).Expand(v, i / 2));
+    if (!SIGNED) return i % 2 ? _mm256_srli_epi16(v, 8) : _mm256_and_si256(v, _mm256_set1_epi16(255));
+    return _mm256_srai_epi16(i % 2 ? v : _mm256_slli_epi16(v, 8), 8);
+  }
+  static __m256i MultiplyAdd(__m256i w, __m256i x, __m256i sum) { return _mm256_add_epi32(sum, _mm256_madd_epi16(w, x)); }
+  static __m256i AddTo(__m256i total, __m256i sum) { return _mm256_add_epi32(total, sum); }
+  static __m256i Sum(__m256i x) { return _mm256_madd_epi16(x, _mm256_set1_epi16(1)); }
+
+  __m256i table;
+};
+
+// The values of a table of 4-bit codes as float32: the bytes 0, 1, 2 and 3 of a quad.
+struct TableFloats {
+  static constexpr int kBits = 4, kParts = 2, kOfPart = 4, kOperands = 8, kDigits = 1, kDigitBits = 32;
+
+  explicit TableFloats(const float* values) : low(_mm256_loadu_ps(values)), high(_mm256_loadu_ps(values + 8)) {}
+
+  __m256i Expand(__m256i v, int i) const {
+    const int shift = i % 4 * 8 + i / 4 * 4;
+    const __m256i code = _mm256_srli_epi32(v, shift), highest_bit = _mm256_slli_epi32(v, 28 - shift);
+    return _mm256_castps_si256(_mm256_blendv_ps(_mm256_permutevar8x32_ps(low, code), _mm256_permutevar8x32_ps(high, code),
+                                                _mm256_castsi256_ps(highest_bit)));
+  }
+  static __m256i MultiplyAdd(__m256i w, __m256i x, __m256i sum) {
+    return _mm256_castps_si256(
+        _mm256_fmadd_ps(_mm256_castsi256_ps(w), _mm256_castsi256_ps(x), _mm256_castsi256_ps(sum)));
+  }
+  static __m256i Sum(__m256i) { return _mm256_setzero_si256(); }  // its values have no zero
+  static __m256i AddTo(__m256i total, __m256i sum) {
+    return _mm256_castps_si256(_mm256_add_ps(_mm256_castsi256_ps(total), _mm256_castsi256_ps(sum)));
+  }
+
+  __m256 low, high;
+};
+
+// Writes `count` integers (or the bits of float32) of one part of consecutive bytes, digit by digit (the lowest first), in
+// the order of a format:
+// those of an operand and a digit are 4-byte words, one for each quad, `stride` bytes after those of the digit before.
+// Integers from `count` to the next multiple of 8 are 0.
+template <typename Format, int DIGITS, typename Integers>
+static inline __attribute__((always_inline)) void Arrange(int64_t count, int part, int64_t stride, const Integers& integers,
+                                                          uint8_t* x) {
+  const __m256i odd_after_even = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
+  for (int64_t b = 0; b < count; b += 8) {
+    __m256i v = integers(b);
+    uint8_t* first = x + part * Format::kOfPart * DIGITS * stride + b;
+    for (int d = 0; d < DIGITS; ++d) {
+      constexpr int kShift = 32 - Format::kDigitBits;
+      __m256i digit = v;
+      if (d + 1 < DIGITS) {
+        digit = _mm256_srai_epi32(_mm256_slli_epi32(v, kShift), kShift);
+        v = _mm256_srai_epi32(_mm256_sub_epi32(v, digit), Format::kDigitBits);
+      }
+      if (Format::kOfPart == 4) {
+        digit = _mm256_permutevar8x32_epi32(digit, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+        alignas(32) int64_t pairs[4];
+        _mm256_store_si256(reinterpret_cast<__m256i*>(pairs), digit);
+        for (int i = 0; i < 4; ++i) std::memcpy(first + i * stride, pairs + i, 8);
+        continue;
+      }
+      if (Format::kOfPart == 2) digit = _mm256_permutevar8x32_epi32(digit, odd_after_even);
+      const __m128i shorts = _mm_packs_epi32(_mm256_castsi256_si128(digit), _mm256_extracti128_si256(digit, 1));
+      if (Format::kOfPart == 1) {
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(first + d * stride), _mm_packs_epi16(shorts, shorts));
+      } else {
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(first + d * stride), shorts);
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(first + (DIGITS + d) * stride), _mm_unpackhi_epi64(shorts, shorts));
+      }
+    }
+  }
+}
+
+// sums[m][k][d] += the products of two vectors of codes with DIGITS digits of ROWS rows of activations, for the operands
+// [first, last). `load(q)` makes the vectors `q` current, `codes(i, w)` expands them, `x(m, q, i, d)` are activations.
+template <typename Format, int ROWS, int DIGITS, typename Load, typename Codes, typename Activations>
+static inline __attribute__((always_inline)) void MultiplyAdd(int64_t count, int first, int last, Load&& load,
+                                                              Codes&& codes, const Activations& x,
+                                                              __m256i (*sums)[2][DIGITS]) {
+  constexpr int64_t kTogether = 4;  // whose sums fit 16 bits
+  for (int64_t q0 = 0; q0 < count; q0 += kTogether) {
+    __m256i acc[ROWS][2][DIGITS];
+#pragma GCC unroll 4
+    for (int m = 0; m < ROWS; ++m) {
+#pragma GCC unroll 3
+      for (int d = 0; d < DIGITS; ++d) acc[m][0][d] = acc[m][1][d] = _mm256_setzero_si256();
+    }
+    for (int64_t q = q0; q < std::min(q0 + kTogether, count); ++q) {
+      load(q);
+#pragma GCC unroll 8
+      for (int i = first; i < last; ++i) {
+        __m256i w[2];
+        codes(i, w);
+#pragma GCC unroll 4
+        for (int m = 0; m < ROWS; ++m) {
+#pragma GCC unroll 3
+          for (int d = 0; d < DIGITS; ++d) {
+            const __m256i of_x = x(m, q, i, d);
+            acc[m][0][d] = Format::MultiplyAdd(w[0], of_x, acc[m][0][d]);
+            acc[m][1][d] = Format::MultiplyAdd(w[1], of_x, acc[m][1][d]);
+          }
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < ROWS; ++m) {
+#pragma GCC unroll 3
+      for (int d = 0; d < DIGITS; ++d) {
+        sums[m][0][d] = Format::AddTo(sums[m][0][d], acc[m][0][d]);
+        sums[m][1][d] = Format::AddTo(sums[m][1][d], acc[m][1][d]);
+      }
+    }
+  }
+}
+
+static inline __m256i Load32(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+
+static inline __m256i FourBytes(const uint8_t* x) {
+  int32_t four;
+  std::memcpy(&four, x, 4);
+  return _mm256_set1_epi32(four);
+}
+
+// Half a tile of four rows of copied codes as two vectors of quads: the outputs 8 h ... 8 h + 3 and 8 h + 16 ... 8 h + 19, and the
+// four after each of these, for the half h.
+static inline __attribute__((always_inline)) void LoadQuads(const uint8_t* w, int64_t half, __m256i* quads) {
+  const __m256i r0 = Load32(w), r1 = Load32(w + kLine), r2 = Load32(w + 2 * kLine), r3 = Load32(w + 3 * kLine);
+  const __m256i r01 = half ? _mm256_unpackhi_epi8(r0, r1) : _mm256_unpacklo_epi8(r0, r1),
+                r23 = half ? _mm256_unpackhi_epi8(r2, r3) : _mm256_unpacklo_epi8(r2, r3);
+  quads[0] = _mm256_unpacklo_epi16(r01, r23);
+  quads[1] = _mm256_unpackhi_epi16(r01, r23);
+}
+
+// Eight scales of a row, from a column on.
+static inline __m256 EightScales(const Scales& s, int64_t row, int64_t column) {
+  row = s.rows == 1 ? 0 : row;
+  if (s.columns == 1) return _mm256_set1_ps(ScaleAt(s, row, 0));
+  const int64_t index = row * s.columns + column;
+  if (s.kind == kFloat32) return _mm256_loadu_ps(static_cast<const float*>(s.data) + index);
+  if (s.kind == kFloat16) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const uint16_t*>(s.data) + index)));
+  }
+  const auto* bytes = reinterpret_cast<const __m128i*>(static_cast<const uint8_t*>(s.data) + index);
+  const __m256i codes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(bytes));
+  if (s.kind == kExponent) return _mm256_castsi256_ps(_mm256_slli_epi32(codes, 23));
+  const float* inner = s.inner + row * s.inner_rows / s.rows * s.inner_columns;
+  alignas(32) float factors[8];
+  if (s.inner_columns == 1) {
+    for (int64_t i = 0; i < 8; ++i) factors[i] = inner[0];
+  } else {
+    for (int64_t i = 0; i < 8; ++i) factors[i] = inner[(column + i) * s.inner_columns / s.columns];
+  }
+  return _mm256_fmadd_ps(_mm256_i32gather_ps(s.table, codes, 4), _mm256_load_ps(factors), _mm256_set1_ps(s.mean));
+}
+
+// `count` scales of a row, from a column on, followed by zeros up to a multiple of 8.
+static inline void LoadScales(const Scales& s, int64_t row, int64_t column, int64_t count, float* scales) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) _mm256_storeu_ps(scales + i, EightScales(s, row, column + i));
+  for (const int64_t end = (count + 7) / 8 * 8; i < end; ++i) scales[i] = i < count ? ScaleAt(s, row, column + i) : 0.0f;
+}
+
+// Copies the rows of codes of a panel times up to 64 outputs, whole cache lines, because lines of distant rows displace each
+// other in the first-level cache; followed by zeros up to 64 outputs and a multiple of four rows.
+static inline void CopyTile(const uint8_t* w, int64_t stride, int64_t rows, int64_t columns, uint8_t* copy) {
+  if (rows % 4 || columns < kLine) std::memset(copy, 0, (rows + 3) / 4 * 4 * kLine);
+  for (int64_t b = 0; b < rows; ++b, w += stride, copy += kLine) {
+    if (columns >= kLine) {
+      std::memcpy(copy, w, kLine);
+    } else {
+      std::memcpy(copy, w, columns);
+    }
+  }
+}
+
+// Fetches the next panel row by row while a panel is computed tile by tile; see vnni_loads.h.
+struct Ahead {
+  const uint8_t* row;
+  int64_t column, width, stride;
+
+  inline void Fetch(int64_t lines) {
+    for (; lines > 0; --lines) {
+      _mm_prefetch(reinterpret_cast<const char*>(row + column), _MM_HINT_T1);
+      column += 64;
+      if (column >= width) {
+        column = 0;
+        row += stride;
+      }
+    }
+  }
+};
+
+// The sum of the eight numbers of a vector.
+static inline float SumOfEight(__m256 v) {
+  __m128 sum = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+  return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+}
+
+static inline int64_t SumOfEight(__m256i v) {
+  alignas(32) int32_t lanes[8];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), v);
+  int64_t sum = 0;
+  for (int32_t lane : lanes) sum += lane;
+  return sum;
+}
+
+// From the order of `LoadQuads` to that of the outputs: 8 h ... 8 h + 7 and 8 h + 16 ... 8 h + 23.
+static inline void InOrder(const __m256* f, __m256* ordered) {
+  ordered[0] = _mm256_permute2f128_ps(f[0], f[1], 0x20);
+  ordered[1] = _mm256_permute2f128_ps(f[0], f[1], 0x31);
+}
+
+// Calls run(the format of the codes), a null pointer that has its type.
+template <typename Run>
+static void WithFormat(const Product& p, bool table, const Run& run) {
+  if (p.bits == 8 && p.kind == kInt8) return run(static_cast<Words<8, true, false>*>(nullptr));
+  if (p.bits == 8) return run(static_cast<Words<8, false, false>*>(nullptr));
+  if (p.bits == 4 && table) return run(static_cast<Words<4, true, true>*>(nullptr));
+  if (p.bits == 4) return run(static_cast<SmallCodes<4>*>(nullptr));
+  if (table) return run(static_cast<Words<2, true, true>*>(nullptr));
+  run(static_cast<SmallCodes<2>*>(nullptr));
+}
+
+}  // namespace avx2
