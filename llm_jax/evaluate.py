@@ -301,7 +301,7 @@ def _compare_text(f: cli.Flags, texts: list[_HeldOut], source: Any, compressed: 
     left_out = len(units[0].sizes) - figures[0]["units"]
     missing = f" ({left_out:,} more do not fit into the windows)" if left_out else ""
     print(f"{f.data or texts[0].data.source}: {figures[0]['units']:,} {noun} measured by all{missing}{packed}")
-    print(paired.table([held_out.name for held_out in texts], columns, figures))
+    print(paired.table([held_out.name for held_out in texts], columns, figures, f"over the {noun}"))
     if any(row.get("low", 0) is None and math.isfinite(row["difference"]) for row in figures):
         print(
             f"no interval: the {figures[0]['units']:,} {noun} correspond to fewer than {intervals.FEWEST_UNITS} of "

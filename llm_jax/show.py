@@ -145,7 +145,7 @@ def show_tokens(f: cli.Flags) -> None:
     """Text split into tokens: `python -m llm_jax.show tokens --tokenizer=A [--tokenizer=B] --text="some text"`.
 
     On a terminal, tokens have alternating background colours and unknown tokens are red; otherwise bars separate the
-    tokens and brackets mark unknown tokens. --ids adds a table with id, byte span and piece.
+    tokens and brackets mark unknown tokens. --ids adds a table with the id, the byte span and the text of each token.
     """
     from llm_jax import checkpoints
     from llm_jax.pictures.token_splits import tokens

@@ -51,8 +51,9 @@ def main(f: cli.Flags) -> int:
     if (output / "config.json").exists():
         raise UserError(f"--output={output} is a run; expected a directory for the runs of the sweep")
     origin = provenance.here(provenance.command_line("sweep"))
-    signal = signals.DeferredSignals("saving the running points", jobs.kill_all)
     table = live_table.LiveTable()
+    signal = signals.DeferredSignals("saving the running points", jobs.kill_all, prints=not table.is_redrawn)
+    table.notice = lambda: signal.message
     if f.search:
         shares = jobs.machine_shares(f.jobs, f.trials)
         options = {"seed": f.draw_seed, "prune": f.prune, "stop": signal, "show": table}
@@ -60,6 +61,8 @@ def main(f: cli.Flags) -> int:
             study, statuses = search.run(f.config, f.search, output, f.trials, shares, origin, **options)
         table.close()
         print(search.describe(study, output))
+        if not statuses:
+            print(f"the study has {len(study.trials)} trials; a larger --trials continues it")
         return finish(statuses, signal.number, output)
     factors = [grid.read_file(f.points)] if f.points else []
     factors += [grid.parse(f.grid, f.draw_seed)] if f.grid else []
@@ -73,6 +76,8 @@ def main(f: cli.Flags) -> int:
         for point in planned:
             print(f"{point.name}: {jobs.status(points.job(point)).state}")
         return 0
+    for note in points.notes(planned):
+        print(note, file=sys.stderr)
     points.write(planned, output, origin)
     with signal:
         statuses = jobs.run(

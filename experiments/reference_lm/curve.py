@@ -7,6 +7,7 @@ from absl import flags
 
 from llm_jax import cli
 from llm_jax.errors import UserError
+from llm_jax.evaluation import example_counts
 from llm_jax.research import plots, runs
 
 WINDOW = 50  # steps of the running mean
@@ -16,21 +17,24 @@ flags.DEFINE_string("output", str(pathlib.Path(__file__).with_name("curve.png"))
 
 
 def main() -> None:
-    lines = runs.read_lines(pathlib.Path(flags.FLAGS.run).expanduser() / "metrics.jsonl")
-    if not lines:
+    run = runs.load([pathlib.Path(flags.FLAGS.run).expanduser()])[0]
+    if not run.metrics:
         raise UserError(f"--run={flags.FLAGS.run}: no metrics.jsonl here; expected a run")
-    tokens = np.cumsum([line["tokens"] for line in lines]) / 1e6
-    loss = np.asarray([line["loss"] for line in lines], float)
-    held = [(t, line["validation_loss"]) for t, line in zip(tokens, lines, strict=True) if "validation_loss" in line]
+    tokens = np.cumsum([line["tokens"] for line in run.metrics]) / 1e6
+    tokens_by_step = {line["step"]: count for line, count in zip(run.metrics, tokens, strict=True)}
+    loss = np.asarray([line["loss"] for line in run.metrics], float)
+    end = run.final_point("validation_loss")
     with plots.figure(flags.FLAGS.output, figsize=(7, 3.6), dpi=120) as axes:
         axes.plot(tokens, loss, color="tab:blue", alpha=0.25, linewidth=0.6, label="training, each step")
         if len(loss) >= WINDOW:
             mean = np.convolve(loss, np.ones(WINDOW) / WINDOW, "valid")
             axes.plot(tokens[WINDOW - 1 :], mean, color="tab:blue", label=f"training, mean of {WINDOW} steps")
-        for points, style, label in ((held[:-1], "o-", "the first eval.rows rows"), (held[-1:], "s", "all")):
+        parts = ((run.curve("validation_loss"), "o-", "tab:orange"), ([end] if end else [], "s", "tab:red"))
+        for points, style, color in parts:
             if points:
-                color = "tab:orange" if style == "o-" else "tab:red"
-                axes.plot(*zip(*points, strict=True), style, color=color, label=f"held out, {label}")
+                label = f"held out, {example_counts.text('validation_loss', points[0].examples)}"
+                values = [point.value for point in points]
+                axes.plot([tokens_by_step[point.step] for point in points], values, style, color=color, label=label)
         axes.set(xlabel="million tokens", ylabel="nats per token")
     print(f"wrote {flags.FLAGS.output}")
 

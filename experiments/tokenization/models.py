@@ -150,7 +150,8 @@ def judge(figures: Figures, refused: dict[str, dict[str, bool]]) -> list[Finding
     t2 = "fails"
     if at_once and all(all(answers.values()) for answers in refused.values()):
         t2 = "holds" if tuned else "holds when the model is not trained on"
-    bits = findings.means(figures, "bits per byte") | {f"more than {kind}": i for kind, i in more.items()}
+    bits = findings.means(figures, "bits per byte")
+    bits |= {f"{other} minus {kind}": i for kind, by_other in more.items() for other, i in by_other.items()}
     t1_measure = "bits per byte of a model, equal training tokens: characters and bytes minus pieces"
     t2_measure = "bits per byte that a swap of the vocabulary costs; refusals"
     return [

@@ -79,7 +79,7 @@ class Writer:
         Args:
           params: weights of any kind, in any layout.
           optimizer: the optimizer state; {} without training.
-          validation_loss: in nats per token; None if it was not measured.
+          validation_loss: in nats per token, over the rows of the periodic evaluations; None if it was not measured.
           skipped_batches: batches that training has skipped so far.
           ema: the moving average of `params`, if the run keeps one.
 

@@ -26,9 +26,10 @@ class DeferredSignals:
     If `install` was not called, as in a notebook or a test, the signal handlers are not changed.
 
     Args:
-      note: message printed at the first signal.
+      note: message printed at the first signal; see `message`.
       before_end: called at the second signal, before the process ends.
       resumption: returns what the same command does after the process was ended by the second signal.
+      prints: whether the message is printed at the first signal; a live display shows it itself.
 
     Attributes:
       number: number of the received signal, or 0; calling the object returns it.
@@ -39,13 +40,20 @@ class DeferredSignals:
         note: str = "saving after this step",
         before_end: Callable[[], object] = lambda: None,
         resumption: Callable[[], str] = lambda: "the same command resumes from the last checkpoint",
+        prints: bool = True,
     ) -> None:
         self.number = 0
+        self._prints = prints
         self._note, self._before_end, self._resumption = note, before_end, resumption
         self._previous: dict[int, Any] = {}
 
     def __call__(self) -> int:
         return self.number
+
+    @property
+    def message(self) -> str:
+        """What is printed at the first signal; "" before it."""
+        return f"{signal.Signals(self.number).name}: {self._note}; repeat to stop immediately" if self.number else ""
 
     def __enter__(self) -> "DeferredSignals":
         numbers = (signal.SIGINT, signal.SIGTERM) if _installed else ()
@@ -61,8 +69,8 @@ class DeferredSignals:
             self._before_end()
             exit_process(128 + number, f"\nstopped without saving; {self._resumption()}")
         self.number = number
-        # os.write, because the signal may interrupt a print.
-        os.write(2, f"\n{signal.Signals(number).name}: {self._note}; repeat to stop immediately\n".encode())
+        if self._prints:  # os.write, because the signal may interrupt a print.
+            os.write(2, f"\n{self.message}\n".encode())
 
 
 def exit_process(code: int, message: str = "") -> None:

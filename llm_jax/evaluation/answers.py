@@ -212,7 +212,11 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
     names = [row["checkpoint"] for row in results]
     width = max(map(len, ("checkpoint", *names))) if any("difference" in row for row in results) else 0
     head = f"{'style':<14} {'template':>8} {'examples':>8} {'accuracy':>8}  {'95 % interval':<14} {'tokens':>6}"
-    lines = [f"{'checkpoint':<{width}}  {head}  difference from the first, 95 % interval" if width else head]
+    lines = [
+        f"{'checkpoint':<{width}}  {head}  difference from the first, 95 % interval over the examples"
+        if width
+        else head
+    ]
     for row in results:
         tokens = row["reasoning_tokens"] + row["tokens"]
         line = (

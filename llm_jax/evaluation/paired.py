@@ -94,16 +94,19 @@ def compare(units: Sequence[Units], *, proportions: bool) -> list[dict[str, Any]
     return figures
 
 
-def table(names: Sequence[str], columns: Sequence[tuple[str, Sequence[str]]], figures: Sequence[dict[str, Any]]) -> str:
+def table(
+    names: Sequence[str], columns: Sequence[tuple[str, Sequence[str]]], figures: Sequence[dict[str, Any]], over: str
+) -> str:
     """Formats a table with a row for each model.
 
     Args:
       names: names of the checkpoints.
       columns: (title, one text per model).
       figures: the result of `compare`.
+      over: what the intervals are over, such as "over the documents".
     """
     differences = [_difference(row) for row in figures]
-    all_columns = [("checkpoint", names), *columns, ("difference from the first, 95 % interval", differences)]
+    all_columns = [("checkpoint", names), *columns, (f"difference from the first, 95 % interval {over}", differences)]
     lines = [[title for title, _ in all_columns], *zip(*(texts for _, texts in all_columns), strict=True)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(all_columns))]
     first, *others = widths

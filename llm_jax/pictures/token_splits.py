@@ -21,7 +21,7 @@ class TokenSplits(Drawable):
     Attributes:
       source: the text.
       tokenizers: by the names that they are shown with.
-      with_ids: whether a table of ids, byte spans and pieces is shown.
+      with_ids: whether a table of ids, byte spans and texts is shown.
     """
 
     source: str
@@ -56,8 +56,8 @@ class TokenSplits(Drawable):
             tokens = tuple(between + own for between, own, _, _ in parts)
             panels.append(Passage(self.summary(name), tokens, np.array(values), "", 2.0, _LEGEND, hints))
             if self.with_ids:
-                rows = tuple((index, f"{begin}-{end}", tokenizer.piece(index)) for _, _, index, (begin, end) in parts)
-                panels.append(Table(f"tokens of {name}", ("id", "bytes", "piece"), rows))
+                rows = tuple((index, f"{begin}-{end}", f"'{own}'") for _, own, index, (begin, end) in parts)
+                panels.append(Table(f"tokens of {name}", ("id", "bytes", "text"), rows))
         return Picture("Tokens", tuple(panels))
 
 
@@ -66,7 +66,7 @@ def tokens(tokenizers: Tokenizer | Mapping[str, Tokenizer], text: str, ids: bool
 
     Args:
       tokenizers: one, or several by name.
-      ids: whether to show a table of ids, byte spans and pieces too.
+      ids: whether to show a table of ids, byte spans and texts too.
 
     Raises:
       UserError: unpaired surrogates in the text.

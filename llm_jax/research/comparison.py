@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+from llm_jax.evaluation import example_counts
 from llm_jax.intervals import Interval
 from llm_jax.research import runs as runs_lib
 from llm_jax.research.runs import Group, RunRecord
@@ -29,6 +30,8 @@ def text(runs: Sequence[RunRecord], samples: bool = True) -> str:
     )
     reasons = {reason for group in groups if (reason := runs_lib.not_comparable(group, groups[0], figure))}
     blocks += [[f"note: {_REASONS[reason]}"] for reason in sorted(reasons)]
+    if repetitions := runs_lib.repetitions(runs):
+        blocks.append([f"note: {repetitions}"])
     if figure != runs_lib.BITS:
         blocks.append(["note: no run has bits per byte; losses of different tokenizers cannot be compared"])
     if unfinished := [_unfinished(run, figure) for run in runs if not run.is_finished]:
@@ -38,6 +41,7 @@ def text(runs: Sequence[RunRecord], samples: bool = True) -> str:
             if group.runs[0].samples:
                 sample = group.runs[0].samples[-1]
                 cut = sample["text"][:_SAMPLE_LENGTH] + "..." * (len(sample["text"]) > _SAMPLE_LENGTH)
+                cut = "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in cut)
                 blocks.append([f"({number}) {group.runs[0].name}, step {sample['step']}", cut])
     return "\n\n".join("\n".join(block) for block in blocks)
 
@@ -68,6 +72,15 @@ def figures(group: Group) -> dict[str, str]:
     return result
 
 
+def best_text(group: Group, figure: str) -> str:
+    """The best value of a group, with its number of rows if the final values are over another number."""
+    best = group.best(figure)
+    if best is None:
+        return ""
+    rows = example_counts.text(figure, best.examples) if best.examples != group.examples(figure) else ""
+    return f"{best.value:.4f}{rows and f' ({rows})'}"
+
+
 def interval_text(interval: Interval | None, digits: int = 4, sign: bool = False) -> str:
     """Formats an interval as "1.234 [1.200, 1.268]", or without unknown limits."""
     if interval is None:
@@ -78,8 +91,10 @@ def interval_text(interval: Interval | None, digits: int = 4, sign: bool = False
 
 
 def _unfinished(run: RunRecord, figure: str) -> str:
-    curve = run.curve(figure)
-    latest = f"; {runs_lib.FIGURES[figure]} {curve[-1][1]:.4f} at step {curve[-1][0]}" if curve else ""
+    latest = ""
+    for point in run.measurements(figure)[-1:]:
+        rows = example_counts.text(figure, point.examples)
+        latest = f"; {runs_lib.FIGURES[figure]} {point.value:.4f}{rows and f' ({rows})'} at step {point.step}"
     return f"not finished: {run.name}, step {run.step} of {run.config['train.steps']}{latest}"
 
 
@@ -106,7 +121,6 @@ def _figures(groups: Sequence[Group], figure: str) -> list[list[str]]:
     for number, (group, label) in enumerate(zip(groups, labels, strict=True), 1):
         seeds = ",".join(str(run.seed) for run in group.runs)
         seeds += f" ({group.unfinished} unfinished)" * bool(group.unfinished)
-        best = min((value for run in group.runs if (value := run.best(figure)) is not None), default=None)
         compared = runs_lib.difference(group, groups[0], figure) if number > 1 else None
         reason = runs_lib.not_comparable(group, groups[0], figure)
         rows.append(
@@ -115,7 +129,7 @@ def _figures(groups: Sequence[Group], figure: str) -> list[list[str]]:
                 label,
                 seeds,
                 interval_text(group.mean(figure)),
-                "" if best is None else f"{best:.4f}",
+                best_text(group, figure),
                 interval_text(compared[0], sign=True) if compared else reason,
                 *figures(group).values(),
             ]

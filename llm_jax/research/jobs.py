@@ -10,6 +10,7 @@ import dataclasses
 import importlib.util
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -130,7 +131,7 @@ def _recorded(job: Job) -> Status:
         return Status(job, DONE)
     failure = job.directory / "failed.json"
     if failure.exists():
-        return Status(job, FAILED, tuple(files.read_json(failure)["lines"]))
+        return Status(job, FAILED, tuple(map(_plain, files.read_json(failure)["lines"])))
     return Status(job, WAITING)
 
 
@@ -177,7 +178,7 @@ def run(
                     statuses[i] = _end(statuses[i], child, WAITING if stopping else ENDED if i in ended else "")
                     changed = True
             if stop() and not stopping:
-                stopping = True
+                stopping = changed = True
                 _terminate(child.process for child in running.values())
             is_idle = bool(free) and not stopping and all(s.state != WAITING for s in statuses)
             if is_idle and _may_start(list(running.values()), peak) and (job := more(statuses)):
@@ -282,7 +283,8 @@ def _end(running: Status, child: _Child, state: str) -> Status:
     """The state of a job whose process has ended; `state`: the state if it was ended on request without a result."""
     job, code = running.job, child.process.returncode
     _children.discard(child.process)
-    lines = tuple((job.directory / "log.txt").read_text(errors="replace").strip().splitlines()[-_LAST_LINES:])
+    log = (job.directory / "log.txt").read_text(errors="replace")
+    lines = tuple(filter(str.strip, map(_plain, log.splitlines())))[-_LAST_LINES:]
     if job.is_done():
         result = Status(job, DONE, began=running.began)
     elif state:
@@ -300,6 +302,12 @@ def _end(running: Status, child: _Child, state: str) -> Status:
         result = Status(job, FAILED, lines)
     child.lock.close()
     return result
+
+
+def _plain(line: str) -> str:
+    """A line of output without the escape sequences of terminals; other control characters are spelled out."""
+    text = re.sub(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\^_])", "", line.expandtabs())
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text).rstrip()
 
 
 def _may_start(running: Sequence[_Child], peak: int) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
 from llm_jax import bars
-from llm_jax.research import jobs
+from llm_jax.research import jobs, runs
 from llm_jax.research.points import Point
 
 _LINE_EVERY = 60.0  # seconds between progress lines without a terminal
@@ -22,10 +22,16 @@ class LiveTable:
 
     Args:
       stream: output stream; on a terminal, the table is redrawn.
+
+    Attributes:
+      is_redrawn: whether the stream is a terminal. Other lines must then not be printed between calls.
+      notice: returns a message that is shown below the table while points are running, or "".
     """
 
     def __init__(self, stream: TextIO | None = None):
         self._stream = stream or sys.stdout
+        self.is_redrawn = self._stream.isatty()
+        self.notice: Callable[[], str] = lambda: ""
         self._painted = 0  # number of lines of the table on the screen
         self._print_changes = print_changes(self._stream)
         self._began = time.time()
@@ -41,7 +47,7 @@ class LiveTable:
         for name, done in steps.items():
             self._first_steps.setdefault(name, done)
         seconds_left = self._time_left(points, statuses, steps)
-        if self._stream.isatty():
+        if self.is_redrawn:
             self._paint(points, statuses, metrics, steps, seconds_left)
         else:
             self._print(statuses, metrics, seconds_left)
@@ -65,8 +71,9 @@ class LiveTable:
 
     def _paint(self, points, statuses, metrics, steps, left: float | None) -> None:
         width, height = shutil.get_terminal_size()
-        rows = table(points, statuses, metrics, steps, max(3, height - 3))
-        lines = [line[: width - 1] for line in [*rows, headline(statuses, left)]]
+        rows = table(points, statuses, metrics, steps, max(3, height - 4))
+        notice = self.notice() if any(s.state == jobs.RUNNING for s in statuses) else ""
+        lines = [line[: width - 1] for line in [*rows, headline(statuses, left), notice] if line]
         up = f"\x1b[{self._painted}A" if self._painted else ""
         self._stream.write(up + "\x1b[J" + "\n".join(lines) + "\n")
         self._stream.flush()
@@ -124,8 +131,10 @@ def headline(statuses: Sequence[jobs.Status], left: float | None) -> str:
     """The number of points in each state, and the time left."""
     counts = {state: sum(s.state == state for s in statuses) for state in _ORDER}
     text = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    if not statuses:
+        return "no point was run"
     left_text = f"; about {bars.duration(left)} left" if left is not None and left > 0 else ""
-    return f"{len(statuses)} points: {text}{left_text}"
+    return f"{runs.count(len(statuses), 'point')}: {text}{left_text}"
 
 
 def describe(line: Mapping[str, Any]) -> str:

@@ -36,6 +36,14 @@ function interval(value, sign = false) {
   return text(value.estimate) + limits;
 }
 
+// A dotted key that may be broken after each dot.
+const breakable = (key) => key.split(/(?<=\.)/).flatMap((part) => [part, document.createElement("wbr")]);
+
+// A value, its limits and its notes, that may be broken only between them.
+const unbroken = (text) => text.split(/ (?=[[(])/).flatMap((part) => [element("span", { className: "together", textContent: part }), " "]).slice(0, -1);
+
+const wrapped = (value) => (String(value).length > 16 ? "wrapped" : "together"); // the class of a cell
+
 // ---------------------------------------------------------------- the table of groups
 
 const mean = (values) => values.reduce((sum, x) => sum + x, 0) / values.length;
@@ -68,11 +76,14 @@ function seedsText(g) {
   return unfinished ? `${g.seeds.length}, ${unfinished} not finished` : String(g.seeds.length);
 }
 
+// The best value, with its number of rows if the result is over another number.
+const bestText = (g) => number(g.best?.value) + (g.best?.is_of_other_examples ? ` (${g.best.examples})` : "");
+
 function columns() {
   const options = data.options.map((key) => ({
-    title: key, key: (g) => g.options[key], text: (g) => String(g.options[key]),
+    title: key, key: (g) => g.options[key], text: (g) => String(g.options[key]), style: (g) => wrapped(g.options[key]),
   }));
-  const label = { title: "group", key: (g) => g.label, text: (g) => g.label };
+  const label = { title: "group", key: (g) => g.label, text: (g) => g.label, style: (g) => wrapped(g.label) };
   return [
     ...(options.length ? options : [label]),
     { title: "seeds", key: (g) => g.seeds.length, text: seedsText, number: true },
@@ -85,7 +96,7 @@ function columns() {
         return !d || d.low === null ? "" : d.high < 0 ? "better" : d.low > 0 ? "worse" : "";
       },
     },
-    { title: "best", key: (g) => g.best, text: (g) => number(g.best), number: true },
+    { title: "best", key: (g) => g.best?.value, within: (g) => g.best?.examples, text: bestText, number: true },
     { title: "tokens/s", key: (g) => g.tokens_per_second, text: (g) => count(g.tokens_per_second), number: true },
     { title: "memory, MiB", key: (g) => g.memory, text: (g) => count(g.memory), number: true },
     { title: "parameters", key: (g) => g.parameters, text: (g) => count(g.parameters), number: true },
@@ -93,8 +104,9 @@ function columns() {
   ];
 }
 
+const missing = (x) => x === null || x === undefined;
+
 function compare(a, b) {
-  const missing = (x) => x === null || x === undefined;
   if (missing(a) || missing(b)) return missing(a) - missing(b);
   return typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b), "en", { numeric: true });
 }
@@ -103,7 +115,7 @@ function drawGroups() {
   const table = byId("groups");
   const heads = columns().map((column, c) => {
     const arrow = order.column === c ? (order.descending ? " ↓" : " ↑") : "";
-    const button = element("button", { type: "button", textContent: column.title + arrow });
+    const button = element("button", { type: "button" }, ...breakable(column.title), arrow);
     button.addEventListener("click", () => {
       order = { column: c, descending: order.column === c && !order.descending };
       drawGroups();
@@ -120,13 +132,15 @@ function drawGroups() {
     return words.every((word) => text.includes(word));
   });
   if (order.column !== null) {
-    const key = columns()[order.column].key;
-    rows.sort(([a, i], [b, j]) => compare(key(a, i), key(b, j)) * (order.descending ? -1 : 1));
+    const { key, within = () => 0 } = columns()[order.column];
+    const sign = (x, y) => (order.descending && !missing(x) && !missing(y) ? -1 : 1); // what is missing comes last
+    const sorted = (x, y) => compare(x, y) * sign(x, y);
+    rows.sort(([a, i], [b, j]) => compare(within(a), within(b)) || sorted(key(a, i), key(b, j)));
   }
   const body = rows.map(([g, i]) => {
     const cells = columns().map((column) => element("td", {
-      textContent: column.text(g, i), className: [column.number ? "number" : "", column.style?.(g, i) ?? ""].join(" ").trim(),
-    }));
+      className: [column.number ? "number" : "", column.style?.(g, i) ?? ""].join(" ").trim(),
+    }, ...(column.number ? unbroken(column.text(g, i)) : [column.text(g, i)])));
     return element("tr", { className: String(i) === byId("baseline").value ? "baseline" : "" }, ...cells);
   });
   table.replaceChildren(element("thead", {}, element("tr", {}, ...heads)), element("tbody", {}, ...body));
@@ -146,18 +160,21 @@ const tickText = (x) => (Math.abs(x) >= 1e5 || (x !== 0 && Math.abs(x) < 1e-3) ?
 
 function drawCurves() {
   const metric = byId("metric").value;
-  const drawn = data.groups.map((g, i) => [g.curves[metric], i]).filter(([c, i]) => c && !hidden.has(i));
+  const empty = { step: [], mean: [], low: [], high: [] };
+  const drawn = data.groups.map((g, i) => [g.curves[metric] ?? empty, g.final_points[metric], i])
+    .filter(([c, end, i]) => (c.step.length || end) && !hidden.has(i));
   const plot = byId("curves");
+  byId("caption").textContent = caption(metric);
   if (!drawn.length) {
     plot.replaceChildren(element("p", { className: "note", textContent: "No run has measured this." }));
     return;
   }
-  const log = byId("log").checked && drawn.every(([c]) => c.low.every((y) => y > 0));
+  const log = byId("log").checked && drawn.every(([c, end]) => [...c.low, ...(end ? [end.low] : [])].every((y) => y > 0));
   const value = (y) => (log ? Math.log10(y) : y);
   const width = Math.max(300, plot.clientWidth);
   const [height, left, bottom] = [Math.max(240, Math.min(380, width / 2)), 58, 34];
-  const xs = drawn.flatMap(([c]) => c.step);
-  const lows = drawn.flatMap(([c]) => c.low.map(value)), highs = drawn.flatMap(([c]) => c.high.map(value));
+  const all = (key) => drawn.flatMap(([c, end]) => [...c[key], ...(end ? [end[key]] : [])]);
+  const [xs, lows, highs] = [all("step"), all("low").map(value), all("high").map(value)];
   const [x0, x1] = [Math.min(...xs), Math.max(...xs)];
   let [y0, y1] = [Math.min(...lows), Math.max(...highs)];
   if (y0 === y1) [y0, y1] = [y0 - 0.5, y1 + 0.5];
@@ -171,7 +188,7 @@ function drawCurves() {
   }
   for (const tick of ticks(x0, x1, width / 120)) svg.append(shape("text", { x: x(tick), y: height - 14, "text-anchor": "middle" }, tickText(tick)));
   svg.append(shape("text", { x: width - 10, y: height - 3, "text-anchor": "end" }, "step"));
-  for (const [c, i] of drawn) {
+  for (const [c, end, i] of drawn) {
     const band = [...c.step.map((s, k) => [s, c.high[k]]), ...c.step.map((s, k) => [s, c.low[k]]).reverse()];
     if (data.groups[i].seeds.length > 1) {
       svg.append(shape("polygon", { points: band.map(([s, v]) => `${x(s)},${y(v)}`).join(" "), fill: color(i), "fill-opacity": 0.18 }));
@@ -181,8 +198,23 @@ function drawCurves() {
     line.append(shape("title", {}, data.groups[i].label));
     svg.append(line);
     if (c.step.length === 1) svg.append(shape("circle", { cx: x(c.step[0]), cy: y(c.mean[0]), r: 4, fill: color(i) }));
+    if (!end) continue;
+    const [cx, cy, r] = [x(end.step), y(end.mean), 6];
+    svg.append(shape("line", { x1: cx, x2: cx, y1: y(end.low), y2: y(end.high), stroke: color(i), "stroke-width": 2 }));
+    const diamond = shape("path", { d: `M${cx - r} ${cy}L${cx} ${cy - r}L${cx + r} ${cy}L${cx} ${cy + r}Z`, fill: color(i), class: "final" });
+    diamond.append(shape("title", {}, `${data.groups[i].label}: ${number(end.mean)}`));
+    svg.append(diamond);
   }
   plot.replaceChildren(svg);
+}
+
+// What the lines and the diamonds are, with the numbers of rows.
+function caption(metric) {
+  const shown = data.groups.filter((g, i) => !hidden.has(i));
+  const examples = (key) => [...new Set(shown.map((g) => g[key][metric]?.examples).filter(Boolean))].join(" or ");
+  const [lines, ends] = [examples("curves"), examples("final_points")];
+  return "Mean over the seeds; the band is from minimum to maximum." + (lines && ` Lines: evaluations over ${lines}.`) +
+    (ends && ` Diamonds: final evaluation over ${ends}, not comparable with the lines.`);
 }
 
 function drawLegend() {
@@ -201,6 +233,12 @@ function drawLegend() {
 }
 
 // ---------------------------------------------------------------- parallel coordinates
+
+// A text of at most `length` characters: the middle is left out.
+function shortened(text, length) {
+  const [start, end] = [Math.ceil(length / 2) - 1, Math.floor(length / 2) - 1];
+  return text.length <= length ? text : `${text.slice(0, start)}…${text.slice(-end)}`;
+}
 
 function drawParallel() {
   const shown = data.groups.map((g, i) => [g, i]).filter(([g]) => g.result);
@@ -230,10 +268,12 @@ function drawParallel() {
     };
     svg.append(shape("line", { x1: axis.x, x2: axis.x, y1: top, y2: height - 16, class: "axis" }));
     svg.append(shape("text", { x: axis.x, y: 16 + 14 * (a % 2), "text-anchor": "middle" }, axis.title));
-    const marks = numeric && values.length > 8 ? [values[0], values[values.length - 1]] : values;
-    for (const v of marks) {
+    const drawn = []; // heights of the labels: the two ends, and of the others those that fit between
+    for (const v of new Set([values[0], values[values.length - 1], ...values])) {
       const at = axis.y({ options: { [axis.title]: v }, result: { estimate: v } });
-      svg.append(shape("text", { x: axis.x + 5, y: at - 3 }, typeof v === "number" ? tickText(v) : String(v).slice(0, 24)));
+      if (drawn.some((other) => Math.abs(other - at) < 14)) continue;
+      drawn.push(at);
+      svg.append(shape("text", { x: axis.x + 5, y: at - 3, class: "mark" }, typeof v === "number" ? tickText(v) : shortened(String(v), (gap - 10) / 7)));
     }
   });
   const results = shown.map(([g]) => g.result.estimate);
@@ -258,6 +298,8 @@ function drawTable(id, heads, rows) {
   byId(id).replaceChildren(element("thead", {}, head), element("tbody", {}, ...body));
 }
 
+const cell = (value) => element("td", { textContent: String(value), className: wrapped(value) });
+
 function bar(value, most, text) {
   const mark = element("span", { className: "bar" });
   mark.style.width = `${most ? (7 * value) / most : 0}rem`;
@@ -271,17 +313,17 @@ function drawRest() {
   byId("summary").textContent = `${many(total, "run")} in ${many(data.groups.length, "group")}; runs of a group differ in the seed alone. ` +
     `Intervals are 95 % over the seeds, differences are paired by seed; unfinished runs are in neither. ` +
     (scales > 1 ? "Groups with other held-out texts (or, for losses, tokenizers) have no difference: their figures cannot be compared. " : "") +
-    `${data.date}.`;
+    (data.note && `Note: ${data.note}. `) + `${data.date}.`;
   const most = (key) => Math.max(...data.groups.map((g) => g[key] ?? 0));
   drawTable("resources", ["group", "tokens/s", "memory, MiB", "minutes"], data.groups.map((g) => [
-    g.label, bar(g.tokens_per_second, most("tokens_per_second"), count(g.tokens_per_second)),
+    cell(g.label), bar(g.tokens_per_second, most("tokens_per_second"), count(g.tokens_per_second)),
     bar(g.memory, most("memory"), count(g.memory)), bar(g.minutes, most("minutes"), number(g.minutes, 1)),
   ]));
   byId("options-section").hidden = !data.options.length;
-  drawTable("options", ["option", ...data.groups.map((g) => g.label)], data.options.map((key) => [key, ...data.groups.map((g) => String(g.options[key]))]));
+  drawTable("options", ["option", ...data.groups.map((g) => g.label)], data.options.map((key) => [key, ...data.groups.map((g) => cell(g.options[key]))]));
   drawTable("common", ["option", "value"], Object.entries(data.common).map(([key, value]) => [key, element("td", { className: "wide", textContent: value })]));
   drawTable("runs", ["run", "group", "step", "state"], data.groups.flatMap((g) => g.runs.map((r) => [
-    r.name, g.label, `${r.step} of ${r.steps}`, r.done ? "done" : "not finished",
+    cell(r.name), cell(g.label), `${r.step} of ${r.steps}`, r.done ? "done" : "not finished",
   ])));
   const withSamples = data.groups.filter((g) => g.samples.length);
   byId("samples-section").hidden = !withSamples.length;

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from llm_jax.evaluation import example_counts
 from llm_jax.intervals import Interval
 from llm_jax.pictures import html_document
 from llm_jax.research import runs as runs_lib
@@ -30,7 +31,7 @@ _BODY = """<header><h1>{title}</h1><p id="summary"></p></header>
 <section><h2>Curves</h2>
 <p class="controls"><label>Figure <select id="metric"></select></label>
 <label><input id="log" type="checkbox"> logarithmic</label></p>
-<div id="curves" class="plot"></div><p class="note">Mean over the seeds; the band is from minimum to maximum.</p>
+<div id="curves" class="plot"></div><p class="note" id="caption"></p>
 <ul id="legend"></ul></section>
 <section id="parallel-section"><h2>Options and result</h2><div id="parallel" class="plot scroll"></div></section>
 <section><h2>Time and memory</h2><div class="scroll"><table id="resources"></table></div></section>
@@ -78,18 +79,21 @@ def data(runs: Sequence[RunRecord]) -> dict[str, Any]:
         "figure": {"name": figure, "label": runs_lib.FIGURES[figure]},
         "metrics": _metrics(runs, figure),
         "options": varied,
+        "note": runs_lib.repetitions(runs),
         "groups": [_group(group, figure) | {"scale": scale} for group, scale in zip(groups, scales, strict=True)],
         "quantiles": _quantiles(max(len(group.runs) for group in groups)),
         "common": {key: str(value) for key, value in first.items() if key not in varied and key != runs_lib.SEED},
     }
 
 
-def curve(group: Group, name: str) -> dict[str, list[Any]] | None:
+def curve(group: Group, name: str) -> dict[str, Any] | None:
     """The mean, minimum and maximum over the seeds by step; None if no run has the metric.
 
-    Only steps that all runs have are used; long curves are averaged over equal numbers of consecutive steps.
+    Only steps that all runs have are used; long curves are averaged over equal numbers of consecutive steps. A final
+    evaluation over other rows is not included; see `final_point`.
     """
-    curves = [dict(points) for run in group.runs if (points := run.curve(name))]
+    measured = [points for run in group.runs if (points := run.curve(name))]
+    curves = [{point.step: point.value for point in points} for points in measured]
     if not curves:
         return None
     steps = sorted(set.intersection(*(set(points) for points in curves)))
@@ -99,9 +103,20 @@ def curve(group: Group, name: str) -> dict[str, list[Any]] | None:
     bins = np.array_split(np.arange(len(steps)), min(len(steps), _MAX_POINTS))
     values = np.stack([values[:, b].mean(1) for b in bins], 1)
     rows = {"mean": values.mean(0), "low": values.min(0), "high": values.max(0)}
-    result: dict[str, list[Any]] = {key: [float(f"{x:.6g}") for x in row] for key, row in rows.items()}
+    result: dict[str, Any] = {key: [float(f"{x:.6g}") for x in row] for key, row in rows.items()}
     result["step"] = [steps[int(b[-1])] for b in bins]
-    return result
+    return result | {"examples": example_counts.text(name, measured[0][0].examples)}
+
+
+def final_point(group: Group, name: str) -> dict[str, Any] | None:
+    """The mean, minimum and maximum of the final evaluations that do not belong to the curve, or None."""
+    points = [point for run in group.runs if (point := run.final_point(name))]
+    if not points:
+        return None
+    values = [point.value for point in points]
+    examples = example_counts.text(name, points[0].examples)
+    mean = sum(values) / len(values)
+    return {"step": points[0].step, "mean": mean, "low": min(values), "high": max(values), "examples": examples}
 
 
 def _metrics(runs: Sequence[RunRecord], figure: str) -> list[str]:
@@ -119,24 +134,32 @@ def _metrics(runs: Sequence[RunRecord], figure: str) -> list[str]:
 
 def _group(group: Group, figure: str) -> dict[str, Any]:
     mean = group.mean(figure)
-    best = [value for run in group.runs if (value := run.best(figure)) is not None]
+    best = group.best(figure)
     memory = group.mean("peak_device_bytes") or group.mean("peak_host_bytes")
-    names = ("seconds", "tokens_per_second", "parameters", "trained_parameters")
-    seconds, rate, parameters, trainable = (group.mean(name) for name in names)
-    curves = {name: curve(group, name) for name in _metrics(group.runs, figure)}
+    measures = ("seconds", "tokens_per_second", "parameters", "trained_parameters")
+    seconds, rate, parameters, trainable = (group.mean(name) for name in measures)
+    names = _metrics(group.runs, figure)
+    curves = {name: curve(group, name) for name in names}
+    final_points = {name: final_point(group, name) for name in names}
     return {
         "label": group.label,
         "options": {key: v if isinstance(v, int | float | str) else str(v) for key, v in group.options.items()},
         "seeds": [run.seed for run in group.runs],
         "result": _interval(mean),
         "values": group.values(figure),  # by seed: the page computes the differences to the chosen group
-        "best": min(best, default=None),
+        "best": best
+        and {
+            "value": best.value,
+            "examples": example_counts.text(figure, best.examples),
+            "is_of_other_examples": best.examples != group.examples(figure),
+        },
         "tokens_per_second": rate and rate.estimate,
         "memory": memory and memory.estimate / 2**20,
         "parameters": parameters and parameters.estimate,
         "trainable": trainable and trainable.estimate,
         "minutes": seconds and seconds.estimate / 60,
         "curves": {name: points for name, points in curves.items() if points},
+        "final_points": {name: point for name, point in final_points.items() if point},
         "samples": [{"step": s["step"], "text": s["text"]} for s in group.runs[0].samples[-_MAX_SAMPLES:]],
         "runs": [
             {"name": run.name, "step": run.step, "steps": run.config["train.steps"], "done": run.is_finished}

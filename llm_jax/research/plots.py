@@ -14,6 +14,7 @@ from llm_jax.research import runs as runs_lib
 from llm_jax.research.runs import RunRecord
 
 _LINE = 40  # characters of a line of a name
+_MAX_INSIDE, _LEGEND_COLUMNS = 6, 4  # groups of a legend inside the plot; columns of a larger legend below the plots
 
 
 @contextlib.contextmanager
@@ -44,27 +45,50 @@ def figure(
         drawing.savefig(path, dpi=dpi)
 
 
+def _rows_caption(curves: Sequence[Any], ends: Sequence[Any]) -> str:
+    """The numbers of rows of the lines and of the final evaluations that are drawn as diamonds."""
+    lines, diamonds = (" or ".join(sorted({part["examples"] for part in parts if part})) for parts in (curves, ends))
+    texts = [lines and f"lines: {lines}", diamonds and f"diamonds: final evaluation, {diamonds}"]
+    return "; ".join(filter(None, texts))
+
+
 def draw(runs: Sequence[RunRecord], directory: pathlib.Path, stem: str) -> list[pathlib.Path]:
-    """Writes STEM-curves.png and STEM-results.png, if there is data for them, and returns their paths."""
+    """Writes STEM-curves.png and STEM-results.png, if there is data for them, and returns their paths.
+
+    Final evaluations over other rows than the periodic ones are diamonds beside the curves.
+    """
     groups, main = runs_lib.group(runs), runs_lib.main_figure(runs)
     names = comparison.shortened([group.label for group in groups])
     names = [render_png.plain("\n".join(textwrap.wrap(name, _LINE))) for name in names]
     groups = [dataclasses.replace(group, label=name) for group, name in zip(groups, names, strict=True)]
     label = runs_lib.FIGURES[main]
     paths = []
-    curve_rows = [(group.label, name, page.curve(group, name)) for group in groups for name in ("loss", main)]
-    curves = [(group_label, name, points) for group_label, name, points in curve_rows if points]
-    if curves:
+    curves = {name: [page.curve(group, name) for group in groups] for name in ("loss", main)}
+    ends = {name: [page.final_point(group, name) for group in groups] for name in ("loss", main)}
+    if any(filter(None, [*curves["loss"], *curves[main], *ends[main]])):
         paths.append(directory / f"{stem}-curves.png")
-        with figure(paths[-1], 1, 2, figsize=(11, 4), dpi=130, legends=False) as axes:
+        lines_of_text = sum(name.count("\n") + 1 for name in names)
+        height = 4.0 + 0.14 * lines_of_text / _LEGEND_COLUMNS * (len(groups) > _MAX_INSIDE)
+        with figure(paths[-1], 1, 2, figsize=(11, height), dpi=130, legends=False) as axes:
             for axis, name, title in zip(axes, ("loss", main), ("training loss, nats per token", label), strict=True):
-                for group_label, points in ((g, p) for g, n, p in curves if n == name):
-                    marker = "o" if len(points["step"]) < 20 else ""
-                    (line,) = axis.plot(points["step"], points["mean"], marker=marker, markersize=3, label=group_label)
-                    axis.fill_between(points["step"], points["low"], points["high"], color=line.get_color(), alpha=0.2)
+                for i, (group, points, end) in enumerate(zip(groups, curves[name], ends[name], strict=True)):
+                    color = f"C{i % 10}"
+                    if points:
+                        marker = "o" if len(points["step"]) < 20 else ""
+                        style = {"color": color, "marker": marker, "markersize": 3, "label": group.label}
+                        axis.plot(points["step"], points["mean"], **style)
+                        axis.fill_between(points["step"], points["low"], points["high"], color=color, alpha=0.2)
+                    if end:
+                        around = [[end["mean"] - end["low"]], [end["high"] - end["mean"]]]
+                        axis.errorbar(end["step"], end["mean"], yerr=around, color=color, marker="D", markersize=5)
                 axis.set(xlabel="step", ylabel=title)
-            if len(groups) > 1 and (lines := axes[0].get_lines()):
-                axes[0].legend(lines, [line.get_label() for line in lines], fontsize=8)  # names may begin with "_"
+                axis.set_title(_rows_caption(curves[name], ends[name]), fontsize=8)
+            lines = axes[0].get_lines()
+            labels = [line.get_label() for line in lines]  # explicit, because names may begin with "_"
+            if 1 < len(groups) <= _MAX_INSIDE:
+                axes[0].legend(lines, labels, fontsize=8)
+            elif len(groups) > 1:
+                axes[0].figure.legend(lines, labels, loc="outside lower center", ncols=_LEGEND_COLUMNS, fontsize=7)
     results = [(group.label, mean) for group in groups if (mean := group.mean(main))]
     if results:
         paths.append(directory / f"{stem}-results.png")

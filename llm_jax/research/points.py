@@ -17,18 +17,9 @@ from llm_jax import configuration, files
 from llm_jax.errors import UserError
 from llm_jax.research import grid, jobs, runs
 from llm_jax.research.provenance import Provenance
-from llm_jax.schema import Config
+from llm_jax.schema import Config, resuming
 
 LOCK = ".sweep.lock"  # locked while the points of a sweep or the trials of a search are written
-# Options that may change between the calls of a sweep: the results of finished runs stay valid.
-_MAY_CHANGE = (
-    *runs.OPTIONS_WITHOUT_EFFECT_ON_RESULTS,
-    "mesh.data",
-    "mesh.fsdp",
-    "mesh.tensor",
-    "mesh.rules",
-    "train.steps",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,16 +53,29 @@ def plan(base: Config, overrides: Sequence[Mapping[str, Any]], output: pathlib.P
             raise UserError(f"point {name}: {error}") from error
         points.append(Point(name, changes, config, output / name))
     for point in points:
-        _refuse_another_run(point)
+        _changes(point)
     return points
 
 
+def notes(points: Sequence[Point]) -> list[str]:
+    """Returns a note for each option that was changed after some points were done: these keep their results."""
+    changed: dict[str, list[str]] = {}
+    for point in filter(is_done, points):
+        for key, (before, _) in _changes(point).items():
+            if key not in runs.OPTIONS_WITHOUT_EFFECT_ON_RESULTS:
+                changed.setdefault(f"{key}={before!r}", []).append(point.name)
+    return [
+        f"note: {names[0]}{f' and {len(names) - 1} more' * (len(names) > 1)} "
+        f"{'are' if len(names) > 1 else 'is'} done with {option}; the result is kept"
+        for option, names in changed.items()
+    ]
+
+
 def write(points: Sequence[Point], output: pathlib.Path, provenance: Provenance) -> None:
-    """Writes recipe.json of every point, and adds the points to sweep.json."""
+    """Writes recipe.json of every point that is not done, and adds the points to sweep.json."""
     files.make_directory(output)
     for point in points:
-        files.make_directory(point.workdir)
-        files.write_json(point.workdir / "recipe.json", recipe(point.config))
+        _write_recipe(point)
     with files.lock(output, LOCK, wait=True):  # another sweep may start at the same moment
         record = read(output)
         record["points"] |= {point.name: dict(point.overrides) for point in points}
@@ -123,9 +127,8 @@ def training(config: str | os.PathLike[str], overrides: Mapping[str, Any], workd
       UserError: the configuration is invalid, or the run in `workdir` has other options.
     """
     point = Point(workdir.name, overrides, configuration.load(config, overrides), workdir)
-    _refuse_another_run(point)
-    files.make_directory(workdir)
-    files.write_json(workdir / "recipe.json", recipe(point.config))
+    _changes(point)
+    _write_recipe(point)
     return job(point)
 
 
@@ -145,15 +148,27 @@ def environment(output: pathlib.Path) -> dict[str, str]:
     return {name: value for name, value in variables.items() if name not in os.environ}
 
 
-def _refuse_another_run(point: Point) -> None:
+def _write_recipe(point: Point) -> None:
+    files.make_directory(point.workdir)
+    if not (is_done(point) and (point.workdir / "recipe.json").exists()):  # of a run that is done: how it was trained
+        files.write_json(point.workdir / "recipe.json", recipe(point.config))
+
+
+def _changes(point: Point) -> dict[str, tuple[Any, Any]]:
+    """Returns {key: (recorded value, requested value)} of the options that differ from the run of a point.
+
+    Raises:
+      UserError: an option differs that must not change when a run is resumed.
+    """
     path = point.workdir / "recipe.json"
     if not path.exists() or not (point.workdir / "config.json").exists():
-        return
-    recorded = configuration.flat(configuration.load(path))
-    requested = configuration.flat(point.config)
-    for key, value in requested.items():
-        if value != recorded[key] and key not in _MAY_CHANGE:
+        return {}
+    recorded, requested = configuration.flat(configuration.load(path)), configuration.flat(point.config)
+    changed = {key: (recorded[key], value) for key, value in requested.items() if value != recorded[key]}
+    for key, (before, now) in changed.items():
+        if not resuming.may_change(key):
             raise UserError(
-                f"{point.workdir} was trained with {key}={recorded[key]!r}, now {value!r}; choose another --output or "
+                f"{point.workdir} was trained with {key}={before!r}, now {now!r}; choose another --output or "
                 "remove the directory"
             )
+    return changed

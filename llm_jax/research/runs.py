@@ -7,10 +7,11 @@ import math
 import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from llm_jax import configuration, files, intervals
 from llm_jax.errors import UserError
+from llm_jax.evaluation import example_counts
 from llm_jax.intervals import Interval
 from llm_jax.research import grid
 
@@ -33,6 +34,18 @@ _HELD_OUT = (
     *("data.labelled.choices", "data.labelled.thresholds", "data.labelled.test_size", "data.labelled.validation_size"),
 )
 _TOKENIZER = ("tokenizer.kind", "tokenizer.vocab_size", "tokenizer.path")
+
+
+class Measurement(NamedTuple):
+    """A value of a metric during a run.
+
+    Attributes:
+      examples: the number of held-out rows or task examples, infinity for all; 0 for a metric of a training batch.
+    """
+
+    step: int
+    value: float
+    examples: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,15 +94,44 @@ class RunRecord:
             return self.summary[name]
         return next((line[name] for line in reversed(self.metrics) if line.get(name) is not None), None)
 
-    def best(self, name: str) -> float | None:
-        """The minimum finite value of a metric during the run, or None."""
-        values = [line[name] for line in self.metrics if line.get(name) is not None]
-        values += [self.summary[name]] if isinstance(self.summary.get(name), int | float) else []
-        return min(filter(math.isfinite, values), default=None)
+    def best(self, name: str) -> Measurement | None:
+        """The measurement of the curve (`curve`) with the minimum finite value of a metric, or None."""
+        finite = [point for point in self.curve(name) if math.isfinite(point.value)]
+        return min(finite, key=lambda point: point.value, default=None)
 
-    def curve(self, name: str) -> list[tuple[int, float]]:
-        """(step, value) of every measurement of a metric."""
-        return [(line["step"], line[name]) for line in self.metrics if line.get(name) is not None]
+    def measurements(self, name: str) -> list[Measurement]:
+        """All measurements of a metric by step, periodic and final ones."""
+        lines = [line for line in self.metrics if line.get(name) is not None]
+        return [Measurement(line["step"], line[name], self._examples(line, name)) for line in lines]
+
+    def curve(self, name: str) -> list[Measurement]:
+        """The measurements of a metric over the rows or examples of the periodic evaluations.
+
+        They include the final evaluation only if it is over the same rows or examples.
+        """
+        points = self.measurements(name)
+        counts = {point.examples for point in points}
+        limit = self.config["eval.task_examples" if name.startswith("task_") else "eval.rows"]
+        count = limit if limit in counts else max(counts, default=0)  # the limit may exceed the number of rows
+        return [point for point in points if point.examples == count]
+
+    def final_point(self, name: str) -> Measurement | None:
+        """The last measurement of a finished run if it does not belong to the curve of the metric, or None."""
+        last = self.measurements(name)[-1:]
+        return last[0] if self.is_finished and last and last[0] not in self.curve(name) else None
+
+    def _examples(self, line: Mapping[str, Any], name: str) -> float:
+        key = example_counts.key(name)
+        if not key or key in line:
+            return line.get(key, 0)
+        # An older run, which did not record the number.
+        every, end = self.config["eval.every"], (self.config["train.steps"], self.summary.get("steps"))
+        is_final = line["step"] in end or not every or line["step"] % every > 0
+        if name.startswith("task_"):
+            limit = 0 if is_final else self.config["eval.task_examples"]
+        else:
+            limit = self.config["eval.final_rows" if is_final else "eval.rows"]
+        return limit if limit > 0 else math.inf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +157,16 @@ class Group:
     def unfinished(self) -> int:
         """The number of unfinished runs, which are excluded from means and differences."""
         return sum(not run.is_finished for run in self.runs)
+
+    def best(self, name: str) -> Measurement | None:
+        """The best measurement (`Run.best`) of the finished runs, or None."""
+        points = [point for run in self.runs if run.is_finished and (point := run.best(name))]
+        return min(points, key=lambda point: point.value, default=None)
+
+    def examples(self, name: str) -> float:
+        """The number of rows or examples of the final values of a metric; see `Measurement`."""
+        points = [run.measurements(name)[-1:] for run in self.runs if run.is_finished]
+        return max((point[0].examples for point in points if point), default=0)
 
     def mean(self, name: str) -> Interval | None:
         """The mean of a metric over the finished runs with its interval (NaN limits for one run), or None."""
@@ -214,14 +266,8 @@ def group(runs: Sequence[RunRecord]) -> list[Group]:
     Two runs with equal configurations and equal seeds are in different groups, and so are runs with equal
     configurations whose corpora had different texts.
     """
-    corpora = {_data(run): run.corpus for run in reversed(runs) if run.corpus}
     collected: dict[tuple[str, int], list[RunRecord]] = {}
-    for run in runs:
-        condition = json.dumps(
-            {k: v for k, v in run.config.items() if k != SEED and k not in OPTIONS_WITHOUT_EFFECT_ON_RESULTS}
-        )
-        # An unfinished run records no hash; it is grouped with other runs of its configuration.
-        key = condition + (run.corpus or corpora.get(_data(run), ""))
+    for run, key in zip(runs, _conditions(runs), strict=True):
         repeat = 0
         while any(other.seed == run.seed for other in collected.get((key, repeat), [])):
             repeat += 1
@@ -239,6 +285,27 @@ def group(runs: Sequence[RunRecord]) -> list[Group]:
         dataclasses.replace(g, label=f"{g.label} ({g.runs[0].name})") if labels.count(g.label) > 1 else g
         for g in groups
     ]
+
+
+def _conditions(runs: Sequence[RunRecord]) -> list[str]:
+    """What runs of a group have in common: the options that change results, without the seed, and the corpus."""
+    corpora = {_data(run): run.corpus for run in reversed(runs) if run.corpus}
+    ignored = (SEED, *OPTIONS_WITHOUT_EFFECT_ON_RESULTS)
+    texts = []
+    for run in runs:
+        condition = json.dumps({key: value for key, value in run.config.items() if key not in ignored})
+        # An unfinished run records no hash; it is grouped with other runs of its configuration.
+        texts.append(condition + (run.corpus or corpora.get(_data(run), "")))
+    return texts
+
+
+def repetitions(runs: Sequence[RunRecord]) -> str:
+    """A note that names the runs with equal configurations and equal seeds, which are separate groups; or ""."""
+    equal: dict[tuple[str, int], list[str]] = {}
+    for run, condition in zip(runs, _conditions(runs), strict=True):
+        equal.setdefault((condition, run.seed), []).append(run.name)
+    names = "; ".join(" = ".join(same) for same in equal.values() if len(same) > 1)
+    return names and f"runs with equal configurations and equal seeds are separate groups: {names}"
 
 
 def _data(run: RunRecord) -> str:

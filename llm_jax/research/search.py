@@ -85,6 +85,7 @@ def run(
     started: list[Point] = []
     active: dict[str, Any] = {}
     reported: dict[str, int] = {}
+    steps: dict[str, int] = {}
     State = optuna.trial.TrialState
     Finished = optuna.exceptions.UpdateFinishedTrialError  # another process has recorded the end of the trial
 
@@ -99,6 +100,7 @@ def run(
             study.tell(trial, state=State.FAIL, skip_if_finished=True)
             return None
         reported[name] = max(study.trials[trial.number].intermediate_values, default=0)
+        steps[name] = point.config.train.steps
         points.write([point], output, provenance)
         started.append(point)
         active[name] = trial
@@ -150,7 +152,8 @@ def run(
             return True
         for line in runs_lib.read_lines(job.directory / "metrics.jsonl"):
             value = line.get(runs_lib.BITS, line.get("validation_loss"))
-            if value is not None and line["step"] > reported[job.name]:
+            # The final evaluation may be over other rows, and ends the trial in any case.
+            if value is not None and reported[job.name] < line["step"] < steps[job.name]:
                 try:
                     trial.report(value, line["step"])
                 except Finished:

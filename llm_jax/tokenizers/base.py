@@ -1,6 +1,7 @@
 """The protocol of tokenizers, and their files."""
 
 import hashlib
+import html
 import itertools
 import json
 import pathlib
@@ -85,9 +86,18 @@ class Tokenizer(Protocol):
 
 
 class OtherNames:
-    """Base class of the built-in tokenizers. Answers the attributes and the call that other libraries have."""
+    """Base class of the built-in tokenizers: their display, and answers for names that other libraries have."""
 
     if not TYPE_CHECKING:  # for which every attribute would exist
+
+        def __repr__(self) -> str:
+            return (
+                f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in _described(self).items())})"
+            )
+
+        def _repr_html_(self) -> str:
+            rows = (f"<tr><th>{name}</th><td>{html.escape(str(v))}</td></tr>" for name, v in _described(self).items())
+            return f"<table><caption>{type(self).__name__}</caption>{''.join(rows)}</table>"
 
         def __len__(self) -> int:
             return self.vocab_size
@@ -100,6 +110,13 @@ class OtherNames:
                 f"{type(self).__name__} is not callable; tokenizer.encode(TEXT) returns the ids of one text, without "
                 "special tokens, and llm_jax.tokenizers.prompt(tokenizer, TEXT) with the BOS of the tokenizer"
             )
+
+
+def _described(tokenizer: Any) -> dict[str, Any]:
+    """The properties of a tokenizer that its display shows."""
+    special = {name: getattr(tokenizer, name) for name in ("bos", "eos", "unk")}
+    hashed = {"sha256": f"{digest(tokenizer)[:12]}..."}
+    return {"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size, **special, **hashed}
 
 
 @runtime_checkable

@@ -37,9 +37,8 @@ def parts(text: str, tokenizer: Tokenizer) -> Iterator[tuple[str, str, int, tupl
 
 
 def table(text: str, tokenizer: Tokenizer) -> list[str]:
-    """A line per token: id, span in bytes, piece."""
-    both = zip(tokenizer.encode(text), tokenizer.spans(text), strict=True)
-    return [f"{i:>7} {begin:>5}-{end:<5} {_shown(tokenizer.piece(i).encode())}" for i, (begin, end) in both]
+    """A line per token: id, span in bytes, text in quotation marks."""
+    return [f"{i:>7} {begin:>5}-{end:<5} '{own}'" for _, own, i, (begin, end) in parts(text, tokenizer)]
 
 
 def label(tokenizer: Tokenizer, index: int) -> str:

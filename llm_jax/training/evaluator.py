@@ -9,7 +9,7 @@ import jax
 from llm_jax import tokenizers, trees
 from llm_jax.decoding import loop
 from llm_jax.decoding.options import DecodingOptions
-from llm_jax.evaluation import answers, held_out
+from llm_jax.evaluation import answers, example_counts, held_out
 from llm_jax.evaluation.prompts import PromptConfig
 from llm_jax.parallel import mesh as mesh_lib
 from llm_jax.parallel import processes
@@ -54,12 +54,33 @@ class Evaluator:
         """The parameters of the model, one entry per layer; each of several processes gets a complete copy."""
         return processes.local_copy(self._unstack(state.model, state.frozen))
 
+    def counts(self, final: bool) -> dict[str, int]:
+        """The number of held-out rows, also by source, and of examples of every task; see `example_counts.key`.
+
+        Args:
+          final: whether of the final evaluation or of the periodic ones.
+        """
+        config, data = self._setup.config.eval, self._data
+        limit = config.final_rows if final else config.rows
+        rows = {"": data.held_out, **data.held_out_by_source}
+        sizes = {name: len(part) for name, part in rows.items() if part is not None}
+        examples = {name: len(task.examples) for name, task in self._tasks.items()}
+        most = 0 if final else config.task_examples
+        return {
+            **{f"validation_rows{name and f'/{name}'}": min(limit or size, size) for name, size in sizes.items()},
+            **{f"task_examples/{name}": min(most or size, size) for name, size in examples.items()},
+        }
+
+    def of_the_end_alone(self, figures: Mapping[str, float]) -> set[str]:
+        """The names of the metrics that were measured over other rows or examples than in the periodic evaluations."""
+        return example_counts.of_other_examples(figures, self.counts(final=False))
+
     def final_note(self) -> str:
         """A note with the number of held-out rows of the final evaluation; "" if every evaluation uses all rows."""
         rows, config = self._data.held_out, self._setup.config.eval
         if rows is None:
             return ""
-        count, during = (min(limit or len(rows), len(rows)) for limit in (config.final_rows, config.rows))
+        count, during = (self.counts(final)["validation_rows"] for final in (True, False))
         if count == during == len(rows):
             return ""
         if count == len(rows):
@@ -76,32 +97,35 @@ class Evaluator:
           If there are held-out rows, the metrics of `held_out.evaluate` as "validation_NAME" and
           "validation_NAME/SOURCE". With DPO also "validation_preference_accuracy", the share of pairs whose chosen
           answer has the larger log-ratio to the reference, and "validation_preference_margin", the mean of
-          `losses.preference_margin`. The accuracies of tasks as "task_NAME".
+          `losses.preference_margin`. The accuracies of tasks as "task_NAME". The numbers of rows and examples, see
+          `counts`.
         """
         setup, data, config = self._setup, self._data, self._setup.config
         loss = lambda params, batch: setup.loss(params, state.frozen, batch)  # noqa: E731
         figures: dict[str, float] = {}
-        limit = config.eval.final_rows if final else config.eval.rows
+        counts = self.counts(final)
         preferences = lambda params, batch: self._preferences(params, state.frozen, batch)  # noqa: E731
         for source, rows in {"": data.held_out, **data.held_out_by_source}.items():
             if rows is None:
                 continue
-            arguments = (state.model, rows, config.train.batch_size, setup.batch_sharding, limit)
+            suffix = f"/{source}" if source else ""
+            count = counts[f"validation_rows{suffix}"]
+            arguments = (state.model, rows, config.train.batch_size, setup.batch_sharding, count)
             result = held_out.evaluate(loss, *arguments)
             if config.loss.kind == "dpo":
                 right, margin, pairs = held_out.sums(preferences, *arguments)
                 result |= {"preference_accuracy": right / pairs, "preference_margin": margin / pairs} if pairs else {}
-            suffix = f"/{source}" if source else ""
             figures |= {f"validation_{name}{suffix}": value for name, value in result.items()}
+            figures[f"validation_rows{suffix}"] = count
         for name, task in self._tasks.items():
             params = self._local_params(state)
             if not processes.is_main():
                 continue
-            limit = (0 if final else config.eval.task_examples) or len(task.examples)
-            count = min(limit, len(task.examples))
+            count = counts[f"task_examples/{name}"]
             loaded = (self._decoder, params, data.tokenizer)
             records = list(answers.records(loaded, task, PromptConfig(), range(count)))
             figures[f"task_{name}"] = answers.summary(records)["accuracy"]
+            figures[f"task_examples/{name}"] = count
         return figures
 
     def describe(self, figures: Mapping[str, float]) -> str:

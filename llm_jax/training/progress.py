@@ -7,7 +7,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -146,12 +146,18 @@ class Progress:
         tenth = max(self._steps // 10, 1)
         return step in (self._start + 1, self._steps) or step % tenth == 0
 
-    def flush(self, statistics: Mapping[str, Mapping[str, Any]] | None = None, **extra: float) -> dict[str, Any] | None:
+    def flush(
+        self,
+        statistics: Mapping[str, Mapping[str, Any]] | None = None,
+        untracked: Collection[str] = (),
+        **extra: float,
+    ) -> dict[str, Any] | None:
         """Writes and returns the line of the pending step.
 
         Args:
           statistics: {kind: {weight or layer: value}}; the kinds are the norms "parameter" and "activation", and
             "attention_entropy".
+          untracked: names in `extra` that are not sent to the trackers.
           extra: additional metrics, such as the results of an evaluation.
         """
         self.collect()
@@ -164,9 +170,9 @@ class Progress:
         self._line |= extra
         if "validation_loss" in extra and "step" in self._line:
             self._last_evaluation = f", held-out loss {extra['validation_loss']:.3f} at step {self._line['step']}"
-        return self._write()
+        return self._write(untracked)
 
-    def _write(self) -> dict[str, Any] | None:
+    def _write(self, untracked: Collection[str] = ()) -> dict[str, Any] | None:
         line, self._line = self._line, {}
         if "step" not in line:
             return None
@@ -175,7 +181,7 @@ class Progress:
             self._file.flush()
         except OSError as error:
             raise UserError(f"{self._path}: cannot be written ({error.strerror})") from error
-        scalars = {k: v for k, v in line.items() if isinstance(v, float)}
+        scalars = {k: v for k, v in line.items() if isinstance(v, float) and k not in untracked}
         for kind, norms in line.get("norms", {}).items():
             scalars |= {f"{kind}_norm/{weight}": value for weight, value in norms.items()}
             if kind in ("parameter", "update"):  # norm over all weights; the norm of the gradient is `grad_norm`

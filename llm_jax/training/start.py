@@ -21,16 +21,10 @@ from llm_jax.model import positions
 from llm_jax.model.transformer import Transformer
 from llm_jax.parallel import processes
 from llm_jax.quant import post_training
-from llm_jax.schema import Config, ModelConfig, choice
+from llm_jax.schema import Config, ModelConfig, choice, resuming
 from llm_jax.tokenizers import Tokenizer
 from llm_jax.training import machine_choice, optim, without_effect
 
-# Options that may change when a run is resumed: keys, or sections that end with a dot.
-_RESUMABLE = (
-    *("eval.", "report.", "checkpoint.", "mesh."),
-    *("train.steps", "train.on_bad_step", "train.spike_factor", "model.attention_kernel", "model.kv_cache"),
-    *("data.cache_dir", "data.workers", "tokenizer.path"),  # the hash of the tokenizer is compared instead
-)
 # Options of a model that change neither its weights nor, up to rounding, its outputs. The run determines them, not the
 # checkpoint of `init_from`.
 _RUN_OPTIONS = ("scan_layers", "remat", "attention_kernel", "kv_cache", "precision")
@@ -252,7 +246,7 @@ def _from_checkpoint(config: Config, model: ModelConfig, tokenizer: Tokenizer | 
 def _refuse_another_run(workdir: pathlib.Path, before: Config, now: Config) -> None:
     """Raises UserError if the workdir contains a run that differs in options that must not change."""
     old, new = configuration.flat(before), configuration.flat(now)
-    changed = [k for k in new if new[k] != old[k] and k not in _RESUMABLE and f"{k.split('.')[0]}." not in _RESUMABLE]
+    changed = [k for k in new if new[k] != old[k] and not resuming.may_change(k)]
     if now.lora.rank:  # the base may have moved; its hash is compared instead
         changed = [k for k in changed if k != "init_from"]
     # 0 selects the vocabulary size of the tokenizer, which the recorded configuration contains.

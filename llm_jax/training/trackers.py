@@ -20,7 +20,9 @@ from llm_jax.errors import UserError
 from llm_jax.schema import choice
 
 _PROJECT = "llm_jax"  # default of WANDB_PROJECT and MLFLOW_EXPERIMENT_NAME
-_COMPARED = ("loss", "validation_loss", "validation_bits_per_byte")  # in the table of hyperparameters of TensorBoard
+_FINAL = ("validation_", "task_", "test_")  # prefixes of the metrics of the final evaluation
+# In the table of hyperparameters of TensorBoard.
+_COMPARED = ("loss", "final/validation_loss", "final/validation_bits_per_byte")
 _AT_ONCE = 100  # maximum number of parameters in one call of MLflow; the maximum number of metrics is ten times this
 _MAX_LENGTH = 500  # maximum length of the value of a parameter in MLflow
 
@@ -204,8 +206,15 @@ class Trackers:
         self._each(lambda tracker: tracker.picture(step, name, path))
 
     def finish(self, summary: Mapping[str, Any], attachments: Sequence[pathlib.Path] = ()) -> None:
-        """Logs the final metrics of a complete run, nested metrics by dotted names, and files."""
+        """Logs the final metrics of a complete run, nested metrics by dotted names, and files.
+
+        The metrics of the final evaluation are also logged as scalars "final/NAME" of the last step: it may use other
+        rows and examples than the periodic evaluations, whose scalars are called NAME.
+        """
         numbers = _numbers(summary)
+        final = {f"final/{name}": float(value) for name, value in numbers.items() if name.startswith(_FINAL)}
+        if final:
+            self.scalars(summary["steps"], final)
         self._each(lambda tracker: tracker.finish(numbers, attachments))
 
     def close(self) -> None:

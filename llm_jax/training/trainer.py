@@ -263,13 +263,15 @@ def train(
                 continue
             if not due:
                 continue
+            other: set[str] = set()  # metrics over other rows or examples than in the periodic evaluations
             statistics_of_state = evaluator.statistics(state, batch) if "norms" in due else {}
             if "evaluate" in due:
                 if done == c.steps and (note := evaluator.final_note()):
                     progress.write(note)
                 figures, evaluated = evaluator.evaluate(state, done == c.steps), True
+                other = evaluator.of_the_end_alone(figures)
                 progress.write(f"step {done}: {evaluator.describe(figures)}")
-            line = progress.flush(statistics_of_state, **figures)
+            line = progress.flush(statistics_of_state, other, **figures)
             stop_requested = stop_requested or bool(callback and is_main and line and callback(line))
             stopping = stopping or (stop_requested and is_single)
             if "evaluate" in due:
@@ -278,7 +280,7 @@ def train(
                 progress.text(done, "samples", evaluator.sample(f"after {done} steps", state))
             if "save" in due or stopping:
                 saved = method.checkpoint_params(state.params, state.frozen)
-                loss = figures.get("validation_loss")
+                loss = None if "validation_loss" in other else figures.get("validation_loss")
                 files.check_lock(lock)
                 progress.sync()
                 save_began = time.perf_counter()

@@ -102,7 +102,7 @@ def test_commands_print_or_write(trained, tmp_path, text_file, cache):
     assert call("show", "tokens", *flags).stdout == f"wrote {page}\n"
     text = page.read_text()
     assert 'title="id 198, bytes 1-2"' in text
-    assert "<td>0-1</td>" in text and "colours alternate" in text
+    assert "<td>0-1</td>" in text and "<td>&#x27;n&#x27;</td>" in text and "colours alternate" in text
     rows = (
         "--config=tests/tiny.py",
         f"--config.data.source={text_file}",

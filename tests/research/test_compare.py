@@ -6,15 +6,15 @@ import pytest
 
 from llm_jax import configuration, intervals
 from llm_jax.errors import UserError
+from llm_jax.evaluation import example_counts
 from llm_jax.research import comparison, page, runs
 from tests.conftest import call
 
 
 def write_run(path, bits=2.0, steps=4, done=True, sample="", corpus="", **overrides):
     """A run directory with made-up figures, whose held-out loss falls to `bits` and rises a little at the end."""
-    options = {key.replace("__", "."): value for key, value in overrides.items() if key != "of"} | {
-        "train.steps": steps
-    }
+    options = {"eval.rows": 0, "eval.final_rows": 0, "train.steps": steps}
+    options |= {key.replace("__", "."): value for key, value in overrides.items() if key != "of"}
     path.mkdir(parents=True)
     config = configuration.load("default", options)
     (path / "config.json").write_text(json.dumps(configuration.as_dict(config)))
@@ -50,8 +50,10 @@ def sweep(tmp_path_factory):
 def test_a_run_is_read_with_its_figures(sweep):
     run = runs.read(sweep / "rope-1")
     assert run.seed == 1 and run.step == 4 and run.final("parameters") == 1000
-    assert run.final(runs.BITS) == 2.5 and run.best(runs.BITS) == 2.4 and run.final("loss") == 3.25
-    assert run.curve(runs.BITS) == [(2, 2.4), (4, 2.5)] and len(run.curve("loss")) == 4
+    assert run.final(runs.BITS) == 2.5 and run.best(runs.BITS).value == 2.4 and run.final("loss") == 3.25
+    all_rows = float("inf")
+    assert run.curve(runs.BITS) == [(2, 2.4, all_rows), (4, 2.5, all_rows)] and run.final_point(runs.BITS) is None
+    assert len(run.curve("loss")) == 4 and run.curve("loss")[0] == (1, 4.0, 0)
     assert [(s["step"], s["text"]) for s in run.samples] == [(2, "early"), (4, "by rope")]
 
 
@@ -70,6 +72,15 @@ def test_runs_that_differ_in_the_seed_alone_are_one_group(sweep, tmp_path):
     for name in ("a", "b"):
         write_run(tmp_path / name, train__seed=1)
     assert [g.label for g in runs.group(runs.load([tmp_path]))] == ["a", "b"]
+    note = "runs with equal configurations and equal seeds are separate groups: a = b"
+    assert f"note: {note}" in comparison.text(runs.load([tmp_path]))
+    assert page.data(runs.load([tmp_path]))["note"] == note
+    assert page.data(runs.load([sweep]))["note"] == "" and "equal seeds" not in comparison.text(runs.load([sweep]))
+
+
+def test_samples_cannot_control_the_terminal(tmp_path):
+    write_run(tmp_path / "a", sample="\x1b[2Jtext\n\tmore")
+    assert "\\x1b[2Jtext\n\tmore" in comparison.text(runs.load([tmp_path]))
 
 
 def test_runs_without_a_common_seed_are_compared_without_an_interval(tmp_path):
@@ -90,11 +101,84 @@ def test_unfinished_runs_are_in_no_interval_and_no_difference(tmp_path):
     assert pairs == 2 and difference == pytest.approx(intervals.mean([-0.1, -0.11])) and second.unfinished == 1
     out = comparison.text(runs.load([tmp_path]))
     assert "0,1,2 (1 unfinished)" in out
-    assert "not finished: b2, step 4 of 4; bits per byte 1.7800 at step 2" in out
+    assert "not finished: b2, step 4 of 4; bits per byte 1.7800 (all rows) at step 2" in out
     # A finished run that is continued has its old summary until it ends again.
     with (tmp_path / "b0" / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 5, "loss": 1.0}) + "\n")
     assert not runs.read(tmp_path / "b0").is_finished and runs.read(tmp_path / "b0").step == 5
+
+
+def record(path, *values, summary=None, name=runs.BITS):
+    """Replaces the metrics of a run by (step, value, number of rows or None: not recorded)."""
+    key = "validation_rows" if name == runs.BITS else "task_examples/x"
+    lines = [{"step": s, "loss": 3.0, name: v} | ({key: n} if n else {}) for s, v, n in values]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if summary:
+        content = json.loads((path / "summary.json").read_text())
+        (path / "summary.json").write_text(json.dumps(content | summary))
+    return runs.read(path)
+
+
+@pytest.mark.parametrize("is_recorded", [True, False], ids=["recorded", "from the configuration"])
+def test_the_final_evaluation_over_other_rows_belongs_to_no_curve_and_is_not_the_best(tmp_path, is_recorded):
+    rows = lambda count: count if is_recorded else None  # noqa: E731
+    path = write_run(tmp_path / "a", 2.0, steps=6, eval__every=2, eval__rows=16, eval__final_rows=128)
+    run = record(path, (2, 3.0, rows(16)), (4, 2.5, rows(16)), (6, 2.0, rows(128)))
+    assert run.curve(runs.BITS) == [(2, 3.0, 16), (4, 2.5, 16)] and run.best(runs.BITS) == (4, 2.5, 16)
+    assert run.final_point(runs.BITS) == (6, 2.0, 128) and run.final(runs.BITS) == 2.0
+    text = comparison.text([run])
+    row = next(line for line in text.splitlines() if line.startswith("(1)"))
+    assert "2.5000 (16 rows)" in row and "2.0000" in row
+    group = runs.group([run])[0]
+    assert page.curve(group, runs.BITS)["step"] == [2, 4]
+    assert page.final_point(group, runs.BITS) == {"step": 6, "mean": 2, "low": 2, "high": 2, "examples": "128 rows"}
+    # The same number of rows: one curve, whose minimum may be at the end.
+    path = write_run(tmp_path / "b", 2.0, steps=6, eval__every=2, eval__rows=16, eval__final_rows=16)
+    run = record(path, (2, 3.0, rows(16)), (4, 2.5, rows(16)), (6, 2.0, rows(16)))
+    assert len(run.curve(runs.BITS)) == 3 and run.best(runs.BITS) == (6, 2.0, 16)
+    assert run.final_point(runs.BITS) is None and "rows)" not in comparison.text([run])
+
+
+def test_runs_that_were_continued_have_final_evaluations_between_the_periodic_ones(tmp_path):
+    options = {"eval__every": 2, "eval__rows": 16, "eval__final_rows": 128}
+    path = write_run(tmp_path / "a", 2.0, steps=6, **options)
+    run = record(path, (2, 3.0, 16), (3, 1.0, 128), (4, 2.5, 16), (6, 2.0, 128))
+    assert [point.step for point in run.curve(runs.BITS)] == [2, 4] and run.final_point(runs.BITS).step == 6
+    run = record(path, (2, 3.0, None), (3, 1.0, None), (4, 2.5, None), (6, 2.0, None))
+    assert [point.step for point in run.curve(runs.BITS)] == [2, 4]
+    # Continued after step 4, which its summary still names, and not at its new end.
+    run = record(
+        write_run(tmp_path / "b", 2.0, steps=9, **options), (2, 3.0, None), (4, 1.0, None), summary={"steps": 4}
+    )
+    assert run.curve(runs.BITS) == [(2, 3.0, 16)] and run.final_point(runs.BITS) == (4, 1.0, 128)
+    # More rows than there are: the recorded number is smaller than both options.
+    run = record(write_run(tmp_path / "c", 2.0, steps=4, **options), (2, 3.0, 9), (4, 1.0, 9))
+    assert len(run.curve(runs.BITS)) == 2
+    # The number of rows was changed when the run was resumed.
+    run = record(
+        write_run(tmp_path / "d", 2.0, steps=9, **options), (2, 3.0, 8), (4, 1.0, 8), (6, 2.5, 16), (8, 2.4, 16)
+    )
+    assert run.best(runs.BITS) == (8, 2.4, 16)
+
+
+@pytest.mark.parametrize("is_recorded", [True, False])
+def test_accuracies_on_part_of_a_task_are_not_joined_with_those_on_all_examples(tmp_path, is_recorded):
+    path = write_run(tmp_path / "a", steps=4, eval__every=2, eval__tasks=("x",), eval__task_examples=5)
+    part, every = (5, 30) if is_recorded else (None, None)
+    run = record(path, (2, 0.5, part), (4, 0.25, every), name="task_x")
+    assert run.curve("task_x") == [(2, 0.5, 5)] and run.final_point("task_x").examples in (30, float("inf"))
+    assert example_counts.text("task_x", run.final_point("task_x").examples) in ("30 examples", "all examples")
+
+
+def test_the_best_value_of_unfinished_runs_is_not_beside_that_of_finished_ones(tmp_path):
+    write_run(tmp_path / "a", 2.0, train__seed=0)
+    write_run(tmp_path / "b", 1.0, train__seed=1, done=False)
+    write_run(tmp_path / "c", 1.0, done=False, optim__lr=1e-4)
+    first, second = runs.group(runs.load([tmp_path]))
+    assert first.best(runs.BITS).value == 1.9 and second.best(runs.BITS) is None
+    assert "0.9" not in "".join(
+        line for line in comparison.text(runs.load([tmp_path])).splitlines() if line[0:1] == "("
+    )
 
 
 TEXTS = [
@@ -172,7 +256,7 @@ def test_the_best_figure_of_a_run_with_a_nan_step_is_finite(tmp_path):
     path = write_run(tmp_path / "a")
     lines = (path / "metrics.jsonl").read_text()
     (path / "metrics.jsonl").write_text('{"step": 0, "loss": NaN, "validation_bits_per_byte": NaN}\n' + lines)
-    assert runs.read(path).best(runs.BITS) == 1.9
+    assert runs.read(path).best(runs.BITS).value == 1.9
 
 
 def test_names_are_the_shortest_ends_that_differ(tmp_path):

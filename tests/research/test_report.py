@@ -40,7 +40,8 @@ def test_the_data_has_groups_differences_and_curves(sweep):
     first, second = data["groups"][:2]
     assert first["options"] == {"model.position.kind": "alibi", "optim.lr": 0.001} and first["seeds"] == [0, 1]
     assert first["result"] == pytest.approx(intervals.mean([2.2, 2.21])._asdict())
-    assert first["best"] == pytest.approx(2.1)
+    assert first["best"] == {"value": pytest.approx(2.1), "examples": "all rows", "is_of_other_examples": False}
+    assert first["final_points"] == {}
     assert first["memory"] == 512 and first["minutes"] == 1.5 and first["samples"][-1]["text"] == HOSTILE
     assert first["values"] == {0: 2.2, 1: 2.21} and second["values"] == pytest.approx({0: 2.3, 1: 2.31})
     assert data["quantiles"] == [None, None, pytest.approx(12.7062, abs=1e-4)]
@@ -192,6 +193,64 @@ def drive(text, tmp_path, width, dark, use=USE):
     match = re.search(r'<pre id="result">(.+?)</pre>', done.stdout, re.DOTALL)
     assert match, done.stderr[-2000:]
     return json.loads(html.unescape(match[1]))
+
+
+WIDE = """  const all = (selector) => [...page.querySelectorAll(selector)];
+  const choose = (id, value) => {
+    page.getElementById(id).value = value;
+    page.getElementById(id).dispatchEvent(new frame.Event("change"));
+  };
+  const overflow = (element) => element.scrollWidth - element.clientWidth;
+  report.page = overflow(page.documentElement);
+  report.table = overflow(page.getElementById("groups").parentElement);
+  const right = (element) => element.getBoundingClientRect().right;
+  report.baseline = right(page.getElementById("baseline")) - right(page.body);
+  const boxes = all("#parallel text.mark").map((text) => text.getBoundingClientRect());
+  report.marks = boxes.length;
+  report.overlaps = boxes.filter((a, i) => boxes.slice(0, i).some((b) =>
+    a.left < b.right && b.left < a.right && a.top < b.bottom - 2 && b.top < a.bottom - 2)).length;
+  const head = all("#groups th button").find((button) => button.textContent.startsWith("bits per byte"));
+  head.click(); head.click();
+  report.last = all("#groups tbody tr").at(-1).textContent;
+  report.caption = page.getElementById("caption").textContent;
+  report.diamonds = all("#curves path.final").length;
+  const ends = all("#curves polyline").map((line) => line.getAttribute("points").split(" ").at(-1));
+  report.ends = Math.max(...ends.map((point) => Number(point.split(",")[0])));
+  report.diamond = Number(page.querySelector("#curves path.final").getAttribute("d").match(/L([\\d.]+)/)[1]);
+  choose("metric", "loss");
+  report.loss = [page.getElementById("caption").textContent, all("#curves path.final").length];
+"""
+
+
+@pytest.fixture(scope="module")
+def wide_sweep(tmp_path_factory):
+    """36 groups with long names and close learning rates, whose last evaluation is over other rows; one unfinished."""
+    directory = tmp_path_factory.mktemp("wide")
+    for k, kind in enumerate(("rope", "alibi", "learned")):
+        for r, rate in enumerate((1e-3, 1.25e-3, 1.6e-3, 2e-3, 4e-3, 1e-2)):
+            for s, schedule in enumerate(("cosine", "linear")):
+                write_run(
+                    directory / f"{kind}-{rate}-{schedule}", 2 + 0.2 * k + 0.02 * r + 0.01 * s, steps=6,
+                    done=(k, r, s) != (2, 5, 1), model__position__kind=kind, optim__lr=rate, optim__schedule=schedule,
+                    data__source=f"a/long/path/of/a/directory/with/texts/{kind}.txt",
+                    eval__rows=16, eval__final_rows=128, eval__every=2,
+                )  # fmt: skip
+    return directory
+
+
+@pytest.mark.live
+@pytest.mark.parametrize(("width", "dark"), [(390, True), (1280, False)])
+def test_a_wide_sweep_with_long_names_fits_the_window_and_has_separate_final_points(wide_sweep, tmp_path, width, dark):
+    report = drive(page.render(runs.load([wide_sweep]), "a"), tmp_path, width, dark, WIDE)
+    assert report["problems"] == [] and report["page"] <= 0 and report["baseline"] <= 0
+    if width == 1280:
+        assert report["table"] <= 0
+    assert report["overlaps"] == 0 and report["marks"] >= 12
+    assert report["last"].startswith("a/long/path/of/a/directory/with/texts/learned.txtlearned0.01linear1, 1 not")
+    assert "Lines: evaluations over 16 rows. Diamonds: final evaluation over 128 rows" in report["caption"]
+    # The curves end at step 4 of 6, the diamonds are at step 6.
+    assert report["diamonds"] == 35 and report["ends"] < report["diamond"] - 50
+    assert "rows" not in report["loss"][0] and report["loss"][1] == 0
 
 
 @pytest.mark.live

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -14,9 +15,9 @@ import pytest
 
 from llm_jax import configuration, files
 from llm_jax.errors import UserError
-from llm_jax.research import grid, jobs, live_table, points
-from llm_jax.research.provenance import Provenance
+from llm_jax.research import jobs, live_table, points
 from tests.conftest import ROOT, call
+from tests.research.test_points import plan
 
 SLOTS = [jobs.MachineShare((0,)), jobs.MachineShare((0,))]
 # At most 20 seconds: a job that waits for nothing ends its test.
@@ -176,66 +177,6 @@ def test_shares_divide_the_cores_and_gpus(monkeypatch):
     assert jobs.machine_shares(3)[2].environment["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
 
 
-# ---------------------------------------------------------------- points
-
-
-def plan(output, text="train.seed=0,1", **changes):
-    return points.plan(configuration.load(ROOT / "tests" / "tiny.py", changes), grid.parse(text), output)
-
-
-def test_recipes_build_the_configurations_of_the_points_with_what_was_explicit(tmp_path):
-    planned = plan(tmp_path, "train.seed=0,1; eval.prompts=('a',)", **{"optim.lr": 1e-3})
-    points.write(planned, tmp_path, Provenance("command"))
-    for point in planned:
-        again = configuration.load(point.workdir / "recipe.json")
-        assert again == point.config and again.explicit == point.config.explicit
-        assert "optim.lr" in again.explicit and "model.norm" not in again.explicit
-    record = points.read(tmp_path)
-    assert record["command"] == "command" and record["keys"] == ["train.seed", "eval.prompts"]
-    assert list(record["points"]) == [point.name for point in planned]
-
-
-def test_two_sweeps_that_start_at_once_are_both_recorded(tmp_path, monkeypatch):
-    read = points.read
-
-    def read_slowly(output):
-        record = read(output)
-        time.sleep(0.1)  # long enough for the other one to read the same record
-        return record
-
-    monkeypatch.setattr(points, "read", read_slowly)
-    sweeps = [plan(tmp_path, f"train.seed={seed}") for seed in range(3)]
-    threads = [threading.Thread(target=points.write, args=(sweep, tmp_path, Provenance())) for sweep in sweeps]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(read(tmp_path)["points"]) == ["seed=0", "seed=1", "seed=2"]
-
-
-def test_an_invalid_point_or_run_is_rejected_before_anything_is_written(tmp_path):
-    with pytest.raises(UserError, match=r"point width=64: .*|point width=0: .*expected a number"):
-        plan(tmp_path / "a", "model.width=64,0")
-    assert not (tmp_path / "a").exists()
-    points.write(plan(tmp_path), tmp_path, Provenance())
-    plan(tmp_path, **{"optim.lr": 0.5})  # no run yet
-    (tmp_path / "seed=0" / "config.json").write_text("{}")
-    plan(tmp_path, **{"train.steps": 50, "eval.every": 1})
-    with pytest.raises(UserError, match=r"seed=0 was trained with optim.lr=0.01, now 0.5"):
-        plan(tmp_path, **{"optim.lr": 0.5})
-    with pytest.raises(UserError, match=r"seed=0 was trained with eval.final_rows=0, now 3"):  # other held-out rows
-        plan(tmp_path, **{"eval.final_rows": 3})
-
-
-def test_a_point_is_done_with_all_its_steps(tmp_path):
-    point = plan(tmp_path)[0]
-    assert not points.is_done(point)
-    point.workdir.mkdir()
-    for steps, expected in ((4, False), (8, True)):
-        (point.workdir / "summary.json").write_text(json.dumps({"steps": steps}))
-        assert points.is_done(point) is expected
-
-
 # ---------------------------------------------------------------- what is shown
 
 
@@ -254,7 +195,7 @@ def test_the_table_shows_states_steps_losses_and_the_time_left(tmp_path, monkeyp
     ]
     now = 1000.0
     monkeypatch.setattr(live_table.time, "time", lambda: now)
-    monkeypatch.setattr(live_table.shutil, "get_terminal_size", lambda: os.terminal_size((90, 7)))
+    monkeypatch.setattr(live_table.shutil, "get_terminal_size", lambda: os.terminal_size((90, 8)))
     stream, plain = Terminal(), io.StringIO()
     table, lines = live_table.LiveTable(stream), live_table.LiveTable(plain)
     table(planned, statuses)
@@ -264,7 +205,8 @@ def test_the_table_shows_states_steps_losses_and_the_time_left(tmp_path, monkeyp
     now += 10
     table(planned, statuses)
     painted = stream.getvalue().rpartition("\x1b[J")[2].splitlines()
-    assert len(painted) == 5 and stream.getvalue().count("\x1b[5A") == 1  # four lines of seven, and the headline
+    # Four of eight lines, the headline, and place for a notice.
+    assert len(painted) == 5 and stream.getvalue().count("\x1b[5A") == 1
     assert painted[1].split() == ["seed=1", "running", "4/8", "loss", "2.500,", "1,000", "tokens/s"]
     # 4 steps in 10 s; 4 + 8 + 8 + 8 remain.
     assert painted[-2] == "... and 2 more" and painted[-1].endswith("1 done, 2 waiting; about 70 s left")
@@ -276,6 +218,47 @@ def test_the_table_shows_states_steps_losses_and_the_time_left(tmp_path, monkeyp
         "seed=2: running",
         "seed=1: done, loss 2.500, 1,000 tokens/s",
     ]
+
+
+def test_the_notice_of_a_signal_is_a_part_of_the_table(tmp_path):
+    """Lines that others print below the table would be left when it is redrawn, and lines of the table stay above."""
+    planned = plan(tmp_path)
+    stream = Terminal()
+    table = live_table.LiveTable(stream)
+    for notice, state in (("", "running"), ("SIGINT: saving", "running"), ("SIGINT: saving", "waiting")):
+        table.notice = lambda notice=notice: notice
+        table(planned, [jobs.Status(points.job(p), state) for p in planned])
+    assert [line.split() for line in screen(stream.getvalue())] == [
+        ["seed=0", "waiting", "0/8"],
+        ["seed=1", "waiting", "0/8"],
+        ["2", "points:", "2", "waiting"],
+    ]
+
+
+def screen(output):
+    """What a terminal shows after this output, which may move up and erase to the end."""
+    lines, row = [""], 0
+    for part in re.split(r"(\x1b\[\d*[AJ]|\n)", output):
+        if part == "\n":
+            row += 1
+            lines += [""] * (row == len(lines))
+        elif part.endswith("A") and part.startswith("\x1b"):
+            row -= int(part[2:-1])
+        elif part == "\x1b[J":
+            lines[row:] = [""]
+        else:
+            lines[row] += part
+    return [line for line in lines if line]
+
+
+def test_no_escape_sequence_of_a_failed_job_reaches_the_terminal(tmp_path):
+    text = "\x1b[31merror:\x1b[0m a\tb\x07 \x1b]0;title\x07c\r\n\x1b[2K\x1b[1A\n"
+    (status,) = jobs.run([job(tmp_path, "a", f"sys.stdout.write({text!r}); sys.exit(1)")], SLOTS)
+    assert status.state == "failed" and status.lines == ("error: a       b\\x07 c",)
+    files.write_json(
+        tmp_path / "a" / "failed.json", {"code": 1, "lines": ["\x1b[1mold"]}
+    )  # written by an older version
+    assert jobs.run([job(tmp_path, "a")], SLOTS)[0].lines == ("old",)
 
 
 def test_the_last_line_of_a_file_is_read_whatever_its_length(tmp_path):

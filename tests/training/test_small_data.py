@@ -13,12 +13,13 @@ from llm_jax import bars, configuration
 from llm_jax.data.kinds import open_source
 from llm_jax.errors import UserError
 from llm_jax.evaluation import held_out as held_out_lib
-from llm_jax.training import inputs, trainer
+from llm_jax.training import inputs, trackers, trainer
 from llm_jax.training import start as start_lib
 from tests.conftest import ROOT
 from tests.data.configs import data_config
 from tests.tokenizers.chat_cases import TEMPLATES
 from tests.tokenizers.test_chat_golden import with_template
+from tests.training.test_trackers import Recorder
 
 WORDS = ("the model reads a token and then the token after it returns one line of text " * 13).split()[:200]
 
@@ -234,6 +235,24 @@ def test_the_last_evaluation_has_its_own_number_of_rows(config_of):
     state, counted = prepared.setup.init(), [int(prepared.inputs.held_out[i]["mask"].sum()) for i in range(3)]
     assert few.evaluate(state, final=False)["validation_tokens"] == counted[0]
     assert few.evaluate(state, final=True)["validation_tokens"] == sum(counted)
+
+
+def test_the_final_evaluation_has_scalars_of_its_own(config_of, tmp_path, monkeypatch):
+    """Those of the periodic evaluations do not jump at the last step, unless it is over the same rows."""
+    for rows, expected in ((2, [1]), (0, [1, 2])):
+        recorder = Recorder()
+        monkeypatch.setattr(trackers, "open_all", lambda *arguments, r=recorder: trackers.Trackers({"wandb": r}))
+        rows_of_each = {"eval__rows": rows, "eval__final_rows": 0}
+        config = config_of("lines", data__validation_fraction=0.4, train__seq_len=32, **rows_of_each)
+        summary = trainer.train(config, tmp_path / f"run{rows}", verbose=False)
+        scalars = [call[1:] for call in recorder.calls if call[0] == "scalars"]
+        assert [step for step, values in scalars if "validation_loss" in values] == expected
+        final = {name: values for _, line in scalars for name, values in line.items() if name.startswith("final/")}
+        assert final["final/validation_loss"] == summary["validation_loss"] and scalars[-1][0] == 2
+        assert final["final/validation_rows"] == summary["validation_rows"] > 2
+        lines = [json.loads(text) for text in (tmp_path / f"run{rows}" / "metrics.jsonl").read_text().splitlines()]
+        counts = [line["validation_rows"] for line in lines if "validation_loss" in line]
+        assert counts == [rows or summary["validation_rows"], summary["validation_rows"]]
 
 
 def test_a_quiet_run_prints_nothing(config_of, tmp_path, capsys):

@@ -138,7 +138,9 @@ def test_tensorboard_gets_figures_norms_and_samples(command, tmp_path):
             for value in event.summary.value:
                 seen.setdefault(value.tag, []).append(event.step)
                 hyperparameters |= set(re.findall(rb"optim\.lr|validation_loss", value.metadata.plugin_data.content))
-    assert seen["loss"] == list(range(1, 9)) and seen["validation_loss"] == [4, 8]
+    # The final evaluation is over other rows (eval.final_rows=0) than the periodic ones (eval.rows=8).
+    assert seen["loss"] == list(range(1, 9)) and seen["validation_loss"] == [4]
+    assert seen["final/validation_loss"] == seen["final/validation_bits_per_byte"] == [8]
     for kind in ("gradient_norm/layers/1/mlp/up", "update_norm/embed/table", "update_norm"):
         assert seen[kind] == [1, 4, 8]
     for kind in (
@@ -169,6 +171,8 @@ def test_tasks_are_evaluated_during_and_after_training(command, tmp_path):
     done = command("train", f"--workdir={tmp_path / 'run'}", *flags)
     said = [line["task_sums"] for line in lines(tmp_path / "run") if "task_sums" in line]
     assert len(said) == 2 and all(0 <= share <= 1 for share in said) and "sums" in done.stdout
+    counts = [line["task_examples/sums"] for line in lines(tmp_path / "run") if "task_sums" in line]
+    assert counts == [2, 5]
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["task_sums"] == said[-1]
     flags = ("--config.eval.tasks=('summing',)",)
     assert "the task 'summing' is unknown" in command("train", f"--workdir={tmp_path / 'x'}", *flags, code=2).stderr
