@@ -195,7 +195,7 @@ def test_the_table_shows_states_steps_losses_and_the_time_left(tmp_path, monkeyp
     ]
     now = 1000.0
     monkeypatch.setattr(live_table.time, "time", lambda: now)
-    monkeypatch.setattr(live_table.shutil, "get_terminal_size", lambda: os.terminal_size((90, 8)))
+    monkeypatch.setattr(live_table.shutil, "get_terminal_size", lambda *arguments, **options: os.terminal_size((90, 8)))
     stream, plain = Terminal(), io.StringIO()
     table, lines = live_table.LiveTable(stream), live_table.LiveTable(plain)
     table(planned, statuses)

@@ -21,7 +21,7 @@ def test_a_tokenizer_is_trained_and_shown(command, text_file, tmp_path):
     ).stdout
     assert "|[the]|[ zoo]|[\\x1b]| reads|" in shown.replace("|the|", "|[the]|") and "\x1b" not in shown
     assert "4 tokens, 1.33 a word, 2 unknown" in shown or "4 tokens, 1.33 a word, 3 unknown" in shown
-    assert re.search(r"\d+ +8-14 +reads +\| +\d+ +3-4", shown)
+    assert re.search(r"\d+ +8-14 +' reads' +\| +\d+ +3-4", shown)
     again = command(
         "train_tokenizer", "--kind=byte", f"--input={text_file}", f"--output={tmp_path / 'w'}", code=2
     ).stderr
