@@ -6,7 +6,7 @@ import math
 import pathlib
 from typing import TYPE_CHECKING
 
-from llm_jax import cli
+from llm_jax import cli, extensions
 from llm_jax.errors import UserError
 from llm_jax.files import local_path
 from llm_jax.schema import CHECKPOINT_DTYPES
@@ -119,11 +119,7 @@ def _peft(checkpoint: "Checkpoint", output: pathlib.Path, name: str) -> None:
     family = _family(name or checkpoint.family)
     adapters = lora.quantize_factors(checkpoint.adapters(), config.lora.factors)
     if config.quant.scheme:
-        print(
-            f"note: the adapters were trained over a base in {config.quant.scheme}; over the unquantized base their "
-            "results differ. Quantize the base in peft as well, nf4 with BitsAndBytesConfig(load_in_4bit=True, "
-            "bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True)"
-        )
+        print(_base_note(config.quant.scheme))
     abstract = abstract_params(Transformer(dataclasses.replace(config.model, scan_layers=False)))
     readable = base.form == "huggingface"
     tokenizer = checkpoint.tokenizer
@@ -147,6 +143,19 @@ def _peft(checkpoint: "Checkpoint", output: pathlib.Path, name: str) -> None:
         print(f"note: transformers cannot read the base {base.name}; convert it with --to=hf for peft")
     num_bytes = sum(p.stat().st_size for p in output.rglob("*") if p.is_file())
     print(f"wrote {output}: adapters of a {family}{' and the tokenizer' * bool(files)}; {num_bytes / 2**20:.1f} MiB")
+
+
+def _base_note(scheme: str) -> str:
+    """The note on adapters that were trained over a base quantized by `scheme`."""
+    if extensions.is_specification(scheme):
+        cure = "; peft does not know this format. quantize merges them into the base"
+    else:
+        cure = (
+            ". Quantize the base in peft as well, nf4 with BitsAndBytesConfig(load_in_4bit=True, "
+            "bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True)"
+        )
+    bare = scheme.partition("#")[0]
+    return f"note: the adapters were trained over a base in {bare}; over the unquantized base results differ{cure}"
 
 
 COMMAND = cli.Command(

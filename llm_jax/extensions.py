@@ -45,7 +45,7 @@ KEYS = (  # of the configuration
 )
 FLAGS = ("filter", "format", "scheme", "head", "fallback")  # of commands, besides the rules of --rule
 _SCHEME_WITH_GROUP = re.compile(r"\w+:(\d+|channel|tensor)(\+a8)?")  # a built-in quantization scheme, such as int4:64
-_RULE = re.compile(r"(?P<pattern>.+)=(?P<value>[\w./:~+-]*(\(.*\))?)", re.S)
+_RULE = re.compile(r"(?P<pattern>.+?)=(?P<value>[\w./:~+-]*|[\w./~+-]+:\w+\(.*\))", re.S)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import llm_jax
-from llm_jax import tokenizers
+from llm_jax import convert, tokenizers
 from llm_jax.checkpoints import huggingface
 from llm_jax.errors import UserError
 from llm_jax.tokenizers import export
@@ -162,3 +162,9 @@ def test_an_interrupted_conversion_leaves_nothing(trained, tmp_path):
         assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []
     else:
         assert "wrote" in out
+
+
+def test_the_note_on_adapters_names_no_format_of_peft_for_a_custom_base():
+    own = convert._base_note("my_ternary.py:Ternary(threshold=0.5)#0123456789ab")
+    assert "a base in my_ternary.py:Ternary(threshold=0.5);" in own and "#" not in own and "BitsAndBytes" not in own
+    assert "a base in nf4;" in convert._base_note("nf4") and "BitsAndBytesConfig" in convert._base_note("nf4")

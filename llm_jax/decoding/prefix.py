@@ -1,6 +1,6 @@
 """Reuses the cache of keys and values from request to request: only the tokens after the common prefix are prefilled.
 
-    prefix = Prefix()
+    prefix = PrefixCache()
     loop.generate(model, params, [first], sampler, max_new_tokens=8, prefix=prefix)
     loop.generate(model, params, [second], sampler, max_new_tokens=8, prefix=prefix)
 
@@ -89,7 +89,7 @@ class PrefixCache:
 
 
 def cached_ids(state: DecodingState) -> list[int]:
-    """The token ids whose keys and values are in the cache of a state of `Prefix.start`."""
+    """The token ids whose keys and values are in the cache of a state of `PrefixCache.start`."""
     return np.asarray(state.history.ids)[0, : int(state.cache.index)].tolist()
 
 

@@ -72,7 +72,7 @@ def showable(text: str, stops: Sequence[str]) -> str:
     """The part of an unfinished text that can be shown: all except an end that may be the beginning of a stop string.
 
     Args:
-      text: text that no later token changes (`detokenize.Detokenizer.settled`).
+      text: text that no later token changes (`detokenize.Detokenizer.stable_prefix`).
     """
     settled = truncate_at_stop(text, stops)
     if len(settled) < len(text):

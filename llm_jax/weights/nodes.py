@@ -10,7 +10,7 @@ contain other nodes, so that kinds compose, and the model has no code for any of
 
     array                                       full training
     Adapted(array, a, b)                        LoRA
-    Adapted(array, Dropped(a), b)               LoRA with dropout
+    Adapted(array, InputDropout(a), b)          LoRA with dropout
     Decomposed(Adapted(array, a, b), m, n)      DoRA
     QTensor(codes, scale)                       quantized after training (`quantized.py`, which also has the next)
     Encoded(parts)                              quantized by a number format of the user's own (`encoded.py`)

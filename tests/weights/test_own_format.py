@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from llm_jax import configuration, lora, trees, weights
+from llm_jax import configuration, extensions, lora, trees, weights
 from llm_jax.checkpoints import assemble
 from llm_jax.errors import UserError
 from llm_jax.kernels import number_formats, own_format
@@ -277,3 +277,20 @@ def test_a_class_of_a_notebook(monkeypatch):
     first, second = run(FORMAT), run(FORMAT.replace("jnp.round", "jnp.ceil"))
     assert first.scheme != second.scheme and first.scheme.startswith("__main__:Steps(step=0.125)#")
     assert jnp.max(jnp.abs(first.dense() - second.dense())) > 0.05
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("layers/.*=int4:32+a8", ("layers/.*", "int4:32+a8")),
+        ("a=none", ("a", "none")),
+        ("a(?=b)c=int4", ("a(?=b)c", "int4")),
+        ("a(?=b(c))=f.py:T(x=1)", ("a(?=b(c))", "f.py:T(x=1)")),
+        ("a=d/f.py:T(x=0.5, y=(2, 4))", ("a", "d/f.py:T(x=0.5, y=(2, 4))")),
+        ("a=f:T(x='b=(c)')", ("a", "f:T(x='b=(c)')")),
+        ("=int4", None),
+        ("int4", None),
+    ],
+)
+def test_a_rule_is_divided_before_the_options_of_its_value(text, expected):
+    assert extensions.split_rule(text) == expected
