@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import sys
+from typing import NoReturn
 
 from llm_jax import cli
 
@@ -53,11 +54,16 @@ def main() -> None:
             print(f"  {command:<18} {purpose}")
         return
     if name not in COMMANDS:
-        near = [OTHER_NAMES[name]] if name in OTHER_NAMES else difflib.get_close_matches(name, COMMANDS, 1, 0.5)
-        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(COMMANDS)}"
-        print(f"error: unknown command '{name}'; {hint}", file=sys.stderr)
-        sys.exit(2)
+        exit_unknown(name)
     cli.start(importlib.import_module(f"llm_jax.{name}").COMMAND, arguments)
+
+
+def exit_unknown(name: str) -> NoReturn:
+    """Exits with code 2 and the command that `name` may mean."""
+    near = [OTHER_NAMES[name]] if name in OTHER_NAMES else difflib.get_close_matches(name, COMMANDS, 1, 0.5)
+    hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(COMMANDS)}"
+    print(f"error: unknown command '{name}'; {hint}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":
