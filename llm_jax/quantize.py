@@ -58,7 +58,7 @@ def main(f: cli.Flags) -> None:
     if output.exists():
         raise UserError(f"--output={output} already exists; choose another path, or remove it")
     if f.scheme in _METHODS:
-        raise UserError(f"--scheme={f.scheme} is a method; use --method={f.scheme} with a scheme, such as --scheme=int4")
+        raise UserError(f"--scheme={f.scheme} is a method; use --method={f.scheme} with a scheme, e.g. --scheme=int4")
     if f.sequences < 1 or f.batch_size < 1 or f.seq_len < 0:
         values = f"--sequences={f.sequences} --batch_size={f.batch_size} --seq_len={f.seq_len}"
         raise UserError(f"{values}; expected positive numbers")

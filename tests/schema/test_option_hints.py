@@ -106,7 +106,7 @@ CONVERT = ("convert", "--output=unused")
         ((*CONVERT, "--input=x", "--to=safetensors"), "expected one of hf, gguf, peft; did you mean 'hf'?"),
         (
             ("quantize", "--checkpoint=x", "--output=y", "--scheme=gptq"),
-            "--scheme=gptq is a method; use --method=gptq with a scheme, such as --scheme=int4",
+            "--scheme=gptq is a method; use --method=gptq with a scheme, e.g. --scheme=int4",
         ),
         ((*CONVERT, "--input=x"), "error: --to is required; expected one of hf, gguf, peft"),
         (("generate", "--out_dir=x", "--prompt=a"), "unknown flag --out_dir; did you mean --checkpoint?"),
