@@ -23,6 +23,7 @@ from absl import flags
 from llm_jax import cli, configuration, lora, trees
 from llm_jax.research import experiments, findings, verdicts
 from llm_jax.research.findings import Finding
+from llm_jax.training import step
 from llm_jax.training.setup import num_parameters
 
 CLASSES, SIZE, NOISES = 4, 12, 32
@@ -143,14 +144,17 @@ def train(loss, params, key, steps: int):
     """The parameters after `steps` steps of Adam."""
     optimizer = optax.adam(3e-3)
 
-    def step(carry, i):
-        params, state = carry
-        updates, state = optimizer.update(jax.grad(loss)(params, jax.random.fold_in(key, i)), state)
-        return (optax.apply_updates(params, updates), state), None
+    def objective(params, frozen, batch, i, _):
+        return loss(params, jax.random.fold_in(key, i)), jnp.float32(1)
+
+    update = step.make(objective, optimizer, optax.constant_schedule(3e-3), seed=0, grad_accumulation=1)
 
     @jax.jit
     def all_steps(params):
-        return jax.lax.scan(step, (params, optimizer.init(params)), jnp.arange(steps))[0][0]
+        def body(state, batch):
+            return update(state, {}, batch)[0], None
+
+        return jax.lax.scan(body, step.init(optimizer, params), {"mask": jnp.ones(steps)})[0].params
 
     return all_steps(params)
 

@@ -23,7 +23,7 @@ from llm_jax.intervals import Interval, wilson
 from llm_jax.model.attention import TokenMetadata
 from llm_jax.research import experiments, findings, verdicts
 from llm_jax.research.findings import Figures, Finding
-from llm_jax.training import losses, memory, trainable
+from llm_jax.training import losses, memory, step, trainable
 
 MODEL, LENGTH, BATCH = "asset:minilm-l6-v2", 48, 32
 # Learning rates, and overrides of the configuration.
@@ -81,9 +81,9 @@ def train(loaded: checkpoints.Loaded, parts: list[dict[str, jax.Array]], kind: s
         x_BTD, _ = model.apply({"params": params}, rows["tokens"], metadata, method="features")
         return jnp.sum(x_BTD * rows["mask"][..., None], 1) / jnp.sum(rows["mask"], 1, keepdims=True)
 
-    def logits(state: Any, frozen: Any, rows: Mapping[str, jax.Array]) -> jax.Array:
-        x_BD = rows["features"] if "features" in rows else features(state["encoder"], frozen, rows)
-        return x_BD @ state["head"]["kernel"] + state["head"]["bias"]
+    def logits(params: Any, frozen: Any, rows: Mapping[str, jax.Array]) -> jax.Array:
+        x_BD = rows["features"] if "features" in rows else features(params["encoder"], frozen, rows)
+        return x_BD @ params["head"]["kernel"] + params["head"]["bias"]
 
     def in_parts(function: Any, argument: Any, rows: Mapping[str, jax.Array]) -> jax.Array:
         starts = range(0, len(rows["labels"]), 100)
@@ -98,33 +98,31 @@ def train(loaded: checkpoints.Loaded, parts: list[dict[str, jax.Array]], kind: s
     schedule = optax.linear_schedule(rate, 0.0, rounds * (count // BATCH))
     optimizer = optax.adamw(schedule, weight_decay=0.0)
 
-    def loss(state: Any, frozen: Any, rows: Mapping[str, jax.Array]) -> jax.Array:
-        return jnp.mean(losses.cross_entropy(logits(state, frozen, rows), rows["labels"]))
+    def loss(params: Any, frozen: Any, rows: Mapping[str, jax.Array], *_: Any) -> tuple[jax.Array, jax.Array]:
+        return jnp.sum(losses.cross_entropy(logits(params, frozen, rows), rows["labels"])), jnp.float32(BATCH)
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(state: Any, moments: Any, frozen: Any, rows: Mapping[str, jax.Array]) -> tuple[Any, Any]:
-        updates, moments = optimizer.update(jax.grad(loss)(state, frozen, rows), moments, state)
-        return optax.apply_updates(state, updates), moments
-
-    state: Any = {"encoder": encoder, "head": {"kernel": jnp.zeros((model.config.width, 2)), "bias": jnp.zeros(2)}}
-    moments, times = jax.jit(optimizer.init)(state), []
-    compiled = step.lower(state, moments, frozen, jax.tree.map(lambda a: a[:BATCH], training)).compile()
+    head = {"kernel": jnp.zeros((model.config.width, 2)), "bias": jnp.zeros(2)}
+    state = jax.jit(functools.partial(step.init, optimizer))({"encoder": encoder, "head": head})
+    update = jax.jit(step.make(loss, optimizer, schedule, seed, grad_accumulation=1), donate_argnums=0)
+    compiled = update.lower(state, frozen, jax.tree.map(lambda a: a[:BATCH], training)).compile()
+    times = []
     random = np.random.RandomState(seed)
     for _ in range(rounds):
         for indices in random.permutation(count)[: count // BATCH * BATCH].reshape(-1, BATCH):
             began = time.perf_counter()
             rows = jax.tree.map(lambda a, indices=indices: a[indices], training)
-            state, moments = jax.block_until_ready(compiled(state, moments, frozen, rows))
+            state, _ = jax.block_until_ready(compiled(state, frozen, rows))
             times.append(time.perf_counter() - began)
     predict = jax.jit(logits)
-    films, products = (int(jnp.sum(jnp.argmax(in_parts(predict, state, rows), -1) == rows["labels"])) for rows in tests)
+    correct = [jnp.sum(jnp.argmax(in_parts(predict, state.params, rows), -1) == rows["labels"]) for rows in tests]
+    films, products = map(int, correct)
     return {
         "right": films,
         "products right": products,
         "count": len(tests[0]["labels"]),
         "accuracy": films / len(tests[0]["labels"]),
         "bytes of a step": memory.of_executable(compiled, 0).peak,
-        "trained": sum(x.size for x in jax.tree.leaves(state)),
+        "trained": sum(x.size for x in jax.tree.leaves(state.params)),
         "seconds a step": float(np.median(times)),
         "cut": float(np.mean(np.asarray(training["mask"])[:, -1])),
     }
