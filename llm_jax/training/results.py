@@ -17,17 +17,17 @@ from llm_jax.training.step import TrainState
 
 
 def summarize(
-    setup: Setup, data: Inputs, state: TrainState, workdir: pathlib.Path, figures: Mapping[str, Any], rate: float | None
+    setup: Setup, data: Inputs, state: TrainState, workdir: pathlib.Path, metrics: Mapping[str, Any], rate: float | None
 ) -> dict[str, Any]:
     """Returns the metrics of summary.json, without "seconds".
 
     Args:
-      figures: metrics of the final evaluation.
+      metrics: metrics of the final evaluation.
       rate: tokens per second.
     """
     config = setup.config
     summary = {
-        **figures,
+        **metrics,
         "compressed_bits_per_byte": data.source.compressed_bits_per_byte() if config.loss.masked == "none" else {},
         "steps": config.train.steps,
         "parameters": setup_lib.num_parameters(setup.base),
