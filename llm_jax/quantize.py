@@ -84,7 +84,7 @@ def main(f: cli.Flags) -> None:
     elif not f.scheme:
         raise UserError("--scheme is required; expected one of " + ", ".join(number_formats.WEIGHT_SCHEMES))
     else:
-        if f.method != "absmax" and f.scheme != "none" and number_formats.scheme(f.scheme).own:
+        if f.method != "absmax" and f.scheme != "none" and number_formats.scheme(f.scheme).custom:
             raise UserError(
                 f"--method={f.method} has no effect on --scheme={f.scheme}, which encodes weights itself; omit it"
             )

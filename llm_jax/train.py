@@ -7,7 +7,7 @@ import pathlib
 import sys
 import types
 
-from llm_jax import cli, files, objects, runtime
+from llm_jax import cli, files, object_store, runtime
 from llm_jax.cli import signals
 from llm_jax.schema import Config
 
@@ -58,7 +58,7 @@ def _train(f: cli.Flags) -> int:
 def resumption(f: cli.Flags) -> str:
     """What the same command does after it was stopped. Called at an interrupt: imports nothing and reads no network."""
     workdir = f["workdir"].value
-    if not workdir or objects.is_object(workdir):
+    if not workdir or object_store.is_object(workdir):
         return "the same command resumes from the last checkpoint, or from step 0 without one"
     names = [path.name for path in (files.path(workdir) / "checkpoints").glob("*")]
     if steps := [int(name) for name in names if name.isascii() and name.isdigit()]:

@@ -203,8 +203,8 @@ def _all_finite(values: np.ndarray) -> bool:
     return int(bits.max()) < negative + infinity and int(bits.view(f"i{size}").max()) < infinity
 
 
-def refuse_own_formats(params: Any, form: str) -> None:
-    """Raises UserError for a weight in a number format of the user's own, which other software does not know.
+def refuse_custom_formats(params: Any, form: str) -> None:
+    """Raises UserError for a weight in a custom number format, which other software does not know.
 
     Args:
       form: what is written, for the message.

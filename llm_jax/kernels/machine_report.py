@@ -105,9 +105,9 @@ def _check_pallas(rows: int, inputs: int, outputs: int) -> int:
         if pallas.unsupported_reason(x, codes, s, axis, *rest):
             continue
         served.append(name)
-        got = pallas.product(x, codes, s, axis, 0)
+        result = pallas.product(x, codes, s, axis, 0)
         expected = matmul.xla_product(x, codes, s, axis, *rest)
-        error = float(jnp.max(jnp.abs(got - expected)) / jnp.max(jnp.abs(expected)))
+        error = float(jnp.max(jnp.abs(result - expected)) / jnp.max(jnp.abs(expected)))
         if not error < _PALLAS_TOLERANCE:
             failed = failed or f"the relative error of {name} is {error:.1e}; expected less than {_PALLAS_TOLERANCE}"
     print(f"self-test {f'failed: {failed}' if failed else 'passed'}")
@@ -120,9 +120,9 @@ def self_test(names: list[str]) -> str:
     for name in names:
         codes, s, axis, contracted, _ = _request(name, 192, 77)
         x = jax.random.normal(jax.random.key(1), (3, 192))
-        got = cpu_product.product(x, codes, s, axis)
+        result = cpu_product.product(x, codes, s, axis)
         expected = _reference(x, codes, s)
-        error = jnp.max(jnp.abs(got - expected) / _reference(jnp.abs(x), codes, s, magnitudes=True))
+        error = jnp.max(jnp.abs(result - expected) / _reference(jnp.abs(x), codes, s, magnitudes=True))
         if not error < _TOLERANCE:
             return f"the relative error of {name} is {float(error):.1e}; expected less than {_TOLERANCE}"
         (rounded,) = cpu_product.blockwise_products(x, [codes], s, axis)
@@ -133,13 +133,13 @@ def self_test(names: list[str]) -> str:
     q, k, v = _heads(256)
     weights = jax.nn.softmax(jnp.einsum("bth,bsh->bts", q[:, :, 0], k[:, :, 0]) / 8)
     expected = jnp.einsum("bts,bsh->bth", weights, v[:, :, 0])
-    got = cpu_attention.attention(q, k, v, jnp.ones((1, 3, 256), bool), None)[:, :, 0]
-    if not jnp.allclose(got, expected, atol=1e-5):
+    result = cpu_attention.attention(q, k, v, jnp.ones((1, 3, 256), bool), None)[:, :, 0]
+    if not jnp.allclose(result, expected, atol=1e-5):
         return "attention over a cache differs from that of XLA"
     x8, codes8, scale = jnp.ones((2, 192), jnp.int8) * 3, jnp.ones((192, 77), jnp.int8) * -5, jnp.full((1, 77), 0.5)
     if not cpu_product.unsupported_integer_reason(x8, codes8):
-        got = cpu_product.integer_product(x8, jnp.float32(2), codes8, scale, _AXIS)
-        if not (got == -15 * 192).all():
+        result = cpu_product.integer_product(x8, jnp.float32(2), codes8, scale, _AXIS)
+        if not (result == -15 * 192).all():
             return "the product of integers is wrong"
     return ""
 

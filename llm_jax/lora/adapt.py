@@ -209,10 +209,10 @@ def _check_factors(name: str, flat: Mapping[str, Any], ranks_by_path: Mapping[st
         for size in (rows, max(layer_ranks.values())):
             if reason := number_formats.unsupported_reason(s, size):
                 raise UserError(f"lora.factors={name} for the adapter of '{path}': {reason}")
-        if s.own:
+        if s.custom:
             rank, (rows, columns) = max(layer_ranks.values()), _matrix(flat[path].shape[-2:])
             for shape in ((rows, rank), (rank, columns)):
-                s.own.check(shape, IN)
+                s.custom.check(shape, IN)
 
 
 def _layer(weight: Any, index: int) -> Any:

@@ -177,7 +177,7 @@ def _quantize_weight(
     if not scheme:
         return w, WeightSummary(path, "", tuple(w.shape), quantized.bits_per_weight(w), weights.num_bytes(w), 0.0)
     method = options.method if inputs is not None or not methods.METHODS[options.method][1] else "mse"
-    method = "absmax" if number_formats.scheme(scheme).own else method
+    method = "absmax" if number_formats.scheme(scheme).custom else method
     q = _quantize(w.astype(jnp.float32), inputs, method, scheme, axis(path), options.act_order)
     error, output = jax.device_get(_errors(w, q, inputs))
     output_error = None if inputs is None else float(output)

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llm_jax import bars, objects, runtime, weights
+from llm_jax import bars, object_store, runtime, weights
 from llm_jax.data import rows
 from llm_jax.errors import UserError
 from llm_jax.schema import Config
@@ -261,7 +261,7 @@ def _free_memory() -> int | None:
 
 
 def _free_disk(workdir: pathlib.Path) -> int | None:
-    if objects.is_object(workdir):
+    if object_store.is_object(workdir):
         return None
     directory = workdir.absolute()
     while not directory.is_dir():

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llm_jax import bars, checkpoints, configuration, files, objects, runtime, tokenizers, trees
+from llm_jax import bars, checkpoints, configuration, files, object_store, runtime, tokenizers, trees
 from llm_jax.checkpoints import adapters, run
 from llm_jax.errors import UserError
 from llm_jax.evaluation import builtin
@@ -150,7 +150,7 @@ def train(
     lock = None
     began = time.perf_counter()
     log = print if verbose else lambda *values, **options: None
-    with objects.as_user_errors(workdir), contextlib.ExitStack() as stack:
+    with object_store.as_user_errors(workdir), contextlib.ExitStack() as stack:
         if not verbose:
             stack.enter_context(bars.off())
         with processes.main_first("to lock the run directory"):
