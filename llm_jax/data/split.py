@@ -70,7 +70,7 @@ def held_out(catalog: Catalog, fraction: float) -> HeldOut:
     if sum(len(hashes) for hashes, _ in _groups(catalog, rule)) < 2:
         raise UserError(
             f"the corpus is one document ({catalog.name(0)}), of which none can be held out; add another, or set "
-            "data.validation_fraction=0 to train on all text without held-out figures"
+            "data.validation_fraction=0 to train on all text without held-out metrics"
         )
     share = budget = fraction * catalog.num_bytes()
     ranges, groups, first = [], [_NONE], 0

@@ -210,8 +210,8 @@ def _measure(names: list[str], rows: int, inputs: int, outputs: int, dtype: Any 
                     line += " " * sum(widths)
                     continue
                 seconds = _seconds(function, x, codes)
-                figures = size / seconds, flops / seconds, base / seconds
-                line += "".join(f"{figure:>{width}.1f}" for figure, width in zip(figures, widths, strict=True))
+                rates = size / seconds, flops / seconds, base / seconds
+                line += "".join(f"{rate:>{width}.1f}" for rate, width in zip(rates, widths, strict=True))
             print(line, flush=True)
 
 
