@@ -143,7 +143,7 @@ def read(
       UserError: a source is missing, cannot be read, or has no text; the scan cannot be written.
     """
     names = tuple(sources.weights(source))
-    prefix, workers = len(names) > 1, local_engine.number(workers, engine, [form])
+    prefix, workers = len(names) > 1, local_engine.num_workers(workers, engine, [form])
     scans = [
         SourceScan.make(name, form, prefix, field, cache_dir, workers, split_single_file, engine) for name in names
     ]

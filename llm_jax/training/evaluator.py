@@ -13,7 +13,7 @@ from llm_jax.evaluation import answers, example_counts, held_out
 from llm_jax.evaluation.prompts import PromptConfig
 from llm_jax.parallel import mesh as mesh_lib
 from llm_jax.parallel import processes
-from llm_jax.training import bad_steps, inputs, losses, measures, run_pictures
+from llm_jax.training import bad_steps, inputs, losses, measurements, run_pictures
 from llm_jax.training.setup import Setup
 from llm_jax.training.step import TrainState
 
@@ -34,7 +34,7 @@ class Evaluator:
         self._decoder = setup.model.clone(config=dataclasses.replace(setup.config.model, scan_layers=False))
         unstack = lambda params, frozen: trees.unstack(setup.method.model_params(params, frozen))  # noqa: E731
         self._unstack = jax.jit(unstack, out_shardings=setup.replicated)
-        layers = measures.layer_statistics(setup.model)
+        layers = measurements.layer_statistics(setup.model)
 
         def statistics(params: Any, frozen: Any, batch: Any) -> dict[str, Any]:
             values = layers(setup.method.model_params(params, frozen), batch)

@@ -9,7 +9,7 @@ import jax
 from llm_jax.evaluation import classification
 from llm_jax.parallel import processes
 from llm_jax.schema import Config
-from llm_jax.training import attempts, evaluator, measures
+from llm_jax.training import attempts, evaluator, measurements
 from llm_jax.training import setup as setup_lib
 from llm_jax.training.inputs import Inputs
 from llm_jax.training.setup import Setup
@@ -35,7 +35,7 @@ def summarize(
         "tokens_per_second": rate,
         "corpus": {"source": config.data.source, "sha256": data.source.sha256, "bytes": data.source.num_bytes},
         "goodput": attempts.goodput(workdir),
-        **measures.peak_memory(),
+        **measurements.peak_memory(),
         "jax": jax.__version__,
     }
     params = processes.local_copy(setup.model_params(state)) if data.test else None

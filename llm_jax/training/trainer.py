@@ -29,7 +29,7 @@ from llm_jax.training import (
     checks,
     estimate,
     inputs,
-    measures,
+    measurements,
     next_command,
     results,
     start,
@@ -37,6 +37,7 @@ from llm_jax.training import (
 )
 from llm_jax.training import setup as setup_lib
 from llm_jax.training.evaluator import Evaluator
+from llm_jax.training.profiler import Profiler
 from llm_jax.training.progress import Progress
 from llm_jax.training.setup import Setup
 from llm_jax.training.step import TrainState
@@ -198,7 +199,7 @@ def train(
         stack.callback(writer.close)
         writer.discard(run_start.step)  # damaged checkpoints, see `start.find`
         flops = transformer.flops_per_token(config.model, c.seq_len)
-        peak = measures.matmul_peak(config.model.precision.compute)
+        peak = measurements.matmul_peak(config.model.precision.compute)
         progress = Progress(
             workdir,
             run_start.step,
@@ -216,7 +217,7 @@ def train(
         if is_main:
             attempts.begin(workdir, run_start.step)
         rollbacks = bad_steps.Rollbacks()
-        profiler = measures.Profiler(workdir, run_start.step, c.steps, profile and is_main, progress.write)
+        profiler = Profiler(workdir, run_start.step, c.steps, profile and is_main, progress.write)
         stack.callback(profiler.stop)
         periods = {
             "evaluate": config.eval.every,

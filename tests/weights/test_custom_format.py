@@ -18,7 +18,7 @@ from llm_jax.checkpoints import assemble
 from llm_jax.errors import UserError
 from llm_jax.kernels import custom_format, number_formats
 from llm_jax.parallel import mesh as mesh_lib
-from llm_jax.quant import partial, post_training, qat
+from llm_jax.quant import finished_layers, post_training, qat
 from llm_jax.weights import IN, OUT, Adapted, Encoded, FakeQuant
 
 FORMAT = """
@@ -191,8 +191,8 @@ def sharded(directory):
 
 def test_the_record_of_a_weight_rebuilds_it(tmp_path):
     tree = {"layer": weights.quantize(normal(0, 24, 40), STEPS, IN), "norm": jnp.ones(4)}
-    partial.write(tmp_path / "saved", tree, [])
-    restored, _ = partial.read(tmp_path / "saved")
+    finished_layers.write(tmp_path / "saved", tree, [])
+    restored, _ = finished_layers.read(tmp_path / "saved")
     assert trees.describe(restored) == trees.describe(tree)
     np.testing.assert_array_equal(weights.dense(restored["layer"]), tree["layer"].dense())
     assert weights.summary(tree["layer"]).startswith("Encoded(parts=(codes=uint8[24, 40], low=float32[1, 40])")
