@@ -15,7 +15,7 @@ COMMANDS = {
     "quantize": "quantize the weights of a checkpoint to 8 or fewer bits",
     "convert": "write a checkpoint as Hugging Face, GGUF or peft files",
     "plan": "memory, FLOPs and time of a training step, without running it",
-    "kernels": "kernels for products with quantized weights on this machine, and their speed",
+    "kernels": "the kernels for quantized weights on this machine, and their speed",
     "sweep": "train every point of a grid of overrides",
     "compare": "options, metrics and paired differences of runs, in the terminal",
     "report": "an HTML report about runs: tables, curves, parallel coordinates, samples",
@@ -27,7 +27,7 @@ COMMANDS = {
     "launch": "start a command on a cluster: Slurm, Kubernetes, a Cloud TPU slice",
     "assets": "models and texts by name: list, fetch, verify",
 }
-# What other codebases call them.
+# {name in other codebases: command}
 OTHER_NAMES = {
     "benchmark": "kernels",
     "export": "convert",

@@ -1,4 +1,4 @@
-"""Which kernels compute products with quantized weights on this machine, why, whether they are right, and how fast."""
+"""Reports which kernels multiply quantized weights on this machine and why, tests them, and measures their speed."""
 
 import functools
 import os
@@ -44,7 +44,7 @@ def run(rows: int, inputs: int, outputs: int) -> int:
     print(f"path      {path}, {why} {', '.join(native.PATHS[1:])}")
     reason = native.amx_reason(library)
     print(f"amx       {f'not used: {reason}' if reason else 'used for 16 and more rows of 8-bit activations'}")
-    print(f"threads   those of XLA, for {len(os.sched_getaffinity(0))} cores; JAX runs on {jax.default_backend()}")
+    print(f"threads   of XLA, for {len(os.sched_getaffinity(0))} cores; JAX runs on {jax.default_backend()}")
     print("choices   by the rows of activations; with more than the kernel takes, XLA")
     for name in number_formats.WEIGHT_SCHEMES:
         scheme = number_formats.scheme(name)
@@ -60,15 +60,15 @@ def run(rows: int, inputs: int, outputs: int) -> int:
     most = cpu_attention.MAX_QUERIES
     print(f"  {'attention':<12} {f'XLA: {reason}' if reason else f'kernel, 1 to {most} queries over a cache'}")
     _show_pallas(rows, inputs, outputs)
-    served = [
+    supported = [
         name
         for name in number_formats.WEIGHT_SCHEMES
         if not number_formats.scheme(name).activations
         and not cpu_product.unsupported_reason(jnp.ones((1, 256)), *_request(name, 256, 8))
     ]
-    failed = self_test(served)
+    failed = self_test(supported)
     print(f"self-test {f'failed: {failed}' if failed else 'passed'}")
-    _measure([name for name in ("int8", "int4", "int2", "nf4", "mxfp4") if name in served], rows, inputs, outputs)
+    _measure([name for name in ("int8", "int4", "int2", "nf4", "mxfp4") if name in supported], rows, inputs, outputs)
     return int(bool(failed))
 
 
@@ -98,20 +98,20 @@ def _check_pallas(rows: int, inputs: int, outputs: int) -> int:
         print(f"self-test none, XLA computes everything: {reason}")
         return 0
     names = [name for name in number_formats.WEIGHT_SCHEMES if not number_formats.scheme(name).activations]
-    served, failed = [], ""
+    supported, failed = [], ""
     for name in names:
         codes, s, axis, *rest = _request(name, inputs, outputs)
         x = jax.random.normal(jax.random.key(1), (rows, inputs), jnp.bfloat16)
         if pallas.unsupported_reason(x, codes, s, axis, *rest):
             continue
-        served.append(name)
+        supported.append(name)
         result = pallas.product(x, codes, s, axis, 0)
         expected = matmul.xla_product(x, codes, s, axis, *rest)
         error = float(jnp.max(jnp.abs(result - expected)) / jnp.max(jnp.abs(expected)))
         if not error < _PALLAS_TOLERANCE:
             failed = failed or f"the relative error of {name} is {error:.1e}; expected less than {_PALLAS_TOLERANCE}"
     print(f"self-test {f'failed: {failed}' if failed else 'passed'}")
-    _measure(served, rows, inputs, outputs, jnp.bfloat16)
+    _measure(supported, rows, inputs, outputs, jnp.bfloat16)
     return int(bool(failed))
 
 
