@@ -32,7 +32,7 @@ FLAGS.string("kind", "", "with --data: kind of data, e.g. instructions; default:
 FLAGS.string("format", "", "with --data: format of the files; default: data.format of the run, or auto")
 FLAGS.string("field", "", "with --data: text field of a record; default: data.field of the run, or text")
 FLAGS.boolean("whole_file", False, "with --data: treat a text file as one document instead of splitting it")
-FLAGS.integer("seq_len", 0, "tokens per window; default: train.seq_len of the run, or 512")
+FLAGS.integer("seq_len", 0, "tokens per window; 0: train.seq_len of the run, or 512")
 FLAGS.integer(
     "stride", 0, "sliding window: score only the last N targets of each window, e.g. 64; 0: score all, without overlap"
 )

@@ -29,7 +29,7 @@ FLAGS.multi_string(
 FLAGS.string("fallback", "", "scheme for weights whose scheme this backend does not support; default: an error")
 FLAGS.string("data", "", "calibration text, in the form of data.source; default: the training text of the run")
 FLAGS.integer("sequences", 64, "number of calibration sequences")
-FLAGS.integer("seq_len", 0, "tokens per calibration sequence; default: train.seq_len of the run, or 512")
+FLAGS.integer("seq_len", 0, "tokens per calibration sequence; 0: train.seq_len of the run, or 512")
 FLAGS.integer("batch_size", 8, "number of calibration sequences per batch")
 FLAGS.boolean("act_order", True, "with --method=gptq: quantize the inputs with the largest activations first")
 
