@@ -55,8 +55,8 @@ class SamplingSteps(Drawable):
             )
             columns = ("token", "model", *(f"after {effect.filter}" for effect in step.effects), "")
             panels.append(Table(f"step {number}: {sampled!r}{removed and '; '}{removed}", columns, rows))
-        note = "The columns are probabilities: of the model, then after each filter of the sampler in its order."
-        return Picture("What the sampler left", tuple(panels), note)
+        note = "The columns are probabilities: of the model, then after each filter, in the order of the sampler."
+        return Picture("Sampling step by step", tuple(panels), note)
 
 
 def probabilities(
