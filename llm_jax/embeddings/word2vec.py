@@ -46,14 +46,16 @@ def train(corpus: WordCorpus, config: EmbeddingsConfig, progress: Progress = lam
     rng = np.random.default_rng(config.seed)
     start = (rng.random((len(corpus.words), config.width)) - 0.5) / config.width
     table = jnp.asarray(np.concatenate([start, np.zeros_like(start)], 1).astype(np.float32))
-    many = devices.compiled(functools.partial(_many, config.kind, w.window, w.negatives), (True, True, True, False))
+    train_steps = devices.compiled(
+        functools.partial(_train_steps, config.kind, w.window, w.negatives), (True, True, True, False)
+    )
     total, done = config.epochs * len(corpus.ids), 0
     for _ in range(config.epochs):
         for read, ids_TS, negatives_TGN, windows_TS in _steps(corpus, w, rng):
             share = (done + read * np.arange(len(ids_TS)) / len(ids_TS)) / total
             rates = w.lr + (w.final_lr - w.lr) * share
             ids_TE = word_windows(ids_TS, w.window, jax.device_count())
-            table = many(table, ids_TE, negatives_TGN, windows_TS, rates.astype(np.float32))
+            table = train_steps(table, ids_TE, negatives_TGN, windows_TS, rates.astype(np.float32))
             done += read
             progress(read)
     cure = f"lower word2vec.chunk={w.chunk} (words whose gradients are summed) or word2vec.lr={w.lr}"
@@ -113,7 +115,7 @@ def keep_probability(counts: np.ndarray, sample: float) -> np.ndarray:
     return np.minimum(1.0, np.sqrt(ratio) + ratio)
 
 
-def _many(
+def _train_steps(
     kind: str,
     window: int,
     negatives: int,

@@ -1,7 +1,7 @@
 """Position schemes. `model.position.kind` selects one, or a custom subclass of `Position` (`extensions`).
 
 A scheme is a frozen dataclass with hooks, each of which is the identity by default. Positions are int32 (B, T) and
-start at 0 in every document. Phases are computed in float32, whatever the compute dtype is.
+start at 0 in every document. Phases are computed in float32 for every compute dtype.
 """
 
 import abc

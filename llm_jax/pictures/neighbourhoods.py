@@ -20,7 +20,7 @@ from llm_jax.tokenizers import Tokenizer
 # Letters of shapes: L layers and the embeddings below them, W words, D width, K neighbours.
 
 _WORD = re.compile(r"\w+")
-_CONTEXT = 2  # words on each side of a word, by which its occurrences are told apart
+_CONTEXT = 2  # words on each side of a word that distinguish its occurrences
 
 
 @dataclasses.dataclass(frozen=True)

@@ -147,7 +147,7 @@ def unsupported_reason(name: str) -> str:
 
     try:
         jax.block_until_ready(jax.jit(product)(jnp.ones((size, 32)), jnp.ones((2, size))))
-    except Exception as error:  # whatever the backend's compiler raises
+    except Exception as error:  # a backend's compiler may raise any exception
         return f"{jax.default_backend()} cannot run {name} ({str(error).splitlines()[0][:120]})"
     return ""
 
