@@ -273,7 +273,7 @@ def _by_prefixes(special: Any, conversations: Sequence[tuple[Conversation, str]]
 
 
 def _prefix_texts(c: Conversation, whole: str, rendered: Iterable[Rendered | UserError]) -> list[ChatText]:
-    """The texts of a conversation, from its text before each answer, with the answer's beginning, and with the answer."""
+    """The texts of a conversation, from its text before each answer, with its beginning, and with the answer."""
     texts, spans = [], []
     for group in _groups(rendered, 3):
         before, asked, answered = (chat_template.checked(item).text for item in group)

@@ -40,12 +40,12 @@ def run(rows: int, inputs: int, outputs: int) -> int:
     print(f"kernels   {library._name}")
     if reason := native.loaded()[1]:
         print(f"          compiled on this machine: {reason}")
-    why = "the fastest this CPU has of" if native.path_setting() == "auto" else f"by {native.PATH_SETTING}, of"
-    print(f"path      {path}, {why} {', '.join(native.PATHS[1:])}")
+    why = "the fastest on this CPU" if native.path_setting() == "auto" else f"set by {native.PATH_SETTING}"
+    print(f"path      {path}: {why}; the paths are {', '.join(native.PATHS[1:])}")
     reason = native.amx_reason(library)
     print(f"amx       {f'not used: {reason}' if reason else 'used for 16 and more rows of 8-bit activations'}")
     print(f"threads   of XLA, for {len(os.sched_getaffinity(0))} cores; JAX runs on {jax.default_backend()}")
-    print("choices   by the rows of activations; with more than the kernel takes, XLA")
+    print("choices   by number of rows of activations; XLA computes more rows than a kernel supports")
     for name in number_formats.WEIGHT_SCHEMES:
         scheme = number_formats.scheme(name)
         codes, *rest = _request(name, 256, 8)
@@ -73,9 +73,9 @@ def run(rows: int, inputs: int, outputs: int) -> int:
 
 
 def _show_pallas(rows: int, inputs: int, outputs: int) -> None:
-    """Prints what the kernels in Pallas compute, for a product and for its transposed one (the backward pass)."""
+    """Prints which matmuls, and transposed matmuls of the backward pass, the Pallas kernels compute."""
     print(f"pallas    here: {pallas.unusable_reason() or 'used'}; choices for {rows} rows of bfloat16 and a weight of")
-    print(f"          {inputs} x {outputs}: the product and, after the comma, the transposed product")
+    print(f"          {inputs} x {outputs}: first the matmul, then the transposed matmul of the backward pass")
     for platform in ("tpu", "gpu"):
         module = pallas.kernels(platform)
         for name in number_formats.WEIGHT_SCHEMES:
@@ -178,9 +178,11 @@ def _request(name: str, inputs: int, outputs: int) -> tuple[matmul.Codes, Scheme
 
 
 def _measure(names: list[str], rows: int, inputs: int, outputs: int, dtype: Any = jnp.float32) -> None:
-    """Prints the time of each product with activations in `dtype`: float32 for the kernels in C++, else for Pallas."""
+    """Prints the speed of each matmul with activations in `dtype`: float32 for the kernels in C++, else for Pallas."""
     compiled, base_name = dtype == jnp.float32, str(jnp.dtype(dtype))
-    print(f"measured  a weight of {inputs} x {outputs}; bytes of the weight and its scales; x: time beside {base_name}")
+    print(
+        f"measured  a weight of {inputs} x {outputs}; bytes of the weight and its scales; x: speedup over {base_name}"
+    )
     print(f"  {'':<10}{'rows':>5}{'GB/s':>8}{'GFLOP/s':>9}{'x':>6}{'XLA: GB/s':>12}{'GFLOP/s':>9}{'x':>6}")
     dense = jax.random.normal(jax.random.key(0), (inputs, outputs), dtype)
     for count in dict.fromkeys((1, rows)):

@@ -97,7 +97,7 @@ def describe(e: StepSizes, config: Config) -> str:
     memory = f"weights {e.weights / mib:,.1f}, optimizer {e.optimizer / mib:,.1f}, gradients {e.gradients / mib:,.1f}"
     return "\n".join(
         [
-            f"{e.parameters:,} parameters, {e.trainable:,} trained",
+            f"{e.parameters:,} parameters, {e.trainable:,} trainable",
             f"{e.flops:.3g} FLOPs per step of {size}, {c.steps * e.flops:.3g} in {c.steps:,} steps",
             f"{total:,.1f} MiB on one device: {memory}",
             "without activations; --memory compiles the step and reports its total memory",
