@@ -180,9 +180,7 @@ def _request(name: str, inputs: int, outputs: int) -> tuple[matmul.Codes, Scheme
 def _measure(names: list[str], rows: int, inputs: int, outputs: int, dtype: Any = jnp.float32) -> None:
     """Prints the speed of each matmul with activations in `dtype`: float32 for the kernels in C++, else for Pallas."""
     compiled, base_name = dtype == jnp.float32, str(jnp.dtype(dtype))
-    print(
-        f"measured  a weight of {inputs} x {outputs}; bytes of the weight and its scales; x: speedup over {base_name}"
-    )
+    print(f"measured  a weight of {inputs} x {outputs}; bytes include its scales; x: speedup over {base_name}")
     print(f"  {'':<10}{'rows':>5}{'GB/s':>8}{'GFLOP/s':>9}{'x':>6}{'XLA: GB/s':>12}{'GFLOP/s':>9}{'x':>6}")
     dense = jax.random.normal(jax.random.key(0), (inputs, outputs), dtype)
     for count in dict.fromkeys((1, rows)):
