@@ -150,7 +150,7 @@ def report(config: Config, topology: Topology, decode: bool = False) -> Report:
             mesh, kernel = parts.mesh, parts.attention_kernel
             state, limit = parts.state.replace(frozen={}), jax.ShapeDtypeStruct((), "float32")
             compiled = parts.train_step.lower(state, parts.state.frozen, parts.batch, limit).compile()
-            optimizer = memory.shard_bytes((state.optimizer, state.ema))
+            optimizer = memory.shard_bytes((state.opt_state, state.ema))
             model_flops = transformer.flops_per_token(config.model, length) * rows * length / len(devices)
     except jax.errors.JaxRuntimeError as error:
         raise _compiler_error(str(error), topology, capacity) from error

@@ -271,7 +271,7 @@ def setup(
     state_shardings = TrainState(
         copies,
         params_shardings,
-        optim.shardings(state.optimizer, params, params_shardings, copies),
+        optim.shardings(state.opt_state, params, params_shardings, copies),
         params_shardings if config.optim.ema_decay else None,
     )
 

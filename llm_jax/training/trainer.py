@@ -285,7 +285,7 @@ def train(
                 files.check_lock(lock)
                 progress.sync()
                 save_began = time.perf_counter()
-                writer.save(done, saved, state.optimizer, loss, skipped_batches, state.ema)
+                writer.save(done, saved, state.opt_state, loss, skipped_batches, state.ema)
                 if (seconds := time.perf_counter() - save_began) > _SLOW_SAVE:
                     fewer = f"a larger checkpoint.every ({every}) or " if (every := config.checkpoint.every) else ""
                     cure = f"{fewer}faster storage avoids this"
@@ -362,7 +362,7 @@ def restore(setup: Setup, directory: pathlib.Path, record: Mapping[str, Any]) ->
     """Returns (state of a verified checkpoint with empty `frozen`, constant parts of adapters)."""
     shapes = setup.state
     saved = setup.method.checkpoint_params(shapes.params, shapes.frozen)
-    params, *rest = run.restore_state(directory, record, saved, shapes.optimizer, shapes.ema)
+    params, *rest = run.restore_state(directory, record, saved, shapes.opt_state, shapes.ema)
     trainable, constants = setup.method.split(params)
     step = jax.device_put(jnp.int32(record["step"]), setup.replicated)
     return TrainState(step, trainable, *rest), constants
