@@ -52,7 +52,7 @@ class Evaluator:
 
     def _local_params(self, state: TrainState) -> Any:
         """The parameters of the model, one entry per layer; each of several processes gets a complete copy."""
-        return processes.local_copy(self._unstack(state.model, state.frozen))
+        return processes.local_copy(self._unstack(state.eval_params, state.frozen))
 
     def counts(self, final: bool) -> dict[str, int]:
         """The number of held-out rows, also by source, and of examples of every task; see `example_counts.key`.
@@ -110,7 +110,7 @@ class Evaluator:
                 continue
             suffix = f"/{source}" if source else ""
             count = counts[f"validation_rows{suffix}"]
-            arguments = (state.model, rows, config.train.batch_size, setup.batch_sharding, count)
+            arguments = (state.eval_params, rows, config.train.batch_size, setup.batch_sharding, count)
             result = held_out.evaluate(loss, *arguments)
             if config.loss.kind == "dpo":
                 right, margin, pairs = held_out.sums(preferences, *arguments)

@@ -205,7 +205,7 @@ class Setup:
 
     def model_params(self, state: TrainState) -> Any:
         """The parameters for evaluation: the moving average with `optim.ema_decay`, else the current parameters."""
-        return self.method.model_params(state.model, state.frozen)
+        return self.method.model_params(state.eval_params, state.frozen)
 
     def batches(self, rows: rows_lib.AnyRows | Any, start: int, stop: int) -> Iterator[Batch]:
         """Yields the batches of steps `start` to `stop - 1`, which are prefetched in the background."""

@@ -41,7 +41,7 @@ class TrainState(flax.struct.PyTreeNode):
     frozen: Any = flax.struct.field(default_factory=dict)
 
     @property
-    def model(self) -> Any:
+    def eval_params(self) -> Any:
         """The trainable parameters for evaluation: their moving average if it exists, in the dtypes of `params`."""
         return self.params if self.ema is None else jax.tree.map(lambda e, p: e.astype(p.dtype), self.ema, self.params)
 
