@@ -72,7 +72,7 @@ def print_estimate(config: Config, workdir: pathlib.Path) -> None:
     from llm_jax.training import setup as setup_lib
 
     prepared = trainer.prepare(config, workdir)
-    setup, data = prepared.setup, prepared.inputs
+    setup, data = prepared.setup, prepared.data
     print(inputs.describe(setup.config, data))
     print(setup_lib.describe(setup), flush=True)
     held_out = {"": data.held_out, **data.held_out_by_source}

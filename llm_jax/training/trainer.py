@@ -54,13 +54,13 @@ class Prepared:
     Attributes:
       setup: the parts of training, with the configuration after `init_from` and the data have been applied.
       start: where the run starts from.
-      inputs: the tokenizer and the rows.
+      data: the tokenizer and the rows.
       reference: the weights of the frozen model in the loss, or {}.
     """
 
     setup: Setup
     start: start.Start
-    inputs: inputs.Inputs
+    data: inputs.Inputs
     reference: Any
 
 
@@ -160,7 +160,7 @@ def train(
             if is_main and workdir.is_dir() and (not is_single or (workdir / "config.json").is_file()):
                 lock = stack.enter_context(contextlib.closing(files.lock(workdir)))
         prepared = prepare(config, workdir)
-        setup, run_start, data = prepared.setup, prepared.start, prepared.inputs
+        setup, run_start, data = prepared.setup, prepared.start, prepared.data
         config, c, method = setup.config, setup.config.train, setup.method
         log(inputs.describe(config, data))
         log(setup_lib.describe(setup))
