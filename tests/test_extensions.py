@@ -38,9 +38,8 @@ TRAININGS = [words for words in COMMANDS if "llm_jax.train" in words]
 
 
 @pytest.fixture
-def directory(tmp_path, text_file, monkeypatch) -> pathlib.Path:
+def directory(tmp_path, text_file, own_cache) -> pathlib.Path:
     """A directory with the files of the recipes."""
-    monkeypatch.setenv("LLM_JAX_CACHE", str(tmp_path / "cache"))
     for language, text in RECIPES:
         if language == "python":
             (tmp_path / text.splitlines()[0].removeprefix("# ")).write_text(text)

@@ -61,8 +61,7 @@ STEPS = "my_steps.py:Steps(step=0.125)"
 
 
 @pytest.fixture(autouse=True)
-def directory(tmp_path, monkeypatch):
-    monkeypatch.setenv("LLM_JAX_CACHE", str(tmp_path / "own_cache"))
+def directory(tmp_path, own_cache):
     (tmp_path / "my_steps.py").write_text(FORMAT)
     with contextlib.chdir(tmp_path):
         yield tmp_path
