@@ -115,9 +115,8 @@ def read(source: str | os.PathLike[str]) -> dict[str, Any]:
         return _plain(module["get_config"]())
     except UserError:
         raise
-    except Exception as error:  # a configuration file is Python code and may raise anything
-        message = " ".join(str(error).split())
-        raise UserError(f"configuration '{source}' cannot be read ({type(error).__name__}: {message})") from error
+    except extensions.FAILURES as error:  # a configuration file may be Python code
+        raise UserError(f"configuration '{source}' cannot be read ({extensions.describe_exception(error)})") from error
 
 
 def find(source: str | os.PathLike[str]) -> pathlib.Path:

@@ -35,6 +35,8 @@ from llm_jax import files
 from llm_jax.errors import UserError
 from llm_jax.schema import choice
 
+FAILURES = (Exception, SystemExit)  # what code of the user may raise, other than an interrupt
+
 _SPECIFICATION = re.compile(
     r"(?P<module>[^:#()]+):(?P<name>\w+)(\((?P<options>.*)\))?(#(?P<sha256>[0-9a-f]{12}))?", re.S
 )
@@ -45,7 +47,7 @@ KEYS = (  # of the configuration
 )
 FLAGS = ("filter", "format", "scheme", "head", "fallback")  # of commands, besides the rules of --rule
 _SCHEME_WITH_GROUP = re.compile(r"\w+:(\d+|channel|tensor)(\+a8)?")  # a built-in quantization scheme, such as int4:64
-_RULE = re.compile(r"(?P<pattern>.+?)=(?P<value>[\w./:~+-]*|[\w./~+-]+:\w+\(.*\))", re.S)
+_RULE = re.compile(r"(?P<pattern>.+?)=(?P<value>[^=()]*|[^=():#]+:\w+\(.*\))", re.S)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +94,7 @@ class Extension:
             return function(*arguments)
         except UserError:
             raise
-        except Exception as error:  # user code may raise any exception
+        except FAILURES as error:
             raise self.error(f"it fails ({describe_exception(error)})") from error
 
     def check_output(
@@ -121,7 +123,7 @@ class Extension:
             output = jax.eval_shape(function, *arguments)
         except UserError:
             raise
-        except Exception as error:
+        except FAILURES as error:
             raise self.error(f"{name} fails ({describe_exception(error)})") from error
         if output is None:
             return
@@ -314,7 +316,7 @@ def _allow(file_name: str, sha256: str) -> None:
 def _import(key: str, specification: str, name: str, path: pathlib.Path | None, source: bytes) -> ModuleType:
     try:
         return _module(path, source) if path and "." not in name.removesuffix(".py") else importlib.import_module(name)
-    except Exception as error:  # user code may raise any exception
+    except FAILURES as error:
         if isinstance(error, ModuleNotFoundError) and error.name is not None and name.startswith(error.name):
             raise _missing(key, specification, name) from error
         raise UserError(f"{key}={specification}: {name} fails ({describe_exception(error)})") from error

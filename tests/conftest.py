@@ -79,6 +79,14 @@ def compiled_kernels() -> None:
             pytest.skip(str(error))
 
 
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch) -> pathlib.Path:
+    """A cache directory for one test, without the kernels in C++: compiling them takes a minute of CPU time."""
+    native.loaded()
+    monkeypatch.setenv("LLM_JAX_CACHE", str(tmp_path / "own_cache"))
+    return tmp_path / "own_cache"
+
+
 @pytest.fixture(scope="session")
 def tiny() -> schema.Config:
     """The checked configuration of tests/tiny.py, with the byte tokenizer's vocabulary."""

@@ -143,7 +143,11 @@ def test_an_override_by_an_earlier_name_is_answered_with_the_new_one(old, new):
     [
         ("defalt", "configuration 'defalt': no such file; did you mean 'default'? expected a recipe (chat_lora, "),
         ("text.txt", "configuration 'text.txt': expected a .py, .json or .toml file, not '.txt'"),
-        ("raises.py", "configuration 'raises.py' cannot be read (NameError: name 'hello' is not defined)"),
+        (
+            "raises.py",
+            "configuration 'raises.py' cannot be read (NameError: name 'hello' is not defined, raises.py line 1)",
+        ),
+        ("ends.py", "configuration 'ends.py' cannot be read (SystemExit: 3, ends.py line 1)"),
         ("empty.py", "configuration 'empty.py': this file has no function get_config()"),
         ("glove", "configuration 'glove' has the options of train_embeddings, not of training a language model"),
     ],
@@ -152,6 +156,7 @@ def test_an_invalid_configuration_is_named(source, message, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("raise SystemExit  # text is not run")
     (tmp_path / "raises.py").write_text("hello\n")
+    (tmp_path / "ends.py").write_text("raise SystemExit(3)\n")
     (tmp_path / "empty.py").write_text("")
     with pytest.raises(UserError) as error:
         llm_jax.config(source)

@@ -38,9 +38,8 @@ TRAININGS = [words for words in COMMANDS if "llm_jax.train" in words]
 
 
 @pytest.fixture
-def directory(tmp_path, text_file, monkeypatch) -> pathlib.Path:
+def directory(tmp_path, text_file, own_cache) -> pathlib.Path:
     """A directory with the files of the recipes."""
-    monkeypatch.setenv("LLM_JAX_CACHE", str(tmp_path / "cache"))
     for language, text in RECIPES:
         if language == "python":
             (tmp_path / text.splitlines()[0].removeprefix("# ")).write_text(text)
@@ -168,6 +167,7 @@ class Checked(Decay):
     def check(self): 1 / 0
 class Rotated(Decay):
     def rotate(self, x, positions, length): return x[..., :1]
+class Ends(Decay): bias = lambda self, *args: exit(3)
 class Listed(Decay):
     def bias(self, *args): return [1]
 @dataclasses.dataclass(frozen=True)
@@ -199,6 +199,8 @@ CASES = {
     "wrong:Constructed": "it fails (ValueError: two lines, wrong.py line",
     "wrong:Checked": "it fails (ZeroDivisionError: division by zero, wrong.py line",
     "wrong:Rotated": "rotate returns float32 of shape (2, 3, 4, 1); expected floats of shape (2, 3, 4, 8) = (batch, ",
+    "wrong:Ends": "bias fails (SystemExit: 3, wrong.py line",
+    "ends:Decay": "ends fails (SystemExit: 3, ends.py line 1)",
     "wrong:Listed": "bias returns list; expected an array of shape (2, 4, 3, 5)",
     "syntax:Decay": "syntax fails (SyntaxError: invalid syntax (syntax.py, line 2))",
     "my_sign.py:sign": "expected a subclass of llm_jax.model.positions.Position",
@@ -212,6 +214,7 @@ CASES = {
 @pytest.mark.parametrize("specification", CASES)
 def test_refused(specification, directory, tiny, monkeypatch):
     (directory / "broken.py").write_text("1 / 0\n")
+    (directory / "ends.py").write_text("raise SystemExit(3)\n")
     (directory / "syntax.py").write_text("\ndef f(:\n")
     (directory / "wrong.py").write_text(WRONG)
     (directory / "imports.py").write_text("import no_such_module_anywhere\n")

@@ -64,6 +64,13 @@ def test_only_commands_that_are_the_process_enable_the_cache(flags, enabled, mon
     assert bool(calls) == enabled
 
 
+def test_code_of_the_user_that_exits_ends_a_command_with_an_error(capsys):
+    """Such as a tokenizer: an exit from there would end the command without a word, perhaps as a success."""
+    command = cli.Command("example", lambda f: sys.exit(0), cli.Flags())
+    assert cli.call(command) == 2
+    assert capsys.readouterr().err.startswith("error: example: SystemExit: 0, test_runtime.py line")
+
+
 OUT = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17592186044416 bytes."
 
 

@@ -16,7 +16,7 @@ from llm_jax import bars, trees
 from llm_jax.checkpoints.checkpoint import Shardings
 from llm_jax.checkpoints.names import Names, TensorSpec
 from llm_jax.errors import UserError
-from llm_jax.weights import Encoded, Node
+from llm_jax.weights import Node
 
 _CHUNK_BYTES = 2**19  # bytes of a tensor that are read and copied at a time; they fit in a CPU cache
 _ALIGNMENT = 64  # bytes; JAX on CPU takes over memory with this alignment without a copy
@@ -201,21 +201,6 @@ def _all_finite(values: np.ndarray) -> bool:
     bits, negative = np.ascontiguousarray(values).view(f"u{size}"), 1 << (8 * size - 1)
     # The largest bits of negative values, if there are any, and of the others: two passes without a temporary array.
     return int(bits.max()) < negative + infinity and int(bits.view(f"i{size}").max()) < infinity
-
-
-def refuse_custom_formats(params: Any, form: str) -> None:
-    """Raises UserError for a weight in a custom number format, which other software does not know.
-
-    Args:
-      form: what is written, for the message.
-    """
-    for path, weight in trees.flatten(params).items():
-        for node in jax.tree.leaves(weight, is_leaf=lambda node: isinstance(node, Encoded)):
-            if isinstance(node, Encoded):
-                raise UserError(
-                    f"'{path}' is in the number format {node.scheme.partition('#')[0]}, which {form} cannot hold; "
-                    "convert the checkpoint that was quantized"
-                )
 
 
 def stored_shape(spec: TensorSpec, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -161,7 +161,6 @@ def save(
         raise UserError(f"--output={path} already exists; choose another path, or remove it")
     if format not in blocks.FORMATS or blocks.FORMATS[format].encode is None:
         raise UserError(f"--format={format} cannot be written; expected one of F32, F16, BF16, Q8_0, Q4_0, Q4_1")
-    assemble.refuse_custom_formats(params, "a GGUF file")
     arch, json_config = architecture(config)
     encoder = ARCHITECTURES[arch].encoder
     flat = {path: weight for path, weight in trees.flatten(params).items() if not path.startswith("pooler/")}
@@ -212,7 +211,7 @@ def save(
 def _kept_format(parts: list[tuple[names.TensorSpec, Any]]) -> str:
     """The block format that holds a weight without a change, or ""."""
     (spec, weight), *others = parts
-    if others or not weights.is_quantized(weight):
+    if others or not isinstance(weight, weights.QTensor):
         return ""
     return gguf_blocks.block_format(weight, spec.transposed) or ""
 

@@ -225,7 +225,6 @@ def save(
     """
     if directory.exists():
         raise UserError(f"--output={directory} already exists; choose another path, or remove it")
-    assemble.refuse_custom_formats(params, "a Hugging Face directory")
     dtype = np.dtype(ml_dtypes.bfloat16 if config.precision.params == "bfloat16" else config.precision.params)
     json_config = hf_config(family, config) | {"torch_dtype": config.precision.params} | (special_ids or {})
     parts = assemble.by_tensor(assemble.specs(FAMILIES[family].tensor_names(config), params))

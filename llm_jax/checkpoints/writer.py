@@ -71,6 +71,7 @@ class Writer:
         params: Any,
         optimizer: Any,
         validation_loss: float | None,
+        validation_rows: float | None = None,
         skipped_batches: int = 0,
         ema: Any = None,
     ) -> None:
@@ -80,6 +81,7 @@ class Writer:
           params: weights of any kind, in any layout.
           optimizer: the optimizer state; {} without training.
           validation_loss: in nats per token, over the rows of the periodic evaluations; None if it was not measured.
+          validation_rows: the number of these rows. Losses over different rows are not compared.
           skipped_batches: batches that training has skipped so far.
           ema: the moving average of `params`, if the run keeps one.
 
@@ -96,6 +98,7 @@ class Writer:
             "corpus": self._corpus,
             "skipped_batches": skipped_batches,
             "validation_loss": validation_loss,
+            "validation_rows": validation_rows,
             "params": trees.describe(params),
             "optimizer": describe_leaves(optimizer),
         }
@@ -195,8 +198,11 @@ class Writer:
         keep = self._config.checkpoint
         finished = steps(self.directory.parent)
         records = {step: files.read_json(self.directory / str(step) / "record.json") for step in finished}
-        losses = {step: record["validation_loss"] for step, record in records.items()}
-        measured = [step for step in finished if losses[step] is not None]
-        best = sorted(measured, key=lambda step: (losses[step], step))[: keep.keep_best]
-        for step in set(finished) - set(finished[-max(keep.keep_last, 1) :]) - set(best):
+        kept = set(finished[-max(keep.keep_last, 1) :])
+        rows = {step: record.get("validation_rows") for step, record in records.items()}
+        for count in set(rows.values()):  # a resumed run may evaluate other rows, see eval.rows
+            losses = {s: r["validation_loss"] for s, r in records.items() if rows[s] == count}
+            measured = [step for step, loss in losses.items() if loss is not None]
+            kept.update(sorted(measured, key=lambda step: (losses[step], step))[: keep.keep_best])
+        for step in set(finished) - kept:
             storage.remove(self.directory / str(step))

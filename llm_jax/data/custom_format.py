@@ -19,7 +19,7 @@ from llm_jax.data import records
 from llm_jax.data.records import Scan
 from llm_jax.data.streams import iterate, utf8_size
 from llm_jax.errors import UserError
-from llm_jax.extensions import Extension, describe_exception
+from llm_jax.extensions import FAILURES, Extension, describe_exception
 
 
 def scan(extension: Extension, path: str, field: str) -> Scan:
@@ -63,7 +63,7 @@ def _texts(extension: Extension, path: str, field: str) -> Iterator[str]:
             yield _text(extension, f"{path}, document {index}", field, document)
     except UserError:
         raise
-    except Exception as error:  # user code may raise any exception
+    except FAILURES as error:
         raise extension.error(f"{path}: fails after {index + 1} documents ({describe_exception(error)})") from error
 
 

@@ -29,7 +29,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from llm_jax import configuration
+from llm_jax import configuration, extensions
 from llm_jax.errors import UserError
 from llm_jax.schema import Config, option_names
 
@@ -113,11 +113,13 @@ def read_file(path: str) -> list[Overrides]:
         raise UserError(f"--points={path}: no such file; expected a Python file with get_points()")
     try:
         module = runpy.run_path(str(pathlib.Path(path).expanduser()))
-    except Exception as error:  # user code may raise any exception
-        raise UserError(f"--points={path} cannot be read ({type(error).__name__}: {error})") from error
-    if not callable(module.get("get_points")):
-        raise UserError(f"--points={path}: no function get_points() in this file")
-    points = list(module["get_points"]())
+        if not callable(module.get("get_points")):
+            raise UserError(f"--points={path}: no function get_points() in this file")
+        points = list(module["get_points"]())
+    except UserError:
+        raise
+    except extensions.FAILURES as error:
+        raise UserError(f"--points={path} fails ({extensions.describe_exception(error)})") from error
     for i, point in enumerate(points):
         if not isinstance(point, Mapping):
             raise UserError(f"--points={path}: point {i} is {point!r}; expected a mapping of overrides")

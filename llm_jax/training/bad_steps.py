@@ -19,6 +19,10 @@ ACTIONS = ("stop", "skip", "rollback")
 _HISTORY = 50  # number of previous losses whose median is the reference for a spike
 _MIN_LOSSES = 20  # minimum number of losses for the detection of spikes
 _MAX_ATTEMPTS = 3  # consecutive bad steps, or rollbacks to one checkpoint, after which the run ends
+CURES = {  # of a run that a bad step has ended, by `train.on_bad_step`
+    "stop": "lower optim.lr, or set train.on_bad_step to skip or rollback",
+    "skip": f"{_MAX_ATTEMPTS} consecutive steps were bad; lower optim.lr, or set train.on_bad_step=rollback",
+}
 
 
 @dataclasses.dataclass

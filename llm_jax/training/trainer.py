@@ -282,10 +282,11 @@ def train(
             if "save" in due or stopping:
                 saved = method.checkpoint_params(state.params, state.frozen)
                 loss = None if "validation_loss" in other else eval_metrics.get("validation_loss")
+                rows = eval_metrics.get("validation_rows")
                 files.check_lock(lock)
                 progress.sync()
                 save_began = time.perf_counter()
-                writer.save(done, saved, state.opt_state, loss, skipped_batches, state.ema)
+                writer.save(done, saved, state.opt_state, loss, rows, skipped_batches, state.ema)
                 if (seconds := time.perf_counter() - save_began) > _SLOW_SAVE:
                     fewer = f"a larger checkpoint.every ({every}) or " if (every := config.checkpoint.every) else ""
                     cure = f"{fewer}faster storage avoids this"
@@ -372,11 +373,11 @@ def _rollback_step(config: Config, workdir: pathlib.Path, bad: bad_steps.BadStep
     """Returns the step of the last regular checkpoint, or 0.
 
     Raises:
-      UserError: `train.on_bad_step` is not "rollback".
+      UserError: `train.on_bad_step` is not "rollback"; with "skip", too many consecutive steps were bad.
     """
     saved = processes.broadcast(checkpoints.steps(workdir), waiting_for="to choose the checkpoint to go back to")
     if config.train.on_bad_step != "rollback":
-        cure = "lower optim.lr, or set train.on_bad_step to skip or rollback"
+        cure = bad_steps.CURES[config.train.on_bad_step]
         raise UserError(f"step {bad.step}: {bad.reason}; {f'step {saved[-1]} is saved; ' if saved else ''}{cure}")
     # Exclude checkpoints saved on a signal, which an uninterrupted run would not have.
     return ([s for s in saved if s % (config.checkpoint.every or 1) == 0] or saved or [0])[-1]

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import shutil
@@ -233,6 +234,18 @@ def test_the_last_and_the_best_are_kept(command, tmp_path):
     best = sorted(losses, key=losses.__getitem__)[:3]
     assert final < losses[best[-1]]  # it would be among the best
     assert checkpoints.steps(tmp_path) == sorted({5, 6, *best})
+
+
+def test_losses_over_other_rows_are_not_compared(tiny, tmp_path):
+    """A resumed run may have another eval.rows; the best checkpoint before the change is not lost to the new ones."""
+    keep = dataclasses.replace(tiny.checkpoint, keep_last=1, keep_best=1)
+    tokenizer = tokenizers.get("byte").train([], 0)
+    writer = checkpoints.Writer(tmp_path, dataclasses.replace(tiny, checkpoint=keep), tokenizer, "")
+    losses = [(1, 4.0, 8), (2, 3.0, 8), (3, 3.5, 8), (4, 2.5, 16), (5, 2.8, 16), (6, None, 100)]
+    for step, loss, rows in losses:
+        writer.save(step, {"w": jnp.zeros(1)}, {}, loss, rows)
+    writer.close()
+    assert checkpoints.steps(tmp_path) == [2, 4, 6]
 
 
 @pytest.mark.parametrize("what", ["missing", "empty", "file"])

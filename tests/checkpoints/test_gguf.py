@@ -69,9 +69,19 @@ def test_layers_with_different_formats_are_read_separately(vocabulary, tmp_path)
     assert not model.config.scan_layers and kept["layers"]["0"]["mlp"]["up"].scheme == "int8:32"
 
 
-def test_codes_that_no_block_holds_are_expanded(vocabulary, tmp_path):
+HALF = """
+class Half:
+    def encode(self, w): return {"codes": w.astype("float16")}
+    def decode(self, parts): return parts["codes"].astype("float32")
+"""
+
+
+@pytest.mark.parametrize("scheme", ["nf4:32", "half.py:Half"])
+def test_codes_that_no_block_holds_are_expanded(vocabulary, tmp_path, own_cache, monkeypatch, scheme):
+    (tmp_path / "half.py").write_text(HALF)
+    monkeypatch.syspath_prepend(tmp_path)
     config, params = small("llama", vocabulary.vocab_size)
-    codes = post_training.quantize_params(params, post_training.rules("nf4:32", "int8"), "here")
+    codes = post_training.quantize_params(params, post_training.rules(scheme, "int8"), "here")
     assert set(gguf_model.save(tmp_path / "m.gguf", config, codes, vocabulary, "F32").values()) == {"F32"}
     again = trees.flatten(checkpoints.load(tmp_path / "m.gguf", as_stored=True).params)
     for path, weight in trees.flatten(codes).items():

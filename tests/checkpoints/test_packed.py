@@ -14,11 +14,7 @@ from llm_jax.checkpoints import location, zip_files
 from llm_jax.errors import UserError
 from llm_jax.object_store import clients, store
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("LLM_JAX_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def files_of(directory):
@@ -102,7 +98,7 @@ def test_a_zip_that_lies_about_its_sizes_is_bounded_by_them(tmp_path, monkeypatc
     archive.write_bytes(data.replace(true, false))
     with pytest.raises(UserError, match="not a readable zip file"):
         llm_jax.load(archive)
-    assert all(path.stat().st_size < 100 for path in (tmp_path / "cache").rglob("*") if path.is_file())
+    assert all(path.stat().st_size < 100 for path in (tmp_path / "own_cache").rglob("*") if path.is_file())
 
 
 def test_a_damaged_a_missing_and_a_large_zip_are_told_apart(trained, tmp_path, monkeypatch):

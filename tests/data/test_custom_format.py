@@ -44,6 +44,9 @@ def objects(path): yield {"text": "a", "set": {1}}
 def fails(path):
     yield "a"
     raise KeyError("x")
+def ends(path):
+    yield "a"
+    raise SystemExit(3)
 calls = []
 def counts(path):
     calls.append(path)
@@ -192,6 +195,7 @@ CASES = {
     "my_pages.py:one_text": "a.pages: the function returns str; expected an iterator of texts or records",
     "my_pages.py:integers": "a.pages, document 0 is int; expected text (str) or a record (dict)",
     "my_pages.py:fails": "a.pages: fails after 1 documents (KeyError: 'x', my_pages.py line",
+    "my_pages.py:ends": "a.pages: fails after 1 documents (SystemExit: 3, my_pages.py line",
     "my_pages.py:pages(separater='#')": "it has no option 'separater'; its options are separator, prefix",
     "my_pages.py:pages(separator=3)": "option 'separator' is 3; expected str",
     "my_pages.py:missing": "my_pages.py defines no 'missing'",

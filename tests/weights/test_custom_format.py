@@ -14,7 +14,6 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from llm_jax import configuration, extensions, lora, trees, weights
-from llm_jax.checkpoints import assemble
 from llm_jax.errors import UserError
 from llm_jax.kernels import custom_format, number_formats
 from llm_jax.parallel import mesh as mesh_lib
@@ -62,8 +61,7 @@ STEPS = "my_steps.py:Steps(step=0.125)"
 
 
 @pytest.fixture(autouse=True)
-def directory(tmp_path, monkeypatch):
-    monkeypatch.setenv("LLM_JAX_CACHE", str(tmp_path / "own_cache"))
+def directory(tmp_path, own_cache):
     (tmp_path / "my_steps.py").write_text(FORMAT)
     with contextlib.chdir(tmp_path):
         yield tmp_path
@@ -254,14 +252,6 @@ def test_names_of_built_in_schemes_are_no_files():
     )
 
 
-def test_other_software_does_not_know_the_format():
-    params = {"mlp": weights.quantize(normal(0, 24, 40), STEPS, IN)}
-    message = refused(lambda: assemble.refuse_custom_formats(params, "a GGUF file"))
-    assert message.startswith(
-        f"'mlp' is in the number format {STEPS}, which a GGUF file cannot hold; convert the check"
-    )
-
-
 def test_a_class_of_a_notebook(monkeypatch):
     """The kernel's `__main__` has no file; the sources of cells are in linecache, by the file name of their code."""
     notebook = types.ModuleType("__main__")
@@ -288,6 +278,8 @@ def test_a_class_of_a_notebook(monkeypatch):
         ("a(?=b(c))=f.py:T(x=1)", ("a(?=b(c))", "f.py:T(x=1)")),
         ("a=d/f.py:T(x=0.5, y=(2, 4))", ("a", "d/f.py:T(x=0.5, y=(2, 4))")),
         ("a=f:T(x='b=(c)')", ("a", "f:T(x='b=(c)')")),
+        ("a=my formats/f.py:T", ("a", "my formats/f.py:T")),
+        ("a(?=b)c=my formats/f, g's.py:T(x='a b=(c)')", ("a(?=b)c", "my formats/f, g's.py:T(x='a b=(c)')")),
         ("=int4", None),
         ("int4", None),
     ],
